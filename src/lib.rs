@@ -1,1 +1,7 @@
-//! embassy
+//! Connects containers to the services they ask for. ARCHITECTURE.md is the map.
+
+pub mod descriptor;
+pub mod discovery;
+pub mod docker;
+pub mod model;
+pub mod source;
