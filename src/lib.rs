@@ -1,7 +1,9 @@
 //! Connects containers to the services they ask for. ARCHITECTURE.md is the map.
 
+pub mod balance;
 pub mod descriptor;
 pub mod discovery;
 pub mod docker;
 pub mod model;
 pub mod source;
+pub mod table;
