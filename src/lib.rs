@@ -1,9 +1,11 @@
 //! Connects containers to the services they ask for. ARCHITECTURE.md is the map.
 
-pub mod balance;
-pub mod descriptor;
-pub mod discovery;
-pub mod docker;
+// In the order in which data flows.
 pub mod model;
+pub mod descriptor;
 pub mod source;
+pub mod docker;
+pub mod discovery;
+pub mod balance;
 pub mod table;
+pub mod proxy;
