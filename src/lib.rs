@@ -5,6 +5,7 @@ pub mod model;
 pub mod descriptor;
 pub mod source;
 pub mod docker;
+pub mod provider;
 pub mod discovery;
 pub mod balance;
 pub mod table;
