@@ -1,6 +1,7 @@
 //! Connects containers to the services they ask for. ARCHITECTURE.md is the map.
 
 // In the order in which data flows.
+pub mod config;
 pub mod model;
 pub mod descriptor;
 pub mod source;
@@ -10,3 +11,4 @@ pub mod discovery;
 pub mod balance;
 pub mod table;
 pub mod proxy;
+pub mod capture;

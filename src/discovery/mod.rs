@@ -22,7 +22,7 @@ pub mod etcd;
 pub mod file;
 mod uri;
 
-pub use uri::{Settings, UriError};
+pub use uri::{ConsulSettings, EtcdSettings, Settings, UriError};
 
 /// What is asked of a discovery. Equal queries share one watch, however many consumers ask.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

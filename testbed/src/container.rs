@@ -76,7 +76,7 @@ impl ContainerBuilder {
     /// Runs it. It stays until it is removed or the host ends; dropping the handle does nothing to it.
     pub fn start(self) -> Result<Container> {
         if self.image == image::BASE {
-            self.host.load_base_image()?;
+            self.host.load_image()?;
         }
         let mut run = self.host.docker_command(["run", "--detach", "--name", &self.name]);
         // The first process of a container ignores SIGTERM unless it handles it, and `docker stop` would take 10 s.

@@ -69,6 +69,12 @@ impl Daemon {
         Ok(())
     }
 
+    /// Starts it unless it ever was: what a test has stopped stays so.
+    pub(crate) fn start_at_first_use(&self) -> Result<()> {
+        let used = self.state().used;
+        if used { Ok(()) } else { self.start() }
+    }
+
     /// Ends it in an orderly way (SIGTERM) and waits for that; nothing if it does not run.
     pub fn stop(&self) -> Result<()> {
         if let Some(process) = self.state().process.take()

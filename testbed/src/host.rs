@@ -10,10 +10,10 @@ use anyhow::{Context, Result, ensure};
 
 use crate::container::ContainerBuilder;
 use crate::daemon::Daemon;
-use crate::docker;
 use crate::exec::{describe, output};
 use crate::process::Process;
 use crate::space::Space;
+use crate::{consul, docker, etcd};
 
 /// A Docker host of its own. Handles are cheap to clone; the host, with everything in it, ends with the last of them
 /// (a [`Container`](crate::Container) holds one too).
@@ -25,6 +25,8 @@ pub struct Host {
 #[derive(Debug)]
 pub(crate) struct Inner {
     docker: Daemon,
+    etcd: Daemon,
+    consul: Daemon,
     pub(crate) base_image_loaded: Mutex<bool>,
     // Last, because fields are dropped in this order.
     space: Arc<Space>,
@@ -34,6 +36,8 @@ pub(crate) struct Inner {
 #[derive(Debug, Default)]
 pub struct HostBuilder {
     docker_args: Vec<OsString>,
+    etcd_args: Vec<OsString>,
+    consul_args: Vec<OsString>,
     without_docker: bool,
 }
 
@@ -49,6 +53,18 @@ impl HostBuilder {
         if wanted { self.docker_args(["--ipv6", "--fixed-cidr-v6=fd00:d0c::/64"]) } else { self }
     }
 
+    /// Further arguments for etcd; they win over ours.
+    pub fn etcd_args<I: IntoIterator<Item: Into<OsString>>>(mut self, args: I) -> Self {
+        self.etcd_args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Further arguments for the Consul agent.
+    pub fn consul_args<I: IntoIterator<Item: Into<OsString>>>(mut self, args: I) -> Self {
+        self.consul_args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
     /// Leaves dockerd down, and the host without docker0, until [`Daemon::start`] of [`Host::docker_daemon`].
     pub fn without_docker(mut self) -> Self {
         self.without_docker = true;
@@ -61,6 +77,8 @@ impl HostBuilder {
         let host = Host {
             inner: Arc::new(Inner {
                 docker: docker::daemon(&space, &self.docker_args),
+                etcd: etcd::daemon(&space, &self.etcd_args),
+                consul: consul::daemon(&space, &self.consul_args),
                 base_image_loaded: Mutex::default(),
                 space,
             }),
@@ -142,6 +160,16 @@ impl Host {
     /// dockerd.
     pub fn docker_daemon(&self) -> &Daemon {
         &self.inner.docker
+    }
+
+    /// etcd, started or not.
+    pub fn etcd_daemon(&self) -> &Daemon {
+        &self.inner.etcd
+    }
+
+    /// The Consul agent, started or not.
+    pub fn consul_daemon(&self) -> &Daemon {
+        &self.inner.consul
     }
 
     /// A folder with the same path inside and outside, for logs and files that both must see. It goes with the host.

@@ -39,7 +39,8 @@ impl Host {
         output(self.docker_command(["import", "--change", &entry]).arg(tar).arg(name)).map(drop)
     }
 
-    pub(crate) fn load_base_image(&self) -> Result<()> {
+    /// Loads the image `testbed`; the first container that needs it does the same.
+    pub fn load_image(&self) -> Result<()> {
         // Held to the end, so that a second thread waits for the image instead of loading it again.
         let mut loaded =
             self.inner().base_image_loaded.lock().unwrap_or_else(PoisonError::into_inner);

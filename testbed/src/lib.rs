@@ -21,9 +21,12 @@
 //!
 //! It needs root, and what `testbed/setup.sh` installs. All calls block; each is meant to be followed by `?`.
 
+mod consul;
 mod container;
 mod daemon;
 mod docker;
+mod embassy;
+mod etcd;
 mod exec;
 mod host;
 mod image;
@@ -32,9 +35,12 @@ mod poll;
 mod process;
 mod space;
 
+pub use consul::{Consul, Registration};
 pub use container::{Container, ContainerBuilder};
 pub use daemon::Daemon;
 pub use docker::Network;
+pub use embassy::Embassy;
+pub use etcd::{Etcd, EtcdV2, EtcdV3};
 pub use exec::output;
 pub use host::{Host, HostBuilder, Response};
 pub use peer::{Answers, Get, Probe};

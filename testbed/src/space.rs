@@ -109,27 +109,25 @@ pub(crate) fn plain(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// The `testbed` program: holds the namespaces, and is what the containers run.
+/// The `testbed` program: it holds the namespaces, and is what the containers run.
 pub(crate) fn testbed_program() -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os("TESTBED_BIN") {
+    program_near("testbed", "TESTBED_BIN")
+}
+
+/// The path that `variable` gives, else a program of this build.
+pub(crate) fn program_near(name: &str, variable: &str) -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(variable) {
         return Ok(path.into());
     }
     let own = std::env::current_exe().context("find the running program")?;
-    if own.file_name() == Some(OsStr::new("testbed")) {
-        return Ok(own);
-    }
     // Cargo puts tests into target/<profile>/deps and programs into target/<profile>.
-    own.ancestors()
-        .skip(1)
-        .take(2)
-        .map(|dir| dir.join("testbed"))
-        .find(|path| path.is_file())
-        .with_context(|| {
-            format!(
-                "no testbed program near {}: build it with `cargo build -p testbed`",
-                own.display()
-            )
-        })
+    let mut near = own.ancestors().skip(1).take(2).map(|dir| dir.join(name));
+    near.find(|path| path.is_file()).with_context(|| {
+        format!(
+            "no program {name} near {}: build it with `cargo build -p {name}`, or set {variable}",
+            own.display()
+        )
+    })
 }
 
 fn end(keeper: &mut Child) {

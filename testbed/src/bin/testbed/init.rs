@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::Read;
-use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -21,22 +20,22 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// Everything that an engine writes goes to a memory file system that nobody else sees and that goes with us.
+/// Nothing of what runs in here writes to the machine's own disk, except into our folder below /var/lib/testbed.
 fn files() -> Result<()> {
-    sh("mount -t tmpfs -o mode=755 testbed /run")?;
-    fs::create_dir_all("/run/testbed").context("make /run/testbed")?;
-    fs::write("/run/testbed/daemon.json", "{}\n").context("write daemon.json")?;
-    // dockerd keeps a key in the one, containerd makes a folder in the other.
-    for dir in ["/etc/docker", "/opt"] {
-        if Path::new(dir).is_dir() {
-            let copy = format!("/run/testbed{dir}");
-            sh(&format!(
-                "mkdir -p {copy}/upper {copy}/work && mount -t overlay \
-                 -o lowerdir={dir},upperdir={copy}/upper,workdir={copy}/work testbed {dir}"
-            ))?;
-        }
+    sh("mount -t tmpfs -o mode=755 testbed /run && mkdir -p /run/testbed/base")?;
+    sh("mount --bind /var/lib/testbed /run/testbed/base")?;
+    // Keys of dockerd, a folder of containerd, embassy's state.
+    for dir in ["/etc", "/opt", "/var/lib"] {
+        let copy = format!("/run/testbed{dir}");
+        sh(&format!(
+            "mkdir -p {copy}/upper {copy}/work && mount -t overlay \
+             -o lowerdir={dir},upperdir={copy}/upper,workdir={copy}/work testbed {dir}"
+        ))?;
     }
-    Ok(())
+    sh("mount --move /run/testbed/base /var/lib/testbed")?;
+    // The machine's own servers cannot be reached from in here: a lookup fails at once instead of after a while.
+    sh("rm -f /etc/resolv.conf && echo nameserver 127.0.0.1 > /etc/resolv.conf")?;
+    fs::write("/run/testbed/daemon.json", "{}\n").context("write daemon.json")
 }
 
 /// A network card whose cable leads nowhere: its address is this host's, and others of its network never answer.
