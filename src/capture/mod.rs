@@ -17,7 +17,7 @@ use tokio::{
 };
 use tracing::{debug, error, info, warn};
 
-use crate::{config::FirewallChoice, table::Table};
+use crate::{config::FirewallChoice, readiness::Guard, table::Table};
 
 pub mod conntrack;
 mod iptables;
@@ -118,15 +118,23 @@ const CHECK: Duration = Duration::from_secs(2);
 
 impl Capture {
     /// Starts keeping the kernel's rules like the table. Nothing is captured before the first table.
+    /// `ready` is dropped once the first rules stand.
     pub fn start(
         firewall: Firewall,
         settings: Settings,
         tables: watch::Receiver<Arc<Table>>,
+        ready: Guard,
     ) -> Self {
         let (stop, stopped) = oneshot::channel();
         let counts = Arc::<Counts>::default();
-        let keeper =
-            Keeper { firewall, settings, counts: counts.clone(), applied: None, failing: false };
+        let keeper = Keeper {
+            firewall,
+            settings,
+            counts: counts.clone(),
+            applied: None,
+            failing: false,
+            ready: Some(ready),
+        };
         let task = tokio::spawn(keeper.run(tables, stopped));
         Self { counts, stop, task }
     }
@@ -150,6 +158,7 @@ struct Keeper {
     applied: Option<(Rules, Option<String>)>,
     /// Whether the last attempt failed: a failure is told once, not every two seconds.
     failing: bool,
+    ready: Option<Guard>,
 }
 
 impl Keeper {
@@ -204,6 +213,7 @@ impl Keeper {
         let listed = self.firewall.installed().await?;
         debug!(firewall = %self.firewall, declared = wanted.declared.len(), vips = ?wanted.vips, "rules written");
         self.applied = Some((wanted, listed));
+        self.ready.take();
         Ok(())
     }
 }

@@ -5,31 +5,18 @@ use std::{rc::Rc, time::Duration};
 use tracing::info;
 
 use super::{connection::Record, outcome::Outcome};
+use crate::config::ConnectionLog;
 
-/// Which connections are logged.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub enum ConnectionLog {
-    #[default]
-    Off,
-    /// Those that did not end well.
-    Errors,
-    All,
-    /// This part of all, drawn at random: 0 to 1.
-    Fraction(f64),
-}
-
-impl ConnectionLog {
-    /// Logs an ended connection, if it is one of those that are logged.
-    pub(super) fn record(self, outcome: Outcome, entry: impl FnOnce() -> Entry) {
-        let wanted = match self {
-            Self::Off => false,
-            Self::Errors => outcome != Outcome::Closed,
-            Self::All => true,
-            Self::Fraction(part) => fastrand::f64() < part,
-        };
-        if wanted {
-            entry().write();
-        }
+/// Logs an ended connection, if it is one of those that are logged.
+pub(super) fn record(which: ConnectionLog, outcome: Outcome, entry: impl FnOnce() -> Entry) {
+    let wanted = match which {
+        ConnectionLog::Off => false,
+        ConnectionLog::Errors => outcome != Outcome::Closed,
+        ConnectionLog::All => true,
+        ConnectionLog::Fraction(part) => fastrand::f64() < part,
+    };
+    if wanted {
+        entry().write();
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{runtime::LocalOptions, sync::watch};
 
-use crate::{model::Port, table::Table};
+use crate::{config::ConnectionLog, model::Port, table::Table};
 
 mod connection;
 mod connection_log;
@@ -22,7 +22,6 @@ mod relay;
 mod worker;
 
 pub use connection::Destinations;
-pub use connection_log::ConnectionLog;
 use outcome::Outcome;
 use worker::Shared;
 
@@ -40,6 +39,8 @@ pub struct Settings {
     pub mark: Option<u32>,
     /// Whether bulk moves by splice.
     pub splice: bool,
+    /// Which connections are logged as they end.
+    pub log: ConnectionLog,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,17 +59,15 @@ pub struct Proxy {
     shared: Arc<Shared>,
     phase: watch::Sender<Phase>,
     threads: Vec<JoinHandle<io::Result<()>>>,
+    /// Closed when every worker has let go of its sender: when all have ended.
+    workers: tokio::sync::mpsc::Receiver<()>,
     /// The addresses of its listeners.
     pub addresses: Vec<SocketAddr>,
 }
 
 impl Proxy {
     /// Opens the listeners and starts the workers. From now on connections are accepted.
-    pub fn start(
-        settings: Settings,
-        tables: &watch::Receiver<Arc<Table>>,
-        log: ConnectionLog,
-    ) -> io::Result<Self> {
+    pub fn start(settings: Settings, tables: &watch::Receiver<Arc<Table>>) -> io::Result<Self> {
         let sets = listener::open(settings.port.map_or(0, Port::get), settings.workers.max(1))?;
         let addresses = match sets.first() {
             Some(set) => {
@@ -81,14 +80,16 @@ impl Proxy {
             settings,
             tally: Default::default(),
             live: Default::default(),
-            log,
             start: Instant::now(),
         });
-        let mut proxy = Self { shared, phase, threads: Vec::new(), addresses };
+        let (alive, workers) = tokio::sync::mpsc::channel(1);
+        let mut proxy = Self { shared, phase, threads: Vec::new(), workers, addresses };
         for (n, listeners) in sets.into_iter().enumerate() {
             let (shared, tables, phases) = (proxy.shared.clone(), tables.clone(), phases.clone());
             let (started, start) = mpsc::sync_channel(1);
+            let alive = alive.clone();
             let work = move || {
+                let _alive = alive;
                 let mut runtime = tokio::runtime::Builder::new_current_thread();
                 let built = runtime.enable_io().enable_time().build_local(LocalOptions::default());
                 let (runtime, result) = match built {
@@ -130,9 +131,16 @@ impl Proxy {
         });
     }
 
+    /// Waits until every worker has ended: after [`Proxy::drain`], when its last connection did.
+    pub async fn ended(&mut self) {
+        // Nothing is ever sent.
+        let _ = self.workers.recv().await;
+    }
+
     /// Resets what is left, and waits for the workers to end.
-    pub fn end(self) -> io::Result<()> {
+    pub async fn end(mut self) -> io::Result<()> {
         self.phase.send_replace(Phase::Ended);
+        self.ended().await;
         for thread in self.threads {
             thread.join().map_err(|_| io::Error::other("a worker panicked"))??;
         }

@@ -22,7 +22,7 @@ use tokio::{
 use super::{
     Phase, Settings,
     connection::{Record, recognise, reset_on_close, serve},
-    connection_log::{ConnectionLog, Entry},
+    connection_log::{self, Entry},
     listener::{AcceptBackoff, adopt},
     outcome::{Outcome, Tally},
     relay::{Moved, RelayBuffers},
@@ -41,7 +41,6 @@ pub(super) struct Shared {
     pub tally: Tally,
     /// Connections that are open, or being opened.
     pub live: AtomicUsize,
-    pub log: ConnectionLog,
     /// When the clock of ejections started.
     pub start: Instant,
 }
@@ -275,7 +274,9 @@ impl Drop for Ticket {
         let outcome = live.and_then(|live| live.verdict).unwrap_or(self.outcome);
         worker.shared.live.fetch_sub(1, Relaxed);
         worker.shared.tally.count(outcome);
-        worker.shared.log.record(outcome, || Entry::new(&self.record, outcome));
+        connection_log::record(worker.shared.settings.log, outcome, || {
+            Entry::new(&self.record, outcome)
+        });
         if last {
             worker.idle.notify_one();
         }
