@@ -5,6 +5,7 @@ pub mod config;
 pub mod model;
 pub mod descriptor;
 pub mod source;
+pub mod tls;
 pub mod docker;
 pub mod provider;
 pub mod discovery;

@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use super::{CaptureMode, Config, Conntrack, Provider, UsageError, args::Args, values::*};
 use crate::{
     descriptor::{Descriptor, split_list},
-    discovery::{ConsulSettings, EtcdSettings, Settings},
+    discovery::{ConsulSettings, EtcdSettings, Secret, Settings},
     docker::Engine,
 };
 
@@ -143,14 +143,14 @@ fn consul(env: &Environment<'_>) -> Result<ConsulSettings, UsageError> {
     let key = file("CONSUL_CLIENT_KEY");
     both(("CONSUL_CLIENT_CERT", &certificate), ("CONSUL_CLIENT_KEY", &key))?;
     Ok(ConsulSettings {
-        token: env.text("CONSUL_HTTP_TOKEN"),
+        token: env.text("CONSUL_HTTP_TOKEN").map(Secret::from),
         token_file: file("CONSUL_HTTP_TOKEN_FILE"),
         tls: env.setting("CONSUL_HTTP_SSL").or("false").read(boolean, BOOLEAN)?,
         tls_verify: env.setting("CONSUL_HTTP_SSL_VERIFY").or("true").read(boolean, BOOLEAN)?,
         ca: file("CONSUL_CACERT"),
         certificate,
         key,
-        auth: env.text("CONSUL_HTTP_AUTH"),
+        auth: env.text("CONSUL_HTTP_AUTH").map(Secret::from),
     })
 }
 
@@ -169,7 +169,7 @@ fn etcd(
         certificate,
         key,
         ca: flag("--etcd-cacert", ca).read(path, FILE)?,
-        user: name.zip(password),
+        user: name.zip(password.map(Secret::from)),
     })
 }
 

@@ -1,13 +1,23 @@
 //! Docker
 use crate::{
     discovery::{Endpoints, Query},
+    docker::Engine,
     source::{Publisher, Source, SourceError},
 };
 
 #[derive(Debug, Clone)]
-pub struct Docker {}
+#[allow(dead_code)]
+pub struct Docker {
+    engine: Engine,
+    healthy_only: bool,
+    own: bool,
+}
 
 impl Docker {
+    pub fn new(engine: Engine, healthy_only: bool, own: bool) -> Self {
+        Self { engine, healthy_only, own }
+    }
+
     pub fn source(self, _query: Query) -> DockerSource {
         DockerSource {}
     }
