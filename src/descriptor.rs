@@ -1,0 +1,466 @@
+//! What a consumer writes to ask for a service: `<service>[<tag>,<tag>...];<port>[;<key>=<value>...]`. Pure.
+
+use std::{fmt, str::FromStr, sync::Arc, time::Duration};
+
+use crate::model::{NotAPort, Port, ServiceName, Tags};
+
+/// A parsed descriptor: one service on one port, and how to treat its connections.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Descriptor {
+    pub service: ServiceName,
+    /// Every one must be present on an endpoint.
+    pub tags: Tags,
+    /// The port that the consumer dials.
+    pub port: Port,
+    /// `lb=`; where absent, the command line's `--lb`.
+    pub balance: Option<Balance>,
+    /// `drain=`: what happens to the live connections of an endpoint that goes away.
+    pub drain: EndpointDrain,
+    /// `dc=`: the Consul datacentre to ask.
+    pub dc: Option<Arc<str>>,
+    /// `via=`: the discovery to ask, by its scheme; where absent, the first that was given.
+    pub via: Option<Arc<str>>,
+    /// `check=tcp`: probe the endpoints actively.
+    pub check: Option<Check>,
+    /// `proxy=`: announce the consumer to the endpoint by the PROXY protocol.
+    pub proxy: Option<ProxyProtocol>,
+}
+
+/// How connections are spread over endpoints.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, clap::ValueEnum)]
+pub enum Balance {
+    /// Each endpoint in turn.
+    #[default]
+    #[value(name = "rr")]
+    RoundRobin,
+    /// The endpoint with the fewest open connections, over all routes.
+    #[value(name = "leastconn")]
+    LeastConnections,
+}
+
+/// What happens to the live connections of an endpoint that goes away.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum EndpointDrain {
+    /// They live until one side ends them.
+    #[default]
+    Keep,
+    /// They are reset at once.
+    Kill,
+    /// They are reset after this long: whole seconds, at least one.
+    After(Duration),
+}
+
+/// How an endpoint is probed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Check {
+    /// A TCP connection that opens.
+    Tcp,
+}
+
+/// The version of the PROXY protocol (haproxy.org/download/3.0/doc/proxy-protocol.txt).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ProxyProtocol {
+    V1,
+    V2,
+}
+
+/// Why a descriptor was refused. Each names the part, its value and what was expected.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DescriptorError {
+    #[error("no port: expected <service>;<port>")]
+    NoPort,
+    #[error("no service name before the {0:?}")]
+    NoService(char),
+    #[error(
+        "service {service:?} has the character {character:?}: expected only A-Z a-z 0-9 / . _ * @ -"
+    )]
+    Service { service: String, character: char },
+    #[error("the tag list is not closed: expected ']'")]
+    TagsNotClosed,
+    #[error("{0:?} after the tag list: expected ';' and a port")]
+    AfterTags(String),
+    #[error("an empty tag in [{0}]: expected [tag,tag]")]
+    EmptyTag(String),
+    #[error("tag {tag:?} has the character {character:?}: expected none of white space , ; [ ]")]
+    Tag { tag: String, character: char },
+    #[error(transparent)]
+    Port(#[from] NotAPort),
+    #[error("option {0:?}: expected <key>=<value>")]
+    OptionForm(String),
+    #[error("unknown option {0:?}: expected one of lb, drain, dc, via, check, proxy")]
+    UnknownOption(String),
+    #[error("option {0} is given twice")]
+    RepeatedOption(String),
+    #[error("{key}={value:?}: expected {expected}")]
+    OptionValue { key: &'static str, value: String, expected: &'static str },
+}
+
+impl FromStr for Descriptor {
+    type Err = DescriptorError;
+
+    /// The whole text must match; nothing is trimmed.
+    fn from_str(text: &str) -> Result<Self, DescriptorError> {
+        let (service, tags, rest) = service_and_tags(text)?;
+        let mut fields = rest.split(';');
+        let port = fields.next().unwrap_or_default().parse()?;
+        let mut descriptor = Self {
+            service,
+            tags,
+            port,
+            balance: None,
+            drain: EndpointDrain::Keep,
+            dc: None,
+            via: None,
+            check: None,
+            proxy: None,
+        };
+        let mut seen = Vec::new();
+        for field in fields {
+            let (key, value) = field
+                .split_once('=')
+                .ok_or_else(|| DescriptorError::OptionForm(field.to_owned()))?;
+            if seen.contains(&key) {
+                return Err(DescriptorError::RepeatedOption(key.to_owned()));
+            }
+            descriptor.set(key, value)?;
+            seen.push(key);
+        }
+        Ok(descriptor)
+    }
+}
+
+impl Descriptor {
+    fn set(&mut self, key: &str, value: &str) -> Result<(), DescriptorError> {
+        let wrong =
+            |key, expected| DescriptorError::OptionValue { key, value: value.to_owned(), expected };
+        match key {
+            "lb" => {
+                self.balance = Some(match value {
+                    "rr" => Balance::RoundRobin,
+                    "leastconn" => Balance::LeastConnections,
+                    _ => return Err(wrong("lb", "rr or leastconn")),
+                });
+            }
+            "drain" => {
+                self.drain = match value {
+                    "keep" => EndpointDrain::Keep,
+                    "kill" => EndpointDrain::Kill,
+                    seconds => match whole_number(seconds) {
+                        Some(seconds) if seconds > 0 => {
+                            EndpointDrain::After(Duration::from_secs(seconds.into()))
+                        }
+                        _ => {
+                            return Err(wrong(
+                                "drain",
+                                "keep, kill or a whole number of seconds from 1",
+                            ));
+                        }
+                    },
+                };
+            }
+            "dc" => {
+                self.dc = Some(
+                    label(value)
+                        .ok_or_else(|| wrong("dc", "a datacentre name of A-Z a-z 0-9 _ -"))?,
+                )
+            }
+            "via" => {
+                self.via =
+                    Some(label(value).ok_or_else(|| wrong("via", "the scheme of a -discovery"))?)
+            }
+            "check" => {
+                self.check = Some(match value {
+                    "tcp" => Check::Tcp,
+                    _ => return Err(wrong("check", "tcp")),
+                });
+            }
+            "proxy" => {
+                self.proxy = Some(match value {
+                    "v1" => ProxyProtocol::V1,
+                    "v2" => ProxyProtocol::V2,
+                    _ => return Err(wrong("proxy", "v1 or v2")),
+                });
+            }
+            _ => return Err(DescriptorError::UnknownOption(key.to_owned())),
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Descriptor {
+    /// The canonical text: it parses to the same descriptor.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.service.fmt(f)?;
+        if !self.tags.is_empty() {
+            f.write_str("[")?;
+            for (i, tag) in self.tags.iter().enumerate() {
+                write!(f, "{}{tag}", if i == 0 { "" } else { "," })?;
+            }
+            f.write_str("]")?;
+        }
+        write!(f, ";{}", self.port)?;
+        match self.balance {
+            None => {}
+            Some(Balance::RoundRobin) => f.write_str(";lb=rr")?,
+            Some(Balance::LeastConnections) => f.write_str(";lb=leastconn")?,
+        }
+        match self.drain {
+            EndpointDrain::Keep => {}
+            EndpointDrain::Kill => f.write_str(";drain=kill")?,
+            EndpointDrain::After(time) => write!(f, ";drain={}", time.as_secs())?,
+        }
+        if let Some(dc) = &self.dc {
+            write!(f, ";dc={dc}")?;
+        }
+        if let Some(via) = &self.via {
+            write!(f, ";via={via}")?;
+        }
+        match self.check {
+            None => {}
+            Some(Check::Tcp) => f.write_str(";check=tcp")?,
+        }
+        match self.proxy {
+            None => Ok(()),
+            Some(ProxyProtocol::V1) => f.write_str(";proxy=v1"),
+            Some(ProxyProtocol::V2) => f.write_str(";proxy=v2"),
+        }
+    }
+}
+
+/// Splits a list of descriptors at its commas; those inside brackets belong to a tag list.
+///
+/// ```
+/// let parts: Vec<_> = embassy::descriptor::split_list("web;80,db[prod,eu];5432").collect();
+/// assert_eq!(parts, ["web;80", "db[prod,eu];5432"]);
+/// ```
+pub fn split_list(list: &str) -> impl Iterator<Item = &str> {
+    let mut in_tags = false;
+    list.split(move |c| {
+        match c {
+            '[' => in_tags = true,
+            ']' => in_tags = false,
+            _ => {}
+        }
+        c == ',' && !in_tags
+    })
+}
+
+/// The service, its tags, and what follows the first `;` behind them.
+fn service_and_tags(text: &str) -> Result<(ServiceName, Tags, &str), DescriptorError> {
+    let end = text.find(['[', ';']).ok_or(DescriptorError::NoPort)?;
+    let (name, rest) = text.split_at(end);
+    let service = ServiceName::new(name).ok_or_else(|| {
+        let character =
+            name.chars().find(|c| ServiceName::new(c.encode_utf8(&mut [0; 4])).is_none());
+        match character {
+            None => DescriptorError::NoService(if rest.starts_with('[') { '[' } else { ';' }),
+            Some(character) => DescriptorError::Service { service: name.to_owned(), character },
+        }
+    })?;
+    if let Some(rest) = rest.strip_prefix(';') {
+        return Ok((service, Tags::default(), rest));
+    }
+    let (list, rest) = rest
+        .strip_prefix('[')
+        .unwrap_or(rest)
+        .split_once(']')
+        .ok_or(DescriptorError::TagsNotClosed)?;
+    let tags = tags(list)?;
+    match rest.strip_prefix(';') {
+        Some(rest) => Ok((service, tags, rest)),
+        None if rest.is_empty() => Err(DescriptorError::NoPort),
+        None => Err(DescriptorError::AfterTags(rest.to_owned())),
+    }
+}
+
+fn tags(list: &str) -> Result<Tags, DescriptorError> {
+    for tag in list.split(',') {
+        if tag.is_empty() {
+            return Err(DescriptorError::EmptyTag(list.to_owned()));
+        }
+        if let Some(character) =
+            tag.chars().find(|&c| c.is_whitespace() || c.is_control() || ";[]".contains(c))
+        {
+            return Err(DescriptorError::Tag { tag: tag.to_owned(), character });
+        }
+    }
+    Ok(Tags::new(list.split(',')))
+}
+
+fn whole_number(text: &str) -> Option<u32> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?
+}
+
+/// A name as Consul allows it for datacentres, and as our schemes are written.
+fn label(text: &str) -> Option<Arc<str>> {
+    let valid = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+    (!text.is_empty() && text.bytes().all(valid)).then(|| text.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(text: &str) -> Result<Descriptor, DescriptorError> {
+        text.parse()
+    }
+
+    #[test]
+    fn the_forms_users_have_written_for_years() {
+        for (text, service, port) in [
+            ("redis.master;6379", "redis.master", 6379),
+            ("/services/prod/app1/80;80", "/services/prod/app1/80", 80),
+            ("/services/prod/app1/80[prod,app1];80", "/services/prod/app1/80", 80),
+            ("name[prod,app1];80", "name", 80),
+            ("a*b@c_d-e;65535", "a*b@c_d-e", 65535),
+        ] {
+            let descriptor = parse(text).expect(text);
+            assert_eq!(descriptor.service.as_str(), service);
+            assert_eq!(descriptor.port.get(), port);
+        }
+    }
+
+    #[test]
+    fn every_option_is_read() {
+        let text = "db[eu];5432;lb=leastconn;drain=30;dc=dc-2;via=consul;check=tcp;proxy=v2";
+        let descriptor = parse(text).expect(text);
+        assert_eq!(descriptor.balance, Some(Balance::LeastConnections));
+        assert_eq!(descriptor.drain, EndpointDrain::After(Duration::from_secs(30)));
+        assert_eq!(descriptor.dc.as_deref(), Some("dc-2"));
+        assert_eq!(descriptor.via.as_deref(), Some("consul"));
+        assert_eq!(descriptor.check, Some(Check::Tcp));
+        assert_eq!(descriptor.proxy, Some(ProxyProtocol::V2));
+        assert_eq!(descriptor.to_string(), text);
+    }
+
+    /// Whole messages are compared: they are what a user reads in the log.
+    #[test]
+    fn each_malformed_form_has_its_own_reason() {
+        for (text, reason) in [
+            ("", "no port: expected <service>;<port>"),
+            ("redis", "no port: expected <service>;<port>"),
+            ("redis[a]", "no port: expected <service>;<port>"),
+            (";80", "no service name before the ';'"),
+            ("[a];80", "no service name before the '['"),
+            (
+                "foo bar;80",
+                "service \"foo bar\" has the character ' ': expected only A-Z a-z 0-9 / . _ * @ -",
+            ),
+            (
+                " foo;80",
+                "service \" foo\" has the character ' ': expected only A-Z a-z 0-9 / . _ * @ -",
+            ),
+            ("foo[a;80", "the tag list is not closed: expected ']'"),
+            ("foo[a]x;80", "\"x;80\" after the tag list: expected ';' and a port"),
+            ("foo[];80", "an empty tag in []: expected [tag,tag]"),
+            ("foo[a,,b];80", "an empty tag in [a,,b]: expected [tag,tag]"),
+            (
+                "foo[a b];80",
+                "tag \"a b\" has the character ' ': expected none of white space , ; [ ]",
+            ),
+            (
+                "foo[[a];80",
+                "tag \"[a\" has the character '[': expected none of white space , ; [ ]",
+            ),
+            ("foo;", "port \"\" is not a number from 1 to 65535"),
+            ("foo;0", "port \"0\" is not a number from 1 to 65535"),
+            ("foo;65536", "port \"65536\" is not a number from 1 to 65535"),
+            ("foo;99999", "port \"99999\" is not a number from 1 to 65535"),
+            ("foo;80 ", "port \"80 \" is not a number from 1 to 65535"),
+            ("foo;http", "port \"http\" is not a number from 1 to 65535"),
+            ("foo;80;", "option \"\": expected <key>=<value>"),
+            ("foo;80;lb", "option \"lb\": expected <key>=<value>"),
+            (
+                "foo;80;weight=1",
+                "unknown option \"weight\": expected one of lb, drain, dc, via, check, proxy",
+            ),
+            ("foo;80;lb=rr;lb=rr", "option lb is given twice"),
+            ("foo;80;lb=random", "lb=\"random\": expected rr or leastconn"),
+            (
+                "foo;80;drain=0",
+                "drain=\"0\": expected keep, kill or a whole number of seconds from 1",
+            ),
+            (
+                "foo;80;drain=+5",
+                "drain=\"+5\": expected keep, kill or a whole number of seconds from 1",
+            ),
+            (
+                "foo;80;drain=",
+                "drain=\"\": expected keep, kill or a whole number of seconds from 1",
+            ),
+            ("foo;80;dc=", "dc=\"\": expected a datacentre name of A-Z a-z 0-9 _ -"),
+            ("foo;80;via=a/b", "via=\"a/b\": expected the scheme of a -discovery"),
+            ("foo;80;check=http", "check=\"http\": expected tcp"),
+            ("foo;80;proxy=v3", "proxy=\"v3\": expected v1 or v2"),
+        ] {
+            assert_eq!(parse(text).expect_err(text).to_string(), reason, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_list_is_split_outside_brackets_only() {
+        let split = |list| split_list(list).collect::<Vec<_>>();
+        assert_eq!(split("frontend_http;80,mysql;3306"), ["frontend_http;80", "mysql;3306"]);
+        assert_eq!(split("a[x,y];1,b;2"), ["a[x,y];1", "b;2"]);
+        assert_eq!(split(""), [""]);
+    }
+
+    fn any_descriptor() -> impl Strategy<Value = Descriptor> {
+        let balance = prop::option::of(prop_oneof![
+            Just(Balance::RoundRobin),
+            Just(Balance::LeastConnections)
+        ]);
+        let drain = prop_oneof![
+            Just(EndpointDrain::Keep),
+            Just(EndpointDrain::Kill),
+            (1..=u32::MAX).prop_map(|s| EndpointDrain::After(Duration::from_secs(s.into()))),
+        ];
+        let label = || prop::option::of("[A-Za-z0-9_-]{1,12}".prop_map(|s| s.as_str().into()));
+        (
+            "[A-Za-z0-9/._*@-]{1,40}",
+            prop::collection::vec("[^\\s\\p{Cc},;\\[\\]]{1,10}", 0..4),
+            1..=u16::MAX,
+            balance,
+            drain,
+            (label(), label()),
+            prop::option::of(Just(Check::Tcp)),
+            prop::option::of(prop_oneof![Just(ProxyProtocol::V1), Just(ProxyProtocol::V2)]),
+        )
+            .prop_map(|(service, tags, port, balance, drain, (dc, via), check, proxy)| {
+                Descriptor {
+                    service: ServiceName::new(&service).expect("the strategy makes valid names"),
+                    tags: Tags::new(tags.iter().map(String::as_str)),
+                    port: Port::new(port).expect("the strategy starts at 1"),
+                    balance,
+                    drain,
+                    dc,
+                    via,
+                    check,
+                    proxy,
+                }
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn printed_then_parsed_is_the_same(descriptor in any_descriptor()) {
+            prop_assert_eq!(parse(&descriptor.to_string()), Ok(descriptor));
+        }
+
+        #[test]
+        fn no_text_panics_and_what_parses_prints_back(text in "(\\PC|[a;=\\[\\],0-9]){0,60}") {
+            if let Ok(descriptor) = parse(&text) {
+                prop_assert_eq!(parse(&descriptor.to_string()), Ok(descriptor));
+            }
+        }
+
+        #[test]
+        fn nothing_may_stand_around_a_descriptor(descriptor in any_descriptor(), extra in "[ \t\n;,\\[]") {
+            let whole = descriptor.to_string();
+            prop_assert!(parse(&[&extra, whole.as_str()].concat()).is_err());
+            prop_assert!(parse(&[&whole, extra.as_str()].concat()).is_err());
+        }
+    }
+}

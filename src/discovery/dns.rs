@@ -1,0 +1,24 @@
+//! Dns
+use crate::{
+    discovery::{Endpoints, Query},
+    source::{Publisher, Source, SourceError},
+};
+
+#[derive(Debug, Clone)]
+pub struct Dns {}
+
+impl Dns {
+    pub fn source(self, _query: Query) -> DnsSource {
+        DnsSource {}
+    }
+}
+
+#[derive(Debug)]
+pub struct DnsSource {}
+
+impl Source for DnsSource {
+    type Item = Endpoints;
+    async fn session(&mut self, _publish: &Publisher<Endpoints>) -> Result<(), SourceError> {
+        std::future::pending().await
+    }
+}

@@ -1,0 +1,201 @@
+//! WHERE services are: what the bindings ask for becomes watches, and each watch says which endpoints there are now.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{sync::Notify, task::AbortHandle};
+
+use crate::{
+    descriptor::Descriptor,
+    model::{Endpoint, Port, ServiceName, Tags},
+    source::{Answers, Known, Publisher, follow},
+};
+
+pub mod consul;
+pub mod dns;
+pub mod docker;
+pub mod etcd;
+pub mod file;
+mod uri;
+
+pub use uri::{ConsulSettings, EtcdSettings, Settings, UriError};
+
+/// What is asked of a discovery. Equal queries share one watch, however many consumers ask.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Query {
+    /// The discovery's name: the scheme of its URI.
+    pub via: Arc<str>,
+    pub service: ServiceName,
+    pub tags: Tags,
+    pub dc: Option<Arc<str>>,
+    /// The descriptor's port, only where the discovery needs it: the A and AAAA records of DNS have none.
+    pub port: Option<Port>,
+}
+
+impl fmt::Display for Query {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.via, self.service)?;
+        if !self.tags.is_empty() {
+            write!(f, "[{}]", self.tags.iter().collect::<Vec<_>>().join(","))?;
+        }
+        match &self.dc {
+            Some(dc) => write!(f, " in {dc}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A discovery's full answer to a query.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Endpoints {
+    /// Sorted, without repeats.
+    pub list: Vec<Endpoint>,
+    /// What stood among them and could not be understood.
+    pub rejected: Vec<Rejected>,
+}
+
+impl Endpoints {
+    pub fn new(list: impl IntoIterator<Item = Endpoint>, rejected: Vec<Rejected>) -> Self {
+        let list: BTreeSet<_> = list.into_iter().collect();
+        Self { list: list.into_iter().collect(), rejected }
+    }
+}
+
+/// An entry that was skipped: it never hides the others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejected {
+    /// Where it stands: a key, a service ID, a record.
+    pub what: String,
+    /// Its value and what was expected.
+    pub reason: String,
+}
+
+/// One configured discovery.
+#[derive(Debug, Clone)]
+pub enum Discovery {
+    Consul(consul::Consul),
+    Etcd(etcd::Etcd),
+    Docker(docker::Docker),
+    File(file::File),
+    Dns(dns::Dns),
+}
+
+impl Discovery {
+    /// Follows what `query` asks for, for ever.
+    async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: Duration) {
+        let name = query.to_string();
+        match self {
+            Self::Consul(consul) => follow(&name, consul.source(query), publish, resync).await,
+            Self::Etcd(etcd) => follow(&name, etcd.source(query), publish, resync).await,
+            Self::Docker(docker) => follow(&name, docker.source(query), publish, resync).await,
+            Self::File(file) => follow(&name, file.source(query), publish, resync).await,
+            Self::Dns(dns) => follow(&name, dns.source(query), publish, resync).await,
+        }
+    }
+}
+
+/// A descriptor names a discovery that was not configured.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("via={via:?}: expected one of the configured discoveries: {configured}")]
+pub struct UnknownDiscovery {
+    pub via: Arc<str>,
+    pub configured: String,
+}
+
+/// Every configured discovery, by name.
+#[derive(Debug, Clone)]
+pub struct Discoveries {
+    by_name: BTreeMap<Arc<str>, Discovery>,
+    /// Asked where a descriptor names none.
+    default: Arc<str>,
+}
+
+impl Discoveries {
+    /// Reads every `-discovery`; the first one is the default.
+    pub fn parse(uris: &[String], settings: &Settings) -> Result<Self, UriError> {
+        let mut by_name = BTreeMap::new();
+        let mut default = None;
+        for text in uris {
+            let (name, discovery) = uri::parse(text, settings)?;
+            default.get_or_insert_with(|| name.clone());
+            if by_name.insert(name.clone(), discovery).is_some() {
+                return Err(UriError::new(
+                    text,
+                    format_args!("a second {name}: a descriptor could not tell them apart"),
+                ));
+            }
+        }
+        let default = default.ok_or_else(|| UriError::new("", "at least one discovery"))?;
+        Ok(Self { by_name, default })
+    }
+
+    /// What to ask for a descriptor, and of whom.
+    pub fn query(&self, descriptor: &Descriptor) -> Result<Query, UnknownDiscovery> {
+        let via = descriptor.via.as_ref().unwrap_or(&self.default);
+        let (via, discovery) = self.by_name.get_key_value(via).ok_or_else(|| UnknownDiscovery {
+            via: via.clone(),
+            configured: self.by_name.keys().map(AsRef::as_ref).collect::<Vec<_>>().join(", "),
+        })?;
+        Ok(Query {
+            via: via.clone(),
+            service: descriptor.service.clone(),
+            tags: descriptor.tags.clone(),
+            dc: descriptor.dc.clone(),
+            port: matches!(discovery, Discovery::Dns(_)).then_some(descriptor.port),
+        })
+    }
+}
+
+/// The watches that the current demand asks for, and no others.
+#[derive(Debug)]
+pub struct Watches {
+    discoveries: Discoveries,
+    resync: Duration,
+    /// Rung when any answer brings news.
+    bell: Arc<Notify>,
+    running: BTreeMap<Query, Watch>,
+}
+
+#[derive(Debug)]
+struct Watch {
+    answers: Answers<Endpoints>,
+    task: AbortHandle,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Watches {
+    pub fn new(discoveries: Discoveries, resync: Duration, bell: Arc<Notify>) -> Self {
+        Self { discoveries, resync, bell, running: BTreeMap::new() }
+    }
+
+    /// Starts what `queries` asks for and is not running yet, and ends what nobody asks for any more.
+    pub fn demand(&mut self, queries: &BTreeSet<Query>) {
+        self.running.retain(|query, _| queries.contains(query));
+        for query in queries {
+            let Some(discovery) = self.discoveries.by_name.get(&query.via) else { continue };
+            if self.running.contains_key(query) {
+                continue;
+            }
+            let (publish, answers) = Publisher::new(self.bell.clone());
+            let task = tokio::spawn(discovery.clone().watch(query.clone(), publish, self.resync));
+            self.running.insert(query.clone(), Watch { answers, task: task.abort_handle() });
+        }
+    }
+
+    /// What every running watch knows now.
+    pub fn known(&self) -> BTreeMap<Query, Known<Endpoints>> {
+        self.running
+            .iter()
+            .map(|(query, watch)| (query.clone(), watch.answers.borrow().clone()))
+            .collect()
+    }
+}

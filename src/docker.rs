@@ -1,0 +1,93 @@
+//! A Docker engine: where it is, and how to reach it. Shared by the provider and by the discovery of the same name.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bollard::{API_DEFAULT_VERSION, Docker};
+
+/// Where an engine listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// `unix:///path`
+    Unix(PathBuf),
+    /// `tcp://host:port`
+    Tcp(String),
+}
+
+/// An engine, and the client certificate it wants where TLS is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Engine {
+    pub address: Address,
+    /// The folder of `key.pem`, `cert.pem` and `ca.pem`: `DOCKER_CERT_PATH`, where `DOCKER_TLS_VERIFY` is set.
+    pub certificates: Option<PathBuf>,
+}
+
+/// Text that is not the address of an engine.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not unix:///path or tcp://host:port")]
+pub struct NotAnEngine(pub String);
+
+impl Engine {
+    /// Seconds that one request may take; the event stream is not bound by it.
+    const TIMEOUT: Duration = Duration::from_secs(10);
+
+    pub fn parse(text: &str, certificates: Option<PathBuf>) -> Result<Self, NotAnEngine> {
+        let wrong = || NotAnEngine(text.to_owned());
+        let (scheme, rest) = text.split_once("://").ok_or_else(wrong)?;
+        let address = match scheme {
+            "unix" if rest.starts_with('/') => Address::Unix(rest.into()),
+            "tcp" | "http" | "https" if !rest.trim_end_matches('/').is_empty() => {
+                Address::Tcp(rest.trim_end_matches('/').to_owned())
+            }
+            _ => return Err(wrong()),
+        };
+        Ok(Self { address, certificates })
+    }
+
+    /// A client that speaks the newest version that both sides know: no fixed version fits the engines from 20.10 to 29.
+    pub async fn connect(&self) -> Result<Docker, bollard::errors::Error> {
+        let seconds = Self::TIMEOUT.as_secs();
+        let client = match (&self.address, &self.certificates) {
+            (Address::Unix(path), _) => {
+                Docker::connect_with_unix(&path.to_string_lossy(), seconds, API_DEFAULT_VERSION)
+            }
+            (Address::Tcp(host), None) => {
+                Docker::connect_with_http(host, seconds, API_DEFAULT_VERSION)
+            }
+            (Address::Tcp(host), Some(folder)) => {
+                let file = |name: &str| Path::new(folder).join(name);
+                let (key, cert, ca) = (file("key.pem"), file("cert.pem"), file("ca.pem"));
+                Docker::connect_with_ssl(host, &key, &cert, &ca, seconds, API_DEFAULT_VERSION)
+            }
+        }?;
+        client.negotiate_version().await
+    }
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.address {
+            Address::Unix(path) => write!(f, "unix://{}", path.display()),
+            Address::Tcp(host) => write!(f, "tcp://{host}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_as_docker_reads_them() {
+        let unix = Engine::parse("unix:///var/run/docker.sock", None).unwrap();
+        assert_eq!(unix.address, Address::Unix("/var/run/docker.sock".into()));
+        let tcp = Engine::parse("tcp://10.0.0.1:2375", None).unwrap();
+        assert_eq!(tcp.address, Address::Tcp("10.0.0.1:2375".into()));
+        for wrong in ["", "/var/run/docker.sock", "unix://docker.sock", "tcp://", "ssh://host"] {
+            assert_eq!(Engine::parse(wrong, None), Err(NotAnEngine(wrong.to_owned())));
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! The vocabulary: newtypes, so that an address in one role cannot be passed in another.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU16,
+    str::FromStr,
+    sync::Arc,
+};
+
+/// A TCP port that something can listen on: 1 to 65535.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Port(NonZeroU16);
+
+impl Port {
+    /// `None` for 0, which is no port.
+    pub const fn new(port: u16) -> Option<Self> {
+        match NonZeroU16::new(port) {
+            Some(port) => Some(Self(port)),
+            None => None,
+        }
+    }
+
+    pub const fn get(self) -> u16 {
+        self.0.get()
+    }
+}
+
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for Port {
+    type Err = NotAPort;
+
+    /// Decimal digits only: no sign, no space, as a port is written in a URI (RFC 3986, 3.2.3).
+    fn from_str(text: &str) -> Result<Self, NotAPort> {
+        if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(NotAPort(text.to_owned()));
+        }
+        text.parse().ok().and_then(Port::new).ok_or_else(|| NotAPort(text.to_owned()))
+    }
+}
+
+/// Text that is not a port.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("port {0:?} is not a number from 1 to 65535")]
+pub struct NotAPort(pub String);
+
+/// The full ID that the engine gave a container. It is never reused, unlike the container's address and name.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ContainerId(Arc<str>);
+
+impl ContainerId {
+    pub fn new(id: &str) -> Self {
+        Self(id.into())
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ContainerId {
+    /// The first 12 characters, as `docker ps` shows it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.get(..12).unwrap_or(&self.0))
+    }
+}
+
+impl fmt::Debug for ContainerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Who asks. Two runs of one container are two consumers: what belonged to the first ended with it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ConsumerId {
+    /// A container, and the moment its current run started as the engine wrote it (`State.StartedAt`).
+    Container { id: ContainerId, started_at: Arc<str> },
+    /// This host or network namespace itself: the static provider.
+    Local,
+}
+
+impl fmt::Display for ConsumerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Container { id, .. } => id.fmt(f),
+            Self::Local => f.write_str("local"),
+        }
+    }
+}
+
+/// One who asks for services: its addresses, and what it asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Consumer {
+    pub id: ConsumerId,
+    /// For people: the container's name.
+    pub name: Arc<str>,
+    /// The network namespace it lives in: the container that made it, or `local`. Consumers that share one share its
+    /// addresses.
+    pub namespace: Arc<str>,
+    /// Every address its connections may come from. Sorted, without repeats.
+    pub sources: Vec<IpAddr>,
+    /// The gateways of the bridge networks it is on: VIPs, unless the user named theirs.
+    pub gateways: Vec<IpAddr>,
+    pub bindings: Vec<Binding>,
+}
+
+/// One consumer asks for one service on one port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Binding {
+    /// The variable or label that declared it, for people.
+    pub origin: Arc<str>,
+    pub descriptor: crate::descriptor::Descriptor,
+}
+
+/// A service's name in discovery: `[A-Za-z0-9/._*@-]+`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceName(Arc<str>);
+
+impl ServiceName {
+    /// `None` where the text is empty or holds another character.
+    pub fn new(name: &str) -> Option<Self> {
+        let valid = |b: u8| b.is_ascii_alphanumeric() || b"/._*@-".contains(&b);
+        (!name.is_empty() && name.bytes().all(valid)).then(|| Self(name.into()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ServiceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The tags that an endpoint must carry, all of them. Sorted, without repeats, so that equal sets are equal.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Tags(Vec<Arc<str>>);
+
+impl Tags {
+    pub fn new<'a>(tags: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut tags: Vec<Arc<str>> = tags.into_iter().map(Arc::from).collect();
+        tags.sort();
+        tags.dedup();
+        Self(tags)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(AsRef::as_ref)
+    }
+
+    /// Whether an endpoint that carries `carried` has every one of these.
+    pub fn all_in<S: AsRef<str>>(&self, carried: &[S]) -> bool {
+        self.iter().all(|wanted| carried.iter().any(|tag| tag.as_ref() == wanted))
+    }
+}
+
+/// Where one instance of a service listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Endpoint(pub SocketAddr);
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// An address on which traffic is captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Vip(pub IpAddr);
+
+impl fmt::Display for Vip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_digits_from_1_to_65535() {
+        assert_eq!("1".parse::<Port>().map(Port::get), Ok(1));
+        assert_eq!("65535".parse::<Port>().map(Port::get), Ok(65535));
+        for wrong in ["", "0", "65536", "99999", "+80", " 80", "80 ", "8e1", "-1", "٨٠"] {
+            assert_eq!(wrong.parse::<Port>(), Err(NotAPort(wrong.to_owned())));
+        }
+    }
+
+    #[test]
+    fn tags_are_a_set_and_all_must_be_carried() {
+        let tags = Tags::new(["prod", "app1", "prod"]);
+        assert_eq!(tags, Tags::new(["app1", "prod"]));
+        assert!(tags.all_in(&["app1", "x", "prod"]));
+        assert!(!tags.all_in(&["app1"]));
+        assert!(Tags::default().all_in::<&str>(&[]));
+    }
+}

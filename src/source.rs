@@ -1,0 +1,274 @@
+//! The one loop behind everything that embassy learns from outside: subscribe, list, follow, and after any failure say
+//! so, wait a little, and start over. It never gives up, and a failure never takes away what was known.
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{Notify, watch};
+use tracing::{debug, info, warn};
+
+/// What is known of a source: its last full answer, how old that is, and what is wrong now.
+#[derive(Debug, Clone)]
+pub struct Known<T> {
+    /// The last full answer. `None` until the first.
+    pub value: Option<Arc<T>>,
+    /// When the source last confirmed `value`.
+    pub confirmed: Option<Instant>,
+    /// When `value` last became another.
+    pub changed: Option<Instant>,
+    /// Why the source does not answer now. `None` while it does, and before the first try.
+    pub error: Option<Arc<str>>,
+    /// Sessions that failed since the start.
+    pub failures: u64,
+    /// Full answers since the start, those that brought nothing new included.
+    pub answers: u64,
+}
+
+impl<T> Default for Known<T> {
+    fn default() -> Self {
+        Self { value: None, confirmed: None, changed: None, error: None, failures: 0, answers: 0 }
+    }
+}
+
+/// A source that can be followed.
+pub trait Source: Send {
+    /// Its **full** answer: the differences are computed in one place, by the reader.
+    type Item: PartialEq + Send + Sync;
+
+    /// One session: subscribe, then list and publish, then publish again after each change. It runs until it fails,
+    /// and may be dropped at any await to be started anew. Returning `Ok` asks for a new session at once.
+    fn session(
+        &mut self,
+        publish: &Publisher<Self::Item>,
+    ) -> impl Future<Output = Result<(), SourceError>> + Send;
+}
+
+/// Why a session ended: one line for people, which names what was asked and what came back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceError(String);
+
+impl SourceError {
+    pub fn new(reason: impl fmt::Display) -> Self {
+        Self(reason.to_string())
+    }
+
+    /// An error and the errors that caused it, on one line.
+    pub fn caused(what: impl fmt::Display, error: &dyn std::error::Error) -> Self {
+        let mut text = format!("{what}: {error}");
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            let link = error.to_string();
+            // Many libraries repeat their cause in their own text.
+            if !text.contains(&link) {
+                text.push_str(": ");
+                text.push_str(&link);
+            }
+            cause = error.source();
+        }
+        Self(text)
+    }
+}
+
+impl fmt::Display for SourceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Where a session leaves its answers.
+#[derive(Debug)]
+pub struct Publisher<T> {
+    slot: watch::Sender<Known<T>>,
+    /// Rung after every change that a reader of any source would want to see.
+    bell: Arc<Notify>,
+}
+
+/// Where a reader finds them.
+pub type Answers<T> = watch::Receiver<Known<T>>;
+
+impl<T: PartialEq> Publisher<T> {
+    /// A slot that holds nothing yet, and rings `bell`.
+    pub fn new(bell: Arc<Notify>) -> (Self, Answers<T>) {
+        let (slot, answers) = watch::channel(Known::default());
+        (Self { slot, bell }, answers)
+    }
+
+    /// Publishes a full answer.
+    pub fn publish(&self, value: T) {
+        let now = Instant::now();
+        let mut news = false;
+        self.slot.send_modify(|known| {
+            news = known.error.take().is_some();
+            known.confirmed = Some(now);
+            known.answers += 1;
+            if known.value.as_deref() != Some(&value) {
+                known.value = Some(Arc::new(value));
+                known.changed = Some(now);
+                news = true;
+            }
+        });
+        if news {
+            self.bell.notify_one();
+        }
+    }
+
+    /// Says that the last answer still holds.
+    pub fn confirm(&self) {
+        self.slot.send_modify(|known| {
+            known.confirmed = Some(Instant::now());
+            known.answers += 1;
+        });
+    }
+
+    fn fail(&self, error: &SourceError) {
+        self.slot.send_modify(|known| {
+            known.error = Some(error.to_string().into());
+            known.failures += 1;
+        });
+        self.bell.notify_one();
+    }
+
+    fn answers(&self) -> u64 {
+        self.slot.borrow().answers
+    }
+}
+
+/// Follows `source` for ever. `name` is what the log calls it; every `resync` it is read anew, whatever events said.
+pub async fn follow<S: Source>(
+    name: &str,
+    mut source: S,
+    publish: Publisher<S::Item>,
+    resync: Duration,
+) {
+    let mut backoff = Backoff::default();
+    loop {
+        let answers_before = publish.answers();
+        let started = Instant::now();
+        let end = tokio::time::timeout(resync, source.session(&publish)).await;
+        let answered = publish.answers() > answers_before;
+        let error = match end {
+            Ok(Ok(())) | Err(_) if answered => {
+                backoff = Backoff::default();
+                debug!(source = name, "reading anew");
+                continue;
+            }
+            Ok(Ok(())) => SourceError::new("the session ended without an answer"),
+            Err(_) => SourceError::new(format_args!("no answer within {} s", resync.as_secs_f32())),
+            Ok(Err(error)) => error,
+        };
+        publish.fail(&error);
+        if answered && started.elapsed() > Backoff::SETTLED {
+            backoff = Backoff::default();
+        }
+        let pause = backoff.next(fastrand::f64());
+        if backoff.attempts == 1 {
+            warn!(source = name, %error, "lost; what was known stays in use");
+        } else {
+            info!(source = name, %error, attempts = backoff.attempts, next = ?pause, "still lost");
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Exponential backoff with jitter: many hosts that lost one registry do not come back in step.
+#[derive(Debug, Default)]
+struct Backoff {
+    attempts: u32,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(100);
+    const LONGEST: Duration = Duration::from_secs(5);
+    /// A session that lasted this long was not a failing start.
+    const SETTLED: Duration = Duration::from_secs(10);
+
+    /// The next pause; `random` in `0..1` places it between half of its length and the whole.
+    fn next(&mut self, random: f64) -> Duration {
+        let doubled = Self::FIRST.saturating_mul(1 << self.attempts.min(16));
+        self.attempts = self.attempts.saturating_add(1);
+        doubled.min(Self::LONGEST).mul_f64(0.5 + random / 2.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    #[test]
+    fn backoff_doubles_up_to_its_longest_and_is_jittered() {
+        let mut backoff = Backoff::default();
+        assert_eq!(backoff.next(0.0), Duration::from_millis(50));
+        assert_eq!(backoff.next(1.0), Duration::from_millis(200));
+        for _ in 0..100 {
+            assert!(backoff.next(0.999) <= Backoff::LONGEST);
+        }
+        assert!(backoff.next(0.0) >= Backoff::LONGEST / 2);
+    }
+
+    /// Plays a script: each session publishes its values and ends as it says.
+    struct Script(VecDeque<(Vec<u32>, Result<(), SourceError>)>);
+
+    impl Source for Script {
+        type Item = u32;
+
+        async fn session(&mut self, publish: &Publisher<u32>) -> Result<(), SourceError> {
+            let Some((values, end)) = self.0.pop_front() else {
+                return std::future::pending().await;
+            };
+            for value in values {
+                publish.publish(value);
+            }
+            end
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_keeps_what_was_known_and_the_next_answer_clears_it() {
+        let (publish, mut answers) = Publisher::new(Arc::default());
+        let script = Script(VecDeque::from([
+            (vec![1], Err(SourceError::new("gone"))),
+            (vec![], Err(SourceError::new("still gone"))),
+            (vec![2], Ok(())),
+        ]));
+        tokio::spawn(follow("script", script, publish, Duration::from_secs(120)));
+
+        let known = answers.wait_for(|known| known.failures == 1).await.unwrap().clone();
+        assert_eq!((known.value.as_deref(), known.error.as_deref()), (Some(&1), Some("gone")));
+        let known = answers.wait_for(|known| known.failures == 2).await.unwrap().clone();
+        assert_eq!(
+            (known.value.as_deref(), known.error.as_deref()),
+            (Some(&1), Some("still gone"))
+        );
+        let known = answers.wait_for(|known| known.answers == 2).await.unwrap().clone();
+        assert_eq!((known.value.as_deref(), known.error), (Some(&2), None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_source_that_says_nothing_is_a_failure() {
+        let (publish, mut answers) = Publisher::new(Arc::default());
+        tokio::spawn(follow("silent", Script(VecDeque::new()), publish, Duration::from_secs(3)));
+        let known = answers.wait_for(|known| known.failures == 1).await.unwrap().clone();
+        assert_eq!(known.error.as_deref(), Some("no answer within 3 s"));
+    }
+
+    #[test]
+    fn the_bell_rings_for_news_only() {
+        let bell = Arc::new(Notify::new());
+        let (publish, _answers) = Publisher::new(bell.clone());
+        let rang = || {
+            let mut wait = std::pin::pin!(bell.notified());
+            wait.as_mut().enable()
+        };
+        publish.publish(1);
+        assert!(rang());
+        publish.publish(1);
+        assert!(!rang());
+        publish.publish(2);
+        assert!(rang());
+    }
+}
