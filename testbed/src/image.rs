@@ -26,10 +26,10 @@ impl Host {
         &self,
         name: &str,
         programs: &[impl AsRef<Path>],
-        files: &[impl AsRef<Path>],
+        files: &[&str],
     ) -> Result<()> {
         let programs: Vec<_> = programs.iter().map(|path| path.as_ref().to_owned()).collect();
-        let files: Vec<_> = files.iter().map(|path| path.as_ref().to_owned()).collect();
+        let files: Vec<_> = files.iter().map(PathBuf::from).collect();
         let first = programs
             .first()
             .and_then(|path| path.file_name())
