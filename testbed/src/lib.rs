@@ -1,1 +1,52 @@
-//! Development only.
+//! A hermetic Docker host: for integration tests, for the demo and the benchmark, and for trying things by hand.
+//!
+//! [`Host::start`] gives a Docker engine of its own inside fresh network, mount and process namespaces, within about
+//! a second. Its containers, bridges, firewall rules and files exist only there. Several hosts run side by side, and
+//! neither the machine's own Docker nor its firewall is touched. A host ends when the last handle to it is dropped,
+//! and also when the process that started it panics, is interrupted or is killed.
+//!
+//! ```no_run
+//! # fn main() -> anyhow::Result<()> {
+//! use testbed::Host;
+//!
+//! let host = Host::start()?;
+//! let web = host.web("web-1").start()?;
+//! let app = host.client("app").start()?;
+//!
+//! let answers = app.get(format!("{}:80", web.ip()?)).times(30).run()?;
+//! assert_eq!(answers.from("web-1"), 30);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! It needs root, and what `testbed/setup.sh` installs. All calls block; each is meant to be followed by `?`.
+
+mod consul;
+mod container;
+mod daemon;
+mod docker;
+mod embassy;
+mod etcd;
+mod exec;
+mod host;
+mod image;
+mod peer;
+mod poll;
+mod process;
+mod space;
+
+pub use consul::{Consul, Registration};
+pub use container::{Container, ContainerBuilder};
+pub use daemon::Daemon;
+pub use docker::Network;
+pub use embassy::Embassy;
+pub use etcd::{Etcd, EtcdV2, EtcdV3};
+pub use exec::output;
+pub use host::{Host, HostBuilder, Response};
+pub use peer::{Answers, Get, Probe};
+pub use poll::eventually;
+pub use process::Process;
+pub use rustix::process::Signal;
+
+/// Address of the host's `eth0`: the one that a registry would give for ports published on this Docker host.
+pub const HOST_ADDRESS: &str = "192.168.13.90";

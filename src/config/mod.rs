@@ -1,0 +1,226 @@
+//! The command line and the environment: as typed (`Args`) they become as meant (`Config`) once, here.
+
+use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::{
+    Arg, ArgAction, CommandFactory, FromArgMatches, ValueEnum,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
+
+use crate::{
+    descriptor::{Balance, Descriptor},
+    discovery::Settings,
+    docker::Engine,
+    model::{Port, Vip},
+};
+use args::Args;
+
+mod args;
+mod read;
+mod values;
+mod words;
+
+#[cfg(test)]
+mod tests;
+
+/// What one run of embassy is asked to do.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub provider: Provider,
+    /// The engine whose containers are the consumers.
+    pub docker: Engine,
+    /// How the names of the variables begin that are bindings. Literal, not empty.
+    pub prefix: String,
+    /// Its address is a consumer address of the static provider.
+    pub interface: String,
+    /// `-discovery` URIs, at least one; the first is the default.
+    pub discovery: Vec<String>,
+    /// What else the discoveries need.
+    pub settings: Settings,
+    /// Between full re-reads of every source. At least a second.
+    pub resync: Duration,
+    /// How long the last endpoints outlive a valid empty answer. 0: not at all.
+    pub empty_hold: Duration,
+    /// Where the last table is kept. `None`: nowhere.
+    pub state_dir: Option<PathBuf>,
+    /// A kept table that is older is not used.
+    pub state_max_age: Duration,
+    /// Where the proxy listens.
+    pub port: Port,
+    /// `None`: docker0's address and the gateways of the bridge networks that have a consumer. Sorted, without repeats.
+    pub vips: Option<Vec<Vip>>,
+    pub capture: CaptureMode,
+    pub capture_scope: CaptureScope,
+    pub firewall: FirewallChoice,
+    /// Where a descriptor has no `lb=`.
+    pub balance: Balance,
+    /// How long the first connection of an unknown container may wait. 0: not at all.
+    pub hold: Duration,
+    /// How long a termination waits for live connections.
+    pub drain: Duration,
+    /// `None`: by the descriptor limit. At least 1.
+    pub max_connections: Option<usize>,
+    /// `None`: no limit. At least 1.
+    pub max_connections_per_consumer: Option<usize>,
+    /// No connection tracking between proxy and endpoints.
+    pub notrack: bool,
+    pub conntrack: Conntrack,
+    /// Where the admin API listens. `None`: nowhere.
+    pub admin: Option<Admin>,
+    pub connection_log: ConnectionLog,
+    pub log_format: LogFormat,
+    /// 0 to 10.
+    pub verbosity: u8,
+    /// `RUST_LOG`
+    pub log_filter: Option<String>,
+    /// Flags that were given and mean nothing in this run: to be named in one warning.
+    pub ignored: Vec<&'static str>,
+}
+
+/// Where bindings come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Provider {
+    /// The environment and labels of the engine's containers.
+    Docker,
+    /// `-services`. At least one.
+    Static(Vec<Descriptor>),
+}
+
+/// Which rules are installed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CaptureMode {
+    /// None: the user keeps their own.
+    None,
+    /// `--dnat`: what arrives for a VIP.
+    Dnat,
+    /// `--redirect`: what is sent from here as well, and what arrives for a linked container.
+    Redirect,
+}
+
+/// What the rules match of a VIP's traffic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CaptureScope {
+    /// The ports that consumers declared.
+    Declared,
+    /// All TCP.
+    All,
+}
+
+/// Which program writes the rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FirewallChoice {
+    /// Whichever Docker itself uses here.
+    Auto,
+    Nft,
+    Iptables,
+}
+
+/// Where the admin API listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Admin {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+/// Which connections are logged as they end.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ConnectionLog {
+    Off,
+    /// Those that failed.
+    Errors,
+    All,
+    /// This part of them, between 0 and 1, both excluded.
+    Fraction(f64),
+}
+
+/// How a line of the log looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Settings of the kernel's connection tracking to make at start: `IPTABLES_TRACK_*`. `None`: left alone. At least 1.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Conntrack {
+    /// `nf_conntrack_max`
+    pub max_connections: Option<u32>,
+    /// `nf_conntrack_tcp_timeout_time_wait`, seconds
+    pub timeout: Option<u32>,
+    /// Buckets.
+    pub hashsize: Option<u32>,
+}
+
+/// Why there is no `Config`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stop {
+    /// The text that `--help` or `--version` asked for: to stdout, exit 0.
+    Print(String),
+    /// To stderr, exit 2.
+    Usage(UsageError),
+}
+
+/// One line that names the flag or variable, its value, and what it takes.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(String);
+
+impl UsageError {
+    fn new(line: impl fmt::Display) -> Self {
+        Self(line.to_string())
+    }
+}
+
+impl From<UsageError> for Stop {
+    fn from(error: UsageError) -> Self {
+        Self::Usage(error)
+    }
+}
+
+impl Config {
+    /// Reads the words behind the program's name, and from `env` what they leave open. A variable that is set to
+    /// nothing counts as unset.
+    pub fn parse(
+        words: impl IntoIterator<Item = String>,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Self, Stop> {
+        let help = Arg::new("help").short('h').long("help").action(ArgAction::HelpLong);
+        let mut command = Args::command().disable_help_flag(true).arg(help.help("Print this help"));
+        command.build();
+        let words = words::words(words, &command);
+        let args = command
+            .no_binary_name(true)
+            .try_get_matches_from(words)
+            .and_then(|matches| Args::from_arg_matches(&matches))
+            .map_err(stop)?;
+        Ok(read::config(args, &read::Environment(env))?)
+    }
+}
+
+/// What clap has to say, on one line where it is a complaint.
+fn stop(error: clap::Error) -> Stop {
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        Some(ContextValue::Strings(texts)) => texts.first().map(String::as_str),
+        _ => None,
+    };
+    let word = context(ContextKind::InvalidArg).unwrap_or_default();
+    let line = match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            return Stop::Print(error.render().to_string());
+        }
+        ErrorKind::UnknownArgument if word.starts_with('-') => {
+            let nearest = match context(ContextKind::SuggestedArg) {
+                Some(nearest) => format!("did you mean {nearest}? "),
+                None => String::new(),
+            };
+            format!("{}: unknown flag; {nearest}--help lists them all", word.escape_debug())
+        }
+        ErrorKind::UnknownArgument => {
+            format!("{word:?}: expected a flag; --help lists them all")
+        }
+        // `--help=x` and the like.
+        _ => format!("{}: expected no value", word.escape_debug()),
+    };
+    UsageError(line).into()
+}

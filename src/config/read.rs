@@ -1,0 +1,254 @@
+//! From text to meaning: each setting is taken from its flag, else its variable, else its default, and read once.
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use clap::ValueEnum;
+
+use super::{CaptureMode, Config, Conntrack, Provider, UsageError, args::Args, values::*};
+use crate::{
+    descriptor::{Descriptor, split_list},
+    discovery::{ConsulSettings, EtcdSettings, Secret, Settings},
+    docker::Engine,
+};
+
+pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageError> {
+    let mut ignored: Vec<_> = args.glog.given().collect();
+    let (provider, unused) = provider(args.provider, args.services)?;
+    ignored.extend(unused);
+    let docker = engine(args.docker, env)?;
+    let settings = Settings {
+        healthy_only: switch("--filter", args.filter, "true")?,
+        docker: docker.clone(),
+        consul: consul(env)?,
+        etcd: etcd(args.etcd_cert, args.etcd_keycert, args.etcd_cacert, env)?,
+    };
+    Ok(Config {
+        provider,
+        docker,
+        prefix: flag("--prefix", args.prefix).or("BACKEND_").read(prefix, PREFIX)?,
+        interface: flag("--interface", args.interface)
+            .or_env(env, "INTERFACE")
+            .or("eth0")
+            .read(interface, INTERFACE)?,
+        discovery: discovery(args.discovery, env),
+        settings,
+        resync: flag("--resync", args.resync).or("120").read(
+            |text| duration(text).filter(|time| *time >= Duration::from_secs(1)),
+            format_args!("{DURATION}, and at least 1s"),
+        )?,
+        empty_hold: flag("--empty-hold", args.empty_hold).or("30s").read(duration, DURATION)?,
+        state_dir: flag("--state-dir", args.state_dir)
+            .or("/var/lib/embassy")
+            .read(unless_off(path), "the path of a folder, or off")?,
+        state_max_age: flag("--state-max-age", args.state_max_age)
+            .or("24h")
+            .read(duration, DURATION)?,
+        port: flag("--port", args.port)
+            .or_env(env, "PROXY_PORT")
+            .or("9999")
+            .read(|text| text.parse().ok(), "a port from 1 to 65535")?,
+        vips: flag("--proxy-ip", args.proxy_ip).or_env(env, "PROXY_IP").read(vips, VIPS)?,
+        capture: capture(args.dnat, args.redirect)?,
+        capture_scope: flag("--capture", args.capture).or("declared").one_of()?,
+        firewall: flag("--firewall", args.firewall).or("auto").one_of()?,
+        balance: flag("--lb", args.lb).or("rr").one_of()?,
+        hold: flag("--hold", args.hold).or("2s").read(duration, DURATION)?,
+        drain: flag("--drain", args.drain).or("10s").read(duration, DURATION)?,
+        max_connections: flag("--max-connections", args.max_connections).read(count, COUNT)?,
+        max_connections_per_consumer: flag(
+            "--max-connections-per-consumer",
+            args.max_connections_per_consumer,
+        )
+        .read(count, COUNT)?,
+        notrack: switch("--notrack", args.notrack, "false")?,
+        conntrack: Conntrack {
+            max_connections: env.setting("IPTABLES_TRACK_MAX_CONNECTIONS").read(count, COUNT)?,
+            timeout: env.setting("IPTABLES_TRACK_TIMEOUT").read(count, COUNT)?,
+            hashsize: env.setting("IPTABLES_TRACK_HASHSIZE").read(count, COUNT)?,
+        },
+        admin: flag("--admin", args.admin).or("127.0.0.1:9990").read(unless_off(admin), ADMIN)?,
+        connection_log: flag("--connection-log", args.connection_log)
+            .or("off")
+            .read(connection_log, CONNECTION_LOG)?,
+        log_format: flag("--log-format", args.log_format).or("text").one_of()?,
+        verbosity: flag("--verbosity", args.verbosity).or("0").read(
+            |text| number(text).filter(|level| *level <= 10),
+            "a whole number from 0 to 10",
+        )?,
+        log_filter: env.text("RUST_LOG"),
+        ignored,
+    })
+}
+
+/// The provider, and the flag that it has no use for.
+fn provider(
+    name: Option<String>,
+    services: Option<String>,
+) -> Result<(Provider, Option<&'static str>), UsageError> {
+    let name = flag("--provider", name).or("docker");
+    let services = flag("--services", services);
+    match name.text.as_str() {
+        "docker" => Ok((Provider::Docker, services.text.map(|_| services.name))),
+        "static" => match services.text {
+            Some(list) => Ok((Provider::Static(descriptors(services.name, &list)?), None)),
+            None => Err(UsageError::new(
+                "--provider \"static\": expected --services as well: svc;port,svc[tag,tag];port",
+            )),
+        },
+        _ => Err(name.expected("docker or static")),
+    }
+}
+
+fn descriptors(flag: &str, list: &str) -> Result<Vec<Descriptor>, UsageError> {
+    split_list(list)
+        .map(|text| {
+            let wrong = |error| UsageError::new(format_args!("{flag} {text:?}: {error}"));
+            text.parse().map_err(wrong)
+        })
+        .collect()
+}
+
+fn capture(dnat: Option<String>, redirect: Option<String>) -> Result<CaptureMode, UsageError> {
+    match (switch("--dnat", dnat, "false")?, switch("--redirect", redirect, "false")?) {
+        (false, false) => Ok(CaptureMode::None),
+        (true, false) => Ok(CaptureMode::Dnat),
+        (false, true) => Ok(CaptureMode::Redirect),
+        (true, true) => Err(UsageError::new("--dnat and --redirect: expected only one of them")),
+    }
+}
+
+/// TLS as the docker command has it: asked for by any `DOCKER_TLS_VERIFY`, and only over TCP.
+fn engine(uri: Option<String>, env: &Environment<'_>) -> Result<Engine, UsageError> {
+    let certificates = env.text("DOCKER_TLS_VERIFY").and_then(|_| {
+        let folder = env.text("DOCKER_CERT_PATH").map(PathBuf::from);
+        folder.or_else(|| Some(PathBuf::from(env.text("HOME")?).join(".docker")))
+    });
+    flag("--docker", uri)
+        .or_env(env, "DOCKER_HOST")
+        .or("unix:///var/run/docker.sock")
+        .read(|text| Engine::parse(text, certificates).ok(), "unix:///path or tcp://host:port")
+}
+
+fn discovery(uris: Vec<String>, env: &Environment<'_>) -> Vec<String> {
+    if uris.is_empty() {
+        vec![env.text("DISCOVERY").unwrap_or_else(|| "consul://127.0.0.1:8500".to_owned())]
+    } else {
+        uris
+    }
+}
+
+fn consul(env: &Environment<'_>) -> Result<ConsulSettings, UsageError> {
+    let file = |name| env.text(name).map(PathBuf::from);
+    let certificate = file("CONSUL_CLIENT_CERT");
+    let key = file("CONSUL_CLIENT_KEY");
+    both(("CONSUL_CLIENT_CERT", &certificate), ("CONSUL_CLIENT_KEY", &key))?;
+    Ok(ConsulSettings {
+        token: env.text("CONSUL_HTTP_TOKEN").map(Secret::from),
+        token_file: file("CONSUL_HTTP_TOKEN_FILE"),
+        tls: env.setting("CONSUL_HTTP_SSL").or("false").read(boolean, BOOLEAN)?,
+        tls_verify: env.setting("CONSUL_HTTP_SSL_VERIFY").or("true").read(boolean, BOOLEAN)?,
+        ca: file("CONSUL_CACERT"),
+        certificate,
+        key,
+        auth: env.text("CONSUL_HTTP_AUTH").map(Secret::from),
+    })
+}
+
+fn etcd(
+    certificate: Option<String>,
+    key: Option<String>,
+    ca: Option<String>,
+    env: &Environment<'_>,
+) -> Result<EtcdSettings, UsageError> {
+    let certificate = flag("--etcd-cert", certificate).read(path, FILE)?;
+    let key = flag("--etcd-keycert", key).read(path, FILE)?;
+    both(("--etcd-cert", &certificate), ("--etcd-keycert", &key))?;
+    let (name, password) = (env.text("ETCD_USERNAME"), env.text("ETCD_PASSWORD"));
+    both(("ETCD_USERNAME", &name), ("ETCD_PASSWORD", &password))?;
+    Ok(EtcdSettings {
+        certificate,
+        key,
+        ca: flag("--etcd-cacert", ca).read(path, FILE)?,
+        user: name.zip(password.map(Secret::from)),
+    })
+}
+
+/// Two settings that mean nothing without each other.
+fn both<T>(a: (&str, &Option<T>), b: (&str, &Option<T>)) -> Result<(), UsageError> {
+    let (given, missing) = match (a.1, b.1) {
+        (Some(_), None) => (a.0, b.0),
+        (None, Some(_)) => (b.0, a.0),
+        _ => return Ok(()),
+    };
+    Err(UsageError::new(format_args!("{given}: expected {missing} as well")))
+}
+
+/// The environment, where a variable that is set to nothing counts as unset.
+pub(super) struct Environment<'a>(pub &'a dyn Fn(&str) -> Option<String>);
+
+impl Environment<'_> {
+    fn text(&self, variable: &str) -> Option<String> {
+        (self.0)(variable).filter(|text| !text.is_empty())
+    }
+
+    fn setting(&self, variable: &'static str) -> Open {
+        Open { name: variable, text: self.text(variable) }
+    }
+}
+
+fn flag(name: &'static str, text: Option<String>) -> Open {
+    Open { name, text }
+}
+
+fn switch(name: &'static str, text: Option<String>, default: &str) -> Result<bool, UsageError> {
+    flag(name, text).or(default).read(boolean, BOOLEAN)
+}
+
+/// A setting that may not have been given.
+struct Open {
+    name: &'static str,
+    text: Option<String>,
+}
+
+impl Open {
+    fn or_env(self, env: &Environment<'_>, variable: &'static str) -> Self {
+        if self.text.is_some() { self } else { env.setting(variable) }
+    }
+
+    fn or(self, default: &str) -> Setting {
+        Setting { name: self.name, text: self.text.unwrap_or_else(|| default.to_owned()) }
+    }
+
+    fn read<T>(
+        self,
+        read: impl FnOnce(&str) -> Option<T>,
+        expected: impl fmt::Display,
+    ) -> Result<Option<T>, UsageError> {
+        let name = self.name;
+        self.text.map(|text| Setting { name, text }.read(read, expected)).transpose()
+    }
+}
+
+/// A value as typed, and the flag or variable where it stood.
+struct Setting {
+    name: &'static str,
+    text: String,
+}
+
+impl Setting {
+    fn read<T>(
+        self,
+        read: impl FnOnce(&str) -> Option<T>,
+        expected: impl fmt::Display,
+    ) -> Result<T, UsageError> {
+        read(&self.text).ok_or_else(|| self.expected(expected))
+    }
+
+    fn one_of<T: ValueEnum>(self) -> Result<T, UsageError> {
+        self.read(one_of, names::<T>())
+    }
+
+    fn expected(&self, expected: impl fmt::Display) -> UsageError {
+        UsageError::new(format_args!("{} {:?}: expected {expected}", self.name, self.text))
+    }
+}

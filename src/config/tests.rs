@@ -1,0 +1,499 @@
+//! Whole command lines, and what they come to.
+
+use std::collections::HashMap;
+
+use super::*;
+use crate::discovery::{ConsulSettings, EtcdSettings};
+
+/// Splits as a shell does where nothing but single quotes is special.
+fn shell(line: &str) -> Vec<String> {
+    let mut words = vec![];
+    let mut word = None::<String>;
+    let mut quoted = false;
+    for c in line.chars() {
+        match c {
+            '\'' => {
+                quoted = !quoted;
+                word.get_or_insert_default();
+            }
+            ' ' if !quoted => words.extend(word.take()),
+            _ => word.get_or_insert_default().push(c),
+        }
+    }
+    words.extend(word);
+    words
+}
+
+fn parse_with(line: &str, env: &[(&str, &str)]) -> Result<Config, Stop> {
+    let env: HashMap<_, _> = env.iter().copied().collect();
+    Config::parse(shell(line), &|name| env.get(name).map(|&value| value.to_owned()))
+}
+
+fn parse(line: &str) -> Config {
+    parse_with(line, &[]).unwrap_or_else(|stop| panic!("{line}: {stop:?}"))
+}
+
+fn usage(line: &str, env: &[(&str, &str)]) -> String {
+    match parse_with(line, env) {
+        Err(Stop::Usage(error)) => error.to_string(),
+        other => panic!("{line} {env:?}: {other:?}"),
+    }
+}
+
+fn services(config: &Config) -> Vec<String> {
+    match &config.provider {
+        Provider::Docker => vec![],
+        Provider::Static(list) => list.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn vips(config: &Config) -> Option<Vec<String>> {
+    config.vips.as_ref().map(|vips| vips.iter().map(ToString::to_string).collect())
+}
+
+/// Equal texts mean equal settings: every field shows itself.
+fn shown(config: &Config) -> String {
+    format!("{config:#?}")
+}
+
+#[test]
+fn nothing_given() {
+    let config = parse("");
+    assert_eq!(config.provider, Provider::Docker);
+    assert_eq!(config.docker.to_string(), "unix:///var/run/docker.sock");
+    assert_eq!(config.prefix, "BACKEND_");
+    assert_eq!(config.interface, "eth0");
+    assert_eq!(config.discovery, ["consul://127.0.0.1:8500"]);
+    assert!(config.settings.healthy_only);
+    assert!(config.settings.consul.tls_verify && !config.settings.consul.tls);
+    assert_eq!(config.resync, Duration::from_secs(120));
+    assert_eq!(config.empty_hold, Duration::from_secs(30));
+    assert_eq!(config.state_dir, Some("/var/lib/embassy".into()));
+    assert_eq!(config.state_max_age, Duration::from_secs(24 * 3600));
+    assert_eq!(config.port.get(), 9999);
+    assert_eq!(config.vips, None);
+    assert_eq!(config.capture, CaptureMode::None);
+    assert_eq!(config.capture_scope, CaptureScope::Declared);
+    assert_eq!(config.firewall, FirewallChoice::Auto);
+    assert_eq!(config.balance, Balance::RoundRobin);
+    assert_eq!(config.hold, Duration::from_secs(2));
+    assert_eq!(config.drain, Duration::from_secs(10));
+    assert_eq!((config.max_connections, config.max_connections_per_consumer), (None, None));
+    assert!(!config.notrack);
+    assert_eq!(config.conntrack, Conntrack::default());
+    assert_eq!(config.admin, Some(Admin::Tcp("127.0.0.1:9990".parse().unwrap())));
+    assert_eq!(config.connection_log, ConnectionLog::Off);
+    assert_eq!(config.log_format, LogFormat::Text);
+    assert_eq!((config.verbosity, config.log_filter), (0, None));
+    assert_eq!(config.ignored, [""; 0]);
+}
+
+#[test]
+fn on_the_host_with_dnat_as_the_original_was_run() {
+    let config = parse_with(
+        "--dnat -provider=docker -v=3 -interface=eth0 -discovery=consul://HOST:8500",
+        &[("PROXY_IP", "172.17.42.1"), ("PROXY_PORT", "9998")],
+    )
+    .unwrap();
+    assert_eq!(config.capture, CaptureMode::Dnat);
+    assert_eq!(config.provider, Provider::Docker);
+    assert_eq!(config.verbosity, 3);
+    assert_eq!(config.interface, "eth0");
+    assert_eq!(config.discovery, ["consul://HOST:8500"]);
+    assert_eq!(vips(&config).unwrap(), ["172.17.42.1"]);
+    assert_eq!(config.port.get(), 9998);
+}
+
+#[test]
+fn inside_the_container_as_the_original_was_run() {
+    let config = parse(
+        "-discovery=consul://IP:8500 -provider=static -services='frontend_http;80,mysql;3306,redis;6563'",
+    );
+    assert_eq!(services(&config), ["frontend_http;80", "mysql;3306", "redis;6563"]);
+    assert_eq!(config.discovery, ["consul://IP:8500"]);
+}
+
+#[test]
+fn as_a_linked_container_as_the_original_was_run() {
+    let config = parse_with(
+        "--redirect -provider=docker -v=3 -interface=eth0 -discovery=consul://HOST:8500",
+        &[("PROXY_IP", "172.17.42.1"), ("PROXY_PORT", "9999")],
+    )
+    .unwrap();
+    assert_eq!(config.capture, CaptureMode::Redirect);
+}
+
+#[test]
+fn by_the_environment_alone_as_the_original_was_run() {
+    let env = [("INTERFACE", "ens3"), ("DISCOVERY", "etcd://HOST:4001")];
+    let config = parse_with("", &env).unwrap();
+    assert_eq!(config.interface, "ens3");
+    assert_eq!(config.discovery, ["etcd://HOST:4001"]);
+}
+
+#[test]
+fn with_the_users_own_rules_as_the_original_was_run() {
+    for (line, interface, port) in [
+        ("-interface eth0 -discovery 'etcd://HOST:4001' -v=0 -p=9999", "eth0", 9999),
+        ("-interface docker0 -discovery 'etcd://HOST:4001' -v=0 -p=3232", "docker0", 3232),
+        ("-interface eth0 -discovery 'consul://HOST:8500' -v=3 -p=9999", "eth0", 9999),
+    ] {
+        let config = parse(line);
+        assert_eq!((config.interface.as_str(), config.port.get()), (interface, port), "{line}");
+        assert_eq!(config.capture, CaptureMode::None);
+    }
+}
+
+/// Every flag and alias: each of these lines means the same.
+#[test]
+fn every_flag_in_every_style() {
+    for (names, value) in [
+        ("provider", "static"),
+        ("services", "web;80,db[prod,eu];5432"),
+        ("docker", "tcp://10.0.0.1:2375"),
+        ("prefix", "SERVICE_"),
+        ("discovery", "etcd://h:2379"),
+        ("interface", "docker0"),
+        ("port p", "80"),
+        ("proxy-ip", "10.0.0.1,fd00::1"),
+        ("resync", "60"),
+        ("etcd-cert", "/cert.pem"),
+        ("etcd-keycert", "/key.pem"),
+        ("etcd-cacert", "/ca.pem"),
+        ("lb", "leastconn"),
+        ("capture", "all"),
+        ("firewall", "nft"),
+        ("admin", "off"),
+        ("drain", "1m"),
+        ("empty-hold", "0"),
+        ("hold", "500ms"),
+        ("state-dir", "off"),
+        ("state-max-age", "1h"),
+        ("max-connections", "10"),
+        ("max-connections-per-consumer", "5"),
+        ("connection-log", "0.01"),
+        ("log-format", "json"),
+        ("verbosity v", "10"),
+    ] {
+        let mut meant = None;
+        for name in names.split(' ') {
+            let written = ["-N=V", "-N V", "--N=V", "--N V"];
+            for line in written.map(|style| style.replace('N', name).replace('V', value)) {
+                // What some flags need beside them; a flag that is given twice means its last value.
+                let beside = match name {
+                    "provider" => "-services web;80",
+                    "services" => "-provider static",
+                    "etcd-cert" => "-etcd-keycert /key.pem",
+                    "etcd-keycert" => "-etcd-cert /cert.pem",
+                    _ => "",
+                };
+                let config = shown(&parse(&format!("{line} {beside}")));
+                assert_ne!(config, shown(&parse("")), "{line}");
+                assert_eq!(config, *meant.get_or_insert_with(|| config.clone()), "{line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn switches() {
+    let capture = |line| parse(line).capture;
+    for (line, expected) in [
+        ("-dnat", CaptureMode::Dnat),
+        ("--dnat=true", CaptureMode::Dnat),
+        ("-dnat=1", CaptureMode::Dnat),
+        ("-redirect=T", CaptureMode::Redirect),
+        ("-dnat=false", CaptureMode::None),
+        ("-dnat -dnat=0", CaptureMode::None),
+        ("-dnat=false --redirect", CaptureMode::Redirect),
+    ] {
+        assert_eq!(capture(line), expected, "{line}");
+    }
+    assert!(!parse("-filter=false").settings.healthy_only);
+    assert!(parse("-filter=false -filter").settings.healthy_only);
+    assert!(parse("--notrack").notrack);
+}
+
+#[test]
+fn the_last_one_wins_but_discoveries_add_up() {
+    let config = parse("-p 1 -port=2 -discovery docker:// -discovery=dns://127.0.0.1");
+    assert_eq!(config.port.get(), 2);
+    assert_eq!(config.discovery, ["docker://", "dns://127.0.0.1"]);
+}
+
+#[test]
+fn flag_then_environment_then_default() {
+    let env = [
+        ("PROXY_PORT", "1"),
+        ("PROXY_IP", "10.0.0.1"),
+        ("INTERFACE", "a"),
+        ("DISCOVERY", "docker://"),
+        ("DOCKER_HOST", "tcp://a:1"),
+    ];
+    let config = parse_with("", &env).unwrap();
+    assert_eq!((config.port.get(), config.interface.as_str()), (1, "a"));
+    assert_eq!(config.discovery, ["docker://"]);
+    assert_eq!(vips(&config).unwrap(), ["10.0.0.1"]);
+    assert_eq!(config.docker.to_string(), "tcp://a:1");
+    assert_eq!(config.settings.docker, config.docker);
+
+    let flags = "-p 2 -proxy-ip 10.0.0.2 -interface b -discovery file://f -docker unix:///d";
+    let config = parse_with(flags, &env).unwrap();
+    assert_eq!((config.port.get(), config.interface.as_str()), (2, "b"));
+    assert_eq!(config.discovery, ["file://f"]);
+    assert_eq!(vips(&config).unwrap(), ["10.0.0.2"]);
+    assert_eq!(config.docker.to_string(), "unix:///d");
+
+    let unset = env.map(|(name, _)| (name, ""));
+    assert_eq!(shown(&parse_with("", &unset).unwrap()), shown(&parse("")));
+}
+
+#[test]
+fn secrets_and_files_from_the_environment() {
+    let config = parse_with(
+        "-etcd-cacert /ca -etcd-cert /cert -etcd-keycert /key",
+        &[
+            ("CONSUL_HTTP_TOKEN", "t"),
+            ("CONSUL_HTTP_TOKEN_FILE", "/t"),
+            ("CONSUL_HTTP_SSL", "1"),
+            ("CONSUL_HTTP_SSL_VERIFY", "False"),
+            ("CONSUL_CACERT", "/ca"),
+            ("CONSUL_CLIENT_CERT", "/cert"),
+            ("CONSUL_CLIENT_KEY", "/key"),
+            ("CONSUL_HTTP_AUTH", "user:password"),
+            ("ETCD_USERNAME", "u"),
+            ("ETCD_PASSWORD", "p"),
+        ],
+    )
+    .unwrap();
+    assert_eq!(
+        config.settings.consul,
+        ConsulSettings {
+            token: Some("t".into()),
+            token_file: Some("/t".into()),
+            tls: true,
+            tls_verify: false,
+            ca: Some("/ca".into()),
+            certificate: Some("/cert".into()),
+            key: Some("/key".into()),
+            auth: Some("user:password".into()),
+        }
+    );
+    assert_eq!(
+        config.settings.etcd,
+        EtcdSettings {
+            certificate: Some("/cert".into()),
+            key: Some("/key".into()),
+            ca: Some("/ca".into()),
+            user: Some(("u".into(), "p".into())),
+        }
+    );
+}
+
+#[test]
+fn certificates_of_the_engine() {
+    let certificates = |env: &[_]| parse_with("", env).unwrap().docker.certificates;
+    let path = ("DOCKER_CERT_PATH", "/certs");
+    assert_eq!(certificates(&[path]), None);
+    assert_eq!(certificates(&[path, ("DOCKER_TLS_VERIFY", "")]), None);
+    assert_eq!(certificates(&[path, ("DOCKER_TLS_VERIFY", "1")]), Some("/certs".into()));
+    assert_eq!(
+        certificates(&[("HOME", "/root"), ("DOCKER_TLS_VERIFY", "1")]),
+        Some("/root/.docker".into())
+    );
+}
+
+#[test]
+fn connection_tracking() {
+    let env = [
+        ("IPTABLES_TRACK_MAX_CONNECTIONS", "262144"),
+        ("IPTABLES_TRACK_TIMEOUT", "30"),
+        ("IPTABLES_TRACK_HASHSIZE", "65536"),
+    ];
+    assert_eq!(
+        parse_with("", &env).unwrap().conntrack,
+        Conntrack { max_connections: Some(262_144), timeout: Some(30), hashsize: Some(65_536) }
+    );
+}
+
+#[test]
+fn flags_without_meaning_are_named() {
+    let config = parse(
+        "-logtostderr -alsologtostderr=true -stderrthreshold INFO -vmodule=a=1 -log_dir /tmp \
+         -log_backtrace_at=f.go:1 -services web;80 -v 2",
+    );
+    assert_eq!(
+        config.ignored,
+        [
+            "--logtostderr",
+            "--alsologtostderr",
+            "--stderrthreshold",
+            "--vmodule",
+            "--log_dir",
+            "--log_backtrace_at",
+            "--services"
+        ]
+    );
+    assert_eq!(config.verbosity, 2);
+}
+
+#[test]
+fn every_complaint() {
+    let time = "expected a time such as 500ms, 10s, 2m or 1h, or a number of seconds, up to 8760h";
+    for (line, expected) in [
+        ("-prot 1", "--prot: unknown flag; did you mean --port? --help lists them all"),
+        ("-dnta", "--dnta: unknown flag; did you mean --dnat? --help lists them all"),
+        ("-qqq", "--qqq: unknown flag; --help lists them all"),
+        ("-p80", "--p80: unknown flag; --help lists them all"),
+        ("run", "\"run\": expected a flag; --help lists them all"),
+        ("-filter false", "\"false\": expected a flag; --help lists them all"),
+        ("-- port", "\"port\": expected a flag; --help lists them all"),
+        ("-", "-: unknown flag; --help lists them all"),
+        (
+            "'-a
+b'",
+            "--a\\nb: unknown flag; --help lists them all",
+        ),
+        ("--help=1", "--help: expected no value"),
+        ("-dnat --redirect", "--dnat and --redirect: expected only one of them"),
+        ("-dnat=yes", "--dnat \"yes\": expected true or false"),
+        ("-filter=", "--filter \"\": expected true or false"),
+        ("-redirect=2", "--redirect \"2\": expected true or false"),
+        ("-notrack=2", "--notrack \"2\": expected true or false"),
+        ("-capture none", "--capture \"none\": expected declared or all"),
+        ("-firewall ufw", "--firewall \"ufw\": expected auto, nft or iptables"),
+        ("-proxy-ip h", "--proxy-ip \"h\": expected addresses such as 172.17.0.1, comma separated"),
+        ("-port", "--port \"\": expected a port from 1 to 65535"),
+        ("-p 0", "--port \"0\": expected a port from 1 to 65535"),
+        ("-p 99999", "--port \"99999\": expected a port from 1 to 65535"),
+        ("-p -v", "--port \"-v\": expected a port from 1 to 65535"),
+        ("-provider k8s", "--provider \"k8s\": expected docker or static"),
+        (
+            "-provider static",
+            "--provider \"static\": expected --services as well: svc;port,svc[tag,tag];port",
+        ),
+        (
+            "-provider static -services 'web;80,redis'",
+            "--services \"redis\": no port: expected <service>;<port>",
+        ),
+        ("-provider static -services ''", "--services \"\": no port: expected <service>;<port>"),
+        (
+            "-provider static -services 'web;99999'",
+            "--services \"web;99999\": port \"99999\" is not a number from 1 to 65535",
+        ),
+        ("-docker /d.sock", "--docker \"/d.sock\": expected unix:///path or tcp://host:port"),
+        ("-prefix ''", "--prefix \"\": expected the beginning of a variable's name, without '='"),
+        (
+            "-interface eth0/1",
+            "--interface \"eth0/1\": expected the name of a network interface, up to 15 characters",
+        ),
+        ("-resync 0", &format!("--resync \"0\": {time}, and at least 1s")),
+        ("-resync 999ms", &format!("--resync \"999ms\": {time}, and at least 1s")),
+        ("-drain soon", &format!("--drain \"soon\": {time}")),
+        ("-hold 1.5s", &format!("--hold \"1.5s\": {time}")),
+        ("-empty-hold -1", &format!("--empty-hold \"-1\": {time}")),
+        ("-state-max-age 1d", &format!("--state-max-age \"1d\": {time}")),
+        ("-state-dir ''", "--state-dir \"\": expected the path of a folder, or off"),
+        ("-etcd-cert ''", "--etcd-cert \"\": expected the path of a file"),
+        ("-etcd-cert /c", "--etcd-cert: expected --etcd-keycert as well"),
+        ("-etcd-keycert /k", "--etcd-keycert: expected --etcd-cert as well"),
+        ("-etcd-cacert", "--etcd-cacert \"\": expected the path of a file"),
+        ("-lb random", "--lb \"random\": expected rr or leastconn"),
+        ("-max-connections 0", "--max-connections \"0\": expected a whole number from 1"),
+        (
+            "-max-connections-per-consumer -1",
+            "--max-connections-per-consumer \"-1\": expected a whole number from 1",
+        ),
+        (
+            "-admin 9990",
+            "--admin \"9990\": expected <ip>:<port> such as 127.0.0.1:9990, unix:///path, or off",
+        ),
+        (
+            "-connection-log 2",
+            "--connection-log \"2\": expected off, errors, all, or a fraction from 0 to 1 such as 0.01",
+        ),
+        ("-log-format xml", "--log-format \"xml\": expected text or json"),
+        ("-v 11", "--verbosity \"11\": expected a whole number from 0 to 10"),
+        ("-v", "--verbosity \"\": expected a whole number from 0 to 10"),
+        ("-interface 'a\nb'", {
+            "--interface \"a\\nb\": expected the name of a network interface, up to 15 characters"
+        }),
+    ] {
+        assert_eq!(usage(line, &[]), expected);
+    }
+    for (variable, value, expected) in [
+        ("PROXY_PORT", "x", "PROXY_PORT \"x\": expected a port from 1 to 65535"),
+        ("PROXY_IP", "x", "PROXY_IP \"x\": expected addresses such as 172.17.0.1, comma separated"),
+        ("DOCKER_HOST", "ssh://h", {
+            "DOCKER_HOST \"ssh://h\": expected unix:///path or tcp://host:port"
+        }),
+        ("INTERFACE", "a/b", {
+            "INTERFACE \"a/b\": expected the name of a network interface, up to 15 characters"
+        }),
+        ("CONSUL_HTTP_SSL", "yes", "CONSUL_HTTP_SSL \"yes\": expected true or false"),
+        ("CONSUL_HTTP_SSL_VERIFY", "on", "CONSUL_HTTP_SSL_VERIFY \"on\": expected true or false"),
+        ("CONSUL_CLIENT_KEY", "/k", "CONSUL_CLIENT_KEY: expected CONSUL_CLIENT_CERT as well"),
+        ("ETCD_USERNAME", "u", "ETCD_USERNAME: expected ETCD_PASSWORD as well"),
+        ("ETCD_PASSWORD", "secret", "ETCD_PASSWORD: expected ETCD_USERNAME as well"),
+        ("IPTABLES_TRACK_TIMEOUT", "30s", {
+            "IPTABLES_TRACK_TIMEOUT \"30s\": expected a whole number from 1"
+        }),
+        ("IPTABLES_TRACK_MAX_CONNECTIONS", "0", {
+            "IPTABLES_TRACK_MAX_CONNECTIONS \"0\": expected a whole number from 1"
+        }),
+        ("IPTABLES_TRACK_HASHSIZE", "4294967296", {
+            "IPTABLES_TRACK_HASHSIZE \"4294967296\": expected a whole number from 1"
+        }),
+    ] {
+        assert_eq!(usage("", &[(variable, value)]), expected);
+    }
+}
+
+#[test]
+fn help_and_version_are_printed() {
+    for line in ["--help", "-help", "-h", "-p 1 -h"] {
+        let Err(Stop::Print(text)) = parse_with(line, &[]) else { panic!("{line}") };
+        for part in ["-p, --port <PORT>", "--filter[=<BOOL>]", "Capture:", "CONSUL_HTTP_TOKEN"] {
+            assert!(text.contains(part), "{part} is not in:\n{text}");
+        }
+        assert!(!text.contains("logtostderr"), "{text}");
+    }
+    for line in ["--version", "-version", "-V"] {
+        let version = format!("embassy {}\n", env!("CARGO_PKG_VERSION"));
+        assert_eq!(parse_with(line, &[]).unwrap_err(), Stop::Print(version));
+    }
+}
+
+/// What `--help` says is the default: giving it changes nothing.
+#[test]
+fn the_defaults_that_help_tells_are_true() {
+    let mut told = 0;
+    for arg in Args::command().get_arguments() {
+        let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+        let Some((_, default)) = help.split_once("[default: ") else { continue };
+        let (default, _) = default.split_once(']').unwrap();
+        if default.contains(' ') {
+            continue; // in words: no value means it
+        }
+        let flag = arg.get_long().unwrap();
+        assert_eq!(shown(&parse(&format!("--{flag}={default}"))), shown(&parse("")), "--{flag}");
+        told += 1;
+    }
+    assert!(told >= 18, "{told}");
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_command_line_panics_and_every_complaint_is_one_line(
+        words: Vec<String>,
+        flag in "-{0,2}(p|v|dnat|services|discovery|hold|admin|x)=?",
+        value in "(.|\n){0,8}",
+    ) {
+        let lines = [words.clone(), [words, vec![flag.clone(), value.clone()]].concat(), vec![flag + &value]];
+        for line in lines {
+            if let Err(Stop::Usage(error)) = Config::parse(line, &|_| None) {
+                assert!(!error.to_string().contains('\n'), "{error}");
+            }
+        }
+    }
+}

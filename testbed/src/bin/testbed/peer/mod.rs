@@ -1,0 +1,62 @@
+//! `testbed peer`: the servers and clients that run in containers. Plain threads, one per connection.
+
+mod args;
+mod checksum;
+mod client;
+mod get;
+mod server;
+mod stream;
+
+use anyhow::{Result, bail};
+use args::Args;
+
+const USAGE: &str = "\
+servers, on --port P (default 80):
+  http --name X              answers X, and N bytes to /bytes/N; HTTP/1.1 with keep-alive, or `Connection: close`
+  echo                       sends back what it reads
+  greet [--name X]           speaks first: `hello from X`, a line; then as echo
+  sink [--rate R] [--delay-ms D]
+                             reads to the end, waits D, answers `<bytes> <sha256>`, a line
+  source --bytes N [--seed S] [--rate R]
+                             sends N bytes, ends its direction, reads to the end
+  first-to-close             says `bye`, a line, ends its direction, and prints `<bytes> <sha256>` of all it still reads
+  duplex --bytes N [--seed S] [--rate R]
+                             reads N bytes while it sends N, then sends the sha256 of what it read
+  reset [--after N]          reads N bytes (default 0), then resets
+  hang                       accepts, and never reads nor writes
+  idle                       no server: waits for ever
+clients, each prints one JSON object:
+  get URL|HOST:PORT [-n N] [-c CONCURRENCY] [--keep-alive] [--timeout-ms T]
+                             answers by body, failures by reason, the slowest
+  send HOST:PORT --bytes N [--seed S] [--rate R]
+                             sends, ends its direction, reads the answer to the end
+  recv HOST:PORT [--rate R]  reads to the end
+  duplex HOST:PORT --bytes N [--seed S] [--rate R]
+                             the other side of the server of that name; --rate slows the reading
+  probe HOST:PORT [--timeout-ms T] [--wait-ms W]
+                             refused, unreachable, timeout; or reset, closed, data, open within W (default 1000)
+rates are bytes per second; seeds are numbers, and a seed names one endless sequence of bytes
+";
+
+/// Runs one; a server never returns.
+pub(crate) fn run(words: &[&str]) -> Result<()> {
+    let Some((&role, rest)) = words.split_first() else {
+        print!("{USAGE}");
+        return Ok(());
+    };
+    let args = Args::parse(rest)?;
+    match role {
+        "get" => get::run(&args),
+        "send" => client::send(&args),
+        "recv" => client::recv(&args),
+        "probe" => client::probe(&args),
+        "duplex" if args.target().is_ok() => client::duplex(&args),
+        "idle" => loop {
+            std::thread::park();
+        },
+        _ => match server::Server::parse(role, &args)? {
+            Some(server) => server.run(args.number("--port", 80)?),
+            None => bail!("no such peer: {role:?}\n{USAGE}"),
+        },
+    }
+}

@@ -1,0 +1,215 @@
+//! Containers.
+
+use std::ffi::{OsStr, OsString};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::exec::output;
+use crate::host::Host;
+use crate::image;
+use crate::process::Process;
+
+/// A container that is to be.
+#[derive(Debug, Clone)]
+#[must_use = "it is made by start()"]
+pub struct ContainerBuilder {
+    host: Host,
+    name: String,
+    image: String,
+    args: Vec<OsString>,
+    cmd: Vec<OsString>,
+}
+
+impl ContainerBuilder {
+    pub(crate) fn new(host: &Host, name: &str) -> Self {
+        Self {
+            host: host.clone(),
+            name: name.to_owned(),
+            image: image::BASE.to_owned(),
+            args: Vec::new(),
+            cmd: ["testbed", "peer", "idle"].map(Into::into).into(),
+        }
+    }
+
+    /// Another image, with the image's own command.
+    pub fn image(mut self, image: &str) -> Self {
+        self.image = image.to_owned();
+        self.cmd.clear();
+        self
+    }
+
+    /// What it runs.
+    pub fn cmd<I: IntoIterator<Item: Into<OsString>>>(mut self, cmd: I) -> Self {
+        self.cmd = cmd.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// An environment variable.
+    pub fn env(self, name: &str, value: &str) -> Self {
+        self.arg(format!("--env={name}={value}"))
+    }
+
+    /// A label.
+    pub fn label(self, name: &str, value: &str) -> Self {
+        self.arg(format!("--label={name}={value}"))
+    }
+
+    /// A network by name, or `host`, or `container:<other>`.
+    pub fn network(self, name: &str) -> Self {
+        self.arg(format!("--network={name}"))
+    }
+
+    /// Any other argument of `docker run`, one word.
+    pub fn arg(mut self, arg: impl Into<OsString>) -> Self {
+        self.args.push(arg.into());
+        self
+    }
+
+    /// Several words for `docker run`.
+    pub fn args<I: IntoIterator<Item: Into<OsString>>>(mut self, args: I) -> Self {
+        self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Runs it. It stays until it is removed or the host ends; dropping the handle does nothing to it.
+    pub fn start(self) -> Result<Container> {
+        if self.image == image::BASE {
+            self.host.load_image()?;
+        }
+        let mut run = self.host.docker_command(["run", "--detach", "--name", &self.name]);
+        // The first process of a container ignores SIGTERM unless it handles it, and `docker stop` would take 10 s.
+        run.arg("--stop-signal=KILL").args(&self.args).arg(&self.image).args(&self.cmd);
+        let id = output(&mut run)?;
+        Ok(Container { host: self.host, name: self.name, id })
+    }
+}
+
+/// A container of a host.
+#[derive(Debug, Clone)]
+pub struct Container {
+    host: Host,
+    name: String,
+    id: String,
+}
+
+impl Container {
+    /// The 64 hexadecimal digits.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Its name, without a slash.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its first process, as seen inside the host.
+    pub fn pid(&self) -> Result<u32> {
+        let pid = self.inspect("{{.State.Pid}}")?;
+        pid.parse()
+            .ok()
+            .filter(|&pid| pid != 0)
+            .with_context(|| format!("{} does not run: pid {pid}", self.name))
+    }
+
+    /// Its IPv4 address on the first of its networks that has one.
+    pub fn ip(&self) -> Result<Ipv4Addr> {
+        self.address("{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}")
+    }
+
+    /// Its IPv4 address on one network.
+    pub fn ip_on(&self, network: &str) -> Result<Ipv4Addr> {
+        self.address(&format!(
+            "{{{{with index .NetworkSettings.Networks {network:?}}}}}{{{{.IPAddress}}}}{{{{end}}}}"
+        ))
+    }
+
+    /// Its IPv6 address on the first of its networks that has one.
+    pub fn ip6(&self) -> Result<Ipv6Addr> {
+        self.address("{{range .NetworkSettings.Networks}}{{.GlobalIPv6Address}} {{end}}")
+    }
+
+    /// Runs a command in the container (`docker exec`) and returns what it wrote to stdout.
+    pub fn exec<I: IntoIterator<Item: AsRef<OsStr>>>(&self, cmd: I) -> Result<String> {
+        output(&mut self.exec_command(cmd))
+    }
+
+    /// Starts a command in the container and lets it run, logged as `<container>-<name>`. Killing the process ends
+    /// only the `docker exec`: what it started lives on as long as the container does.
+    pub fn spawn<I: IntoIterator<Item: AsRef<OsStr>>>(
+        &self,
+        name: &str,
+        cmd: I,
+    ) -> Result<Process> {
+        self.host.spawn(&format!("{}-{name}", self.name), self.exec_command(cmd))
+    }
+
+    /// A command that runs a program of the machine in the container's network alone: for tools that the image lacks.
+    /// It is not in the container's control group.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
+        let mut command = self.host.command("nsenter");
+        command.arg(format!("--target={}", self.pid()?)).args(["--net", "--"]).arg(program);
+        Ok(command)
+    }
+
+    /// All it wrote to stdout and stderr.
+    pub fn log(&self) -> Result<String> {
+        let mut logs = self.host.docker_command(["logs", &self.id]);
+        let output = logs.output().context("run docker logs")?;
+        let both = [output.stdout, output.stderr].concat();
+        Ok(String::from_utf8_lossy(&both).into_owned())
+    }
+
+    /// `docker stop`.
+    pub fn stop(&self) -> Result<()> {
+        self.docker(["stop"])
+    }
+
+    /// `docker start`, after a stop.
+    pub fn start(&self) -> Result<()> {
+        self.docker(["start"])
+    }
+
+    /// `docker kill`.
+    pub fn kill(&self) -> Result<()> {
+        self.docker(["kill"])
+    }
+
+    /// `docker rm --force`.
+    pub fn remove(&self) -> Result<()> {
+        self.docker(["rm", "--force", "--volumes"])
+    }
+
+    /// `docker network connect`.
+    pub fn connect(&self, network: &str) -> Result<()> {
+        self.docker(["network", "connect", network])
+    }
+
+    /// `docker network disconnect`.
+    pub fn disconnect(&self, network: &str) -> Result<()> {
+        self.docker(["network", "disconnect", network])
+    }
+
+    /// `docker inspect` with a Go template.
+    pub fn inspect(&self, format: &str) -> Result<String> {
+        self.host.docker(["inspect", "--format", format, &self.id])
+    }
+
+    fn docker<const N: usize>(&self, args: [&str; N]) -> Result<()> {
+        output(self.host.docker_command(args).arg(&self.id)).map(drop)
+    }
+
+    fn exec_command<I: IntoIterator<Item: AsRef<OsStr>>>(&self, cmd: I) -> Command {
+        let mut command = self.host.docker_command(["exec", &self.id]);
+        command.args(cmd);
+        command
+    }
+
+    fn address<T: std::str::FromStr + Into<IpAddr>>(&self, format: &str) -> Result<T> {
+        let list = self.inspect(format)?;
+        let first = list.split_whitespace().find_map(|word| word.parse().ok());
+        first.with_context(|| format!("container {} has no such address: {list:?}", self.name))
+    }
+}

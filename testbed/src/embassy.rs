@@ -1,0 +1,75 @@
+//! The program under test.
+
+use std::ffi::OsStr;
+use std::ops::Deref;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::host::{Host, Response};
+use crate::poll::eventually;
+use crate::process::Process;
+use crate::space::program_near;
+use rustix::process::Signal;
+
+/// An embassy that runs on the host. It is a [`Process`], and is killed when it is dropped.
+#[derive(Debug)]
+pub struct Embassy {
+    host: Host,
+    process: Process,
+}
+
+impl Host {
+    /// Starts embassy with these arguments, and with `DOCKER_HOST` for the host's engine.
+    pub fn embassy<I: IntoIterator<Item: AsRef<OsStr>>>(&self, args: I) -> Result<Embassy> {
+        self.embassy_from(self.embassy_command(args)?)
+    }
+
+    /// The command that [`Host::embassy`] starts, to give it further variables. The program is `$EMBASSY_BIN`, else
+    /// the one that Cargo built beside the running one.
+    pub fn embassy_command<I: IntoIterator<Item: AsRef<OsStr>>>(&self, args: I) -> Result<Command> {
+        let mut command = self.command(program_near("embassy", "EMBASSY_BIN")?);
+        command.env("DOCKER_HOST", self.docker_url()).args(args);
+        Ok(command)
+    }
+
+    /// Starts embassy by a command of [`Host::embassy_command`].
+    pub fn embassy_from(&self, command: Command) -> Result<Embassy> {
+        Ok(Embassy { host: self.clone(), process: self.spawn("embassy", command)? })
+    }
+}
+
+impl Embassy {
+    /// Waits until `/readyz` of the admin API, at its default address, says 200.
+    pub fn wait_ready(&self, deadline: Duration) -> Result<()> {
+        let ready = eventually(deadline, "embassy to be ready", || {
+            if let Some(status) = self.process.exited()? {
+                // No use to wait for a program that has ended.
+                return Ok(Err(anyhow::anyhow!("embassy ended with {status}")));
+            }
+            self.admin("/readyz")?.ok().map(|_| Ok(()))
+        });
+        ready
+            .and_then(|ended| ended)
+            .with_context(|| format!("its log ends with\n{}", self.process.log_tail()))
+    }
+
+    /// `GET` of a path of the admin API at its default address, from inside the host.
+    pub fn admin(&self, path: &str) -> Result<Response> {
+        self.host.http("GET", &format!("http://127.0.0.1:9990{path}"), "")
+    }
+
+    /// Asks it to end (SIGTERM); [`Process::wait`] waits for that.
+    pub fn terminate(&self) -> Result<()> {
+        self.process.signal(Signal::TERM)
+    }
+}
+
+impl Deref for Embassy {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.process
+    }
+}

@@ -1,0 +1,157 @@
+//! The servers and clients that run in containers: `testbed peer ...`, seen from a test.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::container::{Container, ContainerBuilder};
+use crate::host::Host;
+
+impl Host {
+    /// A container that idles: one to dial from.
+    pub fn client(&self, name: &str) -> ContainerBuilder {
+        self.container(name)
+    }
+
+    /// An HTTP server on port 80 that answers with its own name, and to `/bytes/N` with N bytes.
+    pub fn web(&self, name: &str) -> ContainerBuilder {
+        self.server(name, ["http", "--name", name, "--port", "80"])
+    }
+
+    /// A container that runs `testbed peer <words>`, such as `["sink", "--port", "80", "--rate", "1000000"]`.
+    pub fn server<const N: usize>(&self, name: &str, words: [&str; N]) -> ContainerBuilder {
+        self.container(name).cmd(["testbed", "peer"].into_iter().chain(words))
+    }
+}
+
+impl Container {
+    /// Requests to a URL, or to `host:port`, from this container. Run with [`Get::run`].
+    pub fn get(&self, target: impl std::fmt::Display) -> Get<'_> {
+        let target = target.to_string();
+        Get {
+            container: self,
+            target,
+            times: 1,
+            at_once: 1,
+            keep_alive: false,
+            timeout: Duration::from_secs(10),
+        }
+    }
+
+    /// Connects to `host:port`, waits up to 1 s for what comes, and says what happened.
+    pub fn probe(&self, target: impl std::fmt::Display) -> Result<Probe> {
+        let said = self.peer(["probe", &target.to_string()])?;
+        let outcome = said["outcome"].as_str().with_context(|| format!("a probe says {said}"))?;
+        let ms = said["ms"].as_u64().with_context(|| format!("a probe says {said}"))?;
+        Ok(Probe { outcome: outcome.to_owned(), after: Duration::from_millis(ms) })
+    }
+
+    /// Runs `testbed peer <words>` in this container and returns the JSON that it prints.
+    pub fn peer<const N: usize>(&self, words: [&str; N]) -> Result<Value> {
+        let said = self.exec(["testbed", "peer"].into_iter().chain(words))?;
+        serde_json::from_str(&said).with_context(|| format!("not JSON: {said:?}"))
+    }
+}
+
+/// Requests that a container is to make.
+#[derive(Debug, Clone)]
+#[must_use = "nothing is sent before run()"]
+pub struct Get<'a> {
+    container: &'a Container,
+    target: String,
+    times: usize,
+    at_once: usize,
+    keep_alive: bool,
+    timeout: Duration,
+}
+
+impl Get<'_> {
+    /// How many requests in all. Default 1.
+    pub fn times(mut self, times: usize) -> Self {
+        self.times = times;
+        self
+    }
+
+    /// How many at the same time. Default 1.
+    pub fn at_once(mut self, at_once: usize) -> Self {
+        self.at_once = at_once;
+        self
+    }
+
+    /// One connection for many requests, as many connections as [`at_once`](Self::at_once) says. Without it each
+    /// request has a connection of its own.
+    pub fn keep_alive(mut self) -> Self {
+        self.keep_alive = true;
+        self
+    }
+
+    /// How long a connect or a read may take. Default 10 s.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Makes the requests. A request that fails is counted, not an error.
+    pub fn run(self) -> Result<Answers> {
+        let (times, at_once) = (self.times.to_string(), self.at_once.to_string());
+        let timeout = self.timeout.as_millis().to_string();
+        let mut words = vec!["testbed", "peer", "get", &self.target, "-n", &times, "-c", &at_once];
+        words.extend(["--timeout-ms", &timeout]);
+        if self.keep_alive {
+            words.push("--keep-alive");
+        }
+        let said = self.container.exec(words)?;
+        let said: Value =
+            serde_json::from_str(&said).with_context(|| format!("not JSON: {said:?}"))?;
+        Ok(Answers {
+            by_body: counts(&said["answers"]),
+            failures: counts(&said["failures"]),
+            slowest: Duration::from_millis(said["slowest_ms"].as_u64().unwrap_or_default()),
+        })
+    }
+}
+
+/// What came back to a [`Get`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answers {
+    /// How many answers of status 200 had this body. A body of more than 200 bytes is named by its size.
+    pub by_body: BTreeMap<String, usize>,
+    /// How many requests failed for this reason, such as `connect: refused`, `read: reset` or `status 503`.
+    pub failures: BTreeMap<String, usize>,
+    /// The longest that a request took, connect included.
+    pub slowest: Duration,
+}
+
+impl Answers {
+    /// How many had exactly this body.
+    pub fn from(&self, body: &str) -> usize {
+        self.by_body.get(body).copied().unwrap_or_default()
+    }
+
+    /// How many were answered.
+    pub fn answered(&self) -> usize {
+        self.by_body.values().sum()
+    }
+
+    /// How many failed.
+    pub fn failed(&self) -> usize {
+        self.failures.values().sum()
+    }
+}
+
+/// What became of a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe {
+    /// `refused`, `unreachable` or `timeout` if there was none; else what happened within a second to the connection:
+    /// `data`, `closed`, `reset`, or `open` if nothing did.
+    pub outcome: String,
+    /// From the start to the outcome.
+    pub after: Duration,
+}
+
+fn counts(value: &Value) -> BTreeMap<String, usize> {
+    let entries = value.as_object().into_iter().flatten();
+    entries.map(|(key, count)| (key.clone(), count.as_u64().unwrap_or_default() as usize)).collect()
+}
