@@ -20,7 +20,7 @@ use crate::{
 
 /// How long one poll waits for an event. The server itself would wait for minutes, in which one that hangs would go
 /// unnoticed.
-const WAIT: Duration = Duration::from_secs(30);
+const WAIT: Duration = Duration::from_secs(10);
 /// How long a poll's headers may take: they come at once, and the event later.
 const HEAD: Duration = Duration::from_secs(5);
 

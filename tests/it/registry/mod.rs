@@ -1,5 +1,6 @@
 //! Consul and etcd, as they are: real servers on loopback, and broken ones.
 
+mod broken;
 mod consul;
 mod etcd;
 mod gate;
