@@ -1,1 +1,1 @@
-fn main() {}
+mod discovery_docker;
