@@ -6,3 +6,4 @@ pub mod discovery;
 pub mod docker;
 pub mod model;
 pub mod source;
+pub mod tls;

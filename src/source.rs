@@ -39,7 +39,7 @@ pub trait Source: Send {
     type Item: PartialEq + Send + Sync;
 
     /// One session: subscribe, then list and publish, then publish again after each change. It runs until it fails,
-    /// and may be dropped at any await to be started anew. Returning `Ok` asks for a new session at once.
+    /// and may be dropped at any await to be started anew. Returning `Ok` asks for a new session.
     fn session(
         &mut self,
         publish: &Publisher<Self::Item>,
@@ -96,10 +96,10 @@ impl<T: PartialEq> Publisher<T> {
         (Self { slot, bell }, answers)
     }
 
-    /// Publishes a full answer.
-    pub fn publish(&self, value: T) {
+    /// Publishes a full answer, and says whether it is another than the last.
+    pub fn publish(&self, value: T) -> bool {
         let now = Instant::now();
-        let mut news = false;
+        let (mut news, mut changed) = (false, false);
         self.slot.send_modify(|known| {
             news = known.error.take().is_some();
             known.confirmed = Some(now);
@@ -107,12 +107,13 @@ impl<T: PartialEq> Publisher<T> {
             if known.value.as_deref() != Some(&value) {
                 known.value = Some(Arc::new(value));
                 known.changed = Some(now);
-                news = true;
+                (news, changed) = (true, true);
             }
         });
         if news {
             self.bell.notify_one();
         }
+        changed
     }
 
     /// Says that the last answer still holds.
@@ -153,6 +154,8 @@ pub async fn follow<S: Source>(
             Ok(Ok(())) | Err(_) if answered => {
                 backoff = Backoff::default();
                 debug!(source = name, "reading anew");
+                // A server that has every session start over must not make us spin.
+                tokio::time::sleep(Backoff::FIRST.saturating_sub(started.elapsed())).await;
                 continue;
             }
             Ok(Ok(())) => SourceError::new("the session ended without an answer"),

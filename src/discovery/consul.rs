@@ -1,24 +1,285 @@
-//! Consul
+//! Consul: blocking queries on a service's health (developer.hashicorp.com/consul/api-docs/health).
+//!
+//! Reads are of the default consistency, never `stale`: a server that lags may answer with an older index and an older
+//! list, and what `stale` would buy, an answer without a leader, is what keeping the last answer gives us anyway.
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use reqwest::{Client, header::HeaderValue};
+use serde::Deserialize;
+use serde_json::Value;
+use url::Url;
+
+use super::{
+    Endpoints, Query, Rejected, Settings, address,
+    http::{self, ANSWER, Answer, Pace},
+    uri::Secret,
+};
 use crate::{
-    discovery::{Endpoints, Query},
+    model::Tags,
     source::{Publisher, Source, SourceError},
+    tls::ClientTls,
 };
 
+/// How long the server may hold a query while nothing changes. It bounds how long a server that hangs goes unnoticed.
+const WAIT: Duration = Duration::from_secs(30);
+
+/// A Consul agent or server.
 #[derive(Debug, Clone)]
-pub struct Consul {}
+pub struct Consul {
+    base: Url,
+    tls: ClientTls,
+    tls_verify: bool,
+    token: Token,
+    auth: Option<Secret>,
+    asked: Asked,
+    healthy_only: bool,
+    wait: Duration,
+}
+
+/// The parameters of a `consul://` URI.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Asked {
+    /// `dc=`: the datacentre, where a descriptor names none.
+    pub(super) dc: Option<String>,
+    /// `token-file=`
+    pub(super) token_file: Option<PathBuf>,
+    /// `near=`: passed on. Consul sorts its answer by it; connections are spread evenly all the same.
+    pub(super) near: Option<String>,
+    /// `tag=`: what every endpoint must carry, beside the descriptor's tags.
+    pub(super) tags: Vec<String>,
+}
+
+#[derive(Debug, Clone)]
+enum Token {
+    None,
+    Text(Secret),
+    File(PathBuf),
+}
 
 impl Consul {
-    pub fn source(self, _query: Query) -> ConsulSource {
-        ConsulSource {}
+    /// The agent at `base`, whose scheme says whether TLS is used.
+    pub(super) fn new(base: Url, asked: Asked, settings: &Settings) -> Result<Self, String> {
+        let consul = &settings.consul;
+        let tls = ClientTls::new(
+            consul.ca.clone(),
+            consul.certificate.clone(),
+            consul.key.clone(),
+            ["CONSUL_CLIENT_CERT", "CONSUL_CLIENT_KEY"],
+        )?;
+        // A file wins over a token, as in Consul's own tools.
+        let token = match (asked.token_file.as_ref().or(consul.token_file.as_ref()), &consul.token)
+        {
+            (Some(file), _) => Token::File(file.clone()),
+            (None, Some(token)) => Token::Text(token.clone()),
+            (None, None) => Token::None,
+        };
+        Ok(Self {
+            base,
+            tls,
+            tls_verify: consul.tls_verify,
+            token,
+            auth: consul.auth.clone(),
+            asked,
+            healthy_only: settings.healthy_only,
+            wait: WAIT,
+        })
+    }
+
+    pub fn source(self, query: Query) -> ConsulSource {
+        let tags = Tags::new(self.asked.tags.iter().map(String::as_str).chain(query.tags.iter()));
+        ConsulSource { consul: self, query, tags }
+    }
+
+    fn client(&self) -> Result<Client, SourceError> {
+        let tls = (self.base.scheme() == "https").then_some(&self.tls);
+        http::build(http::builder(tls)?.tls_danger_accept_invalid_certs(!self.tls_verify))
+    }
+
+    /// The token as it is now: a file is read anew, as agents renew it.
+    fn token(&self) -> Result<Option<HeaderValue>, SourceError> {
+        let (text, from) = match &self.token {
+            Token::None => return Ok(None),
+            Token::Text(token) => (token.reveal().to_owned(), "CONSUL_HTTP_TOKEN".to_owned()),
+            Token::File(path) => {
+                let from = format!("token file {}", path.display());
+                (fs::read_to_string(path).map_err(|e| SourceError::caused(&from, &e))?, from)
+            }
+        };
+        let text = text.trim();
+        let wrong = |what| SourceError::new(format_args!("{from} {what}"));
+        if text.is_empty() {
+            return Err(wrong("is empty"));
+        }
+        let mut header = HeaderValue::from_str(text)
+            .map_err(|_| wrong("holds a character that no token has"))?;
+        header.set_sensitive(true);
+        Ok(Some(header))
     }
 }
 
+/// One service in Consul.
 #[derive(Debug)]
-pub struct ConsulSource {}
+pub struct ConsulSource {
+    consul: Consul,
+    query: Query,
+    /// The URI's and the descriptor's.
+    tags: Tags,
+}
 
 impl Source for ConsulSource {
     type Item = Endpoints;
-    async fn session(&mut self, _publish: &Publisher<Endpoints>) -> Result<(), SourceError> {
-        std::future::pending().await
+
+    async fn session(&mut self, publish: &Publisher<Endpoints>) -> Result<(), SourceError> {
+        let client = self.consul.client()?;
+        let token = self.consul.token()?;
+        let mut index = 0;
+        let mut pace = Pace::new();
+        let mut distance = Pace::NEWS;
+        loop {
+            pace.keep(distance).await;
+            let answer = self.ask(&client, token.as_ref(), index).await?;
+            let (endpoints, next) = self.read(&answer)?;
+            distance = if publish.publish(endpoints) { Pace::NEWS } else { Pace::IDLE };
+            index = next_index(index, next);
+        }
     }
+}
+
+impl ConsulSource {
+    /// Asks for what there is; with an `index`, once it is past that or the wait is over.
+    async fn ask(
+        &self,
+        client: &Client,
+        token: Option<&HeaderValue>,
+        index: u64,
+    ) -> Result<Answer, SourceError> {
+        let wait = self.consul.wait;
+        let url = self.url(index);
+        let mut request = client.get(url.clone());
+        if let Some(token) = token {
+            request = request.header("X-Consul-Token", token.clone());
+        }
+        if let Some(auth) = &self.consul.auth {
+            let (user, password) = match auth.reveal().split_once(':') {
+                Some((user, password)) => (user, Some(password)),
+                None => (auth.reveal(), None),
+            };
+            request = request.basic_auth(user, password);
+        }
+        // The server adds up to a sixteenth of the wait, lest many clients come back at once.
+        let held = if index > 0 { wait + wait / 16 } else { Duration::ZERO };
+        http::get(&url, request, held + ANSWER).await
+    }
+
+    fn url(&self, index: u64) -> Url {
+        let mut url = self.consul.base.clone();
+        if let Ok(mut path) = url.path_segments_mut() {
+            path.pop_if_empty().extend(["v1", "health", "service", self.query.service.as_str()]);
+        }
+        {
+            let mut pairs = url.query_pairs_mut();
+            if self.consul.healthy_only {
+                pairs.append_pair("passing", "true");
+            }
+            if let Some(dc) = self.query.dc.as_deref().or(self.consul.asked.dc.as_deref()) {
+                pairs.append_pair("dc", dc);
+            }
+            if let Some(near) = &self.consul.asked.near {
+                pairs.append_pair("near", near);
+            }
+            for tag in self.tags.iter() {
+                pairs.append_pair("tag", tag);
+            }
+            if index > 0 {
+                pairs.append_pair("index", &index.to_string());
+                pairs.append_pair("wait", &format!("{}ms", self.consul.wait.as_millis()));
+            }
+        }
+        if url.query() == Some("") {
+            url.set_query(None);
+        }
+        url
+    }
+
+    fn read(&self, answer: &Answer) -> Result<(Endpoints, u64), SourceError> {
+        if answer.status != 200 {
+            return Err(answer.refusal());
+        }
+        let index = answer
+            .number("X-Consul-Index")
+            .ok_or_else(|| answer.fault("the answer has no X-Consul-Index: is this Consul?"))?;
+        let mut endpoints = endpoints(answer.json()?, &self.tags);
+        // What a token may not read is left out without an error: that is no answer to what there is.
+        let hidden = answer.headers.get("X-Consul-Results-Filtered-By-ACLs");
+        if hidden.is_some_and(|value| value == "true") {
+            if endpoints.list.is_empty() {
+                return Err(answer.fault("the token may not read the service or its nodes"));
+            }
+            endpoints.rejected.push(Rejected {
+                what: self.query.service.to_string(),
+                reason: "the token may not read all instances".to_owned(),
+            });
+        }
+        Ok((endpoints, index))
+    }
+}
+
+/// The index to wait on after `last` was asked for and `next` came back: from 1, and from the start where it went
+/// backwards, as a restored server's does.
+fn next_index(last: u64, next: u64) -> u64 {
+    if next < last { 0 } else { next.max(1) }
+}
+
+/// The instances with `tags`, each entry judged by itself.
+fn endpoints(entries: Vec<Value>, tags: &Tags) -> Endpoints {
+    let mut list = Vec::new();
+    let mut rejected = Vec::new();
+    for entry in entries {
+        match Entry::deserialize(&entry) {
+            // Older servers heed one tag only.
+            Ok(entry) if !tags.all_in(entry.service.tags.as_deref().unwrap_or_default()) => {}
+            Ok(Entry { node, service: Service { id, address, port, .. } }) => {
+                let address = Some(address).filter(|a| !a.is_empty()).unwrap_or(node.address);
+                match address::endpoint(&address, &port.to_string()) {
+                    Ok(endpoint) => list.push(endpoint),
+                    Err(reason) => {
+                        rejected.push(Rejected { what: format!("{id} on {}", node.node), reason });
+                    }
+                }
+            }
+            Err(e) => rejected.push(Rejected {
+                what: entry["Service"]["ID"].as_str().unwrap_or("an entry").to_owned(),
+                reason: e.to_string(),
+            }),
+        }
+    }
+    Endpoints::new(list, rejected)
+}
+
+/// What is read of an entry of the answer.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Entry {
+    node: Node,
+    service: Service,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Node {
+    node: String,
+    address: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Service {
+    #[serde(rename = "ID")]
+    id: String,
+    /// Empty where it is the node's.
+    #[serde(default)]
+    address: String,
+    port: i64,
+    tags: Option<Vec<String>>,
 }

@@ -5,9 +5,16 @@ use crate::{
 };
 
 #[derive(Debug, Clone)]
-pub struct Dns {}
+#[allow(dead_code)]
+pub struct Dns {
+    resolver: std::net::SocketAddr,
+}
 
 impl Dns {
+    pub fn new(resolver: std::net::SocketAddr) -> Self {
+        Self { resolver }
+    }
+
     pub fn source(self, _query: Query) -> DnsSource {
         DnsSource {}
     }

@@ -5,9 +5,16 @@ use crate::{
 };
 
 #[derive(Debug, Clone)]
-pub struct File {}
+#[allow(dead_code)]
+pub struct File {
+    path: std::path::PathBuf,
+}
 
 impl File {
+    pub fn new(path: std::path::PathBuf) -> Self {
+        Self { path }
+    }
+
     pub fn source(self, _query: Query) -> FileSource {
         FileSource {}
     }

@@ -15,14 +15,16 @@ use crate::{
     source::{Answers, Known, Publisher, follow},
 };
 
+mod address;
 pub mod consul;
 pub mod dns;
 pub mod docker;
 pub mod etcd;
 pub mod file;
+mod http;
 mod uri;
 
-pub use uri::{ConsulSettings, EtcdSettings, Settings, UriError};
+pub use uri::{ConsulSettings, EtcdSettings, Secret, Settings, UriError};
 
 /// What is asked of a discovery. Equal queries share one watch, however many consumers ask.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -54,19 +56,21 @@ impl fmt::Display for Query {
 pub struct Endpoints {
     /// Sorted, without repeats.
     pub list: Vec<Endpoint>,
-    /// What stood among them and could not be understood.
+    /// What stood among them and could not be understood. Sorted.
     pub rejected: Vec<Rejected>,
 }
 
 impl Endpoints {
-    pub fn new(list: impl IntoIterator<Item = Endpoint>, rejected: Vec<Rejected>) -> Self {
+    pub fn new(list: impl IntoIterator<Item = Endpoint>, mut rejected: Vec<Rejected>) -> Self {
         let list: BTreeSet<_> = list.into_iter().collect();
+        // A registry may answer in another order each time, which is no news.
+        rejected.sort();
         Self { list: list.into_iter().collect(), rejected }
     }
 }
 
 /// An entry that was skipped: it never hides the others.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rejected {
     /// Where it stands: a key, a service ID, a record.
     pub what: String,

@@ -1,1 +1,2 @@
 mod discovery_docker;
+mod registry;

@@ -1,0 +1,274 @@
+//! The v2 store: the branch is read once, and followed event by event: each poll waits for the one after the last
+//! (etcd.io/docs/v2.3/api, "Waiting for a change"). The server keeps 1,000 events; where it has forgotten the one that
+//! is asked for, the branch is read again.
+
+use std::time::Duration;
+
+use reqwest::{Client, RequestBuilder, StatusCode};
+use serde::Deserialize;
+use tokio::time::timeout;
+use url::Url;
+
+use super::{Branch, Etcd, Step, value::Tree};
+use crate::{
+    discovery::{
+        http::{self, ANSWER, Answer, Pace},
+        uri::Secret,
+    },
+    source::SourceError,
+};
+
+/// How long one poll waits for an event. The server itself would wait for minutes, in which one that hangs would go
+/// unnoticed.
+const WAIT: Duration = Duration::from_secs(30);
+/// How long a poll's headers may take: they come at once, and the event later.
+const HEAD: Duration = Duration::from_secs(5);
+
+/// Error codes of the store.
+const KEY_NOT_FOUND: u64 = 100;
+const EVENT_FORGOTTEN: u64 = 401;
+
+/// One branch in the v2 store of one member.
+pub(super) struct V2 {
+    client: Client,
+    member: Url,
+    key: Url,
+    user: Option<(String, Secret)>,
+    tree: Tree,
+    /// The event to wait for; `None` until the branch is read, and where it must be read again.
+    wait: Option<u64>,
+    pace: Pace,
+    distance: Duration,
+}
+
+impl V2 {
+    pub(super) fn new(member: &Url, branch: &Branch, etcd: &Etcd) -> Result<Self, SourceError> {
+        let tls = (member.scheme() == "https").then_some(&etcd.tls);
+        let mut key = member.clone();
+        if let Ok(mut path) = key.path_segments_mut() {
+            path.pop_if_empty().extend(["v2", "keys"]).extend(branch.segments()?);
+        }
+        Ok(Self {
+            client: http::build(http::builder(tls)?)?,
+            member: member.clone(),
+            key,
+            user: etcd.user.clone(),
+            tree: Tree::default(),
+            wait: None,
+            pace: Pace::new(),
+            distance: Pace::NEWS,
+        })
+    }
+
+    pub(super) fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Reads the branch; from then on, waits for the next change or confirmation. May be dropped while it waits.
+    pub(super) async fn next(&mut self) -> Result<Step, SourceError> {
+        loop {
+            self.pace.keep(self.distance).await;
+            match self.wait {
+                None => return self.read().await,
+                Some(wait) => {
+                    if let Some(step) = self.poll(wait).await? {
+                        return Ok(step);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether this server has a v3 store as well.
+    pub(super) async fn server_has_v3(&self) -> Result<bool, SourceError> {
+        let mut url = self.member.clone();
+        url.set_path("/version");
+        let answer = http::get(&url, self.request(&url), ANSWER).await?;
+        if answer.status != StatusCode::OK {
+            return Err(answer.refusal());
+        }
+        // The first etcds answer with a sentence.
+        Ok(serde_json::from_slice(&answer.body).is_ok_and(|version: Version| version.has_v3()))
+    }
+
+    pub(super) fn no_such_store(&self) -> SourceError {
+        http::fault(&self.key, "this etcd has no v2 API: expected one with --enable-v2")
+    }
+
+    fn request(&self, url: &Url) -> RequestBuilder {
+        let request = self.client.get(url.clone());
+        match &self.user {
+            Some((name, password)) => request.basic_auth(name, Some(password.reveal())),
+            None => request,
+        }
+    }
+
+    /// Reads the whole branch, agreed upon by the cluster.
+    async fn read(&mut self) -> Result<Step, SourceError> {
+        let mut url = self.key.clone();
+        url.set_query(Some("recursive=true&sorted=true&quorum=true"));
+        let answer = http::get(&url, self.request(&url), ANSWER).await?;
+        let (tree, index) = match answer.status {
+            StatusCode::OK => {
+                let mut tree = Tree::default();
+                answer.json::<Listing>()?.node.collect(&mut tree);
+                (tree, answer.number(INDEX))
+            }
+            StatusCode::NOT_FOUND => match serde_json::from_slice::<Fault>(&answer.body) {
+                Ok(fault) if fault.error_code == KEY_NOT_FOUND => {
+                    (Tree::default(), answer.number(INDEX).or(Some(fault.index)))
+                }
+                Ok(_) => return Err(answer.refusal()),
+                Err(_) => return Ok(Step::NoSuchStore),
+            },
+            _ => return Err(answer.refusal()),
+        };
+        let index =
+            index.ok_or_else(|| answer.fault("the answer has no X-Etcd-Index: is this etcd?"))?;
+        self.tree = tree;
+        self.wait = Some(index.saturating_add(1));
+        self.distance = Pace::NEWS;
+        Ok(Step::Changed)
+    }
+
+    /// Waits for the event `wait` or the next one after it that is about the branch. `None` where that says nothing.
+    async fn poll(&mut self, wait: u64) -> Result<Option<Step>, SourceError> {
+        let mut url = self.key.clone();
+        url.set_query(Some(&format!("wait=true&recursive=true&waitIndex={wait}")));
+        self.distance = Pace::IDLE;
+        let Ok(response) = timeout(HEAD, http::open(&url, self.request(&url))).await else {
+            // It hangs, or something between us holds the headers back: reading the branch anew tells.
+            self.wait = None;
+            return Ok(None);
+        };
+        let mut response = response?;
+        let index = http::number(response.headers(), INDEX).unwrap_or_default();
+        let mut body = Vec::new();
+        match timeout(WAIT, http::more(&url, &mut response, &mut body)).await {
+            Ok(more) => more?,
+            Err(_) => {
+                // Nothing up to where the store was when it began to wait.
+                self.wait = Some(wait.max(index.saturating_add(1)));
+                return Ok(Some(Step::Unchanged));
+            }
+        };
+        let rest = async {
+            while http::more(&url, &mut response, &mut body).await? {}
+            Ok(())
+        };
+        timeout(ANSWER, rest)
+            .await
+            .map_err(|_| http::fault(&url, "the answer does not come to its end"))??;
+        self.take(&Answer::new(&url, &response, body), wait)
+    }
+
+    /// Takes in the answer to a poll.
+    fn take(&mut self, answer: &Answer, wait: u64) -> Result<Option<Step>, SourceError> {
+        if answer.status != StatusCode::OK {
+            let fault = serde_json::from_slice::<Fault>(&answer.body);
+            if fault.is_ok_and(|fault| fault.error_code == EVENT_FORGOTTEN) {
+                self.wait = None;
+                return Ok(None);
+            }
+            return Err(answer.refusal());
+        }
+        if answer.body.is_empty() {
+            // The server waited long enough: ask again.
+            return Ok(None);
+        }
+        let event: Event = answer.json()?;
+        let index = event.node.modified_index;
+        if index < wait {
+            return Err(answer.fault(format_args!("event {index} came where {wait} was awaited")));
+        }
+        self.wait = Some(index.saturating_add(1));
+        self.distance = Pace::NEWS;
+        Ok(Some(match event.apply(&mut self.tree) {
+            Some(true) => Step::Changed,
+            Some(false) => Step::Unchanged,
+            None => Step::Over,
+        }))
+    }
+}
+
+/// The header that says how far the store has come.
+const INDEX: &str = "X-Etcd-Index";
+
+#[derive(Deserialize)]
+struct Version {
+    etcdserver: String,
+}
+
+impl Version {
+    fn has_v3(&self) -> bool {
+        let major = self.etcdserver.split('.').next().and_then(|major| major.parse().ok());
+        major.is_some_and(|major: u32| major >= 3)
+    }
+}
+
+/// The answer to a read.
+#[derive(Deserialize)]
+struct Listing {
+    node: Node,
+}
+
+/// The answer to a poll.
+#[derive(Deserialize)]
+struct Event {
+    action: String,
+    node: Node,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Node {
+    /// Absent from the root.
+    #[serde(default)]
+    key: String,
+    #[serde(default)]
+    dir: bool,
+    #[serde(default)]
+    value: String,
+    #[serde(default)]
+    nodes: Vec<Node>,
+    #[serde(default)]
+    modified_index: u64,
+}
+
+/// The answer where there is none.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Fault {
+    error_code: u64,
+    #[serde(default)]
+    index: u64,
+}
+
+impl Node {
+    fn collect(self, tree: &mut Tree) {
+        if !self.dir {
+            tree.set(self.key.into_bytes(), self.value.into_bytes());
+        }
+        for node in self.nodes {
+            node.collect(tree);
+        }
+    }
+}
+
+impl Event {
+    /// Says whether it changed anything; `None` where it is of a kind that is not known.
+    fn apply(self, tree: &mut Tree) -> Option<bool> {
+        let Node { key, dir, value, .. } = self.node;
+        let key = key.into_bytes();
+        match self.action.as_str() {
+            // What goes may be a directory, or one above the branch: all below goes with it.
+            "delete" | "expire" | "compareAndDelete" => Some(tree.remove_all(&key)),
+            // A directory has no value, and it may stand where a key was.
+            "set" | "create" | "update" | "compareAndSwap" if dir => Some(tree.remove(&key)),
+            "set" | "create" | "update" | "compareAndSwap" => {
+                Some(tree.set(key, value.into_bytes()))
+            }
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! What is written below a branch, and the endpoints that it means. Pure; shared by both APIs.
+
+use std::{borrow::Cow, collections::BTreeMap, ops::Bound};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{
+    discovery::{Endpoints, Rejected, address},
+    model::{Endpoint, Tags},
+};
+
+/// The keys at and below a branch, with their values.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Tree(BTreeMap<Vec<u8>, Vec<u8>>);
+
+impl Tree {
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Sets a key, and says whether that changed anything.
+    pub(super) fn set(&mut self, key: Vec<u8>, value: Vec<u8>) -> bool {
+        match self.0.get_mut(&key) {
+            Some(before) if *before == value => false,
+            Some(before) => {
+                *before = value;
+                true
+            }
+            None => self.0.insert(key, value).is_none(),
+        }
+    }
+
+    /// Removes a key, and says whether it was there.
+    pub(super) fn remove(&mut self, key: &[u8]) -> bool {
+        self.0.remove(key).is_some()
+    }
+
+    /// Removes a key and all that is below it, and says whether anything was there.
+    pub(super) fn remove_all(&mut self, key: &[u8]) -> bool {
+        let before = self.0.len();
+        self.0.retain(|other, _| !is_at_or_below(other, key));
+        self.0.len() < before
+    }
+
+    /// The endpoints with `tags`, each value judged by itself.
+    ///
+    /// An empty value is no endpoint, nor a wrong one, where the key ends with a slash or has keys below it: so
+    /// directories are marked where there are none.
+    pub(super) fn endpoints(&self, tags: &Tags) -> Endpoints {
+        let mut list = Vec::new();
+        let mut rejected = Vec::new();
+        for (key, value) in &self.0 {
+            if value.is_empty() && self.is_directory(key) {
+                continue;
+            }
+            match parse(value) {
+                Ok(instance) if tags.all_in(&instance.tags) => list.push(instance.endpoint),
+                Ok(_) => {}
+                Err(reason) => {
+                    rejected.push(Rejected { what: key.escape_ascii().to_string(), reason });
+                }
+            }
+        }
+        Endpoints::new(list, rejected)
+    }
+
+    fn is_directory(&self, key: &[u8]) -> bool {
+        let mut below = key.to_vec();
+        if !below.ends_with(b"/") {
+            below.push(b'/');
+        }
+        key.ends_with(b"/")
+            || self
+                .0
+                .range::<[u8], _>((Bound::Excluded(below.as_slice()), Bound::Unbounded))
+                .next()
+                .is_some_and(|(next, _)| next.starts_with(&below))
+    }
+}
+
+/// Whether `key` is `branch` (which has no trailing slash) or stands below it: `/app10` is not below `/app1`.
+pub(super) fn is_at_or_below(key: &[u8], branch: &[u8]) -> bool {
+    key.strip_prefix(branch).is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
+}
+
+/// One registration.
+#[derive(Debug, PartialEq, Eq)]
+struct Instance {
+    endpoint: Endpoint,
+    tags: Vec<String>,
+}
+
+/// Reads a JSON document or `address:port`. A document is never repeated in the error: it may hold a container's
+/// whole environment.
+fn parse(value: &[u8]) -> Result<Instance, String> {
+    let text = str::from_utf8(value).map_err(|_| "not UTF-8: expected JSON or address:port")?;
+    let text = text.trim();
+    if !text.starts_with('{') {
+        let endpoint = address::host_and_port(text)?;
+        return Ok(Instance { endpoint, tags: Vec::new() });
+    }
+    let document: Document =
+        serde_json::from_str(text).map_err(|e| format!("not the expected JSON: {e}"))?;
+    let address = document.ipaddress.text("ipaddress")?.ok_or("no \"ipaddress\"")?;
+    let port = match document.host_port.text("host_port")? {
+        Some(port) => port,
+        None => document.port.text("port")?.ok_or("neither \"host_port\" nor \"port\"")?,
+    };
+    let endpoint = address::endpoint(&address, &port)?;
+    Ok(Instance { endpoint, tags: document.tags.list()? })
+}
+
+/// The document of a registration; other fields are of no interest.
+#[derive(Deserialize)]
+struct Document {
+    #[serde(default)]
+    ipaddress: Field,
+    #[serde(default)]
+    host_port: Field,
+    #[serde(default)]
+    port: Field,
+    #[serde(default)]
+    tags: Field,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(transparent)]
+struct Field(Value);
+
+impl Field {
+    /// The text of a string or number; `None` where it is absent, null or empty.
+    fn text(&self, name: &str) -> Result<Option<Cow<'_, str>>, String> {
+        match &self.0 {
+            Value::Null => Ok(None),
+            Value::String(text) if text.is_empty() => Ok(None),
+            Value::String(text) => Ok(Some(text.into())),
+            Value::Number(number) => Ok(Some(number.to_string().into())),
+            _ => Err(format!("{name:?} is neither a string nor a number")),
+        }
+    }
+
+    /// A list of strings and numbers; a single string is a list with commas.
+    fn list(self) -> Result<Vec<String>, String> {
+        match self.0 {
+            Value::Null => Ok(Vec::new()),
+            Value::String(text) => {
+                Ok(text.split(',').filter(|tag| !tag.is_empty()).map(str::to_owned).collect())
+            }
+            Value::Array(tags) => tags
+                .into_iter()
+                .map(|tag| match tag {
+                    Value::String(tag) => Ok(tag),
+                    Value::Number(tag) => Ok(tag.to_string()),
+                    _ => Err("\"tags\" holds what is neither a string nor a number".to_owned()),
+                })
+                .collect(),
+            _ => Err("\"tags\" is not a list".to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The document of the project's first description, shortened.
+    const DOCUMENT: &str = r#"{
+        "id": "13532987eae2831eb7d41f38172cb82db668b3c72d10f513551026b2525e634f",
+        "host": "fury",
+        "ipaddress": "192.168.13.90",
+        "env": { "ENVIRONMENT": "prod", "NAME": "apache" },
+        "tags": [],
+        "name": "/trusting_shockley",
+        "host_port": "49161",
+        "proto": "tcp",
+        "port": "80",
+        "path": "/services/prod/apache/80/49161/13532987eae2"
+    }"#;
+
+    fn read(value: &str) -> Result<(String, Vec<String>), String> {
+        parse(value.as_bytes()).map(|instance| (instance.endpoint.to_string(), instance.tags))
+    }
+
+    #[test]
+    fn both_forms_are_read() {
+        for (value, endpoint, tags) in [
+            (DOCUMENT, "192.168.13.90:49161", &[][..]),
+            ("10.0.0.1:80", "10.0.0.1:80", &[]),
+            ("10.0.0.1:80\n", "10.0.0.1:80", &[]),
+            ("[fd00::1]:80", "[fd00::1]:80", &[]),
+            (r#"{"ipaddress":"fd00::1","port":80}"#, "[fd00::1]:80", &[]),
+            (r#"{"ipaddress":"10.0.0.1","host_port":8080,"port":80}"#, "10.0.0.1:8080", &[]),
+            (r#"{"ipaddress":"10.0.0.1","host_port":null,"port":80}"#, "10.0.0.1:80", &[]),
+            (r#"{"ipaddress":"10.0.0.1","host_port":"","port":"80"}"#, "10.0.0.1:80", &[]),
+            (r#"{"ipaddress":"10.0.0.1","port":80,"tags":null}"#, "10.0.0.1:80", &[]),
+            (r#"{"ipaddress":"10.0.0.1","port":80,"tags":["a",7]}"#, "10.0.0.1:80", &["a", "7"]),
+            (r#"{"ipaddress":"10.0.0.1","port":80,"tags":"a,b"}"#, "10.0.0.1:80", &["a", "b"]),
+        ] {
+            let tags = tags.iter().map(|&tag| tag.to_owned()).collect();
+            assert_eq!(read(value), Ok((endpoint.to_owned(), tags)), "{value}");
+        }
+    }
+
+    #[test]
+    fn each_wrong_value_has_its_reason_and_no_document_is_repeated() {
+        for (value, reason) in [
+            ("", "\"\": expected address:port, IPv6 in brackets"),
+            ("up", "\"up\": expected address:port, IPv6 in brackets"),
+            ("db:5432", "address \"db\": expected an IP address"),
+            ("{", "not the expected JSON: EOF while parsing an object at line 1 column 1"),
+            ("{}", "no \"ipaddress\""),
+            (
+                r#"{"ipaddress":"10.0.0.1","env":{"KEY":"s3cret"}}"#,
+                "neither \"host_port\" nor \"port\"",
+            ),
+            (r#"{"ipaddress":["10.0.0.1"]}"#, "\"ipaddress\" is neither a string nor a number"),
+            (r#"{"ipaddress":"fury","port":80}"#, "address \"fury\": expected an IP address"),
+            (r#"{"ipaddress":"10.0.0.1","port":"http"}"#, "port \"http\": expected 1 to 65535"),
+            (r#"{"ipaddress":"10.0.0.1","port":8.5}"#, "port \"8.5\": expected 1 to 65535"),
+            (r#"{"ipaddress":"10.0.0.1","port":-1}"#, "port \"-1\": expected 1 to 65535"),
+            (r#"{"ipaddress":"10.0.0.1","port":80,"tags":{}}"#, "\"tags\" is not a list"),
+            (
+                r#"{"ipaddress":"10.0.0.1","port":80,"tags":[null]}"#,
+                "\"tags\" holds what is neither a string nor a number",
+            ),
+        ] {
+            assert_eq!(read(value), Err(reason.to_owned()), "{value}");
+        }
+        assert_eq!(
+            parse(b"\xff").map(|_| ()),
+            Err("not UTF-8: expected JSON or address:port".to_owned())
+        );
+    }
+
+    fn tree(entries: &[(&str, &str)]) -> Tree {
+        let mut tree = Tree::default();
+        for (key, value) in entries {
+            tree.set(key.as_bytes().to_vec(), value.as_bytes().to_vec());
+        }
+        tree
+    }
+
+    #[test]
+    fn a_wrong_value_stands_beside_the_good_ones() {
+        let tree = tree(&[("/s/a", "10.0.0.2:80"), ("/s/b", "oops"), ("/s/c/d", "10.0.0.1:80")]);
+        let endpoints = tree.endpoints(&Tags::default());
+        let list: Vec<_> = endpoints.list.iter().map(ToString::to_string).collect();
+        assert_eq!(list, ["10.0.0.1:80", "10.0.0.2:80"]);
+        assert_eq!(endpoints.rejected.len(), 1);
+        assert_eq!(endpoints.rejected[0].what, "/s/b");
+    }
+
+    #[test]
+    fn only_endpoints_with_all_tags_count() {
+        let tree = tree(&[
+            ("/s/a", r#"{"ipaddress":"10.0.0.1","port":80,"tags":["prod","app1"]}"#),
+            ("/s/b", r#"{"ipaddress":"10.0.0.2","port":80,"tags":["prod"]}"#),
+            ("/s/c", "10.0.0.3:80"),
+        ]);
+        let endpoints = tree.endpoints(&Tags::new(["app1", "prod"]));
+        assert_eq!(endpoints.list.len(), 1);
+        assert_eq!(endpoints.rejected, []);
+    }
+
+    #[test]
+    fn an_empty_value_that_marks_a_directory_is_passed_over() {
+        let tree = tree(&[
+            ("/s", ""),
+            ("/s-x", "10.0.0.1:80"),
+            ("/s/", ""),
+            ("/s/a", ""),
+            ("/s/a/b", "10.0.0.2:80"),
+            ("/s/c", ""),
+        ]);
+        let rejected = tree.endpoints(&Tags::default()).rejected;
+        assert_eq!(rejected.iter().map(|r| r.what.as_str()).collect::<Vec<_>>(), ["/s/c"]);
+    }
+
+    #[test]
+    fn below_a_branch_is_below_a_slash() {
+        assert!(is_at_or_below(b"/app1", b"/app1"));
+        assert!(is_at_or_below(b"/app1/x", b"/app1"));
+        assert!(!is_at_or_below(b"/app10", b"/app1"));
+        assert!(!is_at_or_below(b"/app", b"/app1"));
+        assert!(is_at_or_below(b"/app", b""));
+    }
+
+    #[test]
+    fn changes_that_change_nothing_are_known() {
+        let mut tree = tree(&[("/s/a", "1"), ("/s/a/b", "2"), ("/s/ab", "3")]);
+        assert!(!tree.set(b"/s/a".to_vec(), b"1".to_vec()));
+        assert!(tree.set(b"/s/a".to_vec(), b"2".to_vec()));
+        assert!(!tree.remove(b"/s/c"));
+        assert!(tree.remove_all(b"/s/a"));
+        assert!(!tree.remove_all(b"/s/a"));
+        assert!(tree.remove(b"/s/ab"));
+        assert!(tree.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn no_value_panics(value in prop::collection::vec(any::<u8>(), 0..60)) {
+            let _ = parse(&value);
+        }
+
+        #[test]
+        fn no_document_panics(
+            address in "\\PC{0,20}", port in "\\PC{0,8}", tags in "\\PC{0,20}", shape in 0..4
+        ) {
+            let document = match shape {
+                0 => serde_json::json!({ "ipaddress": address, "port": port, "tags": [tags] }),
+                1 => serde_json::json!({ "ipaddress": address, "host_port": port, "tags": tags }),
+                2 => serde_json::json!({ "ipaddress": { "a": address }, "port": [port] }),
+                _ => serde_json::json!([address, port, tags]),
+            };
+            let _ = parse(document.to_string().as_bytes());
+        }
+    }
+}

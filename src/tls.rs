@@ -1,0 +1,98 @@
+//! TLS towards the registries: which files a client needs, and the one crypto provider.
+
+use std::{fs, path::PathBuf};
+
+use crate::source::SourceError;
+
+/// Makes ring the crypto provider of this process. To be called before any TLS client is built, as often as one likes.
+pub fn install_provider() {
+    // An error says that there is a provider already, which is all that is wanted.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+/// What a client shows and whom it trusts. The files are read anew for every session, so that renewed ones are used.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ClientTls {
+    /// Trusted alone; where absent, the system's authorities are trusted.
+    pub ca: Option<PathBuf>,
+    /// The client's certificate chain and its key.
+    pub identity: Option<(PathBuf, PathBuf)>,
+}
+
+/// The contents of the files of a [`ClientTls`], in PEM.
+#[derive(Default)]
+pub(crate) struct Pem {
+    pub(crate) ca: Option<Vec<u8>>,
+    pub(crate) identity: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+impl ClientTls {
+    /// A certificate is of no use without its key, nor a key without its certificate: the error calls them by the
+    /// `names` under which the user gave them.
+    pub fn new(
+        ca: Option<PathBuf>,
+        certificate: Option<PathBuf>,
+        key: Option<PathBuf>,
+        names: [&str; 2],
+    ) -> Result<Self, String> {
+        let [certificate_name, key_name] = names;
+        let alone = |given, missing| {
+            Err(format!("{given} is given without {missing}: expected both or neither"))
+        };
+        let identity = match (certificate, key) {
+            (Some(certificate), Some(key)) => Some((certificate, key)),
+            (None, None) => None,
+            (Some(_), None) => return alone(certificate_name, key_name),
+            (None, Some(_)) => return alone(key_name, certificate_name),
+        };
+        Ok(Self { ca, identity })
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.ca.is_none() && self.identity.is_none()
+    }
+
+    pub(crate) fn load(&self) -> Result<Pem, SourceError> {
+        let read =
+            |path: &PathBuf| fs::read(path).map_err(|e| SourceError::caused(path.display(), &e));
+        Ok(Pem {
+            ca: self.ca.as_ref().map(read).transpose()?,
+            identity: match &self.identity {
+                Some((certificate, key)) => Some((read(certificate)?, read(key)?)),
+                None => None,
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_and_its_key_come_together() {
+        let new = |certificate: Option<&str>, key: Option<&str>| {
+            ClientTls::new(None, certificate.map(Into::into), key.map(Into::into), ["-c", "-k"])
+        };
+        assert_eq!(new(None, None), Ok(ClientTls::default()));
+        assert_eq!(
+            new(Some("c"), Some("k")).map(|tls| tls.identity),
+            Ok(Some(("c".into(), "k".into())))
+        );
+        assert_eq!(
+            new(Some("c"), None),
+            Err("-c is given without -k: expected both or neither".to_owned())
+        );
+        assert_eq!(
+            new(None, Some("k")),
+            Err("-k is given without -c: expected both or neither".to_owned())
+        );
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_named() {
+        let tls = ClientTls { ca: Some("/nonexistent/ca.pem".into()), identity: None };
+        let error = tls.load().err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.starts_with("/nonexistent/ca.pem: "), "{error}");
+    }
+}

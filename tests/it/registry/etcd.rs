@@ -1,0 +1,292 @@
+//! etcd, in both of its stores.
+
+use embassy::discovery::{EtcdSettings, Settings};
+use etcd_client::{DeleteOptions, PutOptions};
+
+use super::{Followed, gate::Gate, list, servers::Etcd, settings};
+
+const DOCUMENT: &str = r#"{ "ipaddress": "10.0.0.2", "host_port": "81", "tags": ["prod"] }"#;
+
+#[tokio::test]
+async fn v3_follows_what_is_added_changed_and_removed() {
+    let etcd = Etcd::with("http", &[]).await;
+    let mut v3 = etcd.v3().await;
+    let web = Followed::new(&format!("etcd3://{}", etcd.address()), "/services/web;80");
+    web.sees(&[]).await;
+    v3.put("/services/web/a", "10.0.0.1:80", None).await.unwrap();
+    web.sees(&["10.0.0.1:80"]).await;
+    v3.put("/services/web/b/c", DOCUMENT, None).await.unwrap();
+    web.sees(&["10.0.0.1:80", "10.0.0.2:81"]).await;
+    v3.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    web.sees(&["10.0.0.2:81", "10.0.0.3:80"]).await;
+    // What is not below the branch, though its name begins like it.
+    v3.put("/services/web10/x", "10.0.0.9:80", None).await.unwrap();
+    v3.put("/services/web-x", "10.0.0.9:80", None).await.unwrap();
+    v3.put("/services/web", "[fd00::4]:80", None).await.unwrap();
+    web.sees(&["10.0.0.2:81", "10.0.0.3:80", "[fd00::4]:80"]).await;
+    v3.delete("/services/", Some(DeleteOptions::new().with_prefix())).await.unwrap();
+    web.sees(&[]).await;
+}
+
+#[tokio::test]
+async fn v3_leases_that_expire_are_followed() {
+    let etcd = Etcd::with("http", &[]).await;
+    let mut v3 = etcd.v3().await;
+    let web = Followed::new(&format!("etcd3://{}", etcd.address()), "/services/web;80");
+    let lease = v3.lease_grant(1, None).await.unwrap().id();
+    v3.put("/services/web/a", "10.0.0.1:80", None).await.unwrap();
+    let options = PutOptions::new().with_lease(lease);
+    v3.put("/services/web/b", "10.0.0.2:80", Some(options)).await.unwrap();
+    web.sees(&["10.0.0.1:80", "10.0.0.2:80"]).await;
+    web.sees(&["10.0.0.1:80"]).await;
+}
+
+#[tokio::test]
+async fn v3_keys_may_begin_without_a_slash() {
+    let etcd = Etcd::with("http", &[]).await;
+    let mut v3 = etcd.v3().await;
+    let web = Followed::new(&format!("etcd3://{}", etcd.address()), "services/web/;80");
+    v3.put("services/web/a", "10.0.0.1:80", None).await.unwrap();
+    web.sees(&["10.0.0.1:80"]).await;
+    v3.put("/services/web/a", "10.0.0.2:80", None).await.unwrap();
+    web.sees(&["10.0.0.1:80", "10.0.0.2:80"]).await;
+    v3.delete("services/web/a", None).await.unwrap();
+    web.sees(&["10.0.0.2:80"]).await;
+}
+
+#[tokio::test]
+async fn v2_follows_what_is_added_changed_and_removed() {
+    let etcd = Etcd::both().await;
+    let web = Followed::new(&format!("etcd2://{}", etcd.address()), "/services/web;80");
+    // Nothing is there, which is an answer, and the first registration is seen.
+    web.sees(&[]).await;
+    etcd.v2_set("/services/web/a", "10.0.0.1:80").await;
+    web.sees(&["10.0.0.1:80"]).await;
+    etcd.v2_set("/services/web/b/c", DOCUMENT).await;
+    web.sees(&["10.0.0.1:80", "10.0.0.2:81"]).await;
+    etcd.v2_set("/services/web10/x", "10.0.0.9:80").await;
+    // update, compareAndSwap, create, compareAndDelete
+    etcd.v2("PUT", "/services/web/a", &[("value", "10.0.0.3:80"), ("prevExist", "true")]).await;
+    web.sees(&["10.0.0.2:81", "10.0.0.3:80"]).await;
+    let swap = [("value", "10.0.0.4:80"), ("prevValue", "10.0.0.3:80")];
+    etcd.v2("PUT", "/services/web/a", &swap).await;
+    web.sees(&["10.0.0.2:81", "10.0.0.4:80"]).await;
+    etcd.v2("POST", "/services/web/d", &[("value", "10.0.0.5:80")]).await;
+    web.sees(&["10.0.0.2:81", "10.0.0.4:80", "10.0.0.5:80"]).await;
+    etcd.v2("DELETE", "/services/web/a", &[("prevValue", "10.0.0.4:80")]).await;
+    web.sees(&["10.0.0.2:81", "10.0.0.5:80"]).await;
+    etcd.v2("DELETE", "/services/web/b/c", &[]).await;
+    web.sees(&["10.0.0.5:80"]).await;
+    // A directory above the branch takes all with it.
+    etcd.v2("DELETE", "/services", &[("recursive", "true")]).await;
+    web.sees(&[]).await;
+    etcd.v2_set("/services/web/a", "10.0.0.1:80").await;
+    web.sees(&["10.0.0.1:80"]).await;
+}
+
+#[tokio::test]
+async fn v2_keys_and_directories_that_expire_are_followed() {
+    let etcd = Etcd::both().await;
+    let web = Followed::new(&format!("etcd2://{}", etcd.address()), "services/web;80");
+    etcd.v2_set("/services/web/a", "10.0.0.1:80").await;
+    etcd.v2("PUT", "/services/web/b", &[("value", "10.0.0.2:80"), ("ttl", "1")]).await;
+    etcd.v2("PUT", "/services/web/dir", &[("dir", "true"), ("ttl", "2")]).await;
+    etcd.v2_set("/services/web/dir/c", "10.0.0.3:80").await;
+    web.sees(&["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]).await;
+    // A directory that is renewed keeps what is in it.
+    let renew = [("dir", "true"), ("ttl", "2"), ("prevExist", "true")];
+    etcd.v2("PUT", "/services/web/dir", &renew).await;
+    web.sees(&["10.0.0.1:80", "10.0.0.3:80"]).await;
+    web.sees(&["10.0.0.1:80"]).await;
+}
+
+#[tokio::test]
+async fn v2_reads_the_branch_anew_when_events_are_forgotten() {
+    let etcd = Etcd::both().await;
+    let gate = Gate::before(&etcd.address()).await;
+    let web = Followed::new(&format!("etcd2://{}", gate.address()), "/services/web;80");
+    etcd.v2_set("/services/web/a", "10.0.0.1:80").await;
+    web.sees(&["10.0.0.1:80"]).await;
+    gate.close_after("10.0.0.2:80");
+    etcd.v2_set("/services/web/b", "10.0.0.2:80").await;
+    gate.closed().await;
+    // The server keeps 1,000 events.
+    etcd.v2_set("/services/web/a", "10.0.0.3:80").await;
+    let others = (0..11).map(|i| {
+        let (etcd, key) = (&etcd, format!("/elsewhere/{i}"));
+        async move {
+            for _ in 0..100 {
+                etcd.v2_set(&key, "x").await;
+            }
+        }
+    });
+    futures_util::future::join_all(others).await;
+    gate.open();
+    let after = web.sees(&["10.0.0.2:80", "10.0.0.3:80"]).await;
+    assert_eq!(after.failures, 0, "it is no failure");
+}
+
+#[tokio::test]
+async fn v3_reads_the_branch_anew_when_its_revision_is_compacted() {
+    let etcd = Etcd::with("http", &[]).await;
+    let mut v3 = etcd.v3().await;
+    v3.put("/services/web/a", "10.0.0.1:80", None).await.unwrap();
+    // The branch is read, and the watch does not get through.
+    let gate = Gate::before(&etcd.address()).await;
+    gate.close_after("10.0.0.1:80");
+    let web = Followed::new(&format!("etcd3://{}", gate.address()), "/services/web;80");
+    web.sees(&["10.0.0.1:80"]).await;
+    gate.closed().await;
+    v3.put("/services/web/b", "10.0.0.2:80", None).await.unwrap();
+    v3.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    let last = v3.put("/elsewhere", "x", None).await.unwrap().header().unwrap().revision();
+    v3.compact(last, None).await.unwrap();
+    gate.open();
+    let after = web.sees(&["10.0.0.2:80", "10.0.0.3:80"]).await;
+    assert_eq!(after.failures, 0, "it is no failure");
+}
+
+#[tokio::test]
+async fn either_store_is_found_and_followed() {
+    let etcd = Etcd::both().await;
+    let mut v3 = etcd.v3().await;
+    let uri = format!("etcd://{}", etcd.address());
+    let web = Followed::new(&uri, "/services/web;80");
+    web.sees(&[]).await;
+    etcd.v2_set("/services/web/a", "10.0.0.2:80").await;
+    web.sees(&["10.0.0.2:80"]).await;
+    etcd.v2_set("/services/web/b", "10.0.0.22:80").await;
+    web.sees(&["10.0.0.2:80", "10.0.0.22:80"]).await;
+    // v3 goes before v2.
+    v3.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    web.sees(&["10.0.0.3:80"]).await;
+    v3.put("/services/web/a", "10.0.0.33:80", None).await.unwrap();
+    web.sees(&["10.0.0.33:80"]).await;
+    Followed::new(&uri, "/services/web;80").sees(&["10.0.0.33:80"]).await;
+    v3.delete("/services/web/a", None).await.unwrap();
+    web.sees(&["10.0.0.2:80", "10.0.0.22:80"]).await;
+    etcd.v2("DELETE", "/services/web", &[("recursive", "true")]).await;
+    web.sees(&[]).await;
+    v3.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    web.sees(&["10.0.0.3:80"]).await;
+    assert_eq!(web.known().failures, 0);
+}
+
+#[tokio::test]
+async fn without_a_v2_store_v3_is_followed() {
+    let etcd = Etcd::with("http", &[]).await;
+    let web = Followed::new(&format!("etcd://{}", etcd.address()), "/services/web;80");
+    web.sees(&[]).await;
+    etcd.v3().await.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    web.sees(&["10.0.0.3:80"]).await;
+    let v2 = Followed::new(&format!("etcd2://{}", etcd.address()), "/services/web;80");
+    assert_eq!(list(&v2.fails("no v2 API").await), None);
+}
+
+#[tokio::test]
+async fn what_was_known_outlives_the_server_and_what_comes_after_is_followed() {
+    let mut etcd = Etcd::both().await;
+    etcd.v2_set("/services/web/a", "10.0.0.2:80").await;
+    etcd.v3().await.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    let v2 = Followed::new(&format!("etcd2://{}", etcd.address()), "/services/web;80");
+    let v3 = Followed::new(&format!("etcd3://{}", etcd.address()), "/services/web;80");
+    v2.sees(&["10.0.0.2:80"]).await;
+    v3.sees(&["10.0.0.3:80"]).await;
+    etcd.stop();
+    let address = etcd.address();
+    assert_eq!(list(&v2.fails(&address).await), Some(vec!["10.0.0.2:80".to_owned()]));
+    assert_eq!(list(&v3.fails(&address).await), Some(vec!["10.0.0.3:80".to_owned()]));
+    etcd.start();
+    etcd.ready().await;
+    etcd.v2_set("/services/web/b", "10.0.0.22:80").await;
+    v2.sees(&["10.0.0.2:80", "10.0.0.22:80"]).await;
+    etcd.v3().await.put("/services/web/a", "10.0.0.33:80", None).await.unwrap();
+    v3.sees(&["10.0.0.33:80"]).await;
+}
+
+#[tokio::test]
+async fn another_member_is_asked_where_one_is_down() {
+    let etcd = Etcd::both().await;
+    etcd.v2_set("/services/web/a", "10.0.0.2:80").await;
+    etcd.v3().await.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    // Ports of the loopback network on which nobody listens.
+    let members = format!("127.0.0.2:1,{},127.0.0.3:1", etcd.address());
+    for (scheme, endpoint) in
+        [("etcd2", "10.0.0.2:80"), ("etcd3", "10.0.0.3:80"), ("etcd", "10.0.0.3:80")]
+    {
+        Followed::new(&format!("{scheme}://{members}"), "/services/web;80").sees(&[endpoint]).await;
+    }
+}
+
+#[tokio::test]
+async fn wrong_values_stand_beside_the_good_ones() {
+    let etcd = Etcd::both().await;
+    let mut v3 = etcd.v3().await;
+    for (key, value) in
+        [("a", "10.0.0.1:80"), ("b", "oops"), ("c", r#"{"ipaddress":"fury","port":1}"#)]
+    {
+        etcd.v2_set(&format!("/services/web/{key}"), value).await;
+        v3.put(format!("/services/web/{key}"), value, None).await.unwrap();
+    }
+    for scheme in ["etcd2", "etcd3"] {
+        let web = Followed::new(&format!("{scheme}://{}", etcd.address()), "/services/web;80");
+        let known = web.sees(&["10.0.0.1:80"]).await;
+        let rejected = &known.value.unwrap().rejected;
+        let rejected: Vec<_> =
+            rejected.iter().map(|r| format!("{}: {}", r.what, r.reason)).collect();
+        assert_eq!(
+            rejected,
+            [
+                "/services/web/b: \"oops\": expected address:port, IPv6 in brackets",
+                "/services/web/c: address \"fury\": expected an IP address",
+            ]
+        );
+    }
+}
+
+#[tokio::test]
+async fn only_endpoints_with_all_tags_are_used() {
+    let etcd = Etcd::with("http", &[]).await;
+    let mut v3 = etcd.v3().await;
+    v3.put("/services/web/a", "10.0.0.1:80", None).await.unwrap();
+    v3.put("/services/web/b", DOCUMENT, None).await.unwrap();
+    let uri = format!("etcd://{}", etcd.address());
+    Followed::new(&uri, "/services/web[prod];80").sees(&["10.0.0.2:81"]).await;
+}
+
+/// A frozen server keeps its connections: only its silence tells.
+#[tokio::test]
+async fn a_v3_server_that_hangs_is_noticed() {
+    let etcd = Etcd::with("http", &[]).await;
+    etcd.v3().await.put("/services/web/a", "10.0.0.1:80", None).await.unwrap();
+    let web = Followed::new(&format!("etcd3://{}", etcd.address()), "/services/web;80");
+    web.sees(&["10.0.0.1:80"]).await;
+    etcd.freeze();
+    let known = web.fails("no answer within").await;
+    assert_eq!(list(&known), Some(vec!["10.0.0.1:80".to_owned()]));
+    etcd.thaw();
+    web.sees(&["10.0.0.1:80"]).await;
+}
+
+#[tokio::test]
+async fn v3_logs_in() {
+    let etcd = Etcd::with("http", &[]).await;
+    let mut v3 = etcd.v3().await;
+    v3.put("/services/web/a", "10.0.0.1:80", None).await.unwrap();
+    v3.user_add("root", "s3cret", None).await.unwrap();
+    v3.user_grant_role("root", "root").await.unwrap();
+    v3.auth_enable().await.unwrap();
+    let uri = format!("etcd3://{}", etcd.address());
+    Followed::new(&uri, "/services/web;80").fails("user name is empty").await;
+    let log_in = |password: &str| Settings {
+        etcd: EtcdSettings {
+            user: Some(("root".to_owned(), password.to_owned().into())),
+            ..EtcdSettings::default()
+        },
+        ..settings()
+    };
+    let refused = Followed::with(&uri, &log_in("wrong"), "/services/web;80");
+    refused.fails("authentication failed").await;
+    let web = Followed::with(&uri, &log_in("s3cret"), "/services/web;80");
+    web.sees(&["10.0.0.1:80"]).await;
+}

@@ -1,0 +1,95 @@
+//! A way to a server that can be closed at a chosen moment.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+
+/// Passes everything on both ways, until the server has said a certain thing: then what clients send waits.
+pub(super) struct Gate {
+    address: SocketAddr,
+    state: Arc<watch::Sender<State>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    Open,
+    ClosesAfter(&'static str),
+    Closed,
+}
+
+impl Gate {
+    pub(super) async fn before(server: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port on loopback");
+        let address = listener.local_addr().expect("a bound socket has an address");
+        let state = Arc::new(watch::Sender::new(State::Open));
+        let (server, gate) = (server.to_owned(), state.clone());
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                if let Ok(server) = TcpStream::connect(&server).await {
+                    tokio::spawn(pass(client, server, gate.clone()));
+                }
+            }
+        });
+        Self { address, state }
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Closes as soon as the server says `words`, and before the client hears them.
+    pub(super) fn close_after(&self, words: &'static str) {
+        self.state.send_replace(State::ClosesAfter(words));
+    }
+
+    pub(super) async fn closed(&self) {
+        let mut state = self.state.subscribe();
+        let closed = state.wait_for(|state| *state == State::Closed);
+        tokio::time::timeout(super::SOON, closed).await.expect("the server to say it").ok();
+    }
+
+    pub(super) fn open(&self) {
+        self.state.send_replace(State::Open);
+    }
+}
+
+/// Passes one connection's bytes, until one side ends it.
+async fn pass(client: TcpStream, server: TcpStream, state: Arc<watch::Sender<State>>) {
+    let (mut from_client, mut to_client) = client.into_split();
+    let (mut from_server, mut to_server) = server.into_split();
+    let mut gate = state.subscribe();
+    let requests = async {
+        let mut buffer = vec![0; 1 << 16];
+        while let Ok(n @ 1..) = from_client.read(&mut buffer).await {
+            let open = gate.wait_for(|state| *state != State::Closed).await.is_ok();
+            if !open || to_server.write_all(&buffer[..n]).await.is_err() {
+                return;
+            }
+        }
+    };
+    let answers = async {
+        let mut buffer = vec![0; 1 << 16];
+        while let Ok(n @ 1..) = from_server.read(&mut buffer).await {
+            state.send_if_modified(|state| match state {
+                State::ClosesAfter(words)
+                    if buffer[..n].windows(words.len()).any(|part| part == words.as_bytes()) =>
+                {
+                    *state = State::Closed;
+                    true
+                }
+                _ => false,
+            });
+            if to_client.write_all(&buffer[..n]).await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        () = requests => {}
+        () = answers => {}
+    }
+}

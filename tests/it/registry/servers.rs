@@ -1,0 +1,261 @@
+//! Real registries, each on ports of its own and in a folder of its own; they end with the test, whatever its end.
+
+use std::{
+    env, fs,
+    net::{Ipv4Addr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::SOON;
+
+/// A server's process: killed when this is dropped.
+struct Process(Child);
+
+impl Process {
+    /// Starts it, with what it says in the file `log`.
+    fn start(command: &mut Command, log: &Path) -> Self {
+        let file = fs::File::options().create(true).append(true).open(log).expect("a log file");
+        let stderr = file.try_clone().expect("a second handle of the log file");
+        let child = command.stdin(Stdio::null()).stdout(file).stderr(stderr).spawn();
+        Self(child.unwrap_or_else(|e| panic!("{command:?} cannot be started: {e}")))
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).expect("a process of ours takes a signal");
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Ports on which nobody listens now.
+fn free_ports<const N: usize>() -> [u16; N] {
+    let listeners = [(); N]
+        .map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port on loopback"));
+    listeners.map(|listener| listener.local_addr().expect("a bound socket has an address").port())
+}
+
+/// `etcd` with the given flags.
+pub(super) struct Etcd {
+    process: Option<Process>,
+    flags: Vec<String>,
+    pub(super) port: u16,
+    peer_port: u16,
+    scheme: &'static str,
+    dir: TempDir,
+    http: reqwest::Client,
+}
+
+impl Etcd {
+    /// Both stores.
+    pub(super) async fn both() -> Self {
+        Self::with("http", &["--enable-v2"]).await
+    }
+
+    pub(super) async fn with(scheme: &'static str, flags: &[&str]) -> Self {
+        let [port, peer_port] = free_ports();
+        let mut etcd = Self {
+            process: None,
+            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            port,
+            peer_port,
+            scheme,
+            dir: tempfile::tempdir().expect("a folder"),
+            http: http_client(),
+        };
+        etcd.start();
+        etcd.ready().await;
+        etcd
+    }
+
+    /// Starts it (again), with what it stored before.
+    pub(super) fn start(&mut self) {
+        let client = format!("{}://127.0.0.1:{}", self.scheme, self.port);
+        let peer = format!("http://127.0.0.1:{}", self.peer_port);
+        let mut command = Command::new("etcd");
+        command.args(["--name", "it", "--logger", "zap", "--log-level", "warn"]);
+        command.args(["--unsafe-no-fsync", "--data-dir"]).arg(self.dir.path().join("data"));
+        command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+        command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
+        command.args(["--initial-cluster", &format!("it={peer}")]).args(&self.flags);
+        self.process = Some(Process::start(&mut command, &self.dir.path().join("log")));
+    }
+
+    /// Waits until it leads.
+    pub(super) async fn ready(&self) {
+        if self.scheme == "https" {
+            // Who may ask is the test's own matter.
+            return;
+        }
+        let url = format!("http://{}/health", self.address());
+        eventually("etcd", &self.dir.path().join("log"), async || {
+            let answer = self.http.get(&url).send().await.ok()?;
+            (answer.json::<Value>().await.ok()?["health"] == "true").then_some(())
+        })
+        .await;
+    }
+
+    pub(super) fn stop(&mut self) {
+        self.process = None;
+    }
+
+    /// It keeps its connections, and does nothing.
+    pub(super) fn freeze(&self) {
+        self.process.as_ref().expect("a running server").signal(Signal::STOP);
+    }
+
+    pub(super) fn thaw(&self) {
+        self.process.as_ref().expect("a running server").signal(Signal::CONT);
+    }
+
+    pub(super) fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    pub(super) async fn v3(&self) -> etcd_client::Client {
+        etcd_client::Client::connect([self.address()], None).await.expect("a client of etcd")
+    }
+
+    pub(super) async fn v2_set(&self, key: &str, value: &str) {
+        self.v2("PUT", key, &[("value", value)]).await;
+    }
+
+    /// A request to the v2 store, which must succeed.
+    pub(super) async fn v2(&self, method: &str, key: &str, form: &[(&str, &str)]) -> Value {
+        let method = method.parse().expect("a method");
+        let url = format!("http://{}/v2/keys{key}", self.address());
+        let request = self.http.request(method, url).query(form);
+        let answer = request.send().await.expect("an answer of etcd");
+        let status = answer.status();
+        let body = answer.text().await.expect("a body of etcd");
+        assert!(status.is_success(), "{key}: {status}: {body}");
+        serde_json::from_str(&body).expect("JSON of etcd")
+    }
+}
+
+/// `consul agent -dev`
+pub(super) struct Consul {
+    process: Option<Process>,
+    ports: [u16; 4],
+    config: String,
+    dir: TempDir,
+    http: reqwest::Client,
+    token: Option<&'static str>,
+}
+
+impl Consul {
+    pub(super) async fn start() -> Self {
+        Self::with("{}", None).await
+    }
+
+    /// With a piece of configuration, and the token that the requests of this test carry.
+    pub(super) async fn with(config: &str, token: Option<&'static str>) -> Self {
+        let mut consul = Self {
+            process: None,
+            ports: free_ports(),
+            config: config.to_owned(),
+            dir: tempfile::tempdir().expect("a folder"),
+            http: http_client(),
+            token,
+        };
+        consul.run();
+        consul.ready().await;
+        consul
+    }
+
+    pub(super) fn run(&mut self) {
+        let [http, server, lan, wan] = self.ports;
+        let file = self.dir.path().join("config.json");
+        fs::write(&file, &self.config).expect("a configuration file");
+        let mut command = Command::new(consul_program());
+        command.args(["agent", "-dev", "-bind", "127.0.0.1", "-node", "it", "-log-level", "warn"]);
+        command.args(["-dns-port", "-1", "-http-port", &http.to_string()]);
+        command.args(["-server-port", &server.to_string(), "-serf-lan-port", &lan.to_string()]);
+        command.args(["-serf-wan-port", &wan.to_string(), "-config-file"]).arg(&file);
+        command.args(["-hcl", "ports { grpc = -1 }"]);
+        self.process = Some(Process::start(&mut command, &self.dir.path().join("log")));
+    }
+
+    pub(super) async fn ready(&self) {
+        let url = format!("http://{}/v1/health/service/consul?passing", self.address());
+        eventually("Consul", &self.dir.path().join("log"), async || {
+            let answer = self.request(reqwest::Method::GET, &url).send().await.ok()?;
+            (answer.json::<Value>().await.ok()?.as_array()?.len() == 1).then_some(())
+        })
+        .await;
+    }
+
+    pub(super) fn stop(&mut self) {
+        self.process = None;
+    }
+
+    pub(super) fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.ports[0])
+    }
+
+    /// Registers a service with a check that the test itself sets.
+    pub(super) async fn register(&self, id: &str, address: &str, port: u16, tags: &[&str]) {
+        let check = json!({ "CheckID": id, "Name": id, "TTL": "1h", "Status": "passing" });
+        self.put(
+            "/v1/agent/service/register",
+            json!({
+                "Name": "web", "ID": id, "Address": address, "Port": port, "Tags": tags,
+                "Check": check,
+            }),
+        )
+        .await;
+    }
+
+    pub(super) async fn put(&self, path: &str, body: Value) {
+        let url = format!("http://{}{path}", self.address());
+        let answer = self.request(reqwest::Method::PUT, &url).json(&body).send().await;
+        let answer = answer.expect("an answer of Consul");
+        let status = answer.status();
+        let text = answer.text().await.expect("a body of Consul");
+        assert!(status.is_success(), "{path}: {status}: {text}");
+    }
+
+    fn request(&self, method: reqwest::Method, url: &str) -> reqwest::RequestBuilder {
+        let request = self.http.request(method, url);
+        match self.token {
+            Some(token) => request.header("X-Consul-Token", token),
+            None => request,
+        }
+    }
+}
+
+/// The program named by `CONSUL_BIN`, else the one on PATH.
+fn consul_program() -> PathBuf {
+    env::var_os("CONSUL_BIN").map_or_else(|| "consul".into(), Into::into)
+}
+
+fn http_client() -> reqwest::Client {
+    embassy::tls::install_provider();
+    let builder = reqwest::Client::builder().no_proxy().tls_certs_only([]);
+    builder.timeout(Duration::from_secs(5)).build().expect("an HTTP client")
+}
+
+/// Tries until there is a result, or fails with what `server` wrote into its log.
+async fn eventually<T>(server: &str, log: &Path, mut attempt: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + SOON;
+    loop {
+        if let Some(result) = attempt().await {
+            return result;
+        }
+        if Instant::now() > deadline {
+            let log = fs::read_to_string(log).unwrap_or_default();
+            panic!("{server} does not come up; it said:\n{log}");
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
