@@ -10,6 +10,10 @@ use std::{
 use tokio::sync::{Notify, watch};
 use tracing::{debug, info, warn};
 
+mod shared;
+
+pub use shared::Shared;
+
 /// What is known of a source: its last full answer, how old that is, and what is wrong now.
 #[derive(Debug, Clone)]
 pub struct Known<T> {
@@ -176,29 +180,6 @@ pub async fn follow<S: Source>(
     }
 }
 
-/// Publishes for ever what `answer` makes of each answer from `source`, and passes its failures on.
-pub async fn derive<T: Clone, U: PartialEq>(
-    mut source: Answers<T>,
-    publish: &Publisher<U>,
-    answer: impl Fn(&T) -> U,
-) {
-    let (mut answers, mut failures) = (0, 0);
-    loop {
-        let known = source.borrow_and_update().clone();
-        if let Some(value) = known.value.filter(|_| known.answers != answers) {
-            publish.publish(answer(&value));
-            answers = known.answers;
-        }
-        if let Some(error) = known.error.filter(|_| known.failures != failures) {
-            publish.fail(&SourceError::new(error));
-            failures = known.failures;
-        }
-        if source.changed().await.is_err() {
-            return publish.fail(&SourceError::new("what it is derived from has ended"));
-        }
-    }
-}
-
 /// Exponential backoff with jitter: many hosts that lost one registry do not come back in step.
 #[derive(Debug, Default)]
 struct Backoff {
@@ -280,21 +261,6 @@ mod tests {
         tokio::spawn(follow("silent", Script(VecDeque::new()), publish, Duration::from_secs(3)));
         let known = answers.wait_for(|known| known.failures == 1).await.unwrap().clone();
         assert_eq!(known.error.as_deref(), Some("no answer within 3 s"));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_is_derived_knows_the_same_and_fails_alike() {
-        let (publish, source) = Publisher::new(Arc::default());
-        publish.publish(1);
-        publish.fail(&SourceError::new("gone"));
-        let (derived, mut answers) = Publisher::new(Arc::default());
-        tokio::spawn(async move { derive(source, &derived, |n| n * 10).await });
-
-        let known = answers.wait_for(|known| known.failures == 1).await.unwrap().clone();
-        assert_eq!((known.value.as_deref(), known.error.as_deref()), (Some(&10), Some("gone")));
-        publish.publish(2);
-        let known = answers.wait_for(|known| known.answers == 2).await.unwrap().clone();
-        assert_eq!((known.value.as_deref(), known.error), (Some(&20), None));
     }
 
     #[test]

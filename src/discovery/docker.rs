@@ -24,7 +24,6 @@ use std::{
     fmt,
     net::IpAddr,
     pin::pin,
-    sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 
@@ -34,13 +33,12 @@ use bollard::{
     query_parameters::{EventsOptions, EventsOptionsBuilder, ListContainersOptions},
 };
 use futures_util::{FutureExt, StreamExt, TryStreamExt, stream};
-use tokio::task::AbortHandle;
 
 use self::offers::{Container, Containers, Offer, Place, offers, select};
 use crate::{
     discovery::{Endpoints, Query},
     docker::{Address, Engine},
-    source::{Answers, Publisher, Source, SourceError, derive, follow},
+    source::{Publisher, Shared, Source, SourceError},
 };
 
 mod offers;
@@ -55,60 +53,25 @@ pub struct Docker {
     healthy_only: bool,
     /// The engine is the one whose containers are the consumers.
     own: bool,
-    /// Runs while any query does.
-    listing: Arc<Mutex<Weak<Listing>>>,
+    offers: Shared<Vec<Offer>>,
 }
 
 impl Docker {
     /// `own`: the engine is the one whose containers are the consumers, so that their addresses can be reached.
     pub fn new(engine: Engine, healthy_only: bool, own: bool) -> Self {
-        Self { engine, healthy_only, own, listing: Arc::default() }
+        Self { engine, healthy_only, own, offers: Shared::default() }
     }
 
     /// Follows what `query` asks for, for ever.
     pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: Duration) {
-        let listing = self.listing(resync);
+        let name = format!("docker discovery {}", self.engine);
+        let services = || Services { engine: self.engine.clone(), own: self.own };
         let answer = |offers: &Vec<Offer>| select(offers, &query, self.healthy_only);
-        derive(listing.answers.clone(), &publish, answer).await;
-    }
-
-    fn listing(&self, resync: Duration) -> Arc<Listing> {
-        // A panic elsewhere leaves the reference whole.
-        let mut running = self.listing.lock().unwrap_or_else(PoisonError::into_inner);
-        running.upgrade().unwrap_or_else(|| {
-            let listing = Arc::new(Listing::start(self.engine.clone(), self.own, resync));
-            *running = Arc::downgrade(&listing);
-            listing
-        })
+        self.offers.derive(&name, services, resync, &publish, answer).await;
     }
 }
 
-/// What the containers of an engine offer, followed as long as this lives.
-#[derive(Debug)]
-struct Listing {
-    answers: Answers<Vec<Offer>>,
-    task: AbortHandle,
-}
-
-impl Listing {
-    fn start(engine: Engine, own: bool, resync: Duration) -> Self {
-        // Nobody waits for the bell: the queries hear of every change through `answers`.
-        let (publish, answers) = Publisher::new(Arc::default());
-        let task = tokio::spawn(async move {
-            let name = format!("docker discovery {engine}");
-            follow(&name, Services { engine, own }, publish, resync).await;
-        });
-        Self { answers, task: task.abort_handle() }
-    }
-}
-
-impl Drop for Listing {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-/// The source behind a `Listing`.
+/// The source of what all containers offer.
 struct Services {
     engine: Engine,
     own: bool,

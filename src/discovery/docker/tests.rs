@@ -311,21 +311,6 @@ fn events_name_the_container_that_they_are_about() {
     }
 }
 
-#[tokio::test]
-async fn one_listing_serves_every_query_and_ends_with_the_last() {
-    let engine = Engine::parse("unix:///nonexistent/docker.sock", None).unwrap();
-    let docker = Docker::new(engine, true, true);
-    let one = docker.listing(Duration::from_secs(120));
-    let two = docker.clone().listing(Duration::from_secs(120));
-    assert!(Arc::ptr_eq(&one, &two));
-    let mut answers = one.answers.clone();
-    let error = answers.wait_for(|known| known.error.is_some()).await.unwrap().error.clone();
-    let error = error.unwrap();
-    assert!(error.starts_with("reach the engine at unix:///nonexistent/docker.sock: "), "{error}");
-    drop((one, two));
-    while answers.changed().await.is_ok() {} // until its task, which holds the other end, has gone
-}
-
 proptest! {
     #[test]
     fn no_container_panics(
