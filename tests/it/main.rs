@@ -1,3 +1,4 @@
+mod discovery_docker;
 mod registry;
 mod main_job;
 
