@@ -1,9 +1,9 @@
 //! Real registries, each on ports of its own and in a folder of its own; they end with the test, whatever its end.
 
 use std::{
-    env, fs,
+    fs,
     net::{Ipv4Addr, TcpListener},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -39,7 +39,7 @@ impl Drop for Process {
 }
 
 /// Ports on which nobody listens now.
-fn free_ports<const N: usize>() -> [u16; N] {
+pub(super) fn free_ports<const N: usize>() -> [u16; N] {
     let listeners = [(); N]
         .map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port on loopback"));
     listeners.map(|listener| listener.local_addr().expect("a bound socket has an address").port())
@@ -177,7 +177,7 @@ impl Consul {
         let [http, server, lan, wan] = self.ports;
         let file = self.dir.path().join("config.json");
         fs::write(&file, &self.config).expect("a configuration file");
-        let mut command = Command::new(consul_program());
+        let mut command = Command::new(testbed::consul_program());
         command.args(["agent", "-dev", "-bind", "127.0.0.1", "-node", "it", "-log-level", "warn"]);
         command.args(["-dns-port", "-1", "-http-port", &http.to_string()]);
         command.args(["-server-port", &server.to_string(), "-serf-lan-port", &lan.to_string()]);
@@ -234,15 +234,15 @@ impl Consul {
     }
 }
 
-/// The program named by `CONSUL_BIN`, else the one on PATH.
-fn consul_program() -> PathBuf {
-    env::var_os("CONSUL_BIN").map_or_else(|| "consul".into(), Into::into)
-}
-
 fn http_client() -> reqwest::Client {
     embassy::tls::install_provider();
     let builder = reqwest::Client::builder().no_proxy().tls_certs_only([]);
     builder.timeout(Duration::from_secs(5)).build().expect("an HTTP client")
+}
+
+/// Tries until there is a result.
+pub(super) async fn retry<T>(server: &str, attempt: impl AsyncFnMut() -> Option<T>) -> T {
+    eventually(server, Path::new("/dev/null"), attempt).await
 }
 
 /// Tries until there is a result, or fails with what `server` wrote into its log.
