@@ -147,6 +147,7 @@ impl V2 {
         match timeout(WAIT, http::more(&url, &mut response, &mut body)).await {
             Ok(more) => more?,
             Err(_) => {
+                self.has_leader().await?;
                 // Nothing up to where the store was when it began to wait.
                 self.wait = Some(wait.max(index.saturating_add(1)));
                 return Ok(Some(Step::Unchanged));
@@ -160,6 +161,19 @@ impl V2 {
             .await
             .map_err(|_| http::fault(&url, "the answer does not come to its end"))??;
         self.take(&Answer::new(&url, &response, body), wait)
+    }
+
+    /// A member that has lost its leader still waits for events with us, which do not come. It is cheaper to ask for
+    /// the leader than to read: a read that the cluster must agree upon costs as much as a write.
+    async fn has_leader(&self) -> Result<(), SourceError> {
+        let mut url = self.member.clone();
+        url.set_path("/v2/members/leader");
+        let answer = http::get(&url, self.request(&url), ANSWER).await?;
+        match answer.status {
+            StatusCode::SERVICE_UNAVAILABLE => Err(answer.refusal()),
+            // Old servers do not know the question, and others may not answer it to everybody.
+            _ => Ok(()),
+        }
     }
 
     /// Takes in the answer to a poll.

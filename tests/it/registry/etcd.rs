@@ -274,6 +274,25 @@ async fn a_server_that_hangs_is_noticed() {
     v3.sees(&["10.0.0.3:80"]).await;
 }
 
+/// A member without a leader answers, and says nothing of what happens elsewhere.
+#[tokio::test]
+async fn a_member_that_has_lost_its_leader_is_noticed() {
+    let [mut one, two] = Etcd::pair().await;
+    two.v2_set("/services/web/a", "10.0.0.2:80").await;
+    two.v3().await.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    let v2 = Followed::new(&format!("etcd2://{}", two.address()), "/services/web;80");
+    let v3 = Followed::new(&format!("etcd3://{}", two.address()), "/services/web;80");
+    v2.sees(&["10.0.0.2:80"]).await;
+    v3.sees(&["10.0.0.3:80"]).await;
+    one.stop();
+    assert_eq!(list(&v3.fails("no leader").await), Some(vec!["10.0.0.3:80".to_owned()]));
+    assert_eq!(list(&v2.fails("election").await), Some(vec!["10.0.0.2:80".to_owned()]));
+    one.start();
+    one.ready().await;
+    v2.sees(&["10.0.0.2:80"]).await;
+    v3.sees(&["10.0.0.3:80"]).await;
+}
+
 #[tokio::test]
 async fn v3_logs_in() {
     let etcd = Etcd::with("http", &[]).await;

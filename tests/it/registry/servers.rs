@@ -50,7 +50,10 @@ pub(super) struct Etcd {
     process: Option<Process>,
     flags: Vec<String>,
     pub(super) port: u16,
+    name: String,
     peer_port: u16,
+    /// `name=peer` of every member.
+    cluster: String,
     scheme: &'static str,
     dir: TempDir,
     http: reqwest::Client,
@@ -63,19 +66,41 @@ impl Etcd {
     }
 
     pub(super) async fn with(scheme: &'static str, flags: &[&str]) -> Self {
-        let [port, peer_port] = free_ports();
-        let mut etcd = Self {
-            process: None,
-            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
-            port,
-            peer_port,
-            scheme,
-            dir: tempfile::tempdir().expect("a folder"),
-            http: http_client(),
-        };
+        let [peer] = free_ports();
+        let mut etcd = Self::member(0, &[peer], scheme, flags);
         etcd.start();
         etcd.ready().await;
         etcd
+    }
+
+    /// Two members with both stores: without one of them the other has no leader.
+    pub(super) async fn pair() -> [Self; 2] {
+        let peers = free_ports::<2>();
+        let mut pair = [0, 1].map(|i| Self::member(i, &peers, "http", &["--enable-v2"]));
+        for etcd in &mut pair {
+            etcd.start();
+        }
+        for etcd in &pair {
+            etcd.ready().await;
+        }
+        pair
+    }
+
+    fn member(i: usize, peers: &[u16], scheme: &'static str, flags: &[&str]) -> Self {
+        let member = |(i, port)| format!("m{i}=http://127.0.0.1:{port}");
+        let cluster: Vec<_> = peers.iter().enumerate().map(member).collect();
+        let [port] = free_ports();
+        Self {
+            process: None,
+            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            port,
+            name: format!("m{i}"),
+            peer_port: peers[i],
+            cluster: cluster.join(","),
+            scheme,
+            dir: tempfile::tempdir().expect("a folder"),
+            http: http_client(),
+        }
     }
 
     /// Starts it (again), with what it stored before.
@@ -83,11 +108,11 @@ impl Etcd {
         let client = format!("{}://127.0.0.1:{}", self.scheme, self.port);
         let peer = format!("http://127.0.0.1:{}", self.peer_port);
         let mut command = Command::new("etcd");
-        command.args(["--name", "it", "--logger", "zap", "--log-level", "warn"]);
+        command.args(["--name", &self.name, "--logger", "zap", "--log-level", "warn"]);
         command.args(["--unsafe-no-fsync", "--data-dir"]).arg(self.dir.path().join("data"));
         command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
         command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
-        command.args(["--initial-cluster", &format!("it={peer}")]).args(&self.flags);
+        command.args(["--initial-cluster", &self.cluster]).args(&self.flags);
         self.process = Some(Process::start(&mut command, &self.dir.path().join("log")));
     }
 
