@@ -2,6 +2,8 @@
 
 # Errors of tests are sentences; set to 1 to see where they were made.
 export RUST_LIB_BACKTRACE ?= 0
+# A failed test shows the logs of the programs that it started.
+export TESTBED_SHOW_LOGS ?= 1
 
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 # How the demo finds services: docker, consul or etcd. ONCE=1: it ends by itself.

@@ -15,7 +15,6 @@ use crate::{
     capture::{self, Capture, Firewall, rules},
     config::{CaptureMode, Config, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
-    discovery::Discoveries,
     limits,
     provider::{Provider, docker::DockerProvider, fixed},
     proxy::{self, Destinations, Proxy},
@@ -50,8 +49,6 @@ impl App {
         let max_connections = limits::raise_descriptors(config.max_connections);
         capture::conntrack::apply(&config.conntrack);
 
-        let discoveries = Discoveries::parse(&config.discovery, &config.settings)?;
-
         let bell = Arc::<Notify>::default();
         let provider = match &config.provider {
             ProviderChoice::Docker => {
@@ -70,7 +67,7 @@ impl App {
             resync: config.resync,
         };
         let report = Report::new(refused.clone());
-        let control = Control::new(settings, discoveries, listing, bell, waiting, report);
+        let control = Control::new(settings, config.discoveries, listing, bell, waiting, report);
         let (tables, sources) = (control.tables(), control.sources());
 
         let proxy = proxy::Settings {

@@ -97,8 +97,8 @@ impl Discovery {
         match self {
             Self::Consul(consul) => follow(&name, consul.source(query), publish, resync).await,
             Self::Etcd(etcd) => follow(&name, etcd.source(query), publish, resync).await,
-            Self::Docker(docker) => follow(&name, docker.source(query), publish, resync).await,
-            Self::File(file) => follow(&name, file.source(query), publish, resync).await,
+            Self::Docker(docker) => docker.watch(query, publish, resync).await,
+            Self::File(file) => file.watch(query, publish, resync).await,
             Self::Dns(dns) => follow(&name, dns.source(query), publish, resync).await,
         }
     }

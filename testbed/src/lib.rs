@@ -39,7 +39,7 @@ pub use consul::{Consul, Registration, consul_program};
 pub use container::{Container, ContainerBuilder};
 pub use daemon::Daemon;
 pub use docker::Network;
-pub use embassy::Embassy;
+pub use embassy::{Embassy, embassy_program};
 pub use etcd::{Etcd, EtcdV2, EtcdV3};
 pub use exec::output;
 pub use host::{Host, HostBuilder, Response};
