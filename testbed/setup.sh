@@ -24,6 +24,7 @@ look() {
     need docker docker.io 'its command line'
     need etcd etcd-server 'service discovery, v2 and v3'
     need etcdctl etcd-client 'writes to etcd v3'
+    need openssl openssl 'certificates that the tests make'
     need iptables iptables 'the firewall that Docker uses'
     need nft nftables 'the firewall that we use'
     need cc 'gcc libc6-dev' 'links Rust programs'

@@ -27,7 +27,7 @@ pub(crate) fn daemon(space: &Arc<Space>, extra: &[OsString]) -> Daemon {
             .into();
     args.push(format!("-advertise={HOST_ADDRESS}").into());
     args.extend_from_slice(extra);
-    Daemon::new(space.clone(), "consul", program(), args, |space| {
+    Daemon::new(space.clone(), "consul", consul_program(), args, |space| {
         let url = "http://127.0.0.1:8500/v1/status/leader";
         let leader = output(space.command("curl").args(["--silent", "--fail", url]))?;
         ensure!(leader.len() > 2, "there is no leader yet: {leader:?}");
@@ -35,8 +35,8 @@ pub(crate) fn daemon(space: &Arc<Space>, extra: &[OsString]) -> Daemon {
     })
 }
 
-/// What is on PATH, else what the set-up has fetched.
-fn program() -> PathBuf {
+/// The `consul` on PATH, else the one that the set-up has fetched.
+pub fn consul_program() -> PathBuf {
     which("consul").unwrap_or_else(|_| cache_dir().join("consul/usr/bin/consul"))
 }
 
