@@ -1,9 +1,22 @@
 //! Connects containers to the services they ask for. ARCHITECTURE.md is the map.
 
+// In the order in which data flows.
 pub mod config;
-pub mod descriptor;
-pub mod discovery;
-pub mod docker;
 pub mod model;
+pub mod descriptor;
 pub mod source;
 pub mod tls;
+pub mod docker;
+pub mod provider;
+pub mod discovery;
+pub mod balance;
+pub mod table;
+pub mod readiness;
+pub mod report;
+pub mod control;
+pub mod proxy;
+pub mod capture;
+pub mod admin;
+pub mod log;
+pub mod limits;
+pub mod app;

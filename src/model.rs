@@ -106,6 +106,9 @@ pub struct Consumer {
     pub id: ConsumerId,
     /// For people: the container's name.
     pub name: Arc<str>,
+    /// The network namespace it lives in: the container that made it, or `local`. Consumers that share one share its
+    /// addresses.
+    pub namespace: Arc<str>,
     /// Every address its connections may come from. Sorted, without repeats.
     pub sources: Vec<IpAddr>,
     /// The gateways of the bridge networks it is on: VIPs, unless the user named theirs.

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs what the testbed needs, and says what and why. Does nothing where nothing is missing.
 set -eu
+export LC_ALL=C
 
 repository=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 cache=${TESTBED_CACHE:-$repository/.testbed/cache}
@@ -25,7 +26,12 @@ look() {
     need etcdctl etcd-client 'writes to etcd v3'
     need iptables iptables 'the firewall that Docker uses'
     need nft nftables 'the firewall that we use'
+    need cc 'gcc libc6-dev' 'links Rust programs'
     need protoc protobuf-compiler 'builds the etcd v3 client'
+    if ! [ -e /usr/include/google/protobuf/descriptor.proto ] && ! [ -e /usr/local/include/google/protobuf/descriptor.proto ]; then
+        say 'missing: google/protobuf/descriptor.proto (builds the etcd v3 client), of the package libprotobuf-dev'
+        missing="$missing libprotobuf-dev"
+    fi
     need busybox busybox-static 'what container images are made of'
     need ip iproute2 'network interfaces of a host'
     need conntrack conntrack 'connection tracking, as tests look at it'
@@ -59,7 +65,8 @@ install_packages() {
     # Word splitting is meant: a list of packages.
     # shellcheck disable=SC2086
     set -- $missing
-    say "installing from Debian: $* (their services are not started)"
+    say "installing from Debian: $*"
+    say 'their services are not started now; if they should not start at boot either: systemctl disable docker etcd'
     apt-get update -q
     DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"
     [ -z "${guard-}" ] || rm -f "$guard"
@@ -97,10 +104,10 @@ fetch_consul() {
     say "missing: consul (service discovery): fetching Debian 11's package from $from into $cache/consul"
     mkdir -p "$cache"
     work=$(mktemp -d "$cache/consul-XXXXXX")
-    index=$from/dists/bullseye/main/binary-$architecture/Packages.xz
-    curl -fsSL --retry 3 -o "$work/Packages.xz" "$index" || fail "cannot fetch $index"
+    index=$from/dists/bullseye/main/binary-$architecture/Packages.gz
+    curl -fsSL --retry 3 -o "$work/Packages.gz" "$index" || fail "cannot fetch $index"
     # The fields of one package: file and checksum.
-    entry=$(xz -dc "$work/Packages.xz" | awk '
+    entry=$(gzip -dc "$work/Packages.gz" | awk '
         /^Package: / { ours = $2 == "consul" }
         ours && /^Filename: / { file = $2 }
         ours && /^SHA256: / { sum = $2 }
@@ -129,5 +136,4 @@ fi
 has dpkg-deb || has consul || fail 'missing: consul (service discovery); put it on PATH'
 fetch_consul
 has cargo-nextest || say 'cargo-nextest is not here: tests run by plain cargo test'
-has cc || say 'missing: cc, without which Rust links nothing: apt-get install gcc libc6-dev'
 say 'all is there'

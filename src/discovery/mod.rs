@@ -106,8 +106,8 @@ impl Discovery {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("via={via:?}: expected one of the configured discoveries: {configured}")]
 pub struct UnknownDiscovery {
-    via: Arc<str>,
-    configured: String,
+    pub via: Arc<str>,
+    pub configured: String,
 }
 
 /// Every configured discovery, by name.

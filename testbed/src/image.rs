@@ -157,7 +157,7 @@ fn copy_stripped(from: &Path, to: &Path) -> Result<()> {
 
 /// Shared libraries, loader included; none for a static program, a script or a folder.
 fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {
-    let output = Command::new("ldd").arg(program).output().context("run ldd")?;
+    let output = Command::new("ldd").env("LC_ALL", "C").arg(program).output().context("run ldd")?;
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(!text.contains("not found"), "{} lacks a library:\n{text}", program.display());
     // Lines are `name => /path (address)` or, for the loader, `/path (address)`.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -40,6 +41,13 @@ fn files() -> Result<()> {
 
 /// A network card whose cable leads nowhere: its address is this host's, and others of its network never answer.
 fn links() -> Result<()> {
+    // No doubles here: without this, an IPv6 address is of no use for its first second, and the engine does not wait.
+    for interfaces in ["all", "default"] {
+        let path = format!("/proc/sys/net/ipv6/conf/{interfaces}/accept_dad");
+        if Path::new(&path).exists() {
+            fs::write(&path, "0").with_context(|| format!("write {path}"))?;
+        }
+    }
     sh("ip link set lo up && ip link add eth0 type veth peer name eth0-peer")?;
     sh(&format!("ip address add {HOST_ADDRESS}/24 dev eth0"))?;
     sh("ip link set eth0 up && ip link set eth0-peer up")

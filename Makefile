@@ -1,0 +1,44 @@
+# Everything is run as root on a Debian machine with cargo; `make` lists what there is.
+
+# Errors of tests are sentences; set to 1 to see where they were made.
+export RUST_LIB_BACKTRACE ?= 0
+
+NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
+# How the demo finds services: docker, consul or etcd. ONCE=1: it ends by itself.
+DISCOVERY ?= docker
+ONCE ?=
+
+.PHONY: help setup build test lint demo shell clean
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+setup: ## installs from Debian what tests and demo need; says what and why
+	@testbed/setup.sh
+
+build: setup ## builds embassy and the testbed
+	cargo build --workspace --bins
+
+test: build ## all unit and integration tests, on Docker hosts of their own
+ifdef NEXTEST
+	cargo nextest run --workspace
+	cargo test --workspace --doc --quiet
+else
+	cargo test --workspace -- --test-threads=2
+endif
+
+lint: setup ## format, clippy, and dependencies where cargo-deny is installed
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo 'lint: no cargo-deny here, dependencies are not checked'; fi
+
+demo: build ## three endpoints, two consumers and embassy between them; DISCOVERY=docker|consul|etcd, ONCE=1
+	target/debug/testbed demo --discovery $(DISCOVERY) $(if $(ONCE),--once)
+
+shell: build ## a shell in a Docker host of its own
+	target/debug/testbed shell
+
+clean: ## removes what was built and fetched, and what killed hosts left
+	@if [ -x target/debug/testbed ]; then target/debug/testbed sweep; fi
+	cargo clean
+	rm -rf .testbed

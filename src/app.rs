@@ -1,0 +1,164 @@
+//! Everything started and stopped, in order.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result};
+use tokio::{
+    sync::Notify,
+    task::JoinHandle,
+    time::{Instant, timeout_at},
+};
+use tracing::{info, warn};
+
+use crate::{
+    admin::{Admin, Shown, metrics::Metrics},
+    capture::{self, Capture, Firewall, rules},
+    config::{CaptureMode, Config, Provider as ProviderChoice},
+    control::{Control, Settings, Waiting},
+    limits,
+    provider::{Provider, docker::DockerProvider, fixed},
+    proxy::{self, Destinations, Proxy},
+    readiness::Readiness,
+    report::{Refused, Report},
+};
+
+/// A running embassy.
+#[derive(Debug)]
+pub struct App {
+    /// Where the proxy listens.
+    pub proxy_addresses: Vec<SocketAddr>,
+    /// Where the admin API listens.
+    pub admin_address: Option<String>,
+    proxy: Proxy,
+    capture: Option<Capture>,
+    admin: Option<Admin>,
+    control: JoinHandle<()>,
+    drain: Duration,
+}
+
+impl App {
+    /// Starts everything. A source that is down is no error: embassy is just not ready.
+    pub async fn start(config: Config) -> Result<Self> {
+        let readiness = Readiness::default();
+        let waiting = Waiting {
+            listing: readiness.wait_for("listing"),
+            answers: readiness.wait_for("discovery"),
+        };
+        let redirect = config.capture == CaptureMode::Redirect;
+        let own = if redirect { fixed::addresses(&config.interface)? } else { Vec::new() };
+        let max_connections = limits::raise_descriptors(config.max_connections);
+        capture::conntrack::apply(&config.conntrack);
+
+        let bell = Arc::<Notify>::default();
+        let provider = match &config.provider {
+            ProviderChoice::Docker => {
+                Provider::Docker(DockerProvider::new(config.docker.clone(), config.prefix.clone()))
+            }
+            ProviderChoice::Static(services) => {
+                Provider::Static(Box::new(fixed::consumer(&config.interface, services)?))
+            }
+        };
+        let listing = provider.start(config.resync, bell.clone());
+        let refused = Arc::<Refused>::default();
+        let settings = Settings {
+            vips: config.vips.clone(),
+            balance: config.balance,
+            empty_hold: config.empty_hold,
+            resync: config.resync,
+        };
+        let report = Report::new(refused.clone());
+        let control =
+            Control::new(settings, config.discoveries.clone(), listing, bell, waiting, report);
+        let (tables, sources) = (control.tables(), control.sources());
+
+        let proxy = proxy::Settings {
+            port: Some(config.port),
+            workers: std::thread::available_parallelism().map_or(1, usize::from),
+            destinations: match config.capture {
+                CaptureMode::None => Destinations::Any,
+                CaptureMode::Dnat | CaptureMode::Redirect => Destinations::VipsAnd(own.clone()),
+            },
+            max_connections,
+            mark: redirect.then_some(rules::MARK),
+            splice: true,
+            log: config.connection_log,
+        };
+        let proxy = Proxy::start(proxy, &tables)
+            .with_context(|| format!("cannot listen on port {} (--port)", config.port))?;
+        info!(addresses = ?proxy.addresses, "proxy listens");
+
+        let capture = match config.capture {
+            CaptureMode::None => None,
+            CaptureMode::Dnat | CaptureMode::Redirect => {
+                capture::cleanup().await;
+                let firewall = Firewall::choose(config.firewall)
+                    .await
+                    .context("no firewall can be written")?;
+                info!(%firewall, mode = ?config.capture, scope = ?config.capture_scope, "capturing");
+                let settings = rules::Settings {
+                    redirect,
+                    scope: config.capture_scope,
+                    port: config.port.get(),
+                    own,
+                };
+                Some(Capture::start(
+                    firewall,
+                    settings,
+                    tables.clone(),
+                    readiness.wait_for("capture"),
+                ))
+            }
+        };
+        let metrics = Metrics {
+            tables,
+            sources,
+            refused,
+            figures: proxy.figures(),
+            capture: capture.as_ref().map(|capture| capture.counts.clone()),
+        };
+        let shown = Shown { readiness, metrics: Arc::new(metrics.registry()) };
+        let admin = match &config.admin {
+            Some(at) => {
+                let admin = Admin::start(at, shown)
+                    .await
+                    .with_context(|| format!("cannot listen at {at:?} (--admin)"))?;
+                info!(address = admin.address, "admin API listens");
+                Some(admin)
+            }
+            None => None,
+        };
+        Ok(Self {
+            proxy_addresses: proxy.addresses.clone(),
+            admin_address: admin.as_ref().map(|admin| admin.address.clone()),
+            proxy,
+            capture,
+            admin,
+            control: tokio::spawn(control.run()),
+            drain: config.drain,
+        })
+    }
+
+    /// Ends everything: the rules first, then accepting, then what is still connected after `--drain` or when `hurry`
+    /// comes true.
+    pub async fn stop(mut self, hurry: impl Future<Output = ()>) -> Result<()> {
+        if let Some(capture) = self.capture {
+            capture.stop().await;
+        }
+        self.proxy.drain();
+        let live = self.proxy.live();
+        if live > 0 {
+            info!(live, drain = ?self.drain, "waiting for connections to end");
+        }
+        tokio::select! {
+            ended = timeout_at(Instant::now() + self.drain, self.proxy.ended()) => {
+                if ended.is_err() {
+                    warn!(live = self.proxy.live(), "resetting what is left");
+                }
+            }
+            () = hurry => warn!(live = self.proxy.live(), "resetting what is left, at once"),
+        }
+        self.control.abort();
+        drop(self.admin);
+        self.proxy.end().await.context("the data path")
+    }
+}

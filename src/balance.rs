@@ -1,0 +1,371 @@
+//! Which endpoint is next. Pure: the time comes in as an argument.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+};
+
+use crate::{descriptor::Balance, model::Endpoint};
+
+/// A moment of a process's monotonic clock, in milliseconds since its start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Millis(pub u64);
+
+/// What is remembered of one endpoint of one service. Every route to it shares this, from table to table.
+#[derive(Debug)]
+pub struct EndpointState {
+    pub endpoint: Endpoint,
+    /// Connections that are being opened or are open.
+    active: AtomicU32,
+    /// Connections that were opened.
+    opened: AtomicU64,
+    /// Failures since the last success.
+    failures: AtomicU32,
+    /// It is not picked before this moment. Means something only while `failures` is not 0.
+    ejected_until: AtomicU64,
+}
+
+impl EndpointState {
+    /// The first ejection, doubled with each further failure.
+    const SHORTEST_EJECTION: u64 = 1_000;
+    const LONGEST_EJECTION: u64 = 60_000;
+    /// How long one connection may probe an ejected endpoint before another may try: longer than a connect may take.
+    const PROBE: u64 = 2_000;
+
+    pub fn new(endpoint: Endpoint) -> Self {
+        Self {
+            endpoint,
+            active: AtomicU32::new(0),
+            opened: AtomicU64::new(0),
+            failures: AtomicU32::new(0),
+            ejected_until: AtomicU64::new(0),
+        }
+    }
+
+    pub fn active(&self) -> u32 {
+        self.active.load(Relaxed)
+    }
+
+    pub fn opened(&self) -> u64 {
+        self.opened.load(Relaxed)
+    }
+
+    /// A connection opened: whatever was held against the endpoint is forgotten.
+    pub fn succeeded(&self) {
+        self.opened.fetch_add(1, Relaxed);
+        // Most endpoints never fail: read first, and leave the cache line alone.
+        if self.failures.load(Relaxed) != 0 {
+            self.failures.store(0, Relaxed);
+        }
+    }
+
+    /// A connection could not be opened: every route skips the endpoint for a while.
+    pub fn failed(&self, now: Millis) {
+        let earlier = self.failures.fetch_add(1, Relaxed);
+        let ejection = (Self::SHORTEST_EJECTION << earlier.min(16)).min(Self::LONGEST_EJECTION);
+        self.ejected_until.store(now.0 + ejection, Relaxed);
+    }
+
+    pub fn is_ejected(&self, now: Millis) -> bool {
+        self.failures.load(Relaxed) != 0 && now.0 < self.ejected_until.load(Relaxed)
+    }
+
+    /// Whether a connection may go here now. Of an endpoint whose ejection ended, only one caller hears yes: it is the
+    /// probe, and the others wait for what comes of it.
+    fn admit(&self, now: Millis) -> bool {
+        if self.failures.load(Relaxed) == 0 {
+            return true;
+        }
+        let until = self.ejected_until.load(Relaxed);
+        now.0 >= until
+            && self
+                .ejected_until
+                .compare_exchange(until, now.0 + Self::PROBE, Relaxed, Relaxed)
+                .is_ok()
+    }
+
+    /// Counts a connection until the lease is dropped.
+    pub fn lease(self: &Arc<Self>) -> Lease {
+        self.active.fetch_add(1, Relaxed);
+        Lease(self.clone())
+    }
+}
+
+/// Holding one is being connected, or about to be.
+#[derive(Debug)]
+pub struct Lease(Arc<EndpointState>);
+
+impl Lease {
+    pub fn state(&self) -> &Arc<EndpointState> {
+        &self.0
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Relaxed);
+    }
+}
+
+/// The endpoints of a service in the order of their turns.
+///
+/// The position is shared with the rotations before and after this one. A rotation that takes over starts with the
+/// endpoint whose turn it was, so a change of endpoints disturbs nobody's turn, nor does it matter which of the two a
+/// concurrent pick still uses.
+#[derive(Debug)]
+pub struct Rotation {
+    position: Arc<AtomicU64>,
+    /// The position at which `order` starts.
+    base: u64,
+    order: Box<[Arc<EndpointState>]>,
+}
+
+impl Rotation {
+    pub fn new(order: impl IntoIterator<Item = Arc<EndpointState>>) -> Self {
+        Self { position: Arc::default(), base: 0, order: order.into_iter().collect() }
+    }
+
+    /// The rotation of `endpoints` that takes over from this one: those that stay keep their turns, new ones come last.
+    pub fn succeed(&self, endpoints: impl IntoIterator<Item = Arc<EndpointState>>) -> Self {
+        let base = self.position.load(Relaxed);
+        let turn = self.index(base);
+        let (later, sooner) = self.order.split_at(turn);
+        let mut coming: Vec<_> = endpoints.into_iter().collect();
+        let mut order = Vec::with_capacity(coming.len());
+        for state in sooner.iter().chain(later) {
+            if let Some(at) = coming.iter().position(|s| s.endpoint == state.endpoint) {
+                order.push(coming.swap_remove(at));
+            }
+        }
+        coming.sort_by_key(|state| state.endpoint);
+        order.append(&mut coming);
+        Self { position: self.position.clone(), base, order: order.into() }
+    }
+
+    pub fn endpoints(&self) -> &[Arc<EndpointState>] {
+        &self.order
+    }
+
+    /// The endpoint for the next connection, or for its next try: never one of `tried`, and not an ejected one while
+    /// there is another. `None` where every endpoint was tried.
+    pub fn pick(
+        &self,
+        balance: Balance,
+        now: Millis,
+        tried: &[Endpoint],
+    ) -> Option<&Arc<EndpointState>> {
+        let fresh = |state: &&Arc<EndpointState>| !tried.contains(&state.endpoint);
+        match balance {
+            Balance::RoundRobin => {
+                // A turn that cannot be taken is passed on by drawing again, so the others stay even among themselves.
+                let mut last_resort = None;
+                for _ in 0..self.order.len() {
+                    let Some(state) = self.draw().filter(fresh) else { continue };
+                    if state.admit(now) {
+                        return Some(state);
+                    }
+                    last_resort.get_or_insert(state);
+                }
+                // Concurrent draws may have taken every turn of an endpoint that is left.
+                last_resort.or_else(|| self.order.iter().find(fresh))
+            }
+            Balance::LeastConnections => {
+                // Equal counts are taken in turn.
+                let (later, sooner) =
+                    self.order.split_at(self.index(self.position.fetch_add(1, Relaxed)));
+                let fewest = |usable: &dyn Fn(&EndpointState) -> bool| {
+                    let all =
+                        sooner.iter().chain(later).filter(fresh).filter(|state| usable(state));
+                    all.min_by_key(|state| state.active())
+                };
+                let healthy = fewest(&|state| !state.is_ejected(now));
+                healthy
+                    .filter(|state| state.admit(now))
+                    .or_else(|| fewest(&|state| state.failures.load(Relaxed) == 0))
+                    .or_else(|| fewest(&|_| true))
+            }
+        }
+    }
+
+    fn draw(&self) -> Option<&Arc<EndpointState>> {
+        self.order.get(self.index(self.position.fetch_add(1, Relaxed)))
+    }
+
+    fn index(&self, position: u64) -> usize {
+        match self.order.len() {
+            0 => 0,
+            // A remainder of a usize fits one.
+            len => (position.wrapping_sub(self.base) % len as u64) as usize,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::{BTreeMap, BTreeSet},
+        net::{Ipv4Addr, SocketAddr},
+    };
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const NOW: Millis = Millis(10_000);
+
+    fn state(n: u16) -> Arc<EndpointState> {
+        Arc::new(EndpointState::new(endpoint(n)))
+    }
+
+    fn endpoint(n: u16) -> Endpoint {
+        Endpoint(SocketAddr::from((Ipv4Addr::LOCALHOST, n)))
+    }
+
+    fn rotation(ports: impl IntoIterator<Item = u16>) -> Rotation {
+        Rotation::new(ports.into_iter().map(state))
+    }
+
+    fn pick(rotation: &Rotation, balance: Balance) -> u16 {
+        rotation.pick(balance, NOW, &[]).expect("there are endpoints").endpoint.0.port()
+    }
+
+    #[test]
+    fn nothing_to_pick_is_none() {
+        for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+            assert!(rotation([]).pick(balance, NOW, &[]).is_none());
+            assert!(rotation([1]).pick(balance, NOW, &[endpoint(1)]).is_none());
+        }
+    }
+
+    #[test]
+    fn round_robin_is_exactly_even_under_concurrent_picks() {
+        let rotation = rotation(1..=7);
+        let counts = std::thread::scope(|scope| {
+            let picks = || {
+                (0..700).fold(BTreeMap::new(), |mut counts, _| {
+                    *counts.entry(pick(&rotation, Balance::RoundRobin)).or_insert(0) += 1;
+                    counts
+                })
+            };
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(picks)).collect();
+            let mut sum = BTreeMap::new();
+            for (port, count) in threads.into_iter().flat_map(|t| t.join().unwrap()) {
+                *sum.entry(port).or_insert(0) += count;
+            }
+            sum
+        });
+        assert!(counts.values().all(|&count| count == 400), "{counts:?}");
+    }
+
+    #[test]
+    fn an_ejected_endpoint_is_skipped_and_the_others_stay_even() {
+        let rotation = rotation(1..=3);
+        rotation.endpoints()[1].failed(NOW);
+        let mut counts = BTreeMap::new();
+        for _ in 0..100 {
+            *counts.entry(pick(&rotation, Balance::RoundRobin)).or_insert(0) += 1;
+        }
+        assert_eq!(counts, BTreeMap::from([(1, 50), (3, 50)]));
+    }
+
+    #[test]
+    fn where_all_are_ejected_all_are_tried() {
+        for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+            let rotation = rotation(1..=3);
+            rotation.endpoints().iter().for_each(|state| state.failed(NOW));
+            let mut tried = Vec::new();
+            while let Some(state) = rotation.pick(balance, NOW, &tried) {
+                tried.push(state.endpoint);
+            }
+            assert_eq!(tried.iter().collect::<BTreeSet<_>>().len(), 3);
+        }
+    }
+
+    #[test]
+    fn an_ejection_doubles_up_to_a_minute_and_one_success_ends_it() {
+        let state = state(1);
+        for (failure, seconds) in [1, 2, 4, 8, 16, 32, 60, 60].into_iter().enumerate() {
+            state.failed(NOW);
+            let end = Millis(NOW.0 + seconds * 1_000);
+            assert!(state.is_ejected(Millis(end.0 - 1)), "failure {failure}");
+            assert!(!state.is_ejected(end), "failure {failure}");
+        }
+        state.succeeded();
+        assert!(!state.is_ejected(NOW));
+    }
+
+    #[test]
+    fn one_connection_alone_probes_an_endpoint_whose_ejection_ended() {
+        for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+            let rotation = rotation(1..=2);
+            rotation.endpoints()[0].failed(Millis(0));
+            let after = Millis(1_000);
+            let ports: Vec<_> = (0..6)
+                .map(|_| rotation.pick(balance, after, &[]).unwrap().endpoint.0.port())
+                .collect();
+            assert_eq!(
+                ports.iter().filter(|&&port| port == 1).count(),
+                1,
+                "{balance:?}: {ports:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn leastconn_goes_where_the_fewest_connections_are() {
+        let rotation = rotation(1..=3);
+        let held = [rotation.endpoints()[0].lease(), rotation.endpoints()[2].lease()];
+        assert_eq!(pick(&rotation, Balance::LeastConnections), 2);
+        drop(held);
+        let mut leases = Vec::new();
+        for _ in 0..30 {
+            leases.push(rotation.pick(Balance::LeastConnections, NOW, &[]).unwrap().lease());
+        }
+        assert!(rotation.endpoints().iter().all(|state| state.active() == 10));
+        drop(leases);
+        assert!(rotation.endpoints().iter().all(|state| state.active() == 0));
+    }
+
+    proptest! {
+        /// Whatever comes and goes, those that stay through it all are picked equally often, within one round.
+        #[test]
+        fn round_robin_stays_even_across_endpoint_changes(
+            changes in prop::collection::vec((prop::collection::btree_set(10u16..20, 0..6), 0usize..20), 1..12)
+        ) {
+            let stay = [1, 2, 3];
+            let states: BTreeMap<u16, _> = (1..20).map(|n| (n, state(n))).collect();
+            let of = |ports: &BTreeSet<u16>| {
+                stay.iter().chain(ports).map(|n| states[n].clone()).collect::<Vec<_>>()
+            };
+            let mut rotation = Rotation::new(of(&BTreeSet::new()));
+            let mut counts = BTreeMap::new();
+            for (others, picks) in changes {
+                rotation = rotation.succeed(of(&others));
+                prop_assert_eq!(rotation.endpoints().len(), stay.len() + others.len());
+                for _ in 0..picks {
+                    *counts.entry(pick(&rotation, Balance::RoundRobin)).or_insert(0i32) += 1;
+                }
+            }
+            let of_stayers = stay.map(|n| counts.get(&n).copied().unwrap_or(0));
+            let (least, most) = (of_stayers.iter().min(), of_stayers.iter().max());
+            prop_assert!(most.zip(least).is_some_and(|(most, least)| most - least <= 1), "{of_stayers:?}");
+        }
+
+        #[test]
+        fn a_pick_is_never_one_that_was_tried(
+            len in 0u16..6, tried in prop::collection::vec(0u16..6, 0..6), failed in prop::collection::vec(0u16..6, 0..6)
+        ) {
+            let tried: Vec<_> = tried.into_iter().map(endpoint).collect();
+            for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+                let rotation = rotation(0..len);
+                for state in rotation.endpoints().iter().filter(|s| failed.contains(&s.endpoint.0.port())) {
+                    state.failed(NOW);
+                }
+                let left = rotation.endpoints().iter().any(|s| !tried.contains(&s.endpoint));
+                let picked = rotation.pick(balance, NOW, &tried);
+                prop_assert_eq!(picked.is_some(), left);
+                prop_assert!(picked.is_none_or(|state| !tried.contains(&state.endpoint)));
+            }
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! The settings of connection tracking that the original's entry script took from the environment.
+
+use std::{fs, path::Path};
+
+use tracing::{info, warn};
+
+use crate::config::Conntrack;
+
+/// Makes the settings that were asked for. One that cannot be made is reported, and embassy works without it.
+pub fn apply(settings: &Conntrack) {
+    for (value, path) in [
+        (settings.max_connections, "/proc/sys/net/netfilter/nf_conntrack_max"),
+        (settings.timeout, "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait"),
+        (settings.hashsize, "/sys/module/nf_conntrack/parameters/hashsize"),
+    ] {
+        let Some(value) = value else { continue };
+        match fs::write(Path::new(path), value.to_string()) {
+            Ok(()) => info!(path, value, "set"),
+            Err(error) => warn!(path, value, %error, "cannot set"),
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! iptables: one chain in the `nat` table, `EMBASSY`, jumped to once from each hook, replaced in one transaction a family.
+
+use std::{
+    fmt::{self, Write},
+    net::IpAddr,
+};
+
+use super::{
+    program::{Program, ProgramError},
+    rules::{MARK, Rules},
+};
+use crate::config::CaptureScope;
+
+const CHAIN: &str = "EMBASSY";
+
+/// The comment by which the original program's startup script marked its rules.
+const ANCESTOR: &str = "embassy_redirection";
+
+/// One address family's programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Family {
+    v6: bool,
+    save: Program,
+    restore: Program,
+}
+
+const FAMILIES: [Family; 2] = [
+    Family { v6: false, save: Program("iptables-save"), restore: Program("iptables-restore") },
+    Family { v6: true, save: Program("ip6tables-save"), restore: Program("ip6tables-restore") },
+];
+
+/// Puts `rules` in place of whatever the chain held, and the jumps before everybody else's rules.
+pub(super) async fn apply(rules: &Rules) -> Result<(), ProgramError> {
+    for family in FAMILIES {
+        let lines = match family.nat().await {
+            Ok(lines) => lines,
+            // A host without IPv6 has no NAT for it either.
+            Err(_) if family.v6 && !uses_v6(rules) => continue,
+            Err(error) => return Err(error),
+        };
+        family.write(&script(rules, family.v6, &lines)).await?;
+    }
+    Ok(())
+}
+
+/// Our rules as the kernel has them, and whether each jump comes first; `None` where there is nothing of ours.
+pub(super) async fn installed() -> Result<Option<String>, ProgramError> {
+    let mut all = String::new();
+    for family in FAMILIES {
+        match family.nat().await {
+            Ok(lines) => all.push_str(&ours(&lines)),
+            Err(error) if family.v6 => tracing::debug!(%error, "no NAT for IPv6"),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((!all.is_empty()).then_some(all))
+}
+
+/// Takes our chain and its jumps away, and what the original program left. Whether there was anything.
+pub(super) async fn remove() -> Result<bool, ProgramError> {
+    let mut found = false;
+    let mut first_error = None;
+    for family in FAMILIES {
+        let removed = match family.nat().await {
+            Ok(lines) => match removal(&lines) {
+                Some(script) => family.write(&script).await.map(|()| true),
+                None => Ok(false),
+            },
+            Err(_) if family.v6 => Ok(false),
+            Err(error) => Err(error),
+        };
+        match removed {
+            Ok(removed) => found |= removed,
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    first_error.map_or(Ok(found), Err)
+}
+
+/// Whether Docker keeps its rules here.
+pub(super) async fn docker_is_here() -> Result<bool, ProgramError> {
+    let [v4, _] = FAMILIES;
+    Ok(v4.nat().await?.lines().any(|line| line.starts_with(":DOCKER ")))
+}
+
+impl Family {
+    async fn nat(self) -> Result<String, ProgramError> {
+        self.save.run(&["-t", "nat"], "").await
+    }
+
+    async fn write(self, script: &str) -> Result<(), ProgramError> {
+        self.restore.run(&["--wait=5", "--noflush"], script).await.map(drop)
+    }
+}
+
+fn uses_v6(rules: &Rules) -> bool {
+    rules.vips.iter().any(IpAddr::is_ipv6)
+        && rules.declared.iter().any(|(source, _)| source.is_ipv6())
+}
+
+/// The hooks that rules need a jump from, with what a jump matches.
+fn jumps(redirect: bool) -> Vec<(&'static str, String)> {
+    let mut jumps = vec![("PREROUTING", format!("-j {CHAIN}"))];
+    if redirect {
+        jumps.push(("OUTPUT", format!("-m mark ! --mark {MARK:#x} -j {CHAIN}")));
+    }
+    jumps
+}
+
+/// One transaction: the chain anew, and the jumps where they are not first already. `now` is what `iptables-save` says.
+fn script(rules: &Rules, v6: bool, now: &str) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = render(rules, v6, now, &mut out);
+    out
+}
+
+fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
+    // Declaring a chain of the user's empties it (man 8 iptables-restore, --noflush).
+    writeln!(out, "*nat\n:{CHAIN} - [0:0]")?;
+    let to = format!("-j REDIRECT --to-ports {}", rules.port);
+    let of_family = |address: &&IpAddr| address.is_ipv6() == v6;
+    let declared = || rules.declared.iter().filter(|(source, _)| source.is_ipv6() == v6);
+    let declared_only = match rules.scope {
+        CaptureScope::Declared => rules.vips.union(&rules.own),
+        CaptureScope::All => {
+            for vip in rules.vips.iter().filter(of_family) {
+                writeln!(out, "-A {CHAIN} -d {vip} -p tcp {to}")?;
+            }
+            rules.own.union(&rules.own)
+        }
+    };
+    for destination in declared_only.filter(of_family) {
+        for (source, port) in declared() {
+            writeln!(
+                out,
+                "-A {CHAIN} -s {source} -d {destination} -p tcp -m tcp --dport {port} {to}"
+            )?;
+        }
+    }
+    let wanted = jumps(rules.redirect);
+    for hook in ["PREROUTING", "OUTPUT"] {
+        let jump = wanted.iter().find(|(name, _)| *name == hook).map(|(_, jump)| jump);
+        let present: Vec<_> = jump_lines(now, hook).collect();
+        let is_first = present.len() == 1 && rules_of(now, hook).next() == present.first().copied();
+        if is_first
+            && jump.is_some_and(|jump| present.iter().all(|line| line.ends_with(jump.as_str())))
+        {
+            continue;
+        }
+        present.iter().try_for_each(|line| delete(out, line))?;
+        if let Some(jump) = jump {
+            writeln!(out, "-I {hook} 1 {jump}")?;
+        }
+    }
+    writeln!(out, "COMMIT")
+}
+
+/// One transaction that leaves nothing of ours; `None` where there is nothing.
+fn removal(now: &str) -> Option<String> {
+    let mut out = String::from("*nat\n");
+    for line in rules_in(now).filter(|line| is_jump(line) || is_ancestors(line)) {
+        let _ = delete(&mut out, line);
+    }
+    if now.lines().any(|line| line.starts_with(&format!(":{CHAIN} "))) {
+        let _ = writeln!(out, "-F {CHAIN}\n-X {CHAIN}");
+    }
+    if out.lines().count() == 1 {
+        return None;
+    }
+    out.push_str("COMMIT\n");
+    Some(out)
+}
+
+/// What is ours in `iptables-save`'s text, with each jump's place.
+fn ours(now: &str) -> String {
+    let mut out = String::new();
+    for line in rules_in(now).filter(|line| line.starts_with(&format!("-A {CHAIN} "))) {
+        let _ = writeln!(out, "{line}");
+    }
+    for hook in ["PREROUTING", "OUTPUT"] {
+        for (place, line) in rules_of(now, hook).enumerate().filter(|(_, line)| is_jump(line)) {
+            let _ = writeln!(out, "{place} {line}");
+        }
+    }
+    out
+}
+
+fn rules_in(now: &str) -> impl Iterator<Item = &str> {
+    now.lines().filter(|line| line.starts_with("-A "))
+}
+
+fn rules_of<'a>(now: &'a str, hook: &str) -> impl Iterator<Item = &'a str> + use<'a> {
+    let start = format!("-A {hook} ");
+    rules_in(now).filter(move |line| line.starts_with(&start))
+}
+
+fn jump_lines<'a>(now: &'a str, hook: &str) -> impl Iterator<Item = &'a str> + use<'a> {
+    rules_of(now, hook).filter(|line| is_jump(line))
+}
+
+fn is_jump(line: &str) -> bool {
+    !line.starts_with(&format!("-A {CHAIN} ")) && line.ends_with(&format!("-j {CHAIN}"))
+}
+
+fn is_ancestors(line: &str) -> bool {
+    line.contains(&format!("--comment {ANCESTOR}"))
+        || line.contains(&format!("--comment \"{ANCESTOR}\""))
+}
+
+fn delete(out: &mut String, line: &str) -> fmt::Result {
+    match line.strip_prefix("-A ") {
+        Some(rule) => writeln!(out, "-D {rule}"),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::rules::tests::example;
+
+    const DOCKERS: &str = "*nat\n:PREROUTING ACCEPT [0:0]\n:DOCKER - [0:0]\n\
+        -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\nCOMMIT\n";
+
+    #[test]
+    fn a_first_start_puts_the_chain_and_its_jump_before_dockers() {
+        let expected = "\
+*nat
+:EMBASSY - [0:0]
+-A EMBASSY -s 172.17.0.2 -d 172.17.0.1 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999
+-A EMBASSY -s 172.17.0.2 -d 172.17.0.1 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
+-A EMBASSY -s 172.18.0.5 -d 172.17.0.1 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
+-I PREROUTING 1 -j EMBASSY
+COMMIT
+";
+        assert_eq!(script(&example(false, CaptureScope::Declared), false, DOCKERS), expected);
+    }
+
+    #[test]
+    fn a_jump_that_is_first_is_left_alone_and_any_other_is_put_first() {
+        let rules = example(false, CaptureScope::Declared);
+        let first = "*nat\n-A PREROUTING -j EMBASSY\n-A PREROUTING -j DOCKER\nCOMMIT\n";
+        assert!(!script(&rules, false, first).contains("PREROUTING"));
+        let second = "*nat\n-A PREROUTING -j DOCKER\n-A PREROUTING -j EMBASSY\n-A PREROUTING -j EMBASSY\nCOMMIT\n";
+        let moved = script(&rules, false, second);
+        assert_eq!(moved.matches("-D PREROUTING -j EMBASSY\n").count(), 2);
+        assert_eq!(moved.matches("-I PREROUTING 1 -j EMBASSY\n").count(), 1);
+    }
+
+    #[test]
+    fn redirect_jumps_from_output_too_and_all_means_all_only_on_vips() {
+        let script = script(&example(true, CaptureScope::All), false, DOCKERS);
+        assert!(script.contains("-I OUTPUT 1 -m mark ! --mark 0x656d62 -j EMBASSY\n"), "{script}");
+        assert!(
+            script.contains("-A EMBASSY -d 172.17.0.1 -p tcp -j REDIRECT --to-ports 9999\n"),
+            "{script}"
+        );
+        assert!(
+            script.contains("-A EMBASSY -s 172.17.0.2 -d 10.1.2.3 -p tcp -m tcp --dport 80 -j"),
+            "{script}"
+        );
+        assert!(!script.contains("-d 10.1.2.3 -p tcp -j"), "{script}");
+    }
+
+    #[test]
+    fn each_family_has_its_own() {
+        let v6 = script(&example(false, CaptureScope::Declared), true, "*nat\nCOMMIT\n");
+        assert!(v6.contains("-s fd00::2 -d fd00::1 -p tcp -m tcp --dport 80"), "{v6}");
+        assert!(!v6.contains("172."), "{v6}");
+    }
+
+    #[test]
+    fn removal_takes_what_is_ours_and_the_ancestors_and_nothing_else() {
+        let now = "*nat\n:PREROUTING ACCEPT [0:0]\n:EMBASSY - [0:0]\n:EMBASSY_OF_ANOTHER - [0:0]\n\
+            -A PREROUTING -j EMBASSY\n\
+            -A PREROUTING -d 172.17.42.1/32 -p tcp -m comment --comment embassy_redirection -j REDIRECT --to-ports 9999\n\
+            -A PREROUTING -j DOCKER\n-A PREROUTING -j EMBASSY_OF_ANOTHER\n\
+            -A EMBASSY -d 172.17.0.1/32 -p tcp -j REDIRECT --to-ports 9999\nCOMMIT\n";
+        let expected = "\
+*nat
+-D PREROUTING -j EMBASSY
+-D PREROUTING -d 172.17.42.1/32 -p tcp -m comment --comment embassy_redirection -j REDIRECT --to-ports 9999
+-F EMBASSY
+-X EMBASSY
+COMMIT
+";
+        assert_eq!(removal(now).as_deref(), Some(expected));
+        assert_eq!(removal(DOCKERS), None);
+    }
+}

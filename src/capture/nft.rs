@@ -1,0 +1,175 @@
+//! nftables: one table, `inet embassy`, replaced as a whole in one transaction.
+
+use std::{
+    fmt::{self, Display, Write},
+    net::IpAddr,
+};
+
+use super::{
+    program::{Program, ProgramError},
+    rules::{MARK, NAME, Rules},
+};
+use crate::config::CaptureScope;
+
+/// Before Docker's own chains at -100 (dstnat): a container that publishes a port must not win it from a route.
+const PRIORITY: i32 = -110;
+
+const NFT: Program = Program("nft");
+
+/// Puts `rules` in place of whatever the table held.
+pub(super) async fn apply(rules: &Rules) -> Result<(), ProgramError> {
+    NFT.run(&["-f", "-"], &script(rules)).await.map(drop)
+}
+
+/// The table as the kernel has it; `None` where there is none.
+pub(super) async fn installed() -> Result<Option<String>, ProgramError> {
+    match NFT.run(&["-s", "list", "table", "inet", NAME], "").await {
+        Ok(text) => Ok(Some(text)),
+        Err(ProgramError::Failed { stderr, .. })
+            if stderr.contains("No such file or directory") =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Takes the table away, if there is one. Whether there was.
+pub(super) async fn remove() -> Result<bool, ProgramError> {
+    if installed().await?.is_none() {
+        return Ok(false);
+    }
+    // Declared first, so that deleting it cannot fail where somebody else was quicker.
+    NFT.run(&["-f", "-"], &format!("table inet {NAME}\ndelete table inet {NAME}\n"))
+        .await
+        .map(|_| true)
+}
+
+/// The names of all tables.
+pub(super) async fn tables() -> Result<String, ProgramError> {
+    NFT.run(&["list", "tables"], "").await
+}
+
+/// One transaction that replaces the table.
+fn script(rules: &Rules) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = render(rules, &mut out);
+    out
+}
+
+fn render(rules: &Rules, out: &mut String) -> fmt::Result {
+    writeln!(out, "table inet {NAME}\ndelete table inet {NAME}\ntable inet {NAME} {{")?;
+    for v6 in [false, true] {
+        let (n, kind) = if v6 { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
+        let of_family = |address: &&IpAddr| address.is_ipv6() == v6;
+        set(out, &format!("vips{n}"), kind, rules.vips.iter().filter(of_family))?;
+        set(out, &format!("own{n}"), kind, rules.own.iter().filter(of_family))?;
+        let declared = rules.declared.iter().filter(|(source, _)| source.is_ipv6() == v6);
+        let declared = declared.map(|(source, port)| format!("{source} . {port}"));
+        set(out, &format!("declared{n}"), &format!("{kind} . inet_service"), declared)?;
+    }
+    writeln!(out, "\tchain capture {{")?;
+    for (ip, n) in [("ip", 4), ("ip6", 6)] {
+        let declared = format!("{ip} saddr . tcp dport @declared{n}");
+        let matched = match rules.scope {
+            CaptureScope::Declared => &declared,
+            CaptureScope::All => "meta l4proto tcp",
+        };
+        writeln!(out, "\t\t{ip} daddr @vips{n} {matched} redirect to :{}", rules.port)?;
+        if rules.redirect {
+            writeln!(out, "\t\t{ip} daddr @own{n} {declared} redirect to :{}", rules.port)?;
+        }
+    }
+    writeln!(out, "\t}}")?;
+    hook(out, "prerouting", "")?;
+    if rules.redirect {
+        hook(out, "output", &format!("\t\tmeta mark {MARK:#x} return\n"))?;
+    }
+    writeln!(out, "}}")
+}
+
+fn hook(out: &mut String, name: &str, first: &str) -> fmt::Result {
+    writeln!(out, "\tchain {name} {{")?;
+    writeln!(out, "\t\ttype nat hook {name} priority {PRIORITY}; policy accept;")?;
+    write!(out, "{first}")?;
+    writeln!(out, "\t\tjump capture\n\t}}")
+}
+
+fn set(
+    out: &mut String,
+    name: &str,
+    kind: &str,
+    elements: impl Iterator<Item = impl Display>,
+) -> fmt::Result {
+    writeln!(out, "\tset {name} {{\n\t\ttype {kind}")?;
+    let mut elements = elements.peekable();
+    if elements.peek().is_some() {
+        write!(out, "\t\telements = {{")?;
+        for (n, element) in elements.enumerate() {
+            write!(out, "{} {element}", if n == 0 { "" } else { "," })?;
+        }
+        writeln!(out, " }}")?;
+    }
+    writeln!(out, "\t}}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::rules::tests::example;
+
+    #[test]
+    fn dnat_of_declared_ports() {
+        let expected = "\
+table inet embassy
+delete table inet embassy
+table inet embassy {
+\tset vips4 {
+\t\ttype ipv4_addr
+\t\telements = { 172.17.0.1 }
+\t}
+\tset own4 {
+\t\ttype ipv4_addr
+\t}
+\tset declared4 {
+\t\ttype ipv4_addr . inet_service
+\t\telements = { 172.17.0.2 . 80, 172.17.0.2 . 6379, 172.18.0.5 . 6379 }
+\t}
+\tset vips6 {
+\t\ttype ipv6_addr
+\t\telements = { fd00::1 }
+\t}
+\tset own6 {
+\t\ttype ipv6_addr
+\t}
+\tset declared6 {
+\t\ttype ipv6_addr . inet_service
+\t\telements = { fd00::2 . 80 }
+\t}
+\tchain capture {
+\t\tip daddr @vips4 ip saddr . tcp dport @declared4 redirect to :9999
+\t\tip6 daddr @vips6 ip6 saddr . tcp dport @declared6 redirect to :9999
+\t}
+\tchain prerouting {
+\t\ttype nat hook prerouting priority -110; policy accept;
+\t\tjump capture
+\t}
+}
+";
+        assert_eq!(script(&example(false, CaptureScope::Declared)), expected);
+    }
+
+    #[test]
+    fn redirect_captures_what_is_sent_from_here_but_not_our_own_connections() {
+        let script = script(&example(true, CaptureScope::All));
+        for line in [
+            "\t\tip daddr @vips4 meta l4proto tcp redirect to :9999\n",
+            // Whatever the scope, the host's own services on its own addresses stay reachable.
+            "\t\tip daddr @own4 ip saddr . tcp dport @declared4 redirect to :9999\n",
+            "\t\ttype nat hook output priority -110; policy accept;\n\t\tmeta mark 0x656d62 return\n\t\tjump capture\n",
+        ] {
+            assert!(script.contains(line), "{line:?} in {script}");
+        }
+    }
+}

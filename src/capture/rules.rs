@@ -1,0 +1,73 @@
+//! What the firewall should do, said once for every backend. Pure.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use crate::{config::CaptureScope, model::Port, table::Table};
+
+/// The name of everything in the firewall that is ours.
+pub const NAME: &str = "embassy";
+
+/// The mark of our own connections to endpoints (man 7 socket, SO_MARK), so that `--redirect` does not capture them.
+/// Its value spells "emb"; Docker and Kubernetes use low bits of their own.
+pub const MARK: u32 = 0x0065_6d62;
+
+/// The settings that rules depend on, besides the table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Also what is sent from here, and what arrives for `own`.
+    pub redirect: bool,
+    pub scope: CaptureScope,
+    /// Our listener's port.
+    pub port: u16,
+    /// With `redirect`: our own addresses, which linked containers dial.
+    pub own: Vec<IpAddr>,
+}
+
+/// All rules, in a form that can be compared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rules {
+    pub redirect: bool,
+    pub scope: CaptureScope,
+    pub port: u16,
+    pub vips: BTreeSet<IpAddr>,
+    /// Addresses that are captured on declared ports only, whatever the scope: the host's own services live there too.
+    pub own: BTreeSet<IpAddr>,
+    /// Who dials, and on which port.
+    pub declared: BTreeSet<(IpAddr, Port)>,
+}
+
+impl Rules {
+    pub fn of(table: &Table, settings: &Settings) -> Self {
+        let vips: BTreeSet<_> = table.vips().iter().map(|vip| vip.0).collect();
+        Self {
+            redirect: settings.redirect,
+            scope: settings.scope,
+            port: settings.port,
+            own: settings.own.iter().copied().filter(|own| !vips.contains(own)).collect(),
+            vips,
+            declared: table.routes().map(|route| (route.key.source, route.key.port)).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Two consumers, both families, a VIP of each.
+    pub(in crate::capture) fn example(redirect: bool, scope: CaptureScope) -> Rules {
+        let address = |text: &str| text.parse::<IpAddr>().unwrap();
+        let declared =
+            [("172.17.0.2", 6379), ("172.17.0.2", 80), ("172.18.0.5", 6379), ("fd00::2", 80)];
+        Rules {
+            redirect,
+            scope,
+            port: 9999,
+            vips: ["172.17.0.1", "fd00::1"].map(address).into(),
+            own: if redirect { [address("10.1.2.3")].into() } else { BTreeSet::new() },
+            declared: declared
+                .map(|(source, port)| (address(source), Port::new(port).unwrap()))
+                .into(),
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! The one task that knows everything: it asks for what the bindings name, and publishes a table for every change.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{Notify, watch};
+use tracing::{info, warn};
+
+use crate::{
+    descriptor::Balance,
+    discovery::{Discoveries, Endpoints, Query, Watches},
+    model::Vip,
+    provider::{Listing, fixed},
+    readiness::Guard,
+    report::Report,
+    source::{Answers, Known},
+    table::{Inputs, Table},
+};
+
+/// What the table depends on besides the sources.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The VIPs that the user named. `None`: docker0's address, and the gateways of the consumers' bridge networks.
+    pub vips: Option<Vec<Vip>>,
+    /// For bindings that name no balance.
+    pub balance: Balance,
+    /// How long the last endpoints outlive a valid empty answer.
+    pub empty_hold: Duration,
+    pub resync: Duration,
+}
+
+/// What is being waited for before embassy is ready.
+#[derive(Debug)]
+pub struct Waiting {
+    /// The provider's first full listing.
+    pub listing: Guard,
+    /// The first answer to every query of that listing.
+    pub answers: Guard,
+}
+
+/// What the sources know, for the metrics.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    pub provider: Known<Listing>,
+    pub queries: Vec<(Query, Known<Endpoints>)>,
+}
+
+#[derive(Debug)]
+pub struct Control {
+    settings: Settings,
+    discoveries: Discoveries,
+    provider: Answers<Listing>,
+    watches: Watches,
+    bell: Arc<Notify>,
+    hold: EmptyHold,
+    tables: watch::Sender<Arc<Table>>,
+    sources: watch::Sender<Sources>,
+    report: Report,
+    waiting: (Option<Guard>, Option<Guard>),
+}
+
+impl Control {
+    /// `bell` is the one that `provider` rings.
+    pub fn new(
+        settings: Settings,
+        discoveries: Discoveries,
+        provider: Answers<Listing>,
+        bell: Arc<Notify>,
+        waiting: Waiting,
+        report: Report,
+    ) -> Self {
+        Self {
+            watches: Watches::new(discoveries.clone(), settings.resync, bell.clone()),
+            hold: EmptyHold { hold: settings.empty_hold, held: HashMap::new() },
+            tables: watch::channel(Arc::default()).0,
+            sources: watch::channel(Sources::default()).0,
+            waiting: (Some(waiting.listing), Some(waiting.answers)),
+            settings,
+            discoveries,
+            provider,
+            bell,
+            report,
+        }
+    }
+
+    /// The tables, as they are published. The first is empty, with version 0.
+    pub fn tables(&self) -> watch::Receiver<Arc<Table>> {
+        self.tables.subscribe()
+    }
+
+    /// What the sources know, as of the last change.
+    pub fn sources(&self) -> watch::Receiver<Sources> {
+        self.sources.subscribe()
+    }
+
+    /// Follows the sources for ever.
+    pub async fn run(mut self) {
+        loop {
+            let wake = self.step(Instant::now());
+            let timer = async {
+                match wake {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = self.bell.notified() => {}
+                () = timer => {}
+            }
+        }
+    }
+
+    /// Publishes what follows from what is known now. When to look again, if nothing else happens.
+    fn step(&mut self, now: Instant) -> Option<Instant> {
+        let provider = self.provider.borrow_and_update().clone();
+        self.report.source("provider", &provider);
+        let Some(listing) = provider.value.clone() else {
+            self.sources.send_replace(Sources { provider, queries: Vec::new() });
+            return None;
+        };
+        let bindings = listing.consumers.iter().flat_map(|consumer| &consumer.bindings);
+        let queries: BTreeSet<_> =
+            bindings.filter_map(|b| self.discoveries.query(&b.descriptor).ok()).collect();
+        self.watches.demand(&queries);
+        let known = self.watches.known();
+        for (query, known) in &known {
+            self.report.source(&query.to_string(), known);
+        }
+        let (endpoints, wake) = self.hold.settle(&known, now);
+        self.report.listing(&listing);
+        self.report.endpoints(&known);
+        // Before the first table nothing is captured: a moment's patience, and its routes have endpoints.
+        let first = self.tables.borrow().version == 0;
+        let unasked = known.values().any(|known| known.value.is_none() && known.error.is_none());
+        if !(first && unasked) {
+            self.publish(&listing, &endpoints);
+            self.waiting.0.take();
+            if known.values().all(|known| known.value.is_some()) {
+                self.waiting.1.take();
+            }
+        }
+        self.sources.send_replace(Sources { provider, queries: known.into_iter().collect() });
+        wake
+    }
+
+    fn publish(&mut self, listing: &Listing, endpoints: &HashMap<Query, Arc<Endpoints>>) {
+        let docker0 =
+            || fixed::addresses("docker0").unwrap_or_default().into_iter().map(Vip).collect();
+        let vips = self.settings.vips.clone().unwrap_or_else(docker0);
+        let inputs = Inputs {
+            consumers: &listing.consumers,
+            endpoints,
+            vips: &vips,
+            gateways_are_vips: self.settings.vips.is_none(),
+            balance: self.settings.balance,
+        };
+        let before = self.tables.borrow().clone();
+        let Some(table) =
+            before.next(&inputs, |binding| self.discoveries.query(&binding.descriptor))
+        else {
+            return;
+        };
+        self.report.table(&before, &table);
+        self.tables.send_replace(Arc::new(table));
+    }
+}
+
+/// Keeps the last endpoints of a service for a while after discovery says, validly, that there are none: a registry that
+/// lost its data and is being filled again says so too.
+#[derive(Debug)]
+struct EmptyHold {
+    hold: Duration,
+    held: HashMap<Query, Arc<Endpoints>>,
+}
+
+impl EmptyHold {
+    /// The endpoints to use now, and when that ends without any other change.
+    fn settle<'a>(
+        &mut self,
+        known: impl IntoIterator<Item = (&'a Query, &'a Known<Endpoints>)>,
+        now: Instant,
+    ) -> (HashMap<Query, Arc<Endpoints>>, Option<Instant>) {
+        let mut settled = HashMap::new();
+        let mut wake: Option<Instant> = None;
+        for (query, known) in known {
+            let Some(value) = &known.value else { continue };
+            let end = known.changed.map(|changed| changed + self.hold).filter(|end| now < *end);
+            let held =
+                self.held.get(query).filter(|held| value.list.is_empty() && !held.list.is_empty());
+            let endpoints = match held.zip(end) {
+                Some((held, end)) => {
+                    wake = Some(wake.map_or(end, |wake| wake.min(end)));
+                    held
+                }
+                None => value,
+            };
+            settled.insert(query.clone(), endpoints.clone());
+        }
+        self.held.clone_from(&settled);
+        (settled, wake)
+    }
+}
+
+impl Report {
+    /// Says in the log what `next` has that `before` had not, and the other way round.
+    fn table(&mut self, before: &Table, next: &Table) {
+        self.unrouted(next);
+        if before.version == 0 {
+            info!(routes = next.routes().len(), vips = ?next.vips(), "the first table");
+        }
+        for route in next.routes().filter(|route| !before.has(route)) {
+            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "new route");
+        }
+        for route in before.routes().filter(|route| !next.has(route)) {
+            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "route gone");
+        }
+        if next.vips().is_empty() && next.routes().len() > 0 {
+            warn!("no VIP: nothing is captured; name one with --proxy-ip");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Endpoint, ServiceName};
+
+    fn query() -> Query {
+        Query {
+            via: "consul".into(),
+            service: ServiceName::new("redis").unwrap(),
+            tags: Default::default(),
+            dc: None,
+            port: None,
+        }
+    }
+
+    fn known(endpoints: &[&str], changed: Instant) -> Known<Endpoints> {
+        let list = endpoints.iter().map(|e| Endpoint(e.parse().unwrap()));
+        let value = Some(Arc::new(Endpoints::new(list, vec![])));
+        Known { value, changed: Some(changed), ..Known::default() }
+    }
+
+    #[test]
+    fn a_valid_empty_answer_takes_effect_after_the_hold_and_a_new_one_at_once() {
+        let start = Instant::now();
+        let second = |n| start + Duration::from_secs(n);
+        let mut hold = EmptyHold { hold: Duration::from_secs(30), held: HashMap::new() };
+        let mut settle = |known: &Known<Endpoints>, now| {
+            let (settled, wake) = hold.settle([(&query(), known)], now);
+            (settled.get(&query()).map(|endpoints| endpoints.list.len()), wake)
+        };
+        assert_eq!(settle(&Known::default(), start), (None, None));
+        assert_eq!(settle(&known(&["10.0.0.1:1", "10.0.0.2:1"], start), start), (Some(2), None));
+        let empty = known(&[], second(10));
+        assert_eq!(settle(&empty, second(10)), (Some(2), Some(second(40))));
+        assert_eq!(settle(&empty, second(39)), (Some(2), Some(second(40))));
+        assert_eq!(settle(&empty, second(40)), (Some(0), None));
+        assert_eq!(settle(&known(&["10.0.0.3:1"], second(50)), second(50)), (Some(1), None));
+        assert_eq!(settle(&known(&["10.0.0.3:1"], second(50)), second(50)), (Some(1), None));
+    }
+
+    #[test]
+    fn without_a_hold_empty_is_empty() {
+        let start = Instant::now();
+        let mut hold = EmptyHold { hold: Duration::ZERO, held: HashMap::new() };
+        hold.settle([(&query(), &known(&["10.0.0.1:1"], start))], start);
+        let (settled, wake) = hold.settle([(&query(), &known(&[], start))], start);
+        assert_eq!((settled[&query()].list.len(), wake), (0, None));
+    }
+}

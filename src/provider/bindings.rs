@@ -1,0 +1,105 @@
+//! A container's variables and labels become its bindings. Pure.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    sync::Arc,
+};
+
+use super::Problem;
+use crate::{
+    descriptor::Descriptor,
+    model::{Binding, Port},
+};
+
+/// The labels that mean the same as a variable: `embassy.backend.<name>=<descriptor>`.
+pub const LABEL: &str = "embassy.backend.";
+
+/// The bindings that `consumer` declares, by port, and what was wrong.
+///
+/// On one port a variable wins over a label, and of two variables (or two labels) the alphabetically first.
+pub fn bindings<'a>(
+    consumer: &Arc<str>,
+    prefix: &str,
+    env: impl IntoIterator<Item = &'a str>,
+    labels: impl IntoIterator<Item = (&'a str, &'a str)>,
+) -> (Vec<Binding>, Vec<Problem>) {
+    let variables = env.into_iter().filter_map(|text| text.split_once('='));
+    let variables: BTreeMap<_, _> =
+        variables.filter(|(name, _)| name.starts_with(prefix)).collect();
+    let labels: BTreeMap<_, _> =
+        labels.into_iter().filter(|(name, _)| name.starts_with(LABEL)).collect();
+
+    let mut by_port: BTreeMap<Port, (bool, Binding)> = BTreeMap::new();
+    let mut problems = Vec::new();
+    let variables = variables.into_iter().map(|declared| (true, declared));
+    let labels = labels.into_iter().map(|declared| (false, declared));
+    for (is_variable, (name, text)) in variables.chain(labels) {
+        let mut problem = |reason: String| {
+            problems.push(Problem { consumer: consumer.clone(), origin: name.into(), reason });
+        };
+        let descriptor: Descriptor = match text.parse() {
+            Ok(descriptor) => descriptor,
+            Err(error) => {
+                problem(format!("{text:?}: {error}"));
+                continue;
+            }
+        };
+        match by_port.entry(descriptor.port) {
+            Entry::Vacant(vacant) => {
+                vacant.insert((is_variable, Binding { origin: name.into(), descriptor }));
+            }
+            // A variable overrides the image's label: that is what it is for, and no problem.
+            Entry::Occupied(taken) if taken.get().0 != is_variable => {}
+            Entry::Occupied(taken) => {
+                problem(format!("port {}: {} has it", descriptor.port, taken.get().1.origin));
+            }
+        }
+    }
+    (by_port.into_values().map(|(_, binding)| binding).collect(), problems)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(env: &[&str], labels: &[(&str, &str)]) -> (Vec<String>, Vec<String>) {
+        let (bindings, problems) =
+            bindings(&"app".into(), "BACKEND_", env.iter().copied(), labels.iter().copied());
+        let bindings = bindings.iter().map(|b| format!("{}={}", b.origin, b.descriptor)).collect();
+        let problems = problems
+            .iter()
+            .map(|p| format!("{}: {}: {}", p.consumer, p.origin, p.reason))
+            .collect();
+        (bindings, problems)
+    }
+
+    #[test]
+    fn variables_with_the_prefix_and_labels_are_bindings() {
+        let env = ["PATH=/bin", "BACKEND_REDIS=redis;6379", "MY_BACKEND_X=x;1", "BACKEND_NOTHING"];
+        let (bindings, problems) =
+            read(&env, &[("embassy.backend.db", "db[a];5432"), ("other", "x;1")]);
+        assert_eq!(bindings, ["embassy.backend.db=db[a];5432", "BACKEND_REDIS=redis;6379"]);
+        assert_eq!(problems, [""; 0]);
+    }
+
+    #[test]
+    fn a_wrong_value_is_reported_and_hides_nothing() {
+        let (bindings, problems) = read(&["BACKEND_A=foo bar;80", "BACKEND_B=b;81"], &[]);
+        assert_eq!(bindings, ["BACKEND_B=b;81"]);
+        assert_eq!(
+            problems,
+            [
+                "app: BACKEND_A: \"foo bar;80\": service \"foo bar\" has the character ' ': expected only A-Z a-z 0-9 / . _ * @ -"
+            ]
+        );
+    }
+
+    #[test]
+    fn on_one_port_the_first_variable_wins_and_over_any_label() {
+        let env = ["BACKEND_B=b;80", "BACKEND_A=a;80"];
+        let (bindings, problems) =
+            read(&env, &[("embassy.backend.c", "c;80"), ("embassy.backend.d", "d;81")]);
+        assert_eq!(bindings, ["BACKEND_A=a;80", "embassy.backend.d=d;81"]);
+        assert_eq!(problems, ["app: BACKEND_B: port 80: BACKEND_A has it"]);
+    }
+}

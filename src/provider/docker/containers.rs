@@ -1,0 +1,361 @@
+//! What is known of an engine's running containers. Pure: events and inspections go in, consumers come out.
+//!
+//! An inspection takes time, and what happens meanwhile makes its answer stale. So each carries a ticket, and every event
+//! about the container makes the tickets before it void: a container that died while it was being inspected stays dead.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use crate::{
+    model::{Binding, Consumer, ConsumerId, ContainerId},
+    provider::{Listing, Problem},
+};
+
+/// A network's ID.
+pub(super) type NetworkId = Arc<str>;
+
+/// A running container, as its inspection showed it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Running {
+    pub name: Arc<str>,
+    /// `State.StartedAt`
+    pub started_at: Arc<str>,
+    pub network: Network,
+    pub bindings: Vec<Binding>,
+    pub problems: Vec<Problem>,
+}
+
+/// Where a container's addresses come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Network {
+    /// Its own namespace, attached to these networks.
+    Own(BTreeMap<NetworkId, Attachment>),
+    /// The namespace of another container, by ID or name: `net=container:X`.
+    Of(String),
+    /// The host's: `net=host`.
+    Host,
+}
+
+/// A container's end of a network.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Attachment {
+    pub addresses: Vec<IpAddr>,
+    pub gateways: Vec<IpAddr>,
+}
+
+/// Permission to say what an inspection found, unless something happened since it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Ticket {
+    pub id: ContainerId,
+    number: u64,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Containers {
+    running: BTreeMap<ContainerId, Running>,
+    /// The ticket of each inspection that is still wanted.
+    awaited: HashMap<ContainerId, u64>,
+    last_ticket: u64,
+    /// The networks whose gateways are on this host.
+    bridges: HashSet<NetworkId>,
+}
+
+impl Containers {
+    /// A network that the `bridge` driver made.
+    pub(super) fn bridge(&mut self, network: NetworkId) {
+        self.bridges.insert(network);
+    }
+
+    /// A container that should be inspected now.
+    pub(super) fn inspect(&mut self, id: ContainerId) -> Ticket {
+        self.last_ticket += 1;
+        self.awaited.insert(id.clone(), self.last_ticket);
+        Ticket { id, number: self.last_ticket }
+    }
+
+    /// A run ended. The inspection that this asks for finds nothing, except where the stream replayed the end of a run
+    /// before the one that was listed.
+    pub(super) fn ended(&mut self, id: ContainerId) -> Ticket {
+        self.running.remove(&id);
+        self.inspect(id)
+    }
+
+    /// A container is no more.
+    pub(super) fn destroyed(&mut self, id: &ContainerId) {
+        self.running.remove(id);
+        self.awaited.remove(id);
+    }
+
+    /// A container left a network: from now on its address there may be another's.
+    pub(super) fn disconnected(&mut self, id: ContainerId, network: &str) -> Ticket {
+        if let Some(Running { network: Network::Own(attachments), .. }) = self.running.get_mut(&id)
+        {
+            attachments.remove(network);
+        }
+        self.inspect(id)
+    }
+
+    /// What an inspection found: `None` where the container does not run. Whether it was still wanted.
+    pub(super) fn inspected(&mut self, ticket: Ticket, found: Option<Running>) -> bool {
+        if self.awaited.get(&ticket.id) != Some(&ticket.number) {
+            return false;
+        }
+        self.awaited.remove(&ticket.id);
+        match found {
+            Some(running) => self.running.insert(ticket.id, running),
+            None => self.running.remove(&ticket.id),
+        };
+        true
+    }
+
+    /// Everybody who asks for something.
+    pub(super) fn listing(&self) -> Listing {
+        let mut listing = Listing::default();
+        for (id, container) in &self.running {
+            listing.problems.extend(container.problems.iter().cloned());
+            if container.bindings.is_empty() {
+                continue;
+            }
+            match self.namespace(id, container) {
+                Ok((namespace, attachments)) => {
+                    listing.consumers.push(self.consumer(id, container, namespace, attachments));
+                }
+                Err(reason) => listing.problems.push(Problem {
+                    consumer: container.name.clone(),
+                    origin: "network".into(),
+                    reason,
+                }),
+            }
+        }
+        listing.problems.sort();
+        listing
+    }
+
+    fn consumer(
+        &self,
+        id: &ContainerId,
+        container: &Running,
+        namespace: &ContainerId,
+        attachments: &BTreeMap<NetworkId, Attachment>,
+    ) -> Consumer {
+        let mut sources: Vec<_> =
+            attachments.values().flat_map(|a| &a.addresses).copied().collect();
+        sources.sort();
+        sources.dedup();
+        let on_bridges = attachments.iter().filter(|(network, _)| self.bridges.contains(*network));
+        let mut gateways: Vec<_> = on_bridges.flat_map(|(_, a)| &a.gateways).copied().collect();
+        gateways.sort();
+        gateways.dedup();
+        Consumer {
+            id: ConsumerId::Container { id: id.clone(), started_at: container.started_at.clone() },
+            name: container.name.clone(),
+            namespace: namespace.as_str().into(),
+            sources,
+            gateways,
+            bindings: container.bindings.clone(),
+        }
+    }
+
+    /// The container whose network namespace this one lives in, and what that is attached to.
+    fn namespace<'a>(
+        &'a self,
+        id: &'a ContainerId,
+        container: &'a Running,
+    ) -> Result<(&'a ContainerId, &'a BTreeMap<NetworkId, Attachment>), String> {
+        let (mut id, mut container) = (id, container);
+        // A namespace made of itself cannot be had from an engine; a bound costs nothing.
+        for _ in 0..=self.running.len() {
+            let target = match &container.network {
+                Network::Own(attachments) => return Ok((id, attachments)),
+                Network::Host => {
+                    return Err(
+                        "net=host: cannot be told from other host processes by its address; \
+                                run embassy with -provider=static for the host itself"
+                            .to_owned(),
+                    );
+                }
+                Network::Of(target) => target,
+            };
+            let found =
+                self.running.iter().find(|(id, c)| id.as_str() == target || *c.name == **target);
+            let Some((owner_id, owner)) = found else {
+                return Err(format!("net=container:{target}: that container does not run"));
+            };
+            if later(&owner.started_at, &container.started_at) {
+                return Err(format!(
+                    "net=container:{target}: it restarted since, and took its network along"
+                ));
+            }
+            (id, container) = (owner_id, owner);
+        }
+        Err("net=container: goes round in a circle".to_owned())
+    }
+}
+
+/// Whether one of the engine's moments is later than another. They are RFC 3339 in UTC with trailing zeros cut off, so
+/// text order is time order once the `Z` is gone.
+fn later(a: &str, b: &str) -> bool {
+    a.trim_end_matches('Z') > b.trim_end_matches('Z')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn running(name: &str, network: Network) -> Running {
+        let binding = Binding { origin: "BACKEND_A".into(), descriptor: "a;80".parse().unwrap() };
+        Running {
+            name: name.into(),
+            started_at: "2026-01-01T00:00:00.5Z".into(),
+            network,
+            bindings: vec![binding],
+            problems: vec![],
+        }
+    }
+
+    fn on(networks: &[(&str, &str, &str)]) -> Network {
+        let attachment = |address: &str, gateway: &str| Attachment {
+            addresses: vec![address.parse().unwrap()],
+            gateways: vec![gateway.parse().unwrap()],
+        };
+        Network::Own(networks.iter().map(|(id, a, g)| ((*id).into(), attachment(a, g))).collect())
+    }
+
+    fn id(name: &str) -> ContainerId {
+        ContainerId::new(name)
+    }
+
+    fn with(containers: &[(&str, Running)]) -> Containers {
+        let mut all = Containers::default();
+        all.bridge("bridge".into());
+        for (name, running) in containers {
+            let ticket = all.inspect(id(name));
+            assert!(all.inspected(ticket, Some(running.clone())));
+        }
+        all
+    }
+
+    fn sources(containers: &Containers) -> Vec<(String, Vec<String>)> {
+        let listing = containers.listing();
+        let texts = |list: &[IpAddr]| list.iter().map(ToString::to_string).collect();
+        listing.consumers.iter().map(|c| (c.name.to_string(), texts(&c.sources))).collect()
+    }
+
+    #[test]
+    fn every_address_on_every_network_is_a_source_and_the_gateways_of_bridges_are_vips() {
+        let network = on(&[
+            ("bridge", "172.17.0.2", "172.17.0.1"),
+            ("macvlan", "192.168.1.5", "192.168.1.1"),
+            ("bridge6", "fd00::2", "fd00::1"),
+        ]);
+        let mut containers = with(&[("a", running("a", network))]);
+        containers.bridge("bridge6".into());
+        let listing = containers.listing();
+        assert_eq!(
+            sources(&containers),
+            [("a".into(), vec!["172.17.0.2".into(), "192.168.1.5".into(), "fd00::2".into()])]
+        );
+        let gateways: Vec<_> =
+            listing.consumers[0].gateways.iter().map(ToString::to_string).collect();
+        assert_eq!(gateways, ["172.17.0.1", "fd00::1"]);
+    }
+
+    #[test]
+    fn a_container_that_died_while_it_was_inspected_stays_dead() {
+        let found = Some(running("a", on(&[("bridge", "172.17.0.2", "172.17.0.1")])));
+        let mut containers = Containers::default();
+        let ticket = containers.inspect(id("a"));
+        let after = containers.ended(id("a"));
+        assert!(!containers.inspected(ticket, found.clone()));
+        assert!(containers.inspected(after, None));
+        let ticket = containers.inspect(id("a"));
+        containers.destroyed(&id("a"));
+        assert!(!containers.inspected(ticket, found));
+        assert_eq!(containers.listing(), Listing::default());
+    }
+
+    #[test]
+    fn a_container_is_gone_the_moment_it_ends() {
+        let mut containers =
+            with(&[("a", running("a", on(&[("bridge", "172.17.0.2", "172.17.0.1")])))]);
+        let _unanswered = containers.ended(id("a"));
+        assert!(sources(&containers).is_empty());
+        let ticket = containers.inspect(id("a"));
+        assert!(
+            containers.inspected(
+                ticket,
+                Some(running("a", on(&[("bridge", "172.17.0.3", "172.17.0.1")])))
+            )
+        );
+        assert_eq!(sources(&containers), [("a".into(), vec!["172.17.0.3".into()])]);
+    }
+
+    #[test]
+    fn a_late_destroy_takes_only_its_own_container() {
+        let network = on(&[("bridge", "172.17.0.2", "172.17.0.1")]);
+        let mut containers = with(&[("a", running("a", network.clone()))]);
+        let ticket = containers.ended(id("a"));
+        assert!(containers.inspected(ticket, None));
+        let ticket = containers.inspect(id("b"));
+        assert!(containers.inspected(ticket, Some(running("b", network))));
+        containers.destroyed(&id("a"));
+        assert_eq!(sources(&containers), [("b".into(), vec!["172.17.0.2".into()])]);
+    }
+
+    #[test]
+    fn an_address_is_gone_with_its_network_before_any_inspection() {
+        let network =
+            on(&[("bridge", "172.17.0.2", "172.17.0.1"), ("other", "172.18.0.2", "172.18.0.1")]);
+        let mut containers = with(&[("a", running("a", network.clone()))]);
+        let stale = containers.inspect(id("a"));
+        let _fresh = containers.disconnected(id("a"), "other");
+        assert_eq!(sources(&containers), [("a".into(), vec!["172.17.0.2".into()])]);
+        assert!(!containers.inspected(stale, Some(running("a", network))));
+        assert_eq!(sources(&containers), [("a".into(), vec!["172.17.0.2".into()])]);
+    }
+
+    #[test]
+    fn a_shared_namespace_is_followed_to_its_owner() {
+        let owner = Running {
+            bindings: vec![],
+            ..running("a", on(&[("bridge", "172.17.0.2", "172.17.0.1")]))
+        };
+        let containers = with(&[
+            ("id-a", owner.clone()),
+            ("id-b", running("b", Network::Of("id-a".into()))),
+            ("id-c", running("c", Network::Of("b".into()))),
+        ]);
+        let address = vec!["172.17.0.2".to_owned()];
+        assert_eq!(sources(&containers), [("b".into(), address.clone()), ("c".into(), address)]);
+        assert!(containers.listing().consumers.iter().all(|c| &*c.namespace == "id-a"));
+    }
+
+    #[test]
+    fn what_has_no_address_of_its_own_is_reported() {
+        let later =
+            Running { started_at: "2026-01-01T00:00:00.51Z".into(), ..running("late", on(&[])) };
+        let containers = with(&[
+            ("id-host", running("host", Network::Host)),
+            ("id-orphan", running("orphan", Network::Of("gone".into()))),
+            ("id-late", Running { bindings: vec![], ..later }),
+            ("id-left", running("left", Network::Of("id-late".into()))),
+            ("id-self", running("self", Network::Of("id-self".into()))),
+        ]);
+        let listing = containers.listing();
+        assert!(listing.consumers.is_empty());
+        let reasons: Vec<_> =
+            listing.problems.iter().map(|p| (&*p.consumer, &p.reason[..22])).collect();
+        assert_eq!(
+            reasons,
+            [
+                ("host", "net=host: cannot be to"),
+                ("left", "net=container:id-late:"),
+                ("orphan", "net=container:gone: th"),
+                ("self", "net=container: goes ro"),
+            ]
+        );
+    }
+}

@@ -1,0 +1,297 @@
+//! One connection's life, top to bottom: accepted, recognised, connected, relayed, ended.
+
+use std::{
+    cell::Cell,
+    io,
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rustix::io::Errno;
+use socket2::SockRef;
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
+
+use super::{
+    listener::{KEEPALIVE, original_destination},
+    outcome::Outcome,
+    relay::{Broken, Moved, Side, relay},
+    worker::{Id, Worker},
+};
+use crate::{
+    balance::Lease,
+    model::{Endpoint, Port},
+    table::{Route, RouteKey, Table},
+};
+
+/// Which original destinations count as VIPs, besides those in the table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Destinations {
+    /// Any: the user's own rules decide what is captured.
+    Any,
+    /// The VIPs, and these addresses of ours.
+    VipsAnd(Vec<IpAddr>),
+}
+
+/// The route that an accepted connection means, or why it means none.
+pub(super) fn recognise(
+    table: &Table,
+    destinations: &Destinations,
+    stream: &TcpStream,
+    peer: SocketAddr,
+) -> Result<(Arc<Route>, SocketAddr), Outcome> {
+    let local = stream.local_addr().map_err(|_| Outcome::ConsumerReset)?;
+    let meant = original_destination(stream, local).map_err(|_| Outcome::NoOriginalDestination)?;
+    route(table, destinations, peer.ip(), meant, local).map(|route| (route, meant))
+}
+
+fn route(
+    table: &Table,
+    destinations: &Destinations,
+    source: IpAddr,
+    meant: SocketAddr,
+    local: SocketAddr,
+) -> Result<Arc<Route>, Outcome> {
+    // Connection tracking knows uncaptured connections too: those were meant for the listener itself.
+    if meant == local {
+        return Err(Outcome::DirectDial);
+    }
+    let captured = match destinations {
+        Destinations::Any => true,
+        Destinations::VipsAnd(own) => {
+            table.vips().contains(&crate::model::Vip(meant.ip())) || own.contains(&meant.ip())
+        }
+    };
+    if !captured {
+        return Err(Outcome::NotAVip);
+    }
+    let port = Port::new(meant.port()).ok_or(Outcome::NoRoute)?;
+    match table.route(&RouteKey { source, port }) {
+        Some(route) => Ok(route.clone()),
+        None if table.is_consumer(&source) => Err(Outcome::NoRoute),
+        None => Err(Outcome::UnknownConsumer),
+    }
+}
+
+/// What one connection did, for the log, whatever way it ends.
+#[derive(Debug)]
+pub(super) struct Record {
+    pub route: Arc<Route>,
+    pub peer: SocketAddr,
+    pub meant: SocketAddr,
+    pub accepted: Instant,
+    pub connected: Cell<Option<(Duration, Endpoint)>>,
+    pub tries: Cell<u8>,
+    pub moved: Moved,
+}
+
+/// Serves a recognised connection until it ends.
+pub(super) async fn serve(worker: Rc<Worker>, id: Id, stream: TcpStream, record: Rc<Record>) {
+    let mut consumer = Socket::new(stream);
+    let ticket = worker.ticket(id, record.clone());
+    let (stream, lease) = match connect(&worker, id, &record).await {
+        Ok(connected) => connected,
+        Err(outcome) => return ticket.end(outcome),
+    };
+    let mut endpoint = Socket::new(stream);
+    let outcome =
+        match relay(&mut consumer.stream, &mut endpoint.stream, &worker.buffers, &record.moved)
+            .await
+        {
+            Ok(()) => {
+                consumer.finished = true;
+                endpoint.finished = true;
+                Outcome::Closed
+            }
+            Err(Broken { side, error }) => {
+                tracing::debug!(?side, %error, route = %record.route.key, "broken");
+                match side {
+                    Side::Consumer => Outcome::ConsumerReset,
+                    Side::Endpoint => Outcome::EndpointReset,
+                }
+            }
+        };
+    // The consumer may dial again at once: by then this connection is not counted any more.
+    drop(lease);
+    ticket.end(outcome);
+}
+
+/// Distinct endpoints that are tried.
+const TRIES: usize = 3;
+/// The time for each try.
+const TRY: Duration = Duration::from_secs(1);
+/// The time for all of them.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// A connection to one of the route's endpoints, counted. No byte of the consumer's is consumed before.
+async fn connect(worker: &Worker, id: Id, record: &Record) -> Result<(TcpStream, Lease), Outcome> {
+    let route = &record.route;
+    let deadline = record.accepted + CONNECT;
+    let mut tried: Vec<Endpoint> = Vec::new();
+    while tried.len() < TRIES && Instant::now() < deadline {
+        let now = worker.now();
+        let Some(state) = route.upstream.rotation.pick(route.balance, now, &tried) else { break };
+        let lease = state.lease();
+        worker.connecting(id, state);
+        tried.push(state.endpoint);
+        record.tries.set(record.tries.get().saturating_add(1));
+        let time = TRY.min(deadline.saturating_duration_since(Instant::now()));
+        let opened = timeout(time, open(state.endpoint, worker.mark)).await;
+        match opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            Ok(stream) => {
+                state.succeeded();
+                record.connected.set(Some((record.accepted.elapsed(), state.endpoint)));
+                return Ok((stream, lease));
+            }
+            Err(error) if is_local(&error) => {
+                tracing::warn!(endpoint = %state.endpoint, %error, "this host cannot open a connection");
+                return Err(Outcome::LocalError);
+            }
+            Err(error) => {
+                tracing::info!(endpoint = %state.endpoint, service = %route.upstream.query, %error, "cannot connect");
+                state.failed(worker.now());
+            }
+        }
+    }
+    Err(if tried.is_empty() { Outcome::NoEndpoint } else { Outcome::EndpointsUnreachable })
+}
+
+async fn open(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpStream> {
+    let socket = if endpoint.0.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    let options = SockRef::from(&socket);
+    options.set_tcp_nodelay(true)?;
+    options.set_tcp_keepalive(&KEEPALIVE)?;
+    if let Some(mark) = mark {
+        options.set_mark(mark)?;
+    }
+    socket.connect(endpoint.0).await
+}
+
+/// Whether a connect failed for want of something here, which is no fault of the endpoint's.
+fn is_local(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(
+            Errno::MFILE
+                | Errno::NFILE
+                | Errno::NOBUFS
+                | Errno::NOMEM
+                | Errno::ADDRNOTAVAIL
+                | Errno::AFNOSUPPORT
+                | Errno::PERM
+                | Errno::ACCESS
+        )
+    )
+}
+
+/// A socket that is reset when dropped, unless its relay finished: the peer of a broken connection must not take its end
+/// for a whole one.
+struct Socket {
+    stream: TcpStream,
+    finished: bool,
+}
+
+impl Socket {
+    fn new(stream: TcpStream) -> Self {
+        Self { stream, finished: false }
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if !self.finished {
+            reset_on_close(&self.stream);
+        }
+    }
+}
+
+/// Makes closing the socket a reset.
+pub(super) fn reset_on_close(stream: &TcpStream) {
+    // It fails only on a socket that has no connection any more.
+    let _ = stream.set_zero_linger();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::{
+        descriptor::Balance,
+        discovery::Query,
+        model::{Binding, Consumer, ConsumerId, Vip},
+        table::Inputs,
+    };
+
+    const LOCAL: &str = "172.17.0.1:9999";
+
+    fn table() -> Table {
+        let consumer = Consumer {
+            id: ConsumerId::Local,
+            name: "a".into(),
+            namespace: "a".into(),
+            sources: vec!["172.17.0.2".parse().unwrap()],
+            gateways: vec![],
+            bindings: vec![Binding {
+                origin: "B".into(),
+                descriptor: "redis;6379".parse().unwrap(),
+            }],
+        };
+        let inputs = Inputs {
+            consumers: &[consumer],
+            endpoints: &HashMap::new(),
+            vips: &[Vip("172.17.0.1".parse().unwrap())],
+            gateways_are_vips: false,
+            balance: Balance::RoundRobin,
+        };
+        let query = |binding: &Binding| {
+            let service = binding.descriptor.service.clone();
+            Ok(Query {
+                via: "consul".into(),
+                service,
+                tags: Default::default(),
+                dc: None,
+                port: None,
+            })
+        };
+        Table::default().next(&inputs, query).unwrap()
+    }
+
+    fn recognised(destinations: &Destinations, source: &str, meant: &str) -> Result<(), Outcome> {
+        let (meant, local) = (meant.parse().unwrap(), LOCAL.parse().unwrap());
+        route(&table(), destinations, source.parse().unwrap(), meant, local).map(drop)
+    }
+
+    #[test]
+    fn only_what_a_consumer_declared_and_the_capture_meant_is_served() {
+        let vips = Destinations::VipsAnd(vec!["172.17.0.9".parse().unwrap()]);
+        for (source, meant, expected) in [
+            ("172.17.0.2", "172.17.0.1:6379", Ok(())),
+            ("172.17.0.2", "172.17.0.9:6379", Ok(())),
+            ("172.17.0.2", "10.0.0.1:6379", Err(Outcome::NotAVip)),
+            ("172.17.0.2", "172.17.0.1:6380", Err(Outcome::NoRoute)),
+            ("172.17.0.3", "172.17.0.1:6379", Err(Outcome::UnknownConsumer)),
+            ("172.17.0.2", LOCAL, Err(Outcome::DirectDial)),
+        ] {
+            assert_eq!(recognised(&vips, source, meant), expected, "{source} to {meant}");
+        }
+    }
+
+    #[test]
+    fn under_the_users_own_rules_any_destination_counts_but_our_own_listener() {
+        assert_eq!(recognised(&Destinations::Any, "172.17.0.2", "10.0.0.1:6379"), Ok(()));
+        assert_eq!(recognised(&Destinations::Any, "172.17.0.2", LOCAL), Err(Outcome::DirectDial));
+    }
+
+    #[test]
+    fn what_this_host_lacks_is_not_held_against_an_endpoint() {
+        assert!(is_local(&Errno::MFILE.into()));
+        assert!(is_local(&Errno::ADDRNOTAVAIL.into()));
+        assert!(!is_local(&Errno::CONNREFUSED.into()));
+        assert!(!is_local(&io::ErrorKind::TimedOut.into()));
+    }
+}

@@ -1,0 +1,56 @@
+//! The connection log: a line for each connection when it ends.
+
+use std::{rc::Rc, time::Duration};
+
+use tracing::info;
+
+use super::{connection::Record, outcome::Outcome};
+use crate::config::ConnectionLog;
+
+/// Logs an ended connection, if it is one of those that are logged.
+pub(super) fn record(which: ConnectionLog, outcome: Outcome, entry: impl FnOnce() -> Entry) {
+    let wanted = match which {
+        ConnectionLog::Off => false,
+        ConnectionLog::Errors => outcome != Outcome::Closed,
+        ConnectionLog::All => true,
+        ConnectionLog::Fraction(part) => fastrand::f64() < part,
+    };
+    if wanted {
+        entry().write();
+    }
+}
+
+/// What is said of a connection.
+#[derive(Debug)]
+pub(super) struct Entry {
+    record: Rc<Record>,
+    outcome: Outcome,
+    total: Duration,
+}
+
+impl Entry {
+    pub(super) fn new(record: &Rc<Record>, outcome: Outcome) -> Self {
+        Self { record: record.clone(), outcome, total: record.accepted.elapsed() }
+    }
+
+    fn write(self) {
+        let record = &self.record;
+        let connected = record.connected.get();
+        info!(
+            target: "connection",
+            consumer = %record.route.consumer_name,
+            consumer_id = %record.route.consumer,
+            service = %record.route.upstream.query.service,
+            endpoint = connected.map(|(_, endpoint)| endpoint.to_string()),
+            source = %record.peer,
+            destination = %record.meant,
+            bytes_up = record.moved.up.get(),
+            bytes_down = record.moved.down.get(),
+            connect_ms = connected.map(|(time, _)| time.as_millis()),
+            total_ms = self.total.as_millis(),
+            tries = record.tries.get(),
+            outcome = self.outcome.as_str(),
+            "connection"
+        );
+    }
+}

@@ -1,0 +1,118 @@
+//! The one TCP port: a listener of each family for each worker, and what the kernel knows of a captured connection.
+
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use rustix::io::Errno;
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpListener, TcpStream};
+
+/// Probes of a silent peer. The first comes well before 60 s, when connection tracking forgets a half-closed
+/// connection (nf_conntrack_tcp_timeout_close_wait) and its address translation with it: each probe starts that anew.
+pub(super) const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
+    .with_time(Duration::from_secs(45))
+    .with_interval(Duration::from_secs(15))
+    .with_retries(4);
+
+/// Connections that wait to be accepted, at most; the kernel's somaxconn bounds it too.
+const BACKLOG: i32 = 4096;
+
+/// Opens `workers` listeners of each family on one port; port 0 lets the kernel choose. A host without IPv6 gets IPv4
+/// alone. IPv4 connections never arrive at the IPv6 listener: their original destination could not be asked there.
+pub(super) fn open(port: u16, workers: usize) -> io::Result<Vec<Vec<std::net::TcpListener>>> {
+    let mut sets = Vec::with_capacity(workers);
+    let mut port = port;
+    for _ in 0..workers {
+        let v4 = bind((Ipv4Addr::UNSPECIFIED, port).into())?;
+        port = v4.local_addr()?.port();
+        let mut set = vec![v4];
+        match bind((Ipv6Addr::UNSPECIFIED, port).into()) {
+            Ok(v6) => set.push(v6),
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::AFNOSUPPORT) => {}
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {}
+            Err(error) => return Err(error),
+        }
+        sets.push(set);
+    }
+    Ok(sets)
+}
+
+fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    // A restart must not wait for the last connections of the run before it.
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    // Accepted sockets inherit these on Linux: two calls fewer for each connection.
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&KEEPALIVE)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// How long to leave a listener alone after accept failed, where trying again at once would only spin.
+#[derive(Debug, Default)]
+pub(super) struct AcceptBackoff(u32);
+
+impl AcceptBackoff {
+    /// `None`: that connection is gone, the next one may be had at once (man 2 accept, "Error handling").
+    pub(super) fn after(&mut self, error: &io::Error) -> Option<Duration> {
+        match Errno::from_io_error(error) {
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                self.0 = (self.0 + 1).min(8);
+                Some(Duration::from_millis(4 << self.0))
+            }
+            _ => None,
+        }
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.0 = 0;
+    }
+}
+
+/// Where a captured connection was meant to go, as connection tracking remembers it.
+pub(super) fn original_destination(
+    stream: &TcpStream,
+    local: SocketAddr,
+) -> io::Result<SocketAddr> {
+    let socket = SockRef::from(stream);
+    let address =
+        if local.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() }?;
+    address.as_socket().ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// A tokio listener of the current worker.
+pub(super) fn adopt(listener: std::net::TcpListener) -> io::Result<TcpListener> {
+    TcpListener::from_std(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_worker_and_both_families_share_one_port() {
+        let sets = open(0, 3).unwrap();
+        let ports: Vec<_> = sets.iter().flatten().map(|l| l.local_addr().unwrap().port()).collect();
+        assert!(ports.len() >= 3 && ports.iter().all(|&port| port == ports[0]), "{ports:?}");
+    }
+
+    #[test]
+    fn only_a_lack_of_something_slows_accepting_down() {
+        let mut backoff = AcceptBackoff::default();
+        assert_eq!(backoff.after(&Errno::CONNABORTED.into()), None);
+        let pauses: Vec<_> = (0..20).filter_map(|_| backoff.after(&Errno::MFILE.into())).collect();
+        assert_eq!(pauses[0], Duration::from_millis(8));
+        assert_eq!(pauses[19], Duration::from_millis(1024));
+        backoff.reset();
+        assert_eq!(backoff.after(&Errno::NFILE.into()), Some(Duration::from_millis(8)));
+    }
+}

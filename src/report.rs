@@ -1,0 +1,110 @@
+//! What a person should hear of, said once when it appears and counted: the same complaint is not repeated at every
+//! re-read.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use tracing::{info, warn};
+
+use crate::{
+    discovery::{Endpoints, Query},
+    provider::{Listing, Problem},
+    source::Known,
+    table::Table,
+};
+
+/// Things that were refused since the start, for the metrics.
+#[derive(Debug, Default)]
+pub struct Refused {
+    /// Descriptors, and consumers that cannot be told apart.
+    pub bindings: AtomicU64,
+    /// Bindings that have no route.
+    pub routes: AtomicU64,
+    /// Entries of a discovery that could not be understood.
+    pub endpoints: AtomicU64,
+}
+
+/// What has been said and still holds.
+#[derive(Debug)]
+pub struct Report {
+    refused: Arc<Refused>,
+    problems: BTreeSet<Problem>,
+    unrouted: BTreeSet<String>,
+    rejected: BTreeSet<(Query, String)>,
+    answers: BTreeMap<Query, Arc<Endpoints>>,
+    /// Sources that do not answer.
+    lost: BTreeSet<String>,
+}
+
+impl Report {
+    pub fn new(refused: Arc<Refused>) -> Self {
+        Self {
+            refused,
+            problems: BTreeSet::new(),
+            unrouted: BTreeSet::new(),
+            rejected: BTreeSet::new(),
+            answers: BTreeMap::new(),
+            lost: BTreeSet::new(),
+        }
+    }
+
+    /// A source that answers again.
+    pub(crate) fn source<T>(&mut self, name: &str, known: &Known<T>) {
+        if known.error.is_some() {
+            self.lost.insert(name.to_owned());
+        } else if known.value.is_some() && self.lost.remove(name) {
+            info!(source = name, "back");
+        }
+    }
+
+    pub(crate) fn listing(&mut self, listing: &Listing) {
+        let now: BTreeSet<_> = listing.problems.iter().cloned().collect();
+        for problem in now.difference(&self.problems) {
+            self.refused.bindings.fetch_add(1, Relaxed);
+            warn!(consumer = %problem.consumer, origin = %problem.origin, reason = problem.reason, "skipped");
+        }
+        self.problems = now;
+    }
+
+    pub(crate) fn endpoints(&mut self, known: &BTreeMap<Query, Known<Endpoints>>) {
+        let mut rejected = BTreeSet::new();
+        let mut answers = BTreeMap::new();
+        for (query, known) in known {
+            let Some(value) = &known.value else { continue };
+            let before = self.answers.get(query);
+            if before.is_none_or(|before| before.list != value.list) {
+                let list: Vec<_> = value.list.iter().map(ToString::to_string).collect();
+                info!(service = %query, endpoints = list.join(" "), "endpoints");
+            }
+            for entry in &value.rejected {
+                let text = format!("{}: {}", entry.what, entry.reason);
+                if !self.rejected.contains(&(query.clone(), text.clone())) {
+                    self.refused.endpoints.fetch_add(1, Relaxed);
+                    warn!(service = %query, entry = entry.what, reason = entry.reason, "entry skipped");
+                }
+                rejected.insert((query.clone(), text));
+            }
+            answers.insert(query.clone(), value.clone());
+        }
+        self.rejected = rejected;
+        self.answers = answers;
+    }
+
+    pub(crate) fn unrouted(&mut self, table: &Table) {
+        let mut now = BTreeSet::new();
+        for unrouted in table.unrouted() {
+            let text = format!("{} {}: {}", unrouted.consumer, unrouted.origin, unrouted.reason);
+            if !self.unrouted.contains(&text) {
+                self.refused.routes.fetch_add(1, Relaxed);
+                warn!(consumer = %unrouted.consumer_name, id = %unrouted.consumer, origin = %unrouted.origin, reason = %unrouted.reason, "no route");
+            }
+            now.insert(text);
+        }
+        self.unrouted = now;
+    }
+}

@@ -1,0 +1,559 @@
+//! Bindings and endpoints become the table of routes. Pure: a table is built from the one before it, so that counts and
+//! turns live on, and never changes once it is published.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet, hash_map::Entry},
+    fmt,
+    net::IpAddr,
+    sync::Arc,
+};
+
+use crate::{
+    balance::{EndpointState, Rotation},
+    descriptor::Balance,
+    discovery::{Endpoints, Query, UnknownDiscovery},
+    model::{Binding, Consumer, ConsumerId, Endpoint, Port, ServiceName, Vip},
+};
+
+/// What a captured connection shows of itself: who dialled, and which port was meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RouteKey {
+    pub source: IpAddr,
+    pub port: Port,
+}
+
+impl fmt::Display for RouteKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} port {}", self.source, self.port)
+    }
+}
+
+/// Where a consumer's connections on one port go.
+#[derive(Debug)]
+pub struct Route {
+    pub key: RouteKey,
+    /// The owner. A route belongs to a run of a container, never to an address.
+    pub consumer: ConsumerId,
+    pub consumer_name: Arc<str>,
+    pub binding: Binding,
+    pub balance: Balance,
+    pub upstream: Arc<Upstream>,
+}
+
+impl Route {
+    /// Whether `other` is this route with, at the most, other endpoints.
+    fn continues(&self, other: &Route) -> bool {
+        self.consumer == other.consumer && self.binding == other.binding
+    }
+}
+
+/// The answer to a query, with the state of its endpoints: one for all routes that ask the same.
+#[derive(Debug)]
+pub struct Upstream {
+    pub query: Query,
+    pub rotation: Rotation,
+}
+
+/// Endpoints of one service are the same endpoint whatever tags were asked for.
+type ServiceKey = (Arc<str>, Option<Arc<str>>, ServiceName);
+
+/// A binding that has no route, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unrouted {
+    pub consumer: ConsumerId,
+    pub consumer_name: Arc<str>,
+    pub origin: Arc<str>,
+    pub reason: UnroutedReason,
+}
+
+/// Why a binding has no route.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum UnroutedReason {
+    #[error(transparent)]
+    Discovery(#[from] UnknownDiscovery),
+    #[error("{key}: {winner} in the same network namespace has it")]
+    Taken { key: RouteKey, winner: Arc<str> },
+    #[error("{key}: {other} has the same address; nobody is served until it is clear whose it is")]
+    Ambiguous { key: RouteKey, other: Arc<str> },
+}
+
+/// What a table is built from, besides the one before it.
+#[derive(Debug)]
+pub struct Inputs<'a> {
+    pub consumers: &'a [Consumer],
+    /// The endpoints of every query that was answered.
+    pub endpoints: &'a HashMap<Query, Arc<Endpoints>>,
+    /// The VIPs that do not depend on consumers: those the user named, else docker0's address.
+    pub vips: &'a [Vip],
+    /// Whether the gateways of the consumers' networks are VIPs too.
+    pub gateways_are_vips: bool,
+    /// For bindings that name no balance.
+    pub balance: Balance,
+}
+
+/// Everything the data path and the capture need to know.
+#[derive(Debug, Default)]
+pub struct Table {
+    /// Counts published tables from 1; 0 is the empty table before the first.
+    pub version: u64,
+    routes: HashMap<RouteKey, Arc<Route>>,
+    sources: HashSet<IpAddr>,
+    vips: BTreeSet<Vip>,
+    unrouted: Vec<Unrouted>,
+    upstreams: HashMap<Query, Arc<Upstream>>,
+    states: HashMap<(ServiceKey, Endpoint), Arc<EndpointState>>,
+}
+
+impl Table {
+    pub fn route(&self, key: &RouteKey) -> Option<&Arc<Route>> {
+        self.routes.get(key)
+    }
+
+    pub fn routes(&self) -> impl ExactSizeIterator<Item = &Arc<Route>> {
+        self.routes.values()
+    }
+
+    pub fn vips(&self) -> &BTreeSet<Vip> {
+        &self.vips
+    }
+
+    /// Whether any consumer's connections come from here.
+    pub fn is_consumer(&self, source: &IpAddr) -> bool {
+        self.sources.contains(source)
+    }
+
+    pub fn unrouted(&self) -> &[Unrouted] {
+        &self.unrouted
+    }
+
+    pub fn upstreams(&self) -> impl ExactSizeIterator<Item = &Arc<Upstream>> {
+        self.upstreams.values()
+    }
+
+    /// Whether a connection that was opened by `route` still belongs here. Other endpoints do not matter; another owner
+    /// or another service does.
+    pub fn has(&self, route: &Route) -> bool {
+        self.routes.get(&route.key).is_some_and(|now| now.continues(route))
+    }
+
+    /// The table that follows this one. `query` says what to ask for a binding; it must be the same for equal bindings.
+    /// `None` where nothing differs.
+    pub fn next(
+        &self,
+        inputs: &Inputs<'_>,
+        query: impl Fn(&Binding) -> Result<Query, UnknownDiscovery>,
+    ) -> Option<Table> {
+        let mut builder =
+            Builder { prev: self, inputs, next: Table::default(), ambiguous: HashMap::new() };
+        // The order decides who wins a port within a network namespace: the same for the same containers.
+        let mut consumers: Vec<_> = inputs.consumers.iter().collect();
+        consumers.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
+        let owners: HashMap<_, _> = consumers.iter().map(|c| (&c.id, *c)).collect();
+        for consumer in consumers {
+            builder.vips(consumer);
+            for binding in &consumer.bindings {
+                match query(binding) {
+                    Ok(query) => builder.binding(consumer, binding, query, &owners),
+                    Err(error) => builder.unrouted(consumer, binding, error.into()),
+                }
+            }
+        }
+        let mut next = builder.finish();
+        if self.version != 0 && self.equals(&next) {
+            return None;
+        }
+        next.version = self.version + 1;
+        Some(next)
+    }
+
+    fn equals(&self, next: &Table) -> bool {
+        self.routes.len() == next.routes.len()
+            && self.sources == next.sources
+            && self.vips == next.vips
+            && self.unrouted == next.unrouted
+            // Routes that did not change were carried over.
+            && next.routes.iter().all(|(key, route)| self.routes.get(key).is_some_and(|r| Arc::ptr_eq(r, route)))
+    }
+}
+
+struct Builder<'a> {
+    prev: &'a Table,
+    inputs: &'a Inputs<'a>,
+    next: Table,
+    /// Keys that nobody gets, and one of those who claim each.
+    ambiguous: HashMap<RouteKey, Arc<str>>,
+}
+
+impl Builder<'_> {
+    fn vips(&mut self, consumer: &Consumer) {
+        if self.inputs.gateways_are_vips {
+            self.next.vips.extend(consumer.gateways.iter().copied().map(Vip));
+        }
+        self.next.sources.extend(sources(consumer, self.inputs.vips));
+    }
+
+    fn binding(
+        &mut self,
+        consumer: &Consumer,
+        binding: &Binding,
+        query: Query,
+        owners: &HashMap<&ConsumerId, &Consumer>,
+    ) {
+        let upstream = self.upstream(query);
+        for source in sources(consumer, self.inputs.vips) {
+            let key = RouteKey { source, port: binding.descriptor.port };
+            if let Some(other) = self.ambiguous.get(&key).cloned() {
+                self.unrouted(consumer, binding, UnroutedReason::Ambiguous { key, other });
+                continue;
+            }
+            let route = self.route(key, consumer, binding, &upstream);
+            let winner = match self.next.routes.entry(key) {
+                Entry::Vacant(vacant) => {
+                    vacant.insert(route);
+                    continue;
+                }
+                Entry::Occupied(taken) => taken.get().clone(),
+            };
+            if owners
+                .get(&winner.consumer)
+                .is_some_and(|owner| owner.namespace == consumer.namespace)
+            {
+                let winner = winner.consumer_name.clone();
+                self.unrouted(consumer, binding, UnroutedReason::Taken { key, winner });
+                continue;
+            }
+            // One of the two is gone, and we have not heard which: an address has one owner at a time.
+            self.next.routes.remove(&key);
+            self.ambiguous.insert(key, consumer.name.clone());
+            let other = winner.consumer_name.clone();
+            self.unrouted(consumer, binding, UnroutedReason::Ambiguous { key, other });
+            self.next.unrouted.push(Unrouted {
+                consumer: winner.consumer.clone(),
+                consumer_name: winner.consumer_name.clone(),
+                origin: winner.binding.origin.clone(),
+                reason: UnroutedReason::Ambiguous { key, other: consumer.name.clone() },
+            });
+        }
+    }
+
+    fn unrouted(&mut self, consumer: &Consumer, binding: &Binding, reason: UnroutedReason) {
+        self.next.unrouted.push(Unrouted {
+            consumer: consumer.id.clone(),
+            consumer_name: consumer.name.clone(),
+            origin: binding.origin.clone(),
+            reason,
+        });
+    }
+
+    /// The route, carried over where nothing of it changed.
+    fn route(
+        &self,
+        key: RouteKey,
+        consumer: &Consumer,
+        binding: &Binding,
+        upstream: &Arc<Upstream>,
+    ) -> Arc<Route> {
+        let before = self.prev.routes.get(&key).filter(|before| {
+            before.consumer == consumer.id
+                && before.consumer_name == consumer.name
+                && before.binding == *binding
+                && Arc::ptr_eq(&before.upstream, upstream)
+        });
+        before.cloned().unwrap_or_else(|| {
+            Arc::new(Route {
+                key,
+                consumer: consumer.id.clone(),
+                consumer_name: consumer.name.clone(),
+                binding: binding.clone(),
+                balance: binding.descriptor.balance.unwrap_or(self.inputs.balance),
+                upstream: upstream.clone(),
+            })
+        })
+    }
+
+    /// The upstream of a query, carried over where its endpoints did not change.
+    fn upstream(&mut self, query: Query) -> Arc<Upstream> {
+        if let Some(upstream) = self.next.upstreams.get(&query) {
+            return upstream.clone();
+        }
+        let before = self.prev.upstreams.get(&query);
+        let endpoints = self.inputs.endpoints.get(&query).map_or(&[][..], |answer| &answer.list);
+        let states: Vec<_> =
+            endpoints.iter().map(|&endpoint| self.state(&query, endpoint)).collect();
+        let upstream = match before {
+            Some(before) if same_endpoints(&before.rotation, &states) => before.clone(),
+            Some(before) => Arc::new(Upstream {
+                query: query.clone(),
+                rotation: before.rotation.succeed(states),
+            }),
+            None => Arc::new(Upstream { query: query.clone(), rotation: Rotation::new(states) }),
+        };
+        self.next.upstreams.insert(query, upstream.clone());
+        upstream
+    }
+
+    fn state(&mut self, query: &Query, endpoint: Endpoint) -> Arc<EndpointState> {
+        let service = (query.via.clone(), query.dc.clone(), query.service.clone());
+        let key = (service, endpoint);
+        let before = self.prev.states.get(&key);
+        let new = || before.cloned().unwrap_or_else(|| Arc::new(EndpointState::new(endpoint)));
+        self.next.states.entry(key).or_insert_with(new).clone()
+    }
+
+    fn finish(mut self) -> Table {
+        self.next.vips.extend(self.inputs.vips);
+        self.next.unrouted.sort_by(|a, b| (&a.consumer, &a.origin).cmp(&(&b.consumer, &b.origin)));
+        self.next
+    }
+}
+
+/// The addresses that a consumer's connections come from. Linux gives what a host sends to an address of its own that
+/// very address as its source, so for the local consumer the VIPs count too.
+fn sources<'a>(consumer: &'a Consumer, vips: &'a [Vip]) -> impl Iterator<Item = IpAddr> + 'a {
+    let own = if consumer.id == ConsumerId::Local { vips } else { &[] };
+    let known = |vip: &&Vip| !consumer.sources.contains(&vip.0);
+    consumer.sources.iter().copied().chain(own.iter().filter(known).map(|vip| vip.0))
+}
+
+fn same_endpoints(rotation: &Rotation, states: &[Arc<EndpointState>]) -> bool {
+    let before: HashSet<_> = rotation.endpoints().iter().map(Arc::as_ptr).collect();
+    before.len() == states.len() && states.iter().all(|state| before.contains(&Arc::as_ptr(state)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{balance::Millis, model::ContainerId};
+
+    fn consumer(name: &str, address: &str, bindings: &[&str]) -> Consumer {
+        let binding = |text: &&str| Binding {
+            origin: format!("BACKEND_{text}").into(),
+            descriptor: text.parse().unwrap(),
+        };
+        Consumer {
+            id: ConsumerId::Container {
+                id: ContainerId::new(&format!("id-of-{name}")),
+                started_at: "t0".into(),
+            },
+            name: name.into(),
+            namespace: name.into(),
+            sources: vec![address.parse().unwrap()],
+            gateways: vec!["172.17.0.1".parse().unwrap()],
+            bindings: bindings.iter().map(binding).collect(),
+        }
+    }
+
+    fn key(source: &str, port: u16) -> RouteKey {
+        RouteKey { source: source.parse().unwrap(), port: Port::new(port).unwrap() }
+    }
+
+    fn query(service: &str) -> Query {
+        Query {
+            via: "consul".into(),
+            service: ServiceName::new(service).unwrap(),
+            tags: Default::default(),
+            dc: None,
+            port: None,
+        }
+    }
+
+    fn answers(services: &[(&str, &[&str])]) -> HashMap<Query, Arc<Endpoints>> {
+        let endpoints = |list: &[&str]| {
+            Endpoints::new(list.iter().map(|e| Endpoint(e.parse().unwrap())), vec![])
+        };
+        services.iter().map(|(name, list)| (query(name), Arc::new(endpoints(list)))).collect()
+    }
+
+    fn next(
+        prev: &Table,
+        consumers: &[Consumer],
+        endpoints: &HashMap<Query, Arc<Endpoints>>,
+    ) -> Option<Table> {
+        let inputs = Inputs {
+            consumers,
+            endpoints,
+            vips: &[],
+            gateways_are_vips: true,
+            balance: Balance::RoundRobin,
+        };
+        prev.next(&inputs, |binding| {
+            let via = &binding.descriptor.via;
+            match via {
+                None => Ok(Query {
+                    tags: binding.descriptor.tags.clone(),
+                    ..query(binding.descriptor.service.as_str())
+                }),
+                Some(via) => {
+                    Err(UnknownDiscovery { via: via.clone(), configured: "consul".into() })
+                }
+            }
+        })
+    }
+
+    fn service<'a>(table: &'a Table, source: &str, port: u16) -> Option<&'a str> {
+        table.route(&key(source, port)).map(|route| route.upstream.query.service.as_str())
+    }
+
+    #[test]
+    fn ports_overlap_freely_between_consumers() {
+        let consumers = [
+            consumer("a", "172.17.0.2", &["redis;6379", "web;80"]),
+            consumer("b", "172.17.0.3", &["valkey;6379"]),
+        ];
+        let table =
+            next(&Table::default(), &consumers, &answers(&[("redis", &["10.0.0.1:1"])])).unwrap();
+        assert_eq!(service(&table, "172.17.0.2", 6379), Some("redis"));
+        assert_eq!(service(&table, "172.17.0.3", 6379), Some("valkey"));
+        assert_eq!(service(&table, "172.17.0.2", 80), Some("web"));
+        assert_eq!(service(&table, "172.17.0.3", 80), None);
+        assert_eq!(
+            table.vips().iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["172.17.0.1"]
+        );
+    }
+
+    #[test]
+    fn an_equal_table_is_not_published() {
+        let consumers = [consumer("a", "172.17.0.2", &["redis;6379"])];
+        let endpoints = answers(&[("redis", &["10.0.0.1:1"])]);
+        let table = next(&Table::default(), &consumers, &endpoints).unwrap();
+        assert_eq!(table.version, 1);
+        assert!(next(&table, &consumers, &endpoints).is_none());
+        assert_eq!(next(&Table::default(), &[], &HashMap::new()).map(|t| t.version), Some(1));
+    }
+
+    #[test]
+    fn a_recycled_address_is_another_route() {
+        let endpoints = answers(&[("redis", &["10.0.0.1:1"])]);
+        let before =
+            next(&Table::default(), &[consumer("a", "172.17.0.2", &["redis;6379"])], &endpoints)
+                .unwrap();
+        let route = before.route(&key("172.17.0.2", 6379)).unwrap().clone();
+
+        let other_service =
+            next(&before, &[consumer("b", "172.17.0.2", &["web;6379"])], &endpoints).unwrap();
+        assert_eq!(service(&other_service, "172.17.0.2", 6379), Some("web"));
+        assert!(!other_service.has(&route));
+
+        let same_service =
+            next(&before, &[consumer("b", "172.17.0.2", &["redis;6379"])], &endpoints).unwrap();
+        assert!(!same_service.has(&route), "the connections of a belong to a, whatever b asks for");
+    }
+
+    #[test]
+    fn a_restarted_container_is_another_consumer() {
+        let endpoints = answers(&[]);
+        let first = consumer("a", "172.17.0.2", &["redis;6379"]);
+        let before = next(&Table::default(), std::slice::from_ref(&first), &endpoints).unwrap();
+        let ConsumerId::Container { id, .. } = first.id.clone() else { unreachable!() };
+        let again = Consumer { id: ConsumerId::Container { id, started_at: "t1".into() }, ..first };
+        let after = next(&before, &[again], &endpoints).unwrap();
+        assert!(!after.has(before.route(&key("172.17.0.2", 6379)).unwrap()));
+    }
+
+    #[test]
+    fn two_owners_of_one_address_are_both_not_served() {
+        let consumers = [
+            consumer("a", "172.17.0.2", &["redis;6379", "web;80"]),
+            consumer("b", "172.17.0.2", &["mysql;6379"]),
+            consumer("c", "172.17.0.2", &["etcd;6379"]),
+        ];
+        let table = next(&Table::default(), &consumers, &answers(&[])).unwrap();
+        assert_eq!(service(&table, "172.17.0.2", 6379), None);
+        assert_eq!(table.unrouted().len(), 3);
+        assert!(
+            table.unrouted().iter().all(|u| matches!(u.reason, UnroutedReason::Ambiguous { .. }))
+        );
+    }
+
+    #[test]
+    fn in_a_shared_namespace_the_first_name_wins_a_port() {
+        let sidecar = Consumer {
+            namespace: "a".into(),
+            ..consumer("b", "172.17.0.2", &["mysql;6379", "web;80"])
+        };
+        let consumers = [sidecar, consumer("a", "172.17.0.2", &["redis;6379"])];
+        let table = next(&Table::default(), &consumers, &answers(&[])).unwrap();
+        assert_eq!(service(&table, "172.17.0.2", 6379), Some("redis"));
+        assert_eq!(service(&table, "172.17.0.2", 80), Some("web"));
+        let [unrouted] = table.unrouted() else { panic!("{:?}", table.unrouted()) };
+        assert_eq!(
+            unrouted.reason.to_string(),
+            "172.17.0.2 port 6379: a in the same network namespace has it"
+        );
+    }
+
+    #[test]
+    fn a_binding_of_an_unknown_discovery_is_reported_and_the_others_work() {
+        let consumers = [consumer("a", "172.17.0.2", &["redis;6379;via=zookeeper", "web;80"])];
+        let table = next(&Table::default(), &consumers, &answers(&[])).unwrap();
+        assert_eq!(table.routes().len(), 1);
+        assert_eq!(
+            table.unrouted()[0].reason.to_string(),
+            "via=\"zookeeper\": expected one of the configured discoveries: consul"
+        );
+    }
+
+    #[test]
+    fn an_endpoint_keeps_its_counts_across_tables_and_shares_them_between_routes() {
+        let consumers = [
+            consumer("a", "172.17.0.2", &["redis;6379", "redis[eu];6380"]),
+            consumer("b", "172.17.0.3", &["redis;1234"]),
+        ];
+        let mut endpoints = answers(&[("redis", &["10.0.0.1:1", "10.0.0.2:1"])]);
+        let tagged = Query { tags: crate::model::Tags::new(["eu"]), ..query("redis") };
+        endpoints.insert(
+            tagged,
+            Arc::new(Endpoints::new([Endpoint("10.0.0.1:1".parse().unwrap())], vec![])),
+        );
+        let before = next(&Table::default(), &consumers, &endpoints).unwrap();
+        let rotation =
+            |table: &Table, source, port| table.route(&key(source, port)).unwrap().upstream.clone();
+        let lease = rotation(&before, "172.17.0.2", 6380).rotation.endpoints()[0].lease();
+        let active = |table: &Table, source, port| {
+            let upstream = rotation(table, source, port);
+            upstream
+                .rotation
+                .endpoints()
+                .iter()
+                .map(|s| (s.endpoint.to_string(), s.active()))
+                .collect::<HashMap<_, _>>()
+        };
+        assert_eq!(active(&before, "172.17.0.3", 1234)["10.0.0.1:1"], 1);
+
+        endpoints.insert(
+            query("redis"),
+            answers(&[("redis", &["10.0.0.1:1", "10.0.0.3:1"])])[&query("redis")].clone(),
+        );
+        let after = next(&before, &consumers, &endpoints).unwrap();
+        assert_eq!(active(&after, "172.17.0.3", 1234)["10.0.0.1:1"], 1);
+        assert!(
+            after.has(before.route(&key("172.17.0.3", 1234)).unwrap()),
+            "other endpoints, but the same route"
+        );
+        drop(lease);
+        assert_eq!(active(&after, "172.17.0.3", 1234)["10.0.0.1:1"], 0);
+        let pick = |table: &Table| {
+            let upstream = rotation(table, "172.17.0.3", 1234);
+            upstream.rotation.pick(Balance::RoundRobin, Millis(0), &[]).map(|state| state.endpoint)
+        };
+        assert_eq!(pick(&after), Some(Endpoint("10.0.0.1:1".parse().unwrap())));
+    }
+
+    #[test]
+    fn for_the_local_consumer_the_vips_are_sources_too() {
+        let local =
+            Consumer { id: ConsumerId::Local, ..consumer("local", "127.0.0.1", &["redis;6379"]) };
+        let inputs = Inputs {
+            consumers: &[local],
+            endpoints: &HashMap::new(),
+            vips: &[Vip("172.17.0.1".parse().unwrap()), Vip("127.0.0.1".parse().unwrap())],
+            gateways_are_vips: false,
+            balance: Balance::RoundRobin,
+        };
+        let table = Table::default().next(&inputs, |_| Ok(query("redis"))).unwrap();
+        assert_eq!(service(&table, "172.17.0.1", 6379), Some("redis"));
+        assert_eq!(service(&table, "127.0.0.1", 6379), Some("redis"));
+        assert_eq!(table.unrouted(), []);
+    }
+}

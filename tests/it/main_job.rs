@@ -1,0 +1,33 @@
+//! The main job: a consumer asks in its environment, dials a VIP, and reaches what it asked for.
+
+use anyhow::Result;
+use testbed::Host;
+
+use crate::{READY, WAIT};
+
+#[test]
+fn thirty_requests_over_three_endpoints_are_ten_each() -> Result<()> {
+    let host = Host::start()?;
+    let etcd = host.etcd()?;
+    for name in ["web-1", "web-2", "web-3"] {
+        let web = host.web(name).start()?;
+        etcd.v3().put(&format!("/services/web/80/{name}"), &format!("{}:80", web.ip()?))?;
+    }
+    let embassy = host.embassy(["--dnat", "-discovery=etcd://127.0.0.1:2379"])?;
+    embassy.wait_ready(READY)?;
+
+    let app = host.client("app").env("BACKEND_WEB", "/services/web/80;8080").start()?;
+    testbed::eventually(WAIT, "the consumer's first answer", || {
+        let answers = app.get("172.17.0.1:8080").run()?;
+        anyhow::ensure!(answers.answered() == 1, "{answers:?}");
+        Ok(())
+    })?;
+    app.exec(["curl", "-sf", "http://172.17.0.1:8080"])?;
+
+    let answers = app.get("172.17.0.1:8080").times(30).run()?;
+    assert_eq!(answers.failed(), 0, "{answers:?}");
+    for name in ["web-1", "web-2", "web-3"] {
+        assert_eq!(answers.from(name), 10, "{answers:?}");
+    }
+    Ok(())
+}
