@@ -10,7 +10,7 @@ NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 DISCOVERY ?= docker
 ONCE ?=
 
-.PHONY: help setup build test lint demo shell clean
+.PHONY: help setup build test lint demo figures shell clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ lint: setup ## format, clippy, and dependencies where cargo-deny is installed
 
 demo: build ## three endpoints, two consumers and embassy between them; DISCOVERY=docker|consul|etcd, ONCE=1
 	target/debug/testbed demo --discovery $(DISCOVERY) $(if $(ONCE),--once)
+
+figures: build ## figures of a release build: sizes, memory, how soon a change is followed
+	cargo build --release --bin embassy
+	target/debug/testbed shell -- bench/figures.sh
 
 shell: build ## a shell in a Docker host of its own
 	target/debug/testbed shell
