@@ -35,7 +35,7 @@ mod poll;
 mod process;
 mod space;
 
-pub use consul::{Consul, Registration};
+pub use consul::{Consul, Registration, consul_program};
 pub use container::{Container, ContainerBuilder};
 pub use daemon::Daemon;
 pub use docker::Network;
