@@ -2,8 +2,11 @@
 
 # Errors of tests are sentences; set to 1 to see where they were made.
 export RUST_LIB_BACKTRACE ?= 0
-# A failed test shows the logs of the programs that it started.
-export TESTBED_SHOW_LOGS ?= 1
+
+# Where the set-up puts what Debian 12 lacks; a consul of the machine comes first.
+TESTBED_CACHE ?= $(CURDIR)/.testbed/cache
+export TESTBED_CACHE
+export PATH := $(PATH):$(TESTBED_CACHE)/consul/usr/bin
 
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 # How the demo finds services: docker, consul or etcd. ONCE=1: it ends by itself.
@@ -21,6 +24,8 @@ setup: ## installs from Debian what tests and demo need; says what and why
 build: setup ## builds embassy and the testbed
 	cargo build --workspace --bins
 
+# A failed test shows the logs of the programs that it started.
+test: export TESTBED_SHOW_LOGS ?= 1
 test: build ## all unit and integration tests, on Docker hosts of their own
 ifdef NEXTEST
 	cargo nextest run --workspace

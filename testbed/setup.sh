@@ -93,7 +93,7 @@ mirror() {
 # Debian 12 has no Consul; Debian 11 has 1.8.7. Only this one package is fetched, and unpacked into the cache: apt's own
 # configuration stays as it is.
 fetch_consul() {
-    if has consul; then
+    if has consul || [ -n "${CONSUL_BIN-}" ]; then
         return
     fi
     if [ -x "$cache/consul/usr/bin/consul" ]; then

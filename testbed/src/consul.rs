@@ -35,9 +35,11 @@ pub(crate) fn daemon(space: &Arc<Space>, extra: &[OsString]) -> Daemon {
     })
 }
 
-/// The `consul` on PATH, else the one that the set-up has fetched.
+/// The Consul program: `$CONSUL_BIN`, else what is on PATH, else what the set-up has fetched.
 pub fn consul_program() -> PathBuf {
-    which("consul").unwrap_or_else(|_| cache_dir().join("consul/usr/bin/consul"))
+    let set = std::env::var_os("CONSUL_BIN").map(PathBuf::from);
+    let fetched = || cache_dir().join("consul/usr/bin/consul");
+    set.unwrap_or_else(|| which("consul").unwrap_or_else(|_| fetched()))
 }
 
 impl Host {

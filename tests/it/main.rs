@@ -1,5 +1,6 @@
 mod discovery_docker;
 mod registry;
+mod following;
 mod main_job;
 
 use std::time::Duration;
