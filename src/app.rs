@@ -67,8 +67,7 @@ impl App {
             resync: config.resync,
         };
         let report = Report::new(refused.clone());
-        let control =
-            Control::new(settings, config.discoveries.clone(), listing, bell, waiting, report);
+        let control = Control::new(settings, config.discoveries, listing, bell, waiting, report);
         let (tables, sources) = (control.tables(), control.sources());
 
         let proxy = proxy::Settings {

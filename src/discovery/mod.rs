@@ -22,9 +22,11 @@ pub mod docker;
 pub mod etcd;
 pub mod file;
 mod http;
+mod settings;
 mod uri;
 
-pub use uri::{ConsulSettings, EtcdSettings, Secret, Settings, UriError};
+pub use settings::{ConsulSettings, EtcdSettings, Secret, Settings};
+pub use uri::UriError;
 
 /// What is asked of a discovery. Equal queries share one watch, however many consumers ask.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -35,11 +35,11 @@ mod poll;
 mod process;
 mod space;
 
-pub use consul::{Consul, Registration};
+pub use consul::{Consul, Registration, consul_program};
 pub use container::{Container, ContainerBuilder};
 pub use daemon::Daemon;
 pub use docker::Network;
-pub use embassy::Embassy;
+pub use embassy::{Embassy, embassy_program};
 pub use etcd::{Etcd, EtcdV2, EtcdV3};
 pub use exec::output;
 pub use host::{Host, HostBuilder, Response};

@@ -2,6 +2,7 @@ mod discovery_docker;
 mod discovery_file;
 mod followed;
 mod registry;
+mod following;
 mod main_job;
 
 use std::time::Duration;

@@ -9,6 +9,7 @@ use bollard::{
     query_parameters::{EventsOptions, ListContainersOptions},
 };
 use futures_util::{StreamExt, stream, stream::FuturesUnordered};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use self::containers::{Containers, Running, Ticket};
@@ -56,10 +57,13 @@ impl DockerProvider {
         }
     }
 
-    /// The engine's own clock, in the form in which it takes the start of an event stream.
+    /// The engine's own clock, in the form in which it takes the start of an event stream: seconds of Unix time.
     async fn engine_time(&self, docker: &Docker) -> Result<Option<String>, SourceError> {
         let info = docker.info().await.map_err(|e| self.error("asking the time", &e))?;
-        Ok(info.system_time)
+        let time = info.system_time.as_deref().map(|text| OffsetDateTime::parse(text, &Rfc3339));
+        Ok(time
+            .and_then(Result::ok)
+            .map(|time| format!("{}.{:09}", time.unix_timestamp(), time.nanosecond())))
     }
 
     async fn list(&self, docker: &Docker) -> Result<Containers, SourceError> {

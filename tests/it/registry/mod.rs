@@ -1,9 +1,11 @@
 //! Consul and etcd, as they are: real servers on loopback, and broken ones.
 
+mod broken;
 mod consul;
 mod etcd;
 mod gate;
 mod servers;
+mod tls;
 
 use std::{
     collections::BTreeSet,
@@ -19,8 +21,9 @@ use embassy::{
     source::Known,
 };
 
-/// How long anything may take that is to happen soon.
-const SOON: Duration = Duration::from_secs(30);
+/// How long anything may take that is to happen soon: long enough for the busiest machine, and for all that is waited
+/// for before a server that hangs is given up.
+const SOON: Duration = Duration::from_secs(60);
 
 /// What an empty command line and environment mean.
 fn settings() -> Settings {
