@@ -33,6 +33,7 @@ use bollard::{
     query_parameters::{EventsOptions, EventsOptionsBuilder, ListContainersOptions},
 };
 use futures_util::{FutureExt, StreamExt, TryStreamExt, stream};
+use tokio::time::timeout;
 
 use self::offers::{Container, Containers, Offer, Place, offers, select};
 use crate::{
@@ -108,7 +109,13 @@ impl Source for Services {
                 };
             }
             publish.publish(offers(&containers, place));
-            changed.extend(subject(events.next().await)?);
+            loop {
+                match timeout(Self::QUIET, events.next()).await {
+                    Ok(event) => break changed.extend(subject(event)?),
+                    // Nothing happened, or the engine hangs.
+                    Err(_) => self.ask("ping", client.ping()).await.map(|_| publish.confirm())?,
+                }
+            }
             // What else has arrived costs one inspection per container, not per event.
             while let Some(event) = events.next().now_or_never() {
                 changed.extend(subject(event)?);
@@ -120,6 +127,8 @@ impl Source for Services {
 impl Services {
     /// One request of the engine. Event streams aside, none may take longer.
     const REQUEST: Duration = Duration::from_secs(10);
+    /// An engine that says nothing for this long is asked whether it is there.
+    const QUIET: Duration = Duration::from_secs(10);
     /// Inspections at a time: enough to be quick on a full host, few enough not to trouble its engine.
     const AT_A_TIME: usize = 8;
 
@@ -174,7 +183,7 @@ impl Services {
         what: &str,
         request: impl Future<Output = Result<T, E>>,
     ) -> Result<T, SourceError> {
-        match tokio::time::timeout(Self::REQUEST, request).await {
+        match timeout(Self::REQUEST, request).await {
             Ok(answer) => answer.map_err(|error| self.failed(what, &error)),
             Err(_) => {
                 let seconds = Self::REQUEST.as_secs();

@@ -1,4 +1,6 @@
 mod discovery_docker;
+mod discovery_file;
+mod followed;
 mod registry;
 mod following;
 mod main_job;
