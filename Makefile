@@ -37,7 +37,7 @@ endif
 lint: setup ## format, clippy, and dependencies where cargo-deny is installed
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo 'lint: no cargo-deny here, dependencies are not checked'; fi
+	@if command -v cargo-deny >/dev/null; then cargo deny --log-level error check bans licenses sources; else echo 'lint: no cargo-deny here, dependencies are not checked'; fi
 
 demo: build ## three endpoints, two consumers and embassy between them; DISCOVERY=docker|consul|etcd, ONCE=1
 	target/debug/testbed demo --discovery $(DISCOVERY) $(if $(ONCE),--once)

@@ -222,19 +222,21 @@ impl Version {
 
 /// The answer to a read.
 #[derive(Deserialize)]
+#[serde(expecting = "an object with a node")]
 struct Listing {
     node: Node,
 }
 
 /// The answer to a poll.
 #[derive(Deserialize)]
+#[serde(expecting = "an object with an action and a node")]
 struct Event {
     action: String,
     node: Node,
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", expecting = "a node")]
 struct Node {
     /// Absent from the root.
     #[serde(default)]
