@@ -106,6 +106,19 @@ async fn losing_the_engine_takes_nothing_away() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_hangs_is_noticed() -> Result<()> {
+    let host = Host::start()?;
+    let web = Followed::of(&discoveries(&host, true), "web;80");
+    web.sees(&[]).await;
+    host.docker_daemon().pause()?;
+    web.fails("ping").await;
+    host.docker_daemon().resume()?;
+    host.web("one").env("SERVICE_80_NAME", "web").start()?;
+    web.sees(&["172.17.0.2:80"]).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_starts_during_the_listing_is_seen() -> Result<()> {
     let host = Host::start()?;
     host.load_image()?;

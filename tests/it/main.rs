@@ -1,9 +1,12 @@
+mod command_line;
+mod discovery_dns;
 mod discovery_docker;
 mod discovery_file;
 mod followed;
-mod registry;
 mod following;
 mod main_job;
+mod process;
+mod registry;
 
 use std::time::Duration;
 

@@ -165,7 +165,7 @@ async fn inner_test_with_the_systems_authorities() {
 #[tokio::test]
 async fn consul_is_spoken_to_by_tls() {
     let authority = Authority::new();
-    let [https] = super::servers::free_ports();
+    let [https] = crate::process::free_ports();
     let config = json!({
         "ports": { "https": https },
         "cert_file": authority.file("server.pem"), "key_file": authority.file("server.key"),
