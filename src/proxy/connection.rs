@@ -4,7 +4,6 @@ use std::{
     cell::Cell,
     io,
     net::{IpAddr, SocketAddr},
-    rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -20,7 +19,7 @@ use super::{
     listener::{KEEPALIVE, original_destination},
     outcome::Outcome,
     relay::{Broken, Moved, Side, relay},
-    worker::{Id, Worker},
+    worker::Ticket,
 };
 use crate::{
     balance::Lease,
@@ -90,31 +89,27 @@ pub(super) struct Record {
 }
 
 /// Serves a recognised connection until it ends.
-pub(super) async fn serve(worker: Rc<Worker>, id: Id, stream: TcpStream, record: Rc<Record>) {
-    let mut consumer = Socket::new(stream);
-    let ticket = worker.ticket(id, record.clone());
-    let (stream, lease) = match connect(&worker, id, &record).await {
+pub(super) async fn serve(ticket: Ticket, mut consumer: Socket) {
+    let (stream, lease) = match connect(&ticket).await {
         Ok(connected) => connected,
         Err(outcome) => return ticket.end(outcome),
     };
     let mut endpoint = Socket::new(stream);
-    let outcome =
-        match relay(&mut consumer.stream, &mut endpoint.stream, &worker.buffers, &record.moved)
-            .await
-        {
-            Ok(()) => {
-                consumer.finished = true;
-                endpoint.finished = true;
-                Outcome::Closed
+    let (buffers, moved) = (&ticket.worker.buffers, &ticket.record.moved);
+    let outcome = match relay(&consumer.stream, &endpoint.stream, buffers, moved).await {
+        Ok(()) => {
+            consumer.finished = true;
+            endpoint.finished = true;
+            Outcome::Closed
+        }
+        Err(Broken { side, error }) => {
+            tracing::debug!(?side, %error, route = %ticket.record.route.key, "broken");
+            match side {
+                Side::Consumer => Outcome::ConsumerReset,
+                Side::Endpoint => Outcome::EndpointReset,
             }
-            Err(Broken { side, error }) => {
-                tracing::debug!(?side, %error, route = %record.route.key, "broken");
-                match side {
-                    Side::Consumer => Outcome::ConsumerReset,
-                    Side::Endpoint => Outcome::EndpointReset,
-                }
-            }
-        };
+        }
+    };
     // The consumer may dial again at once: by then this connection is not counted any more.
     drop(lease);
     ticket.end(outcome);
@@ -128,15 +123,18 @@ const TRY: Duration = Duration::from_secs(1);
 const CONNECT: Duration = Duration::from_secs(5);
 
 /// A connection to one of the route's endpoints, counted. No byte of the consumer's is consumed before.
-async fn connect(worker: &Worker, id: Id, record: &Record) -> Result<(TcpStream, Lease), Outcome> {
+async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
+    let (worker, record) = (&ticket.worker, &ticket.record);
     let route = &record.route;
     let deadline = record.accepted + CONNECT;
     let mut tried: Vec<Endpoint> = Vec::new();
     while tried.len() < TRIES && Instant::now() < deadline {
-        let now = worker.now();
-        let Some(state) = route.upstream.rotation.pick(route.balance, now, &tried) else { break };
+        // A failed try takes time: there may be other endpoints by now.
+        let upstream = worker.upstream(route);
+        let start = worker.now();
+        let Some(state) = upstream.rotation.pick(route.balance, start, &tried) else { break };
         let lease = state.lease();
-        worker.connecting(id, state);
+        ticket.connecting(state.endpoint);
         tried.push(state.endpoint);
         record.tries.set(record.tries.get().saturating_add(1));
         let time = TRY.min(deadline.saturating_duration_since(Instant::now()));
@@ -153,7 +151,7 @@ async fn connect(worker: &Worker, id: Id, record: &Record) -> Result<(TcpStream,
             }
             Err(error) => {
                 tracing::info!(endpoint = %state.endpoint, service = %route.upstream.query, %error, "cannot connect");
-                state.failed(worker.now());
+                state.failed(start, worker.now());
             }
         }
     }
@@ -190,13 +188,13 @@ fn is_local(error: &io::Error) -> bool {
 
 /// A socket that is reset when dropped, unless its relay finished: the peer of a broken connection must not take its end
 /// for a whole one.
-struct Socket {
-    stream: TcpStream,
-    finished: bool,
+pub(super) struct Socket {
+    pub(super) stream: TcpStream,
+    pub(super) finished: bool,
 }
 
 impl Socket {
-    fn new(stream: TcpStream) -> Self {
+    pub(super) fn new(stream: TcpStream) -> Self {
         Self { stream, finished: false }
     }
 }
@@ -216,7 +214,7 @@ pub(super) fn reset_on_close(stream: &TcpStream) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::HashMap;
 
     use super::*;
@@ -229,7 +227,8 @@ mod tests {
 
     const LOCAL: &str = "172.17.0.1:9999";
 
-    fn table() -> Table {
+    /// One consumer with one route.
+    pub(in crate::proxy) fn table() -> Table {
         let consumer = Consumer {
             id: ConsumerId::Local,
             name: "a".into(),

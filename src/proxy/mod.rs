@@ -17,7 +17,6 @@ mod connection;
 mod connection_log;
 mod listener;
 pub mod outcome;
-mod pipe;
 mod relay;
 mod worker;
 

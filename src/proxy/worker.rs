@@ -21,17 +21,17 @@ use tokio::{
 
 use super::{
     Phase, Settings,
-    connection::{Record, recognise, reset_on_close, serve},
+    connection::{Record, Socket, recognise, reset_on_close, serve},
     connection_log::{self, Entry},
     listener::{AcceptBackoff, adopt},
     outcome::{Outcome, Tally},
-    relay::{Moved, RelayBuffers},
+    relay::{Moved, PIPES, RelayBuffers},
 };
 use crate::{
-    balance::{EndpointState, Millis},
+    balance::Millis,
     descriptor::EndpointDrain,
     model::Endpoint,
-    table::Table,
+    table::{Route, Table, Upstream},
 };
 
 /// What the workers share.
@@ -45,8 +45,17 @@ pub(super) struct Shared {
     pub start: Instant,
 }
 
+impl Shared {
+    /// Counts one more live connection, if there may be one more.
+    fn count_in(&self) -> bool {
+        let most = self.settings.max_connections;
+        let one_more = |live| (live < most).then_some(live + 1);
+        self.live.fetch_update(Relaxed, Relaxed, one_more).is_ok()
+    }
+}
+
 /// A connection of a worker.
-pub(super) type Id = u64;
+type Id = u64;
 
 #[derive(Debug)]
 pub(super) struct Worker {
@@ -79,9 +88,11 @@ pub(super) async fn run(
     mut tables: watch::Receiver<Arc<Table>>,
     mut phase: watch::Receiver<Phase>,
 ) -> io::Result<()> {
+    let Settings { splice, workers, .. } = shared.settings;
+    let pipes = if splice { (PIPES / workers.max(1)).max(1) } else { 0 };
     let worker = Rc::new(Worker {
         table: RefCell::new(tables.borrow_and_update().clone()),
-        buffers: RelayBuffers::new(shared.settings.splice),
+        buffers: RelayBuffers::new(pipes),
         mark: shared.settings.mark,
         shared,
         live: RefCell::default(),
@@ -120,7 +131,6 @@ impl Worker {
                 }
                 Err(error) => {
                     if let Some(pause) = backoff.after(&error) {
-                        tracing::warn!(%error, ?pause, "cannot accept; connections wait in the kernel's queue");
                         tokio::time::sleep(pause).await;
                     }
                 }
@@ -132,13 +142,10 @@ impl Worker {
     fn admit(self: &Rc<Self>, stream: TcpStream, peer: SocketAddr) {
         let recognised =
             recognise(&self.table.borrow(), &self.shared.settings.destinations, &stream, peer);
-        let recognised = match recognised {
-            Ok(_) if self.shared.live.load(Relaxed) >= self.shared.settings.max_connections => {
-                Err(Outcome::TooManyConnections)
-            }
-            recognised => recognised,
-        };
-        let (route, meant) = match recognised {
+        let counted = recognised.and_then(|recognised| {
+            self.shared.count_in().then_some(recognised).ok_or(Outcome::TooManyConnections)
+        });
+        let (route, meant) = match counted {
             Ok(recognised) => recognised,
             Err(outcome) => {
                 reset_on_close(&stream);
@@ -147,6 +154,16 @@ impl Worker {
                 return;
             }
         };
+        self.start(stream, peer, meant, route);
+    }
+
+    fn start(
+        self: &Rc<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+        meant: SocketAddr,
+        route: Arc<Route>,
+    ) {
         let record = Rc::new(Record {
             route,
             peer,
@@ -158,8 +175,10 @@ impl Worker {
         });
         let id = self.next_id.get();
         self.next_id.set(id + 1);
-        self.shared.live.fetch_add(1, Relaxed);
-        let task = tokio::task::spawn_local(serve(self.clone(), id, stream, record.clone()));
+        // Made here and not in the task: it may be aborted before it runs for the first time.
+        let ticket =
+            Ticket { worker: self.clone(), id, record: record.clone(), outcome: Outcome::Shutdown };
+        let task = tokio::task::spawn_local(serve(ticket, Socket::new(stream)));
         // The task has not run yet: this is the thread that will run it.
         let live =
             Live { record, task: task.abort_handle(), endpoint: None, doomed: None, verdict: None };
@@ -169,7 +188,10 @@ impl Worker {
     /// Takes over each table as it is published, and ends the connections that do not belong to it.
     async fn follow(self: Rc<Self>, mut tables: watch::Receiver<Arc<Table>>) {
         loop {
-            let next_doom = self.live.borrow().values().filter_map(|live| live.doomed).min();
+            let next_doom = {
+                let all = self.live.borrow();
+                all.values().filter(|l| l.verdict.is_none()).filter_map(|l| l.doomed).min()
+            };
             let doom = async {
                 match next_doom {
                     Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -191,9 +213,9 @@ impl Worker {
         }
     }
 
-    /// Aborts every connection that `judge` has a verdict on.
+    /// Aborts every connection that `judge` has a first verdict on.
     fn abort(&self, judge: impl Fn(&mut Live, Option<Endpoint>) -> Option<Outcome>) {
-        for live in self.live.borrow_mut().values_mut() {
+        for live in self.live.borrow_mut().values_mut().filter(|live| live.verdict.is_none()) {
             let endpoint = live.endpoint;
             if let Some(verdict) = judge(live, endpoint) {
                 live.verdict = Some(verdict);
@@ -209,20 +231,15 @@ impl Worker {
         }
     }
 
-    /// Remembers where a connection is about to go.
-    pub(super) fn connecting(&self, id: Id, state: &EndpointState) {
-        if let Some(live) = self.live.borrow_mut().get_mut(&id) {
-            live.endpoint = Some(state.endpoint);
-        }
+    /// The endpoints that a route has now.
+    pub(super) fn upstream(&self, route: &Route) -> Arc<Upstream> {
+        let table = self.table.borrow();
+        let now = table.has(route).then(|| table.route(&route.key)).flatten();
+        now.map_or(&route.upstream, |now| &now.upstream).clone()
     }
 
     pub(super) fn now(&self) -> Millis {
         Millis(u64::try_from(self.shared.start.elapsed().as_millis()).unwrap_or(u64::MAX))
-    }
-
-    /// Accounts for a connection whatever way it ends, an abort included.
-    pub(super) fn ticket(self: &Rc<Self>, id: Id, record: Rc<Record>) -> Ticket {
-        Ticket { worker: self.clone(), id, record, outcome: Outcome::Shutdown }
     }
 }
 
@@ -250,15 +267,23 @@ impl Live {
     }
 }
 
-/// Dropped when its connection ends.
+/// A connection's place among those of its worker. Dropping it accounts for the connection, whatever way it ends, an
+/// abort included.
 pub(super) struct Ticket {
-    worker: Rc<Worker>,
+    pub(super) worker: Rc<Worker>,
+    pub(super) record: Rc<Record>,
     id: Id,
-    record: Rc<Record>,
     outcome: Outcome,
 }
 
 impl Ticket {
+    /// Remembers where the connection is about to go.
+    pub(super) fn connecting(&self, endpoint: Endpoint) {
+        if let Some(live) = self.worker.live.borrow_mut().get_mut(&self.id) {
+            live.endpoint = Some(endpoint);
+        }
+    }
+
     pub(super) fn end(mut self, outcome: Outcome) {
         self.outcome = outcome;
     }
@@ -280,5 +305,77 @@ impl Drop for Ticket {
         if last {
             worker.idle.notify_one();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+    use crate::{
+        config::ConnectionLog,
+        proxy::{Destinations, connection::tests::table},
+    };
+
+    fn worker(max_connections: usize) -> Rc<Worker> {
+        let settings = Settings {
+            port: None,
+            workers: 1,
+            destinations: Destinations::Any,
+            max_connections,
+            mark: None,
+            splice: false,
+            log: ConnectionLog::Off,
+        };
+        let shared = Shared {
+            settings,
+            tally: Tally::default(),
+            live: AtomicUsize::default(),
+            start: Instant::now(),
+        };
+        Rc::new(Worker {
+            shared: Arc::new(shared),
+            table: RefCell::new(Arc::new(table())),
+            buffers: RelayBuffers::new(0),
+            mark: None,
+            live: RefCell::default(),
+            next_id: Cell::default(),
+            idle: Notify::new(),
+        })
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_aborted_before_it_ran_is_reset_and_accounted_for() {
+        let test = async {
+            let worker = worker(1);
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (stream, peer) = listener.accept().await.unwrap();
+            let route = worker.table.borrow().routes().next().unwrap().clone();
+            assert!(worker.shared.count_in());
+
+            worker.start(stream, peer, peer, route);
+            worker.abort(|_, _| Some(Outcome::RouteGone));
+            worker.all_ended().await;
+            assert_eq!(worker.shared.live.load(Relaxed), 0);
+            assert_eq!(worker.shared.tally.get(Outcome::RouteGone), 1);
+            let error = client.read(&mut [0]).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        };
+        let (tasks, deadline) = (tokio::task::LocalSet::new(), Duration::from_secs(60));
+        let end = tokio::time::timeout(deadline, tasks.run_until(test)).await;
+        end.expect("it is accounted for");
+    }
+
+    #[test]
+    fn not_one_connection_more_than_allowed_is_counted_in() {
+        let shared = &worker(1_000).shared;
+        let counted = std::thread::scope(|scope| {
+            let count = || (0..1_000).filter(|_| shared.count_in()).count();
+            let threads = [(); 4].map(|()| scope.spawn(count));
+            threads.map(|thread| thread.join().unwrap()).iter().sum::<usize>()
+        });
+        assert_eq!((counted, shared.live.load(Relaxed)), (1_000, 1_000));
     }
 }
