@@ -55,7 +55,8 @@ impl App {
         let bell = Arc::<Notify>::default();
         let provider = match &config.provider {
             ProviderChoice::Docker => {
-                Provider::Docker(DockerProvider::new(config.docker.clone(), config.prefix.clone()))
+                let docker = DockerProvider::new(config.docker.clone(), config.prefix.clone());
+                Provider::Docker(Box::new(docker))
             }
             ProviderChoice::Static(services) => {
                 Provider::Static(Box::new(fixed::consumer(&config.interface, services)?))

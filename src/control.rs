@@ -17,7 +17,7 @@ use crate::{
     readiness::Guard,
     report::Report,
     source::{Answers, Known},
-    table::{Inputs, Table},
+    table::{Inputs, Route, Table},
 };
 
 /// What the table depends on besides the sources.
@@ -209,18 +209,29 @@ impl Report {
     fn table(&mut self, before: &Table, next: &Table) {
         self.unrouted(next);
         if before.version == 0 {
-            info!(routes = next.routes().len(), vips = ?next.vips(), "the first table");
+            info!(routes = next.routes().len(), vips = list(next.vips()), "the first table");
         }
-        for route in next.routes().filter(|route| !before.has(route)) {
+        for route in missing(next, before) {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "new route");
         }
-        for route in before.routes().filter(|route| !next.has(route)) {
+        for route in missing(before, next) {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "route gone");
         }
         if next.vips().is_empty() && next.routes().len() > 0 {
             warn!("no VIP: nothing is captured; name one with --proxy-ip");
         }
     }
+}
+
+/// The routes of one table that the other has not, in order.
+fn missing<'a>(of: &'a Table, from: &Table) -> Vec<&'a Arc<Route>> {
+    let mut routes: Vec<_> = of.routes().filter(|route| !from.has(route)).collect();
+    routes.sort_by_key(|route| route.key);
+    routes
+}
+
+fn list(vips: &BTreeSet<Vip>) -> String {
+    vips.iter().map(Vip::to_string).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

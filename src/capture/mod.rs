@@ -211,7 +211,7 @@ impl Keeper {
         }
         self.firewall.apply(&wanted).await?;
         let listed = self.firewall.installed().await?;
-        debug!(firewall = %self.firewall, declared = wanted.declared.len(), vips = ?wanted.vips, "rules written");
+        debug!(firewall = %self.firewall, declared = wanted.declared.len(), vips = wanted.vips.len(), "rules written");
         self.applied = Some((wanted, listed));
         self.ready.take();
         Ok(())
