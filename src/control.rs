@@ -60,7 +60,12 @@ pub struct Control {
     sources: watch::Sender<Sources>,
     report: Report,
     waiting: (Option<Guard>, Option<Guard>),
+    /// Until when the first table waits for the first answers.
+    patience: Option<Instant>,
 }
+
+/// How long one service whose discovery says nothing may delay all others at the start.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Control {
     /// `bell` is the one that `provider` rings.
@@ -83,6 +88,7 @@ impl Control {
             provider,
             bell,
             report,
+            patience: None,
         }
     }
 
@@ -135,13 +141,17 @@ impl Control {
         // Before the first table nothing is captured: a moment's patience, and its routes have endpoints.
         let first = self.tables.borrow().version == 0;
         let unasked = known.values().any(|known| known.value.is_none() && known.error.is_none());
-        if !(first && unasked) {
+        let patience = *self.patience.get_or_insert(now + PATIENCE);
+        let wake = if first && unasked && now < patience {
+            Some(wake.map_or(patience, |wake| wake.min(patience)))
+        } else {
             self.publish(&listing, &endpoints);
             self.waiting.0.take();
             if known.values().all(|known| known.value.is_some()) {
                 self.waiting.1.take();
             }
-        }
+            wake
+        };
         self.sources.send_replace(Sources { provider, queries: known.into_iter().collect() });
         wake
     }

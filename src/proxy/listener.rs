@@ -25,11 +25,13 @@ const BACKLOG: i32 = 4096;
 pub(super) fn open(port: u16, workers: usize) -> io::Result<Vec<Vec<std::net::TcpListener>>> {
     let mut sets = Vec::with_capacity(workers);
     let mut port = port;
+    // Listeners that share a port also share it with a second embassy, which would get a part of the connections.
+    bind((Ipv4Addr::UNSPECIFIED, port).into(), false)?;
     for _ in 0..workers {
-        let v4 = bind((Ipv4Addr::UNSPECIFIED, port).into())?;
+        let v4 = listen((Ipv4Addr::UNSPECIFIED, port).into())?;
         port = v4.local_addr()?.port();
         let mut set = vec![v4];
-        match bind((Ipv6Addr::UNSPECIFIED, port).into()) {
+        match listen((Ipv6Addr::UNSPECIFIED, port).into()) {
             Ok(v6) => set.push(v6),
             Err(error) if Errno::from_io_error(&error) == Some(Errno::AFNOSUPPORT) => {}
             Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {}
@@ -40,21 +42,26 @@ pub(super) fn open(port: u16, workers: usize) -> io::Result<Vec<Vec<std::net::Tc
     Ok(sets)
 }
 
-fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = bind(address, true)?;
+    // Accepted sockets inherit these on Linux: two calls fewer for each connection.
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&KEEPALIVE)?;
+    socket.set_nonblocking(true)?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn bind(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
     // A restart must not wait for the last connections of the run before it.
     socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)?;
-    // Accepted sockets inherit these on Linux: two calls fewer for each connection.
-    socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(&KEEPALIVE)?;
-    socket.set_nonblocking(true)?;
+    socket.set_reuse_port(shared)?;
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    Ok(socket)
 }
 
 /// How long to leave a listener alone after accept failed, where trying again at once would only spin.
@@ -103,6 +110,15 @@ mod tests {
         let sets = open(0, 3).unwrap();
         let ports: Vec<_> = sets.iter().flatten().map(|l| l.local_addr().unwrap().port()).collect();
         assert!(ports.len() >= 3 && ports.iter().all(|&port| port == ports[0]), "{ports:?}");
+    }
+
+    #[test]
+    fn a_port_is_not_shared_with_another_embassy() {
+        let sets = open(0, 2).unwrap();
+        let port = sets[0][0].local_addr().unwrap().port();
+        assert_eq!(open(port, 2).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(sets);
+        open(port, 2).unwrap();
     }
 
     #[test]
