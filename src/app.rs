@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use tokio::{
     sync::Notify,
     task::JoinHandle,
@@ -52,7 +52,8 @@ impl App {
         let bell = Arc::<Notify>::default();
         let provider = match &config.provider {
             ProviderChoice::Docker => {
-                Provider::Docker(DockerProvider::new(config.docker.clone(), config.prefix.clone()))
+                let docker = DockerProvider::new(config.docker.clone(), config.prefix.clone());
+                Provider::Docker(Box::new(docker))
             }
             ProviderChoice::Static(services) => {
                 Provider::Static(Box::new(fixed::consumer(&config.interface, services)?))
@@ -86,43 +87,43 @@ impl App {
             .with_context(|| format!("cannot listen on port {} (--port)", config.port))?;
         info!(addresses = ?proxy.addresses, "proxy listens");
 
-        let capture = match config.capture {
+        let capturing = match config.capture {
             CaptureMode::None => None,
             CaptureMode::Dnat | CaptureMode::Redirect => {
-                capture::cleanup().await;
-                let firewall = Firewall::choose(config.firewall)
-                    .await
-                    .context("no firewall can be written")?;
-                info!(%firewall, mode = ?config.capture, scope = ?config.capture_scope, "capturing");
-                let settings = rules::Settings {
-                    redirect,
-                    scope: config.capture_scope,
-                    port: config.port.get(),
-                    own,
-                };
-                Some(Capture::start(
-                    firewall,
-                    settings,
-                    tables.clone(),
-                    readiness.wait_for("capture"),
-                ))
+                // Which one Docker uses may show only when it is up; that one works shows now.
+                Firewall::choose(config.firewall).await.context("no firewall can be written")?;
+                Some((Arc::<capture::Counts>::default(), readiness.wait_for("capture")))
             }
         };
         let metrics = Metrics {
-            tables,
+            tables: tables.clone(),
             sources,
             refused,
             figures: proxy.figures(),
-            capture: capture.as_ref().map(|capture| capture.counts.clone()),
+            capture: capturing.as_ref().map(|(counts, _)| counts.clone()),
         };
         let shown = Shown { readiness, metrics: Arc::new(metrics.registry()) };
         let admin = match &config.admin {
             Some(at) => {
                 let admin = Admin::start(at, shown)
                     .await
-                    .with_context(|| format!("cannot listen at {at:?} (--admin)"))?;
+                    .with_context(|| format!("cannot listen at {at} (--admin)"))?;
                 info!(address = admin.address, "admin API listens");
                 Some(admin)
+            }
+            None => None,
+        };
+        // Last: from here on nothing fails, so that an embassy that cannot start takes no rules away and leaves none.
+        let capture = match capturing {
+            Some((counts, ready)) => {
+                capture::cleanup().await;
+                let settings = rules::Settings {
+                    redirect,
+                    scope: config.capture_scope,
+                    port: config.port.get(),
+                    own,
+                };
+                Some(Capture::start(config.firewall, settings, tables, counts, ready))
             }
             None => None,
         };
@@ -135,6 +136,17 @@ impl App {
             control: tokio::spawn(control.run()),
             drain: config.drain,
         })
+    }
+
+    /// Waits for the end of a part that should never end.
+    pub async fn failed(&mut self) -> anyhow::Error {
+        tokio::select! {
+            end = &mut self.control => match end {
+                Ok(()) => anyhow!("the control task ended"),
+                Err(error) => anyhow!(error).context("the control task"),
+            },
+            () = self.proxy.ended() => anyhow!("the data path ended"),
+        }
     }
 
     /// Ends everything: the rules first, then accepting, then what is still connected after `--drain` or when `hurry`

@@ -251,7 +251,10 @@ COMMIT
     #[test]
     fn redirect_jumps_from_output_too_and_all_means_all_only_on_vips() {
         let script = script(&example(true, CaptureScope::All), false, DOCKERS);
-        assert!(script.contains("-I OUTPUT 1 -m mark ! --mark 0x656d62 -j EMBASSY\n"), "{script}");
+        assert!(
+            script.contains("-I OUTPUT 1 -m mark ! --mark 0x656d0000 -j EMBASSY\n"),
+            "{script}"
+        );
         assert!(
             script.contains("-A EMBASSY -d 172.17.0.1 -p tcp -j REDIRECT --to-ports 9999\n"),
             "{script}"

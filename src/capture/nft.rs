@@ -167,7 +167,7 @@ table inet embassy {
             "\t\tip daddr @vips4 meta l4proto tcp redirect to :9999\n",
             // Whatever the scope, the host's own services on its own addresses stay reachable.
             "\t\tip daddr @own4 ip saddr . tcp dport @declared4 redirect to :9999\n",
-            "\t\ttype nat hook output priority -110; policy accept;\n\t\tmeta mark 0x656d62 return\n\t\tjump capture\n",
+            "\t\ttype nat hook output priority -110; policy accept;\n\t\tmeta mark 0x656d0000 return\n\t\tjump capture\n",
         ] {
             assert!(script.contains(line), "{line:?} in {script}");
         }

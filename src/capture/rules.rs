@@ -8,8 +8,8 @@ use crate::{config::CaptureScope, model::Port, table::Table};
 pub const NAME: &str = "embassy";
 
 /// The mark of our own connections to endpoints (man 7 socket, SO_MARK), so that `--redirect` does not capture them.
-/// Its value spells "emb"; Docker and Kubernetes use low bits of their own.
-pub const MARK: u32 = 0x0065_6d62;
+/// Its value spells "em"; the lower half is left to others, such as Kubernetes, which masquerades what bears 0x4000.
+pub const MARK: u32 = 0x656d_0000;
 
 /// The settings that rules depend on, besides the table.
 #[derive(Debug, Clone, PartialEq, Eq)]

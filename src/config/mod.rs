@@ -119,6 +119,15 @@ pub enum Admin {
     Unix(PathBuf),
 }
 
+impl fmt::Display for Admin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
+
 /// Which connections are logged as they end.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ConnectionLog {

@@ -32,7 +32,7 @@ pub struct Problem {
 /// The configured provider.
 #[derive(Debug)]
 pub enum Provider {
-    Docker(docker::DockerProvider),
+    Docker(Box<docker::DockerProvider>),
     Static(Box<Consumer>),
 }
 
@@ -42,7 +42,7 @@ impl Provider {
         let (publish, answers) = Publisher::new(bell);
         match self {
             Self::Docker(docker) => {
-                tokio::spawn(async move { follow("docker", docker, publish, resync).await });
+                tokio::spawn(async move { follow("docker", *docker, publish, resync).await });
             }
             Self::Static(consumer) => {
                 publish.publish(Listing { consumers: vec![*consumer], problems: Vec::new() });
