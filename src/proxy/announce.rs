@@ -2,15 +2,12 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use crate::{
-    descriptor::ProxyProtocol,
-    table::Route,
-};
+use crate::{descriptor::ProxyProtocol, table::Route};
 
 /// Type-length-values of version 2, in the range that is free for custom use (2.2.7, PP2_TYPE_MIN_CUSTOM).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Tlv {
+pub(super) enum Tlv {
     /// The consumer's name.
     ConsumerName = 0xE0,
     /// The container's full ID; `local` for the static provider's consumer.
@@ -113,7 +110,8 @@ mod tests {
 
     #[test]
     fn version_2_is_bytes_with_values_of_ours_behind_the_addresses() {
-        let bytes = v2(address("172.17.0.2:258"), address("172.17.0.1:80"), &[(Tlv::Service, "web")]);
+        let bytes =
+            v2(address("172.17.0.2:258"), address("172.17.0.1:80"), &[(Tlv::Service, "web")]);
         let mut expected = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x12".to_vec();
         expected.extend([172, 17, 0, 2, 172, 17, 0, 1, 1, 2, 0, 80]);
         expected.extend(b"\xE2\x00\x03web");
@@ -130,7 +128,8 @@ mod tests {
     #[test]
     fn no_name_is_too_long() {
         let long = "x".repeat(100_000);
-        let bytes = v2(address("1.2.3.4:1"), address("1.2.3.4:2"), &[(Tlv::ConsumerName, &long); 3]);
+        let bytes =
+            v2(address("1.2.3.4:1"), address("1.2.3.4:2"), &[(Tlv::ConsumerName, long.as_str()); 3]);
         let said = usize::from(u16::from_be_bytes([bytes[14], bytes[15]]));
         assert_eq!(bytes.len(), 16 + said);
     }

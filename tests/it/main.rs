@@ -3,6 +3,7 @@ mod discovery_dns;
 mod discovery_docker;
 mod discovery_file;
 mod followed;
+mod first_connection;
 mod following;
 mod main_job;
 mod process;
