@@ -33,6 +33,7 @@ pub struct Config {
     pub prefix: String,
     /// Its address is a consumer address of the static provider.
     pub interface: String,
+    /// Where endpoints come from.
     pub discoveries: Discoveries,
     /// Between full re-reads of every source. At least a second.
     pub resync: Duration,

@@ -11,7 +11,10 @@ use tokio::{
     net::{TcpListener, UnixStream},
 };
 
-use crate::followed::{Followed, list, rejected, settings};
+use crate::{
+    READY, WAIT,
+    followed::{Followed, list, rejected, settings},
+};
 
 /// A bare `docker://` beside a host's engine.
 fn discoveries(host: &Host, healthy_only: bool) -> Discoveries {
@@ -170,4 +173,27 @@ async fn another_engine_is_used_by_its_published_ports() -> Result<()> {
     assert_eq!(rejected(&known), ["container two:80: the port is not published"]);
     assert_eq!(list(&known).unwrap(), ["127.0.0.1:8080"]);
     Ok(())
+}
+
+#[test]
+fn a_single_host_needs_no_registry() -> Result<()> {
+    let host = Host::start()?;
+    for name in ["web-1", "web-2"] {
+        host.web(name).env("SERVICE_80_NAME", "web").start()?;
+    }
+    // On the host's own network, on a port that it names itself.
+    let words = ["http", "--name", "web-3", "--port", "8081"];
+    let third = host.server("web-3", words).network("host").env("SERVICE_8081_NAME", "web");
+    third.start()?;
+    let embassy = host.embassy(["--dnat", "-provider=docker", "-discovery=docker://"])?;
+    embassy.wait_ready(READY)?;
+    let app = host.client("app").env("BACKEND_WEB", "web;80").start()?;
+    testbed::eventually(WAIT, "all three to answer", || {
+        let answers = app.get("172.17.0.1:80").times(6).run()?;
+        anyhow::ensure!(
+            ["web-1", "web-2", "web-3"].iter().all(|name| answers.from(name) == 2),
+            "{answers:?}"
+        );
+        Ok(())
+    })
 }
