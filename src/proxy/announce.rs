@@ -128,8 +128,11 @@ mod tests {
     #[test]
     fn no_name_is_too_long() {
         let long = "x".repeat(100_000);
-        let bytes =
-            v2(address("1.2.3.4:1"), address("1.2.3.4:2"), &[(Tlv::ConsumerName, long.as_str()); 3]);
+        let bytes = v2(
+            address("1.2.3.4:1"),
+            address("1.2.3.4:2"),
+            &[(Tlv::ConsumerName, long.as_str()); 3],
+        );
         let said = usize::from(u16::from_be_bytes([bytes[14], bytes[15]]));
         assert_eq!(bytes.len(), 16 + said);
     }

@@ -47,6 +47,7 @@ pub use peer::{Answers, Get, Probe};
 pub use poll::eventually;
 pub use process::Process;
 pub use rustix::process::Signal;
+pub use space::testbed_program;
 
 /// Address of the host's `eth0`: the one that a registry would give for ports published on this Docker host.
 pub const HOST_ADDRESS: &str = "192.168.13.90";
