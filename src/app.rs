@@ -47,6 +47,9 @@ impl App {
         let redirect = config.capture == CaptureMode::Redirect;
         let own = if redirect { fixed::addresses(&config.interface)? } else { Vec::new() };
         let max_connections = limits::raise_descriptors(config.max_connections);
+        if config.notrack {
+            warn!("--notrack is not in effect yet: connections to endpoints are tracked");
+        }
         capture::conntrack::apply(&config.conntrack);
 
         let lookup = Lookup::default();
@@ -84,6 +87,7 @@ impl App {
                 CaptureMode::Dnat | CaptureMode::Redirect => Destinations::VipsAnd(own.clone()),
             },
             max_connections,
+            max_connections_per_consumer: config.max_connections_per_consumer,
             mark: redirect.then_some(rules::MARK),
             splice: true,
             hold: config.hold,

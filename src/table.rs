@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeSet, HashMap, HashSet, hash_map::Entry},
     fmt,
     net::IpAddr,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicUsize},
 };
 
 use ipnet::IpNet;
@@ -40,6 +40,8 @@ pub struct Route {
     pub binding: Binding,
     pub balance: Balance,
     pub upstream: Arc<Upstream>,
+    /// The consumer's live connections, over all of its routes.
+    pub live_of_consumer: Arc<AtomicUsize>,
 }
 
 impl Route {
@@ -111,6 +113,7 @@ pub struct Table {
     unrouted: Vec<Unrouted>,
     upstreams: HashMap<Query, Arc<Upstream>>,
     states: HashMap<(ServiceKey, Endpoint), Arc<EndpointState>>,
+    live: HashMap<ConsumerId, Arc<AtomicUsize>>,
 }
 
 impl Table {
@@ -226,7 +229,8 @@ impl Builder<'_> {
                 self.unrouted(consumer, binding, UnroutedReason::Ambiguous { key, other });
                 continue;
             }
-            let route = self.route(key, consumer, binding, &upstream);
+            let live = self.live(&consumer.id);
+            let route = self.route(key, consumer, binding, &upstream, live);
             let winner = match self.next.routes.entry(key) {
                 Entry::Vacant(vacant) => {
                     vacant.insert(route);
@@ -272,6 +276,7 @@ impl Builder<'_> {
         consumer: &Consumer,
         binding: &Binding,
         upstream: &Arc<Upstream>,
+        live_of_consumer: Arc<AtomicUsize>,
     ) -> Arc<Route> {
         let before = self.prev.routes.get(&key).filter(|before| {
             before.consumer == consumer.id
@@ -287,8 +292,15 @@ impl Builder<'_> {
                 binding: binding.clone(),
                 balance: binding.descriptor.balance.unwrap_or(self.inputs.balance),
                 upstream: upstream.clone(),
+                live_of_consumer,
             })
         })
+    }
+
+    fn live(&mut self, consumer: &ConsumerId) -> Arc<AtomicUsize> {
+        let before = self.prev.live.get(consumer);
+        let live = self.next.live.entry(consumer.clone());
+        live.or_insert_with(|| before.cloned().unwrap_or_default()).clone()
     }
 
     /// The upstream of a query, carried over where its endpoints did not change.

@@ -35,6 +35,8 @@ pub struct Settings {
     pub destinations: Destinations,
     /// Connections at a time; one more is reset.
     pub max_connections: usize,
+    /// Connections at a time of one consumer; `None`: as many as there may be.
+    pub max_connections_per_consumer: Option<usize>,
     /// The mark of our own connections to endpoints, where rules must tell them apart (man 7 socket, SO_MARK).
     pub mark: Option<u32>,
     /// Whether bulk moves by splice.

@@ -81,12 +81,29 @@ impl Shared {
         }
     }
 
-    /// Counts one more live connection, if there may be one more.
-    fn count_in(&self) -> bool {
-        let most = self.settings.max_connections;
-        let one_more = |live| (live < most).then_some(live + 1);
-        self.live.fetch_update(Relaxed, Relaxed, one_more).is_ok()
+    /// Counts one more live connection of the route's consumer, if there may be one more.
+    fn count_in(&self, route: &Route) -> Result<(), Outcome> {
+        let of_consumer = self.settings.max_connections_per_consumer.unwrap_or(usize::MAX);
+        if !one_more(&route.live_of_consumer, of_consumer) {
+            return Err(Outcome::TooManyOfConsumer);
+        }
+        if !one_more(&self.live, self.settings.max_connections) {
+            route.live_of_consumer.fetch_sub(1, Relaxed);
+            return Err(Outcome::TooManyConnections);
+        }
+        Ok(())
     }
+
+    fn count_out(&self, route: &Route) {
+        self.live.fetch_sub(1, Relaxed);
+        route.live_of_consumer.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Counts one more, if there may be one more.
+fn one_more(count: &AtomicUsize, most: usize) -> bool {
+    let more = |count| (count < most).then_some(count + 1);
+    count.fetch_update(Relaxed, Relaxed, more).is_ok()
 }
 
 /// A connection of a worker.
@@ -227,8 +244,8 @@ impl Worker {
         route: Arc<Route>,
         accepted: Instant,
     ) {
-        if !self.shared.count_in() {
-            return self.refuse(meaning.peer, Outcome::TooManyConnections);
+        if let Err(outcome) = self.shared.count_in(&route) {
+            return self.refuse(meaning.peer, outcome);
         }
         let record = Rc::new(Record {
             route,
@@ -373,7 +390,7 @@ impl Drop for Ticket {
             (all.remove(&self.id), all.is_empty())
         };
         let outcome = live.and_then(|live| live.verdict).unwrap_or(self.outcome);
-        worker.shared.live.fetch_sub(1, Relaxed);
+        worker.shared.count_out(&self.record.route);
         worker.shared.tally.count(outcome);
         connection_log::record(worker.shared.settings.log, outcome, || {
             Entry::new(&self.record, outcome)
@@ -394,12 +411,13 @@ mod tests {
         proxy::{Destinations, connection::tests::table},
     };
 
-    fn worker(max_connections: usize) -> Rc<Worker> {
+    fn worker(max_connections: usize, of_consumer: usize) -> Rc<Worker> {
         let settings = Settings {
             port: None,
             workers: 1,
             destinations: Destinations::Any,
             max_connections,
+            max_connections_per_consumer: Some(of_consumer),
             mark: None,
             splice: false,
             hold: Duration::ZERO,
@@ -421,7 +439,7 @@ mod tests {
     #[tokio::test]
     async fn a_connection_that_is_aborted_before_it_ran_is_reset_and_accounted_for() {
         let test = async {
-            let worker = worker(1);
+            let worker = worker(1, 1);
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
             let (stream, peer) = listener.accept().await.unwrap();
@@ -443,12 +461,23 @@ mod tests {
 
     #[test]
     fn not_one_connection_more_than_allowed_is_counted_in() {
-        let shared = &worker(1_000).shared;
-        let counted = std::thread::scope(|scope| {
-            let count = || (0..1_000).filter(|_| shared.count_in()).count();
-            let threads = [(); 4].map(|()| scope.spawn(count));
-            threads.map(|thread| thread.join().unwrap()).iter().sum::<usize>()
-        });
-        assert_eq!((counted, shared.live.load(Relaxed)), (1_000, 1_000));
+        for (most, of_consumer, refused) in [
+            (1_000, 2_000, Outcome::TooManyConnections),
+            (2_000, 1_000, Outcome::TooManyOfConsumer),
+        ] {
+            let worker = worker(most, of_consumer);
+            let route = worker.table.borrow().routes().next().unwrap().clone();
+            let shared = &worker.shared;
+            let counted = std::thread::scope(|scope| {
+                let count = || (0..1_000).filter(|_| shared.count_in(&route).is_ok()).count();
+                let threads = [(); 4].map(|()| scope.spawn(count));
+                threads.map(|thread| thread.join().unwrap()).iter().sum::<usize>()
+            });
+            let of_consumer = route.live_of_consumer.load(Relaxed);
+            assert_eq!((counted, shared.live.load(Relaxed), of_consumer), (1_000, 1_000, 1_000));
+            assert_eq!(shared.count_in(&route), Err(refused));
+            shared.count_out(&route);
+            assert_eq!(shared.count_in(&route), Ok(()));
+        }
     }
 }

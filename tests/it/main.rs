@@ -1,5 +1,6 @@
 mod command_line;
 mod discovery_dns;
+mod announce;
 mod discovery_docker;
 mod discovery_file;
 mod followed;
