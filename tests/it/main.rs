@@ -1,5 +1,7 @@
 mod registry;
 mod main_job;
+mod support;
+mod capture;
 
 use std::time::Duration;
 
