@@ -2,6 +2,7 @@ mod registry;
 mod main_job;
 mod support;
 mod capture;
+mod consumers;
 
 use std::time::Duration;
 
