@@ -231,8 +231,8 @@ fn leftovers_go_at_the_start_and_auto_takes_what_docker_uses() -> Result<()> {
 
     let embassy = host.embassy(["--dnat", ETCD])?;
     embassy.wait_ready(READY)?;
-    says(&embassy, &["capturing", "firewall=iptables"])?;
-    assert!(!rules(&host)?.contains("table inet embassy"));
+    let now = rules(&host)?;
+    assert!(now.contains(":EMBASSY ") && !now.contains("table inet embassy"), "{now}");
     reaches(&app, "172.17.0.1:80", "web")?;
     // The other way to stop.
     embassy.signal(Signal::INT)?;

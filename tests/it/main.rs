@@ -3,6 +3,8 @@ mod main_job;
 mod support;
 mod capture;
 mod consumers;
+mod life_cycle;
+mod modes;
 
 use std::time::Duration;
 
