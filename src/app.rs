@@ -15,9 +15,8 @@ use crate::{
     capture::{self, Capture, Firewall, rules},
     config::{CaptureMode, Config, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
-    discovery::Discoveries,
     limits,
-    provider::{Provider, docker::DockerProvider, fixed},
+    provider::{Lookup, Provider, docker::DockerProvider, fixed},
     proxy::{self, Destinations, Proxy},
     readiness::Readiness,
     report::{Refused, Report},
@@ -50,12 +49,15 @@ impl App {
         let max_connections = limits::raise_descriptors(config.max_connections);
         capture::conntrack::apply(&config.conntrack);
 
-        let discoveries = Discoveries::parse(&config.discovery, &config.settings)?;
-
+        let lookup = Lookup::default();
         let bell = Arc::<Notify>::default();
         let provider = match &config.provider {
             ProviderChoice::Docker => {
-                let docker = DockerProvider::new(config.docker.clone(), config.prefix.clone());
+                let docker = DockerProvider::new(
+                    config.docker.clone(),
+                    config.prefix.clone(),
+                    lookup.clone(),
+                );
                 Provider::Docker(Box::new(docker))
             }
             ProviderChoice::Static(services) => {
@@ -71,7 +73,7 @@ impl App {
             resync: config.resync,
         };
         let report = Report::new(refused.clone());
-        let control = Control::new(settings, discoveries, listing, bell, waiting, report);
+        let control = Control::new(settings, config.discoveries, listing, bell, waiting, report);
         let (tables, sources) = (control.tables(), control.sources());
 
         let proxy = proxy::Settings {
@@ -84,6 +86,8 @@ impl App {
             max_connections,
             mark: redirect.then_some(rules::MARK),
             splice: true,
+            hold: config.hold,
+            lookup,
             log: config.connection_log,
         };
         let proxy = Proxy::start(proxy, &tables)
@@ -125,6 +129,7 @@ impl App {
                     scope: config.capture_scope,
                     port: config.port.get(),
                     own,
+                    hold: !config.hold.is_zero(),
                 };
                 Some(Capture::start(config.firewall, settings, tables, counts, ready))
             }

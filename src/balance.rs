@@ -23,6 +23,8 @@ pub struct EndpointState {
     failures: AtomicU32,
     /// It is not picked before this moment. Means something only while `failures` is not 0.
     ejected_until: AtomicU64,
+    /// A connection probes it until then.
+    probed_until: AtomicU64,
 }
 
 impl EndpointState {
@@ -39,6 +41,7 @@ impl EndpointState {
             opened: AtomicU64::new(0),
             failures: AtomicU32::new(0),
             ejected_until: AtomicU64::new(0),
+            probed_until: AtomicU64::new(0),
         }
     }
 
@@ -59,15 +62,27 @@ impl EndpointState {
         }
     }
 
-    /// A connection could not be opened: every route skips the endpoint for a while.
-    pub fn failed(&self, now: Millis) {
-        let earlier = self.failures.fetch_add(1, Relaxed);
+    /// A connection that was begun at `start` could not be opened: every route skips the endpoint for a while.
+    ///
+    /// Many connections may meet one failure at the same time. It counts once: of those that were begun before the
+    /// ejection's end, nothing more is learnt.
+    pub fn failed(&self, start: Millis, now: Millis) {
+        let until = self.ejected_until.load(Relaxed);
+        let earlier = self.failures.load(Relaxed);
+        if earlier != 0 && start.0 < until {
+            return;
+        }
         let ejection = (Self::SHORTEST_EJECTION << earlier.min(16)).min(Self::LONGEST_EJECTION);
-        self.ejected_until.store(now.0 + ejection, Relaxed);
+        let ejected =
+            self.ejected_until.compare_exchange(until, now.0 + ejection, Relaxed, Relaxed);
+        if ejected.is_ok() {
+            self.failures.fetch_add(1, Relaxed);
+        }
     }
 
     pub fn is_ejected(&self, now: Millis) -> bool {
-        self.failures.load(Relaxed) != 0 && now.0 < self.ejected_until.load(Relaxed)
+        self.failures.load(Relaxed) != 0
+            && (now.0 < self.ejected_until.load(Relaxed) || now.0 < self.probed_until.load(Relaxed))
     }
 
     /// Whether a connection may go here now. Of an endpoint whose ejection ended, only one caller hears yes: it is the
@@ -76,11 +91,12 @@ impl EndpointState {
         if self.failures.load(Relaxed) == 0 {
             return true;
         }
-        let until = self.ejected_until.load(Relaxed);
-        now.0 >= until
+        let probed = self.probed_until.load(Relaxed);
+        now.0 >= self.ejected_until.load(Relaxed)
+            && now.0 >= probed
             && self
-                .ejected_until
-                .compare_exchange(until, now.0 + Self::PROBE, Relaxed, Relaxed)
+                .probed_until
+                .compare_exchange(probed, now.0 + Self::PROBE, Relaxed, Relaxed)
                 .is_ok()
     }
 
@@ -260,7 +276,7 @@ mod tests {
     #[test]
     fn an_ejected_endpoint_is_skipped_and_the_others_stay_even() {
         let rotation = rotation(1..=3);
-        rotation.endpoints()[1].failed(NOW);
+        rotation.endpoints()[1].failed(NOW, NOW);
         let mut counts = BTreeMap::new();
         for _ in 0..100 {
             *counts.entry(pick(&rotation, Balance::RoundRobin)).or_insert(0) += 1;
@@ -272,7 +288,7 @@ mod tests {
     fn where_all_are_ejected_all_are_tried() {
         for balance in [Balance::RoundRobin, Balance::LeastConnections] {
             let rotation = rotation(1..=3);
-            rotation.endpoints().iter().for_each(|state| state.failed(NOW));
+            rotation.endpoints().iter().for_each(|state| state.failed(NOW, NOW));
             let mut tried = Vec::new();
             while let Some(state) = rotation.pick(balance, NOW, &tried) {
                 tried.push(state.endpoint);
@@ -284,21 +300,42 @@ mod tests {
     #[test]
     fn an_ejection_doubles_up_to_a_minute_and_one_success_ends_it() {
         let state = state(1);
-        for (failure, seconds) in [1, 2, 4, 8, 16, 32, 60, 60].into_iter().enumerate() {
-            state.failed(NOW);
-            let end = Millis(NOW.0 + seconds * 1_000);
-            assert!(state.is_ejected(Millis(end.0 - 1)), "failure {failure}");
-            assert!(!state.is_ejected(end), "failure {failure}");
+        let mut now = NOW;
+        for seconds in [1, 2, 4, 8, 16, 32, 60, 60] {
+            state.failed(now, now);
+            let end = Millis(now.0 + seconds * 1_000);
+            assert!(state.is_ejected(Millis(end.0 - 1)), "{seconds} s");
+            assert!(!state.is_ejected(end), "{seconds} s");
+            now = end;
         }
+        state.failed(now, now);
         state.succeeded();
-        assert!(!state.is_ejected(NOW));
+        assert!(!state.is_ejected(now));
+    }
+
+    #[test]
+    fn many_connections_that_meet_one_failure_count_once() {
+        let state = state(1);
+        for n in 0..100 {
+            state.failed(NOW, Millis(NOW.0 + n));
+        }
+        assert!(state.is_ejected(Millis(NOW.0 + 999)));
+        assert!(!state.is_ejected(Millis(NOW.0 + 1_000)));
+        // One of them lasted until the ejection was over.
+        state.failed(NOW, Millis(NOW.0 + 2_000));
+        assert!(!state.is_ejected(Millis(NOW.0 + 2_000)));
+        // The probe fails: that is the second failure.
+        assert!(state.admit(Millis(NOW.0 + 2_000)));
+        state.failed(Millis(NOW.0 + 2_000), Millis(NOW.0 + 3_000));
+        assert!(state.is_ejected(Millis(NOW.0 + 4_999)));
+        assert!(!state.is_ejected(Millis(NOW.0 + 5_000)));
     }
 
     #[test]
     fn one_connection_alone_probes_an_endpoint_whose_ejection_ended() {
         for balance in [Balance::RoundRobin, Balance::LeastConnections] {
             let rotation = rotation(1..=2);
-            rotation.endpoints()[0].failed(Millis(0));
+            rotation.endpoints()[0].failed(Millis(0), Millis(0));
             let after = Millis(1_000);
             let ports: Vec<_> = (0..6)
                 .map(|_| rotation.pick(balance, after, &[]).unwrap().endpoint.0.port())
@@ -359,7 +396,7 @@ mod tests {
             for balance in [Balance::RoundRobin, Balance::LeastConnections] {
                 let rotation = rotation(0..len);
                 for state in rotation.endpoints().iter().filter(|s| failed.contains(&s.endpoint.0.port())) {
-                    state.failed(NOW);
+                    state.failed(NOW, NOW);
                 }
                 let left = rotation.endpoints().iter().any(|s| !tried.contains(&s.endpoint));
                 let picked = rotation.pick(balance, NOW, &tried);

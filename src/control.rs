@@ -162,6 +162,8 @@ impl Control {
         let vips = self.settings.vips.clone().unwrap_or_else(docker0);
         let inputs = Inputs {
             consumers: &listing.consumers,
+            known: &listing.known,
+            networks: &listing.networks,
             endpoints,
             vips: &vips,
             gateways_are_vips: self.settings.vips.is_none(),

@@ -143,6 +143,19 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
             )?;
         }
     }
+    if let Some(unknown) = &rules.unknown {
+        for known in unknown.known.iter().filter(of_family) {
+            writeln!(out, "-A {CHAIN} -s {known} -j RETURN")?;
+        }
+        for network in unknown.networks.iter().filter(|net| net.addr().is_ipv6() == v6) {
+            for vip in rules.vips.iter().filter(of_family) {
+                let stranger = format!("-A {CHAIN} -s {network} -d {vip} -p tcp");
+                // What listens on this host stays reachable for those who may turn out to be no consumers.
+                writeln!(out, "{stranger} -m socket --nowildcard -j RETURN")?;
+                writeln!(out, "{stranger} {to}")?;
+            }
+        }
+    }
     let wanted = jumps(rules.redirect);
     for hook in ["PREROUTING", "OUTPUT"] {
         let jump = wanted.iter().find(|(name, _)| *name == hook).map(|(_, jump)| jump);
@@ -223,7 +236,7 @@ fn delete(out: &mut String, line: &str) -> fmt::Result {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capture::rules::tests::example;
+    use crate::capture::rules::tests::{example, with_unknown};
 
     const DOCKERS: &str = "*nat\n:PREROUTING ACCEPT [0:0]\n:DOCKER - [0:0]\n\
         -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\nCOMMIT\n";
@@ -269,6 +282,18 @@ COMMIT
             "{script}"
         );
         assert!(!script.contains("-d 10.1.2.3 -p tcp -j"), "{script}");
+    }
+
+    #[test]
+    fn strangers_are_captured_where_nothing_listens() {
+        let script = script(&with_unknown(example(false, CaptureScope::Declared)), false, DOCKERS);
+        let expected = "\
+-A EMBASSY -s 172.17.0.2 -j RETURN
+-A EMBASSY -s 172.17.0.0/16 -d 172.17.0.1 -p tcp -m socket --nowildcard -j RETURN
+-A EMBASSY -s 172.17.0.0/16 -d 172.17.0.1 -p tcp -j REDIRECT --to-ports 9999
+-I PREROUTING 1 -j EMBASSY
+";
+        assert!(script.contains(expected), "{script}");
     }
 
     #[test]

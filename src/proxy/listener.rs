@@ -3,7 +3,7 @@
 use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::io::Errno;
@@ -22,11 +22,13 @@ const BACKLOG: i32 = 4096;
 
 /// Opens `workers` listeners of each family on one port; port 0 lets the kernel choose. A host without IPv6 gets IPv4
 /// alone. IPv4 connections never arrive at the IPv6 listener: their original destination could not be asked there.
+///
+/// An error where anybody else listens on the port, another embassy among them.
 pub(super) fn open(port: u16, workers: usize) -> io::Result<Vec<Vec<std::net::TcpListener>>> {
+    // What the workers share (SO_REUSEPORT), a second embassy could join, and half of the connections would go there.
+    drop(socket((Ipv4Addr::UNSPECIFIED, port).into(), false)?);
     let mut sets = Vec::with_capacity(workers);
     let mut port = port;
-    // Listeners that share a port also share it with a second embassy, which would get a part of the connections.
-    bind((Ipv4Addr::UNSPECIFIED, port).into(), false)?;
     for _ in 0..workers {
         let v4 = listen((Ipv4Addr::UNSPECIFIED, port).into())?;
         port = v4.local_addr()?.port();
@@ -43,7 +45,7 @@ pub(super) fn open(port: u16, workers: usize) -> io::Result<Vec<Vec<std::net::Tc
 }
 
 fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
-    let socket = bind(address, true)?;
+    let socket = socket(address, true)?;
     // Accepted sockets inherit these on Linux: two calls fewer for each connection.
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(&KEEPALIVE)?;
@@ -52,7 +54,7 @@ fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
-fn bind(address: SocketAddr, shared: bool) -> io::Result<Socket> {
+fn socket(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
@@ -66,22 +68,33 @@ fn bind(address: SocketAddr, shared: bool) -> io::Result<Socket> {
 
 /// How long to leave a listener alone after accept failed, where trying again at once would only spin.
 #[derive(Debug, Default)]
-pub(super) struct AcceptBackoff(u32);
+pub(super) struct AcceptBackoff {
+    failures: u32,
+    said: Option<Instant>,
+}
 
 impl AcceptBackoff {
+    /// Connections end and are accepted while descriptors are short: failures come often, and mean the same.
+    const SAY_AGAIN: Duration = Duration::from_secs(10);
+
     /// `None`: that connection is gone, the next one may be had at once (man 2 accept, "Error handling").
     pub(super) fn after(&mut self, error: &io::Error) -> Option<Duration> {
         match Errno::from_io_error(error) {
             Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                self.0 = (self.0 + 1).min(8);
-                Some(Duration::from_millis(4 << self.0))
+                self.failures = (self.failures + 1).min(8);
+                let pause = Duration::from_millis(4 << self.failures);
+                if self.said.is_none_or(|said| said.elapsed() >= Self::SAY_AGAIN) {
+                    self.said = Some(Instant::now());
+                    tracing::warn!(%error, ?pause, "cannot accept; connections wait in the kernel's queue");
+                }
+                Some(pause)
             }
             _ => None,
         }
     }
 
     pub(super) fn reset(&mut self) {
-        self.0 = 0;
+        self.failures = 0;
     }
 }
 
@@ -113,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_is_not_shared_with_another_embassy() {
+    fn nobody_joins_a_port_that_is_in_use() {
         let sets = open(0, 2).unwrap();
         let port = sets[0][0].local_addr().unwrap().port();
         assert_eq!(open(port, 2).unwrap_err().kind(), io::ErrorKind::AddrInUse);

@@ -6,18 +6,18 @@ use std::{
     net::SocketAddr,
     sync::{Arc, atomic::Ordering::Relaxed, mpsc},
     thread::JoinHandle,
-    time::Instant,
+    time::Duration,
 };
 
 use tokio::{runtime::LocalOptions, sync::watch};
 
-use crate::{config::ConnectionLog, model::Port, table::Table};
+use crate::{config::ConnectionLog, model::Port, provider::Lookup, table::Table};
 
+mod announce;
 mod connection;
 mod connection_log;
 mod listener;
 pub mod outcome;
-mod pipe;
 mod relay;
 mod worker;
 
@@ -39,6 +39,10 @@ pub struct Settings {
     pub mark: Option<u32>,
     /// Whether bulk moves by splice.
     pub splice: bool,
+    /// How long a connection of a container that is not known yet may wait; 0: not at all.
+    pub hold: Duration,
+    /// Whom to ask about such a container.
+    pub lookup: Lookup,
     /// Which connections are logged as they end.
     pub log: ConnectionLog,
 }
@@ -76,12 +80,7 @@ impl Proxy {
             None => Vec::new(),
         };
         let (phase, phases) = watch::channel(Phase::Serving);
-        let shared = Arc::new(Shared {
-            settings,
-            tally: Default::default(),
-            live: Default::default(),
-            start: Instant::now(),
-        });
+        let shared = Arc::new(Shared::new(settings));
         let (alive, workers) = tokio::sync::mpsc::channel(1);
         let mut proxy = Self { shared, phase, threads: Vec::new(), workers, addresses };
         for (n, listeners) in sets.into_iter().enumerate() {

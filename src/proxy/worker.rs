@@ -17,21 +17,22 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Notify, watch},
     task::AbortHandle,
+    time::timeout_at,
 };
 
 use super::{
     Phase, Settings,
-    connection::{Record, recognise, reset_on_close, serve},
+    connection::{Meaning, Record, Socket, serve},
     connection_log::{self, Entry},
     listener::{AcceptBackoff, adopt},
     outcome::{Outcome, Tally},
-    relay::{Moved, RelayBuffers},
+    relay::{Moved, PIPES, RelayBuffers},
 };
 use crate::{
-    balance::{EndpointState, Millis},
+    balance::Millis,
     descriptor::EndpointDrain,
     model::Endpoint,
-    table::Table,
+    table::{Route, Table, Upstream},
 };
 
 /// What the workers share.
@@ -41,12 +42,55 @@ pub(super) struct Shared {
     pub tally: Tally,
     /// Connections that are open, or being opened.
     pub live: AtomicUsize,
+    /// Connections that wait for their container to become known.
+    held: AtomicUsize,
     /// When the clock of ejections started.
     pub start: Instant,
 }
 
+/// A place among the connections that are held back.
+struct Held(Arc<Shared>);
+
+impl Held {
+    /// A stranger must not be able to use up the descriptors by dialling.
+    const MOST: usize = 256;
+
+    /// `None` where nothing is held back, or enough is.
+    fn new(shared: &Arc<Shared>) -> Option<Self> {
+        let one_more =
+            |held| (held < Self::MOST && !shared.settings.hold.is_zero()).then_some(held + 1);
+        shared.held.fetch_update(Relaxed, Relaxed, one_more).ok()?;
+        Some(Self(shared.clone()))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.held.fetch_sub(1, Relaxed);
+    }
+}
+
+impl Shared {
+    pub(super) fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            tally: Tally::default(),
+            live: AtomicUsize::new(0),
+            held: AtomicUsize::new(0),
+            start: Instant::now(),
+        }
+    }
+
+    /// Counts one more live connection, if there may be one more.
+    fn count_in(&self) -> bool {
+        let most = self.settings.max_connections;
+        let one_more = |live| (live < most).then_some(live + 1);
+        self.live.fetch_update(Relaxed, Relaxed, one_more).is_ok()
+    }
+}
+
 /// A connection of a worker.
-pub(super) type Id = u64;
+type Id = u64;
 
 #[derive(Debug)]
 pub(super) struct Worker {
@@ -58,6 +102,8 @@ pub(super) struct Worker {
     next_id: Cell<Id>,
     /// Rung when the last live connection has ended.
     idle: Notify,
+    /// Rung when a table has been taken over.
+    taken_over: Notify,
 }
 
 /// What can be done to a connection from outside its task.
@@ -79,14 +125,17 @@ pub(super) async fn run(
     mut tables: watch::Receiver<Arc<Table>>,
     mut phase: watch::Receiver<Phase>,
 ) -> io::Result<()> {
+    let Settings { splice, workers, .. } = shared.settings;
+    let pipes = if splice { (PIPES / workers.max(1)).max(1) } else { 0 };
     let worker = Rc::new(Worker {
         table: RefCell::new(tables.borrow_and_update().clone()),
-        buffers: RelayBuffers::new(shared.settings.splice),
+        buffers: RelayBuffers::new(pipes),
         mark: shared.settings.mark,
         shared,
         live: RefCell::default(),
         next_id: Cell::default(),
         idle: Notify::new(),
+        taken_over: Notify::new(),
     });
     let mut accepting = Vec::new();
     for listener in listeners {
@@ -120,7 +169,6 @@ impl Worker {
                 }
                 Err(error) => {
                     if let Some(pause) = backoff.after(&error) {
-                        tracing::warn!(%error, ?pause, "cannot accept; connections wait in the kernel's queue");
                         tokio::time::sleep(pause).await;
                     }
                 }
@@ -128,38 +176,74 @@ impl Worker {
         }
     }
 
-    /// Starts a connection that means a route; any other is reset at once.
+    /// Starts a connection that means a route; any other is reset at once, but for one that may soon mean one.
     fn admit(self: &Rc<Self>, stream: TcpStream, peer: SocketAddr) {
-        let recognised =
-            recognise(&self.table.borrow(), &self.shared.settings.destinations, &stream, peer);
-        let recognised = match recognised {
-            Ok(_) if self.shared.live.load(Relaxed) >= self.shared.settings.max_connections => {
-                Err(Outcome::TooManyConnections)
-            }
-            recognised => recognised,
+        let socket = Socket::new(stream);
+        let meaning = match Meaning::of(&socket.stream, peer) {
+            Ok(meaning) => meaning,
+            Err(outcome) => return self.refuse(peer, outcome),
         };
-        let (route, meant) = match recognised {
-            Ok(recognised) => recognised,
-            Err(outcome) => {
-                reset_on_close(&stream);
-                self.shared.tally.count(outcome);
-                tracing::debug!(%peer, outcome = outcome.as_str(), "refused");
-                return;
+        let route = meaning.route(&self.table.borrow(), &self.shared.settings.destinations);
+        match route {
+            Ok(route) => self.start(socket, meaning, route, Instant::now()),
+            Err(Outcome::UnknownConsumer) if self.table.borrow().may_become_known(&peer.ip()) => {
+                match Held::new(&self.shared) {
+                    Some(held) => {
+                        tokio::task::spawn_local(self.clone().hold_back(socket, meaning, held));
+                    }
+                    None => self.refuse(peer, Outcome::UnknownConsumer),
+                }
             }
-        };
+            Err(outcome) => self.refuse(peer, outcome),
+        }
+    }
+
+    /// Counts a connection that is reset by dropping its socket.
+    fn refuse(&self, peer: SocketAddr, outcome: Outcome) {
+        self.shared.tally.count(outcome);
+        tracing::debug!(%peer, outcome = outcome.as_str(), "refused");
+    }
+
+    /// Waits for the container to become known: its first connection may be quicker than the engine's news of it.
+    async fn hold_back(self: Rc<Self>, socket: Socket, meaning: Meaning, _held: Held) {
+        let accepted = Instant::now();
+        let deadline = accepted + self.hold();
+        self.shared.settings.lookup.ask();
+        while self.another_table(deadline).await {
+            let route = meaning.route(&self.table.borrow(), &self.shared.settings.destinations);
+            match route {
+                Ok(route) => return self.start(socket, meaning, route, accepted),
+                Err(Outcome::UnknownConsumer) => {}
+                Err(outcome) => return self.refuse(meaning.peer, outcome),
+            }
+        }
+        self.refuse(meaning.peer, Outcome::UnknownConsumer);
+    }
+
+    fn start(
+        self: &Rc<Self>,
+        socket: Socket,
+        meaning: Meaning,
+        route: Arc<Route>,
+        accepted: Instant,
+    ) {
+        if !self.shared.count_in() {
+            return self.refuse(meaning.peer, Outcome::TooManyConnections);
+        }
         let record = Rc::new(Record {
             route,
-            peer,
-            meant,
-            accepted: Instant::now(),
+            meaning,
+            accepted,
             connected: Cell::default(),
             tries: Cell::default(),
             moved: Moved::default(),
         });
         let id = self.next_id.get();
         self.next_id.set(id + 1);
-        self.shared.live.fetch_add(1, Relaxed);
-        let task = tokio::task::spawn_local(serve(self.clone(), id, stream, record.clone()));
+        // Made here and not in the task: it may be aborted before it runs for the first time.
+        let ticket =
+            Ticket { worker: self.clone(), id, record: record.clone(), outcome: Outcome::Shutdown };
+        let task = tokio::task::spawn_local(serve(ticket, socket));
         // The task has not run yet: this is the thread that will run it.
         let live =
             Live { record, task: task.abort_handle(), endpoint: None, doomed: None, verdict: None };
@@ -169,7 +253,10 @@ impl Worker {
     /// Takes over each table as it is published, and ends the connections that do not belong to it.
     async fn follow(self: Rc<Self>, mut tables: watch::Receiver<Arc<Table>>) {
         loop {
-            let next_doom = self.live.borrow().values().filter_map(|live| live.doomed).min();
+            let next_doom = {
+                let all = self.live.borrow();
+                all.values().filter(|l| l.verdict.is_none()).filter_map(|l| l.doomed).min()
+            };
             let doom = async {
                 match next_doom {
                     Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -182,6 +269,7 @@ impl Worker {
             }
             let table = tables.borrow_and_update().clone();
             self.table.replace(table.clone());
+            self.taken_over.notify_waiters();
             let now = Instant::now();
             self.abort(|live, endpoint| match endpoint {
                 _ if !table.has(&live.record.route) => Some(Outcome::RouteGone),
@@ -191,9 +279,9 @@ impl Worker {
         }
     }
 
-    /// Aborts every connection that `judge` has a verdict on.
+    /// Aborts every connection that `judge` has a first verdict on.
     fn abort(&self, judge: impl Fn(&mut Live, Option<Endpoint>) -> Option<Outcome>) {
-        for live in self.live.borrow_mut().values_mut() {
+        for live in self.live.borrow_mut().values_mut().filter(|live| live.verdict.is_none()) {
             let endpoint = live.endpoint;
             if let Some(verdict) = judge(live, endpoint) {
                 live.verdict = Some(verdict);
@@ -209,20 +297,25 @@ impl Worker {
         }
     }
 
-    /// Remembers where a connection is about to go.
-    pub(super) fn connecting(&self, id: Id, state: &EndpointState) {
-        if let Some(live) = self.live.borrow_mut().get_mut(&id) {
-            live.endpoint = Some(state.endpoint);
-        }
+    /// The endpoints that a route has now.
+    pub(super) fn upstream(&self, route: &Route) -> Arc<Upstream> {
+        let table = self.table.borrow();
+        let now = table.has(route).then(|| table.route(&route.key)).flatten();
+        now.map_or(&route.upstream, |now| &now.upstream).clone()
+    }
+
+    /// Waits for the next table, until `deadline`. Whether there is one.
+    pub(super) async fn another_table(&self, deadline: Instant) -> bool {
+        timeout_at(deadline.into(), self.taken_over.notified()).await.is_ok()
+    }
+
+    /// How long a connection may wait for what is not known yet.
+    pub(super) fn hold(&self) -> Duration {
+        self.shared.settings.hold
     }
 
     pub(super) fn now(&self) -> Millis {
         Millis(u64::try_from(self.shared.start.elapsed().as_millis()).unwrap_or(u64::MAX))
-    }
-
-    /// Accounts for a connection whatever way it ends, an abort included.
-    pub(super) fn ticket(self: &Rc<Self>, id: Id, record: Rc<Record>) -> Ticket {
-        Ticket { worker: self.clone(), id, record, outcome: Outcome::Shutdown }
     }
 }
 
@@ -250,15 +343,23 @@ impl Live {
     }
 }
 
-/// Dropped when its connection ends.
+/// A connection's place among those of its worker. Dropping it accounts for the connection, whatever way it ends, an
+/// abort included.
 pub(super) struct Ticket {
-    worker: Rc<Worker>,
+    pub(super) worker: Rc<Worker>,
+    pub(super) record: Rc<Record>,
     id: Id,
-    record: Rc<Record>,
     outcome: Outcome,
 }
 
 impl Ticket {
+    /// Remembers where the connection is about to go.
+    pub(super) fn connecting(&self, endpoint: Endpoint) {
+        if let Some(live) = self.worker.live.borrow_mut().get_mut(&self.id) {
+            live.endpoint = Some(endpoint);
+        }
+    }
+
     pub(super) fn end(mut self, outcome: Outcome) {
         self.outcome = outcome;
     }
@@ -280,5 +381,74 @@ impl Drop for Ticket {
         if last {
             worker.idle.notify_one();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+    use crate::{
+        config::ConnectionLog,
+        proxy::{Destinations, connection::tests::table},
+    };
+
+    fn worker(max_connections: usize) -> Rc<Worker> {
+        let settings = Settings {
+            port: None,
+            workers: 1,
+            destinations: Destinations::Any,
+            max_connections,
+            mark: None,
+            splice: false,
+            hold: Duration::ZERO,
+            lookup: Default::default(),
+            log: ConnectionLog::Off,
+        };
+        Rc::new(Worker {
+            shared: Arc::new(Shared::new(settings)),
+            table: RefCell::new(Arc::new(table())),
+            buffers: RelayBuffers::new(0),
+            mark: None,
+            live: RefCell::default(),
+            next_id: Cell::default(),
+            idle: Notify::new(),
+            taken_over: Notify::new(),
+        })
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_aborted_before_it_ran_is_reset_and_accounted_for() {
+        let test = async {
+            let worker = worker(1);
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (stream, peer) = listener.accept().await.unwrap();
+            let route = worker.table.borrow().routes().next().unwrap().clone();
+
+            let meaning = Meaning { peer, meant: peer, local: peer };
+            worker.start(Socket::new(stream), meaning, route, Instant::now());
+            worker.abort(|_, _| Some(Outcome::RouteGone));
+            worker.all_ended().await;
+            assert_eq!(worker.shared.live.load(Relaxed), 0);
+            assert_eq!(worker.shared.tally.get(Outcome::RouteGone), 1);
+            let error = client.read(&mut [0]).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        };
+        let (tasks, deadline) = (tokio::task::LocalSet::new(), Duration::from_secs(60));
+        let end = tokio::time::timeout(deadline, tasks.run_until(test)).await;
+        end.expect("it is accounted for");
+    }
+
+    #[test]
+    fn not_one_connection_more_than_allowed_is_counted_in() {
+        let shared = &worker(1_000).shared;
+        let counted = std::thread::scope(|scope| {
+            let count = || (0..1_000).filter(|_| shared.count_in()).count();
+            let threads = [(); 4].map(|()| scope.spawn(count));
+            threads.map(|thread| thread.join().unwrap()).iter().sum::<usize>()
+        });
+        assert_eq!((counted, shared.live.load(Relaxed)), (1_000, 1_000));
     }
 }

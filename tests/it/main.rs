@@ -1,10 +1,18 @@
-mod registry;
-mod main_job;
-mod support;
 mod capture;
+mod command_line;
 mod consumers;
+mod discovery_dns;
+mod discovery_docker;
+mod discovery_file;
+mod first_connection;
+mod followed;
+mod following;
 mod life_cycle;
+mod main_job;
 mod modes;
+mod process;
+mod registry;
+mod support;
 
 use std::time::Duration;
 

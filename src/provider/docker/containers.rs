@@ -9,6 +9,8 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
+
 use crate::{
     model::{Binding, Consumer, ConsumerId, ContainerId},
     provider::{Listing, Problem},
@@ -70,14 +72,14 @@ pub(super) struct Containers {
     last_ticket: u64,
     /// What the last list named and no inspection has found yet.
     listed: HashSet<ContainerId>,
-    /// The networks whose gateways are on this host.
-    bridges: HashSet<NetworkId>,
+    /// The networks whose gateways are on this host, with their address ranges.
+    bridges: HashMap<NetworkId, Vec<IpNet>>,
 }
 
 impl Containers {
-    /// A network that the `bridge` driver made.
-    pub(super) fn bridge(&mut self, network: NetworkId) {
-        self.bridges.insert(network);
+    /// The networks that the `bridge` driver made.
+    pub(super) fn bridges(&mut self, bridges: HashMap<NetworkId, Vec<IpNet>>) {
+        self.bridges = bridges;
     }
 
     /// All containers that run, as an engine lists them; each should be inspected now. Until then, what was known of it
@@ -92,6 +94,14 @@ impl Containers {
     /// Whether all that were listed have been inspected, so that the listing tells of every container.
     pub(super) fn is_complete(&self) -> bool {
         self.listed.is_empty()
+    }
+
+    /// Those of `ids` that nothing is known of and that are not being inspected: to be inspected now.
+    pub(super) fn unknown(&mut self, ids: Vec<ContainerId>) -> Vec<Ticket> {
+        let known =
+            |id: &ContainerId| self.running.contains_key(id) || self.awaited.contains_key(id);
+        let unknown: Vec<_> = ids.into_iter().filter(|id| !known(id)).collect();
+        unknown.into_iter().map(|id| self.inspect(id)).collect()
     }
 
     /// A container that should be inspected now.
@@ -145,8 +155,12 @@ impl Containers {
 
     /// Everybody who asks for something.
     pub(super) fn listing(&self) -> Listing {
-        let mut listing = Listing::default();
+        let networks = self.bridges.values().flatten().copied().collect();
+        let mut listing = Listing { networks, ..Listing::default() };
         for (id, container) in &self.running {
+            if let Network::Own(attachments) = &container.network {
+                listing.known.extend(attachments.values().flat_map(|a| &a.addresses));
+            }
             listing.problems.extend(container.problems.iter().cloned());
             if container.bindings.is_empty() {
                 continue;
@@ -177,7 +191,8 @@ impl Containers {
             attachments.values().flat_map(|a| &a.addresses).copied().collect();
         sources.sort();
         sources.dedup();
-        let on_bridges = attachments.iter().filter(|(network, _)| self.bridges.contains(*network));
+        let on_bridges =
+            attachments.iter().filter(|(network, _)| self.bridges.contains_key(*network));
         let mut gateways: Vec<_> = on_bridges.flat_map(|(_, a)| &a.gateways).copied().collect();
         gateways.sort();
         gateways.dedup();
@@ -260,9 +275,13 @@ mod tests {
         ContainerId::new(name)
     }
 
+    fn bridges(names: &[&str]) -> HashMap<NetworkId, Vec<IpNet>> {
+        names.iter().map(|name| ((*name).into(), Vec::new())).collect()
+    }
+
     fn with(containers: &[(&str, Running)]) -> Containers {
         let mut all = Containers::default();
-        all.bridge("bridge".into());
+        all.bridges(bridges(&["bridge"]));
         for (name, running) in containers {
             let ticket = all.inspect(id(name));
             all.inspected(ticket, Found::Running(running.clone()));
@@ -284,7 +303,7 @@ mod tests {
             ("bridge6", "fd00::2", "fd00::1"),
         ]);
         let mut containers = with(&[("a", running("a", network))]);
-        containers.bridge("bridge6".into());
+        containers.bridges(bridges(&["bridge", "bridge6"]));
         let listing = containers.listing();
         assert_eq!(
             sources(&containers),

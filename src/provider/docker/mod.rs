@@ -9,12 +9,13 @@ use bollard::{
     query_parameters::{EventsOptions, ListContainersOptions},
 };
 use futures_util::{Stream, StreamExt, stream::FuturesUnordered};
+use ipnet::IpNet;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::warn;
 
 use self::containers::{Containers, Found, NetworkId, Ticket};
-use super::Listing;
+use super::{Listing, Lookup};
 use crate::{
     docker::Engine,
     model::ContainerId,
@@ -30,6 +31,7 @@ pub struct DockerProvider {
     engine: Engine,
     /// `-prefix`: what the names of the variables start with.
     prefix: String,
+    lookup: Lookup,
     /// It outlives a session: an engine that cannot say how one container is does not make us forget it.
     containers: Containers,
 }
@@ -40,8 +42,8 @@ const PING: Duration = Duration::from_secs(5);
 const INSPECTIONS: usize = 8;
 
 impl DockerProvider {
-    pub fn new(engine: Engine, prefix: String) -> Self {
-        Self { engine, prefix, containers: Containers::default() }
+    pub fn new(engine: Engine, prefix: String, lookup: Lookup) -> Self {
+        Self { engine, prefix, lookup, containers: Containers::default() }
     }
 }
 
@@ -49,17 +51,16 @@ impl Source for DockerProvider {
     type Item = Listing;
 
     async fn session(&mut self, publish: &Publisher<Listing>) -> Result<(), SourceError> {
-        let Self { engine, prefix, containers } = self;
+        let Self { engine, prefix, lookup, containers } = self;
         let client = Client::connect(engine, prefix).await?;
         // The stream opens when it is first read, which is after the list; it replays what happened since this moment.
         let since = client.time().await?;
         let mut events = std::pin::pin!(client.events(since));
-        for network in client.bridges().await? {
-            containers.bridge(network);
-        }
+        containers.bridges(client.bridges().await?);
         let mut tickets = containers.relist(client.list().await?);
 
         let mut inspections = FuturesUnordered::new();
+        let mut next_look = Instant::now();
         let mut ping = interval(PING);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -72,7 +73,17 @@ impl Source for DockerProvider {
                 inspections.push(client.inspect(ticket));
             }
             tokio::select! {
-                event = events.next() => tickets.extend(apply(containers, &client.event(event)?)),
+                event = events.next() => {
+                    let event = client.event(event)?;
+                    if is_new_network(&event) {
+                        containers.bridges(client.bridges().await?);
+                    }
+                    tickets.extend(apply(containers, &event));
+                }
+                () = lookup.asked(next_look) => {
+                    next_look = Instant::now() + Lookup::PAUSE;
+                    tickets.extend(containers.unknown(client.list().await?));
+                }
                 Some(answer) = inspections.next() => {
                     let (ticket, found) = answer?;
                     containers.inspected(ticket, found);
@@ -126,11 +137,16 @@ impl<'a> Client<'a> {
         event.map_err(|e| self.failed("the events", &e))
     }
 
-    async fn bridges(&self) -> Result<Vec<NetworkId>, SourceError> {
+    async fn bridges(&self) -> Result<HashMap<NetworkId, Vec<IpNet>>, SourceError> {
         let networks = self.docker.list_networks(None).await;
         let networks = networks.map_err(|e| self.failed("the networks", &e))?;
         let bridges = networks.into_iter().filter(|n| n.driver.as_deref() == Some("bridge"));
-        Ok(bridges.filter_map(|network| Some(network.id?.into())).collect())
+        let with_ranges = bridges.filter_map(|network| {
+            let ranges = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
+            let ranges = ranges.iter().filter_map(|range| range.subnet.as_deref()?.parse().ok());
+            Some((network.id?.into(), ranges.collect()))
+        });
+        Ok(with_ranges.collect())
     }
 
     /// The running containers.
@@ -179,6 +195,10 @@ fn since(rfc3339: &str) -> Option<String> {
     Some(format!("{}.{:09}", time.unix_timestamp(), time.nanosecond()))
 }
 
+fn is_new_network(event: &EventMessage) -> bool {
+    event.typ == Some(EventMessageTypeEnum::NETWORK) && event.action.as_deref() == Some("create")
+}
+
 /// Applies an event. The container to inspect, where the event does not say everything.
 fn apply(containers: &mut Containers, event: &EventMessage) -> Option<Ticket> {
     let actor = event.actor.as_ref()?;
@@ -194,12 +214,6 @@ fn apply(containers: &mut Containers, event: &EventMessage) -> Option<Ticket> {
         }
         (EventMessageTypeEnum::CONTAINER, "destroy") => {
             containers.destroyed(&ContainerId::new(subject));
-            None
-        }
-        (EventMessageTypeEnum::NETWORK, "create") => {
-            if attribute("type") == Some("bridge") {
-                containers.bridge(subject.into());
-            }
             None
         }
         (EventMessageTypeEnum::NETWORK, "connect") => {

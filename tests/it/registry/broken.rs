@@ -242,3 +242,19 @@ async fn what_is_asked_of_consul() {
     assert_eq!(lines[0], format!("GET {path} HTTP/1.1"));
     assert_eq!(lines[1], format!("GET {path}&index=7&wait=30000ms HTTP/1.1"));
 }
+
+/// Newer Consuls say when they left out what the token may not read.
+#[tokio::test]
+async fn what_consul_hides_from_our_token_is_not_taken_for_all_there_is() {
+    let header = "X-Consul-Index: 7\r\nX-Consul-Results-Filtered-By-ACLs: true";
+    let fake = Fake::start(Vec::new(), Answer::Bytes(http("200 OK", header, "[]"))).await;
+    let web = Followed::new(&format!("consul://{}", fake.address), "web;80");
+    assert_eq!(list(&web.fails("the token may not read").await), None);
+
+    let fake = Fake::start(Vec::new(), Answer::Bytes(consul_instance(header))).await;
+    let web = Followed::new(&format!("consul://{}", fake.address), "web;80");
+    let known = web.sees(&["10.0.0.1:80"]).await;
+    let reasons: Vec<_> = known.value.iter().flat_map(|value| &value.rejected).collect();
+    assert_eq!(reasons.len(), 1);
+    assert_eq!(reasons[0].reason, "the token may not read all instances");
+}

@@ -4,6 +4,10 @@ use std::{io, os::fd::OwnedFd};
 
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 
+/// Pipes of all workers together. They take 256 descriptors of those that `limits` keeps back, and half of a user's
+/// default share of 16,384 pages: 64 each.
+pub(in crate::proxy) const PIPES: usize = 128;
+
 /// A pipe that is empty whenever it lies in the pool.
 #[derive(Debug)]
 pub(super) struct Pipe {
@@ -27,22 +31,24 @@ impl Pipe {
 }
 
 /// A worker's pipes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Pipes {
-    idle: Vec<Pipe>,
-    made: usize,
+    pub(super) idle: Vec<Pipe>,
+    pub(super) made: usize,
+    most: usize,
 }
 
 impl Pipes {
-    /// Of a user's default share of 16,384 pages, 64 pages a pipe, this leaves most to others.
-    const MOST: usize = 64;
+    pub(super) fn new(most: usize) -> Self {
+        Self { idle: Vec::new(), made: 0, most }
+    }
 
     /// A pipe, or `None` where no good one can be had: then the bytes are copied.
     pub(super) fn take(&mut self) -> Option<Pipe> {
         if let Some(pipe) = self.idle.pop() {
             return Some(pipe);
         }
-        if self.made == Self::MOST {
+        if self.made >= self.most {
             return None;
         }
         let pipe = Pipe::new()

@@ -1,0 +1,257 @@
+//! One way of a connection.
+//!
+//! While idle it owns nothing. It waits for readiness first, then reads into the worker's one buffer and writes at once;
+//! only what the other side cannot take yet is kept. Bulk moves through a pipe by `splice`, without a copy.
+
+use std::{
+    cell::Cell,
+    future::poll_fn,
+    io,
+    pin::pin,
+    task::{Context, Poll, ready},
+};
+
+use rustix::{
+    net::{SendFlags, Shutdown, send, shutdown},
+    pipe::{SpliceFlags, splice},
+};
+use tokio::{io::Interest, net::TcpStream, task::yield_now};
+
+use super::{Broken, RelayBuffers, Side, pipe::Pipe};
+
+/// A socket, and whose it is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct End<'a> {
+    pub side: Side,
+    pub socket: &'a TcpStream,
+}
+
+impl End<'_> {
+    fn broke(&self, error: io::Error) -> Broken {
+        Broken { side: self.side, error }
+    }
+}
+
+pub(super) struct Direction<'a> {
+    from: End<'a>,
+    to: End<'a>,
+    moved: &'a Cell<u64>,
+    buffers: &'a RelayBuffers,
+    held: Held,
+    /// Large reads in a row: two of them, and it is bulk.
+    large_reads: u8,
+    /// `from` has no more to say.
+    finished_reading: bool,
+    /// `to` has been told so.
+    finished: bool,
+}
+
+const SPLICE: SpliceFlags = SpliceFlags::NONBLOCK.union(SpliceFlags::MOVE);
+
+/// What was read and could not be written yet.
+enum Held {
+    Nothing,
+    Bytes { bytes: Box<[u8]>, written: usize },
+    Piped { pipe: Pipe, bytes: usize },
+}
+
+impl<'a> Direction<'a> {
+    /// A read of this many bytes is a large one. Below it, a copy costs less than the two calls of a splice.
+    const LARGE: usize = 16 * 1024;
+    /// After this many bytes the neighbours get their turn.
+    pub(super) const TURN: u64 = 1024 * 1024;
+
+    pub(super) fn new(
+        from: End<'a>,
+        to: End<'a>,
+        moved: &'a Cell<u64>,
+        buffers: &'a RelayBuffers,
+    ) -> Self {
+        Self {
+            from,
+            to,
+            moved,
+            buffers,
+            held: Held::Nothing,
+            large_reads: 0,
+            finished_reading: false,
+            finished: false,
+        }
+    }
+
+    /// Moves what can be moved. Ready when `from` has finished and `to` has been told so.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        if !self.finished {
+            ready!(self.poll_move(cx))?;
+            let told = shutdown(self.to.socket, Shutdown::Write);
+            told.map_err(|error| self.to.broke(error.into()))?;
+            self.finished = true;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// After `from` broke: passes on what it had sent before, as far as `to` takes it now. A server that answers early
+    /// and closes is still heard.
+    pub(super) async fn last_words(&mut self) {
+        loop {
+            // The error may have been met before tokio heard of the bytes that came ahead of it.
+            yield_now().await;
+            let before = self.moved.get();
+            let end = poll_fn(|cx| Poll::Ready(self.poll_move(cx))).await;
+            if end.is_ready() || self.moved.get() == before {
+                return;
+            }
+        }
+    }
+
+    /// Moves what can be moved. Ready when `from` has finished and all of it was written.
+    fn poll_move(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let start = self.moved.get();
+        loop {
+            ready!(self.poll_write_held(cx))?;
+            if self.finished_reading {
+                return Poll::Ready(Ok(()));
+            }
+            if self.moved.get() - start >= Self::TURN {
+                // Unlike a plain wake, this comes back only after the sockets of all others were looked at.
+                ready!(pin!(yield_now()).poll(cx));
+            }
+            ready!(self.from.socket.poll_read_ready(cx)).map_err(|error| self.from.broke(error))?;
+            let pipe = match self.large_reads {
+                0 | 1 => None,
+                _ => self.buffers.pipes.borrow_mut().take(),
+            };
+            match pipe {
+                Some(pipe) => self.fill(pipe)?,
+                None => self.copy()?,
+            }
+        }
+    }
+
+    /// Reads into the worker's buffer and writes what can be written; the rest is held.
+    fn copy(&mut self) -> Result<(), Broken> {
+        let mut buffer = self.buffers.buffer.borrow_mut();
+        let size = buffer.len();
+        let read = attempt(self.from.socket, Interest::READABLE, size, || {
+            Ok(rustix::io::read(self.from.socket, &mut **buffer)?)
+        });
+        let bytes = match read {
+            Ok(count) => buffer.get(..count).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(self.from.broke(error)),
+        };
+        if bytes.is_empty() {
+            self.finished_reading = true;
+            return Ok(());
+        }
+        self.large_reads =
+            if bytes.len() >= Self::LARGE { self.large_reads.saturating_add(1) } else { 0 };
+        let written = match write(self.to.socket, bytes) {
+            Ok(written) => written,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            Err(error) => return Err(self.to.broke(error)),
+        };
+        self.moved.set(self.moved.get() + written as u64);
+        if let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) {
+            self.held = Held::Bytes { bytes: rest.into(), written: 0 };
+        }
+        Ok(())
+    }
+
+    /// Moves from the socket into `pipe`, which is held while anything is in it.
+    fn fill(&mut self, pipe: Pipe) -> Result<(), Broken> {
+        let from = self.from.socket;
+        let filled = from.try_io(Interest::READABLE, || {
+            Ok(splice(from, None, &pipe.write, None, Pipe::SIZE, SPLICE)?)
+        });
+        if let Ok(bytes @ 1..) = filled {
+            if bytes < Self::LARGE {
+                self.large_reads = 0;
+            }
+            self.held = Held::Piped { pipe, bytes };
+            return Ok(());
+        }
+        self.buffers.pipes.borrow_mut().give_back(pipe);
+        match filled {
+            Ok(_) => self.finished_reading = true,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(self.from.broke(error)),
+        }
+        Ok(())
+    }
+
+    /// Writes what is held. Ready when nothing is.
+    fn poll_write_held(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let to = self.to.socket;
+        while self.held.left() > 0 {
+            ready!(to.poll_write_ready(cx)).map_err(|error| self.to.broke(error))?;
+            match self.held.write(to) {
+                Ok(0) => return Poll::Ready(Err(self.to.broke(io::ErrorKind::WriteZero.into()))),
+                Ok(moved) => self.moved.set(self.moved.get() + moved as u64),
+                // The readiness was cleared: the next round waits for it.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(self.to.broke(error))),
+            }
+        }
+        if let Held::Piped { pipe, .. } = std::mem::replace(&mut self.held, Held::Nothing) {
+            self.buffers.pipes.borrow_mut().give_back(pipe);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for Direction<'_> {
+    fn drop(&mut self) {
+        match std::mem::replace(&mut self.held, Held::Nothing) {
+            Held::Piped { pipe, bytes: 0 } => self.buffers.pipes.borrow_mut().give_back(pipe),
+            Held::Piped { .. } => self.buffers.pipes.borrow_mut().lost(),
+            Held::Nothing | Held::Bytes { .. } => {}
+        }
+    }
+}
+
+impl Held {
+    fn left(&self) -> usize {
+        match self {
+            Held::Nothing => 0,
+            Held::Bytes { bytes, written } => bytes.len() - written,
+            Held::Piped { bytes, .. } => *bytes,
+        }
+    }
+
+    fn write(&mut self, to: &TcpStream) -> io::Result<usize> {
+        match self {
+            Held::Nothing => Ok(0),
+            Held::Bytes { bytes, written } => write(to, bytes.get(*written..).unwrap_or_default())
+                .inspect(|moved| *written += moved),
+            Held::Piped { pipe, bytes } => to
+                .try_io(Interest::WRITABLE, || {
+                    Ok(splice(&pipe.read, None, to, None, *bytes, SPLICE)?)
+                })
+                .inspect(|moved| *bytes -= moved),
+        }
+    }
+}
+
+fn write(to: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    attempt(to, Interest::WRITABLE, bytes.len(), || Ok(send(to, bytes, SendFlags::NOSIGNAL)?))
+}
+
+/// Reads or writes, if tokio believes that the socket is ready. With less than `whole` moved it is not any more: said
+/// at once, it costs no further call to find that out.
+fn attempt(
+    socket: &TcpStream,
+    interest: Interest,
+    whole: usize,
+    operation: impl FnOnce() -> io::Result<usize>,
+) -> io::Result<usize> {
+    let mut moved = 0;
+    let tried = socket.try_io(interest, || {
+        moved = operation()?;
+        if (1..whole).contains(&moved) { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+    });
+    match tried {
+        Err(_) if moved > 0 => Ok(moved),
+        tried => tried.map(|()| moved),
+    }
+}
