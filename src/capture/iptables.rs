@@ -38,6 +38,10 @@ pub(super) async fn apply(rules: &Rules) -> Result<(), ProgramError> {
             Err(_) if family.v6 && !uses_v6(rules) => continue,
             Err(error) => return Err(error),
         };
+        // Merely writing would make the chains that every table has.
+        if family.v6 && !uses_v6(rules) && ours(&lines).is_empty() {
+            continue;
+        }
         family.write(&script(rules, family.v6, &lines)).await?;
     }
     Ok(())
@@ -94,8 +98,9 @@ impl Family {
 }
 
 fn uses_v6(rules: &Rules) -> bool {
-    rules.vips.iter().any(IpAddr::is_ipv6)
-        && rules.declared.iter().any(|(source, _)| source.is_ipv6())
+    rules.vips.union(&rules.own).any(IpAddr::is_ipv6)
+        && (rules.scope == CaptureScope::All
+            || rules.declared.iter().any(|(source, _)| source.is_ipv6()))
 }
 
 /// The hooks that rules need a jump from, with what a jump matches.

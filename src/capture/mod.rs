@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -216,9 +216,11 @@ impl Keeper {
             self.counts.restored.fetch_add(1, Relaxed);
             warn!(%firewall, missing = missing(listed.as_deref(), now.as_deref()), "our rules were changed from outside; putting them back");
         }
+        let start = Instant::now();
         firewall.apply(&wanted).await?;
+        let took = start.elapsed();
         let listed = firewall.installed().await?;
-        debug!(%firewall, declared = wanted.declared.len(), vips = wanted.vips.len(), "rules written");
+        debug!(%firewall, declared = wanted.declared.len(), vips = wanted.vips.len(), ?took, "rules written");
         if self.chosen.replace(firewall).is_none() {
             info!(%firewall, redirect = wanted.redirect, scope = ?wanted.scope, "capturing");
         }

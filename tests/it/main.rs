@@ -1,14 +1,19 @@
+mod capture;
 mod command_line;
+mod consumers;
 mod discovery_dns;
 mod announce;
 mod discovery_docker;
 mod discovery_file;
-mod followed;
 mod first_connection;
+mod followed;
 mod following;
+mod life_cycle;
 mod main_job;
+mod modes;
 mod process;
 mod registry;
+mod support;
 
 use std::time::Duration;
 
