@@ -106,7 +106,7 @@ fn all(firewall: &str) -> Result<()> {
     ends(&app, "172.17.0.1:7000", "reset")?;
     counts(&embassy, r#"embassy_connections_total{outcome="no_route"}"#, 1)?;
     ends(&bystander, "172.17.0.1:80", "reset")?;
-    counts(&embassy, r#"embassy_connections_total{outcome="unknown_consumer"}"#, 1)?;
+    counts(&embassy, r#"embassy_connections_total{outcome="no_route"}"#, 2)?;
     reaches(&bystander, "192.168.13.90:7000", "host")?;
 
     let timeout = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait";

@@ -41,7 +41,8 @@ fn it_starts_while_everything_is_down_and_is_ready_when_all_is_up() -> Result<()
     host.docker_daemon().start()?;
     // With what there is, it does what it can: there is no endpoint yet.
     waits_for(&embassy, &["discovery"])?;
-    ends(&app, "172.17.0.1:80", "reset")?;
+    let answers = app.get("172.17.0.1:80").run()?;
+    assert_eq!(answers.failures.get("read: reset"), Some(&1), "{answers:?}");
 
     let web = host.web("web").start()?;
     host.consul()?.service("web", "web").address(web.ip()?).port(80).register()?;
