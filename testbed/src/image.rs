@@ -7,7 +7,7 @@ use std::hash::{DefaultHasher, Hasher};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::PoisonError;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
@@ -70,13 +70,16 @@ fn tarball(programs: &[PathBuf], files: &[PathBuf]) -> Result<PathBuf> {
     }
     let cache = cache_dir();
     let path = cache.join(format!("image-{:016x}.tar", hash.finish()));
+    // Tests are threads of one process: the first makes it, the others wait.
+    static MAKING: Mutex<()> = Mutex::new(());
+    let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     if path.exists() {
         return Ok(path);
     }
     fs::create_dir_all(&cache).with_context(|| format!("make {}", cache.display()))?;
     forget_old(&cache)?;
 
-    // Others may be at it too: each makes its own, and the last one to rename wins with the same content.
+    // Other processes may be at it too: each makes its own, and the last one to rename wins with the same content.
     let root = cache.join(format!("root-{}-{:016x}", std::process::id(), hash.finish()));
     let made = fill(&root, &busybox, programs, files).and_then(|()| {
         let unfinished = root.with_extension("tar");
