@@ -1,5 +1,6 @@
-mod registry;
+mod data_path;
 mod main_job;
+mod registry;
 
 use std::time::Duration;
 
