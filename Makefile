@@ -3,12 +3,17 @@
 # Errors of tests are sentences; set to 1 to see where they were made.
 export RUST_LIB_BACKTRACE ?= 0
 
+# Where the set-up puts what Debian 12 lacks; a consul of the machine comes first.
+TESTBED_CACHE ?= $(CURDIR)/.testbed/cache
+export TESTBED_CACHE
+export PATH := $(PATH):$(TESTBED_CACHE)/consul/usr/bin
+
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 # How the demo finds services: docker, consul or etcd. ONCE=1: it ends by itself.
 DISCOVERY ?= docker
 ONCE ?=
 
-.PHONY: help setup build test lint demo shell clean
+.PHONY: help setup build test lint demo figures shell clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -19,6 +24,8 @@ setup: ## installs from Debian what tests and demo need; says what and why
 build: setup ## builds embassy and the testbed
 	cargo build --workspace --bins
 
+# A failed test shows the logs of the programs that it started.
+test: export TESTBED_SHOW_LOGS ?= 1
 test: build ## all unit and integration tests, on Docker hosts of their own
 ifdef NEXTEST
 	cargo nextest run --workspace
@@ -30,10 +37,14 @@ endif
 lint: setup ## format, clippy, and dependencies where cargo-deny is installed
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo 'lint: no cargo-deny here, dependencies are not checked'; fi
+	@if command -v cargo-deny >/dev/null; then cargo deny --log-level error check bans licenses sources; else echo 'lint: no cargo-deny here, dependencies are not checked'; fi
 
 demo: build ## three endpoints, two consumers and embassy between them; DISCOVERY=docker|consul|etcd, ONCE=1
 	target/debug/testbed demo --discovery $(DISCOVERY) $(if $(ONCE),--once)
+
+figures: build ## figures of a release build: sizes, memory, how soon a change is followed
+	cargo build --release --bin embassy
+	target/debug/testbed shell -- bench/figures.sh
 
 shell: build ## a shell in a Docker host of its own
 	target/debug/testbed shell

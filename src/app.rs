@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use tokio::{
     sync::Notify,
     task::JoinHandle,
@@ -15,9 +15,8 @@ use crate::{
     capture::{self, Capture, Firewall, rules},
     config::{CaptureMode, Config, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
-    discovery::Discoveries,
     limits,
-    provider::{Provider, docker::DockerProvider, fixed},
+    provider::{Lookup, Provider, docker::DockerProvider, fixed},
     proxy::{self, Destinations, Proxy},
     readiness::Readiness,
     report::{Refused, Report},
@@ -48,14 +47,21 @@ impl App {
         let redirect = config.capture == CaptureMode::Redirect;
         let own = if redirect { fixed::addresses(&config.interface)? } else { Vec::new() };
         let max_connections = limits::raise_descriptors(config.max_connections);
+        if config.notrack {
+            warn!("--notrack is not in effect yet: connections to endpoints are tracked");
+        }
         capture::conntrack::apply(&config.conntrack);
 
-        let discoveries = Discoveries::parse(&config.discovery, &config.settings)?;
-
+        let lookup = Lookup::default();
         let bell = Arc::<Notify>::default();
         let provider = match &config.provider {
             ProviderChoice::Docker => {
-                Provider::Docker(DockerProvider::new(config.docker.clone(), config.prefix.clone()))
+                let docker = DockerProvider::new(
+                    config.docker.clone(),
+                    config.prefix.clone(),
+                    lookup.clone(),
+                );
+                Provider::Docker(Box::new(docker))
             }
             ProviderChoice::Static(services) => {
                 Provider::Static(Box::new(fixed::consumer(&config.interface, services)?))
@@ -70,7 +76,7 @@ impl App {
             resync: config.resync,
         };
         let report = Report::new(refused.clone());
-        let control = Control::new(settings, discoveries, listing, bell, waiting, report);
+        let control = Control::new(settings, config.discoveries, listing, bell, waiting, report);
         let (tables, sources) = (control.tables(), control.sources());
 
         let proxy = proxy::Settings {
@@ -81,51 +87,55 @@ impl App {
                 CaptureMode::Dnat | CaptureMode::Redirect => Destinations::VipsAnd(own.clone()),
             },
             max_connections,
+            max_connections_per_consumer: config.max_connections_per_consumer,
             mark: redirect.then_some(rules::MARK),
             splice: true,
+            hold: config.hold,
+            lookup,
             log: config.connection_log,
         };
         let proxy = Proxy::start(proxy, &tables)
             .with_context(|| format!("cannot listen on port {} (--port)", config.port))?;
         info!(addresses = ?proxy.addresses, "proxy listens");
 
-        let capture = match config.capture {
+        let capturing = match config.capture {
             CaptureMode::None => None,
             CaptureMode::Dnat | CaptureMode::Redirect => {
-                capture::cleanup().await;
-                let firewall = Firewall::choose(config.firewall)
-                    .await
-                    .context("no firewall can be written")?;
-                info!(%firewall, mode = ?config.capture, scope = ?config.capture_scope, "capturing");
-                let settings = rules::Settings {
-                    redirect,
-                    scope: config.capture_scope,
-                    port: config.port.get(),
-                    own,
-                };
-                Some(Capture::start(
-                    firewall,
-                    settings,
-                    tables.clone(),
-                    readiness.wait_for("capture"),
-                ))
+                // Which one Docker uses may show only when it is up; that one works shows now.
+                Firewall::choose(config.firewall).await.context("no firewall can be written")?;
+                Some((Arc::<capture::Counts>::default(), readiness.wait_for("capture")))
             }
         };
         let metrics = Metrics {
-            tables,
+            tables: tables.clone(),
             sources,
             refused,
             figures: proxy.figures(),
-            capture: capture.as_ref().map(|capture| capture.counts.clone()),
+            capture: capturing.as_ref().map(|(counts, _)| counts.clone()),
         };
         let shown = Shown { readiness, metrics: Arc::new(metrics.registry()) };
         let admin = match &config.admin {
             Some(at) => {
                 let admin = Admin::start(at, shown)
                     .await
-                    .with_context(|| format!("cannot listen at {at:?} (--admin)"))?;
+                    .with_context(|| format!("cannot listen at {at} (--admin)"))?;
                 info!(address = admin.address, "admin API listens");
                 Some(admin)
+            }
+            None => None,
+        };
+        // Last: from here on nothing fails, so that an embassy that cannot start takes no rules away and leaves none.
+        let capture = match capturing {
+            Some((counts, ready)) => {
+                capture::cleanup().await;
+                let settings = rules::Settings {
+                    redirect,
+                    scope: config.capture_scope,
+                    port: config.port.get(),
+                    own,
+                    hold: !config.hold.is_zero(),
+                };
+                Some(Capture::start(config.firewall, settings, tables, counts, ready))
             }
             None => None,
         };
@@ -138,6 +148,17 @@ impl App {
             control: tokio::spawn(control.run()),
             drain: config.drain,
         })
+    }
+
+    /// Waits for the end of a part that should never end.
+    pub async fn failed(&mut self) -> anyhow::Error {
+        tokio::select! {
+            end = &mut self.control => match end {
+                Ok(()) => anyhow!("the control task ended"),
+                Err(error) => anyhow!(error).context("the control task"),
+            },
+            () = self.proxy.ended() => anyhow!("the data path ended"),
+        }
     }
 
     /// Ends everything: the rules first, then accepting, then what is still connected after `--drain` or when `hurry`

@@ -17,7 +17,7 @@ use crate::{
     readiness::Guard,
     report::Report,
     source::{Answers, Known},
-    table::{Inputs, Table},
+    table::{Inputs, Route, Table},
 };
 
 /// What the table depends on besides the sources.
@@ -60,7 +60,12 @@ pub struct Control {
     sources: watch::Sender<Sources>,
     report: Report,
     waiting: (Option<Guard>, Option<Guard>),
+    /// Until when the first table waits for the first answers.
+    patience: Option<Instant>,
 }
+
+/// How long one service whose discovery says nothing may delay all others at the start.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Control {
     /// `bell` is the one that `provider` rings.
@@ -83,6 +88,7 @@ impl Control {
             provider,
             bell,
             report,
+            patience: None,
         }
     }
 
@@ -135,13 +141,17 @@ impl Control {
         // Before the first table nothing is captured: a moment's patience, and its routes have endpoints.
         let first = self.tables.borrow().version == 0;
         let unasked = known.values().any(|known| known.value.is_none() && known.error.is_none());
-        if !(first && unasked) {
+        let patience = *self.patience.get_or_insert(now + PATIENCE);
+        let wake = if first && unasked && now < patience {
+            Some(wake.map_or(patience, |wake| wake.min(patience)))
+        } else {
             self.publish(&listing, &endpoints);
             self.waiting.0.take();
             if known.values().all(|known| known.value.is_some()) {
                 self.waiting.1.take();
             }
-        }
+            wake
+        };
         self.sources.send_replace(Sources { provider, queries: known.into_iter().collect() });
         wake
     }
@@ -152,6 +162,8 @@ impl Control {
         let vips = self.settings.vips.clone().unwrap_or_else(docker0);
         let inputs = Inputs {
             consumers: &listing.consumers,
+            known: &listing.known,
+            networks: &listing.networks,
             endpoints,
             vips: &vips,
             gateways_are_vips: self.settings.vips.is_none(),
@@ -209,18 +221,29 @@ impl Report {
     fn table(&mut self, before: &Table, next: &Table) {
         self.unrouted(next);
         if before.version == 0 {
-            info!(routes = next.routes().len(), vips = ?next.vips(), "the first table");
+            info!(routes = next.routes().len(), vips = list(next.vips()), "the first table");
         }
-        for route in next.routes().filter(|route| !before.has(route)) {
+        for route in missing(next, before) {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "new route");
         }
-        for route in before.routes().filter(|route| !next.has(route)) {
+        for route in missing(before, next) {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "route gone");
         }
         if next.vips().is_empty() && next.routes().len() > 0 {
             warn!("no VIP: nothing is captured; name one with --proxy-ip");
         }
     }
+}
+
+/// The routes of one table that the other has not, in order.
+fn missing<'a>(of: &'a Table, from: &Table) -> Vec<&'a Arc<Route>> {
+    let mut routes: Vec<_> = of.routes().filter(|route| !from.has(route)).collect();
+    routes.sort_by_key(|route| route.key);
+    routes
+}
+
+fn list(vips: &BTreeSet<Vip>) -> String {
+    vips.iter().map(Vip::to_string).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

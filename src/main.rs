@@ -51,11 +51,12 @@ fn run(config: Config) -> Result<()> {
         if !config.ignored.is_empty() {
             warn!(flags = config.ignored.join(" "), "ignored");
         }
-        let app = App::start(config).await?;
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
+        let mut app = App::start(config).await?;
+        let failure = tokio::select! {
+            _ = terminate.recv() => None,
+            _ = interrupt.recv() => None,
+            error = app.failed() => Some(error),
+        };
         info!("embassy stops; a second signal ends it at once");
         app.stop(async {
             tokio::select! {
@@ -65,6 +66,6 @@ fn run(config: Config) -> Result<()> {
         })
         .await?;
         info!("embassy has stopped");
-        Ok(())
+        failure.map_or(Ok(()), Err)
     })
 }

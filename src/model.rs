@@ -91,6 +91,16 @@ pub enum ConsumerId {
     Local,
 }
 
+impl ConsumerId {
+    /// The container's whole ID, or `local`.
+    pub fn full(&self) -> &str {
+        match self {
+            Self::Container { id, .. } => id.as_str(),
+            Self::Local => "local",
+        }
+    }
+}
+
 impl fmt::Display for ConsumerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -10,6 +10,10 @@ use std::{
 use tokio::sync::{Notify, watch};
 use tracing::{debug, info, warn};
 
+mod shared;
+
+pub use shared::Shared;
+
 /// What is known of a source: its last full answer, how old that is, and what is wrong now.
 #[derive(Debug, Clone)]
 pub struct Known<T> {

@@ -5,8 +5,10 @@ use std::{
     collections::{BTreeSet, HashMap, HashSet, hash_map::Entry},
     fmt,
     net::IpAddr,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicUsize},
 };
+
+use ipnet::IpNet;
 
 use crate::{
     balance::{EndpointState, Rotation},
@@ -38,6 +40,8 @@ pub struct Route {
     pub binding: Binding,
     pub balance: Balance,
     pub upstream: Arc<Upstream>,
+    /// The consumer's live connections, over all of its routes.
+    pub live_of_consumer: Arc<AtomicUsize>,
 }
 
 impl Route {
@@ -52,6 +56,8 @@ impl Route {
 pub struct Upstream {
     pub query: Query,
     pub rotation: Rotation,
+    /// Whether discovery has answered; until then that there are no endpoints means nothing.
+    pub answered: bool,
 }
 
 /// Endpoints of one service are the same endpoint whatever tags were asked for.
@@ -81,6 +87,10 @@ pub enum UnroutedReason {
 #[derive(Debug)]
 pub struct Inputs<'a> {
     pub consumers: &'a [Consumer],
+    /// The addresses of all containers, of those that ask for nothing too.
+    pub known: &'a BTreeSet<IpAddr>,
+    /// Where a container that is not known yet may have its address.
+    pub networks: &'a BTreeSet<IpNet>,
     /// The endpoints of every query that was answered.
     pub endpoints: &'a HashMap<Query, Arc<Endpoints>>,
     /// The VIPs that do not depend on consumers: those the user named, else docker0's address.
@@ -97,11 +107,13 @@ pub struct Table {
     /// Counts published tables from 1; 0 is the empty table before the first.
     pub version: u64,
     routes: HashMap<RouteKey, Arc<Route>>,
-    sources: HashSet<IpAddr>,
+    known: BTreeSet<IpAddr>,
+    networks: BTreeSet<IpNet>,
     vips: BTreeSet<Vip>,
     unrouted: Vec<Unrouted>,
     upstreams: HashMap<Query, Arc<Upstream>>,
     states: HashMap<(ServiceKey, Endpoint), Arc<EndpointState>>,
+    live: HashMap<ConsumerId, Arc<AtomicUsize>>,
 }
 
 impl Table {
@@ -117,9 +129,19 @@ impl Table {
         &self.vips
     }
 
-    /// Whether any consumer's connections come from here.
-    pub fn is_consumer(&self, source: &IpAddr) -> bool {
-        self.sources.contains(source)
+    /// The addresses of everybody who is known, whether they ask for anything or not.
+    pub fn known(&self) -> &BTreeSet<IpAddr> {
+        &self.known
+    }
+
+    /// Where a container that is not known yet may have its address.
+    pub fn networks(&self) -> &BTreeSet<IpNet> {
+        &self.networks
+    }
+
+    /// Whether this may be the address of a container that is not known yet.
+    pub fn may_become_known(&self, source: &IpAddr) -> bool {
+        !self.known.contains(source) && self.networks.iter().any(|network| network.contains(source))
     }
 
     pub fn unrouted(&self) -> &[Unrouted] {
@@ -168,7 +190,8 @@ impl Table {
 
     fn equals(&self, next: &Table) -> bool {
         self.routes.len() == next.routes.len()
-            && self.sources == next.sources
+            && self.known == next.known
+            && self.networks == next.networks
             && self.vips == next.vips
             && self.unrouted == next.unrouted
             // Routes that did not change were carried over.
@@ -189,7 +212,7 @@ impl Builder<'_> {
         if self.inputs.gateways_are_vips {
             self.next.vips.extend(consumer.gateways.iter().copied().map(Vip));
         }
-        self.next.sources.extend(sources(consumer, self.inputs.vips));
+        self.next.known.extend(sources(consumer, self.inputs.vips));
     }
 
     fn binding(
@@ -206,7 +229,8 @@ impl Builder<'_> {
                 self.unrouted(consumer, binding, UnroutedReason::Ambiguous { key, other });
                 continue;
             }
-            let route = self.route(key, consumer, binding, &upstream);
+            let live = self.live(&consumer.id);
+            let route = self.route(key, consumer, binding, &upstream, live);
             let winner = match self.next.routes.entry(key) {
                 Entry::Vacant(vacant) => {
                     vacant.insert(route);
@@ -252,6 +276,7 @@ impl Builder<'_> {
         consumer: &Consumer,
         binding: &Binding,
         upstream: &Arc<Upstream>,
+        live_of_consumer: Arc<AtomicUsize>,
     ) -> Arc<Route> {
         let before = self.prev.routes.get(&key).filter(|before| {
             before.consumer == consumer.id
@@ -267,8 +292,15 @@ impl Builder<'_> {
                 binding: binding.clone(),
                 balance: binding.descriptor.balance.unwrap_or(self.inputs.balance),
                 upstream: upstream.clone(),
+                live_of_consumer,
             })
         })
+    }
+
+    fn live(&mut self, consumer: &ConsumerId) -> Arc<AtomicUsize> {
+        let before = self.prev.live.get(consumer);
+        let live = self.next.live.entry(consumer.clone());
+        live.or_insert_with(|| before.cloned().unwrap_or_default()).clone()
     }
 
     /// The upstream of a query, carried over where its endpoints did not change.
@@ -277,16 +309,24 @@ impl Builder<'_> {
             return upstream.clone();
         }
         let before = self.prev.upstreams.get(&query);
-        let endpoints = self.inputs.endpoints.get(&query).map_or(&[][..], |answer| &answer.list);
+        let answer = self.inputs.endpoints.get(&query);
+        let answered = answer.is_some();
+        let endpoints = answer.map_or(&[][..], |answer| &answer.list);
         let states: Vec<_> =
             endpoints.iter().map(|&endpoint| self.state(&query, endpoint)).collect();
         let upstream = match before {
-            Some(before) if same_endpoints(&before.rotation, &states) => before.clone(),
-            Some(before) => Arc::new(Upstream {
-                query: query.clone(),
-                rotation: before.rotation.succeed(states),
-            }),
-            None => Arc::new(Upstream { query: query.clone(), rotation: Rotation::new(states) }),
+            Some(before)
+                if before.answered == answered && same_endpoints(&before.rotation, &states) =>
+            {
+                before.clone()
+            }
+            _ => {
+                let rotation = match before {
+                    Some(before) => before.rotation.succeed(states),
+                    None => Rotation::new(states),
+                };
+                Arc::new(Upstream { query: query.clone(), rotation, answered })
+            }
         };
         self.next.upstreams.insert(query, upstream.clone());
         upstream
@@ -302,6 +342,8 @@ impl Builder<'_> {
 
     fn finish(mut self) -> Table {
         self.next.vips.extend(self.inputs.vips);
+        self.next.known.extend(self.inputs.known);
+        self.next.networks.clone_from(self.inputs.networks);
         self.next.unrouted.sort_by(|a, b| (&a.consumer, &a.origin).cmp(&(&b.consumer, &b.origin)));
         self.next
     }
@@ -371,6 +413,8 @@ mod tests {
     ) -> Option<Table> {
         let inputs = Inputs {
             consumers,
+            known: &BTreeSet::new(),
+            networks: &BTreeSet::new(),
             endpoints,
             vips: &[],
             gateways_are_vips: true,
@@ -546,6 +590,8 @@ mod tests {
             Consumer { id: ConsumerId::Local, ..consumer("local", "127.0.0.1", &["redis;6379"]) };
         let inputs = Inputs {
             consumers: &[local],
+            known: &BTreeSet::new(),
+            networks: &BTreeSet::new(),
             endpoints: &HashMap::new(),
             vips: &[Vip("172.17.0.1".parse().unwrap()), Vip("127.0.0.1".parse().unwrap())],
             gateways_are_vips: false,

@@ -24,6 +24,7 @@ look() {
     need docker docker.io 'its command line'
     need etcd etcd-server 'service discovery, v2 and v3'
     need etcdctl etcd-client 'writes to etcd v3'
+    need openssl openssl 'certificates that the tests make'
     need iptables iptables 'the firewall that Docker uses'
     need nft nftables 'the firewall that we use'
     need cc 'gcc libc6-dev' 'links Rust programs'
@@ -36,6 +37,7 @@ look() {
     need ip iproute2 'network interfaces of a host'
     need conntrack conntrack 'connection tracking, as tests look at it'
     need curl curl 'HTTP requests inside a host'
+    need dnsmasq dnsmasq-base 'service discovery by DNS'
     need sysctl procps 'kernel settings inside a host'
     need nsenter util-linux 'enters the namespaces of a host'
     # Both are busybox, but only a static one runs in an image.
@@ -92,7 +94,7 @@ mirror() {
 # Debian 12 has no Consul; Debian 11 has 1.8.7. Only this one package is fetched, and unpacked into the cache: apt's own
 # configuration stays as it is.
 fetch_consul() {
-    if has consul; then
+    if has consul || [ -n "${CONSUL_BIN-}" ]; then
         return
     fi
     if [ -x "$cache/consul/usr/bin/consul" ]; then

@@ -38,6 +38,10 @@ pub(super) async fn apply(rules: &Rules) -> Result<(), ProgramError> {
             Err(_) if family.v6 && !uses_v6(rules) => continue,
             Err(error) => return Err(error),
         };
+        // Merely writing would make the chains that every table has.
+        if family.v6 && !uses_v6(rules) && ours(&lines).is_empty() {
+            continue;
+        }
         family.write(&script(rules, family.v6, &lines)).await?;
     }
     Ok(())
@@ -94,8 +98,9 @@ impl Family {
 }
 
 fn uses_v6(rules: &Rules) -> bool {
-    rules.vips.iter().any(IpAddr::is_ipv6)
-        && rules.declared.iter().any(|(source, _)| source.is_ipv6())
+    rules.vips.union(&rules.own).any(IpAddr::is_ipv6)
+        && (rules.scope == CaptureScope::All
+            || rules.declared.iter().any(|(source, _)| source.is_ipv6()))
 }
 
 /// The hooks that rules need a jump from, with what a jump matches.
@@ -136,6 +141,19 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
                 out,
                 "-A {CHAIN} -s {source} -d {destination} -p tcp -m tcp --dport {port} {to}"
             )?;
+        }
+    }
+    if let Some(unknown) = &rules.unknown {
+        for known in unknown.known.iter().filter(of_family) {
+            writeln!(out, "-A {CHAIN} -s {known} -j RETURN")?;
+        }
+        for network in unknown.networks.iter().filter(|net| net.addr().is_ipv6() == v6) {
+            for vip in rules.vips.iter().filter(of_family) {
+                let stranger = format!("-A {CHAIN} -s {network} -d {vip} -p tcp");
+                // What listens on this host stays reachable for those who may turn out to be no consumers.
+                writeln!(out, "{stranger} -m socket --nowildcard -j RETURN")?;
+                writeln!(out, "{stranger} {to}")?;
+            }
         }
     }
     let wanted = jumps(rules.redirect);
@@ -218,7 +236,7 @@ fn delete(out: &mut String, line: &str) -> fmt::Result {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capture::rules::tests::example;
+    use crate::capture::rules::tests::{example, with_unknown};
 
     const DOCKERS: &str = "*nat\n:PREROUTING ACCEPT [0:0]\n:DOCKER - [0:0]\n\
         -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\nCOMMIT\n";
@@ -251,7 +269,10 @@ COMMIT
     #[test]
     fn redirect_jumps_from_output_too_and_all_means_all_only_on_vips() {
         let script = script(&example(true, CaptureScope::All), false, DOCKERS);
-        assert!(script.contains("-I OUTPUT 1 -m mark ! --mark 0x656d62 -j EMBASSY\n"), "{script}");
+        assert!(
+            script.contains("-I OUTPUT 1 -m mark ! --mark 0x656d0000 -j EMBASSY\n"),
+            "{script}"
+        );
         assert!(
             script.contains("-A EMBASSY -d 172.17.0.1 -p tcp -j REDIRECT --to-ports 9999\n"),
             "{script}"
@@ -261,6 +282,18 @@ COMMIT
             "{script}"
         );
         assert!(!script.contains("-d 10.1.2.3 -p tcp -j"), "{script}");
+    }
+
+    #[test]
+    fn strangers_are_captured_where_nothing_listens() {
+        let script = script(&with_unknown(example(false, CaptureScope::Declared)), false, DOCKERS);
+        let expected = "\
+-A EMBASSY -s 172.17.0.2 -j RETURN
+-A EMBASSY -s 172.17.0.0/16 -d 172.17.0.1 -p tcp -m socket --nowildcard -j RETURN
+-A EMBASSY -s 172.17.0.0/16 -d 172.17.0.1 -p tcp -j REDIRECT --to-ports 9999
+-I PREROUTING 1 -j EMBASSY
+";
+        assert!(script.contains(expected), "{script}");
     }
 
     #[test]

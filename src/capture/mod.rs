@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -45,11 +45,12 @@ impl fmt::Display for Firewall {
 }
 
 impl Firewall {
-    /// The one that was chosen; for `auto`, the one that Docker uses here, else the first that works.
+    /// The one that was chosen; for `auto`, the one that Docker uses here, else the first that works. An error where it
+    /// does not work.
     pub async fn choose(choice: FirewallChoice) -> Result<Self, ProgramError> {
         match choice {
-            FirewallChoice::Nft => return Ok(Self::Nft),
-            FirewallChoice::Iptables => return Ok(Self::Iptables),
+            FirewallChoice::Nft => return nft::installed().await.map(|_| Self::Nft),
+            FirewallChoice::Iptables => return iptables::installed().await.map(|_| Self::Iptables),
             FirewallChoice::Auto => {}
         }
         // Engine 29's own nftables backend names its tables so (docs.docker.com/engine/network/firewall-nftables).
@@ -108,7 +109,6 @@ pub struct Counts {
 /// The running capture.
 #[derive(Debug)]
 pub struct Capture {
-    pub counts: Arc<Counts>,
     stop: oneshot::Sender<()>,
     task: JoinHandle<()>,
 }
@@ -120,23 +120,24 @@ impl Capture {
     /// Starts keeping the kernel's rules like the table. Nothing is captured before the first table.
     /// `ready` is dropped once the first rules stand.
     pub fn start(
-        firewall: Firewall,
+        choice: FirewallChoice,
         settings: Settings,
         tables: watch::Receiver<Arc<Table>>,
+        counts: Arc<Counts>,
         ready: Guard,
     ) -> Self {
         let (stop, stopped) = oneshot::channel();
-        let counts = Arc::<Counts>::default();
         let keeper = Keeper {
-            firewall,
+            choice,
+            chosen: None,
             settings,
-            counts: counts.clone(),
+            counts,
             applied: None,
             failing: false,
             ready: Some(ready),
         };
         let task = tokio::spawn(keeper.run(tables, stopped));
-        Self { counts, stop, task }
+        Self { stop, task }
     }
 
     /// Takes the rules away.
@@ -151,7 +152,9 @@ impl Capture {
 }
 
 struct Keeper {
-    firewall: Firewall,
+    choice: FirewallChoice,
+    /// Chosen when the first rules are written: by the first table the engine is up, and shows what it uses.
+    chosen: Option<Firewall>,
     settings: Settings,
     counts: Arc<Counts>,
     /// What was written last, and how the kernel listed it right after.
@@ -183,14 +186,14 @@ impl Keeper {
             match self.keep(wanted).await {
                 Ok(()) if self.failing => {
                     self.failing = false;
-                    info!(firewall = %self.firewall, "the rules can be written again");
+                    info!("the rules can be written again");
                 }
                 Ok(()) => {}
                 Err(error) => {
                     self.applied = None;
                     self.counts.failed.fetch_add(1, Relaxed);
                     if !std::mem::replace(&mut self.failing, true) {
-                        error!(firewall = %self.firewall, %error, "cannot write the rules; trying again");
+                        error!(%error, "cannot write the rules; trying again");
                     }
                 }
             }
@@ -199,19 +202,28 @@ impl Keeper {
 
     /// Makes the kernel's rules `wanted`, unless they are.
     async fn keep(&mut self, wanted: Rules) -> Result<(), ProgramError> {
+        let firewall = match self.chosen {
+            Some(firewall) => firewall,
+            None => Firewall::choose(self.choice).await?,
+        };
         if let Some((applied, listed)) = &self.applied
             && *applied == wanted
         {
-            let now = self.firewall.installed().await?;
+            let now = firewall.installed().await?;
             if now == *listed {
                 return Ok(());
             }
             self.counts.restored.fetch_add(1, Relaxed);
-            warn!(firewall = %self.firewall, missing = missing(listed.as_deref(), now.as_deref()), "our rules were changed from outside; putting them back");
+            warn!(%firewall, missing = missing(listed.as_deref(), now.as_deref()), "our rules were changed from outside; putting them back");
         }
-        self.firewall.apply(&wanted).await?;
-        let listed = self.firewall.installed().await?;
-        debug!(firewall = %self.firewall, declared = wanted.declared.len(), vips = ?wanted.vips, "rules written");
+        let start = Instant::now();
+        firewall.apply(&wanted).await?;
+        let took = start.elapsed();
+        let listed = firewall.installed().await?;
+        debug!(%firewall, declared = wanted.declared.len(), vips = wanted.vips.len(), ?took, "rules written");
+        if self.chosen.replace(firewall).is_none() {
+            info!(%firewall, redirect = wanted.redirect, scope = ?wanted.scope, "capturing");
+        }
         self.applied = Some((wanted, listed));
         self.ready.take();
         Ok(())

@@ -69,6 +69,26 @@ fn render(rules: &Rules, out: &mut String) -> fmt::Result {
         let declared = declared.map(|(source, port)| format!("{source} . {port}"));
         set(out, &format!("declared{n}"), &format!("{kind} . inet_service"), declared)?;
     }
+    if let Some(unknown) = &rules.unknown {
+        for v6 in [false, true] {
+            let (n, kind) = if v6 { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
+            let known = unknown.known.iter().filter(|address| address.is_ipv6() == v6);
+            set(out, &format!("known{n}"), kind, known)?;
+            let networks = unknown.networks.iter().filter(|net| net.addr().is_ipv6() == v6);
+            set(
+                out,
+                &format!("networks{n}"),
+                &format!("{kind}; flags interval; auto-merge"),
+                networks,
+            )?;
+        }
+        // What listens on this host stays reachable for those who may turn out to be no consumers.
+        writeln!(
+            out,
+            "\tchain unknown {{\n\t\tmeta l4proto tcp socket wildcard {{ 0, 1 }} accept"
+        )?;
+        writeln!(out, "\t\tmeta l4proto tcp redirect to :{}\n\t}}", rules.port)?;
+    }
     writeln!(out, "\tchain capture {{")?;
     for (ip, n) in [("ip", 4), ("ip6", 6)] {
         let declared = format!("{ip} saddr . tcp dport @declared{n}");
@@ -79,6 +99,10 @@ fn render(rules: &Rules, out: &mut String) -> fmt::Result {
         writeln!(out, "\t\t{ip} daddr @vips{n} {matched} redirect to :{}", rules.port)?;
         if rules.redirect {
             writeln!(out, "\t\t{ip} daddr @own{n} {declared} redirect to :{}", rules.port)?;
+        }
+        if rules.unknown.is_some() {
+            let stranger = format!("{ip} saddr @networks{n} {ip} saddr != @known{n}");
+            writeln!(out, "\t\t{ip} daddr @vips{n} {stranger} jump unknown")?;
         }
     }
     writeln!(out, "\t}}")?;
@@ -117,7 +141,7 @@ fn set(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capture::rules::tests::example;
+    use crate::capture::rules::tests::{example, with_unknown};
 
     #[test]
     fn dnat_of_declared_ports() {
@@ -161,13 +185,26 @@ table inet embassy {
     }
 
     #[test]
+    fn strangers_are_captured_where_nothing_listens() {
+        let script = script(&with_unknown(example(false, CaptureScope::Declared)));
+        for line in [
+            "\tset known4 {\n\t\ttype ipv4_addr\n\t\telements = { 172.17.0.2 }\n",
+            "\t\ttype ipv6_addr; flags interval; auto-merge\n\t\telements = { fd00::/64 }\n",
+            "\tchain unknown {\n\t\tmeta l4proto tcp socket wildcard { 0, 1 } accept\n\t\tmeta l4proto tcp redirect to :9999\n",
+            "\t\tip daddr @vips4 ip saddr @networks4 ip saddr != @known4 jump unknown\n",
+        ] {
+            assert!(script.contains(line), "{line:?} in {script}");
+        }
+    }
+
+    #[test]
     fn redirect_captures_what_is_sent_from_here_but_not_our_own_connections() {
         let script = script(&example(true, CaptureScope::All));
         for line in [
             "\t\tip daddr @vips4 meta l4proto tcp redirect to :9999\n",
             // Whatever the scope, the host's own services on its own addresses stay reachable.
             "\t\tip daddr @own4 ip saddr . tcp dport @declared4 redirect to :9999\n",
-            "\t\ttype nat hook output priority -110; policy accept;\n\t\tmeta mark 0x656d62 return\n\t\tjump capture\n",
+            "\t\ttype nat hook output priority -110; policy accept;\n\t\tmeta mark 0x656d0000 return\n\t\tjump capture\n",
         ] {
             assert!(script.contains(line), "{line:?} in {script}");
         }

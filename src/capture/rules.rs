@@ -2,14 +2,16 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
+use ipnet::IpNet;
+
 use crate::{config::CaptureScope, model::Port, table::Table};
 
 /// The name of everything in the firewall that is ours.
 pub const NAME: &str = "embassy";
 
 /// The mark of our own connections to endpoints (man 7 socket, SO_MARK), so that `--redirect` does not capture them.
-/// Its value spells "emb"; Docker and Kubernetes use low bits of their own.
-pub const MARK: u32 = 0x0065_6d62;
+/// Its value spells "em"; the lower half is left to others, such as Kubernetes, which masquerades what bears 0x4000.
+pub const MARK: u32 = 0x656d_0000;
 
 /// The settings that rules depend on, besides the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +23,8 @@ pub struct Settings {
     pub port: u16,
     /// With `redirect`: our own addresses, which linked containers dial.
     pub own: Vec<IpAddr>,
+    /// Whether containers that are not known yet are captured too.
+    pub hold: bool,
 }
 
 /// All rules, in a form that can be compared.
@@ -34,6 +38,17 @@ pub struct Rules {
     pub own: BTreeSet<IpAddr>,
     /// Who dials, and on which port.
     pub declared: BTreeSet<(IpAddr, Port)>,
+    /// The containers that are not known yet.
+    pub unknown: Option<Unknown>,
+}
+
+/// Who is not known yet, and is captured on every port of a VIP on which nothing on this host listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unknown {
+    /// Whoever has an address here,
+    pub networks: BTreeSet<IpNet>,
+    /// but none of these.
+    pub known: BTreeSet<IpAddr>,
 }
 
 impl Rules {
@@ -45,6 +60,11 @@ impl Rules {
             port: settings.port,
             own: settings.own.iter().copied().filter(|own| !vips.contains(own)).collect(),
             vips,
+            // Where everything is captured, they are too.
+            unknown: (settings.hold && settings.scope == CaptureScope::Declared).then(|| Unknown {
+                networks: table.networks().clone(),
+                known: table.known().clone(),
+            }),
             declared: table.routes().map(|route| (route.key.source, route.key.port)).collect(),
         }
     }
@@ -53,6 +73,15 @@ impl Rules {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+
+    /// The same where containers that are not known yet are captured too.
+    pub(in crate::capture) fn with_unknown(mut rules: Rules) -> Rules {
+        rules.unknown = Some(Unknown {
+            networks: ["172.17.0.0/16", "fd00::/64"].map(|text| text.parse().unwrap()).into(),
+            known: ["172.17.0.2", "fd00::2"].map(|text| text.parse().unwrap()).into(),
+        });
+        rules
+    }
 
     /// Two consumers, both families, a VIP of each.
     pub(in crate::capture) fn example(redirect: bool, scope: CaptureScope) -> Rules {
@@ -65,6 +94,7 @@ pub(super) mod tests {
             port: 9999,
             vips: ["172.17.0.1", "fd00::1"].map(address).into(),
             own: if redirect { [address("10.1.2.3")].into() } else { BTreeSet::new() },
+            unknown: None,
             declared: declared
                 .map(|(source, port)| (address(source), Port::new(port).unwrap()))
                 .into(),

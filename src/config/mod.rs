@@ -9,7 +9,7 @@ use clap::{
 
 use crate::{
     descriptor::{Balance, Descriptor},
-    discovery::Settings,
+    discovery::Discoveries,
     docker::Engine,
     model::{Port, Vip},
 };
@@ -33,10 +33,8 @@ pub struct Config {
     pub prefix: String,
     /// Its address is a consumer address of the static provider.
     pub interface: String,
-    /// `-discovery` URIs, at least one; the first is the default.
-    pub discovery: Vec<String>,
-    /// What else the discoveries need.
-    pub settings: Settings,
+    /// Where endpoints come from.
+    pub discoveries: Discoveries,
     /// Between full re-reads of every source. At least a second.
     pub resync: Duration,
     /// How long the last endpoints outlive a valid empty answer. 0: not at all.
@@ -120,6 +118,15 @@ pub enum FirewallChoice {
 pub enum Admin {
     Tcp(SocketAddr),
     Unix(PathBuf),
+}
+
+impl fmt::Display for Admin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
 }
 
 /// Which connections are logged as they end.

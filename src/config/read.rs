@@ -7,14 +7,12 @@ use clap::ValueEnum;
 use super::{CaptureMode, Config, Conntrack, Provider, UsageError, args::Args, values::*};
 use crate::{
     descriptor::{Descriptor, split_list},
-    discovery::{ConsulSettings, EtcdSettings, Secret, Settings},
+    discovery::{ConsulSettings, Discoveries, EtcdSettings, Secret, Settings},
     docker::Engine,
 };
 
 pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageError> {
     let mut ignored: Vec<_> = args.glog.given().collect();
-    let (provider, unused) = provider(args.provider, args.services)?;
-    ignored.extend(unused);
     let docker = engine(args.docker, env)?;
     let settings = Settings {
         healthy_only: switch("--filter", args.filter, "true")?,
@@ -22,6 +20,9 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
         consul: consul(env)?,
         etcd: etcd(args.etcd_cert, args.etcd_keycert, args.etcd_cacert, env)?,
     };
+    let discoveries = discoveries(args.discovery, env, &settings)?;
+    let (provider, unused) = provider(args.provider, args.services, &discoveries)?;
+    ignored.extend(unused);
     Ok(Config {
         provider,
         docker,
@@ -30,8 +31,7 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
             .or_env(env, "INTERFACE")
             .or("eth0")
             .read(interface, INTERFACE)?,
-        discovery: discovery(args.discovery, env),
-        settings,
+        discoveries,
         resync: flag("--resync", args.resync).or("120").read(
             |text| duration(text).filter(|time| *time >= Duration::from_secs(1)),
             format_args!("{DURATION}, and at least 1s"),
@@ -84,13 +84,16 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
 fn provider(
     name: Option<String>,
     services: Option<String>,
+    discoveries: &Discoveries,
 ) -> Result<(Provider, Option<&'static str>), UsageError> {
     let name = flag("--provider", name).or("docker");
     let services = flag("--services", services);
     match name.text.as_str() {
         "docker" => Ok((Provider::Docker, services.text.map(|_| services.name))),
         "static" => match services.text {
-            Some(list) => Ok((Provider::Static(descriptors(services.name, &list)?), None)),
+            Some(list) => {
+                Ok((Provider::Static(descriptors(services.name, &list, discoveries)?), None))
+            }
             None => Err(UsageError::new(
                 "--provider \"static\": expected --services as well: svc;port,svc[tag,tag];port",
             )),
@@ -99,13 +102,19 @@ fn provider(
     }
 }
 
-fn descriptors(flag: &str, list: &str) -> Result<Vec<Descriptor>, UsageError> {
-    split_list(list)
-        .map(|text| {
-            let wrong = |error| UsageError::new(format_args!("{flag} {text:?}: {error}"));
-            text.parse().map_err(wrong)
-        })
-        .collect()
+fn descriptors(
+    flag: &str,
+    list: &str,
+    discoveries: &Discoveries,
+) -> Result<Vec<Descriptor>, UsageError> {
+    let descriptor = |text: &str| {
+        let wrong =
+            |error: &dyn fmt::Display| UsageError::new(format_args!("{flag} {text:?}: {error}"));
+        let descriptor: Descriptor = text.parse().map_err(|error| wrong(&error))?;
+        discoveries.query(&descriptor).map_err(|error| wrong(&error))?;
+        Ok(descriptor)
+    };
+    split_list(list).map(descriptor).collect()
 }
 
 fn capture(dnat: Option<String>, redirect: Option<String>) -> Result<CaptureMode, UsageError> {
@@ -129,15 +138,22 @@ fn engine(uri: Option<String>, env: &Environment<'_>) -> Result<Engine, UsageErr
         .read(|text| Engine::parse(text, certificates).ok(), "unix:///path or tcp://host:port")
 }
 
-fn discovery(uris: Vec<String>, env: &Environment<'_>) -> Vec<String> {
-    if uris.is_empty() {
-        vec![env.text("DISCOVERY").unwrap_or_else(|| "consul://127.0.0.1:8500".to_owned())]
+fn discoveries(
+    uris: Vec<String>,
+    env: &Environment<'_>,
+    settings: &Settings,
+) -> Result<Discoveries, UsageError> {
+    let (name, uris) = if uris.is_empty() {
+        let one = flag("--discovery", None).or_env(env, "DISCOVERY").or("consul://127.0.0.1:8500");
+        (one.name, vec![one.text])
     } else {
-        uris
-    }
+        ("--discovery", uris)
+    };
+    Discoveries::parse(&uris, settings)
+        .map_err(|error| UsageError::new(format_args!("{name} {error}")))
 }
 
-fn consul(env: &Environment<'_>) -> Result<ConsulSettings, UsageError> {
+pub(super) fn consul(env: &Environment<'_>) -> Result<ConsulSettings, UsageError> {
     let file = |name| env.text(name).map(PathBuf::from);
     let certificate = file("CONSUL_CLIENT_CERT");
     let key = file("CONSUL_CLIENT_KEY");
@@ -154,7 +170,7 @@ fn consul(env: &Environment<'_>) -> Result<ConsulSettings, UsageError> {
     })
 }
 
-fn etcd(
+pub(super) fn etcd(
     certificate: Option<String>,
     key: Option<String>,
     ca: Option<String>,
@@ -212,7 +228,10 @@ struct Open {
 
 impl Open {
     fn or_env(self, env: &Environment<'_>, variable: &'static str) -> Self {
-        if self.text.is_some() { self } else { env.setting(variable) }
+        match (&self.text, env.text(variable)) {
+            (None, Some(text)) => Self { name: variable, text: Some(text) },
+            _ => self,
+        }
     }
 
     fn or(self, default: &str) -> Setting {

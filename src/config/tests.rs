@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::*;
-use crate::discovery::{ConsulSettings, EtcdSettings};
+use crate::discovery::{ConsulSettings, EtcdSettings, Secret};
 
 /// Splits as a shell does where nothing but single quotes is special.
 fn shell(line: &str) -> Vec<String> {
@@ -47,6 +47,13 @@ fn services(config: &Config) -> Vec<String> {
     }
 }
 
+/// The configured discoveries, as the refusal of another one lists them.
+fn names(config: &Config) -> String {
+    let descriptor = "web;80;via=-".parse().unwrap();
+    let refusal = config.discoveries.query(&descriptor).unwrap_err().to_string();
+    refusal.split_once("discoveries: ").unwrap().1.to_owned()
+}
+
 fn vips(config: &Config) -> Option<Vec<String>> {
     config.vips.as_ref().map(|vips| vips.iter().map(ToString::to_string).collect())
 }
@@ -63,9 +70,7 @@ fn nothing_given() {
     assert_eq!(config.docker.to_string(), "unix:///var/run/docker.sock");
     assert_eq!(config.prefix, "BACKEND_");
     assert_eq!(config.interface, "eth0");
-    assert_eq!(config.discovery, ["consul://127.0.0.1:8500"]);
-    assert!(config.settings.healthy_only);
-    assert!(config.settings.consul.tls_verify && !config.settings.consul.tls);
+    assert_eq!(shown(&config), shown(&parse("-discovery=consul://127.0.0.1:8500 -filter=true")));
     assert_eq!(config.resync, Duration::from_secs(120));
     assert_eq!(config.empty_hold, Duration::from_secs(30));
     assert_eq!(config.state_dir, Some("/var/lib/embassy".into()));
@@ -99,7 +104,7 @@ fn on_the_host_with_dnat_as_the_original_was_run() {
     assert_eq!(config.provider, Provider::Docker);
     assert_eq!(config.verbosity, 3);
     assert_eq!(config.interface, "eth0");
-    assert_eq!(config.discovery, ["consul://HOST:8500"]);
+    assert_eq!(names(&config), "consul");
     assert_eq!(vips(&config).unwrap(), ["172.17.42.1"]);
     assert_eq!(config.port.get(), 9998);
 }
@@ -110,7 +115,7 @@ fn inside_the_container_as_the_original_was_run() {
         "-discovery=consul://IP:8500 -provider=static -services='frontend_http;80,mysql;3306,redis;6563'",
     );
     assert_eq!(services(&config), ["frontend_http;80", "mysql;3306", "redis;6563"]);
-    assert_eq!(config.discovery, ["consul://IP:8500"]);
+    assert_eq!(names(&config), "consul");
 }
 
 #[test]
@@ -128,7 +133,7 @@ fn by_the_environment_alone_as_the_original_was_run() {
     let env = [("INTERFACE", "ens3"), ("DISCOVERY", "etcd://HOST:4001")];
     let config = parse_with("", &env).unwrap();
     assert_eq!(config.interface, "ens3");
-    assert_eq!(config.discovery, ["etcd://HOST:4001"]);
+    assert_eq!(names(&config), "etcd");
 }
 
 #[test]
@@ -183,8 +188,9 @@ fn every_flag_in_every_style() {
                 let beside = match name {
                     "provider" => "-services web;80",
                     "services" => "-provider static",
-                    "etcd-cert" => "-etcd-keycert /key.pem",
-                    "etcd-keycert" => "-etcd-cert /cert.pem",
+                    "etcd-cert" => "-discovery etcd://h -etcd-keycert /key.pem",
+                    "etcd-keycert" => "-discovery etcd://h -etcd-cert /cert.pem",
+                    "etcd-cacert" => "-discovery etcd://h",
                     _ => "",
                 };
                 let config = shown(&parse(&format!("{line} {beside}")));
@@ -209,8 +215,8 @@ fn switches() {
     ] {
         assert_eq!(capture(line), expected, "{line}");
     }
-    assert!(!parse("-filter=false").settings.healthy_only);
-    assert!(parse("-filter=false -filter").settings.healthy_only);
+    assert_ne!(shown(&parse("-filter=false")), shown(&parse("")));
+    assert_eq!(shown(&parse("-filter=false -filter")), shown(&parse("")));
     assert!(parse("--notrack").notrack);
 }
 
@@ -218,7 +224,7 @@ fn switches() {
 fn the_last_one_wins_but_discoveries_add_up() {
     let config = parse("-p 1 -port=2 -discovery docker:// -discovery=dns://127.0.0.1");
     assert_eq!(config.port.get(), 2);
-    assert_eq!(config.discovery, ["docker://", "dns://127.0.0.1"]);
+    assert_eq!(names(&config), "dns, docker");
 }
 
 #[test]
@@ -232,15 +238,14 @@ fn flag_then_environment_then_default() {
     ];
     let config = parse_with("", &env).unwrap();
     assert_eq!((config.port.get(), config.interface.as_str()), (1, "a"));
-    assert_eq!(config.discovery, ["docker://"]);
+    assert_eq!(names(&config), "docker");
     assert_eq!(vips(&config).unwrap(), ["10.0.0.1"]);
     assert_eq!(config.docker.to_string(), "tcp://a:1");
-    assert_eq!(config.settings.docker, config.docker);
 
     let flags = "-p 2 -proxy-ip 10.0.0.2 -interface b -discovery file://f -docker unix:///d";
     let config = parse_with(flags, &env).unwrap();
     assert_eq!((config.port.get(), config.interface.as_str()), (2, "b"));
-    assert_eq!(config.discovery, ["file://f"]);
+    assert_eq!(names(&config), "file");
     assert_eq!(vips(&config).unwrap(), ["10.0.0.2"]);
     assert_eq!(config.docker.to_string(), "unix:///d");
 
@@ -250,44 +255,46 @@ fn flag_then_environment_then_default() {
 
 #[test]
 fn secrets_and_files_from_the_environment() {
-    let config = parse_with(
-        "-etcd-cacert /ca -etcd-cert /cert -etcd-keycert /key",
-        &[
-            ("CONSUL_HTTP_TOKEN", "t"),
-            ("CONSUL_HTTP_TOKEN_FILE", "/t"),
-            ("CONSUL_HTTP_SSL", "1"),
-            ("CONSUL_HTTP_SSL_VERIFY", "False"),
-            ("CONSUL_CACERT", "/ca"),
-            ("CONSUL_CLIENT_CERT", "/cert"),
-            ("CONSUL_CLIENT_KEY", "/key"),
-            ("CONSUL_HTTP_AUTH", "user:password"),
-            ("ETCD_USERNAME", "u"),
-            ("ETCD_PASSWORD", "p"),
-        ],
-    )
-    .unwrap();
+    let secret = |text: &str| Secret::from(text.to_owned());
+    let variables = HashMap::from([
+        ("CONSUL_HTTP_TOKEN", "t"),
+        ("CONSUL_HTTP_TOKEN_FILE", "/t"),
+        ("CONSUL_HTTP_SSL", "1"),
+        ("CONSUL_HTTP_SSL_VERIFY", "False"),
+        ("CONSUL_CACERT", "/ca"),
+        ("CONSUL_CLIENT_CERT", "/cert"),
+        ("CONSUL_CLIENT_KEY", "/key"),
+        ("CONSUL_HTTP_AUTH", "user:password"),
+        ("ETCD_USERNAME", "u"),
+        ("ETCD_PASSWORD", "p"),
+    ]);
+    let env = |name: &str| variables.get(name).map(|&value| value.to_owned());
     assert_eq!(
-        config.settings.consul,
-        ConsulSettings {
-            token: Some("t".into()),
+        read::consul(&read::Environment(&env)),
+        Ok(ConsulSettings {
+            token: Some(secret("t")),
             token_file: Some("/t".into()),
             tls: true,
             tls_verify: false,
             ca: Some("/ca".into()),
             certificate: Some("/cert".into()),
             key: Some("/key".into()),
-            auth: Some("user:password".into()),
-        }
+            auth: Some(secret("user:password")),
+        })
     );
+    let flag = |text: &str| Some(text.to_owned());
     assert_eq!(
-        config.settings.etcd,
-        EtcdSettings {
+        read::etcd(flag("/cert"), flag("/key"), flag("/ca"), &read::Environment(&env)),
+        Ok(EtcdSettings {
             certificate: Some("/cert".into()),
             key: Some("/key".into()),
             ca: Some("/ca".into()),
-            user: Some(("u".into(), "p".into())),
-        }
+            user: Some(("u".into(), secret("p"))),
+        })
     );
+    let nothing = read::Environment(&|_| None);
+    assert_eq!(read::consul(&nothing), Ok(ConsulSettings::default()));
+    assert_eq!(read::etcd(None, None, None, &nothing), Ok(EtcdSettings::default()));
 }
 
 #[test]
@@ -381,6 +388,23 @@ b'",
             "-provider static -services 'web;99999'",
             "--services \"web;99999\": port \"99999\" is not a number from 1 to 65535",
         ),
+        (
+            "-provider static -services 'web;80;via=etcd'",
+            "--services \"web;80;via=etcd\": via=\"etcd\": expected one of the configured discoveries: consul",
+        ),
+        (
+            "-discovery marathon://h:8080",
+            "--discovery \"marathon://h:8080\": marathon is not supported",
+        ),
+        (
+            "-discovery zookeeper://h",
+            "--discovery \"zookeeper://h\": expected consul://, consuls://, etcd://, etcd2://, etcd3://, docker://, \
+             file:// or dns://",
+        ),
+        (
+            "-discovery etcd2://h -discovery etcd3://h",
+            "--discovery \"etcd3://h\": a second etcd: a descriptor could not tell them apart",
+        ),
         ("-docker /d.sock", "--docker \"/d.sock\": expected unix:///path or tcp://host:port"),
         ("-prefix ''", "--prefix \"\": expected the beginning of a variable's name, without '='"),
         (
@@ -427,6 +451,7 @@ b'",
         ("DOCKER_HOST", "ssh://h", {
             "DOCKER_HOST \"ssh://h\": expected unix:///path or tcp://host:port"
         }),
+        ("DISCOVERY", "marathon://h", "DISCOVERY \"marathon://h\": marathon is not supported"),
         ("INTERFACE", "a/b", {
             "INTERFACE \"a/b\": expected the name of a network interface, up to 15 characters"
         }),

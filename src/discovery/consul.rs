@@ -11,9 +11,8 @@ use serde_json::Value;
 use url::Url;
 
 use super::{
-    Endpoints, Query, Rejected, Settings, address,
+    Endpoints, Query, Rejected, Secret, Settings, address,
     http::{self, ANSWER, Answer, Pace},
-    uri::Secret,
 };
 use crate::{
     model::Tags,
@@ -27,12 +26,12 @@ const WAIT: Duration = Duration::from_secs(30);
 /// A Consul agent or server.
 #[derive(Debug, Clone)]
 pub struct Consul {
-    base: Url,
+    pub(super) base: Url,
     tls: ClientTls,
     tls_verify: bool,
     token: Token,
     auth: Option<Secret>,
-    asked: Asked,
+    pub(super) asked: Asked,
     healthy_only: bool,
     wait: Duration,
 }
@@ -259,21 +258,21 @@ fn endpoints(entries: Vec<Value>, tags: &Tags) -> Endpoints {
 
 /// What is read of an entry of the answer.
 #[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
+#[serde(rename_all = "PascalCase", expecting = "an object with Node and Service")]
 struct Entry {
     node: Node,
     service: Service,
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
+#[serde(rename_all = "PascalCase", expecting = "an object with Node and Address")]
 struct Node {
     node: String,
     address: String,
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
+#[serde(rename_all = "PascalCase", expecting = "an object with ID and Port")]
 struct Service {
     #[serde(rename = "ID")]
     id: String,
@@ -282,4 +281,93 @@ struct Service {
     address: String,
     port: i64,
     tags: Option<Vec<String>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn list(endpoints: &Endpoints) -> Vec<String> {
+        endpoints.list.iter().map(ToString::to_string).collect()
+    }
+
+    /// Two instances as Consul 1.8.7 answers, without what is not read.
+    fn two() -> Vec<Value> {
+        vec![
+            json!({
+                "Node": { "Node": "fury", "Address": "127.0.0.1", "Datacenter": "dc1", "Meta": {} },
+                "Service": {
+                    "ID": "web-1", "Service": "web", "Tags": ["prod"], "Address": "10.0.0.1",
+                    "Meta": null, "Port": 80, "Weights": { "Passing": 1, "Warning": 1 },
+                },
+                "Checks": [{ "CheckID": "serfHealth", "Status": "passing" }],
+            }),
+            json!({
+                "Node": { "Node": "fury", "Address": "fd00::1" },
+                "Service": { "ID": "web-2", "Tags": [], "Address": "", "Port": 81 },
+            }),
+        ]
+    }
+
+    #[test]
+    fn an_instance_is_at_its_own_address_or_its_nodes() {
+        let endpoints = endpoints(two(), &Tags::default());
+        assert_eq!(list(&endpoints), ["10.0.0.1:80", "[fd00::1]:81"]);
+        assert_eq!(endpoints.rejected, []);
+    }
+
+    #[test]
+    fn a_server_that_heeds_no_tags_is_of_no_harm() {
+        assert_eq!(list(&endpoints(two(), &Tags::new(["prod"]))), ["10.0.0.1:80"]);
+    }
+
+    #[test]
+    fn each_wrong_entry_is_rejected_for_itself() {
+        let mut entries = two();
+        let with =
+            |service: Value| json!({ "Node": { "Node": "n", "Address": "" }, "Service": service });
+        entries.extend([
+            with(json!({ "ID": "a", "Port": 80 })),
+            with(json!({ "ID": "b", "Address": "10.0.0.9", "Port": -1 })),
+            with(json!({ "ID": "c", "Address": "10.0.0.9", "Port": "80" })),
+            json!({ "Node": null }),
+            json!(7),
+        ]);
+        let endpoints = endpoints(entries, &Tags::default());
+        assert_eq!(list(&endpoints), ["10.0.0.1:80", "[fd00::1]:81"]);
+        let rejected: Vec<_> =
+            endpoints.rejected.iter().map(|r| format!("{}: {}", r.what, r.reason)).collect();
+        assert_eq!(
+            rejected,
+            [
+                "a on n: address \"\": expected an IP address",
+                "an entry: invalid type: integer `7`, expected an object with Node and Service",
+                "an entry: invalid type: null, expected an object with Node and Address",
+                "b on n: port \"-1\": expected 1 to 65535",
+                "c: invalid type: string \"80\", expected i64",
+            ]
+        );
+    }
+
+    #[test]
+    fn an_index_is_waited_on_from_one_and_never_backwards() {
+        assert_eq!(next_index(0, 0), 1);
+        assert_eq!(next_index(0, 7), 7);
+        assert_eq!(next_index(7, 7), 7);
+        assert_eq!(next_index(7, 8), 8);
+        assert_eq!(next_index(7, 6), 0);
+        assert_eq!(next_index(1, 0), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn no_entry_panics(address in "\\PC{0,20}", id in "\\PC{0,9}", port: i64, tag in "\\PC{0,9}") {
+            let service = json!({ "ID": id, "Address": address, "Port": port, "Tags": [tag] });
+            let entry = json!({ "Node": { "Node": id, "Address": address }, "Service": service });
+            endpoints(vec![entry], &Tags::default());
+        }
+    }
 }

@@ -1,31 +1,176 @@
-//! File
-use crate::{
-    discovery::{Endpoints, Query},
-    source::{Publisher, Source, SourceError},
+//! `file://path`: a TOML file of services and their endpoints, read again whenever it changes.
+//!
+//! ```toml
+//! [[service]]
+//! name = "redis.master"
+//! endpoints = ["10.0.0.1:6379"]
+//!
+//! [[service]]
+//! name = "web"
+//! tags = ["prod"]                                        # every endpoint of this service carries them
+//! endpoints = [
+//!     "10.0.0.2:80",
+//!     { address = "[fd00::3]:80", tags = ["canary"] },   # and this one carries its own as well
+//! ]
+//! ```
+//!
+//! A service may stand more than once. What is wrong with one entry leaves the others as they are; a file that cannot be
+//! read at all, or says nothing, leaves everything as it was. `service = []` says that there are none.
+
+use std::{
+    fs,
+    io::{ErrorKind, Read},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
+use notify::{
+    Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher,
+    event::{AccessKind, AccessMode},
+};
+use tokio::{sync::Notify, time::timeout};
+
+use self::catalogue::Catalogue;
+use crate::{
+    discovery::{Endpoints, Query},
+    source::{Publisher, Shared, Source, SourceError},
+};
+
+mod catalogue;
+
+/// A file of services. However many queries there are, it is watched and read once.
 #[derive(Debug, Clone)]
-#[allow(dead_code)]
 pub struct File {
-    path: std::path::PathBuf,
+    path: PathBuf,
+    catalogue: Shared<Catalogue>,
 }
 
 impl File {
-    pub fn new(path: std::path::PathBuf) -> Self {
-        Self { path }
+    /// A relative path is relative to the working directory.
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, catalogue: Shared::default() }
     }
 
-    pub fn source(self, _query: Query) -> FileSource {
-        FileSource {}
+    /// Follows what `query` asks for, for ever.
+    pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: Duration) {
+        let name = format!("file {}", self.path.display());
+        let contents = || Contents { path: self.path.clone() };
+        let answer = |catalogue: &Catalogue| catalogue.select(&query);
+        self.catalogue.derive(&name, contents, resync, &publish, answer).await;
     }
 }
 
-#[derive(Debug)]
-pub struct FileSource {}
+/// The source behind a `File`.
+struct Contents {
+    path: PathBuf,
+}
 
-impl Source for FileSource {
-    type Item = Endpoints;
-    async fn session(&mut self, _publish: &Publisher<Endpoints>) -> Result<(), SourceError> {
-        std::future::pending().await
+impl Source for Contents {
+    type Item = Catalogue;
+
+    async fn session(&mut self, publish: &Publisher<Catalogue>) -> Result<(), SourceError> {
+        let mut watch = Watch::new()?;
+        loop {
+            watch.add(&self.path)?;
+            publish.publish(self.read().await?);
+            watch.changed().await;
+        }
     }
+}
+
+impl Contents {
+    /// Bytes of the largest file that is read: far more than any list of services.
+    const LARGEST: u64 = 16 << 20;
+    /// Only a file system that hangs takes this long.
+    const READ: Duration = Duration::from_secs(10);
+
+    async fn read(&self) -> Result<Catalogue, SourceError> {
+        let wrong = |reason: &dyn std::fmt::Display| {
+            SourceError::new(format_args!("{}: {reason}", self.path.display()))
+        };
+        let path = self.path.clone();
+        let read = tokio::task::spawn_blocking(move || read(&path, Self::LARGEST));
+        let text = match timeout(Self::READ, read).await {
+            Ok(Ok(text)) => text.map_err(|error| wrong(&error))?,
+            Ok(Err(error)) => return Err(wrong(&error)),
+            Err(_) => {
+                return Err(wrong(&format_args!("not read within {} s", Self::READ.as_secs())));
+            }
+        };
+        text.parse().map_err(|error: String| wrong(&error))
+    }
+}
+
+fn read(path: &Path, largest: u64) -> std::io::Result<String> {
+    let wrong = |reason| Err(std::io::Error::new(ErrorKind::InvalidInput, reason));
+    // To open a pipe would wait for its writer.
+    if !fs::metadata(path)?.is_file() {
+        return wrong("expected a regular file");
+    }
+    let mut text = String::new();
+    fs::File::open(path)?.take(largest + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > largest {
+        return wrong("more than 16 MiB");
+    }
+    Ok(text)
+}
+
+/// Waits for changes of a file by any way in which files change: in place, by a rename over it (itself or a folder that
+/// its links lead through, as Kubernetes swaps a ConfigMap), by removal.
+struct Watch {
+    watcher: RecommendedWatcher,
+    changed: Arc<Notify>,
+}
+
+impl Watch {
+    /// A file is read when it has not changed for this long: many programs write one in several steps.
+    const QUIET: Duration = Duration::from_millis(50);
+    /// A folder in which something changes all the time is no reason to wait longer than this.
+    const PATIENCE: Duration = Duration::from_secs(1);
+
+    fn new() -> Result<Self, SourceError> {
+        let changed = Arc::new(Notify::new());
+        let notify = changed.clone();
+        let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+            // Events that got lost may have been anything.
+            if event.is_ok_and(|event| is_only_a_look(&event.kind)) {
+                return;
+            }
+            notify.notify_one();
+        });
+        let watcher = watcher.map_err(|error| SourceError::caused("watch files", &error))?;
+        Ok(Self { watcher, changed })
+    }
+
+    /// Watches the file, the folder that holds it, and the folder that holds what its links lead to. To be called again
+    /// after each change: they may be others by then.
+    fn add(&mut self, path: &Path) -> Result<(), SourceError> {
+        let folder = match path.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        self.watcher.watch(folder, RecursiveMode::NonRecursive).map_err(|error| {
+            SourceError::caused(format_args!("watch {}", folder.display()), &error)
+        })?;
+        let real = path.canonicalize().ok();
+        for more in [Some(path), real.as_deref().and_then(Path::parent)].into_iter().flatten() {
+            // Where it is missing, the folder tells when it comes.
+            let _ = self.watcher.watch(more, RecursiveMode::NonRecursive);
+        }
+        Ok(())
+    }
+
+    async fn changed(&self) {
+        self.changed.notified().await;
+        let first = Instant::now();
+        while first.elapsed() < Self::PATIENCE
+            && timeout(Self::QUIET, self.changed.notified()).await.is_ok()
+        {}
+    }
+}
+
+/// What does not change a file: our own reading among it, which would never end otherwise.
+fn is_only_a_look(kind: &EventKind) -> bool {
+    matches!(kind, EventKind::Access(access) if *access != AccessKind::Close(AccessMode::Write))
 }

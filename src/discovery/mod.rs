@@ -22,9 +22,11 @@ pub mod docker;
 pub mod etcd;
 pub mod file;
 mod http;
+mod settings;
 mod uri;
 
-pub use uri::{ConsulSettings, EtcdSettings, Secret, Settings, UriError};
+pub use settings::{ConsulSettings, EtcdSettings, Secret, Settings};
+pub use uri::UriError;
 
 /// What is asked of a discovery. Equal queries share one watch, however many consumers ask.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -95,8 +97,8 @@ impl Discovery {
         match self {
             Self::Consul(consul) => follow(&name, consul.source(query), publish, resync).await,
             Self::Etcd(etcd) => follow(&name, etcd.source(query), publish, resync).await,
-            Self::Docker(docker) => follow(&name, docker.source(query), publish, resync).await,
-            Self::File(file) => follow(&name, file.source(query), publish, resync).await,
+            Self::Docker(docker) => docker.watch(query, publish, resync).await,
+            Self::File(file) => file.watch(query, publish, resync).await,
             Self::Dns(dns) => follow(&name, dns.source(query), publish, resync).await,
         }
     }

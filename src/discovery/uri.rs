@@ -3,14 +3,13 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    path::PathBuf,
     sync::Arc,
 };
 
 use url::{Url, form_urlencoded};
 
 use super::{
-    Discovery,
+    Discovery, Settings,
     consul::{self, Consul},
     dns::Dns,
     docker::Docker,
@@ -18,95 +17,6 @@ use super::{
     file::File,
 };
 use crate::docker::{Address, Engine};
-
-/// What the URIs do not say and the discoveries need: flags and the environment, already read.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// `-filter`: only endpoints that pass their health checks.
-    pub healthy_only: bool,
-    /// `-docker`: the engine that a bare `docker://` means.
-    pub docker: Engine,
-    pub consul: ConsulSettings,
-    pub etcd: EtcdSettings,
-}
-
-/// `CONSUL_HTTP_*`, as every Consul tool reads them (developer.hashicorp.com/consul/commands#environment-variables).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ConsulSettings {
-    /// `CONSUL_HTTP_TOKEN`
-    pub token: Option<Secret>,
-    /// `CONSUL_HTTP_TOKEN_FILE`
-    pub token_file: Option<PathBuf>,
-    /// `CONSUL_HTTP_SSL`
-    pub tls: bool,
-    /// `CONSUL_HTTP_SSL_VERIFY`
-    pub tls_verify: bool,
-    /// `CONSUL_CACERT`
-    pub ca: Option<PathBuf>,
-    /// `CONSUL_CLIENT_CERT`
-    pub certificate: Option<PathBuf>,
-    /// `CONSUL_CLIENT_KEY`
-    pub key: Option<PathBuf>,
-    /// `CONSUL_HTTP_AUTH`: `user` or `user:password`
-    pub auth: Option<Secret>,
-}
-
-impl Default for ConsulSettings {
-    /// What an empty environment means.
-    fn default() -> Self {
-        Self {
-            token: None,
-            token_file: None,
-            tls: false,
-            tls_verify: true,
-            ca: None,
-            certificate: None,
-            key: None,
-            auth: None,
-        }
-    }
-}
-
-/// `-etcd-*` and `ETCD_*`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct EtcdSettings {
-    /// `-etcd-cert`
-    pub certificate: Option<PathBuf>,
-    /// `-etcd-keycert`
-    pub key: Option<PathBuf>,
-    /// `-etcd-cacert`
-    pub ca: Option<PathBuf>,
-    /// `ETCD_USERNAME`, `ETCD_PASSWORD`
-    pub user: Option<(String, Secret)>,
-}
-
-/// Text that must not show in a log.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    pub(super) fn reveal(&self) -> &str {
-        &self.0
-    }
-}
-
-impl From<&str> for Secret {
-    fn from(text: &str) -> Self {
-        text.to_owned().into()
-    }
-}
-
-impl From<String> for Secret {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(hidden)")
-    }
-}
 
 /// A `-discovery` that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -305,6 +215,189 @@ impl fmt::Display for Host {
         match self {
             Self::Name(name) => f.write_str(name),
             Self::V6(ip) => write!(f, "[{ip}]"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::discovery::{ConsulSettings, EtcdSettings};
+
+    fn settings() -> Settings {
+        Settings {
+            healthy_only: true,
+            docker: Engine { address: Address::Unix("/run/own.sock".into()), certificates: None },
+            consul: ConsulSettings::default(),
+            etcd: EtcdSettings::default(),
+        }
+    }
+
+    fn name(text: &str) -> String {
+        parse(text, &settings()).map(|(name, _)| name.to_string()).expect(text)
+    }
+
+    fn consul(text: &str, settings: &Settings) -> Consul {
+        match parse(text, settings) {
+            Ok((_, Discovery::Consul(consul))) => consul,
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+
+    fn etcd(text: &str, settings: &Settings) -> Etcd {
+        match parse(text, settings) {
+            Ok((_, Discovery::Etcd(etcd))) => etcd,
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_discovery_is_named_by_its_scheme_without_version_and_tls() {
+        for (text, expected) in [
+            ("consul://h", "consul"),
+            ("consuls://h", "consul"),
+            ("etcd://h", "etcd"),
+            ("etcd2://h", "etcd"),
+            ("etcd3://h", "etcd"),
+            ("docker://", "docker"),
+            ("docker://10.0.0.1:2375", "docker"),
+            ("docker:///run/other.sock", "docker"),
+            ("file:///etc/services.toml", "file"),
+            ("file://services.toml", "file"),
+            ("dns://10.0.0.1", "dns"),
+            ("dns://[fd00::1]:5353", "dns"),
+        ] {
+            assert_eq!(name(text), expected);
+        }
+    }
+
+    #[test]
+    fn consul_is_where_the_uri_says() {
+        for (text, base) in [
+            ("consul://127.0.0.1:8500", "http://127.0.0.1:8500/"),
+            ("consul://consul.example", "http://consul.example:8500/"),
+            ("consul://consul.example/", "http://consul.example:8500/"),
+            ("consul://[::1]", "http://[::1]:8500/"),
+            ("consul://[::1]:80", "http://[::1]/"),
+            ("consuls://h:8501", "https://h:8501/"),
+        ] {
+            assert_eq!(consul(text, &settings()).base.as_str(), base);
+        }
+        let mut tls = settings();
+        tls.consul.tls = true;
+        assert_eq!(consul("consul://h:8501", &tls).base.as_str(), "https://h:8501/");
+    }
+
+    #[test]
+    fn every_parameter_of_consul_is_read() {
+        let text = "consul://h?dc=dc-2&token-file=/run/a%20token&near=_agent&tag=a&tag=b";
+        assert_eq!(
+            consul(text, &settings()).asked,
+            consul::Asked {
+                dc: Some("dc-2".to_owned()),
+                token_file: Some("/run/a token".into()),
+                near: Some("_agent".to_owned()),
+                tags: vec!["a".to_owned(), "b".to_owned()],
+            }
+        );
+    }
+
+    #[test]
+    fn etcd_may_have_many_members_and_a_flag_of_tls_is_enough_for_tls() {
+        let members = |etcd: Etcd| etcd.members.iter().map(Url::to_string).collect::<Vec<_>>();
+        let text = "etcd://a:4001,10.0.0.1,[::1]:2380";
+        let plain = etcd(text, &settings());
+        assert_eq!(plain.api, Api::Any);
+        let addresses = ["a:4001", "10.0.0.1:2379", "[::1]:2380"];
+        assert_eq!(members(plain), addresses.map(|a| format!("http://{a}/")));
+        assert_eq!(etcd("etcd2://h", &settings()).api, Api::V2);
+        assert_eq!(etcd("etcd3://h", &settings()).api, Api::V3);
+        let path = || Some(PathBuf::from("file.pem"));
+        for (certificate, key, ca) in
+            [(None, None, path()), (path(), path(), None), (path(), path(), path())]
+        {
+            let etcd_flags = EtcdSettings { certificate, key, ca, user: None };
+            let tls = Settings { etcd: etcd_flags, ..settings() };
+            assert_eq!(members(etcd(text, &tls)), addresses.map(|a| format!("https://{a}/")));
+        }
+    }
+
+    #[test]
+    fn half_a_client_certificate_is_refused_by_the_names_that_the_user_knows() {
+        let path = || Some(PathBuf::from("file.pem"));
+        let mut half = settings();
+        half.etcd.certificate = path();
+        half.consul.key = path();
+        let refusal = |text: &str| parse(text, &half).unwrap_err().to_string();
+        assert_eq!(
+            refusal("etcd://h"),
+            "\"etcd://h\": -etcd-cert is given without -etcd-keycert: expected both or neither"
+        );
+        assert_eq!(
+            refusal("consuls://h"),
+            "\"consuls://h\": CONSUL_CLIENT_KEY is given without CONSUL_CLIENT_CERT: expected both or neither"
+        );
+    }
+
+    /// Whole messages are compared: they are what a user reads on the terminal.
+    #[test]
+    fn each_wrong_uri_has_its_reason() {
+        const SCHEMES: &str = "expected consul://, consuls://, etcd://, etcd2://, etcd3://, docker://, file:// or dns://";
+        const HOST: &str = "expected host, host:port or [ipv6]:port";
+        for (text, reason) in [
+            ("", SCHEMES.to_owned()),
+            ("127.0.0.1:8500", SCHEMES.to_owned()),
+            ("zk://h", SCHEMES.to_owned()),
+            ("Consul://h", SCHEMES.to_owned()),
+            ("marathon://h:8080", "marathon is not supported".to_owned()),
+            ("consul", format!("\"\": {HOST}")),
+            ("consul://", format!("\"\": {HOST}")),
+            ("consul://h:0", format!("\"h:0\": {HOST}")),
+            ("consul://h:http", format!("\"h:http\": {HOST}")),
+            ("consul://::1:8500", format!("\"::1:8500\": {HOST}")),
+            ("consul://[::1", format!("\"[::1\": {HOST}")),
+            ("consul://[::g]", format!("\"[::g]\": {HOST}")),
+            ("consul://a b", format!("\"a b\": {HOST}")),
+            ("consul://1.2.3.4.5", "\"1.2.3.4.5\": invalid IPv4 address".to_owned()),
+            ("consul://h/v1", "unexpected path \"v1\" after the address".to_owned()),
+            (
+                "consul://h?token=x",
+                "unknown parameter \"token\": expected dc, near, tag or token-file".to_owned(),
+            ),
+            ("consul://h?dc=", "dc= is empty".to_owned()),
+            ("consul://h?dc=a&dc=b", "dc= is given twice".to_owned()),
+            ("etcd://a,,b", format!("\"\": {HOST}")),
+            ("etcd://a?dc=b", "unknown parameter \"dc\": expected none".to_owned()),
+            ("docker://h", "\"h\" has no port: expected host:port or /path/of.sock".to_owned()),
+            (
+                "file://",
+                "no path: expected file:///absolute/path or file://relative/path".to_owned(),
+            ),
+            ("dns://ns.example", "resolver \"ns.example\": expected an IP address".to_owned()),
+            ("dns://", format!("\"\": {HOST}")),
+        ] {
+            let error = parse(text, &settings()).map(|(name, _)| name).expect_err(text);
+            assert_eq!(error.to_string(), format!("{text:?}: {reason}"));
+        }
+    }
+
+    #[test]
+    fn a_password_in_a_uri_is_refused_and_not_repeated() {
+        let error = parse("consul://joe:hunter2@h:8500", &settings()).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "\"consul://(hidden)@h:8500\": no user may stand in the address: credentials come from the environment"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_uri_panics(text in "(consuls?|etcd[23]?|docker|file|dns|\\PC{0,6})://(\\PC|[0-9a-z:/?&=,@\\[\\]]){0,30}") {
+            let _ = parse(&text, &settings());
         }
     }
 }

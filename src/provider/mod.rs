@@ -1,8 +1,13 @@
 //! WHO asks for what: consumers and their bindings, from Docker or from the command line.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
-use tokio::sync::Notify;
+use ipnet::IpNet;
+
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep_until},
+};
 
 use crate::source::{Answers, Publisher, follow};
 
@@ -16,6 +21,10 @@ use crate::model::Consumer;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Listing {
     pub consumers: Vec<Consumer>,
+    /// Every address that is known to be a container's, of those that ask for nothing too.
+    pub known: BTreeSet<IpAddr>,
+    /// The networks in which a container that is not known yet may have its address.
+    pub networks: BTreeSet<IpNet>,
     pub problems: Vec<Problem>,
 }
 
@@ -29,10 +38,30 @@ pub struct Problem {
     pub reason: String,
 }
 
+/// Asks the provider to look for containers that it has not heard of: somebody unknown is dialling. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub struct Lookup(Arc<Notify>);
+
+impl Lookup {
+    /// Between two looks, so that a stranger who keeps dialling does not keep the engine busy.
+    const PAUSE: Duration = Duration::from_millis(50);
+
+    /// Asks. Many askers before the look are one.
+    pub fn ask(&self) {
+        self.0.notify_one();
+    }
+
+    /// Waits until somebody asks, and not before `next_look`.
+    async fn asked(&self, next_look: Instant) {
+        sleep_until(next_look).await;
+        self.0.notified().await;
+    }
+}
+
 /// The configured provider.
 #[derive(Debug)]
 pub enum Provider {
-    Docker(docker::DockerProvider),
+    Docker(Box<docker::DockerProvider>),
     Static(Box<Consumer>),
 }
 
@@ -42,10 +71,10 @@ impl Provider {
         let (publish, answers) = Publisher::new(bell);
         match self {
             Self::Docker(docker) => {
-                tokio::spawn(async move { follow("docker", docker, publish, resync).await });
+                tokio::spawn(async move { follow("docker", *docker, publish, resync).await });
             }
             Self::Static(consumer) => {
-                publish.publish(Listing { consumers: vec![*consumer], problems: Vec::new() });
+                publish.publish(Listing { consumers: vec![*consumer], ..Listing::default() });
             }
         }
         answers

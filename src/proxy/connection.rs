@@ -11,11 +11,13 @@ use std::{
 use rustix::io::Errno;
 use socket2::SockRef;
 use tokio::{
+    io::AsyncWriteExt,
     net::{TcpSocket, TcpStream},
     time::timeout,
 };
 
 use super::{
+    announce,
     listener::{KEEPALIVE, original_destination},
     outcome::Outcome,
     relay::{Broken, Moved, Side, relay},
@@ -36,16 +38,33 @@ pub enum Destinations {
     VipsAnd(Vec<IpAddr>),
 }
 
-/// The route that an accepted connection means, or why it means none.
-pub(super) fn recognise(
-    table: &Table,
-    destinations: &Destinations,
-    stream: &TcpStream,
-    peer: SocketAddr,
-) -> Result<(Arc<Route>, SocketAddr), Outcome> {
-    let local = stream.local_addr().map_err(|_| Outcome::ConsumerReset)?;
-    let meant = original_destination(stream, local).map_err(|_| Outcome::NoOriginalDestination)?;
-    route(table, destinations, peer.ip(), meant, local).map(|route| (route, meant))
+/// What a captured connection shows of itself.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Meaning {
+    /// Who dialled.
+    pub peer: SocketAddr,
+    /// The original destination.
+    pub meant: SocketAddr,
+    /// Where it arrived.
+    pub local: SocketAddr,
+}
+
+impl Meaning {
+    pub(super) fn of(stream: &TcpStream, peer: SocketAddr) -> Result<Self, Outcome> {
+        let local = stream.local_addr().map_err(|_| Outcome::ConsumerReset)?;
+        let meant =
+            original_destination(stream, local).map_err(|_| Outcome::NoOriginalDestination)?;
+        Ok(Self { peer, meant, local })
+    }
+
+    /// The route that is meant, or why there is none.
+    pub(super) fn route(
+        &self,
+        table: &Table,
+        destinations: &Destinations,
+    ) -> Result<Arc<Route>, Outcome> {
+        route(table, destinations, self.peer.ip(), self.meant, self.local)
+    }
 }
 
 fn route(
@@ -71,7 +90,7 @@ fn route(
     let port = Port::new(meant.port()).ok_or(Outcome::NoRoute)?;
     match table.route(&RouteKey { source, port }) {
         Some(route) => Ok(route.clone()),
-        None if table.is_consumer(&source) => Err(Outcome::NoRoute),
+        None if table.known().contains(&source) => Err(Outcome::NoRoute),
         None => Err(Outcome::UnknownConsumer),
     }
 }
@@ -80,8 +99,7 @@ fn route(
 #[derive(Debug)]
 pub(super) struct Record {
     pub route: Arc<Route>,
-    pub peer: SocketAddr,
-    pub meant: SocketAddr,
+    pub meaning: Meaning,
     pub accepted: Instant,
     pub connected: Cell<Option<(Duration, Endpoint)>>,
     pub tries: Cell<u8>,
@@ -127,18 +145,28 @@ async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
     let (worker, record) = (&ticket.worker, &ticket.record);
     let route = &record.route;
     let deadline = record.accepted + CONNECT;
+    let Meaning { peer, meant, .. } = record.meaning;
+    let announced = match route.binding.descriptor.proxy {
+        Some(version) => announce::header(version, route, peer, meant),
+        None => Vec::new(),
+    };
     let mut tried: Vec<Endpoint> = Vec::new();
     while tried.len() < TRIES && Instant::now() < deadline {
         // A failed try takes time: there may be other endpoints by now.
         let upstream = worker.upstream(route);
         let start = worker.now();
-        let Some(state) = upstream.rotation.pick(route.balance, start, &tried) else { break };
+        let Some(state) = upstream.rotation.pick(route.balance, start, &tried) else {
+            if !upstream.answered && worker.another_table(record.accepted + worker.hold()).await {
+                continue;
+            }
+            break;
+        };
         let lease = state.lease();
         ticket.connecting(state.endpoint);
         tried.push(state.endpoint);
         record.tries.set(record.tries.get().saturating_add(1));
         let time = TRY.min(deadline.saturating_duration_since(Instant::now()));
-        let opened = timeout(time, open(state.endpoint, worker.mark)).await;
+        let opened = timeout(time, open(state.endpoint, worker.mark, &announced)).await;
         match opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(stream) => {
                 state.succeeded();
@@ -158,7 +186,8 @@ async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
     Err(if tried.is_empty() { Outcome::NoEndpoint } else { Outcome::EndpointsUnreachable })
 }
 
-async fn open(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpStream> {
+/// A connection to `endpoint` on which `announced` has been sent.
+async fn open(endpoint: Endpoint, mark: Option<u32>, announced: &[u8]) -> io::Result<TcpStream> {
     let socket = if endpoint.0.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     let options = SockRef::from(&socket);
     options.set_tcp_nodelay(true)?;
@@ -166,7 +195,12 @@ async fn open(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpStream> {
     if let Some(mark) = mark {
         options.set_mark(mark)?;
     }
-    socket.connect(endpoint.0).await
+    let mut stream = socket.connect(endpoint.0).await?;
+    if !announced.is_empty() {
+        // At once: the endpoint may be the first to speak, and waits for this before it does.
+        stream.write_all(announced).await?;
+    }
+    Ok(stream)
 }
 
 /// Whether a connect failed for want of something here, which is no fault of the endpoint's.
@@ -242,6 +276,8 @@ pub(super) mod tests {
         };
         let inputs = Inputs {
             consumers: &[consumer],
+            known: &["172.17.0.4".parse().unwrap()].into(),
+            networks: &["172.17.0.0/16".parse().unwrap()].into(),
             endpoints: &HashMap::new(),
             vips: &[Vip("172.17.0.1".parse().unwrap())],
             gateways_are_vips: false,
@@ -274,6 +310,7 @@ pub(super) mod tests {
             ("172.17.0.2", "10.0.0.1:6379", Err(Outcome::NotAVip)),
             ("172.17.0.2", "172.17.0.1:6380", Err(Outcome::NoRoute)),
             ("172.17.0.3", "172.17.0.1:6379", Err(Outcome::UnknownConsumer)),
+            ("172.17.0.4", "172.17.0.1:6379", Err(Outcome::NoRoute)),
             ("172.17.0.2", LOCAL, Err(Outcome::DirectDial)),
         ] {
             assert_eq!(recognised(&vips, source, meant), expected, "{source} to {meant}");

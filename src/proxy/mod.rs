@@ -6,13 +6,14 @@ use std::{
     net::SocketAddr,
     sync::{Arc, atomic::Ordering::Relaxed, mpsc},
     thread::JoinHandle,
-    time::Instant,
+    time::Duration,
 };
 
 use tokio::{runtime::LocalOptions, sync::watch};
 
-use crate::{config::ConnectionLog, model::Port, table::Table};
+use crate::{config::ConnectionLog, model::Port, provider::Lookup, table::Table};
 
+mod announce;
 mod connection;
 mod connection_log;
 mod listener;
@@ -34,10 +35,16 @@ pub struct Settings {
     pub destinations: Destinations,
     /// Connections at a time; one more is reset.
     pub max_connections: usize,
+    /// Connections at a time of one consumer; `None`: as many as there may be.
+    pub max_connections_per_consumer: Option<usize>,
     /// The mark of our own connections to endpoints, where rules must tell them apart (man 7 socket, SO_MARK).
     pub mark: Option<u32>,
     /// Whether bulk moves by splice.
     pub splice: bool,
+    /// How long a connection of a container that is not known yet may wait; 0: not at all.
+    pub hold: Duration,
+    /// Whom to ask about such a container.
+    pub lookup: Lookup,
     /// Which connections are logged as they end.
     pub log: ConnectionLog,
 }
@@ -75,12 +82,7 @@ impl Proxy {
             None => Vec::new(),
         };
         let (phase, phases) = watch::channel(Phase::Serving);
-        let shared = Arc::new(Shared {
-            settings,
-            tally: Default::default(),
-            live: Default::default(),
-            start: Instant::now(),
-        });
+        let shared = Arc::new(Shared::new(settings));
         let (alive, workers) = tokio::sync::mpsc::channel(1);
         let mut proxy = Self { shared, phase, threads: Vec::new(), workers, addresses };
         for (n, listeners) in sets.into_iter().enumerate() {

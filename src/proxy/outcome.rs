@@ -46,6 +46,8 @@ outcomes! {
     NoEndpoint = "no_endpoint",
     /// Refused: as many connections as `--max-connections` allows are open.
     TooManyConnections = "too_many_connections",
+    /// Refused: the consumer has as many open as `--max-connections-per-consumer` allows.
+    TooManyOfConsumer = "too_many_of_consumer",
     /// Refused: no endpoint could be reached.
     EndpointsUnreachable = "endpoints_unreachable",
     /// Refused: this host could not open a connection (descriptors, ports or memory ran out).

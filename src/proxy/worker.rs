@@ -17,11 +17,12 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Notify, watch},
     task::AbortHandle,
+    time::timeout_at,
 };
 
 use super::{
     Phase, Settings,
-    connection::{Record, Socket, recognise, reset_on_close, serve},
+    connection::{Meaning, Record, Socket, serve},
     connection_log::{self, Entry},
     listener::{AcceptBackoff, adopt},
     outcome::{Outcome, Tally},
@@ -41,17 +42,68 @@ pub(super) struct Shared {
     pub tally: Tally,
     /// Connections that are open, or being opened.
     pub live: AtomicUsize,
+    /// Connections that wait for their container to become known.
+    held: AtomicUsize,
     /// When the clock of ejections started.
     pub start: Instant,
 }
 
-impl Shared {
-    /// Counts one more live connection, if there may be one more.
-    fn count_in(&self) -> bool {
-        let most = self.settings.max_connections;
-        let one_more = |live| (live < most).then_some(live + 1);
-        self.live.fetch_update(Relaxed, Relaxed, one_more).is_ok()
+/// A place among the connections that are held back.
+struct Held(Arc<Shared>);
+
+impl Held {
+    /// A stranger must not be able to use up the descriptors by dialling.
+    const MOST: usize = 256;
+
+    /// `None` where nothing is held back, or enough is.
+    fn new(shared: &Arc<Shared>) -> Option<Self> {
+        let one_more =
+            |held| (held < Self::MOST && !shared.settings.hold.is_zero()).then_some(held + 1);
+        shared.held.fetch_update(Relaxed, Relaxed, one_more).ok()?;
+        Some(Self(shared.clone()))
     }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.held.fetch_sub(1, Relaxed);
+    }
+}
+
+impl Shared {
+    pub(super) fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            tally: Tally::default(),
+            live: AtomicUsize::new(0),
+            held: AtomicUsize::new(0),
+            start: Instant::now(),
+        }
+    }
+
+    /// Counts one more live connection of the route's consumer, if there may be one more.
+    fn count_in(&self, route: &Route) -> Result<(), Outcome> {
+        let of_consumer = self.settings.max_connections_per_consumer.unwrap_or(usize::MAX);
+        if !one_more(&route.live_of_consumer, of_consumer) {
+            return Err(Outcome::TooManyOfConsumer);
+        }
+        if !one_more(&self.live, self.settings.max_connections) {
+            route.live_of_consumer.fetch_sub(1, Relaxed);
+            return Err(Outcome::TooManyConnections);
+        }
+        Ok(())
+    }
+
+    fn count_out(&self, route: &Route) {
+        self.live.fetch_sub(1, Relaxed);
+        route.live_of_consumer.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Counts one more, if there may be one more.
+fn one_more(count: &AtomicUsize, most: usize) -> bool {
+    let more = |count| (count < most).then_some(count + 1);
+    count.fetch_update(Relaxed, Relaxed, more).is_ok()
 }
 
 /// A connection of a worker.
@@ -67,6 +119,8 @@ pub(super) struct Worker {
     next_id: Cell<Id>,
     /// Rung when the last live connection has ended.
     idle: Notify,
+    /// Rung when a table has been taken over.
+    taken_over: Notify,
 }
 
 /// What can be done to a connection from outside its task.
@@ -98,6 +152,7 @@ pub(super) async fn run(
         live: RefCell::default(),
         next_id: Cell::default(),
         idle: Notify::new(),
+        taken_over: Notify::new(),
     });
     let mut accepting = Vec::new();
     for listener in listeners {
@@ -138,37 +193,64 @@ impl Worker {
         }
     }
 
-    /// Starts a connection that means a route; any other is reset at once.
+    /// Starts a connection that means a route; any other is reset at once, but for one that may soon mean one.
     fn admit(self: &Rc<Self>, stream: TcpStream, peer: SocketAddr) {
-        let recognised =
-            recognise(&self.table.borrow(), &self.shared.settings.destinations, &stream, peer);
-        let counted = recognised.and_then(|recognised| {
-            self.shared.count_in().then_some(recognised).ok_or(Outcome::TooManyConnections)
-        });
-        let (route, meant) = match counted {
-            Ok(recognised) => recognised,
-            Err(outcome) => {
-                reset_on_close(&stream);
-                self.shared.tally.count(outcome);
-                tracing::debug!(%peer, outcome = outcome.as_str(), "refused");
-                return;
-            }
+        let socket = Socket::new(stream);
+        let meaning = match Meaning::of(&socket.stream, peer) {
+            Ok(meaning) => meaning,
+            Err(outcome) => return self.refuse(peer, outcome),
         };
-        self.start(stream, peer, meant, route);
+        let route = meaning.route(&self.table.borrow(), &self.shared.settings.destinations);
+        match route {
+            Ok(route) => self.start(socket, meaning, route, Instant::now()),
+            Err(Outcome::UnknownConsumer) if self.table.borrow().may_become_known(&peer.ip()) => {
+                match Held::new(&self.shared) {
+                    Some(held) => {
+                        tokio::task::spawn_local(self.clone().hold_back(socket, meaning, held));
+                    }
+                    None => self.refuse(peer, Outcome::UnknownConsumer),
+                }
+            }
+            Err(outcome) => self.refuse(peer, outcome),
+        }
+    }
+
+    /// Counts a connection that is reset by dropping its socket.
+    fn refuse(&self, peer: SocketAddr, outcome: Outcome) {
+        self.shared.tally.count(outcome);
+        tracing::debug!(%peer, outcome = outcome.as_str(), "refused");
+    }
+
+    /// Waits for the container to become known: its first connection may be quicker than the engine's news of it.
+    async fn hold_back(self: Rc<Self>, socket: Socket, meaning: Meaning, _held: Held) {
+        let accepted = Instant::now();
+        let deadline = accepted + self.hold();
+        self.shared.settings.lookup.ask();
+        while self.another_table(deadline).await {
+            let route = meaning.route(&self.table.borrow(), &self.shared.settings.destinations);
+            match route {
+                Ok(route) => return self.start(socket, meaning, route, accepted),
+                Err(Outcome::UnknownConsumer) => {}
+                Err(outcome) => return self.refuse(meaning.peer, outcome),
+            }
+        }
+        self.refuse(meaning.peer, Outcome::UnknownConsumer);
     }
 
     fn start(
         self: &Rc<Self>,
-        stream: TcpStream,
-        peer: SocketAddr,
-        meant: SocketAddr,
+        socket: Socket,
+        meaning: Meaning,
         route: Arc<Route>,
+        accepted: Instant,
     ) {
+        if let Err(outcome) = self.shared.count_in(&route) {
+            return self.refuse(meaning.peer, outcome);
+        }
         let record = Rc::new(Record {
             route,
-            peer,
-            meant,
-            accepted: Instant::now(),
+            meaning,
+            accepted,
             connected: Cell::default(),
             tries: Cell::default(),
             moved: Moved::default(),
@@ -178,7 +260,7 @@ impl Worker {
         // Made here and not in the task: it may be aborted before it runs for the first time.
         let ticket =
             Ticket { worker: self.clone(), id, record: record.clone(), outcome: Outcome::Shutdown };
-        let task = tokio::task::spawn_local(serve(ticket, Socket::new(stream)));
+        let task = tokio::task::spawn_local(serve(ticket, socket));
         // The task has not run yet: this is the thread that will run it.
         let live =
             Live { record, task: task.abort_handle(), endpoint: None, doomed: None, verdict: None };
@@ -204,6 +286,7 @@ impl Worker {
             }
             let table = tables.borrow_and_update().clone();
             self.table.replace(table.clone());
+            self.taken_over.notify_waiters();
             let now = Instant::now();
             self.abort(|live, endpoint| match endpoint {
                 _ if !table.has(&live.record.route) => Some(Outcome::RouteGone),
@@ -236,6 +319,16 @@ impl Worker {
         let table = self.table.borrow();
         let now = table.has(route).then(|| table.route(&route.key)).flatten();
         now.map_or(&route.upstream, |now| &now.upstream).clone()
+    }
+
+    /// Waits for the next table, until `deadline`. Whether there is one.
+    pub(super) async fn another_table(&self, deadline: Instant) -> bool {
+        timeout_at(deadline.into(), self.taken_over.notified()).await.is_ok()
+    }
+
+    /// How long a connection may wait for what is not known yet.
+    pub(super) fn hold(&self) -> Duration {
+        self.shared.settings.hold
     }
 
     pub(super) fn now(&self) -> Millis {
@@ -297,7 +390,7 @@ impl Drop for Ticket {
             (all.remove(&self.id), all.is_empty())
         };
         let outcome = live.and_then(|live| live.verdict).unwrap_or(self.outcome);
-        worker.shared.live.fetch_sub(1, Relaxed);
+        worker.shared.count_out(&self.record.route);
         worker.shared.tally.count(outcome);
         connection_log::record(worker.shared.settings.log, outcome, || {
             Entry::new(&self.record, outcome)
@@ -318,44 +411,42 @@ mod tests {
         proxy::{Destinations, connection::tests::table},
     };
 
-    fn worker(max_connections: usize) -> Rc<Worker> {
+    fn worker(max_connections: usize, of_consumer: usize) -> Rc<Worker> {
         let settings = Settings {
             port: None,
             workers: 1,
             destinations: Destinations::Any,
             max_connections,
+            max_connections_per_consumer: Some(of_consumer),
             mark: None,
             splice: false,
+            hold: Duration::ZERO,
+            lookup: Default::default(),
             log: ConnectionLog::Off,
         };
-        let shared = Shared {
-            settings,
-            tally: Tally::default(),
-            live: AtomicUsize::default(),
-            start: Instant::now(),
-        };
         Rc::new(Worker {
-            shared: Arc::new(shared),
+            shared: Arc::new(Shared::new(settings)),
             table: RefCell::new(Arc::new(table())),
             buffers: RelayBuffers::new(0),
             mark: None,
             live: RefCell::default(),
             next_id: Cell::default(),
             idle: Notify::new(),
+            taken_over: Notify::new(),
         })
     }
 
     #[tokio::test]
     async fn a_connection_that_is_aborted_before_it_ran_is_reset_and_accounted_for() {
         let test = async {
-            let worker = worker(1);
+            let worker = worker(1, 1);
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
             let (stream, peer) = listener.accept().await.unwrap();
             let route = worker.table.borrow().routes().next().unwrap().clone();
-            assert!(worker.shared.count_in());
 
-            worker.start(stream, peer, peer, route);
+            let meaning = Meaning { peer, meant: peer, local: peer };
+            worker.start(Socket::new(stream), meaning, route, Instant::now());
             worker.abort(|_, _| Some(Outcome::RouteGone));
             worker.all_ended().await;
             assert_eq!(worker.shared.live.load(Relaxed), 0);
@@ -370,12 +461,23 @@ mod tests {
 
     #[test]
     fn not_one_connection_more_than_allowed_is_counted_in() {
-        let shared = &worker(1_000).shared;
-        let counted = std::thread::scope(|scope| {
-            let count = || (0..1_000).filter(|_| shared.count_in()).count();
-            let threads = [(); 4].map(|()| scope.spawn(count));
-            threads.map(|thread| thread.join().unwrap()).iter().sum::<usize>()
-        });
-        assert_eq!((counted, shared.live.load(Relaxed)), (1_000, 1_000));
+        for (most, of_consumer, refused) in [
+            (1_000, 2_000, Outcome::TooManyConnections),
+            (2_000, 1_000, Outcome::TooManyOfConsumer),
+        ] {
+            let worker = worker(most, of_consumer);
+            let route = worker.table.borrow().routes().next().unwrap().clone();
+            let shared = &worker.shared;
+            let counted = std::thread::scope(|scope| {
+                let count = || (0..1_000).filter(|_| shared.count_in(&route).is_ok()).count();
+                let threads = [(); 4].map(|()| scope.spawn(count));
+                threads.map(|thread| thread.join().unwrap()).iter().sum::<usize>()
+            });
+            let of_consumer = route.live_of_consumer.load(Relaxed);
+            assert_eq!((counted, shared.live.load(Relaxed), of_consumer), (1_000, 1_000, 1_000));
+            assert_eq!(shared.count_in(&route), Err(refused));
+            shared.count_out(&route);
+            assert_eq!(shared.count_in(&route), Ok(()));
+        }
     }
 }

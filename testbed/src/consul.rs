@@ -27,7 +27,7 @@ pub(crate) fn daemon(space: &Arc<Space>, extra: &[OsString]) -> Daemon {
             .into();
     args.push(format!("-advertise={HOST_ADDRESS}").into());
     args.extend_from_slice(extra);
-    Daemon::new(space.clone(), "consul", program(), args, |space| {
+    Daemon::new(space.clone(), "consul", consul_program(), args, |space| {
         let url = "http://127.0.0.1:8500/v1/status/leader";
         let leader = output(space.command("curl").args(["--silent", "--fail", url]))?;
         ensure!(leader.len() > 2, "there is no leader yet: {leader:?}");
@@ -35,9 +35,11 @@ pub(crate) fn daemon(space: &Arc<Space>, extra: &[OsString]) -> Daemon {
     })
 }
 
-/// What is on PATH, else what the set-up has fetched.
-fn program() -> PathBuf {
-    which("consul").unwrap_or_else(|_| cache_dir().join("consul/usr/bin/consul"))
+/// The Consul program: `$CONSUL_BIN`, else what is on PATH, else what the set-up has fetched.
+pub fn consul_program() -> PathBuf {
+    let set = std::env::var_os("CONSUL_BIN").map(PathBuf::from);
+    let fetched = || cache_dir().join("consul/usr/bin/consul");
+    set.unwrap_or_else(|| which("consul").unwrap_or_else(|_| fetched()))
 }
 
 impl Host {

@@ -2,16 +2,17 @@
 
 use std::ffi::OsStr;
 use std::ops::Deref;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rustix::process::Signal;
 
 use crate::host::{Host, Response};
 use crate::poll::eventually;
 use crate::process::Process;
 use crate::space::program_near;
-use rustix::process::Signal;
 
 /// An embassy that runs on the host. It is a [`Process`], and is killed when it is dropped.
 #[derive(Debug)]
@@ -20,16 +21,20 @@ pub struct Embassy {
     process: Process,
 }
 
+/// The program itself: `$EMBASSY_BIN`, else the one that Cargo built beside the running one.
+pub fn embassy_program() -> Result<PathBuf> {
+    program_near("embassy", "EMBASSY_BIN")
+}
+
 impl Host {
     /// Starts embassy with these arguments, and with `DOCKER_HOST` for the host's engine.
     pub fn embassy<I: IntoIterator<Item: AsRef<OsStr>>>(&self, args: I) -> Result<Embassy> {
         self.embassy_from(self.embassy_command(args)?)
     }
 
-    /// The command that [`Host::embassy`] starts, to give it further variables. The program is `$EMBASSY_BIN`, else
-    /// the one that Cargo built beside the running one.
+    /// The command that [`Host::embassy`] starts, to give it further variables.
     pub fn embassy_command<I: IntoIterator<Item: AsRef<OsStr>>>(&self, args: I) -> Result<Command> {
-        let mut command = self.command(program_near("embassy", "EMBASSY_BIN")?);
+        let mut command = self.command(embassy_program()?);
         command.env("DOCKER_HOST", self.docker_url()).args(args);
         Ok(command)
     }

@@ -118,7 +118,7 @@ impl Host {
     /// Starts a command and lets it run, with its output in the file `<name>.log` of [`Host::dir`]. The command may
     /// come from [`Host::command`] or any other.
     pub fn spawn(&self, name: &str, command: Command) -> Result<Process> {
-        Process::spawn(name, self.dir(), command)
+        Ok(Process::spawn(name, self.dir(), command)?.shown())
     }
 
     /// An HTTP request from inside the host. Any status is an `Ok`; an error means that no answer came within 10 s.

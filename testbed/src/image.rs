@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hasher};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
@@ -26,10 +26,10 @@ impl Host {
         &self,
         name: &str,
         programs: &[impl AsRef<Path>],
-        files: &[impl AsRef<Path>],
+        files: &[&str],
     ) -> Result<()> {
         let programs: Vec<_> = programs.iter().map(|path| path.as_ref().to_owned()).collect();
-        let files: Vec<_> = files.iter().map(|path| path.as_ref().to_owned()).collect();
+        let files: Vec<_> = files.iter().map(PathBuf::from).collect();
         let first = programs
             .first()
             .and_then(|path| path.file_name())
@@ -70,24 +70,26 @@ fn tarball(programs: &[PathBuf], files: &[PathBuf]) -> Result<PathBuf> {
     }
     let cache = cache_dir();
     let path = cache.join(format!("image-{:016x}.tar", hash.finish()));
-    // Tests are threads of one process: the first makes it, the others wait.
-    static MAKING: Mutex<()> = Mutex::new(());
-    let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     if path.exists() {
         return Ok(path);
     }
     fs::create_dir_all(&cache).with_context(|| format!("make {}", cache.display()))?;
+    // Tests that start at the same time all come here: one makes it, the others wait.
+    let gate = File::create(cache.join("gate")).context("make the gate of the cache")?;
+    gate.lock().context("lock the cache")?;
+    if path.exists() {
+        return Ok(path);
+    }
     forget_old(&cache)?;
-
-    // Other processes may be at it too: each makes its own, and the last one to rename wins with the same content.
-    let root = cache.join(format!("root-{}-{:016x}", std::process::id(), hash.finish()));
-    let made = fill(&root, &busybox, programs, files).and_then(|()| {
-        let unfinished = root.with_extension("tar");
-        output(Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&unfinished).arg("."))?;
-        fs::rename(&unfinished, &path).with_context(|| format!("make {}", path.display()))
-    });
+    let (root, unfinished) = (cache.join("root"), cache.join("root.tar"));
+    if root.exists() {
+        fs::remove_dir_all(&root).with_context(|| format!("remove {}", root.display()))?;
+    }
+    fill(&root, &busybox, programs, files)?;
+    output(Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&unfinished).arg("."))?;
     fs::remove_dir_all(&root).with_context(|| format!("remove {}", root.display()))?;
-    made.map(|()| path)
+    fs::rename(&unfinished, &path).with_context(|| format!("make {}", path.display()))?;
+    Ok(path)
 }
 
 fn fill(root: &Path, busybox: &Path, programs: &[PathBuf], files: &[PathBuf]) -> Result<()> {

@@ -35,11 +35,11 @@ mod poll;
 mod process;
 mod space;
 
-pub use consul::{Consul, Registration};
+pub use consul::{Consul, Registration, consul_program};
 pub use container::{Container, ContainerBuilder};
 pub use daemon::Daemon;
 pub use docker::Network;
-pub use embassy::Embassy;
+pub use embassy::{Embassy, embassy_program};
 pub use etcd::{Etcd, EtcdV2, EtcdV3};
 pub use exec::output;
 pub use host::{Host, HostBuilder, Response};
@@ -47,6 +47,7 @@ pub use peer::{Answers, Get, Probe};
 pub use poll::eventually;
 pub use process::Process;
 pub use rustix::process::Signal;
+pub use space::testbed_program;
 
 /// Address of the host's `eth0`: the one that a registry would give for ports published on this Docker host.
 pub const HOST_ADDRESS: &str = "192.168.13.90";

@@ -15,9 +15,9 @@ impl Host {
         self.container(name)
     }
 
-    /// An HTTP server on port 80 that answers with its own name, and to `/bytes/N` with N bytes.
+    /// An HTTP server on port 80 that answers with its own name, and to `/bytes/N` with N bytes. The port is exposed.
     pub fn web(&self, name: &str) -> ContainerBuilder {
-        self.server(name, ["http", "--name", name, "--port", "80"])
+        self.server(name, ["http", "--name", name, "--port", "80"]).arg("--expose=80")
     }
 
     /// A container that runs `testbed peer <words>`, such as `["sink", "--port", "80", "--rate", "1000000"]`.

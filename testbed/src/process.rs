@@ -20,6 +20,7 @@ pub struct Process {
     /// The program itself. It is a child of `child` where that is nsenter: entering a process namespace takes a fork.
     pid: Pid,
     child: Mutex<Child>,
+    shown: bool,
 }
 
 /// What a failed test shows of a program's log.
@@ -44,7 +45,13 @@ impl Process {
             }
             false => Pid::from_child(&child),
         };
-        Ok(Self { name: name.to_owned(), log, pid, child: Mutex::new(child) })
+        Ok(Self { name: name.to_owned(), log, pid, child: Mutex::new(child), shown: false })
+    }
+
+    /// A failed test shows its log: the daemons of a host talk too much for that.
+    pub(crate) fn shown(mut self) -> Self {
+        self.shown = true;
+        self
     }
 
     /// The program's process, as seen from outside the host.
@@ -122,7 +129,10 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        // A test that returns an error does not panic. With the variable all is shown, and the test runner keeps it for
+        // the tests that fail.
+        let wanted = std::thread::panicking() || std::env::var_os("TESTBED_SHOW_LOGS").is_some();
+        if self.shown && wanted {
             eprintln!("--- end of the log of {}\n{}\n---", self.name, self.log_tail());
         }
         // Where it cannot be killed, the end of the host's namespaces does it.

@@ -110,7 +110,7 @@ pub(crate) fn plain(program: impl AsRef<OsStr>) -> Command {
 }
 
 /// The `testbed` program: it holds the namespaces, and is what the containers run.
-pub(crate) fn testbed_program() -> Result<PathBuf> {
+pub fn testbed_program() -> Result<PathBuf> {
     program_near("testbed", "TESTBED_BIN")
 }
 

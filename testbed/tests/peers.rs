@@ -1,5 +1,6 @@
 //! The servers and clients in containers, without a proxy between them.
 
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -141,15 +142,18 @@ fn a_web_server_keeps_connections_and_has_bodies_of_any_size() -> Result<()> {
 #[test]
 fn an_image_holds_other_programs() -> Result<()> {
     let host = Host::start()?;
-    host.image_with("tools", &["/usr/sbin/ip"], &["/etc/debian_version"])?;
-    let tools =
-        host.container("tools").image("tools").cmd(["-brief", "address", "show", "lo"]).start()?;
-    testbed::eventually(Duration::from_secs(10), "its output", || {
-        anyhow::ensure!(tools.log()?.contains("127.0.0.1/8"), "it printed {:?}", tools.log()?);
-        Ok(())
-    })?;
-    let version =
-        host.docker(["run", "--rm", "--entrypoint=cat", "tools", "/etc/debian_version"])?;
-    assert_eq!(version, std::fs::read_to_string("/etc/debian_version")?.trim_end());
+    let programs = ["/usr/sbin/ip", "/usr/sbin/iptables", "/usr/sbin/nft"];
+    let extensions = testbed::output(Command::new("sh").args(["-c", "echo /usr/lib/*/xtables"]))?;
+    host.image_with("tools", &programs, &["/etc/debian_version", &extensions])?;
+
+    let shown = host.docker(["run", "--rm", "tools", "-brief", "address", "show", "lo"])?;
+    assert!(shown.contains("127.0.0.1/8"), "{shown}");
+    let script = "cat /etc/debian_version
+        iptables -t nat -A OUTPUT -p tcp --dport 80 -j REDIRECT --to-ports 8080
+        nft list ruleset";
+    let run = ["run", "--rm", "--cap-add=NET_ADMIN", "--entrypoint=sh", "tools", "-ec", script];
+    let shown = host.docker(run)?;
+    assert!(shown.starts_with(&std::fs::read_to_string("/etc/debian_version")?), "{shown}");
+    assert!(shown.contains("tcp dport 80"), "{shown}");
     Ok(())
 }

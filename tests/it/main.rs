@@ -1,6 +1,20 @@
+mod announce;
+mod capture;
+mod command_line;
+mod consumers;
 mod data_path;
+mod discovery_dns;
+mod discovery_docker;
+mod discovery_file;
+mod first_connection;
+mod followed;
+mod following;
+mod life_cycle;
 mod main_job;
+mod modes;
+mod process;
 mod registry;
+mod support;
 
 use std::time::Duration;
 

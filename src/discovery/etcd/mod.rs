@@ -10,7 +10,7 @@
 
 use url::Url;
 
-use super::{Endpoints, EtcdSettings, Query, uri::Secret};
+use super::{Endpoints, EtcdSettings, Query, Secret};
 use crate::{
     model::Tags,
     source::{Publisher, Source, SourceError},
@@ -29,8 +29,8 @@ use value::Tree;
 #[derive(Debug, Clone)]
 pub struct Etcd {
     /// At least one; `https` where TLS is used.
-    members: Vec<Url>,
-    api: Api,
+    pub(super) members: Vec<Url>,
+    pub(super) api: Api,
     tls: ClientTls,
     user: Option<(String, Secret)>,
 }

@@ -12,15 +12,15 @@ use url::Url;
 use super::{Branch, Etcd, Step, value::Tree};
 use crate::{
     discovery::{
+        Secret,
         http::{self, ANSWER, Answer, Pace},
-        uri::Secret,
     },
     source::SourceError,
 };
 
 /// How long one poll waits for an event. The server itself would wait for minutes, in which one that hangs would go
 /// unnoticed.
-const WAIT: Duration = Duration::from_secs(30);
+const WAIT: Duration = Duration::from_secs(10);
 /// How long a poll's headers may take: they come at once, and the event later.
 const HEAD: Duration = Duration::from_secs(5);
 
@@ -147,6 +147,7 @@ impl V2 {
         match timeout(WAIT, http::more(&url, &mut response, &mut body)).await {
             Ok(more) => more?,
             Err(_) => {
+                self.has_leader().await?;
                 // Nothing up to where the store was when it began to wait.
                 self.wait = Some(wait.max(index.saturating_add(1)));
                 return Ok(Some(Step::Unchanged));
@@ -160,6 +161,19 @@ impl V2 {
             .await
             .map_err(|_| http::fault(&url, "the answer does not come to its end"))??;
         self.take(&Answer::new(&url, &response, body), wait)
+    }
+
+    /// A member that has lost its leader still waits for events with us, which do not come. It is cheaper to ask for
+    /// the leader than to read: a read that the cluster must agree upon costs as much as a write.
+    async fn has_leader(&self) -> Result<(), SourceError> {
+        let mut url = self.member.clone();
+        url.set_path("/v2/members/leader");
+        let answer = http::get(&url, self.request(&url), ANSWER).await?;
+        match answer.status {
+            StatusCode::SERVICE_UNAVAILABLE => Err(answer.refusal()),
+            // Old servers do not know the question, and others may not answer it to everybody.
+            _ => Ok(()),
+        }
     }
 
     /// Takes in the answer to a poll.
@@ -208,19 +222,21 @@ impl Version {
 
 /// The answer to a read.
 #[derive(Deserialize)]
+#[serde(expecting = "an object with a node")]
 struct Listing {
     node: Node,
 }
 
 /// The answer to a poll.
 #[derive(Deserialize)]
+#[serde(expecting = "an object with an action and a node")]
 struct Event {
     action: String,
     node: Node,
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", expecting = "a node")]
 struct Node {
     /// Absent from the root.
     #[serde(default)]
@@ -269,6 +285,126 @@ impl Event {
                 Some(tree.set(key, value.into_bytes()))
             }
             _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A branch as etcd 3.4 answers.
+    const LISTING: &str = r#"{"action":"get","node":{"key":"/services/web","dir":true,"nodes":[
+        {"key":"/services/web/a","value":"1","modifiedIndex":4,"createdIndex":4},
+        {"key":"/services/web/d","dir":true,"nodes":[{"key":"/services/web/d/b","value":"2",
+            "expiration":"2026-11-22T17:54:46.379469862Z","ttl":5,"modifiedIndex":5,"createdIndex":5}],
+            "modifiedIndex":5,"createdIndex":5}],"modifiedIndex":4,"createdIndex":4}}"#;
+
+    fn listing() -> Tree {
+        let mut tree = Tree::default();
+        serde_json::from_str::<Listing>(LISTING).unwrap().node.collect(&mut tree);
+        tree
+    }
+
+    fn tree(entries: &[(&str, &str)]) -> Tree {
+        let mut tree = Tree::default();
+        for (key, value) in entries {
+            tree.set(key.as_bytes().to_vec(), value.as_bytes().to_vec());
+        }
+        tree
+    }
+
+    #[test]
+    fn a_listing_is_read_at_any_depth() {
+        assert_eq!(listing(), tree(&[("/services/web/a", "1"), ("/services/web/d/b", "2")]));
+    }
+
+    #[test]
+    fn every_action_is_applied() {
+        let both = [("/services/web/a", "1"), ("/services/web/d/b", "2")];
+        for (event, changed, after) in [
+            (r#"{"action":"set","node":{"key":"/services/web/a","value":"1"}}"#, false, &both[..]),
+            (
+                r#"{"action":"create","node":{"key":"/services/web/e","value":"3"}}"#,
+                true,
+                &[both[0], both[1], ("/services/web/e", "3")],
+            ),
+            (
+                r#"{"action":"update","node":{"key":"/services/web/a","value":"4"}}"#,
+                true,
+                &[("/services/web/a", "4"), both[1]],
+            ),
+            (
+                r#"{"action":"compareAndSwap","node":{"key":"/services/web/a","value":"5"}}"#,
+                true,
+                &[("/services/web/a", "5"), both[1]],
+            ),
+            (r#"{"action":"update","node":{"key":"/services/web/d","dir":true}}"#, false, &both),
+            (r#"{"action":"set","node":{"key":"/services/web/a","dir":true}}"#, true, &both[1..]),
+            (r#"{"action":"delete","node":{"key":"/services/web/a"}}"#, true, &both[1..]),
+            (r#"{"action":"compareAndDelete","node":{"key":"/services/web/a"}}"#, true, &both[1..]),
+            (
+                r#"{"action":"expire","node":{"key":"/services/web/d","dir":true}}"#,
+                true,
+                &both[..1],
+            ),
+            (r#"{"action":"delete","node":{"key":"/services","dir":true}}"#, true, &[]),
+            (r#"{"action":"delete","node":{"key":"/services/we","dir":true}}"#, false, &both),
+        ] {
+            let mut now = listing();
+            let event_read: Event = serde_json::from_str(event).unwrap();
+            assert_eq!(event_read.apply(&mut now), Some(changed), "{event}");
+            assert_eq!(now, tree(after), "{event}");
+        }
+    }
+
+    #[test]
+    fn an_action_that_is_not_known_asks_for_a_new_reading() {
+        let event: Event =
+            serde_json::from_str(r#"{"action":"rename","node":{"key":"/services/web/a"}}"#)
+                .unwrap();
+        assert_eq!(event.apply(&mut listing()), None);
+    }
+
+    #[test]
+    fn versions_of_etcd_say_whether_there_is_v3() {
+        for (version, has_v3) in
+            [("3.4.23", true), ("3.6.0-rc.1", true), ("10.0", true), ("2.3.8", false), ("", false)]
+        {
+            assert_eq!(Version { etcdserver: version.to_owned() }.has_v3(), has_v3, "{version}");
+        }
+    }
+
+    proptest! {
+        /// Whatever the order of events: the tree is what a plain map would hold.
+        #[test]
+        fn events_add_up(events in prop::collection::vec((0..3u8, 0..4u8, 0..4u8), 0..40)) {
+            let (mut tree, mut model) = (Tree::default(), BTreeMap::new());
+            for (action, dir, key) in events {
+                let (dir, key) = (format!("/s/{dir}"), format!("/s/{dir}/{key}"));
+                let event = match action {
+                    0 => {
+                        model.insert(key.clone(), "x");
+                        format!(r#"{{"action":"set","node":{{"key":"{key}","value":"x"}}}}"#)
+                    }
+                    1 => {
+                        model.remove(&key);
+                        format!(r#"{{"action":"expire","node":{{"key":"{key}"}}}}"#)
+                    }
+                    _ => {
+                        model.retain(|key, _| !key.starts_with(&format!("{dir}/")));
+                        format!(r#"{{"action":"delete","node":{{"key":"{dir}","dir":true}}}}"#)
+                    }
+                };
+                let event: Event = serde_json::from_str(&event).unwrap();
+                prop_assert!(event.apply(&mut tree).is_some());
+            }
+            let model: Vec<_> = model.iter().map(|(key, value)| (key.as_str(), *value)).collect();
+            prop_assert_eq!(tree, self::tree(&model));
         }
     }
 }

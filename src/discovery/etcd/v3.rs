@@ -247,8 +247,10 @@ struct Reason(String);
 
 impl From<Error> for Reason {
     fn from(error: Error) -> Self {
-        let Error::GRpcStatus(status) = error else {
-            return Self(error.to_string());
+        let status = match error {
+            Error::GRpcStatus(status) => status,
+            Error::Internal(text) => return Self(text),
+            other => return Self(other.to_string()),
         };
         let mut text = status.message().to_owned();
         let mut cause = status.source();

@@ -4,10 +4,12 @@
 //! about the container makes the tickets before it void: a container that died while it was being inspected stays dead.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     net::IpAddr,
     sync::Arc,
 };
+
+use ipnet::IpNet;
 
 use crate::{
     model::{Binding, Consumer, ConsumerId, ContainerId},
@@ -46,6 +48,15 @@ pub(super) struct Attachment {
     pub gateways: Vec<IpAddr>,
 }
 
+/// What an inspection found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Found {
+    Running(Running),
+    NotRunning,
+    /// The engine could not say.
+    Unknown,
+}
+
 /// Permission to say what an inspection found, unless something happened since it was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Ticket {
@@ -59,14 +70,38 @@ pub(super) struct Containers {
     /// The ticket of each inspection that is still wanted.
     awaited: HashMap<ContainerId, u64>,
     last_ticket: u64,
-    /// The networks whose gateways are on this host.
-    bridges: HashSet<NetworkId>,
+    /// What the last list named and no inspection has found yet.
+    listed: HashSet<ContainerId>,
+    /// The networks whose gateways are on this host, with their address ranges.
+    bridges: HashMap<NetworkId, Vec<IpNet>>,
 }
 
 impl Containers {
-    /// A network that the `bridge` driver made.
-    pub(super) fn bridge(&mut self, network: NetworkId) {
-        self.bridges.insert(network);
+    /// The networks that the `bridge` driver made.
+    pub(super) fn bridges(&mut self, bridges: HashMap<NetworkId, Vec<IpNet>>) {
+        self.bridges = bridges;
+    }
+
+    /// All containers that run, as an engine lists them; each should be inspected now. Until then, what was known of it
+    /// may be of an earlier run.
+    pub(super) fn relist(&mut self, ids: Vec<ContainerId>) -> VecDeque<Ticket> {
+        self.awaited.clear();
+        self.listed = ids.iter().cloned().collect();
+        self.running.retain(|id, _| self.listed.contains(id));
+        ids.into_iter().map(|id| self.inspect(id)).collect()
+    }
+
+    /// Whether all that were listed have been inspected, so that the listing tells of every container.
+    pub(super) fn is_complete(&self) -> bool {
+        self.listed.is_empty()
+    }
+
+    /// Those of `ids` that nothing is known of and that are not being inspected: to be inspected now.
+    pub(super) fn unknown(&mut self, ids: Vec<ContainerId>) -> Vec<Ticket> {
+        let known =
+            |id: &ContainerId| self.running.contains_key(id) || self.awaited.contains_key(id);
+        let unknown: Vec<_> = ids.into_iter().filter(|id| !known(id)).collect();
+        unknown.into_iter().map(|id| self.inspect(id)).collect()
     }
 
     /// A container that should be inspected now.
@@ -80,6 +115,7 @@ impl Containers {
     /// before the one that was listed.
     pub(super) fn ended(&mut self, id: ContainerId) -> Ticket {
         self.running.remove(&id);
+        self.listed.remove(&id);
         self.inspect(id)
     }
 
@@ -87,6 +123,7 @@ impl Containers {
     pub(super) fn destroyed(&mut self, id: &ContainerId) {
         self.running.remove(id);
         self.awaited.remove(id);
+        self.listed.remove(id);
     }
 
     /// A container left a network: from now on its address there may be another's.
@@ -98,23 +135,32 @@ impl Containers {
         self.inspect(id)
     }
 
-    /// What an inspection found: `None` where the container does not run. Whether it was still wanted.
-    pub(super) fn inspected(&mut self, ticket: Ticket, found: Option<Running>) -> bool {
+    /// What an inspection found. It means nothing where the ticket is void.
+    pub(super) fn inspected(&mut self, ticket: Ticket, found: Found) {
         if self.awaited.get(&ticket.id) != Some(&ticket.number) {
-            return false;
+            return;
         }
         self.awaited.remove(&ticket.id);
+        self.listed.remove(&ticket.id);
         match found {
-            Some(running) => self.running.insert(ticket.id, running),
-            None => self.running.remove(&ticket.id),
-        };
-        true
+            Found::Running(running) => {
+                self.running.insert(ticket.id, running);
+            }
+            Found::NotRunning => {
+                self.running.remove(&ticket.id);
+            }
+            Found::Unknown => {}
+        }
     }
 
     /// Everybody who asks for something.
     pub(super) fn listing(&self) -> Listing {
-        let mut listing = Listing::default();
+        let networks = self.bridges.values().flatten().copied().collect();
+        let mut listing = Listing { networks, ..Listing::default() };
         for (id, container) in &self.running {
+            if let Network::Own(attachments) = &container.network {
+                listing.known.extend(attachments.values().flat_map(|a| &a.addresses));
+            }
             listing.problems.extend(container.problems.iter().cloned());
             if container.bindings.is_empty() {
                 continue;
@@ -145,7 +191,8 @@ impl Containers {
             attachments.values().flat_map(|a| &a.addresses).copied().collect();
         sources.sort();
         sources.dedup();
-        let on_bridges = attachments.iter().filter(|(network, _)| self.bridges.contains(*network));
+        let on_bridges =
+            attachments.iter().filter(|(network, _)| self.bridges.contains_key(*network));
         let mut gateways: Vec<_> = on_bridges.flat_map(|(_, a)| &a.gateways).copied().collect();
         gateways.sort();
         gateways.dedup();
@@ -228,12 +275,16 @@ mod tests {
         ContainerId::new(name)
     }
 
+    fn bridges(names: &[&str]) -> HashMap<NetworkId, Vec<IpNet>> {
+        names.iter().map(|name| ((*name).into(), Vec::new())).collect()
+    }
+
     fn with(containers: &[(&str, Running)]) -> Containers {
         let mut all = Containers::default();
-        all.bridge("bridge".into());
+        all.bridges(bridges(&["bridge"]));
         for (name, running) in containers {
             let ticket = all.inspect(id(name));
-            assert!(all.inspected(ticket, Some(running.clone())));
+            all.inspected(ticket, Found::Running(running.clone()));
         }
         all
     }
@@ -252,7 +303,7 @@ mod tests {
             ("bridge6", "fd00::2", "fd00::1"),
         ]);
         let mut containers = with(&[("a", running("a", network))]);
-        containers.bridge("bridge6".into());
+        containers.bridges(bridges(&["bridge", "bridge6"]));
         let listing = containers.listing();
         assert_eq!(
             sources(&containers),
@@ -265,15 +316,16 @@ mod tests {
 
     #[test]
     fn a_container_that_died_while_it_was_inspected_stays_dead() {
-        let found = Some(running("a", on(&[("bridge", "172.17.0.2", "172.17.0.1")])));
+        let found = Found::Running(running("a", on(&[("bridge", "172.17.0.2", "172.17.0.1")])));
         let mut containers = Containers::default();
         let ticket = containers.inspect(id("a"));
         let after = containers.ended(id("a"));
-        assert!(!containers.inspected(ticket, found.clone()));
-        assert!(containers.inspected(after, None));
+        containers.inspected(ticket, found.clone());
+        assert_eq!(containers.listing(), Listing::default());
+        containers.inspected(after, Found::NotRunning);
         let ticket = containers.inspect(id("a"));
         containers.destroyed(&id("a"));
-        assert!(!containers.inspected(ticket, found));
+        containers.inspected(ticket, found);
         assert_eq!(containers.listing(), Listing::default());
     }
 
@@ -284,13 +336,34 @@ mod tests {
         let _unanswered = containers.ended(id("a"));
         assert!(sources(&containers).is_empty());
         let ticket = containers.inspect(id("a"));
-        assert!(
-            containers.inspected(
-                ticket,
-                Some(running("a", on(&[("bridge", "172.17.0.3", "172.17.0.1")])))
-            )
-        );
+        let network = on(&[("bridge", "172.17.0.3", "172.17.0.1")]);
+        containers.inspected(ticket, Found::Running(running("a", network)));
         assert_eq!(sources(&containers), [("a".into(), vec!["172.17.0.3".into()])]);
+    }
+
+    #[test]
+    fn a_new_list_is_complete_when_each_of_it_was_inspected_or_ended() {
+        let bridge = |address| on(&[("bridge", address, "172.17.0.1")]);
+        let mut containers = with(&[
+            ("a", running("a", bridge("172.17.0.2"))),
+            ("b", running("b", bridge("172.17.0.3"))),
+            ("gone", running("gone", bridge("172.17.0.4"))),
+        ]);
+        let old = containers.inspect(id("a"));
+        let mut tickets = containers.relist(vec![id("a"), id("b"), id("c")]);
+        containers.inspected(old, Found::Running(running("a", bridge("172.17.0.9"))));
+        // Connected to a network meanwhile: the inspection of the list is void, and a later one counts.
+        let again = containers.inspect(id("a"));
+        containers.inspected(tickets.pop_front().unwrap(), Found::NotRunning);
+        containers.ended(id("c"));
+        containers.inspected(tickets.pop_front().unwrap(), Found::Unknown);
+        assert!(!containers.is_complete());
+        containers.inspected(again, Found::Running(running("a", bridge("172.17.0.5"))));
+        assert!(containers.is_complete());
+        // What the engine cannot say is as it was.
+        let address = |text: &str| vec![text.to_owned()];
+        let expected = [("a".into(), address("172.17.0.5")), ("b".into(), address("172.17.0.3"))];
+        assert_eq!(sources(&containers), expected);
     }
 
     #[test]
@@ -298,9 +371,9 @@ mod tests {
         let network = on(&[("bridge", "172.17.0.2", "172.17.0.1")]);
         let mut containers = with(&[("a", running("a", network.clone()))]);
         let ticket = containers.ended(id("a"));
-        assert!(containers.inspected(ticket, None));
+        containers.inspected(ticket, Found::NotRunning);
         let ticket = containers.inspect(id("b"));
-        assert!(containers.inspected(ticket, Some(running("b", network))));
+        containers.inspected(ticket, Found::Running(running("b", network)));
         containers.destroyed(&id("a"));
         assert_eq!(sources(&containers), [("b".into(), vec!["172.17.0.2".into()])]);
     }
@@ -313,7 +386,7 @@ mod tests {
         let stale = containers.inspect(id("a"));
         let _fresh = containers.disconnected(id("a"), "other");
         assert_eq!(sources(&containers), [("a".into(), vec!["172.17.0.2".into()])]);
-        assert!(!containers.inspected(stale, Some(running("a", network))));
+        containers.inspected(stale, Found::Running(running("a", network)));
         assert_eq!(sources(&containers), [("a".into(), vec!["172.17.0.2".into()])]);
     }
 

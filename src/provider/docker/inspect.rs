@@ -4,22 +4,21 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use bollard::models::{ContainerInspectResponse, EndpointSettings};
 
-use super::containers::{Attachment, Network, NetworkId, Running};
+use super::containers::{Attachment, Found, Network, NetworkId, Running};
 use crate::provider::bindings::bindings;
 
-/// What is known of the container; `None` where it does not run.
-pub(super) fn running(answer: &ContainerInspectResponse, prefix: &str) -> Option<Running> {
-    let state = answer.state.as_ref()?;
-    if state.running != Some(true) {
-        return None;
-    }
+/// What the answer says of the container.
+pub(super) fn found(answer: &ContainerInspectResponse, prefix: &str) -> Found {
+    let Some(state) = answer.state.as_ref().filter(|state| state.running == Some(true)) else {
+        return Found::NotRunning;
+    };
     let name: Arc<str> = answer.name.as_deref().unwrap_or_default().trim_start_matches('/').into();
     let config = answer.config.as_ref();
     let env = config.and_then(|config| config.env.as_deref()).unwrap_or_default();
     let labels = config.and_then(|config| config.labels.as_ref());
     let labels = labels.into_iter().flatten().map(|(key, value)| (key.as_str(), value.as_str()));
     let (bindings, problems) = bindings(&name, prefix, env.iter().map(String::as_str), labels);
-    Some(Running {
+    Found::Running(Running {
         name,
         started_at: state.started_at.as_deref().unwrap_or_default().into(),
         network: network(answer),

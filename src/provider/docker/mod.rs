@@ -1,6 +1,6 @@
 //! The docker provider: a container's environment and labels say what it asks for.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, fmt, time::Duration};
 
 use bollard::{
     Docker,
@@ -8,11 +8,14 @@ use bollard::{
     models::{EventMessage, EventMessageTypeEnum},
     query_parameters::{EventsOptions, ListContainersOptions},
 };
-use futures_util::{StreamExt, stream, stream::FuturesUnordered};
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use futures_util::{Stream, StreamExt, stream::FuturesUnordered};
+use ipnet::IpNet;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tracing::warn;
 
-use self::containers::{Containers, Running, Ticket};
-use super::Listing;
+use self::containers::{Containers, Found, NetworkId, Ticket};
+use super::{Listing, Lookup};
 use crate::{
     docker::Engine,
     model::ContainerId,
@@ -28,6 +31,9 @@ pub struct DockerProvider {
     engine: Engine,
     /// `-prefix`: what the names of the variables start with.
     prefix: String,
+    lookup: Lookup,
+    /// It outlives a session: an engine that cannot say how one container is does not make us forget it.
+    containers: Containers,
 }
 
 /// How often a quiet engine is asked whether it still lives.
@@ -36,51 +42,8 @@ const PING: Duration = Duration::from_secs(5);
 const INSPECTIONS: usize = 8;
 
 impl DockerProvider {
-    pub fn new(engine: Engine, prefix: String) -> Self {
-        Self { engine, prefix }
-    }
-
-    fn error(&self, what: &str, error: &Error) -> SourceError {
-        SourceError::caused(format_args!("{what} of {}", self.engine), error)
-    }
-
-    async fn inspect(
-        &self,
-        docker: &Docker,
-        ticket: Ticket,
-    ) -> Result<(Ticket, Option<Running>), SourceError> {
-        match docker.inspect_container(ticket.id.as_str(), None).await {
-            Ok(answer) => Ok((ticket, inspect::running(&answer, &self.prefix))),
-            Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok((ticket, None)),
-            Err(error) => Err(self.error(&format!("inspecting container {}", ticket.id), &error)),
-        }
-    }
-
-    /// The engine's own clock, in the form in which it takes the start of an event stream.
-    async fn engine_time(&self, docker: &Docker) -> Result<Option<String>, SourceError> {
-        let info = docker.info().await.map_err(|e| self.error("asking the time", &e))?;
-        Ok(info.system_time)
-    }
-
-    async fn list(&self, docker: &Docker) -> Result<Containers, SourceError> {
-        let mut containers = Containers::default();
-        let networks =
-            docker.list_networks(None).await.map_err(|e| self.error("listing the networks", &e))?;
-        for network in networks.iter().filter(|network| network.driver.as_deref() == Some("bridge"))
-        {
-            containers.bridge(network.id.as_deref().unwrap_or_default().into());
-        }
-        let running = docker.list_containers(None::<ListContainersOptions>).await;
-        let running = running.map_err(|e| self.error("listing the containers", &e))?;
-        let ids = running.iter().filter_map(|container| container.id.as_deref());
-        let tickets: Vec<_> = ids.map(|id| containers.inspect(ContainerId::new(id))).collect();
-        let asked = tickets.into_iter().map(|ticket| self.inspect(docker, ticket));
-        let mut answers = stream::iter(asked).buffer_unordered(INSPECTIONS);
-        while let Some(answer) = answers.next().await {
-            let (ticket, found) = answer?;
-            containers.inspected(ticket, found);
-        }
-        Ok(containers)
+    pub fn new(engine: Engine, prefix: String, lookup: Lookup) -> Self {
+        Self { engine, prefix, lookup, containers: Containers::default() }
     }
 }
 
@@ -88,46 +51,152 @@ impl Source for DockerProvider {
     type Item = Listing;
 
     async fn session(&mut self, publish: &Publisher<Listing>) -> Result<(), SourceError> {
-        let docker = self.engine.connect().await.map_err(|e| self.error("the version", &e))?;
+        let Self { engine, prefix, lookup, containers } = self;
+        let client = Client::connect(engine, prefix).await?;
         // The stream opens when it is first read, which is after the list; it replays what happened since this moment.
-        let since = self.engine_time(&docker).await?;
-        let filters = HashMap::from([(
-            "type".to_owned(),
-            vec!["container".to_owned(), "network".to_owned()],
-        )]);
-        let events =
-            docker.events(Some(EventsOptions { since, until: None, filters: Some(filters) }));
-        let mut events = std::pin::pin!(events);
-        let mut containers = self.list(&docker).await?;
-        publish.publish(containers.listing());
+        let since = client.time().await?;
+        let mut events = std::pin::pin!(client.events(since));
+        containers.bridges(client.bridges().await?);
+        let mut tickets = containers.relist(client.list().await?);
 
         let mut inspections = FuturesUnordered::new();
+        let mut next_look = Instant::now();
         let mut ping = interval(PING);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            if containers.is_complete() {
+                publish.publish(containers.listing());
+            }
+            while inspections.len() < INSPECTIONS
+                && let Some(ticket) = tickets.pop_front()
+            {
+                inspections.push(client.inspect(ticket));
+            }
             tokio::select! {
                 event = events.next() => {
-                    let event = event.ok_or_else(|| SourceError::new(format_args!("the events of {} ended", self.engine)))?;
-                    let event = event.map_err(|e| self.error("the events", &e))?;
-                    if let Some(ticket) = apply(&mut containers, &event) {
-                        inspections.push(self.inspect(&docker, ticket));
+                    let event = client.event(event)?;
+                    if is_new_network(&event) {
+                        containers.bridges(client.bridges().await?);
                     }
+                    tickets.extend(apply(containers, &event));
+                }
+                () = lookup.asked(next_look) => {
+                    next_look = Instant::now() + Lookup::PAUSE;
+                    tickets.extend(containers.unknown(client.list().await?));
                 }
                 Some(answer) = inspections.next() => {
                     let (ticket, found) = answer?;
                     containers.inspected(ticket, found);
                 }
-                _ = ping.tick() => {
-                    let alive = timeout(PING, docker.ping()).await;
-                    let alive = alive.map_err(|_| SourceError::new(format_args!("{} does not answer a ping", self.engine)))?;
-                    alive.map_err(|e| self.error("a ping", &e))?;
-                    publish.confirm();
-                    continue;
-                }
+                _ = ping.tick() => client.ping().await?,
             }
-            publish.publish(containers.listing());
         }
     }
+}
+
+/// The engine, for one session.
+struct Client<'a> {
+    docker: Docker,
+    engine: &'a Engine,
+    prefix: &'a str,
+}
+
+impl<'a> Client<'a> {
+    async fn connect(engine: &'a Engine, prefix: &'a str) -> Result<Self, SourceError> {
+        let docker = engine.connect().await;
+        let docker = docker.map_err(|error| {
+            SourceError::caused(format_args!("the version of {engine}"), &error)
+        })?;
+        Ok(Self { docker, engine, prefix })
+    }
+
+    /// The engine's own clock, as [`Client::events`] takes it.
+    async fn time(&self) -> Result<String, SourceError> {
+        let info = self.docker.info().await.map_err(|e| self.failed("the time", &e))?;
+        let text = info.system_time.unwrap_or_default();
+        let wrong = || self.error("the time", format_args!("{text:?}: expected RFC 3339"));
+        since(&text).ok_or_else(wrong)
+    }
+
+    fn events(&self, since: String) -> impl Stream<Item = Result<EventMessage, Error>> + use<> {
+        let words = |words: &[&str]| words.iter().map(ToString::to_string).collect();
+        let actions = ["start", "rename", "die", "destroy", "create", "connect", "disconnect"];
+        let filters = HashMap::from([
+            ("type".to_owned(), words(&["container", "network"])),
+            ("event".to_owned(), words(&actions)),
+        ]);
+        let since = Some(since);
+        self.docker.events(Some(EventsOptions { since, until: None, filters: Some(filters) }))
+    }
+
+    fn event(
+        &self,
+        next: Option<Result<EventMessage, Error>>,
+    ) -> Result<EventMessage, SourceError> {
+        let event = next.ok_or_else(|| self.error("the events", "ended"))?;
+        event.map_err(|e| self.failed("the events", &e))
+    }
+
+    async fn bridges(&self) -> Result<HashMap<NetworkId, Vec<IpNet>>, SourceError> {
+        let networks = self.docker.list_networks(None).await;
+        let networks = networks.map_err(|e| self.failed("the networks", &e))?;
+        let bridges = networks.into_iter().filter(|n| n.driver.as_deref() == Some("bridge"));
+        let with_ranges = bridges.filter_map(|network| {
+            let ranges = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
+            let ranges = ranges.iter().filter_map(|range| range.subnet.as_deref()?.parse().ok());
+            Some((network.id?.into(), ranges.collect()))
+        });
+        Ok(with_ranges.collect())
+    }
+
+    /// The running containers.
+    async fn list(&self) -> Result<Vec<ContainerId>, SourceError> {
+        let running = self.docker.list_containers(None::<ListContainersOptions>).await;
+        let running = running.map_err(|e| self.failed("the containers", &e))?;
+        Ok(running.iter().filter_map(|c| Some(ContainerId::new(c.id.as_deref()?))).collect())
+    }
+
+    async fn inspect(&self, ticket: Ticket) -> Result<(Ticket, Found), SourceError> {
+        let found = match self.docker.inspect_container(ticket.id.as_str(), None).await {
+            Ok(answer) => inspect::found(&answer, self.prefix),
+            Err(Error::DockerResponseServerError { status_code: 404, .. }) => Found::NotRunning,
+            // An engine can be stuck with one container, and serve all others.
+            Err(
+                error @ (Error::DockerResponseServerError { .. }
+                | Error::JsonDataError { .. }
+                | Error::RequestTimeoutError),
+            ) => {
+                warn!(id = %ticket.id, %error, "the engine cannot say how this container is");
+                Found::Unknown
+            }
+            Err(error) => return Err(self.failed(&format!("container {}", ticket.id), &error)),
+        };
+        Ok((ticket, found))
+    }
+
+    async fn ping(&self) -> Result<(), SourceError> {
+        let answer = timeout(PING, self.docker.ping()).await;
+        let answer = answer.map_err(|_| self.error("a ping", "no answer"))?;
+        answer.map(drop).map_err(|e| self.failed("a ping", &e))
+    }
+
+    fn failed(&self, what: &str, error: &Error) -> SourceError {
+        SourceError::caused(format_args!("{what} of {}", self.engine), error)
+    }
+
+    fn error(&self, what: &str, reason: impl fmt::Display) -> SourceError {
+        SourceError::new(format_args!("{what} of {}: {reason}", self.engine))
+    }
+}
+
+/// A moment in the form in which the events' `since` takes it.
+fn since(rfc3339: &str) -> Option<String> {
+    let time = OffsetDateTime::parse(rfc3339, &Rfc3339).ok()?;
+    Some(format!("{}.{:09}", time.unix_timestamp(), time.nanosecond()))
+}
+
+fn is_new_network(event: &EventMessage) -> bool {
+    event.typ == Some(EventMessageTypeEnum::NETWORK) && event.action.as_deref() == Some("create")
 }
 
 /// Applies an event. The container to inspect, where the event does not say everything.
@@ -147,12 +216,6 @@ fn apply(containers: &mut Containers, event: &EventMessage) -> Option<Ticket> {
             containers.destroyed(&ContainerId::new(subject));
             None
         }
-        (EventMessageTypeEnum::NETWORK, "create") => {
-            if attribute("type") == Some("bridge") {
-                containers.bridge(subject.into());
-            }
-            None
-        }
         (EventMessageTypeEnum::NETWORK, "connect") => {
             Some(containers.inspect(ContainerId::new(attribute("container")?)))
         }
@@ -160,5 +223,18 @@ fn apply(containers: &mut Containers, event: &EventMessage) -> Option<Ticket> {
             Some(containers.disconnected(ContainerId::new(attribute("container")?), subject))
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engines_time_is_said_in_seconds_whatever_its_zone() {
+        let utc = since("2026-01-02T03:04:05.000000678Z");
+        assert_eq!(utc.as_deref(), Some("1767323045.000000678"));
+        assert_eq!(since("2026-01-02T05:04:05.000000678+02:00"), utc);
+        assert_eq!(since("yesterday"), None);
     }
 }

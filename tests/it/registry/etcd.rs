@@ -256,16 +256,41 @@ async fn only_endpoints_with_all_tags_are_used() {
 
 /// A frozen server keeps its connections: only its silence tells.
 #[tokio::test]
-async fn a_v3_server_that_hangs_is_noticed() {
-    let etcd = Etcd::with("http", &[]).await;
-    etcd.v3().await.put("/services/web/a", "10.0.0.1:80", None).await.unwrap();
-    let web = Followed::new(&format!("etcd3://{}", etcd.address()), "/services/web;80");
-    web.sees(&["10.0.0.1:80"]).await;
+async fn a_server_that_hangs_is_noticed() {
+    let etcd = Etcd::both().await;
+    etcd.v2_set("/services/web/a", "10.0.0.2:80").await;
+    etcd.v3().await.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    let v2 = Followed::new(&format!("etcd2://{}", etcd.address()), "/services/web;80");
+    let v3 = Followed::new(&format!("etcd3://{}", etcd.address()), "/services/web;80");
+    v2.sees(&["10.0.0.2:80"]).await;
+    v3.sees(&["10.0.0.3:80"]).await;
     etcd.freeze();
-    let known = web.fails("no answer within").await;
-    assert_eq!(list(&known), Some(vec!["10.0.0.1:80".to_owned()]));
+    let known = v3.fails("no answer within").await;
+    assert_eq!(list(&known), Some(vec!["10.0.0.3:80".to_owned()]));
+    let known = v2.fails("no whole answer within").await;
+    assert_eq!(list(&known), Some(vec!["10.0.0.2:80".to_owned()]));
     etcd.thaw();
-    web.sees(&["10.0.0.1:80"]).await;
+    v2.sees(&["10.0.0.2:80"]).await;
+    v3.sees(&["10.0.0.3:80"]).await;
+}
+
+/// A member without a leader answers, and says nothing of what happens elsewhere.
+#[tokio::test]
+async fn a_member_that_has_lost_its_leader_is_noticed() {
+    let [mut one, two] = Etcd::pair().await;
+    two.v2_set("/services/web/a", "10.0.0.2:80").await;
+    two.v3().await.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    let v2 = Followed::new(&format!("etcd2://{}", two.address()), "/services/web;80");
+    let v3 = Followed::new(&format!("etcd3://{}", two.address()), "/services/web;80");
+    v2.sees(&["10.0.0.2:80"]).await;
+    v3.sees(&["10.0.0.3:80"]).await;
+    one.stop();
+    assert_eq!(list(&v3.fails("no leader").await), Some(vec!["10.0.0.3:80".to_owned()]));
+    assert_eq!(list(&v2.fails("election").await), Some(vec!["10.0.0.2:80".to_owned()]));
+    one.start();
+    one.ready().await;
+    v2.sees(&["10.0.0.2:80"]).await;
+    v3.sees(&["10.0.0.3:80"]).await;
 }
 
 #[tokio::test]

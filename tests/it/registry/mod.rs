@@ -1,100 +1,10 @@
 //! Consul and etcd, as they are: real servers on loopback, and broken ones.
 
+mod broken;
 mod consul;
 mod etcd;
 mod gate;
 mod servers;
+mod tls;
 
-use std::{
-    collections::BTreeSet,
-    sync::Arc,
-    time::{Duration, Instant},
-};
-
-use embassy::{
-    discovery::{
-        ConsulSettings, Discoveries, Endpoints, EtcdSettings, Query, Settings, UriError, Watches,
-    },
-    docker::{Address, Engine},
-    source::Known,
-};
-
-/// How long anything may take that is to happen soon.
-const SOON: Duration = Duration::from_secs(30);
-
-/// What an empty command line and environment mean.
-fn settings() -> Settings {
-    Settings {
-        healthy_only: true,
-        docker: Engine { address: Address::Unix("/nonexistent".into()), certificates: None },
-        consul: ConsulSettings::default(),
-        etcd: EtcdSettings::default(),
-    }
-}
-
-/// A descriptor that is followed, as embassy does.
-struct Followed {
-    watches: Watches,
-    query: Query,
-}
-
-impl Followed {
-    fn new(uri: &str, descriptor: &str) -> Self {
-        Self::with(uri, &settings(), descriptor)
-    }
-
-    fn with(uri: &str, settings: &Settings, descriptor: &str) -> Self {
-        Self::try_with(uri, settings, descriptor).expect("a URI that is right")
-    }
-
-    fn try_with(uri: &str, settings: &Settings, descriptor: &str) -> Result<Self, UriError> {
-        let discoveries = Discoveries::parse(&[uri.to_owned()], settings)?;
-        let descriptor = descriptor.parse().expect("a descriptor that is right");
-        let query = discoveries.query(&descriptor).expect("the discovery that was configured");
-        let mut watches = Watches::new(discoveries, Duration::from_secs(120), Arc::default());
-        watches.demand(&BTreeSet::from([query.clone()]));
-        Ok(Self { watches, query })
-    }
-
-    fn known(&self) -> Known<Endpoints> {
-        self.watches.known().remove(&self.query).expect("the one that is demanded")
-    }
-
-    /// Waits until what is known is as wanted.
-    async fn until(
-        &self,
-        wanted: &str,
-        holds: impl Fn(&Known<Endpoints>) -> bool,
-    ) -> Known<Endpoints> {
-        let deadline = Instant::now() + SOON;
-        loop {
-            let known = self.known();
-            if holds(&known) {
-                return known;
-            }
-            assert!(Instant::now() < deadline, "{wanted}: did not happen; known is {known:#?}");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-
-    /// Waits until just these are the endpoints, and nothing is wrong.
-    async fn sees(&self, endpoints: &[&str]) -> Known<Endpoints> {
-        self.until(&format!("endpoints {endpoints:?}"), |known| {
-            known.error.is_none() && list(known).is_some_and(|list| list == endpoints)
-        })
-        .await
-    }
-
-    /// Waits until an error is shown that holds `text`.
-    async fn fails(&self, text: &str) -> Known<Endpoints> {
-        self.until(&format!("an error with {text:?}"), |known| {
-            known.error.as_ref().is_some_and(|error| error.contains(text))
-        })
-        .await
-    }
-}
-
-/// The endpoints that are in use.
-fn list(known: &Known<Endpoints>) -> Option<Vec<String>> {
-    Some(known.value.as_ref()?.list.iter().map(ToString::to_string).collect())
-}
+use crate::followed::{Followed, SOON, list, settings};

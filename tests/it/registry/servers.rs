@@ -1,56 +1,28 @@
 //! Real registries, each on ports of its own and in a folder of its own; they end with the test, whatever its end.
 
 use std::{
-    env, fs,
-    net::{Ipv4Addr, TcpListener},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    fs,
+    path::Path,
+    process::Command,
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::SOON;
-
-/// A server's process: killed when this is dropped.
-struct Process(Child);
-
-impl Process {
-    /// Starts it, with what it says in the file `log`.
-    fn start(command: &mut Command, log: &Path) -> Self {
-        let file = fs::File::options().create(true).append(true).open(log).expect("a log file");
-        let stderr = file.try_clone().expect("a second handle of the log file");
-        let child = command.stdin(Stdio::null()).stdout(file).stderr(stderr).spawn();
-        Self(child.unwrap_or_else(|e| panic!("{command:?} cannot be started: {e}")))
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.0), signal).expect("a process of ours takes a signal");
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Ports on which nobody listens now.
-fn free_ports<const N: usize>() -> [u16; N] {
-    let listeners = [(); N]
-        .map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port on loopback"));
-    listeners.map(|listener| listener.local_addr().expect("a bound socket has an address").port())
-}
+use crate::process::{Process, free_ports};
 
 /// `etcd` with the given flags.
 pub(super) struct Etcd {
     process: Option<Process>,
     flags: Vec<String>,
     pub(super) port: u16,
+    name: String,
     peer_port: u16,
+    /// `name=peer` of every member.
+    cluster: String,
     scheme: &'static str,
     dir: TempDir,
     http: reqwest::Client,
@@ -63,19 +35,41 @@ impl Etcd {
     }
 
     pub(super) async fn with(scheme: &'static str, flags: &[&str]) -> Self {
-        let [port, peer_port] = free_ports();
-        let mut etcd = Self {
-            process: None,
-            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
-            port,
-            peer_port,
-            scheme,
-            dir: tempfile::tempdir().expect("a folder"),
-            http: http_client(),
-        };
+        let [peer] = free_ports();
+        let mut etcd = Self::member(0, &[peer], scheme, flags);
         etcd.start();
         etcd.ready().await;
         etcd
+    }
+
+    /// Two members with both stores: without one of them the other has no leader.
+    pub(super) async fn pair() -> [Self; 2] {
+        let peers = free_ports::<2>();
+        let mut pair = [0, 1].map(|i| Self::member(i, &peers, "http", &["--enable-v2"]));
+        for etcd in &mut pair {
+            etcd.start();
+        }
+        for etcd in &pair {
+            etcd.ready().await;
+        }
+        pair
+    }
+
+    fn member(i: usize, peers: &[u16], scheme: &'static str, flags: &[&str]) -> Self {
+        let member = |(i, port)| format!("m{i}=http://127.0.0.1:{port}");
+        let cluster: Vec<_> = peers.iter().enumerate().map(member).collect();
+        let [port] = free_ports();
+        Self {
+            process: None,
+            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            port,
+            name: format!("m{i}"),
+            peer_port: peers[i],
+            cluster: cluster.join(","),
+            scheme,
+            dir: tempfile::tempdir().expect("a folder"),
+            http: http_client(),
+        }
     }
 
     /// Starts it (again), with what it stored before.
@@ -83,11 +77,11 @@ impl Etcd {
         let client = format!("{}://127.0.0.1:{}", self.scheme, self.port);
         let peer = format!("http://127.0.0.1:{}", self.peer_port);
         let mut command = Command::new("etcd");
-        command.args(["--name", "it", "--logger", "zap", "--log-level", "warn"]);
+        command.args(["--name", &self.name, "--logger", "zap", "--log-level", "warn"]);
         command.args(["--unsafe-no-fsync", "--data-dir"]).arg(self.dir.path().join("data"));
         command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
         command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
-        command.args(["--initial-cluster", &format!("it={peer}")]).args(&self.flags);
+        command.args(["--initial-cluster", &self.cluster]).args(&self.flags);
         self.process = Some(Process::start(&mut command, &self.dir.path().join("log")));
     }
 
@@ -177,7 +171,7 @@ impl Consul {
         let [http, server, lan, wan] = self.ports;
         let file = self.dir.path().join("config.json");
         fs::write(&file, &self.config).expect("a configuration file");
-        let mut command = Command::new(consul_program());
+        let mut command = Command::new(testbed::consul_program());
         command.args(["agent", "-dev", "-bind", "127.0.0.1", "-node", "it", "-log-level", "warn"]);
         command.args(["-dns-port", "-1", "-http-port", &http.to_string()]);
         command.args(["-server-port", &server.to_string(), "-serf-lan-port", &lan.to_string()]);
@@ -234,15 +228,15 @@ impl Consul {
     }
 }
 
-/// The program named by `CONSUL_BIN`, else the one on PATH.
-fn consul_program() -> PathBuf {
-    env::var_os("CONSUL_BIN").map_or_else(|| "consul".into(), Into::into)
-}
-
 fn http_client() -> reqwest::Client {
     embassy::tls::install_provider();
     let builder = reqwest::Client::builder().no_proxy().tls_certs_only([]);
     builder.timeout(Duration::from_secs(5)).build().expect("an HTTP client")
+}
+
+/// Tries until there is a result.
+pub(super) async fn retry<T>(server: &str, attempt: impl AsyncFnMut() -> Option<T>) -> T {
+    eventually(server, Path::new("/dev/null"), attempt).await
 }
 
 /// Tries until there is a result, or fails with what `server` wrote into its log.

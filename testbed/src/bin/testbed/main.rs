@@ -1,6 +1,7 @@
 //! The `testbed` program: a host by hand, and what hosts and their containers are made of.
 
 mod cgroup;
+mod demo;
 mod init;
 mod keeper;
 mod peer;
@@ -12,13 +13,17 @@ use anyhow::{Result, bail};
 
 const USAGE: &str = "\
 usage: testbed shell [-- COMMAND]  a shell in a new host, or one command; the host ends with it
+       testbed demo [--discovery docker|consul|etcd] [--once]
+                                  embassy at work, step by step; without --once it stays until Ctrl-C
        testbed up                 a new host that stays until Ctrl-C
        testbed sweep              remove what killed hosts left behind
        testbed peer ...           a server or client, as containers run them; `testbed peer` lists them
 ";
 
 fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args().skip(1).collect();
+    // Words that are not UTF-8 become ones that nothing here knows.
+    let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
+    let words: Vec<String> = words.collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match run(&words) {
         Ok(code) => code,
@@ -33,6 +38,7 @@ fn run(words: &[&str]) -> Result<ExitCode> {
     match words {
         ["shell", "--", command @ ..] => return shell::shell(command),
         ["shell"] => return shell::shell(&[]),
+        ["demo", rest @ ..] => demo::run(rest)?,
         ["up"] => shell::up()?,
         ["sweep"] => keeper::sweep()?,
         ["peer", rest @ ..] => peer::run(rest)?,

@@ -1,0 +1,169 @@
+//! What DNS records say. Pure.
+
+use std::{net::IpAddr, time::Duration};
+
+use hickory_resolver::proto::rr::{Name, RData, Record};
+
+/// The records of an answer.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Answer {
+    answers: Vec<Record>,
+    additionals: Vec<Record>,
+    pub(super) ttl: Ttl,
+}
+
+/// Seconds for which an answer is known: the shortest that any part of it says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Ttl(u32);
+
+impl Default for Ttl {
+    /// Longer than any that is said.
+    fn default() -> Self {
+        Self(u32::MAX)
+    }
+}
+
+impl Ttl {
+    /// Often enough to notice a change that was not announced, and seldom enough for any server.
+    pub(super) fn bounded(self) -> Duration {
+        Duration::from_secs(self.0.clamp(1, 60).into())
+    }
+}
+
+/// Where an SRV record leads.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Target {
+    pub(super) priority: u16,
+    pub(super) host: Name,
+    pub(super) port: u16,
+}
+
+/// Seconds until a name without records is asked for again, where the server does not say it.
+const UNSAID: u32 = 5;
+
+impl Answer {
+    pub(super) fn new(answers: &[Record], additionals: &[Record]) -> Self {
+        let ttl = answers.iter().map(|record| Ttl(record.ttl)).min().unwrap_or(Ttl(UNSAID));
+        Self { answers: answers.to_vec(), additionals: additionals.to_vec(), ttl }
+    }
+
+    /// There are none, and for so many seconds there will be none.
+    pub(super) fn none(ttl: Option<u32>) -> Self {
+        Self { ttl: Ttl(ttl.unwrap_or(UNSAID)), ..Self::default() }
+    }
+
+    /// Both answers in one.
+    pub(super) fn and(mut self, other: Self) -> Self {
+        // That there are none of one family does not shorten what is known of the other.
+        self.ttl = match (self.answers.is_empty(), other.answers.is_empty()) {
+            (false, true) => self.ttl,
+            (true, false) => other.ttl,
+            _ => self.ttl.min(other.ttl),
+        };
+        self.answers.extend(other.answers);
+        self.additionals.extend(other.additionals);
+        self
+    }
+
+    pub(super) fn addresses(&self) -> Vec<IpAddr> {
+        self.answers.iter().filter_map(address).collect()
+    }
+
+    /// By priority.
+    pub(super) fn targets(&self) -> Vec<Target> {
+        let mut targets: Vec<_> = self
+            .answers
+            .iter()
+            .filter_map(|record| match &record.data {
+                RData::SRV(srv) => Some(Target {
+                    priority: srv.priority,
+                    host: srv.target.clone(),
+                    port: srv.port,
+                }),
+                _ => None,
+            })
+            .collect();
+        targets.sort();
+        targets.dedup();
+        targets
+    }
+
+    /// The addresses of a target that came with the answer.
+    pub(super) fn glue(&self, host: &Name) -> Self {
+        let of_host = |record: &&Record| record.name == *host && address(record).is_some();
+        let answers: Vec<_> = self.additionals.iter().filter(of_host).cloned().collect();
+        Self::new(&answers, &[])
+    }
+}
+
+fn address(record: &Record) -> Option<IpAddr> {
+    match &record.data {
+        RData::A(ip) => Some(IpAddr::V4(**ip)),
+        RData::AAAA(ip) => Some(IpAddr::V6(**ip)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hickory_resolver::proto::rr::rdata::{A, AAAA, SRV};
+
+    use super::*;
+
+    fn name(text: &str) -> Name {
+        Name::from_ascii(text).unwrap()
+    }
+
+    fn a(host: &str, ttl: u32, ip: &str) -> Record {
+        Record::from_rdata(name(host), ttl, RData::A(A(ip.parse().unwrap())))
+    }
+
+    fn aaaa(host: &str, ttl: u32, ip: &str) -> Record {
+        Record::from_rdata(name(host), ttl, RData::AAAA(AAAA(ip.parse().unwrap())))
+    }
+
+    fn srv(priority: u16, port: u16, host: &str) -> Record {
+        Record::from_rdata(name("s."), 30, RData::SRV(SRV::new(priority, 1, port, name(host))))
+    }
+
+    fn texts(answer: &Answer) -> Vec<String> {
+        answer.addresses().iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn the_shortest_time_to_live_counts() {
+        for (answer, seconds) in [
+            (Answer::new(&[a("h.", 30, "10.0.0.1"), a("h.", 20, "10.0.0.2")], &[]), 20),
+            (Answer::new(&[a("h.", 0, "10.0.0.1")], &[]), 1),
+            (Answer::new(&[a("h.", 86_400, "10.0.0.1")], &[]), 60),
+            (Answer::none(Some(40)), 40),
+            (Answer::none(None), 5),
+            (Answer::none(None).and(Answer::new(&[a("h.", 50, "10.0.0.1")], &[])), 50),
+            (Answer::new(&[a("h.", 50, "10.0.0.1")], &[]).and(Answer::none(None)), 50),
+            (Answer::none(Some(9)).and(Answer::none(Some(8))), 8),
+        ] {
+            assert_eq!(answer.ttl.bounded(), Duration::from_secs(seconds), "{answer:?}");
+        }
+    }
+
+    #[test]
+    fn both_families_are_addresses() {
+        let v4 = Answer::new(&[a("h.", 1, "10.0.0.1"), srv(1, 1, "t.")], &[]);
+        let v6 = Answer::new(&[aaaa("h.", 1, "fd00::1")], &[]);
+        assert_eq!(texts(&v4.and(v6)), ["10.0.0.1", "fd00::1"]);
+    }
+
+    #[test]
+    fn targets_come_by_priority_and_their_addresses_from_beside_them() {
+        let additionals =
+            [a("B.", 1, "10.0.0.2"), aaaa("b.", 1, "fd00::2"), a("c.", 1, "10.0.0.3")];
+        let answer =
+            Answer::new(&[srv(2, 80, "a."), srv(1, 81, "b."), srv(1, 81, "b.")], &additionals);
+        let targets = answer.targets();
+        let shown: Vec<_> =
+            targets.iter().map(|t| format!("{} {}:{}", t.priority, t.host, t.port)).collect();
+        assert_eq!(shown, ["1 b.:81", "2 a.:80"]);
+        assert_eq!(texts(&answer.glue(&name("b."))), ["10.0.0.2", "fd00::2"]);
+        assert_eq!(texts(&answer.glue(&name("a."))), [""; 0]);
+    }
+}

@@ -1,0 +1,338 @@
+//! What containers offer, from inspections as engines answer them.
+
+use bollard::models::ContainerInspectResponse;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+
+const HERE: Place = Place::Here;
+
+fn there() -> Place {
+    Place::There("192.168.13.90".parse().unwrap())
+}
+
+/// An inspection: the parts that matter, as engine 20.10 answers.
+fn inspection(name: &str) -> Value {
+    json!({
+        "Id": name,
+        "Name": format!("/{name}"),
+        "State": {"Status": "running", "Running": true, "Paused": false, "Restarting": false},
+        "HostConfig": {"NetworkMode": "default"},
+        "Config": {"ExposedPorts": {"80/tcp": {}}, "Env": ["SERVICE_NAME=web"], "Labels": {}},
+        "NetworkSettings": {
+            "IPAddress": "172.17.0.2",
+            "Ports": {"80/tcp": null},
+            "Networks": {"bridge": {"IPAddress": "172.17.0.2", "GlobalIPv6Address": ""}}
+        }
+    })
+}
+
+/// An inspection with other parts in place of some.
+fn changed<const N: usize>(name: &str, changes: [(&str, Value); N]) -> Value {
+    let mut value = inspection(name);
+    for (pointer, change) in changes {
+        *value.pointer_mut(pointer).unwrap() = change;
+    }
+    value
+}
+
+fn container(inspection: Value) -> Option<Container> {
+    Container::new(serde_json::from_value::<ContainerInspectResponse>(inspection).unwrap())
+}
+
+fn all(inspections: impl IntoIterator<Item = Value>) -> Containers {
+    let id = |value: &Value| value["Id"].as_str().unwrap().to_owned();
+    inspections.into_iter().filter_map(|value| Some((id(&value), container(value)?))).collect()
+}
+
+/// The answer to a query such as `web[prod]`: endpoints, then what was rejected.
+fn answer(containers: &Containers, place: Place, query: &str, healthy_only: bool) -> Vec<String> {
+    let descriptor: crate::descriptor::Descriptor = format!("{query};1").parse().unwrap();
+    let query = Query {
+        via: "docker".into(),
+        service: descriptor.service,
+        tags: descriptor.tags,
+        dc: None,
+        port: None,
+    };
+    let answer = select(&offers(containers, place), &query, healthy_only);
+    let rejected = answer.rejected.iter().map(|entry| format!("{}: {}", entry.what, entry.reason));
+    answer.list.iter().map(ToString::to_string).chain(rejected).collect()
+}
+
+fn here(inspection: Value, query: &str) -> Vec<String> {
+    answer(&all([inspection]), HERE, query, true)
+}
+
+#[test]
+fn names() {
+    let one = json!({"80/tcp": {}});
+    let two = json!({"80/tcp": {}, "443/tcp": {}});
+    let with_udp = json!({"80/tcp": {}, "53/udp": {}});
+    let none = json!({});
+    let at = |port| vec![format!("172.17.0.2:{port}")];
+    for (ports, env, query, expected) in [
+        (&one, vec!["SERVICE_NAME=web"], "web", at(80)),
+        (&one, vec!["SERVICE_80_NAME=web"], "web", at(80)),
+        (&one, vec!["SERVICE_NAME=a", "SERVICE_80_NAME=web"], "web", at(80)),
+        (&one, vec!["SERVICE_80_NAME=web", "SERVICE_NAME=a"], "a", vec![]),
+        (&one, vec!["SERVICE_name=web"], "web", at(80)),
+        (&one, vec!["SERVICE_NAME="], "web", vec![]),
+        (&one, vec![], "image", vec![]),
+        (&one, vec!["SERVICE_NAME=web", "SERVICE_80_NAME="], "web", vec![]),
+        (&two, vec!["SERVICE_NAME=web"], "web", vec![]),
+        (&two, vec!["SERVICE_NAME=web"], "web-80", at(80)),
+        (&two, vec!["SERVICE_NAME=web"], "web-443", at(443)),
+        (&two, vec!["SERVICE_NAME=web", "SERVICE_443_NAME=tls"], "web-80", at(80)),
+        (&two, vec!["SERVICE_NAME=web", "SERVICE_443_NAME=tls"], "tls", at(443)),
+        (&two, vec!["SERVICE_80_NAME=web", "SERVICE_443_NAME=web"], "web", {
+            vec!["172.17.0.2:80".to_owned(), "172.17.0.2:443".to_owned()]
+        }),
+        (&with_udp, vec!["SERVICE_NAME=web"], "web-80", at(80)),
+        (&with_udp, vec!["SERVICE_NAME=web"], "web-53", vec![]),
+        (&one, vec!["SERVICE_8080_NAME=admin", "SERVICE_NAME=web"], "admin", at(8080)),
+        (&one, vec!["SERVICE_8080_NAME=admin", "SERVICE_NAME=web"], "web", at(80)),
+        (&none, vec!["SERVICE_8080_NAME=admin"], "admin", at(8080)),
+        (&none, vec!["SERVICE_0_NAME=a", "SERVICE_99999_NAME=a"], "a", vec![]),
+        (&none, vec!["SERVICE_NAME=web"], "web", {
+            let reason =
+                "SERVICE_NAME, but no TCP port: expected an exposed one, or SERVICE_<port>_NAME";
+            vec![format!("container c1: {reason}")]
+        }),
+        (&one, vec!["SERVICE_NAME=web", "SERVICE_IGNORE=1"], "web", vec![]),
+        (&none, vec!["SERVICE_NAME=web", "SERVICE_IGNORE=1"], "web", vec![]),
+        (&one, vec!["SERVICE_NAME=web", "SERVICE_IGNORE="], "web", at(80)),
+        (&two, vec!["SERVICE_NAME=web", "SERVICE_80_IGNORE=true"], "web-80", vec![]),
+        (&two, vec!["SERVICE_NAME=web", "SERVICE_80_IGNORE=true"], "web-443", at(443)),
+        (&one, vec!["XSERVICE_NAME=web", "SERVICE_NAME"], "web", vec![]),
+    ] {
+        let inspection = changed(
+            "c1",
+            [
+                ("/Config/ExposedPorts", ports.clone()),
+                ("/Config/Env", json!(env)),
+                ("/NetworkSettings/Ports", json!({})),
+            ],
+        );
+        assert_eq!(here(inspection, query), expected, "{ports} {env:?} {query}");
+    }
+}
+
+#[test]
+fn labels_win_over_variables_and_a_ports_own_over_both() {
+    for (env, labels, name) in [
+        (vec!["SERVICE_NAME=variable"], json!({"SERVICE_NAME": "label"}), "label"),
+        (vec!["SERVICE_80_NAME=variable"], json!({"SERVICE_NAME": "label"}), "variable"),
+        (vec!["SERVICE_80_NAME=variable"], json!({"SERVICE_80_NAME": "label"}), "label"),
+    ] {
+        let inspection =
+            changed("c1", [("/Config/Env", json!(env)), ("/Config/Labels", labels.clone())]);
+        assert_eq!(here(inspection, name), ["172.17.0.2:80"], "{env:?} {labels}");
+    }
+}
+
+#[test]
+fn all_tags_must_be_carried() {
+    for (env, query, found) in [
+        (vec!["SERVICE_TAGS=prod,v1"], "web", true),
+        (vec!["SERVICE_TAGS=prod,v1"], "web[prod]", true),
+        (vec!["SERVICE_TAGS=prod,v1"], "web[v1,prod]", true),
+        (vec!["SERVICE_TAGS=prod,v1"], "web[v1,x]", false),
+        (vec!["SERVICE_TAGS=,prod,,"], "web[prod]", true),
+        (vec![r"SERVICE_TAGS=a\b"], r"web[a\b]", true),
+        (vec!["SERVICE_TAGS=prod", "SERVICE_80_TAGS=v1"], "web[v1]", true),
+        (vec!["SERVICE_TAGS=prod", "SERVICE_80_TAGS=v1"], "web[prod]", false),
+        (vec![], "web[prod]", false),
+    ] {
+        let env = [env, vec!["SERVICE_NAME=web"]].concat();
+        let inspection = changed("c1", [("/Config/Env", json!(env))]);
+        assert_eq!(!here(inspection, query).is_empty(), found, "{env:?} {query}");
+    }
+}
+
+#[test]
+fn only_what_runs_and_is_healthy() {
+    let state = |running, paused, restarting| json!({"Running": running, "Paused": paused, "Restarting": restarting});
+    let found = |state: Value, healthy_only| {
+        let containers = all([changed("c1", [("/State", state)])]);
+        !answer(&containers, HERE, "web", healthy_only).is_empty()
+    };
+    assert!(found(state(true, false, false), true));
+    assert!(!found(state(false, false, false), false));
+    assert!(!found(state(true, true, false), false));
+    assert!(!found(state(true, false, true), false));
+    for (health, healthy) in
+        [("healthy", true), ("none", true), ("", true), ("starting", false), ("unhealthy", false)]
+    {
+        let state = json!({"Running": true, "Health": {"Status": health}});
+        assert_eq!(found(state.clone(), true), healthy, "{health}");
+        assert!(found(state, false), "{health}");
+    }
+}
+
+#[test]
+fn on_this_host_the_first_network_by_name_counts() {
+    let networks = |networks| changed("c1", [("/NetworkSettings/Networks", networks)]);
+    for (given, expected) in [
+        (json!({"b": {"IPAddress": "10.0.0.1"}, "a": {"IPAddress": "10.0.0.2"}}), "10.0.0.2:80"),
+        (json!({"b": {"IPAddress": "10.0.0.1"}, "a": {"IPAddress": ""}}), "10.0.0.1:80"),
+        (json!({"a": {"IPAddress": "10.0.0.1", "GlobalIPv6Address": "fd00::1"}}), "10.0.0.1:80"),
+        (json!({"a": {"IPAddress": "", "GlobalIPv6Address": "fd00::1"}}), "[fd00::1]:80"),
+        (json!({}), "container c1:80: no address: it is on no network"),
+        (json!({"a": {"IPAddress": "x"}}), "container c1:80: no address: it is on no network"),
+    ] {
+        assert_eq!(here(networks(given.clone()), "web"), [expected], "{given}");
+    }
+    let on_host = changed(
+        "c1",
+        [
+            ("/HostConfig/NetworkMode", json!("host")),
+            ("/NetworkSettings/Networks", json!({"host": {"IPAddress": ""}})),
+        ],
+    );
+    assert_eq!(here(on_host, "web"), ["127.0.0.1:80"]);
+}
+
+#[test]
+fn elsewhere_the_published_ports_count() {
+    for (ports, expected) in [
+        (json!({"80/tcp": [{"HostIp": "0.0.0.0", "HostPort": "49153"}]}), "192.168.13.90:49153"),
+        (json!({"80/tcp": [{"HostIp": "", "HostPort": "49153"}]}), "192.168.13.90:49153"),
+        (
+            json!({"80/tcp": [{"HostIp": "::", "HostPort": "1"}, {"HostIp": "0.0.0.0", "HostPort": "2"}]}),
+            "192.168.13.90:2",
+        ),
+        (json!({"80/tcp": [{"HostIp": "10.9.0.1", "HostPort": "80"}]}), "10.9.0.1:80"),
+        (
+            json!({"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "80"}]}),
+            "container c1:80: the port is published only where it cannot be reached from here",
+        ),
+        (json!({"80/tcp": null}), "container c1: SERVICE_NAME, but no published TCP port"),
+        // Not published, not counted: the name stays plain.
+        (
+            json!({"80/tcp": [{"HostIp": "0.0.0.0", "HostPort": "49153"}], "443/tcp": null}),
+            "192.168.13.90:49153",
+        ),
+    ] {
+        let containers = all([changed("c1", [("/NetworkSettings/Ports", ports.clone())])]);
+        assert_eq!(answer(&containers, there(), "web", true), [expected], "{ports}");
+    }
+    let named = changed("c1", [("/Config/Env", json!(["SERVICE_80_NAME=web"]))]);
+    assert_eq!(
+        answer(&all([named]), there(), "web", true),
+        ["container c1:80: the port is not published"]
+    );
+    let on_host = changed("c1", [("/HostConfig/NetworkMode", json!("host"))]);
+    assert_eq!(answer(&all([on_host]), there(), "web", true), ["192.168.13.90:80"]);
+}
+
+#[test]
+fn the_network_of_another_container_is_followed() {
+    let uses = |name, other: &str| {
+        changed(
+            name,
+            [
+                ("/HostConfig/NetworkMode", json!(format!("container:{other}"))),
+                ("/NetworkSettings", json!({"Ports": {}, "Networks": {}})),
+                ("/Config/Env", json!([format!("SERVICE_NAME={name}")])),
+            ],
+        )
+    };
+    let pod = changed(
+        "pod",
+        [(
+            "/NetworkSettings/Ports",
+            json!({"80/tcp": [{"HostIp": "0.0.0.0", "HostPort": "8080"}]}),
+        )],
+    );
+    let containers = all([pod, uses("one", "pod"), uses("two", "one"), uses("lost", "gone")]);
+    let reason = "the container whose network it uses does not run";
+    for (service, near, far) in [
+        ("one", "172.17.0.2:80", "192.168.13.90:8080"),
+        ("two", "172.17.0.2:80", "192.168.13.90:8080"),
+        ("lost", &format!("container lost:80: {reason}"), &format!("container lost:80: {reason}")),
+    ] {
+        assert_eq!(answer(&containers, HERE, service, true), [near]);
+        assert_eq!(answer(&containers, there(), service, true), [far]);
+    }
+    let circle = all([uses("one", "two"), uses("two", "one")]);
+    assert_eq!(
+        answer(&circle, HERE, "one", true),
+        ["container one:80: it uses its own network through another container"]
+    );
+}
+
+/// The parts that matter of an answer with API 1.52, made from its published description: no `IPAddress` beside
+/// `Networks`, and the network mode `bridge` spelt out.
+#[test]
+fn an_engine_of_version_29() {
+    let inspection = json!({
+        "Id": "c1",
+        "Name": "/c1",
+        "State": {"Status": "running", "Running": true, "Health": {"Status": "healthy"}},
+        "HostConfig": {"NetworkMode": "bridge"},
+        "Config": {
+            "ExposedPorts": {"80/tcp": {}},
+            "Env": ["PATH=/bin"],
+            "Labels": {"SERVICE_NAME": "web", "SERVICE_TAGS": "a\\,b,c"}
+        },
+        "NetworkSettings": {
+            "SandboxID": "5b",
+            "SandboxKey": "/var/run/docker/netns/5b",
+            "Ports": {"80/tcp": [{"HostIp": "0.0.0.0", "HostPort": "8080"}]},
+            "Networks": {"bridge": {
+                "MacAddress": "02:42:ac:11:00:02", "IPAddress": "172.17.0.2", "IPPrefixLen": 16,
+                "GlobalIPv6Address": "", "GwPriority": 0, "DNSNames": null
+            }}
+        }
+    });
+    let containers = all([inspection]);
+    assert_eq!(answer(&containers, HERE, "web[c]", true), ["172.17.0.2:80"]);
+    assert_eq!(answer(&containers, there(), "web", true), ["192.168.13.90:8080"]);
+}
+
+#[test]
+fn events_name_the_container_that_they_are_about() {
+    let about = |event| subject(serde_json::from_value(event).unwrap());
+    for (event, container) in [
+        (json!({"Type": "container", "Action": "start", "Actor": {"ID": "c1"}}), Some("c1")),
+        (
+            json!({"Type": "network", "Action": "connect", "Actor": {
+                "ID": "n1", "Attributes": {"container": "c1", "name": "back", "type": "bridge"}
+            }}),
+            Some("c1"),
+        ),
+        (json!({"Type": "network", "Action": "connect", "Actor": {"ID": "n1"}}), None),
+        (json!({"Type": "image", "Action": "tag", "Actor": {"ID": "i1"}}), None),
+        (json!({"status": "start", "id": "c1"}), None),
+    ] {
+        assert_eq!(about(event.clone()).as_deref(), container, "{event}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_container_panics(
+        env: Vec<String>,
+        key in "SERVICE_([0-9]{0,6}_)?(NAME|TAGS|IGNORE)",
+        value: String,
+        ports in proptest::collection::hash_map("[0-9]{0,6}(/(tcp|udp|.*))?", "[0-9]{0,6}", 0..4),
+        address: String,
+        mode in "(host|none|container:c1|container:.*|.*)",
+    ) {
+        let env = [env, vec![format!("{key}={value}")]].concat();
+        let bindings: serde_json::Map<_, _> = ports
+            .into_iter()
+            .map(|(port, bound)| (port, json!([{"HostIp": address, "HostPort": bound}])))
+            .collect();
+        let containers = all([changed("c1", [
+            ("/Config/Env", json!(env)),
+            ("/HostConfig/NetworkMode", json!(mode)),
+            ("/NetworkSettings/Ports", Value::Object(bindings)),
+            ("/NetworkSettings/Networks", json!({"n": {"IPAddress": address}})),
+        ])]);
+        offers(&containers, HERE);
+        offers(&containers, there());
+    }
+}

@@ -1,0 +1,294 @@
+//! The firewall, by either backend: what is captured and what is not, whose rules are touched, and what is left.
+
+use anyhow::{Result, ensure};
+use testbed::{Host, Signal};
+
+use crate::{
+    READY, WAIT,
+    support::{ETCD, counts, ends, metric, offer_at, reaches, says, web},
+};
+
+const NFT: &str = "--firewall=nft";
+const IPTABLES: &str = "--firewall=iptables";
+
+#[test]
+fn dnat_by_nft() -> Result<()> {
+    dnat(NFT)
+}
+
+#[test]
+fn dnat_by_iptables() -> Result<()> {
+    dnat(IPTABLES)
+}
+
+/// Only the declared ports of consumers, on every VIP; and at the end everybody else's rules are as they were.
+fn dnat(firewall: &str) -> Result<()> {
+    let host = Host::builder().ipv6(true).start()?;
+    strangers_rules(&host)?;
+    web(&host, "web")?;
+    let front =
+        host.network("front", ["--ipv6", "--subnet=10.81.0.0/24", "--subnet=fd00:81::/64"])?;
+    let back = host.network("back", ["--internal"])?;
+    let own = |port: &str| {
+        let name = format!("host-{port}");
+        let words = ["http", "--name", "host", "--port", port];
+        host.server(&name, words).network("host").start()
+    };
+    own("80")?;
+    own("7000")?;
+    host.web("published").arg("--publish=8080:80").start()?;
+    let bystander = host.client("bystander").start()?;
+    let app = host
+        .client("app")
+        .network(front.name())
+        .env("BACKEND_WEB", "/services/web;80")
+        .env("BACKEND_WEB_TOO", "/services/web;8080")
+        .start()?;
+    app.connect(back.name())?;
+    let before = rules(&host)?;
+
+    let embassy = host.embassy(["--dnat", ETCD, firewall])?;
+    embassy.wait_ready(READY)?;
+    for vip in
+        ["172.17.0.1", "[fd00:d0c::1]", "10.81.0.1", "[fd00:81::1]", &back.gateway()?.to_string()]
+    {
+        reaches(&app, format!("{vip}:80"), "web")?;
+    }
+    // Docker's own rule for a published port does not win over a route, and stays as it is for all others.
+    reaches(&app, "172.17.0.1:8080", "web")?;
+    reaches(&bystander, "172.17.0.1:8080", "published")?;
+    // The host's own services: on another port, and for others on this one.
+    reaches(&app, "172.17.0.1:7000", "host")?;
+    reaches(&bystander, "172.17.0.1:80", "host")?;
+    // Another destination than a VIP is none of our business.
+    let served = metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?;
+    reaches(&app, "192.168.13.90:80", "host")?;
+    assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?, served);
+    ends(&app, "172.17.0.1:9999", "reset")?;
+    counts(&embassy, r#"embassy_connections_total{outcome="direct_dial"}"#, 1)?;
+    assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="unknown_consumer"}"#)?, 0);
+    assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="no_route"}"#)?, 0);
+
+    assert_ne!(rules(&host)?, before);
+    embassy.terminate()?;
+    assert!(embassy.wait(WAIT)?.success());
+    assert_eq!(rules(&host)?, before);
+    reaches(&app, "172.17.0.1:80", "host")
+}
+
+#[test]
+fn all_by_nft() -> Result<()> {
+    all(NFT)
+}
+
+#[test]
+fn all_by_iptables() -> Result<()> {
+    all(IPTABLES)
+}
+
+/// With `--capture=all` everything that is sent to a VIP is ours, and what we do not know is reset and counted.
+fn all(firewall: &str) -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    host.server("own", ["http", "--name", "host", "--port", "7000"]).network("host").start()?;
+    let bystander = host.client("bystander").start()?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let mut embassy = host.embassy_command(["--dnat", ETCD, firewall, "--capture=all"])?;
+    embassy.env("IPTABLES_TRACK_TIMEOUT", "77");
+    // These two are of the whole machine: the kernel does not let a namespace change them.
+    embassy
+        .env("IPTABLES_TRACK_MAX_CONNECTIONS", "1000000")
+        .env("IPTABLES_TRACK_HASHSIZE", "100000");
+    let embassy = host.embassy_from(embassy)?;
+    embassy.wait_ready(READY)?;
+
+    reaches(&app, "172.17.0.1:80", "web")?;
+    ends(&app, "172.17.0.1:7000", "reset")?;
+    counts(&embassy, r#"embassy_connections_total{outcome="no_route"}"#, 1)?;
+    ends(&bystander, "172.17.0.1:80", "reset")?;
+    counts(&embassy, r#"embassy_connections_total{outcome="unknown_consumer"}"#, 1)?;
+    reaches(&bystander, "192.168.13.90:7000", "host")?;
+
+    let timeout = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait";
+    assert_eq!(host.run("cat", [timeout])?, "77");
+    says(&embassy, &["cannot set", "nf_conntrack_max"])?;
+    says(&embassy, &["cannot set", "hashsize"])
+}
+
+#[test]
+fn redirect_by_nft() -> Result<()> {
+    redirect(NFT)
+}
+
+#[test]
+fn redirect_by_iptables() -> Result<()> {
+    redirect(IPTABLES)
+}
+
+/// What the host sends itself is captured; what embassy sends to an endpoint is not, though the endpoint listens on a VIP's
+/// address, on the very port that is captured.
+fn redirect(firewall: &str) -> Result<()> {
+    let host = Host::builder().ipv6(true).start()?;
+    let web = host
+        .web("web")
+        .args(["--publish=172.17.0.1:80:80", "--publish=[fd00:d0c::1]:80:80"])
+        .start()?;
+    offer_at(&host, "web", "172.17.0.1:80")?;
+    offer_at(&host, "web6", "[fd00:d0c::1]:80")?;
+    strangers_rules(&host)?;
+    let before = rules(&host)?;
+    let services = "-services=/services/web;80,/services/web6;81,/services/none;82";
+    let embassy = host.embassy(["--redirect", "-provider=static", services, ETCD, firewall])?;
+    embassy.wait_ready(READY)?;
+
+    let mut served = 0;
+    for target in ["172.17.0.1:80", "[fd00:d0c::1]:80", "172.17.0.1:81", "[fd00:d0c::1]:81"] {
+        let answer = testbed::eventually(WAIT, &format!("an answer at {target}"), || {
+            host.http("GET", &format!("http://{target}/"), "")?.ok()
+        })?;
+        assert_eq!(answer, "web", "{target}");
+        served += 1;
+        counts(&embassy, r#"embassy_connections_total{outcome="closed"}"#, served)?;
+    }
+    // One connection each: none went round through us again.
+    assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?, served);
+    assert!(host.http("GET", "http://172.17.0.1:82/", "").is_err());
+    counts(&embassy, r#"embassy_connections_total{outcome="no_endpoint"}"#, 1)?;
+    // From elsewhere too, as with --dnat; but another's address is another's.
+    assert_eq!(host.http("GET", &format!("http://{}/", web.ip()?), "")?.ok()?, "web");
+    assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?, served);
+
+    embassy.terminate()?;
+    assert!(embassy.wait(WAIT)?.success());
+    assert_eq!(rules(&host)?, before);
+    Ok(())
+}
+
+#[test]
+fn rules_that_vanish_from_nft_are_back() -> Result<()> {
+    let flush = ["nft", "flush", "ruleset"];
+    let delete = ["nft", "delete", "table", "inet", "embassy"];
+    let flush_chain = ["nft", "flush", "chain", "inet", "embassy", "capture"];
+    let add = ["nft", "insert", "rule", "inet", "embassy", "prerouting", "accept"];
+    vanish(NFT, &[&flush, &delete, &flush_chain, &add])
+}
+
+#[test]
+fn rules_that_vanish_from_iptables_are_back() -> Result<()> {
+    let flush = ["iptables", "-t", "nat", "-F"];
+    let flush_chain = ["iptables", "-t", "nat", "-F", "EMBASSY"];
+    let above = ["iptables", "-t", "nat", "-I", "PREROUTING", "-p", "tcp", "-j", "ACCEPT"];
+    let twice = ["iptables", "-t", "nat", "-A", "PREROUTING", "-j", "EMBASSY"];
+    vanish(IPTABLES, &[&flush, &["nft", "flush", "ruleset"], &flush_chain, &above, &twice])
+}
+
+fn vanish(firewall: &str, blows: &[&[&str]]) -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let mut app = host.client("app").env("BACKEND_WEB", "/services/web;80");
+    // As many that their order in the kernel is not the order in which they were written.
+    for port in 1000..1200 {
+        app = app.env(&format!("BACKEND_{port}"), &format!("/services/web;{port}"));
+    }
+    let app = app.start()?;
+    let embassy = host.embassy(["--dnat", ETCD, firewall])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let ours = ours(&host, firewall)?;
+    for (n, blow) in (1..).zip(blows) {
+        host.run(blow[0], &blow[1..])?;
+        counts(&embassy, "embassy_capture_restored_total", n)?;
+        testbed::eventually(WAIT, &format!("the rules after {blow:?}"), || {
+            let now = self::ours(&host, firewall)?;
+            ensure!(now == ours, "{now}");
+            Ok(())
+        })?;
+        reaches(&app, "172.17.0.1:80", "web")?;
+    }
+    says(&embassy, &["our rules were changed from outside"])?;
+    // And only then: rules that nobody touched are left alone.
+    assert_eq!(metric(&embassy, "embassy_capture_restored_total")?, blows.len() as u64);
+    Ok(())
+}
+
+#[test]
+fn leftovers_go_at_the_start_and_auto_takes_what_docker_uses() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let before = rules(&host)?;
+    let comment = ["-m", "comment", "--comment", "embassy_redirection"];
+    let ancestors = ["-t", "nat", "-I", "PREROUTING", "-d", "172.17.42.1", "-p", "tcp"];
+    let redirect = ["-j", "REDIRECT", "--to-ports", "9999"];
+    host.run("iptables", [&ancestors[..], &comment, &redirect].concat())?;
+    for firewall in [NFT, IPTABLES] {
+        let embassy = host.embassy(["--dnat", ETCD, firewall])?;
+        embassy.wait_ready(READY)?;
+        assert!(!rules(&host)?.contains("embassy_redirection"));
+        embassy.kill()?;
+        assert_ne!(rules(&host)?, before);
+    }
+
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let now = rules(&host)?;
+    assert!(now.contains(":EMBASSY ") && !now.contains("table inet embassy"), "{now}");
+    reaches(&app, "172.17.0.1:80", "web")?;
+    // The other way to stop.
+    embassy.signal(Signal::INT)?;
+    assert!(embassy.wait(WAIT)?.success());
+    assert_eq!(rules(&host)?, before);
+    Ok(())
+}
+
+#[test]
+fn nothing_is_captured_before_the_first_listing() -> Result<()> {
+    let host = Host::builder().without_docker().start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    says(&embassy, &["lost", "docker"])?;
+    assert!(embassy.wait_ready(std::time::Duration::ZERO).is_err());
+    assert_eq!(rules(&host)?, "");
+    host.docker_daemon().start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    // Docker's own rules were not there to see when embassy started.
+    says(&embassy, &["capturing", "firewall=iptables"])
+}
+
+/// Rules and tables of others, in all the places where ours are.
+fn strangers_rules(host: &Host) -> Result<()> {
+    let script = "
+        nft add table inet stranger
+        nft add chain inet stranger pre '{ type nat hook prerouting priority -105; policy accept; }'
+        nft add rule inet stranger pre ip daddr 172.17.0.1 tcp dport 1 redirect to :9999
+        nft add table ip embassy_of_another
+        iptables -t nat -N EMBASSY_OF_ANOTHER
+        iptables -t nat -A EMBASSY_OF_ANOTHER -p tcp --dport 2 -j REDIRECT --to-ports 9999
+        iptables -t nat -I PREROUTING -m comment --comment 'of a stranger' -j EMBASSY_OF_ANOTHER
+        ip6tables -t nat -A PREROUTING -p tcp --dport 3 -j ACCEPT
+        ip6tables -t nat -A OUTPUT -p tcp --dport 3 -j ACCEPT
+        iptables -A FORWARD -m comment --comment embassy -j ACCEPT";
+    host.run("sh", ["-ec", script]).map(drop)
+}
+
+/// Every rule of the host, without counters and the moment when it was listed.
+fn rules(host: &Host) -> Result<String> {
+    let list = |words: &[&str]| host.run(words[0], &words[1..]);
+    let nft = list(&["nft", "-s", "list", "ruleset"])?;
+    let saved = [list(&["iptables-save"])?, list(&["ip6tables-save"])?].join("\n");
+    let saved = saved.lines().filter(|line| !line.starts_with('#'));
+    let saved = saved.map(|line| line.split(" [").next().unwrap_or(line));
+    Ok([nft.as_str()].into_iter().chain(saved).collect::<Vec<_>>().join("\n").trim().to_owned())
+}
+
+/// Our own rules alone.
+fn ours(host: &Host, firewall: &str) -> Result<String> {
+    if firewall == NFT {
+        return host.run("nft", ["-s", "list", "table", "inet", "embassy"]);
+    }
+    let all = host.run("iptables-save", ["-t", "nat"])?;
+    let first = all.lines().find(|line| line.starts_with("-A PREROUTING")).into_iter();
+    let ours = all.lines().filter(|line| line.contains("EMBASSY") && !line.starts_with(':'));
+    Ok(first.chain(ours).collect::<Vec<_>>().join("\n"))
+}

@@ -1,0 +1,53 @@
+//! The program's own words: what it prints where, and how it exits.
+
+use std::process::{Command, Output};
+
+use anyhow::Result;
+
+fn embassy(words: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_embassy"));
+    Ok(command.args(words).env_clear().envs(variables.iter().copied()).output()?)
+}
+
+#[test]
+fn a_wrong_command_line_is_one_line_and_exit_2() -> Result<()> {
+    for (words, variables, line) in [
+        (
+            &["-prot", "1"][..],
+            &[][..],
+            "embassy: --prot: unknown flag; did you mean --port? --help lists them all\n",
+        ),
+        (&["-p", "0"], &[], "embassy: --port \"0\": expected a port from 1 to 65535\n"),
+        (
+            &["-discovery=marathon://h:8080"],
+            &[],
+            "embassy: --discovery \"marathon://h:8080\": marathon is not supported\n",
+        ),
+        (
+            &["--dnat"],
+            &[("PROXY_PORT", "http")],
+            "embassy: PROXY_PORT \"http\": expected a port from 1 to 65535\n",
+        ),
+    ] {
+        let output = embassy(words, variables)?;
+        assert_eq!(output.status.code(), Some(2), "{words:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), line);
+        assert_eq!(output.stdout, b"", "{words:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn help_and_version_go_to_stdout() -> Result<()> {
+    for (word, beginning) in [
+        ("-help", "Connects the containers of this host to the services they ask for."),
+        ("--version", concat!("embassy ", env!("CARGO_PKG_VERSION"), "\n")),
+    ] {
+        let output = embassy(&[word], &[])?;
+        assert_eq!(output.status.code(), Some(0), "{word}");
+        let text = String::from_utf8(output.stdout)?;
+        assert!(text.starts_with(beginning), "{text}");
+        assert_eq!(output.stderr, b"", "{word}");
+    }
+    Ok(())
+}

@@ -1,0 +1,51 @@
+//! A container's very first act is to dial: that may be quicker than the engine's news of it.
+
+use anyhow::{Result, ensure};
+use testbed::Host;
+
+use crate::READY;
+
+/// How many containers are started. Each dials at once, once.
+const RUNS: usize = 20;
+
+#[test]
+fn a_container_whose_first_act_is_to_dial_is_served_by_nft() -> Result<()> {
+    first_act("nft")
+}
+
+#[test]
+fn a_container_whose_first_act_is_to_dial_is_served_by_iptables() -> Result<()> {
+    first_act("iptables")
+}
+
+fn first_act(firewall: &str) -> Result<()> {
+    let host = Host::start()?;
+    host.web("web").label("SERVICE_80_NAME", "web").start()?;
+    // The host's own server on the VIP, which anybody may dial who did not ask for another on that port.
+    let _own = host.spawn("own", {
+        let mut command = host.command(testbed::testbed_program()?);
+        command.args(["peer", "http", "--name", "own", "--port", "8000"]);
+        command
+    })?;
+    let embassy = host.embassy(["--dnat", "-discovery=docker://", "--firewall", firewall])?;
+    embassy.wait_ready(READY)?;
+
+    let run = |binding: &str, url: &str| {
+        let mut docker = host.docker_command(["run", "--rm", "-e", binding, "testbed"]);
+        docker.args(["curl", "-s", "-m", "10", url]);
+        testbed::output(&mut docker)
+    };
+    for n in 0..RUNS {
+        let said = run("BACKEND_WEB=web;8080", "http://172.17.0.1:8080/")?;
+        ensure!(said.trim() == "web", "run {n}: {said:?}");
+    }
+    let said = run("BACKEND_WEB=web;8080", "http://172.17.0.1:8000/")?;
+    ensure!(said.trim() == "own", "the host's own server: {said:?}");
+
+    // Nobody asked for this port: reset, as soon as the container is known.
+    let refused = run("BACKEND_WEB=web;8080", "http://172.17.0.1:8081/");
+    ensure!(refused.is_err(), "{refused:?}");
+    let metrics = embassy.admin("/metrics")?.ok()?;
+    ensure!(metrics.contains("embassy_capture_restored_total 0\n"), "{metrics}");
+    Ok(())
+}

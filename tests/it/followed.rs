@@ -1,0 +1,111 @@
+//! A descriptor whose discovery is followed, as embassy does it.
+
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use embassy::{
+    discovery::{
+        ConsulSettings, Discoveries, Endpoints, EtcdSettings, Query, Settings, UriError, Watches,
+    },
+    docker::{Address, Engine},
+    source::Known,
+};
+
+/// How long anything may take that is to happen soon: long enough for the busiest machine, and for all that is waited
+/// for before a server that hangs is given up.
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+
+/// What an empty command line and environment mean.
+pub(crate) fn settings() -> Settings {
+    Settings {
+        healthy_only: true,
+        docker: Engine { address: Address::Unix("/nonexistent".into()), certificates: None },
+        consul: ConsulSettings::default(),
+        etcd: EtcdSettings::default(),
+    }
+}
+
+/// A descriptor that is followed, as embassy does.
+pub(crate) struct Followed {
+    watches: Watches,
+    query: Query,
+}
+
+impl Followed {
+    pub(crate) fn new(uri: &str, descriptor: &str) -> Self {
+        Self::with(uri, &settings(), descriptor)
+    }
+
+    pub(crate) fn with(uri: &str, settings: &Settings, descriptor: &str) -> Self {
+        Self::try_with(uri, settings, descriptor).expect("a URI that is right")
+    }
+
+    pub(crate) fn try_with(
+        uri: &str,
+        settings: &Settings,
+        descriptor: &str,
+    ) -> Result<Self, UriError> {
+        Ok(Self::of(&Discoveries::parse(&[uri.to_owned()], settings)?, descriptor))
+    }
+
+    pub(crate) fn of(discoveries: &Discoveries, descriptor: &str) -> Self {
+        let descriptor = descriptor.parse().expect("a descriptor that is right");
+        let query = discoveries.query(&descriptor).expect("the discovery that was configured");
+        // No resync comes to the rescue within a test: what is seen is seen by following.
+        let resync = 10 * SOON;
+        let mut watches = Watches::new(discoveries.clone(), resync, Arc::default());
+        watches.demand(&BTreeSet::from([query.clone()]));
+        Self { watches, query }
+    }
+
+    pub(crate) fn known(&self) -> Known<Endpoints> {
+        self.watches.known().remove(&self.query).expect("the one that is demanded")
+    }
+
+    /// Waits until what is known is as wanted.
+    pub(crate) async fn until(
+        &self,
+        wanted: &str,
+        holds: impl Fn(&Known<Endpoints>) -> bool,
+    ) -> Known<Endpoints> {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let known = self.known();
+            if holds(&known) {
+                return known;
+            }
+            assert!(Instant::now() < deadline, "{wanted}: did not happen; known is {known:#?}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Waits until just these are the endpoints, and nothing is wrong.
+    pub(crate) async fn sees(&self, endpoints: &[&str]) -> Known<Endpoints> {
+        self.until(&format!("endpoints {endpoints:?}"), |known| {
+            known.error.is_none() && list(known).is_some_and(|list| list == endpoints)
+        })
+        .await
+    }
+
+    /// Waits until an error is shown that holds `text`.
+    pub(crate) async fn fails(&self, text: &str) -> Known<Endpoints> {
+        self.until(&format!("an error with {text:?}"), |known| {
+            known.error.as_ref().is_some_and(|error| error.contains(text))
+        })
+        .await
+    }
+}
+
+/// The endpoints that are in use.
+pub(crate) fn list(known: &Known<Endpoints>) -> Option<Vec<String>> {
+    Some(known.value.as_ref()?.list.iter().map(ToString::to_string).collect())
+}
+
+/// What was rejected beside them.
+pub(crate) fn rejected(known: &Known<Endpoints>) -> Vec<String> {
+    let rejected = known.value.iter().flat_map(|answer| &answer.rejected);
+    rejected.map(|entry| format!("{}: {}", entry.what, entry.reason)).collect()
+}

@@ -1,0 +1,161 @@
+//! What a registry says is what a consumer reaches: registrations, changes and removals, in each of the three registries.
+
+use anyhow::{Result, ensure};
+use testbed::{Answers, Consul, Container, Etcd, Host, eventually};
+
+use crate::{READY, WAIT};
+
+const VIP: &str = "172.17.0.1:80";
+
+/// A registry of instances of one service.
+trait Registry {
+    /// The instance `name` is at `address`, port 80, from now on.
+    fn register(&self, name: &str, address: &str) -> Result<()>;
+    fn remove(&self, name: &str) -> Result<()>;
+}
+
+/// What registrator writes: plain `host:port`.
+struct Plain<'a>(&'a Etcd);
+
+impl Registry for Plain<'_> {
+    fn register(&self, name: &str, address: &str) -> Result<()> {
+        self.0.v3().put(&format!("/services/web/80/{name}"), &format!("{address}:80"))
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        self.0.v3().delete(&format!("/services/web/80/{name}"))
+    }
+}
+
+/// What service-registrar writes: a document of text in a tree of host ports.
+struct Documents<'a>(&'a Etcd);
+
+fn document(address: &str) -> String {
+    format!(
+        r#"{{"id": "13532987eae2831eb7d41f38172cb82d", "host": "fury", "ipaddress": "{address}",
+             "env": {{"NAME": "apache"}}, "tags": [], "name": "/trusting_shockley", "image": "eboraas/apache",
+             "hostname": "13532987eae2", "host_port": "80", "proto": "tcp", "port": "8080",
+             "path": "/services/web/80/49161/13532987eae2"}}"#
+    )
+}
+
+impl Registry for Documents<'_> {
+    fn register(&self, name: &str, address: &str) -> Result<()> {
+        self.0.v2().put(&format!("/services/web/80/49161/{name}"), &document(address))
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        self.0.v2().delete(&format!("/services/web/80/49161/{name}"))
+    }
+}
+
+impl Registry for Consul {
+    fn register(&self, name: &str, address: &str) -> Result<()> {
+        // The node's address is 127.0.0.1, where nobody serves it.
+        self.service(name, "web").address(address).port(80).register()
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        self.deregister(name)
+    }
+}
+
+#[test]
+fn etcd_v3_is_followed() -> Result<()> {
+    let host = Host::start()?;
+    follow(&host, &Plain(&host.etcd()?), "etcd://127.0.0.1:2379", "/services/web/80;80")
+}
+
+#[test]
+fn etcd_v2_is_followed() -> Result<()> {
+    let host = Host::start()?;
+    follow(&host, &Documents(&host.etcd()?), "etcd://127.0.0.1:2379", "/services/web/80;80")
+}
+
+#[test]
+fn consul_is_followed() -> Result<()> {
+    let host = Host::start()?;
+    follow(&host, &host.consul()?, "consul://127.0.0.1:8500", "web;80")
+}
+
+fn follow(host: &Host, registry: &dyn Registry, discovery: &str, descriptor: &str) -> Result<()> {
+    let servers = ["web-1", "web-2", "web-3"].map(|name| host.web(name).start());
+    let [first, second, third] = servers;
+    let (first, second, third) =
+        (first?.ip()?.to_string(), second?.ip()?.to_string(), third?.ip()?.to_string());
+    registry.register("a", &first)?;
+    let app = host.client("app").env("BACKEND_WEB", descriptor).start()?;
+    let embassy = host.embassy(["--dnat", "-discovery", discovery, "--empty-hold=0"])?;
+    embassy.wait_ready(READY)?;
+    let only = |name: &str| {
+        eventually(WAIT, &format!("all answers from {name}"), || {
+            let answers = app.get(VIP).times(4).run()?;
+            ensure!(answers.from(name) == 4, "{answers:?}");
+            Ok(())
+        })
+    };
+    only("web-1")?;
+
+    // An endpoint is added under load: it is used, and no request fails.
+    let answers = under_load(&app, || registry.register("b", &second))?;
+    ensure!(answers.failed() == 0 && answers.from("web-2") > 0, "while adding: {answers:?}");
+
+    // An instance moves.
+    registry.remove("a")?;
+    only("web-2")?;
+    registry.register("b", &third)?;
+    only("web-3")?;
+
+    // The last one goes: connections are reset at once, and come back with the next.
+    registry.remove("b")?;
+    eventually(WAIT, "no endpoint", || {
+        let answers = app.get(VIP).run()?;
+        ensure!(answers.failed() == 1, "{answers:?}");
+        Ok(())
+    })?;
+    let probe = app.probe(VIP)?;
+    ensure!(probe.outcome == "reset", "{probe:?}");
+    registry.register("c", &first)?;
+    only("web-1")
+}
+
+/// Requests from `app`, each on a connection of its own, while `change` is made.
+fn under_load(app: &Container, change: impl FnOnce() -> Result<()>) -> Result<Answers> {
+    std::thread::scope(|scope| {
+        let load = scope.spawn(|| app.get(VIP).times(3000).at_once(4).run());
+        change()?;
+        load.join().map_err(|_| anyhow::anyhow!("the load panicked"))?
+    })
+}
+
+#[test]
+fn only_instances_that_pass_their_checks_are_used() -> Result<()> {
+    let host = Host::start()?;
+    let consul = host.consul()?;
+    for name in ["web-1", "web-2"] {
+        let address = host.web(name).start()?.ip()?;
+        consul.service(name, "web").address(address).port(80).check("passing").register()?;
+    }
+    let app = host.client("app").env("BACKEND_WEB", "web;80").start()?;
+    let embassy = host.embassy(["--dnat", "-discovery=consul://127.0.0.1:8500", "-resync=3600"])?;
+    embassy.wait_ready(READY)?;
+    let spread = |first: usize, second: usize, when: &str| {
+        eventually(WAIT, when, || {
+            let answers = app.get(VIP).times(10).run()?;
+            ensure!(
+                answers.from("web-1") == first && answers.from("web-2") == second,
+                "{answers:?}"
+            );
+            Ok(())
+        })
+    };
+    spread(5, 5, "both while both pass")?;
+    consul.set_check("web-1", "critical")?;
+    spread(0, 10, "one while the other is critical")?;
+    consul.set_check("web-1", "passing")?;
+    spread(5, 5, "both after it passes again")?;
+    consul.maintenance("web-2", true)?;
+    spread(10, 0, "one while the other is in maintenance")?;
+    consul.maintenance("web-2", false)?;
+    spread(5, 5, "both after maintenance")
+}

@@ -1,0 +1,241 @@
+//! From the start to the end: what is waited for, what is said, and in which order things go.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use testbed::{Embassy, Host, embassy_program};
+
+use crate::{
+    READY, WAIT,
+    support::{ETCD, counts, ends, metric, offer, reaches, says, web},
+};
+
+/// Waits until `/readyz` says that just these parts are not ready.
+fn waits_for(embassy: &Embassy, parts: &[&str]) -> Result<()> {
+    testbed::eventually(READY, &format!("/readyz to name {parts:?}"), || {
+        let answer = embassy.admin("/readyz")?;
+        let body: Value = serde_json::from_str(&answer.body).context(answer.body)?;
+        let ready = parts.is_empty();
+        ensure!(answer.status == if ready { 200 } else { 503 }, "status {}", answer.status);
+        ensure!(body == json!({ "ready": ready, "waiting_for": parts }), "{body}");
+        Ok(())
+    })
+}
+
+#[test]
+fn it_starts_while_everything_is_down_and_is_ready_when_all_is_up() -> Result<()> {
+    let host = Host::start()?;
+    let app = host
+        .client("app")
+        .arg("--restart=always")
+        .env("BACKEND_CONSUL", "web;80")
+        .env("BACKEND_ETCD", "/services/web;81;via=etcd")
+        .start()?;
+    host.docker_daemon().stop()?;
+    let embassy = host.embassy(["--dnat", "-discovery=consul://127.0.0.1:8500", ETCD])?;
+    waits_for(&embassy, &["capture", "discovery", "listing"])?;
+    assert_eq!(embassy.admin("/healthz")?.ok()?, "ok\n");
+    says(&embassy, &["lost", "docker"])?;
+
+    host.docker_daemon().start()?;
+    // With what there is, it does what it can: there is no endpoint yet.
+    waits_for(&embassy, &["discovery"])?;
+    ends(&app, "172.17.0.1:80", "reset")?;
+
+    let web = host.web("web").start()?;
+    host.consul()?.service("web", "web").address(web.ip()?).port(80).register()?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    waits_for(&embassy, &["discovery"])?;
+
+    // It is up, and says nothing: that is not an answer.
+    host.etcd()?;
+    host.etcd_daemon().pause()?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    waits_for(&embassy, &["discovery"])?;
+    host.etcd_daemon().resume()?;
+    offer(&host, "web", web.ip()?)?;
+    waits_for(&embassy, &[])?;
+    reaches(&app, "172.17.0.1:81", "web")?;
+
+    // Ready once is ready: what fails later is no news for whoever started it.
+    host.etcd_daemon().kill()?;
+    host.consul_daemon().kill()?;
+    counts(&embassy, r#"embassy_source_failures_total{source="consul web"}"#, 1)?;
+    waits_for(&embassy, &[])?;
+    reaches(&app, "172.17.0.1:80", "web")
+}
+
+#[test]
+fn one_silent_discovery_does_not_hold_up_the_other() -> Result<()> {
+    let host = Host::start()?;
+    let web = host.web("web").start()?;
+    host.consul()?.service("web", "web").address(web.ip()?).port(80).register()?;
+    host.etcd()?;
+    host.etcd_daemon().pause()?;
+    let app = host.client("app").env("BACKEND_CONSUL", "web;80");
+    let app = app.env("BACKEND_ETCD", "/services/web;81;via=etcd").start()?;
+    let embassy = host.embassy(["--dnat", "-discovery=consul://127.0.0.1:8500", ETCD])?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    waits_for(&embassy, &["discovery"])
+}
+
+#[test]
+fn it_stops_in_order() -> Result<()> {
+    let host = Host::start()?;
+    // Five seconds of it, once the connection's buffers are full.
+    let slow =
+        host.server("slow", ["source", "--bytes", "5000000", "--rate", "1000000"]).start()?;
+    offer(&host, "slow", slow.ip()?)?;
+    let hang = host.server("hang", ["hang"]).start()?;
+    offer(&host, "hang", hang.ip()?)?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_SLOW", "/services/slow;80");
+    let app = app.env("BACKEND_HANG", "/services/hang;81").env("BACKEND_WEB", "/services/web;82");
+    let app = app.start()?;
+    let start = |drain: &str| {
+        let embassy = host.embassy(["--dnat", ETCD, drain])?;
+        embassy.wait_ready(READY)?;
+        reaches(&app, "172.17.0.1:82", "web")?;
+        anyhow::Ok(embassy)
+    };
+    let dial = |embassy: &Embassy, name: &str, target: &str| {
+        let before = metric(embassy, "embassy_connections_active")?;
+        let held = app.spawn(name, ["testbed", "peer", "recv", target])?;
+        counts(embassy, "embassy_connections_active", before + 1)?;
+        anyhow::Ok(held)
+    };
+    let no_rules = || {
+        testbed::eventually(WAIT, "the rules to go", || {
+            let rules = host.run("iptables-save", [""; 0])?;
+            ensure!(!rules.contains("EMBASSY"), "{rules}");
+            Ok(())
+        })
+    };
+
+    // A live connection gets its time, and every byte; a new one is not ours any more.
+    let embassy = start("--drain=60s")?;
+    let held = dial(&embassy, "slow", "172.17.0.1:80")?;
+    embassy.terminate()?;
+    no_rules()?;
+    ends(&app, "172.17.0.1:80", "refused")?;
+    ends(&app, "172.17.0.1:9999", "refused")?;
+    assert!(held.wait(WAIT)?.success());
+    assert!(held.log().contains("5000000"), "{}", held.log());
+    assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
+
+    // One that does not end is reset when the time is over.
+    let embassy = start("--drain=1s")?;
+    let held = dial(&embassy, "hang-1", "172.17.0.1:81")?;
+    embassy.terminate()?;
+    assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
+    assert!(!held.wait(WAIT)?.success(), "a reset is an error, not an end");
+
+    // And at once, where a second signal says so.
+    let embassy = start("--drain=1h")?;
+    let held = dial(&embassy, "hang-2", "172.17.0.1:81")?;
+    embassy.terminate()?;
+    no_rules()?;
+    says(&embassy, &["waiting for connections to end", "drain=3600s"])?;
+    assert_eq!((embassy.exited()?, held.exited()?), (None, None));
+    embassy.terminate()?;
+    assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
+    assert!(!held.wait(WAIT)?.success());
+    Ok(())
+}
+
+#[test]
+fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let first = host.embassy(["--dnat", ETCD])?;
+    first.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+
+    let command = |words: &[&str]| host.embassy_command(words);
+    let with = |words: &[&str], name: &str, value: &str| {
+        let mut command = host.embassy_command(words)?;
+        command.env(name, value);
+        anyhow::Ok(command)
+    };
+    let fixed = ["-provider=static", "-services=web;80", "--admin=off", "-p=9998"];
+    let mut no_nft = host.command("env");
+    no_nft.arg("PATH=/nowhere").arg(embassy_program()?);
+    no_nft.args(["--dnat", "--firewall=nft", "--admin=off", "-p=9998"]);
+    let cases = [
+        (command(&["--dnat", "--admin=off"])?, 1, "cannot listen on port 9999 (--port)"),
+        (command(&["--dnat", "-p=9998"])?, 1, "cannot listen at 127.0.0.1:9990 (--admin)"),
+        (
+            command(&["--admin=unix:///no/such/folder", "-p=9998"])?,
+            1,
+            "unix:///no/such/folder (--admin)",
+        ),
+        (command(&[&fixed[..], &["-interface=nosuch0"]].concat())?, 1, "-interface \"nosuch0\""),
+        (no_nft, 1, "cannot run nft"),
+        (command(&["--no-such-flag"])?, 2, "--no-such-flag"),
+        (command(&["-port=99999"])?, 2, "--port \"99999\": expected a port"),
+        (command(&["-discovery=marathon://127.0.0.1:8080"])?, 2, "marathon"),
+        (
+            with(&["--dnat"], "IPTABLES_TRACK_TIMEOUT", "soon")?,
+            2,
+            "IPTABLES_TRACK_TIMEOUT \"soon\"",
+        ),
+        (with(&["--dnat"], "IPTABLES_TRACK_HASHSIZE", "-1")?, 2, "IPTABLES_TRACK_HASHSIZE \"-1\""),
+        (
+            with(&["--dnat"], "IPTABLES_TRACK_MAX_CONNECTIONS", "0")?,
+            2,
+            "IPTABLES_TRACK_MAX_CONNECTIONS \"0\"",
+        ),
+        (command(&["--version"])?, 0, "embassy "),
+    ];
+    for (command, code, line) in cases {
+        let (said, status) = outcome(&host, command)?;
+        assert_eq!(status, Some(code), "{said}");
+        assert!(said.contains(line), "{line:?} in {said}");
+        if code == 2 {
+            assert_eq!(said.lines().count(), 1, "{said}");
+        }
+    }
+
+    // None of them harmed the one that runs.
+    assert_eq!(metric(&first, "embassy_capture_restored_total")?, 0);
+    reaches(&app, "172.17.0.1:80", "web")?;
+    // Where nobody needs its address, a missing interface is no error; nor is a host without Consul.
+    let other = host.embassy(["-interface=nosuch0", "-p=9998", "--admin=off"])?;
+    says(&other, &["proxy listens", "9998"])?;
+    assert_eq!(other.exited()?, None);
+    Ok(())
+}
+
+/// What a run of embassy says until it ends by itself, and its exit code.
+fn outcome(host: &Host, command: Command) -> Result<(String, Option<i32>)> {
+    let log = |embassy: &Embassy| embassy.log();
+    let before = std::fs::read(host.dir().join("embassy.log")).map_or(0, |log| log.len());
+    let embassy = host.embassy_from(command)?;
+    let status = embassy.wait(WAIT)?;
+    Ok((log(&embassy).split_off(before), status.code()))
+}
+
+#[test]
+fn the_admin_api_can_be_elsewhere_or_nowhere() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD, "--admin=off"])?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    assert!(embassy.admin("/healthz").is_err());
+    embassy.terminate()?;
+    embassy.wait(WAIT)?;
+
+    // Twice: a socket file outlives the one who made it.
+    for _ in 0..2 {
+        let embassy = host.embassy(["--dnat", ETCD, "--admin=unix:///run/embassy.sock"])?;
+        testbed::eventually(READY, "an answer by the socket", || {
+            let curl = ["--silent", "--fail", "--unix-socket", "/run/embassy.sock"];
+            host.run("curl", [&curl[..], &["http://embassy/readyz"]].concat())
+        })?;
+        embassy.kill()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! The three ways to run embassy, with the command lines of its ancestor's documentation; only addresses are other ones.
+
+use anyhow::{Context, Result};
+use testbed::{Container, HOST_ADDRESS, Host, embassy_program};
+
+use crate::{READY, WAIT, support::reaches};
+
+/// The address that docker0 had in those days.
+const PROXY_IP: &str = "172.17.42.1";
+
+/// A host whose Consul knows three services, each of one web server that answers with the service's name.
+fn host() -> Result<Host> {
+    let host = Host::builder().docker_args([format!("--bip={PROXY_IP}/16")]).start()?;
+    let consul = host.consul()?;
+    for service in ["frontend_http", "mysql", "redis"] {
+        let web = host.web(service).start()?;
+        consul.service(service, service).address(web.ip()?).port(80).register()?;
+    }
+    Ok(host)
+}
+
+#[test]
+fn on_the_docker_host() -> Result<()> {
+    let host = host()?;
+    let app = host.client("app").env("BACKEND_APACHE_80", "frontend_http;80").start()?;
+    let mut embassy = host.embassy_command([
+        "--dnat",
+        "-provider=docker",
+        "-v=3",
+        "-interface=eth0",
+        "-discovery=consul://127.0.0.1:8500",
+    ])?;
+    embassy.env("PROXY_IP", PROXY_IP).env("PROXY_PORT", "9999");
+    let embassy = host.embassy_from(embassy)?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, PROXY_IP, "frontend_http")?;
+    embassy.terminate()?;
+    assert!(embassy.wait(WAIT)?.success());
+    Ok(())
+}
+
+#[test]
+fn on_the_docker_host_with_a_rule_of_ones_own() -> Result<()> {
+    let host = host()?;
+    let redis = host.web("redis-in-etcd").start()?;
+    host.etcd()?.v2().put("/services/prod/redis.master/1", &format!("{}:80", redis.ip()?))?;
+    let app = host
+        .client("app")
+        .env("BACKEND_REDIS_SERVICE", "/services/prod/redis.master;6379")
+        .start()?;
+    let iptables = |action: &str, target: &[&str]| {
+        let rule = ["-t", "nat", action, "PREROUTING", "-p", "tcp", "-d", PROXY_IP];
+        host.run("iptables", [&rule[..], target].concat())
+    };
+    let to = format!("{HOST_ADDRESS}:3232");
+    let cases = [
+        (&["-interface", "eth0", "-p=3232"], &["-j", "DNAT", "--to-destination", &to]),
+        (&["-interface", "docker0", "-p=3232"], &["-j", "REDIRECT", "--to-ports", "3232"]),
+    ];
+    for (words, rule) in cases {
+        iptables("-I", rule)?;
+        let etcd = ["-discovery", "etcd://127.0.0.1:2379", "-v=0"];
+        let embassy = host.embassy([&words[..], &etcd].concat())?;
+        embassy.wait_ready(READY)?;
+        reaches(&app, format!("{PROXY_IP}:6379"), "redis-in-etcd")?;
+        embassy.terminate()?;
+        embassy.wait(WAIT)?;
+        // The rule is theirs: it is still there to be deleted.
+        iptables("-D", rule)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn inside_the_container_along_with_the_service() -> Result<()> {
+    let host = host()?;
+    let app = host.client("app").start()?;
+    let discovery = format!("-discovery=consul://{HOST_ADDRESS}:8500");
+    let embassy = |name: &str, more: &[&str]| {
+        let mut command = app.command(embassy_program()?)?;
+        command.arg(&discovery).arg("-provider=static");
+        command.arg("-services=frontend_http;80,mysql;3306,redis;6563").args(more);
+        command.env("PROXY_IP", PROXY_IP);
+        let process = host.spawn(name, command)?;
+        ready(&app)?;
+        anyhow::Ok(process)
+    };
+    let served = || {
+        reaches(&app, PROXY_IP, "frontend_http")?;
+        reaches(&app, format!("{PROXY_IP}:3306"), "mysql")?;
+        reaches(&app, format!("{PROXY_IP}:6563"), "redis")
+    };
+    let own = embassy("redirect", &["--redirect"])?;
+    served()?;
+    own.signal(testbed::Signal::TERM)?;
+    assert!(own.wait(WAIT)?.success());
+
+    let mut rule = app.command("iptables")?;
+    rule.args(["-t", "nat", "-I", "OUTPUT", "-p", "tcp", "-d", PROXY_IP]);
+    testbed::output(rule.args(["-j", "REDIRECT", "--to-ports", "9999"]))?;
+    let _theirs = embassy("own-rule", &[])?;
+    served()
+}
+
+#[test]
+fn in_a_container_that_others_are_linked_to() -> Result<()> {
+    let host = host()?;
+    let nft = testbed::output(std::process::Command::new("which").arg("nft")).context("nft")?;
+    host.image_with("embassy", &[embassy_program()?, nft.into()], &[])?;
+    let discovery = format!("-discovery=consul://{HOST_ADDRESS}:8500");
+    let embassy = host
+        .container("embassy")
+        .image("embassy")
+        .args(["--cap-add=NET_ADMIN", "--stop-signal=TERM"])
+        .env("PROXY_IP", PROXY_IP)
+        .env("PROXY_PORT", "9999")
+        .arg("--volume=/var/run/docker.sock:/var/run/docker.sock")
+        .cmd(["--redirect", "-provider=docker", "-v=3", "-interface=eth0", &discovery])
+        .start()?;
+    let app = host
+        .client("app")
+        .arg("--link=embassy:proxy")
+        .env("BACKEND_FRONTEND", "frontend_http;80")
+        .start()?;
+    let served = reaches(&app, "proxy:80", "frontend_http");
+    served.with_context(|| embassy.log().unwrap_or_default())?;
+    reaches(&app, embassy.ip()?, "frontend_http")?;
+    embassy.stop()?;
+    assert_eq!(embassy.inspect("{{.State.ExitCode}}")?, "0", "{}", embassy.log()?);
+    Ok(())
+}
+
+/// Waits until the embassy in a container's network is ready.
+fn ready(container: &Container) -> Result<()> {
+    testbed::eventually(READY, "embassy to be ready", || {
+        container.exec(["curl", "--silent", "--fail", "http://127.0.0.1:9990/readyz"]).map(drop)
+    })
+}

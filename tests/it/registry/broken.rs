@@ -1,0 +1,260 @@
+//! Registries that answer wrongly, slowly, for ever or not at all: each is an error, after a bounded time, and none is
+//! an empty answer.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use embassy::discovery::{ConsulSettings, EtcdSettings, Settings};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+
+use super::{Followed, list, settings};
+
+/// What is answered to a request, before the connection is closed.
+#[derive(Clone)]
+enum Answer {
+    Bytes(Vec<u8>),
+    /// One byte now and then, for ever.
+    Drip(Vec<u8>),
+    /// These bytes, and more for ever.
+    Flood(Vec<u8>),
+    Silence,
+}
+
+/// A server that answers the first request it gets rightly, and every other one wrongly.
+struct Fake {
+    address: SocketAddr,
+    requests: Arc<Mutex<Vec<String>>>,
+}
+
+impl Fake {
+    async fn start(first: Vec<u8>, others: Answer) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let seen = requests.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(serve(stream, first.clone(), others.clone(), seen.clone()));
+            }
+        });
+        Self { address, requests }
+    }
+
+    fn requests(&self) -> Vec<String> {
+        self.requests.lock().unwrap().clone()
+    }
+}
+
+async fn serve(
+    mut stream: TcpStream,
+    first: Vec<u8>,
+    others: Answer,
+    seen: Arc<Mutex<Vec<String>>>,
+) -> std::io::Result<()> {
+    let mut request = Vec::new();
+    while !request.windows(4).any(|end| end == b"\r\n\r\n") {
+        if stream.read_buf(&mut request).await? == 0 {
+            return Ok(());
+        }
+    }
+    let number = {
+        let mut seen = seen.lock().unwrap();
+        seen.push(String::from_utf8_lossy(&request).into_owned());
+        seen.len()
+    };
+    match others {
+        _ if number == 1 && !first.is_empty() => stream.write_all(&first).await?,
+        Answer::Bytes(bytes) => stream.write_all(&bytes).await?,
+        Answer::Drip(head) => {
+            stream.write_all(&head).await?;
+            loop {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                stream.write_all(b" ").await?;
+            }
+        }
+        Answer::Flood(head) => {
+            stream.write_all(&head).await?;
+            loop {
+                stream.write_all(&[b' '; 1 << 16]).await?;
+            }
+        }
+        Answer::Silence => std::future::pending().await,
+    }
+    stream.shutdown().await
+}
+
+/// A whole HTTP answer.
+fn http(status: &str, header: &str, body: &str) -> Vec<u8> {
+    let length = body.len();
+    format!("HTTP/1.1 {status}\r\n{header}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}")
+        .into_bytes()
+}
+
+/// Every way to be broken, and a word of the error that it is.
+fn breakages() -> Vec<(Answer, &'static str)> {
+    let endless = b"HTTP/1.1 200 OK\r\nX-Consul-Index: 7\r\nX-Etcd-Index: 7\r\n\r\n".to_vec();
+    let indexes = "X-Consul-Index: 7\r\nX-Etcd-Index: 7";
+    let mut short = http("200 OK", indexes, "[]                    ");
+    short.truncate(short.len() - 4);
+    vec![
+        (Answer::Bytes(http("500 Internal Server Error", "A: b", "rpc error")), "rpc error"),
+        (Answer::Bytes(http("503 Service Unavailable", "A: b", "[]")), "503"),
+        (Answer::Bytes(http("302 Found", "Location: http://127.0.0.1:1/", "")), "302"),
+        (Answer::Bytes(http("200 OK", indexes, "<html>")), "not what was expected"),
+        (Answer::Bytes(http("200 OK", indexes, "null")), "not what was expected"),
+        (Answer::Bytes(http("200 OK", indexes, "{\"node\":7}")), "not what was expected"),
+        (Answer::Bytes(http("200 OK", "A: b", "[]")), "no"),
+        (Answer::Bytes(short), "GET"),
+        (Answer::Bytes(b"\x00\xff\x00 SSH-2.0\r\n\r\n".to_vec()), "GET"),
+        (Answer::Bytes(Vec::new()), "GET"),
+        (Answer::Drip(b"H".to_vec()), "GET"),
+        (Answer::Drip(endless.clone()), "GET"),
+        (Answer::Flood(endless), "longer than"),
+        (Answer::Flood(b"HTTP/1.1 200 OK\r\nA: ".to_vec()), "GET"),
+        (Answer::Silence, "no whole answer within"),
+    ]
+}
+
+/// All at the same time, as some take as long as an answer may.
+#[tokio::test]
+async fn nothing_broken_is_believed() {
+    let version = http("200 OK", "A: b", r#"{"etcdserver":"2.3.8","etcdcluster":"2.3.0"}"#);
+    let (consul, etcd) = (consul_instance("X-Consul-Index: 7"), etcd_instance());
+    let one = Some("10.0.0.1:80");
+    tokio::join!(
+        is_not_believed("consul", b"", None),
+        is_not_believed("consul", &consul, one),
+        is_not_believed("etcd2", b"", None),
+        is_not_believed("etcd2", &etcd, one),
+        is_not_believed("etcd", b"", None),
+        is_not_believed("etcd", &version, None),
+        is_not_believed("etcd3", b"", None),
+    );
+}
+
+/// Each breakage, after `first`, is an error, and `endpoint` stays in use.
+async fn is_not_believed(scheme: &str, first: &[u8], endpoint: Option<&str>) {
+    let tries = breakages().into_iter().enumerate().map(async |(i, (answer, word))| {
+        let held = matches!(answer, Answer::Silence | Answer::Drip(_));
+        if held && scheme == "consul" && endpoint.is_some() {
+            // A query that may be held is given more time than this test has.
+            return;
+        }
+        let fake = Fake::start(first.to_vec(), answer).await;
+        let address = fake.address.to_string();
+        let web = Followed::new(&format!("{scheme}://{address}"), "web;80");
+        // What a client of gRPC makes of it is its own matter.
+        let known = web.fails(if scheme == "etcd3" { &address } else { word }).await;
+        let expected = endpoint.map(|endpoint| vec![endpoint.to_owned()]);
+        assert_eq!(list(&known), expected, "{scheme}, breakage {i}: {:?}", known.error);
+    });
+    futures_util::future::join_all(tries).await;
+}
+
+fn consul_instance(header: &str) -> Vec<u8> {
+    let body = r#"[{"Node":{"Node":"n","Address":"10.0.0.1"},
+        "Service":{"ID":"one","Address":"","Port":80,"Tags":null}}]"#;
+    http("200 OK", header, body)
+}
+
+fn etcd_instance() -> Vec<u8> {
+    let body = r#"{"action":"get","node":{"key":"/web","value":"10.0.0.1:80"}}"#;
+    http("200 OK", "X-Etcd-Index: 7", body)
+}
+
+/// An index that jumps and an answer that comes at once, for ever, must not make us spin.
+#[tokio::test]
+async fn consul_is_not_asked_without_end() {
+    for index in ["0", "7", "18446744073709551615"] {
+        let answer = consul_instance(&format!("X-Consul-Index: {index}"));
+        let fake = Fake::start(Vec::new(), Answer::Bytes(answer)).await;
+        let web = Followed::new(&format!("consul://{}", fake.address), "web;80");
+        web.sees(&["10.0.0.1:80"]).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let count = fake.requests().len();
+        assert!((2..20).contains(&count), "{count} requests in a second");
+    }
+}
+
+#[tokio::test]
+async fn etcd_v2_is_not_asked_without_end() {
+    let forgotten = r#"{"errorCode":401,"message":"outdated","index":9}"#;
+    for answer in
+        [http("200 OK", "X-Etcd-Index: 7", ""), http("400 Bad Request", "A: b", forgotten)]
+    {
+        let fake = Fake::start(etcd_instance(), Answer::Bytes(answer)).await;
+        let web = Followed::new(&format!("etcd2://{}", fake.address), "web;80");
+        web.until("an answer", |known| list(known).is_some()).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let count = fake.requests().len();
+        assert!((2..20).contains(&count), "{count} requests in a second");
+    }
+}
+
+#[tokio::test]
+async fn credentials_are_shown_to_the_registry_and_to_nobody_else() {
+    let refusal = Answer::Bytes(http("403 Forbidden", "A: b", "no"));
+    let settings = Settings {
+        consul: ConsulSettings {
+            token: Some("t0ken".to_owned().into()),
+            auth: Some("joe:hunter2".to_owned().into()),
+            ..ConsulSettings::default()
+        },
+        etcd: EtcdSettings {
+            user: Some(("joe".to_owned(), "hunter2".to_owned().into())),
+            ..EtcdSettings::default()
+        },
+        ..settings()
+    };
+    let basic = "authorization: basic am9lomh1bnrlcji=";
+    for (scheme, headers) in
+        [("consul", &["x-consul-token: t0ken", basic][..]), ("etcd2", &[basic])]
+    {
+        let fake = Fake::start(Vec::new(), refusal.clone()).await;
+        let web = Followed::with(&format!("{scheme}://{}", fake.address), &settings, "web;80");
+        let error = web.fails("403").await.error.unwrap();
+        let request = fake.requests()[0].to_lowercase();
+        for header in headers {
+            assert!(request.contains(header), "{header} in {request}");
+        }
+        for secret in ["t0ken", "hunter2", "am9l"] {
+            assert!(!error.contains(secret), "{secret} in {error}");
+            assert!(!format!("{settings:?}").contains(secret));
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_asked_of_consul() {
+    let fake = Fake::start(Vec::new(), Answer::Bytes(consul_instance("X-Consul-Index: 7"))).await;
+    let uri = format!("consul://{}?dc=dc1&near=_agent&tag=blue", fake.address);
+    let web = Followed::new(&uri, "a/b.c@d*e[prod];80");
+    web.until("an answer", |known| known.answers > 1).await;
+    let requests = fake.requests();
+    let lines: Vec<_> = requests.iter().filter_map(|request| request.lines().next()).collect();
+    let path = "/v1/health/service/a%2Fb.c@d*e?passing=true&dc=dc1&near=_agent&tag=blue&tag=prod";
+    assert_eq!(lines[0], format!("GET {path} HTTP/1.1"));
+    assert_eq!(lines[1], format!("GET {path}&index=7&wait=30000ms HTTP/1.1"));
+}
+
+/// Newer Consuls say when they left out what the token may not read.
+#[tokio::test]
+async fn what_consul_hides_from_our_token_is_not_taken_for_all_there_is() {
+    let header = "X-Consul-Index: 7\r\nX-Consul-Results-Filtered-By-ACLs: true";
+    let fake = Fake::start(Vec::new(), Answer::Bytes(http("200 OK", header, "[]"))).await;
+    let web = Followed::new(&format!("consul://{}", fake.address), "web;80");
+    assert_eq!(list(&web.fails("the token may not read").await), None);
+
+    let fake = Fake::start(Vec::new(), Answer::Bytes(consul_instance(header))).await;
+    let web = Followed::new(&format!("consul://{}", fake.address), "web;80");
+    let known = web.sees(&["10.0.0.1:80"]).await;
+    let reasons: Vec<_> = known.value.iter().flat_map(|value| &value.rejected).collect();
+    assert_eq!(reasons.len(), 1);
+    assert_eq!(reasons[0].reason, "the token may not read all instances");
+}

@@ -1,0 +1,200 @@
+//! TLS to the registries, with certificates made here by `openssl`.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use embassy::discovery::{ConsulSettings, EtcdSettings, Settings};
+use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
+use serde_json::json;
+
+use super::{
+    Followed, list,
+    servers::{Consul, Etcd},
+    settings,
+};
+
+/// An authority, and what it has signed for a server on 127.0.0.1 and for a client.
+struct Authority(tempfile::TempDir);
+
+impl Authority {
+    fn new() -> Self {
+        let authority = Self(tempfile::tempdir().unwrap());
+        authority.openssl(&format!("req -x509 {KEY} -subj /CN=ca -keyout ca.key -out ca.pem"));
+        for (name, extensions) in [
+            ("server", "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n"),
+            ("client", "subjectAltName=DNS:client\nextendedKeyUsage=clientAuth\n"),
+        ] {
+            fs::write(authority.file("extensions"), extensions).unwrap();
+            authority
+                .openssl(&format!("req {KEY} -subj /CN={name} -keyout {name}.key -out {name}.csr"));
+            authority.openssl(&format!(
+                "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out {name}.pem"
+            ));
+        }
+        authority
+    }
+
+    fn openssl(&self, arguments: &str) {
+        let mut openssl = Command::new("openssl");
+        let output = openssl.current_dir(self.0.path()).args(arguments.split(' ')).output();
+        let output = output.expect("openssl can be started");
+        assert!(output.status.success(), "openssl {arguments}: {output:?}");
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.file(name).display().to_string()
+    }
+
+    fn pem(&self, name: &str) -> Vec<u8> {
+        fs::read(self.file(name)).unwrap()
+    }
+
+    /// An etcd with a certificate, which asks for one too where `mutual`; with the service in both of its stores.
+    async fn etcd(&self, mutual: bool) -> Etcd {
+        let (certificate, key, ca) =
+            (self.text("server.pem"), self.text("server.key"), self.text("ca.pem"));
+        let mut flags = vec!["--enable-v2", "--cert-file", &certificate, "--key-file", &key];
+        if mutual {
+            flags.extend(["--client-cert-auth", "--trusted-ca-file", &ca]);
+        }
+        let etcd = Etcd::with("https", &flags).await;
+        let tls = TlsOptions::new()
+            .ca_certificate(Certificate::from_pem(self.pem("ca.pem")))
+            .identity(Identity::from_pem(self.pem("client.pem"), self.pem("client.key")));
+        let options = ConnectOptions::new().with_tls(tls);
+        let mut v3 = Client::connect([etcd.address()], Some(options)).await.unwrap();
+        super::servers::retry("etcd", async || {
+            v3.put("/services/v3", "10.0.0.3:80", None).await.ok()
+        })
+        .await;
+        let identity = [self.pem("client.pem"), self.pem("client.key")].concat();
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .tls_certs_only([reqwest::Certificate::from_pem(&self.pem("ca.pem")).unwrap()])
+            .identity(reqwest::Identity::from_pem(&identity).unwrap())
+            .build()
+            .unwrap();
+        let url = format!("https://{}/v2/keys/services/v2?value=10.0.0.2:80", etcd.address());
+        assert!(http.put(url).send().await.unwrap().status().is_success());
+        etcd
+    }
+}
+
+const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2";
+
+/// The three flags, given or not.
+fn flags(ca: Option<PathBuf>, identity: Option<(PathBuf, PathBuf)>) -> Settings {
+    let (certificate, key) = identity.unzip();
+    Settings { etcd: EtcdSettings { certificate, key, ca, user: None }, ..settings() }
+}
+
+async fn both_stores_are_followed(etcd: &str, settings: &Settings) {
+    for (service, endpoint) in [("/services/v2", "10.0.0.2:80"), ("/services/v3", "10.0.0.3:80")] {
+        let service = Followed::with(&format!("etcd://{etcd}"), settings, &format!("{service};80"));
+        service.sees(&[endpoint]).await;
+    }
+}
+
+#[tokio::test]
+async fn etcd_is_trusted_by_its_authority_and_sees_our_certificate() {
+    let authority = Authority::new();
+    let etcd = authority.etcd(true).await;
+    let ca = || Some(authority.file("ca.pem"));
+    let identity = || Some((authority.file("client.pem"), authority.file("client.key")));
+    both_stores_are_followed(&etcd.address(), &flags(ca(), identity())).await;
+
+    let uri = format!("etcd://{}", etcd.address());
+    let anonymous = Followed::with(&uri, &flags(ca(), None), "/services/v3;80");
+    assert_eq!(list(&anonymous.fails(&etcd.address()).await), None);
+    let plain = Followed::new(&uri, "/services/v3;80");
+    assert_eq!(list(&plain.fails(&etcd.address()).await), None);
+    let missing = Followed::with(&uri, &flags(Some("/nonexistent.pem".into()), None), "/v3;80");
+    assert_eq!(list(&missing.fails("/nonexistent.pem: No such file").await), None);
+}
+
+#[tokio::test]
+async fn etcd_is_trusted_by_its_authority_alone() {
+    let authority = Authority::new();
+    let etcd = authority.etcd(false).await;
+    both_stores_are_followed(&etcd.address(), &flags(Some(authority.file("ca.pem")), None)).await;
+
+    // Another authority of the same name.
+    let stranger = Authority::new();
+    let uri = format!("etcd3://{}", etcd.address());
+    let flags = flags(Some(stranger.file("ca.pem")), None);
+    let refused = Followed::with(&uri, &flags, "/services/v3;80");
+    assert_eq!(list(&refused.fails("certificate").await), None);
+}
+
+/// Where only the client's certificate is given, the system's authorities are trusted. They are those of a process,
+/// so a process of its own is told of ours.
+#[tokio::test]
+async fn etcd_is_trusted_by_the_systems_authorities() {
+    let authority = Authority::new();
+    let etcd = authority.etcd(true).await;
+    let inner = "registry::tls::inner_test_with_the_systems_authorities";
+    let output = tokio::process::Command::new(env::current_exe().unwrap())
+        .args(["--exact", inner, "--ignored"])
+        .env("SSL_CERT_FILE", authority.file("ca.pem"))
+        .env("IT_ETCD", etcd.address())
+        .env("IT_FOLDER", authority.0.path())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+#[tokio::test]
+#[ignore = "run by the test before it, in an environment of its own"]
+async fn inner_test_with_the_systems_authorities() {
+    let (etcd, folder) = (env::var("IT_ETCD").unwrap(), env::var("IT_FOLDER").unwrap());
+    let file = |name| Path::new(&folder).join(name);
+    let identity = Some((file("client.pem"), file("client.key")));
+    both_stores_are_followed(&etcd, &flags(None, identity)).await;
+}
+
+#[tokio::test]
+async fn consul_is_spoken_to_by_tls() {
+    let authority = Authority::new();
+    let [https] = crate::process::free_ports();
+    let config = json!({
+        "ports": { "https": https },
+        "cert_file": authority.file("server.pem"), "key_file": authority.file("server.key"),
+        "ca_file": authority.file("ca.pem"), "verify_incoming_https": true,
+    });
+    let consul = Consul::with(&config.to_string(), None).await;
+    consul.register("one", "10.0.0.1", 80, &[]).await;
+    let with = |ca: &str, tls_verify| Settings {
+        consul: ConsulSettings {
+            ca: Some(ca.into()),
+            certificate: Some(authority.file("client.pem")),
+            key: Some(authority.file("client.key")),
+            tls: true,
+            tls_verify,
+            ..ConsulSettings::default()
+        },
+        ..settings()
+    };
+    let (ca, stranger) = (authority.text("ca.pem"), Authority::new());
+    // CONSUL_HTTP_SSL says the same as the scheme.
+    for scheme in ["consuls", "consul"] {
+        let uri = format!("{scheme}://127.0.0.1:{https}");
+        Followed::with(&uri, &with(&ca, true), "web;80").sees(&["10.0.0.1:80"]).await;
+    }
+    let uri = format!("consuls://127.0.0.1:{https}");
+    let stranger = stranger.text("ca.pem");
+    let refused = Followed::with(&uri, &with(&stranger, true), "web;80");
+    assert_eq!(list(&refused.fails("certificate").await), None);
+    Followed::with(&uri, &with(&stranger, false), "web;80").sees(&["10.0.0.1:80"]).await;
+    let anonymous = Followed::new(&uri, "web;80");
+    assert_eq!(list(&anonymous.fails(&format!("127.0.0.1:{https}")).await), None);
+}

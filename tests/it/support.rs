@@ -1,0 +1,74 @@
+//! What tests of a whole host have in common.
+
+use std::{fmt::Display, net::IpAddr};
+
+use anyhow::{Result, ensure};
+use testbed::{Container, Embassy, Host};
+
+use crate::WAIT;
+
+/// Where [`offer`] registers services.
+pub(crate) const ETCD: &str = "-discovery=etcd://127.0.0.1:2379";
+
+/// Registers one endpoint of `/services/<service>` in etcd.
+pub(crate) fn offer(host: &Host, service: &str, address: impl Into<IpAddr>) -> Result<()> {
+    offer_at(host, service, &std::net::SocketAddr::new(address.into(), 80).to_string())
+}
+
+/// The same with another port than 80.
+pub(crate) fn offer_at(host: &Host, service: &str, endpoint: &str) -> Result<()> {
+    host.etcd()?.v3().put(&format!("/services/{service}/{endpoint}"), endpoint)
+}
+
+/// Starts a web server, and registers it under its own name.
+pub(crate) fn web(host: &Host, name: &str) -> Result<Container> {
+    let web = host.web(name).start()?;
+    offer(host, name, web.ip()?)?;
+    Ok(web)
+}
+
+/// Waits until requests from `consumer` to `target` are answered by `name`.
+pub(crate) fn reaches(consumer: &Container, target: impl Display, name: &str) -> Result<()> {
+    let what = format!("{} to reach {name} at {target}", consumer.name());
+    testbed::eventually(WAIT, &what, || {
+        let answers = consumer.get(&target).run()?;
+        ensure!(answers.from(name) == 1, "{answers:?}");
+        Ok(())
+    })
+}
+
+/// Waits until connections from `consumer` to `target` end so; see [`testbed::Probe`].
+pub(crate) fn ends(consumer: &Container, target: impl Display, outcome: &str) -> Result<()> {
+    let what = format!("{} at {target} to be {outcome}", consumer.name());
+    testbed::eventually(WAIT, &what, || {
+        let probe = consumer.probe(&target)?;
+        ensure!(probe.outcome == outcome, "{probe:?}");
+        Ok(())
+    })
+}
+
+/// A sample of embassy's metrics, by its name and labels as they are written; 0 where it is not there.
+pub(crate) fn metric(embassy: &Embassy, series: &str) -> Result<u64> {
+    let text = embassy.admin("/metrics")?.ok()?;
+    let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    Ok(value.map_or(Ok(0), str::parse)?)
+}
+
+/// Waits until a sample has at least this value.
+pub(crate) fn counts(embassy: &Embassy, series: &str, at_least: u64) -> Result<()> {
+    testbed::eventually(WAIT, &format!("{series} to be {at_least}"), || {
+        let value = metric(embassy, series)?;
+        ensure!(value >= at_least, "it is {value}");
+        Ok(())
+    })
+}
+
+/// Waits until embassy's log has these words on one line.
+pub(crate) fn says(embassy: &Embassy, words: &[&str]) -> Result<()> {
+    testbed::eventually(WAIT, &format!("the log to say {words:?}"), || {
+        let log = embassy.log();
+        let said = log.lines().any(|line| words.iter().all(|word| line.contains(word)));
+        ensure!(said, "it does not");
+        Ok(())
+    })
+}
