@@ -4,7 +4,10 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use testbed::{Container, Embassy, Host, Process};
 
-use crate::{READY, WAIT};
+use crate::{
+    READY, WAIT,
+    support::{ETCD, metric},
+};
 
 mod balance;
 mod ends;
@@ -12,8 +15,6 @@ mod limits;
 mod refusals;
 mod routes;
 mod transfer;
-
-const ETCD: &str = "-discovery=etcd://127.0.0.1:2379";
 
 /// A host with one consumer, `app`, and one container of endpoints. Each role is a server on a port of its own, is
 /// registered as a service, and bound to the same port.
@@ -77,13 +78,6 @@ fn listens(from: &Container, address: &str) -> Result<()> {
         ensure!(probe["outcome"] != "refused", "{probe}");
         Ok(())
     })
-}
-
-/// The value of one series of embassy's metrics.
-fn metric(embassy: &Embassy, series: &str) -> Result<u64> {
-    let text = embassy.admin("/metrics")?.ok()?;
-    let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-    value.and_then(|value| value.parse().ok()).with_context(|| format!("no {series} in {text}"))
 }
 
 /// How many connections ended so.

@@ -27,7 +27,11 @@ fn what_means_no_route_is_reset_and_counted_and_leaks_nothing() -> Result<()> {
     ] {
         host.run("nft", [rule])?;
     }
-    let embassy = host.embassy(["--dnat", "--capture=all", ETCD])?;
+    // An address that Docker did not give.
+    for change in ["address flush dev eth0", "address add 172.17.200.1/16 dev eth0"] {
+        testbed::output(stranger.command("ip")?.args(change.split(' ')))?;
+    }
+    let embassy = host.embassy(["--dnat", "--capture=all", "--hold=0", ETCD])?;
     embassy.wait_ready(READY)?;
     assert_eq!(app.get(vip(80)).run()?.from("web"), 1);
 
