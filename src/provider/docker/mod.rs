@@ -24,6 +24,8 @@ use crate::{
 
 mod containers;
 mod inspect;
+#[cfg(test)]
+mod interleavings;
 
 /// Follows the containers of an engine. It asks, and never changes anything: GET calls only.
 #[derive(Debug)]
