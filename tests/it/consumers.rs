@@ -289,3 +289,19 @@ fn certificates(folder: &Path) -> Result<()> {
     openssl.args(["-ec", script]).current_dir(folder);
     testbed::output(&mut openssl).context("openssl").map(drop)
 }
+
+#[test]
+fn the_end_of_a_container_needs_no_news_from_the_engine() -> Result<()> {
+    let (host, embassy) = host_and_embassy()?;
+    let app = host.client("app").env("BACKEND_RED", "/services/red;80").start()?;
+    reaches(&app, VIP, "red")?;
+    routes(&embassy, 2)?;
+
+    // An engine that hangs tells nothing, but the kernel does.
+    let pid = app.inspect("{{.State.Pid}}")?;
+    host.docker_daemon().pause()?;
+    host.run("kill", ["-KILL", &pid])?;
+    routes(&embassy, 0)?;
+    ensure!(embassy.log().contains("route gone"), "{}", embassy.log());
+    host.docker_daemon().resume()
+}

@@ -25,6 +25,8 @@ pub(super) struct Running {
     pub name: Arc<str>,
     /// `State.StartedAt`
     pub started_at: Arc<str>,
+    /// Of its first process, as the engine numbers it; 0 where it does not say.
+    pub pid: i32,
     pub network: Network,
     pub bindings: Vec<Binding>,
     pub problems: Vec<Problem>,
@@ -119,6 +121,13 @@ impl Containers {
         self.inspect(id)
     }
 
+    /// The process of a run ended. Events will tell the rest; one of them may already have told of a later run.
+    pub(super) fn exited(&mut self, id: &ContainerId, started_at: &str) {
+        if self.running.get(id).is_some_and(|running| *running.started_at == *started_at) {
+            self.running.remove(id);
+        }
+    }
+
     /// A container is no more.
     pub(super) fn destroyed(&mut self, id: &ContainerId) {
         self.running.remove(id);
@@ -135,21 +144,25 @@ impl Containers {
         self.inspect(id)
     }
 
-    /// What an inspection found. It means nothing where the ticket is void.
-    pub(super) fn inspected(&mut self, ticket: Ticket, found: Found) {
+    /// What an inspection found; it means nothing where the ticket is void. The run, if it is one that was not known.
+    pub(super) fn inspected(&mut self, ticket: Ticket, found: Found) -> Option<&Running> {
         if self.awaited.get(&ticket.id) != Some(&ticket.number) {
-            return;
+            return None;
         }
         self.awaited.remove(&ticket.id);
         self.listed.remove(&ticket.id);
         match found {
             Found::Running(running) => {
-                self.running.insert(ticket.id, running);
+                let before = self.running.insert(ticket.id.clone(), running);
+                let now = self.running.get(&ticket.id)?;
+                let is_new = before.is_none_or(|before| before.started_at != now.started_at);
+                is_new.then_some(now)
             }
             Found::NotRunning => {
                 self.running.remove(&ticket.id);
+                None
             }
-            Found::Unknown => {}
+            Found::Unknown => None,
         }
     }
 
@@ -257,6 +270,7 @@ mod tests {
         Running {
             name: name.into(),
             started_at: "2026-01-01T00:00:00.5Z".into(),
+            pid: 0,
             network,
             bindings: vec![binding],
             problems: vec![],
@@ -364,6 +378,16 @@ mod tests {
         let address = |text: &str| vec![text.to_owned()];
         let expected = [("a".into(), address("172.17.0.5")), ("b".into(), address("172.17.0.3"))];
         assert_eq!(sources(&containers), expected);
+    }
+
+    #[test]
+    fn the_end_of_a_process_ends_its_own_run_only() {
+        let mut containers =
+            with(&[("a", running("a", on(&[("bridge", "172.17.0.2", "172.17.0.1")])))]);
+        containers.exited(&id("a"), "2026-01-01T00:00:00.4Z");
+        assert_eq!(sources(&containers).len(), 1);
+        containers.exited(&id("a"), "2026-01-01T00:00:00.5Z");
+        assert!(sources(&containers).is_empty());
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub(super) fn found(answer: &ContainerInspectResponse, prefix: &str) -> Found {
     Found::Running(Running {
         name,
         started_at: state.started_at.as_deref().unwrap_or_default().into(),
+        pid: state.pid.and_then(|pid| pid.try_into().ok()).unwrap_or_default(),
         network: network(answer),
         bindings,
         problems,

@@ -179,6 +179,7 @@ impl Engine {
         Found::Running(Running {
             name: format!("c{who}").into(),
             started_at: format!("2026-01-01T00:00:00.{started:09}Z").into(),
+            pid: 0,
             network,
             bindings: vec![binding],
             problems: vec![],

@@ -1,6 +1,6 @@
 //! The docker provider: a container's environment and labels say what it asks for.
 
-use std::{collections::HashMap, fmt, time::Duration};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use bollard::{
     Docker,
@@ -8,13 +8,16 @@ use bollard::{
     models::{EventMessage, EventMessageTypeEnum},
     query_parameters::{EventsOptions, ListContainersOptions},
 };
-use futures_util::{Stream, StreamExt, stream::FuturesUnordered};
+use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use ipnet::IpNet;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::warn;
 
-use self::containers::{Containers, Found, NetworkId, Ticket};
+use self::{
+    containers::{Containers, Found, NetworkId, Ticket},
+    process::Process,
+};
 use super::{Listing, Lookup};
 use crate::{
     docker::Engine,
@@ -26,6 +29,7 @@ mod containers;
 mod inspect;
 #[cfg(test)]
 mod interleavings;
+mod process;
 
 /// Follows the containers of an engine. It asks, and never changes anything: GET calls only.
 #[derive(Debug)]
@@ -36,6 +40,8 @@ pub struct DockerProvider {
     lookup: Lookup,
     /// It outlives a session: an engine that cannot say how one container is does not make us forget it.
     containers: Containers,
+    /// The ends of the runs that are known, where they can be seen.
+    processes: FuturesUnordered<BoxFuture<'static, (ContainerId, Arc<str>)>>,
 }
 
 /// How often a quiet engine is asked whether it still lives.
@@ -45,7 +51,13 @@ const INSPECTIONS: usize = 8;
 
 impl DockerProvider {
     pub fn new(engine: Engine, prefix: String, lookup: Lookup) -> Self {
-        Self { engine, prefix, lookup, containers: Containers::default() }
+        Self {
+            engine,
+            prefix,
+            lookup,
+            containers: Containers::default(),
+            processes: FuturesUnordered::new(),
+        }
     }
 }
 
@@ -53,7 +65,7 @@ impl Source for DockerProvider {
     type Item = Listing;
 
     async fn session(&mut self, publish: &Publisher<Listing>) -> Result<(), SourceError> {
-        let Self { engine, prefix, lookup, containers } = self;
+        let Self { engine, prefix, lookup, containers, processes } = self;
         let client = Client::connect(engine, prefix).await?;
         // The stream opens when it is first read, which is after the list; it replays what happened since this moment.
         let since = client.time().await?;
@@ -88,8 +100,12 @@ impl Source for DockerProvider {
                 }
                 Some(answer) = inspections.next() => {
                     let (ticket, found) = answer?;
-                    containers.inspected(ticket, found);
+                    let id = ticket.id.clone();
+                    let run = containers.inspected(ticket, found);
+                    let process = run.and_then(|run| Process::of(&id, &run.started_at, run.pid));
+                    processes.extend(process.map(|process| process.ended().boxed()));
                 }
+                Some((id, started_at)) = processes.next() => containers.exited(&id, &started_at),
                 _ = ping.tick() => client.ping().await?,
             }
         }

@@ -1,0 +1,59 @@
+//! A container's first process: the kernel tells of its end at once, and before its address can be given to another.
+//! The engine's event comes later, and not at all from an engine that hangs.
+
+use std::{fs, io, os::fd::OwnedFd, sync::Arc};
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::model::ContainerId;
+
+/// A run of a container whose process can be seen from here.
+#[derive(Debug)]
+pub(super) struct Process {
+    pub id: ContainerId,
+    /// `State.StartedAt`
+    pub started_at: Arc<str>,
+    descriptor: AsyncFd<OwnedFd>,
+}
+
+impl Process {
+    /// `None` where the process cannot be seen: the engine is on another host, this is another PID namespace, or it has
+    /// ended meanwhile. Then the engine's events have to do.
+    pub(super) fn of(id: &ContainerId, started_at: &Arc<str>, pid: i32) -> Option<Self> {
+        let descriptor = open(id, pid)
+            .inspect_err(
+                |error| tracing::debug!(%id, pid, %error, "cannot watch the container's process"),
+            )
+            .ok()?;
+        Some(Self { id: id.clone(), started_at: started_at.clone(), descriptor })
+    }
+
+    /// Waits for the end of the run.
+    pub(super) async fn ended(self) -> (ContainerId, Arc<str>) {
+        // A pidfd is readable once its process has ended (man 2 pidfd_open); an error can only mean the runtime's end.
+        let _ = self.descriptor.readable().await;
+        (self.id, self.started_at)
+    }
+}
+
+fn open(id: &ContainerId, pid: i32) -> io::Result<AsyncFd<OwnedFd>> {
+    let process = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
+    let descriptor = pidfd_open(process, PidfdFlags::NONBLOCK)?;
+    // Checked after it was opened: by now the number is held, whoever it belonged to when the engine answered.
+    let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    if !cgroups.contains(id.as_str()) {
+        return Err(io::Error::other("that process is not the container's"));
+    }
+    register(descriptor)
+}
+
+#[expect(
+    unsafe_code,
+    reason = "tokio cannot know that a type keeps its descriptor open and the same"
+)]
+fn register(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is one descriptor, and keeps it open, until it is dropped; AsyncFd drops it after it has been
+    // taken from epoll.
+    Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
+}
