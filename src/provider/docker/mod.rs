@@ -27,6 +27,8 @@ use crate::{
 
 mod containers;
 mod inspect;
+#[cfg(test)]
+mod interleavings;
 mod process;
 
 /// Follows the containers of an engine. It asks, and never changes anything: GET calls only.
@@ -252,5 +254,27 @@ mod tests {
         assert_eq!(utc.as_deref(), Some("1767323045.000000678"));
         assert_eq!(since("2026-01-02T05:04:05.000000678+02:00"), utc);
         assert_eq!(since("yesterday"), None);
+    }
+
+    /// What follows from each event, in a word.
+    fn effects(file: &str) -> Vec<&'static str> {
+        let mut file: serde_json::Value = serde_json::from_str(file).unwrap();
+        let events: Vec<EventMessage> = serde_json::from_value(file["events"].take()).unwrap();
+        let mut containers = Containers::default();
+        let effect = |event: &EventMessage| match apply(&mut containers, event) {
+            Some(ticket) if ticket.id.to_string() == "e3219c8d7aa9" => "inspect",
+            Some(_) => "inspect another",
+            None => "",
+        };
+        events.iter().map(effect).collect()
+    }
+
+    #[test]
+    fn events_of_engines_from_20_10_to_29_have_the_same_effect() {
+        let old = effects(include_str!("fixtures/events-20.10.json"));
+        assert_eq!(old, effects(include_str!("fixtures/events-29.json")));
+        // Two networks and the start; a network left, told twice; a kill, and the end; the last network left; destroyed.
+        let expected = ["inspect"; 5].into_iter().chain(["", "inspect", "inspect", ""]);
+        assert_eq!(old, expected.collect::<Vec<_>>());
     }
 }
