@@ -267,6 +267,7 @@ pub(super) mod tests {
         descriptor::Balance,
         discovery::Query,
         model::{Binding, Consumer, ConsumerId, Vip},
+        proxy::listener,
         table::Inputs,
     };
 
@@ -332,6 +333,22 @@ pub(super) mod tests {
     fn under_the_users_own_rules_any_destination_counts_but_our_own_listener() {
         assert_eq!(recognised(&Destinations::Any, "172.17.0.2", "10.0.0.1:6379"), Ok(()));
         assert_eq!(recognised(&Destinations::Any, "172.17.0.2", LOCAL), Err(Outcome::DirectDial));
+    }
+
+    #[tokio::test]
+    async fn both_sides_of_a_connection_send_at_once_and_notice_a_peer_that_is_gone() {
+        let sets = listener::open(0, 1).unwrap();
+        let port = sets[0][0].local_addr().unwrap().port();
+        let accepting = listener::adopt(sets[0][0].try_clone().unwrap()).unwrap();
+        let endpoint = Endpoint((std::net::Ipv4Addr::LOCALHOST, port).into());
+        let (dialled, accepted) = tokio::join!(open(endpoint, None, &[]), accepting.accept());
+        for stream in [dialled.unwrap(), accepted.unwrap().0] {
+            let options = SockRef::from(&stream);
+            assert!(options.tcp_nodelay().unwrap());
+            assert!(options.keepalive().unwrap());
+            // Before connection tracking forgets a half-closed connection.
+            assert!(options.tcp_keepalive_time().unwrap() < Duration::from_secs(60));
+        }
     }
 
     #[test]
