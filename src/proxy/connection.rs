@@ -151,6 +151,7 @@ async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
         None => Vec::new(),
     };
     let mut tried: Vec<Endpoint> = Vec::new();
+    let mut lacking = None;
     while tried.len() < TRIES && Instant::now() < deadline {
         // A failed try takes time: there may be other endpoints by now.
         let upstream = worker.upstream(route);
@@ -173,17 +174,28 @@ async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
                 record.connected.set(Some((record.accepted.elapsed(), state.endpoint)));
                 return Ok((stream, lease));
             }
-            Err(error) if is_local(&error) => {
-                tracing::warn!(endpoint = %state.endpoint, %error, "this host cannot open a connection");
-                return Err(Outcome::LocalError);
+            Err(error) if is_shortage(&error) => {
+                lacking = Some(error);
+                tried.pop();
+                worker.wait_out_shortage().await;
             }
+            // Another endpoint may be of the other family, or leave the ports to it free.
+            Err(error) if is_local(&error) => lacking = Some(error),
             Err(error) => {
                 tracing::info!(endpoint = %state.endpoint, service = %route.upstream.query, %error, "cannot connect");
                 state.failed(start, worker.now());
+                lacking = None;
             }
         }
     }
-    Err(if tried.is_empty() { Outcome::NoEndpoint } else { Outcome::EndpointsUnreachable })
+    Err(match lacking {
+        Some(error) => {
+            tracing::warn!(route = %route.key, %error, "this host cannot open a connection");
+            Outcome::LocalError
+        }
+        None if tried.is_empty() => Outcome::NoEndpoint,
+        None => Outcome::EndpointsUnreachable,
+    })
 }
 
 /// A connection to `endpoint` on which `announced` has been sent.
@@ -207,16 +219,15 @@ async fn open(endpoint: Endpoint, mark: Option<u32>, announced: &[u8]) -> io::Re
 fn is_local(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
-        Some(
-            Errno::MFILE
-                | Errno::NFILE
-                | Errno::NOBUFS
-                | Errno::NOMEM
-                | Errno::ADDRNOTAVAIL
-                | Errno::AFNOSUPPORT
-                | Errno::PERM
-                | Errno::ACCESS
-        )
+        Some(Errno::ADDRNOTAVAIL | Errno::AFNOSUPPORT | Errno::PERM | Errno::ACCESS)
+    )
+}
+
+/// Whether a call failed for want of something that other connections have, and give back when they end.
+pub(super) fn is_shortage(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
     )
 }
 
@@ -325,7 +336,8 @@ pub(super) mod tests {
 
     #[test]
     fn what_this_host_lacks_is_not_held_against_an_endpoint() {
-        assert!(is_local(&Errno::MFILE.into()));
+        assert!(is_shortage(&Errno::MFILE.into()));
+        assert!(!is_shortage(&Errno::CONNREFUSED.into()));
         assert!(is_local(&Errno::ADDRNOTAVAIL.into()));
         assert!(!is_local(&Errno::CONNREFUSED.into()));
         assert!(!is_local(&io::ErrorKind::TimedOut.into()));

@@ -10,6 +10,8 @@ use rustix::io::Errno;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream};
 
+use super::connection::is_shortage;
+
 /// Probes of a silent peer. The first comes well before 60 s, when connection tracking forgets a half-closed
 /// connection (nf_conntrack_tcp_timeout_close_wait) and its address translation with it: each probe starts that anew.
 pub(super) const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
@@ -79,18 +81,16 @@ impl AcceptBackoff {
 
     /// `None`: that connection is gone, the next one may be had at once (man 2 accept, "Error handling").
     pub(super) fn after(&mut self, error: &io::Error) -> Option<Duration> {
-        match Errno::from_io_error(error) {
-            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                self.failures = (self.failures + 1).min(8);
-                let pause = Duration::from_millis(4 << self.failures);
-                if self.said.is_none_or(|said| said.elapsed() >= Self::SAY_AGAIN) {
-                    self.said = Some(Instant::now());
-                    tracing::warn!(%error, ?pause, "cannot accept; connections wait in the kernel's queue");
-                }
-                Some(pause)
-            }
-            _ => None,
+        if !is_shortage(error) {
+            return None;
         }
+        self.failures = (self.failures + 1).min(8);
+        let pause = Duration::from_millis(4 << self.failures);
+        if self.said.is_none_or(|said| said.elapsed() >= Self::SAY_AGAIN) {
+            self.said = Some(Instant::now());
+            tracing::warn!(%error, ?pause, "cannot accept; connections wait in the kernel's queue");
+        }
+        Some(pause)
     }
 
     pub(super) fn reset(&mut self) {

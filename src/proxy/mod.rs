@@ -19,11 +19,12 @@ mod connection_log;
 mod listener;
 pub mod outcome;
 mod relay;
+mod shared;
 mod worker;
 
 pub use connection::Destinations;
 use outcome::Outcome;
-use worker::Shared;
+use shared::Shared;
 
 /// How the data path behaves.
 #[derive(Debug, Clone)]

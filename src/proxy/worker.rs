@@ -6,10 +6,7 @@ use std::{
     io,
     net::SocketAddr,
     rc::Rc,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -25,8 +22,9 @@ use super::{
     connection::{Meaning, Record, Socket, serve},
     connection_log::{self, Entry},
     listener::{AcceptBackoff, adopt},
-    outcome::{Outcome, Tally},
+    outcome::Outcome,
     relay::{Moved, PIPES, RelayBuffers},
+    shared::{Held, Shared},
 };
 use crate::{
     balance::Millis,
@@ -34,77 +32,6 @@ use crate::{
     model::Endpoint,
     table::{Route, Table, Upstream},
 };
-
-/// What the workers share.
-#[derive(Debug)]
-pub(super) struct Shared {
-    pub settings: Settings,
-    pub tally: Tally,
-    /// Connections that are open, or being opened.
-    pub live: AtomicUsize,
-    /// Connections that wait for their container to become known.
-    held: AtomicUsize,
-    /// When the clock of ejections started.
-    pub start: Instant,
-}
-
-/// A place among the connections that are held back.
-struct Held(Arc<Shared>);
-
-impl Held {
-    /// A stranger must not be able to use up the descriptors by dialling.
-    const MOST: usize = 256;
-
-    /// `None` where nothing is held back, or enough is.
-    fn new(shared: &Arc<Shared>) -> Option<Self> {
-        let one_more =
-            |held| (held < Self::MOST && !shared.settings.hold.is_zero()).then_some(held + 1);
-        shared.held.fetch_update(Relaxed, Relaxed, one_more).ok()?;
-        Some(Self(shared.clone()))
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.0.held.fetch_sub(1, Relaxed);
-    }
-}
-
-impl Shared {
-    pub(super) fn new(settings: Settings) -> Self {
-        Self {
-            settings,
-            tally: Tally::default(),
-            live: AtomicUsize::new(0),
-            held: AtomicUsize::new(0),
-            start: Instant::now(),
-        }
-    }
-
-    /// Counts one more live connection of the route's consumer, if there may be one more.
-    fn count_in(&self, route: &Route) -> Result<(), Outcome> {
-        let of_consumer = self.settings.max_connections_per_consumer.unwrap_or(usize::MAX);
-        if !one_more(&route.live_of_consumer, of_consumer) {
-            return Err(Outcome::TooManyOfConsumer);
-        }
-        if !one_more(&self.live, self.settings.max_connections) {
-            route.live_of_consumer.fetch_sub(1, Relaxed);
-            return Err(Outcome::TooManyConnections);
-        }
-        Ok(())
-    }
-
-    fn count_out(&self, route: &Route) {
-        self.live.fetch_sub(1, Relaxed);
-        route.live_of_consumer.fetch_sub(1, Relaxed);
-    }
-}
-
-/// Counts one more, if there may be one more.
-fn one_more(count: &AtomicUsize, most: usize) -> bool {
-    let more = |count| (count < most).then_some(count + 1);
-    count.fetch_update(Relaxed, Relaxed, more).is_ok()
-}
 
 /// A connection of a worker.
 type Id = u64;
@@ -121,6 +48,8 @@ pub(super) struct Worker {
     idle: Notify,
     /// Rung when a table has been taken over.
     taken_over: Notify,
+    /// Nobody is accepted before this moment: what there is belongs to those who were accepted already.
+    shortage: Cell<Option<Instant>>,
 }
 
 /// What can be done to a connection from outside its task.
@@ -142,18 +71,7 @@ pub(super) async fn run(
     mut tables: watch::Receiver<Arc<Table>>,
     mut phase: watch::Receiver<Phase>,
 ) -> io::Result<()> {
-    let Settings { splice, workers, .. } = shared.settings;
-    let pipes = if splice { (PIPES / workers.max(1)).max(1) } else { 0 };
-    let worker = Rc::new(Worker {
-        table: RefCell::new(tables.borrow_and_update().clone()),
-        buffers: RelayBuffers::new(pipes),
-        mark: shared.settings.mark,
-        shared,
-        live: RefCell::default(),
-        next_id: Cell::default(),
-        idle: Notify::new(),
-        taken_over: Notify::new(),
-    });
+    let worker = Worker::new(shared, tables.borrow_and_update().clone());
     let mut accepting = Vec::new();
     for listener in listeners {
         let listener = adopt(listener)?;
@@ -176,9 +94,28 @@ pub(super) async fn run(
 }
 
 impl Worker {
+    fn new(shared: Arc<Shared>, table: Arc<Table>) -> Rc<Self> {
+        let Settings { splice, workers, mark, .. } = shared.settings;
+        let pipes = if splice { (PIPES / workers.max(1)).max(1) } else { 0 };
+        Rc::new(Self {
+            shared,
+            table: RefCell::new(table),
+            buffers: RelayBuffers::new(pipes),
+            mark,
+            live: RefCell::default(),
+            next_id: Cell::default(),
+            idle: Notify::new(),
+            taken_over: Notify::new(),
+            shortage: Cell::default(),
+        })
+    }
+
     async fn accept(self: Rc<Self>, listener: TcpListener) {
         let mut backoff = AcceptBackoff::default();
         loop {
+            while let Some(end) = self.shortage.get().filter(|end| *end > Instant::now()) {
+                tokio::time::sleep_until(end.into()).await;
+            }
             match listener.accept().await {
                 Ok((stream, peer)) => {
                     backoff.reset();
@@ -226,15 +163,15 @@ impl Worker {
         let accepted = Instant::now();
         let deadline = accepted + self.hold();
         self.shared.settings.lookup.ask();
-        while self.another_table(deadline).await {
+        loop {
+            // Looked up before the first wait too: the table may have come since this connection was accepted.
             let route = meaning.route(&self.table.borrow(), &self.shared.settings.destinations);
             match route {
                 Ok(route) => return self.start(socket, meaning, route, accepted),
-                Err(Outcome::UnknownConsumer) => {}
+                Err(Outcome::UnknownConsumer) if self.another_table(deadline).await => {}
                 Err(outcome) => return self.refuse(meaning.peer, outcome),
             }
         }
-        self.refuse(meaning.peer, Outcome::UnknownConsumer);
     }
 
     fn start(
@@ -326,6 +263,15 @@ impl Worker {
         timeout_at(deadline.into(), self.taken_over.notified()).await.is_ok()
     }
 
+    /// Waits a moment for what other connections give back when they end. Nobody is accepted meanwhile.
+    pub(super) async fn wait_out_shortage(&self) {
+        const MOMENT: Duration = Duration::from_millis(50);
+        let end = Instant::now() + MOMENT;
+        // A little longer than those who wait for it.
+        self.shortage.set(Some(end + MOMENT));
+        tokio::time::sleep_until(end.into()).await;
+    }
+
     /// How long a connection may wait for what is not known yet.
     pub(super) fn hold(&self) -> Duration {
         self.shared.settings.hold
@@ -403,43 +349,17 @@ impl Drop for Ticket {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering::Relaxed;
+
     use tokio::io::AsyncReadExt;
 
     use super::*;
-    use crate::{
-        config::ConnectionLog,
-        proxy::{Destinations, connection::tests::table},
-    };
-
-    fn worker(max_connections: usize, of_consumer: usize) -> Rc<Worker> {
-        let settings = Settings {
-            port: None,
-            workers: 1,
-            destinations: Destinations::Any,
-            max_connections,
-            max_connections_per_consumer: Some(of_consumer),
-            mark: None,
-            splice: false,
-            hold: Duration::ZERO,
-            lookup: Default::default(),
-            log: ConnectionLog::Off,
-        };
-        Rc::new(Worker {
-            shared: Arc::new(Shared::new(settings)),
-            table: RefCell::new(Arc::new(table())),
-            buffers: RelayBuffers::new(0),
-            mark: None,
-            live: RefCell::default(),
-            next_id: Cell::default(),
-            idle: Notify::new(),
-            taken_over: Notify::new(),
-        })
-    }
+    use crate::proxy::{connection::tests::table, shared::tests::shared};
 
     #[tokio::test]
     async fn a_connection_that_is_aborted_before_it_ran_is_reset_and_accounted_for() {
         let test = async {
-            let worker = worker(1, 1);
+            let worker = Worker::new(Arc::new(shared(1, 1)), Arc::new(table()));
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
             let (stream, peer) = listener.accept().await.unwrap();
@@ -457,27 +377,5 @@ mod tests {
         let (tasks, deadline) = (tokio::task::LocalSet::new(), Duration::from_secs(60));
         let end = tokio::time::timeout(deadline, tasks.run_until(test)).await;
         end.expect("it is accounted for");
-    }
-
-    #[test]
-    fn not_one_connection_more_than_allowed_is_counted_in() {
-        for (most, of_consumer, refused) in [
-            (1_000, 2_000, Outcome::TooManyConnections),
-            (2_000, 1_000, Outcome::TooManyOfConsumer),
-        ] {
-            let worker = worker(most, of_consumer);
-            let route = worker.table.borrow().routes().next().unwrap().clone();
-            let shared = &worker.shared;
-            let counted = std::thread::scope(|scope| {
-                let count = || (0..1_000).filter(|_| shared.count_in(&route).is_ok()).count();
-                let threads = [(); 4].map(|()| scope.spawn(count));
-                threads.map(|thread| thread.join().unwrap()).iter().sum::<usize>()
-            });
-            let of_consumer = route.live_of_consumer.load(Relaxed);
-            assert_eq!((counted, shared.live.load(Relaxed), of_consumer), (1_000, 1_000, 1_000));
-            assert_eq!(shared.count_in(&route), Err(refused));
-            shared.count_out(&route);
-            assert_eq!(shared.count_in(&route), Ok(()));
-        }
     }
 }

@@ -1,8 +1,9 @@
+mod announce;
 mod capture;
 mod command_line;
 mod consumers;
+mod data_path;
 mod discovery_dns;
-mod announce;
 mod discovery_docker;
 mod discovery_file;
 mod first_connection;

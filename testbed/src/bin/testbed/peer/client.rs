@@ -1,6 +1,6 @@
 //! Clients of raw connections.
 
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use super::stream::{read_sum, write_noise};
 
 pub(crate) fn send(args: &Args) -> Result<()> {
     let mut connection = connect(args)?;
+    thread::sleep(args.milliseconds("--delay-ms", 0)?);
     let sent = write_noise(
         &connection,
         args.number("--bytes", 0)?,
@@ -42,6 +43,23 @@ pub(crate) fn duplex(args: &Args) -> Result<()> {
     let mut answer = String::new();
     connection.read_to_string(&mut answer).context("read the other side's checksum")?;
     println!("{}", json!({ "sent": sent.json(), "received": received.json(), "answer": answer }));
+    Ok(())
+}
+
+pub(crate) fn reset(args: &Args) -> Result<()> {
+    let mut connection = connect(args)?;
+    connection.set_write_timeout(Some(Duration::from_millis(500)))?;
+    let bytes: usize = args.number("--bytes", 0)?;
+    let mut sent = 0;
+    while sent < bytes {
+        match connection.write(&vec![0; (bytes - sent).min(64 * 1024)]) {
+            Ok(count) => sent += count,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error).context("write"),
+        }
+    }
+    rustix::net::sockopt::set_socket_linger(&connection, Some(Duration::ZERO))?;
+    println!("{}", json!({ "sent": sent }));
     Ok(())
 }
 

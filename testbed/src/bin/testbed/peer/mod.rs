@@ -4,6 +4,7 @@ mod args;
 mod checksum;
 mod client;
 mod get;
+mod hold;
 mod server;
 mod stream;
 
@@ -28,11 +29,16 @@ servers, on --port P (default 80):
 clients, each prints one JSON object:
   get URL|HOST:PORT [-n N] [-c CONCURRENCY] [--keep-alive] [--timeout-ms T]
                              answers by body, failures by reason, the slowest
-  send HOST:PORT --bytes N [--seed S] [--rate R]
-                             sends, ends its direction, reads the answer to the end
+  send HOST:PORT --bytes N [--seed S] [--rate R] [--delay-ms D]
+                             waits D, sends, ends its direction, reads the answer to the end
   recv HOST:PORT [--rate R]  reads to the end
   duplex HOST:PORT --bytes N [--seed S] [--rate R]
                              the other side of the server of that name; --rate slows the reading
+  reset HOST:PORT [--bytes N]
+                             sends N bytes (default 0), or fewer if nothing more is taken for half a second; then resets
+  hold HOST:PORT [-n N] [--timeout-ms T]
+                             opens N connections, reads a line from each and holds them; a further line for each
+                             connection that ends
   probe HOST:PORT [--timeout-ms T] [--wait-ms W]
                              refused, unreachable, timeout; or reset, closed, data, open within W (default 1000)
 rates are bytes per second; seeds are numbers, and a seed names one endless sequence of bytes
@@ -50,6 +56,8 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
         "send" => client::send(&args),
         "recv" => client::recv(&args),
         "probe" => client::probe(&args),
+        "hold" => hold::hold(&args),
+        "reset" if args.target().is_ok() => client::reset(&args),
         "duplex" if args.target().is_ok() => client::duplex(&args),
         "idle" => loop {
             std::thread::park();

@@ -1,0 +1,134 @@
+//! What the workers share: counts, and the limits on them.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Instant,
+};
+
+use super::{
+    Settings,
+    outcome::{Outcome, Tally},
+};
+use crate::table::Route;
+
+/// What the workers share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub settings: Settings,
+    pub tally: Tally,
+    /// Connections that are open, or being opened.
+    pub live: AtomicUsize,
+    /// Connections that wait for their container to become known.
+    held: AtomicUsize,
+    /// When the clock of ejections started.
+    pub start: Instant,
+}
+
+impl Shared {
+    pub(super) fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            tally: Tally::default(),
+            live: AtomicUsize::new(0),
+            held: AtomicUsize::new(0),
+            start: Instant::now(),
+        }
+    }
+
+    /// Counts one more live connection of the route's consumer, if there may be one more.
+    pub(super) fn count_in(&self, route: &Route) -> Result<(), Outcome> {
+        let of_consumer = self.settings.max_connections_per_consumer.unwrap_or(usize::MAX);
+        if !one_more(&route.live_of_consumer, of_consumer) {
+            return Err(Outcome::TooManyOfConsumer);
+        }
+        if !one_more(&self.live, self.settings.max_connections) {
+            route.live_of_consumer.fetch_sub(1, Relaxed);
+            return Err(Outcome::TooManyConnections);
+        }
+        Ok(())
+    }
+
+    pub(super) fn count_out(&self, route: &Route) {
+        self.live.fetch_sub(1, Relaxed);
+        route.live_of_consumer.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A place among the connections that are held back.
+pub(super) struct Held(Arc<Shared>);
+
+impl Held {
+    /// A stranger must not be able to use up the descriptors by dialling.
+    const MOST: usize = 256;
+
+    /// `None` where nothing is held back, or enough is.
+    pub(super) fn new(shared: &Arc<Shared>) -> Option<Self> {
+        let one_more =
+            |held| (held < Self::MOST && !shared.settings.hold.is_zero()).then_some(held + 1);
+        shared.held.fetch_update(Relaxed, Relaxed, one_more).ok()?;
+        Some(Self(shared.clone()))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.held.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Counts one more, if there may be one more.
+fn one_more(count: &AtomicUsize, most: usize) -> bool {
+    let more = |count| (count < most).then_some(count + 1);
+    count.fetch_update(Relaxed, Relaxed, more).is_ok()
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{
+        config::ConnectionLog,
+        proxy::{Destinations, connection::tests::table},
+    };
+
+    /// Of one worker, with these limits of connections.
+    pub(in crate::proxy) fn shared(most: usize, of_consumer: usize) -> Shared {
+        Shared::new(Settings {
+            port: None,
+            workers: 1,
+            destinations: Destinations::Any,
+            max_connections: most,
+            max_connections_per_consumer: Some(of_consumer),
+            mark: None,
+            splice: false,
+            hold: Duration::ZERO,
+            lookup: Default::default(),
+            log: ConnectionLog::Off,
+        })
+    }
+
+    #[test]
+    fn not_one_connection_more_than_allowed_is_counted_in() {
+        for (most, of_consumer, refused) in [
+            (1_000, 2_000, Outcome::TooManyConnections),
+            (2_000, 1_000, Outcome::TooManyOfConsumer),
+        ] {
+            let (shared, table) = (shared(most, of_consumer), table());
+            let route = table.routes().next().unwrap();
+            let counted = std::thread::scope(|scope| {
+                let count = || (0..1_000).filter(|_| shared.count_in(route).is_ok()).count();
+                let threads = [(); 4].map(|()| scope.spawn(count));
+                threads.map(|thread| thread.join().unwrap()).iter().sum::<usize>()
+            });
+            let of_consumer = route.live_of_consumer.load(Relaxed);
+            assert_eq!((counted, shared.live.load(Relaxed), of_consumer), (1_000, 1_000, 1_000));
+            assert_eq!(shared.count_in(route), Err(refused));
+            shared.count_out(route);
+            assert_eq!(shared.count_in(route), Ok(()));
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The client that holds many connections.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read};
+use std::net::TcpStream;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use super::args::Args;
+use super::client::{reason, resolve};
+
+/// One for each connection, and it does next to nothing.
+const STACK: usize = 64 * 1024;
+
+/// Opens connections one after the other, each when the one before was greeted; says how the greetings were, and then
+/// of each connection when and how it ends.
+pub(crate) fn hold(args: &Args) -> Result<()> {
+    let address = resolve(args.target()?)?;
+    let count: usize = args.number("-n", 1)?;
+    let timeout = args.milliseconds("--timeout-ms", 10_000)?;
+
+    let greet = || {
+        let connection = TcpStream::connect_timeout(&address, timeout)?;
+        connection.set_read_timeout(Some(timeout))?;
+        let mut reader = BufReader::new(connection);
+        let mut greeting = String::new();
+        match reader.read_line(&mut greeting)? {
+            0 => Err(std::io::ErrorKind::UnexpectedEof.into()),
+            _ => Ok((reader, greeting.trim_end().to_owned())),
+        }
+    };
+    let (mut held, mut greetings, mut failures) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+    for _ in 0..count {
+        match greet() {
+            Ok(connection) => {
+                *greetings.entry(connection.1.clone()).or_insert(0) += 1;
+                held.push(connection);
+            }
+            Err(error) => *failures.entry(reason(&error)).or_insert(0) += 1,
+        }
+    }
+    println!("{}", json!({ "greetings": greetings, "failures": failures }));
+
+    let mut watchers = Vec::new();
+    for (reader, greeting) in held {
+        let watch = move || {
+            let end = end_of(reader).unwrap_or_else(|error| reason(&error));
+            println!("{}", json!({ "ended": end, "greeting": greeting }));
+        };
+        let watcher = thread::Builder::new().stack_size(STACK).spawn(watch);
+        watchers.push(watcher.context("start a thread")?);
+    }
+    for watcher in watchers {
+        watcher.join().expect("a watcher does not panic");
+    }
+    Ok(())
+}
+
+/// Reads to the end of a connection, for as long as it takes.
+fn end_of(mut reader: BufReader<TcpStream>) -> std::io::Result<String> {
+    reader.get_ref().set_read_timeout(None::<Duration>)?;
+    std::io::copy(&mut reader.by_ref(), &mut std::io::sink())?;
+    Ok("closed".to_owned())
+}

@@ -1,0 +1,97 @@
+//! Connections and descriptors run out.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use testbed::{Container, Embassy};
+
+use super::{Held, Path, ended, line, metric, vip, wait_ended};
+use crate::WAIT;
+
+#[test]
+fn one_connection_more_than_allowed_is_reset() -> Result<()> {
+    let path = Path::with(&["--max-connections=20"], &[(1001, "greet --name joe")])?;
+    let held = Held::open(&path.app, "held", &vip(1001), 20)?;
+    assert_eq!(held.greetings()?, serde_json::json!({ "hello from joe": 20 }));
+    assert_eq!(path.app.probe(vip(1001))?.outcome, "reset");
+    assert_eq!(ended(&path.embassy, "too_many_connections")?, 1);
+    assert_eq!(metric(&path.embassy, "embassy_connections_active")?, 20);
+    assert_eq!(held.ended()?, []);
+    Ok(())
+}
+
+#[test]
+fn without_descriptors_accepting_slows_down_and_recovers() -> Result<()> {
+    const BYTES: &str = "20000000";
+    let live = format!("duplex --bytes {BYTES} --seed 1");
+    let path = Path::new(&[(1001, "greet --name joe"), (1002, &live)])?;
+    let target = vip(1002);
+    // It lasts from before the shortage until after it.
+    let words = ["duplex", &target, "--bytes", BYTES, "--seed", "1", "--rate", "4000000"];
+    let live = path.app.spawn("live", ["testbed", "peer"].into_iter().chain(words))?;
+    let holder = path.host.client("holder").env("BACKEND_G", "/services/1001;1001").start()?;
+    testbed::eventually(WAIT, "the holder's route", || {
+        ensure!(holder.probe(vip(1001))?.outcome == "data");
+        Ok(())
+    })?;
+    let held = Held::open(&holder, "held", &vip(1001), 50)?;
+    assert_eq!(held.greetings()?, serde_json::json!({ "hello from joe": 50 }));
+
+    // Two connections more, and no descriptor is left.
+    let limit = open_descriptors(&path.embassy)? + 5;
+    set_limit(&path.embassy, limit)?;
+    let waiting = Held::open(&path.app, "waiting", &vip(1001), 20)?;
+    testbed::eventually(WAIT, "the shortage", || {
+        ensure!(path.embassy.log().contains("cannot accept"));
+        Ok(())
+    })?;
+    let (cpu, pause) = (cpu_seconds(&path.embassy)?, Duration::from_secs(2));
+    // Not to wait for something: this is how long the processor is watched.
+    std::thread::sleep(pause);
+    let used = cpu_seconds(&path.embassy)? - cpu;
+    assert!(used < 1.0, "{used} s of processor time in {pause:?}");
+
+    // Those that end make room for those that wait; no descriptor was given back otherwise.
+    assert_eq!(held.ended()?, []);
+    holder.kill()?;
+    let greetings = waiting.greetings()?;
+    let greeted = greetings["hello from joe"].as_u64().unwrap_or_default();
+    assert!(greeted >= 10, "{greetings}");
+    wait_answer(&path.app)?;
+    let status = live.wait(Duration::from_secs(60))?;
+    ensure!(status.success(), "{status}: {}", live.log());
+    let said: serde_json::Value = serde_json::from_str(&live.log())?;
+    assert_eq!(said["answer"], line(&said["sent"]));
+    assert_eq!(said["received"], said["sent"]);
+    wait_ended(&path.embassy, "endpoint_reset", 0)
+}
+
+fn wait_answer(app: &Container) -> Result<()> {
+    testbed::eventually(WAIT, "a greeting after the shortage", || {
+        let outcome = app.probe(vip(1001))?.outcome;
+        ensure!(outcome == "data", "{outcome}");
+        Ok(())
+    })
+}
+
+fn open_descriptors(embassy: &Embassy) -> Result<usize> {
+    Ok(std::fs::read_dir(format!("/proc/{}/fd", embassy.pid()))?.count())
+}
+
+/// Sets the limit that counts, of a process that runs.
+fn set_limit(embassy: &Embassy, descriptors: usize) -> Result<()> {
+    let mut prlimit = std::process::Command::new("prlimit");
+    prlimit.arg(format!("--pid={}", embassy.pid())).arg(format!("--nofile={descriptors}:"));
+    testbed::output(&mut prlimit).map(drop)
+}
+
+/// Of user and system, so far.
+fn cpu_seconds(embassy: &Embassy) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", embassy.pid()))?;
+    // The name, in parentheses, may hold spaces; utime and stime are the 14th and 15th field (man 5 proc_pid_stat).
+    let (_, rest) = stat.rsplit_once(") ").context("a name")?;
+    let fields: Vec<f64> =
+        rest.split(' ').skip(11).take(2).map(str::parse).collect::<Result<_, _>>()?;
+    // In USER_HZ, which is 100 on every machine that Linux runs on today.
+    Ok(fields.iter().sum::<f64>() / 100.0)
+}

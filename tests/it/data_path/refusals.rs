@@ -1,0 +1,87 @@
+//! A connection that means no route is reset at once, counted by reason, and leaves nothing behind.
+
+use anyhow::{Result, ensure};
+use testbed::{Container, Embassy, Host};
+
+use super::{ETCD, ended, vip};
+use crate::{READY, WAIT};
+
+/// Not a VIP, but a rule that is not ours brings it to our port.
+const FOREIGN: &str = "10.9.9.9:80";
+
+#[test]
+fn what_means_no_route_is_reset_and_counted_and_leaks_nothing() -> Result<()> {
+    let host = Host::start()?;
+    let etcd = host.etcd()?;
+    let web = host.web("web").start()?;
+    let closed = host.client("closed").start()?;
+    etcd.v3().put("/services/web/one", &format!("{}:80", web.ip()?))?;
+    etcd.v3().put("/services/down/one", &format!("{}:80", closed.ip()?))?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80");
+    let app = app.env("BACKEND_NONE", "/services/none;81").env("BACKEND_DOWN", "/services/down;82");
+    let (app, stranger) = (app.start()?, host.client("stranger").start()?);
+    for rule in [
+        "add table ip foreign",
+        "add chain ip foreign pre { type nat hook prerouting priority -150; }",
+        "add rule ip foreign pre ip daddr 10.9.9.9 tcp dport 80 redirect to :9999",
+    ] {
+        host.run("nft", [rule])?;
+    }
+    // An address that Docker did not give.
+    for change in ["address flush dev eth0", "address add 172.17.200.1/16 dev eth0"] {
+        testbed::output(stranger.command("ip")?.args(change.split(' ')))?;
+    }
+    let embassy = host.embassy(["--dnat", "--capture=all", "--hold=0", ETCD])?;
+    embassy.wait_ready(READY)?;
+    assert_eq!(app.get(vip(80)).run()?.from("web"), 1);
+
+    let refusals: [(&str, &Container, String, &str); 6] = [
+        ("no_route", &app, vip(4444), "reset"),
+        ("no_endpoint", &app, vip(81), "reset"),
+        ("endpoints_unreachable", &app, vip(82), "reset"),
+        ("unknown_consumer", &stranger, vip(80), "reset"),
+        ("not_a_vip", &app, FOREIGN.to_owned(), "reset"),
+        ("direct_dial", &app, format!("{}:9999", testbed::HOST_ADDRESS), "reset"),
+    ];
+    for (reason, from, target, expected) in &refusals {
+        let before = ended(&embassy, reason)?;
+        let probe = from.probe(target)?;
+        assert_eq!(probe.outcome, *expected, "{reason}: {target}");
+        assert_eq!(ended(&embassy, reason)?, before + 1, "{reason}");
+    }
+
+    let descriptors = descriptors(&embassy)?;
+    for (reason, from, target, _) in &refusals {
+        let answers = from.get(target).times(500).at_once(8).run()?;
+        assert_eq!((answers.answered(), answers.failed()), (0, 500), "{reason}: {answers:?}");
+        assert!(!answers.failures.contains_key("read: timeout"), "{reason}: {answers:?}");
+        assert_eq!(ended(&embassy, reason)?, 501, "{reason}");
+    }
+    let leaked = || {
+        let now = self::descriptors(&embassy)?;
+        ensure!(now <= descriptors, "{descriptors} before, {now} after");
+        Ok(())
+    };
+    testbed::eventually(WAIT, "as few descriptors as before", leaked)?;
+    assert_eq!(app.get(vip(80)).run()?.from("web"), 1);
+    Ok(())
+}
+
+#[test]
+fn on_a_port_that_was_not_declared_the_host_itself_answers() -> Result<()> {
+    let host = Host::start()?;
+    host.etcd()?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let stranger = host.client("stranger").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    assert_eq!(app.probe(vip(4444))?.outcome, "refused");
+    assert_eq!(stranger.probe(vip(80))?.outcome, "refused");
+    assert_eq!(app.probe(vip(80))?.outcome, "reset");
+    assert_eq!(ended(&embassy, "no_endpoint")?, 1);
+    Ok(())
+}
+
+fn descriptors(embassy: &Embassy) -> Result<usize> {
+    Ok(std::fs::read_dir(format!("/proc/{}/fd", embassy.pid()))?.count())
+}

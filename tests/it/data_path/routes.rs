@@ -1,0 +1,108 @@
+//! Connections and the routes and endpoints that they belong to.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use testbed::Host;
+
+use super::{ETCD, Held, Path, listens, metric, vip, wait_ended};
+use crate::{READY, WAIT};
+
+#[test]
+fn a_consumer_that_stops_takes_its_connections_and_its_route_along() -> Result<()> {
+    let path = Path::new(&[(1001, "greet --name joe")])?;
+    let held = Held::open(&path.app, "held", &vip(1001), 10)?;
+    held.greetings()?;
+    assert_eq!(metric(&path.embassy, "embassy_connections_active")?, 10);
+    path.app.kill()?;
+    for series in ["embassy_connections_active", "embassy_routes"] {
+        wait_metric(&path, series, 0)?;
+    }
+    Ok(())
+}
+
+/// It can send neither an end nor a reset.
+#[test]
+fn the_connections_of_a_consumer_that_loses_its_address_are_reset() -> Result<()> {
+    let path = Path::new(&[(1001, "greet --name joe")])?;
+    let held = Held::open(&path.app, "held", &vip(1001), 10)?;
+    held.greetings()?;
+    path.app.disconnect("bridge")?;
+    wait_ended(&path.embassy, "route_gone", 10)?;
+    wait_metric(&path, "embassy_connections_active", 0)?;
+    testbed::eventually(WAIT, "resets at the endpoint", || {
+        let log = path.endpoints.log()?;
+        // Of the proxy, not of the one that waited for the server.
+        let from_proxy = |line: &&str| line.contains("172.17.0.1]:") && line.contains("reset by");
+        let resets = log.lines().filter(from_proxy).count();
+        ensure!(resets == 10, "{resets} in {log}");
+        Ok(())
+    })
+}
+
+#[test]
+fn the_binding_says_what_becomes_of_the_connections_of_a_removed_endpoint() -> Result<()> {
+    let host = Host::start()?;
+    let etcd = host.etcd()?;
+    let bindings = [(81, "drain=keep"), (82, "drain=kill"), (83, "drain=2")];
+    let mut app = host.client("app");
+    for (port, drain) in bindings {
+        app = app.env(&format!("BACKEND_{port}"), &format!("/services/greet;{port};{drain}"));
+    }
+    let app = app.start()?;
+    for name in ["stays", "goes"] {
+        let greeter = host.server(name, ["greet", "--name", name]).start()?;
+        etcd.v3().put(&format!("/services/greet/{name}"), &format!("{}:80", greeter.ip()?))?;
+        listens(&app, &format!("{}:80", greeter.ip()?))?;
+    }
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let mut held = Vec::new();
+    for (port, _) in bindings {
+        let two = Held::open(&app, &port.to_string(), &vip(port), 2)?;
+        let greetings = serde_json::json!({ "hello from stays": 1, "hello from goes": 1 });
+        assert_eq!(two.greetings()?, greetings);
+        held.push(two);
+    }
+
+    let start = Instant::now();
+    etcd.v3().delete("/services/greet/goes")?;
+    let reset = || ("reset".to_owned(), "hello from goes".to_owned());
+    for (n, what) in [(1, "drain=kill"), (2, "drain=2")] {
+        testbed::eventually(WAIT, what, || {
+            let ended = held[n].ended()?;
+            ensure!(ended == [reset()], "{ended:?}");
+            Ok(())
+        })?;
+    }
+    assert!(start.elapsed() >= Duration::from_secs(2), "{:?}", start.elapsed());
+    wait_ended(&embassy, "endpoint_gone", 2)?;
+    assert_eq!(held[0].ended()?, []);
+    assert_eq!(metric(&embassy, "embassy_connections_active")?, 4);
+    Ok(())
+}
+
+#[test]
+fn consumers_and_endpoints_may_speak_ipv6() -> Result<()> {
+    let host = Host::builder().ipv6(true).start()?;
+    let etcd = host.etcd()?;
+    let (four, six) = (host.web("four").start()?, host.web("six").start()?);
+    etcd.v3().put("/services/web/four", &format!("{}:80", four.ip()?))?;
+    etcd.v3().put("/services/web/six", &format!("[{}]:80", six.ip6()?))?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    for vip in ["[fd00:d0c::1]:80", "172.17.0.1:80"] {
+        let answers = app.get(vip).times(10).run()?;
+        assert_eq!((answers.from("four"), answers.from("six")), (5, 5), "{vip}: {answers:?}");
+    }
+    Ok(())
+}
+
+fn wait_metric(path: &Path, series: &str, value: u64) -> Result<()> {
+    testbed::eventually(WAIT, &format!("{series} to be {value}"), || {
+        let now = metric(&path.embassy, series)?;
+        ensure!(now == value, "{now}");
+        Ok(())
+    })
+}
