@@ -1,4 +1,4 @@
-//! iptables: one chain in the `nat` table, `EMBASSY`, jumped to once from each hook, replaced in one transaction a family.
+//! iptables: a chain in the `nat` table for each hook, jumped to once from there, replaced in one transaction a family.
 
 use std::{
     fmt::{self, Write},
@@ -11,7 +11,17 @@ use super::{
 };
 use crate::config::CaptureScope;
 
-const CHAIN: &str = "EMBASSY";
+/// What arrives.
+const PREROUTING: Hook = Hook { name: "PREROUTING", chain: "EMBASSY" };
+/// What is sent from here.
+const OUTPUT: Hook = Hook { name: "OUTPUT", chain: "EMBASSY_OUTPUT" };
+
+/// A chain that every table has, and ours that it jumps to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Hook {
+    name: &'static str,
+    chain: &'static str,
+}
 
 /// The comment by which the original program's startup script marked its rules.
 const ANCESTOR: &str = "embassy_redirection";
@@ -103,16 +113,7 @@ fn uses_v6(rules: &Rules) -> bool {
             || rules.declared.iter().any(|(source, _)| source.is_ipv6()))
 }
 
-/// The hooks that rules need a jump from, with what a jump matches.
-fn jumps(redirect: bool) -> Vec<(&'static str, String)> {
-    let mut jumps = vec![("PREROUTING", format!("-j {CHAIN}"))];
-    if redirect {
-        jumps.push(("OUTPUT", format!("-m mark ! --mark {MARK:#x} -j {CHAIN}")));
-    }
-    jumps
-}
-
-/// One transaction: the chain anew, and the jumps where they are not first already. `now` is what `iptables-save` says.
+/// One transaction: the chains anew, and the jumps where they are not first already. `now` is what `iptables-save` says.
 fn script(rules: &Rules, v6: bool, now: &str) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.
@@ -121,57 +122,71 @@ fn script(rules: &Rules, v6: bool, now: &str) -> String {
 }
 
 fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
-    // Declaring a chain of the user's empties it (man 8 iptables-restore, --noflush).
-    writeln!(out, "*nat\n:{CHAIN} - [0:0]")?;
+    writeln!(out, "*nat")?;
+    let chain = PREROUTING.chain;
+    start(out, PREROUTING)?;
+    declared(out, rules, v6, PREROUTING)?;
     let to = format!("-j REDIRECT --to-ports {}", rules.port);
     let of_family = |address: &&IpAddr| address.is_ipv6() == v6;
-    let declared = || rules.declared.iter().filter(|(source, _)| source.is_ipv6() == v6);
-    let declared_only = match rules.scope {
-        CaptureScope::Declared => rules.vips.union(&rules.own),
-        CaptureScope::All => {
-            for vip in rules.vips.iter().filter(of_family) {
-                writeln!(out, "-A {CHAIN} -d {vip} -p tcp {to}")?;
-            }
-            rules.own.union(&rules.own)
-        }
-    };
-    for destination in declared_only.filter(of_family) {
-        for (source, port) in declared() {
-            writeln!(
-                out,
-                "-A {CHAIN} -s {source} -d {destination} -p tcp -m tcp --dport {port} {to}"
-            )?;
+    if rules.scope == CaptureScope::All {
+        for vip in rules.vips.iter().filter(of_family) {
+            writeln!(out, "-A {chain} -d {vip} -p tcp {to}")?;
         }
     }
     if let Some(unknown) = &rules.unknown {
         for known in unknown.known.iter().filter(of_family) {
-            writeln!(out, "-A {CHAIN} -s {known} -j RETURN")?;
+            writeln!(out, "-A {chain} -s {known} -j RETURN")?;
         }
         for network in unknown.networks.iter().filter(|net| net.addr().is_ipv6() == v6) {
             for vip in rules.vips.iter().filter(of_family) {
-                let stranger = format!("-A {CHAIN} -s {network} -d {vip} -p tcp");
+                let stranger = format!("-A {chain} -s {network} -d {vip} -p tcp");
                 // What listens on this host stays reachable for those who may turn out to be no consumers.
                 writeln!(out, "{stranger} -m socket --nowildcard -j RETURN")?;
                 writeln!(out, "{stranger} {to}")?;
             }
         }
     }
-    let wanted = jumps(rules.redirect);
-    for hook in ["PREROUTING", "OUTPUT"] {
-        let jump = wanted.iter().find(|(name, _)| *name == hook).map(|(_, jump)| jump);
-        let present: Vec<_> = jump_lines(now, hook).collect();
-        let is_first = present.len() == 1 && rules_of(now, hook).next() == present.first().copied();
-        if is_first
-            && jump.is_some_and(|jump| present.iter().all(|line| line.ends_with(jump.as_str())))
-        {
-            continue;
-        }
-        present.iter().try_for_each(|line| delete(out, line))?;
-        if let Some(jump) = jump {
-            writeln!(out, "-I {hook} 1 {jump}")?;
-        }
+    jump(out, now, PREROUTING, "")?;
+    if rules.redirect {
+        start(out, OUTPUT)?;
+        declared(out, rules, v6, OUTPUT)?;
+        jump(out, now, OUTPUT, &format!("-m mark ! --mark {MARK:#x} "))?;
     }
     writeln!(out, "COMMIT")
+}
+
+/// Makes the chain, or empties it: so does declaring a chain of the user's (man 8 iptables-restore, --noflush).
+fn start(out: &mut String, hook: Hook) -> fmt::Result {
+    writeln!(out, ":{} - [0:0]", hook.chain)
+}
+
+fn declared(out: &mut String, rules: &Rules, v6: bool, hook: Hook) -> fmt::Result {
+    let destinations = rules.vips.union(&rules.own);
+    for destination in destinations.filter(|address| address.is_ipv6() == v6) {
+        let declared = rules.declared.iter().filter(|(source, _)| source.is_ipv6() == v6);
+        for (source, port) in declared {
+            writeln!(
+                out,
+                "-A {} -s {source} -d {destination} -p tcp -m tcp --dport {port} -j REDIRECT --to-ports {}",
+                hook.chain, rules.port
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// The one jump to our chain, before everybody else's rules.
+fn jump(out: &mut String, now: &str, hook: Hook, matched: &str) -> fmt::Result {
+    let present: Vec<_> = rules_of(now, hook).filter(|line| is_jump(line)).collect();
+    let wanted = format!("{matched}-j {}", hook.chain);
+    if let [only] = present[..]
+        && rules_of(now, hook).next() == Some(only)
+        && only.ends_with(&wanted)
+    {
+        return Ok(());
+    }
+    present.iter().try_for_each(|line| delete(out, line))?;
+    writeln!(out, "-I {} 1 {wanted}", hook.name)
 }
 
 /// One transaction that leaves nothing of ours; `None` where there is nothing.
@@ -180,8 +195,10 @@ fn removal(now: &str) -> Option<String> {
     for line in rules_in(now).filter(|line| is_jump(line) || is_ancestors(line)) {
         let _ = delete(&mut out, line);
     }
-    if now.lines().any(|line| line.starts_with(&format!(":{CHAIN} "))) {
-        let _ = writeln!(out, "-F {CHAIN}\n-X {CHAIN}");
+    for Hook { chain, .. } in [PREROUTING, OUTPUT] {
+        if now.lines().any(|line| line.starts_with(&format!(":{chain} "))) {
+            let _ = writeln!(out, "-F {chain}\n-X {chain}");
+        }
     }
     if out.lines().count() == 1 {
         return None;
@@ -193,10 +210,11 @@ fn removal(now: &str) -> Option<String> {
 /// What is ours in `iptables-save`'s text, with each jump's place.
 fn ours(now: &str) -> String {
     let mut out = String::new();
-    for line in rules_in(now).filter(|line| line.starts_with(&format!("-A {CHAIN} "))) {
-        let _ = writeln!(out, "{line}");
-    }
-    for hook in ["PREROUTING", "OUTPUT"] {
+    for hook in [PREROUTING, OUTPUT] {
+        let chain = format!("-A {} ", hook.chain);
+        for line in rules_in(now).filter(|line| line.starts_with(&chain)) {
+            let _ = writeln!(out, "{line}");
+        }
         for (place, line) in rules_of(now, hook).enumerate().filter(|(_, line)| is_jump(line)) {
             let _ = writeln!(out, "{place} {line}");
         }
@@ -208,17 +226,13 @@ fn rules_in(now: &str) -> impl Iterator<Item = &str> {
     now.lines().filter(|line| line.starts_with("-A "))
 }
 
-fn rules_of<'a>(now: &'a str, hook: &str) -> impl Iterator<Item = &'a str> + use<'a> {
-    let start = format!("-A {hook} ");
+fn rules_of<'a>(now: &'a str, hook: Hook) -> impl Iterator<Item = &'a str> + use<'a> {
+    let start = format!("-A {} ", hook.name);
     rules_in(now).filter(move |line| line.starts_with(&start))
 }
 
-fn jump_lines<'a>(now: &'a str, hook: &str) -> impl Iterator<Item = &'a str> + use<'a> {
-    rules_of(now, hook).filter(|line| is_jump(line))
-}
-
 fn is_jump(line: &str) -> bool {
-    !line.starts_with(&format!("-A {CHAIN} ")) && line.ends_with(&format!("-j {CHAIN}"))
+    [PREROUTING, OUTPUT].iter().any(|hook| line.ends_with(&format!(" -j {}", hook.chain)))
 }
 
 fn is_ancestors(line: &str) -> bool {
@@ -267,21 +281,31 @@ COMMIT
     }
 
     #[test]
-    fn redirect_jumps_from_output_too_and_all_means_all_only_on_vips() {
+    fn all_means_all_that_arrives_for_a_vip() {
         let script = script(&example(true, CaptureScope::All), false, DOCKERS);
-        assert!(
-            script.contains("-I OUTPUT 1 -m mark ! --mark 0x656d0000 -j EMBASSY\n"),
-            "{script}"
-        );
-        assert!(
-            script.contains("-A EMBASSY -d 172.17.0.1 -p tcp -j REDIRECT --to-ports 9999\n"),
-            "{script}"
-        );
-        assert!(
-            script.contains("-A EMBASSY -s 172.17.0.2 -d 10.1.2.3 -p tcp -m tcp --dport 80 -j"),
-            "{script}"
-        );
+        let all = "-A EMBASSY -d 172.17.0.1 -p tcp -j REDIRECT --to-ports 9999\n";
+        assert!(script.contains(all), "{script}");
+        let own = "-A EMBASSY -s 172.17.0.2 -d 10.1.2.3 -p tcp -m tcp --dport 80 -j";
+        assert!(script.contains(own), "{script}");
         assert!(!script.contains("-d 10.1.2.3 -p tcp -j"), "{script}");
+    }
+
+    #[test]
+    fn what_is_sent_from_here_is_captured_on_declared_ports_only() {
+        // The match for listening sockets works on what arrives alone: the kernel refuses it in a chain of OUTPUT's.
+        let script = script(&with_unknown(example(true, CaptureScope::All)), false, DOCKERS);
+        let (_, output) = script.split_once(":EMBASSY_OUTPUT - [0:0]\n").unwrap();
+        let expected = "\
+-A EMBASSY_OUTPUT -s 172.17.0.2 -d 10.1.2.3 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999
+-A EMBASSY_OUTPUT -s 172.17.0.2 -d 10.1.2.3 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
+-A EMBASSY_OUTPUT -s 172.18.0.5 -d 10.1.2.3 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
+-A EMBASSY_OUTPUT -s 172.17.0.2 -d 172.17.0.1 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999
+-A EMBASSY_OUTPUT -s 172.17.0.2 -d 172.17.0.1 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
+-A EMBASSY_OUTPUT -s 172.18.0.5 -d 172.17.0.1 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
+-I OUTPUT 1 -m mark ! --mark 0x656d0000 -j EMBASSY_OUTPUT
+COMMIT
+";
+        assert_eq!(output, expected);
     }
 
     #[test]
@@ -306,16 +330,20 @@ COMMIT
     #[test]
     fn removal_takes_what_is_ours_and_the_ancestors_and_nothing_else() {
         let now = "*nat\n:PREROUTING ACCEPT [0:0]\n:EMBASSY - [0:0]\n:EMBASSY_OF_ANOTHER - [0:0]\n\
+            :EMBASSY_OUTPUT - [0:0]\n-A OUTPUT -m mark ! --mark 0x656d0000 -j EMBASSY_OUTPUT\n\
             -A PREROUTING -j EMBASSY\n\
             -A PREROUTING -d 172.17.42.1/32 -p tcp -m comment --comment embassy_redirection -j REDIRECT --to-ports 9999\n\
             -A PREROUTING -j DOCKER\n-A PREROUTING -j EMBASSY_OF_ANOTHER\n\
             -A EMBASSY -d 172.17.0.1/32 -p tcp -j REDIRECT --to-ports 9999\nCOMMIT\n";
         let expected = "\
 *nat
+-D OUTPUT -m mark ! --mark 0x656d0000 -j EMBASSY_OUTPUT
 -D PREROUTING -j EMBASSY
 -D PREROUTING -d 172.17.42.1/32 -p tcp -m comment --comment embassy_redirection -j REDIRECT --to-ports 9999
 -F EMBASSY
 -X EMBASSY
+-F EMBASSY_OUTPUT
+-X EMBASSY_OUTPUT
 COMMIT
 ";
         assert_eq!(removal(now).as_deref(), Some(expected));

@@ -16,6 +16,9 @@ const PRIORITY: i32 = -110;
 
 const NFT: Program = Program("nft");
 
+/// What begins an expression of a family, and what ends the names of its sets.
+const FAMILIES: [(&str, u8); 2] = [("ip", 4), ("ip6", 6)];
+
 /// Puts `rules` in place of whatever the table held.
 pub(super) async fn apply(rules: &Rules) -> Result<(), ProgramError> {
     NFT.run(&["-f", "-"], &script(rules)).await.map(drop)
@@ -89,16 +92,20 @@ fn render(rules: &Rules, out: &mut String) -> fmt::Result {
         )?;
         writeln!(out, "\t\tmeta l4proto tcp redirect to :{}\n\t}}", rules.port)?;
     }
-    writeln!(out, "\tchain capture {{")?;
-    for (ip, n) in [("ip", 4), ("ip6", 6)] {
-        let declared = format!("{ip} saddr . tcp dport @declared{n}");
-        let matched = match rules.scope {
-            CaptureScope::Declared => &declared,
-            CaptureScope::All => "meta l4proto tcp",
-        };
-        writeln!(out, "\t\t{ip} daddr @vips{n} {matched} redirect to :{}", rules.port)?;
+    writeln!(out, "\tchain declared {{")?;
+    for (ip, n) in FAMILIES {
+        let declared = format!("{ip} saddr . tcp dport @declared{n} redirect to :{}", rules.port);
+        writeln!(out, "\t\t{ip} daddr @vips{n} {declared}")?;
         if rules.redirect {
-            writeln!(out, "\t\t{ip} daddr @own{n} {declared} redirect to :{}", rules.port)?;
+            writeln!(out, "\t\t{ip} daddr @own{n} {declared}")?;
+        }
+    }
+    writeln!(out, "\t}}")?;
+    hook(out, "prerouting")?;
+    writeln!(out, "\t\tjump declared")?;
+    for (ip, n) in FAMILIES {
+        if rules.scope == CaptureScope::All {
+            writeln!(out, "\t\t{ip} daddr @vips{n} meta l4proto tcp redirect to :{}", rules.port)?;
         }
         if rules.unknown.is_some() {
             let stranger = format!("{ip} saddr @networks{n} {ip} saddr != @known{n}");
@@ -106,18 +113,17 @@ fn render(rules: &Rules, out: &mut String) -> fmt::Result {
         }
     }
     writeln!(out, "\t}}")?;
-    hook(out, "prerouting", "")?;
     if rules.redirect {
-        hook(out, "output", &format!("\t\tmeta mark {MARK:#x} return\n"))?;
+        hook(out, "output")?;
+        writeln!(out, "\t\tmeta mark {MARK:#x} return\n\t\tjump declared\n\t}}")?;
     }
     writeln!(out, "}}")
 }
 
-fn hook(out: &mut String, name: &str, first: &str) -> fmt::Result {
+/// The start of a chain that the kernel's hook of this name calls.
+fn hook(out: &mut String, name: &str) -> fmt::Result {
     writeln!(out, "\tchain {name} {{")?;
-    writeln!(out, "\t\ttype nat hook {name} priority {PRIORITY}; policy accept;")?;
-    write!(out, "{first}")?;
-    writeln!(out, "\t\tjump capture\n\t}}")
+    writeln!(out, "\t\ttype nat hook {name} priority {PRIORITY}; policy accept;")
 }
 
 fn set(
@@ -171,13 +177,13 @@ table inet embassy {
 \t\ttype ipv6_addr . inet_service
 \t\telements = { fd00::2 . 80 }
 \t}
-\tchain capture {
+\tchain declared {
 \t\tip daddr @vips4 ip saddr . tcp dport @declared4 redirect to :9999
 \t\tip6 daddr @vips6 ip6 saddr . tcp dport @declared6 redirect to :9999
 \t}
 \tchain prerouting {
 \t\ttype nat hook prerouting priority -110; policy accept;
-\t\tjump capture
+\t\tjump declared
 \t}
 }
 ";
@@ -204,7 +210,7 @@ table inet embassy {
             "\t\tip daddr @vips4 meta l4proto tcp redirect to :9999\n",
             // Whatever the scope, the host's own services on its own addresses stay reachable.
             "\t\tip daddr @own4 ip saddr . tcp dport @declared4 redirect to :9999\n",
-            "\t\ttype nat hook output priority -110; policy accept;\n\t\tmeta mark 0x656d0000 return\n\t\tjump capture\n",
+            "\t\ttype nat hook output priority -110; policy accept;\n\t\tmeta mark 0x656d0000 return\n\t\tjump declared\n\t}\n}\n",
         ] {
             assert!(script.contains(line), "{line:?} in {script}");
         }

@@ -100,7 +100,7 @@ pub enum CaptureMode {
 pub enum CaptureScope {
     /// The ports that consumers declared.
     Declared,
-    /// All TCP.
+    /// All TCP that arrives; of what is sent from here, which may be our own requests to a discovery, the declared ports.
     All,
 }
 

@@ -1,7 +1,7 @@
 //! The firewall, by either backend: what is captured and what is not, whose rules are touched, and what is left.
 
 use anyhow::{Result, ensure};
-use testbed::{Host, Signal};
+use testbed::{HOST_ADDRESS, Host, Signal};
 
 use crate::{
     READY, WAIT,
@@ -157,10 +157,23 @@ fn redirect(firewall: &str) -> Result<()> {
     // From elsewhere too, as with --dnat; but another's address is another's.
     assert_eq!(host.http("GET", &format!("http://{}/", web.ip()?), "")?.ok()?, "web");
     assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?, served);
-
     embassy.terminate()?;
     assert!(embassy.wait(WAIT)?.success());
     assert_eq!(rules(&host)?, before);
+
+    // Containers reach our own address as well, as where they are linked to us. A discovery on a VIP's address can be
+    // asked, though all that arrives there is captured.
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;82").start()?;
+    for scope in ["--capture=declared", "--capture=all"] {
+        let etcd = "-discovery=etcd://172.17.0.1:2379";
+        let embassy = host.embassy(["--redirect", etcd, scope, firewall])?;
+        embassy.wait_ready(READY)?;
+        reaches(&app, "172.17.0.1:82", "web")?;
+        reaches(&app, format!("{HOST_ADDRESS}:82"), "web")?;
+        embassy.terminate()?;
+        assert!(embassy.wait(WAIT)?.success());
+        assert_eq!(rules(&host)?, before);
+    }
     Ok(())
 }
 
@@ -168,7 +181,7 @@ fn redirect(firewall: &str) -> Result<()> {
 fn rules_that_vanish_from_nft_are_back() -> Result<()> {
     let flush = ["nft", "flush", "ruleset"];
     let delete = ["nft", "delete", "table", "inet", "embassy"];
-    let flush_chain = ["nft", "flush", "chain", "inet", "embassy", "capture"];
+    let flush_chain = ["nft", "flush", "chain", "inet", "embassy", "declared"];
     let add = ["nft", "insert", "rule", "inet", "embassy", "prerouting", "accept"];
     vanish(NFT, &[&flush, &delete, &flush_chain, &add])
 }

@@ -1,10 +1,10 @@
 //! Who asks for what, as a real engine tells it: containers come and go, change their networks, share them, and write
 //! nonsense into their environment.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path, process::Command, thread};
 
 use anyhow::{Context, Result, ensure};
-use testbed::{Container, Embassy, Host};
+use testbed::{Container, Embassy, Host, Network};
 
 use crate::{
     READY, WAIT,
@@ -160,32 +160,46 @@ fn what_cannot_be_read_is_reported_and_hides_nothing() -> Result<()> {
 #[test]
 fn a_recycled_address_never_reaches_its_former_owners_service() -> Result<()> {
     let (host, embassy) = host_and_embassy()?;
-    let net = host.network("net", ["--subnet=10.82.0.0/24"])?;
-    let same = |name: &str| host.client(name).network(net.name()).arg("--ip=10.82.0.9");
-    for _ in 0..20 {
-        let a = same("former").env("BACKEND_RED", "/services/red;80").start()?;
-        reaches(&a, VIP, "red")?;
-        a.kill()?;
-        // It dials from its first moment on, before anybody can have inspected it.
-        let dial = ["testbed", "peer", "get", VIP, "-n", "100"];
-        let words = format!("{}; exec testbed peer idle", dial.join(" "));
-        let b = same("latter")
-            .env("BACKEND_BLUE", "/services/blue;80")
-            .cmd(["sh", "-c", &words])
-            .start()?;
-        reaches(&b, VIP, "blue")?;
-        a.remove()?;
-        let answers = b.get(VIP).times(10).run()?;
-        assert_eq!(answers.from("blue"), 10, "{answers:?}");
-        let first = testbed::eventually(WAIT, "the first answers", || {
-            let log = b.log()?;
-            ensure!(log.contains("slowest_ms"), "{log:?}");
-            Ok(log)
-        })?;
-        assert!(!first.contains("red"), "{first}");
-        b.remove()?;
-    }
+    let (host, net) = (&host, &host.network("net", ["--subnet=10.82.0.0/24"])?);
+    // Twenty times: five for each of four addresses, which keep the engine and us busy at the same time.
+    thread::scope(|scope| {
+        let lanes: Vec<_> = (2..6)
+            .map(|n| scope.spawn(move || (0..5).try_for_each(|_| recycle(host, net, n))))
+            .collect();
+        let join = |lane: thread::ScopedJoinHandle<'_, Result<()>>| {
+            lane.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        lanes.into_iter().try_for_each(join)
+    })?;
     routes(&embassy, 0)
+}
+
+/// One container takes over the address of another that has just ended.
+fn recycle(host: &Host, net: &Network, n: u8) -> Result<()> {
+    let same = |role: &str| {
+        let container = host.client(&format!("{role}-{n}")).network(net.name());
+        container.arg(format!("--ip=10.82.0.{n}"))
+    };
+    let a = same("former").env("BACKEND_RED", "/services/red;80").start()?;
+    reaches(&a, VIP, "red")?;
+    a.kill()?;
+    // It dials from its first moment on, before anybody can have inspected it.
+    let words = format!("testbed peer get {VIP} -n 100; exec testbed peer idle");
+    let b = same("latter")
+        .env("BACKEND_BLUE", "/services/blue;80")
+        .cmd(["sh", "-c", &words])
+        .start()?;
+    reaches(&b, VIP, "blue")?;
+    a.remove()?;
+    let answers = b.get(VIP).times(10).run()?;
+    assert_eq!(answers.from("blue"), 10, "{answers:?}");
+    let first = testbed::eventually(WAIT, "the first answers", || {
+        let log = b.log()?;
+        ensure!(log.contains("slowest_ms"), "{log:?}");
+        Ok(log)
+    })?;
+    assert!(!first.contains("red"), "{first}");
+    b.remove()
 }
 
 #[test]

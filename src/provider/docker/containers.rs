@@ -74,6 +74,8 @@ pub(super) struct Containers {
     last_ticket: u64,
     /// What the last list named and no inspection has found yet.
     listed: HashSet<ContainerId>,
+    /// Whether that was ever nothing.
+    complete: bool,
     /// The networks whose gateways are on this host, with their address ranges.
     bridges: HashMap<NetworkId, Vec<IpNet>>,
 }
@@ -84,18 +86,29 @@ impl Containers {
         self.bridges = bridges;
     }
 
-    /// All containers that run, as an engine lists them; each should be inspected now. Until then, what was known of it
-    /// may be of an earlier run.
+    /// All containers that run, as an engine lists them; each should be inspected now. Until then it is as it was known.
     pub(super) fn relist(&mut self, ids: Vec<ContainerId>) -> VecDeque<Ticket> {
         self.awaited.clear();
         self.listed = ids.iter().cloned().collect();
+        self.complete |= ids.is_empty();
         self.running.retain(|id, _| self.listed.contains(id));
         ids.into_iter().map(|id| self.inspect(id)).collect()
     }
 
-    /// Whether all that were listed have been inspected, so that the listing tells of every container.
+    /// Whether the listing tells of every container: once all of the first list have been inspected, or have ended.
     pub(super) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// Whether all of the last list have been inspected, so that nothing is left of what was known before it.
+    #[cfg(test)]
+    pub(super) fn is_fresh(&self) -> bool {
         self.listed.is_empty()
+    }
+
+    fn seen(&mut self, id: &ContainerId) {
+        self.listed.remove(id);
+        self.complete |= self.listed.is_empty();
     }
 
     /// Those of `ids` that nothing is known of and that are not being inspected: to be inspected now.
@@ -117,7 +130,7 @@ impl Containers {
     /// before the one that was listed.
     pub(super) fn ended(&mut self, id: ContainerId) -> Ticket {
         self.running.remove(&id);
-        self.listed.remove(&id);
+        self.seen(&id);
         self.inspect(id)
     }
 
@@ -132,7 +145,7 @@ impl Containers {
     pub(super) fn destroyed(&mut self, id: &ContainerId) {
         self.running.remove(id);
         self.awaited.remove(id);
-        self.listed.remove(id);
+        self.seen(id);
     }
 
     /// A container left a network: from now on its address there may be another's.
@@ -150,7 +163,7 @@ impl Containers {
             return None;
         }
         self.awaited.remove(&ticket.id);
-        self.listed.remove(&ticket.id);
+        self.seen(&ticket.id);
         match found {
             Found::Running(running) => {
                 let before = self.running.insert(ticket.id.clone(), running);
@@ -356,7 +369,27 @@ mod tests {
     }
 
     #[test]
-    fn a_new_list_is_complete_when_each_of_it_was_inspected_or_ended() {
+    fn the_first_list_is_complete_when_each_of_it_was_inspected_or_ended() {
+        let mut containers = Containers::default();
+        assert!(!containers.is_complete());
+        let tickets = containers.relist(vec![id("a"), id("b"), id("c")]);
+        containers.ended(id("a"));
+        containers.destroyed(&id("b"));
+        assert!(!containers.is_complete());
+        let [_, _, c] = Vec::from(tickets).try_into().unwrap();
+        containers.inspected(c, Found::Unknown);
+        assert!(containers.is_complete());
+        // A later one changes what is known, bit by bit.
+        containers.relist(vec![id("d")]);
+        assert!(containers.is_complete());
+
+        let mut containers = Containers::default();
+        containers.relist(vec![]);
+        assert!(containers.is_complete(), "nothing runs");
+    }
+
+    #[test]
+    fn a_new_list_replaces_what_was_known() {
         let bridge = |address| on(&[("bridge", address, "172.17.0.1")]);
         let mut containers = with(&[
             ("a", running("a", bridge("172.17.0.2"))),
@@ -371,9 +404,9 @@ mod tests {
         containers.inspected(tickets.pop_front().unwrap(), Found::NotRunning);
         containers.ended(id("c"));
         containers.inspected(tickets.pop_front().unwrap(), Found::Unknown);
-        assert!(!containers.is_complete());
+        assert!(!containers.is_fresh());
         containers.inspected(again, Found::Running(running("a", bridge("172.17.0.5"))));
-        assert!(containers.is_complete());
+        assert!(containers.is_fresh());
         // What the engine cannot say is as it was.
         let address = |text: &str| vec![text.to_owned()];
         let expected = [("a".into(), address("172.17.0.5")), ("b".into(), address("172.17.0.3"))];
