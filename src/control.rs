@@ -1,7 +1,7 @@
 //! The one task that knows everything: it asks for what the bindings name, and publishes a table for every change.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -12,8 +12,11 @@ use tracing::{info, warn};
 use crate::{
     descriptor::Balance,
     discovery::{Discoveries, Endpoints, Query, Watches},
-    model::Vip,
-    provider::{Listing, fixed},
+    model::{Consumer, Vip},
+    provider::{
+        Listing,
+        fixed::{self, InterfaceError},
+    },
     readiness::Guard,
     report::Report,
     source::{Answers, Known},
@@ -41,11 +44,11 @@ pub struct Waiting {
     pub answers: Guard,
 }
 
-/// What the sources know, for the metrics.
-#[derive(Debug, Clone, Default)]
+/// Where to find what the sources know, for the metrics.
+#[derive(Debug, Clone)]
 pub struct Sources {
-    pub provider: Known<Listing>,
-    pub queries: Vec<(Query, Known<Endpoints>)>,
+    pub provider: Answers<Listing>,
+    pub queries: Vec<(Query, Answers<Endpoints>)>,
 }
 
 #[derive(Debug)]
@@ -62,6 +65,8 @@ pub struct Control {
     waiting: (Option<Guard>, Option<Guard>),
     /// Until when the first table waits for the first answers.
     patience: Option<Instant>,
+    /// docker0's addresses, as they were seen last.
+    docker0: Vec<Vip>,
 }
 
 /// How long one service whose discovery says nothing may delay all others at the start.
@@ -81,7 +86,7 @@ impl Control {
             watches: Watches::new(discoveries.clone(), settings.resync, bell.clone()),
             hold: EmptyHold { hold: settings.empty_hold, held: HashMap::new() },
             tables: watch::channel(Arc::default()).0,
-            sources: watch::channel(Sources::default()).0,
+            sources: watch::channel(Sources { provider: provider.clone(), queries: Vec::new() }).0,
             waiting: (Some(waiting.listing), Some(waiting.answers)),
             settings,
             discoveries,
@@ -89,6 +94,7 @@ impl Control {
             bell,
             report,
             patience: None,
+            docker0: Vec::new(),
         }
     }
 
@@ -97,7 +103,7 @@ impl Control {
         self.tables.subscribe()
     }
 
-    /// What the sources know, as of the last change.
+    /// Where to find what the sources know.
     pub fn sources(&self) -> watch::Receiver<Sources> {
         self.sources.subscribe()
     }
@@ -123,14 +129,12 @@ impl Control {
     fn step(&mut self, now: Instant) -> Option<Instant> {
         let provider = self.provider.borrow_and_update().clone();
         self.report.source("provider", &provider);
-        let Some(listing) = provider.value.clone() else {
-            self.sources.send_replace(Sources { provider, queries: Vec::new() });
-            return None;
-        };
-        let bindings = listing.consumers.iter().flat_map(|consumer| &consumer.bindings);
+        let listing = provider.value.clone()?;
+        let consumers: Vec<_> = listing.consumers.iter().filter(|c| !c.has_ended()).collect();
+        let bindings = consumers.iter().flat_map(|consumer| &consumer.bindings);
         let queries: BTreeSet<_> =
             bindings.filter_map(|b| self.discoveries.query(&b.descriptor).ok()).collect();
-        self.watches.demand(&queries);
+        self.watches.demand(&queries, now);
         let known = self.watches.known();
         for (query, known) in &known {
             self.report.source(&query.to_string(), known);
@@ -145,23 +149,43 @@ impl Control {
         let wake = if first && unasked && now < patience {
             Some(wake.map_or(patience, |wake| wake.min(patience)))
         } else {
-            self.publish(&listing, &endpoints);
-            self.waiting.0.take();
-            if known.values().all(|known| known.value.is_some()) {
-                self.waiting.1.take();
+            self.publish(&listing, &consumers, &endpoints);
+            if let Some(listing) = self.waiting.0.take() {
+                listing.done();
+            }
+            if !unasked
+                && each_discovery_answers(&known)
+                && let Some(answers) = self.waiting.1.take()
+            {
+                answers.done();
             }
             wake
         };
-        self.sources.send_replace(Sources { provider, queries: known.into_iter().collect() });
+        let (provider, queries) = (self.provider.clone(), self.watches.answers());
+        self.sources.send_replace(Sources { provider, queries });
         wake
     }
 
-    fn publish(&mut self, listing: &Listing, endpoints: &HashMap<Query, Arc<Endpoints>>) {
-        let docker0 =
-            || fixed::addresses("docker0").unwrap_or_default().into_iter().map(Vip).collect();
-        let vips = self.settings.vips.clone().unwrap_or_else(docker0);
+    /// docker0's addresses; the last ones that were seen, where they cannot be asked now.
+    fn docker0(&mut self) -> Vec<Vip> {
+        match fixed::addresses("docker0") {
+            Ok(addresses) => self.docker0 = addresses.into_iter().map(Vip).collect(),
+            Err(InterfaceError::Missing { .. }) => self.docker0 = Vec::new(),
+            Err(error @ InterfaceError::List(_)) => warn!(%error, "the VIPs stay as they were"),
+        }
+        self.docker0.clone()
+    }
+
+    fn publish(
+        &mut self,
+        listing: &Listing,
+        consumers: &[&Consumer],
+        endpoints: &HashMap<Query, Arc<Endpoints>>,
+    ) {
+        let vips = self.settings.vips.clone().unwrap_or_else(|| self.docker0());
         let inputs = Inputs {
-            consumers: &listing.consumers,
+            consumers,
+            contested: &listing.contested,
             known: &listing.known,
             networks: &listing.networks,
             endpoints,
@@ -178,6 +202,17 @@ impl Control {
         self.report.table(&before, &table);
         self.tables.send_replace(Arc::new(table));
     }
+}
+
+/// Whether each discovery that is asked has answered something: one query that it refuses for ever is no discovery that is
+/// down.
+fn each_discovery_answers(known: &BTreeMap<Query, Known<Endpoints>>) -> bool {
+    let answering: BTreeSet<_> = known
+        .iter()
+        .filter(|(_, known)| known.value.is_some())
+        .map(|(query, _)| &query.via)
+        .collect();
+    known.keys().all(|query| answering.contains(&query.via))
 }
 
 /// Keeps the last endpoints of a service for a while after discovery says, validly, that there are none: a registry that

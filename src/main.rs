@@ -1,6 +1,6 @@
 //! embassy: words become a Config, a Config an App. No logic here.
 
-use std::{env, process::ExitCode};
+use std::{env, io::Write, process::ExitCode};
 
 use anyhow::{Context, Result};
 use embassy::{
@@ -16,7 +16,8 @@ fn main() -> ExitCode {
     let config = match Config::parse(words, &|name| env::var(name).ok()) {
         Ok(config) => config,
         Err(Stop::Print(text)) => {
-            print!("{text}");
+            // Whoever closed the pipe has seen enough.
+            let _ = write!(std::io::stdout(), "{text}");
             return ExitCode::SUCCESS;
         }
         Err(Stop::Usage(error)) => {

@@ -5,7 +5,10 @@ use std::{
     net::{IpAddr, SocketAddr},
     num::NonZeroU16,
     str::FromStr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 /// A TCP port that something can listen on: 1 to 65535.
@@ -124,7 +127,39 @@ pub struct Consumer {
     /// The gateways of the bridge networks it is on: VIPs, unless the user named theirs.
     pub gateways: Vec<IpAddr>,
     pub bindings: Vec<Binding>,
+    /// The end of its run, and of the run that its network namespace belongs to.
+    pub ends: Vec<RunEnd>,
 }
+
+impl Consumer {
+    /// Whether it, or its network, is known to be gone, whatever the listing that it stands in says.
+    pub fn has_ended(&self) -> bool {
+        self.ends.iter().any(RunEnd::has_come)
+    }
+}
+
+/// The end of a container's run, for whoever waits for it. Clones are the same. All are equal: it says nothing about what
+/// a container is.
+#[derive(Debug, Clone, Default)]
+pub struct RunEnd(Arc<AtomicBool>);
+
+impl RunEnd {
+    pub fn come(&self) {
+        self.0.store(true, Relaxed);
+    }
+
+    pub fn has_come(&self) -> bool {
+        self.0.load(Relaxed)
+    }
+}
+
+impl PartialEq for RunEnd {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for RunEnd {}
 
 /// One consumer asks for one service on one port.
 #[derive(Debug, Clone, PartialEq, Eq)]

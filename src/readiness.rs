@@ -20,7 +20,7 @@ pub struct Guard {
 }
 
 impl Readiness {
-    /// From now on embassy is not ready until the guard is dropped.
+    /// From now on embassy is not ready until the guard is done.
     pub fn wait_for(&self, part: &'static str) -> Guard {
         self.with(|parts| parts.insert(part, Instant::now()));
         Guard { readiness: self.clone(), part }
@@ -37,8 +37,9 @@ impl Readiness {
     }
 }
 
-impl Drop for Guard {
-    fn drop(&mut self) {
+impl Guard {
+    /// The part is ready. A guard that is merely dropped never is: its part has failed.
+    pub fn done(self) {
         let since = self.readiness.with(|parts| parts.remove(self.part));
         let pending = self.readiness.pending();
         let took = since.map(|since| since.elapsed()).unwrap_or_default();
@@ -59,9 +60,9 @@ mod tests {
         let readiness = Readiness::default();
         let (listing, capture) = (readiness.wait_for("listing"), readiness.wait_for("capture"));
         assert_eq!(readiness.pending(), ["capture", "listing"]);
-        drop(listing);
+        listing.done();
         assert_eq!(readiness.pending(), ["capture"]);
-        drop(capture);
+        capture.done();
         assert!(readiness.pending().is_empty());
     }
 }

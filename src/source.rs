@@ -8,7 +8,7 @@ use std::{
 };
 
 use tokio::sync::{Notify, watch};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 mod shared;
 
@@ -120,6 +120,11 @@ impl<T: PartialEq> Publisher<T> {
         changed
     }
 
+    /// What a session rings when a reader should look again for a reason that no answer tells.
+    pub fn bell(&self) -> Arc<Notify> {
+        self.bell.clone()
+    }
+
     /// Says that the last answer still holds.
     pub fn confirm(&self) {
         self.slot.send_modify(|known| {
@@ -174,7 +179,7 @@ pub async fn follow<S: Source>(
         if backoff.attempts == 1 {
             warn!(source = name, %error, "lost; what was known stays in use");
         } else {
-            info!(source = name, %error, attempts = backoff.attempts, next = ?pause, "still lost");
+            debug!(source = name, %error, attempts = backoff.attempts, next = ?pause, "still lost");
         }
         tokio::time::sleep(pause).await;
     }

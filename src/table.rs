@@ -79,6 +79,10 @@ pub enum UnroutedReason {
     Discovery(#[from] UnknownDiscovery),
     #[error("{key}: {winner} in the same network namespace has it")]
     Taken { key: RouteKey, winner: Arc<str> },
+    #[error(
+        "{key}: another container has the same address; nobody is served until it is clear whose it is"
+    )]
+    Contested { key: RouteKey },
     #[error("{key}: {other} has the same address; nobody is served until it is clear whose it is")]
     Ambiguous { key: RouteKey, other: Arc<str> },
 }
@@ -86,9 +90,11 @@ pub enum UnroutedReason {
 /// What a table is built from, besides the one before it.
 #[derive(Debug)]
 pub struct Inputs<'a> {
-    pub consumers: &'a [Consumer],
+    pub consumers: &'a [&'a Consumer],
     /// The addresses of all containers, of those that ask for nothing too.
     pub known: &'a BTreeSet<IpAddr>,
+    /// Addresses that nobody gets, because more than one container claims them.
+    pub contested: &'a BTreeSet<IpAddr>,
     /// Where a container that is not known yet may have its address.
     pub networks: &'a BTreeSet<IpNet>,
     /// The endpoints of every query that was answered.
@@ -168,7 +174,7 @@ impl Table {
         let mut builder =
             Builder { prev: self, inputs, next: Table::default(), ambiguous: HashMap::new() };
         // The order decides who wins a port within a network namespace: the same for the same containers.
-        let mut consumers: Vec<_> = inputs.consumers.iter().collect();
+        let mut consumers = inputs.consumers.to_vec();
         consumers.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
         let owners: HashMap<_, _> = consumers.iter().map(|c| (&c.id, *c)).collect();
         for consumer in consumers {
@@ -225,6 +231,10 @@ impl Builder<'_> {
         let upstream = self.upstream(query);
         for source in sources(consumer, self.inputs.vips) {
             let key = RouteKey { source, port: binding.descriptor.port };
+            if self.inputs.contested.contains(&source) {
+                self.unrouted(consumer, binding, UnroutedReason::Contested { key });
+                continue;
+            }
             if let Some(other) = self.ambiguous.get(&key).cloned() {
                 self.unrouted(consumer, binding, UnroutedReason::Ambiguous { key, other });
                 continue;
@@ -382,6 +392,7 @@ mod tests {
             sources: vec![address.parse().unwrap()],
             gateways: vec!["172.17.0.1".parse().unwrap()],
             bindings: bindings.iter().map(binding).collect(),
+            ends: vec![],
         }
     }
 
@@ -411,8 +422,19 @@ mod tests {
         consumers: &[Consumer],
         endpoints: &HashMap<Query, Arc<Endpoints>>,
     ) -> Option<Table> {
+        next_contested(prev, consumers, endpoints, &[])
+    }
+
+    fn next_contested(
+        prev: &Table,
+        consumers: &[Consumer],
+        endpoints: &HashMap<Query, Arc<Endpoints>>,
+        contested: &[&str],
+    ) -> Option<Table> {
+        let contested = contested.iter().map(|address| address.parse().unwrap()).collect();
         let inputs = Inputs {
-            consumers,
+            consumers: &consumers.iter().collect::<Vec<_>>(),
+            contested: &contested,
             known: &BTreeSet::new(),
             networks: &BTreeSet::new(),
             endpoints,
@@ -511,6 +533,19 @@ mod tests {
     }
 
     #[test]
+    fn a_contested_address_has_no_route_at_all() {
+        let consumers = [
+            consumer("a", "172.17.0.2", &["redis;6379"]),
+            consumer("b", "172.17.0.3", &["web;80"]),
+        ];
+        let table =
+            next_contested(&Table::default(), &consumers, &answers(&[]), &["172.17.0.2"]).unwrap();
+        assert_eq!(service(&table, "172.17.0.2", 6379), None);
+        assert_eq!(service(&table, "172.17.0.3", 80), Some("web"));
+        assert!(matches!(table.unrouted()[0].reason, UnroutedReason::Contested { .. }));
+    }
+
+    #[test]
     fn in_a_shared_namespace_the_first_name_wins_a_port() {
         let sidecar = Consumer {
             namespace: "a".into(),
@@ -589,7 +624,8 @@ mod tests {
         let local =
             Consumer { id: ConsumerId::Local, ..consumer("local", "127.0.0.1", &["redis;6379"]) };
         let inputs = Inputs {
-            consumers: &[local],
+            consumers: &[&local],
+            contested: &BTreeSet::new(),
             known: &BTreeSet::new(),
             networks: &BTreeSet::new(),
             endpoints: &HashMap::new(),

@@ -102,9 +102,12 @@ impl Collector for Metrics {
 impl Metrics {
     fn sources(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let sources = self.sources.borrow().clone();
-        let mut all = vec![("provider".to_owned(), Figure::of(&sources.provider))];
+        let mut all = vec![("provider".to_owned(), Figure::of(&sources.provider.borrow()))];
         all.extend(
-            sources.queries.iter().map(|(query, known)| (query.to_string(), Figure::of(known))),
+            sources
+                .queries
+                .iter()
+                .map(|(query, known)| (query.to_string(), Figure::of(&known.borrow()))),
         );
 
         let mut family = encoder.encode_descriptor(

@@ -1,6 +1,6 @@
 //! The admin API: what is, for people and machines. It only reads.
 
-use std::{io, sync::Arc};
+use std::{io, os::unix::fs::FileTypeExt, sync::Arc};
 
 use axum::{
     Json, Router,
@@ -50,7 +50,9 @@ impl Admin {
             }
             config::Admin::Unix(path) => {
                 // A socket file outlives its process; only if nobody answers there is it a leftover.
-                if std::os::unix::net::UnixStream::connect(path).is_err() {
+                let is_socket = std::fs::symlink_metadata(path)
+                    .is_ok_and(|found| found.file_type().is_socket());
+                if is_socket && std::os::unix::net::UnixStream::connect(path).is_err() {
                     let _ = std::fs::remove_file(path);
                 }
                 let listener = UnixListener::bind(path)?;

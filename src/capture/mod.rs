@@ -224,8 +224,11 @@ impl Keeper {
         if self.chosen.replace(firewall).is_none() {
             info!(%firewall, redirect = wanted.redirect, scope = ?wanted.scope, "capturing");
         }
-        self.applied = Some((wanted, listed));
-        self.ready.take();
+        // Gone again already: the next check writes them anew.
+        self.applied = listed.is_some().then_some((wanted, listed));
+        if let Some(ready) = self.ready.take() {
+            ready.done();
+        }
         Ok(())
     }
 }

@@ -39,6 +39,8 @@ impl Program {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
+            // A Ctrl-C at the terminal is meant for us, not for the program that takes our rules away.
+            .process_group(0)
             .spawn()
             .map_err(start)?;
         let stdin = child.stdin.take();

@@ -12,6 +12,7 @@ use crate::{
 };
 
 pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageError> {
+    let verbosity_given = args.verbosity.is_some();
     let mut ignored: Vec<_> = args.glog.given().collect();
     let docker = engine(args.docker, env)?;
     let settings = Settings {
@@ -75,7 +76,7 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
             |text| number(text).filter(|level| *level <= 10),
             "a whole number from 0 to 10",
         )?,
-        log_filter: env.text("RUST_LOG"),
+        log_filter: if verbosity_given { None } else { env.text("RUST_LOG") },
         ignored,
     })
 }

@@ -24,7 +24,7 @@ use std::{
     fmt,
     net::IpAddr,
     pin::pin,
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bollard::{
@@ -34,6 +34,7 @@ use bollard::{
 };
 use futures_util::{FutureExt, StreamExt, TryStreamExt, stream};
 use tokio::time::timeout;
+use tracing::warn;
 
 use self::offers::{Container, Containers, Offer, Place, offers, select};
 use crate::{
@@ -84,6 +85,7 @@ impl Source for Services {
     async fn session(&mut self, publish: &Publisher<Vec<Offer>>) -> Result<(), SourceError> {
         let place = self.place().await?;
         let client = self.ask("reach the engine", self.engine.connect()).await?;
+        let start = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let mut events = pin!(client.events(Some(wanted_events())));
         let subject = |event: Option<Result<EventMessage, Error>>| match event {
             Some(Ok(event)) => Ok(subject(event)),
@@ -109,17 +111,27 @@ impl Source for Services {
                 };
             }
             publish.publish(offers(&containers, place));
-            loop {
+            let event = loop {
                 match timeout(Self::QUIET, events.next()).await {
-                    Ok(event) => break changed.extend(subject(event)?),
+                    Ok(event) => break event,
                     // Nothing happened, or the engine hangs.
                     Err(_) => self.ask("ping", client.ping()).await.map(|_| publish.confirm())?,
                 }
-            }
+            };
             // What else has arrived costs one inspection per container, not per event.
-            while let Some(event) = events.next().now_or_never() {
-                changed.extend(subject(event)?);
+            let mut next = Some(event);
+            while let Some(event) = next {
+                let ended =
+                    event.as_ref().is_some_and(|e| e.as_ref().is_ok_and(|e| is_end(e, start)));
+                let id = subject(event)?;
+                if ended && let Some(id) = &id {
+                    containers.remove(id);
+                }
+                changed.extend(id);
+                next = events.next().now_or_never();
             }
+            // Whoever ended is no endpoint from now on, however long it takes to look at the others.
+            publish.publish(offers(&containers, place));
         }
     }
 }
@@ -140,24 +152,36 @@ impl Services {
         Ok(inspected.into_iter().filter_map(|(id, found)| Some((id, found?))).collect())
     }
 
-    /// `None` beside an ID: gone, or no endpoint can be in it.
+    /// `None` beside an ID: gone, or no endpoint can be in it. An ID is missing where the engine cannot say.
     async fn inspect(
         &self,
         client: &bollard::Docker,
         ids: impl IntoIterator<Item = String>,
     ) -> Result<Vec<(String, Option<Container>)>, SourceError> {
-        stream::iter(ids)
+        let found: Vec<_> = stream::iter(ids)
             .map(|id| async move {
                 let answer = client.inspect_container(&id, None).map(|answer| match answer {
-                    Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(None),
-                    answer => answer.map(Container::new),
+                    Err(Error::DockerResponseServerError { status_code: 404, .. }) => {
+                        Ok(Some(None))
+                    }
+                    // An engine can be stuck with one container, and serve all others.
+                    Err(
+                        error @ (Error::DockerResponseServerError { .. }
+                        | Error::JsonDataError { .. }
+                        | Error::RequestTimeoutError),
+                    ) => {
+                        warn!(id, %error, "the engine cannot say how this container is");
+                        Ok(None)
+                    }
+                    answer => answer.map(|answer| Some(Container::new(answer))),
                 });
                 let container = self.ask(&format!("inspect container {id}"), answer).await?;
-                Ok((id, container))
+                Ok(container.map(|container| (id, container)))
             })
             .buffer_unordered(Self::AT_A_TIME)
             .try_collect()
-            .await
+            .await?;
+        Ok(found.into_iter().flatten().collect())
     }
 
     /// How the containers are reached from here.
@@ -218,6 +242,14 @@ fn wanted_events() -> EventsOptions {
     ];
     let filters = HashMap::from([("type", types), ("event", actions)]);
     EventsOptionsBuilder::new().since("1").filters(&filters).build()
+}
+
+/// Whether the event tells of a container's end since `start`, in seconds of Unix time. An earlier one is a replay, and
+/// may be of a run before the present one: looking at the container will tell.
+fn is_end(event: &EventMessage, start: u64) -> bool {
+    event.typ == Some(EventMessageTypeEnum::CONTAINER)
+        && event.time.and_then(|time| u64::try_from(time).ok()).is_some_and(|time| time >= start)
+        && matches!(event.action.as_deref(), Some("die" | "destroy"))
 }
 
 /// The ID of the container that an event is about.

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{sync::Notify, task::AbortHandle};
@@ -45,6 +45,9 @@ impl fmt::Display for Query {
         write!(f, "{} {}", self.via, self.service)?;
         if !self.tags.is_empty() {
             write!(f, "[{}]", self.tags.iter().collect::<Vec<_>>().join(","))?;
+        }
+        if let Some(port) = self.port {
+            write!(f, " port {port}")?;
         }
         match &self.dc {
             Some(dc) => write!(f, " in {dc}"),
@@ -170,6 +173,8 @@ pub struct Watches {
 struct Watch {
     answers: Answers<Endpoints>,
     task: AbortHandle,
+    /// Since when nobody has asked; `None` while somebody does.
+    unasked: Option<Instant>,
 }
 
 impl Drop for Watch {
@@ -183,9 +188,17 @@ impl Watches {
         Self { discoveries, resync, bell, running: BTreeMap::new() }
     }
 
-    /// Starts what `queries` asks for and is not running yet, and ends what nobody asks for any more.
-    pub fn demand(&mut self, queries: &BTreeSet<Query>) {
-        self.running.retain(|query, _| queries.contains(query));
+    /// How long a watch goes on that nobody asks for: a consumer that restarts must not lose what was known of its service,
+    /// least of all while the registry is away.
+    const LINGER: Duration = Duration::from_secs(10 * 60);
+
+    /// Starts what `queries` asks for and is not running yet, and ends what nobody has asked for in a while.
+    pub fn demand(&mut self, queries: &BTreeSet<Query>, now: Instant) {
+        self.running.retain(|query, watch| {
+            let asked = queries.contains(query);
+            watch.unasked = if asked { None } else { watch.unasked.or(Some(now)) };
+            watch.unasked.is_none_or(|since| now.saturating_duration_since(since) < Self::LINGER)
+        });
         for query in queries {
             let Some(discovery) = self.discoveries.by_name.get(&query.via) else { continue };
             if self.running.contains_key(query) {
@@ -193,15 +206,22 @@ impl Watches {
             }
             let (publish, answers) = Publisher::new(self.bell.clone());
             let task = tokio::spawn(discovery.clone().watch(query.clone(), publish, self.resync));
-            self.running.insert(query.clone(), Watch { answers, task: task.abort_handle() });
+            let watch = Watch { answers, task: task.abort_handle(), unasked: None };
+            self.running.insert(query.clone(), watch);
         }
     }
 
-    /// What every running watch knows now.
+    /// What is known now of everything that is asked for.
     pub fn known(&self) -> BTreeMap<Query, Known<Endpoints>> {
-        self.running
-            .iter()
-            .map(|(query, watch)| (query.clone(), watch.answers.borrow().clone()))
-            .collect()
+        self.asked().map(|(query, watch)| (query.clone(), watch.answers.borrow().clone())).collect()
+    }
+
+    /// Where what is known of it will be found from now on.
+    pub fn answers(&self) -> Vec<(Query, Answers<Endpoints>)> {
+        self.asked().map(|(query, watch)| (query.clone(), watch.answers.clone())).collect()
+    }
+
+    fn asked(&self) -> impl Iterator<Item = (&Query, &Watch)> {
+        self.running.iter().filter(|(_, watch)| watch.unasked.is_none())
     }
 }

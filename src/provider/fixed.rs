@@ -35,6 +35,7 @@ pub fn consumer(interface: &str, services: &[Descriptor]) -> Result<Consumer, In
         sources,
         gateways: Vec::new(),
         bindings: bindings.collect(),
+        ends: Vec::new(),
     })
 }
 

@@ -144,7 +144,8 @@ const CONNECT: Duration = Duration::from_secs(5);
 async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
     let (worker, record) = (&ticket.worker, &ticket.record);
     let route = &record.route;
-    let deadline = record.accepted + CONNECT;
+    // Not from the accept: it may have been held back since.
+    let deadline = Instant::now() + CONNECT;
     let Meaning { peer, meant, .. } = record.meaning;
     let announced = match route.binding.descriptor.proxy {
         Some(version) => announce::header(version, route, peer, meant),
@@ -157,7 +158,9 @@ async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
         let upstream = worker.upstream(route);
         let start = worker.now();
         let Some(state) = upstream.rotation.pick(route.balance, start, &tried) else {
-            if !upstream.answered && worker.another_table(record.accepted + worker.hold()).await {
+            if !upstream.answered
+                && worker.another_table(deadline.min(record.accepted + worker.hold())).await
+            {
                 continue;
             }
             break;
@@ -285,9 +288,11 @@ pub(super) mod tests {
                 origin: "B".into(),
                 descriptor: "redis;6379".parse().unwrap(),
             }],
+            ends: vec![],
         };
         let inputs = Inputs {
-            consumers: &[consumer],
+            consumers: &[&consumer],
+            contested: &Default::default(),
             known: &["172.17.0.4".parse().unwrap()].into(),
             networks: &["172.17.0.0/16".parse().unwrap()].into(),
             endpoints: &HashMap::new(),

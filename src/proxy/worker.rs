@@ -10,7 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::FutureExt;
 use tokio::{
+    io::Interest,
     net::{TcpListener, TcpStream},
     sync::{Notify, watch},
     task::AbortHandle,
@@ -50,6 +52,14 @@ pub(super) struct Worker {
     taken_over: Notify,
     /// Nobody is accepted before this moment: what there is belongs to those who were accepted already.
     shortage: Cell<Option<Instant>>,
+    /// Set when nobody may come in any more.
+    draining: Cell<bool>,
+}
+
+/// Whether the other side has sent all that it will send, or is gone.
+fn has_finished(stream: &TcpStream) -> bool {
+    let ready = stream.ready(Interest::READABLE).now_or_never();
+    ready.is_some_and(|ready| ready.is_ok_and(|ready| ready.is_read_closed()))
 }
 
 /// What can be done to a connection from outside its task.
@@ -81,6 +91,7 @@ pub(super) async fn run(
 
     // The sender lives as long as the proxy: where it is gone, so is everything, and this ends too.
     let _ = phase.wait_for(|phase| *phase != Phase::Serving).await;
+    worker.draining.set(true);
     accepting.iter().for_each(|task| task.abort());
     tokio::select! {
         () = worker.all_ended() => {}
@@ -107,6 +118,7 @@ impl Worker {
             idle: Notify::new(),
             taken_over: Notify::new(),
             shortage: Cell::default(),
+            draining: Cell::new(false),
         })
     }
 
@@ -167,6 +179,10 @@ impl Worker {
             // Looked up before the first wait too: the table may have come since this connection was accepted.
             let route = meaning.route(&self.table.borrow(), &self.shared.settings.destinations);
             match route {
+                // Who dialled may be gone, and its address another's by now; what is known of it came too late.
+                Ok(_) if has_finished(&socket.stream) || self.draining.get() => {
+                    return self.refuse(meaning.peer, Outcome::UnknownConsumer);
+                }
                 Ok(route) => return self.start(socket, meaning, route, accepted),
                 Err(Outcome::UnknownConsumer) if self.another_table(deadline).await => {}
                 Err(outcome) => return self.refuse(meaning.peer, outcome),

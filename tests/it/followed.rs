@@ -57,7 +57,7 @@ impl Followed {
         // No resync comes to the rescue within a test: what is seen is seen by following.
         let resync = 10 * SOON;
         let mut watches = Watches::new(discoveries.clone(), resync, Arc::default());
-        watches.demand(&BTreeSet::from([query.clone()]));
+        watches.demand(&BTreeSet::from([query.clone()]), Instant::now());
         Self { watches, query }
     }
 

@@ -12,7 +12,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    model::{Binding, Consumer, ConsumerId, ContainerId},
+    model::{Binding, Consumer, ConsumerId, ContainerId, RunEnd},
     provider::{Listing, Problem},
 };
 
@@ -27,6 +27,8 @@ pub(super) struct Running {
     pub started_at: Arc<str>,
     /// Of its first process, as the engine numbers it; 0 where it does not say.
     pub pid: i32,
+    /// The end of this run, where its process can be seen.
+    pub end: RunEnd,
     pub network: Network,
     pub bindings: Vec<Binding>,
     pub problems: Vec<Problem>,
@@ -134,13 +136,6 @@ impl Containers {
         self.inspect(id)
     }
 
-    /// The process of a run ended. Events will tell the rest; one of them may already have told of a later run.
-    pub(super) fn exited(&mut self, id: &ContainerId, started_at: &str) {
-        if self.running.get(id).is_some_and(|running| *running.started_at == *started_at) {
-            self.running.remove(id);
-        }
-    }
-
     /// A container is no more.
     pub(super) fn destroyed(&mut self, id: &ContainerId) {
         self.running.remove(id);
@@ -165,11 +160,15 @@ impl Containers {
         self.awaited.remove(&ticket.id);
         self.seen(&ticket.id);
         match found {
-            Found::Running(running) => {
-                let before = self.running.insert(ticket.id.clone(), running);
-                let now = self.running.get(&ticket.id)?;
-                let is_new = before.is_none_or(|before| before.started_at != now.started_at);
-                is_new.then_some(now)
+            Found::Running(mut running) => {
+                let before = self.running.get(&ticket.id);
+                let before = before.filter(|before| before.started_at == running.started_at);
+                let is_new = before.is_none();
+                if let Some(before) = before {
+                    running.end = before.end.clone();
+                }
+                let now = self.running.entry(ticket.id).insert_entry(running);
+                is_new.then_some(now.into_mut())
             }
             Found::NotRunning => {
                 self.running.remove(&ticket.id);
@@ -185,7 +184,11 @@ impl Containers {
         let mut listing = Listing { networks, ..Listing::default() };
         for (id, container) in &self.running {
             if let Network::Own(attachments) = &container.network {
-                listing.known.extend(attachments.values().flat_map(|a| &a.addresses));
+                for &address in attachments.values().flat_map(|a| &a.addresses) {
+                    if !listing.known.insert(address) {
+                        listing.contested.insert(address);
+                    }
+                }
             }
             listing.problems.extend(container.problems.iter().cloned());
             if container.bindings.is_empty() {
@@ -229,6 +232,11 @@ impl Containers {
             sources,
             gateways,
             bindings: container.bindings.clone(),
+            ends: [Some(container), self.running.get(namespace)]
+                .into_iter()
+                .flatten()
+                .map(|container| container.end.clone())
+                .collect(),
         }
     }
 
@@ -284,6 +292,7 @@ mod tests {
             name: name.into(),
             started_at: "2026-01-01T00:00:00.5Z".into(),
             pid: 0,
+            end: RunEnd::default(),
             network,
             bindings: vec![binding],
             problems: vec![],
@@ -414,13 +423,32 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_a_process_ends_its_own_run_only() {
+    fn the_end_of_a_run_ends_all_who_live_in_its_network_and_no_later_run() {
+        let owner = running("a", on(&[("bridge", "172.17.0.2", "172.17.0.1")]));
         let mut containers =
-            with(&[("a", running("a", on(&[("bridge", "172.17.0.2", "172.17.0.1")])))]);
-        containers.exited(&id("a"), "2026-01-01T00:00:00.4Z");
-        assert_eq!(sources(&containers).len(), 1);
-        containers.exited(&id("a"), "2026-01-01T00:00:00.5Z");
-        assert!(sources(&containers).is_empty());
+            with(&[("id-a", owner.clone()), ("id-b", running("b", Network::Of("id-a".into())))]);
+        let ended = |containers: &Containers| {
+            containers.listing().consumers.iter().map(Consumer::has_ended).collect::<Vec<_>>()
+        };
+        // A second look at the same run keeps its end.
+        let end = containers.running[&id("id-a")].end.clone();
+        let ticket = containers.inspect(id("id-a"));
+        assert!(containers.inspected(ticket, Found::Running(owner.clone())).is_none());
+        assert_eq!(ended(&containers), [false, false]);
+        end.come();
+        assert_eq!(ended(&containers), [true, true]);
+        let ticket = containers.inspect(id("id-a"));
+        let again = Running { started_at: "2026-01-01T00:00:00.6Z".into(), ..owner };
+        assert!(containers.inspected(ticket, Found::Running(again)).is_some());
+        assert_eq!(ended(&containers), [false]);
+    }
+
+    #[test]
+    fn an_address_that_two_containers_claim_is_contested_whatever_they_ask_for() {
+        let network = on(&[("bridge", "172.17.0.2", "172.17.0.1")]);
+        let other = Running { bindings: vec![], ..running("b", network.clone()) };
+        let contested = with(&[("a", running("a", network)), ("b", other)]).listing().contested;
+        assert_eq!(contested, ["172.17.0.2".parse().unwrap()].into());
     }
 
     #[test]

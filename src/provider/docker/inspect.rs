@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 use bollard::models::{ContainerInspectResponse, EndpointSettings};
 
 use super::containers::{Attachment, Found, Network, NetworkId, Running};
-use crate::provider::bindings::bindings;
+use crate::{model::RunEnd, provider::bindings::bindings};
 
 /// What the answer says of the container.
 pub(super) fn found(answer: &ContainerInspectResponse, prefix: &str) -> Found {
@@ -21,6 +21,7 @@ pub(super) fn found(answer: &ContainerInspectResponse, prefix: &str) -> Found {
     Found::Running(Running {
         name,
         started_at: state.started_at.as_deref().unwrap_or_default().into(),
+        end: RunEnd::default(),
         pid: state.pid.and_then(|pid| pid.try_into().ok()).unwrap_or_default(),
         network: network(answer),
         bindings,

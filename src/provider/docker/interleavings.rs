@@ -13,7 +13,7 @@ use super::{
     apply,
     containers::{Attachment, Containers, Found, Network, NetworkId, Running, Ticket},
 };
-use crate::model::{Binding, ConsumerId, ContainerId};
+use crate::model::{Binding, ConsumerId, ContainerId, RunEnd};
 
 /// Containers 0 to 3 have networks of their own; 4 lives in the network of 0, and 5 in that of 4.
 const OWN: usize = 4;
@@ -180,6 +180,7 @@ impl Engine {
             name: format!("c{who}").into(),
             started_at: format!("2026-01-01T00:00:00.{started:09}Z").into(),
             pid: 0,
+            end: RunEnd::default(),
             network,
             bindings: vec![binding],
             problems: vec![],

@@ -1,6 +1,6 @@
 //! The docker provider: a container's environment and labels say what it asks for.
 
-use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+use std::{collections::HashMap, fmt, time::Duration};
 
 use bollard::{
     Docker,
@@ -8,16 +8,13 @@ use bollard::{
     models::{EventMessage, EventMessageTypeEnum},
     query_parameters::{EventsOptions, ListContainersOptions},
 };
-use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use futures_util::{Stream, StreamExt, stream::FuturesUnordered};
 use ipnet::IpNet;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::warn;
 
-use self::{
-    containers::{Containers, Found, NetworkId, Ticket},
-    process::Process,
-};
+use self::containers::{Containers, Found, NetworkId, Ticket};
 use super::{Listing, Lookup};
 use crate::{
     docker::Engine,
@@ -40,8 +37,6 @@ pub struct DockerProvider {
     lookup: Lookup,
     /// It outlives a session: an engine that cannot say how one container is does not make us forget it.
     containers: Containers,
-    /// The ends of the runs that are known, where they can be seen.
-    processes: FuturesUnordered<BoxFuture<'static, (ContainerId, Arc<str>)>>,
 }
 
 /// How often a quiet engine is asked whether it still lives.
@@ -51,13 +46,7 @@ const INSPECTIONS: usize = 8;
 
 impl DockerProvider {
     pub fn new(engine: Engine, prefix: String, lookup: Lookup) -> Self {
-        Self {
-            engine,
-            prefix,
-            lookup,
-            containers: Containers::default(),
-            processes: FuturesUnordered::new(),
-        }
+        Self { engine, prefix, lookup, containers: Containers::default() }
     }
 }
 
@@ -65,7 +54,7 @@ impl Source for DockerProvider {
     type Item = Listing;
 
     async fn session(&mut self, publish: &Publisher<Listing>) -> Result<(), SourceError> {
-        let Self { engine, prefix, lookup, containers, processes } = self;
+        let Self { engine, prefix, lookup, containers } = self;
         let client = Client::connect(engine, prefix).await?;
         // The stream opens when it is first read, which is after the list; it replays what happened since this moment.
         let since = client.time().await?;
@@ -101,11 +90,10 @@ impl Source for DockerProvider {
                 Some(answer) = inspections.next() => {
                     let (ticket, found) = answer?;
                     let id = ticket.id.clone();
-                    let run = containers.inspected(ticket, found);
-                    let process = run.and_then(|run| Process::of(&id, &run.started_at, run.pid));
-                    processes.extend(process.map(|process| process.ended().boxed()));
+                    if let Some(run) = containers.inspected(ticket, found) {
+                        process::watch(&id, run.pid, run.end.clone(), publish.bell());
+                    }
                 }
-                Some((id, started_at)) = processes.next() => containers.exited(&id, &started_at),
                 _ = ping.tick() => client.ping().await?,
             }
         }

@@ -4,36 +4,29 @@
 use std::{fs, io, os::fd::OwnedFd, sync::Arc};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::Notify,
+};
 
-use crate::model::ContainerId;
+use crate::model::{ContainerId, RunEnd};
 
-/// A run of a container whose process can be seen from here.
-#[derive(Debug)]
-pub(super) struct Process {
-    pub id: ContainerId,
-    /// `State.StartedAt`
-    pub started_at: Arc<str>,
-    descriptor: AsyncFd<OwnedFd>,
-}
-
-impl Process {
-    /// `None` where the process cannot be seen: the engine is on another host, this is another PID namespace, or it has
-    /// ended meanwhile. Then the engine's events have to do.
-    pub(super) fn of(id: &ContainerId, started_at: &Arc<str>, pid: i32) -> Option<Self> {
-        let descriptor = open(id, pid)
-            .inspect_err(
-                |error| tracing::debug!(%id, pid, %error, "cannot watch the container's process"),
-            )
-            .ok()?;
-        Some(Self { id: id.clone(), started_at: started_at.clone(), descriptor })
-    }
-
-    /// Waits for the end of the run.
-    pub(super) async fn ended(self) -> (ContainerId, Arc<str>) {
-        // A pidfd is readable once its process has ended (man 2 pidfd_open); an error can only mean the runtime's end.
-        let _ = self.descriptor.readable().await;
-        (self.id, self.started_at)
+/// Says so when the run ends whose process this is, whatever the engine does meanwhile.
+///
+/// Nothing is ever said where the process cannot be seen: the engine is on another host, this is another PID namespace, or
+/// it has ended meanwhile. Then the engine's events have to do.
+pub(super) fn watch(id: &ContainerId, pid: i32, end: RunEnd, bell: Arc<Notify>) {
+    match open(id, pid) {
+        Ok(process) => {
+            tokio::spawn(async move {
+                // A pidfd is readable once its process has ended (man 2 pidfd_open).
+                if process.readable().await.is_ok() {
+                    end.come();
+                    bell.notify_one();
+                }
+            });
+        }
+        Err(error) => tracing::debug!(%id, pid, %error, "cannot watch the container's process"),
     }
 }
 
