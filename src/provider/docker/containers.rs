@@ -438,7 +438,11 @@ mod tests {
         end.come();
         assert_eq!(ended(&containers), [true, true]);
         let ticket = containers.inspect(id("id-a"));
-        let again = Running { started_at: "2026-01-01T00:00:00.6Z".into(), ..owner };
+        let again = Running {
+            started_at: "2026-01-01T00:00:00.6Z".into(),
+            end: RunEnd::default(),
+            ..owner
+        };
         assert!(containers.inspected(ticket, Found::Running(again)).is_some());
         assert_eq!(ended(&containers), [false]);
     }
