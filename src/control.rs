@@ -84,7 +84,7 @@ impl Control {
     ) -> Self {
         Self {
             watches: Watches::new(discoveries.clone(), settings.resync, bell.clone()),
-            hold: EmptyHold { hold: settings.empty_hold, held: HashMap::new() },
+            hold: EmptyHold::new(settings.empty_hold),
             tables: watch::channel(Arc::default()).0,
             sources: watch::channel(Sources { provider: provider.clone(), queries: Vec::new() }).0,
             waiting: (Some(waiting.listing), Some(waiting.answers)),
@@ -221,9 +221,14 @@ fn each_discovery_answers(known: &BTreeMap<Query, Known<Endpoints>>) -> bool {
 struct EmptyHold {
     hold: Duration,
     held: HashMap<Query, Arc<Endpoints>>,
+    empty_since: HashMap<Query, Instant>,
 }
 
 impl EmptyHold {
+    fn new(hold: Duration) -> Self {
+        Self { hold, held: HashMap::new(), empty_since: HashMap::new() }
+    }
+
     /// The endpoints to use now, and when that ends without any other change.
     fn settle<'a>(
         &mut self,
@@ -234,10 +239,16 @@ impl EmptyHold {
         let mut wake: Option<Instant> = None;
         for (query, known) in known {
             let Some(value) = &known.value else { continue };
-            let end = known.changed.map(|changed| changed + self.hold).filter(|end| now < *end);
-            let held =
-                self.held.get(query).filter(|held| value.list.is_empty() && !held.list.is_empty());
-            let endpoints = match held.zip(end) {
+            // Since when, not since the last change: what is rejected may go on changing in a list of nothing.
+            let end = value.list.is_empty().then(|| {
+                let since = known.changed.unwrap_or(now);
+                *self.empty_since.entry(query.clone()).or_insert(since) + self.hold
+            });
+            if end.is_none() {
+                self.empty_since.remove(query);
+            }
+            let held = self.held.get(query).filter(|held| !held.list.is_empty());
+            let endpoints = match held.zip(end.filter(|end| now < *end)) {
                 Some((held, end)) => {
                     wake = Some(wake.map_or(end, |wake| wake.min(end)));
                     held
@@ -246,6 +257,7 @@ impl EmptyHold {
             };
             settled.insert(query.clone(), endpoints.clone());
         }
+        self.empty_since.retain(|query, _| settled.contains_key(query));
         self.held.clone_from(&settled);
         (settled, wake)
     }
@@ -306,7 +318,7 @@ mod tests {
     fn a_valid_empty_answer_takes_effect_after_the_hold_and_a_new_one_at_once() {
         let start = Instant::now();
         let second = |n| start + Duration::from_secs(n);
-        let mut hold = EmptyHold { hold: Duration::from_secs(30), held: HashMap::new() };
+        let mut hold = EmptyHold::new(Duration::from_secs(30));
         let mut settle = |known: &Known<Endpoints>, now| {
             let (settled, wake) = hold.settle([(&query(), known)], now);
             (settled.get(&query()).map(|endpoints| endpoints.list.len()), wake)
@@ -316,6 +328,8 @@ mod tests {
         let empty = known(&[], second(10));
         assert_eq!(settle(&empty, second(10)), (Some(2), Some(second(40))));
         assert_eq!(settle(&empty, second(39)), (Some(2), Some(second(40))));
+        // Another answer that is as empty does not start the time anew.
+        assert_eq!(settle(&known(&[], second(39)), second(39)), (Some(2), Some(second(40))));
         assert_eq!(settle(&empty, second(40)), (Some(0), None));
         assert_eq!(settle(&known(&["10.0.0.3:1"], second(50)), second(50)), (Some(1), None));
         assert_eq!(settle(&known(&["10.0.0.3:1"], second(50)), second(50)), (Some(1), None));
@@ -324,7 +338,7 @@ mod tests {
     #[test]
     fn without_a_hold_empty_is_empty() {
         let start = Instant::now();
-        let mut hold = EmptyHold { hold: Duration::ZERO, held: HashMap::new() };
+        let mut hold = EmptyHold::new(Duration::ZERO);
         hold.settle([(&query(), &known(&["10.0.0.1:1"], start))], start);
         let (settled, wake) = hold.settle([(&query(), &known(&[], start))], start);
         assert_eq!((settled[&query()].list.len(), wake), (0, None));
