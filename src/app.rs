@@ -4,6 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use tokio::{
+    net::lookup_host,
     sync::Notify,
     task::JoinHandle,
     time::{Instant, timeout_at},
@@ -45,6 +46,12 @@ impl App {
             answers: readiness.wait_for("discovery"),
         };
         let redirect = config.capture == CaptureMode::Redirect;
+        let servers = if redirect {
+            let asked = config.discoveries.servers().into_iter().chain(config.docker.server());
+            resolve(asked).await
+        } else {
+            Vec::new()
+        };
         let own = if redirect { fixed::addresses(&config.interface)? } else { Vec::new() };
         let max_connections = limits::raise_descriptors(config.max_connections);
         if config.notrack {
@@ -133,6 +140,7 @@ impl App {
                     scope: config.capture_scope,
                     port: config.port.get(),
                     own,
+                    servers,
                     hold: !config.hold.is_zero(),
                 };
                 Some(Capture::start(config.firewall, settings, tables, counts, ready))
@@ -184,4 +192,23 @@ impl App {
         drop(self.admin);
         self.proxy.end().await.context("the data path")
     }
+}
+
+/// The addresses of servers that are named `host:port`. One that has none now is reported, and passed over.
+async fn resolve(servers: impl Iterator<Item = String>) -> Vec<SocketAddr> {
+    const LIMIT: Duration = Duration::from_secs(2);
+    let mut addresses = Vec::new();
+    for server in servers {
+        match timeout_at(Instant::now() + LIMIT, lookup_host(&server)).await {
+            Ok(Ok(found)) => addresses.extend(found),
+            Ok(Err(error)) => {
+                warn!(server, %error, "has no address now; if it is on a VIP, it may be captured")
+            }
+            Err(_) => warn!(
+                server,
+                "has no address within {LIMIT:?}; if it is on a VIP, it may be captured"
+            ),
+        }
+    }
+    addresses
 }

@@ -47,6 +47,14 @@ impl Engine {
         Ok(Self { address, certificates })
     }
 
+    /// `host:port` of an engine that is reached over TCP.
+    pub fn server(&self) -> Option<String> {
+        match &self.address {
+            Address::Unix(_) => None,
+            Address::Tcp(host) => Some(host.clone()),
+        }
+    }
+
     /// A client that speaks the newest version that both sides know: no fixed version fits the engines from 20.10 to 29.
     pub async fn connect(&self) -> Result<Docker, bollard::errors::Error> {
         let seconds = Self::TIMEOUT.as_secs();

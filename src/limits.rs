@@ -3,8 +3,10 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{info, warn};
 
-/// Descriptors for everything but connections: sources, listeners, the log, pipes to splice through.
+/// Descriptors for everything but connections, at least: sources, listeners, the log, pipes to splice through.
 const RESERVE: u64 = 512;
+/// And at least one in so many: each container has one (its process is watched), and each service that is asked for.
+const RESERVED_SHARE: u64 = 16;
 /// Descriptors of a connection: one to each side.
 const PER_CONNECTION: u64 = 2;
 
@@ -28,7 +30,8 @@ pub fn raise_descriptors(asked: Option<usize>) -> usize {
 }
 
 fn connections(descriptors: u64) -> usize {
-    usize::try_from(descriptors.saturating_sub(RESERVE) / PER_CONNECTION)
+    let reserve = RESERVE.max(descriptors / RESERVED_SHARE);
+    usize::try_from(descriptors.saturating_sub(reserve) / PER_CONNECTION)
         .unwrap_or(usize::MAX)
         .max(1)
 }
@@ -39,7 +42,9 @@ mod tests {
 
     #[test]
     fn each_connection_needs_two_and_some_are_kept_back() {
-        assert_eq!(connections(20_000), 9_744);
+        assert_eq!(connections(1_024), 256);
+        assert_eq!(connections(20_000), 9_375);
+        assert_eq!(connections(1 << 20), 491_520);
         assert_eq!(connections(0), 1);
     }
 }

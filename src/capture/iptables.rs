@@ -149,6 +149,15 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
     jump(out, now, PREROUTING, "")?;
     if rules.redirect {
         start(out, OUTPUT)?;
+        for server in rules.spared.iter().filter(|server| server.is_ipv6() == v6) {
+            writeln!(
+                out,
+                "-A {} -d {} -p tcp -m tcp --dport {} -j RETURN",
+                OUTPUT.chain,
+                server.ip(),
+                server.port()
+            )?;
+        }
         declared(out, rules, v6, OUTPUT)?;
         jump(out, now, OUTPUT, &format!("-m mark ! --mark {MARK:#x} "))?;
     }
@@ -161,8 +170,9 @@ fn start(out: &mut String, hook: Hook) -> fmt::Result {
 }
 
 fn declared(out: &mut String, rules: &Rules, v6: bool, hook: Hook) -> fmt::Result {
-    let destinations = rules.vips.union(&rules.own);
-    for destination in destinations.filter(|address| address.is_ipv6() == v6) {
+    // An own address counts for what arrives.
+    let own = (hook == PREROUTING).then_some(&rules.own).into_iter().flatten();
+    for destination in rules.vips.iter().chain(own).filter(|address| address.is_ipv6() == v6) {
         let declared = rules.declared.iter().filter(|(source, _)| source.is_ipv6() == v6);
         for (source, port) in declared {
             writeln!(
@@ -236,8 +246,11 @@ fn is_jump(line: &str) -> bool {
 }
 
 fn is_ancestors(line: &str) -> bool {
-    line.contains(&format!("--comment {ANCESTOR}"))
-        || line.contains(&format!("--comment \"{ANCESTOR}\""))
+    let comments = line.split(' ').skip_while(|word| *word != "--comment");
+    comments
+        .skip(1)
+        .take(1)
+        .any(|comment| comment == ANCESTOR || comment == format!("\"{ANCESTOR}\""))
 }
 
 fn delete(out: &mut String, line: &str) -> fmt::Result {
@@ -296,9 +309,7 @@ COMMIT
         let script = script(&with_unknown(example(true, CaptureScope::All)), false, DOCKERS);
         let (_, output) = script.split_once(":EMBASSY_OUTPUT - [0:0]\n").unwrap();
         let expected = "\
--A EMBASSY_OUTPUT -s 172.17.0.2 -d 10.1.2.3 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999
--A EMBASSY_OUTPUT -s 172.17.0.2 -d 10.1.2.3 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
--A EMBASSY_OUTPUT -s 172.18.0.5 -d 10.1.2.3 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
+-A EMBASSY_OUTPUT -d 172.17.0.1 -p tcp -m tcp --dport 8500 -j RETURN
 -A EMBASSY_OUTPUT -s 172.17.0.2 -d 172.17.0.1 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999
 -A EMBASSY_OUTPUT -s 172.17.0.2 -d 172.17.0.1 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
 -A EMBASSY_OUTPUT -s 172.18.0.5 -d 172.17.0.1 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
@@ -329,7 +340,10 @@ COMMIT
 
     #[test]
     fn removal_takes_what_is_ours_and_the_ancestors_and_nothing_else() {
-        let now = "*nat\n:PREROUTING ACCEPT [0:0]\n:EMBASSY - [0:0]\n:EMBASSY_OF_ANOTHER - [0:0]\n\
+        let now = "*nat\n:PREROUTING ACCEPT [0:0]\n\
+            -A PREROUTING -m comment --comment embassy_redirection_of_another -j ACCEPT\n\
+            -A PREROUTING -m comment --comment \"embassy_redirection by hand\" -j ACCEPT\n\
+            :EMBASSY - [0:0]\n:EMBASSY_OF_ANOTHER - [0:0]\n\
             :EMBASSY_OUTPUT - [0:0]\n-A OUTPUT -m mark ! --mark 0x656d0000 -j EMBASSY_OUTPUT\n\
             -A PREROUTING -j EMBASSY\n\
             -A PREROUTING -d 172.17.42.1/32 -p tcp -m comment --comment embassy_redirection -j REDIRECT --to-ports 9999\n\

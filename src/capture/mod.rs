@@ -2,7 +2,9 @@
 //! firewall, and only what bears our name there.
 
 use std::{
+    collections::BTreeSet,
     fmt,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -133,6 +135,7 @@ impl Capture {
             settings,
             counts,
             applied: None,
+            shadowed: BTreeSet::new(),
             failing: false,
             ready: Some(ready),
         };
@@ -159,6 +162,8 @@ struct Keeper {
     counts: Arc<Counts>,
     /// What was written last, and how the kernel listed it right after.
     applied: Option<(Rules, Option<String>)>,
+    /// Servers of which it was said that a consumer cannot have their port.
+    shadowed: BTreeSet<SocketAddr>,
     /// Whether the last attempt failed: a failure is told once, not every two seconds.
     failing: bool,
     ready: Option<Guard>,
@@ -223,6 +228,11 @@ impl Keeper {
         debug!(%firewall, declared = wanted.declared.len(), vips = wanted.vips.len(), ?took, "rules written");
         if self.chosen.replace(firewall).is_none() {
             info!(%firewall, redirect = wanted.redirect, scope = ?wanted.scope, "capturing");
+        }
+        for server in wanted.shadowed() {
+            if self.shadowed.insert(server) {
+                warn!(%server, "a binding of this host has the address of a server that embassy itself asks: it is not captured");
+            }
         }
         // Gone again already: the next check writes them anew.
         self.applied = listed.is_some().then_some((wanted, listed));

@@ -39,8 +39,11 @@ pub(super) async fn installed() -> Result<Option<String>, ProgramError> {
 
 /// Takes the table away, if there is one. Whether there was.
 pub(super) async fn remove() -> Result<bool, ProgramError> {
-    if installed().await?.is_none() {
-        return Ok(false);
+    match installed().await {
+        Ok(None) => return Ok(false),
+        Err(error) if error.is_missing() => return Err(error),
+        // A listing that failed does not say that there is nothing.
+        Ok(Some(_)) | Err(_) => {}
     }
     // Declared first, so that deleting it cannot fail where somebody else was quicker.
     NFT.run(&["-f", "-"], &format!("table inet {NAME}\ndelete table inet {NAME}\n"))
@@ -72,6 +75,14 @@ fn render(rules: &Rules, out: &mut String) -> fmt::Result {
         let declared = declared.map(|(source, port)| format!("{source} . {port}"));
         set(out, &format!("declared{n}"), &format!("{kind} . inet_service"), declared)?;
     }
+    if rules.redirect {
+        for v6 in [false, true] {
+            let (n, kind) = if v6 { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
+            let spared = rules.spared.iter().filter(|server| server.is_ipv6() == v6);
+            let spared = spared.map(|server| format!("{} . {}", server.ip(), server.port()));
+            set(out, &format!("spared{n}"), &format!("{kind} . inet_service"), spared)?;
+        }
+    }
     if let Some(unknown) = &rules.unknown {
         for v6 in [false, true] {
             let (n, kind) = if v6 { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
@@ -93,17 +104,18 @@ fn render(rules: &Rules, out: &mut String) -> fmt::Result {
         writeln!(out, "\t\tmeta l4proto tcp redirect to :{}\n\t}}", rules.port)?;
     }
     writeln!(out, "\tchain declared {{")?;
+    let declared =
+        |ip, n| format!("{ip} saddr . tcp dport @declared{n} redirect to :{}", rules.port);
     for (ip, n) in FAMILIES {
-        let declared = format!("{ip} saddr . tcp dport @declared{n} redirect to :{}", rules.port);
-        writeln!(out, "\t\t{ip} daddr @vips{n} {declared}")?;
-        if rules.redirect {
-            writeln!(out, "\t\t{ip} daddr @own{n} {declared}")?;
-        }
+        writeln!(out, "\t\t{ip} daddr @vips{n} {}", declared(ip, n))?;
     }
     writeln!(out, "\t}}")?;
     hook(out, "prerouting")?;
     writeln!(out, "\t\tjump declared")?;
     for (ip, n) in FAMILIES {
+        if rules.redirect {
+            writeln!(out, "\t\t{ip} daddr @own{n} {}", declared(ip, n))?;
+        }
         if rules.scope == CaptureScope::All {
             writeln!(out, "\t\t{ip} daddr @vips{n} meta l4proto tcp redirect to :{}", rules.port)?;
         }
@@ -115,7 +127,11 @@ fn render(rules: &Rules, out: &mut String) -> fmt::Result {
     writeln!(out, "\t}}")?;
     if rules.redirect {
         hook(out, "output")?;
-        writeln!(out, "\t\tmeta mark {MARK:#x} return\n\t\tjump declared\n\t}}")?;
+        writeln!(out, "\t\tmeta mark {MARK:#x} return")?;
+        for (ip, n) in FAMILIES {
+            writeln!(out, "\t\t{ip} daddr . tcp dport @spared{n} return")?;
+        }
+        writeln!(out, "\t\tjump declared\n\t}}")?;
     }
     writeln!(out, "}}")
 }
@@ -210,9 +226,16 @@ table inet embassy {
             "\t\tip daddr @vips4 meta l4proto tcp redirect to :9999\n",
             // Whatever the scope, the host's own services on its own addresses stay reachable.
             "\t\tip daddr @own4 ip saddr . tcp dport @declared4 redirect to :9999\n",
-            "\t\ttype nat hook output priority -110; policy accept;\n\t\tmeta mark 0x656d0000 return\n\t\tjump declared\n\t}\n}\n",
+            "\t\ttype nat hook output priority -110; policy accept;\n\t\tmeta mark 0x656d0000 return\n\
+             \t\tip daddr . tcp dport @spared4 return\n\t\tip6 daddr . tcp dport @spared6 return\n\
+             \t\tjump declared\n\t}\n}\n",
+            "\tset spared4 {\n\t\ttype ipv4_addr . inet_service\n\t\telements = { 172.17.0.1 . 8500 }\n",
         ] {
             assert!(script.contains(line), "{line:?} in {script}");
         }
+        // What is sent from here to an own address is the application's own talk with itself.
+        let (_, declared) = script.split_once("\tchain declared {").unwrap();
+        let (declared, _) = declared.split_once("\t}").unwrap();
+        assert!(!declared.contains("@own"), "{declared}");
     }
 }

@@ -13,6 +13,7 @@ pub(super) struct Program(pub &'static str);
 pub enum ProgramError {
     #[error("cannot run {program}: {error}")]
     Start { program: &'static str, error: io::Error },
+    /// `stderr` is what the program said, or how it ended where it said nothing.
     #[error("{program} {args}: {stderr}")]
     Failed { program: &'static str, args: String, stderr: String },
     #[error("{program} {args}: no answer within {} s", Program::TIME.as_secs())]
@@ -61,9 +62,30 @@ impl Program {
                 if output.status.success() {
                     return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
                 }
-                let stderr = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
+                let mut stderr = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
+                if stderr.is_empty() {
+                    stderr = output.status.to_string();
+                }
                 Err(ProgramError::Failed { program, args, stderr })
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_program_that_fails_without_a_word_is_told_by_its_end() {
+        let fails = |script| async move {
+            Program("sh").run(&["-c", script], "").await.unwrap_err().to_string()
+        };
+        assert_eq!(
+            fails("echo no >&2; echo way >&2; exit 3").await,
+            "sh -c echo no >&2; echo way >&2; exit 3: no; way"
+        );
+        assert_eq!(fails("exit 3").await, "sh -c exit 3: exit status: 3");
+        assert_eq!(fails("kill -9 $$").await, "sh -c kill -9 $$: signal: 9 (SIGKILL)");
     }
 }

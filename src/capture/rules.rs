@@ -1,6 +1,9 @@
 //! What the firewall should do, said once for every backend. Pure.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
 
 use ipnet::IpNet;
 
@@ -16,13 +19,15 @@ pub const MARK: u32 = 0x656d_0000;
 /// The settings that rules depend on, besides the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Also what is sent from here, and what arrives for `own`.
+    /// Also what is sent from here to a VIP, and what arrives for `own`.
     pub redirect: bool,
     pub scope: CaptureScope,
     /// Our listener's port.
     pub port: u16,
     /// With `redirect`: our own addresses, which linked containers dial.
     pub own: Vec<IpAddr>,
+    /// With `redirect`: the registries and engines that we ourselves dial.
+    pub servers: Vec<SocketAddr>,
     /// Whether containers that are not known yet are captured too.
     pub hold: bool,
 }
@@ -36,6 +41,9 @@ pub struct Rules {
     pub vips: BTreeSet<IpAddr>,
     /// Addresses that are captured on declared ports only, whatever the scope: the host's own services live there too.
     pub own: BTreeSet<IpAddr>,
+    /// Servers on a VIP that we ourselves dial: what is sent from here to them is not captured, whoever declared the port.
+    /// Captured, our own question to a registry would wait for the registry's answer.
+    pub spared: BTreeSet<SocketAddr>,
     /// Who dials, and on which port.
     pub declared: BTreeSet<(IpAddr, Port)>,
     /// The containers that are not known yet.
@@ -58,6 +66,12 @@ impl Rules {
             redirect: settings.redirect,
             scope: settings.scope,
             port: settings.port,
+            spared: settings
+                .servers
+                .iter()
+                .copied()
+                .filter(|server| settings.redirect && vips.contains(&server.ip()))
+                .collect(),
             own: settings.own.iter().copied().filter(|own| !vips.contains(own)).collect(),
             vips,
             // Where everything is captured, they are too.
@@ -67,6 +81,16 @@ impl Rules {
             }),
             declared: table.routes().map(|route| (route.key.source, route.key.port)).collect(),
         }
+    }
+
+    /// The spared servers whose port a consumer on this host declared: it reaches them instead of the service.
+    pub fn shadowed(&self) -> impl Iterator<Item = SocketAddr> {
+        // What a host sends to its own address comes from that address.
+        let declares = |server: &SocketAddr| {
+            Port::new(server.port())
+                .is_some_and(|port| self.declared.contains(&(server.ip(), port)))
+        };
+        self.spared.iter().copied().filter(declares)
     }
 }
 
@@ -94,6 +118,11 @@ pub(super) mod tests {
             port: 9999,
             vips: ["172.17.0.1", "fd00::1"].map(address).into(),
             own: if redirect { [address("10.1.2.3")].into() } else { BTreeSet::new() },
+            spared: if redirect {
+                ["172.17.0.1:8500".parse().unwrap()].into()
+            } else {
+                BTreeSet::new()
+            },
             unknown: None,
             declared: declared
                 .map(|(source, port)| (address(source), Port::new(port).unwrap()))

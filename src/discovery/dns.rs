@@ -36,7 +36,7 @@ mod records;
 /// A DNS server.
 #[derive(Debug, Clone)]
 pub struct Dns {
-    resolver: SocketAddr,
+    pub(super) resolver: SocketAddr,
 }
 
 impl Dns {

@@ -51,7 +51,7 @@ mod tests;
 /// The services of one engine's containers. However many queries there are, the engine is asked once.
 #[derive(Debug, Clone)]
 pub struct Docker {
-    engine: Engine,
+    pub(super) engine: Engine,
     healthy_only: bool,
     /// The engine is the one whose containers are the consumers.
     own: bool,

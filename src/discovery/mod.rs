@@ -94,6 +94,19 @@ pub enum Discovery {
 }
 
 impl Discovery {
+    /// `host:port` of every server that is asked over TCP.
+    fn servers(&self) -> Vec<String> {
+        let of =
+            |url: &url::Url| Some(format!("{}:{}", url.host_str()?, url.port_or_known_default()?));
+        match self {
+            Self::Consul(consul) => of(&consul.base).into_iter().collect(),
+            Self::Etcd(etcd) => etcd.members.iter().filter_map(of).collect(),
+            Self::Docker(docker) => docker.engine.server().into_iter().collect(),
+            Self::File(_) => Vec::new(),
+            Self::Dns(dns) => vec![dns.resolver.to_string()],
+        }
+    }
+
     /// Follows what `query` asks for, for ever.
     async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: Duration) {
         let name = query.to_string();
@@ -140,6 +153,11 @@ impl Discoveries {
         }
         let default = default.ok_or_else(|| UriError::new("", "at least one discovery"))?;
         Ok(Self { by_name, default })
+    }
+
+    /// `host:port` of every server that any discovery asks over TCP.
+    pub fn servers(&self) -> Vec<String> {
+        self.by_name.values().flat_map(Discovery::servers).collect()
     }
 
     /// What to ask for a descriptor, and of whom.

@@ -157,6 +157,21 @@ fn redirect(firewall: &str) -> Result<()> {
     // From elsewhere too, as with --dnat; but another's address is another's.
     assert_eq!(host.http("GET", &format!("http://{}/", web.ip()?), "")?.ok()?, "web");
     assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?, served);
+    // So is what the host sends to an own address that is no VIP: who listens there answers, or the kernel refuses.
+    assert!(host.http("GET", &format!("http://{HOST_ADDRESS}:82/"), "").is_err());
+    assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="no_endpoint"}"#)?, 1);
+    embassy.terminate()?;
+    assert!(embassy.wait(WAIT)?.success());
+    assert_eq!(rules(&host)?, before);
+
+    // Our own questions to a registry on a VIP are not captured either, though a binding has its very port.
+    let services = "-services=/services/web;83,/services/web;2379";
+    let etcd = "-discovery=etcd://172.17.0.1:2379";
+    let embassy = host.embassy(["--redirect", "-provider=static", services, etcd, firewall])?;
+    embassy.wait_ready(READY)?;
+    assert_eq!(host.http("GET", "http://172.17.0.1:83/", "")?.ok()?, "web");
+    says(&embassy, &["it is not captured", "server=172.17.0.1:2379"])?;
+    host.http("GET", "http://172.17.0.1:2379/version", "")?.ok()?;
     embassy.terminate()?;
     assert!(embassy.wait(WAIT)?.success());
     assert_eq!(rules(&host)?, before);

@@ -49,3 +49,28 @@ fn first_act(firewall: &str) -> Result<()> {
     ensure!(metrics.contains("embassy_capture_restored_total 0\n"), "{metrics}");
     Ok(())
 }
+
+#[test]
+fn a_published_port_is_reached_by_nft_whoever_holds_it() -> Result<()> {
+    published("nft")
+}
+
+#[test]
+fn a_published_port_is_reached_by_iptables_whoever_holds_it() -> Result<()> {
+    published("iptables")
+}
+
+/// Without its userland proxy too, the engine holds the ports that it publishes: a stranger's dial is Docker's to lead on.
+fn published(firewall: &str) -> Result<()> {
+    let host = Host::builder().docker_args(["--userland-proxy=false"]).start()?;
+    host.web("published").arg("--publish=8080:80").start()?;
+    let embassy = host.embassy(["--dnat", "-discovery=docker://", "--firewall", firewall])?;
+    embassy.wait_ready(READY)?;
+    for n in 0..RUNS {
+        let mut docker = host.docker_command(["run", "--rm", "testbed"]);
+        docker.args(["curl", "-s", "-m", "10", "http://172.17.0.1:8080/"]);
+        let said = testbed::output(&mut docker)?;
+        ensure!(said.trim() == "published", "run {n}: {said:?}");
+    }
+    Ok(())
+}
