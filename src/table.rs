@@ -83,8 +83,6 @@ pub enum UnroutedReason {
         "{key}: another container has the same address; nobody is served until it is clear whose it is"
     )]
     Contested { key: RouteKey },
-    #[error("{key}: {other} has the same address; nobody is served until it is clear whose it is")]
-    Ambiguous { key: RouteKey, other: Arc<str> },
 }
 
 /// What a table is built from, besides the one before it.
@@ -171,17 +169,16 @@ impl Table {
         inputs: &Inputs<'_>,
         query: impl Fn(&Binding) -> Result<Query, UnknownDiscovery>,
     ) -> Option<Table> {
-        let mut builder =
-            Builder { prev: self, inputs, next: Table::default(), ambiguous: HashMap::new() };
+        let contested = contested(inputs);
+        let mut builder = Builder { prev: self, inputs, next: Table::default(), contested };
         // The order decides who wins a port within a network namespace: the same for the same containers.
         let mut consumers = inputs.consumers.to_vec();
         consumers.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
-        let owners: HashMap<_, _> = consumers.iter().map(|c| (&c.id, *c)).collect();
         for consumer in consumers {
             builder.vips(consumer);
             for binding in &consumer.bindings {
                 match query(binding) {
-                    Ok(query) => builder.binding(consumer, binding, query, &owners),
+                    Ok(query) => builder.binding(consumer, binding, query),
                     Err(error) => builder.unrouted(consumer, binding, error.into()),
                 }
             }
@@ -209,8 +206,8 @@ struct Builder<'a> {
     prev: &'a Table,
     inputs: &'a Inputs<'a>,
     next: Table,
-    /// Keys that nobody gets, and one of those who claim each.
-    ambiguous: HashMap<RouteKey, Arc<str>>,
+    /// Addresses that nobody gets.
+    contested: HashSet<IpAddr>,
 }
 
 impl Builder<'_> {
@@ -221,22 +218,12 @@ impl Builder<'_> {
         self.next.known.extend(sources(consumer, self.inputs.vips));
     }
 
-    fn binding(
-        &mut self,
-        consumer: &Consumer,
-        binding: &Binding,
-        query: Query,
-        owners: &HashMap<&ConsumerId, &Consumer>,
-    ) {
+    fn binding(&mut self, consumer: &Consumer, binding: &Binding, query: Query) {
         let upstream = self.upstream(query);
         for source in sources(consumer, self.inputs.vips) {
             let key = RouteKey { source, port: binding.descriptor.port };
-            if self.inputs.contested.contains(&source) {
+            if self.contested.contains(&source) {
                 self.unrouted(consumer, binding, UnroutedReason::Contested { key });
-                continue;
-            }
-            if let Some(other) = self.ambiguous.get(&key).cloned() {
-                self.unrouted(consumer, binding, UnroutedReason::Ambiguous { key, other });
                 continue;
             }
             let live = self.live(&consumer.id);
@@ -246,27 +233,10 @@ impl Builder<'_> {
                     vacant.insert(route);
                     continue;
                 }
-                Entry::Occupied(taken) => taken.get().clone(),
+                // One who shares the address because it shares the network namespace.
+                Entry::Occupied(taken) => taken.get().consumer_name.clone(),
             };
-            if owners
-                .get(&winner.consumer)
-                .is_some_and(|owner| owner.namespace == consumer.namespace)
-            {
-                let winner = winner.consumer_name.clone();
-                self.unrouted(consumer, binding, UnroutedReason::Taken { key, winner });
-                continue;
-            }
-            // One of the two is gone, and we have not heard which: an address has one owner at a time.
-            self.next.routes.remove(&key);
-            self.ambiguous.insert(key, consumer.name.clone());
-            let other = winner.consumer_name.clone();
-            self.unrouted(consumer, binding, UnroutedReason::Ambiguous { key, other });
-            self.next.unrouted.push(Unrouted {
-                consumer: winner.consumer.clone(),
-                consumer_name: winner.consumer_name.clone(),
-                origin: winner.binding.origin.clone(),
-                reason: UnroutedReason::Ambiguous { key, other: consumer.name.clone() },
-            });
+            self.unrouted(consumer, binding, UnroutedReason::Taken { key, winner });
         }
     }
 
@@ -357,6 +327,21 @@ impl Builder<'_> {
         self.next.unrouted.sort_by(|a, b| (&a.consumer, &a.origin).cmp(&(&b.consumer, &b.origin)));
         self.next
     }
+}
+
+/// The addresses that more than one network namespace claims: all but one have lost theirs, and we have not heard which. An
+/// address has one owner at a time.
+fn contested(inputs: &Inputs<'_>) -> HashSet<IpAddr> {
+    let mut contested: HashSet<_> = inputs.contested.iter().copied().collect();
+    let mut owners = HashMap::new();
+    for consumer in inputs.consumers {
+        for source in sources(consumer, inputs.vips) {
+            if *owners.entry(source).or_insert(&consumer.namespace) != &consumer.namespace {
+                contested.insert(source);
+            }
+        }
+    }
+    contested
 }
 
 /// The addresses that a consumer's connections come from. Linux gives what a host sends to an address of its own that
@@ -526,9 +511,11 @@ mod tests {
         ];
         let table = next(&Table::default(), &consumers, &answers(&[])).unwrap();
         assert_eq!(service(&table, "172.17.0.2", 6379), None);
-        assert_eq!(table.unrouted().len(), 3);
+        // Nobody else asks for this port, but whoever dials it may be another.
+        assert_eq!(service(&table, "172.17.0.2", 80), None);
+        assert_eq!(table.unrouted().len(), 4);
         assert!(
-            table.unrouted().iter().all(|u| matches!(u.reason, UnroutedReason::Ambiguous { .. }))
+            table.unrouted().iter().all(|u| matches!(u.reason, UnroutedReason::Contested { .. }))
         );
     }
 

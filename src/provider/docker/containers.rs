@@ -108,6 +108,12 @@ impl Containers {
         self.listed.is_empty()
     }
 
+    /// Whether what is known of a container is of a time since the last list.
+    #[cfg(test)]
+    pub(super) fn is_fresh_about(&self, id: &str) -> bool {
+        !self.listed.iter().any(|listed| listed.as_str() == id)
+    }
+
     fn seen(&mut self, id: &ContainerId) {
         self.listed.remove(id);
         self.complete |= self.listed.is_empty();

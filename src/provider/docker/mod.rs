@@ -1,6 +1,6 @@
 //! The docker provider: a container's environment and labels say what it asks for.
 
-use std::{collections::HashMap, fmt, time::Duration};
+use std::{collections::HashMap, fmt, pin::pin, time::Duration};
 
 use bollard::{
     Docker,
@@ -14,7 +14,10 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::warn;
 
-use self::containers::{Containers, Found, NetworkId, Ticket};
+use self::{
+    containers::{Containers, Found, NetworkId, Ticket},
+    process::Processes,
+};
 use super::{Listing, Lookup};
 use crate::{
     docker::Engine,
@@ -37,6 +40,7 @@ pub struct DockerProvider {
     lookup: Lookup,
     /// It outlives a session: an engine that cannot say how one container is does not make us forget it.
     containers: Containers,
+    processes: Processes,
 }
 
 /// How often a quiet engine is asked whether it still lives.
@@ -46,7 +50,8 @@ const INSPECTIONS: usize = 8;
 
 impl DockerProvider {
     pub fn new(engine: Engine, prefix: String, lookup: Lookup) -> Self {
-        Self { engine, prefix, lookup, containers: Containers::default() }
+        let (containers, processes) = (Containers::default(), Processes::default());
+        Self { engine, prefix, lookup, containers, processes }
     }
 }
 
@@ -54,15 +59,29 @@ impl Source for DockerProvider {
     type Item = Listing;
 
     async fn session(&mut self, publish: &Publisher<Listing>) -> Result<(), SourceError> {
-        let Self { engine, prefix, lookup, containers } = self;
+        let Self { engine, prefix, lookup, containers, processes } = self;
         let client = Client::connect(engine, prefix).await?;
-        // The stream opens when it is first read, which is after the list; it replays what happened since this moment.
+        // The stream opens when it is first read. An engine replays a few of the events since this moment, and no more:
+        // so it is read beside the listing, however long that takes.
         let since = client.time().await?;
-        let mut events = std::pin::pin!(client.events(since));
-        containers.bridges(client.bridges().await?);
-        let mut tickets = containers.relist(client.list().await?);
+        let mut events = pin!(client.events(since));
+        let mut meanwhile = Vec::new();
+        let mut first = pin!(async { tokio::try_join!(client.bridges(), client.list()) });
+        let (bridges, running) = loop {
+            tokio::select! {
+                biased; // the subscription goes out first
+                event = events.next() => meanwhile.push(client.event(event)?),
+                answer = &mut first => break answer?,
+            }
+        };
+        containers.bridges(bridges);
+        let mut tickets = containers.relist(running);
+        tickets.extend(meanwhile.iter().filter_map(|event| apply(containers, event)));
 
-        let mut inspections = FuturesUnordered::new();
+        // No answer is waited for elsewhere than in the loop: an event is applied when it comes.
+        let (mut inspections, mut networks) = (FuturesUnordered::new(), FuturesUnordered::new());
+        let (mut looks, mut pings) = (FuturesUnordered::new(), FuturesUnordered::new());
+        let mut new_network = meanwhile.iter().any(is_new_network);
         let mut next_look = Instant::now();
         let mut ping = interval(PING);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -75,26 +94,32 @@ impl Source for DockerProvider {
             {
                 inspections.push(client.inspect(ticket));
             }
+            // One at a time, so that the last answer is the newest.
+            if new_network && networks.is_empty() {
+                new_network = false;
+                networks.push(client.bridges());
+            }
             tokio::select! {
                 event = events.next() => {
                     let event = client.event(event)?;
-                    if is_new_network(&event) {
-                        containers.bridges(client.bridges().await?);
-                    }
+                    new_network |= is_new_network(&event);
                     tickets.extend(apply(containers, &event));
                 }
-                () = lookup.asked(next_look) => {
-                    next_look = Instant::now() + Lookup::PAUSE;
-                    tickets.extend(containers.unknown(client.list().await?));
-                }
+                () = lookup.asked(next_look), if looks.is_empty() => looks.push(client.list()),
+                _ = ping.tick(), if pings.is_empty() => pings.push(client.ping()),
                 Some(answer) = inspections.next() => {
                     let (ticket, found) = answer?;
                     let id = ticket.id.clone();
                     if let Some(run) = containers.inspected(ticket, found) {
-                        process::watch(&id, run.pid, run.end.clone(), publish.bell());
+                        processes.watch(&id, run.pid, &run.end, publish.bell());
                     }
                 }
-                _ = ping.tick() => client.ping().await?,
+                Some(bridges) = networks.next() => containers.bridges(bridges?),
+                Some(running) = looks.next() => {
+                    next_look = Instant::now() + Lookup::PAUSE;
+                    tickets.extend(containers.unknown(running?));
+                }
+                Some(alive) = pings.next() => alive?,
             }
         }
     }
