@@ -71,7 +71,7 @@ impl App {
                 Provider::Docker(Box::new(docker))
             }
             ProviderChoice::Static(services) => {
-                Provider::Static(Box::new(fixed::consumer(&config.interface, services)?))
+                Provider::Static(fixed::listing(&config.interface, services)?)
             }
         };
         let listing = provider.start(config.resync, bell.clone());
@@ -103,7 +103,9 @@ impl App {
         };
         let proxy = Proxy::start(proxy, &tables)
             .with_context(|| format!("cannot listen on port {} (--port)", config.port))?;
-        info!(addresses = ?proxy.addresses, "proxy listens");
+        let addresses =
+            proxy.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        info!(addresses, "proxy listens");
 
         let capturing = match config.capture {
             CaptureMode::None => None,
@@ -178,7 +180,7 @@ impl App {
         self.proxy.drain();
         let live = self.proxy.live();
         if live > 0 {
-            info!(live, drain = ?self.drain, "waiting for connections to end");
+            info!(live, drain_s = self.drain.as_secs_f64(), "waiting for connections to end");
         }
         tokio::select! {
             ended = timeout_at(Instant::now() + self.drain, self.proxy.ended()) => {

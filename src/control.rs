@@ -141,7 +141,7 @@ impl Control {
         }
         let (endpoints, wake) = self.hold.settle(&known, now);
         self.report.listing(&listing);
-        self.report.endpoints(&known);
+        self.report.endpoints(&known, &endpoints);
         // Before the first table nothing is captured: a moment's patience, and its routes have endpoints.
         let first = self.tables.borrow().version == 0;
         let unasked = known.values().any(|known| known.value.is_none() && known.error.is_none());

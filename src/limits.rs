@@ -22,7 +22,7 @@ pub fn raise_descriptors(asked: Option<usize>) -> usize {
     let descriptors = getrlimit(Resource::Nofile).current;
     let room = descriptors.map_or(usize::MAX, connections);
     let connections = asked.unwrap_or(room).min(room);
-    info!(?descriptors, connections, "connections that may be open at a time");
+    info!(descriptors, connections, "connections that may be open at a time");
     if asked.is_some_and(|asked| asked > room) {
         warn!(asked, room, "--max-connections is more than the descriptors allow");
     }

@@ -1,41 +1,124 @@
 //! The log: to stderr, never blocking whoever writes to it.
 
-use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
-use tracing_subscriber::{EnvFilter, filter::LevelFilter};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::{
+    EnvFilter, Registry,
+    filter::{LevelFilter, ParseError},
+    fmt,
+    layer::SubscriberExt,
+    reload,
+    util::SubscriberInitExt,
+};
+
+use self::fold::{Fold, Folded};
 use crate::config::LogFormat;
+
+mod fold;
 
 /// Lines that may wait for a slow stderr; beyond, new ones are dropped.
 const QUEUE: usize = 16 * 1024;
 
-/// Starts the log. What is still queued is written when the guard is dropped.
+/// The running log. What is still queued is written when it is dropped.
+#[derive(Debug)]
+pub struct Log {
+    // Before the writer, because fields are dropped in this order.
+    _fold: Fold,
+    _writer: WorkerGuard,
+}
+
+/// Starts the log of this process. To be called once.
 ///
 /// `filter` is `RUST_LOG`, and wins over `verbosity`: 0 says what a person wants to hear, 1 and up what was done and why,
 /// 4 and up everything of ours, 7 and up the libraries too. A filter that cannot be read is the error.
-pub fn start(
-    format: LogFormat,
-    verbosity: u8,
-    filter: Option<&str>,
-) -> Result<WorkerGuard, tracing_subscriber::filter::ParseError> {
-    let ours = match verbosity {
+pub fn start(format: LogFormat, verbosity: u8, filter: Option<&str>) -> Result<Log, ParseError> {
+    let text = filter.map_or_else(|| verbosity.to_string(), str::to_owned);
+    let parsed = parse(filter.unwrap_or_else(|| directives(verbosity)))?;
+    let (filter, handle) = reload::Layer::new(parsed);
+    // A second log of one process would be a mistake of ours, and `init` below panics on it.
+    let _ = LEVEL.set(Level { handle, text: Mutex::new(text) });
+    let (writer, guard) = NonBlockingBuilder::default()
+        .buffered_lines_limit(QUEUE)
+        .lossy(true)
+        .finish(std::io::stderr());
+    let fold = Fold::default();
+    let folded = Folded::of(&fold);
+    let layer = fmt::layer().with_writer(writer).with_ansi(false);
+    let log = tracing_subscriber::registry().with(filter);
+    match format {
+        LogFormat::Text => {
+            log.with(layer.with_target(false).map_event_format(|lines| folded.then(lines))).init();
+        }
+        LogFormat::Json => {
+            let layer = layer.json().flatten_event(true);
+            log.with(layer.map_event_format(|lines| folded.then(lines))).init();
+        }
+    }
+    fold.tell();
+    Ok(Log { _fold: fold, _writer: guard })
+}
+
+/// Why the level stays as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum LevelError {
+    #[error("{0:?}: expected a number from 0 to 10, or what RUST_LOG takes")]
+    Unreadable(String),
+    #[error("this process writes no log")]
+    NoLog,
+}
+
+/// Changes what is logged from now on: a verbosity from 0 to 10 as `-v` has it, else what `RUST_LOG` takes.
+pub fn set_level(text: &str) -> Result<(), LevelError> {
+    let level = LEVEL.get().ok_or(LevelError::NoLog)?;
+    let filter = match text.parse::<u8>() {
+        Ok(verbosity @ 0..=10) => parse(directives(verbosity)),
+        Ok(_) => return Err(LevelError::Unreadable(text.to_owned())),
+        Err(_) => parse(text),
+    };
+    let filter = filter.map_err(|_| LevelError::Unreadable(text.to_owned()))?;
+    level.handle.reload(filter).map_err(|_| LevelError::NoLog)?;
+    text.clone_into(&mut level.text.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok(())
+}
+
+/// What is logged now, as [`set_level`] takes it. `None` where this process writes no log.
+pub fn level() -> Option<String> {
+    LEVEL.get().map(|level| level.text.lock().unwrap_or_else(PoisonError::into_inner).clone())
+}
+
+/// There is one log in a process, as `tracing` has it.
+static LEVEL: OnceLock<Level> = OnceLock::new();
+
+struct Level {
+    handle: reload::Handle<EnvFilter, Registry>,
+    text: Mutex<String>,
+}
+
+fn directives(verbosity: u8) -> &'static str {
+    match verbosity {
         0 => "warn,embassy=info,connection=info",
         1..=3 => "warn,embassy=debug,connection=info",
         4..=6 => "warn,embassy=trace,connection=info",
         7..=9 => "debug,embassy=trace",
         _ => "trace",
-    };
-    let filter = EnvFilter::builder()
-        .with_default_directive(LevelFilter::WARN.into())
-        .parse(filter.unwrap_or(ours))?;
-    let (writer, guard) = NonBlockingBuilder::default()
-        .buffered_lines_limit(QUEUE)
-        .lossy(true)
-        .finish(std::io::stderr());
-    let log =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(false);
-    match format {
-        LogFormat::Text => log.with_target(false).init(),
-        LogFormat::Json => log.json().flatten_event(true).init(),
     }
-    Ok(guard)
+}
+
+fn parse(directives: &str) -> Result<EnvFilter, ParseError> {
+    EnvFilter::builder().with_default_directive(LevelFilter::WARN.into()).parse(directives)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_verbosity_is_a_filter_and_nonsense_is_none() {
+        for verbosity in 0..=10 {
+            assert!(parse(directives(verbosity)).is_ok(), "{verbosity}");
+        }
+        assert!(parse("embassy=debug,hyper=off").is_ok());
+        assert!(parse("embassy=loud").is_err());
+    }
 }

@@ -42,11 +42,12 @@ impl Guard {
     pub fn done(self) {
         let since = self.readiness.with(|parts| parts.remove(self.part));
         let pending = self.readiness.pending();
-        let took = since.map(|since| since.elapsed()).unwrap_or_default();
+        let took_ms =
+            since.map(|since| since.elapsed().as_secs_f64() * 1e3).unwrap_or_default().round();
         if pending.is_empty() {
-            info!(part = self.part, ?took, "ready");
+            info!(part = self.part, took_ms, "ready");
         } else {
-            info!(part = self.part, ?took, waiting_for = pending.join(", "), "part ready");
+            info!(part = self.part, took_ms, waiting_for = pending.join(", "), "part ready");
         }
     }
 }

@@ -2,7 +2,7 @@
 //! re-read.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -36,7 +36,8 @@ pub struct Report {
     problems: BTreeSet<Problem>,
     unrouted: BTreeSet<String>,
     rejected: BTreeSet<(Query, String)>,
-    answers: BTreeMap<Query, Arc<Endpoints>>,
+    /// The endpoints in use, and whether discovery has none any more.
+    used: BTreeMap<Query, (Arc<Endpoints>, bool)>,
     /// Sources that do not answer.
     lost: BTreeSet<String>,
 }
@@ -48,7 +49,7 @@ impl Report {
             problems: BTreeSet::new(),
             unrouted: BTreeSet::new(),
             rejected: BTreeSet::new(),
-            answers: BTreeMap::new(),
+            used: BTreeMap::new(),
             lost: BTreeSet::new(),
         }
     }
@@ -71,15 +72,29 @@ impl Report {
         self.problems = now;
     }
 
-    pub(crate) fn endpoints(&mut self, known: &BTreeMap<Query, Known<Endpoints>>) {
+    /// `settled` are the endpoints in use: where discovery has none any more, the last ones for a while.
+    pub(crate) fn endpoints(
+        &mut self,
+        known: &BTreeMap<Query, Known<Endpoints>>,
+        settled: &HashMap<Query, Arc<Endpoints>>,
+    ) {
         let mut rejected = BTreeSet::new();
-        let mut answers = BTreeMap::new();
+        let mut used = BTreeMap::new();
         for (query, known) in known {
-            let Some(value) = &known.value else { continue };
-            let before = self.answers.get(query);
-            if before.is_none_or(|before| before.list != value.list) {
-                let list: Vec<_> = value.list.iter().map(ToString::to_string).collect();
-                info!(service = %query, endpoints = list.join(" "), "endpoints");
+            let (Some(value), Some(now)) = (&known.value, settled.get(query)) else { continue };
+            let held = value.list.is_empty() && !now.list.is_empty();
+            let before = self.used.get(query);
+            if before.is_none_or(|(before, was_held)| before.list != now.list || *was_held != held)
+            {
+                let list: Vec<_> = now.list.iter().map(ToString::to_string).collect();
+                let endpoints = list.join(" ");
+                if held {
+                    warn!(service = %query, endpoints, "no endpoints any more; the last ones stay in use for --empty-hold");
+                } else if list.is_empty() {
+                    warn!(service = %query, "no endpoints; connections are reset");
+                } else {
+                    info!(service = %query, endpoints, "endpoints");
+                }
             }
             for entry in &value.rejected {
                 let text = format!("{}: {}", entry.what, entry.reason);
@@ -89,10 +104,10 @@ impl Report {
                 }
                 rejected.insert((query.clone(), text));
             }
-            answers.insert(query.clone(), value.clone());
+            used.insert(query.clone(), (now.clone(), held));
         }
         self.rejected = rejected;
-        self.answers = answers;
+        self.used = used;
     }
 
     pub(crate) fn unrouted(&mut self, table: &Table) {

@@ -144,6 +144,10 @@ impl<T: PartialEq> Publisher<T> {
     fn answers(&self) -> u64 {
         self.slot.borrow().answers
     }
+
+    fn knows_something(&self) -> bool {
+        self.slot.borrow().value.is_some()
+    }
 }
 
 /// Follows `source` for ever. `name` is what the log calls it; every `resync` it is read anew, whatever events said.
@@ -177,9 +181,13 @@ pub async fn follow<S: Source>(
         }
         let pause = backoff.next(fastrand::f64());
         if backoff.attempts == 1 {
-            warn!(source = name, %error, "lost; what was known stays in use");
+            if publish.knows_something() {
+                warn!(source = name, %error, "lost; what was known stays in use");
+            } else {
+                warn!(source = name, %error, "no answer yet; trying again");
+            }
         } else {
-            debug!(source = name, %error, attempts = backoff.attempts, next = ?pause, "still lost");
+            debug!(source = name, %error, attempts = backoff.attempts, next_s = pause.as_secs_f64(), "still lost");
         }
         tokio::time::sleep(pause).await;
     }

@@ -17,6 +17,8 @@ pub struct ClientTls {
     pub ca: Option<PathBuf>,
     /// The client's certificate chain and its key.
     pub identity: Option<(PathBuf, PathBuf)>,
+    /// What the user calls the authorities, the certificate and the key.
+    names: [&'static str; 3],
 }
 
 /// The contents of the files of a [`ClientTls`], in PEM.
@@ -33,9 +35,9 @@ impl ClientTls {
         ca: Option<PathBuf>,
         certificate: Option<PathBuf>,
         key: Option<PathBuf>,
-        names: [&str; 2],
+        names: [&'static str; 3],
     ) -> Result<Self, String> {
-        let [certificate_name, key_name] = names;
+        let [_, certificate_name, key_name] = names;
         let alone = |given, missing| {
             Err(format!("{given} is given without {missing}: expected both or neither"))
         };
@@ -45,7 +47,7 @@ impl ClientTls {
             (Some(_), None) => return alone(certificate_name, key_name),
             (None, Some(_)) => return alone(key_name, certificate_name),
         };
-        Ok(Self { ca, identity })
+        Ok(Self { ca, identity, names })
     }
 
     pub fn is_empty(&self) -> bool {
@@ -53,12 +55,17 @@ impl ClientTls {
     }
 
     pub(crate) fn load(&self) -> Result<Pem, SourceError> {
-        let read =
-            |path: &PathBuf| fs::read(path).map_err(|e| SourceError::caused(path.display(), &e));
+        let read = |name: &str, path: &PathBuf| {
+            fs::read(path)
+                .map_err(|e| SourceError::caused(format_args!("{name} {}", path.display()), &e))
+        };
+        let [ca, certificate, key] = self.names;
         Ok(Pem {
-            ca: self.ca.as_ref().map(read).transpose()?,
+            ca: self.ca.as_ref().map(|file| read(ca, file)).transpose()?,
             identity: match &self.identity {
-                Some((certificate, key)) => Some((read(certificate)?, read(key)?)),
+                Some((certificate_file, key_file)) => {
+                    Some((read(certificate, certificate_file)?, read(key, key_file)?))
+                }
                 None => None,
             },
         })
@@ -72,9 +79,14 @@ mod tests {
     #[test]
     fn a_certificate_and_its_key_come_together() {
         let new = |certificate: Option<&str>, key: Option<&str>| {
-            ClientTls::new(None, certificate.map(Into::into), key.map(Into::into), ["-c", "-k"])
+            ClientTls::new(
+                None,
+                certificate.map(Into::into),
+                key.map(Into::into),
+                ["-a", "-c", "-k"],
+            )
         };
-        assert_eq!(new(None, None), Ok(ClientTls::default()));
+        assert_eq!(new(None, None).map(|tls| tls.is_empty()), Ok(true));
         assert_eq!(
             new(Some("c"), Some("k")).map(|tls| tls.identity),
             Ok(Some(("c".into(), "k".into())))
@@ -91,8 +103,9 @@ mod tests {
 
     #[test]
     fn a_file_that_cannot_be_read_is_named() {
-        let tls = ClientTls { ca: Some("/nonexistent/ca.pem".into()), identity: None };
+        let names = ["-etcd-cacert", "-etcd-cert", "-etcd-keycert"];
+        let tls = ClientTls::new(Some("/nonexistent/ca.pem".into()), None, None, names).unwrap();
         let error = tls.load().err().map(|e| e.to_string()).unwrap_or_default();
-        assert!(error.starts_with("/nonexistent/ca.pem: "), "{error}");
+        assert!(error.starts_with("-etcd-cacert /nonexistent/ca.pem: "), "{error}");
     }
 }

@@ -223,9 +223,9 @@ impl Keeper {
         }
         let start = Instant::now();
         firewall.apply(&wanted).await?;
-        let took = start.elapsed();
+        let took_ms = start.elapsed().as_secs_f64() * 1e3;
         let listed = firewall.installed().await?;
-        debug!(%firewall, declared = wanted.declared.len(), vips = wanted.vips.len(), ?took, "rules written");
+        debug!(%firewall, declared = wanted.declared.len(), vips = wanted.vips.len(), took_ms, "rules written");
         if self.chosen.replace(firewall).is_none() {
             info!(%firewall, redirect = wanted.redirect, scope = ?wanted.scope, "capturing");
         }

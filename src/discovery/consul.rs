@@ -64,7 +64,7 @@ impl Consul {
             consul.ca.clone(),
             consul.certificate.clone(),
             consul.key.clone(),
-            ["CONSUL_CLIENT_CERT", "CONSUL_CLIENT_KEY"],
+            ["CONSUL_CACERT", "CONSUL_CLIENT_CERT", "CONSUL_CLIENT_KEY"],
         )?;
         // A file wins over a token, as in Consul's own tools.
         let token = match (asked.token_file.as_ref().or(consul.token_file.as_ref()), &consul.token)

@@ -3,8 +3,10 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
 };
 
+use super::{Listing, Problem};
 use crate::{
     descriptor::Descriptor,
     model::{Binding, Consumer, ConsumerId},
@@ -19,24 +21,42 @@ pub enum InterfaceError {
     Missing { name: String, present: String },
 }
 
-/// The local consumer of `services`. Its connections come from the addresses of `interface`, or from loopback.
-pub fn consumer(interface: &str, services: &[Descriptor]) -> Result<Consumer, InterfaceError> {
+/// The local consumer of `services`, and what of them cannot be done. Its connections come from the addresses of
+/// `interface`, or from loopback.
+pub fn listing(interface: &str, services: &[Descriptor]) -> Result<Listing, InterfaceError> {
     let mut sources = addresses(interface)?;
     sources.extend([IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)]);
     sources.sort();
     sources.dedup();
-    let bindings = services
-        .iter()
-        .map(|descriptor| Binding { origin: "-services".into(), descriptor: descriptor.clone() });
-    Ok(Consumer {
+    let (origin, name): (Arc<str>, Arc<str>) = ("-services".into(), "local".into());
+    let mut bindings: Vec<Binding> = Vec::new();
+    let mut problems = Vec::new();
+    for descriptor in services {
+        match bindings.iter().find(|first| first.descriptor.port == descriptor.port) {
+            None => {
+                bindings.push(Binding { origin: origin.clone(), descriptor: descriptor.clone() })
+            }
+            Some(first) => problems.push(Problem {
+                consumer: name.clone(),
+                origin: origin.clone(),
+                reason: format!(
+                    "{:?}: \"{}\" has the port",
+                    descriptor.to_string(),
+                    first.descriptor
+                ),
+            }),
+        }
+    }
+    let consumer = Consumer {
         id: ConsumerId::Local,
-        name: "local".into(),
+        name,
         namespace: "local".into(),
         sources,
         gateways: Vec::new(),
-        bindings: bindings.collect(),
+        bindings,
         ends: Vec::new(),
-    })
+    };
+    Ok(Listing { consumers: vec![consumer], problems, ..Listing::default() })
 }
 
 /// The addresses of an interface that other hosts can name: no link-local IPv6, which means nothing without its link.
@@ -62,13 +82,23 @@ mod tests {
 
     #[test]
     fn loopback_always_counts_and_a_missing_interface_is_named() {
-        let consumer = consumer("lo", &["redis;6379".parse().unwrap()]).unwrap();
+        let consumer = listing("lo", &["redis;6379".parse().unwrap()]).unwrap().consumers.remove(0);
         assert!(consumer.sources.contains(&IpAddr::from(Ipv4Addr::LOCALHOST)));
         assert!(consumer.sources.contains(&IpAddr::from(Ipv6Addr::LOCALHOST)));
-        let error = super::consumer("nosuch0", &[]).unwrap_err().to_string();
+        let error = listing("nosuch0", &[]).unwrap_err().to_string();
         assert!(
             error.starts_with("-interface \"nosuch0\" has no address: expected one of "),
             "{error}"
         );
+    }
+
+    #[test]
+    fn of_two_services_on_one_port_the_first_wins_and_the_other_is_reported_once() {
+        let services = ["a;80", "b;80", "c;81"].map(|text| text.parse().unwrap());
+        let listing = listing("lo", &services).unwrap();
+        let bound = listing.consumers[0].bindings.iter().map(|b| b.descriptor.to_string());
+        assert_eq!(bound.collect::<Vec<_>>(), ["a;80", "c;81"]);
+        let said: Vec<_> = listing.problems.iter().map(|p| p.reason.as_str()).collect();
+        assert_eq!(said, ["\"b;80\": \"a;80\" has the port"]);
     }
 }

@@ -64,7 +64,7 @@ impl Lookup {
 #[derive(Debug)]
 pub enum Provider {
     Docker(Box<docker::DockerProvider>),
-    Static(Box<Consumer>),
+    Static(Listing),
 }
 
 impl Provider {
@@ -73,10 +73,10 @@ impl Provider {
         let (publish, answers) = Publisher::new(bell);
         match self {
             Self::Docker(docker) => {
-                tokio::spawn(async move { follow("docker", *docker, publish, resync).await });
+                tokio::spawn(async move { follow("provider", *docker, publish, resync).await });
             }
-            Self::Static(consumer) => {
-                publish.publish(Listing { consumers: vec![*consumer], ..Listing::default() });
+            Self::Static(listing) => {
+                publish.publish(listing);
             }
         }
         answers

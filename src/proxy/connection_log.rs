@@ -46,11 +46,16 @@ impl Entry {
             destination = %record.meaning.meant,
             bytes_up = record.moved.up.get(),
             bytes_down = record.moved.down.get(),
-            connect_ms = connected.map(|(time, _)| time.as_millis()),
-            total_ms = self.total.as_millis(),
+            connect_ms = connected.map(|(time, _)| milliseconds(time)),
+            total_ms = milliseconds(self.total),
             tries = record.tries.get(),
             outcome = self.outcome.as_str(),
             "connection"
         );
     }
+}
+
+/// With its fraction: most connections within a host are opened in less than one. A number in JSON too, which a `u128` is not.
+fn milliseconds(time: Duration) -> f64 {
+    time.as_micros() as f64 / 1e3
 }

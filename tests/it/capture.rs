@@ -273,7 +273,7 @@ fn leftovers_go_at_the_start_and_auto_takes_what_docker_uses() -> Result<()> {
 fn nothing_is_captured_before_the_first_listing() -> Result<()> {
     let host = Host::builder().without_docker().start()?;
     let embassy = host.embassy(["--dnat", ETCD])?;
-    says(&embassy, &["lost", "docker"])?;
+    says(&embassy, &["no answer yet", "docker"])?;
     assert!(embassy.wait_ready(std::time::Duration::ZERO).is_err());
     assert_eq!(rules(&host)?, "");
     host.docker_daemon().start()?;

@@ -221,7 +221,7 @@ fn an_engine_that_is_killed_takes_nobody_along() -> Result<()> {
     curl.args(["--silent", "--fail", "--max-time", "5", "http://172.17.0.1/"]);
 
     host.docker_daemon().kill()?;
-    says(&embassy, &["lost; what was known stays in use", "docker"])?;
+    says(&embassy, &["lost; what was known stays in use", "source=\"provider\"", "docker"])?;
     counts(&embassy, "embassy_source_failures_total{source=\"provider\"}", 2)?;
     assert_eq!(testbed::output(&mut curl)?, "red");
     // This one ends behind the engine's back, and has another run when it comes back.
@@ -275,7 +275,7 @@ fn an_engine_is_reached_by_tls() -> Result<()> {
 
     // Without our certificate the engine says no, and we say so.
     let embassy = host.embassy(["-docker=tcp://127.0.0.1:2376", ETCD])?;
-    says(&embassy, &["lost", "tcp://127.0.0.1:2376"])
+    says(&embassy, &["no answer yet", "tcp://127.0.0.1:2376"])
 }
 
 fn followed(host: &Host, embassy: Embassy) -> Result<()> {

@@ -10,6 +10,7 @@ mod first_connection;
 mod followed;
 mod following;
 mod life_cycle;
+mod logs;
 mod main_job;
 mod modes;
 mod process;

@@ -50,7 +50,7 @@ impl Etcd {
             flags.ca.clone(),
             flags.certificate.clone(),
             flags.key.clone(),
-            ["-etcd-cert", "-etcd-keycert"],
+            ["-etcd-cacert", "-etcd-cert", "-etcd-keycert"],
         )?;
         Ok(Self { members, api, tls, user: flags.user.clone() })
     }

@@ -1,0 +1,243 @@
+//! A complaint that comes again and again is written once, and then counted: a log that repeats itself hides the rest.
+
+use std::{
+    collections::HashMap,
+    fmt::{self, Write},
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Sender, channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use tracing::{
+    Event, Level, Subscriber,
+    field::{Field, Visit},
+    warn,
+};
+use tracing_subscriber::{
+    fmt::{FmtContext, FormatEvent, FormatFields, format::Writer},
+    registry::LookupSpan,
+};
+
+/// How long the same complaint is only counted, before the count is told.
+const WINDOW: Duration = Duration::from_secs(60);
+/// How often it is looked whether a count is to be told.
+const LOOK: Duration = Duration::from_secs(5);
+/// Different complaints that are remembered; beyond, they are written as they come.
+const REMEMBERED: usize = 1024;
+
+/// What is being counted. Dropped, it tells what it has not told yet.
+#[derive(Debug, Default)]
+pub(super) struct Fold {
+    seen: Arc<Mutex<Seen>>,
+    /// Its end ends the thread.
+    teller: Mutex<Option<Sender<()>>>,
+}
+
+impl Fold {
+    /// Starts telling the counts, when their time has come.
+    pub(super) fn tell(&self) {
+        let (alive, ended) = channel::<()>();
+        let seen = self.seen.clone();
+        let told = thread::Builder::new().name("log".to_owned()).spawn(move || {
+            use std::sync::mpsc::RecvTimeoutError::Timeout;
+            while ended.recv_timeout(LOOK) == Err(Timeout) {
+                let due = lock(&seen).due(Instant::now());
+                tell(due);
+            }
+        });
+        match told {
+            Ok(_) => *self.teller.lock().unwrap_or_else(PoisonError::into_inner) = Some(alive),
+            Err(error) => warn!(%error, "repeated lines are dropped and not counted"),
+        }
+    }
+}
+
+impl Drop for Fold {
+    fn drop(&mut self) {
+        let all = lock(&self.seen).all(Instant::now());
+        tell(all);
+    }
+}
+
+fn lock(seen: &Mutex<Seen>) -> std::sync::MutexGuard<'_, Seen> {
+    // A panic elsewhere leaves the counts as good as they were.
+    seen.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The target of lines that tell a count, which are themselves not counted.
+const TARGET: &str = "embassy::log";
+
+fn tell(repeated: Vec<Repeated>) {
+    for Repeated { text, times, since } in repeated {
+        warn!(target: TARGET, times, within_s = since.as_secs(), "again: {text}");
+    }
+}
+
+/// A format of lines that leaves out what is being counted.
+#[derive(Debug)]
+pub(super) struct Folded<F> {
+    seen: Arc<Mutex<Seen>>,
+    lines: F,
+}
+
+impl Folded<()> {
+    pub(super) fn of(fold: &Fold) -> Self {
+        Self { seen: fold.seen.clone(), lines: () }
+    }
+
+    /// `lines` writes what is not left out.
+    pub(super) fn then<F>(self, lines: F) -> Folded<F> {
+        Folded { seen: self.seen, lines }
+    }
+}
+
+impl<S, N, F> FormatEvent<S, N> for Folded<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let metadata = event.metadata();
+        let complaint = *metadata.level() <= Level::WARN && metadata.target() != TARGET;
+        if complaint {
+            let mut text = Text::default();
+            event.record(&mut text);
+            if !lock(&self.seen).is_news(text.line(), Instant::now()) {
+                return Ok(());
+            }
+        }
+        self.lines.format_event(context, writer, event)
+    }
+}
+
+/// An event in words: its message, and its fields behind it.
+#[derive(Default)]
+struct Text {
+    message: String,
+    fields: String,
+}
+
+impl Text {
+    fn line(self) -> String {
+        self.message + &self.fields
+    }
+}
+
+impl Visit for Text {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.record_debug(field, &format_args!("{value}"));
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        // Writing to a String cannot fail.
+        let _ = match field.name() {
+            "message" => write!(self.message, "{value:?}"),
+            name => write!(self.fields, " {name}={value:?}"),
+        };
+    }
+}
+
+/// Complaints that were written, and how often they came again.
+#[derive(Debug, Default)]
+struct Seen(HashMap<String, Count>);
+
+#[derive(Debug)]
+struct Count {
+    /// When it was written, or its count was told.
+    since: Instant,
+    times: u64,
+}
+
+/// What is to be told of a complaint.
+#[derive(Debug, PartialEq, Eq)]
+struct Repeated {
+    text: String,
+    times: u64,
+    since: Duration,
+}
+
+impl Seen {
+    /// Whether it is to be written; else it is counted.
+    fn is_news(&mut self, text: String, now: Instant) -> bool {
+        if let Some(count) = self.0.get_mut(&text) {
+            count.times += 1;
+            return false;
+        }
+        if self.0.len() < REMEMBERED {
+            self.0.insert(text, Count { since: now, times: 0 });
+        }
+        true
+    }
+
+    /// What came again within its time, which starts anew. What did not is forgotten, and will be news.
+    fn due(&mut self, now: Instant) -> Vec<Repeated> {
+        let over = |count: &Count| now.saturating_duration_since(count.since) >= WINDOW;
+        self.0.retain(|_, count| count.times > 0 || !over(count));
+        let due = self.0.iter_mut().filter(|(_, count)| over(count));
+        take(due, now)
+    }
+
+    /// What came again and was not told yet.
+    fn all(&mut self, now: Instant) -> Vec<Repeated> {
+        take(self.0.iter_mut().filter(|(_, count)| count.times > 0), now)
+    }
+}
+
+fn take<'a>(
+    counts: impl Iterator<Item = (&'a String, &'a mut Count)>,
+    now: Instant,
+) -> Vec<Repeated> {
+    counts
+        .map(|(text, count)| {
+            let since = now.saturating_duration_since(count.since);
+            count.since = now;
+            Repeated { text: text.clone(), times: std::mem::take(&mut count.times), since }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_repeats_is_written_once_then_counted_then_forgotten() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let mut seen = Seen::default();
+        assert!(seen.is_news("a".into(), start));
+        assert!(seen.is_news("b".into(), start));
+        assert!(!seen.is_news("a".into(), after(1)));
+        assert!(!seen.is_news("a".into(), after(2)));
+        assert_eq!(seen.due(after(59)), []);
+        let told = Repeated { text: "a".into(), times: 2, since: Duration::from_secs(60) };
+        assert_eq!(seen.due(after(60)), [told]);
+        // `b` did not come again: the next one is news. `a` did, and is still the same story.
+        assert!(seen.is_news("b".into(), after(61)));
+        assert!(!seen.is_news("a".into(), after(61)));
+        assert_eq!(seen.all(after(62)).len(), 1);
+        assert_eq!(seen.all(after(62)), []);
+        assert_eq!(seen.due(after(200)), []);
+        assert!(seen.is_news("a".into(), after(201)));
+    }
+
+    #[test]
+    fn what_cannot_be_remembered_is_written() {
+        let start = Instant::now();
+        let mut seen = Seen::default();
+        for n in 0..REMEMBERED {
+            assert!(seen.is_news(n.to_string(), start));
+        }
+        assert!(seen.is_news("one more".into(), start));
+        assert!(seen.is_news("one more".into(), start));
+    }
+}
