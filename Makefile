@@ -13,7 +13,7 @@ NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 DISCOVERY ?= docker
 ONCE ?=
 
-.PHONY: help setup build test lint demo figures shell clean
+.PHONY: help setup build test lint demo figures shell dist clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -48,6 +48,19 @@ figures: build ## figures of a release build: sizes, memory, how soon a change i
 
 shell: build ## a shell in a Docker host of its own
 	target/debug/testbed shell
+
+DIST := target/dist
+COMMANDS = $(shell target/release/embassy --help | sed -n '/^Commands:/,/^$$/s/^  \([a-z]*\) .*/\1/p')
+
+dist: setup ## a release build with manual pages and completions, in target/dist
+	cargo build --release --bin embassy
+	mkdir -p $(DIST)/man $(DIST)/completions
+	cp target/release/embassy $(DIST)/
+	target/release/embassy man >$(DIST)/man/embassy.1
+	for command in $(COMMANDS); do target/release/embassy man $$command >$(DIST)/man/embassy-$$command.1 || exit 1; done
+	target/release/embassy completions bash >$(DIST)/completions/embassy.bash
+	target/release/embassy completions zsh >$(DIST)/completions/_embassy
+	target/release/embassy completions fish >$(DIST)/completions/embassy.fish
 
 clean: ## removes what was built and fetched, and what killed hosts left
 	@if [ -x target/debug/testbed ]; then target/debug/testbed sweep; fi

@@ -17,7 +17,11 @@ use crate::{
     config::{CaptureMode, Config, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
     limits,
-    provider::{Lookup, Provider, docker::DockerProvider, fixed},
+    provider::{
+        Lookup, Provider,
+        docker::DockerProvider,
+        fixed::{self, InterfaceError},
+    },
     proxy::{self, Destinations, Proxy},
     readiness::Readiness,
     report::{Refused, Report},
@@ -45,14 +49,7 @@ impl App {
             listing: readiness.wait_for("listing"),
             answers: readiness.wait_for("discovery"),
         };
-        let redirect = config.capture == CaptureMode::Redirect;
-        let servers = if redirect {
-            let asked = config.discoveries.servers().into_iter().chain(config.docker.server());
-            resolve(asked).await
-        } else {
-            Vec::new()
-        };
-        let own = if redirect { fixed::addresses(&config.interface)? } else { Vec::new() };
+        let rules = rules(&config).await?;
         let max_connections = limits::raise_descriptors(config.max_connections);
         if config.notrack {
             warn!("--notrack is not in effect yet: connections to endpoints are tracked");
@@ -60,30 +57,8 @@ impl App {
         capture::conntrack::apply(&config.conntrack);
 
         let lookup = Lookup::default();
-        let bell = Arc::<Notify>::default();
-        let provider = match &config.provider {
-            ProviderChoice::Docker => {
-                let docker = DockerProvider::new(
-                    config.docker.clone(),
-                    config.prefix.clone(),
-                    lookup.clone(),
-                );
-                Provider::Docker(Box::new(docker))
-            }
-            ProviderChoice::Static(services) => {
-                Provider::Static(fixed::listing(&config.interface, services)?)
-            }
-        };
-        let listing = provider.start(config.resync, bell.clone());
         let refused = Arc::<Refused>::default();
-        let settings = Settings {
-            vips: config.vips.clone(),
-            balance: config.balance,
-            empty_hold: config.empty_hold,
-            resync: config.resync,
-        };
-        let report = Report::new(refused.clone());
-        let control = Control::new(settings, config.discoveries, listing, bell, waiting, report);
+        let control = learn(&config, &lookup, refused.clone(), waiting)?;
         let (tables, sources) = (control.tables(), control.sources());
 
         let proxy = proxy::Settings {
@@ -91,11 +66,13 @@ impl App {
             workers: std::thread::available_parallelism().map_or(1, usize::from),
             destinations: match config.capture {
                 CaptureMode::None => Destinations::Any,
-                CaptureMode::Dnat | CaptureMode::Redirect => Destinations::VipsAnd(own.clone()),
+                CaptureMode::Dnat | CaptureMode::Redirect => {
+                    Destinations::VipsAnd(rules.own.clone())
+                }
             },
             max_connections,
             max_connections_per_consumer: config.max_connections_per_consumer,
-            mark: redirect.then_some(rules::MARK),
+            mark: rules.redirect.then_some(rules::MARK),
             splice: true,
             hold: config.hold,
             lookup,
@@ -137,15 +114,7 @@ impl App {
         let capture = match capturing {
             Some((counts, ready)) => {
                 capture::cleanup().await;
-                let settings = rules::Settings {
-                    redirect,
-                    scope: config.capture_scope,
-                    port: config.port.get(),
-                    own,
-                    servers,
-                    hold: !config.hold.is_zero(),
-                };
-                Some(Capture::start(config.firewall, settings, tables, counts, ready))
+                Some(Capture::start(config.firewall, rules, tables, counts, ready))
             }
             None => None,
         };
@@ -194,6 +163,49 @@ impl App {
         drop(self.admin);
         self.proxy.end().await.context("the data path")
     }
+}
+
+/// What makes tables of what the provider and the discoveries say, not yet running: the half of embassy that touches
+/// nothing. To be called within a runtime.
+pub(crate) fn learn(
+    config: &Config,
+    lookup: &Lookup,
+    refused: Arc<Refused>,
+    waiting: Waiting,
+) -> Result<Control, InterfaceError> {
+    let provider = match &config.provider {
+        ProviderChoice::Docker => {
+            let (engine, prefix) = (config.docker.clone(), config.prefix.clone());
+            Provider::Docker(Box::new(DockerProvider::new(engine, prefix, lookup.clone())))
+        }
+        ProviderChoice::Static(services) => {
+            Provider::Static(fixed::listing(&config.interface, services)?)
+        }
+    };
+    let bell = Arc::<Notify>::default();
+    let listing = provider.start(config.resync, bell.clone());
+    let settings = Settings {
+        vips: config.vips.clone(),
+        balance: config.balance,
+        empty_hold: config.empty_hold,
+        resync: config.resync,
+    };
+    let discoveries = config.discoveries.clone();
+    Ok(Control::new(settings, discoveries, listing, bell, waiting, Report::new(refused)))
+}
+
+/// What the rules depend on, besides the table.
+pub(crate) async fn rules(config: &Config) -> Result<rules::Settings, InterfaceError> {
+    let redirect = config.capture == CaptureMode::Redirect;
+    let servers = config.discoveries.servers().into_iter().chain(config.docker.server());
+    Ok(rules::Settings {
+        redirect,
+        scope: config.capture_scope,
+        port: config.port.get(),
+        own: if redirect { fixed::addresses(&config.interface)? } else { Vec::new() },
+        servers: if redirect { resolve(servers).await } else { Vec::new() },
+        hold: !config.hold.is_zero(),
+    })
 }
 
 /// The addresses of servers that are named `host:port`. One that has none now is reported, and passed over.

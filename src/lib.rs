@@ -20,3 +20,4 @@ pub mod admin;
 pub mod log;
 pub mod limits;
 pub mod app;
+pub mod cli;

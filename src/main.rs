@@ -1,29 +1,22 @@
-//! embassy: words become a Config, a Config an App. No logic here.
+//! embassy: words become a command, or a Config and an App. No logic here.
 
-use std::{env, io::Write, process::ExitCode};
+use std::{env, process::ExitCode};
 
 use anyhow::{Context, Result};
-use embassy::{
-    app::App,
-    config::{Config, Stop},
-    log,
-};
+use embassy::{app::App, cli, config::Config, log};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
 fn main() -> ExitCode {
     let words = env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
-    let config = match Config::parse(words, &|name| env::var(name).ok()) {
+    let words: Vec<_> = words.collect();
+    let variable = |name: &str| env::var(name).ok();
+    if let Some(code) = cli::run(&words, &variable) {
+        return code;
+    }
+    let config = match Config::parse(words, &variable) {
         Ok(config) => config,
-        Err(Stop::Print(text)) => {
-            // Whoever closed the pipe has seen enough.
-            let _ = write!(std::io::stdout(), "{text}");
-            return ExitCode::SUCCESS;
-        }
-        Err(Stop::Usage(error)) => {
-            eprintln!("embassy: {error}");
-            return ExitCode::from(2);
-        }
+        Err(stop) => return cli::told(&stop),
     };
     let _log = match log::start(config.log_format, config.verbosity, config.log_filter.as_deref()) {
         Ok(guard) => guard,

@@ -8,15 +8,21 @@ use crate::config::Conntrack;
 
 /// Makes the settings that were asked for. One that cannot be made is reported, and embassy works without it.
 pub fn apply(settings: &Conntrack) {
-    for (value, path) in [
-        (settings.max_connections, "/proc/sys/net/netfilter/nf_conntrack_max"),
-        (settings.timeout, "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait"),
-        (settings.hashsize, "/sys/module/nf_conntrack/parameters/hashsize"),
-    ] {
-        let Some(value) = value else { continue };
+    for (path, value) in asked(settings) {
         match fs::write(Path::new(path), value.to_string()) {
             Ok(()) => info!(path, value, "set"),
             Err(error) => warn!(path, value, %error, "cannot set"),
         }
     }
+}
+
+/// The files of the kernel that are to hold another value.
+pub fn asked(settings: &Conntrack) -> impl Iterator<Item = (&'static str, u32)> {
+    [
+        ("/proc/sys/net/netfilter/nf_conntrack_max", settings.max_connections),
+        ("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait", settings.timeout),
+        ("/sys/module/nf_conntrack/parameters/hashsize", settings.hashsize),
+    ]
+    .into_iter()
+    .filter_map(|(path, value)| Some((path, value?)))
 }

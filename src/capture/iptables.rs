@@ -6,6 +6,7 @@ use std::{
 };
 
 use super::{
+    Script,
     program::{Program, ProgramError},
     rules::{MARK, Rules},
 };
@@ -25,6 +26,9 @@ struct Hook {
 
 /// The comment by which the original program's startup script marked its rules.
 const ANCESTOR: &str = "embassy_redirection";
+
+/// Adds to what is there, in one transaction.
+const RESTORE: [&str; 2] = ["--wait=5", "--noflush"];
 
 /// One address family's programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +59,21 @@ pub(super) async fn apply(rules: &Rules) -> Result<(), ProgramError> {
         family.write(&script(rules, family.v6, &lines)).await?;
     }
     Ok(())
+}
+
+/// What [`apply`] would do, were nothing of ours there.
+pub(super) async fn plan(rules: &Rules) -> Result<Vec<Script>, ProgramError> {
+    let mut scripts = Vec::new();
+    for family in FAMILIES.into_iter().filter(|family| !family.v6 || uses_v6(rules)) {
+        let lines = family.nat().await?;
+        let others = lines.lines().filter(|line| !is_jump(line) && !is_ancestors(line));
+        let others = others.collect::<Vec<_>>().join("\n");
+        scripts.push(Script {
+            command: format!("{} {}", family.restore.0, RESTORE.join(" ")),
+            text: script(rules, family.v6, &others),
+        });
+    }
+    Ok(scripts)
 }
 
 /// Our rules as the kernel has them, and whether each jump comes first; `None` where there is nothing of ours.
@@ -103,7 +122,7 @@ impl Family {
     }
 
     async fn write(self, script: &str) -> Result<(), ProgramError> {
-        self.restore.run(&["--wait=5", "--noflush"], script).await.map(drop)
+        self.restore.run(&RESTORE, script).await.map(drop)
     }
 }
 

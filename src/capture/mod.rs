@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde::Serialize;
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
@@ -87,16 +88,49 @@ impl Firewall {
 /// Takes away what an earlier run left, whichever backend it used, and what the original program left. A backend that is
 /// not installed has left nothing; every other error is reported, and the rest still done.
 pub async fn cleanup() {
-    for (firewall, removed) in
-        [(Firewall::Nft, nft::remove().await), (Firewall::Iptables, iptables::remove().await)]
-    {
+    for (firewall, removed) in remove().await {
         match removed {
             Ok(true) => info!(%firewall, "removed our rules"),
             Ok(false) => {}
-            Err(error) if error.is_missing() => debug!(%error, "nothing to remove"),
             Err(error) => warn!(%firewall, %error, "cannot remove our rules"),
         }
     }
+}
+
+/// The same, for who wants to know: whether there was anything of either backend.
+pub async fn remove() -> [(Firewall, Result<bool, ProgramError>); 2] {
+    let none_if_missing = |removed: Result<bool, ProgramError>| match removed {
+        Err(error) if error.is_missing() => {
+            debug!(%error, "nothing to remove");
+            Ok(false)
+        }
+        removed => removed,
+    };
+    [
+        (Firewall::Nft, none_if_missing(nft::remove().await)),
+        (Firewall::Iptables, none_if_missing(iptables::remove().await)),
+    ]
+}
+
+/// What a program would be given on its standard input.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Script {
+    /// The program and its arguments.
+    pub command: String,
+    pub text: String,
+}
+
+/// What would be written by a start now, where nothing of ours stands. It only reads.
+pub async fn plan(
+    choice: FirewallChoice,
+    rules: &Rules,
+) -> Result<(Firewall, Vec<Script>), ProgramError> {
+    let firewall = Firewall::choose(choice).await?;
+    let scripts = match firewall {
+        Firewall::Nft => vec![nft::plan(rules)],
+        Firewall::Iptables => iptables::plan(rules).await?,
+    };
+    Ok((firewall, scripts))
 }
 
 /// What the capture did, for the metrics.

@@ -6,6 +6,7 @@ use std::{
 };
 
 use super::{
+    Script,
     program::{Program, ProgramError},
     rules::{MARK, NAME, Rules},
 };
@@ -22,6 +23,11 @@ const FAMILIES: [(&str, u8); 2] = [("ip", 4), ("ip6", 6)];
 /// Puts `rules` in place of whatever the table held.
 pub(super) async fn apply(rules: &Rules) -> Result<(), ProgramError> {
     NFT.run(&["-f", "-"], &script(rules)).await.map(drop)
+}
+
+/// What [`apply`] would do.
+pub(super) fn plan(rules: &Rules) -> Script {
+    Script { command: "nft -f -".to_owned(), text: script(rules) }
 }
 
 /// The table as the kernel has it; `None` where there is none.

@@ -1,9 +1,9 @@
 //! The command line and the environment: as typed (`Args`) they become as meant (`Config`) once, here.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{error::Error, fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{
-    Arg, ArgAction, CommandFactory, FromArgMatches, ValueEnum,
+    Arg, ArgAction, Command, CommandFactory, FromArgMatches, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
 
@@ -13,7 +13,8 @@ use crate::{
     docker::Engine,
     model::{Port, Vip},
 };
-use args::Args;
+pub(crate) use args::Args;
+pub(crate) use words::words;
 
 mod args;
 mod read;
@@ -161,7 +162,9 @@ pub struct Conntrack {
 /// Why there is no `Config`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stop {
-    /// The text that `--help` or `--version` asked for: to stdout, exit 0.
+    /// The proxy's `--help` was asked for, which names the commands too.
+    Help,
+    /// The text that was asked for: to stdout, exit 0.
     Print(String),
     /// To stderr, exit 2.
     Usage(UsageError),
@@ -173,7 +176,7 @@ pub enum Stop {
 pub struct UsageError(String);
 
 impl UsageError {
-    fn new(line: impl fmt::Display) -> Self {
+    pub(crate) fn new(line: impl fmt::Display) -> Self {
         Self(line.to_string())
     }
 }
@@ -191,21 +194,34 @@ impl Config {
         words: impl IntoIterator<Item = String>,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Self, Stop> {
-        let help = Arg::new("help").short('h').long("help").action(ArgAction::HelpLong);
-        let mut command = Args::command().disable_help_flag(true).arg(help.help("Print this help"));
+        let mut command = Self::flags();
         command.build();
-        let words = words::words(words, &command);
+        let words = self::words(words, &command);
         let args = command
             .no_binary_name(true)
             .try_get_matches_from(words)
             .and_then(|matches| Args::from_arg_matches(&matches))
-            .map_err(stop)?;
-        Ok(read::config(args, &read::Environment(env))?)
+            .map_err(|error| match error.kind() {
+                ErrorKind::DisplayHelp => Stop::Help,
+                _ => stop(error),
+            })?;
+        Ok(Self::of(args, env)?)
+    }
+
+    /// From words that were read already.
+    pub(crate) fn of(args: Args, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, UsageError> {
+        read::config(args, &read::Environment(env))
+    }
+
+    /// The flags of the proxy, as clap has them.
+    pub(crate) fn flags() -> Command {
+        let help = Arg::new("help").short('h').long("help").action(ArgAction::HelpLong);
+        Args::command().disable_help_flag(true).arg(help.help("Print this help"))
     }
 }
 
 /// What clap has to say, on one line where it is a complaint.
-fn stop(error: clap::Error) -> Stop {
+pub(crate) fn stop(error: clap::Error) -> Stop {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),
         Some(ContextValue::Strings(texts)) => texts.first().map(String::as_str),
@@ -225,6 +241,15 @@ fn stop(error: clap::Error) -> Stop {
         }
         ErrorKind::UnknownArgument => {
             format!("{word:?}: expected a flag; --help lists them all")
+        }
+        ErrorKind::MissingRequiredArgument => format!("{word}: missing; --help says what it is"),
+        ErrorKind::InvalidValue | ErrorKind::ValueValidation => {
+            let value = context(ContextKind::InvalidValue).unwrap_or_default();
+            let expected = match error.get(ContextKind::ValidValue) {
+                Some(ContextValue::Strings(values)) => values::list(values),
+                _ => error.source().map(|source| source.to_string()).unwrap_or_default(),
+            };
+            format!("{word} {value:?}: expected {expected}")
         }
         // `--help=x` and the like.
         _ => format!("{}: expected no value", word.escape_debug()),

@@ -477,11 +477,7 @@ b'",
 #[test]
 fn help_and_version_are_printed() {
     for line in ["--help", "-help", "-h", "-p 1 -h"] {
-        let Err(Stop::Print(text)) = parse_with(line, &[]) else { panic!("{line}") };
-        for part in ["-p, --port <PORT>", "--filter[=<BOOL>]", "Capture:", "CONSUL_HTTP_TOKEN"] {
-            assert!(text.contains(part), "{part} is not in:\n{text}");
-        }
-        assert!(!text.contains("logtostderr"), "{text}");
+        assert_eq!(parse_with(line, &[]).unwrap_err(), Stop::Help, "{line}");
     }
     for line in ["--version", "-version", "-V"] {
         let version = format!("embassy {}\n", env!("CARGO_PKG_VERSION"));

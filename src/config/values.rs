@@ -125,7 +125,11 @@ pub(super) fn one_of<T: ValueEnum>(text: &str) -> Option<T> {
 /// `a`, `a or b`, `a, b or c`: what `one_of` takes.
 pub(super) fn names<T: ValueEnum>() -> String {
     let values = T::value_variants().iter().filter_map(ValueEnum::to_possible_value);
-    let names: Vec<_> = values.map(|value| value.get_name().to_owned()).collect();
+    list(&values.map(|value| value.get_name().to_owned()).collect::<Vec<_>>())
+}
+
+/// `a`, `a or b`, `a, b or c`.
+pub(super) fn list(names: &[String]) -> String {
     match names.split_last() {
         Some((last, others)) if !others.is_empty() => format!("{} or {last}", others.join(", ")),
         _ => names.concat(),

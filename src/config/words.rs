@@ -8,7 +8,7 @@ use clap::{Arg, Command};
 /// flag takes the next word, whatever that looks like; `--` ends the flags. A flag at the end that misses its value
 /// becomes `--flag=`, so that its reader says what it takes. Words that `command` does not know pass unchanged, with two
 /// dashes, and are left for clap to refuse.
-pub(super) fn words(typed: impl IntoIterator<Item = String>, command: &Command) -> Vec<String> {
+pub(crate) fn words(typed: impl IntoIterator<Item = String>, command: &Command) -> Vec<String> {
     let mut typed = typed.into_iter();
     let mut words = Vec::new();
     while let Some(word) = typed.next() {

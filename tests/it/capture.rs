@@ -8,8 +8,8 @@ use crate::{
     support::{ETCD, counts, ends, metric, offer_at, reaches, says, web},
 };
 
-const NFT: &str = "--firewall=nft";
-const IPTABLES: &str = "--firewall=iptables";
+pub(crate) const NFT: &str = "--firewall=nft";
+pub(crate) const IPTABLES: &str = "--firewall=iptables";
 
 #[test]
 fn dnat_by_nft() -> Result<()> {
@@ -285,7 +285,7 @@ fn nothing_is_captured_before_the_first_listing() -> Result<()> {
 }
 
 /// Rules and tables of others, in all the places where ours are.
-fn strangers_rules(host: &Host) -> Result<()> {
+pub(crate) fn strangers_rules(host: &Host) -> Result<()> {
     let script = "
         nft add table inet stranger
         nft add chain inet stranger pre '{ type nat hook prerouting priority -105; policy accept; }'
@@ -301,7 +301,7 @@ fn strangers_rules(host: &Host) -> Result<()> {
 }
 
 /// Every rule of the host, without counters and the moment when it was listed.
-fn rules(host: &Host) -> Result<String> {
+pub(crate) fn rules(host: &Host) -> Result<String> {
     let list = |words: &[&str]| host.run(words[0], &words[1..]);
     let nft = list(&["nft", "-s", "list", "ruleset"])?;
     let saved = [list(&["iptables-save"])?, list(&["ip6tables-save"])?].join("\n");
@@ -311,7 +311,7 @@ fn rules(host: &Host) -> Result<String> {
 }
 
 /// Our own rules alone.
-fn ours(host: &Host, firewall: &str) -> Result<String> {
+pub(crate) fn ours(host: &Host, firewall: &str) -> Result<String> {
     if firewall == NFT {
         return host.run("nft", ["-s", "list", "table", "inet", "embassy"]);
     }

@@ -38,6 +38,30 @@ fn a_wrong_command_line_is_one_line_and_exit_2() -> Result<()> {
 }
 
 #[test]
+fn a_shell_reads_the_completions_and_man_the_manual() -> Result<()> {
+    for (words, part) in [
+        (&["completions", "bash"][..], "complete -F _embassy"),
+        (&["completions", "zsh"], "#compdef embassy"),
+        (&["completions", "fish"], "complete -c embassy"),
+        (&["man"], ".SH SUBCOMMANDS"),
+        (&["man", "plan"], ".TH embassy-plan 1"),
+        (&["help", "plan"], "Usage: embassy plan [OPTIONS] [FLAGS OF THE PROXY]"),
+        (&["cleanup", "--help"], "Usage: embassy cleanup [OPTIONS]"),
+    ] {
+        let output = embassy(words, &[])?;
+        assert_eq!(output.status.code(), Some(0), "{words:?}");
+        let text = String::from_utf8(output.stdout)?;
+        assert!(text.contains(part), "{words:?}: {text}");
+    }
+    // A syntax error would be told here.
+    let bash = "source <(\"$0\" completions bash) && complete -p embassy";
+    let output = Command::new("bash").args(["-c", bash, env!("CARGO_BIN_EXE_embassy")]).output()?;
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(output.stderr, b"");
+    Ok(())
+}
+
+#[test]
 fn help_and_version_go_to_stdout() -> Result<()> {
     for (word, beginning) in [
         ("-help", "Connects the containers of this host to the services they ask for."),

@@ -1,6 +1,7 @@
 mod announce;
 mod capture;
 mod command_line;
+mod commands;
 mod consumers;
 mod data_path;
 mod discovery_dns;

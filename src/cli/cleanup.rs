@@ -1,0 +1,62 @@
+//! `embassy cleanup`: nothing of ours is left in the firewall.
+
+use std::fmt::Write;
+
+use anyhow::{Result, bail};
+use serde::Serialize;
+
+use super::{Answer, running};
+use crate::capture;
+
+/// Remove what an embassy that was killed has left in the firewall
+#[derive(Debug, clap::Args)]
+pub(super) struct Cleanup {
+    /// Even while an embassy runs here: it puts its rules back within seconds
+    #[arg(long)]
+    force: bool,
+
+    /// For machines
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Default, Serialize)]
+struct Done {
+    /// The backends of which something was removed.
+    removed: Vec<String>,
+    errors: Vec<String>,
+}
+
+impl Cleanup {
+    pub(super) async fn run(self) -> Result<Answer> {
+        if let Some(proxy) = running::proxies().first().filter(|_| !self.force) {
+            let pid = proxy.pid;
+            bail!(
+                "an embassy runs here, process {pid}, and removes its rules itself when it ends: stop it, or say --force"
+            );
+        }
+        let mut done = Done::default();
+        for (firewall, removed) in capture::remove().await {
+            match removed {
+                Ok(true) => done.removed.push(firewall.to_string()),
+                Ok(false) => {}
+                Err(error) => done.errors.push(format!("{firewall}: {error}")),
+            }
+        }
+        let clean = done.errors.is_empty();
+        if self.json {
+            return Answer::json(&done, clean);
+        }
+        let mut text = String::new();
+        for firewall in &done.removed {
+            let _ = writeln!(text, "removed our rules of {firewall}");
+        }
+        for error in &done.errors {
+            let _ = writeln!(text, "cannot remove our rules: {error}");
+        }
+        if text.is_empty() {
+            text.push_str("nothing of ours is there\n");
+        }
+        Ok(Answer::new(text, clean))
+    }
+}

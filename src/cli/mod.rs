@@ -1,0 +1,230 @@
+//! The commands of the one binary, for the people who run it: each looks at the embassy that runs, or at the host.
+//!
+//! A command is recognised as the first word only, so that every command line of the proxy means what it always meant.
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Command as Clap, FromArgMatches, Subcommand};
+
+use crate::config::{self, Config, Stop};
+
+mod cleanup;
+mod completions;
+
+mod plan;
+mod running;
+mod table;
+
+/// What a command answers.
+#[derive(Debug)]
+struct Answer {
+    /// To stdout.
+    text: String,
+    /// Whether what was asked is so: else exit 1.
+    yes: bool,
+}
+
+impl Answer {
+    fn yes(text: String) -> Self {
+        Self { text, yes: true }
+    }
+
+    fn new(text: String, yes: bool) -> Self {
+        Self { text, yes }
+    }
+
+    /// The same for a machine.
+    fn json(value: &impl serde::Serialize, yes: bool) -> anyhow::Result<Self> {
+        let text = serde_json::to_string_pretty(value).context("as JSON")?;
+        Ok(Self { text: text + "\n", yes })
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Plan(Box<plan::Plan>),
+    Cleanup(cleanup::Cleanup),
+    Completions(completions::Completions),
+    Man(completions::Man),
+}
+
+/// Those that take the flags of the proxy, too many to list them once more.
+const WITH_FLAGS: [&str; 1] = ["plan"];
+
+/// Runs the command that `words`, those behind the program's name, begin with. `None` where they begin with none: then
+/// they are the proxy's.
+pub fn run(words: &[String], env: &dyn Fn(&str) -> Option<String>) -> Option<ExitCode> {
+    let (name, rest) = words.split_first()?;
+    let command = match name.as_str() {
+        "help" => Err(Stop::Print(help_of(rest.first().map(String::as_str)))),
+        name => parse(name, commands().find_subcommand(name)?, rest),
+    };
+    let stop = match command {
+        Ok(command) => return Some(finish(command.run(env))),
+        Err(stop) => stop,
+    };
+    Some(told(&stop))
+}
+
+/// Says why nothing is run, and where that belongs.
+pub fn told(stop: &Stop) -> ExitCode {
+    match stop {
+        Stop::Help => print(&help()),
+        Stop::Print(text) => print(text),
+        Stop::Usage(error) => {
+            eprintln!("embassy: {error}");
+            return ExitCode::from(2);
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// The help of the proxy, which lists the commands too.
+pub fn help() -> String {
+    command().render_long_help().to_string()
+}
+
+/// Everything that the binary takes, for its help, its completions and its manual.
+fn command() -> Clap {
+    let mut command = Command::augment_subcommands(Config::flags()).disable_help_subcommand(true);
+    command.build();
+    command
+}
+
+/// The commands alone, as their words are read.
+fn commands() -> Clap {
+    let flags: Vec<_> = Config::flags().get_arguments().map(|arg| arg.get_id().clone()).collect();
+    let mut commands = Command::augment_subcommands(Clap::new("embassy").bin_name("embassy"))
+        .disable_help_subcommand(true)
+        .no_binary_name(true);
+    for name in WITH_FLAGS {
+        commands = commands.mut_subcommand(name, |command| {
+            command
+                .mut_args(|arg| if flags.contains(arg.get_id()) { arg.hide(true) } else { arg })
+                .override_usage(format!("embassy {name} [OPTIONS] [FLAGS OF THE PROXY]"))
+                .after_help("The flags of the proxy are those that `embassy --help` lists.")
+        });
+    }
+    commands.build();
+    commands
+}
+
+fn help_of(name: Option<&str>) -> String {
+    let mut commands = commands();
+    match name.and_then(|name| commands.find_subcommand_mut(name)) {
+        Some(command) => command.render_long_help().to_string(),
+        None => help(),
+    }
+}
+
+fn parse(name: &str, command: &Clap, rest: &[String]) -> Result<Command, Stop> {
+    let rest = config::words(rest.iter().cloned(), command);
+    let words = std::iter::once(name.to_owned()).chain(rest);
+    commands()
+        .try_get_matches_from(words)
+        .and_then(|matches| Command::from_arg_matches(&matches))
+        .map_err(config::stop)
+}
+
+impl Command {
+    fn run(self, env: &dyn Fn(&str) -> Option<String>) -> Result<anyhow::Result<Answer>, Stop> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = match runtime.context("a runtime") {
+            Ok(runtime) => runtime,
+            Err(error) => return Ok(Err(error)),
+        };
+        Ok(match self {
+            Self::Plan(plan) => {
+                let config = plan.config(env)?;
+                runtime.block_on(plan.run(config))
+            }
+            Self::Cleanup(cleanup) => runtime.block_on(cleanup.run()),
+            Self::Completions(completions) => completions.run(),
+            Self::Man(man) => man.run(),
+        })
+    }
+}
+
+fn finish(answer: Result<anyhow::Result<Answer>, Stop>) -> ExitCode {
+    match answer {
+        Err(stop) => told(&stop),
+        Ok(Ok(Answer { text, yes })) => {
+            print(&text);
+            if yes { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Ok(Err(error)) => {
+            eprintln!("embassy: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(text: &str) {
+    use std::io::Write;
+    // Whoever closed the pipe has seen enough.
+    let _ = write!(std::io::stdout(), "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Result<Command, String> {
+        let words: Vec<_> = line.split(' ').map(str::to_owned).collect();
+        let commands = commands();
+        let command = commands.find_subcommand(&words[0]).unwrap();
+        parse(&words[0], command, &words[1..]).map_err(|stop| match stop {
+            Stop::Usage(error) => error.to_string(),
+            other => panic!("{other:?}"),
+        })
+    }
+
+    #[test]
+    fn help_lists_every_command_and_every_flag() {
+        let help = help();
+        for part in ["-p, --port <PORT>", "--filter[=<BOOL>]", "Capture:", "CONSUL_HTTP_TOKEN"] {
+            assert!(help.contains(part), "{part} is not in:\n{help}");
+        }
+        for command in commands().get_subcommands() {
+            assert!(help.contains(&format!("  {} ", command.get_name())), "{help}");
+        }
+        assert!(!help.contains("logtostderr"), "{help}");
+    }
+
+    #[test]
+    fn a_command_has_a_help_of_its_own_without_the_flags_of_the_proxy() {
+        let help = help_of(Some("plan"));
+        assert!(help.contains("--json") && !help.contains("--empty-hold"), "{help}");
+    }
+
+    #[test]
+    fn the_flags_of_the_proxy_mean_the_same_behind_a_command() {
+        for line in ["plan --json -port 1 --dnat", "plan -json -p=1 -dnat=true"] {
+            let Ok(Command::Plan(plan)) = parsed(line) else { panic!("{line}") };
+            let config = plan.config(&|_| None).unwrap();
+            assert_eq!(config.port.get(), 1, "{line}");
+            assert_eq!(config.capture, config::CaptureMode::Dnat, "{line}");
+        }
+    }
+
+    #[test]
+    fn what_a_command_does_not_take_is_one_line() {
+        for (line, expected) in [
+            ("cleanup --port=1", "--port: unknown flag; --help lists them all"),
+            ("plan words", "\"words\": expected a flag; --help lists them all"),
+            ("completions", "<SHELL>: missing; --help says what it is"),
+            ("completions tcsh", "<SHELL> \"tcsh\": expected bash, zsh or fish"),
+        ] {
+            assert_eq!(parsed(line).unwrap_err(), expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_proxys_words_are_no_command() {
+        for line in ["", "--dnat", "--dnat plan", "plans", "-h"] {
+            let words: Vec<_> = line.split(' ').map(str::to_owned).collect();
+            assert!(run(&words, &|_| None).is_none(), "{line}");
+        }
+    }
+}

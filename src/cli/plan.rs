@@ -1,0 +1,237 @@
+//! `embassy plan`: which rules and routes a start with these flags would bring, without touching anything.
+
+use std::{
+    fmt::Write,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow};
+use serde::Serialize;
+use tokio::{sync::watch, time::timeout};
+
+use super::{Answer, table::Table as Columns, table::printable};
+use crate::{
+    app,
+    capture::{self, Script, conntrack, rules::Rules},
+    config::{Args, CaptureMode, Config, UsageError},
+    control::{Sources, Waiting},
+    discovery::{Endpoints, Query},
+    provider::Lookup,
+    readiness::Readiness,
+    source::Known,
+    table::{Route, Table},
+};
+
+/// Show exactly which rules and routes would be installed with these flags, without touching anything
+#[derive(Debug, clap::Args)]
+pub(super) struct Plan {
+    /// For machines
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    flags: Args,
+}
+
+/// How long the sources may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What would be.
+#[derive(Debug, Serialize)]
+struct Shown {
+    /// `dnat`, `redirect`, or `none`: no rules.
+    capture: &'static str,
+    /// `nft` or `iptables`, where rules would be installed.
+    firewall: Option<String>,
+    vips: Vec<String>,
+    routes: Vec<Planned>,
+    /// What was declared and has no route.
+    skipped: Vec<Skipped>,
+    /// Files of the kernel's connection tracking that would be written.
+    settings: Vec<Setting>,
+    /// What would be given to the firewall's programs, in order.
+    scripts: Vec<Script>,
+}
+
+#[derive(Debug, Serialize)]
+struct Planned {
+    consumer: String,
+    consumer_id: String,
+    source: String,
+    port: u16,
+    origin: String,
+    service: String,
+    endpoints: Vec<String>,
+    /// Why the discovery does not answer.
+    error: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Skipped {
+    consumer: String,
+    origin: String,
+    reason: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Setting {
+    path: &'static str,
+    value: u32,
+}
+
+impl Plan {
+    pub(super) fn config(
+        &self,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Config, UsageError> {
+        Config::of(self.flags.clone(), env)
+    }
+
+    pub(super) async fn run(self: Box<Self>, config: Config) -> Result<Answer> {
+        let rules = app::rules(&config).await?;
+        let (table, sources) = learned(&config).await?;
+        let (firewall, scripts) = match config.capture {
+            CaptureMode::None => (None, Vec::new()),
+            CaptureMode::Dnat | CaptureMode::Redirect => {
+                let rules = Rules::of(&table, &rules);
+                let plan = capture::plan(config.firewall, &rules).await;
+                let (firewall, scripts) = plan.context("no firewall can be written")?;
+                (Some(firewall.to_string()), scripts)
+            }
+        };
+        let settings = conntrack::asked(&config.conntrack);
+        let shown = Shown {
+            capture: match config.capture {
+                CaptureMode::None => "none",
+                CaptureMode::Dnat => "dnat",
+                CaptureMode::Redirect => "redirect",
+            },
+            firewall,
+            vips: table.vips().iter().map(ToString::to_string).collect(),
+            routes: routes(&table, &sources),
+            skipped: skipped(&table, &sources),
+            settings: settings.map(|(path, value)| Setting { path, value }).collect(),
+            scripts,
+        };
+        if self.json { Answer::json(&shown, true) } else { Ok(Answer::yes(shown.text())) }
+    }
+}
+
+/// The first table that knows what every source said. An error where the provider says nothing.
+async fn learned(config: &Config) -> Result<(Arc<Table>, Sources)> {
+    let readiness = Readiness::default();
+    let waiting = Waiting {
+        listing: readiness.wait_for("listing"),
+        answers: readiness.wait_for("discovery"),
+    };
+    let control = app::learn(config, &Lookup::default(), Arc::default(), waiting)?;
+    let (mut tables, mut sources) = (control.tables(), control.sources());
+    let task = tokio::spawn(control.run());
+    let end = Instant::now() + PATIENCE;
+    // What does not answer in time is told as such.
+    let _ = timeout(PATIENCE, tables.wait_for(|table| table.version > 0)).await;
+    let _ = timeout(end.saturating_duration_since(Instant::now()), answered(&mut sources)).await;
+    task.abort();
+    let sources = sources.borrow().clone();
+    let provider = sources.provider.borrow().clone();
+    if provider.value.is_none() {
+        let error = provider.error.unwrap_or_else(|| "no answer".into());
+        return Err(anyhow!("who asks for what is not known: {error}"));
+    }
+    let table = tables.borrow().clone();
+    Ok((table, sources))
+}
+
+/// Waits until every query has its answer or its error.
+async fn answered(sources: &mut watch::Receiver<Sources>) {
+    let all = |sources: &Sources| {
+        let said = |known: &Known<Endpoints>| known.value.is_some() || known.error.is_some();
+        sources.queries.iter().all(|(_, answers)| said(&answers.borrow()))
+    };
+    let _ = sources.wait_for(all).await;
+}
+
+fn routes(table: &Table, sources: &Sources) -> Vec<Planned> {
+    let mut routes: Vec<_> = table.routes().collect();
+    routes.sort_by(|a, b| (&a.consumer_name, a.key).cmp(&(&b.consumer_name, b.key)));
+    let error = |query: &Query| {
+        let (_, answers) = sources.queries.iter().find(|(asked, _)| asked == query)?;
+        answers.borrow().error.as_deref().map(str::to_owned)
+    };
+    let planned = |route: &&Arc<Route>| Planned {
+        consumer: route.consumer_name.to_string(),
+        consumer_id: route.consumer.full().to_owned(),
+        source: route.key.source.to_string(),
+        port: route.key.port.get(),
+        origin: route.binding.origin.to_string(),
+        service: route.upstream.query.to_string(),
+        endpoints: {
+            let states = route.upstream.rotation.endpoints().iter();
+            states.map(|state| state.endpoint.to_string()).collect()
+        },
+        error: error(&route.upstream.query),
+    };
+    routes.iter().map(planned).collect()
+}
+
+fn skipped(table: &Table, sources: &Sources) -> Vec<Skipped> {
+    let listing = sources.provider.borrow().value.clone().unwrap_or_default();
+    let problems = listing.problems.iter().map(|problem| Skipped {
+        consumer: problem.consumer.to_string(),
+        origin: problem.origin.to_string(),
+        reason: problem.reason.clone(),
+    });
+    let unrouted = table.unrouted().iter().map(|unrouted| Skipped {
+        consumer: unrouted.consumer_name.to_string(),
+        origin: unrouted.origin.to_string(),
+        reason: unrouted.reason.to_string(),
+    });
+    problems.chain(unrouted).collect()
+}
+
+impl Shown {
+    fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String cannot fail.
+        let _ = self.write(&mut text);
+        text
+    }
+
+    fn write(&self, out: &mut String) -> std::fmt::Result {
+        match self.vips.as_slice() {
+            [] => writeln!(out, "VIPs: none; name one with --proxy-ip")?,
+            vips => writeln!(out, "VIPs: {}", vips.join(" "))?,
+        }
+        let mut routes = Columns::new(&["CONSUMER", "ADDRESS", "PORT>", "SERVICE", "ENDPOINTS"]);
+        for route in &self.routes {
+            let endpoints = match (&route.error, route.endpoints.as_slice()) {
+                (Some(error), []) => format!("not known: {error}"),
+                (None, []) => "none".to_owned(),
+                (_, endpoints) => endpoints.join(" "),
+            };
+            let (port, service) = (route.port.to_string(), route.service.clone());
+            routes.row([route.consumer.clone(), route.source.clone(), port, service, endpoints]);
+        }
+        match routes.is_empty() {
+            true => writeln!(out, "\nNo routes: no container asks for a service.")?,
+            false => write!(out, "\nRoutes\n{routes}")?,
+        }
+        if !self.skipped.is_empty() {
+            writeln!(out, "\nSkipped")?;
+        }
+        for Skipped { consumer, origin, reason } in &self.skipped {
+            writeln!(out, "{}", printable(&format!("{consumer} {origin}: {reason}")))?;
+        }
+        for Setting { path, value } in &self.settings {
+            writeln!(out, "\nWrites {value} to {path}")?;
+        }
+        if self.firewall.is_none() {
+            writeln!(out, "\nNo rules: neither --dnat nor --redirect is given.")?;
+        }
+        for Script { command, text } in &self.scripts {
+            write!(out, "\nRules, as `{command}` would get them\n{text}")?;
+        }
+        Ok(())
+    }
+}

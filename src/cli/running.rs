@@ -1,0 +1,54 @@
+//! Which embassies run in this network namespace, by what the kernel says of its processes.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use super::commands;
+
+/// A running proxy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Proxy {
+    pub(super) pid: u32,
+}
+
+/// The proxies whose processes can be seen: inside a container without `--pid=host` those of the container.
+pub(super) fn proxies() -> Vec<Proxy> {
+    let Ok(own) = namespace(Path::new("/proc/self")) else { return Vec::new() };
+    let commands = commands();
+    let is_proxy = |folder: &Path| {
+        let words = words(folder);
+        program(folder).as_deref() == Some("embassy")
+            && namespace(folder).is_ok_and(|namespace| namespace == own)
+            && words
+                .first()
+                .is_none_or(|word| word != "help" && commands.find_subcommand(word).is_none())
+    };
+    let folders = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = folders.filter_map(|folder| folder.file_name().to_str()?.parse().ok());
+    let others = pids.filter(|pid| *pid != std::process::id());
+    others
+        .filter(|pid| is_proxy(Path::new(&format!("/proc/{pid}"))))
+        .map(|pid| Proxy { pid })
+        .collect()
+}
+
+fn namespace(process: &Path) -> std::io::Result<PathBuf> {
+    fs::read_link(process.join("ns/net"))
+}
+
+/// The name of the file that the process runs; of one that was replaced meanwhile too.
+fn program(process: &Path) -> Option<String> {
+    let path = fs::read_link(process.join("exe")).ok()?;
+    let name = path.file_name()?.to_str()?;
+    Some(name.trim_end_matches(" (deleted)").to_owned())
+}
+
+/// The words behind the program's name.
+fn words(process: &Path) -> Vec<String> {
+    let line = fs::read(process.join("cmdline")).unwrap_or_default();
+    let words =
+        line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+    words.skip(1).filter(|word| !word.is_empty()).collect()
+}
