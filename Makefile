@@ -13,10 +13,10 @@ NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 DISCOVERY ?= docker
 ONCE ?=
 
-.PHONY: help setup build test lint demo figures shell dist clean
+.PHONY: help setup build test lint demo figures bench bench-setup bench-soak shell dist clean
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 setup: ## installs from Debian what tests and demo need; says what and why
 	@testbed/setup.sh
@@ -45,6 +45,17 @@ demo: build ## three endpoints, two consumers and embassy between them; DISCOVER
 figures: build ## figures of a release build: sizes, memory, how soon a change is followed
 	cargo build --release --bin embassy
 	target/debug/testbed shell -- bench/figures.sh
+
+# What the contenders are: HAProxy, nginx and Envoy, in the cache.
+bench-setup: setup
+	@bench/setup.sh
+	cargo build --release --workspace --bins
+
+bench: bench-setup ## embassy side by side with other proxies; ROUNDS=5 SECONDS=2; writes docs/benchmarks.md
+	target/release/bench run
+
+bench-soak: bench-setup ## embassy alone at full rate for MINUTES=10: its memory must not grow
+	target/release/bench soak
 
 shell: build ## a shell in a Docker host of its own
 	target/debug/testbed shell

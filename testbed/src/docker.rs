@@ -112,6 +112,11 @@ impl Host {
         format!("unix://{}", socket(self.space()).display())
     }
 
+    /// The control group that holds the host's containers, each under its ID, in every hierarchy of the machine.
+    pub fn cgroup(&self) -> String {
+        cgroup(self.space())
+    }
+
     /// Makes a user-defined bridge network. `args` go to `docker network create`.
     pub fn network<I: IntoIterator<Item: AsRef<OsStr>>>(
         &self,

@@ -1,0 +1,46 @@
+//! Measures embassy side by side with other proxies: `make bench`. bench/README.md says what is measured, and how.
+
+mod contender;
+mod group;
+mod load;
+mod plot;
+mod report;
+mod run;
+mod serve;
+mod site;
+mod soak;
+mod summary;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+const USAGE: &str = "\
+usage: bench run                 all contenders; ROUNDS and SECONDS are taken from the environment
+       bench soak                embassy alone at full rate, MINUTES long; an error if its memory grows
+the two below run in containers:
+       bench serve               the endpoint
+       bench load KIND TARGET[,TARGET...] CONNECTIONS SECONDS [RATE]
+                                 a client; KIND is connect, request, paced, bulk or idle; prints JSON
+";
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    match run(&words.iter().map(String::as_str).collect::<Vec<_>>()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(words: &[&str]) -> Result<()> {
+    match words {
+        ["run"] => run::run(),
+        ["soak"] => soak::run(),
+        ["serve"] => serve::run(),
+        ["load", rest @ ..] => load::run(rest),
+        _ => bail!("expected one of these\n{USAGE}"),
+    }
+}

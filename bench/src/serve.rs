@@ -1,0 +1,56 @@
+//! The endpoint: answers messages, or sends without end. One thread, so that it costs little beside what is measured.
+
+use std::net::Ipv4Addr;
+
+use anyhow::{Context, Result};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+
+/// Where endpoints listen.
+pub(crate) const PORT: u16 = 7000;
+
+/// Every message and every answer has this size.
+pub(crate) const MESSAGE: usize = 64;
+
+/// The first byte of a message says what is wanted.
+pub(crate) const ANSWER: u8 = b'a';
+/// An answer, and the end of the connection.
+pub(crate) const ANSWER_AND_CLOSE: u8 = b'c';
+/// Bytes until the client is gone.
+pub(crate) const BULK: u8 = b'b';
+
+/// Serves for ever.
+pub(crate) fn run() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    runtime.block_on(async {
+        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)).await;
+        let listener = listener.with_context(|| format!("listen on port {PORT}"))?;
+        loop {
+            // An error here is one connection's: it was reset while it waited.
+            if let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(serve(stream));
+            }
+        }
+    })
+}
+
+/// Until the client ends it, or breaks it.
+async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut message = [0; MESSAGE];
+    loop {
+        stream.read_exact(&mut message).await?;
+        match message[0] {
+            BULK => {
+                let bytes = vec![0; 256 * 1024];
+                loop {
+                    stream.write_all(&bytes).await?;
+                }
+            }
+            ANSWER_AND_CLOSE => return stream.write_all(&message).await,
+            _ => stream.write_all(&message).await?,
+        }
+    }
+}

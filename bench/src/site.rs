@@ -1,0 +1,226 @@
+//! The Docker host that all of it runs on: two clients, two endpoints, and the capture of those who bring none.
+
+use std::{
+    io::{BufRead, BufReader},
+    net::{Ipv4Addr, SocketAddr},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Resource, getrlimit};
+use testbed::{Container, Host, Process};
+
+use crate::{
+    contender::{Contender, VIP},
+    group::Group,
+    load::{BEGIN, Done, Kind},
+    serve,
+};
+
+/// What clients and endpoints run.
+const IMAGE: &str = "bench";
+
+pub(crate) struct Site {
+    pub(crate) host: Host,
+    pub(crate) endpoints: Vec<SocketAddr>,
+    clients: [Container; 2],
+    groups: Vec<Group>,
+}
+
+/// Which of the clients. The second one is the neighbour that disturbs the first.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Client {
+    First,
+    Second,
+}
+
+/// One client's work.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Load {
+    pub(crate) kind: Kind,
+    pub(crate) connections: usize,
+    /// Requests per second, where the kind has a rate.
+    pub(crate) rate: f64,
+}
+
+/// What work cost, and what came of it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Measured {
+    pub(crate) done: Done,
+    /// The contender's processor time.
+    pub(crate) own: Duration,
+    /// That of clients and endpoints too.
+    pub(crate) whole: Duration,
+}
+
+impl Site {
+    pub(crate) fn open(contenders: &[Contender]) -> Result<Self> {
+        let host = Host::start()?;
+        let program = std::env::current_exe().context("find the running program")?;
+        host.image_with(IMAGE, &[program], &[])?;
+        let descriptors = getrlimit(Resource::Nofile).maximum.unwrap_or(1 << 20);
+        let limit = format!("--ulimit=nofile={descriptors}:{descriptors}");
+        let start = |name: &str, words: &[&str]| {
+            let client = host.container(name).image(IMAGE).arg("--entrypoint=").arg(&limit);
+            client
+                .env("BACKEND_BENCH", &format!("bench;{}", Contender::Embassy.port()))
+                .cmd(words.iter().copied())
+                .start()
+        };
+        let servers =
+            [start("endpoint-1", &["bench", "serve"])?, start("endpoint-2", &["bench", "serve"])?];
+        let clients =
+            [start("client-1", &["sleep", "1000000"])?, start("client-2", &["sleep", "1000000"])?];
+        let endpoints = servers
+            .iter()
+            .map(|s| Ok(SocketAddr::from((s.ip()?, serve::PORT))))
+            .collect::<Result<Vec<_>>>()?;
+        let groups =
+            servers.iter().chain(&clients).map(|c| Group::of(&host, c)).collect::<Result<_>>()?;
+        // Thousands of connections a second would fill connection tracking's table, and then nobody gets through.
+        host.run("sysctl", ["-qw", "net.netfilter.nf_conntrack_tcp_timeout_time_wait=1"])?;
+        // Ports of one client to one address run out within seconds otherwise.
+        for client in &clients {
+            let mut command = client.command("sysctl")?;
+            testbed::output(command.args([
+                "-qw",
+                "net.ipv4.tcp_tw_reuse=1",
+                "net.ipv4.ip_local_port_range=1024 65535",
+            ]))?;
+        }
+        host.run("sysctl", ["-qw", "net.ipv4.ip_local_port_range=20000 65535"])?;
+        let site = Self { host, endpoints, clients, groups };
+        site.capture(contenders)?;
+        Ok(site)
+    }
+
+    /// The rules of everybody but embassy, which writes its own: of the same form, and at the same place.
+    fn capture(&self, contenders: &[Contender]) -> Result<()> {
+        let sources = self.clients.iter().map(Container::ip).collect::<Result<Vec<Ipv4Addr>>>()?;
+        let mut rules = String::new();
+        for contender in contenders.iter().filter(|c| c.is_captured()) {
+            let port = contender.port();
+            let declared: Vec<_> =
+                sources.iter().map(|source| format!("{source} . {port}")).collect();
+            let action = match contender {
+                Contender::Dnat => {
+                    let map =
+                        self.endpoints.iter().enumerate().map(|(n, e)| format!("{n} : {}", e.ip()));
+                    let map = map.collect::<Vec<_>>().join(", ");
+                    format!("dnat ip to numgen inc mod {} map {{ {map} }}", self.endpoints.len())
+                }
+                _ => format!("redirect to :{}", contender.listens()),
+            };
+            rules += &format!(
+                "ip daddr {VIP} ip saddr . tcp dport {{ {} }} {action}\n",
+                declared.join(", ")
+            );
+        }
+        let table = format!(
+            "table inet bench {{\nchain prerouting {{\ntype nat hook prerouting priority -110;\n{rules}}}\n\
+             chain postrouting {{\ntype nat hook postrouting priority 110;\nct status dnat ip saddr {VIP}/16 ip daddr {VIP}/16 masquerade\n}}\n}}\n"
+        );
+        let file = self.host.dir().join("bench.nft");
+        std::fs::write(&file, table).context("write the capture rules")?;
+        self.host.run("nft", ["-f", &file.display().to_string()]).map(drop)
+    }
+
+    /// Starts work, and waits until it is under way.
+    pub(crate) fn start(
+        &self,
+        client: Client,
+        load: Load,
+        targets: &[SocketAddr],
+        time: Duration,
+    ) -> Result<Running> {
+        let targets: Vec<_> = targets.iter().map(SocketAddr::to_string).collect();
+        let mut words = vec![
+            "exec".to_owned(),
+            self.clients[client as usize].id().to_owned(),
+            "bench".to_owned(),
+            "load".to_owned(),
+            load.kind.name().to_owned(),
+            targets.join(","),
+            load.connections.to_string(),
+            time.as_secs_f64().to_string(),
+        ];
+        if load.rate > 0.0 {
+            words.push(load.rate.to_string());
+        }
+        Running::start(self.host.docker_command(words))
+    }
+
+    /// Does work, and measures what it takes.
+    pub(crate) fn measure(
+        &self,
+        own: Option<&Group>,
+        load: Load,
+        targets: &[SocketAddr],
+        time: Duration,
+    ) -> Result<Measured> {
+        let cpu = || -> Result<(Duration, Duration)> {
+            let own = own.map_or(Ok(Duration::ZERO), Group::cpu)?;
+            let others = self.groups.iter().map(Group::cpu).sum::<Result<Duration>>()?;
+            Ok((own, own + others))
+        };
+        let running = self.start(Client::First, load, targets, time)?;
+        let before = cpu()?;
+        let done = running.wait()?;
+        let after = cpu()?;
+        Ok(Measured { done, own: after.0 - before.0, whole: after.1 - before.1 })
+    }
+}
+
+/// A client at work.
+pub(crate) struct Running {
+    child: Child,
+    lines: BufReader<std::process::ChildStdout>,
+}
+
+impl Running {
+    fn start(mut command: Command) -> Result<Self> {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("start a client")?;
+        let lines = BufReader::new(child.stdout.take().context("a client has a stdout")?);
+        let mut running = Self { child, lines };
+        let line = running.line()?;
+        if line != BEGIN {
+            bail!("a client says {line:?}");
+        }
+        Ok(running)
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(mut self) -> Result<Done> {
+        let line = self.line()?;
+        let done =
+            serde_json::from_str(&line).with_context(|| format!("a client says {line:?}"))?;
+        self.child.wait().context("wait for a client")?;
+        Ok(done)
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        self.lines.read_line(&mut line).context("read from a client")?;
+        Ok(line.trim_end().to_owned())
+    }
+}
+
+/// A contender that runs.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) contender: Contender,
+    /// `None` where the kernel does the work.
+    pub(crate) process: Option<(Process, Group)>,
+    pub(crate) targets: Vec<SocketAddr>,
+}
+
+impl Started {
+    pub(crate) fn group(&self) -> Option<&Group> {
+        self.process.as_ref().map(|(_, group)| group)
+    }
+}
