@@ -13,7 +13,7 @@ NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 DISCOVERY ?= docker
 ONCE ?=
 
-.PHONY: help setup build test lint demo figures bench bench-setup bench-soak shell dist clean
+.PHONY: help setup build test lint fuzz demo figures bench bench-setup bench-soak shell dist clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: setup ## format, clippy, and dependencies where cargo-deny is installed
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	@if command -v cargo-deny >/dev/null; then cargo deny --log-level error check bans licenses sources; else echo 'lint: no cargo-deny here, dependencies are not checked'; fi
+
+fuzz: setup ## whatever comes from outside, under libFuzzer; MINUTES=1 for each target; needs a C++ compiler
+	fuzz/run.sh $(or $(MINUTES),1)
 
 demo: build ## three endpoints, two consumers and embassy between them; DISCOVERY=docker|consul|etcd, ONCE=1
 	target/debug/testbed demo --discovery $(DISCOVERY) $(if $(ONCE),--once)

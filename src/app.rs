@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use crate::{
     admin::{Admin, Shown, metrics::Metrics},
-    capture::{self, Capture, Firewall, rules},
+    capture::{self, Capture, Firewall, Lock, rules},
     config::{CaptureMode, Config, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
     limits,
@@ -110,11 +110,19 @@ impl App {
             }
             None => None,
         };
+        let lock = match config.capture {
+            CaptureMode::None => None,
+            CaptureMode::Dnat | CaptureMode::Redirect => Some(
+                Lock::take()
+                    .context("cannot see whether another embassy captures here")?
+                    .context("another embassy captures in this network namespace: one serves all its containers")?,
+            ),
+        };
         // Last: from here on nothing fails, so that an embassy that cannot start takes no rules away and leaves none.
-        let capture = match capturing {
-            Some((counts, ready)) => {
+        let capture = match capturing.zip(lock) {
+            Some(((counts, ready), lock)) => {
                 capture::cleanup().await;
-                Some(Capture::start(config.firewall, rules, tables, counts, ready))
+                Some(Capture::start(lock, config.firewall, rules, tables, counts, ready))
             }
             None => None,
         };

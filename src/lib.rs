@@ -21,3 +21,6 @@ pub mod log;
 pub mod limits;
 pub mod app;
 pub mod cli;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;

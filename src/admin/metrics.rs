@@ -82,11 +82,22 @@ impl Collector for Metrics {
         }
         self.sources(&mut encoder)?;
         if let Some(counts) = &self.capture {
-            counter(
-                &mut encoder,
+            let mut family = encoder.encode_descriptor(
                 "capture_restored",
-                "Rules put back after others changed them",
-                &counts.restored,
+                "Rules put back after others changed them, by how",
+                None,
+                MetricType::Counter,
+            )?;
+            for change in capture::Change::ALL {
+                let labels = [("change", change.as_str())];
+                ConstCounter::new(counts.restored(change))
+                    .encode(family.encode_family(&labels)?)?;
+            }
+            gauge(
+                &mut encoder,
+                "capture_barriers",
+                "Chains of others that may drop what is captured",
+                counts.barriers.load(Relaxed),
             )?;
             counter(
                 &mut encoder,

@@ -279,6 +279,20 @@ fn delete(out: &mut String, line: &str) -> fmt::Result {
     }
 }
 
+/// Reads `input` as a listing.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(input: &[u8]) {
+    let listing = String::from_utf8_lossy(input);
+    let _ = ours(&listing);
+    let Some(script) = removal(&listing) else { return };
+    // Nothing is taken away but our own and the ancestor's.
+    for line in script.lines().filter(|line| line.starts_with('-')) {
+        let own =
+            [PREROUTING, OUTPUT].iter().any(|hook| line.ends_with(&format!(" {}", hook.chain)));
+        assert!(own || line.contains(ANCESTOR), "{line}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,32 +2,35 @@
 //! firewall, and only what bears our name there.
 
 use std::{
-    collections::BTreeSet,
     fmt,
-    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
 };
 
 use serde::Serialize;
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
-    time::{MissedTickBehavior, interval},
 };
 use tracing::{debug, error, info, warn};
 
 use crate::{config::FirewallChoice, readiness::Guard, table::Table};
 
+mod change;
 pub mod conntrack;
-mod iptables;
+pub mod input;
+pub(crate) mod iptables;
+mod keeper;
+mod lock;
 mod nft;
 mod program;
 pub mod rules;
 
+pub use change::Change;
+use keeper::Keeper;
+pub use lock::Lock;
 pub use program::ProgramError;
 use rules::{Rules, Settings};
 
@@ -133,13 +136,22 @@ pub async fn plan(
     Ok((firewall, scripts))
 }
 
-/// What the capture did, for the metrics.
+/// What the capture did and found, for the metrics.
 #[derive(Debug, Default)]
 pub struct Counts {
-    /// Rules that had vanished or changed and were put back.
-    pub restored: AtomicU64,
+    /// How often rules had vanished or changed and were put back, by [`Change::ALL`].
+    restored: [AtomicU64; Change::ALL.len()],
     /// Attempts that failed.
     pub failed: AtomicU64,
+    /// Chains of others that may stop what is captured, now.
+    pub barriers: AtomicU64,
+}
+
+impl Counts {
+    /// How often rules that had changed so were put back.
+    pub fn restored(&self, change: Change) -> u64 {
+        self.restored[change as usize].load(Relaxed)
+    }
 }
 
 /// The running capture.
@@ -147,15 +159,14 @@ pub struct Counts {
 pub struct Capture {
     stop: oneshot::Sender<()>,
     task: JoinHandle<()>,
+    lock: Lock,
 }
-
-/// How often the kernel's rules are compared with ours: within 5 s they must be back.
-const CHECK: Duration = Duration::from_secs(2);
 
 impl Capture {
     /// Starts keeping the kernel's rules like the table. Nothing is captured before the first table.
     /// `ready` is dropped once the first rules stand.
     pub fn start(
+        lock: Lock,
         choice: FirewallChoice,
         settings: Settings,
         tables: watch::Receiver<Arc<Table>>,
@@ -163,21 +174,12 @@ impl Capture {
         ready: Guard,
     ) -> Self {
         let (stop, stopped) = oneshot::channel();
-        let keeper = Keeper {
-            choice,
-            chosen: None,
-            settings,
-            counts,
-            applied: None,
-            shadowed: BTreeSet::new(),
-            failing: false,
-            ready: Some(ready),
-        };
+        let keeper = Keeper::new(choice, settings, counts, ready);
         let task = tokio::spawn(keeper.run(tables, stopped));
-        Self { stop, task }
+        Self { stop, task, lock }
     }
 
-    /// Takes the rules away.
+    /// Takes the rules away. From then on another embassy may capture here.
     pub async fn stop(self) {
         // The task ends by itself only when it panicked; the rules still have to go.
         let _ = self.stop.send(());
@@ -185,118 +187,6 @@ impl Capture {
             error!(%error, "the capture failed");
         }
         cleanup().await;
-    }
-}
-
-struct Keeper {
-    choice: FirewallChoice,
-    /// Chosen when the first rules are written: by the first table the engine is up, and shows what it uses.
-    chosen: Option<Firewall>,
-    settings: Settings,
-    counts: Arc<Counts>,
-    /// What was written last, and how the kernel listed it right after.
-    applied: Option<(Rules, Option<String>)>,
-    /// Servers of which it was said that a consumer cannot have their port.
-    shadowed: BTreeSet<SocketAddr>,
-    /// Whether the last attempt failed: a failure is told once, not every two seconds.
-    failing: bool,
-    ready: Option<Guard>,
-}
-
-impl Keeper {
-    async fn run(
-        mut self,
-        mut tables: watch::Receiver<Arc<Table>>,
-        mut stopped: oneshot::Receiver<()>,
-    ) {
-        let mut check = interval(CHECK);
-        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                _ = &mut stopped => return,
-                changed = tables.changed() => if changed.is_err() { return },
-                _ = check.tick() => {}
-            }
-            let table = tables.borrow_and_update().clone();
-            if table.version == 0 {
-                continue;
-            }
-            let wanted = Rules::of(&table, &self.settings);
-            match self.keep(wanted).await {
-                Ok(()) if self.failing => {
-                    self.failing = false;
-                    info!("the rules can be written again");
-                }
-                Ok(()) => {}
-                Err(error) => {
-                    self.applied = None;
-                    self.counts.failed.fetch_add(1, Relaxed);
-                    if !std::mem::replace(&mut self.failing, true) {
-                        error!(%error, "cannot write the rules; trying again");
-                    }
-                }
-            }
-        }
-    }
-
-    /// Makes the kernel's rules `wanted`, unless they are.
-    async fn keep(&mut self, wanted: Rules) -> Result<(), ProgramError> {
-        let firewall = match self.chosen {
-            Some(firewall) => firewall,
-            None => Firewall::choose(self.choice).await?,
-        };
-        if let Some((applied, listed)) = &self.applied
-            && *applied == wanted
-        {
-            let now = firewall.installed().await?;
-            if now == *listed {
-                return Ok(());
-            }
-            self.counts.restored.fetch_add(1, Relaxed);
-            warn!(%firewall, missing = missing(listed.as_deref(), now.as_deref()), "our rules were changed from outside; putting them back");
-        }
-        let start = Instant::now();
-        firewall.apply(&wanted).await?;
-        let took_ms = start.elapsed().as_secs_f64() * 1e3;
-        let listed = firewall.installed().await?;
-        debug!(%firewall, declared = wanted.declared.len(), vips = wanted.vips.len(), took_ms, "rules written");
-        if self.chosen.replace(firewall).is_none() {
-            info!(%firewall, redirect = wanted.redirect, scope = ?wanted.scope, "capturing");
-        }
-        for server in wanted.shadowed() {
-            if self.shadowed.insert(server) {
-                warn!(%server, "a binding of this host has the address of a server that embassy itself asks: it is not captured");
-            }
-        }
-        // Gone again already: the next check writes them anew.
-        self.applied = listed.is_some().then_some((wanted, listed));
-        if let Some(ready) = self.ready.take() {
-            ready.done();
-        }
-        Ok(())
-    }
-}
-
-/// The first thing that was there and is not any more.
-fn missing<'a>(before: Option<&'a str>, now: Option<&str>) -> &'a str {
-    match (before, now) {
-        (Some(_), None) => "all of them",
-        (Some(before), Some(now)) => {
-            let lost = before.lines().find(|line| !now.lines().any(|other| other == *line));
-            lost.map_or("nothing; something was added", str::trim)
-        }
-        (None, _) => "nothing",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_missing_is_named() {
-        assert_eq!(missing(Some("a\n\tb\n"), Some("a\n")), "b");
-        assert_eq!(missing(Some("a\n"), None), "all of them");
-        assert_eq!(missing(Some("a\n"), Some("a\nx\n")), "nothing; something was added");
+        drop(self.lock);
     }
 }

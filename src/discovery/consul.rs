@@ -283,6 +283,14 @@ struct Service {
     tags: Option<Vec<String>>,
 }
 
+/// Reads `input` as the body of an answer.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(input: &[u8]) {
+    if let Ok(entries) = serde_json::from_slice(input) {
+        endpoints(entries, &Tags::new(["prod"]));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -209,6 +209,18 @@ impl<'a> Session<'a> {
     }
 }
 
+/// Reads `input` as a server's message.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(input: &[u8]) {
+    let Ok(message) = hickory_resolver::proto::op::Message::from_vec(input) else { return };
+    let answer = Answer::new(&message.answers, &message.additionals);
+    for target in answer.targets() {
+        let _ = endpoints(&answer.glue(&target.host), &target.host, &target.port.to_string());
+    }
+    let _ = endpoints(&answer, &Name::root(), "80");
+    let _ = Answer::none(None).and(answer).ttl.bounded();
+}
+
 /// A host's endpoints, and those of its addresses that can be none.
 fn endpoints(answer: &Answer, host: &Name, port: &str) -> (Vec<Endpoint>, Vec<Rejected>) {
     let mut list = Vec::new();

@@ -261,3 +261,22 @@ fn subject(event: EventMessage) -> Option<String> {
         _ => None,
     }
 }
+
+/// Reads each line of `input` as an event, and as the inspection of a container.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(input: &[u8]) {
+    let mut containers = Containers::default();
+    for (n, line) in input.split(|byte| *byte == b'\n').enumerate() {
+        if let Ok(event) = serde_json::from_slice::<EventMessage>(line) {
+            is_end(&event, 1);
+            subject(event);
+        }
+        if let Some(container) = serde_json::from_slice(line).ok().and_then(Container::new) {
+            containers.insert(n.to_string(), container);
+        }
+    }
+    let addresses = ["10.0.0.1", "fd00::1"].map(|text| text.parse().map(Place::There));
+    for place in addresses.into_iter().flatten().chain([Place::Here]) {
+        offers(&containers, place);
+    }
+}

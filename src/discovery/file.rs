@@ -37,7 +37,7 @@ use crate::{
     source::{Publisher, Shared, Source, SourceError},
 };
 
-mod catalogue;
+pub(crate) mod catalogue;
 
 /// A file of services. However many queries there are, it is watched and read once.
 #[derive(Debug, Clone)]

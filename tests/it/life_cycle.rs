@@ -8,7 +8,7 @@ use testbed::{Embassy, Host, embassy_program};
 
 use crate::{
     READY, WAIT,
-    support::{ETCD, counts, ends, metric, offer, reaches, says, web},
+    support::{ETCD, counts, ends, metric, offer, reaches, restored, says, web},
 };
 
 /// Waits until `/readyz` says that just these parts are not ready.
@@ -166,6 +166,11 @@ fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
     no_nft.args(["--dnat", "--firewall=nft", "--admin=off", "-p=9998"]);
     let cases = [
         (command(&["--dnat", "--admin=off"])?, 1, "cannot listen on port 9999 (--port)"),
+        (
+            command(&["--dnat", "-p=9998", "--admin=off"])?,
+            1,
+            "another embassy captures in this network namespace",
+        ),
         (command(&["--dnat", "-p=9998"])?, 1, "cannot listen at 127.0.0.1:9990 (--admin)"),
         (
             command(&["--admin=unix:///no/such/folder", "-p=9998"])?,
@@ -200,7 +205,7 @@ fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
     }
 
     // None of them harmed the one that runs.
-    assert_eq!(metric(&first, "embassy_capture_restored_total")?, 0);
+    assert_eq!(restored(&first)?, 0);
     reaches(&app, "172.17.0.1:80", "web")?;
     // Where nobody needs its address, a missing interface is no error; nor is a host without Consul.
     let other = host.embassy(["-interface=nosuch0", "-p=9998", "--admin=off"])?;

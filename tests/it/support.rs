@@ -54,6 +54,14 @@ pub(crate) fn metric(embassy: &Embassy, series: &str) -> Result<u64> {
     Ok(value.map_or(Ok(0), str::parse)?)
 }
 
+/// How often embassy put its rules back, whatever had happened to them.
+pub(crate) fn restored(embassy: &Embassy) -> Result<u64> {
+    let text = embassy.admin("/metrics")?.ok()?;
+    let series = "embassy_capture_restored_total{";
+    let samples = text.lines().filter_map(|line| line.strip_prefix(series)?.rsplit_once(' '));
+    Ok(samples.map(|(_, value)| value.parse::<u64>()).sum::<Result<u64, _>>()?)
+}
+
 /// Waits until a sample has at least this value.
 pub(crate) fn counts(embassy: &Embassy, series: &str, at_least: u64) -> Result<()> {
     testbed::eventually(WAIT, &format!("{series} to be {at_least}"), || {

@@ -17,9 +17,9 @@ use crate::{
     tls::ClientTls,
 };
 
-mod v2;
+pub(crate) mod v2;
 mod v3;
-mod value;
+pub(crate) mod value;
 
 use v2::V2;
 use v3::V3;

@@ -289,6 +289,23 @@ impl Event {
     }
 }
 
+/// Reads `input` as an answer of any kind, and each of its lines too.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(input: &[u8]) {
+    let mut tree = Tree::default();
+    for text in std::iter::once(input).chain(input.split(|byte| *byte == b'\n')) {
+        if let Ok(listing) = serde_json::from_slice::<Listing>(text) {
+            listing.node.collect(&mut tree);
+        }
+        if let Ok(event) = serde_json::from_slice::<Event>(text) {
+            event.apply(&mut tree);
+        }
+        let _ = serde_json::from_slice::<Fault>(text);
+        let _ = serde_json::from_slice::<Version>(text).is_ok_and(|version| version.has_v3());
+    }
+    tree.endpoints(&crate::model::Tags::default());
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;

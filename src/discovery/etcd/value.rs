@@ -160,6 +160,23 @@ impl Field {
     }
 }
 
+/// Reads the lines of `input` as keys, each with the next as its value.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(input: &[u8]) {
+    let mut tree = Tree::default();
+    let lines: Vec<_> = input.split(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect();
+    for pair in lines.windows(2) {
+        tree.set(pair[0].clone(), pair[1].clone());
+        let found = tree.endpoints(&Tags::default());
+        let said = found.list.len() + found.rejected.len();
+        assert!(said <= tree.0.len(), "more was said than was written");
+    }
+    if let Some(first) = lines.first() {
+        tree.remove_all(first);
+        assert!(!tree.0.keys().any(|key| is_at_or_below(key, first)));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -178,6 +178,19 @@ fn one_line(text: &str, error: &toml::de::Error) -> String {
     }
 }
 
+/// Reads `input` as a file.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(input: &[u8]) {
+    let Ok(catalogue) = str::from_utf8(input).unwrap_or_default().parse::<Catalogue>() else {
+        return;
+    };
+    for service in catalogue.entries.iter().filter_map(|entry| ServiceName::new(&entry.service)) {
+        let (via, tags) = ("file".into(), Default::default());
+        let found = catalogue.select(&Query { via, service, tags, dc: None, port: None });
+        assert!(!found.list.is_empty(), "what is listed is found");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

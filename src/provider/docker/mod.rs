@@ -5,7 +5,7 @@ use std::{collections::HashMap, fmt, pin::pin, time::Duration};
 use bollard::{
     Docker,
     errors::Error,
-    models::{EventMessage, EventMessageTypeEnum},
+    models::{ContainerSummary, EventMessage, EventMessageTypeEnum, Network},
     query_parameters::{EventsOptions, ListContainersOptions},
 };
 use futures_util::{Stream, StreamExt, stream::FuturesUnordered};
@@ -171,20 +171,14 @@ impl<'a> Client<'a> {
     async fn bridges(&self) -> Result<HashMap<NetworkId, Vec<IpNet>>, SourceError> {
         let networks = self.docker.list_networks(None).await;
         let networks = networks.map_err(|e| self.failed("the networks", &e))?;
-        let bridges = networks.into_iter().filter(|n| n.driver.as_deref() == Some("bridge"));
-        let with_ranges = bridges.filter_map(|network| {
-            let ranges = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
-            let ranges = ranges.iter().filter_map(|range| range.subnet.as_deref()?.parse().ok());
-            Some((network.id?.into(), ranges.collect()))
-        });
-        Ok(with_ranges.collect())
+        Ok(bridges(networks))
     }
 
     /// The running containers.
     async fn list(&self) -> Result<Vec<ContainerId>, SourceError> {
         let running = self.docker.list_containers(None::<ListContainersOptions>).await;
         let running = running.map_err(|e| self.failed("the containers", &e))?;
-        Ok(running.iter().filter_map(|c| Some(ContainerId::new(c.id.as_deref()?))).collect())
+        Ok(ids(&running))
     }
 
     async fn inspect(&self, ticket: Ticket) -> Result<(Ticket, Found), SourceError> {
@@ -218,6 +212,21 @@ impl<'a> Client<'a> {
     fn error(&self, what: &str, reason: impl fmt::Display) -> SourceError {
         SourceError::new(format_args!("{what} of {}: {reason}", self.engine))
     }
+}
+
+/// The address ranges of bridge networks.
+fn bridges(networks: Vec<Network>) -> HashMap<NetworkId, Vec<IpNet>> {
+    let bridges = networks.into_iter().filter(|n| n.driver.as_deref() == Some("bridge"));
+    let with_ranges = bridges.filter_map(|network| {
+        let ranges = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
+        let ranges = ranges.iter().filter_map(|range| range.subnet.as_deref()?.parse().ok());
+        Some((network.id?.into(), ranges.collect()))
+    });
+    with_ranges.collect()
+}
+
+fn ids(containers: &[ContainerSummary]) -> Vec<ContainerId> {
+    containers.iter().filter_map(|c| Some(ContainerId::new(c.id.as_deref()?))).collect()
 }
 
 /// A moment in the form in which the events' `since` takes it.
@@ -254,6 +263,37 @@ fn apply(containers: &mut Containers, event: &EventMessage) -> Option<Ticket> {
             Some(containers.disconnected(ContainerId::new(attribute("container")?), subject))
         }
         _ => None,
+    }
+}
+
+/// Reads each line of `input` as the inspection of a container, as an event, as a list and as a moment.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(input: &[u8]) {
+    let mut containers = Containers::default();
+    for line in input.split(|byte| *byte == b'\n') {
+        let mut tickets = Vec::new();
+        if let Ok(event) = serde_json::from_slice::<EventMessage>(line) {
+            is_new_network(&event);
+            tickets.extend(apply(&mut containers, &event));
+        }
+        if let Ok(list) = serde_json::from_slice::<Vec<ContainerSummary>>(line) {
+            tickets.extend(containers.relist(ids(&list)));
+        }
+        if let Ok(networks) = serde_json::from_slice::<Vec<Network>>(line) {
+            containers.bridges(bridges(networks));
+        }
+        if let Ok(answer) = serde_json::from_slice(line) {
+            let found = inspect::found(&answer, "BACKEND_");
+            let id = answer.id.as_deref().map(ContainerId::new);
+            tickets.extend(id.map(|id| containers.inspect(id)));
+            for ticket in tickets {
+                containers.inspected(ticket, found.clone());
+            }
+        }
+        if let Ok(info) = serde_json::from_slice::<bollard::models::SystemInfo>(line) {
+            since(&info.system_time.unwrap_or_default());
+        }
+        containers.listing();
     }
 }
 

@@ -1,0 +1,78 @@
+//! What others did to our rules, by two listings of them. Pure.
+
+use std::collections::HashSet;
+
+/// How our rules differ from what was listed right after they were written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Change {
+    /// Nothing of ours is left: a flush, or a reload of the whole firewall.
+    Vanished,
+    /// Some are missing.
+    Incomplete,
+    /// Another's rule stands where ours has to: it comes first now.
+    Displaced,
+    /// Nothing is missing, but something stands among ours.
+    Added,
+}
+
+impl Change {
+    pub const ALL: [Self; 4] = [Self::Vanished, Self::Incomplete, Self::Displaced, Self::Added];
+
+    /// The value in logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Vanished => "vanished",
+            Self::Incomplete => "incomplete",
+            Self::Displaced => "displaced",
+            Self::Added => "added",
+        }
+    }
+
+    /// The change from `before` to `now`, which are not the same, and what is missing, for people.
+    pub(super) fn of(before: &str, now: Option<&str>) -> (Self, String) {
+        let Some(now) = now else { return (Self::Vanished, "all of them".to_owned()) };
+        let present: HashSet<_> = now.lines().collect();
+        let mut lost = before.lines().filter(|line| !present.contains(line));
+        let Some(first) = lost.next() else { return (Self::Added, "nothing".to_owned()) };
+        let all = std::iter::once(first).chain(lost);
+        // A line that begins with a number is a jump to our chain, and the number its place.
+        let elsewhere: HashSet<_> = now.lines().filter_map(placed).collect();
+        let (moved, gone): (Vec<_>, Vec<_>) =
+            all.partition(|line| placed(line).is_some_and(|rule| elsewhere.contains(rule)));
+        match gone[..] {
+            [] => (Self::Displaced, format!("the place of {}", moved[0])),
+            [only] => (Self::Incomplete, only.trim().to_owned()),
+            [first, ..] => {
+                (Self::Incomplete, format!("{} and {} more", first.trim(), gone.len() - 1))
+            }
+        }
+    }
+}
+
+/// The rule of a line that begins with its place.
+fn placed(line: &str) -> Option<&str> {
+    let (place, rule) = line.split_once(' ')?;
+    (!place.is_empty() && place.bytes().all(|byte| byte.is_ascii_digit())).then_some(rule)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happened_and_what_is_missing_is_named() {
+        let of = |before, now| {
+            let (change, missing) = Change::of(before, now);
+            (change.as_str(), missing)
+        };
+        let said = |change, missing: &str| (change, missing.to_owned());
+        assert_eq!(of("a\n", None), said("vanished", "all of them"));
+        assert_eq!(of("a\n\tb\n", Some("a\n")), said("incomplete", "b"));
+        assert_eq!(of("a\nb\nc\nd\n", Some("a\n")), said("incomplete", "b and 2 more"));
+        assert_eq!(of("a\n", Some("a\nx\n")), said("added", "nothing"));
+        let (first, second) = ("0 -A PREROUTING -j EMBASSY\n", "1 -A PREROUTING -j EMBASSY\n");
+        let place = "the place of 0 -A PREROUTING -j EMBASSY";
+        assert_eq!(of(first, Some(second)), said("displaced", place));
+        assert_eq!(of(first, Some("-A EMBASSY -j RETURN\n")).0, "incomplete");
+    }
+}

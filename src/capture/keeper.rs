@@ -1,0 +1,171 @@
+//! The keeper of our rules: what the table asks for is written, compared with what the kernel has, and put back.
+
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{oneshot, watch},
+    time::{MissedTickBehavior, interval},
+};
+use tracing::{debug, error, info, warn};
+
+use super::{
+    Change, Counts, Firewall, ProgramError,
+    input::{self, Barrier},
+    rules::{Rules, Settings},
+};
+use crate::{config::FirewallChoice, readiness::Guard, table::Table};
+
+/// Makes the kernel's rules like the table, and keeps them so.
+pub(super) struct Keeper {
+    choice: FirewallChoice,
+    /// Chosen when the first rules are written: by the first table the engine is up, and shows what it uses.
+    chosen: Option<Firewall>,
+    settings: Settings,
+    counts: Arc<Counts>,
+    /// What was written last, and how the kernel listed it right after.
+    applied: Option<(Rules, Option<String>)>,
+    /// Servers of which it was said that a consumer cannot have their port.
+    shadowed: BTreeSet<SocketAddr>,
+    /// Whether the last attempt failed: a failure is told once, not every two seconds.
+    failing: bool,
+    ready: Option<Guard>,
+    /// What is in the way of captured connections, as it was told last.
+    barriers: Vec<Barrier>,
+    /// When that was looked for last.
+    looked: Option<Instant>,
+}
+
+/// How often the kernel's rules are compared with ours: within 5 s they must be back.
+const CHECK: Duration = Duration::from_secs(2);
+/// How often the rules of others are looked at: those that stop captured connections are seldom written.
+const LOOK: Duration = Duration::from_secs(5);
+
+impl Keeper {
+    pub(super) fn new(
+        choice: FirewallChoice,
+        settings: Settings,
+        counts: Arc<Counts>,
+        ready: Guard,
+    ) -> Self {
+        Self {
+            choice,
+            chosen: None,
+            settings,
+            counts,
+            applied: None,
+            shadowed: BTreeSet::new(),
+            failing: false,
+            ready: Some(ready),
+            barriers: Vec::new(),
+            looked: None,
+        }
+    }
+
+    /// Runs until it is stopped, or there will be no more tables. The rules stay.
+    pub(super) async fn run(
+        mut self,
+        mut tables: watch::Receiver<Arc<Table>>,
+        mut stopped: oneshot::Receiver<()>,
+    ) {
+        let mut check = interval(CHECK);
+        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = &mut stopped => return,
+                changed = tables.changed() => if changed.is_err() { return },
+                _ = check.tick() => {}
+            }
+            let table = tables.borrow_and_update().clone();
+            if table.version == 0 {
+                continue;
+            }
+            let wanted = Rules::of(&table, &self.settings);
+            match self.keep(wanted).await {
+                Ok(()) if self.failing => {
+                    self.failing = false;
+                    info!("the rules can be written again");
+                }
+                Ok(()) => {}
+                Err(error) => {
+                    self.applied = None;
+                    self.counts.failed.fetch_add(1, Relaxed);
+                    if !std::mem::replace(&mut self.failing, true) {
+                        error!(%error, "cannot write the rules; trying again");
+                    }
+                }
+            }
+            if self.looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
+                self.looked = Some(Instant::now());
+                self.look().await;
+            }
+        }
+    }
+
+    /// Tells of what is in the way of captured connections, when that becomes another.
+    async fn look(&mut self) {
+        let found = match input::barriers(self.settings.port).await {
+            Ok(found) => found,
+            Err(error) => {
+                debug!(%error, "cannot see whether captured connections may come in");
+                return;
+            }
+        };
+        for barrier in found.iter().filter(|barrier| !self.barriers.contains(barrier)) {
+            warn!(
+                chain = barrier.chain,
+                remedy = barrier.remedy,
+                "captured connections may be dropped on this host"
+            );
+        }
+        for barrier in self.barriers.iter().filter(|barrier| !found.contains(barrier)) {
+            info!(chain = barrier.chain, "is not in the way of captured connections any more");
+        }
+        self.counts.barriers.store(found.len() as u64, Relaxed);
+        self.barriers = found;
+    }
+
+    /// Makes the kernel's rules `wanted`, unless they are.
+    async fn keep(&mut self, wanted: Rules) -> Result<(), ProgramError> {
+        let firewall = match self.chosen {
+            Some(firewall) => firewall,
+            None => Firewall::choose(self.choice).await?,
+        };
+        if let Some((applied, listed)) = &self.applied
+            && *applied == wanted
+        {
+            let now = firewall.installed().await?;
+            if now == *listed {
+                return Ok(());
+            }
+            // A listing is kept only where there was one.
+            let (change, missing) =
+                Change::of(listed.as_deref().unwrap_or_default(), now.as_deref());
+            self.counts.restored[change as usize].fetch_add(1, Relaxed);
+            warn!(%firewall, change = change.as_str(), missing, "our rules were changed from outside; putting them back");
+        }
+        let start = Instant::now();
+        firewall.apply(&wanted).await?;
+        let took_ms = start.elapsed().as_secs_f64() * 1e3;
+        let listed = firewall.installed().await?;
+        debug!(%firewall, declared = wanted.declared.len(), vips = wanted.vips.len(), took_ms, "rules written");
+        if self.chosen.replace(firewall).is_none() {
+            info!(%firewall, redirect = wanted.redirect, scope = ?wanted.scope, "capturing");
+        }
+        for server in wanted.shadowed() {
+            if self.shadowed.insert(server) {
+                warn!(%server, "a binding of this host has the address of a server that embassy itself asks: it is not captured");
+            }
+        }
+        // Gone again already: the next check writes them anew.
+        self.applied = listed.is_some().then_some((wanted, listed));
+        if let Some(ready) = self.ready.take() {
+            ready.done();
+        }
+        Ok(())
+    }
+}

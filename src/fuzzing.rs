@@ -1,0 +1,125 @@
+//! What comes from outside, read from any bytes whatever: nothing may panic, and what is read must make sense.
+//!
+//! `make fuzz` runs each target under libFuzzer (see `fuzz/`); the test below is a slice of it on every run of the tests.
+
+use std::collections::HashMap;
+
+use crate::{
+    capture::{input, iptables},
+    config::{Config, Stop},
+    descriptor::Descriptor,
+    discovery::{consul, dns, docker as docker_discovery, etcd, file},
+    provider::{bindings::bindings, docker as docker_provider},
+};
+
+/// Reads its input, and panics where that shows a fault.
+pub type Target = fn(&[u8]);
+
+/// Every target, by its name; `fuzz/seeds/<name>/` holds inputs to start from.
+pub const TARGETS: [(&str, Target); 12] = [
+    ("descriptor", descriptor),
+    ("variables", variables),
+    ("command_line", command_line),
+    ("consul", consul::fuzz),
+    ("etcd_v2", etcd::v2::fuzz),
+    ("etcd_value", etcd::value::fuzz),
+    ("docker_provider", docker_provider::fuzz),
+    ("docker_discovery", docker_discovery::fuzz),
+    ("catalogue", file::catalogue::fuzz),
+    ("dns", dns::fuzz),
+    ("iptables", iptables::fuzz),
+    ("input_chains", input::fuzz),
+];
+
+/// What is accepted means the same when it is written out and read again.
+fn descriptor(input: &[u8]) {
+    let text = String::from_utf8_lossy(input);
+    if let Ok(descriptor) = text.parse::<Descriptor>() {
+        assert_eq!(descriptor.to_string().parse().as_ref(), Ok(&descriptor), "{text:?}");
+    }
+}
+
+/// The lines are a container's variables, and its labels.
+fn variables(input: &[u8]) {
+    let text = String::from_utf8_lossy(input);
+    let labels = text.lines().filter_map(|line| line.split_once('='));
+    let (bindings, _) = bindings(&"app".into(), "BACKEND_", text.lines(), labels);
+    let mut ports: Vec<_> = bindings.iter().map(|binding| binding.descriptor.port).collect();
+    ports.dedup();
+    assert_eq!(ports.len(), bindings.len(), "one binding for each port");
+}
+
+/// Lines that begin with a dash are words of the command line, others with `=` in them are variables.
+fn command_line(input: &[u8]) {
+    let text = String::from_utf8_lossy(input);
+    let (words, others): (Vec<_>, Vec<_>) = text.lines().partition(|line| line.starts_with('-'));
+    let env: HashMap<_, _> = others.iter().filter_map(|line| line.split_once('=')).collect();
+    let words = words.into_iter().map(str::to_owned);
+    let read = Config::parse(words, &|name| env.get(name).map(|value| (*value).to_owned()));
+    if let Err(Stop::Usage(error)) = read {
+        assert_eq!(error.to_string().lines().count(), 1, "a complaint is one line: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        path::Path,
+        time::{Duration, Instant},
+    };
+
+    use super::*;
+
+    /// For each target. libFuzzer is cleverer, and takes its time.
+    const TIME: Duration = Duration::from_secs(3);
+
+    #[test]
+    fn nothing_from_outside_panics() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds");
+        std::thread::scope(|scope| {
+            for (name, target) in TARGETS {
+                let seeds =
+                    fs::read_dir(folder.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+                let seeds: Vec<_> =
+                    seeds.map(|seed| fs::read(seed.unwrap().path()).unwrap()).collect();
+                scope.spawn(move || run(name, target, &seeds));
+            }
+        });
+    }
+
+    fn run(name: &str, target: Target, seeds: &[Vec<u8>]) {
+        let start = Instant::now();
+        for seed in seeds {
+            target(seed);
+        }
+        while start.elapsed() < TIME {
+            let number = fastrand::u64(..);
+            let input = mutated(seeds, number);
+            if std::panic::catch_unwind(|| target(&input)).is_err() {
+                panic!("{name}, mutation {number}: {}", input.escape_ascii());
+            }
+        }
+    }
+
+    /// A seed with a few changes; the same for the same number.
+    fn mutated(seeds: &[Vec<u8>], number: u64) -> Vec<u8> {
+        let mut random = fastrand::Rng::with_seed(number);
+        let mut input = random.choice(seeds).cloned().unwrap_or_default();
+        for _ in 0..random.usize(1..8) {
+            let at = random.usize(..=input.len());
+            let end = random.usize(at..=input.len().min(at + 16));
+            let piece = random.choice(seeds).map_or(&[][..], |other| {
+                let from = random.usize(..=other.len());
+                &other[from..random.usize(from..=other.len().min(from + 16))]
+            });
+            match random.u8(..4) {
+                0 => drop(input.splice(at..end, [random.u8(..)])),
+                1 => drop(input.splice(at..end, piece.iter().copied())),
+                2 => drop(input.splice(at..at, piece.iter().copied())),
+                _ => drop(input.drain(at..end)),
+            }
+        }
+        input
+    }
+}

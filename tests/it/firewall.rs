@@ -1,0 +1,247 @@
+//! Others at work on the firewall: flushes, reloads, restarts, rules above ours, and rules that would stop what we capture.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use testbed::{Container, Embassy, Host};
+
+use crate::{
+    READY, WAIT,
+    capture::{IPTABLES, NFT, ours, rules, strangers_rules},
+    support::{ETCD, counts, ends, metric, reaches, restored, says, web},
+};
+
+/// What somebody does, and what embassy calls it.
+type Blow<'a> = (&'a [&'a str], &'a str);
+
+#[test]
+fn rules_that_vanish_from_nft_are_back() -> Result<()> {
+    let reload = "nft -f /run/before";
+    vanish(
+        NFT,
+        &[
+            (&["nft", "flush", "ruleset"], "vanished"),
+            (&["sh", "-ec", reload], "vanished"),
+            (&["nft", "delete", "table", "inet", "embassy"], "vanished"),
+            (&["nft", "flush", "chain", "inet", "embassy", "declared"], "incomplete"),
+            (&["nft", "insert", "rule", "inet", "embassy", "prerouting", "accept"], "added"),
+        ],
+    )
+}
+
+#[test]
+fn rules_that_vanish_from_iptables_are_back() -> Result<()> {
+    // As firewalld and iptables-persistent reload: the whole table in one go, without what they do not know.
+    let reload = "iptables-restore < /run/before";
+    let above = ["iptables", "-t", "nat", "-I", "PREROUTING", "-p", "tcp", "-j", "ACCEPT"];
+    vanish(
+        IPTABLES,
+        &[
+            (&["iptables", "-t", "nat", "-F"], "vanished"),
+            (&["sh", "-ec", reload], "vanished"),
+            (&["nft", "flush", "ruleset"], "vanished"),
+            (&["iptables", "-t", "nat", "-F", "EMBASSY"], "incomplete"),
+            (&["iptables", "-t", "nat", "-D", "PREROUTING", "-j", "EMBASSY"], "incomplete"),
+            (&above, "displaced"),
+            (&["iptables", "-t", "nat", "-A", "PREROUTING", "-j", "EMBASSY"], "added"),
+        ],
+    )
+}
+
+fn vanish(firewall: &str, blows: &[Blow<'_>]) -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let mut app = host.client("app").env("BACKEND_WEB", "/services/web;80");
+    // As many that their order in the kernel is not the order in which they were written.
+    for port in 1000..1200 {
+        app = app.env(&format!("BACKEND_{port}"), &format!("/services/web;{port}"));
+    }
+    let app = app.start()?;
+    let save = match firewall {
+        NFT => "(echo flush ruleset; nft list ruleset) > /run/before",
+        _ => "iptables-save -t nat > /run/before",
+    };
+    host.run("sh", ["-ec", save])?;
+    let embassy = host.embassy(["--dnat", ETCD, firewall])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let written = ours(&host, firewall)?;
+    let strangers = |host: &Host| anyhow::Ok(without_ours(&rules(host)?));
+    for (n, (blow, change)) in (1..).zip(blows) {
+        let start = Instant::now();
+        host.run(blow[0], &blow[1..])?;
+        let others = strangers(&host)?;
+        testbed::eventually(WAIT, &format!("the rules after {blow:?}"), || {
+            let now = ours(&host, firewall)?;
+            ensure!(now == written, "{now}");
+            Ok(())
+        })?;
+        reaches(&app, "172.17.0.1:80", "web")?;
+        eprintln!("{firewall}: captured again {:?} after {blow:?}", start.elapsed());
+        assert_eq!(strangers(&host)?, others, "{blow:?}");
+        let series = format!("embassy_capture_restored_total{{change=\"{change}\"}}");
+        let before = blows[..n - 1].iter().filter(|(_, other)| other == change).count();
+        counts(&embassy, &series, before as u64 + 1)?;
+        says(&embassy, &["our rules were changed from outside", &format!("change={change:?}")])?;
+    }
+    says(&embassy, &["our rules were changed from outside", "missing=\"all of them\""])?;
+    // What does not touch ours is none of our business.
+    host.run("iptables", ["-F"])?;
+    // And only then: rules that nobody touched are left alone.
+    assert_eq!(restored(&embassy)?, blows.len() as u64);
+    Ok(())
+}
+
+#[test]
+fn a_restart_of_the_engine_leaves_all_rules_right_by_nft() -> Result<()> {
+    restart(NFT)
+}
+
+#[test]
+fn a_restart_of_the_engine_leaves_all_rules_right_by_iptables() -> Result<()> {
+    restart(IPTABLES)
+}
+
+/// dockerd makes its chains anew when it starts, and puts its own jump where it likes.
+fn restart(firewall: &str) -> Result<()> {
+    let host = Host::builder().docker_args(["--live-restore"]).start()?;
+    strangers_rules(&host)?;
+    web(&host, "web")?;
+    host.web("published").arg("--publish=8080:80").start()?;
+    let bystander = host.client("bystander").start()?;
+    let app = host
+        .client("app")
+        .env("BACKEND_WEB", "/services/web;80")
+        .env("BACKEND_WEB_TOO", "/services/web;8080")
+        .start()?;
+    host.docker_daemon().restart()?;
+    // What a restart makes of the rules of everybody else, without us.
+    let before = rules(&host)?;
+    let embassy = host.embassy(["--dnat", ETCD, firewall])?;
+    embassy.wait_ready(READY)?;
+    for _ in 0..2 {
+        host.docker_daemon().restart()?;
+        reaches(&app, "172.17.0.1:80", "web")?;
+        reaches(&app, "172.17.0.1:8080", "web")?;
+        reaches(&bystander, "172.17.0.1:8080", "published")?;
+    }
+    embassy.terminate()?;
+    assert!(embassy.wait(WAIT)?.success());
+    assert_eq!(sorted(&rules(&host)?), sorted(&before));
+    Ok(())
+}
+
+#[test]
+fn a_firewall_that_drops_what_we_capture_is_told_by_nft() -> Result<()> {
+    let close = "nft add table inet strict
+        nft add chain inet strict in '{ type filter hook input priority filter; policy drop; }'
+        nft add rule inet strict in iif lo accept
+        nft add rule inet strict in ct state established,related accept";
+    dropped(NFT, close, "chain inet strict in of nft has the policy drop")
+}
+
+#[test]
+fn a_firewall_that_drops_what_we_capture_is_told_by_iptables() -> Result<()> {
+    let close = "iptables -A INPUT -i lo -j ACCEPT
+        iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+        iptables -P INPUT DROP";
+    dropped(IPTABLES, close, "chain INPUT of iptables has the policy DROP")
+}
+
+/// The rule that embassy proposes is enough, and opens nothing else.
+fn dropped(firewall: &str, close: &str, said: &str) -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let _own = host.spawn("own", {
+        let mut command = host.command(testbed::testbed_program()?);
+        command.args(["peer", "http", "--name", "own", "--port", "7000"]);
+        command
+    })?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD, firewall])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    assert_eq!(metric(&embassy, "embassy_capture_barriers")?, 0);
+
+    host.run("sh", ["-ec", close])?;
+    counts(&embassy, "embassy_capture_barriers", 1)?;
+    let closed = |target: &str| {
+        let outcome = app.peer(["probe", target, "--wait-ms", "1"])?["outcome"].clone();
+        ensure!(outcome == "timeout", "{target}: {outcome}");
+        anyhow::Ok(())
+    };
+    closed("172.17.0.1:80")?;
+    says(&embassy, &["captured connections may be dropped on this host", said])?;
+
+    let log = embassy.log();
+    let remedy = log.lines().find_map(|line| line.split_once("remedy=\"")?.1.split_once('"'));
+    let (remedy, _) = remedy.expect("it was said with the warning");
+    host.run("sh", ["-ec", remedy])?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    closed("172.17.0.1:7000")?;
+    closed("172.17.0.1:9999")?;
+    says(&embassy, &["is not in the way of captured connections any more", said])?;
+    assert_eq!(metric(&embassy, "embassy_capture_barriers")?, 0);
+    Ok(())
+}
+
+#[test]
+fn of_two_embassies_one_captures() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let first = host.embassy(["--dnat", ETCD, "--drain=1h"])?;
+    first.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let held = hold(&app, &first)?;
+    let second = host.embassy(["--dnat", ETCD, "-p=9998", "--admin=off"])?;
+    assert_eq!(second.wait(WAIT)?.code(), Some(1));
+    says(&second, &["another embassy captures in this network namespace"])?;
+    assert_eq!(restored(&first)?, 0);
+
+    // One that waits for its last connections does not stand in the way of the next.
+    first.terminate()?;
+    ends(&app, "172.17.0.1:80", "refused")?;
+    let next = host.embassy(["--dnat", ETCD, "--admin=off"])?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    assert_eq!((first.exited()?, held.exited()?), (None, None));
+    // Nor does one that was killed.
+    next.kill()?;
+    let _last = host.embassy(["--dnat", ETCD, "--admin=off"])?;
+    reaches(&app, "172.17.0.1:80", "web")
+}
+
+/// A connection that lasts.
+fn hold(app: &Container, embassy: &Embassy) -> Result<testbed::Process> {
+    let held = app.spawn("held", ["testbed", "peer", "hold", "172.17.0.1:80", "-n", "1"])?;
+    counts(embassy, "embassy_connections_active", 1)?;
+    Ok(held)
+}
+
+/// The rules of everybody else, in their order.
+fn without_ours(rules: &str) -> String {
+    // Until a line that closes a block of ours.
+    let mut ours = None;
+    let kept = rules.lines().filter(|line| {
+        if line.starts_with("table inet embassy ") {
+            ours = Some("}");
+        } else if line.starts_with("\tchain EMBASSY {") {
+            // As nft shows what iptables wrote.
+            ours = Some("\t}");
+        }
+        let skip = ours.is_some() || line.contains("EMBASSY ") || line.ends_with("EMBASSY");
+        if ours.is_some_and(|end| *line == end) {
+            ours = None;
+        }
+        // A base chain without rules is nothing: listing makes some.
+        !skip && (line.starts_with("-A ") || line.starts_with("\t\t") && !line.contains("\ttype "))
+    });
+    kept.collect::<Vec<_>>().join("\n")
+}
+
+/// dockerd puts its rules in another order at times.
+fn sorted(rules: &str) -> Vec<&str> {
+    let mut lines: Vec<_> = rules.lines().collect();
+    lines.sort();
+    lines
+}
