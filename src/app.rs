@@ -14,6 +14,7 @@ use tracing::{info, warn};
 use crate::{
     admin::{Admin, Shown, metrics::Metrics},
     capture::{self, Capture, Firewall, Lock, rules},
+    check,
     config::{CaptureMode, Config, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
     limits,
@@ -25,6 +26,7 @@ use crate::{
     proxy::{self, Destinations, Proxy},
     readiness::Readiness,
     report::{Refused, Report},
+    state::{self, Keeper, Origin},
 };
 
 /// A running embassy.
@@ -38,6 +40,8 @@ pub struct App {
     capture: Option<Capture>,
     admin: Option<Admin>,
     control: JoinHandle<()>,
+    checks: JoinHandle<()>,
+    keeper: Option<Keeper>,
     drain: Duration,
 }
 
@@ -58,9 +62,13 @@ impl App {
 
         let lookup = Lookup::default();
         let refused = Arc::<Refused>::default();
-        let control = learn(&config, &lookup, refused.clone(), waiting)?;
+        let mut control = learn(&config, &lookup, refused.clone(), waiting)?;
+        let kept = Arc::<state::Counts>::default();
+        let keeper = remember(&config, &mut control, kept.clone());
         let (tables, sources) = (control.tables(), control.sources());
 
+        let mark = rules.redirect.then_some(rules::MARK);
+        let checks = tokio::spawn(check::run(tables.clone(), mark));
         let proxy = proxy::Settings {
             port: Some(config.port),
             workers: std::thread::available_parallelism().map_or(1, usize::from),
@@ -72,7 +80,7 @@ impl App {
             },
             max_connections,
             max_connections_per_consumer: config.max_connections_per_consumer,
-            mark: rules.redirect.then_some(rules::MARK),
+            mark,
             splice: true,
             hold: config.hold,
             lookup,
@@ -98,6 +106,7 @@ impl App {
             refused,
             figures: proxy.figures(),
             capture: capturing.as_ref().map(|(counts, _)| counts.clone()),
+            state: kept,
         };
         let shown = Shown { readiness, metrics: Arc::new(metrics.registry()) };
         let admin = match &config.admin {
@@ -133,6 +142,8 @@ impl App {
             capture,
             admin,
             control: tokio::spawn(control.run()),
+            checks,
+            keeper,
             drain: config.drain,
         })
     }
@@ -167,7 +178,15 @@ impl App {
             }
             () = hurry => warn!(live = self.proxy.live(), "resetting what is left, at once"),
         }
+        self.checks.abort();
         self.control.abort();
+        if let Some(keeper) = self.keeper {
+            // Until it is gone, it may give the keeper more. It is cancelled, which is no news.
+            if !self.control.is_finished() {
+                let _ = self.control.await;
+            }
+            keeper.stop().await;
+        }
         drop(self.admin);
         self.proxy.end().await.context("the data path")
     }
@@ -214,6 +233,21 @@ pub(crate) async fn rules(config: &Config) -> Result<rules::Settings, InterfaceE
         servers: if redirect { resolve(servers).await } else { Vec::new() },
         hold: !config.hold.is_zero(),
     })
+}
+
+/// Takes over what an earlier run left, and has the tables of this one kept.
+fn remember(config: &Config, control: &mut Control, counts: Arc<state::Counts>) -> Option<Keeper> {
+    // One for each port: two embassies of a host do not write over each other's.
+    let path = config.state_dir.as_ref()?.join(format!("table-{}", config.port));
+    let provider = match &config.provider {
+        ProviderChoice::Docker => format!("{} {}", config.docker, config.prefix),
+        ProviderChoice::Static(_) => String::new(),
+    };
+    let origin = Origin::here(provider, config.discoveries.uris().clone());
+    let restored = state::restore(&path, &origin, config.state_max_age, &control.bell());
+    let keeper = Keeper::start(path, origin, counts);
+    control.remember(restored, keeper.snapshots());
+    Some(keeper)
 }
 
 /// The addresses of servers that are named `host:port`. One that has none now is reported, and passed over.

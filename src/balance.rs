@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+    atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
 };
 
 use crate::{descriptor::Balance, model::Endpoint};
@@ -25,6 +25,22 @@ pub struct EndpointState {
     ejected_until: AtomicU64,
     /// A connection probes it until then.
     probed_until: AtomicU64,
+    /// What active checks say: a number of [`Checked`].
+    checked: AtomicU8,
+    /// Active checks that failed since the last that passed.
+    failed_checks: AtomicU32,
+    /// When a pick by least connections first saw it; 0 before.
+    seen: AtomicU64,
+}
+
+/// What active checks say of an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Checked {
+    /// Nobody asks for checks, or none has a result yet.
+    Not,
+    Passes,
+    Fails,
 }
 
 impl EndpointState {
@@ -33,6 +49,11 @@ impl EndpointState {
     const LONGEST_EJECTION: u64 = 60_000;
     /// How long one connection may probe an ejected endpoint before another may try: longer than a connect may take.
     const PROBE: u64 = 2_000;
+    /// Active checks that fail in a row before the endpoint does.
+    const FALL: u32 = 2;
+    /// How long least connections takes a new endpoint up: meanwhile its share of the connections grows from a tenth to
+    /// the whole, lest one that is not warm yet gets all that come.
+    pub const SLOW_START: u64 = 10_000;
 
     pub fn new(endpoint: Endpoint) -> Self {
         Self {
@@ -42,6 +63,9 @@ impl EndpointState {
             failures: AtomicU32::new(0),
             ejected_until: AtomicU64::new(0),
             probed_until: AtomicU64::new(0),
+            checked: AtomicU8::new(Checked::Not as u8),
+            failed_checks: AtomicU32::new(0),
+            seen: AtomicU64::new(0),
         }
     }
 
@@ -80,7 +104,44 @@ impl EndpointState {
         }
     }
 
+    /// What came of an active check; whether it changes what is to be thought of the endpoint.
+    pub fn checked(&self, passed: bool) -> bool {
+        let now = if passed {
+            self.failed_checks.store(0, Relaxed);
+            self.failures.store(0, Relaxed);
+            Checked::Passes
+        } else if self.failed_checks.fetch_add(1, Relaxed) + 1 >= Self::FALL {
+            Checked::Fails
+        } else {
+            return false;
+        };
+        self.checked.swap(now as u8, Relaxed) != now as u8
+    }
+
+    /// Active checks have ended.
+    pub fn not_checked(&self) {
+        self.failed_checks.store(0, Relaxed);
+        self.checked.store(Checked::Not as u8, Relaxed);
+    }
+
+    /// What active checks say.
+    pub fn check(&self) -> Checked {
+        match self.checked.load(Relaxed) {
+            passes if passes == Checked::Passes as u8 => Checked::Passes,
+            fails if fails == Checked::Fails as u8 => Checked::Fails,
+            _ => Checked::Not,
+        }
+    }
+
+    /// Whether nothing is held against it.
+    fn is_trusted(&self) -> bool {
+        self.failures.load(Relaxed) == 0 && self.check() != Checked::Fails
+    }
+
     pub fn is_ejected(&self, now: Millis) -> bool {
+        if self.check() == Checked::Fails {
+            return true;
+        }
         self.failures.load(Relaxed) != 0
             && (now.0 < self.ejected_until.load(Relaxed) || now.0 < self.probed_until.load(Relaxed))
     }
@@ -88,6 +149,9 @@ impl EndpointState {
     /// Whether a connection may go here now. Of an endpoint whose ejection ended, only one caller hears yes: it is the
     /// probe, and the others wait for what comes of it.
     fn admit(&self, now: Millis) -> bool {
+        if self.check() == Checked::Fails {
+            return false;
+        }
         if self.failures.load(Relaxed) == 0 {
             return true;
         }
@@ -98,6 +162,15 @@ impl EndpointState {
                 .probed_until
                 .compare_exchange(probed, now.0 + Self::PROBE, Relaxed, Relaxed)
                 .is_ok()
+    }
+
+    /// How busy it would be with one more connection, in thousandths of one: during its slow start each counts for more.
+    fn load(&self, now: Millis) -> u64 {
+        // The first who sees it says when; 0 means nobody has.
+        let first = self.seen.compare_exchange(0, now.0.max(1), Relaxed, Relaxed);
+        let age = now.0.saturating_sub(first.unwrap_or_else(|seen| seen).max(1));
+        let share = if first.is_ok() { 0 } else { age.saturating_mul(1_000) / Self::SLOW_START };
+        (u64::from(self.active()) + 1) * 1_000_000 / share.clamp(100, 1_000)
     }
 
     /// Counts a connection until the lease is dropped.
@@ -182,8 +255,10 @@ impl Rotation {
                     }
                     last_resort.get_or_insert(state);
                 }
-                // Concurrent draws may have taken every turn of an endpoint that is left.
-                last_resort.or_else(|| self.order.iter().find(fresh))
+                // One draw more than there are turns: where all are ejected, each has its turn all the same. Concurrent draws
+                // may have taken every turn of an endpoint that is left.
+                let next = self.draw().filter(fresh).or(last_resort);
+                next.or_else(|| self.order.iter().find(fresh))
             }
             Balance::LeastConnections => {
                 // Equal counts are taken in turn.
@@ -192,12 +267,12 @@ impl Rotation {
                 let fewest = |usable: &dyn Fn(&EndpointState) -> bool| {
                     let all =
                         sooner.iter().chain(later).filter(fresh).filter(|state| usable(state));
-                    all.min_by_key(|state| state.active())
+                    all.min_by_key(|state| state.load(now))
                 };
                 let healthy = fewest(&|state| !state.is_ejected(now));
                 healthy
                     .filter(|state| state.admit(now))
-                    .or_else(|| fewest(&|state| state.failures.load(Relaxed) == 0))
+                    .or_else(|| fewest(&EndpointState::is_trusted))
                     .or_else(|| fewest(&|_| true))
             }
         }
@@ -363,7 +438,92 @@ mod tests {
         assert!(rotation.endpoints().iter().all(|state| state.active() == 0));
     }
 
+    #[test]
+    fn an_endpoint_whose_checks_fail_is_used_only_where_all_do() {
+        for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+            let rotation = rotation(1..=3);
+            let [one, two, three] = rotation.endpoints() else { unreachable!() };
+            assert!(!two.checked(false), "once may be a packet lost");
+            assert!(two.checked(false));
+            assert!(!two.checked(false));
+            assert_eq!((one.check(), two.check()), (Checked::Not, Checked::Fails));
+            // Nothing but a check that passes, or the end of the checks, ends it.
+            two.succeeded();
+            let picked = |now| {
+                let picks = (0..6).map(|_| rotation.pick(balance, now, &[]).unwrap());
+                picks.map(|state| state.endpoint.0.port()).collect::<BTreeSet<_>>()
+            };
+            assert_eq!(picked(Millis(u64::MAX / 4)), BTreeSet::from([1, 3]), "{balance:?}");
+            for other in [one, three] {
+                other.checked(false);
+                other.checked(false);
+            }
+            assert_eq!(picked(NOW).len(), 3, "{balance:?}");
+            one.failed(NOW, NOW);
+            assert!(one.checked(true));
+            assert_eq!(picked(NOW), BTreeSet::from([1]), "{balance:?}");
+            two.not_checked();
+            assert_eq!(picked(NOW), BTreeSet::from([1, 2]), "{balance:?}");
+        }
+    }
+
+    #[test]
+    fn a_new_endpoint_does_not_get_all_that_come() {
+        let old = rotation([1]);
+        let pick = |rotation: &Rotation, now| {
+            rotation.pick(Balance::LeastConnections, Millis(now), &[]).unwrap().lease()
+        };
+        let _held: Vec<_> = (0..10).map(|n| pick(&old, 1_500 + n)).collect();
+        let new = old.succeed([old.endpoints()[0].clone(), state(2)]);
+        let leases: Vec<_> = (0..10).map(|n| pick(&new, 60_000 + n)).collect();
+        let count = leases.iter().filter(|lease| lease.state().endpoint == endpoint(2)).count();
+        assert_eq!(count, 1, "a tenth of what the other has");
+    }
+
+    #[test]
+    fn endpoints_that_are_new_together_share_evenly() {
+        let rotation = rotation(1..=3);
+        let leases: Vec<_> = (0..30)
+            .map(|n| rotation.pick(Balance::LeastConnections, Millis(n), &[]).unwrap().lease())
+            .collect();
+        assert!(rotation.endpoints().iter().all(|state| state.active() == 10), "{leases:?}");
+    }
+
     proptest! {
+        /// However busy the others are and however fast connections come, a new endpoint is given no more than its
+        /// growing share, and at the end of its slow start as many as the others.
+        #[test]
+        fn a_new_endpoint_is_taken_up_slowly(
+            busy in prop::collection::vec(0usize..50, 1..5), pauses in prop::collection::vec(0u64..200, 1..300)
+        ) {
+            let old = rotation(1..=busy.len() as u16);
+            prop_assert!(old.pick(Balance::LeastConnections, Millis(1), &[]).is_some());
+            let mut leases: Vec<_> = (old.endpoints().iter().zip(&busy))
+                .flat_map(|(state, &count)| (0..count).map(|_| state.lease()))
+                .collect();
+            let new = state(1_000);
+            let all = old.succeed(old.endpoints().iter().cloned().chain([new.clone()]));
+            let start = Millis(100_000);
+            let mut now = start;
+            for pause in pauses {
+                let picked = all.pick(Balance::LeastConnections, now, &[]).unwrap();
+                leases.push(picked.lease());
+                if picked.endpoint == new.endpoint {
+                    let share = ((now.0 - start.0) * 1_000 / EndpointState::SLOW_START).clamp(100, 1_000);
+                    let least = old.endpoints().iter().map(|state| state.active() + 1).min().unwrap();
+                    // In thousandths, and one for what the divisions leave.
+                    prop_assert!(u64::from(new.active()) * 1_000 <= (u64::from(least) * share) + 1_000);
+                }
+                now.0 += pause;
+            }
+            now.0 = start.0 + EndpointState::SLOW_START;
+            for _ in 0..5_000 {
+                leases.push(all.pick(Balance::LeastConnections, now, &[]).unwrap().lease());
+            }
+            let (least, most) = (all.endpoints().iter().map(|s| s.active()).min(), all.endpoints().iter().map(|s| s.active()).max());
+            prop_assert!(most.zip(least).is_some_and(|(most, least)| most - least <= 1));
+        }
+
         /// Whatever comes and goes, those that stay through it all are picked equally often, within one round.
         #[test]
         fn round_robin_stays_even_across_endpoint_changes(

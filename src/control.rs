@@ -20,6 +20,7 @@ use crate::{
     readiness::Guard,
     report::Report,
     source::{Answers, Known},
+    state::{Restored, Snapshot},
     table::{Inputs, Route, Table},
 };
 
@@ -59,6 +60,10 @@ pub struct Control {
     watches: Watches,
     bell: Arc<Notify>,
     hold: EmptyHold,
+    /// What an earlier run knew of the consumers, until the provider answers.
+    kept: Option<Arc<Listing>>,
+    /// Who keeps the table for a later run.
+    keeper: Option<watch::Sender<Option<Snapshot>>>,
     tables: watch::Sender<Arc<Table>>,
     sources: watch::Sender<Sources>,
     report: Report,
@@ -85,6 +90,8 @@ impl Control {
         Self {
             watches: Watches::new(discoveries.clone(), settings.resync, bell.clone()),
             hold: EmptyHold::new(settings.empty_hold),
+            kept: None,
+            keeper: None,
             tables: watch::channel(Arc::default()).0,
             sources: watch::channel(Sources { provider: provider.clone(), queries: Vec::new() }).0,
             waiting: (Some(waiting.listing), Some(waiting.answers)),
@@ -96,6 +103,18 @@ impl Control {
             patience: None,
             docker0: Vec::new(),
         }
+    }
+
+    /// Takes over what an earlier run knew, and gives `keeper` what a later one should.
+    pub fn remember(&mut self, restored: Restored, keeper: watch::Sender<Option<Snapshot>>) {
+        self.hold.kept = restored.endpoints;
+        self.kept = restored.listing;
+        self.keeper = Some(keeper);
+    }
+
+    /// Rung by what should make this task look again.
+    pub fn bell(&self) -> Arc<Notify> {
+        self.bell.clone()
     }
 
     /// The tables, as they are published. The first is empty, with version 0.
@@ -129,7 +148,12 @@ impl Control {
     fn step(&mut self, now: Instant) -> Option<Instant> {
         let provider = self.provider.borrow_and_update().clone();
         self.report.source("provider", &provider);
-        let listing = provider.value.clone()?;
+        let listed = provider.value.is_some();
+        if listed {
+            self.kept = None;
+        }
+        let kept = self.kept.clone().filter(|_| provider.error.is_some());
+        let listing = provider.value.clone().or(kept)?;
         let consumers: Vec<_> = listing.consumers.iter().filter(|c| !c.has_ended()).collect();
         let bindings = consumers.iter().flat_map(|consumer| &consumer.bindings);
         let queries: BTreeSet<_> =
@@ -150,8 +174,11 @@ impl Control {
             Some(wake.map_or(patience, |wake| wake.min(patience)))
         } else {
             self.publish(&listing, &consumers, &endpoints);
-            if let Some(listing) = self.waiting.0.take() {
+            if listed && let Some(listing) = self.waiting.0.take() {
                 listing.done();
+            }
+            if let Some(keeper) = &self.keeper {
+                keeper.send_replace(Some(Snapshot { listing: listing.clone(), endpoints }));
             }
             if !unasked
                 && each_discovery_answers(&known)
@@ -221,12 +248,14 @@ fn each_discovery_answers(known: &BTreeMap<Query, Known<Endpoints>>) -> bool {
 struct EmptyHold {
     hold: Duration,
     held: HashMap<Query, Arc<Endpoints>>,
+    /// What an earlier run knew, of those that have not answered since.
+    kept: HashMap<Query, Arc<Endpoints>>,
     empty_since: HashMap<Query, Instant>,
 }
 
 impl EmptyHold {
     fn new(hold: Duration) -> Self {
-        Self { hold, held: HashMap::new(), empty_since: HashMap::new() }
+        Self { hold, held: HashMap::new(), kept: HashMap::new(), empty_since: HashMap::new() }
     }
 
     /// The endpoints to use now, and when that ends without any other change.
@@ -238,7 +267,11 @@ impl EmptyHold {
         let mut settled = HashMap::new();
         let mut wake: Option<Instant> = None;
         for (query, known) in known {
-            let Some(value) = &known.value else { continue };
+            let Some(value) = &known.value else {
+                settled.extend(self.kept.get(query).map(|kept| (query.clone(), kept.clone())));
+                continue;
+            };
+            let kept = self.kept.remove(query);
             // Since when, not since the last change: what is rejected may go on changing in a list of nothing.
             let end = value.list.is_empty().then(|| {
                 let since = known.changed.unwrap_or(now);
@@ -247,7 +280,7 @@ impl EmptyHold {
             if end.is_none() {
                 self.empty_since.remove(query);
             }
-            let held = self.held.get(query).filter(|held| !held.list.is_empty());
+            let held = self.held.get(query).or(kept.as_ref()).filter(|held| !held.list.is_empty());
             let endpoints = match held.zip(end.filter(|end| now < *end)) {
                 Some((held, end)) => {
                     wake = Some(wake.map_or(end, |wake| wake.min(end)));
@@ -333,6 +366,25 @@ mod tests {
         assert_eq!(settle(&empty, second(40)), (Some(0), None));
         assert_eq!(settle(&known(&["10.0.0.3:1"], second(50)), second(50)), (Some(1), None));
         assert_eq!(settle(&known(&["10.0.0.3:1"], second(50)), second(50)), (Some(1), None));
+    }
+
+    #[test]
+    fn what_an_earlier_run_knew_is_used_until_the_answer_and_held_where_that_is_empty() {
+        let start = Instant::now();
+        let second = |n| start + Duration::from_secs(n);
+        let kept = known(&["10.0.0.1:1", "10.0.0.2:1"], start).value.unwrap();
+        let mut hold = EmptyHold::new(Duration::from_secs(30));
+        hold.kept.insert(query(), kept);
+        let mut settle = |known: &Known<Endpoints>, now| {
+            let (settled, wake) = hold.settle([(&query(), known)], now);
+            (settled.get(&query()).map(|endpoints| endpoints.list.len()), wake)
+        };
+        assert_eq!(settle(&Known::default(), start), (Some(2), None));
+        assert_eq!(settle(&Known::default(), second(1000)), (Some(2), None));
+        let empty = known(&[], second(1000));
+        assert_eq!(settle(&empty, second(1000)), (Some(2), Some(second(1030))));
+        assert_eq!(settle(&empty, second(1030)), (Some(0), None));
+        assert_eq!(settle(&Known::default(), second(1031)), (None, None), "it is used no more");
     }
 
     #[test]

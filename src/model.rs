@@ -6,7 +6,7 @@ use std::{
     num::NonZeroU16,
     str::FromStr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
 };
@@ -141,16 +141,40 @@ impl Consumer {
 /// The end of a container's run, for whoever waits for it. Clones are the same. All are equal: it says nothing about what
 /// a container is.
 #[derive(Debug, Clone, Default)]
-pub struct RunEnd(Arc<AtomicBool>);
+pub struct RunEnd(Arc<Run>);
+
+#[derive(Debug, Default)]
+struct Run {
+    ended: AtomicBool,
+    process: OnceLock<Process>,
+}
 
 impl RunEnd {
     pub fn come(&self) {
-        self.0.store(true, Relaxed);
+        self.0.ended.store(true, Relaxed);
     }
 
     pub fn has_come(&self) -> bool {
-        self.0.load(Relaxed)
+        self.0.ended.load(Relaxed)
     }
+
+    /// Its first process was seen. The first word on it stands.
+    pub fn is_that_of(&self, process: Process) {
+        self.0.process.get_or_init(|| process);
+    }
+
+    /// Its first process, where it was seen.
+    pub fn process(&self) -> Option<Process> {
+        self.0.process.get().copied()
+    }
+}
+
+/// A process, by its number and by when it started, in clock ticks since the boot (man 5 proc, `/proc/pid/stat`). Until
+/// the next boot the two together are never another's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Process {
+    pub pid: i32,
+    pub started: u64,
 }
 
 impl PartialEq for RunEnd {

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use crate::{
     balance::{EndpointState, Rotation},
     descriptor::Balance,
-    discovery::{Endpoints, Query, UnknownDiscovery},
+    discovery::{CannotAsk, Endpoints, Query},
     model::{Binding, Consumer, ConsumerId, Endpoint, Port, ServiceName, Vip},
 };
 
@@ -76,7 +76,7 @@ pub struct Unrouted {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UnroutedReason {
     #[error(transparent)]
-    Discovery(#[from] UnknownDiscovery),
+    Discovery(#[from] CannotAsk),
     #[error("{key}: {winner} in the same network namespace has it")]
     Taken { key: RouteKey, winner: Arc<str> },
     #[error(
@@ -167,7 +167,7 @@ impl Table {
     pub fn next(
         &self,
         inputs: &Inputs<'_>,
-        query: impl Fn(&Binding) -> Result<Query, UnknownDiscovery>,
+        query: impl Fn(&Binding) -> Result<Query, CannotAsk>,
     ) -> Option<Table> {
         let contested = contested(inputs);
         let mut builder = Builder { prev: self, inputs, next: Table::default(), contested };
@@ -435,7 +435,7 @@ mod tests {
                     ..query(binding.descriptor.service.as_str())
                 }),
                 Some(via) => {
-                    Err(UnknownDiscovery { via: via.clone(), configured: "consul".into() })
+                    Err(CannotAsk::Unknown { via: via.clone(), configured: "consul".into() })
                 }
             }
         })

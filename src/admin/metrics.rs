@@ -20,6 +20,7 @@ use crate::{
     proxy::{Figures, outcome::Outcome},
     report::Refused,
     source::Known,
+    state,
     table::Table,
 };
 
@@ -34,6 +35,7 @@ pub struct Metrics {
     pub refused: Arc<Refused>,
     pub figures: Figures,
     pub capture: Option<Arc<capture::Counts>>,
+    pub state: Arc<state::Counts>,
 }
 
 impl Metrics {
@@ -81,6 +83,18 @@ impl Collector for Metrics {
                 .encode(family.encode_family(&[("what", what)])?)?;
         }
         self.sources(&mut encoder)?;
+        counter(
+            &mut encoder,
+            "state_written",
+            "Times the table was kept on disk",
+            &self.state.written,
+        )?;
+        counter(
+            &mut encoder,
+            "state_failures",
+            "Times the table could not be kept on disk",
+            &self.state.failed,
+        )?;
         if let Some(counts) = &self.capture {
             let mut family = encoder.encode_descriptor(
                 "capture_restored",

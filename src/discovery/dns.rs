@@ -5,7 +5,7 @@
 //! and AAAA records are the endpoints, on the port that the descriptor names.
 //!
 //! Names are always whole: no search list, no hosts file. DNS tells nothing of changes, so a name is asked for again when
-//! its records' time to live is over. It has no tags either: a descriptor that wants some gets an error.
+//! its records' time to live is over. It has no tags either: a descriptor that wants some is refused.
 //!
 //! A name that does not exist, or has no such records, is a valid empty answer. A server that does not answer, or answers
 //! that it failed, is an error; so is a failure to look up one target of many.
@@ -62,12 +62,6 @@ impl Source for DnsSource {
     type Item = Endpoints;
 
     async fn session(&mut self, publish: &Publisher<Endpoints>) -> Result<(), SourceError> {
-        if !self.query.tags.is_empty() {
-            return Err(SourceError::new(format_args!(
-                "{}: expected no tags: DNS has none",
-                self.query
-            )));
-        }
         let session = Session::new(self)?;
         loop {
             let (endpoints, ttl) = match timeout(Session::WHOLE, session.resolve()).await {

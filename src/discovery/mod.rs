@@ -120,18 +120,23 @@ impl Discovery {
     }
 }
 
-/// A descriptor names a discovery that was not configured.
+/// Why what a descriptor asks for can be asked of nobody.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("via={via:?}: expected one of the configured discoveries: {configured}")]
-pub struct UnknownDiscovery {
-    pub via: Arc<str>,
-    pub configured: String,
+pub enum CannotAsk {
+    #[error("via={via:?}: expected one of the configured discoveries: {configured}")]
+    Unknown { via: Arc<str>, configured: String },
+    #[error("dc={dc:?}: expected none, as {via} has no datacentres")]
+    Datacentre { dc: Arc<str>, via: Arc<str> },
+    #[error("tags [{tags}]: expected none, as {via} has no tags")]
+    Tags { tags: String, via: Arc<str> },
 }
 
 /// Every configured discovery, by name.
 #[derive(Debug, Clone)]
 pub struct Discoveries {
     by_name: BTreeMap<Arc<str>, Discovery>,
+    /// As they were given. There are no secrets in them.
+    uris: BTreeMap<Arc<str>, String>,
     /// Asked where a descriptor names none.
     default: Arc<str>,
 }
@@ -139,11 +144,12 @@ pub struct Discoveries {
 impl Discoveries {
     /// Reads every `-discovery`; the first one is the default.
     pub fn parse(uris: &[String], settings: &Settings) -> Result<Self, UriError> {
-        let mut by_name = BTreeMap::new();
+        let (mut by_name, mut uris_by_name) = (BTreeMap::new(), BTreeMap::new());
         let mut default = None;
         for text in uris {
             let (name, discovery) = uri::parse(text, settings)?;
             default.get_or_insert_with(|| name.clone());
+            uris_by_name.insert(name.clone(), text.clone());
             if by_name.insert(name.clone(), discovery).is_some() {
                 return Err(UriError::new(
                     text,
@@ -152,7 +158,12 @@ impl Discoveries {
             }
         }
         let default = default.ok_or_else(|| UriError::new("", "at least one discovery"))?;
-        Ok(Self { by_name, default })
+        Ok(Self { by_name, uris: uris_by_name, default })
+    }
+
+    /// The URI of each, by its name.
+    pub fn uris(&self) -> &BTreeMap<Arc<str>, String> {
+        &self.uris
     }
 
     /// `host:port` of every server that any discovery asks over TCP.
@@ -161,15 +172,30 @@ impl Discoveries {
     }
 
     /// What to ask for a descriptor, and of whom.
-    pub fn query(&self, descriptor: &Descriptor) -> Result<Query, UnknownDiscovery> {
+    pub fn query(&self, descriptor: &Descriptor) -> Result<Query, CannotAsk> {
         let via = descriptor.via.as_ref().unwrap_or(&self.default);
-        let (via, discovery) = self.by_name.get_key_value(via).ok_or_else(|| UnknownDiscovery {
-            via: via.clone(),
-            configured: self.by_name.keys().map(AsRef::as_ref).collect::<Vec<_>>().join(", "),
-        })?;
+        let (via, discovery) =
+            self.by_name.get_key_value(via).ok_or_else(|| CannotAsk::Unknown {
+                via: via.clone(),
+                configured: self.by_name.keys().map(AsRef::as_ref).collect::<Vec<_>>().join(", "),
+            })?;
+        // To leave them out would be to ask for something else.
+        if let Some(dc) = &descriptor.dc
+            && !matches!(discovery, Discovery::Consul(_))
+        {
+            return Err(CannotAsk::Datacentre { dc: dc.clone(), via: via.clone() });
+        }
+        if !descriptor.tags.is_empty() && matches!(discovery, Discovery::Dns(_)) {
+            let tags = descriptor.tags.iter().collect::<Vec<_>>().join(",");
+            return Err(CannotAsk::Tags { tags, via: via.clone() });
+        }
+        let service = match discovery {
+            Discovery::Etcd(_) => etcd::branch(&descriptor.service),
+            _ => descriptor.service.clone(),
+        };
         Ok(Query {
             via: via.clone(),
-            service: descriptor.service.clone(),
+            service,
             tags: descriptor.tags.clone(),
             dc: descriptor.dc.clone(),
             port: matches!(discovery, Discovery::Dns(_)).then_some(descriptor.port),
@@ -241,5 +267,50 @@ impl Watches {
 
     fn asked(&self) -> impl Iterator<Item = (&Query, &Watch)> {
         self.running.iter().filter(|(_, watch)| watch.unasked.is_none())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::docker::{Address, Engine};
+
+    fn query(text: &str) -> Result<String, String> {
+        let settings = Settings {
+            healthy_only: true,
+            docker: Engine { address: Address::Unix("/nonexistent".into()), certificates: None },
+            consul: ConsulSettings::default(),
+            etcd: EtcdSettings::default(),
+        };
+        let uris = ["consul://a", "etcd://a", "docker://", "file://a", "dns://127.0.0.1"];
+        let all = Discoveries::parse(&uris.map(str::to_owned), &settings).unwrap();
+        let query = all.query(&text.parse().unwrap());
+        query.map(|query| query.to_string()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_a_discovery_does_not_have_cannot_be_asked_of_it() {
+        assert_eq!(query("web[a];80;dc=eu").unwrap(), "consul web[a] in eu");
+        for via in ["etcd", "docker", "file", "dns"] {
+            assert_eq!(
+                query(&format!("web;80;via={via};dc=eu")).unwrap_err(),
+                format!("dc=\"eu\": expected none, as {via} has no datacentres")
+            );
+        }
+        assert_eq!(query("web[a];80;via=file").unwrap(), "file web[a]");
+        assert_eq!(
+            query("web[a,b];80;via=dns").unwrap_err(),
+            "tags [a,b]: expected none, as dns has no tags"
+        );
+        assert_eq!(
+            query("web;80;via=zookeeper").unwrap_err(),
+            "via=\"zookeeper\": expected one of the configured discoveries: consul, dns, docker, etcd, file"
+        );
+    }
+
+    #[test]
+    fn one_branch_of_etcd_is_one_query() {
+        assert_eq!(query("/a/b/;80;via=etcd"), query("/a/b;81;via=etcd"));
+        assert_ne!(query("/a/b/;80;via=etcd"), query("a/b;80;via=etcd"));
     }
 }

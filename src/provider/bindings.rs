@@ -44,12 +44,6 @@ pub fn bindings<'a>(
                 continue;
             }
         };
-        if descriptor.check.is_some() {
-            problem(
-                "check= is not in effect yet: endpoints are judged by the connections to them"
-                    .to_owned(),
-            );
-        }
         match by_port.entry(descriptor.port) {
             Entry::Vacant(vacant) => {
                 vacant.insert((is_variable, Binding { origin: name.into(), descriptor }));
@@ -86,18 +80,6 @@ mod tests {
             read(&env, &[("embassy.backend.db", "db[a];5432"), ("other", "x;1")]);
         assert_eq!(bindings, ["embassy.backend.db=db[a];5432", "BACKEND_REDIS=redis;6379"]);
         assert_eq!(problems, [""; 0]);
-    }
-
-    #[test]
-    fn what_is_not_in_effect_is_said_and_the_binding_works() {
-        let (bindings, problems) = read(&["BACKEND_A=a;80;check=tcp"], &[]);
-        assert_eq!(bindings, ["BACKEND_A=a;80;check=tcp"]);
-        assert_eq!(
-            problems,
-            [
-                "app: BACKEND_A: check= is not in effect yet: endpoints are judged by the connections to them"
-            ]
-        );
     }
 
     #[test]

@@ -218,6 +218,16 @@ async fn open(endpoint: Endpoint, mark: Option<u32>, announced: &[u8]) -> io::Re
     Ok(stream)
 }
 
+/// A connection as those of consumers are made, that announces nobody.
+pub(crate) async fn dial(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpStream> {
+    open(endpoint, mark, &[]).await
+}
+
+/// Whether a connect failed for want of anything here, which tells nothing of the endpoint.
+pub(crate) fn is_for_want_of_ours(error: &io::Error) -> bool {
+    is_local(error) || is_shortage(error)
+}
+
 /// Whether a connect failed for want of something here, which is no fault of the endpoint's.
 fn is_local(error: &io::Error) -> bool {
     matches!(

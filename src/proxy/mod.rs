@@ -23,6 +23,7 @@ mod shared;
 mod worker;
 
 pub use connection::Destinations;
+pub(crate) use connection::{dial, is_for_want_of_ours};
 use outcome::Outcome;
 use shared::Shared;
 

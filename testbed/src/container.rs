@@ -100,6 +100,11 @@ impl Container {
         &self.id
     }
 
+    /// The host that it is on.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
     /// Its name, without a slash.
     pub fn name(&self) -> &str {
         &self.name

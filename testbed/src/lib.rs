@@ -43,7 +43,7 @@ pub use embassy::{Embassy, embassy_program};
 pub use etcd::{Etcd, EtcdV2, EtcdV3};
 pub use exec::output;
 pub use host::{Host, HostBuilder, Response};
-pub use peer::{Answers, Get, Probe};
+pub use peer::{Answers, Get, Probe, Traffic};
 pub use poll::eventually;
 pub use process::Process;
 pub use rustix::process::Signal;

@@ -1,6 +1,8 @@
 //! The servers and clients that run in containers: `testbed peer ...`, seen from a test.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -8,6 +10,8 @@ use serde_json::Value;
 
 use crate::container::{Container, ContainerBuilder};
 use crate::host::Host;
+use crate::process::Process;
+use crate::space::testbed_program;
 
 impl Host {
     /// A container that idles: one to dial from.
@@ -38,6 +42,17 @@ impl Container {
             keep_alive: false,
             timeout: Duration::from_secs(10),
         }
+    }
+
+    /// Starts requests to a URL, or to `host:port`, four at a time with a pause of 5 ms after each, that go on until
+    /// [`Traffic::stop`]. `name` is that of its log, and of no other traffic of the host.
+    pub fn traffic(&self, name: &str, target: impl std::fmt::Display) -> Result<Traffic> {
+        let host = self.host();
+        let end = host.dir().join(format!("{name}.end"));
+        let mut command = self.command(testbed_program()?)?;
+        command.args(["peer", "get", &target.to_string(), "-c", "4", "--pause-ms", "5", "--until"]);
+        command.arg(&end);
+        Ok(Traffic { process: host.spawn(name, command)?, end })
     }
 
     /// Connects to `host:port`, waits up to 1 s for what comes, and says what happened.
@@ -102,14 +117,28 @@ impl Get<'_> {
         if self.keep_alive {
             words.push("--keep-alive");
         }
-        let said = self.container.exec(words)?;
-        let said: Value =
-            serde_json::from_str(&said).with_context(|| format!("not JSON: {said:?}"))?;
-        Ok(Answers {
-            by_body: counts(&said["answers"]),
-            failures: counts(&said["failures"]),
-            slowest: Duration::from_millis(said["slowest_ms"].as_u64().unwrap_or_default()),
-        })
+        Answers::read(&self.container.exec(words)?)
+    }
+}
+
+/// Requests that go on while a test does something else. They come from a container's network, and need neither its
+/// engine nor itself.
+#[derive(Debug)]
+pub struct Traffic {
+    process: Process,
+    /// When this file is there, they end.
+    end: PathBuf,
+}
+
+impl Traffic {
+    /// How long the requests that are under way may take once they are to end.
+    const LAST: Duration = Duration::from_secs(60);
+
+    /// Ends it, and says what came back.
+    pub fn stop(self) -> Result<Answers> {
+        File::create(&self.end).with_context(|| format!("make {}", self.end.display()))?;
+        self.process.wait(Self::LAST)?;
+        Answers::read(self.process.log().lines().last().unwrap_or_default())
     }
 }
 
@@ -122,9 +151,23 @@ pub struct Answers {
     pub failures: BTreeMap<String, usize>,
     /// The longest that a request took, connect included.
     pub slowest: Duration,
+    /// How many took longer than half a second.
+    pub slow: usize,
 }
 
 impl Answers {
+    /// What `testbed peer get` wrote.
+    pub fn read(said: &str) -> Result<Self> {
+        let said: Value =
+            serde_json::from_str(said).with_context(|| format!("not JSON: {said:?}"))?;
+        Ok(Self {
+            by_body: counts(&said["answers"]),
+            failures: counts(&said["failures"]),
+            slowest: Duration::from_millis(said["slowest_ms"].as_u64().unwrap_or_default()),
+            slow: said["slow"].as_u64().unwrap_or_default() as usize,
+        })
+    }
+
     /// How many had exactly this body.
     pub fn from(&self, body: &str) -> usize {
         self.by_body.get(body).copied().unwrap_or_default()

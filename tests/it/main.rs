@@ -17,6 +17,7 @@ mod main_job;
 mod modes;
 mod process;
 mod registry;
+mod state;
 mod support;
 
 use std::time::Duration;

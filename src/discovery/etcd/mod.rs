@@ -12,7 +12,7 @@ use url::Url;
 
 use super::{Endpoints, EtcdSettings, Query, Secret};
 use crate::{
-    model::Tags,
+    model::{ServiceName, Tags},
     source::{Publisher, Source, SourceError},
     tls::ClientTls,
 };
@@ -176,6 +176,12 @@ impl EtcdSource {
     }
 }
 
+/// A branch as it is asked for: with and without slashes at its end it is the same, and has one watch. One at its start
+/// means something in the v3 store.
+pub(super) fn branch(service: &ServiceName) -> ServiceName {
+    ServiceName::new(service.as_str().trim_end_matches('/')).unwrap_or_else(|| service.clone())
+}
+
 /// How a store's tree came on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -238,6 +244,14 @@ mod tests {
         assert_eq!(Branch("a".into()).roots(), ["/a", "a"]);
         assert_eq!(Branch("/".into()).roots(), [""]);
         assert_eq!(Branch("/".into()).segments().unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn a_branch_with_slashes_at_its_end_is_no_other() {
+        for (text, expected) in [("/a/b/", "/a/b"), ("/a//", "/a"), ("a", "a"), ("/", "/")] {
+            let service = ServiceName::new(text).unwrap();
+            assert_eq!(branch(&service).as_str(), expected);
+        }
     }
 
     #[test]

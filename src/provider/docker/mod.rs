@@ -31,6 +31,8 @@ mod inspect;
 mod interleavings;
 mod process;
 
+pub use process::resume;
+
 /// Follows the containers of an engine. It asks, and never changes anything: GET calls only.
 #[derive(Debug)]
 pub struct DockerProvider {

@@ -1,8 +1,9 @@
 //! Who gets which endpoint, and what happens to those that do not answer.
 
-use std::thread;
+use std::{thread, time::Duration};
 
 use anyhow::{Result, ensure};
+use embassy::balance::EndpointState;
 use testbed::{Container, Host};
 
 use super::{ETCD, Held, listens, vip};
@@ -65,6 +66,8 @@ fn leastconn_counts_the_connections_of_all_consumers() -> Result<()> {
         ensure!(said["answer"] == "hello from new\n", "{said}");
         Ok(())
     })?;
+    // Nothing tells of the end of its slow start.
+    thread::sleep(Duration::from_millis(EndpointState::SLOW_START));
     // This consumer has no connection to either; the other has ten to the old one.
     let more = Held::open(&other, "more", &vip(80), 10)?;
     assert_eq!(more.greetings()?, serde_json::json!({ "hello from new": 10 }));

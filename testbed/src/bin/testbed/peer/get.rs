@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -21,18 +22,28 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     ensure!(at_once > 0, "-c takes a number from 1 on");
     let keep = args.has("--keep-alive");
     let timeout = args.milliseconds("--timeout-ms", 10_000)?;
+    let slow = args.milliseconds("--slow-ms", 500)?;
+    let pause = args.milliseconds("--pause-ms", 0)?;
+    // Requests go on until there is such a file, however many they are.
+    let until = args.text("--until", "");
+    let more = |taken: usize| match until {
+        "" => taken < times,
+        file => !Path::new(file).exists(),
+    };
 
     let taken = AtomicUsize::new(0);
     let tally = Mutex::new(Tally::default());
     thread::scope(|scope| {
-        for _ in 0..at_once.min(times) {
+        let threads = if until.is_empty() { at_once.min(times) } else { at_once };
+        for _ in 0..threads {
             scope.spawn(|| {
                 let mut kept = None;
-                while taken.fetch_add(1, Ordering::Relaxed) < times {
+                while more(taken.fetch_add(1, Ordering::Relaxed)) {
                     let start = Instant::now();
                     let answer = target.get(&mut kept, keep, timeout);
                     let took = start.elapsed();
-                    tally.lock().expect("nobody panics with the lock").count(answer, took);
+                    tally.lock().expect("nobody panics with the lock").count(answer, took, slow);
+                    thread::sleep(pause);
                 }
             });
         }
@@ -41,7 +52,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let slowest = u64::try_from(tally.slowest.as_millis()).unwrap_or(u64::MAX);
     println!(
         "{}",
-        json!({ "answers": tally.answers, "failures": tally.failures, "slowest_ms": slowest })
+        json!({
+            "answers": tally.answers, "failures": tally.failures, "slowest_ms": slowest, "slow": tally.slow,
+        })
     );
     Ok(())
 }
@@ -51,16 +64,18 @@ struct Tally {
     answers: BTreeMap<String, usize>,
     failures: BTreeMap<String, usize>,
     slowest: Duration,
+    slow: usize,
 }
 
 impl Tally {
-    fn count(&mut self, answer: Result<String, String>, took: Duration) {
+    fn count(&mut self, answer: Result<String, String>, took: Duration, slow: Duration) {
         let (counts, key) = match answer {
             Ok(body) => (&mut self.answers, body),
             Err(reason) => (&mut self.failures, reason),
         };
         *counts.entry(key).or_default() += 1;
         self.slowest = self.slowest.max(took);
+        self.slow += usize::from(took > slow);
     }
 }
 

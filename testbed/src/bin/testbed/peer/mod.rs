@@ -25,10 +25,12 @@ servers, on --port P (default 80):
                              reads N bytes while it sends N, then sends the sha256 of what it read
   reset [--after N]          reads N bytes (default 0), then resets
   hang                       accepts, and never reads nor writes
+  answer --text T [--rate R] reads up to an empty line, sends T (`\\r`, `\\n` as in C), closes; prints a line for each
   idle                       no server: waits for ever
 clients, each prints one JSON object:
-  get URL|HOST:PORT [-n N] [-c CONCURRENCY] [--keep-alive] [--timeout-ms T]
-                             answers by body, failures by reason, the slowest
+  get URL|HOST:PORT [-n N | --until FILE] [-c CONCURRENCY] [--keep-alive] [--timeout-ms T] [--pause-ms P] [--slow-ms S]
+                             answers by body, failures by reason, the slowest, and how many took longer than S (500);
+                             with --until as many as there is time for until FILE exists, with a pause after each
   send HOST:PORT --bytes N [--seed S] [--rate R] [--delay-ms D]
                              waits D, sends, ends its direction, reads the answer to the end
   recv HOST:PORT [--rate R]  reads to the end

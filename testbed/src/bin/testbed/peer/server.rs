@@ -21,6 +21,7 @@ pub(crate) enum Server {
     Duplex { bytes: u64, seed: u64, rate: u64 },
     Reset { after: u64 },
     Hang,
+    Answer { text: String, rate: u64 },
 }
 
 /// Thousands of connections may idle at once.
@@ -43,6 +44,10 @@ impl Server {
             "duplex" => Self::Duplex { bytes, seed, rate },
             "reset" => Self::Reset { after: args.number("--after", 0)? },
             "hang" => Self::Hang,
+            "answer" => Self::Answer {
+                text: args.text("--text", "").replace("\\r", "\r").replace("\\n", "\n"),
+                rate,
+            },
             _ => return Ok(None),
         }))
     }
@@ -112,6 +117,19 @@ impl Server {
             Self::Hang => loop {
                 thread::park();
             },
+            Self::Answer { ref text, rate } => {
+                let reader = BufReader::new(connection.try_clone()?);
+                reader.lines().find(|line| line.as_ref().map_or(true, String::is_empty));
+                println!("asked");
+                for byte in text.as_bytes().chunks(if rate == 0 { text.len().max(1) } else { 1 }) {
+                    connection.write_all(byte)?;
+                    thread::sleep(
+                        Duration::from_secs(1) / u32::try_from(rate).unwrap_or(1).max(1)
+                            * u32::from(rate > 0),
+                    );
+                }
+                Ok(())
+            }
         }
     }
 }

@@ -1,0 +1,178 @@
+//! `check=tcp`: endpoints are dialled now and then, and one that does not answer is used only where all do not.
+//!
+//! However many routes ask for it, an endpoint is dialled by one task, and only while one asks. Two failures in a row
+//! and it fails; one success and it passes, and what connections held against it is forgotten too.
+
+use std::{collections::HashMap, io, sync::Arc, time::Duration};
+
+use tokio::{
+    net::TcpStream,
+    sync::{Semaphore, watch},
+    task::AbortHandle,
+    time::{sleep, timeout},
+};
+use tracing::{info, warn};
+
+use crate::{
+    balance::EndpointState,
+    descriptor::Check,
+    discovery::Query,
+    proxy::{dial, is_for_want_of_ours},
+    table::Table,
+};
+
+/// From one check of an endpoint to the next, with a tenth more or less, so that many hosts do not check in step.
+pub const INTERVAL: Duration = Duration::from_secs(2);
+/// How long a connection may take to open.
+pub const TIMEOUT: Duration = Duration::from_secs(1);
+/// Checks at a time.
+const AT_A_TIME: usize = 64;
+
+/// Checks the endpoints of each table, for ever. `mark` keeps our own dials from being captured.
+pub async fn run(mut tables: watch::Receiver<Arc<Table>>, mark: Option<u32>) {
+    let permits = Arc::new(Semaphore::new(AT_A_TIME));
+    let mut running: HashMap<usize, Running> = HashMap::new();
+    loop {
+        let wanted = wanted(&tables.borrow_and_update());
+        running.retain(|state, _| wanted.contains_key(state));
+        for (key, (query, state)) in wanted {
+            running.entry(key).or_insert_with(|| {
+                let check = check(query, state.clone(), permits.clone(), mark);
+                Running { state, task: tokio::spawn(check).abort_handle() }
+            });
+        }
+        if tables.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// What is to be checked, by identity, and the query that asks for it.
+fn wanted(table: &Table) -> HashMap<usize, (Query, Arc<EndpointState>)> {
+    let routes = table.routes();
+    let checked = routes.filter(|route| route.binding.descriptor.check == Some(Check::Tcp));
+    let upstreams: HashMap<_, _> =
+        checked.map(|route| (Arc::as_ptr(&route.upstream), &route.upstream)).collect();
+    let endpoints = upstreams.values().flat_map(|upstream| {
+        let states = upstream.rotation.endpoints().iter();
+        states.map(|state| (Arc::as_ptr(state).addr(), (upstream.query.clone(), state.clone())))
+    });
+    endpoints.collect()
+}
+
+/// An endpoint that is checked until this is dropped. Holding its state keeps its identity from becoming another's.
+struct Running {
+    state: Arc<EndpointState>,
+    task: AbortHandle,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.task.abort();
+        self.state.not_checked();
+    }
+}
+
+async fn check(
+    query: Query,
+    state: Arc<EndpointState>,
+    permits: Arc<Semaphore>,
+    mark: Option<u32>,
+) {
+    // The endpoints of one table are not all checked at the same moment.
+    sleep(INTERVAL.mul_f64(fastrand::f64())).await;
+    loop {
+        // It is never closed.
+        let permit = permits.acquire().await;
+        let end = timeout(TIMEOUT, dial(state.endpoint, mark)).await;
+        drop(permit);
+        let end = end.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let endpoint = state.endpoint;
+        match end.map(drop::<TcpStream>) {
+            Ok(()) if state.checked(true) => info!(%endpoint, service = %query, "check passes"),
+            Ok(()) => {}
+            Err(error) if is_for_want_of_ours(&error) => {
+                warn!(%endpoint, service = %query, %error, "cannot check");
+            }
+            Err(error) if state.checked(false) => {
+                warn!(%endpoint, service = %query, %error, "check fails");
+            }
+            Err(_) => {}
+        }
+        sleep(INTERVAL.mul_f64(0.9 + fastrand::f64() / 5.0)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::{
+        balance::Checked,
+        descriptor::Balance,
+        discovery::Endpoints,
+        model::{Binding, Consumer, ConsumerId, Endpoint, ServiceName},
+        table::Inputs,
+    };
+
+    /// Consumers with these descriptors, each with an address of its own, and one service.
+    fn table(before: &Table, descriptors: &[&str], endpoint: Endpoint) -> Option<Table> {
+        let consumer = |(n, text): (usize, &&str)| Consumer {
+            id: ConsumerId::Local,
+            name: "a".into(),
+            namespace: "a".into(),
+            sources: vec![std::net::IpAddr::from([10, 0, 0, n as u8])],
+            gateways: vec![],
+            bindings: vec![Binding { origin: "B".into(), descriptor: text.parse().unwrap() }],
+            ends: vec![],
+        };
+        let consumers: Vec<_> = descriptors.iter().enumerate().map(consumer).collect();
+        let query = Query {
+            via: "consul".into(),
+            service: ServiceName::new("web").unwrap(),
+            tags: Default::default(),
+            dc: None,
+            port: None,
+        };
+        let inputs = Inputs {
+            consumers: &consumers.iter().collect::<Vec<_>>(),
+            contested: &Default::default(),
+            known: &Default::default(),
+            networks: &Default::default(),
+            endpoints: &[(query.clone(), Arc::new(Endpoints::new([endpoint], vec![])))].into(),
+            vips: &[],
+            gateways_are_vips: false,
+            balance: Balance::RoundRobin,
+        };
+        before.next(&inputs, |_| Ok(query.clone()))
+    }
+
+    #[tokio::test]
+    async fn an_endpoint_is_checked_by_one_while_somebody_asks() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = Endpoint(listener.local_addr().unwrap());
+        let asked = table(&Table::default(), &["web;80;check=tcp"; 3], endpoint).unwrap();
+        let state = asked.upstreams().next().unwrap().rotation.endpoints()[0].clone();
+        let unasked = table(&asked, &["web;80"], endpoint).unwrap();
+        assert_eq!(wanted(&asked).len(), 1);
+        assert_eq!(wanted(&unasked).len(), 0);
+
+        let (tables, receiver) = watch::channel(Arc::new(asked));
+        let checks = tokio::spawn(run(receiver, None));
+        let until = async |wanted: Checked| {
+            while state.check() != wanted {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let deadline = Duration::from_secs(60);
+        timeout(deadline, until(Checked::Passes)).await.expect("it passes");
+        drop(listener);
+        timeout(deadline, until(Checked::Fails)).await.expect("it fails");
+        let _again = TcpListener::bind(endpoint.0).await.unwrap();
+        timeout(deadline, until(Checked::Passes)).await.expect("it passes again");
+        tables.send_replace(Arc::new(unasked));
+        timeout(deadline, until(Checked::Not)).await.expect("nobody asks");
+        checks.abort();
+    }
+}

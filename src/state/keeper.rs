@@ -1,0 +1,233 @@
+//! Keeps the table on disk: soon after each change, whole or not at all.
+
+use std::{
+    collections::HashMap,
+    fs::{self, DirBuilder, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, sleep_until, timeout},
+};
+use tracing::{info, warn};
+
+use super::{Document, KeptConsumer, Origin, document::render};
+use crate::{
+    discovery::{Endpoints, Query},
+    provider::Listing,
+};
+
+/// What is to be kept.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    pub listing: Arc<Listing>,
+    pub endpoints: HashMap<Query, Arc<Endpoints>>,
+}
+
+/// How keeping the table went since the start, for the metrics.
+#[derive(Debug, Default)]
+pub struct Counts {
+    pub written: AtomicU64,
+    pub failed: AtomicU64,
+}
+
+/// Writes the last snapshot that it was given.
+#[derive(Debug)]
+pub struct Keeper {
+    snapshots: watch::Sender<Option<Snapshot>>,
+    task: JoinHandle<()>,
+}
+
+impl Keeper {
+    /// Changes that come within this time are one.
+    const DEBOUNCE: Duration = Duration::from_secs(1);
+    /// An unchanged table is written again this often: the file's age is the time since embassy was there.
+    const REFRESH: Duration = Duration::from_secs(5 * 60);
+    /// After a write that failed.
+    const RETRY: Duration = Duration::from_secs(10);
+    /// How long an end waits for the last write.
+    const LAST: Duration = Duration::from_secs(2);
+
+    /// Starts keeping tables in the file at `path`. Its folder is made where there is none.
+    pub fn start(path: PathBuf, origin: Origin, counts: Arc<Counts>) -> Self {
+        let (snapshots, changes) = watch::channel(None);
+        Self { snapshots, task: tokio::spawn(run(File { path, origin }, changes, counts)) }
+    }
+
+    /// Where to give it what is to be kept.
+    pub fn snapshots(&self) -> watch::Sender<Option<Snapshot>> {
+        self.snapshots.clone()
+    }
+
+    /// Writes what is not written yet, and ends. Every other sender must be gone.
+    pub async fn stop(self) {
+        drop(self.snapshots);
+        if timeout(Self::LAST, self.task).await.is_err() {
+            warn!("the last table may not be kept: its disk is slow");
+        }
+    }
+}
+
+async fn run(file: File, mut changes: watch::Receiver<Option<Snapshot>>, counts: Arc<Counts>) {
+    let file = Arc::new(file);
+    let mut kept: Option<(Document, Instant)> = None;
+    let mut failing = false;
+    let mut next = Instant::now() + Keeper::REFRESH;
+    loop {
+        let ended = tokio::select! {
+            changed = changes.changed() => changed.is_err(),
+            () = sleep_until(next) => false,
+        };
+        if !ended {
+            // Changes come in swarms. None that comes now is missed: it is read below.
+            let pause = if failing { Keeper::RETRY } else { Keeper::DEBOUNCE };
+            tokio::select! {
+                () = sleep_until(Instant::now() + pause) => {}
+                () = closed(&mut changes) => {}
+            }
+        }
+        next = Instant::now() + Keeper::REFRESH;
+        let snapshot = changes.borrow_and_update().clone();
+        if let Some(snapshot) = snapshot {
+            let document = file.document(&snapshot);
+            let is_kept = kept.as_ref().is_some_and(|(kept, at)| {
+                kept.consumers == document.consumers
+                    && kept.answers == document.answers
+                    && at.elapsed() < Keeper::REFRESH
+            });
+            if !is_kept {
+                let (writer, written) = (file.clone(), document.clone());
+                let end = tokio::task::spawn_blocking(move || writer.write(&written)).await;
+                let path = file.path.display();
+                match end.unwrap_or_else(|error| Err(io::Error::other(error))) {
+                    Ok(()) => {
+                        counts.written.fetch_add(1, Relaxed);
+                        kept = Some((document, Instant::now()));
+                        if failing {
+                            info!(file = %path, "the table is kept again");
+                        }
+                        failing = false;
+                    }
+                    Err(error) => {
+                        counts.failed.fetch_add(1, Relaxed);
+                        if !failing {
+                            warn!(file = %path, %error, "the table cannot be kept for a start while everything is down; trying on");
+                        }
+                        failing = true;
+                        next = Instant::now();
+                    }
+                }
+            }
+        }
+        if ended {
+            return;
+        }
+    }
+}
+
+/// Waits until nobody can send any more; changes wait.
+async fn closed(changes: &mut watch::Receiver<Option<Snapshot>>) {
+    let mut copy = changes.clone();
+    while copy.changed().await.is_ok() {}
+}
+
+struct File {
+    path: PathBuf,
+    origin: Origin,
+}
+
+impl File {
+    fn document(&self, snapshot: &Snapshot) -> Document {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let answered = snapshot.endpoints.iter().filter(|(_, answer)| !answer.list.is_empty());
+        Document {
+            written: now,
+            origin: self.origin.clone(),
+            consumers: snapshot.listing.consumers.iter().filter_map(KeptConsumer::of).collect(),
+            answers: answered.map(|(query, answer)| (query.clone(), answer.list.clone())).collect(),
+        }
+    }
+
+    /// A reader finds the file as it was or as it is to be, whenever this ends.
+    fn write(&self, document: &Document) -> io::Result<()> {
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+        let mut new = self.path.as_os_str().to_owned();
+        new.push(".new");
+        let new = PathBuf::from(new);
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let written = options.open(&new).and_then(|mut file| {
+            file.write_all(&render(document)?)?;
+            file.sync_all()
+        });
+        if let Err(error) = written {
+            // Half a file would only take room on a full disk.
+            let _ = fs::remove_file(&new);
+            return Err(error);
+        }
+        fs::rename(&new, &self.path)?;
+        fs::File::open(folder)?.sync_all()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{model::Endpoint, state::parse};
+
+    fn snapshot(endpoint: &str) -> Snapshot {
+        let query = super::super::tests::document().answers.into_keys().next().unwrap();
+        let answer = Endpoints::new([Endpoint(endpoint.parse().unwrap())], vec![]);
+        Snapshot { endpoints: [(query, Arc::new(answer))].into(), ..Snapshot::default() }
+    }
+
+    fn endpoints(path: &Path) -> Vec<String> {
+        let document = parse(&fs::read(path).unwrap()).unwrap();
+        document.answers.values().flatten().map(ToString::to_string).collect()
+    }
+
+    #[tokio::test]
+    async fn the_last_snapshot_is_there_at_the_end_and_nothing_is_written_twice() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/b/table");
+        let counts = Arc::<Counts>::default();
+        let keeper = Keeper::start(path.clone(), Origin::default(), counts.clone());
+        let snapshots = keeper.snapshots();
+        snapshots.send_replace(Some(snapshot("10.0.0.1:1")));
+        snapshots.send_replace(Some(snapshot("10.0.0.2:1")));
+        drop(snapshots);
+        keeper.stop().await;
+        assert_eq!(endpoints(&path), ["10.0.0.2:1"]);
+        assert_eq!(counts.written.load(Relaxed), 1);
+        let names = fs::read_dir(path.parent().unwrap()).unwrap().count();
+        assert_eq!(names, 1, "nothing lies beside it");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_cannot_be_written_is_tried_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table");
+        fs::create_dir(&path).unwrap(); // a rename over it fails
+        let counts = Arc::<Counts>::default();
+        let keeper = Keeper::start(path.clone(), Origin::default(), counts.clone());
+        keeper.snapshots().send_replace(Some(snapshot("10.0.0.1:1")));
+        while counts.failed.load(Relaxed) < 2 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        fs::remove_dir(&path).unwrap();
+        while counts.written.load(Relaxed) == 0 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        assert_eq!(endpoints(&path), ["10.0.0.1:1"]);
+    }
+}

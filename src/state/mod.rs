@@ -1,0 +1,224 @@
+//! The last table, kept on disk for a start while everything is down: who asked for what, and where that was.
+//!
+//! The file is one line, `embassy state <format> <SHA-256 of the rest, in hex>`, and a JSON document. It is read with
+//! suspicion. Consumers are served by it only where the kernel shows that they are still the same runs, at the same
+//! addresses; endpoints are used until their discovery answers.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use crate::{
+    discovery::Query,
+    model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Process},
+};
+
+mod document;
+mod keeper;
+mod restore;
+
+pub use document::{Damage, parse};
+pub use keeper::{Counts, Keeper, Snapshot};
+pub use restore::{Restored, restore};
+
+/// What a state file says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Document {
+    /// When it was written, in seconds of Unix time.
+    pub written: u64,
+    pub origin: Origin,
+    pub consumers: Vec<KeptConsumer>,
+    pub answers: BTreeMap<Query, Vec<Endpoint>>,
+}
+
+/// Where a table comes from: it means nothing elsewhere.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// `/etc/machine-id`; empty where there is none.
+    pub machine: String,
+    /// `/proc/sys/kernel/random/boot_id`: with a boot every run of a container is over.
+    pub boot: String,
+    /// The engine's address and the prefix of the variables; empty with the static provider.
+    pub provider: String,
+    /// The URI of each discovery, by its name.
+    pub discoveries: BTreeMap<Arc<str>, String>,
+}
+
+/// A container, with what it takes to know it again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptConsumer {
+    pub id: ContainerId,
+    /// The moment its run started as the engine wrote it.
+    pub started_at: Arc<str>,
+    pub name: Arc<str>,
+    /// Its first process.
+    pub process: Process,
+    /// The container that its network namespace belongs to, often itself, and that one's first process.
+    pub namespace: ContainerId,
+    pub namespace_process: Process,
+    pub sources: Vec<IpAddr>,
+    pub gateways: Vec<IpAddr>,
+    pub bindings: Vec<Binding>,
+}
+
+impl Origin {
+    /// This machine, and these sources.
+    pub fn here(provider: String, discoveries: BTreeMap<Arc<str>, String>) -> Self {
+        let read = |path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+        let (machine, boot) = (read("/etc/machine-id"), read("/proc/sys/kernel/random/boot_id"));
+        Self { machine, boot, provider, discoveries }
+    }
+}
+
+impl KeptConsumer {
+    /// `None` for whom it would be of no use: one who has ended, whose process cannot be seen, or who is no container.
+    fn of(consumer: &Consumer) -> Option<Self> {
+        let ConsumerId::Container { id, started_at } = &consumer.id else { return None };
+        if consumer.has_ended() {
+            return None;
+        }
+        Some(Self {
+            id: id.clone(),
+            started_at: started_at.clone(),
+            name: consumer.name.clone(),
+            process: consumer.ends.first()?.process()?,
+            namespace: ContainerId::new(&consumer.namespace),
+            namespace_process: consumer.ends.last()?.process()?,
+            sources: consumer.sources.clone(),
+            gateways: consumer.gateways.clone(),
+            bindings: consumer.bindings.clone(),
+        })
+    }
+}
+
+/// Why a document is not to be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unfit {
+    #[error("it was written on another machine")]
+    Foreign,
+    #[error("it is {0:?} old: --state-max-age is {1:?}")]
+    TooOld(Duration, Duration),
+}
+
+/// What of a document may be used.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Fit {
+    pub consumers: Vec<KeptConsumer>,
+    pub answers: BTreeMap<Query, Vec<Endpoint>>,
+}
+
+impl Document {
+    /// What of it may be used `here`, at `now` in seconds of Unix time. A clock that was set back makes nothing too old.
+    pub fn fit(self, here: &Origin, now: u64, max_age: Duration) -> Result<Fit, Unfit> {
+        let Origin { machine, boot, provider, discoveries } = self.origin;
+        let same_boot = boot == here.boot && !boot.is_empty();
+        let known = !machine.is_empty() && !here.machine.is_empty();
+        if if known { machine != here.machine } else { !same_boot } {
+            return Err(Unfit::Foreign);
+        }
+        let age = Duration::from_secs(now.saturating_sub(self.written));
+        if age > max_age {
+            return Err(Unfit::TooOld(age, max_age));
+        }
+        let same_provider = provider == here.provider && !provider.is_empty();
+        let consumers = if same_boot && same_provider { self.consumers } else { Vec::new() };
+        let same: BTreeSet<_> = discoveries
+            .into_iter()
+            .filter(|(name, uri)| here.discoveries.get(name) == Some(uri))
+            .map(|(name, _)| name)
+            .collect();
+        let mut answers = self.answers;
+        answers.retain(|query, _| same.contains(&query.via));
+        Ok(Fit { consumers, answers })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::model::ServiceName;
+
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+
+    pub(crate) fn document() -> Document {
+        let query = Query {
+            via: "consul".into(),
+            service: ServiceName::new("redis").unwrap(),
+            tags: crate::model::Tags::new(["eu", "prod"]),
+            dc: Some("dc1".into()),
+            port: crate::model::Port::new(53),
+        };
+        let endpoints = ["10.0.0.1:6379", "[fd00::1]:6379"];
+        let id = ContainerId::new("0123456789abcdef");
+        Document {
+            written: 1_000_000,
+            origin: Origin {
+                machine: "m".into(),
+                boot: "b".into(),
+                provider: "unix:///var/run/docker.sock BACKEND_".into(),
+                discoveries: [("consul".into(), "consul://127.0.0.1:8500".into())].into(),
+            },
+            consumers: vec![KeptConsumer {
+                id: id.clone(),
+                started_at: "2026-01-01T00:00:00Z".into(),
+                name: "app".into(),
+                process: Process { pid: 7, started: 11 },
+                namespace: id,
+                namespace_process: Process { pid: 7, started: 11 },
+                sources: vec!["172.17.0.2".parse().unwrap(), "fd00::2".parse().unwrap()],
+                gateways: vec!["172.17.0.1".parse().unwrap()],
+                bindings: vec![Binding {
+                    origin: "BACKEND_REDIS".into(),
+                    descriptor: "redis[eu,prod];6379;drain=kill".parse().unwrap(),
+                }],
+            }],
+            answers: [(query, endpoints.map(|e| Endpoint(e.parse().unwrap())).to_vec())].into(),
+        }
+    }
+
+    fn fit(change: impl FnOnce(&mut Origin), later: u64) -> Result<(usize, usize), Unfit> {
+        let document = document();
+        let mut here = document.origin.clone();
+        change(&mut here);
+        let now = document.written + later;
+        document.fit(&here, now, DAY).map(|fit| (fit.consumers.len(), fit.answers.len()))
+    }
+
+    #[test]
+    fn what_was_written_here_is_used_until_it_is_too_old() {
+        assert_eq!(fit(|_| (), 0), Ok((1, 1)));
+        assert_eq!(fit(|_| (), 24 * 3600), Ok((1, 1)));
+        let age = DAY + Duration::from_secs(1);
+        assert_eq!(fit(|_| (), 24 * 3600 + 1), Err(Unfit::TooOld(age, DAY)));
+        let (document, here) = (document(), document().origin);
+        assert!(document.fit(&here, 0, DAY).is_ok(), "the clock was set back");
+    }
+
+    #[test]
+    fn after_a_boot_no_consumer_is_the_same_and_on_another_machine_nothing_is() {
+        assert_eq!(fit(|here| here.boot = "other".into(), 0), Ok((0, 1)));
+        assert_eq!(fit(|here| here.machine = "other".into(), 0), Err(Unfit::Foreign));
+        // Without an identity of the machine the boot is one.
+        assert_eq!(fit(|here| here.machine.clear(), 0), Ok((1, 1)));
+        let other_boot = |here: &mut Origin| {
+            here.machine.clear();
+            here.boot = "other".into();
+        };
+        assert_eq!(fit(other_boot, 0), Err(Unfit::Foreign));
+    }
+
+    #[test]
+    fn what_is_asked_now_of_others_is_not_taken_from_it() {
+        assert_eq!(fit(|here| here.provider = "unix:///other BACKEND_".into(), 0), Ok((0, 1)));
+        assert_eq!(fit(|here| here.provider.clear(), 0), Ok((0, 1)));
+        assert_eq!(fit(|here| here.discoveries.clear(), 0), Ok((1, 0)));
+        let other = |here: &mut Origin| {
+            here.discoveries.insert("consul".into(), "consul://10.0.0.1:8500".into());
+        };
+        assert_eq!(fit(other, 0), Ok((1, 0)));
+    }
+}

@@ -1,0 +1,164 @@
+//! The last table, kept on disk: a start while everything is down serves who still runs, and nobody else.
+
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+use testbed::{Container, Embassy, Host};
+
+use crate::{
+    READY, WAIT,
+    support::{counts, metric, reaches, says},
+};
+
+const CONSUL: &str = "-discovery=consul://127.0.0.1:8500";
+const FILE: &str = "/var/lib/embassy/table-9999";
+const VIP: &str = "172.17.0.1:80";
+
+/// Waits until the kept table has all these words.
+fn keeps(host: &Host, words: &[&str]) -> Result<()> {
+    testbed::eventually(WAIT, &format!("the kept table to have {words:?}"), || {
+        let text = host.run("cat", [FILE])?;
+        ensure!(words.iter().all(|word| text.contains(word)), "{text}");
+        Ok(())
+    })
+}
+
+/// A request that needs no help of the engine's.
+fn curl(app: &Container) -> Result<Command> {
+    let mut curl = app.command("curl")?;
+    curl.args(["--silent", "--fail", "--max-time", "5", "http://172.17.0.1/"]);
+    Ok(curl)
+}
+
+fn register(host: &Host, web: &Container) -> Result<()> {
+    host.consul()?.service("web", "web").address(web.ip()?).port(80).register()
+}
+
+fn waits_for(embassy: &Embassy, parts: &str) -> Result<()> {
+    let answer = embassy.admin("/readyz")?;
+    ensure!(answer.status == 503 && answer.body.contains(parts), "{answer:?}");
+    Ok(())
+}
+
+#[test]
+fn who_still_runs_is_served_after_a_start_while_everything_is_down() -> Result<()> {
+    let host = Host::builder().docker_args(["--live-restore"]).start()?;
+    let web = host.web("web").start()?;
+    register(&host, &web)?;
+    let net = host.network("net", ["--subnet=10.82.0.0/24"])?;
+    let app = |name: &str| host.client(name).env("BACKEND_WEB", "web;80");
+    let (stays, ends) = (app("stays").start()?, app("ends").start()?);
+    let (moves, sides) =
+        (app("moves").start()?, app("sides").network("container:stays").env("BACKEND_B", "web;81"));
+    let sides = sides.start()?;
+    let embassy = host.embassy(["--dnat", CONSUL])?;
+    embassy.wait_ready(READY)?;
+    for each in [&stays, &ends, &moves] {
+        reaches(each, VIP, "web")?;
+    }
+    let endpoint = format!("{}:80", web.ip()?);
+    keeps(&host, &[stays.id(), ends.id(), moves.id(), sides.id(), &endpoint])?;
+    embassy.kill()?;
+
+    // Nobody looks while one changes its address, and while one ends the engine does not either.
+    moves.connect(net.name())?;
+    moves.disconnect("bridge")?;
+    let (ended, mut curl) = (ends.pid()?, curl(&stays)?);
+    host.docker_daemon().kill()?;
+    host.consul_daemon().kill()?;
+    host.run("kill", ["-KILL", &ended.to_string()])?;
+
+    let embassy = host.embassy(["--dnat", CONSUL])?;
+    testbed::eventually(WAIT, "an answer", || {
+        let said = testbed::output(&mut curl)?;
+        ensure!(said == "web", "{said:?}");
+        Ok(())
+    })?;
+    says(&embassy, &["kept from the last run", "consumers=2", "services=1"])?;
+    says(&embassy, &["not as it was kept", "consumer=ends", "process"])?;
+    says(&embassy, &["not as it was kept", "consumer=moves", "other addresses"])?;
+    // One of `stays`, and one of who shares its address.
+    ensure!(metric(&embassy, "embassy_routes")? == 2, "{}", embassy.log());
+    waits_for(&embassy, "listing")?;
+    waits_for(&embassy, "discovery")?;
+
+    // All come back, and who was served still is.
+    host.docker_daemon().start()?;
+    let traffic = stays.traffic("traffic", VIP)?;
+    host.consul_daemon().start()?;
+    register(&host, &web)?;
+    embassy.wait_ready(READY)?;
+    reaches(&moves, "10.82.0.1:80", "web")?;
+    let answers = traffic.stop()?;
+    assert_eq!((answers.failed(), answers.from("web")), (0, answers.answered()), "{answers:?}");
+    Ok(())
+}
+
+#[test]
+fn what_is_damaged_or_of_another_machine_is_set_aside() -> Result<()> {
+    let host = Host::start()?;
+    host.run("sh", ["-c", "echo one > /etc/machine-id"])?;
+    let web = host.web("web").start()?;
+    register(&host, &web)?;
+    let app = host.client("app").env("BACKEND_WEB", "web;80").start()?;
+    let run = || host.embassy(["--dnat", CONSUL]);
+    let embassy = run()?;
+    embassy.wait_ready(READY)?;
+    keeps(&host, &[app.id()])?;
+    // What came last is written at an orderly end.
+    app.remove()?;
+    counts(&embassy, "embassy_table_version", 2)?;
+    embassy.terminate()?;
+    embassy.wait(WAIT)?;
+    let kept = host.run("cat", [FILE])?;
+    ensure!(!kept.contains(app.id()) && kept.contains("embassy state 1 "), "{kept}");
+
+    for (change, reason) in [
+        ("echo two > /etc/machine-id", "another machine"),
+        ("echo garbage > /var/lib/embassy/table-9999", "no state file"),
+        ("truncate -s -1 /var/lib/embassy/table-9999", "checksum"),
+        ("sed -i 's/^embassy state 1/embassy state 2/' /var/lib/embassy/table-9999", "format"),
+    ] {
+        host.run("sh", ["-c", change])?;
+        let embassy = run()?;
+        says(&embassy, &["kept table set aside", reason])?;
+        host.run("test", ["-s", &format!("{FILE}.aside")])?;
+        embassy.wait_ready(READY)?;
+        keeps(&host, &["\"machine\":\"two\""])?;
+        embassy.kill()?;
+    }
+    let old = host.embassy(["--dnat", CONSUL, "--state-max-age=0"])?;
+    old.wait_ready(READY)?;
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_is_full_or_read_only_is_reported_and_nothing_else_suffers() -> Result<()> {
+    let host = Host::start()?;
+    let web = host.web("web").start()?;
+    register(&host, &web)?;
+    let app = host.client("app").env("BACKEND_WEB", "web;80").start()?;
+    host.run("mkdir", ["/run/state"])?;
+    host.run("mount", ["-t", "tmpfs", "-o", "size=16k", "none", "/run/state"])?;
+    host.run("fallocate", ["--length", "16k", "/run/state/ballast"])?;
+    let embassy = host.embassy(["--dnat", CONSUL, "--state-dir=/run/state"])?;
+    embassy.wait_ready(READY)?;
+    says(&embassy, &["the table cannot be kept", "No space left"])?;
+    counts(&embassy, "embassy_state_failures_total", 1)?;
+    reaches(&app, VIP, "web")?;
+    host.run("rm", ["/run/state/ballast"])?;
+    says(&embassy, &["the table is kept again"])?;
+    let kept = host.run("cat", ["/run/state/table-9999"])?;
+    ensure!(kept.contains(app.id()), "{kept}");
+    embassy.kill()?;
+
+    let embassy = host.embassy(["--dnat", CONSUL, "--state-dir=/proc/no"])?;
+    embassy.wait_ready(READY)?;
+    says(&embassy, &["the table cannot be kept", "/proc/no"])?;
+    reaches(&app, VIP, "web")?;
+    embassy.kill()?;
+    let embassy = host.embassy(["--dnat", CONSUL, "--state-dir=off"])?;
+    embassy.wait_ready(READY)?;
+    ensure!(metric(&embassy, "embassy_state_failures_total")? == 0);
+    reaches(&app, VIP, "web")
+}
