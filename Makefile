@@ -64,7 +64,7 @@ shell: build ## a shell in a Docker host of its own
 	target/debug/testbed shell
 
 DIST := target/dist
-COMMANDS = $(shell target/release/embassy --help | sed -n '/^Commands:/,/^$$/s/^  \([a-z]*\) .*/\1/p')
+COMMANDS = $(shell target/release/embassy --help | sed -n '/^Commands:/,/^$$/s/^  \([a-z][a-z]*\) .*/\1/p')
 
 dist: setup ## a release build with manual pages and completions, in target/dist
 	cargo build --release --bin embassy

@@ -29,7 +29,8 @@ pub fn raise_descriptors(asked: Option<usize>) -> usize {
     connections
 }
 
-fn connections(descriptors: u64) -> usize {
+/// How many connections this many descriptors allow for at a time.
+pub(crate) fn connections(descriptors: u64) -> usize {
     let reserve = RESERVE.max(descriptors / RESERVED_SHARE);
     usize::try_from(descriptors.saturating_sub(reserve) / PER_CONNECTION)
         .unwrap_or(usize::MAX)

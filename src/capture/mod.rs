@@ -25,6 +25,7 @@ pub(crate) mod iptables;
 mod keeper;
 mod lock;
 mod nft;
+pub mod place;
 mod program;
 pub mod rules;
 

@@ -11,6 +11,7 @@ use crate::config::{self, Config, Stop};
 
 mod cleanup;
 mod completions;
+mod doctor;
 
 mod plan;
 mod running;
@@ -43,6 +44,7 @@ impl Answer {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Doctor(Box<doctor::Doctor>),
     Plan(Box<plan::Plan>),
     Cleanup(cleanup::Cleanup),
     Completions(completions::Completions),
@@ -50,7 +52,7 @@ enum Command {
 }
 
 /// Those that take the flags of the proxy, too many to list them once more.
-const WITH_FLAGS: [&str; 1] = ["plan"];
+const WITH_FLAGS: [&str; 2] = ["doctor", "plan"];
 
 /// Runs the command that `words`, those behind the program's name, begin with. `None` where they begin with none: then
 /// they are the proxy's.
@@ -135,6 +137,10 @@ impl Command {
             Err(error) => return Ok(Err(error)),
         };
         Ok(match self {
+            Self::Doctor(doctor) => {
+                let config = doctor.config(env)?;
+                runtime.block_on(doctor.run(config))
+            }
             Self::Plan(plan) => {
                 let config = plan.config(env)?;
                 runtime.block_on(plan.run(config))

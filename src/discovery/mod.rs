@@ -171,6 +171,11 @@ impl Discoveries {
         self.by_name.values().flat_map(Discovery::servers).collect()
     }
 
+    /// How descriptors name them.
+    pub fn names(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.by_name.keys()
+    }
+
     /// What to ask for a descriptor, and of whom.
     pub fn query(&self, descriptor: &Descriptor) -> Result<Query, CannotAsk> {
         let via = descriptor.via.as_ref().unwrap_or(&self.default);

@@ -7,6 +7,7 @@ mod data_path;
 mod discovery_dns;
 mod discovery_docker;
 mod discovery_file;
+mod doctor;
 mod firewall;
 mod first_connection;
 mod followed;

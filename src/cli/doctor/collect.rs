@@ -1,0 +1,304 @@
+//! What this host says of itself. Nothing is changed, and nothing is judged here.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::{IpAddr, Ipv4Addr},
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use ipnet::{IpNet, Ipv4Net};
+use rustix::process::{Resource, getrlimit};
+use tokio::{sync::Notify, time::timeout};
+
+use super::super::running;
+use crate::{
+    capture::{Firewall, place},
+    config::{CaptureMode, Config, Provider},
+    discovery::{Discoveries, Watches},
+    docker::Engine,
+};
+
+/// Everything that is judged.
+#[derive(Debug)]
+pub(super) struct Facts {
+    pub(super) capture: CaptureMode,
+    /// `None`: nothing asks it.
+    pub(super) engine: Option<Result<EngineFacts, String>>,
+    /// Every discovery, and what is wrong with asking it.
+    pub(super) discoveries: Vec<(Arc<str>, Result<(), String>)>,
+    /// The backend that would be used.
+    pub(super) firewall: Result<Firewall, String>,
+    /// Where our rules are, by backend.
+    pub(super) places: Vec<(Firewall, place::Place)>,
+    /// The processes of proxies in this network namespace.
+    pub(super) running: Vec<u32>,
+    pub(super) port: u16,
+    pub(super) listener: Listener,
+    /// Addresses of this host.
+    pub(super) local: BTreeSet<IpAddr>,
+    /// The VIPs that the user named.
+    pub(super) vips: Option<Vec<IpAddr>>,
+    pub(super) networks: Vec<Network>,
+    /// Entries of connection tracking, and how many there may be.
+    pub(super) conntrack: Option<(u64, u64)>,
+    /// How many descriptors a process may have. `None`: without a limit.
+    pub(super) descriptors: Option<u64>,
+    /// The capabilities of this process, as bits (man 7 capabilities).
+    pub(super) capabilities: u64,
+}
+
+/// The engine's word on itself.
+#[derive(Debug)]
+pub(super) struct EngineFacts {
+    pub(super) address: String,
+    pub(super) version: String,
+    pub(super) api: String,
+}
+
+/// Who listens on the proxy's port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Listener {
+    Nobody,
+    Proxy(u32),
+    /// Its name and process, where they can be seen.
+    Other(String),
+}
+
+/// A bridge network of the engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Network {
+    pub(super) name: String,
+    /// Without a way out: its containers reach addresses of their own network alone.
+    pub(super) internal: bool,
+    pub(super) ranges: Vec<IpNet>,
+    /// This host's own address in it, and the interface that has it.
+    pub(super) own: Option<(IpAddr, String)>,
+    /// `rp_filter` of that interface: 1 is strict.
+    pub(super) rp_filter: u8,
+    /// Another interface by which this host would answer some of its containers.
+    pub(super) way_back: Option<String>,
+}
+
+/// How long each may take that is asked over the network.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+pub(super) async fn facts(config: &Config) -> Facts {
+    let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
+    let interfaces: BTreeMap<_, _> = interfaces.into_iter().map(|i| (i.ip(), i.name)).collect();
+    let asks_engine =
+        config.provider == Provider::Docker || config.discoveries.names().any(|n| &**n == "docker");
+    let (engine, networks) = if asks_engine {
+        match timeout(PATIENCE, engine(&config.docker, &interfaces)).await {
+            Ok(Ok((engine, networks))) => (Some(Ok(engine)), networks),
+            Ok(Err(error)) => (Some(Err(error)), Vec::new()),
+            Err(_) => (Some(Err(format!("{}: no answer", config.docker))), Vec::new()),
+        }
+    } else {
+        (None, Vec::new())
+    };
+    let mut places = Vec::new();
+    for firewall in [Firewall::Nft, Firewall::Iptables] {
+        // A backend that is not installed has no rules of ours.
+        places.push((firewall, place::of(firewall).await.unwrap_or(place::Place::Absent)));
+    }
+    let running: Vec<_> = running::proxies().iter().map(|proxy| proxy.pid).collect();
+    Facts {
+        capture: config.capture,
+        engine,
+        discoveries: discoveries(&config.discoveries).await,
+        firewall: Firewall::choose(config.firewall).await.map_err(|error| error.to_string()),
+        places,
+        port: config.port.get(),
+        listener: listener(config.port.get(), &running),
+        running,
+        local: interfaces.keys().copied().collect(),
+        vips: config.vips.as_ref().map(|vips| vips.iter().map(|vip| vip.0).collect()),
+        networks,
+        conntrack: number("/proc/sys/net/netfilter/nf_conntrack_count")
+            .zip(number("/proc/sys/net/netfilter/nf_conntrack_max")),
+        descriptors: getrlimit(Resource::Nofile).maximum,
+        capabilities: capabilities(),
+    }
+}
+
+async fn engine(
+    engine: &Engine,
+    interfaces: &BTreeMap<IpAddr, String>,
+) -> Result<(EngineFacts, Vec<Network>), String> {
+    let failed = |error: bollard::errors::Error| {
+        crate::source::SourceError::caused(engine, &error).to_string()
+    };
+    let client = engine.connect().await.map_err(failed)?;
+    let version = client.version().await.map_err(failed)?;
+    let networks = client.list_networks(None).await.map_err(failed)?;
+    let bridges = networks.into_iter().filter(|net| net.driver.as_deref() == Some("bridge"));
+    let routes = fs::read_to_string("/proc/net/route").unwrap_or_default();
+    let network = |network: bollard::models::Network| {
+        let configs = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
+        let ranges: Vec<IpNet> =
+            configs.iter().filter_map(|range| range.subnet.as_deref()?.parse().ok()).collect();
+        // The gateway, which not every engine names.
+        let own = interfaces.iter().find(|(ip, _)| ranges.iter().any(|range| range.contains(*ip)));
+        let own = own.map(|(address, interface)| (*address, interface.clone()));
+        let interface = own.as_ref().map(|(_, interface)| interface.as_str());
+        let (rp_filter, way_back) = (
+            interface.map_or(0, rp_filter),
+            interface.and_then(|own| way_back(&routes, &ranges, own)),
+        );
+        Network {
+            name: network.name.unwrap_or_default(),
+            internal: network.internal.unwrap_or(false),
+            ranges,
+            own,
+            rp_filter,
+            way_back,
+        }
+    };
+    let facts = EngineFacts {
+        address: engine.to_string(),
+        version: version.version.unwrap_or_default(),
+        api: version.api_version.unwrap_or_default(),
+    };
+    Ok((facts, bridges.map(network).collect()))
+}
+
+/// The stricter of the interface's own setting and everybody's (Documentation/networking/ip-sysctl).
+fn rp_filter(interface: &str) -> u8 {
+    let of = |name: &str| {
+        number(&format!("/proc/sys/net/ipv4/conf/{name}/rp_filter")).unwrap_or_default()
+    };
+    // 0, 1 or 2.
+    of("all").max(of(interface)).try_into().unwrap_or(u8::MAX)
+}
+
+/// Another interface than `own` that some of `ranges` are routed to, by the text of `/proc/net/route`.
+fn way_back(routes: &str, ranges: &[IpNet], own: &str) -> Option<String> {
+    let address = |hex: &str| {
+        // The kernel prints the number as this machine has it in memory.
+        u32::from_str_radix(hex, 16).ok().map(|raw| Ipv4Addr::from(raw.to_ne_bytes()))
+    };
+    routes.lines().skip(1).find_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let (interface, mask) = (*fields.first()?, address(fields.get(7)?)?);
+        let route = Ipv4Net::with_netmask(address(fields.get(1)?)?, mask).ok()?;
+        let within = |range: &IpNet| matches!(range, IpNet::V4(range) if range.contains(&route));
+        (interface != own && ranges.iter().any(within)).then(|| interface.to_owned())
+    })
+}
+
+/// Asks each for a service that nobody has: that there is none is an answer.
+async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), String>)> {
+    let bell = Arc::<Notify>::default();
+    let mut watches = Watches::new(discoveries.clone(), Duration::from_secs(120), bell.clone());
+    let names: Vec<_> = discoveries.names().cloned().collect();
+    let query = |name: &Arc<str>| {
+        let descriptor = format!("embassy-doctor.invalid;1;via={name}").parse().ok()?;
+        discoveries.query(&descriptor).ok()
+    };
+    watches.demand(&names.iter().filter_map(query).collect(), Instant::now());
+    let answered = async {
+        let open = |watches: &Watches| {
+            watches.known().values().any(|known| known.value.is_none() && known.error.is_none())
+        };
+        while open(&watches) {
+            bell.notified().await;
+        }
+    };
+    // What has not answered by then is told as such.
+    let _ = timeout(PATIENCE, answered).await;
+    let known = watches.known();
+    let answer = |name: Arc<str>| {
+        let known = known.iter().find(|(query, _)| query.via == name).map(|(_, known)| known);
+        let answer = match known {
+            Some(known) if known.value.is_some() => Ok(()),
+            Some(known) => Err(known.error.as_deref().unwrap_or("no answer").to_owned()),
+            None => Err("cannot be asked".to_owned()),
+        };
+        (name, answer)
+    };
+    names.into_iter().map(answer).collect()
+}
+
+/// Who listens on `port`, by the kernel's lists of sockets.
+fn listener(port: u16, running: &[u32]) -> Listener {
+    let lists = ["/proc/net/tcp", "/proc/net/tcp6"].map(fs::read_to_string);
+    let Some(inode) = lists.into_iter().flatten().find_map(|list| listening(&list, port)) else {
+        return Listener::Nobody;
+    };
+    let socket = format!("socket:[{inode}]");
+    let has = |pid: &u32| {
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        descriptors
+            .map(|fd| fs::read_link(fd.path()))
+            .any(|to| to.is_ok_and(|to| to == Path::new(&socket)))
+    };
+    if let Some(pid) = running.iter().find(|pid| has(pid)) {
+        return Listener::Proxy(*pid);
+    }
+    let all = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let mut pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    Listener::Other(match pids.find(has) {
+        Some(pid) => {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            format!("{} (process {pid})", name.trim())
+        }
+        None => "a program that cannot be seen from here".to_owned(),
+    })
+}
+
+/// The inode of the socket that listens on `port`, in the text of `/proc/net/tcp`.
+fn listening(list: &str, port: u16) -> Option<u64> {
+    list.lines().skip(1).find_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let (_, hex) = fields.get(1)?.rsplit_once(':')?;
+        // 0A is TCP_LISTEN (include/net/tcp_states.h).
+        let listens = *fields.get(3)? == "0A" && u16::from_str_radix(hex, 16) == Ok(port);
+        listens.then(|| fields.get(9)?.parse().ok())?
+    })
+}
+
+fn capabilities() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or_default()
+}
+
+fn number(path: &str) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listener_is_found_by_its_port() {
+        let list = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
+            \x20  0: 0100007F:2706 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1\n\
+            \x20  1: 0100007F:270F 0100007F:9C40 01 00000000:00000000 00:00000000 00000000     0        0 4712 1\n";
+        assert_eq!(listening(list, 9990), Some(4711));
+        // Connected is not listening.
+        assert_eq!(listening(list, 9999), None);
+        assert_eq!(listening("", 1), None);
+    }
+
+    #[test]
+    fn another_way_back_is_a_route_into_the_network_by_another_interface() {
+        let hex = |text: &str| {
+            format!("{:08X}", u32::from_ne_bytes(text.parse::<Ipv4Addr>().unwrap().octets()))
+        };
+        let route = |interface: &str, to: &str, mask: &str| {
+            format!("{interface}\t{}\t00000000\t0001\t0\t0\t0\t{}\t0\t0\t0\n", hex(to), hex(mask))
+        };
+        let own = route("docker0", "172.17.0.0", "255.255.0.0");
+        let default = route("eth0", "0.0.0.0", "0.0.0.0");
+        let part = route("vpn0", "172.17.4.0", "255.255.255.0");
+        let ranges = ["172.17.0.0/16".parse().unwrap()];
+        let find = |all: &[&str]| way_back(&["head\n", &all.concat()].concat(), &ranges, "docker0");
+        assert_eq!(find(&[&default, &own]), None);
+        assert_eq!(find(&[&default, &own, &part]).as_deref(), Some("vpn0"));
+    }
+}

@@ -1,0 +1,87 @@
+//! `embassy doctor`: what of this host stands in the way, and how it is mended.
+
+use std::fmt::Write;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::{Answer, table::printable};
+use crate::config::{Args, Config, UsageError};
+
+mod collect;
+mod judge;
+
+/// Find what of this host stands in embassy's way, and say how it is mended; with the flags that the proxy is given
+#[derive(Debug, clap::Args)]
+pub(super) struct Doctor {
+    /// For machines
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    flags: Args,
+}
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Level {
+    Ok,
+    /// It works, and may not for long or not for everybody.
+    Warn,
+    /// It does not work.
+    Fail,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct Finding {
+    check: &'static str,
+    level: Level,
+    /// What is so, and what follows from it.
+    what: String,
+    /// How it is mended, where it should be.
+    fix: Option<String>,
+}
+
+impl Doctor {
+    pub(super) fn config(
+        &self,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Config, UsageError> {
+        Config::of(self.flags.clone(), env)
+    }
+
+    pub(super) async fn run(self: Box<Self>, config: Config) -> Result<Answer> {
+        let findings = judge::findings(&collect::facts(&config).await);
+        let well = findings.iter().all(|finding| finding.level != Level::Fail);
+        if self.json {
+            Answer::json(&findings, well)
+        } else {
+            Ok(Answer::new(text(&findings), well))
+        }
+    }
+}
+
+fn text(findings: &[Finding]) -> String {
+    let mut out = String::new();
+    for Finding { check, level, what, fix } in findings {
+        let level = match level {
+            Level::Ok => "ok  ",
+            Level::Warn => "warn",
+            Level::Fail => "FAIL",
+        };
+        // Writing to a String cannot fail.
+        let _ = writeln!(out, "{level}  {check:<12}  {}", printable(what));
+        if let Some(fix) = fix {
+            let _ = writeln!(out, "      {:<12}  fix: {}", "", printable(fix));
+        }
+    }
+    let count = |level| findings.iter().filter(|finding| finding.level == level).count();
+    let (warnings, failures) = (count(Level::Warn), count(Level::Fail));
+    let _ = match (warnings, failures) {
+        (0, 0) => writeln!(out, "\nAll is well."),
+        _ => writeln!(out, "\n{failures} failed, {warnings} to be looked at."),
+    };
+    out
+}

@@ -1,0 +1,113 @@
+//! `embassy doctor` on hosts that are really broken.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use testbed::{Host, embassy_program};
+
+use crate::{READY, WAIT, capture::rules, support::ETCD};
+
+/// What is not well, as `check: what`, from a command that ends in embassy's own words.
+fn found(mut command: Command) -> Result<Vec<String>> {
+    let output = command.arg("--json").output().context("run embassy doctor")?;
+    let text = String::from_utf8(output.stdout)?;
+    let findings: Vec<Value> =
+        serde_json::from_str(&text).with_context(|| format!("{text}{:?}", output.stderr))?;
+    let of = |level| findings.iter().filter(move |finding| finding["level"] == level);
+    for finding in &findings {
+        let mended = finding["fix"].as_str().is_some_and(|fix| !fix.is_empty());
+        ensure!(mended == (finding["level"] != "ok"), "{finding}");
+    }
+    let code = if of("fail").count() == 0 { 0 } else { 1 };
+    ensure!(output.status.code() == Some(code), "{:?}: {text}", output.status);
+    let told = |finding: &Value| {
+        let text = |name| finding[name].as_str().unwrap_or_default().to_owned();
+        format!("{} {}: {}", text("level"), text("check"), text("what"))
+    };
+    Ok(of("fail").chain(of("warn")).map(told).collect())
+}
+
+fn doctor(host: &Host, flags: &[&str]) -> Result<Vec<String>> {
+    found(host.embassy_command([&["doctor", "--dnat", ETCD], flags].concat())?)
+}
+
+/// Of a host that has this one fault.
+fn one(found: &[String], beginning: &str) -> Result<()> {
+    ensure!(found.len() == 1 && found[0].starts_with(beginning), "{beginning:?} in {found:#?}");
+    Ok(())
+}
+
+#[test]
+fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
+    let host = Host::start()?;
+    host.etcd()?;
+    let before = rules(&host)?;
+    assert_eq!(doctor(&host, &[])?, [""; 0]);
+    assert_eq!(rules(&host)?, before);
+    let text = host.run(
+        embassy_program()?.to_str().context("a path of text")?,
+        ["doctor", "--dnat", ETCD, &format!("-docker={}", host.docker_url())],
+    )?;
+    assert!(text.contains("engine 20.10") && text.contains("All is well."), "{text}");
+
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    assert_eq!(doctor(&host, &[])?, [""; 0]);
+    host.run("iptables", "-t nat -I PREROUTING -p udp -j ACCEPT".split(' '))?;
+    host.run("nft", ["add table ip early"])?;
+    let chain = "add chain ip early pre { type nat hook prerouting priority -150 ; }";
+    host.run("nft", [chain])?;
+    one(
+        &doctor(&host, &[])?,
+        "warn rules: before ours, of iptables, comes nft's chain ip early pre",
+    )?;
+    host.run("nft", ["delete table ip early"])?;
+
+    embassy.kill()?;
+    one(&doctor(&host, &[])?, "fail rules: an embassy that was killed has left rules of iptables")?;
+    assert!(host.embassy_command(["cleanup"])?.status()?.success());
+    assert_eq!(doctor(&host, &[])?, [""; 0]);
+
+    one(&doctor(&host, &["-discovery=consul://127.0.0.1:8500"])?, "fail discovery: consul")?;
+    one(&doctor(&host, &["-docker=tcp://127.0.0.1:1"])?, "fail docker: tcp://127.0.0.1:1")?;
+    one(&doctor(&host, &["-p=2379"])?, "fail port: etcd (process ")?;
+    one(&doctor(&host, &["--proxy-ip=172.17.0.9"])?, "fail vip: 172.17.0.9 belongs to network")?;
+    let program = embassy_program()?;
+    let words = ["doctor", "--dnat", ETCD, &format!("-docker={}", host.docker_url())];
+    let mut command = host.command("env");
+    command.arg("PATH=/nowhere").arg(&program).args(words);
+    one(&found(command)?, "fail firewall: no rules can be written: cannot run ")?;
+    let mut command = host.command("setpriv");
+    let capabilities = ["--inh-caps=-net_admin", "--bounding-set=-net_admin"];
+    command.args(capabilities).arg(&program).args(words);
+    let all = found(command)?;
+    assert!(all.iter().any(|finding| finding.starts_with("fail capability")), "{all:#?}");
+    let mut command = host.command("sh");
+    command.args(["-c", "ulimit -n 1000; exec \"$0\" \"$@\""]).arg(&program).args(words);
+    one(&found(command)?, "warn descriptors: 1000 allow for 244 connections")?;
+
+    // Part of docker0's network is routed elsewhere, and the filter is strict.
+    host.run("sysctl", ["-w", "net.ipv4.conf.docker0.rp_filter=1"])?;
+    assert_eq!(doctor(&host, &[])?, [""; 0]);
+    host.run("ip", "route add 172.17.4.0/24 dev eth0".split(' '))?;
+    one(&doctor(&host, &[])?, "warn rp_filter: some of network bridge is routed to eth0")?;
+    host.run("ip", "route del 172.17.4.0/24 dev eth0".split(' '))?;
+
+    host.network("shut", ["--internal"])?;
+    assert_eq!(doctor(&host, &[])?, [""; 0]);
+    one(&doctor(&host, &["--proxy-ip=172.17.0.1"])?, "fail vip: network shut is internal")
+}
+
+#[test]
+fn an_embassy_whose_rules_are_gone_is_found() -> Result<()> {
+    let host = Host::start()?;
+    host.etcd()?;
+    // It runs, and does not capture.
+    let embassy = host.embassy([ETCD])?;
+    embassy.wait_ready(READY)?;
+    one(&doctor(&host, &[])?, "fail rules: an embassy runs, and none of its rules are there")?;
+    embassy.terminate()?;
+    assert!(embassy.wait(WAIT)?.success());
+    Ok(())
+}
