@@ -2,11 +2,11 @@
 
 use std::fmt::Write;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use super::{Answer, running};
-use crate::capture;
+use crate::capture::{self, Lock};
 
 /// Remove what an embassy that was killed has left in the firewall
 #[derive(Debug, clap::Args)]
@@ -29,10 +29,17 @@ struct Done {
 
 impl Cleanup {
     pub(super) async fn run(self) -> Result<Answer> {
-        if let Some(proxy) = running::proxies().first().filter(|_| !self.force) {
-            let pid = proxy.pid;
+        // Held meanwhile, so that none starts to capture.
+        let lock = Lock::take().context("cannot see whether an embassy captures here")?;
+        if lock.is_none() && !self.force {
+            let pids: Vec<_> =
+                running::proxies().iter().map(|proxy| proxy.pid.to_string()).collect();
+            let who = match pids.as_slice() {
+                [] => String::new(),
+                pids => format!(" (process {})", pids.join(", ")),
+            };
             bail!(
-                "an embassy runs here, process {pid}, and removes its rules itself when it ends: stop it, or say --force"
+                "an embassy captures here{who}, and removes its rules itself when it ends: stop it, or say --force"
             );
         }
         let mut done = Done::default();

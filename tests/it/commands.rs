@@ -40,7 +40,10 @@ fn cleanup_leaves_nothing_of_ours_and_all_that_is_others() -> Result<()> {
         // What a running embassy captures is not taken from it by mistake.
         let (text, code) = run(&host, &["cleanup"])?;
         assert_eq!(code, Some(1), "{text}");
-        assert!(text.contains("an embassy runs here") && text.contains("--force"), "{text}");
+        assert!(
+            text.contains("an embassy captures here (process ") && text.contains("--force"),
+            "{text}"
+        );
         assert_eq!(rules(&host)?, running);
 
         embassy.kill()?;

@@ -72,6 +72,11 @@ fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
     one(&doctor(&host, &["-discovery=consul://127.0.0.1:8500"])?, "fail discovery: consul")?;
     one(&doctor(&host, &["-docker=tcp://127.0.0.1:1"])?, "fail docker: tcp://127.0.0.1:1")?;
     one(&doctor(&host, &["-p=2379"])?, "fail port: etcd (process ")?;
+    host.run("iptables", ["-P", "INPUT", "DROP"])?;
+    host.run("iptables", "-A INPUT -i lo -j ACCEPT".split(' '))?;
+    one(&doctor(&host, &[])?, "fail input: chain INPUT of iptables has the policy DROP")?;
+    host.run("iptables", ["-P", "INPUT", "ACCEPT"])?;
+    host.run("iptables", ["-F", "INPUT"])?;
     one(&doctor(&host, &["--proxy-ip=172.17.0.9"])?, "fail vip: 172.17.0.9 belongs to network")?;
     let program = embassy_program()?;
     let words = ["doctor", "--dnat", ETCD, &format!("-docker={}", host.docker_url())];

@@ -15,7 +15,11 @@ use tokio::{sync::Notify, time::timeout};
 
 use super::super::running;
 use crate::{
-    capture::{Firewall, place},
+    capture::{
+        Firewall,
+        input::{self, Barrier},
+        place,
+    },
     config::{CaptureMode, Config, Provider},
     discovery::{Discoveries, Watches},
     docker::Engine,
@@ -33,6 +37,8 @@ pub(super) struct Facts {
     pub(super) firewall: Result<Firewall, String>,
     /// Where our rules are, by backend.
     pub(super) places: Vec<(Firewall, place::Place)>,
+    /// Chains of others that stop what is captured.
+    pub(super) barriers: Result<Vec<Barrier>, String>,
     /// The processes of proxies in this network namespace.
     pub(super) running: Vec<u32>,
     pub(super) port: u16,
@@ -111,6 +117,7 @@ pub(super) async fn facts(config: &Config) -> Facts {
         discoveries: discoveries(&config.discoveries).await,
         firewall: Firewall::choose(config.firewall).await.map_err(|error| error.to_string()),
         places,
+        barriers: input::barriers(config.port.get()).await.map_err(|error| error.to_string()),
         port: config.port.get(),
         listener: listener(config.port.get(), &running),
         running,

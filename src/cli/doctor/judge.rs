@@ -6,7 +6,11 @@ use super::{
     Finding, Level,
     collect::{Facts, Listener, Network},
 };
-use crate::{capture::place::Place, config::CaptureMode, limits};
+use crate::{
+    capture::{input::Barrier, place::Place},
+    config::CaptureMode,
+    limits,
+};
 
 /// Everything that was looked at, in the order in which one depends on the other.
 pub(super) fn findings(facts: &Facts) -> Vec<Finding> {
@@ -21,6 +25,7 @@ pub(super) fn findings(facts: &Facts) -> Vec<Finding> {
         all.push(firewall(facts));
     }
     all.extend(rules(facts));
+    all.extend(input(facts));
     all.extend(facts.networks.iter().map(|network| vip(network, facts)));
     all.extend(facts.networks.iter().filter_map(rp_filter));
     all.extend(conntrack(facts));
@@ -147,6 +152,28 @@ fn rules(facts: &Facts) -> Vec<Finding> {
     all
 }
 
+/// Whether another firewall drops what is captured, which arrives on this host.
+fn input(facts: &Facts) -> Vec<Finding> {
+    let check = "input";
+    match &facts.barriers {
+        Ok(barriers) if barriers.is_empty() => {
+            vec![ok(check, "nothing drops what is captured")]
+        }
+        Ok(barriers) => {
+            let stops = |barrier: &Barrier| {
+                let what = format!("{}: it drops what is captured", barrier.chain);
+                fail(check, what, barrier.remedy.as_str())
+            };
+            barriers.iter().map(stops).collect()
+        }
+        Err(error) => vec![warn(
+            check,
+            format!("whether a firewall drops what is captured cannot be seen: {error}"),
+            "run doctor as root, with nft and iptables installed",
+        )],
+    }
+}
+
 /// Whether what the containers of a network dial can arrive.
 fn vip(network: &Network, facts: &Facts) -> Finding {
     let Network { name, internal, ranges, own, .. } = network;
@@ -264,6 +291,7 @@ mod tests {
             discoveries: vec![("consul".into(), Ok(()))],
             firewall: Ok(Firewall::Nft),
             places: vec![(Firewall::Nft, Place::First), (Firewall::Iptables, Place::Absent)],
+            barriers: Ok(Vec::new()),
             running: vec![7],
             port: 9999,
             listener: Listener::Proxy(7),
@@ -311,7 +339,7 @@ mod tests {
         use Level::{Fail, Warn};
         let vips = |list: &[&str]| Some(list.iter().map(|vip| vip.parse().unwrap()).collect());
         type Change = Box<dyn FnOnce(&mut Facts)>;
-        let cases: [(&str, Level, Change); 18] = [
+        let cases: [(&str, Level, Change); 20] = [
             ("embassy", Warn, Box::new(|f| f.running.push(8))),
             ("docker", Fail, Box::new(|f| f.engine = Some(Err("no such file".into())))),
             (
@@ -325,6 +353,15 @@ mod tests {
             ("rules", Fail, Box::new(|f| f.places.clear())),
             ("rules", Fail, Box::new(|f| f.running.clear())),
             ("rules", Warn, Box::new(|f| f.places[0].1 = Place::Behind("another".into()))),
+            (
+                "input",
+                Fail,
+                Box::new(|f| {
+                    let chain = "chain INPUT has the policy DROP".into();
+                    f.barriers = Ok(vec![Barrier { chain, remedy: "open it".into() }]);
+                }),
+            ),
+            ("input", Warn, Box::new(|f| f.barriers = Err("no rights".into()))),
             ("vip", Fail, Box::new(|f| f.networks[0].own = None)),
             ("vip", Fail, Box::new(move |f| f.vips = vips(&["172.17.0.9"]))),
             (
