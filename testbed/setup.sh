@@ -37,6 +37,8 @@ look() {
     need ip iproute2 'network interfaces of a host'
     need conntrack conntrack 'connection tracking, as tests look at it'
     need curl curl 'HTTP requests inside a host'
+    need promtool prometheus 'checks that the metrics are valid'
+    need chromium chromium 'shows the dashboard in tests'
     need dnsmasq dnsmasq-base 'service discovery by DNS'
     need sysctl procps 'kernel settings inside a host'
     need nsenter util-linux 'enters the namespaces of a host'
