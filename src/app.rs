@@ -12,11 +12,12 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    admin::{Admin, Shown, metrics::Metrics},
+    admin::{Admin, Facts, Shown, metrics::Metrics},
     capture::{self, Capture, Firewall, Lock, rules},
     check,
     config::{CaptureMode, Config, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
+    events::Events,
     limits,
     provider::{
         Lookup, Provider,
@@ -48,6 +49,7 @@ pub struct App {
 impl App {
     /// Starts everything. A source that is down is no error: embassy is just not ready.
     pub async fn start(config: Config) -> Result<Self> {
+        let started = std::time::Instant::now();
         let readiness = Readiness::default();
         let waiting = Waiting {
             listing: readiness.wait_for("listing"),
@@ -61,6 +63,7 @@ impl App {
         capture::conntrack::apply(&config.conntrack);
 
         let lookup = Lookup::default();
+        let events = Events::default();
         let refused = Arc::<Refused>::default();
         let mut control = learn(&config, &lookup, refused.clone(), waiting)?;
         let kept = Arc::<state::Counts>::default();
@@ -85,6 +88,7 @@ impl App {
             hold: config.hold,
             lookup,
             log: config.connection_log,
+            events: events.clone(),
         };
         let proxy = Proxy::start(proxy, &tables)
             .with_context(|| format!("cannot listen on port {} (--port)", config.port))?;
@@ -102,16 +106,30 @@ impl App {
         };
         let metrics = Metrics {
             tables: tables.clone(),
-            sources,
+            sources: sources.clone(),
             refused,
             figures: proxy.figures(),
             capture: capturing.as_ref().map(|(counts, _)| counts.clone()),
             state: kept,
         };
-        let shown = Shown { readiness, metrics: Arc::new(metrics.registry()) };
+        let shown = Shown {
+            readiness,
+            metrics: Arc::new(metrics.registry()),
+            tables: tables.clone(),
+            sources,
+            figures: proxy.figures(),
+            capture: capturing.as_ref().map(|(counts, _)| counts.clone()),
+            events: events.clone(),
+            facts: Arc::new(Facts {
+                started,
+                listeners: proxy.addresses.clone(),
+                mode: config.capture,
+                scope: config.capture_scope,
+            }),
+        };
         let admin = match &config.admin {
             Some(at) => {
-                let admin = Admin::start(at, shown)
+                let admin = Admin::start(at, config.admin_token_file.clone(), shown)
                     .await
                     .with_context(|| format!("cannot listen at {at} (--admin)"))?;
                 info!(address = admin.address, "admin API listens");
@@ -131,7 +149,7 @@ impl App {
         let capture = match capturing.zip(lock) {
             Some(((counts, ready), lock)) => {
                 capture::cleanup().await;
-                Some(Capture::start(lock, config.firewall, rules, tables, counts, ready))
+                Some(Capture::start(lock, config.firewall, rules, tables, counts, ready, events))
             }
             None => None,
         };

@@ -2,10 +2,11 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
+    atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
 };
+use std::time::Duration;
 
-use crate::{descriptor::Balance, model::Endpoint};
+use crate::{counts::Counts, descriptor::Balance, model::Endpoint};
 
 /// A moment of a process's monotonic clock, in milliseconds since its start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -17,8 +18,14 @@ pub struct EndpointState {
     pub endpoint: Endpoint,
     /// Connections that are being opened or are open.
     active: AtomicU32,
-    /// Connections that were opened.
-    opened: AtomicU64,
+    /// What is counted of its connections.
+    pub counts: Counts,
+    /// Ejections since the start.
+    ejections: AtomicU64,
+    /// Tries that failed since the start.
+    failed: AtomicU64,
+    /// Somebody asked that no new connection goes here.
+    drained: AtomicBool,
     /// Failures since the last success.
     failures: AtomicU32,
     /// It is not picked before this moment. Means something only while `failures` is not 0.
@@ -59,7 +66,10 @@ impl EndpointState {
         Self {
             endpoint,
             active: AtomicU32::new(0),
-            opened: AtomicU64::new(0),
+            counts: Counts::default(),
+            ejections: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            drained: AtomicBool::new(false),
             failures: AtomicU32::new(0),
             ejected_until: AtomicU64::new(0),
             probed_until: AtomicU64::new(0),
@@ -73,35 +83,69 @@ impl EndpointState {
         self.active.load(Relaxed)
     }
 
-    pub fn opened(&self) -> u64 {
-        self.opened.load(Relaxed)
+    /// Ejections since the start.
+    pub fn ejections(&self) -> u64 {
+        self.ejections.load(Relaxed)
     }
 
-    /// A connection opened: whatever was held against the endpoint is forgotten.
-    pub fn succeeded(&self) {
-        self.opened.fetch_add(1, Relaxed);
+    /// Tries to connect that failed since the start.
+    pub fn failed_tries(&self) -> u64 {
+        self.failed.load(Relaxed)
+    }
+
+    /// Failures in a row, those that met the same ejection counted once.
+    pub fn failures(&self) -> u32 {
+        self.failures.load(Relaxed)
+    }
+
+    /// Takes it out of the choice for new connections, or puts it back. Its live ones go on.
+    pub fn drain(&self, drained: bool) {
+        self.drained.store(drained, Relaxed);
+    }
+
+    pub fn is_drained(&self) -> bool {
+        self.drained.load(Relaxed)
+    }
+
+    /// How much longer it is skipped. `None` where it is not ejected.
+    pub fn ejected_for(&self, now: Millis) -> Option<Duration> {
+        let until = self.ejected_until.load(Relaxed);
+        let left = Duration::from_millis(until.saturating_sub(now.0));
+        (self.failures() != 0).then_some(left)
+    }
+
+    /// A connection opened, in this time: whatever was held against the endpoint is forgotten. Whether there was
+    /// anything.
+    pub fn succeeded(&self, took: Duration) -> bool {
+        self.counts.start();
+        self.counts.connect.observe(took);
         // Most endpoints never fail: read first, and leave the cache line alone.
-        if self.failures.load(Relaxed) != 0 {
+        let back = self.failures.load(Relaxed) != 0;
+        if back {
             self.failures.store(0, Relaxed);
         }
+        back
     }
 
-    /// A connection that was begun at `start` could not be opened: every route skips the endpoint for a while.
+    /// A connection that was begun at `start` could not be opened: every route skips the endpoint for a while. How long,
+    /// where this is what ejected it.
     ///
     /// Many connections may meet one failure at the same time. It counts once: of those that were begun before the
     /// ejection's end, nothing more is learnt.
-    pub fn failed(&self, start: Millis, now: Millis) {
+    pub fn failed(&self, start: Millis, now: Millis) -> Option<Duration> {
+        self.failed.fetch_add(1, Relaxed);
         let until = self.ejected_until.load(Relaxed);
         let earlier = self.failures.load(Relaxed);
         if earlier != 0 && start.0 < until {
-            return;
+            return None;
         }
         let ejection = (Self::SHORTEST_EJECTION << earlier.min(16)).min(Self::LONGEST_EJECTION);
         let ejected =
             self.ejected_until.compare_exchange(until, now.0 + ejection, Relaxed, Relaxed);
-        if ejected.is_ok() {
-            self.failures.fetch_add(1, Relaxed);
-        }
+        ejected.ok()?;
+        self.failures.fetch_add(1, Relaxed);
+        self.ejections.fetch_add(1, Relaxed);
+        Some(Duration::from_millis(ejection))
     }
 
     /// What came of an active check; whether it changes what is to be thought of the endpoint.
@@ -168,8 +212,18 @@ impl EndpointState {
     fn load(&self, now: Millis) -> u64 {
         // The first who sees it says when; 0 means nobody has.
         let first = self.seen.compare_exchange(0, now.0.max(1), Relaxed, Relaxed);
-        let age = now.0.saturating_sub(first.unwrap_or_else(|seen| seen).max(1));
-        let share = if first.is_ok() { 0 } else { age.saturating_mul(1_000) / Self::SLOW_START };
+        self.load_if_seen_at(first.unwrap_or_else(|seen| seen), now)
+    }
+
+    /// The same, without being who sees it first.
+    fn load_at_a_glance(&self, now: Millis) -> u64 {
+        self.load_if_seen_at(self.seen.load(Relaxed), now)
+    }
+
+    /// Seen first at that moment, or now where that is 0.
+    fn load_if_seen_at(&self, seen: u64, now: Millis) -> u64 {
+        let age = if seen == 0 { 0 } else { now.0.saturating_sub(seen) };
+        let share = age.saturating_mul(1_000) / Self::SLOW_START;
         (u64::from(self.active()) + 1) * 1_000_000 / share.clamp(100, 1_000)
     }
 
@@ -235,15 +289,32 @@ impl Rotation {
         &self.order
     }
 
-    /// The endpoint for the next connection, or for its next try: never one of `tried`, and not an ejected one while
-    /// there is another. `None` where every endpoint was tried.
+    /// The endpoint that the next connection would get, if it came now. Nothing is taken by looking.
+    pub fn peek(&self, balance: Balance, now: Millis) -> Option<&Arc<EndpointState>> {
+        let (later, sooner) = self.order.split_at(self.index(self.position.load(Relaxed)));
+        let in_turn = || sooner.iter().chain(later).filter(|state| !state.is_drained());
+        match balance {
+            Balance::RoundRobin => {
+                in_turn().find(|state| !state.is_ejected(now)).or_else(|| in_turn().next())
+            }
+            Balance::LeastConnections => {
+                let load = |state: &&Arc<EndpointState>| state.load_at_a_glance(now);
+                let healthy = in_turn().filter(|state| !state.is_ejected(now));
+                healthy.min_by_key(load).or_else(|| in_turn().min_by_key(load))
+            }
+        }
+    }
+
+    /// The endpoint for the next connection, or for its next try: never one of `tried` nor a drained one, and not an
+    /// ejected one while there is another. `None` where every endpoint was tried.
     pub fn pick(
         &self,
         balance: Balance,
         now: Millis,
         tried: &[Endpoint],
     ) -> Option<&Arc<EndpointState>> {
-        let fresh = |state: &&Arc<EndpointState>| !tried.contains(&state.endpoint);
+        let fresh =
+            |state: &&Arc<EndpointState>| !tried.contains(&state.endpoint) && !state.is_drained();
         match balance {
             Balance::RoundRobin => {
                 // A turn that cannot be taken is passed on by drawing again, so the others stay even among themselves.
@@ -363,7 +434,9 @@ mod tests {
     fn where_all_are_ejected_all_are_tried() {
         for balance in [Balance::RoundRobin, Balance::LeastConnections] {
             let rotation = rotation(1..=3);
-            rotation.endpoints().iter().for_each(|state| state.failed(NOW, NOW));
+            for state in rotation.endpoints() {
+                state.failed(NOW, NOW);
+            }
             let mut tried = Vec::new();
             while let Some(state) = rotation.pick(balance, NOW, &tried) {
                 tried.push(state.endpoint);
@@ -384,7 +457,7 @@ mod tests {
             now = end;
         }
         state.failed(now, now);
-        state.succeeded();
+        state.succeeded(Duration::from_millis(1));
         assert!(!state.is_ejected(now));
     }
 
@@ -448,7 +521,7 @@ mod tests {
             assert!(!two.checked(false));
             assert_eq!((one.check(), two.check()), (Checked::Not, Checked::Fails));
             // Nothing but a check that passes, or the end of the checks, ends it.
-            two.succeeded();
+            two.succeeded(Duration::from_millis(1));
             let picked = |now| {
                 let picks = (0..6).map(|_| rotation.pick(balance, now, &[]).unwrap());
                 picks.map(|state| state.endpoint.0.port()).collect::<BTreeSet<_>>()
@@ -465,6 +538,36 @@ mod tests {
             two.not_checked();
             assert_eq!(picked(NOW), BTreeSet::from([1, 2]), "{balance:?}");
         }
+    }
+
+    #[test]
+    fn a_drained_endpoint_is_never_picked_and_comes_back() {
+        for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+            let rotation = rotation(1..=2);
+            rotation.endpoints()[0].drain(true);
+            let ports: BTreeSet<_> = (0..6).map(|_| pick(&rotation, balance)).collect();
+            assert_eq!(ports, BTreeSet::from([2]));
+            // Not even as the last resort.
+            rotation.endpoints()[1].drain(true);
+            assert!(rotation.pick(balance, NOW, &[]).is_none());
+            assert!(rotation.peek(balance, NOW).is_none());
+            rotation.endpoints().iter().for_each(|state| state.drain(false));
+            let ports: BTreeSet<_> = (0..6).map(|_| pick(&rotation, balance)).collect();
+            assert_eq!(ports, BTreeSet::from([1, 2]));
+        }
+    }
+
+    #[test]
+    fn an_ejection_is_told_once_and_counted() {
+        let state = state(1);
+        assert_eq!(state.failed(NOW, NOW), Some(Duration::from_secs(1)));
+        assert_eq!(state.failed(NOW, NOW), None);
+        assert_eq!((state.ejections(), state.failed_tries(), state.failures()), (1, 2, 1));
+        let half = Millis(NOW.0 + 500);
+        assert_eq!(state.ejected_for(half), Some(Duration::from_millis(500)));
+        assert!(state.succeeded(Duration::from_millis(1)));
+        assert!(!state.succeeded(Duration::from_millis(1)));
+        assert_eq!(state.ejected_for(half), None);
     }
 
     #[test]
@@ -490,6 +593,24 @@ mod tests {
     }
 
     proptest! {
+        /// Looking tells what the next connection gets, and changes nothing.
+        #[test]
+        fn what_is_seen_is_what_is_picked(
+            len in 1u16..6, failed in prop::collection::vec(0u16..6, 0..6), picks in 0usize..20
+        ) {
+            for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+                let rotation = rotation(0..len);
+                for state in rotation.endpoints().iter().filter(|s| failed.contains(&s.endpoint.0.port())) {
+                    state.failed(NOW, NOW);
+                }
+                for _ in 0..picks {
+                    let seen = [(); 2].map(|()| rotation.peek(balance, NOW).map(|s| s.endpoint));
+                    let picked = rotation.pick(balance, NOW, &[]).map(|s| s.endpoint);
+                    prop_assert_eq!(seen, [picked; 2]);
+                }
+            }
+        }
+
         /// However busy the others are and however fast connections come, a new endpoint is given no more than its
         /// growing share, and at the end of its slow start as many as the others.
         #[test]

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tracing::info;
@@ -29,6 +29,11 @@ impl Readiness {
     /// The parts that are not ready. None: embassy is.
     pub fn pending(&self) -> Vec<&'static str> {
         self.with(|parts| parts.keys().copied().collect())
+    }
+
+    /// The same, and for how long each was waited for.
+    pub fn waiting(&self) -> Vec<(&'static str, Duration)> {
+        self.with(|parts| parts.iter().map(|(part, since)| (*part, since.elapsed())).collect())
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut BTreeMap<&'static str, Instant>) -> T) -> T {

@@ -12,6 +12,7 @@ use ipnet::IpNet;
 
 use crate::{
     balance::{EndpointState, Rotation},
+    counts::Counts,
     descriptor::Balance,
     discovery::{CannotAsk, Endpoints, Query},
     model::{Binding, Consumer, ConsumerId, Endpoint, Port, ServiceName, Vip},
@@ -40,6 +41,8 @@ pub struct Route {
     pub binding: Binding,
     pub balance: Balance,
     pub upstream: Arc<Upstream>,
+    /// What is counted of its connections, for as long as the route continues.
+    pub counts: Arc<Counts>,
     /// The consumer's live connections, over all of its routes.
     pub live_of_consumer: Arc<AtomicUsize>,
 }
@@ -60,8 +63,8 @@ pub struct Upstream {
     pub answered: bool,
 }
 
-/// Endpoints of one service are the same endpoint whatever tags were asked for.
-type ServiceKey = (Arc<str>, Option<Arc<str>>, ServiceName);
+/// Discovery, datacentre and service: endpoints of one service are the same endpoint whatever tags were asked for.
+pub type ServiceKey = (Arc<str>, Option<Arc<str>>, ServiceName);
 
 /// A binding that has no route, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -154,6 +157,11 @@ impl Table {
 
     pub fn upstreams(&self) -> impl ExactSizeIterator<Item = &Arc<Upstream>> {
         self.upstreams.values()
+    }
+
+    /// Every endpoint of every service that a route goes to.
+    pub fn endpoints(&self) -> impl ExactSizeIterator<Item = (&ServiceKey, &Arc<EndpointState>)> {
+        self.states.iter().map(|((service, _), state)| (service, state))
     }
 
     /// Whether a connection that was opened by `route` still belongs here. Other endpoints do not matter; another owner
@@ -258,23 +266,29 @@ impl Builder<'_> {
         upstream: &Arc<Upstream>,
         live_of_consumer: Arc<AtomicUsize>,
     ) -> Arc<Route> {
-        let before = self.prev.routes.get(&key).filter(|before| {
-            before.consumer == consumer.id
-                && before.consumer_name == consumer.name
-                && before.binding == *binding
-                && Arc::ptr_eq(&before.upstream, upstream)
-        });
-        before.cloned().unwrap_or_else(|| {
-            Arc::new(Route {
+        let before = self
+            .prev
+            .routes
+            .get(&key)
+            .filter(|before| before.consumer == consumer.id && before.binding == *binding);
+        match before {
+            Some(before)
+                if before.consumer_name == consumer.name
+                    && Arc::ptr_eq(&before.upstream, upstream) =>
+            {
+                before.clone()
+            }
+            _ => Arc::new(Route {
                 key,
                 consumer: consumer.id.clone(),
                 consumer_name: consumer.name.clone(),
                 binding: binding.clone(),
                 balance: binding.descriptor.balance.unwrap_or(self.inputs.balance),
                 upstream: upstream.clone(),
+                counts: before.map(|before| before.counts.clone()).unwrap_or_default(),
                 live_of_consumer,
-            })
-        })
+            }),
+        }
     }
 
     fn live(&mut self, consumer: &ConsumerId) -> Arc<AtomicUsize> {

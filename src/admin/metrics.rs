@@ -15,13 +15,8 @@ use prometheus_client::{
 use tokio::sync::watch;
 
 use crate::{
-    capture,
-    control::Sources,
-    proxy::{Figures, outcome::Outcome},
-    report::Refused,
-    source::Known,
-    state,
-    table::Table,
+    capture, control::Sources, outcome::Outcome, proxy::Figures, report::Refused, source::Known,
+    state, table::Table,
 };
 
 /// OpenMetrics, which every Prometheus since 2.5 asks for.

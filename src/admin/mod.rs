@@ -1,6 +1,8 @@
-//! The admin API: what is, for people and machines. It only reads.
+//! The admin API: what is, for people and machines. It reads; the few calls that change something are guarded.
 
-use std::{io, os::unix::fs::FileTypeExt, sync::Arc};
+use std::{
+    io, net::SocketAddr, os::unix::fs::FileTypeExt, path::PathBuf, sync::Arc, time::Instant,
+};
 
 use axum::{
     Json, Router,
@@ -10,18 +12,64 @@ use axum::{
     routing::get,
 };
 use prometheus_client::registry::Registry;
-use serde::Serialize;
-use tokio::{net::TcpListener, net::UnixListener, task::JoinHandle};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::watch,
+    task::JoinHandle,
+};
 
-use crate::{config, readiness::Readiness};
+use crate::{
+    capture,
+    config::{self, CaptureMode, CaptureScope},
+    control::Sources,
+    events::Events,
+    proxy::Figures,
+    readiness::Readiness,
+    table::Table,
+};
+use guard::Guard;
+use history::History;
 
+pub mod api;
+mod explain;
+mod guard;
+mod history;
+mod host;
+mod list;
 pub mod metrics;
+mod v1;
+mod view;
 
 /// What the API shows.
 #[derive(Debug, Clone)]
 pub struct Shown {
     pub readiness: Readiness,
     pub metrics: Arc<Registry>,
+    pub tables: watch::Receiver<Arc<Table>>,
+    pub sources: watch::Receiver<Sources>,
+    pub figures: Figures,
+    /// `None` where the user's own rules capture.
+    pub capture: Option<Arc<capture::Counts>>,
+    pub events: Events,
+    pub facts: Arc<Facts>,
+}
+
+/// What does not change while embassy runs.
+#[derive(Debug)]
+pub struct Facts {
+    pub started: Instant,
+    /// Where captured connections arrive.
+    pub listeners: Vec<SocketAddr>,
+    pub mode: CaptureMode,
+    pub scope: CaptureScope,
+}
+
+/// What a handler has.
+#[derive(Debug, Clone)]
+struct Context {
+    shown: Shown,
+    history: History,
+    guard: Arc<Guard>,
 }
 
 /// The running API.
@@ -29,24 +77,24 @@ pub struct Shown {
 pub struct Admin {
     /// Where it listens, for people.
     pub address: String,
-    task: JoinHandle<io::Result<()>>,
+    tasks: [JoinHandle<()>; 2],
 }
 
 impl Admin {
-    pub async fn start(at: &config::Admin, shown: Shown) -> io::Result<Self> {
-        let router = Router::new()
-            .route("/healthz", get(healthz))
-            .route("/readyz", get(readyz))
-            .route("/metrics", get(metrics))
-            .with_state(shown);
+    /// Listens. `token_file` holds the token that changing calls must bear where they do not come by a unix socket.
+    pub async fn start(
+        at: &config::Admin,
+        token_file: Option<PathBuf>,
+        shown: Shown,
+    ) -> io::Result<Self> {
+        let (history, sampling) = History::start(shown.figures.clone());
+        let router = |guard: Guard| router(Context { shown, history, guard: Arc::new(guard) });
         match at {
             config::Admin::Tcp(address) => {
                 let listener = TcpListener::bind(address).await?;
-                let address = format!("http://{}", listener.local_addr()?);
-                Ok(Self {
-                    address,
-                    task: tokio::spawn(axum::serve(listener, router).into_future()),
-                })
+                let bound = listener.local_addr()?;
+                let serve = axum::serve(listener, router(Guard::tcp(bound, token_file)));
+                Ok(Self::running(format!("http://{bound}"), serve.into_future(), sampling))
             }
             config::Admin::Unix(path) => {
                 // A socket file outlives its process; only if nobody answers there is it a leftover.
@@ -56,20 +104,43 @@ impl Admin {
                     let _ = std::fs::remove_file(path);
                 }
                 let listener = UnixListener::bind(path)?;
+                let serve = axum::serve(listener, router(Guard::unix()));
                 let address = format!("unix://{}", path.display());
-                Ok(Self {
-                    address,
-                    task: tokio::spawn(axum::serve(listener, router).into_future()),
-                })
+                Ok(Self::running(address, serve.into_future(), sampling))
             }
         }
+    }
+
+    fn running(
+        address: String,
+        serve: impl Future<Output = io::Result<()>> + Send + 'static,
+        sampling: JoinHandle<()>,
+    ) -> Self {
+        let serve = tokio::spawn(async move {
+            if let Err(error) = serve.await {
+                tracing::error!(%error, "the admin API failed");
+            }
+        });
+        Self { address, tasks: [serve, sampling] }
     }
 }
 
 impl Drop for Admin {
     fn drop(&mut self) {
-        self.task.abort();
+        self.tasks.iter().for_each(JoinHandle::abort);
     }
+}
+
+fn router(context: Context) -> Router {
+    Router::new()
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .merge(v1::router())
+        .fallback(v1::unknown)
+        .method_not_allowed_fallback(v1::wrong_method)
+        .layer(axum::middleware::from_fn_with_state(context.clone(), guard::check))
+        .with_state(context)
 }
 
 /// 200 while the process lives.
@@ -78,21 +149,21 @@ async fn healthz() -> &'static str {
 }
 
 /// 200 once everything has been read for the first time and traffic is captured; else 503 and what is missing.
-async fn readyz(State(shown): State<Shown>) -> impl IntoResponse {
-    #[derive(Serialize)]
-    struct Ready {
-        ready: bool,
-        waiting_for: Vec<&'static str>,
-    }
-    let waiting_for = shown.readiness.pending();
-    let ready = waiting_for.is_empty();
+async fn readyz(State(context): State<Context>) -> impl IntoResponse {
+    let waiting = v1::waiting(&context.shown);
+    let ready = waiting.is_empty();
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(Ready { ready, waiting_for }))
+    let answer = api::Ready {
+        ready,
+        sources: waiting.iter().flat_map(|part| part.sources.clone()).collect(),
+        waiting_for: waiting.into_iter().map(|part| part.part).collect(),
+    };
+    (status, Json(answer))
 }
 
-async fn metrics(State(shown): State<Shown>) -> impl IntoResponse {
+async fn metrics(State(context): State<Context>) -> impl IntoResponse {
     let mut text = String::new();
-    match prometheus_client::encoding::text::encode(&mut text, &shown.metrics) {
+    match prometheus_client::encoding::text::encode(&mut text, &context.shown.metrics) {
         Ok(()) => Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text)),
         Err(error) => Err((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
     }

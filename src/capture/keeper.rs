@@ -18,7 +18,12 @@ use super::{
     input::{self, Barrier},
     rules::{Rules, Settings},
 };
-use crate::{config::FirewallChoice, readiness::Guard, table::Table};
+use crate::{
+    config::FirewallChoice,
+    events::{Event, Events},
+    readiness::Guard,
+    table::Table,
+};
 
 /// Makes the kernel's rules like the table, and keeps them so.
 pub(super) struct Keeper {
@@ -27,6 +32,7 @@ pub(super) struct Keeper {
     chosen: Option<Firewall>,
     settings: Settings,
     counts: Arc<Counts>,
+    events: Events,
     /// What was written last, and how the kernel listed it right after.
     applied: Option<(Rules, Option<String>)>,
     /// Servers of which it was said that a consumer cannot have their port.
@@ -51,12 +57,14 @@ impl Keeper {
         settings: Settings,
         counts: Arc<Counts>,
         ready: Guard,
+        events: Events,
     ) -> Self {
         Self {
             choice,
             chosen: None,
             settings,
             counts,
+            events,
             applied: None,
             shadowed: BTreeSet::new(),
             failing: false,
@@ -93,6 +101,10 @@ impl Keeper {
                 Ok(()) => {}
                 Err(error) => {
                     self.applied = None;
+                    self.counts.stand(|standing| {
+                        standing.in_place = false;
+                        standing.error = Some(error.to_string());
+                    });
                     self.counts.failed.fetch_add(1, Relaxed);
                     if !std::mem::replace(&mut self.failing, true) {
                         error!(%error, "cannot write the rules; trying again");
@@ -126,6 +138,7 @@ impl Keeper {
             info!(chain = barrier.chain, "is not in the way of captured connections any more");
         }
         self.counts.barriers.store(found.len() as u64, Relaxed);
+        self.counts.stand(|standing| standing.barriers.clone_from(&found));
         self.barriers = found;
     }
 
@@ -146,6 +159,14 @@ impl Keeper {
             let (change, missing) =
                 Change::of(listed.as_deref().unwrap_or_default(), now.as_deref());
             self.counts.restored[change as usize].fetch_add(1, Relaxed);
+            self.counts.stand(|standing| {
+                standing.in_place = false;
+                standing.restored = Some((Instant::now(), missing.clone()));
+            });
+            self.events.report(|| Event::CaptureRestored {
+                change: change.as_str().to_owned(),
+                missing: missing.clone(),
+            });
             warn!(%firewall, change = change.as_str(), missing, "our rules were changed from outside; putting them back");
         }
         let start = Instant::now();
@@ -161,6 +182,11 @@ impl Keeper {
                 warn!(%server, "a binding of this host has the address of a server that embassy itself asks: it is not captured");
             }
         }
+        self.counts.stand(|standing| {
+            standing.firewall = Some(firewall);
+            standing.in_place = listed.is_some();
+            standing.error = None;
+        });
         // Gone again already: the next check writes them anew.
         self.applied = listed.is_some().then_some((wanted, listed));
         if let Some(ready) = self.ready.take() {

@@ -4,9 +4,10 @@
 use std::{
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
+    time::Instant,
 };
 
 use serde::Serialize;
@@ -16,7 +17,7 @@ use tokio::{
 };
 use tracing::{debug, error, info, warn};
 
-use crate::{config::FirewallChoice, readiness::Guard, table::Table};
+use crate::{config::FirewallChoice, events::Events, readiness::Guard, table::Table};
 
 mod change;
 pub mod conntrack;
@@ -146,9 +147,35 @@ pub struct Counts {
     pub failed: AtomicU64,
     /// Chains of others that may stop what is captured, now.
     pub barriers: AtomicU64,
+    standing: Mutex<Standing>,
+}
+
+/// How the rules stand.
+#[derive(Debug, Clone, Default)]
+pub struct Standing {
+    /// Who wrote them. `None` before the first.
+    pub firewall: Option<Firewall>,
+    /// Whether they are as they should be.
+    pub in_place: bool,
+    /// Why they cannot be written.
+    pub error: Option<String>,
+    /// When they were put back last, and what was missing.
+    pub restored: Option<(Instant, String)>,
+    /// What is in the way of captured connections.
+    pub barriers: Vec<input::Barrier>,
 }
 
 impl Counts {
+    /// How the rules stand now.
+    pub fn standing(&self) -> Standing {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn stand(&self, change: impl FnOnce(&mut Standing)) {
+        // Each change is a few assignments: a panic elsewhere leaves it whole.
+        change(&mut self.standing.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
     /// How often rules that had changed so were put back.
     pub fn restored(&self, change: Change) -> u64 {
         self.restored[change as usize].load(Relaxed)
@@ -173,9 +200,10 @@ impl Capture {
         tables: watch::Receiver<Arc<Table>>,
         counts: Arc<Counts>,
         ready: Guard,
+        events: Events,
     ) -> Self {
         let (stop, stopped) = oneshot::channel();
-        let keeper = Keeper::new(choice, settings, counts, ready);
+        let keeper = Keeper::new(choice, settings, counts, ready, events);
         let task = tokio::spawn(keeper.run(tables, stopped));
         Self { stop, task, lock }
     }

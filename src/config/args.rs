@@ -129,6 +129,11 @@ pub(crate) struct Args {
     #[arg(long, help_heading = OBSERVING, value_name = "ADDRESS")]
     pub(super) admin: Option<String>,
 
+    /// A file with the token that calls of the admin API must bear to change something (drain an endpoint, re-sync, log
+    /// level); without it they may only by a unix socket
+    #[arg(long, help_heading = OBSERVING, value_name = "FILE")]
+    pub admin_token_file: Option<String>,
+
     /// Which connections are logged as they end: "off", "errors", "all", or a fraction of them such as 0.01
     /// [default: off]
     #[arg(long, help_heading = OBSERVING, value_name = "WHICH")]

@@ -66,6 +66,8 @@ pub struct Config {
     pub conntrack: Conntrack,
     /// Where the admin API listens. `None`: nowhere.
     pub admin: Option<Admin>,
+    /// Holds the token that lets a caller of the admin API by TCP change something. `None`: nobody may.
+    pub admin_token_file: Option<PathBuf>,
     pub connection_log: ConnectionLog,
     pub log_format: LogFormat,
     /// 0 to 10.

@@ -68,6 +68,7 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
             hashsize: env.setting("IPTABLES_TRACK_HASHSIZE").read(count, COUNT)?,
         },
         admin: flag("--admin", args.admin).or("127.0.0.1:9990").read(unless_off(admin), ADMIN)?,
+        admin_token_file: flag("--admin-token-file", args.admin_token_file).read(path, FILE)?,
         connection_log: flag("--connection-log", args.connection_log)
             .or("off")
             .read(connection_log, CONNECTION_LOG)?,

@@ -1,7 +1,7 @@
 //! One connection's life, top to bottom: accepted, recognised, connected, relayed, ended.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, OnceCell},
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -19,13 +19,14 @@ use tokio::{
 use super::{
     announce,
     listener::{KEEPALIVE, original_destination},
-    outcome::Outcome,
     relay::{Broken, Moved, Side, relay},
-    worker::Ticket,
+    worker::{Ticket, Worker},
 };
 use crate::{
-    balance::Lease,
+    balance::{EndpointState, Lease, Millis},
+    events::Event,
     model::{Endpoint, Port},
+    outcome::Outcome,
     table::{Route, RouteKey, Table},
 };
 
@@ -101,9 +102,19 @@ pub(super) struct Record {
     pub route: Arc<Route>,
     pub meaning: Meaning,
     pub accepted: Instant,
-    pub connected: Cell<Option<(Duration, Endpoint)>>,
+    pub connected: OnceCell<Connected>,
     pub tries: Cell<u8>,
     pub moved: Moved,
+    /// What of `moved` has been counted.
+    pub counted: Moved,
+}
+
+/// What became of trying endpoints.
+#[derive(Debug)]
+pub(super) struct Connected {
+    /// Since the connection was accepted.
+    pub after: Duration,
+    pub endpoint: Arc<EndpointState>,
 }
 
 /// Serves a recognised connection until it ends.
@@ -168,13 +179,20 @@ async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
         let lease = state.lease();
         ticket.connecting(state.endpoint);
         tried.push(state.endpoint);
+        if record.tries.get() > 0 {
+            route.counts.retry();
+        }
         record.tries.set(record.tries.get().saturating_add(1));
+        let begun = Instant::now();
         let time = TRY.min(deadline.saturating_duration_since(Instant::now()));
         let opened = timeout(time, open(state.endpoint, worker.mark, &announced)).await;
         match opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(stream) => {
-                state.succeeded();
-                record.connected.set(Some((record.accepted.elapsed(), state.endpoint)));
+                if state.succeeded(begun.elapsed()) {
+                    back(worker, route, state);
+                }
+                let after = record.accepted.elapsed();
+                ticket.connected(Connected { after, endpoint: state.clone() });
                 return Ok((stream, lease));
             }
             Err(error) if is_shortage(&error) => {
@@ -185,8 +203,8 @@ async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
             // Another endpoint may be of the other family, or leave the ports to it free.
             Err(error) if is_local(&error) => lacking = Some(error),
             Err(error) => {
-                tracing::info!(endpoint = %state.endpoint, service = %route.upstream.query, %error, "cannot connect");
-                state.failed(start, worker.now());
+                let now = worker.now();
+                failed(worker, route, state, &error, state.failed(start, now), now);
                 lacking = None;
             }
         }
@@ -199,6 +217,45 @@ async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
         None if tried.is_empty() => Outcome::NoEndpoint,
         None => Outcome::EndpointsUnreachable,
     })
+}
+
+/// Tells of an endpoint that did not take a connection, and was ejected for that, or already is.
+fn failed(
+    worker: &Worker,
+    route: &Route,
+    state: &EndpointState,
+    error: &io::Error,
+    ejected: Option<Duration>,
+    now: Millis,
+) {
+    let (endpoint, service) = (state.endpoint, &route.upstream.query);
+    state.counts.last_error.set(now, error.to_string());
+    route.counts.last_error.set(now, format!("{endpoint}: {error}"));
+    let Some(time) = ejected else {
+        return tracing::debug!(%endpoint, %service, %error, "cannot connect");
+    };
+    let seconds = time.as_secs_f64();
+    if state.failures() == 1 {
+        tracing::info!(%endpoint, %service, %error, seconds, "endpoint ejected");
+    } else {
+        tracing::debug!(%endpoint, %service, %error, seconds, "endpoint ejected again");
+    }
+    worker.report(|| Event::EndpointEjected {
+        service: service.to_string(),
+        endpoint: endpoint.to_string(),
+        error: error.to_string(),
+        seconds,
+    });
+}
+
+/// Tells of an ejected endpoint that took a connection.
+fn back(worker: &Worker, route: &Route, state: &EndpointState) {
+    let (endpoint, service) = (state.endpoint, &route.upstream.query);
+    tracing::info!(%endpoint, %service, "endpoint back");
+    worker.report(|| Event::EndpointBack {
+        service: service.to_string(),
+        endpoint: endpoint.to_string(),
+    });
 }
 
 /// A connection to `endpoint` on which `announced` has been sent.

@@ -4,8 +4,8 @@ use std::{rc::Rc, time::Duration};
 
 use tracing::info;
 
-use super::{connection::Record, outcome::Outcome};
-use crate::config::ConnectionLog;
+use super::connection::Record;
+use crate::{config::ConnectionLog, outcome::Outcome};
 
 /// Logs an ended connection, if it is one of those that are logged.
 pub(super) fn record(which: ConnectionLog, outcome: Outcome, entry: impl FnOnce() -> Entry) {
@@ -41,12 +41,12 @@ impl Entry {
             consumer = %record.route.consumer_name,
             consumer_id = %record.route.consumer,
             service = %record.route.upstream.query.service,
-            endpoint = connected.map(|(_, endpoint)| endpoint.to_string()),
+            endpoint = connected.map(|connected| connected.endpoint.endpoint.to_string()),
             source = %record.meaning.peer,
             destination = %record.meaning.meant,
             bytes_up = record.moved.up.get(),
             bytes_down = record.moved.down.get(),
-            connect_ms = connected.map(|(time, _)| milliseconds(time)),
+            connect_ms = connected.map(|connected| milliseconds(connected.after)),
             total_ms = milliseconds(self.total),
             tries = record.tries.get(),
             outcome = self.outcome.as_str(),

@@ -11,20 +11,25 @@ use std::{
 
 use tokio::{runtime::LocalOptions, sync::watch};
 
-use crate::{config::ConnectionLog, model::Port, provider::Lookup, table::Table};
+use crate::{
+    balance::Millis, config::ConnectionLog, counts::Distribution, events::Events, model::Port,
+    provider::Lookup, table::Table,
+};
 
 mod announce;
 mod connection;
 mod connection_log;
 mod listener;
-pub mod outcome;
+mod observed;
 mod relay;
 mod shared;
 mod worker;
 
+use crate::outcome::Outcome;
 pub use connection::Destinations;
 pub(crate) use connection::{dial, is_for_want_of_ours};
-use outcome::Outcome;
+use observed::Ask;
+pub use observed::LiveConnection;
 use shared::Shared;
 
 /// How the data path behaves.
@@ -49,6 +54,8 @@ pub struct Settings {
     pub lookup: Lookup,
     /// Which connections are logged as they end.
     pub log: ConnectionLog,
+    /// Where ejections are reported.
+    pub events: Events,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +74,8 @@ pub struct Proxy {
     shared: Arc<Shared>,
     phase: watch::Sender<Phase>,
     threads: Vec<JoinHandle<io::Result<()>>>,
+    /// Where each worker is asked what it has.
+    asks: Vec<tokio::sync::mpsc::UnboundedSender<Ask>>,
     /// Closed when every worker has let go of its sender: when all have ended.
     workers: tokio::sync::mpsc::Receiver<()>,
     /// The addresses of its listeners.
@@ -86,11 +95,14 @@ impl Proxy {
         let (phase, phases) = watch::channel(Phase::Serving);
         let shared = Arc::new(Shared::new(settings));
         let (alive, workers) = tokio::sync::mpsc::channel(1);
-        let mut proxy = Self { shared, phase, threads: Vec::new(), workers, addresses };
+        let mut proxy =
+            Self { shared, phase, threads: Vec::new(), asks: Vec::new(), workers, addresses };
         for (n, listeners) in sets.into_iter().enumerate() {
             let (shared, tables, phases) = (proxy.shared.clone(), tables.clone(), phases.clone());
             let (started, start) = mpsc::sync_channel(1);
             let alive = alive.clone();
+            let (ask, asks) = tokio::sync::mpsc::unbounded_channel();
+            proxy.asks.push(ask);
             let work = move || {
                 let _alive = alive;
                 let mut runtime = tokio::runtime::Builder::new_current_thread();
@@ -102,7 +114,7 @@ impl Proxy {
                 // The receiver waits for this.
                 let _ = started.send(result);
                 runtime.map_or(Ok(()), |rt| {
-                    rt.block_on(worker::run(shared, listeners, tables, phases))
+                    rt.block_on(worker::run(shared, n, listeners, tables, phases, asks))
                 })
             };
             proxy
@@ -120,7 +132,7 @@ impl Proxy {
 
     /// A reader of the counts of how connections ended; it outlives the proxy.
     pub fn figures(&self) -> Figures {
-        Figures(self.shared.clone())
+        Figures { shared: self.shared.clone(), asks: self.asks.clone().into() }
     }
 
     /// Stops accepting. Live connections go on.
@@ -151,17 +163,56 @@ impl Proxy {
     }
 }
 
-/// Figures of the data path, for the metrics.
+/// Figures of the data path, for metrics and API. Clones are the same.
 #[derive(Debug, Clone)]
-pub struct Figures(Arc<Shared>);
+pub struct Figures {
+    shared: Arc<Shared>,
+    asks: Arc<[tokio::sync::mpsc::UnboundedSender<Ask>]>,
+}
 
 impl Figures {
     pub fn live(&self) -> usize {
-        self.0.live.load(Relaxed)
+        self.shared.live.load(Relaxed)
+    }
+
+    /// Connections that wait for their container to become known.
+    pub fn held(&self) -> usize {
+        self.shared.held.load(Relaxed)
+    }
+
+    /// Connections that may be open at a time.
+    pub fn limit(&self) -> usize {
+        self.shared.settings.max_connections
     }
 
     /// Connections that ended so, since the start.
     pub fn ended(&self, outcome: Outcome) -> u64 {
-        self.0.tally.get(outcome)
+        self.shared.tally.get(outcome)
+    }
+
+    /// Connections that were accepted for a route, since the start.
+    pub fn started(&self) -> u64 {
+        self.shared.counts.iter().map(|counts| counts.started.load(Relaxed)).sum()
+    }
+
+    /// Bytes from consumers to endpoints, and back, since the start; of live connections, as of the last
+    /// [`Figures::refresh`].
+    pub fn bytes(&self) -> (u64, u64) {
+        let of = |counts: &crate::counts::Counts| {
+            (counts.bytes_up.load(Relaxed), counts.bytes_down.load(Relaxed))
+        };
+        self.shared.counts.iter().map(of).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+    }
+
+    /// How long it took from accepting a connection until its endpoint's was open.
+    pub fn connect(&self) -> Distribution {
+        let mut sum = Distribution::default();
+        self.shared.counts.iter().for_each(|counts| sum.add(&counts.connect.read()));
+        sum
+    }
+
+    /// The data path's clock, by which ejections and errors are dated.
+    pub fn now(&self) -> Millis {
+        self.shared.now()
     }
 }

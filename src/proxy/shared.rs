@@ -8,21 +8,25 @@ use std::{
     time::Instant,
 };
 
-use super::{
-    Settings,
+use super::Settings;
+use crate::{
+    balance::Millis,
+    counts::Counts,
     outcome::{Outcome, Tally},
+    table::Route,
 };
-use crate::table::Route;
 
 /// What the workers share.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub settings: Settings,
     pub tally: Tally,
+    /// What each worker counts for itself, so that they do not fight over one cache line.
+    pub counts: Box<[Counts]>,
     /// Connections that are open, or being opened.
     pub live: AtomicUsize,
     /// Connections that wait for their container to become known.
-    held: AtomicUsize,
+    pub held: AtomicUsize,
     /// When the clock of ejections started.
     pub start: Instant,
 }
@@ -30,12 +34,17 @@ pub(super) struct Shared {
 impl Shared {
     pub(super) fn new(settings: Settings) -> Self {
         Self {
+            counts: (0..settings.workers.max(1)).map(|_| Counts::default()).collect(),
             settings,
             tally: Tally::default(),
             live: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
             start: Instant::now(),
         }
+    }
+
+    pub(super) fn now(&self) -> Millis {
+        Millis(u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX))
     }
 
     /// Counts one more live connection of the route's consumer, if there may be one more.
@@ -108,6 +117,7 @@ pub(super) mod tests {
             hold: Duration::ZERO,
             lookup: Default::default(),
             log: ConnectionLog::Off,
+            events: Default::default(),
         })
     }
 

@@ -1,7 +1,7 @@
 //! One worker: a thread with a runtime, listeners and connections of its own. Workers share nothing but counters.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     collections::HashMap,
     io,
     net::SocketAddr,
@@ -14,24 +14,27 @@ use futures_util::FutureExt;
 use tokio::{
     io::Interest,
     net::{TcpListener, TcpStream},
-    sync::{Notify, watch},
+    sync::{Notify, mpsc, watch},
     task::AbortHandle,
     time::timeout_at,
 };
 
 use super::{
     Phase, Settings,
-    connection::{Meaning, Record, Socket, serve},
+    connection::{Connected, Meaning, Record, Socket, serve},
     connection_log::{self, Entry},
     listener::{AcceptBackoff, adopt},
-    outcome::Outcome,
+    observed::{self, Ask},
     relay::{Moved, PIPES, RelayBuffers},
     shared::{Held, Shared},
 };
 use crate::{
     balance::Millis,
+    counts::Counts,
     descriptor::EndpointDrain,
+    events::Event,
     model::Endpoint,
+    outcome::Outcome,
     table::{Route, Table, Upstream},
 };
 
@@ -41,6 +44,8 @@ type Id = u64;
 #[derive(Debug)]
 pub(super) struct Worker {
     shared: Arc<Shared>,
+    /// Which of the workers it is.
+    n: usize,
     table: RefCell<Arc<Table>>,
     pub(super) buffers: RelayBuffers,
     pub(super) mark: Option<u32>,
@@ -77,17 +82,20 @@ struct Live {
 /// Runs a worker until it is told to end and its connections are gone.
 pub(super) async fn run(
     shared: Arc<Shared>,
+    n: usize,
     listeners: Vec<std::net::TcpListener>,
     mut tables: watch::Receiver<Arc<Table>>,
     mut phase: watch::Receiver<Phase>,
+    asks: mpsc::UnboundedReceiver<Ask>,
 ) -> io::Result<()> {
-    let worker = Worker::new(shared, tables.borrow_and_update().clone());
+    let worker = Worker::new(shared, n, tables.borrow_and_update().clone());
     let mut accepting = Vec::new();
     for listener in listeners {
         let listener = adopt(listener)?;
         accepting.push(tokio::task::spawn_local(worker.clone().accept(listener)));
     }
     let follow = tokio::task::spawn_local(worker.clone().follow(tables));
+    let answer = tokio::task::spawn_local(observed::answer(worker.clone(), asks));
 
     // The sender lives as long as the proxy: where it is gone, so is everything, and this ends too.
     let _ = phase.wait_for(|phase| *phase != Phase::Serving).await;
@@ -101,15 +109,17 @@ pub(super) async fn run(
         }
     }
     follow.abort();
+    answer.abort();
     Ok(())
 }
 
 impl Worker {
-    fn new(shared: Arc<Shared>, table: Arc<Table>) -> Rc<Self> {
+    fn new(shared: Arc<Shared>, n: usize, table: Arc<Table>) -> Rc<Self> {
         let Settings { splice, workers, mark, .. } = shared.settings;
         let pipes = if splice { (PIPES / workers.max(1)).max(1) } else { 0 };
         Rc::new(Self {
             shared,
+            n,
             table: RefCell::new(table),
             buffers: RelayBuffers::new(pipes),
             mark,
@@ -197,16 +207,23 @@ impl Worker {
         route: Arc<Route>,
         accepted: Instant,
     ) {
+        route.counts.start();
         if let Err(outcome) = self.shared.count_in(&route) {
+            route.counts.ended.count(outcome);
+            route.counts.last_error.set(self.now(), outcome.as_str());
             return self.refuse(meaning.peer, outcome);
+        }
+        if let Some(counts) = self.counts() {
+            counts.start();
         }
         let record = Rc::new(Record {
             route,
             meaning,
             accepted,
-            connected: Cell::default(),
+            connected: OnceCell::new(),
             tries: Cell::default(),
             moved: Moved::default(),
+            counted: Moved::default(),
         });
         let id = self.next_id.get();
         self.next_id.set(id + 1);
@@ -294,7 +311,48 @@ impl Worker {
     }
 
     pub(super) fn now(&self) -> Millis {
-        Millis(u64::try_from(self.shared.start.elapsed().as_millis()).unwrap_or(u64::MAX))
+        self.shared.now()
+    }
+
+    /// What this worker counts for itself.
+    fn counts(&self) -> Option<&Counts> {
+        self.shared.counts.get(self.n)
+    }
+
+    /// Adds what a connection moved since the last time.
+    fn count_bytes(&self, record: &Record) {
+        let since = |moved: &Cell<u64>, counted: &Cell<u64>| {
+            let now = moved.get();
+            now - counted.replace(now)
+        };
+        let up = since(&record.moved.up, &record.counted.up);
+        let down = since(&record.moved.down, &record.counted.down);
+        record.route.counts.bytes(up, down);
+        if let Some(connected) = record.connected.get() {
+            connected.endpoint.counts.bytes(up, down);
+        }
+        if let Some(counts) = self.counts() {
+            counts.bytes(up, down);
+        }
+    }
+
+    /// Adds what all live connections moved since the last time.
+    pub(super) fn count_all_bytes(&self) {
+        self.live.borrow().values().for_each(|live| self.count_bytes(&live.record));
+    }
+
+    /// Every live connection: its number, what it did, and where it goes or is about to.
+    pub(super) fn connections(&self) -> Vec<(Id, Rc<Record>, Option<Endpoint>)> {
+        let all = self.live.borrow();
+        all.iter().map(|(id, live)| (*id, live.record.clone(), live.endpoint)).collect()
+    }
+
+    pub(super) fn number(&self) -> usize {
+        self.n
+    }
+
+    pub(super) fn report(&self, event: impl FnOnce() -> Event) {
+        self.shared.settings.events.report(event);
     }
 }
 
@@ -339,6 +397,16 @@ impl Ticket {
         }
     }
 
+    /// Remembers where it went, and counts that.
+    pub(super) fn connected(&self, connected: Connected) {
+        self.record.route.counts.connect.observe(connected.after);
+        if let Some(counts) = self.worker.counts() {
+            counts.connect.observe(connected.after);
+        }
+        // A connection is opened once.
+        let _ = self.record.connected.set(connected);
+    }
+
     pub(super) fn end(mut self, outcome: Outcome) {
         self.outcome = outcome;
     }
@@ -352,7 +420,18 @@ impl Drop for Ticket {
             (all.remove(&self.id), all.is_empty())
         };
         let outcome = live.and_then(|live| live.verdict).unwrap_or(self.outcome);
-        worker.shared.count_out(&self.record.route);
+        let route = &self.record.route;
+        worker.count_bytes(&self.record);
+        route.counts.ended.count(outcome);
+        match self.record.connected.get() {
+            Some(connected) => connected.endpoint.counts.ended.count(outcome),
+            // That none could be reached has been said, with the reason.
+            None if outcome == Outcome::NoEndpoint => {
+                route.counts.last_error.set(worker.now(), outcome.as_str());
+            }
+            None => {}
+        }
+        worker.shared.count_out(route);
         worker.shared.tally.count(outcome);
         connection_log::record(worker.shared.settings.log, outcome, || {
             Entry::new(&self.record, outcome)
@@ -375,7 +454,7 @@ mod tests {
     #[tokio::test]
     async fn a_connection_that_is_aborted_before_it_ran_is_reset_and_accounted_for() {
         let test = async {
-            let worker = Worker::new(Arc::new(shared(1, 1)), Arc::new(table()));
+            let worker = Worker::new(Arc::new(shared(1, 1)), 0, Arc::new(table()));
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
             let (stream, peer) = listener.accept().await.unwrap();

@@ -1,3 +1,4 @@
+mod admin;
 mod announce;
 mod capture;
 mod command_line;

@@ -69,15 +69,17 @@ impl Outcome {
     }
 }
 
-/// How many connections ended in each way since the start.
-#[derive(Debug)]
-pub struct Tally(Box<[AtomicU64]>);
-
-impl Default for Tally {
-    fn default() -> Self {
-        Self(Outcome::ALL.iter().map(|_| AtomicU64::new(0)).collect())
+impl Outcome {
+    /// Whether something went wrong that somebody should look at: refused, or broken by the endpoint. That the consumer
+    /// or embassy itself ended it is no error.
+    pub fn is_error(self) -> bool {
+        self.is_refusal() || self == Self::EndpointReset
     }
 }
+
+/// How many connections ended in each way.
+#[derive(Debug, Default)]
+pub struct Tally([AtomicU64; Outcome::ALL.len()]);
 
 impl Tally {
     pub fn count(&self, outcome: Outcome) {
@@ -88,6 +90,17 @@ impl Tally {
 
     pub fn get(&self, outcome: Outcome) -> u64 {
         self.0.get(outcome as usize).map_or(0, |count| count.load(Relaxed))
+    }
+
+    /// All of them.
+    pub fn sum(&self) -> u64 {
+        self.0.iter().map(|count| count.load(Relaxed)).sum()
+    }
+
+    /// Each way in which any ended, and how many.
+    pub fn iter(&self) -> impl Iterator<Item = (Outcome, u64)> {
+        let all = Outcome::ALL.iter().map(|outcome| (*outcome, self.get(*outcome)));
+        all.filter(|(_, count)| *count > 0)
     }
 }
 

@@ -1,0 +1,186 @@
+//! Who may ask, and who may change something.
+//!
+//! Reading is for whoever reaches the listener, but not for a web page that a browser there happens to show: a page's own
+//! name may be made to lead here (DNS rebinding), so the request must name this listener. Changing takes the unix socket,
+//! whose file says who may, or the token.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use axum::{
+    extract::{Request, State},
+    http::{HeaderMap, HeaderValue, Method, header},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+
+use super::{Context, v1::Refusal};
+
+/// What a listener asks of a request.
+#[derive(Debug)]
+pub(super) enum Guard {
+    /// The socket's file says who may.
+    Unix,
+    Tcp {
+        bound: SocketAddr,
+        token_file: Option<PathBuf>,
+        /// This machine's name, for a listener on every address.
+        name: String,
+    },
+}
+
+impl Guard {
+    pub(super) fn unix() -> Self {
+        Self::Unix
+    }
+
+    pub(super) fn tcp(bound: SocketAddr, token_file: Option<PathBuf>) -> Self {
+        let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        Self::Tcp { bound, token_file, name }
+    }
+
+    /// Whether a request that names this host means us.
+    fn is_named(&self, host: &str) -> bool {
+        let Self::Tcp { bound, name, .. } = self else { return true };
+        let host = without_port(host);
+        match host.parse::<IpAddr>() {
+            // An address cannot be made to lead elsewhere, as a name can.
+            Ok(address) => {
+                address.is_loopback() || address == bound.ip() || bound.ip().is_unspecified()
+            }
+            Err(_) => {
+                host.eq_ignore_ascii_case("localhost")
+                    || (bound.ip().is_unspecified() && host.eq_ignore_ascii_case(name))
+            }
+        }
+    }
+
+    /// Whether a request may change something. The token is read anew each time, so that it can be replaced.
+    pub(super) fn may_change(&self, headers: &HeaderMap) -> bool {
+        match self {
+            Self::Unix => true,
+            Self::Tcp { token_file: None, .. } => false,
+            Self::Tcp { token_file: Some(file), .. } => {
+                let token = std::fs::read_to_string(file).unwrap_or_default();
+                let borne = headers
+                    .get(header::AUTHORIZATION)
+                    .and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+                let token = token.trim();
+                !token.is_empty() && borne.is_some_and(|borne| same(borne, token))
+            }
+        }
+    }
+
+    /// How one gets to be allowed to.
+    pub(super) fn how_to_change(&self) -> &'static str {
+        match self {
+            Self::Unix => "changing calls are allowed here",
+            Self::Tcp { token_file: None, .. } => {
+                "changing calls need --admin=unix:///path, or --admin-token-file and its token"
+            }
+            Self::Tcp { .. } => {
+                "changing calls need the header \"Authorization: Bearer <token>\" with the token of --admin-token-file"
+            }
+        }
+    }
+}
+
+/// Refuses who does not mean us, or may not change what they want to change; says to browsers what they may do with the
+/// answer.
+pub(super) async fn check(
+    State(context): State<Context>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let mut response = match refusal(&context.guard, &request) {
+        Some(refusal) => refusal.into_response(),
+        None => next.run(request).await,
+    };
+    let headers = response.headers_mut();
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    response
+}
+
+fn refusal(guard: &Guard, request: &Request) -> Option<Refusal> {
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    // A probe names whatever its author thought of, and learns nothing here.
+    let is_probe = matches!(request.uri().path(), "/healthz" | "/readyz");
+    if !is_probe && !guard.is_named(host.unwrap_or_default()) {
+        return Some(Refusal::forbidden(format!(
+            "host {:?}: expected localhost or the address of --admin",
+            host.unwrap_or_default()
+        )));
+    }
+    let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+    if !reads && !guard.may_change(request.headers()) {
+        return Some(Refusal::forbidden(guard.how_to_change()));
+    }
+    None
+}
+
+/// The host of `host:port` or `[v6]:port`.
+fn without_port(host: &str) -> &str {
+    if let Some(rest) = host.strip_prefix('[') {
+        return rest.split(']').next().unwrap_or_default();
+    }
+    host.split(':').next().unwrap_or_default()
+}
+
+/// Compares without telling by the time it takes where the difference is.
+fn same(a: &str, b: &str) -> bool {
+    let differences = a.bytes().zip(b.bytes()).fold(0, |all, (a, b)| all | (a ^ b));
+    a.len() == b.len() && differences == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn guard(bound: &str) -> Guard {
+        Guard::Tcp { bound: bound.parse().unwrap(), token_file: None, name: "box".to_owned() }
+    }
+
+    #[test]
+    fn only_a_host_that_means_us_is_taken() {
+        let loopback = guard("127.0.0.1:9990");
+        for host in ["127.0.0.1:9990", "localhost", "LocalHost:1", "[::1]:9990", "127.0.0.2"] {
+            assert!(loopback.is_named(host), "{host}");
+        }
+        for host in ["", "evil.example", "evil.example:9990", "10.0.0.1", "localhost.evil.example"]
+        {
+            assert!(!loopback.is_named(host), "{host}");
+        }
+        assert!(guard("10.0.0.1:9990").is_named("10.0.0.1:9990"));
+        let everywhere = guard("0.0.0.0:9990");
+        assert!(everywhere.is_named("10.9.8.7:9990") && everywhere.is_named("box:9990"));
+        assert!(!everywhere.is_named("evil.example"));
+        assert!(Guard::Unix.is_named("whatever"));
+    }
+
+    #[test]
+    fn the_token_must_be_the_token() {
+        assert!(same("secret", "secret"));
+        for wrong in ["", "secre", "secrets", "Secret"] {
+            assert!(!same(wrong, "secret"));
+        }
+    }
+
+    #[test]
+    fn changing_takes_the_token_in_the_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let guard = Guard::tcp("127.0.0.1:1".parse().unwrap(), Some(file.path().to_owned()));
+        let bearing = |token: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::AUTHORIZATION, format!("Bearer {token}").parse().unwrap());
+            headers
+        };
+        assert!(!guard.may_change(&bearing("")), "an empty file is no token");
+        std::fs::write(file.path(), "secret\n").unwrap();
+        assert!(guard.may_change(&bearing("secret")));
+        assert!(!guard.may_change(&bearing("wrong")));
+        assert!(!guard.may_change(&HeaderMap::new()));
+    }
+}

@@ -1,0 +1,66 @@
+//! What this host gives to the process, as the kernel tells it in `/proc`. What cannot be read is not known.
+
+use std::{fs, path::Path};
+
+use rustix::{
+    param::{clock_ticks_per_second, page_size},
+    process::{Resource, getrlimit},
+};
+
+use super::{api, view};
+
+pub(super) fn host() -> api::Host {
+    let conntrack = |name: &str| number(&Path::new("/proc/sys/net/netfilter").join(name));
+    api::Host {
+        conntrack_entries: conntrack("nf_conntrack_count"),
+        conntrack_limit: conntrack("nf_conntrack_max"),
+        // One of them is the listing's own.
+        descriptors: fs::read_dir("/proc/self/fd").ok().map(|all| all.count() as u64 - 1),
+        descriptors_limit: getrlimit(Resource::Nofile).current,
+        resident_bytes: fs::read_to_string("/proc/self/statm")
+            .ok()
+            .and_then(|text| resident(&text)),
+        cpu_seconds: fs::read_to_string("/proc/self/stat").ok().and_then(|text| cpu(&text)),
+    }
+}
+
+fn number(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// The second field of `statm`, in pages (man 5 proc).
+fn resident(statm: &str) -> Option<u64> {
+    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * page_size() as u64)
+}
+
+/// Fields 14 and 15 of `stat`, in ticks. The name, field 2, may hold spaces and parentheses.
+fn cpu(stat: &str) -> Option<f64> {
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split_whitespace().skip(11);
+    let (user, system): (u64, u64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+    let time = std::time::Duration::from_secs_f64(
+        (user + system) as f64 / clock_ticks_per_second() as f64,
+    );
+    Some(view::seconds(time))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_process_sees_itself() {
+        let host = host();
+        assert!(host.resident_bytes > Some(1_000_000), "{host:?}");
+        assert!(host.descriptors > Some(2) && host.descriptors < host.descriptors_limit);
+        assert!(host.cpu_seconds.is_some());
+    }
+
+    #[test]
+    fn a_name_may_hold_anything() {
+        let stat = "7 (a) b (c) S 1 1 1 0 -1 4194560 1 0 0 0 150 50 0 0 20 0 1 0 100 0 0";
+        assert_eq!(cpu(stat), Some(200.0 / clock_ticks_per_second() as f64));
+        assert_eq!((cpu(""), resident("")), (None, None));
+    }
+}

@@ -1,0 +1,147 @@
+//! Lists: filtered, in an order that stays the same, a page at a time.
+
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use super::api::Page;
+
+/// Which entries of a list are wanted. Filters that a list has nothing for fit no entry of it.
+#[derive(Debug, Clone, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Wanted {
+    /// The consumer's whole name, or how its ID begins, from 4 characters on.
+    pub consumer: Option<String>,
+    /// The service's whole name.
+    pub service: Option<String>,
+    /// The entry's state.
+    pub state: Option<String>,
+    /// A part of any of its names and addresses, in whatever case.
+    pub q: Option<String>,
+    /// Entries to leave out at the start. Default 0.
+    pub offset: Option<usize>,
+    /// Entries to give, 1 to 1000. Default 100.
+    pub limit: Option<usize>,
+}
+
+/// What an entry shows to the filter.
+#[derive(Debug, Default)]
+pub(super) struct Shows<'a> {
+    pub consumer: Option<(&'a str, &'a str)>,
+    pub service: Option<&'a str>,
+    pub state: &'a str,
+    /// Read only where something is searched for.
+    pub texts: &'a [&'a str],
+}
+
+impl Wanted {
+    const DEFAULT: usize = 100;
+    const MOST: usize = 1000;
+    const SHORTEST_ID: usize = 4;
+
+    /// The part of `all` that is wanted; `view` is called for entries of the page alone.
+    pub(super) fn page<T, U>(
+        &self,
+        all: impl IntoIterator<Item = T>,
+        fits: impl Fn(&T) -> bool,
+        view: impl Fn(T) -> U,
+    ) -> Page<U> {
+        let limit = self.limit.unwrap_or(Self::DEFAULT).clamp(1, Self::MOST);
+        let offset = self.offset.unwrap_or(0);
+        let fitting: Vec<_> = all.into_iter().filter(fits).collect();
+        let total = fitting.len();
+        let items = fitting.into_iter().skip(offset).take(limit).map(view).collect();
+        Page { total, offset, limit, items }
+    }
+
+    /// Whether an entry fits.
+    pub(super) fn fits(&self, shows: &Shows<'_>) -> bool {
+        let consumer = self.consumer.as_deref().is_none_or(|wanted| {
+            shows.consumer.is_some_and(|(name, id)| is_consumer(wanted, name, id))
+        });
+        let service = self.service.as_deref().is_none_or(|wanted| shows.service == Some(wanted));
+        let state = self.state.as_deref().is_none_or(|wanted| shows.state == wanted);
+        consumer && service && state && self.q.as_deref().is_none_or(|q| contains(shows, q))
+    }
+}
+
+/// Whether `wanted` names this consumer.
+pub(super) fn is_consumer(wanted: &str, name: &str, id: &str) -> bool {
+    name == wanted || (wanted.len() >= Wanted::SHORTEST_ID && id.starts_with(wanted))
+}
+
+fn contains(shows: &Shows<'_>, part: &str) -> bool {
+    let part = part.to_lowercase();
+    let has = |text: &str| text.to_lowercase().contains(&part);
+    shows.consumer.is_some_and(|(name, id)| has(name) || id.starts_with(&part))
+        || shows.service.is_some_and(has)
+        || shows.texts.iter().any(|text| has(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(set: impl FnOnce(&mut Wanted)) -> Wanted {
+        let mut wanted = Wanted::default();
+        set(&mut wanted);
+        wanted
+    }
+
+    const SHOWS: Shows<'_> = Shows {
+        consumer: Some(("App-1", "0123456789ab")),
+        service: Some("redis.master"),
+        state: "ok",
+        texts: &["172.17.0.2"],
+    };
+
+    #[test]
+    fn every_filter_must_fit() {
+        for fits in [
+            wanted(|_| ()),
+            wanted(|w| w.consumer = Some("App-1".into())),
+            wanted(|w| w.consumer = Some("0123".into())),
+            wanted(|w| w.service = Some("redis.master".into())),
+            wanted(|w| w.state = Some("ok".into())),
+            wanted(|w| w.q = Some("REDIS".into())),
+            wanted(|w| w.q = Some("app-".into())),
+            wanted(|w| w.q = Some("17.0".into())),
+        ] {
+            assert!(fits.fits(&SHOWS), "{fits:?}");
+        }
+        for fails in [
+            wanted(|w| w.consumer = Some("App".into())),
+            wanted(|w| w.consumer = Some("012".into())),
+            wanted(|w| w.service = Some("redis".into())),
+            wanted(|w| w.q = Some("nothing".into())),
+            wanted(|w| {
+                w.state = Some("ejected".into());
+                w.q = Some("redis".into());
+            }),
+        ] {
+            assert!(!fails.fits(&SHOWS), "{fails:?}");
+        }
+    }
+
+    #[test]
+    fn pages_together_are_the_whole_list() {
+        let all: Vec<_> = (0..2_500).collect();
+        let mut got = Vec::new();
+        while got.len() < all.len() {
+            let wanted = wanted(|w| (w.offset, w.limit) = (Some(got.len()), Some(700)));
+            let page = wanted.page(&all, |_| true, |n| *n);
+            assert_eq!(page.total, all.len());
+            got.extend(page.items);
+        }
+        assert_eq!(got, all);
+    }
+
+    #[test]
+    fn a_page_has_an_end_whatever_is_asked_for() {
+        let page = |limit, offset| {
+            let wanted = wanted(|w| (w.limit, w.offset) = (Some(limit), Some(offset)));
+            wanted.page(0..5_000, |_| true, |n| n).items.len()
+        };
+        assert_eq!((page(0, 0), page(usize::MAX, 0), page(10, usize::MAX)), (1, 1_000, 0));
+    }
+}

@@ -1,0 +1,207 @@
+//! What is counted of connections: plain atomics, cheap enough to be touched by every connection.
+
+use std::{
+    borrow::Cow,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use crate::{balance::Millis, outcome::Tally};
+
+/// What is counted of the connections of one route, or to one endpoint, or of one worker.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Connections that began: for a route, every one that was accepted for it.
+    pub started: AtomicU64,
+    /// How they ended. To an endpoint, only those that had been opened.
+    pub ended: Tally,
+    /// Bytes from consumers to endpoints. A live connection's are added when somebody asks, and when it ends.
+    pub bytes_up: AtomicU64,
+    /// Bytes from endpoints to consumers.
+    pub bytes_down: AtomicU64,
+    /// How long opening took. Its count is the number of connections that were opened.
+    pub connect: Histogram,
+    /// Further tries after an endpoint failed.
+    pub retries: AtomicU64,
+    pub last_error: LastError,
+}
+
+impl Counts {
+    pub fn start(&self) {
+        self.started.fetch_add(1, Relaxed);
+    }
+
+    pub fn retry(&self) {
+        self.retries.fetch_add(1, Relaxed);
+    }
+
+    pub fn bytes(&self, up: u64, down: u64) {
+        if up != 0 {
+            self.bytes_up.fetch_add(up, Relaxed);
+        }
+        if down != 0 {
+            self.bytes_down.fetch_add(down, Relaxed);
+        }
+    }
+
+    /// Connections that began and have not ended.
+    pub fn active(&self) -> u64 {
+        // Read first: what ends meanwhile began before.
+        let ended = self.ended.sum();
+        self.started.load(Relaxed).saturating_sub(ended)
+    }
+}
+
+/// The last thing that went wrong. Written only when something does, so a lock does no harm.
+#[derive(Debug, Default)]
+pub struct LastError(Mutex<Option<(Millis, Cow<'static, str>)>>);
+
+impl LastError {
+    pub fn set(&self, now: Millis, text: impl Into<Cow<'static, str>>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((now, text.into()));
+    }
+
+    /// When it was, and what.
+    pub fn get(&self) -> Option<(Millis, Cow<'static, str>)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Durations, counted in buckets.
+#[derive(Debug, Default)]
+pub struct Histogram {
+    buckets: [AtomicU64; BUCKETS],
+    micros: AtomicU64,
+}
+
+/// The upper bounds of the buckets but the last, which has none: microseconds. From a neighbour on the same bridge to the
+/// second that a try may take.
+pub const BOUNDS: [u64; BUCKETS - 1] = [250, 500, 1_000, 2_500, 10_000, 50_000, 250_000, 1_000_000];
+const BUCKETS: usize = 9;
+
+impl Histogram {
+    pub fn observe(&self, time: Duration) {
+        let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let bucket = BOUNDS.iter().position(|bound| micros <= *bound).unwrap_or(BOUNDS.len());
+        if let Some(bucket) = self.buckets.get(bucket) {
+            bucket.fetch_add(1, Relaxed);
+        }
+        self.micros.fetch_add(micros, Relaxed);
+    }
+
+    pub fn read(&self) -> Distribution {
+        Distribution {
+            buckets: std::array::from_fn(|n| self.buckets.get(n).map_or(0, |b| b.load(Relaxed))),
+            micros: self.micros.load(Relaxed),
+        }
+    }
+}
+
+/// A histogram as it was read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Distribution {
+    /// How many fell into each bucket, not cumulated.
+    pub buckets: [u64; BUCKETS],
+    /// The sum of all durations, in microseconds.
+    pub micros: u64,
+}
+
+impl Distribution {
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
+
+    pub fn sum_seconds(&self) -> f64 {
+        self.micros as f64 / 1e6
+    }
+
+    /// Adds what another counted.
+    pub fn add(&mut self, other: &Self) {
+        self.buckets.iter_mut().zip(other.buckets).for_each(|(mine, theirs)| *mine += theirs);
+        self.micros += other.micros;
+    }
+
+    /// What was counted since `earlier`.
+    pub fn since(&self, earlier: &Self) -> Self {
+        let mut since = *self;
+        since
+            .buckets
+            .iter_mut()
+            .zip(earlier.buckets)
+            .for_each(|(now, then)| *now = now.saturating_sub(then));
+        since.micros = since.micros.saturating_sub(earlier.micros);
+        since
+    }
+
+    /// The duration, in seconds, that this part of all stayed below, `part` between 0 and 1: interpolated within its
+    /// bucket, as Prometheus does, and the largest bound where it lies beyond. `None` where nothing was counted.
+    pub fn quantile(&self, part: f64) -> Option<f64> {
+        let count = self.count();
+        if count == 0 {
+            return None;
+        }
+        let rank = part * count as f64;
+        let (mut below, mut lower) = (0.0, 0.0);
+        for (bound, inside) in BOUNDS.iter().zip(self.buckets) {
+            let (bound, inside) = (*bound as f64 / 1e6, inside as f64);
+            if inside > 0.0 && below + inside >= rank {
+                return Some(lower + (bound - lower) * ((rank - below) / inside).clamp(0.0, 1.0));
+            }
+            below += inside;
+            lower = bound;
+        }
+        Some(lower)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outcome::Outcome;
+
+    fn of(millis: &[u64]) -> Distribution {
+        let histogram = Histogram::default();
+        millis.iter().for_each(|ms| histogram.observe(Duration::from_millis(*ms)));
+        histogram.read()
+    }
+
+    #[test]
+    fn a_duration_falls_into_the_first_bucket_that_holds_it() {
+        let histogram = Histogram::default();
+        for bound in BOUNDS {
+            histogram.observe(Duration::from_micros(bound));
+        }
+        histogram.observe(Duration::from_secs(3_600));
+        let read = histogram.read();
+        assert_eq!(read.buckets, [1; BUCKETS]);
+        assert_eq!(read.micros, BOUNDS.iter().sum::<u64>() + 3_600_000_000);
+    }
+
+    #[test]
+    fn a_quantile_lies_in_the_bucket_of_its_rank() {
+        assert_eq!(of(&[]).quantile(0.5), None);
+        let read = of(&[2, 2, 2, 40]);
+        assert!((0.001..=0.0025).contains(&read.quantile(0.5).unwrap()));
+        assert!((0.01..=0.05).contains(&read.quantile(0.99).unwrap()));
+        assert_eq!(of(&[5_000]).quantile(0.99), Some(1.0), "beyond all bounds");
+    }
+
+    #[test]
+    fn what_came_since_is_the_difference() {
+        let (earlier, mut sum) = (of(&[2]), of(&[2]));
+        sum.add(&of(&[40, 40]));
+        assert_eq!(sum.since(&earlier), of(&[40, 40]));
+        assert_eq!(earlier.since(&sum), Distribution::default(), "never below nothing");
+    }
+
+    #[test]
+    fn active_is_what_began_and_did_not_end() {
+        let counts = Counts::default();
+        (0..3).for_each(|_| counts.start());
+        counts.ended.count(Outcome::Closed);
+        assert_eq!(counts.active(), 2);
+    }
+}

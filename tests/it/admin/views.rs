@@ -1,0 +1,187 @@
+use super::*;
+
+#[test]
+fn it_tells_where_connections_go_and_what_they_moved() -> Result<()> {
+    let host = Host::start()?;
+    let blue = web(&host, "blue")?;
+    let greeter = host.server("greeter", ["greet"]).start()?;
+    offer_at(&host, "greeter", &format!("{}:80", greeter.ip()?))?;
+    let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80");
+    let app = app.env("BACKEND_GREETER", "/services/greeter;81");
+    let app = app.env("BACKEND_WRONG", "no port").env("BACKEND_VIA", "x;82;via=consul").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "blue")?;
+    let bytes = app.get("172.17.0.1:80/bytes/100000").run()?;
+    ensure!(bytes.answered() == 1, "{bytes:?}");
+
+    let routes: api::Page<api::Route> = get(&embassy, "/v1/routes?service=/services/blue")?;
+    assert_eq!((routes.total, routes.items.len()), (1, 1));
+    let route = &routes.items[0];
+    assert_eq!((&*route.consumer, &*route.consumer_id, route.port), ("app", app.id(), 80));
+    assert_eq!(route.address, app.ip()?.to_string());
+    assert_eq!((&*route.state, route.endpoints), ("ok", 1));
+    assert_eq!(route.query.name, "etcd /services/blue");
+    let is_whole = |figures: &api::Figures| {
+        figures.started >= 2
+            && figures.active == 0
+            && figures.ended.get("closed") == Some(&figures.started)
+            && figures.connect.count == figures.started
+            && figures.bytes_down > 100_000
+            && figures.bytes_up > 50
+            && figures.last_error.is_none()
+    };
+    let path = "/v1/routes?consumer=app&q=blue";
+    let whole = becomes(&embassy, path, "figures of the route", |page: &api::Page<api::Route>| {
+        page.items.iter().all(|route| is_whole(&route.figures))
+    })?;
+    let endpoints: api::Page<api::Endpoint> = get(&embassy, "/v1/endpoints?state=active")?;
+    let endpoint = endpoints.items.iter().find(|e| e.service == "/services/blue").unwrap();
+    assert_eq!(endpoint.endpoint, format!("{}:80", blue.ip()?));
+    assert!(is_whole(&endpoint.figures), "{endpoint:#?}");
+    assert_eq!(endpoint.figures.bytes_down, whole.items[0].figures.bytes_down);
+
+    // Who lives, and what it moved while it lives.
+    let held = hold(&app, "held", "172.17.0.1:81")?;
+    let path = "/v1/connections?service=/services/greeter";
+    let page = becomes(&embassy, path, "a connection", |page: &api::Page<api::Connection>| {
+        page.items.iter().any(|live| live.state == "open" && live.bytes_down > 0)
+    })?;
+    let live = &page.items[0];
+    assert_eq!((&*live.consumer, live.tries), ("app", 1));
+    assert_eq!(live.destination, "172.17.0.1:81");
+    assert_eq!(live.endpoint, Some(format!("{}:80", greeter.ip()?)));
+    assert!(live.connect_seconds < Some(live.age_seconds));
+    let routes: api::Page<api::Route> = get(&embassy, "/v1/routes?q=greeter")?;
+    assert_eq!(routes.items[0].figures.active, 1);
+    assert_eq!(routes.items[0].figures.bytes_down, live.bytes_down);
+    held.kill()?;
+
+    let bindings: api::Page<api::Binding> = get(&embassy, "/v1/bindings?state=problem")?;
+    let problems: Vec<_> = bindings.items.iter().map(|b| (&*b.origin, &*b.state)).collect();
+    assert_eq!(problems, [("BACKEND_VIA", "unrouted"), ("BACKEND_WRONG", "invalid")]);
+    assert!(bindings.items[0].reasons[0].contains("consul"), "{bindings:?}");
+
+    let sources: api::Page<api::Source> = get(&embassy, "/v1/sources")?;
+    let names: Vec<_> = sources.items.iter().map(|s| (&*s.name, &*s.state, s.items)).collect();
+    let expected = [
+        ("provider", "up", 1),
+        ("etcd /services/blue", "up", 1),
+        ("etcd /services/greeter", "up", 1),
+    ];
+    assert_eq!(names, expected);
+
+    let status: api::Status = get(&embassy, "/v1/status")?;
+    assert!(status.ready && !status.may_change, "{status:?}");
+    assert_eq!((status.routes, status.endpoints, status.problems), (2, 2, 2));
+    assert_eq!((status.sources, status.sources_down), (3, 0));
+    assert!(status.capture.in_place && status.capture.firewall.is_some(), "{status:?}");
+    assert_eq!(status.vips, ["172.17.0.1"]);
+    assert!(status.connections.started >= 3 && status.connections.bytes_down > 100_000);
+
+    // The counts of a route live as long as it does, whatever becomes of its endpoints.
+    let another = host.web("another").start()?;
+    host.etcd()?.v3().put("/services/blue/two", &format!("{}:80", another.ip()?))?;
+    let path = "/v1/routes?q=blue";
+    becomes(&embassy, path, "two endpoints", |page: &api::Page<api::Route>| {
+        page.items[0].endpoints == 2
+            && page.items[0].figures.started == whole.items[0].figures.started
+    })?;
+    Ok(())
+}
+
+#[test]
+fn it_explains_from_symptom_to_cause() -> Result<()> {
+    let host = Host::start()?;
+    let blue = web(&host, "blue")?;
+    // Nobody listens there.
+    offer_at(&host, "half", &format!("{}:80", blue.ip()?))?;
+    offer_at(&host, "half", &format!("{}:81", blue.ip()?))?;
+    let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80");
+    let app = app.env("BACKEND_HALF", "/services/half;81").env("BACKEND_NONE", "/services/none;82");
+    let app = app.start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "blue")?;
+    let explain = |who: &str, port: u16| -> Result<api::Explain> {
+        get(&embassy, &format!("/v1/explain?consumer={who}&port={port}"))
+    };
+    let says_of = |explain: &api::Explain, words: &str| {
+        assert!(explain.findings.iter().any(|line| line.contains(words)), "{explain:#?}");
+    };
+
+    let endpoint = format!("{}:80", blue.ip()?);
+    for who in ["app", &app.id()[..12], &app.ip()?.to_string()] {
+        let good = explain(who, 80)?;
+        assert_eq!((&*good.verdict, good.captured), ("ok", Some(true)), "{good:#?}");
+        assert_eq!(good.next.as_ref(), Some(&endpoint));
+        assert_eq!(good.bindings[0].origin, "BACKEND_BLUE");
+        assert_eq!(good.source.as_ref().map(|s| &*s.name), Some("etcd /services/blue"));
+        says_of(&good, &format!("goes to {endpoint}"));
+    }
+
+    // Asking picks nothing: the one that nobody listens at is met by a real connection only.
+    let answers = app.get("172.17.0.1:81").times(4).run()?;
+    ensure!(answers.answered() == 4, "{answers:?}");
+    says(&embassy, &["endpoint ejected", "refused"])?;
+    let half = explain("app", 81)?;
+    assert_eq!(half.verdict, "degraded", "{half:#?}");
+    let dead = half.endpoints.iter().find(|e| e.endpoint.ends_with(":81")).unwrap();
+    assert!(dead.health.ejections >= 1 && dead.health.failures >= 1, "{dead:#?}");
+    assert!(dead.figures.last_error.as_ref().is_some_and(|e| e.text.contains("refused")));
+    says_of(&half, "refused");
+
+    let none = explain("app", 82)?;
+    assert_eq!((&*none.verdict, none.next.as_ref()), ("broken", None));
+    says_of(&none, "has no endpoint");
+    let undeclared = explain("app", 83)?;
+    assert_eq!((&*undeclared.verdict, undeclared.captured), ("broken", Some(false)));
+    says_of(&undeclared, "Port 83 is not declared by app (declared: 80, 81, 82); not captured");
+    let nobody = explain("nobody", 80)?;
+    assert_eq!(nobody.verdict, "broken");
+    says_of(&nobody, "\"nobody\"");
+
+    // A source that is down is said, and its last answer used.
+    host.etcd_daemon().kill()?;
+    let path = "/v1/explain?consumer=app&port=80";
+    becomes(&embassy, path, "the source to be down", |explain: &api::Explain| {
+        explain.verdict == "degraded"
+            && explain.next.as_ref() == Some(&endpoint)
+            && explain.findings.iter().any(|line| line.contains("does not answer"))
+    })?;
+    Ok(())
+}
+
+#[test]
+fn wrong_requests_are_told_what_is_wrong() -> Result<()> {
+    let host = Host::start()?;
+    let embassy = host.embassy(["-provider=static", "-services=web;80"])?;
+    testbed::eventually(READY, "the API", || embassy.admin("/healthz")?.ok())?;
+    for (path, status, words) in [
+        ("/v1/nothing", 404, "/v1/nothing"),
+        ("/v1/routes?limit=many", 400, "limit"),
+        ("/v1/routes?colour=blue", 400, "colour"),
+        ("/v1/explain?consumer=app", 400, "port"),
+        ("/v1/explain?consumer=app&port=0", 400, "port 0"),
+        ("/v1/explain?consumer=app&port=70000", 400, "port"),
+    ] {
+        let answer = embassy.admin(path)?;
+        let error: api::Error = serde_json::from_str(&answer.body)?;
+        assert_eq!(answer.status, status, "{path}");
+        assert!(error.error.contains(words), "{path}: {error:?}");
+    }
+    // A page whose name was made to lead here reads nothing; nobody changes anything without a token.
+    let mut curl = vec!["--silent", "--write-out", "%{http_code}", "--output", "/dev/null"];
+    curl.extend(["--header", "Host: evil.example:9990"]);
+    for (path, status) in
+        [("/v1/status", "403"), ("/metrics", "403"), ("/healthz", "200"), ("/readyz", "200")]
+    {
+        let url = format!("http://127.0.0.1:9990{path}");
+        // Not ready without an answer from Consul, and that is told to everybody.
+        let expected = if path == "/readyz" { "503" } else { status };
+        assert_eq!(host.run("curl", [&curl[..], &[&url]].concat())?, expected, "{path}");
+    }
+    let answer = host.http("POST", "http://127.0.0.1:9990/v1/status", "")?;
+    assert_eq!(answer.status, 403, "{answer:?}");
+    Ok(())
+}
