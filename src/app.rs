@@ -65,7 +65,7 @@ impl App {
         let lookup = Lookup::default();
         let events = Events::default();
         let refused = Arc::<Refused>::default();
-        let mut control = learn(&config, &lookup, refused.clone(), waiting)?;
+        let mut control = learn(&config, &lookup, refused.clone(), events.clone(), waiting)?;
         let kept = Arc::<state::Counts>::default();
         let keeper = remember(&config, &mut control, kept.clone());
         let (tables, sources) = (control.tables(), control.sources());
@@ -216,6 +216,7 @@ pub(crate) fn learn(
     config: &Config,
     lookup: &Lookup,
     refused: Arc<Refused>,
+    events: Events,
     waiting: Waiting,
 ) -> Result<Control, InterfaceError> {
     let provider = match &config.provider {
@@ -236,7 +237,7 @@ pub(crate) fn learn(
         resync: config.resync,
     };
     let discoveries = config.discoveries.clone();
-    Ok(Control::new(settings, discoveries, listing, bell, waiting, Report::new(refused)))
+    Ok(Control::new(settings, discoveries, listing, bell, waiting, Report::new(refused, events)))
 }
 
 /// What the rules depend on, besides the table.

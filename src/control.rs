@@ -12,6 +12,7 @@ use tracing::{info, warn};
 use crate::{
     descriptor::Balance,
     discovery::{Discoveries, Endpoints, Query, Watches},
+    events::Event,
     model::{Consumer, Vip},
     provider::{
         Listing,
@@ -305,9 +306,19 @@ impl Report {
         }
         for route in missing(next, before) {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "new route");
+            self.events.report(|| Event::RouteAdded {
+                consumer: route.consumer_name.to_string(),
+                route: route.key.to_string(),
+                service: route.upstream.query.to_string(),
+            });
         }
         for route in missing(before, next) {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "route gone");
+            self.events.report(|| Event::RouteRemoved {
+                consumer: route.consumer_name.to_string(),
+                route: route.key.to_string(),
+                service: route.upstream.query.to_string(),
+            });
         }
         if next.vips().is_empty() && next.routes().len() > 0 {
             warn!("no VIP: nothing is captured; name one with --proxy-ip");

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     EnvFilter, Registry,
     filter::{LevelFilter, ParseError},
@@ -42,6 +42,7 @@ pub fn start(format: LogFormat, verbosity: u8, filter: Option<&str>) -> Result<L
         .buffered_lines_limit(QUEUE)
         .lossy(true)
         .finish(std::io::stderr());
+    let _ = DROPPED.set(writer.error_counter());
     let fold = Fold::default();
     let folded = Folded::of(&fold);
     let layer = fmt::layer().with_writer(writer).with_ansi(false);
@@ -86,6 +87,13 @@ pub fn set_level(text: &str) -> Result<(), LevelError> {
 pub fn level() -> Option<String> {
     LEVEL.get().map(|level| level.text.lock().unwrap_or_else(PoisonError::into_inner).clone())
 }
+
+/// Lines that were dropped since the start because whoever reads the log is too slow.
+pub fn dropped() -> u64 {
+    DROPPED.get().map_or(0, |dropped| dropped.dropped_lines() as u64)
+}
+
+static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
 
 /// There is one log in a process, as `tracing` has it.
 static LEVEL: OnceLock<Level> = OnceLock::new();

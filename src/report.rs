@@ -13,6 +13,7 @@ use tracing::{info, warn};
 
 use crate::{
     discovery::{Endpoints, Query},
+    events::{Event, Events},
     provider::{Listing, Problem},
     source::Known,
     table::Table,
@@ -33,6 +34,7 @@ pub struct Refused {
 #[derive(Debug)]
 pub struct Report {
     refused: Arc<Refused>,
+    pub(crate) events: Events,
     problems: BTreeSet<Problem>,
     unrouted: BTreeSet<String>,
     rejected: BTreeSet<(Query, String)>,
@@ -43,9 +45,10 @@ pub struct Report {
 }
 
 impl Report {
-    pub fn new(refused: Arc<Refused>) -> Self {
+    pub fn new(refused: Arc<Refused>, events: Events) -> Self {
         Self {
             refused,
+            events,
             problems: BTreeSet::new(),
             unrouted: BTreeSet::new(),
             rejected: BTreeSet::new(),
@@ -56,10 +59,16 @@ impl Report {
 
     /// A source that answers again.
     pub(crate) fn source<T>(&mut self, name: &str, known: &Known<T>) {
-        if known.error.is_some() {
-            self.lost.insert(name.to_owned());
+        if let Some(error) = &known.error {
+            if self.lost.insert(name.to_owned()) {
+                self.events.report(|| Event::SourceLost {
+                    source: name.to_owned(),
+                    error: error.to_string(),
+                });
+            }
         } else if known.value.is_some() && self.lost.remove(name) {
             info!(source = name, "back");
+            self.events.report(|| Event::SourceBack { source: name.to_owned() });
         }
     }
 
@@ -88,6 +97,10 @@ impl Report {
             {
                 let list: Vec<_> = now.list.iter().map(ToString::to_string).collect();
                 let endpoints = list.join(" ");
+                self.events.report(|| Event::EndpointsChanged {
+                    service: query.to_string(),
+                    endpoints: list.clone(),
+                });
                 if held {
                     warn!(service = %query, endpoints, "no endpoints any more; the last ones stay in use for --empty-hold");
                 } else if list.is_empty() {

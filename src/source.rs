@@ -150,6 +150,14 @@ impl<T: PartialEq> Publisher<T> {
     }
 }
 
+/// Rung when somebody wants every source to be read anew. One for the process, as there is one set of sources.
+static READ_ANEW: Notify = Notify::const_new();
+
+/// Has every source that is followed read anew now: its session starts over, and a pause after a failure ends.
+pub fn read_anew() {
+    READ_ANEW.notify_waiters();
+}
+
 /// Follows `source` for ever. `name` is what the log calls it; every `resync` it is read anew, whatever events said.
 pub async fn follow<S: Source>(
     name: &str,
@@ -161,7 +169,14 @@ pub async fn follow<S: Source>(
     loop {
         let answers_before = publish.answers();
         let started = Instant::now();
-        let end = tokio::time::timeout(resync, source.session(&publish)).await;
+        let session = tokio::time::timeout(resync, source.session(&publish));
+        let end = tokio::select! {
+            end = session => end,
+            () = READ_ANEW.notified() => {
+                debug!(source = name, "reading anew, as asked for");
+                continue;
+            }
+        };
         let answered = publish.answers() > answers_before;
         let error = match end {
             Ok(Ok(())) | Err(_) if answered => {
@@ -189,7 +204,10 @@ pub async fn follow<S: Source>(
         } else {
             debug!(source = name, %error, attempts = backoff.attempts, next_s = pause.as_secs_f64(), "still lost");
         }
-        tokio::time::sleep(pause).await;
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = READ_ANEW.notified() => {}
+        }
     }
 }
 

@@ -7,14 +7,14 @@ use std::{
 use axum::{
     Json, Router,
     extract::State,
-    http::{StatusCode, header},
+    http::{HeaderMap, StatusCode, header},
     response::IntoResponse,
     routing::get,
 };
 use prometheus_client::registry::Registry;
 use tokio::{
     net::{TcpListener, UnixListener},
-    sync::watch,
+    sync::{Semaphore, watch},
     task::JoinHandle,
 };
 
@@ -31,12 +31,15 @@ use guard::Guard;
 use history::History;
 
 pub mod api;
+mod changes;
+mod events;
 mod explain;
 mod guard;
 mod history;
 mod host;
 mod list;
 pub mod metrics;
+mod openapi;
 mod v1;
 mod view;
 
@@ -70,6 +73,8 @@ struct Context {
     shown: Shown,
     history: History,
     guard: Arc<Guard>,
+    /// Places for those who listen to events.
+    listeners: Arc<Semaphore>,
 }
 
 /// The running API.
@@ -88,7 +93,14 @@ impl Admin {
         shown: Shown,
     ) -> io::Result<Self> {
         let (history, sampling) = History::start(shown.figures.clone());
-        let router = |guard: Guard| router(Context { shown, history, guard: Arc::new(guard) });
+        let router = |guard: Guard| {
+            router(Context {
+                shown,
+                history,
+                guard: Arc::new(guard),
+                listeners: Arc::new(Semaphore::new(events::LISTENERS)),
+            })
+        };
         match at {
             config::Admin::Tcp(address) => {
                 let listener = TcpListener::bind(address).await?;
@@ -133,14 +145,28 @@ impl Drop for Admin {
 
 fn router(context: Context) -> Router {
     Router::new()
+        .route("/", get(dashboard))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .merge(v1::router())
+        .merge(changes::router())
         .fallback(v1::unknown)
         .method_not_allowed_fallback(v1::wrong_method)
         .layer(axum::middleware::from_fn_with_state(context.clone(), guard::check))
         .with_state(context)
+}
+
+/// One page that brings everything along, and may reach nothing but us.
+async fn dashboard() -> impl IntoResponse {
+    const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
+         img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ];
+    (headers, include_str!("dashboard.html"))
 }
 
 /// 200 while the process lives.
@@ -161,10 +187,16 @@ async fn readyz(State(context): State<Context>) -> impl IntoResponse {
     (status, Json(answer))
 }
 
-async fn metrics(State(context): State<Context>) -> impl IntoResponse {
-    let mut text = String::new();
-    match prometheus_client::encoding::text::encode(&mut text, &context.shown.metrics) {
-        Ok(()) => Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text)),
+async fn metrics(State(context): State<Context>, headers: HeaderMap) -> impl IntoResponse {
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+    let format = metrics::Format::accepted(accept.unwrap_or_default());
+    context.shown.figures.refresh().await;
+    // Many routes take a while to write: the control plane goes on meanwhile.
+    let registry = context.shown.metrics.clone();
+    let text = tokio::task::spawn_blocking(move || metrics::render(&registry, format)).await;
+    match text {
+        Ok(Ok(text)) => Ok(([(header::CONTENT_TYPE, format.content_type())], text)),
+        Ok(Err(error)) => Err((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
         Err(error) => Err((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
     }
 }

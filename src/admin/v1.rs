@@ -13,9 +13,9 @@ use serde::{Deserialize, de::DeserializeOwned};
 use utoipa::IntoParams;
 
 use super::{
-    Context, Shown, api, explain, host,
+    Context, Shown, api, events, explain, host,
     list::{Shows, Wanted},
-    view,
+    openapi, view,
 };
 use crate::{
     capture::{Change, input::Barrier},
@@ -33,11 +33,16 @@ pub(super) fn router() -> Router<Context> {
         .route("/v1/connections", get(connections))
         .route("/v1/explain", get(explain))
         .route("/v1/history", get(history))
+        .route("/v1/events", get(events::events))
+        .route("/v1/openapi.json", get(openapi::description))
 }
 
 /// Everything at a glance
 #[utoipa::path(get, path = "/v1/status", responses((status = 200, body = api::Status)))]
-async fn status(State(context): State<Context>, headers: HeaderMap) -> Json<api::Status> {
+pub(super) async fn status(
+    State(context): State<Context>,
+    headers: HeaderMap,
+) -> Json<api::Status> {
     let shown = &context.shown;
     shown.figures.refresh().await;
     let table = shown.tables.borrow().clone();
@@ -162,7 +167,10 @@ fn unanswered(shown: &Shown) -> Vec<String> {
 
 /// Where the connections of each consumer go
 #[utoipa::path(get, path = "/v1/routes", params(Wanted), responses((status = 200, body = api::Page<api::Route>)))]
-async fn routes(State(context): State<Context>, Params(wanted): Params<Wanted>) -> Response {
+pub(super) async fn routes(
+    State(context): State<Context>,
+    Params(wanted): Params<Wanted>,
+) -> Response {
     let shown = &context.shown;
     shown.figures.refresh().await;
     let table = shown.tables.borrow().clone();
@@ -200,7 +208,10 @@ async fn routes(State(context): State<Context>, Params(wanted): Params<Wanted>) 
 
 /// The endpoints of all services
 #[utoipa::path(get, path = "/v1/endpoints", params(Wanted), responses((status = 200, body = api::Page<api::Endpoint>)))]
-async fn endpoints(State(context): State<Context>, Params(wanted): Params<Wanted>) -> Response {
+pub(super) async fn endpoints(
+    State(context): State<Context>,
+    Params(wanted): Params<Wanted>,
+) -> Response {
     let shown = &context.shown;
     shown.figures.refresh().await;
     let table = shown.tables.borrow().clone();
@@ -225,7 +236,10 @@ async fn endpoints(State(context): State<Context>, Params(wanted): Params<Wanted
 
 /// What consumers declared, and what became of it
 #[utoipa::path(get, path = "/v1/bindings", params(Wanted), responses((status = 200, body = api::Page<api::Binding>)))]
-async fn bindings(State(context): State<Context>, Params(mut wanted): Params<Wanted>) -> Response {
+pub(super) async fn bindings(
+    State(context): State<Context>,
+    Params(mut wanted): Params<Wanted>,
+) -> Response {
     let shown = &context.shown;
     let table = shown.tables.borrow().clone();
     let provider = shown.sources.borrow().provider.borrow().clone();
@@ -257,7 +271,10 @@ async fn bindings(State(context): State<Context>, Params(mut wanted): Params<Wan
 
 /// The provider, and everything that is asked of a discovery
 #[utoipa::path(get, path = "/v1/sources", params(Wanted), responses((status = 200, body = api::Page<api::Source>)))]
-async fn sources(State(context): State<Context>, Params(wanted): Params<Wanted>) -> Response {
+pub(super) async fn sources(
+    State(context): State<Context>,
+    Params(wanted): Params<Wanted>,
+) -> Response {
     let sources = context.shown.sources.borrow().clone();
     let mut all = vec![(None, view::provider(&sources.provider.borrow()))];
     let mut queries: Vec<_> = sources
@@ -286,7 +303,10 @@ async fn sources(State(context): State<Context>, Params(wanted): Params<Wanted>)
 
 /// What is connected now
 #[utoipa::path(get, path = "/v1/connections", params(Wanted), responses((status = 200, body = api::Page<api::Connection>)))]
-async fn connections(State(context): State<Context>, Params(wanted): Params<Wanted>) -> Response {
+pub(super) async fn connections(
+    State(context): State<Context>,
+    Params(wanted): Params<Wanted>,
+) -> Response {
     let mut all = context.shown.figures.connections().await;
     all.sort_by(|a, b| b.age.cmp(&a.age).then(a.id.cmp(&b.id)));
     let searches = wanted.q.is_some();
@@ -315,7 +335,7 @@ async fn connections(State(context): State<Context>, Params(wanted): Params<Want
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
-struct Asked {
+pub(super) struct Asked {
     /// The consumer's whole name, how its ID begins (from 4 characters on), or an address of its.
     consumer: String,
     /// The port that it dials, 1 to 65535.
@@ -325,7 +345,7 @@ struct Asked {
 /// Why a consumer's connections on a port go where they go
 #[utoipa::path(get, path = "/v1/explain", params(Asked), responses(
     (status = 200, body = api::Explain), (status = 400, body = api::Error)))]
-async fn explain(
+pub(super) async fn explain(
     State(context): State<Context>,
     Params(asked): Params<Asked>,
 ) -> Result<Json<api::Explain>, Refusal> {
@@ -338,7 +358,7 @@ async fn explain(
 
 /// The last five minutes
 #[utoipa::path(get, path = "/v1/history", responses((status = 200, body = api::History)))]
-async fn history(State(context): State<Context>) -> Json<api::History> {
+pub(super) async fn history(State(context): State<Context>) -> Json<api::History> {
     Json(context.history.read())
 }
 

@@ -17,6 +17,7 @@ use crate::{
     config::{Args, CaptureMode, Config, UsageError},
     control::{Sources, Waiting},
     discovery::{Endpoints, Query},
+    events::Events,
     provider::Lookup,
     readiness::Readiness,
     source::Known,
@@ -125,7 +126,8 @@ async fn learned(config: &Config) -> Result<(Arc<Table>, Sources)> {
         listing: readiness.wait_for("listing"),
         answers: readiness.wait_for("discovery"),
     };
-    let control = app::learn(config, &Lookup::default(), Arc::default(), waiting)?;
+    let control =
+        app::learn(config, &Lookup::default(), Arc::default(), Events::default(), waiting)?;
     let (mut tables, mut sources) = (control.tables(), control.sources());
     let task = tokio::spawn(control.run());
     let end = Instant::now() + PATIENCE;

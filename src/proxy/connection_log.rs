@@ -1,22 +1,48 @@
 //! The connection log: a line for each connection when it ends.
 
-use std::{rc::Rc, time::Duration};
+use std::{net::SocketAddr, rc::Rc, time::Duration};
 
 use tracing::info;
 
 use super::connection::Record;
-use crate::{config::ConnectionLog, outcome::Outcome};
+use crate::{config::ConnectionLog, outcome::Outcome, table::Route};
 
 /// Logs an ended connection, if it is one of those that are logged.
 pub(super) fn record(which: ConnectionLog, outcome: Outcome, entry: impl FnOnce() -> Entry) {
-    let wanted = match which {
+    if wanted(which, outcome) {
+        entry().write();
+    }
+}
+
+/// Logs a connection that was refused before it was one of a route's.
+pub(super) fn refused(
+    which: ConnectionLog,
+    outcome: Outcome,
+    source: SocketAddr,
+    destination: Option<SocketAddr>,
+    route: Option<&Route>,
+) {
+    if !wanted(which, outcome) {
+        return;
+    }
+    info!(
+        target: "connection",
+        consumer = route.map(|route| &*route.consumer_name),
+        consumer_id = route.map(|route| route.consumer.to_string()),
+        service = route.map(|route| route.upstream.query.service.as_str()),
+        %source,
+        destination = destination.map(|destination| destination.to_string()),
+        outcome = outcome.as_str(),
+        "refused"
+    );
+}
+
+fn wanted(which: ConnectionLog, outcome: Outcome) -> bool {
+    match which {
         ConnectionLog::Off => false,
         ConnectionLog::Errors => outcome != Outcome::Closed,
         ConnectionLog::All => true,
         ConnectionLog::Fraction(part) => fastrand::f64() < part,
-    };
-    if wanted {
-        entry().write();
     }
 }
 
@@ -49,6 +75,7 @@ impl Entry {
             connect_ms = connected.map(|connected| milliseconds(connected.after)),
             total_ms = milliseconds(self.total),
             tries = record.tries.get(),
+            retries = record.tries.get().saturating_sub(1),
             outcome = self.outcome.as_str(),
             "connection"
         );

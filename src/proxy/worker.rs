@@ -157,7 +157,7 @@ impl Worker {
         let socket = Socket::new(stream);
         let meaning = match Meaning::of(&socket.stream, peer) {
             Ok(meaning) => meaning,
-            Err(outcome) => return self.refuse(peer, outcome),
+            Err(outcome) => return self.refuse(peer, None, None, outcome),
         };
         let route = meaning.route(&self.table.borrow(), &self.shared.settings.destinations);
         match route {
@@ -167,16 +167,23 @@ impl Worker {
                     Some(held) => {
                         tokio::task::spawn_local(self.clone().hold_back(socket, meaning, held));
                     }
-                    None => self.refuse(peer, Outcome::UnknownConsumer),
+                    None => self.refuse(peer, Some(meaning.meant), None, Outcome::UnknownConsumer),
                 }
             }
-            Err(outcome) => self.refuse(peer, outcome),
+            Err(outcome) => self.refuse(peer, Some(meaning.meant), None, outcome),
         }
     }
 
     /// Counts a connection that is reset by dropping its socket.
-    fn refuse(&self, peer: SocketAddr, outcome: Outcome) {
+    fn refuse(
+        &self,
+        peer: SocketAddr,
+        meant: Option<SocketAddr>,
+        route: Option<&Route>,
+        outcome: Outcome,
+    ) {
         self.shared.tally.count(outcome);
+        connection_log::refused(self.shared.settings.log, outcome, peer, meant, route);
         tracing::debug!(%peer, outcome = outcome.as_str(), "refused");
     }
 
@@ -191,11 +198,14 @@ impl Worker {
             match route {
                 // Who dialled may be gone, and its address another's by now; what is known of it came too late.
                 Ok(_) if has_finished(&socket.stream) || self.draining.get() => {
-                    return self.refuse(meaning.peer, Outcome::UnknownConsumer);
+                    let outcome = Outcome::UnknownConsumer;
+                    return self.refuse(meaning.peer, Some(meaning.meant), None, outcome);
                 }
                 Ok(route) => return self.start(socket, meaning, route, accepted),
                 Err(Outcome::UnknownConsumer) if self.another_table(deadline).await => {}
-                Err(outcome) => return self.refuse(meaning.peer, outcome),
+                Err(outcome) => {
+                    return self.refuse(meaning.peer, Some(meaning.meant), None, outcome);
+                }
             }
         }
     }
@@ -211,7 +221,7 @@ impl Worker {
         if let Err(outcome) = self.shared.count_in(&route) {
             route.counts.ended.count(outcome);
             route.counts.last_error.set(self.now(), outcome.as_str());
-            return self.refuse(meaning.peer, outcome);
+            return self.refuse(meaning.peer, Some(meaning.meant), Some(&route), outcome);
         }
         if let Some(counts) = self.counts() {
             counts.start();

@@ -10,6 +10,9 @@ use crate::{
     support::{ETCD, offer_at, reaches, says, web},
 };
 
+mod changing;
+mod dashboard;
+mod scrapes;
 mod views;
 
 /// What a call answers, read as its type.

@@ -1,0 +1,91 @@
+//! The calls that change something. The guard has let them pass.
+
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{DefaultBodyLimit, State},
+    http::StatusCode,
+    routing::{get, post, put},
+};
+use serde::de::DeserializeOwned;
+
+use super::{Context, api, v1::Refusal};
+use crate::{events::Event, log, source};
+
+/// The largest body that a call may have: none needs more.
+const LARGEST: usize = 4096;
+
+pub(super) fn router() -> Router<Context> {
+    Router::new()
+        .route("/v1/endpoints/drain", put(drain))
+        .route("/v1/resync", post(resync))
+        .route("/v1/log-level", get(level).put(set_level))
+        .layer(DefaultBodyLimit::max(LARGEST))
+}
+
+/// Takes an endpoint out of the choice for new connections, or puts it back. Its live ones go on
+///
+/// It holds until embassy ends or discovery names the endpoint no more.
+#[utoipa::path(put, path = "/v1/endpoints/drain", request_body = api::Drain, responses(
+    (status = 200, body = api::Done), (status = 400, body = api::Error),
+    (status = 403, body = api::Error), (status = 404, body = api::Error)))]
+pub(super) async fn drain(
+    State(context): State<Context>,
+    body: Bytes,
+) -> Result<Json<api::Done>, Refusal> {
+    let api::Drain { service, endpoint, drained } = read(&body)?;
+    let table = context.shown.tables.borrow().clone();
+    let meant: Vec<_> = table
+        .endpoints()
+        .filter(|((_, _, name), state)| {
+            name.as_str() == service && state.endpoint.to_string() == endpoint
+        })
+        .collect();
+    if meant.is_empty() {
+        let text = format!("{service} has no endpoint {endpoint}: expected one of /v1/endpoints");
+        return Err(Refusal::new(StatusCode::NOT_FOUND, text));
+    }
+    for (_, state) in meant {
+        state.drain(drained);
+    }
+    tracing::info!(service, endpoint, drained, "drain, as asked for");
+    let (service_too, endpoint_too) = (service.clone(), endpoint.clone());
+    context.shown.events.report(|| Event::EndpointDrained {
+        service: service_too,
+        endpoint: endpoint_too,
+        drained,
+    });
+    let gets = if drained { "gets no new connections" } else { "takes its turn again" };
+    Ok(Json(api::Done { done: format!("{endpoint} of {service} {gets}") }))
+}
+
+/// Reads every source anew, now
+#[utoipa::path(post, path = "/v1/resync", responses(
+    (status = 200, body = api::Done), (status = 403, body = api::Error)))]
+pub(super) async fn resync() -> Json<api::Done> {
+    tracing::info!("reading every source anew, as asked for");
+    source::read_anew();
+    Json(api::Done { done: "every source is read anew".to_owned() })
+}
+
+/// How much is logged
+#[utoipa::path(get, path = "/v1/log-level", responses((status = 200, body = api::LogLevel)))]
+pub(super) async fn level() -> Json<api::LogLevel> {
+    Json(api::LogLevel { level: log::level().unwrap_or_default() })
+}
+
+/// Changes how much is logged
+#[utoipa::path(put, path = "/v1/log-level", request_body = api::LogLevel, responses(
+    (status = 200, body = api::Done), (status = 400, body = api::Error), (status = 403, body = api::Error)))]
+pub(super) async fn set_level(body: Bytes) -> Result<Json<api::Done>, Refusal> {
+    let api::LogLevel { level } = read(&body)?;
+    let wrong = |error: log::LevelError| Refusal::new(StatusCode::BAD_REQUEST, error.to_string());
+    log::set_level(&level).map_err(wrong)?;
+    tracing::info!(level, "log level, as asked for");
+    Ok(Json(api::Done { done: format!("the log level is {level}") }))
+}
+
+fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
+    serde_json::from_slice(body)
+        .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, format!("body: {error}")))
+}

@@ -1,0 +1,62 @@
+//! What changes, as it happens: server-sent events (html.spec.whatwg.org/multipage/server-sent-events.html).
+
+use std::{convert::Infallible, sync::Arc};
+
+use axum::{
+    extract::State,
+    http::StatusCode,
+    response::{
+        IntoResponse, Response, Sse,
+        sse::{self, KeepAlive},
+    },
+};
+use futures_util::stream::unfold;
+use tokio::sync::{
+    OwnedSemaphorePermit,
+    broadcast::{Receiver, error::RecvError},
+};
+
+use super::{Context, api, v1::Refusal};
+use crate::events::Event;
+
+/// Who may listen at a time.
+pub(super) const LISTENERS: usize = 32;
+
+/// Changes as they happen
+#[utoipa::path(get, path = "/v1/events", responses(
+    (status = 200, body = Event, content_type = "text/event-stream",
+     description = "Each event's data is one of these. A listener that is too slow is told what it missed, and left."),
+    (status = 503, body = api::Error)))]
+pub(super) async fn events(State(context): State<Context>) -> Response {
+    let Ok(place) = context.listeners.clone().try_acquire_owned() else {
+        let text = format!("{LISTENERS} listen already: expected no more");
+        return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, text).into_response();
+    };
+    let listener = Listener { events: context.shown.events.listen(), missed: false, _place: place };
+    Sse::new(unfold(listener, Listener::next)).keep_alive(KeepAlive::default()).into_response()
+}
+
+struct Listener {
+    events: Receiver<Arc<Event>>,
+    missed: bool,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Listener {
+    async fn next(mut self) -> Option<(Result<sse::Event, Infallible>, Self)> {
+        if self.missed {
+            return None;
+        }
+        let event = match self.events.recv().await {
+            Ok(event) => event,
+            Err(RecvError::Lagged(changes)) => {
+                self.missed = true;
+                Arc::new(Event::Missed { changes })
+            }
+            Err(RecvError::Closed) => return None,
+        };
+        // An event is text and numbers: it can be written.
+        let event = sse::Event::default().json_data(&*event).ok()?;
+        Some((Ok(event), self))
+    }
+}

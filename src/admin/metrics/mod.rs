@@ -1,0 +1,315 @@
+//! The metrics, read at each scrape from where they are counted: a series is there as long as what it tells of.
+
+use std::{
+    fmt,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Instant,
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, MetricEncoder, NoLabelSet},
+    metrics::MetricType,
+    registry::{Registry, Unit},
+};
+use tokio::sync::watch;
+
+use super::host;
+use crate::{
+    capture, control::Sources, log, outcome::Outcome, proxy::Figures, report::Refused,
+    source::Known, state, table::Table,
+};
+
+mod text;
+mod traffic;
+
+pub(super) use text::{Format, render};
+
+/// Where the figures are.
+#[derive(Debug)]
+pub struct Metrics {
+    pub tables: watch::Receiver<Arc<Table>>,
+    pub sources: watch::Receiver<Sources>,
+    pub refused: Arc<Refused>,
+    pub figures: Figures,
+    pub state: Arc<state::Counts>,
+    pub capture: Option<Arc<capture::Counts>>,
+}
+
+impl Metrics {
+    pub fn registry(self) -> Registry {
+        let mut registry = Registry::default();
+        registry.sub_registry_with_prefix("embassy").register_collector(Box::new(self));
+        // These have the same name whatever the program.
+        registry.sub_registry_with_prefix("process").register_collector(Box::new(Process));
+        registry
+    }
+}
+
+impl Collector for Metrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut out = Families(&mut encoder);
+        out.info("build", "The program that runs", &[("version", env!("CARGO_PKG_VERSION"))])?;
+        self.table(&mut out)?;
+        self.connections(&mut out)?;
+        let table = self.tables.borrow().clone();
+        traffic::routes(&mut out, &table)?;
+        traffic::endpoints(&mut out, &table, self.figures.now())?;
+        self.sources(&mut out)?;
+        out.counter(
+            "state_written",
+            "Times that the table was kept on disk",
+            self.state.written.load(Relaxed),
+        )?;
+        out.counter(
+            "state_failures",
+            "Times that the table could not be kept on disk",
+            self.state.failed.load(Relaxed),
+        )?;
+        if let Some(counts) = &self.capture {
+            captured(&mut out, counts)?;
+        }
+        let host = host::host();
+        out.gauge(
+            "conntrack_entries",
+            "Entries of the kernel's connection tracking, everybody's",
+            host.conntrack_entries,
+        )?;
+        out.gauge("conntrack_limit", "Entries that connection tracking may have; beyond, new connections of everybody are dropped", host.conntrack_limit)
+    }
+}
+
+impl Metrics {
+    fn table(&self, out: &mut Families<'_, '_>) -> fmt::Result {
+        let table = self.tables.borrow().clone();
+        out.gauge("routes", "Routes in the table: one for each address of a consumer and each port that it declared", Some(table.routes().len() as u64))?;
+        out.gauge(
+            "endpoints",
+            "Endpoints of all services that a route goes to",
+            Some(table.endpoints().len() as u64),
+        )?;
+        out.gauge(
+            "bindings_unrouted",
+            "Bindings that have no route, or not all of them",
+            Some(table.unrouted().len() as u64),
+        )?;
+        out.gauge("table_version", "Tables published since the start", Some(table.version))?;
+        let mut skipped = out.counters(
+            "skipped",
+            "What could not be understood or done, and was skipped, by what it was",
+        )?;
+        for (what, count) in [
+            ("binding", &self.refused.bindings),
+            ("route", &self.refused.routes),
+            ("endpoint", &self.refused.endpoints),
+        ] {
+            skipped.counter(&[("what", what)], count.load(Relaxed))?;
+        }
+        out.counter("log_lines_dropped", "Lines of the log, those of connections included, that were dropped because whoever reads it is too slow", log::dropped())
+    }
+
+    fn connections(&self, out: &mut Families<'_, '_>) -> fmt::Result {
+        let figures = &self.figures;
+        out.gauge(
+            "connections_active",
+            "Connections open or being opened",
+            Some(figures.live() as u64),
+        )?;
+        out.gauge(
+            "connections_held",
+            "Connections that wait for their container to become known",
+            Some(figures.held() as u64),
+        )?;
+        out.gauge(
+            "connections_limit",
+            "Connections that may be open at a time; one more is reset",
+            Some(figures.limit() as u64),
+        )?;
+        out.counter(
+            "connections_started",
+            "Connections that were accepted for a route",
+            figures.started(),
+        )?;
+        let mut ended =
+            out.counters("connections", "Connections that ended or were refused, by how")?;
+        for outcome in Outcome::ALL {
+            ended.counter(&[("outcome", outcome.as_str())], figures.ended(*outcome))?;
+        }
+        let (up, down) = figures.bytes();
+        let mut bytes = out.counters(
+            "bytes",
+            "Bytes passed on, by direction: up is from consumers to endpoints",
+        )?;
+        bytes.counter(&[("direction", "up")], up)?;
+        bytes.counter(&[("direction", "down")], down)?;
+        let mut connect = out.histograms(
+            "connect",
+            "Time from accepting a connection until its endpoint's was open",
+        )?;
+        traffic::histogram(&mut connect, &figures.connect())
+    }
+
+    fn sources(&self, out: &mut Families<'_, '_>) -> fmt::Result {
+        let sources = self.sources.borrow().clone();
+        let mut all = vec![("provider".to_owned(), Figure::of(&sources.provider.borrow()))];
+        all.extend(
+            sources
+                .queries
+                .iter()
+                .map(|(query, known)| (query.to_string(), Figure::of(&known.borrow()))),
+        );
+        let mut up = out.gauges("source_up", "Whether the source answers: 1, else 0", None)?;
+        for (name, figure) in &all {
+            up.gauge(&[("source", name.as_str())], f64::from(u8::from(figure.up)))?;
+        }
+        let mut age = out.gauges(
+            "source_age",
+            "Time since the source last confirmed what is used of it",
+            Some(&Unit::Seconds),
+        )?;
+        for (name, figure) in &all {
+            if let Some(seconds) = figure.age {
+                age.gauge(&[("source", name.as_str())], seconds)?;
+            }
+        }
+        let mut answers = out.counters(
+            "source_answers",
+            "Full answers of the source, those that brought nothing new included",
+        )?;
+        for (name, figure) in &all {
+            answers.counter(&[("source", name.as_str())], figure.answers)?;
+        }
+        let mut failures =
+            out.counters("source_failures", "Sessions with the source that failed")?;
+        for (name, figure) in &all {
+            failures.counter(&[("source", name.as_str())], figure.failures)?;
+        }
+        Ok(())
+    }
+}
+
+fn captured(out: &mut Families<'_, '_>, counts: &capture::Counts) -> fmt::Result {
+    let in_place = u64::from(counts.standing().in_place);
+    out.gauge(
+        "capture_in_place",
+        "Whether our rules stand as they should: 1, else 0",
+        Some(in_place),
+    )?;
+    let mut restored = out.counters(
+        "capture_restored",
+        "Times that rules were put back after others changed them, by how",
+    )?;
+    for change in capture::Change::ALL {
+        restored.counter(&[("change", change.as_str())], counts.restored(change))?;
+    }
+    out.gauge(
+        "capture_barriers",
+        "Chains of others that may drop what is captured",
+        Some(counts.barriers.load(Relaxed)),
+    )?;
+    out.counter(
+        "capture_failures",
+        "Attempts to write the rules that failed",
+        counts.failed.load(Relaxed),
+    )
+}
+
+struct Figure {
+    up: bool,
+    age: Option<f64>,
+    answers: u64,
+    failures: u64,
+}
+
+impl Figure {
+    fn of<T>(known: &Known<T>) -> Self {
+        Self {
+            up: known.error.is_none() && known.value.is_some(),
+            age: known
+                .confirmed
+                .map(|at| Instant::now().saturating_duration_since(at).as_secs_f64()),
+            answers: known.answers,
+            failures: known.failures,
+        }
+    }
+}
+
+/// What every program tells of its process, under the names that dashboards know.
+#[derive(Debug)]
+struct Process;
+
+impl Collector for Process {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut out = Families(&mut encoder);
+        let host = host::host();
+        out.gauge("open_fds", "Descriptors that are open", host.descriptors)?;
+        out.gauge("max_fds", "Descriptors that may be open", host.descriptors_limit)?;
+        out.gauge("resident_memory_bytes", "Memory in use", host.resident_bytes)?;
+        let mut cpu = out.0.encode_descriptor(
+            "cpu",
+            "Processor time of all threads",
+            Some(&Unit::Seconds),
+            MetricType::Counter,
+        )?;
+        cpu.encode_counter::<NoLabelSet, _, f64>(&host.cpu_seconds.unwrap_or_default(), None)
+    }
+}
+
+/// The families of metrics, as they are written.
+struct Families<'a, 'b>(&'a mut DescriptorEncoder<'b>);
+
+impl Families<'_, '_> {
+    /// A single gauge; nothing where there is no value.
+    fn gauge(&mut self, name: &str, help: &str, value: Option<u64>) -> fmt::Result {
+        match value {
+            Some(value) => {
+                self.0.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&value)
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        let mut metric = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        metric.encode_counter::<NoLabelSet, _, u64>(&value, None)
+    }
+
+    fn info(&mut self, name: &str, help: &str, labels: &[(&str, &str)]) -> fmt::Result {
+        self.0.encode_descriptor(name, help, None, MetricType::Info)?.encode_info(&labels)
+    }
+
+    fn gauges<'s>(
+        &'s mut self,
+        name: &'s str,
+        help: &str,
+        unit: Option<&'s Unit>,
+    ) -> Result<Family<'s>, fmt::Error> {
+        Ok(Family(self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?))
+    }
+
+    fn counters<'s>(&'s mut self, name: &'s str, help: &str) -> Result<Family<'s>, fmt::Error> {
+        Ok(Family(self.0.encode_descriptor(name, help, None, MetricType::Counter)?))
+    }
+
+    /// Histograms of seconds.
+    fn histograms<'s>(
+        &'s mut self,
+        name: &'s str,
+        help: &str,
+    ) -> Result<MetricEncoder<'s>, fmt::Error> {
+        self.0.encode_descriptor(name, help, Some(&Unit::Seconds), MetricType::Histogram)
+    }
+}
+
+/// One metric with labels.
+struct Family<'a>(MetricEncoder<'a>);
+
+impl Family<'_> {
+    fn gauge(&mut self, labels: &impl EncodeLabelSet, value: f64) -> fmt::Result {
+        self.0.encode_family(labels)?.encode_gauge(&value)
+    }
+
+    fn counter(&mut self, labels: &impl EncodeLabelSet, value: u64) -> fmt::Result {
+        self.0.encode_family(labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)
+    }
+}

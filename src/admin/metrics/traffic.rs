@@ -1,0 +1,221 @@
+//! What is counted of routes and endpoints. A route's series bear its consumer, an endpoint's do not: the product of both
+//! would be far more than anybody can store.
+
+use std::{collections::BTreeMap, fmt, sync::atomic::Ordering::Relaxed};
+
+use prometheus_client::encoding::{EncodeLabelSet, MetricEncoder, NoLabelSet};
+
+use super::{Families, Family};
+use crate::{
+    balance::{EndpointState, Millis},
+    counts::{BOUNDS, Counts, Distribution},
+    outcome::Outcome,
+    table::{Route, Table},
+};
+
+/// The routes of one consumer's port, over all its addresses.
+struct Port<'a> {
+    consumer: &'a str,
+    service: &'a str,
+    port: u16,
+    routes: Vec<&'a Route>,
+}
+
+impl Port<'_> {
+    fn labels(&self) -> [(&'static str, String); 3] {
+        [
+            ("consumer", self.consumer.to_owned()),
+            ("service", self.service.to_owned()),
+            ("port", self.port.to_string()),
+        ]
+    }
+
+    fn sum(&self, of: impl Fn(&Counts) -> u64) -> u64 {
+        self.routes.iter().map(|route| of(&route.counts)).sum()
+    }
+}
+
+pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table) -> fmt::Result {
+    let mut ports: BTreeMap<_, Port<'_>> = BTreeMap::new();
+    for route in table.routes() {
+        let (consumer, port) = (&*route.consumer_name, route.key.port.get());
+        let service = route.upstream.query.service.as_str();
+        let of_port = || Port { consumer, service, port, routes: Vec::new() };
+        ports.entry((consumer, service, port)).or_insert_with(of_port).routes.push(route);
+    }
+    let ports: Vec<_> = ports.into_values().map(|port| (port.labels(), port)).collect();
+
+    let mut started = out.counters(
+        "route_connections_started",
+        "Connections that were accepted for a consumer's port",
+    )?;
+    for (labels, port) in &ports {
+        started.counter(labels, port.sum(|counts| counts.started.load(Relaxed)))?;
+    }
+    let mut active = out.gauges(
+        "route_connections_active",
+        "Connections of a consumer's port that are open or being opened",
+        None,
+    )?;
+    for (labels, port) in &ports {
+        active.gauge(labels, port.sum(Counts::active) as f64)?;
+    }
+    let mut ended = out.counters("route_connections", "Connections of a consumer's port that ended, by how; an outcome that never came has no series")?;
+    for (labels, port) in &ports {
+        for outcome in Outcome::ALL {
+            outcomes(&mut ended, labels, *outcome, port.sum(|counts| counts.ended.get(*outcome)))?;
+        }
+    }
+    let mut bytes = out.counters(
+        "route_bytes",
+        "Bytes passed on for a consumer's port, by direction: up is from the consumer",
+    )?;
+    for (labels, port) in &ports {
+        directions(
+            &mut bytes,
+            labels,
+            port.sum(|c| c.bytes_up.load(Relaxed)),
+            port.sum(|c| c.bytes_down.load(Relaxed)),
+        )?;
+    }
+    let mut retries = out.counters(
+        "route_retries",
+        "Further tries for a consumer's port after an endpoint failed",
+    )?;
+    for (labels, port) in &ports {
+        retries.counter(labels, port.sum(|counts| counts.retries.load(Relaxed)))?;
+    }
+    let mut connect = out.histograms(
+        "route_connect",
+        "Time from accepting a connection of a consumer's port until its endpoint's was open",
+    )?;
+    for (labels, port) in &ports {
+        let mut sum = Distribution::default();
+        port.routes.iter().for_each(|route| sum.add(&route.counts.connect.read()));
+        histogram(&mut connect.encode_family(labels)?, &sum)?;
+    }
+    Ok(())
+}
+
+pub(super) fn endpoints(out: &mut Families<'_, '_>, table: &Table, now: Millis) -> fmt::Result {
+    let mut all: Vec<_> = table.endpoints().collect();
+    all.sort_by_key(|(service, state)| (*service, state.endpoint));
+    let all: Vec<(_, &EndpointState)> = all
+        .into_iter()
+        .map(|((discovery, datacentre, service), state)| {
+            let discovery = match datacentre {
+                Some(datacentre) => format!("{discovery} in {datacentre}"),
+                None => discovery.to_string(),
+            };
+            let labels = [
+                ("discovery", discovery),
+                ("service", service.to_string()),
+                ("endpoint", state.endpoint.to_string()),
+            ];
+            (labels, &**state)
+        })
+        .collect();
+
+    let mut opened =
+        out.counters("endpoint_connections_opened", "Connections that were opened to an endpoint")?;
+    for (labels, state) in &all {
+        opened.counter(labels, state.counts.started.load(Relaxed))?;
+    }
+    let mut active = out.gauges(
+        "endpoint_connections_active",
+        "Connections to an endpoint that are open or being opened",
+        None,
+    )?;
+    for (labels, state) in &all {
+        active.gauge(labels, f64::from(state.active()))?;
+    }
+    let mut ended = out.counters("endpoint_connections", "Connections to an endpoint that had been opened and ended, by how; an outcome that never came has no series")?;
+    for (labels, state) in &all {
+        for outcome in Outcome::ALL {
+            outcomes(&mut ended, labels, *outcome, state.counts.ended.get(*outcome))?;
+        }
+    }
+    let mut bytes = out.counters(
+        "endpoint_bytes",
+        "Bytes passed on to and from an endpoint, by direction: up is to the endpoint",
+    )?;
+    for (labels, state) in &all {
+        directions(
+            &mut bytes,
+            labels,
+            state.counts.bytes_up.load(Relaxed),
+            state.counts.bytes_down.load(Relaxed),
+        )?;
+    }
+    let mut failures =
+        out.counters("endpoint_connect_failures", "Tries to connect to an endpoint that failed")?;
+    for (labels, state) in &all {
+        failures.counter(labels, state.failed_tries())?;
+    }
+    let mut ejections =
+        out.counters("endpoint_ejections", "Times that an endpoint was ejected after a failure")?;
+    for (labels, state) in &all {
+        ejections.counter(labels, state.ejections())?;
+    }
+    let mut ejected = out.gauges(
+        "endpoint_ejected",
+        "Whether an endpoint is skipped after a failure: 1, else 0",
+        None,
+    )?;
+    for (labels, state) in &all {
+        ejected.gauge(labels, f64::from(u8::from(state.is_ejected(now))))?;
+    }
+    let mut connect = out.histograms(
+        "endpoint_connect",
+        "Time that opening a connection to an endpoint took; an endpoint without any has no series",
+    )?;
+    for (labels, state) in &all {
+        let read = state.counts.connect.read();
+        if read.count() > 0 {
+            histogram(&mut connect.encode_family(labels)?, &read)?;
+        }
+    }
+    Ok(())
+}
+
+fn outcomes(
+    family: &mut Family<'_>,
+    labels: &impl EncodeLabelSet,
+    outcome: Outcome,
+    count: u64,
+) -> fmt::Result {
+    match count {
+        0 => Ok(()),
+        count => family.counter(&With(labels, ("outcome", outcome.as_str())), count),
+    }
+}
+
+fn directions(
+    family: &mut Family<'_>,
+    labels: &impl EncodeLabelSet,
+    up: u64,
+    down: u64,
+) -> fmt::Result {
+    family.counter(&With(labels, ("direction", "up")), up)?;
+    family.counter(&With(labels, ("direction", "down")), down)
+}
+
+/// Writes a distribution in seconds.
+pub(super) fn histogram(metric: &mut MetricEncoder<'_>, read: &Distribution) -> fmt::Result {
+    let bounds = BOUNDS.iter().map(|bound| *bound as f64 / 1e6).chain([f64::INFINITY]);
+    let buckets: Vec<_> = bounds.zip(read.buckets).collect();
+    metric.encode_histogram::<NoLabelSet>(read.sum_seconds(), read.count(), &buckets, None)
+}
+
+/// Labels, and one more.
+struct With<'a, L>(&'a L, (&'a str, &'a str));
+
+impl<L: EncodeLabelSet> EncodeLabelSet for With<'_, L> {
+    fn encode(
+        &self,
+        encoder: &mut prometheus_client::encoding::LabelSetEncoder<'_>,
+    ) -> fmt::Result {
+        self.0.encode(encoder)?;
+        [self.1].encode(encoder)
+    }
+}

@@ -1,0 +1,97 @@
+use super::*;
+
+/// A call by the socket: its status and body.
+fn call(host: &Host, words: &[&str]) -> Result<(String, String)> {
+    let curl = ["--silent", "--unix-socket", "/run/embassy.sock", "--write-out", "\n%{http_code}"];
+    let said = host.run("curl", [&curl[..], words].concat())?;
+    let (body, status) = said.rsplit_once('\n').unwrap_or_default();
+    Ok((status.to_owned(), body.to_owned()))
+}
+
+#[test]
+fn the_socket_may_change_what_tcp_may_not_without_the_token() -> Result<()> {
+    let host = Host::start()?;
+    let (one, two) = (web(&host, "one")?, host.web("two").start()?);
+    offer_at(&host, "one", &format!("{}:80", two.ip()?))?;
+    let app = host.client("app").env("BACKEND_ONE", "/services/one;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD, "--admin=unix:///run/embassy.sock"])?;
+    testbed::eventually(READY, "readiness by the socket", || {
+        let (status, body) = call(&host, &["http://embassy/readyz"])?;
+        ensure!(status == "200", "{body}");
+        Ok(())
+    })?;
+    let events = host.dir().join("events");
+    let listen = format!(
+        "exec curl --silent --no-buffer --unix-socket /run/embassy.sock http://embassy/v1/events > {}",
+        events.display()
+    );
+    let mut listener = host.command("sh");
+    listener.args(["-c", &listen]);
+    let _listener = host.spawn("listener", listener)?;
+
+    let drain = |drained: bool| {
+        let body = format!(
+            r#"{{"service":"/services/one","endpoint":"{}:80","drained":{drained}}}"#,
+            one.ip().unwrap()
+        );
+        call(&host, &["-X", "PUT", "--data", &body, "http://embassy/v1/endpoints/drain"])
+    };
+    // Until somebody listens, nothing is told.
+    let told = |words: &str| {
+        testbed::eventually(WAIT, &format!("an event with {words}"), || {
+            let text = std::fs::read_to_string(&events)?;
+            ensure!(text.contains(words), "{text:?}");
+            Ok(())
+        })
+    };
+    testbed::eventually(WAIT, "a drain to be told", || {
+        let (status, body) = drain(true)?;
+        ensure!(status == "200", "{body}");
+        ensure!(std::fs::read_to_string(&events)?.contains("endpoint_drained"), "not yet");
+        Ok(())
+    })?;
+    let answers = app.get("172.17.0.1:80").times(6).run()?;
+    assert_eq!((answers.from("one"), answers.from("two")), (0, 6), "{answers:?}");
+    assert_eq!(drain(false)?.0, "200");
+    let answers = app.get("172.17.0.1:80").times(6).run()?;
+    assert_eq!((answers.from("one"), answers.from("two")), (3, 3), "{answers:?}");
+
+    let late = host.client("late").env("BACKEND_ONE", "/services/one;81").start()?;
+    told(r#""event":"route_added","consumer":"late""#)?;
+    late.remove()?;
+    told(r#""event":"route_removed","consumer":"late""#)?;
+    host.run("iptables", ["-t", "nat", "-F", "EMBASSY"])?;
+    told(r#""event":"capture_restored""#)?;
+    host.etcd_daemon().kill()?;
+    told(r#""event":"source_lost""#)?;
+
+    assert_eq!(call(&host, &["-X", "POST", "http://embassy/v1/resync"])?.0, "200");
+    says(&embassy, &["reading every source anew"])?;
+    let level = |level: &str| {
+        let body = format!(r#"{{"level":"{level}"}}"#);
+        call(&host, &["-X", "PUT", "--data", &body, "http://embassy/v1/log-level"])
+    };
+    assert_eq!(level("4")?.0, "200");
+    assert!(call(&host, &["http://embassy/v1/log-level"])?.1.contains("\"4\""));
+    assert_eq!(level("=nonsense=")?.0, "400");
+    let long = format!(r#"{{"level":"{}"}}"#, "x".repeat(5000));
+    let (status, _) = call(&host, &["-X", "PUT", "--data", &long, "http://embassy/v1/log-level"])?;
+    assert_eq!(status, "413");
+    embassy.kill()?;
+
+    std::fs::write(host.dir().join("token"), "secret\n")?;
+    let file = format!("--admin-token-file={}", host.dir().join("token").display());
+    let embassy = host.embassy(["-provider=static", "-services=web;80", &file])?;
+    testbed::eventually(READY, "the API", || embassy.admin("/healthz")?.ok())?;
+    let resync = |header: &str| {
+        let curl = ["--silent", "--output", "/dev/null", "--write-out", "%{http_code}"];
+        let rest = ["-X", "POST", "--header", header, "http://127.0.0.1:9990/v1/resync"];
+        host.run("curl", [&curl[..], &rest].concat())
+    };
+    assert_eq!(resync("Authorization: Bearer secret")?, "200");
+    assert_eq!(resync("Authorization: Bearer wrong")?, "403");
+    assert_eq!(resync("X-Nothing: 1")?, "403");
+    let description = embassy.admin("/v1/openapi.json")?.json()?;
+    assert!(description["paths"]["/v1/explain"]["get"].is_object());
+    Ok(())
+}

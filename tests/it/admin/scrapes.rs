@@ -1,0 +1,123 @@
+use std::{io::Write, process::Stdio};
+
+use anyhow::Context;
+
+use super::*;
+use crate::support::{counts, metric};
+
+/// What `promtool check metrics` complains of.
+fn complaints(text: &str) -> Result<String> {
+    let mut promtool = std::process::Command::new("promtool");
+    promtool.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = promtool.stderr(Stdio::piped()).spawn().context("start promtool")?;
+    child.stdin.take().context("its input")?.write_all(text.as_bytes())?;
+    let output = child.wait_with_output()?;
+    let said = [output.stdout, output.stderr].concat();
+    Ok(String::from_utf8_lossy(&said).into_owned())
+}
+
+#[test]
+fn a_scrape_is_valid_in_both_forms_and_ends_with_what_it_tells_of() -> Result<()> {
+    let host = Host::start()?;
+    let blue = web(&host, "blue")?;
+    let dead = format!("{}:81", blue.ip()?);
+    offer_at(&host, "blue", &dead)?;
+    let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "blue")?;
+    let answers = app.get("172.17.0.1:80").times(10).run()?;
+    ensure!(answers.answered() == 10, "{answers:?}");
+
+    let route = r#"consumer="app",service="/services/blue",port="80""#;
+    let closed = format!("embassy_route_connections_total{{{route},outcome=\"closed\"}}");
+    counts(&embassy, &closed, 11)?;
+    let started = metric(&embassy, &format!("embassy_route_connections_started_total{{{route}}}"))?;
+    assert_eq!(
+        metric(&embassy, &format!("embassy_route_connect_seconds_count{{{route}}}"))?,
+        started
+    );
+    let of_dead = format!(r#"discovery="etcd",service="/services/blue",endpoint="{dead}""#);
+    assert!(metric(&embassy, &format!("embassy_endpoint_ejections_total{{{of_dead}}}"))? >= 1);
+    assert!(metric(&embassy, &format!("embassy_route_retries_total{{{route}}}"))? >= 1);
+
+    let plain = embassy.admin("/metrics")?.ok()?;
+    assert_eq!(complaints(&plain)?, "", "{plain}");
+    let mut curl = vec!["--silent", "--header", "Accept: application/openmetrics-text"];
+    curl.push("http://127.0.0.1:9990/metrics");
+    let open = host.run("curl", curl)?;
+    assert!(open.ends_with("# EOF") && open.contains("# UNIT embassy_connect_seconds seconds"));
+
+    // What goes takes its series along.
+    host.etcd()?.v3().delete(&format!("/services/blue/{dead}"))?;
+    app.remove()?;
+    testbed::eventually(WAIT, "the series to go", || {
+        let text = embassy.admin("/metrics")?.ok()?;
+        ensure!(!text.contains(&dead) && !text.contains("consumer=\"app\""), "{text}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_log_that_nobody_reads_holds_nobody_up_and_its_losses_are_counted() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "blue")?;
+    let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
+    // The reader of its stderr opens the pipe, and never reads.
+    let script = "mkfifo /run/stalled; sleep 1000 < /run/stalled & exec \"$@\" 2> /run/stalled";
+    let embassy = host.embassy_command(["--dnat", ETCD, "--connection-log=all", "-v=10"])?;
+    let mut stalled = host.command("sh");
+    stalled.args(["-c", script, "sh"]).arg(testbed::embassy_program()?);
+    stalled.args(["--dnat", ETCD, "--connection-log=all", "-v=10"]);
+    stalled.env("DOCKER_HOST", "unix:///var/run/docker.sock");
+    drop(embassy);
+    let embassy = host.embassy_from(stalled)?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "blue")?;
+    testbed::eventually(WAIT * 2, "lines to be dropped", || {
+        let answers = app.get("172.17.0.1:80").times(500).at_once(8).run()?;
+        assert_eq!(answers.from("blue"), 500, "{answers:?}");
+        let dropped = metric(&embassy, "embassy_log_lines_dropped_total")?;
+        ensure!(dropped > 0, "none yet");
+        Ok(())
+    })
+}
+
+#[test]
+fn each_connection_is_a_line_with_true_numbers_and_so_is_each_refusal() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "blue")?;
+    let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80");
+    let app = app.env("BACKEND_NONE", "/services/none;81").start()?;
+    let embassy = host.embassy(["--dnat", ETCD, "--connection-log=all", "--log-format=json"])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "blue")?;
+    let _ = app.get("172.17.0.1:81").run()?;
+    let _ = app.probe("172.17.0.1:9999")?;
+    let line = |outcome: &str| {
+        testbed::eventually(WAIT, &format!("a line of {outcome}"), || {
+            let log = embassy.log();
+            let all = log.lines().filter_map(|line| serde_json::from_str(line).ok());
+            let mut of_connections =
+                all.filter(|line: &serde_json::Value| line["target"] == "connection");
+            of_connections.find(|line| line["outcome"] == outcome).context("none yet")
+        })
+    };
+    let closed = line("closed")?;
+    assert!(closed["bytes_down"].as_u64() > Some(4), "{closed}");
+    assert!(closed["connect_ms"].as_f64() <= closed["total_ms"].as_f64(), "{closed}");
+    assert_eq!((&closed["consumer"], &closed["retries"]), (&"app".into(), &0.into()));
+    assert_eq!(
+        (&closed["service"], &closed["destination"]),
+        (&"/services/blue".into(), &"172.17.0.1:80".into())
+    );
+    let none = line("no_endpoint")?;
+    assert_eq!((&none["consumer"], none.get("endpoint")), (&"app".into(), None));
+    let direct = line("direct_dial")?;
+    assert!(
+        direct["source"]
+            .as_str()
+            .is_some_and(|source| source.contains(&app.ip().unwrap().to_string()))
+    );
+    Ok(())
+}
