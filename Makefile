@@ -13,7 +13,7 @@ NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 DISCOVERY ?= docker
 ONCE ?=
 
-.PHONY: help setup build test lint fuzz demo figures bench bench-setup bench-soak shell dist clean
+.PHONY: help setup build test lint fuzz soak demo figures bench bench-setup bench-soak shell dist clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ lint: setup ## format, clippy, and dependencies where cargo-deny is installed
 
 fuzz: setup ## whatever comes from outside, under libFuzzer; MINUTES=1 for each target; needs a C++ compiler
 	fuzz/run.sh $(or $(MINUTES),1)
+
+soak: build ## everything at once for MINUTES=30, by a SEED=1 that repeats it; prints requests, failures, memory
+	MINUTES=$(or $(MINUTES),30) SEED=$(or $(SEED),1) cargo test --test it soak -- --ignored --nocapture
 
 demo: build ## three endpoints, two consumers and embassy between them; DISCOVERY=docker|consul|etcd, ONCE=1
 	target/debug/testbed demo --discovery $(DISCOVERY) $(if $(ONCE),--once)

@@ -20,6 +20,7 @@ mod modes;
 mod process;
 mod registry;
 mod state;
+mod soak;
 mod support;
 
 use std::time::Duration;
