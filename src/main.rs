@@ -3,11 +3,12 @@
 use std::{env, process::ExitCode};
 
 use anyhow::{Context, Result};
-use embassy::{app::App, cli, config::Config, log};
+use embassy::{app::App, cli, config::Config, log, privileges};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 
 fn main() -> ExitCode {
+    privileges::take_up_net_admin();
     let words = env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
     let words: Vec<_> = words.collect();
     let variable = |name: &str| env::var(name).ok();

@@ -148,6 +148,7 @@ impl Keeper {
             Some(firewall) => firewall,
             None => Firewall::choose(self.choice).await?,
         };
+        let mut changed = None;
         if let Some((applied, listed)) = &self.applied
             && *applied == wanted
         {
@@ -158,21 +159,22 @@ impl Keeper {
             // A listing is kept only where there was one.
             let (change, missing) =
                 Change::of(listed.as_deref().unwrap_or_default(), now.as_deref());
-            self.counts.restored[change as usize].fetch_add(1, Relaxed);
-            self.counts.stand(|standing| {
-                standing.in_place = false;
-                standing.restored = Some((Instant::now(), missing.clone()));
-            });
-            self.events.report(|| Event::CaptureRestored {
-                change: change.as_str().to_owned(),
-                missing: missing.clone(),
-            });
+            self.counts.stand(|standing| standing.in_place = false);
+            changed = Some((change, missing.clone()));
             warn!(%firewall, change = change.as_str(), missing, "our rules were changed from outside; putting them back");
         }
         let start = Instant::now();
         firewall.apply(&wanted).await?;
         let took_ms = start.elapsed().as_secs_f64() * 1e3;
         let listed = firewall.installed().await?;
+        if let Some((change, missing)) = changed {
+            self.counts.restored[change as usize].fetch_add(1, Relaxed);
+            self.counts.stand(|standing| {
+                standing.restored = Some((Instant::now(), missing.clone()));
+            });
+            self.events
+                .report(|| Event::CaptureRestored { change: change.as_str().to_owned(), missing });
+        }
         debug!(%firewall, declared = wanted.declared.len(), vips = wanted.vips.len(), took_ms, "rules written");
         if self.chosen.replace(firewall).is_none() {
             info!(%firewall, redirect = wanted.redirect, scope = ?wanted.scope, "capturing");

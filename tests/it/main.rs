@@ -13,6 +13,7 @@ mod firewall;
 mod first_connection;
 mod followed;
 mod following;
+mod least_privilege;
 mod life_cycle;
 mod logs;
 mod main_job;

@@ -226,12 +226,12 @@ impl World {
                 let excuse = ledger.excuse();
                 let before = crate::support::restored(&self.embassy)?;
                 self.host.run("iptables", ["-t", "nat", "-F", "PREROUTING"])?;
-                testbed::eventually(WAIT, "the rules to be back", || {
+                let back = testbed::eventually(WAIT, "the rules to be back", || {
                     ensure!(crate::support::restored(&self.embassy)? > before);
                     Ok(())
-                })?;
+                });
                 drop(excuse);
-                Ok(())
+                back
             }
         }
     }

@@ -10,6 +10,7 @@ use crate::{
 };
 
 mod balance;
+mod drain;
 mod ends;
 mod limits;
 mod refusals;

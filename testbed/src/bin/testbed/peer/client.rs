@@ -1,11 +1,12 @@
 //! Clients of raw connections.
 
+use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::args::Args;
@@ -30,6 +31,42 @@ pub(crate) fn send(args: &Args) -> Result<()> {
 pub(crate) fn recv(args: &Args) -> Result<()> {
     let received = read_sum(connect(args)?, u64::MAX, args.rate()?)?;
     println!("{}", json!({ "received": received.json() }));
+    Ok(())
+}
+
+/// Many connections to a server that echoes, each opened when the one before has its first half back; after a pause they
+/// send the other half, and compare what came back.
+pub(crate) fn echoes(args: &Args) -> Result<()> {
+    let (count, bytes): (usize, usize) = (args.number("-n", 1)?, args.number("--bytes", 20_000)?);
+    // No two of them say the same.
+    let half = |n: usize, half: usize| -> Vec<u8> {
+        (0..bytes / 2).map(|at| (n * 31 + half * 7 + at * at) as u8).collect()
+    };
+    let mut connections = Vec::new();
+    for n in 0..count {
+        let mut connection = connect(args)?;
+        connection.write_all(&half(n, 0)).context("send the first half")?;
+        let mut echoed = vec![0; bytes / 2];
+        connection.read_exact(&mut echoed).context("read the first half")?;
+        ensure!(echoed == half(n, 0), "the first half came back as another");
+        connections.push(connection);
+    }
+    println!("{}", json!({ "connected": count }));
+    thread::sleep(args.milliseconds("--delay-ms", 0)?);
+    let (mut whole, mut failures) = (0, BTreeMap::new());
+    for (n, mut connection) in connections.iter().enumerate() {
+        let mut echoed = Vec::new();
+        let talk = connection
+            .write_all(&half(n, 1))
+            .and_then(|()| connection.shutdown(Shutdown::Write))
+            .and_then(|()| connection.read_to_end(&mut echoed));
+        match talk {
+            Ok(_) if echoed == half(n, 1) => whole += 1,
+            Ok(_) => *failures.entry("another answer".to_owned()).or_insert(0) += 1,
+            Err(error) => *failures.entry(reason(&error)).or_insert(0) += 1,
+        }
+    }
+    println!("{}", json!({ "whole": whole, "failures": failures }));
     Ok(())
 }
 

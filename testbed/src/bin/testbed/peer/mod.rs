@@ -34,6 +34,7 @@ clients, each prints one JSON object:
   send HOST:PORT --bytes N [--seed S] [--rate R] [--delay-ms D]
                              waits D, sends, ends its direction, reads the answer to the end
   recv HOST:PORT [--rate R]  reads to the end
+  echoes HOST:PORT [-n N] [--bytes B] [--delay-ms D]  N connections to an echo: half of B bytes, a pause, the rest
   duplex HOST:PORT --bytes N [--seed S] [--rate R]
                              the other side of the server of that name; --rate slows the reading
   reset HOST:PORT [--bytes N]
@@ -57,6 +58,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
         "get" => get::run(&args),
         "send" => client::send(&args),
         "recv" => client::recv(&args),
+        "echoes" => client::echoes(&args),
         "probe" => client::probe(&args),
         "hold" => hold::hold(&args),
         "reset" if args.target().is_ok() => client::reset(&args),

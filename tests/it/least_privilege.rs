@@ -1,0 +1,204 @@
+//! As little as embassy needs: no root, one capability where it writes rules, none where it does not, and of the engine
+//! nothing but GET calls.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    sync::{Arc, Mutex},
+    thread,
+};
+
+use anyhow::{Context, Result, ensure};
+use testbed::{Container, ContainerBuilder, Host, embassy_program, output};
+
+use crate::{
+    READY, WAIT,
+    support::{ETCD, reaches, says, web},
+};
+
+#[test]
+fn an_image_needs_one_capability_and_no_root_by_nft() -> Result<()> {
+    one_capability("--firewall=nft")
+}
+
+#[test]
+fn an_image_needs_one_capability_and_no_root_by_iptables() -> Result<()> {
+    one_capability("--firewall=iptables")
+}
+
+fn one_capability(firewall: &str) -> Result<()> {
+    let (host, app) = host()?;
+    image(&host)?;
+    let embassy = bare(&host, "embassy")?
+        .arg("--cap-add=NET_ADMIN")
+        .cmd(["--dnat", ETCD, firewall])
+        .start()?;
+    reaches(&app, "172.17.0.1:80", "web").with_context(|| embassy.log().unwrap_or_default())?;
+    // It is what it says: another user, one capability, and nothing that it could get more by.
+    let status = host.run("cat", [format!("/proc/{}/status", embassy.pid()?)])?;
+    let field = |name: &str| {
+        let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        anyhow::Ok(value.with_context(|| format!("{name} in {status}"))?.trim().to_owned())
+    };
+    assert_eq!(field("Uid")?, "65534\t65534\t65534\t65534");
+    let net_admin = format!("{:016x}", 1 << 12);
+    for set in ["CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(field(set)?, net_admin, "{set}");
+    }
+    embassy.stop()?;
+    assert_eq!(embassy.inspect("{{.State.ExitCode}}")?, "0", "{}", embassy.log()?);
+    let rules = host.run("sh", ["-c", "nft list ruleset; iptables-save"])?;
+    ensure!(!rules.to_lowercase().contains("embassy"), "{rules}");
+    Ok(())
+}
+
+#[test]
+fn with_a_rule_of_ones_own_it_needs_no_capability() -> Result<()> {
+    let (host, app) = host()?;
+    image(&host)?;
+    let rule = ["-t", "nat", "-I", "PREROUTING", "-p", "tcp", "-d", "172.17.0.1", "--dport", "80"];
+    host.run("iptables", [&rule[..], &["-j", "REDIRECT", "--to-ports", "9999"]].concat())?;
+    let embassy = bare(&host, "embassy")?.cmd([ETCD]).start()?;
+    reaches(&app, "172.17.0.1:80", "web").with_context(|| embassy.log().unwrap_or_default())?;
+    embassy.stop()?;
+
+    // And where it does need it, it says so and ends.
+    let embassy = bare(&host, "no-capability")?.cmd(["--dnat", ETCD]).start()?;
+    testbed::eventually(WAIT, "embassy to end", || {
+        let code = embassy.inspect("{{.State.ExitCode}} {{.State.Running}}")?;
+        ensure!(code == "1 false", "{code}");
+        Ok(())
+    })?;
+    let log = embassy.log()?;
+    ensure!(log.contains("no firewall can be written"), "{log}");
+    ensure!(log.contains("ermi"), "permission, or operation not permitted: {log}");
+    Ok(())
+}
+
+#[test]
+fn the_engine_is_asked_by_get_alone() -> Result<()> {
+    let host = Host::start()?;
+    host.web("web").label("SERVICE_80_NAME", "web").start()?;
+    let app = host.client("app").env("BACKEND_WEB", "web;80").start()?;
+    let gate = Gate::start(&host)?;
+    let mut command = host.embassy_command(["--dnat", "-discovery=docker://", "-resync=2"])?;
+    command.env("DOCKER_HOST", format!("unix://{}", gate.path));
+    let embassy = host.embassy_from(command)?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    // Containers and networks that come and go, a first dial, and the sources read anew.
+    let net = host.network("net", [""; 0])?;
+    let second = host.client("second").network(net.name()).env("BACKEND_WEB", "web;80").start()?;
+    reaches(&second, "172.17.0.1:80", "web")?;
+    second.connect("bridge")?;
+    second.remove()?;
+    net.remove()?;
+    let first_act = ["run", "--rm", "-e", "BACKEND_WEB=web;80", "testbed"];
+    let curl = ["curl", "-s", "-m", "10", "http://172.17.0.1/"];
+    assert_eq!(host.docker([&first_act[..], &curl].concat())?, "web");
+    let asked = |path: &str| gate.asked().iter().filter(|line| line.contains(path)).count();
+    testbed::eventually(WAIT, "a resync", || {
+        ensure!(asked("/events") > 4, "{:?}", gate.asked());
+        Ok(())
+    })?;
+    let others: Vec<_> = gate.asked().into_iter().filter(|l| !l.starts_with("GET ")).collect();
+    ensure!(others.is_empty(), "{others:?}");
+    ensure!(!embassy.log().contains("lost"), "{}", embassy.log());
+    says(&embassy, &["new route"])
+}
+
+/// A host with a service in etcd and a consumer that asks for it.
+fn host() -> Result<(Host, Container)> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    Ok((host, app))
+}
+
+/// Builds the repository's Dockerfile on a base that was made here.
+fn image(host: &Host) -> Result<()> {
+    let programs = ["nft", "iptables", "iptables-save", "iptables-restore", "setcap"];
+    let paths = programs.map(|name| output(std::process::Command::new("which").arg(name)));
+    let paths = paths.into_iter().collect::<Result<Vec<_>>>()?;
+    let mut base: Vec<std::path::PathBuf> = paths.into_iter().map(Into::into).collect();
+    // For the libraries that it needs.
+    base.push(embassy_program()?);
+    host.image_with("base", &base, &["/usr/lib/x86_64-linux-gnu/xtables"])?;
+    let context = host.dir().join("image");
+    std::fs::create_dir_all(&context)?;
+    std::fs::copy(embassy_program()?, context.join("embassy"))?;
+    let dockerfile = concat!(env!("CARGO_MANIFEST_DIR"), "/Dockerfile");
+    let mut build = host.docker_command(["build", "--build-arg=BASE=base", "--tag=embassy", "-f"]);
+    output(build.arg(dockerfile).arg(context)).map(drop)
+}
+
+/// The image's container on the host's network, with nothing that it is not given.
+fn bare(host: &Host, name: &str) -> Result<ContainerBuilder> {
+    let group = host.run("stat", ["-c", "%g", "/var/run/docker.sock"])?;
+    let container = host.container(name).image("embassy").network("host").args([
+        "--cap-drop=ALL",
+        "--pid=host",
+        "--stop-signal=TERM",
+        "--volume=/var/run/docker.sock:/var/run/docker.sock",
+    ]);
+    Ok(container.arg(format!("--group-add={group}")))
+}
+
+/// A socket that lets GET requests pass to the engine and refuses all others, as socket proxies do. It writes down what
+/// was asked.
+struct Gate {
+    path: String,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Gate {
+    fn start(host: &Host) -> Result<Self> {
+        let path = host.dir().join("get-only.sock");
+        let listener = UnixListener::bind(&path)?;
+        let engine = host.docker_url().trim_start_matches("unix://").to_owned();
+        let asked = Arc::<Mutex<Vec<String>>>::default();
+        let gate = Self { path: path.display().to_string(), asked: asked.clone() };
+        // They end with the test's process.
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let (engine, asked) = (engine.clone(), asked.clone());
+                thread::spawn(move || pass(client, &engine, &asked));
+            }
+        });
+        Ok(gate)
+    }
+
+    /// The first line of every request.
+    fn asked(&self) -> Vec<String> {
+        self.asked.lock().map(|asked| asked.clone()).unwrap_or_default()
+    }
+}
+
+/// Passes one connection's requests on. A GET has no body: what comes is heads alone.
+fn pass(mut client: UnixStream, engine: &str, asked: &Mutex<Vec<String>>) -> std::io::Result<()> {
+    let mut server = UnixStream::connect(engine)?;
+    let (mut answers, mut back) = (server.try_clone()?, client.try_clone()?);
+    thread::spawn(move || {
+        let _ = std::io::copy(&mut answers, &mut back);
+        let _ = back.shutdown(std::net::Shutdown::Both);
+    });
+    let mut first = true;
+    for line in BufReader::new(client.try_clone()?).split(b'\n') {
+        let mut line = line?;
+        line.push(b'\n');
+        if first {
+            let text = String::from_utf8_lossy(&line).trim().to_owned();
+            let refused = !text.starts_with("GET ");
+            if let Ok(mut asked) = asked.lock() {
+                asked.push(text);
+            }
+            if refused {
+                client.write_all(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")?;
+                break;
+            }
+        }
+        first = line == b"\r\n";
+        server.write_all(&line)?;
+    }
+    server.shutdown(std::net::Shutdown::Both)
+}
