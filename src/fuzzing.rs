@@ -10,13 +10,14 @@ use crate::{
     descriptor::Descriptor,
     discovery::{consul, dns, docker as docker_discovery, etcd, file},
     provider::{bindings::bindings, docker as docker_provider},
+    state,
 };
 
 /// Reads its input, and panics where that shows a fault.
 pub type Target = fn(&[u8]);
 
 /// Every target, by its name; `fuzz/seeds/<name>/` holds inputs to start from.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 13] = [
     ("descriptor", descriptor),
     ("variables", variables),
     ("command_line", command_line),
@@ -27,6 +28,7 @@ pub const TARGETS: [(&str, Target); 12] = [
     ("docker_discovery", docker_discovery::fuzz),
     ("catalogue", file::catalogue::fuzz),
     ("dns", dns::fuzz),
+    ("state", state::document::fuzz),
     ("iptables", iptables::fuzz),
     ("input_chains", input::fuzz),
 ];

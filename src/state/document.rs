@@ -190,6 +190,17 @@ fn id(text: &str) -> Result<ContainerId, String> {
     if whole { Ok(ContainerId::new(text)) } else { Err(format!("container ID {text:?}")) }
 }
 
+/// Reads `input` as a file, and as what stands in one with the right checksum.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(input: &[u8]) {
+    let _ = parse(input);
+    let head = format!("{MAGIC} {FORMAT} {}\n", checksum(input));
+    if let Ok(document) = parse(&[head.as_bytes(), input].concat()) {
+        let again = render(&document).map(|bytes| parse(&bytes));
+        assert!(matches!(again, Ok(Ok(again)) if again == document), "written as it was read");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

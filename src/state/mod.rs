@@ -17,7 +17,7 @@ use crate::{
     model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Process},
 };
 
-mod document;
+pub(crate) mod document;
 mod keeper;
 mod restore;
 

@@ -1,4 +1,5 @@
 mod admin;
+mod admin_input;
 mod announce;
 mod capture;
 mod command_line;
