@@ -1,12 +1,15 @@
 //! A container's very first act is to dial: that may be quicker than the engine's news of it.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use testbed::Host;
 
 use crate::{READY, support::restored};
 
-/// How many containers are started. Each dials at once, once.
-const RUNS: usize = 20;
+/// How many containers are started. Each dials at once, once. `RUNS=200` makes it minutes.
+fn runs() -> Result<usize> {
+    let wanted = std::env::var("RUNS").ok();
+    wanted.map_or(Ok(20), |text| text.parse().context("RUNS takes a number"))
+}
 
 #[test]
 fn a_container_whose_first_act_is_to_dial_is_served_by_nft() -> Result<()> {
@@ -35,7 +38,7 @@ fn first_act(firewall: &str) -> Result<()> {
         docker.args(["curl", "-s", "-m", "10", url]);
         testbed::output(&mut docker)
     };
-    for n in 0..RUNS {
+    for n in 0..runs()? {
         let said = run("BACKEND_WEB=web;8080", "http://172.17.0.1:8080/")?;
         ensure!(said.trim() == "web", "run {n}: {said:?}");
     }
@@ -65,7 +68,7 @@ fn published(firewall: &str) -> Result<()> {
     host.web("published").arg("--publish=8080:80").start()?;
     let embassy = host.embassy(["--dnat", "-discovery=docker://", "--firewall", firewall])?;
     embassy.wait_ready(READY)?;
-    for n in 0..RUNS {
+    for n in 0..runs()? {
         let mut docker = host.docker_command(["run", "--rm", "testbed"]);
         docker.args(["curl", "-s", "-m", "10", "http://172.17.0.1:8080/"]);
         let said = testbed::output(&mut docker)?;

@@ -127,8 +127,6 @@ fn what_is_damaged_or_of_another_machine_is_set_aside() -> Result<()> {
         keeps(&host, &["\"machine\":\"two\""])?;
         embassy.kill()?;
     }
-    let old = host.embassy(["--dnat", CONSUL, "--state-max-age=0"])?;
-    old.wait_ready(READY)?;
     Ok(())
 }
 

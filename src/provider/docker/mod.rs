@@ -84,6 +84,7 @@ impl Source for DockerProvider {
         let (mut inspections, mut networks) = (FuturesUnordered::new(), FuturesUnordered::new());
         let (mut looks, mut pings) = (FuturesUnordered::new(), FuturesUnordered::new());
         let mut new_network = meanwhile.iter().any(is_new_network);
+        let ended = processes.ended();
         let mut next_look = Instant::now();
         let mut ping = interval(PING);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -107,6 +108,8 @@ impl Source for DockerProvider {
                     new_network |= is_new_network(&event);
                     tickets.extend(apply(containers, &event));
                 }
+                // Its address is not its any more: that is published before the engine's word comes.
+                () = ended.notified() => {}
                 () = lookup.asked(next_look), if looks.is_empty() => looks.push(client.list()),
                 _ = ping.tick(), if pings.is_empty() => pings.push(client.ping()),
                 Some(answer) = inspections.next() => {

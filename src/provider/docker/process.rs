@@ -28,9 +28,16 @@ use crate::{
 pub(super) struct Processes {
     /// Whether one of them was ever seen. Then all of them can be: they are numbered alike.
     seen: bool,
+    /// Rung when one has ended.
+    ended: Arc<Notify>,
 }
 
 impl Processes {
+    /// Rung when one that is watched has ended.
+    pub(super) fn ended(&self) -> Arc<Notify> {
+        self.ended.clone()
+    }
+
     /// Says so when the run ends whose process this is, whatever the engine does meanwhile.
     ///
     /// Nothing is ever said where processes cannot be seen: the engine is on another host, or this is another PID
@@ -39,7 +46,7 @@ impl Processes {
         match open(id, pid) {
             Ok(process) => {
                 self.seen = true;
-                process.follow(end, bell);
+                process.follow(end, vec![bell, self.ended.clone()]);
             }
             // It ended after the engine had looked.
             Err(error) if self.seen && is_gone(&error) => {
@@ -72,7 +79,7 @@ pub fn resume(kept: KeptConsumer, bell: &Arc<Notify>) -> Result<Consumer, String
     }
     let ends = [own, namespace].map(|process| {
         let end = RunEnd::default();
-        process.follow(&end, bell.clone());
+        process.follow(&end, vec![bell.clone()]);
         end
     });
     Ok(Consumer {
@@ -93,14 +100,14 @@ struct Held {
 }
 
 impl Held {
-    fn follow(self, end: &RunEnd, bell: Arc<Notify>) {
+    fn follow(self, end: &RunEnd, bells: Vec<Arc<Notify>>) {
         end.is_that_of(self.process);
         let end = end.clone();
         tokio::spawn(async move {
             // A pidfd is readable once its process has ended (man 2 pidfd_open).
             if self.descriptor.readable().await.is_ok() {
                 end.come();
-                bell.notify_one();
+                bells.iter().for_each(|bell| bell.notify_one());
             }
         });
     }

@@ -1,0 +1,170 @@
+//! Endpoints that fail while others do not.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use testbed::{Container, Embassy, Host};
+
+use super::{VIP, meets, unharmed};
+use crate::{
+    READY, WAIT,
+    support::{ETCD, metric, offer, says},
+};
+
+const REQUESTS: usize = 10_000;
+
+/// Two web servers and a third endpoint of `/services/web`, and who asks for it with these options.
+fn scene(options: &str) -> Result<(Host, Container, Container, Embassy)> {
+    let host = Host::start()?;
+    for name in ["web-1", "web-2"] {
+        offer(&host, "web", host.web(name).start()?.ip()?)?;
+    }
+    let third = host.container("third").cmd(["sh", "-c", "while sleep 1; do :; done"]).start()?;
+    offer(&host, "web", third.ip()?)?;
+    let app = host.client("app").env("BACKEND_WEB", &format!("/services/web;80{options}"));
+    let app = app.start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    Ok((host, app, third, embassy))
+}
+
+/// Takes every packet to a container away without a word, or no more.
+fn black_hole(container: &Container, on: bool) -> Result<()> {
+    let change: &[&str] = if on {
+        &[
+            "add table inet silent",
+            "add chain inet silent in { type filter hook input priority 0; policy drop; }",
+        ]
+    } else {
+        &["delete table inet silent"]
+    };
+    for rule in change {
+        testbed::output(container.command("nft")?.arg(rule))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn no_request_of_ten_thousand_fails_while_one_endpoint_of_three_refuses() -> Result<()> {
+    let (_host, app, _third, embassy) = scene("")?;
+    embassy.wait_ready(READY)?;
+    meets(&app, "web-1")?;
+    let answers = app.get(VIP).times(REQUESTS).at_once(8).run()?;
+    unharmed("1 of 3 endpoints refuses", &answers, None)
+}
+
+#[test]
+fn no_request_of_ten_thousand_fails_and_few_are_slow_while_one_endpoint_of_three_is_silent()
+-> Result<()> {
+    let (_host, app, third, embassy) = scene("")?;
+    black_hole(&third, true)?;
+    embassy.wait_ready(READY)?;
+    meets(&app, "web-1")?;
+    let answers = app.get(VIP).times(REQUESTS).at_once(8).run()?;
+    unharmed("1 of 3 endpoints is silent", &answers, None)?;
+    // Those that were under way when it was found out, and a probe at a time since. A busy machine has slow ones too.
+    ensure!(answers.slow < REQUESTS / 20, "{answers:?}");
+    Ok(())
+}
+
+#[test]
+fn with_a_check_no_connection_has_to_find_out() -> Result<()> {
+    let (host, app, third, embassy) = scene(";check=tcp")?;
+    let endpoint = format!("endpoint={}:80", third.ip()?);
+    // Nobody has dialled yet.
+    says(&embassy, &["check fails", &endpoint])?;
+    let passes = |name: &str| says(&embassy, &["check passes", name]);
+    passes("etcd /services/web")?;
+    embassy.wait_ready(READY)?;
+    let answers = app.get(VIP).times(300).run()?;
+    unharmed("1 of 3 endpoints refuses, check=tcp", &answers, None)?;
+    ensure!(!embassy.log().contains("cannot connect"), "{}", embassy.log());
+
+    // It comes, and is used.
+    third.exec(["sh", "-c", "testbed peer http --name third >/dev/null 2>&1 &"])?;
+    passes(&endpoint)?;
+    meets(&app, "third")?;
+    black_hole(&third, true)?;
+    testbed::eventually(WAIT, "a second failure", || {
+        let log = embassy.log();
+        let fails = log.lines().filter(|l| l.contains("check fails") && l.contains(&endpoint));
+        ensure!(fails.count() == 2, "{log}");
+        Ok(())
+    })?;
+    let answers = app.get(VIP).times(300).run()?;
+    unharmed("1 of 3 endpoints is silent, check=tcp", &answers, None)?;
+    assert_eq!(answers.from("third"), 0);
+
+    // Where all fail, all are tried.
+    for name in ["web-1", "web-2"] {
+        host.docker(["kill", name])?;
+    }
+    black_hole(&third, false)?;
+    let start = Instant::now();
+    meets(&app, "third")?;
+    println!("the only endpoint left was used after {:?}", start.elapsed());
+    Ok(())
+}
+
+#[test]
+fn where_all_endpoints_failed_the_first_that_is_back_is_used_at_once() -> Result<()> {
+    let host = Host::start()?;
+    let server = host.container("server").cmd(["sh", "-c", "while sleep 1; do :; done"]).start()?;
+    let other = host.client("other").start()?;
+    for each in [&server, &other] {
+        offer(&host, "web", each.ip()?)?;
+    }
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    // Long enough for ejections of many seconds.
+    testbed::eventually(WAIT, "failures", || {
+        app.get(VIP).times(20).run()?;
+        let outcome = r#"embassy_connections_total{outcome="endpoints_unreachable"}"#;
+        let failed = metric(&embassy, outcome)?;
+        ensure!(failed >= 200, "{failed}");
+        Ok(())
+    })?;
+    let start = Instant::now();
+    server.exec(["sh", "-c", "testbed peer http --name back >/dev/null 2>&1 &"])?;
+    testbed::eventually(WAIT, "an answer", || {
+        let answers = app.get(VIP).run()?;
+        ensure!(answers.from("back") == 1, "{answers:?}");
+        Ok(())
+    })?;
+    println!("the first endpoint of a service that was back was used after {:?}", start.elapsed());
+    Ok(())
+}
+
+#[test]
+fn a_database_that_fails_over_takes_its_clients_along() -> Result<()> {
+    const CLIENTS: usize = 50;
+    let host = Host::start()?;
+    let etcd = host.etcd()?;
+    let server = |name: &'static str| host.server(name, ["greet", "--name", name]).start();
+    let (old, new) = (server("old")?, server("new")?);
+    etcd.v3().put("/services/db/primary", &format!("{}:80", old.ip()?))?;
+    let app = host.client("app").env("BACKEND_DB", "/services/db;80;drain=kill").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let hold = ["testbed", "peer", "hold", VIP, "-n", &CLIENTS.to_string()];
+    let held = app.spawn("clients", hold)?;
+    let said = |what: &str, count: usize| {
+        testbed::eventually(WAIT, what, || {
+            let log = held.log();
+            let lines = log.lines().filter(|line| line.contains(what)).count();
+            ensure!(lines == count, "{lines} of {count}: {log}");
+            Ok(())
+        })
+    };
+    said(&format!("\"hello from old\":{CLIENTS}"), 1)?;
+    let start = Instant::now();
+    etcd.v3().put("/services/db/primary", &format!("{}:80", new.ip()?))?;
+    said("\"ended\":\"reset\"", CLIENTS)?;
+    println!("{CLIENTS} clients were cut off {:?} after the failover", start.elapsed());
+    let again = app.spawn("again", hold)?;
+    testbed::eventually(WAIT, "the new one", || {
+        let log = again.log();
+        ensure!(log.contains(&format!("\"hello from new\":{CLIENTS}")), "{log}");
+        Ok(())
+    })
+}

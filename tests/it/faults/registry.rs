@@ -1,0 +1,189 @@
+//! A registry that does not answer, or not as it should.
+
+use anyhow::{Result, ensure};
+use testbed::{Container, Daemon, Host, Process, testbed_program};
+
+use super::{VIP, last, meets, meets_no_more, unharmed};
+use crate::{
+    READY, WAIT,
+    support::{ETCD, offer},
+};
+
+#[derive(Clone, Copy, PartialEq)]
+enum Registry {
+    Consul,
+    Etcd,
+}
+
+/// What happens to it, for a while.
+enum Fault {
+    /// Killed, and started again: Consul with nothing in it and a younger index.
+    Killed,
+    /// Its process stands still.
+    Frozen,
+    /// No packet reaches it.
+    CutOff,
+    /// Another server in its place answers so, and so many bytes a second (0: all at once).
+    Answers(&'static str, &'static str),
+}
+
+const FAULTS: [(&str, Fault); 8] = [
+    ("killed", Fault::Killed),
+    ("frozen", Fault::Frozen),
+    ("cut off", Fault::CutOff),
+    ("answers 500", Fault::Answers("HTTP/1.1 500 No\\r\\nContent-Length: 2\\r\\n\\r\\nno", "0")),
+    ("answers 429", Fault::Answers("HTTP/1.1 429 Slow\\r\\nContent-Length: 0\\r\\n\\r\\n", "0")),
+    ("answers garbage", Fault::Answers("\\n\\n SSH-2.0 \\n", "0")),
+    (
+        "answers half a body",
+        Fault::Answers(
+            "HTTP/1.1 200 OK\\r\\nX-Consul-Index: 7\\r\\nContent-Length: 99\\r\\n\\r\\n[",
+            "0",
+        ),
+    ),
+    (
+        "answers a byte a second",
+        Fault::Answers(
+            "HTTP/1.1 200 OK\\r\\nX-Consul-Index: 7\\r\\nContent-Length: 2\\r\\n\\r\\n[]",
+            "1",
+        ),
+    ),
+];
+
+#[test]
+fn no_request_fails_whatever_happens_to_consul() -> Result<()> {
+    none_fails(Registry::Consul, "-discovery=consul://127.0.0.1:8500", "web;80")
+}
+
+#[test]
+fn no_request_fails_whatever_happens_to_etcd() -> Result<()> {
+    none_fails(Registry::Etcd, ETCD, "/services/web;80")
+}
+
+fn none_fails(registry: Registry, discovery: &str, binding: &str) -> Result<()> {
+    let host = Host::start()?;
+    let webs = ["web-1", "web-2"].map(|name| host.web(name).start());
+    let [one, two] = webs;
+    let (webs, extra) = ([one?, two?], host.web("extra").start()?);
+    let app = host.client("app").env("BACKEND_WEB", binding).start()?;
+    webs.iter().try_for_each(|web| registry.register(&host, web))?;
+    // Consul forgets everything when it is killed, for as long as the fault is to last.
+    let embassy = host.embassy(["--dnat", discovery, "--empty-hold=1h"])?;
+    embassy.wait_ready(READY)?;
+    meets(&app, "web-1")?;
+
+    let name = registry.name();
+    for (n, (what, fault)) in FAULTS.iter().enumerate() {
+        let traffic = app.traffic(&format!("traffic-{n}"), VIP)?;
+        registry.suffer(&host, fault)?;
+        if matches!(fault, Fault::Killed | Fault::Answers(..)) && registry == Registry::Consul {
+            // It has lost everything, which is a valid answer: nothing is used of that for a while.
+            last()?;
+            webs.iter().try_for_each(|web| registry.register(&host, web))?;
+        }
+        // It is heard again.
+        let recovery = if n % 2 == 0 {
+            registry.register(&host, &extra)?;
+            meets(&app, "extra")?
+        } else {
+            registry.deregister(&host, &extra)?;
+            meets_no_more(&app, "extra")?
+        };
+        unharmed(&format!("{name} {what}"), &traffic.stop()?, Some(recovery))?;
+    }
+    Ok(())
+}
+
+impl Registry {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Consul => "consul",
+            Self::Etcd => "etcd",
+        }
+    }
+
+    fn port(self) -> &'static str {
+        match self {
+            Self::Consul => "8500",
+            Self::Etcd => "2379",
+        }
+    }
+
+    fn daemon(self, host: &Host) -> &Daemon {
+        match self {
+            Self::Consul => host.consul_daemon(),
+            Self::Etcd => host.etcd_daemon(),
+        }
+    }
+
+    fn register(self, host: &Host, web: &Container) -> Result<()> {
+        match self {
+            Self::Consul => {
+                host.consul()?.service(web.name(), "web").address(web.ip()?).port(80).register()
+            }
+            Self::Etcd => offer(host, "web", web.ip()?),
+        }
+    }
+
+    fn deregister(self, host: &Host, web: &Container) -> Result<()> {
+        match self {
+            // A Consul that has lost everything has lost this too.
+            Self::Consul => host.consul()?.deregister(web.name()).or(Ok(())),
+            Self::Etcd => {
+                let endpoint = format!("{}:80", web.ip()?);
+                host.etcd()?.v3().delete(&format!("/services/web/{endpoint}"))
+            }
+        }
+    }
+
+    /// Goes through a fault, from its beginning to its end.
+    fn suffer(self, host: &Host, fault: &Fault) -> Result<()> {
+        let daemon = self.daemon(host);
+        match fault {
+            Fault::Killed => {
+                daemon.kill()?;
+                last()?;
+                daemon.start()
+            }
+            Fault::Frozen => {
+                daemon.pause()?;
+                last()?;
+                daemon.resume()
+            }
+            Fault::CutOff => {
+                host.run("nft", ["add table inet cut"])?;
+                let chain = "add chain inet cut out { type filter hook output priority 0; }";
+                host.run("nft", [chain])?;
+                let port = self.port();
+                host.run("nft", [format!("add rule inet cut out tcp dport {port} drop")])?;
+                last()?;
+                host.run("nft", ["delete table inet cut"]).map(drop)
+            }
+            Fault::Answers(text, rate) => {
+                daemon.kill()?;
+                let other = self.other(host, text, rate)?;
+                let asked = || other.log().lines().filter(|line| *line == "asked").count();
+                // After so many faults in a row the pause between two tries may be 5 s: that is what takes this test long.
+                testbed::eventually(WAIT, "a request", || {
+                    ensure!(asked() > 0, "{}", other.log());
+                    Ok(())
+                })?;
+                last()?;
+                let asked = asked();
+                drop(other);
+                println!("    asked {asked} times");
+                ensure!(asked < 30, "asked {asked} times");
+                daemon.start()
+            }
+        }
+    }
+
+    /// The server in its place.
+    fn other(self, host: &Host, text: &str, rate: &str) -> Result<Process> {
+        let mut command = host.command(testbed_program()?);
+        command.args(["peer", "answer", "--port", self.port(), "--text", text, "--rate", rate]);
+        // Each has a log of its own, to count in.
+        let digest = text.bytes().fold(0u32, |sum, byte| sum.wrapping_mul(31) + u32::from(byte));
+        host.spawn(&format!("other-{digest}-{rate}"), command)
+    }
+}

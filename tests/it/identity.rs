@@ -1,0 +1,164 @@
+//! An address changes hands, over and over: no connection reaches what the address's former owner asked for.
+//!
+//! The figures are printed; `REUSES=3000 cargo nextest run -E 'test(identity)' --no-capture` is the long run.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use testbed::{Answers, Container, Host, testbed_program};
+
+use crate::{
+    READY, WAIT,
+    support::{ETCD, counts, metric, web},
+};
+
+const VIP: &str = "172.17.0.1:80";
+/// Addresses that change hands side by side.
+const LANES: usize = 4;
+/// Requests of a container, from its first moment on.
+const REQUESTS: usize = 20;
+
+/// How often an address changes hands in all.
+fn reuses() -> Result<usize> {
+    let wanted = std::env::var("REUSES").ok();
+    wanted.map_or(Ok(40), |text| text.parse().context("REUSES takes a number"))
+}
+
+#[test]
+fn an_address_that_changes_hands_never_reaches_its_former_owners_service() -> Result<()> {
+    let (host, start) = (Host::start()?, Instant::now());
+    for name in ["red", "blue"] {
+        web(&host, name)?;
+    }
+    host.network("net", ["--subnet=10.82.0.0/24"])?;
+    let out = host.dir().join("out");
+    fs::create_dir(&out)?;
+    // Looking at a container may take a while on a busy machine; nobody is to be refused for that here.
+    let embassy = host.embassy(["--dnat", "--hold=20s", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let each = reuses()?.div_ceil(LANES);
+    thread::scope(|scope| {
+        let lane = |n| Lane { host: &host, out: &out, n };
+        let lanes: Vec<_> = (0..LANES).map(|n| scope.spawn(move || lane(n).run(each))).collect();
+        let join = |lane: thread::ScopedJoinHandle<'_, Result<()>>| {
+            lane.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        lanes.into_iter().try_for_each(join)
+    })?;
+
+    let (mut right, mut crossed, mut failed) = (0, 0, BTreeMap::new());
+    for role in ["red", "blue"] {
+        for n in 0..LANES {
+            for line in said(&out, role, n)?.lines() {
+                let answers = Answers::read(line)?;
+                right += answers.from(role);
+                crossed += answers.answered() - answers.from(role);
+                for (reason, count) in answers.failures {
+                    *failed.entry(reason).or_insert(0) += count;
+                }
+            }
+        }
+    }
+    let took = start.elapsed();
+    println!(
+        "{} reuses in {took:?}: {right} right, {crossed} crossed, failed {failed:?}",
+        LANES * each
+    );
+    assert_eq!((crossed, &failed), (0, &BTreeMap::new()), "{}", embassy.log());
+    assert_eq!(right, LANES * each * REQUESTS);
+    Ok(())
+}
+
+/// One address, and two containers that have it in turn.
+struct Lane<'a> {
+    host: &'a Host,
+    out: &'a Path,
+    n: usize,
+}
+
+impl Lane<'_> {
+    fn run(&self, times: usize) -> Result<()> {
+        let roles = ["red", "blue"];
+        let mut containers: [Option<Container>; 2] = [None, None];
+        for turn in 0..times {
+            let at = turn % 2;
+            match &containers[at] {
+                Some(container) => container.start()?,
+                None => containers[at] = Some(self.first(roles[at])?),
+            }
+            let runs = turn / 2 + 1;
+            testbed::eventually(3 * WAIT, "the answers to a run", || {
+                let said = said(self.out, roles[at], self.n)?;
+                ensure!(said.lines().count() == runs, "{said:?}");
+                Ok(())
+            })?;
+            // Now and then the former owner is removed only here, while the next one is served.
+            if turn % 5 == 4
+                && let Some(former) = containers[1 - at].take()
+            {
+                former.remove()?;
+            }
+            if let Some(container) = &containers[at] {
+                container.kill()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// It dials from its first moment on, before anybody can have looked at it.
+    fn first(&self, role: &str) -> Result<Container> {
+        let words = format!(
+            "testbed peer get {VIP} -n {REQUESTS} --timeout-ms 30000 >> /out/{role}-{}; exec testbed peer idle",
+            self.n
+        );
+        let container = self.host.container(&format!("{role}-{}", self.n)).network("net");
+        let container = container.arg(format!("--ip=10.82.0.{}", 10 + self.n));
+        let container = container.arg(format!("--volume={}:/out", self.out.display()));
+        let container = container.env("BACKEND_IT", &format!("/services/{role};80"));
+        container.cmd(["sh", "-c", &words]).start()
+    }
+}
+
+/// What the containers of one role and address wrote, by whole lines.
+fn said(out: &Path, role: &str, n: usize) -> Result<String> {
+    let mut text = fs::read_to_string(out.join(format!("{role}-{n}"))).unwrap_or_default();
+    text.truncate(text.rfind('\n').map_or(0, |end| end + 1));
+    Ok(text)
+}
+
+/// The client is not in the container, and does not end with it.
+#[test]
+fn the_connections_of_a_consumer_end_with_it() -> Result<()> {
+    let host = Host::start()?;
+    let greeter = host.server("greeter", ["greet"]).start()?;
+    host.etcd()?.v3().put("/services/greet/one", &format!("{}:80", greeter.ip()?))?;
+    let app = host.client("app").env("BACKEND_GREET", "/services/greet;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    counts(&embassy, "embassy_routes", 1)?;
+    let mut hold = app.command(testbed_program()?)?;
+    hold.args(["peer", "hold", VIP, "-n", "20"]);
+    let _held = host.spawn("held", hold)?;
+    counts(&embassy, "embassy_connections_active", 20)?;
+
+    let pid = app.pid()?.to_string();
+    let start = Instant::now();
+    host.run("kill", ["-KILL", &pid])?;
+    let ended = loop {
+        if metric(&embassy, "embassy_connections_active")? == 0 {
+            break start.elapsed();
+        }
+        ensure!(start.elapsed() < WAIT, "{}", embassy.log());
+        thread::sleep(Duration::from_millis(5));
+    };
+    println!("20 connections of a container ended {ended:?} after its first process was killed");
+    assert_eq!(metric(&embassy, "embassy_connections_total{outcome=\"route_gone\"}")?, 20);
+    assert_eq!(metric(&embassy, "embassy_routes")?, 0);
+    Ok(())
+}
