@@ -10,12 +10,18 @@ use clap::{Command as Clap, FromArgMatches, Subcommand};
 use crate::config::{self, Config, Stop};
 
 mod cleanup;
+mod client;
 mod completions;
 mod doctor;
+mod explain;
 
 mod plan;
+mod ps;
 mod running;
+mod status;
 mod table;
+mod top;
+mod wait;
 
 /// What a command answers.
 #[derive(Debug)]
@@ -44,6 +50,11 @@ impl Answer {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Status(status::Status),
+    Ps(ps::Ps),
+    Explain(explain::Explain),
+    Top(top::Top),
+    Wait(wait::Wait),
     Doctor(Box<doctor::Doctor>),
     Plan(Box<plan::Plan>),
     Cleanup(cleanup::Cleanup),
@@ -145,6 +156,11 @@ impl Command {
                 let config = plan.config(env)?;
                 runtime.block_on(plan.run(config))
             }
+            Self::Status(status) => runtime.block_on(status.run()),
+            Self::Ps(ps) => runtime.block_on(ps.run()),
+            Self::Explain(explain) => runtime.block_on(explain.run()),
+            Self::Top(top) => runtime.block_on(top.run()),
+            Self::Wait(wait) => runtime.block_on(wait.run()),
             Self::Cleanup(cleanup) => runtime.block_on(cleanup.run()),
             Self::Completions(completions) => completions.run(),
             Self::Man(man) => man.run(),
@@ -219,6 +235,16 @@ mod tests {
         for (line, expected) in [
             ("cleanup --port=1", "--port: unknown flag; --help lists them all"),
             ("plan words", "\"words\": expected a flag; --help lists them all"),
+            (
+                "status --admin=x",
+                "--admin \"x\": expected <ip>:<port> such as 127.0.0.1:9990, or unix:///path",
+            ),
+            (
+                "wait web --timeout 1y",
+                "--timeout \"1y\": expected a time such as 500ms, 10s, 2m or 1h, or a number of seconds, up to 8760h",
+            ),
+            ("explain app", "<PORT>: missing; --help says what it is"),
+            ("explain app 99999", "<PORT> \"99999\": expected a port from 1 to 65535"),
             ("completions", "<SHELL>: missing; --help says what it is"),
             ("completions tcsh", "<SHELL> \"tcsh\": expected bash, zsh or fish"),
         ] {

@@ -61,6 +61,29 @@ pub(super) fn printable(text: &str) -> String {
     text.chars().map(hidden).collect()
 }
 
+/// `1.2 kB`, as `docker stats` has it: powers of 1000.
+pub(super) fn bytes(count: u64) -> String {
+    let mut rest = count as f64;
+    for unit in ["B", "kB", "MB", "GB", "TB"] {
+        if rest < 1000.0 || unit == "TB" {
+            return if unit == "B" { format!("{count} B") } else { format!("{rest:.1} {unit}") };
+        }
+        rest /= 1000.0;
+    }
+    format!("{count} B")
+}
+
+/// `850 ms`, `12 s`, `3 min`, `5 h`, `2 d`: as exact as a person wants to know an age.
+pub(super) fn age(seconds: f64) -> String {
+    match seconds {
+        s if s < 1.0 => format!("{:.0} ms", s * 1e3),
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s if s < 172_800.0 => format!("{:.0} h", s / 3600.0),
+        s => format!("{:.0} d", s / 86_400.0),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,5 +99,13 @@ app             7  redis\u{fffd}[2J
 another  12345678
 ";
         assert_eq!(table.to_string(), expected);
+    }
+
+    #[test]
+    fn figures_are_short() {
+        let sizes = [0, 999, 1000, 1_234_567, u64::MAX].map(bytes);
+        assert_eq!(sizes, ["0 B", "999 B", "1.0 kB", "1.2 MB", "18446744.1 TB"]);
+        let ages = [0.0, 0.25, 61.0, 600.0, 86_400.0, 864_000.0].map(age);
+        assert_eq!(ages, ["0 ms", "250 ms", "61 s", "10 min", "24 h", "10 d"]);
     }
 }

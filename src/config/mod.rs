@@ -1,6 +1,6 @@
 //! The command line and the environment: as typed (`Args`) they become as meant (`Config`) once, here.
 
-use std::{error::Error, fmt, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{error::Error, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{
     Arg, ArgAction, Command, CommandFactory, FromArgMatches, ValueEnum,
@@ -11,9 +11,10 @@ use crate::{
     descriptor::{Balance, Descriptor},
     discovery::Discoveries,
     docker::Engine,
-    model::{Port, Vip},
+    model::{NotAPort, Port, Vip},
 };
 pub(crate) use args::Args;
+pub(crate) use values::typed_duration as duration;
 pub(crate) use words::words;
 
 mod args;
@@ -123,6 +124,19 @@ pub enum Admin {
     Unix(PathBuf),
 }
 
+/// Text that is not where an API can be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("<ip>:<port> such as 127.0.0.1:9990, or unix:///path")]
+pub struct NotAnAdmin;
+
+impl FromStr for Admin {
+    type Err = NotAnAdmin;
+
+    fn from_str(text: &str) -> Result<Self, NotAnAdmin> {
+        values::admin(text).ok_or(NotAnAdmin)
+    }
+}
+
 impl fmt::Display for Admin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -230,6 +244,8 @@ pub(crate) fn stop(error: clap::Error) -> Stop {
         _ => None,
     };
     let word = context(ContextKind::InvalidArg).unwrap_or_default();
+    // Of `--flag <VALUE>` the flag.
+    let word = word.split(' ').next().unwrap_or_default();
     let line = match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             return Stop::Print(error.render().to_string());
@@ -249,7 +265,7 @@ pub(crate) fn stop(error: clap::Error) -> Stop {
             let value = context(ContextKind::InvalidValue).unwrap_or_default();
             let expected = match error.get(ContextKind::ValidValue) {
                 Some(ContextValue::Strings(values)) => values::list(values),
-                _ => error.source().map(|source| source.to_string()).unwrap_or_default(),
+                _ => error.source().map(expected).unwrap_or_default(),
             };
             format!("{word} {value:?}: expected {expected}")
         }
@@ -257,4 +273,12 @@ pub(crate) fn stop(error: clap::Error) -> Stop {
         _ => format!("{}: expected no value", word.escape_debug()),
     };
     UsageError(line).into()
+}
+
+/// What a reader expects, in its own words.
+fn expected(error: &(dyn Error + 'static)) -> String {
+    match error.downcast_ref() {
+        Some(NotAPort(_)) => "a port from 1 to 65535".to_owned(),
+        None => error.to_string(),
+    }
 }

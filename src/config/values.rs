@@ -39,6 +39,11 @@ pub(super) fn duration(text: &str) -> Option<Duration> {
     (duration <= LONGEST).then_some(duration)
 }
 
+/// The same, for a command's own flag.
+pub(crate) fn typed_duration(text: &str) -> Result<Duration, &'static str> {
+    duration(text).ok_or(DURATION)
+}
+
 pub(super) const COUNT: &str = "a whole number from 1";
 
 /// A number of at least 1, in decimal digits.

@@ -13,14 +13,14 @@ use crate::{
 };
 
 /// What a command prints, and its exit code.
-fn run(host: &Host, words: &[&str]) -> Result<(String, Option<i32>)> {
+pub(crate) fn run(host: &Host, words: &[&str]) -> Result<(String, Option<i32>)> {
     let output = host.embassy_command(words)?.output().context("run embassy")?;
     let both = [output.stdout, output.stderr].concat();
     Ok((String::from_utf8(both)?, output.status.code()))
 }
 
 /// The same with `--json`, where it goes well.
-fn json(host: &Host, words: &[&str]) -> Result<Value> {
+pub(crate) fn json(host: &Host, words: &[&str]) -> Result<Value> {
     let (text, code) = run(host, &[words, &["--json"]].concat())?;
     ensure!(code == Some(0), "{code:?}: {text}");
     serde_json::from_str(&text).context(text)

@@ -1,6 +1,7 @@
 mod admin;
 mod admin_input;
 mod announce;
+mod asking;
 mod capture;
 mod command_line;
 mod commands;
@@ -9,6 +10,7 @@ mod data_path;
 mod discovery_dns;
 mod discovery_docker;
 mod discovery_file;
+mod docs;
 mod doctor;
 mod firewall;
 mod faults;

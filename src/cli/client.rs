@@ -1,0 +1,117 @@
+//! Asking the embassy that runs, by its API.
+
+use std::{fmt::Display, time::Duration};
+
+use anyhow::{Context, Result, anyhow, bail};
+use reqwest::Url;
+use serde::de::DeserializeOwned;
+
+use crate::{
+    admin::api::{Error, Page},
+    config::Admin,
+    source::SourceError,
+    tls,
+};
+
+/// Where the embassy is, and how its answer is printed.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct Asked {
+    /// Where the embassy's API is, as its own --admin says: ip:port or unix:///path
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9990")]
+    admin: Admin,
+
+    /// For machines
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+impl Asked {
+    pub(super) fn client(&self) -> Result<Client> {
+        Client::new(self.admin.clone())
+    }
+}
+
+/// The API of one embassy. Clones are the same.
+#[derive(Debug, Clone)]
+pub(super) struct Client {
+    http: reqwest::Client,
+    at: Admin,
+    base: Url,
+}
+
+/// How long an answer may take: an embassy that is here answers at once.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+impl Client {
+    fn new(at: Admin) -> Result<Self> {
+        tls::install_provider();
+        let http = reqwest::Client::builder().timeout(PATIENCE).no_proxy();
+        let (http, base) = match &at {
+            Admin::Tcp(address) => (http, format!("http://{address}")),
+            // The name means nothing: the socket is dialled.
+            Admin::Unix(path) => (http.unix_socket(path.clone()), "http://localhost".to_owned()),
+        };
+        Ok(Self { http: http.build().context("a client")?, base: base.parse()?, at })
+    }
+
+    /// The answer to a `GET`. An error that says where nobody answers, or what the API says is wrong.
+    pub(super) async fn get<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &[(&str, &str)],
+    ) -> Result<T> {
+        let mut url = self.base.clone();
+        url.set_path(path);
+        if !query.is_empty() {
+            url.query_pairs_mut().extend_pairs(query);
+        }
+        let answer = self.http.get(url).send().await.map_err(|error| self.nobody(&error))?;
+        let status = answer.status();
+        let body = answer.bytes().await.map_err(|error| self.nobody(&error))?;
+        if !status.is_success() {
+            match serde_json::from_slice::<Error>(&body) {
+                Ok(Error { error }) => bail!("{error}"),
+                Err(_) => bail!("{}{path}: {status}: is this an embassy?", self.at),
+            }
+        }
+        serde_json::from_slice(&body)
+            .with_context(|| format!("{}{path}: not an answer of this version's", self.at))
+    }
+
+    /// The whole of a list, of which the API gives a page at a time.
+    pub(super) async fn all<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &[(&str, &str)],
+    ) -> Result<Vec<T>> {
+        let mut all = Vec::new();
+        loop {
+            let offset = all.len().to_string();
+            let place = [("offset", offset.as_str()), ("limit", "1000")];
+            let page: Page<T> = self.get(path, &[query, &place].concat()).await?;
+            let end = page.items.is_empty();
+            all.extend(page.items);
+            if end || all.len() >= page.total {
+                return Ok(all);
+            }
+        }
+    }
+
+    fn nobody(&self, error: &reqwest::Error) -> anyhow::Error {
+        // The whole chain: what is wrong stands at its end.
+        let reason = SourceError::caused("no embassy answers", error);
+        anyhow!("{reason}\nIs it running, and is its API at {}? --admin says where", self.at)
+    }
+}
+
+/// Those of `pairs` that were given.
+pub(super) fn given<'a>(pairs: &[(&'a str, Option<&'a str>)]) -> Vec<(&'a str, &'a str)> {
+    pairs.iter().filter_map(|(name, value)| Some((*name, (*value)?))).collect()
+}
+
+/// `n thing`, `n things`.
+pub(super) fn count(n: impl Display, one: &str, many: &str) -> String {
+    let n = n.to_string();
+    let word = if n == "1" { one } else { many };
+    format!("{n} {word}")
+}

@@ -1,0 +1,142 @@
+//! `embassy explain`: from symptom to cause.
+
+use std::fmt::Write;
+
+use anyhow::Result;
+
+use super::{
+    Answer,
+    client::Asked,
+    ps,
+    table::{age, printable},
+};
+use crate::{admin::api, model::Port};
+
+/// Explain why a consumer's connections on a port go where they go: exit 1 where the next one would be refused
+#[derive(Debug, clap::Args)]
+pub(super) struct Explain {
+    #[command(flatten)]
+    asked: Asked,
+
+    /// Who dials: a container's name, the start of its ID, or an address of its
+    #[arg(value_name = "CONTAINER")]
+    consumer: String,
+
+    /// The port that it dials
+    #[arg(value_name = "PORT")]
+    port: Port,
+}
+
+impl Explain {
+    pub(super) async fn run(self) -> Result<Answer> {
+        let client = self.asked.client()?;
+        let port = self.port.to_string();
+        let query = [("consumer", self.consumer.as_str()), ("port", port.as_str())];
+        let explain: api::Explain = client.get("/v1/explain", &query).await?;
+        let goes = explain.verdict != "broken";
+        if self.asked.json {
+            Answer::json(&explain, goes)
+        } else {
+            Ok(Answer::new(text(&explain), goes))
+        }
+    }
+}
+
+fn text(explain: &api::Explain) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = write(&mut out, explain);
+    out
+}
+
+fn write(out: &mut String, explain: &api::Explain) -> std::fmt::Result {
+    let mut findings = explain.findings.iter();
+    let first = findings.next().map_or("", String::as_str);
+    let verdict = match explain.verdict.as_str() {
+        "broken" => "BROKEN",
+        verdict => verdict,
+    };
+    writeln!(out, "{verdict}: {}", printable(first))?;
+    for finding in findings {
+        writeln!(out, "  {}", printable(finding))?;
+    }
+    writeln!(out)?;
+    for consumer in &explain.consumers {
+        let id = consumer.id.get(..12).unwrap_or(&consumer.id);
+        let addresses = consumer.addresses.join(" ");
+        let ports: Vec<_> = consumer.ports.iter().map(ToString::to_string).collect();
+        let ports = if ports.is_empty() { "none".to_owned() } else { ports.join(" ") };
+        let name = printable(&consumer.name);
+        writeln!(out, "consumer   {name} ({id}) at {addresses}; ports with a route: {ports}")?;
+    }
+    for binding in &explain.bindings {
+        let query = binding.query.as_ref().map_or("", |query| query.name.as_str());
+        let origin = format!("{} {query}: {}", binding.origin, binding.state);
+        let why = binding.reasons.iter().map(|reason| format!("; {reason}"));
+        writeln!(out, "declared   {}", printable(&(origin + &why.collect::<String>())))?;
+    }
+    let captured = match explain.captured {
+        Some(true) => "yes",
+        Some(false) => "no",
+        None => "as your own rules decide",
+    };
+    writeln!(out, "captured   {captured}")?;
+    if let Some(source) = &explain.source {
+        let seconds =
+            |seconds: Option<f64>| seconds.map_or("never".to_owned(), |s| age(s) + " ago");
+        let (confirmed, changed) = (seconds(source.age_seconds), seconds(source.changed_seconds));
+        let said = format!(
+            "{} is {}; confirmed {confirmed}, changed {changed}",
+            source.name, source.state
+        );
+        writeln!(out, "source     {}", printable(&said))?;
+    }
+    for route in &explain.routes {
+        if let Some(error) = &route.figures.last_error {
+            let said = format!("{} ({} ago)", error.text, age(error.age_seconds));
+            writeln!(out, "last error {}", printable(&said))?;
+        }
+    }
+    if let Some(next) = &explain.next {
+        writeln!(out, "next       {next}")?;
+    }
+    if !explain.endpoints.is_empty() {
+        write!(out, "\n{}", ps::endpoints(&explain.endpoints))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verdict_and_its_cause_come_first() {
+        let explain = api::Explain {
+            consumer: "app".into(),
+            port: 81,
+            verdict: "broken".into(),
+            findings: vec!["Port 81 is not declared.".into(), "And another thing.".into()],
+            consumers: vec![api::ExplainConsumer {
+                name: "app".into(),
+                id: "0123456789abcdef".into(),
+                addresses: vec!["172.17.0.2".into()],
+                ports: vec![80],
+            }],
+            bindings: vec![],
+            routes: vec![],
+            captured: Some(false),
+            source: None,
+            endpoints: vec![],
+            next: None,
+        };
+        let expected = "\
+BROKEN: Port 81 is not declared.
+  And another thing.
+
+consumer   app (0123456789ab) at 172.17.0.2; ports with a route: 80
+captured   no
+";
+        assert_eq!(text(&explain), expected);
+    }
+}

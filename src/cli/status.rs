@@ -1,0 +1,260 @@
+//! `embassy status`: what the embassy does, and whether it is well.
+
+use std::fmt::Write;
+
+use anyhow::Result;
+
+use super::{
+    Answer,
+    client::{Asked, count},
+    table::{age, bytes, printable},
+};
+use crate::admin::api;
+
+/// Show what the embassy does, and whether it is well: exit 1 where it is not ready
+#[derive(Debug, clap::Args)]
+pub(super) struct Status {
+    #[command(flatten)]
+    asked: Asked,
+}
+
+impl Status {
+    pub(super) async fn run(self) -> Result<Answer> {
+        let client = self.asked.client()?;
+        let status: api::Status = client.get("/v1/status", &[]).await?;
+        if self.asked.json {
+            return Answer::json(&status, status.ready);
+        }
+        let down: Vec<api::Source> = client.all("/v1/sources", &[("state", "down")]).await?;
+        let problems: Vec<api::Binding> =
+            client.all("/v1/bindings", &[("state", "problem")]).await?;
+        Ok(Answer::new(text(&status, &down, &problems), status.ready))
+    }
+}
+
+fn text(status: &api::Status, down: &[api::Source], problems: &[api::Binding]) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = write(&mut out, status, down, problems);
+    out
+}
+
+fn write(
+    out: &mut String,
+    status: &api::Status,
+    down: &[api::Source],
+    problems: &[api::Binding],
+) -> std::fmt::Result {
+    let api::Status { version, pid, uptime_seconds, .. } = status;
+    let up = age(*uptime_seconds);
+    match status.ready {
+        true => writeln!(out, "ready: embassy {version}, process {pid}, up {up}")?,
+        false => writeln!(out, "NOT READY: embassy {version}, process {pid}, up {up}")?,
+    }
+    for api::Waiting { part, seconds, sources } in &status.waiting_for {
+        let whom = sources.join(", ");
+        let whom = if whom.is_empty() { whom } else { format!(" from {whom}") };
+        writeln!(out, "  waits for {part}{} since {}", printable(&whom), age(*seconds))?;
+    }
+
+    let capture = &status.capture;
+    let firewall = capture.firewall.as_deref().unwrap_or("nothing yet");
+    match (capture.mode.as_str(), capture.in_place) {
+        ("none", _) => writeln!(out, "capture      by rules of your own")?,
+        (mode, true) => writeln!(out, "capture      {mode} by {firewall}, in place")?,
+        (mode, false) => writeln!(out, "capture      {mode} by {firewall}, NOT IN PLACE")?,
+    }
+    if let Some(error) = &capture.error {
+        writeln!(out, "  cannot be written: {}", printable(error))?;
+    }
+    if let Some(last) = &capture.last_restored {
+        let missing = printable(&last.text);
+        let times = count(capture.restored.values().sum::<u64>(), "time", "times");
+        writeln!(out, "  put back {times}, last {} ago: {missing}", age(last.age_seconds))?;
+    }
+    for barrier in &capture.barriers {
+        writeln!(out, "  MAY BE DROPPED: {}", printable(barrier))?;
+    }
+    writeln!(out, "listens      {}", status.listeners.join(" "))?;
+    match status.vips.as_slice() {
+        [] => {
+            writeln!(out, "VIPs         none: nothing can be captured; name one with --proxy-ip")?
+        }
+        vips => writeln!(out, "VIPs         {}", vips.join(" "))?,
+    }
+
+    write!(
+        out,
+        "routes       {} of {}",
+        status.routes,
+        count(status.consumers, "consumer", "consumers")
+    )?;
+    match status.routes_without_endpoint {
+        0 => writeln!(out)?,
+        without => writeln!(out, ", {without} WITHOUT ENDPOINT")?,
+    }
+    write!(out, "endpoints    {}", status.endpoints)?;
+    if status.endpoints_ejected > 0 {
+        write!(out, ", {} ejected", status.endpoints_ejected)?;
+    }
+    if status.endpoints_drained > 0 {
+        write!(out, ", {} drained", status.endpoints_drained)?;
+    }
+    writeln!(out)?;
+    writeln!(out, "sources      {}, {} down", status.sources, status.sources_down)?;
+    for source in down {
+        let (name, error) = (&source.name, source.error.as_deref().unwrap_or("no answer"));
+        let known = source.age_seconds.map_or("nothing is known of it".to_owned(), |seconds| {
+            format!("what it said {} ago is in use", age(seconds))
+        });
+        writeln!(out, "  {}", printable(&format!("{name}: {error}; {known}")))?;
+    }
+    if !problems.is_empty() {
+        writeln!(out, "problems     {}", problems.len())?;
+    }
+    for api::Binding { consumer, origin, reasons, .. } in problems {
+        writeln!(out, "  {}", printable(&format!("{consumer} {origin}: {}", reasons.join("; "))))?;
+    }
+
+    let api::Connections { active, limit, held, started, bytes_up, bytes_down, .. } =
+        &status.connections;
+    write!(out, "connections  {active} open of {limit}")?;
+    if *held > 0 {
+        write!(out, ", {held} held")?;
+    }
+    writeln!(
+        out,
+        "; {started} since the start, {} up, {} down",
+        bytes(*bytes_up),
+        bytes(*bytes_down)
+    )?;
+    let ended = status.connections.ended.iter();
+    let ended: Vec<_> = ended.map(|(outcome, count)| format!("{outcome} {count}")).collect();
+    if !ended.is_empty() {
+        writeln!(out, "  ended: {}", ended.join(", "))?;
+    }
+    let connect = &status.connections.connect;
+    if let (Some(half), Some(most)) = (connect.p50_seconds, connect.p99_seconds) {
+        let (half, most) = (age(half), age(most));
+        writeln!(out, "  to connect: half within {half}, 99 of 100 within {most}")?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A status as the API gives it.
+    pub(in crate::cli) fn status() -> api::Status {
+        let latency = api::Latency {
+            count: 9,
+            sum_seconds: 0.1,
+            p50_seconds: Some(0.002),
+            p99_seconds: Some(0.05),
+        };
+        api::Status {
+            version: "1.2.3".into(),
+            pid: 7,
+            uptime_seconds: 600.0,
+            ready: true,
+            waiting_for: vec![],
+            may_change: false,
+            listeners: vec!["0.0.0.0:9999".into()],
+            vips: vec!["172.17.0.1".into()],
+            table_version: 3,
+            consumers: 1,
+            routes: 2,
+            routes_without_endpoint: 0,
+            endpoints: 4,
+            endpoints_ejected: 1,
+            endpoints_drained: 0,
+            problems: 0,
+            sources: 2,
+            sources_down: 0,
+            connections: api::Connections {
+                active: 5,
+                limit: 9744,
+                held: 0,
+                started: 100,
+                ended: [("closed".to_owned(), 95)].into(),
+                bytes_up: 1000,
+                bytes_down: 2_500_000,
+                connect: latency,
+            },
+            capture: api::Capture {
+                mode: "dnat".into(),
+                scope: "declared".into(),
+                firewall: Some("nft".into()),
+                in_place: true,
+                restored: Default::default(),
+                last_restored: None,
+                failures: 0,
+                error: None,
+                barriers: vec![],
+            },
+            host: api::Host {
+                conntrack_entries: None,
+                conntrack_limit: None,
+                descriptors: None,
+                descriptors_limit: None,
+                resident_bytes: None,
+                cpu_seconds: None,
+            },
+        }
+    }
+
+    #[test]
+    fn all_is_well() {
+        let expected = "\
+ready: embassy 1.2.3, process 7, up 10 min
+capture      dnat by nft, in place
+listens      0.0.0.0:9999
+VIPs         172.17.0.1
+routes       2 of 1 consumer
+endpoints    4, 1 ejected
+sources      2, 0 down
+connections  5 open of 9744; 100 since the start, 1.0 kB up, 2.5 MB down
+  ended: closed 95
+  to connect: half within 2 ms, 99 of 100 within 50 ms
+";
+        assert_eq!(text(&status(), &[], &[]), expected);
+    }
+
+    #[test]
+    fn what_is_wrong_stands_out() {
+        let mut status = status();
+        status.ready = false;
+        status.waiting_for = vec![api::Waiting {
+            part: "discovery".into(),
+            seconds: 3.0,
+            sources: vec!["consul web".into()],
+        }];
+        status.capture.in_place = false;
+        status.capture.error = Some("no nft".into());
+        status.vips.clear();
+        status.routes_without_endpoint = 2;
+        let down = api::Source {
+            name: "consul web".into(),
+            kind: "consul".into(),
+            state: "down".into(),
+            age_seconds: None,
+            changed_seconds: None,
+            answers: 0,
+            failures: 4,
+            error: Some("refused".into()),
+            items: 0,
+            skipped: vec![],
+        };
+        let text = text(&status, &[down], &[]);
+        for line in [
+            "NOT READY: embassy 1.2.3, process 7, up 10 min\n  waits for discovery from consul web since 3 s\n",
+            "capture      dnat by nft, NOT IN PLACE\n  cannot be written: no nft\n",
+            "VIPs         none: nothing can be captured",
+            "routes       2 of 1 consumer, 2 WITHOUT ENDPOINT\n",
+            "  consul web: refused; nothing is known of it\n",
+        ] {
+            assert!(text.contains(line), "{line:?} in {text}");
+        }
+    }
+}

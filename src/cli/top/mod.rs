@@ -1,0 +1,135 @@
+//! `embassy top`: the live screen.
+
+use std::{
+    io::IsTerminal,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use ratatui::{
+    DefaultTerminal,
+    crossterm::event::{self, Event, KeyEventKind},
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+    time::{MissedTickBehavior, interval, sleep},
+};
+
+use super::{
+    Answer,
+    client::{Asked, Client},
+};
+use crate::{admin::api, config};
+use screen::{Next, Screen};
+use snapshot::Snapshot;
+
+mod screen;
+mod snapshot;
+
+/// Watch routes and endpoints live: connections, errors and bytes each second
+#[derive(Debug, clap::Args)]
+pub(super) struct Top {
+    #[command(flatten)]
+    asked: Asked,
+
+    /// Between two looks, such as 500ms or 2s
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = config::duration)]
+    interval: Duration,
+}
+
+impl Top {
+    pub(super) async fn run(self) -> Result<Answer> {
+        let client = self.asked.client()?;
+        // 0 would be no time in which anything can happen.
+        let pause = self.interval.max(Duration::from_millis(100));
+        if self.asked.json {
+            let before = look(&client).await?;
+            sleep(pause).await;
+            let now = look(&client).await?;
+            return Answer::json(&now.since(Some(&before)), true);
+        }
+        if !std::io::stdout().is_terminal() {
+            bail!("top needs a terminal: `embassy ps` prints the same once");
+        }
+        // An embassy that is not there is told as by any other command.
+        let first = look(&client).await?;
+        // From here on until it is dropped the terminal is ours; a panic gives it back too (ratatui's hook).
+        let terminal = ratatui::try_init().context("the terminal")?;
+        let _restore = Restore;
+        watch(terminal, client, Screen::new(first), pause).await?;
+        Ok(Answer::yes(String::new()))
+    }
+}
+
+/// Gives the terminal back, on every way out.
+struct Restore;
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        ratatui::restore();
+    }
+}
+
+async fn watch(
+    mut terminal: DefaultTerminal,
+    client: Client,
+    mut screen: Screen,
+    pause: Duration,
+) -> Result<()> {
+    let mut keys = keys();
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
+    let (seen, mut looks) = mpsc::channel(1);
+    // A look of its own, so that an embassy that hangs does not hold up the keys.
+    let looking = tokio::spawn(async move {
+        let mut clock = interval(pause);
+        clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            clock.tick().await;
+            if seen.send(look(&client).await).await.is_err() {
+                return;
+            }
+        }
+    });
+    loop {
+        terminal.draw(|frame| screen.draw(frame)).context("the terminal")?;
+        tokio::select! {
+            Some(look) = looks.recv() => screen.seen(look),
+            key = keys.recv() => match key {
+                Some(Event::Key(key)) if key.kind == KeyEventKind::Press => {
+                    if screen.press(key) == Next::Quit { break }
+                }
+                // Another size, which the next drawing meets.
+                Some(_) => {}
+                None => break,
+            },
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => break,
+        }
+    }
+    looking.abort();
+    Ok(())
+}
+
+/// What is typed. Reading a terminal blocks: a thread of its own does, and ends with the process.
+fn keys() -> mpsc::Receiver<Event> {
+    let (typed, keys) = mpsc::channel(16);
+    std::thread::spawn(move || {
+        while let Ok(event) = event::read() {
+            if typed.blocking_send(event).is_err() {
+                return;
+            }
+        }
+    });
+    keys
+}
+
+async fn look(client: &Client) -> Result<Snapshot> {
+    let status: api::Status = client.get("/v1/status", &[]).await?;
+    let routes = client.all("/v1/routes", &[]).await?;
+    let endpoints = client.all("/v1/endpoints", &[]).await?;
+    Ok(Snapshot { at: Instant::now(), status, routes, endpoints })
+}

@@ -1,0 +1,462 @@
+//! What the screen shows, and what keys do to it. It reads no terminal and asks nobody.
+
+use std::cmp::Reverse;
+
+use anyhow::Result;
+use ratatui::{
+    Frame,
+    crossterm::event::{KeyCode, KeyEvent, KeyModifiers},
+    layout::{Constraint, Layout},
+    style::{Modifier, Style},
+    text::{Line, Span},
+    widgets::{Paragraph, Row, Table},
+};
+
+use super::{
+    super::table::{age, bytes, printable},
+    snapshot::{Rates, Seen, Snapshot, With},
+};
+use crate::admin::api::{Endpoint, Figures, Route};
+
+/// What a key leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    Stay,
+    Quit,
+}
+
+/// What the rows are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum View {
+    Routes,
+    Endpoints,
+}
+
+/// What comes first: most of this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sort {
+    Active,
+    Rate,
+    Errors,
+    Bytes,
+    Name,
+}
+
+impl Sort {
+    const ALL: [Self; 5] = [Self::Active, Self::Rate, Self::Errors, Self::Bytes, Self::Name];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Rate => "connections/s",
+            Self::Errors => "errors/s",
+            Self::Bytes => "bytes/s",
+            Self::Name => "name",
+        }
+    }
+
+    fn next(self) -> Self {
+        let place = Self::ALL.iter().position(|sort| *sort == self).unwrap_or_default();
+        Self::ALL[(place + 1) % Self::ALL.len()]
+    }
+
+    /// The more, the earlier. Rates to the thousandth, so that they have an order.
+    fn key(self, figures: &Figures, rates: &Rates) -> u64 {
+        let thousandths = |rate: f64| (rate * 1e3) as u64;
+        match self {
+            Self::Active => figures.active,
+            Self::Rate => thousandths(rates.started_per_second),
+            Self::Errors => thousandths(rates.errors_per_second),
+            Self::Bytes => thousandths(rates.bytes_up_per_second + rates.bytes_down_per_second),
+            Self::Name => 0,
+        }
+    }
+}
+
+/// The whole screen.
+#[derive(Debug)]
+pub(super) struct Screen {
+    last: Snapshot,
+    seen: Seen,
+    /// Why the figures are old.
+    error: Option<String>,
+    view: View,
+    sort: Sort,
+    /// Only rows with this text.
+    filter: String,
+    /// Whether keys are of the filter.
+    typing: bool,
+    /// Rows above the first that is shown.
+    above: usize,
+}
+
+impl Screen {
+    pub(super) fn new(first: Snapshot) -> Self {
+        Self {
+            seen: first.since(None),
+            last: first,
+            error: None,
+            view: View::Routes,
+            sort: Sort::Active,
+            filter: String::new(),
+            typing: false,
+            above: 0,
+        }
+    }
+
+    /// Takes what was seen now. Where nothing could be, the last figures stay, and it is said.
+    pub(super) fn seen(&mut self, look: Result<Snapshot>) {
+        match look {
+            Ok(now) => {
+                self.seen = now.since(Some(&self.last));
+                self.last = now;
+                self.error = None;
+            }
+            Err(error) => {
+                let text = format!("{error:#}");
+                self.error = text.lines().next().map(printable);
+            }
+        }
+    }
+
+    pub(super) fn press(&mut self, key: KeyEvent) -> Next {
+        if key.modifiers.contains(KeyModifiers::CONTROL) && key.code == KeyCode::Char('c') {
+            return Next::Quit;
+        }
+        if self.typing {
+            match key.code {
+                KeyCode::Enter => self.typing = false,
+                KeyCode::Esc => {
+                    self.typing = false;
+                    self.filter.clear();
+                }
+                KeyCode::Backspace => drop(self.filter.pop()),
+                KeyCode::Char(c) => self.filter.push(c),
+                _ => {}
+            }
+            self.above = 0;
+            return Next::Stay;
+        }
+        match key.code {
+            KeyCode::Char('q') | KeyCode::Esc => return Next::Quit,
+            KeyCode::Char('s') => self.sort = self.sort.next(),
+            KeyCode::Char('e') | KeyCode::Tab => {
+                self.above = 0;
+                self.view = match self.view {
+                    View::Routes => View::Endpoints,
+                    View::Endpoints => View::Routes,
+                };
+            }
+            KeyCode::Char('/') => self.typing = true,
+            KeyCode::Down | KeyCode::Char('j') => self.above += 1,
+            KeyCode::Up | KeyCode::Char('k') => self.above = self.above.saturating_sub(1),
+            KeyCode::PageDown => self.above += 20,
+            KeyCode::PageUp => self.above = self.above.saturating_sub(20),
+            KeyCode::Home => self.above = 0,
+            _ => {}
+        }
+        Next::Stay
+    }
+
+    pub(super) fn draw(&mut self, frame: &mut Frame<'_>) {
+        let [head, body, foot] =
+            Layout::vertical([Constraint::Length(3), Constraint::Min(0), Constraint::Length(1)])
+                .areas(frame.area());
+        frame.render_widget(Paragraph::new(self.head()), head);
+        let (names, widths, rows) = match self.view {
+            View::Routes => (&ROUTES[..], &ROUTE_WIDTHS[..], self.routes()),
+            View::Endpoints => (&ENDPOINTS[..], &ENDPOINT_WIDTHS[..], self.endpoints()),
+        };
+        // The last row can be the first that is shown, and nothing beyond it.
+        self.above = self.above.min(rows.len().saturating_sub(1));
+        let bold = Style::new().add_modifier(Modifier::BOLD);
+        let rows = rows.into_iter().skip(self.above).map(Row::new);
+        let table = Table::new(rows, widths).header(Row::new(names.to_vec()).style(bold));
+        frame.render_widget(table, body);
+        frame.render_widget(Paragraph::new(self.foot()), foot);
+    }
+
+    fn head(&self) -> Vec<Line<'static>> {
+        let status = &self.seen.status;
+        let capture = &status.capture;
+        let bad = Style::new().add_modifier(Modifier::REVERSED);
+        let ready = if status.ready { Span::raw("ready") } else { Span::styled("NOT READY", bad) };
+        let captured = match (capture.mode.as_str(), capture.in_place) {
+            ("none", _) => Span::raw("your own rules capture"),
+            (mode, true) => Span::raw(format!("{mode} in place")),
+            (mode, false) => Span::styled(format!("{mode} NOT IN PLACE"), bad),
+        };
+        let sources = match status.sources_down {
+            0 => Span::raw(format!("{} sources up", status.sources)),
+            down => Span::styled(format!("{down} of {} sources DOWN", status.sources), bad),
+        };
+        let up = age(status.uptime_seconds);
+        let gap = || Span::raw("  ");
+        let all = &self.seen.all;
+        let p99 = status.connections.connect.p99_seconds.map_or("-".to_owned(), age);
+        let figures = format!(
+            "{} open  {:.1} connections/s  {:.1} errors/s  {}/s up  {}/s down  connect {p99}",
+            status.connections.active,
+            all.started_per_second,
+            all.errors_per_second,
+            rate(all.bytes_up_per_second),
+            rate(all.bytes_down_per_second),
+        );
+        let version = Span::raw(format!("embassy {}, up {up}", status.version));
+        let first = vec![version, gap(), ready, gap(), captured, gap(), sources];
+        let error = match &self.error {
+            Some(error) => Span::styled(format!("old figures: {error}"), bad),
+            None => Span::raw(String::new()),
+        };
+        vec![Line::from(first), Line::from(figures), Line::from(error)]
+    }
+
+    fn foot(&self) -> String {
+        if self.typing {
+            return format!("only with: {}_  (Enter keeps, Esc drops it)", printable(&self.filter));
+        }
+        let other = match self.view {
+            View::Routes => "endpoints",
+            View::Endpoints => "routes",
+        };
+        let filter = match self.filter.as_str() {
+            "" => "/ filter".to_owned(),
+            text => format!("/ filter: {}", printable(text)),
+        };
+        format!("q quit  s sort: {}  e {other}  {filter}  up/down scroll", self.sort.name())
+    }
+
+    fn routes(&self) -> Vec<Vec<String>> {
+        let row = |With { entry, rates }: &With<Route>| {
+            let usable = entry.endpoints - (entry.ejected + entry.drained).min(entry.endpoints);
+            let named = [
+                entry.consumer.clone(),
+                format!("{}:{}", entry.address, entry.port),
+                entry.query.name.clone(),
+                entry.state.clone(),
+                format!("{usable}/{}", entry.endpoints),
+            ];
+            named.into_iter().chain(cells(&entry.figures, rates)).collect()
+        };
+        self.rows(&self.seen.routes, |with| &with.entry.figures, row)
+    }
+
+    fn endpoints(&self) -> Vec<Vec<String>> {
+        let row = |With { entry, rates }: &With<Endpoint>| {
+            let named = [
+                format!("{} {}", entry.discovery, entry.service),
+                entry.endpoint.clone(),
+                entry.health.state.clone(),
+            ];
+            named.into_iter().chain(cells(&entry.figures, rates)).collect()
+        };
+        self.rows(&self.seen.endpoints, |with| &with.entry.figures, row)
+    }
+
+    fn rows<T>(
+        &self,
+        all: &[With<T>],
+        figures: impl Fn(&With<T>) -> &Figures,
+        row: impl Fn(&With<T>) -> Vec<String>,
+    ) -> Vec<Vec<String>> {
+        let mut sorted: Vec<_> = all.iter().collect();
+        // Stable: those with as much stay in the API's order.
+        sorted.sort_by_key(|with| Reverse(self.sort.key(figures(with), &with.rates)));
+        let rows = sorted
+            .into_iter()
+            .map(|with| row(with).iter().map(|cell| printable(cell)).collect::<Vec<_>>());
+        let wanted = self.filter.to_lowercase();
+        rows.filter(|row| row.iter().any(|cell| cell.to_lowercase().contains(&wanted))).collect()
+    }
+}
+
+const ROUTES: [&str; 10] = [
+    "CONSUMER",
+    "FROM",
+    "SERVICE",
+    "STATE",
+    "ENDPOINTS",
+    "ACTIVE",
+    "CONN/S",
+    "ERR/S",
+    "UP/S",
+    "DOWN/S",
+];
+const ROUTE_WIDTHS: [Constraint; 10] = [
+    Constraint::Fill(2),
+    Constraint::Length(22),
+    Constraint::Fill(3),
+    Constraint::Length(11),
+    Constraint::Length(9),
+    Constraint::Length(7),
+    Constraint::Length(7),
+    Constraint::Length(6),
+    Constraint::Length(9),
+    Constraint::Length(9),
+];
+const ENDPOINTS: [&str; 8] =
+    ["SERVICE", "ENDPOINT", "STATE", "ACTIVE", "CONN/S", "ERR/S", "UP/S", "DOWN/S"];
+const ENDPOINT_WIDTHS: [Constraint; 8] = [
+    Constraint::Fill(3),
+    Constraint::Fill(2),
+    Constraint::Length(9),
+    Constraint::Length(7),
+    Constraint::Length(7),
+    Constraint::Length(6),
+    Constraint::Length(9),
+    Constraint::Length(9),
+];
+
+fn cells(figures: &Figures, rates: &Rates) -> [String; 5] {
+    [
+        figures.active.to_string(),
+        format!("{:.1}", rates.started_per_second),
+        format!("{:.1}", rates.errors_per_second),
+        rate(rates.bytes_up_per_second),
+        rate(rates.bytes_down_per_second),
+    ]
+}
+
+/// Bytes of a second, which are few enough for a whole number.
+fn rate(of_a_second: f64) -> String {
+    bytes(of_a_second as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use anyhow::anyhow;
+    use ratatui::{Terminal, backend::TestBackend};
+
+    use super::*;
+    use crate::{
+        admin::api::{Latency, Query},
+        cli::status::tests::status,
+    };
+
+    fn route(consumer: &str, active: u64, started: u64) -> Route {
+        Route {
+            consumer: consumer.into(),
+            consumer_id: format!("id-of-{consumer}"),
+            address: "172.17.0.2".into(),
+            port: 6379,
+            origin: "BACKEND_REDIS".into(),
+            query: Query {
+                name: "consul redis".into(),
+                discovery: "consul".into(),
+                service: "redis".into(),
+                tags: vec![],
+                datacentre: None,
+            },
+            balance: "rr".into(),
+            state: "ok".into(),
+            endpoints: 3,
+            ejected: 1,
+            drained: 0,
+            figures: Figures {
+                active,
+                started,
+                ended: Default::default(),
+                bytes_up: 0,
+                bytes_down: started * 1000,
+                connect: Latency {
+                    count: 0,
+                    sum_seconds: 0.0,
+                    p50_seconds: None,
+                    p99_seconds: None,
+                },
+                retries: 0,
+                last_error: None,
+            },
+        }
+    }
+
+    fn snapshot(at: Instant, routes: Vec<Route>) -> Snapshot {
+        Snapshot { at, status: status(), routes, endpoints: vec![] }
+    }
+
+    /// One in which `quiet` holds most connections, and `busy` opens 7 a second.
+    fn screen() -> Screen {
+        let start = Instant::now();
+        let mut screen =
+            Screen::new(snapshot(start, vec![route("busy", 1, 10), route("quiet", 9, 9)]));
+        let later = start + Duration::from_secs(2);
+        screen.seen(Ok(snapshot(later, vec![route("busy", 1, 24), route("quiet", 9, 9)])));
+        screen
+    }
+
+    fn drawn(screen: &mut Screen) -> String {
+        let mut terminal = Terminal::new(TestBackend::new(120, 8)).unwrap();
+        terminal.draw(|frame| screen.draw(frame)).unwrap();
+        let cells = terminal.backend().buffer().content();
+        let line = |cells: &[ratatui::buffer::Cell]| {
+            cells.iter().map(|cell| cell.symbol()).collect::<String>().trim_end().to_owned()
+        };
+        cells.chunks(120).map(line).collect::<Vec<_>>().join("\n")
+    }
+
+    fn press(screen: &mut Screen, keys: &str) -> Next {
+        keys.chars().fold(Next::Stay, |_, key| screen.press(KeyEvent::from(KeyCode::Char(key))))
+    }
+
+    #[test]
+    fn figures_of_each_second_stand_beside_those_of_now() {
+        let text = drawn(&mut screen());
+        for part in [
+            "embassy 1.2.3, up 10 min  ready  dnat in place  2 sources up",
+            "5 open  0.0 connections/s",
+            "172.17.0.2:6379        consul redis",
+            "ok          2/3       1       7.0     0.0    0 B       7.0 kB",
+            "q quit  s sort: active  e endpoints  / filter",
+        ] {
+            assert!(text.contains(part), "{part:?} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn keys_sort_filter_and_quit() {
+        let mut screen = screen();
+        let order = |screen: &mut Screen| {
+            let text = drawn(screen);
+            [text.find("\nquiet"), text.find("\nbusy")]
+        };
+        assert!(order(&mut screen)[0] < order(&mut screen)[1]);
+        assert_eq!(press(&mut screen, "s"), Next::Stay);
+        assert!(order(&mut screen)[0] > order(&mut screen)[1]);
+        // In the filter, keys are letters.
+        assert_eq!(press(&mut screen, "/q"), Next::Stay);
+        assert_eq!(order(&mut screen)[1], None);
+        screen.press(KeyEvent::from(KeyCode::Esc));
+        assert!(order(&mut screen)[1].is_some());
+        assert_eq!(press(&mut screen, "q"), Next::Quit);
+    }
+
+    #[test]
+    fn scrolling_ends_at_the_last_row() {
+        let mut screen = screen();
+        press(&mut screen, "jjjjjj");
+        let text = drawn(&mut screen);
+        assert!(text.contains("\nbusy") && !text.contains("\nquiet"), "{text}");
+        press(&mut screen, "k");
+        assert!(drawn(&mut screen).contains("\nquiet"));
+    }
+
+    #[test]
+    fn an_embassy_that_went_away_is_told_and_the_last_figures_stay() {
+        let mut screen = screen();
+        screen.seen(Err(anyhow!("no embassy answers: refused\nIs it running?")));
+        let text = drawn(&mut screen);
+        assert!(text.contains("old figures: no embassy answers: refused\n"), "{text}");
+        assert!(text.contains("\nquiet"), "{text}");
+    }
+
+    #[test]
+    fn a_terminal_of_any_size_will_do() {
+        let mut screen = screen();
+        for (width, height) in [(1, 1), (3, 2), (20, 4), (400, 200)] {
+            let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
+            terminal.draw(|frame| screen.draw(frame)).unwrap();
+        }
+    }
+}

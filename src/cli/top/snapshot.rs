@@ -1,0 +1,155 @@
+//! What was seen at one moment, and what happened between two. Pure.
+
+use std::{collections::HashMap, time::Instant};
+
+use serde::Serialize;
+
+use super::super::ps::errors;
+use crate::admin::api::{Connections, Endpoint, Figures, Route, Status};
+
+/// Everything at one moment.
+#[derive(Debug, Clone)]
+pub(super) struct Snapshot {
+    pub(super) at: Instant,
+    pub(super) status: Status,
+    pub(super) routes: Vec<Route>,
+    pub(super) endpoints: Vec<Endpoint>,
+}
+
+/// A snapshot, and how much happened in each second since the one before.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Seen {
+    pub(super) status: Status,
+    /// Of everybody.
+    pub(super) all: Rates,
+    pub(super) routes: Vec<With<Route>>,
+    pub(super) endpoints: Vec<With<Endpoint>>,
+}
+
+/// An entry and its rates.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct With<T> {
+    #[serde(flatten)]
+    pub(super) entry: T,
+    #[serde(flatten)]
+    pub(super) rates: Rates,
+}
+
+/// What happened in each second.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub(super) struct Rates {
+    pub(super) started_per_second: f64,
+    pub(super) errors_per_second: f64,
+    pub(super) bytes_up_per_second: f64,
+    pub(super) bytes_down_per_second: f64,
+}
+
+/// Counts since something began.
+#[derive(Debug, Clone, Copy)]
+struct Counts {
+    started: u64,
+    errors: u64,
+    up: u64,
+    down: u64,
+}
+
+impl From<&Figures> for Counts {
+    fn from(figures: &Figures) -> Self {
+        Self {
+            started: figures.started,
+            errors: errors(figures),
+            up: figures.bytes_up,
+            down: figures.bytes_down,
+        }
+    }
+}
+
+impl From<&Connections> for Counts {
+    fn from(all: &Connections) -> Self {
+        use crate::outcome::Outcome;
+        let errors = Outcome::ALL.iter().filter(|outcome| outcome.is_error());
+        Self {
+            started: all.started,
+            errors: errors.filter_map(|outcome| all.ended.get(outcome.as_str())).sum(),
+            up: all.bytes_up,
+            down: all.bytes_down,
+        }
+    }
+}
+
+impl Rates {
+    /// Something that is new counts from now on: what it counted before was not within `seconds`.
+    fn between(before: Option<Counts>, now: Counts, seconds: f64) -> Self {
+        let Some(before) = before.filter(|_| seconds > 0.0) else { return Self::default() };
+        // One that counts from 0 again has been replaced.
+        let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
+        Self {
+            started_per_second: rate(now.started, before.started),
+            errors_per_second: rate(now.errors, before.errors),
+            bytes_up_per_second: rate(now.up, before.up),
+            bytes_down_per_second: rate(now.down, before.down),
+        }
+    }
+}
+
+impl Snapshot {
+    /// This one, and what happened since `before`.
+    pub(super) fn since(&self, before: Option<&Snapshot>) -> Seen {
+        let seconds =
+            before.map_or(0.0, |before| self.at.saturating_duration_since(before.at).as_secs_f64());
+        let route = |route: &Route| (route.consumer_id.clone(), route.address.clone(), route.port);
+        let endpoint = |endpoint: &Endpoint| {
+            let of = (endpoint.discovery.clone(), endpoint.datacentre.clone());
+            (of, endpoint.service.clone(), endpoint.endpoint.clone())
+        };
+        let routes = before.map(|before| &before.routes[..]).unwrap_or_default();
+        let routes: HashMap<_, _> =
+            routes.iter().map(|entry| (route(entry), Counts::from(&entry.figures))).collect();
+        let endpoints = before.map(|before| &before.endpoints[..]).unwrap_or_default();
+        let endpoints: HashMap<_, _> =
+            endpoints.iter().map(|entry| (endpoint(entry), Counts::from(&entry.figures))).collect();
+        let rates = |before: Option<&Counts>, figures: &Figures| {
+            Rates::between(before.copied(), Counts::from(figures), seconds)
+        };
+        Seen {
+            status: self.status.clone(),
+            all: Rates::between(
+                before.map(|before| Counts::from(&before.status.connections)),
+                Counts::from(&self.status.connections),
+                seconds,
+            ),
+            routes: {
+                let with = |entry: &Route| With {
+                    rates: rates(routes.get(&route(entry)), &entry.figures),
+                    entry: entry.clone(),
+                };
+                self.routes.iter().map(with).collect()
+            },
+            endpoints: {
+                let with = |entry: &Endpoint| With {
+                    rates: rates(endpoints.get(&endpoint(entry)), &entry.figures),
+                    entry: entry.clone(),
+                };
+                self.endpoints.iter().map(with).collect()
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(n: u64) -> Counts {
+        Counts { started: n, errors: 0, up: 10 * n, down: 100 * n }
+    }
+
+    #[test]
+    fn rates_are_of_each_second_and_never_negative() {
+        let rates = Rates::between(Some(counts(10)), counts(14), 2.0);
+        assert_eq!((rates.started_per_second, rates.bytes_down_per_second), (2.0, 200.0));
+        assert_eq!(Rates::between(Some(counts(10)), counts(3), 2.0), Rates::default());
+        assert_eq!(Rates::between(None, counts(3), 2.0), Rates::default());
+        assert_eq!(Rates::between(Some(counts(1)), counts(3), 0.0), Rates::default());
+    }
+}

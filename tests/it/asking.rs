@@ -1,0 +1,237 @@
+//! The commands that ask an embassy that runs.
+
+use std::{
+    io::{Read, Write},
+    process::{Child, Stdio},
+    sync::mpsc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use testbed::{Host, embassy_program};
+
+use crate::{
+    READY, WAIT,
+    commands::{json, run},
+    support::{ETCD, ends, offer, offer_at, reaches, web},
+};
+
+/// The lines that a command prints, in words; and its exit code.
+fn rows(host: &Host, words: &[&str]) -> Result<(Vec<Vec<String>>, Option<i32>)> {
+    let (text, code) = run(host, words)?;
+    let row = |line: &str| line.split_whitespace().map(str::to_owned).collect();
+    Ok((text.lines().map(row).collect(), code))
+}
+
+#[test]
+fn routes_are_listed_explained_and_waited_for() -> Result<()> {
+    let host = Host::start()?;
+    let (text, code) = run(&host, &["status"])?;
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("no embassy answers") && text.contains("127.0.0.1:9990"), "{text}");
+    assert_eq!(run(&host, &["wait", "/services/web", "--timeout=0"])?.1, Some(1));
+
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80");
+    let app = app.env("BACKEND_LATE", "/services/late;81").env("BACKEND_WRONG", "x");
+    let app = app.start()?;
+    let holder = host.client("holder").env("BACKEND_HANG", "/services/hang;82").start()?;
+    let hang = host.server("hang", ["hang"]).start()?;
+    offer(&host, "hang", hang.ip()?)?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let (text, code) = run(&host, &["wait", "/services/web", "/services/hang"])?;
+    assert_eq!((text.as_str(), code), ("/services/web, /services/hang: ready\n", Some(0)));
+    let (text, code) = run(&host, &["wait", "/services/nobody", "--timeout=0"])?;
+    assert_eq!(
+        (text.as_str(), code),
+        ("not ready: no container asks for /services/nobody\n", Some(1))
+    );
+
+    // What is, and what is wrong.
+    let (text, code) = run(&host, &["status"])?;
+    assert_eq!(code, Some(0), "{text}");
+    for part in
+        ["ready: embassy", "dnat by iptables, in place", "1 WITHOUT ENDPOINT", "BACKEND_WRONG"]
+    {
+        assert!(text.contains(part), "{part:?} in {text}");
+    }
+    assert_eq!(json(&host, &["status"])?["ready"], true);
+
+    // One command from symptom to cause.
+    for (consumer, port, code, beginning) in [
+        ("app", "80", 0, "ok: The next connection of app to port 80 goes to "),
+        ("app", "81", 1, "BROKEN: etcd /services/late has no endpoint"),
+        ("app", "83", 1, "BROKEN: Port 83 is not declared by app (declared: "),
+        ("nobody", "80", 1, "BROKEN: No running container that declares anything"),
+    ] {
+        let (text, status) = run(&host, &["explain", consumer, port])?;
+        assert!(text.starts_with(beginning), "{text}");
+        assert_eq!(status, Some(code), "{text}");
+    }
+    let explained = json(&host, &["explain", &app.ip()?.to_string(), "80"])?;
+    assert_eq!(explained["verdict"], "ok", "{explained:#}");
+    let (text, code) = run(&host, &["explain", "app", "0"])?;
+    assert_eq!(
+        (text.as_str(), code),
+        ("embassy: <PORT> \"0\": expected a port from 1 to 65535\n", Some(2))
+    );
+
+    // Who holds most connections.
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let mut held = Vec::new();
+    for n in 0..3 {
+        held.push(holder.spawn(&n.to_string(), ["testbed", "peer", "recv", "172.17.0.1:82"])?);
+    }
+    testbed::eventually(WAIT, "three connections to be listed", || {
+        let (rows, _) = rows(&host, &["ps", "--sort=active"])?;
+        let first = rows.get(1).context("no rows")?;
+        ensure!(first[0] == "holder" && first[7] == "3", "{rows:?}");
+        Ok(())
+    })?;
+    let (only, _) = rows(&host, &["ps", "--service=/services/late"])?;
+    assert_eq!((only.len(), only[1][5].as_str()), (2, "no_endpoint"), "{only:?}");
+    assert_eq!(json(&host, &["ps", "hold"])?.as_array().map(Vec::len), Some(1));
+
+    // An endpoint that gets nothing, and why. The other one was there first, and may be drawn before it.
+    offer_at(&host, "web", "192.168.13.77:80")?;
+    testbed::eventually(WAIT, "the dead endpoint to be skipped", || {
+        reaches(&app, "172.17.0.1:80", "web")?;
+        let (rows, _) = rows(&host, &["ps", "--endpoints", "--service=/services/web"])?;
+        let dead = rows.iter().find(|row| row.contains(&"192.168.13.77:80".to_owned()));
+        ensure!(dead.is_some_and(|row| row[3] == "ejected"), "{rows:?}");
+        Ok(())
+    })?;
+    let (text, code) = run(&host, &["explain", "app", "80"])?;
+    assert!(text.contains("192.168.13.77:80 is skipped for "), "{text}");
+    assert_eq!(code, Some(0), "{text}");
+
+    // Something comes while it is waited for.
+    ends(&app, "172.17.0.1:81", "reset")?;
+    let mut wait = host.embassy_command(["wait", "/services/late", "--consumer=app"])?.spawn()?;
+    offer(&host, "late", hang.ip()?)?;
+    assert!(wait.wait()?.success());
+    Ok(())
+}
+
+#[test]
+fn an_embassy_behind_a_socket_is_asked_there() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let _app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let at = "--admin=unix:///run/embassy.sock";
+    let embassy = host.embassy(["--dnat", ETCD, at])?;
+    let (text, code) = run(&host, &["wait", "/services/web", at])?;
+    assert_eq!(code, Some(0), "{text}\n{}", embassy.log());
+    assert_eq!(json(&host, &["ps", at])?[0]["consumer"], "app");
+    assert_eq!(run(&host, &["ps"])?.1, Some(1));
+    Ok(())
+}
+
+#[test]
+fn the_live_screen_comes_and_gives_the_terminal_back() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let seen = json(&host, &["top", "--interval=100ms"])?;
+    assert_eq!(seen["routes"][0]["consumer"], "app", "{seen:#}");
+    assert_eq!(seen["routes"][0]["started_per_second"], 0.0, "{seen:#}");
+    let (text, code) = run(&host, &["top"])?;
+    assert!(code == Some(1) && text.contains("top needs a terminal"), "{text}");
+
+    // By its key, and by a signal.
+    for by_key in [true, false] {
+        let mut terminal = Terminal::start(&host)?;
+        let pid = terminal.shows("pid ")?;
+        let pid: String = pid
+            .rsplit("pid ")
+            .next()
+            .unwrap_or("")
+            .chars()
+            .take_while(char::is_ascii_digit)
+            .collect();
+        terminal.shows("/services/web")?;
+        if by_key {
+            terminal.keys.write_all(b"q")?;
+        } else {
+            host.run("kill", [pid])?;
+        }
+        // The alternate screen was entered, and is left.
+        let all = terminal.shows("\u{1b}[?1049l")?;
+        assert!(all.contains("\u{1b}[?1049h"), "{all:?}");
+        assert!(terminal.child.wait()?.success());
+    }
+    Ok(())
+}
+
+/// `embassy top` in a terminal of its own.
+struct Terminal {
+    child: Child,
+    keys: std::process::ChildStdin,
+    screen: mpsc::Receiver<Vec<u8>>,
+    seen: Vec<u8>,
+}
+
+impl Terminal {
+    fn start(host: &Host) -> Result<Self> {
+        let program = embassy_program()?;
+        let shell = format!("stty rows 30 cols 120; echo pid $$; exec {} top", program.display());
+        let mut command = host.command("script");
+        command.args(["-qefc", &shell, "/dev/null"]).env("TERM", "xterm");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().context("run script")?;
+        let keys = child.stdin.take().context("no keys")?;
+        let mut out = child.stdout.take().context("no screen")?;
+        let (drawn, screen) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut some = [0; 4096];
+            while let Ok(n @ 1..) = out.read(&mut some) {
+                if drawn.send(some[..n].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self { child, keys, screen, seen: Vec::new() })
+    }
+
+    /// Waits until all that was written so far has `part`, and returns it.
+    fn shows(&mut self, part: &str) -> Result<String> {
+        loop {
+            let text = String::from_utf8_lossy(&self.seen).into_owned();
+            if text.contains(part) {
+                return Ok(text);
+            }
+            let more = self.screen.recv_timeout(Duration::from_secs(20));
+            self.seen.extend(more.with_context(|| format!("{part:?} in {text:?}"))?);
+        }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        // It has ended, where all went well.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What is printed for machines is what the API says.
+#[test]
+fn json_is_the_apis_own() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let _app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let api: Value = embassy.admin("/v1/routes")?.json()?;
+    let printed = json(&host, &["ps"])?;
+    let fields = |value: &Value| -> Vec<String> {
+        value.as_object().into_iter().flat_map(|object| object.keys().cloned()).collect()
+    };
+    assert_eq!(fields(&printed[0]), fields(&api["items"][0]));
+    Ok(())
+}
