@@ -1,10 +1,13 @@
 //! Which endpoint is next. Pure: the time comes in as an argument.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
 };
-use std::time::Duration;
 
 use crate::{counts::Counts, descriptor::Balance, model::Endpoint};
 
@@ -273,15 +276,11 @@ impl Rotation {
         let base = self.position.load(Relaxed);
         let turn = self.index(base);
         let (later, sooner) = self.order.split_at(turn);
-        let mut coming: Vec<_> = endpoints.into_iter().collect();
-        let mut order = Vec::with_capacity(coming.len());
-        for state in sooner.iter().chain(later) {
-            if let Some(at) = coming.iter().position(|s| s.endpoint == state.endpoint) {
-                order.push(coming.swap_remove(at));
-            }
-        }
-        coming.sort_by_key(|state| state.endpoint);
-        order.append(&mut coming);
+        let mut coming: BTreeMap<_, _> =
+            endpoints.into_iter().map(|state| (state.endpoint, state)).collect();
+        let staying = sooner.iter().chain(later).filter_map(|state| coming.remove(&state.endpoint));
+        let mut order: Vec<_> = staying.collect();
+        order.extend(coming.into_values());
         Self { position: self.position.clone(), base, order: order.into() }
     }
 
@@ -365,7 +364,7 @@ impl Rotation {
 #[cfg(test)]
 mod tests {
     use std::{
-        collections::{BTreeMap, BTreeSet},
+        collections::BTreeSet,
         net::{Ipv4Addr, SocketAddr},
     };
 

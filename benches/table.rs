@@ -1,0 +1,172 @@
+//! The two things that every new connection does with the table, and what a change of the table costs.
+//!
+//!     cargo bench --bench table
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    hint::black_box,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
+
+use divan::Bencher;
+use embassy::{
+    balance::{EndpointState, Millis, Rotation},
+    descriptor::Balance,
+    discovery::{CannotAsk, Endpoints, Query},
+    model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Port},
+    table::{Inputs, RouteKey, Table},
+};
+
+fn main() {
+    divan::main();
+}
+
+/// Bindings of each consumer.
+const BINDINGS: usize = 50;
+
+fn address(n: usize) -> IpAddr {
+    Ipv4Addr::from(0x0a00_0000 + u32::try_from(n).expect("a few thousand consumers")).into()
+}
+
+fn endpoint(service: usize, n: usize) -> Endpoint {
+    let port = u16::try_from(1 + n).expect("few endpoints");
+    Endpoint(SocketAddr::new(address(service), port))
+}
+
+fn query(binding: &Binding) -> Result<Query, CannotAsk> {
+    Ok(Query {
+        via: "consul".into(),
+        service: binding.descriptor.service.clone(),
+        tags: Default::default(),
+        dc: None,
+        port: None,
+    })
+}
+
+/// What a table is made of: each route has a service of its own.
+struct World {
+    consumers: Vec<Consumer>,
+    endpoints: HashMap<Query, Arc<Endpoints>>,
+}
+
+impl World {
+    fn new(routes: usize, endpoints: usize) -> Self {
+        let consumer = |c: usize| Consumer {
+            id: ConsumerId::Container {
+                id: ContainerId::new(&format!("{c:064x}")),
+                started_at: "t0".into(),
+            },
+            name: format!("consumer-{c}").into(),
+            namespace: format!("namespace-{c}").into(),
+            sources: vec![address(c)],
+            gateways: vec![],
+            bindings: (0..BINDINGS.min(routes))
+                .map(|b| Binding {
+                    origin: format!("BACKEND_{b}").into(),
+                    descriptor: format!("service-{c}-{b};{}", 1_000 + b)
+                        .parse()
+                        .expect("it is right"),
+                })
+                .collect(),
+            ends: vec![],
+        };
+        let consumers: Vec<_> = (0..routes.div_ceil(BINDINGS)).map(consumer).collect();
+        let queries = consumers.iter().flat_map(|c| &c.bindings).filter_map(|b| query(b).ok());
+        let answer = |service| Endpoints::new((0..endpoints).map(|n| endpoint(service, n)), vec![]);
+        let endpoints =
+            queries.enumerate().map(|(s, query)| (query, Arc::new(answer(s)))).collect();
+        Self { consumers, endpoints }
+    }
+
+    fn table_after(&self, before: &Table) -> Table {
+        let consumers: Vec<_> = self.consumers.iter().collect();
+        let inputs = Inputs {
+            consumers: &consumers,
+            known: &BTreeSet::new(),
+            contested: &BTreeSet::new(),
+            networks: &BTreeSet::new(),
+            endpoints: &self.endpoints,
+            vips: &[],
+            gateways_are_vips: false,
+            balance: Balance::RoundRobin,
+        };
+        before.next(&inputs, query).expect("it differs")
+    }
+
+    /// One endpoint of one service goes away.
+    fn change(&mut self) {
+        let first = query(&self.consumers[0].bindings[0]).expect("it has a query");
+        let endpoints = self.endpoints.get_mut(&first).expect("it was answered");
+        let left = endpoints.list.iter().copied().skip(1);
+        *endpoints = Arc::new(Endpoints::new(left, vec![]));
+    }
+
+    /// Keys of routes, in an order without pattern.
+    fn keys(&self) -> Vec<RouteKey> {
+        let of = |c: &Consumer| {
+            let source = c.sources[0];
+            c.bindings
+                .iter()
+                .map(move |b| RouteKey { source, port: b.descriptor.port })
+                .collect::<Vec<_>>()
+        };
+        let mut keys: Vec<_> = self.consumers.iter().flat_map(of).collect();
+        fastrand::Rng::with_seed(1).shuffle(&mut keys);
+        keys
+    }
+}
+
+#[divan::bench(args = [10, 1_000, 100_000])]
+fn lookup(bencher: Bencher<'_, '_>, routes: usize) {
+    let world = World::new(routes, 2);
+    let table = world.table_after(&Table::default());
+    let keys = world.keys();
+    let mut next = keys.iter().cycle();
+    bencher.bench_local(|| table.route(black_box(next.next()?)).cloned());
+}
+
+#[divan::bench(args = [10, 1_000, 100_000])]
+fn lookup_and_pick(bencher: Bencher<'_, '_>, routes: usize) {
+    let world = World::new(routes, 2);
+    let table = world.table_after(&Table::default());
+    let keys = world.keys();
+    let mut next = keys.iter().cycle();
+    bencher.bench_local(|| {
+        let route = table.route(black_box(next.next()?))?.clone();
+        Some(route.upstream.rotation.pick(route.balance, Millis(1), &[])?.lease())
+    });
+}
+
+#[divan::bench(args = [10, 1_000, 100_000])]
+fn lookup_of_a_stranger(bencher: Bencher<'_, '_>, routes: usize) {
+    let table = World::new(routes, 2).table_after(&Table::default());
+    let key = RouteKey { source: Ipv4Addr::LOCALHOST.into(), port: Port::new(80).expect("not 0") };
+    bencher.bench_local(|| table.route(black_box(&key)).is_some());
+}
+
+#[divan::bench(args = [2, 100, 10_000], consts = [false, true])]
+fn pick<const LEAST: bool>(bencher: Bencher<'_, '_>, endpoints: usize) {
+    let balance = if LEAST { Balance::LeastConnections } else { Balance::RoundRobin };
+    let states = (0..endpoints).map(|n| Arc::new(EndpointState::new(endpoint(0, n))));
+    let rotation = Rotation::new(states);
+    bencher.bench_local(|| rotation.pick(black_box(balance), Millis(1), &[]).map(|s| s.lease()));
+}
+
+/// One endpoint of 10,000 goes away.
+#[divan::bench]
+fn a_large_service_changes(bencher: Bencher<'_, '_>) {
+    let states: Vec<_> =
+        (0..10_000).map(|n| Arc::new(EndpointState::new(endpoint(0, n)))).collect();
+    let rotation = Rotation::new(states.iter().cloned());
+    bencher.bench_local(|| rotation.succeed(states.iter().skip(1).cloned()));
+}
+
+/// 10,000 routes with 10 endpoints each, after one endpoint of one of them went away.
+#[divan::bench(sample_count = 20)]
+fn rebuild(bencher: Bencher<'_, '_>) {
+    let mut world = World::new(10_000, 10);
+    let before = world.table_after(&Table::default());
+    world.change();
+    bencher.bench_local(|| world.table_after(&before));
+}
