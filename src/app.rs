@@ -57,9 +57,6 @@ impl App {
         };
         let rules = rules(&config).await?;
         let max_connections = limits::raise_descriptors(config.max_connections);
-        if config.notrack {
-            warn!("--notrack is not in effect yet: connections to endpoints are tracked");
-        }
         capture::conntrack::apply(&config.conntrack);
 
         let lookup = Lookup::default();
@@ -70,7 +67,7 @@ impl App {
         let keeper = remember(&config, &mut control, kept.clone());
         let (tables, sources) = (control.tables(), control.sources());
 
-        let mark = rules.redirect.then_some(rules::MARK);
+        let mark = (rules.redirect || rules.notrack).then_some(rules::MARK);
         let checks = tokio::spawn(check::run(tables.clone(), mark));
         let proxy = proxy::Settings {
             port: Some(config.port),
@@ -243,6 +240,10 @@ pub(crate) fn learn(
 /// What the rules depend on, besides the table.
 pub(crate) async fn rules(config: &Config) -> Result<rules::Settings, InterfaceError> {
     let redirect = config.capture == CaptureMode::Redirect;
+    let captures = config.capture != CaptureMode::None;
+    if config.notrack && !captures {
+        warn!("--notrack is not in effect: it writes rules, which needs --dnat or --redirect");
+    }
     let servers = config.discoveries.servers().into_iter().chain(config.docker.server());
     Ok(rules::Settings {
         redirect,
@@ -251,6 +252,7 @@ pub(crate) async fn rules(config: &Config) -> Result<rules::Settings, InterfaceE
         own: if redirect { fixed::addresses(&config.interface)? } else { Vec::new() },
         servers: if redirect { resolve(servers).await } else { Vec::new() },
         hold: !config.hold.is_zero(),
+        notrack: config.notrack && captures,
     })
 }
 

@@ -31,14 +31,6 @@ impl fmt::Display for Barrier {
 ///
 /// An error where a firewall cannot be read.
 pub async fn barriers(port: u16) -> Result<Vec<Barrier>, ProgramError> {
-    let run = |program, args: &'static [&'static str]| async move {
-        match Program(program).run(args, "").await {
-            Err(error) if error.is_missing() => Ok(String::new()),
-            // A kernel without IPv6 has no rules for it.
-            Err(_) if program == "ip6tables-save" => Ok(String::new()),
-            answer => answer,
-        }
-    };
     let mut found = in_nft(&run("nft", &["-s", "list", "ruleset"]).await?, port);
     for v6 in [false, true] {
         let save = if v6 { "ip6tables-save" } else { "iptables-save" };
@@ -47,19 +39,55 @@ pub async fn barriers(port: u16) -> Result<Vec<Barrier>, ProgramError> {
     Ok(found)
 }
 
+/// A chain that lets in only what it knows: answers to untracked connections it may know by their state alone, which they
+/// have not. `None` where there is no such chain.
+///
+/// An error where a firewall cannot be read.
+pub async fn closed() -> Result<Option<String>, ProgramError> {
+    let listing = run("nft", &["-s", "list", "ruleset"]).await?;
+    for table in tables(&listing) {
+        for (chain, lines) in &table.chains {
+            if let Some(end) = end(lines) {
+                return Ok(Some(format!("chain {} {chain} of nft {end}", table.name)));
+            }
+        }
+    }
+    for v6 in [false, true] {
+        let save = if v6 { "ip6tables-save" } else { "iptables-save" };
+        if let Some(end) = end_of_input(&run(save, &["-t", "filter"]).await?) {
+            let program = if v6 { "ip6tables" } else { "iptables" };
+            return Ok(Some(format!("chain INPUT of {program} {end}")));
+        }
+    }
+    Ok(None)
+}
+
+/// What a program lists. One that is not installed has no rules.
+async fn run(program: &'static str, args: &[&str]) -> Result<String, ProgramError> {
+    match Program(program).run(args, "").await {
+        Err(error) if error.is_missing() => Ok(String::new()),
+        // A kernel without IPv6 has no rules for it.
+        Err(_) if program == "ip6tables-save" => Ok(String::new()),
+        answer => answer,
+    }
+}
+
+/// How INPUT ends in the text of `iptables-save`, where it lets nothing pass there.
+fn end_of_input(saved: &str) -> Option<String> {
+    let last = saved.lines().rfind(|line| line.starts_with("-A INPUT "));
+    if let Some(last) =
+        last.filter(|last| *last == "-A INPUT -j DROP" || last.starts_with("-A INPUT -j REJECT"))
+    {
+        return Some(format!("ends with {:?}", last.trim_start_matches("-A INPUT ")));
+    }
+    let drops = saved.lines().any(|line| line.starts_with(":INPUT DROP"));
+    drops.then(|| "has the policy DROP".to_owned())
+}
+
 /// What is in the way in the text of `iptables-save`.
 pub fn in_iptables(saved: &str, v6: bool, port: u16) -> Option<Barrier> {
     let rules = || saved.lines().filter(|line| line.starts_with("-A "));
-    let last = rules().rfind(|line| line.starts_with("-A INPUT "));
-    let end = if let Some(last) =
-        last.filter(|last| *last == "-A INPUT -j DROP" || last.starts_with("-A INPUT -j REJECT"))
-    {
-        format!("ends with {:?}", last.trim_start_matches("-A INPUT "))
-    } else if saved.lines().any(|line| line.starts_with(":INPUT DROP")) {
-        "has the policy DROP".to_owned()
-    } else {
-        return None;
-    };
+    let end = end_of_input(saved)?;
     let after = |rule: &str, name: &str| {
         let (_, rest) = rule.split_once(&format!(" {name} "))?;
         rest.split(' ').next().map(str::to_owned)

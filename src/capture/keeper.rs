@@ -40,6 +40,8 @@ pub(super) struct Keeper {
     /// Whether the last attempt failed: a failure is told once, not every two seconds.
     failing: bool,
     ready: Option<Guard>,
+    /// Why `--notrack` is refused, as it was told last.
+    tracked_for: Option<String>,
     /// What is in the way of captured connections, as it was told last.
     barriers: Vec<Barrier>,
     /// When that was looked for last.
@@ -69,6 +71,7 @@ impl Keeper {
             shadowed: BTreeSet::new(),
             failing: false,
             ready: Some(ready),
+            tracked_for: None,
             barriers: Vec::new(),
             looked: None,
         }
@@ -92,7 +95,10 @@ impl Keeper {
             if table.version == 0 {
                 continue;
             }
-            let wanted = Rules::of(&table, &self.settings);
+            let mut wanted = Rules::of(&table, &self.settings);
+            if !self.may_untrack().await {
+                wanted.untracked.clear();
+            }
             match self.keep(wanted).await {
                 Ok(()) if self.failing => {
                     self.failing = false;
@@ -116,6 +122,31 @@ impl Keeper {
                 self.look().await;
             }
         }
+    }
+
+    /// Whether our own connections may pass connection tracking by; told when it becomes otherwise.
+    async fn may_untrack(&mut self) -> bool {
+        if !self.settings.notrack {
+            return false;
+        }
+        let obstacle = if self.chosen == Some(Firewall::Iptables) {
+            Some(
+                "iptables cannot tell by their socket which packets are ours; use --firewall=nft"
+                    .to_owned(),
+            )
+        } else {
+            input::closed().await.unwrap_or_else(|error| Some(error.to_string()))
+        };
+        if obstacle != self.tracked_for {
+            match &obstacle {
+                Some(reason) => {
+                    warn!(reason, "--notrack is refused: connections to endpoints are tracked")
+                }
+                None => info!("--notrack is in effect again"),
+            }
+            self.tracked_for.clone_from(&obstacle);
+        }
+        obstacle.is_none()
     }
 
     /// Tells of what is in the way of captured connections, when that becomes another.

@@ -1,9 +1,12 @@
 //! nftables: one table, `inet embassy`, replaced as a whole in one transaction.
 
 use std::{
+    collections::BTreeSet,
     fmt::{self, Display, Write},
     net::IpAddr,
 };
+
+use ipnet::IpNet;
 
 use super::{
     Script,
@@ -14,6 +17,9 @@ use crate::config::CaptureScope;
 
 /// Before Docker's own chains at -100 (dstnat): a container that publishes a port must not win it from a route.
 const PRIORITY: i32 = -110;
+
+/// Before connection tracking, which is at -200.
+const RAW: i32 = -300;
 
 const NFT: Program = Program("nft");
 
@@ -139,7 +145,33 @@ fn render(rules: &Rules, out: &mut String) -> fmt::Result {
         }
         writeln!(out, "\t\tjump declared\n\t}}")?;
     }
+    if !rules.untracked.is_empty() {
+        untracked(out, &rules.untracked)?;
+    }
     writeln!(out, "}}")
+}
+
+/// Our own connections pass connection tracking by. What comes back is known by the socket that it belongs to: others on
+/// this host may have connections to the same endpoints, translated ones even.
+fn untracked(out: &mut String, networks: &BTreeSet<IpNet>) -> fmt::Result {
+    for v6 in [false, true] {
+        let (n, kind) = if v6 { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
+        let networks = networks.iter().filter(|net| net.addr().is_ipv6() == v6);
+        set(out, &format!("near{n}"), &format!("{kind}; flags interval; auto-merge"), networks)?;
+    }
+    for (name, hook, address, mark) in [
+        ("untracked_out", "output", "daddr", "meta"),
+        ("untracked_in", "prerouting", "saddr", "socket"),
+    ] {
+        writeln!(out, "\tchain {name} {{")?;
+        writeln!(out, "\t\ttype filter hook {hook} priority {RAW}; policy accept;")?;
+        for (ip, n) in FAMILIES {
+            let ours = format!("meta l4proto tcp {mark} mark {MARK:#x}");
+            writeln!(out, "\t\t{ip} {address} @near{n} {ours} notrack")?;
+        }
+        writeln!(out, "\t}}")?;
+    }
+    Ok(())
 }
 
 /// The start of a chain that the kernel's hook of this name calls.
@@ -210,6 +242,23 @@ table inet embassy {
 }
 ";
         assert_eq!(script(&example(false, CaptureScope::Declared)), expected);
+    }
+
+    #[test]
+    fn our_own_connections_to_near_endpoints_are_not_tracked() {
+        let mut rules = example(false, CaptureScope::Declared);
+        assert!(!script(&rules).contains("notrack"));
+        rules.untracked = ["172.17.0.0/16".parse().unwrap()].into();
+        let script = script(&rules);
+        for lines in [
+            "\tset near4 {\n\t\ttype ipv4_addr; flags interval; auto-merge\n\t\telements = { 172.17.0.0/16 }\n",
+            "\t\ttype filter hook output priority -300; policy accept;\n\
+             \t\tip daddr @near4 meta l4proto tcp meta mark 0x656d0000 notrack\n",
+            "\t\ttype filter hook prerouting priority -300; policy accept;\n\
+             \t\tip saddr @near4 meta l4proto tcp socket mark 0x656d0000 notrack\n",
+        ] {
+            assert!(script.contains(lines), "{lines:?} in {script}");
+        }
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub struct Settings {
     pub servers: Vec<SocketAddr>,
     /// Whether containers that are not known yet are captured too.
     pub hold: bool,
+    /// Whether connections to endpoints on this host's own networks go untracked.
+    pub notrack: bool,
 }
 
 /// All rules, in a form that can be compared.
@@ -48,6 +50,10 @@ pub struct Rules {
     pub declared: BTreeSet<(IpAddr, Port)>,
     /// The containers that are not known yet.
     pub unknown: Option<Unknown>,
+    /// Networks to whose members our own connections are not tracked. These are bridges of this host: what it sends there
+    /// leaves with the bridge's own address, and nobody translates it. Farther away it might need translation, which is
+    /// connection tracking's work.
+    pub untracked: BTreeSet<IpNet>,
 }
 
 /// Who is not known yet, and is captured on every port of a VIP on which nothing on this host listens.
@@ -79,6 +85,7 @@ impl Rules {
                 networks: table.networks().clone(),
                 known: table.known().clone(),
             }),
+            untracked: if settings.notrack { table.networks().clone() } else { BTreeSet::new() },
             declared: table.routes().map(|route| (route.key.source, route.key.port)).collect(),
         }
     }
@@ -124,6 +131,7 @@ pub(super) mod tests {
                 BTreeSet::new()
             },
             unknown: None,
+            untracked: BTreeSet::new(),
             declared: declared
                 .map(|(source, port)| (address(source), Port::new(port).unwrap()))
                 .into(),

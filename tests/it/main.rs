@@ -23,6 +23,7 @@ mod life_cycle;
 mod logs;
 mod main_job;
 mod modes;
+mod notrack;
 mod process;
 mod registry;
 mod state;

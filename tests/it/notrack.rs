@@ -1,0 +1,85 @@
+//! `--notrack`: connection tracking never hears of the connections between proxy and endpoints, and of all others it does.
+
+use anyhow::{Result, ensure};
+use testbed::{Container, Embassy, Host};
+
+use crate::{
+    READY, WAIT,
+    support::{ETCD, reaches, says, web},
+};
+
+const VIP: &str = "172.17.0.1:80";
+
+struct Site {
+    host: Host,
+    web: Container,
+    app: Container,
+}
+
+fn site() -> Result<Site> {
+    let host = Host::start()?;
+    let web = web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    Ok(Site { host, web, app })
+}
+
+impl Site {
+    fn embassy(&self) -> Result<Embassy> {
+        let embassy = self.host.embassy(["--dnat", "--firewall=nft", "--notrack", ETCD])?;
+        embassy.wait_ready(READY)?;
+        reaches(&self.app, VIP, "web")?;
+        Ok(embassy)
+    }
+
+    /// Entries of connection tracking for connections from the host itself to the endpoint.
+    fn tracked(&self) -> Result<usize> {
+        let entry = format!("src=172.17.0.1 dst={} ", self.web.ip()?);
+        let table = self.host.run("conntrack", ["-L"])?;
+        Ok(table.lines().filter(|line| line.contains(&entry) && line.contains("dport=80")).count())
+    }
+}
+
+#[test]
+fn our_connections_to_endpoints_are_not_tracked_and_those_of_others_are() -> Result<()> {
+    let site = site()?;
+    let embassy = site.embassy()?;
+    let before = site.tracked()?;
+    let answers = site.app.get(VIP).times(50).at_once(5).run()?;
+    assert_eq!((answers.from("web"), site.tracked()?), (50, before));
+    // Somebody else on the host talks to the same endpoint.
+    site.host.run("curl", ["-s", "-m", "10", &format!("http://{}/", site.web.ip()?)])?;
+    assert_eq!(site.tracked()?, before + 1);
+    embassy.terminate()?;
+    ensure!(embassy.wait(WAIT)?.success());
+    let ruleset = site.host.run("nft", ["list", "ruleset"])?;
+    ensure!(!ruleset.contains("notrack"), "{ruleset}");
+    Ok(())
+}
+
+#[test]
+fn where_input_lets_in_only_what_it_knows_connections_are_tracked() -> Result<()> {
+    let site = site()?;
+    for rule in [
+        "add table inet strict",
+        "add chain inet strict in { type filter hook input priority 0; policy drop; }",
+        "add rule inet strict in iif lo accept",
+        "add rule inet strict in ct state established,related accept",
+        "add rule inet strict in ct status dnat accept",
+        "add rule inet strict in tcp dport 2379 accept",
+    ] {
+        site.host.run("nft", [rule])?;
+    }
+    let embassy = site.embassy()?;
+    says(&embassy, &["--notrack is refused", "inet strict in"])?;
+    let answers = site.app.get(VIP).times(10).run()?;
+    assert_eq!(answers.from("web"), 10);
+    // The firewall is opened: it is in effect by itself.
+    site.host.run("nft", ["delete", "table", "inet", "strict"])?;
+    says(&embassy, &["--notrack is in effect again"])?;
+    testbed::eventually(WAIT, "a request that is not tracked", || {
+        let before = site.tracked()?;
+        ensure!(site.app.get(VIP).run()?.from("web") == 1);
+        ensure!(site.tracked()? == before, "it is tracked");
+        Ok(())
+    })
+}
