@@ -44,6 +44,9 @@ outcomes! {
     NoRoute = "no_route",
     /// Refused: the service has no endpoint now.
     NoEndpoint = "no_endpoint",
+    /// Refused: the service's only endpoint is the very address that was dialled, and the user's own rules would lead us back
+    /// to ourselves.
+    Circular = "circular",
     /// Refused: as many connections as `--max-connections` allows are open.
     TooManyConnections = "too_many_connections",
     /// Refused: the consumer has as many open as `--max-connections-per-consumer` allows.

@@ -4,6 +4,7 @@ use std::{
     cell::{Cell, OnceCell},
     io,
     net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -19,7 +20,7 @@ use tokio::{
 use super::{
     announce,
     listener::{KEEPALIVE, original_destination},
-    relay::{Broken, Moved, Side, relay},
+    relay::{Broken, Ended, Leave, Moved, Side, relay},
     worker::{Ticket, Worker},
 };
 use crate::{
@@ -97,7 +98,7 @@ fn route(
 }
 
 /// What one connection did, for the log, whatever way it ends.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Record {
     pub route: Arc<Route>,
     pub meaning: Meaning,
@@ -107,10 +108,12 @@ pub(super) struct Record {
     pub moved: Moved,
     /// What of `moved` has been counted.
     pub counted: Moved,
+    /// Asks its relay to let it be parked.
+    pub leave: Leave,
 }
 
 /// What became of trying endpoints.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Connected {
     /// Since the connection was accepted.
     pub after: Duration,
@@ -118,14 +121,39 @@ pub(super) struct Connected {
 }
 
 /// Serves a recognised connection until it ends.
-pub(super) async fn serve(ticket: Ticket, mut consumer: Socket) {
-    let (stream, lease) = match connect(&ticket).await {
-        Ok(connected) => connected,
-        Err(outcome) => return ticket.end(outcome),
+pub(super) async fn serve(ticket: Ticket, consumer: Socket) {
+    match connect(&ticket, &consumer.stream).await {
+        Ok((stream, lease)) => carry_on(ticket, consumer, Socket::new(stream), lease).await,
+        Err(outcome) => ticket.end(outcome),
+    }
+}
+
+/// Relays a connection until it ends or is parked.
+pub(super) async fn carry_on(
+    ticket: Ticket,
+    mut consumer: Socket,
+    mut endpoint: Socket,
+    lease: Lease,
+) {
+    let (buffers, record) = (&ticket.worker.buffers, &ticket.record);
+    let end = loop {
+        let (moved, leave) = (&record.moved, &record.leave);
+        match relay(&consumer.stream, &endpoint.stream, buffers, moved, leave).await {
+            Ok(Ended::Finished) => break Ok(()),
+            Err(broken) => break Err(broken),
+            Ok(Ended::Idle) => {}
+        }
+        match (consumer.duplicate(), endpoint.duplicate()) {
+            (Ok(to_consumer), Ok(to_endpoint)) => {
+                consumer.leave_to_duplicate();
+                endpoint.leave_to_duplicate();
+                return ticket.park((to_consumer, to_endpoint), lease);
+            }
+            // It keeps its task.
+            (Err(error), _) | (_, Err(error)) => tracing::debug!(%error, "cannot park"),
+        }
     };
-    let mut endpoint = Socket::new(stream);
-    let (buffers, moved) = (&ticket.worker.buffers, &ticket.record.moved);
-    let outcome = match relay(&consumer.stream, &endpoint.stream, buffers, moved).await {
+    let outcome = match end {
         Ok(()) => {
             consumer.finished = true;
             endpoint.finished = true;
@@ -152,19 +180,24 @@ const TRY: Duration = Duration::from_secs(1);
 const CONNECT: Duration = Duration::from_secs(5);
 
 /// A connection to one of the route's endpoints, counted. No byte of the consumer's is consumed before.
-async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
+async fn connect(ticket: &Ticket, consumer: &TcpStream) -> Result<(TcpStream, Lease), Outcome> {
     let (worker, record) = (&ticket.worker, &ticket.record);
     let route = &record.route;
     // Not from the accept: it may have been held back since.
     let deadline = Instant::now() + CONNECT;
     let Meaning { peer, meant, .. } = record.meaning;
-    let announced = match route.binding.descriptor.proxy {
-        Some(version) => announce::header(version, route, peer, meant),
-        None => Vec::new(),
+    let mut announcement = route.binding.descriptor.proxy.map(|version| Announcement {
+        header: announce::header(version, route, peer, meant),
+        bytes: Vec::new(),
+    });
+    // Where the user's own rules capture what this host sends too, a connection there would come back to us.
+    let mut tried = match worker.destinations() {
+        Destinations::Any => vec![Endpoint(meant)],
+        Destinations::VipsAnd(_) => Vec::new(),
     };
-    let mut tried: Vec<Endpoint> = Vec::new();
+    let tries = tried.len()..tried.len() + TRIES;
     let mut lacking = None;
-    while tried.len() < TRIES && Instant::now() < deadline {
+    while tries.contains(&tried.len()) && Instant::now() < deadline {
         // A failed try takes time: there may be other endpoints by now.
         let upstream = worker.upstream(route);
         let start = worker.now();
@@ -173,6 +206,10 @@ async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
                 && worker.another_table(deadline.min(record.accepted + worker.hold())).await
             {
                 continue;
+            }
+            let circular = |state: &Arc<EndpointState>| tried.first() == Some(&state.endpoint);
+            if tried.len() == tries.start && upstream.rotation.endpoints().iter().any(circular) {
+                return Err(Outcome::Circular);
             }
             break;
         };
@@ -185,9 +222,18 @@ async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
         record.tries.set(record.tries.get().saturating_add(1));
         let begun = Instant::now();
         let time = TRY.min(deadline.saturating_duration_since(Instant::now()));
-        let opened = timeout(time, open(state.endpoint, worker.mark, &announced)).await;
+        let open = async {
+            let mut stream = dial(state.endpoint, worker.mark).await?;
+            if let Some(announcement) = &mut announcement {
+                announcement.send(consumer, &mut stream).await?;
+            }
+            Ok(stream)
+        };
+        let opened = timeout(time, open).await;
         match opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(stream) => {
+                let sent = announcement.map_or(0, |announcement| announcement.bytes.len());
+                record.moved.up.set(sent as u64);
                 if state.succeeded(begun.elapsed()) {
                     back(worker, route, state);
                 }
@@ -214,9 +260,30 @@ async fn connect(ticket: &Ticket) -> Result<(TcpStream, Lease), Outcome> {
             tracing::warn!(route = %route.key, %error, "this host cannot open a connection");
             Outcome::LocalError
         }
-        None if tried.is_empty() => Outcome::NoEndpoint,
+        None if tried.len() == tries.start => Outcome::NoEndpoint,
         None => Outcome::EndpointsUnreachable,
     })
+}
+
+/// What an endpoint hears first where it wants to know who dialled.
+struct Announcement {
+    header: Vec<u8>,
+    /// The consumer's first bytes: read once, and sent to whichever endpoint takes them.
+    bytes: Vec<u8>,
+}
+
+impl Announcement {
+    /// The header, and what the consumer has sent by now: a request then comes in one segment with it. Nothing is waited
+    /// for, because the endpoint may be the first to speak.
+    async fn send(&mut self, consumer: &TcpStream, endpoint: &mut TcpStream) -> io::Result<()> {
+        if self.bytes.is_empty() {
+            let mut bytes = [0; 4096];
+            // The end of what the consumer sends, or an error, is the relay's to meet.
+            let count = consumer.try_read(&mut bytes).unwrap_or(0);
+            self.bytes.extend(&bytes[..count]);
+        }
+        endpoint.write_all(&[&self.header[..], &self.bytes].concat()).await
+    }
 }
 
 /// Tells of an endpoint that did not take a connection, and was ejected for that, or already is.
@@ -258,8 +325,8 @@ fn back(worker: &Worker, route: &Route, state: &EndpointState) {
     });
 }
 
-/// A connection to `endpoint` on which `announced` has been sent.
-async fn open(endpoint: Endpoint, mark: Option<u32>, announced: &[u8]) -> io::Result<TcpStream> {
+/// A connection to an endpoint, set up as both sides of a connection are.
+pub(crate) async fn dial(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpStream> {
     let socket = if endpoint.0.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     let options = SockRef::from(&socket);
     options.set_tcp_nodelay(true)?;
@@ -267,17 +334,7 @@ async fn open(endpoint: Endpoint, mark: Option<u32>, announced: &[u8]) -> io::Re
     if let Some(mark) = mark {
         options.set_mark(mark)?;
     }
-    let mut stream = socket.connect(endpoint.0).await?;
-    if !announced.is_empty() {
-        // At once: the endpoint may be the first to speak, and waits for this before it does.
-        stream.write_all(announced).await?;
-    }
-    Ok(stream)
-}
-
-/// A connection as those of consumers are made, that announces nobody.
-pub(crate) async fn dial(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpStream> {
-    open(endpoint, mark, &[]).await
+    socket.connect(endpoint.0).await
 }
 
 /// Whether a connect failed for want of anything here, which tells nothing of the endpoint.
@@ -311,6 +368,24 @@ pub(super) struct Socket {
 impl Socket {
     pub(super) fn new(stream: TcpStream) -> Self {
         Self { stream, finished: false }
+    }
+
+    /// The same socket, unknown to the runtime.
+    fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.stream.as_fd().try_clone_to_owned()
+    }
+
+    /// Closing the duplicate is a reset from now on, and dropping this is nothing.
+    fn leave_to_duplicate(&mut self) {
+        reset_on_close(&self.stream);
+        self.finished = true;
+    }
+
+    /// Back in the runtime, after [`Socket::leave_to_duplicate`].
+    pub(super) fn resumed(socket: OwnedFd) -> io::Result<Self> {
+        let stream = TcpStream::from_std(socket.into())?;
+        SockRef::from(&stream).set_linger(None)?;
+        Ok(Self::new(stream))
     }
 }
 
@@ -413,7 +488,7 @@ pub(super) mod tests {
         let port = sets[0][0].local_addr().unwrap().port();
         let accepting = listener::adopt(sets[0][0].try_clone().unwrap()).unwrap();
         let endpoint = Endpoint((std::net::Ipv4Addr::LOCALHOST, port).into());
-        let (dialled, accepted) = tokio::join!(open(endpoint, None, &[]), accepting.accept());
+        let (dialled, accepted) = tokio::join!(dial(endpoint, None), accepting.accept());
         for stream in [dialled.unwrap(), accepted.unwrap().0] {
             let options = SockRef::from(&stream);
             assert!(options.tcp_nodelay().unwrap());

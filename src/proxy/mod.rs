@@ -21,6 +21,7 @@ mod connection;
 mod connection_log;
 mod listener;
 mod observed;
+mod parking;
 mod relay;
 mod shared;
 mod worker;

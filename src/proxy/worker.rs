@@ -20,12 +20,13 @@ use tokio::{
 };
 
 use super::{
-    Phase, Settings,
+    Destinations, Phase, Settings,
     connection::{Connected, Meaning, Record, Socket, serve},
     connection_log::{self, Entry},
     listener::{AcceptBackoff, adopt},
     observed::{self, Ask},
-    relay::{Moved, PIPES, RelayBuffers},
+    parking::{Parked, Parking},
+    relay::{Leave, Moved, PIPES, RelayBuffers},
     shared::{Held, Shared},
 };
 use crate::{
@@ -38,6 +39,8 @@ use crate::{
     table::{Route, Table, Upstream},
 };
 
+mod idle;
+
 /// A connection of a worker.
 type Id = u64;
 
@@ -49,9 +52,14 @@ pub(super) struct Worker {
     table: RefCell<Arc<Table>>,
     pub(super) buffers: RelayBuffers,
     pub(super) mark: Option<u32>,
+    /// Those that have a task.
     live: RefCell<HashMap<Id, Live>>,
+    /// Those that have none because nothing happens to them.
+    parking: Parking,
     next_id: Cell<Id>,
-    /// Rung when the last live connection has ended.
+    /// Connections that are held back.
+    waiting: Cell<usize>,
+    /// Rung when the last connection has ended.
     idle: Notify,
     /// Rung when a table has been taken over.
     taken_over: Notify,
@@ -73,6 +81,8 @@ struct Live {
     record: Rc<Record>,
     task: AbortHandle,
     endpoint: Option<Endpoint>,
+    /// Bytes that it had moved when it was looked at last.
+    seen: Option<u64>,
     /// Its endpoint went away, and it has until then.
     doomed: Option<Instant>,
     /// Why the task was aborted.
@@ -88,7 +98,7 @@ pub(super) async fn run(
     mut phase: watch::Receiver<Phase>,
     asks: mpsc::UnboundedReceiver<Ask>,
 ) -> io::Result<()> {
-    let worker = Worker::new(shared, n, tables.borrow_and_update().clone());
+    let worker = Worker::new(shared, n, tables.borrow_and_update().clone())?;
     let mut accepting = Vec::new();
     for listener in listeners {
         let listener = adopt(listener)?;
@@ -96,40 +106,46 @@ pub(super) async fn run(
     }
     let follow = tokio::task::spawn_local(worker.clone().follow(tables));
     let answer = tokio::task::spawn_local(observed::answer(worker.clone(), asks));
+    let park = tokio::task::spawn_local(worker.clone().park_idle());
+    let resume = tokio::task::spawn_local(worker.clone().resume_woken());
 
     // The sender lives as long as the proxy: where it is gone, so is everything, and this ends too.
     let _ = phase.wait_for(|phase| *phase != Phase::Serving).await;
     worker.draining.set(true);
+    // Those that are held back end now.
+    worker.taken_over.notify_waiters();
     accepting.iter().for_each(|task| task.abort());
     tokio::select! {
         () = worker.all_ended() => {}
         _ = phase.wait_for(|phase| *phase == Phase::Ended) => {
-            worker.abort(|_, _| Some(Outcome::Shutdown));
+            worker.abort(|_, _, _| Some(Outcome::Shutdown));
             worker.all_ended().await;
         }
     }
-    follow.abort();
-    answer.abort();
+    [follow, answer, park, resume].iter().for_each(|task| task.abort());
     Ok(())
 }
 
 impl Worker {
-    fn new(shared: Arc<Shared>, n: usize, table: Arc<Table>) -> Rc<Self> {
+    /// Inside its runtime.
+    fn new(shared: Arc<Shared>, n: usize, table: Arc<Table>) -> io::Result<Rc<Self>> {
         let Settings { splice, workers, mark, .. } = shared.settings;
         let pipes = if splice { (PIPES / workers.max(1)).max(1) } else { 0 };
-        Rc::new(Self {
+        Ok(Rc::new(Self {
             shared,
             n,
             table: RefCell::new(table),
             buffers: RelayBuffers::new(pipes),
             mark,
             live: RefCell::default(),
+            parking: Parking::new()?,
             next_id: Cell::default(),
+            waiting: Cell::default(),
             idle: Notify::new(),
             taken_over: Notify::new(),
             shortage: Cell::default(),
             draining: Cell::new(false),
-        })
+        }))
     }
 
     async fn accept(self: Rc<Self>, listener: TcpListener) {
@@ -177,18 +193,19 @@ impl Worker {
     /// Counts a connection that is reset by dropping its socket.
     fn refuse(
         &self,
-        peer: SocketAddr,
-        meant: Option<SocketAddr>,
+        source: SocketAddr,
+        destination: Option<SocketAddr>,
         route: Option<&Route>,
         outcome: Outcome,
     ) {
         self.shared.tally.count(outcome);
-        connection_log::refused(self.shared.settings.log, outcome, peer, meant, route);
-        tracing::debug!(%peer, outcome = outcome.as_str(), "refused");
+        connection_log::refused(self.shared.settings.log, outcome, source, destination, route);
+        tracing::debug!(%source, ?destination, outcome = outcome.as_str(), "refused");
     }
 
     /// Waits for the container to become known: its first connection may be quicker than the engine's news of it.
     async fn hold_back(self: Rc<Self>, socket: Socket, meaning: Meaning, _held: Held) {
+        let _waiting = Waiting::new(&self);
         let accepted = Instant::now();
         let deadline = accepted + self.hold();
         self.shared.settings.lookup.ask();
@@ -197,8 +214,12 @@ impl Worker {
             let route = meaning.route(&self.table.borrow(), &self.shared.settings.destinations);
             match route {
                 // Who dialled may be gone, and its address another's by now; what is known of it came too late.
-                Ok(_) if has_finished(&socket.stream) || self.draining.get() => {
+                Ok(_) if has_finished(&socket.stream) => {
                     let outcome = Outcome::UnknownConsumer;
+                    return self.refuse(meaning.peer, Some(meaning.meant), None, outcome);
+                }
+                _ if self.draining.get() => {
+                    let outcome = Outcome::Shutdown;
                     return self.refuse(meaning.peer, Some(meaning.meant), None, outcome);
                 }
                 Ok(route) => return self.start(socket, meaning, route, accepted),
@@ -234,6 +255,7 @@ impl Worker {
             tries: Cell::default(),
             moved: Moved::default(),
             counted: Moved::default(),
+            leave: Leave::default(),
         });
         let id = self.next_id.get();
         self.next_id.set(id + 1);
@@ -242,8 +264,14 @@ impl Worker {
             Ticket { worker: self.clone(), id, record: record.clone(), outcome: Outcome::Shutdown };
         let task = tokio::task::spawn_local(serve(ticket, socket));
         // The task has not run yet: this is the thread that will run it.
-        let live =
-            Live { record, task: task.abort_handle(), endpoint: None, doomed: None, verdict: None };
+        let live = Live {
+            record,
+            task: task.abort_handle(),
+            endpoint: None,
+            seen: None,
+            doomed: None,
+            verdict: None,
+        };
         self.live.borrow_mut().insert(id, live);
     }
 
@@ -252,7 +280,8 @@ impl Worker {
         loop {
             let next_doom = {
                 let all = self.live.borrow();
-                all.values().filter(|l| l.verdict.is_none()).filter_map(|l| l.doomed).min()
+                let running = all.values().filter(|l| l.verdict.is_none()).filter_map(|l| l.doomed);
+                running.min().into_iter().chain(self.parking.next_doom()).min()
             };
             let doom = async {
                 match next_doom {
@@ -268,29 +297,63 @@ impl Worker {
             self.table.replace(table.clone());
             self.taken_over.notify_waiters();
             let now = Instant::now();
-            self.abort(|live, endpoint| match endpoint {
-                _ if !table.has(&live.record.route) => Some(Outcome::RouteGone),
-                Some(endpoint) => live.judge(&table, endpoint, now),
+            self.abort(|route, doomed, endpoint| match endpoint {
+                _ if !table.has(route) => Some(Outcome::RouteGone),
+                Some(endpoint) => judge(route, doomed, &table, endpoint, now),
                 None => None,
             });
         }
     }
 
-    /// Aborts every connection that `judge` has a first verdict on.
-    fn abort(&self, judge: impl Fn(&mut Live, Option<Endpoint>) -> Option<Outcome>) {
+    /// Ends every connection that `judge` has a first verdict on.
+    fn abort(
+        &self,
+        judge: impl Fn(&Route, &mut Option<Instant>, Option<Endpoint>) -> Option<Outcome>,
+    ) {
         for live in self.live.borrow_mut().values_mut().filter(|live| live.verdict.is_none()) {
-            let endpoint = live.endpoint;
-            if let Some(verdict) = judge(live, endpoint) {
+            if let Some(verdict) = judge(&live.record.route, &mut live.doomed, live.endpoint) {
                 live.verdict = Some(verdict);
                 // It resets both sockets when its future is dropped, in this thread's next round.
                 live.task.abort();
             }
         }
+        let parked = self.parking.take_if(|parked| {
+            let endpoint = Some(parked.lease.state().endpoint);
+            judge(&parked.record.route, &mut parked.doomed, endpoint)
+        });
+        for (Parked { record, .. }, verdict) in parked {
+            self.account(&Rc::new(record), verdict);
+        }
     }
 
     async fn all_ended(&self) {
-        while !self.live.borrow().is_empty() {
+        while self.has_connections() {
             self.idle.notified().await;
+        }
+    }
+
+    fn has_connections(&self) -> bool {
+        !self.live.borrow().is_empty() || !self.parking.is_empty() || self.waiting.get() > 0
+    }
+
+    /// Counts and logs a connection that has ended, and is in none of the lists any more.
+    fn account(&self, record: &Rc<Record>, outcome: Outcome) {
+        let route = &record.route;
+        self.count_bytes(record);
+        route.counts.ended.count(outcome);
+        match record.connected.get() {
+            Some(connected) => connected.endpoint.counts.ended.count(outcome),
+            // That none could be reached has been said, with the reason.
+            None if outcome == Outcome::NoEndpoint => {
+                route.counts.last_error.set(self.now(), outcome.as_str());
+            }
+            None => {}
+        }
+        self.shared.count_out(route);
+        self.shared.tally.count(outcome);
+        connection_log::record(self.shared.settings.log, outcome, || Entry::new(record, outcome));
+        if !self.has_connections() {
+            self.idle.notify_one();
         }
     }
 
@@ -313,6 +376,10 @@ impl Worker {
         // A little longer than those who wait for it.
         self.shortage.set(Some(end + MOMENT));
         tokio::time::sleep_until(end.into()).await;
+    }
+
+    pub(super) fn destinations(&self) -> &Destinations {
+        &self.shared.settings.destinations
     }
 
     /// How long a connection may wait for what is not known yet.
@@ -349,12 +416,19 @@ impl Worker {
     /// Adds what all live connections moved since the last time.
     pub(super) fn count_all_bytes(&self) {
         self.live.borrow().values().for_each(|live| self.count_bytes(&live.record));
+        self.parking.for_each(|parked| self.count_bytes(&parked.record));
     }
 
     /// Every live connection: its number, what it did, and where it goes or is about to.
     pub(super) fn connections(&self) -> Vec<(Id, Rc<Record>, Option<Endpoint>)> {
         let all = self.live.borrow();
-        all.iter().map(|(id, live)| (*id, live.record.clone(), live.endpoint)).collect()
+        let running = all.iter().map(|(id, live)| (*id, live.record.clone(), live.endpoint));
+        let mut connections: Vec<_> = running.collect();
+        self.parking.for_each(|parked| {
+            let endpoint = parked.lease.state().endpoint;
+            connections.push((parked.id, Rc::new(parked.record.clone()), Some(endpoint)));
+        });
+        connections
     }
 
     pub(super) fn number(&self) -> usize {
@@ -366,32 +440,54 @@ impl Worker {
     }
 }
 
-impl Live {
-    /// What becomes of a connection whose endpoint may have gone away.
-    fn judge(&mut self, table: &Table, endpoint: Endpoint, now: Instant) -> Option<Outcome> {
-        let route = &self.record.route;
-        let drain = route.binding.descriptor.drain;
-        if drain == EndpointDrain::Keep {
-            return None;
-        }
-        let present = table.route(&route.key).is_some_and(|route| {
-            route.upstream.rotation.endpoints().iter().any(|state| state.endpoint == endpoint)
-        });
-        if present {
-            self.doomed = None;
-            return None;
-        }
-        let time = match drain {
-            EndpointDrain::After(time) => time,
-            EndpointDrain::Keep | EndpointDrain::Kill => Duration::ZERO,
-        };
-        let doom = *self.doomed.get_or_insert(now + time);
-        (now >= doom).then_some(Outcome::EndpointGone)
+/// Counts a connection that is held back: the worker does not end before it has been told what becomes of it.
+struct Waiting(Rc<Worker>);
+
+impl Waiting {
+    fn new(worker: &Rc<Worker>) -> Self {
+        worker.waiting.set(worker.waiting.get() + 1);
+        Self(worker.clone())
     }
 }
 
-/// A connection's place among those of its worker. Dropping it accounts for the connection, whatever way it ends, an
-/// abort included.
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.waiting.set(self.0.waiting.get() - 1);
+        if !self.0.has_connections() {
+            self.0.idle.notify_one();
+        }
+    }
+}
+
+/// What becomes of a connection whose endpoint may have gone away.
+fn judge(
+    route: &Route,
+    doomed: &mut Option<Instant>,
+    table: &Table,
+    endpoint: Endpoint,
+    now: Instant,
+) -> Option<Outcome> {
+    let drain = route.binding.descriptor.drain;
+    if drain == EndpointDrain::Keep {
+        return None;
+    }
+    let present = table.route(&route.key).is_some_and(|route| {
+        route.upstream.rotation.endpoints().iter().any(|state| state.endpoint == endpoint)
+    });
+    if present {
+        *doomed = None;
+        return None;
+    }
+    let time = match drain {
+        EndpointDrain::After(time) => time,
+        EndpointDrain::Keep | EndpointDrain::Kill => Duration::ZERO,
+    };
+    let doom = *doomed.get_or_insert(now + time);
+    (now >= doom).then_some(Outcome::EndpointGone)
+}
+
+/// A connection's place among those of its worker that have a task. Dropping it accounts for the connection, whatever way
+/// it ends, an abort included; only parking takes it out before.
 pub(super) struct Ticket {
     pub(super) worker: Rc<Worker>,
     pub(super) record: Rc<Record>,
@@ -424,30 +520,10 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        let worker = &self.worker;
-        let (live, last) = {
-            let mut all = worker.live.borrow_mut();
-            (all.remove(&self.id), all.is_empty())
-        };
-        let outcome = live.and_then(|live| live.verdict).unwrap_or(self.outcome);
-        let route = &self.record.route;
-        worker.count_bytes(&self.record);
-        route.counts.ended.count(outcome);
-        match self.record.connected.get() {
-            Some(connected) => connected.endpoint.counts.ended.count(outcome),
-            // That none could be reached has been said, with the reason.
-            None if outcome == Outcome::NoEndpoint => {
-                route.counts.last_error.set(worker.now(), outcome.as_str());
-            }
-            None => {}
-        }
-        worker.shared.count_out(route);
-        worker.shared.tally.count(outcome);
-        connection_log::record(worker.shared.settings.log, outcome, || {
-            Entry::new(&self.record, outcome)
-        });
-        if last {
-            worker.idle.notify_one();
+        let live = self.worker.live.borrow_mut().remove(&self.id);
+        // It is not there where it was parked.
+        if let Some(live) = live {
+            self.worker.account(&self.record, live.verdict.unwrap_or(self.outcome));
         }
     }
 }
@@ -464,7 +540,7 @@ mod tests {
     #[tokio::test]
     async fn a_connection_that_is_aborted_before_it_ran_is_reset_and_accounted_for() {
         let test = async {
-            let worker = Worker::new(Arc::new(shared(1, 1)), 0, Arc::new(table()));
+            let worker = Worker::new(Arc::new(shared(1, 1)), 0, Arc::new(table())).unwrap();
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
             let (stream, peer) = listener.accept().await.unwrap();
@@ -472,7 +548,7 @@ mod tests {
 
             let meaning = Meaning { peer, meant: peer, local: peer };
             worker.start(Socket::new(stream), meaning, route, Instant::now());
-            worker.abort(|_, _| Some(Outcome::RouteGone));
+            worker.abort(|_, _, _| Some(Outcome::RouteGone));
             worker.all_ended().await;
             assert_eq!(worker.shared.live.load(Relaxed), 0);
             assert_eq!(worker.shared.tally.get(Outcome::RouteGone), 1);

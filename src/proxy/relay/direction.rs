@@ -90,6 +90,11 @@ impl<'a> Direction<'a> {
         Poll::Ready(Ok(()))
     }
 
+    /// Whether nothing is under way and both ends are open.
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.held, Held::Nothing) && !self.finished_reading
+    }
+
     /// After `from` broke: passes on what it had sent before, as far as `to` takes it now. A server that answers early
     /// and closes is still heard.
     pub(super) async fn last_words(&mut self) {

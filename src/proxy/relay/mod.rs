@@ -4,7 +4,7 @@ use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
     io,
-    task::Poll,
+    task::{Context, Poll, Waker},
 };
 
 use rustix::io::Errno;
@@ -40,16 +40,65 @@ impl RelayBuffers {
 }
 
 /// Bytes passed on so far, each way.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Moved {
     pub up: Cell<u64>,
     pub down: Cell<u64>,
+}
+
+impl Moved {
+    /// Whoever compares two of these sees whether anything moved between.
+    pub(super) fn both(&self) -> u64 {
+        self.up.get().wrapping_add(self.down.get())
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
     Consumer,
     Endpoint,
+}
+
+/// How a relay came to an end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// Both sides have finished.
+    Finished,
+    /// It was asked to leave, and nothing is under way: neither side has finished, and all that was read is written.
+    Idle,
+}
+
+/// Asks a relay to leave its sockets alone.
+#[derive(Debug, Default)]
+pub(super) struct Leave {
+    asked: Cell<bool>,
+    task: RefCell<Option<Waker>>,
+}
+
+/// Nobody is asked by a copy.
+impl Clone for Leave {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl Leave {
+    /// Nothing where no relay runs, or where it is busy when it hears of this.
+    pub(super) fn ask(&self) {
+        if let Some(task) = self.task.take() {
+            self.asked.set(true);
+            task.wake();
+        }
+    }
+
+    /// Remembers whom to wake, until it was asked: a task that has left must not be kept by its waker.
+    fn is_asked(&self, cx: &Context<'_>) -> bool {
+        if self.asked.take() {
+            return true;
+        }
+        self.task.borrow_mut().get_or_insert_with(|| cx.waker().clone());
+        false
+    }
 }
 
 /// One side failed: it reset, or keepalive found nobody there.
@@ -59,13 +108,14 @@ pub(super) struct Broken {
     pub error: io::Error,
 }
 
-/// Relays until both sides have finished, or one broke.
+/// Relays until both sides have finished, or one broke, or nothing moves and it is asked to leave.
 pub(super) async fn relay(
     consumer: &TcpStream,
     endpoint: &TcpStream,
     buffers: &RelayBuffers,
     moved: &Moved,
-) -> Result<(), Broken> {
+    leave: &Leave,
+) -> Result<Ended, Broken> {
     let consumer = End { side: Side::Consumer, socket: consumer };
     let endpoint = End { side: Side::Endpoint, socket: endpoint };
     let mut up = Direction::new(consumer, endpoint, &moved.up, buffers);
@@ -73,9 +123,14 @@ pub(super) async fn relay(
     let end = tokio::select! {
         biased;
         end = poll_fn(|cx| {
-            let up = up.poll(cx)?;
-            let down = down.poll(cx)?;
-            if up.is_ready() && down.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+            let (up_ends, down_ends) = (up.poll(cx)?, down.poll(cx)?);
+            if up_ends.is_ready() && down_ends.is_ready() {
+                Poll::Ready(Ok(Ended::Finished))
+            } else if leave.is_asked(cx) && up.is_idle() && down.is_idle() {
+                Poll::Ready(Ok(Ended::Idle))
+            } else {
+                Poll::Pending
+            }
         }) => end,
         // A direction that waits to write does not read, nor does one that has finished: the reset of the side it reads
         // from would go unseen, and the other side wait for ever.
@@ -83,7 +138,7 @@ pub(super) async fn relay(
         broken = broken(endpoint) => Err(broken),
     };
     match &end {
-        Ok(()) => {}
+        Ok(_) => {}
         Err(Broken { side: Side::Consumer, .. }) => up.last_words().await,
         Err(Broken { side: Side::Endpoint, .. }) => down.last_words().await,
     }

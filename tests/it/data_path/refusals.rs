@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use testbed::{Container, Embassy, Host};
 
-use super::{ETCD, ended, vip};
+use super::{ETCD, ended, vip, wait_ended};
 use crate::{READY, WAIT};
 
 /// Not a VIP, but a rule that is not ours brings it to our port.
@@ -84,4 +84,24 @@ fn on_a_port_that_was_not_declared_the_host_itself_answers() -> Result<()> {
 
 fn descriptors(embassy: &Embassy) -> Result<usize> {
     Ok(std::fs::read_dir(format!("/proc/{}/fd", embassy.pid()))?.count())
+}
+
+#[test]
+fn an_endpoint_that_leads_back_to_us_is_not_dialled() -> Result<()> {
+    const VIP: &str = "172.17.0.1";
+    let host = Host::start()?;
+    let file = host.dir().join("services.toml");
+    let services = format!("[[service]]\nname = \"web\"\nendpoints = [\"{VIP}:80\"]\n");
+    std::fs::write(&file, services)?;
+    // A rule of the user's own, which captures what embassy sends too.
+    let rule = ["-t", "nat", "-I", "OUTPUT", "-p", "tcp", "-d", VIP, "-j", "REDIRECT"];
+    host.run("iptables", [&rule[..], &["--to-ports", "9999"]].concat())?;
+    let discovery = format!("-discovery=file://{}", file.display());
+    let proxy_ip = format!("--proxy-ip={VIP}");
+    let embassy = host.embassy(["-provider=static", "-services=web;80", &proxy_ip, &discovery])?;
+    embassy.wait_ready(READY)?;
+    host.run("curl", ["-s", "-m", "10", &format!("http://{VIP}/")]).unwrap_err();
+    wait_ended(&embassy, "circular", 1)?;
+    assert_eq!(ended(&embassy, "closed")? + ended(&embassy, "endpoint_reset")?, 0);
+    Ok(())
 }

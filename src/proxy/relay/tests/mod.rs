@@ -46,7 +46,8 @@ struct Relayed {
     consumer: TcpStream,
     endpoint: TcpStream,
     moved: Rc<Moved>,
-    end: JoinHandle<Result<(), Broken>>,
+    leave: Rc<Leave>,
+    end: JoinHandle<Result<Ended, Broken>>,
 }
 
 impl Relayed {
@@ -60,16 +61,20 @@ impl Relayed {
         let (to_endpoint, endpoint) = connection(size).await;
         let (buffers, moved) = (buffers.clone(), Rc::<Moved>::default());
         let counted = moved.clone();
+        let leave = Rc::<Leave>::default();
+        let asked = leave.clone();
         let end = spawn_local(async move {
             let (mut consumer, mut endpoint) = (Socket::new(to_consumer), Socket::new(to_endpoint));
-            let end =
-                in_turns(relay(&consumer.stream, &endpoint.stream, &buffers, &counted), &counted)
-                    .await;
+            let end = in_turns(
+                relay(&consumer.stream, &endpoint.stream, &buffers, &counted, &asked),
+                &counted,
+            )
+            .await;
             consumer.finished = end.is_ok();
             endpoint.finished = end.is_ok();
             end
         });
-        Self { consumer, endpoint, moved, end }
+        Self { consumer, endpoint, moved, leave, end }
     }
 
     /// The same seen from the other side, so that a test can be run both ways.

@@ -3,7 +3,7 @@
 use tokio::task::yield_now;
 
 use super::*;
-use crate::proxy::connection::serve;
+use crate::proxy::{connection::serve, parking::Parked};
 
 #[test]
 fn a_pipe_with_the_bytes_of_a_dead_connection_is_never_used_again() {
@@ -132,5 +132,34 @@ fn a_connection_is_small() {
         size_of::<F>()
     }
     let size = size(serve);
-    assert!(size <= 1_024, "{size} bytes");
+    assert!(size <= 1_152, "{size} bytes");
+    // And this is all that is left of one that idles.
+    let parked = size_of::<Parked>();
+    assert!(parked <= 320, "{parked} bytes");
+}
+
+#[test]
+fn a_relay_leaves_when_it_is_asked_and_only_while_nothing_is_under_way() {
+    in_both_modes(async |buffers| {
+        let mut relayed = Relayed::new(&buffers).await;
+        let asked = async |relayed: &Relayed| {
+            for _ in 0..10 {
+                relayed.leave.ask();
+                yield_now().await;
+            }
+            relayed.end.is_finished()
+        };
+        // Bytes that nobody takes yet, and then an end that the other side has not answered.
+        stuff(&mut relayed.consumer).await;
+        assert!(!asked(&relayed).await);
+        relayed.consumer.shutdown().await.unwrap();
+        relayed.endpoint.set_zero_linger().unwrap();
+        assert!(!asked(&relayed).await);
+        drop(relayed.endpoint);
+        relayed.end.await.unwrap().unwrap_err();
+
+        let relayed = Relayed::new(&buffers).await;
+        while !asked(&relayed).await {}
+        assert_eq!(relayed.end.await.unwrap().unwrap(), Ended::Idle);
+    });
 }
