@@ -60,7 +60,7 @@ pub struct Waiting {
     pub part: String,
     /// Since embassy began to wait.
     pub seconds: f64,
-    /// The sources that have not answered, by their names in `/v1/sources`.
+    /// The sources that have not answered, by their names in `/v1/sources`; the first 20 of them.
     pub sources: Vec<String>,
 }
 
@@ -406,7 +406,7 @@ pub struct Ready {
     pub ready: bool,
     /// The parts that are not.
     pub waiting_for: Vec<String>,
-    /// The sources among them that have not answered.
+    /// The sources among them that have not answered, the first 20.
     pub sources: Vec<String>,
 }
 

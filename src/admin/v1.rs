@@ -147,6 +147,9 @@ pub(super) fn waiting(shown: &Shown) -> Vec<api::Waiting> {
     parts.into_iter().map(part).collect()
 }
 
+/// Sources that are named where many are awaited.
+const NAMED: usize = 20;
+
 /// The queries that keep embassy from being ready: of a discovery that has not answered anything, or not asked yet.
 fn unanswered(shown: &Shown) -> Vec<String> {
     let sources = shown.sources.borrow().clone();
@@ -162,6 +165,7 @@ fn unanswered(shown: &Shown) -> Vec<String> {
     });
     let mut names: Vec<_> = awaited.map(|(query, ..)| query.to_string()).collect();
     names.sort();
+    names.truncate(NAMED);
     names
 }
 

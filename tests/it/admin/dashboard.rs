@@ -54,7 +54,10 @@ fn five_thousand_routes_are_a_page_at_a_time() -> Result<()> {
     // From four addresses: loopback of both families, eth0, and the VIP itself.
     let services: Vec<_> = (1..=1250).map(|n| format!("service-{n};{n}")).collect();
     let services = format!("-services={}", services.join(","));
-    std::fs::write(host.dir().join("services.toml"), "")?;
+    let service =
+        |n| format!("[[service]]\nname = \"service-{n}\"\nendpoints = [\"127.0.0.1:1\"]\n");
+    let contents: String = (1..=1250).map(service).collect();
+    std::fs::write(host.dir().join("services.toml"), contents)?;
     let file = format!("-discovery=file://{}", host.dir().join("services.toml").display());
     let embassy = host.embassy(["-provider=static", &services, &file])?;
     embassy.wait_ready(READY)?;
