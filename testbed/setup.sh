@@ -40,6 +40,7 @@ look() {
     need promtool prometheus 'checks that the metrics are valid'
     need chromium chromium 'shows the dashboard in tests'
     need dnsmasq dnsmasq-base 'service discovery by DNS'
+    need setcap libcap2-bin 'gives programs in an image a capability'
     need sysctl procps 'kernel settings inside a host'
     need nsenter util-linux 'enters the namespaces of a host'
     # Both are busybox, but only a static one runs in an image.
