@@ -208,7 +208,7 @@ impl Keeper {
         }
         debug!(%firewall, declared = wanted.declared.len(), vips = wanted.vips.len(), took_ms, "rules written");
         if self.chosen.replace(firewall).is_none() {
-            info!(%firewall, redirect = wanted.redirect, scope = ?wanted.scope, "capturing");
+            info!(%firewall, redirect = wanted.redirect, scope = %wanted.scope, "capturing");
         }
         for server in wanted.shadowed() {
             if self.shadowed.insert(server) {

@@ -108,6 +108,15 @@ pub enum CaptureScope {
     All,
 }
 
+impl fmt::Display for CaptureScope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Declared => "declared",
+            Self::All => "all",
+        })
+    }
+}
+
 /// Which program writes the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum FirewallChoice {
