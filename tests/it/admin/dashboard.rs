@@ -41,7 +41,14 @@ fn the_dashboard_shows_what_happens() -> Result<()> {
 
     let answers = app.get("172.17.0.1:80").times(4).run()?;
     ensure!(answers.answered() == 4, "{answers:?}");
-    shows(&host, "endpoints", &[&dead, "Connection refused"])?;
+    // Each failed probe doubles the time that it is skipped.
+    let get = ["testbed", "peer", "get", "172.17.0.1:80", "--until", "/never", "--pause-ms", "50"];
+    let _traffic = app.spawn("traffic", get)?;
+    shows(
+        &host,
+        "endpoints?state=ejected",
+        &["1–1 of 1", &dead, "Connection refused", ">ejected<"],
+    )?;
 
     host.etcd_daemon().kill()?;
     shows(&host, "sources", &[">down<", "1 of 2 up", "what was known stays in use"])?;
@@ -49,21 +56,49 @@ fn the_dashboard_shows_what_happens() -> Result<()> {
 }
 
 #[test]
-fn five_thousand_routes_are_a_page_at_a_time() -> Result<()> {
+fn a_search_narrows_and_an_address_brings_back_what_was_shown() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "blue")?;
+    let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
+    let _other = host.client("other").env("BACKEND_NONE", "/services/none;81").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "blue")?;
+    shows(&host, "routes", &["1–2 of 2", ">app<", ">other<"])?;
+    let found = shows(&host, "routes?q=blue", &["1–1 of 1", ">app<"])?;
+    assert!(!found.contains(">other<"), "{found}");
+    let found = shows(&host, "routes?state=no_endpoint", &["1–1 of 1", ">other<"])?;
+    assert!(!found.contains(">app<"), "{found}");
+    shows(&host, "routes?q=nobody", &["nothing to show"])?;
+
+    let blue = format!("explain={}:80", app.ip()?);
+    let explained =
+        shows(&host, &format!("routes?{blue}"), &["app port 80", "The next connection of app"])?;
+    assert!(explained.contains("open=\"\""), "{explained}");
+    Ok(())
+}
+
+#[test]
+fn ten_thousand_routes_are_a_page_at_a_time() -> Result<()> {
     let host = Host::start()?;
     // From four addresses: loopback of both families, eth0, and the VIP itself.
-    let services: Vec<_> = (1..=1250).map(|n| format!("service-{n};{n}")).collect();
+    let services: Vec<_> = (1..=2500).map(|n| format!("service-{n};{n}")).collect();
     let services = format!("-services={}", services.join(","));
     let service =
         |n| format!("[[service]]\nname = \"service-{n}\"\nendpoints = [\"127.0.0.1:1\"]\n");
-    let contents: String = (1..=1250).map(service).collect();
+    let contents: String = (1..=2500).map(service).collect();
     std::fs::write(host.dir().join("services.toml"), contents)?;
     let file = format!("-discovery=file://{}", host.dir().join("services.toml").display());
     let embassy = host.embassy(["-provider=static", &services, &file])?;
     embassy.wait_ready(READY)?;
     let status: api::Status = get(&embassy, "/v1/status")?;
-    assert_eq!(status.routes, 5_000);
-    let page = shows(&host, "routes", &["1–100 of 5,000", ">service-1<"])?;
+    assert_eq!(status.routes, 10_000);
+    let last: api::Page<api::Route> = get(&embassy, "/v1/routes?limit=100&offset=9990")?;
+    assert_eq!((last.total, last.items.len()), (10_000, 10));
+    // 77 and 770 to 779, from four addresses each.
+    let found: api::Page<api::Route> = get(&embassy, "/v1/routes?q=service-77&limit=10")?;
+    assert_eq!((found.total, found.items.len()), (44, 10));
+    let page = shows(&host, "routes", &["1–100 of 10,000", ">service-1<"])?;
     assert_eq!(page.matches("<tr tabindex").count(), 100);
     Ok(())
 }
