@@ -48,9 +48,10 @@ soak: build ## everything at once for MINUTES=30, by a SEED=1 that repeats it; p
 demo: build ## three endpoints, two consumers and embassy between them; DISCOVERY=docker|consul|etcd, ONCE=1
 	target/debug/testbed demo --discovery $(DISCOVERY) $(if $(ONCE),--once)
 
-figures: build ## figures of a release build: sizes, memory, how soon a change is followed
-	cargo build --release --bin embassy
+figures: build ## figures of a release build: sizes, memory, how soon a change is followed, what a scrape costs
+	cargo build --release --workspace --bins
 	target/debug/testbed shell -- bench/figures.sh
+	target/debug/testbed shell -- bench/scrape.sh
 
 # What the contenders are: HAProxy, nginx and Envoy, in the cache.
 bench-setup: setup

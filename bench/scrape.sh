@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# What a scrape of 1,000 routes with 10 endpoints each costs, and what the data path notices of it: `make figures` runs this by
+# `testbed shell`. Requests come at a fixed rate over connections that stay, with a scrape every second and without, in turn.
+set -euo pipefail
+
+EMBASSY=${EMBASSY:-target/release/embassy}
+BENCH=${BENCH:-target/release/bench}
+SCRAPES=${SCRAPES:-11}
+ROUNDS=${ROUNDS:-5}
+SECONDS_EACH=${SECONDS_EACH:-5}
+RATE=${RATE:-2000}
+METRICS=http://127.0.0.1:9990/metrics
+DIR=$(mktemp -d)
+
+# Reads numbers, says median, least and most.
+summary() { sort -n | awk '{ a[NR] = $1 } END { printf "%s (%s to %s)\n", a[int((NR + 1) / 2)], a[1], a[NR] }'; }
+netns() { echo "/proc/$(docker inspect -f '{{.State.Pid}}' "$1")/ns/net"; }
+
+docker run -d --name web testbed sleep 3600 >/dev/null
+nsenter --net="$(netns web)" "$BENCH" serve &
+SERVER=$!
+WEB=$(docker inspect -f '{{.NetworkSettings.IPAddress}}' web)
+
+# 20 consumers with 50 services each; nobody dials these endpoints. One consumer more does the work.
+{
+  printf '[[service]]\nname = "web"\nendpoints = ["%s:7000"]\n' "$WEB"
+  for s in $(seq 1000); do
+    printf '[[service]]\nname = "svc-%d"\nendpoints = [' "$s"
+    for e in $(seq 10); do printf '"10.99.%d.%d:%d", ' $((s / 250)) $((s % 250 + 1)) $((8000 + e)); done
+    echo ']'
+  done
+} >"$DIR/services.toml"
+docker run -d --name client -e 'BACKEND_WEB=web;7000' testbed sleep 3600 >/dev/null
+for c in $(seq 20); do
+  args=()
+  for s in $(seq 50); do args+=(-e "BACKEND_$s=svc-$(((c - 1) * 50 + s));$((8000 + s))"); done
+  docker run -d --name "many-$c" "${args[@]}" testbed sleep 3600 >/dev/null
+done
+
+"$EMBASSY" --dnat -discovery="file://$DIR/services.toml" >"$DIR/log" 2>&1 &
+PID=$!
+until curl -sf -o /dev/null http://127.0.0.1:9990/readyz; do sleep 0.1; done
+
+# Microseconds that 99 of 100 requests took at the most.
+p99() {
+  nsenter --net="$(netns client)" "$BENCH" load paced 172.17.0.1:7000 16 "$SECONDS_EACH" "$RATE" |
+    sed -n 's/.*"failures":0,.*"p99":\([0-9]*\).*/\1/p'
+}
+p99 >/dev/null
+
+echo "routes: $(curl -s "$METRICS" | awk '/^embassy_routes / { print $2 }'), series: $(curl -s "$METRICS" | grep -vc '^#'), bytes: $(curl -s "$METRICS" | wc -c)"
+echo "a scrape (ms): $(for _ in $(seq "$SCRAPES"); do
+  curl -s -o /dev/null -w '%{time_total}\n' "$METRICS" | awk '{ printf "%.1f\n", $1 * 1000 }'
+done | summary)"
+
+for _ in $(seq "$ROUNDS"); do
+  p99 >>"$DIR/without"
+  while curl -s -o /dev/null "$METRICS"; do sleep 1; done &
+  scraping=$!
+  p99 >>"$DIR/with"
+  kill "$scraping"
+  wait "$scraping" || true
+done
+echo "99 of 100 requests, $RATE a second, took at the most (µs):"
+echo "  without a scrape      $(summary <"$DIR/without")"
+echo "  a scrape each second  $(summary <"$DIR/with")"
+
+kill -TERM "$PID" "$SERVER"
+wait "$PID"
+rm -rf "$DIR"
