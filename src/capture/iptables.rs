@@ -44,7 +44,9 @@ const FAMILIES: [Family; 2] = [
 ];
 
 /// Puts `rules` in place of whatever the chain held, and the jumps before everybody else's rules.
-pub(super) async fn apply(rules: &Rules) -> Result<(), ProgramError> {
+/// How many lines [`installed`] has of them.
+pub(super) async fn apply(rules: &Rules) -> Result<usize, ProgramError> {
+    let mut written = 0;
     for family in FAMILIES {
         let lines = match family.nat().await {
             Ok(lines) => lines,
@@ -56,9 +58,12 @@ pub(super) async fn apply(rules: &Rules) -> Result<(), ProgramError> {
         if family.v6 && !uses_v6(rules) && ours(&lines).is_empty() {
             continue;
         }
-        family.write(&script(rules, family.v6, &lines)).await?;
+        let script = script(rules, family.v6, &lines);
+        family.write(&script).await?;
+        let jumps = if rules.redirect { 2 } else { 1 };
+        written += script.lines().filter(|line| line.starts_with("-A ")).count() + jumps;
     }
-    Ok(())
+    Ok(written)
 }
 
 /// What [`apply`] would do, were nothing of ours there.

@@ -35,6 +35,8 @@ pub(super) struct Keeper {
     events: Events,
     /// What was written last, and how the kernel listed it right after.
     applied: Option<(Rules, Option<String>)>,
+    /// Others were at our rules while we wrote them: what was listed then is not what they should be.
+    torn: Option<Change>,
     /// Servers of which it was said that a consumer cannot have their port.
     shadowed: BTreeSet<SocketAddr>,
     /// Whether the last attempt failed: a failure is told once, not every two seconds.
@@ -68,6 +70,7 @@ impl Keeper {
             counts,
             events,
             applied: None,
+            torn: None,
             shadowed: BTreeSet::new(),
             failing: false,
             ready: Some(ready),
@@ -179,7 +182,8 @@ impl Keeper {
             Some(firewall) => firewall,
             None => Firewall::choose(self.choice).await?,
         };
-        let mut changed = None;
+        let mut changed =
+            self.torn.take().map(|change| (change, "some, as they were written".to_owned()));
         if let Some((applied, listed)) = &self.applied
             && *applied == wanted
         {
@@ -195,9 +199,10 @@ impl Keeper {
             warn!(%firewall, change = change.as_str(), missing, "our rules were changed from outside; putting them back");
         }
         let start = Instant::now();
-        firewall.apply(&wanted).await?;
+        let written = firewall.apply(&wanted).await?;
         let took_ms = start.elapsed().as_secs_f64() * 1e3;
         let listed = firewall.installed().await?;
+        let whole = listed.as_deref().is_some_and(|listed| firewall.count(listed) == written);
         if let Some((change, missing)) = changed {
             self.counts.restored[change as usize].fetch_add(1, Relaxed);
             self.counts.stand(|standing| {
@@ -217,11 +222,16 @@ impl Keeper {
         }
         self.counts.stand(|standing| {
             standing.firewall = Some(firewall);
-            standing.in_place = listed.is_some();
+            standing.in_place = whole;
             standing.error = None;
         });
-        // Gone again already: the next check writes them anew.
-        self.applied = listed.is_some().then_some((wanted, listed));
+        // What was listed is what they are compared with from now on: gone again already, the next check writes them anew.
+        let torn = if listed.is_some() { Change::Incomplete } else { Change::Vanished };
+        self.torn = (!whole).then_some(torn);
+        if !whole {
+            warn!(%firewall, change = torn.as_str(), "our rules were changed from outside as they were written; writing them again");
+        }
+        self.applied = whole.then_some((wanted, listed));
         if let Some(ready) = self.ready.take() {
             ready.done();
         }

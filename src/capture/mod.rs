@@ -75,10 +75,19 @@ impl Firewall {
         }
     }
 
-    async fn apply(self, rules: &Rules) -> Result<(), ProgramError> {
+    /// Writes the rules, and says how many a listing of them has, by [`Self::count`].
+    async fn apply(self, rules: &Rules) -> Result<usize, ProgramError> {
         match self {
             Self::Nft => nft::apply(rules).await,
             Self::Iptables => iptables::apply(rules).await,
+        }
+    }
+
+    /// How many rules a listing has: those that others took away since they were written are not among them.
+    fn count(self, listed: &str) -> usize {
+        match self {
+            Self::Nft => nft::count(listed),
+            Self::Iptables => listed.lines().count(),
         }
     }
 

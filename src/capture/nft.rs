@@ -26,9 +26,16 @@ const NFT: Program = Program("nft");
 /// What begins an expression of a family, and what ends the names of its sets.
 const FAMILIES: [(&str, u8); 2] = [("ip", 4), ("ip6", 6)];
 
-/// Puts `rules` in place of whatever the table held.
-pub(super) async fn apply(rules: &Rules) -> Result<(), ProgramError> {
-    NFT.run(&["-f", "-"], &script(rules)).await.map(drop)
+/// Puts `rules` in place of whatever the table held. How many of them [`count`].
+pub(super) async fn apply(rules: &Rules) -> Result<usize, ProgramError> {
+    let script = script(rules);
+    NFT.run(&["-f", "-"], &script).await?;
+    Ok(count(&script))
+}
+
+/// The rules that capture, in a script or a listing.
+pub(super) fn count(text: &str) -> usize {
+    text.matches("redirect to :").count()
 }
 
 /// What [`apply`] would do.

@@ -60,6 +60,11 @@ fn the_socket_may_change_what_tcp_may_not_without_the_token() -> Result<()> {
     told(r#""event":"route_added","consumer":"late""#)?;
     late.remove()?;
     told(r#""event":"route_removed","consumer":"late""#)?;
+    testbed::eventually(WAIT, "the rules of late to go", || {
+        let rules = host.run("iptables", ["-t", "nat", "-S", "EMBASSY"])?;
+        ensure!(!rules.contains("--dport 81"), "{rules}");
+        Ok(())
+    })?;
     host.run("iptables", ["-t", "nat", "-F", "EMBASSY"])?;
     told(r#""event":"capture_restored""#)?;
     host.etcd_daemon().kill()?;
