@@ -1,6 +1,7 @@
 //! An address changes hands, over and over: no connection reaches what the address's former owner asked for.
 //!
-//! The figures are printed; `REUSES=3000 cargo nextest run -E 'test(identity)' --no-capture` is the long run.
+//! The figures are printed; `REUSES=1200 cargo test --test it identity -- --nocapture` is a long run,
+//! of about 15 minutes: nextest would end it after three.
 
 use std::{
     collections::BTreeMap,

@@ -76,7 +76,7 @@ fn a_half_closed_connection_outlives_the_patience_of_connection_tracking() -> Re
 }
 
 #[test]
-fn a_dead_peer_is_found_by_keepalive_on_either_side() -> Result<()> {
+fn keepalive_asks_a_silent_peer_on_either_side() -> Result<()> {
     let path = Path::new(&[(1001, "greet")])?;
     let held = super::Held::open(&path.app, "held", &vip(1001), 1)?;
     held.greetings()?;
