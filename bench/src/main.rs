@@ -17,6 +17,8 @@ use anyhow::{Result, bail};
 
 const USAGE: &str = "\
 usage: bench run                 all contenders; ROUNDS and SECONDS are taken from the environment
+       bench one NAME KIND       one contender does one kind of work, SECONDS long, for a profiler to look at;
+                                 prints its process, then what a unit costs
        bench soak                embassy alone at full rate, MINUTES long; an error if its memory grows
 the two below run in containers:
        bench serve               the endpoint
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
 fn run(words: &[&str]) -> Result<()> {
     match words {
         ["run"] => run::run(),
+        ["one", name, kind] => run::one(name, kind),
         ["soak"] => soak::run(),
         ["serve"] => serve::run(),
         ["load", rest @ ..] => load::run(rest),

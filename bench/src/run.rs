@@ -82,6 +82,34 @@ pub(crate) fn run() -> Result<()> {
     Report::new(&setting, &contenders, &samples)?.write()
 }
 
+/// One contender, one kind of work.
+pub(crate) fn one(name: &str, kind: &str) -> Result<()> {
+    let contender = Contender::ALL.into_iter().find(|c| c.name().eq_ignore_ascii_case(name));
+    let contender = contender.with_context(|| format!("{name:?} is no contender"))?;
+    let load = [CONNECT, REQUEST, BULK].into_iter().find(|load| load.kind.name() == kind);
+    let load = load.with_context(|| format!("{kind:?} is none of connect, request, bulk"))?;
+    let site = Site::open(&[contender])?;
+    let started = contender.start(&site)?;
+    if let Some((process, _)) = &started.process {
+        println!("process {}", process.pid());
+    }
+    let time = Duration::from_secs_f64(setting("SECONDS", 2.0)?);
+    let measured = site.measure(started.group(), load, &started.targets, time)?;
+    let (units, what) = match load.kind {
+        Kind::Bulk => (measured.done.bytes as f64 / 1e9, "GB"),
+        kind => (measured.done.units as f64, kind.name()),
+    };
+    println!(
+        "{:.1} {what}/s; us per {what}: {:.2} of its own, {:.2} of the whole work; p50 {:.0} us, p99 {:.0} us",
+        units / measured.done.time,
+        micros(measured.own) / units,
+        micros(measured.whole) / units,
+        measured.done.p50,
+        measured.done.p99,
+    );
+    Ok(())
+}
+
 /// What each holds when it has just started, and for connections that idle. On a host of its own, with fresh processes.
 fn memory(contenders: &[Contender], rounds: usize, samples: &mut Samples) -> Result<()> {
     let site = Site::open(contenders)?;

@@ -1,6 +1,6 @@
-//! The endpoint: answers messages, or sends without end. One thread, so that it costs little beside what is measured.
+//! The endpoint: answers messages, all on one thread so that it costs little beside what is measured, or sends without end.
 
-use std::net::Ipv4Addr;
+use std::{io::Write, net::Ipv4Addr};
 
 use anyhow::{Context, Result};
 use tokio::{
@@ -43,14 +43,20 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
     loop {
         stream.read_exact(&mut message).await?;
         match message[0] {
-            BULK => {
-                let bytes = vec![0; 256 * 1024];
-                loop {
-                    stream.write_all(&bytes).await?;
-                }
-            }
+            // On a thread of its own: what is measured beside it must not wait for its turn here.
+            BULK => return tokio::task::spawn_blocking(|| flood(stream)).await?,
             ANSWER_AND_CLOSE => return stream.write_all(&message).await,
             _ => stream.write_all(&message).await?,
         }
+    }
+}
+
+/// Until the client is gone.
+fn flood(stream: TcpStream) -> std::io::Result<()> {
+    let mut stream = stream.into_std()?;
+    stream.set_nonblocking(false)?;
+    let bytes = vec![0; 256 * 1024];
+    loop {
+        stream.write_all(&bytes)?;
     }
 }
