@@ -39,6 +39,8 @@ look() {
     need curl curl 'HTTP requests inside a host'
     need promtool prometheus 'checks that the metrics are valid'
     need chromium chromium 'shows the dashboard in tests'
+    need haproxy haproxy 'an endpoint that takes the PROXY protocol'
+    need nginx nginx-light 'another one'
     need dnsmasq dnsmasq-base 'service discovery by DNS'
     need setcap libcap2-bin 'gives programs in an image a capability'
     need sysctl procps 'kernel settings inside a host'
@@ -71,7 +73,7 @@ install_packages() {
     # shellcheck disable=SC2086
     set -- $missing
     say "installing from Debian: $*"
-    say 'their services are not started now; if they should not start at boot either: systemctl disable docker etcd'
+    say 'their services are not started now; if they should not start at boot either: systemctl disable docker etcd haproxy nginx'
     apt-get update -q
     DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"
     [ -z "${guard-}" ] || rm -f "$guard"
