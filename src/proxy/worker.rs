@@ -10,12 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::FutureExt;
 use tokio::{
-    io::Interest,
     net::{TcpListener, TcpStream},
     sync::{Notify, mpsc, watch},
-    task::AbortHandle,
+    task::{AbortHandle, yield_now},
     time::timeout_at,
 };
 
@@ -26,7 +24,7 @@ use super::{
     listener::{AcceptBackoff, adopt},
     observed::{self, Ask},
     parking::{Parked, Parking},
-    relay::{Leave, Moved, PIPES, RelayBuffers},
+    relay::{Leave, Moved, PIPES, RelayBuffers, has_finished},
     shared::{Held, Shared},
 };
 use crate::{
@@ -56,6 +54,8 @@ pub(super) struct Worker {
     live: RefCell<HashMap<Id, Live>>,
     /// Those that have none because nothing happens to them.
     parking: Parking,
+    /// Connections that were parked since memory was given back.
+    parked_since_trim: Cell<usize>,
     next_id: Cell<Id>,
     /// Connections that are held back.
     waiting: Cell<usize>,
@@ -67,12 +67,6 @@ pub(super) struct Worker {
     shortage: Cell<Option<Instant>>,
     /// Set when nobody may come in any more.
     draining: Cell<bool>,
-}
-
-/// Whether the other side has sent all that it will send, or is gone.
-fn has_finished(stream: &TcpStream) -> bool {
-    let ready = stream.ready(Interest::READABLE).now_or_never();
-    ready.is_some_and(|ready| ready.is_ok_and(|ready| ready.is_read_closed()))
 }
 
 /// What can be done to a connection from outside its task.
@@ -139,6 +133,7 @@ impl Worker {
             mark,
             live: RefCell::default(),
             parking: Parking::new()?,
+            parked_since_trim: Cell::default(),
             next_id: Cell::default(),
             waiting: Cell::default(),
             idle: Notify::new(),
@@ -148,8 +143,12 @@ impl Worker {
         }))
     }
 
+    /// So many are accepted before those that are relayed get their turn: a flood of new ones must not delay them.
+    const IN_A_ROW: usize = 16;
+
     async fn accept(self: Rc<Self>, listener: TcpListener) {
         let mut backoff = AcceptBackoff::default();
+        let mut in_a_row = 0;
         loop {
             while let Some(end) = self.shortage.get().filter(|end| *end > Instant::now()) {
                 tokio::time::sleep_until(end.into()).await;
@@ -158,6 +157,11 @@ impl Worker {
                 Ok((stream, peer)) => {
                     backoff.reset();
                     self.admit(stream, peer);
+                    in_a_row += 1;
+                    if in_a_row == Self::IN_A_ROW {
+                        in_a_row = 0;
+                        yield_now().await;
+                    }
                 }
                 Err(error) => {
                     if let Some(pause) = backoff.after(&error) {

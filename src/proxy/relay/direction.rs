@@ -1,7 +1,8 @@
 //! One way of a connection.
 //!
 //! While idle it owns nothing. It waits for readiness first, then reads into the worker's one buffer and writes at once;
-//! only what the other side cannot take yet is kept. Bulk moves through a pipe by `splice`, without a copy.
+//! only what the other side cannot take yet is kept. Bulk moves through a pipe by `splice`, without a copy. Where the end
+//! comes right behind the last bytes, it goes out in one packet with them.
 
 use std::{
     cell::Cell,
@@ -12,12 +13,13 @@ use std::{
 };
 
 use rustix::{
+    io::Errno,
     net::{SendFlags, Shutdown, send, shutdown},
     pipe::{SpliceFlags, splice},
 };
 use tokio::{io::Interest, net::TcpStream, task::yield_now};
 
-use super::{Broken, RelayBuffers, Side, pipe::Pipe};
+use super::{Broken, RelayBuffers, Side, has_finished, pipe::Pipe};
 
 /// A socket, and whose it is.
 #[derive(Debug, Clone, Copy)]
@@ -43,7 +45,9 @@ pub(super) struct Direction<'a> {
     /// `from` has no more to say.
     finished_reading: bool,
     /// `to` has been told so.
-    finished: bool,
+    told: bool,
+    /// Whether the last bytes may wait in the kernel for the end to go with them.
+    joins_end: bool,
 }
 
 const SPLICE: SpliceFlags = SpliceFlags::NONBLOCK.union(SpliceFlags::MOVE);
@@ -75,19 +79,19 @@ impl<'a> Direction<'a> {
             held: Held::Nothing,
             large_reads: 0,
             finished_reading: false,
-            finished: false,
+            told: false,
+            joins_end: true,
         }
     }
 
-    /// Moves what can be moved. Ready when `from` has finished and `to` has been told so.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        if !self.finished {
-            ready!(self.poll_move(cx))?;
+    /// Tells `to` that `from` has finished, once all was passed on.
+    pub(super) fn tell_end(&mut self) -> Result<(), Broken> {
+        if !self.told {
             let told = shutdown(self.to.socket, Shutdown::Write);
             told.map_err(|error| self.to.broke(error.into()))?;
-            self.finished = true;
+            self.told = true;
         }
-        Poll::Ready(Ok(()))
+        Ok(())
     }
 
     /// Whether nothing is under way and both ends are open.
@@ -98,6 +102,8 @@ impl<'a> Direction<'a> {
     /// After `from` broke: passes on what it had sent before, as far as `to` takes it now. A server that answers early
     /// and closes is still heard.
     pub(super) async fn last_words(&mut self) {
+        // No end follows but a reset, which discards what waits.
+        self.joins_end = false;
         loop {
             // The error may have been met before tokio heard of the bytes that came ahead of it.
             yield_now().await;
@@ -109,8 +115,9 @@ impl<'a> Direction<'a> {
         }
     }
 
-    /// Moves what can be moved. Ready when `from` has finished and all of it was written.
-    fn poll_move(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+    /// Moves what can be moved. Ready when `from` has finished and all of it was written: `to` is to be told then, by
+    /// [`Direction::tell_end`] or by closing its socket, and at once.
+    pub(super) fn poll_move(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let start = self.moved.get();
         loop {
             ready!(self.poll_write_held(cx))?;
@@ -136,22 +143,39 @@ impl<'a> Direction<'a> {
     /// Reads into the worker's buffer and writes what can be written; the rest is held.
     fn copy(&mut self) -> Result<(), Broken> {
         let mut buffer = self.buffers.buffer.borrow_mut();
-        let size = buffer.len();
-        let read = attempt(self.from.socket, Interest::READABLE, size, || {
-            Ok(rustix::io::read(self.from.socket, &mut **buffer)?)
-        });
-        let bytes = match read {
-            Ok(count) => buffer.get(..count).unwrap_or_default(),
+        let (from, size) = (self.from.socket, buffer.len());
+        // Asked before the read: all that was sent is here then, and right behind it comes the end, or an error.
+        let is_last = has_finished(from);
+        let read =
+            attempt(from, Interest::READABLE, size, || Ok(rustix::io::read(from, &mut **buffer)?));
+        let mut count = match read {
+            Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => return Err(self.from.broke(error)),
         };
-        if bytes.is_empty() {
+        if count == 0 {
             self.finished_reading = true;
             return Ok(());
         }
         self.large_reads =
-            if bytes.len() >= Self::LARGE { self.large_reads.saturating_add(1) } else { 0 };
-        let written = match write(self.to.socket, bytes) {
+            if count >= Self::LARGE { self.large_reads.saturating_add(1) } else { 0 };
+        let mut behind = Ok(());
+        if let Some(rest) = buffer.get_mut(count..).filter(|rest| is_last && !rest.is_empty()) {
+            match rustix::io::read(from, rest) {
+                Ok(0) => self.finished_reading = true,
+                Ok(more) => count += more,
+                Err(Errno::AGAIN) => {}
+                // It is told once. What came ahead of it goes first.
+                Err(error) => behind = Err(self.from.broke(error.into())),
+            }
+        }
+        let more = if self.finished_reading && self.joins_end {
+            SendFlags::MORE
+        } else {
+            SendFlags::empty()
+        };
+        let bytes = buffer.get(..count).unwrap_or_default();
+        let written = match write(self.to.socket, bytes, more) {
             Ok(written) => written,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
             Err(error) => return Err(self.to.broke(error)),
@@ -160,7 +184,7 @@ impl<'a> Direction<'a> {
         if let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) {
             self.held = Held::Bytes { bytes: rest.into(), written: 0 };
         }
-        Ok(())
+        behind
     }
 
     /// Moves from the socket into `pipe`, which is held while anything is in it.
@@ -227,8 +251,10 @@ impl Held {
     fn write(&mut self, to: &TcpStream) -> io::Result<usize> {
         match self {
             Held::Nothing => Ok(0),
-            Held::Bytes { bytes, written } => write(to, bytes.get(*written..).unwrap_or_default())
-                .inspect(|moved| *written += moved),
+            Held::Bytes { bytes, written } => {
+                write(to, bytes.get(*written..).unwrap_or_default(), SendFlags::empty())
+                    .inspect(|moved| *written += moved)
+            }
             Held::Piped { pipe, bytes } => to
                 .try_io(Interest::WRITABLE, || {
                     Ok(splice(&pipe.read, None, to, None, *bytes, SPLICE)?)
@@ -238,8 +264,9 @@ impl Held {
     }
 }
 
-fn write(to: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
-    attempt(to, Interest::WRITABLE, bytes.len(), || Ok(send(to, bytes, SendFlags::NOSIGNAL)?))
+fn write(to: &TcpStream, bytes: &[u8], flags: SendFlags) -> io::Result<usize> {
+    let flags = flags | SendFlags::NOSIGNAL;
+    attempt(to, Interest::WRITABLE, bytes.len(), || Ok(send(to, bytes, flags)?))
 }
 
 /// Reads or writes, if tokio believes that the socket is ready. With less than `whole` moved it is not any more: said

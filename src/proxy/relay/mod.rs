@@ -7,6 +7,7 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
+use futures_util::FutureExt;
 use rustix::io::Errno;
 use tokio::{io::Interest, net::TcpStream};
 
@@ -62,7 +63,7 @@ pub(super) enum Side {
 /// How a relay came to an end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// Both sides have finished.
+    /// Both sides have finished, and the sockets are to be closed.
     Finished,
     /// It was asked to leave, and nothing is under way: neither side has finished, and all that was read is written.
     Idle,
@@ -123,10 +124,14 @@ pub(super) async fn relay(
     let end = tokio::select! {
         biased;
         end = poll_fn(|cx| {
-            let (up_ends, down_ends) = (up.poll(cx)?, down.poll(cx)?);
-            if up_ends.is_ready() && down_ends.is_ready() {
-                Poll::Ready(Ok(Ended::Finished))
-            } else if leave.is_asked(cx) && up.is_idle() && down.is_idle() {
+            match (up.poll_move(cx)?.is_ready(), down.poll_move(cx)?.is_ready()) {
+                // Closing the sockets is how both are told.
+                (true, true) => return Poll::Ready(Ok(Ended::Finished)),
+                (true, false) => up.tell_end()?,
+                (false, true) => down.tell_end()?,
+                (false, false) => {}
+            }
+            if leave.is_asked(cx) && up.is_idle() && down.is_idle() {
                 Poll::Ready(Ok(Ended::Idle))
             } else {
                 Poll::Pending
@@ -143,6 +148,12 @@ pub(super) async fn relay(
         Err(Broken { side: Side::Endpoint, .. }) => down.last_words().await,
     }
     end
+}
+
+/// Whether the other side has sent all that it will send, or is gone.
+pub(super) fn has_finished(stream: &TcpStream) -> bool {
+    let ready = stream.ready(Interest::READABLE).now_or_never();
+    ready.is_some_and(|ready| ready.is_ok_and(|ready| ready.is_read_closed()))
 }
 
 /// Waits until a socket has an error, as a reset leaves one.

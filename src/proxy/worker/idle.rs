@@ -15,11 +15,19 @@ use crate::{
 /// A connection that moves nothing between two looks is parked.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// After so many connections were parked, the memory of their tasks is given back: 1 MB and more.
+const MANY: usize = 512;
+
 impl Worker {
     /// Asks the connections that have been idle for a while to be parked, again and again.
     pub(super) async fn park_idle(self: Rc<Self>) {
         loop {
             tokio::time::sleep(LOOK).await;
+            if self.parked_since_trim.get() >= MANY {
+                self.parked_since_trim.set(0);
+                // It takes milliseconds, which a worker's connections should not wait. There is nothing to wait for.
+                drop(tokio::task::spawn_blocking(give_memory_back));
+            }
             self.look();
         }
     }
@@ -71,6 +79,16 @@ impl Worker {
     }
 }
 
+/// What was freed, to the kernel: by itself the allocator keeps all that lies below anything still in use.
+fn give_memory_back() {
+    // SAFETY: it takes no pointers, and any thread may call it at any time (man 3 malloc_trim: MT-Safe).
+    #[cfg(target_env = "gnu")]
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 impl Ticket {
     /// Leaves the connection without a task until something happens to it.
     pub(in crate::proxy) fn park(self, (consumer, endpoint): (OwnedFd, OwnedFd), lease: Lease) {
@@ -81,8 +99,9 @@ impl Ticket {
         // Moved, so that nothing of a parked connection lies scattered among what the running ones give back.
         let record = Rc::unwrap_or_clone(record);
         let parked = Parked { id, record, lease, doomed, consumer, endpoint };
-        if let Some(refused) = worker.parking.park(parked) {
-            worker.resume(refused);
+        match worker.parking.park(parked) {
+            None => worker.parked_since_trim.update(|count| count + 1),
+            Some(refused) => worker.resume(refused),
         }
     }
 }

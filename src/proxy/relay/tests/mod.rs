@@ -90,7 +90,7 @@ async fn in_turns<T>(relay: impl Future<Output = T>, moved: &Moved) -> T {
         let before = (moved.up.get(), moved.down.get());
         let end = relay.as_mut().poll(cx);
         let turn = (moved.up.get() - before.0).max(moved.down.get() - before.1);
-        assert!(turn < Direction::TURN + RelayBuffers::SIZE as u64, "{turn} bytes at a time");
+        assert!(turn < Direction::TURN + pipe::Pipe::SIZE as u64, "{turn} bytes at a time");
         end
     })
     .await
