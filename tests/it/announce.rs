@@ -123,7 +123,8 @@ impl Receiver {
 
     fn nginx(host: &Host) -> Result<Self> {
         let tells_values = version("nginx")? >= [1, 23];
-        let values = ["0xE0", "0xE1", "0xE2"].map(|kind| format!("${{proxy_protocol_tlv_{kind}}}|"));
+        let values =
+            ["0xE0", "0xE1", "0xE2"].map(|kind| format!("${{proxy_protocol_tlv_{kind}}}|"));
         let values = if tells_values { format!("|{}", values.concat()) } else { String::new() };
         let config = format!(
             "daemon off;\nmaster_process off;\nerror_log stderr;\npid /run/nginx.pid;\nevents {{ }}\n\

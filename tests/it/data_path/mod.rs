@@ -13,6 +13,7 @@ mod balance;
 mod drain;
 mod ends;
 mod limits;
+mod load;
 mod refusals;
 mod routes;
 mod transfer;

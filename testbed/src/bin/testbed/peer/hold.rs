@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
@@ -15,11 +16,12 @@ use super::client::{reason, resolve};
 /// One for each connection, and it does next to nothing.
 const STACK: usize = 64 * 1024;
 
-/// Opens connections one after the other, each when the one before was greeted; says how the greetings were, and then
-/// of each connection when and how it ends.
+/// Opens connections, a number of them at a time, each when the one before was greeted; says how the greetings were, and
+/// then of each connection when and how it ends.
 pub(crate) fn hold(args: &Args) -> Result<()> {
     let address = resolve(args.target()?)?;
     let count: usize = args.number("-n", 1)?;
+    let at_once: usize = args.number("-c", 1)?;
     let timeout = args.milliseconds("--timeout-ms", 10_000)?;
 
     let greet = || {
@@ -33,8 +35,18 @@ pub(crate) fn hold(args: &Args) -> Result<()> {
         }
     };
     let (mut held, mut greetings, mut failures) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
-    for _ in 0..count {
-        match greet() {
+    let next = AtomicUsize::new(0);
+    let some = || {
+        let own = std::iter::from_fn(|| (next.fetch_add(1, Relaxed) < count).then(greet));
+        own.collect::<Vec<_>>()
+    };
+    let all = thread::scope(|scope| {
+        let threads: Vec<_> = (0..at_once).map(|_| scope.spawn(some)).collect();
+        let parts = threads.into_iter().map(|t| t.join().expect("a client does not panic"));
+        parts.flatten().collect::<Vec<_>>()
+    });
+    for greeted in all {
+        match greeted {
             Ok(connection) => {
                 *greetings.entry(connection.1.clone()).or_insert(0) += 1;
                 held.push(connection);

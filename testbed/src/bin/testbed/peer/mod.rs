@@ -12,7 +12,7 @@ use anyhow::{Result, bail};
 use args::Args;
 
 const USAGE: &str = "\
-servers, on --port P (default 80):
+servers, on --port P (default 80), with up to --most N connections at a time (default: any number):
   http --name X              answers X, and N bytes to /bytes/N; HTTP/1.1 with keep-alive, or `Connection: close`
   echo                       sends back what it reads
   greet [--name X]           speaks first: `hello from X`, a line; then as echo
@@ -39,7 +39,7 @@ clients, each prints one JSON object:
                              the other side of the server of that name; --rate slows the reading
   reset HOST:PORT [--bytes N]
                              sends N bytes (default 0), or fewer if nothing more is taken for half a second; then resets
-  hold HOST:PORT [-n N] [--timeout-ms T]
+  hold HOST:PORT [-n N] [-c CONCURRENCY] [--timeout-ms T]
                              opens N connections, reads a line from each and holds them; a further line for each
                              connection that ends
   probe HOST:PORT [--timeout-ms T] [--wait-ms W]
@@ -67,7 +67,9 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
             std::thread::park();
         },
         _ => match server::Server::parse(role, &args)? {
-            Some(server) => server.run(args.number("--port", 80)?),
+            Some(server) => {
+                server.run(args.number("--port", 80)?, args.number("--most", usize::MAX)?)
+            }
             None => bail!("no such peer: {role:?}\n{USAGE}"),
         },
     }

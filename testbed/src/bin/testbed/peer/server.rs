@@ -2,6 +2,8 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
@@ -52,12 +54,20 @@ impl Server {
         }))
     }
 
-    pub(crate) fn run(&self, port: u16) -> Result<()> {
+    /// Serves up to `most` connections at a time; the kernel keeps as few waiting as it can.
+    pub(crate) fn run(&self, port: u16, most: usize) -> Result<()> {
         // An IPv6 listener takes IPv4 too; where a container has no IPv6, this still may be refused.
         let listener =
             TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)));
         let listener = listener.with_context(|| format!("listen on port {port}"))?;
+        if most < usize::MAX {
+            rustix::net::listen(&listener, 1).context("keep few connections waiting")?;
+        }
+        let serving = Arc::new(AtomicUsize::new(0));
         loop {
+            while serving.load(Relaxed) >= most {
+                thread::sleep(Duration::from_millis(5));
+            }
             let (connection, from) = match listener.accept() {
                 Ok(accepted) => accepted,
                 Err(error) => {
@@ -66,11 +76,13 @@ impl Server {
                     continue;
                 }
             };
-            let server = self.clone();
+            let (server, served) = (self.clone(), serving.clone());
+            serving.fetch_add(1, Relaxed);
             let serve = move || {
                 if let Err(error) = server.serve(connection) {
                     eprintln!("{from}: {error:#}");
                 }
+                served.fetch_sub(1, Relaxed);
             };
             if let Err(error) = thread::Builder::new().stack_size(STACK).spawn(serve) {
                 eprintln!("{from}: start a thread: {error}");
