@@ -19,6 +19,7 @@ use crate::{
     control::{Control, Settings, Waiting},
     events::Events,
     limits,
+    memory::{self, Memory},
     provider::{
         Lookup, Provider,
         docker::DockerProvider,
@@ -42,6 +43,7 @@ pub struct App {
     admin: Option<Admin>,
     control: JoinHandle<()>,
     checks: JoinHandle<()>,
+    memory: JoinHandle<()>,
     keeper: Option<Keeper>,
     drain: Duration,
 }
@@ -56,7 +58,9 @@ impl App {
             answers: readiness.wait_for("discovery"),
         };
         let rules = rules(&config).await?;
-        let max_connections = limits::raise_descriptors(config.max_connections);
+        let memory = Memory::of_this_process();
+        let max_connections = limits::connections(config.max_connections, memory.room());
+        let memory_short = Arc::<memory::Short>::default();
         capture::conntrack::apply(&config.conntrack);
 
         let lookup = Lookup::default();
@@ -69,6 +73,7 @@ impl App {
 
         let mark = (rules.redirect || rules.notrack).then_some(rules::MARK);
         let checks = tokio::spawn(check::run(tables.clone(), mark));
+        let memory = tokio::spawn(memory.watch(memory_short.clone()));
         let proxy = proxy::Settings {
             port: Some(config.port),
             workers: std::thread::available_parallelism().map_or(1, usize::from),
@@ -79,6 +84,7 @@ impl App {
                 }
             },
             max_connections,
+            memory_short,
             max_connections_per_consumer: config.max_connections_per_consumer,
             mark,
             splice: true,
@@ -158,6 +164,7 @@ impl App {
             admin,
             control: tokio::spawn(control.run()),
             checks,
+            memory,
             keeper,
             drain: config.drain,
         })
@@ -194,6 +201,7 @@ impl App {
             () = hurry => warn!(live = self.proxy.live(), "resetting what is left, at once"),
         }
         self.checks.abort();
+        self.memory.abort();
         self.control.abort();
         if let Some(keeper) = self.keeper {
             // Until it is gone, it may give the keeper more. It is cancelled, which is no news.

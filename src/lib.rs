@@ -24,6 +24,7 @@ pub mod capture;
 pub mod admin;
 pub mod log;
 pub mod limits;
+pub mod memory;
 pub mod privileges;
 pub mod app;
 pub mod cli;

@@ -1,4 +1,4 @@
-//! The limits that the kernel sets on this process.
+//! The limits that the kernel sets on this process: how many connections they allow for.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{info, warn};
@@ -10,9 +10,16 @@ const RESERVED_SHARE: u64 = 16;
 /// Descriptors of a connection: one to each side.
 const PER_CONNECTION: u64 = 2;
 
+/// Memory of a connection that idles, ours and the kernel's, in bytes. One that moves much takes more: how much is in use is
+/// watched as well ([`Memory::watch`](crate::memory::Memory::watch)).
+const BYTES_PER_CONNECTION: u64 = 16 << 10;
+
+/// So many connections are let in however scarce memory is: they are not what fills it.
+pub const FEW: usize = 64;
+
 /// Raises the limit of descriptors as far as it goes. How many connections may be open: what was asked for, as far as the
-/// descriptors reach.
-pub fn raise_descriptors(asked: Option<usize>) -> usize {
+/// descriptors and `memory`, the bytes that may still be used, reach.
+pub fn connections(asked: Option<usize>, memory: Option<u64>) -> usize {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum
         && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
@@ -20,21 +27,34 @@ pub fn raise_descriptors(asked: Option<usize>) -> usize {
         warn!(%error, "cannot raise the limit of descriptors");
     }
     let descriptors = getrlimit(Resource::Nofile).current;
-    let room = descriptors.map_or(usize::MAX, connections);
-    let connections = asked.unwrap_or(room).min(room);
-    info!(descriptors, connections, "connections that may be open at a time");
-    if asked.is_some_and(|asked| asked > room) {
-        warn!(asked, room, "--max-connections is more than the descriptors allow");
+    let (room, bound) =
+        [(descriptors.map(by_descriptors), "descriptors"), (memory.map(by_memory), "memory")]
+            .into_iter()
+            .filter_map(|(room, bound)| Some((room?, bound)))
+            .min()
+            .unwrap_or((usize::MAX, "nothing"));
+    if let Some(asked) = asked.filter(|asked| *asked > room) {
+        warn!(asked, room, bound, "--max-connections is more than there is room for");
     }
+    let (connections, bound) = match asked {
+        Some(asked) if asked <= room => (asked, "--max-connections"),
+        _ => (room, bound),
+    };
+    info!(descriptors, memory, connections, bound, "connections that may be open at a time");
     connections
 }
 
 /// How many connections this many descriptors allow for at a time.
-pub(crate) fn connections(descriptors: u64) -> usize {
+pub(crate) fn by_descriptors(descriptors: u64) -> usize {
     let reserve = RESERVE.max(descriptors / RESERVED_SHARE);
     usize::try_from(descriptors.saturating_sub(reserve) / PER_CONNECTION)
         .unwrap_or(usize::MAX)
         .max(1)
+}
+
+/// How many connections may be open by this many bytes that may still be used.
+pub(crate) fn by_memory(bytes: u64) -> usize {
+    usize::try_from(bytes / BYTES_PER_CONNECTION).unwrap_or(usize::MAX).max(FEW)
 }
 
 #[cfg(test)]
@@ -43,9 +63,24 @@ mod tests {
 
     #[test]
     fn each_connection_needs_two_and_some_are_kept_back() {
-        assert_eq!(connections(1_024), 256);
-        assert_eq!(connections(20_000), 9_375);
-        assert_eq!(connections(1 << 20), 491_520);
-        assert_eq!(connections(0), 1);
+        assert_eq!(by_descriptors(1_024), 256);
+        assert_eq!(by_descriptors(20_000), 9_375);
+        assert_eq!(by_descriptors(1 << 20), 491_520);
+        assert_eq!(by_descriptors(0), 1);
+    }
+
+    #[test]
+    fn memory_bounds_them_and_leaves_a_few() {
+        assert_eq!(by_memory(32 << 20), 2_048);
+        assert_eq!(by_memory(0), FEW);
+    }
+
+    #[test]
+    fn what_is_scarcest_bounds_them() {
+        let descriptors = getrlimit(Resource::Nofile).maximum.map_or(usize::MAX, by_descriptors);
+        assert_eq!(connections(None, None), descriptors);
+        assert_eq!(connections(None, Some(2 << 20)), 128);
+        assert_eq!(connections(Some(7), Some(2 << 20)), 7);
+        assert_eq!(connections(Some(usize::MAX), Some(2 << 20)), 128);
     }
 }

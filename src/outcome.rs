@@ -51,6 +51,8 @@ outcomes! {
     TooManyConnections = "too_many_connections",
     /// Refused: the consumer has as many open as `--max-connections-per-consumer` allows.
     TooManyOfConsumer = "too_many_of_consumer",
+    /// Refused: the memory that the control group allows is nearly used up.
+    MemoryShort = "memory_short",
     /// Refused: no endpoint could be reached.
     EndpointsUnreachable = "endpoints_unreachable",
     /// Refused: this host could not open a connection (descriptors, ports or memory ran out).

@@ -73,6 +73,8 @@ pub struct Connections {
     pub limit: usize,
     /// Waiting for their container to become known.
     pub held: usize,
+    /// Whether new ones are refused now because memory is nearly used up.
+    pub memory_short: bool,
     /// Accepted for a route since the start.
     pub started: u64,
     /// How those that ended did, by outcome; outcomes that never came are left out.
@@ -143,6 +145,11 @@ pub struct Host {
     pub descriptors_limit: Option<u64>,
     /// Memory in use.
     pub resident_bytes: Option<u64>,
+    /// Memory that the control group uses, of the one that is nearest to its limit, without what the kernel can take back;
+    /// null where there is no limit.
+    pub memory_used_bytes: Option<u64>,
+    /// How much it may use.
+    pub memory_limit_bytes: Option<u64>,
     /// Processor time, of all threads.
     pub cpu_seconds: Option<f64>,
 }

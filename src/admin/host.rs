@@ -8,9 +8,11 @@ use rustix::{
 };
 
 use super::{api, view};
+use crate::memory::Memory;
 
 pub(super) fn host() -> api::Host {
     let conntrack = |name: &str| number(&Path::new("/proc/sys/net/netfilter").join(name));
+    let memory = Memory::of_this_process().tightest();
     api::Host {
         conntrack_entries: conntrack("nf_conntrack_count"),
         conntrack_limit: conntrack("nf_conntrack_max"),
@@ -20,6 +22,8 @@ pub(super) fn host() -> api::Host {
         resident_bytes: fs::read_to_string("/proc/self/statm")
             .ok()
             .and_then(|text| resident(&text)),
+        memory_used_bytes: memory.map(|memory| memory.used),
+        memory_limit_bytes: memory.map(|memory| memory.limit),
         cpu_seconds: fs::read_to_string("/proc/self/stat").ok().and_then(|text| cpu(&text)),
     }
 }

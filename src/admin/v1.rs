@@ -93,6 +93,7 @@ fn all_connections(shown: &Shown) -> api::Connections {
         active: figures.live(),
         limit: figures.limit(),
         held: figures.held(),
+        memory_short: figures.memory_short(),
         started: figures.started(),
         ended: ended.filter(|(_, count)| *count > 0).collect(),
         bytes_up,

@@ -138,6 +138,14 @@ fn write(
         let (half, most) = (age(half), age(most));
         writeln!(out, "  to connect: half within {half}, 99 of 100 within {most}")?;
     }
+    let api::Host { memory_used_bytes, memory_limit_bytes, .. } = &status.host;
+    if let (Some(used), Some(limit)) = (memory_used_bytes, memory_limit_bytes) {
+        write!(out, "memory       {} of {}", bytes(*used), bytes(*limit))?;
+        match status.connections.memory_short {
+            true => writeln!(out, ", NEW CONNECTIONS ARE REFUSED")?,
+            false => writeln!(out)?,
+        }
+    }
     Ok(())
 }
 
@@ -176,6 +184,7 @@ pub(super) mod tests {
                 active: 5,
                 limit: 9744,
                 held: 0,
+                memory_short: false,
                 started: 100,
                 ended: [("closed".to_owned(), 95)].into(),
                 bytes_up: 1000,
@@ -199,6 +208,8 @@ pub(super) mod tests {
                 descriptors: None,
                 descriptors_limit: None,
                 resident_bytes: None,
+                memory_used_bytes: None,
+                memory_limit_bytes: None,
                 cpu_seconds: None,
             },
         }
@@ -234,6 +245,9 @@ connections  5 open of 9744; 100 since the start, 1.0 kB up, 2.5 MB down
         status.capture.error = Some("no nft".into());
         status.vips.clear();
         status.routes_without_endpoint = 2;
+        status.connections.memory_short = true;
+        status.host.memory_used_bytes = Some(61_000_000);
+        status.host.memory_limit_bytes = Some(64_000_000);
         let down = api::Source {
             name: "consul web".into(),
             kind: "consul".into(),
@@ -253,6 +267,7 @@ connections  5 open of 9744; 100 since the start, 1.0 kB up, 2.5 MB down
             "VIPs         none: nothing can be captured",
             "routes       2 of 1 consumer, 2 WITHOUT ENDPOINT\n",
             "  consul web: refused; nothing is known of it\n",
+            "memory       61.0 MB of 64.0 MB, NEW CONNECTIONS ARE REFUSED\n",
         ] {
             assert!(text.contains(line), "{line:?} in {text}");
         }

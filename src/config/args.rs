@@ -112,7 +112,7 @@ pub(crate) struct Args {
     #[arg(long, help_heading = TRAFFIC, value_name = "TIME")]
     pub(super) drain: Option<String>,
 
-    /// Connections at a time, from 1; beyond, they are reset and counted [default: by the descriptor limit]
+    /// Connections at a time, from 1; beyond, they are reset and counted [default: by the limits of descriptors and memory]
     #[arg(long, help_heading = TRAFFIC, value_name = "NUMBER")]
     pub(super) max_connections: Option<String>,
 

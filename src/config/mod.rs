@@ -58,7 +58,7 @@ pub struct Config {
     pub hold: Duration,
     /// How long a termination waits for live connections.
     pub drain: Duration,
-    /// `None`: by the descriptor limit. At least 1.
+    /// `None`: by the limits of descriptors and memory. At least 1.
     pub max_connections: Option<usize>,
     /// `None`: no limit. At least 1.
     pub max_connections_per_consumer: Option<usize>,

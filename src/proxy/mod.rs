@@ -12,8 +12,8 @@ use std::{
 use tokio::{runtime::LocalOptions, sync::watch};
 
 use crate::{
-    balance::Millis, config::ConnectionLog, counts::Distribution, events::Events, model::Port,
-    provider::Lookup, table::Table,
+    balance::Millis, config::ConnectionLog, counts::Distribution, events::Events, memory,
+    model::Port, provider::Lookup, table::Table,
 };
 
 mod announce;
@@ -43,6 +43,8 @@ pub struct Settings {
     pub destinations: Destinations,
     /// Connections at a time; one more is reset.
     pub max_connections: usize,
+    /// Whether memory is nearly used up: then there are only a few ([`FEW`](crate::limits::FEW)), and one more is reset.
+    pub memory_short: Arc<memory::Short>,
     /// Connections at a time of one consumer; `None`: as many as there may be.
     pub max_connections_per_consumer: Option<usize>,
     /// The mark of our own connections to endpoints, where rules must tell them apart (man 7 socket, SO_MARK).
@@ -184,6 +186,11 @@ impl Figures {
     /// Connections that may be open at a time.
     pub fn limit(&self) -> usize {
         self.shared.settings.max_connections
+    }
+
+    /// Whether connections are refused because memory is nearly used up.
+    pub fn memory_short(&self) -> bool {
+        self.shared.settings.memory_short.get()
     }
 
     /// Connections that ended so, since the start.

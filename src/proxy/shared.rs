@@ -12,6 +12,7 @@ use super::Settings;
 use crate::{
     balance::Millis,
     counts::Counts,
+    limits::FEW,
     outcome::{Outcome, Tally},
     table::Route,
 };
@@ -50,6 +51,9 @@ impl Shared {
     /// Counts one more live connection of the route's consumer, if there may be one more.
     pub(super) fn count_in(&self, route: &Route) -> Result<(), Outcome> {
         let of_consumer = self.settings.max_connections_per_consumer.unwrap_or(usize::MAX);
+        if self.settings.memory_short.get() && self.live.load(Relaxed) >= FEW {
+            return Err(Outcome::MemoryShort);
+        }
         if !one_more(&route.live_of_consumer, of_consumer) {
             return Err(Outcome::TooManyOfConsumer);
         }
@@ -101,6 +105,7 @@ pub(super) mod tests {
     use super::*;
     use crate::{
         config::ConnectionLog,
+        memory::Use,
         proxy::{Destinations, connection::tests::table},
     };
 
@@ -111,6 +116,7 @@ pub(super) mod tests {
             workers: 1,
             destinations: Destinations::Any,
             max_connections: most,
+            memory_short: Default::default(),
             max_connections_per_consumer: Some(of_consumer),
             mark: None,
             splice: false,
@@ -119,6 +125,18 @@ pub(super) mod tests {
             log: ConnectionLog::Off,
             events: Default::default(),
         })
+    }
+
+    #[test]
+    fn while_memory_is_short_there_are_a_few_connections() {
+        let (shared, table) = (shared(1_000, 1_000), table());
+        let route = table.routes().next().unwrap();
+        shared.settings.memory_short.look(Use { used: 95, limit: 100 });
+        let counted = (0..1_000).filter(|_| shared.count_in(route).is_ok()).count();
+        assert_eq!((counted, shared.live.load(Relaxed)), (FEW, FEW));
+        assert_eq!(shared.count_in(route), Err(Outcome::MemoryShort));
+        shared.settings.memory_short.look(Use { used: 50, limit: 100 });
+        assert_eq!(shared.count_in(route), Ok(()));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use testbed::{Embassy, Host, embassy_program};
 
 use crate::{
     READY,
+    memory::Group,
     support::{reaches, says},
 };
 
@@ -29,7 +30,9 @@ fn host() -> Result<(Host, Embassy)> {
         server.start()?;
     }
     let app = host.client("app").env("BACKEND_REDIS", "redis;6379").start()?;
-    let embassy = host.embassy(["--dnat", "-discovery=docker://"])?;
+    // There are metrics of a limit only where there is one.
+    let group = Group::new(&host, 1 << 30)?;
+    let embassy = group.embassy(&host, &["--dnat", "-discovery=docker://"])?;
     embassy.wait_ready(READY)?;
     reaches_one(&app)?;
     says(&embassy, &["capturing"])?;

@@ -22,6 +22,7 @@ mod identity;
 mod life_cycle;
 mod logs;
 mod main_job;
+mod memory;
 mod modes;
 mod notrack;
 mod process;

@@ -75,7 +75,18 @@ impl Collector for Metrics {
             "Entries of the kernel's connection tracking, everybody's",
             host.conntrack_entries,
         )?;
-        out.gauge("conntrack_limit", "Entries that connection tracking may have; beyond, new connections of everybody are dropped", host.conntrack_limit)
+        out.gauge("conntrack_limit", "Entries that connection tracking may have; beyond, new connections of everybody are dropped", host.conntrack_limit)?;
+        out.gauge("memory_used_bytes", "Memory that the control group uses, of the one nearest to its limit, without what the kernel can take back", host.memory_used_bytes)?;
+        out.gauge(
+            "memory_limit_bytes",
+            "Memory that this control group may use",
+            host.memory_limit_bytes,
+        )?;
+        out.gauge(
+            "memory_short",
+            "Whether new connections are refused because memory is nearly used up: 1, else 0",
+            Some(u64::from(self.figures.memory_short())),
+        )
     }
 }
 

@@ -23,6 +23,7 @@ use crate::{
     config::{CaptureMode, Config, Provider},
     discovery::{Discoveries, Watches},
     docker::Engine,
+    memory::{Memory, Use},
 };
 
 /// Everything that is judged.
@@ -52,6 +53,8 @@ pub(super) struct Facts {
     pub(super) conntrack: Option<(u64, u64)>,
     /// How many descriptors a process may have. `None`: without a limit.
     pub(super) descriptors: Option<u64>,
+    /// Memory of the control group: of the proxy that runs, or else of this process. `None`: without a limit.
+    pub(super) memory: Option<Use>,
     /// The capabilities of this process, as bits (man 7 capabilities).
     pub(super) capabilities: u64,
 }
@@ -111,6 +114,8 @@ pub(super) async fn facts(config: &Config) -> Facts {
         places.push((firewall, place::of(firewall).await.unwrap_or(place::Place::Absent)));
     }
     let running: Vec<_> = running::proxies().iter().map(|proxy| proxy.pid).collect();
+    let memory =
+        running.first().map_or_else(Memory::of_this_process, |pid| Memory::of_process(*pid));
     Facts {
         capture: config.capture,
         engine,
@@ -127,6 +132,7 @@ pub(super) async fn facts(config: &Config) -> Facts {
         conntrack: number("/proc/sys/net/netfilter/nf_conntrack_count")
             .zip(number("/proc/sys/net/netfilter/nf_conntrack_max")),
         descriptors: getrlimit(Resource::Nofile).maximum,
+        memory: memory.tightest(),
         capabilities: capabilities(),
     }
 }

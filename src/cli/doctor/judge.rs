@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use super::{
+    super::table::bytes,
     Finding, Level,
     collect::{Facts, Listener, Network},
 };
@@ -10,6 +11,7 @@ use crate::{
     capture::{input::Barrier, place::Place},
     config::CaptureMode,
     limits,
+    memory::{NEAR, Use},
 };
 
 /// Everything that was looked at, in the order in which one depends on the other.
@@ -30,6 +32,7 @@ pub(super) fn findings(facts: &Facts) -> Vec<Finding> {
     all.extend(facts.networks.iter().filter_map(rp_filter));
     all.extend(conntrack(facts));
     all.push(descriptors(facts));
+    all.extend(memory(facts));
     all
 }
 
@@ -251,7 +254,7 @@ fn descriptors(facts: &Facts) -> Finding {
     let Some(limit) = facts.descriptors else {
         return ok(check, "without a limit");
     };
-    let connections = limits::connections(limit);
+    let connections = limits::by_descriptors(limit);
     let what = format!("{limit} allow for {connections} connections at a time");
     match connections {
         ..FEW => warn(
@@ -261,6 +264,24 @@ fn descriptors(facts: &Facts) -> Finding {
         ),
         _ => ok(check, what),
     }
+}
+
+fn memory(facts: &Facts) -> Option<Finding> {
+    let check = "memory";
+    let Use { used, limit } = facts.memory?;
+    // Where it runs, what it has is in use by its connections too.
+    let connections = limits::by_memory(limit / 100 * NEAR);
+    let part = format!("{} of {} are in use", bytes(used), bytes(limit));
+    let fix = "raise the limit of the control group: --memory of docker, MemoryMax= of systemd";
+    Some(match (Use { used, limit }).reaches(NEAR) {
+        true => fail(check, format!("{part}: new connections are refused"), fix),
+        false if connections < FEW => warn(
+            check,
+            format!("{part}: there is room for {connections} connections at the most"),
+            fix,
+        ),
+        false => ok(check, part),
+    })
 }
 
 #[cfg(test)]
@@ -300,6 +321,7 @@ mod tests {
             networks: vec![network()],
             conntrack: Some((100, 1000)),
             descriptors: Some(20_000),
+            memory: Some(Use { used: 20 << 20, limit: 512 << 20 }),
             capabilities: u64::MAX,
         }
     }
@@ -339,7 +361,7 @@ mod tests {
         use Level::{Fail, Warn};
         let vips = |list: &[&str]| Some(list.iter().map(|vip| vip.parse().unwrap()).collect());
         type Change = Box<dyn FnOnce(&mut Facts)>;
-        let cases: [(&str, Level, Change); 20] = [
+        let cases: [(&str, Level, Change); 22] = [
             ("embassy", Warn, Box::new(|f| f.running.push(8))),
             ("docker", Fail, Box::new(|f| f.engine = Some(Err("no such file".into())))),
             (
@@ -384,6 +406,12 @@ mod tests {
             ("conntrack", Warn, Box::new(|f| f.conntrack = Some((800, 1000)))),
             ("conntrack", Fail, Box::new(|f| f.conntrack = Some((990, 1000)))),
             ("descriptors", Warn, Box::new(|f| f.descriptors = Some(1024))),
+            ("memory", Warn, Box::new(|f| f.memory = Some(Use { used: 8 << 20, limit: 16 << 20 }))),
+            (
+                "memory",
+                Fail,
+                Box::new(|f| f.memory = Some(Use { used: 500 << 20, limit: 512 << 20 })),
+            ),
             ("rules", Fail, Box::new(|f| f.places[0].1 = Place::Absent)),
         ];
         for (check, level, change) in cases {
@@ -405,5 +433,6 @@ mod tests {
         assert_eq!(found(|f| f.vips = Some(vec!["10.0.0.1".parse().unwrap()])), []);
         assert_eq!(found(|f| f.conntrack = None), []);
         assert_eq!(found(|f| f.descriptors = None), []);
+        assert_eq!(found(|f| f.memory = None), []);
     }
 }

@@ -1,7 +1,7 @@
 //! The client that holds many connections.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
@@ -23,6 +23,7 @@ pub(crate) fn hold(args: &Args) -> Result<()> {
     let count: usize = args.number("-n", 1)?;
     let at_once: usize = args.number("-c", 1)?;
     let timeout = args.milliseconds("--timeout-ms", 10_000)?;
+    let fill: usize = args.number("--fill", 0)?;
 
     let greet = || {
         let connection = TcpStream::connect_timeout(&address, timeout)?;
@@ -31,7 +32,10 @@ pub(crate) fn hold(args: &Args) -> Result<()> {
         let mut greeting = String::new();
         match reader.read_line(&mut greeting)? {
             0 => Err(std::io::ErrorKind::UnexpectedEof.into()),
-            _ => Ok((reader, greeting.trim_end().to_owned())),
+            _ => {
+                send(reader.get_ref(), fill)?;
+                Ok((reader, greeting.trim_end().to_owned()))
+            }
         }
     };
     let (mut held, mut greetings, mut failures) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
@@ -55,6 +59,12 @@ pub(crate) fn hold(args: &Args) -> Result<()> {
         }
     }
     println!("{}", json!({ "greetings": greetings, "failures": failures }));
+    if fill > 0 {
+        // What was sent stays on its way only as long as nobody reads what comes back.
+        loop {
+            thread::park();
+        }
+    }
 
     let mut watchers = Vec::new();
     for (reader, greeting) in held {
@@ -69,6 +79,21 @@ pub(crate) fn hold(args: &Args) -> Result<()> {
         watcher.join().expect("a watcher does not panic");
     }
     Ok(())
+}
+
+/// Sends so many bytes, or as many as are taken at once.
+fn send(mut connection: &TcpStream, count: usize) -> std::io::Result<()> {
+    connection.set_nonblocking(true)?;
+    let bytes = [0; 16 * 1024];
+    let mut left = count;
+    while left > 0 {
+        match connection.write(&bytes[..left.min(bytes.len())]) {
+            Ok(sent) => left -= sent,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error),
+        }
+    }
+    connection.set_nonblocking(false)
 }
 
 /// Reads to the end of a connection, for as long as it takes.

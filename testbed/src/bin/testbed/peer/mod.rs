@@ -39,9 +39,9 @@ clients, each prints one JSON object:
                              the other side of the server of that name; --rate slows the reading
   reset HOST:PORT [--bytes N]
                              sends N bytes (default 0), or fewer if nothing more is taken for half a second; then resets
-  hold HOST:PORT [-n N] [-c CONCURRENCY] [--timeout-ms T]
+  hold HOST:PORT [-n N] [-c CONCURRENCY] [--timeout-ms T] [--fill B]
                              opens N connections, reads a line from each and holds them; a further line for each
-                             connection that ends
+                             connection that ends; with --fill it sends B bytes on each, and reads nothing more
   probe HOST:PORT [--timeout-ms T] [--wait-ms W]
                              refused, unreachable, timeout; or reset, closed, data, open within W (default 1000)
 rates are bytes per second; seeds are numbers, and a seed names one endless sequence of bytes

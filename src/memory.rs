@@ -1,0 +1,316 @@
+//! The memory limit of the control group that a process is in, and how near it is. Where it is reached, the kernel kills.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use tracing::{info, warn};
+
+/// The control groups that bound a process: its own and those above it, as far as they can be seen from here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Memory(Vec<Group>);
+
+/// How much of a limit is in use, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Use {
+    /// Without what the kernel takes back when it needs to: file contents that it keeps at hand.
+    pub used: u64,
+    pub limit: u64,
+}
+
+impl Use {
+    /// Whether so many of a hundred parts are used.
+    pub fn reaches(self, percent: u64) -> bool {
+        self.used / percent >= self.limit / 100
+    }
+}
+
+/// From here on new connections are refused: the kernel kills at 100, and others of the group want some too.
+pub const NEAR: u64 = 90;
+/// From here on they are let in again.
+const FAR: u64 = 85;
+/// How often it is looked. A tenth of a small limit may be used up by a rush of connections in less than a second.
+const LOOK: Duration = Duration::from_millis(200);
+
+impl Memory {
+    /// Of the process that asks.
+    pub fn of_this_process() -> Self {
+        Self::of("self")
+    }
+
+    /// Of another, by its number as it is in `/proc` here.
+    pub fn of_process(pid: u32) -> Self {
+        Self::of(&pid.to_string())
+    }
+
+    fn of(process: &str) -> Self {
+        // Where they cannot be read no limit is known.
+        let groups = fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap_or_default();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        Self(
+            mounts
+                .lines()
+                .filter_map(Mount::read)
+                .flat_map(|mount| mount.groups(&groups))
+                .collect(),
+        )
+    }
+
+    /// Of the group that is nearest to its limit. `None`: there is no limit.
+    pub fn tightest(&self) -> Option<Use> {
+        let share = |r#use: &Use| (u128::from(r#use.used) << 64) / u128::from(r#use.limit.max(1));
+        self.uses().max_by_key(share)
+    }
+
+    /// How many bytes more may be used before connections are refused. `None`: there is no limit.
+    pub fn room(&self) -> Option<u64> {
+        self.uses().map(|Use { used, limit }| (limit / 100 * NEAR).saturating_sub(used)).min()
+    }
+
+    /// Says by `short`, for ever, whether memory is nearly used up. Returns at once where there is no limit.
+    pub async fn watch(self, short: Arc<Short>) {
+        if self.tightest().is_none() {
+            return;
+        }
+        loop {
+            // A limit may be changed, and be taken away.
+            if let Some(now) = self.tightest() {
+                short.look(now);
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    fn uses(&self) -> impl Iterator<Item = Use> {
+        self.0.iter().filter_map(Group::usage)
+    }
+}
+
+/// Whether memory is nearly used up.
+#[derive(Debug, Default)]
+pub struct Short(AtomicBool);
+
+impl Short {
+    pub fn get(&self) -> bool {
+        self.0.load(Relaxed)
+    }
+
+    pub(crate) fn look(&self, now: Use) {
+        let Use { used, limit } = now;
+        if !self.get() && now.reaches(NEAR) {
+            self.0.store(true, Relaxed);
+            warn!(used, limit, "memory is nearly used up; new connections are refused");
+        } else if self.get() && !now.reaches(FAR) {
+            self.0.store(false, Relaxed);
+            info!(used, limit, "there is memory again; new connections are accepted");
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Version {
+    V1,
+    V2,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Group {
+    dir: PathBuf,
+    version: Version,
+}
+
+impl Group {
+    fn usage(&self) -> Option<Use> {
+        let read = |name: &str| fs::read_to_string(self.dir.join(name)).ok();
+        let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
+        let stat = read("memory.stat")?;
+        let (limit, used, kept) = match self.version {
+            Version::V1 => {
+                // Without a limit it is the greatest number of pages that there can be.
+                let limit = number("memory.limit_in_bytes").filter(|limit| *limit < 1 << 60);
+                let kept = sum(&stat, &["total_active_file", "total_inactive_file"]);
+                (limit?, number("memory.usage_in_bytes")?, kept)
+            }
+            Version::V2 => {
+                // Above `memory.high` the kernel slows the group down so much that it might as well stand still.
+                let limits = ["memory.max", "memory.high"].into_iter().filter_map(number);
+                let kept = sum(&stat, &["active_file", "inactive_file", "slab_reclaimable"]);
+                (limits.min()?, number("memory.current")?, kept)
+            }
+        };
+        Some(Use { used: used.saturating_sub(kept), limit })
+    }
+}
+
+/// The sum of some lines of `memory.stat`.
+fn sum(stat: &str, names: &[&str]) -> u64 {
+    let lines = stat.lines().filter_map(|line| line.split_once(' '));
+    lines.filter(|(name, _)| names.contains(name)).filter_map(|(_, n)| n.parse::<u64>().ok()).sum()
+}
+
+/// A hierarchy of control groups that may know of memory.
+#[derive(Debug)]
+struct Mount<'a> {
+    /// Which part of the hierarchy is here.
+    root: &'a Path,
+    at: &'a Path,
+    version: Version,
+}
+
+impl<'a> Mount<'a> {
+    /// A line of `mountinfo` (man 5 proc_pid_mountinfo).
+    fn read(line: &'a str) -> Option<Self> {
+        let (mount, filesystem) = line.split_once(" - ")?;
+        let mut mount = mount.split(' ').skip(3);
+        let (root, at) = (Path::new(mount.next()?), Path::new(mount.next()?));
+        let mut filesystem = filesystem.split(' ');
+        let version = match filesystem.next()? {
+            "cgroup2" => Version::V2,
+            "cgroup" if filesystem.nth(1)?.split(',').any(|option| option == "memory") => {
+                Version::V1
+            }
+            _ => return None,
+        };
+        Some(Self { root, at, version })
+    }
+
+    /// The group that `/proc/<pid>/cgroup` names, and those above it, up to the one that is mounted.
+    fn groups(&self, cgroup: &str) -> Vec<Group> {
+        let of_this = |line: &'_ str| {
+            let (number, rest) = line.split_once(':')?;
+            let (controllers, path) = rest.split_once(':')?;
+            let is_this = match self.version {
+                Version::V1 => controllers.split(',').any(|one| one == "memory"),
+                Version::V2 => number == "0" && controllers.is_empty(),
+            };
+            is_this.then(|| PathBuf::from(path))
+        };
+        let Some(path) = cgroup.lines().find_map(of_this) else { return Vec::new() };
+        // Seen from a container its own group may be all that is mounted, whatever it is called outside.
+        let below = path.strip_prefix(self.root).unwrap_or(Path::new(""));
+        let group = |below: &Path| Group { dir: self.at.join(below), version: self.version };
+        below.ancestors().map(group).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn groups(cgroup: &str, mountinfo: &str) -> Vec<String> {
+        let mounts = mountinfo.lines().filter_map(Mount::read);
+        let groups = mounts.flat_map(|mount| mount.groups(cgroup));
+        groups.map(|group| format!("{:?} {}", group.version, group.dir.display())).collect()
+    }
+
+    const V2: &str = "30 24 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
+
+    #[test]
+    fn groups_are_found_from_the_own_one_up() {
+        let all = groups("0::/system.slice/embassy.service\n", V2);
+        assert_eq!(
+            all,
+            [
+                "V2 /sys/fs/cgroup/system.slice/embassy.service",
+                "V2 /sys/fs/cgroup/system.slice",
+                "V2 /sys/fs/cgroup/"
+            ]
+        );
+        assert_eq!(groups("0::/\n", V2), ["V2 /sys/fs/cgroup/"]);
+    }
+
+    #[test]
+    fn a_container_sees_its_own_group_under_another_name() {
+        let cgroup = "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/docker/abc\n";
+        let mounts = "1 2 0:1 / / rw - overlay overlay rw\n\
+            40 30 0:30 /docker/abc /sys/fs/cgroup/memory ro shared:5 - cgroup cgroup rw,memory\n\
+            41 30 0:31 /docker/abc /sys/fs/cgroup/cpu ro - cgroup cgroup rw,cpu,cpuacct\n";
+        assert_eq!(groups(cgroup, mounts), ["V1 /sys/fs/cgroup/memory/"]);
+        // Named otherwise than what is mounted: that is what there is.
+        assert_eq!(groups("0::/../other\n", &V2.replace(" / ", " /own ")), ["V2 /sys/fs/cgroup/"]);
+        assert!(groups("", mounts).is_empty() && groups(cgroup, "nonsense\n - \n").is_empty());
+    }
+
+    fn memory(version: Version, groups: &[&[(&str, &str)]]) -> (tempfile::TempDir, Memory) {
+        let dir = tempfile::tempdir().unwrap();
+        let group = |(n, files): (usize, &&[(&str, &str)])| {
+            let dir = dir.path().join(n.to_string());
+            fs::create_dir(&dir).unwrap();
+            files.iter().for_each(|(name, text)| fs::write(dir.join(name), text).unwrap());
+            Group { dir, version }
+        };
+        let groups = groups.iter().enumerate().map(group).collect();
+        (dir, Memory(groups))
+    }
+
+    #[test]
+    fn what_the_kernel_can_take_back_is_not_in_use() {
+        let own = [
+            ("memory.max", "1000\n"),
+            ("memory.high", "max\n"),
+            ("memory.current", "950\n"),
+            (
+                "memory.stat",
+                "anon 500\ninactive_file 300\nactive_file 40\nslab_reclaimable 10\nsock 9\n",
+            ),
+        ];
+        let (_dir, v2) = memory(Version::V2, &[&own]);
+        assert_eq!(v2.tightest(), Some(Use { used: 600, limit: 1000 }));
+        let own = [
+            ("memory.limit_in_bytes", "1000\n"),
+            ("memory.usage_in_bytes", "950\n"),
+            ("memory.stat", "active_file 1\ntotal_active_file 200\ntotal_inactive_file 100\n"),
+        ];
+        let (_dir, v1) = memory(Version::V1, &[&own]);
+        assert_eq!(v1.tightest(), Some(Use { used: 650, limit: 1000 }));
+        assert_eq!(v1.room(), Some(250));
+    }
+
+    #[test]
+    fn the_group_that_is_nearest_to_its_limit_counts() {
+        let group = |high, current| {
+            [
+                ("memory.max", "max"),
+                ("memory.high", high),
+                ("memory.current", current),
+                ("memory.stat", ""),
+            ]
+        };
+        let (_dir, memory) = memory(
+            Version::V2,
+            &[&group("max", "7"), &group("1000", "500"), &group("2000", "1800"), &[]],
+        );
+        assert_eq!(memory.tightest(), Some(Use { used: 1800, limit: 2000 }));
+        assert_eq!(memory.room(), Some(0));
+    }
+
+    #[test]
+    fn no_limit_is_no_limit() {
+        let own = [
+            ("memory.limit_in_bytes", "9223372036854771712\n"),
+            ("memory.usage_in_bytes", "1\n"),
+            ("memory.stat", ""),
+        ];
+        let (_dir, memory) = memory(Version::V1, &[&own]);
+        assert_eq!((memory.tightest(), memory.room()), (None, None));
+    }
+
+    #[test]
+    fn short_begins_near_the_limit_and_ends_well_below_it() {
+        let short = Short::default();
+        let at = |used| {
+            short.look(Use { used, limit: 1000 });
+            short.get()
+        };
+        assert_eq!(
+            [0, 899, 900, 860, 850, 849, 899].map(at),
+            [false, false, true, true, true, false, false]
+        );
+    }
+}
