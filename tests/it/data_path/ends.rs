@@ -1,11 +1,17 @@
 //! How a connection ends on one side is how it ends on the other.
 
-use std::time::Duration;
+use std::{
+    fs,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Result, ensure};
-use testbed::Process;
+use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use socket2::{SockRef, TcpKeepalive};
+use testbed::{Embassy, Process};
 
-use super::{Path, ended, line, vip, wait_ended};
+use super::{Held, Path, ended, line, metric, vip, wait_ended};
 use crate::WAIT;
 
 #[test]
@@ -78,7 +84,7 @@ fn a_half_closed_connection_outlives_the_patience_of_connection_tracking() -> Re
 #[test]
 fn keepalive_asks_a_silent_peer_on_either_side() -> Result<()> {
     let path = Path::new(&[(1001, "greet")])?;
-    let held = super::Held::open(&path.app, "held", &vip(1001), 1)?;
+    let held = Held::open(&path.app, "held", &vip(1001), 1)?;
     held.greetings()?;
     let (app, endpoint) = (path.app.ip()?.to_string(), format!("{}:1001", path.endpoints.ip()?));
     let sockets = path.host.run("ss", ["-H", "-t", "-n", "-o", "state", "established"])?;
@@ -92,6 +98,109 @@ fn keepalive_asks_a_silent_peer_on_either_side() -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Nothing passes between embassy and one peer any more, and nothing is sent to notice it by. The kernel's questions are made to
+/// come sooner than embassy asks for, on its own sockets: what is shown is what becomes of a connection when they fail.
+#[test]
+fn a_silent_peer_is_found_by_keepalive_and_the_other_side_is_told() -> Result<()> {
+    let roles = [1001, 1002, 1004].map(|port| (port, "greet"));
+    let path = Path::new(&[&roles[..], &[(1003, "sink --delay-ms 600000")]].concat())?;
+    let open = |name: &str, port| -> Result<Held> {
+        let held = Held::open(&path.app, name, &vip(port), 1)?;
+        held.greetings()?;
+        Ok(held)
+    };
+    let of_consumer = open("of-consumer", 1001)?;
+    let of_endpoint = open("of-endpoint", 1002)?;
+    let of_nobody = open("of-nobody", 1004)?;
+    // Half-closed, it keeps its task; the others lose theirs.
+    let send = ["testbed", "peer", "send", &vip(1003), "--bytes", "10"];
+    let half_closed = path.app.spawn("half-closed", send)?;
+    testbed::eventually(WAIT, "the idle connections to be parked", || {
+        let (parked, sockets) = (parked(&path.embassy)?, sockets(&path)?.len());
+        ensure!((parked, sockets) == (6, 8), "{parked} sockets of {sockets}");
+        Ok(())
+    })?;
+
+    let (app, endpoints) = (path.app.ip()?, path.endpoints.ip()?);
+    for words in [
+        "add table inet silent",
+        "add chain inet silent in { type filter hook input priority 0; }",
+        "add chain inet silent out { type filter hook output priority 0; }",
+        &format!(
+            "add rule inet silent in ip saddr {app} meta l4proto tcp ct original proto-dst 1001 drop"
+        ),
+        &format!(
+            "add rule inet silent out ip daddr {app} meta l4proto tcp ct original proto-dst 1001 drop"
+        ),
+        &format!("add rule inet silent in ip saddr {endpoints} tcp sport {{ 1002, 1003 }} drop"),
+        &format!("add rule inet silent out ip daddr {endpoints} tcp dport {{ 1002, 1003 }} drop"),
+    ] {
+        path.host.run("nft", [words])?;
+    }
+    let second = Duration::from_secs(1);
+    let soon = TcpKeepalive::new().with_time(second).with_interval(second).with_retries(4);
+    let start = Instant::now();
+    for socket in sockets(&path)? {
+        ensure!(SockRef::from(&socket).keepalive()?, "keepalive is on");
+        SockRef::from(&socket).set_tcp_keepalive(&soon)?;
+    }
+    wait_ended(&path.embassy, "consumer_reset", 1)?;
+    wait_ended(&path.embassy, "endpoint_reset", 2)?;
+    println!(
+        "silent peers were found after {:?}, by four questions a second apart",
+        start.elapsed()
+    );
+
+    testbed::eventually(WAIT, "the consumer's reset", || {
+        let ended = of_endpoint.ended()?;
+        ensure!(ended.len() == 1 && ended[0].0 == "reset", "{ended:?}");
+        Ok(())
+    })?;
+    ensure!(!half_closed.wait(WAIT)?.success(), "{}", half_closed.log());
+    // The endpoint was told of the consumer's end: it has nothing left of that connection.
+    let mut left = path.endpoints.command("ss")?;
+    left.args(["-H", "-t", "-n", "state", "connected", "sport", "=", ":1001"]);
+    assert_eq!(testbed::output(&mut left)?, "");
+    // Who answers stays, however often it was asked.
+    assert_eq!(of_nobody.ended()?, []);
+    assert_eq!(metric(&path.embassy, "embassy_connections_active")?, 1);
+    // It was told, and cannot hear it.
+    assert_eq!(of_consumer.ended()?, []);
+    Ok(())
+}
+
+/// embassy's own sockets to the two containers.
+fn sockets(path: &Path) -> Result<Vec<OwnedFd>> {
+    let pid = path.embassy.pid();
+    let embassy = i32::try_from(pid).ok().and_then(Pid::from_raw).context("a process")?;
+    let embassy = pidfd_open(embassy, PidfdFlags::empty())?;
+    let peers = [path.app.ip()?.into(), path.endpoints.ip()?.into()];
+    let mut sockets = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let number = entry?.file_name().to_string_lossy().parse()?;
+        // It may be gone, or be no socket.
+        let Ok(socket) = pidfd_getfd(&embassy, number, PidfdGetfdFlags::empty()) else { continue };
+        let peer = SockRef::from(&socket).peer_addr().ok().and_then(|peer| peer.as_socket());
+        if peer.is_some_and(|peer| peers.contains(&peer.ip().to_canonical())) {
+            sockets.push(socket);
+        }
+    }
+    Ok(sockets)
+}
+
+/// How many sockets are in the sets of those that wait without a task: they are watched for EPOLLIN and EPOLLRDHUP (with
+/// the kernel's own EPOLLERR and EPOLLHUP), as a state and not for changes.
+fn parked(embassy: &Embassy) -> Result<usize> {
+    let mut parked = 0;
+    for entry in fs::read_dir(format!("/proc/{}/fdinfo", embassy.pid()))? {
+        // A descriptor may be closed meanwhile.
+        let info = fs::read_to_string(entry?.path()).unwrap_or_default();
+        let watched = info.lines().filter(|line| line.starts_with("tfd:"));
+        parked += watched.filter(|line| line.contains("events:     2019 ")).count();
+    }
+    Ok(parked)
 }
 
 /// Waits until a server printed this.

@@ -86,7 +86,7 @@ fn set_limit(embassy: &Embassy, descriptors: usize) -> Result<()> {
 }
 
 /// Of user and system, so far.
-fn cpu_seconds(embassy: &Embassy) -> Result<f64> {
+pub(crate) fn cpu_seconds(embassy: &Embassy) -> Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", embassy.pid()))?;
     // The name, in parentheses, may hold spaces; utime and stime are the 14th and 15th field (man 5 proc_pid_stat).
     let (_, rest) = stat.rsplit_once(") ").context("a name")?;
