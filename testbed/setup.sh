@@ -42,6 +42,7 @@ look() {
     need haproxy haproxy 'an endpoint that takes the PROXY protocol'
     need nginx nginx-light 'another one'
     need dnsmasq dnsmasq-base 'service discovery by DNS'
+    need faketime faketime 'shows one process a clock that jumps'
     need setcap libcap2-bin 'gives programs in an image a capability'
     need sysctl procps 'kernel settings inside a host'
     need nsenter util-linux 'enters the namespaces of a host'

@@ -14,6 +14,7 @@ use crate::WAIT;
 mod cluster;
 mod docker;
 mod endpoints;
+mod host;
 mod registry;
 
 const VIP: &str = "172.17.0.1:80";
