@@ -75,6 +75,8 @@ struct Context {
     guard: Arc<Guard>,
     /// Places for those who listen to events.
     listeners: Arc<Semaphore>,
+    /// One scrape at a time: many would only take each other's processor.
+    scrapes: Arc<Semaphore>,
 }
 
 /// The running API.
@@ -99,6 +101,7 @@ impl Admin {
                 history,
                 guard: Arc::new(guard),
                 listeners: Arc::new(Semaphore::new(events::LISTENERS)),
+                scrapes: Arc::new(Semaphore::new(1)),
             })
         };
         match at {
@@ -190,13 +193,11 @@ async fn readyz(State(context): State<Context>) -> impl IntoResponse {
 async fn metrics(State(context): State<Context>, headers: HeaderMap) -> impl IntoResponse {
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
     let format = metrics::Format::accepted(accept.unwrap_or_default());
+    // The semaphore is never closed.
+    let _place = context.scrapes.acquire().await;
     context.shown.figures.refresh().await;
-    // Many routes take a while to write: the control plane goes on meanwhile.
-    let registry = context.shown.metrics.clone();
-    let text = tokio::task::spawn_blocking(move || metrics::render(&registry, format)).await;
-    match text {
-        Ok(Ok(text)) => Ok(([(header::CONTENT_TYPE, format.content_type())], text)),
-        Ok(Err(error)) => Err((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    match metrics::render_aside(context.shown.metrics.clone(), format).await {
+        Ok(text) => Ok(([(header::CONTENT_TYPE, format.content_type())], text)),
         Err(error) => Err((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
     }
 }

@@ -23,7 +23,7 @@ use crate::{
 mod text;
 mod traffic;
 
-pub(super) use text::{Format, render};
+pub(super) use text::{Format, render_aside};
 
 /// Where the figures are.
 #[derive(Debug)]

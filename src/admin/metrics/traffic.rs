@@ -1,9 +1,13 @@
 //! What is counted of routes and endpoints. A route's series bear its consumer, an endpoint's do not: the product of both
 //! would be far more than anybody can store.
 
-use std::{collections::BTreeMap, fmt, sync::atomic::Ordering::Relaxed};
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Write},
+    sync::atomic::Ordering::Relaxed,
+};
 
-use prometheus_client::encoding::{EncodeLabelSet, MetricEncoder, NoLabelSet};
+use prometheus_client::encoding::{EncodeLabelSet, LabelSetEncoder, MetricEncoder, NoLabelSet};
 
 use super::{Families, Family};
 use crate::{
@@ -22,12 +26,9 @@ struct Port<'a> {
 }
 
 impl Port<'_> {
-    fn labels(&self) -> [(&'static str, String); 3] {
-        [
-            ("consumer", self.consumer.to_owned()),
-            ("service", self.service.to_owned()),
-            ("port", self.port.to_string()),
-        ]
+    fn labels(&self) -> Labels {
+        let port = self.port.to_string();
+        Labels::new([("consumer", self.consumer), ("service", self.service), ("port", &port)])
     }
 
     fn sum(&self, of: impl Fn(&Counts) -> u64) -> u64 {
@@ -107,12 +108,11 @@ pub(super) fn endpoints(out: &mut Families<'_, '_>, table: &Table, now: Millis) 
                 Some(datacentre) => format!("{discovery} in {datacentre}"),
                 None => discovery.to_string(),
             };
-            let labels = [
-                ("discovery", discovery),
-                ("service", service.to_string()),
-                ("endpoint", state.endpoint.to_string()),
-            ];
-            (labels, &**state)
+            let endpoint = state.endpoint.to_string();
+            let service = service.as_str();
+            let labels =
+                [("discovery", &*discovery), ("service", service), ("endpoint", &endpoint)];
+            (Labels::new(labels), &**state)
         })
         .collect();
 
@@ -207,15 +207,112 @@ pub(super) fn histogram(metric: &mut MetricEncoder<'_>, read: &Distribution) -> 
     metric.encode_histogram::<NoLabelSet>(read.sum_seconds(), read.count(), &buckets, None)
 }
 
+/// Labels that many series bear: put into words once, and written as one piece.
+struct Labels {
+    /// `a="x",b="y",c`: all but the last one's value, which the library encloses.
+    head: String,
+    last: String,
+}
+
+impl Labels {
+    fn new<const N: usize>(labels: [(&str, &str); N]) -> Self {
+        let mut head = String::new();
+        let mut last = String::new();
+        for (n, (name, value)) in labels.into_iter().enumerate() {
+            if n > 0 {
+                head += "=\"";
+                escape(&mut head, &last);
+                head += "\",";
+            }
+            head += name;
+            value.clone_into(&mut last);
+        }
+        Self { head, last }
+    }
+}
+
+impl EncodeLabelSet for Labels {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
+        let mut label = encoder.encode_label();
+        let mut key = label.encode_label_key()?;
+        key.write_str(&self.head)?;
+        let mut value = key.encode_label_value()?;
+        value.write_str(&self.last)?;
+        value.finish()
+    }
+}
+
+/// A label's value as both forms of a scrape want it.
+fn escape(out: &mut String, value: &str) {
+    for c in value.chars() {
+        match c {
+            '\\' => *out += "\\\\",
+            '"' => *out += "\\\"",
+            '\n' => *out += "\\n",
+            c => out.push(c),
+        }
+    }
+}
+
 /// Labels, and one more.
 struct With<'a, L>(&'a L, (&'a str, &'a str));
 
 impl<L: EncodeLabelSet> EncodeLabelSet for With<'_, L> {
-    fn encode(
-        &self,
-        encoder: &mut prometheus_client::encoding::LabelSetEncoder<'_>,
-    ) -> fmt::Result {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
         self.0.encode(encoder)?;
         [self.1].encode(encoder)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::{
+        encoding::text::encode,
+        metrics::{counter::Counter, family::Family},
+        registry::Registry,
+    };
+
+    use super::*;
+
+    /// Labels as the library itself writes them.
+    #[derive(Debug, Clone, PartialEq, Eq, Hash)]
+    struct Plain([(&'static str, &'static str); 3]);
+
+    impl EncodeLabelSet for Plain {
+        fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
+            self.0.encode(encoder)
+        }
+    }
+
+    #[derive(Debug, Clone, PartialEq, Eq, Hash)]
+    struct AsOne(Plain);
+
+    impl EncodeLabelSet for AsOne {
+        fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
+            Labels::new(self.0.0).encode(encoder)
+        }
+    }
+
+    fn written<
+        L: EncodeLabelSet + Clone + Eq + std::hash::Hash + fmt::Debug + Send + Sync + 'static,
+    >(
+        labels: &L,
+    ) -> String {
+        let family = Family::<L, Counter>::default();
+        family.get_or_create(labels).inc();
+        let mut registry = Registry::default();
+        registry.register("seen", "Seen", family);
+        let mut text = String::new();
+        encode(&mut text, &registry).unwrap();
+        text
+    }
+
+    #[test]
+    fn labels_in_one_piece_are_those_of_the_library() {
+        for values in [["app", "web", "80"], ["a\"b", "c\\d\n", "e\"\\"], ["", "ü", ""]] {
+            let [consumer, service, port] = values;
+            let plain = Plain([("consumer", consumer), ("service", service), ("port", port)]);
+            assert_eq!(written(&AsOne(plain.clone())), written(&plain));
+        }
     }
 }
