@@ -75,6 +75,7 @@ pub fn set_level(text: &str) -> Result<(), LevelError> {
     let filter = match text.parse::<u8>() {
         Ok(verbosity @ 0..=10) => parse(directives(verbosity)),
         Ok(_) => return Err(LevelError::Unreadable(text.to_owned())),
+        Err(_) if !is_meant(text) => return Err(LevelError::Unreadable(text.to_owned())),
         Err(_) => parse(text),
     };
     let filter = filter.map_err(|_| LevelError::Unreadable(text.to_owned()))?;
@@ -113,6 +114,17 @@ fn directives(verbosity: u8) -> &'static str {
     }
 }
 
+/// Whether every directive names a level, or at least something that logs. `RUST_LOG` takes a lone word for the name of a
+/// module: a misspelt level would silence everything, and say that all is well.
+fn is_meant(directives: &str) -> bool {
+    directives.split(',').map(str::trim).all(|directive| {
+        let module = directive.split("::").next().unwrap_or_default();
+        directive.contains(['=', '['])
+            || (!directive.is_empty() && directive.parse::<LevelFilter>().is_ok())
+            || ["embassy", "connection"].contains(&module)
+    })
+}
+
 fn parse(directives: &str) -> Result<EnvFilter, ParseError> {
     EnvFilter::builder().with_default_directive(LevelFilter::WARN.into()).parse(directives)
 }
@@ -128,5 +140,11 @@ mod tests {
         }
         assert!(parse("embassy=debug,hyper=off").is_ok());
         assert!(parse("embassy=loud").is_err());
+        for meant in ["debug", "embassy", "embassy::proxy", "warn,connection=info", "OFF"] {
+            assert!(is_meant(meant), "{meant}");
+        }
+        for mistake in ["loud", "debg", "-1", "", "info,", "loud and clear"] {
+            assert!(!is_meant(mistake), "{mistake}");
+        }
     }
 }

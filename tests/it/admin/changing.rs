@@ -100,3 +100,75 @@ fn the_socket_may_change_what_tcp_may_not_without_the_token() -> Result<()> {
     assert!(description["paths"]["/v1/explain"]["get"].is_object());
     Ok(())
 }
+
+/// What the log says since the level was last changed, as soon as it has this line.
+fn since_the_level(embassy: &Embassy, level: &str, words: &str) -> Result<String> {
+    let changed = format!("log level, as asked for level=\"{level}\"");
+    testbed::eventually(WAIT, &format!("{words:?} after {changed:?}"), || {
+        let log = embassy.log();
+        let (_, since) = log.rsplit_once(&changed).context("the level is as it was")?;
+        ensure!(since.contains(words), "{since}");
+        Ok(since.to_owned())
+    })
+}
+
+#[test]
+fn the_log_level_changes_while_it_runs_and_back() -> Result<()> {
+    const INFO: &str = "reading every source anew, as asked for";
+    const DEBUG: &str = "reading anew, as asked for";
+    let host = Host::start()?;
+    host.etcd()?;
+    std::fs::write(host.dir().join("token"), "secret\n")?;
+    let token = format!("--admin-token-file={}", host.dir().join("token").display());
+    for by_socket in [true, false] {
+        let admin = if by_socket { "--admin=unix:///run/embassy.sock" } else { &token };
+        let embassy =
+            host.embassy(["-provider=static", "-services=/services/web;80", ETCD, admin])?;
+        let call = |method: &str, path: &str, body: &str| -> Result<(String, String)> {
+            let url = format!("http://127.0.0.1:9990{path}");
+            let way = ["--header", "Authorization: Bearer secret"];
+            let socket = ["--unix-socket", "/run/embassy.sock"];
+            let mut curl = vec!["--silent", "--write-out", "\n%{http_code}", "--request", method];
+            curl.extend(if by_socket { socket } else { way });
+            curl.extend(["--data", body, &url]);
+            let said = host.run("curl", curl)?;
+            let (body, status) = said.rsplit_once('\n').unwrap_or_default();
+            Ok((status.to_owned(), body.to_owned()))
+        };
+        let set = |level: &str| {
+            call("PUT", "/v1/log-level", &serde_json::json!({ "level": level }).to_string())
+        };
+        testbed::eventually(READY, "the API", || {
+            let (status, body) = call("GET", "/readyz", "")?;
+            ensure!(status == "200", "{body}");
+            Ok(())
+        })?;
+        // Debug lines come for all that is known of a level, and go with it.
+        for (level, debug) in [("0", false), ("3", true), ("embassy=info", false)] {
+            assert_eq!(set(level)?.0, "200", "{level}");
+            assert!(call("GET", "/v1/log-level", "")?.1.contains(level), "{level}");
+            assert_eq!(call("POST", "/v1/resync", "")?.0, "200");
+            let since = since_the_level(&embassy, level, if debug { DEBUG } else { INFO })?;
+            assert!(debug || !since.contains(DEBUG), "{level}: {since}");
+        }
+        for level in ["11", "-1", "debg", "=nonsense=", "embassy=loud"] {
+            let (status, body) = set(level)?;
+            assert_eq!(status, "400", "{level}: {body}");
+            let error: api::Error = serde_json::from_str(&body)?;
+            let expected =
+                format!("{level:?}: expected a number from 0 to 10, or what RUST_LOG takes");
+            assert_eq!(error.error, expected);
+        }
+        assert!(call("GET", "/v1/log-level", "")?.1.contains("embassy=info"), "it stays as it was");
+        if !by_socket {
+            let body = r#"{"level":"10"}"#;
+            let answer = host.http("PUT", "http://127.0.0.1:9990/v1/log-level", body)?;
+            assert_eq!(answer.status, 403, "{answer:?}");
+        }
+        let log = embassy.log();
+        let (_, since) = log.rsplit_once("level=\"embassy=info\"").context("no change")?;
+        assert!(!since.contains(DEBUG), "{since}");
+        embassy.kill()?;
+    }
+    Ok(())
+}
