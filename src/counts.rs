@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    fmt::Display,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -155,6 +156,13 @@ impl Distribution {
         }
         Some(lower)
     }
+}
+
+/// `1 thing`, `2 things`.
+pub fn numbered(n: impl Display, one: &str, many: &str) -> String {
+    let n = n.to_string();
+    let word = if n == "1" { one } else { many };
+    format!("{n} {word}")
 }
 
 #[cfg(test)]

@@ -183,13 +183,13 @@ pub struct Route {
     pub query: Query,
     /// `rr` or `leastconn`.
     pub balance: String,
-    /// `ok`: at least one endpoint takes connections; `degraded`: the same, while others are ejected;
-    /// `ejected`: all are, and all are tried; `no_endpoint`: there is none, or all are drained;
-    /// `waiting`: discovery has not answered yet.
+    /// `ok`: its endpoints take connections; `degraded`: so does at least one, while others are ejected, fail their check
+    /// or are probed, or while the source does not answer; `ejected`: all are, and all are tried; `no_endpoint`: there is
+    /// none, or all are drained; `waiting`: discovery has not answered yet.
     pub state: String,
     /// Endpoints of its service.
     pub endpoints: usize,
-    /// Those of them that are ejected.
+    /// Those of them that are ejected, or fail their check.
     pub ejected: usize,
     /// Those of them that are drained.
     pub drained: usize,
@@ -354,7 +354,8 @@ pub struct Explain {
     /// What was asked for.
     pub consumer: String,
     pub port: u16,
-    /// `ok`: the next connection goes to `next`; `degraded`: the same, but something is wrong; `broken`: it is refused.
+    /// The worst of `services`: `ok`; `degraded`: connections have somewhere to go, but something is wrong; `broken`: they
+    /// are refused, or not captured.
     pub verdict: String,
     /// What is so and what follows, one sentence each, the cause first.
     pub findings: Vec<String>,
@@ -366,7 +367,20 @@ pub struct Explain {
     pub routes: Vec<Route>,
     /// Whether a connection to a VIP on this port is led to embassy; null where the user's own rules decide.
     pub captured: Option<bool>,
-    /// The source that names the endpoints.
+    /// What the routes lead to: one entry unless several consumers share what was asked for.
+    pub services: Vec<ExplainService>,
+}
+
+/// A service that routes lead to, and where the next connection would go.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ExplainService {
+    /// As in the routes.
+    pub query: Query,
+    /// As of the routes: `rr` or `leastconn`.
+    pub balance: String,
+    /// The state of the routes to it.
+    pub state: String,
+    /// Who names its endpoints; null where it was not asked yet.
     pub source: Option<Source>,
     /// The endpoints in the order of their turns.
     pub endpoints: Vec<Endpoint>,

@@ -2,13 +2,12 @@
 
 use std::net::IpAddr;
 
-use super::{
-    Shown, api,
-    list::is_consumer,
-    view::{self, endpoint_state},
-};
+use super::{Shown, api, list::is_consumer, view};
 use crate::{
+    balance::Millis,
     config::{CaptureMode, CaptureScope},
+    control::Sources,
+    counts::numbered,
     model::{Consumer, ConsumerId},
     provider::Listing,
     table::{Route, Table},
@@ -27,6 +26,7 @@ pub(super) fn explain(shown: &Shown, wanted: &str, port: u16) -> api::Explain {
         .routes()
         .filter(|route| route.key.port.get() == port)
         .filter(|route| consumers.iter().any(|consumer| consumer.id == route.consumer))
+        .map(|route| &**route)
         .collect();
     routes.sort_by_key(|route| route.key);
     let bindings = view::bindings(&table, &listing).into_iter().filter(|binding| {
@@ -35,34 +35,17 @@ pub(super) fn explain(shown: &Shown, wanted: &str, port: u16) -> api::Explain {
             && consumers.iter().any(|consumer| *consumer.name == *binding.consumer);
         (of_these && binding.port == Some(port)) || invalid
     });
-    let route = routes.first().copied();
-    let source = route.and_then(|route| {
-        let known = sources.queries.iter().find(|(query, _)| *query == route.upstream.query);
-        known.map(|(query, answers)| view::discovery(query, &answers.borrow()))
-    });
-    let endpoints = route.map_or(&[][..], |route| route.upstream.rotation.endpoints());
-    let next = route.and_then(|route| route.upstream.rotation.peek(route.balance, now));
-
+    let lost = view::Lost::of(&sources);
     let mut explain = api::Explain {
         consumer: wanted.to_owned(),
         port,
-        verdict: String::new(),
+        verdict: "broken".to_owned(),
         findings: Vec::new(),
         consumers: consumers.iter().map(|consumer| view::consumer(consumer, &table)).collect(),
         bindings: bindings.collect(),
-        routes: routes.iter().map(|route| view::route(route, now)).collect(),
-        captured: captured(shown, &table, &consumers, route.is_some()),
-        source,
-        endpoints: endpoints
-            .iter()
-            .map(|state| {
-                // The route that names them is there.
-                let query = &routes[0].upstream.query;
-                let service = (query.via.clone(), query.dc.clone(), query.service.clone());
-                view::endpoint(&service, state, now)
-            })
-            .collect(),
-        next: next.map(|state| state.endpoint.to_string()),
+        routes: routes.iter().map(|route| view::route(route, &lost, now)).collect(),
+        captured: captured(shown, &table, &consumers, !routes.is_empty()),
+        services: Vec::new(),
     };
     if let Some(error) = &provider.error {
         explain.findings.push(format!(
@@ -75,22 +58,77 @@ pub(super) fn explain(shown: &Shown, wanted: &str, port: u16) -> api::Explain {
                 .into(),
         );
     }
-    match route {
-        Some(route) => {
-            of_route(&mut explain, shown, route, next.map(|state| endpoint_state(state, now)))
-        }
-        None => without_route(&mut explain, &listing, wanted, port),
+    if routes.is_empty() {
+        without_route(&mut explain, &listing, wanted, port);
+        return explain;
     }
-    explain.verdict = match (route.is_some() && explain.next.is_some(), explain.findings.len()) {
-        (false, _) => "broken",
-        (true, 1) => "ok",
-        (true, _) => "degraded",
+    if explain.captured == Some(false) {
+        let from_here = routes.iter().any(|route| route.consumer == ConsumerId::Local);
+        explain.findings.push(not_captured(shown, from_here));
     }
-    .to_owned();
-    if explain.captured == Some(false) && route.is_some() {
-        explain.verdict = "broken".to_owned();
-    }
+    let results: Vec<_> = one_of_each(&routes)
+        .into_iter()
+        .map(|route| {
+            let service = service(&sources, route, &lost, now);
+            what_is_wrong(&mut explain.findings, &service);
+            let result = result(&service, route);
+            explain.services.push(service);
+            result
+        })
+        .collect();
+    explain.verdict = verdict(&explain).to_owned();
+    // The cause first: where nothing is wrong, that is where it goes.
+    let at = if explain.verdict == "ok" { 0 } else { explain.findings.len() };
+    explain.findings.splice(at..at, results);
     explain
+}
+
+/// How a port with routes is, by the states that every list has for them.
+fn verdict(explain: &api::Explain) -> &'static str {
+    let any = |wanted: &[&str]| {
+        explain.services.iter().any(|service| wanted.contains(&service.state.as_str()))
+    };
+    if explain.captured == Some(false) || any(&["no_endpoint", "waiting"]) {
+        "broken"
+    } else if any(&["degraded", "ejected"]) {
+        "degraded"
+    } else {
+        "ok"
+    }
+}
+
+/// A route for each service and way of balancing.
+fn one_of_each<'a>(routes: &[&'a Route]) -> Vec<&'a Route> {
+    let mut chosen: Vec<&Route> = Vec::new();
+    for route in routes {
+        let same = |other: &&Route| {
+            (&other.upstream.query, other.balance) == (&route.upstream.query, route.balance)
+        };
+        if !chosen.iter().any(same) {
+            chosen.push(route);
+        }
+    }
+    chosen
+}
+
+fn service(
+    sources: &Sources,
+    route: &Route,
+    lost: &view::Lost,
+    now: Millis,
+) -> api::ExplainService {
+    let query = &route.upstream.query;
+    let known = sources.queries.iter().find(|(asked, _)| asked == query);
+    let rotation = &route.upstream.rotation;
+    let key = (query.via.clone(), query.dc.clone(), query.service.clone());
+    api::ExplainService {
+        query: view::query(query),
+        balance: view::balance(route.balance).to_owned(),
+        state: view::RouteHealth::of(route, lost, now).state().to_owned(),
+        source: known.map(|(query, answers)| view::discovery(query, &answers.borrow())),
+        endpoints: rotation.endpoints().iter().map(|e| view::endpoint(&key, e, now)).collect(),
+        next: rotation.peek(route.balance, now).map(|state| state.endpoint.to_string()),
+    }
 }
 
 fn consumers<'a>(listing: &'a Listing, wanted: &str) -> Vec<&'a Consumer> {
@@ -116,70 +154,72 @@ fn captured(shown: &Shown, table: &Table, consumers: &[&Consumer], declared: boo
     Some(standing.in_place && scope && reaches_a_hook && !table.vips().is_empty())
 }
 
-/// What is to be said of a port that has a route: the result last.
-fn of_route(explain: &mut api::Explain, shown: &Shown, route: &Route, next: Option<&str>) {
-    let service = route.upstream.query.to_string();
-    let say = &mut explain.findings;
-    if explain.captured == Some(false) {
-        let error = shown.capture.as_ref().and_then(|capture| capture.standing().error);
-        say.push(match error {
-            Some(error) => format!("The rules cannot be written ({error}): connections are not captured."),
-            None if route.consumer == ConsumerId::Local && shown.facts.mode == CaptureMode::Dnat => {
-                "What this host sends itself is captured with --redirect only: this consumer's connections are not.".into()
-            }
-            None => "The rules are not in place: connections are not captured.".into(),
-        });
+/// Why connections that would have a route are not captured.
+fn not_captured(shown: &Shown, from_here: bool) -> String {
+    match shown.capture.as_ref().and_then(|capture| capture.standing().error) {
+        Some(error) => format!("The rules cannot be written ({error}): connections are not captured."),
+        None if from_here && shown.facts.mode == CaptureMode::Dnat => {
+            "What this host sends itself is captured with --redirect only: this consumer's connections are not.".into()
+        }
+        None => "The rules are not in place: connections are not captured.".into(),
     }
-    if let Some(source) = &explain.source {
+}
+
+/// What is to be said of a service's source and endpoints.
+fn what_is_wrong(say: &mut Vec<String>, service: &api::ExplainService) {
+    let name = &service.query.name;
+    if let Some(source) = &service.source {
         if let Some(error) = &source.error {
             let age = source.age_seconds.map_or("never".into(), |age| format!("{age:.0} s ago"));
             say.push(format!(
-                "{service} does not answer ({error}); its last answer, confirmed {age}, stays in use."
+                "{name} does not answer ({error}); its last answer, confirmed {age}, stays in use."
             ));
         }
         for entry in &source.skipped {
-            say.push(format!("{service} has an entry that was skipped: {entry}."));
+            say.push(format!("{name} has an entry that was skipped: {entry}."));
         }
     }
-    for endpoint in &explain.endpoints {
+    for endpoint in &service.endpoints {
         let error = endpoint.figures.last_error.as_ref();
         let error = error.map_or(String::new(), |error| format!(" ({})", error.text));
+        let endpoint_name = &endpoint.endpoint;
         match endpoint.health.state.as_str() {
             "ejected" => say.push(format!(
-                "{} is skipped for {:.0} s more, after {} failures in a row{error}.",
-                endpoint.endpoint,
+                "{endpoint_name} is skipped for {:.0} s more, after {} in a row{error}.",
                 endpoint.health.ejected_for_seconds.unwrap_or_default().ceil(),
-                endpoint.health.failures,
+                numbered(endpoint.health.failures, "failure", "failures"),
             )),
-            "probing" => say.push(format!(
-                "{} failed{error}; the next connection tries it.",
-                endpoint.endpoint
-            )),
-            "unhealthy" => say.push(format!("{}: its active check fails.", endpoint.endpoint)),
+            "probing" => {
+                say.push(format!("{endpoint_name} failed{error}; the next connection tries it."))
+            }
+            "unhealthy" => say.push(format!("{endpoint_name}: its active check fails.")),
             "drained" => {
-                say.push(format!("{} is drained: it gets no new connections.", endpoint.endpoint))
+                say.push(format!("{endpoint_name} is drained: it gets no new connections."))
             }
             _ => {}
         }
     }
+}
+
+/// What becomes of the next connection.
+fn result(service: &api::ExplainService, route: &Route) -> String {
+    let name = &service.query.name;
     let (consumer, port) = (&route.consumer_name, route.key.port);
-    say.push(match (&explain.next, next) {
-        (Some(next), Some("ejected")) => format!(
-            "All endpoints of {service} failed lately, so all are tried: the next is {next}."
-        ),
+    match (&service.next, service.state.as_str()) {
+        (Some(next), "ejected") => {
+            format!("All endpoints of {name} failed lately, so all are tried: the next is {next}.")
+        }
         (Some(next), _) => {
-            format!("The next connection of {consumer} to port {port} goes to {next}, for {service}.")
+            format!("The next connection of {consumer} to port {port} goes to {next}, for {name}.")
         }
-        (None, _) if !route.upstream.answered => {
-            format!("{service} has not answered yet: connections are reset.")
-        }
-        (None, _) if !explain.endpoints.is_empty() => {
-            format!("Every endpoint of {service} is drained: connections are reset.")
+        (None, "waiting") => format!("{name} has not answered yet: connections are reset."),
+        (None, _) if !service.endpoints.is_empty() => {
+            format!("Every endpoint of {name} is drained: connections are reset.")
         }
         (None, _) => format!(
-            "{service} has no endpoint: connections are reset. Is it registered under this name, with these tags, and healthy?"
+            "{name} has no endpoint: connections are reset. Is it registered under this name, with these tags, and healthy?"
         ),
-    });
+    }
 }
 
 /// Why a port has no route.

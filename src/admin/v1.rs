@@ -55,8 +55,9 @@ pub(super) async fn status(
         states.filter(|state| *state == wanted).count()
     };
     let consumers: BTreeSet<_> = table.routes().map(|route| &route.consumer).collect();
+    let lost = view::Lost::of(&all);
     let without_endpoint = table.routes().filter(|route| {
-        matches!(view::RouteHealth::of(route, now).state(), "no_endpoint" | "waiting")
+        matches!(view::RouteHealth::of(route, &lost, now).state(), "no_endpoint" | "waiting")
     });
     let down = all.queries.iter().filter(|(_, known)| known.borrow().error.is_some()).count()
         + usize::from(provider.error.is_some());
@@ -171,7 +172,8 @@ fn unanswered(shown: &Shown) -> Vec<String> {
 }
 
 /// Where the connections of each consumer go
-#[utoipa::path(get, path = "/v1/routes", params(Wanted), responses((status = 200, body = api::Page<api::Route>)))]
+#[utoipa::path(get, path = "/v1/routes", params(Wanted), responses(
+    (status = 200, body = api::Page<api::Route>), (status = 400, body = api::Error)))]
 pub(super) async fn routes(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
@@ -180,6 +182,7 @@ pub(super) async fn routes(
     shown.figures.refresh().await;
     let table = shown.tables.borrow().clone();
     let now = shown.figures.now();
+    let lost = view::Lost::of(&shown.sources.borrow());
     let mut all: Vec<_> = table.routes().collect();
     all.sort_by(|a, b| {
         let key = |route: &crate::table::Route| (route.key.port, route.key.source);
@@ -202,17 +205,18 @@ pub(super) async fn routes(
             wanted.fits(&Shows {
                 consumer: Some((&route.consumer_name, route.consumer.full())),
                 service: Some(route.upstream.query.service.as_str()),
-                state: view::RouteHealth::of(route, now).state(),
+                state: view::RouteHealth::of(route, &lost, now).state(),
                 texts: &texts.iter().map(String::as_str).collect::<Vec<_>>(),
             })
         },
-        |route| view::route(route, now),
+        |route| view::route(route, &lost, now),
     );
     Json(page).into_response()
 }
 
 /// The endpoints of all services
-#[utoipa::path(get, path = "/v1/endpoints", params(Wanted), responses((status = 200, body = api::Page<api::Endpoint>)))]
+#[utoipa::path(get, path = "/v1/endpoints", params(Wanted), responses(
+    (status = 200, body = api::Page<api::Endpoint>), (status = 400, body = api::Error)))]
 pub(super) async fn endpoints(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
@@ -240,7 +244,8 @@ pub(super) async fn endpoints(
 }
 
 /// What consumers declared, and what became of it
-#[utoipa::path(get, path = "/v1/bindings", params(Wanted), responses((status = 200, body = api::Page<api::Binding>)))]
+#[utoipa::path(get, path = "/v1/bindings", params(Wanted), responses(
+    (status = 200, body = api::Page<api::Binding>), (status = 400, body = api::Error)))]
 pub(super) async fn bindings(
     State(context): State<Context>,
     Params(mut wanted): Params<Wanted>,
@@ -275,7 +280,8 @@ pub(super) async fn bindings(
 }
 
 /// The provider, and everything that is asked of a discovery
-#[utoipa::path(get, path = "/v1/sources", params(Wanted), responses((status = 200, body = api::Page<api::Source>)))]
+#[utoipa::path(get, path = "/v1/sources", params(Wanted), responses(
+    (status = 200, body = api::Page<api::Source>), (status = 400, body = api::Error)))]
 pub(super) async fn sources(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
@@ -307,7 +313,8 @@ pub(super) async fn sources(
 }
 
 /// What is connected now
-#[utoipa::path(get, path = "/v1/connections", params(Wanted), responses((status = 200, body = api::Page<api::Connection>)))]
+#[utoipa::path(get, path = "/v1/connections", params(Wanted), responses(
+    (status = 200, body = api::Page<api::Connection>), (status = 400, body = api::Error)))]
 pub(super) async fn connections(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,

@@ -9,6 +9,7 @@ use std::{
 use super::api;
 use crate::{
     balance::{Checked, EndpointState, Millis},
+    control::Sources,
     counts::{Counts, Distribution},
     descriptor::Balance,
     discovery::{self, Endpoints},
@@ -39,8 +40,8 @@ pub(super) fn query(query: &discovery::Query) -> api::Query {
     }
 }
 
-pub(super) fn route(route: &Route, now: Millis) -> api::Route {
-    let health = RouteHealth::of(route, now);
+pub(super) fn route(route: &Route, lost: &Lost, now: Millis) -> api::Route {
+    let health = RouteHealth::of(route, lost, now);
     api::Route {
         consumer: route.consumer_name.to_string(),
         consumer_id: route.consumer.full().to_owned(),
@@ -48,11 +49,7 @@ pub(super) fn route(route: &Route, now: Millis) -> api::Route {
         port: route.key.port.get(),
         origin: route.binding.origin.to_string(),
         query: query(&route.upstream.query),
-        balance: match route.balance {
-            Balance::RoundRobin => "rr",
-            Balance::LeastConnections => "leastconn",
-        }
-        .to_owned(),
+        balance: balance(route.balance).to_owned(),
         state: health.state().to_owned(),
         endpoints: health.endpoints,
         ejected: health.ejected,
@@ -61,36 +58,68 @@ pub(super) fn route(route: &Route, now: Millis) -> api::Route {
     }
 }
 
-/// How many of a route's endpoints take connections.
+pub(super) fn balance(balance: Balance) -> &'static str {
+    match balance {
+        Balance::RoundRobin => "rr",
+        Balance::LeastConnections => "leastconn",
+    }
+}
+
+/// The queries that nobody answers now: what was known of them stays in use.
+pub(super) struct Lost(HashSet<discovery::Query>);
+
+impl Lost {
+    pub(super) fn of(sources: &Sources) -> Self {
+        let lost = sources.queries.iter().filter(|(_, known)| known.borrow().error.is_some());
+        Self(lost.map(|(query, _)| query.clone()).collect())
+    }
+}
+
+/// How a route is: one word for it in every list, in `explain` and on the dashboard.
 pub(super) struct RouteHealth {
     answered: bool,
     endpoints: usize,
+    /// Skipped, after failures or by a check.
     ejected: usize,
+    /// Not skipped any more, but not trusted yet either.
+    probing: usize,
     drained: usize,
+    /// Whether its source does not answer.
+    lost: bool,
 }
 
 impl RouteHealth {
-    pub(super) fn of(route: &Route, now: Millis) -> Self {
-        let states = route.upstream.rotation.endpoints();
-        let drained = states.iter().filter(|state| state.is_drained()).count();
-        let ejected =
-            |state: &&std::sync::Arc<EndpointState>| !state.is_drained() && state.is_ejected(now);
-        Self {
+    pub(super) fn of(route: &Route, lost: &Lost, now: Millis) -> Self {
+        let mut health = Self {
             answered: route.upstream.answered,
-            endpoints: states.len(),
-            ejected: states.iter().filter(ejected).count(),
-            drained,
+            endpoints: 0,
+            ejected: 0,
+            probing: 0,
+            drained: 0,
+            lost: lost.0.contains(&route.upstream.query),
+        };
+        for state in route.upstream.rotation.endpoints() {
+            health.endpoints += 1;
+            match endpoint_state(state, now) {
+                "drained" => health.drained += 1,
+                "ejected" | "unhealthy" => health.ejected += 1,
+                "probing" => health.probing += 1,
+                _ => {}
+            }
         }
+        health
     }
 
     pub(super) fn state(&self) -> &'static str {
         let usable = self.endpoints - self.drained;
-        match self.ejected {
-            _ if !self.answered => "waiting",
-            _ if usable == 0 => "no_endpoint",
-            0 => "ok",
-            ejected if ejected == usable => "ejected",
-            _ => "degraded",
+        if usable == 0 {
+            if self.answered { "no_endpoint" } else { "waiting" }
+        } else if self.ejected == usable {
+            "ejected"
+        } else if self.ejected > 0 || self.probing > 0 || self.lost || !self.answered {
+            "degraded"
+        } else {
+            "ok"
         }
     }
 }

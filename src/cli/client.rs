@@ -1,6 +1,6 @@
 //! Asking the embassy that runs, by its API.
 
-use std::{fmt::Display, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use reqwest::Url;
@@ -107,11 +107,4 @@ impl Client {
 /// Those of `pairs` that were given.
 pub(super) fn given<'a>(pairs: &[(&'a str, Option<&'a str>)]) -> Vec<(&'a str, &'a str)> {
     pairs.iter().filter_map(|(name, value)| Some((*name, (*value)?))).collect()
-}
-
-/// `n thing`, `n things`.
-pub(super) fn count(n: impl Display, one: &str, many: &str) -> String {
-    let n = n.to_string();
-    let word = if n == "1" { one } else { many };
-    format!("{n} {word}")
 }

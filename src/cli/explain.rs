@@ -81,27 +81,33 @@ fn write(out: &mut String, explain: &api::Explain) -> std::fmt::Result {
         None => "as your own rules decide",
     };
     writeln!(out, "captured   {captured}")?;
-    if let Some(source) = &explain.source {
-        let seconds =
-            |seconds: Option<f64>| seconds.map_or("never".to_owned(), |s| age(s) + " ago");
-        let (confirmed, changed) = (seconds(source.age_seconds), seconds(source.changed_seconds));
-        let said = format!(
-            "{} is {}; confirmed {confirmed}, changed {changed}",
-            source.name, source.state
-        );
-        writeln!(out, "source     {}", printable(&said))?;
-    }
     for route in &explain.routes {
         if let Some(error) = &route.figures.last_error {
             let said = format!("{} ({} ago)", error.text, age(error.age_seconds));
             writeln!(out, "last error {}", printable(&said))?;
         }
     }
-    if let Some(next) = &explain.next {
+    for service in &explain.services {
+        write_service(out, service)?;
+    }
+    Ok(())
+}
+
+fn write_service(out: &mut String, service: &api::ExplainService) -> std::fmt::Result {
+    if let Some(source) = &service.source {
+        let ago = |seconds: Option<f64>| seconds.map_or("never".to_owned(), |s| age(s) + " ago");
+        let (confirmed, changed) = (ago(source.age_seconds), ago(source.changed_seconds));
+        let said = format!(
+            "{} is {}; confirmed {confirmed}, changed {changed}",
+            source.name, source.state
+        );
+        writeln!(out, "source     {}", printable(&said))?;
+    }
+    if let Some(next) = &service.next {
         writeln!(out, "next       {next}")?;
     }
-    if !explain.endpoints.is_empty() {
-        write!(out, "\n{}", ps::endpoints(&explain.endpoints))?;
+    if !service.endpoints.is_empty() {
+        write!(out, "\n{}", ps::endpoints(&service.endpoints))?;
     }
     Ok(())
 }
@@ -126,9 +132,7 @@ mod tests {
             bindings: vec![],
             routes: vec![],
             captured: Some(false),
-            source: None,
-            endpoints: vec![],
-            next: None,
+            services: vec![],
         };
         let expected = "\
 BROKEN: Port 81 is not declared.

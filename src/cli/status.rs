@@ -6,10 +6,10 @@ use anyhow::Result;
 
 use super::{
     Answer,
-    client::{Asked, count},
+    client::Asked,
     table::{age, bytes, printable},
 };
-use crate::admin::api;
+use crate::{admin::api, counts::numbered};
 
 /// Show what the embassy does, and whether it is well: exit 1 where it is not ready
 #[derive(Debug, clap::Args)]
@@ -69,7 +69,7 @@ fn write(
     }
     if let Some(last) = &capture.last_restored {
         let missing = printable(&last.text);
-        let times = count(capture.restored.values().sum::<u64>(), "time", "times");
+        let times = numbered(capture.restored.values().sum::<u64>(), "time", "times");
         writeln!(out, "  put back {times}, last {} ago: {missing}", age(last.age_seconds))?;
     }
     for barrier in &capture.barriers {
@@ -87,7 +87,7 @@ fn write(
         out,
         "routes       {} of {}",
         status.routes,
-        count(status.consumers, "consumer", "consumers")
+        numbered(status.consumers, "consumer", "consumers")
     )?;
     match status.routes_without_endpoint {
         0 => writeln!(out)?,

@@ -16,7 +16,10 @@ use super::{
     super::table::{age, bytes, printable},
     snapshot::{Rates, Seen, Snapshot, With},
 };
-use crate::admin::api::{Endpoint, Figures, Route};
+use crate::{
+    admin::api::{Endpoint, Figures, Route},
+    counts::numbered,
+};
 
 /// What a key leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,7 +190,7 @@ impl Screen {
             (mode, false) => Span::styled(format!("{mode} NOT IN PLACE"), bad),
         };
         let sources = match status.sources_down {
-            0 => Span::raw(format!("{} sources up", status.sources)),
+            0 => Span::raw(format!("{} up", numbered(status.sources, "source", "sources"))),
             down => Span::styled(format!("{down} of {} sources DOWN", status.sources), bad),
         };
         let up = age(status.uptime_seconds);

@@ -114,9 +114,10 @@ fn it_explains_from_symptom_to_cause() -> Result<()> {
     for who in ["app", &app.id()[..12], &app.ip()?.to_string()] {
         let good = explain(who, 80)?;
         assert_eq!((&*good.verdict, good.captured), ("ok", Some(true)), "{good:#?}");
-        assert_eq!(good.next.as_ref(), Some(&endpoint));
+        assert_eq!(good.services[0].next.as_ref(), Some(&endpoint));
         assert_eq!(good.bindings[0].origin, "BACKEND_BLUE");
-        assert_eq!(good.source.as_ref().map(|s| &*s.name), Some("etcd /services/blue"));
+        let source = good.services[0].source.as_ref().map(|source| &*source.name);
+        assert_eq!(source, Some("etcd /services/blue"));
         says_of(&good, &format!("goes to {endpoint}"));
     }
 
@@ -126,13 +127,13 @@ fn it_explains_from_symptom_to_cause() -> Result<()> {
     says(&embassy, &["endpoint ejected", "refused"])?;
     let half = explain("app", 81)?;
     assert_eq!(half.verdict, "degraded", "{half:#?}");
-    let dead = half.endpoints.iter().find(|e| e.endpoint.ends_with(":81")).unwrap();
+    let dead = half.services[0].endpoints.iter().find(|e| e.endpoint.ends_with(":81")).unwrap();
     assert!(dead.health.ejections >= 1 && dead.health.failures >= 1, "{dead:#?}");
     assert!(dead.figures.last_error.as_ref().is_some_and(|e| e.text.contains("refused")));
     says_of(&half, "refused");
 
     let none = explain("app", 82)?;
-    assert_eq!((&*none.verdict, none.next.as_ref()), ("broken", None));
+    assert_eq!((&*none.verdict, none.services[0].next.as_ref()), ("broken", None));
     says_of(&none, "has no endpoint");
     let undeclared = explain("app", 83)?;
     assert_eq!((&*undeclared.verdict, undeclared.captured), ("broken", Some(false)));
@@ -146,7 +147,7 @@ fn it_explains_from_symptom_to_cause() -> Result<()> {
     let path = "/v1/explain?consumer=app&port=80";
     becomes(&embassy, path, "the source to be down", |explain: &api::Explain| {
         explain.verdict == "degraded"
-            && explain.next.as_ref() == Some(&endpoint)
+            && explain.services[0].next.as_ref() == Some(&endpoint)
             && explain.findings.iter().any(|line| line.contains("does not answer"))
     })?;
     Ok(())
