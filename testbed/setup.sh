@@ -19,6 +19,14 @@ need() {
     missing="$missing $2"
 }
 
+# need_python MODULE REASON
+need_python() {
+    package=python3-$(echo "$1" | tr _ -)
+    [ -x /usr/bin/python3 ] && /usr/bin/python3 -c "import $1" 2>/dev/null && return
+    say "missing: $1 ($2), of the package $package"
+    missing="$missing $package"
+}
+
 look() {
     need dockerd docker.io 'the Docker engine of a host'
     need docker docker.io 'its command line'
@@ -41,6 +49,10 @@ look() {
     need chromium chromium 'shows the dashboard in tests'
     need haproxy haproxy 'an endpoint that takes the PROXY protocol'
     need nginx nginx-light 'another one'
+    need chromedriver chromium-driver 'clicks and types in it'
+    need python3 python3 'runs the two checkers that follow'
+    need_python prometheus_client 'reads a scrape as OpenMetrics'
+    need_python jsonschema 'compares the answers of the API with its description'
     need dnsmasq dnsmasq-base 'service discovery by DNS'
     need faketime faketime 'shows one process a clock that jumps'
     need setcap libcap2-bin 'gives programs in an image a capability'

@@ -81,6 +81,60 @@ fn every_command_of_the_documents_runs() -> Result<()> {
     Ok(())
 }
 
+/// The indented commands of README.md: several lines where a line ends with a backslash.
+fn readme() -> Result<Vec<String>> {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md"))?;
+    let text = text.replace("\\\n", " ");
+    let lines = text.lines().filter_map(|line| line.strip_prefix("    "));
+    let programs = ["make", "docker", "embassy", "iptables", "curl"];
+    let is_command = |line: &&str| programs.contains(&line.split(' ').next().unwrap_or_default());
+    Ok(lines.filter(is_command).map(str::to_owned).collect())
+}
+
+#[test]
+fn every_command_of_the_readme_runs_or_has_flags_that_embassy_takes() -> Result<()> {
+    let (host, _embassy) = host()?;
+    host.consul()?;
+    let program = embassy_program()?;
+    let folder = program.parent().context("a folder")?.display().to_string();
+    let (mut ran, mut read) = (0, 0);
+    for line in readme()? {
+        let first = line.split(' ').next().unwrap_or_default();
+        match first {
+            // They build all of this anew; the demo and the tests are what they start.
+            "make" => continue,
+            // A rule of the user's own, as the tests of `--redirect` have it.
+            "iptables" => continue,
+            // The application's image is the reader's.
+            "docker" if line.contains(" my-app") => continue,
+            _ => {}
+        }
+        // It would need an image of embassy, or captures from inside a container: that its flags are right is seen here.
+        let proxy = match first {
+            "docker" => line.rsplit_once(" embassy --").map(|(_, flags)| flags),
+            "embassy" => line.strip_prefix("embassy --"),
+            _ => None,
+        };
+        if let Some(flags) = proxy {
+            let flags = format!("--{flags}").replace('\'', "");
+            let words = flags.split_whitespace().map(str::to_owned);
+            let config = embassy::config::Config::parse(words.collect::<Vec<_>>(), &|_| None);
+            ensure!(config.is_ok(), "{line}: {config:?}");
+            read += 1;
+            continue;
+        }
+        let mut command = host.command("env");
+        command.arg(format!("PATH={folder}:{}", std::env::var("PATH")?));
+        command.arg(format!("DOCKER_HOST={}", host.docker_url()));
+        let output = command.args(["sh", "-ec", &line]).output()?;
+        let said = [output.stdout, output.stderr].concat();
+        ensure!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&said));
+        ran += 1;
+    }
+    ensure!(ran >= 5 && read >= 3, "{ran} were run, and the flags of {read} read");
+    Ok(())
+}
+
 /// The names of metrics in a text.
 fn names(text: &str) -> BTreeSet<String> {
     let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));

@@ -1,4 +1,7 @@
-use super::*;
+use super::{
+    browser::{Browser, DOWN, ENTER, ESCAPE, TAB},
+    *,
+};
 
 /// What the page has become in a real browser after its first reading, at one of its lists.
 fn page(host: &Host, list: &str) -> Result<String> {
@@ -79,6 +82,62 @@ fn a_search_narrows_and_an_address_brings_back_what_was_shown() -> Result<()> {
 }
 
 #[test]
+fn it_is_used_by_mouse_and_by_keyboard() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "blue")?;
+    let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
+    let _other = host.client("other").env("BACKEND_NONE", "/services/none;81").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "blue")?;
+    let browser = Browser::start(&host)?;
+    browser.open("")?;
+    const ROWS: &str = "document.querySelectorAll('#rows tr[tabindex]').length";
+    const OPEN: &str = "document.getElementById('explain').open";
+    const TITLE: &str = "document.getElementById('explain-title').textContent";
+    const FOCUS: &str = "(document.activeElement.id || document.activeElement.tagName)";
+    browser.until(ROWS, 2)?;
+
+    browser.click("#rows tr")?;
+    browser.until(OPEN, true)?;
+    browser.until(TITLE, "app port 80")?;
+    let findings = browser.value("document.getElementById('explain-findings').textContent")?;
+    assert!(findings.as_str().is_some_and(|text| text.contains("The next connection of app")));
+    // A page that is read anew shows the same.
+    browser.reload()?;
+    browser.until(TITLE, "app port 80")?;
+    browser.press(ESCAPE)?;
+    browser.until(OPEN, false)?;
+    browser.until("location.hash", "#routes")?;
+
+    // From the search field to the second row, without a mouse.
+    browser.press("/")?;
+    browser.until(FOCUS, "q")?;
+    for _ in 0..5 {
+        browser.press(TAB)?;
+        if browser.value(FOCUS)? == "TR" {
+            break;
+        }
+    }
+    browser.until(FOCUS, "TR")?;
+    browser.press(DOWN)?;
+    browser.press(ENTER)?;
+    browser.until(TITLE, "other port 81")?;
+    browser.press(ESCAPE)?;
+    browser.until(OPEN, false)?;
+
+    browser.press("/blue")?;
+    browser.until(ROWS, 1)?;
+    browser.until("location.hash", "#routes?q=blue")?;
+    browser.reload()?;
+    browser.until("document.getElementById('q').value", "blue")?;
+    browser.until(ROWS, 1)?;
+    browser.click("#tabs [data-list=sources]")?;
+    browser.until("document.querySelector('#head th').textContent", "Source")?;
+    Ok(())
+}
+
+#[test]
 fn ten_thousand_routes_are_a_page_at_a_time() -> Result<()> {
     let host = Host::start()?;
     // From four addresses: loopback of both families, eth0, and the VIP itself.
@@ -100,5 +159,19 @@ fn ten_thousand_routes_are_a_page_at_a_time() -> Result<()> {
     assert_eq!((found.total, found.items.len()), (44, 10));
     let page = shows(&host, "routes", &["1–100 of 10,000", ">service-1<"])?;
     assert_eq!(page.matches("<tr tabindex").count(), 100);
+
+    // Keys are answered while the page is kept up to date: no task of the page's own is long.
+    let browser = Browser::start(&host)?;
+    browser.open("")?;
+    browser.until("document.querySelectorAll('#rows tr').length", 100)?;
+    browser.value(
+        "window.longest = 0, new PerformanceObserver(list => { for (const task of list.getEntries()) \
+         longest = Math.max(longest, task.duration); }).observe({type: 'longtask', buffered: true})",
+    )?;
+    browser.press("/service-77")?;
+    browser.until("document.getElementById('range').textContent", "1–44 of 44")?;
+    let longest = browser.value("longest")?;
+    // Many times what it takes: what this would notice is a page that draws all of them.
+    assert!(longest.as_f64().is_some_and(|millis| millis < 2_000.0), "{longest} ms");
     Ok(())
 }

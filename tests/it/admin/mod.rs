@@ -1,6 +1,11 @@
 //! What the admin API says, and to whom.
 
-use anyhow::{Result, ensure};
+use std::{
+    io::Write,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
 use embassy::admin::api;
 use serde::de::DeserializeOwned;
 use testbed::{Container, Embassy, Host, Process};
@@ -10,8 +15,10 @@ use crate::{
     support::{ETCD, offer_at, reaches, says, web},
 };
 
+mod browser;
 mod changing;
 mod dashboard;
+mod described;
 mod scrapes;
 mod views;
 
@@ -32,6 +39,18 @@ fn becomes<T: DeserializeOwned + std::fmt::Debug>(
         ensure!(is(&answer), "{answer:#?}");
         Ok(answer)
     })
+}
+
+/// What a program in Python, with Debian's modules, prints of this input.
+fn python(program: &str, input: &str) -> Result<String> {
+    let mut python = Command::new("/usr/bin/python3");
+    python.args(["-c", program]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = python.stderr(Stdio::piped()).spawn().context("start python3")?;
+    child.stdin.take().context("its input")?.write_all(input.as_bytes())?;
+    let output = child.wait_with_output()?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{stderr}\n{input}");
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// Opens a connection that stays.

@@ -1,9 +1,13 @@
-use std::{io::Write, process::Stdio};
-
-use anyhow::Context;
-
 use super::*;
 use crate::support::{counts, metric};
+
+/// Reads an OpenMetrics scrape as strictly as Prometheus' own Python client does, and prints its families.
+const OPENMETRICS: &str = "
+import sys
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+for family in text_string_to_metric_families(sys.stdin.read() + '\\n'):
+    print(family.name, family.type)
+";
 
 /// What `promtool check metrics` complains of.
 fn complaints(text: &str) -> Result<String> {
@@ -47,6 +51,10 @@ fn a_scrape_is_valid_in_both_forms_and_ends_with_what_it_tells_of() -> Result<()
     curl.push("http://127.0.0.1:9990/metrics");
     let open = host.run("curl", curl)?;
     assert!(open.ends_with("# EOF") && open.contains("# UNIT embassy_connect_seconds seconds"));
+    let families = python(OPENMETRICS, &open)?;
+    for family in ["embassy_route_connections counter", "embassy_connect_seconds histogram"] {
+        assert!(families.lines().any(|line| line == family), "no {family} in {families}");
+    }
 
     // What goes takes its series along.
     host.etcd()?.v3().delete(&format!("/services/blue/{dead}"))?;
@@ -54,6 +62,45 @@ fn a_scrape_is_valid_in_both_forms_and_ends_with_what_it_tells_of() -> Result<()
     testbed::eventually(WAIT, "the series to go", || {
         let text = embassy.admin("/metrics")?.ok()?;
         ensure!(!text.contains(&dead) && !text.contains("consumer=\"app\""), "{text}");
+        Ok(())
+    })
+}
+
+#[test]
+fn prometheus_itself_scrapes_and_evaluates_the_rules() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "blue")?;
+    let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80");
+    let _app = app.env("BACKEND_WRONG", "no port").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let rules = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/prometheus/embassy.rules.yml");
+    let config = host.dir().join("prometheus.yml");
+    std::fs::write(
+        &config,
+        format!(
+            "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\n\
+             rule_files: ['{rules}']\n\
+             scrape_configs:\n- job_name: embassy\n  static_configs:\n  - targets: ['127.0.0.1:9990']\n"
+        ),
+    )?;
+    let mut prometheus = host.command("prometheus");
+    prometheus.arg(format!("--config.file={}", config.display()));
+    prometheus.arg(format!("--storage.tsdb.path={}", host.dir().join("prometheus").display()));
+    prometheus.arg("--web.listen-address=127.0.0.1:9090");
+    let _prometheus = host.spawn("prometheus", prometheus)?;
+    let ask = |path: &str| host.http("GET", &format!("http://127.0.0.1:9090/api/v1/{path}"), "");
+    testbed::eventually(READY, "Prometheus to have scraped", || {
+        let query = "query?query=embassy_route_connections_started_total";
+        let found = &ask(query)?.json()?["data"]["result"][0]["metric"];
+        ensure!(found["consumer"] == "app" && found["port"] == "80", "{found}");
+        let up = &ask("query?query=up")?.json()?["data"]["result"][0]["value"][1];
+        ensure!(*up == "1", "up is {up}");
+        let rules = ask("rules")?.json()?;
+        let groups = rules["data"]["groups"].as_array().context("no groups")?;
+        let rules: Vec<_> = groups.iter().filter_map(|g| g["rules"].as_array()).flatten().collect();
+        ensure!(!rules.is_empty(), "no rules");
+        ensure!(rules.iter().all(|rule| rule["health"] == "ok"), "{rules:?}");
         Ok(())
     })
 }

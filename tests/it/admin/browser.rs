@@ -1,0 +1,95 @@
+//! A real browser that a test clicks and types in: Chromium, told by WebDriver (w3.org/TR/webdriver2) what to do.
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use testbed::{Host, Process};
+
+use crate::{READY, WAIT};
+
+const DRIVER: &str = "http://127.0.0.1:9515";
+
+/// A browser with one page of the dashboard. It ends with the host.
+pub(super) struct Browser<'a> {
+    host: &'a Host,
+    session: String,
+    _driver: Process,
+}
+
+/// Keys as WebDriver writes them.
+pub(super) const TAB: &str = "\u{e004}";
+pub(super) const ENTER: &str = "\u{e007}";
+pub(super) const ESCAPE: &str = "\u{e00c}";
+pub(super) const DOWN: &str = "\u{e015}";
+
+impl<'a> Browser<'a> {
+    pub(super) fn start(host: &'a Host) -> Result<Self> {
+        let mut driver = host.command("chromedriver");
+        driver.arg("--port=9515");
+        let driver = host.spawn("chromedriver", driver)?;
+        testbed::eventually(READY, "the driver of Chromium", || {
+            host.http("GET", &format!("{DRIVER}/status"), "")?.ok()
+        })?;
+        let profile = format!("--user-data-dir={}", host.dir().join("profile").display());
+        let args = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"];
+        let args = [&args[..], &["--window-size=1280,900", &profile]].concat();
+        let wanted =
+            json!({"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"args": args}}}});
+        // Chromium may take longer to start than any request may.
+        let session = testbed::eventually(READY, "a session of Chromium", || {
+            let answer = host.http("POST", &format!("{DRIVER}/session"), &wanted.to_string())?;
+            let session = answer.json()?["value"]["sessionId"].as_str().map(str::to_owned);
+            session.context("no session")
+        })?;
+        Ok(Self { host, session, _driver: driver })
+    }
+
+    fn call(&self, what: &str, body: &Value) -> Result<Value> {
+        let url = format!("{DRIVER}/session/{}/{what}", self.session);
+        let mut answer = self.host.http("POST", &url, &body.to_string())?.json()?;
+        Ok(answer["value"].take())
+    }
+
+    /// Opens the dashboard, at a part such as `#routes?q=web`.
+    pub(super) fn open(&self, part: &str) -> Result<()> {
+        self.call("url", &json!({"url": format!("http://127.0.0.1:9990/{part}")})).map(drop)
+    }
+
+    pub(super) fn reload(&self) -> Result<()> {
+        self.call("refresh", &json!({})).map(drop)
+    }
+
+    /// What a JavaScript expression is on the page.
+    pub(super) fn value(&self, expression: &str) -> Result<Value> {
+        let script = format!("return ({expression});");
+        self.call("execute/sync", &json!({"script": script, "args": []}))
+    }
+
+    /// Waits until an expression is as it should be.
+    pub(super) fn until(&self, expression: &str, wanted: impl Into<Value>) -> Result<()> {
+        let wanted = wanted.into();
+        testbed::eventually(WAIT, &format!("{expression} to be {wanted}"), || {
+            let value = self.value(expression)?;
+            anyhow::ensure!(value == wanted, "it is {value}");
+            Ok(())
+        })
+    }
+
+    /// A click of the mouse in the middle of what a CSS selector finds.
+    pub(super) fn click(&self, selector: &str) -> Result<()> {
+        let found = json!({"using": "css selector", "value": selector});
+        let element = self.call("element", &found)?;
+        let id = element.as_object().and_then(|fields| fields.values().next()?.as_str());
+        let id = id.with_context(|| format!("no {selector}: {element}"))?;
+        self.call(&format!("element/{id}/click"), &json!({})).map(drop)
+    }
+
+    /// Presses keys one after the other, wherever the focus is.
+    pub(super) fn press(&self, keys: &str) -> Result<()> {
+        let press = |key: char| {
+            [json!({"type": "keyDown", "value": key}), json!({"type": "keyUp", "value": key})]
+        };
+        let actions: Vec<_> = keys.chars().flat_map(press).collect();
+        let keyboard = json!({"type": "key", "id": "keyboard", "actions": actions});
+        self.call("actions", &json!({"actions": [keyboard]})).map(drop)
+    }
+}
