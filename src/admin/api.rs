@@ -191,6 +191,8 @@ pub struct Route {
     pub endpoints: usize,
     /// Those of them that are ejected, or fail their check.
     pub ejected: usize,
+    /// Those of them that the next connection probes.
+    pub probing: usize,
     /// Those of them that are drained.
     pub drained: usize,
     #[serde(flatten)]

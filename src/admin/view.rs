@@ -53,6 +53,7 @@ pub(super) fn route(route: &Route, lost: &Lost, now: Millis) -> api::Route {
         state: health.state().to_owned(),
         endpoints: health.endpoints,
         ejected: health.ejected,
+        probing: health.probing,
         drained: health.drained,
         figures: figures(&route.counts, route.counts.active(), now),
     }
@@ -322,5 +323,34 @@ pub(super) fn consumer(consumer: &Consumer, table: &Table) -> api::ExplainConsum
         id: consumer.id.full().to_owned(),
         addresses: consumer.sources.iter().map(ToString::to_string).collect(),
         ports,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_route_is_as_its_endpoints_and_its_source_are() {
+        let of = |[endpoints, ejected, probing, drained]: [usize; 4], answered, lost| {
+            RouteHealth { answered, endpoints, ejected, probing, drained, lost }.state()
+        };
+        for (counts, state) in [
+            ([3, 0, 0, 0], "ok"),
+            ([3, 0, 0, 2], "ok"),
+            ([3, 1, 0, 0], "degraded"),
+            ([3, 0, 1, 0], "degraded"),
+            ([1, 0, 1, 0], "degraded"),
+            ([3, 3, 0, 0], "ejected"),
+            ([3, 2, 0, 1], "ejected"),
+            ([3, 0, 0, 3], "no_endpoint"),
+            ([0, 0, 0, 0], "no_endpoint"),
+        ] {
+            assert_eq!(of(counts, true, false), state, "{counts:?}");
+        }
+        // Kept by the last run, or confirmed before the source was lost: they are used.
+        assert_eq!(of([3, 0, 0, 0], false, false), "degraded");
+        assert_eq!(of([3, 0, 0, 0], true, true), "degraded");
+        assert_eq!(of([0, 0, 0, 0], false, true), "waiting");
     }
 }

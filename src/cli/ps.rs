@@ -1,5 +1,7 @@
 //! `embassy ps`: the routes, or the endpoints, with live figures.
 
+use std::cmp::Reverse;
+
 use anyhow::Result;
 use clap::ValueEnum;
 
@@ -59,12 +61,12 @@ pub(super) enum Sort {
 
 impl Sort {
     /// The more, the earlier.
-    pub(super) fn key(self, figures: &Figures) -> u64 {
+    fn key(self, figures: &Figures, failed_tries: u64) -> u64 {
         match self {
             Self::Name => 0,
             Self::Active => figures.active,
             Self::Started => figures.started,
-            Self::Errors => errors(figures),
+            Self::Errors => errors(figures) + failed_tries,
             Self::Bytes => figures.bytes_up.saturating_add(figures.bytes_down),
             // To the microsecond, and at most some days.
             Self::Connect => (figures.connect.p99_seconds.unwrap_or_default() * 1e6) as u64,
@@ -82,6 +84,7 @@ pub(super) fn errors(figures: &Figures) -> u64 {
 impl Ps {
     pub(super) async fn run(self) -> Result<Answer> {
         let client = self.asked.client()?;
+        // Sorting is stable: those with as much stay in the API's order.
         let query = given(&[
             ("consumer", self.consumer.as_deref()),
             ("service", self.service.as_deref()),
@@ -90,7 +93,9 @@ impl Ps {
         ]);
         if self.endpoints {
             let mut all: Vec<Endpoint> = client.all("/v1/endpoints", &query).await?;
-            sort(&mut all, self.sort, |endpoint| &endpoint.figures);
+            all.sort_by_key(|endpoint| {
+                Reverse(self.sort.key(&endpoint.figures, endpoint.health.failed_tries))
+            });
             return if self.asked.json {
                 Answer::json(&all, true)
             } else {
@@ -98,7 +103,7 @@ impl Ps {
             };
         }
         let mut all: Vec<Route> = client.all("/v1/routes", &query).await?;
-        sort(&mut all, self.sort, |route| &route.figures);
+        all.sort_by_key(|route| Reverse(self.sort.key(&route.figures, 0)));
         if self.asked.json {
             Answer::json(&all, true)
         } else {
@@ -107,9 +112,10 @@ impl Ps {
     }
 }
 
-fn sort<T>(all: &mut [T], by: Sort, figures: impl Fn(&T) -> &Figures) {
-    // Stable: those with as much stay in the API's order.
-    all.sort_by_key(|entry| std::cmp::Reverse(by.key(figures(entry))));
+/// How many of a route's endpoints take connections, of how many.
+pub(super) fn usable(route: &Route) -> String {
+    let not = route.ejected + route.probing + route.drained;
+    format!("{}/{}", route.endpoints.saturating_sub(not), route.endpoints)
 }
 
 fn routes(all: &[Route]) -> Table {
@@ -128,16 +134,16 @@ fn routes(all: &[Route]) -> Table {
         "CONNECT>",
     ]);
     for route in all {
-        let usable = route.endpoints - (route.ejected + route.drained).min(route.endpoints);
         let named = [
             route.consumer.clone(),
             route.address.clone(),
             route.port.to_string(),
             route.query.name.clone(),
             route.state.clone(),
-            format!("{usable}/{}", route.endpoints),
+            usable(route),
         ];
-        table.row(named.into_iter().chain(figures(&route.figures)));
+        let errors = errors(&route.figures);
+        table.row(named.into_iter().chain(figures(&route.figures, errors)));
     }
     table
 }
@@ -167,17 +173,19 @@ pub(super) fn endpoints(all: &[Endpoint]) -> Table {
         ];
         let error = endpoint.figures.last_error.as_ref();
         let error = error.map(|e| format!("{} ({} ago)", e.text, age(e.age_seconds)));
-        let counted = figures(&endpoint.figures);
+        // A try that failed is no connection to the endpoint that could end, and just what is looked for.
+        let failed = errors(&endpoint.figures) + endpoint.health.failed_tries;
+        let counted = figures(&endpoint.figures, failed);
         table.row(named.into_iter().chain(counted).chain([error.unwrap_or_default()]));
     }
     table
 }
 
-fn figures(figures: &Figures) -> [String; 6] {
+fn figures(figures: &Figures, errors: u64) -> [String; 6] {
     [
         figures.active.to_string(),
         figures.started.to_string(),
-        errors(figures).to_string(),
+        errors.to_string(),
         bytes(figures.bytes_up),
         bytes(figures.bytes_down),
         figures.connect.p99_seconds.map_or(String::new(), age),

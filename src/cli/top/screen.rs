@@ -13,7 +13,10 @@ use ratatui::{
 };
 
 use super::{
-    super::table::{age, bytes, printable},
+    super::{
+        ps::usable,
+        table::{age, bytes, printable},
+    },
     snapshot::{Rates, Seen, Snapshot, With},
 };
 use crate::{
@@ -173,8 +176,20 @@ impl Screen {
         // The last row can be the first that is shown, and nothing beyond it.
         self.above = self.above.min(rows.len().saturating_sub(1));
         let bold = Style::new().add_modifier(Modifier::BOLD);
-        let rows = rows.into_iter().skip(self.above).map(Row::new);
-        let table = Table::new(rows, widths).header(Row::new(names.to_vec()).style(bold));
+        // Names matter more than figures where there is room for a few columns only.
+        let narrow = match self.view {
+            View::Routes => &NARROW_ROUTES[..],
+            View::Endpoints => &NARROW_ENDPOINTS[..],
+        };
+        let shown = |column: &usize| body.width >= NARROW || narrow.contains(column);
+        let shown: Vec<_> = (0..names.len()).filter(shown).collect();
+        let widths = shown.iter().map(|column| widths[*column]);
+        let head = Row::new(shown.iter().map(|column| names[*column]));
+        let cells = |row: Vec<String>| {
+            Row::new(shown.iter().map(|column| row[*column].clone()).collect::<Vec<_>>())
+        };
+        let rows = rows.into_iter().skip(self.above).map(cells);
+        let table = Table::new(rows, widths).header(head.style(bold));
         frame.render_widget(table, body);
         frame.render_widget(Paragraph::new(self.foot()), foot);
     }
@@ -231,13 +246,12 @@ impl Screen {
 
     fn routes(&self) -> Vec<Vec<String>> {
         let row = |With { entry, rates }: &With<Route>| {
-            let usable = entry.endpoints - (entry.ejected + entry.drained).min(entry.endpoints);
             let named = [
                 entry.consumer.clone(),
                 format!("{}:{}", entry.address, entry.port),
                 entry.query.name.clone(),
                 entry.state.clone(),
-                format!("{usable}/{}", entry.endpoints),
+                usable(entry),
             ];
             named.into_iter().chain(cells(&entry.figures, rates)).collect()
         };
@@ -300,8 +314,8 @@ const ROUTE_WIDTHS: [Constraint; 10] = [
 const ENDPOINTS: [&str; 8] =
     ["SERVICE", "ENDPOINT", "STATE", "ACTIVE", "CONN/S", "ERR/S", "UP/S", "DOWN/S"];
 const ENDPOINT_WIDTHS: [Constraint; 8] = [
-    Constraint::Fill(3),
-    Constraint::Fill(2),
+    Constraint::Fill(1),
+    Constraint::Fill(1),
     Constraint::Length(9),
     Constraint::Length(7),
     Constraint::Length(7),
@@ -309,6 +323,13 @@ const ENDPOINT_WIDTHS: [Constraint; 8] = [
     Constraint::Length(9),
     Constraint::Length(9),
 ];
+
+/// Columns of the terminal below which only some of ours are shown.
+const NARROW: u16 = 120;
+/// Consumer, address, service, state, active, connections/s.
+const NARROW_ROUTES: [usize; 6] = [0, 1, 2, 3, 5, 6];
+/// Service, endpoint, state, active, connections/s, errors/s.
+const NARROW_ENDPOINTS: [usize; 6] = [0, 1, 2, 3, 4, 5];
 
 fn cells(figures: &Figures, rates: &Rates) -> [String; 5] {
     [
@@ -356,6 +377,7 @@ mod tests {
             state: "ok".into(),
             endpoints: 3,
             ejected: 1,
+            probing: 0,
             drained: 0,
             figures: Figures {
                 active,
@@ -390,17 +412,32 @@ mod tests {
     }
 
     fn drawn(screen: &mut Screen) -> String {
-        let mut terminal = Terminal::new(TestBackend::new(120, 8)).unwrap();
+        drawn_on(120, screen)
+    }
+
+    fn drawn_on(width: u16, screen: &mut Screen) -> String {
+        let mut terminal = Terminal::new(TestBackend::new(width, 8)).unwrap();
         terminal.draw(|frame| screen.draw(frame)).unwrap();
         let cells = terminal.backend().buffer().content();
         let line = |cells: &[ratatui::buffer::Cell]| {
             cells.iter().map(|cell| cell.symbol()).collect::<String>().trim_end().to_owned()
         };
-        cells.chunks(120).map(line).collect::<Vec<_>>().join("\n")
+        cells.chunks(width.into()).map(line).collect::<Vec<_>>().join("\n")
     }
 
     fn press(screen: &mut Screen, keys: &str) -> Next {
         keys.chars().fold(Next::Stay, |_, key| screen.press(KeyEvent::from(KeyCode::Char(key))))
+    }
+
+    #[test]
+    fn a_narrow_terminal_shows_names_whole_and_fewer_figures() {
+        let text = drawn_on(80, &mut screen());
+        for part in
+            ["CONSUMER", "busy", "172.17.0.2:6379", "consul redis", "ok          1       7.0"]
+        {
+            assert!(text.contains(part), "{part:?} in\n{text}");
+        }
+        assert!(!text.contains("DOWN/S"), "{text}");
     }
 
     #[test]
