@@ -3,13 +3,13 @@
 
 use std::{collections::BTreeMap, env, str::FromStr, time::Duration};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::{
     contender::Contender,
     load::Kind,
     report::{Report, Setting},
-    site::{Client, Load, Measured, Site, Started},
+    site::{Client, Load, Measured, Running, Site, Started},
 };
 
 /// What is measured, as a row of the report.
@@ -82,32 +82,62 @@ pub(crate) fn run() -> Result<()> {
     Report::new(&setting, &contenders, &samples)?.write()
 }
 
-/// One contender, one kind of work.
+/// One contender, one kind of work, for a profiler to look at.
 pub(crate) fn one(name: &str, kind: &str) -> Result<()> {
     let contender = Contender::ALL.into_iter().find(|c| c.name().eq_ignore_ascii_case(name));
     let contender = contender.with_context(|| format!("{name:?} is no contender"))?;
-    let load = [CONNECT, REQUEST, BULK].into_iter().find(|load| load.kind.name() == kind);
-    let load = load.with_context(|| format!("{kind:?} is none of connect, request, bulk"))?;
+    let (load, neighbour) = match kind {
+        "connect" => (CONNECT, None),
+        "request" => (REQUEST, None),
+        "bulk" => (BULK, None),
+        "single" => (ONE, None),
+        "paced" => (Load { rate: setting("RATE", 30_000.0)?, ..REQUEST_PACED }, None),
+        "beside-bulk" => (SMALL, Some(BESIDE[0])),
+        "beside-flood" => (SMALL, Some(BESIDE[1])),
+        _ => bail!("{kind:?} is no kind of work"),
+    };
     let site = Site::open(&[contender])?;
     let started = contender.start(&site)?;
     if let Some((process, _)) = &started.process {
         println!("process {}", process.pid());
     }
     let time = Duration::from_secs_f64(setting("SECONDS", 2.0)?);
-    let measured = site.measure(started.group(), load, &started.targets, time)?;
-    let (units, what) = match load.kind {
-        Kind::Bulk => (measured.done.bytes as f64 / 1e9, "GB"),
-        kind => (measured.done.units as f64, kind.name()),
-    };
-    println!(
-        "{:.1} {what}/s; us per {what}: {:.2} of its own, {:.2} of the whole work; p50 {:.0} us, p99 {:.0} us",
-        units / measured.done.time,
-        micros(measured.own) / units,
-        micros(measured.whole) / units,
-        measured.done.p50,
-        measured.done.p99,
-    );
+    for _ in 0..setting("ROUNDS", 1)? {
+        let measured = beside(&site, &started, load, neighbour, time)?;
+        let (units, what) = match load.kind {
+            Kind::Bulk => (measured.done.bytes as f64 / 1e9, "GB"),
+            kind => (measured.done.units as f64, kind.name()),
+        };
+        println!(
+            "{:.1} {what}/s; us per {what}: {:.2} of its own, {:.2} of the whole work; p50 {:.0} us, p99 {:.0} us",
+            units / measured.done.time,
+            micros(measured.own) / units,
+            micros(measured.whole) / units,
+            measured.done.p50,
+            measured.done.p99,
+        );
+    }
     Ok(())
+}
+
+/// Who disturbs a small load: which client, with what.
+const BESIDE: [(Client, Load); 2] = [(Client::First, BULK), (Client::Second, FLOOD)];
+
+/// Measures a load, beside a neighbour that lasts longer.
+fn beside(
+    site: &Site,
+    started: &Started,
+    load: Load,
+    neighbour: Option<(Client, Load)>,
+    time: Duration,
+) -> Result<Measured> {
+    let longer = time + Duration::from_secs(1);
+    let neighbour = neighbour
+        .map(|(client, load)| site.start(client, load, &started.targets, longer))
+        .transpose()?;
+    let measured = site.measure(started.group(), load, &started.targets, time)?;
+    neighbour.map(Running::wait).transpose()?;
+    Ok(measured)
 }
 
 /// What each holds when it has just started, and for connections that idle. On a host of its own, with fresh processes.
@@ -181,42 +211,37 @@ fn one_round(
     let contender = started.contender;
     let mut failures = 0;
     let mut add = |figure, value| samples.entry((figure, contender)).or_default().push(value);
-    let mut measure = |load| {
-        let measured = site.measure(started.group(), load, &started.targets, time)?;
+    let mut measure = |load, neighbour| {
+        let measured = beside(site, started, load, neighbour, time)?;
         failures += measured.done.failures;
         Ok::<_, anyhow::Error>(measured)
     };
 
-    let connect = measure(CONNECT)?;
+    let connect = measure(CONNECT, None)?;
     add(Figure::Connections, per_second(connect.done.units, &connect));
     add(Figure::CpuPerConnection, micros(connect.own) / connect.done.units as f64);
     add(Figure::WholePerConnection, micros(connect.whole) / connect.done.units as f64);
 
-    let request = measure(REQUEST)?;
+    let request = measure(REQUEST, None)?;
     add(Figure::Requests, per_second(request.done.units, &request));
     add(Figure::CpuPerRequest, micros(request.own) / request.done.units as f64);
     add(Figure::WholePerRequest, micros(request.whole) / request.done.units as f64);
 
-    let bulk = measure(BULK)?;
+    let bulk = measure(BULK, None)?;
     let gigabytes = bulk.done.bytes as f64 / 1e9;
     add(Figure::Bulk, gigabytes * 8.0 / bulk.done.time);
     add(Figure::CpuPerGigabyte, bulk.own.as_secs_f64() * 1000.0 / gigabytes);
     add(Figure::WholePerGigabyte, bulk.whole.as_secs_f64() * 1000.0 / gigabytes);
 
-    let one = measure(ONE)?.done;
+    let one = measure(ONE, None)?.done;
     add(Figure::P50, one.p50);
     add(Figure::P99, one.p99);
-    add(Figure::P99Paced, measure(Load { rate, ..REQUEST_PACED })?.done.p99);
+    add(Figure::P99Paced, measure(Load { rate, ..REQUEST_PACED }, None)?.done.p99);
 
-    for (figure, client, neighbour) in [
-        (Figure::P99BesideBulk, Client::First, BULK),
-        (Figure::P99BesideFlood, Client::Second, FLOOD),
-    ] {
-        // It lasts longer than what is measured.
-        let beside =
-            site.start(client, neighbour, &started.targets, time + Duration::from_secs(1))?;
-        add(figure, measure(SMALL)?.done.p99);
-        beside.wait()?;
+    for (figure, neighbour) in
+        [Figure::P99BesideBulk, Figure::P99BesideFlood].into_iter().zip(BESIDE)
+    {
+        add(figure, measure(SMALL, Some(neighbour))?.done.p99);
     }
     add(Figure::Failures, failures as f64);
     Ok(())
