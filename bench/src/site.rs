@@ -21,6 +21,11 @@ use crate::{
 /// What clients and endpoints run.
 const IMAGE: &str = "bench";
 
+/// The same on every machine, and the one that every namespace may choose. Between containers of one host nothing is lost,
+/// and it does what Linux' default (cubic) does. A machine's own choice may pace what is sent (BBR), with a timer for nearly
+/// every packet: then it is timers that are measured.
+const CONGESTION: &str = "net.ipv4.tcp_congestion_control=reno";
+
 pub(crate) struct Site {
     pub(crate) host: Host,
     pub(crate) endpoints: Vec<SocketAddr>,
@@ -61,33 +66,37 @@ impl Site {
         host.image_with(IMAGE, &[program], &[])?;
         let descriptors = getrlimit(Resource::Nofile).maximum.unwrap_or(1 << 20);
         let limit = format!("--ulimit=nofile={descriptors}:{descriptors}");
-        let start = |name: &str, words: &[&str]| {
-            let client = host.container(name).image(IMAGE).arg("--entrypoint=").arg(&limit);
-            client
+        let start = |name: &str| {
+            let container = host.container(name).image(IMAGE).arg("--entrypoint=").arg(&limit);
+            container
                 .env("BACKEND_BENCH", &format!("bench;{}", Contender::Embassy.port()))
-                .cmd(words.iter().copied())
+                .cmd(["sleep", "1000000"])
                 .start()
         };
-        let servers =
-            [start("endpoint-1", &["bench", "serve"])?, start("endpoint-2", &["bench", "serve"])?];
-        let clients =
-            [start("client-1", &["sleep", "1000000"])?, start("client-2", &["sleep", "1000000"])?];
+        let servers = [start("endpoint-1")?, start("endpoint-2")?];
+        let clients = [start("client-1")?, start("client-2")?];
         let endpoints = servers
             .iter()
             .map(|s| Ok(SocketAddr::from((s.ip()?, serve::PORT))))
             .collect::<Result<Vec<_>>>()?;
         let groups =
             servers.iter().chain(&clients).map(|c| Group::of(&host, c)).collect::<Result<_>>()?;
+        host.run("sysctl", ["-qw", CONGESTION])?;
         // Thousands of connections a second would fill connection tracking's table, and then nobody gets through.
         host.run("sysctl", ["-qw", "net.netfilter.nf_conntrack_tcp_timeout_time_wait=1"])?;
-        // Ports of one client to one address run out within seconds otherwise.
-        for client in &clients {
-            let mut command = client.command("sysctl")?;
+        for container in servers.iter().chain(&clients) {
+            let mut command = container.command("sysctl")?;
             testbed::output(command.args([
                 "-qw",
+                CONGESTION,
+                // Ports of one client to one address run out within seconds otherwise.
                 "net.ipv4.tcp_tw_reuse=1",
                 "net.ipv4.ip_local_port_range=1024 65535",
             ]))?;
+        }
+        for server in &servers {
+            // Only now: a socket keeps what it was made with.
+            host.docker(["exec", "--detach", server.id(), "bench", "serve"])?;
         }
         host.run("sysctl", ["-qw", "net.ipv4.ip_local_port_range=20000 65535"])?;
         let site = Self { host, endpoints, clients, groups };
