@@ -144,7 +144,7 @@ impl Worker {
     }
 
     /// So many are accepted before those that are relayed get their turn: a flood of new ones must not delay them.
-    const IN_A_ROW: usize = 16;
+    const IN_A_ROW: usize = 4;
 
     async fn accept(self: Rc<Self>, listener: TcpListener) {
         let mut backoff = AcceptBackoff::default();
@@ -242,6 +242,7 @@ impl Worker {
         route: Arc<Route>,
         accepted: Instant,
     ) {
+        self.buffers.others_are_busy();
         route.counts.start();
         if let Err(outcome) = self.shared.count_in(&route) {
             route.counts.ended.count(outcome);

@@ -19,7 +19,7 @@ use rustix::{
 };
 use tokio::{io::Interest, net::TcpStream, task::yield_now};
 
-use super::{Broken, RelayBuffers, Side, has_finished, pipe::Pipe};
+use super::{Broken, RelayBuffers, Side, has_finished, pipe::Pipe, turns::Turns};
 
 /// A socket, and whose it is.
 #[derive(Debug, Clone, Copy)]
@@ -42,6 +42,8 @@ pub(super) struct Direction<'a> {
     held: Held,
     /// Large reads in a row: two of them, and it is bulk.
     large_reads: u8,
+    /// Bytes that may be moved before the neighbours get their turn.
+    turn: u32,
     /// `from` has no more to say.
     finished_reading: bool,
     /// `to` has been told so.
@@ -62,9 +64,6 @@ enum Held {
 impl<'a> Direction<'a> {
     /// A read of this many bytes is a large one. Below it, a copy costs less than the two calls of a splice.
     const LARGE: usize = 16 * 1024;
-    /// After this many bytes the neighbours get their turn.
-    pub(super) const TURN: u64 = 1024 * 1024;
-
     pub(super) fn new(
         from: End<'a>,
         to: End<'a>,
@@ -78,6 +77,7 @@ impl<'a> Direction<'a> {
             buffers,
             held: Held::Nothing,
             large_reads: 0,
+            turn: Turns::SHORT,
             finished_reading: false,
             told: false,
             joins_end: true,
@@ -119,20 +119,20 @@ impl<'a> Direction<'a> {
     /// [`Direction::tell_end`] or by closing its socket, and at once.
     pub(super) fn poll_move(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let start = self.moved.get();
+        if self.is_bulk() {
+            self.turn = self.buffers.turns.next();
+        }
         loop {
             ready!(self.poll_write_held(cx))?;
             if self.finished_reading {
                 return Poll::Ready(Ok(()));
             }
-            if self.moved.get() - start >= Self::TURN {
+            if self.moved.get() - start >= u64::from(self.turn) {
                 // Unlike a plain wake, this comes back only after the sockets of all others were looked at.
                 ready!(pin!(yield_now()).poll(cx));
             }
             ready!(self.from.socket.poll_read_ready(cx)).map_err(|error| self.from.broke(error))?;
-            let pipe = match self.large_reads {
-                0 | 1 => None,
-                _ => self.buffers.pipes.borrow_mut().take(),
-            };
+            let pipe = if self.is_bulk() { self.buffers.pipes.borrow_mut().take() } else { None };
             match pipe {
                 Some(pipe) => self.fill(pipe)?,
                 None => self.copy()?,
@@ -140,14 +140,19 @@ impl<'a> Direction<'a> {
         }
     }
 
+    fn is_bulk(&self) -> bool {
+        self.large_reads >= 2
+    }
+
     /// Reads into the worker's buffer and writes what can be written; the rest is held.
     fn copy(&mut self) -> Result<(), Broken> {
         let mut buffer = self.buffers.buffer.borrow_mut();
-        let (from, size) = (self.from.socket, buffer.len());
+        let (from, size) = (self.from.socket, buffer.len().min(self.turn as usize));
         // Asked before the read: all that was sent is here then, and right behind it comes the end, or an error.
         let is_last = has_finished(from);
-        let read =
-            attempt(from, Interest::READABLE, size, || Ok(rustix::io::read(from, &mut **buffer)?));
+        let read = attempt(from, Interest::READABLE, size, || {
+            Ok(rustix::io::read(from, &mut buffer[..size])?)
+        });
         let mut count = match read {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -157,10 +162,14 @@ impl<'a> Direction<'a> {
             self.finished_reading = true;
             return Ok(());
         }
-        self.large_reads =
-            if count >= Self::LARGE { self.large_reads.saturating_add(1) } else { 0 };
+        if count >= Self::LARGE {
+            self.large_reads = self.large_reads.saturating_add(1);
+        } else {
+            self.large_reads = 0;
+            self.buffers.turns.shorten();
+        }
         let mut behind = Ok(());
-        if let Some(rest) = buffer.get_mut(count..).filter(|rest| is_last && !rest.is_empty()) {
+        if let Some(rest) = buffer.get_mut(count..size).filter(|rest| is_last && !rest.is_empty()) {
             match rustix::io::read(from, rest) {
                 Ok(0) => self.finished_reading = true,
                 Ok(more) => count += more,
@@ -191,7 +200,7 @@ impl<'a> Direction<'a> {
     fn fill(&mut self, pipe: Pipe) -> Result<(), Broken> {
         let from = self.from.socket;
         let filled = from.try_io(Interest::READABLE, || {
-            Ok(splice(from, None, &pipe.write, None, Pipe::SIZE, SPLICE)?)
+            Ok(splice(from, None, &pipe.write, None, Pipe::SIZE.min(self.turn as usize), SPLICE)?)
         });
         if let Ok(bytes @ 1..) = filled {
             if bytes < Self::LARGE {

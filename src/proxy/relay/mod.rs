@@ -14,9 +14,11 @@ use tokio::{io::Interest, net::TcpStream};
 use direction::{Direction, End};
 pub(super) use pipe::PIPES;
 use pipe::Pipes;
+use turns::Turns;
 
 mod direction;
 mod pipe;
+mod turns;
 #[cfg(test)]
 mod tests;
 
@@ -25,6 +27,7 @@ mod tests;
 pub(super) struct RelayBuffers {
     buffer: RefCell<Box<[u8]>>,
     pipes: RefCell<Pipes>,
+    turns: Turns,
 }
 
 impl RelayBuffers {
@@ -36,7 +39,13 @@ impl RelayBuffers {
         Self {
             buffer: RefCell::new(vec![0; Self::SIZE].into()),
             pipes: RefCell::new(Pipes::new(pipes)),
+            turns: Turns::default(),
         }
+    }
+
+    /// Something other than bulk is going on, which bulk must not hold up.
+    pub(super) fn others_are_busy(&self) {
+        self.turns.shorten();
     }
 }
 

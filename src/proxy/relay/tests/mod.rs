@@ -68,6 +68,7 @@ impl Relayed {
             let end = in_turns(
                 relay(&consumer.stream, &endpoint.stream, &buffers, &counted, &asked),
                 &counted,
+                &buffers,
             )
             .await;
             consumer.finished = end.is_ok();
@@ -84,13 +85,17 @@ impl Relayed {
 }
 
 /// Sees to it that a relay never takes more than its turn.
-async fn in_turns<T>(relay: impl Future<Output = T>, moved: &Moved) -> T {
+async fn in_turns<T>(relay: impl Future<Output = T>, moved: &Moved, buffers: &RelayBuffers) -> T {
     let mut relay = pin!(relay);
+    // What the last turn read may be written in this one.
+    let mut last = Turns::LONG;
     poll_fn(|cx| {
+        let most = buffers.turns.most();
+        let bound = u64::from(2 * most + std::mem::replace(&mut last, most));
         let before = (moved.up.get(), moved.down.get());
         let end = relay.as_mut().poll(cx);
         let turn = (moved.up.get() - before.0).max(moved.down.get() - before.1);
-        assert!(turn < Direction::TURN + pipe::Pipe::SIZE as u64, "{turn} bytes at a time");
+        assert!(turn <= bound, "{turn} bytes at a time where {most} may be moved");
         end
     })
     .await
