@@ -44,19 +44,19 @@ pub struct Consul {
     pub(super) asked: Asked,
     healthy_only: bool,
     wait: Duration,
-    seats: Seats,
+    seats: Arc<Seats>,
 }
 
 /// Who may keep a connection to the agent. By default it lets one address have 200 (`limits.http_max_conns_per_client`), all
 /// of its other clients on this host included, and turns the next away.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Seats {
     /// Queries that the server holds until something changes.
     held: Arc<Semaphore>,
     /// Of the queries beyond, which are asked again and again.
-    polls: Arc<Semaphore>,
+    polls: Semaphore,
     /// Whether it was told that there are such.
-    told: Arc<AtomicBool>,
+    told: AtomicBool,
 }
 
 impl Seats {
@@ -68,8 +68,8 @@ impl Seats {
     fn new() -> Self {
         Self {
             held: Arc::new(Semaphore::new(Self::HELD)),
-            polls: Arc::new(Semaphore::new(Self::POLLS)),
-            told: Arc::default(),
+            polls: Semaphore::new(Self::POLLS),
+            told: AtomicBool::default(),
         }
     }
 
@@ -133,7 +133,7 @@ impl Consul {
             asked,
             healthy_only: settings.healthy_only,
             wait: WAIT,
-            seats: Seats::new(),
+            seats: Arc::new(Seats::new()),
         })
     }
 
@@ -211,7 +211,7 @@ impl ConsulSource {
         token: Option<&HeaderValue>,
         publish: &Publisher<Endpoints>,
     ) -> Result<(), SourceError> {
-        let Seats { held, polls, .. } = &self.consul.seats;
+        let Seats { held, polls, .. } = &*self.consul.seats;
         loop {
             let turn = polls.acquire().await;
             let answer = self.ask(client, token, 0).await?;
