@@ -90,6 +90,7 @@ impl World {
             vips: &[],
             gateways_are_vips: false,
             balance: Balance::RoundRobin,
+            now: std::time::Instant::now(),
         };
         before.next(&inputs, query).expect("it differs")
     }

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
+use futures_util::FutureExt;
 use tokio::{
     net::lookup_host,
     sync::Notify,
@@ -177,15 +178,20 @@ impl App {
                 Ok(()) => anyhow!("the control task ended"),
                 Err(error) => anyhow!(error).context("the control task"),
             },
-            () = self.proxy.ended() => anyhow!("the data path ended"),
+            () = self.proxy.failed() => anyhow!("a part of the data path ended"),
+            end = capture_failed(&mut self.capture) => anyhow!("the keeping of the rules: {end}"),
+            _ = &mut self.checks => anyhow!("the task of the checks ended"),
+            // Where there is no limit it ends at once.
+            Err(error) = &mut self.memory => anyhow!(error).context("the task that looks after memory"),
         }
     }
 
     /// Ends everything: the rules first, then accepting, then what is still connected after `--drain` or when `hurry`
-    /// comes true.
+    /// comes true. From then on nothing is waited for that hangs.
     pub async fn stop(mut self, hurry: impl Future<Output = ()>) -> Result<()> {
+        let hurry = hurry.shared();
         if let Some(capture) = self.capture {
-            capture.stop().await;
+            in_time(capture.stop(), "the rules may have stayed", hurry.clone()).await;
         }
         self.proxy.drain();
         let live = self.proxy.live();
@@ -198,20 +204,52 @@ impl App {
                     warn!(live = self.proxy.live(), "resetting what is left");
                 }
             }
-            () = hurry => warn!(live = self.proxy.live(), "resetting what is left, at once"),
+            () = hurry.clone() => warn!(live = self.proxy.live(), "resetting what is left, at once"),
         }
         self.checks.abort();
         self.memory.abort();
         self.control.abort();
         if let Some(keeper) = self.keeper {
-            // Until it is gone, it may give the keeper more. It is cancelled, which is no news.
-            if !self.control.is_finished() {
-                let _ = self.control.await;
-            }
-            keeper.stop().await;
+            let keep = async {
+                // Until it is gone, it may give the keeper more. It is cancelled, which is no news.
+                if !self.control.is_finished() {
+                    let _ = self.control.await;
+                }
+                keeper.stop().await;
+            };
+            in_time(keep, "the last table may not be kept", hurry.clone()).await;
         }
         drop(self.admin);
-        self.proxy.end().await.context("the data path")
+        let late = anyhow!("it does not end");
+        let end = in_time(self.proxy.end(), "connections may be left", hurry).await;
+        end.map_or(Err(late), |end| end.map_err(Into::into)).context("the data path")
+    }
+}
+
+/// Waits for a part of the end, but not for long once there is hurry. `otherwise` says what it means to give it up.
+async fn in_time<T>(
+    part: impl Future<Output = T>,
+    otherwise: &str,
+    hurry: impl Future<Output = ()>,
+) -> Option<T> {
+    const MOMENT: Duration = Duration::from_secs(1);
+    let late = async {
+        hurry.await;
+        tokio::time::sleep(MOMENT).await;
+    };
+    tokio::select! {
+        end = part => Some(end),
+        () = late => {
+            warn!("not waited for: {otherwise}");
+            None
+        }
+    }
+}
+
+async fn capture_failed(capture: &mut Option<Capture>) -> String {
+    match capture {
+        Some(capture) => capture.failed().await,
+        None => std::future::pending().await,
     }
 }
 

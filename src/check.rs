@@ -144,6 +144,7 @@ mod tests {
             vips: &[],
             gateways_are_vips: false,
             balance: Balance::RoundRobin,
+            now: std::time::Instant::now(),
         };
         before.next(&inputs, |_| Ok(query.clone()))
     }

@@ -220,6 +220,7 @@ impl Control {
             vips: &vips,
             gateways_are_vips: self.settings.vips.is_none(),
             balance: self.settings.balance,
+            now: Instant::now(),
         };
         let before = self.tables.borrow().clone();
         let Some(table) =

@@ -1,6 +1,6 @@
 //! embassy: words become a command, or a Config and an App. No logic here.
 
-use std::{env, process::ExitCode};
+use std::{env, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
 use embassy::{app::App, cli, config::Config, log, privileges};
@@ -39,28 +39,33 @@ fn main() -> ExitCode {
 fn run(config: Config) -> Result<()> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
-    runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
-        info!(version = env!("CARGO_PKG_VERSION"), "embassy starts");
-        if !config.ignored.is_empty() {
-            warn!(flags = config.ignored.join(" "), "ignored");
+    let end = runtime.block_on(serve(config));
+    // A thread that waits for a disk that hangs is not waited for.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    end
+}
+
+async fn serve(config: Config) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+    info!(version = env!("CARGO_PKG_VERSION"), "embassy starts");
+    if !config.ignored.is_empty() {
+        warn!(flags = config.ignored.join(" "), "ignored");
+    }
+    let mut app = App::start(config).await?;
+    let failure = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        error = app.failed() => Some(error),
+    };
+    info!("embassy stops; a second signal ends it at once");
+    app.stop(async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
         }
-        let mut app = App::start(config).await?;
-        let failure = tokio::select! {
-            _ = terminate.recv() => None,
-            _ = interrupt.recv() => None,
-            error = app.failed() => Some(error),
-        };
-        info!("embassy stops; a second signal ends it at once");
-        app.stop(async {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-        })
-        .await?;
-        info!("embassy has stopped");
-        failure.map_or(Ok(()), Err)
     })
+    .await?;
+    info!("embassy has stopped");
+    failure.map_or(Ok(()), Err)
 }

@@ -52,11 +52,23 @@ pub trait Source: Send {
 
 /// Why a session ended: one line for people, which names what was asked and what came back.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SourceError(String);
+pub struct SourceError {
+    reason: String,
+    /// How long the source asks to be left alone.
+    pause: Duration,
+}
 
 impl SourceError {
+    /// A source that asks for more is asked again all the same: nothing else tells that it is back.
+    const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
     pub fn new(reason: impl fmt::Display) -> Self {
-        Self(reason.to_string())
+        Self { reason: reason.to_string(), pause: Duration::ZERO }
+    }
+
+    /// The same, from a source that asks to be left alone for so long.
+    pub fn after(self, pause: Duration) -> Self {
+        Self { pause: pause.min(Self::LONGEST_PAUSE), ..self }
     }
 
     /// An error and the errors that caused it, on one line.
@@ -72,13 +84,13 @@ impl SourceError {
             }
             cause = error.source();
         }
-        Self(text)
+        Self::new(text)
     }
 }
 
 impl fmt::Display for SourceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.reason)
     }
 }
 
@@ -194,7 +206,7 @@ pub async fn follow<S: Source>(
         if answered && started.elapsed() > Backoff::SETTLED {
             backoff = Backoff::default();
         }
-        let pause = backoff.next(fastrand::f64());
+        let pause = backoff.next(fastrand::f64()).max(error.pause);
         if backoff.attempts == 1 {
             if publish.knows_something() {
                 warn!(source = name, %error, "lost; what was known stays in use");

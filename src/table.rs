@@ -6,6 +6,7 @@ use std::{
     fmt,
     net::IpAddr,
     sync::{Arc, atomic::AtomicUsize},
+    time::Instant,
 };
 
 use ipnet::IpNet;
@@ -15,7 +16,7 @@ use crate::{
     counts::Counts,
     descriptor::Balance,
     discovery::{CannotAsk, Endpoints, Query},
-    model::{Binding, Consumer, ConsumerId, Endpoint, Port, ServiceName, Vip},
+    model::{Binding, Consumer, ConsumerId, Endpoint, Port, RunEnd, ServiceName, Vip},
 };
 
 /// What a captured connection shows of itself: who dialled, and which port was meant.
@@ -45,6 +46,10 @@ pub struct Route {
     pub counts: Arc<Counts>,
     /// The consumer's live connections, over all of its routes.
     pub live_of_consumer: Arc<AtomicUsize>,
+    /// Since when it has been this owner's: what dialled before may have been the address's former owner.
+    pub born: Instant,
+    /// The ends of the owner's run and of its network's.
+    pub ends: Vec<RunEnd>,
 }
 
 impl Route {
@@ -106,6 +111,8 @@ pub struct Inputs<'a> {
     pub gateways_are_vips: bool,
     /// For bindings that name no balance.
     pub balance: Balance,
+    /// When this is known.
+    pub now: Instant,
 }
 
 /// Everything the data path and the capture need to know.
@@ -287,6 +294,8 @@ impl Builder<'_> {
                 upstream: upstream.clone(),
                 counts: before.map(|before| before.counts.clone()).unwrap_or_default(),
                 live_of_consumer,
+                born: before.map_or(self.inputs.now, |before| before.born),
+                ends: consumer.ends.clone(),
             }),
         }
     }
@@ -440,6 +449,7 @@ mod tests {
             vips: &[],
             gateways_are_vips: true,
             balance: Balance::RoundRobin,
+            now: Instant::now(),
         };
         prev.next(&inputs, |binding| {
             let via = &binding.descriptor.via;
@@ -633,6 +643,7 @@ mod tests {
             vips: &[Vip("172.17.0.1".parse().unwrap()), Vip("127.0.0.1".parse().unwrap())],
             gateways_are_vips: false,
             balance: Balance::RoundRobin,
+            now: Instant::now(),
         };
         let table = Table::default().next(&inputs, |_| Ok(query("redis"))).unwrap();
         assert_eq!(service(&table, "172.17.0.1", 6379), Some("redis"));

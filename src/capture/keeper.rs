@@ -16,7 +16,8 @@ use tracing::{debug, error, info, warn};
 use super::{
     Change, Counts, Firewall, ProgramError,
     input::{self, Barrier},
-    rules::{Rules, Settings},
+    place::First,
+    rules::{PRIORITY, Rules, Settings},
 };
 use crate::{
     config::FirewallChoice,
@@ -48,6 +49,10 @@ pub(super) struct Keeper {
     barriers: Vec<Barrier>,
     /// When that was looked for last.
     looked: Option<Instant>,
+    /// What comes before our rules and cannot be got behind them, as it was told last.
+    behind: Option<Barrier>,
+    /// Of our chains, with nft. It only goes down: there is no need to follow others up again.
+    priority: i32,
 }
 
 /// How often the kernel's rules are compared with ours: within 5 s they must be back.
@@ -77,6 +82,8 @@ impl Keeper {
             tracked_for: None,
             barriers: Vec::new(),
             looked: None,
+            behind: None,
+            priority: PRIORITY,
         }
     }
 
@@ -89,11 +96,14 @@ impl Keeper {
         let mut check = interval(CHECK);
         check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            tokio::select! {
+            let is_check = tokio::select! {
                 _ = &mut stopped => return,
-                changed = tables.changed() => if changed.is_err() { return },
-                _ = check.tick() => {}
-            }
+                changed = tables.changed() => match changed {
+                    Ok(()) => false,
+                    Err(_) => return,
+                },
+                _ = check.tick() => true,
+            };
             let table = tables.borrow_and_update().clone();
             if table.version == 0 {
                 continue;
@@ -102,7 +112,7 @@ impl Keeper {
             if !self.may_untrack().await {
                 wanted.untracked.clear();
             }
-            match self.keep(wanted).await {
+            match self.keep(wanted, is_check).await {
                 Ok(()) if self.failing => {
                     self.failing = false;
                     info!("the rules can be written again");
@@ -154,14 +164,18 @@ impl Keeper {
 
     /// Tells of what is in the way of captured connections, when that becomes another.
     async fn look(&mut self) {
-        let found = match input::barriers(self.settings.port).await {
+        let mut found = match input::barriers(self.settings.port).await {
             Ok(found) => found,
             Err(error) => {
                 debug!(%error, "cannot see whether captured connections may come in");
                 return;
             }
         };
-        for barrier in found.iter().filter(|barrier| !self.barriers.contains(barrier)) {
+        found.extend(self.look_before().await);
+        let new = |barrier: &&Barrier| {
+            !self.barriers.contains(barrier) && Some(*barrier) != self.behind.as_ref()
+        };
+        for barrier in found.iter().filter(new) {
             warn!(
                 chain = barrier.chain,
                 remedy = barrier.remedy,
@@ -176,14 +190,51 @@ impl Keeper {
         self.barriers = found;
     }
 
+    /// What others have put before our rules where we cannot go before them; told when that becomes another.
+    async fn look_before(&mut self) -> Option<Barrier> {
+        let firewall = self.chosen?;
+        // Where there is no nft, there are no chains of its.
+        let first = First::of_others(self.settings.redirect).await.unwrap_or_else(|error| {
+            debug!(%error, "cannot see whether others' rules come before ours");
+            None
+        });
+        let behind = first.filter(|first| first.stays_before(firewall, self.priority));
+        let behind = behind.map(|first| Barrier {
+            chain: format!("{first}, comes before our rules"),
+            remedy: match firewall {
+                Firewall::Iptables => "give it a priority above -100, or use --firewall=nft",
+                Firewall::Nft => "give it a priority above -199",
+            }
+            .to_owned(),
+        });
+        if let Some(Barrier { chain, remedy }) = behind.as_ref().filter(|_| behind != self.behind) {
+            warn!(chain, remedy, "another program may take connections before our rules do");
+        }
+        self.behind.clone_from(&behind);
+        behind
+    }
+
     /// Makes the kernel's rules `wanted`, unless they are.
-    async fn keep(&mut self, wanted: Rules) -> Result<(), ProgramError> {
+    async fn keep(&mut self, mut wanted: Rules, is_check: bool) -> Result<(), ProgramError> {
         let firewall = match self.chosen {
             Some(firewall) => firewall,
             None => Firewall::choose(self.choice).await?,
         };
         let mut changed =
             self.torn.take().map(|change| (change, "some, as they were written".to_owned()));
+        if firewall == Firewall::Nft
+            && (is_check || self.applied.is_none())
+            && let Some(other) = First::of_others(self.settings.redirect).await?
+            && let Some(place) = other.place_before(self.priority)
+        {
+            self.priority = place;
+            if self.applied.is_some() {
+                let missing = format!("the place before {other}");
+                warn!(%firewall, change = Change::Displaced.as_str(), missing, "another program's rules come before ours; going before them");
+                changed = Some((Change::Displaced, missing));
+            }
+        }
+        wanted.priority = self.priority;
         if let Some((applied, listed)) = &self.applied
             && *applied == wanted
         {

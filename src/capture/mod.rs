@@ -217,11 +217,19 @@ impl Capture {
         Self { stop, task, lock }
     }
 
+    /// Waits for the end of what keeps the rules, which should go on.
+    pub async fn failed(&mut self) -> String {
+        let end = (&mut self.task).await;
+        end.map_or_else(|error| error.to_string(), |()| "it ended".to_owned())
+    }
+
     /// Takes the rules away. From then on another embassy may capture here.
     pub async fn stop(self) {
         // The task ends by itself only when it panicked; the rules still have to go.
         let _ = self.stop.send(());
-        if let Err(error) = self.task.await {
+        if !self.task.is_finished()
+            && let Err(error) = self.task.await
+        {
             error!(%error, "the capture failed");
         }
         cleanup().await;

@@ -15,9 +15,6 @@ use super::{
 };
 use crate::config::CaptureScope;
 
-/// Before Docker's own chains at -100 (dstnat): a container that publishes a port must not win it from a route.
-const PRIORITY: i32 = -110;
-
 /// Before connection tracking, which is at -200.
 const RAW: i32 = -300;
 
@@ -129,7 +126,7 @@ fn render(rules: &Rules, out: &mut String) -> fmt::Result {
         writeln!(out, "\t\t{ip} daddr @vips{n} {}", declared(ip, n))?;
     }
     writeln!(out, "\t}}")?;
-    hook(out, "prerouting")?;
+    hook(out, "prerouting", rules.priority)?;
     writeln!(out, "\t\tjump declared")?;
     for (ip, n) in FAMILIES {
         if rules.redirect {
@@ -145,7 +142,7 @@ fn render(rules: &Rules, out: &mut String) -> fmt::Result {
     }
     writeln!(out, "\t}}")?;
     if rules.redirect {
-        hook(out, "output")?;
+        hook(out, "output", rules.priority)?;
         writeln!(out, "\t\tmeta mark {MARK:#x} return")?;
         for (ip, n) in FAMILIES {
             writeln!(out, "\t\t{ip} daddr . tcp dport @spared{n} return")?;
@@ -182,9 +179,9 @@ fn untracked(out: &mut String, networks: &BTreeSet<IpNet>) -> fmt::Result {
 }
 
 /// The start of a chain that the kernel's hook of this name calls.
-fn hook(out: &mut String, name: &str) -> fmt::Result {
+fn hook(out: &mut String, name: &str, priority: i32) -> fmt::Result {
     writeln!(out, "\tchain {name} {{")?;
-    writeln!(out, "\t\ttype nat hook {name} priority {PRIORITY}; policy accept;")
+    writeln!(out, "\t\ttype nat hook {name} priority {priority}; policy accept;")
 }
 
 fn set(

@@ -34,6 +34,9 @@ pub struct Settings {
     pub notrack: bool,
 }
 
+/// Before Docker's own chains at -100 (dstnat): a container that publishes a port must not win it from a route.
+pub const PRIORITY: i32 = -110;
+
 /// All rules, in a form that can be compared.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rules {
@@ -54,6 +57,8 @@ pub struct Rules {
     /// leaves with the bridge's own address, and nobody translates it. Farther away it might need translation, which is
     /// connection tracking's work.
     pub untracked: BTreeSet<IpNet>,
+    /// Of our chains, with nft: before everybody else's that translate.
+    pub priority: i32,
 }
 
 /// Who is not known yet, and is captured on every port of a VIP on which nothing on this host listens.
@@ -86,6 +91,7 @@ impl Rules {
                 known: table.known().clone(),
             }),
             untracked: if settings.notrack { table.networks().clone() } else { BTreeSet::new() },
+            priority: PRIORITY,
             declared: table.routes().map(|route| (route.key.source, route.key.port)).collect(),
         }
     }
@@ -132,6 +138,7 @@ pub(super) mod tests {
             },
             unknown: None,
             untracked: BTreeSet::new(),
+            priority: PRIORITY,
             declared: declared
                 .map(|(source, port)| (address(source), Port::new(port).unwrap()))
                 .into(),

@@ -3,11 +3,21 @@
 //! Reads are of the default consistency, never `stale`: a server that lags may answer with an older index and an older
 //! list, and what `stale` would buy, an answer without a leader, is what keeping the last answer gives us anyway.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use reqwest::{Client, header::HeaderValue};
 use serde::Deserialize;
 use serde_json::Value;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tracing::warn;
 use url::Url;
 
 use super::{
@@ -34,6 +44,47 @@ pub struct Consul {
     pub(super) asked: Asked,
     healthy_only: bool,
     wait: Duration,
+    seats: Arc<Seats>,
+}
+
+/// Who may keep a connection to the agent. By default it lets one address have 200 (`limits.http_max_conns_per_client`), all
+/// of its other clients on this host included, and turns the next away.
+#[derive(Debug)]
+struct Seats {
+    /// Queries that the server holds until something changes.
+    held: Arc<Semaphore>,
+    /// Of the queries beyond, which are asked again and again.
+    polls: Semaphore,
+    /// Whether it was told that there are such.
+    told: AtomicBool,
+}
+
+impl Seats {
+    const HELD: usize = 100;
+    const POLLS: usize = 4;
+    /// How often a query is asked that has no seat.
+    const EVERY: Duration = Duration::from_secs(5);
+
+    fn new() -> Self {
+        Self {
+            held: Arc::new(Semaphore::new(Self::HELD)),
+            polls: Semaphore::new(Self::POLLS),
+            told: AtomicBool::default(),
+        }
+    }
+
+    /// A seat for a query that is held, if there is one left.
+    fn take(&self) -> Option<OwnedSemaphorePermit> {
+        let seat = self.held.clone().try_acquire_owned().ok();
+        if seat.is_none() && !self.told.swap(true, Relaxed) {
+            warn!(
+                watched = Self::HELD,
+                every_s = Self::EVERY.as_secs(),
+                "more services than may keep a connection to Consul; the others are asked again and again"
+            );
+        }
+        seat
+    }
 }
 
 /// The parameters of a `consul://` URI.
@@ -82,6 +133,7 @@ impl Consul {
             asked,
             healthy_only: settings.healthy_only,
             wait: WAIT,
+            seats: Arc::new(Seats::new()),
         })
     }
 
@@ -90,9 +142,11 @@ impl Consul {
         ConsulSource { consul: self, query, tags }
     }
 
-    fn client(&self) -> Result<Client, SourceError> {
+    /// One that keeps its connection, or one that does not.
+    fn client(&self, keeps: bool) -> Result<Client, SourceError> {
         let tls = (self.base.scheme() == "https").then_some(&self.tls);
-        http::build(http::builder(tls)?.tls_danger_accept_invalid_certs(!self.tls_verify))
+        let builder = http::builder(tls)?.tls_danger_accept_invalid_certs(!self.tls_verify);
+        http::build(if keeps { builder } else { builder.pool_max_idle_per_host(0) })
     }
 
     /// The token as it is now: a file is read anew, as agents renew it.
@@ -130,8 +184,12 @@ impl Source for ConsulSource {
     type Item = Endpoints;
 
     async fn session(&mut self, publish: &Publisher<Endpoints>) -> Result<(), SourceError> {
-        let client = self.consul.client()?;
+        let seat = self.consul.seats.take();
+        let client = self.consul.client(seat.is_some())?;
         let token = self.consul.token()?;
+        if seat.is_none() {
+            return self.poll(&client, token.as_ref(), publish).await;
+        }
         let mut index = 0;
         let mut pace = Pace::new();
         let mut distance = Pace::NEWS;
@@ -146,6 +204,27 @@ impl Source for ConsulSource {
 }
 
 impl ConsulSource {
+    /// Asks for what there is, again and again, until there is a seat: then the next session takes it.
+    async fn poll(
+        &self,
+        client: &Client,
+        token: Option<&HeaderValue>,
+        publish: &Publisher<Endpoints>,
+    ) -> Result<(), SourceError> {
+        let Seats { held, polls, .. } = &*self.consul.seats;
+        loop {
+            let turn = polls.acquire().await;
+            let answer = self.ask(client, token, 0).await?;
+            drop(turn);
+            publish.publish(self.read(&answer)?.0);
+            // Those that began together do not go on so.
+            tokio::time::sleep(Seats::EVERY.mul_f64(0.8 + 0.4 * fastrand::f64())).await;
+            if held.available_permits() > 0 {
+                return Ok(());
+            }
+        }
+    }
+
     /// Asks for what there is; with an `index`, once it is past that or the wait is over.
     async fn ask(
         &self,

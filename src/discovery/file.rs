@@ -29,7 +29,12 @@ use notify::{
     Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher,
     event::{AccessKind, AccessMode},
 };
-use tokio::{sync::Notify, time::timeout};
+use rustix::io::Errno;
+use tokio::{
+    sync::Notify,
+    time::{sleep, timeout},
+};
+use tracing::{info, warn};
 
 use self::catalogue::Catalogue;
 use crate::{
@@ -55,7 +60,7 @@ impl File {
     /// Follows what `query` asks for, for ever.
     pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: Duration) {
         let name = format!("file {}", self.path.display());
-        let contents = || Contents { path: self.path.clone() };
+        let contents = || Contents { path: self.path.clone(), is_polled: false };
         let answer = |catalogue: &Catalogue| catalogue.select(&query);
         self.catalogue.derive(&name, contents, resync, &publish, answer).await;
     }
@@ -64,22 +69,58 @@ impl File {
 /// The source behind a `File`.
 struct Contents {
     path: PathBuf,
+    /// Whether it cannot be watched, as it was told last.
+    is_polled: bool,
 }
 
 impl Source for Contents {
     type Item = Catalogue;
 
     async fn session(&mut self, publish: &Publisher<Catalogue>) -> Result<(), SourceError> {
-        let mut watch = Watch::new()?;
+        let mut watch = None;
         loop {
-            watch.add(&self.path)?;
+            let added = self.watch(&mut watch);
+            self.tell(added.as_ref().err());
+            if let Err(Unwatched::Other(error)) = added {
+                return Err(error);
+            }
             publish.publish(self.read().await?);
-            watch.changed().await;
+            match &watch {
+                Some(watch) => watch.changed().await,
+                None => sleep(Self::POLL).await,
+            }
         }
     }
 }
 
 impl Contents {
+    /// How often a file is read that cannot be watched.
+    const POLL: Duration = Duration::from_secs(2);
+
+    /// Watches what there is to watch now. Nothing is watched any more where the kernel has no more room for that.
+    fn watch(&self, watch: &mut Option<Watch>) -> Result<(), Unwatched> {
+        let mut running = watch.take().map_or_else(Watch::new, Ok)?;
+        running.add(&self.path)?;
+        *watch = Some(running);
+        Ok(())
+    }
+
+    /// Says that it is polled, when that becomes otherwise.
+    fn tell(&mut self, error: Option<&Unwatched>) {
+        let file = self.path.display();
+        match error {
+            Some(Unwatched::NoRoom(error)) if !self.is_polled => {
+                self.is_polled = true;
+                warn!(%file, %error, every_s = Self::POLL.as_secs(), "cannot be watched, and is read again and again");
+            }
+            None if self.is_polled => {
+                self.is_polled = false;
+                info!(%file, "is watched again");
+            }
+            _ => {}
+        }
+    }
+
     /// Bytes of the largest file that is read: far more than any list of services.
     const LARGEST: u64 = 16 << 20;
     /// Only a file system that hangs takes this long.
@@ -129,7 +170,7 @@ impl Watch {
     /// A folder in which something changes all the time is no reason to wait longer than this.
     const PATIENCE: Duration = Duration::from_secs(1);
 
-    fn new() -> Result<Self, SourceError> {
+    fn new() -> Result<Self, Unwatched> {
         let changed = Arc::new(Notify::new());
         let notify = changed.clone();
         let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
@@ -139,20 +180,20 @@ impl Watch {
             }
             notify.notify_one();
         });
-        let watcher = watcher.map_err(|error| SourceError::caused("watch files", &error))?;
+        let watcher = watcher.map_err(|error| Unwatched::by("watch files", &error))?;
         Ok(Self { watcher, changed })
     }
 
     /// Watches the file, the folder that holds it, and the folder that holds what its links lead to. To be called again
     /// after each change: they may be others by then.
-    fn add(&mut self, path: &Path) -> Result<(), SourceError> {
+    fn add(&mut self, path: &Path) -> Result<(), Unwatched> {
         let folder = match path.parent() {
             Some(folder) if folder != Path::new("") => folder,
             _ => Path::new("."),
         };
-        self.watcher.watch(folder, RecursiveMode::NonRecursive).map_err(|error| {
-            SourceError::caused(format_args!("watch {}", folder.display()), &error)
-        })?;
+        self.watcher
+            .watch(folder, RecursiveMode::NonRecursive)
+            .map_err(|error| Unwatched::by(format_args!("watch {}", folder.display()), &error))?;
         let real = path.canonicalize().ok();
         for more in [Some(path), real.as_deref().and_then(Path::parent)].into_iter().flatten() {
             // Where it is missing, the folder tells when it comes.
@@ -167,6 +208,28 @@ impl Watch {
         while first.elapsed() < Self::PATIENCE
             && timeout(Self::QUIET, self.changed.notified()).await.is_ok()
         {}
+    }
+}
+
+/// Why a file is not watched.
+enum Unwatched {
+    /// The kernel's room for watches is used up (man 7 inotify, "/proc interfaces"), or ours for descriptors.
+    NoRoom(SourceError),
+    Other(SourceError),
+}
+
+impl Unwatched {
+    fn by(what: impl std::fmt::Display, error: &notify::Error) -> Self {
+        let no_room = match &error.kind {
+            notify::ErrorKind::MaxFilesWatch => true,
+            notify::ErrorKind::Io(error) => {
+                let full = [Errno::MFILE, Errno::NFILE, Errno::NOSPC, Errno::NOMEM];
+                Errno::from_io_error(error).is_some_and(|error| full.contains(&error))
+            }
+            _ => false,
+        };
+        let error = SourceError::caused(what, error);
+        if no_room { Self::NoRoom(error) } else { Self::Other(error) }
     }
 }
 

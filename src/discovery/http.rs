@@ -130,7 +130,12 @@ impl Answer {
     /// The error that the status and the body's first words are.
     pub(super) fn refusal(&self) -> SourceError {
         let text = String::from_utf8_lossy(&self.body);
-        self.fault(format_args!("{} {:?}", self.status, excerpt(text.trim())))
+        let fault = self.fault(format_args!("{} {:?}", self.status, excerpt(text.trim())));
+        // A date may stand there as well (RFC 9110, 10.2.3), which our own pauses have to do for.
+        match self.number("Retry-After") {
+            Some(seconds) => fault.after(Duration::from_secs(seconds)),
+            None => fault,
+        }
     }
 
     pub(super) fn json<T: DeserializeOwned>(&self) -> Result<T, SourceError> {

@@ -420,8 +420,12 @@ pub(super) mod tests {
 
     /// One consumer with one route.
     pub(in crate::proxy) fn table() -> Table {
+        table_of(ConsumerId::Local)
+    }
+
+    pub(in crate::proxy) fn table_of(id: ConsumerId) -> Table {
         let consumer = Consumer {
-            id: ConsumerId::Local,
+            id,
             name: "a".into(),
             namespace: "a".into(),
             sources: vec!["172.17.0.2".parse().unwrap()],
@@ -441,6 +445,7 @@ pub(super) mod tests {
             vips: &[Vip("172.17.0.1".parse().unwrap())],
             gateways_are_vips: false,
             balance: Balance::RoundRobin,
+            now: std::time::Instant::now(),
         };
         let query = |binding: &Binding| {
             let service = binding.descriptor.service.clone();

@@ -21,6 +21,7 @@ mod connection;
 mod connection_log;
 mod listener;
 mod observed;
+mod origin;
 mod parking;
 mod relay;
 mod shared;
@@ -107,7 +108,7 @@ impl Proxy {
             let (ask, asks) = tokio::sync::mpsc::unbounded_channel();
             proxy.asks.push(ask);
             let work = move || {
-                let _alive = alive;
+                let _alive = Alive { shared: shared.clone(), _workers: alive };
                 let mut runtime = tokio::runtime::Builder::new_current_thread();
                 let built = runtime.enable_io().enable_time().build_local(LocalOptions::default());
                 let (runtime, result) = match built {
@@ -155,6 +156,11 @@ impl Proxy {
         let _ = self.workers.recv().await;
     }
 
+    /// Waits until a worker, or a part of one, has ended that should go on.
+    pub async fn failed(&self) {
+        self.shared.broken.notified().await;
+    }
+
     /// Resets what is left, and waits for the workers to end.
     pub async fn end(mut self) -> io::Result<()> {
         self.phase.send_replace(Phase::Ended);
@@ -163,6 +169,19 @@ impl Proxy {
             thread.join().map_err(|_| io::Error::other("a worker panicked"))??;
         }
         Ok(())
+    }
+}
+
+/// Held by a worker's thread.
+struct Alive {
+    shared: Arc<Shared>,
+    _workers: tokio::sync::mpsc::Sender<()>,
+}
+
+impl Drop for Alive {
+    /// However the thread ends. At an orderly end nobody listens.
+    fn drop(&mut self) {
+        self.shared.broken.notify_one();
     }
 }
 

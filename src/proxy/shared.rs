@@ -8,6 +8,8 @@ use std::{
     time::Instant,
 };
 
+use tokio::sync::Notify;
+
 use super::Settings;
 use crate::{
     balance::Millis,
@@ -30,6 +32,8 @@ pub(super) struct Shared {
     pub held: AtomicUsize,
     /// When the clock of ejections started.
     pub start: Instant,
+    /// Rung when a worker, or a part of one, has ended.
+    pub broken: Notify,
 }
 
 impl Shared {
@@ -41,6 +45,7 @@ impl Shared {
             live: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
             start: Instant::now(),
+            broken: Notify::new(),
         }
     }
 
@@ -79,8 +84,12 @@ impl Held {
 
     /// `None` where nothing is held back, or enough is.
     pub(super) fn new(shared: &Arc<Shared>) -> Option<Self> {
-        let one_more =
-            |held| (held < Self::MOST && !shared.settings.hold.is_zero()).then_some(held + 1);
+        if shared.settings.hold.is_zero() { None } else { Self::one_more(shared) }
+    }
+
+    /// The same, whether connections are held back or not.
+    pub(super) fn one_more(shared: &Arc<Shared>) -> Option<Self> {
+        let one_more = |held| (held < Self::MOST).then_some(held + 1);
         shared.held.fetch_update(Relaxed, Relaxed, one_more).ok()?;
         Some(Self(shared.clone()))
     }

@@ -13,7 +13,7 @@ use std::{
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Notify, mpsc, watch},
-    task::{AbortHandle, yield_now},
+    task::{AbortHandle, JoinSet, yield_now},
     time::timeout_at,
 };
 
@@ -23,8 +23,9 @@ use super::{
     connection_log::{self, Entry},
     listener::{AcceptBackoff, adopt},
     observed::{self, Ask},
+    origin::{self, Doubt, Pause},
     parking::{Parked, Parking},
-    relay::{Leave, Moved, PIPES, RelayBuffers, has_finished},
+    relay::{Leave, Moved, PIPES, RelayBuffers},
     shared::{Held, Shared},
 };
 use crate::{
@@ -37,6 +38,8 @@ use crate::{
     table::{Route, Table, Upstream},
 };
 
+#[cfg(test)]
+mod admission;
 mod idle;
 
 /// A connection of a worker.
@@ -65,6 +68,8 @@ pub(super) struct Worker {
     taken_over: Notify,
     /// Nobody is accepted before this moment: what there is belongs to those who were accepted already.
     shortage: Cell<Option<Instant>>,
+    /// The last time in which nobody was accepted.
+    pause: Cell<Option<Pause>>,
     /// Set when nobody may come in any more.
     draining: Cell<bool>,
 }
@@ -93,22 +98,27 @@ pub(super) async fn run(
     asks: mpsc::UnboundedReceiver<Ask>,
 ) -> io::Result<()> {
     let worker = Worker::new(shared, n, tables.borrow_and_update().clone())?;
-    let mut accepting = Vec::new();
+    let mut accepting = JoinSet::new();
     for listener in listeners {
-        let listener = adopt(listener)?;
-        accepting.push(tokio::task::spawn_local(worker.clone().accept(listener)));
+        accepting.spawn_local(worker.clone().accept(adopt(listener)?));
     }
-    let follow = tokio::task::spawn_local(worker.clone().follow(tables));
-    let answer = tokio::task::spawn_local(observed::answer(worker.clone(), asks));
-    let park = tokio::task::spawn_local(worker.clone().park_idle());
-    let resume = tokio::task::spawn_local(worker.clone().resume_woken());
+    let mut others = JoinSet::new();
+    others.spawn_local(worker.clone().follow(tables));
+    others.spawn_local(observed::answer(worker.clone(), asks));
+    others.spawn_local(worker.clone().park_idle());
+    others.spawn_local(worker.clone().resume_woken());
 
-    // The sender lives as long as the proxy: where it is gone, so is everything, and this ends too.
-    let _ = phase.wait_for(|phase| *phase != Phase::Serving).await;
+    tokio::select! {
+        // The sender lives as long as the proxy: where it is gone, so is everything, and this ends too.
+        _ = phase.wait_for(|phase| *phase != Phase::Serving) => {}
+        // None of them ever ends, unless it panics.
+        _ = accepting.join_next() => worker.break_off(),
+        _ = others.join_next() => worker.break_off(),
+    }
     worker.draining.set(true);
     // Those that are held back end now.
     worker.taken_over.notify_waiters();
-    accepting.iter().for_each(|task| task.abort());
+    drop(accepting);
     tokio::select! {
         () = worker.all_ended() => {}
         _ = phase.wait_for(|phase| *phase == Phase::Ended) => {
@@ -116,7 +126,6 @@ pub(super) async fn run(
             worker.all_ended().await;
         }
     }
-    [follow, answer, park, resume].iter().for_each(|task| task.abort());
     Ok(())
 }
 
@@ -139,6 +148,7 @@ impl Worker {
             idle: Notify::new(),
             taken_over: Notify::new(),
             shortage: Cell::default(),
+            pause: Cell::default(),
             draining: Cell::new(false),
         }))
     }
@@ -151,7 +161,7 @@ impl Worker {
         let mut in_a_row = 0;
         loop {
             while let Some(end) = self.shortage.get().filter(|end| *end > Instant::now()) {
-                tokio::time::sleep_until(end.into()).await;
+                self.pause_until(end).await;
             }
             match listener.accept().await {
                 Ok((stream, peer)) => {
@@ -165,11 +175,17 @@ impl Worker {
                 }
                 Err(error) => {
                     if let Some(pause) = backoff.after(&error) {
-                        tokio::time::sleep(pause).await;
+                        self.pause_until(Instant::now() + pause).await;
                     }
                 }
             }
         }
+    }
+
+    async fn pause_until(&self, end: Instant) {
+        let start = Instant::now();
+        tokio::time::sleep_until(end.into()).await;
+        self.pause.set(Some(Pause::ended(self.pause.get(), start)));
     }
 
     /// Starts a connection that means a route; any other is reset at once, but for one that may soon mean one.
@@ -181,7 +197,7 @@ impl Worker {
         };
         let route = meaning.route(&self.table.borrow(), &self.shared.settings.destinations);
         match route {
-            Ok(route) => self.start(socket, meaning, route, Instant::now()),
+            Ok(route) => self.admit_to(socket, meaning, route),
             Err(Outcome::UnknownConsumer) if self.table.borrow().may_become_known(&peer.ip()) => {
                 match Held::new(&self.shared) {
                     Some(held) => {
@@ -192,6 +208,46 @@ impl Worker {
             }
             Err(outcome) => self.refuse(peer, Some(meaning.meant), None, outcome),
         }
+    }
+
+    /// Starts a connection, unless it may be one that the address's former owner opened.
+    fn admit_to(self: &Rc<Self>, socket: Socket, meaning: Meaning, route: Arc<Route>) {
+        let now = Instant::now();
+        match origin::doubt(&route, self.pause.get(), now) {
+            None => self.start(socket, meaning, route, now),
+            // It may have waited until a moment ago to become known, and is served like those that do so here.
+            Some(Doubt::New) if !origin::has_hung_up(&socket.stream) => {
+                self.start(socket, meaning, route, now);
+            }
+            Some(_) => match Held::one_more(&self.shared) {
+                Some(held) => {
+                    tokio::task::spawn_local(self.clone().identify(socket, meaning, route, held));
+                }
+                None => {
+                    self.refuse(meaning.peer, Some(meaning.meant), None, Outcome::UnknownConsumer)
+                }
+            },
+        }
+    }
+
+    /// Starts a connection if it is certain that the route's owner opened it.
+    async fn identify(
+        self: Rc<Self>,
+        socket: Socket,
+        meaning: Meaning,
+        route: Arc<Route>,
+        _held: Held,
+    ) {
+        let _waiting = Waiting::new(&self);
+        let accepted = Instant::now();
+        let outcome = match origin::is_owners(&route, &meaning).await {
+            _ if self.draining.get() => Outcome::Shutdown,
+            true if self.table.borrow().has(&route) => {
+                return self.start(socket, meaning, route, accepted);
+            }
+            _ => Outcome::UnknownConsumer,
+        };
+        self.refuse(meaning.peer, Some(meaning.meant), None, outcome);
     }
 
     /// Counts a connection that is reset by dropping its socket.
@@ -208,7 +264,7 @@ impl Worker {
     }
 
     /// Waits for the container to become known: its first connection may be quicker than the engine's news of it.
-    async fn hold_back(self: Rc<Self>, socket: Socket, meaning: Meaning, _held: Held) {
+    async fn hold_back(self: Rc<Self>, socket: Socket, meaning: Meaning, held: Held) {
         let _waiting = Waiting::new(&self);
         let accepted = Instant::now();
         let deadline = accepted + self.hold();
@@ -217,14 +273,13 @@ impl Worker {
             // Looked up before the first wait too: the table may have come since this connection was accepted.
             let route = meaning.route(&self.table.borrow(), &self.shared.settings.destinations);
             match route {
-                // Who dialled may be gone, and its address another's by now; what is known of it came too late.
-                Ok(_) if has_finished(&socket.stream) => {
-                    let outcome = Outcome::UnknownConsumer;
-                    return self.refuse(meaning.peer, Some(meaning.meant), None, outcome);
-                }
                 _ if self.draining.get() => {
                     let outcome = Outcome::Shutdown;
                     return self.refuse(meaning.peer, Some(meaning.meant), None, outcome);
+                }
+                // It has sent all it has to say; or who dialled is gone, and its address another's by now.
+                Ok(route) if origin::has_hung_up(&socket.stream) => {
+                    return self.identify(socket, meaning, route, held).await;
                 }
                 Ok(route) => return self.start(socket, meaning, route, accepted),
                 Err(Outcome::UnknownConsumer) if self.another_table(deadline).await => {}
@@ -329,6 +384,13 @@ impl Worker {
         for (Parked { record, .. }, verdict) in parked {
             self.account(&Rc::new(record), verdict);
         }
+    }
+
+    /// Has the whole proxy end, as this worker cannot go on. Until then it does no more than it can: a share of all new
+    /// connections is this worker's, and nobody would answer those.
+    fn break_off(&self) {
+        tracing::error!(worker = self.n, "a part of the data path has ended");
+        self.shared.broken.notify_one();
     }
 
     async fn all_ended(&self) {

@@ -47,11 +47,19 @@ impl Container {
     /// Starts requests to a URL, or to `host:port`, four at a time with a pause of 5 ms after each, that go on until
     /// [`Traffic::stop`]. `name` is that of its log, and of no other traffic of the host.
     pub fn traffic(&self, name: &str, target: impl std::fmt::Display) -> Result<Traffic> {
+        self.requests(name, &target.to_string(), &["-c", "4", "--pause-ms", "5"])
+    }
+
+    /// The same by one connection, which is to live as long as the traffic does: its end is a request that fails.
+    pub fn live(&self, name: &str, target: impl std::fmt::Display) -> Result<Traffic> {
+        self.requests(name, &target.to_string(), &["--keep-alive", "--pause-ms", "20"])
+    }
+
+    fn requests(&self, name: &str, target: &str, how: &[&str]) -> Result<Traffic> {
         let host = self.host();
         let end = host.dir().join(format!("{name}.end"));
         let mut command = self.command(testbed_program()?)?;
-        command.args(["peer", "get", &target.to_string(), "-c", "4", "--pause-ms", "5", "--until"]);
-        command.arg(&end);
+        command.args(["peer", "get", target]).args(how).arg("--until").arg(&end);
         Ok(Traffic { process: host.spawn(name, command)?, end })
     }
 

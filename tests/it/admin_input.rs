@@ -8,22 +8,35 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use testbed::{Embassy, Host};
+use testbed::{Container, Embassy, Host};
 
-use crate::{READY, WAIT, support::ETCD};
+use crate::{
+    READY, WAIT,
+    support::{ETCD, reaches, web},
+};
 
 /// What is asked in earnest, to start from.
-const REQUESTS: [&str; 6] = [
+const REQUESTS: [&str; 12] = [
     "GET /metrics HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\n\r\n",
     "GET /readyz HTTP/1.1\r\nConnection: close\r\nHost: 127.0.0.1:9990\r\nAccept: */*\r\n\r\n",
-    "GET /v1/explain?from=172.17.0.2&port=80 HTTP/1.1\r\nConnection: close\r\nHost: localhost:9990\r\n\r\n",
-    "GET /v1/routes?consumer=app&limit=10&after=%2Fx HTTP/1.1\r\nConnection: close\r\nHost: [::1]:9990\r\nOrigin: http://localhost\r\n\r\n",
-    "POST /v1/log HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\n{\"level\":9}",
+    "GET /v1/explain?consumer=app&port=80 HTTP/1.1\r\nConnection: close\r\nHost: localhost:9990\r\n\r\n",
+    "GET /v1/routes?consumer=app&limit=10&offset=1&q=web HTTP/1.1\r\nConnection: close\r\nHost: [::1]:9990\r\nOrigin: http://localhost\r\n\r\n",
+    "GET /v1/endpoints?service=%2Fservices%2Fweb&state=ok HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\n\r\n",
+    "GET /v1/connections?consumer=app&limit=1 HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\n\r\n",
+    "GET /v1/events HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n",
+    "PUT /v1/log-level HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 16\r\n\r\n{\"level\":\"info\"}",
+    "PUT /v1/endpoints/drain HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 69\r\n\r\n{\"service\":\"/services/web\",\"endpoint\":\"172.17.0.2:80\",\"drained\":true}",
+    "POST /v1/resync HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n",
+    "GET /v1/status HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\n\r\n",
     "GET / HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
 ];
 
-/// How long mutations of them are sent.
-const TIME: Duration = Duration::from_secs(5);
+/// How long mutations of them are sent: `FUZZ_SECONDS`, else 5 s.
+fn time() -> Result<Duration> {
+    let wanted = std::env::var("FUZZ_SECONDS").ok();
+    let seconds = wanted.map_or(Ok(5), |text| text.parse().context("FUZZ_SECONDS takes a number"));
+    seconds.map(Duration::from_secs)
+}
 
 fn start(host: &Host) -> Result<(Embassy, PathBuf)> {
     let path = host.dir().join("admin.sock");
@@ -36,21 +49,45 @@ fn start(host: &Host) -> Result<(Embassy, PathBuf)> {
     Ok((embassy, path))
 }
 
+/// An endpoint, at the address that is drained, and who asks for it.
+fn web_and_app(host: &Host) -> Result<Container> {
+    let web = web(host, "web")?;
+    ensure!(web.ip()?.octets() == [172, 17, 0, 2], "the first container has the first address");
+    host.client("app").env("BACKEND_WEB", "/services/web;80").start()
+}
+
 #[test]
 fn no_bytes_end_it() -> Result<()> {
     let host = Host::start()?;
+    let app = web_and_app(&host)?;
     let (embassy, path) = start(&host)?;
-    let (start, mut sent) = (Instant::now(), 0);
-    while start.elapsed() < TIME {
-        let number = fastrand::u64(..);
-        let request = mutated(number);
-        let answer = ask(&path, &request)
-            .with_context(|| format!("mutation {number}: {}", request.escape_ascii()))?;
-        // A server's error is a fault of ours, whatever was sent.
-        let wrong = answer.starts_with("HTTP/1.1 5") && !answer.starts_with("HTTP/1.1 503");
-        ensure!(!wrong, "mutation {number}: {}: {answer}", request.escape_ascii());
-        sent += 1;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    // None of them is a call that does not exist, or a body that is not understood: mutations of those reach nothing.
+    for request in REQUESTS {
+        let answer = ask(&path, request.as_bytes())?;
+        ensure!(answer.starts_with("HTTP/1.1 200"), "{request}: {answer}");
     }
+    let (time, start) = (time()?, Instant::now());
+    // Most of the time goes by with waiting for answers that do not come.
+    let send = || -> Result<usize> {
+        let mut sent = 0;
+        while start.elapsed() < time {
+            let number = fastrand::u64(..);
+            let request = mutated(number);
+            let answer = ask(&path, &request)
+                .with_context(|| format!("mutation {number}: {}", request.escape_ascii()))?;
+            // A server's error is a fault of ours, whatever was sent.
+            let wrong = answer.starts_with("HTTP/1.1 5") && !answer.starts_with("HTTP/1.1 503");
+            ensure!(!wrong, "mutation {number}: {}: {answer}", request.escape_ascii());
+            sent += 1;
+        }
+        Ok(sent)
+    };
+    let sent = std::thread::scope(|scope| -> Result<usize> {
+        let senders: Vec<_> = (0..16).map(|_| scope.spawn(send)).collect();
+        senders.into_iter().map(|sender| sender.join().expect("it does not panic")).sum()
+    })?;
+    println!("{sent} mutated requests in {time:?}");
     ensure!(sent > 10, "{sent} requests");
     ensure!(embassy.exited()?.is_none());
     ensure!(!embassy.log().contains("panicked"), "{}", embassy.log());

@@ -179,12 +179,22 @@ fn redirect(firewall: &str) -> Result<()> {
     // Containers reach our own address as well, as where they are linked to us. A discovery on a VIP's address can be
     // asked, though all that arrives there is captured.
     let app = host.client("app").env("BACKEND_WEB", "/services/web;82").start()?;
+    let _own = host.spawn("own", {
+        let mut command = host.command(testbed::testbed_program()?);
+        command.args(["peer", "http", "--name", "own", "--port", "7000"]);
+        command
+    })?;
     for scope in ["--capture=declared", "--capture=all"] {
         let etcd = "-discovery=etcd://172.17.0.1:2379";
         let embassy = host.embassy(["--redirect", etcd, scope, firewall])?;
         embassy.wait_ready(READY)?;
         reaches(&app, "172.17.0.1:82", "web")?;
         reaches(&app, format!("{HOST_ADDRESS}:82"), "web")?;
+        // What nobody asked for stays the host's: on all its addresses, or on those that are no VIP.
+        reaches(&app, format!("{HOST_ADDRESS}:7000"), "own")?;
+        if scope == "--capture=declared" {
+            reaches(&app, "172.17.0.1:7000", "own")?;
+        }
         embassy.terminate()?;
         assert!(embassy.wait(WAIT)?.success());
         assert_eq!(rules(&host)?, before);

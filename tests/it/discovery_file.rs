@@ -81,6 +81,39 @@ async fn what_a_link_leads_to_is_watched() -> Result<()> {
     Ok(())
 }
 
+/// The room for watches is a user's, so a process of its own has none, in a user namespace of its own.
+#[tokio::test]
+async fn a_file_that_cannot_be_watched_is_read_again_and_again() {
+    for limit in ["max_inotify_instances", "max_inotify_watches"] {
+        let inner = "discovery_file::inner_test_without_watches";
+        let script = format!(
+            "echo 0 > /proc/sys/user/{limit}; exec \"$0\" --exact {inner} --ignored --nocapture"
+        );
+        let output = tokio::process::Command::new("unshare")
+            .args(["--user", "--map-root-user", "sh", "-ec", &script])
+            .arg(std::env::current_exe().unwrap())
+            .kill_on_drop(true)
+            .output()
+            .await
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{limit}: {text}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "run by the test before it, in a user namespace of its own"]
+async fn inner_test_without_watches() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("services.toml");
+    fs::write(&path, web("10.0.0.1:80")).unwrap();
+    let followed = follow(&path);
+    followed.sees(&["10.0.0.1:80"]).await;
+    fs::write(&path, web("10.0.0.2:80")).unwrap();
+    let known = followed.sees(&["10.0.0.2:80"]).await;
+    assert_eq!(known.failures, 0, "it is no failure");
+}
+
 #[tokio::test]
 async fn a_broken_or_missing_file_takes_nothing_away() -> Result<()> {
     let folder = tempfile::tempdir()?;

@@ -48,6 +48,66 @@ fn rules_that_vanish_from_iptables_are_back() -> Result<()> {
     )
 }
 
+/// A program that leads connections to port 80 elsewhere, before whoever comes at -100 or a little earlier.
+const ABOVE: &str = "add table ip above
+    add chain ip above pre { type nat hook prerouting priority -150; }
+    add rule ip above pre tcp dport 80 redirect to :1";
+
+fn insert_above(host: &Host) -> Result<()> {
+    ABOVE.lines().try_for_each(|line| host.run("nft", [line.trim()]).map(drop))
+}
+
+#[test]
+fn with_nft_our_rules_go_before_a_program_that_comes_before_them() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD, NFT])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    insert_above(&host)?;
+    let start = Instant::now();
+    counts(&embassy, "embassy_capture_restored_total{change=\"displaced\"}", 1)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    eprintln!(
+        "nft: captured again {:?} after another program's rules came before ours",
+        start.elapsed()
+    );
+    says(&embassy, &["come before ours; going before them", "ip above pre, priority -150"])?;
+    // Theirs are left alone, and there is nothing to do any more.
+    let rules = host.run("nft", ["list", "table", "ip", "above"])?;
+    ensure!(rules.contains("redirect to :1"), "{rules}");
+    host.run("nft", ["delete table ip above"])?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    assert_eq!((restored(&embassy)?, metric(&embassy, "embassy_capture_barriers")?), (1, 0));
+    // One that starts below them goes before them at once.
+    insert_above(&host)?;
+    embassy.kill()?;
+    let next = host.embassy(["--dnat", ETCD, NFT])?;
+    next.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    assert_eq!(restored(&next)?, 0);
+    Ok(())
+}
+
+#[test]
+fn with_iptables_a_program_that_comes_before_our_rules_is_told() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD, IPTABLES])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    insert_above(&host)?;
+    counts(&embassy, "embassy_capture_barriers", 1)?;
+    let what = "nft's chain ip above pre, priority -150, comes before our rules";
+    says(&embassy, &["another program may take connections before our rules do", what])?;
+    ensure!(embassy.admin("/v1/status")?.ok()?.contains("ip above pre"), "the status says it too");
+    host.run("nft", ["delete table ip above"])?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    says(&embassy, &["is not in the way of captured connections any more", "ip above pre"])
+}
+
 fn vanish(firewall: &str, blows: &[Blow<'_>]) -> Result<()> {
     let host = Host::start()?;
     web(&host, "web")?;

@@ -30,6 +30,7 @@ fn first_act(firewall: &str) -> Result<()> {
         command.args(["peer", "http", "--name", "own", "--port", "8000"]);
         command
     })?;
+    host.server("sink", ["sink", "--port", "80"]).label("SERVICE_80_NAME", "sink").start()?;
     let embassy = host.embassy(["--dnat", "-discovery=docker://", "--firewall", firewall])?;
     embassy.wait_ready(READY)?;
 
@@ -39,6 +40,12 @@ fn first_act(firewall: &str) -> Result<()> {
         testbed::output(&mut docker)
     };
     for n in 0..runs()? {
+        // It says all it has to say and ends its direction, before anybody can know it: as `printf ... | nc -N` does.
+        let mut docker = host.docker_command(["run", "--rm", "-e", "BACKEND_SINK=sink;8082"]);
+        docker.args(["testbed", "testbed", "peer", "send", "172.17.0.1:8082", "--bytes", "10"]);
+        let said: serde_json::Value = serde_json::from_str(&testbed::output(&mut docker)?)?;
+        let answer = said["answer"].as_str().unwrap_or_default();
+        ensure!(answer.starts_with("10 "), "run {n}: {said}");
         let said = run("BACKEND_WEB=web;8080", "http://172.17.0.1:8080/")?;
         ensure!(said.trim() == "web", "run {n}: {said:?}");
     }

@@ -159,3 +159,38 @@ fn only_instances_that_pass_their_checks_are_used() -> Result<()> {
     consul.maintenance("web-2", false)?;
     spread(5, 5, "both after maintenance")
 }
+
+/// Each watch is a query that Consul holds, on a connection of its own.
+#[test]
+fn however_many_consumers_ask_for_a_service_it_is_watched_once() -> Result<()> {
+    let host = Host::start()?;
+    let web = host.web("web").start()?;
+    host.consul()?.service("web", "web").address(web.ip()?).port(80).tags(["a"]).register()?;
+    let app = |name: &str, binding: &str| host.client(name).env("BACKEND_WEB", binding).start();
+    let same = ["one", "two", "three"].map(|name| app(name, "web;80"));
+    let same: Vec<_> = same.into_iter().collect::<Result<_>>()?;
+    let embassy = host.embassy(["--dnat", "-discovery=consul://127.0.0.1:8500"])?;
+    embassy.wait_ready(READY)?;
+    // Who is connected to port 8500, by what the kernel lists: 01 is TCP_ESTABLISHED.
+    let watches = |expected: usize| {
+        eventually(WAIT, &format!("{expected} held queries"), || {
+            let list = host.run("cat", ["/proc/net/tcp"])?;
+            let open = list.lines().filter(|line| line.contains(" 0100007F:2134 01 ")).count();
+            ensure!(open == expected, "{open}: {list}");
+            Ok(())
+        })
+    };
+    for app in &same {
+        crate::support::reaches(app, VIP, "web")?;
+    }
+    watches(1)?;
+    // Other tags or another datacentre are another question, and again one for all who ask it.
+    let others = ["four", "five"].map(|name| app(name, "web[a];80"));
+    for app in others {
+        crate::support::reaches(&app?, VIP, "web")?;
+    }
+    watches(2)?;
+    let there = app("six", "web;80;dc=dc1")?;
+    crate::support::reaches(&there, VIP, "web")?;
+    watches(3)
+}

@@ -148,6 +148,46 @@ fn it_stops_in_order() -> Result<()> {
 }
 
 #[test]
+fn a_disk_that_hangs_does_not_hold_up_the_end() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    // To open a pipe for writing waits for its reader, who never comes.
+    host.run("mkdir", ["-p", "/run/state"])?;
+    host.run("mkfifo", ["/run/state/table-9999.new"])?;
+    let embassy = host.embassy(["--dnat", ETCD, "--state-dir=/run/state"])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    embassy.terminate()?;
+    assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
+    says(&embassy, &["the last table may not be kept"])
+}
+
+#[test]
+fn a_firewall_that_hangs_does_not_hold_up_a_second_signal() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let nft = "mkdir -p /run/bin; printf '#!/bin/sh\ntest -e /run/hang && exec sleep 1000\nexec %s \"$@\"\n' \
+               $(command -v nft) > /run/bin/nft; chmod +x /run/bin/nft";
+    host.run("sh", ["-ec", nft])?;
+    let mut command = host.command("env");
+    let path = std::env::var("PATH")?;
+    command.env("DOCKER_HOST", host.docker_url()).arg(format!("PATH=/run/bin:{path}"));
+    command.arg(embassy_program()?).args(["--dnat", ETCD, "--firewall=nft"]);
+    let embassy = host.embassy_from(command)?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    host.run("touch", ["/run/hang"])?;
+    embassy.terminate()?;
+    says(&embassy, &["embassy stops"])?;
+    embassy.terminate()?;
+    // Each of several calls would be waited for for 10 s.
+    assert_eq!(embassy.wait(std::time::Duration::from_secs(10))?.code(), Some(0));
+    says(&embassy, &["not waited for: the rules may have stayed"])
+}
+
+#[test]
 fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
     let host = Host::start()?;
     web(&host, "web")?;

@@ -142,7 +142,14 @@ impl V2 {
             return Ok(None);
         };
         let mut response = response?;
-        let index = http::number(response.headers(), INDEX).unwrap_or_default();
+        let index = http::number(response.headers(), INDEX);
+        if index.is_some_and(|index| index.saturating_add(1) < wait) {
+            // Another store than the one that was read: restored, behind an address that stayed. Its next events are not
+            // those that are waited for.
+            self.wait = None;
+            return Ok(None);
+        }
+        let index = index.unwrap_or_default();
         let mut body = Vec::new();
         match timeout(WAIT, http::more(&url, &mut response, &mut body)).await {
             Ok(more) => more?,

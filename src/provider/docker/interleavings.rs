@@ -349,6 +349,7 @@ impl World {
             vips: &[],
             gateways_are_vips: true,
             balance: Balance::RoundRobin,
+            now: std::time::Instant::now(),
         };
         let query = |binding: &Binding| {
             let service = binding.descriptor.service.clone();

@@ -91,6 +91,7 @@ fn no_request_fails_while_an_etcd_cluster_loses_members_its_leader_and_its_quoru
     embassy.wait_ready(READY)?;
     meets(&app, "web")?;
 
+    let live = app.live("live", VIP)?;
     let leader = cluster.leader()?;
     let followers = [(leader + 1) % 3, (leader + 2) % 3];
     let traffic = app.traffic("follower", VIP)?;
@@ -119,5 +120,6 @@ fn no_request_fails_while_an_etcd_cluster_loses_members_its_leader_and_its_quoru
     cluster.answers()?;
     cluster.put("extra", &extra)?;
     let recovery = meets(&app, "extra")?;
-    unharmed("etcd cluster: the quorum lost", &traffic.stop()?, Some(recovery))
+    unharmed("etcd cluster: the quorum lost", &traffic.stop()?, Some(recovery))?;
+    unharmed("etcd cluster: one connection through all of this", &live.stop()?, None)
 }

@@ -30,6 +30,7 @@ fn no_request_fails_whatever_happens_to_the_engine() -> Result<()> {
     let embassy = host.embassy(["--dnat", ETCD])?;
     embassy.wait_ready(READY)?;
     reaches(&app, VIP, "web")?;
+    let live = app.live("live", VIP)?;
     let daemon = host.docker_daemon();
     let faults: [(&str, &dyn Fn() -> Result<()>); 4] = [
         ("killed", &|| {
@@ -59,7 +60,7 @@ fn no_request_fails_whatever_happens_to_the_engine() -> Result<()> {
         let served = start.elapsed();
         unharmed(&format!("dockerd {what}"), &traffic.stop()?, Some(served))?;
     }
-    Ok(())
+    unharmed("dockerd: one connection through all of this", &live.stop()?, None)
 }
 
 #[test]
@@ -95,8 +96,11 @@ fn an_engine_whose_events_are_silent_hides_no_end_and_no_first_connection() -> R
     let embassy = host.embassy(["--dnat", "-resync=1h", ETCD, &way.flag()])?;
     embassy.wait_ready(READY)?;
     reaches(&early, VIP, "web")?;
+    let live = early.live("live", VIP)?;
     way.keeps_events.store(true, SeqCst);
 
+    last()?;
+    unharmed("dockerd's events silent: a connection that lives on", &live.stop()?, None)?;
     early.kill()?;
     testbed::eventually(WAIT, "no route", || {
         ensure!(metric(&embassy, "embassy_routes")? == 0, "there is one");

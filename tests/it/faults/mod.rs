@@ -15,6 +15,7 @@ mod cluster;
 mod docker;
 mod endpoints;
 mod host;
+mod long;
 mod registry;
 
 const VIP: &str = "172.17.0.1:80";

@@ -1,12 +1,14 @@
 //! A registry that does not answer, or not as it should.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
-use testbed::{Container, Daemon, Host, Process, testbed_program};
+use testbed::{Container, Daemon, Embassy, Host, Process, testbed_program};
 
 use super::{VIP, last, meets, meets_no_more, unharmed};
 use crate::{
     READY, WAIT,
-    support::{ETCD, offer},
+    support::{ETCD, metric, offer, says},
 };
 
 #[derive(Clone, Copy, PartialEq)]
@@ -71,11 +73,13 @@ fn none_fails(registry: Registry, discovery: &str, binding: &str) -> Result<()> 
     let embassy = host.embassy(["--dnat", discovery, "--empty-hold=1h"])?;
     embassy.wait_ready(READY)?;
     meets(&app, "web-1")?;
+    // One connection through all that follows.
+    let live = app.live("live", VIP)?;
 
     let name = registry.name();
     for (n, (what, fault)) in FAULTS.iter().enumerate() {
         let traffic = app.traffic(&format!("traffic-{n}"), VIP)?;
-        registry.suffer(&host, fault)?;
+        registry.suffer(&host, &embassy, fault)?;
         if matches!(fault, Fault::Killed | Fault::Answers(..)) && registry == Registry::Consul {
             // It has lost everything, which is a valid answer: nothing is used of that for a while.
             last()?;
@@ -91,7 +95,58 @@ fn none_fails(registry: Registry, discovery: &str, binding: &str) -> Result<()> 
         };
         unharmed(&format!("{name} {what}"), &traffic.stop()?, Some(recovery))?;
     }
-    Ok(())
+    unharmed(&format!("{name}: one connection through all of this"), &live.stop()?, None)
+}
+
+#[test]
+fn a_consul_that_lost_all_its_data_is_believed_after_the_hold() -> Result<()> {
+    all_lost(Registry::Consul, "-discovery=consul://127.0.0.1:8500", "web;80")
+}
+
+#[test]
+fn an_etcd_that_lost_all_its_data_is_believed_after_the_hold() -> Result<()> {
+    all_lost(Registry::Etcd, ETCD, "/services/web;80")
+}
+
+/// Its endpoints stay in use for the hold, then go, and come back with its data.
+fn all_lost(registry: Registry, discovery: &str, binding: &str) -> Result<()> {
+    const HOLD: Duration = Duration::from_secs(6);
+    let host = Host::start()?;
+    let web = host.web("web").start()?;
+    registry.register(&host, &web)?;
+    let app = host.client("app").env("BACKEND_WEB", binding).start()?;
+    let embassy = host.embassy(["--dnat", discovery, "--empty-hold=6s"])?;
+    embassy.wait_ready(READY)?;
+    meets(&app, "web")?;
+    let live = app.live("live", VIP)?;
+    match registry {
+        Registry::Consul => {
+            host.consul_daemon().kill()?;
+            host.consul_daemon().start()?;
+        }
+        Registry::Etcd => host.etcd()?.v3().delete_all("/services/")?,
+    }
+    says(&embassy, &["the last ones stay in use for --empty-hold"])?;
+    let (start, mut held) = (Instant::now(), 0);
+    let gone = testbed::eventually(HOLD + WAIT, "the last endpoint to go", || {
+        let answers = app.get(VIP).run()?;
+        held += answers.answered();
+        ensure!(answers.failures.contains_key("read: reset"), "{answers:?}");
+        Ok(start.elapsed())
+    })?;
+    // The log may have been read late, by a little.
+    ensure!(
+        gone + Duration::from_secs(3) > HOLD && held > 0,
+        "{held} requests, gone after {gone:?}"
+    );
+    ensure!(metric(&embassy, "embassy_connections_total{outcome=\"no_endpoint\"}")? > 0);
+    registry.register(&host, &web)?;
+    let back = meets(&app, "web")?;
+    let name = registry.name();
+    println!(
+        "{name} lost all: {held} requests served for {gone:.1?}; served again {back:.1?} after it was filled"
+    );
+    unharmed(&format!("{name} lost all: a connection that lives on"), &live.stop()?, None)
 }
 
 impl Registry {
@@ -137,12 +192,13 @@ impl Registry {
     }
 
     /// Goes through a fault, from its beginning to its end.
-    fn suffer(self, host: &Host, fault: &Fault) -> Result<()> {
+    fn suffer(self, host: &Host, embassy: &Embassy, fault: &Fault) -> Result<()> {
         let daemon = self.daemon(host);
         match fault {
             Fault::Killed => {
                 daemon.kill()?;
                 last()?;
+                self.is_down(embassy)?;
                 daemon.start()
             }
             Fault::Frozen => {
@@ -169,6 +225,7 @@ impl Registry {
                     Ok(())
                 })?;
                 last()?;
+                self.is_down(embassy)?;
                 let asked = asked();
                 drop(other);
                 println!("    asked {asked} times");
@@ -176,6 +233,20 @@ impl Registry {
                 daemon.start()
             }
         }
+    }
+
+    /// Waits until it is shown that it does not answer. What hangs shows later: see `long`.
+    fn is_down(self, embassy: &Embassy) -> Result<()> {
+        let source = match self {
+            Self::Consul => "consul web",
+            Self::Etcd => "etcd /services/web",
+        };
+        testbed::eventually(WAIT, &format!("{source} to be down"), || {
+            let metrics = embassy.admin("/metrics")?.ok()?;
+            ensure!(metrics.contains(&format!("embassy_source_up{{source=\"{source}\"}} 0")));
+            Ok(())
+        })?;
+        says(embassy, &["lost; what was known stays in use", source])
     }
 
     /// The server in its place.

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use embassy::discovery::{ConsulSettings, EtcdSettings, Settings};
+use embassy::discovery::{ConsulSettings, Discoveries, EtcdSettings, Settings};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -195,6 +195,84 @@ async fn etcd_v2_is_not_asked_without_end() {
         let count = fake.requests().len();
         assert!((2..20).contains(&count), "{count} requests in a second");
     }
+}
+
+/// A pause that the server asks for is kept.
+#[tokio::test]
+async fn a_server_that_asks_to_be_left_alone_is() {
+    for scheme in ["consul", "etcd2"] {
+        for (status, few) in [("429 Too Many Requests", true), ("503 Service Unavailable", false)] {
+            let header = if few { "Retry-After: 30" } else { "Retry-After: soon" };
+            let fake = Fake::start(Vec::new(), Answer::Bytes(http(status, header, ""))).await;
+            let web = Followed::new(&format!("{scheme}://{}", fake.address), "web;80");
+            web.fails(&status[..3]).await;
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            let count = fake.requests().len();
+            assert_eq!(count == 1, few, "{scheme}: {count} requests after {header}");
+        }
+    }
+}
+
+/// Many services and a registry that is broken: they do not ask more the longer it lasts.
+#[tokio::test]
+async fn many_queries_make_no_storm() {
+    const QUERIES: usize = 200;
+    let broken = Answer::Bytes(http("500 Internal Server Error", "A: b", ""));
+    let tries = ["consul", "etcd2"].map(async |scheme| {
+        let fake = Fake::start(Vec::new(), broken.clone()).await;
+        let uri = format!("{scheme}://{}", fake.address);
+        let discoveries = Discoveries::parse(&[uri], &settings()).unwrap();
+        let all: Vec<_> =
+            (0..QUERIES).map(|n| Followed::of(&discoveries, &format!("s{n};80"))).collect();
+        // Until their pauses are as long as they become.
+        tokio::time::sleep(Duration::from_secs(15)).await;
+        let (before, watched) = (fake.requests().len(), Duration::from_secs(10));
+        tokio::time::sleep(watched).await;
+        let rate = (fake.requests().len() - before) as f64 / watched.as_secs_f64();
+        println!("{scheme}: {QUERIES} queries at a broken registry: {rate} requests a second, {before} in the first 15 s");
+        // Each waits for 2.5 to 5 s.
+        assert!(rate > 20.0 && rate < 80.0, "{scheme}: {rate} requests a second");
+        assert!(before < 12 * QUERIES, "{scheme}: {before} requests in the first 15 s");
+        drop(all);
+    });
+    futures_util::future::join_all(tries).await;
+}
+
+/// An older store behind an address that stayed: its events are not those that are waited for.
+#[tokio::test]
+async fn a_store_of_etcd_v2_that_was_restored_behind_a_balancer_is_read_anew() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut reads = 0;
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = Vec::new();
+            while !request.windows(4).any(|end| end == b"\r\n\r\n") {
+                if stream.read_buf(&mut request).await.unwrap_or(0) == 0 {
+                    break;
+                }
+            }
+            if String::from_utf8_lossy(&request).contains("wait=true") {
+                // The answer begins, and its event does not come.
+                let head =
+                    "HTTP/1.1 200 OK\r\nX-Etcd-Index: 5\r\nTransfer-Encoding: chunked\r\n\r\n";
+                let _ = stream.write_all(head.as_bytes()).await;
+                tokio::spawn(async move { stream.read_buf(&mut Vec::new()).await });
+                continue;
+            }
+            reads += 1;
+            let index = if reads == 1 { 1000 } else { 5 };
+            let body = format!(
+                r#"{{"action":"get","node":{{"key":"/web","value":"10.0.0.{}:80"}}}}"#,
+                reads.min(2)
+            );
+            let answer = http("200 OK", &format!("X-Etcd-Index: {index}"), &body);
+            let _ = stream.write_all(&answer).await;
+        }
+    });
+    let web = Followed::new(&format!("etcd2://{address}"), "web;80");
+    let known = web.sees(&["10.0.0.2:80"]).await;
+    assert_eq!(known.failures, 0, "it is no failure");
 }
 
 #[tokio::test]

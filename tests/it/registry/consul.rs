@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use embassy::discovery::{ConsulSettings, Settings};
+use embassy::discovery::{ConsulSettings, Discoveries, Settings};
 use serde_json::json;
 
 use super::{Followed, list, servers::Consul, settings};
@@ -29,6 +29,40 @@ async fn registrations_and_checks_are_followed() {
     web.sees(&["10.0.0.7:80", "127.0.0.1:81"]).await;
     consul.put("/v1/agent/service/deregister/two", json!(null)).await;
     web.sees(&["10.0.0.7:80"]).await;
+}
+
+/// The server lets one address have 200 connections, by default.
+#[tokio::test]
+async fn more_services_than_there_may_be_connections_are_followed() {
+    const SERVICES: usize = 250;
+    let consul = Consul::start().await;
+    let uri = format!("consul://{}", consul.address());
+    let discoveries = Discoveries::parse(&[uri], &settings()).unwrap();
+    let register = async |n: usize, address: &str| {
+        let service = json!({ "Name": format!("s{n}"), "Address": address, "Port": 80 });
+        consul.put("/v1/agent/service/register", service).await;
+    };
+    let all: Vec<_> =
+        (0..SERVICES).map(|n| Followed::of(&discoveries, &format!("s{n};80"))).collect();
+    for followed in &all {
+        followed.sees(&[]).await;
+    }
+    for n in [0, SERVICES - 1] {
+        register(n, "10.0.0.1").await;
+        all[n].sees(&["10.0.0.1:80"]).await;
+    }
+    // There is room for others, and there was for all of these.
+    let failures: u64 = all.iter().map(|followed| followed.known().failures).sum();
+    assert_eq!(failures, 0);
+    let open = fs::read_to_string("/proc/self/net/tcp").unwrap();
+    let port: u16 = consul.address().rsplit_once(':').unwrap().1.parse().unwrap();
+    let remote = format!("0100007F:{port:04X}");
+    let open = open.lines().filter_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        (fields.get(2) == Some(&remote.as_str()) && fields.get(3) == Some(&"01")).then_some(())
+    });
+    let open = open.count();
+    assert!(open <= 110, "{open} connections");
 }
 
 #[tokio::test]
