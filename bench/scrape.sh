@@ -47,23 +47,24 @@ until curl -sf -o /dev/null http://127.0.0.1:9990/readyz; do sleep 0.1; done
 
 value() { curl -s "$METRICS" | awk -v name="$1" '$1 == name { print $2 }'; }
 
-# Opens so many connections from each of the 20 consumers, to its services in turn, and holds them for so many seconds.
-HOLDING=()
+# Becomes a client in one of the 20 consumers, which opens so many connections to its services in turn, and holds them for so
+# many seconds.
 hold() {
-  local targets
-  targets=$(seq -f '172.17.0.1:%g' -s, 8001 8050)
-  HOLDING=()
-  for c in $(seq 20); do
-    nsenter --net="$(netns "many-$c")" "$BENCH" load idle "$targets" "$1" "$2" >"$DIR/hold-$c" &
-    HOLDING+=($!)
-  done
+  exec nsenter --net="$(netns "many-$1")" "$BENCH" load idle "$(seq -f '172.17.0.1:%g' -s, 8001 8050)" "$2" "$3" >"$DIR/hold-$1"
 }
 # Ten for each route: each of its endpoints has its turn.
-hold 500 0
-wait "${HOLDING[@]}"
-grep -h failures "$DIR"/hold-* | grep -v '"failures":0' && { echo "connections failed"; exit 1; }
-hold $((HELD / 20)) 86400
-until [ "$(cat "$DIR"/hold-* | grep -c '^begin')" = 20 ]; do sleep 0.1; done
+for c in $(seq 20); do
+  (hold "$c" 500 0)
+  grep -q '"failures":0,' "$DIR/hold-$c" || { echo "connections failed: $(cat "$DIR/hold-$c")"; exit 1; }
+done
+until [ "$(value embassy_connections_active)" = 0 ]; do sleep 0.1; done
+rm "$DIR"/hold-*
+HOLDING=()
+for c in $(seq 20); do
+  hold "$c" $((HELD / 20)) 86400 &
+  HOLDING+=($!)
+done
+until [ "$(cat "$DIR"/hold-* 2>/dev/null | grep -c '^begin')" = 20 ]; do sleep 0.1; done
 [ "$(value embassy_connections_active)" = "$HELD" ] || { echo "expected $HELD connections to be held"; exit 1; }
 
 # Microseconds that 99 of 100 requests took at the most.
@@ -92,7 +93,7 @@ echo "99 of 100 requests, $RATE a second, took at the most (µs):"
 echo "  without a scrape      $(summary <"$DIR/without")"
 echo "  a scrape each second  $(summary <"$DIR/with")"
 
-kill -TERM "${HOLDING[@]}"
+kill "${HOLDING[@]}"
 kill -TERM "$PID" "$SERVER"
 wait "$PID"
 rm -rf "$DIR"

@@ -49,7 +49,7 @@ function become(node, wanted) {
 
 const count = n => n == null ? "–" : n.toLocaleString("en");
 const numbered = (n, thing) => count(n) + " " + thing + (n === 1 ? "" : "s");
-const rate = v => v == null ? "–" : (v === 0 || v >= 10 ? v.toFixed(0) : v.toFixed(1)) + "/s";
+const rate = v => v == null ? "–" : (Number.isInteger(v) || v >= 10 ? v.toFixed(0) : v.toFixed(1)) + "/s";
 const bytes = n => {
   if (n == null) return "–";
   const units = ["B", "kB", "MB", "GB", "TB", "PB"];

@@ -22,7 +22,7 @@ function tiles(s) {
     tile("Capture", cap.mode === "none" ? "your rules" : cap.in_place ? "in place" : "not in place",
       barred || (cap.mode === "none" ? "none of embassy's" : said(cap.firewall, cap.mode, cap.scope, restored && "put back " + numbered(restored, "time"))),
       cap.mode === "none" ? "" : barred || !cap.in_place ? "bad" : "good"),
-    tile("Sources", up + " of " + s.sources + " up",
+    tile("Sources", count(up) + " of " + count(s.sources) + " up",
       said(s.sources_down && count(s.sources_down) + " down: what was known stays in use", s.sources_waiting && numbered(s.sources_waiting, "first answer") + " awaited") || "all answer",
       s.sources_down ? "bad" : s.sources_waiting ? "warn" : "good", "#sources" + (s.sources_down ? "?state=down" : s.sources_waiting ? "?state=waiting" : "")),
     tile("Problems", count(s.problems), s.problems ? "bindings without all their routes" : "every binding has its routes", s.problems ? "warn" : "good",
