@@ -48,6 +48,8 @@ pub struct Status {
     pub sources: usize,
     /// Those that do not answer.
     pub sources_down: usize,
+    /// Those that have not answered yet.
+    pub sources_waiting: usize,
     pub connections: Connections,
     pub capture: Capture,
     pub host: Host,

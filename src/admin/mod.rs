@@ -32,6 +32,7 @@ use history::History;
 
 pub mod api;
 mod changes;
+mod dashboard;
 mod events;
 mod explain;
 mod guard;
@@ -148,7 +149,7 @@ impl Drop for Admin {
 
 fn router(context: Context) -> Router {
     Router::new()
-        .route("/", get(dashboard))
+        .route("/", get(dashboard::dashboard))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
@@ -158,18 +159,6 @@ fn router(context: Context) -> Router {
         .method_not_allowed_fallback(v1::wrong_method)
         .layer(axum::middleware::from_fn_with_state(context.clone(), guard::check))
         .with_state(context)
-}
-
-/// One page that brings everything along, and may reach nothing but us.
-async fn dashboard() -> impl IntoResponse {
-    const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
-         img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
-    let headers = [
-        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
-        (header::CONTENT_SECURITY_POLICY, POLICY),
-        (header::REFERRER_POLICY, "no-referrer"),
-    ];
-    (headers, include_str!("dashboard.html"))
 }
 
 /// 200 while the process lives.

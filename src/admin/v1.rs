@@ -59,8 +59,9 @@ pub(super) async fn status(
     let without_endpoint = table.routes().filter(|route| {
         matches!(view::RouteHealth::of(route, &lost, now).state(), "no_endpoint" | "waiting")
     });
-    let down = all.queries.iter().filter(|(_, known)| known.borrow().error.is_some()).count()
-        + usize::from(provider.error.is_some());
+    let queries = all.queries.iter().map(|(_, known)| view::source_state(&known.borrow()));
+    let states: Vec<_> = queries.chain([view::source_state(&provider)]).collect();
+    let sources_of = |wanted: &str| states.iter().filter(|state| **state == wanted).count();
     Json(api::Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
@@ -78,8 +79,9 @@ pub(super) async fn status(
         endpoints_ejected: of_state("ejected"),
         endpoints_drained: of_state("drained"),
         problems: view::problems(&table, &listing),
-        sources: all.queries.len() + 1,
-        sources_down: down,
+        sources: states.len(),
+        sources_down: sources_of("down"),
+        sources_waiting: sources_of("waiting"),
         connections: all_connections(shown),
         capture: capture(shown),
         host: host::host(),

@@ -228,6 +228,14 @@ pub(super) fn discovery(query: &discovery::Query, known: &Known<Endpoints>) -> a
     source(query.to_string(), &query.via, known, items, skipped.collect())
 }
 
+pub(super) fn source_state<T>(known: &Known<T>) -> &'static str {
+    match (&known.error, &known.value) {
+        (Some(_), _) => "down",
+        (None, Some(_)) => "up",
+        (None, None) => "waiting",
+    }
+}
+
 fn source<T>(
     name: String,
     kind: &str,
@@ -235,15 +243,10 @@ fn source<T>(
     items: usize,
     skipped: Vec<String>,
 ) -> api::Source {
-    let state = match (&known.error, &known.value) {
-        (Some(_), _) => "down",
-        (None, Some(_)) => "up",
-        (None, None) => "waiting",
-    };
     api::Source {
         name,
         kind: kind.to_owned(),
-        state: state.to_owned(),
+        state: source_state(known).to_owned(),
         age_seconds: known.confirmed.map(age),
         changed_seconds: known.changed.map(age),
         answers: known.answers,

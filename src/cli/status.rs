@@ -180,6 +180,7 @@ pub(super) mod tests {
             problems: 0,
             sources: 2,
             sources_down: 0,
+            sources_waiting: 0,
             connections: api::Connections {
                 active: 5,
                 limit: 9744,

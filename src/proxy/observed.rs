@@ -4,11 +4,10 @@ use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, oneshot},
-    task::yield_now,
     time::timeout,
 };
 
-use super::{Figures, worker::Worker};
+use super::{Figures, connection::Record, worker::Worker};
 use crate::{model::Endpoint, table::Route};
 
 /// A question to a worker.
@@ -75,39 +74,33 @@ impl Figures {
     }
 }
 
-/// Connections that are written down before others get their turn.
-const TURN: usize = 256;
-
 /// Answers what a worker is asked, for ever.
 pub(super) async fn answer(worker: Rc<Worker>, mut asks: mpsc::UnboundedReceiver<Ask>) {
     while let Some(ask) = asks.recv().await {
         match ask {
             // Whoever asked may have given up.
             Ask::Bytes(answer) => {
-                worker.count_all_bytes();
+                worker.count_all_bytes().await;
                 let _ = answer.send(());
             }
             Ask::Connections(answer) => {
-                let all = worker.connections();
-                let mut live = Vec::with_capacity(all.len());
-                for turn in all.chunks(TURN) {
-                    for (id, record, endpoint) in turn {
-                        let connected = record.connected.get();
-                        live.push(LiveConnection {
-                            id: (worker.number(), *id),
-                            route: record.route.clone(),
-                            source: record.meaning.peer,
-                            destination: record.meaning.meant,
-                            endpoint: *endpoint,
-                            age: record.accepted.elapsed(),
-                            connect: connected.map(|connected| connected.after),
-                            tries: record.tries.get(),
-                            bytes_up: record.moved.up.get(),
-                            bytes_down: record.moved.down.get(),
-                        });
-                    }
-                    yield_now().await;
-                }
+                let mut live = Vec::new();
+                let write_down = |id, record: &Record, endpoint| {
+                    let connected = record.connected.get();
+                    live.push(LiveConnection {
+                        id: (worker.number(), id),
+                        route: record.route.clone(),
+                        source: record.meaning.peer,
+                        destination: record.meaning.meant,
+                        endpoint,
+                        age: record.accepted.elapsed(),
+                        connect: connected.map(|connected| connected.after),
+                        tries: record.tries.get(),
+                        bytes_up: record.moved.up.get(),
+                        bytes_down: record.moved.down.get(),
+                    });
+                };
+                worker.visit(write_down).await;
                 let _ = answer.send(live);
             }
         }

@@ -95,8 +95,17 @@ impl Parking {
             .collect()
     }
 
-    pub(super) fn for_each(&self, mut look: impl FnMut(&Parked)) {
-        self.places.borrow().iter().for_each(|(_, parked)| look(parked));
+    /// Looks at those in so many places from `first` on. The place to go on from; `None` where there are no more.
+    pub(super) fn look_from(
+        &self,
+        first: usize,
+        places: usize,
+        look: impl FnMut(&Parked),
+    ) -> Option<usize> {
+        let all = self.places.borrow();
+        let end = first.saturating_add(places).min(all.capacity());
+        (first..end).filter_map(|place| all.get(place)).for_each(look);
+        (end < all.capacity()).then_some(end)
     }
 
     /// The earliest moment at which one of them has to end.

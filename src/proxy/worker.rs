@@ -2,7 +2,7 @@
 
 use std::{
     cell::{Cell, OnceCell, RefCell},
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     net::SocketAddr,
     rc::Rc,
@@ -481,21 +481,48 @@ impl Worker {
     }
 
     /// Adds what all live connections moved since the last time.
-    pub(super) fn count_all_bytes(&self) {
-        self.live.borrow().values().for_each(|live| self.count_bytes(&live.record));
-        self.parking.for_each(|parked| self.count_bytes(&parked.record));
+    pub(super) async fn count_all_bytes(&self) {
+        self.visit(|_, record, _| self.count_bytes(record)).await;
     }
 
-    /// Every live connection: its number, what it did, and where it goes or is about to.
-    pub(super) fn connections(&self) -> Vec<(Id, Rc<Record>, Option<Endpoint>)> {
-        let all = self.live.borrow();
-        let running = all.iter().map(|(id, live)| (*id, live.record.clone(), live.endpoint));
-        let mut connections: Vec<_> = running.collect();
-        self.parking.for_each(|parked| {
-            let endpoint = parked.lease.state().endpoint;
-            connections.push((parked.id, Rc::new(parked.record.clone()), Some(endpoint)));
-        });
-        connections
+    /// Shows every live connection: its number, what it did, and where it goes or is about to. Some at a time, so that what is
+    /// relayed does not wait for thousands; one that is parked or woken meanwhile is shown once.
+    pub(super) async fn visit(&self, mut look: impl FnMut(Id, &Record, Option<Endpoint>)) {
+        let mut seen = HashSet::new();
+        self.visit_running(&mut seen, &mut look).await;
+        let mut next = Some(0);
+        while let Some(place) = next {
+            next = self.parking.look_from(place, Self::TURN, |parked| {
+                if seen.insert(parked.id) {
+                    look(parked.id, &parked.record, Some(parked.lease.state().endpoint));
+                }
+            });
+            yield_now().await;
+        }
+        // Those that were woken before they were come to.
+        self.visit_running(&mut seen, &mut look).await;
+    }
+
+    /// Connections that are looked at before others get their turn.
+    const TURN: usize = 256;
+
+    async fn visit_running(
+        &self,
+        seen: &mut HashSet<Id>,
+        look: &mut impl FnMut(Id, &Record, Option<Endpoint>),
+    ) {
+        let all: Vec<Id> = self.live.borrow().keys().copied().collect();
+        for turn in all.chunks(Self::TURN) {
+            {
+                let running = self.live.borrow();
+                for (id, live) in turn.iter().filter_map(|id| running.get_key_value(id)) {
+                    if seen.insert(*id) {
+                        look(*id, &live.record, live.endpoint);
+                    }
+                }
+            }
+            yield_now().await;
+        }
     }
 
     pub(super) fn number(&self) -> usize {

@@ -111,6 +111,7 @@ mod tests {
     use std::{
         io,
         sync::{Arc, atomic::Ordering::Relaxed},
+        task::{Context, Waker},
         time::Instant,
     };
 
@@ -236,6 +237,35 @@ mod tests {
             idle.endpoint.read_to_string(&mut heard).await.unwrap();
             assert_eq!(heard, "later");
             idle.ended(Outcome::Closed).await;
+        });
+    }
+
+    #[test]
+    fn a_connection_is_shown_once_whether_it_is_parked_or_not() {
+        run(async {
+            let mut idle = Idle::new().await;
+            for parked in [true, false] {
+                if !parked {
+                    idle.passes().await;
+                }
+                let mut seen = Vec::new();
+                idle.worker
+                    .visit(|id, record, _| seen.push((id, parked, record.moved.both())))
+                    .await;
+                assert_eq!(seen, [(7, parked, if parked { 2 } else { 4 })]);
+            }
+            // Woken while others are looked at, after the running ones were.
+            idle.park().await;
+            let mut seen = 0;
+            let mut visit = Box::pin(idle.worker.visit(|_, _, _| seen += 1));
+            let mut context = Context::from_waker(Waker::noop());
+            assert!(visit.as_mut().poll(&mut context).is_pending());
+            idle.consumer.write_all(b"x").await.unwrap();
+            while !idle.worker.parking.is_empty() {
+                yield_now().await;
+            }
+            visit.await;
+            assert_eq!(seen, 1);
         });
     }
 

@@ -20,6 +20,8 @@ pub(super) const TAB: &str = "\u{e004}";
 pub(super) const ENTER: &str = "\u{e007}";
 pub(super) const ESCAPE: &str = "\u{e00c}";
 pub(super) const DOWN: &str = "\u{e015}";
+pub(super) const RIGHT: &str = "\u{e014}";
+pub(super) const END: &str = "\u{e010}";
 
 impl<'a> Browser<'a> {
     pub(super) fn start(host: &'a Host) -> Result<Self> {
@@ -72,6 +74,40 @@ impl<'a> Browser<'a> {
             anyhow::ensure!(value == wanted, "it is {value}");
             Ok(())
         })
+    }
+
+    /// Waits until the page shows these words, as a reader sees them.
+    pub(super) fn shows(&self, words: &str) -> Result<()> {
+        testbed::eventually(WAIT, &format!("{words:?} on the page"), || {
+            let text = self.value("document.body.innerText")?;
+            let shown = text.as_str().is_some_and(|text| text.contains(words));
+            anyhow::ensure!(shown, "it shows {text}");
+            Ok(())
+        })
+    }
+
+    /// A call of Chromium's own (chromedevtools.github.io/devtools-protocol).
+    fn devtools(&self, cmd: &str, params: &Value) -> Result<Value> {
+        self.call("goog/cdp/execute", &json!({"cmd": cmd, "params": params}))
+    }
+
+    /// A screen of this size, of a reader who prefers this scheme: `light` or `dark`.
+    pub(super) fn screen(&self, width: u32, height: u32, scheme: &str) -> Result<()> {
+        let size = json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600});
+        self.devtools("Emulation.setDeviceMetricsOverride", &size)?;
+        let prefers = json!({"features": [{"name": "prefers-color-scheme", "value": scheme}]});
+        self.devtools("Emulation.setEmulatedMedia", &prefers).map(drop)
+    }
+
+    /// Writes what is seen to a PNG file in the folder `$SCREENSHOTS`, where that is set.
+    pub(super) fn picture(&self, name: &str) -> Result<()> {
+        let Ok(folder) = std::env::var("SCREENSHOTS") else { return Ok(()) };
+        let picture = self.devtools("Page.captureScreenshot", &json!({"format": "png"}))?;
+        let encoded = format!("{folder}/{name}.base64");
+        std::fs::write(&encoded, picture["data"].as_str().context("no picture")?)?;
+        let png = std::process::Command::new("base64").arg("-d").arg(&encoded).output()?;
+        std::fs::write(format!("{folder}/{name}.png"), png.stdout)?;
+        Ok(std::fs::remove_file(encoded)?)
     }
 
     /// A click of the mouse in the middle of what a CSS selector finds.

@@ -74,7 +74,7 @@ fn it_tells_where_connections_go_and_what_they_moved() -> Result<()> {
     let status: api::Status = get(&embassy, "/v1/status")?;
     assert!(status.ready && !status.may_change, "{status:?}");
     assert_eq!((status.routes, status.endpoints, status.problems), (2, 2, 2));
-    assert_eq!((status.sources, status.sources_down), (3, 0));
+    assert_eq!((status.sources, status.sources_down, status.sources_waiting), (3, 0, 0));
     assert!(status.capture.in_place && status.capture.firewall.is_some(), "{status:?}");
     assert_eq!(status.vips, ["172.17.0.1"]);
     assert!(status.connections.started >= 3 && status.connections.bytes_down > 100_000);

@@ -1,0 +1,72 @@
+// What is drawn, and how words and numbers are written.
+
+const $ = id => document.getElementById(id);
+
+// Everything that is shown goes in as text: names come from containers, which nobody vouches for.
+function set(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) if (value != null && value !== false) node.setAttribute(name, value);
+  node.append(...children.filter(child => child != null && child !== ""));
+  return node;
+}
+const make = (tag, attributes, ...children) => set(document.createElement(tag), attributes, children);
+const svg = (tag, attributes, ...children) => set(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+
+// Changes what a node has inside into `wanted`, and touches nothing that stays the same: focus, selection and scrolling are
+// the reader's. Children with a `data-key` are the same when their keys are, all others when they have the same place.
+function fill(parent, wanted) {
+  const key = node => node.dataset && node.dataset.key;
+  const keys = new Set(wanted.map(key)), known = new Map();
+  for (const child of [...parent.children]) {
+    if (key(child) && !keys.has(key(child))) child.remove();
+    else if (key(child)) known.set(key(child), child);
+  }
+  let at = parent.firstChild;
+  for (const child of wanted) {
+    const same = key(child) ? known.get(key(child)) : at && !key(at) && at.nodeName === child.nodeName ? at : null;
+    if (!same) {
+      parent.insertBefore(child, at);
+      continue;
+    }
+    known.delete(key(child));
+    if (same === at) at = at.nextSibling;
+    else parent.insertBefore(same, at);
+    if (same.isEqualNode(child)) continue;
+    if (same.nodeType === Node.TEXT_NODE) same.data = child.data;
+    else become(same, child);
+  }
+  while (at) {
+    const next = at.nextSibling;
+    at.remove();
+    at = next;
+  }
+}
+
+function become(node, wanted) {
+  for (const {name} of [...node.attributes]) if (!wanted.hasAttribute(name)) node.removeAttribute(name);
+  for (const {name, value} of wanted.attributes) if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+  fill(node, [...wanted.childNodes]);
+}
+
+const count = n => n == null ? "–" : n.toLocaleString("en");
+const numbered = (n, thing) => count(n) + " " + thing + (n === 1 ? "" : "s");
+const rate = v => v == null ? "–" : (Number.isInteger(v) || v >= 10 ? v.toFixed(0) : v.toFixed(1)) + "/s";
+const bytes = n => {
+  if (n == null) return "–";
+  const units = ["B", "kB", "MB", "GB", "TB", "PB"];
+  let unit = 0;
+  while (n >= 999.95 && unit < 5) { n /= 1000; unit++; }
+  return (unit ? n.toFixed(1) : n) + " " + units[unit];
+};
+const time = s => s == null ? "–" : s === 0 ? "0 s" : s < 1e-3 ? (s * 1e6).toFixed(0) + " µs" : s < 1 ? (s * 1e3).toFixed(s < .01 ? 1 : 0) + " ms"
+  : s < 120 ? s.toFixed(s < 10 ? 1 : 0) + " s" : s < 7200 ? (s / 60).toFixed(0) + " min" : s < 172800 ? (s / 3600).toFixed(0) + " h" : (s / 86400).toFixed(0) + " d";
+const ago = s => s == null ? "never" : s < 1 ? "just now" : (s < 10 ? s.toFixed(0) + " s" : time(s)) + " ago";
+const problem = p => p ? p.text + ", " + ago(p.age_seconds) : "";
+
+const tone = s => ({ok: "good", active: "good", up: "good", routed: "good", open: "good", passes: "good", yes: "good",
+  degraded: "warn", probing: "warn", waiting: "warn", partly: "warn", drained: "warn", connecting: "warn"})[s] || "bad";
+const state = s => make("span", {class: "state " + tone(s)}, s.replace("_", " "));
+
+// How connections end without anybody being at fault.
+const CALM = ["closed", "consumer_reset", "route_gone", "endpoint_gone", "shutdown"];
+const wrong = ended => Object.entries(ended).filter(([name]) => !CALM.includes(name));
+const errors = ended => wrong(ended).reduce((sum, [, n]) => sum + n, 0);

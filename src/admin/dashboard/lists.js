@@ -1,0 +1,64 @@
+// The lists: what each says of its entries. A column has a name, how it is set, and what stands in it.
+
+// Long names break where their parts end.
+const broken = text => make("span", {}, ...text.split(/(?<=[\/.,])(?=.)/).flatMap((part, n) => n ? [make("wbr", {}), part] : [part]));
+const service = q => q.service + (q.tags.length ? " [" + q.tags.join(", ") + "]" : "");
+const lists = {
+  routes: {
+    title: "Routes", states: ["ok", "degraded", "ejected", "no_endpoint", "waiting"],
+    none: "No running container asks for anything yet.",
+    key: r => [r.consumer_id, r.address, r.port],
+    columns: [["Consumer", "name", r => r.consumer], ["Address", "", r => r.address], ["Port", "number", r => r.port],
+      ["Service", "name", r => service(r.query)], ["State", "", r => state(r.state)],
+      ["Endpoints", "number", r => r.endpoints - r.ejected - r.probing - r.drained + " of " + r.endpoints],
+      ["Active", "number", r => count(r.active)], ["Connections", "number", r => count(r.started)], ["Errors", "number", r => count(errors(r.ended))],
+      ["p99", "number", r => time(r.connect.p99_seconds)], ["Up", "number", r => bytes(r.bytes_up)], ["Down", "number", r => bytes(r.bytes_down)],
+      ["Last error", "long", r => problem(r.last_error)]],
+    explains: r => [r.address, r.port, r.consumer],
+  },
+  endpoints: {
+    title: "Endpoints", states: ["active", "ejected", "probing", "unhealthy", "drained"],
+    none: "No service that a route goes to has an endpoint.",
+    key: e => [e.discovery, e.datacentre, e.service, e.endpoint],
+    columns: [["Endpoint", "", e => e.endpoint], ["Service", "name", e => e.service], ["Discovery", "", e => e.discovery + (e.datacentre ? " " + e.datacentre : "")],
+      ["State", "", e => state(e.state)], ["Active", "number", e => count(e.active)], ["Opened", "number", e => count(e.started)],
+      ["Failed", "number", e => count(e.failed_tries)], ["Ejections", "number", e => count(e.ejections)], ["p99", "number", e => time(e.connect.p99_seconds)],
+      ["Up", "number", e => bytes(e.bytes_up)], ["Down", "number", e => bytes(e.bytes_down)], ["Last error", "long", e => problem(e.last_error)]],
+  },
+  connections: {
+    title: "Connections", states: ["open", "connecting"],
+    none: "Nothing is connected now.",
+    key: c => [c.id],
+    columns: [["Consumer", "name", c => c.consumer], ["Service", "name", c => c.service], ["Source", "", c => c.source], ["Destination", "", c => c.destination],
+      ["Endpoint", "", c => c.endpoint || "–"], ["State", "", c => state(c.state)], ["Age", "number", c => time(c.age_seconds)],
+      ["Tries", "number", c => count(c.tries)], ["Up", "number", c => bytes(c.bytes_up)], ["Down", "number", c => bytes(c.bytes_down)]],
+    explains: c => [c.source.replace(/:\d+$/, "").replace(/^\[|\]$/g, ""), /\d+$/.exec(c.destination)[0], c.consumer],
+  },
+  bindings: {
+    title: "Bindings", states: ["problem", "routed", "partly", "unrouted", "invalid"],
+    none: "No running container declares anything.",
+    key: b => [b.consumer_id, b.consumer, b.origin, b.port],
+    columns: [["Consumer", "name", b => b.consumer], ["Declared by", "name", b => b.origin || "–"], ["Port", "number", b => b.port || "–"],
+      ["Service", "name", b => b.query ? service(b.query) : "–"], ["State", "", b => state(b.state)], ["Addresses", "name", b => b.addresses.join(", ") || "–"],
+      ["Why", "long", b => b.reasons.join("; ")]],
+    explains: b => b.port && b.consumer_id && [b.consumer_id, b.port, b.consumer],
+  },
+  sources: {
+    title: "Sources", states: ["up", "down", "waiting"],
+    none: "Nothing is asked yet.",
+    key: s => [s.name],
+    columns: [["Source", "name", s => s.name], ["State", "", s => state(s.state)], ["Confirmed", "number", s => ago(s.age_seconds)], ["Changed", "number", s => ago(s.changed_seconds)],
+      ["Items", "number", s => count(s.items)], ["Answers", "number", s => count(s.answers)], ["Failures", "number", s => count(s.failures)],
+      ["Error, entries skipped", "long", s => [s.error, ...s.skipped].filter(Boolean).join("; ")]],
+  },
+};
+
+// Rows of any list, here and where a route is explained.
+const head = columns => make("tr", {}, ...columns.map(([name, set]) => make("th", {scope: "col", class: set || null}, name)));
+const row = (columns, item, attributes) => make("tr", attributes, ...columns.map(([name, set, of]) => {
+  const value = of(item);
+  return make("td", {class: [set, value === "" && "empty"].filter(Boolean).join(" ") || null, "data-name": name}, value instanceof Node ? value : set === "name" ? broken(String(value)) : String(value));
+}));
+const message = (columns, text) => make("tr", {class: "message"}, make("td", {colspan: columns.length}, text));
+const table = (columns, items, key) => make("div", {class: "table"}, make("table", {},
+  make("thead", {}, head(columns)), make("tbody", {}, ...items.map(item => row(columns, item, {"data-key": String(key(item))})))));

@@ -1,0 +1,163 @@
+//! One page stays open while things happen: it shows each of them without being read anew.
+
+use super::*;
+
+/// What stands in a row of what is shown, as a reader sees it; empty where there is no such row.
+fn row_of(words: &str) -> String {
+    format!(
+        "([...document.querySelectorAll('#rows tr')].find(row => row.innerText.includes({words:?})) || {{}}).innerText || ''"
+    )
+}
+
+/// Waits until the row with `of` says `words`.
+fn says_row(browser: &Browser<'_>, of: &str, words: &str) -> Result<()> {
+    browser.until(&format!("({}).includes({words:?})", row_of(of)), true)
+}
+
+/// Waits until a tile says `words`.
+fn says_tile(browser: &Browser<'_>, tile: &str, words: &str) -> Result<()> {
+    let text = format!("document.querySelector('#tiles [data-key={tile}]').innerText");
+    browser.until(&format!("({text}).includes({words:?})"), true)
+}
+
+#[test]
+fn an_open_page_shows_what_happens() -> Result<()> {
+    let host = Host::start()?;
+    let blue = web(&host, "blue")?;
+    let dead = format!("{}:81", blue.ip()?);
+    offer_at(&host, "blue", &dead)?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let browser = Browser::start(&host)?;
+    browser.screen(1280, 900, "light")?;
+    browser.open("")?;
+    browser.shows("No running container asks for anything yet.")?;
+    says_tile(&browser, "Capture", "in place")?;
+    says_tile(&browser, "Sources", "all answer")?;
+    // It is gone where the page was read anew.
+    browser.value("window.opened = true")?;
+    // Nothing was connected: there is no connect time, and none is drawn.
+    let line = |name: &str| {
+        format!("document.querySelector('[data-name={name}] .line').getAttribute('d')")
+    };
+    browser.until(&format!("{}.startsWith('M')", line("started_per_second")), true)?;
+    assert_eq!(browser.value(&line("connect_p99_seconds"))?, "");
+
+    // A new container. A value is whatever somebody wrote: it is shown, and does nothing.
+    let app = host.client("new-app").env("BACKEND_BLUE", "/services/blue;80");
+    let app = app.env("BACKEND_EVIL", "<img src=x onerror=alert(1)>;81").start()?;
+    says_row(&browser, "new-app", "/services/blue")?;
+    says_tile(&browser, "Problems", "1")?;
+    browser.click("#tab-bindings")?;
+    says_row(&browser, "BACKEND_EVIL", "invalid")?;
+    says_row(&browser, "BACKEND_EVIL", "<img src=x")?;
+    assert_eq!(browser.value("document.images.length")?, 0);
+
+    // An endpoint that fails.
+    browser.click("#tab-endpoints")?;
+    says_row(&browser, &dead, "active")?;
+    let answers = app.get("172.17.0.1:80").times(4).run()?;
+    ensure!(answers.answered() == 4, "{answers:?}");
+    // Each failed probe doubles the time that it is skipped.
+    let get = ["testbed", "peer", "get", "172.17.0.1:80", "--until", "/never", "--pause-ms", "50"];
+    let _traffic = app.spawn("traffic", get)?;
+    says_row(&browser, &dead, "ejected")?;
+    says_row(&browser, &dead, "Connection refused")?;
+    says_tile(&browser, "Endpoints", "1 ejected")?;
+    browser.until(&format!("{}.startsWith('M')", line("connect_p99_seconds")), true)?;
+
+    // All that is known of a route, and it stays up to date.
+    browser.click("#tab-routes")?;
+    says_row(&browser, "new-app", "degraded")?;
+    browser.click("#rows tr[tabindex]")?;
+    browser.until(TITLE, "new-app port 80")?;
+    let explained = "document.getElementById('explain').innerText";
+    for words in [
+        "degraded",
+        "is skipped for",
+        "The next connection of new-app",
+        "BACKEND_BLUE",
+        "Captured\nyes",
+        "Service etcd /services/blue",
+        "Confirmed\n",
+        &format!("Next pick\n{}:80", blue.ip()?),
+        "ejected",
+        "in a row",
+        "Connection refused",
+        "Retries",
+        &app.id()[..12],
+    ] {
+        browser.until(&format!("{explained}.includes({words:?})"), true)?;
+    }
+    host.etcd()?.v3().delete(&format!("/services/blue/{dead}"))?;
+    browser.until(&format!("{explained}.includes('is skipped for')"), false)?;
+    browser.until("document.getElementById('explain-verdict').innerText", "ok")?;
+    browser.press(ESCAPE)?;
+
+    // A source that goes away, and comes back.
+    browser.click("#tab-sources")?;
+    says_row(&browser, "etcd /services/blue", "up")?;
+    host.etcd_daemon().kill()?;
+    says_row(&browser, "etcd /services/blue", "down")?;
+    says_tile(&browser, "Sources", "1 of 2 up")?;
+    says_tile(&browser, "Sources", "what was known stays in use")?;
+    host.etcd_daemon().start()?;
+    says_row(&browser, "etcd /services/blue", "up")?;
+    says_tile(&browser, "Sources", "all answer")?;
+
+    // embassy itself.
+    assert_eq!(browser.value(NOTICE)?, true);
+    embassy.terminate()?;
+    embassy.wait(WAIT)?;
+    browser.shows("embassy does not answer. What is shown is of ")?;
+    browser.until("document.getElementById('live').textContent", "no answer")?;
+    let again = host.embassy(["--dnat", ETCD])?;
+    again.wait_ready(READY)?;
+    browser.until(NOTICE, true)?;
+    browser.until("document.getElementById('live').textContent", "live")?;
+    assert_eq!(browser.value("window.opened")?, true);
+    Ok(())
+}
+
+/// Lets every answer come so much later.
+fn delay(browser: &Browser<'_>, millis: u32) -> Result<()> {
+    let late = format!(
+        "(window.given = window.given || fetch, window.fetch = async (...asked) => {{ \
+         const answer = await given(...asked); \
+         await new Promise(resolve => setTimeout(resolve, {millis})); \
+         return answer; }}, 0)"
+    );
+    browser.value(&late).map(drop)
+}
+
+#[test]
+fn answers_that_are_late_are_shown_all_the_same() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "blue")?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let browser = Browser::start(&host)?;
+    browser.open("")?;
+    browser.shows("No running container asks for anything yet.")?;
+
+    // Later than the next question would come, did it not wait for the answers.
+    delay(&browser, 2_600)?;
+    let _app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
+    browser.until(ROWS, 1)?;
+    // So late that it is said.
+    delay(&browser, 4_000)?;
+    browser.shows("embassy takes long to answer. What is shown is of ")?;
+    let _two = host.client("two").env("BACKEND_BLUE", "/services/blue;80").start()?;
+    browser.until(ROWS, 2)?;
+    delay(&browser, 0)?;
+    browser.until(NOTICE, true)?;
+
+    // A source that has not answered yet does not "answer".
+    let waits = "(window.given = window.given || fetch, window.fetch = async (...asked) => { \
+         const answer = await given(...asked); \
+         if (asked[0] !== '/v1/status') return answer; \
+         return new Response(JSON.stringify({...await answer.json(), sources_waiting: 1})); }, 0)";
+    browser.value(waits)?;
+    says_tile(&browser, "Sources", "1 of 2 up")?;
+    says_tile(&browser, "Sources", "1 first answer awaited")
+}
