@@ -47,16 +47,20 @@ pub(super) struct Meaning {
     pub peer: SocketAddr,
     /// The original destination.
     pub meant: SocketAddr,
-    /// Where it arrived.
-    pub local: SocketAddr,
+    /// Whether that is where it arrived: nothing captured it.
+    pub direct: bool,
 }
 
 impl Meaning {
-    pub(super) fn of(stream: &TcpStream, peer: SocketAddr) -> Result<Self, Outcome> {
-        let local = stream.local_addr().map_err(|_| Outcome::ConsumerReset)?;
+    /// Of a connection that was accepted on `port`.
+    pub(super) fn of(stream: &TcpStream, peer: SocketAddr, port: u16) -> Result<Self, Outcome> {
         let meant =
-            original_destination(stream, local).map_err(|_| Outcome::NoOriginalDestination)?;
-        Ok(Self { peer, meant, local })
+            original_destination(stream, peer).map_err(|_| Outcome::NoOriginalDestination)?;
+        // Connection tracking knows uncaptured connections too: those were meant for the listener itself. With any other
+        // port it need not be asked for.
+        let direct = meant.port() == port
+            && stream.local_addr().map_err(|_| Outcome::ConsumerReset)? == meant;
+        Ok(Self { peer, meant, direct })
     }
 
     /// The route that is meant, or why there is none.
@@ -65,7 +69,10 @@ impl Meaning {
         table: &Table,
         destinations: &Destinations,
     ) -> Result<Arc<Route>, Outcome> {
-        route(table, destinations, self.peer.ip(), self.meant, self.local)
+        if self.direct {
+            return Err(Outcome::DirectDial);
+        }
+        route(table, destinations, self.peer.ip(), self.meant)
     }
 }
 
@@ -74,12 +81,7 @@ fn route(
     destinations: &Destinations,
     source: IpAddr,
     meant: SocketAddr,
-    local: SocketAddr,
 ) -> Result<Arc<Route>, Outcome> {
-    // Connection tracking knows uncaptured connections too: those were meant for the listener itself.
-    if meant == local {
-        return Err(Outcome::DirectDial);
-    }
     let captured = match destinations {
         Destinations::Any => true,
         Destinations::VipsAnd(own) => {
@@ -416,8 +418,6 @@ pub(super) mod tests {
         table::Inputs,
     };
 
-    const LOCAL: &str = "172.17.0.1:9999";
-
     /// One consumer with one route.
     pub(in crate::proxy) fn table() -> Table {
         table_of(ConsumerId::Local)
@@ -461,8 +461,8 @@ pub(super) mod tests {
     }
 
     fn recognised(destinations: &Destinations, source: &str, meant: &str) -> Result<(), Outcome> {
-        let (meant, local) = (meant.parse().unwrap(), LOCAL.parse().unwrap());
-        route(&table(), destinations, source.parse().unwrap(), meant, local).map(drop)
+        let (peer, meant) = (SocketAddr::new(source.parse().unwrap(), 1), meant.parse().unwrap());
+        Meaning { peer, meant, direct: false }.route(&table(), destinations).map(drop)
     }
 
     #[test]
@@ -475,7 +475,6 @@ pub(super) mod tests {
             ("172.17.0.2", "172.17.0.1:6380", Err(Outcome::NoRoute)),
             ("172.17.0.3", "172.17.0.1:6379", Err(Outcome::UnknownConsumer)),
             ("172.17.0.4", "172.17.0.1:6379", Err(Outcome::NoRoute)),
-            ("172.17.0.2", LOCAL, Err(Outcome::DirectDial)),
         ] {
             assert_eq!(recognised(&vips, source, meant), expected, "{source} to {meant}");
         }
@@ -484,7 +483,10 @@ pub(super) mod tests {
     #[test]
     fn under_the_users_own_rules_any_destination_counts_but_our_own_listener() {
         assert_eq!(recognised(&Destinations::Any, "172.17.0.2", "10.0.0.1:6379"), Ok(()));
-        assert_eq!(recognised(&Destinations::Any, "172.17.0.2", LOCAL), Err(Outcome::DirectDial));
+        let (peer, meant) = (([172, 17, 0, 2], 1).into(), ([10, 0, 0, 1], 6379).into());
+        let direct = Meaning { peer, meant, direct: true };
+        let refused = direct.route(&table(), &Destinations::Any);
+        assert_eq!(refused.map(drop), Err(Outcome::DirectDial));
     }
 
     #[tokio::test]

@@ -99,13 +99,9 @@ impl AcceptBackoff {
 }
 
 /// Where a captured connection was meant to go, as connection tracking remembers it.
-pub(super) fn original_destination(
-    stream: &TcpStream,
-    local: SocketAddr,
-) -> io::Result<SocketAddr> {
+pub(super) fn original_destination(stream: &TcpStream, peer: SocketAddr) -> io::Result<SocketAddr> {
     let socket = SockRef::from(stream);
-    let address =
-        if local.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() }?;
+    let address = if peer.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() }?;
     address.as_socket().ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 

@@ -159,6 +159,8 @@ impl Worker {
     async fn accept(self: Rc<Self>, listener: TcpListener) {
         let mut backoff = AcceptBackoff::default();
         let mut in_a_row = 0;
+        // A listener without an address has no port that anything could be meant for.
+        let port = listener.local_addr().map_or(0, |address| address.port());
         loop {
             while let Some(end) = self.shortage.get().filter(|end| *end > Instant::now()) {
                 self.pause_until(end).await;
@@ -166,7 +168,7 @@ impl Worker {
             match listener.accept().await {
                 Ok((stream, peer)) => {
                     backoff.reset();
-                    self.admit(stream, peer);
+                    self.admit(stream, peer, port);
                     in_a_row += 1;
                     if in_a_row == Self::IN_A_ROW {
                         in_a_row = 0;
@@ -189,9 +191,9 @@ impl Worker {
     }
 
     /// Starts a connection that means a route; any other is reset at once, but for one that may soon mean one.
-    fn admit(self: &Rc<Self>, stream: TcpStream, peer: SocketAddr) {
+    fn admit(self: &Rc<Self>, stream: TcpStream, peer: SocketAddr, port: u16) {
         let socket = Socket::new(stream);
-        let meaning = match Meaning::of(&socket.stream, peer) {
+        let meaning = match Meaning::of(&socket.stream, peer, port) {
             Ok(meaning) => meaning,
             Err(outcome) => return self.refuse(peer, None, None, outcome),
         };
@@ -640,7 +642,7 @@ mod tests {
             let (stream, peer) = listener.accept().await.unwrap();
             let route = worker.table.borrow().routes().next().unwrap().clone();
 
-            let meaning = Meaning { peer, meant: peer, local: peer };
+            let meaning = Meaning { peer, meant: peer, direct: false };
             worker.start(Socket::new(stream), meaning, route, Instant::now());
             worker.abort(|_, _, _| Some(Outcome::RouteGone));
             worker.all_ended().await;

@@ -46,7 +46,7 @@ async fn connection(ends: bool, owners: bool) -> (std::net::TcpStream, Socket, M
     let (stream, peer) = listener.accept().await.unwrap();
     let elsewhere = "127.0.0.9:9".parse().unwrap();
     let meant = if owners { dialled } else { elsewhere };
-    (client, Socket::new(stream), Meaning { peer, meant, local: dialled })
+    (client, Socket::new(stream), Meaning { peer, meant, direct: false })
 }
 
 async fn is_let_in(born: Instant, paused_at: Option<Instant>, ends: bool, owners: bool) -> bool {

@@ -154,7 +154,7 @@ mod tests {
             let peer = consumer.local_addr().unwrap();
             let record = Record {
                 route,
-                meaning: Meaning { peer, meant: peer, local: peer },
+                meaning: Meaning { peer, meant: peer, direct: false },
                 accepted: Instant::now(),
                 connected: Default::default(),
                 tries: Default::default(),
