@@ -132,7 +132,7 @@ fn an_embassy_behind_a_socket_is_asked_there() -> Result<()> {
 #[test]
 fn the_live_screen_comes_and_gives_the_terminal_back() -> Result<()> {
     let host = Host::start()?;
-    web(&host, "web")?;
+    let web = web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let embassy = host.embassy(["--dnat", ETCD])?;
     embassy.wait_ready(READY)?;
@@ -156,6 +156,9 @@ fn the_live_screen_comes_and_gives_the_terminal_back() -> Result<()> {
             .collect();
         terminal.shows("/services/web")?;
         if by_key {
+            // The other list, which is asked for when it is to be shown.
+            terminal.keys.write_all(b"e")?;
+            terminal.shows(&format!("{}:80", web.ip()?))?;
             terminal.keys.write_all(b"q")?;
         } else {
             host.run("kill", [pid])?;

@@ -12,7 +12,7 @@ use ratatui::{
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::mpsc,
+    sync::{mpsc, watch as watched},
     time::{MissedTickBehavior, interval, sleep},
 };
 
@@ -21,7 +21,7 @@ use super::{
     client::{Asked, Client},
 };
 use crate::{admin::api, config};
-use screen::{Next, Screen};
+use screen::{Next, Screen, View};
 use snapshot::Snapshot;
 
 mod screen;
@@ -44,16 +44,16 @@ impl Top {
         // 0 would be no time in which anything can happen.
         let pause = self.interval.max(Duration::from_millis(100));
         if self.asked.json {
-            let before = look(&client).await?;
+            let before = look(&client, None).await?;
             sleep(pause).await;
-            let now = look(&client).await?;
+            let now = look(&client, None).await?;
             return Answer::json(&now.since(Some(&before)), true);
         }
         if !std::io::stdout().is_terminal() {
             bail!("top needs a terminal: `embassy ps` prints the same once");
         }
         // An embassy that is not there is told as by any other command.
-        let first = look(&client).await?;
+        let first = look(&client, Some(View::Routes)).await?;
         // From here on until it is dropped the terminal is ours; a panic gives it back too (ratatui's hook).
         let terminal = ratatui::try_init().context("the terminal")?;
         let _restore = Restore;
@@ -83,12 +83,18 @@ async fn watch(
     let mut hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
     let (seen, mut looks) = mpsc::channel(1);
     // A look of its own, so that an embassy that hangs does not hold up the keys.
+    let (view, mut wanted) = watched::channel(screen.view());
     let looking = tokio::spawn(async move {
         let mut clock = interval(pause);
         clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            clock.tick().await;
-            if seen.send(look(&client).await).await.is_err() {
+            // At once where something else is to be shown.
+            tokio::select! {
+                _ = clock.tick() => {}
+                changed = wanted.changed() => if changed.is_err() { return },
+            }
+            let shown = *wanted.borrow_and_update();
+            if seen.send(look(&client, Some(shown)).await).await.is_err() {
                 return;
             }
         }
@@ -100,6 +106,9 @@ async fn watch(
             key = keys.recv() => match key {
                 Some(Event::Key(key)) if key.kind == KeyEventKind::Press => {
                     if screen.press(key) == Next::Quit { break }
+                    view.send_if_modified(|shown| {
+                        std::mem::replace(shown, screen.view()) != screen.view()
+                    });
                 }
                 // Another size, which the next drawing meets.
                 Some(_) => {}
@@ -127,9 +136,16 @@ fn keys() -> mpsc::Receiver<Event> {
     keys
 }
 
-async fn look(client: &Client) -> Result<Snapshot> {
+/// What there is to see: of one list, or of both. With thousands of routes a list is many pages.
+async fn look(client: &Client, view: Option<View>) -> Result<Snapshot> {
     let status: api::Status = client.get("/v1/status", &[]).await?;
-    let routes = client.all("/v1/routes", &[]).await?;
-    let endpoints = client.all("/v1/endpoints", &[]).await?;
+    let routes = match view {
+        Some(View::Endpoints) => Vec::new(),
+        _ => client.all("/v1/routes", &[]).await?,
+    };
+    let endpoints = match view {
+        Some(View::Routes) => Vec::new(),
+        _ => client.all("/v1/endpoints", &[]).await?,
+    };
     Ok(Snapshot { at: Instant::now(), status, routes, endpoints })
 }

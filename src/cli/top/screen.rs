@@ -33,7 +33,7 @@ pub(super) enum Next {
 
 /// What the rows are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum View {
+pub(super) enum View {
     Routes,
     Endpoints,
 }
@@ -123,6 +123,11 @@ impl Screen {
                 self.error = text.lines().next().map(printable);
             }
         }
+    }
+
+    /// What is shown: nothing else needs to be asked for.
+    pub(super) fn view(&self) -> View {
+        self.view
     }
 
     pub(super) fn press(&mut self, key: KeyEvent) -> Next {

@@ -154,6 +154,23 @@ fn it_explains_from_symptom_to_cause() -> Result<()> {
 }
 
 #[test]
+fn a_source_that_is_still_awaited_neither_answers_nor_is_down() -> Result<()> {
+    let host = Host::start()?;
+    let _app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
+    host.etcd()?;
+    host.etcd_daemon().pause()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    becomes(&embassy, "/v1/status", "one to be awaited", |status: &api::Status| {
+        (status.sources, status.sources_down, status.sources_waiting) == (2, 0, 1)
+    })?;
+    host.etcd_daemon().resume()?;
+    becomes(&embassy, "/v1/status", "all to answer", |status: &api::Status| {
+        (status.sources, status.sources_down, status.sources_waiting) == (2, 0, 0)
+    })?;
+    Ok(())
+}
+
+#[test]
 fn wrong_requests_are_told_what_is_wrong() -> Result<()> {
     let host = Host::start()?;
     let embassy = host.embassy(["-provider=static", "-services=web;80"])?;
