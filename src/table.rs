@@ -46,8 +46,9 @@ pub struct Route {
     pub counts: Arc<Counts>,
     /// The consumer's live connections, over all of its routes.
     pub live_of_consumer: Arc<AtomicUsize>,
-    /// Since when it has been this owner's: what dialled before may have been the address's former owner.
-    pub born: Instant,
+    /// Since when it has been this owner's: what dialled before may have been the address's former owner. `None` for those of
+    /// the first table, before which nobody is captured.
+    pub born: Option<Instant>,
     /// The ends of the owner's run and of its network's.
     pub ends: Vec<RunEnd>,
 }
@@ -294,7 +295,10 @@ impl Builder<'_> {
                 upstream: upstream.clone(),
                 counts: before.map(|before| before.counts.clone()).unwrap_or_default(),
                 live_of_consumer,
-                born: before.map_or(self.inputs.now, |before| before.born),
+                born: match before {
+                    Some(before) => before.born,
+                    None => (self.prev.version > 0).then_some(self.inputs.now),
+                },
                 ends: consumer.ends.clone(),
             }),
         }
@@ -513,6 +517,22 @@ mod tests {
         let same_service =
             next(&before, &[consumer("b", "172.17.0.2", &["redis;6379"])], &endpoints).unwrap();
         assert!(!same_service.has(&route), "the connections of a belong to a, whatever b asks for");
+    }
+
+    #[test]
+    fn a_route_is_as_old_as_its_owner_unless_it_was_there_from_the_start() {
+        let a = consumer("a", "172.17.0.2", &["redis;6379"]);
+        let b = consumer("b", "172.17.0.2", &["redis;6379"]);
+        let born = |table: &Table| table.route(&key("172.17.0.2", 6379)).unwrap().born;
+        let first = next(&Table::default(), std::slice::from_ref(&a), &answers(&[])).unwrap();
+        assert_eq!(born(&first), None);
+        let second = next(&first, std::slice::from_ref(&b), &answers(&[])).unwrap();
+        assert!(born(&second).is_some());
+        // Other endpoints make it no younger.
+        let endpoints = answers(&[("redis", &["10.0.0.1:1"])]);
+        let third = next(&second, &[b], &endpoints).unwrap();
+        assert_eq!(born(&third), born(&second));
+        assert!(next(&third, &[a], &endpoints).is_some_and(|table| born(&table) > born(&third)));
     }
 
     #[test]

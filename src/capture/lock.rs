@@ -19,6 +19,12 @@ pub struct Lock {
 }
 
 impl Lock {
+    /// For tests that write no rules.
+    #[cfg(test)]
+    pub(super) fn of_nobody() -> Self {
+        Self { _socket: UnixDatagram::unbound().unwrap() }
+    }
+
     /// `None` where another embassy captures.
     pub fn take() -> io::Result<Option<Self>> {
         let name = SocketAddr::from_abstract_name(format!("{NAME}/capture"))?;

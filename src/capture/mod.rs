@@ -236,3 +236,40 @@ impl Capture {
         drop(self.lock);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{config::CaptureScope, readiness::Readiness};
+
+    #[tokio::test]
+    async fn the_end_of_what_keeps_the_rules_is_noticed() {
+        let settings = Settings {
+            redirect: false,
+            scope: CaptureScope::Declared,
+            port: 9999,
+            own: Vec::new(),
+            servers: Vec::new(),
+            hold: false,
+            notrack: false,
+        };
+        let (tables, receiver) = watch::channel(Arc::default());
+        let ready = Readiness::default().wait_for("capture");
+        let mut capture = Capture::start(
+            Lock::of_nobody(),
+            FirewallChoice::Nft,
+            settings,
+            receiver,
+            Arc::default(),
+            ready,
+            Events::default(),
+        );
+        let soon = tokio::time::timeout(Duration::from_millis(50), capture.failed()).await;
+        assert!(soon.is_err(), "nothing has ended");
+        drop(tables);
+        let end = tokio::time::timeout(Duration::from_secs(60), capture.failed()).await;
+        assert_eq!(end.unwrap(), "it ended");
+    }
+}

@@ -52,14 +52,10 @@ pub(super) enum Doubt {
 /// Why a connection that is accepted now may be older than `route`. No call of the system's is made for most.
 pub(super) fn doubt(route: &Route, pause: Option<Pause>, now: Instant) -> Option<Doubt> {
     // This host's own addresses do not change hands.
-    if route.consumer == ConsumerId::Local {
-        return None;
-    }
+    let born = route.born.filter(|_| route.consumer != ConsumerId::Local)?;
     match pause {
-        Some(pause) if pause.end + DELAY > now && route.born + DELAY > pause.start => {
-            Some(Doubt::Waited)
-        }
-        _ => (route.born + DELAY > now).then_some(Doubt::New),
+        Some(pause) if pause.end + DELAY > now && born + DELAY > pause.start => Some(Doubt::Waited),
+        _ => (born + DELAY > now).then_some(Doubt::New),
     }
 }
 

@@ -27,7 +27,7 @@ fn worker(born: Instant) -> (Rc<Worker>, Arc<Route>) {
         upstream: route.upstream.clone(),
         counts: route.counts.clone(),
         live_of_consumer: route.live_of_consumer.clone(),
-        born,
+        born: Some(born),
         ends: vec![end],
     });
     (worker, route)
