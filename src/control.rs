@@ -14,14 +14,11 @@ use crate::{
     discovery::{Discoveries, Endpoints, Query, Watches},
     events::Event,
     model::{Consumer, Vip},
-    provider::{
-        Listing,
-        fixed::{self, InterfaceError},
-    },
+    provider::{Listing, fixed},
     readiness::Guard,
     report::Report,
     source::{Answers, Known},
-    state::{Restored, Snapshot},
+    state::{Kept, Restored, Snapshot},
     table::{Inputs, Route, Table},
 };
 
@@ -30,6 +27,9 @@ use crate::{
 pub struct Settings {
     /// The VIPs that the user named. `None`: docker0's address, and the gateways of the consumers' bridge networks.
     pub vips: Option<Vec<Vip>>,
+    /// Whether a container that is not known yet may wait for that: then the gateways of all bridge networks are VIPs, where
+    /// the user named none, as it may be the first of its network.
+    pub strangers: bool,
     /// For bindings that name no balance.
     pub balance: Balance,
     /// How long the last endpoints outlive a valid empty answer.
@@ -71,8 +71,8 @@ pub struct Control {
     waiting: (Option<Guard>, Option<Guard>),
     /// Until when the first table waits for the first answers.
     patience: Option<Instant>,
-    /// docker0's addresses, as they were seen last.
-    docker0: Vec<Vip>,
+    /// The VIPs that come with interfaces, as they were seen last.
+    gateways: Vec<Vip>,
 }
 
 /// How long one service whose discovery says nothing may delay all others at the start.
@@ -102,7 +102,7 @@ impl Control {
             bell,
             report,
             patience: None,
-            docker0: Vec::new(),
+            gateways: Vec::new(),
         }
     }
 
@@ -164,7 +164,9 @@ impl Control {
         for (query, known) in &known {
             self.report.source(&query.to_string(), known);
         }
-        let (endpoints, wake) = self.hold.settle(&known, now);
+        // Of those that nobody asks for just now too: a consumer that restarts finds what was held for it.
+        let followed = self.watches.followed();
+        let (endpoints, wake) = self.hold.settle(&followed, now);
         self.report.listing(&listing);
         self.report.endpoints(&known, &endpoints);
         // Before the first table nothing is captured: a moment's patience, and its routes have endpoints.
@@ -179,7 +181,9 @@ impl Control {
                 listing.done();
             }
             if let Some(keeper) = &self.keeper {
-                keeper.send_replace(Some(Snapshot { listing: listing.clone(), endpoints }));
+                let confirmed = self.hold.confirmed(&followed);
+                let listing = listing.clone();
+                keeper.send_replace(Some(Snapshot { listing, endpoints, confirmed }));
             }
             if !unasked
                 && each_discovery_answers(&known)
@@ -194,14 +198,17 @@ impl Control {
         wake
     }
 
-    /// docker0's addresses; the last ones that were seen, where they cannot be asked now.
-    fn docker0(&mut self) -> Vec<Vip> {
-        match fixed::addresses("docker0") {
-            Ok(addresses) => self.docker0 = addresses.into_iter().map(Vip).collect(),
-            Err(InterfaceError::Missing { .. }) => self.docker0 = Vec::new(),
-            Err(error @ InterfaceError::List(_)) => warn!(%error, "the VIPs stay as they were"),
+    /// The addresses of docker0, and of all bridges where strangers count; the last ones that were seen, where they cannot
+    /// be asked now.
+    fn gateways(&mut self, listing: &Listing) -> Vec<Vip> {
+        let wanted = |name: &str| {
+            name == "docker0" || (self.settings.strangers && listing.bridges.contains(name))
+        };
+        match fixed::addresses_of(wanted) {
+            Ok(addresses) => self.gateways = addresses.into_iter().map(Vip).collect(),
+            Err(error) => warn!(%error, "the VIPs stay as they were"),
         }
-        self.docker0.clone()
+        self.gateways.clone()
     }
 
     fn publish(
@@ -210,7 +217,7 @@ impl Control {
         consumers: &[&Consumer],
         endpoints: &HashMap<Query, Arc<Endpoints>>,
     ) {
-        let vips = self.settings.vips.clone().unwrap_or_else(|| self.docker0());
+        let vips = self.settings.vips.clone().unwrap_or_else(|| self.gateways(listing));
         let inputs = Inputs {
             consumers,
             contested: &listing.contested,
@@ -250,7 +257,7 @@ struct EmptyHold {
     hold: Duration,
     held: HashMap<Query, Arc<Endpoints>>,
     /// What an earlier run knew, of those that have not answered since.
-    kept: HashMap<Query, Arc<Endpoints>>,
+    kept: HashMap<Query, Kept>,
     empty_since: HashMap<Query, Instant>,
 }
 
@@ -267,12 +274,17 @@ impl EmptyHold {
     ) -> (HashMap<Query, Arc<Endpoints>>, Option<Instant>) {
         let mut settled = HashMap::new();
         let mut wake: Option<Instant> = None;
+        self.kept.retain(|_, kept| now < kept.until);
         for (query, known) in known {
             let Some(value) = &known.value else {
-                settled.extend(self.kept.get(query).map(|kept| (query.clone(), kept.clone())));
+                // A source that has not failed is waited for.
+                if let Some(kept) = self.kept.get(query).filter(|_| known.error.is_some()) {
+                    settled.insert(query.clone(), kept.endpoints.living());
+                    wake = Some(wake.map_or(kept.until, |wake| wake.min(kept.until)));
+                }
                 continue;
             };
-            let kept = self.kept.remove(query);
+            let kept = self.kept.remove(query).map(|kept| kept.endpoints);
             // Since when, not since the last change: what is rejected may go on changing in a list of nothing.
             let end = value.list.is_empty().then(|| {
                 let since = known.changed.unwrap_or(now);
@@ -281,19 +293,31 @@ impl EmptyHold {
             if end.is_none() {
                 self.empty_since.remove(query);
             }
-            let held = self.held.get(query).or(kept.as_ref()).filter(|held| !held.list.is_empty());
+            // A container that is gone is nothing to hold: its address may be another's.
+            let held = self.held.get(query).or(kept.as_ref()).map(Endpoints::living);
+            let held = held.filter(|held| !held.list.is_empty());
             let endpoints = match held.zip(end.filter(|end| now < *end)) {
                 Some((held, end)) => {
                     wake = Some(wake.map_or(end, |wake| wake.min(end)));
                     held
                 }
-                None => value,
+                None => value.living(),
             };
-            settled.insert(query.clone(), endpoints.clone());
+            settled.insert(query.clone(), endpoints);
         }
         self.empty_since.retain(|query, _| settled.contains_key(query));
         self.held.clone_from(&settled);
         (settled, wake)
+    }
+
+    /// When what is used was last known to be so, of those whose source does not answer.
+    fn confirmed(&self, known: &BTreeMap<Query, Known<Endpoints>>) -> HashMap<Query, Instant> {
+        let lost = known.iter().filter(|(_, known)| known.error.is_some());
+        let at = lost.filter_map(|(query, known)| {
+            let kept = || self.kept.get(query).map(|kept| kept.confirmed);
+            Some((query.clone(), known.confirmed.or_else(kept)?))
+        });
+        at.collect()
     }
 }
 
@@ -340,7 +364,7 @@ fn list(vips: &BTreeSet<Vip>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Endpoint, ServiceName};
+    use crate::model::{ContainerId, Endpoint, RunEnd, ServiceName, Stay};
 
     fn query() -> Query {
         Query {
@@ -379,23 +403,144 @@ mod tests {
         assert_eq!(settle(&known(&["10.0.0.3:1"], second(50)), second(50)), (Some(1), None));
     }
 
+    fn failed() -> Known<Endpoints> {
+        Known { error: Some("gone".into()), failures: 1, ..Known::default() }
+    }
+
     #[test]
-    fn what_an_earlier_run_knew_is_used_until_the_answer_and_held_where_that_is_empty() {
+    fn what_an_earlier_run_knew_is_used_only_while_the_source_fails_and_not_for_ever() {
         let start = Instant::now();
         let second = |n| start + Duration::from_secs(n);
-        let kept = known(&["10.0.0.1:1", "10.0.0.2:1"], start).value.unwrap();
-        let mut hold = EmptyHold::new(Duration::from_secs(30));
-        hold.kept.insert(query(), kept);
-        let mut settle = |known: &Known<Endpoints>, now| {
-            let (settled, wake) = hold.settle([(&query(), known)], now);
-            (settled.get(&query()).map(|endpoints| endpoints.list.len()), wake)
+        let kept = || {
+            let endpoints = known(&["10.0.0.1:1", "10.0.0.2:1"], start).value.unwrap();
+            let mut hold = EmptyHold::new(Duration::from_secs(30));
+            hold.kept.insert(query(), Kept { endpoints, confirmed: start, until: second(5000) });
+            move |known: &Known<Endpoints>, now| {
+                let (settled, wake) = hold.settle([(&query(), known)], now);
+                (settled.get(&query()).map(|endpoints| endpoints.list.len()), wake)
+            }
         };
-        assert_eq!(settle(&Known::default(), start), (Some(2), None));
-        assert_eq!(settle(&Known::default(), second(1000)), (Some(2), None));
+        let mut settle = kept();
+        assert_eq!(settle(&Known::default(), start), (None, None), "nothing has failed");
+        assert_eq!(settle(&Known::default(), second(1000)), (None, None));
+        assert_eq!(settle(&failed(), second(1000)), (Some(2), Some(second(5000))));
         let empty = known(&[], second(1000));
         assert_eq!(settle(&empty, second(1000)), (Some(2), Some(second(1030))));
         assert_eq!(settle(&empty, second(1030)), (Some(0), None));
-        assert_eq!(settle(&Known::default(), second(1031)), (None, None), "it is used no more");
+        assert_eq!(settle(&failed(), second(1031)), (None, None), "it is used no more");
+
+        let mut settle = kept();
+        assert_eq!(settle(&failed(), second(4999)), (Some(2), Some(second(5000))));
+        assert_eq!(settle(&failed(), second(5000)), (None, None), "it is too old");
+        let mut settle = kept();
+        assert_eq!(settle(&known(&[], second(5000)), second(5000)), (Some(0), None));
+    }
+
+    #[test]
+    fn a_container_that_is_gone_is_no_endpoint_whatever_is_known_and_held() {
+        let start = Instant::now();
+        let mut hold = EmptyHold::new(Duration::from_secs(30));
+        let ends = [RunEnd::default(), RunEnd::default()];
+        let list = ["10.0.0.1:1", "10.0.0.2:1"].map(|e| Endpoint(e.parse().unwrap()));
+        let stay = |end: &RunEnd| Stay {
+            runs: vec![(ContainerId::new("a"), end.clone())],
+            left: vec![RunEnd::default()],
+        };
+        let stays = list.into_iter().zip(ends.iter().map(stay)).collect();
+        let value = Endpoints { stays, ..Endpoints::new(list, vec![]) };
+        let both = Known { value: Some(Arc::new(value)), error: Some("gone".into()), ..failed() };
+        let mut settle = |known: &Known<Endpoints>| {
+            let (settled, _) = hold.settle([(&query(), known)], start);
+            settled[&query()].list.clone()
+        };
+        assert_eq!(settle(&both), list);
+        ends[0].come();
+        assert_eq!(settle(&both), list[1..]);
+        let empty = known(&[], start);
+        assert_eq!(settle(&empty), list[1..]);
+        ends[1].come();
+        assert_eq!(settle(&empty), []);
+    }
+
+    #[test]
+    fn what_is_kept_has_the_age_that_its_source_gave_it() {
+        let start = Instant::now();
+        let endpoints = known(&["10.0.0.1:1"], start).value.unwrap();
+        let mut hold = EmptyHold::new(Duration::ZERO);
+        let kept = Kept { endpoints, confirmed: start, until: start + Duration::from_secs(1) };
+        hold.kept.insert(query(), kept);
+        let confirmed = |known| hold.confirmed(&[(query(), known)].into()).get(&query()).copied();
+        assert_eq!(confirmed(failed()), Some(start));
+        let later = start + Duration::from_secs(1);
+        assert_eq!(confirmed(Known { confirmed: Some(later), ..failed() }), Some(later));
+        // What answers is as it says, whenever that is written.
+        assert_eq!(confirmed(known(&["10.0.0.1:1"], start)), None);
+    }
+
+    /// Whoever asks restarts while the registry loses its data.
+    #[tokio::test]
+    async fn what_is_held_outlives_that_nobody_asks_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("services.toml");
+        let write = |text: &str| std::fs::write(&file, text).unwrap();
+        write("[[service]]\nname = \"redis\"\nendpoints = [\"10.0.0.1:1\"]\n");
+        let nobody = crate::docker::Engine::parse("unix:///nonexistent", None).unwrap();
+        let from = crate::discovery::Settings {
+            healthy_only: true,
+            docker: nobody,
+            consul: Default::default(),
+            etcd: Default::default(),
+        };
+        let discoveries =
+            Discoveries::parse(&[format!("file://{}", file.display())], &from).unwrap();
+        let bell = Arc::<Notify>::default();
+        let (publish, listing) = crate::source::Publisher::new(bell.clone());
+        let settings = Settings {
+            vips: Some(Vec::new()),
+            strangers: false,
+            balance: Balance::RoundRobin,
+            empty_hold: Duration::from_secs(3600),
+            resync: Duration::from_secs(3600),
+        };
+        let readiness = crate::readiness::Readiness::default();
+        let waiting =
+            Waiting { listing: readiness.wait_for("a"), answers: readiness.wait_for("b") };
+        let report = Report::new(Arc::default(), Default::default());
+        let mut control =
+            Control::new(settings, discoveries, listing, bell.clone(), waiting, report);
+        let asking = fixed::listing("lo", &["redis;80".parse().unwrap()]).unwrap();
+        let nobody = Listing { consumers: Vec::new(), ..asking.clone() };
+
+        async fn until(control: &mut Control, holds: impl Fn(&Control) -> bool) {
+            let looking = async {
+                loop {
+                    control.step(Instant::now());
+                    if holds(control) {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(60), looking).await.unwrap();
+        }
+        let used = |control: &Control| {
+            let table = control.tables.borrow();
+            let used: Vec<_> = table.upstreams().map(|u| u.rotation.endpoints().len()).collect();
+            used
+        };
+        let answered = |control: &Control, n: usize| {
+            let mut known = control.watches.followed().into_values();
+            known.any(|known| known.value.is_some_and(|value| value.list.len() == n))
+        };
+        publish.publish(asking.clone());
+        until(&mut control, |control| used(control) == [1]).await;
+        publish.publish(nobody);
+        until(&mut control, |control| used(control).is_empty()).await;
+        write("[[service]]\nname = \"other\"\nendpoints = [\"10.0.0.2:1\"]\n");
+        until(&mut control, |control| answered(control, 0)).await;
+        publish.publish(asking);
+        control.step(Instant::now());
+        assert_eq!(used(&control), [1]);
     }
 
     #[test]
