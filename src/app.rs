@@ -16,7 +16,7 @@ use crate::{
     admin::{Admin, Facts, Shown, metrics::Metrics},
     capture::{self, Capture, Firewall, Lock, rules},
     check,
-    config::{CaptureMode, Config, Provider as ProviderChoice},
+    config::{CaptureMode, CaptureScope, Config, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
     events::Events,
     limits,
@@ -275,6 +275,8 @@ pub(crate) fn learn(
     let listing = provider.start(config.resync, bell.clone());
     let settings = Settings {
         vips: config.vips.clone(),
+        // Where all is captured, to be a VIP takes what is the host's own away.
+        strangers: !config.hold.is_zero() && config.capture_scope == CaptureScope::Declared,
         balance: config.balance,
         empty_hold: config.empty_hold,
         resync: config.resync,
@@ -310,7 +312,7 @@ fn remember(config: &Config, control: &mut Control, counts: Arc<state::Counts>) 
         ProviderChoice::Docker => format!("{} {}", config.docker, config.prefix),
         ProviderChoice::Static(_) => String::new(),
     };
-    let origin = Origin::here(provider, config.discoveries.uris().clone());
+    let origin = Origin::here(provider, &config.discoveries);
     let restored = state::restore(&path, &origin, config.state_max_age, &control.bell());
     let keeper = Keeper::start(path, origin, counts);
     control.remember(restored, keeper.snapshots());

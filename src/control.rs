@@ -14,10 +14,7 @@ use crate::{
     discovery::{Discoveries, Endpoints, Query, Watches},
     events::Event,
     model::{Consumer, Vip},
-    provider::{
-        Listing,
-        fixed::{self, InterfaceError},
-    },
+    provider::{Listing, fixed},
     readiness::Guard,
     report::Report,
     source::{Answers, Known},
@@ -25,11 +22,18 @@ use crate::{
     table::{Inputs, Route, Table},
 };
 
+mod hold;
+
+use hold::EmptyHold;
+
 /// What the table depends on besides the sources.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The VIPs that the user named. `None`: docker0's address, and the gateways of the consumers' bridge networks.
     pub vips: Option<Vec<Vip>>,
+    /// Whether a container that is not known yet may wait for that: then the gateways of all bridge networks are VIPs, where
+    /// the user named none, as it may be the first of its network.
+    pub strangers: bool,
     /// For bindings that name no balance.
     pub balance: Balance,
     /// How long the last endpoints outlive a valid empty answer.
@@ -71,8 +75,8 @@ pub struct Control {
     waiting: (Option<Guard>, Option<Guard>),
     /// Until when the first table waits for the first answers.
     patience: Option<Instant>,
-    /// docker0's addresses, as they were seen last.
-    docker0: Vec<Vip>,
+    /// The VIPs that come with interfaces, as they were seen last.
+    gateways: Vec<Vip>,
 }
 
 /// How long one service whose discovery says nothing may delay all others at the start.
@@ -102,7 +106,7 @@ impl Control {
             bell,
             report,
             patience: None,
-            docker0: Vec::new(),
+            gateways: Vec::new(),
         }
     }
 
@@ -164,7 +168,9 @@ impl Control {
         for (query, known) in &known {
             self.report.source(&query.to_string(), known);
         }
-        let (endpoints, wake) = self.hold.settle(&known, now);
+        // Of those that nobody asks for just now too: a consumer that restarts finds what was held for it.
+        let followed = self.watches.followed();
+        let (endpoints, wake) = self.hold.settle(&followed, now);
         self.report.listing(&listing);
         self.report.endpoints(&known, &endpoints);
         // Before the first table nothing is captured: a moment's patience, and its routes have endpoints.
@@ -179,7 +185,9 @@ impl Control {
                 listing.done();
             }
             if let Some(keeper) = &self.keeper {
-                keeper.send_replace(Some(Snapshot { listing: listing.clone(), endpoints }));
+                let confirmed = self.hold.confirmed(&followed);
+                let listing = listing.clone();
+                keeper.send_replace(Some(Snapshot { listing, endpoints, confirmed }));
             }
             if !unasked
                 && each_discovery_answers(&known)
@@ -194,14 +202,17 @@ impl Control {
         wake
     }
 
-    /// docker0's addresses; the last ones that were seen, where they cannot be asked now.
-    fn docker0(&mut self) -> Vec<Vip> {
-        match fixed::addresses("docker0") {
-            Ok(addresses) => self.docker0 = addresses.into_iter().map(Vip).collect(),
-            Err(InterfaceError::Missing { .. }) => self.docker0 = Vec::new(),
-            Err(error @ InterfaceError::List(_)) => warn!(%error, "the VIPs stay as they were"),
+    /// The addresses of docker0, and of all bridges where strangers count; the last ones that were seen, where they cannot
+    /// be asked now.
+    fn gateways(&mut self, listing: &Listing) -> Vec<Vip> {
+        let wanted = |name: &str| {
+            name == "docker0" || (self.settings.strangers && listing.bridges.contains(name))
+        };
+        match fixed::addresses_of(wanted) {
+            Ok(addresses) => self.gateways = addresses.into_iter().map(Vip).collect(),
+            Err(error) => warn!(%error, "the VIPs stay as they were"),
         }
-        self.docker0.clone()
+        self.gateways.clone()
     }
 
     fn publish(
@@ -210,7 +221,7 @@ impl Control {
         consumers: &[&Consumer],
         endpoints: &HashMap<Query, Arc<Endpoints>>,
     ) {
-        let vips = self.settings.vips.clone().unwrap_or_else(|| self.docker0());
+        let vips = self.settings.vips.clone().unwrap_or_else(|| self.gateways(listing));
         let inputs = Inputs {
             consumers,
             contested: &listing.contested,
@@ -242,60 +253,6 @@ fn each_discovery_answers(known: &BTreeMap<Query, Known<Endpoints>>) -> bool {
         .map(|(query, _)| &query.via)
         .collect();
     known.keys().all(|query| answering.contains(&query.via))
-}
-
-/// Keeps the last endpoints of a service for a while after discovery says, validly, that there are none: a registry that
-/// lost its data and is being filled again says so too.
-#[derive(Debug)]
-struct EmptyHold {
-    hold: Duration,
-    held: HashMap<Query, Arc<Endpoints>>,
-    /// What an earlier run knew, of those that have not answered since.
-    kept: HashMap<Query, Arc<Endpoints>>,
-    empty_since: HashMap<Query, Instant>,
-}
-
-impl EmptyHold {
-    fn new(hold: Duration) -> Self {
-        Self { hold, held: HashMap::new(), kept: HashMap::new(), empty_since: HashMap::new() }
-    }
-
-    /// The endpoints to use now, and when that ends without any other change.
-    fn settle<'a>(
-        &mut self,
-        known: impl IntoIterator<Item = (&'a Query, &'a Known<Endpoints>)>,
-        now: Instant,
-    ) -> (HashMap<Query, Arc<Endpoints>>, Option<Instant>) {
-        let mut settled = HashMap::new();
-        let mut wake: Option<Instant> = None;
-        for (query, known) in known {
-            let Some(value) = &known.value else {
-                settled.extend(self.kept.get(query).map(|kept| (query.clone(), kept.clone())));
-                continue;
-            };
-            let kept = self.kept.remove(query);
-            // Since when, not since the last change: what is rejected may go on changing in a list of nothing.
-            let end = value.list.is_empty().then(|| {
-                let since = known.changed.unwrap_or(now);
-                *self.empty_since.entry(query.clone()).or_insert(since) + self.hold
-            });
-            if end.is_none() {
-                self.empty_since.remove(query);
-            }
-            let held = self.held.get(query).or(kept.as_ref()).filter(|held| !held.list.is_empty());
-            let endpoints = match held.zip(end.filter(|end| now < *end)) {
-                Some((held, end)) => {
-                    wake = Some(wake.map_or(end, |wake| wake.min(end)));
-                    held
-                }
-                None => value,
-            };
-            settled.insert(query.clone(), endpoints.clone());
-        }
-        self.empty_since.retain(|query, _| settled.contains_key(query));
-        self.held.clone_from(&settled);
-        (settled, wake)
-    }
 }
 
 impl Report {
@@ -341,70 +298,70 @@ fn list(vips: &BTreeSet<Vip>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Endpoint, ServiceName};
 
-    fn query() -> Query {
-        Query {
-            via: "consul".into(),
-            service: ServiceName::new("redis").unwrap(),
-            tags: Default::default(),
-            dc: None,
-            port: None,
+    /// Whoever asks restarts while the registry loses its data.
+    #[tokio::test]
+    async fn what_is_held_outlives_that_nobody_asks_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("services.toml");
+        let write = |text: &str| std::fs::write(&file, text).unwrap();
+        write("[[service]]\nname = \"redis\"\nendpoints = [\"10.0.0.1:1\"]\n");
+        let nobody = crate::docker::Engine::parse("unix:///nonexistent", None).unwrap();
+        let from = crate::discovery::Settings {
+            healthy_only: true,
+            docker: nobody,
+            consul: Default::default(),
+            etcd: Default::default(),
+        };
+        let discoveries =
+            Discoveries::parse(&[format!("file://{}", file.display())], &from).unwrap();
+        let bell = Arc::<Notify>::default();
+        let (publish, listing) = crate::source::Publisher::new(bell.clone());
+        let settings = Settings {
+            vips: Some(Vec::new()),
+            strangers: false,
+            balance: Balance::RoundRobin,
+            empty_hold: Duration::from_secs(3600),
+            resync: Duration::from_secs(3600),
+        };
+        let readiness = crate::readiness::Readiness::default();
+        let waiting =
+            Waiting { listing: readiness.wait_for("a"), answers: readiness.wait_for("b") };
+        let report = Report::new(Arc::default(), Default::default());
+        let mut control =
+            Control::new(settings, discoveries, listing, bell.clone(), waiting, report);
+        let asking = fixed::listing("lo", &["redis;80".parse().unwrap()]).unwrap();
+        let nobody = Listing { consumers: Vec::new(), ..asking.clone() };
+
+        async fn until(control: &mut Control, holds: impl Fn(&Control) -> bool) {
+            let looking = async {
+                loop {
+                    control.step(Instant::now());
+                    if holds(control) {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(60), looking).await.unwrap();
         }
-    }
-
-    fn known(endpoints: &[&str], changed: Instant) -> Known<Endpoints> {
-        let list = endpoints.iter().map(|e| Endpoint(e.parse().unwrap()));
-        let value = Some(Arc::new(Endpoints::new(list, vec![])));
-        Known { value, changed: Some(changed), ..Known::default() }
-    }
-
-    #[test]
-    fn a_valid_empty_answer_takes_effect_after_the_hold_and_a_new_one_at_once() {
-        let start = Instant::now();
-        let second = |n| start + Duration::from_secs(n);
-        let mut hold = EmptyHold::new(Duration::from_secs(30));
-        let mut settle = |known: &Known<Endpoints>, now| {
-            let (settled, wake) = hold.settle([(&query(), known)], now);
-            (settled.get(&query()).map(|endpoints| endpoints.list.len()), wake)
+        let used = |control: &Control| {
+            let table = control.tables.borrow();
+            let used: Vec<_> = table.upstreams().map(|u| u.rotation.endpoints().len()).collect();
+            used
         };
-        assert_eq!(settle(&Known::default(), start), (None, None));
-        assert_eq!(settle(&known(&["10.0.0.1:1", "10.0.0.2:1"], start), start), (Some(2), None));
-        let empty = known(&[], second(10));
-        assert_eq!(settle(&empty, second(10)), (Some(2), Some(second(40))));
-        assert_eq!(settle(&empty, second(39)), (Some(2), Some(second(40))));
-        // Another answer that is as empty does not start the time anew.
-        assert_eq!(settle(&known(&[], second(39)), second(39)), (Some(2), Some(second(40))));
-        assert_eq!(settle(&empty, second(40)), (Some(0), None));
-        assert_eq!(settle(&known(&["10.0.0.3:1"], second(50)), second(50)), (Some(1), None));
-        assert_eq!(settle(&known(&["10.0.0.3:1"], second(50)), second(50)), (Some(1), None));
-    }
-
-    #[test]
-    fn what_an_earlier_run_knew_is_used_until_the_answer_and_held_where_that_is_empty() {
-        let start = Instant::now();
-        let second = |n| start + Duration::from_secs(n);
-        let kept = known(&["10.0.0.1:1", "10.0.0.2:1"], start).value.unwrap();
-        let mut hold = EmptyHold::new(Duration::from_secs(30));
-        hold.kept.insert(query(), kept);
-        let mut settle = |known: &Known<Endpoints>, now| {
-            let (settled, wake) = hold.settle([(&query(), known)], now);
-            (settled.get(&query()).map(|endpoints| endpoints.list.len()), wake)
+        let answered = |control: &Control, n: usize| {
+            let mut known = control.watches.followed().into_values();
+            known.any(|known| known.value.is_some_and(|value| value.list.len() == n))
         };
-        assert_eq!(settle(&Known::default(), start), (Some(2), None));
-        assert_eq!(settle(&Known::default(), second(1000)), (Some(2), None));
-        let empty = known(&[], second(1000));
-        assert_eq!(settle(&empty, second(1000)), (Some(2), Some(second(1030))));
-        assert_eq!(settle(&empty, second(1030)), (Some(0), None));
-        assert_eq!(settle(&Known::default(), second(1031)), (None, None), "it is used no more");
-    }
-
-    #[test]
-    fn without_a_hold_empty_is_empty() {
-        let start = Instant::now();
-        let mut hold = EmptyHold::new(Duration::ZERO);
-        hold.settle([(&query(), &known(&["10.0.0.1:1"], start))], start);
-        let (settled, wake) = hold.settle([(&query(), &known(&[], start))], start);
-        assert_eq!((settled[&query()].list.len(), wake), (0, None));
+        publish.publish(asking.clone());
+        until(&mut control, |control| used(control) == [1]).await;
+        publish.publish(nobody);
+        until(&mut control, |control| used(control).is_empty()).await;
+        write("[[service]]\nname = \"other\"\nendpoints = [\"10.0.0.2:1\"]\n");
+        until(&mut control, |control| answered(control, 0)).await;
+        publish.publish(asking);
+        control.step(Instant::now());
+        assert_eq!(used(&control), [1]);
     }
 }

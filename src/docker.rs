@@ -8,6 +8,11 @@ use std::{
 
 use bollard::{API_DEFAULT_VERSION, Docker};
 
+pub(crate) mod client;
+#[cfg(test)]
+pub(crate) mod fake;
+pub(crate) mod process;
+
 /// Where an engine listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
@@ -31,8 +36,8 @@ pub struct Engine {
 pub struct NotAnEngine(pub String);
 
 impl Engine {
-    /// Seconds that one request may take; the event stream is not bound by it.
-    const TIMEOUT: Duration = Duration::from_secs(10);
+    /// What one request may take; the event stream is not bound by it.
+    pub(crate) const TIMEOUT: Duration = Duration::from_secs(10);
 
     pub fn parse(text: &str, certificates: Option<PathBuf>) -> Result<Self, NotAnEngine> {
         let wrong = || NotAnEngine(text.to_owned());

@@ -169,6 +169,35 @@ impl RunEnd {
     }
 }
 
+/// What an endpoint that is a container of this host hangs on: with it the address goes, and may be another's at once. Equal
+/// are those that are the same.
+#[derive(Debug, Clone, Default)]
+pub struct Stay {
+    /// The run of the container, and that of the one whose network it lives in, if that is another.
+    pub runs: Vec<(ContainerId, RunEnd)>,
+    /// Comes when one of them leaves its address, or is known to have ended by another's word than its process's.
+    pub left: Vec<RunEnd>,
+}
+
+impl Stay {
+    /// Whether the endpoint is known to be gone, whatever the answer that it stands in says.
+    pub fn is_over(&self) -> bool {
+        self.ends().any(RunEnd::has_come)
+    }
+
+    fn ends(&self) -> impl Iterator<Item = &RunEnd> {
+        self.runs.iter().map(|(_, end)| end).chain(&self.left)
+    }
+}
+
+impl PartialEq for Stay {
+    fn eq(&self, other: &Self) -> bool {
+        self.ends().map(|end| Arc::as_ptr(&end.0)).eq(other.ends().map(|end| Arc::as_ptr(&end.0)))
+    }
+}
+
+impl Eq for Stay {}
+
 /// A process, by its number and by when it started, in clock ticks since the boot (man 5 proc, `/proc/pid/stat`). Until
 /// the next boot the two together are never another's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

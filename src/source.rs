@@ -3,10 +3,12 @@
 
 use std::{
     fmt,
+    panic::AssertUnwindSafe,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use futures_util::FutureExt;
 use tokio::sync::{Notify, watch};
 use tracing::{debug, warn};
 
@@ -181,7 +183,10 @@ pub async fn follow<S: Source>(
     loop {
         let answers_before = publish.answers();
         let started = Instant::now();
-        let session = tokio::time::timeout(resync, source.session(&publish));
+        // A fault of ours in one source takes neither the others along nor this one for good: what a session leaves behind
+        // is what any session that is dropped may leave.
+        let session = AssertUnwindSafe(source.session(&publish)).catch_unwind();
+        let session = tokio::time::timeout(resync, session.map(|end| end.unwrap_or_else(panicked)));
         let end = tokio::select! {
             end = session => end,
             () = READ_ANEW.notified() => {
@@ -221,6 +226,13 @@ pub async fn follow<S: Source>(
             () = READ_ANEW.notified() => {}
         }
     }
+}
+
+/// The error that a panic is. Its place is in the log, by whoever reports panics.
+fn panicked<T>(panic: Box<dyn std::any::Any + Send>) -> Result<T, SourceError> {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
+    Err(SourceError::new(format_args!("a fault of embassy's own: {text}")))
 }
 
 /// Exponential backoff with jitter: many hosts that lost one registry do not come back in step.
@@ -296,6 +308,33 @@ mod tests {
         );
         let known = answers.wait_for(|known| known.answers == 2).await.unwrap().clone();
         assert_eq!((known.value.as_deref(), known.error), (Some(&2), None));
+    }
+
+    /// Its first session panics, once it has published.
+    struct Faulty(bool);
+
+    impl Source for Faulty {
+        type Item = u32;
+
+        async fn session(&mut self, publish: &Publisher<u32>) -> Result<(), SourceError> {
+            publish.publish(if self.0 { 2 } else { 1 });
+            if !std::mem::replace(&mut self.0, true) {
+                panic!("thrown on purpose");
+            }
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_panic_is_a_failure_like_any_other() {
+        let (publish, mut answers) = Publisher::new(Arc::default());
+        let task = tokio::spawn(follow("faulty", Faulty(false), publish, Duration::from_secs(120)));
+        let known = answers.wait_for(|known| known.failures == 1).await.unwrap().clone();
+        assert_eq!(known.value.as_deref(), Some(&1));
+        assert_eq!(known.error.as_deref(), Some("a fault of embassy's own: thrown on purpose"));
+        let known = answers.wait_for(|known| known.answers == 2).await.unwrap().clone();
+        assert_eq!((known.value.as_deref(), known.error), (Some(&2), None));
+        assert!(!task.is_finished());
     }
 
     #[tokio::test(start_paused = true)]

@@ -29,7 +29,7 @@ pub(crate) struct Args {
     pub(super) firewall: Option<String>,
 
     /// The virtual IPs, comma separated [default: docker0's address and the gateway of every bridge network with a
-    /// consumer] [env: PROXY_IP]
+    /// consumer; of every bridge network while --hold is on and --capture=declared] [env: PROXY_IP]
     #[arg(long, help_heading = CAPTURE, value_name = "IP,...")]
     pub(super) proxy_ip: Option<String>,
 

@@ -20,31 +20,37 @@
 //! A paused container is no endpoint; with `-filter` neither is one whose HEALTHCHECK does not pass (yet).
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     fmt,
     net::IpAddr,
     pin::pin,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    sync::Arc,
+    time::Duration,
 };
 
-use bollard::{
-    errors::Error,
-    models::{EventMessage, EventMessageTypeEnum},
-    query_parameters::{EventsOptions, EventsOptionsBuilder, ListContainersOptions},
+use bollard::models::{EventMessage, EventMessageTypeEnum};
+use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
+use tokio::{
+    sync::Notify,
+    time::{MissedTickBehavior, interval, timeout},
 };
-use futures_util::{FutureExt, StreamExt, TryStreamExt, stream};
-use tokio::time::timeout;
-use tracing::warn;
 
 use self::offers::{Container, Containers, Offer, Place, offers, select};
 use crate::{
     discovery::{Endpoints, Query},
-    docker::{Address, Engine},
+    docker::{
+        Address, Engine,
+        client::{Client, Inspected, Listed, PING},
+        process::Processes,
+    },
+    model::ContainerId,
     source::{Publisher, Shared, Source, SourceError},
 };
 
 mod offers;
 
+#[cfg(test)]
+mod sessions;
 #[cfg(test)]
 mod tests;
 
@@ -64,10 +70,15 @@ impl Docker {
         Self { engine, healthy_only, own, offers: Shared::default() }
     }
 
+    /// Whether its containers are on this host, at their own addresses.
+    pub fn is_here(&self) -> bool {
+        self.own || matches!(self.engine.address, Address::Unix(_))
+    }
+
     /// Follows what `query` asks for, for ever.
     pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: Duration) {
         let name = format!("docker discovery {}", self.engine);
-        let services = || Services { engine: self.engine.clone(), own: self.own };
+        let services = || Services::new(self.engine.clone(), self.own, publish.bell());
         let answer = |offers: &Vec<Offer>| select(offers, &query, self.healthy_only);
         self.offers.derive(&name, services, resync, &publish, answer).await;
     }
@@ -77,111 +88,177 @@ impl Docker {
 struct Services {
     engine: Engine,
     own: bool,
+    /// Rung when a container ends, whether the engine can be reached or not.
+    bell: Arc<Notify>,
+    /// They outlive a session: an engine that cannot say how one container is does not make us forget it.
+    containers: Containers,
+    processes: Processes,
+    looks: Looks,
+    /// Those of the last list that were not looked at yet, and whether there were none at any time.
+    unseen: BTreeSet<ContainerId>,
+    complete: bool,
 }
+
+/// What may change what a container offers.
+const ACTIONS: [&str; 9] = [
+    "start",
+    "die",
+    "destroy",
+    "pause",
+    "unpause",
+    "rename",
+    "health_status",
+    "connect",
+    "disconnect",
+];
 
 impl Source for Services {
     type Item = Vec<Offer>;
 
     async fn session(&mut self, publish: &Publisher<Vec<Offer>>) -> Result<(), SourceError> {
         let place = self.place().await?;
-        let client = self.ask("reach the engine", self.engine.connect()).await?;
-        let start = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        let mut events = pin!(client.events(Some(wanted_events())));
-        let subject = |event: Option<Result<EventMessage, Error>>| match event {
-            Some(Ok(event)) => Ok(subject(event)),
-            Some(Err(error)) => Err(self.failed("follow events", &error)),
-            None => Err(self.error("follow events", "the engine ended the stream")),
-        };
-
-        // The listing takes its time: what changes meanwhile is inspected again behind it.
-        let mut changed = BTreeSet::new();
-        let mut list = pin!(self.list(&client));
-        let mut containers = loop {
+        let engine = self.engine.clone();
+        let client = Client::connect(&engine).await?;
+        // As the provider does it: the subscription goes out first, and is read beside the listing.
+        let since = client.time().await?;
+        let mut events = pin!(client.events(since, &ACTIONS));
+        let mut meanwhile = Vec::new();
+        let mut list = pin!(client.list());
+        let running = loop {
             tokio::select! {
-                biased; // the subscription goes out first
-                event = events.next() => changed.extend(subject(event)?),
+                biased;
+                event = events.next() => meanwhile.push(client.event(event)?),
                 listed = &mut list => break listed?,
             }
         };
+        self.relist(running);
+        meanwhile.into_iter().for_each(|event| self.heard(event));
+
+        let (mut answers, mut pings) = (FuturesUnordered::new(), FuturesUnordered::new());
+        let ended = self.processes.ended();
+        let mut ping = interval(PING);
+        ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            for (id, container) in self.inspect(&client, std::mem::take(&mut changed)).await? {
-                match container {
-                    Some(container) => containers.insert(id, container),
-                    None => containers.remove(&id),
-                };
+            self.complete |= self.unseen.is_empty();
+            if self.complete {
+                publish.publish(offers(&self.containers, place));
             }
-            publish.publish(offers(&containers, place));
-            let event = loop {
-                match timeout(Self::QUIET, events.next()).await {
-                    Ok(event) => break event,
-                    // Nothing happened, or the engine hangs.
-                    Err(_) => self.ask("ping", client.ping()).await.map(|_| publish.confirm())?,
-                }
-            };
-            // What else has arrived costs one inspection per container, not per event.
-            let mut next = Some(event);
-            while let Some(event) = next {
-                let ended =
-                    event.as_ref().is_some_and(|e| e.as_ref().is_ok_and(|e| is_end(e, start)));
-                let id = subject(event)?;
-                if ended && let Some(id) = &id {
-                    containers.remove(id);
-                }
-                changed.extend(id);
-                next = events.next().now_or_never();
+            while let Some(id) = self.looks.next() {
+                let client = &client;
+                answers.push(async move { (client.inspect(id.as_str()).await, id) });
             }
-            // Whoever ended is no endpoint from now on, however long it takes to look at the others.
-            publish.publish(offers(&containers, place));
+            tokio::select! {
+                event = events.next() => {
+                    // What else has arrived costs one inspection per container, not per event.
+                    let mut next = Some(event);
+                    while let Some(event) = next {
+                        self.heard(client.event(event)?);
+                        next = events.next().now_or_never();
+                    }
+                }
+                // It is no endpoint any more, whatever the engine says and when.
+                () = ended.notified() => {}
+                Some((answer, id)) = answers.next() => self.looked_at(id, answer?, place),
+                _ = ping.tick(), if pings.is_empty() => {
+                    pings.push(client.ping());
+                    self.looks.try_again();
+                    self.watch(place);
+                }
+                Some(alive) = pings.next() => alive?,
+            }
         }
     }
 }
 
 impl Services {
-    /// One request of the engine. Event streams aside, none may take longer.
-    const REQUEST: Duration = Duration::from_secs(10);
-    /// An engine that says nothing for this long is asked whether it is there.
-    const QUIET: Duration = Duration::from_secs(10);
-    /// Inspections at a time: enough to be quick on a full host, few enough not to trouble its engine.
-    const AT_A_TIME: usize = 8;
+    /// What the look-up of a name may take.
+    const LOOKUP: Duration = Duration::from_secs(10);
 
-    async fn list(&self, client: &bollard::Docker) -> Result<Containers, SourceError> {
-        let running = client.list_containers(None::<ListContainersOptions>);
-        let running = self.ask("list containers", running).await?;
-        let ids = running.into_iter().filter_map(|container| container.id);
-        let inspected = self.inspect(client, ids).await?;
-        Ok(inspected.into_iter().filter_map(|(id, found)| Some((id, found?))).collect())
+    fn new(engine: Engine, own: bool, bell: Arc<Notify>) -> Self {
+        Self {
+            engine,
+            own,
+            bell,
+            containers: Containers::new(),
+            processes: Processes::default(),
+            looks: Looks::default(),
+            unseen: BTreeSet::new(),
+            complete: false,
+        }
     }
 
-    /// `None` beside an ID: gone, or no endpoint can be in it. An ID is missing where the engine cannot say.
-    async fn inspect(
-        &self,
-        client: &bollard::Docker,
-        ids: impl IntoIterator<Item = String>,
-    ) -> Result<Vec<(String, Option<Container>)>, SourceError> {
-        let found: Vec<_> = stream::iter(ids)
-            .map(|id| async move {
-                let answer = client.inspect_container(&id, None).map(|answer| match answer {
-                    Err(Error::DockerResponseServerError { status_code: 404, .. }) => {
-                        Ok(Some(None))
-                    }
-                    // An engine can be stuck with one container, and serve all others.
-                    Err(
-                        error @ (Error::DockerResponseServerError { .. }
-                        | Error::JsonDataError { .. }
-                        | Error::RequestTimeoutError),
-                    ) => {
-                        warn!(id, %error, "the engine cannot say how this container is");
-                        Ok(None)
-                    }
-                    answer => answer.map(|answer| Some(Container::new(answer))),
-                });
-                let container = self.ask(&format!("inspect container {id}"), answer).await?;
-                Ok(container.map(|container| (id, container)))
-            })
-            .buffer_unordered(Self::AT_A_TIME)
-            .try_collect()
-            .await?;
-        Ok(found.into_iter().flatten().collect())
+    /// The containers that run. Each is as it was known until it was looked at, if it is where it was.
+    fn relist(&mut self, list: Vec<Listed>) {
+        let listed: BTreeMap<_, _> = list.into_iter().map(|one| (one.id, one.addresses)).collect();
+        self.containers.retain(|id, container| {
+            let is_at = |addresses: &Option<_>| match addresses {
+                Some(addresses) => container.is_at(addresses),
+                None => true,
+            };
+            let stays = listed.get(id).is_some_and(is_at);
+            if !stays {
+                container.left.come();
+            }
+            stays
+        });
+        self.unseen = listed.keys().cloned().collect();
+        self.looks = Looks { listed: listed.into_keys().collect(), ..Looks::default() };
+    }
+
+    fn heard(&mut self, event: EventMessage) {
+        let ended = is_end(&event);
+        let Some(id) = subject(event) else { return };
+        // From now on it is no endpoint, however long it takes to look at it.
+        if ended {
+            self.unseen.remove(&id);
+            if let Some(container) = self.containers.remove(&id) {
+                container.left.come();
+            }
+        }
+        self.looks.ask(id);
+    }
+
+    fn looked_at(&mut self, id: ContainerId, answer: Inspected, place: Place) {
+        if !self.looks.have(&id) {
+            return;
+        }
+        self.unseen.remove(&id);
+        let found = match answer {
+            Inspected::Found(answer) => Container::new(*answer),
+            Inspected::Gone => None,
+            Inspected::Unknown => {
+                self.looks.failed.insert(id);
+                return;
+            }
+        };
+        let before = self.containers.remove(&id);
+        match (found, before) {
+            (Some(mut container), before) => {
+                if let Some(before) = before {
+                    container.follows(&before);
+                }
+                self.watch_one(&id, &container, place);
+                self.containers.insert(id, container);
+            }
+            (None, Some(before)) => before.left.come(),
+            (None, None) => {}
+        }
+    }
+
+    /// Those whose process is not watched yet.
+    fn watch(&mut self, place: Place) {
+        let containers = std::mem::take(&mut self.containers);
+        for (id, container) in &containers {
+            self.watch_one(id, container, place);
+        }
+        self.containers = containers;
+    }
+
+    fn watch_one(&mut self, id: &ContainerId, container: &Container, place: Place) {
+        // Elsewhere, the number is of a process there.
+        if place == Place::Here && container.pid > 0 {
+            self.processes.watch(id, container.pid, &container.end, self.bell.clone());
+        }
     }
 
     /// How the containers are reached from here.
@@ -207,59 +284,88 @@ impl Services {
         what: &str,
         request: impl Future<Output = Result<T, E>>,
     ) -> Result<T, SourceError> {
-        match timeout(Self::REQUEST, request).await {
-            Ok(answer) => answer.map_err(|error| self.failed(what, &error)),
+        match timeout(Self::LOOKUP, request).await {
+            Ok(answer) => answer.map_err(|error| {
+                SourceError::caused(format_args!("{what} of {}", self.engine), &error)
+            }),
             Err(_) => {
-                let seconds = Self::REQUEST.as_secs();
+                let seconds = Self::LOOKUP.as_secs();
                 Err(self.error(what, format_args!("no answer within {seconds} s")))
             }
         }
     }
 
-    fn failed(&self, what: &str, error: &dyn std::error::Error) -> SourceError {
-        SourceError::caused(format_args!("{what} at {}", self.engine), error)
-    }
-
     fn error(&self, what: &str, reason: impl fmt::Display) -> SourceError {
-        SourceError::new(format_args!("{what} at {}: {reason}", self.engine))
+        SourceError::new(format_args!("{what} of {}: {reason}", self.engine))
     }
 }
 
-/// Events that may change what a container offers. An engine replays those that it remembers, the last few hundred at
-/// most: nothing can fall between the subscription and the listing, however late the engine takes up the former.
-fn wanted_events() -> EventsOptions {
-    let types = vec!["container", "network"];
-    let actions = vec![
-        "start",
-        "die",
-        "destroy",
-        "pause",
-        "unpause",
-        "rename",
-        "health_status",
-        "connect",
-        "disconnect",
-    ];
-    let filters = HashMap::from([("type", types), ("event", actions)]);
-    EventsOptionsBuilder::new().since("1").filters(&filters).build()
+/// Which containers are to be looked at: each by one request at a time, those first that something happened to.
+#[derive(Debug, Default)]
+struct Looks {
+    listed: BTreeSet<ContainerId>,
+    urgent: BTreeSet<ContainerId>,
+    /// Those that are being looked at, and whether something happened to them meanwhile.
+    under_way: BTreeMap<ContainerId, bool>,
+    /// Those of which the engine could not say how they are.
+    failed: BTreeSet<ContainerId>,
 }
 
-/// Whether the event tells of a container's end since `start`, in seconds of Unix time. An earlier one is a replay, and
-/// may be of a run before the present one: looking at the container will tell.
-fn is_end(event: &EventMessage, start: u64) -> bool {
+impl Looks {
+    /// At a time, while many containers are listed, and at all.
+    const LISTED: usize = 8;
+    const AT_ALL: usize = 16;
+
+    fn ask(&mut self, id: ContainerId) {
+        match self.under_way.get_mut(&id) {
+            Some(again) => *again = true,
+            None => {
+                self.listed.remove(&id);
+                self.urgent.insert(id);
+            }
+        }
+    }
+
+    /// One that is to be looked at now.
+    fn next(&mut self) -> Option<ContainerId> {
+        let urgent = self.under_way.len() < Self::AT_ALL;
+        let listed = self.under_way.len() < Self::LISTED;
+        let id = urgent.then(|| self.urgent.pop_first()).flatten();
+        let id = id.or_else(|| listed.then(|| self.listed.pop_first()).flatten())?;
+        self.under_way.insert(id.clone(), false);
+        Some(id)
+    }
+
+    fn try_again(&mut self) {
+        let failed = std::mem::take(&mut self.failed);
+        self.listed.extend(failed.into_iter().filter(|id| !self.under_way.contains_key(id)));
+    }
+
+    /// One was looked at. Whether what was seen is as it is, as far as is known.
+    fn have(&mut self, id: &ContainerId) -> bool {
+        let again = self.under_way.remove(id).unwrap_or_default();
+        if again {
+            self.urgent.insert(id.clone());
+        }
+        !again
+    }
+}
+
+/// Whether the event tells of a container's end.
+fn is_end(event: &EventMessage) -> bool {
     event.typ == Some(EventMessageTypeEnum::CONTAINER)
-        && event.time.and_then(|time| u64::try_from(time).ok()).is_some_and(|time| time >= start)
         && matches!(event.action.as_deref(), Some("die" | "destroy"))
 }
 
 /// The ID of the container that an event is about.
-fn subject(event: EventMessage) -> Option<String> {
+fn subject(event: EventMessage) -> Option<ContainerId> {
     let actor = event.actor?;
-    match event.typ? {
+    let id = match event.typ? {
         EventMessageTypeEnum::CONTAINER => actor.id,
         EventMessageTypeEnum::NETWORK => actor.attributes?.remove("container"),
         _ => None,
-    }
+    };
+    id.map(|id| ContainerId::new(&id))
 }
 
 /// Reads each line of `input` as an event, and as the inspection of a container.
@@ -268,11 +374,11 @@ pub(crate) fn fuzz(input: &[u8]) {
     let mut containers = Containers::default();
     for (n, line) in input.split(|byte| *byte == b'\n').enumerate() {
         if let Ok(event) = serde_json::from_slice::<EventMessage>(line) {
-            is_end(&event, 1);
+            is_end(&event);
             subject(event);
         }
         if let Some(container) = serde_json::from_slice(line).ok().and_then(Container::new) {
-            containers.insert(n.to_string(), container);
+            containers.insert(ContainerId::new(&n.to_string()), container);
         }
     }
     let addresses = ["10.0.0.1", "fd00::1"].map(|text| text.parse().map(Place::There));

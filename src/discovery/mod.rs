@@ -11,7 +11,7 @@ use tokio::{sync::Notify, task::AbortHandle};
 
 use crate::{
     descriptor::Descriptor,
-    model::{Endpoint, Port, ServiceName, Tags},
+    model::{Endpoint, Port, ServiceName, Stay, Tags},
     source::{Answers, Known, Publisher, follow},
 };
 
@@ -63,6 +63,8 @@ pub struct Endpoints {
     pub list: Vec<Endpoint>,
     /// What stood among them and could not be understood. Sorted.
     pub rejected: Vec<Rejected>,
+    /// What those of them hang on that are containers of this host.
+    pub stays: BTreeMap<Endpoint, Stay>,
 }
 
 impl Endpoints {
@@ -70,7 +72,18 @@ impl Endpoints {
         let list: BTreeSet<_> = list.into_iter().collect();
         // A registry may answer in another order each time, which is no news.
         rejected.sort();
-        Self { list: list.into_iter().collect(), rejected }
+        Self { list: list.into_iter().collect(), rejected, stays: BTreeMap::new() }
+    }
+
+    /// Without those whose container is known to be gone: their addresses may be others' by now.
+    pub fn living(self: &Arc<Self>) -> Arc<Self> {
+        if !self.stays.values().any(Stay::is_over) {
+            return self.clone();
+        }
+        let mut living = Self::clone(self);
+        living.stays.retain(|_, stay| !stay.is_over());
+        living.list.retain(|one| !self.stays.contains_key(one) || living.stays.contains_key(one));
+        Arc::new(living)
     }
 }
 
@@ -159,6 +172,11 @@ impl Discoveries {
         }
         let default = default.ok_or_else(|| UriError::new("", "at least one discovery"))?;
         Ok(Self { by_name, uris: uris_by_name, default })
+    }
+
+    /// Whether what a discovery answers are containers of this host, at their own addresses.
+    pub fn is_of_containers_here(&self, via: &str) -> bool {
+        matches!(self.by_name.get(via), Some(Discovery::Docker(docker)) if docker.is_here())
     }
 
     /// The URI of each, by its name.
@@ -258,6 +276,13 @@ impl Watches {
             let watch = Watch { answers, task: task.abort_handle(), unasked: None };
             self.running.insert(query.clone(), watch);
         }
+    }
+
+    /// What is known now of everything that is followed, whether it is asked for or lingers.
+    pub fn followed(&self) -> BTreeMap<Query, Known<Endpoints>> {
+        let known =
+            |(query, watch): (&Query, &Watch)| (query.clone(), watch.answers.borrow().clone());
+        self.running.iter().map(known).collect()
     }
 
     /// What is known now of everything that is asked for.

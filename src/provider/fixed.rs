@@ -76,6 +76,13 @@ pub fn addresses(interface: &str) -> Result<Vec<IpAddr>, InterfaceError> {
     Ok(found)
 }
 
+/// The same of all interfaces whose name is wanted; one that is not there has none.
+pub fn addresses_of(wanted: impl Fn(&str) -> bool) -> std::io::Result<Vec<IpAddr>> {
+    let all = if_addrs::get_if_addrs()?;
+    let found = all.iter().filter(|i| wanted(&i.name) && !i.is_link_local());
+    Ok(found.map(|i| i.ip()).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,13 +1,14 @@
 //! One source behind many: an engine or a file that is followed once, however many queries it answers.
 
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 
 use tokio::task::AbortHandle;
 
-use super::{Answers, Publisher, Source, SourceError, follow};
+use super::{Answers, Publisher, Source, SourceError, follow, panicked};
 
 /// A source that its readers share. The first one starts it, and with the last one it ends. Clones are the same.
 #[derive(Debug)]
@@ -85,8 +86,17 @@ async fn pass_on<T: Clone, U: PartialEq>(
     loop {
         let known = source.borrow_and_update().clone();
         if let Some(value) = known.value.filter(|_| known.answers != answers) {
-            publish.publish(answer(&value));
             answers = known.answers;
+            match catch_unwind(AssertUnwindSafe(|| answer(&value))) {
+                Ok(value) => {
+                    publish.publish(value);
+                }
+                Err(panic) => {
+                    if let Err(error) = panicked::<()>(panic) {
+                        publish.fail(&error);
+                    }
+                }
+            }
         }
         if let Some(error) = known.error.filter(|_| known.failures != failures) {
             publish.fail(&SourceError::new(error));
@@ -115,6 +125,20 @@ mod tests {
         publish.publish(2);
         let known = answers.wait_for(|known| known.answers == 2).await.unwrap().clone();
         assert_eq!((known.value.as_deref(), known.error), (Some(&20), None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_cannot_be_made_is_a_failure_and_the_next_one_is_tried() {
+        let (publish, source) = Publisher::new(Arc::default());
+        let (derived, mut answers) = Publisher::new(Arc::default());
+        let tenth = |n: &u32| 10_u32.checked_div(*n).expect("thrown on purpose");
+        tokio::spawn(async move { pass_on(source, &derived, tenth).await });
+        publish.publish(0);
+        let known = answers.wait_for(|known| known.failures == 1).await.unwrap().clone();
+        assert!(known.error.unwrap().contains("thrown on purpose"));
+        publish.publish(2);
+        let known = answers.wait_for(|known| known.answers == 1).await.unwrap().clone();
+        assert_eq!((known.value.as_deref(), known.error), (Some(&5), None));
     }
 
     struct One;

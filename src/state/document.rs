@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc};
 use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 
-use super::{Document, KeptConsumer, Origin};
+use super::{Document, KeptAnswer, KeptConsumer, KeptEndpoint, Origin};
 use crate::{
     discovery::Query,
     model::{Binding, ContainerId, Endpoint, Port, Process, ServiceName, Tags},
@@ -91,19 +91,30 @@ struct WrittenAnswer {
     tags: Vec<String>,
     dc: Option<Arc<str>>,
     port: Option<u16>,
-    endpoints: Vec<SocketAddr>,
+    confirmed: u64,
+    /// Each with its container's runs, where it is one of this host.
+    endpoints: Vec<(SocketAddr, Vec<WrittenRun>)>,
 }
+
+/// A container, and its first process.
+type WrittenRun = (String, (i32, u64));
 
 impl Written {
     fn of(document: &Document) -> Self {
-        let Origin { machine, boot, provider, discoveries } = document.origin.clone();
-        let answers = document.answers.iter().map(|(query, endpoints)| WrittenAnswer {
+        let Origin { machine, boot, provider, discoveries, of_containers: _ } =
+            document.origin.clone();
+        let run = |(id, process): &(ContainerId, Process)| {
+            (id.as_str().to_owned(), (process.pid, process.started))
+        };
+        let endpoint = |kept: &KeptEndpoint| (kept.endpoint.0, kept.runs.iter().map(run).collect());
+        let answers = document.answers.iter().map(|(query, answer)| WrittenAnswer {
             via: query.via.clone(),
             service: query.service.to_string(),
             tags: query.tags.iter().map(str::to_owned).collect(),
             dc: query.dc.clone(),
             port: query.port.map(Port::get),
-            endpoints: endpoints.iter().map(|endpoint| endpoint.0).collect(),
+            confirmed: answer.confirmed,
+            endpoints: answer.endpoints.iter().map(endpoint).collect(),
         });
         Self {
             written: document.written,
@@ -120,7 +131,13 @@ impl Written {
         let Self { written, machine, boot, provider, discoveries, consumers, answers } = self;
         Ok(Document {
             written,
-            origin: Origin { machine, boot, provider, discoveries },
+            origin: Origin {
+                machine,
+                boot,
+                provider,
+                discoveries,
+                of_containers: Default::default(),
+            },
             consumers: consumers
                 .into_iter()
                 .map(WrittenConsumer::read)
@@ -168,7 +185,7 @@ impl WrittenConsumer {
 }
 
 impl WrittenAnswer {
-    fn read(self) -> Result<(Query, Vec<Endpoint>), String> {
+    fn read(self) -> Result<(Query, KeptAnswer), String> {
         let service =
             ServiceName::new(&self.service).ok_or_else(|| format!("service {:?}", self.service))?;
         let port = match self.port {
@@ -177,10 +194,18 @@ impl WrittenAnswer {
         };
         let tags = Tags::new(self.tags.iter().map(String::as_str));
         let query = Query { via: self.via, service, tags, dc: self.dc, port };
-        if let Some(wrong) = self.endpoints.iter().find(|endpoint| endpoint.port() == 0) {
-            return Err(format!("endpoint {wrong}"));
-        }
-        Ok((query, self.endpoints.into_iter().map(Endpoint).collect()))
+        let run = |(text, (pid, started)): WrittenRun| {
+            Ok::<_, String>((id(&text)?, Process { pid, started }))
+        };
+        let endpoint = |(address, runs): (SocketAddr, Vec<WrittenRun>)| match address.port() {
+            0 => Err(format!("endpoint {address}")),
+            _ => Ok(KeptEndpoint {
+                endpoint: Endpoint(address),
+                runs: runs.into_iter().map(run).collect::<Result<_, _>>()?,
+            }),
+        };
+        let endpoints = self.endpoints.into_iter().map(endpoint).collect::<Result<_, _>>()?;
+        Ok((query, KeptAnswer { confirmed: self.confirmed, endpoints }))
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{Document, KeptConsumer, Origin, document::render};
+use super::{Document, KeptAnswer, KeptConsumer, KeptEndpoint, Origin, document::render};
 use crate::{
     discovery::{Endpoints, Query},
     provider::Listing,
@@ -31,6 +31,8 @@ use crate::{
 pub struct Snapshot {
     pub listing: Arc<Listing>,
     pub endpoints: HashMap<Query, Arc<Endpoints>>,
+    /// When that was last known to be so, of those whose discovery does not answer.
+    pub confirmed: HashMap<Query, std::time::Instant>,
 }
 
 /// How keeping the table went since the start, for the metrics.
@@ -100,8 +102,12 @@ async fn run(file: File, mut changes: watch::Receiver<Option<Snapshot>>, counts:
         if let Some(snapshot) = snapshot {
             let document = file.document(&snapshot);
             let is_kept = kept.as_ref().is_some_and(|(kept, at)| {
+                let endpoints = |document: &Document| {
+                    let answers = document.answers.iter();
+                    answers.map(|(q, a)| (q.clone(), a.endpoints.clone())).collect::<Vec<_>>()
+                };
                 kept.consumers == document.consumers
-                    && kept.answers == document.answers
+                    && endpoints(kept) == endpoints(&document)
                     && at.elapsed() < Keeper::REFRESH
             });
             if !is_kept {
@@ -149,11 +155,19 @@ impl File {
     fn document(&self, snapshot: &Snapshot) -> Document {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let answered = snapshot.endpoints.iter().filter(|(_, answer)| !answer.list.is_empty());
+        let kept = |query: &Query, answer: &Endpoints| {
+            let age = snapshot.confirmed.get(query).map_or(Duration::ZERO, |at| at.elapsed());
+            let endpoints = answer.list.iter().filter_map(|&one| KeptEndpoint::of(one, answer));
+            KeptAnswer {
+                confirmed: now.saturating_sub(age.as_secs()),
+                endpoints: endpoints.collect(),
+            }
+        };
         Document {
             written: now,
             origin: self.origin.clone(),
             consumers: snapshot.listing.consumers.iter().filter_map(KeptConsumer::of).collect(),
-            answers: answered.map(|(query, answer)| (query.clone(), answer.list.clone())).collect(),
+            answers: answered.map(|(query, answer)| (query.clone(), kept(query, answer))).collect(),
         }
     }
 
@@ -164,8 +178,10 @@ impl File {
         let mut new = self.path.as_os_str().to_owned();
         new.push(".new");
         let new = PathBuf::from(new);
+        // What lies there is of a write that was cut off, or another's: nothing is written through it.
+        let _ = fs::remove_file(&new);
         let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
+        options.write(true).create_new(true).mode(0o600);
         let written = options.open(&new).and_then(|mut file| {
             file.write_all(&render(document)?)?;
             file.sync_all()
@@ -193,7 +209,8 @@ mod tests {
 
     fn endpoints(path: &Path) -> Vec<String> {
         let document = parse(&fs::read(path).unwrap()).unwrap();
-        document.answers.values().flatten().map(ToString::to_string).collect()
+        let endpoints = document.answers.values().flat_map(|answer| &answer.endpoints);
+        endpoints.map(|kept| kept.endpoint.to_string()).collect()
     }
 
     #[tokio::test]
@@ -211,6 +228,37 @@ mod tests {
         assert_eq!(counts.written.load(Relaxed), 1);
         let names = fs::read_dir(path.parent().unwrap()).unwrap().count();
         assert_eq!(names, 1, "nothing lies beside it");
+    }
+
+    #[tokio::test]
+    async fn nothing_is_written_through_what_lies_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, elsewhere) = (folder.path().join("table"), folder.path().join("elsewhere"));
+        fs::write(&elsewhere, "mine").unwrap();
+        std::os::unix::fs::symlink(&elsewhere, folder.path().join("table.new")).unwrap();
+        let keeper = Keeper::start(path.clone(), Origin::default(), Arc::default());
+        keeper.snapshots().send_replace(Some(snapshot("10.0.0.1:1")));
+        keeper.stop().await;
+        assert_eq!(fs::read_to_string(&elsewhere).unwrap(), "mine");
+        assert_eq!(endpoints(&path), ["10.0.0.1:1"]);
+        let mode =
+            std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&path).unwrap().permissions());
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[tokio::test]
+    async fn what_a_discovery_does_not_confirm_keeps_its_age() {
+        let mut snapshot = snapshot("10.0.0.1:1");
+        let file = File { path: "table".into(), origin: Origin::default() };
+        let age = |snapshot: &Snapshot| {
+            let document = file.document(snapshot);
+            document.written - document.answers.values().next().unwrap().confirmed
+        };
+        assert_eq!(age(&snapshot), 0);
+        let query = snapshot.endpoints.keys().next().unwrap().clone();
+        let hour = Duration::from_secs(3600);
+        snapshot.confirmed.insert(query, std::time::Instant::now().checked_sub(hour).unwrap());
+        assert!(age(&snapshot) >= 3600);
     }
 
     #[tokio::test(start_paused = true)]

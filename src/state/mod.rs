@@ -13,7 +13,7 @@ use std::{
 };
 
 use crate::{
-    discovery::Query,
+    discovery::{Discoveries, Endpoints, Query},
     model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Process},
 };
 
@@ -23,7 +23,7 @@ mod restore;
 
 pub use document::{Damage, parse};
 pub use keeper::{Counts, Keeper, Snapshot};
-pub use restore::{Restored, restore};
+pub use restore::{Kept, Restored, restore};
 
 /// What a state file says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +32,22 @@ pub struct Document {
     pub written: u64,
     pub origin: Origin,
     pub consumers: Vec<KeptConsumer>,
-    pub answers: BTreeMap<Query, Vec<Endpoint>>,
+    pub answers: BTreeMap<Query, KeptAnswer>,
+}
+
+/// What a discovery said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptAnswer {
+    /// Until when it said so, in seconds of Unix time.
+    pub confirmed: u64,
+    pub endpoints: Vec<KeptEndpoint>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptEndpoint {
+    pub endpoint: Endpoint,
+    /// The container and the one that its network belongs to, with their first processes, where it is one of this host.
+    pub runs: Vec<(ContainerId, Process)>,
 }
 
 /// Where a table comes from: it means nothing elsewhere.
@@ -46,6 +61,8 @@ pub struct Origin {
     pub provider: String,
     /// The URI of each discovery, by its name.
     pub discoveries: BTreeMap<Arc<str>, String>,
+    /// Those of them whose endpoints are containers of this host. It is not written.
+    pub of_containers: BTreeSet<Arc<str>>,
 }
 
 /// A container, with what it takes to know it again.
@@ -67,10 +84,30 @@ pub struct KeptConsumer {
 
 impl Origin {
     /// This machine, and these sources.
-    pub fn here(provider: String, discoveries: BTreeMap<Arc<str>, String>) -> Self {
+    pub fn here(provider: String, discoveries: &Discoveries) -> Self {
         let read = |path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
         let (machine, boot) = (read("/etc/machine-id"), read("/proc/sys/kernel/random/boot_id"));
-        Self { machine, boot, provider, discoveries }
+        let of_containers =
+            discoveries.names().filter(|via| discoveries.is_of_containers_here(via));
+        Self {
+            machine,
+            boot,
+            provider,
+            discoveries: discoveries.uris().clone(),
+            of_containers: of_containers.cloned().collect(),
+        }
+    }
+}
+
+impl KeptEndpoint {
+    /// `None` where its container has ended. What cannot be known again by its process has no runs.
+    fn of(endpoint: Endpoint, answer: &Endpoints) -> Option<Self> {
+        let Some(stay) = answer.stays.get(&endpoint) else {
+            return Some(Self { endpoint, runs: Vec::new() });
+        };
+        let runs: Option<_> =
+            stay.runs.iter().map(|(id, end)| Some((id.clone(), end.process()?))).collect();
+        (!stay.is_over()).then(|| Self { endpoint, runs: runs.unwrap_or_default() })
     }
 }
 
@@ -108,21 +145,22 @@ pub enum Unfit {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Fit {
     pub consumers: Vec<KeptConsumer>,
-    pub answers: BTreeMap<Query, Vec<Endpoint>>,
+    /// Those whose endpoints are containers of this host are to be known again by their runs.
+    pub answers: BTreeMap<Query, KeptAnswer>,
 }
 
 impl Document {
     /// What of it may be used `here`, at `now` in seconds of Unix time. A clock that was set back makes nothing too old.
     pub fn fit(self, here: &Origin, now: u64, max_age: Duration) -> Result<Fit, Unfit> {
-        let Origin { machine, boot, provider, discoveries } = self.origin;
+        let Origin { machine, boot, provider, discoveries, of_containers: _ } = self.origin;
         let same_boot = boot == here.boot && !boot.is_empty();
         let known = !machine.is_empty() && !here.machine.is_empty();
         if if known { machine != here.machine } else { !same_boot } {
             return Err(Unfit::Foreign);
         }
-        let age = Duration::from_secs(now.saturating_sub(self.written));
-        if age > max_age {
-            return Err(Unfit::TooOld(age, max_age));
+        let age = |of: u64| Duration::from_secs(now.saturating_sub(of));
+        if age(self.written) > max_age {
+            return Err(Unfit::TooOld(age(self.written), max_age));
         }
         let same_provider = provider == here.provider && !provider.is_empty();
         let consumers = if same_boot && same_provider { self.consumers } else { Vec::new() };
@@ -132,7 +170,12 @@ impl Document {
             .map(|(name, _)| name)
             .collect();
         let mut answers = self.answers;
-        answers.retain(|query, _| same.contains(&query.via));
+        // A boot ends every container, and gives out their addresses anew.
+        answers.retain(|query, answer| {
+            same.contains(&query.via)
+                && (same_boot || !here.of_containers.contains(&query.via))
+                && age(answer.confirmed) <= max_age
+        });
         Ok(Fit { consumers, answers })
     }
 }
@@ -161,6 +204,7 @@ pub(crate) mod tests {
                 boot: "b".into(),
                 provider: "unix:///var/run/docker.sock BACKEND_".into(),
                 discoveries: [("consul".into(), "consul://127.0.0.1:8500".into())].into(),
+                of_containers: BTreeSet::new(),
             },
             consumers: vec![KeptConsumer {
                 id: id.clone(),
@@ -176,7 +220,22 @@ pub(crate) mod tests {
                     descriptor: "redis[eu,prod];6379;drain=kill".parse().unwrap(),
                 }],
             }],
-            answers: [(query, endpoints.map(|e| Endpoint(e.parse().unwrap())).to_vec())].into(),
+            answers: [(
+                query,
+                KeptAnswer {
+                    confirmed: 999_000,
+                    endpoints: endpoints
+                        .map(|e| KeptEndpoint {
+                            endpoint: Endpoint(e.parse().unwrap()),
+                            runs: vec![(
+                                ContainerId::new("0123456789ab"),
+                                Process { pid: 8, started: 12 },
+                            )],
+                        })
+                        .to_vec(),
+                },
+            )]
+            .into(),
         }
     }
 
@@ -191,7 +250,8 @@ pub(crate) mod tests {
     #[test]
     fn what_was_written_here_is_used_until_it_is_too_old() {
         assert_eq!(fit(|_| (), 0), Ok((1, 1)));
-        assert_eq!(fit(|_| (), 24 * 3600), Ok((1, 1)));
+        assert_eq!(fit(|_| (), 23 * 3600), Ok((1, 1)));
+        assert_eq!(fit(|_| (), 24 * 3600), Ok((1, 0)), "what it says of a service is older");
         let age = DAY + Duration::from_secs(1);
         assert_eq!(fit(|_| (), 24 * 3600 + 1), Err(Unfit::TooOld(age, DAY)));
         let (document, here) = (document(), document().origin);
@@ -209,6 +269,17 @@ pub(crate) mod tests {
             here.boot = "other".into();
         };
         assert_eq!(fit(other_boot, 0), Err(Unfit::Foreign));
+    }
+
+    #[test]
+    fn after_a_boot_no_container_is_an_endpoint() {
+        let of_containers = |here: &mut Origin| here.of_containers = ["consul".into()].into();
+        assert_eq!(fit(of_containers, 0), Ok((1, 1)));
+        let other_boot = |here: &mut Origin| {
+            of_containers(here);
+            here.boot = "other".into();
+        };
+        assert_eq!(fit(other_boot, 0), Ok((0, 0)));
     }
 
     #[test]

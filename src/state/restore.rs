@@ -1,18 +1,19 @@
 //! What a start takes over from the embassy before it.
 
 use std::{
-    collections::HashMap,
-    fs::{self, File},
+    collections::{BTreeMap, HashMap},
+    fs::{self, OpenOptions},
     io::{self, ErrorKind, Read},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use tokio::sync::Notify;
 use tracing::{info, warn};
 
-use super::{Fit, Origin, parse};
+use super::{Fit, KeptEndpoint, Origin, parse};
 use crate::{
     discovery::{Endpoints, Query},
     provider::{Listing, docker},
@@ -23,7 +24,17 @@ use crate::{
 pub struct Restored {
     /// `None` where nobody is left.
     pub listing: Option<Arc<Listing>>,
-    pub endpoints: HashMap<Query, Arc<Endpoints>>,
+    pub endpoints: HashMap<Query, Kept>,
+}
+
+/// What an earlier run knew of a service.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    pub endpoints: Arc<Endpoints>,
+    /// When its discovery last said so.
+    pub confirmed: Instant,
+    /// Until when it may be used.
+    pub until: Instant,
 }
 
 /// Bytes of the largest file that is read.
@@ -46,7 +57,7 @@ pub fn restore(path: &Path, here: &Origin, max_age: Duration, bell: &Arc<Notify>
         Err(damage) => Err(damage.to_string()),
     };
     match fit {
-        Ok(fit) => resume(path, fit, bell),
+        Ok(fit) => resume(path, here, fit, (now, max_age), bell),
         Err(reason) => {
             set_aside(path, &reason);
             Restored::default()
@@ -54,7 +65,13 @@ pub fn restore(path: &Path, here: &Origin, max_age: Duration, bell: &Arc<Notify>
     }
 }
 
-fn resume(path: &Path, fit: Fit, bell: &Arc<Notify>) -> Restored {
+fn resume(
+    path: &Path,
+    here: &Origin,
+    fit: Fit,
+    (now, max_age): (u64, Duration),
+    bell: &Arc<Notify>,
+) -> Restored {
     let mut consumers = Vec::new();
     for kept in fit.consumers {
         let (name, id) = (kept.name.clone(), kept.id.clone());
@@ -63,31 +80,81 @@ fn resume(path: &Path, fit: Fit, bell: &Arc<Notify>) -> Restored {
             Err(reason) => info!(consumer = %name, %id, %reason, "not as it was kept"),
         }
     }
+    let (mut endpoints, mut oldest) = (HashMap::new(), Duration::ZERO);
+    for (query, answer) in fit.answers {
+        let of_containers = here.of_containers.contains(&query.via);
+        let age = Duration::from_secs(now.saturating_sub(answer.confirmed));
+        let answer = living(&query, answer.endpoints, of_containers, bell);
+        if answer.list.is_empty() {
+            continue;
+        }
+        let at = Instant::now();
+        let kept = Kept {
+            endpoints: Arc::new(answer),
+            confirmed: at.checked_sub(age).unwrap_or(at),
+            // An age beyond what a clock can count is none.
+            until: at
+                .checked_add(max_age.saturating_sub(age))
+                .unwrap_or(at + Duration::from_secs(u32::MAX.into())),
+        };
+        oldest = oldest.max(age);
+        endpoints.insert(query, kept);
+    }
     info!(
-        file = %path.display(), consumers = consumers.len(), services = fit.answers.len(),
+        file = %path.display(), consumers = consumers.len(), services = endpoints.len(), oldest_s = oldest.as_secs(),
         "kept from the last run, for as long as the sources do not answer"
     );
     let known = consumers.iter().flat_map(|consumer| &consumer.sources).copied().collect();
     let listing = Listing { consumers, known, ..Listing::default() };
-    let endpoints = fit
-        .answers
-        .into_iter()
-        .map(|(query, endpoints)| (query, Arc::new(Endpoints::new(endpoints, Vec::new()))));
-    Restored {
-        listing: (!listing.consumers.is_empty()).then(|| Arc::new(listing)),
-        endpoints: endpoints.collect(),
-    }
+    Restored { listing: (!listing.consumers.is_empty()).then(|| Arc::new(listing)), endpoints }
 }
 
+/// An answer, without the endpoints that are containers of this host and are not as they were.
+fn living(
+    query: &Query,
+    kept: Vec<KeptEndpoint>,
+    of_containers: bool,
+    bell: &Arc<Notify>,
+) -> Endpoints {
+    let (mut list, mut stays) = (Vec::new(), BTreeMap::new());
+    for KeptEndpoint { endpoint, runs } in kept {
+        if of_containers {
+            match docker::resume_stay(runs, endpoint.0.ip(), bell) {
+                Ok(stay) => stays.insert(endpoint, stay),
+                Err(reason) => {
+                    info!(service = %query, %endpoint, %reason, "not as it was kept");
+                    continue;
+                }
+            };
+        }
+        list.push(endpoint);
+    }
+    Endpoints { stays, ..Endpoints::new(list, Vec::new()) }
+}
+
+/// Reads a file that nobody but us or root can have written.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let wrong = |reason| Err(io::Error::new(ErrorKind::InvalidInput, reason));
     // To open a pipe would wait for its writer.
-    if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::new(ErrorKind::InvalidInput, "expected a regular file"));
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let about = file.metadata()?;
+    if !about.is_file() {
+        return wrong("expected a regular file".to_owned());
+    }
+    if ![0, rustix::process::geteuid().as_raw()].contains(&about.uid()) {
+        return wrong(format!(
+            "it belongs to user {}: expected root or embassy's own",
+            about.uid()
+        ));
+    }
+    if about.mode() & 0o022 != 0 {
+        return wrong(format!("others may write it: its mode is {:o}", about.mode() & 0o777));
     }
     let mut bytes = Vec::new();
-    File::open(path)?.take(LARGEST + 1).read_to_end(&mut bytes)?;
+    file.take(LARGEST + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > LARGEST {
-        return Err(io::Error::new(ErrorKind::InvalidInput, "more than 64 MiB"));
+        return wrong("more than 64 MiB".to_owned());
     }
     Ok(bytes)
 }
@@ -107,6 +174,8 @@ fn set_aside(path: &Path, reason: &dyn std::fmt::Display) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::{super::tests::document, *};
     use crate::state::document::render;
 
@@ -138,9 +207,64 @@ mod tests {
         fs::write(&path, render(&document()).unwrap()).unwrap();
         let restored = restore(&path, &document().origin, Duration::MAX, &Arc::default());
         assert!(restored.listing.is_none());
-        let (query, endpoints) = restored.endpoints.iter().next().unwrap();
+        let (query, kept) = restored.endpoints.iter().next().unwrap();
         assert_eq!(query.to_string(), "consul redis[eu,prod] port 53 in dc1");
-        assert_eq!(endpoints.list.len(), 2);
+        assert_eq!(kept.endpoints.list.len(), 2);
         assert!(path.exists());
+
+        // Nor is one an endpoint.
+        let of_containers = ["consul".into()].into();
+        let here = Origin { of_containers, ..document().origin };
+        let restored = restore(&path, &here, Duration::MAX, &Arc::default());
+        assert!(restored.endpoints.is_empty(), "{restored:?}");
+    }
+
+    #[tokio::test]
+    async fn the_age_of_an_answer_is_its_own_and_bounds_its_use() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table");
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let mut document = document();
+        document.written = now;
+        document.answers.values_mut().for_each(|answer| answer.confirmed = now - 1000);
+        fs::write(&path, render(&document).unwrap()).unwrap();
+        let restore = |seconds| {
+            let max_age = Duration::from_secs(seconds);
+            super::restore(&path, &document.origin, max_age, &Arc::default()).endpoints
+        };
+        assert!(restore(900).is_empty());
+        let kept = restore(5000).into_values().next().unwrap();
+        let (age, left) = (kept.confirmed.elapsed(), kept.until.duration_since(Instant::now()));
+        assert!(age >= Duration::from_secs(1000), "{age:?}");
+        assert!(left <= Duration::from_secs(4000), "{left:?}");
+    }
+
+    #[tokio::test]
+    async fn what_others_can_have_written_is_not_trusted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table");
+        let whole = render(&document()).unwrap();
+        let is_used = || {
+            !super::restore(&path, &document().origin, Duration::MAX, &Arc::default())
+                .endpoints
+                .is_empty()
+        };
+        let write = |mode| {
+            fs::write(&path, &whole).unwrap();
+            fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+        };
+        write(0o600);
+        assert!(is_used());
+        write(0o620);
+        assert!(!is_used() && !path.exists());
+        let elsewhere = folder.path().join("elsewhere");
+        fs::write(&elsewhere, &whole).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+        assert!(!is_used());
+        if rustix::process::geteuid().is_root() {
+            write(0o600);
+            std::os::unix::fs::chown(&path, Some(65534), None).unwrap();
+            assert!(!is_used());
+        }
     }
 }

@@ -115,7 +115,7 @@ async fn an_engine_that_hangs_is_noticed() -> Result<()> {
     web.sees(&[]).await;
     host.docker_daemon().pause()?;
     // By the ping, or by whatever else it was asked when it stopped.
-    web.fails("at unix://").await;
+    web.fails("of unix://").await;
     host.docker_daemon().resume()?;
     host.web("one").env("SERVICE_80_NAME", "web").start()?;
     web.sees(&["172.17.0.2:80"]).await;

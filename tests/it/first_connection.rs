@@ -60,6 +60,30 @@ fn first_act(firewall: &str) -> Result<()> {
 }
 
 #[test]
+fn the_first_container_of_a_network_is_served_when_its_first_act_is_to_dial() -> Result<()> {
+    let host = Host::start()?;
+    host.web("web").label("SERVICE_80_NAME", "web").start()?;
+    let embassy = host.embassy(["--dnat", "-discovery=docker://"])?;
+    embassy.wait_ready(READY)?;
+    for n in 0..runs()?.min(60) {
+        let name = format!("net-{n}");
+        let net = host.network(&name, [format!("--subnet=10.90.{n}.0/24")])?;
+        let run = |binding: &str| {
+            let network = format!("--network={name}");
+            let mut docker = host.docker_command(["run", "--rm", "-e", binding, &network]);
+            let url = format!("http://{}:8080/", net.gateway()?);
+            docker.args(["testbed", "curl", "-s", "-m", "10", &url]);
+            testbed::output(&mut docker)
+        };
+        let said = run("BACKEND_WEB=web;8080")?;
+        ensure!(said.trim() == "web", "run {n}: {said:?}");
+        ensure!(run("NOTHING=web").is_err(), "who asks for nothing is served nothing");
+        net.remove()?;
+    }
+    Ok(())
+}
+
+#[test]
 fn a_published_port_is_reached_by_nft_whoever_holds_it() -> Result<()> {
     published("nft")
 }

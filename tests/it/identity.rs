@@ -14,11 +14,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use testbed::{Answers, Container, Host, testbed_program};
+use testbed::{Answers, Container, Embassy, Host, embassy_program, testbed_program};
 
 use crate::{
     READY, WAIT,
-    support::{ETCD, counts, metric, web},
+    support::{ETCD, counts, metric, says, web},
 };
 
 const VIP: &str = "172.17.0.1:80";
@@ -35,15 +35,35 @@ fn reuses() -> Result<usize> {
 
 #[test]
 fn an_address_that_changes_hands_never_reaches_its_former_owners_service() -> Result<()> {
-    let (host, start) = (Host::start()?, Instant::now());
+    change_hands(|host| host.embassy(FLAGS))
+}
+
+/// As in a container without `--pid=host`: ends are known by the engine's word alone.
+#[test]
+fn nor_does_it_where_the_containers_processes_cannot_be_seen() -> Result<()> {
+    change_hands(|host| {
+        let mut command = host.command("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+        command.arg(embassy_program()?).args(FLAGS).env("DOCKER_HOST", host.docker_url());
+        let embassy = host.embassy_from(command)?;
+        host.container("somebody").start()?;
+        says(&embassy, &["the containers' processes cannot be seen", "--pid=host"])?;
+        Ok(embassy)
+    })
+}
+
+/// Looking at a container may take a while on a busy machine; nobody is to be refused for that here.
+const FLAGS: [&str; 3] = ["--dnat", "--hold=20s", ETCD];
+
+fn change_hands(start: impl FnOnce(&Host) -> Result<Embassy>) -> Result<()> {
+    let (host, began) = (Host::start()?, Instant::now());
     for name in ["red", "blue"] {
         web(&host, name)?;
     }
     host.network("net", ["--subnet=10.82.0.0/24"])?;
     let out = host.dir().join("out");
     fs::create_dir(&out)?;
-    // Looking at a container may take a while on a busy machine; nobody is to be refused for that here.
-    let embassy = host.embassy(["--dnat", "--hold=20s", ETCD])?;
+    let embassy = start(&host)?;
     embassy.wait_ready(READY)?;
     let each = reuses()?.div_ceil(LANES);
     thread::scope(|scope| {
@@ -68,7 +88,7 @@ fn an_address_that_changes_hands_never_reaches_its_former_owners_service() -> Re
             }
         }
     }
-    let took = start.elapsed();
+    let took = began.elapsed();
     println!(
         "{} reuses in {took:?}: {right} right, {crossed} crossed, failed {failed:?}",
         LANES * each
@@ -146,6 +166,70 @@ fn said(out: &Path, role: &str, n: usize) -> Result<String> {
     let mut text = fs::read_to_string(out.join(format!("{role}-{n}"))).unwrap_or_default();
     text.truncate(text.rfind('\n').map_or(0, |end| end + 1));
     Ok(text)
+}
+
+/// An engine that is restarted without `--live-restore`, as by default, starts its containers anew, in any order: their
+/// addresses change hands while nobody can be asked about them.
+#[test]
+fn a_restart_of_the_engine_that_deals_the_addresses_anew_crosses_nobody() -> Result<()> {
+    const SERVICES: usize = 4;
+    let host = Host::start()?;
+    let out = host.dir().join("out");
+    fs::create_dir(&out)?;
+    let embassy = host.embassy(["--dnat", "-discovery=docker://"])?;
+    embassy.wait_ready(READY)?;
+    let mut webs = Vec::new();
+    for n in 0..SERVICES {
+        let name = format!("web-{n}");
+        let web = host.web(&name).arg("--restart=always").label("SERVICE_80_NAME", &name);
+        webs.push(web.start()?);
+        let words =
+            format!("while :; do testbed peer get {VIP} -n 20 --timeout-ms 3000 >> /out/{n}; done");
+        let app = host.client(&format!("app-{n}")).env("BACKEND_IT", &format!("{name};80"));
+        let app =
+            app.args(["--restart=always".to_owned(), format!("--volume={}:/out", out.display())]);
+        app.cmd(["sh", "-c", &words]).start()?;
+    }
+    // How often each asked for its own was answered by it, and by another.
+    let answers = || -> Result<Vec<(usize, usize)>> {
+        let of_one = |n: usize| {
+            let text = fs::read_to_string(out.join(n.to_string())).unwrap_or_default();
+            let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            // A container that is killed may leave half a line.
+            let answers = whole.lines().filter_map(|line| Answers::read(line).ok());
+            let (mut right, mut crossed) = (0, 0);
+            for answers in answers {
+                let own = answers.from(&format!("web-{n}"));
+                right += own;
+                crossed += answers.answered() - own;
+            }
+            (right, crossed)
+        };
+        Ok((0..SERVICES).map(of_one).collect())
+    };
+    let all_go_on = || {
+        let before = answers()?;
+        testbed::eventually(3 * WAIT, "everybody to be served", || {
+            let now = answers()?;
+            let further = now.iter().zip(&before).all(|(now, before)| now.0 > before.0);
+            ensure!(further, "{before:?}, and then {now:?}");
+            Ok(())
+        })
+    };
+    let addresses = || webs.iter().map(Container::ip).collect::<Result<Vec<_>>>();
+    all_go_on()?;
+    let mut deals = vec![addresses()?];
+    for _ in 0..5 {
+        host.docker_daemon().restart()?;
+        all_go_on()?;
+        deals.push(addresses()?);
+    }
+    let counted = answers()?;
+    println!("answers, right and crossed: {counted:?}; {} deals", deals.len());
+    ensure!(counted.iter().all(|(_, crossed)| *crossed == 0), "{counted:?}\n{}", embassy.log());
+    deals.dedup();
+    ensure!(deals.len() > 1, "the addresses were always the same: {deals:?}");
+    Ok(())
 }
 
 /// The client is not in the container, and does not end with it.

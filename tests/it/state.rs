@@ -95,6 +95,42 @@ fn who_still_runs_is_served_after_a_start_while_everything_is_down() -> Result<(
 }
 
 #[test]
+fn containers_that_were_endpoints_are_used_after_such_a_start_as_far_as_they_run() -> Result<()> {
+    let host = Host::builder().docker_args(["--live-restore"]).start()?;
+    let web = |name: &str| host.web(name).label("SERVICE_80_NAME", "web").start();
+    let (stays, ends) = (web("stays")?, web("ends")?);
+    let app = host.client("app").env("BACKEND_WEB", "web;80").start()?;
+    let run = || host.embassy(["--dnat", "-discovery=docker://"]);
+    let embassy = run()?;
+    embassy.wait_ready(READY)?;
+    for name in ["stays", "ends"] {
+        reaches(&app, VIP, name)?;
+    }
+    let endpoint = |of: &Container| Ok::<_, anyhow::Error>(format!("{}:80", of.ip()?));
+    keeps(&host, &[app.id(), &endpoint(&stays)?, &endpoint(&ends)?])?;
+    embassy.kill()?;
+    let (gone, ended, mut curl) = (endpoint(&ends)?, ends.pid()?, curl(&app)?);
+    let last = stays.pid()?;
+    host.docker_daemon().kill()?;
+    host.run("kill", ["-KILL", &ended.to_string()])?;
+
+    let embassy = run()?;
+    says(&embassy, &["kept from the last run", "consumers=1", "services=1"])?;
+    says(&embassy, &["not as it was kept", "docker web", &gone])?;
+    testbed::eventually(WAIT, "an answer", || testbed::output(&mut curl).map(drop))?;
+    for _ in 0..6 {
+        ensure!(testbed::output(&mut curl)? == "stays", "{}", embassy.log());
+    }
+    // One that ends now is no endpoint any more, though nobody can be asked.
+    host.run("kill", ["-KILL", &last.to_string()])?;
+    testbed::eventually(WAIT, "no endpoint", || {
+        let endpoints = embassy.admin("/v1/endpoints")?.ok()?;
+        ensure!(!endpoints.contains(":80"), "{endpoints}");
+        Ok(())
+    })
+}
+
+#[test]
 fn what_is_damaged_or_of_another_machine_is_set_aside() -> Result<()> {
     let host = Host::start()?;
     host.run("sh", ["-c", "echo one > /etc/machine-id"])?;

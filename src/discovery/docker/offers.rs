@@ -9,16 +9,24 @@ use bollard::models::{ContainerInspectResponse, HealthStatusEnum, PortBinding};
 
 use crate::{
     discovery::{Endpoints, Query, Rejected},
-    model::{Endpoint, Port},
+    model::{ContainerId, Endpoint, Port, RunEnd, Stay},
 };
 
 /// Every running container of an engine, by ID.
-pub(super) type Containers = BTreeMap<String, Container>;
+pub(super) type Containers = BTreeMap<ContainerId, Container>;
 
 /// What an inspection says of a running container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Container {
     name: String,
+    /// Its first process, as the engine numbers it; 0 where it does not say.
+    pub(super) pid: i32,
+    /// `State.StartedAt`
+    started_at: String,
+    /// The end of this run, where its process can be seen.
+    pub(super) end: RunEnd,
+    /// Comes when it is no more where it was, by the engine's word.
+    pub(super) left: RunEnd,
     /// The variables and then the labels named `SERVICE_*`, without that prefix, in lower case.
     metadata: Vec<(String, String)>,
     exposed: BTreeSet<ContainerPort>,
@@ -56,6 +64,16 @@ pub(super) struct Offer {
     container: String,
     /// Where it can be reached, or why it cannot.
     endpoint: Result<Endpoint, String>,
+    /// What that hangs on, where it is on this host.
+    stay: Stay,
+}
+
+#[cfg(test)]
+impl Offer {
+    /// The end of its container's run.
+    pub(super) fn run(&self) -> RunEnd {
+        self.stay.runs[0].1.clone()
+    }
 }
 
 /// A port inside a container. TCP is the only protocol that is proxied, but registrator counts the others as well.
@@ -72,23 +90,29 @@ pub(super) fn select(offers: &[Offer], query: &Query, healthy_only: bool) -> End
         offer.service == query.service.as_str()
             && query.tags.all_in(&offer.tags)
             && (offer.healthy || !healthy_only)
+            && !offer.stay.is_over()
     });
-    let mut list = Vec::new();
+    let (mut list, mut stays) = (Vec::new(), BTreeMap::new());
     for offer in wanted {
         match &offer.endpoint {
-            Ok(endpoint) => list.push(*endpoint),
+            Ok(endpoint) => {
+                list.push(*endpoint);
+                if offer.stay != Stay::default() {
+                    stays.insert(*endpoint, offer.stay.clone());
+                }
+            }
             Err(reason) => rejected.push(Rejected {
                 what: format!("container {}", offer.container),
                 reason: reason.clone(),
             }),
         }
     }
-    Endpoints::new(list, rejected)
+    Endpoints { stays, ..Endpoints::new(list, rejected) }
 }
 
 /// Every service that the containers offer.
 pub(super) fn offers(containers: &Containers, place: Place) -> Vec<Offer> {
-    containers.values().flat_map(|container| container.offers(containers, place)).collect()
+    containers.iter().flat_map(|(id, container)| container.offers(id, containers, place)).collect()
 }
 
 impl Container {
@@ -112,6 +136,10 @@ impl Container {
         });
         Some(Self {
             name: inspected.name.unwrap_or_default().trim_start_matches('/').to_owned(),
+            pid: state.pid.and_then(|pid| pid.try_into().ok()).unwrap_or_default(),
+            started_at: state.started_at.unwrap_or_default(),
+            end: RunEnd::default(),
+            left: RunEnd::default(),
             exposed: exposed.filter_map(|port| ContainerPort::parse(port)).collect(),
             published: ports
                 .iter()
@@ -141,8 +169,40 @@ impl Container {
         })
     }
 
-    fn offers(&self, all: &Containers, place: Place) -> Vec<Offer> {
-        let owner = self.network_owner(all);
+    /// Takes over what others hang on, as far as it is the same run, and at the same address.
+    pub(super) fn follows(&mut self, before: &Self) {
+        if self.started_at == before.started_at {
+            self.end = before.end.clone();
+            if self.network == before.network {
+                self.left = before.left.clone();
+                return;
+            }
+        }
+        before.left.come();
+    }
+
+    /// Whether it has none but these addresses, as far as it has one of its own.
+    pub(super) fn is_at(&self, addresses: &BTreeSet<IpAddr>) -> bool {
+        !matches!(&self.network, Network::Own(Some(own)) if !addresses.contains(own))
+    }
+
+    fn offers(&self, id: &ContainerId, all: &Containers, place: Place) -> Vec<Offer> {
+        let found = self.network_owner(id, all);
+        let stay = match (place, found) {
+            (Place::Here, Ok((owner_id, owner))) => {
+                let mut stay = Stay {
+                    runs: vec![(id.clone(), self.end.clone())],
+                    left: vec![self.left.clone()],
+                };
+                if owner_id != id {
+                    stay.runs.push((owner_id.clone(), owner.end.clone()));
+                    stay.left.push(owner.left.clone());
+                }
+                stay
+            }
+            _ => Stay::default(),
+        };
+        let owner = found.map(|(_, owner)| owner);
         let on_host = owner.is_ok_and(|owner| owner.network == Network::Host);
         let mut visible: BTreeSet<ContainerPort> = match (place, owner) {
             (Place::There(_), Ok(owner)) if !on_host => owner.published.keys().copied().collect(),
@@ -161,6 +221,7 @@ impl Container {
                 None => self.name.clone(),
             },
             endpoint,
+            stay: stay.clone(),
         };
 
         let mut offers = Vec::new();
@@ -218,13 +279,17 @@ impl Container {
     }
 
     /// The container whose network this one uses: itself, or at the end of `--network=container:` references.
-    fn network_owner<'a>(&'a self, all: &'a Containers) -> Result<&'a Self, &'static str> {
-        let mut owner = self;
+    fn network_owner<'a>(
+        &'a self,
+        id: &'a ContainerId,
+        all: &'a Containers,
+    ) -> Result<(&'a ContainerId, &'a Self), &'static str> {
+        let mut owner = (id, self);
         for _ in 0..=all.len() {
-            let Network::Container(other) = &owner.network else { return Ok(owner) };
+            let Network::Container(other) = &owner.1.network else { return Ok(owner) };
             owner = all
-                .get(other)
-                .or_else(|| all.values().find(|container| container.name == *other))
+                .get_key_value(&ContainerId::new(other))
+                .or_else(|| all.iter().find(|(_, container)| container.name == *other))
                 .ok_or("the container whose network it uses does not run")?;
         }
         Err("it uses its own network through another container")

@@ -12,6 +12,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
+    docker::client::Listed,
     model::{Binding, Consumer, ConsumerId, ContainerId, RunEnd},
     provider::{Listing, Problem},
 };
@@ -52,6 +53,14 @@ pub(super) struct Attachment {
     pub gateways: Vec<IpAddr>,
 }
 
+/// A network whose gateway is on the engine's host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Bridge {
+    pub ranges: Vec<IpNet>,
+    /// The gateway's interface.
+    pub interface: Arc<str>,
+}
+
 /// What an inspection found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Found {
@@ -78,23 +87,36 @@ pub(super) struct Containers {
     listed: HashSet<ContainerId>,
     /// Whether that was ever nothing.
     complete: bool,
-    /// The networks whose gateways are on this host, with their address ranges.
-    bridges: HashMap<NetworkId, Vec<IpNet>>,
+    bridges: HashMap<NetworkId, Bridge>,
 }
 
 impl Containers {
     /// The networks that the `bridge` driver made.
-    pub(super) fn bridges(&mut self, bridges: HashMap<NetworkId, Vec<IpNet>>) {
+    pub(super) fn bridges(&mut self, bridges: HashMap<NetworkId, Bridge>) {
         self.bridges = bridges;
     }
 
-    /// All containers that run, as an engine lists them; each should be inspected now. Until then it is as it was known.
-    pub(super) fn relist(&mut self, ids: Vec<ContainerId>) -> VecDeque<Ticket> {
+    /// All containers that run, as an engine lists them; each should be inspected now, those that are not known yet first.
+    /// Until then it is as it was known, but for addresses that the list does not give it: while nobody told us, they may
+    /// have become another's.
+    pub(super) fn relist(&mut self, list: Vec<Listed>) -> VecDeque<Ticket> {
         self.awaited.clear();
-        self.listed = ids.iter().cloned().collect();
-        self.complete |= ids.is_empty();
+        self.listed = list.iter().map(|one| one.id.clone()).collect();
+        self.complete |= list.is_empty();
         self.running.retain(|id, _| self.listed.contains(id));
-        ids.into_iter().map(|id| self.inspect(id)).collect()
+        for Listed { id, addresses } in &list {
+            if let Some(Running { network: Network::Own(attachments), .. }) =
+                self.running.get_mut(id)
+                && let Some(addresses) = addresses
+            {
+                for attachment in attachments.values_mut() {
+                    attachment.addresses.retain(|address| addresses.contains(address));
+                }
+            }
+        }
+        let (known, new): (Vec<_>, Vec<_>) =
+            list.into_iter().map(|one| one.id).partition(|id| self.running.contains_key(id));
+        new.into_iter().chain(known).map(|id| self.inspect(id)).collect()
     }
 
     /// Whether the listing tells of every container: once all of the first list have been inspected, or have ended.
@@ -120,11 +142,17 @@ impl Containers {
     }
 
     /// Those of `ids` that nothing is known of and that are not being inspected: to be inspected now.
-    pub(super) fn unknown(&mut self, ids: Vec<ContainerId>) -> Vec<Ticket> {
+    pub(super) fn unknown(&mut self, ids: impl IntoIterator<Item = ContainerId>) -> Vec<Ticket> {
         let known =
             |id: &ContainerId| self.running.contains_key(id) || self.awaited.contains_key(id);
         let unknown: Vec<_> = ids.into_iter().filter(|id| !known(id)).collect();
         unknown.into_iter().map(|id| self.inspect(id)).collect()
+    }
+
+    /// Those of `ids` that are not being inspected: to be inspected again.
+    pub(super) fn again(&mut self, ids: impl IntoIterator<Item = ContainerId>) -> Vec<Ticket> {
+        let ids: Vec<_> = ids.into_iter().filter(|id| !self.awaited.contains_key(id)).collect();
+        ids.into_iter().map(|id| self.inspect(id)).collect()
     }
 
     /// A container that should be inspected now.
@@ -184,10 +212,17 @@ impl Containers {
         }
     }
 
+    /// Those whose process is not watched.
+    pub(super) fn unwatched(&self) -> impl Iterator<Item = (&ContainerId, &Running)> {
+        self.running.iter().filter(|(_, run)| run.pid > 0 && run.end.process().is_none())
+    }
+
     /// Everybody who asks for something.
     pub(super) fn listing(&self) -> Listing {
-        let networks = self.bridges.values().flatten().copied().collect();
-        let mut listing = Listing { networks, ..Listing::default() };
+        let networks = self.bridges.values().flat_map(|bridge| &bridge.ranges).copied().collect();
+        let bridges = self.bridges.values().map(|bridge| bridge.interface.clone());
+        let bridges = bridges.filter(|interface| !interface.is_empty()).collect();
+        let mut listing = Listing { networks, bridges, ..Listing::default() };
         // The kernel's word on an end comes before the engine's, and its address may be another's by now.
         for (id, container) in self.running.iter().filter(|(_, c)| !c.end.has_come()) {
             if let Network::Own(attachments) = &container.network {
@@ -272,7 +307,7 @@ impl Containers {
             let Some((owner_id, owner)) = found else {
                 return Err(format!("net=container:{target}: that container does not run"));
             };
-            if later(&owner.started_at, &container.started_at) {
+            if owner.is_later_than(container) {
                 return Err(format!(
                     "net=container:{target}: it restarted since, and took its network along"
                 ));
@@ -280,6 +315,16 @@ impl Containers {
             (id, container) = (owner_id, owner);
         }
         Err("net=container: goes round in a circle".to_owned())
+    }
+}
+
+impl Running {
+    /// Whether this run started after another. The kernel's word on their processes goes before the wall clock's.
+    fn is_later_than(&self, other: &Self) -> bool {
+        match (self.end.process(), other.end.process()) {
+            (Some(this), Some(other)) => this.started > other.started,
+            _ => later(&self.started_at, &other.started_at),
+        }
     }
 }
 
@@ -292,6 +337,7 @@ fn later(a: &str, b: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Process;
 
     fn running(name: &str, network: Network) -> Running {
         let binding = Binding { origin: "BACKEND_A".into(), descriptor: "a;80".parse().unwrap() };
@@ -318,8 +364,12 @@ mod tests {
         ContainerId::new(name)
     }
 
-    fn bridges(names: &[&str]) -> HashMap<NetworkId, Vec<IpNet>> {
-        names.iter().map(|name| ((*name).into(), Vec::new())).collect()
+    fn listed(names: &[&str]) -> Vec<Listed> {
+        names.iter().map(|name| Listed { id: id(name), addresses: None }).collect()
+    }
+
+    fn bridges(names: &[&str]) -> HashMap<NetworkId, Bridge> {
+        names.iter().map(|name| ((*name).into(), Bridge::default())).collect()
     }
 
     fn with(containers: &[(&str, Running)]) -> Containers {
@@ -388,7 +438,7 @@ mod tests {
     fn the_first_list_is_complete_when_each_of_it_was_inspected_or_ended() {
         let mut containers = Containers::default();
         assert!(!containers.is_complete());
-        let tickets = containers.relist(vec![id("a"), id("b"), id("c")]);
+        let tickets = containers.relist(listed(&["a", "b", "c"]));
         containers.ended(id("a"));
         containers.destroyed(&id("b"));
         assert!(!containers.is_complete());
@@ -396,7 +446,7 @@ mod tests {
         containers.inspected(c, Found::Unknown);
         assert!(containers.is_complete());
         // A later one changes what is known, bit by bit.
-        containers.relist(vec![id("d")]);
+        containers.relist(listed(&["d"]));
         assert!(containers.is_complete());
 
         let mut containers = Containers::default();
@@ -413,13 +463,16 @@ mod tests {
             ("gone", running("gone", bridge("172.17.0.4"))),
         ]);
         let old = containers.inspect(id("a"));
-        let mut tickets = containers.relist(vec![id("a"), id("b"), id("c")]);
+        let mut tickets = containers.relist(listed(&["a", "b", "c"]));
+        let first = tickets.pop_front().unwrap();
+        assert_eq!(first.id, id("c"), "who is not known yet is looked at first");
         containers.inspected(old, Found::Running(running("a", bridge("172.17.0.9"))));
         // Connected to a network meanwhile: the inspection of the list is void, and a later one counts.
         let again = containers.inspect(id("a"));
         containers.inspected(tickets.pop_front().unwrap(), Found::NotRunning);
-        containers.ended(id("c"));
         containers.inspected(tickets.pop_front().unwrap(), Found::Unknown);
+        containers.ended(id("c"));
+        containers.inspected(first, Found::Running(running("c", bridge("172.17.0.6"))));
         assert!(!containers.is_fresh());
         containers.inspected(again, Found::Running(running("a", bridge("172.17.0.5"))));
         assert!(containers.is_fresh());
@@ -427,6 +480,60 @@ mod tests {
         let address = |text: &str| vec![text.to_owned()];
         let expected = [("a".into(), address("172.17.0.5")), ("b".into(), address("172.17.0.3"))];
         assert_eq!(sources(&containers), expected);
+    }
+
+    #[test]
+    fn an_address_that_a_list_does_not_give_is_withdrawn_before_any_inspection() {
+        let network =
+            on(&[("bridge", "172.17.0.2", "172.17.0.1"), ("other", "172.18.0.2", "172.18.0.1")]);
+        let mut containers = with(&[("a", running("a", network))]);
+        let says = |address: &str| Listed {
+            id: id("a"),
+            addresses: Some([address.parse().unwrap()].into()),
+        };
+        containers.relist(listed(&["a"]));
+        assert_eq!(sources(&containers)[0].1.len(), 2, "a list that does not say changes nothing");
+        containers.relist(vec![says("172.18.0.2")]);
+        assert_eq!(sources(&containers), [("a".into(), vec!["172.18.0.2".into()])]);
+        assert!(!containers.listing().known.contains(&"172.17.0.2".parse().unwrap()));
+        // What it gives besides is the inspection's to tell.
+        containers.relist(vec![says("172.17.0.9")]);
+        assert_eq!(sources(&containers), [("a".into(), vec![])]);
+    }
+
+    #[test]
+    fn which_run_is_later_is_the_kernels_word_where_it_is_seen() {
+        let at = |name: &str, moment: &str, ticks: Option<u64>, network| {
+            let run = Running { started_at: moment.into(), ..running(name, network) };
+            if let Some(started) = ticks {
+                run.end.is_that_of(Process { pid: 7, started });
+            }
+            run
+        };
+        let (early, late) = ("2026-01-01T00:00:00Z", "2026-01-01T00:00:01Z");
+        let served = |owner, sharer| {
+            let own = on(&[("bridge", "172.17.0.2", "172.17.0.1")]);
+            let sharer = at("b", early, sharer, Network::Of("id-a".into()));
+            let both = [("id-a", at("a", late, owner, own)), ("id-b", sharer)];
+            sources(&with(&both)).len() == 2
+        };
+        // The clock was set back between the two.
+        assert!(served(Some(10), Some(20)));
+        assert!(!served(Some(20), Some(10)));
+        assert!(!served(Some(10), None));
+    }
+
+    #[test]
+    fn a_run_whose_process_is_not_watched_stays_to_be_watched() {
+        let own = on(&[("bridge", "172.17.0.2", "172.17.0.1")]);
+        let containers = with(&[
+            ("id-a", Running { pid: 7, ..running("a", own.clone()) }),
+            ("id-b", running("b", own)),
+        ]);
+        let unwatched = || containers.unwatched().map(|(id, _)| id.clone()).collect::<Vec<_>>();
+        assert_eq!(unwatched(), [id("id-a")]);
+        containers.running[&id("id-a")].end.is_that_of(Process { pid: 7, started: 1 });
+        assert!(unwatched().is_empty());
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! An engine's answer about one container, read by the fields that engines from 20.10 to 29 all fill. Pure.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use bollard::models::{ContainerInspectResponse, EndpointSettings};
 
 use super::containers::{Attachment, Found, Network, NetworkId, Running};
-use crate::{model::RunEnd, provider::bindings::bindings};
+use crate::{docker::client::addresses, model::RunEnd, provider::bindings::bindings};
 
 /// What the answer says of the container.
 pub(super) fn found(answer: &ContainerInspectResponse, prefix: &str) -> Found {
@@ -49,19 +49,16 @@ fn attachments(answer: &ContainerInspectResponse) -> BTreeMap<NetworkId, Attachm
     attached.collect()
 }
 
-/// An engine leaves an address that does not exist empty.
 fn attachment(end: &EndpointSettings) -> Attachment {
-    let both = |v4: &Option<String>, v6: &Option<String>| {
-        [v4, v6].into_iter().filter_map(|text| text.as_deref()?.parse::<IpAddr>().ok()).collect()
-    };
-    Attachment {
-        addresses: both(&end.ip_address, &end.global_ipv6_address),
-        gateways: both(&end.gateway, &end.ipv6_gateway),
-    }
+    let gateways = [&end.gateway, &end.ipv6_gateway];
+    let gateways = gateways.into_iter().filter_map(|text| text.as_deref()?.parse().ok());
+    Attachment { addresses: addresses(end).collect(), gateways: gateways.collect() }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     /// An engine's answer, out of a file that also says where it is from.

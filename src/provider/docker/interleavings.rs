@@ -16,6 +16,7 @@ use super::{
 use crate::{
     descriptor::Balance,
     discovery::Query,
+    docker::client::Listed,
     model::{Binding, ConsumerId, ContainerId, Port, RunEnd},
     table::{Inputs, Route, RouteKey, Table},
 };
@@ -88,9 +89,13 @@ impl Engine {
         (0..ALL).find(|&who| self.id(who) == *id)
     }
 
-    fn running(&self) -> Vec<ContainerId> {
+    fn list(&self) -> Vec<Listed> {
         let running = (0..ALL).filter(|&who| self.containers[who].started.is_some());
-        running.map(|who| self.id(who)).collect()
+        let listed = running.map(|who| Listed {
+            id: self.id(who),
+            addresses: Some(self.containers[who].addresses.values().copied().collect()),
+        });
+        listed.collect()
     }
 
     /// Whose network a container lives in: its own, or that of the run which it joined.
@@ -170,11 +175,14 @@ impl Engine {
         self.tell(EventMessageTypeEnum::NETWORK, "connect", &name(network), Some(&id));
     }
 
-    fn disconnect(&mut self, who: usize, network: usize) {
-        if self.containers[who].addresses.remove(&network).is_some() {
+    /// Whether it was on that network.
+    fn disconnect(&mut self, who: usize, network: usize) -> bool {
+        let was = self.containers[who].addresses.remove(&network).is_some();
+        if was {
             let id = self.id(who);
             self.tell(EventMessageTypeEnum::NETWORK, "disconnect", &name(network), Some(&id));
         }
+        was
     }
 
     fn tell(
@@ -242,6 +250,8 @@ struct World {
     /// Events that were told and applied.
     applied: usize,
     lost: bool,
+    /// Whether one who runs has left a network since the stream broke: nobody can know who has the address now.
+    left_unheard: bool,
     asked: Vec<Ticket>,
     read: VecDeque<(Ticket, Found)>,
 }
@@ -261,9 +271,9 @@ impl World {
                     self.engine.connect(who, network);
                 }
             }
-            // Nobody can tell who left a network while the engine tells nothing.
-            Step::Disconnect(..) if self.lost => {}
-            Step::Disconnect(who, network) => self.engine.disconnect(who, network),
+            Step::Disconnect(who, network) => {
+                self.left_unheard |= self.engine.disconnect(who, network) && self.lost;
+            }
             Step::Read(n) => self.read(n),
             Step::Arrive(n) => self.arrive(n),
             Step::Lose => self.lost = true,
@@ -295,9 +305,9 @@ impl World {
     }
 
     fn relist(&mut self, replayed: usize) {
-        self.lost = false;
+        (self.lost, self.left_unheard) = (false, false);
         self.read.clear();
-        self.asked = self.containers.relist(self.engine.running()).into();
+        self.asked = self.containers.relist(self.engine.list()).into();
         self.applied = self.engine.events.len().saturating_sub(replayed);
     }
 
@@ -322,15 +332,20 @@ impl World {
         Ok(())
     }
 
-    /// Where processes cannot be seen, nobody can know better while events are lost, nor of a container until it has been
-    /// inspected behind that.
+    /// While events are lost nobody can know who left a network nor, where processes cannot be seen, who ended. From the
+    /// list on, that of a container of its own network is known; of one in another's network only once both have been
+    /// inspected, as a list does not tell one run of theirs from the next.
     fn is_to_be_right(&self, route: &Route) -> bool {
         let ConsumerId::Container { id, .. } = &route.consumer else { unreachable!() };
         let listing = self.containers.listing();
         let consumer = listing.consumers.iter().find(|c| c.id == route.consumer);
         let namespace = consumer.map_or("", |consumer| &consumer.namespace);
         let fresh = |id: &str| self.containers.is_fresh_about(id);
-        self.sees_processes || (!self.lost && fresh(id.as_str()) && fresh(namespace))
+        match self.sees_processes {
+            true => !self.left_unheard,
+            false if self.lost => false,
+            false => namespace == id.as_str() || (fresh(id.as_str()) && fresh(namespace)),
+        }
     }
 
     fn table(&self) -> Table {

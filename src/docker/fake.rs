@@ -1,0 +1,182 @@
+//! An engine for unit tests: it has the containers that it is told of, and answers as it is told to.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
+    sync::broadcast,
+};
+
+use super::{Address, Engine};
+
+/// How a request is answered, where not rightly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mood {
+    Fails,
+    Garbage,
+    /// It says nothing at all,
+    Hangs,
+    /// or the head of an answer alone.
+    Stalls,
+}
+
+#[derive(Debug)]
+pub(crate) struct Fake {
+    folder: tempfile::TempDir,
+    state: Arc<Mutex<State>>,
+    /// `None` ends the streams.
+    events: broadcast::Sender<Option<Value>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    containers: BTreeMap<String, Value>,
+    moods: HashMap<String, Mood>,
+    /// The path of each request.
+    asked: Vec<String>,
+}
+
+impl Fake {
+    pub(crate) fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("docker.sock")).unwrap();
+        let (state, events) = (Arc::<Mutex<State>>::default(), broadcast::Sender::new(1000));
+        let (shared, streams) = (state.clone(), events.clone());
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(serve(client, shared.clone(), streams.clone()));
+            }
+        });
+        Self { folder, state, events }
+    }
+
+    pub(crate) fn engine(&self) -> Engine {
+        let address = Address::Unix(self.folder.path().join("docker.sock"));
+        Engine { address, certificates: None }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// A container runs, or is another than it was; nobody is told. It asks for `web`, and offers a service of its name.
+    pub(crate) fn has(&self, id: &str, address: &str) {
+        let network = json!({"bridge": {
+            "NetworkID": "n", "IPAddress": address, "GlobalIPv6Address": "", "Gateway": "172.17.0.1"
+        }});
+        let container = json!({
+            "Id": id,
+            "Name": format!("/{id}"),
+            "State": {"Running": true, "StartedAt": "2026-01-01T00:00:00Z", "Pid": 0},
+            "HostConfig": {"NetworkMode": "default"},
+            "Config": {"Env": ["BACKEND_WEB=web;80", format!("SERVICE_80_NAME={id}")]},
+            "NetworkSettings": {"Networks": network}
+        });
+        self.state().containers.insert(id.to_owned(), container);
+    }
+
+    /// What ends in this is answered so from now on.
+    pub(crate) fn answers(&self, path: &str, mood: impl Into<Option<Mood>>) {
+        match mood.into() {
+            Some(mood) => self.state().moods.insert(path.to_owned(), mood),
+            None => self.state().moods.remove(path),
+        };
+    }
+
+    /// Tells of something that happened to a container.
+    pub(crate) fn tells(&self, action: &str, id: &str) {
+        let event = json!({"Type": "container", "Action": action, "Actor": {"ID": id}});
+        let _ = self.events.send(Some(event));
+    }
+
+    /// Ends the streams of events.
+    pub(crate) fn loses(&self) {
+        let _ = self.events.send(None);
+    }
+
+    /// How often it was asked for what ends in this.
+    pub(crate) fn asked(&self, path: &str) -> usize {
+        self.state().asked.iter().filter(|asked| asked.ends_with(path)).count()
+    }
+}
+
+/// Answers one request.
+async fn serve(
+    mut client: UnixStream,
+    state: Arc<Mutex<State>>,
+    events: broadcast::Sender<Option<Value>>,
+) -> std::io::Result<()> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        if client.read_buf(&mut head).await? == 0 {
+            return Ok(());
+        }
+    }
+    let head = String::from_utf8_lossy(&head);
+    let path = head.split_whitespace().nth(1).unwrap_or_default();
+    let path = path.split('?').next().unwrap_or_default().to_owned();
+    let (mood, answer) = {
+        let mut state = state.lock().unwrap();
+        state.asked.push(path.clone());
+        let mood = state.moods.iter().find(|(end, _)| path.ends_with(*end)).map(|(_, mood)| *mood);
+        (mood, state.answer(&path))
+    };
+    let head = |status: &str, more: &str| {
+        format!(
+            "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n{more}\r\n\r\n"
+        )
+    };
+    let whole =
+        |status, body: &str| head(status, &format!("Content-Length: {}", body.len())) + body;
+    let text = match (mood, answer) {
+        (Some(Mood::Hangs), _) => return std::future::pending().await,
+        (Some(Mood::Stalls), _) => {
+            client.write_all(head("200 OK", "Content-Length: 1000").as_bytes()).await?;
+            return std::future::pending().await;
+        }
+        (Some(Mood::Fails), _) => whole("500 Internal Server Error", "{\"message\":\"no\"}"),
+        (Some(Mood::Garbage), _) => whole("200 OK", "[garbage"),
+        (None, _) if path.ends_with("/events") => {
+            let mut events = events.subscribe();
+            client.write_all(head("200 OK", "Transfer-Encoding: chunked").as_bytes()).await?;
+            while let Ok(Some(event)) = events.recv().await {
+                let line = format!("{event}\n");
+                let chunk = format!("{:x}\r\n{line}\r\n", line.len());
+                client.write_all(chunk.as_bytes()).await?;
+            }
+            return client.write_all(b"0\r\n\r\n").await;
+        }
+        (None, Some(answer)) => whole("200 OK", &answer.to_string()),
+        (None, None) => whole("404 Not Found", "{\"message\":\"no such container\"}"),
+    };
+    client.write_all(text.as_bytes()).await?;
+    client.shutdown().await
+}
+
+impl State {
+    fn answer(&self, path: &str) -> Option<Value> {
+        let listed = |container: &Value| {
+            let networks = &container["NetworkSettings"]["Networks"];
+            json!({"Id": container["Id"], "NetworkSettings": {"Networks": networks}})
+        };
+        let of_one =
+            path.split_once("/containers/").and_then(|(_, rest)| rest.strip_suffix("/json"));
+        match path {
+            _ if path.ends_with("/version") => Some(json!({"ApiVersion": "1.41"})),
+            _ if path.ends_with("/info") => Some(json!({"SystemTime": "2026-01-01T00:00:00Z"})),
+            _ if path.ends_with("/_ping") => Some(json!("OK")),
+            _ if path.ends_with("/networks") => Some(json!([
+                {"Id": "n", "Driver": "bridge", "IPAM": {"Config": [{"Subnet": "172.17.0.0/16"}]}}
+            ])),
+            _ if path.ends_with("/containers/json") => {
+                Some(self.containers.values().map(listed).collect())
+            }
+            _ => self.containers.get(of_one?).cloned(),
+        }
+    }
+}

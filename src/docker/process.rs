@@ -1,0 +1,259 @@
+//! A container's first process: the kernel tells of its end at once, and before its address can be given to another.
+//! The engine's event comes later, and not at all from an engine that hangs.
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::OwnedFd,
+    sync::Arc,
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::Notify,
+};
+
+use crate::model::{ContainerId, Process, RunEnd};
+
+/// The processes of one engine's containers.
+#[derive(Debug, Default)]
+pub(crate) struct Processes {
+    /// Whether one of them was ever seen. Then all of them can be: they are numbered alike.
+    seen: bool,
+    /// Whether it was said that one cannot be known by its control group.
+    said: bool,
+    /// Rung when one has ended.
+    ended: Arc<Notify>,
+}
+
+impl Processes {
+    /// Whether one of them was ever seen.
+    pub(crate) fn are_seen(&self) -> bool {
+        self.seen
+    }
+
+    /// Rung when one that is watched has ended.
+    pub(crate) fn ended(&self) -> Arc<Notify> {
+        self.ended.clone()
+    }
+
+    /// Says so when the run ends whose process this is, whatever the engine does meanwhile. To be called again for as long
+    /// as the run's process is not known: what kept it from being watched may pass.
+    ///
+    /// Nothing is ever said where processes cannot be seen: the engine is on another host, or this is another PID
+    /// namespace. Then the engine's events have to do.
+    pub(crate) fn watch(&mut self, id: &ContainerId, pid: i32, end: &RunEnd, bell: Arc<Notify>) {
+        if end.has_come() || end.process().is_some() {
+            return;
+        }
+        match Held::open(id, pid) {
+            Ok(process) => {
+                self.seen = true;
+                process.follow(end, vec![bell, self.ended.clone()]);
+            }
+            // It ended after the engine had looked.
+            Err(Unseen::Gone) if self.seen => {
+                end.come();
+                bell.notify_one();
+                self.ended.notify_one();
+            }
+            Err(error @ Unseen::Strange) if self.seen && !self.said => {
+                self.said = true;
+                tracing::warn!(%id, pid, %error, "the ends of such containers are known by the engine's events alone");
+            }
+            Err(error) => tracing::debug!(%id, pid, %error, "cannot watch the container's process"),
+        }
+    }
+}
+
+/// Why a container's process cannot be held.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unseen {
+    #[error("there is no such process")]
+    Gone,
+    #[error("the process is in no control group of the container's ID")]
+    Strange,
+    #[error(transparent)]
+    Failed(#[from] io::Error),
+}
+
+/// A process that is held: its number cannot become another's.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) process: Process,
+    descriptor: AsyncFd<OwnedFd>,
+}
+
+impl Held {
+    /// The first process of a container, by its number.
+    pub(crate) fn open(id: &ContainerId, pid: i32) -> Result<Self, Unseen> {
+        let number =
+            Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let descriptor = pidfd_open(number, PidfdFlags::NONBLOCK).map_err(|error| match error {
+            Errno::SRCH => Unseen::Gone,
+            error => Unseen::Failed(error.into()),
+        })?;
+        // Checked after it was opened: by now the number is held, whoever it belonged to when the engine answered.
+        let of = |file: &str| match fs::read_to_string(format!("/proc/{pid}/{file}")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Unseen::Gone),
+            text => Ok(text?),
+        };
+        if !of("cgroup")?.contains(id.as_str()) {
+            // One that has ended, and was not waited for yet, has left its control groups.
+            return Err(if has_ended(&descriptor)? { Unseen::Gone } else { Unseen::Strange });
+        }
+        let started =
+            started(&of("stat")?).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+        Ok(Self { process: Process { pid, started }, descriptor: register(descriptor)? })
+    }
+
+    /// Says so, and rings, when it ends.
+    pub(crate) fn follow(self, end: &RunEnd, bells: Vec<Arc<Notify>>) {
+        end.is_that_of(self.process);
+        let end = end.clone();
+        tokio::spawn(async move {
+            if self.descriptor.readable().await.is_ok() {
+                end.come();
+                bells.iter().for_each(|bell| bell.notify_one());
+            }
+        });
+    }
+}
+
+/// A pidfd is readable once its process has ended (man 2 pidfd_open).
+fn has_ended(process: &OwnedFd) -> io::Result<bool> {
+    let mut wanted = [PollFd::new(process, PollFlags::IN)];
+    Ok(poll(&mut wanted, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))? > 0)
+}
+
+/// Field 22 of `/proc/pid/stat`. The second is the program's name in parentheses, which may hold anything.
+fn started(stat: &str) -> Option<u64> {
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// The addresses that a process's network namespace has.
+pub(crate) fn addresses(pid: i32) -> io::Result<BTreeSet<IpAddr>> {
+    let v4 = fs::read_to_string(format!("/proc/{pid}/net/fib_trie"))?;
+    // It is not there where the kernel has no IPv6.
+    let v6 = fs::read_to_string(format!("/proc/{pid}/net/if_inet6")).unwrap_or_default();
+    Ok(local_v4(&v4).map(IpAddr::from).chain(local_v6(&v6).map(IpAddr::from)).collect())
+}
+
+/// The local addresses in a `fib_trie`: each stands on the line before one that says `host LOCAL`.
+fn local_v4(trie: &str) -> impl Iterator<Item = Ipv4Addr> + '_ {
+    trie.lines().zip(trie.lines().skip(1)).filter_map(|(line, next)| {
+        let address = line.trim_start().strip_prefix("|-- ")?;
+        next.trim_end().ends_with("/32 host LOCAL").then(|| address.trim().parse().ok())?
+    })
+}
+
+/// The addresses in an `if_inet6`: the first word of each line, in 32 hexadecimal digits.
+fn local_v6(table: &str) -> impl Iterator<Item = Ipv6Addr> + '_ {
+    let first = |line: &str| u128::from_str_radix(line.split_whitespace().next()?, 16).ok();
+    table.lines().filter_map(first).map(Ipv6Addr::from)
+}
+
+#[expect(
+    unsafe_code,
+    reason = "tokio cannot know that a type keeps its descriptor open and the same"
+)]
+fn register(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is one descriptor, and keeps it open, until it is dropped; AsyncFd drops it after it has been
+    // taken from epoll.
+    Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own() -> i32 {
+        i32::try_from(std::process::id()).unwrap()
+    }
+
+    /// A number that was a process's, and is nobody's now.
+    fn former() -> i32 {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        i32::try_from(child.id()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn who_is_in_no_control_group_of_its_id_is_not_taken_for_ended() {
+        let (id, bell) = (ContainerId::new("0123456789abcdef"), Arc::<Notify>::default());
+        let mut processes = Processes::default();
+        let watch = |processes: &mut Processes, pid| {
+            let end = RunEnd::default();
+            processes.watch(&id, pid, &end, bell.clone());
+            end
+        };
+        // Where none was seen, none can be missed.
+        assert!(!watch(&mut processes, former()).has_come());
+        processes.seen = true;
+        assert!(watch(&mut processes, former()).has_come());
+        let end = watch(&mut processes, own());
+        assert!(!end.has_come() && end.process().is_none());
+        assert!(processes.said);
+        assert!(matches!(Held::open(&id, own()), Err(Unseen::Strange)));
+    }
+
+    #[tokio::test]
+    async fn who_has_ended_and_was_not_waited_for_is_gone() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let id = ContainerId::new("0123456789abcdef");
+        testbed::eventually(std::time::Duration::from_secs(20), "its end", || {
+            let is_gone = matches!(Held::open(&id, pid), Err(Unseen::Gone));
+            anyhow::ensure!(is_gone, "it lives");
+            Ok(())
+        })
+        .unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_programs_name_does_not_confuse_its_start() {
+        let stat = "7 (a) b 1 (c) S 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4711 1 1 1";
+        assert_eq!(started(stat), Some(4711));
+        assert_eq!(started(""), None);
+        assert_eq!(started("7 (a) S 1"), None);
+    }
+
+    #[test]
+    fn the_addresses_of_a_network_are_read() {
+        let trie = "\
+Main:
+  +-- 0.0.0.0/0 3 0 5
+     |-- 0.0.0.0
+        /0 universe UNICAST
+     +-- 172.17.0.0/16 2 0 2
+        +-- 172.17.0.0/30 2 0 2
+           |-- 172.17.0.0
+              /16 link UNICAST
+           |-- 172.17.0.2
+              /32 host LOCAL
+        |-- 172.17.255.255
+           /32 link BROADCAST
+";
+        assert_eq!(local_v4(trie).collect::<Vec<_>>(), [Ipv4Addr::new(172, 17, 0, 2)]);
+        let table = "\
+00000000000000000000000000000001 01 80 10 80       lo
+fd000d0c000000000000000000000002 05 40 00 80     eth0
+";
+        let expected: [Ipv6Addr; 2] = ["::1".parse().unwrap(), "fd00:d0c::2".parse().unwrap()];
+        assert_eq!(local_v6(table).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn our_own_network_has_loopback() {
+        assert!(addresses(own()).unwrap().contains(&Ipv4Addr::LOCALHOST.into()));
+        let stat = fs::read_to_string("/proc/self/stat").unwrap();
+        assert!(started(&stat).is_some());
+    }
+}

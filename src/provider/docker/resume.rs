@@ -1,0 +1,68 @@
+//! A consumer that an earlier embassy knew, and an endpoint's container: known again by their processes.
+
+use std::{net::IpAddr, sync::Arc};
+
+use tokio::sync::Notify;
+
+use crate::{
+    docker::process::{Held, addresses},
+    model::{Consumer, ConsumerId, ContainerId, Process, RunEnd, Stay},
+    state::KeptConsumer,
+};
+
+/// The consumer that an earlier embassy knew, if it is still the same run, with those of its addresses that its network
+/// still has. Else why not.
+pub fn resume(kept: KeptConsumer, bell: &Arc<Notify>) -> Result<Consumer, String> {
+    let own = open(&kept.id, kept.process)?;
+    let namespace = open(&kept.namespace, kept.namespace_process)?;
+    // While nobody looked it may have left a network, and another may have its address.
+    let has = addresses(kept.process.pid).map_err(|error| format!("its addresses: {error}"))?;
+    let sources: Vec<_> = kept.sources.into_iter().filter(|source| has.contains(source)).collect();
+    if sources.is_empty() {
+        return Err("it has other addresses".to_owned());
+    }
+    Ok(Consumer {
+        id: ConsumerId::Container { id: kept.id, started_at: kept.started_at },
+        name: kept.name,
+        namespace: kept.namespace.as_str().into(),
+        sources,
+        gateways: kept.gateways,
+        bindings: kept.bindings,
+        ends: [own, namespace].map(|process| follow(process, bell)).into(),
+    })
+}
+
+/// What an endpoint at `address` hangs on, if all these runs go on and their network still has the address. Else why not.
+pub fn resume_stay(
+    runs: Vec<(ContainerId, Process)>,
+    address: IpAddr,
+    bell: &Arc<Notify>,
+) -> Result<Stay, String> {
+    let owner = runs.last().ok_or("its container's process was not seen")?.1.pid;
+    let held = runs
+        .into_iter()
+        .map(|(id, was)| Ok((open(&id, was)?, id)))
+        .collect::<Result<Vec<_>, String>>()?;
+    let has = addresses(owner).map_err(|error| format!("its addresses: {error}"))?;
+    if !has.contains(&address) {
+        return Err("it has other addresses".to_owned());
+    }
+    let runs = held.into_iter().map(|(process, id)| (id, follow(process, bell)));
+    Ok(Stay { runs: runs.collect(), left: Vec::new() })
+}
+
+/// The process as it was kept.
+fn open(id: &ContainerId, was: Process) -> Result<Held, String> {
+    let held = Held::open(id, was.pid)
+        .map_err(|error| format!("process {} of container {id}: {error}", was.pid))?;
+    match held.process == was {
+        true => Ok(held),
+        false => Err(format!("process {} of container {id} is of another run", was.pid)),
+    }
+}
+
+fn follow(process: Held, bell: &Arc<Notify>) -> RunEnd {
+    let end = RunEnd::default();
+    process.follow(&end, vec![bell.clone()]);
+    end
+}
