@@ -26,7 +26,7 @@ use crate::{
         fixed::{self, InterfaceError},
     },
     proxy::{self, Destinations, Proxy},
-    readiness::Readiness,
+    readiness::{DRAINING, Readiness},
     report::{Refused, Report},
     state::{self, Keeper, Origin},
 };
@@ -45,6 +45,7 @@ pub struct App {
     checks: JoinHandle<()>,
     memory: JoinHandle<()>,
     keeper: Option<Keeper>,
+    readiness: Readiness,
     drain: Duration,
 }
 
@@ -72,7 +73,7 @@ impl App {
         let (tables, sources) = (control.tables(), control.sources());
 
         let mark = (rules.redirect || rules.notrack).then_some(rules::MARK);
-        let checks = tokio::spawn(check::run(tables.clone(), mark));
+        let checks = tokio::spawn(check::run(tables.clone(), mark, events.clone()));
         let memory = tokio::spawn(memory.watch(memory_short.clone()));
         let proxy = proxy::Settings {
             port: Some(config.port),
@@ -116,7 +117,7 @@ impl App {
             state: kept,
         };
         let shown = Shown {
-            readiness,
+            readiness: readiness.clone(),
             metrics: Arc::new(metrics.registry()),
             tables: tables.clone(),
             sources,
@@ -166,6 +167,7 @@ impl App {
             checks,
             memory,
             keeper,
+            readiness,
             drain: config.drain,
         })
     }
@@ -184,6 +186,8 @@ impl App {
     /// Ends everything: the rules first, then accepting, then what is still connected after `--drain` or when `hurry`
     /// comes true.
     pub async fn stop(mut self, hurry: impl Future<Output = ()>) -> Result<()> {
+        // Never done: from here on nobody should send anything here.
+        let _draining = self.readiness.wait_for(DRAINING);
         if let Some(capture) = self.capture {
             capture.stop().await;
         }

@@ -14,7 +14,7 @@ use utoipa::IntoParams;
 
 use super::{
     Context, Shown, api, events, explain, host,
-    list::{Shows, Wanted},
+    list::{Filters, Shows, Wanted},
     openapi, view,
 };
 use crate::{
@@ -47,8 +47,11 @@ pub(super) async fn status(
     shown.figures.refresh().await;
     let table = shown.tables.borrow().clone();
     let all = shown.sources.borrow().clone();
-    let provider = all.provider.borrow().clone();
-    let listing = provider.value.clone().unwrap_or_default();
+    let (provider_answered, provider_is_down) = {
+        let known = all.provider.borrow();
+        (known.value.is_some(), known.error.is_some())
+    };
+    let listing = all.listing.clone().unwrap_or_default();
     let now = shown.figures.now();
     let of_state = |wanted: &str| {
         let states = table.endpoints().map(|(_, state)| view::endpoint_state(state, now));
@@ -60,7 +63,15 @@ pub(super) async fn status(
         matches!(view::RouteHealth::of(route, &lost, now).state(), "no_endpoint" | "waiting")
     });
     let down = all.queries.iter().filter(|(_, known)| known.borrow().error.is_some()).count()
-        + usize::from(provider.error.is_some());
+        + usize::from(provider_is_down);
+    let is_waiting = |known: bool, failed: bool| !known && !failed;
+    let waiting_sources = all
+        .queries
+        .iter()
+        .map(|(_, known)| known.borrow())
+        .filter(|known| is_waiting(known.value.is_some(), known.error.is_some()))
+        .count()
+        + usize::from(is_waiting(provider_answered, provider_is_down));
     Json(api::Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
@@ -80,6 +91,7 @@ pub(super) async fn status(
         problems: view::problems(&table, &listing),
         sources: all.queries.len() + 1,
         sources_down: down,
+        sources_waiting: waiting_sources,
         connections: all_connections(shown),
         capture: capture(shown),
         host: host::host(),
@@ -93,6 +105,7 @@ fn all_connections(shown: &Shown) -> api::Connections {
     api::Connections {
         active: figures.live(),
         limit: figures.limit(),
+        limit_of_consumer: figures.limit_of_consumer(),
         held: figures.held(),
         memory_short: figures.memory_short(),
         started: figures.started(),
@@ -178,6 +191,10 @@ pub(super) async fn routes(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
 ) -> Response {
+    let filters = Filters { list: "routes", states: &api::ROUTE_STATES, of_consumers: true };
+    if let Err(refusal) = wanted.check(&filters) {
+        return refusal.into_response();
+    }
     let shown = &context.shown;
     shown.figures.refresh().await;
     let table = shown.tables.borrow().clone();
@@ -221,6 +238,10 @@ pub(super) async fn endpoints(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
 ) -> Response {
+    let filters = Filters { list: "endpoints", states: &api::ENDPOINT_STATES, of_consumers: false };
+    if let Err(refusal) = wanted.check(&filters) {
+        return refusal.into_response();
+    }
     let shown = &context.shown;
     shown.figures.refresh().await;
     let table = shown.tables.borrow().clone();
@@ -250,10 +271,14 @@ pub(super) async fn bindings(
     State(context): State<Context>,
     Params(mut wanted): Params<Wanted>,
 ) -> Response {
+    let filters = Filters { list: "bindings", states: &api::BINDING_STATES, of_consumers: true };
+    if let Err(refusal) = wanted.check(&filters) {
+        return refusal.into_response();
+    }
     let shown = &context.shown;
     let table = shown.tables.borrow().clone();
-    let provider = shown.sources.borrow().provider.borrow().clone();
-    let all = view::bindings(&table, &provider.value.unwrap_or_default());
+    let listing = shown.sources.borrow().listing.clone().unwrap_or_default();
+    let all = view::bindings(&table, &listing);
     let problems_only = wanted.state.as_deref() == Some("problem");
     if problems_only {
         wanted.state = None;
@@ -286,6 +311,10 @@ pub(super) async fn sources(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
 ) -> Response {
+    let filters = Filters { list: "sources", states: &api::SOURCE_STATES, of_consumers: false };
+    if let Err(refusal) = wanted.check(&filters) {
+        return refusal.into_response();
+    }
     let sources = context.shown.sources.borrow().clone();
     let mut all = vec![(None, view::provider(&sources.provider.borrow()))];
     let mut queries: Vec<_> = sources
@@ -319,6 +348,11 @@ pub(super) async fn connections(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
 ) -> Response {
+    let filters =
+        Filters { list: "connections", states: &api::CONNECTION_STATES, of_consumers: true };
+    if let Err(refusal) = wanted.check(&filters) {
+        return refusal.into_response();
+    }
     let mut all = context.shown.figures.connections().await;
     all.sort_by(|a, b| b.age.cmp(&a.age).then(a.id.cmp(&b.id)));
     let searches = wanted.q.is_some();

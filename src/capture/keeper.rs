@@ -90,7 +90,11 @@ impl Keeper {
         check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                _ = &mut stopped => return,
+                _ = &mut stopped => {
+                    // They are about to be taken away.
+                    self.counts.stand(|standing| standing.in_place = false);
+                    return;
+                }
                 changed = tables.changed() => if changed.is_err() { return },
                 _ = check.tick() => {}
             }
