@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use super::{
     Answer,
     client::{Asked, Client},
+    table::printable,
 };
 use crate::{admin::api, config, readiness::DRAINING};
 
@@ -100,7 +101,7 @@ impl Wait {
             let usable = |route: &api::Route| matches!(route.state.as_str(), "ok" | "degraded");
             if !routes.iter().any(usable) {
                 return Ok(Some(match routes.first() {
-                    None => format!("no container asks for {service}"),
+                    None => nobody_asks(client, service).await?,
                     Some(route) => format!("{service}: {}", route.state),
                 }));
             }
@@ -108,6 +109,24 @@ impl Wait {
         Ok(None)
     }
 }
+
+/// That nobody asks for it, and what is asked for: a name may be another's part, or misspelt.
+async fn nobody_asks(client: &Client, service: &str) -> Result<String> {
+    let some: api::Page<api::Route> = client.get("/v1/routes", &[("limit", "100")]).await?;
+    let query = |route: &api::Route| match route.query.tags.join(",") {
+        tags if tags.is_empty() => printable(&route.query.service),
+        tags => printable(&format!("{}[{tags}]", route.query.service)),
+    };
+    let names: BTreeSet<_> = some.items.iter().map(query).collect();
+    let names = names.into_iter().take(NAMED).collect::<Vec<_>>().join(", ");
+    Ok(match names.is_empty() {
+        true => format!("no container asks for {service}"),
+        false => format!("no container asks for {service}; asked for are {names}"),
+    })
+}
+
+/// Services that are named where nobody asks for the one that is waited for.
+const NAMED: usize = 10;
 
 /// `service[tag,tag]`, as descriptors have it. Without tags any will do.
 fn with_tags(service: &str) -> (&str, Option<BTreeSet<String>>) {

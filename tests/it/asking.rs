@@ -46,7 +46,10 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     let (text, code) = run(&host, &["wait", "/services/nobody", "--timeout=0"])?;
     assert_eq!(
         (text.as_str(), code),
-        ("not ready: no container asks for /services/nobody\n", Some(1))
+        (
+            "not ready: no container asks for /services/nobody; asked for are /services/hang, /services/late, /services/web\n",
+            Some(1)
+        )
     );
 
     // What is, and what is wrong.
