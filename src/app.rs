@@ -27,7 +27,7 @@ use crate::{
         fixed::{self, InterfaceError},
     },
     proxy::{self, Destinations, Proxy},
-    readiness::Readiness,
+    readiness::{DRAINING, Readiness},
     report::{Refused, Report},
     state::{self, Keeper, Origin},
 };
@@ -46,6 +46,7 @@ pub struct App {
     checks: JoinHandle<()>,
     memory: JoinHandle<()>,
     keeper: Option<Keeper>,
+    readiness: Readiness,
     drain: Duration,
 }
 
@@ -73,7 +74,7 @@ impl App {
         let (tables, sources) = (control.tables(), control.sources());
 
         let mark = (rules.redirect || rules.notrack).then_some(rules::MARK);
-        let checks = tokio::spawn(check::run(tables.clone(), mark));
+        let checks = tokio::spawn(check::run(tables.clone(), mark, events.clone()));
         let memory = tokio::spawn(memory.watch(memory_short.clone()));
         let proxy = proxy::Settings {
             port: Some(config.port),
@@ -117,7 +118,7 @@ impl App {
             state: kept,
         };
         let shown = Shown {
-            readiness,
+            readiness: readiness.clone(),
             metrics: Arc::new(metrics.registry()),
             tables: tables.clone(),
             sources,
@@ -167,6 +168,7 @@ impl App {
             checks,
             memory,
             keeper,
+            readiness,
             drain: config.drain,
         })
     }
@@ -190,6 +192,8 @@ impl App {
     /// comes true. From then on nothing is waited for that hangs.
     pub async fn stop(mut self, hurry: impl Future<Output = ()>) -> Result<()> {
         let hurry = hurry.shared();
+        // Never done: from here on nobody should send anything here.
+        let _draining = self.readiness.wait_for(DRAINING);
         if let Some(capture) = self.capture {
             in_time(capture.stop(), "the rules may have stayed", hurry.clone()).await;
         }

@@ -17,6 +17,7 @@ use crate::{
     balance::EndpointState,
     descriptor::Check,
     discovery::Query,
+    events::{Event, Events},
     proxy::{dial, is_for_want_of_ours},
     table::Table,
 };
@@ -29,7 +30,7 @@ pub const TIMEOUT: Duration = Duration::from_secs(1);
 const AT_A_TIME: usize = 64;
 
 /// Checks the endpoints of each table, for ever. `mark` keeps our own dials from being captured.
-pub async fn run(mut tables: watch::Receiver<Arc<Table>>, mark: Option<u32>) {
+pub async fn run(mut tables: watch::Receiver<Arc<Table>>, mark: Option<u32>, events: Events) {
     let permits = Arc::new(Semaphore::new(AT_A_TIME));
     let mut running: HashMap<usize, Running> = HashMap::new();
     loop {
@@ -37,7 +38,7 @@ pub async fn run(mut tables: watch::Receiver<Arc<Table>>, mark: Option<u32>) {
         running.retain(|state, _| wanted.contains_key(state));
         for (key, (query, state)) in wanted {
             running.entry(key).or_insert_with(|| {
-                let check = check(query, state.clone(), permits.clone(), mark);
+                let check = check(query, state.clone(), permits.clone(), mark, events.clone());
                 Running { state, task: tokio::spawn(check).abort_handle() }
             });
         }
@@ -78,6 +79,7 @@ async fn check(
     state: Arc<EndpointState>,
     permits: Arc<Semaphore>,
     mark: Option<u32>,
+    events: Events,
 ) {
     // The endpoints of one table are not all checked at the same moment.
     sleep(INTERVAL.mul_f64(fastrand::f64())).await;
@@ -89,8 +91,20 @@ async fn check(
         let end = end.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         let endpoint = state.endpoint;
         match end.map(drop::<TcpStream>) {
-            Ok(()) if state.checked(true) => info!(%endpoint, service = %query, "check passes"),
-            Ok(()) => {}
+            Ok(()) => {
+                let was_ejected = state.failures() != 0;
+                if state.checked(true) {
+                    info!(%endpoint, service = %query, "check passes");
+                }
+                if was_ejected {
+                    info!(%endpoint, service = %query, "endpoint back");
+                    events.report(|| Event::EndpointBack {
+                        service: query.service.to_string(),
+                        query: query.to_string(),
+                        endpoint: endpoint.to_string(),
+                    });
+                }
+            }
             Err(error) if is_for_want_of_ours(&error) => {
                 warn!(%endpoint, service = %query, %error, "cannot check");
             }
@@ -109,7 +123,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        balance::Checked,
+        balance::{Checked, Millis},
         descriptor::Balance,
         discovery::Endpoints,
         model::{Binding, Consumer, ConsumerId, Endpoint, ServiceName},
@@ -160,7 +174,9 @@ mod tests {
         assert_eq!(wanted(&unasked).len(), 0);
 
         let (tables, receiver) = watch::channel(Arc::new(asked));
-        let checks = tokio::spawn(run(receiver, None));
+        let events = Events::default();
+        let mut told = events.listen();
+        let checks = tokio::spawn(run(receiver, None, events));
         let until = async |wanted: Checked| {
             while state.check() != wanted {
                 sleep(Duration::from_millis(10)).await;
@@ -170,8 +186,15 @@ mod tests {
         timeout(deadline, until(Checked::Passes)).await.expect("it passes");
         drop(listener);
         timeout(deadline, until(Checked::Fails)).await.expect("it fails");
+        // Connections met the same, and ejected it.
+        state.failed(Millis(0), Millis(1)).unwrap();
         let _again = TcpListener::bind(endpoint.0).await.unwrap();
         timeout(deadline, until(Checked::Passes)).await.expect("it passes again");
+        let back = timeout(deadline, told.recv()).await.expect("it is told").unwrap();
+        assert!(
+            matches!(&*back, Event::EndpointBack { service, .. } if service == "web"),
+            "{back:?}"
+        );
         tables.send_replace(Arc::new(unasked));
         timeout(deadline, until(Checked::Not)).await.expect("nobody asks");
         checks.abort();

@@ -16,7 +16,7 @@ use crate::{
     model::{Consumer, Vip},
     provider::{Listing, fixed},
     readiness::Guard,
-    report::Report,
+    report::{PROVIDER, Report},
     source::{Answers, Known},
     state::{Restored, Snapshot},
     table::{Inputs, Route, Table},
@@ -55,6 +55,8 @@ pub struct Waiting {
 pub struct Sources {
     pub provider: Answers<Listing>,
     pub queries: Vec<(Query, Answers<Endpoints>)>,
+    /// The listing that the table is made of: the provider's last, or one that an earlier run knew. `None` before any.
+    pub listing: Option<Arc<Listing>>,
 }
 
 #[derive(Debug)]
@@ -98,7 +100,12 @@ impl Control {
             kept: None,
             keeper: None,
             tables: watch::channel(Arc::default()).0,
-            sources: watch::channel(Sources { provider: provider.clone(), queries: Vec::new() }).0,
+            sources: watch::channel(Sources {
+                provider: provider.clone(),
+                queries: Vec::new(),
+                listing: None,
+            })
+            .0,
             waiting: (Some(waiting.listing), Some(waiting.answers)),
             settings,
             discoveries,
@@ -152,7 +159,7 @@ impl Control {
     /// Publishes what follows from what is known now. When to look again, if nothing else happens.
     fn step(&mut self, now: Instant) -> Option<Instant> {
         let provider = self.provider.borrow_and_update().clone();
-        self.report.source("provider", &provider);
+        self.report.source(PROVIDER, &provider);
         let listed = provider.value.is_some();
         if listed {
             self.kept = None;
@@ -165,6 +172,7 @@ impl Control {
             bindings.filter_map(|b| self.discoveries.query(&b.descriptor).ok()).collect();
         self.watches.demand(&queries, now);
         let known = self.watches.known();
+        self.report.asked(&known);
         for (query, known) in &known {
             self.report.source(&query.to_string(), known);
         }
@@ -198,7 +206,7 @@ impl Control {
             wake
         };
         let (provider, queries) = (self.provider.clone(), self.watches.answers());
-        self.sources.send_replace(Sources { provider, queries });
+        self.sources.send_replace(Sources { provider, queries, listing: Some(listing.clone()) });
         wake
     }
 
@@ -266,16 +274,22 @@ impl Report {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "new route");
             self.events.report(|| Event::RouteAdded {
                 consumer: route.consumer_name.to_string(),
-                route: route.key.to_string(),
-                service: route.upstream.query.to_string(),
+                consumer_id: route.consumer.full().to_owned(),
+                address: route.key.source.to_string(),
+                port: route.key.port.get(),
+                service: route.upstream.query.service.to_string(),
+                query: route.upstream.query.to_string(),
             });
         }
         for route in missing(before, next) {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "route gone");
             self.events.report(|| Event::RouteRemoved {
                 consumer: route.consumer_name.to_string(),
-                route: route.key.to_string(),
-                service: route.upstream.query.to_string(),
+                consumer_id: route.consumer.full().to_owned(),
+                address: route.key.source.to_string(),
+                port: route.key.port.get(),
+                service: route.upstream.query.service.to_string(),
+                query: route.upstream.query.to_string(),
             });
         }
         if next.vips().is_empty() && next.routes().len() > 0 {

@@ -14,31 +14,47 @@ pub enum Event {
     RouteAdded {
         /// The consumer's name.
         consumer: String,
-        /// Its address and the port, as `172.17.0.2 port 6379`.
-        route: String,
-        /// What is asked of discovery: a name of `/v1/sources`.
+        /// The container's full ID, or `local`.
+        consumer_id: String,
+        /// The address that it dials from.
+        address: String,
+        /// The port that it dials.
+        port: u16,
+        /// The service's name.
         service: String,
+        /// What is asked of discovery: a name of `/v1/sources`.
+        query: String,
     },
     /// And now they do not any more.
     RouteRemoved {
         /// The consumer's name.
         consumer: String,
-        /// Its address and the port.
-        route: String,
-        /// What was asked of discovery.
+        /// The container's full ID, or `local`.
+        consumer_id: String,
+        /// The address that it dialled from.
+        address: String,
+        /// The port that it dialled.
+        port: u16,
+        /// The service's name.
         service: String,
+        /// What was asked of discovery.
+        query: String,
     },
     /// A service has other endpoints.
     EndpointsChanged {
-        /// What is asked of discovery: a name of `/v1/sources`.
+        /// The service's name.
         service: String,
+        /// What is asked of discovery: a name of `/v1/sources`.
+        query: String,
         /// The endpoints in use from now on.
         endpoints: Vec<String>,
     },
     /// No connection could be opened to an endpoint: every route skips it for a while.
     EndpointEjected {
-        /// What is asked of discovery, by the route that met the failure.
+        /// The service's name.
         service: String,
+        /// What is asked of discovery, by the route that met the failure.
+        query: String,
         /// The endpoint.
         endpoint: String,
         /// What went wrong.
@@ -46,10 +62,12 @@ pub enum Event {
         /// For how long, in seconds.
         seconds: f64,
     },
-    /// A connection to an ejected endpoint was opened: it takes its turn again.
+    /// A connection to an ejected endpoint was opened, or its active check passed: it takes its turn again.
     EndpointBack {
-        /// What is asked of discovery, by the route that opened it.
+        /// The service's name.
         service: String,
+        /// What is asked of discovery, by who opened it.
+        query: String,
         /// The endpoint.
         endpoint: String,
     },

@@ -2,11 +2,12 @@
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
+use tracing::Metadata;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     EnvFilter, Registry,
-    filter::{LevelFilter, ParseError},
-    fmt,
+    filter::LevelFilter,
+    fmt::{self, MakeWriter},
     layer::SubscriberExt,
     reload,
     util::SubscriberInitExt,
@@ -17,32 +18,35 @@ use crate::config::LogFormat;
 
 mod fold;
 
-/// Lines that may wait for a slow stderr; beyond, new ones are dropped.
+/// Lines of a kind that may wait for a slow stderr; beyond, new ones are dropped.
 const QUEUE: usize = 16 * 1024;
 
 /// The running log. What is still queued is written when it is dropped.
 #[derive(Debug)]
 pub struct Log {
-    // Before the writer, because fields are dropped in this order.
+    // Before the writers, because fields are dropped in this order.
     _fold: Fold,
-    _writer: WorkerGuard,
+    _writers: [WorkerGuard; 2],
 }
 
 /// Starts the log of this process. To be called once.
 ///
 /// `filter` is `RUST_LOG`, and wins over `verbosity`: 0 says what a person wants to hear, 1 and up what was done and why,
 /// 4 and up everything of ours, 7 and up the libraries too. A filter that cannot be read is the error.
-pub fn start(format: LogFormat, verbosity: u8, filter: Option<&str>) -> Result<Log, ParseError> {
+pub fn start(format: LogFormat, verbosity: u8, filter: Option<&str>) -> Result<Log, LevelError> {
     let text = filter.map_or_else(|| verbosity.to_string(), str::to_owned);
-    let parsed = parse(filter.unwrap_or_else(|| directives(verbosity)))?;
+    let parsed = match filter {
+        Some(text) if !is_meant(text) => return Err(LevelError::Filter(text.to_owned())),
+        Some(text) => parse(text).map_err(|_| LevelError::Filter(text.to_owned()))?,
+        None => parse(directives(verbosity))?,
+    };
     let (filter, handle) = reload::Layer::new(parsed);
     // A second log of one process would be a mistake of ours, and `init` below panics on it.
     let _ = LEVEL.set(Level { handle, text: Mutex::new(text) });
-    let (writer, guard) = NonBlockingBuilder::default()
-        .buffered_lines_limit(QUEUE)
-        .lossy(true)
-        .finish(std::io::stderr());
-    let _ = DROPPED.set(writer.error_counter());
+    let (rest, rest_written) = queue();
+    let (connections, connections_written) = queue();
+    let _ = DROPPED.set([rest.error_counter(), connections.error_counter()]);
+    let writer = Writers { rest, connections };
     let fold = Fold::default();
     let folded = Folded::of(&fold);
     let layer = fmt::layer().with_writer(writer).with_ansi(false);
@@ -57,7 +61,7 @@ pub fn start(format: LogFormat, verbosity: u8, filter: Option<&str>) -> Result<L
         }
     }
     fold.tell();
-    Ok(Log { _fold: fold, _writer: guard })
+    Ok(Log { _fold: fold, _writers: [rest_written, connections_written] })
 }
 
 /// Why the level stays as it was.
@@ -65,6 +69,10 @@ pub fn start(format: LogFormat, verbosity: u8, filter: Option<&str>) -> Result<L
 pub enum LevelError {
     #[error("{0:?}: expected a number from 0 to 10, or what RUST_LOG takes")]
     Unreadable(String),
+    #[error(
+        "{0:?}: expected a level such as info, or targets with levels such as warn,embassy=debug"
+    )]
+    Filter(String),
     #[error("this process writes no log")]
     NoLog,
 }
@@ -73,12 +81,11 @@ pub enum LevelError {
 pub fn set_level(text: &str) -> Result<(), LevelError> {
     let level = LEVEL.get().ok_or(LevelError::NoLog)?;
     let filter = match text.parse::<u8>() {
-        Ok(verbosity @ 0..=10) => parse(directives(verbosity)),
+        Ok(verbosity @ 0..=10) => parse(directives(verbosity))?,
         Ok(_) => return Err(LevelError::Unreadable(text.to_owned())),
         Err(_) if !is_meant(text) => return Err(LevelError::Unreadable(text.to_owned())),
-        Err(_) => parse(text),
+        Err(_) => parse(text)?,
     };
-    let filter = filter.map_err(|_| LevelError::Unreadable(text.to_owned()))?;
     level.handle.reload(filter).map_err(|_| LevelError::NoLog)?;
     text.clone_into(&mut level.text.lock().unwrap_or_else(PoisonError::into_inner));
     Ok(())
@@ -91,10 +98,10 @@ pub fn level() -> Option<String> {
 
 /// Lines that were dropped since the start because whoever reads the log is too slow.
 pub fn dropped() -> u64 {
-    DROPPED.get().map_or(0, |dropped| dropped.dropped_lines() as u64)
+    DROPPED.get().map_or(0, |all| all.iter().map(|queue| queue.dropped_lines() as u64).sum())
 }
 
-static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
+static DROPPED: OnceLock<[ErrorCounter; 2]> = OnceLock::new();
 
 /// There is one log in a process, as `tracing` has it.
 static LEVEL: OnceLock<Level> = OnceLock::new();
@@ -106,9 +113,9 @@ struct Level {
 
 fn directives(verbosity: u8) -> &'static str {
     match verbosity {
-        0 => "warn,embassy=info,connection=info",
-        1..=3 => "warn,embassy=debug,connection=info",
-        4..=6 => "warn,embassy=trace,connection=info",
+        0 => "warn,embassy=info",
+        1..=3 => "warn,embassy=debug",
+        4..=6 => "warn,embassy=trace",
         7..=9 => "debug,embassy=trace",
         _ => "trace",
     }
@@ -121,12 +128,45 @@ fn is_meant(directives: &str) -> bool {
         let module = directive.split("::").next().unwrap_or_default();
         directive.contains(['=', '['])
             || (!directive.is_empty() && directive.parse::<LevelFilter>().is_ok())
-            || ["embassy", "connection"].contains(&module)
+            || ["embassy", CONNECTION].contains(&module)
     })
 }
 
-fn parse(directives: &str) -> Result<EnvFilter, ParseError> {
-    EnvFilter::builder().with_default_directive(LevelFilter::WARN.into()).parse(directives)
+/// What is logged by these directives: besides, `--connection-log` alone says which connections are, whatever the level.
+fn parse(directives: &str) -> Result<EnvFilter, LevelError> {
+    let unreadable = || LevelError::Unreadable(directives.to_owned());
+    let filter = EnvFilter::builder().with_default_directive(LevelFilter::WARN.into());
+    let filter = filter.parse(directives).map_err(|_| unreadable())?;
+    let connections = format!("{CONNECTION}=info").parse().map_err(|_| unreadable())?;
+    Ok(filter.add_directive(connections))
+}
+
+/// A queue of lines that are written to stderr by a thread of its own.
+fn queue() -> (NonBlocking, WorkerGuard) {
+    let queue = NonBlockingBuilder::default().buffered_lines_limit(QUEUE).lossy(true);
+    queue.finish(std::io::stderr())
+}
+
+/// The target of the connection log's lines.
+pub const CONNECTION: &str = "connection";
+
+/// Two queues: a flood of connections must not cost the lines that say what is wrong.
+#[derive(Debug)]
+struct Writers {
+    rest: NonBlocking,
+    connections: NonBlocking,
+}
+
+impl<'a> MakeWriter<'a> for Writers {
+    type Writer = NonBlocking;
+
+    fn make_writer(&'a self) -> NonBlocking {
+        self.rest.clone()
+    }
+
+    fn make_writer_for(&'a self, line: &Metadata<'_>) -> NonBlocking {
+        if line.target() == CONNECTION { self.connections.clone() } else { self.rest.clone() }
+    }
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ fn main() -> ExitCode {
     let _log = match log::start(config.log_format, config.verbosity, config.log_filter.as_deref()) {
         Ok(guard) => guard,
         Err(error) => {
-            eprintln!("embassy: RUST_LOG: {error}");
+            eprintln!("embassy: RUST_LOG {error}");
             return ExitCode::from(2);
         }
     };

@@ -8,6 +8,9 @@ use std::{
 
 use tracing::info;
 
+/// The part that is never ready again: embassy is about to end.
+pub const DRAINING: &str = "draining";
+
 /// What is still being waited for. Clones are the same.
 #[derive(Debug, Clone, Default)]
 pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, Instant>>>);

@@ -30,6 +30,9 @@ pub struct Refused {
     pub endpoints: AtomicU64,
 }
 
+/// The provider's name among the sources.
+pub(crate) const PROVIDER: &str = "provider";
+
 /// What has been said and still holds.
 #[derive(Debug)]
 pub struct Report {
@@ -72,6 +75,14 @@ impl Report {
         }
     }
 
+    /// Forgets the sources that nobody asks any more: of those there is no end.
+    pub(crate) fn asked(&mut self, known: &BTreeMap<Query, Known<Endpoints>>) {
+        if self.lost.len() > 1 {
+            let asked: BTreeSet<_> = known.keys().map(ToString::to_string).collect();
+            self.lost.retain(|name| name == PROVIDER || asked.contains(name));
+        }
+    }
+
     pub(crate) fn listing(&mut self, listing: &Listing) {
         let now: BTreeSet<_> = listing.problems.iter().cloned().collect();
         for problem in now.difference(&self.problems) {
@@ -98,7 +109,8 @@ impl Report {
                 let list: Vec<_> = now.list.iter().map(ToString::to_string).collect();
                 let endpoints = list.join(" ");
                 self.events.report(|| Event::EndpointsChanged {
-                    service: query.to_string(),
+                    service: query.service.to_string(),
+                    query: query.to_string(),
                     endpoints: list.clone(),
                 });
                 if held {
@@ -134,5 +146,32 @@ impl Report {
             now.insert(text);
         }
         self.unrouted = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ServiceName;
+
+    #[test]
+    fn sources_that_nobody_asks_any_more_are_forgotten() {
+        let mut report = Report::new(Default::default(), Events::default());
+        let lost = Known::<Endpoints> { error: Some("down".into()), ..Known::default() };
+        let query = |n: usize| Query {
+            via: "consul".into(),
+            service: ServiceName::new(&format!("web-{n}")).unwrap(),
+            tags: Default::default(),
+            dc: None,
+            port: None,
+        };
+        report.source(PROVIDER, &lost);
+        for n in 0..100 {
+            let asked = [(query(n), lost.clone())].into();
+            report.source(&query(n).to_string(), &lost);
+            report.asked(&asked);
+        }
+        let left: Vec<_> = report.lost.iter().map(String::as_str).collect();
+        assert_eq!(left, ["consul web-99", PROVIDER]);
     }
 }

@@ -31,11 +31,21 @@ pub struct Known<T> {
     pub failures: u64,
     /// Full answers since the start, those that brought nothing new included.
     pub answers: u64,
+    /// Those of them that were other than the one before, the first included.
+    pub changes: u64,
 }
 
 impl<T> Default for Known<T> {
     fn default() -> Self {
-        Self { value: None, confirmed: None, changed: None, error: None, failures: 0, answers: 0 }
+        Self {
+            value: None,
+            confirmed: None,
+            changed: None,
+            error: None,
+            failures: 0,
+            answers: 0,
+            changes: 0,
+        }
     }
 }
 
@@ -125,6 +135,7 @@ impl<T: PartialEq> Publisher<T> {
             if known.value.as_deref() != Some(&value) {
                 known.value = Some(Arc::new(value));
                 known.changed = Some(now);
+                known.changes += 1;
                 (news, changed) = (true, true);
             }
         });

@@ -9,6 +9,13 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+/// What `state` may be asked for, list by list.
+pub const ROUTE_STATES: [&str; 5] = ["ok", "degraded", "ejected", "no_endpoint", "waiting"];
+pub const ENDPOINT_STATES: [&str; 5] = ["active", "ejected", "probing", "unhealthy", "drained"];
+pub const BINDING_STATES: [&str; 5] = ["problem", "routed", "partly", "unrouted", "invalid"];
+pub const SOURCE_STATES: [&str; 3] = ["up", "down", "waiting"];
+pub const CONNECTION_STATES: [&str; 2] = ["open", "connecting"];
+
 /// Everything at a glance: `GET /v1/status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
@@ -58,7 +65,8 @@ pub struct Status {
 /// A part that is not ready.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Waiting {
-    /// `listing`: the provider's first full answer; `discovery`: a first answer of each discovery; `capture`: the rules.
+    /// `listing`: the provider's first full answer; `discovery`: a first answer of each discovery; `capture`: the rules;
+    /// `draining`: nothing any more, embassy is about to end.
     pub part: String,
     /// Since embassy began to wait.
     pub seconds: f64,
@@ -73,6 +81,8 @@ pub struct Connections {
     pub active: usize,
     /// How many there may be at a time; one more is reset.
     pub limit: usize,
+    /// How many one consumer may have at a time; null where there is no limit.
+    pub limit_of_consumer: Option<usize>,
     /// Waiting for their container to become known.
     pub held: usize,
     /// Whether new ones are refused now because memory is nearly used up.
@@ -98,7 +108,7 @@ pub struct Latency {
     pub sum_seconds: f64,
     /// Half of them took at the most this long. Estimated from a histogram; null where nothing was measured.
     pub p50_seconds: Option<f64>,
-    /// 99 of 100 took at the most this long; no more than 1 s is told apart.
+    /// 99 of 100 took at the most this long; what took more than 5 s is 5 s here.
     pub p99_seconds: Option<f64>,
 }
 
@@ -154,6 +164,8 @@ pub struct Host {
     pub memory_limit_bytes: Option<u64>,
     /// Processor time, of all threads.
     pub cpu_seconds: Option<f64>,
+    /// When the process started, in seconds since 1970, by this host's clock.
+    pub started_seconds: Option<f64>,
 }
 
 /// One part of a list.
@@ -309,6 +321,8 @@ pub struct Source {
     pub changed_seconds: Option<f64>,
     /// Full answers since the start, those that brought nothing new included.
     pub answers: u64,
+    /// Those of them that were other than the one before, the first included.
+    pub changes: u64,
     /// Sessions that failed since the start.
     pub failures: u64,
     /// Why it does not answer.
@@ -371,6 +385,8 @@ pub struct Explain {
     pub routes: Vec<Route>,
     /// Whether a connection to a VIP on this port is led to embassy; null where the user's own rules decide.
     pub captured: Option<bool>,
+    /// What the consumers dial, as `VIP:port`: the VIPs that their networks have a way to, those of their own networks first.
+    pub dial: Vec<String>,
     /// What the routes lead to: one entry unless several consumers share what was asked for.
     pub services: Vec<ExplainService>,
 }

@@ -60,3 +60,27 @@ impl Listener {
         Some((Ok(event), self))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::Semaphore;
+
+    use super::*;
+    use crate::events::Events;
+
+    #[tokio::test]
+    async fn who_is_too_slow_is_told_what_it_missed_and_left() {
+        let (events, places) = (Events::default(), Arc::new(Semaphore::new(1)));
+        let place = places.clone().try_acquire_owned().unwrap();
+        let listener = Listener { events: events.listen(), missed: false, _place: place };
+        for n in 0..5_000 {
+            events.report(|| Event::Missed { changes: n });
+        }
+        let (event, listener) = listener.next().await.unwrap();
+        // The queue keeps the newest 1,024.
+        assert!(format!("{event:?}").contains(r#"\"missed\",\"changes\":3976"#), "{event:?}");
+        assert_eq!(places.available_permits(), 0);
+        assert!(listener.next().await.is_none());
+        assert_eq!(places.available_permits(), 1);
+    }
+}

@@ -1,6 +1,6 @@
 //! From symptom to cause: why a consumer's connections on a port go where they go.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use super::{Shown, api, list::is_consumer, view};
 use crate::{
@@ -8,17 +8,19 @@ use crate::{
     config::{CaptureMode, CaptureScope},
     control::Sources,
     counts::numbered,
-    model::{Consumer, ConsumerId},
+    model::{Consumer, ConsumerId, Endpoint},
     provider::Listing,
     table::{Route, Table},
 };
+
+mod way;
 
 /// Explains a port of a consumer, which is named by its name, its ID or an address of its.
 pub(super) fn explain(shown: &Shown, wanted: &str, port: u16) -> api::Explain {
     let table = shown.tables.borrow().clone();
     let sources = shown.sources.borrow().clone();
     let provider = sources.provider.borrow().clone();
-    let listing = provider.value.clone().unwrap_or_default();
+    let listing = sources.listing.clone().unwrap_or_default();
     let now = shown.figures.now();
 
     let consumers = consumers(&listing, wanted);
@@ -45,6 +47,7 @@ pub(super) fn explain(shown: &Shown, wanted: &str, port: u16) -> api::Explain {
         bindings: bindings.collect(),
         routes: routes.iter().map(|route| view::route(route, &lost, now)).collect(),
         captured: captured(shown, &table, &consumers, !routes.is_empty()),
+        dial: Vec::new(),
         services: Vec::new(),
     };
     if let Some(error) = &provider.error {
@@ -64,19 +67,29 @@ pub(super) fn explain(shown: &Shown, wanted: &str, port: u16) -> api::Explain {
     }
     if explain.captured == Some(false) {
         let from_here = routes.iter().any(|route| route.consumer == ConsumerId::Local);
-        explain.findings.push(not_captured(shown, from_here));
+        explain.findings.push(not_captured(shown, &table, from_here));
     }
+    let way = way::of(shown, &table, &listing, &consumers, &routes);
+    explain.dial = way.vips.iter().map(|vip| SocketAddr::new(*vip, port).to_string()).collect();
+    let (hindered, refused) = (!way.findings.is_empty(), way.refused);
+    explain.findings.extend(way.findings);
     let results: Vec<_> = one_of_each(&routes)
         .into_iter()
         .map(|route| {
-            let service = service(&sources, route, &lost, now);
+            let mut service = service(&sources, route, &lost, now);
+            leave_out(&mut explain.findings, &mut service, &way::circular(shown, &table, route));
             what_is_wrong(&mut explain.findings, &service);
             let result = result(&service, route);
             explain.services.push(service);
             result
         })
         .collect();
-    explain.verdict = verdict(&explain).to_owned();
+    explain.verdict = match verdict(&explain) {
+        _ if refused => "broken",
+        "ok" if hindered => "degraded",
+        verdict => verdict,
+    }
+    .to_owned();
     // The cause first: where nothing is wrong, that is where it goes.
     let at = if explain.verdict == "ok" { 0 } else { explain.findings.len() };
     explain.findings.splice(at..at, results);
@@ -88,7 +101,8 @@ fn verdict(explain: &api::Explain) -> &'static str {
     let any = |wanted: &[&str]| {
         explain.services.iter().any(|service| wanted.contains(&service.state.as_str()))
     };
-    if explain.captured == Some(false) || any(&["no_endpoint", "waiting"]) {
+    let nowhere = explain.services.iter().any(|service| service.next.is_none());
+    if explain.captured == Some(false) || nowhere || any(&["no_endpoint", "waiting"]) {
         "broken"
     } else if any(&["degraded", "ejected"]) {
         "degraded"
@@ -155,13 +169,33 @@ fn captured(shown: &Shown, table: &Table, consumers: &[&Consumer], declared: boo
 }
 
 /// Why connections that would have a route are not captured.
-fn not_captured(shown: &Shown, from_here: bool) -> String {
+fn not_captured(shown: &Shown, table: &Table, from_here: bool) -> String {
     match shown.capture.as_ref().and_then(|capture| capture.standing().error) {
         Some(error) => format!("The rules cannot be written ({error}): connections are not captured."),
         None if from_here && shown.facts.mode == CaptureMode::Dnat => {
             "What this host sends itself is captured with --redirect only: this consumer's connections are not.".into()
         }
+        None if table.vips().is_empty() => {
+            "There is no VIP: nothing is captured; name one with --proxy-ip.".into()
+        }
         None => "The rules are not in place: connections are not captured.".into(),
+    }
+}
+
+/// Leaves out of the choice what is dialled itself.
+fn leave_out(say: &mut Vec<String>, service: &mut api::ExplainService, circular: &[Endpoint]) {
+    let circular: Vec<_> = circular.iter().map(ToString::to_string).collect();
+    for endpoint in &circular {
+        say.push(format!(
+            "{endpoint} is the very address that is dialled, and rules of your own would lead back to embassy: it gets no connections (circular)."
+        ));
+    }
+    if service.next.as_ref().is_some_and(|next| circular.contains(next)) {
+        let mut others =
+            service.endpoints.iter().filter(|other| !circular.contains(&other.endpoint));
+        let active = others.clone().find(|other| other.health.state == "active");
+        let next = active.or_else(|| others.find(|other| other.health.state != "drained"));
+        service.next = next.map(|next| next.endpoint.clone());
     }
 }
 
@@ -185,9 +219,10 @@ fn what_is_wrong(say: &mut Vec<String>, service: &api::ExplainService) {
         let endpoint_name = &endpoint.endpoint;
         match endpoint.health.state.as_str() {
             "ejected" => say.push(format!(
-                "{endpoint_name} is skipped for {:.0} s more, after {} in a row{error}.",
+                "{endpoint_name} is skipped for {:.0} s more, after {} in a row{error}; it was ejected {} so far.",
                 endpoint.health.ejected_for_seconds.unwrap_or_default().ceil(),
                 numbered(endpoint.health.failures, "failure", "failures"),
+                numbered(endpoint.health.ejections, "time", "times"),
             )),
             "probing" => {
                 say.push(format!("{endpoint_name} failed{error}; the next connection tries it."))
@@ -213,6 +248,9 @@ fn result(service: &api::ExplainService, route: &Route) -> String {
             format!("The next connection of {consumer} to port {port} goes to {next}, for {name}.")
         }
         (None, "waiting") => format!("{name} has not answered yet: connections are reset."),
+        (None, _) if service.endpoints.iter().any(|e| e.health.state != "drained") => {
+            format!("No endpoint of {name} can be used: connections are reset.")
+        }
         (None, _) if !service.endpoints.is_empty() => {
             format!("Every endpoint of {name} is drained: connections are reset.")
         }
@@ -232,7 +270,7 @@ fn without_route(explain: &mut api::Explain, listing: &Listing, wanted: &str, po
                 format!("{wanted} is a container that declares nothing: it is not captured, and the kernel answers.")
             }
             _ => format!(
-                "No running container that declares anything has the name, the ID or the address {wanted:?}."
+                "No running container that declares anything has the name, the ID or the address {wanted:?}. If it runs, it has neither a variable that begins with BACKEND_ (-prefix) nor a label embassy.backend.<name>: it is not captured, and the kernel answers."
             ),
         });
         let problems = listing.problems.iter().filter(|problem| *problem.consumer == *wanted);

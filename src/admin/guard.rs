@@ -57,6 +57,17 @@ impl Guard {
         }
     }
 
+    /// Whether a request for this path may name whatever host it likes. A probe names what its author thought of, and learns
+    /// nothing here. Prometheus names its target as it was configured, by a name of the network's: where the listener is
+    /// open to that network, so are its metrics.
+    fn answers_any_host(&self, path: &str) -> bool {
+        match (self, path) {
+            (_, "/healthz" | "/readyz") => true,
+            (Self::Tcp { bound, .. }, "/metrics") => !bound.ip().is_loopback(),
+            _ => false,
+        }
+    }
+
     /// Whether a request may change something. The token is read anew each time, so that it can be replaced.
     pub(super) fn may_change(&self, headers: &HeaderMap) -> bool {
         match self {
@@ -106,9 +117,7 @@ pub(super) async fn check(
 
 fn refusal(guard: &Guard, request: &Request) -> Option<Refusal> {
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
-    // A probe names whatever its author thought of, and learns nothing here.
-    let is_probe = matches!(request.uri().path(), "/healthz" | "/readyz");
-    if !is_probe && !guard.is_named(host.unwrap_or_default()) {
+    if !guard.answers_any_host(request.uri().path()) && !guard.is_named(host.unwrap_or_default()) {
         return Some(Refusal::forbidden(format!(
             "host {:?}: expected localhost or the address of --admin",
             host.unwrap_or_default()
@@ -158,6 +167,10 @@ mod tests {
         assert!(everywhere.is_named("10.9.8.7:9990") && everywhere.is_named("box:9990"));
         assert!(!everywhere.is_named("evil.example"));
         assert!(Guard::Unix.is_named("whatever"));
+        assert!(everywhere.answers_any_host("/metrics") && loopback.answers_any_host("/readyz"));
+        assert!(
+            !everywhere.answers_any_host("/v1/status") && !loopback.answers_any_host("/metrics")
+        );
     }
 
     #[test]

@@ -13,6 +13,8 @@ use crate::memory::Memory;
 pub(super) fn host() -> api::Host {
     let conntrack = |name: &str| number(&Path::new("/proc/sys/net/netfilter").join(name));
     let memory = Memory::of_this_process().tightest();
+    let stat = fs::read_to_string("/proc/self/stat").ok();
+    let boot = fs::read_to_string("/proc/stat").ok();
     api::Host {
         conntrack_entries: conntrack("nf_conntrack_count"),
         conntrack_limit: conntrack("nf_conntrack_max"),
@@ -24,7 +26,11 @@ pub(super) fn host() -> api::Host {
             .and_then(|text| resident(&text)),
         memory_used_bytes: memory.map(|memory| memory.used),
         memory_limit_bytes: memory.map(|memory| memory.limit),
-        cpu_seconds: fs::read_to_string("/proc/self/stat").ok().and_then(|text| cpu(&text)),
+        cpu_seconds: stat.as_deref().and_then(cpu),
+        started_seconds: stat
+            .as_deref()
+            .zip(boot.as_deref())
+            .and_then(|(stat, boot)| started(stat, boot)),
     }
 }
 
@@ -49,6 +55,15 @@ fn cpu(stat: &str) -> Option<f64> {
     Some(view::seconds(time))
 }
 
+/// Field 22 of `stat`, in ticks since the `btime` of `/proc/stat`.
+fn started(stat: &str, boot: &str) -> Option<f64> {
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let ticks: u64 = rest.split_whitespace().nth(19)?.parse().ok()?;
+    let boot = boot.lines().find_map(|line| line.strip_prefix("btime "))?;
+    let boot: u64 = boot.trim().parse().ok()?;
+    Some(boot as f64 + ticks as f64 / clock_ticks_per_second() as f64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -59,6 +74,9 @@ mod tests {
         assert!(host.resident_bytes > Some(1_000_000), "{host:?}");
         assert!(host.descriptors > Some(2) && host.descriptors < host.descriptors_limit);
         assert!(host.cpu_seconds.is_some());
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let age = now.as_secs_f64() - host.started_seconds.unwrap();
+        assert!((-5.0..3_600.0).contains(&age), "{age}");
     }
 
     #[test]

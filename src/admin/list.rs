@@ -1,11 +1,12 @@
 //! Lists: filtered, in an order that stays the same, a page at a time.
 
+use axum::http::StatusCode;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::api::Page;
+use super::{api::Page, v1::Refusal};
 
-/// Which entries of a list are wanted. Filters that a list has nothing for fit no entry of it.
+/// Which entries of a list are wanted.
 #[derive(Debug, Clone, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -22,6 +23,14 @@ pub(super) struct Wanted {
     pub offset: Option<usize>,
     /// Entries to give, 1 to 1000. Default 100.
     pub limit: Option<usize>,
+}
+
+/// What a list can be filtered by, besides its texts.
+pub(super) struct Filters {
+    pub list: &'static str,
+    pub states: &'static [&'static str],
+    /// Whether an entry is a consumer's.
+    pub of_consumers: bool,
 }
 
 /// What an entry shows to the filter.
@@ -52,6 +61,21 @@ impl Wanted {
         let total = fitting.len();
         let items = fitting.into_iter().skip(offset).take(limit).map(view).collect();
         Page { total, offset, limit, items }
+    }
+
+    /// Whether the list has such entries at all: a misspelt filter must not look like a list of nothing.
+    pub(super) fn check(&self, filters: &Filters) -> Result<(), Refusal> {
+        let Filters { list, states, of_consumers } = filters;
+        let wrong = |text| Err(Refusal::new(StatusCode::BAD_REQUEST, text));
+        match self {
+            Self { state: Some(state), .. } if !states.contains(&state.as_str()) => {
+                wrong(format!("state {state:?} of {list}: expected {}", states.join(", ")))
+            }
+            Self { consumer: Some(_), .. } if !of_consumers => {
+                wrong(format!("consumer: {list} are nobody's own; expected service, state or q"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether an entry fits.

@@ -1,8 +1,6 @@
 //! The admin API: what is, for people and machines. It reads; the few calls that change something are guarded.
 
-use std::{
-    io, net::SocketAddr, os::unix::fs::FileTypeExt, path::PathBuf, sync::Arc, time::Instant,
-};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Instant};
 
 use axum::{
     Json, Router,
@@ -13,7 +11,7 @@ use axum::{
 };
 use prometheus_client::registry::Registry;
 use tokio::{
-    net::{TcpListener, UnixListener},
+    net::TcpListener,
     sync::{Semaphore, watch},
     task::JoinHandle,
 };
@@ -41,6 +39,8 @@ mod host;
 mod list;
 pub mod metrics;
 mod openapi;
+mod serve;
+mod socket;
 mod v1;
 mod view;
 
@@ -86,6 +86,8 @@ pub struct Admin {
     /// Where it listens, for people.
     pub address: String,
     tasks: [JoinHandle<()>; 2],
+    /// Where it is a unix socket.
+    _file: Option<socket::File>,
 }
 
 impl Admin {
@@ -109,35 +111,21 @@ impl Admin {
             config::Admin::Tcp(address) => {
                 let listener = TcpListener::bind(address).await?;
                 let bound = listener.local_addr()?;
-                let serve = axum::serve(listener, router(Guard::tcp(bound, token_file)));
-                Ok(Self::running(format!("http://{bound}"), serve.into_future(), sampling))
+                if bound.ip().is_unspecified() {
+                    tracing::warn!(address = %bound, "the admin API answers whoever reaches this host; 127.0.0.1, or an address of a network that is trusted, keeps it among us");
+                }
+                let serve = serve::serve(listener, router(Guard::tcp(bound, token_file)));
+                let tasks = [tokio::spawn(serve), sampling];
+                Ok(Self { address: format!("http://{bound}"), tasks, _file: None })
             }
             config::Admin::Unix(path) => {
-                // A socket file outlives its process; only if nobody answers there is it a leftover.
-                let is_socket = std::fs::symlink_metadata(path)
-                    .is_ok_and(|found| found.file_type().is_socket());
-                if is_socket && std::os::unix::net::UnixStream::connect(path).is_err() {
-                    let _ = std::fs::remove_file(path);
-                }
-                let listener = UnixListener::bind(path)?;
-                let serve = axum::serve(listener, router(Guard::unix()));
+                let (listener, file) = socket::listen(path)?;
+                let serve = serve::serve(listener, router(Guard::unix()));
+                let tasks = [tokio::spawn(serve), sampling];
                 let address = format!("unix://{}", path.display());
-                Ok(Self::running(address, serve.into_future(), sampling))
+                Ok(Self { address, tasks, _file: Some(file) })
             }
         }
-    }
-
-    fn running(
-        address: String,
-        serve: impl Future<Output = io::Result<()>> + Send + 'static,
-        sampling: JoinHandle<()>,
-    ) -> Self {
-        let serve = tokio::spawn(async move {
-            if let Err(error) = serve.await {
-                tracing::error!(%error, "the admin API failed");
-            }
-        });
-        Self { address, tasks: [serve, sampling] }
     }
 }
 
@@ -161,12 +149,15 @@ fn router(context: Context) -> Router {
         .with_state(context)
 }
 
-/// 200 while the process lives.
+/// 200 while the process lives
+#[utoipa::path(get, path = "/healthz", responses((status = 200, body = String, content_type = "text/plain")))]
 async fn healthz() -> &'static str {
     "ok\n"
 }
 
-/// 200 once everything has been read for the first time and traffic is captured; else 503 and what is missing.
+/// 200 once everything has been read for the first time and traffic is captured; else 503 and what is missing
+#[utoipa::path(get, path = "/readyz", responses(
+    (status = 200, body = api::Ready), (status = 503, body = api::Ready)))]
 async fn readyz(State(context): State<Context>) -> impl IntoResponse {
     let waiting = v1::waiting(&context.shown);
     let ready = waiting.is_empty();
@@ -179,13 +170,15 @@ async fn readyz(State(context): State<Context>) -> impl IntoResponse {
     (status, Json(answer))
 }
 
+/// All metrics, in Prometheus' text form, or as OpenMetrics where that is accepted
+#[utoipa::path(get, path = "/metrics", responses((status = 200, body = String, content_type = "text/plain")))]
 async fn metrics(State(context): State<Context>, headers: HeaderMap) -> impl IntoResponse {
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
     let format = metrics::Format::accepted(accept.unwrap_or_default());
     // The semaphore is never closed.
-    let _place = context.scrapes.acquire().await;
+    let place = context.scrapes.acquire_owned().await;
     context.shown.figures.refresh().await;
-    match metrics::render_aside(context.shown.metrics.clone(), format).await {
+    match metrics::render_aside(context.shown.metrics.clone(), format, place).await {
         Ok(text) => Ok(([(header::CONTENT_TYPE, format.content_type())], text)),
         Err(error) => Err((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
     }

@@ -1,7 +1,10 @@
 //! The description of the API, made from the calls and types themselves.
 
 use axum::Json;
-use utoipa::OpenApi;
+use utoipa::{
+    Modify, OpenApi,
+    openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme},
+};
 
 use super::{changes, events, v1};
 
@@ -11,7 +14,11 @@ use super::{changes, events, v1};
         title = "embassy",
         description = "What embassy does, and the few things that can be asked of it. Reading is for whoever reaches the listener; changing takes the unix socket, or `Authorization: Bearer` with the token of --admin-token-file."
     ),
+    modifiers(&Token),
     paths(
+        super::healthz,
+        super::readyz,
+        super::metrics,
         v1::status,
         v1::routes,
         v1::endpoints,
@@ -29,6 +36,25 @@ use super::{changes, events, v1};
 )]
 struct Description;
 
+/// What changing calls must bear where they do not come by the unix socket.
+struct Token;
+
+impl Modify for Token {
+    fn modify(&self, description: &mut utoipa::openapi::OpenApi) {
+        let components = description.components.get_or_insert_default();
+        let bearer = SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer));
+        components.add_security_scheme("token", bearer);
+        for item in description.paths.paths.values_mut() {
+            for call in [&mut item.put, &mut item.post].into_iter().flatten() {
+                // Either of them: by the unix socket nothing is needed.
+                let none = SecurityRequirement::default();
+                let token = SecurityRequirement::new("token", [""; 0]);
+                call.security = Some(vec![token, none]);
+            }
+        }
+    }
+}
+
 pub(super) async fn description() -> Json<utoipa::openapi::OpenApi> {
     Json(Description::openapi())
 }
@@ -43,16 +69,22 @@ mod tests {
 
     #[test]
     fn every_call_is_described_and_no_other() {
-        let sources = [include_str!("v1.rs"), include_str!("changes.rs")];
+        let sources = [include_str!("mod.rs"), include_str!("v1.rs"), include_str!("changes.rs")];
         let routed: BTreeSet<_> = sources
             .iter()
             .flat_map(|text| text.split(".route(\"").skip(1))
             .filter_map(|rest| rest.split('"').next())
-            .filter(|path| *path != "/v1/openapi.json")
+            .filter(|path| !["/", "/v1/openapi.json"].contains(path))
             .collect();
         let described = Description::openapi();
         let described: BTreeSet<_> = described.paths.paths.keys().map(String::as_str).collect();
         assert_eq!(described, routed);
+        let text = serde_json::to_value(Description::openapi()).unwrap();
+        assert_eq!(text["components"]["securitySchemes"]["token"]["scheme"], "bearer");
+        let paths = &text["paths"];
+        assert!(paths["/v1/resync"]["post"]["security"].to_string().contains("token"));
+        assert!(paths["/v1/log-level"]["put"]["security"].is_array());
+        assert!(paths["/v1/log-level"]["get"]["security"].is_null(), "reading needs none");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use utoipa::IntoParams;
 
 use super::{
     Context, Shown, api, events, explain, host,
-    list::{Shows, Wanted},
+    list::{Filters, Shows, Wanted},
     openapi, view,
 };
 use crate::{
@@ -47,8 +47,8 @@ pub(super) async fn status(
     shown.figures.refresh().await;
     let table = shown.tables.borrow().clone();
     let all = shown.sources.borrow().clone();
-    let provider = all.provider.borrow().clone();
-    let listing = provider.value.clone().unwrap_or_default();
+    let provider = view::source_state(&all.provider.borrow());
+    let listing = all.listing.clone().unwrap_or_default();
     let now = shown.figures.now();
     let of_state = |wanted: &str| {
         let states = table.endpoints().map(|(_, state)| view::endpoint_state(state, now));
@@ -60,7 +60,7 @@ pub(super) async fn status(
         matches!(view::RouteHealth::of(route, &lost, now).state(), "no_endpoint" | "waiting")
     });
     let queries = all.queries.iter().map(|(_, known)| view::source_state(&known.borrow()));
-    let states: Vec<_> = queries.chain([view::source_state(&provider)]).collect();
+    let states: Vec<_> = queries.chain([provider]).collect();
     let sources_of = |wanted: &str| states.iter().filter(|state| **state == wanted).count();
     Json(api::Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -95,6 +95,7 @@ fn all_connections(shown: &Shown) -> api::Connections {
     api::Connections {
         active: figures.live(),
         limit: figures.limit(),
+        limit_of_consumer: figures.limit_of_consumer(),
         held: figures.held(),
         memory_short: figures.memory_short(),
         started: figures.started(),
@@ -180,6 +181,10 @@ pub(super) async fn routes(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
 ) -> Response {
+    let filters = Filters { list: "routes", states: &api::ROUTE_STATES, of_consumers: true };
+    if let Err(refusal) = wanted.check(&filters) {
+        return refusal.into_response();
+    }
     let shown = &context.shown;
     shown.figures.refresh().await;
     let table = shown.tables.borrow().clone();
@@ -223,6 +228,10 @@ pub(super) async fn endpoints(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
 ) -> Response {
+    let filters = Filters { list: "endpoints", states: &api::ENDPOINT_STATES, of_consumers: false };
+    if let Err(refusal) = wanted.check(&filters) {
+        return refusal.into_response();
+    }
     let shown = &context.shown;
     shown.figures.refresh().await;
     let table = shown.tables.borrow().clone();
@@ -252,10 +261,14 @@ pub(super) async fn bindings(
     State(context): State<Context>,
     Params(mut wanted): Params<Wanted>,
 ) -> Response {
+    let filters = Filters { list: "bindings", states: &api::BINDING_STATES, of_consumers: true };
+    if let Err(refusal) = wanted.check(&filters) {
+        return refusal.into_response();
+    }
     let shown = &context.shown;
     let table = shown.tables.borrow().clone();
-    let provider = shown.sources.borrow().provider.borrow().clone();
-    let all = view::bindings(&table, &provider.value.unwrap_or_default());
+    let listing = shown.sources.borrow().listing.clone().unwrap_or_default();
+    let all = view::bindings(&table, &listing);
     let problems_only = wanted.state.as_deref() == Some("problem");
     if problems_only {
         wanted.state = None;
@@ -288,6 +301,10 @@ pub(super) async fn sources(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
 ) -> Response {
+    let filters = Filters { list: "sources", states: &api::SOURCE_STATES, of_consumers: false };
+    if let Err(refusal) = wanted.check(&filters) {
+        return refusal.into_response();
+    }
     let sources = context.shown.sources.borrow().clone();
     let mut all = vec![(None, view::provider(&sources.provider.borrow()))];
     let mut queries: Vec<_> = sources
@@ -321,6 +338,11 @@ pub(super) async fn connections(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
 ) -> Response {
+    let filters =
+        Filters { list: "connections", states: &api::CONNECTION_STATES, of_consumers: true };
+    if let Err(refusal) = wanted.check(&filters) {
+        return refusal.into_response();
+    }
     let mut all = context.shown.figures.connections().await;
     all.sort_by(|a, b| b.age.cmp(&a.age).then(a.id.cmp(&b.id)));
     let searches = wanted.q.is_some();

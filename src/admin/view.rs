@@ -250,6 +250,7 @@ fn source<T>(
         age_seconds: known.confirmed.map(age),
         changed_seconds: known.changed.map(age),
         answers: known.answers,
+        changes: known.changes,
         failures: known.failures,
         error: known.error.as_deref().map(str::to_owned),
         items,

@@ -97,7 +97,11 @@ impl Keeper {
         check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let is_check = tokio::select! {
-                _ = &mut stopped => return,
+                _ = &mut stopped => {
+                    // They are about to be taken away.
+                    self.counts.stand(|standing| standing.in_place = false);
+                    return;
+                }
                 changed = tables.changed() => match changed {
                     Ok(()) => false,
                     Err(_) => return,

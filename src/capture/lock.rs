@@ -8,8 +8,6 @@ use std::{
     },
 };
 
-use super::rules::NAME;
-
 /// Held while this embassy is the one that captures.
 #[derive(Debug)]
 pub struct Lock {
@@ -18,6 +16,9 @@ pub struct Lock {
     _socket: UnixDatagram,
 }
 
+/// The lock's name in the kernel.
+const LOCK: &str = "embassy/capture";
+
 impl Lock {
     /// For tests that write no rules.
     #[cfg(test)]
@@ -25,9 +26,15 @@ impl Lock {
         Self { _socket: UnixDatagram::unbound().unwrap() }
     }
 
+    /// Whether an embassy captures here, one whose process cannot be seen included. It only reads (man 5 proc, "net/unix").
+    pub fn is_held() -> bool {
+        let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+        sockets.lines().any(|line| line.rsplit(' ').next() == Some(&format!("@{LOCK}")))
+    }
+
     /// `None` where another embassy captures.
     pub fn take() -> io::Result<Option<Self>> {
-        let name = SocketAddr::from_abstract_name(format!("{NAME}/capture"))?;
+        let name = SocketAddr::from_abstract_name(LOCK)?;
         match UnixDatagram::bind_addr(&name) {
             Ok(socket) => Ok(Some(Self { _socket: socket })),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(None),

@@ -81,6 +81,9 @@ fn write(out: &mut String, explain: &api::Explain) -> std::fmt::Result {
         None => "as your own rules decide",
     };
     writeln!(out, "captured   {captured}")?;
+    if !explain.dial.is_empty() {
+        writeln!(out, "dials      {}", explain.dial.join(" or "))?;
+    }
     for route in &explain.routes {
         if let Some(error) = &route.figures.last_error {
             let said = format!("{} ({} ago)", error.text, age(error.age_seconds));
@@ -132,6 +135,7 @@ mod tests {
             bindings: vec![],
             routes: vec![],
             captured: Some(false),
+            dial: vec!["172.17.0.1:81".into()],
             services: vec![],
         };
         let expected = "\
@@ -140,6 +144,7 @@ BROKEN: Port 81 is not declared.
 
 consumer   app (0123456789ab) at 172.17.0.2; ports with a route: 80
 captured   no
+dials      172.17.0.1:81
 ";
         assert_eq!(text(&explain), expected);
     }

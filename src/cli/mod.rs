@@ -157,7 +157,10 @@ impl Command {
                 runtime.block_on(plan.run(config))
             }
             Self::Status(status) => runtime.block_on(status.run()),
-            Self::Ps(ps) => runtime.block_on(ps.run()),
+            Self::Ps(ps) => {
+                ps.check()?;
+                runtime.block_on(ps.run())
+            }
             Self::Explain(explain) => runtime.block_on(explain.run()),
             Self::Top(top) => runtime.block_on(top.run()),
             Self::Wait(wait) => runtime.block_on(wait.run()),

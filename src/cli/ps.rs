@@ -1,16 +1,20 @@
 //! `embassy ps`: the routes, or the endpoints, with live figures.
 
-use std::cmp::Reverse;
+use std::{cmp::Reverse, collections::BTreeSet};
 
 use anyhow::Result;
 use clap::ValueEnum;
+use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     Answer,
-    client::{Asked, given},
-    table::{Table, age, bytes},
+    client::{Asked, Client, given},
+    table::{Table, age, bytes, connect, printable},
 };
-use crate::admin::api::{Endpoint, Figures, Route};
+use crate::{
+    admin::api::{ENDPOINT_STATES, Endpoint, Figures, ROUTE_STATES, Route},
+    config::UsageError,
+};
 
 /// List the routes, or with --endpoints the endpoints, with live figures
 #[derive(Debug, clap::Args)]
@@ -26,11 +30,11 @@ pub(super) struct Ps {
     #[arg(long, short, value_name = "FIGURE", default_value = "name")]
     sort: Sort,
 
-    /// Only those of this consumer: its name, or the start of its ID
+    /// Only those of this consumer: its name, or the start of its ID; not with --endpoints, which are nobody's own
     #[arg(long, value_name = "CONSUMER")]
     consumer: Option<String>,
 
-    /// Only those of this service, by its whole name
+    /// Only those of this service, by its whole name; where none has it, those with it in their name
     #[arg(long, value_name = "SERVICE")]
     service: Option<String>,
 
@@ -82,35 +86,95 @@ pub(super) fn errors(figures: &Figures) -> u64 {
 }
 
 impl Ps {
+    /// Refuses what no list could ever have.
+    pub(super) fn check(&self) -> Result<(), UsageError> {
+        let states = if self.endpoints { ENDPOINT_STATES } else { ROUTE_STATES };
+        match &self.state {
+            Some(state) if !states.contains(&state.as_str()) => {
+                let expected = states.join(", ");
+                Err(UsageError::new(format!("--state {state:?}: expected one of {expected}")))
+            }
+            _ if self.endpoints && self.consumer.is_some() => Err(UsageError::new(
+                "--consumer: not with --endpoints, which are nobody's own; expected --service, --state or a text",
+            )),
+            _ => Ok(()),
+        }
+    }
+
     pub(super) async fn run(self) -> Result<Answer> {
         let client = self.asked.client()?;
         // Sorting is stable: those with as much stay in the API's order.
-        let query = given(&[
-            ("consumer", self.consumer.as_deref()),
-            ("service", self.service.as_deref()),
-            ("state", self.state.as_deref()),
-            ("q", self.text.as_deref()),
-        ]);
         if self.endpoints {
-            let mut all: Vec<Endpoint> = client.all("/v1/endpoints", &query).await?;
+            let of = |endpoint: &Endpoint| endpoint.service.clone();
+            let (mut all, note) = self.listed(&client, "/v1/endpoints", of).await?;
             all.sort_by_key(|endpoint| {
                 Reverse(self.sort.key(&endpoint.figures, endpoint.health.failed_tries))
             });
-            return if self.asked.json {
-                Answer::json(&all, true)
-            } else {
-                Ok(Answer::yes(endpoints(&all).to_string()))
-            };
+            return self.answer(&all, note, endpoints);
         }
-        let mut all: Vec<Route> = client.all("/v1/routes", &query).await?;
+        let of = |route: &Route| route.query.service.clone();
+        let (mut all, note) = self.listed(&client, "/v1/routes", of).await?;
         all.sort_by_key(|route| Reverse(self.sort.key(&route.figures, 0)));
-        if self.asked.json {
-            Answer::json(&all, true)
-        } else {
-            Ok(Answer::yes(routes(&all).to_string()))
+        self.answer(&all, note, routes)
+    }
+
+    /// What fits, and what a person should know of how it was found. For machines a service's name is always the whole.
+    async fn listed<T: DeserializeOwned>(
+        &self,
+        client: &Client,
+        path: &str,
+        service_of: impl Fn(&T) -> String,
+    ) -> Result<(Vec<T>, Option<String>)> {
+        let asked = |service| {
+            given(&[
+                ("consumer", self.consumer.as_deref()),
+                ("service", service),
+                ("state", self.state.as_deref()),
+                ("q", self.text.as_deref()),
+            ])
+        };
+        let all = client.all(path, &asked(self.service.as_deref())).await?;
+        let Some(service) = self.service.as_deref().filter(|_| all.is_empty() && !self.asked.json)
+        else {
+            return Ok((all, None));
+        };
+        let mut others: Vec<T> = client.all(path, &asked(None)).await?;
+        let names: BTreeSet<_> = others.iter().map(&service_of).collect();
+        if names.contains(service) || names.is_empty() {
+            return Ok((all, None));
         }
+        others.retain(|other| service_of(other).contains(service));
+        let note = if others.is_empty() {
+            let names: Vec<_> = names.iter().take(NAMED).map(|name| printable(name)).collect();
+            format!("no service has {service:?} in its name; there are {}\n", names.join(", "))
+        } else {
+            format!("no service is named {service:?}; these have it in their name:\n")
+        };
+        Ok((others, Some(note)))
+    }
+
+    fn answer<T: Serialize>(
+        &self,
+        all: &[T],
+        note: Option<String>,
+        table: impl Fn(&[T]) -> Table,
+    ) -> Result<Answer> {
+        if self.asked.json {
+            return Answer::json(&all, true);
+        }
+        let asked = [&self.consumer, &self.service, &self.state, &self.text];
+        let text = match (all.is_empty(), note) {
+            (false, note) => note.unwrap_or_default() + &table(all).to_string(),
+            (true, Some(note)) => note,
+            (true, None) if asked.iter().any(|asked| asked.is_some()) => "nothing fits\n".to_owned(),
+            (true, None) => "nothing yet: no running container asks for anything; `embassy status` says what is waited for\n".to_owned(),
+        };
+        Ok(Answer::yes(text))
     }
 }
+
+/// Services that are named where none fits.
+const NAMED: usize = 20;
 
 /// How many of a route's endpoints take connections, of how many.
 pub(super) fn usable(route: &Route) -> String {
@@ -156,6 +220,7 @@ pub(super) fn endpoints(all: &[Endpoint]) -> Table {
         "ACTIVE>",
         "STARTED>",
         "ERRORS>",
+        "EJECTIONS>",
         "UP>",
         "DOWN>",
         "CONNECT>",
@@ -175,7 +240,9 @@ pub(super) fn endpoints(all: &[Endpoint]) -> Table {
         let error = error.map(|e| format!("{} ({} ago)", e.text, age(e.age_seconds)));
         // A try that failed is no connection to the endpoint that could end, and just what is looked for.
         let failed = errors(&endpoint.figures) + endpoint.health.failed_tries;
-        let counted = figures(&endpoint.figures, failed);
+        let [active, started, errors, up, down, connect] = figures(&endpoint.figures, failed);
+        let ejections = endpoint.health.ejections.to_string();
+        let counted = [active, started, errors, ejections, up, down, connect];
         table.row(named.into_iter().chain(counted).chain([error.unwrap_or_default()]));
     }
     table
@@ -188,6 +255,6 @@ fn figures(figures: &Figures, errors: u64) -> [String; 6] {
         errors.to_string(),
         bytes(figures.bytes_up),
         bytes(figures.bytes_down),
-        figures.connect.p99_seconds.map_or(String::new(), age),
+        figures.connect.p99_seconds.map_or(String::new(), connect),
     ]
 }

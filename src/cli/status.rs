@@ -7,7 +7,7 @@ use anyhow::Result;
 use super::{
     Answer,
     client::Asked,
-    table::{age, bytes, printable},
+    table::{self, age, bytes, printable},
 };
 use crate::{admin::api, counts::numbered};
 
@@ -101,7 +101,11 @@ fn write(
         write!(out, ", {} drained", status.endpoints_drained)?;
     }
     writeln!(out)?;
-    writeln!(out, "sources      {}, {} down", status.sources, status.sources_down)?;
+    write!(out, "sources      {}, {} down", status.sources, status.sources_down)?;
+    match status.sources_waiting {
+        0 => writeln!(out)?,
+        waiting => writeln!(out, ", {waiting} have not answered yet")?,
+    }
     for source in down {
         let (name, error) = (&source.name, source.error.as_deref().unwrap_or("no answer"));
         let known = source.age_seconds.map_or("nothing is known of it".to_owned(), |seconds| {
@@ -135,7 +139,7 @@ fn write(
     }
     let connect = &status.connections.connect;
     if let (Some(half), Some(most)) = (connect.p50_seconds, connect.p99_seconds) {
-        let (half, most) = (age(half), age(most));
+        let (half, most) = (table::connect(half), table::connect(most));
         writeln!(out, "  to connect: half within {half}, 99 of 100 within {most}")?;
     }
     let api::Host { memory_used_bytes, memory_limit_bytes, .. } = &status.host;
@@ -184,6 +188,7 @@ pub(super) mod tests {
             connections: api::Connections {
                 active: 5,
                 limit: 9744,
+                limit_of_consumer: None,
                 held: 0,
                 memory_short: false,
                 started: 100,
@@ -212,6 +217,7 @@ pub(super) mod tests {
                 memory_used_bytes: None,
                 memory_limit_bytes: None,
                 cpu_seconds: None,
+                started_seconds: None,
             },
         }
     }
@@ -246,6 +252,8 @@ connections  5 open of 9744; 100 since the start, 1.0 kB up, 2.5 MB down
         status.capture.error = Some("no nft".into());
         status.vips.clear();
         status.routes_without_endpoint = 2;
+        status.sources_down = 1;
+        status.sources_waiting = 1;
         status.connections.memory_short = true;
         status.host.memory_used_bytes = Some(61_000_000);
         status.host.memory_limit_bytes = Some(64_000_000);
@@ -256,6 +264,7 @@ connections  5 open of 9744; 100 since the start, 1.0 kB up, 2.5 MB down
             age_seconds: None,
             changed_seconds: None,
             answers: 0,
+            changes: 0,
             failures: 4,
             error: Some("refused".into()),
             items: 0,
@@ -267,6 +276,7 @@ connections  5 open of 9744; 100 since the start, 1.0 kB up, 2.5 MB down
             "capture      dnat by nft, NOT IN PLACE\n  cannot be written: no nft\n",
             "VIPs         none: nothing can be captured",
             "routes       2 of 1 consumer, 2 WITHOUT ENDPOINT\n",
+            "sources      2, 1 down, 1 have not answered yet\n",
             "  consul web: refused; nothing is known of it\n",
             "memory       61.0 MB of 64.0 MB, NEW CONNECTIONS ARE REFUSED\n",
         ] {

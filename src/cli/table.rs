@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::counts::LONGEST;
+
 /// Rows under a head; each column is as wide as its widest cell.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -76,13 +78,18 @@ pub(super) fn bytes(count: u64) -> String {
 /// `<1 ms`, `850 ms`, `12 s`, `3 min`, `5 h`, `2 d`: as exact as a person wants to know an age.
 pub(super) fn age(seconds: f64) -> String {
     match seconds {
-        s if s < 5e-4 => "<1 ms".to_owned(),
+        s if s < 1e-3 => "<1 ms".to_owned(),
         s if s < 1.0 => format!("{:.0} ms", s * 1e3),
         s if s < 120.0 => format!("{s:.0} s"),
         s if s < 7200.0 => format!("{:.0} min", s / 60.0),
         s if s < 172_800.0 => format!("{:.0} h", s / 3600.0),
         s => format!("{:.0} d", s / 86_400.0),
     }
+}
+
+/// How long connecting takes: beyond what is told apart, at least that.
+pub(super) fn connect(seconds: f64) -> String {
+    if seconds < LONGEST { age(seconds) } else { format!(">{}", age(LONGEST)) }
 }
 
 #[cfg(test)]
@@ -106,7 +113,8 @@ another  12345678
     fn figures_are_short() {
         let sizes = [0, 999, 1000, 1_234_567, u64::MAX].map(bytes);
         assert_eq!(sizes, ["0 B", "999 B", "1.0 kB", "1.2 MB", "18446744.1 TB"]);
-        let ages = [0.0, 0.25, 61.0, 600.0, 86_400.0, 864_000.0].map(age);
+        let ages = [0.000_5, 0.25, 61.0, 600.0, 86_400.0, 864_000.0].map(age);
         assert_eq!(ages, ["<1 ms", "250 ms", "61 s", "10 min", "24 h", "10 d"]);
+        assert_eq!([0.25, 4.9, 5.0].map(connect), ["250 ms", "5 s", ">5 s"]);
     }
 }

@@ -1,15 +1,20 @@
 //! `embassy wait`: ready to connect, for health checks and the order of starts.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use serde::Serialize;
+use tokio::time::timeout;
 
 use super::{
     Answer,
     client::{Asked, Client},
+    table::printable,
 };
-use crate::{admin::api, config};
+use crate::{admin::api, config, readiness::DRAINING};
 
 /// Wait until consumers can connect to these services: exit 0 then, 1 where the time is over
 ///
@@ -27,13 +32,15 @@ pub(super) struct Wait {
     #[arg(long, value_name = "CONSUMER")]
     consumer: Option<String>,
 
-    /// The services, as the containers name them
+    /// The services, as the containers name them: with tags, only those that ask for just these
     #[arg(value_name = "SERVICE", required = true)]
     services: Vec<String>,
 }
 
 /// How often it is looked.
 const PAUSE: Duration = Duration::from_millis(200);
+/// How long a single look may take.
+const LOOK: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Serialize)]
 struct Waited {
@@ -48,11 +55,15 @@ impl Wait {
         let client = self.asked.client()?;
         let start = Instant::now();
         let reason = loop {
-            let reason = match self.missing(&client).await {
-                Ok(None) => break None,
-                Ok(Some(reason)) => reason,
+            // An embassy that is stopped, or a host that drops, must not make it wait longer.
+            let left = self.timeout.saturating_sub(start.elapsed());
+            let left = if self.timeout.is_zero() { LOOK } else { left };
+            let reason = match timeout(left, self.missing(&client)).await {
+                Ok(Ok(None)) => break None,
+                Ok(Ok(Some(reason))) => reason,
                 // It may be about to start.
-                Err(error) => format!("{error:#}"),
+                Ok(Err(error)) => format!("{error:#}"),
+                Err(_) => "the embassy does not answer in time".to_owned(),
             };
             if start.elapsed() + PAUSE > self.timeout {
                 break Some(reason);
@@ -74,22 +85,67 @@ impl Wait {
     /// What is still missing. `None`: nothing.
     async fn missing(&self, client: &Client) -> Result<Option<String>> {
         let status: api::Status = client.get("/v1/status", &[]).await?;
+        if status.waiting_for.iter().any(|waiting| waiting.part == DRAINING) {
+            return Ok(Some("embassy is about to end".to_owned()));
+        }
         if status.capture.mode != "none" && !status.capture.in_place {
             return Ok(Some("the rules are not in place: nothing is captured yet".to_owned()));
         }
         for service in &self.services {
             let consumer = self.consumer.as_deref().map(|consumer| ("consumer", consumer));
-            let query: Vec<_> =
-                [("service", service.as_str())].into_iter().chain(consumer).collect();
-            let routes: Vec<api::Route> = client.all("/v1/routes", &query).await?;
+            let (name, tags) = with_tags(service);
+            let query: Vec<_> = [("service", name)].into_iter().chain(consumer).collect();
+            let mut routes: Vec<api::Route> = client.all("/v1/routes", &query).await?;
+            let tags_of = |route: &api::Route| route.query.tags.iter().cloned().collect();
+            routes.retain(|route| tags.as_ref().is_none_or(|tags| *tags == tags_of(route)));
             let usable = |route: &api::Route| matches!(route.state.as_str(), "ok" | "degraded");
             if !routes.iter().any(usable) {
                 return Ok(Some(match routes.first() {
-                    None => format!("no container asks for {service}"),
+                    None => nobody_asks(client, service).await?,
                     Some(route) => format!("{service}: {}", route.state),
                 }));
             }
         }
         Ok(None)
+    }
+}
+
+/// That nobody asks for it, and what is asked for: a name may be another's part, or misspelt.
+async fn nobody_asks(client: &Client, service: &str) -> Result<String> {
+    let some: api::Page<api::Route> = client.get("/v1/routes", &[("limit", "100")]).await?;
+    let query = |route: &api::Route| match route.query.tags.join(",") {
+        tags if tags.is_empty() => printable(&route.query.service),
+        tags => printable(&format!("{}[{tags}]", route.query.service)),
+    };
+    let names: BTreeSet<_> = some.items.iter().map(query).collect();
+    let names = names.into_iter().take(NAMED).collect::<Vec<_>>().join(", ");
+    Ok(match names.is_empty() {
+        true => format!("no container asks for {service}"),
+        false => format!("no container asks for {service}; asked for are {names}"),
+    })
+}
+
+/// Services that are named where nobody asks for the one that is waited for.
+const NAMED: usize = 10;
+
+/// `service[tag,tag]`, as descriptors have it. Without tags any will do.
+fn with_tags(service: &str) -> (&str, Option<BTreeSet<String>>) {
+    match service.strip_suffix(']').and_then(|service| service.split_once('[')) {
+        Some((name, tags)) => (name, Some(tags.split(',').map(str::to_owned).collect())),
+        None => (service, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_may_be_waited_for_with_its_tags() {
+        let tags = |list: &[&str]| Some(list.iter().map(ToString::to_string).collect());
+        assert_eq!(with_tags("redis"), ("redis", None));
+        assert_eq!(with_tags("redis[b,a]"), ("redis", tags(&["a", "b"])));
+        assert_eq!(with_tags("[]"), ("", tags(&[""])));
+        assert_eq!(with_tags("redis]"), ("redis]", None));
     }
 }

@@ -1,6 +1,11 @@
 //! The command line as typed. Every value is still text: `Config` reads it, and the environment where a flag is absent.
 
-use clap::Parser;
+use std::ffi::OsStr;
+
+use clap::{
+    Arg, Command, Error, Parser,
+    builder::{PossibleValue, StringValueParser, TypedValueParser},
+};
 
 /// Connects the containers of this host to the services they ask for.
 ///
@@ -21,11 +26,23 @@ pub(crate) struct Args {
 
     /// What is captured: "declared", only the ports that a consumer declared; "all", every TCP port of a virtual IP
     /// [default: declared]
-    #[arg(long, help_heading = CAPTURE, value_name = "SCOPE")]
+    #[arg(
+        long,
+        help_heading = CAPTURE,
+        value_name = "SCOPE",
+        hide_possible_values = true,
+        value_parser = Offers(&["declared", "all"])
+    )]
     pub(super) capture: Option<String>,
 
     /// What writes the rules: "nft", "iptables", or "auto", whichever Docker itself uses here [default: auto]
-    #[arg(long, help_heading = CAPTURE, value_name = "TOOL")]
+    #[arg(
+        long,
+        help_heading = CAPTURE,
+        value_name = "TOOL",
+        hide_possible_values = true,
+        value_parser = Offers(&["auto", "nft", "iptables"])
+    )]
     pub(super) firewall: Option<String>,
 
     /// The virtual IPs, comma separated [default: docker0's address and the gateway of every bridge network with a
@@ -38,7 +55,13 @@ pub(crate) struct Args {
     pub(super) port: Option<String>,
 
     /// Where bindings come from: "docker", the containers of the engine; "static", --services [default: docker]
-    #[arg(long, help_heading = CONSUMERS, value_name = "PROVIDER")]
+    #[arg(
+        long,
+        help_heading = CONSUMERS,
+        value_name = "PROVIDER",
+        hide_possible_values = true,
+        value_parser = Offers(&["docker", "static"])
+    )]
     pub(super) provider: Option<String>,
 
     /// What the static provider asks for: svc;port,svc[tag,tag];port
@@ -100,7 +123,13 @@ pub(crate) struct Args {
 
     /// How connections are spread where a descriptor does not say: "rr", round robin; "leastconn", least connections
     /// [default: rr]
-    #[arg(long, help_heading = TRAFFIC, value_name = "POLICY")]
+    #[arg(
+        long,
+        help_heading = TRAFFIC,
+        value_name = "POLICY",
+        hide_possible_values = true,
+        value_parser = Offers(&["rr", "leastconn"])
+    )]
     pub(super) lb: Option<String>,
 
     /// How long the first connection of a container that is not known yet may wait while it is looked up; 0: never
@@ -140,7 +169,13 @@ pub(crate) struct Args {
     pub(super) connection_log: Option<String>,
 
     /// "text" or "json" [default: text]
-    #[arg(long, help_heading = OBSERVING, value_name = "FORMAT")]
+    #[arg(
+        long,
+        help_heading = OBSERVING,
+        value_name = "FORMAT",
+        hide_possible_values = true,
+        value_parser = Offers(&["text", "json"])
+    )]
     pub(super) log_format: Option<String>,
 
     /// How much is logged, 0 to 10; RUST_LOG, where it is set, says it finer [default: 0]
@@ -167,6 +202,27 @@ pub(crate) struct Glog {
     log_dir: Option<String>,
     #[arg(long = "log_backtrace_at", hide = true)]
     log_backtrace_at: Option<String>,
+}
+
+/// Takes any text, which `Config` reads as it reads the environment, and has shells offer these words.
+#[derive(Debug, Clone)]
+struct Offers(&'static [&'static str]);
+
+impl TypedValueParser for Offers {
+    type Value = String;
+
+    fn parse_ref(
+        &self,
+        command: &Command,
+        arg: Option<&Arg>,
+        word: &OsStr,
+    ) -> Result<String, Error> {
+        StringValueParser::new().parse_ref(command, arg, word)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(self.0.iter().map(PossibleValue::new)))
+    }
 }
 
 impl Glog {

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::CONNECTION;
 use tracing::{
     Event, Level, Subscriber,
     field::{Field, Visit},
@@ -67,6 +68,9 @@ fn lock(seen: &Mutex<Seen>) -> std::sync::MutexGuard<'_, Seen> {
     seen.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What an endpoint that comes and goes would say at every turn, though each turn is no complaint.
+const FLAPPING: [&str; 2] = ["endpoint ejected", "endpoint back"];
+
 /// The target of lines that tell a count, which are themselves not counted.
 const TARGET: &str = "embassy::log";
 
@@ -107,11 +111,12 @@ where
         event: &Event<'_>,
     ) -> fmt::Result {
         let metadata = event.metadata();
-        let complaint = *metadata.level() <= Level::WARN && metadata.target() != TARGET;
-        if complaint {
+        let (level, target) = (*metadata.level(), metadata.target());
+        if level <= Level::INFO && target != TARGET && target != CONNECTION {
             let mut text = Text::default();
             event.record(&mut text);
-            if !lock(&self.seen).is_news(text.line(), Instant::now()) {
+            let repeats = level <= Level::WARN || FLAPPING.contains(&text.message.as_str());
+            if repeats && !lock(&self.seen).is_news(text.line(), Instant::now()) {
                 return Ok(());
             }
         }
@@ -207,7 +212,49 @@ fn take<'a>(
 
 #[cfg(test)]
 mod tests {
+    use tracing_subscriber::layer::SubscriberExt;
+
     use super::*;
+
+    /// What was written.
+    #[derive(Debug, Clone, Default)]
+    struct Out(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Out {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn an_endpoint_that_comes_and_goes_is_told_once_and_what_is_no_repeat_always() {
+        let (out, fold) = (Out::default(), Fold::default());
+        let writer = out.clone();
+        let layer = tracing_subscriber::fmt::layer().with_ansi(false);
+        let layer = layer.with_writer(move || writer.clone());
+        let layer = layer.map_event_format(|lines| Folded::of(&fold).then(lines));
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            for _ in 0..5 {
+                tracing::info!(endpoint = "10.0.0.1:80", "endpoint ejected");
+                tracing::info!(endpoint = "10.0.0.1:80", "endpoint back");
+                tracing::info!(endpoint = "10.0.0.1:80", "new route");
+                tracing::info!(target: CONNECTION, "connection");
+            }
+            tracing::info!(endpoint = "10.0.0.2:80", "endpoint ejected");
+            drop(fold);
+        });
+        let text = String::from_utf8(out.0.lock().unwrap().clone()).unwrap();
+        let times = |words: &str| text.matches(words).count();
+        assert_eq!(times(r#" endpoint ejected endpoint="10.0.0.1"#), 1, "{text}");
+        assert_eq!((times("again: endpoint ejected"), times("again: ")), (1, 2), "{text}");
+        assert_eq!(times("times=4"), 2, "{text}");
+        assert_eq!((times("new route"), times(" connection: connection")), (5, 5), "{text}");
+        assert_eq!(times("10.0.0.2"), 1, "{text}");
+    }
 
     #[test]
     fn what_repeats_is_written_once_then_counted_then_forgotten() {

@@ -310,7 +310,8 @@ fn failed(
         tracing::debug!(%endpoint, %service, %error, seconds, "endpoint ejected again");
     }
     worker.report(|| Event::EndpointEjected {
-        service: service.to_string(),
+        service: service.service.to_string(),
+        query: service.to_string(),
         endpoint: endpoint.to_string(),
         error: error.to_string(),
         seconds,
@@ -322,7 +323,8 @@ fn back(worker: &Worker, route: &Route, state: &EndpointState) {
     let (endpoint, service) = (state.endpoint, &route.upstream.query);
     tracing::info!(%endpoint, %service, "endpoint back");
     worker.report(|| Event::EndpointBack {
-        service: service.to_string(),
+        service: service.service.to_string(),
+        query: service.to_string(),
         endpoint: endpoint.to_string(),
     });
 }

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, rc::Rc, time::Duration};
 use tracing::info;
 
 use super::connection::Record;
-use crate::{config::ConnectionLog, outcome::Outcome, table::Route};
+use crate::{config::ConnectionLog, log::CONNECTION, outcome::Outcome, table::Route};
 
 /// Logs an ended connection, if it is one of those that are logged.
 pub(super) fn record(which: ConnectionLog, outcome: Outcome, entry: impl FnOnce() -> Entry) {
@@ -26,7 +26,7 @@ pub(super) fn refused(
         return;
     }
     info!(
-        target: "connection",
+        target: CONNECTION,
         consumer = route.map(|route| &*route.consumer_name),
         consumer_id = route.map(|route| route.consumer.to_string()),
         service = route.map(|route| route.upstream.query.service.as_str()),
@@ -40,7 +40,7 @@ pub(super) fn refused(
 fn wanted(which: ConnectionLog, outcome: Outcome) -> bool {
     match which {
         ConnectionLog::Off => false,
-        ConnectionLog::Errors => outcome != Outcome::Closed,
+        ConnectionLog::Errors => outcome.is_error(),
         ConnectionLog::All => true,
         ConnectionLog::Fraction(part) => fastrand::f64() < part,
     }
@@ -63,7 +63,7 @@ impl Entry {
         let record = &self.record;
         let connected = record.connected.get();
         info!(
-            target: "connection",
+            target: CONNECTION,
             consumer = %record.route.consumer_name,
             consumer_id = %record.route.consumer,
             service = %record.route.upstream.query.service,

@@ -207,6 +207,11 @@ impl Figures {
         self.shared.settings.max_connections
     }
 
+    /// Connections of one consumer that may be open at a time.
+    pub fn limit_of_consumer(&self) -> Option<usize> {
+        self.shared.settings.max_connections_per_consumer
+    }
+
     /// Whether connections are refused because memory is nearly used up.
     pub fn memory_short(&self) -> bool {
         self.shared.settings.memory_short.get()

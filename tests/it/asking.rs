@@ -46,7 +46,10 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     let (text, code) = run(&host, &["wait", "/services/nobody", "--timeout=0"])?;
     assert_eq!(
         (text.as_str(), code),
-        ("not ready: no container asks for /services/nobody\n", Some(1))
+        (
+            "not ready: no container asks for /services/nobody; asked for are /services/hang, /services/late, /services/web\n",
+            Some(1)
+        )
     );
 
     // What is, and what is wrong.
@@ -107,11 +110,50 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     assert!(text.contains("192.168.13.77:80 is skipped for "), "{text}");
     assert_eq!(code, Some(0), "{text}");
 
+    // What no list can have, what nobody has, and a part of a name.
+    let late = "/services/late";
+    for (words, code, part) in [
+        (&["ps", "--state=typo"][..], 2, "--state \"typo\": expected one of ok, degraded, "),
+        (&["ps", "--endpoints", "--state=ok"], 2, "expected one of active, ejected, "),
+        (&["ps", "--endpoints", "--consumer=app"], 2, "--consumer: not with --endpoints"),
+        (&["ps", "nobody"], 0, "nothing fits\n"),
+        (
+            &["ps", "--service=lat"],
+            0,
+            "no service is named \"lat\"; these have it in their name:\n",
+        ),
+        (&["ps", "--service=lat"], 0, late),
+        (
+            &["ps", "--service=redis"],
+            0,
+            "there are /services/hang, /services/late, /services/web\n",
+        ),
+        (&["ps", "--service=redis", "--json"], 0, "[]\n"),
+        (&["wait", "/services/web[]", "--timeout=0"], 1, "no container asks for /services/web[]"),
+    ] {
+        let (text, status) = run(&host, words)?;
+        assert!(status == Some(code) && text.contains(part), "{words:?}: {status:?} {text}");
+    }
+    let (rows, _) = rows(&host, &["ps", "--endpoints", "--service=/services/web"])?;
+    let column = rows[0].iter().position(|name| name == "EJECTIONS").context("no column")?;
+    // Behind the service, which is two words, and before a state that is two where it is ejected.
+    let dead = rows.iter().find(|row| row.contains(&"192.168.13.77:80".to_owned()));
+    let dead = dead.context("no such endpoint")?;
+    assert!(
+        dead[column + 1..=column + 3].iter().any(|n| n.parse::<u64>().is_ok_and(|n| n > 0)),
+        "{rows:?}"
+    );
+
     // Something comes while it is waited for.
     ends(&app, "172.17.0.1:81", "reset")?;
     let mut wait = host.embassy_command(["wait", "/services/late", "--consumer=app"])?.spawn()?;
     offer(&host, "late", hang.ip()?)?;
     assert!(wait.wait()?.success());
+
+    // One that is stopped holds nobody up for longer than they wait.
+    embassy.signal(rustix::process::Signal::STOP)?;
+    let (text, code) = run(&host, &["wait", "/services/web", "--timeout=1s"])?;
+    assert_eq!((&*text, code), ("not ready: the embassy does not answer in time\n", Some(1)));
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Output};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
 fn embassy(words: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_embassy"));
@@ -28,6 +28,11 @@ fn a_wrong_command_line_is_one_line_and_exit_2() -> Result<()> {
             &[("PROXY_PORT", "http")],
             "embassy: PROXY_PORT \"http\": expected a port from 1 to 65535\n",
         ),
+        (
+            &["--dnat"],
+            &[("RUST_LOG", "debg")],
+            "embassy: RUST_LOG \"debg\": expected a level such as info, or targets with levels such as warn,embassy=debug\n",
+        ),
     ] {
         let output = embassy(words, variables)?;
         assert_eq!(output.status.code(), Some(2), "{words:?}");
@@ -52,6 +57,24 @@ fn a_shell_reads_the_completions_and_man_the_manual() -> Result<()> {
         assert_eq!(output.status.code(), Some(0), "{words:?}");
         let text = String::from_utf8(output.stdout)?;
         assert!(text.contains(part), "{words:?}: {text}");
+    }
+    // A shell offers what a flag takes.
+    let text = String::from_utf8(embassy(&["completions", "bash"], &[])?.stdout)?;
+    for words in ["declared all", "auto nft iptables", "docker static", "rr leastconn", "text json"]
+    {
+        ensure!(text.contains(&format!("-W \"{words}\"")), "{words}: {text}");
+    }
+    // A manual page for each command, as `make dist` finds them.
+    let help = String::from_utf8(embassy(&["--help"], &[])?.stdout)?;
+    let (_, commands) = help.split_once("\nCommands:\n").context("no commands")?;
+    let names = commands.lines().take_while(|line| !line.is_empty());
+    let names: Vec<_> =
+        names.filter_map(|line| line.strip_prefix("  ")?.split(' ').next()).collect();
+    let names: Vec<_> = names.into_iter().filter(|name| !name.is_empty()).collect();
+    ensure!(names.len() >= 10, "{help}");
+    for name in names {
+        let page = String::from_utf8(embassy(&["man", name], &[])?.stdout)?;
+        ensure!(page.contains(&format!(".TH embassy-{name} 1")), "{name}: {page}");
     }
     // A syntax error would be told here.
     let bash = "source <(\"$0\" completions bash) && complete -p embassy";

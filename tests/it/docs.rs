@@ -1,7 +1,7 @@
 //! What the documents say is so: every command in them runs, and they tell of everything there is.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -30,9 +30,13 @@ fn host() -> Result<(Host, Embassy)> {
         server.start()?;
     }
     let app = host.client("app").env("BACKEND_REDIS", "redis;6379").start()?;
+    host.run("sh", ["-c", "mkdir -p /etc/embassy && echo secret > /etc/embassy/token"])?;
     // There are metrics of a limit only where there is one.
     let group = Group::new(&host, 1 << 30)?;
-    let embassy = group.embassy(&host, &["--dnat", "-discovery=docker://"])?;
+    let embassy = group.embassy(
+        &host,
+        &["--dnat", "-discovery=docker://", "--admin-token-file=/etc/embassy/token"],
+    )?;
     embassy.wait_ready(READY)?;
     reaches_one(&app)?;
     says(&embassy, &["capturing"])?;
@@ -77,7 +81,7 @@ fn every_command_of_the_documents_runs() -> Result<()> {
             ran += 1;
         }
     }
-    ensure!(ran >= 12, "only {ran} blocks were found");
+    ensure!(ran >= 14, "only {ran} blocks were found");
     Ok(())
 }
 
@@ -99,6 +103,8 @@ fn every_command_of_the_readme_runs_or_has_flags_that_embassy_takes() -> Result<
     let folder = program.parent().context("a folder")?.display().to_string();
     let (mut ran, mut read) = (0, 0);
     for line in readme()? {
+        // An embassy in a container is another test's (`least_privilege`); its commands are those of any other.
+        let line = line.strip_prefix("docker exec embassy ").unwrap_or(&line).to_owned();
         let first = line.split(' ').next().unwrap_or_default();
         match first {
             // They build all of this anew; the demo and the tests are what they start.
@@ -173,12 +179,25 @@ fn the_documents_tell_of_every_metric_and_every_outcome_and_of_no_other() -> Res
     Ok(())
 }
 
+/// The outcomes that expressions name, selector by selector.
+fn outcomes(text: &str) -> Vec<BTreeSet<&str>> {
+    let selectors = ["outcome=\"", "outcome=~\""].into_iter();
+    let selected = selectors.flat_map(|start| text.split(start).skip(1));
+    selected.map(|rest| rest.split('"').next().unwrap_or_default().split('|').collect()).collect()
+}
+
 #[test]
 fn prometheus_takes_the_rules_and_the_dashboard_is_json() -> Result<()> {
     let rules = docs().join("prometheus/embassy.rules.yml");
     let output = Command::new("promtool").args(["check", "rules"]).arg(&rules).output();
     let output = output.context("run promtool, of Debian's package prometheus")?;
     assert!(output.status.success(), "{output:?}");
+    // Each comes when it should, and none on a host that is well.
+    let mut promtool = Command::new("promtool");
+    promtool.args(["test", "rules", "embassy.test.yml"]).current_dir(docs().join("prometheus"));
+    let output = promtool.output()?;
+    assert!(output.status.success(), "{output:?}");
+    let tested = fs::read_to_string(docs().join("prometheus/embassy.test.yml"))?;
     // Every alert is explained, and nothing is explained that there is not.
     let (rules, operations) =
         (fs::read_to_string(rules)?, fs::read_to_string(docs().join("operations.md"))?);
@@ -189,10 +208,150 @@ fn prometheus_takes_the_rules_and_the_dashboard_is_json() -> Result<()> {
         .filter_map(|line| line.strip_prefix("| `Embassy")?.split_once('`'))
         .map(|(name, _)| format!("Embassy{name}"))
         .collect();
+    for alert in &alerts {
+        assert!(tested.contains(&format!("alertname=\"{alert}\"")), "{alert} has no test");
+    }
     assert_eq!(told, alerts.into_iter().map(str::to_owned).collect());
+    // What is an error is an alert, and on the dashboard; what is none is not.
+    let errors = Outcome::ALL.iter().filter(|outcome| outcome.is_error());
+    let errors: BTreeSet<_> = errors.map(|outcome| outcome.as_str()).collect();
+    assert_eq!(outcomes(&rules).into_iter().flatten().collect::<BTreeSet<_>>(), errors);
     let dashboard = fs::read_to_string(docs().join("grafana/embassy.json"))?;
     let dashboard: serde_json::Value = serde_json::from_str(&dashboard)?;
     let panels = dashboard["panels"].as_array().context("no panels")?;
     assert!(panels.iter().all(|panel| panel["targets"][0]["expr"].is_string()));
+    let expressions = panels.iter().flat_map(|panel| panel["targets"].as_array()).flatten();
+    let expressions: Vec<_> = expressions.filter_map(|target| target["expr"].as_str()).collect();
+    let named = expressions.iter().flat_map(|expression| outcomes(expression));
+    let lists: Vec<_> = named.filter(|list| list.len() > 1).collect();
+    assert!(lists.len() >= 2 && lists.iter().all(|list| *list == errors), "{lists:?}");
+    // Prometheus reads them as they are, with an interval in the place of Grafana's.
+    for expression in expressions {
+        let expression = expression.replace("$__rate_interval", "5m").replace("$instance", ".*");
+        let rule = format!("groups: [{{name: a, rules: [{{record: a, expr: '{expression}'}}]}}]");
+        let file = tempfile::NamedTempFile::new()?;
+        fs::write(file.path(), rule)?;
+        let output = Command::new("promtool").args(["check", "rules"]).arg(file.path()).output()?;
+        assert!(output.status.success(), "{expression}: {output:?}");
+    }
+    Ok(())
+}
+
+/// A line of the log, as the code says it.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Line {
+    message: String,
+    fields: BTreeSet<String>,
+}
+
+/// What is in the parentheses that `text` begins behind, and the arguments there.
+fn arguments(text: &str) -> Vec<String> {
+    let (mut depth, mut quoted, mut escaped) = (0, false, false);
+    let mut all = vec![String::new()];
+    for c in text.chars() {
+        let end = !quoted && depth == 0;
+        match c {
+            ')' if end => break,
+            ',' if end => {
+                all.push(String::new());
+                continue;
+            }
+            '"' if !escaped => quoted = !quoted,
+            '(' | '[' | '{' if !quoted => depth += 1,
+            ')' | ']' | '}' if !quoted => depth -= 1,
+            _ => {}
+        }
+        escaped = quoted && c == '\\' && !escaped;
+        all.last_mut().unwrap().push(c);
+    }
+    let all = all.iter().map(|argument| argument.trim().to_owned());
+    all.filter(|argument| !argument.is_empty()).collect()
+}
+
+/// Every line that `-v 0` may write, by the code that writes it.
+fn lines() -> Result<Vec<Line>> {
+    let mut lines = Vec::new();
+    let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let text = fs::read_to_string(&path)?;
+            let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+            for start in ["info!(", "warn!(", "error!("] {
+                for (_, rest) in code.match_indices(start).map(|(at, _)| code.split_at(at)) {
+                    let mut all = arguments(&rest[start.len()..]);
+                    let message = all.pop().context("no message")?.replace("\\\"", "\"");
+                    let fields = all.iter().filter(|field| !field.starts_with("target:"));
+                    let name = |field: &String| {
+                        let name = field.split('=').next().unwrap_or_default().trim();
+                        let name = name.trim_start_matches(['%', '?']);
+                        name.rsplit('.').next().unwrap_or_default().to_owned()
+                    };
+                    let fields = fields.map(name).collect();
+                    lines.push(Line { message: message.trim_matches('"').to_owned(), fields });
+                }
+            }
+        }
+    }
+    Ok(lines)
+}
+
+/// What stands between backticks.
+fn quoted(cell: &str) -> BTreeSet<String> {
+    cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+/// The text with `...` for what is put in.
+fn without_values(message: &str) -> String {
+    let mut out = String::new();
+    let mut rest = message;
+    while let Some((before, value)) = rest.split_once('{') {
+        out += before;
+        out += "...";
+        rest = value.split_once('}').map_or("", |(_, after)| after);
+    }
+    out + rest
+}
+
+#[test]
+fn the_documents_tell_of_every_line_of_the_log_with_its_fields() -> Result<()> {
+    let operations = fs::read_to_string(docs().join("operations.md"))?;
+    let section = |title: &str| {
+        let (_, rest) = operations.split_once(title).context(title.to_owned())?;
+        let rows = rest.lines().skip_while(|line| !line.starts_with("|---")).skip(1);
+        anyhow::Ok(rows.take_while(|line| line.starts_with('|')).collect::<Vec<_>>())
+    };
+    let (mut of_connections, mut written) = (BTreeSet::new(), BTreeMap::new());
+    for Line { message, fields } in lines()? {
+        match message.as_str() {
+            "connection" | "refused" => of_connections.extend(fields),
+            // Why embassy ends: whatever went wrong.
+            "{error:#}" => {}
+            _ => {
+                let all: &mut BTreeSet<_> = written.entry(without_values(&message)).or_default();
+                all.extend(fields);
+            }
+        }
+    }
+    assert!(written.len() > 60, "{written:#?}");
+    let mut told = BTreeSet::new();
+    for row in section("| message | fields |")? {
+        let cells: Vec<_> = row.split('|').map(str::trim).collect();
+        let (messages, fields) = (quoted(cells[1]), quoted(cells[2]));
+        let known = messages.iter().filter_map(|message| written.get(message)).flatten();
+        let known: BTreeSet<_> = known.cloned().collect();
+        assert_eq!(fields, known, "left: docs/operations.md, right: src, of {messages:?}");
+        told.extend(messages);
+    }
+    let written: BTreeSet<_> = written.into_keys().collect();
+    assert_eq!(told, written, "left: docs/operations.md, right: src");
+    let rows = section("### The connection log")?;
+    let told: BTreeSet<_> =
+        rows.iter().flat_map(|row| quoted(row.split('|').nth(1).unwrap_or_default())).collect();
+    assert_eq!(told, of_connections, "left: docs/operations.md, right: the connection log");
     Ok(())
 }

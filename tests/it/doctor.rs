@@ -116,3 +116,35 @@ fn an_embassy_whose_rules_are_gone_is_found() -> Result<()> {
     assert!(embassy.wait(WAIT)?.success());
     Ok(())
 }
+
+#[test]
+fn the_embassy_that_runs_is_judged_and_one_that_cannot_be_seen_is_not_missed() -> Result<()> {
+    let host = Host::start()?;
+    host.etcd()?;
+    let mut limited = host.command("sh");
+    limited.args(["-c", "ulimit -n 1000; exec \"$0\" \"$@\""]).arg(embassy_program()?);
+    limited.args(["--dnat", ETCD]).env("DOCKER_HOST", host.docker_url());
+    let embassy = host.embassy_from(limited)?;
+    embassy.wait_ready(READY)?;
+    one(&doctor(&host, &[])?, "warn descriptors: 1000 allow for 244 connections")?;
+    // As from a container beside it: its rules are no leftovers, and its port is its own.
+    let mut hidden = host.command("unshare");
+    hidden.args(["--pid", "--fork", "--mount-proc"]).arg(embassy_program()?);
+    hidden.args(["doctor", "--dnat", ETCD, &format!("-docker={}", host.docker_url())]);
+    assert_eq!(found(hidden)?, [""; 0]);
+    embassy.kill()?;
+    let left = doctor(&host, &[])?;
+    ensure!(
+        left.iter().any(|finding| finding.starts_with("fail rules: an embassy that was")),
+        "{left:#?}"
+    );
+
+    // What this host sends has others before it, too.
+    let embassy = host.embassy(["--redirect", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let redirect = || found(host.embassy_command(["doctor", "--redirect", ETCD])?);
+    assert_eq!(redirect()?, [""; 0]);
+    host.run("nft", ["add table ip early"])?;
+    host.run("nft", ["add chain ip early out { type nat hook output priority -150 ; }"])?;
+    one(&redirect()?, "warn rules: before ours, of iptables, for what this host sends, comes nft's")
+}

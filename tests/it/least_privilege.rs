@@ -34,6 +34,11 @@ fn one_capability(firewall: &str) -> Result<()> {
         .cmd(["--dnat", ETCD, firewall])
         .start()?;
     reaches(&app, "172.17.0.1:80", "web").with_context(|| embassy.log().unwrap_or_default())?;
+    // Its commands are in there with it.
+    let said = embassy.exec(["embassy", "status"])?;
+    ensure!(said.contains("ready: embassy") && said.contains(", in place"), "{said}");
+    let said = embassy.exec(["embassy", "explain", "app", "80"])?;
+    ensure!(said.starts_with("ok: ") && said.contains("dials      172.17.0.1:80"), "{said}");
     // It is what it says: another user, one capability, and nothing that it could get more by.
     let status = host.run("cat", [format!("/proc/{}/status", embassy.pid()?)])?;
     let field = |name: &str| {

@@ -8,6 +8,7 @@ use testbed::{Embassy, Host, embassy_program};
 
 use crate::{
     READY, WAIT,
+    commands::run,
     support::{ETCD, counts, ends, metric, offer, reaches, restored, says, web},
 };
 
@@ -143,6 +144,11 @@ fn it_stops_in_order() -> Result<()> {
     embassy.terminate()?;
     no_rules()?;
     says(&embassy, &["waiting for connections to end", "drain_s=3600.0"])?;
+    // Whoever asks meanwhile is told to go elsewhere.
+    waits_for(&embassy, &["draining"])?;
+    assert_eq!(metric(&embassy, "embassy_capture_in_place")?, 0);
+    let (text, code) = run(&host, &["wait", "/services/web", "--timeout=0"])?;
+    assert_eq!((&*text, code), ("not ready: embassy is about to end\n", Some(1)));
     assert_eq!((embassy.exited()?, held.exited()?), (None, None));
     embassy.terminate()?;
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));

@@ -5,6 +5,7 @@ mod asking;
 mod capture;
 mod command_line;
 mod commands;
+mod connection_log;
 mod consumers;
 mod data_path;
 mod discovery_dns;

@@ -81,6 +81,19 @@ fn who_still_runs_is_served_after_a_start_while_everything_is_down() -> Result<(
     ensure!(metric(&embassy, "embassy_routes")? == 2, "{}", embassy.log());
     waits_for(&embassy, "listing")?;
     waits_for(&embassy, "discovery")?;
+    // What is in use is what is told.
+    let explain = embassy.admin("/v1/explain?consumer=sides&port=80")?.json()?;
+    ensure!(explain["verdict"] == "degraded", "{explain:#}");
+    ensure!(explain["consumers"][0]["id"] == sides.id(), "{explain:#}");
+    ensure!(explain["services"][0]["next"] == endpoint, "{explain:#}");
+    ensure!(explain["findings"].to_string().contains("provider does not answer"), "{explain:#}");
+    let ended = embassy.admin("/v1/explain?consumer=ends&port=80")?.json()?;
+    ensure!(ended["verdict"] == "broken", "{ended:#}");
+    let bindings = embassy.admin("/v1/bindings?state=routed")?.json()?;
+    let of: Vec<_> =
+        bindings["items"].as_array().into_iter().flatten().map(|b| &b["consumer"]).collect();
+    // One name, one port, and the other is told why not.
+    ensure!(of == ["sides", "sides"], "{bindings:#}");
 
     // All come back, and who was served still is.
     host.docker_daemon().start()?;

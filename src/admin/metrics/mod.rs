@@ -104,6 +104,21 @@ impl Metrics {
             "Bindings that have no route, or not all of them",
             Some(table.unrouted().len() as u64),
         )?;
+        let sources = self.sources.borrow().clone();
+        let invalid = sources.listing.as_ref().map_or(0, |listing| listing.problems.len());
+        out.gauge(
+            "bindings_invalid",
+            "Descriptors that cannot be read, and consumers that cannot be told apart",
+            Some(invalid as u64),
+        )?;
+        let entries = sources.queries.iter().map(|(_, known)| {
+            known.borrow().value.as_ref().map_or(0, |endpoints| endpoints.rejected.len() as u64)
+        });
+        out.gauge(
+            "entries_skipped",
+            "Entries of discoveries that cannot be understood",
+            Some(entries.sum()),
+        )?;
         out.gauge("table_version", "Tables published since the start", Some(table.version))?;
         let mut skipped = out.counters(
             "skipped",
@@ -190,6 +205,13 @@ impl Metrics {
         for (name, figure) in &all {
             answers.counter(&[("source", name.as_str())], figure.answers)?;
         }
+        let mut changes = out.counters(
+            "source_changes",
+            "Answers of the source that were other than the one before, the first included",
+        )?;
+        for (name, figure) in &all {
+            changes.counter(&[("source", name.as_str())], figure.changes)?;
+        }
         let mut failures =
             out.counters("source_failures", "Sessions with the source that failed")?;
         for (name, figure) in &all {
@@ -229,6 +251,7 @@ struct Figure {
     up: bool,
     age: Option<f64>,
     answers: u64,
+    changes: u64,
     failures: u64,
 }
 
@@ -240,6 +263,7 @@ impl Figure {
                 .confirmed
                 .map(|at| Instant::now().saturating_duration_since(at).as_secs_f64()),
             answers: known.answers,
+            changes: known.changes,
             failures: known.failures,
         }
     }
@@ -256,6 +280,11 @@ impl Collector for Process {
         out.gauge("open_fds", "Descriptors that are open", host.descriptors)?;
         out.gauge("max_fds", "Descriptors that may be open", host.descriptors_limit)?;
         out.gauge("resident_memory_bytes", "Memory in use", host.resident_bytes)?;
+        let mut start =
+            out.gauges("start_time", "When it started, since 1970", Some(&Unit::Seconds))?;
+        if let Some(seconds) = host.started_seconds {
+            start.0.encode_gauge(&seconds)?;
+        }
         let mut cpu = out.0.encode_descriptor(
             "cpu",
             "Processor time of all threads",

@@ -40,13 +40,19 @@ impl Format {
 const NICE: i32 = 10;
 
 /// Writes all metrics in a thread of its own, to which the kernel prefers the data path where processors are short.
-pub(crate) async fn render_aside(registry: Arc<Registry>, format: Format) -> io::Result<String> {
+/// `place` is kept until it is written, whether or not anybody still waits for it.
+pub(crate) async fn render_aside(
+    registry: Arc<Registry>,
+    format: Format,
+    place: impl Send + 'static,
+) -> io::Result<String> {
     let (answer, answered) = oneshot::channel();
     let write = move || {
         // Of this thread alone, as Linux has it. Where it is refused, the scrape is only less polite.
         let _ = rustix::process::nice(NICE);
         // Whoever asked may have given up.
         let _ = answer.send(render(&registry, format));
+        drop(place);
     };
     thread::Builder::new().name("scrape".into()).spawn(write)?;
     answered.await.map_err(io::Error::other)?.map_err(io::Error::other)

@@ -16,9 +16,9 @@ use tokio::{sync::Notify, time::timeout};
 use super::super::running;
 use crate::{
     capture::{
-        Firewall,
+        Firewall, Lock,
         input::{self, Barrier},
-        place,
+        place::{self, Hook},
     },
     config::{CaptureMode, Config, Provider},
     discovery::{Discoveries, Watches},
@@ -38,10 +38,14 @@ pub(super) struct Facts {
     pub(super) firewall: Result<Firewall, String>,
     /// Where our rules are, by backend.
     pub(super) places: Vec<(Firewall, place::Place)>,
+    /// The same of what this host sends itself, with `--redirect`.
+    pub(super) places_of_output: Vec<(Firewall, place::Place)>,
     /// Chains of others that stop what is captured.
     pub(super) barriers: Result<Vec<Barrier>, String>,
-    /// The processes of proxies in this network namespace.
+    /// The processes of proxies in this network namespace, where they can be seen.
     pub(super) running: Vec<u32>,
+    /// Whether an embassy captures here, seen or not.
+    pub(super) capturing: bool,
     pub(super) port: u16,
     pub(super) listener: Listener,
     /// Addresses of this host.
@@ -51,11 +55,11 @@ pub(super) struct Facts {
     pub(super) networks: Vec<Network>,
     /// Entries of connection tracking, and how many there may be.
     pub(super) conntrack: Option<(u64, u64)>,
-    /// How many descriptors a process may have. `None`: without a limit.
+    /// How many descriptors the proxy that runs may have, or else this process. `None`: without a limit.
     pub(super) descriptors: Option<u64>,
     /// Memory of the control group: of the proxy that runs, or else of this process. `None`: without a limit.
     pub(super) memory: Option<Use>,
-    /// The capabilities of this process, as bits (man 7 capabilities).
+    /// The capabilities of the proxy that runs, or else of this process, as bits (man 7 capabilities).
     pub(super) capabilities: u64,
 }
 
@@ -72,8 +76,10 @@ pub(super) struct EngineFacts {
 pub(super) enum Listener {
     Nobody,
     Proxy(u32),
-    /// Its name and process, where they can be seen.
+    /// Its name and process.
     Other(String),
+    /// A program that cannot be seen from here.
+    Hidden,
 }
 
 /// A bridge network of the engine.
@@ -108,10 +114,17 @@ pub(super) async fn facts(config: &Config) -> Facts {
     } else {
         (None, Vec::new())
     };
-    let mut places = Vec::new();
+    let (mut places, mut places_of_output) = (Vec::new(), Vec::new());
     for firewall in [Firewall::Nft, Firewall::Iptables] {
         // A backend that is not installed has no rules of ours.
-        places.push((firewall, place::of(firewall).await.unwrap_or(place::Place::Absent)));
+        places.push((
+            firewall,
+            place::of(firewall, Hook::Prerouting).await.unwrap_or(place::Place::Absent),
+        ));
+        if config.capture == CaptureMode::Redirect {
+            let place = place::of(firewall, Hook::Output).await.unwrap_or(place::Place::Absent);
+            places_of_output.push((firewall, place));
+        }
     }
     let running: Vec<_> = running::proxies().iter().map(|proxy| proxy.pid).collect();
     let memory =
@@ -122,18 +135,27 @@ pub(super) async fn facts(config: &Config) -> Facts {
         discoveries: discoveries(&config.discoveries).await,
         firewall: Firewall::choose(config.firewall).await.map_err(|error| error.to_string()),
         places,
+        places_of_output,
+        capturing: Lock::is_held(),
         barriers: input::barriers(config.port.get()).await.map_err(|error| error.to_string()),
         port: config.port.get(),
         listener: listener(config.port.get(), &running),
-        running,
+        running: running.clone(),
         local: interfaces.keys().copied().collect(),
         vips: config.vips.as_ref().map(|vips| vips.iter().map(|vip| vip.0).collect()),
         networks,
         conntrack: number("/proc/sys/net/netfilter/nf_conntrack_count")
             .zip(number("/proc/sys/net/netfilter/nf_conntrack_max")),
-        descriptors: getrlimit(Resource::Nofile).maximum,
+        descriptors: match running.first().map(|pid| descriptors(*pid)) {
+            Some(Some(limit)) => limit,
+            _ => getrlimit(Resource::Nofile).maximum,
+        },
         memory: memory.tightest(),
-        capabilities: capabilities(),
+        capabilities: running
+            .first()
+            .and_then(|pid| capabilities(&pid.to_string()))
+            .or_else(|| capabilities("self"))
+            .unwrap_or_default(),
     }
 }
 
@@ -253,13 +275,13 @@ fn listener(port: u16, running: &[u32]) -> Listener {
     }
     let all = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    Listener::Other(match pids.find(has) {
+    match pids.find(has) {
         Some(pid) => {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            format!("{} (process {pid})", name.trim())
+            Listener::Other(format!("{} (process {pid})", name.trim()))
         }
-        None => "a program that cannot be seen from here".to_owned(),
-    })
+        None => Listener::Hidden,
+    }
 }
 
 /// The inode of the socket that listens on `port`, in the text of `/proc/net/tcp`.
@@ -273,10 +295,20 @@ fn listening(list: &str, port: u16) -> Option<u64> {
     })
 }
 
-fn capabilities() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or_default()
+fn capabilities(process: &str) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
+
+/// How many descriptors a process may have: `Some(None)` without a limit (man 5 proc, "limits").
+fn descriptors(pid: u32) -> Option<Option<u64>> {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    match line.split_whitespace().nth(1)? {
+        "unlimited" => Some(None),
+        limit => Some(Some(limit.parse().ok()?)),
+    }
 }
 
 fn number(path: &str) -> Option<u64> {

@@ -50,6 +50,9 @@ fn fail(check: &'static str, what: impl Into<String>, fix: impl Into<String>) ->
 
 fn embassy(facts: &Facts) -> Finding {
     match facts.running[..] {
+        [] if facts.capturing => {
+            ok("embassy", "one captures here; its process cannot be seen from here")
+        }
         [] => ok("embassy", "none runs here now"),
         [pid] => ok("embassy", format!("runs, process {pid}")),
         [..] => warn(
@@ -91,12 +94,23 @@ fn port(facts: &Facts) -> Finding {
     match &facts.listener {
         Listener::Nobody => ok(check, format!("{port} is free")),
         Listener::Proxy(pid) => ok(check, format!("embassy listens on {port}, process {pid}")),
-        Listener::Other(who) => fail(
+        Listener::Hidden if facts.capturing => ok(
             check,
-            format!("{who} listens on {port}: embassy cannot"),
-            "end it, or give embassy another port with --port",
+            format!(
+                "a program that cannot be seen from here listens on {port}: embassy, as it captures"
+            ),
         ),
+        Listener::Hidden => taken(port, "a program that cannot be seen from here"),
+        Listener::Other(who) => taken(port, who),
     }
+}
+
+fn taken(port: u16, who: &str) -> Finding {
+    fail(
+        "port",
+        format!("{who} listens on {port}: embassy cannot"),
+        "end it, or give embassy another port with --port",
+    )
 }
 
 /// CAP_NET_ADMIN (include/uapi/linux/capability.h).
@@ -130,7 +144,7 @@ fn rules(facts: &Facts) -> Vec<Finding> {
     let there = facts.places.iter().filter(|(_, place)| *place != Place::Absent);
     let mut all: Vec<_> = there
         .map(|(firewall, place)| match place {
-            _ if facts.running.is_empty() => fail(
+            _ if facts.running.is_empty() && !facts.capturing => fail(
                 check,
                 format!("an embassy that was killed has left rules of {firewall}: what they capture is refused"),
                 "embassy cleanup, or start embassy",
@@ -145,6 +159,15 @@ fn rules(facts: &Facts) -> Vec<Finding> {
             }
         })
         .collect();
+    for (firewall, place) in &facts.places_of_output {
+        if let Place::Behind(who) = place {
+            all.push(warn(
+                check,
+                format!("before ours, of {firewall}, for what this host sends, comes {who}: what that translates never reaches us"),
+                "give that a later place, or see that it leaves the VIPs alone",
+            ));
+        }
+    }
     if all.is_empty() && !facts.running.is_empty() && facts.capture != CaptureMode::None {
         all.push(fail(
             check,
@@ -313,7 +336,9 @@ mod tests {
             firewall: Ok(Firewall::Nft),
             places: vec![(Firewall::Nft, Place::First), (Firewall::Iptables, Place::Absent)],
             barriers: Ok(Vec::new()),
+            places_of_output: Vec::new(),
             running: vec![7],
+            capturing: true,
             port: 9999,
             listener: Listener::Proxy(7),
             local: ["172.17.0.1".parse().unwrap()].into(),
@@ -342,10 +367,17 @@ mod tests {
         assert_eq!(found(|_| {}), []);
         let none = found(|facts| {
             facts.running.clear();
+            facts.capturing = false;
             facts.listener = Listener::Nobody;
             facts.places = vec![(Firewall::Nft, Place::Absent)];
         });
         assert_eq!(none, []);
+        // One that runs where its process cannot be seen, as in a container of its own.
+        let hidden = found(|facts| {
+            facts.running.clear();
+            facts.listener = Listener::Hidden;
+        });
+        assert_eq!(hidden, []);
         // Somebody who brings their own rules needs neither the right nor the program to write some.
         let own = found(|facts| {
             facts.capture = CaptureMode::None;
@@ -361,7 +393,7 @@ mod tests {
         use Level::{Fail, Warn};
         let vips = |list: &[&str]| Some(list.iter().map(|vip| vip.parse().unwrap()).collect());
         type Change = Box<dyn FnOnce(&mut Facts)>;
-        let cases: [(&str, Level, Change); 22] = [
+        let cases: [(&str, Level, Change); 24] = [
             ("embassy", Warn, Box::new(|f| f.running.push(8))),
             ("docker", Fail, Box::new(|f| f.engine = Some(Err("no such file".into())))),
             (
@@ -373,7 +405,29 @@ mod tests {
             ("capability", Fail, Box::new(|f| f.capabilities = !NET_ADMIN)),
             ("firewall", Fail, Box::new(|f| f.firewall = Err("cannot run nft".into()))),
             ("rules", Fail, Box::new(|f| f.places.clear())),
-            ("rules", Fail, Box::new(|f| f.running.clear())),
+            (
+                "rules",
+                Fail,
+                Box::new(|f| {
+                    f.running.clear();
+                    f.capturing = false;
+                }),
+            ),
+            (
+                "port",
+                Fail,
+                Box::new(|f| {
+                    f.running.clear();
+                    f.places.clear();
+                    f.capturing = false;
+                    f.listener = Listener::Hidden;
+                }),
+            ),
+            (
+                "rules",
+                Warn,
+                Box::new(|f| f.places_of_output = vec![(Firewall::Nft, Place::Behind("a".into()))]),
+            ),
             ("rules", Warn, Box::new(|f| f.places[0].1 = Place::Behind("another".into()))),
             (
                 "input",

@@ -15,7 +15,7 @@ use ratatui::{
 use super::{
     super::{
         ps::usable,
-        table::{age, bytes, printable},
+        table::{age, bytes, connect, printable},
     },
     snapshot::{Rates, Seen, Snapshot, With},
 };
@@ -209,14 +209,15 @@ impl Screen {
             (mode, true) => Span::raw(format!("{mode} in place")),
             (mode, false) => Span::styled(format!("{mode} NOT IN PLACE"), bad),
         };
-        let sources = match status.sources_down {
-            0 => Span::raw(format!("{} up", numbered(status.sources, "source", "sources"))),
-            down => Span::styled(format!("{down} of {} sources DOWN", status.sources), bad),
+        let sources = match (status.sources_down, status.sources_waiting) {
+            (0, 0) => Span::raw(format!("{} up", numbered(status.sources, "source", "sources"))),
+            (0, waiting) => Span::raw(format!("{waiting} of {} sources waiting", status.sources)),
+            (down, _) => Span::styled(format!("{down} of {} sources DOWN", status.sources), bad),
         };
         let up = age(status.uptime_seconds);
         let gap = || Span::raw("  ");
         let all = &self.seen.all;
-        let p99 = status.connections.connect.p99_seconds.map_or("-".to_owned(), age);
+        let p99 = status.connections.connect.p99_seconds.map_or("-".to_owned(), connect);
         let figures = format!(
             "{} open  {:.1} connections/s  {:.1} errors/s  {}/s up  {}/s down  connect {p99}",
             status.connections.active,

@@ -15,11 +15,13 @@ use crate::{
     support::{ETCD, offer_at, reaches, says, web},
 };
 
+mod bounds;
 mod browser;
 mod changing;
 mod dashboard;
 mod described;
 mod scrapes;
+mod told;
 mod views;
 
 /// What a call answers, read as its type.

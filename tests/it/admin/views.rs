@@ -171,6 +171,81 @@ fn a_source_that_is_still_awaited_neither_answers_nor_is_down() -> Result<()> {
 }
 
 #[test]
+fn it_explains_what_stands_in_the_way_whatever_the_service() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let greeter = host.server("greeter", ["greet"]).start()?;
+    offer_at(&host, "greeter", &format!("{}:80", greeter.ip()?))?;
+    offer_at(&host, "self", "172.17.0.1:84")?;
+    // Its containers are on the wire beside this host, not behind it.
+    host.network("far", ["--driver=macvlan", "--opt=parent=eth0", "--subnet=10.83.0.0/24"])?;
+    let asking = |name: &str| {
+        let app = host.client(name).env("BACKEND_WEB", "/services/web;80");
+        let app = app.env("BACKEND_GREETER", "/services/greeter;81");
+        app.env("BACKEND_SELF", "/services/self;84")
+    };
+    let (app, holder) = (asking("app").start()?, asking("holder").start()?);
+    let inside = host.client("inside").network("far").env("BACKEND_WEB", "/services/web;80");
+    let _inside = inside.start()?;
+    let embassy = host.embassy([
+        "--dnat",
+        ETCD,
+        "--max-connections-per-consumer=1",
+        "--max-connections=2",
+        "--proxy-ip=172.17.0.1",
+    ])?;
+    embassy.wait_ready(READY)?;
+    let explains = |who: &str, port: u16, verdict: &str, words: &str| {
+        let path = format!("/v1/explain?consumer={who}&port={port}");
+        becomes(&embassy, &path, words, |explain: &api::Explain| {
+            explain.verdict == verdict
+                && explain.findings.first().is_some_and(|first| first.contains(words))
+        })
+    };
+    let well = explains("app", 80, "ok", "goes to")?;
+    assert_eq!(well.dial, ["172.17.0.1:80"], "{well:#?}");
+    let far =
+        explains("inside", 80, "degraded", "No network of inside has a gateway on this host")?;
+    assert_eq!(far.dial, [""; 0]);
+
+    let _held = hold(&holder, "held", "172.17.0.1:81")?;
+    explains("holder", 81, "broken", "(too_many_of_consumer): holder has 1 connection open")?;
+    explains("app", 80, "ok", "goes to")?;
+    // Two at a time are all that there may be.
+    let _second = hold(&app, "second", "172.17.0.1:81")?;
+    explains("app", 80, "broken", "(too_many_connections): 2 connections are open")?;
+    holder.remove()?;
+    app.remove()?;
+    let _app = asking("app").start()?;
+
+    host.run("iptables", "-A INPUT -i lo -j ACCEPT".split(' '))?;
+    host.run("iptables", ["-P", "INPUT", "DROP"])?;
+    explains("app", 80, "degraded", "may be dropped, and then hangs: chain INPUT of iptables")?;
+    host.run("iptables", ["-P", "INPUT", "ACCEPT"])?;
+    explains("app", 80, "ok", "goes to")?;
+    embassy.kill()?;
+
+    // Under rules of the user's own the endpoint that is dialled itself gets nothing, and its neighbour all.
+    let embassy = host.embassy([ETCD])?;
+    embassy.wait_ready(READY)?;
+    let circular: api::Explain = get(&embassy, "/v1/explain?consumer=app&port=84")?;
+    assert_eq!(
+        (&*circular.verdict, &circular.services[0].next),
+        ("broken", &None),
+        "{circular:#?}"
+    );
+    assert!(circular.findings[0].contains("(circular)"), "{circular:#?}");
+    let neighbour = format!("{}:80", greeter.ip()?);
+    offer_at(&host, "self", &neighbour)?;
+    let path = "/v1/explain?consumer=app&port=84";
+    becomes(&embassy, path, "the neighbour", |explain: &api::Explain| {
+        explain.services[0].next.as_ref() == Some(&neighbour)
+            && explain.findings.iter().any(|line| line.contains("(circular)"))
+    })?;
+    Ok(())
+}
+
+#[test]
 fn wrong_requests_are_told_what_is_wrong() -> Result<()> {
     let host = Host::start()?;
     let embassy = host.embassy(["-provider=static", "-services=web;80"])?;
@@ -179,6 +254,12 @@ fn wrong_requests_are_told_what_is_wrong() -> Result<()> {
         ("/v1/nothing", 404, "/v1/nothing"),
         ("/v1/routes?limit=many", 400, "limit"),
         ("/v1/routes?colour=blue", 400, "colour"),
+        ("/v1/routes?state=ejcted", 400, "\"ejcted\" of routes: expected ok, degraded, ejected"),
+        ("/v1/endpoints?state=ok", 400, "expected active, ejected"),
+        ("/v1/bindings?state=ok", 400, "expected problem, routed"),
+        ("/v1/sources?state=lost", 400, "expected up, down, waiting"),
+        ("/v1/connections?state=closed", 400, "expected open, connecting"),
+        ("/v1/endpoints?consumer=app", 400, "nobody's own"),
         ("/v1/explain?consumer=app", 400, "port"),
         ("/v1/explain?consumer=app&port=0", 400, "port 0"),
         ("/v1/explain?consumer=app&port=70000", 400, "port"),

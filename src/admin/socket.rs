@@ -1,0 +1,107 @@
+//! The unix socket: a file that says who may ask.
+
+use std::{
+    fs, io,
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{Mode, fchmod};
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::net::UnixListener;
+
+/// Whoever may change something here may as well be embassy: its own user, and root. Another mode or group is the user's to
+/// give.
+const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// The file of a socket that we made. It goes when this is dropped, unless another has taken its place.
+#[derive(Debug)]
+pub(super) struct File {
+    path: PathBuf,
+    /// By which it is known.
+    identity: Option<Identity>,
+}
+
+/// Listens at `path`. What an embassy that was killed has left there is replaced.
+pub(super) fn listen(path: &Path) -> io::Result<(UnixListener, File)> {
+    if is_leftover(path) {
+        fs::remove_file(path)?;
+    }
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    // Before it is bound: there is no moment at which everybody may.
+    fchmod(&socket, MODE)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    socket.listen(BACKLOG)?;
+    let file = File { path: path.to_owned(), identity: identity(path) };
+    Ok((UnixListener::from_std(std::os::unix::net::UnixListener::from(socket))?, file))
+}
+
+/// Whether a socket is there that nobody listens at. Any other failure to connect may be somebody's: a full queue, or rights
+/// that we have not.
+fn is_leftover(path: &Path) -> bool {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    // Nonblocking: where its queue is full, a connect would wait.
+    let connect = || {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+        socket.connect(&SockAddr::unix(path)?)
+    };
+    is_socket && connect().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+/// Device, number, and when it was made: numbers are given again. Another mode or owner leaves them.
+type Identity = (u64, u64, i64, i64);
+
+fn identity(path: &Path) -> Option<Identity> {
+    let found = fs::symlink_metadata(path).ok()?;
+    Some((found.dev(), found.ino(), found.mtime(), found.mtime_nsec()))
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_leftover_is_replaced_and_only_our_own_file_goes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let (listener, file) = listen(&path).unwrap();
+        assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(listen(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse, "it is in use");
+        // As after a kill: the file stays, and nobody listens.
+        drop(listener);
+        let (_second, second_file) = listen(&path).unwrap();
+        drop(file);
+        assert!(path.exists(), "the file is the second one's");
+        drop(second_file);
+        assert!(!path.exists());
+        fs::write(&path, "not a socket").unwrap();
+        assert!(listen(&path).is_err());
+        assert!(path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_socket_whose_queue_is_full_is_no_leftover() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let busy = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        busy.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        busy.listen(0).unwrap();
+        let dial = || {
+            let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).unwrap();
+            socket.connect(&SockAddr::unix(&path).unwrap()).map(|()| socket)
+        };
+        let _waiting: Vec<_> = std::iter::from_fn(|| dial().ok()).take(16).collect();
+        assert!(dial().is_err(), "its queue is full");
+        assert!(!is_leftover(&path));
+    }
+}
