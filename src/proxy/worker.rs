@@ -108,6 +108,7 @@ pub(super) async fn run(
     others.spawn_local(observed::answer(worker.clone(), asks));
     others.spawn_local(worker.clone().park_idle());
     others.spawn_local(worker.clone().resume_woken());
+    others.spawn_local(worker.clone().send_queued());
 
     tokio::select! {
         // The sender lives as long as the proxy: where it is gone, so is everything, and this ends too.
@@ -336,6 +337,10 @@ impl Worker {
             verdict: None,
         };
         self.live.borrow_mut().insert(id, live);
+    }
+
+    pub(super) async fn send_queued(self: Rc<Self>) {
+        self.buffers.send_queued().await;
     }
 
     /// Takes over each table as it is published, and ends the connections that do not belong to it.

@@ -1,13 +1,15 @@
 //! One way of a connection.
 //!
-//! While idle it owns nothing. It waits for readiness first, then reads into the worker's one buffer and writes at once;
-//! only what the other side cannot take yet is kept. Bulk moves through a pipe by `splice`, without a copy. Where the end
-//! comes right behind the last bytes, it goes out in one packet with them.
+//! While idle it owns nothing. It waits for readiness first, then reads into the worker's one buffer. A message is sent from
+//! there together with those of other connections; more than a message is sent at once; only what the other side cannot take
+//! yet is kept. Bulk moves through a pipe by `splice`, without a copy. Where the end comes right behind the last bytes, it
+//! goes out in one packet with them.
 
 use std::{
     cell::Cell,
     future::poll_fn,
     io,
+    os::fd::AsFd,
     pin::pin,
     task::{Context, Poll, ready},
 };
@@ -19,7 +21,7 @@ use rustix::{
 };
 use tokio::{io::Interest, net::TcpStream, task::yield_now};
 
-use super::{Broken, RelayBuffers, Side, has_finished, pipe::Pipe, turns::Turns};
+use super::{Broken, RelayBuffers, Side, batch::Unsent, has_finished, pipe::Pipe, turns::Turns};
 
 /// A socket, and whose it is.
 #[derive(Debug, Clone, Copy)]
@@ -48,8 +50,8 @@ pub(super) struct Direction<'a> {
     finished_reading: bool,
     /// `to` has been told so.
     told: bool,
-    /// Whether the last bytes may wait in the kernel for the end to go with them.
-    joins_end: bool,
+    /// Whether bytes may wait: the last ones in the kernel for the end to go with them, others for those of others.
+    may_wait: bool,
 }
 
 const SPLICE: SpliceFlags = SpliceFlags::NONBLOCK.union(SpliceFlags::MOVE);
@@ -57,8 +59,16 @@ const SPLICE: SpliceFlags = SpliceFlags::NONBLOCK.union(SpliceFlags::MOVE);
 /// What was read and could not be written yet.
 enum Held {
     Nothing,
-    Bytes { bytes: Box<[u8]>, written: usize },
-    Piped { pipe: Pipe, bytes: usize },
+    /// It is counted as moved already, and mostly is by the time that anybody asks.
+    Queued(u64),
+    Bytes {
+        bytes: Box<[u8]>,
+        written: usize,
+    },
+    Piped {
+        pipe: Pipe,
+        bytes: usize,
+    },
 }
 
 impl<'a> Direction<'a> {
@@ -80,7 +90,7 @@ impl<'a> Direction<'a> {
             turn: Turns::SHORT,
             finished_reading: false,
             told: false,
-            joins_end: true,
+            may_wait: true,
         }
     }
 
@@ -96,14 +106,20 @@ impl<'a> Direction<'a> {
 
     /// Whether nothing is under way and both ends are open.
     pub(super) fn is_idle(&self) -> bool {
-        matches!(self.held, Held::Nothing) && !self.finished_reading
+        let holds_nothing = match self.held {
+            Held::Nothing => true,
+            Held::Queued(number) => self.buffers.batch.borrow().is_sent(number),
+            Held::Bytes { .. } | Held::Piped { .. } => false,
+        };
+        holds_nothing && !self.finished_reading
     }
 
     /// After `from` broke: passes on what it had sent before, as far as `to` takes it now. A server that answers early
     /// and closes is still heard.
     pub(super) async fn last_words(&mut self) {
         // No end follows but a reset, which discards what waits.
-        self.joins_end = false;
+        self.may_wait = false;
+        self.buffers.batch.borrow_mut().send();
         loop {
             // The error may have been met before tokio heard of the bytes that came ahead of it.
             yield_now().await;
@@ -119,23 +135,30 @@ impl<'a> Direction<'a> {
     /// [`Direction::tell_end`] or by closing its socket, and at once.
     pub(super) fn poll_move(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let start = self.moved.get();
-        if self.is_bulk() {
-            self.turn = self.buffers.turns.next();
-        }
+        self.turn = if self.is_bulk() { self.buffers.turns.next() } else { Turns::SHORT };
         loop {
-            ready!(self.poll_write_held(cx))?;
-            if self.finished_reading {
-                return Poll::Ready(Ok(()));
-            }
-            if self.moved.get() - start >= u64::from(self.turn) {
+            // It may have become less: what could not be sent is counted again.
+            if self.moved.get().saturating_sub(start) >= u64::from(self.turn) {
                 // Unlike a plain wake, this comes back only after the sockets of all others were looked at.
                 ready!(pin!(yield_now()).poll(cx));
+            }
+            ready!(self.poll_write_held(cx))?;
+            if self.held.left() > 0 {
+                continue;
+            }
+            if self.finished_reading {
+                return Poll::Ready(Ok(()));
             }
             ready!(self.from.socket.poll_read_ready(cx)).map_err(|error| self.from.broke(error))?;
             let pipe = if self.is_bulk() { self.buffers.pipes.borrow_mut().take() } else { None };
             match pipe {
                 Some(pipe) => self.fill(pipe)?,
-                None => self.copy()?,
+                None => self.copy(cx)?,
+            }
+            if let Held::Queued(_) = self.held {
+                // What comes next is waited for, and not that it is sent: if it cannot be, that wakes this task.
+                let ready = ready!(self.from.socket.poll_read_ready(cx));
+                ready.map_err(|error| self.from.broke(error))?;
             }
         }
     }
@@ -144,15 +167,16 @@ impl<'a> Direction<'a> {
         self.large_reads >= 2
     }
 
-    /// Reads into the worker's buffer and writes what can be written; the rest is held.
-    fn copy(&mut self) -> Result<(), Broken> {
-        let mut buffer = self.buffers.buffer.borrow_mut();
-        let (from, size) = (self.from.socket, buffer.len().min(self.turn as usize));
+    /// Reads into the worker's buffer and queues a message; of anything else it writes what can be written, and holds the
+    /// rest.
+    fn copy(&mut self, cx: &Context<'_>) -> Result<(), Broken> {
+        let mut batch = self.buffers.batch.borrow_mut();
+        let buffer = batch.room(self.turn as usize);
+        let (from, size) = (self.from.socket, buffer.len());
         // Asked before the read: all that was sent is here then, and right behind it comes the end, or an error.
         let is_last = has_finished(from);
-        let read = attempt(from, Interest::READABLE, size, || {
-            Ok(rustix::io::read(from, &mut buffer[..size])?)
-        });
+        let read =
+            attempt(from, Interest::READABLE, size, || Ok(rustix::io::read(from, &mut *buffer)?));
         let mut count = match read {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -167,9 +191,17 @@ impl<'a> Direction<'a> {
         } else {
             self.large_reads = 0;
             self.buffers.turns.shorten();
+            if self.may_wait && !is_last {
+                if batch.is_empty() {
+                    self.buffers.queued.notify_one();
+                }
+                self.held = Held::Queued(batch.queue(self.to.socket.as_fd(), count, cx.waker()));
+                self.moved.set(self.moved.get() + count as u64);
+                return Ok(());
+            }
         }
         let mut behind = Ok(());
-        if let Some(rest) = buffer.get_mut(count..size).filter(|rest| is_last && !rest.is_empty()) {
+        if let Some(rest) = buffer.get_mut(count..).filter(|rest| is_last && !rest.is_empty()) {
             match rustix::io::read(from, rest) {
                 Ok(0) => self.finished_reading = true,
                 Ok(more) => count += more,
@@ -178,7 +210,7 @@ impl<'a> Direction<'a> {
                 Err(error) => behind = Err(self.from.broke(error.into())),
             }
         }
-        let more = if self.finished_reading && self.joins_end {
+        let more = if self.finished_reading && self.may_wait {
             SendFlags::MORE
         } else {
             SendFlags::empty()
@@ -218,18 +250,36 @@ impl<'a> Direction<'a> {
         Ok(())
     }
 
-    /// Writes what is held. Ready when nothing is.
+    /// Writes of what is held as much as one turn may. Ready when nothing is, or more may be written.
     fn poll_write_held(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let to = self.to.socket;
-        while self.held.left() > 0 {
+        if let Held::Queued(number) = self.held {
+            let mut batch = self.buffers.batch.borrow_mut();
+            if batch.is_queued(number) {
+                batch.awaits(number, cx.waker());
+                return Poll::Pending;
+            }
+            self.held = Held::Nothing;
+            if let Some(Unsent { bytes, error }) = batch.take_unsent(number) {
+                self.moved.set(self.moved.get() - bytes.len() as u64);
+                self.held = Held::Bytes { bytes, written: 0 };
+                if let Some(error) = error {
+                    return Poll::Ready(Err(self.to.broke(error)));
+                }
+            }
+        }
+        if self.held.left() > 0 {
             ready!(to.poll_write_ready(cx)).map_err(|error| self.to.broke(error))?;
-            match self.held.write(to) {
+            match self.held.write(to, self.turn as usize) {
                 Ok(0) => return Poll::Ready(Err(self.to.broke(io::ErrorKind::WriteZero.into()))),
                 Ok(moved) => self.moved.set(self.moved.get() + moved as u64),
                 // The readiness was cleared: the next round waits for it.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Poll::Ready(Err(self.to.broke(error))),
             }
+        }
+        if self.held.left() > 0 {
+            return Poll::Ready(Ok(()));
         }
         if let Held::Piped { pipe, .. } = std::mem::replace(&mut self.held, Held::Nothing) {
             self.buffers.pipes.borrow_mut().give_back(pipe);
@@ -243,6 +293,8 @@ impl Drop for Direction<'_> {
         match std::mem::replace(&mut self.held, Held::Nothing) {
             Held::Piped { pipe, bytes: 0 } => self.buffers.pipes.borrow_mut().give_back(pipe),
             Held::Piped { .. } => self.buffers.pipes.borrow_mut().lost(),
+            // Its socket is closed next.
+            Held::Queued(number) => self.buffers.batch.borrow_mut().forget(number),
             Held::Nothing | Held::Bytes { .. } => {}
         }
     }
@@ -251,22 +303,24 @@ impl Drop for Direction<'_> {
 impl Held {
     fn left(&self) -> usize {
         match self {
-            Held::Nothing => 0,
+            Held::Nothing | Held::Queued(_) => 0,
             Held::Bytes { bytes, written } => bytes.len() - written,
             Held::Piped { bytes, .. } => *bytes,
         }
     }
 
-    fn write(&mut self, to: &TcpStream) -> io::Result<usize> {
+    /// Writes `most` bytes of it, if the socket takes so many.
+    fn write(&mut self, to: &TcpStream, most: usize) -> io::Result<usize> {
         match self {
-            Held::Nothing => Ok(0),
+            Held::Nothing | Held::Queued(_) => Ok(0),
             Held::Bytes { bytes, written } => {
-                write(to, bytes.get(*written..).unwrap_or_default(), SendFlags::empty())
+                let rest = bytes.get(*written..).unwrap_or_default();
+                write(to, rest.get(..most).unwrap_or(rest), SendFlags::empty())
                     .inspect(|moved| *written += moved)
             }
             Held::Piped { pipe, bytes } => to
                 .try_io(Interest::WRITABLE, || {
-                    Ok(splice(&pipe.read, None, to, None, *bytes, SPLICE)?)
+                    Ok(splice(&pipe.read, None, to, None, (*bytes).min(most), SPLICE)?)
                 })
                 .inspect(|moved| *bytes -= moved),
         }

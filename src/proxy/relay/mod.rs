@@ -9,13 +9,15 @@ use std::{
 
 use futures_util::FutureExt;
 use rustix::io::Errno;
-use tokio::{io::Interest, net::TcpStream};
+use tokio::{io::Interest, net::TcpStream, sync::Notify};
 
+use batch::{Batch, Ring};
 use direction::{Direction, End};
 pub(super) use pipe::PIPES;
 use pipe::Pipes;
 use turns::Turns;
 
+mod batch;
 mod direction;
 mod pipe;
 mod turns;
@@ -25,21 +27,37 @@ mod tests;
 /// What every relay of a worker shares.
 #[derive(Debug)]
 pub(super) struct RelayBuffers {
-    buffer: RefCell<Box<[u8]>>,
+    batch: RefCell<Batch>,
+    /// Rung when a message is queued.
+    queued: Notify,
     pipes: RefCell<Pipes>,
     turns: Turns,
 }
 
 impl RelayBuffers {
-    /// Large enough that a bulk stream needs few calls, small enough to stay in a core's second-level cache.
-    const SIZE: usize = 256 * 1024;
-
-    /// With up to so many pipes to splice bulk through; without any, all is copied.
+    /// With up to so many pipes to splice bulk through; without any, all is copied. In the thread that will use it.
     pub(super) fn new(pipes: usize) -> Self {
+        let ring = Ring::new().inspect_err(
+            |error| tracing::debug!(%error, "no io_uring: messages are sent one by one"),
+        );
+        Self::with(pipes, ring.ok())
+    }
+
+    fn with(pipes: usize, ring: Option<Ring>) -> Self {
         Self {
-            buffer: RefCell::new(vec![0; Self::SIZE].into()),
+            batch: RefCell::new(Batch::new(ring)),
+            queued: Notify::new(),
             pipes: RefCell::new(Pipes::new(pipes)),
             turns: Turns::default(),
+        }
+    }
+
+    /// Sends what the relays queue, for ever: each time when all that were ready have had their turn.
+    pub(super) async fn send_queued(&self) {
+        loop {
+            // Whoever is rung is put behind those that are ready by now.
+            self.queued.notified().await;
+            self.batch.borrow_mut().send();
         }
     }
 

@@ -146,6 +146,7 @@ mod tests {
             let shared = Arc::new(shared(1, 1));
             let worker = Worker::new(shared, 0, Arc::new(table())).unwrap();
             tokio::task::spawn_local(worker.clone().resume_woken());
+            tokio::task::spawn_local(worker.clone().send_queued());
             let (consumer, to_consumer) = connection().await;
             let (endpoint, to_endpoint) = connection().await;
             let state = Arc::new(EndpointState::new(Endpoint(endpoint.local_addr().unwrap())));

@@ -9,7 +9,7 @@ use super::*;
 fn both_ways_carry_the_same_bytes_while_one_side_is_slow() {
     const BYTES: usize = 50 * 1024 * 1024;
     for (size, slow_consumer) in [(Some(64 * 1024), true), (None, true), (None, false)] {
-        in_both_modes(async |buffers| {
+        in_all_modes(async |buffers| {
             let relayed = Relayed::with_buffers_of(size, &buffers).await;
             let (mut consumer, mut endpoint) = (relayed.consumer, relayed.endpoint);
             let (mut from_consumer, mut to_consumer) = consumer.split();
@@ -37,7 +37,7 @@ fn both_ways_carry_the_same_bytes_while_one_side_is_slow() {
 #[test]
 fn one_direction_may_end_long_before_the_other() {
     for turned in [false, true] {
-        in_both_modes(async |buffers| {
+        in_all_modes(async |buffers| {
             let mut relayed = Relayed::new(&buffers).await;
             if turned {
                 relayed = relayed.turned();
@@ -68,7 +68,7 @@ fn one_direction_may_end_long_before_the_other() {
 
 #[test]
 fn the_server_may_speak_first() {
-    in_both_modes(async |buffers| {
+    in_all_modes(async |buffers| {
         let Relayed { mut consumer, mut endpoint, .. } = Relayed::new(&buffers).await;
         endpoint.write_all(b"hello").await.unwrap();
         let mut greeting = [0; 5];
@@ -80,7 +80,7 @@ fn the_server_may_speak_first() {
 #[test]
 fn an_end_that_comes_together_with_data_is_no_end_of_the_data() {
     for size in [1, 20_000, 256 * 1024, 1_000_000] {
-        in_both_modes(async |buffers| {
+        in_all_modes(async |buffers| {
             let Relayed { mut consumer, mut endpoint, end, .. } = Relayed::new(&buffers).await;
             let sender = spawn_local(async move {
                 write_noise(&mut consumer, Noise::new(4), size).await;
@@ -142,8 +142,8 @@ proptest! {
 
     /// However bytes are cut into writes and reads, they come out as they went in.
     #[test]
-    fn bytes_come_out_as_they_went_in(consumer in side(), endpoint in side(), pipes in 0..3usize) {
-        run(pipes, async |buffers| {
+    fn bytes_come_out_as_they_went_in(consumer in side(), endpoint in side(), pipes in 0..3usize, ring: bool) {
+        run(pipes, ring, async |buffers| {
             let relayed = Relayed::new(&buffers).await;
             let (up, down) = (consumer.0.iter().sum::<usize>(), endpoint.0.iter().sum::<usize>());
             let (received_down, received_up) = tokio::join!(

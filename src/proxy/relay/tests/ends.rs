@@ -17,7 +17,7 @@ enum Ended {
 fn a_reset_is_passed_on_as_a_reset() {
     for turned in [false, true] {
         for ended in [Ended::None, Ended::Own, Ended::Others] {
-            in_both_modes(async |buffers| {
+            in_all_modes(async |buffers| {
                 let mut relayed = Relayed::new(&buffers).await;
                 if turned {
                     relayed = relayed.turned();
@@ -55,7 +55,7 @@ fn a_reset_is_passed_on_as_a_reset() {
 #[test]
 fn a_reset_is_noticed_while_the_other_side_takes_nothing() {
     for turned in [false, true] {
-        in_both_modes(async |buffers| {
+        in_all_modes(async |buffers| {
             let mut relayed = Relayed::new(&buffers).await;
             if turned {
                 relayed = relayed.turned();
@@ -72,7 +72,7 @@ fn a_reset_is_noticed_while_the_other_side_takes_nothing() {
 #[test]
 fn a_side_that_closes_while_the_other_sends_ends_the_connection() {
     for turned in [false, true] {
-        in_both_modes(async |buffers| {
+        in_all_modes(async |buffers| {
             let mut relayed = Relayed::new(&buffers).await;
             if turned {
                 relayed = relayed.turned();
@@ -99,7 +99,7 @@ fn a_side_that_closes_while_the_other_sends_ends_the_connection() {
 #[test]
 fn what_a_side_said_before_it_reset_is_heard() {
     const ANSWER: usize = 60_000;
-    in_both_modes(async |buffers| {
+    in_all_modes(async |buffers| {
         let Relayed { mut consumer, mut endpoint, end, .. } = Relayed::new(&buffers).await;
         stuff(&mut consumer).await;
         write_noise(&mut endpoint, Noise::new(5), ANSWER).await;

@@ -19,18 +19,24 @@ mod sharing;
 /// Far more than any of this takes, on a machine that is busy.
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// Runs a test with pipes, and with none.
-fn in_both_modes<F: Future<Output = ()>>(test: impl Fn(Rc<RelayBuffers>) -> F) {
-    for pipes in [8, 0] {
-        run(pipes, &test);
+/// Runs a test with pipes and with none, with messages sent together and each by itself.
+fn in_all_modes<F: Future<Output = ()>>(test: impl Fn(Rc<RelayBuffers>) -> F) {
+    for (pipes, ring) in [(8, true), (8, false), (0, true), (0, false)] {
+        run(pipes, ring, &test);
     }
 }
 
-fn run<F: Future<Output = ()>>(pipes: usize, test: impl FnOnce(Rc<RelayBuffers>) -> F) {
-    let buffers = Rc::new(RelayBuffers::new(pipes));
+fn run<F: Future<Output = ()>>(pipes: usize, ring: bool, test: impl FnOnce(Rc<RelayBuffers>) -> F) {
+    let ring = ring.then(|| Ring::new().expect("this kernel has io_uring"));
+    let buffers = Rc::new(RelayBuffers::with(pipes, ring));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let end = LocalSet::new()
-        .block_on(&runtime, async { timeout(DEADLINE, test(buffers.clone())).await });
+    let end = LocalSet::new().block_on(&runtime, async {
+        let sending = buffers.clone();
+        let sending = spawn_local(async move { sending.send_queued().await });
+        let end = timeout(DEADLINE, test(buffers.clone())).await;
+        sending.abort();
+        end
+    });
     end.unwrap_or_else(|_| panic!("hangs with {pipes} pipes"));
     // Whatever ended how: what lies in the pool is empty, and nothing is counted that is not there.
     let pool = buffers.pipes.borrow();
@@ -87,14 +93,13 @@ impl Relayed {
 /// Sees to it that a relay never takes more than its turn.
 async fn in_turns<T>(relay: impl Future<Output = T>, moved: &Moved, buffers: &RelayBuffers) -> T {
     let mut relay = pin!(relay);
-    // What the last turn read may be written in this one.
-    let mut last = Turns::LONG;
     poll_fn(|cx| {
         let most = buffers.turns.most();
-        let bound = u64::from(2 * most + std::mem::replace(&mut last, most));
         let before = (moved.up.get(), moved.down.get());
         let end = relay.as_mut().poll(cx);
         let turn = (moved.up.get() - before.0).max(moved.down.get() - before.1);
+        // The first of the two directions may have been the last to have a short turn.
+        let bound = u64::from(2 * most.max(buffers.turns.most()));
         assert!(turn <= bound, "{turn} bytes at a time where {most} may be moved");
         end
     })

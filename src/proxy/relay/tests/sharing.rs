@@ -7,7 +7,7 @@ use crate::proxy::{connection::serve, parking::Parked};
 
 #[test]
 fn a_pipe_with_the_bytes_of_a_dead_connection_is_never_used_again() {
-    run(1, async |buffers| {
+    run(1, true, async |buffers| {
         for _ in 0..3 {
             // Enough for bulk, and nobody reads: bytes are left in the pipe.
             let Relayed { mut consumer, endpoint, end, .. } = Relayed::new(&buffers).await;
@@ -39,7 +39,7 @@ fn a_pipe_with_the_bytes_of_a_dead_connection_is_never_used_again() {
 #[test]
 fn without_a_pipe_to_be_had_bulk_is_copied() {
     const BYTES: usize = 10_000_000;
-    run(1, async |buffers| {
+    run(1, true, async |buffers| {
         // The only pipe is taken, and held.
         let mut holder = Relayed::new(&buffers).await;
         stuff(&mut holder.consumer).await;
@@ -62,7 +62,7 @@ fn without_a_pipe_to_be_had_bulk_is_copied() {
 #[test]
 fn an_idle_connection_holds_nothing_after_bulk() {
     const BYTES: usize = 10_000_000;
-    run(8, async |buffers| {
+    run(8, true, async |buffers| {
         let mut relayed = Relayed::new(&buffers).await;
         let mut received = vec![0; BYTES];
         let (_, read) = tokio::join!(
@@ -82,7 +82,7 @@ fn an_idle_connection_holds_nothing_after_bulk() {
 
 #[test]
 fn bulk_leaves_its_neighbours_their_turn() {
-    in_both_modes(async |buffers| {
+    in_all_modes(async |buffers| {
         // Source and drain on threads of their own, so that the relay alone decides when to pause.
         let Relayed { consumer, endpoint, moved, .. } = Relayed::new(&buffers).await;
         let (source, drain) = (consumer.into_std().unwrap(), endpoint.into_std().unwrap());
@@ -140,7 +140,7 @@ fn a_connection_is_small() {
 
 #[test]
 fn a_relay_leaves_when_it_is_asked_and_only_while_nothing_is_under_way() {
-    in_both_modes(async |buffers| {
+    in_all_modes(async |buffers| {
         let mut relayed = Relayed::new(&buffers).await;
         let asked = async |relayed: &Relayed| {
             for _ in 0..10 {
