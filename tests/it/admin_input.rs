@@ -21,7 +21,7 @@ const REQUESTS: [&str; 12] = [
     "GET /readyz HTTP/1.1\r\nConnection: close\r\nHost: 127.0.0.1:9990\r\nAccept: */*\r\n\r\n",
     "GET /v1/explain?consumer=app&port=80 HTTP/1.1\r\nConnection: close\r\nHost: localhost:9990\r\n\r\n",
     "GET /v1/routes?consumer=app&limit=10&offset=1&q=web HTTP/1.1\r\nConnection: close\r\nHost: [::1]:9990\r\nOrigin: http://localhost\r\n\r\n",
-    "GET /v1/endpoints?service=%2Fservices%2Fweb&state=ok HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\n\r\n",
+    "GET /v1/endpoints?service=%2Fservices%2Fweb&state=active HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\n\r\n",
     "GET /v1/connections?consumer=app&limit=1 HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\n\r\n",
     "GET /v1/events HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n",
     "PUT /v1/log-level HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 16\r\n\r\n{\"level\":\"info\"}",
