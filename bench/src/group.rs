@@ -32,13 +32,23 @@ impl Group {
         Self::at(&host.cgroup(), container.id())
     }
 
+    /// In words that [`Group::named`] understands.
+    pub(crate) fn name(&self) -> String {
+        self.folders.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(" ")
+    }
+
+    /// One that exists.
+    pub(crate) fn named(name: &str) -> Self {
+        Self { folders: name.split(' ').map(PathBuf::from).collect() }
+    }
+
     fn at(parent: &str, name: &str) -> Result<Self> {
         let mounts = fs::read_to_string("/proc/self/mounts").context("read /proc/self/mounts")?;
         let folder = |line: &str| {
             let mut words = line.split(' ').skip(1);
             let (path, kind, options) = (words.next()?, words.next()?, words.next()?);
-            let counts = options.split(',').any(|o| matches!(o, "cpuacct" | "memory"));
-            (kind == "cgroup2" || kind == "cgroup" && counts)
+            let is_ours = options.split(',').any(|o| matches!(o, "cpu" | "cpuacct" | "memory"));
+            (kind == "cgroup2" || kind == "cgroup" && is_ours)
                 .then(|| Path::new(path).join(parent).join(name))
         };
         let folders: BTreeSet<_> = mounts.lines().filter_map(folder).collect();
@@ -50,9 +60,8 @@ impl Group {
     pub(crate) fn command(&self, host: &Host) -> Command {
         const ENTER: &str = "ulimit -n \"$(ulimit -H -n)\"; \
             for group in $CONTROL_GROUPS; do echo 0 >\"$group/cgroup.procs\"; done; exec \"$@\"";
-        let folders: Vec<_> = self.folders.iter().map(|f| f.display().to_string()).collect();
         let mut command = host.command("sh");
-        command.args(["-c", ENTER, "sh"]).env("CONTROL_GROUPS", folders.join(" "));
+        command.args(["-c", ENTER, "sh"]).env("CONTROL_GROUPS", self.name());
         command
     }
 

@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::group::Group;
 use crate::serve::{ANSWER, ANSWER_AND_CLOSE, BULK, MESSAGE};
 
 /// What a client does.
@@ -54,6 +55,18 @@ pub(crate) struct Done {
     /// Microseconds that units took.
     pub(crate) p50: f64,
     pub(crate) p99: f64,
+    /// Seconds of processor time that each of the groups in [`COUNTED`] used meanwhile.
+    pub(crate) cpu: Vec<f64>,
+}
+
+/// The variable that names the control groups whose processor time is counted, separated by commas. It is read here, at the very
+/// moments between which work is counted: where all processors are busy, whoever is told of them hears it late.
+pub(crate) const COUNTED: &str = "COUNTED_GROUPS";
+
+fn counted() -> Result<Vec<f64>> {
+    let names = std::env::var(COUNTED).unwrap_or_default();
+    let groups = names.split(',').filter(|name| !name.is_empty());
+    groups.map(|name| Ok(Group::named(name).cpu()?.as_secs_f64())).collect()
 }
 
 /// Printed where the measured time begins.
@@ -81,7 +94,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
     if plan.kind == Kind::Idle {
         return hold(&plan);
     }
-    let (time, parts) = thread::scope(|scope| {
+    let (time, parts, cpu) = thread::scope(|scope| {
         let start = |n| {
             scope.spawn({
                 let (plan, measuring, ended) = (&plan, &measuring, &ended);
@@ -92,14 +105,15 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
         thread::sleep(WARM_UP);
         println!("{BEGIN}");
         measuring.store(true, Relaxed);
-        let begin = Instant::now();
+        let (begin, before) = (Instant::now(), counted());
         thread::sleep(plan.time);
         ended.store(true, Relaxed);
-        let time = begin.elapsed();
+        let (time, after) = (begin.elapsed(), counted());
         let parts: Vec<_> =
             clients.into_iter().map(|c| c.join().expect("a client does not panic")).collect();
-        (time, parts)
+        (time, parts, (before, after))
     });
+    let cpu = cpu.1?.iter().zip(cpu.0?).map(|(after, before)| after - before).collect();
     let mut took: Vec<u64> = parts.iter().flat_map(|part| part.took.iter().copied()).collect();
     took.sort_unstable();
     let done = Done {
@@ -109,6 +123,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
         failures: parts.iter().map(|part| part.failures).sum(),
         p50: quantile(&took, 0.5),
         p99: quantile(&took, 0.99),
+        cpu,
     };
     println!("{}", serde_json::to_string(&done)?);
     Ok(())

@@ -14,7 +14,7 @@ use testbed::{Container, Host, Process};
 use crate::{
     contender::{Contender, VIP},
     group::Group,
-    load::{BEGIN, Done, Kind},
+    load::{BEGIN, COUNTED, Done, Kind},
     serve,
 };
 
@@ -143,21 +143,31 @@ impl Site {
         targets: &[SocketAddr],
         time: Duration,
     ) -> Result<Running> {
+        self.start_counting(client, load, targets, time, None)
+    }
+
+    fn start_counting(
+        &self,
+        client: Client,
+        load: Load,
+        targets: &[SocketAddr],
+        time: Duration,
+        own: Option<&Group>,
+    ) -> Result<Running> {
         let targets: Vec<_> = targets.iter().map(SocketAddr::to_string).collect();
-        let mut words = vec![
-            "exec".to_owned(),
-            self.clients[client as usize].id().to_owned(),
-            "bench".to_owned(),
-            "load".to_owned(),
-            load.kind.name().to_owned(),
-            targets.join(","),
-            load.connections.to_string(),
-            time.as_secs_f64().to_string(),
-        ];
+        // In the container's network and control group, and where it can see what the groups have used.
+        let client = client as usize;
+        let mut command = self.groups[self.endpoints.len() + client].command(&self.host);
+        command.args(["nsenter", "--net", "--target", &self.clients[client].pid()?.to_string()]);
+        command.arg(std::env::current_exe().context("find the running program")?);
+        command.args(["load", load.kind.name(), &targets.join(","), &load.connections.to_string()]);
+        command.arg(time.as_secs_f64().to_string());
         if load.rate > 0.0 {
-            words.push(load.rate.to_string());
+            command.arg(load.rate.to_string());
         }
-        Running::start(self.host.docker_command(words))
+        let counted: Vec<_> = own.into_iter().chain(&self.groups).map(Group::name).collect();
+        command.env(COUNTED, counted.join(","));
+        Running::start(command)
     }
 
     /// Does work, and measures what it takes.
@@ -168,16 +178,11 @@ impl Site {
         targets: &[SocketAddr],
         time: Duration,
     ) -> Result<Measured> {
-        let cpu = || -> Result<(Duration, Duration)> {
-            let own = own.map_or(Ok(Duration::ZERO), Group::cpu)?;
-            let others = self.groups.iter().map(Group::cpu).sum::<Result<Duration>>()?;
-            Ok((own, own + others))
-        };
-        let running = self.start(Client::First, load, targets, time)?;
-        let before = cpu()?;
-        let done = running.wait()?;
-        let after = cpu()?;
-        Ok(Measured { done, own: after.0 - before.0, whole: after.1 - before.1 })
+        let done = self.start_counting(Client::First, load, targets, time, own)?.wait()?;
+        let whole = Duration::from_secs_f64(done.cpu.iter().sum());
+        let first = own.and_then(|_| done.cpu.first()).copied();
+        let own = Duration::from_secs_f64(first.unwrap_or_default());
+        Ok(Measured { done, own, whole })
     }
 }
 
