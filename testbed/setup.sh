@@ -55,6 +55,7 @@ look() {
     need_python jsonschema 'compares the answers of the API with its description'
     need dnsmasq dnsmasq-base 'service discovery by DNS'
     need faketime faketime 'shows one process a clock that jumps'
+    need strace strace 'makes the disk slow for one process'
     need setcap libcap2-bin 'gives programs in an image a capability'
     need sysctl procps 'kernel settings inside a host'
     need nsenter util-linux 'enters the namespaces of a host'

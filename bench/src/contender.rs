@@ -113,7 +113,7 @@ impl Contender {
             text.lines().find(|line| line.chars().any(|c| c.is_ascii_digit())).unwrap_or_default();
         // Envoy says more than its version.
         let version = line.split('/').find(|part| {
-            part.split('.').count() == 3 && part.chars().all(|c| c.is_ascii_digit() || c == '.')
+            part.split('.').count() == 3 && part.split('.').all(|n| n.parse::<u32>().is_ok())
         });
         Ok(version.unwrap_or(line).trim().to_owned())
     }

@@ -161,12 +161,22 @@ fn a_disk_that_hangs_does_not_hold_up_the_end() -> Result<()> {
     let host = Host::start()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
-    // To open a pipe for writing waits for its reader, who never comes.
-    host.run("mkdir", ["-p", "/run/state"])?;
-    host.run("mkfifo", ["/run/state/table-9999.new"])?;
     let embassy = host.embassy(["--dnat", ETCD, "--state-dir=/run/state"])?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;
+    // From now on whatever is written takes a minute to reach the disk.
+    let pid = embassy.pid().to_string();
+    let mut slow = host.command("strace");
+    slow.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=fsync"]);
+    slow.args(["-e", "inject=fsync:delay_enter=60000000", "-p", &pid]);
+    let _slow = host.spawn("slow disk", slow)?;
+    testbed::eventually(WAIT, "the disk to be slow", || {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+        ensure!(!status.contains("TracerPid:\t0\n"), "nobody traces it");
+        Ok(())
+    })?;
+    offer(&host, "web", [10, 0, 0, 9])?;
+    says(&embassy, &["endpoints", "10.0.0.9:80"])?;
     embassy.terminate()?;
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
     says(&embassy, &["the last table may not be kept"])
