@@ -18,7 +18,8 @@ use anyhow::{Result, bail};
 const USAGE: &str = "\
 usage: bench run                 all contenders; ROUNDS and SECONDS are taken from the environment
        bench one NAME KIND       one contender does one kind of work ROUNDS times, SECONDS long, for a profiler to look at;
-                                 KIND is connect, request, single, bulk, paced (RATE), beside-bulk or beside-flood;
+                                 KIND is connect, request, single, bulk, idle (CONNECTIONS), paced (RATE), beside-bulk
+                                 or beside-flood;
                                  prints its process, then what a unit costs
        bench soak                embassy alone at full rate, MINUTES long; an error if its memory grows
 the two below run in containers:

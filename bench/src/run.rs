@@ -92,6 +92,9 @@ pub(crate) fn one(name: &str, kind: &str) -> Result<()> {
         "bulk" => (BULK, None),
         "single" => (ONE, None),
         "paced" => (Load { rate: setting("RATE", 30_000.0)?, ..REQUEST_PACED }, None),
+        "idle" => {
+            (Load { kind: Kind::Idle, connections: setting("CONNECTIONS", IDLE)?, rate: 0.0 }, None)
+        }
         "beside-bulk" => (SMALL, Some(BESIDE[0])),
         "beside-flood" => (SMALL, Some(BESIDE[1])),
         _ => bail!("{kind:?} is no kind of work"),
@@ -109,12 +112,15 @@ pub(crate) fn one(name: &str, kind: &str) -> Result<()> {
             kind => (measured.done.units as f64, kind.name()),
         };
         println!(
-            "{:.1} {what}/s; us per {what}: {:.2} of its own, {:.2} of the whole work; p50 {:.0} us, p99 {:.0} us",
+            "{:.1} {what}/s; us per {what}: {:.2} of its own, {:.2} of the whole work; p50 {:.0} us, p99 {:.0} us; \
+             {} done, {} failed",
             units / measured.done.time,
             micros(measured.own) / units,
             micros(measured.whole) / units,
             measured.done.p50,
             measured.done.p99,
+            measured.done.units,
+            measured.done.failures,
         );
     }
     Ok(())
