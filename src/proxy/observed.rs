@@ -78,7 +78,9 @@ impl Figures {
 pub(super) async fn answer(worker: Rc<Worker>, mut asks: mpsc::UnboundedReceiver<Ask>) {
     while let Some(ask) = asks.recv().await {
         match ask {
-            // Whoever asked may have given up.
+            // Whoever asked has given up, or may by the time of the answer.
+            Ask::Bytes(answer) if answer.is_closed() => {}
+            Ask::Connections(answer) if answer.is_closed() => {}
             Ask::Bytes(answer) => {
                 worker.count_all_bytes().await;
                 let _ = answer.send(());

@@ -6,6 +6,7 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader},
     net::{IpAddr, Ipv6Addr, SocketAddr},
     time::{Duration, Instant},
 };
@@ -36,7 +37,7 @@ impl Pause {
     pub(super) fn ended(before: Option<Self>, start: Instant) -> Self {
         let end = Instant::now();
         let before = before.filter(|before| before.end + DELAY >= start);
-        Self { start: before.map_or(start, |before| before.start), end }
+        Self { start: before.map_or(start, |before| before.start.min(start)), end }
     }
 }
 
@@ -86,8 +87,10 @@ pub(super) async fn is_owners(route: &Route, meaning: &Meaning) -> bool {
 /// Whether there is a socket with these addresses in a process's network.
 fn has_socket(pid: i32, local: SocketAddr, remote: SocketAddr) -> bool {
     ["tcp", "tcp6"].iter().any(|list| {
-        fs::read_to_string(format!("/proc/{pid}/net/{list}"))
-            .is_ok_and(|list| list.lines().any(|line| socket(line) == Some((local, remote))))
+        // By lines: there may be tens of thousands of them.
+        let list = fs::File::open(format!("/proc/{pid}/net/{list}")).map(BufReader::new);
+        let mut lines = list.into_iter().flat_map(|list| list.lines().map_while(Result::ok));
+        lines.any(|line| socket(&line) == Some((local, remote)))
     })
 }
 

@@ -282,7 +282,10 @@ impl Worker {
                     return self.refuse(meaning.peer, Some(meaning.meant), None, outcome);
                 }
                 // It has sent all it has to say; or who dialled is gone, and its address another's by now.
-                Ok(route) if origin::has_hung_up(&socket.stream) => {
+                Ok(route)
+                    if origin::doubt(&route, self.pause.get(), accepted) == Some(Doubt::Waited)
+                        || origin::has_hung_up(&socket.stream) =>
+                {
                     return self.identify(socket, meaning, route, held).await;
                 }
                 Ok(route) => return self.start(socket, meaning, route, accepted),
@@ -474,7 +477,8 @@ impl Worker {
     /// Adds what a connection moved since the last time.
     fn count_bytes(&self, record: &Record) {
         let since = |moved: &Cell<u64>, counted: &Cell<u64>| {
-            let now = moved.get();
+            // What is queued counts as moved until it turns out that it cannot be: no count goes down for that, it waits.
+            let now = moved.get().max(counted.get());
             now - counted.replace(now)
         };
         let up = since(&record.moved.up, &record.counted.up);
@@ -593,6 +597,30 @@ mod tests {
 
     use super::*;
     use crate::proxy::{connection::tests::table, shared::tests::shared};
+
+    #[tokio::test]
+    async fn what_was_counted_is_not_taken_back_when_it_could_not_be_sent() {
+        let worker = Worker::new(Arc::new(shared(1, 1)), 0, Arc::new(table())).unwrap();
+        let route = worker.table.borrow().routes().next().unwrap().clone();
+        let peer: SocketAddr = ([127, 0, 0, 1], 1).into();
+        let record = Record {
+            route: route.clone(),
+            meaning: Meaning { peer, meant: peer, direct: false },
+            accepted: Instant::now(),
+            connected: OnceCell::new(),
+            tries: Cell::default(),
+            moved: Moved::default(),
+            counted: Moved::default(),
+            leave: Leave::default(),
+        };
+        let mut counts = Vec::new();
+        for moved in [10, 4, 9, 12] {
+            record.moved.up.set(moved);
+            worker.count_bytes(&record);
+            counts.push(route.counts.bytes_up.load(Relaxed));
+        }
+        assert_eq!(counts, [10, 10, 10, 12]);
+    }
 
     #[tokio::test]
     async fn a_connection_that_is_aborted_before_it_ran_is_reset_and_accounted_for() {

@@ -109,11 +109,15 @@ impl Batch {
         self.unsent.remove(&number)
     }
 
-    /// Takes a message back: its socket may be closed then, and its descriptor become another's.
-    pub(super) fn forget(&mut self, number: u64) {
+    /// Takes a message back: its socket may be closed then, and its descriptor become another's. How many bytes of it were
+    /// not sent.
+    pub(super) fn forget(&mut self, number: u64) -> usize {
         match self.queued(number) {
-            Some(queued) => queued.to = None,
-            None => drop(self.unsent.remove(&number)),
+            Some(queued) => {
+                queued.to = None;
+                queued.bytes.len()
+            }
+            None => self.unsent.remove(&number).map_or(0, |unsent| unsent.bytes.len()),
         }
     }
 
@@ -289,7 +293,7 @@ mod tests {
                     let number = queue(&mut batch, to, &(n as u32).to_be_bytes(), &woken);
                     queue(&mut batch, to, &round.to_be_bytes(), &woken);
                     let dropped = queue(&mut batch, to, b"never", &woken);
-                    batch.forget(dropped);
+                    assert_eq!(batch.forget(dropped), 5);
                     last = Some(number);
                 }
                 assert!(!batch.is_empty() && batch.is_queued(last.unwrap()));
@@ -340,7 +344,7 @@ mod tests {
             // Nothing is kept of what nobody asks for any more.
             let to_full = queue(&mut batch, &full, b"full", &woken);
             batch.send();
-            batch.forget(to_full);
+            assert_eq!((batch.forget(to_full), batch.forget(to_well)), (4, 0));
             assert!(batch.unsent.is_empty());
         });
     }

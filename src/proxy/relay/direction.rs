@@ -119,7 +119,7 @@ impl<'a> Direction<'a> {
     pub(super) async fn last_words(&mut self) {
         // No end follows but a reset, which discards what waits.
         self.may_wait = false;
-        self.buffers.batch.borrow_mut().send();
+        self.buffers.send_now();
         loop {
             // The error may have been met before tokio heard of the bytes that came ahead of it.
             yield_now().await;
@@ -135,7 +135,12 @@ impl<'a> Direction<'a> {
     /// [`Direction::tell_end`] or by closing its socket, and at once.
     pub(super) fn poll_move(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let start = self.moved.get();
-        self.turn = if self.is_bulk() { self.buffers.turns.next() } else { Turns::SHORT };
+        self.turn = Turns::SHORT;
+        if self.is_bulk() {
+            self.turn = self.buffers.turns.next();
+            // Messages do not wait for bulk that is ready, too.
+            self.buffers.send_now();
+        }
         loop {
             // It may have become less: what could not be sent is counted again.
             if self.moved.get().saturating_sub(start) >= u64::from(self.turn) {
@@ -294,7 +299,10 @@ impl Drop for Direction<'_> {
             Held::Piped { pipe, bytes: 0 } => self.buffers.pipes.borrow_mut().give_back(pipe),
             Held::Piped { .. } => self.buffers.pipes.borrow_mut().lost(),
             // Its socket is closed next.
-            Held::Queued(number) => self.buffers.batch.borrow_mut().forget(number),
+            Held::Queued(number) => {
+                let unsent = self.buffers.batch.borrow_mut().forget(number);
+                self.moved.set(self.moved.get() - unsent as u64);
+            }
             Held::Nothing | Held::Bytes { .. } => {}
         }
     }

@@ -57,7 +57,14 @@ impl RelayBuffers {
         loop {
             // Whoever is rung is put behind those that are ready by now.
             self.queued.notified().await;
-            self.batch.borrow_mut().send();
+            self.send_now();
+        }
+    }
+
+    fn send_now(&self) {
+        let mut batch = self.batch.borrow_mut();
+        if !batch.is_empty() {
+            batch.send();
         }
     }
 

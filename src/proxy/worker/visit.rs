@@ -23,12 +23,17 @@ impl Worker {
         self.visit_running(&mut seen, &mut look).await;
         let mut next = Some(0);
         while let Some(place) = next {
+            let mut any = false;
             next = self.parking.look_from(place, Self::TURN, |parked| {
+                any = true;
                 if seen.insert(parked.id) {
                     look(parked.id, &parked.record, Some(parked.lease.state().endpoint));
                 }
             });
-            yield_now().await;
+            // There may be thousands of places that are empty.
+            if any {
+                yield_now().await;
+            }
         }
         // Those that were woken before they were come to.
         self.visit_running(&mut seen, &mut look).await;

@@ -97,7 +97,9 @@ async fn in_turns<T>(relay: impl Future<Output = T>, moved: &Moved, buffers: &Re
         let most = buffers.turns.most();
         let before = (moved.up.get(), moved.down.get());
         let end = relay.as_mut().poll(cx);
-        let turn = (moved.up.get() - before.0).max(moved.down.get() - before.1);
+        // It may become less: what was queued may turn out not to be sent.
+        let (up, down) = (moved.up.get(), moved.down.get());
+        let turn = up.saturating_sub(before.0).max(down.saturating_sub(before.1));
         // The first of the two directions may have been the last to have a short turn.
         let bound = u64::from(2 * most.max(buffers.turns.most()));
         assert!(turn <= bound, "{turn} bytes at a time where {most} may be moved");
