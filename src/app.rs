@@ -224,9 +224,9 @@ impl App {
             in_time(keep, "the last table may not be kept", hurry.clone()).await;
         }
         drop(self.admin);
-        let late = anyhow!("it does not end");
+        // Who is in a hurry does not wait for it, and that is no failure.
         let end = in_time(self.proxy.end(), "connections may be left", hurry).await;
-        end.map_or(Err(late), |end| end.map_err(Into::into)).context("the data path")
+        end.unwrap_or(Ok(())).context("the data path")
     }
 }
 

@@ -193,7 +193,11 @@ impl Control {
                 listing.done();
             }
             if let Some(keeper) = &self.keeper {
-                let confirmed = self.hold.confirmed(&followed);
+                let (mut endpoints, mut confirmed) = (endpoints, self.hold.confirmed(&followed));
+                for (query, kept) in self.hold.awaited(&followed) {
+                    confirmed.insert(query.clone(), kept.confirmed);
+                    endpoints.insert(query, kept.endpoints.living());
+                }
                 let listing = listing.clone();
                 keeper.send_replace(Some(Snapshot { listing, endpoints, confirmed }));
             }

@@ -270,7 +270,7 @@ fn without_route(explain: &mut api::Explain, listing: &Listing, wanted: &str, po
                 format!("{wanted} is a container that declares nothing: it is not captured, and the kernel answers.")
             }
             _ => format!(
-                "No running container that declares anything has the name, the ID or the address {wanted:?}. If it runs, it has neither a variable that begins with BACKEND_ (-prefix) nor a label embassy.backend.<name>: it is not captured, and the kernel answers."
+                "No running container that declares anything has the name, the ID or the address {wanted:?}. If it runs, it has neither a variable with the prefix of a binding (-prefix, BACKEND_ unless it is given) nor a label embassy.backend.<name>: it is not captured, and the kernel answers."
             ),
         });
         let problems = listing.problems.iter().filter(|problem| *problem.consumer == *wanted);

@@ -52,6 +52,10 @@ fn write(
         false => writeln!(out, "NOT READY: embassy {version}, process {pid}, up {up}")?,
     }
     for api::Waiting { part, seconds, sources } in &status.waiting_for {
+        if part == crate::readiness::DRAINING {
+            writeln!(out, "  is about to end, since {}", age(*seconds))?;
+            continue;
+        }
         let whom = sources.join(", ");
         let whom = if whom.is_empty() { whom } else { format!(" from {whom}") };
         writeln!(out, "  waits for {part}{} since {}", printable(&whom), age(*seconds))?;

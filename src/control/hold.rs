@@ -84,6 +84,17 @@ impl EmptyHold {
         });
         at.collect()
     }
+
+    /// What an earlier run knew of those that are still waited for: it is not used, and must not be lost by a run that ends
+    /// before they answer.
+    pub(super) fn awaited(
+        &self,
+        known: &BTreeMap<Query, Known<Endpoints>>,
+    ) -> impl Iterator<Item = (Query, &Kept)> {
+        let awaited =
+            known.iter().filter(|(_, known)| known.value.is_none() && known.error.is_none());
+        awaited.filter_map(|(query, _)| Some((query.clone(), self.kept.get(query)?)))
+    }
 }
 
 #[cfg(test)]
@@ -185,6 +196,28 @@ mod tests {
         assert_eq!(settle(&empty), list[1..]);
         ends[1].come();
         assert_eq!(settle(&empty), []);
+    }
+
+    #[test]
+    fn what_is_waited_for_is_kept_on_though_it_is_not_used() {
+        let start = Instant::now();
+        let endpoints = known(&["10.0.0.1:1"], start).value.unwrap();
+        let mut hold = EmptyHold::new(Duration::ZERO);
+        let until = start + Duration::from_secs(9);
+        hold.kept.insert(query(), Kept { endpoints, confirmed: start, until });
+        let awaited = |hold: &EmptyHold, known: Known<Endpoints>| {
+            let known = BTreeMap::from([(query(), known)]);
+            hold.awaited(&known).map(|(_, kept)| kept.endpoints.list.len()).sum::<usize>()
+        };
+        assert_eq!(awaited(&hold, Known::default()), 1);
+        // The others are among those in use.
+        assert_eq!(awaited(&hold, failed()), 0);
+        assert_eq!(awaited(&hold, known(&[], start)), 0);
+        let waiting = Known::default();
+        assert!(hold.settle([(&query(), &waiting)], start).0.is_empty());
+        // For as long as it may be used, and no longer.
+        hold.settle([(&query(), &waiting)], until);
+        assert_eq!(awaited(&hold, Known::default()), 0);
     }
 
     #[test]

@@ -206,14 +206,17 @@ impl Services {
     }
 
     fn heard(&mut self, event: EventMessage) {
-        let ended = is_end(&event);
+        let (ended, left) = (is_end(&event), has_left(&event));
         let Some(id) = subject(event) else { return };
-        // From now on it is no endpoint, however long it takes to look at it.
+        // From now on it is no endpoint, however long it takes to look at it; where it left one of its networks, it comes
+        // back with the addresses that it has still.
+        if (ended || left)
+            && let Some(container) = self.containers.remove(&id)
+        {
+            container.left.come();
+        }
         if ended {
             self.unseen.remove(&id);
-            if let Some(container) = self.containers.remove(&id) {
-                container.left.come();
-            }
         }
         self.looks.ask(id);
     }
@@ -355,6 +358,12 @@ impl Looks {
 fn is_end(event: &EventMessage) -> bool {
     event.typ == Some(EventMessageTypeEnum::CONTAINER)
         && matches!(event.action.as_deref(), Some("die" | "destroy"))
+}
+
+/// Whether a container has left a network: the address that it had there may be another's.
+fn has_left(event: &EventMessage) -> bool {
+    event.typ == Some(EventMessageTypeEnum::NETWORK)
+        && event.action.as_deref() == Some("disconnect")
 }
 
 /// The ID of the container that an event is about.

@@ -206,8 +206,7 @@ fn a_firewall_that_hangs_does_not_hold_up_a_second_signal() -> Result<()> {
     embassy.terminate()?;
     says(&embassy, &["embassy stops"])?;
     embassy.terminate()?;
-    // Each of several calls would be waited for for 10 s.
-    assert_eq!(embassy.wait(std::time::Duration::from_secs(10))?.code(), Some(0));
+    assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
     says(&embassy, &["not waited for: the rules may have stayed"])
 }
 

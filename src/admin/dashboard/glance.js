@@ -17,7 +17,8 @@ function tiles(s) {
   const up = s.sources - s.sources_down - s.sources_waiting;
   fill($("tiles"), [
     tile("Ready", s.ready ? "yes" : "not yet",
-      s.waiting_for.length ? "waits for " + s.waiting_for.map(w => [w.part, ...w.sources.slice(0, 3)].join(" ")).join(", ") : "up for " + time(s.uptime_seconds),
+      s.waiting_for.some(w => w.part === "draining") ? "about to end"
+        : s.waiting_for.length ? "waits for " + s.waiting_for.map(w => [w.part, ...w.sources.slice(0, 3)].join(" ")).join(", ") : "up for " + time(s.uptime_seconds),
       s.ready ? "good" : "warn"),
     tile("Capture", cap.mode === "none" ? "your rules" : cap.in_place ? "in place" : "not in place",
       barred || (cap.mode === "none" ? "none of embassy's" : said(cap.firewall, cap.mode, cap.scope, restored && "put back " + numbered(restored, "time"))),

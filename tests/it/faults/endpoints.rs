@@ -62,7 +62,7 @@ fn no_request_of_ten_thousand_fails_and_few_are_slow_while_one_endpoint_of_three
     let answers = app.get(VIP).times(REQUESTS).at_once(8).run()?;
     unharmed("1 of 3 endpoints is silent", &answers, None)?;
     // Those that were under way when it was found out, and a probe at a time since. A busy machine has slow ones too.
-    ensure!(answers.slow < REQUESTS / 200, "{answers:?}");
+    ensure!(answers.slow < REQUESTS / 50, "{answers:?}");
     Ok(())
 }
 
@@ -80,7 +80,7 @@ fn least_connections_do_not_lead_to_an_endpoint_that_refuses_or_is_silent() -> R
         let answers = app.get(VIP).times(FEWER).at_once(8).run()?;
         let what = if silent { "is silent" } else { "refuses" };
         unharmed(&format!("1 of 3 endpoints {what}, lb=leastconn"), &answers, None)?;
-        ensure!(answers.slow < 50, "{answers:?}");
+        ensure!(answers.slow < FEWER / 20, "{answers:?}");
         for name in ["web-1", "web-2"] {
             ensure!(answers.from(name) > FEWER / 10, "{answers:?}");
         }
