@@ -178,8 +178,8 @@ async fn metrics(State(context): State<Context>, headers: HeaderMap) -> impl Int
     // The semaphore is never closed.
     let place = context.scrapes.acquire_owned().await;
     context.shown.figures.refresh().await;
-    match metrics::render_aside(context.shown.metrics.clone(), format, place).await {
-        Ok(text) => Ok(([(header::CONTENT_TYPE, format.content_type())], text)),
+    match metrics::write_aside(context.shown.metrics.clone(), format, place) {
+        Ok(body) => Ok(([(header::CONTENT_TYPE, format.content_type())], body)),
         Err(error) => Err((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
     }
 }

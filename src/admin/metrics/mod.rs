@@ -23,7 +23,7 @@ use crate::{
 mod text;
 mod traffic;
 
-pub(super) use text::{Format, render_aside};
+pub(super) use text::{Format, write_aside};
 
 /// Where the figures are.
 #[derive(Debug)]
