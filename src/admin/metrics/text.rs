@@ -103,6 +103,8 @@ impl<S: FnMut(Bytes) -> fmt::Result> Pieces<S> {
             Format::OpenMetrics => text,
             Format::Prometheus => prometheus(&text, &mut self.help)?,
         };
+        // Whoever woke meanwhile need not wait for this thread's time slice to end.
+        thread::yield_now();
         (self.send)(piece.into())
     }
 }
