@@ -16,31 +16,35 @@ use crate::{counts::Counts, descriptor::Balance, model::Endpoint};
 pub struct Millis(pub u64);
 
 /// What is remembered of one endpoint of one service. Every route to it shares this, from table to table.
+///
+/// What a pick reads comes first, and so is in one cache line with the reference count that it adds to: with many endpoints a
+/// pick is as slow as the memory that it waits for.
 #[derive(Debug)]
+#[repr(C)]
 pub struct EndpointState {
-    pub endpoint: Endpoint,
     /// Connections that are being opened or are open.
     active: AtomicU32,
-    /// What is counted of its connections.
-    pub counts: Counts,
-    /// Ejections since the start.
-    ejections: AtomicU64,
-    /// Tries that failed since the start.
-    failed: AtomicU64,
-    /// Somebody asked that no new connection goes here.
-    drained: AtomicBool,
     /// Failures since the last success.
     failures: AtomicU32,
+    /// Somebody asked that no new connection goes here.
+    drained: AtomicBool,
+    /// What active checks say: a number of [`Checked`].
+    checked: AtomicU8,
+    /// When a pick by least connections first saw it; 0 before.
+    seen: AtomicU64,
+    pub endpoint: Endpoint,
     /// It is not picked before this moment. Means something only while `failures` is not 0.
     ejected_until: AtomicU64,
     /// A connection probes it until then.
     probed_until: AtomicU64,
-    /// What active checks say: a number of [`Checked`].
-    checked: AtomicU8,
     /// Active checks that failed since the last that passed.
     failed_checks: AtomicU32,
-    /// When a pick by least connections first saw it; 0 before.
-    seen: AtomicU64,
+    /// Ejections since the start.
+    ejections: AtomicU64,
+    /// Tries that failed since the start.
+    failed: AtomicU64,
+    /// What is counted of its connections.
+    pub counts: Counts,
 }
 
 /// What active checks say of an endpoint.
@@ -67,18 +71,18 @@ impl EndpointState {
 
     pub fn new(endpoint: Endpoint) -> Self {
         Self {
-            endpoint,
             active: AtomicU32::new(0),
-            counts: Counts::default(),
-            ejections: AtomicU64::new(0),
-            failed: AtomicU64::new(0),
-            drained: AtomicBool::new(false),
             failures: AtomicU32::new(0),
+            drained: AtomicBool::new(false),
+            checked: AtomicU8::new(Checked::Not as u8),
+            seen: AtomicU64::new(0),
+            endpoint,
             ejected_until: AtomicU64::new(0),
             probed_until: AtomicU64::new(0),
-            checked: AtomicU8::new(Checked::Not as u8),
             failed_checks: AtomicU32::new(0),
-            seen: AtomicU64::new(0),
+            ejections: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            counts: Counts::default(),
         }
     }
 
@@ -213,9 +217,15 @@ impl EndpointState {
 
     /// How busy it would be with one more connection, in thousandths of one: during its slow start each counts for more.
     fn load(&self, now: Millis) -> u64 {
-        // The first who sees it says when; 0 means nobody has.
-        let first = self.seen.compare_exchange(0, now.0.max(1), Relaxed, Relaxed);
-        self.load_if_seen_at(first.unwrap_or_else(|seen| seen), now)
+        // The first who sees it says when; 0 means nobody has. A pick looks at every endpoint: those that were seen are only read.
+        let seen = match self.seen.load(Relaxed) {
+            0 => {
+                let first = self.seen.compare_exchange(0, now.0.max(1), Relaxed, Relaxed);
+                first.unwrap_or_else(|seen| seen)
+            }
+            seen => seen,
+        };
+        self.load_if_seen_at(seen, now)
     }
 
     /// The same, without being who sees it first.

@@ -33,22 +33,25 @@ impl fmt::Display for RouteKey {
 }
 
 /// Where a consumer's connections on one port go.
+///
+/// What every new connection reads comes first, next to the reference count that it adds to.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Route {
+    pub upstream: Arc<Upstream>,
+    pub balance: Balance,
+    /// Since when it has been this owner's: what dialled before may have been the address's former owner. `None` for those of
+    /// the first table, before which nobody is captured.
+    pub born: Option<Instant>,
+    /// What is counted of its connections, for as long as the route continues.
+    pub counts: Arc<Counts>,
+    /// The consumer's live connections, over all of its routes.
+    pub live_of_consumer: Arc<AtomicUsize>,
     pub key: RouteKey,
     /// The owner. A route belongs to a run of a container, never to an address.
     pub consumer: ConsumerId,
     pub consumer_name: Arc<str>,
     pub binding: Binding,
-    pub balance: Balance,
-    pub upstream: Arc<Upstream>,
-    /// What is counted of its connections, for as long as the route continues.
-    pub counts: Arc<Counts>,
-    /// The consumer's live connections, over all of its routes.
-    pub live_of_consumer: Arc<AtomicUsize>,
-    /// Since when it has been this owner's: what dialled before may have been the address's former owner. `None` for those of
-    /// the first table, before which nobody is captured.
-    pub born: Option<Instant>,
     /// The ends of the owner's run and of its network's.
     pub ends: Vec<RunEnd>,
 }
@@ -62,9 +65,11 @@ impl Route {
 
 /// The answer to a query, with the state of its endpoints: one for all routes that ask the same.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Upstream {
-    pub query: Query,
+    // First, as in a route.
     pub rotation: Rotation,
+    pub query: Query,
     /// Whether discovery has answered; until then that there are no endpoints means nothing.
     pub answered: bool,
 }
