@@ -1,9 +1,12 @@
 //! The client: plain threads, one for each connection at a time.
 
 use std::{
-    io::{ErrorKind, Read, Write},
+    io::{self, ErrorKind, Read, Write},
     net::{SocketAddr, TcpStream},
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::{
+        atomic::{AtomicBool, Ordering::Relaxed},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -85,7 +88,12 @@ struct Plan {
     time: Duration,
     /// Requests per second of all connections together.
     rate: f64,
+    /// Whether the time ends with the standard input.
+    until_told: bool,
 }
+
+/// The last word of a plan that ends with the standard input: the time is only how long it lasts at the most.
+pub(crate) const UNTIL_TOLD: &str = "until-told";
 
 /// Prints [`BEGIN`], then [`Done`] as JSON.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
@@ -106,7 +114,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
         println!("{BEGIN}");
         measuring.store(true, Relaxed);
         let (begin, before) = (Instant::now(), counted());
-        thread::sleep(plan.time);
+        plan.sleep();
         ended.store(true, Relaxed);
         let (time, after) = (begin.elapsed(), counted());
         let parts: Vec<_> =
@@ -131,10 +139,14 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
 
 impl Plan {
     fn parse(words: &[&str]) -> Result<Self> {
+        let (words, until_told) = match *words {
+            [ref words @ .., UNTIL_TOLD] => (words, true),
+            _ => (words, false),
+        };
         let (kind, targets, connections, time, rate) = match *words {
             [kind, targets, connections, time] => (kind, targets, connections, time, "0"),
             [kind, targets, connections, time, rate] => (kind, targets, connections, time, rate),
-            _ => bail!("load takes KIND TARGETS CONNECTIONS SECONDS [RATE]"),
+            _ => bail!("load takes KIND TARGETS CONNECTIONS SECONDS [RATE] [{UNTIL_TOLD}]"),
         };
         let (kind, _) =
             Kind::ALL.into_iter().find(|(_, name)| *name == kind).context("no such kind")?;
@@ -145,9 +157,23 @@ impl Plan {
             connections: connections.parse()?,
             time: Duration::from_secs_f64(time.parse()?),
             rate: rate.parse()?,
+            until_told,
         };
         ensure!(kind != Kind::Paced || plan.rate > 0.0, "paced needs a rate");
         Ok(plan)
+    }
+
+    /// Waits while it lasts.
+    fn sleep(&self) {
+        if !self.until_told {
+            return thread::sleep(self.time);
+        }
+        let (told, hears) = mpsc::channel();
+        thread::spawn(move || {
+            let _ = io::copy(&mut io::stdin(), &mut io::sink());
+            let _ = told.send(());
+        });
+        let _ = hears.recv_timeout(self.time);
     }
 
     /// The targets in turn.
@@ -308,7 +334,9 @@ mod tests {
     fn a_plan_is_read_as_it_is_written() {
         let plan = Plan::parse(&["paced", "10.0.0.1:1,10.0.0.2:2", "32", "2.5", "1000"]).unwrap();
         assert_eq!((plan.kind, plan.connections, plan.rate), (Kind::Paced, 32, 1000.0));
-        assert_eq!(plan.target(3).port(), 2);
+        assert_eq!((plan.target(3).port(), plan.until_told), (2, false));
+        let told = Plan::parse(&["bulk", "10.0.0.1:1", "1", "1", UNTIL_TOLD]).unwrap();
+        assert_eq!((told.rate, told.until_told), (0.0, true));
         assert!(Plan::parse(&["paced", "10.0.0.1:1", "1", "1"]).is_err());
         assert!(Plan::parse(&["fast", "10.0.0.1:1", "1", "1"]).is_err());
     }

@@ -24,8 +24,9 @@ usage: bench run                 all contenders; ROUNDS and SECONDS are taken fr
        bench soak                embassy alone at full rate, MINUTES long; an error if its memory grows
 the two below run in containers:
        bench serve               the endpoint
-       bench load KIND TARGET[,TARGET...] CONNECTIONS SECONDS [RATE]
-                                 a client; KIND is connect, request, paced, bulk or idle; prints JSON
+       bench load KIND TARGET[,TARGET...] CONNECTIONS SECONDS [RATE] [until-told]
+                                 a client; KIND is connect, request, paced, bulk or idle; prints JSON;
+                                 until-told: ends with its standard input, after SECONDS at the latest
 ";
 
 fn main() -> ExitCode {

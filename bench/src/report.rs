@@ -27,7 +27,7 @@ pub(crate) struct Report {
 }
 
 /// Rows of the table: what, its unit, and whether only proxies have it.
-const ROWS: [(Figure, &str); 18] = [
+const ROWS: [(Figure, &str); 20] = [
     (Figure::Connections, "new connections per second"),
     (Figure::CpuPerConnection, "CPU of the proxy per connection, µs"),
     (Figure::WholePerConnection, "CPU of the whole work per connection, µs"),
@@ -41,7 +41,9 @@ const ROWS: [(Figure, &str); 18] = [
     (Figure::P99, "p99 at one connection, µs"),
     (Figure::P99Paced, "p99 at the fixed rate, µs"),
     (Figure::P99BesideBulk, "p99 beside 4 bulk streams, µs"),
+    (Figure::BulkBeside, "– what those moved, Gbit/s"),
     (Figure::P99BesideFlood, "p99 beside another consumer's flood, µs"),
+    (Figure::FloodBeside, "– new connections per second of the flood"),
     (Figure::ResidentAtStart, "resident at start, MiB"),
     (Figure::ResidentPerIdle, "resident per idle connection, KiB"),
     (Figure::KernelPerIdle, "kernel memory per idle connection, KiB"),

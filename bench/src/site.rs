@@ -14,7 +14,7 @@ use testbed::{Container, Host, Process};
 use crate::{
     contender::{Contender, VIP},
     group::Group,
-    load::{BEGIN, COUNTED, Done, Kind},
+    load::{BEGIN, COUNTED, Done, Kind, UNTIL_TOLD},
     serve,
 };
 
@@ -143,10 +143,11 @@ impl Site {
         targets: &[SocketAddr],
         time: Duration,
     ) -> Result<Running> {
-        self.start_counting(client, load, targets, time, None)
+        Running::start(self.command(client, load, targets, time, None)?)
     }
 
-    fn start_counting(
+    /// Starts work whose processor time is counted, `own` first.
+    pub(crate) fn spawn(
         &self,
         client: Client,
         load: Load,
@@ -154,6 +155,30 @@ impl Site {
         time: Duration,
         own: Option<&Group>,
     ) -> Result<Running> {
+        Running::spawn(self.command(client, load, targets, time, own)?)
+    }
+
+    /// Starts work that [`Running::tell`] ends, after so long at the latest.
+    pub(crate) fn spawn_until_told(
+        &self,
+        client: Client,
+        load: Load,
+        targets: &[SocketAddr],
+        time: Duration,
+    ) -> Result<Running> {
+        let mut command = self.command(client, load, targets, time, None)?;
+        command.arg(UNTIL_TOLD);
+        Running::spawn(command)
+    }
+
+    fn command(
+        &self,
+        client: Client,
+        load: Load,
+        targets: &[SocketAddr],
+        time: Duration,
+        own: Option<&Group>,
+    ) -> Result<Command> {
         let targets: Vec<_> = targets.iter().map(SocketAddr::to_string).collect();
         // In the container's network and control group, and where it can see what the groups have used.
         let client = client as usize;
@@ -167,7 +192,7 @@ impl Site {
         }
         let counted: Vec<_> = own.into_iter().chain(&self.groups).map(Group::name).collect();
         command.env(COUNTED, counted.join(","));
-        Running::start(command)
+        Ok(command)
     }
 
     /// Does work, and measures what it takes.
@@ -178,11 +203,7 @@ impl Site {
         targets: &[SocketAddr],
         time: Duration,
     ) -> Result<Measured> {
-        let done = self.start_counting(Client::First, load, targets, time, own)?.wait()?;
-        let whole = Duration::from_secs_f64(done.cpu.iter().sum());
-        let first = own.and_then(|_| done.cpu.first()).copied();
-        let own = Duration::from_secs_f64(first.unwrap_or_default());
-        Ok(Measured { done, own, whole })
+        self.spawn(Client::First, load, targets, time, own)?.measure(own)
     }
 }
 
@@ -193,19 +214,45 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    fn start(mut command: Command) -> Result<Self> {
+    /// Returns when its work is under way.
+    fn start(command: Command) -> Result<Self> {
+        let mut running = Self::spawn(command)?;
+        running.begun()?;
+        Ok(running)
+    }
+
+    /// Waits for the end of work that was spawned, and says what it took.
+    pub(crate) fn measure(mut self, own: Option<&Group>) -> Result<Measured> {
+        self.begun()?;
+        let done = self.wait()?;
+        let whole = Duration::from_secs_f64(done.cpu.iter().sum());
+        let first = own.and_then(|_| done.cpu.first()).copied();
+        let own = Duration::from_secs_f64(first.unwrap_or_default());
+        Ok(Measured { done, own, whole })
+    }
+
+    fn spawn(mut command: Command) -> Result<Self> {
         let mut child = command
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .context("start a client")?;
         let lines = BufReader::new(child.stdout.take().context("a client has a stdout")?);
-        let mut running = Self { child, lines };
-        let line = running.line()?;
-        if line != BEGIN {
-            bail!("a client says {line:?}");
+        Ok(Self { child, lines })
+    }
+
+    fn begun(&mut self) -> Result<()> {
+        match self.line()? {
+            line if line == BEGIN => Ok(()),
+            line => bail!("a client says {line:?}"),
         }
-        Ok(running)
+    }
+
+    /// Tells one that was started to be told, and waits for its end.
+    pub(crate) fn tell(mut self) -> Result<Done> {
+        self.begun()?;
+        drop(self.child.stdin.take());
+        self.wait()
     }
 
     /// Waits for its end.
