@@ -15,7 +15,7 @@ use crate::{
     group::Group,
     load::Kind,
     serve,
-    site::{Client, Load, Site, Started},
+    site::{Client, Lasts, Load, Site, Started},
 };
 
 /// docker0's address.
@@ -134,7 +134,10 @@ impl Contender {
         let started = Started { contender: self, process, targets };
         eventually(Duration::from_secs(30), &format!("{} to serve", self.name()), || {
             let once = Load { kind: Kind::Idle, connections: 1, rate: 0.0 };
-            let done = site.start(Client::First, once, &started.targets, Duration::ZERO)?.wait()?;
+            let done = site
+                .start(Client::First, once, &started, Lasts::For(Duration::ZERO))?
+                .measure()?
+                .done;
             ensure!(done.units == 1, "it does not");
             Ok(())
         })?;

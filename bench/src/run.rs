@@ -9,7 +9,7 @@ use crate::{
     contender::Contender,
     load::{Done, Kind},
     report::{Report, Setting},
-    site::{Client, Load, Measured, Running, Site, Started},
+    site::{Client, Lasts, Load, Measured, Running, Site, Started},
 };
 
 /// What is measured, as a row of the report.
@@ -147,15 +147,14 @@ fn beside(
     neighbour: Option<(Client, Load)>,
     time: Duration,
 ) -> Result<(Measured, Option<Done>)> {
-    let own = started.group();
     for _ in 0..ATTEMPTS {
-        let measured = site.spawn(Client::First, load, &started.targets, time, own)?;
+        let measured = site.start(Client::First, load, started, Lasts::For(time))?;
         // Second, while the first is warming up: where all processors are busy with bulk, it can take a minute until another process
         // has begun.
         let neighbour = neighbour
-            .map(|(client, load)| site.spawn_until_told(client, load, &started.targets, LONGEST))
+            .map(|(client, load)| site.start(client, load, started, Lasts::UntilTold(LONGEST)))
             .transpose()?;
-        let measured = measured.measure(own)?;
+        let measured = measured.measure()?;
         let disturbed = neighbour.map(Running::tell).transpose()?;
         if disturbed.as_ref().is_none_or(|by| by.time < LONGEST.as_secs_f64()) {
             return Ok((measured, disturbed));
@@ -187,7 +186,8 @@ fn memory(contenders: &[Contender], rounds: usize, samples: &mut Samples) -> Res
             let group = started.group().context("a proxy has a group")?;
             let (resident, kernel) = (group.resident()?, group.kernel()?);
             let idle = Load { kind: Kind::Idle, connections: IDLE, rate: 0.0 };
-            let running = site.start(Client::First, idle, &started.targets, IDLE_TIME)?;
+            let running =
+                site.start(Client::First, idle, &started, Lasts::For(IDLE_TIME))?.begun()?;
             std::thread::sleep(IDLE_TIME - Duration::from_millis(500));
             let per =
                 |now: u64, before: u64| now.saturating_sub(before) as f64 / IDLE as f64 / 1024.0;
@@ -223,7 +223,7 @@ fn speed(
     let started = contenders.iter().map(|c| c.start(&site)).collect::<Result<Vec<_>>>()?;
     let pacemaker = started.iter().find(|s| s.contender == Contender::Haproxy).or(started.last());
     let pacemaker = pacemaker.context("nobody is there to be measured")?;
-    let most = site.measure(pacemaker.group(), REQUEST, &pacemaker.targets, time)?.done;
+    let most = site.start(Client::First, REQUEST, pacemaker, Lasts::For(time))?.measure()?.done;
     let rate = (most.units as f64 / most.time * PACE).round();
     println!("the paced load is {rate} requests a second");
     for round in 1..=rounds {

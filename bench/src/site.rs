@@ -3,7 +3,7 @@
 use std::{
     io::{BufRead, BufReader},
     net::{Ipv4Addr, SocketAddr},
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
     time::Duration,
 };
 
@@ -135,133 +135,89 @@ impl Site {
         self.host.run("nft", ["-f", &file.display().to_string()]).map(drop)
     }
 
-    /// Starts work, and waits until it is under way.
+    /// Starts work by way of a contender, and does not wait for it.
     pub(crate) fn start(
         &self,
         client: Client,
         load: Load,
-        targets: &[SocketAddr],
-        time: Duration,
+        by: &Started,
+        lasts: Lasts,
     ) -> Result<Running> {
-        Running::start(self.command(client, load, targets, time, None)?)
-    }
-
-    /// Starts work whose processor time is counted, `own` first.
-    pub(crate) fn spawn(
-        &self,
-        client: Client,
-        load: Load,
-        targets: &[SocketAddr],
-        time: Duration,
-        own: Option<&Group>,
-    ) -> Result<Running> {
-        Running::spawn(self.command(client, load, targets, time, own)?)
-    }
-
-    /// Starts work that [`Running::tell`] ends, after so long at the latest.
-    pub(crate) fn spawn_until_told(
-        &self,
-        client: Client,
-        load: Load,
-        targets: &[SocketAddr],
-        time: Duration,
-    ) -> Result<Running> {
-        let mut command = self.command(client, load, targets, time, None)?;
-        command.arg(UNTIL_TOLD);
-        Running::spawn(command)
-    }
-
-    fn command(
-        &self,
-        client: Client,
-        load: Load,
-        targets: &[SocketAddr],
-        time: Duration,
-        own: Option<&Group>,
-    ) -> Result<Command> {
-        let targets: Vec<_> = targets.iter().map(SocketAddr::to_string).collect();
+        let targets: Vec<_> = by.targets.iter().map(SocketAddr::to_string).collect();
         // In the container's network and control group, and where it can see what the groups have used.
         let client = client as usize;
         let mut command = self.groups[self.endpoints.len() + client].command(&self.host);
         command.args(["nsenter", "--net", "--target", &self.clients[client].pid()?.to_string()]);
         command.arg(std::env::current_exe().context("find the running program")?);
         command.args(["load", load.kind.name(), &targets.join(","), &load.connections.to_string()]);
+        let (Lasts::For(time) | Lasts::UntilTold(time)) = lasts;
         command.arg(time.as_secs_f64().to_string());
         if load.rate > 0.0 {
             command.arg(load.rate.to_string());
         }
-        let counted: Vec<_> = own.into_iter().chain(&self.groups).map(Group::name).collect();
+        if matches!(lasts, Lasts::UntilTold(_)) {
+            command.arg(UNTIL_TOLD);
+        }
+        let counted: Vec<_> = by.group().into_iter().chain(&self.groups).map(Group::name).collect();
         command.env(COUNTED, counted.join(","));
-        Ok(command)
-    }
-
-    /// Does work, and measures what it takes.
-    pub(crate) fn measure(
-        &self,
-        own: Option<&Group>,
-        load: Load,
-        targets: &[SocketAddr],
-        time: Duration,
-    ) -> Result<Measured> {
-        self.spawn(Client::First, load, targets, time, own)?.measure(own)
-    }
-}
-
-/// A client at work.
-pub(crate) struct Running {
-    child: Child,
-    lines: BufReader<std::process::ChildStdout>,
-}
-
-impl Running {
-    /// Returns when its work is under way.
-    fn start(command: Command) -> Result<Self> {
-        let mut running = Self::spawn(command)?;
-        running.begun()?;
-        Ok(running)
-    }
-
-    /// Waits for the end of work that was spawned, and says what it took.
-    pub(crate) fn measure(mut self, own: Option<&Group>) -> Result<Measured> {
-        self.begun()?;
-        let done = self.wait()?;
-        let whole = Duration::from_secs_f64(done.cpu.iter().sum());
-        let first = own.and_then(|_| done.cpu.first()).copied();
-        let own = Duration::from_secs_f64(first.unwrap_or_default());
-        Ok(Measured { done, own, whole })
-    }
-
-    fn spawn(mut command: Command) -> Result<Self> {
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .context("start a client")?;
         let lines = BufReader::new(child.stdout.take().context("a client has a stdout")?);
-        Ok(Self { child, lines })
+        Ok(Running { child, lines, of_proxy: by.group().is_some() })
     }
+}
 
-    fn begun(&mut self) -> Result<()> {
+/// How long work is done.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Lasts {
+    For(Duration),
+    /// [`Running::tell`] ends it, if it has not lasted so long by then.
+    UntilTold(Duration),
+}
+
+/// A client at work.
+pub(crate) struct Running {
+    child: Child,
+    lines: BufReader<std::process::ChildStdout>,
+    /// Whether the first of the groups that are counted is a proxy's.
+    of_proxy: bool,
+}
+
+impl Running {
+    /// Waits until the measured time begins.
+    pub(crate) fn begun(mut self) -> Result<Self> {
         match self.line()? {
-            line if line == BEGIN => Ok(()),
+            line if line == BEGIN => Ok(self),
             line => bail!("a client says {line:?}"),
         }
     }
 
-    /// Tells one that was started to be told, and waits for its end.
-    pub(crate) fn tell(mut self) -> Result<Done> {
-        self.begun()?;
-        drop(self.child.stdin.take());
-        self.wait()
-    }
-
-    /// Waits for its end.
+    /// Waits for the end of one that has begun.
     pub(crate) fn wait(mut self) -> Result<Done> {
         let line = self.line()?;
         let done =
             serde_json::from_str(&line).with_context(|| format!("a client says {line:?}"))?;
         self.child.wait().context("wait for a client")?;
         Ok(done)
+    }
+
+    /// The whole work, and what it took.
+    pub(crate) fn measure(self) -> Result<Measured> {
+        let of_proxy = self.of_proxy;
+        let done = self.begun()?.wait()?;
+        let own = done.cpu.first().filter(|_| of_proxy).copied().unwrap_or_default();
+        let whole = Duration::from_secs_f64(done.cpu.iter().sum());
+        Ok(Measured { done, own: Duration::from_secs_f64(own), whole })
+    }
+
+    /// Ends work that lasts until it is told.
+    pub(crate) fn tell(self) -> Result<Done> {
+        let mut running = self.begun()?;
+        drop(running.child.stdin.take());
+        running.wait()
     }
 
     fn line(&mut self) -> Result<String> {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use crate::{
     contender::Contender,
     run::{CONNECT, REQUEST, setting},
-    site::{Client, Site},
+    site::{Client, Lasts, Site},
 };
 
 /// Growth between the first minute and the end that is still called none.
@@ -19,8 +19,8 @@ pub(crate) fn run() -> Result<()> {
     let started = Contender::Embassy.start(&site)?;
     let group = started.group().context("embassy has a group")?;
     let begin = Instant::now();
-    let connect = site.start(Client::First, CONNECT, &started.targets, time)?;
-    let request = site.start(Client::Second, REQUEST, &started.targets, time)?;
+    let connect = site.start(Client::First, CONNECT, &started, Lasts::For(time))?.begun()?;
+    let request = site.start(Client::Second, REQUEST, &started, Lasts::For(time))?.begun()?;
     let (warm, step) = (time / 10, time / 20);
     let mut warmed = None;
     while begin.elapsed() < time {
