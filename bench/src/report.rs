@@ -26,7 +26,7 @@ pub(crate) struct Report {
     plots: Vec<(&'static str, String)>,
 }
 
-/// Rows of the table: what, its unit, and whether only proxies have it.
+/// Rows of the table: what, and its unit.
 const ROWS: [(Figure, &str); 20] = [
     (Figure::Connections, "new connections per second"),
     (Figure::CpuPerConnection, "CPU of the proxy per connection, µs"),

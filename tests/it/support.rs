@@ -56,10 +56,17 @@ pub(crate) fn metric(embassy: &Embassy, series: &str) -> Result<u64> {
 
 /// How often embassy put its rules back, whatever had happened to them.
 pub(crate) fn restored(embassy: &Embassy) -> Result<u64> {
+    sum(embassy, "embassy_capture_restored_total")
+}
+
+/// A counter over all its labels.
+pub(crate) fn sum(embassy: &Embassy, name: &str) -> Result<u64> {
     let text = embassy.admin("/metrics")?.ok()?;
-    let series = "embassy_capture_restored_total{";
-    let samples = text.lines().filter_map(|line| line.strip_prefix(series)?.rsplit_once(' '));
-    Ok(samples.map(|(_, value)| value.parse::<u64>()).sum::<Result<u64, _>>()?)
+    let samples = text.lines().filter_map(|line| {
+        let (series, value) = line.rsplit_once(' ')?;
+        series.strip_prefix(name)?.starts_with('{').then_some(value)
+    });
+    Ok(samples.map(str::parse::<u64>).sum::<Result<u64, _>>()?)
 }
 
 /// Waits until a sample has at least this value.
