@@ -49,7 +49,7 @@ const SHARED: usize = 1_000;
 
 /// What a table is made of.
 struct World {
-    consumers: Vec<Consumer>,
+    consumers: Vec<Arc<Consumer>>,
     endpoints: HashMap<Query, Arc<Endpoints>>,
 }
 
@@ -79,7 +79,8 @@ impl World {
                 .collect(),
             ends: vec![],
         };
-        let consumers: Vec<_> = (0..routes.div_ceil(BINDINGS)).map(consumer).collect();
+        let consumers: Vec<_> =
+            (0..routes.div_ceil(BINDINGS)).map(consumer).map(Arc::new).collect();
         let bindings = consumers.iter().flat_map(|c| &c.bindings);
         let queries = bindings.take(services).filter_map(|b| query(b).ok());
         let answer = |service| Endpoints::new((0..endpoints).map(|n| endpoint(service, n)), vec![]);
@@ -114,11 +115,11 @@ impl World {
 
     /// Keys of routes, in an order without pattern.
     fn keys(&self) -> Vec<RouteKey> {
-        let of = |c: &Consumer| {
+        let of = |c: &Arc<Consumer>| {
             let source = c.sources[0];
             c.bindings
                 .iter()
-                .map(move |b| RouteKey { source, port: b.descriptor.port })
+                .map(move |b| RouteKey::tcp(source, b.descriptor.port))
                 .collect::<Vec<_>>()
         };
         let mut keys: Vec<_> = self.consumers.iter().flat_map(of).collect();
@@ -165,7 +166,7 @@ fn looked_up_and_picked(bencher: Bencher<'_, '_>, world: &World) {
 #[divan::bench(args = [10, 1_000, 100_000], sample_size = CALLS)]
 fn lookup_of_a_stranger(bencher: Bencher<'_, '_>, routes: usize) {
     let table = World::new(routes, 2).table_after(&Table::default());
-    let key = RouteKey { source: Ipv4Addr::LOCALHOST.into(), port: Port::new(80).expect("not 0") };
+    let key = RouteKey::tcp(Ipv4Addr::LOCALHOST.into(), Port::new(80).expect("not 0"));
     bencher.bench_local(|| table.route(black_box(&key)).is_some());
 }
 

@@ -29,6 +29,7 @@ use crate::{
     proxy::{self, Destinations, Proxy},
     readiness::{DRAINING, Readiness},
     report::{Refused, Report},
+    source::ResyncRequests,
     state::{self, Keeper, Origin},
 };
 
@@ -47,6 +48,7 @@ pub struct App {
     memory: JoinHandle<()>,
     keeper: Option<Keeper>,
     readiness: Readiness,
+    resync: ResyncRequests,
     drain: Duration,
 }
 
@@ -68,7 +70,9 @@ impl App {
         let lookup = Lookup::default();
         let events = Events::default();
         let refused = Arc::<Refused>::default();
-        let mut control = learn(&config, &lookup, refused.clone(), events.clone(), waiting)?;
+        let resync = ResyncRequests::new(config.resync);
+        let mut control =
+            learn(&config, &lookup, &resync, refused.clone(), events.clone(), waiting)?;
         let kept = Arc::<state::Counts>::default();
         let keeper = remember(&config, &mut control, kept.clone());
         let (tables, sources) = (control.tables(), control.sources());
@@ -125,6 +129,7 @@ impl App {
             figures: proxy.figures(),
             capture: capturing.as_ref().map(|(counts, _)| counts.clone()),
             events: events.clone(),
+            resync: resync.clone(),
             facts: Arc::new(Facts {
                 started,
                 listeners: proxy.addresses.clone(),
@@ -169,8 +174,14 @@ impl App {
             memory,
             keeper,
             readiness,
+            resync,
             drain: config.drain,
         })
+    }
+
+    /// Has every source read everything again.
+    pub fn resync(&self) {
+        self.resync.request();
     }
 
     /// Waits for the end of a part that should never end.
@@ -262,6 +273,7 @@ async fn capture_failed(capture: &mut Option<Capture>) -> String {
 pub(crate) fn learn(
     config: &Config,
     lookup: &Lookup,
+    resync: &ResyncRequests,
     refused: Arc<Refused>,
     events: Events,
     waiting: Waiting,
@@ -276,14 +288,14 @@ pub(crate) fn learn(
         }
     };
     let bell = Arc::<Notify>::default();
-    let listing = provider.start(config.resync, bell.clone());
+    let listing = provider.start(resync, bell.clone());
     let settings = Settings {
         vips: config.vips.clone(),
         // Where all is captured, to be a VIP takes what is the host's own away.
         strangers: !config.hold.is_zero() && config.capture_scope == CaptureScope::Declared,
         balance: config.balance,
         empty_hold: config.empty_hold,
-        resync: config.resync,
+        resync: resync.clone(),
     };
     let discoveries = config.discoveries.clone();
     Ok(Control::new(settings, discoveries, listing, bell, waiting, Report::new(refused, events)))

@@ -132,14 +132,16 @@ mod tests {
 
     /// Consumers with these descriptors, each with an address of its own, and one service.
     fn table(before: &Table, descriptors: &[&str], endpoint: Endpoint) -> Option<Table> {
-        let consumer = |(n, text): (usize, &&str)| Consumer {
-            id: ConsumerId::Local,
-            name: "a".into(),
-            namespace: "a".into(),
-            sources: vec![std::net::IpAddr::from([10, 0, 0, n as u8])],
-            gateways: vec![],
-            bindings: vec![Binding { origin: "B".into(), descriptor: text.parse().unwrap() }],
-            ends: vec![],
+        let consumer = |(n, text): (usize, &&str)| {
+            Arc::new(Consumer {
+                id: ConsumerId::Local,
+                name: "a".into(),
+                namespace: "a".into(),
+                sources: vec![std::net::IpAddr::from([10, 0, 0, n as u8])],
+                gateways: vec![],
+                bindings: vec![Binding { origin: "B".into(), descriptor: text.parse().unwrap() }],
+                ends: vec![],
+            })
         };
         let consumers: Vec<_> = descriptors.iter().enumerate().map(consumer).collect();
         let query = Query {

@@ -17,7 +17,7 @@ use crate::{
     provider::{Listing, fixed},
     readiness::Guard,
     report::{PROVIDER, Report},
-    source::{Answers, Known},
+    source::{Answers, Known, ResyncRequests},
     state::{Restored, Snapshot},
     table::{Inputs, Route, Table},
 };
@@ -38,7 +38,7 @@ pub struct Settings {
     pub balance: Balance,
     /// How long the last endpoints outlive a valid empty answer.
     pub empty_hold: Duration,
-    pub resync: Duration,
+    pub resync: ResyncRequests,
 }
 
 /// What is being waited for before embassy is ready.
@@ -95,7 +95,7 @@ impl Control {
         report: Report,
     ) -> Self {
         Self {
-            watches: Watches::new(discoveries.clone(), settings.resync, bell.clone()),
+            watches: Watches::new(discoveries.clone(), settings.resync.clone(), bell.clone()),
             hold: EmptyHold::new(settings.empty_hold),
             kept: None,
             keeper: None,
@@ -230,7 +230,7 @@ impl Control {
     fn publish(
         &mut self,
         listing: &Listing,
-        consumers: &[&Consumer],
+        consumers: &[&Arc<Consumer>],
         endpoints: &HashMap<Query, Arc<Endpoints>>,
     ) {
         let vips = self.settings.vips.clone().unwrap_or_else(|| self.gateways(listing));
@@ -340,7 +340,7 @@ mod tests {
             strangers: false,
             balance: Balance::RoundRobin,
             empty_hold: Duration::from_secs(3600),
-            resync: Duration::from_secs(3600),
+            resync: ResyncRequests::new(Duration::from_secs(3600)),
         };
         let readiness = crate::readiness::Readiness::default();
         let waiting =

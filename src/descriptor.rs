@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
-use crate::model::{NotAPort, Port, ServiceName, Tags};
+use crate::model::{NotAPort, Port, Protocol, ServiceName, Tags};
 
 /// A parsed descriptor: one service on one port, and how to treat its connections.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -12,6 +12,8 @@ pub struct Descriptor {
     pub tags: Tags,
     /// The port that the consumer dials.
     pub port: Port,
+    /// What follows the port: `/tcp`, or nothing, which means the same.
+    pub protocol: Protocol,
     /// `lb=`; where absent, the command line's `--lb`.
     pub balance: Option<Balance>,
     /// `drain=`: what happens to the live connections of an endpoint that goes away.
@@ -85,6 +87,8 @@ pub enum DescriptorError {
     Tag { tag: String, character: char },
     #[error(transparent)]
     Port(#[from] NotAPort),
+    #[error("protocol {0:?}: expected tcp, the only one that is routed")]
+    Protocol(String),
     #[error("option {0:?}: expected <key>=<value>")]
     OptionForm(String),
     #[error("unknown option {0:?}: expected one of lb, drain, dc, via, check, proxy")]
@@ -102,11 +106,12 @@ impl FromStr for Descriptor {
     fn from_str(text: &str) -> Result<Self, DescriptorError> {
         let (service, tags, rest) = service_and_tags(text)?;
         let mut fields = rest.split(';');
-        let port = fields.next().unwrap_or_default().parse()?;
+        let (port, protocol) = port_and_protocol(fields.next().unwrap_or_default())?;
         let mut descriptor = Self {
             service,
             tags,
             port,
+            protocol,
             balance: None,
             drain: EndpointDrain::Keep,
             dc: None,
@@ -273,6 +278,15 @@ fn service_and_tags(text: &str) -> Result<(ServiceName, Tags, &str), DescriptorE
     }
 }
 
+/// A port, and the protocol that may follow it: `6379`, `6379/tcp`.
+fn port_and_protocol(text: &str) -> Result<(Port, Protocol), DescriptorError> {
+    match text.split_once('/') {
+        None => Ok((text.parse()?, Protocol::Tcp)),
+        Some((port, "tcp")) => Ok((port.parse()?, Protocol::Tcp)),
+        Some((_, protocol)) => Err(DescriptorError::Protocol(protocol.to_owned())),
+    }
+}
+
 fn tags(list: &str) -> Result<Tags, DescriptorError> {
     for tag in list.split(',') {
         if tag.is_empty() {
@@ -315,6 +329,7 @@ mod tests {
             ("/services/prod/app1/80[prod,app1];80", "/services/prod/app1/80", 80),
             ("name[prod,app1];80", "name", 80),
             ("a*b@c_d-e;65535", "a*b@c_d-e", 65535),
+            ("redis.master;6379/tcp", "redis.master", 6379),
         ] {
             let descriptor = parse(text).expect(text);
             assert_eq!(descriptor.service.as_str(), service);
@@ -433,6 +448,7 @@ mod tests {
                     service: ServiceName::new(&service).expect("the strategy makes valid names"),
                     tags: Tags::new(tags.iter().map(String::as_str)),
                     port: Port::new(port).expect("the strategy starts at 1"),
+                    protocol: Protocol::Tcp,
                     balance,
                     drain,
                     dc,

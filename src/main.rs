@@ -48,15 +48,22 @@ fn run(config: Config) -> Result<()> {
 async fn serve(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
     info!(version = env!("CARGO_PKG_VERSION"), "embassy starts");
     if !config.ignored.is_empty() {
         warn!(flags = config.ignored.join(" "), "ignored");
     }
     let mut app = App::start(config).await?;
-    let failure = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
-        error = app.failed() => Some(error),
+    let failure = loop {
+        tokio::select! {
+            _ = terminate.recv() => break None,
+            _ = interrupt.recv() => break None,
+            _ = hangup.recv() => {
+                info!("resync requested via SIGHUP");
+                app.resync();
+            }
+            error = app.failed() => break Some(error),
+        }
     };
     info!("embassy stops; a second signal ends it at once");
     app.stop(async {

@@ -53,6 +53,21 @@ impl FromStr for Port {
     }
 }
 
+/// What carries a consumer's connections. Only TCP has routes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Protocol {
+    #[default]
+    Tcp,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+        })
+    }
+}
+
 /// Text that is not a port.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("port {0:?} is not a number from 1 to 65535")]
@@ -134,7 +149,7 @@ pub struct Consumer {
 impl Consumer {
     /// Whether it, or its network, is known to be gone, whatever the listing that it stands in says.
     pub fn has_ended(&self) -> bool {
-        self.ends.iter().any(RunEnd::has_come)
+        self.ends.iter().any(RunEnd::has_ended)
     }
 }
 
@@ -150,11 +165,11 @@ struct Run {
 }
 
 impl RunEnd {
-    pub fn come(&self) {
+    pub fn mark_ended(&self) {
         self.0.ended.store(true, Relaxed);
     }
 
-    pub fn has_come(&self) -> bool {
+    pub fn has_ended(&self) -> bool {
         self.0.ended.load(Relaxed)
     }
 
@@ -182,7 +197,7 @@ pub struct Stay {
 impl Stay {
     /// Whether the endpoint is known to be gone, whatever the answer that it stands in says.
     pub fn is_over(&self) -> bool {
-        self.ends().any(RunEnd::has_come)
+        self.ends().any(RunEnd::has_ended)
     }
 
     fn ends(&self) -> impl Iterator<Item = &RunEnd> {

@@ -12,8 +12,10 @@ use futures_util::FutureExt;
 use tokio::sync::{Notify, watch};
 use tracing::{debug, warn};
 
+mod resync;
 mod shared;
 
+pub use resync::{Resync, ResyncRequests};
 pub use shared::Shared;
 
 /// What is known of a source: its last full answer, how old that is, and what is wrong now.
@@ -54,11 +56,12 @@ pub trait Source: Send {
     /// Its **full** answer: the differences are computed in one place, by the reader.
     type Item: PartialEq + Send + Sync;
 
-    /// One session: subscribe, then list and publish, then publish again after each change. It runs until it fails,
-    /// and may be dropped at any await to be started anew. Returning `Ok` asks for a new session.
+    /// One session: subscribe, then list and publish, then publish again after each change, and list again whenever
+    /// `resync` is due. It runs until it fails, and may be dropped at any await. Returning `Ok` asks for a new session.
     fn session(
         &mut self,
         publish: &Publisher<Self::Item>,
+        resync: &mut Resync,
     ) -> impl Future<Output = Result<(), SourceError>> + Send;
 }
 
@@ -175,48 +178,30 @@ impl<T: PartialEq> Publisher<T> {
     }
 }
 
-/// Rung when somebody wants every source to be read anew. One for the process, as there is one set of sources.
-static READ_ANEW: Notify = Notify::const_new();
-
-/// Has every source that is followed read anew now: its session starts over, and a pause after a failure ends.
-pub fn read_anew() {
-    READ_ANEW.notify_waiters();
-}
-
-/// Follows `source` for ever. `name` is what the log calls it; every `resync` it is read anew, whatever events said.
+/// Follows `source` for ever. `name` is what the log calls it.
 pub async fn follow<S: Source>(
     name: &str,
     mut source: S,
     publish: Publisher<S::Item>,
-    resync: Duration,
+    mut resync: Resync,
 ) {
     let mut backoff = Backoff::default();
     loop {
         let answers_before = publish.answers();
         let started = Instant::now();
-        // A fault of ours in one source takes neither the others along nor this one for good: what a session leaves behind
-        // is what any session that is dropped may leave.
-        let session = AssertUnwindSafe(source.session(&publish)).catch_unwind();
-        let session = tokio::time::timeout(resync, session.map(|end| end.unwrap_or_else(panicked)));
-        let end = tokio::select! {
-            end = session => end,
-            () = READ_ANEW.notified() => {
-                debug!(source = name, "reading anew, as asked for");
-                continue;
-            }
-        };
+        resync.restart();
+        let end = session(&mut source, &publish, &mut resync).await;
         let answered = publish.answers() > answers_before;
         let error = match end {
-            Ok(Ok(())) | Err(_) if answered => {
+            Ok(()) if answered => {
                 backoff = Backoff::default();
-                debug!(source = name, "reading anew");
+                debug!(source = name, "source starts a new session");
                 // A server that has every session start over must not make us spin.
                 tokio::time::sleep(Backoff::FIRST.saturating_sub(started.elapsed())).await;
                 continue;
             }
-            Ok(Ok(())) => SourceError::new("the session ended without an answer"),
-            Err(_) => SourceError::new(format_args!("no answer within {} s", resync.as_secs_f32())),
-            Ok(Err(error)) => error,
+            Ok(()) => SourceError::new("the session ended without an answer"),
+            Err(error) => error,
         };
         publish.fail(&error);
         if answered && started.elapsed() > Backoff::SETTLED {
@@ -234,8 +219,26 @@ pub async fn follow<S: Source>(
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
-            () = READ_ANEW.notified() => {}
+            () = resync.requested() => {}
         }
+    }
+}
+
+/// One session of `source`, until it ends, panics, or has given no answer for as long as `-resync`.
+async fn session<S: Source>(
+    source: &mut S,
+    publish: &Publisher<S::Item>,
+    resync: &mut Resync,
+) -> Result<(), SourceError> {
+    let (answers_before, limit) = (publish.answers(), resync.every());
+    // A fault of ours in one source takes neither the others along nor this one for good: what a session leaves behind
+    // is what any session that is dropped may leave.
+    let session = AssertUnwindSafe(source.session(publish, resync)).catch_unwind();
+    let mut session = std::pin::pin!(session.map(|end| end.unwrap_or_else(panicked)));
+    match tokio::time::timeout(limit, &mut session).await {
+        Ok(end) => end,
+        Err(_) if publish.answers() > answers_before => session.await,
+        Err(_) => Err(SourceError::new(format_args!("no answer within {} s", limit.as_secs_f32()))),
     }
 }
 
@@ -283,13 +286,21 @@ mod tests {
         assert!(backoff.next(0.0) >= Backoff::LONGEST / 2);
     }
 
+    fn resync(seconds: u64) -> Resync {
+        ResyncRequests::new(Duration::from_secs(seconds)).subscribe()
+    }
+
     /// Plays a script: each session publishes its values and ends as it says.
     struct Script(VecDeque<(Vec<u32>, Result<(), SourceError>)>);
 
     impl Source for Script {
         type Item = u32;
 
-        async fn session(&mut self, publish: &Publisher<u32>) -> Result<(), SourceError> {
+        async fn session(
+            &mut self,
+            publish: &Publisher<u32>,
+            _: &mut Resync,
+        ) -> Result<(), SourceError> {
             let Some((values, end)) = self.0.pop_front() else {
                 return std::future::pending().await;
             };
@@ -308,7 +319,7 @@ mod tests {
             (vec![], Err(SourceError::new("still gone"))),
             (vec![2], Ok(())),
         ]));
-        tokio::spawn(follow("script", script, publish, Duration::from_secs(120)));
+        tokio::spawn(follow("script", script, publish, resync(120)));
 
         let known = answers.wait_for(|known| known.failures == 1).await.unwrap().clone();
         assert_eq!((known.value.as_deref(), known.error.as_deref()), (Some(&1), Some("gone")));
@@ -327,7 +338,11 @@ mod tests {
     impl Source for Faulty {
         type Item = u32;
 
-        async fn session(&mut self, publish: &Publisher<u32>) -> Result<(), SourceError> {
+        async fn session(
+            &mut self,
+            publish: &Publisher<u32>,
+            _: &mut Resync,
+        ) -> Result<(), SourceError> {
             publish.publish(if self.0 { 2 } else { 1 });
             if !std::mem::replace(&mut self.0, true) {
                 panic!("thrown on purpose");
@@ -339,7 +354,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_panic_is_a_failure_like_any_other() {
         let (publish, mut answers) = Publisher::new(Arc::default());
-        let task = tokio::spawn(follow("faulty", Faulty(false), publish, Duration::from_secs(120)));
+        let task = tokio::spawn(follow("faulty", Faulty(false), publish, resync(120)));
         let known = answers.wait_for(|known| known.failures == 1).await.unwrap().clone();
         assert_eq!(known.value.as_deref(), Some(&1));
         assert_eq!(known.error.as_deref(), Some("a fault of embassy's own: thrown on purpose"));
@@ -351,7 +366,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_source_that_says_nothing_is_a_failure() {
         let (publish, mut answers) = Publisher::new(Arc::default());
-        tokio::spawn(follow("silent", Script(VecDeque::new()), publish, Duration::from_secs(3)));
+        tokio::spawn(follow("silent", Script(VecDeque::new()), publish, resync(3)));
         let known = answers.wait_for(|known| known.failures == 1).await.unwrap().clone();
         assert_eq!(known.error.as_deref(), Some("no answer within 3 s"));
     }

@@ -16,7 +16,7 @@ use crate::{
     counts::Counts,
     descriptor::Balance,
     discovery::{CannotAsk, Endpoints, Query},
-    model::{Binding, Consumer, ConsumerId, Endpoint, Port, RunEnd, ServiceName, Vip},
+    model::{Binding, Consumer, ConsumerId, Endpoint, Port, Protocol, RunEnd, ServiceName, Vip},
 };
 
 /// What a captured connection shows of itself: who dialled, and which port was meant.
@@ -24,6 +24,13 @@ use crate::{
 pub struct RouteKey {
     pub source: IpAddr,
     pub port: Port,
+    pub protocol: Protocol,
+}
+
+impl RouteKey {
+    pub fn tcp(source: IpAddr, port: Port) -> Self {
+        Self { source, port, protocol: Protocol::Tcp }
+    }
 }
 
 impl fmt::Display for RouteKey {
@@ -31,6 +38,10 @@ impl fmt::Display for RouteKey {
         write!(f, "{} port {}", self.source, self.port)
     }
 }
+
+/// One owner's route, for as long as it asks for the same: other endpoints leave it as it is. Never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RouteNumber(u64);
 
 /// Where a consumer's connections on one port go.
 ///
@@ -48,6 +59,7 @@ pub struct Route {
     /// The consumer's live connections, over all of its routes.
     pub live_of_consumer: Arc<AtomicUsize>,
     pub key: RouteKey,
+    pub number: RouteNumber,
     /// The owner. A route belongs to a run of a container, never to an address.
     pub consumer: ConsumerId,
     pub consumer_name: Arc<str>,
@@ -59,7 +71,7 @@ pub struct Route {
 impl Route {
     /// Whether `other` is this route with, at the most, other endpoints.
     fn continues(&self, other: &Route) -> bool {
-        self.consumer == other.consumer && self.binding == other.binding
+        self.number == other.number
     }
 }
 
@@ -102,7 +114,7 @@ pub enum UnroutedReason {
 /// What a table is built from, besides the one before it.
 #[derive(Debug)]
 pub struct Inputs<'a> {
-    pub consumers: &'a [&'a Consumer],
+    pub consumers: &'a [&'a Arc<Consumer>],
     /// The addresses of all containers, of those that ask for nothing too.
     pub known: &'a BTreeSet<IpAddr>,
     /// Addresses that nobody gets, because more than one container claims them.
@@ -134,6 +146,48 @@ pub struct Table {
     upstreams: HashMap<Query, Arc<Upstream>>,
     states: HashMap<(ServiceKey, Endpoint), Arc<EndpointState>>,
     live: HashMap<ConsumerId, Arc<AtomicUsize>>,
+    changes: Changes,
+    /// Routes that there have been.
+    numbers: u64,
+}
+
+/// What a table has that the one before it had not, and the other way round. Of routes, each list is sorted by key.
+#[derive(Debug, Default)]
+pub struct Changes {
+    pub added: Vec<Arc<Route>>,
+    pub removed: Vec<Arc<Route>>,
+    /// Routes that go on, with other endpoints or their consumer's other name.
+    pub updated: Vec<Arc<Route>>,
+    /// Addresses that became known as a container's, or ceased to be. Sorted.
+    pub known_added: Vec<IpAddr>,
+    pub known_removed: Vec<IpAddr>,
+    /// Whether the VIPs or the networks are others.
+    pub places: bool,
+}
+
+impl Changes {
+    /// What `next` has and `before` has not, and the other way round: for a reader that has missed the tables between.
+    pub fn between(before: &Table, next: &Table) -> Self {
+        let mut changes = Self {
+            known_added: next.known.difference(&before.known).copied().collect(),
+            known_removed: before.known.difference(&next.known).copied().collect(),
+            places: before.vips != next.vips || before.networks != next.networks,
+            ..Self::default()
+        };
+        for (key, route) in &next.routes {
+            match before.routes.get(key) {
+                Some(old) if Arc::ptr_eq(old, route) => {}
+                Some(old) if old.continues(route) => changes.updated.push(route.clone()),
+                _ => changes.added.push(route.clone()),
+            }
+        }
+        let gone = before.routes.values().filter(|route| !next.has(route));
+        changes.removed.extend(gone.cloned());
+        for routes in [&mut changes.added, &mut changes.removed, &mut changes.updated] {
+            routes.sort_by_key(|route| route.key);
+        }
+        changes
+    }
 }
 
 impl Table {
@@ -164,6 +218,11 @@ impl Table {
         !self.known.contains(source) && self.networks.iter().any(|network| network.contains(source))
     }
 
+    /// What differs from the table whose version is one less.
+    pub fn changes(&self) -> &Changes {
+        &self.changes
+    }
+
     pub fn unrouted(&self) -> &[Unrouted] {
         &self.unrouted
     }
@@ -191,7 +250,8 @@ impl Table {
         query: impl Fn(&Binding) -> Result<Query, CannotAsk>,
     ) -> Option<Table> {
         let contested = contested(inputs);
-        let mut builder = Builder { prev: self, inputs, next: Table::default(), contested };
+        let next = Table { numbers: self.numbers, ..Table::default() };
+        let mut builder = Builder { prev: self, inputs, next, contested };
         // The order decides who wins a port within a network namespace: the same for the same containers.
         let mut consumers = inputs.consumers.to_vec();
         consumers.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
@@ -209,6 +269,7 @@ impl Table {
             return None;
         }
         next.version = self.version + 1;
+        next.changes = Changes::between(self, &next);
         Some(next)
     }
 
@@ -242,7 +303,11 @@ impl Builder<'_> {
     fn binding(&mut self, consumer: &Consumer, binding: &Binding, query: Query) {
         let upstream = self.upstream(query);
         for source in sources(consumer, self.inputs.vips) {
-            let key = RouteKey { source, port: binding.descriptor.port };
+            let key = RouteKey {
+                source,
+                port: binding.descriptor.port,
+                protocol: binding.descriptor.protocol,
+            };
             if self.contested.contains(&source) {
                 self.unrouted(consumer, binding, UnroutedReason::Contested { key });
                 continue;
@@ -272,7 +337,7 @@ impl Builder<'_> {
 
     /// The route, carried over where nothing of it changed.
     fn route(
-        &self,
+        &mut self,
         key: RouteKey,
         consumer: &Consumer,
         binding: &Binding,
@@ -293,6 +358,13 @@ impl Builder<'_> {
             }
             _ => Arc::new(Route {
                 key,
+                number: match before {
+                    Some(before) => before.number,
+                    None => {
+                        self.next.numbers += 1;
+                        RouteNumber(self.next.numbers)
+                    }
+                },
                 consumer: consumer.id.clone(),
                 consumer_name: consumer.name.clone(),
                 binding: binding.clone(),
@@ -414,7 +486,7 @@ mod tests {
     }
 
     fn key(source: &str, port: u16) -> RouteKey {
-        RouteKey { source: source.parse().unwrap(), port: Port::new(port).unwrap() }
+        RouteKey::tcp(source.parse().unwrap(), Port::new(port).unwrap())
     }
 
     fn query(service: &str) -> Query {
@@ -449,6 +521,7 @@ mod tests {
         contested: &[&str],
     ) -> Option<Table> {
         let contested = contested.iter().map(|address| address.parse().unwrap()).collect();
+        let consumers: Vec<_> = consumers.iter().cloned().map(Arc::new).collect();
         let inputs = Inputs {
             consumers: &consumers.iter().collect::<Vec<_>>(),
             contested: &contested,
@@ -660,7 +733,7 @@ mod tests {
         let local =
             Consumer { id: ConsumerId::Local, ..consumer("local", "127.0.0.1", &["redis;6379"]) };
         let inputs = Inputs {
-            consumers: &[&local],
+            consumers: &[&Arc::new(local)],
             contested: &BTreeSet::new(),
             known: &BTreeSet::new(),
             networks: &BTreeSet::new(),

@@ -10,7 +10,7 @@ use axum::{
 use serde::de::DeserializeOwned;
 
 use super::{Context, api, v1::Refusal};
-use crate::{events::Event, log, source};
+use crate::{events::Event, log};
 
 /// The largest body that a call may have: none needs more.
 const LARGEST: usize = 4096;
@@ -59,13 +59,13 @@ pub(super) async fn drain(
     Ok(Json(api::Done { done: format!("{endpoint} of {service} {gets}") }))
 }
 
-/// Reads every source anew, now
+/// Reads every source again, now
 #[utoipa::path(post, path = "/v1/resync", responses(
     (status = 200, body = api::Done), (status = 403, body = api::Error)))]
-pub(super) async fn resync() -> Json<api::Done> {
-    tracing::info!("reading every source anew, as asked for");
-    source::read_anew();
-    Json(api::Done { done: "every source is read anew".to_owned() })
+pub(super) async fn resync(State(context): State<Context>) -> Json<api::Done> {
+    tracing::info!("resync requested via API");
+    context.shown.resync.request();
+    Json(api::Done { done: "every source is read again".to_owned() })
 }
 
 /// How much is logged

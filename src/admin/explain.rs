@@ -1,6 +1,9 @@
 //! From symptom to cause: why a consumer's connections on a port go where they go.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use super::{Shown, api, list::is_consumer, view};
 use crate::{
@@ -147,7 +150,7 @@ fn service(
 
 fn consumers<'a>(listing: &'a Listing, wanted: &str) -> Vec<&'a Consumer> {
     let address: Option<IpAddr> = wanted.parse().ok();
-    let alive = listing.consumers.iter().filter(|consumer| !consumer.has_ended());
+    let alive = listing.consumers.iter().map(Arc::as_ref).filter(|c: &&Consumer| !c.has_ended());
     let mut consumers: Vec<_> = alive
         .filter(|consumer| {
             is_consumer(wanted, &consumer.name, consumer.id.full())

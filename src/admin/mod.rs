@@ -23,6 +23,7 @@ use crate::{
     events::Events,
     proxy::Figures,
     readiness::Readiness,
+    source::ResyncRequests,
     table::Table,
 };
 use guard::Guard;
@@ -55,6 +56,8 @@ pub struct Shown {
     /// `None` where the user's own rules capture.
     pub capture: Option<Arc<capture::Counts>>,
     pub events: Events,
+    /// Asks every source to read everything again.
+    pub resync: ResyncRequests,
     pub facts: Arc<Facts>,
 }
 

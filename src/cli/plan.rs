@@ -20,7 +20,7 @@ use crate::{
     events::Events,
     provider::Lookup,
     readiness::Readiness,
-    source::Known,
+    source::{Known, ResyncRequests},
     table::{Route, Table},
 };
 
@@ -126,8 +126,8 @@ async fn learned(config: &Config) -> Result<(Arc<Table>, Sources)> {
         listing: readiness.wait_for("listing"),
         answers: readiness.wait_for("discovery"),
     };
-    let control =
-        app::learn(config, &Lookup::default(), Arc::default(), Events::default(), waiting)?;
+    let (lookup, resync) = (Lookup::default(), ResyncRequests::new(config.resync));
+    let control = app::learn(config, &lookup, &resync, Arc::default(), Events::default(), waiting)?;
     let (mut tables, mut sources) = (control.tables(), control.sources());
     let task = tokio::spawn(control.run());
     let end = Instant::now() + PATIENCE;

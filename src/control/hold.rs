@@ -190,11 +190,11 @@ mod tests {
             settled[&query()].list.clone()
         };
         assert_eq!(settle(&both), list);
-        ends[0].come();
+        ends[0].mark_ended();
         assert_eq!(settle(&both), list[1..]);
         let empty = known(&[], start);
         assert_eq!(settle(&empty), list[1..]);
-        ends[1].come();
+        ends[1].mark_ended();
         assert_eq!(settle(&empty), []);
     }
 

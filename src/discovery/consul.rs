@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     model::Tags,
-    source::{Publisher, Source, SourceError},
+    source::{Publisher, Resync, Source, SourceError},
     tls::ClientTls,
 };
 
@@ -183,7 +183,23 @@ pub struct ConsulSource {
 impl Source for ConsulSource {
     type Item = Endpoints;
 
-    async fn session(&mut self, publish: &Publisher<Endpoints>) -> Result<(), SourceError> {
+    async fn session(
+        &mut self,
+        publish: &Publisher<Endpoints>,
+        resync: &mut Resync,
+    ) -> Result<(), SourceError> {
+        tokio::select! {
+            end = self.session_until_failure(publish) => end,
+            () = resync.due() => Ok(()),
+        }
+    }
+}
+
+impl ConsulSource {
+    async fn session_until_failure(
+        &mut self,
+        publish: &Publisher<Endpoints>,
+    ) -> Result<(), SourceError> {
         let seat = self.consul.seats.take();
         let client = self.consul.client(seat.is_some())?;
         let token = self.consul.token()?;

@@ -28,7 +28,7 @@ use self::records::{Answer, Target};
 use crate::{
     discovery::{Endpoints, Query, Rejected, address},
     model::Endpoint,
-    source::{Publisher, Source, SourceError},
+    source::{Publisher, Resync, Source, SourceError},
 };
 
 mod records;
@@ -61,7 +61,23 @@ pub struct DnsSource {
 impl Source for DnsSource {
     type Item = Endpoints;
 
-    async fn session(&mut self, publish: &Publisher<Endpoints>) -> Result<(), SourceError> {
+    async fn session(
+        &mut self,
+        publish: &Publisher<Endpoints>,
+        resync: &mut Resync,
+    ) -> Result<(), SourceError> {
+        tokio::select! {
+            end = self.session_until_failure(publish) => end,
+            () = resync.due() => Ok(()),
+        }
+    }
+}
+
+impl DnsSource {
+    async fn session_until_failure(
+        &mut self,
+        publish: &Publisher<Endpoints>,
+    ) -> Result<(), SourceError> {
         let session = Session::new(self)?;
         loop {
             let (endpoints, ttl) = match timeout(Session::WHOLE, session.resolve()).await {

@@ -44,7 +44,7 @@ use crate::{
         process::Processes,
     },
     model::ContainerId,
-    source::{Publisher, Shared, Source, SourceError},
+    source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError},
 };
 
 mod offers;
@@ -76,7 +76,7 @@ impl Docker {
     }
 
     /// Follows what `query` asks for, for ever.
-    pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: Duration) {
+    pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: &ResyncRequests) {
         let name = format!("docker discovery {}", self.engine);
         let services = || Services::new(self.engine.clone(), self.own, publish.bell());
         let answer = |offers: &Vec<Offer>| select(offers, &query, self.healthy_only);
@@ -115,7 +115,23 @@ const ACTIONS: [&str; 9] = [
 impl Source for Services {
     type Item = Vec<Offer>;
 
-    async fn session(&mut self, publish: &Publisher<Vec<Offer>>) -> Result<(), SourceError> {
+    async fn session(
+        &mut self,
+        publish: &Publisher<Vec<Offer>>,
+        resync: &mut Resync,
+    ) -> Result<(), SourceError> {
+        tokio::select! {
+            end = self.session_until_failure(publish) => end,
+            () = resync.due() => Ok(()),
+        }
+    }
+}
+
+impl Services {
+    async fn session_until_failure(
+        &mut self,
+        publish: &Publisher<Vec<Offer>>,
+    ) -> Result<(), SourceError> {
         let place = self.place().await?;
         let engine = self.engine.clone();
         let client = Client::connect(&engine).await?;
@@ -197,7 +213,7 @@ impl Services {
             };
             let stays = listed.get(id).is_some_and(is_at);
             if !stays {
-                container.left.come();
+                container.left.mark_ended();
             }
             stays
         });
@@ -213,7 +229,7 @@ impl Services {
         if (ended || left)
             && let Some(container) = self.containers.remove(&id)
         {
-            container.left.come();
+            container.left.mark_ended();
         }
         if ended {
             self.unseen.remove(&id);
@@ -243,7 +259,7 @@ impl Services {
                 self.watch_one(&id, &container, place);
                 self.containers.insert(id, container);
             }
-            (None, Some(before)) => before.left.come(),
+            (None, Some(before)) => before.left.mark_ended(),
             (None, None) => {}
         }
     }

@@ -39,7 +39,7 @@ use tracing::{info, warn};
 use self::catalogue::Catalogue;
 use crate::{
     discovery::{Endpoints, Query},
-    source::{Publisher, Shared, Source, SourceError},
+    source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError},
 };
 
 pub(crate) mod catalogue;
@@ -58,7 +58,7 @@ impl File {
     }
 
     /// Follows what `query` asks for, for ever.
-    pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: Duration) {
+    pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: &ResyncRequests) {
         let name = format!("file {}", self.path.display());
         let contents = || Contents { path: self.path.clone(), is_polled: false };
         let answer = |catalogue: &Catalogue| catalogue.select(&query);
@@ -76,7 +76,23 @@ struct Contents {
 impl Source for Contents {
     type Item = Catalogue;
 
-    async fn session(&mut self, publish: &Publisher<Catalogue>) -> Result<(), SourceError> {
+    async fn session(
+        &mut self,
+        publish: &Publisher<Catalogue>,
+        resync: &mut Resync,
+    ) -> Result<(), SourceError> {
+        tokio::select! {
+            end = self.session_until_failure(publish) => end,
+            () = resync.due() => Ok(()),
+        }
+    }
+}
+
+impl Contents {
+    async fn session_until_failure(
+        &mut self,
+        publish: &Publisher<Catalogue>,
+    ) -> Result<(), SourceError> {
         let mut watch = None;
         loop {
             let added = self.watch(&mut watch);

@@ -12,7 +12,7 @@ use tokio::{sync::Notify, task::AbortHandle};
 use crate::{
     descriptor::Descriptor,
     model::{Endpoint, Port, ServiceName, Stay, Tags},
-    source::{Answers, Known, Publisher, follow},
+    source::{Answers, Known, Publisher, ResyncRequests, follow},
 };
 
 mod address;
@@ -121,14 +121,14 @@ impl Discovery {
     }
 
     /// Follows what `query` asks for, for ever.
-    async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: Duration) {
-        let name = query.to_string();
+    async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: &ResyncRequests) {
+        let (name, schedule) = (query.to_string(), resync.subscribe());
         match self {
-            Self::Consul(consul) => follow(&name, consul.source(query), publish, resync).await,
-            Self::Etcd(etcd) => follow(&name, etcd.source(query), publish, resync).await,
+            Self::Consul(consul) => follow(&name, consul.source(query), publish, schedule).await,
+            Self::Etcd(etcd) => follow(&name, etcd.source(query), publish, schedule).await,
             Self::Docker(docker) => docker.watch(query, publish, resync).await,
             Self::File(file) => file.watch(query, publish, resync).await,
-            Self::Dns(dns) => follow(&name, dns.source(query), publish, resync).await,
+            Self::Dns(dns) => follow(&name, dns.source(query), publish, schedule).await,
         }
     }
 }
@@ -230,7 +230,7 @@ impl Discoveries {
 #[derive(Debug)]
 pub struct Watches {
     discoveries: Discoveries,
-    resync: Duration,
+    resync: ResyncRequests,
     /// Rung when any answer brings news.
     bell: Arc<Notify>,
     running: BTreeMap<Query, Watch>,
@@ -251,7 +251,7 @@ impl Drop for Watch {
 }
 
 impl Watches {
-    pub fn new(discoveries: Discoveries, resync: Duration, bell: Arc<Notify>) -> Self {
+    pub fn new(discoveries: Discoveries, resync: ResyncRequests, bell: Arc<Notify>) -> Self {
         Self { discoveries, resync, bell, running: BTreeMap::new() }
     }
 
@@ -272,7 +272,10 @@ impl Watches {
                 continue;
             }
             let (publish, answers) = Publisher::new(self.bell.clone());
-            let task = tokio::spawn(discovery.clone().watch(query.clone(), publish, self.resync));
+            let (discovery, query_too) = (discovery.clone(), query.clone());
+            let resync = self.resync.clone();
+            let task =
+                tokio::spawn(async move { discovery.watch(query_too, publish, &resync).await });
             let watch = Watch { answers, task: task.abort_handle(), unasked: None };
             self.running.insert(query.clone(), watch);
         }

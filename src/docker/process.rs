@@ -49,7 +49,7 @@ impl Processes {
     /// Nothing is ever said where processes cannot be seen: the engine is on another host, or this is another PID
     /// namespace. Then the engine's events have to do.
     pub(crate) fn watch(&mut self, id: &ContainerId, pid: i32, end: &RunEnd, bell: Arc<Notify>) {
-        if end.has_come() || end.process().is_some() {
+        if end.has_ended() || end.process().is_some() {
             return;
         }
         match Held::open(id, pid) {
@@ -59,7 +59,7 @@ impl Processes {
             }
             // It ended after the engine had looked.
             Err(Unseen::Gone) if self.seen => {
-                end.come();
+                end.mark_ended();
                 bell.notify_one();
                 self.ended.notify_one();
             }
@@ -119,7 +119,7 @@ impl Held {
         let end = end.clone();
         tokio::spawn(async move {
             if self.descriptor.readable().await.is_ok() {
-                end.come();
+                end.mark_ended();
                 bells.iter().for_each(|bell| bell.notify_one());
             }
         });
@@ -194,11 +194,11 @@ mod tests {
             end
         };
         // Where none was seen, none can be missed.
-        assert!(!watch(&mut processes, former()).has_come());
+        assert!(!watch(&mut processes, former()).has_ended());
         processes.seen = true;
-        assert!(watch(&mut processes, former()).has_come());
+        assert!(watch(&mut processes, former()).has_ended());
         let end = watch(&mut processes, own());
-        assert!(!end.has_come() && end.process().is_none());
+        assert!(!end.has_ended() && end.process().is_none());
         assert!(processes.said);
         assert!(matches!(Held::open(&id, own()), Err(Unseen::Strange)));
     }

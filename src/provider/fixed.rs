@@ -56,7 +56,7 @@ pub fn listing(interface: &str, services: &[Descriptor]) -> Result<Listing, Inte
         bindings,
         ends: Vec::new(),
     };
-    Ok(Listing { consumers: vec![consumer], problems, ..Listing::default() })
+    Ok(Listing { consumers: vec![Arc::new(consumer)], problems, ..Listing::default() })
 }
 
 /// The addresses of an interface that other hosts can name: no link-local IPv6, which means nothing without its link.

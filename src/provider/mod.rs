@@ -9,7 +9,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use crate::source::{Answers, Publisher, follow};
+use crate::source::{Answers, Publisher, ResyncRequests, follow};
 
 pub mod bindings;
 pub mod docker;
@@ -20,7 +20,7 @@ use crate::model::Consumer;
 /// Everybody who asks, and what was wrong with what they wrote.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Listing {
-    pub consumers: Vec<Consumer>,
+    pub consumers: Vec<Arc<Consumer>>,
     /// Every address that is known to be a container's, of those that ask for nothing too.
     pub known: BTreeSet<IpAddr>,
     /// Addresses that more than one container claims: all but one of them have gone, and we have not heard which.
@@ -71,10 +71,11 @@ pub enum Provider {
 
 impl Provider {
     /// Starts following it; `bell` rings at every change.
-    pub fn start(self, resync: Duration, bell: Arc<Notify>) -> Answers<Listing> {
+    pub fn start(self, resync: &ResyncRequests, bell: Arc<Notify>) -> Answers<Listing> {
         let (publish, answers) = Publisher::new(bell);
         match self {
             Self::Docker(docker) => {
+                let resync = resync.subscribe();
                 tokio::spawn(async move { follow("provider", *docker, publish, resync).await });
             }
             Self::Static(listing) => {

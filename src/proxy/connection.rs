@@ -92,7 +92,7 @@ fn route(
         return Err(Outcome::NotAVip);
     }
     let port = Port::new(meant.port()).ok_or(Outcome::NoRoute)?;
-    match table.route(&RouteKey { source, port }) {
+    match table.route(&RouteKey::tcp(source, port)) {
         Some(route) => Ok(route.clone()),
         None if table.known().contains(&source) => Err(Outcome::NoRoute),
         None => Err(Outcome::UnknownConsumer),
@@ -439,7 +439,7 @@ pub(super) mod tests {
             ends: vec![],
         };
         let inputs = Inputs {
-            consumers: &[&consumer],
+            consumers: &[&Arc::new(consumer)],
             contested: &Default::default(),
             known: &["172.17.0.4".parse().unwrap()].into(),
             networks: &["172.17.0.0/16".parse().unwrap()].into(),

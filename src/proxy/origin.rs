@@ -78,7 +78,7 @@ pub(super) async fn is_owners(route: &Route, meaning: &Meaning) -> bool {
         let mut processes = ends.iter().filter_map(RunEnd::process);
         let has = processes.any(|process| has_socket(process.pid, meaning.peer, meaning.meant));
         // Looked at last: until then the process's number was not another's.
-        has && !ends.iter().any(RunEnd::has_come)
+        has && !ends.iter().any(RunEnd::has_ended)
     };
     // The kernel goes through all sockets of the machine for it, which may take milliseconds.
     tokio::task::spawn_blocking(look).await.unwrap_or(false)

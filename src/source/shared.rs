@@ -3,12 +3,11 @@
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, PoisonError, Weak},
-    time::Duration,
 };
 
 use tokio::task::AbortHandle;
 
-use super::{Answers, Publisher, Source, SourceError, follow, panicked};
+use super::{Answers, Publisher, ResyncRequests, Source, SourceError, follow, panicked};
 
 /// A source that its readers share. The first one starts it, and with the last one it ends. Clones are the same.
 #[derive(Debug)]
@@ -23,12 +22,12 @@ struct Running<T> {
 
 impl<T: Clone + PartialEq + Send + Sync + 'static> Shared<T> {
     /// Publishes for ever what `answer` makes of each answer from `source`, and passes its failures on. `name` is what
-    /// the log calls the source; every `resync` it is read anew.
+    /// the log calls the source.
     pub async fn derive<S, U>(
         &self,
         name: &str,
         source: impl FnOnce() -> S,
-        resync: Duration,
+        resync: &ResyncRequests,
         publish: &Publisher<U>,
         answer: impl Fn(&T) -> U,
     ) where
@@ -43,14 +42,14 @@ impl<T: Clone + PartialEq + Send + Sync + 'static> Shared<T> {
         &self,
         name: &str,
         source: impl FnOnce() -> S,
-        resync: Duration,
+        resync: &ResyncRequests,
     ) -> Arc<Running<T>> {
         // A panic elsewhere leaves the reference whole.
         let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         slot.upgrade().unwrap_or_else(|| {
             // Nobody waits for the bell: the readers hear of every change through `answers`.
             let (publish, answers) = Publisher::new(Arc::default());
-            let (name, source) = (name.to_owned(), source());
+            let (name, source, resync) = (name.to_owned(), source(), resync.subscribe());
             let task = tokio::spawn(async move { follow(&name, source, publish, resync).await });
             let running = Arc::new(Running { answers, task: task.abort_handle() });
             *slot = Arc::downgrade(&running);
@@ -146,7 +145,11 @@ mod tests {
     impl Source for One {
         type Item = u32;
 
-        async fn session(&mut self, publish: &Publisher<u32>) -> Result<(), SourceError> {
+        async fn session(
+            &mut self,
+            publish: &Publisher<u32>,
+            _: &mut super::super::Resync,
+        ) -> Result<(), SourceError> {
             publish.publish(1);
             std::future::pending().await
         }
@@ -155,18 +158,18 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn it_runs_once_and_ends_with_its_last_reader() {
         let shared = Shared::default();
-        let resync = Duration::from_secs(120);
-        let first = shared.running("one", || One, resync);
-        let second = shared.clone().running("one", || One, resync);
+        let resync = ResyncRequests::new(std::time::Duration::from_secs(120));
+        let first = shared.running("one", || One, &resync);
+        let second = shared.clone().running("one", || One, &resync);
         assert!(Arc::ptr_eq(&first, &second));
         let mut answers = first.answers.clone();
         answers.wait_for(|known| known.answers == 1).await.unwrap();
         drop(first);
-        assert!(Arc::ptr_eq(&second, &shared.running("one", || One, resync)));
+        assert!(Arc::ptr_eq(&second, &shared.running("one", || One, &resync)));
         drop(second);
         while answers.changed().await.is_ok() {} // until its task, which holds the other end, has gone
         let (publish, mut answers) = Publisher::new(Arc::default());
-        tokio::spawn(async move { shared.derive("one", || One, resync, &publish, |n| *n).await });
+        tokio::spawn(async move { shared.derive("one", || One, &resync, &publish, |n| *n).await });
         answers.wait_for(|known| known.answers == 1).await.unwrap();
     }
 }

@@ -166,7 +166,12 @@ impl File {
         Document {
             written: now,
             origin: self.origin.clone(),
-            consumers: snapshot.listing.consumers.iter().filter_map(KeptConsumer::of).collect(),
+            consumers: snapshot
+                .listing
+                .consumers
+                .iter()
+                .filter_map(|one| KeptConsumer::of(one))
+                .collect(),
             answers: answered.map(|(query, answer)| (query.clone(), kept(query, answer))).collect(),
         }
     }

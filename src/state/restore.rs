@@ -76,7 +76,7 @@ fn resume(
     for kept in fit.consumers {
         let (name, id) = (kept.name.clone(), kept.id.clone());
         match docker::resume(kept, bell) {
-            Ok(consumer) => consumers.push(consumer),
+            Ok(consumer) => consumers.push(Arc::new(consumer)),
             Err(reason) => info!(consumer = %name, %id, %reason, "not as it was kept"),
         }
     }

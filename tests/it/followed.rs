@@ -11,7 +11,7 @@ use embassy::{
         ConsulSettings, Discoveries, Endpoints, EtcdSettings, Query, Settings, UriError, Watches,
     },
     docker::{Address, Engine},
-    source::Known,
+    source::{Known, ResyncRequests},
 };
 
 /// How long anything may take that is to happen soon: long enough for the busiest machine, and for all that is waited
@@ -55,7 +55,7 @@ impl Followed {
         let descriptor = descriptor.parse().expect("a descriptor that is right");
         let query = discoveries.query(&descriptor).expect("the discovery that was configured");
         // No resync comes to the rescue within a test: what is seen is seen by following.
-        let resync = 10 * SOON;
+        let resync = ResyncRequests::new(10 * SOON);
         let mut watches = Watches::new(discoveries.clone(), resync, Arc::default());
         watches.demand(&BTreeSet::from([query.clone()]), Instant::now());
         Self { watches, query }

@@ -24,6 +24,7 @@ use crate::{
     discovery::{Discoveries, Watches},
     docker::Engine,
     memory::{Memory, Use},
+    source::ResyncRequests,
 };
 
 /// Everything that is judged.
@@ -227,7 +228,8 @@ fn way_back(routes: &str, ranges: &[IpNet], own: &str) -> Option<String> {
 /// Asks each for a service that nobody has: that there is none is an answer.
 async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), String>)> {
     let bell = Arc::<Notify>::default();
-    let mut watches = Watches::new(discoveries.clone(), Duration::from_secs(120), bell.clone());
+    let resync = ResyncRequests::new(Duration::from_secs(120));
+    let mut watches = Watches::new(discoveries.clone(), resync, bell.clone());
     let names: Vec<_> = discoveries.names().cloned().collect();
     let query = |name: &Arc<str>| {
         let descriptor = format!("embassy-doctor.invalid;1;via={name}").parse().ok()?;

@@ -178,7 +178,7 @@ impl Container {
                 return;
             }
         }
-        before.left.come();
+        before.left.mark_ended();
     }
 
     /// Whether it has none but these addresses, as far as it has one of its own.

@@ -7,7 +7,7 @@ use crate::{
     discovery::Query,
     docker::fake::{Fake, Mood},
     model::ServiceName,
-    source::{Answers, Known, Publisher, follow},
+    source::{Answers, Known, Publisher, ResyncRequests, follow},
 };
 
 /// Longer than everything that is waited for on the way.
@@ -16,7 +16,9 @@ const SOON: Duration = Duration::from_secs(60);
 fn followed(engine: &Fake) -> Answers<Vec<Offer>> {
     let (publish, answers) = Publisher::new(Arc::default());
     let services = Services::new(engine.engine(), true, Arc::default());
-    tokio::spawn(async move { follow("docker", services, publish, 10 * SOON).await });
+    tokio::spawn(async move {
+        follow("docker", services, publish, ResyncRequests::new(10 * SOON).subscribe()).await
+    });
     answers
 }
 
@@ -144,7 +146,7 @@ async fn who_has_ended_by_the_engines_word_or_the_kernels_is_no_endpoint() {
     let known = until(&mut answers, |known| at(known, "one", "172.17.0.2:80")).await;
     // The kernel's word needs no session.
     let offers = known.value.clone().unwrap();
-    offers[0].run().come();
+    offers[0].run().mark_ended();
     assert_eq!(endpoints(&known, "one").unwrap(), [""; 0]);
 
     engine.has("two", "172.17.0.3");

@@ -13,7 +13,7 @@ use url::Url;
 use super::{Endpoints, EtcdSettings, Query, Secret};
 use crate::{
     model::{ServiceName, Tags},
-    source::{Publisher, Source, SourceError},
+    source::{Publisher, Resync, Source, SourceError},
     tls::ClientTls,
 };
 
@@ -76,7 +76,23 @@ pub struct EtcdSource {
 impl Source for EtcdSource {
     type Item = Endpoints;
 
-    async fn session(&mut self, publish: &Publisher<Endpoints>) -> Result<(), SourceError> {
+    async fn session(
+        &mut self,
+        publish: &Publisher<Endpoints>,
+        resync: &mut Resync,
+    ) -> Result<(), SourceError> {
+        tokio::select! {
+            end = self.session_until_failure(publish) => end,
+            () = resync.due() => Ok(()),
+        }
+    }
+}
+
+impl EtcdSource {
+    async fn session_until_failure(
+        &mut self,
+        publish: &Publisher<Endpoints>,
+    ) -> Result<(), SourceError> {
         let end = match self.etcd.api {
             Api::V2 => self.follow_v2(publish).await,
             Api::V3 => self.follow_v3(publish).await,

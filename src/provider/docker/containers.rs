@@ -224,7 +224,7 @@ impl Containers {
         let bridges = bridges.filter(|interface| !interface.is_empty()).collect();
         let mut listing = Listing { networks, bridges, ..Listing::default() };
         // The kernel's word on an end comes before the engine's, and its address may be another's by now.
-        for (id, container) in self.running.iter().filter(|(_, c)| !c.end.has_come()) {
+        for (id, container) in self.running.iter().filter(|(_, c)| !c.end.has_ended()) {
             if let Network::Own(attachments) = &container.network {
                 for &address in attachments.values().flat_map(|a| &a.addresses) {
                     if !listing.known.insert(address) {
@@ -238,7 +238,8 @@ impl Containers {
             }
             match self.namespace(id, container) {
                 Ok((namespace, attachments)) => {
-                    listing.consumers.push(self.consumer(id, container, namespace, attachments));
+                    let consumer = self.consumer(id, container, namespace, attachments);
+                    listing.consumers.push(Arc::new(consumer));
                 }
                 Err(reason) => listing.problems.push(Problem {
                     consumer: container.name.clone(),
@@ -542,7 +543,12 @@ mod tests {
         let mut containers =
             with(&[("id-a", owner.clone()), ("id-b", running("b", Network::Of("id-a".into())))]);
         let ended = |containers: &Containers| {
-            containers.listing().consumers.iter().map(Consumer::has_ended).collect::<Vec<_>>()
+            containers
+                .listing()
+                .consumers
+                .iter()
+                .map(|consumer| consumer.has_ended())
+                .collect::<Vec<_>>()
         };
         // A second look at the same run keeps its end.
         let end = containers.running[&id("id-a")].end.clone();
@@ -550,8 +556,8 @@ mod tests {
         assert!(containers.inspected(ticket, Found::Running(owner.clone())).is_none());
         assert_eq!(ended(&containers), [false, false]);
         let before = containers.listing().consumers;
-        end.come();
-        assert!(before.iter().all(Consumer::has_ended));
+        end.mark_ended();
+        assert!(before.iter().all(|consumer| consumer.has_ended()));
         assert_eq!(ended(&containers), [true], "of the one who shared its network");
         let ticket = containers.inspect(id("id-a"));
         let again = Running {

@@ -145,7 +145,7 @@ impl Engine {
 
     fn die(&mut self, who: usize) {
         if self.containers[who].started.take().is_some() {
-            self.containers[who].end.come();
+            self.containers[who].end.mark_ended();
             self.tell(EventMessageTypeEnum::CONTAINER, "die", self.id(who).as_str(), None);
             for network in 0..NETWORKS {
                 self.disconnect(who, network);
@@ -317,7 +317,7 @@ impl World {
         let everybodys = self.engine.containers.iter().flat_map(|real| real.addresses.values());
         for &source in everybodys.collect::<BTreeSet<_>>() {
             for port in (0..ALL).flat_map(ports) {
-                let key = RouteKey { source, port: Port::new(port).unwrap() };
+                let key = RouteKey::tcp(source, Port::new(port).unwrap());
                 let Some(route) = table.route(&key).filter(|route| self.is_to_be_right(route))
                 else {
                     continue;
@@ -405,7 +405,7 @@ proptest! {
         world.check()?;
         let mut listed: Vec<_> = world.containers.listing().consumers.into_iter().collect();
         listed.sort_by(|a, b| a.name.cmp(&b.name));
-        let listed: Vec<_> = listed.into_iter().map(|c| (c.name.to_string(), c.sources)).collect();
+        let listed: Vec<_> = listed.into_iter().map(|c| (c.name.to_string(), c.sources.clone())).collect();
         let real = (0..ALL).filter(|&who| world.engine.owner(who).is_some());
         let real: Vec<_> = real.map(|who| (format!("c{who}"), world.engine.addresses(who))).collect();
         prop_assert_eq!(listed, real);

@@ -19,7 +19,7 @@ use crate::{
         process::Processes,
     },
     model::ContainerId,
-    source::{Publisher, Source, SourceError},
+    source::{Publisher, Resync, Source, SourceError},
 };
 
 mod containers;
@@ -63,7 +63,23 @@ impl DockerProvider {
 impl Source for DockerProvider {
     type Item = Listing;
 
-    async fn session(&mut self, publish: &Publisher<Listing>) -> Result<(), SourceError> {
+    async fn session(
+        &mut self,
+        publish: &Publisher<Listing>,
+        resync: &mut Resync,
+    ) -> Result<(), SourceError> {
+        tokio::select! {
+            end = self.session_until_failure(publish) => end,
+            () = resync.due() => Ok(()),
+        }
+    }
+}
+
+impl DockerProvider {
+    async fn session_until_failure(
+        &mut self,
+        publish: &Publisher<Listing>,
+    ) -> Result<(), SourceError> {
         let Self { engine, prefix, lookup, containers, processes, said } = self;
         let client = Client::connect(engine, prefix).await?;
         // The stream opens when it is first read. An engine replays a few of the events since this moment, and no more:

@@ -6,7 +6,7 @@ use super::DockerProvider;
 use crate::{
     docker::fake::{Fake, Mood},
     provider::{Listing, Lookup},
-    source::{Answers, Known, Publisher, follow},
+    source::{Answers, Known, Publisher, ResyncRequests, follow},
 };
 
 /// Longer than everything that is waited for on the way.
@@ -15,7 +15,9 @@ const SOON: Duration = Duration::from_secs(60);
 fn followed(engine: &Fake) -> Answers<Listing> {
     let (publish, answers) = Publisher::new(Arc::default());
     let provider = DockerProvider::new(engine.engine(), "BACKEND_".to_owned(), Lookup::default());
-    tokio::spawn(async move { follow("provider", provider, publish, 10 * SOON).await });
+    tokio::spawn(async move {
+        follow("provider", provider, publish, ResyncRequests::new(10 * SOON).subscribe()).await
+    });
     answers
 }
 

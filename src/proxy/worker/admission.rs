@@ -20,6 +20,7 @@ fn worker(born: Instant) -> (Rc<Worker>, Arc<Route>) {
     end.is_that_of(Process { pid: i32::try_from(std::process::id()).unwrap(), started: 1 });
     let route = Arc::new(Route {
         key: route.key,
+        number: route.number,
         consumer: route.consumer.clone(),
         consumer_name: route.consumer_name.clone(),
         binding: route.binding.clone(),
@@ -101,7 +102,7 @@ async fn what_waited_to_be_accepted_is_served_by_its_own_route_only() {
 async fn an_owner_that_has_ended_is_served_no_more() {
     let test = async {
         let (worker, route) = worker(Instant::now());
-        route.ends[0].come();
+        route.ends[0].mark_ended();
         let (_client, socket, meaning) = connection(true, true).await;
         worker.admit_to(socket, meaning, route);
         let refused = async {

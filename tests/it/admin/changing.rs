@@ -71,7 +71,7 @@ fn the_socket_may_change_what_tcp_may_not_without_the_token() -> Result<()> {
     told(r#""event":"source_lost""#)?;
 
     assert_eq!(call(&host, &["-X", "POST", "http://embassy/v1/resync"])?.0, "200");
-    says(&embassy, &["reading every source anew"])?;
+    says(&embassy, &["resync requested via API"])?;
     let level = |level: &str| {
         let body = format!(r#"{{"level":"{level}"}}"#);
         call(&host, &["-X", "PUT", "--data", &body, "http://embassy/v1/log-level"])
@@ -114,8 +114,8 @@ fn since_the_level(embassy: &Embassy, level: &str, words: &str) -> Result<String
 
 #[test]
 fn the_log_level_changes_while_it_runs_and_back() -> Result<()> {
-    const INFO: &str = "reading every source anew, as asked for";
-    const DEBUG: &str = "reading anew, as asked for";
+    const INFO: &str = "resync requested via API";
+    const DEBUG: &str = "source reads everything again";
     let host = Host::start()?;
     host.etcd()?;
     std::fs::write(host.dir().join("token"), "secret\n")?;
