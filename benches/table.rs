@@ -3,7 +3,7 @@
 //!     cargo bench --bench table
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::BTreeSet,
     hint::black_box,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
@@ -12,6 +12,7 @@ use std::{
 use divan::Bencher;
 use embassy::{
     balance::{EndpointState, Millis, Rotation},
+    cow_map::CowMap,
     descriptor::Balance,
     discovery::{CannotAsk, Endpoints, Query},
     model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Port},
@@ -50,7 +51,7 @@ const SHARED: usize = 1_000;
 /// What a table is made of.
 struct World {
     consumers: Vec<Arc<Consumer>>,
-    endpoints: HashMap<Query, Arc<Endpoints>>,
+    endpoints: CowMap<Query, Arc<Endpoints>>,
 }
 
 impl World {
@@ -93,7 +94,7 @@ impl World {
         let consumers: Vec<_> = self.consumers.iter().collect();
         let inputs = Inputs {
             consumers: &consumers,
-            known: &BTreeSet::new(),
+            known: &Arc::default(),
             contested: &BTreeSet::new(),
             networks: &BTreeSet::new(),
             endpoints: &self.endpoints,

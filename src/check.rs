@@ -156,7 +156,9 @@ mod tests {
             contested: &Default::default(),
             known: &Default::default(),
             networks: &Default::default(),
-            endpoints: &[(query.clone(), Arc::new(Endpoints::new([endpoint], vec![])))].into(),
+            endpoints: &[(query.clone(), Arc::new(Endpoints::new([endpoint], vec![])))]
+                .into_iter()
+                .collect(),
             vips: &[],
             gateways_are_vips: false,
             balance: Balance::RoundRobin,

@@ -1,7 +1,7 @@
 //! The one task that knows everything: it asks for what the bindings name, and publishes a table for every change.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,17 +13,19 @@ use crate::{
     descriptor::Balance,
     discovery::{Discoveries, Endpoints, Query, Watches},
     events::Event,
-    model::{Consumer, Vip},
+    model::{Binding, Consumer, Vip},
     provider::{Listing, fixed},
     readiness::Guard,
     report::{PROVIDER, Report},
     source::{Answers, Known, ResyncRequests},
     state::{Restored, Snapshot},
-    table::{Inputs, Route, Table},
+    table::{Inputs, Table},
 };
 
+mod demand;
 mod hold;
 
+use demand::{Demand, DemandChange};
 use hold::EmptyHold;
 
 /// What the table depends on besides the sources.
@@ -54,7 +56,7 @@ pub struct Waiting {
 #[derive(Debug, Clone)]
 pub struct Sources {
     pub provider: Answers<Listing>,
-    pub queries: Vec<(Query, Answers<Endpoints>)>,
+    pub queries: Arc<[(Query, Answers<Endpoints>)]>,
     /// The listing that the table is made of: the provider's last, or one that an earlier run knew. `None` before any.
     pub listing: Option<Arc<Listing>>,
 }
@@ -66,7 +68,14 @@ pub struct Control {
     provider: Answers<Listing>,
     watches: Watches,
     bell: Arc<Notify>,
+    demand: Demand,
+    /// What is known of every query that is followed.
+    known: HashMap<Query, Known<Endpoints>>,
+    /// Queries that are asked for and of which nothing was heard yet, no error either.
+    unheard: HashSet<Query>,
     hold: EmptyHold,
+    /// The listing in use.
+    listing: Option<Arc<Listing>>,
     /// What an earlier run knew of the consumers, until the provider answers.
     kept: Option<Arc<Listing>>,
     /// Who keeps the table for a later run.
@@ -77,8 +86,7 @@ pub struct Control {
     waiting: (Option<Guard>, Option<Guard>),
     /// Until when the first table waits for the first answers.
     patience: Option<Instant>,
-    /// The VIPs that come with interfaces, as they were seen last.
-    gateways: Vec<Vip>,
+    gateways: Gateways,
 }
 
 /// How long one service whose discovery says nothing may delay all others at the start.
@@ -94,26 +102,27 @@ impl Control {
         waiting: Waiting,
         report: Report,
     ) -> Self {
+        let watches = Watches::new(discoveries.clone(), settings.resync.clone(), bell.clone());
+        let sources = Sources { provider: provider.clone(), queries: Arc::new([]), listing: None };
         Self {
-            watches: Watches::new(discoveries.clone(), settings.resync.clone(), bell.clone()),
+            watches,
             hold: EmptyHold::new(settings.empty_hold),
+            demand: Demand::default(),
+            known: HashMap::new(),
+            unheard: HashSet::new(),
+            listing: None,
             kept: None,
             keeper: None,
             tables: watch::channel(Arc::default()).0,
-            sources: watch::channel(Sources {
-                provider: provider.clone(),
-                queries: Vec::new(),
-                listing: None,
-            })
-            .0,
+            sources: watch::channel(sources).0,
             waiting: (Some(waiting.listing), Some(waiting.answers)),
+            gateways: Gateways::default(),
             settings,
             discoveries,
             provider,
             bell,
             report,
             patience: None,
-            gateways: Vec::new(),
         }
     }
 
@@ -157,124 +166,230 @@ impl Control {
     }
 
     /// Publishes what follows from what is known now. When to look again, if nothing else happens.
+    ///
+    /// It costs what changed: a host may have ten thousand consumers and a hundred thousand endpoints.
     fn step(&mut self, now: Instant) -> Option<Instant> {
-        let provider = self.provider.borrow_and_update().clone();
-        self.report.source(PROVIDER, &provider);
-        let listed = provider.value.is_some();
-        if listed {
-            self.kept = None;
-        }
-        let kept = self.kept.clone().filter(|_| provider.error.is_some());
-        let listing = provider.value.clone().or(kept)?;
+        let (listing, listed_anew) = self.listing()?;
         let consumers: Vec<_> = listing.consumers.iter().filter(|c| !c.has_ended()).collect();
-        let bindings = consumers.iter().flat_map(|consumer| &consumer.bindings);
-        let queries: BTreeSet<_> =
-            bindings.filter_map(|b| self.discoveries.query(&b.descriptor).ok()).collect();
-        self.watches.demand(&queries, now);
-        let known = self.watches.known();
-        self.report.asked(&known);
-        for (query, known) in &known {
-            self.report.source(&query.to_string(), known);
-        }
-        // Of those that nobody asks for just now too: a consumer that restarts finds what was held for it.
-        let followed = self.watches.followed();
-        let (endpoints, wake) = self.hold.settle(&followed, now);
-        self.report.listing(&listing);
-        self.report.endpoints(&known, &endpoints);
+        let mut heard = self.demand(&consumers, now);
+        let asked_others = !heard.is_empty();
+        heard.extend(self.news());
+        let changed = listed_anew || !heard.is_empty();
+        heard.extend(self.hold.restless().cloned());
+        let mut wake = self.settle(&heard, now);
+
         // Before the first table nothing is captured: a moment's patience, and its routes have endpoints.
         let first = self.tables.borrow().version == 0;
-        let unasked = known.values().any(|known| known.value.is_none() && known.error.is_none());
         let patience = *self.patience.get_or_insert(now + PATIENCE);
-        let wake = if first && unasked && now < patience {
-            Some(wake.map_or(patience, |wake| wake.min(patience)))
+        if first && !self.unheard.is_empty() && now < patience {
+            wake = Some(wake.map_or(patience, |wake| wake.min(patience)));
         } else {
-            self.publish(&listing, &consumers, &endpoints);
-            if listed && let Some(listing) = self.waiting.0.take() {
-                listing.done();
+            let published = self.publish(&listing, &consumers, now);
+            self.ready();
+            if changed || published {
+                self.keep(&listing);
             }
-            if let Some(keeper) = &self.keeper {
-                let (mut endpoints, mut confirmed) = (endpoints, self.hold.confirmed(&followed));
-                for (query, kept) in self.hold.awaited(&followed) {
-                    confirmed.insert(query.clone(), kept.confirmed);
-                    endpoints.insert(query, kept.endpoints.living());
-                }
-                let listing = listing.clone();
-                keeper.send_replace(Some(Snapshot { listing, endpoints, confirmed }));
-            }
-            if !unasked
-                && each_discovery_answers(&known)
-                && let Some(answers) = self.waiting.1.take()
-            {
-                answers.done();
-            }
-            wake
-        };
-        let (provider, queries) = (self.provider.clone(), self.watches.answers());
-        self.sources.send_replace(Sources { provider, queries, listing: Some(listing.clone()) });
+        }
+        if listed_anew || asked_others {
+            self.show(listing);
+        }
         wake
     }
 
-    /// The addresses of docker0, and of all bridges where strangers count; the last ones that were seen, where they cannot
-    /// be asked now.
-    fn gateways(&mut self, listing: &Listing) -> Vec<Vip> {
-        let wanted = |name: &str| {
-            name == "docker0" || (self.settings.strangers && listing.bridges.contains(name))
-        };
-        match fixed::addresses_of(wanted) {
-            Ok(addresses) => self.gateways = addresses.into_iter().map(Vip).collect(),
-            Err(error) => warn!(%error, "the VIPs stay as they were"),
+    /// The listing to use, and whether it is another than before. `None` before there is any.
+    fn listing(&mut self) -> Option<(Arc<Listing>, bool)> {
+        let is_first = self.listing.is_none();
+        if self.provider.has_changed().unwrap_or(false) || is_first {
+            let provider = self.provider.borrow_and_update().clone();
+            self.report.source(PROVIDER, &provider);
+            if provider.value.is_some() {
+                self.kept = None;
+            }
+            let kept = self.kept.clone().filter(|_| provider.error.is_some());
+            let listing = provider.value.or(kept)?;
+            let same = |before: &Arc<Listing>| Arc::ptr_eq(before, &listing);
+            if !self.listing.as_ref().is_some_and(same) {
+                self.report.listing(&listing);
+                self.listing = Some(listing.clone());
+                return Some((listing, true));
+            }
         }
-        self.gateways.clone()
+        self.listing.clone().map(|listing| (listing, false))
     }
 
+    /// Has the watches ask for what these consumers do. The queries that are asked for from now on, or no more.
+    fn demand(&mut self, consumers: &[&Arc<Consumer>], now: Instant) -> BTreeSet<Query> {
+        let discoveries = &self.discoveries;
+        let query = |binding: &Binding| discoveries.query(&binding.descriptor).ok();
+        let DemandChange { new, gone } = self.demand.update(consumers, query);
+        for query in &gone {
+            self.watches.leave(query, now);
+            self.unheard.remove(query);
+            self.report.nobody_asks(query);
+        }
+        for query in &new {
+            self.watches.ask(query);
+            // It may have been followed all the time, for a consumer that restarts.
+            match self.known.get(query) {
+                Some(known) => self.report.source(&query.to_string(), known),
+                None => drop(self.unheard.insert(query.clone())),
+            }
+        }
+        for query in self.watches.end_unasked(now) {
+            self.known.remove(&query);
+            self.hold.settle(&query, None, now);
+        }
+        new.into_iter().chain(gone).collect()
+    }
+
+    /// The queries of which something was heard.
+    fn news(&mut self) -> Vec<Query> {
+        let mut heard = Vec::new();
+        for (query, known) in self.watches.news() {
+            if self.demand.asks(&query) {
+                self.report.source(&query.to_string(), &known);
+            }
+            if known.value.is_some() || known.error.is_some() {
+                self.unheard.remove(&query);
+            }
+            self.known.insert(query.clone(), known);
+            heard.push(query);
+        }
+        heard
+    }
+
+    /// Settles which endpoints of these queries to use. When to look again, if nothing else happens.
+    fn settle(&mut self, queries: &BTreeSet<Query>, now: Instant) -> Option<Instant> {
+        let mut wake: Option<Instant> = None;
+        for query in queries {
+            let known = self.known.get(query);
+            let end = self.hold.settle(query, known, now);
+            wake = wake.into_iter().chain(end).min();
+            if self.demand.asks(query)
+                && let Some(known) = known
+            {
+                self.report.endpoints(query, known, self.hold.used().get(query));
+            }
+        }
+        wake
+    }
+
+    /// Says what has become ready.
+    fn ready(&mut self) {
+        if self.provider.borrow().value.is_some()
+            && let Some(listing) = self.waiting.0.take()
+        {
+            listing.done();
+        }
+        if self.waiting.1.is_some()
+            && self.unheard.is_empty()
+            && self.each_discovery_answers()
+            && let Some(answers) = self.waiting.1.take()
+        {
+            answers.done();
+        }
+    }
+
+    /// Whether each discovery that is asked has answered something: one query that it refuses for ever is no discovery that
+    /// is down.
+    fn each_discovery_answers(&self) -> bool {
+        let answers = |query: &&Query| self.known.get(*query).is_some_and(|k| k.value.is_some());
+        let answering: HashSet<_> =
+            self.demand.queries().filter(answers).map(|query| &query.via).collect();
+        self.demand.queries().all(|query| answering.contains(&query.via))
+    }
+
+    /// Gives a later run what this one knows.
+    fn keep(&self, listing: &Arc<Listing>) {
+        let Some(keeper) = &self.keeper else { return };
+        let (mut endpoints, mut confirmed) =
+            (self.hold.used().clone(), self.hold.confirmed().clone());
+        for (query, kept) in self.hold.awaited(&self.known) {
+            confirmed.insert(query.clone(), kept.confirmed);
+            endpoints.insert(query.clone(), kept.endpoints.living());
+        }
+        let listing = listing.clone();
+        keeper.send_replace(Some(Snapshot { listing, endpoints, confirmed }));
+    }
+
+    /// Shows where to find what the sources know.
+    fn show(&self, listing: Arc<Listing>) {
+        let queries = self.watches.answers().into();
+        let provider = self.provider.clone();
+        self.sources.send_replace(Sources { provider, queries, listing: Some(listing) });
+    }
+
+    /// Publishes the table that follows from what is used now, if it is another.
     fn publish(
         &mut self,
-        listing: &Listing,
+        listing: &Arc<Listing>,
         consumers: &[&Arc<Consumer>],
-        endpoints: &HashMap<Query, Arc<Endpoints>>,
-    ) {
-        let vips = self.settings.vips.clone().unwrap_or_else(|| self.gateways(listing));
+        now: Instant,
+    ) -> bool {
+        let vips = match &self.settings.vips {
+            Some(vips) => vips.clone(),
+            None => self.gateways.seen(listing, self.settings.strangers, now),
+        };
         let inputs = Inputs {
             consumers,
             contested: &listing.contested,
             known: &listing.known,
             networks: &listing.networks,
-            endpoints,
+            endpoints: self.hold.used(),
             vips: &vips,
             gateways_are_vips: self.settings.vips.is_none(),
             balance: self.settings.balance,
-            now: Instant::now(),
+            now,
         };
         let before = self.tables.borrow().clone();
-        let Some(table) =
-            before.next(&inputs, |binding| self.discoveries.query(&binding.descriptor))
-        else {
-            return;
-        };
-        self.report.table(&before, &table);
+        let query = |binding: &Binding| self.discoveries.query(&binding.descriptor);
+        let Some(table) = before.next(&inputs, query) else { return false };
+        self.report.table(&table);
         self.tables.send_replace(Arc::new(table));
+        true
     }
 }
 
-/// Whether each discovery that is asked has answered something: one query that it refuses for ever is no discovery that is
-/// down.
-fn each_discovery_answers(known: &BTreeMap<Query, Known<Endpoints>>) -> bool {
-    let answering: BTreeSet<_> = known
-        .iter()
-        .filter(|(_, known)| known.value.is_some())
-        .map(|(query, _)| &query.via)
-        .collect();
-    known.keys().all(|query| answering.contains(&query.via))
+/// The VIPs that come with interfaces, as they were seen last.
+#[derive(Debug, Default)]
+struct Gateways {
+    vips: Vec<Vip>,
+    /// For which listing, and when.
+    seen: Option<(Arc<Listing>, Instant)>,
+}
+
+impl Gateways {
+    /// Between two looks for one listing: to list the interfaces of a host that has thousands takes longer than all else.
+    const PAUSE: Duration = Duration::from_secs(1);
+
+    /// The addresses of docker0, and of all bridges where strangers count; the last ones that were seen, where they cannot
+    /// be asked now.
+    fn seen(&mut self, listing: &Arc<Listing>, strangers: bool, now: Instant) -> Vec<Vip> {
+        let is_fresh = |(seen, at): &(Arc<Listing>, Instant)| {
+            seen.bridges == listing.bridges && now.saturating_duration_since(*at) < Self::PAUSE
+        };
+        if self.seen.as_ref().is_some_and(is_fresh) {
+            return self.vips.clone();
+        }
+        let wanted =
+            |name: &str| name == "docker0" || (strangers && listing.bridges.contains(name));
+        match fixed::addresses_of(wanted) {
+            Ok(addresses) => self.vips = addresses.into_iter().map(Vip).collect(),
+            Err(error) => warn!(%error, "cannot determine VIPs; keeping the previous ones"),
+        }
+        self.seen = Some((listing.clone(), now));
+        self.vips.clone()
+    }
 }
 
 impl Report {
-    /// Says in the log what `next` has that `before` had not, and the other way round.
-    fn table(&mut self, before: &Table, next: &Table) {
+    /// Says in the log what a table has that the one before it had not, and the other way round.
+    fn table(&mut self, next: &Table) {
         self.unrouted(next);
-        if before.version == 0 {
+        if next.version == 1 {
             info!(routes = next.routes().len(), vips = list(next.vips()), "the first table");
         }
-        for route in missing(next, before) {
+        for route in &next.changes().added {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "new route");
             self.events.report(|| Event::RouteAdded {
                 consumer: route.consumer_name.to_string(),
@@ -285,7 +400,7 @@ impl Report {
                 query: route.upstream.query.to_string(),
             });
         }
-        for route in missing(before, next) {
+        for route in &next.changes().removed {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "route gone");
             self.events.report(|| Event::RouteRemoved {
                 consumer: route.consumer_name.to_string(),
@@ -300,13 +415,6 @@ impl Report {
             warn!("no VIP: nothing is captured; name one with --proxy-ip");
         }
     }
-}
-
-/// The routes of one table that the other has not, in order.
-fn missing<'a>(of: &'a Table, from: &Table) -> Vec<&'a Arc<Route>> {
-    let mut routes: Vec<_> = of.routes().filter(|route| !from.has(route)).collect();
-    routes.sort_by_key(|route| route.key);
-    routes
 }
 
 fn list(vips: &BTreeSet<Vip>) -> String {
@@ -369,8 +477,8 @@ mod tests {
             used
         };
         let answered = |control: &Control, n: usize| {
-            let mut known = control.watches.followed().into_values();
-            known.any(|known| known.value.is_some_and(|value| value.list.len() == n))
+            let mut known = control.known.values();
+            known.any(|known| known.value.as_ref().is_some_and(|value| value.list.len() == n))
         };
         publish.publish(asking.clone());
         until(&mut control, |control| used(control) == [1]).await;

@@ -12,6 +12,8 @@ pub mod discovery;
 pub mod outcome;
 pub mod counts;
 pub mod balance;
+pub mod cow_map;
+pub mod identity;
 pub mod table;
 pub mod readiness;
 pub mod events;

@@ -2,7 +2,7 @@
 //! re-read.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -40,9 +40,10 @@ pub struct Report {
     pub(crate) events: Events,
     problems: BTreeSet<Problem>,
     unrouted: BTreeSet<String>,
-    rejected: BTreeSet<(Query, String)>,
+    /// Entries of an answer that were skipped: where they stand, and why.
+    rejected: HashMap<Query, BTreeSet<(String, String)>>,
     /// The endpoints in use, and whether discovery has none any more.
-    used: BTreeMap<Query, (Arc<Endpoints>, bool)>,
+    used: HashMap<Query, (Arc<Endpoints>, bool)>,
     /// Sources that do not answer.
     lost: BTreeSet<String>,
 }
@@ -54,8 +55,8 @@ impl Report {
             events,
             problems: BTreeSet::new(),
             unrouted: BTreeSet::new(),
-            rejected: BTreeSet::new(),
-            used: BTreeMap::new(),
+            rejected: HashMap::new(),
+            used: HashMap::new(),
             lost: BTreeSet::new(),
         }
     }
@@ -75,12 +76,11 @@ impl Report {
         }
     }
 
-    /// Forgets the sources that nobody asks any more: of those there is no end.
-    pub(crate) fn asked(&mut self, known: &BTreeMap<Query, Known<Endpoints>>) {
-        if self.lost.len() > 1 {
-            let asked: BTreeSet<_> = known.keys().map(ToString::to_string).collect();
-            self.lost.retain(|name| name == PROVIDER || asked.contains(name));
-        }
+    /// Forgets what was said of a query that nobody asks for any more: of those there is no end.
+    pub(crate) fn nobody_asks(&mut self, query: &Query) {
+        self.lost.remove(&query.to_string());
+        self.rejected.remove(query);
+        self.used.remove(query);
     }
 
     pub(crate) fn listing(&mut self, listing: &Listing) {
@@ -92,47 +92,48 @@ impl Report {
         self.problems = now;
     }
 
-    /// `settled` are the endpoints in use: where discovery has none any more, the last ones for a while.
+    /// `used` are the endpoints in use: where discovery has none any more, the last ones for a while.
     pub(crate) fn endpoints(
         &mut self,
-        known: &BTreeMap<Query, Known<Endpoints>>,
-        settled: &HashMap<Query, Arc<Endpoints>>,
+        query: &Query,
+        known: &Known<Endpoints>,
+        used: Option<&Arc<Endpoints>>,
     ) {
-        let mut rejected = BTreeSet::new();
-        let mut used = BTreeMap::new();
-        for (query, known) in known {
-            let (Some(value), Some(now)) = (&known.value, settled.get(query)) else { continue };
-            let held = value.list.is_empty() && !now.list.is_empty();
-            let before = self.used.get(query);
-            if before.is_none_or(|(before, was_held)| before.list != now.list || *was_held != held)
-            {
-                let list: Vec<_> = now.list.iter().map(ToString::to_string).collect();
-                let endpoints = list.join(" ");
-                self.events.report(|| Event::EndpointsChanged {
-                    service: query.service.to_string(),
-                    query: query.to_string(),
-                    endpoints: list.clone(),
-                });
-                if held {
-                    warn!(service = %query, endpoints, "no endpoints any more; the last ones stay in use for --empty-hold");
-                } else if list.is_empty() {
-                    warn!(service = %query, "no endpoints; connections are reset");
-                } else {
-                    info!(service = %query, endpoints, "endpoints");
-                }
+        let (Some(value), Some(now)) = (&known.value, used) else { return };
+        let held = value.list.is_empty() && !now.list.is_empty();
+        let before = self.used.get(query);
+        if before.is_none_or(|(before, was_held)| before.list != now.list || *was_held != held) {
+            let list: Vec<_> = now.list.iter().map(ToString::to_string).collect();
+            let endpoints = list.join(" ");
+            self.events.report(|| Event::EndpointsChanged {
+                service: query.service.to_string(),
+                query: query.to_string(),
+                endpoints: list.clone(),
+            });
+            if held {
+                warn!(service = %query, endpoints, "no endpoints any more; the last ones stay in use for --empty-hold");
+            } else if list.is_empty() {
+                warn!(service = %query, "no endpoints; connections are reset");
+            } else {
+                info!(service = %query, endpoints, "endpoints");
             }
-            for entry in &value.rejected {
-                let text = format!("{}: {}", entry.what, entry.reason);
-                if !self.rejected.contains(&(query.clone(), text.clone())) {
-                    self.refused.endpoints.fetch_add(1, Relaxed);
-                    warn!(service = %query, entry = entry.what, reason = entry.reason, "entry skipped");
-                }
-                rejected.insert((query.clone(), text));
-            }
-            used.insert(query.clone(), (now.clone(), held));
+            self.used.insert(query.clone(), (now.clone(), held));
         }
-        self.rejected = rejected;
-        self.used = used;
+        let entries = value.rejected.iter();
+        let rejected: BTreeSet<_> =
+            entries.map(|entry| (entry.what.clone(), entry.reason.clone())).collect();
+        let before = self.rejected.get(query);
+        for (entry, reason) in &rejected {
+            if before.is_none_or(|before| !before.contains(&(entry.clone(), reason.clone()))) {
+                self.refused.endpoints.fetch_add(1, Relaxed);
+                warn!(service = %query, entry, reason, "entry skipped");
+            }
+        }
+        if rejected.is_empty() {
+            self.rejected.remove(query);
+        } else {
+            self.rejected.insert(query.clone(), rejected);
+        }
     }
 
     pub(crate) fn unrouted(&mut self, table: &Table) {
@@ -167,9 +168,10 @@ mod tests {
         };
         report.source(PROVIDER, &lost);
         for n in 0..100 {
-            let asked = [(query(n), lost.clone())].into();
             report.source(&query(n).to_string(), &lost);
-            report.asked(&asked);
+            if n > 0 {
+                report.nobody_asks(&query(n - 1));
+            }
         }
         let left: Vec<_> = report.lost.iter().map(String::as_str).collect();
         assert_eq!(left, ["consul web-99", PROVIDER]);

@@ -312,7 +312,7 @@ pub(super) fn bindings(table: &Table, listing: &Listing) -> Vec<api::Binding> {
 
 /// Bindings without a route, and what could not be read.
 pub(super) fn problems(table: &Table, listing: &Listing) -> usize {
-    let unrouted: HashSet<_> = table.unrouted().iter().map(|u| (&u.consumer, &u.origin)).collect();
+    let unrouted: HashSet<_> = table.unrouted().map(|u| (&u.consumer, &u.origin)).collect();
     unrouted.len() + listing.problems.len()
 }
 

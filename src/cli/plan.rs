@@ -184,7 +184,7 @@ fn skipped(table: &Table, sources: &Sources) -> Vec<Skipped> {
         origin: problem.origin.to_string(),
         reason: problem.reason.clone(),
     });
-    let unrouted = table.unrouted().iter().map(|unrouted| Skipped {
+    let unrouted = table.unrouted().map(|unrouted| Skipped {
         consumer: unrouted.consumer_name.to_string(),
         origin: unrouted.origin.to_string(),
         reason: unrouted.reason.to_string(),

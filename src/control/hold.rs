@@ -1,12 +1,13 @@
 //! The endpoints in use, where their source says that there are none, or says nothing.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use crate::{
+    cow_map::CowMap,
     discovery::{Endpoints, Query},
     source::Known,
     state::Kept,
@@ -17,83 +18,125 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct EmptyHold {
     hold: Duration,
-    held: HashMap<Query, Arc<Endpoints>>,
+    /// The endpoints in use.
+    used: CowMap<Query, Arc<Endpoints>>,
     /// What an earlier run knew, of those that have not answered since.
     pub(super) kept: HashMap<Query, Kept>,
+    /// Since when a query's answer is that there are none.
     empty_since: HashMap<Query, Instant>,
+    /// Those that time, or the end of a container, may change without an answer.
+    restless: HashSet<Query>,
+    /// When what is used was last known to be so, of those whose source does not answer.
+    confirmed: CowMap<Query, Instant>,
 }
 
 impl EmptyHold {
     pub(super) fn new(hold: Duration) -> Self {
-        Self { hold, held: HashMap::new(), kept: HashMap::new(), empty_since: HashMap::new() }
+        Self {
+            hold,
+            used: CowMap::default(),
+            kept: HashMap::new(),
+            empty_since: HashMap::new(),
+            restless: HashSet::new(),
+            confirmed: CowMap::default(),
+        }
     }
 
-    /// The endpoints to use now, and when that ends without any other change.
-    pub(super) fn settle<'a>(
-        &mut self,
-        known: impl IntoIterator<Item = (&'a Query, &'a Known<Endpoints>)>,
-        now: Instant,
-    ) -> (HashMap<Query, Arc<Endpoints>>, Option<Instant>) {
-        let mut settled = HashMap::new();
-        let mut wake: Option<Instant> = None;
-        self.kept.retain(|_, kept| now < kept.until);
-        for (query, known) in known {
-            let Some(value) = &known.value else {
-                // A source that has not failed is waited for.
-                if let Some(kept) = self.kept.get(query).filter(|_| known.error.is_some()) {
-                    settled.insert(query.clone(), kept.endpoints.living());
-                    wake = Some(wake.map_or(kept.until, |wake| wake.min(kept.until)));
-                }
-                continue;
-            };
-            let kept = self.kept.remove(query).map(|kept| kept.endpoints);
-            // Since when, not since the last change: what is rejected may go on changing in a list of nothing.
-            let end = value.list.is_empty().then(|| {
-                let since = known.changed.unwrap_or(now);
-                *self.empty_since.entry(query.clone()).or_insert(since) + self.hold
-            });
-            if end.is_none() {
-                self.empty_since.remove(query);
-            }
-            // A container that is gone is nothing to hold: its address may be another's.
-            let held = self.held.get(query).or(kept.as_ref()).map(Endpoints::living);
-            let held = held.filter(|held| !held.list.is_empty());
-            let endpoints = match held.zip(end.filter(|end| now < *end)) {
-                Some((held, end)) => {
-                    wake = Some(wake.map_or(end, |wake| wake.min(end)));
-                    held
-                }
-                None => value.living(),
-            };
-            settled.insert(query.clone(), endpoints);
-        }
-        self.empty_since.retain(|query, _| settled.contains_key(query));
-        self.held.clone_from(&settled);
-        (settled, wake)
+    /// The endpoints to use now.
+    pub(super) fn used(&self) -> &CowMap<Query, Arc<Endpoints>> {
+        &self.used
     }
 
     /// When what is used was last known to be so, of those whose source does not answer.
-    pub(super) fn confirmed(
-        &self,
-        known: &BTreeMap<Query, Known<Endpoints>>,
-    ) -> HashMap<Query, Instant> {
-        let lost = known.iter().filter(|(_, known)| known.error.is_some());
-        let at = lost.filter_map(|(query, known)| {
-            let kept = || self.kept.get(query).map(|kept| kept.confirmed);
-            Some((query.clone(), known.confirmed.or_else(kept)?))
-        });
-        at.collect()
+    pub(super) fn confirmed(&self) -> &CowMap<Query, Instant> {
+        &self.confirmed
+    }
+
+    /// Those of which the endpoints to use may be others now though nothing was answered: to be settled again.
+    pub(super) fn restless(&self) -> impl Iterator<Item = &Query> {
+        self.restless.iter().chain(self.kept.keys())
+    }
+
+    /// Settles which endpoints of a query to use now that this is known of it; nothing, where nobody follows it any more.
+    /// When that ends without any other change.
+    pub(super) fn settle(
+        &mut self,
+        query: &Query,
+        known: Option<&Known<Endpoints>>,
+        now: Instant,
+    ) -> Option<Instant> {
+        if self.kept.get(query).is_some_and(|kept| kept.until <= now) {
+            self.kept.remove(query);
+        }
+        let (endpoints, end) = known.map_or((None, None), |known| self.to_use(query, known, now));
+        match known.filter(|known| known.error.is_some()) {
+            Some(known) => {
+                let kept = self.kept.get(query).map(|kept| kept.confirmed);
+                if let Some(at) = known.confirmed.or(kept) {
+                    self.confirmed.insert(query.clone(), at);
+                }
+            }
+            None => drop(self.confirmed.remove(query)),
+        }
+        let may_change = end.is_some() || endpoints.as_ref().is_some_and(|e| !e.stays.is_empty());
+        if may_change {
+            self.restless.insert(query.clone());
+        } else {
+            self.restless.remove(query);
+        }
+        match endpoints {
+            Some(endpoints) => {
+                let same = |used: &Arc<Endpoints>| Arc::ptr_eq(used, &endpoints);
+                if !self.used.get(query).is_some_and(same) {
+                    self.used.insert(query.clone(), endpoints);
+                }
+            }
+            None => {
+                self.used.remove(query);
+                self.empty_since.remove(query);
+            }
+        }
+        end
+    }
+
+    /// The endpoints to use, and until when where that is not for good.
+    fn to_use(
+        &mut self,
+        query: &Query,
+        known: &Known<Endpoints>,
+        now: Instant,
+    ) -> (Option<Arc<Endpoints>>, Option<Instant>) {
+        let Some(value) = &known.value else {
+            // A source that has not failed is waited for.
+            let kept = self.kept.get(query).filter(|_| known.error.is_some());
+            return (kept.map(|kept| kept.endpoints.living()), kept.map(|kept| kept.until));
+        };
+        let kept = self.kept.remove(query).map(|kept| kept.endpoints);
+        if !value.list.is_empty() {
+            self.empty_since.remove(query);
+            return (Some(value.living()), None);
+        }
+        // Since when, not since the last change: what is rejected may go on changing in a list of nothing.
+        let since = known.changed.unwrap_or(now);
+        let end = *self.empty_since.entry(query.clone()).or_insert(since) + self.hold;
+        // A container that is gone is nothing to hold: its address may be another's.
+        let held = self.used.get(query).or(kept.as_ref()).map(Endpoints::living);
+        match held.filter(|held| !held.list.is_empty() && now < end) {
+            Some(held) => (Some(held), Some(end)),
+            None => (Some(value.living()), None),
+        }
     }
 
     /// What an earlier run knew of those that are still waited for: it is not used, and must not be lost by a run that ends
     /// before they answer.
-    pub(super) fn awaited(
-        &self,
-        known: &BTreeMap<Query, Known<Endpoints>>,
-    ) -> impl Iterator<Item = (Query, &Kept)> {
-        let awaited =
-            known.iter().filter(|(_, known)| known.value.is_none() && known.error.is_none());
-        awaited.filter_map(|(query, _)| Some((query.clone(), self.kept.get(query)?)))
+    pub(super) fn awaited<'a>(
+        &'a self,
+        known: &'a HashMap<Query, Known<Endpoints>>,
+    ) -> impl Iterator<Item = (&'a Query, &'a Kept)> {
+        let is_awaited = |query: &&Query| {
+            known.get(query).is_some_and(|known| known.value.is_none() && known.error.is_none())
+        };
+        self.kept.iter().filter(move |(query, _)| is_awaited(query))
     }
 }
 
@@ -124,8 +167,8 @@ mod tests {
         let second = |n| start + Duration::from_secs(n);
         let mut hold = EmptyHold::new(Duration::from_secs(30));
         let mut settle = |known: &Known<Endpoints>, now| {
-            let (settled, wake) = hold.settle([(&query(), known)], now);
-            (settled.get(&query()).map(|endpoints| endpoints.list.len()), wake)
+            let wake = hold.settle(&query(), Some(known), now);
+            (hold.used().get(&query()).map(|endpoints| endpoints.list.len()), wake)
         };
         assert_eq!(settle(&Known::default(), start), (None, None));
         assert_eq!(settle(&known(&["10.0.0.1:1", "10.0.0.2:1"], start), start), (Some(2), None));
@@ -152,8 +195,8 @@ mod tests {
             let mut hold = EmptyHold::new(Duration::from_secs(30));
             hold.kept.insert(query(), Kept { endpoints, confirmed: start, until: second(5000) });
             move |known: &Known<Endpoints>, now| {
-                let (settled, wake) = hold.settle([(&query(), known)], now);
-                (settled.get(&query()).map(|endpoints| endpoints.list.len()), wake)
+                let wake = hold.settle(&query(), Some(known), now);
+                (hold.used().get(&query()).map(|endpoints| endpoints.list.len()), wake)
             }
         };
         let mut settle = kept();
@@ -186,8 +229,11 @@ mod tests {
         let value = Endpoints { stays, ..Endpoints::new(list, vec![]) };
         let both = Known { value: Some(Arc::new(value)), error: Some("gone".into()), ..failed() };
         let mut settle = |known: &Known<Endpoints>| {
-            let (settled, _) = hold.settle([(&query(), known)], start);
-            settled[&query()].list.clone()
+            hold.settle(&query(), Some(known), start);
+            let used = hold.used().get(&query()).unwrap().list.clone();
+            let restless = hold.restless().any(|one| *one == query());
+            assert_eq!(restless, !used.is_empty(), "its containers may end");
+            used
         };
         assert_eq!(settle(&both), list);
         ends[0].mark_ended();
@@ -206,7 +252,7 @@ mod tests {
         let until = start + Duration::from_secs(9);
         hold.kept.insert(query(), Kept { endpoints, confirmed: start, until });
         let awaited = |hold: &EmptyHold, known: Known<Endpoints>| {
-            let known = BTreeMap::from([(query(), known)]);
+            let known = HashMap::from([(query(), known)]);
             hold.awaited(&known).map(|(_, kept)| kept.endpoints.list.len()).sum::<usize>()
         };
         assert_eq!(awaited(&hold, Known::default()), 1);
@@ -214,9 +260,10 @@ mod tests {
         assert_eq!(awaited(&hold, failed()), 0);
         assert_eq!(awaited(&hold, known(&[], start)), 0);
         let waiting = Known::default();
-        assert!(hold.settle([(&query(), &waiting)], start).0.is_empty());
+        hold.settle(&query(), Some(&waiting), start);
+        assert!(hold.used().is_empty());
         // For as long as it may be used, and no longer.
-        hold.settle([(&query(), &waiting)], until);
+        hold.settle(&query(), Some(&waiting), until);
         assert_eq!(awaited(&hold, Known::default()), 0);
     }
 
@@ -227,7 +274,10 @@ mod tests {
         let mut hold = EmptyHold::new(Duration::ZERO);
         let kept = Kept { endpoints, confirmed: start, until: start + Duration::from_secs(1) };
         hold.kept.insert(query(), kept);
-        let confirmed = |known| hold.confirmed(&[(query(), known)].into()).get(&query()).copied();
+        let mut confirmed = |known| {
+            hold.settle(&query(), Some(&known), start);
+            hold.confirmed().get(&query()).copied()
+        };
         assert_eq!(confirmed(failed()), Some(start));
         let later = start + Duration::from_secs(1);
         assert_eq!(confirmed(Known { confirmed: Some(later), ..failed() }), Some(later));
@@ -239,8 +289,11 @@ mod tests {
     fn without_a_hold_empty_is_empty() {
         let start = Instant::now();
         let mut hold = EmptyHold::new(Duration::ZERO);
-        hold.settle([(&query(), &known(&["10.0.0.1:1"], start))], start);
-        let (settled, wake) = hold.settle([(&query(), &known(&[], start))], start);
-        assert_eq!((settled[&query()].list.len(), wake), (0, None));
+        hold.settle(&query(), Some(&known(&["10.0.0.1:1"], start)), start);
+        let wake = hold.settle(&query(), Some(&known(&[], start)), start);
+        assert_eq!((hold.used().get(&query()).unwrap().list.len(), wake), (0, None));
+        // Nobody follows it any more.
+        hold.settle(&query(), None, start);
+        assert!(hold.used().is_empty());
     }
 }

@@ -259,33 +259,45 @@ impl Watches {
     /// least of all while the registry is away.
     const LINGER: Duration = Duration::from_secs(10 * 60);
 
-    /// Starts what `queries` asks for and is not running yet, and ends what nobody has asked for in a while.
-    pub fn demand(&mut self, queries: &BTreeSet<Query>, now: Instant) {
-        self.running.retain(|query, watch| {
-            let asked = queries.contains(query);
-            watch.unasked = if asked { None } else { watch.unasked.or(Some(now)) };
-            watch.unasked.is_none_or(|since| now.saturating_duration_since(since) < Self::LINGER)
-        });
-        for query in queries {
-            let Some(discovery) = self.discoveries.by_name.get(&query.via) else { continue };
-            if self.running.contains_key(query) {
-                continue;
-            }
-            let (publish, answers) = Publisher::new(self.bell.clone());
-            let (discovery, query_too) = (discovery.clone(), query.clone());
-            let resync = self.resync.clone();
-            let task =
-                tokio::spawn(async move { discovery.watch(query_too, publish, &resync).await });
-            let watch = Watch { answers, task: task.abort_handle(), unasked: None };
-            self.running.insert(query.clone(), watch);
+    /// Follows a query from now on, for somebody.
+    pub fn ask(&mut self, query: &Query) {
+        if let Some(watch) = self.running.get_mut(query) {
+            watch.unasked = None;
+            return;
+        }
+        let Some(discovery) = self.discoveries.by_name.get(&query.via).cloned() else { return };
+        let (publish, answers) = Publisher::new(self.bell.clone());
+        let (query_too, resync) = (query.clone(), self.resync.clone());
+        let task = tokio::spawn(async move { discovery.watch(query_too, publish, &resync).await });
+        let watch = Watch { answers, task: task.abort_handle(), unasked: None };
+        self.running.insert(query.clone(), watch);
+    }
+
+    /// Nobody asks for a query any more.
+    pub fn leave(&mut self, query: &Query, now: Instant) {
+        if let Some(watch) = self.running.get_mut(query) {
+            watch.unasked = Some(now);
         }
     }
 
-    /// What is known now of everything that is followed, whether it is asked for or lingers.
-    pub fn followed(&self) -> BTreeMap<Query, Known<Endpoints>> {
-        let known =
-            |(query, watch): (&Query, &Watch)| (query.clone(), watch.answers.borrow().clone());
-        self.running.iter().map(known).collect()
+    /// Ends what nobody has asked for in a while.
+    pub fn end_unasked(&mut self, now: Instant) -> Vec<Query> {
+        let is_over = |_: &Query, watch: &mut Watch| {
+            let over = |since| now.saturating_duration_since(since) >= Self::LINGER;
+            watch.unasked.is_some_and(over)
+        };
+        self.running.extract_if(.., is_over).map(|(query, _)| query).collect()
+    }
+
+    /// What became known since the last call, of everything that is followed, whether it is asked for or lingers.
+    pub fn news(&mut self) -> Vec<(Query, Known<Endpoints>)> {
+        let changed = self
+            .running
+            .iter_mut()
+            .filter(|(_, watch)| watch.answers.has_changed().unwrap_or(false));
+        let news = changed
+            .map(|(query, watch)| (query.clone(), watch.answers.borrow_and_update().clone()));
+        news.collect()
     }
 
     /// What is known now of everything that is asked for.

@@ -22,7 +22,7 @@ use crate::model::Consumer;
 pub struct Listing {
     pub consumers: Vec<Arc<Consumer>>,
     /// Every address that is known to be a container's, of those that ask for nothing too.
-    pub known: BTreeSet<IpAddr>,
+    pub known: Arc<BTreeSet<IpAddr>>,
     /// Addresses that more than one container claims: all but one of them have gone, and we have not heard which.
     pub contested: BTreeSet<IpAddr>,
     /// The networks in which a container that is not known yet may have its address.

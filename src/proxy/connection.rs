@@ -409,7 +409,6 @@ pub(super) fn reset_on_close(stream: &TcpStream) {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::collections::HashMap;
 
     use super::*;
     use crate::{
@@ -441,9 +440,9 @@ pub(super) mod tests {
         let inputs = Inputs {
             consumers: &[&Arc::new(consumer)],
             contested: &Default::default(),
-            known: &["172.17.0.4".parse().unwrap()].into(),
+            known: &Arc::new(["172.17.0.4".parse().unwrap()].into()),
             networks: &["172.17.0.0/16".parse().unwrap()].into(),
-            endpoints: &HashMap::new(),
+            endpoints: &Default::default(),
             vips: &[Vip("172.17.0.1".parse().unwrap())],
             gateways_are_vips: false,
             balance: Balance::RoundRobin,

@@ -1,7 +1,6 @@
 //! Keeps the table on disk: soon after each change, whole or not at all.
 
 use std::{
-    collections::HashMap,
     fs::{self, DirBuilder, OpenOptions},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -22,6 +21,7 @@ use tracing::{info, warn};
 
 use super::{Document, KeptAnswer, KeptConsumer, KeptEndpoint, Origin, document::render};
 use crate::{
+    cow_map::CowMap,
     discovery::{Endpoints, Query},
     provider::Listing,
 };
@@ -30,9 +30,9 @@ use crate::{
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     pub listing: Arc<Listing>,
-    pub endpoints: HashMap<Query, Arc<Endpoints>>,
+    pub endpoints: CowMap<Query, Arc<Endpoints>>,
     /// When that was last known to be so, of those whose discovery does not answer.
-    pub confirmed: HashMap<Query, std::time::Instant>,
+    pub confirmed: CowMap<Query, std::time::Instant>,
 }
 
 /// How keeping the table went since the start, for the metrics.
@@ -81,7 +81,7 @@ impl Keeper {
 
 async fn run(file: File, mut changes: watch::Receiver<Option<Snapshot>>, counts: Arc<Counts>) {
     let file = Arc::new(file);
-    let mut kept: Option<(Document, Instant)> = None;
+    let mut kept: Option<Written> = None;
     let mut failing = false;
     let mut next = Instant::now() + Keeper::REFRESH;
     loop {
@@ -100,37 +100,29 @@ async fn run(file: File, mut changes: watch::Receiver<Option<Snapshot>>, counts:
         next = Instant::now() + Keeper::REFRESH;
         let snapshot = changes.borrow_and_update().clone();
         if let Some(snapshot) = snapshot {
-            let document = file.document(&snapshot);
-            let is_kept = kept.as_ref().is_some_and(|(kept, at)| {
-                let endpoints = |document: &Document| {
-                    let answers = document.answers.iter();
-                    answers.map(|(q, a)| (q.clone(), a.endpoints.clone())).collect::<Vec<_>>()
-                };
-                kept.consumers == document.consumers
-                    && endpoints(kept) == endpoints(&document)
-                    && at.elapsed() < Keeper::REFRESH
-            });
-            if !is_kept {
-                let (writer, written) = (file.clone(), document.clone());
-                let end = tokio::task::spawn_blocking(move || writer.write(&written)).await;
-                let path = file.path.display();
-                match end.unwrap_or_else(|error| Err(io::Error::other(error))) {
-                    Ok(()) => {
-                        counts.written.fetch_add(1, Relaxed);
-                        kept = Some((document, Instant::now()));
-                        if failing {
-                            info!(file = %path, "the table is kept again");
-                        }
-                        failing = false;
+            // Of a large host it takes a while, and nobody waits for it.
+            let (writer, before) = (file.clone(), kept.take());
+            let write = move || writer.keep(&snapshot, before);
+            let end = tokio::task::spawn_blocking(write).await;
+            let (now, end) = end.unwrap_or_else(|error| (None, Err(io::Error::other(error))));
+            kept = now;
+            let path = file.path.display();
+            match end {
+                Ok(false) => {}
+                Ok(true) => {
+                    counts.written.fetch_add(1, Relaxed);
+                    if failing {
+                        info!(file = %path, "the table is kept again");
                     }
-                    Err(error) => {
-                        counts.failed.fetch_add(1, Relaxed);
-                        if !failing {
-                            warn!(file = %path, %error, "the table cannot be kept for a start while everything is down; trying on");
-                        }
-                        failing = true;
-                        next = Instant::now();
+                    failing = false;
+                }
+                Err(error) => {
+                    counts.failed.fetch_add(1, Relaxed);
+                    if !failing {
+                        warn!(file = %path, %error, "cannot write the state file; retrying (a restart during an outage would start empty)");
                     }
+                    failing = true;
+                    next = Instant::now();
                 }
             }
         }
@@ -145,6 +137,9 @@ async fn closed(changes: &mut watch::Receiver<Option<Snapshot>>) {
     let mut copy = changes.clone();
     while copy.changed().await.is_ok() {}
 }
+
+/// What stands in the file, and since when.
+type Written = (Document, Instant);
 
 struct File {
     path: PathBuf,
@@ -173,6 +168,31 @@ impl File {
                 .filter_map(|one| KeptConsumer::of(one))
                 .collect(),
             answers: answered.map(|(query, answer)| (query.clone(), kept(query, answer))).collect(),
+        }
+    }
+
+    /// Writes what is to be kept, unless it stands there already. What stands there then, and whether it was written.
+    fn keep(
+        &self,
+        snapshot: &Snapshot,
+        before: Option<Written>,
+    ) -> (Option<Written>, io::Result<bool>) {
+        let document = self.document(snapshot);
+        let is_kept = |(kept, at): &Written| {
+            let endpoints = |document: &Document| {
+                let answers = document.answers.iter();
+                answers.map(|(q, a)| (q.clone(), a.endpoints.clone())).collect::<Vec<_>>()
+            };
+            kept.consumers == document.consumers
+                && endpoints(kept) == endpoints(&document)
+                && at.elapsed() < Keeper::REFRESH
+        };
+        if before.as_ref().is_some_and(is_kept) {
+            return (before, Ok(false));
+        }
+        match self.write(&document) {
+            Ok(()) => (Some((document, Instant::now())), Ok(true)),
+            Err(error) => (before, Err(error)),
         }
     }
 
@@ -209,7 +229,10 @@ mod tests {
     fn snapshot(endpoint: &str) -> Snapshot {
         let query = super::super::tests::document().answers.into_keys().next().unwrap();
         let answer = Endpoints::new([Endpoint(endpoint.parse().unwrap())], vec![]);
-        Snapshot { endpoints: [(query, Arc::new(answer))].into(), ..Snapshot::default() }
+        Snapshot {
+            endpoints: [(query, Arc::new(answer))].into_iter().collect(),
+            ..Snapshot::default()
+        }
     }
 
     fn endpoints(path: &Path) -> Vec<String> {

@@ -105,6 +105,7 @@ fn resume(
         "kept from the last run, for as long as the sources do not answer"
     );
     let known = consumers.iter().flat_map(|consumer| &consumer.sources).copied().collect();
+    let known = Arc::new(known);
     let listing = Listing { consumers, known, ..Listing::default() };
     Restored { listing: (!listing.consumers.is_empty()).then(|| Arc::new(listing)), endpoints }
 }

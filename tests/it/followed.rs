@@ -1,7 +1,6 @@
 //! A descriptor whose discovery is followed, as embassy does it.
 
 use std::{
-    collections::BTreeSet,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -57,7 +56,7 @@ impl Followed {
         // No resync comes to the rescue within a test: what is seen is seen by following.
         let resync = ResyncRequests::new(10 * SOON);
         let mut watches = Watches::new(discoveries.clone(), resync, Arc::default());
-        watches.demand(&BTreeSet::from([query.clone()]), Instant::now());
+        watches.ask(&query);
         Self { watches, query }
     }
 

@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     path::Path,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use ipnet::{IpNet, Ipv4Net};
@@ -235,7 +235,7 @@ async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), Str
         let descriptor = format!("embassy-doctor.invalid;1;via={name}").parse().ok()?;
         discoveries.query(&descriptor).ok()
     };
-    watches.demand(&names.iter().filter_map(query).collect(), Instant::now());
+    names.iter().filter_map(query).for_each(|query| watches.ask(&query));
     let answered = async {
         let open = |watches: &Watches| {
             watches.known().values().any(|known| known.value.is_none() && known.error.is_none())

@@ -4,7 +4,7 @@
 //! about the container makes the tickets before it void: a container that died while it was being inspected stays dead.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     net::IpAddr,
     sync::Arc,
 };
@@ -223,11 +223,12 @@ impl Containers {
         let bridges = self.bridges.values().map(|bridge| bridge.interface.clone());
         let bridges = bridges.filter(|interface| !interface.is_empty()).collect();
         let mut listing = Listing { networks, bridges, ..Listing::default() };
+        let mut known = BTreeSet::new();
         // The kernel's word on an end comes before the engine's, and its address may be another's by now.
         for (id, container) in self.running.iter().filter(|(_, c)| !c.end.has_ended()) {
             if let Network::Own(attachments) = &container.network {
                 for &address in attachments.values().flat_map(|a| &a.addresses) {
-                    if !listing.known.insert(address) {
+                    if !known.insert(address) {
                         listing.contested.insert(address);
                     }
                 }
@@ -249,6 +250,7 @@ impl Containers {
             }
         }
         listing.problems.sort();
+        listing.known = Arc::new(known);
         listing
     }
 

@@ -360,7 +360,7 @@ impl World {
             contested: &listing.contested,
             known: &listing.known,
             networks: &listing.networks,
-            endpoints: &HashMap::new(),
+            endpoints: &Default::default(),
             vips: &[],
             gateways_are_vips: true,
             balance: Balance::RoundRobin,

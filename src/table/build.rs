@@ -1,0 +1,458 @@
+//! How a table becomes the next one. What it costs is what differs: consumers and answers that are still the very same
+//! are passed over, and so is all that came of them.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{
+    BuiltFrom, Changes, InUse, Inputs, Route, RouteKey, RouteNumber, ServiceKey, Shared, Table,
+    Unrouted, UnroutedKey, UnroutedReason, Upstream,
+};
+use crate::{
+    balance::{EndpointState, Rotation},
+    discovery::{CannotAsk, Endpoints, Query},
+    identity::gone_and_new,
+    model::{Binding, Consumer, ConsumerId, Endpoint, Vip},
+};
+
+/// The table that follows `prev`; `None` where nothing differs.
+pub(super) fn next(
+    prev: &Table,
+    inputs: &Inputs<'_>,
+    query: impl Fn(&Binding) -> Result<Query, CannotAsk>,
+) -> Option<Table> {
+    let mut next = Table {
+        version: prev.version + 1,
+        routes: prev.routes.clone(),
+        known: prev.known.clone(),
+        networks: inputs.networks.clone(),
+        vips: prev.vips.clone(),
+        unrouted: prev.unrouted.clone(),
+        upstreams: prev.upstreams.clone(),
+        states: prev.states.clone(),
+        live: prev.live.clone(),
+        changes: Changes::default(),
+        numbers: prev.numbers,
+        built_from: prev.built_from.clone(),
+    };
+    let people = People::changed(&prev.built_from, inputs);
+    next.take_in(inputs, &people);
+    let mut builder = Builder {
+        prev,
+        inputs,
+        query,
+        next,
+        touched: BTreeSet::new(),
+        left: Vec::new(),
+        without: Vec::new(),
+    };
+    builder.answers();
+    builder.consumers(&people);
+    builder.let_go();
+    builder.finish()
+}
+
+/// Consumers that came and went.
+struct People {
+    gone: Vec<Arc<Consumer>>,
+    new: Vec<Arc<Consumer>>,
+}
+
+impl People {
+    fn changed(before: &BuiltFrom, inputs: &Inputs<'_>) -> Self {
+        let now = inputs.consumers;
+        if before.gateways_are_vips != inputs.gateways_are_vips || before.balance != inputs.balance
+        {
+            let new = now.iter().map(|&consumer| consumer.clone()).collect();
+            return Self { gone: before.consumers.to_vec(), new };
+        }
+        let (mut gone, mut new) = gone_and_new(&before.consumers, now);
+        if before.vips != inputs.vips {
+            // Their addresses are among the local consumer's.
+            let local = now.iter().filter(|consumer| consumer.id == ConsumerId::Local);
+            let staying = local.filter(|local| !new.iter().any(|new| Arc::ptr_eq(new, local)));
+            let staying: Vec<_> = staying.map(|&local| local.clone()).collect();
+            gone.extend(staying.iter().cloned());
+            new.extend(staying);
+        }
+        Self { gone, new }
+    }
+}
+
+impl Table {
+    /// What is known without building: who there is, and where.
+    fn take_in(&mut self, inputs: &Inputs<'_>, people: &People) {
+        let from = &mut self.built_from;
+        let others = !people.gone.is_empty() || !people.new.is_empty();
+        if others || from.vips != inputs.vips {
+            self.vips = inputs.vips.iter().copied().collect();
+            if inputs.gateways_are_vips {
+                let gateways = inputs.consumers.iter().flat_map(|consumer| &consumer.gateways);
+                self.vips.extend(gateways.copied().map(Vip));
+            }
+        }
+        if others || from.vips != inputs.vips || from.known != *inputs.known {
+            let sources = inputs.consumers.iter().flat_map(|one| sources(one, inputs.vips));
+            let unknown: Vec<_> = sources.filter(|source| !inputs.known.contains(source)).collect();
+            let known = if unknown.is_empty() {
+                inputs.known.clone()
+            } else {
+                Arc::new(inputs.known.iter().copied().chain(unknown).collect())
+            };
+            if self.known != known {
+                self.known = known;
+            }
+        }
+    }
+}
+
+struct Builder<'a, Q> {
+    prev: &'a Table,
+    inputs: &'a Inputs<'a>,
+    query: Q,
+    next: Table,
+    /// Whose route may be another now.
+    touched: BTreeSet<RouteKey>,
+    /// Routes that do not lead to these upstreams any more, and endpoints that these services had and have no more. They
+    /// are let go last: what was given up may have been taken up again meanwhile.
+    left: Vec<(Query, RouteKey)>,
+    without: Vec<(ServiceKey, Endpoint)>,
+}
+
+impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
+    /// Upstreams that have other endpoints, and their routes.
+    fn answers(&mut self) {
+        let (now, before) = (self.inputs.endpoints, &self.prev.built_from.endpoints);
+        for query in now.differing_keys(before, Arc::ptr_eq) {
+            let Some(in_use) = self.next.upstreams.get(query).cloned() else { continue };
+            let upstream = self.upstream(query, Some(&in_use.upstream));
+            if Arc::ptr_eq(&upstream, &in_use.upstream) {
+                continue;
+            }
+            for key in &*in_use.routes {
+                if let Some(route) = self.next.routes.get_mut(key) {
+                    *route = Arc::new(Route { upstream: upstream.clone(), ..route.another() });
+                    self.touched.insert(*key);
+                }
+            }
+            self.next.upstreams.insert(query.clone(), InUse { upstream, ..in_use });
+        }
+        self.next.built_from.endpoints = self.inputs.endpoints.clone();
+    }
+
+    fn consumers(&mut self, people: &People) {
+        let Self { prev, inputs, .. } = *self;
+        let mut affected = BTreeSet::new();
+        for gone in &people.gone {
+            for source in sources(gone, &prev.built_from.vips) {
+                self.change_claims(source, |claims| claims.retain(|one| !Arc::ptr_eq(one, gone)));
+                affected.insert(source);
+            }
+            self.forget_unrouted(&gone.id, |_| true);
+        }
+        for new in &people.new {
+            for source in sources(new, inputs.vips) {
+                self.change_claims(source, |claims| claims.push(new.clone()));
+                affected.insert(source);
+            }
+            for binding in &new.bindings {
+                if let Err(error) = (self.query)(binding) {
+                    self.unrouted(new, binding, None, error.into());
+                }
+            }
+        }
+        let contested = prev.built_from.contested.symmetric_difference(inputs.contested);
+        affected.extend(contested);
+        for source in affected {
+            self.address(source);
+        }
+        let staying: HashSet<_> = people.new.iter().map(|consumer| &consumer.id).collect();
+        for gone in people.gone.iter().filter(|gone| !staying.contains(&gone.id)) {
+            self.next.live.remove(&gone.id);
+        }
+        let from = &mut self.next.built_from;
+        if !people.gone.is_empty() || !people.new.is_empty() {
+            from.consumers = inputs.consumers.iter().map(|&consumer| consumer.clone()).collect();
+        }
+        if from.contested != *inputs.contested {
+            from.contested.clone_from(inputs.contested);
+        }
+        from.known = inputs.known.clone();
+        from.vips = inputs.vips.to_vec();
+        (from.gateways_are_vips, from.balance) = (inputs.gateways_are_vips, inputs.balance);
+    }
+
+    fn change_claims(&mut self, source: IpAddr, change: impl FnOnce(&mut Vec<Arc<Consumer>>)) {
+        let claims = &mut self.next.built_from.claims;
+        let mut claimants = claims.get(&source).cloned().unwrap_or_default();
+        change(&mut claimants);
+        if claimants.is_empty() {
+            claims.remove(&source);
+        } else {
+            // The order decides who wins a port within a network namespace: the same for the same containers.
+            claimants.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
+            claims.insert(source, claimants);
+        }
+    }
+
+    /// The routes of an address, from those who claim it.
+    fn address(&mut self, source: IpAddr) {
+        let claims = |table: &Table| table.built_from.claims.get(&source).cloned();
+        let before = claims(self.prev).unwrap_or_default();
+        let now = claims(&self.next).unwrap_or_default();
+        // An address has one owner at a time: where more than one network namespace claims it, all but one have lost
+        // theirs, and we have not heard which.
+        let namespaces: BTreeSet<_> = now.iter().map(|consumer| &consumer.namespace).collect();
+        let contested = namespaces.len() > 1 || self.inputs.contested.contains(&source);
+        let mut left: BTreeSet<_> =
+            before.iter().flat_map(|one| one.bindings.iter().map(|b| key(source, b))).collect();
+        for consumer in &now {
+            self.forget_unrouted(&consumer.id, |key| key.is_some_and(|key| key.source == source));
+        }
+        let mut taken: HashSet<RouteKey> = HashSet::new();
+        for (consumer, binding) in
+            now.iter().flat_map(|consumer| consumer.bindings.iter().map(move |b| (consumer, b)))
+        {
+            let Ok(query) = (self.query)(binding) else { continue };
+            let key = key(source, binding);
+            if contested {
+                let reason = UnroutedReason::Contested { key };
+                self.unrouted(consumer, binding, Some(key), reason);
+            } else if taken.insert(key) {
+                left.remove(&key);
+                self.route(key, consumer, binding, query);
+            } else if let Some(winner) = self.next.routes.get(&key) {
+                // One who shares the address because it shares the network namespace.
+                let winner = winner.consumer_name.clone();
+                let reason = UnroutedReason::Taken { key, winner };
+                self.unrouted(consumer, binding, Some(key), reason);
+            }
+        }
+        for key in left {
+            if let Some(route) = self.next.routes.remove(&key) {
+                self.left.push((route.upstream.query.clone(), key));
+                self.touched.insert(key);
+            }
+        }
+    }
+
+    /// Sets a route, carried over where nothing of it changed.
+    fn route(&mut self, key: RouteKey, consumer: &Arc<Consumer>, binding: &Binding, query: Query) {
+        let before = self.next.routes.get(&key).cloned();
+        if let Some(before) = before.as_ref().filter(|before| before.upstream.query != query) {
+            self.left.push((before.upstream.query.clone(), key));
+        }
+        let upstream = self.lead(query, key);
+        let before =
+            before.filter(|before| before.consumer == consumer.id && before.binding == *binding);
+        let balance = binding.descriptor.balance.unwrap_or(self.inputs.balance);
+        let same = |before: &Arc<Route>| {
+            before.consumer_name == consumer.name
+                && before.balance == balance
+                && Arc::ptr_eq(&before.upstream, &upstream)
+        };
+        if before.as_ref().is_some_and(same) {
+            return;
+        }
+        let number = before.as_ref().map(|before| before.number).unwrap_or_else(|| {
+            self.next.numbers += 1;
+            RouteNumber(self.next.numbers)
+        });
+        let live_of_consumer = match self.next.live.get(&consumer.id) {
+            Some(live) => live.clone(),
+            None => {
+                let live = Arc::default();
+                self.next.live.insert(consumer.id.clone(), Arc::clone(&live));
+                live
+            }
+        };
+        let route = Route {
+            key,
+            number,
+            consumer: consumer.id.clone(),
+            consumer_name: consumer.name.clone(),
+            binding: binding.clone(),
+            balance,
+            upstream,
+            counts: before.as_ref().map(|before| before.counts.clone()).unwrap_or_default(),
+            live_of_consumer,
+            born: match &before {
+                Some(before) => before.born,
+                None => (self.prev.version > 0).then_some(self.inputs.now),
+            },
+            ends: consumer.ends.clone(),
+        };
+        self.next.routes.insert(key, Arc::new(route));
+        self.touched.insert(key);
+    }
+
+    /// The upstream of a query, to which a route leads from now on.
+    fn lead(&mut self, query: Query, key: RouteKey) -> Arc<Upstream> {
+        if let Some(in_use) = self.next.upstreams.get(&query) {
+            let upstream = in_use.upstream.clone();
+            if !in_use.routes.contains(&key)
+                && let Some(in_use) = self.next.upstreams.get_mut(&query)
+            {
+                Arc::make_mut(&mut in_use.routes).insert(key);
+            }
+            return upstream;
+        }
+        let upstream = self.upstream(&query, None);
+        let in_use = InUse { upstream: upstream.clone(), routes: Arc::new([key].into()) };
+        self.next.upstreams.insert(query, in_use);
+        upstream
+    }
+
+    /// The upstream of a query, carried over where its endpoints did not change.
+    fn upstream(&mut self, query: &Query, before: Option<&Arc<Upstream>>) -> Arc<Upstream> {
+        let answer = self.inputs.endpoints.get(query).cloned();
+        let endpoints = answer.as_deref().map_or(&[][..], |answer: &Endpoints| &answer.list);
+        let answered = answer.is_some();
+        if let Some(before) = before
+            && before.answered == answered
+            && same_endpoints(&before.rotation, endpoints)
+        {
+            return before.clone();
+        }
+        let states: Vec<_> = endpoints.iter().map(|&one| self.state(query, one)).collect();
+        let rotation = match before {
+            Some(before) => {
+                let service = service_of(query);
+                let had = before.rotation.endpoints().iter();
+                self.without.extend(had.map(|state| (service.clone(), state.endpoint)));
+                before.rotation.succeed(states)
+            }
+            None => Rotation::new(states),
+        };
+        Arc::new(Upstream { query: query.clone(), rotation, answered })
+    }
+
+    /// The state of an endpoint, which one upstream more has.
+    fn state(&mut self, query: &Query, endpoint: Endpoint) -> Arc<EndpointState> {
+        let key = (service_of(query), endpoint);
+        if let Some(shared) = self.next.states.get_mut(&key) {
+            shared.upstreams += 1;
+            return shared.state.clone();
+        }
+        let state = Arc::new(EndpointState::new(endpoint));
+        self.next.states.insert(key, Shared { state: state.clone(), upstreams: 1 });
+        state
+    }
+
+    fn unrouted(
+        &mut self,
+        consumer: &Consumer,
+        binding: &Binding,
+        key: Option<RouteKey>,
+        reason: UnroutedReason,
+    ) {
+        let unrouted = Unrouted {
+            consumer: consumer.id.clone(),
+            consumer_name: consumer.name.clone(),
+            origin: binding.origin.clone(),
+            reason,
+        };
+        let key = (consumer.id.clone(), binding.origin.clone(), key);
+        Arc::make_mut(&mut self.next.unrouted).insert(key, unrouted);
+    }
+
+    /// Takes back what was said of a consumer's bindings, of the routes that are meant.
+    fn forget_unrouted(&mut self, consumer: &ConsumerId, meant: impl Fn(Option<RouteKey>) -> bool) {
+        let first: UnroutedKey = (consumer.clone(), "".into(), None);
+        let of_consumer = self.next.unrouted.range(first..);
+        let of_consumer = of_consumer.take_while(|((id, ..), _)| id == consumer);
+        let said: Vec<_> =
+            of_consumer.map(|(key, _)| key).filter(|(.., key)| meant(*key)).cloned().collect();
+        if !said.is_empty() {
+            let unrouted = Arc::make_mut(&mut self.next.unrouted);
+            said.iter().for_each(|key| drop(unrouted.remove(key)));
+        }
+    }
+
+    /// Upstreams that no route leads to and endpoints that no upstream has are no more.
+    fn let_go(&mut self) {
+        for (query, key) in std::mem::take(&mut self.left) {
+            // A route that leads there again.
+            if self.next.routes.get(&key).is_some_and(|route| route.upstream.query == query) {
+                continue;
+            }
+            let Some(in_use) = self.next.upstreams.get_mut(&query) else { continue };
+            let routes = Arc::make_mut(&mut in_use.routes);
+            routes.remove(&key);
+            if routes.is_empty()
+                && let Some(InUse { upstream, .. }) = self.next.upstreams.remove(&query)
+            {
+                let service = service_of(&query);
+                let had = upstream.rotation.endpoints().iter();
+                self.without.extend(had.map(|state| (service.clone(), state.endpoint)));
+            }
+        }
+        for key in std::mem::take(&mut self.without) {
+            let Some(shared) = self.next.states.get_mut(&key) else { continue };
+            shared.upstreams -= 1;
+            if shared.upstreams == 0 {
+                self.next.states.remove(&key);
+            }
+        }
+    }
+
+    fn finish(mut self) -> Option<Table> {
+        let mut changes = Changes::default();
+        for key in &self.touched {
+            changes.of_route(self.prev.routes.get(key), self.next.routes.get(key));
+        }
+        changes.of_places(self.prev, &self.next);
+        let is_first = self.prev.version == 0;
+        if !is_first && changes.is_empty() && self.prev.unrouted == self.next.unrouted {
+            return None;
+        }
+        self.next.changes = changes;
+        Some(self.next)
+    }
+}
+
+impl Route {
+    /// A copy, of which something is to be another.
+    fn another(&self) -> Self {
+        Self {
+            upstream: self.upstream.clone(),
+            balance: self.balance,
+            born: self.born,
+            counts: self.counts.clone(),
+            live_of_consumer: self.live_of_consumer.clone(),
+            key: self.key,
+            number: self.number,
+            consumer: self.consumer.clone(),
+            consumer_name: self.consumer_name.clone(),
+            binding: self.binding.clone(),
+            ends: self.ends.clone(),
+        }
+    }
+}
+
+fn key(source: IpAddr, binding: &Binding) -> RouteKey {
+    let descriptor = &binding.descriptor;
+    RouteKey { source, port: descriptor.port, protocol: descriptor.protocol }
+}
+
+pub(super) fn service_of(query: &Query) -> ServiceKey {
+    (query.via.clone(), query.dc.clone(), query.service.clone())
+}
+
+/// The addresses that a consumer's connections come from. Linux gives what a host sends to an address of its own that
+/// very address as its source, so for the local consumer the VIPs count too.
+fn sources<'a>(consumer: &'a Consumer, vips: &'a [Vip]) -> impl Iterator<Item = IpAddr> + 'a {
+    let own = if consumer.id == ConsumerId::Local { vips } else { &[] };
+    let known = |vip: &&Vip| !consumer.sources.contains(&vip.0);
+    consumer.sources.iter().copied().chain(own.iter().filter(known).map(|vip| vip.0))
+}
+
+/// An answer's list is sorted and has no repeats.
+fn same_endpoints(rotation: &Rotation, endpoints: &[Endpoint]) -> bool {
+    let before = rotation.endpoints();
+    before.len() == endpoints.len()
+        && before.iter().all(|state| endpoints.binary_search(&state.endpoint).is_ok())
+}

@@ -1,0 +1,66 @@
+//! What one table has and another has not.
+
+use std::{net::IpAddr, sync::Arc};
+
+use super::{Route, Table};
+
+/// What a table has that the one before it had not, and the other way round. Of routes, each list is sorted by key.
+#[derive(Debug, Default)]
+pub struct Changes {
+    pub added: Vec<Arc<Route>>,
+    pub removed: Vec<Arc<Route>>,
+    /// Routes that go on, with other endpoints or their consumer's other name.
+    pub updated: Vec<Arc<Route>>,
+    /// Addresses that became known as a container's, or ceased to be. Sorted.
+    pub known_added: Vec<IpAddr>,
+    pub known_removed: Vec<IpAddr>,
+    /// Whether the VIPs or the networks are others.
+    pub places: bool,
+}
+
+impl Changes {
+    /// What `next` has and `before` has not, and the other way round: for a reader that has missed the tables between.
+    pub fn between(before: &Table, next: &Table) -> Self {
+        let mut changes = Self::default();
+        for key in next.routes.differing_keys(&before.routes, Arc::ptr_eq) {
+            changes.of_route(before.routes.get(key), next.routes.get(key));
+        }
+        changes.sort();
+        changes.of_places(before, next);
+        changes
+    }
+
+    /// One key's route, before and now.
+    pub(super) fn of_route(&mut self, before: Option<&Arc<Route>>, now: Option<&Arc<Route>>) {
+        match (before, now) {
+            (Some(before), Some(now)) if Arc::ptr_eq(before, now) => {}
+            (Some(before), Some(now)) if before.continues(now) => self.updated.push(now.clone()),
+            (before, now) => {
+                self.removed.extend(before.cloned());
+                self.added.extend(now.cloned());
+            }
+        }
+    }
+
+    pub(super) fn of_places(&mut self, before: &Table, next: &Table) {
+        if !Arc::ptr_eq(&before.known, &next.known) {
+            self.known_added = next.known.difference(&before.known).copied().collect();
+            self.known_removed = before.known.difference(&next.known).copied().collect();
+        }
+        self.places = before.vips != next.vips || before.networks != next.networks;
+    }
+
+    pub(super) fn sort(&mut self) {
+        for routes in [&mut self.added, &mut self.removed, &mut self.updated] {
+            routes.sort_by_key(|route| route.key);
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        let routes = [&self.added, &self.removed, &self.updated];
+        routes.iter().all(|routes| routes.is_empty())
+            && self.known_added.is_empty()
+            && self.known_removed.is_empty()
+            && !self.places
+    }
+}
