@@ -28,6 +28,6 @@ mod tests {
         assert_eq!(gone_and_new(&before, &[&c]), (vec![a, b], vec![]));
         // Equal, and yet another.
         let other = Arc::new("c");
-        assert_eq!(gone_and_new(&[c.clone()], &[&other]), (vec![c], vec![other]));
+        assert_eq!(gone_and_new(std::slice::from_ref(&c), &[&other]), (vec![c], vec![other]));
     }
 }

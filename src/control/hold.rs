@@ -68,7 +68,7 @@ impl EmptyHold {
         if self.kept.get(query).is_some_and(|kept| kept.until <= now) {
             self.kept.remove(query);
         }
-        let (endpoints, end) = known.map_or((None, None), |known| self.to_use(query, known, now));
+        let (endpoints, end) = known.map_or((None, None), |known| self.choose(query, known, now));
         match known.filter(|known| known.error.is_some()) {
             Some(known) => {
                 let kept = self.kept.get(query).map(|kept| kept.confirmed);
@@ -100,7 +100,7 @@ impl EmptyHold {
     }
 
     /// The endpoints to use, and until when where that is not for good.
-    fn to_use(
+    fn choose(
         &mut self,
         query: &Query,
         known: &Known<Endpoints>,
