@@ -93,7 +93,7 @@ pub(crate) struct Args {
     #[arg(long, help_heading = DISCOVERY, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) filter: Option<String>,
 
-    /// Interval between full re-reads of every source, at least 1s. A short interval loads the registries; a long one
+    /// Interval between full re-reads of each source (varies by 10 %), at least 1s. A short interval loads the registries; a long one
     /// delays the repair of a missed event [default: 120]
     #[arg(long, help_heading = DISCOVERY, value_name = "TIME")]
     pub(super) resync: Option<String>,
@@ -117,7 +117,7 @@ pub(crate) struct Args {
 
     /// Directory where the last table is saved, for a start while Docker or a registry is down; "off": do not save
     /// [default: /var/lib/embassy]
-    #[arg(long, help_heading = DISCOVERY, value_name = "FOLDER")]
+    #[arg(long, help_heading = DISCOVERY, value_name = "DIRECTORY")]
     pub(super) state_dir: Option<String>,
 
     /// Ignore saved data that its source confirmed longer ago than this [default: 24h]
