@@ -1,4 +1,4 @@
-//! `embassy cleanup`: nothing of ours is left in the firewall.
+//! `embassy cleanup`: removes the firewall rules that a killed embassy left.
 
 use std::fmt::Write;
 
@@ -62,7 +62,7 @@ impl Cleanup {
             let _ = writeln!(text, "cannot remove our rules: {error}");
         }
         if text.is_empty() {
-            text.push_str("nothing of ours is there\n");
+            text.push_str("no embassy rules found\n");
         }
         Ok(Answer::new(text, clean))
     }

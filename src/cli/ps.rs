@@ -96,7 +96,7 @@ impl Ps {
                 Err(UsageError::new(format!("--state {state:?}: expected one of {expected}")))
             }
             _ if self.endpoints && self.consumer.is_some() => Err(UsageError::new(
-                "--consumer: not with --endpoints, which are nobody's own; expected --service, --state or a text",
+                "--consumer: cannot be combined with --endpoints: endpoints do not belong to a consumer; expected --service, --state or a text",
             )),
             _ => Ok(()),
         }

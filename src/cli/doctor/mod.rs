@@ -1,4 +1,4 @@
-//! `embassy doctor`: what of this host stands in the way, and how it is mended.
+//! `embassy doctor`: problems of this host, and how to fix them.
 
 use std::fmt::Write;
 
