@@ -1,10 +1,10 @@
-# embassy in a container, as a user that is not root and may do nothing but what CAP_NET_ADMIN allows.
+# embassy in a container, as a non-root user with no capability except CAP_NET_ADMIN.
 #
 #   make dist && docker build -t embassy -f Dockerfile target/dist
 #   docker run -d --name embassy --net=host --pid=host --cap-drop ALL --cap-add NET_ADMIN \
 #     --group-add "$(stat -c %g /var/run/docker.sock)" -v /var/run/docker.sock:/var/run/docker.sock embassy --dnat
 #
-# BASE is any image with a shell in which nft, iptables and setcap are, or can be installed from Debian's packages.
+# BASE is any image with a shell that has nft, iptables and setcap, or can install them from Debian packages.
 ARG BASE=debian:bookworm-slim
 FROM ${BASE}
 RUN command -v nft >/dev/null && command -v iptables >/dev/null && command -v setcap >/dev/null || { \
@@ -13,7 +13,7 @@ RUN command -v nft >/dev/null && command -v iptables >/dev/null && command -v se
         && rm -rf /var/lib/apt/lists/*; \
     }
 COPY embassy /usr/bin/embassy
-# Ends with the program, unless it hands it down: so it does to nft and iptables. A container without the capability runs too.
+# embassy passes the capability on to nft and iptables. Without the capability the container starts too.
 RUN setcap cap_net_admin+p /usr/bin/embassy \
     && mkdir -p /var/lib/embassy && chown 65534:65534 /var/lib/embassy
 USER 65534:65534

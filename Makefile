@@ -1,15 +1,15 @@
-# Everything is run as root on a Debian machine with cargo; `make` lists what there is.
+# Run everything as root on a Debian machine with cargo. `make` lists the targets.
 
-# Errors of tests are sentences; set to 1 to see where they were made.
+# Set to 1 to see backtraces of test errors.
 export RUST_LIB_BACKTRACE ?= 0
 
-# Where the set-up puts what Debian 12 lacks; a consul of the machine comes first.
+# Where the set-up puts programs that Debian 12 lacks. A consul on PATH is preferred.
 TESTBED_CACHE ?= $(CURDIR)/.testbed/cache
 export TESTBED_CACHE
 export PATH := $(PATH):$(TESTBED_CACHE)/consul/usr/bin
 
 NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
-# How the demo finds services: docker, consul or etcd. ONCE=1: it ends by itself.
+# Discovery of the demo: docker, consul or etcd. ONCE=1: the demo exits by itself.
 DISCOVERY ?= docker
 ONCE ?=
 
@@ -18,15 +18,15 @@ ONCE ?=
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
-setup: ## installs from Debian what tests and demo need; says what and why
+setup: ## install the Debian packages that tests and demo need; prints them with the reason
 	@testbed/setup.sh
 
-build: setup ## builds embassy and the testbed
+build: setup ## build embassy and the testbed
 	cargo build --workspace --bins
 
-# A failed test shows the logs of the programs that it started.
+# A failed test prints the logs of the programs it started.
 test: export TESTBED_SHOW_LOGS ?= 1
-test: build ## all unit and integration tests, on Docker hosts of their own
+test: build ## run all unit and integration tests, in separate Docker hosts
 ifdef NEXTEST
 	cargo nextest run --workspace
 	cargo test --workspace --doc --quiet
@@ -34,43 +34,43 @@ else
 	cargo test --workspace -- --test-threads=2
 endif
 
-lint: setup ## format, clippy, and dependencies where cargo-deny is installed
+lint: setup ## check format, clippy, and dependencies if cargo-deny is installed
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	@if command -v cargo-deny >/dev/null; then cargo deny --log-level error check bans licenses sources; else echo 'lint: no cargo-deny here, dependencies are not checked'; fi
+	@if command -v cargo-deny >/dev/null; then cargo deny --log-level error check bans licenses sources; else echo 'lint: cargo-deny is not installed; dependencies were not checked'; fi
 
-fuzz: setup ## whatever comes from outside, under libFuzzer; MINUTES=1 for each target; needs a C++ compiler
+fuzz: setup ## fuzz all parsers of outside input with libFuzzer, MINUTES=1 per target; needs a C++ compiler
 	fuzz/run.sh $(or $(MINUTES),1)
 
-soak: build ## everything at once for MINUTES=30, by a SEED=1 that repeats it; prints requests, failures, memory
+soak: build ## random load and failures for MINUTES=30; SEED=1 repeats a run; prints requests, failures, memory
 	MINUTES=$(or $(MINUTES),30) SEED=$(or $(SEED),1) cargo test --test it soak -- --ignored --nocapture
 
-demo: build ## three endpoints, two consumers and embassy between them; DISCOVERY=docker|consul|etcd, ONCE=1
+demo: build ## start three endpoints, two consumers and embassy; DISCOVERY=docker|consul|etcd, ONCE=1 to exit by itself
 	target/debug/testbed demo --discovery $(DISCOVERY) $(if $(ONCE),--once)
 
-figures: build ## figures of a release build: sizes, memory, how soon a change is followed, what a scrape costs
+figures: build ## print figures of a release build: sizes, memory, delay of a change, cost of a scrape
 	cargo build --release --workspace --bins
 	target/debug/testbed shell -- bench/figures.sh
 	target/debug/testbed shell -- bench/scrape.sh
 
-# What the contenders are: HAProxy, nginx and Envoy, in the cache.
+# Downloads HAProxy, nginx and Envoy into the cache.
 bench-setup: setup
 	@bench/setup.sh
 	cargo build --release --workspace --bins
 
-bench: bench-setup ## embassy side by side with other proxies; ROUNDS=5 SECONDS=2; writes docs/benchmarks.md
+bench: bench-setup ## compare embassy with other proxies; ROUNDS=5 SECONDS=2; writes docs/benchmarks.md
 	target/release/bench run
 
-bench-soak: bench-setup ## embassy alone at full rate for MINUTES=10: its memory must not grow
+bench-soak: bench-setup ## run embassy alone at full rate for MINUTES=10; fails if its memory grows
 	target/release/bench soak
 
-shell: build ## a shell in a Docker host of its own
+shell: build ## open a shell in a separate Docker host
 	target/debug/testbed shell
 
 DIST := target/dist
 COMMANDS = $(shell target/release/embassy --help | sed -n '/^Commands:/,/^$$/s/^  \([a-z][a-z]*\) .*/\1/p')
 
-dist: setup ## a release build with manual pages and completions, in target/dist
+dist: setup ## build a release with manual pages and completions in target/dist
 	cargo build --release --bin embassy
 	mkdir -p $(DIST)/man $(DIST)/completions
 	cp target/release/embassy $(DIST)/
@@ -80,7 +80,7 @@ dist: setup ## a release build with manual pages and completions, in target/dist
 	target/release/embassy completions zsh >$(DIST)/completions/_embassy
 	target/release/embassy completions fish >$(DIST)/completions/embassy.fish
 
-clean: ## removes what was built and fetched, and what killed hosts left
+clean: ## remove build output and downloads, and what killed hosts left
 	@if [ -x target/debug/testbed ]; then target/debug/testbed sweep; fi
 	cargo clean
 	rm -rf .testbed

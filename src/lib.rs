@@ -1,4 +1,4 @@
-//! Connects containers to the services they ask for. ARCHITECTURE.md is the map.
+//! Connects containers to the services they need. ARCHITECTURE.md is the map.
 
 // In the order in which data flows.
 pub mod config;

@@ -30,18 +30,18 @@ pub(crate) struct Report {
 const ROWS: [(Figure, &str); 20] = [
     (Figure::Connections, "new connections per second"),
     (Figure::CpuPerConnection, "CPU of the proxy per connection, µs"),
-    (Figure::WholePerConnection, "CPU of the whole work per connection, µs"),
+    (Figure::WholePerConnection, "total CPU per connection, µs"),
     (Figure::Requests, "keep-alive requests per second"),
     (Figure::CpuPerRequest, "CPU of the proxy per request, µs"),
-    (Figure::WholePerRequest, "CPU of the whole work per request, µs"),
+    (Figure::WholePerRequest, "total CPU per request, µs"),
     (Figure::Bulk, "bulk, Gbit/s"),
     (Figure::CpuPerGigabyte, "CPU of the proxy per GB, ms"),
-    (Figure::WholePerGigabyte, "CPU of the whole work per GB, ms"),
+    (Figure::WholePerGigabyte, "total CPU per GB, ms"),
     (Figure::P50, "p50 at one connection, µs"),
     (Figure::P99, "p99 at one connection, µs"),
     (Figure::P99Paced, "p99 at the fixed rate, µs"),
     (Figure::P99BesideBulk, "p99 beside 4 bulk streams, µs"),
-    (Figure::BulkBeside, "– what those moved, Gbit/s"),
+    (Figure::BulkBeside, "– throughput of these streams, Gbit/s"),
     (Figure::P99BesideFlood, "p99 beside another consumer's flood, µs"),
     (Figure::FloodBeside, "– new connections per second of the flood"),
     (Figure::ResidentAtStart, "resident at start, MiB"),
@@ -132,12 +132,11 @@ impl Report {
             })
             .collect();
         let failed = if failed.is_empty() { "none".to_owned() } else { failed.join(", ") };
-        let _ =
-            writeln!(out, "\nRequests and connections that failed, over all rounds: {failed}.\n");
+        let _ = writeln!(out, "\nFailed requests and connections in all rounds: {failed}.\n");
 
         let _ = writeln!(
             out,
-            "## embassy against the others\n\nRatios of the medians.\n\n| | against | ratio | target | |\n|---|---|---|---|---|"
+            "## embassy compared with the others\n\nRatios of the medians.\n\n| | against | ratio | target | |\n|---|---|---|---|---|"
         );
         for (figure, other, goal) in TARGETS {
             let (Some(ours), Some(theirs)) =
@@ -210,10 +209,10 @@ fn heading(out: &mut String, setting: &Setting, contenders: &[Contender]) -> Res
     let kernel = Contender::Direct.version()?;
     let _ = writeln!(
         out,
-        "# Benchmarks\n\nWritten by `make bench`; bench/README.md says what is measured and how. Medians of {} rounds of {} s each, with the least\n\
-         and the most in parentheses. They are figures of the machine they ran on: {cores} cores ({model}), which clients and endpoints share\n\
-         with the proxy; {kernel}. Compare columns, not runs.\n\n\
-         - The fixed rate is {} requests per second: 70 % of what HAProxy did at most.\n\
+        "# Benchmarks\n\nWritten by `make bench`. bench/README.md explains what is measured and how. The figures are medians of {} rounds of {} s\n\
+         each, with minimum and maximum in parentheses. Clients, endpoints and the proxy shared one machine: {cores} cores ({model}),\n\
+         {kernel}. Compare columns, not runs.\n\n\
+         - The fixed rate is {} requests per second: 70 % of HAProxy's maximum.\n\
          - Idle connections: {}.",
         setting.rounds,
         setting.time.as_secs_f64(),
@@ -224,7 +223,7 @@ fn heading(out: &mut String, setting: &Setting, contenders: &[Contender]) -> Res
         let _ = writeln!(out, "- {}: {}", contender.name(), contender.version()?);
     }
     for contender in &setting.missing {
-        let _ = writeln!(out, "- {}: left out, it could not be had", contender.name());
+        let _ = writeln!(out, "- {}: left out: it could not be downloaded", contender.name());
     }
     let _ = writeln!(out);
     Ok(())

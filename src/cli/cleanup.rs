@@ -1,4 +1,4 @@
-//! `embassy cleanup`: nothing of ours is left in the firewall.
+//! `embassy cleanup`: removes the firewall rules that a killed embassy left.
 
 use std::fmt::Write;
 
@@ -8,14 +8,14 @@ use serde::Serialize;
 use super::{Answer, running};
 use crate::capture::{self, Lock};
 
-/// Remove what an embassy that was killed has left in the firewall
+/// Remove the firewall rules that a killed embassy left
 #[derive(Debug, clap::Args)]
 pub(super) struct Cleanup {
-    /// Even while an embassy runs here: it puts its rules back within seconds
+    /// Remove the rules even if an embassy is running here; it restores them within seconds
     #[arg(long)]
     force: bool,
 
-    /// For machines
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -62,7 +62,7 @@ impl Cleanup {
             let _ = writeln!(text, "cannot remove our rules: {error}");
         }
         if text.is_empty() {
-            text.push_str("nothing of ours is there\n");
+            text.push_str("no embassy rules found\n");
         }
         Ok(Answer::new(text, clean))
     }

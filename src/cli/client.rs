@@ -16,11 +16,11 @@ use crate::{
 /// Where the embassy is, and how its answer is printed.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Asked {
-    /// Where the embassy's API is, as its own --admin says: ip:port or unix:///path
+    /// Address of the running embassy's API, as in its --admin: ip:port or unix:///path
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9990")]
     admin: Admin,
 
-    /// For machines
+    /// Print JSON
     #[arg(long)]
     pub(super) json: bool,
 }

@@ -5,10 +5,10 @@ use clap::ValueEnum;
 
 use super::{Answer, command, commands};
 
-/// Print what a shell needs to complete embassy's words
+/// Print shell completions
 #[derive(Debug, clap::Args)]
 pub(super) struct Completions {
-    /// The shell
+    /// Shell
     #[arg(value_name = "SHELL")]
     shell: Shell,
 }
@@ -33,10 +33,10 @@ impl Completions {
     }
 }
 
-/// Print the manual page of embassy or of one of its commands
+/// Print the manual page of embassy or of a command
 #[derive(Debug, clap::Args)]
 pub(super) struct Man {
-    /// The command; without it the proxy
+    /// Command; without it, the manual page of the proxy
     #[arg(value_name = "COMMAND")]
     command: Option<String>,
 }

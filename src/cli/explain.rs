@@ -12,17 +12,17 @@ use super::{
 };
 use crate::{admin::api, model::Port};
 
-/// Explain why a consumer's connections on a port go where they go: exit 1 where the next one would be refused
+/// Explain why a consumer's connections to a port go where they go; exit 1 if the next one would be refused
 #[derive(Debug, clap::Args)]
 pub(super) struct Explain {
     #[command(flatten)]
     asked: Asked,
 
-    /// Who dials: a container's name, the start of its ID, or an address of its
+    /// Consumer: container name, ID prefix, or one of its IP addresses
     #[arg(value_name = "CONTAINER")]
     consumer: String,
 
-    /// The port that it dials
+    /// Port that the consumer connects to
     #[arg(value_name = "PORT")]
     port: Port,
 }

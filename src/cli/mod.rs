@@ -116,7 +116,7 @@ fn commands() -> Clap {
             command
                 .mut_args(|arg| if flags.contains(arg.get_id()) { arg.hide(true) } else { arg })
                 .override_usage(format!("embassy {name} [OPTIONS] [FLAGS OF THE PROXY]"))
-                .after_help("The flags of the proxy are those that `embassy --help` lists.")
+                .after_help("`embassy --help` lists the flags of the proxy.")
         });
     }
     commands.build();

@@ -24,10 +24,10 @@ use crate::{
     table::{Route, Table},
 };
 
-/// Show exactly which rules and routes would be installed with these flags, without touching anything
+/// Print the rules and routes that a start with these flags would install; changes nothing
 #[derive(Debug, clap::Args)]
 pub(super) struct Plan {
-    /// For machines
+    /// Print JSON
     #[arg(long)]
     json: bool,
 
@@ -38,7 +38,7 @@ pub(super) struct Plan {
 /// How long the sources may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What would be.
+/// What a start with these flags would install.
 #[derive(Debug, Serialize)]
 struct Shown {
     /// `dnat`, `redirect`, or `none`: no rules.

@@ -16,50 +16,51 @@ use crate::{
     config::UsageError,
 };
 
-/// List the routes, or with --endpoints the endpoints, with live figures
+/// List routes, or endpoints with --endpoints, with live figures
 #[derive(Debug, clap::Args)]
 pub(super) struct Ps {
     #[command(flatten)]
     asked: Asked,
 
-    /// The endpoints of the services instead of the routes to them
+    /// List endpoints instead of routes
     #[arg(long, short)]
     endpoints: bool,
 
-    /// What comes first: most of this
+    /// Sort by this: name in ascending order, figures with the highest first
     #[arg(long, short, value_name = "FIGURE", default_value = "name")]
     sort: Sort,
 
-    /// Only those of this consumer: its name, or the start of its ID; not with --endpoints, which are nobody's own
+    /// Only routes of this consumer: name or ID prefix. Cannot be combined with --endpoints: endpoints do not belong to a
+    /// consumer
     #[arg(long, value_name = "CONSUMER")]
     consumer: Option<String>,
 
-    /// Only those of this service, by its whole name; where none has it, those with it in their name
+    /// Only this service, by its full name; if no service has this name, services whose name contains it
     #[arg(long, value_name = "SERVICE")]
     service: Option<String>,
 
-    /// Only those in this state, such as no_endpoint, or ejected with --endpoints
+    /// Only this state, for example no_endpoint, or ejected with --endpoints
     #[arg(long, value_name = "STATE")]
     state: Option<String>,
 
-    /// Only those with this text in any name or address
+    /// Only entries with this text in a name or an address
     #[arg(value_name = "TEXT")]
     text: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Sort {
-    /// By consumer and port, or by service and address
+    /// Consumer and port, or service and address
     Name,
-    /// Connections that are open
+    /// Open connections
     Active,
-    /// Connections since the start
+    /// Connections since the start of embassy
     Started,
-    /// Connections that ended by a failure
+    /// Connections that failed; with --endpoints, failed connect attempts too
     Errors,
     /// Bytes in both directions
     Bytes,
-    /// How long connecting takes
+    /// Connect time
     Connect,
 }
 
@@ -95,7 +96,7 @@ impl Ps {
                 Err(UsageError::new(format!("--state {state:?}: expected one of {expected}")))
             }
             _ if self.endpoints && self.consumer.is_some() => Err(UsageError::new(
-                "--consumer: not with --endpoints, which are nobody's own; expected --service, --state or a text",
+                "--consumer: cannot be combined with --endpoints: endpoints do not belong to a consumer; expected --service, --state or a text",
             )),
             _ => Ok(()),
         }

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{admin::api, counts::numbered};
 
-/// Show what the embassy does, and whether it is well: exit 1 where it is not ready
+/// Show the state and the problems of the running embassy; exit 1 if it is not ready
 #[derive(Debug, clap::Args)]
 pub(super) struct Status {
     #[command(flatten)]

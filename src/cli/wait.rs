@@ -16,30 +16,30 @@ use super::{
 };
 use crate::{admin::api, config, readiness::DRAINING};
 
-/// Wait until consumers can connect to these services: exit 0 then, 1 where the time is over
+/// Wait until consumers can connect to these services; exit 1 on timeout
 ///
-/// A service is ready once a route to it has an endpoint that takes connections, and the capture stands.
+/// A service is ready when a route to it has an endpoint that accepts connections and the capture rules are in place.
 #[derive(Debug, clap::Args)]
 pub(super) struct Wait {
     #[command(flatten)]
     asked: Asked,
 
-    /// How long, such as 500ms, 10s, 2m; 0: look once
+    /// Timeout, for example 500ms, 10s, 2m; 0: check once
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = config::duration)]
     timeout: Duration,
 
-    /// Only routes of this consumer count: its name, or the start of its ID
+    /// Check only routes of this consumer: name or ID prefix
     #[arg(long, value_name = "CONSUMER")]
     consumer: Option<String>,
 
-    /// The services, as the containers name them: with tags, only those that ask for just these
+    /// Services, as in the descriptor; with tags, only bindings that ask for exactly these tags
     #[arg(value_name = "SERVICE", required = true)]
     services: Vec<String>,
 }
 
-/// How often it is looked.
+/// Poll interval.
 const PAUSE: Duration = Duration::from_millis(200);
-/// How long a single look may take.
+/// Timeout of one poll.
 const LOOK: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Serialize)]

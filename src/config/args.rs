@@ -7,25 +7,26 @@ use clap::{
     builder::{PossibleValue, StringValueParser, TypedValueParser},
 };
 
-/// Connects the containers of this host to the services they ask for.
+/// Connects the containers of this host to the services they need.
 ///
-/// A container asks in its environment, for example BACKEND_REDIS='redis.master;6379', and dials the proxy's virtual IP
-/// on that port. Flags may be written -flag v, -flag=v, --flag v or --flag=v; a flag wins over its environment variable.
-/// Times are written 500ms, 10s, 2m, 1h, or as a number of seconds; up to 8760h.
+/// A container declares a service in its environment, for example BACKEND_REDIS='redis.master;6379', and connects to the
+/// proxy's virtual IP (VIP) on that port. Write a flag as -flag v, -flag=v, --flag v or --flag=v. A flag overrides its
+/// environment variable. Write a time as 500ms, 10s, 2m, 1h or a number of seconds; at most 8760h.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "embassy", version, args_override_self = true, max_term_width = 120)]
 #[command(after_help = ENVIRONMENT)]
 pub(crate) struct Args {
-    /// Capture what containers send to a virtual IP: install the rules, and remove them on exit
+    /// Capture connections that arrive for a VIP: install the firewall rules, and remove them on exit
     #[arg(long, help_heading = CAPTURE, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) dnat: Option<String>,
 
-    /// The same, and capture what this host or container sends itself, and what arrives for a linked container
+    /// Like --dnat, and also capture connections that this host or container opens itself, and connections of linked
+    /// containers to the address of --interface
     #[arg(long, help_heading = CAPTURE, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) redirect: Option<String>,
 
-    /// What is captured: "declared", only the ports that a consumer declared; "all", every TCP port of a virtual IP
-    /// [default: declared]
+    /// Ports to capture: "declared", only ports that a consumer declared; "all", every TCP port of a VIP. With "all",
+    /// services of the host that listen on a VIP cannot be reached from containers [default: declared]
     #[arg(
         long,
         help_heading = CAPTURE,
@@ -35,7 +36,7 @@ pub(crate) struct Args {
     )]
     pub(super) capture: Option<String>,
 
-    /// What writes the rules: "nft", "iptables", or "auto", whichever Docker itself uses here [default: auto]
+    /// Firewall to use: "nft", "iptables", or "auto", the one that Docker uses on this host [default: auto]
     #[arg(
         long,
         help_heading = CAPTURE,
@@ -45,16 +46,16 @@ pub(crate) struct Args {
     )]
     pub(super) firewall: Option<String>,
 
-    /// The virtual IPs, comma separated [default: docker0's address and the gateway of every bridge network with a
-    /// consumer; of every bridge network while --hold is on and --capture=declared] [env: PROXY_IP]
+    /// VIPs, comma separated [default: docker0's address and the gateway of each bridge network with a consumer; of every
+    /// bridge network while --hold is above 0 and --capture=declared] [env: PROXY_IP]
     #[arg(long, help_heading = CAPTURE, value_name = "IP,...")]
     pub(super) proxy_ip: Option<String>,
 
-    /// The one TCP port that captured connections are led to, 1 to 65535 [default: 9999] [env: PROXY_PORT]
+    /// TCP port that captured connections are redirected to, 1 to 65535 [default: 9999] [env: PROXY_PORT]
     #[arg(long, short, help_heading = CAPTURE, value_name = "PORT")]
     pub(super) port: Option<String>,
 
-    /// Where bindings come from: "docker", the containers of the engine; "static", --services [default: docker]
+    /// Where bindings come from: "docker", the containers of the engine; "static", the flag --services [default: docker]
     #[arg(
         long,
         help_heading = CONSUMERS,
@@ -64,65 +65,66 @@ pub(crate) struct Args {
     )]
     pub(super) provider: Option<String>,
 
-    /// What the static provider asks for: svc;port,svc[tag,tag];port
+    /// Bindings of the static provider: svc;port,svc[tag,tag];port
     #[arg(long, help_heading = CONSUMERS, value_name = "DESCRIPTOR,...")]
     pub(super) services: Option<String>,
 
-    /// The engine, unix:///path or tcp://host:port; TLS by DOCKER_TLS_VERIFY and DOCKER_CERT_PATH
+    /// Docker engine: unix:///path or tcp://host:port. DOCKER_TLS_VERIFY and DOCKER_CERT_PATH enable TLS
     /// [default: unix:///var/run/docker.sock] [env: DOCKER_HOST]
     #[arg(long, help_heading = CONSUMERS, value_name = "URI")]
     pub(super) docker: Option<String>,
 
-    /// How the name of a variable that is a binding begins; literally, no pattern [default: BACKEND_]
+    /// Prefix of the environment variables that declare bindings (literal, not a pattern) [default: BACKEND_]
     #[arg(long, help_heading = CONSUMERS, value_name = "PREFIX")]
     pub(super) prefix: Option<String>,
 
-    /// The interface whose address is the consumer of the static provider, beside 127.0.0.1 and ::1
-    /// [default: eth0] [env: INTERFACE]
+    /// Interface whose address is the source address of the static provider's consumer; 127.0.0.1 and ::1 always count
+    /// too. With --redirect, linked containers connect to this address [default: eth0] [env: INTERFACE]
     #[arg(long, help_heading = CONSUMERS, value_name = "NAME")]
     pub(super) interface: Option<String>,
 
     /// Where endpoints come from: consul://, consuls://, etcd://, etcd2://, etcd3://, docker://, file://path or
-    /// dns://resolver; may be given more than once, then a descriptor picks one by via=<scheme> and the first is asked
-    /// where it picks none [default: consul://127.0.0.1:8500] [env: DISCOVERY]
+    /// dns://resolver. May be repeated: then a descriptor selects one with via=<scheme>, and the first is used by
+    /// default [default: consul://127.0.0.1:8500] [env: DISCOVERY]
     #[arg(long, help_heading = DISCOVERY, value_name = "URI")]
     pub(super) discovery: Vec<String>,
 
-    /// Only endpoints that pass their health checks [default: true]
+    /// Use only endpoints that pass their health checks [default: true]
     #[arg(long, help_heading = DISCOVERY, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) filter: Option<String>,
 
-    /// The time between full re-reads of every source, whatever events said; at least 1s [default: 120]
+    /// Interval between full re-reads of each source (varies by 10 %), at least 1s. A short interval loads the registries; a long one
+    /// delays the repair of a missed event [default: 120]
     #[arg(long, help_heading = DISCOVERY, value_name = "TIME")]
     pub(super) resync: Option<String>,
 
-    /// How long the last endpoints stay in use after discovery says, validly, that there are none; 0: not at all
-    /// [default: 30s]
+    /// How long the last endpoints stay in use after a valid empty answer from discovery. 0: connections are reset at
+    /// once, also when a registry has lost its data [default: 30s]
     #[arg(long, help_heading = DISCOVERY, value_name = "TIME")]
     pub(super) empty_hold: Option<String>,
 
-    /// The client certificate for etcd, a PEM file; with --etcd-keycert
+    /// Client certificate for etcd (PEM file); needs --etcd-keycert
     #[arg(long, help_heading = DISCOVERY, value_name = "FILE")]
     pub(super) etcd_cert: Option<String>,
 
-    /// The key of --etcd-cert, a PEM file
+    /// Private key of --etcd-cert (PEM file)
     #[arg(long, help_heading = DISCOVERY, value_name = "FILE")]
     pub(super) etcd_keycert: Option<String>,
 
-    /// The authorities that etcd's certificate is checked against, a PEM file
+    /// CA certificates that etcd's certificate is verified with (PEM file)
     #[arg(long, help_heading = DISCOVERY, value_name = "FILE")]
     pub(super) etcd_cacert: Option<String>,
 
-    /// Where the last table is kept for a start while everything is down; "off": nowhere [default: /var/lib/embassy]
-    #[arg(long, help_heading = DISCOVERY, value_name = "FOLDER")]
+    /// Directory where the last table is saved, for a start while Docker or a registry is down; "off": do not save
+    /// [default: /var/lib/embassy]
+    #[arg(long, help_heading = DISCOVERY, value_name = "DIRECTORY")]
     pub(super) state_dir: Option<String>,
 
-    /// How old a kept table may be and still be used [default: 24h]
+    /// Ignore saved data that its source confirmed longer ago than this [default: 24h]
     #[arg(long, help_heading = DISCOVERY, value_name = "TIME")]
     pub(super) state_max_age: Option<String>,
 
-    /// How connections are spread where a descriptor does not say: "rr", round robin; "leastconn", least connections
-    /// [default: rr]
+    /// Balancing policy of descriptors without lb=: "rr", round robin; "leastconn", least connections [default: rr]
     #[arg(
         long,
         help_heading = TRAFFIC,
@@ -132,43 +134,43 @@ pub(crate) struct Args {
     )]
     pub(super) lb: Option<String>,
 
-    /// How long the first connection of a container that is not known yet may wait while it is looked up; 0: never
-    /// [default: 2s]
+    /// How long a connection from an unknown container may wait while embassy asks Docker. 0: do not wait; a container that
+    /// connects immediately after its start is then refused [default: 2s]
     #[arg(long, help_heading = TRAFFIC, value_name = "TIME")]
     pub(super) hold: Option<String>,
 
-    /// How long SIGTERM waits for live connections; 0: not at all [default: 10s]
+    /// How long SIGTERM waits for open connections. 0: reset them at once [default: 10s]
     #[arg(long, help_heading = TRAFFIC, value_name = "TIME")]
     pub(super) drain: Option<String>,
 
-    /// Connections at a time, from 1; beyond, they are reset and counted [default: by the limits of descriptors and memory]
+    /// Maximum number of open connections, at least 1. Further ones are reset and counted [default: from the descriptor and
+    /// memory limits]
     #[arg(long, help_heading = TRAFFIC, value_name = "NUMBER")]
     pub(super) max_connections: Option<String>,
 
-    /// Connections at a time of one consumer, from 1; beyond, they are reset and counted [default: no limit]
+    /// Maximum number of open connections of one consumer, at least 1. Further ones are reset and counted [default: no limit]
     #[arg(long, help_heading = TRAFFIC, value_name = "NUMBER")]
     pub(super) max_connections_per_consumer: Option<String>,
 
-    /// No connection tracking between proxy and endpoints [default: false]
+    /// No connection tracking between embassy and endpoints on this host's Docker networks; needs nft [default: false]
     #[arg(long, help_heading = TRAFFIC, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) notrack: Option<String>,
 
-    /// Where the admin API, the metrics and the dashboard listen: ip:port or unix:///path; "off": nowhere
-    /// [default: 127.0.0.1:9990]
+    /// Address of the admin API, the metrics and the dashboard: ip:port or unix:///path; "off": none. Everyone who can
+    /// reach an ip:port can read them [default: 127.0.0.1:9990]
     #[arg(long, help_heading = OBSERVING, value_name = "ADDRESS")]
     pub(super) admin: Option<String>,
 
-    /// A file with the token that calls of the admin API must bear to change something (drain an endpoint, re-sync, log
-    /// level); without it they may only by a unix socket
+    /// File with the bearer token for changes over TCP (drain an endpoint, resync, log level). Without it, changes are
+    /// accepted only over a Unix socket
     #[arg(long, help_heading = OBSERVING, value_name = "FILE")]
     pub admin_token_file: Option<String>,
 
-    /// Which connections are logged as they end: "off", "errors", "all", or a fraction of them such as 0.01
-    /// [default: off]
+    /// Connections to log when they end: "off", "errors", "all", or a random fraction such as 0.01 [default: off]
     #[arg(long, help_heading = OBSERVING, value_name = "WHICH")]
     pub(super) connection_log: Option<String>,
 
-    /// "text" or "json" [default: text]
+    /// Log format: "text" or "json" [default: text]
     #[arg(
         long,
         help_heading = OBSERVING,
@@ -178,7 +180,8 @@ pub(crate) struct Args {
     )]
     pub(super) log_format: Option<String>,
 
-    /// How much is logged, 0 to 10; RUST_LOG, where it is set, says it finer [default: 0]
+    /// Log verbosity: 0 changes and problems, 1 to 3 actions and reasons, 4 to 6 all of embassy, 7 to 10 the libraries too.
+    /// Without this flag RUST_LOG sets the level per module [default: 0]
     #[arg(long, short, help_heading = OBSERVING, value_name = "LEVEL")]
     pub(super) verbosity: Option<String>,
 
@@ -242,7 +245,7 @@ impl Glog {
 }
 
 const CAPTURE: &str = "Capture";
-const CONSUMERS: &str = "Consumers: who asks for what";
+const CONSUMERS: &str = "Consumers: who needs which service";
 const DISCOVERY: &str = "Discovery: where services are";
 const TRAFFIC: &str = "Traffic";
 const OBSERVING: &str = "Observing";
@@ -251,10 +254,10 @@ const ENVIRONMENT: &str = "\
 Environment without a flag:
   CONSUL_HTTP_TOKEN, CONSUL_HTTP_TOKEN_FILE, CONSUL_HTTP_AUTH, CONSUL_HTTP_SSL,
   CONSUL_HTTP_SSL_VERIFY, CONSUL_CACERT, CONSUL_CLIENT_CERT, CONSUL_CLIENT_KEY
-          As every Consul tool reads them
+          As in every Consul tool
   ETCD_USERNAME, ETCD_PASSWORD
-          Authentication to etcd
+          etcd authentication
   DOCKER_TLS_VERIFY, DOCKER_CERT_PATH
-          TLS to the engine: key.pem, cert.pem and ca.pem in that folder [default: ~/.docker]
+          TLS to the engine: key.pem, cert.pem and ca.pem in this directory [default: ~/.docker]
   IPTABLES_TRACK_MAX_CONNECTIONS, IPTABLES_TRACK_TIMEOUT, IPTABLES_TRACK_HASHSIZE
-          Set nf_conntrack_max, nf_conntrack_tcp_timeout_time_wait (seconds) and the hash size at start; unset: left alone";
+          Set nf_conntrack_max, nf_conntrack_tcp_timeout_time_wait (seconds) and the hash size at start; unset: no change";

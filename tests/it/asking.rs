@@ -115,7 +115,11 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     for (words, code, part) in [
         (&["ps", "--state=typo"][..], 2, "--state \"typo\": expected one of ok, degraded, "),
         (&["ps", "--endpoints", "--state=ok"], 2, "expected one of active, ejected, "),
-        (&["ps", "--endpoints", "--consumer=app"], 2, "--consumer: not with --endpoints"),
+        (
+            &["ps", "--endpoints", "--consumer=app"],
+            2,
+            "--consumer: cannot be combined with --endpoints",
+        ),
         (&["ps", "nobody"], 0, "nothing fits\n"),
         (
             &["ps", "--service=lat"],

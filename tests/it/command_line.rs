@@ -87,7 +87,7 @@ fn a_shell_reads_the_completions_and_man_the_manual() -> Result<()> {
 #[test]
 fn help_and_version_go_to_stdout() -> Result<()> {
     for (word, beginning) in [
-        ("-help", "Connects the containers of this host to the services they ask for."),
+        ("-help", "Connects the containers of this host to the services they need."),
         ("--version", concat!("embassy ", env!("CARGO_PKG_VERSION"), "\n")),
     ] {
         let output = embassy(&[word], &[])?;

@@ -1,4 +1,4 @@
-//! `embassy doctor`: what of this host stands in the way, and how it is mended.
+//! `embassy doctor`: problems of this host, and how to fix them.
 
 use std::fmt::Write;
 
@@ -11,10 +11,10 @@ use crate::config::{Args, Config, UsageError};
 mod collect;
 mod judge;
 
-/// Find what of this host stands in embassy's way, and say how it is mended; with the flags that the proxy is given
+/// Check this host for problems and say how to fix them (takes the proxy's flags)
 #[derive(Debug, clap::Args)]
 pub(super) struct Doctor {
-    /// For machines
+    /// Print JSON
     #[arg(long)]
     json: bool,
 
@@ -22,7 +22,7 @@ pub(super) struct Doctor {
     flags: Args,
 }
 
-/// How bad it is.
+/// Severity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Level {
@@ -40,7 +40,7 @@ struct Finding {
     level: Level,
     /// What is so, and what follows from it.
     what: String,
-    /// How it is mended, where it should be.
+    /// How to fix it. `None` if there is no problem.
     fix: Option<String>,
 }
 

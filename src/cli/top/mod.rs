@@ -27,13 +27,13 @@ use snapshot::Snapshot;
 mod screen;
 mod snapshot;
 
-/// Watch routes and endpoints live: connections, errors and bytes each second
+/// Show live routes and endpoints: connections, errors and bytes per second
 #[derive(Debug, clap::Args)]
 pub(super) struct Top {
     #[command(flatten)]
     asked: Asked,
 
-    /// Between two looks, such as 500ms or 2s
+    /// Refresh interval, for example 500ms or 2s; at least 100ms
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = config::duration)]
     interval: Duration,
 }
