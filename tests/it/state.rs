@@ -190,7 +190,7 @@ fn a_disk_that_is_full_or_read_only_is_reported_and_nothing_else_suffers() -> Re
     host.run("fallocate", ["--length", "16k", "/run/state/ballast"])?;
     let embassy = host.embassy(["--dnat", CONSUL, "--state-dir=/run/state"])?;
     embassy.wait_ready(READY)?;
-    says(&embassy, &["the table cannot be kept", "No space left"])?;
+    says(&embassy, &["cannot write the state file", "No space left"])?;
     counts(&embassy, "embassy_state_failures_total", 1)?;
     reaches(&app, VIP, "web")?;
     host.run("rm", ["/run/state/ballast"])?;
