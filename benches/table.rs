@@ -23,7 +23,7 @@ fn main() {
     divan::main();
 }
 
-/// Bindings of each consumer.
+/// Bindings of each consumer, where lookups are measured: many routes of few consumers.
 const BINDINGS: usize = 50;
 
 fn address(n: usize) -> IpAddr {
@@ -61,6 +61,16 @@ impl World {
     }
 
     fn with_services(routes: usize, services: usize, endpoints: usize) -> Self {
+        let bindings = BINDINGS.min(routes);
+        Self::of_consumers(routes.div_ceil(bindings), bindings, services, endpoints)
+    }
+
+    /// A large host: 100,000 routes of 10,000 consumers, 100,000 endpoints of 10,000 services.
+    fn large_host() -> Self {
+        Self::of_consumers(10_000, 10, 10_000, 10)
+    }
+
+    fn of_consumers(consumers: usize, bindings: usize, services: usize, endpoints: usize) -> Self {
         let consumer = |c: usize| Consumer {
             id: ConsumerId::Container {
                 id: ContainerId::new(&format!("{c:064x}")),
@@ -70,18 +80,17 @@ impl World {
             namespace: format!("namespace-{c}").into(),
             sources: vec![address(c)],
             gateways: vec![],
-            bindings: (0..BINDINGS.min(routes))
+            bindings: (0..bindings)
                 .map(|b| Binding {
                     origin: format!("BACKEND_{b}").into(),
-                    descriptor: format!("service-{};{}", (c * BINDINGS + b) % services, 1_000 + b)
+                    descriptor: format!("service-{};{}", (c * bindings + b) % services, 1_000 + b)
                         .parse()
                         .expect("it is right"),
                 })
                 .collect(),
             ends: vec![],
         };
-        let consumers: Vec<_> =
-            (0..routes.div_ceil(BINDINGS)).map(consumer).map(Arc::new).collect();
+        let consumers: Vec<_> = (0..consumers).map(consumer).map(Arc::new).collect();
         let bindings = consumers.iter().flat_map(|c| &c.bindings);
         let queries = bindings.take(services).filter_map(|b| query(b).ok());
         let answer = |service| Endpoints::new((0..endpoints).map(|n| endpoint(service, n)), vec![]);
@@ -188,11 +197,29 @@ fn a_large_service_changes(bencher: Bencher<'_, '_>) {
     bencher.bench_local(|| rotation.succeed(states.iter().skip(1).cloned()));
 }
 
-/// 10,000 routes with 10 endpoints each, after one endpoint of one of them went away.
-#[divan::bench(sample_count = 20)]
-fn rebuild(bencher: Bencher<'_, '_>) {
-    let mut world = World::new(10_000, 10);
+/// The first table of a large host.
+#[divan::bench(sample_count = 10)]
+fn a_large_host_starts(bencher: Bencher<'_, '_>) {
+    let world = World::large_host();
+    bencher.bench_local(|| world.table_after(&Table::default()));
+}
+
+/// One endpoint of a large host goes away.
+#[divan::bench(sample_count = 100)]
+fn an_endpoint_of_a_large_host_changes(bencher: Bencher<'_, '_>) {
+    let mut world = World::large_host();
     let before = world.table_after(&Table::default());
     world.change();
+    bencher.bench_local(|| world.table_after(&before));
+}
+
+/// A consumer comes to a large host.
+#[divan::bench(sample_count = 100)]
+fn a_consumer_comes_to_a_large_host(bencher: Bencher<'_, '_>) {
+    let mut world = World::large_host();
+    let last = world.consumers.pop().expect("there are thousands");
+    let before = world.table_after(&Table::default());
+    // In the middle, as the provider sorts them by ID.
+    world.consumers.insert(5_000, last);
     bencher.bench_local(|| world.table_after(&before));
 }

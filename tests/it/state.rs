@@ -201,7 +201,7 @@ fn a_disk_that_is_full_or_read_only_is_reported_and_nothing_else_suffers() -> Re
 
     let embassy = host.embassy(["--dnat", CONSUL, "--state-dir=/proc/no"])?;
     embassy.wait_ready(READY)?;
-    says(&embassy, &["the table cannot be kept", "/proc/no"])?;
+    says(&embassy, &["cannot write the state file", "/proc/no"])?;
     reaches(&app, VIP, "web")?;
     embassy.kill()?;
     let embassy = host.embassy(["--dnat", CONSUL, "--state-dir=off"])?;
