@@ -79,7 +79,12 @@ impl App {
 
         let mark = (rules.redirect || rules.notrack).then_some(rules::MARK);
         let checks = tokio::spawn(check::run(tables.clone(), mark, events.clone()));
-        let memory = tokio::spawn(memory.watch(memory_short.clone()));
+        let memory = memory.watch(memory_short.clone());
+        // Where there is no limit it ends at once.
+        let memory = tokio::spawn(async move {
+            memory.await;
+            std::future::pending().await
+        });
         let proxy = proxy::Settings {
             port: Some(config.port),
             workers: std::thread::available_parallelism().map_or(1, usize::from),
@@ -184,7 +189,7 @@ impl App {
         self.resync.request();
     }
 
-    /// Waits for the end of a part that should never end.
+    /// Waits for the end of a part that should never end. May be dropped and called again.
     pub async fn failed(&mut self) -> anyhow::Error {
         tokio::select! {
             end = &mut self.control => match end {
@@ -194,8 +199,7 @@ impl App {
             () = self.proxy.failed() => anyhow!("a part of the data path ended"),
             end = capture_failed(&mut self.capture) => anyhow!("the keeping of the rules: {end}"),
             _ = &mut self.checks => anyhow!("the task of the checks ended"),
-            // Where there is no limit it ends at once.
-            Err(error) = &mut self.memory => anyhow!(error).context("the task that looks after memory"),
+            _ = &mut self.memory => anyhow!("the task that looks after memory ended"),
         }
     }
 

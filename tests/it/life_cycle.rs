@@ -157,6 +157,60 @@ fn it_stops_in_order() -> Result<()> {
 }
 
 #[test]
+fn a_hangup_has_every_source_read_again_and_disturbs_nothing() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD, "--resync=3600"])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let answers = |source: &str| {
+        metric(&embassy, &format!("embassy_source_answers_total{{source=\"{source}\"}}"))
+    };
+    let sources = ["provider", "etcd /services/web"];
+    let before = sources.map(|source| answers(source).unwrap_or_default());
+    let traffic = app.traffic("hangup", "172.17.0.1:80")?;
+    embassy.signal(testbed::Signal::HUP)?;
+    says(&embassy, &["resync requested via SIGHUP"])?;
+    for (source, before) in sources.into_iter().zip(before) {
+        testbed::eventually(WAIT, &format!("{source} to be read again"), || {
+            let now = answers(source)?;
+            ensure!(now > before, "{now} answers");
+            Ok(())
+        })?;
+        let failures = format!("embassy_source_failures_total{{source=\"{source}\"}}");
+        assert_eq!(metric(&embassy, &failures)?, 0);
+    }
+    let answers = traffic.stop()?;
+    ensure!(answers.failed() == 0 && answers.answered() > 0, "{answers:?}");
+    assert_eq!((restored(&embassy)?, embassy.exited()?), (0, None));
+    Ok(())
+}
+
+#[test]
+fn a_stop_during_the_start_leaves_nothing() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    for moment in ["embassy starts", "proxy listens", "admin API listens", "the first table"] {
+        // With a log of its own.
+        let embassy = host.spawn(moment, host.embassy_command(["--dnat", ETCD])?)?;
+        testbed::eventually(WAIT, &format!("{moment:?} in the log"), || {
+            let log = embassy.log();
+            ensure!(log.contains(moment), "{log}");
+            Ok(())
+        })?;
+        embassy.signal(testbed::Signal::TERM)?;
+        assert_eq!(embassy.wait(WAIT)?.code(), Some(0), "{moment}: {}", embassy.log());
+        for (program, args) in [("iptables-save", vec![]), ("nft", vec!["list", "ruleset"])] {
+            let rules = host.run(program, args)?.to_lowercase();
+            ensure!(!rules.contains("embassy"), "{moment}: {rules}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn a_disk_that_hangs_does_not_hold_up_the_end() -> Result<()> {
     let host = Host::start()?;
     web(&host, "web")?;

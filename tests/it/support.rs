@@ -1,8 +1,8 @@
 //! What tests of a whole host have in common.
 
-use std::{fmt::Display, net::IpAddr};
+use std::{fmt::Display, net::IpAddr, process::Command, thread, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use testbed::{Container, Embassy, Host};
 
 use crate::WAIT;
@@ -86,4 +86,31 @@ pub(crate) fn says(embassy: &Embassy, words: &[&str]) -> Result<()> {
         ensure!(said, "it does not");
         Ok(())
     })
+}
+
+/// Whether embassy waits instead of asking again and again. A busy machine gives both less: so it is compared with a
+/// program that does nothing else, at the same time.
+pub(crate) fn spins_not(embassy: &Embassy) -> Result<()> {
+    let mut spinner = Command::new("sh").args(["-c", "while :; do :; done"]).spawn()?;
+    let before = cpu_seconds(embassy.pid())?;
+    // Not to wait for something: this is how long the processor is watched.
+    thread::sleep(Duration::from_secs(2));
+    let used = cpu_seconds(embassy.pid()).map(|now| now - before);
+    let spun = cpu_seconds(spinner.id());
+    spinner.kill()?;
+    spinner.wait()?;
+    let (used, spun) = (used?, spun?);
+    ensure!(used < spun / 2.0, "{used} s of processor time; who spins has {spun} s");
+    Ok(())
+}
+
+/// Of user and system, so far.
+fn cpu_seconds(pid: u32) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, in parentheses, may hold spaces; utime and stime are the 14th and 15th field (man 5 proc_pid_stat).
+    let (_, rest) = stat.rsplit_once(") ").context("a name")?;
+    let fields: Vec<f64> =
+        rest.split(' ').skip(11).take(2).map(str::parse).collect::<Result<_, _>>()?;
+    // In USER_HZ, which is 100 on every machine that Linux runs on today.
+    Ok(fields.iter().sum::<f64>() / 100.0)
 }

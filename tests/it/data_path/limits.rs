@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use testbed::{Container, Embassy};
 
 use super::{Held, Path, ended, line, metric, vip, wait_ended};
-use crate::WAIT;
+use crate::{WAIT, support::spins_not};
 
 #[test]
 fn one_connection_more_than_allowed_is_reset() -> Result<()> {
@@ -45,11 +45,7 @@ fn without_descriptors_accepting_slows_down_and_recovers() -> Result<()> {
         ensure!(path.embassy.log().contains("cannot accept"));
         Ok(())
     })?;
-    let (cpu, pause) = (cpu_seconds(&path.embassy)?, Duration::from_secs(2));
-    // Not to wait for something: this is how long the processor is watched.
-    std::thread::sleep(pause);
-    let used = cpu_seconds(&path.embassy)? - cpu;
-    assert!(used < 1.0, "{used} s of processor time in {pause:?}");
+    spins_not(&path.embassy)?;
 
     // Those that end make room for those that wait; no descriptor was given back otherwise.
     assert_eq!(held.ended()?, []);
@@ -83,15 +79,4 @@ fn set_limit(embassy: &Embassy, descriptors: usize) -> Result<()> {
     let mut prlimit = std::process::Command::new("prlimit");
     prlimit.arg(format!("--pid={}", embassy.pid())).arg(format!("--nofile={descriptors}:"));
     testbed::output(&mut prlimit).map(drop)
-}
-
-/// Of user and system, so far.
-pub(crate) fn cpu_seconds(embassy: &Embassy) -> Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", embassy.pid()))?;
-    // The name, in parentheses, may hold spaces; utime and stime are the 14th and 15th field (man 5 proc_pid_stat).
-    let (_, rest) = stat.rsplit_once(") ").context("a name")?;
-    let fields: Vec<f64> =
-        rest.split(' ').skip(11).take(2).map(str::parse).collect::<Result<_, _>>()?;
-    // In USER_HZ, which is 100 on every machine that Linux runs on today.
-    Ok(fields.iter().sum::<f64>() / 100.0)
 }

@@ -18,8 +18,6 @@ mod refusals;
 mod routes;
 mod transfer;
 
-pub(crate) use limits::cpu_seconds;
-
 /// A host with one consumer, `app`, and one container of endpoints. Each role is a server on a port of its own, is
 /// registered as a service, and bound to the same port.
 struct Path {
