@@ -1,6 +1,8 @@
 //! The three ways to run embassy, with the command lines of its ancestor's documentation; only addresses are other ones.
 
-use anyhow::{Context, Result};
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
 use testbed::{Container, HOST_ADDRESS, Host, embassy_program};
 
 use crate::{READY, WAIT, support::reaches};
@@ -127,6 +129,46 @@ fn in_a_container_that_others_are_linked_to() -> Result<()> {
     reaches(&app, embassy.ip()?, "frontend_http")?;
     embassy.stop()?;
     assert_eq!(embassy.inspect("{{.State.ExitCode}}")?, "0", "{}", embassy.log()?);
+    Ok(())
+}
+
+/// A network namespace whose interfaces have IPv6 addresses alone, loopback's too.
+#[test]
+fn on_a_host_without_ipv4() -> Result<()> {
+    const VIP: &str = "fd00:99::1";
+    let host = Host::builder().without_docker().start()?;
+    let addresses = format!(
+        "ip link set lo up; ip -4 addr flush dev lo
+         ip link add six type bridge; ip link set six up
+         ip addr add {VIP}/64 dev six nodad; ip addr add fd00:99::2/64 dev six nodad"
+    );
+    host.run("sh", ["-euc", &addresses])?;
+    let file = host.dir().join("services.toml");
+    fs::write(&file, "[[service]]\nname = \"web\"\nendpoints = [\"[fd00:99::2]:8080\"]\n")?;
+    let mut web = host.command(testbed::testbed_program()?);
+    web.args(["peer", "http", "--name", "web", "--port", "8080"]);
+    let _web = host.spawn("web", web)?;
+    let embassy = host.embassy_command([
+        "--redirect",
+        "-provider=static",
+        "-services=web;80",
+        "-interface=six",
+        "--admin=[::1]:9990",
+        &format!("--proxy-ip={VIP}"),
+        &format!("-discovery=file://{}", file.display()),
+    ])?;
+    let embassy = host.embassy_from(embassy)?;
+    let get = |url: &str| host.run("curl", ["--silent", "--fail", "--globoff", url]);
+    testbed::eventually(READY, "embassy to be ready", || get("http://[::1]:9990/readyz"))?;
+    testbed::eventually(WAIT, "an answer", || {
+        let answer = get(&format!("http://[{VIP}]/"))?;
+        ensure!(answer.trim() == "web", "{answer}");
+        Ok(())
+    })?;
+    let connections = get("http://[::1]:9990/v1/routes")?;
+    ensure!(connections.contains(VIP), "{connections}");
+    embassy.terminate()?;
+    assert_eq!(embassy.wait(WAIT)?.code(), Some(0), "{}", embassy.log());
     Ok(())
 }
 
