@@ -1,7 +1,13 @@
 //! Answers who connects, within bounds: whoever reaches the listener must not be able to use up the descriptors that
 //! connections of consumers need.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use axum::Router;
 use hyper_util::{
@@ -10,17 +16,19 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, UnixListener},
     sync::Semaphore,
     task::JoinSet,
-    time::sleep,
+    time::{Sleep, sleep},
 };
 
 /// Connections at a time; one more waits in the kernel's queue.
 const CONNECTIONS: usize = 128;
 /// How long a connection may take to send the head of a request, the first or another.
 const HEADER: Duration = Duration::from_secs(10);
+/// How long an answer may wait for its reader to read on: what it holds, and its place, are others' then.
+const READER: Duration = Duration::from_secs(30);
 /// After an accept that failed, as it does while there are no descriptors.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -70,8 +78,145 @@ pub(super) async fn serve(listener: impl Listener, router: Router) {
         let (http, service) = (http.clone(), TowerToHyperService::new(router.clone()));
         running.spawn(async move {
             // What a client does wrong ends its own connection, and is nobody's news.
-            let _ = http.serve_connection(TokioIo::new(stream), service).await;
+            let _ = http.serve_connection(TokioIo::new(Impatient::new(stream)), service).await;
             drop(place);
         });
+    }
+}
+
+/// A stream that fails when its other end has not read for too long.
+struct Impatient<S> {
+    stream: S,
+    /// Runs while a write waits.
+    patience: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S: AsyncWrite + Unpin> Impatient<S> {
+    fn new(stream: S) -> Self {
+        Self { stream, patience: None }
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        write: impl FnOnce(Pin<&mut S>, &mut Context<'_>) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(written) = write(Pin::new(&mut self.stream), cx) {
+            self.patience = None;
+            return Poll::Ready(written);
+        }
+        let patience = self.patience.get_or_insert_with(|| Box::pin(sleep(READER)));
+        ready!(patience.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.poll(cx, |stream, cx| stream.poll_write(cx, bytes))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll(cx, |stream, cx| stream.poll_write_vectored(cx, bytes))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{body::Body, routing::get};
+    use futures_util::stream::repeat_with;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+        sync::{Mutex, mpsc},
+    };
+
+    use super::*;
+
+    struct Offered(Mutex<mpsc::UnboundedReceiver<DuplexStream>>);
+
+    impl Listener for Offered {
+        type Stream = DuplexStream;
+
+        async fn accept(&self) -> io::Result<DuplexStream> {
+            self.0.lock().await.recv().await.ok_or(io::ErrorKind::NotConnected.into())
+        }
+    }
+
+    /// Both are as large as their reader takes: a scrape of a great table, and the stream of events.
+    #[tokio::test(start_paused = true)]
+    async fn readers_that_never_read_keep_nobody_out_for_good() {
+        let endless = || async {
+            Body::from_stream(repeat_with(|| Ok::<_, io::Error>(vec![b'x'; 16 * 1024])))
+        };
+        let router =
+            Router::new().route("/endless", get(endless)).route("/healthz", get(|| async { "ok" }));
+        let (offer, offered) = mpsc::unbounded_channel();
+        let serving = tokio::spawn(serve(Offered(Mutex::new(offered)), router));
+        let request = |path: &'static str| {
+            let (mut client, server) = duplex(64 * 1024);
+            offer.send(server).unwrap();
+            async move {
+                let head = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+                client.write_all(head.as_bytes()).await.unwrap();
+                client
+            }
+        };
+        let mut all = Vec::new();
+        for _ in 0..CONNECTIONS {
+            all.push(request("/endless").await);
+        }
+        // The time of this test goes by only while all wait.
+        let mut said = String::new();
+        request("/healthz").await.read_to_string(&mut said).await.unwrap();
+        assert!(said.starts_with("HTTP/1.1 200"), "{said}");
+        for mut one in all {
+            let mut got = Vec::new();
+            one.read_to_end(&mut got).await.unwrap();
+            assert!(got.len() <= 64 * 1024, "{} bytes", got.len());
+        }
+        serving.abort();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_reader_is_waited_for_as_long_as_it_reads() {
+        let (mut reader, stream) = duplex(1024);
+        let mut stream = Impatient::new(stream);
+        let writing = tokio::spawn(async move { stream.write_all(&[7; 8 * 1024]).await });
+        let mut got = [0; 1024];
+        for _ in 0..8 {
+            sleep(READER * 2 / 3).await;
+            reader.read_exact(&mut got).await.unwrap();
+        }
+        writing.await.unwrap().unwrap();
     }
 }
