@@ -11,11 +11,11 @@ use std::{
 
 use divan::Bencher;
 use embassy::{
-    balance::{EndpointState, Millis, Rotation},
+    balance::{EndpointState, Rotation},
     cow_map::CowMap,
     descriptor::Balance,
     discovery::{CannotAsk, Endpoints, Query},
-    model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Port},
+    model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Millis, Port},
     table::{Inputs, RouteKey, Table},
 };
 

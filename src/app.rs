@@ -26,7 +26,7 @@ use crate::{
         docker::DockerProvider,
         fixed::{self, InterfaceError},
     },
-    proxy::{self, Destinations, Proxy},
+    proxy::{Destinations, Proxy, ProxySettings},
     readiness::{DRAINING, Readiness},
     report::{Refused, Report},
     source::ResyncRequests,
@@ -85,7 +85,7 @@ impl App {
             memory.await;
             std::future::pending().await
         });
-        let proxy = proxy::Settings {
+        let proxy = ProxySettings {
             port: Some(config.port),
             workers: std::thread::available_parallelism().map_or(1, usize::from),
             destinations: match config.capture {

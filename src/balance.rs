@@ -9,16 +9,16 @@ use std::{
     time::Duration,
 };
 
-use crate::{counts::Counts, descriptor::Balance, model::Endpoint};
-
-/// A moment of a process's monotonic clock, in milliseconds since its start.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Millis(pub u64);
+use crate::{
+    counts::ConnectionCounts,
+    descriptor::Balance,
+    model::{Endpoint, Millis},
+};
 
 /// What is remembered of one endpoint of one service. Every route to it shares this, from table to table.
 ///
-/// What a pick reads comes first, and so is in one cache line with the reference count that it adds to: with many endpoints a
-/// pick is as slow as the memory that it waits for.
+/// What a pick reads comes first, next to the reference count that it adds to: with many endpoints a pick is as slow as the
+/// memory that it waits for.
 #[derive(Debug)]
 #[repr(C)]
 pub struct EndpointState {
@@ -44,7 +44,7 @@ pub struct EndpointState {
     /// Tries that failed since the start.
     failed: AtomicU64,
     /// What is counted of its connections.
-    pub counts: Counts,
+    pub counts: ConnectionCounts,
 }
 
 /// What active checks say of an endpoint.
@@ -82,7 +82,7 @@ impl EndpointState {
             failed_checks: AtomicU32::new(0),
             ejections: AtomicU64::new(0),
             failed: AtomicU64::new(0),
-            counts: Counts::default(),
+            counts: ConnectionCounts::default(),
         }
     }
 
@@ -182,6 +182,12 @@ impl EndpointState {
             fails if fails == Checked::Fails as u8 => Checked::Fails,
             _ => Checked::Not,
         }
+    }
+
+    /// Whether a connection that excludes these endpoints may go here at all. Being ejected is no reason against it: where
+    /// all are ejected, all are tried.
+    fn is_choice(&self, excluded: &[Endpoint]) -> bool {
+        !excluded.contains(&self.endpoint) && !self.is_drained()
     }
 
     /// Whether nothing is held against it.
@@ -301,7 +307,7 @@ impl Rotation {
     /// The endpoint that the next connection would get, if it came now. Nothing is taken by looking.
     pub fn peek(&self, balance: Balance, now: Millis) -> Option<&Arc<EndpointState>> {
         let (later, sooner) = self.order.split_at(self.index(self.position.load(Relaxed)));
-        let in_turn = || sooner.iter().chain(later).filter(|state| !state.is_drained());
+        let in_turn = || sooner.iter().chain(later).filter(|state| state.is_choice(&[]));
         match balance {
             Balance::RoundRobin => {
                 in_turn().find(|state| !state.is_ejected(now)).or_else(|| in_turn().next())
@@ -314,16 +320,20 @@ impl Rotation {
         }
     }
 
-    /// The endpoint for the next connection, or for its next try: never one of `tried` nor a drained one, and not an
-    /// ejected one while there is another. `None` where every endpoint was tried.
+    /// Whether an endpoint of this service is left out because of `excluded`.
+    pub fn has_any_of(&self, excluded: &[Endpoint]) -> bool {
+        self.order.iter().any(|state| excluded.contains(&state.endpoint))
+    }
+
+    /// The endpoint for the next connection, or for its next try: never one of `excluded` nor a drained one, and not an
+    /// ejected one while there is another. `None` where no other endpoint is left.
     pub fn pick(
         &self,
         balance: Balance,
         now: Millis,
-        tried: &[Endpoint],
+        excluded: &[Endpoint],
     ) -> Option<&Arc<EndpointState>> {
-        let fresh =
-            |state: &&Arc<EndpointState>| !tried.contains(&state.endpoint) && !state.is_drained();
+        let fresh = |state: &&Arc<EndpointState>| state.is_choice(excluded);
         match balance {
             Balance::RoundRobin => {
                 // A turn that cannot be taken is passed on by drawing again, so the others stay even among themselves.

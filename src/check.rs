@@ -18,7 +18,7 @@ use crate::{
     descriptor::Check,
     discovery::Query,
     events::{Event, Events},
-    proxy::{dial, is_for_want_of_ours},
+    proxy::{dial, is_fault_of_this_host},
     table::Table,
 };
 
@@ -105,7 +105,7 @@ async fn check(
                     });
                 }
             }
-            Err(error) if is_for_want_of_ours(&error) => {
+            Err(error) if is_fault_of_this_host(&error) => {
                 warn!(%endpoint, service = %query, %error, "cannot check");
             }
             Err(error) if state.checked(false) => {
@@ -123,10 +123,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        balance::{Checked, Millis},
+        balance::Checked,
         descriptor::Balance,
         discovery::Endpoints,
-        model::{Binding, Consumer, ConsumerId, Endpoint, ServiceName},
+        model::{Binding, Consumer, ConsumerId, Endpoint, Millis, ServiceName},
         table::Inputs,
     };
 

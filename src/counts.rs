@@ -10,11 +10,11 @@ use std::{
     time::Duration,
 };
 
-use crate::{balance::Millis, outcome::Tally};
+use crate::{model::Millis, outcome::Tally};
 
 /// What is counted of the connections of one route, or to one endpoint, or of one worker.
 #[derive(Debug, Default)]
-pub struct Counts {
+pub struct ConnectionCounts {
     /// Connections that began: for a route, every one that was accepted for it.
     pub started: AtomicU64,
     /// How they ended. To an endpoint, only those that had been opened.
@@ -30,7 +30,7 @@ pub struct Counts {
     pub last_error: LastError,
 }
 
-impl Counts {
+impl ConnectionCounts {
     pub fn start(&self) {
         self.started.fetch_add(1, Relaxed);
     }
@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn active_is_what_began_and_did_not_end() {
-        let counts = Counts::default();
+        let counts = ConnectionCounts::default();
         (0..3).for_each(|_| counts.start());
         counts.ended.count(Outcome::Closed);
         assert_eq!(counts.active(), 2);

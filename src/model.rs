@@ -68,6 +68,10 @@ impl fmt::Display for Protocol {
     }
 }
 
+/// A moment of a process's monotonic clock, in milliseconds since its start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Millis(pub u64);
+
 /// Text that is not a port.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("port {0:?} is not a number from 1 to 65535")]
@@ -282,6 +286,26 @@ impl Tags {
     /// Whether an endpoint that carries `carried` has every one of these.
     pub fn all_in<S: AsRef<str>>(&self, carried: &[S]) -> bool {
         self.iter().all(|wanted| carried.iter().any(|tag| tag.as_ref() == wanted))
+    }
+}
+
+/// Where a captured connection comes from: the consumer's address and port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SourceAddress(pub SocketAddr);
+
+impl fmt::Display for SourceAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Where a captured connection was sent, before the kernel brought it to us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OriginalDestination(pub SocketAddr);
+
+impl fmt::Display for OriginalDestination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 

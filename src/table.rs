@@ -13,7 +13,7 @@ use ipnet::IpNet;
 
 use crate::{
     balance::{EndpointState, Rotation},
-    counts::Counts,
+    counts::ConnectionCounts,
     cow_map::CowMap,
     descriptor::Balance,
     discovery::{CannotAsk, Endpoints, Query},
@@ -63,7 +63,7 @@ pub struct Route {
     /// the first table, before which nobody is captured.
     pub born: Option<Instant>,
     /// What is counted of its connections, for as long as the route continues.
-    pub counts: Arc<Counts>,
+    pub counts: Arc<ConnectionCounts>,
     /// The consumer's live connections, over all of its routes.
     pub live_of_consumer: Arc<AtomicUsize>,
     pub key: RouteKey,
@@ -263,7 +263,7 @@ mod tests {
     use std::collections::HashMap;
 
     use super::*;
-    use crate::{balance::Millis, model::ContainerId};
+    use crate::model::{ContainerId, Millis};
 
     fn consumer(name: &str, address: &str, bindings: &[&str]) -> Consumer {
         let binding = |text: &&str| Binding {

@@ -14,7 +14,12 @@ pub const ROUTE_STATES: [&str; 5] = ["ok", "degraded", "ejected", "no_endpoint",
 pub const ENDPOINT_STATES: [&str; 5] = ["active", "ejected", "probing", "unhealthy", "drained"];
 pub const BINDING_STATES: [&str; 5] = ["problem", "routed", "partly", "unrouted", "invalid"];
 pub const SOURCE_STATES: [&str; 3] = ["up", "down", "waiting"];
-pub const CONNECTION_STATES: [&str; 2] = ["open", "connecting"];
+pub const CONNECTION_STATES: [&str; 4] = [
+    ConnectionState::Held.as_str(),
+    ConnectionState::Connecting.as_str(),
+    ConnectionState::Running.as_str(),
+    ConnectionState::Parked.as_str(),
+];
 
 /// Everything at a glance: `GET /v1/status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -338,22 +343,21 @@ pub struct Source {
 pub struct Connection {
     /// Unique since the start of this process.
     pub id: String,
-    /// The consumer's name.
-    pub consumer: String,
-    /// The container's full ID, or `local`.
-    pub consumer_id: String,
-    /// The service's name.
-    pub service: String,
-    /// What is asked of discovery, on one line.
-    pub query: String,
+    /// The consumer's name; null while the connection is held, because its consumer is not known yet.
+    pub consumer: Option<String>,
+    /// The container's full ID, or `local`; null while the connection is held.
+    pub consumer_id: Option<String>,
+    /// The service's name; null while the connection is held.
+    pub service: Option<String>,
+    /// What is asked of discovery, on one line; null while the connection is held.
+    pub query: Option<String>,
     /// The consumer's `address:port`.
     pub source: String,
     /// The original destination, `address:port`.
     pub destination: String,
     /// Where it goes or is about to, `address:port`; null before the first try.
     pub endpoint: Option<String>,
-    /// `open`, or `connecting`.
-    pub state: String,
+    pub state: ConnectionState,
     /// Since it was accepted.
     pub age_seconds: f64,
     /// From accepting it until its endpoint's was open.
@@ -364,6 +368,31 @@ pub struct Connection {
     pub bytes_up: u64,
     /// From the endpoint to the consumer.
     pub bytes_down: u64,
+}
+
+/// What a live connection does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ConnectionState {
+    /// It waits until its consumer is known.
+    Held,
+    /// An endpoint is tried.
+    Connecting,
+    /// It is relayed.
+    Running,
+    /// Nothing was sent for a while: it goes on when something is.
+    Parked,
+}
+
+impl ConnectionState {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Held => "held",
+            Self::Connecting => "connecting",
+            Self::Running => "running",
+            Self::Parked => "parked",
+        }
+    }
 }
 
 /// From symptom to cause: `GET /v1/explain?consumer=<name, ID or address>&port=<port>`.

@@ -7,11 +7,10 @@ use std::{
 
 use super::{Shown, api, list::is_consumer, view};
 use crate::{
-    balance::Millis,
     config::{CaptureMode, CaptureScope},
     control::Sources,
     counts::numbered,
-    model::{Consumer, ConsumerId, Endpoint},
+    model::{Consumer, ConsumerId, Endpoint, Millis},
     provider::Listing,
     table::{Route, Table},
 };

@@ -349,7 +349,7 @@ pub(super) async fn connections(
     let page = wanted.page(
         all,
         |live| {
-            let route = &live.route;
+            let route = live.route.as_deref();
             let texts = if searches {
                 let endpoint = live.endpoint.map(|e| e.to_string()).unwrap_or_default();
                 vec![live.source.to_string(), live.destination.to_string(), endpoint]
@@ -357,9 +357,9 @@ pub(super) async fn connections(
                 Vec::new()
             };
             wanted.fits(&Shows {
-                consumer: Some((&route.consumer_name, route.consumer.full())),
-                service: Some(route.upstream.query.service.as_str()),
-                state: if live.connect.is_some() { "open" } else { "connecting" },
+                consumer: route.map(|route| (&*route.consumer_name, route.consumer.full())),
+                service: route.map(|route| route.upstream.query.service.as_str()),
+                state: view::connection_state(live).as_str(),
                 texts: &texts.iter().map(String::as_str).collect::<Vec<_>>(),
             })
         },

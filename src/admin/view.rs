@@ -8,15 +8,15 @@ use std::{
 
 use super::api;
 use crate::{
-    balance::{Checked, EndpointState, Millis},
+    balance::{Checked, EndpointState},
     control::Sources,
-    counts::{Counts, Distribution},
+    counts::{ConnectionCounts, Distribution},
     descriptor::Balance,
     discovery::{self, Endpoints},
-    model::{Consumer, ConsumerId},
+    model::{Consumer, ConsumerId, Millis},
     outcome::Tally,
     provider::Listing,
-    proxy::LiveConnection,
+    proxy::{ConnectionState, LiveConnection},
     source::Known,
     table::{Route, ServiceKey, Table},
 };
@@ -125,7 +125,7 @@ impl RouteHealth {
     }
 }
 
-fn figures(counts: &Counts, active: u64, now: Millis) -> api::Figures {
+fn figures(counts: &ConnectionCounts, active: u64, now: Millis) -> api::Figures {
     api::Figures {
         active,
         started: counts.started.load(Relaxed),
@@ -192,22 +192,31 @@ pub(super) fn endpoint_state(state: &EndpointState, now: Millis) -> &'static str
 }
 
 pub(super) fn connection(live: &LiveConnection) -> api::Connection {
-    let route = &live.route;
+    let of_route = |text: fn(&Route) -> String| live.route.as_deref().map(text);
     api::Connection {
         id: format!("{}-{}", live.id.0, live.id.1),
-        consumer: route.consumer_name.to_string(),
-        consumer_id: route.consumer.full().to_owned(),
-        service: route.upstream.query.service.to_string(),
-        query: route.upstream.query.to_string(),
+        consumer: of_route(|route| route.consumer_name.to_string()),
+        consumer_id: of_route(|route| route.consumer.full().to_owned()),
+        service: of_route(|route| route.upstream.query.service.to_string()),
+        query: of_route(|route| route.upstream.query.to_string()),
         source: live.source.to_string(),
         destination: live.destination.to_string(),
         endpoint: live.endpoint.map(|endpoint| endpoint.to_string()),
-        state: if live.connect.is_some() { "open" } else { "connecting" }.to_owned(),
+        state: connection_state(live),
         age_seconds: seconds(live.age),
         connect_seconds: live.connect.map(seconds),
         tries: live.tries,
         bytes_up: live.bytes_up,
         bytes_down: live.bytes_down,
+    }
+}
+
+pub(super) fn connection_state(live: &LiveConnection) -> api::ConnectionState {
+    match live.state {
+        ConnectionState::Held => api::ConnectionState::Held,
+        ConnectionState::Connecting => api::ConnectionState::Connecting,
+        ConnectionState::Running => api::ConnectionState::Running,
+        ConnectionState::Parked => api::ConnectionState::Parked,
     }
 }
 

@@ -2,7 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use crate::{descriptor::ProxyProtocol, table::Route};
+use crate::{
+    descriptor::ProxyProtocol,
+    model::{OriginalDestination, SourceAddress},
+    table::Route,
+};
 
 /// Type-length-values of version 2, in the range that is free for custom use (2.2.7, PP2_TYPE_MIN_CUSTOM).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,12 +26,12 @@ const PROXY: u8 = 0x21;
 const TCP_OVER_IPV4: u8 = 0x11;
 const TCP_OVER_IPV6: u8 = 0x21;
 
-/// What is sent ahead of a connection that came from `source` and was meant for `destination`.
+/// What is sent ahead of a connection's bytes.
 pub(super) fn header(
     version: ProxyProtocol,
     route: &Route,
-    source: SocketAddr,
-    destination: SocketAddr,
+    SourceAddress(source): SourceAddress,
+    OriginalDestination(destination): OriginalDestination,
 ) -> Vec<u8> {
     match version {
         ProxyProtocol::V1 => v1(source, destination).into_bytes(),

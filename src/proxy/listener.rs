@@ -1,4 +1,4 @@
-//! The one TCP port: a listener of each family for each worker, and what the kernel knows of a captured connection.
+//! The one TCP port: a listener of each family for each worker.
 
 use std::{
     io,
@@ -7,17 +7,10 @@ use std::{
 };
 
 use rustix::io::Errno;
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpListener, TcpStream};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::TcpListener;
 
-use super::connection::is_shortage;
-
-/// Probes of a silent peer. The first comes well before 60 s, when connection tracking forgets a half-closed
-/// connection (nf_conntrack_tcp_timeout_close_wait) and its address translation with it: each probe starts that anew.
-pub(super) const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
-    .with_time(Duration::from_secs(45))
-    .with_interval(Duration::from_secs(15))
-    .with_retries(4);
+use super::socket::{KEEPALIVE, is_shortage};
 
 /// Connections that wait to be accepted, at most; the kernel's somaxconn bounds it too.
 const BACKLOG: i32 = 4096;
@@ -98,13 +91,6 @@ impl AcceptBackoff {
     }
 }
 
-/// Where a captured connection was meant to go, as connection tracking remembers it.
-pub(super) fn original_destination(stream: &TcpStream, peer: SocketAddr) -> io::Result<SocketAddr> {
-    let socket = SockRef::from(stream);
-    let address = if peer.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() }?;
-    address.as_socket().ok_or_else(|| io::ErrorKind::InvalidData.into())
-}
-
 /// A tokio listener of the current worker.
 pub(super) fn adopt(listener: std::net::TcpListener) -> io::Result<TcpListener> {
     TcpListener::from_std(listener)
@@ -113,6 +99,17 @@ pub(super) fn adopt(listener: std::net::TcpListener) -> io::Result<TcpListener> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proxy::socket::tests::assert_is_set_up;
+
+    #[tokio::test]
+    async fn the_consumers_side_sends_at_once_and_notices_a_peer_that_is_gone() {
+        let mut sets = open(0, 1).unwrap();
+        let listener = adopt(sets.remove(0).remove(0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let dialled = std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+        assert_is_set_up(&listener.accept().await.unwrap().0);
+        drop(dialled);
+    }
 
     #[test]
     fn every_worker_and_both_families_share_one_port() {

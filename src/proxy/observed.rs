@@ -1,14 +1,21 @@
 //! What a worker tells of its live connections, when it is asked: by message, so that it shares no lock with who asks.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{rc::Rc, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, oneshot},
-    time::timeout,
+    task::yield_now,
 };
 
-use super::{Figures, connection::Record, worker::Worker};
-use crate::{model::Endpoint, table::Route};
+use super::{
+    connections::{Connection, Held, Parked, Running, State},
+    lists::Place,
+    worker::Worker,
+};
+use crate::{
+    model::{Endpoint, OriginalDestination, SourceAddress},
+    table::Route,
+};
 
 /// A question to a worker.
 #[derive(Debug)]
@@ -19,16 +26,16 @@ pub(super) enum Ask {
     Connections(oneshot::Sender<Vec<LiveConnection>>),
 }
 
-/// A connection that is open, or being opened.
+/// A connection that was accepted, and has not ended.
 #[derive(Debug, Clone)]
 pub struct LiveConnection {
     /// Which worker's it is, and which of its connections: unique since the start.
     pub id: (usize, u64),
-    pub route: Arc<Route>,
-    /// The consumer's address and port.
-    pub source: SocketAddr,
-    /// The original destination.
-    pub destination: SocketAddr,
+    pub state: ConnectionState,
+    /// `None` while it is held.
+    pub route: Option<Arc<Route>>,
+    pub source: SourceAddress,
+    pub destination: OriginalDestination,
     /// Where it goes, or is about to.
     pub endpoint: Option<Endpoint>,
     /// Since it was accepted.
@@ -40,71 +47,87 @@ pub struct LiveConnection {
     pub bytes_down: u64,
 }
 
-impl Figures {
-    /// How long to wait for a worker: one that is busy for longer must not hold up who asks.
-    const PATIENCE: Duration = Duration::from_secs(1);
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConnectionState {
+    /// It waits until it is known whose it is.
+    Held,
+    /// An endpoint is tried.
+    Connecting,
+    /// Both sides are there, and a task relays between them.
+    Running,
+    /// Both sides are there, and it idles without a task.
+    Parked,
+}
 
-    /// Has the bytes of live connections counted up to now.
-    pub async fn refresh(&self) {
-        self.ask(Ask::Bytes).await;
-    }
-
-    /// All live connections, in no particular order.
-    pub async fn connections(&self) -> Vec<LiveConnection> {
-        self.ask(Ask::Connections).await.into_iter().flatten().collect()
-    }
-
-    /// The answers of all workers that answer.
-    async fn ask<T>(&self, ask: impl Fn(oneshot::Sender<T>) -> Ask) -> Vec<T> {
-        let asked: Vec<_> = self
-            .asks
-            .iter()
-            .filter_map(|worker| {
-                let (answer, answered) = oneshot::channel();
-                worker.send(ask(answer)).ok().map(|()| answered)
-            })
-            .collect();
-        let mut answers = Vec::new();
-        for answered in asked {
-            if let Ok(Ok(answer)) = timeout(Self::PATIENCE, answered).await {
-                answers.push(answer);
-            }
+impl LiveConnection {
+    fn of(worker: usize, connection: &Connection) -> Self {
+        let (id, record) = ((worker, connection.id), connection.record());
+        let (captured, accepted) = match &connection.state {
+            State::Held(Held { captured, accepted, .. }) => (captured, accepted),
+            State::Running(Running { live, .. }) => (&live.record.captured, &live.record.accepted),
+            State::Parked(Parked { record, .. }) => (&record.captured, &record.accepted),
+        };
+        let connect = record.and_then(|record| record.connect.get());
+        let endpoint = record.and_then(|record| record.endpoint.borrow().clone());
+        Self {
+            id,
+            state: match connection.state {
+                State::Held(_) => ConnectionState::Held,
+                State::Running(_) if connect.is_none() => ConnectionState::Connecting,
+                State::Running(_) => ConnectionState::Running,
+                State::Parked(_) => ConnectionState::Parked,
+            },
+            route: record.map(|record| record.route.clone()),
+            source: captured.source,
+            destination: captured.destination,
+            endpoint: endpoint.map(|state| state.endpoint),
+            age: accepted.elapsed(),
+            connect,
+            tries: record.map_or(0, |record| record.tries.get()),
+            bytes_up: record.map_or(0, |record| record.moved.up.get()),
+            bytes_down: record.map_or(0, |record| record.moved.down.get()),
         }
-        answers
     }
 }
 
-/// Answers what a worker is asked, for ever.
-pub(super) async fn answer(worker: Rc<Worker>, mut asks: mpsc::UnboundedReceiver<Ask>) {
-    while let Some(ask) = asks.recv().await {
-        match ask {
-            // Whoever asked has given up, or may by the time of the answer.
-            Ask::Bytes(answer) if answer.is_closed() => {}
-            Ask::Connections(answer) if answer.is_closed() => {}
-            Ask::Bytes(answer) => {
-                worker.count_all_bytes().await;
-                let _ = answer.send(());
+impl Worker {
+    /// Answers what it is asked, for ever.
+    pub(super) async fn answer(self: Rc<Self>, mut asks: mpsc::UnboundedReceiver<Ask>) {
+        while let Some(ask) = asks.recv().await {
+            match ask {
+                // Who asked has given up, or may by the time of the answer.
+                Ask::Bytes(answer) if answer.is_closed() => {}
+                Ask::Connections(answer) if answer.is_closed() => {}
+                Ask::Bytes(answer) => {
+                    self.visit(|one| one.record().into_iter().for_each(|r| self.count_bytes(r)))
+                        .await;
+                    let _ = answer.send(());
+                }
+                Ask::Connections(answer) => {
+                    let mut live = Vec::new();
+                    self.visit(|one| live.push(LiveConnection::of(self.n, one))).await;
+                    let _ = answer.send(live);
+                }
             }
-            Ask::Connections(answer) => {
-                let mut live = Vec::new();
-                let write_down = |id, record: &Record, endpoint| {
-                    let connected = record.connected.get();
-                    live.push(LiveConnection {
-                        id: (worker.number(), id),
-                        route: record.route.clone(),
-                        source: record.meaning.peer,
-                        destination: record.meaning.meant,
-                        endpoint,
-                        age: record.accepted.elapsed(),
-                        connect: connected.map(|connected| connected.after),
-                        tries: record.tries.get(),
-                        bytes_up: record.moved.up.get(),
-                        bytes_down: record.moved.down.get(),
-                    });
-                };
-                worker.visit(write_down).await;
-                let _ = answer.send(live);
+        }
+    }
+
+    /// Looks at every connection that there is from now until the end of this, once: each stays at its place. Some at a
+    /// time, so that what is relayed does not wait for thousands.
+    async fn visit(&self, mut look: impl FnMut(&Connection)) {
+        const TURN: usize = 256;
+        let mut place = 0;
+        loop {
+            {
+                let all = self.connections.borrow();
+                let end = all.places().min(place + TURN);
+                (place..end).filter_map(|one| all.get(Place::new(one))).for_each(&mut look);
+                if end == all.places() {
+                    return;
+                }
+                place = end;
             }
+            yield_now().await;
         }
     }
 }

@@ -10,11 +10,11 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::Settings;
+use super::settings::ProxySettings;
 use crate::{
-    balance::Millis,
-    counts::Counts,
+    counts::ConnectionCounts,
     limits::FEW,
+    model::Millis,
     outcome::{Outcome, Tally},
     table::Route,
 };
@@ -22,13 +22,12 @@ use crate::{
 /// What the workers share.
 #[derive(Debug)]
 pub(super) struct Shared {
-    pub settings: Settings,
+    pub settings: ProxySettings,
     pub tally: Tally,
-    /// What each worker counts for itself, so that they do not fight over one cache line.
-    pub counts: Box<[Counts]>,
+    pub counts: Box<[WorkerCounts]>,
     /// Connections that are open, or being opened.
     pub live: AtomicUsize,
-    /// Connections that wait for their container to become known.
+    /// Connections that wait until it is known whose they are.
     pub held: AtomicUsize,
     /// When the clock of ejections started.
     pub start: Instant,
@@ -37,9 +36,9 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(settings: Settings) -> Self {
+    pub(super) fn new(settings: ProxySettings) -> Self {
         Self {
-            counts: (0..settings.workers.max(1)).map(|_| Counts::default()).collect(),
+            counts: (0..settings.workers.max(1)).map(|_| WorkerCounts::default()).collect(),
             settings,
             tally: Tally::default(),
             live: AtomicUsize::new(0),
@@ -75,27 +74,33 @@ impl Shared {
     }
 }
 
-/// A place among the connections that are held back.
-pub(super) struct Held(Arc<Shared>);
+/// What a worker counts for itself, in cache lines of its own: the others need not wait for it.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub(super) struct WorkerCounts(pub ConnectionCounts);
 
-impl Held {
+/// Allows a connection to be held, and counts it.
+#[derive(Debug)]
+pub(super) struct HoldPermit(Arc<Shared>);
+
+impl HoldPermit {
     /// A stranger must not be able to use up the descriptors by dialling.
-    const MOST: usize = 256;
+    pub(super) const MOST: usize = 256;
 
-    /// `None` where nothing is held back, or enough is.
-    pub(super) fn new(shared: &Arc<Shared>) -> Option<Self> {
-        if shared.settings.hold.is_zero() { None } else { Self::one_more(shared) }
+    /// For a connection that waits for its container to become known. `None` where none may wait, or enough do.
+    pub(super) fn for_unknown(shared: &Arc<Shared>) -> Option<Self> {
+        if shared.settings.hold.is_zero() { None } else { Self::for_doubted(shared) }
     }
 
-    /// The same, whether connections are held back or not.
-    pub(super) fn one_more(shared: &Arc<Shared>) -> Option<Self> {
+    /// For a connection whose owner is looked up in the kernel. `None` where enough are held.
+    pub(super) fn for_doubted(shared: &Arc<Shared>) -> Option<Self> {
         let one_more = |held| (held < Self::MOST).then_some(held + 1);
         shared.held.fetch_update(Relaxed, Relaxed, one_more).ok()?;
         Some(Self(shared.clone()))
     }
 }
 
-impl Drop for Held {
+impl Drop for HoldPermit {
     fn drop(&mut self) {
         self.0.held.fetch_sub(1, Relaxed);
     }
@@ -108,33 +113,12 @@ fn one_more(count: &AtomicUsize, most: usize) -> bool {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use std::time::Duration;
-
+mod tests {
     use super::*;
     use crate::{
-        config::ConnectionLog,
         memory::Use,
-        proxy::{Destinations, connection::tests::table},
+        proxy::testing::{shared, table},
     };
-
-    /// Of one worker, with these limits of connections.
-    pub(in crate::proxy) fn shared(most: usize, of_consumer: usize) -> Shared {
-        Shared::new(Settings {
-            port: None,
-            workers: 1,
-            destinations: Destinations::Any,
-            max_connections: most,
-            memory_short: Default::default(),
-            max_connections_per_consumer: Some(of_consumer),
-            mark: None,
-            splice: false,
-            hold: Duration::ZERO,
-            lookup: Default::default(),
-            log: ConnectionLog::Off,
-            events: Default::default(),
-        })
-    }
 
     #[test]
     fn while_memory_is_short_there_are_a_few_connections() {

@@ -26,13 +26,13 @@ const lists = {
       ["Up", "number", e => bytes(e.bytes_up)], ["Down", "number", e => bytes(e.bytes_down)], ["Last error", "long", e => problem(e.last_error)]],
   },
   connections: {
-    title: "Connections", states: ["open", "connecting"],
+    title: "Connections", states: ["held", "connecting", "running", "parked"],
     none: "Nothing is connected now.",
     key: c => [c.id],
-    columns: [["Consumer", "name", c => c.consumer], ["Service", "name", c => c.service], ["Source", "address", c => c.source], ["Destination", "address", c => c.destination],
+    columns: [["Consumer", "name", c => c.consumer || "–"], ["Service", "name", c => c.service || "–"], ["Source", "address", c => c.source], ["Destination", "address", c => c.destination],
       ["Endpoint", "address", c => c.endpoint || "–"], ["State", "", c => state(c.state)], ["Age", "number", c => time(c.age_seconds)],
       ["Tries", "number", c => count(c.tries)], ["Up", "number", c => bytes(c.bytes_up)], ["Down", "number", c => bytes(c.bytes_down)]],
-    explains: c => [c.source.replace(/:\d+$/, "").replace(/^\[|\]$/g, ""), /\d+$/.exec(c.destination)[0], c.consumer],
+    explains: c => c.consumer && [c.source.replace(/:\d+$/, "").replace(/^\[|\]$/g, ""), /\d+$/.exec(c.destination)[0], c.consumer],
   },
   bindings: {
     title: "Bindings", states: ["problem", "routed", "partly", "unrouted", "invalid"],

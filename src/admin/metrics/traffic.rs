@@ -11,8 +11,9 @@ use prometheus_client::encoding::{EncodeLabelSet, LabelSetEncoder, MetricEncoder
 
 use super::{Families, Family};
 use crate::{
-    balance::{EndpointState, Millis},
-    counts::{BOUNDS, Counts, Distribution},
+    balance::EndpointState,
+    counts::{BOUNDS, ConnectionCounts, Distribution},
+    model::Millis,
     outcome::Outcome,
     table::{Route, Table},
 };
@@ -31,7 +32,7 @@ impl Port<'_> {
         Labels::new([("consumer", self.consumer), ("service", self.service), ("port", &port)])
     }
 
-    fn sum(&self, of: impl Fn(&Counts) -> u64) -> u64 {
+    fn sum(&self, of: impl Fn(&ConnectionCounts) -> u64) -> u64 {
         self.routes.iter().map(|route| of(&route.counts)).sum()
     }
 }
@@ -59,7 +60,7 @@ pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table) -> fmt::Result {
         None,
     )?;
     for (labels, port) in &ports {
-        active.gauge(labels, port.sum(Counts::active) as f64)?;
+        active.gauge(labels, port.sum(ConnectionCounts::active) as f64)?;
     }
     let mut ended = out.counters("route_connections", "Connections of a consumer's port that ended, by how; an outcome that never came has no series")?;
     for (labels, port) in &ports {

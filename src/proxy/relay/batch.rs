@@ -135,7 +135,7 @@ impl Batch {
             && let Some(ring) = &mut self.ring
             && let Err(error) = ring.send(&self.queue, &self.buffer, &mut self.results)
         {
-            tracing::warn!(%error, "io_uring fails: messages are sent one by one from now on");
+            tracing::warn!(%error, "io_uring failed; falling back to one write per message");
             // What it has not taken by now it never will.
             self.ring = None;
         }
@@ -347,5 +347,35 @@ mod tests {
             assert_eq!((batch.forget(to_full), batch.forget(to_well)), (4, 0));
             assert!(batch.unsent.is_empty());
         });
+    }
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn a_ring_that_fails_midway_loses_and_doubles_nothing() {
+        let ring = Ring::new().expect("this kernel has io_uring");
+        let descriptor = ring.0.as_raw_fd();
+        let (mut batch, woken) = (Batch::new(Some(ring)), Arc::<Woken>::default());
+        let mut all: Vec<_> = (0..10).map(|_| connection()).collect();
+        let null = std::fs::File::open("/dev/null").unwrap();
+        for round in 0..4_u8 {
+            if round == 1 {
+                // From now on the kernel knows no ring by this descriptor.
+                // SAFETY: both are open; the ring's owner closes the one that takes its place.
+                assert_eq!(unsafe { libc::dup2(null.as_raw_fd(), descriptor) }, descriptor);
+            }
+            for (_, to) in &all {
+                queue(&mut batch, to, &[round], &woken);
+            }
+            batch.send();
+            assert_eq!(batch.ring.is_some(), round == 0);
+        }
+        for (from, _) in &mut all {
+            let mut got = [0; 4];
+            from.read_exact(&mut got).unwrap();
+            assert_eq!(got, [0, 1, 2, 3]);
+            from.set_nonblocking(true).unwrap();
+            assert_eq!(from.read(&mut got).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        }
+        assert_eq!(woken.0.load(Relaxed), 0, "nobody waited");
     }
 }

@@ -21,27 +21,20 @@ use rustix::{
 };
 use tokio::{io::Interest, net::TcpStream, task::yield_now};
 
-use super::{Broken, RelayBuffers, Side, batch::Unsent, has_finished, pipe::Pipe, turns::Turns};
-
-/// A socket, and whose it is.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct End<'a> {
-    pub side: Side,
-    pub socket: &'a TcpStream,
-}
-
-impl End<'_> {
-    fn broke(&self, error: io::Error) -> Broken {
-        Broken { side: self.side, error }
-    }
-}
+use super::{
+    batch::Unsent,
+    buffers::RelayBuffers,
+    end::{Broken, End, has_finished},
+    pipe::Pipe,
+    turns::Turns,
+};
 
 pub(super) struct Direction<'a> {
     from: End<'a>,
     to: End<'a>,
     moved: &'a Cell<u64>,
     buffers: &'a RelayBuffers,
-    held: Held,
+    unwritten: Unwritten,
     /// Large reads in a row: two of them, and it is bulk.
     large_reads: u8,
     /// Bytes that may be moved before the neighbours get their turn.
@@ -57,7 +50,7 @@ pub(super) struct Direction<'a> {
 const SPLICE: SpliceFlags = SpliceFlags::NONBLOCK.union(SpliceFlags::MOVE);
 
 /// What was read and could not be written yet.
-enum Held {
+enum Unwritten {
     Nothing,
     /// It is counted as moved already, and mostly is by the time that anybody asks.
     Queued(u64),
@@ -85,7 +78,7 @@ impl<'a> Direction<'a> {
             to,
             moved,
             buffers,
-            held: Held::Nothing,
+            unwritten: Unwritten::Nothing,
             large_reads: 0,
             turn: Turns::SHORT,
             finished_reading: false,
@@ -106,10 +99,10 @@ impl<'a> Direction<'a> {
 
     /// Whether nothing is under way and both ends are open.
     pub(super) fn is_idle(&self) -> bool {
-        let holds_nothing = match self.held {
-            Held::Nothing => true,
-            Held::Queued(number) => self.buffers.batch.borrow().is_sent(number),
-            Held::Bytes { .. } | Held::Piped { .. } => false,
+        let holds_nothing = match self.unwritten {
+            Unwritten::Nothing => true,
+            Unwritten::Queued(number) => self.buffers.batch.borrow().is_sent(number),
+            Unwritten::Bytes { .. } | Unwritten::Piped { .. } => false,
         };
         holds_nothing && !self.finished_reading
     }
@@ -147,8 +140,8 @@ impl<'a> Direction<'a> {
                 // Unlike a plain wake, this comes back only after the sockets of all others were looked at.
                 ready!(pin!(yield_now()).poll(cx));
             }
-            ready!(self.poll_write_held(cx))?;
-            if self.held.left() > 0 {
+            ready!(self.poll_write_unwritten(cx))?;
+            if self.unwritten.left() > 0 {
                 continue;
             }
             if self.finished_reading {
@@ -160,7 +153,7 @@ impl<'a> Direction<'a> {
                 Some(pipe) => self.fill(pipe)?,
                 None => self.copy(cx)?,
             }
-            if let Held::Queued(_) = self.held {
+            if let Unwritten::Queued(_) = self.unwritten {
                 // What comes next is waited for, and not that it is sent: if it cannot be, that wakes this task.
                 let ready = ready!(self.from.socket.poll_read_ready(cx));
                 ready.map_err(|error| self.from.broke(error))?;
@@ -172,7 +165,7 @@ impl<'a> Direction<'a> {
         self.large_reads >= 2
     }
 
-    /// Reads into the worker's buffer and queues a message; of anything else it writes what can be written, and holds the
+    /// Reads into the worker's buffer and queues a message; of anything else it writes what can be written, and keeps the
     /// rest.
     fn copy(&mut self, cx: &Context<'_>) -> Result<(), Broken> {
         let mut batch = self.buffers.batch.borrow_mut();
@@ -200,7 +193,8 @@ impl<'a> Direction<'a> {
                 if batch.is_empty() {
                     self.buffers.queued.notify_one();
                 }
-                self.held = Held::Queued(batch.queue(self.to.socket.as_fd(), count, cx.waker()));
+                self.unwritten =
+                    Unwritten::Queued(batch.queue(self.to.socket.as_fd(), count, cx.waker()));
                 self.moved.set(self.moved.get() + count as u64);
                 return Ok(());
             }
@@ -228,12 +222,12 @@ impl<'a> Direction<'a> {
         };
         self.moved.set(self.moved.get() + written as u64);
         if let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) {
-            self.held = Held::Bytes { bytes: rest.into(), written: 0 };
+            self.unwritten = Unwritten::Bytes { bytes: rest.into(), written: 0 };
         }
         behind
     }
 
-    /// Moves from the socket into `pipe`, which is held while anything is in it.
+    /// Moves from the socket into `pipe`, which is kept while anything is in it.
     fn fill(&mut self, pipe: Pipe) -> Result<(), Broken> {
         let from = self.from.socket;
         let filled = from.try_io(Interest::READABLE, || {
@@ -243,7 +237,7 @@ impl<'a> Direction<'a> {
             if bytes < Self::LARGE {
                 self.large_reads = 0;
             }
-            self.held = Held::Piped { pipe, bytes };
+            self.unwritten = Unwritten::Piped { pipe, bytes };
             return Ok(());
         }
         self.buffers.pipes.borrow_mut().give_back(pipe);
@@ -255,27 +249,27 @@ impl<'a> Direction<'a> {
         Ok(())
     }
 
-    /// Writes of what is held as much as one turn may. Ready when nothing is, or more may be written.
-    fn poll_write_held(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+    /// Writes of what was read as much as one turn may. Ready when nothing is, or more may be written.
+    fn poll_write_unwritten(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let to = self.to.socket;
-        if let Held::Queued(number) = self.held {
+        if let Unwritten::Queued(number) = self.unwritten {
             let mut batch = self.buffers.batch.borrow_mut();
             if batch.is_queued(number) {
                 batch.awaits(number, cx.waker());
                 return Poll::Pending;
             }
-            self.held = Held::Nothing;
+            self.unwritten = Unwritten::Nothing;
             if let Some(Unsent { bytes, error }) = batch.take_unsent(number) {
                 self.moved.set(self.moved.get() - bytes.len() as u64);
-                self.held = Held::Bytes { bytes, written: 0 };
+                self.unwritten = Unwritten::Bytes { bytes, written: 0 };
                 if let Some(error) = error {
                     return Poll::Ready(Err(self.to.broke(error)));
                 }
             }
         }
-        if self.held.left() > 0 {
+        if self.unwritten.left() > 0 {
             ready!(to.poll_write_ready(cx)).map_err(|error| self.to.broke(error))?;
-            match self.held.write(to, self.turn as usize) {
+            match self.unwritten.write(to, self.turn as usize) {
                 Ok(0) => return Poll::Ready(Err(self.to.broke(io::ErrorKind::WriteZero.into()))),
                 Ok(moved) => self.moved.set(self.moved.get() + moved as u64),
                 // The readiness was cleared: the next round waits for it.
@@ -283,10 +277,12 @@ impl<'a> Direction<'a> {
                 Err(error) => return Poll::Ready(Err(self.to.broke(error))),
             }
         }
-        if self.held.left() > 0 {
+        if self.unwritten.left() > 0 {
             return Poll::Ready(Ok(()));
         }
-        if let Held::Piped { pipe, .. } = std::mem::replace(&mut self.held, Held::Nothing) {
+        if let Unwritten::Piped { pipe, .. } =
+            std::mem::replace(&mut self.unwritten, Unwritten::Nothing)
+        {
             self.buffers.pipes.borrow_mut().give_back(pipe);
         }
         Poll::Ready(Ok(()))
@@ -295,38 +291,38 @@ impl<'a> Direction<'a> {
 
 impl Drop for Direction<'_> {
     fn drop(&mut self) {
-        match std::mem::replace(&mut self.held, Held::Nothing) {
-            Held::Piped { pipe, bytes: 0 } => self.buffers.pipes.borrow_mut().give_back(pipe),
-            Held::Piped { .. } => self.buffers.pipes.borrow_mut().lost(),
+        match std::mem::replace(&mut self.unwritten, Unwritten::Nothing) {
+            Unwritten::Piped { pipe, bytes: 0 } => self.buffers.pipes.borrow_mut().give_back(pipe),
+            Unwritten::Piped { .. } => self.buffers.pipes.borrow_mut().lost(),
             // Its socket is closed next.
-            Held::Queued(number) => {
+            Unwritten::Queued(number) => {
                 let unsent = self.buffers.batch.borrow_mut().forget(number);
                 self.moved.set(self.moved.get() - unsent as u64);
             }
-            Held::Nothing | Held::Bytes { .. } => {}
+            Unwritten::Nothing | Unwritten::Bytes { .. } => {}
         }
     }
 }
 
-impl Held {
+impl Unwritten {
     fn left(&self) -> usize {
         match self {
-            Held::Nothing | Held::Queued(_) => 0,
-            Held::Bytes { bytes, written } => bytes.len() - written,
-            Held::Piped { bytes, .. } => *bytes,
+            Unwritten::Nothing | Unwritten::Queued(_) => 0,
+            Unwritten::Bytes { bytes, written } => bytes.len() - written,
+            Unwritten::Piped { bytes, .. } => *bytes,
         }
     }
 
     /// Writes `most` bytes of it, if the socket takes so many.
     fn write(&mut self, to: &TcpStream, most: usize) -> io::Result<usize> {
         match self {
-            Held::Nothing | Held::Queued(_) => Ok(0),
-            Held::Bytes { bytes, written } => {
+            Unwritten::Nothing | Unwritten::Queued(_) => Ok(0),
+            Unwritten::Bytes { bytes, written } => {
                 let rest = bytes.get(*written..).unwrap_or_default();
                 write(to, rest.get(..most).unwrap_or(rest), SendFlags::empty())
                     .inspect(|moved| *written += moved)
             }
-            Held::Piped { pipe, bytes } => to
+            Unwritten::Piped { pipe, bytes } => to
                 .try_io(Interest::WRITABLE, || {
                     Ok(splice(&pipe.read, None, to, None, (*bytes).min(most), SPLICE)?)
                 })

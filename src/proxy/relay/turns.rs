@@ -28,6 +28,12 @@ impl Turns {
         if self.alone.get() < Self::UNTIL_ALONE { Self::SHORT } else { Self::LONG }
     }
 
+    /// The most that any of the next `turns` turns may move.
+    #[cfg(test)]
+    pub(super) fn most_of_next(&self, turns: u32) -> u32 {
+        if self.alone.get() + turns > Self::UNTIL_ALONE { Self::LONG } else { Self::SHORT }
+    }
+
     /// Something else was moved.
     pub(super) fn shorten(&self) {
         self.alone.set(0);

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use embassy::balance::EndpointState;
 use testbed::{Container, Host};
 
-use super::{ETCD, Held, listens, vip};
+use super::{ETCD, OpenConnections, listens, vip};
 use crate::{READY, WAIT};
 
 #[test]
@@ -57,7 +57,7 @@ fn leastconn_counts_the_connections_of_all_consumers() -> Result<()> {
     let embassy = host.embassy(["--dnat", ETCD])?;
     embassy.wait_ready(READY)?;
 
-    let held = Held::open(&one, "held", &vip(80), 10)?;
+    let held = OpenConnections::open(&one, "held", &vip(80), 10)?;
     assert_eq!(held.greetings()?, serde_json::json!({ "hello from old": 10 }));
     etcd.v3().put("/services/greet/new", &new)?;
     // What connects here ends at once, and is not counted any more.
@@ -69,9 +69,9 @@ fn leastconn_counts_the_connections_of_all_consumers() -> Result<()> {
     // Nothing tells of the end of its slow start.
     thread::sleep(Duration::from_millis(EndpointState::SLOW_START));
     // This consumer has no connection to either; the other has ten to the old one.
-    let more = Held::open(&other, "more", &vip(80), 10)?;
+    let more = OpenConnections::open(&other, "more", &vip(80), 10)?;
     assert_eq!(more.greetings()?, serde_json::json!({ "hello from new": 10 }));
-    let even = Held::open(&other, "even", &vip(80), 10)?;
+    let even = OpenConnections::open(&other, "even", &vip(80), 10)?;
     assert_eq!(even.greetings()?, serde_json::json!({ "hello from new": 5, "hello from old": 5 }));
     Ok(())
 }

@@ -11,7 +11,7 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 use socket2::{SockRef, TcpKeepalive};
 use testbed::{Embassy, Process};
 
-use super::{Held, Path, ended, line, metric, vip, wait_ended};
+use super::{OpenConnections, Path, ended, line, metric, vip, wait_ended};
 use crate::WAIT;
 
 #[test]
@@ -90,7 +90,7 @@ fn a_half_closed_connection_outlives_the_patience_of_connection_tracking() -> Re
 #[test]
 fn keepalive_asks_a_silent_peer_on_either_side() -> Result<()> {
     let path = Path::new(&[(1001, "greet")])?;
-    let held = Held::open(&path.app, "held", &vip(1001), 1)?;
+    let held = OpenConnections::open(&path.app, "held", &vip(1001), 1)?;
     held.greetings()?;
     let (app, endpoint) = (path.app.ip()?.to_string(), format!("{}:1001", path.endpoints.ip()?));
     let sockets = path.host.run("ss", ["-H", "-t", "-n", "-o", "state", "established"])?;
@@ -112,8 +112,8 @@ fn keepalive_asks_a_silent_peer_on_either_side() -> Result<()> {
 fn a_silent_peer_is_found_by_keepalive_and_the_other_side_is_told() -> Result<()> {
     let roles = [1001, 1002, 1004].map(|port| (port, "greet"));
     let path = Path::new(&[&roles[..], &[(1003, "sink --delay-ms 600000")]].concat())?;
-    let open = |name: &str, port| -> Result<Held> {
-        let held = Held::open(&path.app, name, &vip(port), 1)?;
+    let open = |name: &str, port| -> Result<OpenConnections> {
+        let held = OpenConnections::open(&path.app, name, &vip(port), 1)?;
         held.greetings()?;
         Ok(held)
     };

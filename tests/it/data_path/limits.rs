@@ -5,13 +5,13 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use testbed::{Container, Embassy};
 
-use super::{Held, Path, ended, line, metric, vip, wait_ended};
+use super::{OpenConnections, Path, ended, line, metric, vip, wait_ended};
 use crate::{WAIT, support::spins_not};
 
 #[test]
 fn one_connection_more_than_allowed_is_reset() -> Result<()> {
     let path = Path::with(&["--max-connections=20"], &[(1001, "greet --name joe")])?;
-    let held = Held::open(&path.app, "held", &vip(1001), 20)?;
+    let held = OpenConnections::open(&path.app, "held", &vip(1001), 20)?;
     assert_eq!(held.greetings()?, serde_json::json!({ "hello from joe": 20 }));
     assert_eq!(path.app.probe(vip(1001))?.outcome, "reset");
     assert_eq!(ended(&path.embassy, "too_many_connections")?, 1);
@@ -34,13 +34,13 @@ fn without_descriptors_accepting_slows_down_and_recovers() -> Result<()> {
         ensure!(holder.probe(vip(1001))?.outcome == "data");
         Ok(())
     })?;
-    let held = Held::open(&holder, "held", &vip(1001), 50)?;
+    let held = OpenConnections::open(&holder, "held", &vip(1001), 50)?;
     assert_eq!(held.greetings()?, serde_json::json!({ "hello from joe": 50 }));
 
     // Two connections more, and no descriptor is left.
     let limit = open_descriptors(&path.embassy)? + 5;
     set_limit(&path.embassy, limit)?;
-    let waiting = Held::open(&path.app, "waiting", &vip(1001), 20)?;
+    let waiting = OpenConnections::open(&path.app, "waiting", &vip(1001), 20)?;
     testbed::eventually(WAIT, "the shortage", || {
         ensure!(path.embassy.log().contains("cannot accept"));
         Ok(())

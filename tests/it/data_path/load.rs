@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Held, Path, ended, metric, service, vip};
+use super::{OpenConnections, Path, ended, metric, service, vip};
 use crate::{WAIT, support::reaches};
 
 #[test]
@@ -23,7 +23,7 @@ fn ten_times_more_connections_than_endpoints_take_disturb_nobody_else() -> Resul
     let all = (ROOM * 10).to_string();
     let target = vip(1001);
     let words = ["hold", &target, "-n", &all, "-c", &all, "--timeout-ms", "8000"];
-    let held = Held(crowd.spawn("held", ["testbed", "peer"].into_iter().chain(words))?);
+    let held = OpenConnections(crowd.spawn("held", ["testbed", "peer"].into_iter().chain(words))?);
     let greeted = held.greetings()?["hello from full"].as_u64().unwrap_or_default();
     assert!((1..=ROOM as u64).contains(&greeted), "{greeted} greeted");
     assert!(ended(&path.embassy, "endpoints_unreachable")? > 0, "nobody was turned away");
@@ -54,7 +54,7 @@ fn a_consumer_with_too_many_connections_takes_none_of_the_others() -> Result<()>
     let greedy = greedy.env("BACKEND_WEB", &format!("{};80", service(80))).start()?;
     reaches(&greedy, vip(80), "web")?;
     let traffic = path.app.traffic("traffic", vip(80))?;
-    let held = Held::open(&greedy, "held", &vip(1001), 500)?;
+    let held = OpenConnections::open(&greedy, "held", &vip(1001), 500)?;
     assert_eq!(held.greetings()?, serde_json::json!({ "hello from joe": 50 }));
     let flood = greedy.get(vip(80)).times(2_000).at_once(20).run()?;
     assert_eq!((flood.from("web"), flood.failed()), (0, 2_000), "{flood:?}");

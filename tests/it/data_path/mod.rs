@@ -17,6 +17,7 @@ mod load;
 mod refusals;
 mod routes;
 mod transfer;
+mod workers;
 
 /// A host with one consumer, `app`, and one container of endpoints. Each role is a server on a port of its own, is
 /// registered as a service, and bound to the same port.
@@ -97,9 +98,9 @@ fn wait_ended(embassy: &Embassy, outcome: &str, count: u64) -> Result<()> {
 }
 
 /// Connections that a consumer holds open.
-struct Held(Process);
+struct OpenConnections(Process);
 
-impl Held {
+impl OpenConnections {
     /// Opens `count` of them to a server that greets.
     fn open(app: &Container, name: &str, target: &str, count: usize) -> Result<Self> {
         let count = count.to_string();

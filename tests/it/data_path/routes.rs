@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use testbed::Host;
 
-use super::{ETCD, Held, Path, listens, metric, vip, wait_ended};
+use super::{ETCD, OpenConnections, Path, listens, metric, vip, wait_ended};
 use crate::{READY, WAIT};
 
 #[test]
 fn a_consumer_that_stops_takes_its_connections_and_its_route_along() -> Result<()> {
     let path = Path::new(&[(1001, "greet --name joe")])?;
-    let held = Held::open(&path.app, "held", &vip(1001), 10)?;
+    let held = OpenConnections::open(&path.app, "held", &vip(1001), 10)?;
     held.greetings()?;
     assert_eq!(metric(&path.embassy, "embassy_connections_active")?, 10);
     path.app.kill()?;
@@ -25,7 +25,7 @@ fn a_consumer_that_stops_takes_its_connections_and_its_route_along() -> Result<(
 #[test]
 fn the_connections_of_a_consumer_that_loses_its_address_are_reset() -> Result<()> {
     let path = Path::new(&[(1001, "greet --name joe")])?;
-    let held = Held::open(&path.app, "held", &vip(1001), 10)?;
+    let held = OpenConnections::open(&path.app, "held", &vip(1001), 10)?;
     held.greetings()?;
     path.app.disconnect("bridge")?;
     wait_ended(&path.embassy, "route_gone", 10)?;
@@ -59,7 +59,7 @@ fn the_binding_says_what_becomes_of_the_connections_of_a_removed_endpoint() -> R
     embassy.wait_ready(READY)?;
     let mut held = Vec::new();
     for (port, _) in bindings {
-        let two = Held::open(&app, &port.to_string(), &vip(port), 2)?;
+        let two = OpenConnections::open(&app, &port.to_string(), &vip(port), 2)?;
         let greetings = serde_json::json!({ "hello from stays": 1, "hello from goes": 1 });
         assert_eq!(two.greetings()?, greetings);
         held.push(two);

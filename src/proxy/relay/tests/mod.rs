@@ -2,6 +2,7 @@
 
 use std::{io, net::Ipv4Addr, pin::pin, rc::Rc, time::Duration};
 
+use rustix::io::Errno;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpSocket, TcpStream},
@@ -9,8 +10,8 @@ use tokio::{
     time::timeout,
 };
 
-use super::*;
-use crate::proxy::connection::Socket;
+use super::{batch::Ring, *};
+use crate::proxy::socket::Socket;
 
 mod bytes;
 mod ends;
@@ -52,7 +53,7 @@ struct Relayed {
     consumer: TcpStream,
     endpoint: TcpStream,
     moved: Rc<Moved>,
-    leave: Rc<Leave>,
+    park: Rc<ParkRequest>,
     end: JoinHandle<Result<Ended, Broken>>,
 }
 
@@ -67,8 +68,8 @@ impl Relayed {
         let (to_endpoint, endpoint) = connection(size).await;
         let (buffers, moved) = (buffers.clone(), Rc::<Moved>::default());
         let counted = moved.clone();
-        let leave = Rc::<Leave>::default();
-        let asked = leave.clone();
+        let park = Rc::<ParkRequest>::default();
+        let asked = park.clone();
         let end = spawn_local(async move {
             let (mut consumer, mut endpoint) = (Socket::new(to_consumer), Socket::new(to_endpoint));
             let end = in_turns(
@@ -81,7 +82,7 @@ impl Relayed {
             endpoint.finished = end.is_ok();
             end
         });
-        Self { consumer, endpoint, moved, leave, end }
+        Self { consumer, endpoint, moved, park, end }
     }
 
     /// The same seen from the other side, so that a test can be run both ways.
@@ -94,14 +95,14 @@ impl Relayed {
 async fn in_turns<T>(relay: impl Future<Output = T>, moved: &Moved, buffers: &RelayBuffers) -> T {
     let mut relay = pin!(relay);
     poll_fn(|cx| {
-        let most = buffers.turns.most();
+        // Of both directions: the first of them may bring the long turns, and the second end them.
+        let most = buffers.turns.most_of_next(2);
         let before = (moved.up.get(), moved.down.get());
         let end = relay.as_mut().poll(cx);
         // It may become less: what was queued may turn out not to be sent.
         let (up, down) = (moved.up.get(), moved.down.get());
         let turn = up.saturating_sub(before.0).max(down.saturating_sub(before.1));
-        // The first of the two directions may have been the last to have a short turn.
-        let bound = u64::from(2 * most.max(buffers.turns.most()));
+        let bound = u64::from(2 * most);
         assert!(turn <= bound, "{turn} bytes at a time where {most} may be moved");
         end
     })

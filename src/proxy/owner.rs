@@ -14,7 +14,7 @@ use std::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::net::TcpStream;
 
-use super::connection::Meaning;
+use super::captured::Captured;
 use crate::{
     model::{ConsumerId, RunEnd},
     table::Route,
@@ -72,11 +72,12 @@ pub(super) fn has_hung_up(stream: &TcpStream) -> bool {
 
 /// Whether the other end of a connection is certainly a socket of the route's owner, or of one that shares its network.
 /// Never where processes cannot be seen.
-pub(super) async fn is_owners(route: &Route, meaning: &Meaning) -> bool {
-    let (ends, meaning) = (route.ends.clone(), *meaning);
+pub(super) async fn is_owners(route: &Route, captured: &Captured) -> bool {
+    let (ends, captured) = (route.ends.clone(), *captured);
     let look = move || {
         let mut processes = ends.iter().filter_map(RunEnd::process);
-        let has = processes.any(|process| has_socket(process.pid, meaning.peer, meaning.meant));
+        let has = processes
+            .any(|process| has_socket(process.pid, captured.source.0, captured.destination.0));
         // Looked at last: until then the process's number was not another's.
         has && !ends.iter().any(RunEnd::has_ended)
     };

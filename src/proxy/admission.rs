@@ -1,0 +1,387 @@
+//! Who is let in: what is accepted gets its route or is reset, and waits where it is not yet known, or not certain, whose it
+//! is.
+
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::{spawn_local, yield_now},
+    time::sleep_until,
+};
+
+use super::{
+    captured::Captured,
+    connection::serve,
+    listener::AcceptBackoff,
+    lists::Place,
+    owner::{self, Doubt, Pause},
+    shared::HoldPermit,
+    socket::Socket,
+    worker::{HeldTicket, Worker},
+};
+use crate::{model::SourceAddress, outcome::Outcome, table::Route};
+
+impl Worker {
+    /// So many are accepted before those that are relayed get their turn: a flood of new ones must not delay them.
+    const IN_A_ROW: usize = 4;
+
+    pub(super) async fn accept(self: Rc<Self>, listener: TcpListener) {
+        let mut backoff = AcceptBackoff::default();
+        let mut in_a_row = 0;
+        // A listener without an address has no port that anything could be meant for.
+        let port = listener.local_addr().map_or(0, |address| address.port());
+        loop {
+            while let Some(end) = self.shortage.get().filter(|end| *end > Instant::now()) {
+                self.pause_until(end).await;
+            }
+            match listener.accept().await {
+                Ok((stream, peer)) => {
+                    backoff.reset();
+                    self.recognise(stream, peer, port);
+                    in_a_row += 1;
+                    if in_a_row == Self::IN_A_ROW {
+                        in_a_row = 0;
+                        yield_now().await;
+                    }
+                }
+                Err(error) => {
+                    if let Some(pause) = backoff.after(&error) {
+                        self.pause_until(Instant::now() + pause).await;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn pause_until(&self, end: Instant) {
+        let start = Instant::now();
+        sleep_until(end.into()).await;
+        self.pause.set(Some(Pause::ended(self.pause.get(), start)));
+    }
+
+    fn recognise(self: &Rc<Self>, stream: TcpStream, peer: SocketAddr, port: u16) {
+        let socket = Socket::new(stream);
+        match Captured::of(&socket.stream, peer, port) {
+            Ok(captured) => self.let_in(socket, captured),
+            Err(outcome) => self.refuse(SourceAddress(peer), None, None, outcome),
+        }
+    }
+
+    /// Starts a connection that has a route; any other is reset at once, except one that may soon have one.
+    fn let_in(self: &Rc<Self>, socket: Socket, captured: Captured) {
+        let outcome = match self.route_of(&captured) {
+            Ok(route) => return self.let_in_to(socket, captured, route),
+            Err(outcome) => outcome,
+        };
+        let source = captured.source;
+        if outcome == Outcome::UnknownConsumer
+            && self.table.borrow().may_become_known(&source.0.ip())
+            && let Some(permit) = HoldPermit::for_unknown(&self.shared)
+        {
+            let ticket = self.hold(captured, permit);
+            return self.run(ticket.place(), wait(ticket, socket, captured));
+        }
+        self.refuse(source, Some(captured.destination), None, outcome);
+    }
+
+    /// Starts a connection, unless it may be one that the address's former owner opened.
+    pub(super) fn let_in_to(
+        self: &Rc<Self>,
+        socket: Socket,
+        captured: Captured,
+        route: Arc<Route>,
+    ) {
+        let now = Instant::now();
+        match owner::doubt(&route, self.pause.get(), now) {
+            None => {}
+            // It may have waited until a moment ago to become known, and is served like those that do so here.
+            Some(Doubt::New) if !owner::has_hung_up(&socket.stream) => {}
+            Some(_) => {
+                let Some(permit) = HoldPermit::for_doubted(&self.shared) else {
+                    let Captured { source, destination, .. } = captured;
+                    let outcome = Outcome::UnknownConsumer;
+                    return self.refuse(source, Some(destination), None, outcome);
+                };
+                let ticket = self.hold(captured, permit);
+                return self.run(ticket.place(), identify(ticket, socket, captured, route, now));
+            }
+        }
+        if let Some(ticket) = self.start(captured, route, now) {
+            self.run(ticket.place(), serve(ticket, socket));
+        }
+    }
+
+    fn route_of(&self, captured: &Captured) -> Result<Arc<Route>, Outcome> {
+        captured.route(&self.table.borrow(), &self.settings().destinations)
+    }
+
+    /// Gives a connection its task. It has its place already: the task may be aborted before it runs for the first time.
+    fn run(&self, place: Place, task: impl Future<Output = ()> + 'static) {
+        let task = spawn_local(task).abort_handle();
+        self.connections.borrow_mut().set_task(place, task);
+    }
+}
+
+/// Waits for the container to become known: its first connection may be quicker than the engine's news of it.
+async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured) {
+    let (worker, accepted) = (ticket.worker().clone(), Instant::now());
+    let deadline = accepted + worker.settings().hold;
+    worker.settings().lookup.ask();
+    loop {
+        // Looked up before the first wait too: the table may have come since this connection was accepted.
+        match worker.route_of(&captured) {
+            // It has sent all it has to say; or who opened it is gone, and its address another's by now.
+            Ok(route)
+                if owner::doubt(&route, worker.pause.get(), accepted) == Some(Doubt::Waited)
+                    || owner::has_hung_up(&socket.stream) =>
+            {
+                return identify(ticket, socket, captured, route, accepted).await;
+            }
+            Ok(route) => return start_held(ticket, socket, captured, route, accepted).await,
+            Err(Outcome::UnknownConsumer) if worker.another_table(deadline).await => {}
+            Err(outcome) => return ticket.end(outcome),
+        }
+    }
+}
+
+/// Starts a connection if it is certain that the route's owner opened it.
+async fn identify(
+    ticket: HeldTicket,
+    socket: Socket,
+    captured: Captured,
+    route: Arc<Route>,
+    accepted: Instant,
+) {
+    // The table may be another by then.
+    if owner::is_owners(&route, &captured).await && ticket.worker().table.borrow().has(&route) {
+        return start_held(ticket, socket, captured, route, accepted).await;
+    }
+    ticket.end(Outcome::UnknownConsumer);
+}
+
+async fn start_held(
+    ticket: HeldTicket,
+    socket: Socket,
+    captured: Captured,
+    route: Arc<Route>,
+    accepted: Instant,
+) {
+    if let Some(ticket) = ticket.start(captured, route, accepted) {
+        serve(ticket, socket).await;
+    }
+}
+
+/// Nobody is let in on what the address's next owner asked for.
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{self, Write},
+        net::Shutdown,
+        sync::atomic::Ordering::Relaxed,
+        time::Duration,
+    };
+
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+    use crate::{
+        model::{ConsumerId, ContainerId, Endpoint, Process, RunEnd},
+        proxy::{
+            connections::State,
+            settings::ProxySettings,
+            shared::Shared,
+            testing::{
+                captured, connection, consumer, run, settings, shared, table, table_after, table_of,
+            },
+        },
+    };
+
+    /// A worker whose table has one container's route, which came at `born`. The container's first process is this one.
+    fn worker(born: Instant) -> (Rc<Worker>, Arc<Route>) {
+        let id = ConsumerId::Container { id: ContainerId::new("b"), started_at: "t".into() };
+        let table = Arc::new(table_of(id));
+        let worker = Worker::new(Arc::new(shared(100, 100)), 0, table).unwrap();
+        let route = worker.table.borrow().routes().next().unwrap().clone();
+        let end = RunEnd::default();
+        end.is_that_of(Process { pid: i32::try_from(std::process::id()).unwrap(), started: 1 });
+        let route = Arc::new(Route {
+            key: route.key,
+            number: route.number,
+            consumer: route.consumer.clone(),
+            consumer_name: route.consumer_name.clone(),
+            binding: route.binding.clone(),
+            balance: route.balance,
+            upstream: route.upstream.clone(),
+            counts: route.counts.clone(),
+            live_of_consumer: route.live_of_consumer.clone(),
+            born: Some(born),
+            ends: vec![end],
+        });
+        (worker, route)
+    }
+
+    /// A connection that has sent something, and perhaps ended its direction, as it is accepted. Its other end is the
+    /// container's, or nobody's.
+    async fn opened(ends: bool, owners: bool) -> (std::net::TcpStream, Socket, Captured) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dialled = listener.local_addr().unwrap();
+        let mut client = std::net::TcpStream::connect(dialled).unwrap();
+        client.write_all(b"x").unwrap();
+        if ends {
+            client.shutdown(Shutdown::Write).unwrap();
+        }
+        let (stream, peer) = listener.accept().await.unwrap();
+        let elsewhere = "127.0.0.9:9".parse().unwrap();
+        let destination = if owners { dialled } else { elsewhere };
+        (client, Socket::new(stream), captured(peer, destination))
+    }
+
+    async fn is_let_in(
+        born: Instant,
+        paused_at: Option<Instant>,
+        ends: bool,
+        owners: bool,
+    ) -> bool {
+        let (worker, route) = worker(born);
+        worker.pause.set(paused_at.map(|start| Pause::ended(None, start)));
+        let (client, socket, captured) = opened(ends, owners).await;
+        worker.let_in_to(socket, captured, route.clone());
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let let_in = loop {
+            assert!(Instant::now() < deadline, "neither let in nor refused");
+            if worker.shared.tally.get(Outcome::UnknownConsumer) == 1 {
+                break false;
+            }
+            if route.counts.started.load(std::sync::atomic::Ordering::Relaxed) == 1 {
+                break true;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        };
+        if !let_in {
+            client.set_nonblocking(true).unwrap();
+            let mut client = TcpStream::from_std(client).unwrap();
+            let error = client.read(&mut [0]).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        }
+        worker.end_all(Outcome::Shutdown, |_| true);
+        worker.all_ended().await;
+        let_in
+    }
+
+    #[tokio::test]
+    async fn what_waited_to_be_accepted_is_served_by_its_own_route_only() {
+        let test = async {
+            let now = Instant::now();
+            let ago = |seconds| now.checked_sub(Duration::from_secs(seconds)).unwrap();
+            // The route was this owner's long before the queue stood still, or there was no queue.
+            assert!(is_let_in(ago(60), Some(ago(20)), true, false).await);
+            assert!(is_let_in(ago(60), None, true, false).await);
+            // It came while the queue stood still: only who is certainly its owner.
+            for ends in [false, true] {
+                assert!(!is_let_in(ago(10), Some(ago(20)), ends, false).await, "ends: {ends}");
+                assert!(is_let_in(ago(10), Some(ago(20)), ends, true).await, "ends: {ends}");
+            }
+            // It has only just come: who may be gone already is doubted, who is not is served.
+            assert!(is_let_in(now, None, false, false).await);
+            assert!(!is_let_in(now, None, true, false).await);
+            assert!(is_let_in(now, None, true, true).await);
+        };
+        tokio::task::LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn an_owner_that_has_ended_is_served_no_more() {
+        let test = async {
+            let (worker, route) = worker(Instant::now());
+            route.ends[0].mark_ended();
+            let (_client, socket, captured) = opened(true, true).await;
+            worker.let_in_to(socket, captured, route);
+            let refused = async {
+                while worker.shared.tally.get(Outcome::UnknownConsumer) == 0 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(60), refused).await.unwrap();
+        };
+        tokio::task::LocalSet::new().run_until(test).await;
+    }
+
+    #[test]
+    fn a_connection_that_is_aborted_before_it_ran_is_reset_and_accounted_for() {
+        run(async {
+            let worker = Worker::new(Arc::new(shared(1, 1)), 0, Arc::new(table())).unwrap();
+            let (mut client, stream) = connection().await;
+            let route = worker.table.borrow().routes().next().unwrap().clone();
+            let peer = client.local_addr().unwrap();
+            worker.let_in_to(Socket::new(stream), captured(peer, peer), route);
+            worker.end_all(Outcome::RouteGone, |_| true);
+            worker.all_ended().await;
+            assert_eq!(worker.shared.live.load(Relaxed), 0);
+            assert_eq!(worker.shared.tally.get(Outcome::RouteGone), 1);
+            let error = client.read(&mut [0]).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        });
+    }
+
+    /// A worker that holds as many connections of an unknown container's as it may, and the ends of those that it was offered.
+    async fn crowded() -> (Rc<Worker>, Vec<TcpStream>) {
+        const MORE: usize = 44;
+        let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
+        let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(table())).unwrap();
+        let mut clients = Vec::new();
+        for port in 1..=HoldPermit::MOST + MORE {
+            let (client, accepted) = connection().await;
+            let source = SocketAddr::new(STRANGER.parse().unwrap(), port.try_into().unwrap());
+            worker.let_in(Socket::new(accepted), captured(source, VIP.parse().unwrap()));
+            clients.push(client);
+        }
+        let all = worker.connections.borrow();
+        assert!(all.iter().all(|(_, one)| matches!(one.state, State::Held(_))));
+        assert_eq!(all.iter().count(), HoldPermit::MOST);
+        drop(all);
+        assert_eq!(worker.shared.held.load(Relaxed), HoldPermit::MOST);
+        assert_eq!(worker.shared.tally.get(Outcome::UnknownConsumer), MORE as u64);
+        for mut refused in clients.drain(HoldPermit::MOST..) {
+            let error = refused.read(&mut [0]).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        }
+        (worker, clients)
+    }
+
+    const STRANGER: &str = "172.17.0.9";
+    const VIP: &str = "172.17.0.1:6379";
+
+    #[test]
+    fn of_too_many_that_wait_the_first_are_served_once_they_are_known() {
+        run(async {
+            let (worker, clients) = crowded().await;
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let endpoint = Endpoint(listener.local_addr().unwrap());
+            let known = [consumer("stranger", STRANGER.parse().unwrap(), "redis;6379")];
+            let table = table_after(&worker.table.borrow(), &known, &[endpoint]).unwrap();
+            worker.take_over(Arc::new(table));
+            let mut taken = Vec::new();
+            for _ in &clients {
+                taken.push(listener.accept().await.unwrap());
+            }
+            assert_eq!(worker.shared.held.load(Relaxed), 0);
+            assert_eq!(worker.shared.live.load(Relaxed), clients.len());
+            assert_eq!(worker.connections.borrow().iter().count(), clients.len());
+            drop(clients);
+            drop(taken);
+            worker.all_ended().await;
+            assert_eq!(worker.shared.live.load(Relaxed), 0);
+        });
+    }
+
+    #[test]
+    fn those_that_wait_end_with_the_worker() {
+        run(async {
+            let (worker, clients) = crowded().await;
+            worker.end_all(Outcome::Shutdown, |one| matches!(one.state, State::Held(_)));
+            worker.all_ended().await;
+            assert_eq!(worker.shared.tally.get(Outcome::Shutdown), clients.len() as u64);
+            assert_eq!(worker.shared.held.load(Relaxed), 0);
+        });
+    }
+}

@@ -1,0 +1,116 @@
+//! Figures of the data path, for metrics and API.
+
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
+
+use tokio::{
+    sync::{mpsc::UnboundedSender, oneshot},
+    time::timeout,
+};
+
+use super::{
+    observed::{Ask, LiveConnection},
+    shared::{Shared, WorkerCounts},
+};
+use crate::{counts::Distribution, model::Millis, outcome::Outcome};
+
+/// A reader of the figures; it outlives the proxy. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Figures {
+    shared: Arc<Shared>,
+    /// Where each worker is asked what it has.
+    asks: Arc<[UnboundedSender<Ask>]>,
+}
+
+impl Figures {
+    /// How long to wait for a worker: one that is busy for longer must not hold up who asks.
+    const PATIENCE: Duration = Duration::from_secs(1);
+
+    pub(super) fn new(shared: Arc<Shared>, asks: Arc<[UnboundedSender<Ask>]>) -> Self {
+        Self { shared, asks }
+    }
+
+    /// Connections that are open, or being opened.
+    pub fn live(&self) -> usize {
+        self.shared.live.load(Relaxed)
+    }
+
+    /// Connections that wait for their container to become known.
+    pub fn held(&self) -> usize {
+        self.shared.held.load(Relaxed)
+    }
+
+    /// Connections that may be open at a time.
+    pub fn limit(&self) -> usize {
+        self.shared.settings.max_connections
+    }
+
+    /// Connections of one consumer that may be open at a time.
+    pub fn limit_of_consumer(&self) -> Option<usize> {
+        self.shared.settings.max_connections_per_consumer
+    }
+
+    /// Whether connections are refused because memory is nearly used up.
+    pub fn memory_short(&self) -> bool {
+        self.shared.settings.memory_short.get()
+    }
+
+    /// Connections that ended so, since the start.
+    pub fn ended(&self, outcome: Outcome) -> u64 {
+        self.shared.tally.get(outcome)
+    }
+
+    /// Connections that were accepted for a route, since the start.
+    pub fn started(&self) -> u64 {
+        self.shared.counts.iter().map(|counts| counts.0.started.load(Relaxed)).sum()
+    }
+
+    /// Bytes from consumers to endpoints, and back, since the start; of live connections, as of the last
+    /// [`Figures::refresh`].
+    pub fn bytes(&self) -> (u64, u64) {
+        let of = |WorkerCounts(counts): &WorkerCounts| {
+            (counts.bytes_up.load(Relaxed), counts.bytes_down.load(Relaxed))
+        };
+        self.shared.counts.iter().map(of).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+    }
+
+    /// How long it took from accepting a connection until its endpoint's was open.
+    pub fn connect(&self) -> Distribution {
+        let mut sum = Distribution::default();
+        self.shared.counts.iter().for_each(|counts| sum.add(&counts.0.connect.read()));
+        sum
+    }
+
+    /// The data path's clock, by which ejections and errors are dated.
+    pub fn now(&self) -> Millis {
+        self.shared.now()
+    }
+
+    /// Has the bytes of live connections counted up to now.
+    pub async fn refresh(&self) {
+        self.ask(Ask::Bytes).await;
+    }
+
+    /// All live connections, in no particular order.
+    pub async fn connections(&self) -> Vec<LiveConnection> {
+        self.ask(Ask::Connections).await.into_iter().flatten().collect()
+    }
+
+    /// The answers of all workers that answer.
+    async fn ask<T>(&self, ask: impl Fn(oneshot::Sender<T>) -> Ask) -> Vec<T> {
+        let asked = self.asks.iter().filter_map(|worker| {
+            let (answer, answered) = oneshot::channel();
+            worker.send(ask(answer)).ok().map(|()| answered)
+        });
+        let mut answers = Vec::new();
+        // All are asked before the first is waited for.
+        for answered in asked.collect::<Vec<_>>() {
+            if let Ok(Ok(answer)) = timeout(Self::PATIENCE, answered).await {
+                answers.push(answer);
+            }
+        }
+        answers
+    }
+}

@@ -1,0 +1,60 @@
+//! What every relay of a worker shares.
+
+use std::cell::RefCell;
+
+use tokio::sync::Notify;
+
+use super::{
+    batch::{Batch, Ring},
+    pipe::Pipes,
+    turns::Turns,
+};
+
+#[derive(Debug)]
+pub(in crate::proxy) struct RelayBuffers {
+    pub(super) batch: RefCell<Batch>,
+    /// Rung when a message is queued.
+    pub(super) queued: Notify,
+    pub(super) pipes: RefCell<Pipes>,
+    pub(super) turns: Turns,
+}
+
+impl RelayBuffers {
+    /// With up to so many pipes to splice bulk through; without any, all is copied. In the thread that will use it.
+    pub(in crate::proxy) fn new(pipes: usize) -> Self {
+        let ring = Ring::new().inspect_err(
+            |error| tracing::debug!(%error, "no io_uring: messages are sent one by one"),
+        );
+        Self::with(pipes, ring.ok())
+    }
+
+    pub(super) fn with(pipes: usize, ring: Option<Ring>) -> Self {
+        Self {
+            batch: RefCell::new(Batch::new(ring)),
+            queued: Notify::new(),
+            pipes: RefCell::new(Pipes::new(pipes)),
+            turns: Turns::default(),
+        }
+    }
+
+    /// Sends what the relays queue, for ever: each time when all that were ready have had their turn.
+    pub(in crate::proxy) async fn send_queued(&self) {
+        loop {
+            // Whoever is rung is put behind those that are ready by now.
+            self.queued.notified().await;
+            self.send_now();
+        }
+    }
+
+    pub(super) fn send_now(&self) {
+        let mut batch = self.batch.borrow_mut();
+        if !batch.is_empty() {
+            batch.send();
+        }
+    }
+
+    /// Something other than bulk is going on, which bulk must not hold up.
+    pub(in crate::proxy) fn others_are_busy(&self) {
+        self.turns.shorten();
+    }
+}

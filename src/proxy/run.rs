@@ -1,0 +1,95 @@
+//! What a worker's thread does from its start to its end.
+
+use std::{io, net::TcpListener, rc::Rc, sync::Arc};
+
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+
+use super::{connections::State, listener::adopt, observed::Ask, shared::Shared, worker::Worker};
+use crate::{outcome::Outcome, table::Table};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Accepting and relaying.
+    Serving,
+    /// Relaying only.
+    Draining,
+    /// What is left is reset.
+    Ended,
+}
+
+/// Runs a worker until it is told to end and its connections are gone.
+pub(super) async fn run(
+    shared: Arc<Shared>,
+    n: usize,
+    listeners: Vec<TcpListener>,
+    mut tables: watch::Receiver<Arc<Table>>,
+    mut phase: watch::Receiver<Phase>,
+    asks: mpsc::UnboundedReceiver<Ask>,
+) -> io::Result<()> {
+    let worker = Worker::new(shared, n, tables.borrow_and_update().clone())?;
+    let mut accepting = JoinSet::new();
+    for listener in listeners {
+        accepting.spawn_local(worker.clone().accept(adopt(listener)?));
+    }
+    let mut others = JoinSet::new();
+    others.spawn_local(worker.clone().follow(tables));
+    others.spawn_local(worker.clone().answer(asks));
+    others.spawn_local(worker.clone().park_idle());
+    others.spawn_local(worker.clone().resume_woken());
+    others.spawn_local(send_queued(worker.clone()));
+
+    tokio::select! {
+        // The sender lives as long as the proxy: where it is gone, so is everything, and this ends too.
+        _ = phase.wait_for(|phase| *phase != Phase::Serving) => {}
+        // None of them ever ends, unless it panics.
+        _ = accepting.join_next() => break_off(&worker),
+        _ = others.join_next() => break_off(&worker),
+    }
+    drop(accepting);
+    worker.end_all(Outcome::Shutdown, |one| matches!(one.state, State::Held(_)));
+    tokio::select! {
+        () = worker.all_ended() => {}
+        _ = phase.wait_for(|phase| *phase == Phase::Ended) => {
+            worker.end_all(Outcome::Shutdown, |_| true);
+            worker.all_ended().await;
+        }
+    }
+    Ok(())
+}
+
+async fn send_queued(worker: Rc<Worker>) {
+    worker.buffers.send_queued().await;
+}
+
+/// Has the whole proxy end, as this worker cannot go on. Until then it does no more than it can: a share of all new
+/// connections is this worker's, and nobody would answer those.
+fn break_off(worker: &Worker) {
+    tracing::error!(worker = worker.n, "a part of the data path has ended");
+    worker.shared.broken.notify_one();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::proxy::{Proxy, testing::settings};
+
+    #[tokio::test]
+    async fn a_part_of_a_worker_that_ends_is_noticed() {
+        let (tables, receiver) = watch::channel(Arc::new(Table::default()));
+        let mut proxy = Proxy::start(settings(), &receiver).unwrap();
+        drop(receiver);
+        let failed = timeout(Duration::from_millis(50), proxy.failed()).await;
+        assert!(failed.is_err(), "nothing has ended");
+        // The task that follows the tables ends, and every other goes on.
+        drop(tables);
+        timeout(Duration::from_secs(60), proxy.failed()).await.unwrap();
+        timeout(Duration::from_secs(60), proxy.ended()).await.unwrap();
+    }
+}

@@ -1,0 +1,423 @@
+//! What a new table means for the connections that there are: those of a route that is gone are reset, and of a route with
+//! other endpoints those to an endpoint that went away, if their binding says so.
+//!
+//! No connection outlives its route, because at every moment the route of each one that is not ending is in the worker's
+//! table, or in what is still to be swept:
+//!
+//! - A connection starts by a route of the table that the worker has, in one step with the look at that table.
+//! - A table is taken over in one step with noting what it changes. A worker that has missed a table, or is too far behind,
+//!   notes every route that has connections.
+//! - A route is taken off what is to be swept only when its connections are ending, or the table has it.
+//!
+//! Whatever the change was, the table of the moment decides, so it does not matter in which order, or how often, a route is
+//! looked at. There may be thousands of connections to look at and to reset, and each reset is some system calls: so it is
+//! done in turns, between which all others get theirs.
+
+use std::{
+    collections::VecDeque,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{sync::watch, task::yield_now, time::sleep_until};
+
+use super::{
+    connections::{Connection, Id},
+    lists::Place,
+    record::Record,
+    worker::Worker,
+};
+use crate::{
+    balance::EndpointState,
+    descriptor::EndpointDrain,
+    outcome::Outcome,
+    table::{RouteNumber, Table},
+};
+
+/// What is still to be looked at, the first of these first.
+#[derive(Debug, Default)]
+struct Sweep {
+    /// Connections of routes that the table has, to endpoints that it may not have.
+    connections: Vec<(Place, Id)>,
+    /// Routes whose connections are to be looked at.
+    routes: Vec<RouteNumber>,
+    /// Tables whose changes are to be looked at, and how many of each have been.
+    tables: VecDeque<(Arc<Table>, usize)>,
+}
+
+/// A turn's share of the thread's time.
+const TURN: Duration = Duration::from_micros(200);
+/// Connections that a turn ends, at the most: closing two sockets takes some 20 us, and those that run do so after it.
+const ENDS: usize = 8;
+/// Routes of a table's changes that are looked at in one go.
+const ROUTES: usize = 64;
+/// Tables that may be behind. Keeping more would cost more than looking at all connections.
+const BEHIND: usize = 4;
+
+impl Worker {
+    /// Takes over each table as it is published, and ends the connections that do not belong to it.
+    pub(super) async fn follow(self: Rc<Self>, mut tables: watch::Receiver<Arc<Table>>) {
+        let mut sweep = Sweep::default();
+        loop {
+            match tables.has_changed() {
+                Ok(false) => {}
+                Ok(true) => self.note(tables.borrow_and_update().clone(), &mut sweep),
+                // The control plane has ended.
+                Err(_) => return,
+            }
+            if self.turn(&mut sweep) {
+                yield_now().await;
+                continue;
+            }
+            let deadline = self.connections.borrow().next_deadline();
+            let deadline = async {
+                match deadline {
+                    Some(at) => sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                changed = tables.changed() => match changed {
+                    Ok(()) => tables.mark_changed(),
+                    Err(_) => return,
+                },
+                () = deadline => {}
+            }
+        }
+    }
+
+    /// Takes a table over, and notes what is to be swept for it.
+    fn note(&self, table: Arc<Table>, sweep: &mut Sweep) {
+        let before = self.take_over(table.clone());
+        if table.version == before.version + 1 && sweep.tables.len() < BEHIND {
+            sweep.tables.push_back((table, 0));
+        } else {
+            sweep.tables.clear();
+            sweep.routes = self.connections.borrow().routes().collect();
+        }
+    }
+
+    /// Looks at some of what is to be swept, and at deadlines. Whether there is more.
+    fn turn(&self, sweep: &mut Sweep) -> bool {
+        let (now, mut ends) = (Instant::now(), 0);
+        loop {
+            if ends >= ENDS || now.elapsed() >= TURN {
+                return true;
+            }
+            let past_deadline = self.connections.borrow().past_deadline(now);
+            if let Some((place, id)) = past_deadline {
+                ends += usize::from(self.look_at(place, id, now));
+            } else if let Some((place, id)) = sweep.connections.pop() {
+                ends += usize::from(self.look_at(place, id, now));
+            } else if let Some(route) = sweep.routes.pop() {
+                ends += usize::from(self.sweep_route(route, sweep));
+            } else if let Some((table, done)) = sweep.tables.front_mut() {
+                let changes = table.changes();
+                let routes = changes.removed.iter().chain(&changes.updated);
+                let some: Vec<_> = routes.skip(*done).take(ROUTES).map(|r| r.number).collect();
+                *done += some.len();
+                if some.is_empty() {
+                    sweep.tables.pop_front();
+                }
+                sweep.routes = some;
+            } else {
+                return false;
+            }
+        }
+    }
+
+    /// Ends one connection of a route that is gone, and leaves the route for the others; or notes the connections of one
+    /// that is there, if they may have to end. Whether one was ended.
+    fn sweep_route(&self, number: RouteNumber, sweep: &mut Sweep) -> bool {
+        let all = self.connections.borrow();
+        let Some(first) = all.of_route(number).next() else { return false };
+        let Some(record) = all.get(first).and_then(Connection::record) else { return false };
+        if !self.table.borrow().has(&record.route) {
+            drop(all);
+            self.end(first, Outcome::RouteGone);
+            sweep.routes.push(number);
+            return true;
+        }
+        if record.route.binding.descriptor.drain != EndpointDrain::Keep {
+            let with_id = |place| Some((place, all.get(place)?.id));
+            sweep.connections = all.of_route(number).filter_map(with_id).collect();
+        }
+        false
+    }
+
+    /// Ends a connection whose endpoint went away, or sets its deadline. Whether it was ended.
+    fn look_at(&self, place: Place, id: Id, now: Instant) -> bool {
+        let mut all = self.connections.borrow_mut();
+        // It may have ended meanwhile, and its place be another's.
+        let connection = all.get(place).filter(|one| one.id == id && one.ending.is_none());
+        let Some(record) = connection.and_then(Connection::record) else { return false };
+        let outcome = match decide(record, &self.table.borrow()) {
+            Decision::Stays => {
+                all.set_deadline(place, None);
+                return false;
+            }
+            Decision::EndpointGone { stays } => {
+                if all.set_deadline(place, Some(now + stays)).is_none_or(|deadline| deadline > now)
+                {
+                    return false;
+                }
+                Outcome::EndpointGone
+            }
+            Decision::RouteGone => Outcome::RouteGone,
+        };
+        drop(all);
+        self.end(place, outcome);
+        true
+    }
+}
+
+/// What a table means for a connection.
+#[derive(Debug, PartialEq, Eq)]
+enum Decision {
+    Stays,
+    /// It may stay so long after its endpoint.
+    EndpointGone {
+        stays: Duration,
+    },
+    RouteGone,
+}
+
+fn decide(record: &Record, table: &Table) -> Decision {
+    let route = &record.route;
+    let Some(now) = table.route(&route.key).filter(|now| now.number == route.number) else {
+        return Decision::RouteGone;
+    };
+    let stays = match route.binding.descriptor.drain {
+        EndpointDrain::Keep => return Decision::Stays,
+        EndpointDrain::Kill => Duration::ZERO,
+        EndpointDrain::After(time) => time,
+    };
+    let endpoint = record.endpoint.borrow();
+    let is =
+        |state: &Arc<EndpointState>| Some(state.endpoint) == endpoint.as_ref().map(|e| e.endpoint);
+    // Without an endpoint it will get one that there is.
+    if endpoint.is_none() || now.upstream.rotation.endpoints().iter().any(is) {
+        Decision::Stays
+    } else {
+        Decision::EndpointGone { stays }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::RefCell, fs::File, net::IpAddr, sync::atomic::Ordering::Relaxed};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        model::{Consumer, Endpoint},
+        proxy::{
+            shared::Shared,
+            testing::{captured, consumer, route, run, settings, table_after},
+            worker::Ticket,
+        },
+        table::Route,
+    };
+
+    const CONSUMERS: u8 = 4;
+
+    fn source(n: u8) -> IpAddr {
+        [172, 17, 1, n].into()
+    }
+
+    fn endpoint(n: u8) -> Endpoint {
+        Endpoint(([10, 0, 0, n], 80).into())
+    }
+
+    /// The table after another, with those of the consumers and endpoints whose bits are set.
+    fn next(before: &Table, drain: &str, consumers: u8, endpoints: u8) -> Option<Table> {
+        let descriptor = format!("redis;80;drain={drain}");
+        let has = |bits: u8| move |n: &u8| bits & (1 << n) != 0;
+        let one = |n| consumer(&format!("c{n}"), source(n), &descriptor);
+        let consumers: Vec<Arc<Consumer>> =
+            (0..CONSUMERS).filter(has(consumers)).map(one).collect();
+        let endpoints: Vec<_> = (0..2).filter(has(endpoints)).map(endpoint).collect();
+        table_after(before, &consumers, &endpoints)
+    }
+
+    /// A worker whose connections have no tasks but this.
+    struct Driven {
+        worker: Rc<Worker>,
+        sweep: Sweep,
+        running: RefCell<Vec<Ticket>>,
+    }
+
+    impl Driven {
+        fn new(drain: &str) -> Self {
+            let table = next(&Table::default(), drain, 0b1111, 0b11).unwrap();
+            let shared = Arc::new(Shared::new(settings()));
+            let worker = Worker::new(shared, 0, Arc::new(table)).unwrap();
+            Self { worker, sweep: Sweep::default(), running: RefCell::default() }
+        }
+
+        /// A connection of the consumer's, as it would be accepted now, to an endpoint that there is now.
+        fn open(&self, n: u8, parked: bool) {
+            let table = self.worker.table.borrow().clone();
+            let Some(route) = route(&table, source(n), 80) else { return };
+            let peer = (source(n), 1).into();
+            let endpoints = route.upstream.rotation.endpoints();
+            let state = endpoints.get(usize::from(n) % endpoints.len().max(1)).cloned();
+            let ticket = self.worker.start(captured(peer, peer), route, Instant::now()).unwrap();
+            let Some(state) = state else { return self.running.borrow_mut().push(ticket) };
+            ticket.connecting(&state);
+            ticket.connected();
+            if parked {
+                let socket = || File::open("/dev/null").unwrap().into();
+                ticket.park((socket(), socket()), state.lease());
+            } else {
+                self.running.borrow_mut().push(ticket);
+            }
+        }
+
+        /// Has the tasks end that were aborted.
+        fn tasks_end(&self) {
+            let all = self.worker.connections.borrow();
+            let is_ending = |ticket: &mut Ticket| {
+                all.get(ticket.place()).is_none_or(|one| one.ending.is_some())
+            };
+            let ending: Vec<_> = self.running.borrow_mut().extract_if(.., is_ending).collect();
+            drop(all);
+            drop(ending);
+        }
+
+        fn sweeps_to_the_end(&mut self) {
+            while self.worker.turn(&mut self.sweep) {}
+            self.tasks_end();
+        }
+
+        fn live(&self) -> Vec<Arc<Route>> {
+            let all = self.worker.connections.borrow();
+            all.iter().filter_map(|(_, one)| Some(one.record()?.route.clone())).collect()
+        }
+
+        fn ended(&self, outcome: Outcome) -> u64 {
+            self.worker.shared.tally.get(outcome)
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        /// Tables, of which the worker sees the last.
+        Publish(Vec<(u8, u8)>),
+        Open(u8, bool),
+        Turn,
+        TasksEnd,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let table = (0..1_u8 << CONSUMERS, 0..4_u8);
+        prop_oneof![
+            prop::collection::vec(table, 1..3).prop_map(Step::Publish),
+            (0..CONSUMERS, any::<bool>()).prop_map(|(n, parked)| Step::Open(n, parked)),
+            (0..CONSUMERS, any::<bool>()).prop_map(|(n, parked)| Step::Open(n, parked)),
+            Just(Step::Turn),
+            Just(Step::TasksEnd),
+        ]
+    }
+
+    proptest! {
+        /// However tables, turns and new connections are mixed: those whose route has gone are reset, also where it came
+        /// back as another, those to an endpoint that has gone too, and no others.
+        #[test]
+        fn no_connection_outlives_its_route(
+            kill in any::<bool>(),
+            steps in prop::collection::vec(step(), 1..60),
+        ) {
+            run(async {
+                let drain = if kill { "kill" } else { "keep" };
+                let mut driven = Driven::new(drain);
+                let mut newest = driven.worker.table.borrow().clone();
+                let mut opened = 0;
+                for step in steps {
+                    match step {
+                        Step::Publish(tables) => {
+                            for (consumers, endpoints) in tables {
+                                let after = next(&newest, drain, consumers, endpoints);
+                                newest = after.map_or(newest, Arc::new);
+                            }
+                            driven.worker.note(newest.clone(), &mut driven.sweep);
+                        }
+                        Step::Open(n, parked) => {
+                            driven.open(n, parked);
+                            opened = driven.worker.shared.counts[0].0.started.load(Relaxed);
+                        }
+                        Step::Turn => drop(driven.worker.turn(&mut driven.sweep)),
+                        Step::TasksEnd => driven.tasks_end(),
+                    }
+                }
+                driven.sweeps_to_the_end();
+                let live = driven.live();
+                assert!(live.iter().all(|route| newest.has(route)), "one outlived its route");
+                if kill {
+                    let all = driven.worker.connections.borrow();
+                    let stays = |record| decide(record, &newest) == Decision::Stays;
+                    assert!(all.iter().all(|(_, one)| one.record().is_none_or(stays)));
+                }
+                let gone = driven.ended(Outcome::RouteGone) + driven.ended(Outcome::EndpointGone);
+                assert_eq!(opened, live.len() as u64 + gone);
+                assert!(kill || driven.ended(Outcome::EndpointGone) == 0);
+            });
+        }
+    }
+
+    #[test]
+    fn a_route_that_stays_keeps_its_connections_and_others_lose_theirs_a_few_at_a_time() {
+        run(async {
+            const EACH: usize = 100;
+            let mut driven = Driven::new("keep");
+            (0..EACH).for_each(|n| (0..2).for_each(|c| driven.open(c, n % 2 == 0)));
+            let table = next(&driven.worker.table.borrow(), "keep", 0b0001, 0b11).unwrap();
+            driven.worker.note(Arc::new(table), &mut driven.sweep);
+            let mut turns = 0;
+            while driven.worker.turn(&mut driven.sweep) {
+                turns += 1;
+                driven.tasks_end();
+                assert!(driven.ended(Outcome::RouteGone) <= (turns * ENDS) as u64);
+            }
+            driven.tasks_end();
+            assert!(turns >= EACH / ENDS, "{turns} turns");
+            assert_eq!(driven.ended(Outcome::RouteGone), EACH as u64);
+            assert!(driven.live().iter().all(|route| route.key.source == source(0)));
+        });
+    }
+
+    #[test]
+    fn a_connection_whose_endpoint_comes_back_in_time_stays() {
+        run(async {
+            let mut driven = Driven::new("60");
+            driven.open(0, false);
+            driven.open(1, true);
+            for (endpoints, deadlines) in [(0b00, true), (0b11, false)] {
+                let table = next(&driven.worker.table.borrow(), "60", 0b1111, endpoints).unwrap();
+                driven.worker.note(Arc::new(table), &mut driven.sweep);
+                driven.sweeps_to_the_end();
+                let next = driven.worker.connections.borrow().next_deadline();
+                assert_eq!(next.is_some(), deadlines);
+            }
+            assert_eq!(driven.live().len(), 2);
+        });
+    }
+
+    #[test]
+    fn a_connection_ends_when_the_time_without_its_endpoint_is_over() {
+        run(async {
+            let driven = Driven::new("1");
+            driven.open(0, true);
+            let table = next(&driven.worker.table.borrow(), "1", 0b1111, 0b00).unwrap();
+            let (tables, follow) = watch::channel(driven.worker.table.borrow().clone());
+            tokio::task::spawn_local(driven.worker.clone().follow(follow));
+            let start = Instant::now();
+            tables.send_replace(Arc::new(table));
+            driven.worker.all_ended().await;
+            assert!(start.elapsed() >= Duration::from_secs(1));
+            assert_eq!(driven.ended(Outcome::EndpointGone), 1);
+        });
+    }
+}

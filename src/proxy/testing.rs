@@ -1,0 +1,149 @@
+//! What the data path's unit tests are made of.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::net::{TcpListener, TcpStream};
+
+use super::{
+    captured::{Captured, Destinations},
+    settings::ProxySettings,
+    shared::Shared,
+};
+use crate::{
+    config::ConnectionLog,
+    cow_map::CowMap,
+    descriptor::Balance,
+    discovery::{Endpoints, Query},
+    model::{
+        Binding, Consumer, ConsumerId, ContainerId, Endpoint, OriginalDestination, Port,
+        SourceAddress, Vip,
+    },
+    table::{Inputs, Route, RouteKey, Table},
+};
+
+/// A container with this source address and descriptor.
+pub(super) fn consumer(name: &str, source: IpAddr, descriptor: &str) -> Arc<Consumer> {
+    let id = ConsumerId::Container { id: ContainerId::new(name), started_at: "t".into() };
+    consumer_of(id, name, source, descriptor)
+}
+
+fn consumer_of(id: ConsumerId, name: &str, source: IpAddr, descriptor: &str) -> Arc<Consumer> {
+    Arc::new(Consumer {
+        id,
+        name: name.into(),
+        namespace: name.into(),
+        sources: vec![source],
+        gateways: vec![],
+        bindings: vec![Binding { origin: "B".into(), descriptor: descriptor.parse().unwrap() }],
+        ends: vec![],
+    })
+}
+
+/// The table after another: of these consumers, all of whose services have these endpoints. `None` where nothing differs.
+pub(super) fn table_after(
+    before: &Table,
+    consumers: &[Arc<Consumer>],
+    endpoints: &[Endpoint],
+) -> Option<Table> {
+    let query = |binding: &Binding| Query {
+        via: "consul".into(),
+        service: binding.descriptor.service.clone(),
+        tags: Default::default(),
+        dc: None,
+        port: None,
+    };
+    let answer = Arc::new(Endpoints::new(endpoints.iter().copied(), vec![]));
+    let bindings = consumers.iter().flat_map(|consumer| &consumer.bindings);
+    let mut answers = CowMap::default();
+    bindings.for_each(|one| drop(answers.insert(query(one), answer.clone())));
+    let inputs = Inputs {
+        consumers: &consumers.iter().collect::<Vec<_>>(),
+        contested: &Default::default(),
+        known: &Arc::new(["172.17.0.4".parse().unwrap()].into()),
+        networks: &["172.17.0.0/16".parse().unwrap()].into(),
+        endpoints: &answers,
+        vips: &[Vip("172.17.0.1".parse().unwrap())],
+        gateways_are_vips: false,
+        balance: Balance::RoundRobin,
+        now: Instant::now(),
+    };
+    before.next(&inputs, |binding| Ok(query(binding)))
+}
+
+/// One consumer with one route.
+pub(super) fn table() -> Table {
+    table_of(ConsumerId::Local)
+}
+
+pub(super) fn table_of(id: ConsumerId) -> Table {
+    let source = "172.17.0.2".parse().unwrap();
+    table_after(&Table::default(), &[consumer_of(id, "a", source, "redis;6379")], &[]).unwrap()
+}
+
+/// The route of a source address and port.
+pub(super) fn route(table: &Table, source: IpAddr, port: u16) -> Option<Arc<Route>> {
+    table.route(&RouteKey::tcp(source, Port::new(port)?)).cloned()
+}
+
+/// What `source` sent to `destination`, and was captured.
+pub(super) fn captured(source: SocketAddr, destination: SocketAddr) -> Captured {
+    let (source, destination) = (SourceAddress(source), OriginalDestination(destination));
+    Captured { source, destination, is_direct: false }
+}
+
+pub(super) fn settings() -> ProxySettings {
+    ProxySettings {
+        port: None,
+        workers: 1,
+        destinations: Destinations::Any,
+        max_connections: 100_000,
+        memory_short: Default::default(),
+        max_connections_per_consumer: None,
+        mark: None,
+        splice: false,
+        hold: Duration::ZERO,
+        lookup: Default::default(),
+        log: ConnectionLog::Off,
+        events: Default::default(),
+    }
+}
+
+/// Of one worker, with these limits of connections.
+pub(super) fn shared(most: usize, of_consumer: usize) -> Shared {
+    Shared::new(ProxySettings {
+        max_connections: most,
+        max_connections_per_consumer: Some(of_consumer),
+        ..settings()
+    })
+}
+
+/// The two ends of a connection: who dialled, and who accepted.
+pub(super) async fn connection() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    (dialled, listener.accept().await.unwrap().0)
+}
+
+/// Runs a test as a worker's thread does.
+pub(super) fn run(test: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let test = async { tokio::time::timeout(Duration::from_secs(60), test).await };
+    let end = tokio::task::LocalSet::new().block_on(&runtime, test);
+    end.expect("it does not hang");
+}
+
+/// Runs a test in a process of its own, because it changes what all of a process share. `name` is the test's.
+pub(super) fn in_own_process(name: &str, test: impl FnOnce()) {
+    const ALONE: &str = "EMBASSY_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return test();
+    }
+    let mut own = std::process::Command::new(std::env::current_exe().unwrap());
+    let output = own.args([name, "--exact", "--nocapture"]).env(ALONE, "1").output().unwrap();
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+}

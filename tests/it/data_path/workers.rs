@@ -1,0 +1,177 @@
+//! More workers than this machine may have processors: the data path in process, in a network namespace of its own.
+
+use std::{
+    collections::BTreeSet,
+    io::{Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    process::Command,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use embassy::{
+    config::ConnectionLog,
+    cow_map::CowMap,
+    descriptor::Balance,
+    discovery::{Endpoints, Query},
+    model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Vip},
+    outcome::Outcome,
+    proxy::{ConnectionState, Destinations, Proxy, ProxySettings},
+    table::{Inputs, Table},
+};
+use socket2::{Domain, Socket, Type};
+use tokio::sync::watch;
+
+use crate::WAIT;
+
+const WORKERS: usize = 5;
+const CONNECTIONS: usize = 200;
+const APP: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 2);
+const VIP: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 1);
+const PORT: u16 = 6379;
+
+#[test]
+fn five_workers_share_the_connections_and_each_ends_its_own() -> Result<()> {
+    const INSIDE: &str = "EMBASSY_TEST_IN_NAMESPACE";
+    if std::env::var_os(INSIDE).is_some() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        return runtime.block_on(inside());
+    }
+    let name = "data_path::workers::five_workers_share_the_connections_and_each_ends_its_own";
+    let mut own = Command::new("unshare");
+    own.arg("--net").arg(std::env::current_exe()?).args([name, "--exact", "--nocapture"]);
+    let said = testbed::output(own.env(INSIDE, "1"))?;
+    ensure!(said.contains("1 passed"), "{said}");
+    Ok(())
+}
+
+async fn inside() -> Result<()> {
+    for words in
+        ["link set lo up", "addr add 172.17.0.1/32 dev lo", "addr add 172.17.0.2/32 dev lo"]
+    {
+        testbed::output(Command::new("ip").args(words.split(' ')))?;
+    }
+    let endpoint = echo()?;
+    let (tables, receiver) = watch::channel(Arc::new(table(&Table::default(), Some(endpoint))?));
+    let proxy = Proxy::start(settings(), &receiver)?;
+    let port = proxy.addresses.first().context("a listener")?.port();
+    let rule = format!(
+        "add table ip t; add chain ip t o {{ type nat hook output priority -100; }}; \
+         add rule ip t o ip daddr {VIP} tcp dport {PORT} redirect to :{port}"
+    );
+    testbed::output(Command::new("nft").arg(rule))?;
+
+    let mut clients = (0..CONNECTIONS).map(|_| dial()).collect::<Result<Vec<_>>>()?;
+    for (n, client) in clients.iter_mut().enumerate() {
+        client.write_all(&(n as u32).to_be_bytes())?;
+        let mut answer = [0; 4];
+        client.read_exact(&mut answer)?;
+        assert_eq!(answer, (n as u32).to_be_bytes());
+    }
+    let figures = proxy.figures();
+    let live = figures.connections().await;
+    assert_eq!((live.len(), figures.live()), (CONNECTIONS, CONNECTIONS));
+    let open = [ConnectionState::Running, ConnectionState::Parked];
+    assert!(live.iter().all(|one| open.contains(&one.state)), "{live:?}");
+    // Each by its hash: that a worker has none of so many is out of the question.
+    let workers: BTreeSet<_> = live.iter().map(|one| one.id.0).collect();
+    assert_eq!(workers.len(), WORKERS);
+    figures.refresh().await;
+    assert_eq!(figures.bytes(), (4 * CONNECTIONS as u64, 4 * CONNECTIONS as u64));
+
+    let before = tables.borrow().clone();
+    tables.send_replace(Arc::new(table(&before, None)?));
+    for client in &mut clients {
+        let error = client.read(&mut [0]).err().context("not reset")?;
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    }
+    // The client may hear of it before it is counted.
+    let deadline = Instant::now() + WAIT;
+    while figures.live() > 0 && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(figures.ended(Outcome::RouteGone), CONNECTIONS as u64);
+    assert_eq!(figures.live(), 0);
+    proxy.end().await?;
+    Ok(())
+}
+
+/// A connection of the app's to the VIP.
+fn dial() -> Result<TcpStream> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.bind(&SocketAddr::from((APP, 0)).into())?;
+    socket.connect(&SocketAddr::from((VIP, PORT)).into())?;
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(WAIT))?;
+    Ok(stream)
+}
+
+/// A server that sends back what it gets.
+fn echo() -> Result<Endpoint> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let endpoint = Endpoint(listener.local_addr()?);
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let mut bytes = [0; 4];
+                while stream.read_exact(&mut bytes).is_ok() && stream.write_all(&bytes).is_ok() {}
+            });
+        }
+    });
+    Ok(endpoint)
+}
+
+/// With the app and this endpoint, or without either.
+fn table(before: &Table, endpoint: Option<Endpoint>) -> Result<Table> {
+    let binding =
+        Binding { origin: "BACKEND_A".into(), descriptor: format!("redis;{PORT}").parse()? };
+    let query = |binding: &Binding| Query {
+        via: "file".into(),
+        service: binding.descriptor.service.clone(),
+        tags: Default::default(),
+        dc: None,
+        port: None,
+    };
+    let mut endpoints = CowMap::default();
+    endpoints.insert(query(&binding), Arc::new(Endpoints::new(endpoint, vec![])));
+    let app = Arc::new(Consumer {
+        id: ConsumerId::Container { id: ContainerId::new("app"), started_at: "t".into() },
+        name: "app".into(),
+        namespace: "app".into(),
+        sources: vec![APP.into()],
+        gateways: vec![],
+        bindings: vec![binding],
+        ends: vec![],
+    });
+    let consumers: Vec<_> = endpoint.iter().map(|_| &app).collect();
+    let inputs = Inputs {
+        consumers: &consumers,
+        contested: &Default::default(),
+        known: &Default::default(),
+        networks: &Default::default(),
+        endpoints: &endpoints,
+        vips: &[Vip(VIP.into())],
+        gateways_are_vips: false,
+        balance: Balance::RoundRobin,
+        now: Instant::now(),
+    };
+    before.next(&inputs, |binding| Ok(query(binding))).context("nothing differs")
+}
+
+fn settings() -> ProxySettings {
+    ProxySettings {
+        port: None,
+        workers: WORKERS,
+        destinations: Destinations::VipsAnd(vec![]),
+        max_connections: 10_000,
+        memory_short: Default::default(),
+        max_connections_per_consumer: None,
+        mark: None,
+        splice: true,
+        hold: Duration::ZERO,
+        lookup: Default::default(),
+        log: ConnectionLog::Off,
+        events: Default::default(),
+    }
+}
