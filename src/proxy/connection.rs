@@ -310,11 +310,10 @@ fn failed(
         tracing::debug!(%endpoint, %service, %error, seconds, "endpoint ejected again");
     }
     worker.report(|| Event::EndpointEjected {
-        service: service.service.to_string(),
-        query: service.to_string(),
-        endpoint: endpoint.to_string(),
+        query: service.clone(),
+        endpoint,
         error: error.to_string(),
-        seconds,
+        time,
     });
 }
 
@@ -322,11 +321,7 @@ fn failed(
 fn back(worker: &Worker, route: &Route, state: &EndpointState) {
     let (endpoint, service) = (state.endpoint, &route.upstream.query);
     tracing::info!(%endpoint, %service, "endpoint back");
-    worker.report(|| Event::EndpointBack {
-        service: service.service.to_string(),
-        query: service.to_string(),
-        endpoint: endpoint.to_string(),
-    });
+    worker.report(|| Event::EndpointBack { query: service.clone(), endpoint });
 }
 
 /// A connection to an endpoint, set up as both sides of a connection are.

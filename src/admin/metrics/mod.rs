@@ -16,8 +16,8 @@ use tokio::sync::watch;
 
 use super::host;
 use crate::{
-    capture, control::Sources, log, outcome::Outcome, proxy::Figures, report::Refused,
-    source::Known, state, table::Table,
+    capture, control::Sources, judgement::SourceState, log, outcome::Outcome, proxy::Figures,
+    report::Refused, source::Known, state, table::Table,
 };
 
 mod text;
@@ -233,7 +233,7 @@ fn captured(out: &mut Families<'_, '_>, counts: &capture::Counts) -> fmt::Result
         "Times that rules were put back after others changed them, by how",
     )?;
     for change in capture::Change::ALL {
-        restored.counter(&[("change", change.as_str())], counts.restored(change))?;
+        restored.counter(&[("change", change.as_str())], counts.restored(*change))?;
     }
     out.gauge(
         "capture_barriers",
@@ -258,7 +258,7 @@ struct Figure {
 impl Figure {
     fn of<T>(known: &Known<T>) -> Self {
         Self {
-            up: known.error.is_none() && known.value.is_some(),
+            up: SourceState::of(known) == SourceState::Up,
             age: known
                 .confirmed
                 .map(|at| Instant::now().saturating_duration_since(at).as_secs_f64()),
