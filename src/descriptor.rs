@@ -41,6 +41,7 @@ worded! {
     }
 }
 
+#[expect(clippy::derivable_impls, reason = "the macro that declares it derives none")]
 impl Default for Balance {
     fn default() -> Self {
         Self::RoundRobin

@@ -71,25 +71,27 @@ impl Feeds {
             (query.clone(), SourceReading::of(query.to_string(), &known, in_use, skipped, now))
         });
         let figures = &self.figures;
-        Situation::new(
-            self.tables.borrow().clone(),
+        Situation {
+            table: self.tables.borrow().clone(),
             listing,
-            provider(&sources, now),
-            queries.collect(),
-            CaptureReading {
+            provider: provider(&sources, now),
+            queries: queries.collect(),
+            capture: CaptureReading {
                 mode: self.constants.mode,
                 scope: self.constants.scope,
                 standing: self.capture.as_ref().map(|counts| counts.standing()).unwrap_or_default(),
             },
-            self.readiness.waiting(),
-            Load {
+            pending: self.readiness.waiting(),
+            load: Load {
                 live: figures.live(),
                 limit: figures.limit(),
                 limit_of_consumer: figures.limit_of_consumer(),
                 memory_short: figures.memory_short(),
             },
-            figures.now(),
-        )
+            own_port: self.constants.listeners.first().map_or(0, SocketAddr::port),
+            now: figures.now(),
+            cut_off: Default::default(),
+        }
     }
 }
 

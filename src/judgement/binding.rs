@@ -2,37 +2,16 @@
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
-use super::{Cause, Reason, Situation, Verdict};
+use super::{
+    cause::Cause,
+    situation::Situation,
+    states::{BindingState, Reason},
+};
 use crate::{
     model::{Binding, Consumer, ConsumerId},
     provider::Problem,
     table::Route,
-    word::worded,
 };
-
-worded! {
-    /// What became of a binding.
-    pub enum BindingState {
-        /// it has its routes
-        Routed = "routed",
-        /// it has some routes, and others are refused
-        Partly = "partly",
-        /// it has no route
-        Unrouted = "unrouted",
-        /// it could not be read
-        Invalid = "invalid",
-    }
-}
-
-impl BindingState {
-    pub fn verdict(self) -> Verdict {
-        match self {
-            Self::Routed => Verdict::Ok,
-            Self::Partly => Verdict::Degraded,
-            Self::Unrouted | Self::Invalid => Verdict::Broken,
-        }
-    }
-}
 
 /// Why a binding has not all of its routes: one reason at least.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,12 +84,17 @@ impl<'a> BindingFate<'a> {
 
     /// What is wrong with it, one cause for each reason.
     pub fn causes(&self) -> impl Iterator<Item = Cause> {
-        let (state, consumer, origin) = (self.state(), self.consumer(), self.origin());
-        self.reasons().into_iter().map(move |reason| Cause::Binding {
-            state,
-            consumer: consumer.clone(),
-            origin: origin.clone(),
-            reason,
+        let state = self.state();
+        let binding = format!("{} {}", self.consumer(), self.origin()).trim_end().to_owned();
+        self.reasons().into_iter().map(move |reason| {
+            let binding = binding.clone();
+            match state {
+                BindingState::Invalid => Cause::Invalid { binding, reason },
+                BindingState::Partly => Cause::Partly { binding, reason },
+                BindingState::Routed | BindingState::Unrouted => {
+                    Cause::Unrouted { binding, reason }
+                }
+            }
         })
     }
 }

@@ -1,161 +1,9 @@
-//! Everything that can be said, and the words for it.
+//! Everything that can be said: what it is about, how bad it is, the words for it, and what to do about it.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
-use super::{BindingState, Reason, RouteState, Subject, Used, Verdict};
-use crate::{
-    capture::input::Barrier, counts::numbered, limits::FEW, memory::Use, model::Endpoint,
-    readiness::Part,
-};
-
-/// Why something is as it is.
-#[derive(Debug, Clone)]
-pub enum Cause {
-    // The process.
-    Draining,
-    /// A part is not ready; `serving`: there is a table all the same.
-    Awaited {
-        part: Part,
-        sources: Vec<String>,
-        serving: bool,
-    },
-
-    // The capture.
-    RulesFail {
-        error: Reason,
-    },
-    RulesMissing,
-    NoVip,
-    NeedsRedirect,
-    Barrier(Barrier),
-    CutOff {
-        consumer: Arc<str>,
-        vips: Vec<IpAddr>,
-    },
-
-    // Sources.
-    SourceDown {
-        source: String,
-        error: Reason,
-        used: Used,
-    },
-    SourceAwaited {
-        source: String,
-    },
-    Held {
-        source: String,
-        left: Duration,
-    },
-    /// An entry, and why it was skipped.
-    Skipped {
-        source: String,
-        entry: String,
-    },
-
-    // Bindings, and ports that have none.
-    Binding {
-        state: BindingState,
-        consumer: Arc<str>,
-        origin: Arc<str>,
-        reason: Reason,
-    },
-    NotDeclared {
-        consumers: Vec<Arc<str>>,
-        port: u16,
-        declared: Vec<u16>,
-        captured: Option<bool>,
-    },
-    DeclaresNothing {
-        address: String,
-    },
-    NoConsumer {
-        wanted: String,
-    },
-
-    // Routes.
-    GoesTo {
-        consumer: Arc<str>,
-        port: u16,
-        service: String,
-        endpoint: Endpoint,
-    },
-    AllEjected {
-        service: String,
-        next: Option<Endpoint>,
-    },
-    NoEndpoint {
-        service: String,
-    },
-    AllDrained {
-        service: String,
-    },
-    AllCircular {
-        service: String,
-    },
-    NotAnswered {
-        service: String,
-    },
-    /// So many routes are in this state, some of them by name.
-    Routes {
-        state: RouteState,
-        count: usize,
-        some: Vec<String>,
-    },
-
-    // Endpoints.
-    Ejected {
-        endpoint: Endpoint,
-        left: Duration,
-        failures: u32,
-        ejections: u64,
-        error: Option<Reason>,
-    },
-    Probing {
-        endpoint: Endpoint,
-        error: Option<Reason>,
-    },
-    Unhealthy {
-        endpoint: Endpoint,
-    },
-    Drained {
-        endpoint: Endpoint,
-    },
-    Circular {
-        endpoint: Endpoint,
-    },
-    /// So many endpoints are skipped, some of them by name.
-    Endpoints {
-        count: usize,
-        some: Vec<String>,
-    },
-
-    // Limits and the host.
-    MemoryShort,
-    TooManyConnections {
-        live: usize,
-    },
-    TooManyOfConsumer {
-        consumer: Arc<str>,
-        live: usize,
-    },
-    Conntrack {
-        use_of: Use,
-        verdict: Verdict,
-    },
-    Descriptors {
-        use_of: Use,
-    },
-    Memory {
-        use_of: Use,
-    },
-
-    /// So many more of the same kind.
-    More {
-        subject: Subject,
-        verdict: Verdict,
-        count: usize,
-    },
-}
+use super::states::{Reason, RouteState, Subject, Verdict};
+use crate::{limits::FEW, model::Endpoint};
 
 /// A cause in words.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -170,387 +18,278 @@ pub struct Finding {
     pub fix: Option<String>,
 }
 
-impl Cause {
-    pub fn verdict(&self) -> Verdict {
-        use Verdict::{Broken, Degraded, Ok};
+/// Each cause: what it is about, how bad it is, its fields, its word, its text, and what to do about it.
+macro_rules! causes {
+    ($($about:expr, $verdict:expr, $name:ident { $($field:ident: $type:ty),* } $word:literal, $text:literal, $fix:literal;)*) => {
+        /// Why something is as it is.
+        #[derive(Debug, Clone)]
+        pub enum Cause { $($name { $($field: $type),* },)* }
+
+        impl Cause {
+            pub fn about(&self) -> Subject {
+                match self { $(Self::$name { $($field),* } => { $(let _ = $field;)* $about })* }
+            }
+
+            pub fn verdict(&self) -> Verdict {
+                match self { $(Self::$name { $($field),* } => { $(let _ = $field;)* $verdict })* }
+            }
+
+            pub fn finding(&self) -> Finding {
+                let (cause, text, fix) = match self {
+                    $(Self::$name { $($field),* } => {
+                        $(let _ = $field;)*
+                        ($word, format!($text), format!($fix))
+                    })*
+                };
+                let (about, verdict) = (self.about(), self.verdict());
+                Finding { about, verdict, cause, text, fix: (!fix.is_empty()).then_some(fix) }
+            }
+        }
+    };
+}
+
+use Subject::{Bindings, Capture, Connections, Endpoints, Host, Process, Routes, Sources};
+use Verdict::{Broken, Degraded, Ok};
+
+causes! {
+    Process, Broken, Draining {} "draining",
+        "embassy is shutting down.",
+        "start it again";
+    Process, meanwhile.verdict(), ProviderAwaited { meanwhile: Meanwhile } "provider_awaited",
+        "The provider has not answered yet: {meanwhile}.",
+        "check the engine and -docker";
+    Process, meanwhile.verdict(), DiscoveryAwaited { sources: List<String>, meanwhile: Meanwhile } "discovery_awaited",
+        "Not every discovery has answered yet ({sources}): {meanwhile}.",
+        "check the registry and -discovery";
+
+    Capture, Broken, RulesFail { error: Reason } "rules_fail",
+        "The rules cannot be written ({error}): connections are not captured.",
+        "run embassy doctor; embassy tries again by itself";
+    Capture, Broken, RulesMissing {} "rules_missing",
+        "The rules are not in place: connections are not captured.",
+        "wait some seconds; if it stays so, see the log";
+    Capture, Broken, NoVip {} "no_vip",
+        "There is no VIP: nothing is captured.",
+        "name one with --proxy-ip";
+    Capture, Broken, NeedsRedirect {} "needs_redirect",
+        "What this host sends itself is captured with --redirect only: this consumer's connections are not captured.",
+        "start embassy with --redirect";
+    Capture, Degraded, Barrier { chain: String, remedy: String } "barrier",
+        "What is captured may be dropped, and then hangs: {chain}.",
+        "{remedy}";
+    Capture, Degraded, CutOff { consumer: Arc<str>, vips: List<IpAddr> } "cut_off",
+        "No network of {consumer} has a gateway on this host, or one of the VIPs in it ({vips}): its connections may not arrive here.",
+        "give it a bridge network as well";
+
+    Sources, used.verdict(), SourceDown { source: String, error: Reason, used: Used } "source_down",
+        "{source} does not answer ({error}); {used}.",
+        "check that it runs and can be reached from here";
+    Sources, Broken, SourceAwaited { source: String } "source_awaited",
+        "{source} has not answered yet.",
+        "check that it runs and can be reached from here";
+    Sources, Degraded, Held { source: String, left: Seconds } "held",
+        "{source} says that there are no endpoints; the last ones stay in use for {left} more.",
+        "check that its instances are registered and pass their checks";
+    Sources, Ok, Skipped { source: String, entry: String } "entry_skipped",
+        "{source} has an entry that was skipped: {entry}.",
+        "correct the entry in the registry";
+
+    Bindings, Broken, Invalid { binding: String, reason: Reason } "invalid",
+        "{binding} was skipped: {reason}.",
+        "correct the variable or label";
+    Bindings, Broken, Unrouted { binding: String, reason: Reason } "unrouted",
+        "{binding} has no route: {reason}.",
+        "correct what the reason names";
+    Bindings, Degraded, Partly { binding: String, reason: Reason } "partly_routed",
+        "{binding} has not all of its routes: {reason}.",
+        "correct what the reason names";
+    Bindings, Broken, NotDeclared { port: u16, consumers: List<Arc<str>>, declared: List<u16>, follows: NotDeclaredMeans } "not_declared",
+        "Port {port} is not declared by {consumers} (declared: {declared}); {follows}.",
+        "declare it in the container: BACKEND_NAME='<service>;{port}'";
+    Bindings, Broken, DeclaresNothing { address: String } "declares_nothing",
+        "{address} is a container that declares nothing: it is not captured, and the kernel answers.",
+        "give it a variable BACKEND_NAME='<service>;<port>'";
+    Bindings, Broken, NoConsumer { wanted: String } "no_consumer",
+        "No running container that declares anything has the name, the ID or the address {wanted:?}. If it runs, it has neither a variable with the prefix of a binding (-prefix, BACKEND_ unless it is given) nor a label embassy.backend.<name>: it is not captured, and the kernel answers.",
+        "docker ps lists the containers; embassy ps lists those that are known";
+
+    Routes, Ok, GoesTo { consumer: Arc<str>, port: u16, service: String, endpoint: Endpoint } "goes_to",
+        "The next connection of {consumer} to port {port} goes to {endpoint}, for {service}.",
+        "";
+    Routes, Broken, AllEjected { service: String, next: Endpoint } "all_ejected",
+        "Every endpoint of {service} failed lately. All of them are tried: the next is {next}.",
+        "start an instance of the service, and check that this host reaches it";
+    Routes, Broken, NoEndpoint { service: String } "no_endpoint",
+        "{service} has no endpoint: connections are reset.",
+        "check that it is registered under this name, with these tags, and healthy";
+    Routes, Broken, AllDrained { service: String } "all_drained",
+        "Every endpoint of {service} is drained: connections are reset.",
+        "end the drain of one (PUT /v1/endpoints/drain), or start another";
+    Routes, Broken, AllCircular { service: String } "all_circular",
+        "No endpoint of {service} can be used, each is the very address that is dialled (circular): connections are reset.",
+        "register the service at another address than the VIP";
+    Routes, Broken, NotAnswered { service: String } "waiting",
+        "{service} has not answered yet: connections are reset.",
+        "check the registry and -discovery";
+    Routes, Broken, OwnPort { port: u16 } "own_port",
+        "Port {port} is embassy's own: a connection to it counts as a direct dial and is reset.",
+        "declare another port, or give embassy another one with --port";
+    Routes, state.verdict(), ManyRoutes { state: RouteState, are: String, some: String } "routes",
+        "{are} {state}: {some}.",
+        "embassy explain <container> <port> says why";
+
+    Endpoints, Degraded, Ejected { endpoint: Endpoint, left: Seconds, failures: String, error: Because, ejections: String } "ejected",
+        "{endpoint} is skipped for {left} more, after {failures} in a row{error}; it was ejected {ejections} so far.",
+        "check that it listens and can be reached from this host";
+    Endpoints, Degraded, Probing { endpoint: Endpoint, error: Because } "probing",
+        "{endpoint} failed{error}; the next connection tries it.",
+        "check that it listens and can be reached from this host";
+    Endpoints, Degraded, Unhealthy { endpoint: Endpoint } "unhealthy",
+        "{endpoint}: its active check fails.",
+        "check that it listens and can be reached from this host";
+    Endpoints, Ok, Drained { endpoint: Endpoint } "drained",
+        "{endpoint} is drained: it gets no new connections.",
+        "end the drain with PUT /v1/endpoints/drain";
+    Endpoints, Degraded, Circular { endpoint: Endpoint } "circular",
+        "{endpoint} is the very address that is dialled, and rules of your own would lead back to embassy: it gets no connections (circular).",
+        "register the service at another address than the VIP";
+    Endpoints, Degraded, ManyEndpoints { are: String, some: String } "endpoints",
+        "{are} not trusted after a failure: {some}.",
+        "embassy ps --endpoints shows the last error of each";
+
+    Connections, Broken, MemoryShort {} "memory_short",
+        "New connections are refused (memory_short): the memory that the control group allows is nearly used up.",
+        "raise the limit: --memory of docker, MemoryMax= of systemd";
+    Connections, Broken, TooManyConnections { are: String } "too_many_connections",
+        "New connections are refused (too_many_connections): {are} open, and no more may be (--max-connections).",
+        "raise --max-connections, or the limit of descriptors";
+    Connections, Broken, TooManyOfConsumer { consumer: Arc<str>, live: String } "too_many_of_consumer",
+        "New connections are refused (too_many_of_consumer): {consumer} has {live} open, and no more may be (--max-connections-per-consumer).",
+        "check whether the consumer closes its connections, or raise the limit";
+
+    Host, Degraded, ConntrackFills { used: u64, limit: u64 } "conntrack",
+        "{used} of {limit} entries of connection tracking are in use.",
+        "raise net.netfilter.nf_conntrack_max, or set IPTABLES_TRACK_MAX_CONNECTIONS for embassy";
+    Host, Broken, ConntrackFull { used: u64, limit: u64 } "conntrack",
+        "{used} of {limit} entries of connection tracking are in use: new connections are dropped.",
+        "raise net.netfilter.nf_conntrack_max, or set IPTABLES_TRACK_MAX_CONNECTIONS for embassy";
+    Host, Degraded, Descriptors { used: u64, limit: u64 } "descriptors",
+        "{used} of {limit} descriptors are open.",
+        "raise the limit: LimitNOFILE= of systemd, --ulimit nofile= of docker";
+    Host, Broken, Memory { used_mib: u64, limit_mib: u64 } "memory",
+        "{used_mib} of {limit_mib} MiB of memory are in use: beyond {FEW} connections, new ones are refused.",
+        "raise the limit: --memory of docker, MemoryMax= of systemd";
+
+    *subject, *verdict, More { subject: Subject, verdict: Verdict, count: usize } "more",
+        "And {count} more.",
+        "see the lists of the API";
+}
+
+/// What is used of a source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Used {
+    /// Its last answer, which it confirmed so long ago.
+    Answer(Duration),
+    /// What an earlier run knew, and how long ago the source confirmed that, where it is known.
+    Kept(Option<Duration>),
+    Nothing,
+}
+
+impl Used {
+    /// How bad it is that the source does not answer.
+    pub(super) fn verdict(self) -> Verdict {
         match self {
-            Self::Draining
-            | Self::Awaited { serving: false, .. }
-            | Self::RulesFail { .. }
-            | Self::RulesMissing
-            | Self::NoVip
-            | Self::NeedsRedirect
-            | Self::SourceDown { used: Used::Nothing, .. }
-            | Self::SourceAwaited { .. }
-            | Self::NotDeclared { .. }
-            | Self::DeclaresNothing { .. }
-            | Self::NoConsumer { .. }
-            | Self::AllEjected { .. }
-            | Self::NoEndpoint { .. }
-            | Self::AllDrained { .. }
-            | Self::AllCircular { .. }
-            | Self::NotAnswered { .. }
-            | Self::MemoryShort
-            | Self::TooManyConnections { .. }
-            | Self::TooManyOfConsumer { .. }
-            | Self::Memory { .. } => Broken,
-            Self::Awaited { .. }
-            | Self::Barrier(_)
-            | Self::CutOff { .. }
-            | Self::SourceDown { .. }
-            | Self::Held { .. }
-            | Self::Ejected { .. }
-            | Self::Probing { .. }
-            | Self::Unhealthy { .. }
-            | Self::Circular { .. }
-            | Self::Endpoints { .. }
-            | Self::Descriptors { .. } => Degraded,
-            Self::Skipped { .. } | Self::GoesTo { .. } | Self::Drained { .. } => Ok,
-            Self::Binding { state, .. } => state.verdict(),
-            Self::Routes { state, .. } => state.verdict(),
-            Self::Conntrack { verdict, .. } | Self::More { verdict, .. } => *verdict,
+            Self::Answer(_) | Self::Kept(_) => Degraded,
+            Self::Nothing => Broken,
         }
     }
+}
 
-    pub fn finding(&self) -> Finding {
-        use Subject::{Bindings, Capture, Connections, Endpoints, Host, Process, Routes, Sources};
-        let (about, cause, text, fix): (_, _, String, Option<String>) = match self {
-            Self::Draining => (
-                Process,
-                "draining",
-                "embassy is shutting down.".into(),
-                Some("start it again".into()),
-            ),
-            Self::Awaited { part, sources, serving } => {
-                let whom = sources.join(", ");
-                let whom = if whom.is_empty() { whom } else { format!(" ({whom})") };
-                let meanwhile = match serving {
-                    true => "what is known is served meanwhile",
-                    false => "there are no routes yet, and nothing is captured",
-                };
-                let what = match part {
-                    Part::Listing => "The provider has not answered yet",
-                    Part::Discovery => "Not every discovery has answered yet",
-                    Part::Capture => "The rules are not written yet",
-                    Part::Draining => "embassy is shutting down",
-                };
-                let fix = match part {
-                    Part::Listing => "check the engine and -docker",
-                    Part::Discovery => "check the registry and -discovery",
-                    Part::Capture | Part::Draining => "see the log",
-                };
-                (Process, "not_ready", format!("{what}{whom}: {meanwhile}."), Some(fix.into()))
+impl fmt::Display for Used {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Answer(age) => {
+                write!(f, "its last answer, confirmed {} ago, stays in use", Seconds(*age))
             }
-            Self::RulesFail { error } => (
-                Capture,
-                "rules_fail",
-                format!("The rules cannot be written ({error}): connections are not captured."),
-                Some("embassy doctor says what the firewall needs; embassy tries again".into()),
-            ),
-            Self::RulesMissing => (
-                Capture,
-                "rules_missing",
-                "The rules are not in place: connections are not captured.".into(),
-                Some("wait some seconds; if it stays so, see the log".into()),
-            ),
-            Self::NoVip => (
-                Capture,
-                "no_vip",
-                "There is no VIP: nothing is captured.".into(),
-                Some("name one with --proxy-ip".into()),
-            ),
-            Self::NeedsRedirect => (
-                Capture,
-                "needs_redirect",
-                "What this host sends itself is captured with --redirect only: connections of this consumer are not captured.".into(),
-                Some("start embassy with --redirect".into()),
-            ),
-            Self::Barrier(Barrier { chain, remedy }) => (
-                Capture,
-                "barrier",
-                format!("What is captured may be dropped, and then hangs: {chain}."),
-                Some(remedy.clone()),
-            ),
-            Self::CutOff { consumer, vips } => (
-                Capture,
-                "cut_off",
-                format!(
-                    "No network of {consumer} has a gateway on this host, or one of the VIPs in it ({}): its connections may not arrive here.",
-                    list(vips)
-                ),
-                Some("give it a bridge network as well".into()),
-            ),
-            Self::SourceDown { source, error, used } => {
-                let used = match used {
-                    Used::Answer(age) => {
-                        format!("its last answer, confirmed {} ago, stays in use", seconds(*age))
-                    }
-                    Used::Kept(Some(age)) => format!(
-                        "what an earlier run knew, confirmed {} ago, is in use",
-                        seconds(*age)
-                    ),
-                    Used::Kept(None) => "what an earlier run knew is in use".to_owned(),
-                    Used::Nothing => "nothing is known of it".to_owned(),
-                };
-                (
-                    Sources,
-                    "source_down",
-                    format!("{source} does not answer ({error}); {used}."),
-                    Some("check that it runs and can be reached from here".into()),
-                )
+            Self::Kept(Some(age)) => {
+                write!(f, "what an earlier run knew, confirmed {} ago, is in use", Seconds(*age))
             }
-            Self::SourceAwaited { source } => (
-                Sources,
-                "source_awaited",
-                format!("{source} has not answered yet."),
-                Some("check that it runs and can be reached from here".into()),
-            ),
-            Self::Held { source, left } => (
-                Sources,
-                "held",
-                format!(
-                    "{source} says that there are no endpoints; the last ones stay in use for {} more.",
-                    seconds(*left)
-                ),
-                Some("check that its instances are registered and pass their checks".into()),
-            ),
-            Self::Skipped { source, entry } => (
-                Sources,
-                "entry_skipped",
-                format!("{source} has an entry that was skipped: {entry}."),
-                Some("correct the entry in the registry".into()),
-            ),
-            Self::Binding { state, consumer, origin, reason } => {
-                let (what, fix) = match state {
-                    BindingState::Invalid => ("was skipped", "correct the variable or label"),
-                    BindingState::Partly => ("has not all of its routes", "correct what it says"),
-                    _ => ("has no route", "correct what it says"),
-                };
-                let space = if origin.is_empty() { "" } else { " " };
-                (
-                    Bindings,
-                    "binding",
-                    format!("{consumer}{space}{origin} {what}: {reason}."),
-                    Some(fix.into()),
-                )
-            }
-            Self::NotDeclared { consumers, port, declared, captured } => {
-                let declared =
-                    if declared.is_empty() { "none".to_owned() } else { list(declared) };
-                let follows = match captured {
-                    Some(true) => {
-                        "every port of a VIP is captured, and embassy resets what has no route"
-                    }
-                    Some(false) => {
-                        "not captured: what listens there on the host answers, else the kernel refuses"
-                    }
-                    None => {
-                        "your own rules decide whether it is captured; embassy resets what has no route"
-                    }
-                };
-                (
-                    Bindings,
-                    "not_declared",
-                    format!(
-                        "Port {port} is not declared by {} (declared: {declared}); {follows}.",
-                        list(consumers)
-                    ),
-                    Some(format!("declare it in the container: BACKEND_NAME='<service>;{port}'")),
-                )
-            }
-            Self::DeclaresNothing { address } => (
-                Bindings,
-                "declares_nothing",
-                format!("{address} is a container that declares nothing: it is not captured, and the kernel answers."),
-                Some("give it a variable BACKEND_NAME='<service>;<port>'".into()),
-            ),
-            Self::NoConsumer { wanted } => (
-                Bindings,
-                "no_consumer",
-                format!(
-                    "No running container that declares anything has the name, the ID or the address {wanted:?}. If it runs, it has neither a variable with the prefix of a binding (-prefix, BACKEND_ unless it is given) nor a label embassy.backend.<name>: it is not captured, and the kernel answers."
-                ),
-                Some("docker ps shows the names; embassy ps those that are known".into()),
-            ),
-            Self::GoesTo { consumer, port, service, endpoint } => (
-                Routes,
-                "goes_to",
-                format!(
-                    "The next connection of {consumer} to port {port} goes to {endpoint}, for {service}."
-                ),
-                None,
-            ),
-            Self::AllEjected { service, next } => {
-                let next = next.map_or(String::new(), |next| format!(": the next is {next}"));
-                (
-                    Routes,
-                    "all_ejected",
-                    format!(
-                        "Every endpoint of {service} failed lately. All of them are tried{next}."
-                    ),
-                    Some("start an instance of the service, and see that this host reaches it".into()),
-                )
-            }
-            Self::NoEndpoint { service } => (
-                Routes,
-                "no_endpoint",
-                format!("{service} has no endpoint: connections are reset."),
-                Some("see that it is registered under this name, with these tags, and healthy".into()),
-            ),
-            Self::AllDrained { service } => (
-                Routes,
-                "all_drained",
-                format!("Every endpoint of {service} is drained: connections are reset."),
-                Some("end the drain of one (PUT /v1/endpoints/drain), or start another".into()),
-            ),
-            Self::AllCircular { service } => (
-                Routes,
-                "all_circular",
-                format!(
-                    "No endpoint of {service} can be used, each is the very address that is dialled (circular): connections are reset."
-                ),
-                Some("register the service at another address than the VIP".into()),
-            ),
-            Self::NotAnswered { service } => (
-                Routes,
-                "waiting",
-                format!("{service} has not answered yet: connections are reset."),
-                Some("check the registry and -discovery".into()),
-            ),
-            Self::Routes { state, count, some } => {
-                let are = numbered(*count, "route is", "routes are");
-                (
-                    Routes,
-                    "routes",
-                    format!("{are} {state}: {}.", some_of(some, *count)),
-                    Some("embassy explain <container> <port> says why".into()),
-                )
-            }
-            Self::Ejected { endpoint, left, failures, ejections, error } => (
-                Endpoints,
-                "ejected",
-                format!(
-                    "{endpoint} is skipped for {} more, after {} in a row{}; it was ejected {} so far.",
-                    seconds(*left),
-                    numbered(*failures, "failure", "failures"),
-                    because(error),
-                    numbered(*ejections, "time", "times"),
-                ),
-                Some("see that it listens and can be reached from this host".into()),
-            ),
-            Self::Probing { endpoint, error } => (
-                Endpoints,
-                "probing",
-                format!("{endpoint} failed{}; the next connection tries it.", because(error)),
-                Some("see that it listens and can be reached from this host".into()),
-            ),
-            Self::Unhealthy { endpoint } => (
-                Endpoints,
-                "unhealthy",
-                format!("{endpoint}: its active check fails."),
-                Some("see that it listens and can be reached from this host".into()),
-            ),
-            Self::Drained { endpoint } => (
-                Endpoints,
-                "drained",
-                format!("{endpoint} is drained: it gets no new connections."),
-                Some("PUT /v1/endpoints/drain with \"drained\": false ends it".into()),
-            ),
-            Self::Circular { endpoint } => (
-                Endpoints,
-                "circular",
-                format!(
-                    "{endpoint} is the very address that is dialled, and rules of your own would lead back to embassy: it gets no connections (circular)."
-                ),
-                Some("register the service at another address than the VIP".into()),
-            ),
-            Self::Endpoints { count, some } => {
-                let are = numbered(*count, "endpoint is", "endpoints are");
-                (
-                    Endpoints,
-                    "endpoints",
-                    format!("{are} not trusted after a failure: {}.", some_of(some, *count)),
-                    Some("embassy ps --endpoints shows the last error of each".into()),
-                )
-            }
-            Self::MemoryShort => (
-                Connections,
-                "memory_short",
-                "New connections are refused (memory_short): the memory that the control group allows is nearly used up.".into(),
-                Some("raise the limit: --memory of docker, MemoryMax= of systemd".into()),
-            ),
-            Self::TooManyConnections { live } => (
-                Connections,
-                "too_many_connections",
-                format!(
-                    "New connections are refused (too_many_connections): {} open, and no more may be (--max-connections).",
-                    numbered(*live, "connection is", "connections are")
-                ),
-                Some("raise --max-connections, or the limit of descriptors".into()),
-            ),
-            Self::TooManyOfConsumer { consumer, live } => (
-                Connections,
-                "too_many_of_consumer",
-                format!(
-                    "New connections are refused (too_many_of_consumer): {consumer} has {} open, and no more may be (--max-connections-per-consumer).",
-                    numbered(*live, "connection", "connections")
-                ),
-                Some("see whether the consumer closes its connections, or raise the limit".into()),
-            ),
-            Self::Conntrack { use_of: Use { used, limit }, verdict } => {
-                let then = match verdict {
-                    Verdict::Broken => ": new connections are dropped",
-                    _ => "",
-                };
-                (
-                    Host,
-                    "conntrack",
-                    format!("{used} of {limit} entries of connection tracking are in use{then}."),
-                    Some("raise net.netfilter.nf_conntrack_max, or set IPTABLES_TRACK_MAX_CONNECTIONS for embassy".into()),
-                )
-            }
-            Self::Descriptors { use_of: Use { used, limit } } => (
-                Host,
-                "descriptors",
-                format!("{used} of {limit} descriptors are open."),
-                Some("raise the limit: LimitNOFILE= of systemd, --ulimit nofile= of docker".into()),
-            ),
-            Self::Memory { use_of: Use { used, limit } } => (
-                Host,
-                "memory",
-                format!(
-                    "{} of {} MiB of memory are in use: beyond {FEW} connections, new ones are refused.",
-                    used >> 20,
-                    limit >> 20
-                ),
-                Some("raise the limit: --memory of docker, MemoryMax= of systemd".into()),
-            ),
-            Self::More { subject, count, .. } => {
-                (*subject, "more", format!("And {count} more."), Some("see the lists of the API".into()))
-            }
-        };
-        let verdict = self.verdict();
-        Finding { about, verdict, cause, text, fix }
+            Self::Kept(None) => f.write_str("what an earlier run knew is in use"),
+            Self::Nothing => f.write_str("nothing is known of it"),
+        }
     }
 }
 
-fn list<T: ToString>(all: &[T]) -> String {
-    all.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+/// What happens until everything has answered.
+#[derive(Debug, Clone, Copy)]
+pub enum Meanwhile {
+    Serves,
+    DoesNot,
 }
 
-/// Those that are named, and that there are more.
-fn some_of(some: &[String], count: usize) -> String {
-    match count.saturating_sub(some.len()) {
-        0 => some.join(", "),
-        more => format!("{} and {more} more", some.join(", ")),
+impl Meanwhile {
+    fn verdict(self) -> Verdict {
+        match self {
+            Self::Serves => Degraded,
+            Self::DoesNot => Broken,
+        }
     }
 }
 
-fn because(error: &Option<Reason>) -> String {
-    error.as_ref().map_or(String::new(), |error| format!(" ({error})"))
+impl fmt::Display for Meanwhile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Serves => "what is known is served meanwhile",
+            Self::DoesNot => "there are no routes yet, and nothing is captured",
+        })
+    }
 }
 
-/// Whole seconds, rounded up: none is left where it is over.
-fn seconds(time: Duration) -> String {
-    format!("{} s", time.as_secs_f64().ceil())
+/// What becomes of connections on a port that is not declared. `None`: the user's own rules capture.
+#[derive(Debug, Clone, Copy)]
+pub struct NotDeclaredMeans(pub Option<bool>);
+
+impl fmt::Display for NotDeclaredMeans {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0 {
+            Some(true) => "every port of a VIP is captured, and embassy resets what has no route",
+            Some(false) => {
+                "not captured: what listens there on the host answers, else the kernel refuses"
+            }
+            None => {
+                "your own rules decide whether it is captured; embassy resets what has no route"
+            }
+        })
+    }
+}
+
+/// A time in whole seconds, rounded up: none is left where it is over.
+#[derive(Debug, Clone, Copy)]
+pub struct Seconds(pub Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} s", self.0.as_secs_f64().ceil())
+    }
+}
+
+/// An error behind what it led to, where there is one.
+#[derive(Debug, Clone)]
+pub struct Because(pub Option<Reason>);
+
+impl fmt::Display for Because {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.as_ref().map_or(std::result::Result::Ok(()), |error| write!(f, " ({error})"))
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct List<T>(pub Vec<T>);
+
+impl<T: fmt::Display> fmt::Display for List<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all: Vec<_> = self.0.iter().map(ToString::to_string).collect();
+        f.write_str(if all.is_empty() { "none" } else { "" })?;
+        f.write_str(&all.join(", "))
+    }
 }

@@ -1,6 +1,6 @@
 //! What this host gives to the process, and whether that will do.
 
-use super::{Cause, Verdict};
+use super::{cause::Cause, states::Verdict};
 use crate::memory::{NEAR, Use};
 
 /// Fewer connections than this at a time are a surprise.
@@ -35,16 +35,20 @@ pub fn memory(memory: Use) -> Verdict {
 
 impl HostUse {
     pub(super) fn causes(&self) -> impl Iterator<Item = Cause> {
-        let conntrack = self.conntrack.filter(|conntrack| conntrack.limit > 0).and_then(|use_of| {
-            let verdict = conntrack(use_of);
-            (verdict > Verdict::Ok).then_some(Cause::Conntrack { use_of, verdict })
-        });
+        let conntrack = self.conntrack.filter(|conntrack| conntrack.limit > 0);
+        let conntrack =
+            conntrack.and_then(|use_of @ Use { used, limit }| match self::conntrack(use_of) {
+                Verdict::Ok => None,
+                Verdict::Degraded => Some(Cause::ConntrackFills { used, limit }),
+                Verdict::Broken => Some(Cause::ConntrackFull { used, limit }),
+            });
         let descriptors = self.descriptors.filter(|descriptors| descriptors.reaches(NEAR));
+        let descriptors = descriptors.map(|Use { used, limit }| Cause::Descriptors { used, limit });
         let memory = self.memory.filter(|use_of| memory(*use_of) > Verdict::Ok);
-        let descriptors = descriptors.map(|use_of| Cause::Descriptors { use_of });
-        conntrack
-            .into_iter()
-            .chain(descriptors)
-            .chain(memory.map(|use_of| Cause::Memory { use_of }))
+        let memory = memory.map(|Use { used, limit }| Cause::Memory {
+            used_mib: used >> 20,
+            limit_mib: limit >> 20,
+        });
+        conntrack.into_iter().chain(descriptors).chain(memory)
     }
 }

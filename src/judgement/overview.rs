@@ -6,10 +6,17 @@ use std::{
 };
 
 use super::{
-    Cause, EndpointHealth, HostUse, NAMED, RouteState, Situation, SourceState, Subject, Used,
-    Verdict, endpoint,
+    cause::{Cause, List, Meanwhile, Used},
+    host::HostUse,
+    route::endpoint,
+    situation::Situation,
+    source::SourceReading,
+    states::{EndpointHealth, RouteState, SourceState, Subject, Verdict},
 };
-use crate::readiness::Part;
+use crate::{capture::input::Barrier, counts::numbered, readiness::Part};
+
+/// Entries of a list that are named; the rest are counted.
+const NAMED: usize = 20;
 
 /// A part that embassy is not ready without.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,7 +50,7 @@ impl Overview {
         let mut verdicts: BTreeMap<_, _> =
             Subject::ALL.iter().map(|subject| (*subject, Verdict::Ok)).collect();
         for cause in &self.causes {
-            let verdict = verdicts.entry(cause.finding().about).or_insert(Verdict::Ok);
+            let verdict = verdicts.entry(cause.about()).or_insert(Verdict::Ok);
             *verdict = cause.verdict().max(*verdict);
         }
         verdicts
@@ -90,26 +97,33 @@ impl Situation {
         names
     }
 
-    pub(super) fn cause_of(&self, awaited: &Awaited) -> Cause {
-        match awaited.part {
-            Part::Draining => Cause::Draining,
-            part => Cause::Awaited {
-                part,
-                sources: awaited.sources.clone(),
-                serving: self.table.version > 0,
-            },
-        }
+    /// That embassy is shutting down, or has not heard from everybody. Rules that do not stand are said of the capture.
+    pub(super) fn of_process(&self) -> Vec<Cause> {
+        let meanwhile = match self.table.version {
+            0 => Meanwhile::DoesNot,
+            _ => Meanwhile::Serves,
+        };
+        let cause = |awaited: Awaited| match awaited.part {
+            Part::Draining => Some(Cause::Draining {}),
+            Part::Listing => Some(Cause::ProviderAwaited { meanwhile }),
+            Part::Discovery => {
+                Some(Cause::DiscoveryAwaited { sources: List(awaited.sources), meanwhile })
+            }
+            Part::Capture => None,
+        };
+        self.awaited().into_iter().filter_map(cause).collect()
+    }
+
+    pub(super) fn barriers(&self) -> impl Iterator<Item = Cause> {
+        let barriers = self.capture.standing.barriers.iter().cloned();
+        barriers.map(|Barrier { chain, remedy }| Cause::Barrier { chain, remedy })
     }
 
     /// Everything.
     pub fn overview(&self, host: &HostUse) -> Overview {
         let mut overview = Overview::default();
-        let draining = self.is_draining();
-        let awaited = self.awaited().into_iter();
-        // That the rules do not stand is said of the capture.
-        let awaited = awaited.filter(|awaited| awaited.part != Part::Capture);
-        let mut causes: Vec<_> = awaited.map(|awaited| self.cause_of(&awaited)).collect();
-        if !draining {
+        let mut causes = self.of_process();
+        if !self.is_draining() {
             causes.extend(self.of_capture());
         }
         let sources = self.sources(&mut overview);
@@ -145,13 +159,13 @@ impl Situation {
             Some(error) if !standing.in_place => {
                 causes.push(Cause::RulesFail { error: error.as_str().into() });
             }
-            _ if !standing.in_place => causes.push(Cause::RulesMissing),
+            _ if !standing.in_place => causes.push(Cause::RulesMissing {}),
             _ => {}
         }
         if self.table.vips().is_empty() && self.table.routes().len() > 0 {
-            causes.push(Cause::NoVip);
+            causes.push(Cause::NoVip {});
         }
-        causes.extend(standing.barriers.iter().cloned().map(Cause::Barrier));
+        causes.extend(self.barriers());
         causes
     }
 
@@ -163,7 +177,7 @@ impl Situation {
         // What the provider skipped is told as a binding.
         all()
             .flat_map(|source| match std::ptr::eq(source, &self.provider) {
-                true => super::SourceReading { skipped: Vec::new(), ..source.clone() }.causes(),
+                true => SourceReading { skipped: Vec::new(), ..source.clone() }.causes(),
                 false => source.causes(),
             })
             .collect()
@@ -182,10 +196,10 @@ impl Situation {
         }
         let causes = overview.routes.iter().filter(|(state, _)| state.verdict() > Verdict::Ok);
         causes
-            .map(|(state, count)| Cause::Routes {
+            .map(|(state, count)| Cause::ManyRoutes {
                 state: *state,
-                count: *count,
-                some: named.remove(state).unwrap_or_default(),
+                are: numbered(*count, "route is", "routes are"),
+                some: some_of(named.remove(state).unwrap_or_default(), *count),
             })
             .collect()
     }
@@ -201,13 +215,24 @@ impl Situation {
             }
         }
         let failed = [EndpointHealth::Ejected, EndpointHealth::Probing, EndpointHealth::Unhealthy];
-        let count = failed.iter().filter_map(|health| overview.endpoints.get(health)).sum();
-        (count > 0).then_some(Cause::Endpoints { count, some })
+        let count: usize = failed.iter().filter_map(|health| overview.endpoints.get(health)).sum();
+        (count > 0).then(|| Cause::ManyEndpoints {
+            are: numbered(count, "endpoint is", "endpoints are"),
+            some: some_of(some, count),
+        })
     }
 }
 
 /// Routes and endpoints that are named of each kind.
 const FEW_NAMED: usize = 5;
+
+/// Those that are named, and how many more there are.
+fn some_of(some: Vec<String>, count: usize) -> String {
+    match count.saturating_sub(some.len()) {
+        0 => some.join(", "),
+        more => format!("{} and {more} more", some.join(", ")),
+    }
+}
 
 /// The first causes, and how many more there are.
 fn bounded(subject: Subject, mut causes: Vec<Cause>) -> Vec<Cause> {

@@ -1,9 +1,16 @@
 //! One port of a consumer, from symptom to cause.
 
-use std::{cmp::Reverse, sync::Arc, time::Duration};
+use std::{cmp::Reverse, sync::Arc};
 
-use super::{Cause, EndpointHealth, Situation, Verdict, endpoint};
+use super::{
+    binding::BindingFate,
+    cause::{Because, Cause, List, NotDeclaredMeans, Seconds},
+    route::endpoint,
+    situation::Situation,
+    states::{EndpointHealth, Verdict},
+};
 use crate::{
+    counts::numbered,
     model::Consumer,
     table::{Route, Upstream},
 };
@@ -50,10 +57,9 @@ impl Situation {
     fn of_everybody(&self) -> Vec<Cause> {
         let mut causes = Vec::new();
         if self.is_draining() {
-            causes.push(Cause::Draining);
+            causes.push(Cause::Draining {});
         } else if self.table.version == 0 {
-            let awaited = self.awaited().into_iter().map(|awaited| self.cause_of(&awaited));
-            causes.extend(awaited);
+            causes.extend(self.of_process());
         }
         if self.provider.is_lost() {
             causes.extend(self.provider.causes());
@@ -77,11 +83,14 @@ impl Situation {
             first
         });
         causes.extend(self.limits(of_each.copied()));
+        if routes.iter().any(|route| self.is_own_port(route)) {
+            causes.push(Cause::OwnPort { port: self.own_port });
+        }
         for consumer in consumers.iter().filter(|consumer| self.is_cut_off(&consumer.id)) {
-            let vips = self.table.vips().iter().map(|vip| vip.0).collect();
+            let vips = List(self.table.vips().iter().map(|vip| vip.0).collect());
             causes.push(Cause::CutOff { consumer: consumer.name.clone(), vips });
         }
-        causes.extend(self.capture.standing.barriers.iter().cloned().map(Cause::Barrier));
+        causes.extend(self.barriers());
         for route in Self::one_of_each_service(routes) {
             causes.extend(self.of_service(route));
         }
@@ -102,11 +111,12 @@ impl Situation {
                 () if health.drained > 0 => Cause::AllDrained { service },
                 () => Cause::NoEndpoint { service },
             });
-        } else if health.active + health.probing == 0 {
-            causes.push(Cause::AllEjected { service, next });
         } else if let Some(endpoint) = next {
             let (consumer, port) = (route.consumer_name.clone(), route.key.port.get());
-            causes.push(Cause::GoesTo { consumer, port, service, endpoint });
+            causes.push(match health.active + health.probing {
+                0 => Cause::AllEjected { service, next: endpoint },
+                _ => Cause::GoesTo { consumer, port, service, endpoint },
+            });
         }
         causes
             .extend(self.queries.get(&upstream.query).into_iter().flat_map(|query| query.causes()));
@@ -117,16 +127,16 @@ impl Situation {
     fn of_endpoints(&self, route: &Route, upstream: &Arc<Upstream>) -> Vec<Cause> {
         let of_one = |state: &Arc<crate::balance::EndpointState>| {
             let one = state.endpoint;
-            let error = || state.counts.last_error.get().map(|(_, text)| (&*text).into());
+            let error = || Because(state.counts.last_error.get().map(|(_, text)| (&*text).into()));
             Some(match endpoint(state, self.now) {
                 EndpointHealth::Drained => Cause::Drained { endpoint: one },
                 _ if self.is_circular(route, &one) => Cause::Circular { endpoint: one },
                 EndpointHealth::Active => return None,
                 EndpointHealth::Ejected => Cause::Ejected {
                     endpoint: one,
-                    left: state.ejected_for(self.now).unwrap_or(Duration::ZERO),
-                    failures: state.failures(),
-                    ejections: state.ejections(),
+                    left: Seconds(state.ejected_for(self.now).unwrap_or_default()),
+                    failures: numbered(state.failures(), "failure", "failures"),
+                    ejections: numbered(state.ejections(), "time", "times"),
                     error: error(),
                 },
                 EndpointHealth::Probing => Cause::Probing { endpoint: one, error: error() },
@@ -142,7 +152,9 @@ impl Situation {
             let is_known =
                 wanted.parse().is_ok_and(|address| self.listing.known.contains(&address));
             let skipped = self.listing.problems.iter().filter(|p| *p.consumer == *wanted);
-            let mut causes: Vec<_> = skipped.map(invalid).collect();
+            let mut causes: Vec<_> = skipped
+                .flat_map(|p| BindingFate::Invalid(p).causes().collect::<Vec<_>>())
+                .collect();
             // What it declared and could not be read is the cause.
             if causes.is_empty() {
                 causes.push(match is_known {
@@ -163,10 +175,12 @@ impl Situation {
             declared.sort_unstable();
             declared.dedup();
             causes.push(Cause::NotDeclared {
-                consumers: consumers.iter().map(|consumer| consumer.name.clone()).collect(),
+                consumers: List(consumers.iter().map(|consumer| consumer.name.clone()).collect()),
                 port,
-                declared,
-                captured: consumers.first().and_then(|first| self.captured(&first.id, false)),
+                declared: List(declared),
+                follows: NotDeclaredMeans(
+                    consumers.first().and_then(|first| self.captured(&first.id, false)),
+                ),
             });
         }
         let named = |name: &Arc<str>| consumers.iter().any(|consumer| consumer.name == *name);
@@ -176,14 +190,5 @@ impl Situation {
         });
         causes.extend(of_port.flat_map(|binding| binding.causes().collect::<Vec<_>>()));
         causes
-    }
-}
-
-fn invalid(problem: &crate::provider::Problem) -> Cause {
-    Cause::Binding {
-        state: super::BindingState::Invalid,
-        consumer: problem.consumer.clone(),
-        origin: problem.origin.clone(),
-        reason: problem.reason.as_str().into(),
     }
 }

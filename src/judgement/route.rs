@@ -2,72 +2,18 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::{Cause, Situation, Verdict};
+use super::{
+    cause::Cause,
+    situation::Situation,
+    states::{EndpointHealth, RouteState},
+};
 use crate::{
     balance::{Checked, EndpointState, Millis},
     config::CaptureMode,
+    counts::numbered,
     model::{ConsumerId, Endpoint},
     table::Route,
-    word::worded,
 };
-
-worded! {
-    /// Whether an endpoint takes new connections.
-    pub enum EndpointHealth {
-        /// it takes its turn
-        Active = "active",
-        /// it failed and is skipped
-        Ejected = "ejected",
-        /// it is not skipped any more, and the next connection tries it
-        Probing = "probing",
-        /// its active check fails
-        Unhealthy = "unhealthy",
-        /// it gets no new connections, as was asked for
-        Drained = "drained",
-    }
-
-    /// What becomes of a route's next connection.
-    pub enum RouteState {
-        /// it goes where it should
-        Ok = "ok",
-        /// it has an endpoint to go to, and something is wrong: with other endpoints, with the source of either side, or on the way
-        Degraded = "degraded",
-        /// every endpoint failed or fails its check; all are tried
-        Ejected = "ejected",
-        /// it is refused: there is no endpoint, or none that may be used
-        NoEndpoint = "no_endpoint",
-        /// it is refused: discovery has not answered yet
-        Waiting = "waiting",
-        /// it does not reach embassy: it is not captured
-        NotCaptured = "not_captured",
-        /// it is refused: a limit is reached, or embassy is shutting down
-        Refused = "refused",
-    }
-}
-
-impl EndpointHealth {
-    pub fn verdict(self) -> Verdict {
-        match self {
-            Self::Active => Verdict::Ok,
-            Self::Probing | Self::Drained => Verdict::Degraded,
-            Self::Ejected | Self::Unhealthy => Verdict::Broken,
-        }
-    }
-}
-
-impl RouteState {
-    pub fn verdict(self) -> Verdict {
-        match self {
-            Self::Ok => Verdict::Ok,
-            Self::Degraded => Verdict::Degraded,
-            Self::Ejected
-            | Self::NoEndpoint
-            | Self::Waiting
-            | Self::NotCaptured
-            | Self::Refused => Verdict::Broken,
-        }
-    }
-}
 
 /// How an endpoint is.
 pub fn endpoint(state: &EndpointState, now: Millis) -> EndpointHealth {
@@ -138,7 +84,10 @@ impl Situation {
             RouteState::Ejected
         } else if self.captured(&route.consumer, true) == Some(false) {
             RouteState::NotCaptured
-        } else if self.is_draining() || self.limits([route]).next().is_some() {
+        } else if self.is_draining()
+            || self.is_own_port(route)
+            || self.limits([route]).next().is_some()
+        {
             RouteState::Refused
         } else if health.ejected + health.probing + health.circular > 0 || lost() || hindered() {
             RouteState::Degraded
@@ -153,11 +102,14 @@ impl Situation {
         routes: impl IntoIterator<Item = &'a Route>,
     ) -> impl Iterator<Item = Cause> {
         let load = self.load;
-        let memory = load.is_short_of_memory().then_some(Cause::MemoryShort);
-        let full = load.is_full().then_some(Cause::TooManyConnections { live: load.live });
+        let memory = load.is_short_of_memory().then_some(Cause::MemoryShort {});
+        let full = load.is_full().then(|| Cause::TooManyConnections {
+            are: numbered(load.live, "connection is", "connections are"),
+        });
         let of_consumer = routes.into_iter().filter_map(move |route| {
             let live = route.live_of_consumer.load(Relaxed);
             load.limit_of_consumer.filter(|limit| live >= *limit)?;
+            let live = numbered(live, "connection", "connections");
             Some(Cause::TooManyOfConsumer { consumer: route.consumer_name.clone(), live })
         });
         memory.into_iter().chain(full).chain(of_consumer)
@@ -169,6 +121,11 @@ impl Situation {
         self.capture.mode == CaptureMode::None
             && endpoint.0.port() == route.key.port.get()
             && self.table.vips().iter().any(|vip| vip.0 == endpoint.0.ip())
+    }
+
+    /// Whether what dials this port reaches our listener as if it were dialled itself.
+    pub(super) fn is_own_port(&self, route: &Route) -> bool {
+        route.key.port.get() == self.own_port
     }
 
     /// Where the next connection would go, if it came now. Nothing is picked by looking.
@@ -188,10 +145,10 @@ impl Situation {
         Some(match &standing.error {
             Some(error) => Cause::RulesFail { error: error.as_str().into() },
             None if *consumer == ConsumerId::Local && self.capture.mode == CaptureMode::Dnat => {
-                Cause::NeedsRedirect
+                Cause::NeedsRedirect {}
             }
-            None if self.table.vips().is_empty() => Cause::NoVip,
-            None => Cause::RulesMissing,
+            None if self.table.vips().is_empty() => Cause::NoVip {},
+            None => Cause::RulesMissing {},
         })
     }
 }

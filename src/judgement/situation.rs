@@ -3,11 +3,11 @@
 use std::{
     collections::{BTreeMap, HashSet},
     net::IpAddr,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
-use super::SourceReading;
+use super::source::SourceReading;
 use crate::{
     balance::Millis,
     capture::Standing,
@@ -34,8 +34,10 @@ pub struct Situation {
     pub load: Load,
     /// The moment, by the clock of the endpoints' states.
     pub now: Millis,
-    /// Consumers whose networks lead to no VIP.
-    cut_off: HashSet<ConsumerId>,
+    /// embassy's own port.
+    pub own_port: u16,
+    /// Consumers whose networks lead to no VIP; worked out when it is first asked for.
+    pub cut_off: OnceLock<HashSet<ConsumerId>>,
 }
 
 /// What captures, and how that stands.
@@ -67,30 +69,16 @@ impl Load {
 }
 
 impl Situation {
-    #[allow(clippy::too_many_arguments)]
-    pub fn new(
-        table: Arc<Table>,
-        listing: Arc<Listing>,
-        provider: SourceReading,
-        queries: BTreeMap<Query, SourceReading>,
-        capture: CaptureReading,
-        pending: Vec<(Part, Duration)>,
-        load: Load,
-        now: Millis,
-    ) -> Self {
-        let cut_off = HashSet::new();
-        let mut situation =
-            Self { table, listing, provider, queries, capture, pending, load, now, cut_off };
-        if !situation.table.vips().is_empty() {
-            let consumers = situation.listing.consumers.iter();
-            let cut_off = consumers.filter(|consumer| !situation.reaches_a_vip(consumer));
-            situation.cut_off = cut_off.map(|consumer| consumer.id.clone()).collect();
-        }
-        situation
-    }
-
     pub(super) fn is_cut_off(&self, consumer: &ConsumerId) -> bool {
-        self.cut_off.contains(consumer)
+        let cut_off = self.cut_off.get_or_init(|| {
+            if self.table.vips().is_empty() {
+                return HashSet::new();
+            }
+            let consumers = self.listing.consumers.iter();
+            let cut_off = consumers.filter(|consumer| !self.reaches_a_vip(consumer));
+            cut_off.map(|consumer| consumer.id.clone()).collect()
+        });
+        cut_off.contains(consumer)
     }
 
     /// Whether embassy itself captures.

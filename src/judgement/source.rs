@@ -2,39 +2,19 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Cause, Reason, Verdict};
-use crate::{control::InUse, source::Known, word::worded};
+use super::{
+    cause::{Cause, Seconds, Used},
+    states::{Reason, SourceState, Verdict},
+};
+use crate::{control::InUse, source::Known};
 
-worded! {
-    /// Whether a source answers.
-    pub enum SourceState {
-        /// it answers
-        Up = "up",
-        /// it does not answer, and what was known stays in use
-        Down = "down",
-        /// it has not answered yet
-        Waiting = "waiting",
+/// Whether a source answers.
+pub fn source<T>(known: &Known<T>) -> SourceState {
+    match (&known.error, &known.value) {
+        (Some(_), _) => SourceState::Down,
+        (None, Some(_)) => SourceState::Up,
+        (None, None) => SourceState::Waiting,
     }
-}
-
-impl SourceState {
-    pub fn of<T>(known: &Known<T>) -> Self {
-        match (&known.error, &known.value) {
-            (Some(_), _) => Self::Down,
-            (None, Some(_)) => Self::Up,
-            (None, None) => Self::Waiting,
-        }
-    }
-}
-
-/// What is used of a source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Used {
-    /// Its last answer, which it confirmed so long ago.
-    Answer(Duration),
-    /// What an earlier run knew, and how long ago the source confirmed that, where it is known.
-    Kept(Option<Duration>),
-    Nothing,
 }
 
 /// What is known of a source at one moment.
@@ -61,7 +41,7 @@ impl SourceReading {
         let since = |at: Instant| now.saturating_duration_since(at);
         Self {
             name,
-            state: SourceState::of(known),
+            state: source(known),
             error: known.error.as_deref().map(Reason::from),
             used: match (known.confirmed, in_use) {
                 (Some(at), _) => Used::Answer(since(at)),
@@ -97,7 +77,7 @@ impl SourceReading {
                 causes.push(Cause::SourceDown { source: name(), error, used: self.used });
             }
         }
-        causes.extend(self.held.map(|left| Cause::Held { source: name(), left }));
+        causes.extend(self.held.map(|left| Cause::Held { source: name(), left: Seconds(left) }));
         let skipped = self
             .skipped
             .iter()

@@ -83,6 +83,7 @@ struct Setting {
     memory_short: bool,
     problem: bool,
     skipped: bool,
+    own_port: u16,
 }
 
 /// In which all is well.
@@ -105,6 +106,7 @@ fn well() -> Setting {
         memory_short: false,
         problem: false,
         skipped: false,
+        own_port: 9999,
     }
 }
 
@@ -183,12 +185,13 @@ impl Setting {
             ..Known::default()
         };
         let barrier = Barrier { chain: "chain INPUT".into(), remedy: "open it".into() };
-        Situation::new(
-            Arc::new(table),
-            Arc::new(listing),
-            SourceReading::of("provider".into(), &listed, None, vec![], now),
-            BTreeMap::from([(query(), of_query)]),
-            CaptureReading {
+        Situation {
+            table: Arc::new(table),
+            listing: Arc::new(listing),
+            provider: SourceReading::of("provider".into(), &listed, None, vec![], now),
+            queries: BTreeMap::from([(query(), of_query)]),
+            own_port: self.own_port,
+            capture: CaptureReading {
                 mode: self.mode,
                 scope: CaptureScope::Declared,
                 standing: Standing {
@@ -198,15 +201,16 @@ impl Setting {
                     ..Standing::default()
                 },
             },
-            self.pending.iter().map(|part| (*part, Duration::from_secs(1))).collect(),
-            Load {
+            pending: self.pending.iter().map(|part| (*part, Duration::from_secs(1))).collect(),
+            load: Load {
                 live: self.live,
                 limit: self.limit,
                 limit_of_consumer: self.limit_of_consumer,
                 memory_short: self.memory_short,
             },
-            NOW,
-        )
+            now: NOW,
+            cut_off: Default::default(),
+        }
     }
 }
 
@@ -266,6 +270,7 @@ fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
         ("waiting", Waiting, Box::new(|s| s.endpoints = None)),
         ("rules_missing", NotCaptured, Box::new(|s| s.in_place = false)),
         ("rules_fail", NotCaptured, Box::new(|s| (s.in_place, s.rules_error) = (false, true))),
+        ("own_port", Refused, Box::new(|s| s.own_port = 80)),
         ("no_vip", NotCaptured, Box::new(|s| s.vips = false)),
         ("needs_redirect", NotCaptured, Box::new(|s| s.consumer.id = ConsumerId::Local)),
         ("draining", Refused, Box::new(|s| s.pending = vec![Part::Draining])),
@@ -306,7 +311,7 @@ fn a_port_without_a_route_says_why() {
     let unaddressed = Setting::of(|s| s.consumer.sources.clear());
     let causes = explained(&unaddressed.situation(), 80);
     let finding = causes[0].finding();
-    assert_eq!((finding.cause, finding.verdict), ("binding", Verdict::Broken));
+    assert_eq!((finding.cause, finding.verdict), ("unrouted", Verdict::Broken));
     assert!(finding.text.contains("--network none"), "{finding:?}");
 
     let situation = Setting::of(|s| s.problem = true).situation();
@@ -469,6 +474,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
             memory_short,
             problem,
             skipped,
+            own_port: 9999,
         }
     })
 }

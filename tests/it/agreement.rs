@@ -114,13 +114,13 @@ fn everybody_says_the_same_of_a_port() -> Result<()> {
             Expected {
                 about: Subject::Bindings,
                 routed: false,
-                ..expected(84, "elsewhere", Verdict::Broken, "binding")
+                ..expected(84, "elsewhere", Verdict::Broken, "unrouted")
             },
             Expected {
                 consumer: "side",
                 about: Subject::Bindings,
                 routed: false,
-                ..expected(80, "/services/other", Verdict::Broken, "binding")
+                ..expected(80, "/services/other", Verdict::Broken, "unrouted")
             },
         ],
         true,

@@ -9,7 +9,7 @@ use std::{
 
 use prometheus_client::encoding::{EncodeLabelSet, LabelSetEncoder, MetricEncoder, NoLabelSet};
 
-use super::{Families, Family};
+use super::families::{Families, Family};
 use crate::{
     balance::{EndpointState, Millis},
     counts::{BOUNDS, Counts, Distribution},
