@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
 use tokio::{sync::watch, time::timeout};
 
-use super::{Answer, table::Table as Columns, table::printable};
+use super::{Answer, table::Columns, table::printable};
 use crate::{
     app,
     capture::{self, Script, conntrack, rules::Rules},

@@ -9,7 +9,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::{
     Answer,
     client::{Asked, Client, given},
-    table::{Table, age, bytes, connect, printable},
+    table::{Columns, age, bytes, connect, printable},
 };
 use crate::{
     admin::api::{Endpoint, EndpointHealth, Figures, Route, RouteState},
@@ -159,7 +159,7 @@ impl Ps {
         &self,
         all: &[T],
         note: Option<String>,
-        table: impl Fn(&[T]) -> Table,
+        table: impl Fn(&[T]) -> Columns,
     ) -> Result<Answer> {
         if self.asked.json {
             return Answer::json(&all, true);
@@ -187,8 +187,8 @@ pub(super) fn usable(route: &Route) -> String {
     format!("{}/{}", route.usable, route.endpoints)
 }
 
-fn routes(all: &[Route]) -> Table {
-    let mut table = Table::new(&[
+fn routes(all: &[Route]) -> Columns {
+    let mut table = Columns::new(&[
         "CONSUMER",
         "ADDRESS",
         "PORT>",
@@ -216,8 +216,8 @@ fn routes(all: &[Route]) -> Table {
     table
 }
 
-pub(super) fn endpoints(all: &[Endpoint]) -> Table {
-    let mut table = Table::new(&[
+pub(super) fn endpoints(all: &[Endpoint]) -> Columns {
+    let mut table = Columns::new(&[
         "SERVICE",
         "ENDPOINT",
         "STATE",

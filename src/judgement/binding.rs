@@ -1,6 +1,10 @@
 //! Bindings: what consumers declare, and what became of it.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use super::{
     cause::Cause,
@@ -10,7 +14,7 @@ use super::{
 use crate::{
     model::{Binding, Consumer, ConsumerId},
     provider::Problem,
-    table::Route,
+    table::{Route, RouteKey},
 };
 
 /// Why a binding has not all of its routes: one reason at least.
@@ -102,11 +106,6 @@ impl<'a> BindingFate<'a> {
 impl Situation {
     /// What the consumers that `wanted` picks declared, and what could not be read; sorted by consumer and origin.
     pub fn bindings(&self, wanted: impl Fn(&Consumer) -> bool) -> Vec<BindingFate<'_>> {
-        let mut routes: HashMap<(&ConsumerId, &str, u16), Vec<&Route>> = HashMap::new();
-        for route in self.table.routes() {
-            let key = (&route.consumer, &*route.binding.origin, route.key.port.get());
-            routes.entry(key).or_default().push(route);
-        }
         let mut refused: HashMap<(&ConsumerId, &str), Vec<Reason>> = HashMap::new();
         for unrouted in self.table.unrouted() {
             let reasons = refused.entry((&unrouted.consumer, &unrouted.origin)).or_default();
@@ -117,9 +116,7 @@ impl Situation {
         for consumer in alive.filter(|consumer| wanted(consumer)) {
             for binding in &consumer.bindings {
                 let origin = &*binding.origin;
-                let key = (&consumer.id, origin, binding.descriptor.port.get());
-                let mut routes = routes.remove(&key).unwrap_or_default();
-                routes.sort_by_key(|route| route.key);
+                let routes = self.routes_of(consumer, binding);
                 let refused = refused.get(&(&consumer.id, origin)).cloned().unwrap_or_default();
                 let refused = Reasons::of(refused).or_else(|| {
                     routes.is_empty().then(|| Reasons(vec![no_route(&consumer.sources).into()]))
@@ -132,6 +129,23 @@ impl Situation {
             (a.consumer(), a.origin(), a.port()).cmp(&(b.consumer(), b.origin(), b.port()))
         });
         all
+    }
+}
+
+impl Situation {
+    /// The routes of a binding, sorted by address.
+    fn routes_of(&self, consumer: &Consumer, binding: &Binding) -> Vec<&Route> {
+        let (port, protocol) = (binding.descriptor.port, binding.descriptor.protocol);
+        // What this host sends to a VIP may come from there.
+        let vips = self.table.vips().iter().map(|vip| vip.0);
+        let vips = vips.filter(|_| consumer.id == ConsumerId::Local);
+        let addresses: BTreeSet<_> = consumer.sources.iter().copied().chain(vips).collect();
+        let route = |source| self.table.route(&RouteKey { source, port, protocol });
+        let routes = addresses.into_iter().filter_map(route).map(Arc::as_ref);
+        let is_its = |route: &&Route| {
+            route.consumer == consumer.id && route.binding.origin == binding.origin
+        };
+        routes.filter(is_its).collect()
     }
 }
 

@@ -1,7 +1,7 @@
 //! Everything at a glance: whether embassy is ready, and what is wrong anywhere.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     time::Duration,
 };
 
@@ -128,7 +128,10 @@ impl Situation {
         }
         let sources = self.sources(&mut overview);
         causes.extend(bounded(Subject::Sources, sources));
-        let bindings = self.bindings(|_| true);
+        // Of all others the table says nothing bad, and there may be many.
+        let refused: HashSet<_> =
+            self.table.unrouted().map(|unrouted| &unrouted.consumer).collect();
+        let bindings = self.bindings(|one| one.sources.is_empty() || refused.contains(&one.id));
         let bindings: Vec<_> =
             bindings.iter().filter(|binding| binding.state().verdict() > Verdict::Ok).collect();
         overview.problems = bindings.len();
@@ -170,17 +173,15 @@ impl Situation {
     }
 
     fn sources(&self, overview: &mut Overview) -> Vec<Cause> {
-        let all = || std::iter::once(&self.provider).chain(self.queries.values());
-        for source in all() {
+        let mut queries: Vec<_> = self.queries.values().collect();
+        queries.sort_by_key(|query| &query.name);
+        for source in queries.iter().copied().chain([&self.provider]) {
             *overview.sources.entry(source.state).or_default() += 1;
         }
         // What the provider skipped is told as a binding.
-        all()
-            .flat_map(|source| match std::ptr::eq(source, &self.provider) {
-                true => SourceReading { skipped: Vec::new(), ..source.clone() }.causes(),
-                false => source.causes(),
-            })
-            .collect()
+        let provider = SourceReading { skipped: Vec::new(), ..self.provider.clone() };
+        let of_queries = queries.into_iter().flat_map(SourceReading::causes);
+        provider.causes().into_iter().chain(of_queries).collect()
     }
 
     fn routes(&self, overview: &mut Overview) -> Vec<Cause> {

@@ -1,7 +1,7 @@
 //! Everything that is judged, as it is at one moment.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{HashMap, HashSet},
     net::IpAddr,
     sync::{Arc, OnceLock},
     time::Duration,
@@ -27,7 +27,7 @@ pub struct Situation {
     /// What the table is made of: who asks for what.
     pub listing: Arc<Listing>,
     pub provider: SourceReading,
-    pub queries: BTreeMap<Query, SourceReading>,
+    pub queries: HashMap<Query, SourceReading>,
     pub capture: CaptureReading,
     /// The parts that are not ready, and since when.
     pub pending: Vec<(Part, Duration)>,

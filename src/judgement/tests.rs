@@ -1,5 +1,5 @@
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeSet, HashMap},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -189,7 +189,7 @@ impl Setting {
             table: Arc::new(table),
             listing: Arc::new(listing),
             provider: SourceReading::of("provider".into(), &listed, None, vec![], now),
-            queries: BTreeMap::from([(query(), of_query)]),
+            queries: HashMap::from([(query(), of_query)]),
             own_port: self.own_port,
             capture: CaptureReading {
                 mode: self.mode,

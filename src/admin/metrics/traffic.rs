@@ -13,6 +13,7 @@ use super::families::{Families, Family};
 use crate::{
     balance::{EndpointState, Millis},
     counts::{BOUNDS, Counts, Distribution},
+    judgement::{self, Verdict},
     outcome::Outcome,
     table::{Route, Table},
 };
@@ -163,7 +164,8 @@ pub(super) fn endpoints(out: &mut Families<'_, '_>, table: &Table, now: Millis) 
         None,
     )?;
     for (labels, state) in &all {
-        ejected.gauge(labels, f64::from(u8::from(state.is_ejected(now))))?;
+        let skipped = judgement::endpoint(state, now).verdict() == Verdict::Broken;
+        ejected.gauge(labels, f64::from(u8::from(skipped)))?;
     }
     let mut connect = out.histograms(
         "endpoint_connect",
