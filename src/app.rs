@@ -13,7 +13,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    admin::{Admin, Facts, Shown, metrics::Metrics},
+    admin::{Admin, Constants, Feeds, metrics::Metrics},
     capture::{self, Capture, Firewall, Lock, rules},
     check,
     config::{CaptureMode, CaptureScope, Config, Provider as ProviderChoice},
@@ -27,7 +27,7 @@ use crate::{
         fixed::{self, InterfaceError},
     },
     proxy::{Destinations, Proxy, ProxySettings},
-    readiness::{DRAINING, Readiness},
+    readiness::{Part, Readiness},
     report::{Refused, Report},
     source::ResyncRequests,
     state::{self, Keeper, Origin},
@@ -58,8 +58,8 @@ impl App {
         let started = std::time::Instant::now();
         let readiness = Readiness::default();
         let waiting = Waiting {
-            listing: readiness.wait_for("listing"),
-            answers: readiness.wait_for("discovery"),
+            listing: readiness.wait_for(Part::Listing),
+            answers: readiness.wait_for(Part::Discovery),
         };
         let rules = rules(&config).await?;
         let memory = Memory::of_this_process();
@@ -115,7 +115,7 @@ impl App {
             CaptureMode::Dnat | CaptureMode::Redirect => {
                 // Which one Docker uses may show only when it is up; that one works shows now.
                 Firewall::choose(config.firewall).await.context("no firewall can be written")?;
-                Some((Arc::<capture::Counts>::default(), readiness.wait_for("capture")))
+                Some((Arc::<capture::Counts>::default(), readiness.wait_for(Part::Capture)))
             }
         };
         let metrics = Metrics {
@@ -126,7 +126,7 @@ impl App {
             capture: capturing.as_ref().map(|(counts, _)| counts.clone()),
             state: kept,
         };
-        let shown = Shown {
+        let feeds = Feeds {
             readiness: readiness.clone(),
             metrics: Arc::new(metrics.registry()),
             tables: tables.clone(),
@@ -135,7 +135,7 @@ impl App {
             capture: capturing.as_ref().map(|(counts, _)| counts.clone()),
             events: events.clone(),
             resync: resync.clone(),
-            facts: Arc::new(Facts {
+            constants: Arc::new(Constants {
                 started,
                 listeners: proxy.addresses.clone(),
                 mode: config.capture,
@@ -144,7 +144,7 @@ impl App {
         };
         let admin = match &config.admin {
             Some(at) => {
-                let admin = Admin::start(at, config.admin_token_file.clone(), shown)
+                let admin = Admin::start(at, config.admin_token_file.clone(), feeds)
                     .await
                     .with_context(|| format!("cannot listen at {at} (--admin)"))?;
                 info!(address = admin.address, "admin API listens");
@@ -208,7 +208,7 @@ impl App {
     pub async fn stop(mut self, hurry: impl Future<Output = ()>) -> Result<()> {
         let hurry = hurry.shared();
         // Never done: from here on nobody should send anything here.
-        let _draining = self.readiness.wait_for(DRAINING);
+        let _draining = self.readiness.wait_for(Part::Draining);
         if let Some(capture) = self.capture {
             in_time(capture.stop(), "the rules may have stayed", hurry.clone()).await;
         }

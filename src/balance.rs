@@ -304,10 +304,15 @@ impl Rotation {
         &self.order
     }
 
-    /// The endpoint that the next connection would get, if it came now. Nothing is taken by looking.
-    pub fn peek(&self, balance: Balance, now: Millis) -> Option<&Arc<EndpointState>> {
+    /// The endpoint that the next connection would get, if it came now: never one of `excluded`. Nothing is taken by looking.
+    pub fn peek(
+        &self,
+        balance: Balance,
+        now: Millis,
+        excluded: &[Endpoint],
+    ) -> Option<&Arc<EndpointState>> {
         let (later, sooner) = self.order.split_at(self.index(self.position.load(Relaxed)));
-        let in_turn = || sooner.iter().chain(later).filter(|state| state.is_choice(&[]));
+        let in_turn = || sooner.iter().chain(later).filter(|state| state.is_choice(excluded));
         match balance {
             Balance::RoundRobin => {
                 in_turn().find(|state| !state.is_ejected(now)).or_else(|| in_turn().next())
@@ -569,7 +574,7 @@ mod tests {
             // Not even as the last resort.
             rotation.endpoints()[1].drain(true);
             assert!(rotation.pick(balance, NOW, &[]).is_none());
-            assert!(rotation.peek(balance, NOW).is_none());
+            assert!(rotation.peek(balance, NOW, &[]).is_none());
             rotation.endpoints().iter().for_each(|state| state.drain(false));
             let ports: BTreeSet<_> = (0..6).map(|_| pick(&rotation, balance)).collect();
             assert_eq!(ports, BTreeSet::from([1, 2]));
@@ -623,7 +628,7 @@ mod tests {
                     state.failed(NOW, NOW);
                 }
                 for _ in 0..picks {
-                    let seen = [(); 2].map(|()| rotation.peek(balance, NOW).map(|s| s.endpoint));
+                    let seen = [(); 2].map(|()| rotation.peek(balance, NOW, &[]).map(|s| s.endpoint));
                     let picked = rotation.pick(balance, NOW, &[]).map(|s| s.endpoint);
                     prop_assert_eq!(seen, [picked; 2]);
                 }

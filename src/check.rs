@@ -98,11 +98,7 @@ async fn check(
                 }
                 if was_ejected {
                     info!(%endpoint, service = %query, "endpoint back");
-                    events.report(|| Event::EndpointBack {
-                        service: query.service.to_string(),
-                        query: query.to_string(),
-                        endpoint: endpoint.to_string(),
-                    });
+                    events.report(|| Event::EndpointBack { query: query.clone(), endpoint });
                 }
             }
             Err(error) if is_fault_of_this_host(&error) => {
@@ -196,7 +192,7 @@ mod tests {
         timeout(deadline, until(Checked::Passes)).await.expect("it passes again");
         let back = timeout(deadline, told.recv()).await.expect("it is told").unwrap();
         assert!(
-            matches!(&*back, Event::EndpointBack { service, .. } if service == "web"),
+            matches!(&*back, Event::EndpointBack { query, .. } if query.service.as_str() == "web"),
             "{back:?}"
         );
         tables.send_replace(Arc::new(unasked));

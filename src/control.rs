@@ -27,6 +27,7 @@ mod hold;
 
 use demand::{Demand, DemandChange};
 use hold::EmptyHold;
+pub use hold::InUse;
 
 /// What the table depends on besides the sources.
 #[derive(Debug, Clone)]
@@ -57,6 +58,8 @@ pub struct Waiting {
 pub struct Sources {
     pub provider: Answers<Listing>,
     pub queries: Arc<[(Query, Answers<Endpoints>)]>,
+    /// What is in use of a query, where that is not its answer.
+    pub in_use: Arc<HashMap<Query, InUse>>,
     /// The listing that the table is made of: the provider's last, or one that an earlier run knew. `None` before any.
     pub listing: Option<Arc<Listing>>,
 }
@@ -103,7 +106,12 @@ impl Control {
         report: Report,
     ) -> Self {
         let watches = Watches::new(discoveries.clone(), settings.resync.clone(), bell.clone());
-        let sources = Sources { provider: provider.clone(), queries: Arc::new([]), listing: None };
+        let sources = Sources {
+            provider: provider.clone(),
+            queries: Arc::new([]),
+            in_use: Arc::default(),
+            listing: None,
+        };
         Self {
             watches,
             hold: EmptyHold::new(settings.empty_hold),
@@ -190,7 +198,7 @@ impl Control {
                 self.keep(&listing);
             }
         }
-        if listed_anew || asked_others {
+        if self.hold.in_use_has_changed() || listed_anew || asked_others {
             self.show(listing);
         }
         wake
@@ -316,7 +324,8 @@ impl Control {
     fn show(&self, listing: Arc<Listing>) {
         let queries = self.watches.answers().into();
         let provider = self.provider.clone();
-        self.sources.send_replace(Sources { provider, queries, listing: Some(listing) });
+        let in_use = Arc::new(self.hold.in_use().clone());
+        self.sources.send_replace(Sources { provider, queries, in_use, listing: Some(listing) });
     }
 
     /// Publishes the table that follows from what is used now, if it is another.
@@ -391,25 +400,11 @@ impl Report {
         }
         for route in &next.changes().added {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "new route");
-            self.events.report(|| Event::RouteAdded {
-                consumer: route.consumer_name.to_string(),
-                consumer_id: route.consumer.full().to_owned(),
-                address: route.key.source.to_string(),
-                port: route.key.port.get(),
-                service: route.upstream.query.service.to_string(),
-                query: route.upstream.query.to_string(),
-            });
+            self.events.report(|| Event::RouteAdded(route.clone()));
         }
         for route in &next.changes().removed {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "route gone");
-            self.events.report(|| Event::RouteRemoved {
-                consumer: route.consumer_name.to_string(),
-                consumer_id: route.consumer.full().to_owned(),
-                address: route.key.source.to_string(),
-                port: route.key.port.get(),
-                service: route.upstream.query.service.to_string(),
-                query: route.upstream.query.to_string(),
-            });
+            self.events.report(|| Event::RouteRemoved(route.clone()));
         }
         if next.vips().is_empty() && next.routes().len() > 0 {
             warn!("no VIP: nothing is captured; name one with --proxy-ip");
@@ -424,6 +419,7 @@ fn list(vips: &BTreeSet<Vip>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::readiness::Part;
 
     /// Whoever asks restarts while the registry loses its data.
     #[tokio::test]
@@ -451,8 +447,10 @@ mod tests {
             resync: ResyncRequests::new(Duration::from_secs(3600)),
         };
         let readiness = crate::readiness::Readiness::default();
-        let waiting =
-            Waiting { listing: readiness.wait_for("a"), answers: readiness.wait_for("b") };
+        let waiting = Waiting {
+            listing: readiness.wait_for(Part::Listing),
+            answers: readiness.wait_for(Part::Discovery),
+        };
         let report = Report::new(Arc::default(), Default::default());
         let mut control =
             Control::new(settings, discoveries, listing, bell.clone(), waiting, report);

@@ -2,7 +2,10 @@
 
 use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
-use crate::model::{NotAPort, Port, Protocol, ServiceName, Tags};
+use crate::{
+    model::{NotAPort, Port, Protocol, ServiceName, Tags},
+    word::worded,
+};
 
 /// A parsed descriptor: one service on one port, and how to treat its connections.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -28,16 +31,21 @@ pub struct Descriptor {
     pub proxy: Option<ProxyProtocol>,
 }
 
-/// How connections are spread over endpoints.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, clap::ValueEnum)]
-pub enum Balance {
-    /// Each endpoint in turn.
-    #[default]
-    #[value(name = "rr")]
-    RoundRobin,
-    /// The endpoint with the fewest open connections, over all routes.
-    #[value(name = "leastconn")]
-    LeastConnections,
+worded! {
+    /// How connections are spread over endpoints.
+    pub enum Balance {
+        /// each endpoint in turn
+        RoundRobin = "rr",
+        /// the endpoint with the fewest open connections, over all routes
+        LeastConnections = "leastconn",
+    }
+}
+
+#[expect(clippy::derivable_impls, reason = "the macro that declares it derives none")]
+impl Default for Balance {
+    fn default() -> Self {
+        Self::RoundRobin
+    }
 }
 
 /// What happens to the live connections of an endpoint that goes away.

@@ -1,109 +1,53 @@
 //! What changes, for whoever listens: a bounded queue that nobody who reports waits for.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
-use utoipa::ToSchema;
+
+use crate::{
+    discovery::Query,
+    model::{Endpoint, ServiceName},
+    table::Route,
+    word::worded,
+};
 
 /// A change.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(tag = "event", rename_all = "snake_case")]
+#[derive(Debug, Clone)]
 pub enum Event {
     /// A consumer's connections on a port go somewhere now.
-    RouteAdded {
-        /// The consumer's name.
-        consumer: String,
-        /// The container's full ID, or `local`.
-        consumer_id: String,
-        /// The address that it dials from.
-        address: String,
-        /// The port that it dials.
-        port: u16,
-        /// The service's name.
-        service: String,
-        /// What is asked of discovery: a name of `/v1/sources`.
-        query: String,
-    },
+    RouteAdded(Arc<Route>),
     /// And now they do not any more.
-    RouteRemoved {
-        /// The consumer's name.
-        consumer: String,
-        /// The container's full ID, or `local`.
-        consumer_id: String,
-        /// The address that it dialled from.
-        address: String,
-        /// The port that it dialled.
-        port: u16,
-        /// The service's name.
-        service: String,
-        /// What was asked of discovery.
-        query: String,
-    },
-    /// A service has other endpoints.
-    EndpointsChanged {
-        /// The service's name.
-        service: String,
-        /// What is asked of discovery: a name of `/v1/sources`.
-        query: String,
-        /// The endpoints in use from now on.
-        endpoints: Vec<String>,
-    },
-    /// No connection could be opened to an endpoint: every route skips it for a while.
-    EndpointEjected {
-        /// The service's name.
-        service: String,
-        /// What is asked of discovery, by the route that met the failure.
-        query: String,
-        /// The endpoint.
-        endpoint: String,
-        /// What went wrong.
-        error: String,
-        /// For how long, in seconds.
-        seconds: f64,
-    },
+    RouteRemoved(Arc<Route>),
+    /// A service has these endpoints in use from now on.
+    EndpointsChanged { query: Query, endpoints: Vec<Endpoint> },
+    /// No connection could be opened to an endpoint: every route skips it for this time.
+    EndpointEjected { query: Query, endpoint: Endpoint, error: String, time: Duration },
     /// A connection to an ejected endpoint was opened, or its active check passed: it takes its turn again.
-    EndpointBack {
-        /// The service's name.
-        service: String,
-        /// What is asked of discovery, by who opened it.
-        query: String,
-        /// The endpoint.
-        endpoint: String,
-    },
+    EndpointBack { query: Query, endpoint: Endpoint },
     /// No new connections go to an endpoint, or again: somebody asked for it.
-    EndpointDrained {
-        /// The service's name.
-        service: String,
-        /// The endpoint.
-        endpoint: String,
-        /// Whether it is drained from now on.
-        drained: bool,
-    },
+    EndpointDrained { service: ServiceName, endpoint: Endpoint, drained: bool },
     /// A source does not answer. What was known of it stays in use.
-    SourceLost {
-        /// Its name in `/v1/sources`.
-        source: String,
-        /// What went wrong.
-        error: String,
-    },
+    SourceLost { source: String, error: Arc<str> },
     /// A source answers again.
-    SourceBack {
-        /// Its name in `/v1/sources`.
-        source: String,
-    },
-    /// Somebody removed or changed our rules, and they were put back.
-    CaptureRestored {
-        /// `vanished`, `incomplete`, `displaced` or `added`.
-        change: String,
-        /// The first rule that was gone.
-        missing: String,
-    },
-    /// This listener was too slow and missed so many changes: read everything anew.
-    Missed {
-        /// How many.
-        changes: u64,
-    },
+    SourceBack { source: String },
+    /// Somebody removed or changed our rules, and they were put back. The first rule that was gone.
+    CaptureRestored { change: Change, missing: String },
+    /// The listener was too slow and missed so many changes.
+    Missed { changes: u64 },
+}
+
+worded! {
+    /// What others did to our rules, by what was listed right after they were written.
+    pub enum Change {
+        /// nothing of ours is left: a flush, or a reload of the whole firewall
+        Vanished = "vanished",
+        /// some are missing
+        Incomplete = "incomplete",
+        /// another's rule stands where ours has to: it comes first now
+        Displaced = "displaced",
+        /// nothing is missing, but something stands among ours
+        Added = "added",
+    }
 }
 
 /// Where changes are reported. Clones are the same.

@@ -1,6 +1,7 @@
 //! Connects containers to the services they need. ARCHITECTURE.md is the map.
 
 // In the order in which data flows.
+pub mod word;
 pub mod config;
 pub mod model;
 pub mod descriptor;
@@ -23,10 +24,11 @@ pub mod control;
 pub mod proxy;
 pub mod check;
 pub mod capture;
-pub mod admin;
-pub mod log;
 pub mod limits;
 pub mod memory;
+pub mod judgement;
+pub mod admin;
+pub mod log;
 pub mod privileges;
 pub mod app;
 pub mod cli;

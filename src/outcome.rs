@@ -2,61 +2,49 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-macro_rules! outcomes {
-    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
-        /// How a connection ended. Exactly one for each that was accepted.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-        pub enum Outcome { $($(#[$doc])* $name,)* }
+use crate::word::worded;
 
-        impl Outcome {
-            pub const ALL: &[Outcome] = &[$(Outcome::$name,)*];
-
-            /// The value in logs, metrics and the API.
-            pub fn as_str(self) -> &'static str {
-                match self { $(Outcome::$name => $text,)* }
-            }
-        }
-    };
-}
-
-outcomes! {
-    /// Both sides finished, and every byte was passed on.
-    Closed = "closed",
-    /// The consumer reset, or fell silent until keepalive gave up on it.
-    ConsumerReset = "consumer_reset",
-    /// The endpoint did.
-    EndpointReset = "endpoint_reset",
-    /// The consumer stopped, or the route is not its any more.
-    RouteGone = "route_gone",
-    /// Its endpoint went away, and the binding says that its connections go with it.
-    EndpointGone = "endpoint_gone",
-    /// embassy ended before the connection did.
-    Shutdown = "shutdown",
-    /// Refused: it was dialled to our own port, not captured.
-    DirectDial = "direct_dial",
-    /// Refused: the kernel does not know where it was meant to go.
-    NoOriginalDestination = "no_original_destination",
-    /// Refused: it was meant for an address that is no VIP.
-    NotAVip = "not_a_vip",
-    /// Refused: no consumer has its source address.
-    UnknownConsumer = "unknown_consumer",
-    /// Refused: the consumer did not declare this port.
-    NoRoute = "no_route",
-    /// Refused: the service has no endpoint now.
-    NoEndpoint = "no_endpoint",
-    /// Refused: the service's only endpoint is the very address that was dialled, and the user's own rules would lead us back
-    /// to ourselves.
-    Circular = "circular",
-    /// Refused: as many connections as `--max-connections` allows are open.
-    TooManyConnections = "too_many_connections",
-    /// Refused: the consumer has as many open as `--max-connections-per-consumer` allows.
-    TooManyOfConsumer = "too_many_of_consumer",
-    /// Refused: the memory that the control group allows is nearly used up.
-    MemoryShort = "memory_short",
-    /// Refused: no endpoint could be reached.
-    EndpointsUnreachable = "endpoints_unreachable",
-    /// Refused: this host could not open a connection (descriptors, ports or memory ran out).
-    LocalError = "local_error",
+worded! {
+    /// How a connection ended. Exactly one for each that was accepted.
+    pub enum Outcome {
+        /// Both sides finished, and every byte was passed on.
+        Closed = "closed",
+        /// The consumer reset, or fell silent until keepalive gave up on it.
+        ConsumerReset = "consumer_reset",
+        /// The endpoint did.
+        EndpointReset = "endpoint_reset",
+        /// The consumer stopped, or the route is not its any more.
+        RouteGone = "route_gone",
+        /// Its endpoint went away, and the binding says that its connections go with it.
+        EndpointGone = "endpoint_gone",
+        /// embassy ended before the connection did.
+        Shutdown = "shutdown",
+        /// Refused: it was dialled to our own port, not captured.
+        DirectDial = "direct_dial",
+        /// Refused: the kernel does not know where it was meant to go.
+        NoOriginalDestination = "no_original_destination",
+        /// Refused: it was meant for an address that is no VIP.
+        NotAVip = "not_a_vip",
+        /// Refused: no consumer has its source address.
+        UnknownConsumer = "unknown_consumer",
+        /// Refused: the consumer did not declare this port.
+        NoRoute = "no_route",
+        /// Refused: the service has no endpoint now.
+        NoEndpoint = "no_endpoint",
+        /// Refused: the service's only endpoint is the very address that was dialled, and the user's own rules would lead us back
+        /// to ourselves.
+        Circular = "circular",
+        /// Refused: as many connections as `--max-connections` allows are open.
+        TooManyConnections = "too_many_connections",
+        /// Refused: the consumer has as many open as `--max-connections-per-consumer` allows.
+        TooManyOfConsumer = "too_many_of_consumer",
+        /// Refused: the memory that the control group allows is nearly used up.
+        MemoryShort = "memory_short",
+        /// Refused: no endpoint could be reached.
+        EndpointsUnreachable = "endpoints_unreachable",
+        /// Refused: this host could not open a connection (descriptors, ports or memory ran out).
+        LocalError = "local_error",
+    }
 }
 
 impl Outcome {
@@ -72,9 +60,7 @@ impl Outcome {
                 | Self::Shutdown
         )
     }
-}
 
-impl Outcome {
     /// Whether something went wrong that somebody should look at: refused, or broken by the endpoint. That the consumer
     /// or embassy itself ended it is no error.
     pub fn is_error(self) -> bool {
@@ -100,6 +86,11 @@ impl Tally {
     /// All of them.
     pub fn sum(&self) -> u64 {
         self.0.iter().map(|count| count.load(Relaxed)).sum()
+    }
+
+    /// Those that ended in a way that is an error.
+    pub fn errors(&self) -> u64 {
+        self.iter().filter(|(outcome, _)| outcome.is_error()).map(|(_, count)| count).sum()
     }
 
     /// Each way in which any ended, and how many.

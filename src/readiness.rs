@@ -8,38 +8,51 @@ use std::{
 
 use tracing::info;
 
-/// The part that is never ready again: embassy is about to end.
-pub const DRAINING: &str = "draining";
+use crate::word::worded;
+
+worded! {
+    /// What embassy waits for before it is ready.
+    pub enum Part {
+        /// the rules in the firewall
+        Capture = "capture",
+        /// a first answer of each discovery
+        Discovery = "discovery",
+        /// nothing any more: embassy is shutting down, and will not be ready again
+        Draining = "draining",
+        /// the provider's first full answer
+        Listing = "listing",
+    }
+}
 
 /// What is still being waited for. Clones are the same.
 #[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, Instant>>>);
+pub struct Readiness(Arc<Mutex<BTreeMap<Part, Instant>>>);
 
 /// Held by a part until it is ready.
 #[derive(Debug)]
 pub struct Guard {
     readiness: Readiness,
-    part: &'static str,
+    part: Part,
 }
 
 impl Readiness {
     /// From now on embassy is not ready until the guard is done.
-    pub fn wait_for(&self, part: &'static str) -> Guard {
+    pub fn wait_for(&self, part: Part) -> Guard {
         self.with(|parts| parts.insert(part, Instant::now()));
         Guard { readiness: self.clone(), part }
     }
 
     /// The parts that are not ready. None: embassy is.
-    pub fn pending(&self) -> Vec<&'static str> {
+    pub fn pending(&self) -> Vec<Part> {
         self.with(|parts| parts.keys().copied().collect())
     }
 
     /// The same, and for how long each was waited for.
-    pub fn waiting(&self) -> Vec<(&'static str, Duration)> {
+    pub fn waiting(&self) -> Vec<(Part, Duration)> {
         self.with(|parts| parts.iter().map(|(part, since)| (*part, since.elapsed())).collect())
     }
 
-    fn with<T>(&self, act: impl FnOnce(&mut BTreeMap<&'static str, Instant>) -> T) -> T {
+    fn with<T>(&self, act: impl FnOnce(&mut BTreeMap<Part, Instant>) -> T) -> T {
         // Each act is one call on the map: a panic elsewhere leaves it whole.
         act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -48,14 +61,15 @@ impl Readiness {
 impl Guard {
     /// The part is ready. A guard that is merely dropped never is: its part has failed.
     pub fn done(self) {
-        let since = self.readiness.with(|parts| parts.remove(self.part));
+        let since = self.readiness.with(|parts| parts.remove(&self.part));
         let pending = self.readiness.pending();
         let took_ms =
             since.map(|since| since.elapsed().as_secs_f64() * 1e3).unwrap_or_default().round();
         if pending.is_empty() {
-            info!(part = self.part, took_ms, "ready");
+            info!(part = %self.part, took_ms, "ready");
         } else {
-            info!(part = self.part, took_ms, waiting_for = pending.join(", "), "part ready");
+            let waiting_for: Vec<_> = pending.iter().map(|part| part.as_str()).collect();
+            info!(part = %self.part, took_ms, waiting_for = waiting_for.join(", "), "part ready");
         }
     }
 }
@@ -67,10 +81,11 @@ mod tests {
     #[test]
     fn ready_when_every_guard_is_gone() {
         let readiness = Readiness::default();
-        let (listing, capture) = (readiness.wait_for("listing"), readiness.wait_for("capture"));
-        assert_eq!(readiness.pending(), ["capture", "listing"]);
+        let (listing, capture) =
+            (readiness.wait_for(Part::Listing), readiness.wait_for(Part::Capture));
+        assert_eq!(readiness.pending(), [Part::Capture, Part::Listing]);
         listing.done();
-        assert_eq!(readiness.pending(), ["capture"]);
+        assert_eq!(readiness.pending(), [Part::Capture]);
         capture.done();
         assert!(readiness.pending().is_empty());
     }

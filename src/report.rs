@@ -65,10 +65,8 @@ impl Report {
     pub(crate) fn source<T>(&mut self, name: &str, known: &Known<T>) {
         if let Some(error) = &known.error {
             if self.lost.insert(name.to_owned()) {
-                self.events.report(|| Event::SourceLost {
-                    source: name.to_owned(),
-                    error: error.to_string(),
-                });
+                self.events
+                    .report(|| Event::SourceLost { source: name.to_owned(), error: error.clone() });
             }
         } else if known.value.is_some() && self.lost.remove(name) {
             info!(source = name, "back");
@@ -106,9 +104,8 @@ impl Report {
             let list: Vec<_> = now.list.iter().map(ToString::to_string).collect();
             let endpoints = list.join(" ");
             self.events.report(|| Event::EndpointsChanged {
-                service: query.service.to_string(),
-                query: query.to_string(),
-                endpoints: list.clone(),
+                query: query.clone(),
+                endpoints: now.list.clone(),
             });
             if held {
                 warn!(service = %query, endpoints, "no endpoints any more; the last ones stay in use for --empty-hold");

@@ -9,7 +9,7 @@ use axum::{
 };
 use serde::de::DeserializeOwned;
 
-use super::{Context, api, v1::Refusal};
+use super::{api, context::Context, refusal::Refusal};
 use crate::{events::Event, log};
 
 /// The largest body that a call may have: none needs more.
@@ -34,7 +34,7 @@ pub(super) async fn drain(
     body: Bytes,
 ) -> Result<Json<api::Done>, Refusal> {
     let api::Drain { service, endpoint, drained } = read(&body)?;
-    let table = context.shown.tables.borrow().clone();
+    let table = context.feeds.tables.borrow().clone();
     let meant: Vec<_> = table
         .endpoints()
         .filter(|((_, _, name), state)| {
@@ -45,16 +45,15 @@ pub(super) async fn drain(
         let text = format!("{service} has no endpoint {endpoint}: expected one of /v1/endpoints");
         return Err(Refusal::new(StatusCode::NOT_FOUND, text));
     }
-    for (_, state) in meant {
-        state.drain(drained);
-    }
     tracing::info!(service, endpoint, drained, "drain, as asked for");
-    let (service_too, endpoint_too) = (service.clone(), endpoint.clone());
-    context.shown.events.report(|| Event::EndpointDrained {
-        service: service_too,
-        endpoint: endpoint_too,
-        drained,
-    });
+    for ((_, _, service), state) in meant {
+        state.drain(drained);
+        context.feeds.events.report(|| Event::EndpointDrained {
+            service: service.clone(),
+            endpoint: state.endpoint,
+            drained,
+        });
+    }
     let gets = if drained { "gets no new connections" } else { "takes its turn again" };
     Ok(Json(api::Done { done: format!("{endpoint} of {service} {gets}") }))
 }
@@ -64,7 +63,7 @@ pub(super) async fn drain(
     (status = 200, body = api::Done), (status = 403, body = api::Error)))]
 pub(super) async fn resync(State(context): State<Context>) -> Json<api::Done> {
     tracing::info!("resync requested via API");
-    context.shown.resync.request();
+    context.feeds.resync.request();
     Json(api::Done { done: "every source is read again".to_owned() })
 }
 

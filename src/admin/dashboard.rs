@@ -29,3 +29,36 @@ pub(super) async fn dashboard() -> impl IntoResponse {
     ];
     (headers, PAGE)
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        admin::api::{
+            BindingState, ConnectionState, EndpointHealth, RouteState, SourceState, Verdict,
+        },
+        word::Word,
+    };
+
+    fn words<T: Word>(first: &[&str]) -> String {
+        let words = first.iter().copied().chain(T::ALL.iter().map(|word| word.as_str()));
+        words.map(|word| format!("{word:?}")).collect::<Vec<_>>().join(", ")
+    }
+
+    #[test]
+    fn each_list_can_be_filtered_by_every_state() {
+        let lists = include_str!("dashboard/lists.js");
+        for words in [
+            words::<RouteState>(&[]),
+            words::<EndpointHealth>(&[]),
+            words::<ConnectionState>(&[]),
+            words::<BindingState>(&["problem"]),
+            words::<SourceState>(&[]),
+        ] {
+            assert!(lists.contains(&format!("states: [{words}]")), "{words}");
+        }
+        for verdict in Verdict::ALL {
+            let tone = format!("{verdict}: ");
+            assert!(include_str!("dashboard/draw.js").contains(&tone), "{tone}");
+        }
+    }
+}

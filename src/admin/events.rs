@@ -3,12 +3,14 @@
 use std::{convert::Infallible, sync::Arc};
 
 use axum::{
+    Router,
     extract::State,
     http::StatusCode,
     response::{
         IntoResponse, Response, Sse,
         sse::{self, KeepAlive},
     },
+    routing::get,
 };
 use futures_util::stream::unfold;
 use tokio::sync::{
@@ -16,15 +18,19 @@ use tokio::sync::{
     broadcast::{Receiver, error::RecvError},
 };
 
-use super::{Context, api, v1::Refusal};
+use super::{api, context::Context, refusal::Refusal};
 use crate::events::Event;
 
 /// Who may listen at a time.
 pub(super) const LISTENERS: usize = 32;
 
+pub(super) fn router() -> Router<Context> {
+    Router::new().route("/v1/events", get(events))
+}
+
 /// Changes as they happen
 #[utoipa::path(get, path = "/v1/events", responses(
-    (status = 200, body = Event, content_type = "text/event-stream",
+    (status = 200, body = api::Event, content_type = "text/event-stream",
      description = "Each event's data is one of these. A listener that is too slow is told what it missed, and left."),
     (status = 503, body = api::Error)))]
 pub(super) async fn events(State(context): State<Context>) -> Response {
@@ -32,7 +38,7 @@ pub(super) async fn events(State(context): State<Context>) -> Response {
         let text = format!("{LISTENERS} listen already: expected no more");
         return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, text).into_response();
     };
-    let listener = Listener { events: context.shown.events.listen(), missed: false, _place: place };
+    let listener = Listener { events: context.feeds.events.listen(), missed: false, _place: place };
     Sse::new(unfold(listener, Listener::next)).keep_alive(KeepAlive::default()).into_response()
 }
 
@@ -56,7 +62,7 @@ impl Listener {
             Err(RecvError::Closed) => return None,
         };
         // An event is text and numbers: it can be written.
-        let event = sse::Event::default().json_data(&*event).ok()?;
+        let event = sse::Event::default().json_data(api::Event::from(&*event)).ok()?;
         Some((Ok(event), self))
     }
 }

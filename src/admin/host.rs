@@ -8,7 +8,10 @@ use rustix::{
 };
 
 use super::{api, view};
-use crate::memory::Memory;
+use crate::{
+    judgement::HostUse,
+    memory::{Memory, Use},
+};
 
 pub(super) fn host() -> api::Host {
     let conntrack = |name: &str| number(&Path::new("/proc/sys/net/netfilter").join(name));
@@ -31,6 +34,18 @@ pub(super) fn host() -> api::Host {
             .as_deref()
             .zip(boot.as_deref())
             .and_then(|(stat, boot)| started(stat, boot)),
+    }
+}
+
+/// How much of what there may be is in use.
+pub(super) fn in_use(host: &api::Host) -> HostUse {
+    let of = |used: Option<u64>, limit: Option<u64>| {
+        used.zip(limit).map(|(used, limit)| Use { used, limit })
+    };
+    HostUse {
+        conntrack: of(host.conntrack_entries, host.conntrack_limit),
+        descriptors: of(host.descriptors, host.descriptors_limit),
+        memory: of(host.memory_used_bytes, host.memory_limit_bytes),
     }
 }
 

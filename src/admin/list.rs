@@ -1,10 +1,10 @@
 //! Lists: filtered, in an order that stays the same, a page at a time.
 
-use axum::http::StatusCode;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::{api::Page, v1::Refusal};
+use super::{api::Page, refusal::Refusal};
+use crate::word::Word;
 
 /// Which entries of a list are wanted.
 #[derive(Debug, Clone, Default, Deserialize, IntoParams)]
@@ -25,20 +25,11 @@ pub(super) struct Wanted {
     pub limit: Option<usize>,
 }
 
-/// What a list can be filtered by, besides its texts.
-pub(super) struct Filters {
-    pub list: &'static str,
-    pub states: &'static [&'static str],
-    /// Whether an entry is a consumer's.
-    pub of_consumers: bool,
-}
-
-/// What an entry shows to the filter.
+/// What an entry shows to the filter, besides its state.
 #[derive(Debug, Default)]
 pub(super) struct Shows<'a> {
     pub consumer: Option<(&'a str, &'a str)>,
     pub service: Option<&'a str>,
-    pub state: &'a str,
     /// Read only where something is searched for.
     pub texts: &'a [&'a str],
 }
@@ -63,18 +54,24 @@ impl Wanted {
         Page { total, offset, limit, items }
     }
 
-    /// Whether the list has such entries at all: a misspelt filter must not look like a list of nothing.
-    pub(super) fn check(&self, filters: &Filters) -> Result<(), Refusal> {
-        let Filters { list, states, of_consumers } = filters;
-        let wrong = |text| Err(Refusal::new(StatusCode::BAD_REQUEST, text));
-        match self {
-            Self { state: Some(state), .. } if !states.contains(&state.as_str()) => {
-                wrong(format!("state {state:?} of {list}: expected {}", states.join(", ")))
-            }
-            Self { consumer: Some(_), .. } if !of_consumers => {
-                wrong(format!("consumer: {list} are nobody's own; expected service, state or q"))
-            }
-            _ => Ok(()),
+    /// The state that is asked for: a misspelt one must not look like a list of nothing. `groups`: words for several states,
+    /// which the list takes as well.
+    pub(super) fn state<S: Word>(&self, list: &str, groups: &str) -> Result<Option<S>, Refusal> {
+        let Some(text) = self.state.as_deref() else { return Ok(None) };
+        let wrong = || {
+            let states = S::expected();
+            Refusal::bad(format!("state {text:?} of {list}: expected {groups}{states}"))
+        };
+        S::of(text).map(Some).ok_or_else(wrong)
+    }
+
+    /// Refuses to look for a consumer's entries in a list that belongs to nobody.
+    pub(super) fn of_nobody(&self, list: &str) -> Result<(), Refusal> {
+        match self.consumer {
+            None => Ok(()),
+            Some(_) => Err(Refusal::bad(format!(
+                "consumer: {list} are nobody's own; expected service, state or q"
+            ))),
         }
     }
 
@@ -84,8 +81,7 @@ impl Wanted {
             shows.consumer.is_some_and(|(name, id)| is_consumer(wanted, name, id))
         });
         let service = self.service.as_deref().is_none_or(|wanted| shows.service == Some(wanted));
-        let state = self.state.as_deref().is_none_or(|wanted| shows.state == wanted);
-        consumer && service && state && self.q.as_deref().is_none_or(|q| contains(shows, q))
+        consumer && service && self.q.as_deref().is_none_or(|q| contains(shows, q))
     }
 }
 
@@ -115,7 +111,6 @@ mod tests {
     const SHOWS: Shows<'_> = Shows {
         consumer: Some(("App-1", "0123456789ab")),
         service: Some("redis.master"),
-        state: "ok",
         texts: &["172.17.0.2"],
     };
 
@@ -126,7 +121,6 @@ mod tests {
             wanted(|w| w.consumer = Some("App-1".into())),
             wanted(|w| w.consumer = Some("0123".into())),
             wanted(|w| w.service = Some("redis.master".into())),
-            wanted(|w| w.state = Some("ok".into())),
             wanted(|w| w.q = Some("REDIS".into())),
             wanted(|w| w.q = Some("app-".into())),
             wanted(|w| w.q = Some("17.0".into())),
@@ -139,7 +133,7 @@ mod tests {
             wanted(|w| w.service = Some("redis".into())),
             wanted(|w| w.q = Some("nothing".into())),
             wanted(|w| {
-                w.state = Some("ejected".into());
+                w.service = Some("redis.slave".into());
                 w.q = Some("redis".into());
             }),
         ] {

@@ -1,25 +1,30 @@
 //! The calls under `/v1/`.
 
-use std::{collections::BTreeSet, sync::atomic::Ordering::Relaxed};
+use std::collections::BTreeSet;
 
 use axum::{
     Json, Router,
-    extract::{FromRequestParts, Query, State},
-    http::{HeaderMap, StatusCode, request::Parts},
-    response::{IntoResponse, Response},
+    extract::State,
+    http::{HeaderMap, StatusCode},
     routing::get,
 };
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::{
-    Context, Shown, api, events, explain, host,
-    list::{Filters, Shows, Wanted},
-    openapi, view,
+    api,
+    context::{Context, Feeds},
+    explain, host,
+    list::{Shows, Wanted},
+    refusal::{Params, Refusal},
+    view,
 };
 use crate::{
-    capture::{Change, input::Barrier},
-    config::{CaptureMode, CaptureScope},
+    capture::input::Barrier,
+    judgement::{
+        self, Awaited, BindingState, EndpointHealth, RouteState, Situation, SourceState, Subject,
+        Verdict,
+    },
     outcome::Outcome,
 };
 
@@ -33,8 +38,6 @@ pub(super) fn router() -> Router<Context> {
         .route("/v1/connections", get(connections))
         .route("/v1/explain", get(explain))
         .route("/v1/history", get(history))
-        .route("/v1/events", get(events::events))
-        .route("/v1/openapi.json", get(openapi::description))
 }
 
 /// Everything at a glance
@@ -43,54 +46,67 @@ pub(super) async fn status(
     State(context): State<Context>,
     headers: HeaderMap,
 ) -> Json<api::Status> {
-    let shown = &context.shown;
-    shown.figures.refresh().await;
-    let table = shown.tables.borrow().clone();
-    let all = shown.sources.borrow().clone();
-    let provider = view::source_state(&all.provider.borrow());
-    let listing = all.listing.clone().unwrap_or_default();
-    let now = shown.figures.now();
-    let of_state = |wanted: &str| {
-        let states = table.endpoints().map(|(_, state)| view::endpoint_state(state, now));
-        states.filter(|state| *state == wanted).count()
-    };
+    let feeds = &context.feeds;
+    feeds.figures.refresh().await;
+    let situation = feeds.situation();
+    let host = host::host();
+    let overview = situation.overview(&host::in_use(&host));
+    let awaited = situation.awaited();
+    let table = &situation.table;
     let consumers: BTreeSet<_> = table.routes().map(|route| &route.consumer).collect();
-    let lost = view::Lost::of(&all);
-    let without_endpoint = table.routes().filter(|route| {
-        matches!(view::RouteHealth::of(route, &lost, now).state(), "no_endpoint" | "waiting")
-    });
-    let queries = all.queries.iter().map(|(_, known)| view::source_state(&known.borrow()));
-    let states: Vec<_> = queries.chain([provider]).collect();
-    let sources_of = |wanted: &str| states.iter().filter(|state| **state == wanted).count();
+    let routes = |states: &[RouteState]| states.iter().filter_map(|s| overview.routes.get(s)).sum();
+    let broken = RouteState::ALL.iter().filter(|state| state.verdict() == Verdict::Broken);
+    let endpoints = |health| overview.endpoints.get(&health).copied().unwrap_or_default();
+    let sources = |state| overview.sources.get(&state).copied().unwrap_or_default();
+    let verdicts = overview.verdicts();
+    let verdict = |subject| verdicts.get(&subject).copied().unwrap_or(Verdict::Ok);
     Json(api::Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
-        uptime_seconds: view::seconds(shown.facts.started.elapsed()),
-        ready: shown.readiness.pending().is_empty(),
-        waiting_for: waiting(shown),
-        may_change: context.guard.may_change(&headers),
-        listeners: shown.facts.listeners.iter().map(ToString::to_string).collect(),
+        uptime_seconds: view::seconds(feeds.constants.started.elapsed()),
+        ready: awaited.is_empty(),
+        verdict: overview.verdict(),
+        verdicts: api::Verdicts {
+            process: verdict(Subject::Process),
+            capture: verdict(Subject::Capture),
+            sources: verdict(Subject::Sources),
+            bindings: verdict(Subject::Bindings),
+            routes: verdict(Subject::Routes),
+            endpoints: verdict(Subject::Endpoints),
+            connections: verdict(Subject::Connections),
+            host: verdict(Subject::Host),
+        },
+        findings: overview.causes.iter().map(view::finding).collect(),
+        waiting_for: awaited.into_iter().map(waiting).collect(),
+        may_change: context.access.may_change(&headers),
+        listeners: feeds.constants.listeners.iter().map(ToString::to_string).collect(),
         vips: table.vips().iter().map(ToString::to_string).collect(),
         table_version: table.version,
         consumers: consumers.len(),
         routes: table.routes().len(),
-        routes_without_endpoint: without_endpoint.count(),
+        routes_without_endpoint: routes(&[RouteState::NoEndpoint, RouteState::Waiting]),
+        routes_degraded: routes(&[RouteState::Degraded]),
+        routes_broken: broken.filter_map(|state| overview.routes.get(state)).sum(),
         endpoints: table.endpoints().len(),
-        endpoints_ejected: of_state("ejected"),
-        endpoints_drained: of_state("drained"),
-        problems: view::problems(&table, &listing),
-        sources: states.len(),
-        sources_down: sources_of("down"),
-        sources_waiting: sources_of("waiting"),
-        connections: all_connections(shown),
-        capture: capture(shown),
-        host: host::host(),
+        endpoints_ejected: endpoints(EndpointHealth::Ejected),
+        endpoints_drained: endpoints(EndpointHealth::Drained),
+        problems: overview.problems,
+        sources: overview.sources.values().sum(),
+        sources_down: sources(SourceState::Down),
+        sources_waiting: sources(SourceState::Waiting),
+        connections: all_connections(feeds),
+        capture: capture(feeds, &situation),
+        host,
     })
 }
 
-fn all_connections(shown: &Shown) -> api::Connections {
-    let figures = &shown.figures;
-    let ended = Outcome::ALL.iter().map(|o| (o.as_str().to_owned(), figures.ended(*o)));
+fn waiting(Awaited { part, since, sources }: Awaited) -> api::Waiting {
+    api::Waiting { part, seconds: since.map(view::seconds), sources }
+}
+
+fn all_connections(feeds: &Feeds) -> api::Connections {
+    let figures = &feeds.figures;
+    let ended = || Outcome::ALL.iter().map(|outcome| (*outcome, figures.ended(*outcome)));
     let (bytes_up, bytes_down) = figures.bytes();
     api::Connections {
         active: figures.live(),
@@ -99,79 +115,35 @@ fn all_connections(shown: &Shown) -> api::Connections {
         held: figures.held(),
         memory_short: figures.memory_short(),
         started: figures.started(),
-        ended: ended.filter(|(_, count)| *count > 0).collect(),
+        ended: ended().filter(|(_, count)| *count > 0).collect(),
+        errors: ended().filter(|(outcome, _)| outcome.is_error()).map(|(_, count)| count).sum(),
         bytes_up,
         bytes_down,
         connect: view::latency(&figures.connect()),
     }
 }
 
-fn capture(shown: &Shown) -> api::Capture {
-    let counts = shown.capture.as_ref();
-    let standing = counts.map(|counts| counts.standing()).unwrap_or_default();
-    let restored = Change::ALL.map(|change| {
-        (change.as_str().to_owned(), counts.map_or(0, |counts| counts.restored(change)))
-    });
+fn capture(feeds: &Feeds, situation: &Situation) -> api::Capture {
+    let counts = feeds.capture.as_ref();
+    let standing = &situation.capture.standing;
+    let restored = api::Change::ALL
+        .iter()
+        .map(|change| (*change, counts.map_or(0, |counts| counts.restored(*change))));
     api::Capture {
-        mode: match shown.facts.mode {
-            CaptureMode::None => "none",
-            CaptureMode::Dnat => "dnat",
-            CaptureMode::Redirect => "redirect",
-        }
-        .to_owned(),
-        scope: match shown.facts.scope {
-            CaptureScope::Declared => "declared",
-            CaptureScope::All => "all",
-        }
-        .to_owned(),
+        mode: situation.capture.mode,
+        scope: situation.capture.scope,
         firewall: standing.firewall.map(|firewall| firewall.to_string()),
         in_place: standing.in_place,
-        restored: restored.into(),
-        last_restored: standing.restored.map(|(at, missing)| api::Problem {
-            text: missing,
+        restored: restored.collect(),
+        last_restored: standing.restored.as_ref().map(|(at, missing)| api::Problem {
+            text: missing.clone(),
             age_seconds: view::seconds(at.elapsed()),
         }),
-        failures: counts.map_or(0, |counts| counts.failed.load(Relaxed)),
-        error: standing.error,
+        failures: counts
+            .map_or(0, |counts| counts.failed.load(std::sync::atomic::Ordering::Relaxed)),
+        error: standing.error.clone(),
         barriers: standing.barriers.iter().map(Barrier::to_string).collect(),
     }
-}
-
-/// The parts that are not ready, and which sources each waits for.
-pub(super) fn waiting(shown: &Shown) -> Vec<api::Waiting> {
-    let parts = shown.readiness.waiting();
-    let part = |(part, time): (&str, std::time::Duration)| api::Waiting {
-        part: part.to_owned(),
-        seconds: view::seconds(time),
-        sources: match part {
-            "listing" => vec!["provider".to_owned()],
-            "discovery" => unanswered(shown),
-            _ => Vec::new(),
-        },
-    };
-    parts.into_iter().map(part).collect()
-}
-
-/// Sources that are named where many are awaited.
-const NAMED: usize = 20;
-
-/// The queries that keep embassy from being ready: of a discovery that has not answered anything, or not asked yet.
-fn unanswered(shown: &Shown) -> Vec<String> {
-    let sources = shown.sources.borrow().clone();
-    let known = sources.queries.iter().map(|(query, answers)| {
-        let known = answers.borrow();
-        (query, known.value.is_some(), known.error.is_some())
-    });
-    let known: Vec<_> = known.collect();
-    let answering: BTreeSet<_> =
-        known.iter().filter(|(_, answered, _)| *answered).map(|(query, ..)| &query.via).collect();
-    let awaited = known.iter().filter(|(query, answered, failed)| {
-        !answered && (!failed || !answering.contains(&query.via))
-    });
-    let mut names: Vec<_> = awaited.map(|(query, ..)| query.to_string()).collect();
-    names.sort();
-    names.truncate(NAMED);
-    names
 }
 
 /// Where the connections of each consumer go
@@ -180,17 +152,11 @@ fn unanswered(shown: &Shown) -> Vec<String> {
 pub(super) async fn routes(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
-) -> Response {
-    let filters = Filters { list: "routes", states: &api::ROUTE_STATES, of_consumers: true };
-    if let Err(refusal) = wanted.check(&filters) {
-        return refusal.into_response();
-    }
-    let shown = &context.shown;
-    shown.figures.refresh().await;
-    let table = shown.tables.borrow().clone();
-    let now = shown.figures.now();
-    let lost = view::Lost::of(&shown.sources.borrow());
-    let mut all: Vec<_> = table.routes().collect();
+) -> Result<Json<api::Page<api::Route>>, Refusal> {
+    let wanted_state = wanted.state::<RouteState>("routes", "")?;
+    context.feeds.figures.refresh().await;
+    let situation = context.feeds.situation();
+    let mut all: Vec<_> = situation.table.routes().collect();
     all.sort_by(|a, b| {
         let key = |route: &crate::table::Route| (route.key.port, route.key.source);
         (&a.consumer_name, &a.consumer, key(a)).cmp(&(&b.consumer_name, &b.consumer, key(b)))
@@ -212,13 +178,12 @@ pub(super) async fn routes(
             wanted.fits(&Shows {
                 consumer: Some((&route.consumer_name, route.consumer.full())),
                 service: Some(route.upstream.query.service.as_str()),
-                state: view::RouteHealth::of(route, &lost, now).state(),
                 texts: &texts.iter().map(String::as_str).collect::<Vec<_>>(),
-            })
+            }) && wanted_state.is_none_or(|state| situation.route(route).state == state)
         },
-        |route| view::route(route, &lost, now),
+        |route| view::route(route, &situation),
     );
-    Json(page).into_response()
+    Ok(Json(page))
 }
 
 /// The endpoints of all services
@@ -227,15 +192,13 @@ pub(super) async fn routes(
 pub(super) async fn endpoints(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
-) -> Response {
-    let filters = Filters { list: "endpoints", states: &api::ENDPOINT_STATES, of_consumers: false };
-    if let Err(refusal) = wanted.check(&filters) {
-        return refusal.into_response();
-    }
-    let shown = &context.shown;
-    shown.figures.refresh().await;
-    let table = shown.tables.borrow().clone();
-    let now = shown.figures.now();
+) -> Result<Json<api::Page<api::Endpoint>>, Refusal> {
+    wanted.of_nobody("endpoints")?;
+    let wanted_state = wanted.state::<EndpointHealth>("endpoints", "")?;
+    let feeds = &context.feeds;
+    feeds.figures.refresh().await;
+    let table = feeds.tables.borrow().clone();
+    let now = feeds.figures.now();
     let mut all: Vec<_> = table.endpoints().collect();
     all.sort_by_key(|(service, state)| (*service, state.endpoint));
     let page = wanted.page(
@@ -245,13 +208,12 @@ pub(super) async fn endpoints(
             wanted.fits(&Shows {
                 consumer: None,
                 service: Some(service.as_str()),
-                state: view::endpoint_state(state, now),
                 texts: &[&endpoint, discovery],
-            })
+            }) && wanted_state.is_none_or(|wanted| judgement::endpoint(state, now) == wanted)
         },
         |(service, state)| view::endpoint(service, state, now),
     );
-    Json(page).into_response()
+    Ok(Json(page))
 }
 
 /// What consumers declared, and what became of it
@@ -260,19 +222,12 @@ pub(super) async fn endpoints(
 pub(super) async fn bindings(
     State(context): State<Context>,
     Params(mut wanted): Params<Wanted>,
-) -> Response {
-    let filters = Filters { list: "bindings", states: &api::BINDING_STATES, of_consumers: true };
-    if let Err(refusal) = wanted.check(&filters) {
-        return refusal.into_response();
-    }
-    let shown = &context.shown;
-    let table = shown.tables.borrow().clone();
-    let listing = shown.sources.borrow().listing.clone().unwrap_or_default();
-    let all = view::bindings(&table, &listing);
-    let problems_only = wanted.state.as_deref() == Some("problem");
-    if problems_only {
-        wanted.state = None;
-    }
+) -> Result<Json<api::Page<api::Binding>>, Refusal> {
+    let problems_only = wanted.state.take_if(|state| state == "problem").is_some();
+    let wanted_state = wanted.state::<BindingState>("bindings", "problem, ")?;
+    let situation = context.feeds.situation();
+    let all = situation.bindings(|_| true);
+    let all = all.iter().map(view::binding);
     let page = wanted.page(
         all,
         |binding| {
@@ -284,14 +239,15 @@ pub(super) async fn bindings(
             let shows = Shows {
                 consumer: Some((&binding.consumer, &binding.consumer_id)),
                 service: query.map(|query| query.service.as_str()),
-                state: &binding.state,
                 texts: &texts,
             };
-            (!problems_only || binding.state != "routed") && wanted.fits(&shows)
+            (!problems_only || binding.state != BindingState::Routed)
+                && wanted_state.is_none_or(|state| binding.state == state)
+                && wanted.fits(&shows)
         },
         |binding| binding,
     );
-    Json(page).into_response()
+    Ok(Json(page))
 }
 
 /// The provider, and everything that is asked of a discovery
@@ -300,18 +256,20 @@ pub(super) async fn bindings(
 pub(super) async fn sources(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
-) -> Response {
-    let filters = Filters { list: "sources", states: &api::SOURCE_STATES, of_consumers: false };
-    if let Err(refusal) = wanted.check(&filters) {
-        return refusal.into_response();
-    }
-    let sources = context.shown.sources.borrow().clone();
-    let mut all = vec![(None, view::provider(&sources.provider.borrow()))];
+) -> Result<Json<api::Page<api::Source>>, Refusal> {
+    wanted.of_nobody("sources")?;
+    let wanted_state = wanted.state::<SourceState>("sources", "")?;
+    let situation = context.feeds.situation();
+    let sources = context.feeds.sources.borrow().clone();
+    let provider = view::provider(&sources.provider.borrow(), &situation.provider);
+    let mut all = vec![(None, provider)];
     let mut queries: Vec<_> = sources
         .queries
         .iter()
-        .map(|(query, known)| {
-            (Some(query.service.as_str()), view::discovery(query, &known.borrow()))
+        .filter_map(|(query, known)| {
+            let reading = situation.queries.get(query)?;
+            let source = view::discovery(query, &known.borrow(), reading);
+            Some((Some(query.service.as_str()), source))
         })
         .collect();
     queries.sort_by(|a, b| a.1.name.cmp(&b.1.name));
@@ -322,13 +280,12 @@ pub(super) async fn sources(
             wanted.fits(&Shows {
                 consumer: None,
                 service: *service,
-                state: &source.state,
                 texts: &[&source.name, source.error.as_deref().unwrap_or_default()],
-            })
+            }) && wanted_state.is_none_or(|state| source.state == state)
         },
         |(_, source)| source,
     );
-    Json(page).into_response()
+    Ok(Json(page))
 }
 
 /// What is connected now
@@ -337,13 +294,9 @@ pub(super) async fn sources(
 pub(super) async fn connections(
     State(context): State<Context>,
     Params(wanted): Params<Wanted>,
-) -> Response {
-    let filters =
-        Filters { list: "connections", states: &api::CONNECTION_STATES, of_consumers: true };
-    if let Err(refusal) = wanted.check(&filters) {
-        return refusal.into_response();
-    }
-    let mut all = context.shown.figures.connections().await;
+) -> Result<Json<api::Page<api::Connection>>, Refusal> {
+    let wanted_state = wanted.state::<api::ConnectionState>("connections", "")?;
+    let mut all = context.feeds.figures.connections().await;
     all.sort_by(|a, b| b.age.cmp(&a.age).then(a.id.cmp(&b.id)));
     let searches = wanted.q.is_some();
     let page = wanted.page(
@@ -359,13 +312,12 @@ pub(super) async fn connections(
             wanted.fits(&Shows {
                 consumer: route.map(|route| (&*route.consumer_name, route.consumer.full())),
                 service: route.map(|route| route.upstream.query.service.as_str()),
-                state: view::connection_state(live).as_str(),
                 texts: &texts.iter().map(String::as_str).collect::<Vec<_>>(),
-            })
+            }) && wanted_state.is_none_or(|state| live.state == state)
         },
         |live| view::connection(&live),
     );
-    Json(page).into_response()
+    Ok(Json(page))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -386,10 +338,10 @@ pub(super) async fn explain(
     Params(asked): Params<Asked>,
 ) -> Result<Json<api::Explain>, Refusal> {
     if asked.port == 0 {
-        return Err(Refusal::new(StatusCode::BAD_REQUEST, "port 0: expected 1 to 65535"));
+        return Err(Refusal::bad("port 0: expected 1 to 65535"));
     }
-    context.shown.figures.refresh().await;
-    Ok(Json(explain::explain(&context.shown, &asked.consumer, asked.port)))
+    context.feeds.figures.refresh().await;
+    Ok(Json(explain::explain(&context.feeds, &asked.consumer, asked.port)))
 }
 
 /// The last five minutes
@@ -405,41 +357,4 @@ pub(super) async fn unknown(uri: axum::http::Uri) -> Refusal {
 pub(super) async fn wrong_method(method: axum::http::Method, uri: axum::http::Uri) -> Refusal {
     let text = format!("{method} {}: not with this method", uri.path());
     Refusal::new(StatusCode::METHOD_NOT_ALLOWED, text)
-}
-
-/// An answer that is no success.
-#[derive(Debug)]
-pub(super) struct Refusal {
-    status: StatusCode,
-    error: String,
-}
-
-impl Refusal {
-    pub(super) fn new(status: StatusCode, error: impl Into<String>) -> Self {
-        Self { status, error: error.into() }
-    }
-
-    pub(super) fn forbidden(error: impl Into<String>) -> Self {
-        Self::new(StatusCode::FORBIDDEN, error)
-    }
-}
-
-impl IntoResponse for Refusal {
-    fn into_response(self) -> Response {
-        (self.status, Json(api::Error { error: self.error })).into_response()
-    }
-}
-
-/// The parameters behind the `?`; what is wrong with them is said as JSON, like every error.
-pub(super) struct Params<T>(pub T);
-
-impl<T: DeserializeOwned, S: Sync> FromRequestParts<S> for Params<T> {
-    type Rejection = Refusal;
-
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
-        match Query::try_from_uri(&parts.uri) {
-            Ok(Query(params)) => Ok(Self(params)),
-            Err(error) => Err(Refusal::new(StatusCode::BAD_REQUEST, error.body_text())),
-        }
-    }
 }

@@ -2,32 +2,9 @@
 
 use std::collections::HashSet;
 
-/// How our rules differ from what was listed right after they were written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Change {
-    /// Nothing of ours is left: a flush, or a reload of the whole firewall.
-    Vanished,
-    /// Some are missing.
-    Incomplete,
-    /// Another's rule stands where ours has to: it comes first now.
-    Displaced,
-    /// Nothing is missing, but something stands among ours.
-    Added,
-}
+pub use crate::events::Change;
 
 impl Change {
-    pub const ALL: [Self; 4] = [Self::Vanished, Self::Incomplete, Self::Displaced, Self::Added];
-
-    /// The value in logs and metrics.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Vanished => "vanished",
-            Self::Incomplete => "incomplete",
-            Self::Displaced => "displaced",
-            Self::Added => "added",
-        }
-    }
-
     /// The change from `before` to `now`, which are not the same, and what is missing, for people.
     pub(super) fn of(before: &str, now: Option<&str>) -> (Self, String) {
         let Some(now) = now else { return (Self::Vanished, "all of them".to_owned()) };

@@ -263,8 +263,7 @@ impl Keeper {
             self.counts.stand(|standing| {
                 standing.restored = Some((Instant::now(), missing.clone()));
             });
-            self.events
-                .report(|| Event::CaptureRestored { change: change.as_str().to_owned(), missing });
+            self.events.report(|| Event::CaptureRestored { change, missing });
         }
         debug!(%firewall, declared = wanted.declared.len(), vips = wanted.vips.len(), took_ms, "rules written");
         if self.chosen.replace(firewall).is_none() {

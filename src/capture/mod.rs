@@ -242,7 +242,10 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{config::CaptureScope, readiness::Readiness};
+    use crate::{
+        config::CaptureScope,
+        readiness::{Part, Readiness},
+    };
 
     #[tokio::test]
     async fn the_end_of_what_keeps_the_rules_is_noticed() {
@@ -256,7 +259,7 @@ mod tests {
             notrack: false,
         };
         let (tables, receiver) = watch::channel(Arc::default());
-        let ready = Readiness::default().wait_for("capture");
+        let ready = Readiness::default().wait_for(Part::Capture);
         let mut capture = Capture::start(
             Lock::of_nobody(),
             FirewallChoice::Nft,

@@ -43,7 +43,7 @@ pub(super) struct Client {
 const PATIENCE: Duration = Duration::from_secs(10);
 
 impl Client {
-    fn new(at: Admin) -> Result<Self> {
+    pub(super) fn new(at: Admin) -> Result<Self> {
         tls::install_provider();
         // Nothing is asked by TLS: an image without authorities will do.
         let http = reqwest::Client::builder().timeout(PATIENCE).no_proxy().tls_certs_only([]);

@@ -7,10 +7,13 @@ use anyhow::Result;
 use super::{
     Answer,
     client::Asked,
-    ps,
+    findings, ps,
     table::{age, printable},
 };
-use crate::{admin::api, model::Port};
+use crate::{
+    admin::api::{self, Verdict},
+    model::Port,
+};
 
 /// Explain why a consumer's connections to a port go where they go; exit 1 if the next one would be refused
 #[derive(Debug, clap::Args)]
@@ -33,7 +36,7 @@ impl Explain {
         let port = self.port.to_string();
         let query = [("consumer", self.consumer.as_str()), ("port", port.as_str())];
         let explain: api::Explain = client.get("/v1/explain", &query).await?;
-        let goes = explain.verdict != "broken";
+        let goes = explain.verdict != Verdict::Broken;
         if self.asked.json {
             Answer::json(&explain, goes)
         } else {
@@ -50,16 +53,12 @@ fn text(explain: &api::Explain) -> String {
 }
 
 fn write(out: &mut String, explain: &api::Explain) -> std::fmt::Result {
-    let mut findings = explain.findings.iter();
-    let first = findings.next().map_or("", String::as_str);
-    let verdict = match explain.verdict.as_str() {
-        "broken" => "BROKEN",
-        verdict => verdict,
-    };
-    writeln!(out, "{verdict}: {}", printable(first))?;
-    for finding in findings {
-        writeln!(out, "  {}", printable(finding))?;
+    let mut all = explain.findings.iter();
+    if let Some(first) = all.next() {
+        writeln!(out, "{}: {}", findings::word(explain.verdict), printable(&first.text))?;
+        findings::write_fix(out, first)?;
     }
+    findings::write(out, all)?;
     writeln!(out)?;
     for consumer in &explain.consumers {
         let id = consumer.id.get(..12).unwrap_or(&consumer.id);
@@ -100,6 +99,8 @@ fn write_service(out: &mut String, service: &api::ExplainService) -> std::fmt::R
     if let Some(source) = &service.source {
         let ago = |seconds: Option<f64>| seconds.map_or("never".to_owned(), |s| age(s) + " ago");
         let (confirmed, changed) = (ago(source.age_seconds), ago(source.changed_seconds));
+        let kept = source.kept_seconds.map(|kept| format!("in an earlier run {} ago", age(kept)));
+        let confirmed = kept.unwrap_or(confirmed);
         let said = format!(
             "{} is {}; confirmed {confirmed}, changed {changed}",
             source.name, source.state
@@ -119,13 +120,26 @@ fn write_service(out: &mut String, service: &api::ExplainService) -> std::fmt::R
 mod tests {
     use super::*;
 
+    fn finding(verdict: Verdict, text: &str) -> api::Finding {
+        api::Finding {
+            about: api::Subject::Bindings,
+            verdict,
+            cause: "not_declared".into(),
+            text: text.into(),
+            fix: Some("do something".into()),
+        }
+    }
+
     #[test]
     fn the_verdict_and_its_cause_come_first() {
         let explain = api::Explain {
             consumer: "app".into(),
             port: 81,
-            verdict: "broken".into(),
-            findings: vec!["Port 81 is not declared.".into(), "And another thing.".into()],
+            verdict: Verdict::Broken,
+            findings: vec![
+                finding(Verdict::Broken, "Port 81 is not declared."),
+                finding(Verdict::Ok, "And another thing."),
+            ],
             consumers: vec![api::ExplainConsumer {
                 name: "app".into(),
                 id: "0123456789abcdef".into(),
@@ -140,7 +154,8 @@ mod tests {
         };
         let expected = "\
 BROKEN: Port 81 is not declared.
-  And another thing.
+            fix: do something
+  ok        And another thing.
 
 consumer   app (0123456789ab) at 172.17.0.2; ports with a route: 80
 captured   no

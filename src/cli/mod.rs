@@ -14,7 +14,7 @@ mod client;
 mod completions;
 mod doctor;
 mod explain;
-
+mod findings;
 mod plan;
 mod ps;
 mod running;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
 use tokio::{sync::watch, time::timeout};
 
-use super::{Answer, table::Table as Columns, table::printable};
+use super::{Answer, table::Columns, table::printable};
 use crate::{
     app,
     capture::{self, Script, conntrack, rules::Rules},
@@ -19,7 +19,7 @@ use crate::{
     discovery::{Endpoints, Query},
     events::Events,
     provider::Lookup,
-    readiness::Readiness,
+    readiness::{Part, Readiness},
     source::{Known, ResyncRequests},
     table::{Route, Table},
 };
@@ -123,8 +123,8 @@ impl Plan {
 async fn learned(config: &Config) -> Result<(Arc<Table>, Sources)> {
     let readiness = Readiness::default();
     let waiting = Waiting {
-        listing: readiness.wait_for("listing"),
-        answers: readiness.wait_for("discovery"),
+        listing: readiness.wait_for(Part::Listing),
+        answers: readiness.wait_for(Part::Discovery),
     };
     let (lookup, resync) = (Lookup::default(), ResyncRequests::new(config.resync));
     let control = app::learn(config, &lookup, &resync, Arc::default(), Events::default(), waiting)?;

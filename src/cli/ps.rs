@@ -9,11 +9,12 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::{
     Answer,
     client::{Asked, Client, given},
-    table::{Table, age, bytes, connect, printable},
+    table::{Columns, age, bytes, connect, printable},
 };
 use crate::{
-    admin::api::{ENDPOINT_STATES, Endpoint, Figures, ROUTE_STATES, Route},
+    admin::api::{Endpoint, EndpointHealth, Figures, Route, RouteState},
     config::UsageError,
+    word::Word,
 };
 
 /// List routes, or endpoints with --endpoints, with live figures
@@ -71,7 +72,7 @@ impl Sort {
             Self::Name => 0,
             Self::Active => figures.active,
             Self::Started => figures.started,
-            Self::Errors => errors(figures) + failed_tries,
+            Self::Errors => figures.errors + failed_tries,
             Self::Bytes => figures.bytes_up.saturating_add(figures.bytes_down),
             // To the microsecond, and at most some days.
             Self::Connect => (figures.connect.p99_seconds.unwrap_or_default() * 1e6) as u64,
@@ -79,20 +80,20 @@ impl Sort {
     }
 }
 
-/// Connections that did not end as both sides wanted.
-pub(super) fn errors(figures: &Figures) -> u64 {
-    use crate::outcome::Outcome;
-    let errors = Outcome::ALL.iter().filter(|outcome| outcome.is_error());
-    errors.filter_map(|outcome| figures.ended.get(outcome.as_str())).sum()
-}
-
 impl Ps {
     /// Refuses what no list could ever have.
     pub(super) fn check(&self) -> Result<(), UsageError> {
-        let states = if self.endpoints { ENDPOINT_STATES } else { ROUTE_STATES };
+        let (is_one, expected) = match self.endpoints {
+            true => (
+                self.state.as_deref().is_none_or(is_word::<EndpointHealth>),
+                EndpointHealth::expected(),
+            ),
+            false => {
+                (self.state.as_deref().is_none_or(is_word::<RouteState>), RouteState::expected())
+            }
+        };
         match &self.state {
-            Some(state) if !states.contains(&state.as_str()) => {
-                let expected = states.join(", ");
+            Some(state) if !is_one => {
                 Err(UsageError::new(format!("--state {state:?}: expected one of {expected}")))
             }
             _ if self.endpoints && self.consumer.is_some() => Err(UsageError::new(
@@ -158,7 +159,7 @@ impl Ps {
         &self,
         all: &[T],
         note: Option<String>,
-        table: impl Fn(&[T]) -> Table,
+        table: impl Fn(&[T]) -> Columns,
     ) -> Result<Answer> {
         if self.asked.json {
             return Answer::json(&all, true);
@@ -177,14 +178,17 @@ impl Ps {
 /// Services that are named where none fits.
 const NAMED: usize = 20;
 
-/// How many of a route's endpoints take connections, of how many.
-pub(super) fn usable(route: &Route) -> String {
-    let not = route.ejected + route.probing + route.drained;
-    format!("{}/{}", route.endpoints.saturating_sub(not), route.endpoints)
+fn is_word<T: Word>(text: &str) -> bool {
+    T::of(text).is_some()
 }
 
-fn routes(all: &[Route]) -> Table {
-    let mut table = Table::new(&[
+/// How many of a route's endpoints take connections, of how many.
+pub(super) fn usable(route: &Route) -> String {
+    format!("{}/{}", route.usable, route.endpoints)
+}
+
+fn routes(all: &[Route]) -> Columns {
+    let mut table = Columns::new(&[
         "CONSUMER",
         "ADDRESS",
         "PORT>",
@@ -204,17 +208,16 @@ fn routes(all: &[Route]) -> Table {
             route.address.clone(),
             route.port.to_string(),
             route.query.name.clone(),
-            route.state.clone(),
+            route.state.to_string(),
             usable(route),
         ];
-        let errors = errors(&route.figures);
-        table.row(named.into_iter().chain(figures(&route.figures, errors)));
+        table.row(named.into_iter().chain(figures(&route.figures, route.figures.errors)));
     }
     table
 }
 
-pub(super) fn endpoints(all: &[Endpoint]) -> Table {
-    let mut table = Table::new(&[
+pub(super) fn endpoints(all: &[Endpoint]) -> Columns {
+    let mut table = Columns::new(&[
         "SERVICE",
         "ENDPOINT",
         "STATE",
@@ -230,7 +233,7 @@ pub(super) fn endpoints(all: &[Endpoint]) -> Table {
     for endpoint in all {
         let state = match endpoint.health.ejected_for_seconds {
             Some(seconds) => format!("{} {}", endpoint.health.state, age(seconds)),
-            None => endpoint.health.state.clone(),
+            None => endpoint.health.state.to_string(),
         };
         let named = [
             format!("{} {}", endpoint.discovery, endpoint.service),
@@ -240,7 +243,7 @@ pub(super) fn endpoints(all: &[Endpoint]) -> Table {
         let error = endpoint.figures.last_error.as_ref();
         let error = error.map(|e| format!("{} ({} ago)", e.text, age(e.age_seconds)));
         // A try that failed is no connection to the endpoint that could end, and just what is looked for.
-        let failed = errors(&endpoint.figures) + endpoint.health.failed_tries;
+        let failed = endpoint.figures.errors + endpoint.health.failed_tries;
         let [active, started, errors, up, down, connect] = figures(&endpoint.figures, failed);
         let ejections = endpoint.health.ejections.to_string();
         let counted = [active, started, errors, ejections, up, down, connect];

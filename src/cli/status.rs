@@ -7,9 +7,13 @@ use anyhow::Result;
 use super::{
     Answer,
     client::Asked,
+    findings,
     table::{self, age, bytes, printable},
 };
-use crate::{admin::api, counts::numbered};
+use crate::{
+    admin::api::{self, Verdict},
+    counts::numbered,
+};
 
 /// Show the state and the problems of the running embassy; exit 1 if it is not ready
 #[derive(Debug, clap::Args)]
@@ -25,65 +29,49 @@ impl Status {
         if self.asked.json {
             return Answer::json(&status, status.ready);
         }
-        let down: Vec<api::Source> = client.all("/v1/sources", &[("state", "down")]).await?;
-        let problems: Vec<api::Binding> =
-            client.all("/v1/bindings", &[("state", "problem")]).await?;
-        Ok(Answer::new(text(&status, &down, &problems), status.ready))
+        Ok(Answer::new(text(&status), status.ready))
     }
 }
 
-fn text(status: &api::Status, down: &[api::Source], problems: &[api::Binding]) -> String {
+fn text(status: &api::Status) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.
-    let _ = write(&mut out, status, down, problems);
+    let _ = write(&mut out, status);
     out
 }
 
-fn write(
-    out: &mut String,
-    status: &api::Status,
-    down: &[api::Source],
-    problems: &[api::Binding],
-) -> std::fmt::Result {
+fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
     let api::Status { version, pid, uptime_seconds, .. } = status;
+    let ready = if status.ready { "ready" } else { "NOT READY" };
+    let verdict = match status.verdict {
+        Verdict::Ok => String::new(),
+        verdict => format!(", {}", findings::word(verdict)),
+    };
     let up = age(*uptime_seconds);
-    match status.ready {
-        true => writeln!(out, "ready: embassy {version}, process {pid}, up {up}")?,
-        false => writeln!(out, "NOT READY: embassy {version}, process {pid}, up {up}")?,
-    }
+    writeln!(out, "{ready}{verdict}: embassy {version}, process {pid}, up {up}")?;
     for api::Waiting { part, seconds, sources } in &status.waiting_for {
-        if part == crate::readiness::DRAINING {
-            writeln!(out, "  is about to end, since {}", age(*seconds))?;
-            continue;
-        }
         let whom = sources.join(", ");
         let whom = if whom.is_empty() { whom } else { format!(" from {whom}") };
-        writeln!(out, "  waits for {part}{} since {}", printable(&whom), age(*seconds))?;
+        let since = seconds.map_or(String::new(), |seconds| format!(" since {}", age(seconds)));
+        writeln!(out, "  waits for {part}{}{since}", printable(&whom))?;
     }
+    findings::write(out, &status.findings)?;
 
     let capture = &status.capture;
     let firewall = capture.firewall.as_deref().unwrap_or("nothing yet");
-    match (capture.mode.as_str(), capture.in_place) {
-        ("none", _) => writeln!(out, "capture      by rules of your own")?,
+    match (capture.mode, capture.in_place) {
+        (api::CaptureMode::None, _) => writeln!(out, "capture      by rules of your own")?,
         (mode, true) => writeln!(out, "capture      {mode} by {firewall}, in place")?,
-        (mode, false) => writeln!(out, "capture      {mode} by {firewall}, NOT IN PLACE")?,
-    }
-    if let Some(error) = &capture.error {
-        writeln!(out, "  cannot be written: {}", printable(error))?;
+        (mode, false) => writeln!(out, "capture      {mode} by {firewall}, not in place")?,
     }
     if let Some(last) = &capture.last_restored {
         let missing = printable(&last.text);
         let times = numbered(capture.restored.values().sum::<u64>(), "time", "times");
         writeln!(out, "  put back {times}, last {} ago: {missing}", age(last.age_seconds))?;
     }
-    for barrier in &capture.barriers {
-        writeln!(out, "  MAY BE DROPPED: {}", printable(barrier))?;
-    }
     writeln!(out, "listens      {}", status.listeners.join(" "))?;
     match status.vips.as_slice() {
-        [] => {
-            writeln!(out, "VIPs         none: nothing can be captured; name one with --proxy-ip")?
-        }
+        [] => writeln!(out, "VIPs         none")?,
         vips => writeln!(out, "VIPs         {}", vips.join(" "))?,
     }
 
@@ -95,7 +83,7 @@ fn write(
     )?;
     match status.routes_without_endpoint {
         0 => writeln!(out)?,
-        without => writeln!(out, ", {without} WITHOUT ENDPOINT")?,
+        without => writeln!(out, ", {without} without endpoint")?,
     }
     write!(out, "endpoints    {}", status.endpoints)?;
     if status.endpoints_ejected > 0 {
@@ -110,20 +98,6 @@ fn write(
         0 => writeln!(out)?,
         waiting => writeln!(out, ", {waiting} have not answered yet")?,
     }
-    for source in down {
-        let (name, error) = (&source.name, source.error.as_deref().unwrap_or("no answer"));
-        let known = source.age_seconds.map_or("nothing is known of it".to_owned(), |seconds| {
-            format!("what it said {} ago is in use", age(seconds))
-        });
-        writeln!(out, "  {}", printable(&format!("{name}: {error}; {known}")))?;
-    }
-    if !problems.is_empty() {
-        writeln!(out, "problems     {}", problems.len())?;
-    }
-    for api::Binding { consumer, origin, reasons, .. } in problems {
-        writeln!(out, "  {}", printable(&format!("{consumer} {origin}: {}", reasons.join("; "))))?;
-    }
-
     let api::Connections { active, limit, held, started, bytes_up, bytes_down, .. } =
         &status.connections;
     write!(out, "connections  {active} open of {limit}")?;
@@ -148,11 +122,7 @@ fn write(
     }
     let api::Host { memory_used_bytes, memory_limit_bytes, .. } = &status.host;
     if let (Some(used), Some(limit)) = (memory_used_bytes, memory_limit_bytes) {
-        write!(out, "memory       {} of {}", bytes(*used), bytes(*limit))?;
-        match status.connections.memory_short {
-            true => writeln!(out, ", NEW CONNECTIONS ARE REFUSED")?,
-            false => writeln!(out)?,
-        }
+        writeln!(out, "memory       {} of {}", bytes(*used), bytes(*limit))?;
     }
     Ok(())
 }
@@ -174,6 +144,18 @@ pub(super) mod tests {
             pid: 7,
             uptime_seconds: 600.0,
             ready: true,
+            verdict: Verdict::Ok,
+            verdicts: api::Verdicts {
+                process: Verdict::Ok,
+                capture: Verdict::Ok,
+                sources: Verdict::Ok,
+                bindings: Verdict::Ok,
+                routes: Verdict::Ok,
+                endpoints: Verdict::Ok,
+                connections: Verdict::Ok,
+                host: Verdict::Ok,
+            },
+            findings: vec![],
             waiting_for: vec![],
             may_change: false,
             listeners: vec!["0.0.0.0:9999".into()],
@@ -182,6 +164,8 @@ pub(super) mod tests {
             consumers: 1,
             routes: 2,
             routes_without_endpoint: 0,
+            routes_degraded: 0,
+            routes_broken: 0,
             endpoints: 4,
             endpoints_ejected: 1,
             endpoints_drained: 0,
@@ -196,14 +180,15 @@ pub(super) mod tests {
                 held: 0,
                 memory_short: false,
                 started: 100,
-                ended: [("closed".to_owned(), 95)].into(),
+                ended: [(api::Outcome::Closed, 95)].into(),
+                errors: 0,
                 bytes_up: 1000,
                 bytes_down: 2_500_000,
                 connect: latency,
             },
             capture: api::Capture {
-                mode: "dnat".into(),
-                scope: "declared".into(),
+                mode: api::CaptureMode::Dnat,
+                scope: api::CaptureScope::Declared,
                 firewall: Some("nft".into()),
                 in_place: true,
                 restored: Default::default(),
@@ -240,7 +225,7 @@ connections  5 open of 9744; 100 since the start, 1.0 kB up, 2.5 MB down
   ended: closed 95
   to connect: half within 2 ms, 99 of 100 within 50 ms
 ";
-        assert_eq!(text(&status(), &[], &[]), expected);
+        assert_eq!(text(&status()), expected);
     }
 
     #[test]
@@ -248,41 +233,33 @@ connections  5 open of 9744; 100 since the start, 1.0 kB up, 2.5 MB down
         let mut status = status();
         status.ready = false;
         status.waiting_for = vec![api::Waiting {
-            part: "discovery".into(),
-            seconds: 3.0,
+            part: api::Part::Discovery,
+            seconds: Some(3.0),
             sources: vec!["consul web".into()],
         }];
+        status.verdict = Verdict::Broken;
+        status.findings = vec![api::Finding {
+            about: api::Subject::Capture,
+            verdict: Verdict::Broken,
+            cause: "no_vip".into(),
+            text: "There is no VIP: nothing is captured.".into(),
+            fix: Some("name one with --proxy-ip".into()),
+        }];
         status.capture.in_place = false;
-        status.capture.error = Some("no nft".into());
         status.vips.clear();
         status.routes_without_endpoint = 2;
-        status.sources_down = 1;
         status.sources_waiting = 1;
-        status.connections.memory_short = true;
         status.host.memory_used_bytes = Some(61_000_000);
         status.host.memory_limit_bytes = Some(64_000_000);
-        let down = api::Source {
-            name: "consul web".into(),
-            kind: "consul".into(),
-            state: "down".into(),
-            age_seconds: None,
-            changed_seconds: None,
-            answers: 0,
-            changes: 0,
-            failures: 4,
-            error: Some("refused".into()),
-            items: 0,
-            skipped: vec![],
-        };
-        let text = text(&status, &[down], &[]);
+        let text = text(&status);
         for line in [
-            "NOT READY: embassy 1.2.3, process 7, up 10 min\n  waits for discovery from consul web since 3 s\n",
-            "capture      dnat by nft, NOT IN PLACE\n  cannot be written: no nft\n",
-            "VIPs         none: nothing can be captured",
-            "routes       2 of 1 consumer, 2 WITHOUT ENDPOINT\n",
-            "sources      2, 1 down, 1 have not answered yet\n",
-            "  consul web: refused; nothing is known of it\n",
-            "memory       61.0 MB of 64.0 MB, NEW CONNECTIONS ARE REFUSED\n",
+            "NOT READY, BROKEN: embassy 1.2.3, process 7, up 10 min\n  waits for discovery from consul web since 3 s\n",
+            "  BROKEN    There is no VIP: nothing is captured.\n            fix: name one with --proxy-ip\n",
+            "capture      dnat by nft, not in place\n",
+            "VIPs         none\n",
+            "routes       2 of 1 consumer, 2 without endpoint\n",
+            "sources      2, 0 down, 1 have not answered yet\n",
+            "memory       61.0 MB of 64.0 MB\n",
         ] {
             assert!(text.contains(line), "{line:?} in {text}");
         }

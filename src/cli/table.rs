@@ -6,14 +6,14 @@ use crate::counts::LONGEST;
 
 /// Rows under a head; each column is as wide as its widest cell.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct Columns {
     head: Vec<&'static str>,
     /// Columns that hold figures stand at the right.
     right: Vec<bool>,
     rows: Vec<Vec<String>>,
 }
 
-impl Table {
+impl Columns {
     /// A head that ends in `>` is of a column of figures.
     pub(super) fn new(head: &[&'static str]) -> Self {
         Self {
@@ -32,7 +32,7 @@ impl Table {
     }
 }
 
-impl fmt::Display for Table {
+impl fmt::Display for Columns {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = |column: usize| {
             let cells = self.rows.iter().filter_map(|row| row.get(column));
@@ -98,7 +98,7 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_they_must_be() {
-        let mut table = Table::new(&["NAME", "ACTIVE>", "SERVICE"]);
+        let mut table = Columns::new(&["NAME", "ACTIVE>", "SERVICE"]);
         table.row(["app".into(), "7".into(), "redis\u{1b}[2J".into()]);
         table.row(["another".into(), "12345678".into(), String::new()]);
         let expected = "\

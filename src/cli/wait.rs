@@ -14,7 +14,10 @@ use super::{
     client::{Asked, Client},
     table::printable,
 };
-use crate::{admin::api, config, readiness::DRAINING};
+use crate::{
+    admin::api::{self, Subject, Verdict},
+    config,
+};
 
 /// Wait until consumers can connect to these services; exit 1 on timeout
 ///
@@ -85,11 +88,13 @@ impl Wait {
     /// What is still missing. `None`: nothing.
     async fn missing(&self, client: &Client) -> Result<Option<String>> {
         let status: api::Status = client.get("/v1/status", &[]).await?;
-        if status.waiting_for.iter().any(|waiting| waiting.part == DRAINING) {
-            return Ok(Some("embassy is about to end".to_owned()));
-        }
-        if status.capture.mode != "none" && !status.capture.in_place {
-            return Ok(Some("the rules are not in place: nothing is captured yet".to_owned()));
+        // What is in the way of every connection.
+        let everybodys = status.findings.iter().find(|finding| {
+            finding.verdict == Verdict::Broken
+                && matches!(finding.about, Subject::Process | Subject::Capture)
+        });
+        if let Some(finding) = everybodys {
+            return Ok(Some(printable(&finding.text)));
         }
         for service in &self.services {
             let consumer = self.consumer.as_deref().map(|consumer| ("consumer", consumer));
@@ -98,16 +103,39 @@ impl Wait {
             let mut routes: Vec<api::Route> = client.all("/v1/routes", &query).await?;
             let tags_of = |route: &api::Route| route.query.tags.iter().cloned().collect();
             routes.retain(|route| tags.as_ref().is_none_or(|tags| *tags == tags_of(route)));
-            let usable = |route: &api::Route| matches!(route.state.as_str(), "ok" | "degraded");
-            if !routes.iter().any(usable) {
+            if !routes.iter().any(|route| route.verdict != Verdict::Broken) {
                 return Ok(Some(match routes.first() {
-                    None => nobody_asks(client, service).await?,
-                    Some(route) => format!("{service}: {}", route.state),
+                    None => self.no_route(client, service).await?,
+                    Some(route) => why(client, route).await?,
                 }));
             }
         }
         Ok(None)
     }
+
+    /// Why there is no route to a service: its binding has none, or nobody asks for it.
+    async fn no_route(&self, client: &Client, service: &str) -> Result<String> {
+        let consumer = self.consumer.as_deref().map(|consumer| ("consumer", consumer));
+        let query: Vec<_> = [("state", "problem")].into_iter().chain(consumer).collect();
+        let bindings: Vec<api::Binding> = client.all("/v1/bindings", &query).await?;
+        let asks = bindings.iter().find(|binding| binding.service.as_deref() == Some(service));
+        Ok(match asks {
+            Some(api::Binding { consumer, origin, reasons, .. }) => {
+                let reasons = reasons.join("; ");
+                printable(&format!("{consumer} {origin} has no route: {reasons}"))
+            }
+            None => nobody_asks(client, service).await?,
+        })
+    }
+}
+
+/// Why a route's connections are refused.
+async fn why(client: &Client, route: &api::Route) -> Result<String> {
+    let port = route.port.to_string();
+    let asked = [("consumer", route.address.as_str()), ("port", port.as_str())];
+    let explain: api::Explain = client.get("/v1/explain", &asked).await?;
+    let text = explain.findings.first().map_or("", |first| &first.text);
+    Ok(format!("{} is {}: {}", route.query.name, route.state, printable(text)))
 }
 
 /// That nobody asks for it, and what is asked for: a name may be another's part, or misspelt.

@@ -12,6 +12,7 @@ use crate::{
     discovery::Discoveries,
     docker::Engine,
     model::{NotAPort, Port, Vip},
+    word::worded,
 };
 pub(crate) use args::Args;
 pub(crate) use values::typed_duration as duration;
@@ -88,32 +89,23 @@ pub enum Provider {
     Static(Vec<Descriptor>),
 }
 
-/// Which rules are installed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CaptureMode {
-    /// None: the user keeps their own.
-    None,
-    /// `--dnat`: what arrives for a VIP.
-    Dnat,
-    /// `--redirect`: what is sent from here as well, and what arrives for a linked container.
-    Redirect,
-}
+worded! {
+    /// Which rules are installed.
+    pub enum CaptureMode {
+        /// none: the user keeps their own
+        None = "none",
+        /// `--dnat`: what arrives for a VIP
+        Dnat = "dnat",
+        /// `--redirect`: what is sent from here as well, and what arrives for a linked container
+        Redirect = "redirect",
+    }
 
-/// What the rules match of a VIP's traffic.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum CaptureScope {
-    /// The ports that consumers declared.
-    Declared,
-    /// All TCP that arrives; of what is sent from here, which may be our own requests to a discovery, the declared ports.
-    All,
-}
-
-impl fmt::Display for CaptureScope {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Declared => "declared",
-            Self::All => "all",
-        })
+    /// What the rules match of a VIP's traffic.
+    pub enum CaptureScope {
+        /// the ports that consumers declared
+        Declared = "declared",
+        /// all TCP that arrives; of what is sent from here, which may be our own requests to a discovery, the declared ports
+        All = "all",
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
-use clap::ValueEnum;
+use clap::{ValueEnum, builder::PossibleValue};
 
-use super::{Admin, ConnectionLog};
-use crate::model::Vip;
+use super::{Admin, CaptureScope, ConnectionLog};
+use crate::{descriptor::Balance, model::Vip};
 
 pub(super) const BOOLEAN: &str = "true or false";
 
@@ -122,6 +122,23 @@ pub(super) fn connection_log(text: &str) -> Option<ConnectionLog> {
         },
     }
 }
+
+/// Closed sets that have words of their own, as clap takes them.
+macro_rules! value_enum {
+    ($($set:ty),*) => {$(
+        impl ValueEnum for $set {
+            fn value_variants<'a>() -> &'a [Self] {
+                Self::ALL
+            }
+
+            fn to_possible_value(&self) -> Option<PossibleValue> {
+                Some(PossibleValue::new(self.as_str()))
+            }
+        }
+    )*};
+}
+
+value_enum!(Balance, CaptureScope);
 
 pub(super) fn one_of<T: ValueEnum>(text: &str) -> Option<T> {
     T::from_str(text, false).ok()

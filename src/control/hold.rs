@@ -13,6 +13,15 @@ use crate::{
     state::Kept,
 };
 
+/// Endpoints that are in use without being what their source says now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InUse {
+    /// The source says that there are none: the last ones stay in use until then.
+    Held { until: Instant },
+    /// The source has not answered since the start: they are what an earlier run knew, and were confirmed then.
+    Kept { confirmed: Instant },
+}
+
 /// Keeps the last endpoints of a service for a while after discovery says, validly, that there are none: a registry that
 /// lost its data and is being filled again says so too.
 #[derive(Debug)]
@@ -28,6 +37,9 @@ pub(super) struct EmptyHold {
     restless: HashSet<Query>,
     /// When what is used was last known to be so, of those whose source does not answer.
     confirmed: CowMap<Query, Instant>,
+    /// What is in use without being its source's answer, and whether that is other than when it was last asked for.
+    in_use: HashMap<Query, InUse>,
+    in_use_is_new: bool,
 }
 
 impl EmptyHold {
@@ -39,6 +51,8 @@ impl EmptyHold {
             empty_since: HashMap::new(),
             restless: HashSet::new(),
             confirmed: CowMap::default(),
+            in_use: HashMap::new(),
+            in_use_is_new: false,
         }
     }
 
@@ -50,6 +64,16 @@ impl EmptyHold {
     /// When what is used was last known to be so, of those whose source does not answer.
     pub(super) fn confirmed(&self) -> &CowMap<Query, Instant> {
         &self.confirmed
+    }
+
+    /// What is in use without being its source's answer.
+    pub(super) fn in_use(&self) -> &HashMap<Query, InUse> {
+        &self.in_use
+    }
+
+    /// Whether that has changed since the last call.
+    pub(super) fn in_use_has_changed(&mut self) -> bool {
+        std::mem::take(&mut self.in_use_is_new)
     }
 
     /// Those of which the endpoints to use may be others now though nothing was answered: to be settled again.
@@ -77,6 +101,20 @@ impl EmptyHold {
                 }
             }
             None => drop(self.confirmed.remove(query)),
+        }
+        let in_use = match (known.and_then(|known| known.value.as_ref()), end) {
+            (Some(_), Some(until)) => Some(InUse::Held { until }),
+            (None, Some(_)) => {
+                self.kept.get(query).map(|kept| InUse::Kept { confirmed: kept.confirmed })
+            }
+            (_, None) => None,
+        };
+        if self.in_use.get(query) != in_use.as_ref() {
+            self.in_use_is_new = true;
+            match in_use {
+                Some(in_use) => drop(self.in_use.insert(query.clone(), in_use)),
+                None => drop(self.in_use.remove(query)),
+            }
         }
         let may_change = end.is_some() || endpoints.as_ref().is_some_and(|e| !e.stays.is_empty());
         if may_change {

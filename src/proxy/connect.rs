@@ -170,11 +170,10 @@ fn failed(
         tracing::debug!(%endpoint, %service, %error, seconds, "endpoint ejected again");
     }
     worker.settings().events.report(|| Event::EndpointEjected {
-        service: service.service.to_string(),
-        query: service.to_string(),
-        endpoint: endpoint.to_string(),
+        query: service.clone(),
+        endpoint,
         error: error.to_string(),
-        seconds,
+        time,
     });
 }
 
@@ -182,9 +181,5 @@ fn failed(
 fn back(worker: &Worker, route: &Route, state: &EndpointState) {
     let (endpoint, service) = (state.endpoint, &route.upstream.query);
     tracing::info!(%endpoint, %service, "endpoint back");
-    worker.settings().events.report(|| Event::EndpointBack {
-        service: service.service.to_string(),
-        query: service.to_string(),
-        endpoint: endpoint.to_string(),
-    });
+    worker.settings().events.report(|| Event::EndpointBack { query: service.clone(), endpoint });
 }

@@ -15,6 +15,7 @@ use super::{
 use crate::{
     model::{Endpoint, OriginalDestination, SourceAddress},
     table::Route,
+    word::worded,
 };
 
 /// A question to a worker.
@@ -47,16 +48,18 @@ pub struct LiveConnection {
     pub bytes_down: u64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ConnectionState {
-    /// It waits until it is known whose it is.
-    Held,
-    /// An endpoint is tried.
-    Connecting,
-    /// Both sides are there, and a task relays between them.
-    Running,
-    /// Both sides are there, and it idles without a task.
-    Parked,
+worded! {
+    /// What has become of a live connection.
+    pub enum ConnectionState {
+        /// it waits until its consumer is known
+        Held = "held",
+        /// an endpoint is being tried
+        Connecting = "connecting",
+        /// both sides are open, and a task relays between them
+        Running = "running",
+        /// both sides are open, and nothing was sent for a while
+        Parked = "parked",
+    }
 }
 
 impl LiveConnection {

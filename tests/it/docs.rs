@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use embassy::outcome::Outcome;
+use embassy::{admin::api, outcome::Outcome, word::Word};
 use testbed::{Embassy, Host, embassy_program};
 
 use crate::{
@@ -145,6 +145,32 @@ fn every_command_of_the_readme_runs_or_has_flags_that_embassy_takes() -> Result<
 fn names(text: &str) -> BTreeSet<String> {
     let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
     words.filter(|word| word.starts_with("embassy_")).map(str::to_owned).collect()
+}
+
+#[test]
+fn the_documents_tell_of_every_state() -> Result<()> {
+    fn words<T: Word>() -> impl Iterator<Item = &'static str> {
+        T::ALL.iter().map(|word| word.as_str())
+    }
+    let operations = fs::read_to_string(docs().join("operations.md"))?;
+    let (_, states) = operations.split_once("## States\n").context("no section on states")?;
+    let (states, _) = states.split_once("\n## ").context("no section behind it")?;
+    let all = words::<api::Verdict>()
+        .chain(words::<api::RouteState>())
+        .chain(words::<api::EndpointHealth>())
+        .chain(words::<api::SourceState>())
+        .chain(words::<api::BindingState>())
+        .chain(words::<api::ConnectionState>())
+        .chain(words::<api::Check>());
+    for word in all {
+        ensure!(states.contains(&format!("`{word}`")), "{word}");
+    }
+    let (_, readyz) = operations.split_once("`GET /readyz`").context("no /readyz")?;
+    let (readyz, _) = readyz.split_once('\n').context("no line behind it")?;
+    for part in words::<api::Part>() {
+        ensure!(readyz.contains(&format!("`{part}`")), "{part}");
+    }
+    Ok(())
 }
 
 #[test]

@@ -148,7 +148,7 @@ fn it_stops_in_order() -> Result<()> {
     waits_for(&embassy, &["draining"])?;
     assert_eq!(metric(&embassy, "embassy_capture_in_place")?, 0);
     let (text, code) = run(&host, &["wait", "/services/web", "--timeout=0"])?;
-    assert_eq!((&*text, code), ("not ready: embassy is about to end\n", Some(1)));
+    assert_eq!((&*text, code), ("not ready: embassy is shutting down.\n", Some(1)));
     assert_eq!((embassy.exited()?, held.exited()?), (None, None));
     embassy.terminate()?;
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));

@@ -1,5 +1,6 @@
 mod admin;
 mod admin_input;
+mod agreement;
 mod announce;
 mod asking;
 mod capture;

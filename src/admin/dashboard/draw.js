@@ -62,11 +62,6 @@ const time = s => s == null ? "–" : s === 0 ? "0 s" : s < 1e-3 ? (s * 1e6).toF
 const ago = s => s == null ? "never" : s < 1 ? "just now" : (s < 10 ? s.toFixed(0) + " s" : time(s)) + " ago";
 const problem = p => p ? p.text + ", " + ago(p.age_seconds) : "";
 
-const tone = s => ({ok: "good", active: "good", up: "good", routed: "good", running: "good", parked: "good", passes: "good", yes: "good",
-  degraded: "warn", probing: "warn", waiting: "warn", partly: "warn", drained: "warn", connecting: "warn", held: "warn"})[s] || "bad";
-const state = s => make("span", {class: "state " + tone(s)}, s.replace("_", " "));
-
-// How connections end without anybody being at fault.
-const CALM = ["closed", "consumer_reset", "route_gone", "endpoint_gone", "shutdown"];
-const wrong = ended => Object.entries(ended).filter(([name]) => !CALM.includes(name));
-const errors = ended => wrong(ended).reduce((sum, [, n]) => sum + n, 0);
+// How bad something is, as embassy judges it.
+const TONES = {ok: "good", degraded: "warn", broken: "bad"};
+const state = (word, verdict) => make("span", {class: "state " + (TONES[verdict] || "")}, word.replace("_", " "));

@@ -1,8 +1,11 @@
 // The tiles and the plots: everything at a glance.
 
+// What is wrong with a part, as embassy says.
+const wrong = (s, part) => (s.findings.find(f => f.about === part && f.verdict !== "ok") || {}).text;
+
 // `to` is the list that tells more.
-function tile(title, value, more, tone, to) {
-  return make("a", {class: "card tile " + (tone || ""), href: to, "data-key": title},
+function tile(s, part, title, value, more, to) {
+  return make("a", {class: "card tile " + TONES[s.verdicts[part]], href: to, "data-key": title, title: wrong(s, part)},
     make("h2", {}, title), make("span", {class: "value"}, String(value)), make("span", {class: "more"}, more));
 }
 
@@ -11,32 +14,22 @@ const said = (...parts) => parts.filter(Boolean).join(", ");
 function tiles(s) {
   const c = s.connections, cap = s.capture, h = s.host;
   const restored = Object.values(cap.restored).reduce((a, b) => a + b, 0);
-  const barred = cap.error || cap.barriers[0];
-  const nearly = (used, limit) => used != null && limit && used > .9 * limit;
-  const full = nearly(h.conntrack_entries, h.conntrack_limit) || nearly(h.descriptors, h.descriptors_limit);
   const up = s.sources - s.sources_down - s.sources_waiting;
   fill($("tiles"), [
-    tile("Ready", s.ready ? "yes" : "not yet",
-      s.waiting_for.some(w => w.part === "draining") ? "about to end"
-        : s.waiting_for.length ? "waits for " + s.waiting_for.map(w => [w.part, ...w.sources.slice(0, 3)].join(" ")).join(", ") : "up for " + time(s.uptime_seconds),
-      s.ready ? "good" : "warn"),
-    tile("Capture", cap.mode === "none" ? "your rules" : cap.in_place ? "in place" : "not in place",
-      barred || (cap.mode === "none" ? "none of embassy's" : said(cap.firewall, cap.mode, cap.scope, restored && "put back " + numbered(restored, "time"))),
-      cap.mode === "none" ? "" : barred || !cap.in_place ? "bad" : "good"),
-    tile("Sources", count(up) + " of " + count(s.sources) + " up",
+    tile(s, "process", "Ready", s.ready ? "yes" : "not yet",
+      wrong(s, "process") || (s.waiting_for.length ? "waits for " + s.waiting_for.map(w => w.part).join(", ") : "up for " + time(s.uptime_seconds))),
+    tile(s, "capture", "Capture", cap.mode === "none" ? "your rules" : cap.in_place ? "in place" : "not in place",
+      wrong(s, "capture") || (cap.mode === "none" ? "none of embassy's" : said(cap.firewall, cap.mode, cap.scope, restored && "put back " + numbered(restored, "time")))),
+    tile(s, "sources", "Sources", count(up) + " of " + count(s.sources) + " up",
       said(s.sources_down && count(s.sources_down) + " down: what was known stays in use", s.sources_waiting && numbered(s.sources_waiting, "first answer") + " awaited") || "all answer",
-      s.sources_down ? "bad" : s.sources_waiting ? "warn" : "good", "#sources" + (s.sources_down ? "?state=down" : s.sources_waiting ? "?state=waiting" : "")),
-    tile("Problems", count(s.problems), s.problems ? "bindings without all their routes" : "every binding has its routes", s.problems ? "warn" : "good",
+      "#sources" + (s.sources_down ? "?state=down" : s.sources_waiting ? "?state=waiting" : "")),
+    tile(s, "bindings", "Problems", count(s.problems), s.problems ? "bindings without all their routes" : "every binding has its routes",
       "#bindings" + (s.problems ? "?state=problem" : "")),
-    tile("Routes", count(s.routes), said(numbered(s.consumers, "consumer"), s.routes_without_endpoint ? count(s.routes_without_endpoint) + " without endpoint" : ""),
-      s.routes_without_endpoint ? "warn" : "", "#routes"),
-    tile("Endpoints", count(s.endpoints), said(s.endpoints_ejected && count(s.endpoints_ejected) + " ejected", s.endpoints_drained && count(s.endpoints_drained) + " drained") || "none ejected",
-      s.endpoints_ejected ? "warn" : "", "#endpoints" + (s.endpoints_ejected ? "?state=ejected" : "")),
-    tile("Connections", count(c.active), said(count(c.started) + " since the start", numbered(errors(c.ended), "error"), c.held && count(c.held) + " held back",
-      nearly(c.active, c.limit) && "limit " + count(c.limit)), nearly(c.active, c.limit) ? "warn" : "", "#connections"),
-    tile("Host", bytes(h.resident_bytes), c.memory_short ? "memory is short: new connections are refused"
-      : numbered(h.descriptors, "descriptor") + (h.conntrack_limit ? ", conntrack " + count(h.conntrack_entries) + " of " + count(h.conntrack_limit) : ""),
-      c.memory_short ? "bad" : full ? "warn" : ""),
+    tile(s, "routes", "Routes", count(s.routes), said(numbered(s.consumers, "consumer"), s.routes_broken && count(s.routes_broken) + " broken", s.routes_degraded && count(s.routes_degraded) + " degraded"), "#routes"),
+    tile(s, "endpoints", "Endpoints", count(s.endpoints), said(s.endpoints_ejected && count(s.endpoints_ejected) + " ejected", s.endpoints_drained && count(s.endpoints_drained) + " drained") || "none ejected",
+      "#endpoints" + (s.endpoints_ejected ? "?state=ejected" : "")),
+    tile(s, "connections", "Connections", count(c.active), said(count(c.started) + " since the start", numbered(c.errors, "error"), c.held && count(c.held) + " held back"), "#connections"),
+    tile(s, "host", "Host", bytes(h.resident_bytes), numbered(h.descriptors, "descriptor") + (h.conntrack_limit ? ", conntrack " + count(h.conntrack_entries) + " of " + count(h.conntrack_limit) : "")),
   ]);
   $("about").textContent = [s.version, s.vips.join(", ") || "no VIP", "pid " + s.pid].join(" · ");
 }

@@ -8,7 +8,7 @@ use std::{
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabelSet, MetricEncoder, NoLabelSet},
+    encoding::{DescriptorEncoder, NoLabelSet},
     metrics::MetricType,
     registry::{Registry, Unit},
 };
@@ -16,13 +16,23 @@ use tokio::sync::watch;
 
 use super::host;
 use crate::{
-    capture, control::Sources, log, outcome::Outcome, proxy::Figures, report::Refused,
-    source::Known, state, table::Table,
+    capture,
+    control::Sources,
+    judgement::{self, SourceState},
+    log,
+    outcome::Outcome,
+    proxy::Figures,
+    report::Refused,
+    source::Known,
+    state,
+    table::Table,
 };
 
+mod families;
 mod text;
 mod traffic;
 
+use families::Families;
 pub(super) use text::{Format, write_aside};
 
 /// Where the figures are.
@@ -233,7 +243,7 @@ fn captured(out: &mut Families<'_, '_>, counts: &capture::Counts) -> fmt::Result
         "Times that rules were put back after others changed them, by how",
     )?;
     for change in capture::Change::ALL {
-        restored.counter(&[("change", change.as_str())], counts.restored(change))?;
+        restored.counter(&[("change", change.as_str())], counts.restored(*change))?;
     }
     out.gauge(
         "capture_barriers",
@@ -258,7 +268,7 @@ struct Figure {
 impl Figure {
     fn of<T>(known: &Known<T>) -> Self {
         Self {
-            up: known.error.is_none() && known.value.is_some(),
+            up: judgement::source(known) == SourceState::Up,
             age: known
                 .confirmed
                 .map(|at| Instant::now().saturating_duration_since(at).as_secs_f64()),
@@ -292,64 +302,5 @@ impl Collector for Process {
             MetricType::Counter,
         )?;
         cpu.encode_counter::<NoLabelSet, _, f64>(&host.cpu_seconds.unwrap_or_default(), None)
-    }
-}
-
-/// The families of metrics, as they are written.
-struct Families<'a, 'b>(&'a mut DescriptorEncoder<'b>);
-
-impl Families<'_, '_> {
-    /// A single gauge; nothing where there is no value.
-    fn gauge(&mut self, name: &str, help: &str, value: Option<u64>) -> fmt::Result {
-        match value {
-            Some(value) => {
-                self.0.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&value)
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
-        let mut metric = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
-        metric.encode_counter::<NoLabelSet, _, u64>(&value, None)
-    }
-
-    fn info(&mut self, name: &str, help: &str, labels: &[(&str, &str)]) -> fmt::Result {
-        self.0.encode_descriptor(name, help, None, MetricType::Info)?.encode_info(&labels)
-    }
-
-    fn gauges<'s>(
-        &'s mut self,
-        name: &'s str,
-        help: &str,
-        unit: Option<&'s Unit>,
-    ) -> Result<Family<'s>, fmt::Error> {
-        Ok(Family(self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?))
-    }
-
-    fn counters<'s>(&'s mut self, name: &'s str, help: &str) -> Result<Family<'s>, fmt::Error> {
-        Ok(Family(self.0.encode_descriptor(name, help, None, MetricType::Counter)?))
-    }
-
-    /// Histograms of seconds.
-    fn histograms<'s>(
-        &'s mut self,
-        name: &'s str,
-        help: &str,
-    ) -> Result<MetricEncoder<'s>, fmt::Error> {
-        self.0.encode_descriptor(name, help, Some(&Unit::Seconds), MetricType::Histogram)
-    }
-}
-
-/// One metric with labels.
-struct Family<'a>(MetricEncoder<'a>);
-
-impl Family<'_> {
-    fn gauge(&mut self, labels: &impl EncodeLabelSet, value: f64) -> fmt::Result {
-        self.0.encode_family(labels)?.encode_gauge(&value)
-    }
-
-    fn counter(&mut self, labels: &impl EncodeLabelSet, value: u64) -> fmt::Result {
-        self.0.encode_family(labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)
     }
 }

@@ -9,10 +9,11 @@ use std::{
 
 use prometheus_client::encoding::{EncodeLabelSet, LabelSetEncoder, MetricEncoder, NoLabelSet};
 
-use super::{Families, Family};
+use super::families::{Families, Family};
 use crate::{
     balance::EndpointState,
     counts::{BOUNDS, ConnectionCounts, Distribution},
+    judgement::{self, Verdict},
     model::Millis,
     outcome::Outcome,
     table::{Route, Table},
@@ -164,7 +165,8 @@ pub(super) fn endpoints(out: &mut Families<'_, '_>, table: &Table, now: Millis) 
         None,
     )?;
     for (labels, state) in &all {
-        ejected.gauge(labels, f64::from(u8::from(state.is_ejected(now))))?;
+        let skipped = judgement::endpoint(state, now).verdict() == Verdict::Broken;
+        ejected.gauge(labels, f64::from(u8::from(skipped)))?;
     }
     let mut connect = out.histograms(
         "endpoint_connect",

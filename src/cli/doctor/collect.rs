@@ -13,8 +13,9 @@ use ipnet::{IpNet, Ipv4Net};
 use rustix::process::{Resource, getrlimit};
 use tokio::{sync::Notify, time::timeout};
 
-use super::super::running;
+use super::super::{client::Client, running};
 use crate::{
+    admin::api,
     capture::{
         Firewall, Lock,
         input::{self, Barrier},
@@ -29,7 +30,7 @@ use crate::{
 
 /// Everything that is judged.
 #[derive(Debug)]
-pub(super) struct Facts {
+pub(super) struct HostFacts {
     pub(super) capture: CaptureMode,
     /// `None`: nothing asks it.
     pub(super) engine: Option<Result<EngineFacts, String>>,
@@ -54,14 +55,16 @@ pub(super) struct Facts {
     /// The VIPs that the user named.
     pub(super) vips: Option<Vec<IpAddr>>,
     pub(super) networks: Vec<Network>,
-    /// Entries of connection tracking, and how many there may be.
-    pub(super) conntrack: Option<(u64, u64)>,
+    /// Entries of connection tracking.
+    pub(super) conntrack: Option<Use>,
     /// How many descriptors the proxy that runs may have, or else this process. `None`: without a limit.
     pub(super) descriptors: Option<u64>,
     /// Memory of the control group: of the proxy that runs, or else of this process. `None`: without a limit.
     pub(super) memory: Option<Use>,
     /// The capabilities of the proxy that runs, or else of this process, as bits (man 7 capabilities).
     pub(super) capabilities: u64,
+    /// What the embassy that answers at --admin finds wrong itself.
+    pub(super) told: Vec<api::Finding>,
 }
 
 /// The engine's word on itself.
@@ -101,7 +104,7 @@ pub(super) struct Network {
 /// How long each may take that is asked over the network.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-pub(super) async fn facts(config: &Config) -> Facts {
+pub(super) async fn facts(config: &Config) -> HostFacts {
     let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
     let interfaces: BTreeMap<_, _> = interfaces.into_iter().map(|i| (i.ip(), i.name)).collect();
     let asks_engine =
@@ -130,7 +133,7 @@ pub(super) async fn facts(config: &Config) -> Facts {
     let running: Vec<_> = running::proxies().iter().map(|proxy| proxy.pid).collect();
     let memory =
         running.first().map_or_else(Memory::of_this_process, |pid| Memory::of_process(*pid));
-    Facts {
+    HostFacts {
         capture: config.capture,
         engine,
         discoveries: discoveries(&config.discoveries).await,
@@ -146,7 +149,8 @@ pub(super) async fn facts(config: &Config) -> Facts {
         vips: config.vips.as_ref().map(|vips| vips.iter().map(|vip| vip.0).collect()),
         networks,
         conntrack: number("/proc/sys/net/netfilter/nf_conntrack_count")
-            .zip(number("/proc/sys/net/netfilter/nf_conntrack_max")),
+            .zip(number("/proc/sys/net/netfilter/nf_conntrack_max"))
+            .map(|(used, limit)| Use { used, limit }),
         descriptors: match running.first().map(|pid| descriptors(*pid)) {
             Some(Some(limit)) => limit,
             _ => getrlimit(Resource::Nofile).maximum,
@@ -157,7 +161,21 @@ pub(super) async fn facts(config: &Config) -> Facts {
             .and_then(|pid| capabilities(&pid.to_string()))
             .or_else(|| capabilities("self"))
             .unwrap_or_default(),
+        told: told(config).await,
     }
+}
+
+/// What a running embassy says is wrong. Nothing where none answers, or where there is no API.
+async fn told(config: &Config) -> Vec<api::Finding> {
+    let Some(client) = config.admin.clone().and_then(|at| Client::new(at).ok()) else {
+        return Vec::new();
+    };
+    let status = client.get::<api::Status>("/v1/status", &[]);
+    let findings = match timeout(PATIENCE, status).await {
+        Ok(Ok(status)) => status.findings,
+        Ok(Err(_)) | Err(_) => Vec::new(),
+    };
+    findings.into_iter().filter(|finding| finding.verdict > api::Verdict::Ok).collect()
 }
 
 async fn engine(

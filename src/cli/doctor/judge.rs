@@ -5,17 +5,19 @@ use std::net::IpAddr;
 use super::{
     super::table::bytes,
     Finding, Level,
-    collect::{Facts, Listener, Network},
+    collect::{HostFacts, Listener, Network},
 };
 use crate::{
+    admin::api::{Subject, Verdict},
     capture::{input::Barrier, place::Place},
     config::CaptureMode,
+    judgement::{self, CONNECTIONS_FEW},
     limits,
     memory::{NEAR, Use},
 };
 
 /// Everything that was looked at, in the order in which one depends on the other.
-pub(super) fn findings(facts: &Facts) -> Vec<Finding> {
+pub(super) fn findings(facts: &HostFacts) -> Vec<Finding> {
     let mut all = vec![embassy(facts)];
     all.extend(engine(facts));
     all.extend(discoveries(facts));
@@ -33,6 +35,7 @@ pub(super) fn findings(facts: &Facts) -> Vec<Finding> {
     all.extend(conntrack(facts));
     all.push(descriptors(facts));
     all.extend(memory(facts));
+    all.extend(told(facts));
     all
 }
 
@@ -48,7 +51,7 @@ fn fail(check: &'static str, what: impl Into<String>, fix: impl Into<String>) ->
     Finding { check, level: Level::Fail, what: what.into(), fix: Some(fix.into()) }
 }
 
-fn embassy(facts: &Facts) -> Finding {
+fn embassy(facts: &HostFacts) -> Finding {
     match facts.running[..] {
         [] if facts.capturing => {
             ok("embassy", "one captures here; its process cannot be seen from here")
@@ -63,7 +66,7 @@ fn embassy(facts: &Facts) -> Finding {
     }
 }
 
-fn engine(facts: &Facts) -> Option<Finding> {
+fn engine(facts: &HostFacts) -> Option<Finding> {
     let check = "docker";
     Some(match facts.engine.as_ref()? {
         Ok(engine) => ok(
@@ -78,7 +81,7 @@ fn engine(facts: &Facts) -> Option<Finding> {
     })
 }
 
-fn discoveries(facts: &Facts) -> impl Iterator<Item = Finding> {
+fn discoveries(facts: &HostFacts) -> impl Iterator<Item = Finding> {
     facts.discoveries.iter().map(|(name, answer)| match answer {
         Ok(()) => ok("discovery", format!("{name} answers")),
         Err(error) => fail(
@@ -89,7 +92,7 @@ fn discoveries(facts: &Facts) -> impl Iterator<Item = Finding> {
     })
 }
 
-fn port(facts: &Facts) -> Finding {
+fn port(facts: &HostFacts) -> Finding {
     let (check, port) = ("port", facts.port);
     match &facts.listener {
         Listener::Nobody => ok(check, format!("{port} is free")),
@@ -116,7 +119,7 @@ fn taken(port: u16, who: &str) -> Finding {
 /// CAP_NET_ADMIN (include/uapi/linux/capability.h).
 const NET_ADMIN: u64 = 1 << 12;
 
-fn capabilities(facts: &Facts) -> Finding {
+fn capabilities(facts: &HostFacts) -> Finding {
     match facts.capabilities & NET_ADMIN {
         0 => fail(
             "capability",
@@ -127,7 +130,7 @@ fn capabilities(facts: &Facts) -> Finding {
     }
 }
 
-fn firewall(facts: &Facts) -> Finding {
+fn firewall(facts: &HostFacts) -> Finding {
     match &facts.firewall {
         Ok(firewall) => ok("firewall", format!("{firewall} writes the rules")),
         Err(error) => fail(
@@ -139,7 +142,7 @@ fn firewall(facts: &Facts) -> Finding {
 }
 
 /// Our rules, and those that an embassy has left.
-fn rules(facts: &Facts) -> Vec<Finding> {
+fn rules(facts: &HostFacts) -> Vec<Finding> {
     let check = "rules";
     let there = facts.places.iter().filter(|(_, place)| *place != Place::Absent);
     let mut all: Vec<_> = there
@@ -179,7 +182,7 @@ fn rules(facts: &Facts) -> Vec<Finding> {
 }
 
 /// Whether another firewall drops what is captured, which arrives on this host.
-fn input(facts: &Facts) -> Vec<Finding> {
+fn input(facts: &HostFacts) -> Vec<Finding> {
     let check = "input";
     match &facts.barriers {
         Ok(barriers) if barriers.is_empty() => {
@@ -201,7 +204,7 @@ fn input(facts: &Facts) -> Vec<Finding> {
 }
 
 /// Whether what the containers of a network dial can arrive.
-fn vip(network: &Network, facts: &Facts) -> Finding {
+fn vip(network: &Network, facts: &HostFacts) -> Finding {
     let Network { name, internal, ranges, own, .. } = network;
     let check = "vip";
     let is_local = |vip: &&IpAddr| facts.local.contains(*vip);
@@ -256,23 +259,20 @@ fn rp_filter(network: &Network) -> Option<Finding> {
     ))
 }
 
-fn conntrack(facts: &Facts) -> Option<Finding> {
+fn conntrack(facts: &HostFacts) -> Option<Finding> {
     let check = "conntrack";
-    let (count, max) = facts.conntrack.filter(|(_, max)| *max > 0)?;
-    let part = format!("{count} of {max} entries are in use");
+    let use_of = facts.conntrack.filter(|conntrack| conntrack.limit > 0)?;
+    let part = format!("{} of {} entries are in use", use_of.used, use_of.limit);
     let fix =
         "raise net.netfilter.nf_conntrack_max, or set IPTABLES_TRACK_MAX_CONNECTIONS for embassy";
-    Some(match count as f64 / max as f64 {
-        full if full >= 0.95 => fail(check, format!("{part}: new connections are dropped"), fix),
-        full if full >= 0.75 => warn(check, part, fix),
-        _ => ok(check, part),
+    Some(match judgement::conntrack(use_of) {
+        Verdict::Broken => fail(check, format!("{part}: new connections are dropped"), fix),
+        Verdict::Degraded => warn(check, part, fix),
+        Verdict::Ok => ok(check, part),
     })
 }
 
-/// Fewer connections than this are a surprise.
-const FEW: usize = 1000;
-
-fn descriptors(facts: &Facts) -> Finding {
+fn descriptors(facts: &HostFacts) -> Finding {
     let check = "descriptors";
     let Some(limit) = facts.descriptors else {
         return ok(check, "without a limit");
@@ -280,7 +280,7 @@ fn descriptors(facts: &Facts) -> Finding {
     let connections = limits::by_descriptors(limit);
     let what = format!("{limit} allow for {connections} connections at a time");
     match connections {
-        ..FEW => warn(
+        ..CONNECTIONS_FEW => warn(
             check,
             what,
             "raise the limit: ulimit -Hn, LimitNOFILE= of systemd, --ulimit nofile= of docker",
@@ -289,21 +289,35 @@ fn descriptors(facts: &Facts) -> Finding {
     }
 }
 
-fn memory(facts: &Facts) -> Option<Finding> {
+fn memory(facts: &HostFacts) -> Option<Finding> {
     let check = "memory";
     let Use { used, limit } = facts.memory?;
     // Where it runs, what it has is in use by its connections too.
     let connections = limits::by_memory(limit / 100 * NEAR);
     let part = format!("{} of {} are in use", bytes(used), bytes(limit));
     let fix = "raise the limit of the control group: --memory of docker, MemoryMax= of systemd";
-    Some(match (Use { used, limit }).reaches(NEAR) {
-        true => fail(check, format!("{part}: new connections are refused"), fix),
-        false if connections < FEW => warn(
+    Some(match judgement::memory(Use { used, limit }) {
+        Verdict::Broken => fail(check, format!("{part}: new connections are refused"), fix),
+        _ if connections < CONNECTIONS_FEW => warn(
             check,
             format!("{part}: there is room for {connections} connections at the most"),
             fix,
         ),
-        false => ok(check, part),
+        _ => ok(check, part),
+    })
+}
+
+/// What a running embassy finds wrong, unless it was seen here as well.
+fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
+    let others = facts.told.iter().filter(|finding| finding.about != Subject::Host);
+    others.map(|finding| {
+        let level = match finding.verdict {
+            Verdict::Ok => Level::Ok,
+            Verdict::Degraded => Level::Warn,
+            Verdict::Broken => Level::Fail,
+        };
+        let (what, fix) = (finding.text.clone(), finding.fix.clone());
+        Finding { check: finding.about.as_str(), level, what, fix }
     })
 }
 
@@ -324,8 +338,8 @@ mod tests {
     }
 
     /// A host on which an embassy runs, and all is well.
-    fn well() -> Facts {
-        Facts {
+    fn well() -> HostFacts {
+        HostFacts {
             capture: CaptureMode::Dnat,
             engine: Some(Ok(EngineFacts {
                 address: "unix:///var/run/docker.sock".into(),
@@ -344,15 +358,16 @@ mod tests {
             local: ["172.17.0.1".parse().unwrap()].into(),
             vips: None,
             networks: vec![network()],
-            conntrack: Some((100, 1000)),
+            conntrack: Some(Use { used: 100, limit: 1000 }),
             descriptors: Some(20_000),
             memory: Some(Use { used: 20 << 20, limit: 512 << 20 }),
             capabilities: u64::MAX,
+            told: Vec::new(),
         }
     }
 
     /// What is not well, when this is changed.
-    fn found(change: impl FnOnce(&mut Facts)) -> Vec<(&'static str, Level)> {
+    fn found(change: impl FnOnce(&mut HostFacts)) -> Vec<(&'static str, Level)> {
         let mut facts = well();
         change(&mut facts);
         let findings = findings(&facts).into_iter().filter(|f| f.level != Level::Ok);
@@ -392,7 +407,7 @@ mod tests {
     fn each_thing_that_is_broken_is_found_and_nothing_else() {
         use Level::{Fail, Warn};
         let vips = |list: &[&str]| Some(list.iter().map(|vip| vip.parse().unwrap()).collect());
-        type Change = Box<dyn FnOnce(&mut Facts)>;
+        type Change = Box<dyn FnOnce(&mut HostFacts)>;
         let cases: [(&str, Level, Change); 24] = [
             ("embassy", Warn, Box::new(|f| f.running.push(8))),
             ("docker", Fail, Box::new(|f| f.engine = Some(Err("no such file".into())))),
@@ -457,8 +472,8 @@ mod tests {
                     f.networks[0].way_back = Some("vpn0".into());
                 }),
             ),
-            ("conntrack", Warn, Box::new(|f| f.conntrack = Some((800, 1000)))),
-            ("conntrack", Fail, Box::new(|f| f.conntrack = Some((990, 1000)))),
+            ("conntrack", Warn, Box::new(|f| f.conntrack = Some(Use { used: 800, limit: 1000 }))),
+            ("conntrack", Fail, Box::new(|f| f.conntrack = Some(Use { used: 990, limit: 1000 }))),
             ("descriptors", Warn, Box::new(|f| f.descriptors = Some(1024))),
             ("memory", Warn, Box::new(|f| f.memory = Some(Use { used: 8 << 20, limit: 16 << 20 }))),
             (

@@ -21,11 +21,11 @@ use super::{
     client::{Asked, Client},
 };
 use crate::{admin::api, config};
+use rates::Look;
 use screen::{Next, Screen, View};
-use snapshot::Snapshot;
 
+mod rates;
 mod screen;
-mod snapshot;
 
 /// Show live routes and endpoints: connections, errors and bytes per second
 #[derive(Debug, clap::Args)]
@@ -137,7 +137,7 @@ fn keys() -> mpsc::Receiver<Event> {
 }
 
 /// What there is to see: of one list, or of both. With thousands of routes a list is many pages.
-async fn look(client: &Client, view: Option<View>) -> Result<Snapshot> {
+async fn look(client: &Client, view: Option<View>) -> Result<Look> {
     let status: api::Status = client.get("/v1/status", &[]).await?;
     let routes = match view {
         Some(View::Endpoints) => Vec::new(),
@@ -147,5 +147,5 @@ async fn look(client: &Client, view: Option<View>) -> Result<Snapshot> {
         Some(View::Routes) => Vec::new(),
         _ => client.all("/v1/endpoints", &[]).await?,
     };
-    Ok(Snapshot { at: Instant::now(), status, routes, endpoints })
+    Ok(Look { at: Instant::now(), status, routes, endpoints })
 }

@@ -14,13 +14,14 @@ use ratatui::{
 
 use super::{
     super::{
+        findings::word,
         ps::usable,
         table::{age, bytes, connect, printable},
     },
-    snapshot::{Rates, Seen, Snapshot, With},
+    rates::{Look, Rates, Seen, With},
 };
 use crate::{
-    admin::api::{Endpoint, Figures, Route},
+    admin::api::{CaptureMode, Endpoint, Figures, Route, Verdict},
     counts::numbered,
 };
 
@@ -82,7 +83,7 @@ impl Sort {
 /// The whole screen.
 #[derive(Debug)]
 pub(super) struct Screen {
-    last: Snapshot,
+    last: Look,
     seen: Seen,
     /// Why the figures are old.
     error: Option<String>,
@@ -97,7 +98,7 @@ pub(super) struct Screen {
 }
 
 impl Screen {
-    pub(super) fn new(first: Snapshot) -> Self {
+    pub(super) fn new(first: Look) -> Self {
         Self {
             seen: first.since(None),
             last: first,
@@ -111,7 +112,7 @@ impl Screen {
     }
 
     /// Takes what was seen now. Where nothing could be, the last figures stay, and it is said.
-    pub(super) fn seen(&mut self, look: Result<Snapshot>) {
+    pub(super) fn seen(&mut self, look: Result<Look>) {
         match look {
             Ok(now) => {
                 self.seen = now.since(Some(&self.last));
@@ -203,17 +204,28 @@ impl Screen {
         let status = &self.seen.status;
         let capture = &status.capture;
         let bad = Style::new().add_modifier(Modifier::REVERSED);
-        let ready = if status.ready { Span::raw("ready") } else { Span::styled("NOT READY", bad) };
-        let captured = match (capture.mode.as_str(), capture.in_place) {
-            ("none", _) => Span::raw("your own rules capture"),
-            (mode, true) => Span::raw(format!("{mode} in place")),
-            (mode, false) => Span::styled(format!("{mode} NOT IN PLACE"), bad),
+        let judged = |text: String, verdict: Verdict| match verdict {
+            Verdict::Broken => Span::styled(text, bad),
+            Verdict::Ok | Verdict::Degraded => Span::raw(text),
         };
+        let ready = if status.ready { "ready" } else { "NOT READY" };
+        let ready = match status.verdict {
+            Verdict::Ok => ready.to_owned(),
+            verdict => format!("{ready}, {}", word(verdict)),
+        };
+        let ready = judged(ready, status.verdict);
+        let captured = match (capture.mode, capture.in_place) {
+            (CaptureMode::None, _) => "your own rules capture".to_owned(),
+            (mode, true) => format!("{mode} in place"),
+            (mode, false) => format!("{mode} not in place"),
+        };
+        let captured = judged(captured, status.verdicts.capture);
         let sources = match (status.sources_down, status.sources_waiting) {
-            (0, 0) => Span::raw(format!("{} up", numbered(status.sources, "source", "sources"))),
-            (0, waiting) => Span::raw(format!("{waiting} of {} sources waiting", status.sources)),
-            (down, _) => Span::styled(format!("{down} of {} sources DOWN", status.sources), bad),
+            (0, 0) => format!("{} up", numbered(status.sources, "source", "sources")),
+            (0, waiting) => format!("{waiting} of {} sources waiting", status.sources),
+            (down, _) => format!("{down} of {} sources down", status.sources),
         };
+        let sources = judged(sources, status.verdicts.sources);
         let up = age(status.uptime_seconds);
         let gap = || Span::raw("  ");
         let all = &self.seen.all;
@@ -256,7 +268,7 @@ impl Screen {
                 entry.consumer.clone(),
                 format!("{}:{}", entry.address, entry.port),
                 entry.query.name.clone(),
-                entry.state.clone(),
+                entry.state.to_string(),
                 usable(entry),
             ];
             named.into_iter().chain(cells(&entry.figures, rates)).collect()
@@ -269,7 +281,7 @@ impl Screen {
             let named = [
                 format!("{} {}", entry.discovery, entry.service),
                 entry.endpoint.clone(),
-                entry.health.state.clone(),
+                entry.health.state.to_string(),
             ];
             named.into_iter().chain(cells(&entry.figures, rates)).collect()
         };
@@ -361,7 +373,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        admin::api::{Latency, Query},
+        admin::api::{Latency, Query, RouteState},
         cli::status::tests::status,
     };
 
@@ -379,9 +391,11 @@ mod tests {
                 tags: vec![],
                 datacentre: None,
             },
-            balance: "rr".into(),
-            state: "ok".into(),
+            balance: crate::descriptor::Balance::RoundRobin,
+            state: RouteState::Ok,
+            verdict: Verdict::Ok,
             endpoints: 3,
+            usable: 2,
             ejected: 1,
             probing: 0,
             drained: 0,
@@ -389,6 +403,7 @@ mod tests {
                 active,
                 started,
                 ended: Default::default(),
+                errors: 0,
                 bytes_up: 0,
                 bytes_down: started * 1000,
                 connect: Latency {
@@ -403,17 +418,16 @@ mod tests {
         }
     }
 
-    fn snapshot(at: Instant, routes: Vec<Route>) -> Snapshot {
-        Snapshot { at, status: status(), routes, endpoints: vec![] }
+    fn look(at: Instant, routes: Vec<Route>) -> Look {
+        Look { at, status: status(), routes, endpoints: vec![] }
     }
 
     /// One in which `quiet` holds most connections, and `busy` opens 7 a second.
     fn screen() -> Screen {
         let start = Instant::now();
-        let mut screen =
-            Screen::new(snapshot(start, vec![route("busy", 1, 10), route("quiet", 9, 9)]));
+        let mut screen = Screen::new(look(start, vec![route("busy", 1, 10), route("quiet", 9, 9)]));
         let later = start + Duration::from_secs(2);
-        screen.seen(Ok(snapshot(later, vec![route("busy", 1, 24), route("quiet", 9, 9)])));
+        screen.seen(Ok(look(later, vec![route("busy", 1, 24), route("quiet", 9, 9)])));
         screen
     }
 

@@ -1,3 +1,5 @@
+use embassy::admin::api::{BindingState, Outcome, RouteState, SourceState, Verdict};
+
 use super::*;
 
 #[test]
@@ -20,12 +22,13 @@ fn it_tells_where_connections_go_and_what_they_moved() -> Result<()> {
     let route = &routes.items[0];
     assert_eq!((&*route.consumer, &*route.consumer_id, route.port), ("app", app.id(), 80));
     assert_eq!(route.address, app.ip()?.to_string());
-    assert_eq!((&*route.state, route.endpoints), ("ok", 1));
+    assert_eq!((route.state, route.endpoints, route.usable), (RouteState::Ok, 1, 1));
     assert_eq!(route.query.name, "etcd /services/blue");
     let is_whole = |figures: &api::Figures| {
         figures.started >= 2
             && figures.active == 0
-            && figures.ended.get("closed") == Some(&figures.started)
+            && figures.errors == 0
+            && figures.ended.get(&Outcome::Closed) == Some(&figures.started)
             && figures.connect.count == figures.started
             && figures.bytes_down > 100_000
             && figures.bytes_up > 50
@@ -58,16 +61,19 @@ fn it_tells_where_connections_go_and_what_they_moved() -> Result<()> {
     held.kill()?;
 
     let bindings: api::Page<api::Binding> = get(&embassy, "/v1/bindings?state=problem")?;
-    let problems: Vec<_> = bindings.items.iter().map(|b| (&*b.origin, &*b.state)).collect();
-    assert_eq!(problems, [("BACKEND_VIA", "unrouted"), ("BACKEND_WRONG", "invalid")]);
+    let problems: Vec<_> = bindings.items.iter().map(|b| (&*b.origin, b.state)).collect();
+    assert_eq!(
+        problems,
+        [("BACKEND_VIA", BindingState::Unrouted), ("BACKEND_WRONG", BindingState::Invalid)]
+    );
     assert!(bindings.items[0].reasons[0].contains("consul"), "{bindings:?}");
 
     let sources: api::Page<api::Source> = get(&embassy, "/v1/sources")?;
-    let names: Vec<_> = sources.items.iter().map(|s| (&*s.name, &*s.state, s.items)).collect();
+    let names: Vec<_> = sources.items.iter().map(|s| (&*s.name, s.state, s.items)).collect();
     let expected = [
-        ("provider", "up", 1),
-        ("etcd /services/blue", "up", 1),
-        ("etcd /services/greeter", "up", 1),
+        ("provider", SourceState::Up, 1),
+        ("etcd /services/blue", SourceState::Up, 1),
+        ("etcd /services/greeter", SourceState::Up, 1),
     ];
     assert_eq!(names, expected);
 
@@ -107,13 +113,13 @@ fn it_explains_from_symptom_to_cause() -> Result<()> {
         get(&embassy, &format!("/v1/explain?consumer={who}&port={port}"))
     };
     let says_of = |explain: &api::Explain, words: &str| {
-        assert!(explain.findings.iter().any(|line| line.contains(words)), "{explain:#?}");
+        assert!(explain.findings.iter().any(|one| one.text.contains(words)), "{explain:#?}");
     };
 
     let endpoint = format!("{}:80", blue.ip()?);
     for who in ["app", &app.id()[..12], &app.ip()?.to_string()] {
         let good = explain(who, 80)?;
-        assert_eq!((&*good.verdict, good.captured), ("ok", Some(true)), "{good:#?}");
+        assert_eq!((good.verdict, good.captured), (Verdict::Ok, Some(true)), "{good:#?}");
         assert_eq!(good.services[0].next.as_ref(), Some(&endpoint));
         assert_eq!(good.bindings[0].origin, "BACKEND_BLUE");
         let source = good.services[0].source.as_ref().map(|source| &*source.name);
@@ -126,29 +132,29 @@ fn it_explains_from_symptom_to_cause() -> Result<()> {
     ensure!(answers.answered() == 4, "{answers:?}");
     says(&embassy, &["endpoint ejected", "refused"])?;
     let half = explain("app", 81)?;
-    assert_eq!(half.verdict, "degraded", "{half:#?}");
+    assert_eq!(half.verdict, Verdict::Degraded, "{half:#?}");
     let dead = half.services[0].endpoints.iter().find(|e| e.endpoint.ends_with(":81")).unwrap();
     assert!(dead.health.ejections >= 1 && dead.health.failures >= 1, "{dead:#?}");
     assert!(dead.figures.last_error.as_ref().is_some_and(|e| e.text.contains("refused")));
     says_of(&half, "refused");
 
     let none = explain("app", 82)?;
-    assert_eq!((&*none.verdict, none.services[0].next.as_ref()), ("broken", None));
+    assert_eq!((none.verdict, none.services[0].next.as_ref()), (Verdict::Broken, None));
     says_of(&none, "has no endpoint");
     let undeclared = explain("app", 83)?;
-    assert_eq!((&*undeclared.verdict, undeclared.captured), ("broken", Some(false)));
+    assert_eq!((undeclared.verdict, undeclared.captured), (Verdict::Broken, Some(false)));
     says_of(&undeclared, "Port 83 is not declared by app (declared: 80, 81, 82); not captured");
     let nobody = explain("nobody", 80)?;
-    assert_eq!(nobody.verdict, "broken");
+    assert_eq!(nobody.verdict, Verdict::Broken);
     says_of(&nobody, "\"nobody\"");
 
     // A source that is down is said, and its last answer used.
     host.etcd_daemon().kill()?;
     let path = "/v1/explain?consumer=app&port=80";
     becomes(&embassy, path, "the source to be down", |explain: &api::Explain| {
-        explain.verdict == "degraded"
+        explain.verdict == Verdict::Degraded
             && explain.services[0].next.as_ref() == Some(&endpoint)
-            && explain.findings.iter().any(|line| line.contains("does not answer"))
+            && explain.findings.iter().any(|one| one.text.contains("does not answer"))
     })?;
     Ok(())
 }
@@ -195,34 +201,48 @@ fn it_explains_what_stands_in_the_way_whatever_the_service() -> Result<()> {
         "--proxy-ip=172.17.0.1",
     ])?;
     embassy.wait_ready(READY)?;
-    let explains = |who: &str, port: u16, verdict: &str, words: &str| {
+    let explains = |who: &str, port: u16, verdict: Verdict, words: &str| {
         let path = format!("/v1/explain?consumer={who}&port={port}");
         becomes(&embassy, &path, words, |explain: &api::Explain| {
             explain.verdict == verdict
-                && explain.findings.first().is_some_and(|first| first.contains(words))
+                && explain.findings.first().is_some_and(|first| first.text.contains(words))
         })
     };
-    let well = explains("app", 80, "ok", "goes to")?;
+    let well = explains("app", 80, Verdict::Ok, "goes to")?;
     assert_eq!(well.dial, ["172.17.0.1:80"], "{well:#?}");
-    let far =
-        explains("inside", 80, "degraded", "No network of inside has a gateway on this host")?;
+    let far = explains(
+        "inside",
+        80,
+        Verdict::Degraded,
+        "No network of inside has a gateway on this host",
+    )?;
     assert_eq!(far.dial, [""; 0]);
 
     let _held = hold(&holder, "held", "172.17.0.1:81")?;
-    explains("holder", 81, "broken", "(too_many_of_consumer): holder has 1 connection open")?;
-    explains("app", 80, "ok", "goes to")?;
+    explains(
+        "holder",
+        81,
+        Verdict::Broken,
+        "(too_many_of_consumer): holder has 1 connection open",
+    )?;
+    explains("app", 80, Verdict::Ok, "goes to")?;
     // Two at a time are all that there may be.
     let _second = hold(&app, "second", "172.17.0.1:81")?;
-    explains("app", 80, "broken", "(too_many_connections): 2 connections are open")?;
+    explains("app", 80, Verdict::Broken, "(too_many_connections): 2 connections are open")?;
     holder.remove()?;
     app.remove()?;
     let _app = asking("app").start()?;
 
     host.run("iptables", "-A INPUT -i lo -j ACCEPT".split(' '))?;
     host.run("iptables", ["-P", "INPUT", "DROP"])?;
-    explains("app", 80, "degraded", "may be dropped, and then hangs: chain INPUT of iptables")?;
+    explains(
+        "app",
+        80,
+        Verdict::Degraded,
+        "may be dropped, and then hangs: chain INPUT of iptables",
+    )?;
     host.run("iptables", ["-P", "INPUT", "ACCEPT"])?;
-    explains("app", 80, "ok", "goes to")?;
+    explains("app", 80, Verdict::Ok, "goes to")?;
     embassy.kill()?;
 
     // Under rules of the user's own the endpoint that is dialled itself gets nothing, and its neighbour all.
@@ -230,17 +250,17 @@ fn it_explains_what_stands_in_the_way_whatever_the_service() -> Result<()> {
     embassy.wait_ready(READY)?;
     let circular: api::Explain = get(&embassy, "/v1/explain?consumer=app&port=84")?;
     assert_eq!(
-        (&*circular.verdict, &circular.services[0].next),
-        ("broken", &None),
+        (circular.verdict, &circular.services[0].next),
+        (Verdict::Broken, &None),
         "{circular:#?}"
     );
-    assert!(circular.findings[0].contains("(circular)"), "{circular:#?}");
+    assert!(circular.findings[0].text.contains("(circular)"), "{circular:#?}");
     let neighbour = format!("{}:80", greeter.ip()?);
     offer_at(&host, "self", &neighbour)?;
     let path = "/v1/explain?consumer=app&port=84";
     becomes(&embassy, path, "the neighbour", |explain: &api::Explain| {
         explain.services[0].next.as_ref() == Some(&neighbour)
-            && explain.findings.iter().any(|line| line.contains("(circular)"))
+            && explain.findings.iter().any(|one| one.text.contains("(circular)"))
     })?;
     Ok(())
 }

@@ -4,19 +4,18 @@ use std::{collections::HashMap, time::Instant};
 
 use serde::Serialize;
 
-use super::super::ps::errors;
 use crate::admin::api::{Connections, Endpoint, Figures, Route, Status};
 
 /// Everything at one moment.
 #[derive(Debug, Clone)]
-pub(super) struct Snapshot {
+pub(super) struct Look {
     pub(super) at: Instant,
     pub(super) status: Status,
     pub(super) routes: Vec<Route>,
     pub(super) endpoints: Vec<Endpoint>,
 }
 
-/// A snapshot, and how much happened in each second since the one before.
+/// A look, and how much happened in each second since the one before.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Seen {
     pub(super) status: Status,
@@ -44,42 +43,35 @@ pub(super) struct Rates {
     pub(super) bytes_down_per_second: f64,
 }
 
-/// Counts since something began.
+/// Totals since something began.
 #[derive(Debug, Clone, Copy)]
-struct Counts {
+struct Totals {
     started: u64,
     errors: u64,
     up: u64,
     down: u64,
 }
 
-impl From<&Figures> for Counts {
+impl From<&Figures> for Totals {
     fn from(figures: &Figures) -> Self {
         Self {
             started: figures.started,
-            errors: errors(figures),
+            errors: figures.errors,
             up: figures.bytes_up,
             down: figures.bytes_down,
         }
     }
 }
 
-impl From<&Connections> for Counts {
+impl From<&Connections> for Totals {
     fn from(all: &Connections) -> Self {
-        use crate::outcome::Outcome;
-        let errors = Outcome::ALL.iter().filter(|outcome| outcome.is_error());
-        Self {
-            started: all.started,
-            errors: errors.filter_map(|outcome| all.ended.get(outcome.as_str())).sum(),
-            up: all.bytes_up,
-            down: all.bytes_down,
-        }
+        Self { started: all.started, errors: all.errors, up: all.bytes_up, down: all.bytes_down }
     }
 }
 
 impl Rates {
     /// Something that is new counts from now on: what it counted before was not within `seconds`.
-    fn between(before: Option<Counts>, now: Counts, seconds: f64) -> Self {
+    fn between(before: Option<Totals>, now: Totals, seconds: f64) -> Self {
         let Some(before) = before.filter(|_| seconds > 0.0) else { return Self::default() };
         // One that counts from 0 again has been replaced.
         let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
@@ -92,9 +84,9 @@ impl Rates {
     }
 }
 
-impl Snapshot {
+impl Look {
     /// This one, and what happened since `before`.
-    pub(super) fn since(&self, before: Option<&Snapshot>) -> Seen {
+    pub(super) fn since(&self, before: Option<&Look>) -> Seen {
         let seconds =
             before.map_or(0.0, |before| self.at.saturating_duration_since(before.at).as_secs_f64());
         let route = |route: &Route| (route.consumer_id.clone(), route.address.clone(), route.port);
@@ -104,18 +96,18 @@ impl Snapshot {
         };
         let routes = before.map(|before| &before.routes[..]).unwrap_or_default();
         let routes: HashMap<_, _> =
-            routes.iter().map(|entry| (route(entry), Counts::from(&entry.figures))).collect();
+            routes.iter().map(|entry| (route(entry), Totals::from(&entry.figures))).collect();
         let endpoints = before.map(|before| &before.endpoints[..]).unwrap_or_default();
         let endpoints: HashMap<_, _> =
-            endpoints.iter().map(|entry| (endpoint(entry), Counts::from(&entry.figures))).collect();
-        let rates = |before: Option<&Counts>, figures: &Figures| {
-            Rates::between(before.copied(), Counts::from(figures), seconds)
+            endpoints.iter().map(|entry| (endpoint(entry), Totals::from(&entry.figures))).collect();
+        let rates = |before: Option<&Totals>, figures: &Figures| {
+            Rates::between(before.copied(), Totals::from(figures), seconds)
         };
         Seen {
             status: self.status.clone(),
             all: Rates::between(
-                before.map(|before| Counts::from(&before.status.connections)),
-                Counts::from(&self.status.connections),
+                before.map(|before| Totals::from(&before.status.connections)),
+                Totals::from(&self.status.connections),
                 seconds,
             ),
             routes: {
@@ -140,16 +132,16 @@ impl Snapshot {
 mod tests {
     use super::*;
 
-    fn counts(n: u64) -> Counts {
-        Counts { started: n, errors: 0, up: 10 * n, down: 100 * n }
+    fn totals(n: u64) -> Totals {
+        Totals { started: n, errors: 0, up: 10 * n, down: 100 * n }
     }
 
     #[test]
     fn rates_are_of_each_second_and_never_negative() {
-        let rates = Rates::between(Some(counts(10)), counts(14), 2.0);
+        let rates = Rates::between(Some(totals(10)), totals(14), 2.0);
         assert_eq!((rates.started_per_second, rates.bytes_down_per_second), (2.0, 200.0));
-        assert_eq!(Rates::between(Some(counts(10)), counts(3), 2.0), Rates::default());
-        assert_eq!(Rates::between(None, counts(3), 2.0), Rates::default());
-        assert_eq!(Rates::between(Some(counts(1)), counts(3), 0.0), Rates::default());
+        assert_eq!(Rates::between(Some(totals(10)), totals(3), 2.0), Rates::default());
+        assert_eq!(Rates::between(None, totals(3), 2.0), Rates::default());
+        assert_eq!(Rates::between(Some(totals(1)), totals(3), 0.0), Rates::default());
     }
 }

@@ -9,17 +9,57 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// What `state` may be asked for, list by list.
-pub const ROUTE_STATES: [&str; 5] = ["ok", "degraded", "ejected", "no_endpoint", "waiting"];
-pub const ENDPOINT_STATES: [&str; 5] = ["active", "ejected", "probing", "unhealthy", "drained"];
-pub const BINDING_STATES: [&str; 5] = ["problem", "routed", "partly", "unrouted", "invalid"];
-pub const SOURCE_STATES: [&str; 3] = ["up", "down", "waiting"];
-pub const CONNECTION_STATES: [&str; 4] = [
-    ConnectionState::Held.as_str(),
-    ConnectionState::Connecting.as_str(),
-    ConnectionState::Running.as_str(),
-    ConnectionState::Parked.as_str(),
-];
+use crate::word::worded;
+pub use crate::{
+    config::{CaptureMode, CaptureScope},
+    descriptor::Balance,
+    events::Change,
+    judgement::{BindingState, EndpointHealth, RouteState, SourceState, Subject, Verdict},
+    outcome::Outcome,
+    proxy::ConnectionState,
+    readiness::Part,
+};
+pub use event::Event;
+
+mod event;
+mod wire;
+
+worded! {
+    /// What active checks (`check=tcp`) say of an endpoint.
+    pub enum Check {
+        /// the last one passed
+        Passes = "passes",
+        /// the last ones failed
+        Fails = "fails",
+    }
+
+}
+
+/// Something that is so, or is wrong, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Finding {
+    pub about: Subject,
+    pub verdict: Verdict,
+    /// The kind of it, for machines: one word, such as `source_down`.
+    pub cause: String,
+    /// One or two sentences.
+    pub text: String,
+    /// What to do about it; null where nothing is wrong.
+    pub fix: Option<String>,
+}
+
+/// How each part is: the worst of its findings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Verdicts {
+    pub process: Verdict,
+    pub capture: Verdict,
+    pub sources: Verdict,
+    pub bindings: Verdict,
+    pub routes: Verdict,
+    pub endpoints: Verdict,
+    pub connections: Verdict,
+    pub host: Verdict,
+}
 
 /// Everything at a glance: `GET /v1/status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -30,8 +70,13 @@ pub struct Status {
     pub pid: u32,
     /// Since the start.
     pub uptime_seconds: f64,
-    /// Whether everything was read once and traffic is captured.
+    /// Whether everything was read once and traffic is captured: what `/readyz` says.
     pub ready: bool,
+    /// The worst of `findings`.
+    pub verdict: Verdict,
+    pub verdicts: Verdicts,
+    /// What is wrong, and what is worth knowing: the worst first, and of each kind the first 20.
+    pub findings: Vec<Finding>,
     /// What is not ready yet.
     pub waiting_for: Vec<Waiting>,
     /// Whether the changing calls are allowed on this connection: it came by the unix socket, or bore the token.
@@ -48,6 +93,10 @@ pub struct Status {
     pub routes: usize,
     /// Routes that have no endpoint to go to.
     pub routes_without_endpoint: usize,
+    /// Routes whose next connection has somewhere to go, while something is wrong.
+    pub routes_degraded: usize,
+    /// Routes whose next connection is refused, fails or is not captured; those without endpoint are among them.
+    pub routes_broken: usize,
     /// Endpoints of all services that a route goes to.
     pub endpoints: usize,
     /// Those that are skipped after a failure.
@@ -70,11 +119,9 @@ pub struct Status {
 /// A part that is not ready.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Waiting {
-    /// `listing`: the provider's first full answer; `discovery`: a first answer of each discovery; `capture`: the rules;
-    /// `draining`: nothing any more, embassy is about to end.
-    pub part: String,
-    /// Since embassy began to wait.
-    pub seconds: f64,
+    pub part: Part,
+    /// Since embassy began to wait; null where the rules were lost later.
+    pub seconds: Option<f64>,
     /// The sources that have not answered, by their names in `/v1/sources`; the first 20 of them.
     pub sources: Vec<String>,
 }
@@ -95,7 +142,9 @@ pub struct Connections {
     /// Accepted for a route since the start.
     pub started: u64,
     /// How those that ended did, by outcome; outcomes that never came are left out.
-    pub ended: BTreeMap<String, u64>,
+    pub ended: BTreeMap<Outcome, u64>,
+    /// Those of them that were refused, or broken by an endpoint.
+    pub errors: u64,
     /// From consumers to endpoints.
     pub bytes_up: u64,
     /// From endpoints to consumers.
@@ -120,16 +169,14 @@ pub struct Latency {
 /// The rules in the firewall.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Capture {
-    /// `none`: the user's own rules capture; `dnat`, `redirect`: as the flag of that name.
-    pub mode: String,
-    /// `declared`: the ports that consumers declared; `all`: every port of a VIP.
-    pub scope: String,
+    pub mode: CaptureMode,
+    pub scope: CaptureScope,
     /// `nft` or `iptables`; null where nothing was written yet.
     pub firewall: Option<String>,
     /// Whether the rules stand as they should.
     pub in_place: bool,
-    /// How often they were put back, by what had been done to them: `vanished`, `incomplete`, `displaced`, `added`.
-    pub restored: BTreeMap<String, u64>,
+    /// How often they were put back, by what had been done to them.
+    pub restored: BTreeMap<Change, u64>,
     /// What was missing the last time.
     pub last_restored: Option<Problem>,
     /// Attempts to write them that failed.
@@ -200,14 +247,14 @@ pub struct Route {
     /// The variable or label that declared it.
     pub origin: String,
     pub query: Query,
-    /// `rr` or `leastconn`.
-    pub balance: String,
-    /// `ok`: its endpoints take connections; `degraded`: so does at least one, while others are ejected, fail their check
-    /// or are probed, or while the source does not answer; `ejected`: all are, and all are tried; `no_endpoint`: there is
-    /// none, or all are drained; `waiting`: discovery has not answered yet.
-    pub state: String,
+    pub balance: Balance,
+    pub state: RouteState,
+    /// What the state means.
+    pub verdict: Verdict,
     /// Endpoints of its service.
     pub endpoints: usize,
+    /// Those of them that take their turn.
+    pub usable: usize,
     /// Those of them that are ejected, or fail their check.
     pub ejected: usize,
     /// Those of them that the next connection probes.
@@ -241,7 +288,9 @@ pub struct Figures {
     /// That began: for a route every accepted one, for an endpoint every opened one.
     pub started: u64,
     /// How they ended, by outcome; outcomes that never came are left out.
-    pub ended: BTreeMap<String, u64>,
+    pub ended: BTreeMap<Outcome, u64>,
+    /// Those of them that were refused, or broken by an endpoint.
+    pub errors: u64,
     /// From consumers to endpoints.
     pub bytes_up: u64,
     /// From endpoints to consumers.
@@ -274,11 +323,11 @@ pub struct Endpoint {
 /// Whether an endpoint takes new connections.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Health {
-    /// `active`: it takes its turn; `ejected`: it failed and is skipped; `probing`: the time is over, and the next
-    /// connection tries it; `unhealthy`: its active check fails; `drained`: somebody asked that it gets no new ones.
-    pub state: String,
-    /// What active checks (`check=tcp`) say, `passes` or `fails`; null where nobody asked for any.
-    pub check: Option<String>,
+    pub state: EndpointHealth,
+    /// What the state means.
+    pub verdict: Verdict,
+    /// Null where nobody asked for active checks.
+    pub check: Option<Check>,
     /// How much longer it is skipped.
     pub ejected_for_seconds: Option<f64>,
     /// Failures in a row.
@@ -298,13 +347,16 @@ pub struct Binding {
     pub consumer_id: String,
     /// The variable or label; empty where none is to blame.
     pub origin: String,
-    /// `routed`: it has a route; `partly`: it has some, and others are refused; `unrouted`: it has none;
-    /// `invalid`: it could not be read. The filter `state=problem` stands for all but `routed`.
-    pub state: String,
-    /// Why it has no route, or not all of them.
+    /// The filter `state=problem` stands for all but `routed`.
+    pub state: BindingState,
+    /// What the state means.
+    pub verdict: Verdict,
+    /// Why it has no route, or not all of them. Empty only where it has them all.
     pub reasons: Vec<String>,
     /// The port; null where it could not be read.
     pub port: Option<u16>,
+    /// The service, as it was declared; null where it could not be read.
+    pub service: Option<String>,
     /// What is asked for; null where it could not be read, or names a discovery that there is none of.
     pub query: Option<Query>,
     /// The addresses that it has routes for.
@@ -318,10 +370,15 @@ pub struct Source {
     pub name: String,
     /// `provider`, or the discovery by the scheme of its URI.
     pub kind: String,
-    /// `up`; `down`: it does not answer, and what was known stays in use; `waiting`: it has not answered yet.
-    pub state: String,
+    pub state: SourceState,
+    /// What the state means, and what is used of it.
+    pub verdict: Verdict,
     /// Since it last confirmed what is used of it.
     pub age_seconds: Option<f64>,
+    /// How much longer the last endpoints stay in use, where it says that there are none.
+    pub held_for_seconds: Option<f64>,
+    /// Since what is used was confirmed in an earlier run, where it has not answered in this one.
+    pub kept_seconds: Option<f64>,
     /// Since its answer last became another.
     pub changed_seconds: Option<f64>,
     /// Full answers since the start, those that brought nothing new included.
@@ -370,42 +427,16 @@ pub struct Connection {
     pub bytes_down: u64,
 }
 
-/// What a live connection does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum ConnectionState {
-    /// It waits until its consumer is known.
-    Held,
-    /// An endpoint is tried.
-    Connecting,
-    /// It is relayed.
-    Running,
-    /// Nothing was sent for a while: it goes on when something is.
-    Parked,
-}
-
-impl ConnectionState {
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Held => "held",
-            Self::Connecting => "connecting",
-            Self::Running => "running",
-            Self::Parked => "parked",
-        }
-    }
-}
-
 /// From symptom to cause: `GET /v1/explain?consumer=<name, ID or address>&port=<port>`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Explain {
     /// What was asked for.
     pub consumer: String,
     pub port: u16,
-    /// The worst of `services`: `ok`; `degraded`: connections have somewhere to go, but something is wrong; `broken`: they
-    /// are refused, or not captured.
-    pub verdict: String,
-    /// What is so and what follows, one sentence each, the cause first.
-    pub findings: Vec<String>,
+    /// The worst of `findings`.
+    pub verdict: Verdict,
+    /// What is so and what follows, the worst first; where nothing is wrong, where the next connection goes. Never empty.
+    pub findings: Vec<Finding>,
     /// The consumers that were meant; more than one where several share the address.
     pub consumers: Vec<ExplainConsumer>,
     /// What they declared for this port, and what became of it.
@@ -425,10 +456,12 @@ pub struct Explain {
 pub struct ExplainService {
     /// As in the routes.
     pub query: Query,
-    /// As of the routes: `rr` or `leastconn`.
-    pub balance: String,
+    /// As of the routes.
+    pub balance: Balance,
     /// The state of the routes to it.
-    pub state: String,
+    pub state: RouteState,
+    /// What the state means.
+    pub verdict: Verdict,
     /// Who names its endpoints; null where it was not asked yet.
     pub source: Option<Source>,
     /// The endpoints in the order of their turns.
@@ -475,7 +508,7 @@ pub struct Sample {
 pub struct Ready {
     pub ready: bool,
     /// The parts that are not.
-    pub waiting_for: Vec<String>,
+    pub waiting_for: Vec<Part>,
     /// The sources among them that have not answered, the first 20.
     pub sources: Vec<String>,
 }

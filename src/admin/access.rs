@@ -7,6 +7,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
+    sync::Arc,
 };
 
 use axum::{
@@ -16,11 +17,11 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-use super::{Context, v1::Refusal};
+use super::refusal::Refusal;
 
 /// What a listener asks of a request.
 #[derive(Debug)]
-pub(super) enum Guard {
+pub(super) enum Access {
     /// The socket's file says who may.
     Unix,
     Tcp {
@@ -31,7 +32,7 @@ pub(super) enum Guard {
     },
 }
 
-impl Guard {
+impl Access {
     pub(super) fn unix() -> Self {
         Self::Unix
     }
@@ -101,11 +102,11 @@ impl Guard {
 /// Refuses who does not mean us, or may not change what they want to change; says to browsers what they may do with the
 /// answer.
 pub(super) async fn check(
-    State(context): State<Context>,
+    State(access): State<Arc<Access>>,
     request: Request,
     next: Next,
 ) -> Response {
-    let mut response = match refusal(&context.guard, &request) {
+    let mut response = match refusal(&access, &request) {
         Some(refusal) => refusal.into_response(),
         None => next.run(request).await,
     };
@@ -115,17 +116,18 @@ pub(super) async fn check(
     response
 }
 
-fn refusal(guard: &Guard, request: &Request) -> Option<Refusal> {
+fn refusal(access: &Access, request: &Request) -> Option<Refusal> {
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
-    if !guard.answers_any_host(request.uri().path()) && !guard.is_named(host.unwrap_or_default()) {
+    if !access.answers_any_host(request.uri().path()) && !access.is_named(host.unwrap_or_default())
+    {
         return Some(Refusal::forbidden(format!(
             "host {:?}: expected localhost or the address of --admin",
             host.unwrap_or_default()
         )));
     }
     let reads = matches!(*request.method(), Method::GET | Method::HEAD);
-    if !reads && !guard.may_change(request.headers()) {
-        return Some(Refusal::forbidden(guard.how_to_change()));
+    if !reads && !access.may_change(request.headers()) {
+        return Some(Refusal::forbidden(access.how_to_change()));
     }
     None
 }
@@ -148,13 +150,13 @@ fn same(a: &str, b: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn guard(bound: &str) -> Guard {
-        Guard::Tcp { bound: bound.parse().unwrap(), token_file: None, name: "box".to_owned() }
+    fn access(bound: &str) -> Access {
+        Access::Tcp { bound: bound.parse().unwrap(), token_file: None, name: "box".to_owned() }
     }
 
     #[test]
     fn only_a_host_that_means_us_is_taken() {
-        let loopback = guard("127.0.0.1:9990");
+        let loopback = access("127.0.0.1:9990");
         for host in ["127.0.0.1:9990", "localhost", "LocalHost:1", "[::1]:9990", "127.0.0.2"] {
             assert!(loopback.is_named(host), "{host}");
         }
@@ -162,11 +164,11 @@ mod tests {
         {
             assert!(!loopback.is_named(host), "{host}");
         }
-        assert!(guard("10.0.0.1:9990").is_named("10.0.0.1:9990"));
-        let everywhere = guard("0.0.0.0:9990");
+        assert!(access("10.0.0.1:9990").is_named("10.0.0.1:9990"));
+        let everywhere = access("0.0.0.0:9990");
         assert!(everywhere.is_named("10.9.8.7:9990") && everywhere.is_named("box:9990"));
         assert!(!everywhere.is_named("evil.example"));
-        assert!(Guard::Unix.is_named("whatever"));
+        assert!(Access::Unix.is_named("whatever"));
         assert!(everywhere.answers_any_host("/metrics") && loopback.answers_any_host("/readyz"));
         assert!(
             !everywhere.answers_any_host("/v1/status") && !loopback.answers_any_host("/metrics")
@@ -184,16 +186,16 @@ mod tests {
     #[test]
     fn changing_takes_the_token_in_the_file() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let guard = Guard::tcp("127.0.0.1:1".parse().unwrap(), Some(file.path().to_owned()));
+        let access = Access::tcp("127.0.0.1:1".parse().unwrap(), Some(file.path().to_owned()));
         let bearing = |token: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::AUTHORIZATION, format!("Bearer {token}").parse().unwrap());
             headers
         };
-        assert!(!guard.may_change(&bearing("")), "an empty file is no token");
+        assert!(!access.may_change(&bearing("")), "an empty file is no token");
         std::fs::write(file.path(), "secret\n").unwrap();
-        assert!(guard.may_change(&bearing("secret")));
-        assert!(!guard.may_change(&bearing("wrong")));
-        assert!(!guard.may_change(&HeaderMap::new()));
+        assert!(access.may_change(&bearing("secret")));
+        assert!(!access.may_change(&bearing("wrong")));
+        assert!(!access.may_change(&HeaderMap::new()));
     }
 }

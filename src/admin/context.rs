@@ -1,0 +1,114 @@
+//! What the calls read.
+
+use std::{net::SocketAddr, sync::Arc, time::Instant};
+
+use prometheus_client::registry::Registry;
+use tokio::sync::{Semaphore, watch};
+
+use super::{access::Access, history::History};
+use crate::{
+    capture,
+    config::{CaptureMode, CaptureScope},
+    control::Sources,
+    discovery::Endpoints,
+    events::Events,
+    judgement::{CaptureReading, Load, Situation, SourceReading, SourceState, Used},
+    proxy::Figures,
+    readiness::Readiness,
+    report::PROVIDER,
+    source::{Known, ResyncRequests},
+    table::Table,
+};
+
+/// Where the API finds what it tells.
+#[derive(Debug, Clone)]
+pub struct Feeds {
+    pub readiness: Readiness,
+    pub metrics: Arc<Registry>,
+    pub tables: watch::Receiver<Arc<Table>>,
+    pub sources: watch::Receiver<Sources>,
+    pub figures: Figures,
+    /// `None` where the user's own rules capture.
+    pub capture: Option<Arc<capture::Counts>>,
+    pub events: Events,
+    /// Asks every source to read everything again.
+    pub resync: ResyncRequests,
+    pub constants: Arc<Constants>,
+}
+
+/// What does not change while embassy runs.
+#[derive(Debug)]
+pub struct Constants {
+    pub started: Instant,
+    /// Where captured connections arrive.
+    pub listeners: Vec<SocketAddr>,
+    pub mode: CaptureMode,
+    pub scope: CaptureScope,
+}
+
+/// What a handler has.
+#[derive(Debug, Clone)]
+pub(super) struct Context {
+    pub(super) feeds: Feeds,
+    pub(super) history: History,
+    pub(super) access: Arc<Access>,
+    /// Places for those who listen to events.
+    pub(super) listeners: Arc<Semaphore>,
+    /// One scrape at a time: many would only take each other's processor.
+    pub(super) scrapes: Arc<Semaphore>,
+}
+
+impl Feeds {
+    /// Everything that is to be judged, as it is now.
+    pub(super) fn situation(&self) -> Situation {
+        let sources = self.sources.borrow().clone();
+        let now = Instant::now();
+        let listing = sources.listing.clone().unwrap_or_default();
+        let queries = sources.queries.iter().map(|(query, answers)| {
+            let known = answers.borrow();
+            let in_use = sources.in_use.get(query);
+            let skipped = skipped_entries(&known);
+            (query.clone(), SourceReading::of(query.to_string(), &known, in_use, skipped, now))
+        });
+        let figures = &self.figures;
+        Situation {
+            table: self.tables.borrow().clone(),
+            listing,
+            provider: provider(&sources, now),
+            queries: queries.collect(),
+            capture: CaptureReading {
+                mode: self.constants.mode,
+                scope: self.constants.scope,
+                standing: self.capture.as_ref().map(|counts| counts.standing()).unwrap_or_default(),
+            },
+            pending: self.readiness.waiting(),
+            load: Load {
+                live: figures.live(),
+                limit: figures.limit(),
+                limit_of_consumer: figures.limit_of_consumer(),
+                memory_short: figures.memory_short(),
+            },
+            own_port: self.constants.listeners.first().map_or(0, SocketAddr::port),
+            now: figures.now(),
+            cut_off: Default::default(),
+        }
+    }
+}
+
+fn provider(sources: &Sources, now: Instant) -> SourceReading {
+    let known = sources.provider.borrow();
+    let problems = known.value.iter().flat_map(|listing| &listing.problems);
+    let skipped = problems.map(|p| format!("{} {}: {}", p.consumer, p.origin, p.reason));
+    let skipped = skipped.collect();
+    let mut reading = SourceReading::of(PROVIDER.to_owned(), &known, None, skipped, now);
+    // The table is made of what an earlier run knew.
+    if reading.state == SourceState::Down && known.value.is_none() && sources.listing.is_some() {
+        reading.used = Used::Kept(None);
+    }
+    reading
+}
+
+fn skipped_entries(known: &Known<Endpoints>) -> Vec<String> {
+    let rejected = known.value.iter().flat_map(|endpoints| &endpoints.rejected);
+    rejected.map(|entry| format!("{}: {}", entry.what, entry.reason)).collect()
+}

@@ -1,0 +1,160 @@
+//! Bindings: what consumers declare, and what became of it.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{
+    cause::Cause,
+    situation::Situation,
+    states::{BindingState, Reason},
+};
+use crate::{
+    model::{Binding, Consumer, ConsumerId},
+    provider::Problem,
+    table::{Route, RouteKey},
+};
+
+/// Why a binding has not all of its routes: one reason at least.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reasons(Vec<Reason>);
+
+impl Reasons {
+    /// `None` of nothing.
+    fn of(reasons: Vec<Reason>) -> Option<Self> {
+        (!reasons.is_empty()).then_some(Self(reasons))
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Reason> {
+        self.0.iter()
+    }
+}
+
+/// What became of a binding.
+#[derive(Debug, Clone)]
+pub enum BindingFate<'a> {
+    Declared {
+        consumer: &'a Consumer,
+        binding: &'a Binding,
+        /// Sorted by address.
+        routes: Vec<&'a Route>,
+        /// Why it has not all of its routes.
+        refused: Option<Reasons>,
+    },
+    Invalid(&'a Problem),
+}
+
+impl<'a> BindingFate<'a> {
+    pub fn state(&self) -> BindingState {
+        match self {
+            Self::Declared { refused: None, .. } => BindingState::Routed,
+            Self::Declared { routes, .. } if !routes.is_empty() => BindingState::Partly,
+            Self::Declared { .. } => BindingState::Unrouted,
+            Self::Invalid(_) => BindingState::Invalid,
+        }
+    }
+
+    pub fn reasons(&self) -> Vec<Reason> {
+        match self {
+            Self::Declared { refused, .. } => {
+                refused.iter().flat_map(Reasons::iter).cloned().collect()
+            }
+            Self::Invalid(problem) => vec![problem.reason.as_str().into()],
+        }
+    }
+
+    pub fn consumer(&self) -> &'a Arc<str> {
+        match self {
+            Self::Declared { consumer, .. } => &consumer.name,
+            Self::Invalid(problem) => &problem.consumer,
+        }
+    }
+
+    pub fn origin(&self) -> &'a Arc<str> {
+        match self {
+            Self::Declared { binding, .. } => &binding.origin,
+            Self::Invalid(problem) => &problem.origin,
+        }
+    }
+
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Self::Declared { binding, .. } => Some(binding.descriptor.port.get()),
+            Self::Invalid(_) => None,
+        }
+    }
+
+    /// What is wrong with it, one cause for each reason.
+    pub fn causes(&self) -> impl Iterator<Item = Cause> {
+        let state = self.state();
+        let binding = format!("{} {}", self.consumer(), self.origin()).trim_end().to_owned();
+        self.reasons().into_iter().map(move |reason| {
+            let binding = binding.clone();
+            match state {
+                BindingState::Invalid => Cause::Invalid { binding, reason },
+                BindingState::Partly => Cause::Partly { binding, reason },
+                BindingState::Routed | BindingState::Unrouted => {
+                    Cause::Unrouted { binding, reason }
+                }
+            }
+        })
+    }
+}
+
+impl Situation {
+    /// What the consumers that `wanted` picks declared, and what could not be read; sorted by consumer and origin.
+    pub fn bindings(&self, wanted: impl Fn(&Consumer) -> bool) -> Vec<BindingFate<'_>> {
+        let mut refused: HashMap<(&ConsumerId, &str), Vec<Reason>> = HashMap::new();
+        for unrouted in self.table.unrouted() {
+            let reasons = refused.entry((&unrouted.consumer, &unrouted.origin)).or_default();
+            reasons.push(unrouted.reason.to_string().as_str().into());
+        }
+        let alive = self.listing.consumers.iter().filter(|consumer| !consumer.has_ended());
+        let mut all = Vec::new();
+        for consumer in alive.filter(|consumer| wanted(consumer)) {
+            for binding in &consumer.bindings {
+                let origin = &*binding.origin;
+                let routes = self.routes_of(consumer, binding);
+                let refused = refused.get(&(&consumer.id, origin)).cloned().unwrap_or_default();
+                let refused = Reasons::of(refused).or_else(|| {
+                    routes.is_empty().then(|| Reasons(vec![no_route(&consumer.sources).into()]))
+                });
+                all.push(BindingFate::Declared { consumer, binding, routes, refused });
+            }
+        }
+        all.extend(self.listing.problems.iter().map(BindingFate::Invalid));
+        all.sort_by(|a, b| {
+            (a.consumer(), a.origin(), a.port()).cmp(&(b.consumer(), b.origin(), b.port()))
+        });
+        all
+    }
+}
+
+impl Situation {
+    /// The routes of a binding, sorted by address.
+    fn routes_of(&self, consumer: &Consumer, binding: &Binding) -> Vec<&Route> {
+        let (port, protocol) = (binding.descriptor.port, binding.descriptor.protocol);
+        // What this host sends to a VIP may come from there.
+        let vips = self.table.vips().iter().map(|vip| vip.0);
+        let vips = vips.filter(|_| consumer.id == ConsumerId::Local);
+        let addresses: BTreeSet<_> = consumer.sources.iter().copied().chain(vips).collect();
+        let route = |source| self.table.route(&RouteKey { source, port, protocol });
+        let routes = addresses.into_iter().filter_map(route).map(Arc::as_ref);
+        let is_its = |route: &&Route| {
+            route.consumer == consumer.id && route.binding.origin == binding.origin
+        };
+        routes.filter(is_its).collect()
+    }
+}
+
+/// Why a binding that nothing is said against has no route.
+fn no_route(addresses: &[IpAddr]) -> &'static str {
+    match addresses {
+        [] => {
+            "the container has no address that connections could come from, as with --network none"
+        }
+        _ => "it is not in the table yet",
+    }
+}

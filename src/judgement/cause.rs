@@ -1,0 +1,295 @@
+//! Everything that can be said: what it is about, how bad it is, the words for it, and what to do about it.
+
+use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
+
+use super::states::{Reason, RouteState, Subject, Verdict};
+use crate::{limits::FEW, model::Endpoint};
+
+/// A cause in words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    pub about: Subject,
+    pub verdict: Verdict,
+    /// The kind of the cause, for machines.
+    pub cause: &'static str,
+    /// One or two sentences.
+    pub text: String,
+    /// What to do about it.
+    pub fix: Option<String>,
+}
+
+/// Each cause: what it is about, how bad it is, its fields, its word, its text, and what to do about it.
+macro_rules! causes {
+    ($($about:expr, $verdict:expr, $name:ident { $($field:ident: $type:ty),* } $word:literal, $text:literal, $fix:literal;)*) => {
+        /// Why something is as it is.
+        #[derive(Debug, Clone)]
+        pub enum Cause { $($name { $($field: $type),* },)* }
+
+        impl Cause {
+            pub fn about(&self) -> Subject {
+                match self { $(Self::$name { $($field),* } => { $(let _ = $field;)* $about })* }
+            }
+
+            pub fn verdict(&self) -> Verdict {
+                match self { $(Self::$name { $($field),* } => { $(let _ = $field;)* $verdict })* }
+            }
+
+            pub fn finding(&self) -> Finding {
+                let (cause, text, fix) = match self {
+                    $(Self::$name { $($field),* } => {
+                        $(let _ = $field;)*
+                        ($word, format!($text), format!($fix))
+                    })*
+                };
+                let (about, verdict) = (self.about(), self.verdict());
+                Finding { about, verdict, cause, text, fix: (!fix.is_empty()).then_some(fix) }
+            }
+        }
+    };
+}
+
+use Subject::{Bindings, Capture, Connections, Endpoints, Host, Process, Routes, Sources};
+use Verdict::{Broken, Degraded, Ok};
+
+causes! {
+    Process, Broken, Draining {} "draining",
+        "embassy is shutting down.",
+        "start it again";
+    Process, meanwhile.verdict(), ProviderAwaited { meanwhile: Meanwhile } "provider_awaited",
+        "The provider has not answered yet: {meanwhile}.",
+        "check the engine and -docker";
+    Process, meanwhile.verdict(), DiscoveryAwaited { sources: List<String>, meanwhile: Meanwhile } "discovery_awaited",
+        "Not every discovery has answered yet ({sources}): {meanwhile}.",
+        "check the registry and -discovery";
+
+    Capture, Broken, RulesFail { error: Reason } "rules_fail",
+        "The rules cannot be written ({error}): connections are not captured.",
+        "run embassy doctor; embassy tries again by itself";
+    Capture, Broken, RulesMissing {} "rules_missing",
+        "The rules are not in place: connections are not captured.",
+        "wait some seconds; if it stays so, see the log";
+    Capture, Broken, NoVip {} "no_vip",
+        "There is no VIP: nothing is captured.",
+        "name one with --proxy-ip";
+    Capture, Broken, NeedsRedirect {} "needs_redirect",
+        "What this host sends itself is captured with --redirect only: this consumer's connections are not captured.",
+        "start embassy with --redirect";
+    Capture, Degraded, Barrier { chain: String, remedy: String } "barrier",
+        "What is captured may be dropped, and then hangs: {chain}.",
+        "{remedy}";
+    Capture, Degraded, CutOff { consumer: Arc<str>, vips: List<IpAddr> } "cut_off",
+        "No network of {consumer} has a gateway on this host, or one of the VIPs in it ({vips}): its connections may not arrive here.",
+        "give it a bridge network as well";
+
+    Sources, used.verdict(), SourceDown { source: String, error: Reason, used: Used } "source_down",
+        "{source} does not answer ({error}); {used}.",
+        "check that it runs and can be reached from here";
+    Sources, Broken, SourceAwaited { source: String } "source_awaited",
+        "{source} has not answered yet.",
+        "check that it runs and can be reached from here";
+    Sources, Degraded, Held { source: String, left: Seconds } "held",
+        "{source} says that there are no endpoints; the last ones stay in use for {left} more.",
+        "check that its instances are registered and pass their checks";
+    Sources, Ok, Skipped { source: String, entry: String } "entry_skipped",
+        "{source} has an entry that was skipped: {entry}.",
+        "correct the entry in the registry";
+
+    Bindings, Broken, Invalid { binding: String, reason: Reason } "invalid",
+        "{binding} was skipped: {reason}.",
+        "correct the variable or label";
+    Bindings, Broken, Unrouted { binding: String, reason: Reason } "unrouted",
+        "{binding} has no route: {reason}.",
+        "correct what the reason names";
+    Bindings, Degraded, Partly { binding: String, reason: Reason } "partly_routed",
+        "{binding} has not all of its routes: {reason}.",
+        "correct what the reason names";
+    Bindings, Broken, NotDeclared { port: u16, consumers: List<Arc<str>>, declared: List<u16>, follows: NotDeclaredMeans } "not_declared",
+        "Port {port} is not declared by {consumers} (declared: {declared}); {follows}.",
+        "declare it in the container: BACKEND_NAME='<service>;{port}'";
+    Bindings, Broken, DeclaresNothing { address: String } "declares_nothing",
+        "{address} is a container that declares nothing: it is not captured, and the kernel answers.",
+        "give it a variable BACKEND_NAME='<service>;<port>'";
+    Bindings, Broken, NoConsumer { wanted: String } "no_consumer",
+        "No running container that declares anything has the name, the ID or the address {wanted:?}. If it runs, it has neither a variable with the prefix of a binding (-prefix, BACKEND_ unless it is given) nor a label embassy.backend.<name>: it is not captured, and the kernel answers.",
+        "docker ps lists the containers; embassy ps lists those that are known";
+
+    Routes, Ok, GoesTo { consumer: Arc<str>, port: u16, service: String, endpoint: Endpoint } "goes_to",
+        "The next connection of {consumer} to port {port} goes to {endpoint}, for {service}.",
+        "";
+    Routes, Broken, AllEjected { service: String, next: Endpoint } "all_ejected",
+        "Every endpoint of {service} failed lately. All of them are tried: the next is {next}.",
+        "start an instance of the service, and check that this host reaches it";
+    Routes, Broken, NoEndpoint { service: String } "no_endpoint",
+        "{service} has no endpoint: connections are reset.",
+        "check that it is registered under this name, with these tags, and healthy";
+    Routes, Broken, AllDrained { service: String } "all_drained",
+        "Every endpoint of {service} is drained: connections are reset.",
+        "end the drain of one (PUT /v1/endpoints/drain), or start another";
+    Routes, Broken, AllCircular { service: String } "all_circular",
+        "No endpoint of {service} can be used, each is the very address that is dialled (circular): connections are reset.",
+        "register the service at another address than the VIP";
+    Routes, Broken, NotAnswered { service: String } "waiting",
+        "{service} has not answered yet: connections are reset.",
+        "check the registry and -discovery";
+    Routes, Broken, OwnPort { port: u16 } "own_port",
+        "Port {port} is embassy's own: a connection to it counts as a direct dial and is reset.",
+        "declare another port, or give embassy another one with --port";
+    Routes, state.verdict(), ManyRoutes { state: RouteState, are: String, some: String } "routes",
+        "{are} {state}: {some}.",
+        "embassy explain <container> <port> says why";
+
+    Endpoints, Degraded, Ejected { endpoint: Endpoint, left: Seconds, failures: String, error: Because, ejections: String } "ejected",
+        "{endpoint} is skipped for {left} more, after {failures} in a row{error}; it was ejected {ejections} so far.",
+        "check that it listens and can be reached from this host";
+    Endpoints, Degraded, Probing { endpoint: Endpoint, error: Because } "probing",
+        "{endpoint} failed{error}; the next connection tries it.",
+        "check that it listens and can be reached from this host";
+    Endpoints, Degraded, Unhealthy { endpoint: Endpoint } "unhealthy",
+        "{endpoint}: its active check fails.",
+        "check that it listens and can be reached from this host";
+    Endpoints, Ok, Drained { endpoint: Endpoint } "drained",
+        "{endpoint} is drained: it gets no new connections.",
+        "end the drain with PUT /v1/endpoints/drain";
+    Endpoints, Degraded, Circular { endpoint: Endpoint } "circular",
+        "{endpoint} is the very address that is dialled, and rules of your own would lead back to embassy: it gets no connections (circular).",
+        "register the service at another address than the VIP";
+    Endpoints, Degraded, ManyEndpoints { are: String, some: String } "endpoints",
+        "{are} not trusted after a failure: {some}.",
+        "embassy ps --endpoints shows the last error of each";
+
+    Connections, Broken, MemoryShort {} "memory_short",
+        "New connections are refused (memory_short): the memory that the control group allows is nearly used up.",
+        "raise the limit: --memory of docker, MemoryMax= of systemd";
+    Connections, Broken, TooManyConnections { are: String } "too_many_connections",
+        "New connections are refused (too_many_connections): {are} open, and no more may be (--max-connections).",
+        "raise --max-connections, or the limit of descriptors";
+    Connections, Broken, TooManyOfConsumer { consumer: Arc<str>, live: String } "too_many_of_consumer",
+        "New connections are refused (too_many_of_consumer): {consumer} has {live} open, and no more may be (--max-connections-per-consumer).",
+        "check whether the consumer closes its connections, or raise the limit";
+
+    Host, Degraded, ConntrackFills { used: u64, limit: u64 } "conntrack",
+        "{used} of {limit} entries of connection tracking are in use.",
+        "raise net.netfilter.nf_conntrack_max, or set IPTABLES_TRACK_MAX_CONNECTIONS for embassy";
+    Host, Broken, ConntrackFull { used: u64, limit: u64 } "conntrack",
+        "{used} of {limit} entries of connection tracking are in use: new connections are dropped.",
+        "raise net.netfilter.nf_conntrack_max, or set IPTABLES_TRACK_MAX_CONNECTIONS for embassy";
+    Host, Degraded, Descriptors { used: u64, limit: u64 } "descriptors",
+        "{used} of {limit} descriptors are open.",
+        "raise the limit: LimitNOFILE= of systemd, --ulimit nofile= of docker";
+    Host, Broken, Memory { used_mib: u64, limit_mib: u64 } "memory",
+        "{used_mib} of {limit_mib} MiB of memory are in use: beyond {FEW} connections, new ones are refused.",
+        "raise the limit: --memory of docker, MemoryMax= of systemd";
+
+    *subject, *verdict, More { subject: Subject, verdict: Verdict, count: usize } "more",
+        "And {count} more.",
+        "see the lists of the API";
+}
+
+/// What is used of a source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Used {
+    /// Its last answer, which it confirmed so long ago.
+    Answer(Duration),
+    /// What an earlier run knew, and how long ago the source confirmed that, where it is known.
+    Kept(Option<Duration>),
+    Nothing,
+}
+
+impl Used {
+    /// How bad it is that the source does not answer.
+    pub(super) fn verdict(self) -> Verdict {
+        match self {
+            Self::Answer(_) | Self::Kept(_) => Degraded,
+            Self::Nothing => Broken,
+        }
+    }
+}
+
+impl fmt::Display for Used {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Answer(age) => {
+                write!(f, "its last answer, confirmed {} ago, stays in use", Seconds(*age))
+            }
+            Self::Kept(Some(age)) => {
+                write!(f, "what an earlier run knew, confirmed {} ago, is in use", Seconds(*age))
+            }
+            Self::Kept(None) => f.write_str("what an earlier run knew is in use"),
+            Self::Nothing => f.write_str("nothing is known of it"),
+        }
+    }
+}
+
+/// What happens until everything has answered.
+#[derive(Debug, Clone, Copy)]
+pub enum Meanwhile {
+    Serves,
+    DoesNot,
+}
+
+impl Meanwhile {
+    fn verdict(self) -> Verdict {
+        match self {
+            Self::Serves => Degraded,
+            Self::DoesNot => Broken,
+        }
+    }
+}
+
+impl fmt::Display for Meanwhile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Serves => "what is known is served meanwhile",
+            Self::DoesNot => "there are no routes yet, and nothing is captured",
+        })
+    }
+}
+
+/// What becomes of connections on a port that is not declared. `None`: the user's own rules capture.
+#[derive(Debug, Clone, Copy)]
+pub struct NotDeclaredMeans(pub Option<bool>);
+
+impl fmt::Display for NotDeclaredMeans {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0 {
+            Some(true) => "every port of a VIP is captured, and embassy resets what has no route",
+            Some(false) => {
+                "not captured: what listens there on the host answers, else the kernel refuses"
+            }
+            None => {
+                "your own rules decide whether it is captured; embassy resets what has no route"
+            }
+        })
+    }
+}
+
+/// A time in whole seconds, rounded up: none is left where it is over.
+#[derive(Debug, Clone, Copy)]
+pub struct Seconds(pub Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} s", self.0.as_secs_f64().ceil())
+    }
+}
+
+/// An error behind what it led to, where there is one.
+#[derive(Debug, Clone)]
+pub struct Because(pub Option<Reason>);
+
+impl fmt::Display for Because {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.as_ref().map_or(std::result::Result::Ok(()), |error| write!(f, " ({error})"))
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct List<T>(pub Vec<T>);
+
+impl<T: fmt::Display> fmt::Display for List<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all: Vec<_> = self.0.iter().map(ToString::to_string).collect();
+        f.write_str(if all.is_empty() { "none" } else { "" })?;
+        f.write_str(&all.join(", "))
+    }
+}

@@ -1,0 +1,247 @@
+//! Everything at a glance: whether embassy is ready, and what is wrong anywhere.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    time::Duration,
+};
+
+use super::{
+    cause::{Cause, List, Meanwhile, Used},
+    host::HostUse,
+    route::endpoint,
+    situation::Situation,
+    source::SourceReading,
+    states::{EndpointHealth, RouteState, SourceState, Subject, Verdict},
+};
+use crate::{capture::input::Barrier, counts::numbered, readiness::Part};
+
+/// Entries of a list that are named; the rest are counted.
+const NAMED: usize = 20;
+
+/// A part that embassy is not ready without.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Awaited {
+    pub part: Part,
+    /// For how long. `None`: since the rules were lost, whenever that was.
+    pub since: Option<Duration>,
+    /// The sources that have not answered; the first [`NAMED`] of them.
+    pub sources: Vec<String>,
+}
+
+/// What is wrong anywhere, and how much there is.
+#[derive(Debug, Clone, Default)]
+pub struct Overview {
+    /// The worst first.
+    pub causes: Vec<Cause>,
+    pub routes: BTreeMap<RouteState, usize>,
+    pub endpoints: BTreeMap<EndpointHealth, usize>,
+    pub sources: BTreeMap<SourceState, usize>,
+    /// Bindings without all of their routes, and what could not be read.
+    pub problems: usize,
+}
+
+impl Overview {
+    pub fn verdict(&self) -> Verdict {
+        Verdict::worst(self.causes.iter().map(Cause::verdict))
+    }
+
+    /// How each subject is.
+    pub fn verdicts(&self) -> BTreeMap<Subject, Verdict> {
+        let mut verdicts: BTreeMap<_, _> =
+            Subject::ALL.iter().map(|subject| (*subject, Verdict::Ok)).collect();
+        for cause in &self.causes {
+            let verdict = verdicts.entry(cause.about()).or_insert(Verdict::Ok);
+            *verdict = cause.verdict().max(*verdict);
+        }
+        verdicts
+    }
+}
+
+impl Situation {
+    /// What embassy is not ready without. Ready is who waits for nothing.
+    pub fn awaited(&self) -> Vec<Awaited> {
+        let sources = |part| match part {
+            Part::Listing => vec![self.provider.name.clone()],
+            Part::Discovery => self.unanswered(),
+            Part::Capture | Part::Draining => Vec::new(),
+        };
+        let pending = self.pending.iter().map(|(part, since)| Awaited {
+            part: *part,
+            since: Some(*since),
+            sources: sources(*part),
+        });
+        let mut awaited: Vec<_> = pending.collect();
+        // Rules that stood once, and do not any more. Who shuts down takes them away.
+        let lost = self.captures() && !self.capture.standing.in_place && !self.is_draining();
+        if lost && !awaited.iter().any(|awaited| awaited.part == Part::Capture) {
+            awaited.insert(0, Awaited { part: Part::Capture, since: None, sources: Vec::new() });
+        }
+        awaited
+    }
+
+    /// The queries that keep embassy from being ready: of a discovery that has not answered anything, or not asked yet.
+    fn unanswered(&self) -> Vec<String> {
+        let answering: BTreeSet<_> = self
+            .queries
+            .iter()
+            .filter(|(_, known)| matches!(known.used, Used::Answer(_)))
+            .map(|(query, _)| &query.via)
+            .collect();
+        let awaited = self.queries.iter().filter(|(query, known)| {
+            !matches!(known.used, Used::Answer(_))
+                && (known.state == SourceState::Waiting || !answering.contains(&query.via))
+        });
+        let mut names: Vec<_> = awaited.map(|(_, known)| known.name.clone()).collect();
+        names.sort();
+        names.truncate(NAMED);
+        names
+    }
+
+    /// That embassy is shutting down, or has not heard from everybody. Rules that do not stand are said of the capture.
+    pub(super) fn of_process(&self) -> Vec<Cause> {
+        let meanwhile = match self.table.version {
+            0 => Meanwhile::DoesNot,
+            _ => Meanwhile::Serves,
+        };
+        let cause = |awaited: Awaited| match awaited.part {
+            Part::Draining => Some(Cause::Draining {}),
+            Part::Listing => Some(Cause::ProviderAwaited { meanwhile }),
+            Part::Discovery => {
+                Some(Cause::DiscoveryAwaited { sources: List(awaited.sources), meanwhile })
+            }
+            Part::Capture => None,
+        };
+        self.awaited().into_iter().filter_map(cause).collect()
+    }
+
+    pub(super) fn barriers(&self) -> impl Iterator<Item = Cause> {
+        let barriers = self.capture.standing.barriers.iter().cloned();
+        barriers.map(|Barrier { chain, remedy }| Cause::Barrier { chain, remedy })
+    }
+
+    /// Everything.
+    pub fn overview(&self, host: &HostUse) -> Overview {
+        let mut overview = Overview::default();
+        let mut causes = self.of_process();
+        if !self.is_draining() {
+            causes.extend(self.of_capture());
+        }
+        let sources = self.sources(&mut overview);
+        causes.extend(bounded(Subject::Sources, sources));
+        // Of all others the table says nothing bad, and there may be many.
+        let refused: HashSet<_> =
+            self.table.unrouted().map(|unrouted| &unrouted.consumer).collect();
+        let bindings = self.bindings(|one| one.sources.is_empty() || refused.contains(&one.id));
+        let bindings: Vec<_> =
+            bindings.iter().filter(|binding| binding.state().verdict() > Verdict::Ok).collect();
+        overview.problems = bindings.len();
+        causes
+            .extend(bounded(Subject::Bindings, bindings.iter().flat_map(|b| b.causes()).collect()));
+        causes.extend(self.routes(&mut overview));
+        causes.extend(self.endpoints(&mut overview));
+        causes.extend(self.load());
+        causes.extend(host.causes());
+        causes.sort_by_key(|cause| std::cmp::Reverse(cause.verdict()));
+        Overview { causes, ..overview }
+    }
+
+    /// The limits that are reached. A consumer has its connections over all of its routes.
+    fn load(&self) -> Vec<Cause> {
+        let mut consumers = BTreeSet::new();
+        let routes = self.table.routes().filter(|route| consumers.insert(&route.consumer));
+        bounded(Subject::Connections, self.limits(routes.map(|route| &**route)).collect())
+    }
+
+    fn of_capture(&self) -> Vec<Cause> {
+        if !self.captures() {
+            return Vec::new();
+        }
+        let standing = &self.capture.standing;
+        let mut causes = Vec::new();
+        match &standing.error {
+            Some(error) if !standing.in_place => {
+                causes.push(Cause::RulesFail { error: error.as_str().into() });
+            }
+            _ if !standing.in_place => causes.push(Cause::RulesMissing {}),
+            _ => {}
+        }
+        if self.table.vips().is_empty() && self.table.routes().len() > 0 {
+            causes.push(Cause::NoVip {});
+        }
+        causes.extend(self.barriers());
+        causes
+    }
+
+    fn sources(&self, overview: &mut Overview) -> Vec<Cause> {
+        let mut queries: Vec<_> = self.queries.values().collect();
+        queries.sort_by_key(|query| &query.name);
+        for source in queries.iter().copied().chain([&self.provider]) {
+            *overview.sources.entry(source.state).or_default() += 1;
+        }
+        // What the provider skipped is told as a binding.
+        let provider = SourceReading { skipped: Vec::new(), ..self.provider.clone() };
+        let of_queries = queries.into_iter().flat_map(SourceReading::causes);
+        provider.causes().into_iter().chain(of_queries).collect()
+    }
+
+    fn routes(&self, overview: &mut Overview) -> Vec<Cause> {
+        let mut named: BTreeMap<RouteState, Vec<String>> = BTreeMap::new();
+        for route in self.table.routes() {
+            let state = self.route(route).state;
+            *overview.routes.entry(state).or_default() += 1;
+            let some = named.entry(state).or_default();
+            if state.verdict() > Verdict::Ok && some.len() < FEW_NAMED {
+                let (port, query) = (route.key.port, &route.upstream.query);
+                some.push(format!("{} port {port} ({query})", route.consumer_name));
+            }
+        }
+        let causes = overview.routes.iter().filter(|(state, _)| state.verdict() > Verdict::Ok);
+        causes
+            .map(|(state, count)| Cause::ManyRoutes {
+                state: *state,
+                are: numbered(*count, "route is", "routes are"),
+                some: some_of(named.remove(state).unwrap_or_default(), *count),
+            })
+            .collect()
+    }
+
+    fn endpoints(&self, overview: &mut Overview) -> Option<Cause> {
+        let mut some = Vec::new();
+        for ((_, _, service), state) in self.table.endpoints() {
+            let health = endpoint(state, self.now);
+            *overview.endpoints.entry(health).or_default() += 1;
+            let failed = health.verdict() > Verdict::Ok && health != EndpointHealth::Drained;
+            if failed && some.len() < FEW_NAMED {
+                some.push(format!("{} of {service} ({health})", state.endpoint));
+            }
+        }
+        let failed = [EndpointHealth::Ejected, EndpointHealth::Probing, EndpointHealth::Unhealthy];
+        let count: usize = failed.iter().filter_map(|health| overview.endpoints.get(health)).sum();
+        (count > 0).then(|| Cause::ManyEndpoints {
+            are: numbered(count, "endpoint is", "endpoints are"),
+            some: some_of(some, count),
+        })
+    }
+}
+
+/// Routes and endpoints that are named of each kind.
+const FEW_NAMED: usize = 5;
+
+/// Those that are named, and how many more there are.
+fn some_of(some: Vec<String>, count: usize) -> String {
+    match count.saturating_sub(some.len()) {
+        0 => some.join(", "),
+        more => format!("{} and {more} more", some.join(", ")),
+    }
+}
+
+/// The first causes, and how many more there are.
+fn bounded(subject: Subject, mut causes: Vec<Cause>) -> Vec<Cause> {
+    causes.sort_by_key(|cause| std::cmp::Reverse(cause.verdict()));
+    if causes.len() > NAMED {
+        let rest = causes.split_off(NAMED);
+        let verdict = Verdict::worst(rest.iter().map(Cause::verdict));
+        causes.push(Cause::More { subject, verdict, count: rest.len() });
+    }
+    causes
+}

@@ -1,0 +1,194 @@
+//! One port of a consumer, from symptom to cause.
+
+use std::{cmp::Reverse, sync::Arc};
+
+use super::{
+    binding::BindingFate,
+    cause::{Because, Cause, List, NotDeclaredMeans, Seconds},
+    route::endpoint,
+    situation::Situation,
+    states::{EndpointHealth, Verdict},
+};
+use crate::{
+    counts::numbered,
+    model::Consumer,
+    table::{Route, Upstream},
+};
+
+impl Situation {
+    /// What is to be said of these consumers' connections on a port, by its `routes`: the worst first, and where nothing is
+    /// wrong, where they go. `wanted` is how the consumers were named.
+    pub fn of_port(
+        &self,
+        wanted: &str,
+        port: u16,
+        consumers: &[&Consumer],
+        routes: &[&Route],
+    ) -> Vec<Cause> {
+        let mut causes = self.of_everybody();
+        match routes {
+            [] => causes.extend(self.without_route(wanted, port, consumers)),
+            routes => causes.extend(self.of_routes(consumers, routes)),
+        }
+        let well = Verdict::worst(causes.iter().map(Cause::verdict)) == Verdict::Ok;
+        // Stable: a consequence stands before its details.
+        causes.sort_by_key(|cause| {
+            let goes = matches!(cause, Cause::GoesTo { .. });
+            (Reverse(cause.verdict()), if well { !goes } else { goes })
+        });
+        causes
+    }
+
+    /// A route for each service and way of balancing.
+    pub fn one_of_each_service<'a>(routes: &[&'a Route]) -> Vec<&'a Route> {
+        let mut chosen: Vec<&Route> = Vec::new();
+        for route in routes {
+            let same = |other: &&Route| {
+                (&other.upstream.query, other.balance) == (&route.upstream.query, route.balance)
+            };
+            if !chosen.iter().any(same) {
+                chosen.push(route);
+            }
+        }
+        chosen
+    }
+
+    /// What concerns every connection.
+    fn of_everybody(&self) -> Vec<Cause> {
+        let mut causes = Vec::new();
+        if self.is_draining() {
+            causes.push(Cause::Draining {});
+        } else if self.table.version == 0 {
+            causes.extend(self.of_process());
+        }
+        if self.provider.is_lost() {
+            causes.extend(self.provider.causes());
+        }
+        causes
+    }
+
+    fn of_routes(&self, consumers: &[&Consumer], routes: &[&Route]) -> Vec<Cause> {
+        let mut causes = Vec::new();
+        // A cause may hold for several of them.
+        for route in routes {
+            if let Some(cause) = self.not_captured(&route.consumer) {
+                causes.push(cause);
+                break;
+            }
+        }
+        let mut told = Vec::new();
+        let of_each = routes.iter().filter(|route| {
+            let first = !told.contains(&&route.consumer);
+            told.push(&route.consumer);
+            first
+        });
+        causes.extend(self.limits(of_each.copied()));
+        if routes.iter().any(|route| self.is_own_port(route)) {
+            causes.push(Cause::OwnPort { port: self.own_port });
+        }
+        for consumer in consumers.iter().filter(|consumer| self.is_cut_off(&consumer.id)) {
+            let vips = List(self.table.vips().iter().map(|vip| vip.0).collect());
+            causes.push(Cause::CutOff { consumer: consumer.name.clone(), vips });
+        }
+        causes.extend(self.barriers());
+        for route in Self::one_of_each_service(routes) {
+            causes.extend(self.of_service(route));
+        }
+        causes
+    }
+
+    /// What is to be said of a route's service.
+    fn of_service(&self, route: &Route) -> Vec<Cause> {
+        let upstream = &route.upstream;
+        let health = self.route(route);
+        let service = upstream.query.to_string();
+        let next = self.next_pick(route);
+        let mut causes = Vec::new();
+        if health.active + health.probing + health.ejected == 0 {
+            causes.push(match () {
+                () if !upstream.answered => Cause::NotAnswered { service },
+                () if health.circular > 0 => Cause::AllCircular { service },
+                () if health.drained > 0 => Cause::AllDrained { service },
+                () => Cause::NoEndpoint { service },
+            });
+        } else if let Some(endpoint) = next {
+            let (consumer, port) = (route.consumer_name.clone(), route.key.port.get());
+            causes.push(match health.active + health.probing {
+                0 => Cause::AllEjected { service, next: endpoint },
+                _ => Cause::GoesTo { consumer, port, service, endpoint },
+            });
+        }
+        causes
+            .extend(self.queries.get(&upstream.query).into_iter().flat_map(|query| query.causes()));
+        causes.extend(self.of_endpoints(route, upstream));
+        causes
+    }
+
+    fn of_endpoints(&self, route: &Route, upstream: &Arc<Upstream>) -> Vec<Cause> {
+        let of_one = |state: &Arc<crate::balance::EndpointState>| {
+            let one = state.endpoint;
+            let error = || Because(state.counts.last_error.get().map(|(_, text)| (&*text).into()));
+            Some(match endpoint(state, self.now) {
+                EndpointHealth::Drained => Cause::Drained { endpoint: one },
+                _ if self.is_circular(route, &one) => Cause::Circular { endpoint: one },
+                EndpointHealth::Active => return None,
+                EndpointHealth::Ejected => Cause::Ejected {
+                    endpoint: one,
+                    left: Seconds(state.ejected_for(self.now).unwrap_or_default()),
+                    failures: numbered(state.failures(), "failure", "failures"),
+                    ejections: numbered(state.ejections(), "time", "times"),
+                    error: error(),
+                },
+                EndpointHealth::Probing => Cause::Probing { endpoint: one, error: error() },
+                EndpointHealth::Unhealthy => Cause::Unhealthy { endpoint: one },
+            })
+        };
+        upstream.rotation.endpoints().iter().filter_map(of_one).collect()
+    }
+
+    /// Why a port has no route.
+    fn without_route(&self, wanted: &str, port: u16, consumers: &[&Consumer]) -> Vec<Cause> {
+        if consumers.is_empty() {
+            let is_known =
+                wanted.parse().is_ok_and(|address| self.listing.known.contains(&address));
+            let skipped = self.listing.problems.iter().filter(|p| *p.consumer == *wanted);
+            let mut causes: Vec<_> = skipped
+                .flat_map(|p| BindingFate::Invalid(p).causes().collect::<Vec<_>>())
+                .collect();
+            // What it declared and could not be read is the cause.
+            if causes.is_empty() {
+                causes.push(match is_known {
+                    true => Cause::DeclaresNothing { address: wanted.to_owned() },
+                    false => Cause::NoConsumer { wanted: wanted.to_owned() },
+                });
+            }
+            return causes;
+        }
+        let is_one = |consumer: &Consumer| consumers.iter().any(|one| one.id == consumer.id);
+        let bindings = self.bindings(is_one);
+        let mut causes = Vec::new();
+        if !bindings.iter().any(|binding| binding.port() == Some(port)) {
+            let ports = |consumer: &&Consumer| {
+                consumer.bindings.iter().map(|b| b.descriptor.port.get()).collect::<Vec<_>>()
+            };
+            let mut declared: Vec<_> = consumers.iter().flat_map(ports).collect();
+            declared.sort_unstable();
+            declared.dedup();
+            causes.push(Cause::NotDeclared {
+                consumers: List(consumers.iter().map(|consumer| consumer.name.clone()).collect()),
+                port,
+                declared: List(declared),
+                follows: NotDeclaredMeans(
+                    consumers.first().and_then(|first| self.captured(&first.id, false)),
+                ),
+            });
+        }
+        let named = |name: &Arc<str>| consumers.iter().any(|consumer| consumer.name == *name);
+        let of_port = bindings.iter().filter(|binding| match binding.port() {
+            Some(of) => of == port,
+            None => named(binding.consumer()),
+        });
+        causes.extend(of_port.flat_map(|binding| binding.causes().collect::<Vec<_>>()));
+        causes
+    }
+}

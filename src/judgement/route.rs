@@ -1,0 +1,154 @@
+//! Routes and endpoints: where the next connection goes, and what is in its way.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::{
+    cause::Cause,
+    situation::Situation,
+    states::{EndpointHealth, RouteState},
+};
+use crate::{
+    balance::{Checked, EndpointState},
+    config::CaptureMode,
+    counts::numbered,
+    model::{ConsumerId, Endpoint, Millis},
+    table::Route,
+};
+
+/// How an endpoint is.
+pub fn endpoint(state: &EndpointState, now: Millis) -> EndpointHealth {
+    match state.ejected_for(now) {
+        _ if state.is_drained() => EndpointHealth::Drained,
+        _ if state.check() == Checked::Fails => EndpointHealth::Unhealthy,
+        None => EndpointHealth::Active,
+        Some(left) if left.is_zero() => EndpointHealth::Probing,
+        Some(_) => EndpointHealth::Ejected,
+    }
+}
+
+/// How a route is, and its endpoints, counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RouteHealth {
+    pub state: RouteState,
+    pub endpoints: usize,
+    /// Those that take their turn.
+    pub active: usize,
+    /// Those that are skipped, after failures or by a check.
+    pub ejected: usize,
+    pub probing: usize,
+    pub drained: usize,
+    /// Those that are the very address that is dialled.
+    pub circular: usize,
+}
+
+impl Situation {
+    /// How a route is.
+    pub fn route(&self, route: &Route) -> RouteHealth {
+        let mut health = RouteHealth {
+            state: RouteState::Ok,
+            endpoints: 0,
+            active: 0,
+            ejected: 0,
+            probing: 0,
+            drained: 0,
+            circular: 0,
+        };
+        for state in route.upstream.rotation.endpoints() {
+            health.endpoints += 1;
+            *match endpoint(state, self.now) {
+                EndpointHealth::Drained => &mut health.drained,
+                _ if self.is_circular(route, &state.endpoint) => &mut health.circular,
+                EndpointHealth::Active => &mut health.active,
+                EndpointHealth::Ejected | EndpointHealth::Unhealthy => &mut health.ejected,
+                EndpointHealth::Probing => &mut health.probing,
+            } += 1;
+        }
+        health.state = self.route_state(route, &health);
+        health
+    }
+
+    fn route_state(&self, route: &Route, health: &RouteHealth) -> RouteState {
+        let lost = || {
+            let query = self.queries.get(&route.upstream.query);
+            self.provider.is_lost()
+                || query.is_some_and(|query| query.is_lost() || query.held.is_some())
+        };
+        let hindered =
+            || !self.capture.standing.barriers.is_empty() || self.is_cut_off(&route.consumer);
+        if health.active + health.ejected + health.probing == 0 {
+            match route.upstream.answered {
+                true => RouteState::NoEndpoint,
+                false => RouteState::Waiting,
+            }
+        } else if health.active + health.probing == 0 {
+            RouteState::Ejected
+        } else if self.captured(&route.consumer, true) == Some(false) {
+            RouteState::NotCaptured
+        } else if self.is_draining()
+            || self.is_own_port(route)
+            || self.limits([route]).next().is_some()
+        {
+            RouteState::Refused
+        } else if health.ejected + health.probing + health.circular > 0 || lost() || hindered() {
+            RouteState::Degraded
+        } else {
+            RouteState::Ok
+        }
+    }
+
+    /// The limits that refuse the next connection of any of `routes`, one cause for each consumer at most.
+    pub(super) fn limits<'a>(
+        &self,
+        routes: impl IntoIterator<Item = &'a Route>,
+    ) -> impl Iterator<Item = Cause> {
+        let load = self.load;
+        let memory = load.is_short_of_memory().then_some(Cause::MemoryShort {});
+        let full = load.is_full().then(|| Cause::TooManyConnections {
+            are: numbered(load.live, "connection is", "connections are"),
+        });
+        let of_consumer = routes.into_iter().filter_map(move |route| {
+            let live = route.live_of_consumer.load(Relaxed);
+            load.limit_of_consumer.filter(|limit| live >= *limit)?;
+            let live = numbered(live, "connection", "connections");
+            Some(Cause::TooManyOfConsumer { consumer: route.consumer_name.clone(), live })
+        });
+        memory.into_iter().chain(full).chain(of_consumer)
+    }
+
+    /// Whether an endpoint is the very address that is dialled: under rules of the user's own a connection to it would come
+    /// back to embassy, so it gets none.
+    pub(super) fn is_circular(&self, route: &Route, endpoint: &Endpoint) -> bool {
+        self.capture.mode == CaptureMode::None
+            && endpoint.0.port() == route.key.port.get()
+            && self.table.vips().iter().any(|vip| vip.0 == endpoint.0.ip())
+    }
+
+    /// Whether what dials this port reaches our listener as if it were dialled itself.
+    pub(super) fn is_own_port(&self, route: &Route) -> bool {
+        route.key.port.get() == self.own_port
+    }
+
+    /// Where the next connection would go, if it came now. Nothing is picked by looking.
+    pub fn next_pick(&self, route: &Route) -> Option<Endpoint> {
+        let rotation = &route.upstream.rotation;
+        let all = rotation.endpoints().iter().map(|state| state.endpoint);
+        let circular: Vec<_> = all.filter(|one| self.is_circular(route, one)).collect();
+        Some(rotation.peek(route.balance, self.now, &circular)?.endpoint)
+    }
+
+    /// Why a connection to a VIP does not reach embassy, where it should.
+    pub(super) fn not_captured(&self, consumer: &ConsumerId) -> Option<Cause> {
+        if self.captured(consumer, true) != Some(false) {
+            return None;
+        }
+        let standing = &self.capture.standing;
+        Some(match &standing.error {
+            Some(error) => Cause::RulesFail { error: error.as_str().into() },
+            None if *consumer == ConsumerId::Local && self.capture.mode == CaptureMode::Dnat => {
+                Cause::NeedsRedirect {}
+            }
+            None if self.table.vips().is_empty() => Cause::NoVip {},
+            None => Cause::RulesMissing {},
+        })
+    }
+}

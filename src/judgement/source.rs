@@ -1,0 +1,88 @@
+//! Sources: whether they answer, and what is used of them.
+
+use std::time::{Duration, Instant};
+
+use super::{
+    cause::{Cause, Seconds, Used},
+    states::{Reason, SourceState, Verdict},
+};
+use crate::{control::InUse, source::Known};
+
+/// Whether a source answers.
+pub fn source<T>(known: &Known<T>) -> SourceState {
+    match (&known.error, &known.value) {
+        (Some(_), _) => SourceState::Down,
+        (None, Some(_)) => SourceState::Up,
+        (None, None) => SourceState::Waiting,
+    }
+}
+
+/// What is known of a source at one moment.
+#[derive(Debug, Clone)]
+pub struct SourceReading {
+    pub name: String,
+    pub state: SourceState,
+    pub error: Option<Reason>,
+    pub used: Used,
+    /// How much longer the last endpoints stay in use, where it says that there are none.
+    pub held: Option<Duration>,
+    /// Entries that were skipped, each with its reason.
+    pub skipped: Vec<String>,
+}
+
+impl SourceReading {
+    pub fn of<T>(
+        name: String,
+        known: &Known<T>,
+        in_use: Option<&InUse>,
+        skipped: Vec<String>,
+        now: Instant,
+    ) -> Self {
+        let since = |at: Instant| now.saturating_duration_since(at);
+        Self {
+            name,
+            state: source(known),
+            error: known.error.as_deref().map(Reason::from),
+            used: match (known.confirmed, in_use) {
+                (Some(at), _) => Used::Answer(since(at)),
+                (None, Some(InUse::Kept { confirmed })) => Used::Kept(Some(since(*confirmed))),
+                (None, _) => Used::Nothing,
+            },
+            held: match in_use {
+                Some(InUse::Held { until }) => Some(until.saturating_duration_since(now)),
+                _ => None,
+            },
+            skipped,
+        }
+    }
+
+    /// Whether its answer is not what it says now.
+    pub fn is_lost(&self) -> bool {
+        self.state == SourceState::Down
+    }
+
+    pub fn verdict(&self) -> Verdict {
+        Verdict::worst(self.causes().iter().map(Cause::verdict))
+    }
+
+    /// What is to be said of it.
+    pub fn causes(&self) -> Vec<Cause> {
+        let name = || self.name.clone();
+        let mut causes = Vec::new();
+        match self.state {
+            SourceState::Up => {}
+            SourceState::Waiting => causes.push(Cause::SourceAwaited { source: name() }),
+            SourceState::Down => {
+                let error = self.error.clone().unwrap_or_else(|| "".into());
+                causes.push(Cause::SourceDown { source: name(), error, used: self.used });
+            }
+        }
+        causes.extend(self.held.map(|left| Cause::Held { source: name(), left: Seconds(left) }));
+        let skipped = self
+            .skipped
+            .iter()
+            .map(|entry| Cause::Skipped { source: name(), entry: entry.clone() });
+        causes.extend(skipped);
+        causes
+    }
+}

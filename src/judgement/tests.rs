@@ -1,0 +1,510 @@
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    capture::{Standing, input::Barrier},
+    config::{CaptureMode, CaptureScope},
+    control::InUse,
+    descriptor::Balance,
+    discovery::{Endpoints, Query},
+    memory::Use,
+    model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Millis, ServiceName, Vip},
+    provider::{Listing, Problem},
+    readiness::Part,
+    source::Known,
+    table::{Inputs, Route, Table},
+};
+
+const NOW: Millis = Millis(100_000);
+
+fn query() -> Query {
+    Query {
+        via: "consul".into(),
+        service: ServiceName::new("web").unwrap(),
+        tags: Default::default(),
+        dc: None,
+        port: None,
+    }
+}
+
+fn app() -> Consumer {
+    let binding = |text: &str| Binding {
+        origin: format!("BACKEND_{text}").into(),
+        descriptor: text.parse().unwrap(),
+    };
+    Consumer {
+        id: ConsumerId::Container { id: ContainerId::new("0123456789"), started_at: "t0".into() },
+        name: "app".into(),
+        namespace: "app".into(),
+        sources: vec!["172.17.0.2".parse().unwrap()],
+        gateways: vec!["172.17.0.1".parse().unwrap()],
+        bindings: vec![binding("web;80")],
+        ends: vec![],
+    }
+}
+
+/// How one endpoint is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Is {
+    Active,
+    Ejected,
+    Probing,
+    Unhealthy,
+    Drained,
+    /// The very address that is dialled.
+    Dialled,
+}
+
+/// One consumer that asks for one service.
+#[derive(Debug, Clone)]
+struct Setting {
+    mode: CaptureMode,
+    in_place: bool,
+    rules_error: bool,
+    vips: bool,
+    barrier: bool,
+    consumer: Consumer,
+    /// `None`: no answer.
+    endpoints: Option<Vec<Is>>,
+    source_fails: bool,
+    held: bool,
+    provider_fails: bool,
+    pending: Vec<Part>,
+    live: usize,
+    limit: usize,
+    limit_of_consumer: Option<usize>,
+    memory_short: bool,
+    problem: bool,
+    skipped: bool,
+    own_port: u16,
+}
+
+/// In which all is well.
+fn well() -> Setting {
+    Setting {
+        mode: CaptureMode::Dnat,
+        in_place: true,
+        rules_error: false,
+        vips: true,
+        barrier: false,
+        consumer: app(),
+        endpoints: Some(vec![Is::Active]),
+        source_fails: false,
+        held: false,
+        provider_fails: false,
+        pending: vec![],
+        live: 0,
+        limit: 1000,
+        limit_of_consumer: None,
+        memory_short: false,
+        problem: false,
+        skipped: false,
+        own_port: 9999,
+    }
+}
+
+fn address(n: usize, is: Is) -> Endpoint {
+    match is {
+        Is::Dialled => Endpoint("172.17.0.1:80".parse().unwrap()),
+        _ => Endpoint(format!("10.0.0.1:{}", n + 1000).parse().unwrap()),
+    }
+}
+
+impl Setting {
+    fn of(change: impl FnOnce(&mut Self)) -> Self {
+        let mut setting = well();
+        change(&mut setting);
+        setting
+    }
+
+    fn situation(&self) -> Situation {
+        let all = self.endpoints.iter().flatten().enumerate();
+        let endpoints = Endpoints::new(all.clone().map(|(n, is)| address(n, *is)), vec![]);
+        let answers = self.endpoints.is_some().then(|| (query(), Arc::new(endpoints.clone())));
+        let consumer = Arc::new(self.consumer.clone());
+        let vip = self.vips.then(|| Vip("172.17.0.1".parse().unwrap()));
+        let inputs = Inputs {
+            consumers: &[&consumer],
+            known: &Arc::default(),
+            contested: &BTreeSet::new(),
+            networks: &BTreeSet::new(),
+            endpoints: &answers.into_iter().collect(),
+            vips: vip.as_slice(),
+            gateways_are_vips: false,
+            balance: Balance::RoundRobin,
+            now: Instant::now(),
+        };
+        let table = Table::default().next(&inputs, |_| Ok(query())).unwrap();
+        for (n, is) in all {
+            let states = table.endpoints().map(|(_, state)| state);
+            for state in states.filter(|state| state.endpoint == address(n, *is)) {
+                match is {
+                    Is::Active | Is::Dialled => {}
+                    Is::Ejected => drop(state.failed(NOW, NOW)),
+                    Is::Probing => drop(state.failed(Millis(0), Millis(0))),
+                    Is::Unhealthy => {
+                        state.checked(false);
+                        state.checked(false);
+                    }
+                    Is::Drained => state.drain(true),
+                }
+            }
+        }
+        for route in table.routes() {
+            route.live_of_consumer.store(self.live, std::sync::atomic::Ordering::Relaxed);
+        }
+        let now = Instant::now();
+        let known = Known {
+            value: self.endpoints.as_ref().map(|_| Arc::new(endpoints)),
+            confirmed: self.endpoints.as_ref().map(|_| now),
+            error: self.source_fails.then(|| "refused".into()),
+            ..Known::default()
+        };
+        let in_use = InUse::Held { until: now + Duration::from_secs(24) };
+        let in_use = (self.held && self.endpoints.is_some()).then_some(&in_use);
+        let skipped: Vec<_> = self.skipped.then(|| "key: no port".to_owned()).into_iter().collect();
+        let of_query = SourceReading::of(query().to_string(), &known, in_use, skipped, now);
+        let problem =
+            Problem { consumer: "other".into(), origin: "BACKEND_X".into(), reason: String::new() };
+        let listing = Listing {
+            consumers: vec![consumer],
+            problems: self.problem.then_some(problem).into_iter().collect(),
+            ..Listing::default()
+        };
+        let listed = Known {
+            value: Some(Arc::new(listing.clone())),
+            confirmed: Some(now),
+            error: self.provider_fails.then(|| "no socket".into()),
+            ..Known::default()
+        };
+        let barrier = Barrier { chain: "chain INPUT".into(), remedy: "open it".into() };
+        Situation {
+            table: Arc::new(table),
+            listing: Arc::new(listing),
+            provider: SourceReading::of("provider".into(), &listed, None, vec![], now),
+            queries: HashMap::from([(query(), of_query)]),
+            own_port: self.own_port,
+            capture: CaptureReading {
+                mode: self.mode,
+                scope: CaptureScope::Declared,
+                standing: Standing {
+                    in_place: self.in_place,
+                    error: (self.rules_error && !self.in_place).then(|| "no nft".into()),
+                    barriers: self.barrier.then_some(barrier).into_iter().collect(),
+                    ..Standing::default()
+                },
+            },
+            pending: self.pending.iter().map(|part| (*part, Duration::from_secs(1))).collect(),
+            load: Load {
+                live: self.live,
+                limit: self.limit,
+                limit_of_consumer: self.limit_of_consumer,
+                memory_short: self.memory_short,
+            },
+            now: NOW,
+            cut_off: Default::default(),
+        }
+    }
+}
+
+fn routes(situation: &Situation) -> Vec<&Route> {
+    situation.table.routes().map(|route| &**route).collect()
+}
+
+/// What is said of the port of the consumer.
+fn explained(situation: &Situation, port: u16) -> Vec<Cause> {
+    let consumers: Vec<_> = situation.listing.consumers.iter().map(|one| &**one).collect();
+    let of_port = routes(situation).into_iter().filter(|route| route.key.port.get() == port);
+    situation.of_port("app", port, &consumers, &of_port.collect::<Vec<_>>())
+}
+
+fn words(causes: &[Cause]) -> Vec<&'static str> {
+    causes.iter().map(|cause| cause.finding().cause).collect()
+}
+
+#[test]
+fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
+    use RouteState::{Degraded, Ejected, NoEndpoint, NotCaptured, Ok, Refused, Waiting};
+    let endpoints = |list: &'static [Is]| move |s: &mut Setting| s.endpoints = Some(list.to_vec());
+    type Change = Box<dyn FnOnce(&mut Setting)>;
+    let cases: Vec<(&str, RouteState, Change)> = vec![
+        ("goes_to", Ok, Box::new(|_| {})),
+        ("goes_to", Ok, Box::new(endpoints(&[Is::Active, Is::Drained]))),
+        ("goes_to", Ok, Box::new(|s| s.mode = CaptureMode::None)),
+        ("goes_to", Ok, Box::new(|s| s.skipped = true)),
+        ("ejected", Degraded, Box::new(endpoints(&[Is::Active, Is::Ejected]))),
+        ("probing", Degraded, Box::new(endpoints(&[Is::Probing]))),
+        ("unhealthy", Degraded, Box::new(endpoints(&[Is::Active, Is::Unhealthy]))),
+        ("source_down", Degraded, Box::new(|s| s.source_fails = true)),
+        ("source_down", Degraded, Box::new(|s| s.provider_fails = true)),
+        ("held", Degraded, Box::new(|s| s.held = true)),
+        ("barrier", Degraded, Box::new(|s| s.barrier = true)),
+        ("cut_off", Degraded, Box::new(|s| s.consumer.gateways.clear())),
+        (
+            "circular",
+            Degraded,
+            Box::new(|s| {
+                s.mode = CaptureMode::None;
+                s.endpoints = Some(vec![Is::Active, Is::Dialled]);
+            }),
+        ),
+        (
+            "all_circular",
+            NoEndpoint,
+            Box::new(|s| {
+                s.mode = CaptureMode::None;
+                s.endpoints = Some(vec![Is::Dialled]);
+            }),
+        ),
+        ("all_ejected", Ejected, Box::new(endpoints(&[Is::Ejected, Is::Unhealthy]))),
+        ("all_ejected", Ejected, Box::new(endpoints(&[Is::Ejected, Is::Drained]))),
+        ("no_endpoint", NoEndpoint, Box::new(endpoints(&[]))),
+        ("all_drained", NoEndpoint, Box::new(endpoints(&[Is::Drained]))),
+        ("waiting", Waiting, Box::new(|s| s.endpoints = None)),
+        ("rules_missing", NotCaptured, Box::new(|s| s.in_place = false)),
+        ("rules_fail", NotCaptured, Box::new(|s| (s.in_place, s.rules_error) = (false, true))),
+        ("own_port", Refused, Box::new(|s| s.own_port = 80)),
+        ("no_vip", NotCaptured, Box::new(|s| s.vips = false)),
+        ("needs_redirect", NotCaptured, Box::new(|s| s.consumer.id = ConsumerId::Local)),
+        ("draining", Refused, Box::new(|s| s.pending = vec![Part::Draining])),
+        ("too_many_connections", Refused, Box::new(|s| s.limit = 0)),
+        (
+            "too_many_of_consumer",
+            Refused,
+            Box::new(|s| (s.live, s.limit_of_consumer) = (1, Some(1))),
+        ),
+        ("memory_short", Refused, Box::new(|s| (s.live, s.memory_short) = (64, true))),
+    ];
+    let mut states = BTreeSet::new();
+    for (cause, state, change) in cases {
+        let setting = Setting::of(change);
+        let situation = setting.situation();
+        let route = routes(&situation)[0];
+        assert_eq!(situation.route(route).state, state, "{cause}: {setting:?}");
+        let first = explained(&situation, 80)[0].finding();
+        assert_eq!(first.cause, cause, "{setting:?}");
+        states.insert(state);
+    }
+    assert_eq!(states.len(), RouteState::ALL.len(), "every state is met");
+}
+
+#[test]
+fn nothing_is_wrong_where_nothing_is() {
+    let situation = well().situation();
+    let overview = situation.overview(&HostUse::default());
+    assert_eq!((overview.verdict(), words(&overview.causes)), (Verdict::Ok, vec![]));
+    assert_eq!(situation.awaited(), []);
+    assert!(overview.verdicts().values().all(|verdict| *verdict == Verdict::Ok));
+}
+
+#[test]
+fn a_port_without_a_route_says_why() {
+    let of = |setting: Setting, port| words(&explained(&setting.situation(), port));
+    assert_eq!(of(well(), 81), ["not_declared"]);
+    let unaddressed = Setting::of(|s| s.consumer.sources.clear());
+    let causes = explained(&unaddressed.situation(), 80);
+    let finding = causes[0].finding();
+    assert_eq!((finding.cause, finding.verdict), ("unrouted", Verdict::Broken));
+    assert!(finding.text.contains("--network none"), "{finding:?}");
+
+    let situation = Setting::of(|s| s.problem = true).situation();
+    let said = |wanted: &str| situation.of_port(wanted, 80, &[], &[])[0].finding();
+    assert_eq!(said("nobody").cause, "no_consumer");
+    let invalid = said("other");
+    assert_eq!(invalid.text, "other BACKEND_X was skipped: no reason was given.");
+}
+
+#[test]
+fn a_binding_that_has_not_all_of_its_routes_has_a_reason() {
+    let state = |setting: Setting| {
+        let situation = setting.situation();
+        let all = situation.bindings(|_| true);
+        assert!(all.iter().all(|b| b.reasons().is_empty() == (b.state() == BindingState::Routed)));
+        all.iter().map(BindingFate::state).collect::<Vec<_>>()
+    };
+    assert_eq!(state(well()), [BindingState::Routed]);
+    assert_eq!(
+        state(Setting::of(|s| s.problem = true)),
+        [BindingState::Routed, BindingState::Invalid]
+    );
+    assert_eq!(state(Setting::of(|s| s.consumer.sources.clear())), [BindingState::Unrouted]);
+}
+
+#[test]
+fn a_source_is_as_bad_as_what_is_used_of_it() {
+    let now = Instant::now();
+    let fails = Known::<()> { error: Some("".into()), ..Known::default() };
+    let kept = InUse::Kept { confirmed: now };
+    let of = |known: &Known<()>, in_use| {
+        SourceReading::of("consul web".into(), known, in_use, vec![], now + Duration::from_secs(4))
+    };
+    assert_eq!(of(&Known::default(), None).verdict(), Verdict::Broken);
+    assert_eq!(of(&fails, None).verdict(), Verdict::Broken);
+    assert_eq!(
+        of(&fails, None).causes()[0].finding().text,
+        "consul web does not answer (no reason was given); nothing is known of it."
+    );
+    let of_an_earlier_run = of(&fails, Some(&kept));
+    assert_eq!(of_an_earlier_run.verdict(), Verdict::Degraded);
+    assert_eq!(
+        of_an_earlier_run.causes()[0].finding().text,
+        "consul web does not answer (no reason was given); what an earlier run knew, confirmed 4 s ago, is in use."
+    );
+    let known = Known { value: Some(Arc::new(())), confirmed: Some(now), ..Known::default() };
+    assert_eq!(of(&known, None).verdict(), Verdict::Ok);
+    let held = InUse::Held { until: now + Duration::from_secs(28) };
+    assert_eq!(
+        of(&known, Some(&held)).causes()[0].finding().text,
+        "consul web says that there are no endpoints; the last ones stay in use for 24 s more."
+    );
+}
+
+#[test]
+fn embassy_is_ready_while_nothing_is_awaited_and_its_rules_stand() {
+    let parts = |setting: Setting| {
+        let awaited = setting.situation().awaited();
+        awaited.into_iter().map(|awaited| (awaited.part, awaited.sources)).collect::<Vec<_>>()
+    };
+    assert_eq!(parts(Setting::of(|s| s.in_place = false)), [(Part::Capture, vec![])]);
+    // Told once, however it is known.
+    let both = Setting::of(|s| (s.in_place, s.pending) = (false, vec![Part::Capture]));
+    assert_eq!(parts(both), [(Part::Capture, vec![])]);
+    // Who shuts down takes the rules away.
+    let draining = Setting::of(|s| (s.in_place, s.pending) = (false, vec![Part::Draining]));
+    assert_eq!(parts(draining), [(Part::Draining, vec![])]);
+    assert_eq!(parts(Setting::of(|s| (s.mode, s.in_place) = (CaptureMode::None, false))), []);
+    let awaited = Setting::of(|s| {
+        s.endpoints = None;
+        s.pending = vec![Part::Discovery, Part::Listing];
+    });
+    assert_eq!(
+        parts(awaited),
+        [
+            (Part::Discovery, vec!["consul web".to_owned()]),
+            (Part::Listing, vec!["provider".to_owned()])
+        ]
+    );
+    // A source that fails later is no reason.
+    assert_eq!(parts(Setting::of(|s| s.source_fails = true)), []);
+}
+
+#[test]
+fn this_host_is_judged_by_how_much_of_its_limits_is_in_use() {
+    let verdict = |use_of: HostUse| {
+        let overview = well().situation().overview(&use_of);
+        (overview.verdict(), words(&overview.causes))
+    };
+    let of = |used, limit| Some(Use { used, limit });
+    let conntrack = |used| HostUse { conntrack: of(used, 1000), ..HostUse::default() };
+    assert_eq!(verdict(conntrack(749)), (Verdict::Ok, vec![]));
+    assert_eq!(verdict(conntrack(750)), (Verdict::Degraded, vec!["conntrack"]));
+    assert_eq!(verdict(conntrack(950)), (Verdict::Broken, vec!["conntrack"]));
+    let none = HostUse { conntrack: of(0, 0), ..HostUse::default() };
+    assert_eq!(verdict(none), (Verdict::Ok, vec![]));
+    let descriptors = HostUse { descriptors: of(9_500, 10_000), ..HostUse::default() };
+    assert_eq!(verdict(descriptors), (Verdict::Degraded, vec!["descriptors"]));
+    let memory = HostUse { memory: of(95 << 20, 100 << 20), ..HostUse::default() };
+    assert_eq!(verdict(memory), (Verdict::Broken, vec!["memory"]));
+}
+
+#[test]
+fn what_is_wrong_many_times_is_counted() {
+    let setting = Setting::of(|s| {
+        let many = (1..=30).map(|port| Binding {
+            origin: format!("BACKEND_{port}").into(),
+            descriptor: format!("web;{port}").parse().unwrap(),
+        });
+        s.consumer.bindings = many.collect();
+        s.consumer.sources.clear();
+    });
+    let overview = setting.situation().overview(&HostUse::default());
+    let texts: Vec<_> = overview.causes.iter().map(|cause| cause.finding().text).collect();
+    assert_eq!((overview.problems, texts.len()), (30, 21), "{texts:#?}");
+    assert_eq!(texts[20], "And 10 more.");
+}
+
+fn any_setting() -> impl Strategy<Value = Setting> {
+    let is = prop_oneof![
+        Just(Is::Active),
+        Just(Is::Ejected),
+        Just(Is::Probing),
+        Just(Is::Unhealthy),
+        Just(Is::Drained),
+        Just(Is::Dialled),
+    ];
+    let mode =
+        prop_oneof![Just(CaptureMode::None), Just(CaptureMode::Dnat), Just(CaptureMode::Redirect)];
+    let capture = (mode, any::<[bool; 4]>(), any::<(bool, bool)>());
+    let sources = (proptest::option::of(prop::collection::vec(is, 0..4)), any::<[bool; 5]>());
+    let load = (0..70usize, 0..70usize, proptest::option::of(0..70usize), any::<(bool, bool)>());
+    (capture, sources, load).prop_map(|(capture, sources, load)| {
+        let (mode, [in_place, rules_error, vips, barrier], (local, gateways)) = capture;
+        let (endpoints, [source_fails, held, provider_fails, problem, skipped]) = sources;
+        let (live, limit, limit_of_consumer, (memory_short, draining)) = load;
+        let mut consumer = app();
+        if local {
+            consumer.id = ConsumerId::Local;
+        }
+        if !gateways {
+            consumer.gateways.clear();
+        }
+        Setting {
+            mode,
+            // Whose rules are the user's own has none that could stand or be barred.
+            in_place: in_place && mode != CaptureMode::None,
+            rules_error: rules_error && mode != CaptureMode::None,
+            vips,
+            barrier: barrier && mode != CaptureMode::None,
+            consumer,
+            endpoints,
+            source_fails,
+            held,
+            provider_fails,
+            pending: draining.then_some(Part::Draining).into_iter().collect(),
+            live,
+            limit,
+            limit_of_consumer,
+            memory_short,
+            problem,
+            skipped,
+            own_port: 9999,
+        }
+    })
+}
+
+proptest! {
+    /// The lists, the explanation, the overview and readiness cannot contradict each other.
+    #[test]
+    fn everybody_is_told_the_same(setting in any_setting()) {
+        let situation = setting.situation();
+        let route = routes(&situation)[0];
+        let listed = situation.route(route).state.verdict();
+        let causes = explained(&situation, 80);
+        let explained = Verdict::worst(causes.iter().map(Cause::verdict));
+        prop_assert_eq!(explained, listed, "{:?}: {:?}", situation.route(route), causes);
+        prop_assert_eq!(causes[0].verdict(), explained, "the cause comes first");
+
+        let overview = situation.overview(&HostUse::default());
+        prop_assert!(overview.verdict() >= listed, "{overview:?}");
+        prop_assert_eq!(overview.verdicts()[&Subject::Routes], listed);
+        let all: Verdict = overview.verdicts().into_values().max().unwrap();
+        prop_assert_eq!(all, overview.verdict());
+        // Who is not ready says so.
+        prop_assert!(situation.awaited().is_empty() || overview.verdict() > Verdict::Ok);
+
+        // Whoever reads that something is wrong reads what to do.
+        for cause in causes.iter().chain(&overview.causes) {
+            let finding = cause.finding();
+            prop_assert_eq!(finding.verdict, cause.verdict());
+            prop_assert!(!finding.text.trim().is_empty() && !finding.cause.is_empty());
+            let fix = finding.fix.is_some_and(|fix| !fix.is_empty());
+            prop_assert!(fix || finding.verdict == Verdict::Ok, "{cause:?}");
+        }
+    }
+}
