@@ -285,11 +285,11 @@ mod tests {
             ("consul://[::1]:80", "http://[::1]/"),
             ("consuls://h:8501", "https://h:8501/"),
         ] {
-            assert_eq!(consul(text, &settings()).base.as_str(), base);
+            assert_eq!(consul(text, &settings()).client.base().as_str(), base);
         }
         let mut tls = settings();
         tls.consul.tls = true;
-        assert_eq!(consul("consul://h:8501", &tls).base.as_str(), "https://h:8501/");
+        assert_eq!(consul("consul://h:8501", &tls).client.base().as_str(), "https://h:8501/");
     }
 
     #[test]
@@ -308,7 +308,8 @@ mod tests {
 
     #[test]
     fn etcd_may_have_many_members_and_a_flag_of_tls_is_enough_for_tls() {
-        let members = |etcd: Etcd| etcd.members.iter().map(Url::to_string).collect::<Vec<_>>();
+        let members =
+            |etcd: Etcd| etcd.client.members().iter().map(Url::to_string).collect::<Vec<_>>();
         let text = "etcd://a:4001,10.0.0.1,[::1]:2380";
         let plain = etcd(text, &settings());
         assert_eq!(plain.api, Api::Any);

@@ -51,11 +51,18 @@ impl Followed {
     }
 
     pub(crate) fn of(discoveries: &Discoveries, descriptor: &str) -> Self {
+        // No resync comes to the rescue within a test: what is seen is seen by following.
+        Self::read_again_by(discoveries, descriptor, &ResyncRequests::new(10 * SOON))
+    }
+
+    pub(crate) fn read_again_by(
+        discoveries: &Discoveries,
+        descriptor: &str,
+        resync: &ResyncRequests,
+    ) -> Self {
         let descriptor = descriptor.parse().expect("a descriptor that is right");
         let query = discoveries.query(&descriptor).expect("the discovery that was configured");
-        // No resync comes to the rescue within a test: what is seen is seen by following.
-        let resync = ResyncRequests::new(10 * SOON);
-        let mut watches = Watches::new(discoveries.clone(), resync, Arc::default());
+        let mut watches = Watches::new(discoveries.clone(), resync.clone(), Arc::default());
         watches.ask(&query);
         Self { watches, query }
     }

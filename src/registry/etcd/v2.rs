@@ -1,77 +1,126 @@
 //! The v2 store: the branch is read once, and followed event by event: each poll waits for the one after the last
 //! (etcd.io/docs/v2.3/api, "Waiting for a change"). The server keeps 1,000 events; where it has forgotten the one that
-//! is asked for, the branch is read again.
+//! is asked for, the branch is read again. A branch that has no long poll is read every few seconds, from the member's own
+//! memory: a read that the cluster must agree upon costs as much as a write.
 
-use std::time::Duration;
+use std::{fmt, sync::Arc, time::Duration};
 
-use reqwest::{Client, RequestBuilder, StatusCode};
+use futures_util::{FutureExt, future::BoxFuture};
+use reqwest::{StatusCode, header::HeaderMap};
 use serde::Deserialize;
-use tokio::time::timeout;
-use url::Url;
+use tokio::time::{Instant, sleep_until, timeout};
 
-use super::{Branch, Etcd, Step, value::Tree};
+use super::{Branch, Etcd, Step, Tree};
 use crate::{
-    discovery::{
-        Secret,
-        http::{self, ANSWER, Answer, Pace},
-    },
+    registry::http::{self, ANSWER, Answer, Http, LongPoll, Pace},
     source::SourceError,
 };
 
-/// How long one poll waits for an event. The server itself would wait for minutes, in which one that hangs would go
+/// How often a branch without news is confirmed. A poll itself may wait for days, and one whose server hangs would go
 /// unnoticed.
-const WAIT: Duration = Duration::from_secs(10);
+const CONFIRMED: Duration = Duration::from_secs(10);
 /// How long a poll's headers may take: they come at once, and the event later.
 const HEAD: Duration = Duration::from_secs(5);
+/// How old an answer about the leader, or about the server's version, may be.
+const RECENT: Duration = Duration::from_secs(5);
 
 /// Error codes of the store.
 const KEY_NOT_FOUND: u64 = 100;
 const EVENT_FORGOTTEN: u64 = 401;
 
-/// One branch in the v2 store of one member.
-pub(super) struct V2 {
-    client: Client,
-    member: Url,
-    key: Url,
-    user: Option<(String, Secret)>,
+/// One branch in the v2 store.
+pub(crate) struct Follower {
+    etcd: Arc<Etcd>,
+    /// Of the key's URL.
+    path: String,
     tree: Tree,
-    /// The event to wait for; `None` until the branch is read, and where it must be read again.
-    wait: Option<u64>,
+    state: State,
+    read_again: bool,
     pace: Pace,
-    distance: Duration,
 }
 
-impl V2 {
-    pub(super) fn new(member: &Url, branch: &Branch, etcd: &Etcd) -> Result<Self, SourceError> {
-        let tls = (member.scheme() == "https").then_some(&etcd.tls);
-        let mut key = member.clone();
-        if let Ok(mut path) = key.path_segments_mut() {
-            path.pop_if_empty().extend(["v2", "keys"]).extend(branch.segments()?);
-        }
+enum State {
+    Unread,
+    /// The tree is that before the event `wait`.
+    Read {
+        wait: u64,
+        poll_at: Instant,
+    },
+    /// The server is to tell of that event, or of the next one after it that is about the branch.
+    Polling {
+        wait: u64,
+        poll: BoxFuture<'static, Polled>,
+        confirm_at: Instant,
+    },
+}
+
+/// `None` where the poll cannot tell, and the branch is to be read.
+type Polled = Result<Option<Answer>, SourceError>;
+
+impl Follower {
+    pub(super) fn new(etcd: Arc<Etcd>, branch: &Branch) -> Result<Self, SourceError> {
+        let path = ["/v2/keys"].into_iter().chain(branch.segments()?).collect::<Vec<_>>().join("/");
         Ok(Self {
-            client: http::build(http::builder(tls)?)?,
-            member: member.clone(),
-            key,
-            user: etcd.user.clone(),
+            etcd,
+            path,
             tree: Tree::default(),
-            wait: None,
+            state: State::Unread,
+            read_again: false,
             pace: Pace::new(),
-            distance: Pace::NEWS,
         })
     }
 
-    pub(super) fn tree(&self) -> &Tree {
+    pub(crate) fn tree(&self) -> &Tree {
         &self.tree
     }
 
+    /// Has the next step be a full read.
+    pub(crate) fn read_again(&mut self) {
+        self.read_again = true;
+    }
+
     /// Reads the branch; from then on, waits for the next change or confirmation. May be dropped while it waits.
-    pub(super) async fn next(&mut self) -> Result<Step, SourceError> {
+    pub(crate) async fn next(&mut self) -> Result<Step, SourceError> {
         loop {
-            self.pace.keep(self.distance).await;
-            match self.wait {
-                None => return self.read().await,
-                Some(wait) => {
-                    if let Some(step) = self.poll(wait).await? {
+            if self.read_again {
+                return self.read(true).await;
+            }
+            match &mut self.state {
+                State::Unread => {
+                    self.pace.keep().await;
+                    return self.read(true).await;
+                }
+                State::Read { wait, poll_at } => {
+                    let (wait, poll_at) = (*wait, *poll_at);
+                    let (_, url) = self.etcd.url(&self.path, None);
+                    let Some(turn) = self.etcd.http.long_poll(&url, poll_at).await else {
+                        self.etcd.has_leader().await?;
+                        let step = self.read(false).await?;
+                        if matches!(self.state, State::Unread) {
+                            continue;
+                        }
+                        return Ok(step);
+                    };
+                    self.pace.keep().await;
+                    let poll = poll(self.etcd.clone(), self.path.clone(), wait, turn).boxed();
+                    self.state =
+                        State::Polling { wait, poll, confirm_at: Instant::now() + CONFIRMED };
+                }
+                State::Polling { wait, poll, confirm_at } => {
+                    let wait = *wait;
+                    let polled = tokio::select! {
+                        polled = poll => polled?,
+                        () = sleep_until(*confirm_at) => {
+                            self.etcd.has_leader().await?;
+                            *confirm_at = Instant::now() + CONFIRMED;
+                            return Ok(Step::Confirmed);
+                        }
+                    };
+                    self.pace.answered(false);
+                    self.state = State::Unread;
+                    if let Some(answer) = polled
+                        && let Some(step) = self.take(&answer, wait)?
+                    {
                         return Ok(step);
                     }
                 }
@@ -79,35 +128,11 @@ impl V2 {
         }
     }
 
-    /// Whether this server has a v3 store as well.
-    pub(super) async fn server_has_v3(&self) -> Result<bool, SourceError> {
-        let mut url = self.member.clone();
-        url.set_path("/version");
-        let answer = http::get(&url, self.request(&url), ANSWER).await?;
-        if answer.status != StatusCode::OK {
-            return Err(answer.refusal());
-        }
-        // The first etcds answer with a sentence.
-        Ok(serde_json::from_slice(&answer.body).is_ok_and(|version: Version| version.has_v3()))
-    }
-
-    pub(super) fn no_such_store(&self) -> SourceError {
-        http::fault(&self.key, "this etcd has no v2 API: expected one with --enable-v2")
-    }
-
-    fn request(&self, url: &Url) -> RequestBuilder {
-        let request = self.client.get(url.clone());
-        match &self.user {
-            Some((name, password)) => request.basic_auth(name, Some(password.reveal())),
-            None => request,
-        }
-    }
-
-    /// Reads the whole branch, agreed upon by the cluster.
-    async fn read(&mut self) -> Result<Step, SourceError> {
-        let mut url = self.key.clone();
-        url.set_query(Some("recursive=true&sorted=true&quorum=true"));
-        let answer = http::get(&url, self.request(&url), ANSWER).await?;
+    /// Reads the whole branch: as the cluster agrees upon it, or as the member knows it.
+    async fn read(&mut self, agreed: bool) -> Result<Step, SourceError> {
+        let quorum = if agreed { "&quorum=true" } else { "" };
+        let query = format!("recursive=true&sorted=true{quorum}");
+        let answer = self.etcd.get(&self.path, Some(&query)).await?;
         let (tree, index) = match answer.status {
             StatusCode::OK => {
                 let mut tree = Tree::default();
@@ -125,90 +150,118 @@ impl V2 {
         };
         let index =
             index.ok_or_else(|| answer.fault("the answer has no X-Etcd-Index: is this etcd?"))?;
-        self.tree = tree;
-        self.wait = Some(index.saturating_add(1));
-        self.distance = Pace::NEWS;
-        Ok(Step::Changed)
-    }
-
-    /// Waits for the event `wait` or the next one after it that is about the branch. `None` where that says nothing.
-    async fn poll(&mut self, wait: u64) -> Result<Option<Step>, SourceError> {
-        let mut url = self.key.clone();
-        url.set_query(Some(&format!("wait=true&recursive=true&waitIndex={wait}")));
-        self.distance = Pace::IDLE;
-        let Ok(response) = timeout(HEAD, http::open(&url, self.request(&url))).await else {
-            // It hangs, or something between us holds the headers back: reading the branch anew tells.
-            self.wait = None;
-            return Ok(None);
-        };
-        let mut response = response?;
-        let index = http::number(response.headers(), INDEX);
-        if index.is_some_and(|index| index.saturating_add(1) < wait) {
-            // Another store than the one that was read: restored, behind an address that stayed. Its next events are not
-            // those that are waited for.
-            self.wait = None;
-            return Ok(None);
-        }
-        let index = index.unwrap_or_default();
-        let mut body = Vec::new();
-        match timeout(WAIT, http::more(&url, &mut response, &mut body)).await {
-            Ok(more) => more?,
-            Err(_) => {
-                self.has_leader().await?;
-                // Nothing up to where the store was when it began to wait.
-                self.wait = Some(wait.max(index.saturating_add(1)));
-                return Ok(Some(Step::Unchanged));
+        let next = index.saturating_add(1);
+        match &self.state {
+            // A member that lags, or another store: what the cluster agrees upon decides.
+            State::Read { wait, .. } if !agreed && next < *wait => {
+                self.state = State::Unread;
+                return Ok(Step::Confirmed);
             }
-        };
-        let rest = async {
-            while http::more(&url, &mut response, &mut body).await? {}
-            Ok(())
-        };
-        timeout(ANSWER, rest)
-            .await
-            .map_err(|_| http::fault(&url, "the answer does not come to its end"))??;
-        self.take(&Answer::new(&url, &response, body), wait)
-    }
-
-    /// A member that has lost its leader still waits for events with us, which do not come. It is cheaper to ask for
-    /// the leader than to read: a read that the cluster must agree upon costs as much as a write.
-    async fn has_leader(&self) -> Result<(), SourceError> {
-        let mut url = self.member.clone();
-        url.set_path("/v2/members/leader");
-        let answer = http::get(&url, self.request(&url), ANSWER).await?;
-        match answer.status {
-            StatusCode::SERVICE_UNAVAILABLE => Err(answer.refusal()),
-            // Old servers do not know the question, and others may not answer it to everybody.
-            _ => Ok(()),
+            // The poll is where it should be.
+            State::Polling { wait, .. } if tree == self.tree && next >= *wait => {}
+            _ => self.state = State::Read { wait: next, poll_at: Http::next_poll() },
         }
+        self.read_again = false;
+        self.tree = tree;
+        self.pace.answered(true);
+        Ok(Step::Read)
     }
 
-    /// Takes in the answer to a poll.
+    /// Takes in the answer to a poll. `None` where that says nothing.
     fn take(&mut self, answer: &Answer, wait: u64) -> Result<Option<Step>, SourceError> {
         if answer.status != StatusCode::OK {
             let fault = serde_json::from_slice::<Fault>(&answer.body);
             if fault.is_ok_and(|fault| fault.error_code == EVENT_FORGOTTEN) {
-                self.wait = None;
                 return Ok(None);
             }
             return Err(answer.refusal());
         }
-        if answer.body.is_empty() {
-            // The server waited long enough: ask again.
-            return Ok(None);
+        let mut next = wait;
+        let mut step = None;
+        // Where the server waited long enough, the answer is empty: ask again.
+        if !answer.body.is_empty() {
+            let event: Event = answer.json()?;
+            let index = event.node.modified_index;
+            if index < wait {
+                let what = format_args!("event {index} came where {wait} was awaited");
+                return Err(answer.fault(what));
+            }
+            let Some(changed) = event.apply(&mut self.tree) else { return Ok(None) };
+            next = index.saturating_add(1);
+            step = Some(if changed { Step::Read } else { Step::Confirmed });
+            self.pace.answered(true);
         }
-        let event: Event = answer.json()?;
-        let index = event.node.modified_index;
-        if index < wait {
-            return Err(answer.fault(format_args!("event {index} came where {wait} was awaited")));
+        self.state = State::Read { wait: next, poll_at: Http::next_poll() };
+        Ok(step)
+    }
+}
+
+impl fmt::Debug for Follower {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("v2::Follower").field(&self.path).finish()
+    }
+}
+
+async fn poll(etcd: Arc<Etcd>, path: String, wait: u64, _turn: LongPoll) -> Polled {
+    let query = format!("wait=true&recursive=true&waitIndex={wait}");
+    let (number, url) = etcd.url(&path, Some(&query));
+    let Ok(opened) = timeout(HEAD, etcd.http.open(&url, HeaderMap::new())).await else {
+        // It hangs, or something between us holds the headers back: a read tells.
+        return Ok(None);
+    };
+    let mut response = opened.inspect_err(|_| etcd.members.failed(number))?;
+    if http::number(response.headers(), INDEX).is_some_and(|i| i.saturating_add(1) < wait) {
+        // Another store than the one that was read: restored, behind an address that stayed. Its next events are not
+        // those that are waited for.
+        return Ok(None);
+    }
+    let mut body = Vec::new();
+    let ended = async {
+        if http::more(&url, &mut response, &mut body).await? {
+            let rest = async {
+                while http::more(&url, &mut response, &mut body).await? {}
+                Ok(())
+            };
+            let late = |_| http::fault(&url, "the answer does not come to its end");
+            timeout(ANSWER, rest).await.map_err(late)??;
         }
-        self.wait = Some(index.saturating_add(1));
-        self.distance = Pace::NEWS;
-        Ok(Some(match event.apply(&mut self.tree) {
-            Some(true) => Step::Changed,
-            Some(false) => Step::Unchanged,
-            None => Step::Over,
-        }))
+        Ok(Some(Answer::new(&url, &response, body)))
+    };
+    ended.await.inspect_err(|_| etcd.members.failed(number))
+}
+
+impl Etcd {
+    /// A member that has lost its leader still waits for events with us, which do not come. It is cheaper to ask for
+    /// the leader than to read.
+    async fn has_leader(&self) -> Result<(), SourceError> {
+        let ask = async {
+            let answer = self.get("/v2/members/leader", None).await?;
+            match answer.status {
+                StatusCode::SERVICE_UNAVAILABLE => Err(answer.refusal()),
+                // Old servers do not know the question, and others may not answer it to everybody.
+                _ => Ok(()),
+            }
+        };
+        self.leader.get(RECENT, ask).await
+    }
+
+    /// Whether this server has a v3 store.
+    pub(crate) async fn has_v3(&self) -> Result<bool, SourceError> {
+        let ask = async {
+            let answer = self.get("/version", None).await?;
+            if answer.status != StatusCode::OK {
+                return Err(answer.refusal());
+            }
+            // The first etcds answer with a sentence.
+            Ok(serde_json::from_slice(&answer.body).is_ok_and(|version: Version| version.has_v3()))
+        };
+        self.has_v3.get(RECENT, ask).await
+    }
+
+    /// The error that a server without a v2 store is.
+    pub(crate) fn no_v2(&self) -> SourceError {
+        let (_, url) = self.url("/v2/keys", None);
+        http::fault(&url, "this etcd has no v2 API: expected one with --enable-v2")
     }
 }
 
@@ -310,7 +363,6 @@ pub(crate) fn fuzz(input: &[u8]) {
         let _ = serde_json::from_slice::<Fault>(text);
         let _ = serde_json::from_slice::<Version>(text).is_ok_and(|version| version.has_v3());
     }
-    tree.endpoints(&crate::model::Tags::default());
 }
 
 #[cfg(test)]

@@ -1,0 +1,81 @@
+//! What the user says of the registries beside their addresses: flags and the environment, already read.
+
+use std::{fmt, path::PathBuf};
+
+/// `CONSUL_HTTP_*`, as every Consul tool reads them (developer.hashicorp.com/consul/commands#environment-variables).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConsulSettings {
+    /// `CONSUL_HTTP_TOKEN`
+    pub token: Option<Secret>,
+    /// `CONSUL_HTTP_TOKEN_FILE`
+    pub token_file: Option<PathBuf>,
+    /// `CONSUL_HTTP_SSL`
+    pub tls: bool,
+    /// `CONSUL_HTTP_SSL_VERIFY`
+    pub tls_verify: bool,
+    /// `CONSUL_CACERT`
+    pub ca: Option<PathBuf>,
+    /// `CONSUL_CLIENT_CERT`
+    pub certificate: Option<PathBuf>,
+    /// `CONSUL_CLIENT_KEY`
+    pub key: Option<PathBuf>,
+    /// `CONSUL_HTTP_AUTH`: `user` or `user:password`
+    pub auth: Option<Secret>,
+}
+
+impl Default for ConsulSettings {
+    /// What an empty environment means.
+    fn default() -> Self {
+        Self {
+            token: None,
+            token_file: None,
+            tls: false,
+            tls_verify: true,
+            ca: None,
+            certificate: None,
+            key: None,
+            auth: None,
+        }
+    }
+}
+
+/// `-etcd-*` and `ETCD_*`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EtcdSettings {
+    /// `-etcd-cert`
+    pub certificate: Option<PathBuf>,
+    /// `-etcd-keycert`
+    pub key: Option<PathBuf>,
+    /// `-etcd-cacert`
+    pub ca: Option<PathBuf>,
+    /// `ETCD_USERNAME`, `ETCD_PASSWORD`
+    pub user: Option<(String, Secret)>,
+}
+
+/// Text that must not show in a log.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    pub(super) fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for Secret {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(hidden)")
+    }
+}
