@@ -6,17 +6,17 @@ use serde::Deserialize;
 use serde_json::Value;
 use url::Url;
 
-use super::{Endpoints, Query, Rejected, Settings, address};
+use super::{Endpoints, Options, Query, Rejected, address};
 use crate::{
     model::Tags,
-    registry::{self, Answer},
+    registry::{HttpAnswer, consul::ConsulClient},
     source::{Publisher, Resync, Source, SourceError},
 };
 
 /// A Consul agent or server.
 #[derive(Debug, Clone)]
 pub struct Consul {
-    pub(super) client: Arc<registry::consul::Consul>,
+    pub(super) client: Arc<ConsulClient>,
     pub(super) asked: Asked,
     healthy_only: bool,
 }
@@ -36,9 +36,9 @@ pub(super) struct Asked {
 
 impl Consul {
     /// The agent at `base`, whose scheme says whether TLS is used.
-    pub(super) fn new(base: Url, asked: Asked, settings: &Settings) -> Result<Self, String> {
+    pub(super) fn new(base: Url, asked: Asked, settings: &Options) -> Result<Self, String> {
         let token_file = asked.token_file.clone();
-        let client = registry::consul::Consul::new(base, token_file, &settings.consul)?;
+        let client = ConsulClient::new(base, token_file, &settings.consul)?;
         Ok(Self { client: Arc::new(client), asked, healthy_only: settings.healthy_only })
     }
 
@@ -101,7 +101,7 @@ impl ConsulSource {
         url
     }
 
-    fn read(&self, answer: &Answer) -> Result<Endpoints, SourceError> {
+    fn read(&self, answer: &HttpAnswer) -> Result<Endpoints, SourceError> {
         let mut endpoints = endpoints(answer.json()?, &self.tags);
         // What a token may not read is left out without an error: that is no answer to what there is.
         let hidden = answer.headers.get("X-Consul-Results-Filtered-By-ACLs");

@@ -18,12 +18,13 @@ pub mod dns;
 pub mod docker;
 pub mod etcd;
 pub mod file;
-mod settings;
+mod options;
+
 mod uri;
 mod watches;
 
 pub use crate::registry::{ConsulSettings, EtcdSettings, Secret};
-pub use settings::Settings;
+pub use options::Options;
 pub use uri::UriError;
 pub use watches::Watches;
 
@@ -155,7 +156,7 @@ pub struct Discoveries {
 
 impl Discoveries {
     /// Reads every `-discovery`; the first one is the default.
-    pub fn parse(uris: &[String], settings: &Settings) -> Result<Self, UriError> {
+    pub fn parse(uris: &[String], settings: &Options) -> Result<Self, UriError> {
         let (mut by_name, mut uris_by_name) = (BTreeMap::new(), BTreeMap::new());
         let mut default = None;
         for text in uris {
@@ -231,7 +232,7 @@ mod tests {
     use crate::docker::{Address, Engine};
 
     fn query(text: &str) -> Result<String, String> {
-        let settings = Settings {
+        let settings = Options {
             healthy_only: true,
             docker: Engine { address: Address::Unix("/nonexistent".into()), certificates: None },
             consul: ConsulSettings::default(),

@@ -128,10 +128,10 @@ impl Watches {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{discovery::Settings, docker::Engine};
+    use crate::{discovery::Options, docker::Engine};
 
     fn watches(file: &std::path::Path) -> Watches {
-        let settings = Settings {
+        let settings = Options {
             healthy_only: true,
             docker: Engine::parse("unix:///nonexistent", None).unwrap(),
             consul: Default::default(),

@@ -18,7 +18,7 @@ use url::Url;
 
 use super::{
     ConsulSettings, Secret,
-    http::{Answer, Http, LongPoll, Pace, secret_header},
+    http::{Http, HttpAnswer, LongPoll, Pace, secret_header},
 };
 use crate::{source::SourceError, tls::ClientTls};
 
@@ -27,7 +27,7 @@ const WAIT: Duration = Duration::from_secs(30);
 
 /// The client of one Consul agent or server.
 #[derive(Debug)]
-pub(crate) struct Consul {
+pub(crate) struct ConsulClient {
     base: Url,
     http: Http,
     token: Token,
@@ -40,7 +40,7 @@ enum Token {
     File(PathBuf),
 }
 
-impl Consul {
+impl ConsulClient {
     /// The agent at `base`, whose scheme says whether TLS is used. A `token_file` wins over that of the settings.
     pub(crate) fn new(
         base: Url,
@@ -93,7 +93,11 @@ impl Consul {
     }
 
     /// Asks for what there is; with a turn and an index, once it is past that or the wait is over.
-    async fn ask(&self, url: &Url, held: Option<(LongPoll, u64)>) -> Result<Answer, SourceError> {
+    async fn ask(
+        &self,
+        url: &Url,
+        held: Option<(LongPoll, u64)>,
+    ) -> Result<HttpAnswer, SourceError> {
         let headers = self.headers().await?;
         let answer = match held {
             None => self.http.get(url, headers).await?,
@@ -137,11 +141,11 @@ impl Consul {
 
 /// A query that Consul answers again when its answer may be another.
 pub(crate) struct BlockingQuery {
-    consul: Arc<Consul>,
+    consul: Arc<ConsulClient>,
     url: Url,
     /// What to wait on; 0 to read what there is.
     index: u64,
-    held: Option<BoxFuture<'static, Result<Answer, SourceError>>>,
+    held: Option<BoxFuture<'static, Result<HttpAnswer, SourceError>>>,
     /// When to read again for want of a long poll.
     poll_at: Instant,
     pace: Pace,
@@ -151,7 +155,7 @@ pub(crate) struct BlockingQuery {
 
 impl BlockingQuery {
     /// The next answer, whether it is another than the last or not. May be dropped while it waits.
-    pub(crate) async fn next(&mut self) -> Result<Answer, SourceError> {
+    pub(crate) async fn next(&mut self) -> Result<HttpAnswer, SourceError> {
         loop {
             if self.index == 0 {
                 self.pace.keep().await;
@@ -187,7 +191,7 @@ impl BlockingQuery {
         self.index = 0;
     }
 
-    fn take(&mut self, answer: &Answer) -> Result<(), SourceError> {
+    fn take(&mut self, answer: &HttpAnswer) -> Result<(), SourceError> {
         let index = answer
             .number("X-Consul-Index")
             .ok_or_else(|| answer.fault("the answer has no X-Consul-Index: is this Consul?"))?;

@@ -22,7 +22,7 @@ use tokio::{
 use tracing::warn;
 use url::Url;
 
-use super::{Secret, excerpt, shared::Reused};
+use super::{Secret, excerpt, reuse::Reused};
 use crate::{
     source::SourceError,
     tls::{self, ClientTls},
@@ -71,6 +71,10 @@ impl Http {
     const READS: usize = 4;
     /// How often is asked what has no long poll.
     const POLL: Duration = Duration::from_secs(5);
+    /// How long a connection is kept that nobody uses: from one re-read to the next at the default `-resync`.
+    const IDLE: Duration = Duration::from_secs(300);
+    /// Tells a connection on which nothing happens from one that is gone.
+    const KEEPALIVE: Duration = Duration::from_secs(15);
     /// A connection that failed may have failed by its certificates. They are read again, but not more often than this.
     const RENEWAL: Duration = Duration::from_secs(1);
 
@@ -91,7 +95,11 @@ impl Http {
     }
 
     /// Asks, and reads the whole answer, all within a time that a server needs only where it hangs.
-    pub(super) async fn get(&self, url: &Url, headers: HeaderMap) -> Result<Answer, SourceError> {
+    pub(super) async fn get(
+        &self,
+        url: &Url,
+        headers: HeaderMap,
+    ) -> Result<HttpAnswer, SourceError> {
         within(url, ANSWER, async {
             let _turn = self.reads.acquire().await;
             self.read(url, headers).await
@@ -106,15 +114,15 @@ impl Http {
         headers: HeaderMap,
         held: Duration,
         _turn: &LongPoll,
-    ) -> Result<Answer, SourceError> {
+    ) -> Result<HttpAnswer, SourceError> {
         within(url, held + ANSWER, self.read(url, headers)).await
     }
 
-    async fn read(&self, url: &Url, headers: HeaderMap) -> Result<Answer, SourceError> {
+    async fn read(&self, url: &Url, headers: HeaderMap) -> Result<HttpAnswer, SourceError> {
         let mut response = self.open(url, headers).await?;
         let mut body = Vec::new();
         while more(url, &mut response, &mut body).await? {}
-        Ok(Answer::new(url, &response, body))
+        Ok(HttpAnswer::new(url, &response, body))
     }
 
     /// Asks, and waits for the head of the answer, however long it takes.
@@ -149,7 +157,9 @@ impl Http {
             .redirect(Policy::none())
             .no_proxy()
             .http1_only()
-            .pool_max_idle_per_host(Self::LONG_POLLS + Self::READS);
+            .pool_max_idle_per_host(Self::LONG_POLLS + Self::READS)
+            .pool_idle_timeout(Self::IDLE)
+            .tcp_keepalive(Self::KEEPALIVE);
         let builder = if secure {
             let pem = self.tls.load()?;
             let wrong = |what: &str, e: reqwest::Error| SourceError::caused(what, &e);
@@ -241,14 +251,14 @@ pub(super) fn fault(url: &Url, reason: impl std::fmt::Display) -> SourceError {
 
 /// A whole answer.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub(crate) struct HttpAnswer {
     pub(crate) url: Url,
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Vec<u8>,
 }
 
-impl Answer {
+impl HttpAnswer {
     pub(super) fn new(url: &Url, response: &Response, body: Vec<u8>) -> Self {
         let (status, headers) = (response.status(), response.headers().clone());
         Self { url: url.clone(), status, headers, body }

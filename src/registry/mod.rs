@@ -7,10 +7,10 @@
 pub mod consul;
 pub mod etcd;
 mod http;
+mod reuse;
 mod settings;
-mod shared;
 
-pub(crate) use http::Answer;
+pub(crate) use http::HttpAnswer;
 pub use settings::{ConsulSettings, EtcdSettings, Secret};
 
 /// As much of a wrong value as a log line should hold.

@@ -7,7 +7,7 @@ use std::{
 
 use embassy::{
     discovery::{
-        ConsulSettings, Discoveries, Endpoints, EtcdSettings, Query, Settings, UriError, Watches,
+        ConsulSettings, Discoveries, Endpoints, EtcdSettings, Options, Query, UriError, Watches,
     },
     docker::{Address, Engine},
     source::{Known, ResyncRequests},
@@ -18,8 +18,8 @@ use embassy::{
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
 /// What an empty command line and environment mean.
-pub(crate) fn settings() -> Settings {
-    Settings {
+pub(crate) fn settings() -> Options {
+    Options {
         healthy_only: true,
         docker: Engine { address: Address::Unix("/nonexistent".into()), certificates: None },
         consul: ConsulSettings::default(),
@@ -38,13 +38,13 @@ impl Followed {
         Self::with(uri, &settings(), descriptor)
     }
 
-    pub(crate) fn with(uri: &str, settings: &Settings, descriptor: &str) -> Self {
+    pub(crate) fn with(uri: &str, settings: &Options, descriptor: &str) -> Self {
         Self::try_with(uri, settings, descriptor).expect("a URI that is right")
     }
 
     pub(crate) fn try_with(
         uri: &str,
-        settings: &Settings,
+        settings: &Options,
         descriptor: &str,
     ) -> Result<Self, UriError> {
         Ok(Self::of(&Discoveries::parse(&[uri.to_owned()], settings)?, descriptor))

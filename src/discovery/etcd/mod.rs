@@ -12,7 +12,7 @@ use url::Url;
 use super::{Endpoints, EtcdSettings, Query};
 use crate::{
     model::{ServiceName, Tags},
-    registry::etcd::{self as registry, Branch, Step, Tree, v2, v3},
+    registry::etcd::{Branch, EtcdClient, Step, Tree, v2, v3},
     source::{Publisher, Resync, Source, SourceError},
 };
 
@@ -21,7 +21,7 @@ pub(crate) mod value;
 /// An etcd cluster.
 #[derive(Debug, Clone)]
 pub struct Etcd {
-    pub(super) client: Arc<registry::Etcd>,
+    pub(super) client: Arc<EtcdClient>,
     pub(super) api: Api,
 }
 
@@ -36,7 +36,7 @@ pub(super) enum Api {
 
 impl Etcd {
     pub(super) fn new(members: Vec<Url>, api: Api, flags: &EtcdSettings) -> Result<Self, String> {
-        Ok(Self { client: Arc::new(registry::Etcd::new(members, flags)?), api })
+        Ok(Self { client: Arc::new(EtcdClient::new(members, flags)?), api })
     }
 
     pub fn source(self, query: Query) -> EtcdSource {

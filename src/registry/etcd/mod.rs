@@ -15,8 +15,8 @@ use url::Url;
 
 use super::{
     EtcdSettings, Secret,
-    http::{Answer, Http},
-    shared::{Recent, Reused},
+    http::{Http, HttpAnswer},
+    reuse::{Recent, Reused},
 };
 use crate::{source::SourceError, tls::ClientTls};
 
@@ -40,7 +40,7 @@ pub(crate) enum Step {
 }
 
 /// The client of one etcd cluster.
-pub(crate) struct Etcd {
+pub(crate) struct EtcdClient {
     members: Members,
     tls: ClientTls,
     user: Option<(String, Secret)>,
@@ -52,7 +52,7 @@ pub(crate) struct Etcd {
     connection: Reused<v3::Connection>,
 }
 
-impl Etcd {
+impl EtcdClient {
     /// The cluster of these members: at least one; `https` where TLS is used.
     pub(crate) fn new(members: Vec<Url>, settings: &EtcdSettings) -> Result<Self, String> {
         let tls = ClientTls::new(
@@ -92,24 +92,21 @@ impl Etcd {
         self.connection
             .get(async {
                 let (number, member) = self.members.current();
-                let opened = v3::Connection::open(member, &self.tls, self.user.as_ref(), key).await;
-                if opened.is_err() {
-                    self.members.failed(number);
-                }
-                opened
+                let opened =
+                    v3::Connection::open(number, member, &self.tls, self.user.as_ref(), key);
+                opened.await.inspect_err(|_| self.members.failed(number))
             })
             .await
     }
 
     /// Has the next one who asks open a connection to the next member.
     async fn lost(&self, connection: &Arc<v3::Connection>) {
-        if self.connection.lost(connection).await {
-            self.members.failed(self.members.current().0);
-        }
+        self.connection.lost(connection).await;
+        self.members.failed(connection.number());
     }
 
     /// Asks the v2 store. A member that does not answer, or answers that it cannot, is asked no more for now.
-    async fn get(&self, path: &str, query: Option<&str>) -> Result<Answer, SourceError> {
+    async fn get(&self, path: &str, query: Option<&str>) -> Result<HttpAnswer, SourceError> {
         let (number, url) = self.url(path, query);
         let answer = self.http.get(&url, HeaderMap::new()).await;
         if answer.as_ref().map_or(true, |answer| answer.status.is_server_error()) {
@@ -128,9 +125,9 @@ impl Etcd {
     }
 }
 
-impl fmt::Debug for Etcd {
+impl fmt::Debug for EtcdClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Etcd").field("members", &self.members.urls).finish_non_exhaustive()
+        f.debug_struct("EtcdClient").field("members", &self.members.urls).finish_non_exhaustive()
     }
 }
 

@@ -10,9 +10,9 @@ use reqwest::{StatusCode, header::HeaderMap};
 use serde::Deserialize;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::{Branch, Etcd, Step, Tree};
+use super::{Branch, EtcdClient, Step, Tree};
 use crate::{
-    registry::http::{self, ANSWER, Answer, Http, LongPoll, Pace},
+    registry::http::{self, ANSWER, Http, HttpAnswer, LongPoll, Pace},
     source::SourceError,
 };
 
@@ -30,7 +30,7 @@ const EVENT_FORGOTTEN: u64 = 401;
 
 /// One branch in the v2 store.
 pub(crate) struct Follower {
-    etcd: Arc<Etcd>,
+    etcd: Arc<EtcdClient>,
     /// Of the key's URL.
     path: String,
     tree: Tree,
@@ -55,10 +55,10 @@ enum State {
 }
 
 /// `None` where the poll cannot tell, and the branch is to be read.
-type Polled = Result<Option<Answer>, SourceError>;
+type Polled = Result<Option<HttpAnswer>, SourceError>;
 
 impl Follower {
-    pub(super) fn new(etcd: Arc<Etcd>, branch: &Branch) -> Result<Self, SourceError> {
+    pub(super) fn new(etcd: Arc<EtcdClient>, branch: &Branch) -> Result<Self, SourceError> {
         let path = ["/v2/keys"].into_iter().chain(branch.segments()?).collect::<Vec<_>>().join("/");
         Ok(Self {
             etcd,
@@ -168,7 +168,7 @@ impl Follower {
     }
 
     /// Takes in the answer to a poll. `None` where that says nothing.
-    fn take(&mut self, answer: &Answer, wait: u64) -> Result<Option<Step>, SourceError> {
+    fn take(&mut self, answer: &HttpAnswer, wait: u64) -> Result<Option<Step>, SourceError> {
         if answer.status != StatusCode::OK {
             let fault = serde_json::from_slice::<Fault>(&answer.body);
             if fault.is_ok_and(|fault| fault.error_code == EVENT_FORGOTTEN) {
@@ -202,7 +202,7 @@ impl fmt::Debug for Follower {
     }
 }
 
-async fn poll(etcd: Arc<Etcd>, path: String, wait: u64, _turn: LongPoll) -> Polled {
+async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, _turn: LongPoll) -> Polled {
     let query = format!("wait=true&recursive=true&waitIndex={wait}");
     let (number, url) = etcd.url(&path, Some(&query));
     let Ok(opened) = timeout(HEAD, etcd.http.open(&url, HeaderMap::new())).await else {
@@ -225,12 +225,12 @@ async fn poll(etcd: Arc<Etcd>, path: String, wait: u64, _turn: LongPoll) -> Poll
             let late = |_| http::fault(&url, "the answer does not come to its end");
             timeout(ANSWER, rest).await.map_err(late)??;
         }
-        Ok(Some(Answer::new(&url, &response, body)))
+        Ok(Some(HttpAnswer::new(&url, &response, body)))
     };
     ended.await.inspect_err(|_| etcd.members.failed(number))
 }
 
-impl Etcd {
+impl EtcdClient {
     /// A member that has lost its leader still waits for events with us, which do not come. It is cheaper to ask for
     /// the leader than to read.
     async fn has_leader(&self) -> Result<(), SourceError> {

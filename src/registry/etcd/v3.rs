@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use url::Url;
 
 use super::{
-    Branch, Etcd, Step,
+    Branch, EtcdClient, Step,
     tree::{Tree, is_at_or_below},
 };
 use crate::{
@@ -29,7 +29,7 @@ use crate::{
 
 mod stream;
 
-use stream::{News, Stream, Watch};
+use stream::{BranchWatch, News, Stream};
 
 /// How long a member may take to say that it is there.
 const PROBE: Duration = Duration::from_secs(5);
@@ -39,6 +39,8 @@ const LARGEST: usize = 16 << 20;
 /// A connection to one member.
 pub(crate) struct Connection {
     client: Client,
+    /// Counted round.
+    number: usize,
     member: Arc<str>,
     /// The one on which the next watch is made. Those before it live as long as their watches.
     stream: Mutex<Option<Stream>>,
@@ -47,6 +49,7 @@ pub(crate) struct Connection {
 impl Connection {
     /// Connects and logs in, and asks about `key` whether the member works.
     pub(super) async fn open(
+        number: usize,
         member: &Url,
         tls: &ClientTls,
         user: Option<&(String, Secret)>,
@@ -81,7 +84,12 @@ impl Connection {
             Ok(client)
         };
         let client = within(ANSWER, connecting).await.map_err(|e| fault(&member, "connect", e))?;
-        Ok(Self { client, member, stream: Mutex::default() })
+        Ok(Self { client, number, member, stream: Mutex::default() })
+    }
+
+    /// The number of the member.
+    pub(super) fn number(&self) -> usize {
+        self.number
     }
 
     /// Reads all roots at one revision, which is returned with what is there.
@@ -119,7 +127,7 @@ impl Connection {
     }
 
     /// Watches all roots from `revision` on.
-    async fn watch(&self, roots: &[String], revision: i64) -> Watch {
+    async fn watch(&self, roots: &[String], revision: i64) -> BranchWatch {
         let stream = {
             let mut slot = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
             let open = slot.take().filter(Stream::is_open);
@@ -137,7 +145,7 @@ struct Fault {
 
 /// One branch in the v3 store.
 pub(crate) struct Follower {
-    etcd: Arc<Etcd>,
+    etcd: Arc<EtcdClient>,
     roots: Vec<String>,
     tree: Tree,
     /// The tree is that of this revision, or of a later one.
@@ -150,11 +158,11 @@ pub(crate) struct Follower {
 enum State {
     Unread,
     Read(Arc<Connection>),
-    Watching(Arc<Connection>, Watch),
+    Watching(Arc<Connection>, BranchWatch),
 }
 
 impl Follower {
-    pub(super) fn new(etcd: Arc<Etcd>, branch: &Branch) -> Self {
+    pub(super) fn new(etcd: Arc<EtcdClient>, branch: &Branch) -> Self {
         Self {
             etcd,
             roots: branch.roots(),

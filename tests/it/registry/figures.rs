@@ -13,7 +13,7 @@ use super::{
     settings,
 };
 use embassy::{
-    discovery::{Discoveries, EtcdSettings, Settings, Watches},
+    discovery::{Discoveries, EtcdSettings, Options, Watches},
     source::ResyncRequests,
 };
 
@@ -38,7 +38,7 @@ async fn etcd(minutes: u32) {
     v3.user_grant_role("root", "root").await.unwrap();
     v3.auth_enable().await.unwrap();
     let user = Some(("root".to_owned(), "s3cret".to_owned().into()));
-    let settings = Settings { etcd: EtcdSettings { user, ..Default::default() }, ..settings() };
+    let settings = Options { etcd: EtcdSettings { user, ..Default::default() }, ..settings() };
     let gate = Gate::before(&etcd.address()).await;
     let start = Instant::now();
     let uri = format!("etcd3://{}", gate.address());
@@ -87,7 +87,7 @@ async fn consul(minutes: u32) {
 }
 
 /// Follows all services, and waits until each has answered.
-async fn follow(uri: &str, settings: &Settings, prefix: &str) -> Watches {
+async fn follow(uri: &str, settings: &Options, prefix: &str) -> Watches {
     let discoveries = Discoveries::parse(&[uri.to_owned()], settings).unwrap();
     let query = |n| discoveries.query(&format!("{prefix}{n};80").parse().unwrap()).unwrap();
     let mut watches =

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use embassy::{
-    discovery::{Discoveries, EtcdSettings, Settings},
+    discovery::{Discoveries, EtcdSettings, Options},
     source::ResyncRequests,
 };
 use etcd_client::{Client, Permission};
@@ -13,7 +13,7 @@ use super::{
     Followed,
     gate::Gate,
     list,
-    servers::{Consul, Etcd},
+    servers::{Consul, Etcd, retry},
     settings,
 };
 
@@ -38,13 +38,13 @@ async fn root(etcd: &Etcd) -> Client {
     Client::connect([etcd.address()], Some(options)).await.unwrap()
 }
 
-fn as_web() -> Settings {
+fn as_web() -> Options {
     let user = Some(("web".to_owned(), "s3cret".to_owned().into()));
-    Settings { etcd: EtcdSettings { user, ..EtcdSettings::default() }, ..settings() }
+    Options { etcd: EtcdSettings { user, ..EtcdSettings::default() }, ..settings() }
 }
 
 /// Reads all services again, many times, which is no failure and no news.
-async fn read_again(uri: &str, prefix: &str, settings: &Settings) {
+async fn read_again(uri: &str, prefix: &str, settings: &Options) {
     let discoveries = Discoveries::parse(&[uri.to_owned()], settings).unwrap();
     let resync = ResyncRequests::new(Duration::from_secs(3));
     let follow = |n| {
@@ -115,6 +115,25 @@ async fn a_re_read_of_consul_keeps_the_connections() {
     let uri = format!("consul://{}", gate.address());
     read_again(&uri, "s", &settings()).await;
     few_were_opened(&gate);
+}
+
+#[tokio::test]
+async fn what_nobody_follows_is_watched_no_more_and_the_rest_is() {
+    let etcd = Etcd::with("http", &[]).await;
+    let uri = format!("etcd3://{}", etcd.address());
+    let discoveries = Discoveries::parse(&[uri], &settings()).unwrap();
+    let follow = |n| Followed::of(&discoveries, &format!("/services/s{n};80"));
+    let mut all: Vec<_> = (0..3 * SERVICES).map(follow).collect();
+    let watches = async |expected: usize| {
+        let are = async || (etcd.watches().await == expected as f64).then_some(());
+        retry("etcd", are).await;
+    };
+    watches(3 * SERVICES).await;
+    all.truncate(1);
+    watches(1).await;
+    etcd.v3().await.put("/services/s0/a", "10.0.0.1:80", None).await.unwrap();
+    assert_eq!(all[0].sees(&["10.0.0.1:80"]).await.failures, 0);
+    assert_eq!(etcd.calls("Watch").await, 1.0);
 }
 
 /// A range that a user may not read is that query's own matter.

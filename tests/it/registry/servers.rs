@@ -126,15 +126,21 @@ impl Etcd {
 
     /// Calls of gRPC since it started, of a method or (empty) of all.
     pub(super) async fn calls(&self, method: &str) -> f64 {
+        self.metric("grpc_server_started_total{", &format!("grpc_method=\"{method}")).await
+    }
+
+    /// The watches of the v3 store that there are.
+    pub(super) async fn watches(&self) -> f64 {
+        self.metric("etcd_debugging_mvcc_watcher_total ", "").await
+    }
+
+    /// The sum of its metrics whose line begins so and has these words.
+    async fn metric(&self, start: &str, words: &str) -> f64 {
         let url = format!("http://{}/metrics", self.address());
         let answer = self.http.get(url).send().await.expect("an answer of etcd");
         let text = answer.text().await.expect("metrics of etcd");
-        let method = format!("grpc_method=\"{method}");
-        let lines = text.lines().filter(|line| line.starts_with("grpc_server_started_total{"));
-        let values = lines
-            .filter(|line| line.contains(&method))
-            .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
-        values.sum()
+        let lines = text.lines().filter(|line| line.starts_with(start) && line.contains(words));
+        lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
     pub(super) async fn v2_set(&self, key: &str, value: &str) {

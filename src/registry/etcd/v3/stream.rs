@@ -49,7 +49,7 @@ struct Request {
 
 /// The watch of one branch. Dropped, it ends.
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(super) struct BranchWatch {
     news: mpsc::Receiver<News>,
     alive: watch::Receiver<()>,
     ended: Arc<OnceLock<Reason>>,
@@ -70,7 +70,7 @@ pub(super) enum News {
     Lost(Reason),
 }
 
-impl Watch {
+impl BranchWatch {
     /// Waits for the next news. May be dropped while it waits.
     pub(super) async fn next(&mut self) -> News {
         tokio::select! {
@@ -119,7 +119,7 @@ impl Stream {
         self,
         ranges: impl Iterator<Item = (String, String)>,
         revision: i64,
-    ) -> Watch {
+    ) -> BranchWatch {
         let (sender, news) = mpsc::channel(BACKLOG);
         for (start, end) in ranges {
             let request = Request { start, end, revision, news: sender.clone() };
@@ -128,7 +128,7 @@ impl Stream {
         }
         let mut alive = self.alive;
         alive.mark_unchanged();
-        Watch { news, alive, ended: self.ended }
+        BranchWatch { news, alive, ended: self.ended }
     }
 }
 

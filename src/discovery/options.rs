@@ -7,7 +7,7 @@ use crate::{
 
 /// What the URIs do not say and the discoveries need: flags and the environment, already read.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct Options {
     /// `-filter`: only endpoints that pass their health checks.
     pub healthy_only: bool,
     /// `-docker`: the engine that a bare `docker://` means.

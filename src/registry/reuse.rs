@@ -45,21 +45,20 @@ impl<T> Reused<T> {
                 Ok(made)
             }
             Err(error) => {
-                let pause = slot.backoff.next(fastrand::f64());
+                // The shortest: whoever paused as long after the same failure tries in earnest.
+                let pause = slot.backoff.next(0.0);
                 slot.failed = Some((error.clone(), Instant::now() + pause));
                 Err(error)
             }
         }
     }
 
-    /// Has the next one who needs it make another. Says whether this was still the one in use.
-    pub(super) async fn lost(&self, lost: &Arc<T>) -> bool {
+    /// Has the next one who needs it make another, if this is still the one in use: many lose it at the same time.
+    pub(super) async fn lost(&self, lost: &Arc<T>) {
         let made = &mut self.0.lock().await.made;
-        let current = made.as_ref().is_some_and(|made| Arc::ptr_eq(made, lost));
-        if current {
+        if made.as_ref().is_some_and(|made| Arc::ptr_eq(made, lost)) {
             *made = None;
         }
-        current
     }
 }
 
@@ -68,6 +67,9 @@ impl<T> fmt::Debug for Reused<T> {
         f.write_str("Reused")
     }
 }
+
+/// How long it is remembered that a question had no answer.
+const FAILED: Duration = Duration::from_millis(500);
 
 /// The answer to a question that many have: while it is recent, it is not asked again.
 #[derive(Debug)]
@@ -80,7 +82,7 @@ impl<T> Default for Recent<T> {
 }
 
 impl<T: Clone> Recent<T> {
-    /// The answer, at most `age` old.
+    /// The answer, at most `age` old. One that failed is shared only by those who ask at the same time.
     pub(super) async fn get(
         &self,
         age: Duration,
@@ -88,7 +90,7 @@ impl<T: Clone> Recent<T> {
     ) -> Result<T, SourceError> {
         let mut last = self.0.lock().await;
         if let Some((at, answer)) = &*last
-            && at.elapsed() < age
+            && at.elapsed() < if answer.is_ok() { age } else { age.min(FAILED) }
         {
             return answer.clone();
         }
@@ -119,10 +121,10 @@ mod tests {
         assert!(all.iter().all(|one| one.as_deref() == Ok(&0)));
         let first = get().await.unwrap();
         // Many lose the same one: it is lost once.
-        assert!(reused.lost(&first).await);
-        assert!(!reused.lost(&first).await);
+        reused.lost(&first).await;
+        reused.lost(&first).await;
         assert_eq!(get().await.as_deref(), Ok(&1));
-        assert!(!reused.lost(&first).await);
+        reused.lost(&first).await;
         assert_eq!(get().await.as_deref(), Ok(&1));
     }
 
@@ -142,8 +144,8 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let tries = tries.load(Relaxed);
-        // 0.1, 0.2, 0.4, ... 5 s apart, or half of that.
-        assert!((12..=36).contains(&tries), "{tries} tries");
+        // 0.05, 0.1, 0.2, ... 2.5 s apart.
+        assert!((20..=40).contains(&tries), "{tries} tries");
     }
 
     #[tokio::test(start_paused = true)]
