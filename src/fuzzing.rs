@@ -22,7 +22,7 @@ pub const TARGETS: [(&str, Target); 13] = [
     ("variables", variables),
     ("command_line", command_line),
     ("consul", consul::fuzz),
-    ("etcd_v2", registry::etcd::v2::fuzz),
+    ("etcd_v2", registry::etcd::v2::answers::fuzz),
     ("etcd_value", etcd::value::fuzz),
     ("docker_provider", docker_provider::fuzz),
     ("docker_discovery", docker_discovery::fuzz),

@@ -11,14 +11,13 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{FutureExt, future::BoxFuture};
+use futures_util::FutureExt;
 use reqwest::header::{HeaderMap, HeaderValue};
-use tokio::time::Instant;
 use url::Url;
 
 use super::{
     ConsulSettings, Secret,
-    http::{Http, HttpAnswer, LongPoll, Pace, secret_header},
+    http::{Asking, Http, HttpAnswer, LongPoll, secret_header},
 };
 use crate::{source::SourceError, tls::ClientTls};
 
@@ -63,7 +62,7 @@ impl ConsulClient {
             Some((user, password)) => (user.to_owned(), Some(password.into())),
             None => (auth.reveal().to_owned(), None),
         });
-        Ok(Self { base, http: Http::new(tls, settings.tls_verify, user), token })
+        Ok(Self { base, http: Http::new("consul", tls, settings.tls_verify, user), token })
     }
 
     pub(crate) fn base(&self) -> &Url {
@@ -81,15 +80,7 @@ impl ConsulClient {
 
     /// Follows the answers to `url`.
     pub(crate) fn query(self: Arc<Self>, url: Url) -> BlockingQuery {
-        BlockingQuery {
-            consul: self,
-            url,
-            index: 0,
-            held: None,
-            poll_at: Instant::now(),
-            pace: Pace::new(),
-            body: 0,
-        }
+        BlockingQuery { consul: self, url, index: 0, asking: Asking::new(), body: 0 }
     }
 
     /// Asks for what there is; with a turn and an index, once it is past that or the wait is over.
@@ -145,10 +136,7 @@ pub(crate) struct BlockingQuery {
     url: Url,
     /// What to wait on; 0 to read what there is.
     index: u64,
-    held: Option<BoxFuture<'static, Result<HttpAnswer, SourceError>>>,
-    /// When to read again for want of a long poll.
-    poll_at: Instant,
-    pace: Pace,
+    asking: Asking<Result<HttpAnswer, SourceError>>,
     /// Of the last answer, to know whether the next one is news.
     body: u64,
 }
@@ -158,29 +146,22 @@ impl BlockingQuery {
     pub(crate) async fn next(&mut self) -> Result<HttpAnswer, SourceError> {
         loop {
             if self.index == 0 {
-                self.pace.keep().await;
+                self.asking.pace().await;
                 let answer = self.consul.ask(&self.url, None).await?;
                 self.take(&answer)?;
                 return Ok(answer);
             }
-            if let Some(held) = &mut self.held {
-                let answer = held.await;
-                self.held = None;
-                let answer = answer?;
-                self.take(&answer)?;
-                // An index that went backwards: older than what was read meanwhile, or of a server that was restored.
-                if self.index == 0 {
-                    continue;
-                }
-                return Ok(answer);
-            }
-            match self.consul.http.long_poll(&self.url, self.poll_at).await {
+            let (consul, url, index) = (self.consul.clone(), self.url.clone(), self.index);
+            let ask = |turn| async move { consul.ask(&url, Some((turn, index))).await }.boxed();
+            match self.asking.held(&self.consul.http, ask).await {
                 None => self.index = 0,
-                Some(turn) => {
-                    self.pace.keep().await;
-                    let (consul, url, index) = (self.consul.clone(), self.url.clone(), self.index);
-                    let held = async move { consul.ask(&url, Some((turn, index))).await };
-                    self.held = Some(held.boxed());
+                Some(answer) => {
+                    let answer = answer?;
+                    self.take(&answer)?;
+                    // An index that went backwards: older than what was read meanwhile, or of a server that was restored.
+                    if self.index > 0 {
+                        return Ok(answer);
+                    }
                 }
             }
         }
@@ -199,9 +180,8 @@ impl BlockingQuery {
         let mut hasher = DefaultHasher::new();
         answer.body.hash(&mut hasher);
         let body = hasher.finish();
-        self.pace.answered(body != self.body);
+        self.asking.answered(body != self.body);
         self.body = body;
-        self.poll_at = Http::next_poll();
         Ok(())
     }
 }

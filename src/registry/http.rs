@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::BoxFuture;
 use reqwest::{
     Certificate, Client, Identity, Response, StatusCode,
     header::{HeaderMap, HeaderValue},
@@ -43,6 +44,8 @@ const LARGEST: usize = 16 << 20;
 /// everything else shares [`Http::READS`] connections.
 #[derive(Debug)]
 pub(super) struct Http {
+    /// For the log.
+    name: &'static str,
     tls: ClientTls,
     verify: bool,
     /// Name and password.
@@ -61,16 +64,11 @@ struct Made {
 }
 
 /// The right to one long poll.
-#[derive(Debug)]
-pub(super) struct LongPoll {
-    _permit: Option<OwnedSemaphorePermit>,
-}
+pub(super) type LongPoll = OwnedSemaphorePermit;
 
 impl Http {
     const LONG_POLLS: usize = 100;
     const READS: usize = 4;
-    /// How often is asked what has no long poll.
-    const POLL: Duration = Duration::from_secs(5);
     /// How long a connection is kept that nobody uses: from one re-read to the next at the default `-resync`.
     const IDLE: Duration = Duration::from_secs(300);
     /// Tells a connection on which nothing happens from one that is gone.
@@ -79,11 +77,13 @@ impl Http {
     const RENEWAL: Duration = Duration::from_secs(1);
 
     pub(super) fn new(
+        name: &'static str,
         tls: ClientTls,
         verify: bool,
         user: Option<(String, Option<Secret>)>,
     ) -> Self {
         Self {
+            name,
             tls,
             verify,
             user,
@@ -188,32 +188,16 @@ impl Http {
         Ok(Made { client, at: Instant::now() })
     }
 
-    /// Waits for the right to one long poll, at most until `poll_at`: `None` says that it is time to read instead. Who waits
-    /// longest is next.
-    pub(super) async fn long_poll(&self, url: &Url, poll_at: Instant) -> Option<LongPoll> {
-        tokio::select! {
-            biased;
-            permit = self.long_polls.clone().acquire_owned() => {
-                Some(LongPoll { _permit: permit.ok() })
-            }
-            () = sleep_until(poll_at) => {
-                if !self.crowded.swap(true, Relaxed) {
-                    warn!(
-                        registry = url.host_str(),
-                        long_polls = Self::LONG_POLLS,
-                        every_s = Self::POLL.as_secs(),
-                        "too many services for long polls; polling the rest"
-                    );
-                }
-                None
-            }
+    /// Says once that there are more questions than long polls.
+    fn is_crowded(&self, every: Duration) {
+        if !self.crowded.swap(true, Relaxed) {
+            warn!(
+                registry = self.name,
+                long_polls = Self::LONG_POLLS,
+                every_s = every.as_secs(),
+                "too many services for long polls; polling the rest"
+            );
         }
-    }
-
-    /// When a question that was answered now is asked again for want of a long poll. Those that began together do not go on
-    /// so.
-    pub(super) fn next_poll() -> Instant {
-        Instant::now() + Self::POLL.mul_f64(0.8 + 0.4 * fastrand::f64())
     }
 }
 
@@ -300,33 +284,76 @@ pub(super) fn secret_header(name: &'static str, mut value: HeaderValue) -> Heade
     HeaderMap::from_iter([(reqwest::header::HeaderName::from_static(name), value)])
 }
 
-/// Keeps a distance between questions: a server that answers at once, for ever, must not make us spin.
-#[derive(Debug)]
-pub(super) struct Pace {
+/// One question that is asked for ever: held by the server if there is a long poll left, and every few seconds if not.
+pub(super) struct Asking<T> {
+    held: Option<BoxFuture<'static, T>>,
     last: Option<Instant>,
     distance: Duration,
+    poll_at: Instant,
 }
 
-impl Pace {
-    /// After an answer that brought nothing new.
+impl<T> Asking<T> {
+    /// How often is asked what has no long poll.
+    const POLL: Duration = Duration::from_secs(5);
+    /// Between two questions: a server that answers at once, for ever, must not make us spin.
     const IDLE: Duration = Duration::from_millis(100);
-    /// After news: short enough to be nobody's delay.
+    /// The same after news: short enough to be nobody's delay.
     const NEWS: Duration = Duration::from_millis(5);
 
     pub(super) fn new() -> Self {
-        Self { last: None, distance: Self::NEWS }
-    }
-
-    /// Says whether the last answer brought news.
-    pub(super) fn answered(&mut self, news: bool) {
-        self.distance = if news { Self::NEWS } else { Self::IDLE };
+        let poll_at = Instant::now();
+        Self { held: None, last: None, distance: Self::NEWS, poll_at }
     }
 
     /// Waits until it is time for the next question.
-    pub(super) async fn keep(&mut self) {
+    pub(super) async fn pace(&mut self) {
         if let Some(last) = self.last {
             sleep_until(last + self.distance).await;
         }
         self.last = Some(Instant::now());
+    }
+
+    /// To be told of each answer, and whether it brought news.
+    pub(super) fn answered(&mut self, news: bool) {
+        self.distance = if news { Self::NEWS } else { Self::IDLE };
+        // Those that began together do not go on so.
+        self.poll_at = Instant::now() + Self::POLL.mul_f64(0.8 + 0.4 * fastrand::f64());
+    }
+
+    /// The answer to the question that is held, or else to `ask`, once there is a long poll for it: who waits longest is
+    /// next. `None` if there is none in time, and what there is should be read instead. May be dropped while it waits: the
+    /// question stays held.
+    pub(super) async fn held(
+        &mut self,
+        http: &Http,
+        ask: impl FnOnce(LongPoll) -> BoxFuture<'static, T>,
+    ) -> Option<T> {
+        let held = match &mut self.held {
+            Some(held) => held,
+            None => {
+                let turn = tokio::select! {
+                    biased;
+                    turn = http.long_polls.clone().acquire_owned() => turn.ok()?,
+                    () = sleep_until(self.poll_at) => {
+                        http.is_crowded(Self::POLL);
+                        return None;
+                    }
+                };
+                self.pace().await;
+                self.held.insert(ask(turn))
+            }
+        };
+        let answer = held.await;
+        self.held = None;
+        Some(answer)
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// Gives up the question that is held.
+    pub(super) fn give_up(&mut self) {
+        self.held = None;
     }
 }

@@ -5,7 +5,7 @@
 //! appear there. "There is nothing" is said only once every store that this etcd has said so. Which stores there are is
 //! asked of the server: etcd 2 has no v3 store; from 3.4 on the v2 store is off unless asked for, and from 3.6 on it is gone.
 
-use std::sync::Arc;
+use std::{pin::pin, sync::Arc};
 
 use url::Url;
 
@@ -128,20 +128,27 @@ impl Stores {
                     }
                     return Ok(read);
                 }
-                Self::V3 { v3, v2: slot @ Some(_), looks_into_v2 } => {
-                    let Some(v2) = slot else { continue };
-                    tokio::select! {
-                        step = v3.next() => {
-                            step?;
-                            // As long as it says nothing, v2 does.
-                            if v3.tree().is_empty() {
-                                continue;
+                Self::V3 { v3, v2: slot, looks_into_v2 } => {
+                    if let Some(v2) = slot {
+                        // What v2 is asked goes on while v3 says again and again that there is nothing.
+                        let mut v2_next = pin!(v2.next());
+                        loop {
+                            tokio::select! {
+                                step = v3.next() => {
+                                    step?;
+                                    if !v3.tree().is_empty() {
+                                        break;
+                                    }
+                                }
+                                step = &mut v2_next => match step? {
+                                    Step::NoSuchStore => {
+                                        *looks_into_v2 = false;
+                                        break;
+                                    }
+                                    step => return Ok(step == Step::Read),
+                                },
                             }
                         }
-                        step = v2.next() => match step? {
-                            Step::NoSuchStore => *looks_into_v2 = false,
-                            step => return Ok(step == Step::Read),
-                        },
                     }
                     *slot = None;
                     return Ok(true);

@@ -64,7 +64,7 @@ impl EtcdClient {
         let basic = settings.user.clone().map(|(name, password)| (name, Some(password)));
         Ok(Self {
             members: Members::new(members),
-            http: Http::new(tls.clone(), true, basic),
+            http: Http::new("etcd", tls.clone(), true, basic),
             tls,
             user: settings.user.clone(),
             leader: Recent::default(),

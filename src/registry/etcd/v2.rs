@@ -5,16 +5,19 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use futures_util::{FutureExt, future::BoxFuture};
+use futures_util::FutureExt;
 use reqwest::{StatusCode, header::HeaderMap};
-use serde::Deserialize;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{Branch, EtcdClient, Step, Tree};
 use crate::{
-    registry::http::{self, ANSWER, Http, HttpAnswer, LongPoll, Pace},
+    registry::http::{self, ANSWER, Asking, HttpAnswer, LongPoll},
     source::SourceError,
 };
+
+pub(crate) mod answers;
+
+use answers::{Event, Fault, Listing, Version};
 
 /// How often a branch without news is confirmed. A poll itself may wait for days, and one whose server hangs would go
 /// unnoticed.
@@ -23,6 +26,9 @@ const CONFIRMED: Duration = Duration::from_secs(10);
 const HEAD: Duration = Duration::from_secs(5);
 /// How old an answer about the leader, or about the server's version, may be.
 const RECENT: Duration = Duration::from_secs(5);
+
+/// The header that says how far the store has come.
+const INDEX: &str = "X-Etcd-Index";
 
 /// Error codes of the store.
 const KEY_NOT_FOUND: u64 = 100;
@@ -34,24 +40,11 @@ pub(crate) struct Follower {
     /// Of the key's URL.
     path: String,
     tree: Tree,
-    state: State,
+    /// The event that comes after the tree. `None` where it is to be read, as the cluster agrees upon it.
+    wait: Option<u64>,
     read_again: bool,
-    pace: Pace,
-}
-
-enum State {
-    Unread,
-    /// The tree is that before the event `wait`.
-    Read {
-        wait: u64,
-        poll_at: Instant,
-    },
-    /// The server is to tell of that event, or of the next one after it that is about the branch.
-    Polling {
-        wait: u64,
-        poll: BoxFuture<'static, Polled>,
-        confirm_at: Instant,
-    },
+    asking: Asking<Polled>,
+    confirm_at: Instant,
 }
 
 /// `None` where the poll cannot tell, and the branch is to be read.
@@ -64,9 +57,10 @@ impl Follower {
             etcd,
             path,
             tree: Tree::default(),
-            state: State::Unread,
+            wait: None,
             read_again: false,
-            pace: Pace::new(),
+            asking: Asking::new(),
+            confirm_at: Instant::now(),
         })
     }
 
@@ -82,48 +76,35 @@ impl Follower {
     /// Reads the branch; from then on, waits for the next change or confirmation. May be dropped while it waits.
     pub(crate) async fn next(&mut self) -> Result<Step, SourceError> {
         loop {
-            if self.read_again {
+            let Some(wait) = self.wait.filter(|_| !self.read_again) else {
+                self.asking.pace().await;
                 return self.read(true).await;
-            }
-            match &mut self.state {
-                State::Unread => {
-                    self.pace.keep().await;
-                    return self.read(true).await;
+            };
+            let (etcd, path) = (self.etcd.clone(), self.path.clone());
+            let ask = |turn| poll(etcd, path, wait, turn).boxed();
+            let polled = tokio::select! {
+                polled = self.asking.held(&self.etcd.http, ask) => polled,
+                () = sleep_until(self.confirm_at) => {
+                    self.etcd.has_leader().await?;
+                    self.confirm_at = Instant::now() + CONFIRMED;
+                    return Ok(Step::Confirmed);
                 }
-                State::Read { wait, poll_at } => {
-                    let (wait, poll_at) = (*wait, *poll_at);
-                    let (_, url) = self.etcd.url(&self.path, None);
-                    let Some(turn) = self.etcd.http.long_poll(&url, poll_at).await else {
-                        self.etcd.has_leader().await?;
-                        let step = self.read(false).await?;
-                        if matches!(self.state, State::Unread) {
-                            continue;
-                        }
-                        return Ok(step);
-                    };
-                    self.pace.keep().await;
-                    let poll = poll(self.etcd.clone(), self.path.clone(), wait, turn).boxed();
-                    self.state =
-                        State::Polling { wait, poll, confirm_at: Instant::now() + CONFIRMED };
+            };
+            let step = match polled {
+                None => {
+                    self.etcd.has_leader().await?;
+                    Some(self.read(false).await?)
                 }
-                State::Polling { wait, poll, confirm_at } => {
-                    let wait = *wait;
-                    let polled = tokio::select! {
-                        polled = poll => polled?,
-                        () = sleep_until(*confirm_at) => {
-                            self.etcd.has_leader().await?;
-                            *confirm_at = Instant::now() + CONFIRMED;
-                            return Ok(Step::Confirmed);
-                        }
-                    };
-                    self.pace.answered(false);
-                    self.state = State::Unread;
-                    if let Some(answer) = polled
-                        && let Some(step) = self.take(&answer, wait)?
-                    {
-                        return Ok(step);
-                    }
+                Some(answer) => {
+                    self.asking.answered(false);
+                    self.wait = None;
+                    answer?.map_or(Ok(None), |answer| self.take(&answer, wait))?
                 }
+            };
+            if self.wait.is_some()
+                && let Some(step) = step
+            {
+                return Ok(step);
             }
         }
     }
@@ -151,19 +132,21 @@ impl Follower {
         let index =
             index.ok_or_else(|| answer.fault("the answer has no X-Etcd-Index: is this etcd?"))?;
         let next = index.saturating_add(1);
-        match &self.state {
+        let goes_back = self.wait.is_some_and(|wait| next < wait);
+        if goes_back && !agreed {
             // A member that lags, or another store: what the cluster agrees upon decides.
-            State::Read { wait, .. } if !agreed && next < *wait => {
-                self.state = State::Unread;
-                return Ok(Step::Confirmed);
-            }
-            // The poll is where it should be.
-            State::Polling { wait, .. } if tree == self.tree && next >= *wait => {}
-            _ => self.state = State::Read { wait: next, poll_at: Http::next_poll() },
+            self.wait = None;
+            return Ok(Step::Confirmed);
+        }
+        // A poll that is held goes on, if it is where it should be.
+        if goes_back || tree != self.tree || !self.asking.is_held() {
+            self.asking.give_up();
+            self.wait = Some(next);
         }
         self.read_again = false;
         self.tree = tree;
-        self.pace.answered(true);
+        self.asking.answered(true);
+        self.confirm_at = Instant::now() + CONFIRMED;
         Ok(Step::Read)
     }
 
@@ -189,9 +172,10 @@ impl Follower {
             let Some(changed) = event.apply(&mut self.tree) else { return Ok(None) };
             next = index.saturating_add(1);
             step = Some(if changed { Step::Read } else { Step::Confirmed });
-            self.pace.answered(true);
+            self.asking.answered(true);
         }
-        self.state = State::Read { wait: next, poll_at: Http::next_poll() };
+        self.wait = Some(next);
+        self.confirm_at = Instant::now() + CONFIRMED;
         Ok(step)
     }
 }
@@ -262,225 +246,5 @@ impl EtcdClient {
     pub(crate) fn no_v2(&self) -> SourceError {
         let (_, url) = self.url("/v2/keys", None);
         http::fault(&url, "this etcd has no v2 API: expected one with --enable-v2")
-    }
-}
-
-/// The header that says how far the store has come.
-const INDEX: &str = "X-Etcd-Index";
-
-#[derive(Deserialize)]
-struct Version {
-    etcdserver: String,
-}
-
-impl Version {
-    fn has_v3(&self) -> bool {
-        let major = self.etcdserver.split('.').next().and_then(|major| major.parse().ok());
-        major.is_some_and(|major: u32| major >= 3)
-    }
-}
-
-/// The answer to a read.
-#[derive(Deserialize)]
-#[serde(expecting = "an object with a node")]
-struct Listing {
-    node: Node,
-}
-
-/// The answer to a poll.
-#[derive(Deserialize)]
-#[serde(expecting = "an object with an action and a node")]
-struct Event {
-    action: String,
-    node: Node,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase", expecting = "a node")]
-struct Node {
-    /// Absent from the root.
-    #[serde(default)]
-    key: String,
-    #[serde(default)]
-    dir: bool,
-    #[serde(default)]
-    value: String,
-    #[serde(default)]
-    nodes: Vec<Node>,
-    #[serde(default)]
-    modified_index: u64,
-}
-
-/// The answer where there is none.
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Fault {
-    error_code: u64,
-    #[serde(default)]
-    index: u64,
-}
-
-impl Node {
-    fn collect(self, tree: &mut Tree) {
-        if !self.dir {
-            tree.set(self.key.into_bytes(), self.value.into_bytes());
-        }
-        for node in self.nodes {
-            node.collect(tree);
-        }
-    }
-}
-
-impl Event {
-    /// Says whether it changed anything; `None` where it is of a kind that is not known.
-    fn apply(self, tree: &mut Tree) -> Option<bool> {
-        let Node { key, dir, value, .. } = self.node;
-        let key = key.into_bytes();
-        match self.action.as_str() {
-            // What goes may be a directory, or one above the branch: all below goes with it.
-            "delete" | "expire" | "compareAndDelete" => Some(tree.remove_all(&key)),
-            // A directory has no value, and it may stand where a key was.
-            "set" | "create" | "update" | "compareAndSwap" if dir => Some(tree.remove(&key)),
-            "set" | "create" | "update" | "compareAndSwap" => {
-                Some(tree.set(key, value.into_bytes()))
-            }
-            _ => None,
-        }
-    }
-}
-
-/// Reads `input` as an answer of any kind, and each of its lines too.
-#[cfg(any(test, fuzzing))]
-pub(crate) fn fuzz(input: &[u8]) {
-    let mut tree = Tree::default();
-    for text in std::iter::once(input).chain(input.split(|byte| *byte == b'\n')) {
-        if let Ok(listing) = serde_json::from_slice::<Listing>(text) {
-            listing.node.collect(&mut tree);
-        }
-        if let Ok(event) = serde_json::from_slice::<Event>(text) {
-            event.apply(&mut tree);
-        }
-        let _ = serde_json::from_slice::<Fault>(text);
-        let _ = serde_json::from_slice::<Version>(text).is_ok_and(|version| version.has_v3());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// A branch as etcd 3.4 answers.
-    const LISTING: &str = r#"{"action":"get","node":{"key":"/services/web","dir":true,"nodes":[
-        {"key":"/services/web/a","value":"1","modifiedIndex":4,"createdIndex":4},
-        {"key":"/services/web/d","dir":true,"nodes":[{"key":"/services/web/d/b","value":"2",
-            "expiration":"2026-11-22T17:54:46.379469862Z","ttl":5,"modifiedIndex":5,"createdIndex":5}],
-            "modifiedIndex":5,"createdIndex":5}],"modifiedIndex":4,"createdIndex":4}}"#;
-
-    fn listing() -> Tree {
-        let mut tree = Tree::default();
-        serde_json::from_str::<Listing>(LISTING).unwrap().node.collect(&mut tree);
-        tree
-    }
-
-    fn tree(entries: &[(&str, &str)]) -> Tree {
-        let mut tree = Tree::default();
-        for (key, value) in entries {
-            tree.set(key.as_bytes().to_vec(), value.as_bytes().to_vec());
-        }
-        tree
-    }
-
-    #[test]
-    fn a_listing_is_read_at_any_depth() {
-        assert_eq!(listing(), tree(&[("/services/web/a", "1"), ("/services/web/d/b", "2")]));
-    }
-
-    #[test]
-    fn every_action_is_applied() {
-        let both = [("/services/web/a", "1"), ("/services/web/d/b", "2")];
-        for (event, changed, after) in [
-            (r#"{"action":"set","node":{"key":"/services/web/a","value":"1"}}"#, false, &both[..]),
-            (
-                r#"{"action":"create","node":{"key":"/services/web/e","value":"3"}}"#,
-                true,
-                &[both[0], both[1], ("/services/web/e", "3")],
-            ),
-            (
-                r#"{"action":"update","node":{"key":"/services/web/a","value":"4"}}"#,
-                true,
-                &[("/services/web/a", "4"), both[1]],
-            ),
-            (
-                r#"{"action":"compareAndSwap","node":{"key":"/services/web/a","value":"5"}}"#,
-                true,
-                &[("/services/web/a", "5"), both[1]],
-            ),
-            (r#"{"action":"update","node":{"key":"/services/web/d","dir":true}}"#, false, &both),
-            (r#"{"action":"set","node":{"key":"/services/web/a","dir":true}}"#, true, &both[1..]),
-            (r#"{"action":"delete","node":{"key":"/services/web/a"}}"#, true, &both[1..]),
-            (r#"{"action":"compareAndDelete","node":{"key":"/services/web/a"}}"#, true, &both[1..]),
-            (
-                r#"{"action":"expire","node":{"key":"/services/web/d","dir":true}}"#,
-                true,
-                &both[..1],
-            ),
-            (r#"{"action":"delete","node":{"key":"/services","dir":true}}"#, true, &[]),
-            (r#"{"action":"delete","node":{"key":"/services/we","dir":true}}"#, false, &both),
-        ] {
-            let mut now = listing();
-            let event_read: Event = serde_json::from_str(event).unwrap();
-            assert_eq!(event_read.apply(&mut now), Some(changed), "{event}");
-            assert_eq!(now, tree(after), "{event}");
-        }
-    }
-
-    #[test]
-    fn an_action_that_is_not_known_asks_for_a_new_reading() {
-        let event: Event =
-            serde_json::from_str(r#"{"action":"rename","node":{"key":"/services/web/a"}}"#)
-                .unwrap();
-        assert_eq!(event.apply(&mut listing()), None);
-    }
-
-    #[test]
-    fn versions_of_etcd_say_whether_there_is_v3() {
-        for (version, has_v3) in
-            [("3.4.23", true), ("3.6.0-rc.1", true), ("10.0", true), ("2.3.8", false), ("", false)]
-        {
-            assert_eq!(Version { etcdserver: version.to_owned() }.has_v3(), has_v3, "{version}");
-        }
-    }
-
-    proptest! {
-        /// Whatever the order of events: the tree is what a plain map would hold.
-        #[test]
-        fn events_add_up(events in prop::collection::vec((0..3u8, 0..4u8, 0..4u8), 0..40)) {
-            let (mut tree, mut model) = (Tree::default(), BTreeMap::new());
-            for (action, dir, key) in events {
-                let (dir, key) = (format!("/s/{dir}"), format!("/s/{dir}/{key}"));
-                let event = match action {
-                    0 => {
-                        model.insert(key.clone(), "x");
-                        format!(r#"{{"action":"set","node":{{"key":"{key}","value":"x"}}}}"#)
-                    }
-                    1 => {
-                        model.remove(&key);
-                        format!(r#"{{"action":"expire","node":{{"key":"{key}"}}}}"#)
-                    }
-                    _ => {
-                        model.retain(|key, _| !key.starts_with(&format!("{dir}/")));
-                        format!(r#"{{"action":"delete","node":{{"key":"{dir}","dir":true}}}}"#)
-                    }
-                };
-                let event: Event = serde_json::from_str(&event).unwrap();
-                prop_assert!(event.apply(&mut tree).is_some());
-            }
-            let model: Vec<_> = model.iter().map(|(key, value)| (key.as_str(), *value)).collect();
-            prop_assert_eq!(tree, self::tree(&model));
-        }
     }
 }

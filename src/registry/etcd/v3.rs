@@ -11,7 +11,7 @@ use std::{
 use etcd_client::{
     Certificate, Client, ConnectOptions, Error, GetOptions, Identity, KeyValue, TlsOptions,
 };
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use url::Url;
 
 use super::{
@@ -21,7 +21,7 @@ use super::{
 use crate::{
     registry::{
         Secret,
-        http::{ANSWER, CONNECT, Pace},
+        http::{ANSWER, CONNECT},
     },
     source::SourceError,
     tls::{self, ClientTls},
@@ -33,6 +33,8 @@ use stream::{BranchWatch, News, Stream};
 
 /// How long a member may take to say that it is there.
 const PROBE: Duration = Duration::from_secs(5);
+/// How soon a branch is read again whose watch cannot tell what happened.
+const AGAIN: Duration = Duration::from_millis(100);
 /// The largest message that is read.
 const LARGEST: usize = 16 << 20;
 
@@ -152,7 +154,8 @@ pub(crate) struct Follower {
     revision: i64,
     state: State,
     read_again: bool,
-    pace: Pace,
+    /// When it may be read next: a server that has it read for ever must not make us spin.
+    read_at: Instant,
 }
 
 enum State {
@@ -170,7 +173,7 @@ impl Follower {
             revision: 0,
             state: State::Unread,
             read_again: false,
-            pace: Pace::new(),
+            read_at: Instant::now(),
         }
     }
 
@@ -188,7 +191,7 @@ impl Follower {
         loop {
             match &mut self.state {
                 State::Unread => {
-                    self.pace.keep().await;
+                    sleep_until(self.read_at).await;
                     let (key, _) = range(self.roots.first().map_or("", String::as_str));
                     let connection = self.etcd.connection(&key).await?;
                     self.read(&connection).await?;
@@ -213,7 +216,7 @@ impl Follower {
                     }
                     News::Alive => return Ok(Step::Confirmed),
                     News::Again => {
-                        self.pace.answered(false);
+                        self.read_at = Instant::now() + AGAIN;
                         self.state = State::Unread;
                     }
                     News::Refused(reason) => {
@@ -302,24 +305,11 @@ async fn probe(client: &Client, key: &str) -> Result<(), Error> {
 /// Whether the member works and only refuses what it was asked for. A login that is refused, or out of date, concerns the
 /// whole connection.
 fn is_refusal(error: &Error) -> bool {
-    // google.golang.org/grpc/codes
-    const INVALID_ARGUMENT: i32 = 3;
-    const NOT_FOUND: i32 = 5;
-    const PERMISSION_DENIED: i32 = 7;
-    const RESOURCE_EXHAUSTED: i32 = 8;
-    const FAILED_PRECONDITION: i32 = 9;
-    const OUT_OF_RANGE: i32 = 11;
     let Error::GRpcStatus(status) = error else { return false };
     let of_the_login = ["authentication failed", "revision of auth store is old"];
-    matches!(
-        status.code() as i32,
-        INVALID_ARGUMENT
-            | NOT_FOUND
-            | PERMISSION_DENIED
-            | RESOURCE_EXHAUSTED
-            | FAILED_PRECONDITION
-            | OUT_OF_RANGE
-    ) && !of_the_login.iter().any(|text| status.message().contains(text))
+    // Invalid argument, not found, permission denied, resource exhausted, failed precondition, out of range.
+    matches!(status.code() as i32, 3 | 5 | 7 | 8 | 9 | 11)
+        && !of_the_login.iter().any(|text| status.message().contains(text))
 }
 
 async fn within<T>(
