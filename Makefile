@@ -13,7 +13,7 @@ NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 DISCOVERY ?= docker
 ONCE ?=
 
-.PHONY: help setup build test lint fuzz soak demo figures bench bench-setup bench-soak shell dist clean
+.PHONY: help setup build test registry-figures lint fuzz soak demo figures bench bench-setup bench-soak shell dist clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ ifdef NEXTEST
 else
 	cargo test --workspace -- --test-threads=2
 endif
+
+registry-figures: setup ## what 300 services cost a real etcd and Consul; MINUTES=4
+	cargo test --test it what_many_services_cost_a_registry -- --ignored --nocapture
 
 lint: setup ## check format, clippy, and dependencies if cargo-deny is installed
 	cargo fmt --all --check

@@ -429,7 +429,7 @@ mod tests {
         let write = |text: &str| std::fs::write(&file, text).unwrap();
         write("[[service]]\nname = \"redis\"\nendpoints = [\"10.0.0.1:1\"]\n");
         let nobody = crate::docker::Engine::parse("unix:///nonexistent", None).unwrap();
-        let from = crate::discovery::Settings {
+        let from = crate::discovery::Options {
             healthy_only: true,
             docker: nobody,
             consul: Default::default(),

@@ -10,7 +10,7 @@ use crate::{
     descriptor::Descriptor,
     discovery::{consul, dns, docker as docker_discovery, etcd, file},
     provider::{bindings::bindings, docker as docker_provider},
-    state,
+    registry, state,
 };
 
 /// Reads its input, and panics where that shows a fault.
@@ -22,7 +22,7 @@ pub const TARGETS: [(&str, Target); 13] = [
     ("variables", variables),
     ("command_line", command_line),
     ("consul", consul::fuzz),
-    ("etcd_v2", etcd::v2::fuzz),
+    ("etcd_v2", registry::etcd::v2::answers::fuzz),
     ("etcd_value", etcd::value::fuzz),
     ("docker_provider", docker_provider::fuzz),
     ("docker_discovery", docker_discovery::fuzz),

@@ -8,6 +8,7 @@ pub mod descriptor;
 pub mod source;
 pub mod tls;
 pub mod docker;
+pub mod registry;
 pub mod provider;
 pub mod discovery;
 pub mod outcome;

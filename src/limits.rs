@@ -3,10 +3,11 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{info, warn};
 
-/// Descriptors for everything but connections, at least: sources, listeners, the log, pipes to splice through.
+/// Descriptors for everything but connections, at least: listeners, the log, pipes to splice through, and the sources, whose
+/// clients take a fixed number however many services are asked for.
 const RESERVE: u64 = 512;
-/// And at least one in so many: each container has one (its process is watched), and each service that is asked for.
-const RESERVED_SHARE: u64 = 16;
+/// And at least one in so many: each container has one (its process is watched).
+const RESERVED_SHARE: u64 = 32;
 /// Descriptors of a connection: one to each side.
 const PER_CONNECTION: u64 = 2;
 
@@ -64,8 +65,8 @@ mod tests {
     #[test]
     fn each_connection_needs_two_and_some_are_kept_back() {
         assert_eq!(by_descriptors(1_024), 256);
-        assert_eq!(by_descriptors(20_000), 9_375);
-        assert_eq!(by_descriptors(1 << 20), 491_520);
+        assert_eq!(by_descriptors(20_000), 9_687);
+        assert_eq!(by_descriptors(1 << 20), 507_904);
         assert_eq!(by_descriptors(0), 1);
     }
 

@@ -251,7 +251,7 @@ fn panicked<T>(panic: Box<dyn std::any::Any + Send>) -> Result<T, SourceError> {
 
 /// Exponential backoff with jitter: many hosts that lost one registry do not come back in step.
 #[derive(Debug, Default)]
-struct Backoff {
+pub(crate) struct Backoff {
     attempts: u32,
 }
 
@@ -262,7 +262,7 @@ impl Backoff {
     const SETTLED: Duration = Duration::from_secs(10);
 
     /// The next pause; `random` in `0..1` places it between half of its length and the whole.
-    fn next(&mut self, random: f64) -> Duration {
+    pub(crate) fn next(&mut self, random: f64) -> Duration {
         let doubled = Self::FIRST.saturating_mul(1 << self.attempts.min(16));
         self.attempts = self.attempts.saturating_add(1);
         doubled.min(Self::LONGEST).mul_f64(0.5 + random / 2.0)

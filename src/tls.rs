@@ -10,7 +10,8 @@ pub fn install_provider() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-/// What a client shows and whom it trusts. The files are read anew for every session, so that renewed ones are used.
+/// What a client shows and whom it trusts. The files are read again for a new connection after a failure, so that renewed ones
+/// are used.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ClientTls {
     /// Trusted alone; where absent, the system's authorities are trusted.

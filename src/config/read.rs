@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use super::{CaptureMode, Config, Conntrack, Provider, UsageError, args::Args, values::*};
 use crate::{
     descriptor::{Descriptor, split_list},
-    discovery::{ConsulSettings, Discoveries, EtcdSettings, Secret, Settings},
+    discovery::{ConsulSettings, Discoveries, EtcdSettings, Options, Secret},
     docker::Engine,
 };
 
@@ -15,7 +15,7 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
     let verbosity_given = args.verbosity.is_some();
     let mut ignored: Vec<_> = args.glog.given().collect();
     let docker = engine(args.docker, env)?;
-    let settings = Settings {
+    let settings = Options {
         healthy_only: switch("--filter", args.filter, "true")?,
         docker: docker.clone(),
         consul: consul(env)?,
@@ -143,7 +143,7 @@ fn engine(uri: Option<String>, env: &Environment<'_>) -> Result<Engine, UsageErr
 fn discoveries(
     uris: Vec<String>,
     env: &Environment<'_>,
-    settings: &Settings,
+    settings: &Options,
 ) -> Result<Discoveries, UsageError> {
     let (name, uris) = if uris.is_empty() {
         let one = flag("--discovery", None).or_env(env, "DISCOVERY").or("consul://127.0.0.1:8500");

@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+pub(super) use crate::registry::excerpt;
+
 use crate::model::{Endpoint, Port};
 
 /// The endpoint at `address` (an IP address, IPv6 without brackets) and `port`, or what was expected instead.
@@ -27,15 +29,6 @@ pub(super) fn host_and_port(text: &str) -> Result<Endpoint, String> {
         Some(host) => endpoint(host.strip_suffix(']').ok_or_else(wrong)?, port),
         None if host.contains(':') => Err(wrong()),
         None => endpoint(host, port),
-    }
-}
-
-/// As much of a wrong value as a log line should hold.
-pub(super) fn excerpt(text: &str) -> String {
-    const LONGEST: usize = 60;
-    match text.char_indices().nth(LONGEST) {
-        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
-        None => text.to_owned(),
     }
 }
 

@@ -1,90 +1,24 @@
-//! Consul: blocking queries on a service's health (developer.hashicorp.com/consul/api-docs/health).
-//!
-//! Reads are of the default consistency, never `stale`: a server that lags may answer with an older index and an older
-//! list, and what `stale` would buy, an answer without a leader, is what keeping the last answer gives us anyway.
+//! Consul: the instances of a service, by its health (developer.hashicorp.com/consul/api-docs/health).
 
-use std::{
-    fs,
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
-    time::Duration,
-};
+use std::{path::PathBuf, sync::Arc};
 
-use reqwest::{Client, header::HeaderValue};
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tracing::warn;
 use url::Url;
 
-use super::{
-    Endpoints, Query, Rejected, Secret, Settings, address,
-    http::{self, ANSWER, Answer, Pace},
-};
+use super::{Endpoints, Options, Query, Rejected, address};
 use crate::{
     model::Tags,
+    registry::{HttpAnswer, consul::ConsulClient},
     source::{Publisher, Resync, Source, SourceError},
-    tls::ClientTls,
 };
-
-/// How long the server may hold a query while nothing changes. It bounds how long a server that hangs goes unnoticed.
-const WAIT: Duration = Duration::from_secs(30);
 
 /// A Consul agent or server.
 #[derive(Debug, Clone)]
 pub struct Consul {
-    pub(super) base: Url,
-    tls: ClientTls,
-    tls_verify: bool,
-    token: Token,
-    auth: Option<Secret>,
+    pub(super) client: Arc<ConsulClient>,
     pub(super) asked: Asked,
     healthy_only: bool,
-    wait: Duration,
-    seats: Arc<Seats>,
-}
-
-/// Who may keep a connection to the agent. By default it lets one address have 200 (`limits.http_max_conns_per_client`), all
-/// of its other clients on this host included, and turns the next away.
-#[derive(Debug)]
-struct Seats {
-    /// Queries that the server holds until something changes.
-    held: Arc<Semaphore>,
-    /// Of the queries beyond, which are asked again and again.
-    polls: Semaphore,
-    /// Whether it was told that there are such.
-    told: AtomicBool,
-}
-
-impl Seats {
-    const HELD: usize = 100;
-    const POLLS: usize = 4;
-    /// How often a query is asked that has no seat.
-    const EVERY: Duration = Duration::from_secs(5);
-
-    fn new() -> Self {
-        Self {
-            held: Arc::new(Semaphore::new(Self::HELD)),
-            polls: Semaphore::new(Self::POLLS),
-            told: AtomicBool::default(),
-        }
-    }
-
-    /// A seat for a query that is held, if there is one left.
-    fn take(&self) -> Option<OwnedSemaphorePermit> {
-        let seat = self.held.clone().try_acquire_owned().ok();
-        if seat.is_none() && !self.told.swap(true, Relaxed) {
-            warn!(
-                watched = Self::HELD,
-                every_s = Self::EVERY.as_secs(),
-                "more services than may keep a connection to Consul; the others are asked again and again"
-            );
-        }
-        seat
-    }
 }
 
 /// The parameters of a `consul://` URI.
@@ -100,74 +34,17 @@ pub(super) struct Asked {
     pub(super) tags: Vec<String>,
 }
 
-#[derive(Debug, Clone)]
-enum Token {
-    None,
-    Text(Secret),
-    File(PathBuf),
-}
-
 impl Consul {
     /// The agent at `base`, whose scheme says whether TLS is used.
-    pub(super) fn new(base: Url, asked: Asked, settings: &Settings) -> Result<Self, String> {
-        let consul = &settings.consul;
-        let tls = ClientTls::new(
-            consul.ca.clone(),
-            consul.certificate.clone(),
-            consul.key.clone(),
-            ["CONSUL_CACERT", "CONSUL_CLIENT_CERT", "CONSUL_CLIENT_KEY"],
-        )?;
-        // A file wins over a token, as in Consul's own tools.
-        let token = match (asked.token_file.as_ref().or(consul.token_file.as_ref()), &consul.token)
-        {
-            (Some(file), _) => Token::File(file.clone()),
-            (None, Some(token)) => Token::Text(token.clone()),
-            (None, None) => Token::None,
-        };
-        Ok(Self {
-            base,
-            tls,
-            tls_verify: consul.tls_verify,
-            token,
-            auth: consul.auth.clone(),
-            asked,
-            healthy_only: settings.healthy_only,
-            wait: WAIT,
-            seats: Arc::new(Seats::new()),
-        })
+    pub(super) fn new(base: Url, asked: Asked, settings: &Options) -> Result<Self, String> {
+        let token_file = asked.token_file.clone();
+        let client = ConsulClient::new(base, token_file, &settings.consul)?;
+        Ok(Self { client: Arc::new(client), asked, healthy_only: settings.healthy_only })
     }
 
     pub fn source(self, query: Query) -> ConsulSource {
         let tags = Tags::new(self.asked.tags.iter().map(String::as_str).chain(query.tags.iter()));
         ConsulSource { consul: self, query, tags }
-    }
-
-    /// One that keeps its connection, or one that does not.
-    fn client(&self, keeps: bool) -> Result<Client, SourceError> {
-        let tls = (self.base.scheme() == "https").then_some(&self.tls);
-        let builder = http::builder(tls)?.tls_danger_accept_invalid_certs(!self.tls_verify);
-        http::build(if keeps { builder } else { builder.pool_max_idle_per_host(0) })
-    }
-
-    /// The token as it is now: a file is read anew, as agents renew it.
-    fn token(&self) -> Result<Option<HeaderValue>, SourceError> {
-        let (text, from) = match &self.token {
-            Token::None => return Ok(None),
-            Token::Text(token) => (token.reveal().to_owned(), "CONSUL_HTTP_TOKEN".to_owned()),
-            Token::File(path) => {
-                let from = format!("token file {}", path.display());
-                (fs::read_to_string(path).map_err(|e| SourceError::caused(&from, &e))?, from)
-            }
-        };
-        let text = text.trim();
-        let wrong = |what| SourceError::new(format_args!("{from} {what}"));
-        if text.is_empty() {
-            return Err(wrong("is empty"));
-        }
-        let mut header = HeaderValue::from_str(text)
-            .map_err(|_| wrong("holds a character that no token has"))?;
-        header.set_sensitive(true);
-        Ok(Some(header))
     }
 }
 
@@ -188,89 +65,21 @@ impl Source for ConsulSource {
         publish: &Publisher<Endpoints>,
         resync: &mut Resync,
     ) -> Result<(), SourceError> {
-        tokio::select! {
-            end = self.session_until_failure(publish) => end,
-            () = resync.due() => Ok(()),
-        }
-    }
-}
-
-impl ConsulSource {
-    async fn session_until_failure(
-        &mut self,
-        publish: &Publisher<Endpoints>,
-    ) -> Result<(), SourceError> {
-        let seat = self.consul.seats.take();
-        let client = self.consul.client(seat.is_some())?;
-        let token = self.consul.token()?;
-        if seat.is_none() {
-            return self.poll(&client, token.as_ref(), publish).await;
-        }
-        let mut index = 0;
-        let mut pace = Pace::new();
-        let mut distance = Pace::NEWS;
+        let mut query = self.consul.client.clone().query(self.url());
         loop {
-            pace.keep(distance).await;
-            let answer = self.ask(&client, token.as_ref(), index).await?;
-            let (endpoints, next) = self.read(&answer)?;
-            distance = if publish.publish(endpoints) { Pace::NEWS } else { Pace::IDLE };
-            index = next_index(index, next);
-        }
-    }
-}
-
-impl ConsulSource {
-    /// Asks for what there is, again and again, until there is a seat: then the next session takes it.
-    async fn poll(
-        &self,
-        client: &Client,
-        token: Option<&HeaderValue>,
-        publish: &Publisher<Endpoints>,
-    ) -> Result<(), SourceError> {
-        let Seats { held, polls, .. } = &*self.consul.seats;
-        loop {
-            let turn = polls.acquire().await;
-            let answer = self.ask(client, token, 0).await?;
-            drop(turn);
-            publish.publish(self.read(&answer)?.0);
-            // Those that began together do not go on so.
-            tokio::time::sleep(Seats::EVERY.mul_f64(0.8 + 0.4 * fastrand::f64())).await;
-            if held.available_permits() > 0 {
-                return Ok(());
+            tokio::select! {
+                answer = query.next() => {
+                    publish.publish(self.read(&answer?)?);
+                }
+                () = resync.due() => query.read_again(),
             }
         }
     }
+}
 
-    /// Asks for what there is; with an `index`, once it is past that or the wait is over.
-    async fn ask(
-        &self,
-        client: &Client,
-        token: Option<&HeaderValue>,
-        index: u64,
-    ) -> Result<Answer, SourceError> {
-        let wait = self.consul.wait;
-        let url = self.url(index);
-        let mut request = client.get(url.clone());
-        if let Some(token) = token {
-            request = request.header("X-Consul-Token", token.clone());
-        }
-        if let Some(auth) = &self.consul.auth {
-            let (user, password) = match auth.reveal().split_once(':') {
-                Some((user, password)) => (user, Some(password)),
-                None => (auth.reveal(), None),
-            };
-            request = request.basic_auth(user, password);
-        }
-        // The server adds up to a sixteenth of the wait, lest many clients come back at once.
-        let held = if index > 0 { wait + wait / 16 } else { Duration::ZERO };
-        http::get(&url, request, held + ANSWER).await
-    }
-
-    fn url(&self, index: u64) -> Url {
-        let mut url = self.consul.base.clone();
-        if let Ok(mut path) = url.path_segments_mut() {
-            path.pop_if_empty().extend(["v1", "health", "service", self.query.service.as_str()]);
-        }
+impl ConsulSource {
+    fn url(&self) -> Url {
+        let mut url = self.consul.client.url(["health", "service", self.query.service.as_str()]);
         {
             let mut pairs = url.query_pairs_mut();
             if self.consul.healthy_only {
@@ -285,10 +94,6 @@ impl ConsulSource {
             for tag in self.tags.iter() {
                 pairs.append_pair("tag", tag);
             }
-            if index > 0 {
-                pairs.append_pair("index", &index.to_string());
-                pairs.append_pair("wait", &format!("{}ms", self.consul.wait.as_millis()));
-            }
         }
         if url.query() == Some("") {
             url.set_query(None);
@@ -296,13 +101,7 @@ impl ConsulSource {
         url
     }
 
-    fn read(&self, answer: &Answer) -> Result<(Endpoints, u64), SourceError> {
-        if answer.status != 200 {
-            return Err(answer.refusal());
-        }
-        let index = answer
-            .number("X-Consul-Index")
-            .ok_or_else(|| answer.fault("the answer has no X-Consul-Index: is this Consul?"))?;
+    fn read(&self, answer: &HttpAnswer) -> Result<Endpoints, SourceError> {
         let mut endpoints = endpoints(answer.json()?, &self.tags);
         // What a token may not read is left out without an error: that is no answer to what there is.
         let hidden = answer.headers.get("X-Consul-Results-Filtered-By-ACLs");
@@ -315,14 +114,8 @@ impl ConsulSource {
                 reason: "the token may not read all instances".to_owned(),
             });
         }
-        Ok((endpoints, index))
+        Ok(endpoints)
     }
-}
-
-/// The index to wait on after `last` was asked for and `next` came back: from 1, and from the start where it went
-/// backwards, as a restored server's does.
-fn next_index(last: u64, next: u64) -> u64 {
-    if next < last { 0 } else { next.max(1) }
 }
 
 /// The instances with `tags`, each entry judged by itself.
@@ -453,16 +246,6 @@ mod tests {
                 "c: invalid type: string \"80\", expected i64",
             ]
         );
-    }
-
-    #[test]
-    fn an_index_is_waited_on_from_one_and_never_backwards() {
-        assert_eq!(next_index(0, 0), 1);
-        assert_eq!(next_index(0, 7), 7);
-        assert_eq!(next_index(7, 7), 7);
-        assert_eq!(next_index(7, 8), 8);
-        assert_eq!(next_index(7, 6), 0);
-        assert_eq!(next_index(1, 0), 0);
     }
 
     proptest! {

@@ -66,18 +66,6 @@ impl Source for DnsSource {
         publish: &Publisher<Endpoints>,
         resync: &mut Resync,
     ) -> Result<(), SourceError> {
-        tokio::select! {
-            end = self.session_until_failure(publish) => end,
-            () = resync.due() => Ok(()),
-        }
-    }
-}
-
-impl DnsSource {
-    async fn session_until_failure(
-        &mut self,
-        publish: &Publisher<Endpoints>,
-    ) -> Result<(), SourceError> {
         let session = Session::new(self)?;
         loop {
             let (endpoints, ttl) = match timeout(Session::WHOLE, session.resolve()).await {
@@ -89,7 +77,10 @@ impl DnsSource {
                 }
             };
             publish.publish(endpoints);
-            sleep(ttl).await;
+            tokio::select! {
+                () = sleep(ttl) => {}
+                () = resync.due() => {}
+            }
         }
     }
 }

@@ -81,18 +81,6 @@ impl Source for Contents {
         publish: &Publisher<Catalogue>,
         resync: &mut Resync,
     ) -> Result<(), SourceError> {
-        tokio::select! {
-            end = self.session_until_failure(publish) => end,
-            () = resync.due() => Ok(()),
-        }
-    }
-}
-
-impl Contents {
-    async fn session_until_failure(
-        &mut self,
-        publish: &Publisher<Catalogue>,
-    ) -> Result<(), SourceError> {
         let mut watch = None;
         loop {
             let added = self.watch(&mut watch);
@@ -101,9 +89,14 @@ impl Contents {
                 return Err(error);
             }
             publish.publish(self.read().await?);
-            match &watch {
-                Some(watch) => watch.changed().await,
-                None => sleep(Self::POLL).await,
+            tokio::select! {
+                () = async {
+                    match &watch {
+                        Some(watch) => watch.changed().await,
+                        None => sleep(Self::POLL).await,
+                    }
+                } => {}
+                () = resync.due() => {}
             }
         }
     }

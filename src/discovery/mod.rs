@@ -4,15 +4,12 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     sync::Arc,
-    time::{Duration, Instant},
 };
-
-use tokio::{sync::Notify, task::AbortHandle};
 
 use crate::{
     descriptor::Descriptor,
     model::{Endpoint, Port, ServiceName, Stay, Tags},
-    source::{Answers, Known, Publisher, ResyncRequests, follow},
+    source::{Publisher, ResyncRequests, follow},
 };
 
 mod address;
@@ -21,12 +18,15 @@ pub mod dns;
 pub mod docker;
 pub mod etcd;
 pub mod file;
-mod http;
-mod settings;
-mod uri;
+mod options;
 
-pub use settings::{ConsulSettings, EtcdSettings, Secret, Settings};
+mod uri;
+mod watches;
+
+pub use crate::registry::{ConsulSettings, EtcdSettings, Secret};
+pub use options::Options;
 pub use uri::UriError;
+pub use watches::Watches;
 
 /// What is asked of a discovery. Equal queries share one watch, however many consumers ask.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -112,8 +112,8 @@ impl Discovery {
         let of =
             |url: &url::Url| Some(format!("{}:{}", url.host_str()?, url.port_or_known_default()?));
         match self {
-            Self::Consul(consul) => of(&consul.base).into_iter().collect(),
-            Self::Etcd(etcd) => etcd.members.iter().filter_map(of).collect(),
+            Self::Consul(consul) => of(consul.client.base()).into_iter().collect(),
+            Self::Etcd(etcd) => etcd.client.members().iter().filter_map(of).collect(),
             Self::Docker(docker) => docker.engine.server().into_iter().collect(),
             Self::File(_) => Vec::new(),
             Self::Dns(dns) => vec![dns.resolver.to_string()],
@@ -156,7 +156,7 @@ pub struct Discoveries {
 
 impl Discoveries {
     /// Reads every `-discovery`; the first one is the default.
-    pub fn parse(uris: &[String], settings: &Settings) -> Result<Self, UriError> {
+    pub fn parse(uris: &[String], settings: &Options) -> Result<Self, UriError> {
         let (mut by_name, mut uris_by_name) = (BTreeMap::new(), BTreeMap::new());
         let mut default = None;
         for text in uris {
@@ -226,102 +226,13 @@ impl Discoveries {
     }
 }
 
-/// The watches that the current demand asks for, and no others.
-#[derive(Debug)]
-pub struct Watches {
-    discoveries: Discoveries,
-    resync: ResyncRequests,
-    /// Rung when any answer brings news.
-    bell: Arc<Notify>,
-    running: BTreeMap<Query, Watch>,
-}
-
-#[derive(Debug)]
-struct Watch {
-    answers: Answers<Endpoints>,
-    task: AbortHandle,
-    /// Since when nobody has asked; `None` while somebody does.
-    unasked: Option<Instant>,
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-impl Watches {
-    pub fn new(discoveries: Discoveries, resync: ResyncRequests, bell: Arc<Notify>) -> Self {
-        Self { discoveries, resync, bell, running: BTreeMap::new() }
-    }
-
-    /// How long a watch goes on that nobody asks for: a consumer that restarts must not lose what was known of its service,
-    /// least of all while the registry is away.
-    const LINGER: Duration = Duration::from_secs(10 * 60);
-
-    /// Follows a query from now on, for somebody.
-    pub fn ask(&mut self, query: &Query) {
-        if let Some(watch) = self.running.get_mut(query) {
-            watch.unasked = None;
-            return;
-        }
-        let Some(discovery) = self.discoveries.by_name.get(&query.via).cloned() else { return };
-        let (publish, answers) = Publisher::new(self.bell.clone());
-        let (query_too, resync) = (query.clone(), self.resync.clone());
-        let task = tokio::spawn(async move { discovery.watch(query_too, publish, &resync).await });
-        let watch = Watch { answers, task: task.abort_handle(), unasked: None };
-        self.running.insert(query.clone(), watch);
-    }
-
-    /// Nobody asks for a query any more.
-    pub fn leave(&mut self, query: &Query, now: Instant) {
-        if let Some(watch) = self.running.get_mut(query) {
-            watch.unasked = Some(now);
-        }
-    }
-
-    /// Ends what nobody has asked for in a while.
-    pub fn end_unasked(&mut self, now: Instant) -> Vec<Query> {
-        let is_over = |_: &Query, watch: &mut Watch| {
-            let over = |since| now.saturating_duration_since(since) >= Self::LINGER;
-            watch.unasked.is_some_and(over)
-        };
-        self.running.extract_if(.., is_over).map(|(query, _)| query).collect()
-    }
-
-    /// What became known since the last call, of everything that is followed, whether it is asked for or lingers.
-    pub fn news(&mut self) -> Vec<(Query, Known<Endpoints>)> {
-        let changed = self
-            .running
-            .iter_mut()
-            .filter(|(_, watch)| watch.answers.has_changed().unwrap_or(false));
-        let news = changed
-            .map(|(query, watch)| (query.clone(), watch.answers.borrow_and_update().clone()));
-        news.collect()
-    }
-
-    /// What is known now of everything that is asked for.
-    pub fn known(&self) -> BTreeMap<Query, Known<Endpoints>> {
-        self.asked().map(|(query, watch)| (query.clone(), watch.answers.borrow().clone())).collect()
-    }
-
-    /// Where what is known of it will be found from now on.
-    pub fn answers(&self) -> Vec<(Query, Answers<Endpoints>)> {
-        self.asked().map(|(query, watch)| (query.clone(), watch.answers.clone())).collect()
-    }
-
-    fn asked(&self) -> impl Iterator<Item = (&Query, &Watch)> {
-        self.running.iter().filter(|(_, watch)| watch.unasked.is_none())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::docker::{Address, Engine};
 
     fn query(text: &str) -> Result<String, String> {
-        let settings = Settings {
+        let settings = Options {
             healthy_only: true,
             docker: Engine { address: Address::Unix("/nonexistent".into()), certificates: None },
             consul: ConsulSettings::default(),

@@ -9,7 +9,7 @@ use std::{
 use url::{Url, form_urlencoded};
 
 use super::{
-    Discovery, Settings,
+    Discovery, Options,
     consul::{self, Consul},
     dns::Dns,
     docker::Docker,
@@ -38,7 +38,7 @@ impl UriError {
 }
 
 /// The discovery's name, which is what `via=` calls it, and the discovery.
-pub(super) fn parse(text: &str, settings: &Settings) -> Result<(Arc<str>, Discovery), UriError> {
+pub(super) fn parse(text: &str, settings: &Options) -> Result<(Arc<str>, Discovery), UriError> {
     let (scheme, rest) = text.split_once("://").unwrap_or((text, ""));
     let (name, discovery) = match scheme {
         "consul" => ("consul", consul(rest, settings.consul.tls, settings).map(Discovery::Consul)),
@@ -63,7 +63,7 @@ pub(super) fn parse(text: &str, settings: &Settings) -> Result<(Arc<str>, Discov
     }
 }
 
-fn consul(rest: &str, tls: bool, settings: &Settings) -> Result<Consul, String> {
+fn consul(rest: &str, tls: bool, settings: &Options) -> Result<Consul, String> {
     let (authority, query) = split(rest)?;
     let mut asked = consul::Asked::default();
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
@@ -92,7 +92,7 @@ fn consul(rest: &str, tls: bool, settings: &Settings) -> Result<Consul, String> 
     Consul::new(base(tls, authority, 8500)?, asked, settings)
 }
 
-fn etcd(rest: &str, api: Api, settings: &Settings) -> Result<Etcd, String> {
+fn etcd(rest: &str, api: Api, settings: &Options) -> Result<Etcd, String> {
     let (authorities, query) = split(rest)?;
     no_parameters(query)?;
     let flags = &settings.etcd;
@@ -102,7 +102,7 @@ fn etcd(rest: &str, api: Api, settings: &Settings) -> Result<Etcd, String> {
     Etcd::new(members, api, flags)
 }
 
-fn docker(rest: &str, settings: &Settings) -> Result<Docker, String> {
+fn docker(rest: &str, settings: &Options) -> Result<Docker, String> {
     let new = |address| {
         let certificates = settings.docker.certificates.clone();
         Docker::new(Engine { address, certificates }, settings.healthy_only, false)
@@ -228,8 +228,8 @@ mod tests {
     use super::*;
     use crate::discovery::{ConsulSettings, EtcdSettings};
 
-    fn settings() -> Settings {
-        Settings {
+    fn settings() -> Options {
+        Options {
             healthy_only: true,
             docker: Engine { address: Address::Unix("/run/own.sock".into()), certificates: None },
             consul: ConsulSettings::default(),
@@ -241,14 +241,14 @@ mod tests {
         parse(text, &settings()).map(|(name, _)| name.to_string()).expect(text)
     }
 
-    fn consul(text: &str, settings: &Settings) -> Consul {
+    fn consul(text: &str, settings: &Options) -> Consul {
         match parse(text, settings) {
             Ok((_, Discovery::Consul(consul))) => consul,
             other => panic!("{text}: {other:?}"),
         }
     }
 
-    fn etcd(text: &str, settings: &Settings) -> Etcd {
+    fn etcd(text: &str, settings: &Options) -> Etcd {
         match parse(text, settings) {
             Ok((_, Discovery::Etcd(etcd))) => etcd,
             other => panic!("{text}: {other:?}"),
@@ -285,11 +285,11 @@ mod tests {
             ("consul://[::1]:80", "http://[::1]/"),
             ("consuls://h:8501", "https://h:8501/"),
         ] {
-            assert_eq!(consul(text, &settings()).base.as_str(), base);
+            assert_eq!(consul(text, &settings()).client.base().as_str(), base);
         }
         let mut tls = settings();
         tls.consul.tls = true;
-        assert_eq!(consul("consul://h:8501", &tls).base.as_str(), "https://h:8501/");
+        assert_eq!(consul("consul://h:8501", &tls).client.base().as_str(), "https://h:8501/");
     }
 
     #[test]
@@ -308,7 +308,8 @@ mod tests {
 
     #[test]
     fn etcd_may_have_many_members_and_a_flag_of_tls_is_enough_for_tls() {
-        let members = |etcd: Etcd| etcd.members.iter().map(Url::to_string).collect::<Vec<_>>();
+        let members =
+            |etcd: Etcd| etcd.client.members().iter().map(Url::to_string).collect::<Vec<_>>();
         let text = "etcd://a:4001,10.0.0.1,[::1]:2380";
         let plain = etcd(text, &settings());
         assert_eq!(plain.api, Api::Any);
@@ -321,7 +322,7 @@ mod tests {
             [(None, None, path()), (path(), path(), None), (path(), path(), path())]
         {
             let etcd_flags = EtcdSettings { certificate, key, ca, user: None };
-            let tls = Settings { etcd: etcd_flags, ..settings() };
+            let tls = Options { etcd: etcd_flags, ..settings() };
             assert_eq!(members(etcd(text, &tls)), addresses.map(|a| format!("https://{a}/")));
         }
     }

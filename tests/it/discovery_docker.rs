@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use embassy::{
-    discovery::{Discoveries, Settings},
+    discovery::{Discoveries, Options},
     docker::Engine,
 };
 use testbed::Host;
@@ -19,7 +19,7 @@ use crate::{
 /// A bare `docker://` beside a host's engine.
 fn discoveries(host: &Host, healthy_only: bool) -> Discoveries {
     let docker = Engine::parse(&host.docker_url(), None).expect("the URL of an engine");
-    let settings = Settings { healthy_only, docker, ..settings() };
+    let settings = Options { healthy_only, docker, ..settings() };
     Discoveries::parse(&["docker://".to_owned()], &settings).expect("a URI that is right")
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use embassy::{
     discovery::{
-        ConsulSettings, Discoveries, Endpoints, EtcdSettings, Query, Settings, UriError, Watches,
+        ConsulSettings, Discoveries, Endpoints, EtcdSettings, Options, Query, UriError, Watches,
     },
     docker::{Address, Engine},
     source::{Known, ResyncRequests},
@@ -18,8 +18,8 @@ use embassy::{
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
 /// What an empty command line and environment mean.
-pub(crate) fn settings() -> Settings {
-    Settings {
+pub(crate) fn settings() -> Options {
+    Options {
         healthy_only: true,
         docker: Engine { address: Address::Unix("/nonexistent".into()), certificates: None },
         consul: ConsulSettings::default(),
@@ -38,24 +38,31 @@ impl Followed {
         Self::with(uri, &settings(), descriptor)
     }
 
-    pub(crate) fn with(uri: &str, settings: &Settings, descriptor: &str) -> Self {
+    pub(crate) fn with(uri: &str, settings: &Options, descriptor: &str) -> Self {
         Self::try_with(uri, settings, descriptor).expect("a URI that is right")
     }
 
     pub(crate) fn try_with(
         uri: &str,
-        settings: &Settings,
+        settings: &Options,
         descriptor: &str,
     ) -> Result<Self, UriError> {
         Ok(Self::of(&Discoveries::parse(&[uri.to_owned()], settings)?, descriptor))
     }
 
     pub(crate) fn of(discoveries: &Discoveries, descriptor: &str) -> Self {
+        // No resync comes to the rescue within a test: what is seen is seen by following.
+        Self::read_again_by(discoveries, descriptor, &ResyncRequests::new(10 * SOON))
+    }
+
+    pub(crate) fn read_again_by(
+        discoveries: &Discoveries,
+        descriptor: &str,
+        resync: &ResyncRequests,
+    ) -> Self {
         let descriptor = descriptor.parse().expect("a descriptor that is right");
         let query = discoveries.query(&descriptor).expect("the discovery that was configured");
-        // No resync comes to the rescue within a test: what is seen is seen by following.
-        let resync = ResyncRequests::new(10 * SOON);
-        let mut watches = Watches::new(discoveries.clone(), resync, Arc::default());
+        let mut watches = Watches::new(discoveries.clone(), resync.clone(), Arc::default());
         watches.ask(&query);
         Self { watches, query }
     }

@@ -21,6 +21,10 @@ impl Process {
         Self(child.unwrap_or_else(|e| panic!("{command:?} cannot be started: {e}")))
     }
 
+    pub(crate) fn id(&self) -> u32 {
+        self.0.id()
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.0), signal).expect("a process of ours takes a signal");
     }

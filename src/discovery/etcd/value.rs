@@ -1,6 +1,6 @@
 //! What is written below a branch, and the endpoints that it means. Pure; shared by both APIs.
 
-use std::{borrow::Cow, collections::BTreeMap, ops::Bound};
+use std::borrow::Cow;
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -8,80 +8,28 @@ use serde_json::Value;
 use crate::{
     discovery::{Endpoints, Rejected, address},
     model::{Endpoint, Tags},
+    registry::etcd::Tree,
 };
 
-/// The keys at and below a branch, with their values.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Tree(BTreeMap<Vec<u8>, Vec<u8>>);
-
-impl Tree {
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Sets a key, and says whether that changed anything.
-    pub(super) fn set(&mut self, key: Vec<u8>, value: Vec<u8>) -> bool {
-        match self.0.get_mut(&key) {
-            Some(before) if *before == value => false,
-            Some(before) => {
-                *before = value;
-                true
-            }
-            None => self.0.insert(key, value).is_none(),
+/// The endpoints with `tags`, each value judged by itself.
+///
+/// An empty value is no endpoint, nor a wrong one, where its key is a directory.
+pub(super) fn endpoints(tree: &Tree, tags: &Tags) -> Endpoints {
+    let mut list = Vec::new();
+    let mut rejected = Vec::new();
+    for (key, value) in tree.iter() {
+        if value.is_empty() && tree.is_directory(key) {
+            continue;
         }
-    }
-
-    /// Removes a key, and says whether it was there.
-    pub(super) fn remove(&mut self, key: &[u8]) -> bool {
-        self.0.remove(key).is_some()
-    }
-
-    /// Removes a key and all that is below it, and says whether anything was there.
-    pub(super) fn remove_all(&mut self, key: &[u8]) -> bool {
-        let before = self.0.len();
-        self.0.retain(|other, _| !is_at_or_below(other, key));
-        self.0.len() < before
-    }
-
-    /// The endpoints with `tags`, each value judged by itself.
-    ///
-    /// An empty value is no endpoint, nor a wrong one, where the key ends with a slash or has keys below it: so
-    /// directories are marked where there are none.
-    pub(super) fn endpoints(&self, tags: &Tags) -> Endpoints {
-        let mut list = Vec::new();
-        let mut rejected = Vec::new();
-        for (key, value) in &self.0 {
-            if value.is_empty() && self.is_directory(key) {
-                continue;
-            }
-            match parse(value) {
-                Ok(instance) if tags.all_in(&instance.tags) => list.push(instance.endpoint),
-                Ok(_) => {}
-                Err(reason) => {
-                    rejected.push(Rejected { what: key.escape_ascii().to_string(), reason });
-                }
+        match parse(value) {
+            Ok(instance) if tags.all_in(&instance.tags) => list.push(instance.endpoint),
+            Ok(_) => {}
+            Err(reason) => {
+                rejected.push(Rejected { what: key.escape_ascii().to_string(), reason });
             }
         }
-        Endpoints::new(list, rejected)
     }
-
-    fn is_directory(&self, key: &[u8]) -> bool {
-        let mut below = key.to_vec();
-        if !below.ends_with(b"/") {
-            below.push(b'/');
-        }
-        key.ends_with(b"/")
-            || self
-                .0
-                .range::<[u8], _>((Bound::Excluded(below.as_slice()), Bound::Unbounded))
-                .next()
-                .is_some_and(|(next, _)| next.starts_with(&below))
-    }
-}
-
-/// Whether `key` is `branch` (which has no trailing slash) or stands below it: `/app10` is not below `/app1`.
-pub(super) fn is_at_or_below(key: &[u8], branch: &[u8]) -> bool {
-    key.strip_prefix(branch).is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
+    Endpoints::new(list, rejected)
 }
 
 /// One registration.
@@ -167,13 +115,13 @@ pub(crate) fn fuzz(input: &[u8]) {
     let lines: Vec<_> = input.split(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect();
     for pair in lines.windows(2) {
         tree.set(pair[0].clone(), pair[1].clone());
-        let found = tree.endpoints(&Tags::default());
+        let found = endpoints(&tree, &Tags::default());
         let said = found.list.len() + found.rejected.len();
-        assert!(said <= tree.0.len(), "more was said than was written");
+        assert!(said <= tree.iter().count(), "more was said than was written");
     }
     if let Some(first) = lines.first() {
         tree.remove_all(first);
-        assert!(!tree.0.keys().any(|key| is_at_or_below(key, first)));
+        assert!(!tree.remove_all(first));
     }
 }
 
@@ -263,7 +211,7 @@ mod tests {
     #[test]
     fn a_wrong_value_stands_beside_the_good_ones() {
         let tree = tree(&[("/s/a", "10.0.0.2:80"), ("/s/b", "oops"), ("/s/c/d", "10.0.0.1:80")]);
-        let endpoints = tree.endpoints(&Tags::default());
+        let endpoints = endpoints(&tree, &Tags::default());
         let list: Vec<_> = endpoints.list.iter().map(ToString::to_string).collect();
         assert_eq!(list, ["10.0.0.1:80", "10.0.0.2:80"]);
         assert_eq!(endpoints.rejected.len(), 1);
@@ -277,7 +225,7 @@ mod tests {
             ("/s/b", r#"{"ipaddress":"10.0.0.2","port":80,"tags":["prod"]}"#),
             ("/s/c", "10.0.0.3:80"),
         ]);
-        let endpoints = tree.endpoints(&Tags::new(["app1", "prod"]));
+        let endpoints = endpoints(&tree, &Tags::new(["app1", "prod"]));
         assert_eq!(endpoints.list.len(), 1);
         assert_eq!(endpoints.rejected, []);
     }
@@ -292,29 +240,8 @@ mod tests {
             ("/s/a/b", "10.0.0.2:80"),
             ("/s/c", ""),
         ]);
-        let rejected = tree.endpoints(&Tags::default()).rejected;
+        let rejected = endpoints(&tree, &Tags::default()).rejected;
         assert_eq!(rejected.iter().map(|r| r.what.as_str()).collect::<Vec<_>>(), ["/s/c"]);
-    }
-
-    #[test]
-    fn below_a_branch_is_below_a_slash() {
-        assert!(is_at_or_below(b"/app1", b"/app1"));
-        assert!(is_at_or_below(b"/app1/x", b"/app1"));
-        assert!(!is_at_or_below(b"/app10", b"/app1"));
-        assert!(!is_at_or_below(b"/app", b"/app1"));
-        assert!(is_at_or_below(b"/app", b""));
-    }
-
-    #[test]
-    fn changes_that_change_nothing_are_known() {
-        let mut tree = tree(&[("/s/a", "1"), ("/s/a/b", "2"), ("/s/ab", "3")]);
-        assert!(!tree.set(b"/s/a".to_vec(), b"1".to_vec()));
-        assert!(tree.set(b"/s/a".to_vec(), b"2".to_vec()));
-        assert!(!tree.remove(b"/s/c"));
-        assert!(tree.remove_all(b"/s/a"));
-        assert!(!tree.remove_all(b"/s/a"));
-        assert!(tree.remove(b"/s/ab"));
-        assert!(tree.is_empty());
     }
 
     proptest! {

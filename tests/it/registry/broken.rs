@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use embassy::discovery::{ConsulSettings, Discoveries, EtcdSettings, Settings};
+use embassy::discovery::{ConsulSettings, Discoveries, EtcdSettings, Options};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -284,7 +284,7 @@ async fn a_store_of_etcd_v2_that_was_restored_behind_a_balancer_is_read_anew() {
 #[tokio::test]
 async fn credentials_are_shown_to_the_registry_and_to_nobody_else() {
     let refusal = Answer::Bytes(http("403 Forbidden", "A: b", "no"));
-    let settings = Settings {
+    let settings = Options {
         consul: ConsulSettings {
             token: Some("t0ken".to_owned().into()),
             auth: Some("joe:hunter2".to_owned().into()),

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use embassy::discovery::{ConsulSettings, Discoveries, Settings};
+use embassy::discovery::{ConsulSettings, Discoveries, Options};
 use serde_json::json;
 
 use super::{Followed, list, servers::Consul, settings};
@@ -72,7 +72,7 @@ async fn without_the_filter_failing_instances_are_taken_too() {
     consul.register("two", "10.0.0.2", 80, &[]).await;
     consul.put("/v1/agent/check/fail/two", json!(null)).await;
     let uri = format!("consul://{}", consul.address());
-    let all = Settings { healthy_only: false, ..settings() };
+    let all = Options { healthy_only: false, ..settings() };
     Followed::new(&uri, "web;80").sees(&["10.0.0.1:80"]).await;
     Followed::with(&uri, &all, "web;80").sees(&["10.0.0.1:80", "10.0.0.2:80"]).await;
 }
@@ -147,7 +147,7 @@ async fn a_token_is_shown_and_a_token_file_is_read_anew() {
     let consul = Consul::with(&config.to_string(), Some(TOKEN)).await;
     consul.register("one", "10.0.0.1", 80, &[]).await;
     let uri = format!("consul://{}", consul.address());
-    let with = |token: &str| Settings {
+    let with = |token: &str| Options {
         consul: ConsulSettings {
             token: Some(token.to_owned().into()),
             ..ConsulSettings::default()

@@ -1,6 +1,6 @@
 //! etcd, in both of its stores.
 
-use embassy::discovery::{EtcdSettings, Settings};
+use embassy::discovery::{EtcdSettings, Options};
 use etcd_client::{DeleteOptions, PutOptions};
 
 use super::{Followed, gate::Gate, list, servers::Etcd, settings};
@@ -303,7 +303,7 @@ async fn v3_logs_in() {
     v3.auth_enable().await.unwrap();
     let uri = format!("etcd3://{}", etcd.address());
     Followed::new(&uri, "/services/web;80").fails("user name is empty").await;
-    let log_in = |password: &str| Settings {
+    let log_in = |password: &str| Options {
         etcd: EtcdSettings {
             user: Some(("root".to_owned(), password.to_owned().into())),
             ..EtcdSettings::default()

@@ -1,6 +1,12 @@
-//! A way to a server that can be closed at a chosen moment.
+//! A way to a server that counts what passes, and can be closed at a chosen moment.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -12,6 +18,14 @@ use tokio::{
 pub(super) struct Gate {
     address: SocketAddr,
     state: Arc<watch::Sender<State>>,
+    passed: Arc<Passed>,
+}
+
+#[derive(Default)]
+struct Passed {
+    opened: AtomicU64,
+    closed: AtomicU64,
+    requests: AtomicU64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,15 +40,36 @@ impl Gate {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port on loopback");
         let address = listener.local_addr().expect("a bound socket has an address");
         let state = Arc::new(watch::Sender::new(State::Open));
-        let (server, gate) = (server.to_owned(), state.clone());
+        let passed = Arc::<Passed>::default();
+        let (server, gate, counted) = (server.to_owned(), state.clone(), passed.clone());
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                if let Ok(server) = TcpStream::connect(&server).await {
-                    tokio::spawn(pass(client, server, gate.clone()));
-                }
+                counted.opened.fetch_add(1, Relaxed);
+                let (server, gate, counted) = (server.clone(), gate.clone(), counted.clone());
+                tokio::spawn(async move {
+                    if let Ok(server) = TcpStream::connect(&server).await {
+                        pass(client, server, gate, &counted).await;
+                    }
+                    counted.closed.fetch_add(1, Relaxed);
+                });
             }
         });
-        Self { address, state }
+        Self { address, state, passed }
+    }
+
+    /// Connections that clients have opened.
+    pub(super) fn opened(&self) -> u64 {
+        self.passed.opened.load(Relaxed)
+    }
+
+    /// Those of them that are open.
+    pub(super) fn open_now(&self) -> u64 {
+        self.opened() - self.passed.closed.load(Relaxed)
+    }
+
+    /// Requests of HTTP/1.1.
+    pub(super) fn requests(&self) -> u64 {
+        self.passed.requests.load(Relaxed)
     }
 
     pub(super) fn address(&self) -> SocketAddr {
@@ -58,13 +93,22 @@ impl Gate {
 }
 
 /// Passes one connection's bytes, until one side ends it.
-async fn pass(client: TcpStream, server: TcpStream, state: Arc<watch::Sender<State>>) {
+async fn pass(
+    client: TcpStream,
+    server: TcpStream,
+    state: Arc<watch::Sender<State>>,
+    passed: &Passed,
+) {
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
     let mut gate = state.subscribe();
     let requests = async {
         let mut buffer = vec![0; 1 << 16];
         while let Ok(n @ 1..) = from_client.read(&mut buffer).await {
+            // Each is written at once, and none before the answer to the last.
+            if buffer.starts_with(b"GET ") {
+                passed.requests.fetch_add(1, Relaxed);
+            }
             let open = gate.wait_for(|state| *state != State::Closed).await.is_ok();
             if !open || to_server.write_all(&buffer[..n]).await.is_err() {
                 return;

@@ -3,7 +3,9 @@
 mod broken;
 mod consul;
 mod etcd;
+mod figures;
 mod gate;
+mod healthy;
 mod servers;
 mod tls;
 

@@ -116,8 +116,31 @@ impl Etcd {
         format!("127.0.0.1:{}", self.port)
     }
 
+    pub(super) fn pid(&self) -> u32 {
+        self.process.as_ref().expect("a running server").id()
+    }
+
     pub(super) async fn v3(&self) -> etcd_client::Client {
         etcd_client::Client::connect([self.address()], None).await.expect("a client of etcd")
+    }
+
+    /// Calls of gRPC since it started, of a method or (empty) of all.
+    pub(super) async fn calls(&self, method: &str) -> f64 {
+        self.metric("grpc_server_started_total{", &format!("grpc_method=\"{method}")).await
+    }
+
+    /// The watches of the v3 store that there are.
+    pub(super) async fn watches(&self) -> f64 {
+        self.metric("etcd_debugging_mvcc_watcher_total ", "").await
+    }
+
+    /// The sum of its metrics whose line begins so and has these words.
+    async fn metric(&self, start: &str, words: &str) -> f64 {
+        let url = format!("http://{}/metrics", self.address());
+        let answer = self.http.get(url).send().await.expect("an answer of etcd");
+        let text = answer.text().await.expect("metrics of etcd");
+        let lines = text.lines().filter(|line| line.starts_with(start) && line.contains(words));
+        lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
     pub(super) async fn v2_set(&self, key: &str, value: &str) {
@@ -195,6 +218,10 @@ impl Consul {
 
     pub(super) fn address(&self) -> String {
         format!("127.0.0.1:{}", self.ports[0])
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.process.as_ref().expect("a running server").id()
     }
 
     /// Registers a service with a check that the test itself sets.

@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use embassy::discovery::{ConsulSettings, EtcdSettings, Settings};
+use embassy::discovery::{ConsulSettings, EtcdSettings, Options};
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use serde_json::json;
 
@@ -90,12 +90,12 @@ impl Authority {
 const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2";
 
 /// The three flags, given or not.
-fn flags(ca: Option<PathBuf>, identity: Option<(PathBuf, PathBuf)>) -> Settings {
+fn flags(ca: Option<PathBuf>, identity: Option<(PathBuf, PathBuf)>) -> Options {
     let (certificate, key) = identity.unzip();
-    Settings { etcd: EtcdSettings { certificate, key, ca, user: None }, ..settings() }
+    Options { etcd: EtcdSettings { certificate, key, ca, user: None }, ..settings() }
 }
 
-async fn both_stores_are_followed(etcd: &str, settings: &Settings) {
+async fn both_stores_are_followed(etcd: &str, settings: &Options) {
     for (service, endpoint) in [("/services/v2", "10.0.0.2:80"), ("/services/v3", "10.0.0.3:80")] {
         let service = Followed::with(&format!("etcd://{etcd}"), settings, &format!("{service};80"));
         service.sees(&[endpoint]).await;
@@ -131,6 +131,24 @@ async fn etcd_is_trusted_by_its_authority_alone() {
     let flags = flags(Some(stranger.file("ca.pem")), None);
     let refused = Followed::with(&uri, &flags, "/services/v3;80");
     assert_eq!(list(&refused.fails("certificate").await), None);
+}
+
+/// A connection that fails may fail by certificates that are being renewed.
+#[tokio::test]
+async fn certificates_are_read_again_after_a_failure() {
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let etcd = authority.etcd(false).await;
+    let ca = stranger.file("renewed.pem");
+    fs::copy(stranger.file("ca.pem"), &ca).unwrap();
+    let flags = flags(Some(ca.clone()), None);
+    let uri = |scheme| format!("{scheme}://{}", etcd.address());
+    let v2 = Followed::with(&uri("etcd2"), &flags, "/services/v2;80");
+    let v3 = Followed::with(&uri("etcd3"), &flags, "/services/v3;80");
+    v2.fails("certificate").await;
+    v3.fails("certificate").await;
+    fs::copy(authority.file("ca.pem"), &ca).unwrap();
+    v2.sees(&["10.0.0.2:80"]).await;
+    v3.sees(&["10.0.0.3:80"]).await;
 }
 
 /// Where only the client's certificate is given, the system's authorities are trusted. They are those of a process,
@@ -173,7 +191,7 @@ async fn consul_is_spoken_to_by_tls() {
     });
     let consul = Consul::with(&config.to_string(), None).await;
     consul.register("one", "10.0.0.1", 80, &[]).await;
-    let with = |ca: &str, tls_verify| Settings {
+    let with = |ca: &str, tls_verify| Options {
         consul: ConsulSettings {
             ca: Some(ca.into()),
             certificate: Some(authority.file("client.pem")),

@@ -1,19 +1,6 @@
-//! What the discoveries need to know beside their URIs.
+//! What the user says of the registries beside their addresses: flags and the environment, already read.
 
 use std::{fmt, path::PathBuf};
-
-use crate::docker::Engine;
-
-/// What the URIs do not say and the discoveries need: flags and the environment, already read.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// `-filter`: only endpoints that pass their health checks.
-    pub healthy_only: bool,
-    /// `-docker`: the engine that a bare `docker://` means.
-    pub docker: Engine,
-    pub consul: ConsulSettings,
-    pub etcd: EtcdSettings,
-}
 
 /// `CONSUL_HTTP_*`, as every Consul tool reads them (developer.hashicorp.com/consul/commands#environment-variables).
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,0 +1,214 @@
+//! Consul: its HTTP API, and blocking queries on it (developer.hashicorp.com/consul/api-docs/features/blocking).
+//!
+//! Reads are of the default consistency, never `stale`: a server that lags may answer with an older index and an older
+//! list, and what `stale` would buy, an answer without a leader, is what keeping the last answer gives us anyway.
+
+use std::{
+    fmt, fs,
+    hash::{DefaultHasher, Hash, Hasher},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::FutureExt;
+use reqwest::header::{HeaderMap, HeaderValue};
+use url::Url;
+
+use super::{
+    ConsulSettings, Secret,
+    http::{Asking, Http, HttpAnswer, LongPoll, secret_header},
+};
+use crate::{source::SourceError, tls::ClientTls};
+
+/// How long the server may hold a query while nothing changes. It bounds how long a server that hangs goes unnoticed.
+const WAIT: Duration = Duration::from_secs(30);
+
+/// The client of one Consul agent or server.
+#[derive(Debug)]
+pub(crate) struct ConsulClient {
+    base: Url,
+    http: Http,
+    token: Token,
+}
+
+#[derive(Debug)]
+enum Token {
+    None,
+    Text(Secret),
+    File(PathBuf),
+}
+
+impl ConsulClient {
+    /// The agent at `base`, whose scheme says whether TLS is used. A `token_file` wins over that of the settings.
+    pub(crate) fn new(
+        base: Url,
+        token_file: Option<PathBuf>,
+        settings: &ConsulSettings,
+    ) -> Result<Self, String> {
+        let tls = ClientTls::new(
+            settings.ca.clone(),
+            settings.certificate.clone(),
+            settings.key.clone(),
+            ["CONSUL_CACERT", "CONSUL_CLIENT_CERT", "CONSUL_CLIENT_KEY"],
+        )?;
+        // A file wins over a token, as in Consul's own tools.
+        let token = match (token_file.or_else(|| settings.token_file.clone()), &settings.token) {
+            (Some(file), _) => Token::File(file),
+            (None, Some(token)) => Token::Text(token.clone()),
+            (None, None) => Token::None,
+        };
+        let user = settings.auth.as_ref().map(|auth| match auth.reveal().split_once(':') {
+            Some((user, password)) => (user.to_owned(), Some(password.into())),
+            None => (auth.reveal().to_owned(), None),
+        });
+        Ok(Self { base, http: Http::new("consul", tls, settings.tls_verify, user), token })
+    }
+
+    pub(crate) fn base(&self) -> &Url {
+        &self.base
+    }
+
+    /// The URL of a path below `/v1/`.
+    pub(crate) fn url<'a>(&self, path: impl IntoIterator<Item = &'a str>) -> Url {
+        let mut url = self.base.clone();
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.pop_if_empty().push("v1").extend(path);
+        }
+        url
+    }
+
+    /// Follows the answers to `url`.
+    pub(crate) fn query(self: Arc<Self>, url: Url) -> BlockingQuery {
+        BlockingQuery { consul: self, url, index: 0, asking: Asking::new(), body: 0 }
+    }
+
+    /// Asks for what there is; with a turn and an index, once it is past that or the wait is over.
+    async fn ask(
+        &self,
+        url: &Url,
+        held: Option<(LongPoll, u64)>,
+    ) -> Result<HttpAnswer, SourceError> {
+        let headers = self.headers().await?;
+        let answer = match held {
+            None => self.http.get(url, headers).await?,
+            Some((turn, index)) => {
+                let mut url = url.clone();
+                url.query_pairs_mut()
+                    .append_pair("index", &index.to_string())
+                    .append_pair("wait", &format!("{}ms", WAIT.as_millis()));
+                // The server adds up to a sixteenth of the wait, so that many clients do not come back at once.
+                self.http.get_held(&url, headers, WAIT + WAIT / 16, &turn).await?
+            }
+        };
+        if answer.status != 200 {
+            return Err(answer.refusal());
+        }
+        Ok(answer)
+    }
+
+    /// The token as it is now: a file is read for each question, as agents renew it.
+    async fn headers(&self) -> Result<HeaderMap, SourceError> {
+        let (text, from) = match &self.token {
+            Token::None => return Ok(HeaderMap::new()),
+            Token::Text(token) => (token.reveal().to_owned(), "CONSUL_HTTP_TOKEN".to_owned()),
+            Token::File(path) => {
+                let (from, path) = (format!("token file {}", path.display()), path.clone());
+                let read = tokio::task::spawn_blocking(move || fs::read_to_string(path)).await;
+                let read = read.unwrap_or_else(|error| Err(error.into()));
+                (read.map_err(|e| SourceError::caused(&from, &e))?, from)
+            }
+        };
+        let text = text.trim();
+        let wrong = |what| SourceError::new(format_args!("{from} {what}"));
+        if text.is_empty() {
+            return Err(wrong("is empty"));
+        }
+        let value = HeaderValue::from_str(text)
+            .map_err(|_| wrong("holds a character that no token has"))?;
+        Ok(secret_header("x-consul-token", value))
+    }
+}
+
+/// A query that Consul answers again when its answer may be another.
+pub(crate) struct BlockingQuery {
+    consul: Arc<ConsulClient>,
+    url: Url,
+    /// What to wait on; 0 to read what there is.
+    index: u64,
+    asking: Asking<Result<HttpAnswer, SourceError>>,
+    /// Of the last answer, to know whether the next one is news.
+    body: u64,
+}
+
+impl BlockingQuery {
+    /// The next answer, whether it is another than the last or not. May be dropped while it waits.
+    pub(crate) async fn next(&mut self) -> Result<HttpAnswer, SourceError> {
+        loop {
+            if self.index == 0 {
+                self.asking.pace().await;
+                let answer = self.consul.ask(&self.url, None).await?;
+                self.take(&answer)?;
+                return Ok(answer);
+            }
+            let (consul, url, index) = (self.consul.clone(), self.url.clone(), self.index);
+            let ask = |turn| async move { consul.ask(&url, Some((turn, index))).await }.boxed();
+            match self.asking.held(&self.consul.http, ask).await {
+                None => self.index = 0,
+                Some(answer) => {
+                    let answer = answer?;
+                    self.take(&answer)?;
+                    // An index that went backwards: older than what was read meanwhile, or of a server that was restored.
+                    if self.index > 0 {
+                        return Ok(answer);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Has the next answer be what there is now. A query that is held goes on.
+    pub(crate) fn read_again(&mut self) {
+        self.index = 0;
+    }
+
+    fn take(&mut self, answer: &HttpAnswer) -> Result<(), SourceError> {
+        let index = answer
+            .number("X-Consul-Index")
+            .ok_or_else(|| answer.fault("the answer has no X-Consul-Index: is this Consul?"))?;
+        self.index = next_index(self.index, index);
+        let mut hasher = DefaultHasher::new();
+        answer.body.hash(&mut hasher);
+        let body = hasher.finish();
+        self.asking.answered(body != self.body);
+        self.body = body;
+        Ok(())
+    }
+}
+
+impl fmt::Debug for BlockingQuery {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("BlockingQuery").field(&self.url.as_str()).finish()
+    }
+}
+
+/// The index to wait on after `last` was asked for and `next` came back: from 1, and from the start where it went
+/// backwards, as a restored server's does.
+fn next_index(last: u64, next: u64) -> u64 {
+    if next < last { 0 } else { next.max(1) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_is_waited_on_from_one_and_never_backwards() {
+        assert_eq!(next_index(0, 0), 1);
+        assert_eq!(next_index(0, 7), 7);
+        assert_eq!(next_index(7, 7), 7);
+        assert_eq!(next_index(7, 8), 8);
+        assert_eq!(next_index(7, 6), 0);
+        assert_eq!(next_index(1, 0), 0);
+    }
+}

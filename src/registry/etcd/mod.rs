@@ -1,0 +1,177 @@
+//! etcd: what is written at and below a branch, in either of its two stores, followed by one client for the whole cluster.
+//!
+//! All questions go to one member, until it fails: then all go to the next.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+use reqwest::header::HeaderMap;
+use url::Url;
+
+use super::{
+    EtcdSettings, Secret,
+    http::{Http, HttpAnswer},
+    reuse::{Recent, Reused},
+};
+use crate::{source::SourceError, tls::ClientTls};
+
+mod branch;
+mod tree;
+pub(crate) mod v2;
+pub(crate) mod v3;
+
+pub(crate) use branch::Branch;
+pub(crate) use tree::Tree;
+
+/// How a followed branch came on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// It was read, or is another than before.
+    Read,
+    /// It was confirmed as it is.
+    Confirmed,
+    /// This server has no such store.
+    NoSuchStore,
+}
+
+/// The client of one etcd cluster.
+pub(crate) struct EtcdClient {
+    members: Members,
+    tls: ClientTls,
+    user: Option<(String, Secret)>,
+    /// For the v2 store.
+    http: Http,
+    leader: Recent<()>,
+    has_v3: Recent<bool>,
+    /// For the v3 store.
+    connection: Reused<v3::Connection>,
+}
+
+impl EtcdClient {
+    /// The cluster of these members: at least one; `https` where TLS is used.
+    pub(crate) fn new(members: Vec<Url>, settings: &EtcdSettings) -> Result<Self, String> {
+        let tls = ClientTls::new(
+            settings.ca.clone(),
+            settings.certificate.clone(),
+            settings.key.clone(),
+            ["-etcd-cacert", "-etcd-cert", "-etcd-keycert"],
+        )?;
+        let basic = settings.user.clone().map(|(name, password)| (name, Some(password)));
+        Ok(Self {
+            members: Members::new(members),
+            http: Http::new("etcd", tls.clone(), true, basic),
+            tls,
+            user: settings.user.clone(),
+            leader: Recent::default(),
+            has_v3: Recent::default(),
+            connection: Reused::default(),
+        })
+    }
+
+    pub(crate) fn members(&self) -> &[Url] {
+        &self.members.urls
+    }
+
+    /// Follows a branch in the v2 store.
+    pub(crate) fn v2(self: &Arc<Self>, branch: &Branch) -> Result<v2::Follower, SourceError> {
+        v2::Follower::new(self.clone(), branch)
+    }
+
+    /// Follows a branch in the v3 store.
+    pub(crate) fn v3(self: &Arc<Self>, branch: &Branch) -> v3::Follower {
+        v3::Follower::new(self.clone(), branch)
+    }
+
+    /// The connection to a member's v3 store, opened if there is none. It is asked about `key`.
+    async fn connection(&self, key: &str) -> Result<Arc<v3::Connection>, SourceError> {
+        self.connection
+            .get(async {
+                let (number, member) = self.members.current();
+                let opened =
+                    v3::Connection::open(number, member, &self.tls, self.user.as_ref(), key);
+                opened.await.inspect_err(|_| self.members.failed(number))
+            })
+            .await
+    }
+
+    /// Has the next one who asks open a connection to the next member.
+    async fn lost(&self, connection: &Arc<v3::Connection>) {
+        self.connection.lost(connection).await;
+        self.members.failed(connection.number());
+    }
+
+    /// Asks the v2 store. A member that does not answer, or answers that it cannot, is asked no more for now.
+    async fn get(&self, path: &str, query: Option<&str>) -> Result<HttpAnswer, SourceError> {
+        let (number, url) = self.url(path, query);
+        let answer = self.http.get(&url, HeaderMap::new()).await;
+        if answer.as_ref().map_or(true, |answer| answer.status.is_server_error()) {
+            self.members.failed(number);
+        }
+        answer
+    }
+
+    /// The URL at the member that is asked now, and the member's number.
+    fn url(&self, path: &str, query: Option<&str>) -> (usize, Url) {
+        let (number, member) = self.members.current();
+        let mut url = member.clone();
+        url.set_path(path);
+        url.set_query(query);
+        (number, url)
+    }
+}
+
+impl fmt::Debug for EtcdClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EtcdClient").field("members", &self.members.urls).finish_non_exhaustive()
+    }
+}
+
+/// The members of a cluster, and which of them is asked.
+struct Members {
+    urls: Vec<Url>,
+    /// Counted round.
+    current: AtomicUsize,
+}
+
+impl Members {
+    fn new(urls: Vec<Url>) -> Self {
+        // Many hosts do not all begin with the same member.
+        let current = AtomicUsize::new(fastrand::usize(..urls.len().max(1)));
+        Self { urls, current }
+    }
+
+    /// The one that is asked now, and its number.
+    fn current(&self) -> (usize, &Url) {
+        let number = self.current.load(Relaxed);
+        (number, &self.urls[number % self.urls.len()])
+    }
+
+    /// Goes on to the next, if the one with this number is still asked: many may say so of one failure.
+    fn failed(&self, number: usize) {
+        let next = number.wrapping_add(1);
+        let _ = self.current.compare_exchange(number, next, Relaxed, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_failure_is_one_step_to_the_next_member() {
+        let urls = ["http://a/", "http://b/"].map(|url| url.parse().unwrap());
+        let members = Members::new(urls.to_vec());
+        let (number, first) = members.current();
+        members.failed(number);
+        members.failed(number);
+        let (number, second) = members.current();
+        assert_ne!(first, second);
+        members.failed(number);
+        assert_eq!(members.current().1, first);
+    }
+}

@@ -1,0 +1,250 @@
+//! The v2 store: the branch is read once, and followed event by event: each poll waits for the one after the last
+//! (etcd.io/docs/v2.3/api, "Waiting for a change"). The server keeps 1,000 events; where it has forgotten the one that
+//! is asked for, the branch is read again. A branch that has no long poll is read every few seconds, from the member's own
+//! memory: a read that the cluster must agree upon costs as much as a write.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use futures_util::FutureExt;
+use reqwest::{StatusCode, header::HeaderMap};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::{Branch, EtcdClient, Step, Tree};
+use crate::{
+    registry::http::{self, ANSWER, Asking, HttpAnswer, LongPoll},
+    source::SourceError,
+};
+
+pub(crate) mod answers;
+
+use answers::{Event, Fault, Listing, Version};
+
+/// How often a branch without news is confirmed. A poll itself may wait for days, and one whose server hangs would go
+/// unnoticed.
+const CONFIRMED: Duration = Duration::from_secs(10);
+/// How long a poll's headers may take: they come at once, and the event later.
+const HEAD: Duration = Duration::from_secs(5);
+/// How old an answer about the leader, or about the server's version, may be.
+const RECENT: Duration = Duration::from_secs(5);
+
+/// The header that says how far the store has come.
+const INDEX: &str = "X-Etcd-Index";
+
+/// Error codes of the store.
+const KEY_NOT_FOUND: u64 = 100;
+const EVENT_FORGOTTEN: u64 = 401;
+
+/// One branch in the v2 store.
+pub(crate) struct Follower {
+    etcd: Arc<EtcdClient>,
+    /// Of the key's URL.
+    path: String,
+    tree: Tree,
+    /// The event that comes after the tree. `None` where it is to be read, as the cluster agrees upon it.
+    wait: Option<u64>,
+    read_again: bool,
+    asking: Asking<Polled>,
+    confirm_at: Instant,
+}
+
+/// `None` where the poll cannot tell, and the branch is to be read.
+type Polled = Result<Option<HttpAnswer>, SourceError>;
+
+impl Follower {
+    pub(super) fn new(etcd: Arc<EtcdClient>, branch: &Branch) -> Result<Self, SourceError> {
+        let path = ["/v2/keys"].into_iter().chain(branch.segments()?).collect::<Vec<_>>().join("/");
+        Ok(Self {
+            etcd,
+            path,
+            tree: Tree::default(),
+            wait: None,
+            read_again: false,
+            asking: Asking::new(),
+            confirm_at: Instant::now(),
+        })
+    }
+
+    pub(crate) fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Has the next step be a full read.
+    pub(crate) fn read_again(&mut self) {
+        self.read_again = true;
+    }
+
+    /// Reads the branch; from then on, waits for the next change or confirmation. May be dropped while it waits.
+    pub(crate) async fn next(&mut self) -> Result<Step, SourceError> {
+        loop {
+            let Some(wait) = self.wait.filter(|_| !self.read_again) else {
+                self.asking.pace().await;
+                return self.read(true).await;
+            };
+            let (etcd, path) = (self.etcd.clone(), self.path.clone());
+            let ask = |turn| poll(etcd, path, wait, turn).boxed();
+            let polled = tokio::select! {
+                polled = self.asking.held(&self.etcd.http, ask) => polled,
+                () = sleep_until(self.confirm_at) => {
+                    self.etcd.has_leader().await?;
+                    self.confirm_at = Instant::now() + CONFIRMED;
+                    return Ok(Step::Confirmed);
+                }
+            };
+            let step = match polled {
+                None => {
+                    self.etcd.has_leader().await?;
+                    Some(self.read(false).await?)
+                }
+                Some(answer) => {
+                    self.asking.answered(false);
+                    self.wait = None;
+                    answer?.map_or(Ok(None), |answer| self.take(&answer, wait))?
+                }
+            };
+            if self.wait.is_some()
+                && let Some(step) = step
+            {
+                return Ok(step);
+            }
+        }
+    }
+
+    /// Reads the whole branch: as the cluster agrees upon it, or as the member knows it.
+    async fn read(&mut self, agreed: bool) -> Result<Step, SourceError> {
+        let quorum = if agreed { "&quorum=true" } else { "" };
+        let query = format!("recursive=true&sorted=true{quorum}");
+        let answer = self.etcd.get(&self.path, Some(&query)).await?;
+        let (tree, index) = match answer.status {
+            StatusCode::OK => {
+                let mut tree = Tree::default();
+                answer.json::<Listing>()?.node.collect(&mut tree);
+                (tree, answer.number(INDEX))
+            }
+            StatusCode::NOT_FOUND => match serde_json::from_slice::<Fault>(&answer.body) {
+                Ok(fault) if fault.error_code == KEY_NOT_FOUND => {
+                    (Tree::default(), answer.number(INDEX).or(Some(fault.index)))
+                }
+                Ok(_) => return Err(answer.refusal()),
+                Err(_) => return Ok(Step::NoSuchStore),
+            },
+            _ => return Err(answer.refusal()),
+        };
+        let index =
+            index.ok_or_else(|| answer.fault("the answer has no X-Etcd-Index: is this etcd?"))?;
+        let next = index.saturating_add(1);
+        let goes_back = self.wait.is_some_and(|wait| next < wait);
+        if goes_back && !agreed {
+            // A member that lags, or another store: what the cluster agrees upon decides.
+            self.wait = None;
+            return Ok(Step::Confirmed);
+        }
+        // A poll that is held goes on, if it is where it should be.
+        if goes_back || tree != self.tree || !self.asking.is_held() {
+            self.asking.give_up();
+            self.wait = Some(next);
+        }
+        self.read_again = false;
+        self.tree = tree;
+        self.asking.answered(true);
+        self.confirm_at = Instant::now() + CONFIRMED;
+        Ok(Step::Read)
+    }
+
+    /// Takes in the answer to a poll. `None` where that says nothing.
+    fn take(&mut self, answer: &HttpAnswer, wait: u64) -> Result<Option<Step>, SourceError> {
+        if answer.status != StatusCode::OK {
+            let fault = serde_json::from_slice::<Fault>(&answer.body);
+            if fault.is_ok_and(|fault| fault.error_code == EVENT_FORGOTTEN) {
+                return Ok(None);
+            }
+            return Err(answer.refusal());
+        }
+        let mut next = wait;
+        let mut step = None;
+        // Where the server waited long enough, the answer is empty: ask again.
+        if !answer.body.is_empty() {
+            let event: Event = answer.json()?;
+            let index = event.node.modified_index;
+            if index < wait {
+                let what = format_args!("event {index} came where {wait} was awaited");
+                return Err(answer.fault(what));
+            }
+            let Some(changed) = event.apply(&mut self.tree) else { return Ok(None) };
+            next = index.saturating_add(1);
+            step = Some(if changed { Step::Read } else { Step::Confirmed });
+            self.asking.answered(true);
+        }
+        self.wait = Some(next);
+        self.confirm_at = Instant::now() + CONFIRMED;
+        Ok(step)
+    }
+}
+
+impl fmt::Debug for Follower {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("v2::Follower").field(&self.path).finish()
+    }
+}
+
+async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, _turn: LongPoll) -> Polled {
+    let query = format!("wait=true&recursive=true&waitIndex={wait}");
+    let (number, url) = etcd.url(&path, Some(&query));
+    let Ok(opened) = timeout(HEAD, etcd.http.open(&url, HeaderMap::new())).await else {
+        // It hangs, or something between us holds the headers back: a read tells.
+        return Ok(None);
+    };
+    let mut response = opened.inspect_err(|_| etcd.members.failed(number))?;
+    if http::number(response.headers(), INDEX).is_some_and(|i| i.saturating_add(1) < wait) {
+        // Another store than the one that was read: restored, behind an address that stayed. Its next events are not
+        // those that are waited for.
+        return Ok(None);
+    }
+    let mut body = Vec::new();
+    let ended = async {
+        if http::more(&url, &mut response, &mut body).await? {
+            let rest = async {
+                while http::more(&url, &mut response, &mut body).await? {}
+                Ok(())
+            };
+            let late = |_| http::fault(&url, "the answer does not come to its end");
+            timeout(ANSWER, rest).await.map_err(late)??;
+        }
+        Ok(Some(HttpAnswer::new(&url, &response, body)))
+    };
+    ended.await.inspect_err(|_| etcd.members.failed(number))
+}
+
+impl EtcdClient {
+    /// A member that has lost its leader still waits for events with us, which do not come. It is cheaper to ask for
+    /// the leader than to read.
+    async fn has_leader(&self) -> Result<(), SourceError> {
+        let ask = async {
+            let answer = self.get("/v2/members/leader", None).await?;
+            match answer.status {
+                StatusCode::SERVICE_UNAVAILABLE => Err(answer.refusal()),
+                // Old servers do not know the question, and others may not answer it to everybody.
+                _ => Ok(()),
+            }
+        };
+        self.leader.get(RECENT, ask).await
+    }
+
+    /// Whether this server has a v3 store.
+    pub(crate) async fn has_v3(&self) -> Result<bool, SourceError> {
+        let ask = async {
+            let answer = self.get("/version", None).await?;
+            if answer.status != StatusCode::OK {
+                return Err(answer.refusal());
+            }
+            // The first etcds answer with a sentence.
+            Ok(serde_json::from_slice(&answer.body).is_ok_and(|version: Version| version.has_v3()))
+        };
+        self.has_v3.get(RECENT, ask).await
+    }
+
+    /// The error that a server without a v2 store is.
+    pub(crate) fn no_v2(&self) -> SourceError {
+        let (_, url) = self.url("/v2/keys", None);
+        http::fault(&url, "this etcd has no v2 API: expected one with --enable-v2")
+    }
+}

@@ -1,0 +1,252 @@
+//! One stream of watches, shared by all branches that are watched on a connection: a stream of its own for each would cost the
+//! server as much as a connection, and over TLS older servers take no more than 250.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use etcd_client::{Client, Error, KeyValue, WatchOptions, WatchResponse, WatchStream};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, MissedTickBehavior, interval},
+};
+
+use super::{LARGEST, Reason, probe, within};
+use crate::registry::http::ANSWER;
+
+/// After this long without a word the member is asked whether it is still there, with a leader: a stream whose server hangs
+/// looks like one on which nothing happens.
+const QUIET: Duration = Duration::from_secs(10);
+/// How often is looked whether it was quiet.
+const LOOK: Duration = Duration::from_secs(5);
+/// Messages that may wait for one branch. One that is slower is read again instead.
+const BACKLOG: usize = 64;
+/// Watches that are being made at a time.
+const MAKING: usize = 16;
+/// A watch that is refused although its range could be read was asked for by the login of a time before: the stream keeps the
+/// token with which it began. On a stream younger than this it is a refusal.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// Where to ask for watches. Clones are the same stream; it ends with its last watch, once it is not used for new ones.
+#[derive(Debug, Clone)]
+pub(super) struct Stream {
+    requests: mpsc::Sender<Request>,
+    /// Marked as changed whenever the member has shown that it works.
+    alive: watch::Receiver<()>,
+    /// Why it ended.
+    ended: Arc<OnceLock<Reason>>,
+}
+
+#[derive(Debug)]
+struct Request {
+    start: String,
+    end: String,
+    revision: i64,
+    news: mpsc::Sender<News>,
+}
+
+/// The watch of one branch. Dropped, it ends.
+#[derive(Debug)]
+pub(super) struct BranchWatch {
+    news: mpsc::Receiver<News>,
+    alive: watch::Receiver<()>,
+    ended: Arc<OnceLock<Reason>>,
+}
+
+/// What is to be known of a branch.
+#[derive(Debug)]
+pub(super) enum News {
+    /// These keys were written, or deleted.
+    Changed(Vec<KeyValue>),
+    /// Nothing has happened that was not told.
+    Alive,
+    /// It cannot be told what happened: the branch is to be read and watched again.
+    Again,
+    /// There can be no such watch.
+    Refused(Reason),
+    /// The connection is lost.
+    Lost(Reason),
+}
+
+impl BranchWatch {
+    /// Waits for the next news. May be dropped while it waits.
+    pub(super) async fn next(&mut self) -> News {
+        tokio::select! {
+            biased;
+            news = self.news.recv() => news.unwrap_or_else(|| match self.ended.get() {
+                Some(reason) => News::Lost(reason.clone()),
+                None => News::Again,
+            }),
+            // Its end is told by the news.
+            Ok(()) = self.alive.changed() => News::Alive,
+        }
+    }
+}
+
+impl Stream {
+    pub(super) fn start(client: Client) -> Self {
+        let (requests, requested) = mpsc::channel(MAKING);
+        let (alive, told) = watch::channel(());
+        let ended = Arc::<OnceLock<_>>::default();
+        let end = ended.clone();
+        tokio::spawn(async move {
+            let mut running = Running {
+                client,
+                requests: requested,
+                began: Instant::now(),
+                heard: Instant::now(),
+                key: String::new(),
+                making: VecDeque::new(),
+                watches: HashMap::new(),
+            };
+            if let Err(error) = running.run(&alive).await {
+                // Before the news end, as whoever waits for them looks for it then.
+                let _ = end.set(error.into());
+            }
+        });
+        Self { requests, alive: told, ended }
+    }
+
+    /// Whether watches can be asked for here.
+    pub(super) fn is_open(&self) -> bool {
+        !self.requests.is_closed()
+    }
+
+    /// Watches these ranges from `revision` on.
+    pub(super) async fn watch(
+        self,
+        ranges: impl Iterator<Item = (String, String)>,
+        revision: i64,
+    ) -> BranchWatch {
+        let (sender, news) = mpsc::channel(BACKLOG);
+        for (start, end) in ranges {
+            let request = Request { start, end, revision, news: sender.clone() };
+            // A stream that has just ended says so by the end of the news.
+            let _ = self.requests.send(request).await;
+        }
+        let mut alive = self.alive;
+        alive.mark_unchanged();
+        BranchWatch { news, alive, ended: self.ended }
+    }
+}
+
+struct Running {
+    client: Client,
+    requests: mpsc::Receiver<Request>,
+    began: Instant,
+    /// When the member last said anything.
+    heard: Instant,
+    /// One that is watched, to ask about.
+    key: String,
+    /// Those that are asked for: the server answers in this order.
+    making: VecDeque<Request>,
+    watches: HashMap<i64, mpsc::Sender<News>>,
+}
+
+impl Running {
+    /// Until nobody needs it any more, or the connection is lost.
+    async fn run(&mut self, alive: &watch::Sender<()>) -> Result<(), Error> {
+        let Some(first) = self.requests.recv().await else { return Ok(()) };
+        let mut client = self.client.watch_client().max_decoding_message_size(LARGEST);
+        let opening = client.watch(first.start.as_str(), Some(first.options()));
+        let mut stream = within(ANSWER, opening).await?;
+        (self.began, self.heard) = (Instant::now(), Instant::now());
+        self.asked(first);
+        let mut look = interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut wanted = true;
+        loop {
+            tokio::select! {
+                request = self.requests.recv(), if wanted && self.making.len() < MAKING => {
+                    match request {
+                        Some(request) => {
+                            stream.watch(request.start.as_str(), Some(request.options())).await?;
+                            self.asked(request);
+                        }
+                        None => wanted = false,
+                    }
+                }
+                message = stream.message() => {
+                    let ended = || Error::Internal("the server ended it".to_owned());
+                    self.heard = Instant::now();
+                    self.take(&message?.ok_or_else(ended)?, &mut stream).await?;
+                }
+                _ = look.tick() => {
+                    if self.heard.elapsed() >= QUIET {
+                        probe(&self.client, &self.key).await?;
+                        self.heard = Instant::now();
+                    }
+                    alive.send_replace(());
+                    self.end_unwatched(&mut stream).await?;
+                }
+            }
+            if !wanted && self.making.is_empty() && self.watches.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn asked(&mut self, request: Request) {
+        self.key.clone_from(&request.start);
+        self.making.push_back(request);
+    }
+
+    async fn take(
+        &mut self,
+        message: &WatchResponse,
+        stream: &mut WatchStream,
+    ) -> Result<(), Error> {
+        let id = message.watch_id();
+        let refusal = || Reason(format!("cancelled: {:?}", message.cancel_reason()).into());
+        if message.created() {
+            let Some(request) = self.making.pop_front() else { return Ok(()) };
+            if !message.canceled() {
+                self.watches.insert(id, request.news);
+            } else if self.began.elapsed() < FRESH {
+                let _ = request.news.try_send(News::Refused(refusal()));
+            } else {
+                self.requests.close();
+            }
+            return Ok(());
+        }
+        if message.canceled() {
+            let Some(news) = self.watches.remove(&id) else {
+                // One that was ended here; or, with no number, all.
+                return if id < 0 { Err(Error::Internal(refusal().0.to_string())) } else { Ok(()) };
+            };
+            // Compacted: what happened since the branch was read is forgotten.
+            if message.compact_revision() == 0 {
+                let _ = news.try_send(News::Refused(refusal()));
+            }
+            return Ok(());
+        }
+        let changed: Vec<_> =
+            message.events().iter().filter_map(|event| event.kv().cloned()).collect();
+        if !changed.is_empty()
+            && let Some(news) = self.watches.get(&id)
+            && news.try_send(News::Changed(changed)).is_err()
+        {
+            self.watches.remove(&id);
+            stream.cancel(id).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends the watches whose branch nobody follows any more. The rest follows at the next look, if there are many.
+    async fn end_unwatched(&mut self, stream: &mut WatchStream) -> Result<(), Error> {
+        let ids = self.watches.iter().filter(|(_, news)| news.is_closed()).map(|(id, _)| *id);
+        for id in ids.take(MAKING).collect::<Vec<_>>() {
+            self.watches.remove(&id);
+            stream.cancel(id).await?;
+        }
+        Ok(())
+    }
+}
+
+impl Request {
+    fn options(&self) -> WatchOptions {
+        WatchOptions::new().with_range(self.end.as_str()).with_start_revision(self.revision)
+    }
+}

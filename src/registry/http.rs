@@ -1,0 +1,359 @@
+//! Asking a registry over HTTP, so that no answer can hold us up, fill the memory, or send us elsewhere, and so that no number
+//! of questions takes more than a fixed number of connections.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use reqwest::{
+    Certificate, Client, Identity, Response, StatusCode,
+    header::{HeaderMap, HeaderValue},
+    redirect::Policy,
+};
+use serde::de::DeserializeOwned;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, sleep_until, timeout},
+};
+use tracing::warn;
+use url::Url;
+
+use super::{Secret, excerpt, reuse::Reused};
+use crate::{
+    source::SourceError,
+    tls::{self, ClientTls},
+};
+
+/// How long a whole answer may take that the server does not hold back on purpose.
+pub(super) const ANSWER: Duration = Duration::from_secs(10);
+/// How long a connection may take to open.
+pub(super) const CONNECT: Duration = Duration::from_secs(3);
+/// The longest body that is read.
+const LARGEST: usize = 16 << 20;
+
+/// The client of one registry.
+///
+/// HTTP/1.1 has one question at a time on a connection, so one that the server holds until there is news (a long poll) takes
+/// a connection for itself. By default Consul lets one address have 200 (`limits.http_max_conns_per_client`), all of its
+/// other clients on this host included, and turns the next away. So at most [`Http::LONG_POLLS`] are held at a time, and
+/// everything else shares [`Http::READS`] connections.
+#[derive(Debug)]
+pub(super) struct Http {
+    /// For the log.
+    name: &'static str,
+    tls: ClientTls,
+    verify: bool,
+    /// Name and password.
+    user: Option<(String, Option<Secret>)>,
+    client: Reused<Made>,
+    long_polls: Arc<Semaphore>,
+    reads: Semaphore,
+    /// Whether it was said that there are more questions than long polls.
+    crowded: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Made {
+    client: Client,
+    at: Instant,
+}
+
+/// The right to one long poll.
+pub(super) type LongPoll = OwnedSemaphorePermit;
+
+impl Http {
+    const LONG_POLLS: usize = 100;
+    const READS: usize = 4;
+    /// How long a connection is kept that nobody uses: from one re-read to the next at the default `-resync`.
+    const IDLE: Duration = Duration::from_secs(300);
+    /// Tells a connection on which nothing happens from one that is gone.
+    const KEEPALIVE: Duration = Duration::from_secs(15);
+    /// A connection that failed may have failed by its certificates. They are read again, but not more often than this.
+    const RENEWAL: Duration = Duration::from_secs(1);
+
+    pub(super) fn new(
+        name: &'static str,
+        tls: ClientTls,
+        verify: bool,
+        user: Option<(String, Option<Secret>)>,
+    ) -> Self {
+        Self {
+            name,
+            tls,
+            verify,
+            user,
+            client: Reused::default(),
+            long_polls: Arc::new(Semaphore::new(Self::LONG_POLLS)),
+            reads: Semaphore::new(Self::READS),
+            crowded: AtomicBool::new(false),
+        }
+    }
+
+    /// Asks, and reads the whole answer, all within a time that a server needs only where it hangs.
+    pub(super) async fn get(
+        &self,
+        url: &Url,
+        headers: HeaderMap,
+    ) -> Result<HttpAnswer, SourceError> {
+        within(url, ANSWER, async {
+            let _turn = self.reads.acquire().await;
+            self.read(url, headers).await
+        })
+        .await
+    }
+
+    /// The same, of a server that may hold its answer back for as long as `held`.
+    pub(super) async fn get_held(
+        &self,
+        url: &Url,
+        headers: HeaderMap,
+        held: Duration,
+        _turn: &LongPoll,
+    ) -> Result<HttpAnswer, SourceError> {
+        within(url, held + ANSWER, self.read(url, headers)).await
+    }
+
+    async fn read(&self, url: &Url, headers: HeaderMap) -> Result<HttpAnswer, SourceError> {
+        let mut response = self.open(url, headers).await?;
+        let mut body = Vec::new();
+        while more(url, &mut response, &mut body).await? {}
+        Ok(HttpAnswer::new(url, &response, body))
+    }
+
+    /// Asks, and waits for the head of the answer, however long it takes.
+    pub(super) async fn open(
+        &self,
+        url: &Url,
+        headers: HeaderMap,
+    ) -> Result<Response, SourceError> {
+        let secure = url.scheme() == "https";
+        let made = self.client.get(self.make(secure)).await?;
+        let mut request = made.client.get(url.clone()).headers(headers);
+        if let Some((name, password)) = &self.user {
+            request = request.basic_auth(name, password.as_ref().map(Secret::reveal));
+        }
+        match request.send().await {
+            Ok(response) => Ok(response),
+            Err(error) => {
+                if secure && made.at.elapsed() > Self::RENEWAL {
+                    self.client.lost(&made).await;
+                }
+                Err(SourceError::caused(format_args!("GET {url}"), &error.without_url()))
+            }
+        }
+    }
+
+    /// Redirects are not followed, as they would carry the token to wherever they point, and proxies of the environment are
+    /// not asked: a registry is part of the same network.
+    async fn make(&self, secure: bool) -> Result<Made, SourceError> {
+        tls::install_provider();
+        let builder = Client::builder()
+            .connect_timeout(CONNECT)
+            .redirect(Policy::none())
+            .no_proxy()
+            .http1_only()
+            .pool_max_idle_per_host(Self::LONG_POLLS + Self::READS)
+            .pool_idle_timeout(Self::IDLE)
+            .tcp_keepalive(Self::KEEPALIVE);
+        let builder = if secure {
+            let pem = self.tls.load()?;
+            let wrong = |what: &str, e: reqwest::Error| SourceError::caused(what, &e);
+            let mut builder = builder.tls_danger_accept_invalid_certs(!self.verify);
+            if let Some(ca) = &pem.ca {
+                let authorities =
+                    Certificate::from_pem_bundle(ca).map_err(|e| wrong("the CA file", e))?;
+                if authorities.is_empty() {
+                    return Err(SourceError::new("the CA file holds no certificate in PEM"));
+                }
+                builder = builder.tls_certs_only(authorities);
+            }
+            if let Some((certificate, key)) = pem.identity {
+                let identity = Identity::from_pem(&[certificate, b"\n".to_vec(), key].concat())
+                    .map_err(|e| wrong("the client certificate and key", e))?;
+                builder = builder.identity(identity);
+            }
+            builder
+        } else {
+            // Without TLS there is nobody to trust: the system's authorities need not even exist.
+            builder.tls_certs_only([])
+        };
+        let client = builder
+            .build()
+            .map_err(|e| SourceError::caused("an HTTP client cannot be made", &e))?;
+        Ok(Made { client, at: Instant::now() })
+    }
+
+    /// Says once that there are more questions than long polls.
+    fn is_crowded(&self, every: Duration) {
+        if !self.crowded.swap(true, Relaxed) {
+            warn!(
+                registry = self.name,
+                long_polls = Self::LONG_POLLS,
+                every_s = every.as_secs(),
+                "too many services for long polls; polling the rest"
+            );
+        }
+    }
+}
+
+async fn within<T>(
+    url: &Url,
+    limit: Duration,
+    asking: impl Future<Output = Result<T, SourceError>>,
+) -> Result<T, SourceError> {
+    let late = |_| fault(url, format_args!("no whole answer within {} s", limit.as_secs_f32()));
+    timeout(limit, asking).await.map_err(late)?
+}
+
+/// Reads the next piece of a body; false at its end.
+pub(super) async fn more(
+    url: &Url,
+    response: &mut Response,
+    body: &mut Vec<u8>,
+) -> Result<bool, SourceError> {
+    let piece = response
+        .chunk()
+        .await
+        .map_err(|e| SourceError::caused(format_args!("GET {url}"), &e.without_url()))?;
+    let Some(piece) = piece else { return Ok(false) };
+    if body.len() + piece.len() > LARGEST {
+        return Err(fault(url, format_args!("the answer is longer than {LARGEST} bytes")));
+    }
+    body.extend_from_slice(&piece);
+    Ok(true)
+}
+
+/// What is wrong with the answer to a request.
+pub(super) fn fault(url: &Url, reason: impl std::fmt::Display) -> SourceError {
+    SourceError::new(format_args!("GET {url}: {reason}"))
+}
+
+/// A whole answer.
+#[derive(Debug)]
+pub(crate) struct HttpAnswer {
+    pub(crate) url: Url,
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Vec<u8>,
+}
+
+impl HttpAnswer {
+    pub(super) fn new(url: &Url, response: &Response, body: Vec<u8>) -> Self {
+        let (status, headers) = (response.status(), response.headers().clone());
+        Self { url: url.clone(), status, headers, body }
+    }
+
+    pub(crate) fn fault(&self, reason: impl std::fmt::Display) -> SourceError {
+        fault(&self.url, reason)
+    }
+
+    /// The error that the status and the body's first words are.
+    pub(super) fn refusal(&self) -> SourceError {
+        let text = String::from_utf8_lossy(&self.body);
+        let fault = self.fault(format_args!("{} {:?}", self.status, excerpt(text.trim())));
+        // A date may stand there as well (RFC 9110, 10.2.3), which our own pauses have to do for.
+        match self.number("Retry-After") {
+            Some(seconds) => fault.after(Duration::from_secs(seconds)),
+            None => fault,
+        }
+    }
+
+    pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, SourceError> {
+        serde_json::from_slice(&self.body)
+            .map_err(|e| self.fault(format_args!("the answer is not what was expected: {e}")))
+    }
+
+    /// A header that is a number.
+    pub(super) fn number(&self, header: &str) -> Option<u64> {
+        number(&self.headers, header)
+    }
+}
+
+pub(super) fn number(headers: &HeaderMap, header: &str) -> Option<u64> {
+    headers.get(header)?.to_str().ok()?.parse().ok()
+}
+
+/// A header of the name `name` that no log shows.
+pub(super) fn secret_header(name: &'static str, mut value: HeaderValue) -> HeaderMap {
+    value.set_sensitive(true);
+    HeaderMap::from_iter([(reqwest::header::HeaderName::from_static(name), value)])
+}
+
+/// One question that is asked for ever: held by the server if there is a long poll left, and every few seconds if not.
+pub(super) struct Asking<T> {
+    held: Option<BoxFuture<'static, T>>,
+    last: Option<Instant>,
+    distance: Duration,
+    poll_at: Instant,
+}
+
+impl<T> Asking<T> {
+    /// How often is asked what has no long poll.
+    const POLL: Duration = Duration::from_secs(5);
+    /// Between two questions: a server that answers at once, for ever, must not make us spin.
+    const IDLE: Duration = Duration::from_millis(100);
+    /// The same after news: short enough to be nobody's delay.
+    const NEWS: Duration = Duration::from_millis(5);
+
+    pub(super) fn new() -> Self {
+        let poll_at = Instant::now();
+        Self { held: None, last: None, distance: Self::NEWS, poll_at }
+    }
+
+    /// Waits until it is time for the next question.
+    pub(super) async fn pace(&mut self) {
+        if let Some(last) = self.last {
+            sleep_until(last + self.distance).await;
+        }
+        self.last = Some(Instant::now());
+    }
+
+    /// To be told of each answer, and whether it brought news.
+    pub(super) fn answered(&mut self, news: bool) {
+        self.distance = if news { Self::NEWS } else { Self::IDLE };
+        // Those that began together do not go on so.
+        self.poll_at = Instant::now() + Self::POLL.mul_f64(0.8 + 0.4 * fastrand::f64());
+    }
+
+    /// The answer to the question that is held, or else to `ask`, once there is a long poll for it: who waits longest is
+    /// next. `None` if there is none in time, and what there is should be read instead. May be dropped while it waits: the
+    /// question stays held.
+    pub(super) async fn held(
+        &mut self,
+        http: &Http,
+        ask: impl FnOnce(LongPoll) -> BoxFuture<'static, T>,
+    ) -> Option<T> {
+        let held = match &mut self.held {
+            Some(held) => held,
+            None => {
+                let turn = tokio::select! {
+                    biased;
+                    turn = http.long_polls.clone().acquire_owned() => turn.ok()?,
+                    () = sleep_until(self.poll_at) => {
+                        http.is_crowded(Self::POLL);
+                        return None;
+                    }
+                };
+                self.pace().await;
+                self.held.insert(ask(turn))
+            }
+        };
+        let answer = held.await;
+        self.held = None;
+        Some(answer)
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// Gives up the question that is held.
+    pub(super) fn give_up(&mut self) {
+        self.held = None;
+    }
+}
