@@ -1,0 +1,150 @@
+//! The order of the modules is the direction in which data flows, and nothing flows back: a module of the library uses
+//! only those that stand before it in `src/lib.rs`, and the files of one folder do not use one another in circles.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// A file without its tests and comments.
+fn code(path: &Path) -> String {
+    let text = fs::read_to_string(path).expect("a source file can be read");
+    let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+    let lines = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// The modules that a file declares, those of tests left out.
+fn declared(code: &str) -> Vec<String> {
+    let mut modules = Vec::new();
+    let mut before = "";
+    for line in code.lines() {
+        let words = line.trim_start_matches("pub ").trim_start_matches("pub(crate) ");
+        let words = words.trim_start_matches("pub(super) ");
+        let name = words.strip_prefix("mod ").and_then(|rest| rest.strip_suffix(';'));
+        if let Some(name) = name
+            && !before.contains("cfg(test)")
+        {
+            modules.push(name.to_owned());
+        }
+        before = line;
+    }
+    modules
+}
+
+/// The first names of all paths that start with `root`, such as `crate`: `crate::a::b` and `crate::{a, b::c}`.
+fn named(code: &str, root: &str) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    let start = format!("{root}::");
+    for (at, _) in code.match_indices(&start) {
+        let outer = code[..at].chars().next_back();
+        if outer.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == ':') {
+            continue;
+        }
+        let rest = &code[at + start.len()..];
+        match rest.strip_prefix('{') {
+            None => names.extend(first_name(rest)),
+            Some(list) => {
+                let (mut depth, mut from) = (0, 0);
+                for (i, c) in list.char_indices() {
+                    match c {
+                        '{' => depth += 1,
+                        ',' if depth == 0 => {
+                            names.extend(first_name(list[from..i].trim()));
+                            from = i + 1;
+                        }
+                        '}' if depth == 0 => {
+                            names.extend(first_name(list[from..i].trim()));
+                            break;
+                        }
+                        '}' => depth -= 1,
+                        _ => {}
+                    }
+                }
+            }
+        }
+    }
+    names
+}
+
+fn first_name(path: &str) -> Option<String> {
+    let end = path.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(path.len());
+    (end > 0).then(|| path[..end].to_owned())
+}
+
+/// The file of a module, and the folder of those below it.
+fn place(folder: &Path, name: &str) -> (PathBuf, PathBuf) {
+    let below = folder.join(name);
+    let file = below.join("mod.rs");
+    if file.exists() { (file, below) } else { (folder.join(format!("{name}.rs")), below) }
+}
+
+/// The code of a module and of all below it, with paths from the inside made paths from `crate`.
+fn whole(file: &Path, folder: &Path) -> String {
+    let mut all = code(file);
+    for name in declared(&all) {
+        let (file, folder) = place(folder, &name);
+        all.push_str(&whole(&file, &folder));
+    }
+    all
+}
+
+fn source() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+}
+
+#[test]
+fn a_module_uses_only_those_before_it() {
+    let order = declared(&code(&source().join("lib.rs")));
+    let mut wrong = Vec::new();
+    for (n, module) in order.iter().enumerate() {
+        let (file, folder) = place(&source(), module);
+        let used = named(&whole(&file, &folder), "crate");
+        let later = order.iter().skip(n + 1).filter(|later| used.contains(*later));
+        wrong.extend(later.map(|later| format!("{module} uses {later}")));
+    }
+    assert!(wrong.is_empty(), "src/lib.rs lists the modules in order: {wrong:#?}");
+}
+
+#[test]
+fn the_files_of_a_folder_use_one_another_in_no_circle() {
+    let mut wrong = Vec::new();
+    look(&source(), &code(&source().join("lib.rs")), "crate", &mut wrong);
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// Looks for circles among the modules that `parent` declares, and below them.
+fn look(folder: &Path, parent: &str, path: &str, wrong: &mut Vec<String>) {
+    let siblings = declared(parent);
+    let mut uses: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for name in &siblings {
+        let (file, below) = place(folder, name);
+        let own = code(&file);
+        let mut used = named(&own, "super");
+        used.extend(named(&own, path));
+        for child in declared(&own) {
+            let (file, below) = place(&below, &child);
+            let inner = whole(&file, &below);
+            used.extend(named(&inner, "super::super"));
+            used.extend(named(&inner, path));
+        }
+        used.retain(|used| used != name && siblings.contains(used));
+        uses.insert(name, used);
+        look(&below, &own, &format!("{path}::{name}"), wrong);
+    }
+    for start in &siblings {
+        let (mut reached, mut ways) = (BTreeSet::new(), vec![start.as_str()]);
+        while let Some(from) = ways.pop() {
+            for next in uses.get(from).into_iter().flatten() {
+                if reached.insert(next.clone()) {
+                    ways.push(next);
+                }
+            }
+        }
+        if reached.contains(start) {
+            let used: Vec<_> = uses.get(start.as_str()).into_iter().flatten().collect();
+            wrong.push(format!("{path}::{start} uses {used:?}, and is in a circle with one"));
+        }
+    }
+}
