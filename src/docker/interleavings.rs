@@ -12,10 +12,10 @@ use bollard::models::{EventActor, EventMessage, EventMessageTypeEnum};
 use proptest::prelude::*;
 
 use super::{
-    container::{Attachment, Container, Inventory, Network, NetworkId},
+    container::{Attachment, Container, Inventory, Network, NetworkId, samples},
     containers::Containers,
     inspections::Ticket,
-    read::{Found, Listed, notice},
+    read::{Found, Listed, Notice, notice},
 };
 use crate::{
     descriptor::Balance,
@@ -574,4 +574,53 @@ proptest! {
             prop_assert_eq!(offered, Vec::from_iter(world.engine.endpoint(who)));
         }
     }
+}
+
+/// What the change of one container costs on a host of many:
+/// `cargo test --release --lib one_of_many -- --nocapture`
+#[test]
+fn one_of_many_changes_and_one_is_derived() {
+    const MANY: u32 = 10_000;
+    let of = |id: &ContainerId, n: u32| {
+        let address = Ipv4Addr::from(0x0a00_0000 + n).to_string();
+        let variables = (1..=10).map(|port| format!("BACKEND_{port}=service-{n};{port}"));
+        Container {
+            id: id.clone(),
+            variables: variables.chain([format!("SERVICE_80_NAME=service-{n}")]).collect(),
+            ..samples::container(&format!("c{n}"), samples::bridge(&address))
+        }
+    };
+    let ids: Vec<_> = (0..MANY).map(|n| ContainerId::new(&format!("{n:064x}"))).collect();
+    let mut containers = Containers::default();
+    containers.relist(ids.iter().map(|id| Listed { id: id.clone(), addresses: None }).collect());
+    let mut number = 0..;
+    while let Some(ticket) = containers.next() {
+        let container = of(&ticket.id, number.next().unwrap());
+        containers.inspected(ticket, Found::Running(container.into()));
+    }
+    let (mut listings, mut made) = (Listings::new("BACKEND_".to_owned()), Made::default());
+    let mut derive = |containers: &Containers, what: &str| {
+        let start = std::time::Instant::now();
+        let inventory = containers.inventory();
+        let published = start.elapsed();
+        let listing = listings.of(&inventory);
+        let listed = start.elapsed();
+        let offers = Offers::of(&inventory, true, &mut made);
+        let (all, bindings) = (start.elapsed(), listed - published);
+        println!(
+            "{what} of {MANY}: inventory {published:?}, bindings {bindings:?}, offers {:?}",
+            all - listed
+        );
+        (listing, offers)
+    };
+    let (before, _) = derive(&containers, "all");
+    containers.hear(Notice::Changed(ids[7].clone()));
+    let ticket = containers.next().unwrap();
+    let other = Container { name: "other".into(), ..of(&ids[7], 7) };
+    containers.inspected(ticket, Found::Running(other.into()));
+    let (now, offers) = derive(&containers, "one");
+    let pairs = before.consumers.iter().zip(&now.consumers);
+    let changed: Vec<_> = pairs.filter(|(one, now)| !Arc::ptr_eq(one, now)).collect();
+    assert_eq!((changed.len(), &*changed[0].1.name), (1, "other"));
+    assert_eq!(offers.select(&query(&ContainerId::new("service-7")), true).list.len(), 1);
 }

@@ -255,30 +255,4 @@ mod tests {
             ]
         );
     }
-
-    /// What the change of one container costs on a host of many: `cargo test --release --lib one_of_many -- --nocapture`
-    #[test]
-    fn one_of_many_changes_and_one_is_derived() {
-        const MANY: u32 = 10_000;
-        let of = |n: u32| {
-            let address = std::net::Ipv4Addr::from(0x0a00_0000 + n).to_string();
-            let variables = (0..10).map(|port| format!("BACKEND_{port}=service-{n};{}", port + 1));
-            let variables = variables.collect();
-            Container { variables, ..container(&format!("{n:064x}"), bridge(&address)) }
-        };
-        let mut all = inventory((0..MANY).map(of));
-        let mut listings = Listings::new("BACKEND_".to_owned());
-        let timed = |listings: &mut Listings, all: &Inventory, what: &str| {
-            let start = std::time::Instant::now();
-            let listing = listings.of(all);
-            println!("{what} of {MANY} containers: {:?}", start.elapsed());
-            listing
-        };
-        let before = timed(&mut listings, &all, "all");
-        all.containers[7] = Container { name: "other".into(), ..of(7) }.into();
-        let now = timed(&mut listings, &all, "one");
-        let pairs = before.consumers.iter().zip(&now.consumers);
-        let changed: Vec<_> = pairs.filter(|(one, now)| !Arc::ptr_eq(one, now)).collect();
-        assert_eq!((changed.len(), &*changed[0].1.name), (1, "other"));
-    }
 }
