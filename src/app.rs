@@ -18,17 +18,18 @@ use crate::{
     check,
     config::{CaptureMode, CaptureScope, Config, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
+    discovery,
+    docker::follow::Follower,
     events::Events,
     limits,
     memory::{self, Memory},
     provider::{
-        Lookup, Provider,
-        docker::DockerProvider,
+        Lookup, Provider, bindings,
         fixed::{self, InterfaceError},
     },
     proxy::{Destinations, Proxy, ProxySettings},
     readiness::{Part, Readiness},
-    report::{Refused, Report},
+    report::{PROVIDER, Refused, Report},
     source::ResyncRequests,
     state::{self, Keeper, Origin},
 };
@@ -282,10 +283,14 @@ pub(crate) fn learn(
     events: Events,
     waiting: Waiting,
 ) -> Result<Control, InterfaceError> {
+    let mut discoveries = config.discoveries.clone();
     let provider = match &config.provider {
         ProviderChoice::Docker => {
             let (engine, prefix) = (config.docker.clone(), config.prefix.clone());
-            Provider::Docker(Box::new(DockerProvider::new(engine, prefix, lookup.clone())))
+            let prefixes = [&prefix, bindings::LABEL, discovery::docker::PREFIX].map(str::to_owned);
+            let follower = Follower::new(PROVIDER, engine, prefixes.into(), lookup.clone());
+            discoveries.share(&follower);
+            Provider::Docker { follower, prefix }
         }
         ProviderChoice::Static(services) => {
             Provider::Static(fixed::listing(&config.interface, services)?)
@@ -301,7 +306,6 @@ pub(crate) fn learn(
         empty_hold: config.empty_hold,
         resync: resync.clone(),
     };
-    let discoveries = config.discoveries.clone();
     Ok(Control::new(settings, discoveries, listing, bell, waiting, Report::new(refused, events)))
 }
 

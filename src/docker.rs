@@ -9,9 +9,19 @@ use std::{
 use bollard::{API_DEFAULT_VERSION, Docker};
 
 pub(crate) mod client;
+pub mod container;
+mod containers;
 #[cfg(test)]
 pub(crate) mod fake;
+pub mod follow;
+mod inspections;
+#[cfg(test)]
+mod interleavings;
+pub(crate) mod per_container;
 pub(crate) mod process;
+pub(crate) mod read;
+#[cfg(test)]
+mod sessions;
 
 /// Where an engine listens.
 #[derive(Debug, Clone, PartialEq, Eq)]

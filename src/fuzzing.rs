@@ -2,14 +2,19 @@
 //!
 //! `make fuzz` runs each target under libFuzzer (see `fuzz/`); the test below is a slice of it on every run of the tests.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, net::IpAddr};
 
 use crate::{
     capture::{input, iptables},
     config::{Config, Stop},
     descriptor::Descriptor,
-    discovery::{consul, dns, docker as docker_discovery, etcd, file},
-    provider::{bindings::bindings, docker as docker_provider},
+    discovery::{
+        consul, dns,
+        docker::offers::{Made, Offers},
+        etcd, file,
+    },
+    docker::follow,
+    provider::{bindings::bindings, docker::Listings},
     registry, state,
 };
 
@@ -17,15 +22,14 @@ use crate::{
 pub type Target = fn(&[u8]);
 
 /// Every target, by its name; `fuzz/seeds/<name>/` holds inputs to start from.
-pub const TARGETS: [(&str, Target); 13] = [
+pub const TARGETS: [(&str, Target); 12] = [
     ("descriptor", descriptor),
     ("variables", variables),
     ("command_line", command_line),
     ("consul", consul::fuzz),
     ("etcd_v2", registry::etcd::v2::answers::fuzz),
     ("etcd_value", etcd::value::fuzz),
-    ("docker_provider", docker_provider::fuzz),
-    ("docker_discovery", docker_discovery::fuzz),
+    ("docker", docker),
     ("catalogue", file::catalogue::fuzz),
     ("dns", dns::fuzz),
     ("state", state::document::fuzz),
@@ -49,6 +53,20 @@ fn variables(input: &[u8]) {
     let mut ports: Vec<_> = bindings.iter().map(|binding| binding.descriptor.port).collect();
     ports.dedup();
     assert_eq!(ports.len(), bindings.len(), "one binding for each port");
+}
+
+/// The lines are what an engine answers and tells. What is made of a change is what is made of all at once.
+fn docker(input: &[u8]) {
+    let new = || Listings::new("BACKEND_".to_owned());
+    let (mut listings, mut made) = (new(), [Made::default(), Made::default()]);
+    follow::fuzz(input, |mut inventory| {
+        assert_eq!(listings.of(&inventory), new().of(&inventory));
+        for (made, is_here) in made.iter_mut().zip([true, false]) {
+            inventory.host = Some(IpAddr::from([10, 0, 0, 1]));
+            let offers = Offers::of(&inventory, is_here, made);
+            assert!(offers == Offers::of(&inventory, is_here, &mut Made::default()));
+        }
+    });
 }
 
 /// Lines that begin with a dash are words of the command line, others with `=` in them are variables.

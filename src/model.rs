@@ -155,6 +155,12 @@ impl Consumer {
     pub fn has_ended(&self) -> bool {
         self.ends.iter().any(RunEnd::has_ended)
     }
+
+    /// Whether the other is equal, and ends by the same ends.
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        let ends = self.ends.iter().map(|end| Arc::as_ptr(&end.0));
+        self == other && ends.eq(other.ends.iter().map(|end| Arc::as_ptr(&end.0)))
+    }
 }
 
 /// The end of a container's run, for whoever waits for it. Clones are the same. All are equal: it says nothing about what

@@ -155,10 +155,15 @@ impl<T: PartialEq> Publisher<T> {
 
     /// Says that the last answer still holds.
     pub fn confirm(&self) {
+        let mut is_back = false;
         self.slot.send_modify(|known| {
+            is_back = known.error.take().is_some();
             known.confirmed = Some(Instant::now());
             known.answers += 1;
         });
+        if is_back {
+            self.bell.notify_one();
+        }
     }
 
     fn fail(&self, error: &SourceError) {

@@ -39,7 +39,7 @@ use tracing::{info, warn};
 use self::catalogue::Catalogue;
 use crate::{
     discovery::{Endpoints, Query},
-    source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError},
+    source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError, follow},
 };
 
 pub(crate) mod catalogue;
@@ -59,10 +59,13 @@ impl File {
 
     /// Follows what `query` asks for, for ever.
     pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: &ResyncRequests) {
-        let name = format!("file {}", self.path.display());
-        let contents = || Contents { path: self.path.clone(), is_polled: false };
+        let (path, resync) = (self.path, resync.subscribe());
+        let start = |publish| async move {
+            let name = format!("file {}", path.display());
+            follow(&name, Contents { path, is_polled: false }, publish, resync).await;
+        };
         let answer = |catalogue: &Catalogue| catalogue.select(&query);
-        self.catalogue.derive(&name, contents, resync, &publish, answer).await;
+        self.catalogue.derive(start, &publish, answer).await;
     }
 }
 

@@ -8,6 +8,7 @@ use std::{
 
 use crate::{
     descriptor::Descriptor,
+    docker::follow::Follower,
     model::{Endpoint, Port, ServiceName, Stay, Tags},
     source::{Publisher, ResyncRequests, follow},
 };
@@ -114,7 +115,7 @@ impl Discovery {
         match self {
             Self::Consul(consul) => of(consul.client.base()).into_iter().collect(),
             Self::Etcd(etcd) => etcd.client.members().iter().filter_map(of).collect(),
-            Self::Docker(docker) => docker.engine.server().into_iter().collect(),
+            Self::Docker(docker) => docker.engine().server().into_iter().collect(),
             Self::File(_) => Vec::new(),
             Self::Dns(dns) => vec![dns.resolver.to_string()],
         }
@@ -172,6 +173,15 @@ impl Discoveries {
         }
         let default = default.ok_or_else(|| UriError::new("", "at least one discovery"))?;
         Ok(Self { by_name, uris: uris_by_name, default })
+    }
+
+    /// Has an engine followed by `follower` that is followed by that already.
+    pub fn share(&mut self, follower: &Follower) {
+        for discovery in self.by_name.values_mut() {
+            if let Discovery::Docker(docker) = discovery {
+                docker.share(follower);
+            }
+        }
     }
 
     /// Whether what a discovery answers are containers of this host, at their own addresses.

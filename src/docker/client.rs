@@ -1,60 +1,43 @@
 //! An engine for one session, by GET calls alone. Each has a bounded time, however much of its answer has come by then.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    fmt,
-    net::IpAddr,
-    time::Duration,
-};
+use std::{collections::HashMap, fmt, net::IpAddr, time::Duration};
 
 use bollard::{
     Docker,
     errors::Error,
-    models::{ContainerInspectResponse, ContainerSummary, EndpointSettings, EventMessage},
+    models::EventMessage,
     query_parameters::{EventsOptions, ListContainersOptions},
 };
-use futures_util::Stream;
+use futures_util::{Stream, TryFutureExt};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::timeout;
 use tracing::warn;
 
-use super::Engine;
-use crate::{model::ContainerId, source::SourceError};
+use super::{
+    Address, Engine,
+    container::Bridges,
+    inspections::Ticket,
+    read::{self, Found, Listed},
+};
+use crate::source::SourceError;
 
 #[derive(Debug)]
-pub(crate) struct Client<'a> {
-    pub(crate) docker: Docker,
+pub(super) struct Client<'a> {
+    docker: Docker,
     engine: &'a Engine,
 }
 
-/// A running container, as a list has it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Listed {
-    pub(crate) id: ContainerId,
-    /// All its addresses; `None` where the list does not say.
-    pub(crate) addresses: Option<BTreeSet<IpAddr>>,
-}
-
-/// What an engine says of one container.
-#[derive(Debug)]
-pub(crate) enum Inspected {
-    Found(Box<ContainerInspectResponse>),
-    Gone,
-    /// It could not say.
-    Unknown,
-}
-
 /// How often a quiet engine is asked whether it still lives, and how long that may take.
-pub(crate) const PING: Duration = Duration::from_secs(5);
+pub(super) const PING: Duration = Duration::from_secs(5);
 
 impl<'a> Client<'a> {
-    pub(crate) async fn connect(engine: &'a Engine) -> Result<Self, SourceError> {
+    pub(super) async fn connect(engine: &'a Engine) -> Result<Self, SourceError> {
         let docker = ask(engine, "the version", engine.connect()).await?;
         Ok(Self { docker, engine })
     }
 
     /// The answer to a request, which has [`Engine::TIMEOUT`]: the client's own limit is one of the answer's head.
-    pub(crate) async fn ask<T>(
+    async fn ask<T>(
         &self,
         what: &str,
         request: impl Future<Output = Result<T, Error>>,
@@ -63,7 +46,7 @@ impl<'a> Client<'a> {
     }
 
     /// The engine's own clock, as [`Client::events`] takes it.
-    pub(crate) async fn time(&self) -> Result<String, SourceError> {
+    pub(super) async fn time(&self) -> Result<String, SourceError> {
         let info = self.ask("the time", self.docker.info()).await?;
         let text = info.system_time.unwrap_or_default();
         let wrong = || self.error("the time", format_args!("{text:?}: expected RFC 3339"));
@@ -72,7 +55,7 @@ impl<'a> Client<'a> {
 
     /// What happens to containers and networks from `since` on. An engine replays a few of the events before the moment in
     /// which it takes up the subscription, and no more.
-    pub(crate) fn events(
+    pub(super) fn events(
         &self,
         since: String,
         actions: &[&str],
@@ -87,33 +70,68 @@ impl<'a> Client<'a> {
     }
 
     /// The running containers.
-    pub(crate) async fn list(&self) -> Result<Vec<Listed>, SourceError> {
+    pub(super) async fn list(&self) -> Result<Vec<Listed>, SourceError> {
         let running = self.docker.list_containers(None::<ListContainersOptions>);
-        Ok(listed(self.ask("the containers", running).await?))
+        Ok(read::listed(self.ask("the containers", running).await?))
     }
 
-    pub(crate) async fn inspect(&self, id: &str) -> Result<Inspected, SourceError> {
-        let answer = timeout(Engine::TIMEOUT, self.docker.inspect_container(id, None)).await;
+    /// Everything that needs no inspection: the networks, the running containers, and the host.
+    pub(super) async fn overview(
+        &self,
+    ) -> Result<(Bridges, Vec<Listed>, Option<IpAddr>), SourceError> {
+        tokio::try_join!(self.bridges(), self.list(), self.host())
+    }
+
+    pub(super) async fn bridges(&self) -> Result<Bridges, SourceError> {
+        let networks = self.docker.list_networks(None);
+        Ok(read::bridges(self.ask("the networks", networks).await?))
+    }
+
+    /// The address of the engine's host, where it is not reached by a Unix socket.
+    async fn host(&self) -> Result<Option<IpAddr>, SourceError> {
+        let Address::Tcp(host) = &self.engine.address else { return Ok(None) };
+        let name = host.rsplit_once(':').map_or(host.as_str(), |(name, _port)| name);
+        if let Ok(address) = name.trim_matches(['[', ']']).parse() {
+            return Ok(Some(address));
+        }
+        let lookup = tokio::net::lookup_host((name, 0)).map_err(Error::from);
+        let found: Vec<_> = self.ask("the host", lookup).await?.collect();
+        // IPv4 where there is a choice: what is published at all is published there.
+        let address = found.iter().find(|found| found.is_ipv4()).or(found.first());
+        let address = address.ok_or_else(|| self.error("the host", "it has no address"))?;
+        Ok(Some(address.ip()))
+    }
+
+    /// How a container is now. Of its variables and labels those are kept whose names begin with one of `prefixes`.
+    pub(super) async fn inspect(
+        &self,
+        ticket: Ticket,
+        prefixes: &[String],
+    ) -> Result<(Ticket, Found), SourceError> {
+        let id = &ticket.id;
+        let answer =
+            timeout(Engine::TIMEOUT, self.docker.inspect_container(id.as_str(), None)).await;
         // An engine can be stuck with one container, and serve all others.
-        let error = match answer.unwrap_or(Err(Error::RequestTimeoutError)) {
-            Ok(found) => return Ok(Inspected::Found(Box::new(found))),
-            Err(Error::DockerResponseServerError { status_code: 404, .. }) => {
-                return Ok(Inspected::Gone);
-            }
+        let found = match answer.unwrap_or(Err(Error::RequestTimeoutError)) {
+            Ok(answer) => read::found(id, answer, prefixes),
+            Err(Error::DockerResponseServerError { status_code: 404, .. }) => Found::NotRunning,
             Err(
                 error @ (Error::DockerResponseServerError { .. }
                 | Error::JsonDataError { .. }
                 | Error::JsonSerdeError { .. }
                 | Error::RequestTimeoutError),
-            ) => error,
-            Err(error) => return Err(self.failed(&format!("container {id}"), &error)),
+            ) => {
+                let id = id.as_str();
+                warn!(id, %error, "the engine cannot say how this container is");
+                Found::Unknown
+            }
+            Err(error) => return Err(self.failed(&format!("container {}", id.as_str()), &error)),
         };
-        warn!(id, %error, "the engine cannot say how this container is");
-        Ok(Inspected::Unknown)
+        Ok((ticket, found))
     }
 
     /// What the stream of events brought. It never ends by itself.
-    pub(crate) fn event(
+    pub(super) fn event(
         &self,
         next: Option<Result<EventMessage, Error>>,
     ) -> Result<EventMessage, SourceError> {
@@ -121,17 +139,17 @@ impl<'a> Client<'a> {
         event.map_err(|error| self.failed("the events", &error))
     }
 
-    pub(crate) async fn ping(&self) -> Result<(), SourceError> {
+    pub(super) async fn ping(&self) -> Result<(), SourceError> {
         let answer = timeout(PING, self.docker.ping()).await;
         let answer = answer.map_err(|_| self.error("a ping", "no answer"))?;
         answer.map(drop).map_err(|error| self.failed("a ping", &error))
     }
 
-    pub(crate) fn failed(&self, what: &str, error: &Error) -> SourceError {
+    fn failed(&self, what: &str, error: &Error) -> SourceError {
         SourceError::caused(format_args!("{what} of {}", self.engine), error)
     }
 
-    pub(crate) fn error(&self, what: &str, reason: impl fmt::Display) -> SourceError {
+    fn error(&self, what: &str, reason: impl fmt::Display) -> SourceError {
         SourceError::new(format_args!("{what} of {}: {reason}", self.engine))
     }
 }
@@ -151,24 +169,8 @@ async fn ask<T>(
     }
 }
 
-/// What a list says of the containers in it.
-pub(crate) fn listed(containers: Vec<ContainerSummary>) -> Vec<Listed> {
-    let listed = containers.into_iter().filter_map(|container| {
-        let networks = container.network_settings.and_then(|settings| settings.networks);
-        let addresses = networks.map(|networks| networks.values().flat_map(addresses).collect());
-        Some(Listed { id: ContainerId::new(container.id.as_deref()?), addresses })
-    });
-    listed.collect()
-}
-
-/// The addresses of a container's end of a network. An engine leaves one that does not exist empty.
-pub(crate) fn addresses(end: &EndpointSettings) -> impl Iterator<Item = IpAddr> {
-    let both = [&end.ip_address, &end.global_ipv6_address];
-    both.into_iter().filter_map(|text| text.as_deref()?.parse().ok())
-}
-
 /// A moment in the form in which the events' `since` takes it.
-pub(crate) fn since(rfc3339: &str) -> Option<String> {
+pub(super) fn since(rfc3339: &str) -> Option<String> {
     let time = OffsetDateTime::parse(rfc3339, &Rfc3339).ok()?;
     Some(format!("{}.{:09}", time.unix_timestamp(), time.nanosecond()))
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
 };
 
 use serde_json::{Value, json};
@@ -23,6 +24,8 @@ pub(crate) enum Mood {
     Hangs,
     /// or the head of an answer alone.
     Stalls,
+    /// It says what was so when it was asked, once the mood is over.
+    Waits,
 }
 
 #[derive(Debug)]
@@ -39,6 +42,7 @@ struct State {
     moods: HashMap<String, Mood>,
     /// The path of each request.
     asked: Vec<String>,
+    streams: usize,
 }
 
 impl Fake {
@@ -80,6 +84,11 @@ impl Fake {
         self.state().containers.insert(id.to_owned(), container);
     }
 
+    /// A container is gone; nobody is told.
+    pub(crate) fn has_not(&self, id: &str) {
+        self.state().containers.remove(id);
+    }
+
     /// What ends in this is answered so from now on.
     pub(crate) fn answers(&self, path: &str, mood: impl Into<Option<Mood>>) {
         match mood.into() {
@@ -97,6 +106,11 @@ impl Fake {
     /// Ends the streams of events.
     pub(crate) fn loses(&self) {
         let _ = self.events.send(None);
+    }
+
+    /// How many streams of events are read now.
+    pub(crate) fn streams(&self) -> usize {
+        self.state().streams
     }
 
     /// How often it was asked for what ends in this.
@@ -123,8 +137,7 @@ async fn serve(
     let (mood, answer) = {
         let mut state = state.lock().unwrap();
         state.asked.push(path.clone());
-        let mood = state.moods.iter().find(|(end, _)| path.ends_with(*end)).map(|(_, mood)| *mood);
-        (mood, state.answer(&path))
+        (state.mood(&path), state.answer(&path))
     };
     let head = |status: &str, more: &str| {
         format!(
@@ -133,6 +146,11 @@ async fn serve(
     };
     let whole =
         |status, body: &str| head(status, &format!("Content-Length: {}", body.len())) + body;
+    if mood == Some(Mood::Waits) {
+        while state.lock().unwrap().mood(&path).is_some() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
     let text = match (mood, answer) {
         (Some(Mood::Hangs), _) => return std::future::pending().await,
         (Some(Mood::Stalls), _) => {
@@ -142,23 +160,45 @@ async fn serve(
         (Some(Mood::Fails), _) => whole("500 Internal Server Error", "{\"message\":\"no\"}"),
         (Some(Mood::Garbage), _) => whole("200 OK", "[garbage"),
         (None, _) if path.ends_with("/events") => {
-            let mut events = events.subscribe();
+            let events = events.subscribe();
             client.write_all(head("200 OK", "Transfer-Encoding: chunked").as_bytes()).await?;
-            while let Ok(Some(event)) = events.recv().await {
-                let line = format!("{event}\n");
-                let chunk = format!("{:x}\r\n{line}\r\n", line.len());
-                client.write_all(chunk.as_bytes()).await?;
-            }
-            return client.write_all(b"0\r\n\r\n").await;
+            state.lock().unwrap().streams += 1;
+            let end = stream(&mut client, events).await;
+            state.lock().unwrap().streams -= 1;
+            return end;
         }
-        (None, Some(answer)) => whole("200 OK", &answer.to_string()),
-        (None, None) => whole("404 Not Found", "{\"message\":\"no such container\"}"),
+        (None | Some(Mood::Waits), Some(answer)) => whole("200 OK", &answer.to_string()),
+        (None | Some(Mood::Waits), None) => {
+            whole("404 Not Found", "{\"message\":\"no such container\"}")
+        }
     };
     client.write_all(text.as_bytes()).await?;
     client.shutdown().await
 }
 
+/// Writes the events until they are lost, or nobody reads them.
+async fn stream(
+    client: &mut UnixStream,
+    mut events: broadcast::Receiver<Option<Value>>,
+) -> std::io::Result<()> {
+    let mut rest = [0];
+    loop {
+        let event = tokio::select! {
+            event = events.recv() => event,
+            _ = client.read(&mut rest) => return Ok(()),
+        };
+        let Ok(Some(event)) = event else { return client.write_all(b"0\r\n\r\n").await };
+        let line = format!("{event}\n");
+        let chunk = format!("{:x}\r\n{line}\r\n", line.len());
+        client.write_all(chunk.as_bytes()).await?;
+    }
+}
+
 impl State {
+    fn mood(&self, path: &str) -> Option<Mood> {
+        self.moods.iter().find(|(end, _)| path.ends_with(*end)).map(|(_, mood)| *mood)
+    }
+
     fn answer(&self, path: &str) -> Option<Value> {
         let listed = |container: &Value| {
             let networks = &container["NetworkSettings"]["Networks"];

@@ -1,21 +1,20 @@
 //! WHO asks for what: consumers and their bindings, from Docker or from the command line.
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
+use tokio::sync::Notify;
 
-use tokio::{
-    sync::Notify,
-    time::{Instant, sleep_until},
+pub use crate::docker::follow::Lookup;
+use crate::{
+    docker::follow::Follower,
+    model::Consumer,
+    source::{Answers, Publisher, ResyncRequests},
 };
-
-use crate::source::{Answers, Publisher, ResyncRequests, follow};
 
 pub mod bindings;
 pub mod docker;
 pub mod fixed;
-
-use crate::model::Consumer;
 
 /// Everybody who asks, and what was wrong with what they wrote.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -42,30 +41,15 @@ pub struct Problem {
     pub reason: String,
 }
 
-/// Asks the provider to look for containers that it has not heard of: somebody unknown is dialling. Clones are the same.
-#[derive(Debug, Clone, Default)]
-pub struct Lookup(Arc<Notify>);
-
-impl Lookup {
-    /// Between two looks, so that a stranger who keeps dialling does not keep the engine busy.
-    const PAUSE: Duration = Duration::from_millis(50);
-
-    /// Asks. Many askers before the look are one.
-    pub fn ask(&self) {
-        self.0.notify_one();
-    }
-
-    /// Waits until somebody asks, and not before `next_look`.
-    async fn asked(&self, next_look: Instant) {
-        sleep_until(next_look).await;
-        self.0.notified().await;
-    }
-}
-
 /// The configured provider.
 #[derive(Debug)]
 pub enum Provider {
-    Docker(Box<docker::DockerProvider>),
+    /// The containers of an engine, and what the names of their variables begin with. The follower has to read those, and the
+    /// labels that begin with [`bindings::LABEL`].
+    Docker {
+        follower: Follower,
+        prefix: String,
+    },
     Static(Listing),
 }
 
@@ -74,9 +58,12 @@ impl Provider {
     pub fn start(self, resync: &ResyncRequests, bell: Arc<Notify>) -> Answers<Listing> {
         let (publish, answers) = Publisher::new(bell);
         match self {
-            Self::Docker(docker) => {
-                let resync = resync.subscribe();
-                tokio::spawn(async move { follow("provider", *docker, publish, resync).await });
+            Self::Docker { follower, prefix } => {
+                let (resync, mut listings) = (resync.clone(), docker::Listings::new(prefix));
+                tokio::spawn(async move {
+                    let listing = |inventory: &_| listings.of(inventory);
+                    follower.derive(&resync, publish.bell(), &publish, listing).await;
+                });
             }
             Self::Static(listing) => {
                 publish.publish(listing);

@@ -7,7 +7,7 @@ use std::{
 
 use tokio::task::AbortHandle;
 
-use super::{Answers, Publisher, ResyncRequests, Source, SourceError, follow, panicked};
+use super::{Answers, Publisher, SourceError, panicked};
 
 /// A source that its readers share. The first one starts it, and with the last one it ends. Clones are the same.
 #[derive(Debug)]
@@ -21,36 +21,31 @@ struct Running<T> {
 }
 
 impl<T: Clone + PartialEq + Send + Sync + 'static> Shared<T> {
-    /// Publishes for ever what `answer` makes of each answer from `source`, and passes its failures on. `name` is what
-    /// the log calls the source.
-    pub async fn derive<S, U>(
+    /// Publishes for ever what `answer` makes of each answer of the source, and passes its failures on. The task that `start`
+    /// makes follows the source, where nobody does yet.
+    pub async fn derive<F, U>(
         &self,
-        name: &str,
-        source: impl FnOnce() -> S,
-        resync: &ResyncRequests,
+        start: impl FnOnce(Publisher<T>) -> F,
         publish: &Publisher<U>,
-        answer: impl Fn(&T) -> U,
+        answer: impl FnMut(&T) -> U,
     ) where
-        S: Source<Item = T> + 'static,
+        F: Future<Output = ()> + Send + 'static,
         U: PartialEq,
     {
-        let running = self.running(name, source, resync);
+        let running = self.running(start);
         pass_on(running.answers.clone(), publish, answer).await;
     }
 
-    fn running<S: Source<Item = T> + 'static>(
-        &self,
-        name: &str,
-        source: impl FnOnce() -> S,
-        resync: &ResyncRequests,
-    ) -> Arc<Running<T>> {
+    fn running<F>(&self, start: impl FnOnce(Publisher<T>) -> F) -> Arc<Running<T>>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
         // A panic elsewhere leaves the reference whole.
         let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         slot.upgrade().unwrap_or_else(|| {
             // Nobody waits for the bell: the readers hear of every change through `answers`.
             let (publish, answers) = Publisher::new(Arc::default());
-            let (name, source, resync) = (name.to_owned(), source(), resync.subscribe());
-            let task = tokio::spawn(async move { follow(&name, source, publish, resync).await });
+            let task = tokio::spawn(start(publish));
             let running = Arc::new(Running { answers, task: task.abort_handle() });
             *slot = Arc::downgrade(&running);
             running
@@ -79,22 +74,29 @@ impl<T> Drop for Running<T> {
 async fn pass_on<T: Clone, U: PartialEq>(
     mut source: Answers<T>,
     publish: &Publisher<U>,
-    answer: impl Fn(&T) -> U,
+    mut answer: impl FnMut(&T) -> U,
 ) {
     let (mut answers, mut failures) = (0, 0);
+    let mut answered: Option<Arc<T>> = None;
     loop {
         let known = source.borrow_and_update().clone();
         if let Some(value) = known.value.filter(|_| known.answers != answers) {
             answers = known.answers;
-            match catch_unwind(AssertUnwindSafe(|| answer(&value))) {
-                Ok(value) => {
-                    publish.publish(value);
-                }
-                Err(panic) => {
-                    if let Err(error) = panicked::<()>(panic) {
-                        publish.fail(&error);
+            if answered.as_ref().is_some_and(|answered| Arc::ptr_eq(answered, &value)) {
+                publish.confirm();
+            } else {
+                answered = match catch_unwind(AssertUnwindSafe(|| answer(&value))) {
+                    Ok(answer) => {
+                        publish.publish(answer);
+                        Some(value)
                     }
-                }
+                    Err(panic) => {
+                        if let Err(error) = panicked::<()>(panic) {
+                            publish.fail(&error);
+                        }
+                        None
+                    }
+                };
             }
         }
         if let Some(error) = known.error.filter(|_| known.failures != failures) {
@@ -110,6 +112,7 @@ async fn pass_on<T: Clone, U: PartialEq>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::{ResyncRequests, Source, follow};
 
     #[tokio::test(start_paused = true)]
     async fn readers_know_what_the_source_knows() {
@@ -159,17 +162,21 @@ mod tests {
     async fn it_runs_once_and_ends_with_its_last_reader() {
         let shared = Shared::default();
         let resync = ResyncRequests::new(std::time::Duration::from_secs(120));
-        let first = shared.running("one", || One, &resync);
-        let second = shared.clone().running("one", || One, &resync);
+        let start = |publish| follow("one", One, publish, resync.subscribe());
+        let first = shared.running(start);
+        let second = shared.clone().running(start);
         assert!(Arc::ptr_eq(&first, &second));
         let mut answers = first.answers.clone();
         answers.wait_for(|known| known.answers == 1).await.unwrap();
         drop(first);
-        assert!(Arc::ptr_eq(&second, &shared.running("one", || One, &resync)));
+        assert!(Arc::ptr_eq(&second, &shared.running(start)));
         drop(second);
         while answers.changed().await.is_ok() {} // until its task, which holds the other end, has gone
         let (publish, mut answers) = Publisher::new(Arc::default());
-        tokio::spawn(async move { shared.derive("one", || One, &resync, &publish, |n| *n).await });
+        tokio::spawn(async move {
+            let start = |publish| follow("one", One, publish, resync.subscribe());
+            shared.derive(start, &publish, |n| *n).await
+        });
         answers.wait_for(|known| known.answers == 1).await.unwrap();
     }
 }

@@ -20,6 +20,7 @@ use crate::{
 pub(crate) mod document;
 mod keeper;
 mod restore;
+mod resume;
 
 pub use document::{Damage, parse};
 pub use keeper::{Counts, Keeper, Snapshot};

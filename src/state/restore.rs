@@ -13,10 +13,10 @@ use std::{
 use tokio::sync::Notify;
 use tracing::{info, warn};
 
-use super::{Fit, KeptEndpoint, Origin, parse};
+use super::{Fit, KeptEndpoint, Origin, parse, resume};
 use crate::{
     discovery::{Endpoints, Query},
-    provider::{Listing, docker},
+    provider::Listing,
 };
 
 /// What is used until the sources answer.
@@ -75,7 +75,7 @@ fn resume(
     let mut consumers = Vec::new();
     for kept in fit.consumers {
         let (name, id) = (kept.name.clone(), kept.id.clone());
-        match docker::resume(kept, bell) {
+        match resume::resume(kept, bell) {
             Ok(consumer) => consumers.push(Arc::new(consumer)),
             Err(reason) => info!(consumer = %name, %id, %reason, "not as it was kept"),
         }
@@ -120,7 +120,7 @@ fn living(
     let (mut list, mut stays) = (Vec::new(), BTreeMap::new());
     for KeptEndpoint { endpoint, runs } in kept {
         if of_containers {
-            match docker::resume_stay(runs, endpoint.0.ip(), bell) {
+            match resume::resume_stay(runs, endpoint.0.ip(), bell) {
                 Ok(stay) => stays.insert(endpoint, stay),
                 Err(reason) => {
                     info!(service = %query, %endpoint, %reason, "not as it was kept");

@@ -198,5 +198,13 @@ fn a_single_host_needs_no_registry() -> Result<()> {
             "{answers:?}"
         );
         Ok(())
-    })
+    })?;
+    // Provider and discovery follow the engine together.
+    let listeners = host.docker(["info", "--format={{.NEventsListener}}"])?;
+    assert_eq!(listeners.trim(), "1");
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", embassy.pid()))?;
+    let targets = descriptors.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+    let watched = targets.filter(|target| target.to_string_lossy().contains("pidfd")).count();
+    assert_eq!(watched, 4, "each container's process, once");
+    Ok(())
 }

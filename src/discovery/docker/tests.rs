@@ -1,15 +1,25 @@
 //! What containers offer, from inspections as engines answer them.
 
-use bollard::models::ContainerInspectResponse;
+use std::{net::IpAddr, sync::Arc};
+
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::*;
+use super::{offers::Made, *};
+use crate::{
+    docker::{
+        container::{Container, samples},
+        read,
+    },
+    model::ContainerId,
+};
 
-const HERE: Place = Place::Here;
+/// As for an engine on this host.
+const HERE: Option<IpAddr> = None;
 
-fn there() -> Place {
-    Place::There("192.168.13.90".parse().unwrap())
+/// As for an engine elsewhere.
+fn there() -> Option<IpAddr> {
+    Some("192.168.13.90".parse().unwrap())
 }
 
 /// An inspection: the parts that matter, as engine 20.10 answers.
@@ -37,28 +47,44 @@ fn changed<const N: usize>(name: &str, changes: [(&str, Value); N]) -> Value {
     value
 }
 
-fn container(inspection: Value) -> Option<Container> {
-    Container::new(serde_json::from_value::<ContainerInspectResponse>(inspection).unwrap())
+/// Its networks have their names as IDs.
+fn container(mut inspection: Value) -> Option<Container> {
+    let networks = inspection.pointer_mut("/NetworkSettings/Networks");
+    for (name, end) in networks.and_then(Value::as_object_mut).into_iter().flatten() {
+        end["NetworkID"] = json!(name);
+    }
+    let id = ContainerId::new(inspection["Id"].as_str().unwrap());
+    read::container(&id, serde_json::from_value(inspection).unwrap(), &[PREFIX.to_owned()])
 }
 
-fn all(inspections: impl IntoIterator<Item = Value>) -> Containers {
-    let id = |value: &Value| ContainerId::new(value["Id"].as_str().unwrap());
-    inspections.into_iter().filter_map(|value| Some((id(&value), container(value)?))).collect()
+fn all(inspections: impl IntoIterator<Item = Value>) -> Inventory {
+    samples::inventory(inspections.into_iter().filter_map(container))
+}
+
+fn offers(containers: &Inventory, host: Option<IpAddr>) -> Offers {
+    let containers = Inventory { host, ..containers.clone() };
+    Offers::of(&containers, host.is_none(), &mut Made::default())
+}
+
+fn query(text: &str) -> Query {
+    let descriptor: crate::descriptor::Descriptor = format!("{text};1").parse().unwrap();
+    let (service, tags) = (descriptor.service, descriptor.tags);
+    Query { via: "docker".into(), service, tags, dc: None, port: None }
+}
+
+fn texts(answer: &Endpoints) -> Vec<String> {
+    let rejected = answer.rejected.iter().map(|entry| format!("{}: {}", entry.what, entry.reason));
+    answer.list.iter().map(ToString::to_string).chain(rejected).collect()
 }
 
 /// The answer to a query such as `web[prod]`: endpoints, then what was rejected.
-fn answer(containers: &Containers, place: Place, query: &str, healthy_only: bool) -> Vec<String> {
-    let descriptor: crate::descriptor::Descriptor = format!("{query};1").parse().unwrap();
-    let query = Query {
-        via: "docker".into(),
-        service: descriptor.service,
-        tags: descriptor.tags,
-        dc: None,
-        port: None,
-    };
-    let answer = select(&offers(containers, place), &query, healthy_only);
-    let rejected = answer.rejected.iter().map(|entry| format!("{}: {}", entry.what, entry.reason));
-    answer.list.iter().map(ToString::to_string).chain(rejected).collect()
+fn answer(
+    containers: &Inventory,
+    host: Option<IpAddr>,
+    asked: &str,
+    healthy_only: bool,
+) -> Vec<String> {
+    texts(&offers(containers, host).select(&query(asked), healthy_only))
 }
 
 fn here(inspection: Value, query: &str) -> Vec<String> {
@@ -247,7 +273,7 @@ fn the_network_of_another_container_is_followed() {
         )],
     );
     let containers = all([pod, uses("one", "pod"), uses("two", "one"), uses("lost", "gone")]);
-    let reason = "the container whose network it uses does not run";
+    let reason = "net=container:gone: that container does not run";
     for (service, near, far) in [
         ("one", "172.17.0.2:80", "192.168.13.90:8080"),
         ("two", "172.17.0.2:80", "192.168.13.90:8080"),
@@ -259,7 +285,7 @@ fn the_network_of_another_container_is_followed() {
     let circle = all([uses("one", "two"), uses("two", "one")]);
     assert_eq!(
         answer(&circle, HERE, "one", true),
-        ["container one:80: it uses its own network through another container"]
+        ["container one:80: net=container: goes round in a circle"]
     );
 }
 
@@ -293,23 +319,41 @@ fn an_engine_of_version_29() {
 }
 
 #[test]
-fn events_name_the_container_that_they_are_about() {
-    let about = |event| subject(serde_json::from_value(event).unwrap());
-    for (event, container) in [
-        (json!({"Type": "container", "Action": "start", "Actor": {"ID": "c1"}}), Some("c1")),
-        (
-            json!({"Type": "network", "Action": "connect", "Actor": {
-                "ID": "n1", "Attributes": {"container": "c1", "name": "back", "type": "bridge"}
-            }}),
-            Some("c1"),
-        ),
-        (json!({"Type": "network", "Action": "connect", "Actor": {"ID": "n1"}}), None),
-        (json!({"Type": "image", "Action": "tag", "Actor": {"ID": "i1"}}), None),
-        (json!({"status": "start", "id": "c1"}), None),
-    ] {
-        let about = about(event.clone()).map(|id| id.as_str().to_owned());
-        assert_eq!(about.as_deref(), container, "{event}");
+fn one_who_has_gone_is_no_endpoint_whatever_answer_it_stands_in() {
+    for gone in
+        [(|container: &Container| container.run.mark_ended()) as fn(&Container), |container| {
+            container.left.mark_ended()
+        }]
+    {
+        let sharer = changed("two", [("/HostConfig/NetworkMode", json!("container:one"))]);
+        let containers = all([inspection("one"), sharer]);
+        let mut made = Made::default();
+        let before = Offers::of(&containers, true, &mut made);
+        let answer = Arc::new(before.select(&query("web"), true));
+        assert_eq!(texts(&answer), ["172.17.0.2:80"]);
+        gone(&containers.containers[0]);
+        assert_eq!(texts(&answer.living()), [""; 0]);
+        assert_eq!(texts(&before.select(&query("web"), true)), [""; 0]);
+        assert_ne!(Offers::of(&containers, true, &mut made), before);
     }
+}
+
+#[test]
+fn a_container_that_changes_leaves_the_offers_of_others_as_they_are() {
+    let named =
+        |name: &str| changed(name, [("/Config/Env", json!([format!("SERVICE_NAME={name}")]))]);
+    let mut containers = all([named("one"), named("two")]);
+    let mut made = Made::default();
+    let answer = |containers: &Inventory, made: &mut Made| {
+        let offers = Offers::of(containers, true, made);
+        ["one", "two"].map(|name| offers.select(&query(name), true))
+    };
+    let before = answer(&containers, &mut made);
+    let halted = Container { is_halted: true, ..containers.containers[1].as_ref().clone() };
+    containers.containers[1] = halted.into();
+    let now = answer(&containers, &mut made);
+    assert_eq!(now[0], before[0], "it hangs on the same");
+    assert_eq!((before[1].list.len(), now[1].list.len()), (1, 0));
 }
 
 proptest! {

@@ -4,15 +4,15 @@ use std::{net::IpAddr, sync::Arc};
 
 use tokio::sync::Notify;
 
+use super::KeptConsumer;
 use crate::{
     docker::process::{Held, addresses},
     model::{Consumer, ConsumerId, ContainerId, Process, RunEnd, Stay},
-    state::KeptConsumer,
 };
 
 /// The consumer that an earlier embassy knew, if it is still the same run, with those of its addresses that its network
 /// still has. Else why not.
-pub fn resume(kept: KeptConsumer, bell: &Arc<Notify>) -> Result<Consumer, String> {
+pub(super) fn resume(kept: KeptConsumer, bell: &Arc<Notify>) -> Result<Consumer, String> {
     let own = open(&kept.id, kept.process)?;
     let namespace = open(&kept.namespace, kept.namespace_process)?;
     // While nobody looked it may have left a network, and another may have its address.
@@ -33,7 +33,7 @@ pub fn resume(kept: KeptConsumer, bell: &Arc<Notify>) -> Result<Consumer, String
 }
 
 /// What an endpoint at `address` hangs on, if all these runs go on and their network still has the address. Else why not.
-pub fn resume_stay(
+pub(super) fn resume_stay(
     runs: Vec<(ContainerId, Process)>,
     address: IpAddr,
     bell: &Arc<Notify>,

@@ -1,0 +1,289 @@
+//! What an engine has, as data: its running containers and its bridge networks. Pure.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+
+use crate::model::{ContainerId, Port, RunEnd};
+
+/// A network's ID.
+pub type NetworkId = Arc<str>;
+
+/// Everything that runs on an engine at one time. What did not change is the same `Arc` as in the one before, and those
+/// that are made of the same are equal.
+#[derive(Debug, Clone, Default)]
+pub struct Inventory {
+    /// By ID.
+    pub containers: Vec<Arc<Container>>,
+    /// The networks that the `bridge` driver made.
+    pub bridges: Arc<Bridges>,
+    /// The address of the engine's host, where the engine is reached over TCP.
+    pub host: Option<IpAddr>,
+    /// How many runs have ended by the kernel's word since the start: such a container stays until the engine knows it too.
+    pub ended: u64,
+}
+
+pub type Bridges = BTreeMap<NetworkId, Bridge>;
+
+/// A network whose gateway is on the engine's host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Bridge {
+    pub ranges: Vec<IpNet>,
+    /// The gateway's interface.
+    pub interface: Arc<str>,
+}
+
+/// A running container, as its inspection showed it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Container {
+    pub id: ContainerId,
+    pub name: Arc<str>,
+    /// `State.StartedAt`
+    pub started_at: Arc<str>,
+    /// Its first process, as the engine numbers it; 0 where it does not say.
+    pub pid: i32,
+    /// The end of this run, where its process can be seen. A run has one for as long as it is known.
+    pub run: RunEnd,
+    /// Ends when the container, by the engine's word, cannot be reached any more as it could: it has gone, is paused, or
+    /// has another address.
+    pub left: RunEnd,
+    pub network: Network,
+    /// `NAME=value`; only those that somebody reads.
+    pub variables: Vec<String>,
+    pub labels: BTreeMap<String, String>,
+    pub exposed: BTreeSet<ContainerPort>,
+    pub published: BTreeMap<ContainerPort, Vec<SocketAddr>>,
+    /// It is paused or between two runs: its kernel may accept connections that nobody answers.
+    pub is_halted: bool,
+    /// Its HEALTHCHECK passes, or it has none.
+    pub is_healthy: bool,
+}
+
+/// Where a container's addresses come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Network {
+    /// Its own namespace, attached to these networks.
+    Own(BTreeMap<NetworkId, Attachment>),
+    /// The namespace of another container, by ID or name: `net=container:X`.
+    Of(String),
+    /// The host's: `net=host`.
+    Host,
+}
+
+/// A container's end of a network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attachment {
+    /// The network's name.
+    pub name: Arc<str>,
+    /// IPv4 first.
+    pub addresses: Vec<IpAddr>,
+    pub gateways: Vec<IpAddr>,
+}
+
+/// A port inside a container. TCP is the only protocol that is proxied, but registrator counts the others as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ContainerPort {
+    pub number: Port,
+    pub tcp: bool,
+}
+
+/// Why the network of a container with `net=container:X` cannot be known.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoNetwork {
+    #[error("net=container:{0}: that container does not run")]
+    Gone(String),
+    #[error("net=container:{0}: it restarted since, and took its network along")]
+    Restarted(String),
+    #[error("net=container: goes round in a circle")]
+    Circle,
+}
+
+impl Inventory {
+    /// The container whose network namespace this one lives in: itself, or at the end of `net=container:` references.
+    pub fn namespace<'a>(
+        &'a self,
+        container: &'a Arc<Container>,
+    ) -> Result<&'a Arc<Container>, NoNetwork> {
+        let mut owner = container;
+        // A namespace made of itself cannot be had from an engine; a bound costs nothing.
+        for _ in 0..=self.containers.len() {
+            let Network::Of(target) = &owner.network else { return Ok(owner) };
+            let found = self.find(target).ok_or_else(|| NoNetwork::Gone(target.clone()))?;
+            if found.is_later_than(owner) {
+                return Err(NoNetwork::Restarted(target.clone()));
+            }
+            owner = found;
+        }
+        Err(NoNetwork::Circle)
+    }
+
+    /// By ID or name.
+    fn find(&self, target: &str) -> Option<&Arc<Container>> {
+        match self.containers.binary_search_by(|container| container.id.as_str().cmp(target)) {
+            Ok(at) => self.containers.get(at),
+            Err(_) => self.containers.iter().find(|container| *container.name == *target),
+        }
+    }
+}
+
+impl PartialEq for Inventory {
+    fn eq(&self, other: &Self) -> bool {
+        let both = self.containers.iter().zip(&other.containers);
+        (self.host, self.ended) == (other.host, other.ended)
+            && Arc::ptr_eq(&self.bridges, &other.bridges)
+            && self.containers.len() == other.containers.len()
+            && both.into_iter().all(|(one, other)| Arc::ptr_eq(one, other))
+    }
+}
+
+impl Container {
+    /// Every address on a network of its own.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.attachments().flat_map(|(_, attachment)| &attachment.addresses).copied()
+    }
+
+    /// The networks that its own namespace is attached to.
+    pub fn attachments(&self) -> impl Iterator<Item = (&NetworkId, &Attachment)> {
+        let own = match &self.network {
+            Network::Own(attachments) => Some(attachments),
+            Network::Of(_) | Network::Host => None,
+        };
+        own.into_iter().flatten()
+    }
+
+    /// Its address on the first network, by name, that gave it one.
+    pub fn address(&self) -> Option<IpAddr> {
+        let attached = self.attachments().map(|(_, attachment)| attachment);
+        let with_address = attached.filter(|attachment| !attachment.addresses.is_empty());
+        let first = with_address.min_by_key(|attachment| &attachment.name)?;
+        first.addresses.first().copied()
+    }
+
+    /// Whether it is reached in the same way as another state of the same container.
+    pub(super) fn is_reached_as(&self, other: &Self) -> bool {
+        let kind = std::mem::discriminant(&self.network) == std::mem::discriminant(&other.network);
+        kind && self.started_at == other.started_at
+            && self.address() == other.address()
+            && self.is_halted == other.is_halted
+    }
+
+    /// Whether this run started after another. The kernel's word on their processes goes before the wall clock's.
+    fn is_later_than(&self, other: &Self) -> bool {
+        match (self.run.process(), other.run.process()) {
+            (Some(this), Some(other)) => this.started > other.started,
+            _ => later(&self.started_at, &other.started_at),
+        }
+    }
+}
+
+/// Whether one of the engine's moments is later than another. They are RFC 3339 in UTC with trailing zeros cut off, so
+/// text order is time order once the `Z` is gone.
+fn later(a: &str, b: &str) -> bool {
+    a.trim_end_matches('Z') > b.trim_end_matches('Z')
+}
+
+/// Containers for tests.
+#[cfg(test)]
+pub(crate) mod samples {
+    use super::*;
+
+    pub(crate) fn id(name: &str) -> ContainerId {
+        ContainerId::new(name)
+    }
+
+    /// It asks for `a` on port 80.
+    pub(crate) fn container(name: &str, network: Network) -> Container {
+        Container {
+            id: id(name),
+            name: name.into(),
+            started_at: "2026-01-01T00:00:00.5Z".into(),
+            pid: 0,
+            run: RunEnd::default(),
+            left: RunEnd::default(),
+            network,
+            variables: vec!["BACKEND_A=a;80".to_owned()],
+            labels: BTreeMap::new(),
+            exposed: BTreeSet::new(),
+            published: BTreeMap::new(),
+            is_halted: false,
+            is_healthy: true,
+        }
+    }
+
+    pub(crate) fn bridge(address: &str) -> Network {
+        on(&[("bridge", address, "172.17.0.1")])
+    }
+
+    /// Each with its ID, which is its name, an address and a gateway.
+    pub(crate) fn on(networks: &[(&str, &str, &str)]) -> Network {
+        let attachment = |name: &str, address: &str, gateway: &str| Attachment {
+            name: name.into(),
+            addresses: vec![address.parse().unwrap()],
+            gateways: vec![gateway.parse().unwrap()],
+        };
+        let attached = networks.iter().map(|(id, a, g)| ((*id).into(), attachment(id, a, g)));
+        Network::Own(attached.collect())
+    }
+
+    pub(crate) fn inventory(containers: impl IntoIterator<Item = Container>) -> Inventory {
+        let mut containers: Vec<_> = containers.into_iter().map(Arc::new).collect();
+        containers.sort_by(|a, b| a.id.cmp(&b.id));
+        Inventory { containers, ..Inventory::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{samples::*, *};
+    use crate::model::Process;
+
+    #[test]
+    fn which_run_is_later_is_the_kernels_word_where_it_is_seen() {
+        let at = |name: &str, moment: &str, ticks: Option<u64>, network| {
+            let run = Container { started_at: moment.into(), ..container(name, network) };
+            if let Some(started) = ticks {
+                run.run.is_that_of(Process { pid: 7, started });
+            }
+            run
+        };
+        let (early, late) = ("2026-01-01T00:00:00Z", "2026-01-01T00:00:01Z");
+        let is_served = |owner, sharer| {
+            let sharer = at("b", early, sharer, Network::Of("a".into()));
+            let all = inventory([at("a", late, owner, bridge("172.17.0.2")), sharer]);
+            all.namespace(&all.containers[1]).is_ok()
+        };
+        // The clock was set back between the two.
+        assert!(is_served(Some(10), Some(20)));
+        assert!(!is_served(Some(20), Some(10)));
+        assert!(!is_served(Some(10), None));
+    }
+
+    #[test]
+    fn a_network_is_followed_to_its_owner() {
+        let of = |name: &str, other: &str| container(name, Network::Of(other.into()));
+        let late = container("late", bridge("172.17.0.3"));
+        let all = inventory([
+            Container { name: "first".into(), ..container("a", bridge("172.17.0.2")) },
+            of("b", "a"),
+            of("c", "b"),
+            of("d", "first"),
+            of("lost", "gone"),
+            Container { started_at: "2026-01-01T00:00:00.51Z".into(), ..late },
+            of("left", "late"),
+            of("one", "two"),
+            of("two", "one"),
+        ]);
+        let owner = |name: &str| {
+            let container = all.containers.iter().find(|one| one.id == id(name)).unwrap();
+            all.namespace(container).map(|owner| owner.id.as_str())
+        };
+        assert_eq!(["a", "b", "c", "d"].map(owner), [const { Ok("a") }; 4]);
+        assert_eq!(owner("lost"), Err(NoNetwork::Gone("gone".into())));
+        assert_eq!(owner("left"), Err(NoNetwork::Restarted("late".into())));
+        assert_eq!(owner("one"), Err(NoNetwork::Circle));
+    }
+}

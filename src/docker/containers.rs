@@ -1,0 +1,597 @@
+//! What is known of an engine's running containers. Pure: lists, events and inspections go in, an inventory comes out.
+//!
+//! An answer takes time, and what happens meanwhile makes it stale. So each inspection has a ticket, and every event about
+//! the container makes it void: a container that died while it was being inspected stays dead. In the same way a list says
+//! nothing of a container that an event told of while the list was on its way.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    mem,
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{
+    container::{Attachment, Bridges, Container, Inventory, Network, NetworkId},
+    inspections::{Inspections, Ticket, Urgency},
+    read::{Found, Listed, Notice},
+};
+use crate::model::ContainerId;
+
+/// A list that is on its way.
+#[derive(Debug, Default)]
+enum AwaitedList {
+    #[default]
+    None,
+    /// The first of a session: what events told since goes for what it says, and not for what was known before.
+    First(Vec<Notice>),
+    /// A later one: it may be older than what became known of these since it was asked for.
+    Again(BTreeSet<ContainerId>),
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Containers {
+    running: BTreeMap<ContainerId, Arc<Container>>,
+    /// Those that an event ended and whose inspection is not back: the end may be that of a run before.
+    doubtful: HashMap<ContainerId, Arc<Container>>,
+    inspections: Inspections,
+    /// What the last list named and no inspection has found yet.
+    listed: HashSet<ContainerId>,
+    /// Whether that was ever nothing.
+    complete: bool,
+    list: AwaitedList,
+    bridges: Arc<Bridges>,
+    /// Whether an event told of a network more or less.
+    networks_changed: bool,
+    host: Option<IpAddr>,
+    ended: u64,
+    /// Whether all this is another than it was when it was last asked for.
+    changed: bool,
+}
+
+impl Containers {
+    /// A session begins by asking for a list; what was asked in the one before is answered to nobody.
+    pub(super) fn begin(&mut self) {
+        self.inspections = self.inspections.restarted();
+        self.list = AwaitedList::First(Vec::new());
+    }
+
+    /// A list is asked for in the midst of a session.
+    pub(super) fn list_again(&mut self) {
+        self.list = AwaitedList::Again(BTreeSet::new());
+    }
+
+    /// All containers that run, as an engine lists them; each is inspected now, those that are not known yet first. Until
+    /// then it is as it was known, but for addresses that the list does not give it: where nobody told us, they may have
+    /// become another's.
+    pub(super) fn relist(&mut self, list: Vec<Listed>) {
+        let (meanwhile, newer) = match mem::take(&mut self.list) {
+            AwaitedList::None => Default::default(),
+            AwaitedList::First(notices) => (notices, BTreeSet::new()),
+            AwaitedList::Again(newer) => (Vec::new(), newer),
+        };
+        self.listed = list.iter().map(|one| one.id.clone()).collect();
+        self.complete |= list.is_empty();
+        let is_gone = |id: &&ContainerId| !self.listed.contains(*id) && !newer.contains(*id);
+        for id in self.running.keys().filter(is_gone).cloned().collect::<Vec<_>>() {
+            self.remove(&id);
+        }
+        self.doubtful.retain(|id, _| self.listed.contains(id));
+        for Listed { id, addresses } in list {
+            let urgency = match self.running.contains_key(&id) {
+                true => Urgency::Known,
+                false => Urgency::New,
+            };
+            if let Some(given) = addresses.filter(|_| !newer.contains(&id)) {
+                self.detach(&id, |_, attachment| {
+                    attachment.addresses.retain(|address| given.contains(address));
+                    true
+                });
+            }
+            self.inspections.want(id, urgency);
+        }
+        for id in newer.into_iter().filter(|id| self.running.contains_key(id)) {
+            self.inspections.want(id, Urgency::Event);
+        }
+        for notice in meanwhile {
+            self.hear(notice);
+        }
+    }
+
+    pub(super) fn bridges(&mut self, bridges: Bridges) {
+        if *self.bridges != bridges {
+            (self.bridges, self.changed) = (Arc::new(bridges), true);
+        }
+    }
+
+    /// Whether the networks are to be listed again.
+    pub(super) fn take_networks_change(&mut self) -> bool {
+        mem::take(&mut self.networks_changed)
+    }
+
+    /// The address of the engine's host.
+    pub(super) fn host(&mut self, host: Option<IpAddr>) {
+        self.changed |= self.host != host;
+        self.host = host;
+    }
+
+    /// What an event says. From now on what it takes away is gone, and an inspection tells the rest.
+    pub(super) fn hear(&mut self, notice: Notice) {
+        if let AwaitedList::First(meanwhile) = &mut self.list {
+            meanwhile.push(notice);
+            return;
+        }
+        let id = match notice {
+            Notice::Changed(id) => id,
+            // The inspection finds nothing, except where the stream replayed the end of a run before the listed one.
+            Notice::Ended(id) => {
+                if let Some(container) = self.remove(&id) {
+                    self.doubtful.insert(id.clone(), container);
+                }
+                self.seen(&id);
+                id
+            }
+            Notice::Destroyed(id) => {
+                self.remove(&id);
+                self.doubtful.remove(&id);
+                self.inspections.forget(&id);
+                self.seen(&id);
+                return;
+            }
+            Notice::Left(id, network) => {
+                self.detach(&id, |attached, _| *attached != network);
+                id
+            }
+            Notice::Networks => {
+                self.networks_changed = true;
+                return;
+            }
+        };
+        self.is_newer(&id);
+        self.inspections.want(id, Urgency::Event);
+    }
+
+    /// Has those of `ids` inspected that nothing is known of.
+    pub(super) fn look_for(&mut self, ids: impl IntoIterator<Item = ContainerId>) {
+        for id in ids {
+            if !self.running.contains_key(&id) && !self.inspections.is_under_way(&id) {
+                self.inspections.want(id, Urgency::Event);
+            }
+        }
+    }
+
+    /// Has those inspected again of which the engine could not say how they are.
+    pub(super) fn retry(&mut self) {
+        self.inspections.retry();
+    }
+
+    /// An inspection to be made now.
+    pub(super) fn next(&mut self) -> Option<Ticket> {
+        self.inspections.next()
+    }
+
+    /// What an inspection found; it means nothing where the ticket is void. The container, if its run is one that was not
+    /// known.
+    pub(super) fn inspected(&mut self, ticket: Ticket, found: Found) -> Option<&Arc<Container>> {
+        let id = self.inspections.answered(ticket)?;
+        self.seen(&id);
+        match found {
+            Found::Running(mut container) => {
+                let before = self.doubtful.remove(&id).or_else(|| self.running.get(&id).cloned());
+                let before = before.filter(|before| before.started_at == container.started_at);
+                let is_new = before.is_none();
+                if let Some(before) = before {
+                    container.run = before.run.clone();
+                }
+                self.put(*container);
+                self.running.get(&id).filter(|_| is_new)
+            }
+            Found::NotRunning => {
+                self.doubtful.remove(&id);
+                self.remove(&id);
+                None
+            }
+            Found::Unknown => {
+                self.inspections.failed(id);
+                None
+            }
+        }
+    }
+
+    /// The kernel says that a run has ended.
+    pub(super) fn run_has_ended(&mut self) {
+        self.ended += 1;
+        self.changed = true;
+    }
+
+    /// Those whose process is not watched.
+    pub(super) fn unwatched(&self) -> impl Iterator<Item = &Container> {
+        let running = self.running.values().map(Arc::as_ref);
+        running.filter(|container| container.pid > 0 && container.run.process().is_none())
+    }
+
+    /// Whether what is known is of this session, and of every container: once all of the first list have been inspected, or
+    /// have ended.
+    pub(super) fn is_complete(&self) -> bool {
+        self.complete && self.is_listed()
+    }
+
+    /// Whether the first list of the session has come.
+    fn is_listed(&self) -> bool {
+        !matches!(self.list, AwaitedList::First(_))
+    }
+
+    /// Whether anything is another than it was at the last call.
+    pub(super) fn take_change(&mut self) -> bool {
+        mem::take(&mut self.changed)
+    }
+
+    pub(super) fn inventory(&self) -> Inventory {
+        Inventory {
+            containers: self.running.values().cloned().collect(),
+            bridges: self.bridges.clone(),
+            host: self.host,
+            ended: self.ended,
+        }
+    }
+
+    /// Whether all of the last list have been inspected, so that nothing is left of what was known before it.
+    #[cfg(test)]
+    pub(super) fn is_fresh(&self) -> bool {
+        self.is_listed() && self.listed.is_empty()
+    }
+
+    /// Whether what is known of a container is of a time since the last list.
+    #[cfg(test)]
+    pub(super) fn is_fresh_about(&self, id: &ContainerId) -> bool {
+        self.is_listed() && !self.listed.contains(id)
+    }
+
+    fn seen(&mut self, id: &ContainerId) {
+        if self.listed.remove(id) {
+            self.complete |= self.listed.is_empty();
+        }
+    }
+
+    /// A container as it is now. What hangs on where it was ends, unless it still is there.
+    fn put(&mut self, mut container: Container) {
+        match self.running.get(&container.id) {
+            Some(before) if **before == container => return,
+            Some(before) if before.is_reached_as(&container) => {
+                container.left = before.left.clone();
+            }
+            Some(before) => before.left.mark_ended(),
+            None => {}
+        }
+        self.is_newer(&container.id);
+        self.running.insert(container.id.clone(), Arc::new(container));
+        self.changed = true;
+    }
+
+    /// What is known of a container may be newer than the list that is on its way.
+    fn is_newer(&mut self, id: &ContainerId) {
+        if let AwaitedList::Again(newer) = &mut self.list {
+            newer.insert(id.clone());
+        }
+    }
+
+    fn remove(&mut self, id: &ContainerId) -> Option<Arc<Container>> {
+        let container = self.running.remove(id)?;
+        container.left.mark_ended();
+        self.changed = true;
+        Some(container)
+    }
+
+    /// Takes away those attachments, and what of them, that `keep` does not leave.
+    fn detach(&mut self, id: &ContainerId, keep: impl FnMut(&NetworkId, &mut Attachment) -> bool) {
+        let Some(before) = self.running.get(id) else { return };
+        let Network::Own(attachments) = &before.network else { return };
+        let mut attachments = attachments.clone();
+        attachments.retain(keep);
+        let container = Container {
+            network: Network::Own(attachments),
+            left: Default::default(),
+            ..Container::clone(before)
+        };
+        self.put(container);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::container::samples::*, *};
+    use crate::model::Process;
+
+    fn listed(names: &[&str]) -> Vec<Listed> {
+        names.iter().map(|name| Listed { id: id(name), addresses: None }).collect()
+    }
+
+    fn with(all: &[Container]) -> Containers {
+        let mut containers = Containers::default();
+        for container in all {
+            let ticket = look(&mut containers, container.id.as_str());
+            found(&mut containers, ticket, container);
+        }
+        containers
+    }
+
+    /// An inspection of one that something happened to.
+    fn look(containers: &mut Containers, name: &str) -> Ticket {
+        containers.hear(Notice::Changed(id(name)));
+        next(containers, name)
+    }
+
+    fn next(containers: &mut Containers, name: &str) -> Ticket {
+        let ticket = containers.next().expect("an inspection");
+        assert_eq!(ticket.id, id(name));
+        ticket
+    }
+
+    fn found(containers: &mut Containers, ticket: Ticket, container: &Container) {
+        containers.inspected(ticket, running(container));
+    }
+
+    /// An answer says nothing of ends.
+    fn running(container: &Container) -> Found {
+        let (run, left) = Default::default();
+        Found::Running(Box::new(Container { run, left, ..container.clone() }))
+    }
+
+    /// Who is known, at which addresses.
+    fn known(containers: &Containers) -> Vec<(String, Vec<String>)> {
+        let of = |container: &Arc<Container>| {
+            let addresses = container.addresses().map(|address| address.to_string());
+            (container.name.to_string(), addresses.collect())
+        };
+        containers.inventory().containers.iter().map(of).collect()
+    }
+
+    fn at(name: &str, addresses: &[&str]) -> (String, Vec<String>) {
+        (name.to_owned(), addresses.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn a_container_that_died_while_it_was_inspected_stays_dead() {
+        let a = container("a", bridge("172.17.0.2"));
+        let mut containers = Containers::default();
+        let ticket = look(&mut containers, "a");
+        containers.hear(Notice::Ended(id("a")));
+        assert_eq!(containers.next(), None, "one at a time");
+        found(&mut containers, ticket, &a);
+        assert_eq!(known(&containers), []);
+        let ticket = next(&mut containers, "a");
+        containers.inspected(ticket, Found::NotRunning);
+        let ticket = look(&mut containers, "a");
+        containers.hear(Notice::Destroyed(id("a")));
+        found(&mut containers, ticket, &a);
+        assert_eq!(known(&containers), []);
+        assert_eq!(containers.next(), None);
+    }
+
+    #[test]
+    fn a_container_is_gone_the_moment_it_ends() {
+        let mut containers = with(&[container("a", bridge("172.17.0.2"))]);
+        let before = containers.inventory();
+        containers.hear(Notice::Ended(id("a")));
+        assert_eq!(known(&containers), []);
+        assert!(before.containers[0].left.has_ended());
+        let ticket = next(&mut containers, "a");
+        found(&mut containers, ticket, &container("a", bridge("172.17.0.3")));
+        assert_eq!(known(&containers), [at("a", &["172.17.0.3"])]);
+    }
+
+    #[test]
+    fn a_run_has_one_end_though_the_stream_replays_that_of_the_run_before() {
+        let a = container("a", bridge("172.17.0.2"));
+        let mut containers = with(std::slice::from_ref(&a));
+        let before = containers.inventory().containers.remove(0);
+        containers.hear(Notice::Ended(id("a")));
+        let ticket = next(&mut containers, "a");
+        containers.inspected(ticket, Found::Unknown);
+        containers.retry();
+        let ticket = next(&mut containers, "a");
+        assert!(containers.inspected(ticket, running(&a)).is_none());
+        let now = containers.inventory().containers.remove(0);
+        before.run.mark_ended();
+        assert!(now.run.has_ended() && before.left.has_ended() && !now.left.has_ended());
+        // Another run has another.
+        let again = Container { started_at: "2026-01-01T00:00:01Z".into(), ..a };
+        let ticket = look(&mut containers, "a");
+        assert!(containers.inspected(ticket, running(&again)).is_some());
+        assert!(!containers.inventory().containers[0].run.has_ended());
+    }
+
+    #[test]
+    fn what_did_not_change_is_the_same() {
+        let a = container("a", bridge("172.17.0.2"));
+        let mut containers = with(&[a.clone(), container("b", bridge("172.17.0.3"))]);
+        assert!(containers.take_change());
+        let before = containers.inventory();
+        containers.list_again();
+        containers.relist(listed(&["a", "b"]));
+        for _ in 0..2 {
+            let ticket = containers.next().unwrap();
+            let again =
+                Container { id: ticket.id.clone(), ..before.containers[0].as_ref().clone() };
+            let again =
+                if ticket.id == a.id { again } else { before.containers[1].as_ref().clone() };
+            found(&mut containers, ticket, &again);
+        }
+        containers.bridges(Bridges::default());
+        containers.host(None);
+        assert!(!containers.take_change());
+        assert_eq!(containers.inventory(), before);
+        let ticket = look(&mut containers, "a");
+        found(&mut containers, ticket, &Container { is_healthy: false, ..a });
+        assert!(containers.take_change());
+        let now = containers.inventory();
+        assert_ne!(now, before);
+        assert!(Arc::ptr_eq(&now.containers[1], &before.containers[1]));
+        containers.run_has_ended();
+        assert_ne!(containers.inventory(), now);
+    }
+
+    #[test]
+    fn what_hangs_on_an_address_ends_with_it_and_not_before() {
+        let network = |networks: &[(&str, &str)]| {
+            on(&networks.iter().map(|(name, a)| (*name, *a, "10.0.0.1")).collect::<Vec<_>>())
+        };
+        let first = container("a", network(&[("n1", "10.0.1.2"), ("n2", "10.0.2.2")]));
+        let next = |change: &dyn Fn(&mut Container)| {
+            let mut containers = with(std::slice::from_ref(&first));
+            let before = containers.inventory().containers.remove(0);
+            let mut now = first.clone();
+            change(&mut now);
+            let ticket = look(&mut containers, "a");
+            found(&mut containers, ticket, &now);
+            assert!(!containers.inventory().containers[0].left.has_ended());
+            before.left.has_ended()
+        };
+        assert!(!next(&|a| a.is_healthy = false));
+        assert!(!next(&|a| a.name = "other".into()));
+        assert!(!next(&|a| a.network = network(&[("n1", "10.0.1.2")])));
+        assert!(!next(&|a| a.network = network(&[("n1", "10.0.1.2"), ("n3", "10.0.3.2")])));
+        assert!(next(&|a| a.network = network(&[("n0", "10.0.0.2"), ("n1", "10.0.1.2")])));
+        assert!(next(&|a| a.network = network(&[("n2", "10.0.2.2")])));
+        assert!(next(&|a| a.network = Network::Host));
+        assert!(next(&|a| a.is_halted = true));
+        assert!(next(&|a| a.started_at = "2026-01-01T00:00:01Z".into()));
+    }
+
+    #[test]
+    fn the_first_list_is_complete_when_each_of_it_was_inspected_or_ended() {
+        let mut containers = Containers::default();
+        assert!(!containers.is_complete());
+        containers.relist(listed(&["a", "b", "c"]));
+        containers.hear(Notice::Ended(id("a")));
+        containers.hear(Notice::Destroyed(id("b")));
+        assert!(!containers.is_complete());
+        let _a = next(&mut containers, "a");
+        let c = next(&mut containers, "c");
+        containers.inspected(c, Found::Unknown);
+        assert!(containers.is_complete());
+        // A later one changes what is known, bit by bit.
+        containers.relist(listed(&["d"]));
+        assert!(containers.is_complete());
+
+        let mut containers = Containers::default();
+        containers.relist(vec![]);
+        assert!(containers.is_complete(), "nothing runs");
+    }
+
+    #[test]
+    fn a_new_list_replaces_what_was_known() {
+        let mut containers = with(&[
+            container("a", bridge("172.17.0.2")),
+            container("b", bridge("172.17.0.3")),
+            container("gone", bridge("172.17.0.4")),
+        ]);
+        let old = look(&mut containers, "a");
+        containers.begin();
+        containers.relist(listed(&["a", "b", "c"]));
+        found(&mut containers, old, &container("a", bridge("172.17.0.9")));
+        let c = next(&mut containers, "c");
+        assert!(containers.is_fresh_about(&id("gone")), "who is not known yet is looked at first");
+        // Connected to a network meanwhile: the inspection of the list is void, and a later one counts.
+        let a = next(&mut containers, "a");
+        containers.hear(Notice::Changed(id("a")));
+        containers.inspected(a, Found::NotRunning);
+        let again = next(&mut containers, "a");
+        let b = next(&mut containers, "b");
+        containers.inspected(b, Found::Unknown);
+        containers.hear(Notice::Ended(id("c")));
+        found(&mut containers, c, &container("c", bridge("172.17.0.6")));
+        assert!(!containers.is_fresh());
+        found(&mut containers, again, &container("a", bridge("172.17.0.5")));
+        assert!(containers.is_fresh());
+        // What the engine cannot say is as it was.
+        assert_eq!(known(&containers), [at("a", &["172.17.0.5"]), at("b", &["172.17.0.3"])]);
+    }
+
+    #[test]
+    fn a_list_says_nothing_of_those_whom_an_event_told_of_meanwhile() {
+        let [a, b, c] = ["a", "b", "c"].map(|name| container(name, bridge("172.17.0.2")));
+        let mut containers = with(&[a.clone(), b]);
+        containers.list_again();
+        // The engine has read its list: a and b run.
+        containers.hear(Notice::Ended(id("b")));
+        let ticket = next(&mut containers, "b");
+        containers.inspected(ticket, Found::NotRunning);
+        let ticket = look(&mut containers, "c");
+        found(&mut containers, ticket, &c);
+        let ticket = look(&mut containers, "a");
+        found(&mut containers, ticket, &container("a", bridge("172.17.0.7")));
+        let old =
+            |name| Listed { id: id(name), addresses: Some(["172.17.0.2".parse().unwrap()].into()) };
+        containers.relist(vec![old("a"), old("b")]);
+        assert_eq!(known(&containers), [at("a", &["172.17.0.7"]), at("c", &["172.17.0.2"])]);
+        let looked_at: BTreeSet<_> =
+            std::iter::from_fn(|| containers.next()).map(|ticket| ticket.id).collect();
+        assert_eq!(looked_at, [id("a"), id("b"), id("c")].into());
+    }
+
+    #[test]
+    fn an_address_that_a_list_does_not_give_is_withdrawn_before_any_inspection() {
+        let network =
+            on(&[("bridge", "172.17.0.2", "172.17.0.1"), ("other", "172.18.0.2", "172.18.0.1")]);
+        let mut containers = with(&[container("a", network)]);
+        let says = |address: &str| Listed {
+            id: id("a"),
+            addresses: Some([address.parse().unwrap()].into()),
+        };
+        containers.relist(listed(&["a"]));
+        let before = containers.inventory();
+        assert_eq!(known(&containers)[0].1.len(), 2, "a list that does not say changes nothing");
+        containers.relist(vec![says("172.18.0.2")]);
+        assert_eq!(known(&containers), [at("a", &["172.18.0.2"])]);
+        assert!(before.containers[0].left.has_ended());
+        // What it gives besides is the inspection's to tell.
+        containers.relist(vec![says("172.17.0.9")]);
+        assert_eq!(known(&containers), [at("a", &[])]);
+    }
+
+    #[test]
+    fn an_address_is_gone_with_its_network_before_any_inspection() {
+        let network =
+            on(&[("bridge", "172.17.0.2", "172.17.0.1"), ("other", "172.18.0.2", "172.18.0.1")]);
+        let a = container("a", network);
+        let mut containers = with(std::slice::from_ref(&a));
+        let stale = look(&mut containers, "a");
+        containers.hear(Notice::Left(id("a"), "other".into()));
+        assert_eq!(known(&containers), [at("a", &["172.17.0.2"])]);
+        found(&mut containers, stale, &a);
+        assert_eq!(known(&containers), [at("a", &["172.17.0.2"])]);
+    }
+
+    #[test]
+    fn a_late_destroy_takes_only_its_own_container() {
+        let mut containers = with(&[container("a", bridge("172.17.0.2"))]);
+        containers.hear(Notice::Ended(id("a")));
+        let ticket = next(&mut containers, "a");
+        containers.inspected(ticket, Found::NotRunning);
+        let ticket = look(&mut containers, "b");
+        found(&mut containers, ticket, &container("b", bridge("172.17.0.2")));
+        containers.hear(Notice::Destroyed(id("a")));
+        assert_eq!(known(&containers), [at("b", &["172.17.0.2"])]);
+    }
+
+    #[test]
+    fn a_look_for_the_unknown_asks_for_them_alone_and_before_a_list() {
+        let mut containers = with(&[container("a", bridge("172.17.0.2"))]);
+        containers.relist(listed(&["a", "b", "c"]));
+        let _b = next(&mut containers, "b");
+        containers.look_for(["a", "b", "c", "d"].map(id));
+        let order: Vec<_> = std::iter::from_fn(|| containers.next()).map(|t| t.id).collect();
+        assert_eq!(order, ["c", "d", "a"].map(id));
+    }
+
+    #[test]
+    fn a_run_whose_process_is_not_watched_stays_to_be_watched() {
+        let a = Container { pid: 7, ..container("a", bridge("172.17.0.2")) };
+        let containers = with(&[a, container("b", bridge("172.17.0.3"))]);
+        let unwatched = || containers.unwatched().map(|one| one.id.clone()).collect::<Vec<_>>();
+        assert_eq!(unwatched(), [id("a")]);
+        containers.running[&id("a")].run.is_that_of(Process { pid: 7, started: 1 });
+        assert!(unwatched().is_empty());
+    }
+}

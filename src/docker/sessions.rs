@@ -1,0 +1,391 @@
+//! Sessions with an engine that answers slowly, wrongly or not at all, and what the provider and the discovery make of
+//! them.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use tokio::sync::Notify;
+
+use crate::{
+    discovery::{Discoveries, Endpoints, Query, Watches, docker::PREFIX},
+    docker::{
+        fake::{Fake, Mood},
+        follow::{Follower, Lookup},
+    },
+    provider::{Listing, Provider},
+    source::{Answers, Known, ResyncRequests},
+};
+
+/// Longer than everything that is waited for on the way.
+const SOON: Duration = Duration::from_secs(60);
+
+/// The provider and the discovery of one engine.
+struct Followed {
+    consumers: Answers<Listing>,
+    watches: Watches,
+    lookup: Lookup,
+    resync: ResyncRequests,
+}
+
+impl Followed {
+    fn of(engine: &Fake) -> Self {
+        let (lookup, bell) = (Lookup::default(), Arc::<Notify>::default());
+        let resync = ResyncRequests::new(10 * SOON);
+        let prefixes = vec!["BACKEND_".to_owned(), PREFIX.to_owned()];
+        let follower = Follower::new("provider", engine.engine(), prefixes, lookup.clone());
+        let mut discoveries = discoveries(engine);
+        discoveries.share(&follower);
+        let provider = Provider::Docker { follower, prefix: "BACKEND_".to_owned() };
+        let consumers = provider.start(&resync, bell.clone());
+        let watches = Watches::new(discoveries, resync.clone(), bell);
+        Self { consumers, watches, lookup, resync }
+    }
+
+    /// What is known of a service; it is asked for from now on.
+    fn service(&mut self, name: &str) -> Answers<Endpoints> {
+        let query = query(name);
+        self.watches.ask(&query);
+        let answers = self.watches.answers().into_iter();
+        answers.filter(|(one, _)| *one == query).map(|(_, answers)| answers).next().unwrap()
+    }
+}
+
+fn discoveries(engine: &Fake) -> Discoveries {
+    let settings = crate::discovery::Options {
+        healthy_only: true,
+        docker: engine.engine(),
+        consul: Default::default(),
+        etcd: Default::default(),
+    };
+    Discoveries::parse(&["docker://".to_owned()], &settings).unwrap()
+}
+
+fn query(service: &str) -> Query {
+    let service = crate::model::ServiceName::new(service).unwrap();
+    Query { via: "docker".into(), service, tags: Default::default(), dc: None, port: None }
+}
+
+fn followed(engine: &Fake) -> Answers<Listing> {
+    Followed::of(engine).consumers
+}
+
+async fn until<T: Clone>(answers: &mut Answers<T>, holds: impl Fn(&Known<T>) -> bool) -> Known<T> {
+    let known = tokio::time::timeout(SOON, answers.wait_for(holds)).await;
+    known.expect("it to come").expect("the source to live").clone()
+}
+
+async fn eventually(holds: impl Fn() -> bool) {
+    let waiting = async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(SOON, waiting).await.expect("it to come");
+}
+
+/// Who is known, and whether at this address.
+fn has(known: &Known<Listing>, name: &str, address: Option<&str>) -> bool {
+    let sources: Vec<IpAddr> = address.iter().map(|text| text.parse().unwrap()).collect();
+    let consumers = known.value.iter().flat_map(|listing| &listing.consumers);
+    consumers.into_iter().any(|consumer| &*consumer.name == name && consumer.sources == sources)
+}
+
+/// The endpoints of a service, where anything is known.
+fn list(known: &Known<Endpoints>) -> Option<Vec<String>> {
+    let list = &known.value.as_ref()?.living().list;
+    Some(list.iter().map(ToString::to_string).collect())
+}
+
+fn at(known: &Known<Endpoints>, endpoint: &str) -> bool {
+    list(known).is_some_and(|list| list == [endpoint])
+}
+
+fn path(id: &str) -> String {
+    format!("/containers/{id}/json")
+}
+
+#[tokio::test]
+async fn many_containers_that_run_at_the_start_are_all_known_at_once() {
+    let engine = Fake::start();
+    for n in 0..300 {
+        engine.has(&format!("c{n}"), &format!("172.17.{}.{}", n / 200, n % 200 + 2));
+    }
+    let mut answers = followed(&engine);
+    let known = until(&mut answers, |known| known.value.is_some()).await;
+    let listing = known.value.unwrap();
+    assert_eq!((listing.consumers.len(), listing.known.len()), (300, 300));
+    assert!(listing.contested.is_empty());
+}
+
+#[tokio::test]
+async fn an_address_that_went_to_another_between_two_sessions_is_withdrawn_by_the_list() {
+    let engine = Fake::start();
+    engine.has("one", "172.17.0.2");
+    engine.has("two", "172.17.0.3");
+    let mut answers = followed(&engine);
+    until(&mut answers, |known| has(known, "one", Some("172.17.0.2"))).await;
+    // Nobody tells, and nobody can be asked how they are.
+    engine.has("one", "172.17.0.3");
+    engine.has("two", "172.17.0.2");
+    for id in ["one", "two"] {
+        engine.answers(&path(id), Mood::Hangs);
+    }
+    engine.loses();
+    let known = until(&mut answers, |known| has(known, "one", None)).await;
+    assert!(has(&known, "two", None), "{known:?}");
+    for id in ["one", "two"] {
+        engine.answers(&path(id), None);
+        engine.tells("start", id);
+    }
+    until(&mut answers, |known| has(known, "one", Some("172.17.0.3"))).await;
+    until(&mut answers, |known| has(known, "two", Some("172.17.0.2"))).await;
+}
+
+#[tokio::test]
+async fn who_could_not_be_inspected_is_looked_at_again_without_an_event() {
+    let engine = Fake::start();
+    engine.has("one", "172.17.0.2");
+    engine.has("two", "172.17.0.3");
+    engine.answers(&path("one"), Mood::Fails);
+    let mut answers = followed(&engine);
+    let known = until(&mut answers, |known| has(known, "two", Some("172.17.0.3"))).await;
+    assert_eq!(known.value.unwrap().consumers.len(), 1);
+    engine.answers(&path("one"), None);
+    let known = until(&mut answers, |known| has(known, "one", Some("172.17.0.2"))).await;
+    assert_eq!(known.failures, 0);
+}
+
+#[tokio::test]
+async fn who_starts_does_not_wait_for_a_long_list() {
+    let engine = Fake::start();
+    let ids: Vec<_> = (0..40).map(|n| format!("c{n}")).collect();
+    for (n, id) in ids.iter().enumerate() {
+        engine.has(id, &format!("172.17.0.{}", n + 2));
+    }
+    let mut answers = followed(&engine);
+    until(&mut answers, |known| known.value.is_some()).await;
+    for id in &ids {
+        engine.answers(&path(id), Mood::Hangs);
+    }
+    engine.loses();
+    until(&mut answers, |known| known.failures == 1 && known.error.is_none()).await;
+    engine.has("new", "172.17.1.2");
+    engine.tells("start", "new");
+    let known = until(&mut answers, |known| has(known, "new", Some("172.17.1.2"))).await;
+    assert!(has(&known, "c39", Some("172.17.0.41")), "the others stay as they were known");
+    let again = ids.iter().filter(|id| engine.asked(&path(id)) == 2).count();
+    assert!(again < ids.len(), "{again} were asked for before it");
+}
+
+#[tokio::test]
+async fn an_answer_that_stalls_ends_the_session_long_before_the_next_one_is_due() {
+    let engine = Fake::start();
+    engine.answers("/containers/json", Mood::Stalls);
+    let mut answers = followed(&engine);
+    let known = until(&mut answers, |known| known.error.is_some()).await;
+    assert!(known.error.unwrap().contains("no answer within 10 s"));
+    engine.answers("/containers/json", None);
+    until(&mut answers, |known| known.value.is_some()).await;
+}
+
+#[tokio::test]
+async fn one_engine_is_followed_once_whatever_is_made_of_it_and_as_long_as_anything_is() {
+    let engine = Fake::start();
+    for n in 0..20 {
+        engine.has(&format!("c{n}"), &format!("172.17.0.{}", n + 2));
+    }
+    let mut followed = Followed::of(&engine);
+    until(&mut followed.consumers, |known| known.value.is_some()).await;
+    for n in 0..20 {
+        let mut service = followed.service(&format!("c{n}"));
+        until(&mut service, |known| at(known, &format!("172.17.0.{}:80", n + 2))).await;
+        engine.has(&format!("c{n}"), &format!("172.17.1.{}", n + 2));
+        engine.tells("start", &format!("c{n}"));
+        until(&mut service, |known| at(known, &format!("172.17.1.{}:80", n + 2))).await;
+        let address = format!("172.17.1.{}", n + 2);
+        until(&mut followed.consumers, |known| has(known, &format!("c{n}"), Some(&address))).await;
+    }
+    for once in ["/events", "/containers/json", "/networks", "/info"] {
+        assert_eq!(engine.asked(once), 1, "{once}");
+    }
+    for n in 0..20 {
+        assert_eq!(engine.asked(&path(&format!("c{n}"))), 2, "at the start, and for the event");
+    }
+    assert_eq!(engine.streams(), 1);
+}
+
+#[tokio::test]
+async fn a_discovery_alone_follows_its_engine_and_with_its_last_query_that_ends() {
+    let engine = Fake::start();
+    engine.has("one", "172.17.0.2");
+    let bell = Arc::<Notify>::default();
+    let resync = ResyncRequests::new(10 * SOON);
+    let mut watches = Watches::new(discoveries(&engine), resync.clone(), bell.clone());
+    ["one", "two"].iter().for_each(|name| watches.ask(&query(name)));
+    for (_, mut answers) in watches.answers() {
+        until(&mut answers, |known| known.value.is_some()).await;
+    }
+    assert_eq!((engine.asked("/events"), engine.streams()), (1, 1));
+    drop(watches);
+    eventually(|| engine.streams() == 0).await;
+}
+
+#[tokio::test]
+async fn what_is_read_again_changes_nothing_where_nothing_changed() {
+    let engine = Fake::start();
+    for n in 0..50 {
+        engine.has(&format!("c{n}"), &format!("172.17.0.{}", n + 2));
+    }
+    let mut followed = Followed::of(&engine);
+    let mut service = followed.service("c7");
+    let consumers = until(&mut followed.consumers, |known| known.value.is_some()).await;
+    let endpoints = until(&mut service, |known| at(known, "172.17.0.9:80")).await;
+    for again in 2..4 {
+        followed.resync.request();
+        eventually(|| (0..50).all(|n| engine.asked(&path(&format!("c{n}"))) == again)).await;
+        assert_eq!(engine.asked("/containers/json"), again);
+        assert_eq!(engine.asked("/networks"), again);
+    }
+    // What starts is seen, so all that was asked before is answered.
+    engine.has("new", "172.17.1.2");
+    engine.tells("start", "new");
+    let now = until(&mut followed.consumers, |known| has(known, "new", Some("172.17.1.2"))).await;
+    assert_eq!((now.changes, now.failures), (consumers.changes + 1, 0));
+    let new = |consumer: &&Arc<crate::model::Consumer>| &*consumer.name != "new";
+    let (before, now) = (consumers.value.unwrap(), now.value.unwrap());
+    let pairs = before.consumers.iter().zip(now.consumers.iter().filter(new));
+    assert!(pairs.into_iter().all(|(one, now)| Arc::ptr_eq(one, now)));
+    assert_eq!(service.borrow().changes, endpoints.changes);
+    assert_eq!((engine.asked("/events"), engine.asked("/info")), (1, 1), "no new session");
+}
+
+#[tokio::test]
+async fn what_no_event_told_of_is_found_when_it_is_read_again() {
+    let engine = Fake::start();
+    engine.has("one", "172.17.0.2");
+    engine.has("gone", "172.17.0.3");
+    let mut followed = Followed::of(&engine);
+    let mut service = followed.service("two");
+    until(&mut followed.consumers, |known| has(known, "gone", Some("172.17.0.3"))).await;
+    engine.has("two", "172.17.0.4");
+    engine.has_not("gone");
+    followed.resync.request();
+    until(&mut service, |known| at(known, "172.17.0.4:80")).await;
+    let known = until(&mut followed.consumers, |known| !has(known, "gone", Some("172.17.0.3")));
+    assert_eq!(known.await.failures, 0);
+}
+
+#[tokio::test]
+async fn one_who_starts_while_a_list_is_on_its_way_stays() {
+    let engine = Fake::start();
+    engine.has("one", "172.17.0.2");
+    let mut followed = Followed::of(&engine);
+    let known = until(&mut followed.consumers, |known| known.value.is_some()).await;
+    engine.answers("/containers/json", Mood::Waits);
+    followed.resync.request();
+    eventually(|| engine.asked("/containers/json") == 2).await;
+    engine.has("two", "172.17.0.3");
+    engine.tells("start", "two");
+    until(&mut followed.consumers, |known| has(known, "two", Some("172.17.0.3"))).await;
+    // The list that comes now is of the time before it.
+    engine.answers("/containers/json", None);
+    eventually(|| engine.asked(&path("two")) == 2).await;
+    engine.has("three", "172.17.0.4");
+    engine.tells("start", "three");
+    let now = until(&mut followed.consumers, |known| has(known, "three", Some("172.17.0.4"))).await;
+    assert!(has(&now, "two", Some("172.17.0.3")));
+    assert_eq!(now.changes, known.changes + 2, "it was there all the time");
+}
+
+#[tokio::test]
+async fn a_dial_finds_one_whom_no_event_told_of() {
+    let engine = Fake::start();
+    let mut followed = Followed::of(&engine);
+    until(&mut followed.consumers, |known| known.value.is_some()).await;
+    engine.has("one", "172.17.0.2");
+    followed.lookup.ask();
+    until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.2"))).await;
+    assert_eq!(engine.asked(&path("one")), 1);
+}
+
+#[tokio::test]
+async fn who_cannot_be_inspected_stays_as_it_was_known_over_sessions() {
+    let engine = Fake::start();
+    engine.has("one", "172.17.0.2");
+    engine.has("two", "172.17.0.3");
+    let mut followed = Followed::of(&engine);
+    let mut services = ["one", "two", "three"].map(|name| followed.service(name));
+    until(&mut services[0], |known| at(known, "172.17.0.2:80")).await;
+    for (id, mood) in [("one", Mood::Fails), ("two", Mood::Garbage)] {
+        engine.answers(&path(id), mood);
+    }
+    engine.has("three", "172.17.0.4");
+    engine.loses();
+    let known = until(&mut services[2], |known| at(known, "172.17.0.4:80")).await;
+    assert_eq!(known.failures, 1, "that of the stream");
+    let [one, two, _] = services;
+    assert!(at(&one.borrow(), "172.17.0.2:80") && at(&two.borrow(), "172.17.0.3:80"));
+}
+
+#[tokio::test]
+async fn an_inspection_that_hangs_costs_its_own_container_alone() {
+    let engine = Fake::start();
+    engine.has("one", "172.17.0.2");
+    engine.has("two", "172.17.0.3");
+    let mut followed = Followed::of(&engine);
+    let [mut one, mut two] = ["one", "two"].map(|name| followed.service(name));
+    until(&mut one, |known| at(known, "172.17.0.2:80")).await;
+    engine.answers(&path("one"), Mood::Hangs);
+    engine.tells("rename", "one");
+    engine.has("two", "172.17.0.4");
+    engine.tells("start", "two");
+    until(&mut two, |known| at(known, "172.17.0.4:80")).await;
+    assert_eq!(engine.asked(&path("one")), 2);
+    // What happens meanwhile is looked at once that is given up.
+    engine.answers(&path("one"), Mood::Stalls);
+    engine.tells("rename", "one");
+    eventually(|| engine.asked(&path("one")) == 3).await;
+    engine.has("two", "172.17.0.3");
+    engine.tells("start", "two");
+    until(&mut two, |known| at(known, "172.17.0.3:80")).await;
+    let known = one.borrow().clone();
+    assert!(at(&known, "172.17.0.2:80"));
+    assert_eq!((known.failures, known.error), (0, None));
+}
+
+#[tokio::test]
+async fn an_endpoint_that_went_to_another_between_two_sessions_is_withdrawn_by_the_list() {
+    let engine = Fake::start();
+    engine.has("one", "172.17.0.2");
+    let mut followed = Followed::of(&engine);
+    let [mut one, mut two] = ["one", "two"].map(|name| followed.service(name));
+    let before = until(&mut one, |known| at(known, "172.17.0.2:80")).await;
+    engine.has("one", "172.17.0.3");
+    engine.has("two", "172.17.0.2");
+    engine.answers(&path("one"), Mood::Hangs);
+    engine.loses();
+    until(&mut two, |known| at(known, "172.17.0.2:80")).await;
+    until(&mut one, |known| known.value.as_ref().is_some_and(|value| value.list.is_empty())).await;
+    assert_eq!(list(&before).unwrap(), [""; 0], "whoever still has the answer of before");
+}
+
+#[tokio::test]
+async fn who_has_ended_by_the_engines_word_or_the_kernels_is_no_endpoint() {
+    let engine = Fake::start();
+    engine.has("one", "172.17.0.2");
+    let mut followed = Followed::of(&engine);
+    let [mut one, mut two] = ["one", "two"].map(|name| followed.service(name));
+    // The kernel's word needs no session.
+    let known = until(&mut one, |known| at(known, "172.17.0.2:80")).await;
+    known.value.iter().flat_map(|value| value.stays.values()).next().unwrap().runs[0]
+        .1
+        .mark_ended();
+    assert_eq!(list(&known).unwrap(), [""; 0]);
+
+    engine.has("two", "172.17.0.3");
+    engine.tells("start", "two");
+    let known = until(&mut two, |known| at(known, "172.17.0.3:80")).await;
+    engine.answers(&path("two"), Mood::Hangs);
+    engine.tells("die", "two");
+    until(&mut two, |known| known.value.as_ref().is_some_and(|value| value.list.is_empty())).await;
+    assert_eq!(list(&known).unwrap(), [""; 0], "the answer of before");
+}

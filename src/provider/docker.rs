@@ -1,0 +1,258 @@
+//! The docker provider: a container's environment and labels say what it asks for. Pure.
+
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
+
+use super::{Listing, Problem, bindings::bindings};
+use crate::{
+    docker::{
+        container::{Bridges, Container, Inventory, Network},
+        per_container::{PerContainer, Subject},
+    },
+    model::{Binding, Consumer, ConsumerId},
+};
+
+/// Makes listings of inventories. A consumer that did not change is the same `Arc` as in the listing before.
+#[derive(Debug)]
+pub(crate) struct Listings {
+    prefix: String,
+    asking: PerContainer<Arc<Bridges>, Asking>,
+    known: Arc<BTreeSet<IpAddr>>,
+}
+
+const NET_HOST: &str = "net=host: cannot be told from other host processes by its address; run embassy with \
+    -provider=static for the host itself";
+
+/// What a container asks for.
+#[derive(Debug)]
+struct Asking {
+    bindings: Vec<Binding>,
+    problems: Vec<Problem>,
+    /// `None` where it asks for nothing, or its network cannot be known.
+    consumer: Option<Arc<Consumer>>,
+    no_network: Option<Problem>,
+}
+
+impl Listings {
+    pub(crate) fn new(prefix: String) -> Self {
+        Self { prefix, asking: PerContainer::default(), known: Arc::default() }
+    }
+
+    /// Everybody who asks for something.
+    pub(crate) fn of(&mut self, inventory: &Inventory) -> Listing {
+        let bridges = inventory.bridges.values();
+        let interfaces = bridges.clone().map(|bridge| bridge.interface.clone());
+        let mut listing = Listing {
+            networks: bridges.flat_map(|bridge| &bridge.ranges).copied().collect(),
+            bridges: interfaces.filter(|interface| !interface.is_empty()).collect(),
+            ..Listing::default()
+        };
+        let mut known = Vec::new();
+        let (prefix, bridges) = (&self.prefix, &inventory.bridges);
+        let asking = self
+            .asking
+            .update(inventory, bridges.clone(), |subject| Asking::of(subject, prefix, bridges));
+        for (container, asking) in asking {
+            // The kernel's word on an end comes before the engine's, and its address may be another's by now.
+            if container.run.has_ended() {
+                continue;
+            }
+            known.extend(container.addresses());
+            listing.consumers.extend(asking.consumer.clone());
+            listing.problems.extend(asking.problems.iter().chain(&asking.no_network).cloned());
+        }
+        known.sort_unstable();
+        let contested = known.windows(2).filter(|two| two[0] == two[1]).map(|two| two[0]);
+        listing.contested = contested.collect();
+        let known = BTreeSet::from_iter(known);
+        if *self.known != known {
+            self.known = known.into();
+        }
+        listing.known = self.known.clone();
+        listing.problems.sort();
+        listing
+    }
+}
+
+impl Asking {
+    fn of(subject: Subject<'_, Self>, prefix: &str, bridges: &Bridges) -> Self {
+        let Subject { container, owner, before } = subject;
+        let (bindings, problems) = match before {
+            Some((was, asking)) if Arc::ptr_eq(was, container) => {
+                (asking.bindings.clone(), asking.problems.clone())
+            }
+            _ => declared(container, prefix),
+        };
+        let mut asking = Self { bindings, problems, consumer: None, no_network: None };
+        if asking.bindings.is_empty() {
+            return asking;
+        }
+        let reason = match owner {
+            Ok(owner) if owner.network == Network::Host => NET_HOST.to_owned(),
+            Ok(owner) => {
+                let consumer = consumer(container, owner, bridges, asking.bindings.clone());
+                let before = before.and_then(|(_, asking)| asking.consumer.as_ref());
+                let same = before.filter(|before| before.is_same_as(&consumer));
+                asking.consumer = Some(same.cloned().unwrap_or_else(|| consumer.into()));
+                return asking;
+            }
+            Err(reason) => reason.to_string(),
+        };
+        let (consumer, origin) = (container.name.clone(), "network".into());
+        asking.no_network = Some(Problem { consumer, origin, reason });
+        asking
+    }
+}
+
+/// What a container declares, and what of it is wrong.
+fn declared(container: &Container, prefix: &str) -> (Vec<Binding>, Vec<Problem>) {
+    let variables = container.variables.iter().map(String::as_str);
+    let labels = container.labels.iter().map(|(name, text)| (name.as_str(), text.as_str()));
+    bindings(&container.name, prefix, variables, labels)
+}
+
+/// `owner` is the container whose network this one lives in.
+fn consumer(
+    container: &Container,
+    owner: &Container,
+    bridges: &Bridges,
+    bindings: Vec<Binding>,
+) -> Consumer {
+    let mut sources: Vec<_> = owner.addresses().collect();
+    sources.sort();
+    sources.dedup();
+    let on_bridges = owner.attachments().filter(|(network, _)| bridges.contains_key(*network));
+    let mut gateways: Vec<_> = on_bridges.flat_map(|(_, end)| &end.gateways).copied().collect();
+    gateways.sort();
+    gateways.dedup();
+    let (id, started_at) = (container.id.clone(), container.started_at.clone());
+    Consumer {
+        id: ConsumerId::Container { id, started_at },
+        name: container.name.clone(),
+        namespace: owner.id.as_str().into(),
+        sources,
+        gateways,
+        bindings,
+        ends: vec![container.run.clone(), owner.run.clone()],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::docker::container::{Bridge, samples::*};
+
+    fn listing(containers: impl IntoIterator<Item = Container>) -> Listing {
+        Listings::new("BACKEND_".to_owned()).of(&inventory(containers))
+    }
+
+    fn sources(listing: &Listing) -> Vec<(&str, Vec<String>)> {
+        let of = |consumer: &'_ Arc<Consumer>| {
+            consumer.sources.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        listing.consumers.iter().map(|consumer| (&*consumer.name, of(consumer))).collect()
+    }
+
+    #[test]
+    fn every_address_on_every_network_is_a_source_and_the_gateways_of_bridges_are_vips() {
+        let network = on(&[
+            ("bridge", "172.17.0.2", "172.17.0.1"),
+            ("macvlan", "192.168.1.5", "192.168.1.1"),
+            ("bridge6", "fd00::2", "fd00::1"),
+        ]);
+        let ranges = vec!["172.17.0.0/16".parse().unwrap()];
+        let bridges = [
+            ("bridge".into(), Bridge { ranges, interface: "docker0".into() }),
+            ("bridge6".into(), Bridge::default()),
+        ];
+        let all =
+            Inventory { bridges: Arc::new(bridges.into()), ..inventory([container("a", network)]) };
+        let mut listings = Listings::new("BACKEND_".to_owned());
+        let listing = listings.of(&all);
+        let addresses = ["172.17.0.2", "192.168.1.5", "fd00::2"].map(String::from);
+        assert_eq!(sources(&listing), [("a", addresses.to_vec())]);
+        let gateways = |listing: &Listing| {
+            let gateways = &listing.consumers[0].gateways;
+            gateways.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(gateways(&listing), ["172.17.0.1", "fd00::1"]);
+        assert_eq!(listing.networks, ["172.17.0.0/16".parse().unwrap()].into());
+        assert_eq!(listing.bridges, ["docker0".into()].into());
+        // The networks change, and the container does not.
+        let listing = listings.of(&Inventory { bridges: Arc::default(), ..all });
+        assert_eq!(gateways(&listing), [""; 0]);
+    }
+
+    #[test]
+    fn an_address_that_two_containers_claim_is_contested_whatever_they_ask_for() {
+        let other = Container { variables: vec![], ..container("b", bridge("172.17.0.2")) };
+        let listing = listing([container("a", bridge("172.17.0.2")), other]);
+        assert_eq!(listing.contested, ["172.17.0.2".parse().unwrap()].into());
+        assert_eq!(*listing.known, listing.contested);
+        assert_eq!(listing.consumers.len(), 1);
+    }
+
+    #[test]
+    fn the_end_of_a_run_ends_all_who_live_in_its_network() {
+        let all = inventory([
+            container("a", bridge("172.17.0.2")),
+            container("b", Network::Of("a".into())),
+        ]);
+        let mut listings = Listings::new("BACKEND_".to_owned());
+        let before = listings.of(&all);
+        let address = vec!["172.17.0.2".to_owned()];
+        assert_eq!(sources(&before), [("a", address.clone()), ("b", address)]);
+        assert!(before.consumers.iter().all(|consumer| &*consumer.namespace == "a"));
+        assert!(!before.consumers.iter().any(|consumer| consumer.has_ended()));
+        all.containers[0].run.mark_ended();
+        assert!(before.consumers.iter().all(|consumer| consumer.has_ended()));
+        let now = listings.of(&all);
+        let ended: Vec<_> = now.consumers.iter().map(|consumer| consumer.has_ended()).collect();
+        assert_eq!(ended, [true], "of the one who shared its network");
+        assert!(now.known.is_empty());
+    }
+
+    #[test]
+    fn a_consumer_that_did_not_change_is_the_same() {
+        let (a, b) = (container("a", bridge("172.17.0.2")), container("b", bridge("172.17.0.3")));
+        let c = container("c", Network::Of("a".into()));
+        let mut listings = Listings::new("BACKEND_".to_owned());
+        let all = inventory([a.clone(), b, c]);
+        let before = listings.of(&all).consumers;
+        let mut same = |change: &dyn Fn(&mut Inventory)| {
+            let mut now = all.clone();
+            change(&mut now);
+            let now = listings.of(&now).consumers;
+            before.iter().zip(now).map(|(one, now)| Arc::ptr_eq(one, &now)).collect::<Vec<_>>()
+        };
+        assert_eq!(same(&|_| ()), [true; 3]);
+        let ill = Container { is_healthy: false, ..a.clone() };
+        assert_eq!(same(&|now| now.containers[0] = ill.clone().into()), [true; 3]);
+        let moved = Container { network: bridge("172.17.0.9"), ..a.clone() };
+        assert_eq!(same(&|now| now.containers[0] = moved.clone().into()), [false, true, false]);
+        // The same in all that is shown, but another run of it.
+        let again = Container { run: Default::default(), ..a };
+        assert_eq!(same(&|now| now.containers[0] = again.clone().into()), [false, true, false]);
+    }
+
+    #[test]
+    fn what_has_no_address_of_its_own_is_reported() {
+        let listing = listing([
+            container("host", Network::Host),
+            container("orphan", Network::Of("gone".into())),
+            container("self", Network::Of("self".into())),
+            container("sharer", Network::Of("host".into())),
+        ]);
+        assert!(listing.consumers.is_empty());
+        let reasons: Vec<_> =
+            listing.problems.iter().map(|p| (&*p.consumer, &p.reason[..22])).collect();
+        assert_eq!(
+            reasons,
+            [
+                ("host", "net=host: cannot be to"),
+                ("orphan", "net=container:gone: th"),
+                ("self", "net=container: goes ro"),
+                ("sharer", "net=host: cannot be to"),
+            ]
+        );
+    }
+}
