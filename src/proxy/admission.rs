@@ -187,7 +187,7 @@ mod tests {
     use crate::{
         model::{ConsumerId, ContainerId, Endpoint, Process, RunEnd},
         proxy::{
-            connections::State,
+            connections::{Connection, State},
             settings::ProxySettings,
             shared::Shared,
             testing::{
@@ -335,10 +335,9 @@ mod tests {
             worker.let_in(Socket::new(accepted), captured(source, VIP.parse().unwrap()));
             clients.push(client);
         }
-        let all = worker.connections.borrow();
-        assert!(all.iter().all(|(_, one)| matches!(one.state, State::Held(_))));
-        assert_eq!(all.iter().count(), HoldPermit::MOST);
-        drop(all);
+        let held = |(_, one): (Place, &Connection)| matches!(one.state, State::Held(_));
+        assert!(worker.connections.borrow().iter().all(held));
+        assert_eq!(worker.connections.borrow().iter().count(), HoldPermit::MOST);
         assert_eq!(worker.shared.held.load(Relaxed), HoldPermit::MOST);
         assert_eq!(worker.shared.tally.get(Outcome::UnknownConsumer), MORE as u64);
         for mut refused in clients.drain(HoldPermit::MOST..) {

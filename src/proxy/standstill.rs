@@ -128,12 +128,11 @@ impl Measured {
             let captured = captured((from, from_port).into(), ([172, 17, 0, 1], PORT).into());
             self.worker.let_in_to(Socket::new(stream), captured, route.unwrap());
             // No more at a time than the endpoints' queue takes.
-            while n % 64 == 63 || n + 1 == LIVE {
-                let connected = self.worker.shared.counts[0].0.connect.read().count();
-                if connected == n as u64 + 1 {
-                    break;
+            if n % 64 == 63 || n + 1 == LIVE {
+                let connected = || self.worker.shared.counts[0].0.connect.read().count();
+                while connected() <= n as u64 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
                 }
-                tokio::time::sleep(Duration::from_millis(1)).await;
             }
         }
         assert_eq!(self.worker.shared.live.load(Relaxed), LIVE);

@@ -62,23 +62,33 @@ async fn inside() -> Result<()> {
     );
     testbed::output(Command::new("nft").arg(rule))?;
 
-    let mut clients = (0..CONNECTIONS).map(|_| dial()).collect::<Result<Vec<_>>>()?;
-    for (n, client) in clients.iter_mut().enumerate() {
-        client.write_all(&(n as u32).to_be_bytes())?;
+    // One after the other: the endpoint's queue is short.
+    let mut clients = Vec::new();
+    for n in 0..CONNECTIONS as u32 {
+        let mut client = dial()?;
+        client.write_all(&n.to_be_bytes())?;
         let mut answer = [0; 4];
         client.read_exact(&mut answer)?;
-        assert_eq!(answer, (n as u32).to_be_bytes());
+        assert_eq!(answer, n.to_be_bytes());
+        clients.push(client);
     }
-    let figures = proxy.figures();
-    let live = figures.connections().await;
+    // A worker that is busy for a second is not waited for.
+    let (figures, deadline) = (proxy.figures(), Instant::now() + WAIT);
+    let mut live = figures.connections().await;
+    while live.len() < CONNECTIONS && Instant::now() < deadline {
+        live = figures.connections().await;
+    }
     assert_eq!((live.len(), figures.live()), (CONNECTIONS, CONNECTIONS));
     let open = [ConnectionState::Running, ConnectionState::Parked];
     assert!(live.iter().all(|one| open.contains(&one.state)), "{live:?}");
     // Each by its hash: that a worker has none of so many is out of the question.
     let workers: BTreeSet<_> = live.iter().map(|one| one.id.0).collect();
     assert_eq!(workers.len(), WORKERS);
-    figures.refresh().await;
-    assert_eq!(figures.bytes(), (4 * CONNECTIONS as u64, 4 * CONNECTIONS as u64));
+    let all = 4 * CONNECTIONS as u64;
+    while figures.bytes() != (all, all) && Instant::now() < deadline {
+        figures.refresh().await;
+    }
+    assert_eq!(figures.bytes(), (all, all));
 
     let before = tables.borrow().clone();
     tables.send_replace(Arc::new(table(&before, None)?));
