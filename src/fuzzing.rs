@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 
 use crate::{
-    capture::{input, iptables},
+    capture::{input, iptables, netlink},
     config::{Config, Stop},
     descriptor::Descriptor,
     discovery::{consul, dns, docker as docker_discovery, etcd, file},
@@ -17,7 +17,7 @@ use crate::{
 pub type Target = fn(&[u8]);
 
 /// Every target, by its name; `fuzz/seeds/<name>/` holds inputs to start from.
-pub const TARGETS: [(&str, Target); 13] = [
+pub const TARGETS: [(&str, Target); 14] = [
     ("descriptor", descriptor),
     ("variables", variables),
     ("command_line", command_line),
@@ -31,6 +31,7 @@ pub const TARGETS: [(&str, Target); 13] = [
     ("state", state::document::fuzz),
     ("iptables", iptables::fuzz),
     ("input_chains", input::fuzz),
+    ("netlink", netlink::fuzz),
 ];
 
 /// What is accepted means the same when it is written out and read again.

@@ -55,9 +55,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     // What is, and what is wrong.
     let (text, code) = run(&host, &["status"])?;
     assert_eq!(code, Some(0), "{text}");
-    for part in
-        ["ready: embassy", "dnat by iptables, in place", "1 WITHOUT ENDPOINT", "BACKEND_WRONG"]
-    {
+    for part in ["ready: embassy", "dnat by nft, in place", "1 WITHOUT ENDPOINT", "BACKEND_WRONG"] {
         assert!(text.contains(part), "{part:?} in {text}");
     }
     assert_eq!(json(&host, &["status"])?["ready"], true);

@@ -15,9 +15,10 @@ use tokio::{sync::Notify, time::timeout};
 
 use super::super::running;
 use crate::{
+    app,
     capture::{
-        Firewall, Lock,
-        input::{self, Barrier},
+        Backend, Firewall, Lock,
+        input::{Barrier, Detail, Listings},
         place::{self, Hook},
     },
     config::{CaptureMode, Config, Provider},
@@ -128,17 +129,21 @@ pub(super) async fn facts(config: &Config) -> Facts {
         }
     }
     let running: Vec<_> = running::proxies().iter().map(|proxy| proxy.pid).collect();
+    let listings = Listings::read(Detail::Everything).await;
     let memory =
         running.first().map_or_else(Memory::of_this_process, |pid| Memory::of_process(*pid));
     Facts {
         capture: config.capture,
         engine,
         discoveries: discoveries(&config.discoveries).await,
-        firewall: Firewall::choose(config.firewall).await.map_err(|error| error.to_string()),
+        firewall: firewall(config).await,
         places,
         places_of_output,
         capturing: Lock::is_held(),
-        barriers: input::barriers(config.port.get()).await.map_err(|error| error.to_string()),
+        barriers: match listings.error() {
+            Some(error) => Err(error.to_string()),
+            None => Ok(listings.barriers(config.port.get())),
+        },
         port: config.port.get(),
         listener: listener(config.port.get(), &running),
         running: running.clone(),
@@ -158,6 +163,14 @@ pub(super) async fn facts(config: &Config) -> Facts {
             .or_else(|| capabilities("self"))
             .unwrap_or_default(),
     }
+}
+
+/// What would hold the rules of a start with these flags.
+async fn firewall(config: &Config) -> Result<Firewall, String> {
+    let rules = app::rules(config).await.map_err(|error| error.to_string())?;
+    let backend =
+        Backend::open(config.firewall, &rules).await.map_err(|error| error.to_string())?;
+    Ok(backend.firewall())
 }
 
 async fn engine(
