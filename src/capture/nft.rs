@@ -167,7 +167,6 @@ impl Nft {
     /// Captures nothing any more. What is kept until it is dropped keeps live connections translated, and leaves our table's
     /// name to the next embassy.
     pub(super) fn remove(mut self) -> Result<(bool, Draining), CaptureError> {
-        let name = format!("{DRAINING}{}", std::process::id());
         let Some(Written { shape, .. }) = self.written.take() else {
             let found = netlink::tables(&mut self.socket)?.iter().any(|table| table.name == NAME);
             if found {
@@ -175,11 +174,25 @@ impl Nft {
             }
             return Ok((found, Draining { nft: self, name: None }));
         };
+        let name = unused_name(DRAINING);
         let draining = Table { name: &name, owned: self.owned };
-        self.apply(&netlink::replace(self.table(), draining, &layout::remains(&shape)))?;
-        let name = (!self.owned).then_some(name);
-        Ok((true, Draining { nft: self, name }))
+        match self.apply(&netlink::replace(self.table(), draining, &layout::remains(&shape))) {
+            // Somebody else took it away already.
+            Err(error) if error.errno() == Some(Errno::NOENT) => {
+                Ok((false, Draining { nft: self, name: None }))
+            }
+            Err(error) => Err(error.into()),
+            Ok(()) => {
+                let name = (!self.owned).then_some(name);
+                Ok((true, Draining { nft: self, name }))
+            }
+        }
     }
+}
+
+/// A table's name that nobody has. The number of a process is no such name: every container may have its own process 1.
+fn unused_name(start: &str) -> String {
+    format!("{start}{:08x}", fastrand::u32(..))
 }
 
 /// Keeps translation and connection tracking on until it is dropped.
@@ -201,7 +214,7 @@ impl Drop for Draining {
 
 /// What a table that was not of our making lacks in this kernel; `None`: nothing.
 fn lacks(socket: &mut Socket, shape: &Shape, owned: bool) -> Result<Option<String>, CaptureError> {
-    let name = format!("embassy_asks_{}", std::process::id());
+    let name = unused_name("embassy_asks_");
     let question = netlink::question(Table { name: &name, owned }, shape);
     let (_, refused) = socket.attempt(&question.messages)?;
     let refused: HashSet<_> = refused.iter().map(|refusal| refusal.message).collect();
@@ -582,6 +595,12 @@ mod tests {
             next.load(&rules).await.unwrap();
             drop(draining);
             assert_eq!(plain(&listed()), moved);
+            // What is not there any more cannot be removed, and that is no failure.
+            if shared {
+                nft("flush ruleset").unwrap();
+                assert!(!next.remove().unwrap().0);
+                continue;
+            }
             let (_, draining) = next.remove().unwrap();
             drop(draining);
             closed("table");

@@ -325,6 +325,31 @@ fn dropped(firewall: &str, close: &str, said: &str) -> Result<()> {
 }
 
 #[test]
+fn a_program_that_crashes_hides_only_its_own_rules() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    // As an nft of another version does, beside some sets.
+    let crash = "mkdir -p /run/bin; printf '#!/bin/sh\nkill -SEGV $$\n' > /run/bin/nft; chmod +x /run/bin/nft";
+    host.run("sh", ["-ec", crash])?;
+    let mut command = host.command("env");
+    let path = std::env::var("PATH")?;
+    command.env("DOCKER_HOST", host.docker_url()).arg(format!("PATH=/run/bin:{path}"));
+    command.arg(embassy_program()?).args(["--dnat", ETCD]);
+    let embassy = host.embassy_from(command)?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    host.run("iptables", ["-A", "INPUT", "-i", "lo", "-j", "ACCEPT"])?;
+    host.run("iptables", ["-P", "INPUT", "DROP"])?;
+    says(
+        &embassy,
+        &["captured connections may be dropped", "INPUT of iptables has the policy DROP"],
+    )?;
+    assert_eq!(metric(&embassy, "embassy_capture_failures_total")?, 0);
+    Ok(())
+}
+
+#[test]
 fn a_rule_that_drops_what_we_capture_is_noticed_by_what_does_not_arrive() -> Result<()> {
     let host = Host::start()?;
     web(&host, "web")?;

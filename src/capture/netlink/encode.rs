@@ -31,14 +31,10 @@ const TABLE: u16 = 1;
 /// The whole table, in batches to be applied in this order. What captures is in the last: a table that is half there captures
 /// nothing. `replace`: there is one of this name, which is deleted in the first.
 pub(in crate::capture) fn load(table: Table<'_>, rules: &Rules, replace: bool) -> Vec<Messages> {
-    let all: Vec<_> = sets(&rules.shape)
-        .flat_map(|set| {
-            let elements = elements(set, rules);
-            let parts: Vec<_> = elements.chunks(MESSAGE).map(<[_]>::to_vec).collect();
-            parts.into_iter().map(move |part| (set, part))
-        })
-        .collect();
-    let mut parts = all.as_slice();
+    let all: Vec<_> = sets(&rules.shape).map(|set| (set, elements(set, rules))).collect();
+    let parts = all.iter().flat_map(|(set, all)| all.chunks(MESSAGE).map(|part| (*set, part)));
+    let parts: Vec<_> = parts.collect();
+    let mut parts = parts.as_slice();
     let mut batches = Vec::new();
     loop {
         let (now, later) = parts.split_at(parts.len().min(BATCH / MESSAGE));
