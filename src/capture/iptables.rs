@@ -225,7 +225,7 @@ fn uses_v6(rules: &Rules) -> bool {
             || rules.declared.iter().any(|key| key.source.is_ipv6()))
 }
 
-/// One transaction: the chains anew, and the jumps where they are not first already. `now` is what `iptables-save` says.
+/// One transaction: the chains with all their rules, and the jumps if they are not first already. `now` is what `iptables-save` says.
 fn script(rules: &Rules, v6: bool, now: &str) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.

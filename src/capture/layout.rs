@@ -2,7 +2,7 @@
 //! and shown to people in the language of the `nft` program. Pure.
 
 use std::{
-    fmt::{self, Write},
+    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -10,7 +10,7 @@ use ipnet::IpNet;
 
 use super::{
     place::Hook,
-    rules::{MARK, NAME, Places, RuleChanges, Rules, Shape},
+    rules::{MARK, Places, RuleChanges, Rules, Shape},
 };
 use crate::{config::CaptureScope, table::RouteKey};
 
@@ -28,7 +28,7 @@ impl Family {
         if address.is_ipv6() { Self::V6 } else { Self::V4 }
     }
 
-    fn nft(self) -> &'static str {
+    pub(super) fn nft(self) -> &'static str {
         match self {
             Self::V4 => "ip",
             Self::V6 => "ip6",
@@ -180,31 +180,6 @@ impl fmt::Display for Side {
             Self::Source => "saddr",
             Self::Destination => "daddr",
         })
-    }
-}
-
-impl fmt::Display for Term {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Address(side, set) => write!(f, "{} {side} @{set}", set.family.nft()),
-            Self::AddressNot(side, set) => write!(f, "{} {side} != @{set}", set.family.nft()),
-            Self::AddressPort(side, set) => {
-                write!(f, "{} {side} . tcp dport @{set}", set.family.nft())
-            }
-            Self::Tcp => f.write_str("meta l4proto tcp"),
-            Self::Dport(port) => write!(f, "tcp dport {port}"),
-            Self::Syn => f.write_str("tcp flags & (syn | ack) == syn"),
-            Self::Translated => f.write_str("ct status dnat"),
-            Self::MetaMark(mark) => write!(f, "meta mark {mark:#010x}"),
-            Self::SocketMark(mark) => write!(f, "socket mark {mark:#010x}"),
-            Self::Socket(everywhere) => write!(f, "socket wildcard {}", u8::from(*everywhere)),
-            Self::Counter => f.write_str("counter"),
-            Self::Accept => f.write_str("accept"),
-            Self::Return => f.write_str("return"),
-            Self::Jump(chain) => write!(f, "jump {chain}"),
-            Self::Redirect(port) => write!(f, "redirect to :{port}"),
-            Self::Notrack => f.write_str("notrack"),
-        }
     }
 }
 
@@ -453,50 +428,4 @@ pub(super) fn remains(shape: &Shape) -> Vec<Chain> {
     };
     let nat = hooks.into_iter().flatten().map(nat);
     nat.chain([watch(ARRIVING, FIRST, shape.port)]).collect()
-}
-
-/// The table in the language of the `nft` program. `owned`: it goes when we do, which a program that ends at once cannot be told.
-pub(super) fn text(rules: &Rules, owned: bool) -> String {
-    let mut out = String::new();
-    // Writing to a String cannot fail.
-    let _ = render(rules, owned, &mut out);
-    out
-}
-
-fn render(rules: &Rules, owned: bool, out: &mut String) -> fmt::Result {
-    if owned {
-        writeln!(out, "# flags owner: it belongs to embassy's process, and goes with it")?;
-    }
-    writeln!(out, "table inet {NAME} {{")?;
-    for set in sets(&rules.shape) {
-        let address = match set.family {
-            Family::V4 => "ipv4_addr",
-            Family::V6 => "ipv6_addr",
-        };
-        writeln!(out, "\tset {set} {{")?;
-        match set.key() {
-            Key::Address => writeln!(out, "\t\ttype {address}")?,
-            Key::AddressPort => writeln!(out, "\t\ttype {address} . inet_service")?,
-            Key::Range => writeln!(out, "\t\ttype {address}\n\t\tflags interval")?,
-        }
-        let elements = elements(set, rules);
-        if !elements.is_empty() {
-            let elements: Vec<_> = elements.iter().map(ToString::to_string).collect();
-            writeln!(out, "\t\telements = {{ {} }}", elements.join(", "))?;
-        }
-        writeln!(out, "\t}}")?;
-    }
-    for Chain { name, base, rules } in chains(&rules.shape) {
-        writeln!(out, "\tchain {name} {{")?;
-        if let Some(Base { kind, hook, priority }) = base {
-            let (kind, hook) = (kind.nft(), hook.nft());
-            writeln!(out, "\t\ttype {kind} hook {hook} priority {priority}; policy accept;")?;
-        }
-        for rule in rules {
-            let terms: Vec<_> = rule.iter().map(ToString::to_string).collect();
-            writeln!(out, "\t\t{}", terms.join(" "))?;
-        }
-        writeln!(out, "\t}}")?;
-    }
-    writeln!(out, "}}")
 }

@@ -36,6 +36,7 @@ pub mod place;
 mod program;
 mod reconciler;
 pub mod rules;
+mod text;
 
 pub use backend::{Backend, Remains};
 pub use change::Change;
@@ -110,7 +111,7 @@ pub async fn plan(
     let rules = Rules::of(table, settings);
     let scripts = match backend.firewall() {
         Firewall::Nft => {
-            let text = layout::text(&rules, backend.is_owned());
+            let text = text::of(&rules, backend.is_owned());
             vec![Script { command: "nft -f -".to_owned(), text }]
         }
         Firewall::Iptables => iptables::plan(&rules).await?,

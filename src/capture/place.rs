@@ -9,7 +9,7 @@ use super::{CaptureError, Firewall, iptables, netlink::BaseChain, nft, rules::NA
 pub enum Place {
     /// There are none.
     Absent,
-    /// Nobody's come before them.
+    /// No others come before them.
     First,
     /// This comes before them.
     Behind(String),
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn with_nft_there_is_a_place_before_whoever_comes_first() {
+    fn with_nft_there_is_a_place_before_the_first() {
         let (ours, dockers) = (("inet embassy prerouting", -110), ("ip nat PREROUTING", -100));
         let first = |all: &[_], redirect| First::among(&chains(all), redirect);
         assert_eq!(first(&[ours], false), None);

@@ -90,7 +90,7 @@ impl Reconciler {
         }
     }
 
-    /// Runs until it is stopped, or there will be no more tables. The rules stay, and whoever can remove them is handed back.
+    /// Runs until it is stopped, or there will be no more tables. The rules stay. The backend that can remove them is returned.
     pub(super) async fn run(
         mut self,
         mut tables: watch::Receiver<Arc<Table>>,

@@ -3,6 +3,7 @@
 
 mod dump;
 mod encode;
+mod expression;
 mod socket;
 mod wire;
 

@@ -72,7 +72,7 @@ pub(in crate::capture) struct Messages {
     next: u32,
 }
 
-/// The sequence number of a request that is no batch, so that its answer is told from those to a batch, which count from 0.
+/// The sequence number of a request that is no batch. The messages of a batch count from 0: their answers are others.
 pub(super) const REQUEST: u32 = u32::MAX;
 
 impl Messages {
