@@ -14,7 +14,7 @@ use tracing::{info, warn};
 
 use crate::{
     admin::{Admin, Constants, Feeds, metrics::Metrics},
-    capture::{self, Capture, Firewall, Lock, rules},
+    capture::{self, Backend, Capture, CaptureCounts, Lock, rules},
     check,
     config::{CaptureMode, CaptureScope, Config, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
@@ -114,9 +114,10 @@ impl App {
         let capturing = match config.capture {
             CaptureMode::None => None,
             CaptureMode::Dnat | CaptureMode::Redirect => {
-                // Which one Docker uses may show only when it is up; that one works shows now.
-                Firewall::choose(config.firewall).await.context("no firewall can be written")?;
-                Some((Arc::<capture::Counts>::default(), readiness.wait_for(Part::Capture)))
+                let backend = Backend::open(config.firewall, &rules).await;
+                let backend = backend.context("no firewall can be written")?;
+                let counts = Arc::<CaptureCounts>::default();
+                Some((backend, counts, readiness.wait_for(Part::Capture)))
             }
         };
         let metrics = Metrics {
@@ -124,7 +125,7 @@ impl App {
             sources: sources.clone(),
             refused,
             figures: proxy.figures(),
-            capture: capturing.as_ref().map(|(counts, _)| counts.clone()),
+            capture: capturing.as_ref().map(|(_, counts, _)| counts.clone()),
             state: kept,
         };
         let feeds = Feeds {
@@ -133,7 +134,7 @@ impl App {
             tables: tables.clone(),
             sources,
             figures: proxy.figures(),
-            capture: capturing.as_ref().map(|(counts, _)| counts.clone()),
+            capture: capturing.as_ref().map(|(_, counts, _)| counts.clone()),
             events: events.clone(),
             resync: resync.clone(),
             constants: Arc::new(Constants {
@@ -163,9 +164,9 @@ impl App {
         };
         // Last: from here on nothing fails, so that an embassy that cannot start takes no rules away and leaves none.
         let capture = match capturing.zip(lock) {
-            Some(((counts, ready), lock)) => {
+            Some(((backend, counts, ready), lock)) => {
                 capture::cleanup().await;
-                Some(Capture::start(lock, config.firewall, rules, tables, counts, ready, events))
+                Some(Capture::start(lock, backend, rules, tables, counts, ready, events))
             }
             None => None,
         };
@@ -210,9 +211,18 @@ impl App {
         let hurry = hurry.shared();
         // Never done: from here on nobody should send anything here.
         let _draining = self.readiness.wait_for(Part::Draining);
-        if let Some(capture) = self.capture {
-            in_time(capture.stop(), "the rules may have stayed", hurry.clone()).await;
-        }
+        // Kept to the end: live connections need it.
+        let _remains = match self.capture {
+            Some(capture) => {
+                in_time(
+                    capture.stop(),
+                    "rules may be left; embassy cleanup removes them",
+                    hurry.clone(),
+                )
+                .await
+            }
+            None => None,
+        };
         self.proxy.drain();
         let live = self.proxy.live();
         if live > 0 {
@@ -310,14 +320,14 @@ pub(crate) fn learn(
 }
 
 /// What the rules depend on, besides the table.
-pub(crate) async fn rules(config: &Config) -> Result<rules::Settings, InterfaceError> {
+pub(crate) async fn rules(config: &Config) -> Result<rules::RuleSettings, InterfaceError> {
     let redirect = config.capture == CaptureMode::Redirect;
     let captures = config.capture != CaptureMode::None;
     if config.notrack && !captures {
         warn!("--notrack is not in effect: it writes rules, which needs --dnat or --redirect");
     }
     let servers = config.discoveries.servers().into_iter().chain(config.docker.server());
-    Ok(rules::Settings {
+    Ok(rules::RuleSettings {
         redirect,
         scope: config.capture_scope,
         port: config.port.get(),

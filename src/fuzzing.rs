@@ -5,7 +5,7 @@
 use std::{collections::HashMap, net::IpAddr};
 
 use crate::{
-    capture::{input, iptables},
+    capture::{input, iptables, netlink},
     config::{Config, Stop},
     descriptor::Descriptor,
     discovery::{
@@ -22,7 +22,7 @@ use crate::{
 pub type Target = fn(&[u8]);
 
 /// Every target, by its name; `fuzz/seeds/<name>/` holds inputs to start from.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 13] = [
     ("descriptor", descriptor),
     ("variables", variables),
     ("command_line", command_line),
@@ -35,6 +35,7 @@ pub const TARGETS: [(&str, Target); 12] = [
     ("state", state::document::fuzz),
     ("iptables", iptables::fuzz),
     ("input_chains", input::fuzz),
+    ("netlink", netlink::fuzz),
 ];
 
 /// What is accepted means the same when it is written out and read again.

@@ -29,7 +29,7 @@ pub struct Feeds {
     pub sources: watch::Receiver<Sources>,
     pub figures: Figures,
     /// `None` where the user's own rules capture.
-    pub capture: Option<Arc<capture::Counts>>,
+    pub capture: Option<Arc<capture::CaptureCounts>>,
     pub events: Events,
     /// Asks every source to read everything again.
     pub resync: ResyncRequests,

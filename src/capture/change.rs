@@ -1,4 +1,4 @@
-//! What others did to our rules, by two listings of them. Pure.
+//! What others did to our rules. Pure.
 
 use std::collections::HashSet;
 

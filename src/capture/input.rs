@@ -27,39 +27,87 @@ impl fmt::Display for Barrier {
     }
 }
 
-/// What is in the way of connections that are captured to `port`. A program that is not installed has no rules.
-///
-/// An error where a firewall cannot be read.
-pub async fn barriers(port: u16) -> Result<Vec<Barrier>, ProgramError> {
-    let mut found = in_nft(&run("nft", &["-s", "list", "ruleset"]).await?, port);
-    for v6 in [false, true] {
-        let save = if v6 { "ip6tables-save" } else { "iptables-save" };
-        found.extend(in_iptables(&run(save, &["-t", "filter"]).await?, v6, port));
+impl Barrier {
+    /// Connections to `port` are dropped, and nothing that can be read says where.
+    pub(super) fn unknown(port: u16) -> Self {
+        Self {
+            chain: "a rule of this host's input that embassy cannot read".to_owned(),
+            remedy: format!(
+                "look for it with nft list ruleset and iptables-save; before it, let pass: tcp dport {port} ct status dnat"
+            ),
+        }
     }
-    Ok(found)
 }
 
-/// A chain that lets in only what it knows: answers to untracked connections it may know by their state alone, which they
-/// have not. `None` where there is no such chain.
-///
-/// An error where a firewall cannot be read.
-pub async fn closed() -> Result<Option<String>, ProgramError> {
-    let listing = run("nft", &["-s", "list", "ruleset"]).await?;
-    for table in tables(&listing) {
-        for (chain, lines) in &table.chains {
-            if let Some(end) = end(lines) {
-                return Ok(Some(format!("chain {} {chain} of nft {end}", table.name)));
+/// How much of the rules of others is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Detail {
+    /// Everything. Large sets of others may take seconds.
+    Everything,
+    /// Not what sets hold. A rule that lets in what is in a set is believed to let us in.
+    Chains,
+}
+
+/// The rules of this host's firewalls. A program that is not installed has none.
+#[derive(Debug)]
+pub struct Listings {
+    nft: Result<String, ProgramError>,
+    /// Of iptables, for IPv4 and IPv6.
+    filters: [Result<String, ProgramError>; 2],
+}
+
+impl Listings {
+    pub async fn read(detail: Detail) -> Self {
+        let nft: &[_] = match detail {
+            Detail::Everything => &["-s", "list", "ruleset"],
+            Detail::Chains => &["-s", "-t", "list", "ruleset"],
+        };
+        let save = |program| run(program, &["-t", "filter"]);
+        Self {
+            nft: run("nft", nft).await,
+            filters: [save("iptables-save").await, save("ip6tables-save").await],
+        }
+    }
+
+    /// Why a firewall cannot be read.
+    pub fn error(&self) -> Option<&ProgramError> {
+        self.filters.iter().chain([&self.nft]).find_map(|listing| listing.as_ref().err())
+    }
+
+    /// What is in the way of connections that are captured to `port`, in what can be read.
+    pub fn barriers(&self, port: u16) -> Vec<Barrier> {
+        let mut found = self.nft.as_ref().map_or_else(|_| Vec::new(), |text| in_nft(text, port));
+        found.extend(self.filters().filter_map(|(v6, saved)| in_iptables(saved, v6, port)));
+        found
+    }
+
+    /// A chain that lets in only what it knows: answers to untracked connections it may know by their state alone, which they
+    /// have not. `None` where there is no such chain.
+    pub(super) fn closed(&self) -> Option<String> {
+        let listing = self.nft.as_deref().unwrap_or_default();
+        for table in tables(listing) {
+            for (chain, lines) in &table.chains {
+                if let Some(end) = end(lines) {
+                    return Some(format!("chain {} {chain} of nft {end}", table.name));
+                }
             }
         }
-    }
-    for v6 in [false, true] {
-        let save = if v6 { "ip6tables-save" } else { "iptables-save" };
-        if let Some(end) = end_of_input(&run(save, &["-t", "filter"]).await?) {
+        self.filters().find_map(|(v6, saved)| {
             let program = if v6 { "ip6tables" } else { "iptables" };
-            return Ok(Some(format!("chain INPUT of {program} {end}")));
-        }
+            end_of_input(saved).map(|end| format!("chain INPUT of {program} {end}"))
+        })
     }
-    Ok(None)
+
+    fn filters(&self) -> impl Iterator<Item = (bool, &str)> {
+        let listings = self.filters.iter().map(|saved| saved.as_deref().unwrap_or_default());
+        [false, true].into_iter().zip(listings)
+    }
+}
+
+/// Whether rules of the older iptables are in use here. The kernel does not tell when those change.
+pub(super) fn has_legacy_iptables() -> bool {
+    let names = std::fs::read_to_string("/proc/net/ip_tables_names");
+    names.is_ok_and(|names| !names.trim().is_empty())
 }
 
 /// What a program lists. One that is not installed has no rules.
@@ -203,7 +251,8 @@ impl Table<'_> {
             match ports.strip_prefix('@') {
                 Some(set) => {
                     let set = set.split(' ').next().unwrap_or_default();
-                    self.sets.get(set).is_some_and(|elements| has_port(elements, '-', port))
+                    let elements = self.sets.get(set).filter(|lines| lines.contains("elements"));
+                    elements.is_none_or(|elements| has_port(elements, '-', port))
                 }
                 None => has_port(&ports, '-', port),
             }
@@ -355,6 +404,8 @@ mod tests {
             "iifname \"docker0\" goto filter_IN_docker",
             "jump more\n\t}\n\tchain more {\n\t\ttcp dport 9999 accept",
             "accept",
+            // What it holds was not read.
+            "tcp dport @unread accept",
         ] {
             assert_eq!(nft(open), [], "{open}");
         }

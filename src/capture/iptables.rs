@@ -6,20 +6,23 @@ use std::{
 };
 
 use super::{
-    Script,
+    CaptureError, Script,
+    change::Change,
+    netlink::{BaseChain, Generation, Socket},
+    place::{self, Hook, Place},
     program::{Program, ProgramError},
     rules::{MARK, Rules},
 };
-use crate::config::CaptureScope;
+use crate::{config::CaptureScope, table::RouteKey};
 
 /// What arrives.
-const PREROUTING: Hook = Hook { name: "PREROUTING", chain: "EMBASSY" };
+const PREROUTING: Entry = Entry { name: "PREROUTING", chain: "EMBASSY" };
 /// What is sent from here.
-const OUTPUT: Hook = Hook { name: "OUTPUT", chain: "EMBASSY_OUTPUT" };
+const OUTPUT: Entry = Entry { name: "OUTPUT", chain: "EMBASSY_OUTPUT" };
 
 /// A chain that every table has, and ours that it jumps to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Hook {
+struct Entry {
     name: &'static str,
     chain: &'static str,
 }
@@ -43,9 +46,100 @@ const FAMILIES: [Family; 2] = [
     Family { v6: true, save: Program("ip6tables-save"), restore: Program("ip6tables-restore") },
 ];
 
-/// Puts `rules` in place of whatever the chain held, and the jumps before everybody else's rules.
-/// How many lines [`installed`] has of them.
-pub(super) async fn apply(rules: &Rules) -> Result<usize, ProgramError> {
+/// The writer of our chains.
+#[derive(Debug)]
+pub struct Iptables {
+    /// Tells whether anybody changed anything, where the programs write to nf_tables. With the older `legacy` programs only
+    /// a listing tells.
+    watch: Option<(Socket, Generation)>,
+    /// Right after they were written.
+    listed: Option<String>,
+}
+
+impl Iptables {
+    /// An error where the programs do not work.
+    pub(super) async fn open() -> Result<Self, CaptureError> {
+        let [v4, _] = FAMILIES;
+        v4.nat().await?;
+        let version = v4.save.run(&["--version"], "").await?;
+        let watch = || {
+            let mut socket = Socket::open().ok()?;
+            let seen = socket.generation().ok()?;
+            Some((socket, seen))
+        };
+        let watch = if version.contains("nf_tables") { watch() } else { None };
+        Ok(Self { watch, listed: None })
+    }
+
+    pub(super) fn stands(&self) -> bool {
+        self.listed.is_some()
+    }
+
+    /// Puts `rules` in place of whatever the chains held, and the jumps before everybody else's rules. What others have changed
+    /// meanwhile; `None`: nothing.
+    pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
+        self.listed = None;
+        let written = apply(rules).await?;
+        if let Some((socket, seen)) = &mut self.watch {
+            *seen = socket.generation()?;
+        }
+        let listed = installed().await?;
+        if listed.as_deref().unwrap_or_default().lines().count() == written {
+            self.listed = Some(listed.unwrap_or_default());
+            return Ok(None);
+        }
+        Ok(Some(if listed.is_some() { Change::Incomplete } else { Change::Vanished }))
+    }
+
+    /// Whether somebody else may have changed something since this was asked last.
+    pub(super) fn others_changed(&mut self) -> Result<bool, CaptureError> {
+        let Some((socket, seen)) = &mut self.watch else { return Ok(true) };
+        let now = socket.generation()?;
+        Ok(std::mem::replace(seen, now) != now)
+    }
+
+    /// What others did to our rules, and what is missing, for people. `None`: nothing.
+    pub(super) async fn damage(&mut self) -> Result<Option<(Change, String)>, CaptureError> {
+        let Some(before) = &self.listed else { return Ok(None) };
+        let now = installed().await?;
+        if now.as_deref().unwrap_or_default() == before {
+            return Ok(None);
+        }
+        let found = Change::of(before, now.as_deref());
+        self.listed = None;
+        Ok(Some(found))
+    }
+}
+
+/// The place of our rules at `hook`, before which chains of nft's may come. It only reads.
+pub(super) async fn place(chains: &[BaseChain], hook: Hook) -> Result<Place, CaptureError> {
+    let entry = match hook {
+        Hook::Prerouting => PREROUTING,
+        Hook::Output => OUTPUT,
+        Hook::Input => return Ok(Place::Absent),
+    };
+    let [v4, _] = FAMILIES;
+    Ok(place_in(&v4.nat().await?, entry, place::before_iptables(chains, hook)))
+}
+
+/// In what `iptables-save` says; `earlier` comes before iptables.
+fn place_in(saved: &str, entry: Entry, earlier: Option<String>) -> Place {
+    let Some(first) = rules_of(saved, entry).next() else { return Place::Absent };
+    if !rules_of(saved, entry).any(is_jump) {
+        return Place::Absent;
+    }
+    match earlier {
+        Some(earlier) => Place::Behind(earlier),
+        None if is_jump(first) => Place::First,
+        None => {
+            let rule = first.strip_prefix(&format!("-A {} ", entry.name)).unwrap_or(first);
+            Place::Behind(format!("rule {rule:?}"))
+        }
+    }
+}
+
+/// Puts `rules` in place of whatever the chains held. How many lines [`installed`] has of them.
+async fn apply(rules: &Rules) -> Result<usize, ProgramError> {
     let mut written = 0;
     for family in FAMILIES {
         let lines = match family.nat().await {
@@ -60,7 +154,7 @@ pub(super) async fn apply(rules: &Rules) -> Result<usize, ProgramError> {
         }
         let script = script(rules, family.v6, &lines);
         family.write(&script).await?;
-        let jumps = if rules.redirect { 2 } else { 1 };
+        let jumps = if rules.shape.redirect { 2 } else { 1 };
         written += script.lines().filter(|line| line.starts_with("-A ")).count() + jumps;
     }
     Ok(written)
@@ -82,7 +176,7 @@ pub(super) async fn plan(rules: &Rules) -> Result<Vec<Script>, ProgramError> {
 }
 
 /// Our rules as the kernel has them, and whether each jump comes first; `None` where there is nothing of ours.
-pub(super) async fn installed() -> Result<Option<String>, ProgramError> {
+async fn installed() -> Result<Option<String>, ProgramError> {
     let mut all = String::new();
     for family in FAMILIES {
         match family.nat().await {
@@ -115,12 +209,6 @@ pub(super) async fn remove() -> Result<bool, ProgramError> {
     first_error.map_or(Ok(found), Err)
 }
 
-/// Whether Docker keeps its rules here.
-pub(super) async fn docker_is_here() -> Result<bool, ProgramError> {
-    let [v4, _] = FAMILIES;
-    Ok(v4.nat().await?.lines().any(|line| line.starts_with(":DOCKER ")))
-}
-
 impl Family {
     async fn nat(self) -> Result<String, ProgramError> {
         self.save.run(&["-t", "nat"], "").await
@@ -132,12 +220,12 @@ impl Family {
 }
 
 fn uses_v6(rules: &Rules) -> bool {
-    rules.vips.union(&rules.own).any(IpAddr::is_ipv6)
-        && (rules.scope == CaptureScope::All
-            || rules.declared.iter().any(|(source, _)| source.is_ipv6()))
+    rules.places.vips.union(&rules.places.own).any(IpAddr::is_ipv6)
+        && (rules.shape.scope == CaptureScope::All
+            || rules.declared.iter().any(|key| key.source.is_ipv6()))
 }
 
-/// One transaction: the chains anew, and the jumps where they are not first already. `now` is what `iptables-save` says.
+/// One transaction: the chains with all their rules, and the jumps if they are not first already. `now` is what `iptables-save` says.
 fn script(rules: &Rules, v6: bool, now: &str) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.
@@ -150,19 +238,19 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
     let chain = PREROUTING.chain;
     start(out, PREROUTING)?;
     declared(out, rules, v6, PREROUTING)?;
-    let to = format!("-j REDIRECT --to-ports {}", rules.port);
+    let to = format!("-j REDIRECT --to-ports {}", rules.shape.port);
     let of_family = |address: &&IpAddr| address.is_ipv6() == v6;
-    if rules.scope == CaptureScope::All {
-        for vip in rules.vips.iter().filter(of_family) {
+    if rules.shape.scope == CaptureScope::All {
+        for vip in rules.places.vips.iter().filter(of_family) {
             writeln!(out, "-A {chain} -d {vip} -p tcp {to}")?;
         }
     }
-    if let Some(unknown) = &rules.unknown {
-        for known in unknown.known.iter().filter(of_family) {
+    if rules.shape.unknown {
+        for known in rules.known.iter().filter(of_family) {
             writeln!(out, "-A {chain} -s {known} -j RETURN")?;
         }
-        for network in unknown.networks.iter().filter(|net| net.addr().is_ipv6() == v6) {
-            for vip in rules.vips.iter().filter(of_family) {
+        for network in rules.places.networks.iter().filter(|net| net.addr().is_ipv6() == v6) {
+            for vip in rules.places.vips.iter().filter(of_family) {
                 let stranger = format!("-A {chain} -s {network} -d {vip} -p tcp");
                 // What listens on this host stays reachable for those who may turn out to be no consumers.
                 writeln!(out, "{stranger} -m socket --nowildcard -j RETURN")?;
@@ -171,9 +259,9 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
         }
     }
     jump(out, now, PREROUTING, "")?;
-    if rules.redirect {
+    if rules.shape.redirect {
         start(out, OUTPUT)?;
-        for server in rules.spared.iter().filter(|server| server.is_ipv6() == v6) {
+        for server in rules.places.spared.iter().filter(|server| server.is_ipv6() == v6) {
             writeln!(
                 out,
                 "-A {} -d {} -p tcp -m tcp --dport {} -j RETURN",
@@ -189,20 +277,22 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
 }
 
 /// Makes the chain, or empties it: so does declaring a chain of the user's (man 8 iptables-restore, --noflush).
-fn start(out: &mut String, hook: Hook) -> fmt::Result {
-    writeln!(out, ":{} - [0:0]", hook.chain)
+fn start(out: &mut String, entry: Entry) -> fmt::Result {
+    writeln!(out, ":{} - [0:0]", entry.chain)
 }
 
-fn declared(out: &mut String, rules: &Rules, v6: bool, hook: Hook) -> fmt::Result {
+fn declared(out: &mut String, rules: &Rules, v6: bool, entry: Entry) -> fmt::Result {
     // An own address counts for what arrives.
-    let own = (hook == PREROUTING).then_some(&rules.own).into_iter().flatten();
-    for destination in rules.vips.iter().chain(own).filter(|address| address.is_ipv6() == v6) {
-        let declared = rules.declared.iter().filter(|(source, _)| source.is_ipv6() == v6);
-        for (source, port) in declared {
+    let own = (entry == PREROUTING).then_some(&rules.places.own).into_iter().flatten();
+    for destination in rules.places.vips.iter().chain(own).filter(|address| address.is_ipv6() == v6)
+    {
+        for RouteKey { source, port, .. } in
+            rules.declared.iter().filter(|key| key.source.is_ipv6() == v6)
+        {
             writeln!(
                 out,
                 "-A {} -s {source} -d {destination} -p tcp -m tcp --dport {port} -j REDIRECT --to-ports {}",
-                hook.chain, rules.port
+                entry.chain, rules.shape.port
             )?;
         }
     }
@@ -210,17 +300,17 @@ fn declared(out: &mut String, rules: &Rules, v6: bool, hook: Hook) -> fmt::Resul
 }
 
 /// The one jump to our chain, before everybody else's rules.
-fn jump(out: &mut String, now: &str, hook: Hook, matched: &str) -> fmt::Result {
-    let present: Vec<_> = rules_of(now, hook).filter(|line| is_jump(line)).collect();
-    let wanted = format!("{matched}-j {}", hook.chain);
+fn jump(out: &mut String, now: &str, entry: Entry, matched: &str) -> fmt::Result {
+    let present: Vec<_> = rules_of(now, entry).filter(|line| is_jump(line)).collect();
+    let wanted = format!("{matched}-j {}", entry.chain);
     if let [only] = present[..]
-        && rules_of(now, hook).next() == Some(only)
+        && rules_of(now, entry).next() == Some(only)
         && only.ends_with(&wanted)
     {
         return Ok(());
     }
     present.iter().try_for_each(|line| delete(out, line))?;
-    writeln!(out, "-I {} 1 {wanted}", hook.name)
+    writeln!(out, "-I {} 1 {wanted}", entry.name)
 }
 
 /// One transaction that leaves nothing of ours; `None` where there is nothing.
@@ -229,7 +319,7 @@ fn removal(now: &str) -> Option<String> {
     for line in rules_in(now).filter(|line| is_jump(line) || is_ancestors(line)) {
         let _ = delete(&mut out, line);
     }
-    for Hook { chain, .. } in [PREROUTING, OUTPUT] {
+    for Entry { chain, .. } in [PREROUTING, OUTPUT] {
         if now.lines().any(|line| line.starts_with(&format!(":{chain} "))) {
             let _ = writeln!(out, "-F {chain}\n-X {chain}");
         }
@@ -244,12 +334,12 @@ fn removal(now: &str) -> Option<String> {
 /// What is ours in `iptables-save`'s text, with each jump's place.
 fn ours(now: &str) -> String {
     let mut out = String::new();
-    for hook in [PREROUTING, OUTPUT] {
-        let chain = format!("-A {} ", hook.chain);
+    for entry in [PREROUTING, OUTPUT] {
+        let chain = format!("-A {} ", entry.chain);
         for line in rules_in(now).filter(|line| line.starts_with(&chain)) {
             let _ = writeln!(out, "{line}");
         }
-        for (place, line) in rules_of(now, hook).enumerate().filter(|(_, line)| is_jump(line)) {
+        for (place, line) in rules_of(now, entry).enumerate().filter(|(_, line)| is_jump(line)) {
             let _ = writeln!(out, "{place} {line}");
         }
     }
@@ -260,13 +350,13 @@ fn rules_in(now: &str) -> impl Iterator<Item = &str> {
     now.lines().filter(|line| line.starts_with("-A "))
 }
 
-fn rules_of<'a>(now: &'a str, hook: Hook) -> impl Iterator<Item = &'a str> + use<'a> {
-    let start = format!("-A {} ", hook.name);
+fn rules_of<'a>(now: &'a str, entry: Entry) -> impl Iterator<Item = &'a str> + use<'a> {
+    let start = format!("-A {} ", entry.name);
     rules_in(now).filter(move |line| line.starts_with(&start))
 }
 
 fn is_jump(line: &str) -> bool {
-    [PREROUTING, OUTPUT].iter().any(|hook| line.ends_with(&format!(" -j {}", hook.chain)))
+    [PREROUTING, OUTPUT].iter().any(|entry| line.ends_with(&format!(" -j {}", entry.chain)))
 }
 
 fn is_ancestors(line: &str) -> bool {
@@ -293,7 +383,7 @@ pub(crate) fn fuzz(input: &[u8]) {
     // Nothing is taken away but our own and the ancestor's.
     for line in script.lines().filter(|line| line.starts_with('-')) {
         let own =
-            [PREROUTING, OUTPUT].iter().any(|hook| line.ends_with(&format!(" {}", hook.chain)));
+            [PREROUTING, OUTPUT].iter().any(|entry| line.ends_with(&format!(" {}", entry.chain)));
         assert!(own || line.contains(ANCESTOR), "{line}");
     }
 }
@@ -374,6 +464,23 @@ COMMIT
         let v6 = script(&example(false, CaptureScope::Declared), true, "*nat\nCOMMIT\n");
         assert!(v6.contains("-s fd00::2 -d fd00::1 -p tcp -m tcp --dport 80"), "{v6}");
         assert!(!v6.contains("172."), "{v6}");
+    }
+
+    #[test]
+    fn our_jump_is_to_be_the_first_rule() {
+        let (jump, dockers) = ("-A PREROUTING -j EMBASSY\n", "-A PREROUTING -j DOCKER\n");
+        let of = |saved: &[&str]| place_in(&saved.concat(), PREROUTING, None);
+        assert_eq!(of(&[dockers]), Place::Absent);
+        assert_eq!(of(&[]), Place::Absent);
+        assert_eq!(of(&[jump, dockers]), Place::First);
+        assert_eq!(of(&[dockers, jump]), Place::Behind("rule \"-j DOCKER\"".to_owned()));
+        let earlier = place_in(jump, PREROUTING, Some("another".to_owned()));
+        assert_eq!(earlier, Place::Behind("another".to_owned()));
+        // What is sent from here has a place of its own.
+        let sent = "-A OUTPUT -p tcp -j DOCKER\n-A OUTPUT -j EMBASSY_OUTPUT\n";
+        assert_eq!(place_in(jump, OUTPUT, None), Place::Absent);
+        let behind = Place::Behind("rule \"-p tcp -j DOCKER\"".to_owned());
+        assert_eq!(place_in(sent, OUTPUT, None), behind);
     }
 
     #[test]

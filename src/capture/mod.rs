@@ -19,22 +19,31 @@ use tracing::{debug, error, info, warn};
 
 use crate::{config::FirewallChoice, events::Events, readiness::Guard, table::Table};
 
+mod arrivals;
+mod backend;
 mod change;
 pub mod conntrack;
+mod error;
+#[cfg(test)]
+mod fake;
 pub mod input;
 pub(crate) mod iptables;
-mod keeper;
+mod layout;
 mod lock;
+pub(crate) mod netlink;
 mod nft;
 pub mod place;
 mod program;
+mod reconciler;
 pub mod rules;
+mod text;
 
+pub use backend::{Backend, Remains};
 pub use change::Change;
-use keeper::Keeper;
+pub use error::CaptureError;
 pub use lock::Lock;
-pub use program::ProgramError;
-use rules::{Rules, Settings};
+use reconciler::Reconciler;
+use rules::{RuleSettings, Rules};
 
 /// Who writes the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,68 +61,25 @@ impl fmt::Display for Firewall {
     }
 }
 
-impl Firewall {
-    /// The one that was chosen; for `auto`, the one that Docker uses here, else the first that works. An error where it
-    /// does not work.
-    pub async fn choose(choice: FirewallChoice) -> Result<Self, ProgramError> {
-        match choice {
-            FirewallChoice::Nft => return nft::installed().await.map(|_| Self::Nft),
-            FirewallChoice::Iptables => return iptables::installed().await.map(|_| Self::Iptables),
-            FirewallChoice::Auto => {}
-        }
-        // Engine 29's own nftables backend names its tables so (docs.docker.com/engine/network/firewall-nftables).
-        let tables = nft::tables().await;
-        if tables.as_ref().is_ok_and(|tables| tables.contains("docker-bridges")) {
-            return Ok(Self::Nft);
-        }
-        if iptables::docker_is_here().await.unwrap_or(false) {
-            return Ok(Self::Iptables);
-        }
-        match tables {
-            Ok(_) => Ok(Self::Nft),
-            Err(_) => iptables::installed().await.map(|_| Self::Iptables),
-        }
-    }
-
-    /// Writes the rules, and says how many a listing of them has, by [`Self::count`].
-    async fn apply(self, rules: &Rules) -> Result<usize, ProgramError> {
-        match self {
-            Self::Nft => nft::apply(rules).await,
-            Self::Iptables => iptables::apply(rules).await,
-        }
-    }
-
-    /// How many rules a listing has: those that others took away since they were written are not among them.
-    fn count(self, listed: &str) -> usize {
-        match self {
-            Self::Nft => nft::count(listed),
-            Self::Iptables => listed.lines().count(),
-        }
-    }
-
-    async fn installed(self) -> Result<Option<String>, ProgramError> {
-        match self {
-            Self::Nft => nft::installed().await,
-            Self::Iptables => iptables::installed().await,
-        }
-    }
-}
-
 /// Takes away what an earlier run left, whichever backend it used, and what the original program left. A backend that is
 /// not installed has left nothing; every other error is reported, and the rest still done.
 pub async fn cleanup() {
-    for (firewall, removed) in remove().await {
-        match removed {
-            Ok(true) => info!(%firewall, "removed our rules"),
-            Ok(false) => {}
-            Err(error) => warn!(%firewall, %error, "cannot remove our rules"),
-        }
+    for (firewall, removed) in remove_leftovers().await {
+        report(firewall, removed);
+    }
+}
+
+fn report(firewall: Firewall, removed: Result<bool, CaptureError>) {
+    match removed {
+        Ok(true) => info!(%firewall, "removed our rules"),
+        Ok(false) => {}
+        Err(error) => warn!(%firewall, %error, "cannot remove our rules"),
     }
 }
 
 /// The same, for who wants to know: whether there was anything of either backend.
-pub async fn remove() -> [(Firewall, Result<bool, ProgramError>); 2] {
-    let none_if_missing = |removed: Result<bool, ProgramError>| match removed {
+pub async fn remove_leftovers() -> [(Firewall, Result<bool, CaptureError>); 2] {
+    let none_if_missing = |removed: Result<bool, CaptureError>| match removed {
         Err(error) if error.is_missing() => {
             debug!(%error, "nothing to remove");
             Ok(false)
@@ -121,12 +87,12 @@ pub async fn remove() -> [(Firewall, Result<bool, ProgramError>); 2] {
         removed => removed,
     };
     [
-        (Firewall::Nft, none_if_missing(nft::remove().await)),
-        (Firewall::Iptables, none_if_missing(iptables::remove().await)),
+        (Firewall::Nft, none_if_missing(nft::remove_leftovers().await)),
+        (Firewall::Iptables, none_if_missing(iptables::remove().await.map_err(Into::into))),
     ]
 }
 
-/// What a program would be given on its standard input.
+/// Rules as a program takes them on its standard input.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Script {
     /// The program and its arguments.
@@ -134,22 +100,28 @@ pub struct Script {
     pub text: String,
 }
 
-/// What would be written by a start now, where nothing of ours stands. It only reads.
+/// What would be written by a start now, where nothing of ours stands. It only reads. With nft no program is given it: it is
+/// shown as one would be.
 pub async fn plan(
     choice: FirewallChoice,
-    rules: &Rules,
-) -> Result<(Firewall, Vec<Script>), ProgramError> {
-    let firewall = Firewall::choose(choice).await?;
-    let scripts = match firewall {
-        Firewall::Nft => vec![nft::plan(rules)],
-        Firewall::Iptables => iptables::plan(rules).await?,
+    settings: &RuleSettings,
+    table: &Table,
+) -> Result<(Firewall, Vec<Script>), CaptureError> {
+    let backend = Backend::open(choice, settings).await?;
+    let rules = Rules::of(table, settings);
+    let scripts = match backend.firewall() {
+        Firewall::Nft => {
+            let text = text::of(&rules, backend.is_owned());
+            vec![Script { command: "nft -f -".to_owned(), text }]
+        }
+        Firewall::Iptables => iptables::plan(&rules).await?,
     };
-    Ok((firewall, scripts))
+    Ok((backend.firewall(), scripts))
 }
 
 /// What the capture did and found, for the metrics.
 #[derive(Debug, Default)]
-pub struct Counts {
+pub struct CaptureCounts {
     /// How often rules had vanished or changed and were put back, by [`Change::ALL`].
     restored: [AtomicU64; Change::ALL.len()],
     /// Attempts that failed.
@@ -174,7 +146,7 @@ pub struct Standing {
     pub barriers: Vec<input::Barrier>,
 }
 
-impl Counts {
+impl CaptureCounts {
     /// How the rules stand now.
     pub fn standing(&self) -> Standing {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -195,7 +167,7 @@ impl Counts {
 #[derive(Debug)]
 pub struct Capture {
     stop: oneshot::Sender<()>,
-    task: JoinHandle<()>,
+    task: JoinHandle<Backend>,
     lock: Lock,
 }
 
@@ -204,36 +176,53 @@ impl Capture {
     /// `ready` is dropped once the first rules stand.
     pub fn start(
         lock: Lock,
-        choice: FirewallChoice,
-        settings: Settings,
+        backend: Backend,
+        settings: RuleSettings,
         tables: watch::Receiver<Arc<Table>>,
-        counts: Arc<Counts>,
+        counts: Arc<CaptureCounts>,
         ready: Guard,
         events: Events,
     ) -> Self {
         let (stop, stopped) = oneshot::channel();
-        let keeper = Keeper::new(choice, settings, counts, ready, events);
-        let task = tokio::spawn(keeper.run(tables, stopped));
+        let reconciler = Reconciler::new(backend, settings, counts, ready, events);
+        let task = tokio::spawn(reconciler.run(tables, stopped));
         Self { stop, task, lock }
     }
 
     /// Waits for the end of what keeps the rules, which should go on.
     pub async fn failed(&mut self) -> String {
         let end = (&mut self.task).await;
-        end.map_or_else(|error| error.to_string(), |()| "it ended".to_owned())
+        end.map_or_else(|error| error.to_string(), |_| "it ended".to_owned())
     }
 
-    /// Takes the rules away. From then on another embassy may capture here.
-    pub async fn stop(self) {
-        // The task ends by itself only when it panicked; the rules still have to go.
+    /// Takes the rules away. From then on another embassy may capture here. What is given back is to be kept until the last
+    /// captured connection has ended.
+    pub async fn stop(self) -> Remains {
         let _ = self.stop.send(());
-        if !self.task.is_finished()
-            && let Err(error) = self.task.await
-        {
-            error!(%error, "the capture failed");
+        if self.task.is_finished() {
+            // It should not have ended, and nobody is left who knows what it wrote.
+            cleanup().await;
+            return Remains::default();
         }
-        cleanup().await;
+        let remains = match self.task.await {
+            Ok(backend) => {
+                let firewall = backend.firewall();
+                let removed = backend.remove().await;
+                let (removed, remains) = match removed {
+                    Ok((found, remains)) => (Ok(found), remains),
+                    Err(error) => (Err(error), Remains::default()),
+                };
+                report(firewall, removed);
+                remains
+            }
+            Err(error) => {
+                error!(%error, "the capture failed");
+                cleanup().await;
+                Remains::default()
+            }
+        };
         drop(self.lock);
+        remains
     }
 }
 
@@ -242,28 +231,16 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{
-        config::CaptureScope,
-        readiness::{Part, Readiness},
-    };
+    use crate::readiness::{Part, Readiness};
 
     #[tokio::test]
     async fn the_end_of_what_keeps_the_rules_is_noticed() {
-        let settings = Settings {
-            redirect: false,
-            scope: CaptureScope::Declared,
-            port: 9999,
-            own: Vec::new(),
-            servers: Vec::new(),
-            hold: false,
-            notrack: false,
-        };
         let (tables, receiver) = watch::channel(Arc::default());
         let ready = Readiness::default().wait_for(Part::Capture);
         let mut capture = Capture::start(
             Lock::of_nobody(),
-            FirewallChoice::Nft,
-            settings,
+            Backend::Fake(fake::Fake::default()),
+            fake::settings(),
             receiver,
             Arc::default(),
             ready,

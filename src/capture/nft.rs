@@ -1,300 +1,298 @@
-//! nftables: one table, `inet embassy`, replaced as a whole in one transaction.
+//! nftables: one table, `inet embassy`, which belongs to our netlink socket where the kernel can do that (Linux 5.12): nobody
+//! else can change it, and the kernel removes it when we end, however we do.
 
 use std::{
-    collections::BTreeSet,
-    fmt::{self, Display, Write},
-    net::IpAddr,
+    collections::HashSet,
+    time::{Duration, Instant},
 };
 
-use ipnet::IpNet;
+use rustix::io::Errno;
 
 use super::{
-    Script,
-    program::{Program, ProgramError},
-    rules::{MARK, NAME, Rules},
+    change::Change,
+    error::CaptureError,
+    layout,
+    netlink::{
+        self, BaseChain, Generation, Listing, Messages, NetlinkError, Socket, Table, TableName,
+    },
+    rules::{NAME, RuleChanges, Rules, Shape},
 };
-use crate::config::CaptureScope;
 
-/// Before connection tracking, which is at -200.
-const RAW: i32 = -300;
+/// What begins the name of a table that keeps live connections alive while they drain.
+pub(super) const DRAINING: &str = "embassy_draining_";
 
-const NFT: Program = Program("nft");
-
-/// What begins an expression of a family, and what ends the names of its sets.
-const FAMILIES: [(&str, u8); 2] = [("ip", 4), ("ip6", 6)];
-
-/// Puts `rules` in place of whatever the table held. How many of them [`count`].
-pub(super) async fn apply(rules: &Rules) -> Result<usize, ProgramError> {
-    let script = script(rules);
-    NFT.run(&["-f", "-"], &script).await?;
-    Ok(count(&script))
+/// The writer of our table.
+#[derive(Debug)]
+pub struct Nft {
+    socket: Socket,
+    /// Whether the table belongs to the socket.
+    owned: bool,
+    written: Option<Written>,
+    /// The last generation that is known, ours or another's.
+    seen: Generation,
+    /// Somebody else changed something that was not looked at yet.
+    others: bool,
 }
 
-/// The rules that capture, in a script or a listing.
-pub(super) fn count(text: &str) -> usize {
-    text.matches("redirect to :").count()
+/// What stands in the kernel.
+#[derive(Debug)]
+struct Written {
+    shape: Shape,
+    /// Right after it was written, where others can change it.
+    listing: Option<Listing>,
 }
 
-/// What [`apply`] would do.
-pub(super) fn plan(rules: &Rules) -> Script {
-    Script { command: "nft -f -".to_owned(), text: script(rules) }
-}
-
-/// The table as the kernel has it; `None` where there is none.
-pub(super) async fn installed() -> Result<Option<String>, ProgramError> {
-    match NFT.run(&["-s", "list", "table", "inet", NAME], "").await {
-        Ok(text) => Ok(Some(text)),
-        Err(ProgramError::Failed { stderr, .. })
-            if stderr.contains("No such file or directory") =>
-        {
-            Ok(None)
+impl Nft {
+    /// An error where the kernel cannot do what rules of this shape need. It changes nothing. `shared`: others shall be able to
+    /// change the table.
+    pub(super) fn open(shape: &Shape, shared: bool) -> Result<Self, CaptureError> {
+        let mut socket = Socket::open()?;
+        let seen = socket.generation()?;
+        let owned = !shared && lacks(&mut socket, shape, true)?.is_none();
+        if !owned && let Some(what) = lacks(&mut socket, shape, false)? {
+            return Err(CaptureError::Lacks(what));
         }
-        Err(error) => Err(error),
+        Ok(Self { socket, owned, written: None, seen, others: true })
+    }
+
+    pub(super) fn is_owned(&self) -> bool {
+        self.owned
+    }
+
+    fn table(&self) -> Table<'static> {
+        Table { name: NAME, owned: self.owned }
+    }
+
+    fn apply(&mut self, batch: &Messages) -> Result<(), NetlinkError> {
+        let generation = self.socket.apply(batch)?;
+        // Ours is one; more were others'.
+        self.others |= !generation.follows(self.seen);
+        self.seen = generation;
+        Ok(())
+    }
+
+    /// Writes everything, in place of whatever the table holds. What others have changed meanwhile; `None`: nothing.
+    pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
+        self.written = None;
+        let old = netlink::tables(&mut self.socket)?.into_iter().find(|old| old.name == NAME);
+        for batch in netlink::load(self.table(), rules, old.is_some()) {
+            self.apply(&batch).map_err(|error| owned_by_another(error, old.as_ref()))?;
+            // A large load takes the kernel tens of milliseconds, and this thread has other work.
+            tokio::task::yield_now().await;
+        }
+        self.stands_as(rules)
+    }
+
+    /// Everything was written. A table that others can change is listed, and what they have changed already is said.
+    fn stands_as(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
+        let table = self.table();
+        let mut torn = None;
+        let mut listing = None;
+        if !self.owned {
+            let now = netlink::list(&mut self.socket, table, rules)?;
+            let chains = layout::chains(&rules.shape);
+            let written: usize = chains.iter().map(|chain| chain.rules.len()).sum();
+            torn = match now.rules.len() {
+                0 => Some(Change::Vanished),
+                found if found != written || now.missing + now.added > 0 => {
+                    Some(Change::Incomplete)
+                }
+                _ => None,
+            };
+            listing = Some(now);
+        }
+        if torn.is_none() {
+            self.written = Some(Written { shape: rules.shape, listing });
+        }
+        Ok(torn)
+    }
+
+    /// Whether everything was written, so that [`Self::change`] can be used.
+    pub(super) fn stands(&self) -> bool {
+        self.written.is_some()
+    }
+
+    /// Changes what stands. After an error nothing is known of what stands.
+    pub(super) async fn change(&mut self, changes: &RuleChanges) -> Result<(), CaptureError> {
+        let Some(written) = self.written.take() else { return Ok(()) };
+        for batch in netlink::edit(self.table(), &layout::edits(changes, &written.shape)) {
+            self.apply(&batch)?;
+            tokio::task::yield_now().await;
+        }
+        self.written = Some(written);
+        Ok(())
+    }
+
+    /// Puts our chains at another priority. What others have changed meanwhile; `None`: nothing.
+    pub(super) fn move_to(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
+        let Some(Written { shape, .. }) = self.written.take() else { return Ok(None) };
+        self.apply(&netlink::other_chains(self.table(), &shape, &rules.shape))?;
+        self.stands_as(rules)
+    }
+
+    /// Whether somebody else changed something in nf_tables since this was asked last.
+    pub(super) fn others_changed(&mut self) -> Result<bool, CaptureError> {
+        let generation = self.socket.generation()?;
+        let changed = std::mem::take(&mut self.others) || generation != self.seen;
+        self.seen = generation;
+        Ok(changed)
+    }
+
+    /// What others did to our table, and what is missing, for people. `None`: nothing, as always where it belongs to us.
+    pub(super) fn damage(
+        &mut self,
+        rules: &Rules,
+    ) -> Result<Option<(Change, String)>, CaptureError> {
+        let Some(Written { listing: Some(before), .. }) = &self.written else { return Ok(None) };
+        let now = netlink::list(&mut self.socket, Table { name: NAME, owned: false }, rules)?;
+        let found = compare(before, &now);
+        if found.is_some() {
+            self.written = None;
+        }
+        Ok(found)
+    }
+
+    /// Chains that the kernel calls for IP, ours and others'.
+    pub(super) fn base_chains(&mut self) -> Result<Vec<BaseChain>, CaptureError> {
+        Ok(netlink::base_chains(&mut self.socket)?)
+    }
+
+    /// Captured connections on their way in, and those of them that others' rules let pass, as far as they were counted.
+    pub(super) fn arrivals(&mut self) -> Result<Option<(u64, u64)>, CaptureError> {
+        let mut count =
+            |chain| netlink::counted(&mut self.socket, Table { name: NAME, owned: false }, chain);
+        Ok(count(layout::ARRIVING)?.zip(count(layout::ARRIVED)?))
+    }
+
+    /// Captures nothing any more. What is kept until it is dropped keeps live connections translated, and leaves our table's
+    /// name to the next embassy.
+    pub(super) fn remove(mut self) -> Result<(bool, Draining), CaptureError> {
+        let Some(Written { shape, .. }) = self.written.take() else {
+            let found = netlink::tables(&mut self.socket)?.iter().any(|table| table.name == NAME);
+            if found {
+                self.apply(&netlink::delete(self.table()))?;
+            }
+            return Ok((found, Draining { nft: self, name: None }));
+        };
+        let name = unused_name(DRAINING);
+        let draining = Table { name: &name, owned: self.owned };
+        match self.apply(&netlink::replace(self.table(), draining, &layout::remains(&shape))) {
+            // Somebody else took it away already.
+            Err(error) if error.errno() == Some(Errno::NOENT) => {
+                Ok((false, Draining { nft: self, name: None }))
+            }
+            Err(error) => Err(error.into()),
+            Ok(()) => {
+                let name = (!self.owned).then_some(name);
+                Ok((true, Draining { nft: self, name }))
+            }
+        }
     }
 }
 
-/// Takes the table away, if there is one. Whether there was.
-pub(super) async fn remove() -> Result<bool, ProgramError> {
-    match installed().await {
-        Ok(None) => return Ok(false),
-        Err(error) if error.is_missing() => return Err(error),
-        // A listing that failed does not say that there is nothing.
-        Ok(Some(_)) | Err(_) => {}
-    }
-    // Declared first, so that deleting it cannot fail where somebody else was quicker.
-    NFT.run(&["-f", "-"], &format!("table inet {NAME}\ndelete table inet {NAME}\n"))
-        .await
-        .map(|_| true)
+/// A table's name that nobody has. The number of a process is no such name: every container may have its own process 1.
+fn unused_name(start: &str) -> String {
+    format!("{start}{:08x}", fastrand::u32(..))
 }
 
-/// The names of all tables.
-pub(super) async fn tables() -> Result<String, ProgramError> {
-    NFT.run(&["list", "tables"], "").await
+/// Keeps translation and connection tracking on until it is dropped.
+#[derive(Debug)]
+pub(super) struct Draining {
+    nft: Nft,
+    /// Of its table, where that does not go with the socket.
+    name: Option<String>,
 }
 
-/// One transaction that replaces the table.
-fn script(rules: &Rules) -> String {
-    let mut out = String::new();
-    // Writing to a String cannot fail.
-    let _ = render(rules, &mut out);
-    out
+impl Drop for Draining {
+    fn drop(&mut self) {
+        if let Some(name) = &self.name {
+            // Chains without rules that translate: left behind, they do no harm.
+            let _ = self.nft.socket.apply(&netlink::delete(Table { name, owned: false }));
+        }
+    }
 }
 
-fn render(rules: &Rules, out: &mut String) -> fmt::Result {
-    writeln!(out, "table inet {NAME}\ndelete table inet {NAME}\ntable inet {NAME} {{")?;
-    for v6 in [false, true] {
-        let (n, kind) = if v6 { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
-        let of_family = |address: &&IpAddr| address.is_ipv6() == v6;
-        set(out, &format!("vips{n}"), kind, rules.vips.iter().filter(of_family))?;
-        set(out, &format!("own{n}"), kind, rules.own.iter().filter(of_family))?;
-        let declared = rules.declared.iter().filter(|(source, _)| source.is_ipv6() == v6);
-        let declared = declared.map(|(source, port)| format!("{source} . {port}"));
-        set(out, &format!("declared{n}"), &format!("{kind} . inet_service"), declared)?;
-    }
-    if rules.redirect {
-        for v6 in [false, true] {
-            let (n, kind) = if v6 { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
-            let spared = rules.spared.iter().filter(|server| server.is_ipv6() == v6);
-            let spared = spared.map(|server| format!("{} . {}", server.ip(), server.port()));
-            set(out, &format!("spared{n}"), &format!("{kind} . inet_service"), spared)?;
-        }
-    }
-    if let Some(unknown) = &rules.unknown {
-        for v6 in [false, true] {
-            let (n, kind) = if v6 { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
-            let known = unknown.known.iter().filter(|address| address.is_ipv6() == v6);
-            set(out, &format!("known{n}"), kind, known)?;
-            let networks = unknown.networks.iter().filter(|net| net.addr().is_ipv6() == v6);
-            set(
-                out,
-                &format!("networks{n}"),
-                &format!("{kind}; flags interval; auto-merge"),
-                networks,
-            )?;
-        }
-        // What listens on this host stays reachable for those who may turn out to be no consumers.
-        writeln!(
-            out,
-            "\tchain unknown {{\n\t\tmeta l4proto tcp socket wildcard {{ 0, 1 }} accept"
-        )?;
-        writeln!(out, "\t\tmeta l4proto tcp redirect to :{}\n\t}}", rules.port)?;
-    }
-    writeln!(out, "\tchain declared {{")?;
-    let declared =
-        |ip, n| format!("{ip} saddr . tcp dport @declared{n} redirect to :{}", rules.port);
-    for (ip, n) in FAMILIES {
-        writeln!(out, "\t\t{ip} daddr @vips{n} {}", declared(ip, n))?;
-    }
-    writeln!(out, "\t}}")?;
-    hook(out, "prerouting", rules.priority)?;
-    writeln!(out, "\t\tjump declared")?;
-    for (ip, n) in FAMILIES {
-        if rules.redirect {
-            writeln!(out, "\t\t{ip} daddr @own{n} {}", declared(ip, n))?;
-        }
-        if rules.scope == CaptureScope::All {
-            writeln!(out, "\t\t{ip} daddr @vips{n} meta l4proto tcp redirect to :{}", rules.port)?;
-        }
-        if rules.unknown.is_some() {
-            let stranger = format!("{ip} saddr @networks{n} {ip} saddr != @known{n}");
-            writeln!(out, "\t\t{ip} daddr @vips{n} {stranger} jump unknown")?;
-        }
-    }
-    writeln!(out, "\t}}")?;
-    if rules.redirect {
-        hook(out, "output", rules.priority)?;
-        writeln!(out, "\t\tmeta mark {MARK:#x} return")?;
-        for (ip, n) in FAMILIES {
-            writeln!(out, "\t\t{ip} daddr . tcp dport @spared{n} return")?;
-        }
-        writeln!(out, "\t\tjump declared\n\t}}")?;
-    }
-    if !rules.untracked.is_empty() {
-        untracked(out, &rules.untracked)?;
-    }
-    writeln!(out, "}}")
+/// What a table that was not of our making lacks in this kernel; `None`: nothing.
+fn lacks(socket: &mut Socket, shape: &Shape, owned: bool) -> Result<Option<String>, CaptureError> {
+    let name = unused_name("embassy_asks_");
+    let question = netlink::question(Table { name: &name, owned }, shape);
+    let (_, refused) = socket.attempt(&question.messages)?;
+    let refused: HashSet<_> = refused.iter().map(|refusal| refusal.message).collect();
+    let lacking = question.needs.into_iter().find(|(message, _)| refused.contains(message));
+    Ok(lacking.map(|(_, what)| what))
 }
 
-/// Our own connections pass connection tracking by. What comes back is known by the socket that it belongs to: others on
-/// this host may have connections to the same endpoints, translated ones even.
-fn untracked(out: &mut String, networks: &BTreeSet<IpNet>) -> fmt::Result {
-    for v6 in [false, true] {
-        let (n, kind) = if v6 { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
-        let networks = networks.iter().filter(|net| net.addr().is_ipv6() == v6);
-        set(out, &format!("near{n}"), &format!("{kind}; flags interval; auto-merge"), networks)?;
-    }
-    for (name, hook, address, mark) in [
-        ("untracked_out", "output", "daddr", "meta"),
-        ("untracked_in", "prerouting", "saddr", "socket"),
-    ] {
-        writeln!(out, "\tchain {name} {{")?;
-        writeln!(out, "\t\ttype filter hook {hook} priority {RAW}; policy accept;")?;
-        for (ip, n) in FAMILIES {
-            let ours = format!("meta l4proto tcp {mark} mark {MARK:#x}");
-            writeln!(out, "\t\t{ip} {address} @near{n} {ours} notrack")?;
+fn owned_by_another(error: NetlinkError, old: Option<&TableName>) -> CaptureError {
+    match old.and_then(|old| old.owner.map(|owner| (old.name.clone(), owner))) {
+        Some((name, owner)) if error.errno() == Some(Errno::PERM) => {
+            CaptureError::Owned { name, owner }
         }
-        writeln!(out, "\t}}")?;
+        _ => error.into(),
     }
-    Ok(())
 }
 
-/// The start of a chain that the kernel's hook of this name calls.
-fn hook(out: &mut String, name: &str, priority: i32) -> fmt::Result {
-    writeln!(out, "\tchain {name} {{")?;
-    writeln!(out, "\t\ttype nat hook {name} priority {priority}; policy accept;")
+/// How our table differs from what was listed right after it was written.
+fn compare(before: &Listing, now: &Listing) -> Option<(Change, String)> {
+    let (then, rules): (HashSet<_>, HashSet<_>) =
+        (before.rules.iter().collect(), now.rules.iter().collect());
+    let lost: Vec<_> = before.rules.iter().filter(|rule| !rules.contains(rule)).collect();
+    let found = now.rules.iter().filter(|rule| !then.contains(rule)).count() + now.added;
+    match (lost.as_slice(), now.missing) {
+        _ if now.rules.is_empty() => Some((Change::Vanished, "all of them".to_owned())),
+        ([], 0) if found == 0 && before.rules == now.rules => None,
+        ([], 0) if found == 0 => Some((Change::Displaced, "the order of rules".to_owned())),
+        ([], 0) => Some((Change::Added, "nothing".to_owned())),
+        ([], elements) => Some((Change::Incomplete, format!("{elements} elements of sets"))),
+        ([(chain, _), more @ ..], elements) => {
+            let more = more.len() + elements;
+            Some((Change::Incomplete, format!("a rule of chain {chain}, and {more} more")))
+        }
+    }
 }
 
-fn set(
-    out: &mut String,
-    name: &str,
-    kind: &str,
-    elements: impl Iterator<Item = impl Display>,
-) -> fmt::Result {
-    writeln!(out, "\tset {name} {{\n\t\ttype {kind}")?;
-    let mut elements = elements.peekable();
-    if elements.peek().is_some() {
-        write!(out, "\t\telements = {{")?;
-        for (n, element) in elements.enumerate() {
-            write!(out, "{} {element}", if n == 0 { "" } else { "," })?;
+/// How long one that is ending may take: its table goes a moment after everything else of it.
+const ENDING: Duration = Duration::from_secs(1);
+
+/// Takes away what an embassy has left that ended without its rules going with it: one before tables had owners, or on a
+/// kernel without. Whether there was anything.
+pub(super) async fn remove_leftovers() -> Result<bool, CaptureError> {
+    let mut socket = Socket::open()?;
+    let start = Instant::now();
+    loop {
+        match remove_tables(&mut socket) {
+            Err(CaptureError::Owned { .. }) if start.elapsed() < ENDING => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            removed => return removed,
         }
-        writeln!(out, " }}")?;
     }
-    writeln!(out, "\t}}")
+}
+
+fn remove_tables(socket: &mut Socket) -> Result<bool, CaptureError> {
+    let mut found = false;
+    for TableName { name, owner } in netlink::tables(socket)? {
+        match owner {
+            _ if name != NAME && !name.starts_with(DRAINING) => {}
+            Some(owner) if name == NAME => return Err(CaptureError::Owned { name, owner }),
+            // It goes with the embassy that drains.
+            Some(_) => {}
+            None => match socket.apply(&netlink::delete(Table { name: &name, owned: false })) {
+                // Somebody else was quicker.
+                Err(error) if error.errno() == Some(Errno::NOENT) => {}
+                removed => {
+                    removed?;
+                    found = true;
+                }
+            },
+        }
+    }
+    Ok(found)
+}
+
+/// The chains that the kernel calls, for a caller that keeps no rules.
+pub(super) fn base_chains() -> Result<Vec<BaseChain>, CaptureError> {
+    Ok(netlink::base_chains(&mut Socket::open()?)?)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::capture::rules::tests::{example, with_unknown};
-
-    #[test]
-    fn dnat_of_declared_ports() {
-        let expected = "\
-table inet embassy
-delete table inet embassy
-table inet embassy {
-\tset vips4 {
-\t\ttype ipv4_addr
-\t\telements = { 172.17.0.1 }
-\t}
-\tset own4 {
-\t\ttype ipv4_addr
-\t}
-\tset declared4 {
-\t\ttype ipv4_addr . inet_service
-\t\telements = { 172.17.0.2 . 80, 172.17.0.2 . 6379, 172.18.0.5 . 6379 }
-\t}
-\tset vips6 {
-\t\ttype ipv6_addr
-\t\telements = { fd00::1 }
-\t}
-\tset own6 {
-\t\ttype ipv6_addr
-\t}
-\tset declared6 {
-\t\ttype ipv6_addr . inet_service
-\t\telements = { fd00::2 . 80 }
-\t}
-\tchain declared {
-\t\tip daddr @vips4 ip saddr . tcp dport @declared4 redirect to :9999
-\t\tip6 daddr @vips6 ip6 saddr . tcp dport @declared6 redirect to :9999
-\t}
-\tchain prerouting {
-\t\ttype nat hook prerouting priority -110; policy accept;
-\t\tjump declared
-\t}
-}
-";
-        assert_eq!(script(&example(false, CaptureScope::Declared)), expected);
-    }
-
-    #[test]
-    fn our_own_connections_to_near_endpoints_are_not_tracked() {
-        let mut rules = example(false, CaptureScope::Declared);
-        assert!(!script(&rules).contains("notrack"));
-        rules.untracked = ["172.17.0.0/16".parse().unwrap()].into();
-        let script = script(&rules);
-        for lines in [
-            "\tset near4 {\n\t\ttype ipv4_addr; flags interval; auto-merge\n\t\telements = { 172.17.0.0/16 }\n",
-            "\t\ttype filter hook output priority -300; policy accept;\n\
-             \t\tip daddr @near4 meta l4proto tcp meta mark 0x656d0000 notrack\n",
-            "\t\ttype filter hook prerouting priority -300; policy accept;\n\
-             \t\tip saddr @near4 meta l4proto tcp socket mark 0x656d0000 notrack\n",
-        ] {
-            assert!(script.contains(lines), "{lines:?} in {script}");
-        }
-    }
-
-    #[test]
-    fn strangers_are_captured_where_nothing_listens() {
-        let script = script(&with_unknown(example(false, CaptureScope::Declared)));
-        for line in [
-            "\tset known4 {\n\t\ttype ipv4_addr\n\t\telements = { 172.17.0.2 }\n",
-            "\t\ttype ipv6_addr; flags interval; auto-merge\n\t\telements = { fd00::/64 }\n",
-            "\tchain unknown {\n\t\tmeta l4proto tcp socket wildcard { 0, 1 } accept\n\t\tmeta l4proto tcp redirect to :9999\n",
-            "\t\tip daddr @vips4 ip saddr @networks4 ip saddr != @known4 jump unknown\n",
-        ] {
-            assert!(script.contains(line), "{line:?} in {script}");
-        }
-    }
-
-    #[test]
-    fn redirect_captures_what_is_sent_from_here_but_not_our_own_connections() {
-        let script = script(&example(true, CaptureScope::All));
-        for line in [
-            "\t\tip daddr @vips4 meta l4proto tcp redirect to :9999\n",
-            // Whatever the scope, the host's own services on its own addresses stay reachable.
-            "\t\tip daddr @own4 ip saddr . tcp dport @declared4 redirect to :9999\n",
-            "\t\ttype nat hook output priority -110; policy accept;\n\t\tmeta mark 0x656d0000 return\n\
-             \t\tip daddr . tcp dport @spared4 return\n\t\tip6 daddr . tcp dport @spared6 return\n\
-             \t\tjump declared\n\t}\n}\n",
-            "\tset spared4 {\n\t\ttype ipv4_addr . inet_service\n\t\telements = { 172.17.0.1 . 8500 }\n",
-        ] {
-            assert!(script.contains(line), "{line:?} in {script}");
-        }
-        // What is sent from here to an own address is the application's own talk with itself.
-        let (_, declared) = script.split_once("\tchain declared {").unwrap();
-        let (declared, _) = declared.split_once("\t}").unwrap();
-        assert!(!declared.contains("@own"), "{declared}");
-    }
-}
+mod tests;

@@ -2,60 +2,48 @@
 
 use std::fmt;
 
-use super::{
-    Firewall,
-    program::{Program, ProgramError},
-    rules::NAME,
-};
+use super::{CaptureError, Firewall, iptables, netlink::BaseChain, nft, rules::NAME};
 
 /// Where our rules stand now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
     /// There are none.
     Absent,
-    /// Nobody's come before them.
+    /// No others come before them.
     First,
     /// This comes before them.
     Behind(String),
 }
 
-/// Where a connection's destination is translated.
+/// Where in a packet's way the kernel calls chains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hook {
     /// What arrives.
     Prerouting,
-    /// What this host sends itself: `--redirect`.
+    /// What arrives for this host.
+    Input,
+    /// What this host sends itself.
     Output,
 }
 
 impl Hook {
-    /// nft's word for it, and the name of our chain there.
-    fn nft(self) -> &'static str {
+    /// nft's word for it, and the name of our chain that translates there.
+    pub(super) fn nft(self) -> &'static str {
         match self {
             Self::Prerouting => "prerouting",
+            Self::Input => "input",
             Self::Output => "output",
-        }
-    }
-
-    /// How iptables begins a rule of its chain, and ends the one that leads to ours.
-    fn iptables(self) -> (&'static str, &'static str) {
-        match self {
-            Self::Prerouting => ("-A PREROUTING ", "-j EMBASSY"),
-            Self::Output => ("-A OUTPUT ", "-j EMBASSY_OUTPUT"),
         }
     }
 }
 
-/// The place of our rules at `hook` that `firewall` keeps. It only reads.
-pub async fn of(firewall: Firewall, hook: Hook) -> Result<Place, ProgramError> {
-    let chains = Program("nft").run(&["-y", "list", "chains"], "").await;
+/// The place of the rules of ours that translate at `hook` and that `firewall` keeps. It only reads.
+pub async fn of(firewall: Firewall, hook: Hook) -> Result<Place, CaptureError> {
+    let chains = nft::base_chains();
     match firewall {
         Firewall::Nft => Ok(in_nft(&chains?, hook)),
-        Firewall::Iptables => {
-            let saved = Program("iptables-save").run(&["-t", "nat"], "").await?;
-            // Where there is no nft, there are no chains of its.
-            Ok(in_iptables(&saved, &chains.unwrap_or_default(), hook))
-        }
+        // Where there is no nf_tables, there are no chains of its.
+        Firewall::Iptables => iptables::place(&chains.unwrap_or_default(), hook).await,
     }
 }
 
@@ -71,19 +59,14 @@ const LOWEST: i32 = -199;
 
 impl First {
     /// `None` where nobody else translates what arrives or, with `redirect`, what is sent.
-    pub(super) async fn of_others(redirect: bool) -> Result<Option<Self>, ProgramError> {
-        let chains = Program("nft").run(&["-y", "list", "chains"], "").await?;
-        Ok(Self::among(&chains, redirect))
-    }
-
-    fn among(chains: &str, redirect: bool) -> Option<Self> {
+    pub(super) fn among(chains: &[BaseChain], redirect: bool) -> Option<Self> {
         let hooks: &[_] =
             if redirect { &[Hook::Prerouting, Hook::Output] } else { &[Hook::Prerouting] };
         let ours = format!("inet {NAME} ");
         let all = hooks.iter().flat_map(|&hook| translating(chains, hook));
-        let others = all.filter(|(name, _)| !name.starts_with(&ours));
-        let (name, priority) = others.min_by_key(|(_, priority)| *priority)?;
-        Some(Self { name, priority })
+        let others = all.filter(|chain| !chain.name.starts_with(&ours));
+        let first = others.min_by_key(|chain| chain.priority)?;
+        Some(Self { name: first.name.clone(), priority: first.priority })
     }
 
     /// The priority that brings chains of ours, which have `ours` now, before it. `None` where they are, or cannot be.
@@ -104,76 +87,61 @@ impl First {
 
 impl fmt::Display for First {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&chain(&self.name, self.priority))
+        f.write_str(&named(&self.name, self.priority))
     }
 }
 
 /// The priority of iptables' own chains (man 8 nft, "dstnat").
 const DSTNAT: i32 = -100;
 
-/// In what `nft -y list chains` says.
-fn in_nft(chains: &str, hook: Hook) -> Place {
+fn in_nft(chains: &[BaseChain], hook: Hook) -> Place {
     let ours = format!("inet {NAME} {}", hook.nft());
-    let all = translating(chains, hook);
-    let Some((_, priority)) = all.iter().find(|(name, _)| *name == ours) else {
+    let Some(own) = translating(chains, hook).find(|chain| chain.name == ours) else {
         return Place::Absent;
     };
-    let first = all.iter().filter(|(name, _)| *name != ours).min_by_key(|(_, priority)| *priority);
-    match first {
-        Some((name, before)) if before <= priority => Place::Behind(chain(name, *before)),
+    let others = translating(chains, hook).filter(|chain| chain.name != ours);
+    match others.min_by_key(|chain| chain.priority) {
+        Some(first) if first.priority <= own.priority => Place::Behind(described(first)),
         _ => Place::First,
     }
 }
 
-/// In what `iptables-save` says, and before it what `nft -y list chains` does.
-fn in_iptables(saved: &str, chains: &str, hook: Hook) -> Place {
-    let (start, jump) = hook.iptables();
-    let mut rules = saved.lines().filter_map(|line| line.strip_prefix(start));
-    let is_ours = |rule: &str| rule.ends_with(jump);
-    let first = rules.next();
-    if first.is_none_or(|first| !is_ours(first) && !rules.any(is_ours)) {
-        return Place::Absent;
-    }
-    let earlier = translating(chains, hook).into_iter().min_by_key(|(_, priority)| *priority);
-    match (earlier, first) {
-        (Some((name, priority)), _) if priority < DSTNAT => Place::Behind(chain(&name, priority)),
-        (_, Some(first)) if !is_ours(first) => Place::Behind(format!("rule {first:?}")),
-        _ => Place::First,
-    }
+/// A chain of nft's that translates before iptables does.
+pub(super) fn before_iptables(chains: &[BaseChain], hook: Hook) -> Option<String> {
+    let first = translating(chains, hook).min_by_key(|chain| chain.priority)?;
+    (first.priority < DSTNAT).then(|| described(first))
 }
 
-fn chain(name: &str, priority: i32) -> String {
+fn described(chain: &BaseChain) -> String {
+    named(&chain.name, chain.priority)
+}
+
+fn named(name: &str, priority: i32) -> String {
     format!("nft's chain {name}, priority {priority}")
 }
 
-/// Every chain that translates at `hook`: its table and name, and its priority.
-fn translating(chains: &str, hook: Hook) -> Vec<(String, i32)> {
-    let start = format!("type nat hook {} priority ", hook.nft());
-    let (mut table, mut chain) = ("", "");
-    let mut found = Vec::new();
-    for line in chains.lines().map(str::trim) {
-        if let Some(name) = line.strip_prefix("table ") {
-            table = name.trim_end_matches(" {");
-        } else if let Some(name) = line.strip_prefix("chain ") {
-            chain = name.trim_end_matches(" {");
-        } else if let Some(rest) = line.strip_prefix(&start) {
-            let priority = rest.split(';').next().and_then(|text| text.trim().parse().ok());
-            found.extend(priority.map(|priority| (format!("{table} {chain}"), priority)));
-        }
-    }
-    found
+/// Every chain that translates at `hook`, except for those of an embassy that has ended its capture.
+fn translating(chains: &[BaseChain], hook: Hook) -> impl Iterator<Item = &BaseChain> {
+    let draining = format!("inet {}", nft::DRAINING);
+    chains.iter().filter(move |chain| {
+        chain.kind == "nat" && chain.hook == hook && !chain.name.starts_with(&draining)
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn chains(all: &[(&str, i32)]) -> String {
-        let chain = |(name, priority): &(&str, i32)| {
-            let (table, chain) = name.rsplit_once(' ').unwrap();
-            format!(
-                "table {table} {{\n\tchain {chain} {{\n\t\ttype nat hook prerouting priority {priority}; policy accept;\n\t}}\n}}\n"
-            )
+    fn chains(all: &[(&str, i32)]) -> Vec<BaseChain> {
+        at(Hook::Prerouting, all)
+    }
+
+    fn at(hook: Hook, all: &[(&str, i32)]) -> Vec<BaseChain> {
+        let chain = |&(name, priority): &(&str, i32)| BaseChain {
+            name: name.to_owned(),
+            kind: "nat".to_owned(),
+            hook,
+            priority,
         };
         all.iter().map(chain).collect()
     }
@@ -185,10 +153,15 @@ mod tests {
         assert_eq!(in_nft(&chains(&[dockers, ours]), Hook::Prerouting), Place::First);
         let behind = Place::Behind("nft's chain inet other pre, priority -150".to_owned());
         assert_eq!(in_nft(&chains(&[ours, ("inet other pre", -150)]), Hook::Prerouting), behind);
+        // What filters translates nothing, and what is left of an embassy that drains is empty.
+        let mut others =
+            chains(&[ours, ("inet x a", -150), ("inet embassy_draining_7 prerouting", -150)]);
+        others[1].kind = "filter".to_owned();
+        assert_eq!(in_nft(&others, Hook::Prerouting), Place::First);
     }
 
     #[test]
-    fn with_nft_there_is_a_place_before_whoever_comes_first() {
+    fn with_nft_there_is_a_place_before_the_first() {
         let (ours, dockers) = (("inet embassy prerouting", -110), ("ip nat PREROUTING", -100));
         let first = |all: &[_], redirect| First::among(&chains(all), redirect);
         assert_eq!(first(&[ours], false), None);
@@ -206,36 +179,25 @@ mod tests {
         assert_eq!((lowest.place_before(-110), lowest.place_before(-199)), (Some(-199), None));
         assert!(lowest.stays_before(Firewall::Nft, -199));
         // What is sent from here is translated elsewhere.
-        let out = chains(&all).replace("hook prerouting", "hook output");
+        let out = at(Hook::Output, &all);
         assert_eq!(First::among(&out, false), None);
         assert_eq!(First::among(&out, true), Some(other));
     }
 
     #[test]
-    fn in_iptables_our_jump_is_to_be_the_first_rule() {
-        let (jump, dockers) = ("-A PREROUTING -j EMBASSY\n", "-A PREROUTING -j DOCKER\n");
-        assert_eq!(in_iptables(dockers, "", Hook::Prerouting), Place::Absent);
-        assert_eq!(in_iptables("", "", Hook::Prerouting), Place::Absent);
-        assert_eq!(in_iptables(&[jump, dockers].concat(), "", Hook::Prerouting), Place::First);
-        let behind = Place::Behind("rule \"-j DOCKER\"".to_owned());
-        assert_eq!(in_iptables(&[dockers, jump].concat(), "", Hook::Prerouting), behind);
-        let earlier = chains(&[("ip nat PREROUTING", -100), ("inet other pre", -101)]);
-        let behind = Place::Behind("nft's chain inet other pre, priority -101".to_owned());
-        assert_eq!(in_iptables(&[jump, dockers].concat(), &earlier, Hook::Prerouting), behind);
+    fn only_an_earlier_chain_comes_before_iptables() {
+        let all = chains(&[("ip nat PREROUTING", -100), ("inet other pre", -101)]);
+        assert_eq!(before_iptables(&all[..1], Hook::Prerouting), None);
+        assert_eq!(before_iptables(&all, Hook::Output), None);
+        let what = "nft's chain inet other pre, priority -101";
+        assert_eq!(before_iptables(&all, Hook::Prerouting).as_deref(), Some(what));
     }
 
     #[test]
     fn what_is_sent_from_here_has_a_place_of_its_own() {
-        let (jump, other) = ("-A OUTPUT -j EMBASSY_OUTPUT\n", "-A OUTPUT -p tcp -j DOCKER\n");
-        let arriving = "-A PREROUTING -j EMBASSY\n";
-        assert_eq!(in_iptables(arriving, "", Hook::Output), Place::Absent);
-        assert_eq!(in_iptables(&[jump, other].concat(), "", Hook::Output), Place::First);
-        let behind = Place::Behind("rule \"-p tcp -j DOCKER\"".to_owned());
-        assert_eq!(in_iptables(&[arriving, other, jump].concat(), "", Hook::Output), behind);
-        let chains = "table inet embassy {\n\tchain output {\n\t\ttype nat hook output priority -110; policy accept;\n\t}\n}\n\
-            table ip early {\n\tchain out {\n\t\ttype nat hook output priority -150; policy accept;\n\t}\n}\n";
+        let all = at(Hook::Output, &[("inet embassy output", -110), ("ip early out", -150)]);
         let behind = Place::Behind("nft's chain ip early out, priority -150".to_owned());
-        assert_eq!(in_nft(chains, Hook::Output), behind);
-        assert_eq!(in_nft(chains, Hook::Prerouting), Place::Absent);
+        assert_eq!(in_nft(&all, Hook::Output), behind);
+        assert_eq!(in_nft(&all, Hook::Prerouting), Place::Absent);
     }
 }

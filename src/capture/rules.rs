@@ -3,11 +3,16 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use ipnet::IpNet;
 
-use crate::{config::CaptureScope, model::Port, table::Table};
+use crate::{
+    config::CaptureScope,
+    model::{Port, Protocol},
+    table::{Changes, Route, RouteKey, Table},
+};
 
 /// The name of everything in the firewall that is ours.
 pub const NAME: &str = "embassy";
@@ -16,9 +21,9 @@ pub const NAME: &str = "embassy";
 /// Its value spells "em"; the lower half is left to others, such as Kubernetes, which masquerades what bears 0x4000.
 pub const MARK: u32 = 0x656d_0000;
 
-/// The settings that rules depend on, besides the table.
+/// What the rules depend on, besides the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Settings {
+pub struct RuleSettings {
     /// Also what is sent from here to a VIP, and what arrives for `own`.
     pub redirect: bool,
     pub scope: CaptureScope,
@@ -34,49 +39,64 @@ pub struct Settings {
     pub notrack: bool,
 }
 
-/// Before Docker's own chains at -100 (dstnat): a container that publishes a port must not win it from a route.
-pub const PRIORITY: i32 = -110;
+impl RuleSettings {
+    /// Whether unknown containers need rules of their own: with the scope `all`, everybody is captured anyway.
+    pub fn captures_unknown(&self) -> bool {
+        self.hold && self.scope == CaptureScope::Declared
+    }
+}
 
-/// All rules, in a form that can be compared.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rules {
+/// Which chains there are. It stays as it is, except for the priority.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
     pub redirect: bool,
     pub scope: CaptureScope,
     pub port: u16,
-    pub vips: BTreeSet<IpAddr>,
-    /// Addresses that are captured on declared ports only, whatever the scope: the host's own services live there too.
-    pub own: BTreeSet<IpAddr>,
-    /// Servers on a VIP that we ourselves dial: what is sent from here to them is not captured, whoever declared the port.
-    /// Captured, our own question to a registry would wait for the registry's answer.
-    pub spared: BTreeSet<SocketAddr>,
-    /// Who dials, and on which port.
-    pub declared: BTreeSet<(IpAddr, Port)>,
-    /// The containers that are not known yet.
-    pub unknown: Option<Unknown>,
-    /// Networks to whose members our own connections are not tracked. These are bridges of this host: what it sends there
-    /// leaves with the bridge's own address, and nobody translates it. Farther away it might need translation, which is
-    /// connection tracking's work.
-    pub untracked: BTreeSet<IpNet>,
+    /// Whether containers that are not known yet are captured on every port of a VIP on which nothing on this host listens.
+    pub unknown: bool,
+    pub notrack: bool,
     /// Of our chains, with nft: before everybody else's that translate.
     pub priority: i32,
 }
 
-/// Who is not known yet, and is captured on every port of a VIP on which nothing on this host listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unknown {
-    /// Whoever has an address here,
-    pub networks: BTreeSet<IpNet>,
-    /// but none of these.
-    pub known: BTreeSet<IpAddr>,
-}
+/// Before Docker's own chains at -100 (dstnat): a container that publishes a port must not win it from a route.
+pub const PRIORITY: i32 = -110;
 
-impl Rules {
-    pub fn of(table: &Table, settings: &Settings) -> Self {
-        let vips: BTreeSet<_> = table.vips().iter().map(|vip| vip.0).collect();
+impl Shape {
+    pub fn of(settings: &RuleSettings) -> Self {
         Self {
             redirect: settings.redirect,
             scope: settings.scope,
             port: settings.port,
+            unknown: settings.captures_unknown(),
+            notrack: settings.notrack,
+            priority: PRIORITY,
+        }
+    }
+}
+
+/// What is captured besides the declared ports, and what is left alone: a few addresses that seldom change.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Places {
+    pub vips: BTreeSet<IpAddr>,
+    /// Addresses that are captured on declared ports only, whatever the scope: the host's own services live there too.
+    pub own: BTreeSet<IpAddr>,
+    /// Servers on a VIP that we ourselves dial: what is sent from here to them is not captured, even if a binding declares the
+    /// port. If it were captured, our own question to a registry would wait for the registry's answer.
+    pub spared: BTreeSet<SocketAddr>,
+    /// Where a container that is not known yet may have its address.
+    pub networks: BTreeSet<IpNet>,
+    /// Networks to whose members our own connections are not tracked. These are bridges of this host: what it sends there
+    /// leaves with the bridge's own address, and nobody translates it. Farther away it might need translation, which is
+    /// connection tracking's work.
+    pub untracked: BTreeSet<IpNet>,
+}
+
+impl Places {
+    pub fn of(table: &Table, settings: &RuleSettings) -> Self {
+        let vips: BTreeSet<_> = table.vips().iter().map(|vip| vip.0).collect();
+        let networks = |wanted| if wanted { table.networks().clone() } else { BTreeSet::new() };
+        Self {
             spared: settings
                 .servers
                 .iter()
@@ -85,25 +105,99 @@ impl Rules {
                 .collect(),
             own: settings.own.iter().copied().filter(|own| !vips.contains(own)).collect(),
             vips,
-            // Where everything is captured, they are too.
-            unknown: (settings.hold && settings.scope == CaptureScope::Declared).then(|| Unknown {
-                networks: table.networks().clone(),
-                known: table.known().clone(),
-            }),
-            untracked: if settings.notrack { table.networks().clone() } else { BTreeSet::new() },
-            priority: PRIORITY,
-            declared: table.routes().map(|route| (route.key.source, route.key.port)).collect(),
+            networks: networks(settings.captures_unknown()),
+            untracked: networks(settings.notrack),
         }
     }
 
     /// The spared servers whose port a consumer on this host declared: it reaches them instead of the service.
-    pub fn shadowed(&self) -> impl Iterator<Item = SocketAddr> {
+    pub fn shadowed(&self, table: &Table) -> impl Iterator<Item = SocketAddr> {
         // What a host sends to its own address comes from that address.
         let declares = |server: &SocketAddr| {
             Port::new(server.port())
-                .is_some_and(|port| self.declared.contains(&(server.ip(), port)))
+                .is_some_and(|port| table.route(&RouteKey::tcp(server.ip(), port)).is_some())
         };
         self.spared.iter().copied().filter(declares)
+    }
+}
+
+/// All rules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rules {
+    pub shape: Shape,
+    pub places: Places,
+    /// Which consumer is captured on which port.
+    pub declared: BTreeSet<RouteKey>,
+    /// Addresses of known containers, which are captured on declared ports only.
+    pub known: BTreeSet<IpAddr>,
+}
+
+impl Rules {
+    pub fn of(table: &Table, settings: &RuleSettings) -> Self {
+        Self {
+            shape: Shape::of(settings),
+            places: Places::of(table, settings),
+            declared: table.routes().map(|route| route.key).filter(is_captured).collect(),
+            known: if settings.captures_unknown() {
+                table.known().clone()
+            } else {
+                BTreeSet::new()
+            },
+        }
+    }
+}
+
+/// Whether a route needs a rule.
+fn is_captured(key: &RouteKey) -> bool {
+    match key.protocol {
+        Protocol::Tcp => true,
+    }
+}
+
+/// How rules differ from those before them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RuleChanges {
+    pub declared_added: Vec<RouteKey>,
+    pub declared_removed: Vec<RouteKey>,
+    pub known_added: Vec<IpAddr>,
+    pub known_removed: Vec<IpAddr>,
+    /// Before and now, where they differ.
+    pub places: Option<Box<(Places, Places)>>,
+}
+
+impl RuleChanges {
+    /// From the rules of one table to those of another, by what changed between the two.
+    pub fn of(changes: &Changes, settings: &RuleSettings) -> Self {
+        let keys = |routes: &[Arc<Route>]| {
+            routes.iter().map(|route| route.key).filter(is_captured).collect::<Vec<_>>()
+        };
+        let (added, removed) = (keys(&changes.added), keys(&changes.removed));
+        // An address and port that passed from one owner to another is the same rule. Both lists are sorted.
+        let is_not_in = |others: &[RouteKey], key: &RouteKey| others.binary_search(key).is_err();
+        let mut found = Self {
+            declared_added: added.iter().filter(|key| is_not_in(&removed, key)).copied().collect(),
+            declared_removed: removed
+                .iter()
+                .filter(|key| is_not_in(&added, key))
+                .copied()
+                .collect(),
+            ..Self::default()
+        };
+        if settings.captures_unknown() {
+            found.known_added.clone_from(&changes.known_added);
+            found.known_removed.clone_from(&changes.known_removed);
+        }
+        found
+    }
+
+    /// The same, with other places.
+    pub fn with_places(mut self, before: &Places, now: &Places) -> Self {
+        self.places = (before != now).then(|| Box::new((before.clone(), now.clone())));
+        self
+    }
+
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
     }
 }
 
@@ -113,10 +207,17 @@ pub(super) mod tests {
 
     /// The same where containers that are not known yet are captured too.
     pub(in crate::capture) fn with_unknown(mut rules: Rules) -> Rules {
-        rules.unknown = Some(Unknown {
-            networks: ["172.17.0.0/16", "fd00::/64"].map(|text| text.parse().unwrap()).into(),
-            known: ["172.17.0.2", "fd00::2"].map(|text| text.parse().unwrap()).into(),
-        });
+        rules.shape.unknown = true;
+        rules.places.networks =
+            ["172.17.0.0/16", "fd00::/64"].map(|text| text.parse().unwrap()).into();
+        rules.known = ["172.17.0.2", "fd00::2"].map(|text| text.parse().unwrap()).into();
+        rules
+    }
+
+    /// The same where our own connections to near endpoints are not tracked.
+    pub(in crate::capture) fn with_untracked(mut rules: Rules) -> Rules {
+        rules.shape.notrack = true;
+        rules.places.untracked = ["172.17.0.0/16".parse().unwrap()].into();
         rules
     }
 
@@ -125,23 +226,27 @@ pub(super) mod tests {
         let address = |text: &str| text.parse::<IpAddr>().unwrap();
         let declared =
             [("172.17.0.2", 6379), ("172.17.0.2", 80), ("172.18.0.5", 6379), ("fd00::2", 80)];
+        let own = redirect.then(|| address("10.1.2.3"));
+        let spared = redirect.then(|| "172.17.0.1:8500".parse().unwrap());
         Rules {
-            redirect,
-            scope,
-            port: 9999,
-            vips: ["172.17.0.1", "fd00::1"].map(address).into(),
-            own: if redirect { [address("10.1.2.3")].into() } else { BTreeSet::new() },
-            spared: if redirect {
-                ["172.17.0.1:8500".parse().unwrap()].into()
-            } else {
-                BTreeSet::new()
+            shape: Shape {
+                redirect,
+                scope,
+                port: 9999,
+                unknown: false,
+                notrack: false,
+                priority: PRIORITY,
             },
-            unknown: None,
-            untracked: BTreeSet::new(),
-            priority: PRIORITY,
+            places: Places {
+                vips: ["172.17.0.1", "fd00::1"].map(address).into(),
+                own: own.into_iter().collect(),
+                spared: spared.into_iter().collect(),
+                ..Places::default()
+            },
             declared: declared
-                .map(|(source, port)| (address(source), Port::new(port).unwrap()))
+                .map(|(source, port)| RouteKey::tcp(address(source), Port::new(port).unwrap()))
                 .into(),
+            known: BTreeSet::new(),
         }
     }
 }

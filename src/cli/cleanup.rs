@@ -43,7 +43,7 @@ impl Cleanup {
             );
         }
         let mut done = Done::default();
-        for (firewall, removed) in capture::remove().await {
+        for (firewall, removed) in capture::remove_leftovers().await {
             match removed {
                 Ok(true) => done.removed.push(firewall.to_string()),
                 Ok(false) => {}

@@ -13,7 +13,7 @@ use tokio::{sync::watch, time::timeout};
 use super::{Answer, table::Columns, table::printable};
 use crate::{
     app,
-    capture::{self, Script, conntrack, rules::Rules},
+    capture::{self, Script, conntrack},
     config::{Args, CaptureMode, Config, UsageError},
     control::{Sources, Waiting},
     discovery::{Endpoints, Query},
@@ -51,7 +51,7 @@ struct Shown {
     skipped: Vec<Skipped>,
     /// Files of the kernel's connection tracking that would be written.
     settings: Vec<Setting>,
-    /// What would be given to the firewall's programs, in order.
+    /// The rules, as the firewall's programs would take them. With nft no program is started.
     scripts: Vec<Script>,
 }
 
@@ -95,8 +95,7 @@ impl Plan {
         let (firewall, scripts) = match config.capture {
             CaptureMode::None => (None, Vec::new()),
             CaptureMode::Dnat | CaptureMode::Redirect => {
-                let rules = Rules::of(&table, &rules);
-                let plan = capture::plan(config.firewall, &rules).await;
+                let plan = capture::plan(config.firewall, &rules, &table).await;
                 let (firewall, scripts) = plan.context("no firewall can be written")?;
                 (Some(firewall.to_string()), scripts)
             }
@@ -232,7 +231,7 @@ impl Shown {
             writeln!(out, "\nNo rules: neither --dnat nor --redirect is given.")?;
         }
         for Script { command, text } in &self.scripts {
-            write!(out, "\nRules, as `{command}` would get them\n{text}")?;
+            write!(out, "\nRules, as `{command}` takes them\n{text}")?;
         }
         Ok(())
     }

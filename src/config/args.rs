@@ -36,13 +36,14 @@ pub(crate) struct Args {
     )]
     pub(super) capture: Option<String>,
 
-    /// Firewall to use: "nft", "iptables", or "auto", the one that Docker uses on this host [default: auto]
+    /// Firewall to use: "nft", a table that only this process can change; "nft-shared", a table that every program can change;
+    /// "iptables"; or "auto", nft if the kernel has it, else iptables [default: auto]
     #[arg(
         long,
         help_heading = CAPTURE,
         value_name = "TOOL",
         hide_possible_values = true,
-        value_parser = Offers(&["auto", "nft", "iptables"])
+        value_parser = Offers(&["auto", "nft", "nft-shared", "iptables"])
     )]
     pub(super) firewall: Option<String>,
 

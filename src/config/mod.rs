@@ -109,12 +109,16 @@ worded! {
     }
 }
 
-/// Which program writes the rules.
+/// What holds the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum FirewallChoice {
-    /// Whichever Docker itself uses here.
+    /// nf_tables where the kernel has it, else iptables.
     Auto,
+    /// A table of nf_tables that belongs to this process, where the kernel can do that.
     Nft,
+    /// One that others can change.
+    NftShared,
+    /// iptables, by its programs.
     Iptables,
 }
 

@@ -55,7 +55,9 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     // What is, and what is wrong.
     let (text, code) = run(&host, &["status"])?;
     assert_eq!(code, Some(0), "{text}");
-    for part in ["ready, BROKEN: embassy", "in place", "1 without endpoint", "BACKEND_WRONG"] {
+    for part in
+        ["ready, BROKEN: embassy", "dnat by nft, in place", "1 without endpoint", "BACKEND_WRONG"]
+    {
         assert!(text.contains(part), "{part:?} in {text}");
     }
     assert_eq!(json(&host, &["status"])?["ready"], true);

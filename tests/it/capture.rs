@@ -1,6 +1,6 @@
 //! The firewall, by either backend: what is captured and what is not, whose rules are touched, and what is left.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use testbed::{HOST_ADDRESS, Host, Signal};
 
 use crate::{
@@ -9,6 +9,7 @@ use crate::{
 };
 
 pub(crate) const NFT: &str = "--firewall=nft";
+pub(crate) const NFT_SHARED: &str = "--firewall=nft-shared";
 pub(crate) const IPTABLES: &str = "--firewall=iptables";
 
 #[test]
@@ -170,7 +171,7 @@ fn redirect(firewall: &str) -> Result<()> {
     let embassy = host.embassy(["--redirect", "-provider=static", services, etcd, firewall])?;
     embassy.wait_ready(READY)?;
     assert_eq!(host.http("GET", "http://172.17.0.1:83/", "")?.ok()?, "web");
-    says(&embassy, &["it is not captured", "server=172.17.0.1:2379"])?;
+    says(&embassy, &["binding not captured", "server=172.17.0.1:2379"])?;
     host.http("GET", "http://172.17.0.1:2379/version", "")?.ok()?;
     embassy.terminate()?;
     assert!(embassy.wait(WAIT)?.success());
@@ -203,7 +204,7 @@ fn redirect(firewall: &str) -> Result<()> {
 }
 
 #[test]
-fn leftovers_go_at_the_start_and_auto_takes_what_docker_uses() -> Result<()> {
+fn leftovers_go_at_the_start_and_auto_is_nft() -> Result<()> {
     let host = Host::start()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
@@ -212,7 +213,7 @@ fn leftovers_go_at_the_start_and_auto_takes_what_docker_uses() -> Result<()> {
     let ancestors = ["-t", "nat", "-I", "PREROUTING", "-d", "172.17.42.1", "-p", "tcp"];
     let redirect = ["-j", "REDIRECT", "--to-ports", "9999"];
     host.run("iptables", [&ancestors[..], &comment, &redirect].concat())?;
-    for firewall in [NFT, IPTABLES] {
+    for firewall in [NFT_SHARED, IPTABLES] {
         let embassy = host.embassy(["--dnat", ETCD, firewall])?;
         embassy.wait_ready(READY)?;
         assert!(!rules(&host)?.contains("embassy_redirection"));
@@ -223,13 +224,24 @@ fn leftovers_go_at_the_start_and_auto_takes_what_docker_uses() -> Result<()> {
     let embassy = host.embassy(["--dnat", ETCD])?;
     embassy.wait_ready(READY)?;
     let now = rules(&host)?;
-    assert!(now.contains(":EMBASSY ") && !now.contains("table inet embassy"), "{now}");
+    assert!(now.contains("table inet embassy") && !now.contains(":EMBASSY "), "{now}");
     reaches(&app, "172.17.0.1:80", "web")?;
     // The other way to stop.
     embassy.signal(Signal::INT)?;
     assert!(embassy.wait(WAIT)?.success());
     assert_eq!(rules(&host)?, before);
-    Ok(())
+
+    // One that is killed leaves nothing: the kernel takes the rules away.
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    embassy.kill()?;
+    testbed::eventually(WAIT, "the rules to be gone", || {
+        let now = rules(&host)?;
+        ensure!(now == before, "{now}");
+        Ok(())
+    })?;
+    ends(&app, "172.17.0.1:80", "refused")
 }
 
 #[test]
@@ -243,8 +255,7 @@ fn nothing_is_captured_before_the_first_listing() -> Result<()> {
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     reaches(&app, "172.17.0.1:80", "web")?;
-    // Docker's own rules were not there to see when embassy started.
-    says(&embassy, &["capturing", "firewall=iptables"])
+    says(&embassy, &["capturing", "firewall=nft", "owned=true"])
 }
 
 /// Rules and tables of others, in all the places where ours are.
@@ -270,13 +281,21 @@ pub(crate) fn rules(host: &Host) -> Result<String> {
     let saved = [list(&["iptables-save"])?, list(&["ip6tables-save"])?].join("\n");
     let saved = saved.lines().filter(|line| !line.starts_with('#'));
     let saved = saved.map(|line| line.split(" [").next().unwrap_or(line));
+    let nft = without_flags(&nft);
     Ok([nft.as_str()].into_iter().chain(saved).collect::<Vec<_>>().join("\n").trim().to_owned())
+}
+
+/// Without the flags of tables: nft 1.0.6 prints whatever lies in its memory for `owner`.
+fn without_flags(listing: &str) -> String {
+    let kept = listing.lines().filter(|line| !line.is_empty() && !line.starts_with("\tflags "));
+    let kept = kept.map(|line| line.split(" # progname").next().unwrap_or(line));
+    kept.collect::<Vec<_>>().join("\n")
 }
 
 /// Our own rules alone.
 pub(crate) fn ours(host: &Host, firewall: &str) -> Result<String> {
-    if firewall == NFT {
-        return host.run("nft", ["-s", "list", "table", "inet", "embassy"]);
+    if firewall != IPTABLES {
+        return Ok(without_flags(&host.run("nft", ["-s", "list", "table", "inet", "embassy"])?));
     }
     let all = host.run("iptables-save", ["-t", "nat"])?;
     let first = all.lines().find(|line| line.starts_with("-A PREROUTING")).into_iter();

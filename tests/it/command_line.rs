@@ -60,8 +60,13 @@ fn a_shell_reads_the_completions_and_man_the_manual() -> Result<()> {
     }
     // A shell offers what a flag takes.
     let text = String::from_utf8(embassy(&["completions", "bash"], &[])?.stdout)?;
-    for words in ["declared all", "auto nft iptables", "docker static", "rr leastconn", "text json"]
-    {
+    for words in [
+        "declared all",
+        "auto nft nft-shared iptables",
+        "docker static",
+        "rr leastconn",
+        "text json",
+    ] {
         ensure!(text.contains(&format!("-W \"{words}\"")), "{words}: {text}");
     }
     // A manual page for each command, as `make dist` finds them.

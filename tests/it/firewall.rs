@@ -3,22 +3,101 @@
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use testbed::{Container, Embassy, Host};
+use testbed::{Container, Embassy, Host, embassy_program};
 
 use crate::{
     READY, WAIT,
-    capture::{IPTABLES, NFT, ours, rules, strangers_rules},
-    support::{ETCD, counts, ends, metric, reaches, restored, says, web},
+    capture::{IPTABLES, NFT, NFT_SHARED, ours, rules, strangers_rules},
+    support::{ETCD, counts, ends, metric, offer, reaches, restored, says, web},
 };
 
 /// What somebody does, and what embassy calls it.
 type Blow<'a> = (&'a [&'a str], &'a str);
 
 #[test]
+fn others_cannot_take_the_rules_of_a_running_embassy() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    host.run("sh", ["-ec", "(echo flush ruleset; nft list ruleset) > /run/before"])?;
+    let embassy = host.embassy(["--dnat", ETCD, NFT])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let written = ours(&host, NFT)?;
+    for (words, is_refused) in [
+        ("nft flush ruleset", false),
+        ("nft -f /run/before", false),
+        ("iptables -t nat -F", false),
+        ("nft delete table inet embassy", true),
+        ("nft flush chain inet embassy declared", true),
+        ("nft insert rule inet embassy prerouting accept", true),
+    ] {
+        let done = host.run("sh", ["-ec", words]);
+        assert_eq!(done.is_err(), is_refused, "{words}: {done:?}");
+        if let Err(error) = done {
+            ensure!(format!("{error:#}").contains("Operation not permitted"), "{error:#}");
+        }
+        assert_eq!(ours(&host, NFT)?, written, "{words}");
+        let answers = app.get("172.17.0.1:80").times(5).run()?;
+        assert_eq!(answers.from("web"), 5, "{words}: {answers:?}");
+    }
+    // It goes on changing what is its own.
+    let second = host.client("second").env("BACKEND_WEB", "/services/web;81").start()?;
+    reaches(&second, "172.17.0.1:81", "web")?;
+    second.remove()?;
+    testbed::eventually(WAIT, "the rules to be as before", || {
+        let now = ours(&host, NFT)?;
+        ensure!(now == written, "{now}");
+        Ok(())
+    })?;
+    assert_eq!((restored(&embassy)?, metric(&embassy, "embassy_capture_failures_total")?), (0, 0));
+    Ok(())
+}
+
+#[test]
+fn an_idle_embassy_starts_no_program() -> Result<()> {
+    for firewall in [NFT, NFT_SHARED, IPTABLES] {
+        let host = Host::start()?;
+        web(&host, "web")?;
+        let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+        // Every program that embassy may start, told when it is.
+        let told = "mkdir -p /run/bin; for name in nft iptables-save ip6tables-save iptables-restore \
+                    ip6tables-restore; do printf '#!/bin/sh\necho %s >> /run/started\nexec %s \"$@\"\n' \
+                    $name $(command -v $name) > /run/bin/$name; chmod +x /run/bin/$name; done";
+        host.run("sh", ["-ec", told])?;
+        let mut command = host.command("env");
+        command.env("DOCKER_HOST", host.docker_url()).arg("PATH=/run/bin");
+        command.arg(embassy_program()?).args(["--dnat", ETCD, firewall]);
+        let embassy = host.embassy_from(command)?;
+        embassy.wait_ready(READY)?;
+        reaches(&app, "172.17.0.1:80", "web")?;
+        let started = || anyhow::Ok(host.run("cat", ["/run/started"])?.lines().count());
+        // As long as it takes until twice is nothing new, the rules were looked at since the start.
+        let mut before = 0;
+        let idle = std::time::Duration::from_secs(12);
+        testbed::eventually(WAIT * 3, "nothing to be started", || {
+            let now = started()?;
+            let is_same = std::mem::replace(&mut before, now) == now;
+            std::thread::sleep(idle);
+            ensure!(is_same && started()? == now, "{now} programs");
+            Ok(())
+        })?;
+        // But what others do is looked at.
+        host.run("nft", ["add table inet another"])?;
+        testbed::eventually(WAIT, "a program to be started", || {
+            ensure!(started()? > before, "{before}");
+            Ok(())
+        })?;
+        assert_eq!(restored(&embassy)?, 0);
+    }
+    Ok(())
+}
+
+#[test]
 fn rules_that_vanish_from_nft_are_back() -> Result<()> {
     let reload = "nft -f /run/before";
     vanish(
-        NFT,
+        NFT_SHARED,
         &[
             (&["nft", "flush", "ruleset"], "vanished"),
             (&["sh", "-ec", reload], "vanished"),
@@ -105,7 +184,7 @@ fn with_iptables_a_program_that_comes_before_our_rules_is_told() -> Result<()> {
     ensure!(embassy.admin("/v1/status")?.ok()?.contains("ip above pre"), "the status says it too");
     host.run("nft", ["delete table ip above"])?;
     reaches(&app, "172.17.0.1:80", "web")?;
-    says(&embassy, &["is not in the way of captured connections any more", "ip above pre"])
+    says(&embassy, &["chain no longer drops captured connections", "ip above pre"])
 }
 
 fn vanish(firewall: &str, blows: &[Blow<'_>]) -> Result<()> {
@@ -118,7 +197,7 @@ fn vanish(firewall: &str, blows: &[Blow<'_>]) -> Result<()> {
     }
     let app = app.start()?;
     let save = match firewall {
-        NFT => "(echo flush ruleset; nft list ruleset) > /run/before",
+        NFT_SHARED => "(echo flush ruleset; nft list ruleset) > /run/before",
         _ => "iptables-save -t nat > /run/before",
     };
     host.run("sh", ["-ec", save])?;
@@ -142,9 +221,9 @@ fn vanish(firewall: &str, blows: &[Blow<'_>]) -> Result<()> {
         let series = format!("embassy_capture_restored_total{{change=\"{change}\"}}");
         let before = blows[..n - 1].iter().filter(|(_, other)| other == change).count();
         counts(&embassy, &series, before as u64 + 1)?;
-        says(&embassy, &["our rules were changed from outside", &format!("change={change:?}")])?;
+        says(&embassy, &["another program changed our rules", &format!("change={change:?}")])?;
     }
-    says(&embassy, &["our rules were changed from outside", "missing=\"all of them\""])?;
+    says(&embassy, &["another program changed our rules", "missing=\"all of them\""])?;
     // What does not touch ours is none of our business.
     host.run("iptables", ["-F"])?;
     // And only then: rules that nobody touched are left alone.
@@ -240,8 +319,107 @@ fn dropped(firewall: &str, close: &str, said: &str) -> Result<()> {
     reaches(&app, "172.17.0.1:80", "web")?;
     closed("172.17.0.1:7000")?;
     closed("172.17.0.1:9999")?;
-    says(&embassy, &["is not in the way of captured connections any more", said])?;
+    says(&embassy, &["chain no longer drops captured connections", said])?;
     assert_eq!(metric(&embassy, "embassy_capture_barriers")?, 0);
+    Ok(())
+}
+
+#[test]
+fn a_program_that_crashes_hides_only_its_own_rules() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    // As an nft of another version does, beside some sets.
+    let crash = "mkdir -p /run/bin; printf '#!/bin/sh\nkill -SEGV $$\n' > /run/bin/nft; chmod +x /run/bin/nft";
+    host.run("sh", ["-ec", crash])?;
+    let mut command = host.command("env");
+    let path = std::env::var("PATH")?;
+    command.env("DOCKER_HOST", host.docker_url()).arg(format!("PATH=/run/bin:{path}"));
+    command.arg(embassy_program()?).args(["--dnat", ETCD]);
+    let embassy = host.embassy_from(command)?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    host.run("iptables", ["-A", "INPUT", "-i", "lo", "-j", "ACCEPT"])?;
+    host.run("iptables", ["-P", "INPUT", "DROP"])?;
+    says(
+        &embassy,
+        &["captured connections may be dropped", "INPUT of iptables has the policy DROP"],
+    )?;
+    assert_eq!(metric(&embassy, "embassy_capture_failures_total")?, 0);
+    Ok(())
+}
+
+#[test]
+fn a_rule_that_drops_what_we_capture_is_noticed_by_what_does_not_arrive() -> Result<()> {
+    let host = Host::start()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD, NFT])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    // No end of a chain, and no policy: a rule that matches more than it says.
+    for rule in [
+        "add table inet strict",
+        "add chain inet strict in { type filter hook input priority 0; policy accept; }",
+        "add rule inet strict in iifname docker0 tcp dport 1024-65535 drop",
+        "add rule inet strict in accept",
+    ] {
+        host.run("nft", [rule])?;
+    }
+    testbed::eventually(WAIT * 2, "it to be told", || {
+        let probe = app.peer(["probe", "172.17.0.1:80", "--wait-ms", "1"])?;
+        ensure!(probe["outcome"] == "timeout", "{probe}");
+        ensure!(metric(&embassy, "embassy_capture_barriers")? == 1, "not told");
+        Ok(())
+    })?;
+    let what = "a rule of this host's input that embassy cannot read";
+    says(&embassy, &["captured connections may be dropped on this host", what])?;
+    host.run("nft", ["delete table inet strict"])?;
+    testbed::eventually(WAIT * 2, "the end of it to be told", || {
+        ensure!(app.get("172.17.0.1:80").run()?.from("web") == 1, "not reached");
+        ensure!(metric(&embassy, "embassy_capture_barriers")? == 0, "still told");
+        Ok(())
+    })?;
+    says(&embassy, &["chain no longer drops captured connections", what])
+}
+
+#[test]
+fn live_connections_outlive_the_rules_where_nobody_else_translates() -> Result<()> {
+    for firewall in [NFT, NFT_SHARED] {
+        // The engine writes no rules of its own: with ours, the last that translate would go.
+        let host = Host::builder().docker_args(["--iptables=false"]).start()?;
+        let echo = host.server("echo", ["echo"]).start()?;
+        offer(&host, "echo", echo.ip()?)?;
+        let app = host.client("app").env("BACKEND_ECHO", "/services/echo;80").start()?;
+        let before = rules(&host)?;
+        let embassy = host.embassy(["--dnat", ETCD, firewall, "--drain=1h"])?;
+        embassy.wait_ready(READY)?;
+        let words = [
+            "testbed",
+            "peer",
+            "echoes",
+            "172.17.0.1:80",
+            "-n",
+            "5",
+            "--bytes",
+            "20000",
+            "--delay-ms",
+            "5000",
+        ];
+        let live = app.spawn("live", words)?;
+        counts(&embassy, "embassy_connections_active", 5)?;
+        testbed::eventually(WAIT, "all to have sent their first half", || {
+            ensure!(live.log().contains("connected"), "{}", live.log());
+            Ok(())
+        })?;
+        embassy.terminate()?;
+        ends(&app, "172.17.0.1:80", "refused")?;
+        ensure!(!rules(&host)?.contains("redirect"), "{}", rules(&host)?);
+        ensure!(live.wait(WAIT)?.success(), "{}", live.log());
+        ensure!(live.log().contains("\"whole\":5"), "{}", live.log());
+        assert!(embassy.wait(WAIT)?.success());
+        assert_eq!(rules(&host)?, before);
+    }
     Ok(())
 }
 

@@ -43,7 +43,7 @@ pub struct Metrics {
     pub refused: Arc<Refused>,
     pub figures: Figures,
     pub state: Arc<state::Counts>,
-    pub capture: Option<Arc<capture::Counts>>,
+    pub capture: Option<Arc<capture::CaptureCounts>>,
 }
 
 impl Metrics {
@@ -231,7 +231,7 @@ impl Metrics {
     }
 }
 
-fn captured(out: &mut Families<'_, '_>, counts: &capture::Counts) -> fmt::Result {
+fn captured(out: &mut Families<'_, '_>, counts: &capture::CaptureCounts) -> fmt::Result {
     let in_place = u64::from(counts.standing().in_place);
     out.gauge(
         "capture_in_place",

@@ -16,9 +16,10 @@ use tokio::{sync::Notify, time::timeout};
 use super::super::{client::Client, running};
 use crate::{
     admin::api,
+    app,
     capture::{
-        Firewall, Lock,
-        input::{self, Barrier},
+        Backend, Firewall, Lock,
+        input::{Barrier, Detail, Listings},
         place::{self, Hook},
     },
     config::{CaptureMode, Config, Provider},
@@ -131,17 +132,21 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         }
     }
     let running: Vec<_> = running::proxies().iter().map(|proxy| proxy.pid).collect();
+    let listings = Listings::read(Detail::Everything).await;
     let memory =
         running.first().map_or_else(Memory::of_this_process, |pid| Memory::of_process(*pid));
     HostFacts {
         capture: config.capture,
         engine,
         discoveries: discoveries(&config.discoveries).await,
-        firewall: Firewall::choose(config.firewall).await.map_err(|error| error.to_string()),
+        firewall: firewall(config).await,
         places,
         places_of_output,
         capturing: Lock::is_held(),
-        barriers: input::barriers(config.port.get()).await.map_err(|error| error.to_string()),
+        barriers: match listings.error() {
+            Some(error) => Err(error.to_string()),
+            None => Ok(listings.barriers(config.port.get())),
+        },
         port: config.port.get(),
         listener: listener(config.port.get(), &running),
         running: running.clone(),
@@ -176,6 +181,14 @@ async fn told(config: &Config) -> Vec<api::Finding> {
         Ok(Err(_)) | Err(_) => Vec::new(),
     };
     findings.into_iter().filter(|finding| finding.verdict > api::Verdict::Ok).collect()
+}
+
+/// What would hold the rules of a start with these flags.
+async fn firewall(config: &Config) -> Result<Firewall, String> {
+    let rules = app::rules(config).await.map_err(|error| error.to_string())?;
+    let backend =
+        Backend::open(config.firewall, &rules).await.map_err(|error| error.to_string())?;
+    Ok(backend.firewall())
 }
 
 async fn engine(

@@ -1,4 +1,5 @@
 use super::*;
+use crate::capture::NFT_SHARED;
 
 /// A call by the socket: its status and body.
 fn call(host: &Host, words: &[&str]) -> Result<(String, String)> {
@@ -14,7 +15,8 @@ fn the_socket_may_change_what_tcp_may_not_without_the_token() -> Result<()> {
     let (one, two) = (web(&host, "one")?, host.web("two").start()?);
     offer_at(&host, "one", &format!("{}:80", two.ip()?))?;
     let app = host.client("app").env("BACKEND_ONE", "/services/one;80").start()?;
-    let embassy = host.embassy(["--dnat", ETCD, "--admin=unix:///run/embassy.sock"])?;
+    let flags = ["--dnat", ETCD, NFT_SHARED, "--admin=unix:///run/embassy.sock"];
+    let embassy = host.embassy(flags)?;
     testbed::eventually(READY, "readiness by the socket", || {
         let (status, body) = call(&host, &["http://embassy/readyz"])?;
         ensure!(status == "200", "{body}");
@@ -61,11 +63,11 @@ fn the_socket_may_change_what_tcp_may_not_without_the_token() -> Result<()> {
     late.remove()?;
     told(r#""event":"route_removed","consumer":"late""#)?;
     testbed::eventually(WAIT, "the rules of late to go", || {
-        let rules = host.run("iptables", ["-t", "nat", "-S", "EMBASSY"])?;
-        ensure!(!rules.contains("--dport 81"), "{rules}");
+        let rules = host.run("nft", ["list", "set", "inet", "embassy", "declared4"])?;
+        ensure!(!rules.contains(". 81"), "{rules}");
         Ok(())
     })?;
-    host.run("iptables", ["-t", "nat", "-F", "EMBASSY"])?;
+    host.run("nft", ["flush", "chain", "inet", "embassy", "declared"])?;
     told(r#""event":"capture_restored""#)?;
     host.etcd_daemon().kill()?;
     told(r#""event":"source_lost""#)?;

@@ -1,0 +1,69 @@
+//! Whether captured connections are dropped on this host behind our rules, by two counts: at the beginning of its input and at
+//! the end. Pure.
+
+/// The counts, as they were read last.
+#[derive(Debug, Default)]
+pub(super) struct Arrivals {
+    before: Option<(u64, u64)>,
+    /// Of those that arrived by then, those that never passed.
+    lost: u64,
+    dropped: bool,
+}
+
+impl Arrivals {
+    /// Whether others' rules drop captured connections, by what `counts` says now: how many came, and how many passed. What came
+    /// a moment ago may just be on its way: it is lost once it is missing twice.
+    pub(super) fn are_dropped(&mut self, counts: Option<(u64, u64)>) -> bool {
+        let missing = |(came, passed): (u64, u64)| came.saturating_sub(passed);
+        // Smaller counts are those of chains that were made again.
+        let before = self.before.filter(|before| counts.is_some_and(|now| now.1 >= before.1));
+        match (before, counts) {
+            (Some(before), Some(now)) => {
+                let lost = missing(before).min(missing(now));
+                if lost > self.lost {
+                    self.dropped = true;
+                } else if now.1 > before.1 && missing(now) <= self.lost {
+                    self.dropped = false;
+                }
+                self.lost = lost;
+            }
+            _ => *self = Self { dropped: self.dropped && counts.is_some(), ..Self::default() },
+        }
+        self.before = counts;
+        self.dropped
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_twice_is_dropped_until_others_pass() {
+        let mut arrivals = Arrivals::default();
+        let mut told = |counts| arrivals.are_dropped(Some(counts));
+        assert!(!told((0, 0)));
+        // One is on its way, and has passed at the next look.
+        assert!(!told((5, 4)));
+        assert!(!told((5, 5)));
+        // Two that are lost.
+        assert!(!told((7, 5)));
+        assert!(told((7, 5)));
+        assert!(told((7, 5)), "nothing has shown that it is better");
+        assert!(told((9, 5)));
+        assert!(told((9, 5)));
+        // Others pass.
+        assert!(!told((12, 8)));
+        assert!(!told((12, 8)));
+    }
+
+    #[test]
+    fn counts_that_begin_again_say_nothing() {
+        let mut arrivals = Arrivals::default();
+        assert!(!arrivals.are_dropped(Some((100, 50))));
+        assert!(arrivals.are_dropped(Some((100, 50))));
+        assert!(arrivals.are_dropped(Some((3, 1))));
+        assert!(!arrivals.are_dropped(Some((3, 3))), "two that were on their way");
+        assert!(!arrivals.are_dropped(None));
+    }
+}

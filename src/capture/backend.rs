@@ -1,0 +1,177 @@
+//! Who writes our rules, behind one interface: whole or as changes, checked, and removed.
+
+use super::{
+    CaptureError, Firewall,
+    change::Change,
+    iptables::{self, Iptables},
+    netlink::BaseChain,
+    nft::{self, Draining, Nft},
+    rules::{RuleChanges, RuleSettings, Rules, Shape},
+};
+use crate::config::FirewallChoice;
+
+/// The writer of our rules. What it wrote stays as it is until it is told otherwise, except for what others do.
+#[derive(Debug)]
+pub enum Backend {
+    Nft(Box<Nft>),
+    Iptables(Iptables),
+    /// Writes nothing.
+    #[cfg(test)]
+    Fake(super::fake::Fake),
+}
+
+impl Backend {
+    /// The one that was chosen; for `auto`, nf_tables where the kernel has it. An error where it does not work. Nothing is
+    /// changed.
+    pub async fn open(
+        choice: FirewallChoice,
+        settings: &RuleSettings,
+    ) -> Result<Self, CaptureError> {
+        let shape = Shape::of(settings);
+        let nft = |shared| Nft::open(&shape, shared).map(|nft| Self::Nft(Box::new(nft)));
+        match choice {
+            FirewallChoice::Nft => nft(false),
+            FirewallChoice::NftShared => nft(true),
+            FirewallChoice::Iptables => Iptables::open().await.map(Self::Iptables),
+            FirewallChoice::Auto => match nft(false) {
+                Ok(nft) => Ok(nft),
+                Err(nft) => match Iptables::open().await {
+                    Ok(iptables) => {
+                        tracing::debug!(error = %nft, "no nf_tables");
+                        Ok(Self::Iptables(iptables))
+                    }
+                    Err(iptables) => Err(CaptureError::Nothing {
+                        nft: Box::new(nft),
+                        iptables: Box::new(iptables),
+                    }),
+                },
+            },
+        }
+    }
+
+    pub fn firewall(&self) -> Firewall {
+        match self {
+            Self::Nft(_) => Firewall::Nft,
+            Self::Iptables(_) => Firewall::Iptables,
+            #[cfg(test)]
+            Self::Fake(_) => Firewall::Nft,
+        }
+    }
+
+    /// Whether nobody else can change our rules.
+    pub(super) fn is_owned(&self) -> bool {
+        match self {
+            Self::Nft(nft) => nft.is_owned(),
+            Self::Iptables(_) => false,
+            #[cfg(test)]
+            Self::Fake(_) => false,
+        }
+    }
+
+    /// Whether rules stand that were written by [`Self::load`] and not found damaged.
+    pub(super) fn stands(&self) -> bool {
+        match self {
+            Self::Nft(nft) => nft.stands(),
+            Self::Iptables(iptables) => iptables.stands(),
+            #[cfg(test)]
+            Self::Fake(fake) => fake.stands,
+        }
+    }
+
+    /// Writes all rules, in place of whatever stands. What others changed meanwhile; `None`: nothing.
+    pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
+        match self {
+            Self::Nft(nft) => nft.load(rules).await,
+            Self::Iptables(iptables) => iptables.load(rules).await,
+            #[cfg(test)]
+            Self::Fake(fake) => fake.load(rules),
+        }
+    }
+
+    /// Makes of the rules that stand those that `rules` gives, from which they differ by `changes`. After an error they have to be
+    /// loaded.
+    pub(super) async fn apply(
+        &mut self,
+        changes: &RuleChanges,
+        rules: impl FnOnce() -> Rules,
+    ) -> Result<Option<Change>, CaptureError> {
+        match self {
+            Self::Nft(nft) => nft.change(changes).await.map(|()| None),
+            Self::Iptables(iptables) => iptables.load(&rules()).await,
+            #[cfg(test)]
+            Self::Fake(fake) => fake.apply(changes),
+        }
+    }
+
+    /// The same rules, with chains at another priority. Where they have none, nothing.
+    pub(super) fn move_to(&mut self, rules: &Rules) -> Result<(), CaptureError> {
+        match self {
+            // What others changed meanwhile, the next check finds: it does not stand then.
+            Self::Nft(nft) => nft.move_to(rules).map(drop),
+            Self::Iptables(_) => Ok(()),
+            #[cfg(test)]
+            Self::Fake(_) => Ok(()),
+        }
+    }
+
+    /// Whether somebody else may have changed something in the firewall since this was asked last.
+    pub(super) fn others_changed(&mut self) -> Result<bool, CaptureError> {
+        match self {
+            Self::Nft(nft) => nft.others_changed(),
+            Self::Iptables(iptables) => iptables.others_changed(),
+            #[cfg(test)]
+            Self::Fake(fake) => Ok(std::mem::take(&mut fake.others)),
+        }
+    }
+
+    /// What others did to our rules, and what is missing, for people. `None`: nothing.
+    pub(super) async fn check(
+        &mut self,
+        rules: impl FnOnce() -> Rules,
+    ) -> Result<Option<(Change, String)>, CaptureError> {
+        match self {
+            Self::Nft(nft) if nft.is_owned() => Ok(None),
+            Self::Nft(nft) => nft.damage(&rules()),
+            Self::Iptables(iptables) => iptables.damage().await,
+            #[cfg(test)]
+            Self::Fake(fake) => Ok(fake.damage()),
+        }
+    }
+
+    /// The chains that the kernel calls, ours and others'. None where there is no nf_tables.
+    pub(super) fn base_chains(&mut self) -> Result<Vec<BaseChain>, CaptureError> {
+        match self {
+            Self::Nft(nft) => nft.base_chains(),
+            Self::Iptables(_) => Ok(nft::base_chains().unwrap_or_default()),
+            #[cfg(test)]
+            Self::Fake(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// How many captured connections came to this host's input, and how many passed it; `None` where that is not counted.
+    pub(super) fn arrivals(&mut self) -> Result<Option<(u64, u64)>, CaptureError> {
+        match self {
+            Self::Nft(nft) => nft.arrivals(),
+            Self::Iptables(_) => Ok(None),
+            #[cfg(test)]
+            Self::Fake(_) => Ok(None),
+        }
+    }
+
+    /// Captures nothing any more. Whether anything did before.
+    pub(super) async fn remove(self) -> Result<(bool, Remains), CaptureError> {
+        match self {
+            Self::Nft(nft) => {
+                let (found, draining) = nft.remove()?;
+                Ok((found, Remains(Some(Box::new(draining)))))
+            }
+            Self::Iptables(_) => Ok((iptables::remove().await?, Remains(None))),
+            #[cfg(test)]
+            Self::Fake(_) => Ok((true, Remains(None))),
+        }
+    }
+}
+
+/// To be kept until the last captured connection has ended: while it is, the kernel goes on translating their packets.
+#[derive(Debug, Default)]
+pub struct Remains(#[allow(dead_code, reason = "it is there to be dropped")] Option<Box<Draining>>);

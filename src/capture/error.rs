@@ -1,0 +1,33 @@
+//! Why the firewall does not do what was asked.
+
+use super::{netlink::NetlinkError, program::ProgramError};
+
+/// Why rules cannot be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// The kernel's nf_tables is there, and too old or built without a part.
+    #[error("this kernel's nf_tables has no {0}")]
+    Lacks(String),
+    /// Somebody else's socket owns a table of our name.
+    #[error(
+        "table inet {name} belongs to another process (netlink port {owner}), and goes when that process ends"
+    )]
+    Owned { name: String, owner: u32 },
+    #[error("no nf_tables ({nft}) and no iptables ({iptables})")]
+    Nothing { nft: Box<CaptureError>, iptables: Box<CaptureError> },
+}
+
+impl CaptureError {
+    /// Whether the program is not installed, or the kernel has no nf_tables: then there are no rules either.
+    pub(super) fn is_missing(&self) -> bool {
+        match self {
+            Self::Program(error) => error.is_missing(),
+            Self::Netlink(error) => error.is_missing(),
+            _ => false,
+        }
+    }
+}

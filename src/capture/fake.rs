@@ -1,0 +1,91 @@
+//! A firewall that exists only in tests.
+
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex},
+};
+
+use super::{
+    CaptureError, Change,
+    rules::{RuleChanges, RuleSettings, Rules},
+};
+use crate::{config::CaptureScope, table::RouteKey};
+
+/// What it was given, and what it is to say.
+#[derive(Debug, Default)]
+pub struct Fake {
+    pub(super) stands: bool,
+    /// Others changed something.
+    pub(super) others: bool,
+    pub(super) state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    /// The keys that are captured.
+    pub(super) declared: BTreeSet<RouteKey>,
+    pub(super) loads: usize,
+    pub(super) changes: usize,
+    /// The next writes fail.
+    pub(super) failures: usize,
+    /// What others did, to be found once.
+    pub(super) damage: Option<(Change, String)>,
+}
+
+impl Fake {
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    fn fail(&mut self) -> Result<(), CaptureError> {
+        let mut state = self.state();
+        if state.failures > 0 {
+            state.failures -= 1;
+            drop(state);
+            self.stands = false;
+            return Err(CaptureError::Lacks("will".to_owned()));
+        }
+        Ok(())
+    }
+
+    pub(super) fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
+        self.fail()?;
+        self.stands = true;
+        let mut state = self.state();
+        state.loads += 1;
+        state.declared.clone_from(&rules.declared);
+        Ok(None)
+    }
+
+    pub(super) fn apply(&mut self, changes: &RuleChanges) -> Result<Option<Change>, CaptureError> {
+        assert!(self.stands);
+        self.fail()?;
+        let mut state = self.state();
+        state.changes += 1;
+        for key in &changes.declared_removed {
+            assert!(state.declared.remove(key), "{key}");
+        }
+        for key in &changes.declared_added {
+            assert!(state.declared.insert(*key), "{key}");
+        }
+        Ok(None)
+    }
+
+    pub(super) fn damage(&mut self) -> Option<(Change, String)> {
+        let found = self.state().damage.take();
+        self.stands &= found.is_none();
+        found
+    }
+}
+
+pub(super) fn settings() -> RuleSettings {
+    RuleSettings {
+        redirect: false,
+        scope: CaptureScope::Declared,
+        port: 9999,
+        own: Vec::new(),
+        servers: Vec::new(),
+        hold: false,
+        notrack: false,
+    }
+}

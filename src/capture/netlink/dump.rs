@@ -1,0 +1,176 @@
+//! What the kernel has, as far as we ask for it.
+
+use rustix::io::Errno;
+
+use super::{
+    super::{layout, place::Hook, rules::Rules},
+    encode::{Bound, ELEMENT_FLAGS, ELEMENT_KEY, INTERVAL_END, Table, VALUE, bounds, hook_number},
+    socket::{NetlinkError, Socket},
+    wire::{Kind, Parsed, family},
+};
+
+/// A table of the family `inet`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::capture) struct TableName {
+    pub(in crate::capture) name: String,
+    /// The port of the socket that it belongs to: as a rule the number of a process.
+    pub(in crate::capture) owner: Option<u32>,
+}
+
+/// The tables of the family `inet`.
+pub(in crate::capture) fn tables(socket: &mut Socket) -> Result<Vec<TableName>, NetlinkError> {
+    const NAME: u16 = 1;
+    const OWNER: u16 = 7;
+    let mut found = Vec::new();
+    socket.dump(
+        Kind::GET_TABLE,
+        family::INET,
+        |_| {},
+        |table| {
+            let table = table.attributes();
+            let name = table.text(NAME).map(str::to_owned);
+            found.extend(name.map(|name| TableName { name, owner: table.number(OWNER) }));
+        },
+    )?;
+    Ok(found)
+}
+
+/// A chain that the kernel calls.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::capture) struct BaseChain {
+    /// Family, table and chain, as the `nft` program names them.
+    pub(in crate::capture) name: String,
+    /// `nat`, `filter` or `route`.
+    pub(in crate::capture) kind: String,
+    pub(in crate::capture) hook: Hook,
+    pub(in crate::capture) priority: i32,
+}
+
+/// Every chain that the kernel calls for IP, at a hook that concerns us.
+pub(in crate::capture) fn base_chains(socket: &mut Socket) -> Result<Vec<BaseChain>, NetlinkError> {
+    const TABLE: u16 = 1;
+    const NAME: u16 = 3;
+    const HOOK: u16 = 4;
+    const KIND: u16 = 7;
+    let mut found = Vec::new();
+    socket.dump(
+        Kind::GET_CHAIN,
+        family::ALL,
+        |_| {},
+        |chain| {
+            let family = match chain.family {
+                family::INET => "inet",
+                family::IPV4 => "ip",
+                family::IPV6 => "ip6",
+                _ => return,
+            };
+            let chain = chain.attributes();
+            let base = || {
+                let number = chain.nested(HOOK).number(1)?;
+                let hooks = [Hook::Prerouting, Hook::Input, Hook::Output];
+                Some(BaseChain {
+                    name: format!("{family} {} {}", chain.text(TABLE)?, chain.text(NAME)?),
+                    kind: chain.text(KIND)?.to_owned(),
+                    hook: hooks.into_iter().find(|hook| hook_number(*hook) == number)?,
+                    priority: chain.nested(HOOK).number(2)?.cast_signed(),
+                })
+            };
+            found.extend(base());
+        },
+    )?;
+    Ok(found)
+}
+
+/// How many packets the rule of a counting chain of ours has seen. `None` where there is no such rule.
+pub(in crate::capture) fn counted(
+    socket: &mut Socket,
+    table: Table<'_>,
+    chain: &str,
+) -> Result<Option<u64>, NetlinkError> {
+    const NAME: u16 = 1;
+    const DATA: u16 = 2;
+    const PACKETS: u16 = 2;
+    let mut found = None;
+    rules(socket, table, Some(chain), |rule| {
+        let is_counter = |expression: &Parsed<'_>| expression.text(NAME) == Some("counter");
+        let counter = rule.list(EXPRESSIONS).find(is_counter);
+        found = found.or(counter.and_then(|counter| counter.nested(DATA).long(PACKETS)));
+    })?;
+    Ok(found)
+}
+
+/// A rule's attributes.
+const CHAIN: u16 = 2;
+const HANDLE: u16 = 3;
+const EXPRESSIONS: u16 = 4;
+
+fn rules(
+    socket: &mut Socket,
+    table: Table<'_>,
+    chain: Option<&str>,
+    mut each: impl FnMut(Parsed<'_>),
+) -> Result<(), NetlinkError> {
+    let select = |to: &mut super::wire::Attributes<'_>| {
+        to.text(1, table.name);
+        if let Some(chain) = chain {
+            to.text(CHAIN, chain);
+        }
+    };
+    let dumped = socket.dump(Kind::GET_RULE, family::INET, select, |rule| {
+        each(rule.attributes());
+    });
+    none_if_missing(dumped)
+}
+
+/// A table that is not there has nothing.
+fn none_if_missing(dumped: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
+    match dumped {
+        Err(error) if error.errno() == Some(Errno::NOENT) => Ok(()),
+        dumped => dumped,
+    }
+}
+
+/// A table as the kernel has it, to be compared with the same at another time.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(in crate::capture) struct Listing {
+    /// The chain of each rule, and the number that the kernel gave it: a rule never changes.
+    pub(in crate::capture) rules: Vec<(String, u64)>,
+    /// Elements that should be there and are not, and the other way round.
+    pub(in crate::capture) missing: usize,
+    pub(in crate::capture) added: usize,
+}
+
+/// The table compared with `rules`, where others can change it. It reads every element.
+pub(in crate::capture) fn list(
+    socket: &mut Socket,
+    table: Table<'_>,
+    expected: &Rules,
+) -> Result<Listing, NetlinkError> {
+    let mut listing = Listing::default();
+    self::rules(socket, table, None, |rule| {
+        let chain = rule.text(CHAIN).unwrap_or_default().to_owned();
+        listing.rules.extend(rule.long(HANDLE).map(|handle| (chain, handle)));
+    })?;
+    for set in layout::sets(&expected.shape) {
+        let mut wanted: Vec<_> = layout::elements(set, expected).iter().flat_map(bounds).collect();
+        let mut present = Vec::new();
+        let select = |to: &mut super::wire::Attributes<'_>| {
+            to.text(1, table.name).text(2, &set.to_string());
+        };
+        let dumped = socket.dump(Kind::GET_ELEMENTS, family::INET, select, |elements| {
+            for element in elements.attributes().list(3) {
+                let key = element.nested(ELEMENT_KEY).get(VALUE).unwrap_or_default().to_vec();
+                let flags = element.number(ELEMENT_FLAGS).unwrap_or_default();
+                present.push(Bound { key, is_end: flags & INTERVAL_END != 0 });
+            }
+        });
+        none_if_missing(dumped)?;
+        wanted.sort();
+        present.sort();
+        listing.missing +=
+            wanted.iter().filter(|bound| present.binary_search(bound).is_err()).count();
+        listing.added +=
+            present.iter().filter(|bound| wanted.binary_search(bound).is_err()).count();
+    }
+    Ok(listing)
+}

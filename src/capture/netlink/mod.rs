@@ -1,0 +1,16 @@
+//! nf_tables without a program: messages on a netlink socket. No program is started, nothing of others is read to change what is
+//! ours, and the table belongs to a descriptor (docs/decisions/0005-nf-tables-by-netlink.md).
+
+mod dump;
+mod encode;
+mod expression;
+mod socket;
+mod wire;
+
+pub(super) use dump::{BaseChain, Listing, TableName, base_chains, counted, list, tables};
+pub(super) use encode::{Table, delete, edit, load, other_chains, question, replace};
+pub(crate) use socket::NetlinkError;
+pub(super) use socket::{Generation, Socket};
+pub(super) use wire::Messages;
+#[cfg(any(test, fuzzing))]
+pub(crate) use wire::fuzz;

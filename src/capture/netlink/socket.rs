@@ -1,0 +1,202 @@
+//! A netlink socket to nf_tables. It is the owner of the tables that were made through it with the owner flag: the kernel
+//! removes them when the last descriptor of it is closed, however the process ends.
+//!
+//! The kernel works while we send, so that every call is short and its answer is there when it returns: nothing waits.
+
+use std::{io, os::fd::OwnedFd};
+
+use rustix::{
+    io::Errno,
+    net::{
+        AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send,
+        socket_with, sockopt,
+    },
+};
+
+use super::wire::{Answer, Attributes, Kind, Messages, REQUEST, answers, family, flags};
+
+/// Counts what anybody changed in the nf_tables of a network namespace. It wraps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::capture) struct Generation(u32);
+
+impl Generation {
+    /// Whether this follows `before` at once: nobody was in between.
+    pub(in crate::capture) fn follows(self, before: Self) -> bool {
+        self.0 == before.0.wrapping_add(1)
+    }
+}
+
+/// Why the kernel's nf_tables did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    #[error("nf_tables {doing}: {error}")]
+    Io { doing: &'static str, error: io::Error },
+    /// A batch was refused, and nothing of it applied.
+    #[error("nf_tables refused {}", refusals(.0))]
+    Refused(Vec<Refusal>),
+}
+
+/// A message of a batch that the kernel refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Refusal {
+    /// The number of the message in its batch, from 1; 0: the batch itself.
+    pub(in crate::capture) message: u32,
+    pub(in crate::capture) error: Errno,
+}
+
+fn refusals(all: &[Refusal]) -> String {
+    let Some(first) = all.first() else { return "a batch".to_owned() };
+    let more = match all.len() - 1 {
+        0 => String::new(),
+        more => format!(", and {more} more"),
+    };
+    let error = io::Error::from(first.error);
+    format!("message {} of a batch: {error}{more}", first.message)
+}
+
+impl NetlinkError {
+    fn of(doing: &'static str) -> impl FnOnce(Errno) -> Self {
+        move |error| Self::Io { doing, error: error.into() }
+    }
+
+    /// Whether this kernel has no nf_tables.
+    pub(in crate::capture) fn is_missing(&self) -> bool {
+        let missing = [Errno::PROTONOSUPPORT, Errno::AFNOSUPPORT, Errno::OPNOTSUPP, Errno::INVAL];
+        matches!(self, Self::Io { .. })
+            && self.errno().is_some_and(|errno| missing.contains(&errno))
+    }
+
+    /// The first error's number.
+    pub(in crate::capture) fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Io { error, .. } => Errno::from_io_error(error),
+            Self::Refused(all) => all.first().map(|refusal| refusal.error),
+        }
+    }
+}
+
+/// The socket.
+#[derive(Debug)]
+pub(in crate::capture) struct Socket {
+    socket: OwnedFd,
+    buffer: Box<[u8]>,
+}
+
+/// An error repeats the message that had it, which may be this long.
+const READ: usize = 128 << 10;
+/// A batch has to fit, and the errors of one.
+const KERNEL_BUFFER: usize = 4 << 20;
+
+impl Socket {
+    pub(in crate::capture) fn open() -> Result<Self, NetlinkError> {
+        let socket = socket_with(
+            AddressFamily::NETLINK,
+            SocketType::RAW,
+            SocketFlags::CLOEXEC,
+            Some(netlink::NETFILTER),
+        )
+        .map_err(NetlinkError::of("cannot be reached"))?;
+        // Needs the right that everything else here needs too; the first use says so.
+        let _ = sockopt::set_socket_send_buffer_size_force(&socket, KERNEL_BUFFER);
+        let _ = sockopt::set_socket_recv_buffer_size_force(&socket, KERNEL_BUFFER);
+        Ok(Self { socket, buffer: vec![0; READ].into() })
+    }
+
+    /// The number of the last change by anybody.
+    pub(in crate::capture) fn generation(&mut self) -> Result<Generation, NetlinkError> {
+        self.forget();
+        self.generation_behind(|_| {})
+    }
+
+    /// Applies all of a batch or nothing, and says which generation that made.
+    pub(in crate::capture) fn apply(
+        &mut self,
+        batch: &Messages,
+    ) -> Result<Generation, NetlinkError> {
+        match self.attempt(batch)? {
+            (generation, refused) if refused.is_empty() => Ok(generation),
+            (_, refused) => Err(NetlinkError::Refused(refused)),
+        }
+    }
+
+    /// The same, with every message that was refused. The kernel answers a batch with its errors alone: a question that is
+    /// sent behind it has its answer behind them.
+    pub(in crate::capture) fn attempt(
+        &mut self,
+        batch: &Messages,
+    ) -> Result<(Generation, Vec<Refusal>), NetlinkError> {
+        let mut refused = Vec::new();
+        self.forget();
+        self.send(batch)?;
+        let generation = self.generation_behind(|answer| {
+            let error = Errno::from_raw_os_error(answer.error());
+            refused.push(Refusal { message: answer.sequence, error });
+        })?;
+        Ok((generation, refused))
+    }
+
+    /// Asks for the generation, and hands what was answered before to `earlier`.
+    fn generation_behind(
+        &mut self,
+        mut earlier: impl FnMut(Answer<'_>),
+    ) -> Result<Generation, NetlinkError> {
+        // The generation's id (NFTA_GEN_ID).
+        const ID: u16 = 1;
+        let mut generation = None;
+        self.send(&Messages::request(Kind::GET_GENERATION, 0, family::ALL, |_| {}))?;
+        while generation.is_none() {
+            for answer in answers(self.receive()?) {
+                if answer.kind == Kind::NEW_GENERATION {
+                    generation = answer.attributes().number(ID).map(Generation);
+                } else if answer.kind == Kind::ERROR && answer.sequence == REQUEST {
+                    let error = Errno::from_raw_os_error(answer.error());
+                    return Err(NetlinkError::of("cannot be read")(error));
+                } else if answer.kind == Kind::ERROR && answer.error() != 0 {
+                    earlier(answer);
+                }
+            }
+        }
+        generation.ok_or_else(|| NetlinkError::of("gave no answer")(Errno::NOMSG))
+    }
+
+    /// Hands every object of a kind to `each`. `select` narrows them. An error where there is nothing of that name.
+    pub(super) fn dump(
+        &mut self,
+        kind: Kind,
+        family: u8,
+        select: impl FnOnce(&mut Attributes<'_>),
+        mut each: impl FnMut(Answer<'_>),
+    ) -> Result<(), NetlinkError> {
+        self.forget();
+        self.send(&Messages::request(kind, flags::DUMP, family, select))?;
+        loop {
+            for answer in answers(self.receive()?) {
+                match answer.kind {
+                    Kind::ERROR | Kind::DONE if answer.error() == 0 => return Ok(()),
+                    Kind::ERROR | Kind::DONE => {
+                        let error = Errno::from_raw_os_error(answer.error());
+                        return Err(NetlinkError::of("cannot be read")(error));
+                    }
+                    _ => each(answer),
+                }
+            }
+        }
+    }
+
+    /// Drops what an earlier request that failed midway has left: it is not the answer to the next one.
+    fn forget(&mut self) {
+        while recv(&self.socket, &mut self.buffer[..], RecvFlags::DONTWAIT).is_ok() {}
+    }
+
+    fn send(&mut self, messages: &Messages) -> Result<(), NetlinkError> {
+        send(&self.socket, messages.bytes(), SendFlags::empty())
+            .map(drop)
+            .map_err(NetlinkError::of("cannot be asked"))
+    }
+
+    fn receive(&mut self) -> Result<&[u8], NetlinkError> {
+        let (read, _) = recv(&self.socket, &mut self.buffer[..], RecvFlags::DONTWAIT)
+            .map_err(NetlinkError::of("gave no answer"))?;
+        Ok(self.buffer.get(..read).unwrap_or_default())
+    }
+}

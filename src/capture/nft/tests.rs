@@ -1,0 +1,376 @@
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    process::{Command, Stdio},
+};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use super::*;
+use crate::{
+    capture::{
+        rules::{
+            PRIORITY,
+            tests::{example, with_unknown, with_untracked},
+        },
+        text,
+    },
+    config::CaptureScope,
+    model::Port,
+    table::RouteKey,
+};
+
+/// Moves this thread into a network namespace of its own.
+fn enter_a_namespace_of_its_own() {
+    let mut other = Command::new("unshare")
+        .args(["--net", "cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("util-linux");
+    let path = format!("/proc/{}/ns/net", other.id());
+    let own = std::fs::read_link("/proc/self/ns/net").unwrap();
+    while std::fs::read_link(&path).unwrap() == own {
+        std::thread::yield_now();
+    }
+    let namespace = std::fs::File::open(path).unwrap();
+    move_into_link_name_space(
+        std::os::fd::AsFd::as_fd(&namespace),
+        Some(LinkNameSpaceType::Network),
+    )
+    .expect("root");
+    other.kill().unwrap();
+    other.wait().unwrap();
+}
+
+fn nft(words: &str) -> Result<String, String> {
+    let output = Command::new("nft").args(words.split(' ')).output().expect("nftables");
+    match output.status.success() {
+        true => Ok(String::from_utf8(output.stdout).unwrap()),
+        false => Err(String::from_utf8(output.stderr).unwrap()),
+    }
+}
+
+/// Without what versions of the program write in different ways.
+fn plain(listing: &str) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    let all = listing.lines().map(str::trim);
+    for line in all.filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        match lines.last_mut() {
+            // Elements go on in the next line.
+            Some(last) if last.ends_with(',') => {
+                last.push(' ');
+                last.push_str(line);
+            }
+            _ => lines.push(line.to_owned()),
+        }
+    }
+    for line in &mut lines {
+        if let Some((_, list)) = line.split_once("elements = {") {
+            let mut all: Vec<_> = list.trim_matches([' ', '}']).split(", ").collect();
+            all.sort();
+            *line = all.join(", ");
+        }
+        *line = line
+            .replace("tcp flags syn / syn,ack", "tcp flags & (syn | ack) == syn")
+            .replace("counter packets 0 bytes 0", "counter")
+            .replace("priority filter;", "priority 0;");
+    }
+    // Older ones print whatever they find for the flags of a table, and newer ones who owns it.
+    lines.retain(|line| !line.starts_with("flags ") || line == "flags interval");
+    lines[0].truncate("table inet embassy {".len());
+    lines
+}
+
+fn shapes() -> Vec<Rules> {
+    let mut all = Vec::new();
+    for redirect in [false, true] {
+        for scope in [CaptureScope::Declared, CaptureScope::All] {
+            let rules = example(redirect, scope);
+            all.extend([with_unknown(rules.clone()), with_untracked(rules.clone()), rules]);
+        }
+    }
+    all
+}
+
+/// Waits until a socket that was closed is: a program that another test is just starting may have a copy of it.
+fn closed(left: &str) {
+    let end = Instant::now() + Duration::from_secs(30);
+    while nft("list ruleset").unwrap().contains(left) {
+        assert!(Instant::now() < end, "{}", nft("list ruleset").unwrap());
+    }
+}
+
+fn listed() -> String {
+    nft("-n list table inet embassy").unwrap()
+}
+
+#[tokio::test]
+async fn what_is_written_is_what_its_text_says() {
+    enter_a_namespace_of_its_own();
+    for rules in shapes() {
+        let mut own = Nft::open(&rules.shape, false).unwrap();
+        assert!(own.is_owned());
+        own.load(&rules).await.unwrap();
+        let told = nft("-y -s list table inet embassy").unwrap();
+        assert_eq!(plain(&told), plain(&text::of(&rules, true)));
+        // It goes with its socket.
+        drop(own);
+        closed("table");
+    }
+    // The text is one that the program takes.
+    let rules = with_unknown(example(true, CaptureScope::Declared));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text::of(&rules, false)).unwrap();
+    nft(&format!("-f {}", file.path().display())).unwrap();
+    let table = Table { name: NAME, owned: false };
+    let listing = netlink::list(&mut Socket::open().unwrap(), table, &rules).unwrap();
+    // It marks where no range is as well, at the lowest address.
+    assert_eq!((listing.missing, listing.added), (0, 2));
+}
+
+#[tokio::test]
+async fn a_table_of_ours_is_nobody_elses() {
+    enter_a_namespace_of_its_own();
+    let rules = with_unknown(example(false, CaptureScope::Declared));
+    let mut own = Nft::open(&rules.shape, false).unwrap();
+    own.load(&rules).await.unwrap();
+    let before = listed();
+    own.others_changed().unwrap();
+    assert!(!own.others_changed().unwrap());
+    nft("add table inet other").unwrap();
+    assert!(own.others_changed().unwrap());
+    nft("flush ruleset").unwrap();
+    for words in [
+        "delete table inet embassy",
+        "flush table inet embassy",
+        "flush set inet embassy declared4",
+        "add chain inet embassy another",
+    ] {
+        let error = nft(words).unwrap_err();
+        assert!(error.contains("Operation not permitted"), "{words}: {error}");
+    }
+    assert_eq!(listed(), before);
+    assert_eq!(own.damage(&rules).unwrap(), None);
+    // A second of us says whose it is.
+    let mut second = Nft::open(&rules.shape, false).unwrap();
+    let error = second.load(&rules).await.unwrap_err();
+    assert!(matches!(error, CaptureError::Owned { .. }), "{error}");
+    let error = remove_leftovers().await.unwrap_err();
+    assert!(matches!(error, CaptureError::Owned { .. }), "{error}");
+    drop(own);
+    closed("table inet embassy");
+    second.load(&rules).await.unwrap();
+    assert_eq!(listed(), before);
+}
+
+#[tokio::test]
+async fn what_others_do_to_a_shared_table_is_found_and_put_right() {
+    enter_a_namespace_of_its_own();
+    let rules = with_unknown(example(true, CaptureScope::All));
+    let mut shared = Nft::open(&rules.shape, true).unwrap();
+    shared.load(&rules).await.unwrap();
+    assert!(!shared.is_owned());
+    let before = listed();
+    for (words, change) in [
+        ("flush ruleset", Change::Vanished),
+        ("delete table inet embassy", Change::Vanished),
+        ("flush chain inet embassy declared", Change::Incomplete),
+        ("delete element inet embassy declared4 { 172.17.0.2 . 80 }", Change::Incomplete),
+        ("flush set inet embassy networks6", Change::Incomplete),
+        ("add element inet embassy known4 { 10.9.9.9 }", Change::Added),
+        ("insert rule inet embassy prerouting accept", Change::Added),
+    ] {
+        assert_eq!(shared.damage(&rules).unwrap(), None);
+        nft(words).unwrap();
+        assert!(shared.others_changed().unwrap(), "{words}");
+        let (found, what) = shared.damage(&rules).unwrap().unwrap();
+        assert_eq!(found, change, "{words}: {what}");
+        assert!(!shared.stands());
+        shared.load(&rules).await.unwrap();
+        assert_eq!(listed(), before);
+    }
+    // One that was killed leaves it, and the next takes it away.
+    drop(shared);
+    assert!(remove_leftovers().await.unwrap());
+    assert!(!remove_leftovers().await.unwrap());
+    assert_eq!(nft("list ruleset").unwrap(), "");
+}
+
+#[tokio::test]
+async fn changes_make_the_rules_that_loading_makes() {
+    enter_a_namespace_of_its_own();
+    let mut rules = with_unknown(with_untracked(example(true, CaptureScope::Declared)));
+    let mut shared = Nft::open(&rules.shape, true).unwrap();
+    shared.load(&rules).await.unwrap();
+    for round in 0..200 {
+        let mut random = fastrand::Rng::with_seed(round);
+        let mut address = |v6: bool| -> IpAddr {
+            let low = random.u16(0..6);
+            match v6 {
+                false => Ipv4Addr::new(172, 17, 0, low as u8).into(),
+                true => format!("fd00::{low}").parse().unwrap(),
+            }
+        };
+        let mut next = rules.clone();
+        for _ in 0..3 {
+            let (source, net) = (address(round % 2 == 0), address(round % 3 == 0));
+            let port = Port::new(80 + round as u16 % 3).unwrap();
+            let key = RouteKey::tcp(source, port);
+            if !next.declared.remove(&key) {
+                next.declared.insert(key);
+            }
+            if !next.known.remove(&source) {
+                next.known.insert(source);
+            }
+            if !next.places.vips.remove(&net) {
+                next.places.vips.insert(net);
+            }
+            // Addresses and networks that touch one another and overlap.
+            let length = if net.is_ipv6() { 126 } else { 30 } + u8::from(round % 5 == 0);
+            let net = ipnet::IpNet::new(net, length).unwrap().trunc();
+            for nets in [&mut next.places.networks, &mut next.places.untracked] {
+                if !nets.remove(&net) {
+                    nets.insert(net);
+                }
+            }
+        }
+        let changes = RuleChanges {
+            declared_added: next.declared.difference(&rules.declared).copied().collect(),
+            declared_removed: rules.declared.difference(&next.declared).copied().collect(),
+            known_added: next.known.difference(&rules.known).copied().collect(),
+            known_removed: rules.known.difference(&next.known).copied().collect(),
+            places: None,
+        }
+        .with_places(&rules.places, &next.places);
+        shared.change(&changes).await.unwrap_or_else(|error| panic!("{round}: {error}"));
+        assert_eq!(shared.damage(&next).unwrap(), None, "round {round}");
+        rules = next;
+    }
+    let changed = plain(&listed());
+    shared.load(&rules).await.unwrap();
+    assert_eq!(plain(&listed()), changed);
+    // What cannot be changed says so, and is loaded again.
+    nft("flush set inet embassy declared4").unwrap();
+    let gone = RuleChanges {
+        declared_removed: rules.declared.iter().copied().collect(),
+        ..RuleChanges::default()
+    };
+    assert!(!gone.declared_removed.is_empty());
+    assert!(shared.change(&gone).await.is_err());
+    assert!(!shared.stands());
+}
+
+#[tokio::test]
+async fn chains_move_and_make_place() {
+    enter_a_namespace_of_its_own();
+    for shared in [false, true] {
+        let mut rules = with_unknown(example(true, CaptureScope::All));
+        let mut nft_of = Nft::open(&rules.shape, shared).unwrap();
+        nft_of.load(&rules).await.unwrap();
+        let ours = |nft: &mut Nft| {
+            let chains = nft.base_chains().unwrap().into_iter();
+            let mut nat: Vec<_> = chains
+                .filter(|chain| chain.kind == "nat")
+                .map(|chain| (chain.name, chain.priority))
+                .collect();
+            nat.sort();
+            nat
+        };
+        let both = |priority| {
+            let names = ["inet embassy output", "inet embassy prerouting"];
+            names.map(|name| (name.to_owned(), priority)).to_vec()
+        };
+        assert_eq!(ours(&mut nft_of), both(PRIORITY));
+        rules.shape.priority = -150;
+        nft_of.move_to(&rules).unwrap();
+        assert_eq!(ours(&mut nft_of), both(-150));
+        assert_eq!(nft_of.damage(&rules).unwrap(), None);
+        assert_eq!(nft_of.arrivals().unwrap(), Some((0, 0)));
+        let moved = plain(&listed());
+        nft_of.load(&rules).await.unwrap();
+        assert_eq!(plain(&listed()), moved);
+
+        // While live connections drain, translation stays on, and the name is the next one's.
+        let (found, draining) = nft_of.remove().unwrap();
+        assert!(found);
+        let left = nft("list ruleset").unwrap();
+        assert!(left.contains("type nat hook prerouting") && left.contains("ct status dnat"));
+        assert!(!left.contains("redirect") && !left.contains("inet embassy {"), "{left}");
+        let mut next = Nft::open(&rules.shape, shared).unwrap();
+        next.load(&rules).await.unwrap();
+        drop(draining);
+        assert_eq!(plain(&listed()), moved);
+        // What is not there any more cannot be removed, and that is no failure.
+        if shared {
+            nft("flush ruleset").unwrap();
+            assert!(!next.remove().unwrap().0);
+            continue;
+        }
+        let (_, draining) = next.remove().unwrap();
+        drop(draining);
+        closed("table");
+    }
+}
+
+#[tokio::test]
+async fn a_kernel_that_lacks_something_is_asked_and_nothing_stands() {
+    enter_a_namespace_of_its_own();
+    let mut socket = Socket::open().unwrap();
+    for rules in shapes() {
+        assert_eq!(lacks(&mut socket, &rules.shape, true).unwrap(), None);
+    }
+    // No kernel lets a chain translate before connection tracking.
+    let mut shape = example(false, CaptureScope::Declared).shape;
+    shape.priority = -300;
+    let lacking = lacks(&mut socket, &shape, true).unwrap();
+    assert_eq!(lacking.as_deref(), Some("the chain prerouting"));
+    assert_eq!(nft("list ruleset").unwrap(), "");
+}
+
+/// `cargo test --release -p embassy --lib figures_of_nf_tables -- --ignored --nocapture`
+#[tokio::test]
+#[ignore = "it measures"]
+async fn figures_of_nf_tables() {
+    enter_a_namespace_of_its_own();
+    let mut rules = with_unknown(example(false, CaptureScope::Declared));
+    for consumer in 0..10_000u32 {
+        let source = Ipv4Addr::from_bits(0x0a00_0000 + consumer).into();
+        let keys = (1..=10).map(|port| RouteKey::tcp(source, Port::new(port).unwrap()));
+        rules.declared.extend(keys);
+        rules.known.insert(source);
+    }
+    let time = |what: &str, start: Instant, times: u32| {
+        eprintln!("{what}: {:.1} us", start.elapsed().as_secs_f64() * 1e6 / f64::from(times));
+    };
+    for shared in [false, true] {
+        eprintln!("\n{}", if shared { "a table of everybody's" } else { "a table of ours" });
+        let start = Instant::now();
+        let mut nft_of = Nft::open(&rules.shape, shared).unwrap();
+        time("what the kernel can do", start, 1);
+        let start = Instant::now();
+        nft_of.load(&rules).await.unwrap();
+        time(&format!("{} routes and 10,000 addresses", rules.declared.len()), start, 1);
+        let one = RouteKey::tcp(Ipv4Addr::new(172, 17, 9, 9).into(), Port::new(80).unwrap());
+        let add = RuleChanges { declared_added: vec![one], ..RuleChanges::default() };
+        let remove = RuleChanges { declared_removed: vec![one], ..RuleChanges::default() };
+        const TIMES: u32 = 1000;
+        let start = Instant::now();
+        for _ in 0..TIMES {
+            nft_of.change(&add).await.unwrap();
+            nft_of.change(&remove).await.unwrap();
+        }
+        time("one route more or less", start, 2 * TIMES);
+        let start = Instant::now();
+        for _ in 0..TIMES {
+            nft_of.others_changed().unwrap();
+        }
+        time("whether others changed anything", start, TIMES);
+        let start = Instant::now();
+        assert_eq!(nft_of.damage(&rules).unwrap(), None);
+        time("what others did, after a change of theirs", start, 1);
+        let start = Instant::now();
+        let (_, draining) = nft_of.remove().unwrap();
+        time("nothing captured any more", start, 1);
+        drop(draining);
+    }
+}

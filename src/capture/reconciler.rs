@@ -1,0 +1,408 @@
+//! Makes the kernel's rules like the table, and keeps them so.
+
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{oneshot, watch},
+    time::{MissedTickBehavior, interval},
+};
+use tracing::{debug, error, info, warn};
+
+use super::{
+    CaptureCounts, CaptureError, Change, Firewall,
+    arrivals::Arrivals,
+    backend::Backend,
+    input::{self, Barrier, Detail, Listings},
+    place::First,
+    rules::{PRIORITY, Places, RuleChanges, RuleSettings, Rules},
+};
+use crate::{
+    events::{Event, Events},
+    readiness::Guard,
+    table::{Changes, Table},
+};
+
+/// Follows the tables, and what others do to the firewall.
+pub(super) struct Reconciler {
+    backend: Backend,
+    settings: RuleSettings,
+    counts: Arc<CaptureCounts>,
+    events: Events,
+    /// The table whose rules stand, and their places.
+    applied: Option<(Arc<Table>, Places)>,
+    /// Why rules are being written that stood before: what others did, and what was missing.
+    damage: Option<(Change, String)>,
+    /// Servers for which it was logged that a consumer cannot have their port.
+    shadowed: BTreeSet<SocketAddr>,
+    /// Whether the last attempt failed: a failure is logged once, not at every attempt.
+    failing: bool,
+    ready: Option<Guard>,
+    /// Of our chains, with nft. It only goes down: there is no need to follow others up again.
+    priority: i32,
+    surroundings: Surroundings,
+}
+
+/// What others have in the firewall that concerns us.
+#[derive(Default)]
+struct Surroundings {
+    /// When others' rules were read last, and whether they may have changed since.
+    read: Option<Instant>,
+    may_have_changed: bool,
+    /// Why `--notrack` is refused, as it was logged last.
+    tracked_for: Option<String>,
+    /// What is in the way of captured connections, as it was logged last.
+    barriers: Vec<Barrier>,
+    /// What comes before our rules and cannot be got behind them, as it was logged last.
+    behind: Option<Barrier>,
+    arrivals: Arrivals,
+}
+
+/// How often it is asked whether others changed something: within 5 s rules must be back. With nf_tables one short call.
+const CHECK: Duration = Duration::from_secs(1);
+/// How often others' rules are read at the most, by their programs.
+const READ: Duration = Duration::from_secs(5);
+
+impl Reconciler {
+    pub(super) fn new(
+        backend: Backend,
+        settings: RuleSettings,
+        counts: Arc<CaptureCounts>,
+        ready: Guard,
+        events: Events,
+    ) -> Self {
+        Self {
+            backend,
+            settings,
+            counts,
+            events,
+            applied: None,
+            damage: None,
+            shadowed: BTreeSet::new(),
+            failing: false,
+            ready: Some(ready),
+            priority: PRIORITY,
+            surroundings: Surroundings { may_have_changed: true, ..Surroundings::default() },
+        }
+    }
+
+    /// Runs until it is stopped, or there will be no more tables. The rules stay. The backend that can remove them is returned.
+    pub(super) async fn run(
+        mut self,
+        mut tables: watch::Receiver<Arc<Table>>,
+        mut stopped: oneshot::Receiver<()>,
+    ) -> Backend {
+        let mut check = interval(CHECK);
+        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let is_check = tokio::select! {
+                _ = &mut stopped => break,
+                changed = tables.changed() => match changed {
+                    Ok(()) => false,
+                    Err(_) => break,
+                },
+                _ = check.tick() => true,
+            };
+            let table = tables.borrow_and_update().clone();
+            if table.version == 0 {
+                continue;
+            }
+            let mut done = Ok(());
+            // A check may be the first to see a new table.
+            if self.applied.as_ref().is_none_or(|(applied, _)| applied.version != table.version) {
+                done = self.follow(&table).await;
+            }
+            if is_check && done.is_ok() {
+                done = self.check(&table).await;
+            }
+            self.note(done);
+            if is_check {
+                self.look_around(&table).await;
+            }
+        }
+        self.counts.stand(|standing| standing.in_place = false);
+        self.backend
+    }
+
+    /// Logs and counts a failure, and its end.
+    fn note(&mut self, done: Result<(), CaptureError>) {
+        match done {
+            Ok(()) if self.failing => {
+                self.failing = false;
+                info!("the rules can be written again");
+            }
+            Ok(()) => {}
+            Err(error) => {
+                self.applied = None;
+                self.counts.stand(|standing| {
+                    standing.in_place = false;
+                    standing.error = Some(error.to_string());
+                });
+                self.counts.failed.fetch_add(1, Relaxed);
+                if !std::mem::replace(&mut self.failing, true) {
+                    error!(%error, "cannot write the rules; trying again");
+                }
+            }
+        }
+    }
+
+    /// Makes the rules those of `table`, by what changed where that is known.
+    async fn follow(&mut self, table: &Arc<Table>) -> Result<(), CaptureError> {
+        let Some((before, places)) = self.applied.take().filter(|_| self.backend.stands()) else {
+            return self.load(table).await;
+        };
+        let changes = match table.version.saturating_sub(before.version) {
+            0 => RuleChanges::default(),
+            1 => RuleChanges::of(table.changes(), &self.settings),
+            _ => RuleChanges::of(&Changes::between(&before, table), &self.settings),
+        };
+        let now = self.places(table);
+        let changes = changes.with_places(&places, &now);
+        if !changes.is_empty() {
+            let start = Instant::now();
+            let rules = || whole(table, &self.settings, &now, self.priority);
+            let torn = match self.backend.apply(&changes, rules).await {
+                Ok(torn) => torn,
+                // Somebody else's change, as a rule. What stands is not known any more.
+                Err(error) => {
+                    debug!(%error, "cannot change the rules; writing all of them");
+                    return self.load(table).await;
+                }
+            };
+            self.written(table, now, torn, start);
+            return Ok(());
+        }
+        self.applied = Some((table.clone(), now));
+        Ok(())
+    }
+
+    /// Writes all rules.
+    async fn load(&mut self, table: &Arc<Table>) -> Result<(), CaptureError> {
+        self.applied = None;
+        if self.settings.notrack && self.surroundings.read.is_none() {
+            self.judge_notrack(&Listings::read(Detail::Chains).await);
+        }
+        if let Some(first) = self.first_of_others()?
+            && let Some(place) = first.place_before(self.priority)
+        {
+            self.priority = place;
+        }
+        let places = self.places(table);
+        let start = Instant::now();
+        let rules = whole(table, &self.settings, &places, self.priority);
+        let torn = self.backend.load(&rules).await?;
+        self.written(table, places, torn, start);
+        Ok(())
+    }
+
+    fn places(&self, table: &Table) -> Places {
+        let mut places = Places::of(table, &self.settings);
+        if self.surroundings.tracked_for.is_some() {
+            places.untracked.clear();
+        }
+        places
+    }
+
+    /// Rules were written. `torn`: others changed them meanwhile.
+    fn written(
+        &mut self,
+        table: &Arc<Table>,
+        places: Places,
+        torn: Option<Change>,
+        start: Instant,
+    ) {
+        let (firewall, took_ms) = (self.backend.firewall(), start.elapsed().as_secs_f64() * 1e3);
+        debug!(%firewall, routes = table.routes().len(), vips = places.vips.len(), took_ms, "rules written");
+        if let Some((change, missing)) = self.damage.take() {
+            self.restored(change, missing);
+        }
+        for server in places.shadowed(table) {
+            if self.shadowed.insert(server) {
+                warn!(%server, "binding not captured: its address is that of a registry or engine embassy connects to");
+            }
+        }
+        self.counts.stand(|standing| {
+            standing.firewall = Some(firewall);
+            standing.in_place = torn.is_none();
+            standing.error = None;
+        });
+        self.applied = Some((table.clone(), places));
+        if let Some(change) = torn {
+            // The next check writes them again.
+            warn!(%firewall, change = change.as_str(), "another program changed our rules while we wrote them; writing them again");
+            self.damage = Some((change, "some, as they were written".to_owned()));
+            self.applied = None;
+        }
+        if let Some(ready) = self.ready.take() {
+            let RuleSettings { redirect, scope, .. } = self.settings;
+            info!(%firewall, owned = self.backend.is_owned(), redirect, scope = %scope, "capturing");
+            ready.done();
+        }
+    }
+
+    fn restored(&self, change: Change, missing: String) {
+        self.counts.restored[change as usize].fetch_add(1, Relaxed);
+        self.counts.stand(|standing| standing.restored = Some((Instant::now(), missing.clone())));
+        self.events.report(|| Event::CaptureRestored { change, missing });
+    }
+
+    /// Puts back what others took away, if they did anything.
+    async fn check(&mut self, table: &Arc<Table>) -> Result<(), CaptureError> {
+        let standing = self.applied.as_ref().filter(|_| self.backend.stands());
+        let Some((_, places)) = standing else { return self.load(table).await };
+        if !self.backend.others_changed()? {
+            return Ok(());
+        }
+        self.surroundings.may_have_changed = true;
+        let firewall = self.backend.firewall();
+        let places = places.clone();
+        let (settings, priority) = (&self.settings, self.priority);
+        let rules = || whole(table, settings, &places, priority);
+        if let Some((change, missing)) = self.backend.check(rules).await? {
+            self.counts.stand(|standing| standing.in_place = false);
+            warn!(%firewall, change = change.as_str(), missing, "another program changed our rules; putting them back");
+            self.damage = Some((change, missing));
+            return self.load(table).await;
+        }
+        if firewall == Firewall::Nft
+            && let Some(first) = self.first_of_others()?
+            && let Some(place) = first.place_before(self.priority)
+        {
+            let (change, missing) = (Change::Displaced, format!("the place before {first}"));
+            warn!(%firewall, change = change.as_str(), missing, "another program's rules come before ours; going before them");
+            self.priority = place;
+            self.backend.move_to(&whole(table, &self.settings, &places, self.priority))?;
+            self.restored(change, missing);
+        }
+        Ok(())
+    }
+
+    fn first_of_others(&mut self) -> Result<Option<First>, CaptureError> {
+        Ok(First::among(&self.backend.base_chains()?, self.settings.redirect))
+    }
+
+    /// Looks for others' rules that are in the way. Programs are started only where others changed something, or something is
+    /// in the way.
+    async fn look_around(&mut self, table: &Arc<Table>) {
+        if self.surroundings.read.is_some_and(|read| read.elapsed() < READ) {
+            return;
+        }
+        self.surroundings.read = Some(Instant::now());
+        let arrivals = self.backend.arrivals().unwrap_or_else(|error| {
+            debug!(%error, "cannot see how many captured connections arrive");
+            None
+        });
+        let dropped = self.surroundings.arrivals.are_dropped(arrivals);
+        let may_have_changed = std::mem::take(&mut self.surroundings.may_have_changed)
+            || self.settings.notrack && input::has_legacy_iptables();
+        if !may_have_changed && !dropped && self.surroundings.barriers.is_empty() {
+            return;
+        }
+        let listings = Listings::read(Detail::Chains).await;
+        if let Some(error) = listings.error() {
+            debug!(%error, "cannot see all rules that captured connections pass");
+        }
+        let mut found = listings.barriers(self.settings.port);
+        if dropped && found.is_empty() {
+            let unknown = Barrier::unknown(self.settings.port);
+            let Surroundings { barriers, behind, .. } = &self.surroundings;
+            match barriers
+                .iter()
+                .any(|barrier| *barrier != unknown && Some(barrier) != behind.as_ref())
+            {
+                // Those were dropped by what has just been opened.
+                true => self.surroundings.arrivals = Arrivals::default(),
+                false => found.push(unknown),
+            }
+        }
+        self.tell_barriers(found);
+        let before = self.surroundings.tracked_for.clone();
+        self.judge_notrack(&listings);
+        if self.surroundings.tracked_for != before && self.applied.is_some() {
+            let done = self.follow(table).await;
+            self.note(done);
+        }
+    }
+
+    /// Logs what is in the way of captured connections, when that becomes another.
+    fn tell_barriers(&mut self, mut found: Vec<Barrier>) {
+        found.extend(self.behind());
+        let Surroundings { barriers, behind, .. } = &self.surroundings;
+        let new =
+            |barrier: &&Barrier| !barriers.contains(barrier) && Some(*barrier) != behind.as_ref();
+        for Barrier { chain, remedy } in found.iter().filter(new) {
+            warn!(chain, remedy, "captured connections may be dropped on this host");
+        }
+        for Barrier { chain, .. } in barriers.iter().filter(|barrier| !found.contains(barrier)) {
+            info!(chain, "chain no longer drops captured connections");
+        }
+        self.counts.barriers.store(found.len() as u64, Relaxed);
+        self.counts.stand(|standing| standing.barriers.clone_from(&found));
+        self.surroundings.barriers = found;
+    }
+
+    /// What others have put before our rules where we cannot go before them; logged when that becomes another.
+    fn behind(&mut self) -> Option<Barrier> {
+        let firewall = self.backend.firewall();
+        let first = self.first_of_others().unwrap_or_else(|error| {
+            debug!(%error, "cannot see whether others' rules come before ours");
+            None
+        });
+        let behind = first.filter(|first| first.stays_before(firewall, self.priority));
+        let behind = behind.map(|first| Barrier {
+            chain: format!("{first}, comes before our rules"),
+            remedy: match firewall {
+                Firewall::Iptables => "give it a priority above -100, or use --firewall=nft",
+                Firewall::Nft => "give it a priority above -199",
+            }
+            .to_owned(),
+        });
+        if let Some(Barrier { chain, remedy }) =
+            behind.as_ref().filter(|_| behind != self.surroundings.behind)
+        {
+            warn!(chain, remedy, "another program may take connections before our rules do");
+        }
+        self.surroundings.behind.clone_from(&behind);
+        behind
+    }
+
+    /// Whether our own connections may pass connection tracking by; logged when that becomes otherwise.
+    fn judge_notrack(&mut self, listings: &Listings) {
+        if !self.settings.notrack {
+            return;
+        }
+        let obstacle = match self.backend.firewall() {
+            Firewall::Iptables => Some(
+                "iptables cannot tell by their socket which packets are ours; use --firewall=nft"
+                    .to_owned(),
+            ),
+            Firewall::Nft => {
+                listings.closed().or_else(|| listings.error().map(ToString::to_string))
+            }
+        };
+        if obstacle != self.surroundings.tracked_for {
+            match &obstacle {
+                Some(reason) => {
+                    warn!(reason, "--notrack is refused: connections to endpoints are tracked")
+                }
+                None => info!("--notrack is in effect again"),
+            }
+            self.surroundings.tracked_for = obstacle;
+        }
+    }
+}
+
+/// All rules of a table, with these places.
+fn whole(table: &Table, settings: &RuleSettings, places: &Places, priority: i32) -> Rules {
+    let mut rules = Rules::of(table, settings);
+    rules.places = places.clone();
+    rules.shape.priority = priority;
+    rules
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,140 @@
+use std::{collections::BTreeSet, sync::Mutex};
+
+use super::*;
+use crate::{
+    capture::fake::{self, Fake, State},
+    descriptor::{Balance, Descriptor},
+    discovery::Query,
+    model::{Binding, Consumer, ConsumerId, ContainerId, Tags},
+    readiness::{Part, Readiness},
+    table::Inputs,
+};
+
+/// Containers, by ID and address, that each ask for services on these ports.
+fn next(before: &Table, consumers: &[(&str, &str, &[u16])]) -> Arc<Table> {
+    let binding = |port: &u16| Binding {
+        origin: "BACKEND_X".into(),
+        descriptor: format!("service;{port}").parse::<Descriptor>().unwrap(),
+    };
+    let consumer = |(id, address, ports): &(&str, &str, &[u16])| {
+        Arc::new(Consumer {
+            id: ConsumerId::Container { id: ContainerId::new(id), started_at: "now".into() },
+            name: (*id).into(),
+            namespace: (*id).into(),
+            sources: vec![address.parse().unwrap()],
+            gateways: vec!["172.17.0.1".parse().unwrap()],
+            bindings: ports.iter().map(binding).collect(),
+            ends: Vec::new(),
+        })
+    };
+    let consumers: Vec<_> = consumers.iter().map(consumer).collect();
+    let inputs = Inputs {
+        consumers: &consumers.iter().collect::<Vec<_>>(),
+        contested: &BTreeSet::new(),
+        known: &Arc::default(),
+        networks: &BTreeSet::new(),
+        endpoints: &Default::default(),
+        vips: &[],
+        gateways_are_vips: true,
+        balance: Balance::RoundRobin,
+        now: Instant::now(),
+    };
+    let query = |binding: &Binding| {
+        Ok(Query {
+            via: "consul".into(),
+            dc: None,
+            port: None,
+            service: binding.descriptor.service.clone(),
+            tags: Tags::default(),
+        })
+    };
+    Arc::new(before.next(&inputs, query).unwrap())
+}
+
+/// A reconciler, and what its firewall was given.
+fn reconciler() -> (Reconciler, Arc<Mutex<State>>) {
+    let fake = Fake::default();
+    let state = fake.state.clone();
+    let ready = Readiness::default().wait_for(Part::Capture);
+    let counts = Arc::default();
+    let backend = Backend::Fake(fake);
+    (Reconciler::new(backend, fake::settings(), counts, ready, Events::default()), state)
+}
+
+/// How often all was written and how often changes, and whether what is captured is what the table says.
+fn written(state: &Mutex<State>, table: &Table) -> (usize, usize) {
+    let state = state.lock().unwrap();
+    let routes: BTreeSet<_> = table.routes().map(|route| route.key).collect();
+    assert_eq!(state.declared, routes);
+    (state.loads, state.changes)
+}
+
+#[tokio::test]
+async fn only_what_changes_is_written() {
+    let (mut reconciler, state) = reconciler();
+    let first = next(&Table::default(), &[("a", "172.17.0.2", &[80, 81])]);
+    reconciler.follow(&first).await.unwrap();
+    assert_eq!(written(&state, &first), (1, 0));
+    let second = next(&first, &[("a", "172.17.0.2", &[80]), ("b", "172.17.0.3", &[80])]);
+    reconciler.follow(&second).await.unwrap();
+    assert_eq!(written(&state, &second), (1, 1));
+    // Another container has the address and the port: the rule is the same.
+    let third = next(&second, &[("c", "172.17.0.2", &[80]), ("b", "172.17.0.3", &[80])]);
+    reconciler.follow(&third).await.unwrap();
+    assert_eq!(written(&state, &third), (1, 1));
+    // One table is missed.
+    let missed = next(&third, &[("b", "172.17.0.3", &[81])]);
+    let fifth = next(&missed, &[("c", "172.17.0.2", &[80, 82]), ("d", "172.17.0.9", &[1])]);
+    reconciler.follow(&fifth).await.unwrap();
+    assert_eq!(written(&state, &fifth), (1, 2));
+    assert!(reconciler.counts.standing().in_place);
+}
+
+#[tokio::test]
+async fn what_cannot_be_changed_is_written_whole_and_what_cannot_be_written_is_tried_again() {
+    let (mut reconciler, state) = reconciler();
+    let first = next(&Table::default(), &[("a", "172.17.0.2", &[80])]);
+    let done = reconciler.follow(&first).await;
+    reconciler.note(done);
+    let second = next(&first, &[("a", "172.17.0.2", &[80, 81])]);
+    state.lock().unwrap().failures = 1;
+    let done = reconciler.follow(&second).await;
+    reconciler.note(done);
+    assert_eq!(written(&state, &second), (2, 0));
+    assert_eq!(reconciler.counts.failed.load(Relaxed), 0);
+
+    let third = next(&second, &[]);
+    state.lock().unwrap().failures = 3;
+    let done = reconciler.follow(&third).await;
+    reconciler.note(done);
+    let standing = reconciler.counts.standing();
+    assert_eq!((standing.in_place, standing.error.is_some()), (false, true));
+    let done = reconciler.check(&third).await;
+    reconciler.note(done);
+    assert_eq!(reconciler.counts.failed.load(Relaxed), 2);
+    let done = reconciler.check(&third).await;
+    reconciler.note(done);
+    assert_eq!(written(&state, &third), (3, 0));
+    let standing = reconciler.counts.standing();
+    assert_eq!((standing.in_place, standing.error), (true, None));
+}
+
+#[tokio::test]
+async fn damage_is_looked_for_only_after_others_changed_something() {
+    let (mut reconciler, state) = reconciler();
+    let table = next(&Table::default(), &[("a", "172.17.0.2", &[80])]);
+    reconciler.follow(&table).await.unwrap();
+    state.lock().unwrap().damage = Some((Change::Vanished, "all of them".to_owned()));
+    reconciler.check(&table).await.unwrap();
+    assert_eq!(written(&state, &table), (1, 0));
+    let Backend::Fake(fake) = &mut reconciler.backend else { unreachable!() };
+    fake.others = true;
+    reconciler.check(&table).await.unwrap();
+    assert_eq!(written(&state, &table), (2, 0));
+    assert_eq!(reconciler.counts.restored(Change::Vanished), 1);
+    let restored = reconciler.counts.standing().restored;
+    assert_eq!(restored.map(|(_, missing)| missing).as_deref(), Some("all of them"));
+    // What was put back is not looked at again.
+    reconciler.check(&table).await.unwrap();
+    assert_eq!(written(&state, &table), (2, 0));
+}
