@@ -12,10 +12,11 @@ use std::{
 use divan::Bencher;
 use embassy::{
     balance::{EndpointState, Rotation},
+    consumer::{Binding, Consumer},
     cow_map::CowMap,
     descriptor::Balance,
     discovery::{CannotAsk, Endpoints, Query},
-    model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Millis, Port},
+    model::{ConsumerId, ContainerId, Endpoint, Millis, Port},
     table::{Inputs, RouteKey, Table},
 };
 

@@ -120,9 +120,10 @@ mod tests {
     use super::*;
     use crate::{
         balance::Checked,
+        consumer::{Binding, Consumer},
         descriptor::Balance,
         discovery::Endpoints,
-        model::{Binding, Consumer, ConsumerId, Endpoint, Millis, ServiceName},
+        model::{ConsumerId, Endpoint, Millis, ServiceName},
         table::Inputs,
     };
 

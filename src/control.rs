@@ -10,10 +10,11 @@ use tokio::sync::{Notify, watch};
 use tracing::{info, warn};
 
 use crate::{
+    consumer::{Binding, Consumer},
     descriptor::Balance,
     discovery::{Discoveries, Endpoints, Query, Watches},
     events::Event,
-    model::{Binding, Consumer, Vip},
+    model::Vip,
     provider::{Listing, fixed},
     readiness::Guard,
     report::{PROVIDER, Report},

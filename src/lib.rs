@@ -1,21 +1,39 @@
 //! Connects containers to the services they need. ARCHITECTURE.md is the map.
 
-// In the order in which data flows.
+// Nothing from outside can panic the process, and nothing is locked while something is waited for.
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        clippy::await_holding_lock,
+        clippy::await_holding_refcell_ref
+    )
+)]
+
+// In the order in which data flows: a module uses only those before it (tests/architecture.rs).
 pub mod word;
-pub mod config;
+pub mod cow_map;
+pub mod identity;
 pub mod model;
 pub mod descriptor;
+pub mod consumer;
 pub mod source;
 pub mod tls;
 pub mod docker;
 pub mod registry;
 pub mod provider;
 pub mod discovery;
+pub mod config;
+pub mod log;
+pub mod limits;
+pub mod memory;
+pub mod privileges;
 pub mod outcome;
 pub mod counts;
 pub mod balance;
-pub mod cow_map;
-pub mod identity;
 pub mod table;
 pub mod readiness;
 pub mod events;
@@ -25,12 +43,8 @@ pub mod control;
 pub mod proxy;
 pub mod check;
 pub mod capture;
-pub mod limits;
-pub mod memory;
 pub mod judgement;
 pub mod admin;
-pub mod log;
-pub mod privileges;
 pub mod app;
 pub mod cli;
 #[cfg(any(test, fuzzing))]

@@ -132,37 +132,6 @@ impl fmt::Display for ConsumerId {
     }
 }
 
-/// One who asks for services: its addresses, and what it asks for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Consumer {
-    pub id: ConsumerId,
-    /// For people: the container's name.
-    pub name: Arc<str>,
-    /// The network namespace it lives in: the container that made it, or `local`. Consumers that share one share its
-    /// addresses.
-    pub namespace: Arc<str>,
-    /// Every address its connections may come from. Sorted, without repeats.
-    pub sources: Vec<IpAddr>,
-    /// The gateways of the bridge networks it is on: VIPs, unless the user named theirs.
-    pub gateways: Vec<IpAddr>,
-    pub bindings: Vec<Binding>,
-    /// The end of its run, and of the run that its network namespace belongs to.
-    pub ends: Vec<RunEnd>,
-}
-
-impl Consumer {
-    /// Whether it, or its network, is known to be gone, whatever the listing that it stands in says.
-    pub fn has_ended(&self) -> bool {
-        self.ends.iter().any(RunEnd::has_ended)
-    }
-
-    /// Whether the other is equal, and ends by the same ends.
-    pub fn is_same_as(&self, other: &Self) -> bool {
-        let ends = self.ends.iter().map(|end| Arc::as_ptr(&end.0));
-        self == other && ends.eq(other.ends.iter().map(|end| Arc::as_ptr(&end.0)))
-    }
-}
-
 /// The end of a container's run, for whoever waits for it. Clones are the same. All are equal: it says nothing about what
 /// a container is.
 #[derive(Debug, Clone, Default)]
@@ -181,6 +150,11 @@ impl RunEnd {
 
     pub fn has_ended(&self) -> bool {
         self.0.ended.load(Relaxed)
+    }
+
+    /// Whether the two are of the same run.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     /// Its first process was seen. The first word on it stands.
@@ -238,14 +212,6 @@ impl PartialEq for RunEnd {
 }
 
 impl Eq for RunEnd {}
-
-/// One consumer asks for one service on one port.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Binding {
-    /// The variable or label that declared it, for people.
-    pub origin: Arc<str>,
-    pub descriptor: crate::descriptor::Descriptor,
-}
 
 /// A service's name in discovery: `[A-Za-z0-9/._*@-]+`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

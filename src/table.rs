@@ -13,11 +13,12 @@ use ipnet::IpNet;
 
 use crate::{
     balance::{EndpointState, Rotation},
+    consumer::{Binding, Consumer},
     counts::ConnectionCounts,
     cow_map::CowMap,
     descriptor::Balance,
     discovery::{CannotAsk, Endpoints, Query},
-    model::{Binding, Consumer, ConsumerId, Endpoint, Port, Protocol, RunEnd, ServiceName, Vip},
+    model::{ConsumerId, Endpoint, Port, Protocol, RunEnd, ServiceName, Vip},
 };
 
 mod build;

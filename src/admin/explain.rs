@@ -7,8 +7,8 @@ use std::{
 
 use super::{api, context::Feeds, list::is_consumer, view};
 use crate::{
+    consumer::Consumer,
     judgement::{Cause, Situation, Verdict},
-    model::Consumer,
     table::Route,
 };
 

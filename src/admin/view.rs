@@ -8,10 +8,11 @@ use std::{
 use super::api;
 use crate::{
     balance::{Checked, EndpointState},
+    consumer::Consumer,
     counts::{ConnectionCounts, Distribution},
     discovery::{self, Endpoints},
     judgement::{self, BindingFate, Cause, Finding, Situation, SourceReading, Used},
-    model::{Consumer, Millis},
+    model::Millis,
     provider::Listing,
     proxy::LiveConnection,
     report::PROVIDER,

@@ -17,7 +17,10 @@ impl Change {
         let (moved, gone): (Vec<_>, Vec<_>) =
             all.partition(|line| placed(line).is_some_and(|rule| elsewhere.contains(rule)));
         match gone[..] {
-            [] => (Self::Displaced, format!("the place of {}", moved[0])),
+            [] => {
+                let moved = moved.first().copied().unwrap_or_default();
+                (Self::Displaced, format!("the place of {moved}"))
+            }
             [only] => (Self::Incomplete, only.trim().to_owned()),
             [first, ..] => {
                 (Self::Incomplete, format!("{} and {} more", first.trim(), gone.len() - 1))

@@ -247,7 +247,7 @@ impl Table<'_> {
         let at = |word: &str| words.iter().position(|other| *other == word);
         let accepts = at("accept").is_some();
         let on_port = at("dport").map(|at| {
-            let ports = words[at + 1..].join(" ");
+            let ports = words.get(at + 1..).unwrap_or_default().join(" ");
             match ports.strip_prefix('@') {
                 Some(set) => {
                     let set = set.split(' ').next().unwrap_or_default();
@@ -258,8 +258,8 @@ impl Table<'_> {
             }
         });
         let translated = rule.contains("ct status") && rule.contains("dnat");
-        let from_docker = words.windows(2).any(|pair| {
-            matches!(pair[0], "iifname" | "iif") && is_dockers(pair[1].trim_matches('"'))
+        let from_docker = words.array_windows().any(|[word, interface]| {
+            matches!(*word, "iifname" | "iif") && is_dockers(interface.trim_matches('"'))
         });
         // Where a bridge of Docker's has a chain of its own, somebody has thought of it.
         let has_its_own = from_docker && (at("goto").is_some() || at("jump").is_some());

@@ -9,9 +9,9 @@ use super::{
     CaptureError, Script,
     change::Change,
     netlink::{BaseChain, Generation, Socket},
-    place::{self, Hook, Place},
+    place::{self, Place},
     program::{Program, ProgramError},
-    rules::{MARK, Rules},
+    rules::{Hook, MARK, Rules},
 };
 use crate::{config::CaptureScope, table::RouteKey};
 

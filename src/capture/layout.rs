@@ -8,10 +8,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{
-    place::Hook,
-    rules::{MARK, Places, RuleChanges, Rules, Shape},
-};
+use super::rules::{Hook, MARK, Places, RuleChanges, Rules, Shape};
 use crate::{config::CaptureScope, table::RouteKey};
 
 /// An address family. It begins an expression, and ends the names of its sets.

@@ -43,7 +43,7 @@ pub use change::Change;
 pub use error::CaptureError;
 pub use lock::Lock;
 use reconciler::Reconciler;
-use rules::{RuleSettings, Rules};
+use rules::{Hook, RuleSettings, Rules};
 
 /// Who writes the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -159,7 +159,7 @@ impl CaptureCounts {
 
     /// How often rules that had changed so were put back.
     pub fn restored(&self, change: Change) -> u64 {
-        self.restored[change as usize].load(Relaxed)
+        self.restored.get(change as usize).map_or(0, |count| count.load(Relaxed))
     }
 }
 
@@ -223,6 +223,16 @@ impl Capture {
         };
         drop(self.lock);
         remains
+    }
+}
+
+/// The place of the rules of ours that translate at `hook` and that `firewall` keeps. It only reads.
+pub async fn place_of(firewall: Firewall, hook: Hook) -> Result<place::Place, CaptureError> {
+    let chains = nft::base_chains();
+    match firewall {
+        Firewall::Nft => Ok(place::in_nft(&chains?, hook)),
+        // Where there is no nf_tables, there are no chains of its.
+        Firewall::Iptables => iptables::place(&chains.unwrap_or_default(), hook).await,
     }
 }
 

@@ -15,11 +15,8 @@ use super::{
     netlink::{
         self, BaseChain, Generation, Listing, Messages, NetlinkError, Socket, Table, TableName,
     },
-    rules::{NAME, RuleChanges, Rules, Shape},
+    rules::{DRAINING, NAME, RuleChanges, Rules, Shape},
 };
-
-/// What begins the name of a table that keeps live connections alive while they drain.
-pub(super) const DRAINING: &str = "embassy_draining_";
 
 /// The writer of our table.
 #[derive(Debug)]

@@ -2,7 +2,11 @@
 
 use std::fmt;
 
-use super::{CaptureError, Firewall, iptables, netlink::BaseChain, nft, rules::NAME};
+use super::{
+    Firewall,
+    netlink::BaseChain,
+    rules::{DRAINING, Hook, NAME},
+};
 
 /// Where our rules stand now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,38 +17,6 @@ pub enum Place {
     First,
     /// This comes before them.
     Behind(String),
-}
-
-/// Where in a packet's way the kernel calls chains.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Hook {
-    /// What arrives.
-    Prerouting,
-    /// What arrives for this host.
-    Input,
-    /// What this host sends itself.
-    Output,
-}
-
-impl Hook {
-    /// nft's word for it, and the name of our chain that translates there.
-    pub(super) fn nft(self) -> &'static str {
-        match self {
-            Self::Prerouting => "prerouting",
-            Self::Input => "input",
-            Self::Output => "output",
-        }
-    }
-}
-
-/// The place of the rules of ours that translate at `hook` and that `firewall` keeps. It only reads.
-pub async fn of(firewall: Firewall, hook: Hook) -> Result<Place, CaptureError> {
-    let chains = nft::base_chains();
-    match firewall {
-        Firewall::Nft => Ok(in_nft(&chains?, hook)),
-        // Where there is no nf_tables, there are no chains of its.
-        Firewall::Iptables => iptables::place(&chains.unwrap_or_default(), hook).await,
-    }
 }
 
 /// The chain of others that translates first.
@@ -94,7 +66,7 @@ impl fmt::Display for First {
 /// The priority of iptables' own chains (man 8 nft, "dstnat").
 const DSTNAT: i32 = -100;
 
-fn in_nft(chains: &[BaseChain], hook: Hook) -> Place {
+pub(super) fn in_nft(chains: &[BaseChain], hook: Hook) -> Place {
     let ours = format!("inet {NAME} {}", hook.nft());
     let Some(own) = translating(chains, hook).find(|chain| chain.name == ours) else {
         return Place::Absent;
@@ -122,7 +94,7 @@ fn named(name: &str, priority: i32) -> String {
 
 /// Every chain that translates at `hook`, except for those of an embassy that has ended its capture.
 fn translating(chains: &[BaseChain], hook: Hook) -> impl Iterator<Item = &BaseChain> {
-    let draining = format!("inet {}", nft::DRAINING);
+    let draining = format!("inet {}", DRAINING);
     chains.iter().filter(move |chain| {
         chain.kind == "nat" && chain.hook == hook && !chain.name.starts_with(&draining)
     })

@@ -245,7 +245,9 @@ impl Reconciler {
     }
 
     fn restored(&self, change: Change, missing: String) {
-        self.counts.restored[change as usize].fetch_add(1, Relaxed);
+        if let Some(count) = self.counts.restored.get(change as usize) {
+            count.fetch_add(1, Relaxed);
+        }
         self.counts.stand(|standing| standing.restored = Some((Instant::now(), missing.clone())));
         self.events.report(|| Event::CaptureRestored { change, missing });
     }

@@ -17,6 +17,9 @@ use crate::{
 /// The name of everything in the firewall that is ours.
 pub const NAME: &str = "embassy";
 
+/// What begins the name of a table that keeps live connections alive while they drain.
+pub(super) const DRAINING: &str = "embassy_draining_";
+
 /// The mark of our own connections to endpoints (man 7 socket, SO_MARK), so that `--redirect` does not capture them.
 /// Its value spells "em"; the lower half is left to others, such as Kubernetes, which masquerades what bears 0x4000.
 pub const MARK: u32 = 0x656d_0000;
@@ -198,6 +201,28 @@ impl RuleChanges {
 
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
+    }
+}
+
+/// Where in a packet's way the kernel calls chains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hook {
+    /// What arrives.
+    Prerouting,
+    /// What arrives for this host.
+    Input,
+    /// What this host sends itself.
+    Output,
+}
+
+impl Hook {
+    /// nft's word for it, and the name of our chain that translates there.
+    pub(super) fn nft(self) -> &'static str {
+        match self {
+            Self::Prerouting => "prerouting",
+            Self::Input => "input",
+            Self::Output => "output",
+        }
     }
 }
 

@@ -43,10 +43,11 @@ impl fmt::Display for Columns {
         let head = self.head.iter().map(ToString::to_string).collect();
         for row in std::iter::once(&head).chain(&self.rows) {
             let mut line = String::new();
-            for (column, cell) in row.iter().enumerate().take(widths.len()) {
+            for (column, (cell, (width, right))) in
+                row.iter().zip(widths.iter().zip(&self.right)).enumerate()
+            {
                 let gap = if column == 0 { "" } else { "  " };
-                let width = widths[column];
-                line += &match self.right[column] {
+                line += &match right {
                     true => format!("{gap}{cell:>width$}"),
                     false => format!("{gap}{cell:<width$}"),
                 };

@@ -6,9 +6,9 @@ use std::{
 };
 
 use crate::{
+    consumer::{Binding, Consumer},
     discovery::Query,
     identity::gone_and_new,
-    model::{Binding, Consumer},
 };
 
 /// The queries that consumers ask for now.

@@ -136,7 +136,11 @@ fn endpoints(entries: Vec<Value>, tags: &Tags) -> Endpoints {
                 }
             }
             Err(e) => rejected.push(Rejected {
-                what: entry["Service"]["ID"].as_str().unwrap_or("an entry").to_owned(),
+                what: entry
+                    .pointer("/Service/ID")
+                    .and_then(|id| id.as_str())
+                    .unwrap_or("an entry")
+                    .to_owned(),
                 reason: e.to_string(),
             }),
         }

@@ -18,12 +18,13 @@ use super::{
     read::{Found, Listed, Notice, notice},
 };
 use crate::{
+    consumer::Binding,
     descriptor::Balance,
     discovery::{
         Endpoints, Query,
         docker::offers::{Made, Offers},
     },
-    model::{Binding, ConsumerId, ContainerId, Port, RunEnd, ServiceName},
+    model::{ConsumerId, ContainerId, Port, RunEnd, ServiceName},
     provider::{Listing, docker::Listings},
     table::{Inputs, Route, RouteKey, Table},
 };

@@ -250,7 +250,7 @@ async fn what_is_read_again_changes_nothing_where_nothing_changed() {
     engine.tells("start", "new");
     let now = until(&mut followed.consumers, |known| has(known, "new", Some("172.17.1.2"))).await;
     assert_eq!((now.changes, now.failures), (consumers.changes + 1, 0));
-    let new = |consumer: &&Arc<crate::model::Consumer>| &*consumer.name != "new";
+    let new = |consumer: &&Arc<crate::consumer::Consumer>| &*consumer.name != "new";
     let (before, now) = (consumers.value.unwrap(), now.value.unwrap());
     let pairs = before.consumers.iter().zip(now.consumers.iter().filter(new));
     assert!(pairs.into_iter().all(|(one, now)| Arc::ptr_eq(one, now)));

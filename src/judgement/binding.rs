@@ -12,7 +12,8 @@ use super::{
     states::{BindingState, Reason},
 };
 use crate::{
-    model::{Binding, Consumer, ConsumerId},
+    consumer::{Binding, Consumer},
+    model::ConsumerId,
     provider::Problem,
     table::{Route, RouteKey},
 };

@@ -10,8 +10,8 @@ use super::{
     states::{EndpointHealth, Verdict},
 };
 use crate::{
+    consumer::Consumer,
     counts::numbered,
-    model::Consumer,
     table::{Route, Upstream},
 };
 

@@ -11,9 +11,10 @@ use super::source::SourceReading;
 use crate::{
     capture::Standing,
     config::{CaptureMode, CaptureScope},
+    consumer::Consumer,
     discovery::Query,
     limits::FEW,
-    model::{Consumer, ConsumerId, Millis},
+    model::{ConsumerId, Millis},
     provider::Listing,
     readiness::Part,
     table::Table,

@@ -10,11 +10,12 @@ use super::*;
 use crate::{
     capture::{Standing, input::Barrier},
     config::{CaptureMode, CaptureScope},
+    consumer::{Binding, Consumer},
     control::InUse,
     descriptor::Balance,
     discovery::{Endpoints, Query},
     memory::Use,
-    model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Millis, ServiceName, Vip},
+    model::{ConsumerId, ContainerId, Endpoint, Millis, ServiceName, Vip},
     provider::{Listing, Problem},
     readiness::Part,
     source::Known,

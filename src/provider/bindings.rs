@@ -6,10 +6,7 @@ use std::{
 };
 
 use super::Problem;
-use crate::{
-    descriptor::Descriptor,
-    model::{Binding, Port},
-};
+use crate::{consumer::Binding, descriptor::Descriptor, model::Port};
 
 /// The labels that mean the same as a variable: `embassy.backend.<name>=<descriptor>`.
 pub const LABEL: &str = "embassy.backend.";

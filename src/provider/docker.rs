@@ -4,11 +4,12 @@ use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
 use super::{Listing, Problem, bindings::bindings};
 use crate::{
+    consumer::{Binding, Consumer},
     docker::{
         container::{Bridges, Container, Inventory, Network},
         per_container::{PerContainer, Subject},
     },
-    model::{Binding, Consumer, ConsumerId},
+    model::ConsumerId,
 };
 
 /// Makes listings of inventories. A consumer that did not change is the same `Arc` as in the listing before.
@@ -61,7 +62,7 @@ impl Listings {
             listing.problems.extend(asking.problems.iter().chain(&asking.no_network).cloned());
         }
         known.sort_unstable();
-        let contested = known.windows(2).filter(|two| two[0] == two[1]).map(|two| two[0]);
+        let contested = known.array_windows().filter(|[a, b]| a == b).map(|[address, _]| *address);
         listing.contested = contested.collect();
         let known = BTreeSet::from_iter(known);
         if *self.known != known {

@@ -8,8 +8,9 @@ use std::{
 
 use super::{Listing, Problem};
 use crate::{
+    consumer::{Binding, Consumer},
     descriptor::Descriptor,
-    model::{Binding, Consumer, ConsumerId},
+    model::ConsumerId,
 };
 
 /// Why the static provider cannot say who its consumer is.

@@ -7,8 +7,8 @@ use tokio::sync::Notify;
 
 pub use crate::docker::follow::Lookup;
 use crate::{
+    consumer::Consumer,
     docker::follow::Follower,
-    model::Consumer,
     source::{Answers, Publisher, ResyncRequests},
 };
 

@@ -142,7 +142,7 @@ impl Announcement {
             let mut bytes = [0; 4096];
             // The end of what the consumer sends, or an error, is the relay's to meet.
             let count = consumer.try_read(&mut bytes).unwrap_or(0);
-            self.bytes.extend(&bytes[..count]);
+            self.bytes.extend(bytes.iter().take(count));
         }
         endpoint.write_all(&[&self.header[..], &self.bytes].concat()).await
     }

@@ -28,11 +28,7 @@ use super::{
     testing::{captured, consumer, route, settings, table_after},
     worker::Worker,
 };
-use crate::{
-    model::{Consumer, Endpoint},
-    outcome::Outcome,
-    table::Table,
-};
+use crate::{consumer::Consumer, model::Endpoint, outcome::Outcome, table::Table};
 
 const LIVE: usize = 9_000;
 const CONSUMERS: usize = 90;

@@ -212,7 +212,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::{Consumer, Endpoint},
+        consumer::Consumer,
+        model::Endpoint,
         proxy::{
             shared::Shared,
             testing::{captured, consumer, route, run, settings, table_after},

@@ -15,13 +15,11 @@ use super::{
 };
 use crate::{
     config::ConnectionLog,
+    consumer::{Binding, Consumer},
     cow_map::CowMap,
     descriptor::Balance,
     discovery::{Endpoints, Query},
-    model::{
-        Binding, Consumer, ConsumerId, ContainerId, Endpoint, OriginalDestination, Port,
-        SourceAddress, Vip,
-    },
+    model::{ConsumerId, ContainerId, Endpoint, OriginalDestination, Port, SourceAddress, Vip},
     table::{Inputs, Route, RouteKey, Table},
 };
 

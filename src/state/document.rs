@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Document, KeptAnswer, KeptConsumer, KeptEndpoint, Origin};
 use crate::{
+    consumer::Binding,
     discovery::Query,
-    model::{Binding, ContainerId, Endpoint, Port, Process, ServiceName, Tags},
+    model::{ContainerId, Endpoint, Port, Process, ServiceName, Tags},
 };
 
 /// The first word of every state file, and the format that this program writes and reads.

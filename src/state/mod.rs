@@ -13,8 +13,9 @@ use std::{
 };
 
 use crate::{
+    consumer::{Binding, Consumer},
     discovery::{Discoveries, Endpoints, Query},
-    model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Process},
+    model::{ConsumerId, ContainerId, Endpoint, Process},
 };
 
 pub(crate) mod document;

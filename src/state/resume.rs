@@ -6,8 +6,9 @@ use tokio::sync::Notify;
 
 use super::KeptConsumer;
 use crate::{
+    consumer::Consumer,
     docker::process::{Held, addresses},
-    model::{Consumer, ConsumerId, ContainerId, Process, RunEnd, Stay},
+    model::{ConsumerId, ContainerId, Process, RunEnd, Stay},
 };
 
 /// The consumer that an earlier embassy knew, if it is still the same run, with those of its addresses that its network

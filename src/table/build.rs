@@ -13,9 +13,10 @@ use super::{
 };
 use crate::{
     balance::{EndpointState, Rotation},
+    consumer::{Binding, Consumer},
     discovery::{CannotAsk, Endpoints, Query},
     identity::gone_and_new,
-    model::{Binding, Consumer, ConsumerId, Endpoint, Vip},
+    model::{ConsumerId, Endpoint, Vip},
 };
 
 /// The table that follows `prev`; `None` where nothing differs.

@@ -3,10 +3,13 @@
 use rustix::io::Errno;
 
 use super::{
-    super::{layout, place::Hook, rules::Rules},
-    encode::{Bound, ELEMENT_FLAGS, ELEMENT_KEY, INTERVAL_END, Table, VALUE, bounds, hook_number},
+    super::{
+        layout,
+        rules::{Hook, Rules},
+    },
+    encode::{Bound, ELEMENT_FLAGS, ELEMENT_KEY, INTERVAL_END, Table, bounds, hook_number},
     socket::{NetlinkError, Socket},
-    wire::{Kind, Parsed, family},
+    wire::{Kind, Parsed, VALUE, family},
 };
 
 /// A table of the family `inet`.

@@ -6,10 +6,9 @@ use super::{
     super::layout::{
         Base, BaseKind, Chain, Edit, Element, Family, Key, Set, Term, after, chains, elements, sets,
     },
-    super::place::Hook,
-    super::rules::{Rules, Shape},
+    super::rules::{Hook, Rules, Shape},
     expression::Expressions,
-    wire::{Attributes, Kind, Messages, family, flags},
+    wire::{Attributes, Kind, Messages, VALUE, family, flags},
 };
 
 /// Of the commands that follow, a table of ours: `inet`, and its name.
@@ -247,8 +246,6 @@ pub(super) const ELEMENT_KEY: u16 = 1;
 pub(super) const ELEMENT_FLAGS: u16 = 3;
 /// NFT_SET_ELEM_INTERVAL_END
 pub(super) const INTERVAL_END: u32 = 1;
-/// A value within an attribute (NFTA_DATA_VALUE).
-pub(super) const VALUE: u16 = 1;
 
 impl Bound {
     fn write(&self, list: &mut Attributes<'_>) {

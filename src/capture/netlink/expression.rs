@@ -3,8 +3,7 @@
 
 use super::{
     super::layout::{Family, Set, Side, Term},
-    encode::VALUE,
-    wire::{Attributes, family},
+    wire::{Attributes, VALUE, family},
 };
 
 /// Writes the expressions of one rule.

@@ -129,7 +129,7 @@ impl Messages {
         self.bytes.extend(resource.to_be_bytes());
         fill(&mut Attributes(&mut self.bytes));
         let length = (self.bytes.len() - start) as u32;
-        self.bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+        put(&mut self.bytes, start, length.to_ne_bytes());
         self.next = self.next.wrapping_add(1);
     }
 
@@ -178,7 +178,7 @@ impl Attributes<'_> {
         self.0.extend((kind | NESTED).to_ne_bytes());
         fill(&mut Attributes(self.0));
         let length = (self.0.len() - start) as u16;
-        self.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
+        put(self.0, start, length.to_ne_bytes());
         self
     }
 }
@@ -207,12 +207,17 @@ impl<'a> Answer<'a> {
     }
 }
 
+/// Writes a length where its place was left.
+fn put<const N: usize>(bytes: &mut [u8], at: usize, value: [u8; N]) {
+    bytes.iter_mut().skip(at).zip(value).for_each(|(byte, value)| *byte = value);
+}
+
 /// The messages that one read has given. One that is cut short is left out, and ends them.
 pub(super) fn answers(mut bytes: &[u8]) -> impl Iterator<Item = Answer<'_>> {
     std::iter::from_fn(move || {
         let header: &[u8; HEADER] = bytes.first_chunk()?;
-        let word = |at: usize| header[at..at + 4].first_chunk().copied().map(u32::from_ne_bytes);
-        let half = |at: usize| header[at..at + 2].first_chunk().copied().map(u16::from_ne_bytes);
+        let word = |at: usize| header.get(at..)?.first_chunk().copied().map(u32::from_ne_bytes);
+        let half = |at: usize| header.get(at..)?.first_chunk().copied().map(u16::from_ne_bytes);
         let length = word(0)? as usize;
         let body = bytes.get(HEADER..length)?;
         let family = body.first().copied().unwrap_or_default();
@@ -279,6 +284,9 @@ pub(crate) fn fuzz(input: &[u8]) {
         }
     }
 }
+
+/// A value within an attribute (NFTA_DATA_VALUE).
+pub(super) const VALUE: u16 = 1;
 
 #[cfg(test)]
 mod tests {

@@ -3,9 +3,10 @@ use std::{collections::BTreeSet, sync::Mutex};
 use super::*;
 use crate::{
     capture::fake::{self, Fake, State},
+    consumer::{Binding, Consumer},
     descriptor::{Balance, Descriptor},
     discovery::Query,
-    model::{Binding, Consumer, ConsumerId, ContainerId, Tags},
+    model::{ConsumerId, ContainerId, Tags},
     readiness::{Part, Readiness},
     table::Inputs,
 };

@@ -18,9 +18,10 @@ use crate::{
     admin::api,
     app,
     capture::{
-        Backend, Firewall, Lock,
+        self, Backend, Firewall, Lock,
         input::{Barrier, Detail, Listings},
-        place::{self, Hook},
+        place,
+        rules::Hook,
     },
     config::{CaptureMode, Config, Provider},
     discovery::{Discoveries, Watches},
@@ -124,10 +125,11 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         // A backend that is not installed has no rules of ours.
         places.push((
             firewall,
-            place::of(firewall, Hook::Prerouting).await.unwrap_or(place::Place::Absent),
+            capture::place_of(firewall, Hook::Prerouting).await.unwrap_or(place::Place::Absent),
         ));
         if config.capture == CaptureMode::Redirect {
-            let place = place::of(firewall, Hook::Output).await.unwrap_or(place::Place::Absent);
+            let place =
+                capture::place_of(firewall, Hook::Output).await.unwrap_or(place::Place::Absent);
             places_of_output.push((firewall, place));
         }
     }

@@ -64,7 +64,7 @@ impl Sort {
 
     fn next(self) -> Self {
         let place = Self::ALL.iter().position(|sort| *sort == self).unwrap_or_default();
-        Self::ALL[(place + 1) % Self::ALL.len()]
+        Self::ALL.iter().copied().cycle().nth(place + 1).unwrap_or(self)
     }
 
     /// The more, the earlier. Rates to the thousandth, so that they have an order.
@@ -189,10 +189,12 @@ impl Screen {
         };
         let shown = |column: &usize| body.width >= NARROW || narrow.contains(column);
         let shown: Vec<_> = (0..names.len()).filter(shown).collect();
-        let widths = shown.iter().map(|column| widths[*column]);
-        let head = Row::new(shown.iter().map(|column| names[*column]));
+        let widths = shown.iter().filter_map(|column| widths.get(*column)).copied();
+        let head = Row::new(shown.iter().filter_map(|column| names.get(*column)).copied());
         let cells = |row: Vec<String>| {
-            Row::new(shown.iter().map(|column| row[*column].clone()).collect::<Vec<_>>())
+            Row::new(
+                shown.iter().filter_map(|column| row.get(*column)).cloned().collect::<Vec<_>>(),
+            )
         };
         let rows = rows.into_iter().skip(self.above).map(cells);
         let table = Table::new(rows, widths).header(head.style(bold));

@@ -67,6 +67,10 @@ impl Batch {
     }
 
     /// Where `size` bytes can be read into, or as many as there can ever be. It may send what is queued for that.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "what is used and asked for fits, or was just sent"
+    )]
     pub(super) fn room(&mut self, size: usize) -> &mut [u8] {
         let size = size.min(self.buffer.len());
         if self.buffer.len() - self.used < size || self.queue.len() == Ring::ENTRIES {
@@ -143,7 +147,7 @@ impl Batch {
             let number = self.first;
             self.first += 1;
             let Some(to) = queued.to else { continue };
-            let bytes = &self.buffer[queued.bytes];
+            let bytes = self.buffer.get(queued.bytes).unwrap_or_default();
             let (sent, error) = match result.unwrap_or_else(|| send_one(to, bytes)) {
                 Ok(sent) => (sent, None),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => (0, None),
@@ -207,7 +211,7 @@ impl Ring {
         let mut handed = 0;
         for (at, queued) in queue.iter().enumerate() {
             let Some(to) = queued.to else { continue };
-            let bytes = &buffer[queued.bytes.clone()];
+            let bytes = buffer.get(queued.bytes.clone()).unwrap_or_default();
             let entry = opcode::Send::new(types::Fd(to), bytes.as_ptr(), bytes.len() as u32)
                 .flags(flags)
                 .build()

@@ -146,6 +146,10 @@ impl Members {
     }
 
     /// The one that is asked now, and its number.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "a URI without members is refused where it is read"
+    )]
     fn current(&self) -> (usize, &Url) {
         let number = self.current.load(Relaxed);
         (number, &self.urls[number % self.urls.len()])

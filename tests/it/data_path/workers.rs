@@ -12,10 +12,11 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use embassy::{
     config::ConnectionLog,
+    consumer::{Binding, Consumer},
     cow_map::CowMap,
     descriptor::Balance,
     discovery::{Endpoints, Query},
-    model::{Binding, Consumer, ConsumerId, ContainerId, Endpoint, Vip},
+    model::{ConsumerId, ContainerId, Endpoint, Vip},
     outcome::Outcome,
     proxy::{ConnectionState, Destinations, Proxy, ProxySettings},
     table::{Inputs, Table},
