@@ -148,3 +148,53 @@ fn look(folder: &Path, parent: &str, path: &str, wrong: &mut Vec<String>) {
         }
     }
 }
+
+/// The crates of `Cargo.lock` that are there more than once, and the versions of each.
+fn repeated() -> BTreeMap<String, Vec<String>> {
+    let lock = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock"));
+    let mut versions: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for package in lock.expect("there is a Cargo.lock").split("[[package]]") {
+        let field = |name: &str| {
+            let line = package.lines().find_map(|line| line.strip_prefix(name))?;
+            Some(line.strip_prefix(" = ")?.trim_matches('"').to_owned())
+        };
+        if let Some((name, version)) = field("name").zip(field("version")) {
+            versions.entry(name).or_default().push(version);
+        }
+    }
+    versions.retain(|_, versions| versions.len() > 1);
+    versions
+}
+
+#[test]
+fn no_crate_is_there_twice_except_for_those_that_deny_toml_names() {
+    let deny = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("deny.toml"));
+    let deny = deny.expect("there is a deny.toml");
+    let skipped = deny.split("skip = [").nth(1).and_then(|rest| rest.split("\n]").next());
+    let skipped: BTreeSet<_> = skipped
+        .expect("deny.toml has a list of them")
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("{ crate = \"")?.split('"').next())
+        .collect();
+    // One of the two is named, by the start of its version.
+    let named = |(name, versions): (&String, &Vec<String>)| {
+        let older: Vec<_> = versions
+            .iter()
+            .filter(|version| {
+                let is_it = |skip: &&str| {
+                    let (of, start) = skip.split_once('@').unwrap_or((skip, ""));
+                    of == name && version.starts_with(&format!("{start}."))
+                };
+                !skipped.iter().any(|skip| is_it(&skip))
+            })
+            .collect();
+        (older.len() > 1).then(|| format!("{name} {versions:?}"))
+    };
+    let repeated = repeated();
+    let unnamed: Vec<_> = repeated.iter().filter_map(named).collect();
+    assert!(unnamed.is_empty(), "say in deny.toml why these are there twice: {unnamed:#?}");
+    let names: BTreeSet<_> = skipped.iter().map(|skip| skip.split('@').next()).collect();
+    let gone: Vec<_> =
+        names.iter().flatten().filter(|name| !repeated.contains_key(**name)).collect();
+    assert!(gone.is_empty(), "these are there once: take them from deny.toml: {gone:?}");
+}
