@@ -11,8 +11,6 @@ use bollard::{API_DEFAULT_VERSION, Docker};
 pub(crate) mod client;
 pub mod container;
 mod containers;
-#[cfg(test)]
-pub(crate) mod fake;
 pub mod follow;
 mod inspections;
 #[cfg(test)]

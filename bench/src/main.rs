@@ -6,6 +6,7 @@ mod load;
 mod plot;
 mod report;
 mod run;
+mod scale;
 mod serve;
 mod site;
 mod soak;
@@ -22,6 +23,8 @@ usage: bench run                 all contenders; ROUNDS and SECONDS are taken fr
                                  or beside-flood;
                                  prints its process, then what a unit costs
        bench soak                embassy alone at full rate, MINUTES long; an error if its memory grows
+       bench scale               a host of CONSUMERS=\"100 1000 10000\" that only an engine without containers has: what a
+                                 start, a change, memory and a scrape cost; prints a table
 the two below run in containers:
        bench serve               the endpoint
        bench load KIND TARGET[,TARGET...] CONNECTIONS SECONDS [RATE] [until-told]
@@ -45,6 +48,9 @@ fn run(words: &[&str]) -> Result<()> {
         ["run"] => run::run(),
         ["one", name, kind] => run::one(name, kind),
         ["soak"] => soak::run(),
+        ["scale"] => scale::run(),
+        ["scale-serve", address, text] => scale::serve(address, text),
+        ["scale-follow", target, source] => scale::follow(target, source),
         ["serve"] => serve::run(),
         ["load", rest @ ..] => load::run(rest),
         _ => bail!("expected one of these\n{USAGE}"),

@@ -3,12 +3,13 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
+use testbed::{FakeEngine, Mood};
 use tokio::sync::Notify;
 
 use crate::{
     discovery::{Discoveries, Endpoints, Query, Watches, docker::PREFIX},
     docker::{
-        fake::{Fake, Mood},
+        Address, Engine,
         follow::{Follower, Lookup},
     },
     provider::{Listing, Provider},
@@ -27,11 +28,11 @@ struct Followed {
 }
 
 impl Followed {
-    fn of(engine: &Fake) -> Self {
+    fn of(engine: &FakeEngine) -> Self {
         let (lookup, bell) = (Lookup::default(), Arc::<Notify>::default());
         let resync = ResyncRequests::new(10 * SOON);
         let prefixes = vec!["BACKEND_".to_owned(), PREFIX.to_owned()];
-        let follower = Follower::new("provider", engine.engine(), prefixes, lookup.clone());
+        let follower = Follower::new("provider", of(engine), prefixes, lookup.clone());
         let mut discoveries = discoveries(engine);
         discoveries.share(&follower);
         let provider = Provider::Docker { follower, prefix: "BACKEND_".to_owned() };
@@ -49,10 +50,15 @@ impl Followed {
     }
 }
 
-fn discoveries(engine: &Fake) -> Discoveries {
+/// How embassy reaches it.
+fn of(engine: &FakeEngine) -> Engine {
+    Engine { address: Address::Unix(engine.socket()), certificates: None }
+}
+
+fn discoveries(engine: &FakeEngine) -> Discoveries {
     let settings = crate::discovery::Options {
         healthy_only: true,
-        docker: engine.engine(),
+        docker: of(engine),
         consul: Default::default(),
         etcd: Default::default(),
     };
@@ -64,7 +70,7 @@ fn query(service: &str) -> Query {
     Query { via: "docker".into(), service, tags: Default::default(), dc: None, port: None }
 }
 
-fn followed(engine: &Fake) -> Answers<Listing> {
+fn followed(engine: &FakeEngine) -> Answers<Listing> {
     Followed::of(engine).consumers
 }
 
@@ -105,7 +111,7 @@ fn path(id: &str) -> String {
 
 #[tokio::test]
 async fn many_containers_that_run_at_the_start_are_all_known_at_once() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     for n in 0..300 {
         engine.has(&format!("c{n}"), &format!("172.17.{}.{}", n / 200, n % 200 + 2));
     }
@@ -118,7 +124,7 @@ async fn many_containers_that_run_at_the_start_are_all_known_at_once() {
 
 #[tokio::test]
 async fn an_address_that_went_to_another_between_two_sessions_is_withdrawn_by_the_list() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     engine.has("one", "172.17.0.2");
     engine.has("two", "172.17.0.3");
     let mut answers = followed(&engine);
@@ -142,7 +148,7 @@ async fn an_address_that_went_to_another_between_two_sessions_is_withdrawn_by_th
 
 #[tokio::test]
 async fn who_could_not_be_inspected_is_looked_at_again_without_an_event() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     engine.has("one", "172.17.0.2");
     engine.has("two", "172.17.0.3");
     engine.answers(&path("one"), Mood::Fails);
@@ -156,7 +162,7 @@ async fn who_could_not_be_inspected_is_looked_at_again_without_an_event() {
 
 #[tokio::test]
 async fn who_starts_does_not_wait_for_a_long_list() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     let ids: Vec<_> = (0..40).map(|n| format!("c{n}")).collect();
     for (n, id) in ids.iter().enumerate() {
         engine.has(id, &format!("172.17.0.{}", n + 2));
@@ -178,7 +184,7 @@ async fn who_starts_does_not_wait_for_a_long_list() {
 
 #[tokio::test]
 async fn an_answer_that_stalls_ends_the_session_long_before_the_next_one_is_due() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     engine.answers("/containers/json", Mood::Stalls);
     let mut answers = followed(&engine);
     let known = until(&mut answers, |known| known.error.is_some()).await;
@@ -189,7 +195,7 @@ async fn an_answer_that_stalls_ends_the_session_long_before_the_next_one_is_due(
 
 #[tokio::test]
 async fn one_engine_is_followed_once_whatever_is_made_of_it_and_as_long_as_anything_is() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     for n in 0..20 {
         engine.has(&format!("c{n}"), &format!("172.17.0.{}", n + 2));
     }
@@ -215,7 +221,7 @@ async fn one_engine_is_followed_once_whatever_is_made_of_it_and_as_long_as_anyth
 
 #[tokio::test]
 async fn a_discovery_alone_follows_its_engine_and_with_its_last_query_that_ends() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     engine.has("one", "172.17.0.2");
     let bell = Arc::<Notify>::default();
     let resync = ResyncRequests::new(10 * SOON);
@@ -231,7 +237,7 @@ async fn a_discovery_alone_follows_its_engine_and_with_its_last_query_that_ends(
 
 #[tokio::test]
 async fn what_is_read_again_changes_nothing_where_nothing_changed() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     for n in 0..50 {
         engine.has(&format!("c{n}"), &format!("172.17.0.{}", n + 2));
     }
@@ -260,7 +266,7 @@ async fn what_is_read_again_changes_nothing_where_nothing_changed() {
 
 #[tokio::test]
 async fn what_no_event_told_of_is_found_when_it_is_read_again() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     engine.has("one", "172.17.0.2");
     engine.has("gone", "172.17.0.3");
     let mut followed = Followed::of(&engine);
@@ -276,7 +282,7 @@ async fn what_no_event_told_of_is_found_when_it_is_read_again() {
 
 #[tokio::test]
 async fn one_who_starts_while_a_list_is_on_its_way_stays() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     engine.has("one", "172.17.0.2");
     let mut followed = Followed::of(&engine);
     let known = until(&mut followed.consumers, |known| known.value.is_some()).await;
@@ -298,7 +304,7 @@ async fn one_who_starts_while_a_list_is_on_its_way_stays() {
 
 #[tokio::test]
 async fn a_dial_finds_one_whom_no_event_told_of() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     let mut followed = Followed::of(&engine);
     until(&mut followed.consumers, |known| known.value.is_some()).await;
     engine.has("one", "172.17.0.2");
@@ -309,7 +315,7 @@ async fn a_dial_finds_one_whom_no_event_told_of() {
 
 #[tokio::test]
 async fn who_cannot_be_inspected_stays_as_it_was_known_over_sessions() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     engine.has("one", "172.17.0.2");
     engine.has("two", "172.17.0.3");
     let mut followed = Followed::of(&engine);
@@ -328,7 +334,7 @@ async fn who_cannot_be_inspected_stays_as_it_was_known_over_sessions() {
 
 #[tokio::test]
 async fn an_inspection_that_hangs_costs_its_own_container_alone() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     engine.has("one", "172.17.0.2");
     engine.has("two", "172.17.0.3");
     let mut followed = Followed::of(&engine);
@@ -354,7 +360,7 @@ async fn an_inspection_that_hangs_costs_its_own_container_alone() {
 
 #[tokio::test]
 async fn an_endpoint_that_went_to_another_between_two_sessions_is_withdrawn_by_the_list() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     engine.has("one", "172.17.0.2");
     let mut followed = Followed::of(&engine);
     let [mut one, mut two] = ["one", "two"].map(|name| followed.service(name));
@@ -370,7 +376,7 @@ async fn an_endpoint_that_went_to_another_between_two_sessions_is_withdrawn_by_t
 
 #[tokio::test]
 async fn who_has_ended_by_the_engines_word_or_the_kernels_is_no_endpoint() {
-    let engine = Fake::start();
+    let engine = FakeEngine::start();
     engine.has("one", "172.17.0.2");
     let mut followed = Followed::of(&engine);
     let [mut one, mut two] = ["one", "two"].map(|name| followed.service(name));

@@ -1,7 +1,9 @@
-//! An engine for unit tests: it has the containers that it is told of, and answers as it is told to.
+//! An engine without containers, for tests of who follows one: it has the containers that it is told of, and answers as
+//! it is told to. It needs neither root nor a host.
 
 use std::{
     collections::{BTreeMap, HashMap},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -13,12 +15,12 @@ use tokio::{
     sync::broadcast,
 };
 
-use super::{Address, Engine};
-
 /// How a request is answered, where not rightly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Mood {
+pub enum Mood {
+    /// It says that something went wrong.
     Fails,
+    /// It says what is no JSON.
     Garbage,
     /// It says nothing at all,
     Hangs,
@@ -28,8 +30,9 @@ pub(crate) enum Mood {
     Waits,
 }
 
+/// An engine without containers. Ends with this.
 #[derive(Debug)]
-pub(crate) struct Fake {
+pub struct FakeEngine {
     folder: tempfile::TempDir,
     state: Arc<Mutex<State>>,
     /// `None` ends the streams.
@@ -45,10 +48,12 @@ struct State {
     streams: usize,
 }
 
-impl Fake {
-    pub(crate) fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(folder.path().join("docker.sock")).unwrap();
+impl FakeEngine {
+    /// Starts it. To be called within a runtime, with which it ends.
+    pub fn start() -> Self {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        let listener = UnixListener::bind(folder.path().join("docker.sock"));
+        let listener = listener.expect("a socket can be bound in a new folder");
         let (state, events) = (Arc::<Mutex<State>>::default(), broadcast::Sender::new(1000));
         let (shared, streams) = (state.clone(), events.clone());
         tokio::spawn(async move {
@@ -59,17 +64,17 @@ impl Fake {
         Self { folder, state, events }
     }
 
-    pub(crate) fn engine(&self) -> Engine {
-        let address = Address::Unix(self.folder.path().join("docker.sock"));
-        Engine { address, certificates: None }
+    /// Where it answers: a Unix socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("docker.sock")
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap()
+        self.state.lock().expect("nobody panics with it")
     }
 
     /// A container runs, or is another than it was; nobody is told. It asks for `web`, and offers a service of its name.
-    pub(crate) fn has(&self, id: &str, address: &str) {
+    pub fn has(&self, id: &str, address: &str) {
         let network = json!({"bridge": {
             "NetworkID": "n", "IPAddress": address, "GlobalIPv6Address": "", "Gateway": "172.17.0.1"
         }});
@@ -81,16 +86,21 @@ impl Fake {
             "Config": {"Env": ["BACKEND_WEB=web;80", format!("SERVICE_80_NAME={id}")]},
             "NetworkSettings": {"Networks": network}
         });
+        self.insert(id, container);
+    }
+
+    /// A container runs, or is another than it was, as an inspection shows it; nobody is told.
+    pub fn insert(&self, id: &str, container: Value) {
         self.state().containers.insert(id.to_owned(), container);
     }
 
     /// A container is gone; nobody is told.
-    pub(crate) fn has_not(&self, id: &str) {
+    pub fn has_not(&self, id: &str) {
         self.state().containers.remove(id);
     }
 
     /// What ends in this is answered so from now on.
-    pub(crate) fn answers(&self, path: &str, mood: impl Into<Option<Mood>>) {
+    pub fn answers(&self, path: &str, mood: impl Into<Option<Mood>>) {
         match mood.into() {
             Some(mood) => self.state().moods.insert(path.to_owned(), mood),
             None => self.state().moods.remove(path),
@@ -98,23 +108,23 @@ impl Fake {
     }
 
     /// Tells of something that happened to a container.
-    pub(crate) fn tells(&self, action: &str, id: &str) {
+    pub fn tells(&self, action: &str, id: &str) {
         let event = json!({"Type": "container", "Action": action, "Actor": {"ID": id}});
         let _ = self.events.send(Some(event));
     }
 
     /// Ends the streams of events.
-    pub(crate) fn loses(&self) {
+    pub fn loses(&self) {
         let _ = self.events.send(None);
     }
 
     /// How many streams of events are read now.
-    pub(crate) fn streams(&self) -> usize {
+    pub fn streams(&self) -> usize {
         self.state().streams
     }
 
     /// How often it was asked for what ends in this.
-    pub(crate) fn asked(&self, path: &str) -> usize {
+    pub fn asked(&self, path: &str) -> usize {
         self.state().asked.iter().filter(|asked| asked.ends_with(path)).count()
     }
 }
@@ -135,7 +145,7 @@ async fn serve(
     let path = head.split_whitespace().nth(1).unwrap_or_default();
     let path = path.split('?').next().unwrap_or_default().to_owned();
     let (mood, answer) = {
-        let mut state = state.lock().unwrap();
+        let mut state = state.lock().expect("nobody panics with it");
         state.asked.push(path.clone());
         (state.mood(&path), state.answer(&path))
     };
@@ -147,7 +157,7 @@ async fn serve(
     let whole =
         |status, body: &str| head(status, &format!("Content-Length: {}", body.len())) + body;
     if mood == Some(Mood::Waits) {
-        while state.lock().unwrap().mood(&path).is_some() {
+        while state.lock().expect("nobody panics with it").mood(&path).is_some() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -162,9 +172,9 @@ async fn serve(
         (None, _) if path.ends_with("/events") => {
             let events = events.subscribe();
             client.write_all(head("200 OK", "Transfer-Encoding: chunked").as_bytes()).await?;
-            state.lock().unwrap().streams += 1;
+            state.lock().expect("nobody panics with it").streams += 1;
             let end = stream(&mut client, events).await;
-            state.lock().unwrap().streams -= 1;
+            state.lock().expect("nobody panics with it").streams -= 1;
             return end;
         }
         (None | Some(Mood::Waits), Some(answer)) => whole("200 OK", &answer.to_string()),

@@ -1,0 +1,354 @@
+//! A host of ten thousand consumers that has no container: an engine that only says that they run, a real etcd with their
+//! services, and the real program between them. `bench scale` prints what a start, a change, memory and a scrape cost, for
+//! hosts of growing size.
+
+use std::{
+    fmt::Write as _,
+    io::{BufRead, BufReader, Read, Write},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    process::{Child, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use rustix::time::{ClockId, clock_gettime};
+use serde_json::{Value, json};
+use testbed::{Embassy, FakeEngine, Host, eventually};
+
+/// Bindings of each consumer, and endpoints of each service; there are as many services as consumers.
+const BINDINGS: usize = 10;
+const ENDPOINTS: usize = 10;
+/// Changes of each kind that are measured.
+const CHANGES: usize = 20;
+/// How long the largest host may take for anything.
+const LONG: Duration = Duration::from_secs(600);
+/// The VIP, and where the endpoints are that answer.
+const VIP: &str = "172.17.0.1";
+const SERVERS: [(&str, &str); 2] = [("10.99.0.1:7001", "a"), ("10.99.0.1:7002", "b")];
+/// The service whose endpoints change, and the port on which everybody asks for it.
+const PROBED: &str = "/scale/probed";
+const PORT: u16 = 6000;
+
+pub(crate) fn run() -> Result<()> {
+    let sizes = std::env::var("CONSUMERS").unwrap_or_else(|_| "100 1000 10000".to_owned());
+    println!("{HEADER}");
+    for size in sizes.split_whitespace() {
+        let consumers = size.parse().with_context(|| format!("CONSUMERS {size:?}: a number"))?;
+        println!("{}", Simulation::start(consumers)?.measure()?);
+    }
+    Ok(())
+}
+
+const HEADER: &str = "\
+| consumers | routes | endpoints | start s | CPU s | endpoint changed ms | consumer came ms | consumer went ms | CPU ms a change | resident MiB | scrape ms | scrape MB |
+|---|---|---|---|---|---|---|---|---|---|---|---|";
+
+/// A host, its engine that is none, and embassy.
+struct Simulation {
+    consumers: usize,
+    embassy: Embassy,
+    engine: FakeEngine,
+    host: Host,
+    /// A network namespace with the addresses of two consumers.
+    place: Child,
+    _servers: Vec<Child>,
+    started_in: Duration,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Simulation {
+    fn start(consumers: usize) -> Result<Self> {
+        let host = Host::builder().without_docker().start()?;
+        let sh = |script: &str| host.run("sh", ["-euc", script]);
+        sh(&format!(
+            "ip link add docker0 type bridge; ip addr add {VIP}/12 dev docker0; ip link set docker0 up
+             ip link add endpoints type bridge; ip addr add 10.99.0.1/24 dev endpoints; ip link set endpoints up; ip link set lo up"
+        ))?;
+        let program = std::env::current_exe().context("find the running program")?;
+        let mut servers = Vec::new();
+        for (address, text) in SERVERS {
+            let mut command = host.command(&program);
+            servers.push(command.args(["scale-serve", address, text]).spawn()?);
+        }
+        let mut place = host.command("unshare");
+        let place = place.args(["--net", "sleep", "3600"]).spawn().context("unshare")?;
+        let pid = eventually(Duration::from_secs(10), "a network namespace", || {
+            let pid = host.run("pgrep", ["-f", "^sleep 3600"])?;
+            Ok(pid.trim().to_owned())
+        })?;
+        sh(&format!(
+            "ip link add outside type veth peer name inside netns {pid}; ip link set outside master docker0 up
+             nsenter -t {pid} -n sh -euc 'ip link set lo up; ip link set inside up; ip addr add {}/12 dev inside; ip addr add {}/12 dev inside'",
+            address(0),
+            address(consumers)
+        ))?;
+        host.etcd()?;
+        fill(&host, consumers)?;
+
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let engine = runtime.block_on(async {
+            let engine = FakeEngine::start();
+            (0..consumers).for_each(|n| engine.insert(&id(n), container(n, consumers)));
+            engine
+        });
+        let socket = format!("-docker=unix://{}", engine.socket().display());
+        let begun = Instant::now();
+        let flags = ["--dnat", "-discovery=etcd://127.0.0.1:2379", "--state-dir=off", &socket];
+        let embassy = host.embassy(flags)?;
+        embassy.wait_ready(LONG)?;
+        let started_in = begun.elapsed();
+        Ok(Self { consumers, embassy, engine, host, place, _servers: servers, started_in, runtime })
+    }
+
+    /// A row of the table.
+    fn measure(mut self) -> Result<String> {
+        let start_cpu = self.cpu()?;
+        let endpoint = self.endpoint_changes()?;
+        let cpu = (self.cpu()? - start_cpu) / CHANGES as f64;
+        let (came, went) = self.consumers_change()?;
+        let status = self.embassy.admin("/v1/status")?.json()?;
+        let resident = self.resident()?;
+        let (scrape, size) = self.scrape()?;
+        let mut row = String::new();
+        write!(
+            row,
+            "| {} | {} | {} | {:.1} | {start_cpu:.1} | {} | {} | {} | {:.1} | {resident:.0} | {scrape:.0} | {:.1} |",
+            self.consumers,
+            status["routes"],
+            status["endpoints"],
+            self.started_in.as_secs_f64(),
+            spread(endpoint),
+            spread(came),
+            spread(went),
+            cpu * 1e3,
+            size as f64 / 1e6,
+        )?;
+        self.place.kill()?;
+        self.place.wait()?;
+        Ok(row)
+    }
+
+    /// How long after a write to etcd a new connection reaches the other endpoint, in milliseconds.
+    fn endpoint_changes(&self) -> Result<Vec<f64>> {
+        let mut follower = self.follow(0)?;
+        let mut times = Vec::new();
+        for n in 0..CHANGES {
+            let (server, text) = SERVERS[(n + 1) % 2];
+            let begun = now();
+            self.host.etcd()?.v3().put(&format!("{PROBED}/one"), server)?;
+            times.push(follower.until(text)? - begun);
+        }
+        follower.end()?;
+        Ok(times)
+    }
+
+    /// How long after the engine says so a consumer that came is served, and one that went is not, in milliseconds.
+    fn consumers_change(&self) -> Result<(Vec<f64>, Vec<f64>)> {
+        let n = self.consumers;
+        let mut follower = self.follow(n)?;
+        let (mut came, mut went) = (Vec::new(), Vec::new());
+        for _ in 0..CHANGES {
+            let begun = now();
+            self.runtime.block_on(async {
+                self.engine.insert(&id(n), container(n, self.consumers));
+                self.engine.tells("start", &id(n));
+            });
+            came.push(follower.until("a")? - begun);
+            let begun = now();
+            self.runtime.block_on(async {
+                self.engine.has_not(&id(n));
+                self.engine.tells("die", &id(n));
+                self.engine.tells("destroy", &id(n));
+            });
+            went.push(follower.until("refused")? - begun);
+        }
+        follower.end()?;
+        Ok((came, went))
+    }
+
+    /// A client that dials from a consumer's address, again and again.
+    fn follow(&self, consumer: usize) -> Result<Follower> {
+        let program = std::env::current_exe().context("find the running program")?;
+        let pid = self.host.run("pgrep", ["-f", "^sleep 3600"])?;
+        let mut command = self.host.command("nsenter");
+        command.args(["-t", pid.trim(), "-n"]).arg(program);
+        command.args(["scale-follow", &format!("{VIP}:{PORT}"), &address(consumer).to_string()]);
+        let mut child = command.stdout(Stdio::piped()).spawn().context("the client")?;
+        let said = BufReader::new(child.stdout.take().context("its output")?);
+        Ok(Follower { child, said })
+    }
+
+    /// Seconds of processor time that embassy has used.
+    fn cpu(&self) -> Result<f64> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.embassy.pid()))?;
+        let fields: Vec<_> =
+            stat.rsplit_once(") ").context("stat")?.1.split(' ').skip(11).take(2).collect();
+        let ticks: u64 = fields.iter().filter_map(|field| field.parse::<u64>().ok()).sum();
+        Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+    }
+
+    fn resident(&self) -> Result<f64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.embassy.pid()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+        let kib: f64 = line.split_whitespace().next().context("VmRSS")?.parse()?;
+        Ok(kib / 1024.0)
+    }
+
+    /// Milliseconds and bytes of a scrape: the median of five.
+    fn scrape(&self) -> Result<(f64, usize)> {
+        let (mut times, mut size) = (Vec::new(), 0);
+        for _ in 0..5 {
+            let said = self.host.run("sh", [
+                "-euc",
+                "curl --silent --output /dev/null --write-out '%{time_total} %{size_download}' http://127.0.0.1:9990/metrics",
+            ])?;
+            let (time, bytes) = said.trim().split_once(' ').context("curl's figures")?;
+            times.push(time.parse::<f64>()? * 1e3);
+            size = bytes.parse::<f64>()? as usize;
+        }
+        Ok((median(&mut times), size))
+    }
+}
+
+/// The client in the consumers' place, seen from here.
+struct Follower {
+    child: Child,
+    said: BufReader<std::process::ChildStdout>,
+}
+
+impl Follower {
+    /// Waits until the client meets this; the moment, in milliseconds.
+    fn until(&mut self, met: &str) -> Result<f64> {
+        loop {
+            let mut line = String::new();
+            ensure!(self.said.read_line(&mut line)? > 0, "the client ended before it met {met}");
+            let (at, what) = line.trim().split_once(' ').context("a line of the client")?;
+            if what == met {
+                return Ok(at.parse()?);
+            }
+        }
+    }
+
+    fn end(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+/// `bench scale-serve ADDRESS TEXT`: says the text to everybody who connects.
+pub(crate) fn serve(address: &str, text: &str) -> Result<()> {
+    let listener = TcpListener::bind(address).with_context(|| format!("listen at {address}"))?;
+    for client in listener.incoming() {
+        // A client that has left again is none.
+        let _ = client.and_then(|mut client| client.write_all(text.as_bytes()));
+    }
+    Ok(())
+}
+
+/// `bench scale-follow TARGET SOURCE`: dials again and again, and prints what it met, and when, whenever that is another
+/// thing than before. Ends with who reads it, and after ten minutes at the latest.
+pub(crate) fn follow(target: &str, source: &str) -> Result<()> {
+    let target: SocketAddr = target.parse().context("TARGET: an address and a port")?;
+    let source: IpAddr = source.parse().context("SOURCE: an address")?;
+    let (mut before, mut out) = (String::new(), std::io::stdout());
+    let end = Instant::now() + LONG;
+    while Instant::now() < end {
+        let met = dial(target, source);
+        if met != before {
+            writeln!(out, "{:.3} {met}", now())?;
+            out.flush()?;
+            before = met;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+fn dial(target: SocketAddr, source: IpAddr) -> String {
+    let connect = || -> std::io::Result<String> {
+        let socket = rustix::net::socket(
+            rustix::net::AddressFamily::INET,
+            rustix::net::SocketType::STREAM,
+            None,
+        )?;
+        rustix::net::bind(&socket, &SocketAddr::new(source, 0))?;
+        rustix::net::connect(&socket, &target)?;
+        let mut stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    };
+    connect().unwrap_or_else(|_| "refused".to_owned())
+}
+
+/// A moment of the machine's monotonic clock, in milliseconds: the same for all processes.
+fn now() -> f64 {
+    let time = clock_gettime(ClockId::Monotonic);
+    time.tv_sec as f64 * 1e3 + time.tv_nsec as f64 / 1e6
+}
+
+/// Writes the services of all consumers into etcd.
+fn fill(host: &Host, services: usize) -> Result<()> {
+    host.etcd()?.v3().put(&format!("{PROBED}/one"), SERVERS[0].0)?;
+    let keys = (0..services).flat_map(|service| (0..ENDPOINTS).map(move |n| (service, n)));
+    let keys: Vec<_> = keys.collect();
+    // As many operations as etcd takes in one transaction.
+    for batch in keys.chunks(128) {
+        let mut script = "\n".to_owned();
+        for (service, n) in batch {
+            let address = Ipv4Addr::from(0x0a64_0000 + u32::try_from(*service)?);
+            writeln!(script, "put /scale/s{service}/e{n} {address}:{}", 8000 + n)?;
+        }
+        script.push_str("\n\n");
+        let mut command = host.command("etcdctl");
+        command.env("ETCDCTL_API", "3").arg("txn").stdin(Stdio::piped()).stdout(Stdio::null());
+        let mut child = command.spawn().context("etcdctl")?;
+        child.stdin.take().context("its input")?.write_all(script.as_bytes())?;
+        ensure!(child.wait()?.success(), "etcdctl txn failed");
+    }
+    Ok(())
+}
+
+/// The address of a consumer; the last one is that of who comes and goes.
+fn address(n: usize) -> Ipv4Addr {
+    Ipv4Addr::from(0xac11_0002 + u32::try_from(n).unwrap_or(0))
+}
+
+fn id(n: usize) -> String {
+    format!("{n:064x}")
+}
+
+/// A container that asks for the service that is probed, and for some of the others.
+fn container(n: usize, consumers: usize) -> Value {
+    let others = (1..BINDINGS).map(|b| {
+        let service = (n * BINDINGS + b) % consumers;
+        format!("BACKEND_{b}=/scale/s{service};{}", usize::from(PORT) + b)
+    });
+    let probed = format!("BACKEND_PROBED={PROBED};{PORT}");
+    let network = json!({"bridge": {
+        "NetworkID": "n", "IPAddress": address(n).to_string(), "GlobalIPv6Address": "", "Gateway": VIP
+    }});
+    json!({
+        "Id": id(n),
+        "Name": format!("/consumer-{n}"),
+        "State": {"Running": true, "StartedAt": "2026-01-01T00:00:00Z", "Pid": 0},
+        "HostConfig": {"NetworkMode": "default"},
+        "Config": {"Env": std::iter::once(probed).chain(others).collect::<Vec<_>>()},
+        "NetworkSettings": {"Networks": network}
+    })
+}
+
+/// `median (least to most)`, in milliseconds.
+fn spread(mut times: Vec<f64>) -> String {
+    let middle = median(&mut times);
+    let (least, most) = (times.first().copied(), times.last().copied());
+    format!("{middle:.1} ({:.1} to {:.1})", least.unwrap_or_default(), most.unwrap_or_default())
+}
+
+fn median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
