@@ -13,7 +13,7 @@ NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 DISCOVERY ?= docker
 ONCE ?=
 
-.PHONY: help setup build test registry-figures lint fuzz soak demo figures bench bench-setup bench-soak shell dist clean
+.PHONY: help setup build test registry-figures lint fuzz soak demo figures scale bench bench-setup bench-soak shell dist clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ figures: build ## print figures of a release build: sizes, memory, delay of a ch
 	cargo build --release --workspace --bins
 	target/debug/testbed shell -- bench/figures.sh
 	target/debug/testbed shell -- bench/scrape.sh
+
+scale: build ## what a start, a change, memory and a scrape cost with up to 10,000 consumers; CONSUMERS="100 1000 10000"
+	cargo build --release --workspace --bins
+	target/release/bench scale
 
 # Downloads HAProxy, nginx and Envoy into the cache.
 bench-setup: setup
