@@ -149,6 +149,57 @@ fn look(folder: &Path, parent: &str, path: &str, wrong: &mut Vec<String>) {
     }
 }
 
+/// What neither does I/O nor reads a clock nor draws a random number, whatever the time is and whatever it runs on.
+const PURE: [&str; 19] = [
+    "word.rs",
+    "cow_map.rs",
+    "identity.rs",
+    "model.rs",
+    "descriptor.rs",
+    "consumer.rs",
+    "docker/container.rs",
+    "docker/containers.rs",
+    "docker/inspections.rs",
+    "docker/read.rs",
+    "docker/per_container.rs",
+    "provider/bindings.rs",
+    "discovery/docker/offers.rs",
+    "balance.rs",
+    "table.rs",
+    "table/build.rs",
+    "table/changes.rs",
+    "capture/rules.rs",
+    "capture/layout.rs",
+];
+
+#[test]
+fn what_is_pure_reads_no_clock_and_touches_nothing() {
+    const FORBIDDEN: [&str; 10] = [
+        "Instant::now",
+        "SystemTime",
+        "fastrand",
+        "std::fs",
+        "fs::",
+        "std::env",
+        "tokio::",
+        "TcpStream",
+        "Command",
+        "std::thread",
+    ];
+    let mut pure: Vec<_> = PURE.iter().map(|file| source().join(file)).collect();
+    let judgement = source().join("judgement");
+    pure.extend(
+        declared(&code(&judgement.join("mod.rs"))).iter().map(|name| place(&judgement, name).0),
+    );
+    let mut wrong = Vec::new();
+    for file in pure {
+        let code = code(&file);
+        let found = FORBIDDEN.iter().filter(|word| code.contains(*word));
+        wrong.extend(found.map(|word| format!("{}: {word}", file.display())));
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
 /// The crates of `Cargo.lock` that are there more than once, and the versions of each.
 fn repeated() -> BTreeMap<String, Vec<String>> {
     let lock = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock"));
