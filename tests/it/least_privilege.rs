@@ -91,7 +91,7 @@ fn the_engine_is_asked_by_get_alone() -> Result<()> {
     let embassy = host.embassy_from(command)?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;
-    // Containers and networks that come and go, a first dial, and the sources read anew.
+    // Containers and networks that come and go, a first dial, and the sources read again.
     let net = host.network("net", [""; 0])?;
     let second = host.client("second").network(net.name()).env("BACKEND_WEB", "web;80").start()?;
     reaches(&second, "172.17.0.1:80", "web")?;
@@ -103,9 +103,10 @@ fn the_engine_is_asked_by_get_alone() -> Result<()> {
     assert_eq!(host.docker([&first_act[..], &curl].concat())?, "web");
     let asked = |path: &str| gate.asked().iter().filter(|line| line.contains(path)).count();
     testbed::eventually(WAIT, "a resync", || {
-        ensure!(asked("/events") > 4, "{:?}", gate.asked());
+        ensure!(asked("/containers/json") > 4, "{:?}", gate.asked());
         Ok(())
     })?;
+    assert_eq!(asked("/events"), 1, "a re-read is no new session: {:?}", gate.asked());
     let others: Vec<_> = gate.asked().into_iter().filter(|l| !l.starts_with("GET ")).collect();
     ensure!(others.is_empty(), "{others:?}");
     ensure!(!embassy.log().contains("lost"), "{}", embassy.log());
