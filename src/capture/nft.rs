@@ -72,8 +72,19 @@ impl Nft {
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         self.written = None;
         let old = netlink::tables(&mut self.socket)?.into_iter().find(|old| old.name == NAME);
-        for batch in netlink::load(self.table(), rules, old.is_some()) {
-            self.apply(&batch).map_err(|error| owned_by_another(error, old.as_ref()))?;
+        if old.is_some() {
+            let replaced = netlink::load(self.table(), rules, true);
+            match replaced.iter().try_for_each(|batch| self.apply(batch)) {
+                Ok(()) => return self.stands_as(rules),
+                // More than the socket takes at once. In several batches there is a moment in which nothing is captured.
+                Err(error) if error.errno() == Some(Errno::MSGSIZE) => self
+                    .apply(&netlink::delete(self.table()))
+                    .map_err(|error| owned_by_another(error, old.as_ref()))?,
+                Err(error) => return Err(owned_by_another(error, old.as_ref())),
+            }
+        }
+        for batch in netlink::load(self.table(), rules, false) {
+            self.apply(&batch)?;
             // A large load takes the kernel tens of milliseconds, and this thread has other work.
             tokio::task::yield_now().await;
         }
