@@ -12,6 +12,7 @@ use super::{
     change::Change,
     error::CaptureError,
     layout,
+    lock::Lock,
     netlink::{
         self, BaseChain, Generation, Listing, Messages, NetlinkError, Socket, Table, TableName,
     },
@@ -184,16 +185,15 @@ impl Nft {
         };
         let name = unused_name(DRAINING);
         let draining = Table { name: &name, owned: self.owned };
+        // Without the lock, the next embassy takes the table for a leftover.
+        let kept = (!self.owned).then(|| (Lock::of_table(&name).ok().flatten(), name.clone()));
         match self.apply(&netlink::replace(self.table(), draining, &layout::remains(&shape))) {
             // Somebody else took it away already.
             Err(error) if error.errno() == Some(Errno::NOENT) => {
                 Ok((false, Draining { nft: self, name: None }))
             }
             Err(error) => Err(error.into()),
-            Ok(()) => {
-                let name = (!self.owned).then_some(name);
-                Ok((true, Draining { nft: self, name }))
-            }
+            Ok(()) => Ok((true, Draining { nft: self, name: kept })),
         }
     }
 }
@@ -207,13 +207,13 @@ fn unused_name(start: &str) -> String {
 #[derive(Debug)]
 pub(super) struct Draining {
     nft: Nft,
-    /// Of its table, where that does not go with the socket.
-    name: Option<String>,
+    /// Of its table, where that does not go with the socket; and what shows that somebody needs it.
+    name: Option<(Option<Lock>, String)>,
 }
 
 impl Drop for Draining {
     fn drop(&mut self) {
-        if let Some(name) = &self.name {
+        if let Some((_, name)) = &self.name {
             // Chains without rules that translate: left behind, they do no harm.
             let _ = self.nft.socket.apply(&netlink::delete(Table { name, owned: false }));
         }
@@ -284,6 +284,7 @@ fn remove_tables(socket: &mut Socket) -> Result<bool, CaptureError> {
             Some(owner) if name == NAME => return Err(CaptureError::Owned { name, owner }),
             // It goes with the embassy that drains.
             Some(_) => {}
+            None if name != NAME && matches!(Lock::of_table(&name), Ok(None)) => {}
             None => match socket.apply(&netlink::delete(Table { name: &name, owned: false })) {
                 // Somebody else was quicker.
                 Err(error) if error.errno() == Some(Errno::NOENT) => {}

@@ -345,6 +345,9 @@ async fn chains_move_and_make_place() {
         assert!(left.contains("type nat hook prerouting") && left.contains("ct status dnat"));
         assert!(!left.contains("redirect") && !left.contains("inet embassy {"), "{left}");
         let mut next = Nft::open(&rules.shape, shared).unwrap();
+        // What still drains is no leftover.
+        assert!(!remove_leftovers().await.unwrap());
+        assert_eq!(nft("list ruleset").unwrap(), left);
         next.load(&rules).await.unwrap();
         drop(draining);
         assert_eq!(plain(&listed()), moved);
