@@ -139,3 +139,22 @@ async fn damage_is_looked_for_only_after_others_changed_something() {
     reconciler.check(&table).await.unwrap();
     assert_eq!(written(&state, &table), (2, 0));
 }
+
+#[tokio::test]
+async fn a_program_that_hangs_holds_up_no_rules_and_no_end() {
+    let (mut reconciler, state) = reconciler();
+    reconciler.surroundings.reading.spawn(std::future::pending());
+    let (tables, receiver) = watch::channel(Arc::default());
+    let (stop, stopped) = oneshot::channel();
+    let running = tokio::spawn(reconciler.run(receiver, stopped));
+    let mut table = Arc::default();
+    for ports in [&[80][..], &[80, 81], &[81]] {
+        table = next(&table, &[("a", "172.17.0.2", ports)]);
+        tables.send_replace(table.clone());
+        while state.lock().unwrap().declared != table.routes().map(|route| route.key).collect() {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    }
+    stop.send(()).unwrap();
+    running.await.unwrap();
+}
