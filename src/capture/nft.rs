@@ -304,4 +304,4 @@ pub(super) fn base_chains() -> Result<Vec<BaseChain>, CaptureError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

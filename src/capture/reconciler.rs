@@ -171,12 +171,23 @@ impl Reconciler {
         let changes = changes.with_places(&places, &now);
         if !changes.is_empty() {
             let start = Instant::now();
+            // They are written whole, which would put back unsaid what others took away.
+            if self.backend.firewall() == Firewall::Iptables && self.backend.others_changed()? {
+                self.surroundings.may_have_changed = true;
+                let rules = || whole(&before, &self.settings, &places, self.priority);
+                if let Some((change, missing)) = self.backend.check(rules).await? {
+                    self.damaged(change, missing);
+                }
+            }
             let rules = || whole(table, &self.settings, &now, self.priority);
             let torn = match self.backend.apply(&changes, rules).await {
                 Ok(torn) => torn,
                 // Somebody else's change, as a rule. What stands is not known any more.
                 Err(error) => {
                     debug!(%error, "cannot change the rules; writing all of them");
+                    if !self.backend.is_owned() && error.is_of_what_is_gone() {
+                        self.damaged(Change::Incomplete, "what was to be changed".to_owned());
+                    }
                     return self.load(table).await;
                 }
             };
@@ -251,6 +262,14 @@ impl Reconciler {
         }
     }
 
+    /// Others changed our rules. They are about to be written again.
+    fn damaged(&mut self, change: Change, missing: String) {
+        let firewall = self.backend.firewall();
+        self.counts.stand(|standing| standing.in_place = false);
+        warn!(%firewall, change = change.as_str(), missing, "another program changed our rules; putting them back");
+        self.damage = Some((change, missing));
+    }
+
     fn restored(&self, change: Change, missing: String) {
         if let Some(count) = self.counts.restored.get(change as usize) {
             count.fetch_add(1, Relaxed);
@@ -272,9 +291,7 @@ impl Reconciler {
         let (settings, priority) = (&self.settings, self.priority);
         let rules = || whole(table, settings, &places, priority);
         if let Some((change, missing)) = self.backend.check(rules).await? {
-            self.counts.stand(|standing| standing.in_place = false);
-            warn!(%firewall, change = change.as_str(), missing, "another program changed our rules; putting them back");
-            self.damage = Some((change, missing));
+            self.damaged(change, missing);
             return self.load(table).await;
         }
         if firewall == Firewall::Nft

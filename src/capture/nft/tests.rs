@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Moves this thread into a network namespace of its own.
-fn enter_a_namespace_of_its_own() {
+pub(in crate::capture) fn enter_a_namespace_of_its_own() {
     let mut other = Command::new("unshare")
         .args(["--net", "cat"])
         .stdin(Stdio::piped())
@@ -42,7 +42,7 @@ fn enter_a_namespace_of_its_own() {
     other.wait().unwrap();
 }
 
-fn nft(words: &str) -> Result<String, String> {
+pub(in crate::capture) fn nft(words: &str) -> Result<String, String> {
     let output = Command::new("nft").args(words.split(' ')).output().expect("nftables");
     match output.status.success() {
         true => Ok(String::from_utf8(output.stdout).unwrap()),
