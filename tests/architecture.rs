@@ -236,7 +236,7 @@ fn no_crate_is_there_twice_except_for_those_that_deny_toml_names() {
                     let (of, start) = skip.split_once('@').unwrap_or((skip, ""));
                     of == name && version.starts_with(&format!("{start}."))
                 };
-                !skipped.iter().any(|skip| is_it(&skip))
+                !skipped.iter().any(is_it)
             })
             .collect();
         (older.len() > 1).then(|| format!("{name} {versions:?}"))

@@ -32,6 +32,11 @@ impl Arrivals {
         self.before = counts;
         self.dropped
     }
+
+    /// The same, by the counts that it was given last.
+    pub(super) fn dropped(&self) -> bool {
+        self.dropped
+    }
 }
 
 #[cfg(test)]

@@ -167,7 +167,10 @@ impl Backend {
             }
             Self::Iptables(_) => Ok((iptables::remove().await?, Remains(None))),
             #[cfg(test)]
-            Self::Fake(_) => Ok((true, Remains(None))),
+            Self::Fake(fake) => {
+                fake.remove();
+                Ok((true, Remains(None)))
+            }
         }
     }
 }

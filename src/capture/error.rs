@@ -1,5 +1,7 @@
 //! Why the firewall does not do what was asked.
 
+use rustix::io::Errno;
+
 use super::{netlink::NetlinkError, program::ProgramError};
 
 /// Why rules cannot be written or read.
@@ -22,6 +24,11 @@ pub enum CaptureError {
 }
 
 impl CaptureError {
+    /// Whether a change found that what it was to change is not there.
+    pub(super) fn is_of_what_is_gone(&self) -> bool {
+        matches!(self, Self::Netlink(error) if error.errno() == Some(Errno::NOENT))
+    }
+
     /// Whether the program is not installed, or the kernel has no nf_tables: then there are no rules either.
     pub(super) fn is_missing(&self) -> bool {
         match self {

@@ -30,6 +30,7 @@ pub(super) struct State {
     pub(super) failures: usize,
     /// What others did, to be found once.
     pub(super) damage: Option<(Change, String)>,
+    pub(super) removed: bool,
 }
 
 impl Fake {
@@ -69,6 +70,10 @@ impl Fake {
             assert!(state.declared.insert(*key), "{key}");
         }
         Ok(None)
+    }
+
+    pub(super) fn remove(self) {
+        self.state().removed = true;
     }
 
     pub(super) fn damage(&mut self) -> Option<(Change, String)> {

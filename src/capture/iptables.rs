@@ -84,11 +84,11 @@ impl Iptables {
             *seen = socket.generation()?;
         }
         let listed = installed().await?;
-        if listed.as_deref().unwrap_or_default().lines().count() == written {
+        let torn = torn(listed.as_deref(), written);
+        if torn.is_none() {
             self.listed = Some(listed.unwrap_or_default());
-            return Ok(None);
         }
-        Ok(Some(if listed.is_some() { Change::Incomplete } else { Change::Vanished }))
+        Ok(torn)
     }
 
     /// Whether somebody else may have changed something since this was asked last.
@@ -108,6 +108,19 @@ impl Iptables {
         let found = Change::of(before, now.as_deref());
         self.listed = None;
         Ok(Some(found))
+    }
+}
+
+/// What others have changed since so many lines were written, by what is there; `None`: nothing.
+fn torn(listed: Option<&str>, written: usize) -> Option<Change> {
+    let lines = || listed.unwrap_or_default().lines();
+    // Each jump was put first.
+    let is_first = |line: &str| line.starts_with("-A ") || line.starts_with("0 ");
+    match lines().count() {
+        0 if written > 0 => Some(Change::Vanished),
+        count if count != written => Some(Change::Incomplete),
+        _ if !lines().all(is_first) => Some(Change::Displaced),
+        _ => None,
     }
 }
 
@@ -395,6 +408,17 @@ mod tests {
 
     const DOCKERS: &str = "*nat\n:PREROUTING ACCEPT [0:0]\n:DOCKER - [0:0]\n\
         -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\nCOMMIT\n";
+
+    #[test]
+    fn what_others_do_while_we_write_is_noticed() {
+        let rule = "-A EMBASSY -s 10.0.0.1 -j REDIRECT\n";
+        let jump = |place: usize| format!("{rule}{place} -A PREROUTING -j EMBASSY\n");
+        assert_eq!(torn(Some(&jump(0)), 2), None);
+        assert_eq!(torn(None, 0), None, "nothing was to be written");
+        assert_eq!(torn(None, 2), Some(Change::Vanished));
+        assert_eq!(torn(Some(rule), 2), Some(Change::Incomplete));
+        assert_eq!(torn(Some(&jump(1)), 2), Some(Change::Displaced), "another's rule comes first");
+    }
 
     #[test]
     fn a_first_start_puts_the_chain_and_its_jump_before_dockers() {

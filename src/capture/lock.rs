@@ -34,7 +34,16 @@ impl Lock {
 
     /// `None` where another embassy captures.
     pub fn take() -> io::Result<Option<Self>> {
-        let name = SocketAddr::from_abstract_name(LOCK)?;
+        Self::of(LOCK)
+    }
+
+    /// Held by an embassy that needs a table of this name to the end of its connections. `None` where another holds it.
+    pub(super) fn of_table(name: &str) -> io::Result<Option<Self>> {
+        Self::of(&format!("embassy/{name}"))
+    }
+
+    fn of(name: &str) -> io::Result<Option<Self>> {
+        let name = SocketAddr::from_abstract_name(name)?;
         match UnixDatagram::bind_addr(&name) {
             Ok(socket) => Ok(Some(Self { _socket: socket })),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(None),

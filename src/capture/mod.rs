@@ -13,7 +13,7 @@ use std::{
 use serde::Serialize;
 use tokio::{
     sync::{oneshot, watch},
-    task::JoinHandle,
+    task::{JoinError, JoinHandle},
 };
 use tracing::{debug, error, info, warn};
 
@@ -168,6 +168,8 @@ impl CaptureCounts {
 pub struct Capture {
     stop: oneshot::Sender<()>,
     task: JoinHandle<Backend>,
+    /// What came of the task, where its end was noticed.
+    ended: Option<Result<Backend, JoinError>>,
     lock: Lock,
 }
 
@@ -186,25 +188,30 @@ impl Capture {
         let (stop, stopped) = oneshot::channel();
         let reconciler = Reconciler::new(backend, settings, counts, ready, events);
         let task = tokio::spawn(reconciler.run(tables, stopped));
-        Self { stop, task, lock }
+        Self { stop, task, ended: None, lock }
     }
 
     /// Waits for the end of what keeps the rules, which should go on.
     pub async fn failed(&mut self) -> String {
-        let end = (&mut self.task).await;
-        end.map_or_else(|error| error.to_string(), |_| "it ended".to_owned())
+        if self.ended.is_none() {
+            // Its rules stay until they are removed: live connections need them.
+            self.ended = Some((&mut self.task).await);
+        }
+        match &self.ended {
+            Some(Err(error)) => error.to_string(),
+            Some(Ok(_)) | None => "it ended".to_owned(),
+        }
     }
 
     /// Takes the rules away. From then on another embassy may capture here. What is given back is to be kept until the last
     /// captured connection has ended.
     pub async fn stop(self) -> Remains {
         let _ = self.stop.send(());
-        if self.task.is_finished() {
-            // It should not have ended, and nobody is left who knows what it wrote.
-            cleanup().await;
-            return Remains::default();
-        }
-        let remains = match self.task.await {
+        let end = match self.ended {
+            Some(end) => end,
+            None => self.task.await,
+        };
+        let remains = match end {
             Ok(backend) => {
                 let firewall = backend.firewall();
                 let removed = backend.remove().await;
@@ -217,6 +224,7 @@ impl Capture {
             }
             Err(error) => {
                 error!(%error, "the capture failed");
+                // Nobody is left who knows what it wrote.
                 cleanup().await;
                 Remains::default()
             }
@@ -243,23 +251,48 @@ mod tests {
     use super::*;
     use crate::readiness::{Part, Readiness};
 
-    #[tokio::test]
-    async fn the_end_of_what_keeps_the_rules_is_noticed() {
-        let (tables, receiver) = watch::channel(Arc::default());
+    /// A capture, and what its firewall was given.
+    fn capture(tables: watch::Receiver<Arc<Table>>) -> (Capture, Arc<Mutex<fake::State>>) {
         let ready = Readiness::default().wait_for(Part::Capture);
-        let mut capture = Capture::start(
+        let fake = fake::Fake::default();
+        let state = fake.state.clone();
+        let capture = Capture::start(
             Lock::of_nobody(),
-            Backend::Fake(fake::Fake::default()),
+            Backend::Fake(fake),
             fake::settings(),
-            receiver,
+            tables,
             Arc::default(),
             ready,
             Events::default(),
         );
+        (capture, state)
+    }
+
+    #[tokio::test]
+    async fn the_end_of_what_keeps_the_rules_is_noticed() {
+        let (tables, receiver) = watch::channel(Arc::default());
+        let (mut capture, state) = capture(receiver);
         let soon = tokio::time::timeout(Duration::from_millis(50), capture.failed()).await;
         assert!(soon.is_err(), "nothing has ended");
         drop(tables);
-        let end = tokio::time::timeout(Duration::from_secs(60), capture.failed()).await;
-        assert_eq!(end.unwrap(), "it ended");
+        for _ in 0..2 {
+            let end = tokio::time::timeout(Duration::from_secs(60), capture.failed()).await;
+            assert_eq!(end.unwrap(), "it ended");
+        }
+        assert!(!state.lock().unwrap().removed);
+        capture.stop().await;
+        assert!(state.lock().unwrap().removed);
+    }
+
+    #[tokio::test]
+    async fn rules_are_removed_by_what_kept_them_though_it_ended_unnoticed() {
+        let (tables, receiver) = watch::channel(Arc::default());
+        let (capture, state) = capture(receiver);
+        drop(tables);
+        while !capture.task.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        capture.stop().await;
+        assert!(state.lock().unwrap().removed);
     }
 }

@@ -12,6 +12,7 @@ use super::{
     change::Change,
     error::CaptureError,
     layout,
+    lock::Lock,
     netlink::{
         self, BaseChain, Generation, Listing, Messages, NetlinkError, Socket, Table, TableName,
     },
@@ -72,8 +73,19 @@ impl Nft {
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         self.written = None;
         let old = netlink::tables(&mut self.socket)?.into_iter().find(|old| old.name == NAME);
-        for batch in netlink::load(self.table(), rules, old.is_some()) {
-            self.apply(&batch).map_err(|error| owned_by_another(error, old.as_ref()))?;
+        if old.is_some() {
+            let replaced = netlink::load(self.table(), rules, true);
+            match replaced.iter().try_for_each(|batch| self.apply(batch)) {
+                Ok(()) => return self.stands_as(rules),
+                // More than the socket takes at once. In several batches there is a moment in which nothing is captured.
+                Err(error) if error.errno() == Some(Errno::MSGSIZE) => self
+                    .apply(&netlink::delete(self.table()))
+                    .map_err(|error| owned_by_another(error, old.as_ref()))?,
+                Err(error) => return Err(owned_by_another(error, old.as_ref())),
+            }
+        }
+        for batch in netlink::load(self.table(), rules, false) {
+            self.apply(&batch)?;
             // A large load takes the kernel tens of milliseconds, and this thread has other work.
             tokio::task::yield_now().await;
         }
@@ -173,16 +185,15 @@ impl Nft {
         };
         let name = unused_name(DRAINING);
         let draining = Table { name: &name, owned: self.owned };
+        // Without the lock, the next embassy takes the table for a leftover.
+        let kept = (!self.owned).then(|| (Lock::of_table(&name).ok().flatten(), name.clone()));
         match self.apply(&netlink::replace(self.table(), draining, &layout::remains(&shape))) {
             // Somebody else took it away already.
             Err(error) if error.errno() == Some(Errno::NOENT) => {
                 Ok((false, Draining { nft: self, name: None }))
             }
             Err(error) => Err(error.into()),
-            Ok(()) => {
-                let name = (!self.owned).then_some(name);
-                Ok((true, Draining { nft: self, name }))
-            }
+            Ok(()) => Ok((true, Draining { nft: self, name: kept })),
         }
     }
 }
@@ -196,13 +207,13 @@ fn unused_name(start: &str) -> String {
 #[derive(Debug)]
 pub(super) struct Draining {
     nft: Nft,
-    /// Of its table, where that does not go with the socket.
-    name: Option<String>,
+    /// Of its table, where that does not go with the socket; and what shows that somebody needs it.
+    name: Option<(Option<Lock>, String)>,
 }
 
 impl Drop for Draining {
     fn drop(&mut self) {
-        if let Some(name) = &self.name {
+        if let Some((_, name)) = &self.name {
             // Chains without rules that translate: left behind, they do no harm.
             let _ = self.nft.socket.apply(&netlink::delete(Table { name, owned: false }));
         }
@@ -273,6 +284,7 @@ fn remove_tables(socket: &mut Socket) -> Result<bool, CaptureError> {
             Some(owner) if name == NAME => return Err(CaptureError::Owned { name, owner }),
             // It goes with the embassy that drains.
             Some(_) => {}
+            None if name != NAME && matches!(Lock::of_table(&name), Ok(None)) => {}
             None => match socket.apply(&netlink::delete(Table { name: &name, owned: false })) {
                 // Somebody else was quicker.
                 Err(error) if error.errno() == Some(Errno::NOENT) => {}
@@ -292,4 +304,4 @@ pub(super) fn base_chains() -> Result<Vec<BaseChain>, CaptureError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -9,6 +9,7 @@ use std::{
 
 use tokio::{
     sync::{oneshot, watch},
+    task::JoinSet,
     time::{MissedTickBehavior, interval},
 };
 use tracing::{debug, error, info, warn};
@@ -53,6 +54,8 @@ struct Surroundings {
     /// When others' rules were read last, and whether they may have changed since.
     read: Option<Instant>,
     may_have_changed: bool,
+    /// They are being read: a program may take seconds for it, which the rules of a new container must not wait.
+    reading: JoinSet<Listings>,
     /// Why `--notrack` is refused, as it was logged last.
     tracked_for: Option<String>,
     /// What is in the way of captured connections, as it was logged last.
@@ -99,13 +102,14 @@ impl Reconciler {
         let mut check = interval(CHECK);
         check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let is_check = tokio::select! {
+            let (is_check, listings) = tokio::select! {
                 _ = &mut stopped => break,
                 changed = tables.changed() => match changed {
-                    Ok(()) => false,
+                    Ok(()) => (false, None),
                     Err(_) => break,
                 },
-                _ = check.tick() => true,
+                _ = check.tick() => (true, None),
+                Some(read) = self.surroundings.reading.join_next() => (false, read.ok()),
             };
             let table = tables.borrow_and_update().clone();
             if table.version == 0 {
@@ -121,7 +125,10 @@ impl Reconciler {
             }
             self.note(done);
             if is_check {
-                self.look_around(&table).await;
+                self.look_around();
+            }
+            if let Some(listings) = listings {
+                self.learn(&listings, &table).await;
             }
         }
         self.counts.stand(|standing| standing.in_place = false);
@@ -164,12 +171,23 @@ impl Reconciler {
         let changes = changes.with_places(&places, &now);
         if !changes.is_empty() {
             let start = Instant::now();
+            // They are written whole, which would put back unsaid what others took away.
+            if self.backend.firewall() == Firewall::Iptables && self.backend.others_changed()? {
+                self.surroundings.may_have_changed = true;
+                let rules = || whole(&before, &self.settings, &places, self.priority);
+                if let Some((change, missing)) = self.backend.check(rules).await? {
+                    self.damaged(change, missing);
+                }
+            }
             let rules = || whole(table, &self.settings, &now, self.priority);
             let torn = match self.backend.apply(&changes, rules).await {
                 Ok(torn) => torn,
                 // Somebody else's change, as a rule. What stands is not known any more.
                 Err(error) => {
                     debug!(%error, "cannot change the rules; writing all of them");
+                    if !self.backend.is_owned() && error.is_of_what_is_gone() {
+                        self.damaged(Change::Incomplete, "what was to be changed".to_owned());
+                    }
                     return self.load(table).await;
                 }
             };
@@ -244,6 +262,14 @@ impl Reconciler {
         }
     }
 
+    /// Others changed our rules. They are about to be written again.
+    fn damaged(&mut self, change: Change, missing: String) {
+        let firewall = self.backend.firewall();
+        self.counts.stand(|standing| standing.in_place = false);
+        warn!(%firewall, change = change.as_str(), missing, "another program changed our rules; putting them back");
+        self.damage = Some((change, missing));
+    }
+
     fn restored(&self, change: Change, missing: String) {
         if let Some(count) = self.counts.restored.get(change as usize) {
             count.fetch_add(1, Relaxed);
@@ -265,9 +291,7 @@ impl Reconciler {
         let (settings, priority) = (&self.settings, self.priority);
         let rules = || whole(table, settings, &places, priority);
         if let Some((change, missing)) = self.backend.check(rules).await? {
-            self.counts.stand(|standing| standing.in_place = false);
-            warn!(%firewall, change = change.as_str(), missing, "another program changed our rules; putting them back");
-            self.damage = Some((change, missing));
+            self.damaged(change, missing);
             return self.load(table).await;
         }
         if firewall == Firewall::Nft
@@ -289,8 +313,9 @@ impl Reconciler {
 
     /// Looks for others' rules that are in the way. Programs are started only where others changed something, or something is
     /// in the way.
-    async fn look_around(&mut self, table: &Arc<Table>) {
-        if self.surroundings.read.is_some_and(|read| read.elapsed() < READ) {
+    fn look_around(&mut self) {
+        let Surroundings { read, reading, .. } = &self.surroundings;
+        if !reading.is_empty() || read.is_some_and(|read| read.elapsed() < READ) {
             return;
         }
         self.surroundings.read = Some(Instant::now());
@@ -304,12 +329,16 @@ impl Reconciler {
         if !may_have_changed && !dropped && self.surroundings.barriers.is_empty() {
             return;
         }
-        let listings = Listings::read(Detail::Chains).await;
+        self.surroundings.reading.spawn(Listings::read(Detail::Chains));
+    }
+
+    /// Others' rules were read.
+    async fn learn(&mut self, listings: &Listings, table: &Arc<Table>) {
         if let Some(error) = listings.error() {
             debug!(%error, "cannot see all rules that captured connections pass");
         }
         let mut found = listings.barriers(self.settings.port);
-        if dropped && found.is_empty() {
+        if self.surroundings.arrivals.dropped() && found.is_empty() {
             let unknown = Barrier::unknown(self.settings.port);
             let Surroundings { barriers, behind, .. } = &self.surroundings;
             match barriers
@@ -323,7 +352,7 @@ impl Reconciler {
         }
         self.tell_barriers(found);
         let before = self.surroundings.tracked_for.clone();
-        self.judge_notrack(&listings);
+        self.judge_notrack(listings);
         if self.surroundings.tracked_for != before && self.applied.is_some() {
             let done = self.follow(table).await;
             self.note(done);

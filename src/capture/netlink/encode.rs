@@ -28,15 +28,16 @@ const MESSAGE: usize = 500;
 const TABLE: u16 = 1;
 
 /// The whole table, in batches to be applied in this order. What captures is in the last: a table that is half there captures
-/// nothing. `replace`: there is one of this name, which is deleted in the first.
+/// nothing. `replace`: there is one of this name, whose place it takes in one batch, so that no packet finds none.
 pub(in crate::capture) fn load(table: Table<'_>, rules: &Rules, replace: bool) -> Vec<Messages> {
+    let most = if replace { usize::MAX } else { BATCH / MESSAGE };
     let all: Vec<_> = sets(&rules.shape).map(|set| (set, elements(set, rules))).collect();
     let parts = all.iter().flat_map(|(set, all)| all.chunks(MESSAGE).map(|part| (*set, part)));
     let parts: Vec<_> = parts.collect();
     let mut parts = parts.as_slice();
     let mut batches = Vec::new();
     loop {
-        let (now, later) = parts.split_at(parts.len().min(BATCH / MESSAGE));
+        let (now, later) = parts.split_at(parts.len().min(most));
         batches.push(Messages::batch(|batch| {
             if batches.is_empty() {
                 if replace {

@@ -102,6 +102,12 @@ impl Socket {
         Ok(Self { socket, buffer: vec![0; READ].into() })
     }
 
+    /// As where the right to have large buffers is missing.
+    #[cfg(test)]
+    pub(in crate::capture) fn narrow(&self) {
+        sockopt::set_socket_send_buffer_size(&self.socket, 106_496).unwrap();
+    }
+
     /// The number of the last change by anybody.
     pub(in crate::capture) fn generation(&mut self) -> Result<Generation, NetlinkError> {
         self.forget();

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Moves this thread into a network namespace of its own.
-fn enter_a_namespace_of_its_own() {
+pub(in crate::capture) fn enter_a_namespace_of_its_own() {
     let mut other = Command::new("unshare")
         .args(["--net", "cat"])
         .stdin(Stdio::piped())
@@ -42,7 +42,7 @@ fn enter_a_namespace_of_its_own() {
     other.wait().unwrap();
 }
 
-fn nft(words: &str) -> Result<String, String> {
+pub(in crate::capture) fn nft(words: &str) -> Result<String, String> {
     let output = Command::new("nft").args(words.split(' ')).output().expect("nftables");
     match output.status.success() {
         true => Ok(String::from_utf8(output.stdout).unwrap()),
@@ -260,6 +260,54 @@ async fn changes_make_the_rules_that_loading_makes() {
     assert!(!shared.stands());
 }
 
+/// Rules of so many consumers.
+fn many(consumers: u32) -> Rules {
+    let mut rules = with_unknown(example(false, CaptureScope::Declared));
+    let source = |n| Ipv4Addr::from_bits(0x0a00_0000 + n).into();
+    let key = |n| RouteKey::tcp(source(n), Port::new(80).unwrap());
+    rules.declared.extend((0..consumers).map(key));
+    rules
+}
+
+#[tokio::test]
+async fn a_large_table_takes_the_place_of_another_without_a_gap() {
+    enter_a_namespace_of_its_own();
+    let rules = many(12_000);
+    let mut nft_of = Nft::open(&rules.shape, false).unwrap();
+    nft_of.load(&rules).await.unwrap();
+    // Whoever else runs in this thread has a turn between any two batches.
+    let (done, mut is_done) = tokio::sync::oneshot::channel();
+    let watch = async {
+        let mut looks = 0;
+        while is_done.try_recv().is_err() {
+            let chains = base_chains().unwrap();
+            assert!(chains.iter().any(|chain| chain.kind == "nat"), "nothing is captured");
+            looks += 1;
+            tokio::task::yield_now().await;
+        }
+        looks
+    };
+    let load = async {
+        nft_of.load(&rules).await.unwrap();
+        done.send(()).unwrap();
+    };
+    let (looks, ()) = tokio::join!(watch, load);
+    assert!(looks > 0 && nft_of.stands());
+}
+
+#[tokio::test]
+async fn a_table_that_is_too_large_for_one_batch_is_written_in_several() {
+    enter_a_namespace_of_its_own();
+    let rules = many(12_000);
+    // Read by others, to see all of it; and as where the buffer cannot be made larger, in a user namespace.
+    let mut shared = Nft::open(&rules.shape, true).unwrap();
+    shared.socket.narrow();
+    for _ in 0..2 {
+        assert_eq!(shared.load(&rules).await.unwrap(), None);
+        assert_eq!(shared.damage(&rules).unwrap(), None);
+    }
+}
+
 #[tokio::test]
 async fn chains_move_and_make_place() {
     enter_a_namespace_of_its_own();
@@ -297,6 +345,9 @@ async fn chains_move_and_make_place() {
         assert!(left.contains("type nat hook prerouting") && left.contains("ct status dnat"));
         assert!(!left.contains("redirect") && !left.contains("inet embassy {"), "{left}");
         let mut next = Nft::open(&rules.shape, shared).unwrap();
+        // What still drains is no leftover.
+        assert!(!remove_leftovers().await.unwrap());
+        assert_eq!(nft("list ruleset").unwrap(), left);
         next.load(&rules).await.unwrap();
         drop(draining);
         assert_eq!(plain(&listed()), moved);

@@ -2,7 +2,11 @@ use std::{collections::BTreeSet, sync::Mutex};
 
 use super::*;
 use crate::{
-    capture::fake::{self, Fake, State},
+    capture::{
+        fake::{self, Fake, State},
+        nft::tests::{enter_a_namespace_of_its_own, nft},
+    },
+    config::FirewallChoice,
     consumer::{Binding, Consumer},
     descriptor::{Balance, Descriptor},
     discovery::Query,
@@ -56,10 +60,12 @@ fn next(before: &Table, consumers: &[(&str, &str, &[u16])]) -> Arc<Table> {
 fn reconciler() -> (Reconciler, Arc<Mutex<State>>) {
     let fake = Fake::default();
     let state = fake.state.clone();
+    (reconciler_of(Backend::Fake(fake)), state)
+}
+
+fn reconciler_of(backend: Backend) -> Reconciler {
     let ready = Readiness::default().wait_for(Part::Capture);
-    let counts = Arc::default();
-    let backend = Backend::Fake(fake);
-    (Reconciler::new(backend, fake::settings(), counts, ready, Events::default()), state)
+    Reconciler::new(backend, fake::settings(), Arc::default(), ready, Events::default())
 }
 
 /// How often all was written and how often changes, and whether what is captured is what the table says.
@@ -138,4 +144,45 @@ async fn damage_is_looked_for_only_after_others_changed_something() {
     // What was put back is not looked at again.
     reconciler.check(&table).await.unwrap();
     assert_eq!(written(&state, &table), (2, 0));
+}
+
+#[tokio::test]
+async fn a_program_that_hangs_holds_up_no_rules_and_no_end() {
+    let (mut reconciler, state) = reconciler();
+    reconciler.surroundings.reading.spawn(std::future::pending());
+    let (tables, receiver) = watch::channel(Arc::default());
+    let (stop, stopped) = oneshot::channel();
+    let running = tokio::spawn(reconciler.run(receiver, stopped));
+    let mut table = Arc::default();
+    for ports in [&[80][..], &[80, 81], &[81]] {
+        table = next(&table, &[("a", "172.17.0.2", ports)]);
+        tables.send_replace(table.clone());
+        while state.lock().unwrap().declared != table.routes().map(|route| route.key).collect() {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    }
+    stop.send(()).unwrap();
+    running.await.unwrap();
+}
+
+#[tokio::test]
+async fn what_vanished_is_told_though_a_change_is_the_first_to_meet_it() {
+    enter_a_namespace_of_its_own();
+    for (choice, vanish) in [
+        (FirewallChoice::NftShared, "delete table inet embassy"),
+        (FirewallChoice::Iptables, "flush ruleset"),
+    ] {
+        let backend = Backend::open(choice, &fake::settings()).await.unwrap();
+        let mut reconciler = reconciler_of(backend);
+        let first = next(&Table::default(), &[("a", "172.17.0.2", &[80])]);
+        reconciler.follow(&first).await.unwrap();
+        nft(vanish).unwrap();
+        let second = next(&first, &[("a", "172.17.0.2", &[80, 81])]);
+        reconciler.follow(&second).await.unwrap();
+        let restored = Change::ALL.iter().map(|change| reconciler.counts.restored(*change));
+        assert_eq!(restored.sum::<u64>(), 1, "{choice:?}");
+        assert!(reconciler.counts.standing().in_place);
+        reconciler.check(&second).await.unwrap();
+        reconciler.backend.remove().await.unwrap();
+    }
 }
