@@ -49,6 +49,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["one", name, kind] => run::one(name, kind),
         ["soak"] => soak::run(),
         ["scale"] => scale::run(),
+        ["scale-put"] => scale::put(),
         ["scale-serve", address, text] => scale::serve(address, text),
         ["scale-follow", target, source] => scale::follow(target, source),
         ["serve"] => serve::run(),

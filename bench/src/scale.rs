@@ -94,7 +94,9 @@ impl Simulation {
         });
         let socket = format!("-docker=unix://{}", engine.socket().display());
         let begun = Instant::now();
-        let flags = ["--dnat", "-discovery=etcd://127.0.0.1:2379", "--state-dir=off", &socket];
+        // Without the hold, which would have a consumer that went wait until it is over.
+        let etcd = "-discovery=etcd://127.0.0.1:2379";
+        let flags = ["--dnat", "--hold=0", "--state-dir=off", etcd, &socket];
         let embassy = host.embassy(flags)?;
         embassy.wait_ready(LONG)?;
         let started_in = begun.elapsed();
@@ -133,12 +135,19 @@ impl Simulation {
     fn endpoint_changes(&self) -> Result<Vec<f64>> {
         let mut follower = self.follow(0)?;
         let mut times = Vec::new();
+        let program = std::env::current_exe().context("find the running program")?;
+        let mut writer = self.host.command(program);
+        let mut writer =
+            writer.arg("scale-put").stdin(Stdio::piped()).spawn().context("etcd's client")?;
+        let mut to = writer.stdin.take().context("its input")?;
         for n in 0..CHANGES {
             let (server, text) = SERVERS[(n + 1) % 2];
             let begun = now();
-            self.host.etcd()?.v3().put(&format!("{PROBED}/one"), server)?;
+            writeln!(to, "{server}")?;
             times.push(follower.until(text)? - begun);
         }
+        drop(to);
+        writer.wait()?;
         follower.end()?;
         Ok(times)
     }
@@ -247,6 +256,48 @@ pub(crate) fn serve(address: &str, text: &str) -> Result<()> {
     Ok(())
 }
 
+/// `bench scale-put`: writes each line of its input into etcd, as the only endpoint of the service that is probed. By etcd's
+/// JSON gateway (etcd.io/docs/v3.4/dev-guide/api_grpc_gateway), on one connection.
+pub(crate) fn put() -> Result<()> {
+    let etcd = TcpStream::connect("127.0.0.1:2379").context("etcd")?;
+    etcd.set_nodelay(true)?;
+    let (mut to, mut from) = (etcd.try_clone()?, BufReader::new(etcd));
+    for line in std::io::stdin().lines() {
+        let (key, value) = (base64(format!("{PROBED}/one").as_bytes()), base64(line?.as_bytes()));
+        let body = format!("{{\"key\":\"{key}\",\"value\":\"{value}\"}}");
+        let length = body.len();
+        write!(
+            to,
+            "POST /v3/kv/put HTTP/1.1\r\nHost: etcd\r\nContent-Length: {length}\r\n\r\n{body}"
+        )?;
+        let (mut head, mut length) = (String::new(), 0);
+        while head != "\r\n" {
+            head.clear();
+            ensure!(from.read_line(&mut head)? > 0, "etcd has closed the connection");
+            if let Some(value) = head.to_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse()?;
+            }
+        }
+        from.read_exact(&mut vec![0; length])?;
+    }
+    Ok(())
+}
+
+/// RFC 4648, section 4.
+fn base64(bytes: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::new();
+    for chunk in bytes.chunks(3) {
+        let bits =
+            (0..3).fold(0, |bits, n| bits << 8 | u32::from(chunk.get(n).copied().unwrap_or(0)));
+        for n in 0..4 {
+            let six = (bits >> (18 - 6 * n)) as usize & 63;
+            text.push(if n <= chunk.len() { char::from(ALPHABET[six]) } else { '=' });
+        }
+    }
+    text
+}
+
 /// `bench scale-follow TARGET SOURCE`: dials again and again, and prints what it met, and when, whenever that is another
 /// thing than before. Ends with who reads it, and after ten minutes at the latest.
 pub(crate) fn follow(target: &str, source: &str) -> Result<()> {
@@ -257,8 +308,9 @@ pub(crate) fn follow(target: &str, source: &str) -> Result<()> {
     while Instant::now() < end {
         let met = dial(target, source);
         if met != before {
-            writeln!(out, "{:.3} {met}", now())?;
-            out.flush()?;
+            if writeln!(out, "{:.3} {met}", now()).and_then(|()| out.flush()).is_err() {
+                return Ok(());
+            }
             before = met;
         }
         std::thread::sleep(Duration::from_millis(1));
@@ -351,4 +403,19 @@ fn spread(mut times: Vec<f64>) -> String {
 fn median(times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
     times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The examples of RFC 4648, section 10.
+    #[test]
+    fn base64_is_that_of_the_rfc() {
+        for (text, expected) in
+            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")]
+        {
+            assert_eq!(base64(text.as_bytes()), expected);
+        }
+    }
 }
