@@ -194,6 +194,7 @@ impl Control {
             wake = Some(wake.map_or(patience, |wake| wake.min(patience)));
         } else {
             let published = self.publish(&listing, &consumers, now);
+            wake = wake.into_iter().chain(self.gateways.look_again).min();
             self.ready();
             if changed || published {
                 self.keep(&listing);
@@ -366,6 +367,8 @@ struct Gateways {
     vips: Vec<Vip>,
     /// For which listing, and when.
     seen: Option<(Arc<Listing>, Instant)>,
+    /// When to look again, as it was too early for it. A bridge may have come, or have another address, since the last look.
+    look_again: Option<Instant>,
 }
 
 impl Gateways {
@@ -375,10 +378,11 @@ impl Gateways {
     /// The addresses of docker0, and of all bridges where strangers count; the last ones that were seen, where they cannot
     /// be asked now.
     fn seen(&mut self, listing: &Arc<Listing>, strangers: bool, now: Instant) -> Vec<Vip> {
-        let is_fresh = |(seen, at): &(Arc<Listing>, Instant)| {
+        let is_fresh = |(seen, at): &&(Arc<Listing>, Instant)| {
             seen.bridges == listing.bridges && now.saturating_duration_since(*at) < Self::PAUSE
         };
-        if self.seen.as_ref().is_some_and(is_fresh) {
+        self.look_again = self.seen.as_ref().filter(is_fresh).map(|(_, at)| *at + Self::PAUSE);
+        if self.look_again.is_some() {
             return self.vips.clone();
         }
         let wanted =
@@ -452,6 +456,23 @@ mod tests {
 
     fn asking() -> Listing {
         fixed::listing("lo", &["redis;80".parse().unwrap()]).unwrap()
+    }
+
+    #[test]
+    fn a_look_at_the_gateways_that_was_too_early_is_made_up_for() {
+        let (mut gateways, start) = (Gateways::default(), Instant::now());
+        let listing = Arc::new(Listing { bridges: ["br0".into()].into(), ..asking() });
+        let mut look_again = |listing: &Arc<Listing>, ms| {
+            gateways.seen(listing, true, start + Duration::from_millis(ms));
+            gateways.look_again.map(|at| at.duration_since(start))
+        };
+        assert_eq!(look_again(&listing, 0), None);
+        assert_eq!(look_again(&listing, 300), Some(Gateways::PAUSE));
+        assert_eq!(look_again(&listing, 600), Some(Gateways::PAUSE));
+        assert_eq!(look_again(&listing, 1000), None, "it is made");
+        assert_eq!(look_again(&listing, 1100), Some(2 * Gateways::PAUSE));
+        // Other bridges are looked for at once.
+        assert_eq!(look_again(&Arc::new(asking()), 1200), None);
     }
 
     /// The run before knew it, and this one may end before the registry answers.
