@@ -194,6 +194,7 @@ impl Control {
             wake = Some(wake.map_or(patience, |wake| wake.min(patience)));
         } else {
             let published = self.publish(&listing, &consumers, now);
+            wake = wake.into_iter().chain(self.gateways.look_again).min();
             self.ready();
             if changed || published {
                 self.keep(&listing);
@@ -313,7 +314,7 @@ impl Control {
         let Some(keeper) = &self.keeper else { return };
         let (mut endpoints, mut confirmed) =
             (self.hold.used().clone(), self.hold.confirmed().clone());
-        for (query, kept) in self.hold.awaited(&self.known) {
+        for (query, kept) in self.hold.awaited(&self.unheard) {
             confirmed.insert(query.clone(), kept.confirmed);
             endpoints.insert(query.clone(), kept.endpoints.living());
         }
@@ -366,6 +367,8 @@ struct Gateways {
     vips: Vec<Vip>,
     /// For which listing, and when.
     seen: Option<(Arc<Listing>, Instant)>,
+    /// When to look again, as it was too early for it. A bridge may have come, or have another address, since the last look.
+    look_again: Option<Instant>,
 }
 
 impl Gateways {
@@ -375,10 +378,11 @@ impl Gateways {
     /// The addresses of docker0, and of all bridges where strangers count; the last ones that were seen, where they cannot
     /// be asked now.
     fn seen(&mut self, listing: &Arc<Listing>, strangers: bool, now: Instant) -> Vec<Vip> {
-        let is_fresh = |(seen, at): &(Arc<Listing>, Instant)| {
+        let is_fresh = |(seen, at): &&(Arc<Listing>, Instant)| {
             seen.bridges == listing.bridges && now.saturating_duration_since(*at) < Self::PAUSE
         };
-        if self.seen.as_ref().is_some_and(is_fresh) {
+        self.look_again = self.seen.as_ref().filter(is_fresh).map(|(_, at)| *at + Self::PAUSE);
+        if self.look_again.is_some() {
             return self.vips.clone();
         }
         let wanted =
@@ -422,13 +426,8 @@ mod tests {
     use super::*;
     use crate::readiness::Part;
 
-    /// Whoever asks restarts while the registry loses its data.
-    #[tokio::test]
-    async fn what_is_held_outlives_that_nobody_asks_for_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("services.toml");
-        let write = |text: &str| std::fs::write(&file, text).unwrap();
-        write("[[service]]\nname = \"redis\"\nendpoints = [\"10.0.0.1:1\"]\n");
+    /// It asks the discovery of this URI, and those whom the publisher lists are the consumers.
+    fn control(uri: String) -> (Control, crate::source::Publisher<Listing>) {
         let nobody = crate::docker::Engine::parse("unix:///nonexistent", None).unwrap();
         let from = crate::discovery::Options {
             healthy_only: true,
@@ -436,8 +435,7 @@ mod tests {
             consul: Default::default(),
             etcd: Default::default(),
         };
-        let discoveries =
-            Discoveries::parse(&[format!("file://{}", file.display())], &from).unwrap();
+        let discoveries = Discoveries::parse(&[uri], &from).unwrap();
         let bell = Arc::<Notify>::default();
         let (publish, listing) = crate::source::Publisher::new(bell.clone());
         let settings = Settings {
@@ -453,9 +451,68 @@ mod tests {
             answers: readiness.wait_for(Part::Discovery),
         };
         let report = Report::new(Arc::default(), Default::default());
-        let mut control =
-            Control::new(settings, discoveries, listing, bell.clone(), waiting, report);
-        let asking = fixed::listing("lo", &["redis;80".parse().unwrap()]).unwrap();
+        (Control::new(settings, discoveries, listing, bell, waiting, report), publish)
+    }
+
+    fn asking() -> Listing {
+        fixed::listing("lo", &["redis;80".parse().unwrap()]).unwrap()
+    }
+
+    #[test]
+    fn a_look_at_the_gateways_that_was_too_early_is_made_up_for() {
+        let (mut gateways, start) = (Gateways::default(), Instant::now());
+        let listing = Arc::new(Listing { bridges: ["br0".into()].into(), ..asking() });
+        let mut look_again = |listing: &Arc<Listing>, ms| {
+            gateways.seen(listing, true, start + Duration::from_millis(ms));
+            gateways.look_again.map(|at| at.duration_since(start))
+        };
+        assert_eq!(look_again(&listing, 0), None);
+        assert_eq!(look_again(&listing, 300), Some(Gateways::PAUSE));
+        assert_eq!(look_again(&listing, 600), Some(Gateways::PAUSE));
+        assert_eq!(look_again(&listing, 1000), None, "it is made");
+        assert_eq!(look_again(&listing, 1100), Some(2 * Gateways::PAUSE));
+        // Other bridges are looked for at once.
+        assert_eq!(look_again(&Arc::new(asking()), 1200), None);
+    }
+
+    /// The run before knew it, and this one may end before the registry answers.
+    #[tokio::test]
+    async fn what_was_kept_of_a_service_that_is_waited_for_is_kept_on() {
+        // It takes connections and says nothing.
+        let registry = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("consul://{}", registry.local_addr().unwrap());
+        let (mut control, publish) = control(uri);
+        let query = control.discoveries.query(&"redis;80".parse().unwrap()).unwrap();
+        let endpoint = crate::model::Endpoint("10.0.0.1:1".parse().unwrap());
+        let now = Instant::now();
+        let kept = crate::state::Kept {
+            endpoints: Arc::new(Endpoints::new([endpoint], vec![])),
+            confirmed: now,
+            until: now + Duration::from_secs(3600),
+        };
+        let (keeper, snapshots) = watch::channel(None);
+        let endpoints = [(query.clone(), kept)].into();
+        control.remember(Restored { listing: None, endpoints }, keeper);
+        publish.publish(asking());
+        control.step(now);
+        assert!(snapshots.borrow().is_none(), "there is no table yet");
+        control.step(now + PATIENCE);
+        let snapshot = snapshots.borrow().clone().unwrap();
+        assert_eq!(snapshot.endpoints.get(&query).map(|kept| kept.list.len()), Some(1));
+        assert_eq!(snapshot.confirmed.get(&query), Some(&now));
+        let table = control.tables.borrow();
+        assert!(table.upstreams().all(|upstream| !upstream.answered), "it is not used");
+    }
+
+    /// Whoever asks restarts while the registry loses its data.
+    #[tokio::test]
+    async fn what_is_held_outlives_that_nobody_asks_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("services.toml");
+        let write = |text: &str| std::fs::write(&file, text).unwrap();
+        write("[[service]]\nname = \"redis\"\nendpoints = [\"10.0.0.1:1\"]\n");
+        let (mut control, publish) = control(format!("file://{}", file.display()));
+        let asking = asking();
         let nobody = Listing { consumers: Vec::new(), ..asking.clone() };
 
         async fn until(control: &mut Control, holds: impl Fn(&Control) -> bool) {

@@ -229,13 +229,17 @@ pub async fn follow<S: Source>(
     }
 }
 
+/// How long a session may take to its first answer, however short `-resync` is: an engine that is stuck with one of its
+/// containers is waited for before the rest is an answer.
+const FIRST_ANSWER: Duration = Duration::from_secs(30);
+
 /// One session of `source`, until it ends, panics, or has given no answer for as long as `-resync`.
 async fn session<S: Source>(
     source: &mut S,
     publish: &Publisher<S::Item>,
     resync: &mut Resync,
 ) -> Result<(), SourceError> {
-    let (answers_before, limit) = (publish.answers(), resync.every());
+    let (answers_before, limit) = (publish.answers(), resync.every().max(FIRST_ANSWER));
     // A fault of ours in one source takes neither the others along nor this one for good: what a session leaves behind
     // is what any session that is dropped may leave.
     let session = AssertUnwindSafe(source.session(publish, resync)).catch_unwind();
@@ -371,9 +375,34 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_source_that_says_nothing_is_a_failure() {
         let (publish, mut answers) = Publisher::new(Arc::default());
-        tokio::spawn(follow("silent", Script(VecDeque::new()), publish, resync(3)));
+        tokio::spawn(follow("silent", Script(VecDeque::new()), publish, resync(50)));
         let known = answers.wait_for(|known| known.failures == 1).await.unwrap().clone();
-        assert_eq!(known.error.as_deref(), Some("no answer within 3 s"));
+        assert_eq!(known.error.as_deref(), Some("no answer within 50 s"));
+    }
+
+    /// Its first answer takes a while.
+    struct Slow;
+
+    impl Source for Slow {
+        type Item = u32;
+
+        async fn session(
+            &mut self,
+            publish: &Publisher<u32>,
+            _: &mut Resync,
+        ) -> Result<(), SourceError> {
+            tokio::time::sleep(Duration::from_secs(20)).await;
+            publish.publish(1);
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_first_answer_may_take_longer_than_a_short_resync() {
+        let (publish, mut answers) = Publisher::new(Arc::default());
+        tokio::spawn(follow("slow", Slow, publish, resync(1)));
+        let answers = answers.wait_for(|known| known.answers == 1 || known.failures > 0);
+        assert_eq!(answers.await.unwrap().failures, 0);
     }
 
     #[test]

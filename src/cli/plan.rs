@@ -127,12 +127,13 @@ async fn learned(config: &Config) -> Result<(Arc<Table>, Sources)> {
     };
     let (lookup, resync) = (Lookup::default(), ResyncRequests::new(config.resync));
     let control = app::learn(config, &lookup, &resync, Arc::default(), Events::default(), waiting)?;
-    let (mut tables, mut sources) = (control.tables(), control.sources());
+    let (mut tables, sources) = (control.tables(), control.sources());
     let task = tokio::spawn(control.run());
     let end = Instant::now() + PATIENCE;
     // What does not answer in time is told as such.
     let _ = timeout(PATIENCE, tables.wait_for(|table| table.version > 0)).await;
-    let _ = timeout(end.saturating_duration_since(Instant::now()), answered(&mut sources)).await;
+    let left = end.saturating_duration_since(Instant::now());
+    let _ = timeout(left, answered(&mut tables, &sources)).await;
     task.abort();
     let sources = sources.borrow().clone();
     let provider = sources.provider.borrow().clone();
@@ -144,13 +145,20 @@ async fn learned(config: &Config) -> Result<(Arc<Table>, Sources)> {
     Ok((table, sources))
 }
 
-/// Waits until every query has its answer or its error.
-async fn answered(sources: &mut watch::Receiver<Sources>) {
-    let all = |sources: &Sources| {
+/// Waits until every query has its answer or its error, and the table knows the answers.
+async fn answered(tables: &mut watch::Receiver<Arc<Table>>, sources: &watch::Receiver<Sources>) {
+    let queries = sources.borrow().queries.clone();
+    for (_, answers) in &*queries {
         let said = |known: &Known<Endpoints>| known.value.is_some() || known.error.is_some();
-        sources.queries.iter().all(|(_, answers)| said(&answers.borrow()))
+        let _ = answers.clone().wait_for(said).await;
+    }
+    let answers = |query: &Query| {
+        queries.iter().any(|(asked, known)| asked == query && known.borrow().value.is_some())
     };
-    let _ = sources.wait_for(all).await;
+    let knows = |table: &Arc<Table>| {
+        table.upstreams().all(|upstream| upstream.answered || !answers(&upstream.query))
+    };
+    let _ = tables.wait_for(knows).await;
 }
 
 fn routes(table: &Table, sources: &Sources) -> Vec<Planned> {
@@ -234,5 +242,36 @@ impl Shown {
             write!(out, "\nRules, as `{command}` takes them\n{text}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::sleep;
+
+    use super::*;
+    use crate::{model::ServiceName, source::Publisher};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_answer_is_waited_for_and_nothing_after_it() {
+        let bell = Arc::<tokio::sync::Notify>::default();
+        let ((publish, answers), (_nobody, provider)) =
+            (Publisher::new(bell.clone()), Publisher::new(bell));
+        let query = Query {
+            via: "consul".into(),
+            service: ServiceName::new("web").unwrap(),
+            tags: Default::default(),
+            dc: None,
+            port: None,
+        };
+        let queries = [(query, answers)].into();
+        let (in_use, listing) = Default::default();
+        let (_sources, sources) = watch::channel(Sources { provider, queries, in_use, listing });
+        let (_tables, mut tables) = watch::channel(Arc::<Table>::default());
+        let waiting = tokio::spawn(async move { answered(&mut tables, &sources).await });
+        sleep(Duration::from_secs(3)).await;
+        assert!(!waiting.is_finished());
+        publish.publish(Endpoints::default());
+        timeout(Duration::from_secs(1), waiting).await.expect("no more is waited for").unwrap();
     }
 }

@@ -81,8 +81,8 @@ impl EmptyHold {
         self.restless.iter().chain(self.kept.keys())
     }
 
-    /// Settles which endpoints of a query to use now that this is known of it; nothing, where nobody follows it any more.
-    /// When that ends without any other change.
+    /// Settles which endpoints of a query to use now that this is known of it: nothing, before its first word and
+    /// where nobody follows it any more. When that ends without any other change.
     pub(super) fn settle(
         &mut self,
         query: &Query,
@@ -165,16 +165,13 @@ impl EmptyHold {
         }
     }
 
-    /// What an earlier run knew of those that are still waited for: it is not used, and must not be lost by a run that ends
-    /// before they answer.
+    /// What an earlier run knew of those that are still waited for, as nothing was heard of them: it is not used, and must not
+    /// be lost by a run that ends before they answer.
     pub(super) fn awaited<'a>(
         &'a self,
-        known: &'a HashMap<Query, Known<Endpoints>>,
+        unheard: &'a HashSet<Query>,
     ) -> impl Iterator<Item = (&'a Query, &'a Kept)> {
-        let is_awaited = |query: &&Query| {
-            known.get(query).is_some_and(|known| known.value.is_none() && known.error.is_none())
-        };
-        self.kept.iter().filter(move |(query, _)| is_awaited(query))
+        self.kept.iter().filter(|(query, _)| unheard.contains(query))
     }
 }
 
@@ -289,20 +286,18 @@ mod tests {
         let mut hold = EmptyHold::new(Duration::ZERO);
         let until = start + Duration::from_secs(9);
         hold.kept.insert(query(), Kept { endpoints, confirmed: start, until });
-        let awaited = |hold: &EmptyHold, known: Known<Endpoints>| {
-            let known = HashMap::from([(query(), known)]);
-            hold.awaited(&known).map(|(_, kept)| kept.endpoints.list.len()).sum::<usize>()
+        let awaited = |hold: &EmptyHold, unheard: &[Query]| {
+            let unheard = unheard.iter().cloned().collect();
+            hold.awaited(&unheard).map(|(_, kept)| kept.endpoints.list.len()).sum::<usize>()
         };
-        assert_eq!(awaited(&hold, Known::default()), 1);
         // The others are among those in use.
-        assert_eq!(awaited(&hold, failed()), 0);
-        assert_eq!(awaited(&hold, known(&[], start)), 0);
-        let waiting = Known::default();
-        hold.settle(&query(), Some(&waiting), start);
+        assert_eq!(awaited(&hold, &[]), 0);
+        hold.settle(&query(), None, start);
         assert!(hold.used().is_empty());
+        assert_eq!(awaited(&hold, &[query()]), 1);
         // For as long as it may be used, and no longer.
-        hold.settle(&query(), Some(&waiting), until);
-        assert_eq!(awaited(&hold, Known::default()), 0);
+        hold.settle(&query(), None, until);
+        assert_eq!(awaited(&hold, &[query()]), 0);
     }
 
     #[test]

@@ -139,7 +139,7 @@ impl Containers {
                 return;
             }
             Notice::Left(id, network) => {
-                self.detach(&id, |attached, _| *attached != network);
+                self.detach(&id, |attached, end| *attached != network && end.name != network);
                 id
             }
             Notice::Networks => {
@@ -561,6 +561,18 @@ mod tests {
         assert_eq!(known(&containers), [at("a", &["172.17.0.2"])]);
         found(&mut containers, stale, &a);
         assert_eq!(known(&containers), [at("a", &["172.17.0.2"])]);
+    }
+
+    #[test]
+    fn a_network_that_is_left_is_known_by_its_name_too() {
+        let mut containers = with(&[container("a", bridge("172.17.0.2"))]);
+        let Network::Own(mut networks) = bridge("172.18.0.2") else { unreachable!() };
+        let other = networks.remove("bridge").unwrap();
+        networks.insert("0123".into(), Attachment { name: "other".into(), ..other });
+        let ticket = look(&mut containers, "b");
+        found(&mut containers, ticket, &container("b", Network::Own(networks)));
+        containers.hear(Notice::Left(id("b"), "other".into()));
+        assert_eq!(known(&containers), [at("a", &["172.17.0.2"]), at("b", &[])]);
     }
 
     #[test]

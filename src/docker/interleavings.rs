@@ -303,6 +303,8 @@ struct World {
     published: Inventory,
     listing: Listing,
     listings: Option<Listings>,
+    /// The last table: the next one is made of it.
+    last: Table,
     made: Made,
     /// Every answer that was given, as long as it has a living endpoint: who asked may still use it.
     answers: Vec<(ContainerId, Arc<Endpoints>)>,
@@ -459,8 +461,11 @@ impl World {
     }
 
     /// What each connection that could be made now would reach, and where.
-    fn check(&self) -> Result<(), TestCaseError> {
-        let table = self.table();
+    fn check(&mut self) -> Result<(), TestCaseError> {
+        if let Some(table) = self.next_table() {
+            self.last = table;
+        }
+        let table = &self.last;
         let everybodys = self.engine.containers.iter().flat_map(|real| real.addresses.values());
         for &source in everybodys.collect::<BTreeSet<_>>() {
             for port in (0..ALL).flat_map(ports) {
@@ -510,7 +515,7 @@ impl World {
         }
     }
 
-    fn table(&self) -> Table {
+    fn next_table(&self) -> Option<Table> {
         let listing = &self.listing;
         let alive = listing.consumers.iter().filter(|consumer| !consumer.has_ended());
         let inputs = Inputs {
@@ -529,7 +534,7 @@ impl World {
             let (via, tags) = ("consul".into(), Default::default());
             Ok(Query { via, service, tags, dc: None, port: None })
         };
-        Table::default().next(&inputs, query).unwrap_or_default()
+        self.last.next(&inputs, query)
     }
 
     /// All that is under way arrives.

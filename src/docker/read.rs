@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
 };
 
 use bollard::models::{
@@ -36,8 +37,8 @@ pub(super) enum Notice {
     Ended(ContainerId),
     /// A container is no more.
     Destroyed(ContainerId),
-    /// A container left a network.
-    Left(ContainerId, NetworkId),
+    /// A container left a network, of which this is the ID or the name.
+    Left(ContainerId, Arc<str>),
     /// There is a network more or less.
     Networks,
 }
@@ -46,9 +47,13 @@ pub(super) enum Notice {
 pub(super) fn notice(event: &EventMessage) -> Option<Notice> {
     let actor = event.actor.as_ref()?;
     let subject = actor.id.as_deref()?;
+    // The container and the network: podman has them the other way round, and the network by its name.
     let attached = || {
-        let container = actor.attributes.as_ref()?.get("container")?;
-        Some(ContainerId::new(container))
+        let attribute = |name| Some(actor.attributes.as_ref()?.get(name)?.as_str());
+        match attribute("container") {
+            Some(container) => Some((ContainerId::new(container), subject)),
+            None => Some((ContainerId::new(subject), attribute("network")?)),
+        }
     };
     match (event.typ?, event.action.as_deref()?) {
         (EventMessageTypeEnum::CONTAINER, "die") => Some(Notice::Ended(ContainerId::new(subject))),
@@ -63,9 +68,10 @@ pub(super) fn notice(event: &EventMessage) -> Option<Notice> {
             Some(Notice::Changed(ContainerId::new(subject)))
         }
         (EventMessageTypeEnum::NETWORK, "create" | "destroy") => Some(Notice::Networks),
-        (EventMessageTypeEnum::NETWORK, "connect") => Some(Notice::Changed(attached()?)),
+        (EventMessageTypeEnum::NETWORK, "connect") => Some(Notice::Changed(attached()?.0)),
         (EventMessageTypeEnum::NETWORK, "disconnect") => {
-            Some(Notice::Left(attached()?, subject.into()))
+            let (container, network) = attached()?;
+            Some(Notice::Left(container, network.into()))
         }
         _ => None,
     }
@@ -306,6 +312,15 @@ mod tests {
             ),
             (r#"{"Type": "container", "Action": "exec_start: x", "Actor": {"ID": "c1"}}"#, None),
             (r#"{"Type": "network", "Action": "connect", "Actor": {"ID": "n1"}}"#, None),
+            // podman
+            (
+                r#"{"Type": "network", "Action": "connect", "Actor": {"ID": "c1", "Attributes": {"network": "n"}}}"#,
+                Some(Notice::Changed(ContainerId::new("c1"))),
+            ),
+            (
+                r#"{"Type": "network", "Action": "disconnect", "Actor": {"ID": "c1", "Attributes": {"network": "n"}}}"#,
+                Some(Notice::Left(ContainerId::new("c1"), "n".into())),
+            ),
             (
                 r#"{"Type": "network", "Action": "create", "Actor": {"ID": "n1"}}"#,
                 Some(Notice::Networks),

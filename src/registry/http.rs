@@ -2,14 +2,15 @@
 //! of questions takes more than a fixed number of connections.
 
 use std::{
+    pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
 
-use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, future::BoxFuture};
 use reqwest::{
     Certificate, Client, Identity, Response, StatusCode,
     header::{HeaderMap, HeaderValue},
@@ -53,6 +54,8 @@ pub(super) struct Http {
     client: Reused<Made>,
     long_polls: Arc<Semaphore>,
     reads: Semaphore,
+    /// How many of those were answered.
+    answered: AtomicU64,
     /// Whether it was said that there are more questions than long polls.
     crowded: AtomicBool,
 }
@@ -90,6 +93,7 @@ impl Http {
             client: Reused::default(),
             long_polls: Arc::new(Semaphore::new(Self::LONG_POLLS)),
             reads: Semaphore::new(Self::READS),
+            answered: AtomicU64::new(0),
             crowded: AtomicBool::new(false),
         }
     }
@@ -100,11 +104,28 @@ impl Http {
         url: &Url,
         headers: HeaderMap,
     ) -> Result<HttpAnswer, SourceError> {
-        within(url, ANSWER, async {
-            let _turn = self.reads.acquire().await;
-            self.read(url, headers).await
-        })
-        .await
+        self.in_turn(url, self.read(url, headers)).await
+    }
+
+    /// Asks once it is this question's turn. As long as others are answered it waits: that there are many is no fault of the
+    /// server's.
+    async fn in_turn<T>(
+        &self,
+        url: &Url,
+        asking: impl Future<Output = Result<T, SourceError>>,
+    ) -> Result<T, SourceError> {
+        let mut turn = pin!(self.reads.acquire());
+        let _turn = loop {
+            let answered = self.answered.load(Relaxed);
+            match within(url, ANSWER, turn.as_mut().map(Ok)).await {
+                Ok(turn) => break turn,
+                Err(error) if self.answered.load(Relaxed) == answered => return Err(error),
+                Err(_) => {}
+            }
+        };
+        let answer = within(url, ANSWER, asking).await?;
+        self.answered.fetch_add(1, Relaxed);
+        Ok(answer)
     }
 
     /// The same, of a server that may hold its answer back for as long as `held`.
@@ -355,5 +376,30 @@ impl<T> Asking<T> {
     /// Gives up the question that is held.
     pub(super) fn give_up(&mut self) {
         self.held = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::future::join_all;
+    use tokio::time::sleep;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn many_questions_wait_for_each_other_and_none_for_a_server_that_hangs() {
+        let (http, url) =
+            (Http::new("test", ClientTls::default(), true, None), "http://a/".parse());
+        let url = url.unwrap();
+        let slow = || http.in_turn(&url, sleep(Duration::from_secs(1)).map(Ok));
+        let all = join_all((0..100).map(|_| slow())).await;
+        assert_eq!(all.iter().filter(|answer| answer.is_err()).count(), 0);
+
+        let start = Instant::now();
+        let hangs = || http.in_turn(&url, std::future::pending::<Result<(), _>>());
+        let all = join_all((0..100).map(|_| hangs())).await;
+        assert!(all.iter().all(Result::is_err));
+        // The questions whose turn it was, and then those whose turn it became at the end of them.
+        assert!(start.elapsed() < 3 * ANSWER, "{:?}", start.elapsed());
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use etcd_client::{Client, Error, KeyValue, WatchOptions, WatchResponse, WatchStream};
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
     time::{Instant, MissedTickBehavior, interval},
 };
 
@@ -44,13 +44,33 @@ struct Request {
     start: String,
     end: String,
     revision: i64,
+    listener: Listener,
+}
+
+/// Who follows a branch, for the watches of its ranges.
+#[derive(Debug, Clone)]
+struct Listener {
     news: mpsc::Sender<News>,
+    /// Rung when the watch of one range does not go on: those of the others do not tell what happens there.
+    lapsed: Arc<Notify>,
+}
+
+impl Listener {
+    /// Tells the news; false where the listener is gone, or too slow to be told.
+    fn tell(&self, news: News) -> bool {
+        let told = self.news.try_send(news).is_ok();
+        if !told {
+            self.lapsed.notify_one();
+        }
+        told
+    }
 }
 
 /// The watch of one branch. Dropped, it ends.
 #[derive(Debug)]
 pub(super) struct BranchWatch {
     news: mpsc::Receiver<News>,
+    lapsed: Arc<Notify>,
     alive: watch::Receiver<()>,
     ended: Arc<OnceLock<Reason>>,
 }
@@ -75,6 +95,7 @@ impl BranchWatch {
     pub(super) async fn next(&mut self) -> News {
         tokio::select! {
             biased;
+            () = self.lapsed.notified() => News::Again,
             news = self.news.recv() => news.unwrap_or_else(|| match self.ended.get() {
                 Some(reason) => News::Lost(reason.clone()),
                 None => News::Again,
@@ -121,14 +142,18 @@ impl Stream {
         revision: i64,
     ) -> BranchWatch {
         let (sender, news) = mpsc::channel(BACKLOG);
+        let lapsed = Arc::<Notify>::default();
+        let listener = Listener { news: sender, lapsed: lapsed.clone() };
         for (start, end) in ranges {
-            let request = Request { start, end, revision, news: sender.clone() };
-            // A stream that has just ended says so by the end of the news.
-            let _ = self.requests.send(request).await;
+            let request = Request { start, end, revision, listener: listener.clone() };
+            // A stream that has just ended says so by the end of the news; one that takes no more does not.
+            if self.requests.send(request).await.is_err() && self.ended.get().is_none() {
+                lapsed.notify_one();
+            }
         }
         let mut alive = self.alive;
         alive.mark_unchanged();
-        BranchWatch { news, alive, ended: self.ended }
+        BranchWatch { news, lapsed, alive, ended: self.ended }
     }
 }
 
@@ -142,7 +167,7 @@ struct Running {
     key: String,
     /// Those that are asked for: the server answers in this order.
     making: VecDeque<Request>,
-    watches: HashMap<i64, mpsc::Sender<News>>,
+    watches: HashMap<i64, Listener>,
 }
 
 impl Running {
@@ -203,30 +228,33 @@ impl Running {
         if message.created() {
             let Some(request) = self.making.pop_front() else { return Ok(()) };
             if !message.canceled() {
-                self.watches.insert(id, request.news);
+                self.watches.insert(id, request.listener);
             } else if self.began.elapsed() < FRESH {
-                let _ = request.news.try_send(News::Refused(refusal()));
+                request.listener.tell(News::Refused(refusal()));
             } else {
                 self.requests.close();
+                request.listener.lapsed.notify_one();
             }
             return Ok(());
         }
         if message.canceled() {
-            let Some(news) = self.watches.remove(&id) else {
+            let Some(listener) = self.watches.remove(&id) else {
                 // One that was ended here; or, with no number, all.
                 return if id < 0 { Err(Error::Internal(refusal().0.to_string())) } else { Ok(()) };
             };
             // Compacted: what happened since the branch was read is forgotten.
             if message.compact_revision() == 0 {
-                let _ = news.try_send(News::Refused(refusal()));
+                listener.tell(News::Refused(refusal()));
+            } else {
+                listener.lapsed.notify_one();
             }
             return Ok(());
         }
         let changed: Vec<_> =
             message.events().iter().filter_map(|event| event.kv().cloned()).collect();
         if !changed.is_empty()
-            && let Some(news) = self.watches.get(&id)
-            && news.try_send(News::Changed(changed)).is_err()
+            && let Some(listener) = self.watches.get(&id)
+            && !listener.tell(News::Changed(changed))
         {
             self.watches.remove(&id);
             stream.cancel(id).await?;
@@ -236,7 +264,11 @@ impl Running {
 
     /// Ends the watches whose branch nobody follows any more. The rest follows at the next look, if there are many.
     async fn end_unwatched(&mut self, stream: &mut WatchStream) -> Result<(), Error> {
-        let ids = self.watches.iter().filter(|(_, news)| news.is_closed()).map(|(id, _)| *id);
+        let ids = self
+            .watches
+            .iter()
+            .filter(|(_, listener)| listener.news.is_closed())
+            .map(|(id, _)| *id);
         for id in ids.take(MAKING).collect::<Vec<_>>() {
             self.watches.remove(&id);
             stream.cancel(id).await?;
@@ -248,5 +280,44 @@ impl Running {
 impl Request {
     fn options(&self) -> WatchOptions {
         WatchOptions::new().with_range(self.end.as_str()).with_start_revision(self.revision)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The watch of a branch with two ranges, and who is told of each.
+    async fn watch_of_two(
+        stream: Stream,
+        requests: &mut mpsc::Receiver<Request>,
+    ) -> (BranchWatch, [Listener; 2]) {
+        let ranges =
+            [("/web", "/web0"), ("web", "web0")].map(|(a, b)| (a.to_owned(), b.to_owned()));
+        let watch = stream.watch(ranges.into_iter(), 1).await;
+        let mut next = || requests.try_recv().unwrap().listener;
+        (watch, [next(), next()])
+    }
+
+    #[tokio::test]
+    async fn a_branch_is_read_again_when_one_of_its_ranges_is_watched_no_more() {
+        let (requests, mut requested) = mpsc::channel(MAKING);
+        let (_alive, told) = watch::channel(());
+        let stream = Stream { requests, alive: told, ended: Arc::default() };
+        // Compacted, or refused on a stream whose login is out of date.
+        let (mut watch, [one, other]) = watch_of_two(stream.clone(), &mut requested).await;
+        one.lapsed.notify_one();
+        drop(one);
+        assert!(matches!(watch.next().await, News::Again));
+        // Nobody takes the news: what does not fit is not told.
+        let (mut slow, [one, _other]) = watch_of_two(stream.clone(), &mut requested).await;
+        while one.tell(News::Changed(Vec::new())) {}
+        drop(one);
+        assert!(matches!(slow.next().await, News::Again));
+        assert!(other.tell(News::Changed(Vec::new())), "the other one goes on");
+        // The stream takes no more in the midst of it.
+        requested.close();
+        let ranges = [("/web".to_owned(), "/web0".to_owned())];
+        assert!(matches!(stream.watch(ranges.into_iter(), 1).await.next().await, News::Again));
     }
 }
