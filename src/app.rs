@@ -231,10 +231,10 @@ impl App {
         tokio::select! {
             ended = timeout_at(Instant::now() + self.drain, self.proxy.ended()) => {
                 if ended.is_err() {
-                    warn!(live = self.proxy.live(), "resetting what is left");
+                    warn!(live = self.proxy.live(), "drain time is over; resetting the open connections");
                 }
             }
-            () = hurry.clone() => warn!(live = self.proxy.live(), "resetting what is left, at once"),
+            () = hurry.clone() => warn!(live = self.proxy.live(), "second signal; resetting the open connections at once"),
         }
         self.checks.abort();
         self.memory.abort();
@@ -247,7 +247,7 @@ impl App {
                 }
                 keeper.stop().await;
             };
-            in_time(keep, "the last table may not be kept", hurry.clone()).await;
+            in_time(keep, "the state file may be out of date", hurry.clone()).await;
         }
         drop(self.admin);
         // Who is in a hurry does not wait for it, and that is no failure.
@@ -270,7 +270,7 @@ async fn in_time<T>(
     tokio::select! {
         end = part => Some(end),
         () = late => {
-            warn!("not waited for: {otherwise}");
+            warn!("gave up waiting: {otherwise}");
             None
         }
     }
@@ -361,11 +361,11 @@ async fn resolve(servers: impl Iterator<Item = String>) -> Vec<SocketAddr> {
         match timeout_at(Instant::now() + LIMIT, lookup_host(&server)).await {
             Ok(Ok(found)) => addresses.extend(found),
             Ok(Err(error)) => {
-                warn!(server, %error, "has no address now; if it is on a VIP, it may be captured")
+                warn!(server, %error, "cannot resolve this server; if its address is a VIP, embassy's own connections to it may be captured")
             }
             Err(_) => warn!(
                 server,
-                "has no address within {LIMIT:?}; if it is on a VIP, it may be captured"
+                "cannot resolve this server within {LIMIT:?}; if its address is a VIP, embassy's own connections to it may be captured"
             ),
         }
     }

@@ -94,18 +94,18 @@ async fn check(
             Ok(()) => {
                 let was_ejected = state.failures() != 0;
                 if state.checked(true) {
-                    info!(%endpoint, service = %query, "check passes");
+                    info!(%endpoint, service = %query, "endpoint check passes");
                 }
                 if was_ejected {
-                    info!(%endpoint, service = %query, "endpoint back");
+                    info!(%endpoint, service = %query, "endpoint is back");
                     events.report(|| Event::EndpointBack { query: query.clone(), endpoint });
                 }
             }
             Err(error) if is_fault_of_this_host(&error) => {
-                warn!(%endpoint, service = %query, %error, "cannot check");
+                warn!(%endpoint, service = %query, %error, "cannot check endpoint");
             }
             Err(error) if state.checked(false) => {
-                warn!(%endpoint, service = %query, %error, "check fails");
+                warn!(%endpoint, service = %query, %error, "endpoint check fails");
             }
             Err(_) => {}
         }

@@ -397,7 +397,7 @@ impl Report {
     fn table(&mut self, next: &Table) {
         self.unrouted(next);
         if next.version == 1 {
-            info!(routes = next.routes().len(), vips = list(next.vips()), "the first table");
+            info!(routes = next.routes().len(), vips = list(next.vips()), "initial routing table");
         }
         for route in &next.changes().added {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "new route");
@@ -408,7 +408,7 @@ impl Report {
             self.events.report(|| Event::RouteRemoved(route.clone()));
         }
         if next.vips().is_empty() && next.routes().len() > 0 {
-            warn!("no VIP: nothing is captured; name one with --proxy-ip");
+            warn!("no VIP: nothing is captured; set one with --proxy-ip");
         }
     }
 }

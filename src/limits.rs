@@ -25,7 +25,7 @@ pub fn connections(asked: Option<usize>, memory: Option<u64>) -> usize {
     if limit.current != limit.maximum
         && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
     {
-        warn!(%error, "cannot raise the limit of descriptors");
+        warn!(%error, "cannot raise the descriptor limit");
     }
     let descriptors = getrlimit(Resource::Nofile).current;
     let (room, bound) =
@@ -35,13 +35,13 @@ pub fn connections(asked: Option<usize>, memory: Option<u64>) -> usize {
             .min()
             .unwrap_or((usize::MAX, "nothing"));
     if let Some(asked) = asked.filter(|asked| *asked > room) {
-        warn!(asked, room, bound, "--max-connections is more than there is room for");
+        warn!(asked, room, bound, "--max-connections is higher than this host's limits allow");
     }
     let (connections, bound) = match asked {
         Some(asked) if asked <= room => (asked, "--max-connections"),
         _ => (room, bound),
     };
-    info!(descriptors, memory, connections, bound, "connections that may be open at a time");
+    info!(descriptors, memory, connections, bound, "maximum number of open connections");
     connections
 }
 

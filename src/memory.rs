@@ -108,7 +108,7 @@ impl Short {
             warn!(used, limit, "memory is nearly used up; new connections are refused");
         } else if self.get() && !now.reaches(FAR) {
             self.0.store(false, Relaxed);
-            info!(used, limit, "there is memory again; new connections are accepted");
+            info!(used, limit, "memory is available again; new connections are accepted");
         }
     }
 }

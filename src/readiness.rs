@@ -66,10 +66,10 @@ impl Guard {
         let took_ms =
             since.map(|since| since.elapsed().as_secs_f64() * 1e3).unwrap_or_default().round();
         if pending.is_empty() {
-            info!(part = %self.part, took_ms, "ready");
+            info!(part = %self.part, took_ms, "embassy is ready");
         } else {
             let waiting_for: Vec<_> = pending.iter().map(|part| part.as_str()).collect();
-            info!(part = %self.part, took_ms, waiting_for = waiting_for.join(", "), "part ready");
+            info!(part = %self.part, took_ms, waiting_for = waiting_for.join(", "), "component ready");
         }
     }
 }

@@ -69,7 +69,7 @@ impl Report {
                     .report(|| Event::SourceLost { source: name.to_owned(), error: error.clone() });
             }
         } else if known.value.is_some() && self.lost.remove(name) {
-            info!(source = name, "back");
+            info!(source = name, "source is back");
             self.events.report(|| Event::SourceBack { source: name.to_owned() });
         }
     }
@@ -85,7 +85,7 @@ impl Report {
         let now: BTreeSet<_> = listing.problems.iter().cloned().collect();
         for problem in now.difference(&self.problems) {
             self.refused.bindings.fetch_add(1, Relaxed);
-            warn!(consumer = %problem.consumer, origin = %problem.origin, reason = problem.reason, "skipped");
+            warn!(consumer = %problem.consumer, origin = %problem.origin, reason = problem.reason, "binding skipped");
         }
         self.problems = now;
     }
@@ -108,11 +108,11 @@ impl Report {
                 endpoints: now.list.clone(),
             });
             if held {
-                warn!(service = %query, endpoints, "no endpoints any more; the last ones stay in use for --empty-hold");
+                warn!(service = %query, endpoints, "service has no endpoints; the last ones stay in use for --empty-hold");
             } else if list.is_empty() {
-                warn!(service = %query, "no endpoints; connections are reset");
+                warn!(service = %query, "service has no endpoints; connections are reset");
             } else {
-                info!(service = %query, endpoints, "endpoints");
+                info!(service = %query, endpoints, "service endpoints changed");
             }
             self.used.insert(query.clone(), (now.clone(), held));
         }
@@ -123,7 +123,7 @@ impl Report {
         for (entry, reason) in &rejected {
             if before.is_none_or(|before| !before.contains(&(entry.clone(), reason.clone()))) {
                 self.refused.endpoints.fetch_add(1, Relaxed);
-                warn!(service = %query, entry, reason, "entry skipped");
+                warn!(service = %query, entry, reason, "discovery entry skipped");
             }
         }
         if rejected.is_empty() {
@@ -139,7 +139,7 @@ impl Report {
             let text = format!("{} {}: {}", unrouted.consumer, unrouted.origin, unrouted.reason);
             if !self.unrouted.contains(&text) {
                 self.refused.routes.fetch_add(1, Relaxed);
-                warn!(consumer = %unrouted.consumer_name, id = %unrouted.consumer, origin = %unrouted.origin, reason = %unrouted.reason, "no route");
+                warn!(consumer = %unrouted.consumer_name, id = %unrouted.consumer, origin = %unrouted.origin, reason = %unrouted.reason, "binding has no route");
             }
             now.insert(text);
         }

@@ -215,12 +215,12 @@ pub async fn follow<S: Source>(
         let pause = backoff.next(fastrand::f64()).max(error.pause);
         if backoff.attempts == 1 {
             if publish.knows_something() {
-                warn!(source = name, %error, "lost; what was known stays in use");
+                warn!(source = name, %error, "source does not answer; its last data stays in use");
             } else {
-                warn!(source = name, %error, "no answer yet; trying again");
+                warn!(source = name, %error, "source has not answered yet; retrying");
             }
         } else {
-            debug!(source = name, %error, attempts = backoff.attempts, next_s = pause.as_secs_f64(), "still lost");
+            debug!(source = name, %error, attempts = backoff.attempts, next_s = pause.as_secs_f64(), "source still does not answer");
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => {}

@@ -45,7 +45,7 @@ pub(super) async fn drain(
         let text = format!("{service} has no endpoint {endpoint}: expected one of /v1/endpoints");
         return Err(Refusal::new(StatusCode::NOT_FOUND, text));
     }
-    tracing::info!(service, endpoint, drained, "drain, as asked for");
+    tracing::info!(service, endpoint, drained, "endpoint drain set via API");
     for ((_, _, service), state) in meant {
         state.drain(drained);
         context.feeds.events.report(|| Event::EndpointDrained {
@@ -80,7 +80,7 @@ pub(super) async fn set_level(body: Bytes) -> Result<Json<api::Done>, Refusal> {
     let api::LogLevel { level } = read(&body)?;
     let wrong = |error: log::LevelError| Refusal::new(StatusCode::BAD_REQUEST, error.to_string());
     log::set_level(&level).map_err(wrong)?;
-    tracing::info!(level, "log level, as asked for");
+    tracing::info!(level, "log level changed via API");
     Ok(Json(api::Done { done: format!("the log level is {level}") }))
 }
 

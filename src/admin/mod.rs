@@ -62,7 +62,7 @@ impl Admin {
                 let listener = TcpListener::bind(address).await?;
                 let bound = listener.local_addr()?;
                 if bound.ip().is_unspecified() {
-                    tracing::warn!(address = %bound, "the admin API answers whoever reaches this host; 127.0.0.1, or an address of a network that is trusted, keeps it among us");
+                    tracing::warn!(address = %bound, "the admin API is reachable from every network; bind it to 127.0.0.1 or to an address in a trusted network");
                 }
                 let serve = serve::serve(listener, router(Access::tcp(bound, token_file)));
                 let tasks = [tokio::spawn(serve), sampling];

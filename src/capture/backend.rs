@@ -37,7 +37,7 @@ impl Backend {
                 Ok(nft) => Ok(nft),
                 Err(nft) => match Iptables::open().await {
                     Ok(iptables) => {
-                        tracing::debug!(error = %nft, "no nf_tables");
+                        tracing::debug!(error = %nft, "the kernel has no nf_tables");
                         Ok(Self::Iptables(iptables))
                     }
                     Err(iptables) => Err(CaptureError::Nothing {

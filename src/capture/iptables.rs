@@ -194,7 +194,7 @@ async fn installed() -> Result<Option<String>, ProgramError> {
     for family in FAMILIES {
         match family.nat().await {
             Ok(lines) => all.push_str(&ours(&lines)),
-            Err(error) if family.v6 => tracing::debug!(%error, "no NAT for IPv6"),
+            Err(error) if family.v6 => tracing::debug!(%error, "iptables has no NAT for IPv6"),
             Err(error) => return Err(error),
         }
     }

@@ -81,7 +81,7 @@ fn report(firewall: Firewall, removed: Result<bool, CaptureError>) {
 pub async fn remove_leftovers() -> [(Firewall, Result<bool, CaptureError>); 2] {
     let none_if_missing = |removed: Result<bool, CaptureError>| match removed {
         Err(error) if error.is_missing() => {
-            debug!(%error, "nothing to remove");
+            debug!(%error, "no embassy rules to remove");
             Ok(false)
         }
         removed => removed,

@@ -140,7 +140,7 @@ impl Reconciler {
         match done {
             Ok(()) if self.failing => {
                 self.failing = false;
-                info!("the rules can be written again");
+                info!("the firewall rules can be written again");
             }
             Ok(()) => {}
             Err(error) => {
@@ -151,7 +151,7 @@ impl Reconciler {
                 });
                 self.counts.failed.fetch_add(1, Relaxed);
                 if !std::mem::replace(&mut self.failing, true) {
-                    error!(%error, "cannot write the rules; trying again");
+                    error!(%error, "cannot write the firewall rules; retrying");
                 }
             }
         }
@@ -234,7 +234,7 @@ impl Reconciler {
         start: Instant,
     ) {
         let (firewall, took_ms) = (self.backend.firewall(), start.elapsed().as_secs_f64() * 1e3);
-        debug!(%firewall, routes = table.routes().len(), vips = places.vips.len(), took_ms, "rules written");
+        debug!(%firewall, routes = table.routes().len(), vips = places.vips.len(), took_ms, "firewall rules written");
         if let Some((change, missing)) = self.damage.take() {
             self.restored(change, missing);
         }
@@ -299,7 +299,7 @@ impl Reconciler {
             && let Some(place) = first.place_before(self.priority)
         {
             let (change, missing) = (Change::Displaced, format!("the place before {first}"));
-            warn!(%firewall, change = change.as_str(), missing, "another program's rules come before ours; going before them");
+            warn!(%firewall, change = change.as_str(), missing, "another program's rules come before ours; moving ours before them");
             self.priority = place;
             self.backend.move_to(&whole(table, &self.settings, &places, self.priority))?;
             self.restored(change, missing);

@@ -123,11 +123,11 @@ impl Contents {
         match error {
             Some(Unwatched::NoRoom(error)) if !self.is_polled => {
                 self.is_polled = true;
-                warn!(%file, %error, every_s = Self::POLL.as_secs(), "cannot be watched, and is read again and again");
+                warn!(%file, %error, every_s = Self::POLL.as_secs(), "cannot watch this file (inotify limit?); polling it");
             }
             None if self.is_polled => {
                 self.is_polled = false;
-                info!(%file, "is watched again");
+                info!(%file, "watching this file again");
             }
             _ => {}
         }

@@ -122,7 +122,7 @@ impl<'a> Client<'a> {
                 | Error::RequestTimeoutError),
             ) => {
                 let id = id.as_str();
-                warn!(id, %error, "the engine cannot say how this container is");
+                warn!(id, %error, "docker inspect failed; keeping the container's last known state");
                 Found::Unknown
             }
             Err(error) => return Err(self.failed(&format!("container {}", id.as_str()), &error)),

@@ -208,7 +208,7 @@ impl EngineSource {
         if unseen && !self.said && matches!(self.engine.address, Address::Unix(_)) {
             self.said = true;
             warn!(
-                "the containers' processes cannot be seen from here: their ends are known by Docker's events alone, and no container is taken over from the last run; in a container, run embassy with --pid=host"
+                "cannot see the processes of containers; relying on Docker events, and using no saved containers (in a container, run embassy with --pid=host)"
             );
         }
     }

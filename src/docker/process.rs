@@ -65,7 +65,7 @@ impl Processes {
             }
             Err(error @ Unseen::Strange) if self.seen && !self.said => {
                 self.said = true;
-                tracing::warn!(%id, pid, %error, "the ends of such containers are known by the engine's events alone");
+                tracing::warn!(%id, pid, %error, "cannot watch this container's process; relying on Docker events");
             }
             Err(error) => tracing::debug!(%id, pid, %error, "cannot watch the container's process"),
         }

@@ -51,7 +51,7 @@ impl Fold {
         });
         match told {
             Ok(_) => *self.teller.lock().unwrap_or_else(PoisonError::into_inner) = Some(alive),
-            Err(error) => warn!(%error, "repeated lines are dropped and not counted"),
+            Err(error) => warn!(%error, "cannot count repeated log lines; dropping them"),
         }
     }
 }
@@ -69,7 +69,7 @@ fn lock(seen: &Mutex<Seen>) -> std::sync::MutexGuard<'_, Seen> {
 }
 
 /// What an endpoint that comes and goes would say at every turn, though each turn is no complaint.
-const FLAPPING: [&str; 2] = ["endpoint ejected", "endpoint back"];
+const FLAPPING: [&str; 2] = ["endpoint ejected", "endpoint is back"];
 
 /// The target of lines that tell a count, which are themselves not counted.
 const TARGET: &str = "embassy::log";
@@ -240,7 +240,7 @@ mod tests {
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
             for _ in 0..5 {
                 tracing::info!(endpoint = "10.0.0.1:80", "endpoint ejected");
-                tracing::info!(endpoint = "10.0.0.1:80", "endpoint back");
+                tracing::info!(endpoint = "10.0.0.1:80", "endpoint is back");
                 tracing::info!(endpoint = "10.0.0.1:80", "new route");
                 tracing::info!(target: CONNECTION, "connection");
             }

@@ -161,7 +161,7 @@ fn failed(
     state.counts.last_error.set(now, error.to_string());
     route.counts.last_error.set(now, format!("{endpoint}: {error}"));
     let Some(time) = ejected else {
-        return tracing::debug!(%endpoint, %service, %error, "cannot connect");
+        return tracing::debug!(%endpoint, %service, %error, "cannot connect to endpoint");
     };
     let seconds = time.as_secs_f64();
     if state.failures() == 1 {
@@ -180,6 +180,6 @@ fn failed(
 /// Tells of an ejected endpoint that took a connection.
 fn back(worker: &Worker, route: &Route, state: &EndpointState) {
     let (endpoint, service) = (state.endpoint, &route.upstream.query);
-    tracing::info!(%endpoint, %service, "endpoint back");
+    tracing::info!(%endpoint, %service, "endpoint is back");
     worker.settings().events.report(|| Event::EndpointBack { query: service.clone(), endpoint });
 }

@@ -81,7 +81,7 @@ impl AcceptBackoff {
         let pause = Duration::from_millis(4 << self.failures);
         if self.said.is_none_or(|said| said.elapsed() >= Self::SAY_AGAIN) {
             self.said = Some(Instant::now());
-            tracing::warn!(%error, pause_s = pause.as_secs_f64(), "cannot accept; connections wait in the kernel's queue");
+            tracing::warn!(%error, pause_s = pause.as_secs_f64(), "cannot accept connections; they wait in the kernel's queue");
         }
         Some(pause)
     }

@@ -160,7 +160,7 @@ impl Worker {
     ) {
         self.shared.tally.count(outcome);
         connection_log::refused(self.settings().log, outcome, source, destination, route);
-        tracing::debug!(%source, ?destination, outcome = outcome.as_str(), "refused");
+        tracing::debug!(%source, ?destination, outcome = outcome.as_str(), "connection refused by embassy");
     }
 
     /// Ends a connection, unless it is ending already.

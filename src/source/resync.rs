@@ -54,7 +54,7 @@ impl Resync {
             // Without a sender there are no more requests.
             Ok(()) = requests.changed() => {}
         }
-        debug!("source reads everything again");
+        debug!("source re-reads everything");
         self.restart();
     }
 

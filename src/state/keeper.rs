@@ -74,7 +74,7 @@ impl Keeper {
     pub async fn stop(self) {
         drop(self.snapshots);
         if timeout(Self::LAST, self.task).await.is_err() {
-            warn!("the last table may not be kept: its disk is slow");
+            warn!("the state file may be out of date: its disk is slow");
         }
     }
 }
@@ -112,7 +112,7 @@ async fn run(file: File, mut changes: watch::Receiver<Option<Snapshot>>, counts:
                 Ok(true) => {
                     counts.written.fetch_add(1, Relaxed);
                     if failing {
-                        info!(file = %path, "the table is kept again");
+                        info!(file = %path, "the state file can be written again");
                     }
                     failing = false;
                 }

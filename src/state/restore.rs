@@ -77,7 +77,9 @@ fn resume(
         let (name, id) = (kept.name.clone(), kept.id.clone());
         match resume::resume(kept, bell) {
             Ok(consumer) => consumers.push(Arc::new(consumer)),
-            Err(reason) => info!(consumer = %name, %id, %reason, "not as it was kept"),
+            Err(reason) => {
+                info!(consumer = %name, %id, %reason, "dropped from the saved table: no longer the same container run")
+            }
         }
     }
     let (mut endpoints, mut oldest) = (HashMap::new(), Duration::ZERO);
@@ -102,7 +104,7 @@ fn resume(
     }
     info!(
         file = %path.display(), consumers = consumers.len(), services = endpoints.len(), oldest_s = oldest.as_secs(),
-        "kept from the last run, for as long as the sources do not answer"
+        "using the saved table until the sources answer"
     );
     let known = consumers.iter().flat_map(|consumer| &consumer.sources).copied().collect();
     let known = Arc::new(known);
@@ -123,7 +125,7 @@ fn living(
             match resume::resume_stay(runs, endpoint.0.ip(), bell) {
                 Ok(stay) => stays.insert(endpoint, stay),
                 Err(reason) => {
-                    info!(service = %query, %endpoint, %reason, "not as it was kept");
+                    info!(service = %query, %endpoint, %reason, "dropped from the saved table: no longer the same container run");
                     continue;
                 }
             };
@@ -167,9 +169,9 @@ fn set_aside(path: &Path, reason: &dyn std::fmt::Display) {
     let aside = PathBuf::from(aside);
     match fs::rename(path, &aside) {
         Ok(()) => {
-            warn!(file = %path.display(), %reason, now_at = %aside.display(), "kept table set aside");
+            warn!(file = %path.display(), %reason, now_at = %aside.display(), "saved table set aside");
         }
-        Err(error) => warn!(file = %path.display(), %reason, %error, "kept table not used"),
+        Err(error) => warn!(file = %path.display(), %reason, %error, "saved table not used"),
     }
 }
 

@@ -112,8 +112,8 @@ fn all(firewall: &str) -> Result<()> {
 
     let timeout = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait";
     assert_eq!(host.run("cat", [timeout])?, "77");
-    says(&embassy, &["cannot set", "nf_conntrack_max"])?;
-    says(&embassy, &["cannot set", "hashsize"])
+    says(&embassy, &["cannot write conntrack setting", "nf_conntrack_max"])?;
+    says(&embassy, &["cannot write conntrack setting", "hashsize"])
 }
 
 #[test]

@@ -23,7 +23,7 @@ impl RelayBuffers {
     /// With up to so many pipes to splice bulk through; without any, all is copied. In the thread that will use it.
     pub(in crate::proxy) fn new(pipes: usize) -> Self {
         let ring = Ring::new().inspect_err(
-            |error| tracing::debug!(%error, "no io_uring: messages are sent one by one"),
+            |error| tracing::debug!(%error, "io_uring is not available; using one write per message"),
         );
         Self::with(pipes, ring.ok())
     }

@@ -72,7 +72,7 @@ fn changes_are_told_as_they_happen_and_to_so_many() -> Result<()> {
         blue.spawn("server", ["testbed", "peer", "http", "--name", "late", "--port", "81"])?;
     testbed::eventually(WAIT * 2, "it to be back", || {
         reaches(&app, "172.17.0.1:80", "late")?;
-        ensure!(embassy.log().contains("endpoint back"), "not yet");
+        ensure!(embassy.log().contains("endpoint is back"), "not yet");
         Ok(())
     })?;
     told("endpoint_back", &of_late)?;
@@ -89,7 +89,7 @@ fn changes_are_told_as_they_happen_and_to_so_many() -> Result<()> {
     let _server =
         held.spawn("server-2", ["testbed", "peer", "http", "--name", "c", "--port", "83"])?;
     told("endpoint_back", &[("service", "/services/c"), ("endpoint", &checked_at)])?;
-    says(&embassy, &["endpoint back", &checked_at])?;
+    says(&embassy, &["endpoint is back", &checked_at])?;
 
     host.etcd_daemon().kill()?;
     told("source_lost", &[("source", "etcd /services/blue")])?;
