@@ -115,7 +115,7 @@ impl App {
             CaptureMode::None => None,
             CaptureMode::Dnat | CaptureMode::Redirect => {
                 let backend = Backend::open(config.firewall, &rules).await;
-                let backend = backend.context("no firewall can be written")?;
+                let backend = backend.context("no firewall is available")?;
                 let counts = Arc::<CaptureCounts>::default();
                 Some((backend, counts, readiness.wait_for(Part::Capture)))
             }
@@ -158,7 +158,7 @@ impl App {
             CaptureMode::None => None,
             CaptureMode::Dnat | CaptureMode::Redirect => Some(
                 Lock::take()
-                    .context("cannot see whether another embassy captures here")?
+                    .context("cannot check whether another embassy captures here")?
                     .context("another embassy captures in this network namespace: one serves all its containers")?,
             ),
         };

@@ -22,7 +22,7 @@ pub enum Event {
     EndpointsChanged { query: Query, endpoints: Vec<Endpoint> },
     /// No connection could be opened to an endpoint: every route skips it for this time.
     EndpointEjected { query: Query, endpoint: Endpoint, error: String, time: Duration },
-    /// A connection to an ejected endpoint was opened, or its active check passed: it takes its turn again.
+    /// A connection to an ejected endpoint was opened, or its active check passed: it gets connections again.
     EndpointBack { query: Query, endpoint: Endpoint },
     /// No new connections go to an endpoint, or again: somebody asked for it.
     EndpointDrained { service: ServiceName, endpoint: Endpoint, drained: bool },
@@ -30,7 +30,7 @@ pub enum Event {
     SourceLost { source: String, error: Arc<str> },
     /// A source answers again.
     SourceBack { source: String },
-    /// Somebody removed or changed our rules, and they were put back. The first rule that was gone.
+    /// Another program removed or changed our rules, and embassy restored them. The first missing rule.
     CaptureRestored { change: Change, missing: String },
     /// The listener was too slow and missed so many changes.
     Missed { changes: u64 },

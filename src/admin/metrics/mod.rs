@@ -240,7 +240,7 @@ fn captured(out: &mut Families<'_, '_>, counts: &capture::CaptureCounts) -> fmt:
     )?;
     let mut restored = out.counters(
         "capture_restored",
-        "Times that rules were put back after others changed them, by how",
+        "Times the rules were restored after another program changed them, by the kind of change",
     )?;
     for change in capture::Change::ALL {
         restored.counter(&[("change", change.as_str())], counts.restored(*change))?;

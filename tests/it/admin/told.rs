@@ -100,7 +100,10 @@ fn changes_are_told_as_they_happen_and_to_so_many() -> Result<()> {
     let mut many = host.command("/usr/bin/python3");
     many.args(["-c", LISTENERS]);
     let said = String::from_utf8(many.output()?.stdout)?;
-    ensure!(said.contains("31 may listen") && said.contains("32 listen already"), "{said}");
+    ensure!(
+        said.contains("31 may listen") && said.contains("32 clients read events already"),
+        "{said}"
+    );
     told("route_removed", &[("consumer", "extra")])?;
     Ok(())
 }
