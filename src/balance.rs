@@ -26,7 +26,7 @@ pub struct EndpointState {
     active: AtomicU32,
     /// Failures since the last success.
     failures: AtomicU32,
-    /// Somebody asked that no new connection goes here.
+    /// Drained via the API: gets no new connections.
     drained: AtomicBool,
     /// What active checks say: a number of [`Checked`].
     checked: AtomicU8,
@@ -51,7 +51,7 @@ pub struct EndpointState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Checked {
-    /// Nobody asks for checks, or none has a result yet.
+    /// No binding has a check, or there is no result yet.
     Not,
     Passes,
     Fails,
@@ -65,8 +65,8 @@ impl EndpointState {
     const PROBE: u64 = 2_000;
     /// Active checks that fail in a row before the endpoint does.
     const FALL: u32 = 2;
-    /// How long least connections takes a new endpoint up: meanwhile its share of the connections grows from a tenth to
-    /// the whole, lest one that is not warm yet gets all that come.
+    /// Slow start with least connections: in this time the share of a new endpoint grows from a tenth to the full share.
+    /// Otherwise a cold endpoint would get all new connections.
     pub const SLOW_START: u64 = 10_000;
 
     pub fn new(endpoint: Endpoint) -> Self {
@@ -121,7 +121,7 @@ impl EndpointState {
         (self.failures() != 0).then_some(left)
     }
 
-    /// A connection opened, in this time: whatever was held against the endpoint is forgotten. Whether there was
+    /// A connection opened, in this time: the endpoint's failures are forgotten. Whether there was
     /// anything.
     pub fn succeeded(&self, took: Duration) -> bool {
         self.counts.start();
@@ -203,8 +203,8 @@ impl EndpointState {
             && (now.0 < self.ejected_until.load(Relaxed) || now.0 < self.probed_until.load(Relaxed))
     }
 
-    /// Whether a connection may go here now. Of an endpoint whose ejection ended, only one caller hears yes: it is the
-    /// probe, and the others wait for what comes of it.
+    /// Whether a connection may go here now. If an endpoint's ejection ended, only one caller gets `true`: its
+    /// connection is the probe, and the others wait for its result.
     fn admit(&self, now: Millis) -> bool {
         if self.check() == Checked::Fails {
             return false;
@@ -223,7 +223,7 @@ impl EndpointState {
 
     /// How busy it would be with one more connection, in thousandths of one: during its slow start each counts for more.
     fn load(&self, now: Millis) -> u64 {
-        // The first who sees it says when; 0 means nobody has. A pick looks at every endpoint: those that were seen are only read.
+        // The first pick that sees the endpoint stores the time; 0 means not seen. Later picks only read it.
         let seen = match self.seen.load(Relaxed) {
             0 => {
                 let first = self.seen.compare_exchange(0, now.0.max(1), Relaxed, Relaxed);
@@ -271,9 +271,9 @@ impl Drop for Lease {
 
 /// The endpoints of a service in the order of their turns.
 ///
-/// The position is shared with the rotations before and after this one. A rotation that takes over starts with the
-/// endpoint whose turn it was, so a change of endpoints disturbs nobody's turn, nor does it matter which of the two a
-/// concurrent pick still uses.
+/// The position is shared with the rotations before and after this one. A new rotation starts with the
+/// endpoint whose turn it was, so a change of endpoints does not change the order, and a concurrent pick may use either
+/// rotation.
 #[derive(Debug)]
 pub struct Rotation {
     position: Arc<AtomicU64>,

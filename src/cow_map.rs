@@ -1,4 +1,4 @@
-//! A map whose copies share what they have in common: to copy it costs the same whatever it holds, to change a copy costs
+//! A map whose copies share what they have in common: the cost of a copy does not depend on its size, to change a copy costs
 //! a small part of it, and what differs between two copies is found without looking at the rest.
 
 use std::{
@@ -215,7 +215,7 @@ mod tests {
         Insert(u8, u8),
         Remove(u8),
         Change(u8),
-        /// From here on, what differs is told against this.
+        /// Later differences are computed against this copy.
         Copy,
     }
 

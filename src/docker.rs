@@ -1,4 +1,4 @@
-//! A Docker engine: where it is, and how to reach it. Shared by the provider and by the discovery of the same name.
+//! The address of a Docker engine, and how to connect to it. Shared by the provider and by the discovery of the same name.
 
 use std::{
     fmt,

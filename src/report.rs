@@ -1,5 +1,4 @@
-//! What a person should hear of, said once when it appears and counted: the same complaint is not repeated at every
-//! re-read.
+//! Logs and counts problems once, when they appear: a re-read does not repeat them.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -19,30 +18,30 @@ use crate::{
     table::Table,
 };
 
-/// Things that were refused since the start, for the metrics.
+/// Skipped items since the start, for the metrics.
 #[derive(Debug, Default)]
 pub struct Refused {
-    /// Descriptors, and consumers that cannot be told apart.
+    /// Descriptors that do not parse, and consumers that cannot be identified.
     pub bindings: AtomicU64,
     /// Bindings that have no route.
     pub routes: AtomicU64,
-    /// Entries of a discovery that could not be understood.
+    /// Discovery entries that do not parse.
     pub endpoints: AtomicU64,
 }
 
 /// The provider's name among the sources.
 pub(crate) const PROVIDER: &str = "provider";
 
-/// What has been said and still holds.
+/// The problems that were logged and still exist.
 #[derive(Debug)]
 pub struct Report {
     refused: Arc<Refused>,
     pub(crate) events: Events,
     problems: BTreeSet<Problem>,
     unrouted: BTreeSet<String>,
-    /// Entries of an answer that were skipped: where they stand, and why.
+    /// Skipped entries of an answer: their keys and reasons.
     rejected: HashMap<Query, BTreeSet<(String, String)>>,
-    /// The endpoints in use, and whether discovery has none any more.
+    /// The endpoints in use, and whether the last answer is empty.
     used: HashMap<Query, (Arc<Endpoints>, bool)>,
     /// Sources that do not answer.
     lost: BTreeSet<String>,
@@ -74,7 +73,7 @@ impl Report {
         }
     }
 
-    /// Forgets what was said of a query that nobody asks for any more: of those there is no end.
+    /// Forgets a query that is no longer followed; otherwise the memory for old queries would grow without bound.
     pub(crate) fn nobody_asks(&mut self, query: &Query) {
         self.lost.remove(&query.to_string());
         self.rejected.remove(query);
@@ -90,7 +89,7 @@ impl Report {
         self.problems = now;
     }
 
-    /// `used` are the endpoints in use: where discovery has none any more, the last ones for a while.
+    /// `used` are the endpoints in use: after an empty answer, the last ones for a while.
     pub(crate) fn endpoints(
         &mut self,
         query: &Query,

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::config::FirewallChoice;
 
-/// The writer of our rules. What it wrote stays as it is until it is told otherwise, except for what others do.
+/// The writer of our rules. The rules stay until they are changed through this writer, or by other programs.
 #[derive(Debug)]
 pub enum Backend {
     Nft(Box<Nft>),
@@ -58,7 +58,7 @@ impl Backend {
         }
     }
 
-    /// Whether nobody else can change our rules.
+    /// Whether only this process can change our rules.
     pub(super) fn is_owned(&self) -> bool {
         match self {
             Self::Nft(nft) => nft.is_owned(),
@@ -78,7 +78,7 @@ impl Backend {
         }
     }
 
-    /// Writes all rules, in place of whatever stands. What others changed meanwhile; `None`: nothing.
+    /// Replaces all rules. Returns what other programs changed since; `None`: nothing.
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         match self {
             Self::Nft(nft) => nft.load(rules).await,
@@ -114,7 +114,7 @@ impl Backend {
         }
     }
 
-    /// Whether somebody else may have changed something in the firewall since this was asked last.
+    /// Whether another program may have changed the firewall since the last call.
     pub(super) fn others_changed(&mut self) -> Result<bool, CaptureError> {
         match self {
             Self::Nft(nft) => nft.others_changed(),

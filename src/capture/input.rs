@@ -2,8 +2,8 @@
 //! what it does not know drops them too. It is recognised, not repaired: those rules are others'.
 //!
 //! Rules of others are not worked out to their end. A chain that drops or rejects at its end counts as open where some rule
-//! of it, or of a chain that it leads to, accepts our port, or what was translated, or whatever comes from a bridge of
-//! Docker's.
+//! of it, or of a chain that it leads to, accepts our port, or translated connections, or everything from a Docker
+//! bridge.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -261,7 +261,7 @@ impl Table<'_> {
         let from_docker = words.array_windows().any(|[word, interface]| {
             matches!(*word, "iifname" | "iif") && is_dockers(interface.trim_matches('"'))
         });
-        // Where a bridge of Docker's has a chain of its own, somebody has thought of it.
+        // If a Docker bridge has its own chain, its owner has decided about such connections.
         let has_its_own = from_docker && (at("goto").is_some() || at("jump").is_some());
         words == ["accept"] && self.is_base(rule)
             || accepts && (translated || on_port == Some(true) || from_docker && on_port.is_none())

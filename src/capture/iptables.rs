@@ -75,8 +75,8 @@ impl Iptables {
         self.listed.is_some()
     }
 
-    /// Puts `rules` in place of whatever the chains held, and the jumps before everybody else's rules. What others have changed
-    /// meanwhile; `None`: nothing.
+    /// Replaces the chains' rules with `rules`, and puts the jumps before all other rules. Returns what other programs changed
+    /// since; `None`: nothing.
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         self.listed = None;
         let written = apply(rules).await?;
@@ -91,7 +91,7 @@ impl Iptables {
         Ok(torn)
     }
 
-    /// Whether somebody else may have changed something since this was asked last.
+    /// Whether another program may have changed something since the last call.
     pub(super) fn others_changed(&mut self) -> Result<bool, CaptureError> {
         let Some((socket, seen)) = &mut self.watch else { return Ok(true) };
         let now = socket.generation()?;
@@ -151,7 +151,7 @@ fn place_in(saved: &str, entry: Entry, earlier: Option<String>) -> Place {
     }
 }
 
-/// Puts `rules` in place of whatever the chains held. How many lines [`installed`] has of them.
+/// Replaces the chains' rules with `rules`. Returns the number of lines that [`installed`] has of them.
 async fn apply(rules: &Rules) -> Result<usize, ProgramError> {
     let mut written = 0;
     for family in FAMILIES {
@@ -173,7 +173,7 @@ async fn apply(rules: &Rules) -> Result<usize, ProgramError> {
     Ok(written)
 }
 
-/// What [`apply`] would do, were nothing of ours there.
+/// What [`apply`] would do on a host without rules of embassy.
 pub(super) async fn plan(rules: &Rules) -> Result<Vec<Script>, ProgramError> {
     let mut scripts = Vec::new();
     for family in FAMILIES.into_iter().filter(|family| !family.v6 || uses_v6(rules)) {
@@ -188,7 +188,7 @@ pub(super) async fn plan(rules: &Rules) -> Result<Vec<Script>, ProgramError> {
     Ok(scripts)
 }
 
-/// Our rules as the kernel has them, and whether each jump comes first; `None` where there is nothing of ours.
+/// Our rules as the kernel has them, and whether each jump comes first; `None` if there are none.
 async fn installed() -> Result<Option<String>, ProgramError> {
     let mut all = String::new();
     for family in FAMILIES {
@@ -312,7 +312,7 @@ fn declared(out: &mut String, rules: &Rules, v6: bool, entry: Entry) -> fmt::Res
     Ok(())
 }
 
-/// The one jump to our chain, before everybody else's rules.
+/// The only jump to our chain, before all other rules.
 fn jump(out: &mut String, now: &str, entry: Entry, matched: &str) -> fmt::Result {
     let present: Vec<_> = rules_of(now, entry).filter(|line| is_jump(line)).collect();
     let wanted = format!("{matched}-j {}", entry.chain);
@@ -326,7 +326,7 @@ fn jump(out: &mut String, now: &str, entry: Entry, matched: &str) -> fmt::Result
     writeln!(out, "-I {} 1 {wanted}", entry.name)
 }
 
-/// One transaction that leaves nothing of ours; `None` where there is nothing.
+/// One transaction that removes all our rules; `None` if there are none.
 fn removal(now: &str) -> Option<String> {
     let mut out = String::from("*nat\n");
     for line in rules_in(now).filter(|line| is_jump(line) || is_ancestors(line)) {

@@ -100,8 +100,8 @@ pub struct Script {
     pub text: String,
 }
 
-/// What would be written by a start now, where nothing of ours stands. It only reads. With nft no program is given it: it is
-/// shown as one would be.
+/// The rules that a start would write on a host without rules of embassy. Only reads. With nft these are shown as a script,
+/// although embassy starts no program.
 pub async fn plan(
     choice: FirewallChoice,
     settings: &RuleSettings,
@@ -234,7 +234,7 @@ impl Capture {
     }
 }
 
-/// The place of the rules of ours that translate at `hook` and that `firewall` keeps. It only reads.
+/// The place of our rules that translate at `hook`, in `firewall`. Only reads.
 pub async fn place_of(firewall: Firewall, hook: Hook) -> Result<place::Place, CaptureError> {
     let chains = nft::base_chains();
     match firewall {

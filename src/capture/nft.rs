@@ -1,5 +1,5 @@
-//! nftables: one table, `inet embassy`, which belongs to our netlink socket where the kernel can do that (Linux 5.12): nobody
-//! else can change it, and the kernel removes it when we end, however we do.
+//! nftables: one table, `inet embassy`, which belongs to our netlink socket if the kernel supports that (Linux 5.12): no other
+//! program can change it, and the kernel removes it when this process ends for any reason.
 
 use std::{
     collections::HashSet,
@@ -28,7 +28,7 @@ pub struct Nft {
     written: Option<Written>,
     /// The last generation that is known, ours or another's.
     seen: Generation,
-    /// Somebody else changed something that was not looked at yet.
+    /// Another program changed something that was not checked yet.
     others: bool,
 }
 
@@ -69,7 +69,7 @@ impl Nft {
         Ok(())
     }
 
-    /// Writes everything, in place of whatever the table holds. What others have changed meanwhile; `None`: nothing.
+    /// Replaces the table's content. Returns what other programs changed since; `None`: nothing.
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         self.written = None;
         let old = netlink::tables(&mut self.socket)?.into_iter().find(|old| old.name == NAME);
@@ -139,7 +139,7 @@ impl Nft {
         self.stands_as(rules)
     }
 
-    /// Whether somebody else changed something in nf_tables since this was asked last.
+    /// Whether another program changed nf_tables since the last call.
     pub(super) fn others_changed(&mut self) -> Result<bool, CaptureError> {
         let generation = self.socket.generation()?;
         let changed = std::mem::take(&mut self.others) || generation != self.seen;
@@ -188,7 +188,7 @@ impl Nft {
         // Without the lock, the next embassy takes the table for a leftover.
         let kept = (!self.owned).then(|| (Lock::of_table(&name).ok().flatten(), name.clone()));
         match self.apply(&netlink::replace(self.table(), draining, &layout::remains(&shape))) {
-            // Somebody else took it away already.
+            // Another program has already removed it.
             Err(error) if error.errno() == Some(Errno::NOENT) => {
                 Ok((false, Draining { nft: self, name: None }))
             }
@@ -198,7 +198,7 @@ impl Nft {
     }
 }
 
-/// A table's name that nobody has. The number of a process is no such name: every container may have its own process 1.
+/// A table name that is unique. A process ID would not be: each container may have its own process 1.
 fn unused_name(start: &str) -> String {
     format!("{start}{:08x}", fastrand::u32(..))
 }
@@ -286,7 +286,7 @@ fn remove_tables(socket: &mut Socket) -> Result<bool, CaptureError> {
             Some(_) => {}
             None if name != NAME && matches!(Lock::of_table(&name), Ok(None)) => {}
             None => match socket.apply(&netlink::delete(Table { name: &name, owned: false })) {
-                // Somebody else was quicker.
+                // Another program was faster.
                 Err(error) if error.errno() == Some(Errno::NOENT) => {}
                 removed => {
                     removed?;

@@ -40,7 +40,7 @@ impl Program {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
-            // A Ctrl-C at the terminal is meant for us, not for the program that takes our rules away.
+            // A Ctrl-C at the terminal must end embassy, not the program that removes our rules.
             .process_group(0)
             .spawn()
             .map_err(start)?;

@@ -182,7 +182,7 @@ impl Reconciler {
             let rules = || whole(table, &self.settings, &now, self.priority);
             let torn = match self.backend.apply(&changes, rules).await {
                 Ok(torn) => torn,
-                // Somebody else's change, as a rule. What stands is not known any more.
+                // Usually caused by another program's change. The current rules are unknown now.
                 Err(error) => {
                     debug!(%error, "cannot change the rules; writing all of them");
                     if !self.backend.is_owned() && error.is_of_what_is_gone() {
@@ -320,7 +320,7 @@ impl Reconciler {
         }
         self.surroundings.read = Some(Instant::now());
         let arrivals = self.backend.arrivals().unwrap_or_else(|error| {
-            debug!(%error, "cannot see how many captured connections arrive");
+            debug!(%error, "cannot count the captured connections that arrive");
             None
         });
         let dropped = self.surroundings.arrivals.are_dropped(arrivals);
@@ -335,7 +335,7 @@ impl Reconciler {
     /// Others' rules were read.
     async fn learn(&mut self, listings: &Listings, table: &Arc<Table>) {
         if let Some(error) = listings.error() {
-            debug!(%error, "cannot see all rules that captured connections pass");
+            debug!(%error, "cannot read all rules that captured connections pass");
         }
         let mut found = listings.barriers(self.settings.port);
         if self.surroundings.arrivals.dropped() && found.is_empty() {
@@ -380,7 +380,7 @@ impl Reconciler {
     fn behind(&mut self) -> Option<Barrier> {
         let firewall = self.backend.firewall();
         let first = self.first_of_others().unwrap_or_else(|error| {
-            debug!(%error, "cannot see whether others' rules come before ours");
+            debug!(%error, "cannot check whether other programs' rules come before ours");
             None
         });
         let behind = first.filter(|first| first.stays_before(firewall, self.priority));

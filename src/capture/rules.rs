@@ -43,7 +43,7 @@ pub struct RuleSettings {
 }
 
 impl RuleSettings {
-    /// Whether unknown containers need rules of their own: with the scope `all`, everybody is captured anyway.
+    /// Whether unknown containers need rules of their own: with the scope `all`, all containers are captured anyway.
     pub fn captures_unknown(&self) -> bool {
         self.hold && self.scope == CaptureScope::Declared
     }
@@ -58,7 +58,7 @@ pub struct Shape {
     /// Whether containers that are not known yet are captured on every port of a VIP on which nothing on this host listens.
     pub unknown: bool,
     pub notrack: bool,
-    /// Of our chains, with nft: before everybody else's that translate.
+    /// The priority of our chains, with nft: before all others that translate.
     pub priority: i32,
 }
 
@@ -82,16 +82,16 @@ impl Shape {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Places {
     pub vips: BTreeSet<IpAddr>,
-    /// Addresses that are captured on declared ports only, whatever the scope: the host's own services live there too.
+    /// Addresses that are captured on declared ports only, with any scope: the host's own services listen there too.
     pub own: BTreeSet<IpAddr>,
     /// Servers on a VIP that we ourselves dial: what is sent from here to them is not captured, even if a binding declares the
     /// port. If it were captured, our own question to a registry would wait for the registry's answer.
     pub spared: BTreeSet<SocketAddr>,
     /// Where a container that is not known yet may have its address.
     pub networks: BTreeSet<IpNet>,
-    /// Networks to whose members our own connections are not tracked. These are bridges of this host: what it sends there
-    /// leaves with the bridge's own address, and nobody translates it. Farther away it might need translation, which is
-    /// connection tracking's work.
+    /// Networks to whose members our own connections are not tracked. These are bridges of this host: packets to them have the
+    /// bridge's own address and are not translated. Packets to other destinations may need translation, and so connection
+    /// tracking.
     pub untracked: BTreeSet<IpNet>,
 }
 

@@ -246,9 +246,9 @@ mod tests {
                 "wait web --timeout 1y",
                 "--timeout \"1y\": expected a time such as 500ms, 10s, 2m or 1h, or a number of seconds, up to 8760h",
             ),
-            ("explain app", "<PORT>: missing; --help says what it is"),
+            ("explain app", "<PORT>: missing; see --help"),
             ("explain app 99999", "<PORT> \"99999\": expected a port from 1 to 65535"),
-            ("completions", "<SHELL>: missing; --help says what it is"),
+            ("completions", "<SHELL>: missing; see --help"),
             ("completions tcsh", "<SHELL> \"tcsh\": expected bash, zsh or fish"),
         ] {
             assert_eq!(parsed(line).unwrap_err(), expected, "{line}");

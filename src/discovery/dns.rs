@@ -120,7 +120,7 @@ impl<'a> Session<'a> {
         let resolver = Resolver::builder_with_config(config, TokioRuntimeProvider::default())
             .with_options(options)
             .build()
-            .map_err(|error| SourceError::caused("make a DNS client", &error))?;
+            .map_err(|error| SourceError::caused("cannot create a DNS client", &error))?;
         Ok(Self { source, resolver, name })
     }
 

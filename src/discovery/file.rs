@@ -72,7 +72,7 @@ impl File {
 /// The source behind a `File`.
 struct Contents {
     path: PathBuf,
-    /// Whether it cannot be watched, as it was told last.
+    /// Whether the last log message was that it cannot be watched.
     is_polled: bool,
 }
 
@@ -109,7 +109,7 @@ impl Contents {
     /// How often a file is read that cannot be watched.
     const POLL: Duration = Duration::from_secs(2);
 
-    /// Watches what there is to watch now. Nothing is watched any more where the kernel has no more room for that.
+    /// Watches what there is to watch now. If an inotify limit is reached, nothing is watched.
     fn watch(&self, watch: &mut Option<Watch>) -> Result<(), Unwatched> {
         let mut running = watch.take().map_or_else(Watch::new, Ok)?;
         running.add(&self.path)?;

@@ -71,7 +71,7 @@ pub struct Endpoints {
 impl Endpoints {
     pub fn new(list: impl IntoIterator<Item = Endpoint>, mut rejected: Vec<Rejected>) -> Self {
         let list: BTreeSet<_> = list.into_iter().collect();
-        // A registry may answer in another order each time, which is no news.
+        // A registry may return another order each time; that is not a change.
         rejected.sort();
         Self { list: list.into_iter().collect(), rejected, stays: BTreeMap::new() }
     }
@@ -134,7 +134,7 @@ impl Discovery {
     }
 }
 
-/// Why what a descriptor asks for can be asked of nobody.
+/// Why no discovery can be queried for a descriptor.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CannotAsk {
     #[error("via={via:?}: expected one of the configured discoveries: {configured}")]

@@ -13,7 +13,7 @@ use bollard::models::{
 use super::container::{Attachment, Bridge, Bridges, Container, ContainerPort, Network, NetworkId};
 use crate::model::{ContainerId, Port, RunEnd};
 
-/// What is asked to be told of containers and networks.
+/// The filter of the event stream: containers and networks.
 pub(super) const ACTIONS: [&str; 10] = [
     "start",
     "rename",
@@ -30,19 +30,19 @@ pub(super) const ACTIONS: [&str; 10] = [
 /// What an event says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Notice {
-    /// A container is another than it was: an inspection says how.
+    /// A container changed: an inspection shows how.
     Changed(ContainerId),
     /// A run ended.
     Ended(ContainerId),
-    /// A container is no more.
+    /// A container was removed.
     Destroyed(ContainerId),
     /// A container left a network.
     Left(ContainerId, NetworkId),
-    /// There is a network more or less.
+    /// A network was created or removed.
     Networks,
 }
 
-/// What an event says that means something here.
+/// The events that matter here.
 pub(super) fn notice(event: &EventMessage) -> Option<Notice> {
     let actor = event.actor.as_ref()?;
     let subject = actor.id.as_deref()?;
@@ -84,7 +84,7 @@ pub(super) struct Listed {
 pub(super) enum Found {
     Running(Box<Container>),
     NotRunning,
-    /// The engine could not say.
+    /// The inspection failed.
     Unknown,
 }
 
@@ -206,7 +206,7 @@ pub(super) fn bridges(networks: Vec<NetworkAnswer>) -> Bridges {
         let ranges = ranges.iter().filter_map(|range| range.subnet.as_deref()?.parse().ok());
         let id = network.id?;
         let named = network.options.and_then(|mut o| o.remove("com.docker.network.bridge.name"));
-        // Named so by the engine's own driver, where nobody chose another name.
+        // The default name by the engine's driver.
         let interface = named.or_else(|| Some(format!("br-{}", id.get(..12)?))).unwrap_or_default();
         Some((id.into(), Bridge { ranges: ranges.collect(), interface: interface.into() }))
     });

@@ -129,7 +129,7 @@ async fn an_address_that_went_to_another_between_two_sessions_is_withdrawn_by_th
     engine.has("two", "172.17.0.3");
     let mut answers = followed(&engine);
     until(&mut answers, |known| has(known, "one", Some("172.17.0.2"))).await;
-    // Nobody tells, and nobody can be asked how they are.
+    // There are no events, and inspections fail.
     engine.has("one", "172.17.0.3");
     engine.has("two", "172.17.0.2");
     for id in ["one", "two"] {

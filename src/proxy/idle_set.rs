@@ -1,5 +1,5 @@
-//! What tells of the sockets of parked connections: an epoll set that they share. A running connection costs a task, and
-//! with each socket what the runtime keeps of it: some 2 KB. In the set a socket costs nothing of ours.
+//! Watches the sockets of parked connections: one epoll set for all of them. A running connection costs a task, and
+//! with each socket what the runtime keeps of it: some 2 KB. In the set a socket costs embassy no memory.
 
 use std::{
     io,

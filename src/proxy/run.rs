@@ -20,7 +20,7 @@ pub(super) enum Phase {
     Ended,
 }
 
-/// Runs a worker until it is told to end and its connections are gone.
+/// Runs a worker until it gets the order to end and its connections are gone.
 pub(super) async fn run(
     shared: Arc<Shared>,
     n: usize,
@@ -64,8 +64,8 @@ async fn send_queued(worker: Rc<Worker>) {
     worker.buffers.send_queued().await;
 }
 
-/// Has the whole proxy end, as this worker cannot go on. Until then it does no more than it can: a share of all new
-/// connections is this worker's, and nobody would answer those.
+/// Ends the whole proxy, because this worker cannot continue: a share of all new connections goes to this worker, and they
+/// would not be answered.
 fn break_off(worker: &Worker) {
     tracing::error!(worker = worker.n, "a part of the data path has ended");
     worker.shared.broken.notify_one();

@@ -31,7 +31,7 @@ pub(super) struct Shared {
     pub held: AtomicUsize,
     /// When the clock of ejections started.
     pub start: Instant,
-    /// Rung when a worker, or a part of one, has ended.
+    /// Notified when a worker, or a part of one, has ended.
     pub broken: Notify,
 }
 
@@ -84,7 +84,7 @@ pub(super) struct WorkerCounts(pub ConnectionCounts);
 pub(super) struct HoldPermit(Arc<Shared>);
 
 impl HoldPermit {
-    /// A stranger must not be able to use up the descriptors by dialling.
+    /// Limits the descriptors that connections from unknown addresses can use.
     pub(super) const MOST: usize = 256;
 
     /// For a connection that waits for its container to become known. `None` where none may wait, or enough do.

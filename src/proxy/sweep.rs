@@ -9,8 +9,8 @@
 //!   notes every route that has connections.
 //! - A route is taken off what is to be swept only when its connections are ending, or the table has it.
 //!
-//! Whatever the change was, the table of the moment decides, so it does not matter in which order, or how often, a route is
-//! looked at. There may be thousands of connections to look at and to reset, and each reset is some system calls: so it is
+//! The current table decides, independent of the change, so the order and the number of checks of a route do not
+//! matter. There may be thousands of connections to check and to reset, and each reset is some system calls: so it is
 //! done in turns, between which all others get theirs.
 
 use std::{
@@ -35,14 +35,14 @@ use crate::{
     table::{RouteNumber, Table},
 };
 
-/// What is still to be looked at, the first of these first.
+/// The pending checks, in this order.
 #[derive(Debug, Default)]
 struct Sweep {
     /// Connections of routes that the table has, to endpoints that it may not have.
     connections: Vec<(Place, Id)>,
-    /// Routes whose connections are to be looked at.
+    /// Routes whose connections must be checked.
     routes: Vec<RouteNumber>,
-    /// Tables whose changes are to be looked at, and how many of each have been.
+    /// Tables whose changes must be checked, and how many of each were checked.
     tables: VecDeque<(Arc<Table>, usize)>,
 }
 

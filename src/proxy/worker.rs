@@ -48,13 +48,13 @@ pub(super) struct Worker {
     pub(super) idle_set: IdleSet,
     /// Connections that were parked since memory was given back.
     pub(super) parked_since_trim: Cell<usize>,
-    /// Rung when the last connection has ended.
+    /// Notified when the last connection has ended.
     empty: Notify,
-    /// Rung when a table has been taken over.
+    /// Notified when a new table is in use.
     taken_over: Notify,
-    /// Nobody is accepted before this moment: what there is belongs to those who were accepted already.
+    /// No connection is accepted before this time: the free descriptors belong to the accepted ones.
     pub(super) shortage: Cell<Option<Instant>>,
-    /// The last time in which nobody was accepted.
+    /// The last pause in accepting.
     pub(super) pause: Cell<Option<Pause>>,
 }
 
@@ -105,7 +105,7 @@ impl Worker {
         now.map_or(&route.upstream, |now| &now.upstream).clone()
     }
 
-    /// Waits a moment for what other connections give back when they end. Nobody is accepted meanwhile.
+    /// Waits a moment for resources that ending connections free. Accepts no connection meanwhile.
     pub(super) async fn wait_out_shortage(&self) {
         const MOMENT: Duration = Duration::from_millis(50);
         let end = Instant::now() + MOMENT;
@@ -247,8 +247,8 @@ impl Worker {
     }
 }
 
-/// What a task has of its connection's place. Dropping it takes the connection out and accounts for it, whatever way it
-/// ends, an abort included; only one that was parked stays.
+/// What a task has of its connection's place. Dropping it removes the connection and accounts for it, however it ends,
+/// including an abort. Only a parked one stays.
 #[derive(Debug)]
 struct Claim {
     worker: Rc<Worker>,

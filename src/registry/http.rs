@@ -38,8 +38,8 @@ const LARGEST: usize = 16 << 20;
 
 /// The client of one registry.
 ///
-/// HTTP/1.1 has one question at a time on a connection, so one that the server holds until there is news (a long poll) takes
-/// a connection for itself. By default Consul lets one address have 200 (`limits.http_max_conns_per_client`), all of its
+/// HTTP/1.1 has one request at a time on a connection, so a request that the server holds until a change (a long poll) needs
+/// its own connection. By default Consul lets one address have 200 (`limits.http_max_conns_per_client`), all of its
 /// other clients on this host included, and turns the next away. So at most [`Http::LONG_POLLS`] are held at a time, and
 /// everything else shares [`Http::READS`] connections.
 #[derive(Debug)]
@@ -53,7 +53,7 @@ pub(super) struct Http {
     client: Reused<Made>,
     long_polls: Arc<Semaphore>,
     reads: Semaphore,
-    /// Whether it was said that there are more questions than long polls.
+    /// Whether the log message about too many services was written.
     crowded: AtomicBool,
 }
 
@@ -69,7 +69,7 @@ pub(super) type LongPoll = OwnedSemaphorePermit;
 impl Http {
     const LONG_POLLS: usize = 100;
     const READS: usize = 4;
-    /// How long a connection is kept that nobody uses: from one re-read to the next at the default `-resync`.
+    /// How long an idle connection is kept: from one re-read to the next at the default `-resync`.
     const IDLE: Duration = Duration::from_secs(300);
     /// Tells a connection on which nothing happens from one that is gone.
     const KEEPALIVE: Duration = Duration::from_secs(15);
@@ -168,7 +168,7 @@ impl Http {
                 let authorities =
                     Certificate::from_pem_bundle(ca).map_err(|e| wrong("the CA file", e))?;
                 if authorities.is_empty() {
-                    return Err(SourceError::new("the CA file holds no certificate in PEM"));
+                    return Err(SourceError::new("the CA file has no certificate in PEM format"));
                 }
                 builder = builder.tls_certs_only(authorities);
             }
@@ -179,16 +179,15 @@ impl Http {
             }
             builder
         } else {
-            // Without TLS there is nobody to trust: the system's authorities need not even exist.
+            // Without TLS no CA certificates are needed, so the system may have none.
             builder.tls_certs_only([])
         };
-        let client = builder
-            .build()
-            .map_err(|e| SourceError::caused("an HTTP client cannot be made", &e))?;
+        let client =
+            builder.build().map_err(|e| SourceError::caused("cannot create an HTTP client", &e))?;
         Ok(Made { client, at: Instant::now() })
     }
 
-    /// Says once that there are more questions than long polls.
+    /// Logs once that there are more services than long polls.
     fn is_crowded(&self, every: Duration) {
         if !self.crowded.swap(true, Relaxed) {
             warn!(
@@ -206,7 +205,7 @@ async fn within<T>(
     limit: Duration,
     asking: impl Future<Output = Result<T, SourceError>>,
 ) -> Result<T, SourceError> {
-    let late = |_| fault(url, format_args!("no whole answer within {} s", limit.as_secs_f32()));
+    let late = |_| fault(url, format_args!("no complete answer within {} s", limit.as_secs_f32()));
     timeout(limit, asking).await.map_err(late)?
 }
 
@@ -265,7 +264,7 @@ impl HttpAnswer {
 
     pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, SourceError> {
         serde_json::from_slice(&self.body)
-            .map_err(|e| self.fault(format_args!("the answer is not what was expected: {e}")))
+            .map_err(|e| self.fault(format_args!("cannot parse the answer: {e}")))
     }
 
     /// A header that is a number.
@@ -297,7 +296,7 @@ impl<T> Asking<T> {
     const POLL: Duration = Duration::from_secs(5);
     /// Between two questions: a server that answers at once, for ever, must not make us spin.
     const IDLE: Duration = Duration::from_millis(100);
-    /// The same after news: short enough to be nobody's delay.
+    /// The same after a change: too short to be noticed.
     const NEWS: Duration = Duration::from_millis(5);
 
     pub(super) fn new() -> Self {
@@ -313,7 +312,7 @@ impl<T> Asking<T> {
         self.last = Some(Instant::now());
     }
 
-    /// To be told of each answer, and whether it brought news.
+    /// Reports each answer, and whether it was a change.
     pub(super) fn answered(&mut self, news: bool) {
         self.distance = if news { Self::NEWS } else { Self::IDLE };
         // Those that began together do not go on so.

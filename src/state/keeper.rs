@@ -100,7 +100,7 @@ async fn run(file: File, mut changes: watch::Receiver<Option<Snapshot>>, counts:
         next = Instant::now() + Keeper::REFRESH;
         let snapshot = changes.borrow_and_update().clone();
         if let Some(snapshot) = snapshot {
-            // Of a large host it takes a while, and nobody waits for it.
+            // On a large host this takes a while, and no task waits for it.
             let (writer, before) = (file.clone(), kept.take());
             let write = move || writer.keep(&snapshot, before);
             let end = tokio::task::spawn_blocking(write).await;
@@ -132,7 +132,7 @@ async fn run(file: File, mut changes: watch::Receiver<Option<Snapshot>>, counts:
     }
 }
 
-/// Waits until nobody can send any more; changes wait.
+/// Waits until all senders are gone; changes wait.
 async fn closed(changes: &mut watch::Receiver<Option<Snapshot>>) {
     let mut copy = changes.clone();
     while copy.changed().await.is_ok() {}

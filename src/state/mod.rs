@@ -172,7 +172,7 @@ impl Document {
             .map(|(name, _)| name)
             .collect();
         let mut answers = self.answers;
-        // A boot ends every container, and gives out their addresses anew.
+        // A boot ends every container, and addresses are assigned again.
         answers.retain(|query, answer| {
             same.contains(&query.via)
                 && (same_boot || !here.of_containers.contains(&query.via))

@@ -22,7 +22,7 @@ use crate::{
 /// What is used until the sources answer.
 #[derive(Debug, Default)]
 pub struct Restored {
-    /// `None` where nobody is left.
+    /// `None` if no consumer is left.
     pub listing: Option<Arc<Listing>>,
     pub endpoints: HashMap<Query, Kept>,
 }
@@ -135,7 +135,7 @@ fn living(
     Endpoints { stays, ..Endpoints::new(list, Vec::new()) }
 }
 
-/// Reads a file that nobody but us or root can have written.
+/// Reads a file that only this user or root can have written.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
     let wrong = |reason| Err(io::Error::new(ErrorKind::InvalidInput, reason));
     // To open a pipe would wait for its writer.
@@ -152,7 +152,7 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
         ));
     }
     if about.mode() & 0o022 != 0 {
-        return wrong(format!("others may write it: its mode is {:o}", about.mode() & 0o777));
+        return wrong(format!("other users may write it: its mode is {:o}", about.mode() & 0o777));
     }
     let mut bytes = Vec::new();
     file.take(LARGEST + 1).read_to_end(&mut bytes)?;

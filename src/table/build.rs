@@ -205,7 +205,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         let before = claims(self.prev).unwrap_or_default();
         let now = claims(&self.next).unwrap_or_default();
         // An address has one owner at a time: where more than one network namespace claims it, all but one have lost
-        // theirs, and we have not heard which.
+        // it, and it is not known yet which.
         let namespaces: BTreeSet<_> = now.iter().map(|consumer| &consumer.namespace).collect();
         let contested = namespaces.len() > 1 || self.inputs.contested.contains(&source);
         let mut left: BTreeSet<_> =
@@ -360,7 +360,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         Arc::make_mut(&mut self.next.unrouted).insert(key, unrouted);
     }
 
-    /// Takes back what was said of a consumer's bindings, of the routes that are meant.
+    /// Removes the recorded reasons of a consumer's bindings, for these routes.
     fn forget_unrouted(&mut self, consumer: &ConsumerId, meant: impl Fn(Option<RouteKey>) -> bool) {
         let first: UnroutedKey = (consumer.clone(), "".into(), None);
         let of_consumer = self.next.unrouted.range(first..);

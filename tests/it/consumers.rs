@@ -140,7 +140,10 @@ fn what_cannot_be_read_is_reported_and_hides_nothing() -> Result<()> {
     reaches(&app, VIP, "red")?;
     reaches(&app, "172.17.0.1:81", "blue")?;
     ends(&app, "172.17.0.1:84", "refused")?;
-    says(&embassy, &["binding skipped", "consumer=app", "BACKEND_B", "BACKEND_A has it"])?;
+    says(
+        &embassy,
+        &["binding skipped", "consumer=app", "BACKEND_B", "BACKEND_A already declares it"],
+    )?;
     says(&embassy, &["binding skipped", "consumer=app", "BACKEND_WRONG", "foo bar;82"])?;
     says(&embassy, &["binding skipped", "consumer=app", "BACKEND_PORT", "99999"])?;
     says(&embassy, &["binding skipped", "consumer=app", "embassy.backend.wrong", "nothing"])?;

@@ -187,7 +187,7 @@ fn what_is_damaged_or_of_another_machine_is_set_aside() -> Result<()> {
 
     for (change, reason) in [
         ("echo two > /etc/machine-id", "another machine"),
-        ("echo garbage > /var/lib/embassy/table-9999", "no state file"),
+        ("echo garbage > /var/lib/embassy/table-9999", "not a state file"),
         ("truncate -s -1 /var/lib/embassy/table-9999", "checksum"),
         ("sed -i 's/^embassy state 1/embassy state 2/' /var/lib/embassy/table-9999", "format"),
     ] {

@@ -1,8 +1,8 @@
 //! The types of the API under `/v1/`: what the server writes and a client reads.
 //!
 //! Times are in seconds, as numbers with a fraction; ages count back from the moment of the answer, so that no clocks have
-//! to agree. Counts are since the start of what they count: a route's since it came, an endpoint's since discovery first
-//! named it, everybody's since embassy started. Fields may be added; a client passes over those that it does not know.
+//! to agree. Counts start with their subject: a route's when the route appeared, an endpoint's when discovery first
+//! returned it, totals when embassy started. Fields may be added; a client must ignore fields that it does not know.
 
 use std::collections::BTreeMap;
 

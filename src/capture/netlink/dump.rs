@@ -84,7 +84,7 @@ pub(in crate::capture) fn base_chains(socket: &mut Socket) -> Result<Vec<BaseCha
     Ok(found)
 }
 
-/// How many packets the rule of a counting chain of ours has seen. `None` where there is no such rule.
+/// The packet count of the rule in one of our counting chains. `None` if there is no such rule.
 pub(in crate::capture) fn counted(
     socket: &mut Socket,
     table: Table<'_>,

@@ -20,7 +20,7 @@ use super::wire::{Answer, Attributes, Kind, Messages, REQUEST, answers, family, 
 pub(in crate::capture) struct Generation(u32);
 
 impl Generation {
-    /// Whether this follows `before` at once: nobody was in between.
+    /// Whether this generation directly follows `before`, without a change by another program.
     pub(in crate::capture) fn follows(self, before: Self) -> bool {
         self.0 == before.0.wrapping_add(1)
     }

@@ -196,7 +196,7 @@ fn endpoint(owner: &Container, port: Port, place: Place) -> Result<Endpoint, &'s
             .iter()
             .find_map(|bound| reachable(*bound, host))
             .map(Endpoint)
-            .ok_or("the port is published only where it cannot be reached from here"),
+            .ok_or("the port is published only at an address that is not reachable from here"),
     }
 }
 

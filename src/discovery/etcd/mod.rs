@@ -25,7 +25,7 @@ pub struct Etcd {
     pub(super) api: Api,
 }
 
-/// Which of the two stores is meant.
+/// The store: v2 or v3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Api {
     /// v3 where the branch is found there, else v2.

@@ -95,14 +95,16 @@ impl Field {
             Value::String(text) => {
                 Ok(text.split(',').filter(|tag| !tag.is_empty()).map(str::to_owned).collect())
             }
-            Value::Array(tags) => tags
-                .into_iter()
-                .map(|tag| match tag {
-                    Value::String(tag) => Ok(tag),
-                    Value::Number(tag) => Ok(tag.to_string()),
-                    _ => Err("\"tags\" holds what is neither a string nor a number".to_owned()),
-                })
-                .collect(),
+            Value::Array(tags) => {
+                tags.into_iter()
+                    .map(|tag| match tag {
+                        Value::String(tag) => Ok(tag),
+                        Value::Number(tag) => Ok(tag.to_string()),
+                        _ => Err("\"tags\" has an element that is neither a string nor a number"
+                            .to_owned()),
+                    })
+                    .collect()
+            }
             _ => Err("\"tags\" is not a list".to_owned()),
         }
     }
@@ -189,7 +191,7 @@ mod tests {
             (r#"{"ipaddress":"10.0.0.1","port":80,"tags":{}}"#, "\"tags\" is not a list"),
             (
                 r#"{"ipaddress":"10.0.0.1","port":80,"tags":[null]}"#,
-                "\"tags\" holds what is neither a string nor a number",
+                "\"tags\" has an element that is neither a string nor a number",
             ),
         ] {
             assert_eq!(read(value), Err(reason.to_owned()), "{value}");

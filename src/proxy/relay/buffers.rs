@@ -40,7 +40,7 @@ impl RelayBuffers {
     /// Sends what the relays queue, for ever: each time when all that were ready have had their turn.
     pub(in crate::proxy) async fn send_queued(&self) {
         loop {
-            // Whoever is rung is put behind those that are ready by now.
+            // A notified task is queued behind the tasks that are ready now.
             self.queued.notified().await;
             self.send_now();
         }

@@ -1,6 +1,6 @@
 //! The v2 store: the branch is read once, and followed event by event: each poll waits for the one after the last
-//! (etcd.io/docs/v2.3/api, "Waiting for a change"). The server keeps 1,000 events; where it has forgotten the one that
-//! is asked for, the branch is read again. A branch that has no long poll is read every few seconds, from the member's own
+//! (etcd.io/docs/v2.3/api, "Waiting for a change"). The server keeps 1,000 events; if the requested one is gone, the
+//! branch is read again. A branch that has no long poll is read every few seconds, from the member's own
 //! memory: a read that the cluster must agree upon costs as much as a write.
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -19,8 +19,8 @@ pub(crate) mod answers;
 
 use answers::{Event, Fault, Listing, Version};
 
-/// How often a branch without news is confirmed. A poll itself may wait for days, and one whose server hangs would go
-/// unnoticed.
+/// How often a branch without changes is confirmed. A poll may wait for days, and a server that hangs would not be
+/// noticed.
 const CONFIRMED: Duration = Duration::from_secs(10);
 /// How long a poll's headers may take: they come at once, and the event later.
 const HEAD: Duration = Duration::from_secs(5);
@@ -166,7 +166,7 @@ impl Follower {
             let event: Event = answer.json()?;
             let index = event.node.modified_index;
             if index < wait {
-                let what = format_args!("event {index} came where {wait} was awaited");
+                let what = format_args!("received event {index}, expected {wait}");
                 return Err(answer.fault(what));
             }
             let Some(changed) = event.apply(&mut self.tree) else { return Ok(None) };
@@ -206,7 +206,7 @@ async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, _turn: LongPoll) -
                 while http::more(&url, &mut response, &mut body).await? {}
                 Ok(())
             };
-            let late = |_| http::fault(&url, "the answer does not come to its end");
+            let late = |_| http::fault(&url, "the answer is incomplete");
             timeout(ANSWER, rest).await.map_err(late)??;
         }
         Ok(Some(HttpAnswer::new(&url, &response, body)))
@@ -222,7 +222,7 @@ impl EtcdClient {
             let answer = self.get("/v2/members/leader", None).await?;
             match answer.status {
                 StatusCode::SERVICE_UNAVAILABLE => Err(answer.refusal()),
-                // Old servers do not know the question, and others may not answer it to everybody.
+                // Old servers do not have this call, and others may refuse it.
                 _ => Ok(()),
             }
         };

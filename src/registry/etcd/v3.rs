@@ -302,8 +302,7 @@ async fn probe(client: &Client, key: &str) -> Result<(), Error> {
     }
 }
 
-/// Whether the member works and only refuses what it was asked for. A login that is refused, or out of date, concerns the
-/// whole connection.
+/// Whether the member works and only refused this request. A refused or outdated login affects the whole connection.
 fn is_refusal(error: &Error) -> bool {
     let Error::GRpcStatus(status) = error else { return false };
     let of_the_login = ["authentication failed", "revision of auth store is old"];

@@ -158,7 +158,7 @@ fn the_log_level_changes_while_it_runs_and_back() -> Result<()> {
             assert_eq!(status, "400", "{level}: {body}");
             let error: api::Error = serde_json::from_str(&body)?;
             let expected =
-                format!("{level:?}: expected a number from 0 to 10, or what RUST_LOG takes");
+                format!("{level:?}: expected a number from 0 to 10, or the syntax of RUST_LOG");
             assert_eq!(error.error, expected);
         }
         assert!(call("GET", "/v1/log-level", "")?.1.contains("embassy=info"), "it stays as it was");
