@@ -15,7 +15,7 @@ use crate::{
     model::{Endpoint, Millis},
 };
 
-/// What is remembered of one endpoint of one service. Every route to it shares this, from table to table.
+/// The state of one endpoint of one service. All routes to it share it, from table to table.
 ///
 /// What a pick reads comes first, next to the reference count that it adds to: with many endpoints a pick is as slow as the
 /// memory that it waits for.
@@ -43,7 +43,7 @@ pub struct EndpointState {
     ejections: AtomicU64,
     /// Tries that failed since the start.
     failed: AtomicU64,
-    /// What is counted of its connections.
+    /// The counters of its connections.
     pub counts: ConnectionCounts,
 }
 
@@ -105,7 +105,7 @@ impl EndpointState {
         self.failures.load(Relaxed)
     }
 
-    /// Takes it out of the choice for new connections, or puts it back. Its live ones go on.
+    /// Drains it (no new connections; open ones stay), or ends the drain.
     pub fn drain(&self, drained: bool) {
         self.drained.store(drained, Relaxed);
     }
@@ -114,7 +114,7 @@ impl EndpointState {
         self.drained.load(Relaxed)
     }
 
-    /// How much longer it is skipped. `None` where it is not ejected.
+    /// The remaining time for which it is skipped. `None` if it is not ejected.
     pub fn ejected_for(&self, now: Millis) -> Option<Duration> {
         let until = self.ejected_until.load(Relaxed);
         let left = Duration::from_millis(until.saturating_sub(now.0));
@@ -155,7 +155,7 @@ impl EndpointState {
         Some(Duration::from_millis(ejection))
     }
 
-    /// What came of an active check; whether it changes what is to be thought of the endpoint.
+    /// Records the result of an active check. Returns whether this changes the endpoint's state.
     pub fn checked(&self, passed: bool) -> bool {
         let now = if passed {
             self.failed_checks.store(0, Relaxed);
@@ -331,7 +331,7 @@ impl Rotation {
     }
 
     /// The endpoint for the next connection, or for its next try: never one of `excluded` nor a drained one, and not an
-    /// ejected one while there is another. `None` where no other endpoint is left.
+    /// ejected one while there is another. `None` if no other endpoint is left.
     pub fn pick(
         &self,
         balance: Balance,

@@ -218,7 +218,7 @@ impl Eq for RunEnd {}
 pub struct ServiceName(Arc<str>);
 
 impl ServiceName {
-    /// `None` where the text is empty or holds another character.
+    /// `None` if the text is empty or holds another character.
     pub fn new(name: &str) -> Option<Self> {
         let valid = |b: u8| b.is_ascii_alphanumeric() || b"/._*@-".contains(&b);
         (!name.is_empty() && name.bytes().all(valid)).then(|| Self(name.into()))

@@ -249,7 +249,7 @@ impl Table {
     }
 
     /// The table that follows this one. `query` says what to ask for a binding; it must be the same for equal bindings.
-    /// `None` where nothing differs.
+    /// `None` if nothing differs.
     pub fn next(
         &self,
         inputs: &Inputs<'_>,

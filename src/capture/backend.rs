@@ -21,7 +21,7 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// The one that was chosen; for `auto`, nf_tables where the kernel has it. An error where it does not work. Nothing is
+    /// The chosen backend; for `auto`, nf_tables if the kernel has it. An error if it does not work. Nothing is
     /// changed.
     pub async fn open(
         choice: FirewallChoice,
@@ -124,7 +124,7 @@ impl Backend {
         }
     }
 
-    /// What others did to our rules, and what is missing, for people. `None`: nothing.
+    /// What other programs changed in our rules, and what is missing, as text. `None`: nothing.
     pub(super) async fn check(
         &mut self,
         rules: impl FnOnce() -> Rules,
@@ -138,7 +138,7 @@ impl Backend {
         }
     }
 
-    /// The chains that the kernel calls, ours and others'. None where there is no nf_tables.
+    /// The chains that the kernel calls, ours and others'. None if there is no nf_tables.
     pub(super) fn base_chains(&mut self) -> Result<Vec<BaseChain>, CaptureError> {
         match self {
             Self::Nft(nft) => nft.base_chains(),
@@ -148,7 +148,7 @@ impl Backend {
         }
     }
 
-    /// How many captured connections came to this host's input, and how many passed it; `None` where that is not counted.
+    /// How many captured connections came to this host's input, and how many passed it; `None` if that is not counted.
     pub(super) fn arrivals(&mut self) -> Result<Option<(u64, u64)>, CaptureError> {
         match self {
             Self::Nft(nft) => nft.arrivals(),

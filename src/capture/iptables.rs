@@ -17,7 +17,7 @@ use crate::{config::CaptureScope, table::RouteKey};
 
 /// What arrives.
 const PREROUTING: Entry = Entry { name: "PREROUTING", chain: "EMBASSY" };
-/// What is sent from here.
+/// The host's own connections.
 const OUTPUT: Entry = Entry { name: "OUTPUT", chain: "EMBASSY_OUTPUT" };
 
 /// A chain that every table has, and ours that it jumps to.
@@ -49,7 +49,7 @@ const FAMILIES: [Family; 2] = [
 /// The writer of our chains.
 #[derive(Debug)]
 pub struct Iptables {
-    /// Tells whether anybody changed anything, where the programs write to nf_tables. With the older `legacy` programs only
+    /// Reports whether any program changed anything, if the programs write to nf_tables. With the older `legacy` programs only
     /// a listing tells.
     watch: Option<(Socket, Generation)>,
     /// Right after they were written.
@@ -57,7 +57,7 @@ pub struct Iptables {
 }
 
 impl Iptables {
-    /// An error where the programs do not work.
+    /// An error if the programs do not work.
     pub(super) async fn open() -> Result<Self, CaptureError> {
         let [v4, _] = FAMILIES;
         v4.nat().await?;
@@ -98,7 +98,7 @@ impl Iptables {
         Ok(std::mem::replace(seen, now) != now)
     }
 
-    /// What others did to our rules, and what is missing, for people. `None`: nothing.
+    /// What other programs changed in our rules, and what is missing, as text. `None`: nothing.
     pub(super) async fn damage(&mut self) -> Result<Option<(Change, String)>, CaptureError> {
         let Some(before) = &self.listed else { return Ok(None) };
         let now = installed().await?;
@@ -201,7 +201,7 @@ async fn installed() -> Result<Option<String>, ProgramError> {
     Ok((!all.is_empty()).then_some(all))
 }
 
-/// Takes our chain and its jumps away, and what the original program left. Whether there was anything.
+/// Removes our chain and its jumps, and the rules of the original program. Returns whether there was anything.
 pub(super) async fn remove() -> Result<bool, ProgramError> {
     let mut found = false;
     let mut first_error = None;
@@ -500,7 +500,7 @@ COMMIT
         assert_eq!(of(&[dockers, jump]), Place::Behind("rule \"-j DOCKER\"".to_owned()));
         let earlier = place_in(jump, PREROUTING, Some("another".to_owned()));
         assert_eq!(earlier, Place::Behind("another".to_owned()));
-        // What is sent from here has a place of its own.
+        // The host's own connections have a place of their own.
         let sent = "-A OUTPUT -p tcp -j DOCKER\n-A OUTPUT -j EMBASSY_OUTPUT\n";
         assert_eq!(place_in(jump, OUTPUT, None), Place::Absent);
         let behind = Place::Behind("rule \"-p tcp -j DOCKER\"".to_owned());

@@ -218,7 +218,7 @@ pub(super) const ARRIVED: &str = "arrived";
 
 /// Before connection tracking, which is at -200.
 const RAW: i32 = -300;
-/// Before and after what anybody else has.
+/// Before and after all other chains.
 const FIRST: i32 = -2_000_000_000;
 const LAST: i32 = 2_000_000_000;
 

@@ -61,7 +61,7 @@ impl fmt::Display for Firewall {
     }
 }
 
-/// Takes away what an earlier run left, whichever backend it used, and what the original program left. A backend that is
+/// Removes the rules of an earlier run, of any backend, and of the original program. A backend that is
 /// not installed has left nothing; every other error is reported, and the rest still done.
 pub async fn cleanup() {
     for (firewall, removed) in remove_leftovers().await {
@@ -142,7 +142,7 @@ pub struct Standing {
     pub error: Option<String>,
     /// When they were put back last, and what was missing.
     pub restored: Option<(Instant, String)>,
-    /// What is in the way of captured connections.
+    /// Obstacles for captured connections.
     pub barriers: Vec<input::Barrier>,
 }
 

@@ -41,7 +41,7 @@ struct Written {
 }
 
 impl Nft {
-    /// An error where the kernel cannot do what rules of this shape need. It changes nothing. `shared`: others shall be able to
+    /// An error if the kernel cannot do what rules of this shape need. It changes nothing. `shared`: others shall be able to
     /// change the table.
     pub(super) fn open(shape: &Shape, shared: bool) -> Result<Self, CaptureError> {
         let mut socket = Socket::open()?;
@@ -147,7 +147,7 @@ impl Nft {
         Ok(changed)
     }
 
-    /// What others did to our table, and what is missing, for people. `None`: nothing, as always where it belongs to us.
+    /// What other programs changed in our table, and what is missing, as text. `None`: nothing, as always where it belongs to us.
     pub(super) fn damage(
         &mut self,
         rules: &Rules,

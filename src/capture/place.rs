@@ -150,7 +150,7 @@ mod tests {
         let lowest = first(&[("ip x a", -199)], false).unwrap();
         assert_eq!((lowest.place_before(-110), lowest.place_before(-199)), (Some(-199), None));
         assert!(lowest.stays_before(Firewall::Nft, -199));
-        // What is sent from here is translated elsewhere.
+        // The host's own connections are translated elsewhere.
         let out = at(Hook::Output, &all);
         assert_eq!(First::among(&out, false), None);
         assert_eq!(First::among(&out, true), Some(other));

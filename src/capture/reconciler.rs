@@ -58,7 +58,7 @@ struct Surroundings {
     reading: JoinSet<Listings>,
     /// Why `--notrack` is refused, as it was logged last.
     tracked_for: Option<String>,
-    /// What is in the way of captured connections, as it was logged last.
+    /// Obstacles for captured connections, as it was logged last.
     barriers: Vec<Barrier>,
     /// What comes before our rules and cannot be got behind them, as it was logged last.
     behind: Option<Barrier>,

@@ -78,7 +78,7 @@ impl Shape {
     }
 }
 
-/// What is captured besides the declared ports, and what is left alone: a few addresses that seldom change.
+/// Addresses that are captured besides the declared ports, and exempt addresses: a few that seldom change.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Places {
     pub vips: BTreeSet<IpAddr>,

@@ -31,7 +31,7 @@ impl Asked {
     }
 }
 
-/// The API of one embassy. Clones are the same.
+/// The API of one embassy. Clones share it.
 #[derive(Debug, Clone)]
 pub(super) struct Client {
     http: reqwest::Client,

@@ -208,7 +208,7 @@ pub(crate) struct Glog {
     log_backtrace_at: Option<String>,
 }
 
-/// Takes any text, which `Config` reads as it reads the environment, and has shells offer these words.
+/// Accepts any text, which `Config` parses later; shells offer these words.
 #[derive(Debug, Clone)]
 struct Offers(&'static [&'static str]);
 

@@ -112,9 +112,9 @@ worded! {
 /// What holds the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum FirewallChoice {
-    /// nf_tables where the kernel has it, else iptables.
+    /// nf_tables if the kernel has it, otherwise iptables.
     Auto,
-    /// A table of nf_tables that belongs to this process, where the kernel can do that.
+    /// A table of nf_tables that belongs to this process, if the kernel supports that.
     Nft,
     /// One that others can change.
     NftShared,
@@ -241,7 +241,7 @@ impl Config {
     }
 }
 
-/// What clap has to say, on one line where it is a complaint.
+/// The output of clap; an error on one line.
 pub(crate) fn stop(error: clap::Error) -> Stop {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),

@@ -45,7 +45,7 @@ impl Dns {
         Self { resolver }
     }
 
-    /// Follows what `query` asks for.
+    /// Follows `query`.
     pub fn source(self, query: Query) -> DnsSource {
         DnsSource { server: self.resolver, query }
     }

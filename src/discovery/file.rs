@@ -57,7 +57,7 @@ impl File {
         Self { path, catalogue: Shared::default() }
     }
 
-    /// Follows what `query` asks for, for ever.
+    /// Follows `query`; never returns.
     pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: &ResyncRequests) {
         let (path, resync) = (self.path, resync.subscribe());
         let start = |publish| async move {

@@ -105,7 +105,7 @@ impl Watches {
         news
     }
 
-    /// What is known now of everything that is asked for.
+    /// The current state of all queries in use.
     pub fn known(&self) -> BTreeMap<Query, Known<Endpoints>> {
         self.asked().map(|(query, watch)| (query.clone(), watch.answers.borrow().clone())).collect()
     }

@@ -44,7 +44,7 @@ pub struct Container {
     pub name: Arc<str>,
     /// `State.StartedAt`
     pub started_at: Arc<str>,
-    /// Its first process, as the engine numbers it; 0 where it does not say.
+    /// Its first process, as the engine numbers it; 0 if it does not say.
     pub pid: i32,
     /// The end of this run, where its process can be seen. A run has one for as long as it is known.
     pub run: RunEnd,

@@ -87,7 +87,7 @@ fn step() -> impl Strategy<Value = Step> {
 #[derive(Debug, Default)]
 struct Real {
     generation: u32,
-    /// When its run started; `None` where it does not run.
+    /// When its run started; `None` if it does not run.
     started: Option<u64>,
     end: RunEnd,
     is_paused: bool,

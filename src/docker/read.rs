@@ -75,7 +75,7 @@ pub(super) fn notice(event: &EventMessage) -> Option<Notice> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Listed {
     pub(super) id: ContainerId,
-    /// All its addresses; `None` where the list does not say.
+    /// All its addresses; `None` if the list does not say.
     pub(super) addresses: Option<BTreeSet<IpAddr>>,
 }
 
@@ -114,7 +114,7 @@ pub(super) fn found(
     container(id, answer, prefixes).map_or(Found::NotRunning, |one| Found::Running(one.into()))
 }
 
-/// What an inspection says of a container; `None` where it does not run.
+/// What an inspection says of a container; `None` if it does not run.
 pub(crate) fn container(
     id: &ContainerId,
     answer: ContainerInspectResponse,

@@ -157,7 +157,7 @@ impl Connections {
         }
     }
 
-    /// A parked connection goes on with a task, which is given by [`Connections::set_task`]. `None` where none is parked
+    /// A parked connection goes on with a task, which is given by [`Connections::set_task`]. `None` if none is parked
     /// there.
     pub(super) fn resume(&mut self, place: Place) -> Option<(Parked, Rc<Live>)> {
         let State::Parked(parked) = &self.all.get(place.get())?.state else { return None };

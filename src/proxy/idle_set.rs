@@ -28,7 +28,7 @@ impl IdleSet {
     /// Watches both sockets of a connection. What has happened to them since they were looked at last is noticed too: the
     /// set tells of a socket's state, not of its changes.
     ///
-    /// An error where the kernel does not take more (fs.epoll.max_user_watches); then neither is watched.
+    /// An error if the kernel does not take more (fs.epoll.max_user_watches); then neither is watched.
     pub(super) fn add(&self, place: Place, sockets: [&OwnedFd; 2]) -> io::Result<()> {
         let [first, second] = sockets;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP;

@@ -18,7 +18,7 @@ const BACKLOG: i32 = 4096;
 /// Opens `workers` listeners of each family on one port; port 0 lets the kernel choose. A host without IPv6 gets IPv4
 /// alone. IPv4 connections never arrive at the IPv6 listener: their original destination could not be asked there.
 ///
-/// An error where anybody else listens on the port, another embassy among them.
+/// An error if anybody else listens on the port, another embassy among them.
 pub(super) fn open(port: u16, workers: usize) -> io::Result<Vec<Vec<std::net::TcpListener>>> {
     // What the workers share (SO_REUSEPORT), a second embassy could join, and half of the connections would go there.
     drop(socket((Ipv4Addr::UNSPECIFIED, port).into(), false)?);

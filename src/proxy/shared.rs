@@ -87,12 +87,12 @@ impl HoldPermit {
     /// Limits the descriptors that connections from unknown addresses can use.
     pub(super) const MOST: usize = 256;
 
-    /// For a connection that waits for its container to become known. `None` where none may wait, or enough do.
+    /// For a connection that waits for its container to become known. `None` if none may wait, or enough do.
     pub(super) fn for_unknown(shared: &Arc<Shared>) -> Option<Self> {
         if shared.settings.hold.is_zero() { None } else { Self::for_doubted(shared) }
     }
 
-    /// For a connection whose owner is looked up in the kernel. `None` where enough are held.
+    /// For a connection whose owner is looked up in the kernel. `None` if enough are held.
     pub(super) fn for_doubted(shared: &Arc<Shared>) -> Option<Self> {
         let one_more = |held| (held < Self::MOST).then_some(held + 1);
         shared.held.fetch_update(Relaxed, Relaxed, one_more).ok()?;

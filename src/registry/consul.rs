@@ -142,7 +142,7 @@ pub(crate) struct BlockingQuery {
 }
 
 impl BlockingQuery {
-    /// The next answer, whether it is another than the last or not. May be dropped while it waits.
+    /// The next answer, whether it is another than the last or not. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Result<HttpAnswer, SourceError> {
         loop {
             if self.index == 0 {
@@ -167,7 +167,7 @@ impl BlockingQuery {
         }
     }
 
-    /// Has the next answer be what there is now. A query that is held goes on.
+    /// Makes the next answer the current state. A query that is held goes on.
     pub(crate) fn read_again(&mut self) {
         self.index = 0;
     }

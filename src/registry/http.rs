@@ -1,5 +1,5 @@
-//! Asking a registry over HTTP, so that no answer can hold us up, fill the memory, or send us elsewhere, and so that no number
-//! of questions takes more than a fixed number of connections.
+//! HTTP requests to a registry, with limits on time and size, without redirects, and with a fixed maximum number of
+//! connections for any number of requests.
 
 use std::{
     sync::{
@@ -29,11 +29,11 @@ use crate::{
     tls::{self, ClientTls},
 };
 
-/// How long a whole answer may take that the server does not hold back on purpose.
+/// Timeout of an answer that is not a long poll.
 pub(super) const ANSWER: Duration = Duration::from_secs(10);
-/// How long a connection may take to open.
+/// Connect timeout.
 pub(super) const CONNECT: Duration = Duration::from_secs(3);
-/// The longest body that is read.
+/// Maximum size of a body.
 const LARGEST: usize = 16 << 20;
 
 /// The client of one registry.
@@ -227,7 +227,7 @@ pub(super) async fn more(
     Ok(true)
 }
 
-/// What is wrong with the answer to a request.
+/// The error in the answer to a request.
 pub(super) fn fault(url: &Url, reason: impl std::fmt::Display) -> SourceError {
     SourceError::new(format_args!("GET {url}: {reason}"))
 }
@@ -292,9 +292,9 @@ pub(super) struct Asking<T> {
 }
 
 impl<T> Asking<T> {
-    /// How often is asked what has no long poll.
+    /// Poll interval without a long poll.
     const POLL: Duration = Duration::from_secs(5);
-    /// Between two questions: a server that answers at once, for ever, must not make us spin.
+    /// Minimum interval between requests: a server that always answers at once must not cause a busy loop.
     const IDLE: Duration = Duration::from_millis(100);
     /// The same after a change: too short to be noticed.
     const NEWS: Duration = Duration::from_millis(5);
@@ -351,7 +351,7 @@ impl<T> Asking<T> {
         self.held.is_some()
     }
 
-    /// Gives up the question that is held.
+    /// Cancels the long poll.
     pub(super) fn give_up(&mut self) {
         self.held = None;
     }

@@ -1,4 +1,4 @@
-//! What many tasks share, so that one of them asks for all.
+//! Values that many tasks share, so that one of them gets it for all.
 
 use std::{fmt, sync::Arc, time::Duration};
 

@@ -9,7 +9,7 @@ use tokio::task::AbortHandle;
 
 use super::{Answers, Publisher, SourceError, panicked};
 
-/// A source that its readers share. The first one starts it, and with the last one it ends. Clones are the same.
+/// A source that its readers share. The first one starts it, and with the last one it ends. Clones share it.
 #[derive(Debug)]
 pub struct Shared<T>(Arc<Mutex<Weak<Running<T>>>>);
 

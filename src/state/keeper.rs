@@ -26,7 +26,7 @@ use crate::{
     provider::Listing,
 };
 
-/// What is to be kept.
+/// The data to save.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     pub listing: Arc<Listing>,
@@ -59,13 +59,13 @@ impl Keeper {
     /// How long an end waits for the last write.
     const LAST: Duration = Duration::from_secs(2);
 
-    /// Starts keeping tables in the file at `path`. Its folder is made where there is none.
+    /// Starts saving tables to the file at `path`. Creates its folder if needed.
     pub fn start(path: PathBuf, origin: Origin, counts: Arc<Counts>) -> Self {
         let (snapshots, changes) = watch::channel(None);
         Self { snapshots, task: tokio::spawn(run(File { path, origin }, changes, counts)) }
     }
 
-    /// Where to give it what is to be kept.
+    /// The channel for the data to save.
     pub fn snapshots(&self) -> watch::Sender<Option<Snapshot>> {
         self.snapshots.clone()
     }
@@ -171,7 +171,7 @@ impl File {
         }
     }
 
-    /// Writes what is to be kept, unless it stands there already. What stands there then, and whether it was written.
+    /// Writes the data to save, except if the file has it already. Returns the file's content, and whether it was written.
     fn keep(
         &self,
         snapshot: &Snapshot,

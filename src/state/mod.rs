@@ -1,4 +1,4 @@
-//! The last table, kept on disk for a start while everything is down: who asked for what, and where that was.
+//! The last table, saved to disk for a start while the sources are down: the consumers, their bindings, and the endpoints.
 //!
 //! The file is one line, `embassy state <format> <SHA-256 of the rest, in hex>`, and a JSON document. It is read with
 //! suspicion. Consumers are served by it only where the kernel shows that they are still the same runs, at the same
@@ -55,7 +55,7 @@ pub struct KeptEndpoint {
 /// Where a table comes from: it means nothing elsewhere.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Origin {
-    /// `/etc/machine-id`; empty where there is none.
+    /// `/etc/machine-id`; empty if there is none.
     pub machine: String,
     /// `/proc/sys/kernel/random/boot_id`: with a boot every run of a container is over.
     pub boot: String,
@@ -102,7 +102,7 @@ impl Origin {
 }
 
 impl KeptEndpoint {
-    /// `None` where its container has ended. What cannot be known again by its process has no runs.
+    /// `None` if its container has ended. What cannot be known again by its process has no runs.
     fn of(endpoint: Endpoint, answer: &Endpoints) -> Option<Self> {
         let Some(stay) = answer.stays.get(&endpoint) else {
             return Some(Self { endpoint, runs: Vec::new() });

@@ -19,7 +19,7 @@ use crate::{
     provider::Listing,
 };
 
-/// What is used until the sources answer.
+/// The data that is used until the sources answer.
 #[derive(Debug, Default)]
 pub struct Restored {
     /// `None` if no consumer is left.
@@ -162,7 +162,7 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Moves the file out of the way, for people to look at.
+/// Renames the file, for inspection.
 fn set_aside(path: &Path, reason: &dyn std::fmt::Display) {
     let mut aside = path.as_os_str().to_owned();
     aside.push(".aside");

@@ -19,7 +19,7 @@ use crate::{
     model::{ConsumerId, Endpoint, Vip},
 };
 
-/// The table that follows `prev`; `None` where nothing differs.
+/// The table that follows `prev`; `None` if nothing differs.
 pub(super) fn next(
     prev: &Table,
     inputs: &Inputs<'_>,

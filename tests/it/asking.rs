@@ -130,7 +130,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
         (
             &["ps", "--service=redis"],
             0,
-            "there are /services/hang, /services/late, /services/web\n",
+            "the services are /services/hang, /services/late, /services/web\n",
         ),
         (&["ps", "--service=redis", "--json"], 0, "[]\n"),
         (&["wait", "/services/web[]", "--timeout=0"], 1, "no container asks for /services/web[]"),

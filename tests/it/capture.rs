@@ -248,7 +248,7 @@ fn leftovers_go_at_the_start_and_auto_is_nft() -> Result<()> {
 fn nothing_is_captured_before_the_first_listing() -> Result<()> {
     let host = Host::builder().without_docker().start()?;
     let embassy = host.embassy(["--dnat", ETCD])?;
-    says(&embassy, &["no answer yet", "docker"])?;
+    says(&embassy, &["source has not answered yet", "docker"])?;
     assert!(embassy.wait_ready(std::time::Duration::ZERO).is_err());
     assert_eq!(rules(&host)?, "");
     host.docker_daemon().start()?;

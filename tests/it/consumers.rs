@@ -281,7 +281,7 @@ fn an_engine_is_reached_by_tls() -> Result<()> {
 
     // Without our certificate the engine says no, and we say so.
     let embassy = host.embassy(["-docker=tcp://127.0.0.1:2376", ETCD])?;
-    says(&embassy, &["no answer yet", "tcp://127.0.0.1:2376"])
+    says(&embassy, &["source has not answered yet", "tcp://127.0.0.1:2376"])
 }
 
 fn followed(host: &Host, embassy: Embassy) -> Result<()> {

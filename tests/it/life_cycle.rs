@@ -37,7 +37,7 @@ fn it_starts_while_everything_is_down_and_is_ready_when_all_is_up() -> Result<()
     let embassy = host.embassy(["--dnat", "-discovery=consul://127.0.0.1:8500", ETCD])?;
     waits_for(&embassy, &["capture", "discovery", "listing"])?;
     assert_eq!(embassy.admin("/healthz")?.ok()?, "ok\n");
-    says(&embassy, &["no answer yet", "docker"])?;
+    says(&embassy, &["source has not answered yet", "docker"])?;
 
     host.docker_daemon().start()?;
     // With what there is, it does what it can: there is no endpoint yet.

@@ -38,7 +38,7 @@ pub(crate) struct Offer {
     service: String,
     tags: Vec<String>,
     healthy: bool,
-    /// For people.
+    /// For messages.
     container: String,
     /// Where it can be reached, or why it cannot.
     endpoint: Result<Endpoint, String>,

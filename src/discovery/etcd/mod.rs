@@ -157,7 +157,7 @@ impl Stores {
         }
     }
 
-    /// Has the next step of each be a full read.
+    /// Makes the next step of each a full read.
     fn read_again(&mut self) {
         match self {
             Self::V2(v2) => v2.read_again(),

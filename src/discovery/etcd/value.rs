@@ -77,7 +77,7 @@ struct Document {
 struct Field(Value);
 
 impl Field {
-    /// The text of a string or number; `None` where it is absent, null or empty.
+    /// The text of a string or number; `None` if it is absent, null or empty.
     fn text(&self, name: &str) -> Result<Option<Cow<'_, str>>, String> {
         match &self.0 {
             Value::Null => Ok(None),

@@ -33,7 +33,7 @@ pub(super) struct Batch {
 
 #[derive(Debug)]
 struct Queued {
-    /// `None` where it was taken back.
+    /// `None` if it was taken back.
     to: Option<RawFd>,
     bytes: Range<usize>,
     /// Woken where not all of it could be sent, and where it is awaited.
@@ -45,7 +45,7 @@ struct Queued {
 #[derive(Debug)]
 pub(super) struct Unsent {
     pub bytes: Box<[u8]>,
-    /// `None` where the socket takes no more for now.
+    /// `None` if the socket takes no more for now.
     pub error: Option<io::Error>,
 }
 
@@ -199,7 +199,7 @@ impl Ring {
         Ok(Self(ring))
     }
 
-    /// Sends each message that was not taken back. An error where some have no result: these were not sent.
+    /// Sends each message that was not taken back. An error if some have no result: these were not sent.
     fn send(
         &mut self,
         queue: &[Queued],

@@ -13,7 +13,7 @@ use super::{
 #[derive(Debug)]
 pub(in crate::proxy) struct RelayBuffers {
     pub(super) batch: RefCell<Batch>,
-    /// Rung when a message is queued.
+    /// Notified when a message is queued.
     pub(super) queued: Notify,
     pub(super) pipes: RefCell<Pipes>,
     pub(super) turns: Turns,

@@ -40,14 +40,14 @@ pub(crate) struct Follower {
     /// Of the key's URL.
     path: String,
     tree: Tree,
-    /// The event that comes after the tree. `None` where it is to be read, as the cluster agrees upon it.
+    /// The event that comes after the tree. `None` if it is to be read, as the cluster agrees upon it.
     wait: Option<u64>,
     read_again: bool,
     asking: Asking<Polled>,
     confirm_at: Instant,
 }
 
-/// `None` where the poll cannot tell, and the branch is to be read.
+/// `None` if the poll cannot tell, and the branch is to be read.
 type Polled = Result<Option<HttpAnswer>, SourceError>;
 
 impl Follower {
@@ -68,12 +68,12 @@ impl Follower {
         &self.tree
     }
 
-    /// Has the next step be a full read.
+    /// Makes the next step a full read.
     pub(crate) fn read_again(&mut self) {
         self.read_again = true;
     }
 
-    /// Reads the branch; from then on, waits for the next change or confirmation. May be dropped while it waits.
+    /// Reads the branch; from then on, waits for the next change or confirmation. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Result<Step, SourceError> {
         loop {
             let Some(wait) = self.wait.filter(|_| !self.read_again) else {
@@ -150,7 +150,7 @@ impl Follower {
         Ok(Step::Read)
     }
 
-    /// Takes in the answer to a poll. `None` where that says nothing.
+    /// Takes in the answer to a poll. `None` if that says nothing.
     fn take(&mut self, answer: &HttpAnswer, wait: u64) -> Result<Option<Step>, SourceError> {
         if answer.status != StatusCode::OK {
             let fault = serde_json::from_slice::<Fault>(&answer.body);

@@ -31,11 +31,11 @@ mod stream;
 
 use stream::{BranchWatch, News, Stream};
 
-/// How long a member may take to say that it is there.
+/// Timeout for a member's first answer.
 const PROBE: Duration = Duration::from_secs(5);
-/// How soon a branch is read again whose watch cannot tell what happened.
+/// Pause before a branch is read again after its watch lost events.
 const AGAIN: Duration = Duration::from_millis(100);
-/// The largest message that is read.
+/// Maximum size of a message.
 const LARGEST: usize = 16 << 20;
 
 /// A connection to one member.
@@ -154,7 +154,7 @@ pub(crate) struct Follower {
     revision: i64,
     state: State,
     read_again: bool,
-    /// When it may be read next: a server that has it read for ever must not make us spin.
+    /// When it may be read next: a server that always forces a read must not cause a busy loop.
     read_at: Instant,
 }
 
@@ -181,12 +181,12 @@ impl Follower {
         &self.tree
     }
 
-    /// Has the next step be a full read.
+    /// Makes the next step a full read.
     pub(crate) fn read_again(&mut self) {
         self.read_again = true;
     }
 
-    /// Reads the branch; from then on, waits for the next change or confirmation. May be dropped while it waits.
+    /// Reads the branch; from then on, waits for the next change or confirmation. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Result<Step, SourceError> {
         loop {
             match &mut self.state {

@@ -235,12 +235,7 @@ fn it_explains_what_stands_in_the_way_whatever_the_service() -> Result<()> {
 
     host.run("iptables", "-A INPUT -i lo -j ACCEPT".split(' '))?;
     host.run("iptables", ["-P", "INPUT", "DROP"])?;
-    explains(
-        "app",
-        80,
-        Verdict::Degraded,
-        "may be dropped, and then hangs: chain INPUT of iptables",
-    )?;
+    explains("app", 80, Verdict::Degraded, "which then time out: chain INPUT of iptables")?;
     host.run("iptables", ["-P", "INPUT", "ACCEPT"])?;
     explains("app", 80, Verdict::Ok, "goes to")?;
     embassy.kill()?;

@@ -55,7 +55,7 @@ pub(super) struct BranchWatch {
     ended: Arc<OnceLock<Reason>>,
 }
 
-/// What is to be known of a branch.
+/// The events of a branch.
 #[derive(Debug)]
 pub(super) enum News {
     /// These keys were written, or deleted.
