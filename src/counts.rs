@@ -142,7 +142,7 @@ impl Distribution {
     }
 
     /// The duration, in seconds, that this part of all stayed below, `part` between 0 and 1: interpolated within its
-    /// bucket, as Prometheus does, and the largest bound where it lies beyond. `None` if nothing was counted.
+    /// bucket, as Prometheus does, and the largest bound if it is above. `None` if nothing was counted.
     pub fn quantile(&self, part: f64) -> Option<f64> {
         let count = self.count();
         if count == 0 {

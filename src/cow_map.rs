@@ -104,7 +104,7 @@ impl<K: Hash + Eq + Clone, V: Clone> CowMap<K, V> {
 
     /// Takes an entry out.
     pub fn remove(&mut self, key: &K) -> Option<V> {
-        // A part is copied only where that changes something.
+        // A part is copied only if that changes something.
         self.get(key)?;
         let hash = HASHER.hash_one(key);
         let entry = self.part_mut(hash)?.find_entry(hash, |(other, _)| other == key).ok()?;

@@ -30,11 +30,11 @@ pub enum Address {
     Tcp(String),
 }
 
-/// An engine, and the client certificate it wants where TLS is asked for.
+/// An engine, and the client certificate for TLS, if TLS is enabled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Engine {
     pub address: Address,
-    /// The folder of `key.pem`, `cert.pem` and `ca.pem`: `DOCKER_CERT_PATH`, where `DOCKER_TLS_VERIFY` is set.
+    /// The folder of `key.pem`, `cert.pem` and `ca.pem`: `DOCKER_CERT_PATH`, if `DOCKER_TLS_VERIFY` is set.
     pub certificates: Option<PathBuf>,
 }
 

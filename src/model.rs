@@ -162,7 +162,7 @@ impl RunEnd {
         self.0.process.get_or_init(|| process);
     }
 
-    /// Its first process, where it was seen.
+    /// Its first process, if it was seen.
     pub fn process(&self) -> Option<Process> {
         self.0.process.get().copied()
     }

@@ -1,5 +1,5 @@
-//! Bindings and endpoints become the table of routes. Pure: a table is built from the one before it, so that counts and
-//! turns live on, and never changes once it is published.
+//! Bindings and endpoints become the table of routes. Pure: a table is built from the previous one, which keeps counts and
+//! turns, and never changes after it is published.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -192,7 +192,7 @@ struct Shared {
     upstreams: usize,
 }
 
-/// Whose binding it is, the variable or label, and the route that it does not have, where it is about one.
+/// The consumer, the variable or label, and the missing route, if it is about one.
 type UnroutedKey = (ConsumerId, Arc<str>, Option<RouteKey>);
 
 impl Table {

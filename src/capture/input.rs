@@ -28,7 +28,7 @@ impl fmt::Display for Barrier {
 }
 
 impl Barrier {
-    /// Connections to `port` are dropped, and nothing that can be read says where.
+    /// Connections to `port` are dropped, but no readable rule shows where.
     pub(super) fn unknown(port: u16) -> Self {
         Self {
             chain: "a rule of this host's input that embassy cannot read".to_owned(),

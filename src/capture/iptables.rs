@@ -393,7 +393,7 @@ pub(crate) fn fuzz(input: &[u8]) {
     let listing = String::from_utf8_lossy(input);
     let _ = ours(&listing);
     let Some(script) = removal(&listing) else { return };
-    // Nothing is taken away but our own and the ancestor's.
+    // Removes only our own rules and those of the original program.
     for line in script.lines().filter(|line| line.starts_with('-')) {
         let own =
             [PREROUTING, OUTPUT].iter().any(|entry| line.ends_with(&format!(" {}", entry.chain)));

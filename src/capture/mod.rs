@@ -1,5 +1,5 @@
-//! The kernel made to match the table: what consumers send to a VIP is led to our listener. Only this module touches the
-//! firewall, and only what bears our name there.
+//! Makes the kernel's rules match the table: consumers' connections to a VIP are redirected to our listener. Only this module
+//! changes the firewall, and only objects with our name.
 
 use std::{
     fmt,
@@ -122,7 +122,7 @@ pub async fn plan(
 /// What the capture did and found, for the metrics.
 #[derive(Debug, Default)]
 pub struct CaptureCounts {
-    /// How often rules had vanished or changed and were put back, by [`Change::ALL`].
+    /// How often the rules were restored, by [`Change::ALL`].
     restored: [AtomicU64; Change::ALL.len()],
     /// Attempts that failed.
     pub failed: AtomicU64,
@@ -140,7 +140,7 @@ pub struct Standing {
     pub in_place: bool,
     /// Why they cannot be written.
     pub error: Option<String>,
-    /// When they were put back last, and what was missing.
+    /// When the rules were last restored, and what was missing.
     pub restored: Option<(Instant, String)>,
     /// Obstacles for captured connections.
     pub barriers: Vec<input::Barrier>,
@@ -157,7 +157,7 @@ impl CaptureCounts {
         change(&mut self.standing.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// How often rules that had changed so were put back.
+    /// How often the rules were restored after this change.
     pub fn restored(&self, change: Change) -> u64 {
         self.restored.get(change as usize).map_or(0, |count| count.load(Relaxed))
     }
@@ -174,7 +174,7 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Starts keeping the kernel's rules like the table. Nothing is captured before the first table.
+    /// Starts the task that keeps the kernel's rules equal to the table. Nothing is captured before the first table.
     /// `ready` is dropped once the first rules stand.
     pub fn start(
         lock: Lock,
@@ -203,7 +203,7 @@ impl Capture {
         }
     }
 
-    /// Takes the rules away. From then on another embassy may capture here. What is given back is to be kept until the last
+    /// Removes the rules. Then another embassy may capture here. What is given back is to be kept until the last
     /// captured connection has ended.
     pub async fn stop(self) -> Remains {
         let _ = self.stop.send(());

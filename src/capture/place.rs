@@ -51,7 +51,7 @@ impl First {
     pub(super) fn stays_before(&self, firewall: Firewall, ours: i32) -> bool {
         match firewall {
             Firewall::Nft => self.priority <= ours && ours == LOWEST,
-            // They are where they are.
+            // The priorities of iptables' chains are fixed.
             Firewall::Iptables => self.priority < DSTNAT,
         }
     }

@@ -13,7 +13,7 @@ pub(super) struct Program(pub &'static str);
 pub enum ProgramError {
     #[error("cannot run {program}: {error}")]
     Start { program: &'static str, error: io::Error },
-    /// `stderr` is what the program said, or how it ended where it said nothing.
+    /// `stderr` is the program's error output, or its exit status if there is none.
     #[error("{program} {args}: {stderr}")]
     Failed { program: &'static str, args: String, stderr: String },
     #[error("{program} {args}: no answer within {} s", Program::TIME.as_secs())]

@@ -1,4 +1,4 @@
-//! The command line as typed. Every value is still text: `Config` reads it, and the environment where a flag is absent.
+//! The command line as typed. Every value is still text: `Config` reads it, and the environment if a flag is absent.
 
 use std::ffi::OsStr;
 

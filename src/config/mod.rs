@@ -129,7 +129,7 @@ pub enum Admin {
     Unix(PathBuf),
 }
 
-/// Text that is not where an API can be.
+/// Text that is not an API address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("<ip>:<port> such as 127.0.0.1:9990, or unix:///path")]
 pub struct NotAnAdmin;
@@ -151,7 +151,7 @@ impl fmt::Display for Admin {
     }
 }
 
-/// Which connections are logged as they end.
+/// Which connections are logged when they end.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ConnectionLog {
     Off,

@@ -137,7 +137,7 @@ impl EmptyHold {
         end
     }
 
-    /// The endpoints to use, and until when where that is not for good.
+    /// The endpoints to use, and until when, if there is a limit.
     fn choose(
         &mut self,
         query: &Query,

@@ -40,7 +40,7 @@ pub struct Dns {
 }
 
 impl Dns {
-    /// `resolver`: the only server that is asked, by UDP, and by TCP where an answer is cut off.
+    /// `resolver`: the only server that is asked, by UDP, and by TCP if an answer is truncated.
     pub fn new(resolver: SocketAddr) -> Self {
         Self { resolver }
     }
@@ -182,7 +182,7 @@ impl<'a> Session<'a> {
         Ok(v4.and(v6))
     }
 
-    /// An answer without records where there are none.
+    /// An answer without records if there are none.
     async fn lookup(&self, name: &Name, kind: RecordType) -> Result<Answer, SourceError> {
         match self.resolver.lookup(name.clone(), kind).await {
             Ok(found) => match found.message().metadata.response_code {

@@ -96,7 +96,7 @@ impl<'a> Client<'a> {
         }
         let lookup = tokio::net::lookup_host((name, 0)).map_err(Error::from);
         let found: Vec<_> = self.ask("the host", lookup).await?.collect();
-        // IPv4 where there is a choice: what is published at all is published there.
+        // IPv4 if there is a choice: every published port is published there.
         let address = found.iter().find(|found| found.is_ipv4()).or(found.first());
         let address = address.ok_or_else(|| self.error("the host", "it has no address"))?;
         Ok(Some(address.ip()))

@@ -21,7 +21,7 @@ pub struct Inventory {
     pub containers: Vec<Arc<Container>>,
     /// The networks that the `bridge` driver made.
     pub bridges: Arc<Bridges>,
-    /// The address of the engine's host, where the engine is reached over TCP.
+    /// The address of the engine's host, if the engine is reached over TCP.
     pub host: Option<IpAddr>,
     /// Number of runs whose process has ended since the start. Such a container stays until the engine reports its end too.
     pub ended: u64,
@@ -46,7 +46,7 @@ pub struct Container {
     pub started_at: Arc<str>,
     /// Its first process, as the engine numbers it; 0 if it does not say.
     pub pid: i32,
-    /// The end of this run, where its process can be seen. A run has one for as long as it is known.
+    /// The end of this run, if its process is visible. A run keeps it as long as it is known.
     pub run: RunEnd,
     /// Ends when the container, by the engine's word, cannot be reached any more as it could: it has gone, is paused, or
     /// has another address.

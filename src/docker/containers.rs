@@ -123,7 +123,7 @@ impl Containers {
         }
         let id = match notice {
             Notice::Changed(id) => id,
-            // The inspection finds nothing, except where the stream replayed the end of a run before the listed one.
+            // The inspection finds nothing, except if the stream replayed the end of an earlier run.
             Notice::Ended(id) => {
                 if let Some(container) = self.remove(&id) {
                     self.doubtful.insert(id.clone(), container);

@@ -99,7 +99,7 @@ struct Real {
 
 #[derive(Debug, Default)]
 struct Engine {
-    /// Whether the kernel tells of the end of a run, as it does where the containers' processes can be seen.
+    /// Whether the kernel reports the end of a run, as it does if the containers' processes are visible.
     sees_processes: bool,
     clock: u64,
     containers: [Real; ALL],

@@ -140,7 +140,7 @@ fn started(stat: &str) -> Option<u64> {
 /// The addresses that a process's network namespace has.
 pub(crate) fn addresses(pid: i32) -> io::Result<BTreeSet<IpAddr>> {
     let v4 = fs::read_to_string(format!("/proc/{pid}/net/fib_trie"))?;
-    // It is not there where the kernel has no IPv6.
+    // The file does not exist if the kernel has no IPv6.
     let v6 = fs::read_to_string(format!("/proc/{pid}/net/if_inet6")).unwrap_or_default();
     Ok(local_v4(&v4).map(IpAddr::from).chain(local_v6(&v6).map(IpAddr::from)).collect())
 }

@@ -217,7 +217,7 @@ pub(super) fn bridges(networks: Vec<NetworkAnswer>) -> Bridges {
 mod tests {
     use super::*;
 
-    /// An engine's answer, out of a file that also says where it is from.
+    /// An engine's answer, from a file that also names its origin.
     fn answer(file: &str) -> ContainerInspectResponse {
         let mut file: serde_json::Value = serde_json::from_str(file).unwrap();
         serde_json::from_value(file["answer"].take()).unwrap()

@@ -95,7 +95,7 @@ fn has(known: &Known<Listing>, name: &str, address: Option<&str>) -> bool {
     consumers.into_iter().any(|consumer| &*consumer.name == name && consumer.sources == sources)
 }
 
-/// The endpoints of a service, where anything is known.
+/// The endpoints of a service, if known.
 fn list(known: &Known<Endpoints>) -> Option<Vec<String>> {
     let list = &known.value.as_ref()?.living().list;
     Some(list.iter().map(ToString::to_string).collect())

@@ -21,7 +21,7 @@ use super::{
 use crate::{model::SourceAddress, outcome::Outcome, table::Route};
 
 impl Worker {
-    /// So many are accepted before those that are relayed get their turn: a flood of new ones must not delay them.
+    /// Maximum number of connections accepted in a row, so that many new ones do not delay the relaying of others.
     const IN_A_ROW: usize = 4;
 
     pub(super) async fn accept(self: Rc<Self>, listener: TcpListener) {

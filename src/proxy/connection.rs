@@ -1,4 +1,4 @@
-//! One connection's life once it has a route, top to bottom: connected, relayed, ended.
+//! The life of a connection that has a route: connect, relay, end.
 
 use std::os::fd::OwnedFd;
 

@@ -63,7 +63,7 @@ impl IdleSet {
     }
 
     fn forget(&self, socket: &OwnedFd) {
-        // It fails only where the socket is not in the set.
+        // It fails only if the socket is not in the set.
         let _ = epoll::delete(self.0.as_fd(), socket);
     }
 }

@@ -61,7 +61,7 @@ fn socket(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// How long to leave a listener alone after accept failed, where trying again at once would only spin.
+/// Pause of a listener after a failed accept, to avoid a busy loop.
 #[derive(Debug, Default)]
 pub(super) struct AcceptBackoff {
     failures: u32,

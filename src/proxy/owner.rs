@@ -1,4 +1,4 @@
-//! Whose a connection is that may be older than its route. It may have waited, unaccepted, while its container ended and
+//! The owner of a connection that may be older than its route. It may have waited, unaccepted, while its container ended and
 //! another got the address: what it sends is not for that one's services.
 //!
 //! Where that can be, the kernel is asked: a connection is the owner's if the other end of it is a socket in the owner's
@@ -71,7 +71,7 @@ pub(super) fn has_hung_up(stream: &TcpStream) -> bool {
 }
 
 /// Whether the other end of a connection is certainly a socket of the route's owner, or of one that shares its network.
-/// Never where processes cannot be seen.
+/// Never if processes are not visible.
 pub(super) async fn is_owners(route: &Route, captured: &Captured) -> bool {
     let (ends, captured) = (route.ends.clone(), *captured);
     let look = move || {

@@ -1,4 +1,4 @@
-//! What a worker's thread does from its start to its end.
+//! The life of a worker's thread.
 
 use std::{io, net::TcpListener, rc::Rc, sync::Arc};
 
@@ -42,7 +42,7 @@ pub(super) async fn run(
     others.spawn_local(send_queued(worker.clone()));
 
     tokio::select! {
-        // The sender lives as long as the proxy: where it is gone, so is everything, and this ends too.
+        // The sender lives as long as the proxy: if it is gone, the proxy has ended, and this ends too.
         _ = phase.wait_for(|phase| *phase != Phase::Serving) => {}
         // None of them ever ends, unless it panics.
         _ = accepting.join_next() => break_off(&worker),

@@ -1,4 +1,4 @@
-//! What the workers share: counts, and the limits on them.
+//! State that the workers share: counters and limits.
 
 use std::{
     sync::{
@@ -27,7 +27,7 @@ pub(super) struct Shared {
     pub counts: Box<[WorkerCounts]>,
     /// Connections that are open, or being opened.
     pub live: AtomicUsize,
-    /// Connections that wait until it is known whose they are.
+    /// Connections that wait until their owner is known.
     pub held: AtomicUsize,
     /// When the clock of ejections started.
     pub start: Instant,

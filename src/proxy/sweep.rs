@@ -1,5 +1,5 @@
-//! What a new table means for the connections that there are: those of a route that is gone are reset, and of a route with
-//! other endpoints those to an endpoint that went away, if their binding says so.
+//! The effect of a new table on open connections: those of a removed route are reset. If a route's endpoints changed, those
+//! to a removed endpoint are reset, if their binding says so.
 //!
 //! No connection outlives its route, because at every moment the route of each one that is not ending is in the worker's
 //! table, or in what is still to be swept:
@@ -324,7 +324,7 @@ mod tests {
     }
 
     proptest! {
-        /// However tables, turns and new connections are mixed: those whose route has gone are reset, also where it came
+        /// However tables, turns and new connections are mixed: those whose route has gone are reset, also if it came
         /// back as another, those to an endpoint that has gone too, and no others.
         #[test]
         fn no_connection_outlives_its_route(

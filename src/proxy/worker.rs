@@ -114,7 +114,7 @@ impl Worker {
         sleep_until(end.into()).await;
     }
 
-    /// A place for a connection that waits until it is known whose it is.
+    /// A place for a connection that waits until its owner is known.
     pub(super) fn hold(self: &Rc<Self>, captured: Captured, permit: HoldPermit) -> HeldTicket {
         let place = self.connections.borrow_mut().hold(Held::new(captured, permit));
         HeldTicket(Claim::new(self, place))
@@ -346,7 +346,7 @@ impl Ticket {
         self.claim.place
     }
 
-    /// Remembers where the connection is about to go, and counts a try.
+    /// Records the endpoint that is tried, and counts the attempt.
     pub(super) fn connecting(&self, endpoint: &Arc<EndpointState>) {
         let record = self.record();
         record.endpoint.replace(Some(endpoint.clone()));

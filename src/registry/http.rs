@@ -94,7 +94,7 @@ impl Http {
         }
     }
 
-    /// Asks, and reads the whole answer, all within a time that a server needs only where it hangs.
+    /// Sends a request and reads the complete answer, with a timeout that only a hanging server reaches.
     pub(super) async fn get(
         &self,
         url: &Url,

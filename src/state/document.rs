@@ -93,7 +93,7 @@ struct WrittenAnswer {
     dc: Option<Arc<str>>,
     port: Option<u16>,
     confirmed: u64,
-    /// Each with its container's runs, where it is one of this host.
+    /// Each with its container's runs, if it is a container of this host.
     endpoints: Vec<(SocketAddr, Vec<WrittenRun>)>,
 }
 

@@ -143,7 +143,7 @@ pub(in crate::capture) struct Listing {
     pub(in crate::capture) added: usize,
 }
 
-/// The table compared with `rules`, where others can change it. It reads every element.
+/// Compares the table with `rules`, if other programs can change it. Reads every element.
 pub(in crate::capture) fn list(
     socket: &mut Socket,
     table: Table<'_>,

@@ -235,7 +235,7 @@ pub(super) fn hook_number(hook: Hook) -> u32 {
     }
 }
 
-/// An element as the kernel has it: a range is where it begins and where the first address after it is.
+/// An element in the kernel's form: a range is its first address and the first address after it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Bound {
     pub(super) key: Vec<u8>,

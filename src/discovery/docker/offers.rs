@@ -42,7 +42,7 @@ pub(crate) struct Offer {
     container: String,
     /// Where it can be reached, or why it cannot.
     endpoint: Result<Endpoint, String>,
-    /// What that hangs on, where it is on this host.
+    /// The runs that the address depends on, if it is on this host.
     stay: Stay,
 }
 

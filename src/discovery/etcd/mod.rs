@@ -28,7 +28,7 @@ pub struct Etcd {
 /// The store: v2 or v3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Api {
-    /// v3 where the branch is found there, else v2.
+    /// v3 if the branch exists there, otherwise v2.
     Any,
     V2,
     V3,

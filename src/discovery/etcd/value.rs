@@ -13,7 +13,7 @@ use crate::{
 
 /// The endpoints with `tags`, each value judged by itself.
 ///
-/// An empty value is no endpoint, nor a wrong one, where its key is a directory.
+/// An empty value is neither an endpoint nor an error if its key is a directory.
 pub(super) fn endpoints(tree: &Tree, tags: &Tags) -> Endpoints {
     let mut list = Vec::new();
     let mut rejected = Vec::new();

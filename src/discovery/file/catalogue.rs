@@ -13,7 +13,7 @@ use crate::{
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Catalogue {
     entries: Vec<Entry>,
-    /// Beside each, the service that it belongs to, where that is known.
+    /// Each with its service, if known.
     wrong: Vec<(Option<String>, Rejected)>,
 }
 

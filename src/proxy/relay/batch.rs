@@ -36,7 +36,7 @@ struct Queued {
     /// `None` if it was taken back.
     to: Option<RawFd>,
     bytes: Range<usize>,
-    /// Woken where not all of it could be sent, and where it is awaited.
+    /// Woken if not all of it was sent, and if it is awaited.
     task: Waker,
     is_awaited: bool,
 }

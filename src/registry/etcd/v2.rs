@@ -138,7 +138,7 @@ impl Follower {
             self.wait = None;
             return Ok(Step::Confirmed);
         }
-        // A poll that is held goes on, if it is where it should be.
+        // A running poll continues if it waits for the right index.
         if goes_back || tree != self.tree || !self.asking.is_held() {
             self.asking.give_up();
             self.wait = Some(next);

@@ -279,7 +279,7 @@ impl fmt::Debug for Follower {
 }
 
 /// A deletion resets a key's version to 0, and everything else counts it up from there. (The type of the event says the
-/// same, but the client panics where it is one that it does not know.)
+/// same, but the client panics on a type that it does not know.)
 fn is_deleted(pair: &KeyValue) -> bool {
     pair.version() == 0
 }

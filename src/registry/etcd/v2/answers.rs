@@ -47,7 +47,7 @@ pub(super) struct Node {
     pub(super) modified_index: u64,
 }
 
-/// The answer where there is none.
+/// The answer if there is none.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Fault {
