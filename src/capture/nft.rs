@@ -220,7 +220,7 @@ impl Drop for Draining {
     }
 }
 
-/// What a table that was not of our making lacks in this kernel; `None`: nothing.
+/// What this kernel lacks for our rules, by a batch that applies nothing; `None`: nothing.
 fn lacks(socket: &mut Socket, shape: &Shape, owned: bool) -> Result<Option<String>, CaptureError> {
     let name = unused_name("embassy_asks_");
     let question = netlink::question(Table { name: &name, owned }, shape);
