@@ -251,7 +251,7 @@ mod tests {
             [
                 ("host", "net=host: cannot be to"),
                 ("orphan", "net=container:gone: th"),
-                ("self", "net=container: goes ro"),
+                ("self", "net=container: circula"),
                 ("sharer", "net=host: cannot be to"),
             ]
         );

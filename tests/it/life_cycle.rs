@@ -259,7 +259,7 @@ fn a_firewall_that_hangs_does_not_hold_up_a_second_signal() -> Result<()> {
     reaches(&app, "172.17.0.1:80", "web")?;
     host.run("touch", ["/run/hang"])?;
     embassy.terminate()?;
-    says(&embassy, &["embassy stops"])?;
+    says(&embassy, &["embassy is shutting down"])?;
     embassy.terminate()?;
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
     says(&embassy, &["gave up waiting: rules may be left"])
