@@ -56,7 +56,7 @@ struct Surroundings {
     may_have_changed: bool,
     /// They are being read: a program may take seconds for it, which the rules of a new container must not wait.
     reading: JoinSet<Listings>,
-    /// Why `--notrack` is refused, as it was logged last.
+    /// Why `--notrack` is refused, as last logged.
     tracked_for: Option<String>,
     /// The obstacles for captured connections, as last logged.
     barriers: Vec<Barrier>,
@@ -184,7 +184,7 @@ impl Reconciler {
                 Ok(torn) => torn,
                 // Usually caused by another program's change. The current rules are unknown now.
                 Err(error) => {
-                    debug!(%error, "cannot change the rules; writing all of them");
+                    debug!(%error, "cannot change the firewall rules; rewriting all of them");
                     if !self.backend.is_owned() && error.is_of_what_is_gone() {
                         self.damaged(Change::Incomplete, "what was to be changed".to_owned());
                     }
