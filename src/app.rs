@@ -1,4 +1,4 @@
-//! Everything started and stopped, in order.
+//! Starts and stops all parts, in order.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -37,9 +37,9 @@ use crate::{
 /// A running embassy.
 #[derive(Debug)]
 pub struct App {
-    /// Where the proxy listens.
+    /// The proxy's listen addresses.
     pub proxy_addresses: Vec<SocketAddr>,
-    /// Where the admin API listens.
+    /// The admin API's listen address.
     pub admin_address: Option<String>,
     proxy: Proxy,
     capture: Option<Capture>,
@@ -54,7 +54,7 @@ pub struct App {
 }
 
 impl App {
-    /// Starts everything. A source that is down is no error: embassy is just not ready.
+    /// Starts all parts. A source that is down is not an error: embassy is only not ready.
     pub async fn start(config: Config) -> Result<Self> {
         let started = std::time::Instant::now();
         let readiness = Readiness::default();
@@ -81,7 +81,7 @@ impl App {
         let mark = (rules.redirect || rules.notrack).then_some(rules::MARK);
         let checks = tokio::spawn(check::run(tables.clone(), mark, events.clone()));
         let memory = memory.watch(memory_short.clone());
-        // Where there is no limit it ends at once.
+        // Without a memory limit it ends at once.
         let memory = tokio::spawn(async move {
             memory.await;
             std::future::pending().await
@@ -115,7 +115,7 @@ impl App {
             CaptureMode::None => None,
             CaptureMode::Dnat | CaptureMode::Redirect => {
                 let backend = Backend::open(config.firewall, &rules).await;
-                let backend = backend.context("no firewall can be written")?;
+                let backend = backend.context("no firewall is available")?;
                 let counts = Arc::<CaptureCounts>::default();
                 Some((backend, counts, readiness.wait_for(Part::Capture)))
             }
@@ -158,11 +158,11 @@ impl App {
             CaptureMode::None => None,
             CaptureMode::Dnat | CaptureMode::Redirect => Some(
                 Lock::take()
-                    .context("cannot see whether another embassy captures here")?
+                    .context("cannot check whether another embassy captures here")?
                     .context("another embassy captures in this network namespace: one serves all its containers")?,
             ),
         };
-        // Last: from here on nothing fails, so that an embassy that cannot start takes no rules away and leaves none.
+        // The capture comes last: nothing after it can fail, so an embassy that cannot start neither removes nor leaves rules.
         let capture = match capturing.zip(lock) {
             Some(((backend, counts, ready), lock)) => {
                 capture::cleanup().await;
@@ -186,12 +186,12 @@ impl App {
         })
     }
 
-    /// Has every source read everything again.
+    /// Requests a re-read of every source.
     pub fn resync(&self) {
         self.resync.request();
     }
 
-    /// Waits for the end of a part that should never end. May be dropped and called again.
+    /// Waits until a part ends that should never end. Cancel-safe.
     pub async fn failed(&mut self) -> anyhow::Error {
         tokio::select! {
             end = &mut self.control => match end {
@@ -199,19 +199,19 @@ impl App {
                 Err(error) => anyhow!(error).context("the control task"),
             },
             () = self.proxy.failed() => anyhow!("a part of the data path ended"),
-            end = capture_failed(&mut self.capture) => anyhow!("the keeping of the rules: {end}"),
-            _ = &mut self.checks => anyhow!("the task of the checks ended"),
-            _ = &mut self.memory => anyhow!("the task that looks after memory ended"),
+            end = capture_failed(&mut self.capture) => anyhow!("the capture task ended: {end}"),
+            _ = &mut self.checks => anyhow!("the check task ended"),
+            _ = &mut self.memory => anyhow!("the memory watch task ended"),
         }
     }
 
-    /// Ends everything: the rules first, then accepting, then what is still connected after `--drain` or when `hurry`
-    /// comes true. From then on nothing is waited for that hangs.
+    /// Stops everything: first the rules, then accepting, then the connections that are left after `--drain` or when `hurry`
+    /// completes. After `hurry` it does not wait for parts that hang.
     pub async fn stop(mut self, hurry: impl Future<Output = ()>) -> Result<()> {
         let hurry = hurry.shared();
-        // Never done: from here on nobody should send anything here.
+        // This guard is never done: from here on embassy must not get new connections.
         let _draining = self.readiness.wait_for(Part::Draining);
-        // Kept to the end: live connections need it.
+        // Kept until the end: live connections need it.
         let _remains = match self.capture {
             Some(capture) => {
                 in_time(
@@ -231,32 +231,32 @@ impl App {
         tokio::select! {
             ended = timeout_at(Instant::now() + self.drain, self.proxy.ended()) => {
                 if ended.is_err() {
-                    warn!(live = self.proxy.live(), "resetting what is left");
+                    warn!(live = self.proxy.live(), "drain time is over; resetting the open connections");
                 }
             }
-            () = hurry.clone() => warn!(live = self.proxy.live(), "resetting what is left, at once"),
+            () = hurry.clone() => warn!(live = self.proxy.live(), "second signal; resetting the open connections at once"),
         }
         self.checks.abort();
         self.memory.abort();
         self.control.abort();
         if let Some(keeper) = self.keeper {
             let keep = async {
-                // Until it is gone, it may give the keeper more. It is cancelled, which is no news.
+                // Until the task has ended, it may send more tables to the keeper. It was cancelled above, so its error is ignored.
                 if !self.control.is_finished() {
                     let _ = self.control.await;
                 }
                 keeper.stop().await;
             };
-            in_time(keep, "the last table may not be kept", hurry.clone()).await;
+            in_time(keep, "the state file may be out of date", hurry.clone()).await;
         }
         drop(self.admin);
-        // Who is in a hurry does not wait for it, and that is no failure.
+        // After a second signal it is not waited for; this is not an error.
         let end = in_time(self.proxy.end(), "connections may be left", hurry).await;
         end.unwrap_or(Ok(())).context("the data path")
     }
 }
 
-/// Waits for a part of the end, but not for long once there is hurry. `otherwise` says what it means to give it up.
+/// Waits for a step of the shutdown, but at most a moment after `hurry`. `otherwise` is the consequence of giving up.
 async fn in_time<T>(
     part: impl Future<Output = T>,
     otherwise: &str,
@@ -270,7 +270,7 @@ async fn in_time<T>(
     tokio::select! {
         end = part => Some(end),
         () = late => {
-            warn!("not waited for: {otherwise}");
+            warn!("gave up waiting: {otherwise}");
             None
         }
     }
@@ -283,8 +283,8 @@ async fn capture_failed(capture: &mut Option<Capture>) -> String {
     }
 }
 
-/// What makes tables of what the provider and the discoveries say, not yet running: the half of embassy that touches
-/// nothing. To be called within a runtime.
+/// The control task, not yet running: it makes tables from the provider and the discoveries, and changes nothing on the
+/// host. Must be called within a runtime.
 pub(crate) fn learn(
     config: &Config,
     lookup: &Lookup,
@@ -319,7 +319,7 @@ pub(crate) fn learn(
     Ok(Control::new(settings, discoveries, listing, bell, waiting, Report::new(refused, events)))
 }
 
-/// What the rules depend on, besides the table.
+/// The settings of the rules, besides the table.
 pub(crate) async fn rules(config: &Config) -> Result<rules::RuleSettings, InterfaceError> {
     let redirect = config.capture == CaptureMode::Redirect;
     let captures = config.capture != CaptureMode::None;
@@ -338,9 +338,9 @@ pub(crate) async fn rules(config: &Config) -> Result<rules::RuleSettings, Interf
     })
 }
 
-/// Takes over what an earlier run left, and has the tables of this one kept.
+/// Loads the saved table of an earlier run, and starts saving the tables of this one.
 fn remember(config: &Config, control: &mut Control, counts: Arc<state::Counts>) -> Option<Keeper> {
-    // One for each port: two embassies of a host do not write over each other's.
+    // One file for each port, so that two embassies on a host do not overwrite each other's.
     let path = config.state_dir.as_ref()?.join(format!("table-{}", config.port));
     let provider = match &config.provider {
         ProviderChoice::Docker => format!("{} {}", config.docker, config.prefix),
@@ -353,7 +353,7 @@ fn remember(config: &Config, control: &mut Control, counts: Arc<state::Counts>) 
     Some(keeper)
 }
 
-/// The addresses of servers that are named `host:port`. One that has none now is reported, and passed over.
+/// The addresses of servers given as `host:port`. A server that does not resolve is logged and skipped.
 async fn resolve(servers: impl Iterator<Item = String>) -> Vec<SocketAddr> {
     const LIMIT: Duration = Duration::from_secs(2);
     let mut addresses = Vec::new();
@@ -361,11 +361,11 @@ async fn resolve(servers: impl Iterator<Item = String>) -> Vec<SocketAddr> {
         match timeout_at(Instant::now() + LIMIT, lookup_host(&server)).await {
             Ok(Ok(found)) => addresses.extend(found),
             Ok(Err(error)) => {
-                warn!(server, %error, "has no address now; if it is on a VIP, it may be captured")
+                warn!(server, %error, "cannot resolve this server; if its address is a VIP, embassy's own connections to it may be captured")
             }
             Err(_) => warn!(
                 server,
-                "has no address within {LIMIT:?}; if it is on a VIP, it may be captured"
+                "cannot resolve this server within {LIMIT:?}; if its address is a VIP, embassy's own connections to it may be captured"
             ),
         }
     }

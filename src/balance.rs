@@ -1,4 +1,4 @@
-//! Which endpoint is next. Pure: the time comes in as an argument.
+//! Picks endpoints. Pure: the time comes in as an argument.
 
 use std::{
     collections::BTreeMap,
@@ -15,7 +15,7 @@ use crate::{
     model::{Endpoint, Millis},
 };
 
-/// What is remembered of one endpoint of one service. Every route to it shares this, from table to table.
+/// The state of one endpoint of one service. All routes to it share it, from table to table.
 ///
 /// What a pick reads comes first, next to the reference count that it adds to: with many endpoints a pick is as slow as the
 /// memory that it waits for.
@@ -26,32 +26,32 @@ pub struct EndpointState {
     active: AtomicU32,
     /// Failures since the last success.
     failures: AtomicU32,
-    /// Somebody asked that no new connection goes here.
+    /// Drained via the API: gets no new connections.
     drained: AtomicBool,
-    /// What active checks say: a number of [`Checked`].
+    /// The result of active checks: a number of [`Checked`].
     checked: AtomicU8,
     /// When a pick by least connections first saw it; 0 before.
     seen: AtomicU64,
     pub endpoint: Endpoint,
-    /// It is not picked before this moment. Means something only while `failures` is not 0.
+    /// It is not picked before this time. Valid only while `failures` is not 0.
     ejected_until: AtomicU64,
     /// A connection probes it until then.
     probed_until: AtomicU64,
-    /// Active checks that failed since the last that passed.
+    /// Active checks that failed since the last success.
     failed_checks: AtomicU32,
     /// Ejections since the start.
     ejections: AtomicU64,
-    /// Tries that failed since the start.
+    /// Failed attempts since the start.
     failed: AtomicU64,
-    /// What is counted of its connections.
+    /// The counters of its connections.
     pub counts: ConnectionCounts,
 }
 
-/// What active checks say of an endpoint.
+/// The result of active checks of an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Checked {
-    /// Nobody asks for checks, or none has a result yet.
+    /// No binding has a check, or there is no result yet.
     Not,
     Passes,
     Fails,
@@ -65,8 +65,8 @@ impl EndpointState {
     const PROBE: u64 = 2_000;
     /// Active checks that fail in a row before the endpoint does.
     const FALL: u32 = 2;
-    /// How long least connections takes a new endpoint up: meanwhile its share of the connections grows from a tenth to
-    /// the whole, lest one that is not warm yet gets all that come.
+    /// Slow start with least connections: in this time the share of a new endpoint grows from a tenth to the full share.
+    /// Otherwise a cold endpoint would get all new connections.
     pub const SLOW_START: u64 = 10_000;
 
     pub fn new(endpoint: Endpoint) -> Self {
@@ -95,17 +95,17 @@ impl EndpointState {
         self.ejections.load(Relaxed)
     }
 
-    /// Tries to connect that failed since the start.
+    /// Failed connect attempts since the start.
     pub fn failed_tries(&self) -> u64 {
         self.failed.load(Relaxed)
     }
 
-    /// Failures in a row, those that met the same ejection counted once.
+    /// Failures in a row; failures of attempts from before an ejection's end count once.
     pub fn failures(&self) -> u32 {
         self.failures.load(Relaxed)
     }
 
-    /// Takes it out of the choice for new connections, or puts it back. Its live ones go on.
+    /// Drains it (no new connections; open ones stay), or ends the drain.
     pub fn drain(&self, drained: bool) {
         self.drained.store(drained, Relaxed);
     }
@@ -114,15 +114,15 @@ impl EndpointState {
         self.drained.load(Relaxed)
     }
 
-    /// How much longer it is skipped. `None` where it is not ejected.
+    /// The remaining time for which it is skipped. `None` if it is not ejected.
     pub fn ejected_for(&self, now: Millis) -> Option<Duration> {
         let until = self.ejected_until.load(Relaxed);
         let left = Duration::from_millis(until.saturating_sub(now.0));
         (self.failures() != 0).then_some(left)
     }
 
-    /// A connection opened, in this time: whatever was held against the endpoint is forgotten. Whether there was
-    /// anything.
+    /// A connection opened, in this time: the endpoint's failures are forgotten. Returns whether there were
+    /// any.
     pub fn succeeded(&self, took: Duration) -> bool {
         self.counts.start();
         self.counts.connect.observe(took);
@@ -134,11 +134,11 @@ impl EndpointState {
         back
     }
 
-    /// A connection that was begun at `start` could not be opened: every route skips the endpoint for a while. How long,
-    /// where this is what ejected it.
+    /// A connect attempt that started at `start` failed: all routes skip the endpoint for a while. Returns for how long, if
+    /// this ejected it.
     ///
-    /// Many connections may meet one failure at the same time. It counts once: of those that were begun before the
-    /// ejection's end, nothing more is learnt.
+    /// Many attempts may fail at the same time for one reason. It counts once: attempts from before the ejection's end show
+    /// nothing new.
     pub fn failed(&self, start: Millis, now: Millis) -> Option<Duration> {
         self.failed.fetch_add(1, Relaxed);
         let until = self.ejected_until.load(Relaxed);
@@ -155,7 +155,7 @@ impl EndpointState {
         Some(Duration::from_millis(ejection))
     }
 
-    /// What came of an active check; whether it changes what is to be thought of the endpoint.
+    /// Records the result of an active check. Returns whether this changes the endpoint's state.
     pub fn checked(&self, passed: bool) -> bool {
         let now = if passed {
             self.failed_checks.store(0, Relaxed);
@@ -175,7 +175,7 @@ impl EndpointState {
         self.checked.store(Checked::Not as u8, Relaxed);
     }
 
-    /// What active checks say.
+    /// The result of active checks.
     pub fn check(&self) -> Checked {
         match self.checked.load(Relaxed) {
             passes if passes == Checked::Passes as u8 => Checked::Passes,
@@ -184,13 +184,13 @@ impl EndpointState {
         }
     }
 
-    /// Whether a connection that excludes these endpoints may go here at all. Being ejected is no reason against it: where
-    /// all are ejected, all are tried.
+    /// Whether a connection that excludes these endpoints may go here at all. An ejected endpoint may be used: if all are ejected, all are
+    /// tried.
     fn is_choice(&self, excluded: &[Endpoint]) -> bool {
         !excluded.contains(&self.endpoint) && !self.is_drained()
     }
 
-    /// Whether nothing is held against it.
+    /// Whether it has no failures and no failed check.
     fn is_trusted(&self) -> bool {
         self.failures.load(Relaxed) == 0 && self.check() != Checked::Fails
     }
@@ -203,8 +203,8 @@ impl EndpointState {
             && (now.0 < self.ejected_until.load(Relaxed) || now.0 < self.probed_until.load(Relaxed))
     }
 
-    /// Whether a connection may go here now. Of an endpoint whose ejection ended, only one caller hears yes: it is the
-    /// probe, and the others wait for what comes of it.
+    /// Whether a connection may go here now. If an endpoint's ejection ended, only one caller gets `true`: its
+    /// connection is the probe, and the others wait for its result.
     fn admit(&self, now: Millis) -> bool {
         if self.check() == Checked::Fails {
             return false;
@@ -223,7 +223,7 @@ impl EndpointState {
 
     /// How busy it would be with one more connection, in thousandths of one: during its slow start each counts for more.
     fn load(&self, now: Millis) -> u64 {
-        // The first who sees it says when; 0 means nobody has. A pick looks at every endpoint: those that were seen are only read.
+        // The first pick that sees the endpoint stores the time; 0 means not seen. Later picks only read it.
         let seen = match self.seen.load(Relaxed) {
             0 => {
                 let first = self.seen.compare_exchange(0, now.0.max(1), Relaxed, Relaxed);
@@ -234,12 +234,12 @@ impl EndpointState {
         self.load_if_seen_at(seen, now)
     }
 
-    /// The same, without being who sees it first.
+    /// The same, without recording that it was seen.
     fn load_at_a_glance(&self, now: Millis) -> u64 {
         self.load_if_seen_at(self.seen.load(Relaxed), now)
     }
 
-    /// Seen first at that moment, or now where that is 0.
+    /// The time when it was first seen; now if that is 0.
     fn load_if_seen_at(&self, seen: u64, now: Millis) -> u64 {
         let age = if seen == 0 { 0 } else { now.0.saturating_sub(seen) };
         let share = age.saturating_mul(1_000) / Self::SLOW_START;
@@ -253,7 +253,7 @@ impl EndpointState {
     }
 }
 
-/// Holding one is being connected, or about to be.
+/// While it is held, the connection counts as open.
 #[derive(Debug)]
 pub struct Lease(Arc<EndpointState>);
 
@@ -269,11 +269,11 @@ impl Drop for Lease {
     }
 }
 
-/// The endpoints of a service in the order of their turns.
+/// The endpoints of a service in balancing order.
 ///
-/// The position is shared with the rotations before and after this one. A rotation that takes over starts with the
-/// endpoint whose turn it was, so a change of endpoints disturbs nobody's turn, nor does it matter which of the two a
-/// concurrent pick still uses.
+/// The position is shared with the rotations before and after this one. A new rotation starts with the
+/// endpoint whose turn it was, so a change of endpoints does not change the order, and a concurrent pick may use either
+/// rotation.
 #[derive(Debug)]
 pub struct Rotation {
     position: Arc<AtomicU64>,
@@ -304,7 +304,7 @@ impl Rotation {
         &self.order
     }
 
-    /// The endpoint that the next connection would get, if it came now: never one of `excluded`. Nothing is taken by looking.
+    /// The endpoint that the next connection would get, if it came now: never one of `excluded`. Does not change the rotation.
     pub fn peek(
         &self,
         balance: Balance,
@@ -331,7 +331,7 @@ impl Rotation {
     }
 
     /// The endpoint for the next connection, or for its next try: never one of `excluded` nor a drained one, and not an
-    /// ejected one while there is another. `None` where no other endpoint is left.
+    /// ejected one while there is another. `None` if no other endpoint is left.
     pub fn pick(
         &self,
         balance: Balance,
@@ -350,7 +350,7 @@ impl Rotation {
                     }
                     last_resort.get_or_insert(state);
                 }
-                // One draw more than there are turns: where all are ejected, each has its turn all the same. Concurrent draws
+                // One draw more than there are turns: if all are ejected, each still has its turn. Concurrent draws
                 // may have taken every turn of an endpoint that is left.
                 let next = self.draw().filter(fresh).or(last_resort);
                 next.or_else(|| self.order.iter().find(fresh))

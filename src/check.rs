@@ -1,7 +1,7 @@
-//! `check=tcp`: endpoints are dialled now and then, and one that does not answer is used only where all do not.
+//! `check=tcp`: connects to endpoints at intervals; one that does not accept is used only if none does.
 //!
-//! However many routes ask for it, an endpoint is dialled by one task, and only while one asks. Two failures in a row
-//! and it fails; one success and it passes, and what connections held against it is forgotten too.
+//! One task checks an endpoint for all routes, as long as a binding has a check. After two failures in a row the check fails;
+//! after one success it passes, and the endpoint's failed connections are forgotten too.
 
 use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
@@ -22,14 +22,14 @@ use crate::{
     table::Table,
 };
 
-/// From one check of an endpoint to the next, with a tenth more or less, so that many hosts do not check in step.
+/// Interval of checks of an endpoint, varied by a tenth, so that many hosts do not check at the same time.
 pub const INTERVAL: Duration = Duration::from_secs(2);
-/// How long a connection may take to open.
+/// Connect timeout.
 pub const TIMEOUT: Duration = Duration::from_secs(1);
-/// Checks at a time.
+/// Maximum number of concurrent checks.
 const AT_A_TIME: usize = 64;
 
-/// Checks the endpoints of each table, for ever. `mark` keeps our own dials from being captured.
+/// Checks the endpoints of each table; never returns. `mark` keeps our own connections from being captured.
 pub async fn run(mut tables: watch::Receiver<Arc<Table>>, mark: Option<u32>, events: Events) {
     let permits = Arc::new(Semaphore::new(AT_A_TIME));
     let mut running: HashMap<usize, Running> = HashMap::new();
@@ -94,18 +94,18 @@ async fn check(
             Ok(()) => {
                 let was_ejected = state.failures() != 0;
                 if state.checked(true) {
-                    info!(%endpoint, service = %query, "check passes");
+                    info!(%endpoint, service = %query, "endpoint check passes");
                 }
                 if was_ejected {
-                    info!(%endpoint, service = %query, "endpoint back");
+                    info!(%endpoint, service = %query, "endpoint is back");
                     events.report(|| Event::EndpointBack { query: query.clone(), endpoint });
                 }
             }
             Err(error) if is_fault_of_this_host(&error) => {
-                warn!(%endpoint, service = %query, %error, "cannot check");
+                warn!(%endpoint, service = %query, %error, "cannot check endpoint");
             }
             Err(error) if state.checked(false) => {
-                warn!(%endpoint, service = %query, %error, "check fails");
+                warn!(%endpoint, service = %query, %error, "endpoint check fails");
             }
             Err(_) => {}
         }

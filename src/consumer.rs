@@ -1,4 +1,4 @@
-//! One who asks for services, and what it asks for.
+//! A consumer and its bindings.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -7,18 +7,18 @@ use crate::{
     model::{ConsumerId, RunEnd},
 };
 
-/// One who asks for services: its addresses, and what it asks for.
+/// A consumer: its addresses and its bindings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Consumer {
     pub id: ConsumerId,
-    /// For people: the container's name.
+    /// The container's name, for messages.
     pub name: Arc<str>,
     /// The network namespace it lives in: the container that made it, or `local`. Consumers that share one share its
     /// addresses.
     pub namespace: Arc<str>,
-    /// Every address its connections may come from. Sorted, without repeats.
+    /// All its source addresses. Sorted, without repeats.
     pub sources: Vec<IpAddr>,
-    /// The gateways of the bridge networks it is on: VIPs, unless the user named theirs.
+    /// The gateways of its bridge networks: VIPs, unless the user set some.
     pub gateways: Vec<IpAddr>,
     pub bindings: Vec<Binding>,
     /// The end of its run, and of the run that its network namespace belongs to.
@@ -26,7 +26,7 @@ pub struct Consumer {
 }
 
 impl Consumer {
-    /// Whether it, or its network, is known to be gone, whatever the listing that it stands in says.
+    /// Whether it, or its network, is known to be gone, even if the listing still has it.
     pub fn has_ended(&self) -> bool {
         self.ends.iter().any(RunEnd::has_ended)
     }
@@ -38,10 +38,10 @@ impl Consumer {
     }
 }
 
-/// One consumer asks for one service on one port.
+/// A binding: a consumer asks for a service on a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Binding {
-    /// The variable or label that declared it, for people.
+    /// The variable or label that declared it, for messages.
     pub origin: Arc<str>,
     pub descriptor: Descriptor,
 }

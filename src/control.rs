@@ -1,4 +1,4 @@
-//! The one task that knows everything: it asks for what the bindings name, and publishes a table for every change.
+//! The control task: queries the services of all bindings, and publishes a table after each change.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -30,22 +30,22 @@ use demand::{Demand, DemandChange};
 use hold::EmptyHold;
 pub use hold::InUse;
 
-/// What the table depends on besides the sources.
+/// The settings of the table.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The VIPs that the user named. `None`: docker0's address, and the gateways of the consumers' bridge networks.
+    /// The VIPs of --proxy-ip. `None`: docker0's address, and the gateways of the consumers' bridge networks.
     pub vips: Option<Vec<Vip>>,
     /// Whether a container that is not known yet may wait for that: then the gateways of all bridge networks are VIPs, where
     /// the user named none, as it may be the first of its network.
     pub strangers: bool,
-    /// For bindings that name no balance.
+    /// The balance of bindings without lb=.
     pub balance: Balance,
-    /// How long the last endpoints outlive a valid empty answer.
+    /// How long the last endpoints stay in use after a valid empty answer.
     pub empty_hold: Duration,
     pub resync: ResyncRequests,
 }
 
-/// What is being waited for before embassy is ready.
+/// The parts for which readiness waits.
 #[derive(Debug)]
 pub struct Waiting {
     /// The provider's first full listing.
@@ -54,14 +54,14 @@ pub struct Waiting {
     pub answers: Guard,
 }
 
-/// Where to find what the sources know, for the metrics.
+/// The state of the sources, for the metrics.
 #[derive(Debug, Clone)]
 pub struct Sources {
     pub provider: Answers<Listing>,
     pub queries: Arc<[(Query, Answers<Endpoints>)]>,
-    /// What is in use of a query, where that is not its answer.
+    /// The endpoints in use of a query, if they are not its last answer.
     pub in_use: Arc<HashMap<Query, InUse>>,
-    /// The listing that the table is made of: the provider's last, or one that an earlier run knew. `None` before any.
+    /// The listing of the table: the provider's last one, or the saved one. `None` before the first.
     pub listing: Option<Arc<Listing>>,
 }
 
@@ -73,27 +73,27 @@ pub struct Control {
     watches: Watches,
     bell: Arc<Notify>,
     demand: Demand,
-    /// What is known of every query that is followed.
+    /// The state of each followed query.
     known: HashMap<Query, Known<Endpoints>>,
-    /// Queries that are asked for and of which nothing was heard yet, no error either.
+    /// Queries without an answer or an error so far.
     unheard: HashSet<Query>,
     hold: EmptyHold,
     /// The listing in use.
     listing: Option<Arc<Listing>>,
-    /// What an earlier run knew of the consumers, until the provider answers.
+    /// The saved consumers, until the provider answers.
     kept: Option<Arc<Listing>>,
-    /// Who keeps the table for a later run.
+    /// The writer of the state file.
     keeper: Option<watch::Sender<Option<Snapshot>>>,
     tables: watch::Sender<Arc<Table>>,
     sources: watch::Sender<Sources>,
     report: Report,
     waiting: (Option<Guard>, Option<Guard>),
-    /// Until when the first table waits for the first answers.
+    /// The time until which the first table waits for first answers.
     patience: Option<Instant>,
     gateways: Gateways,
 }
 
-/// How long one service whose discovery says nothing may delay all others at the start.
+/// How long a service without an answer may delay all others at the start.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Control {
@@ -135,29 +135,29 @@ impl Control {
         }
     }
 
-    /// Takes over what an earlier run knew, and gives `keeper` what a later one should.
+    /// Uses the saved table until the sources answer, and sends each table to `keeper`.
     pub fn remember(&mut self, restored: Restored, keeper: watch::Sender<Option<Snapshot>>) {
         self.hold.kept = restored.endpoints;
         self.kept = restored.listing;
         self.keeper = Some(keeper);
     }
 
-    /// Rung by what should make this task look again.
+    /// Notified if this task should run again.
     pub fn bell(&self) -> Arc<Notify> {
         self.bell.clone()
     }
 
-    /// The tables, as they are published. The first is empty, with version 0.
+    /// The published tables. The first is empty and has version 0.
     pub fn tables(&self) -> watch::Receiver<Arc<Table>> {
         self.tables.subscribe()
     }
 
-    /// Where to find what the sources know.
+    /// The state of the sources.
     pub fn sources(&self) -> watch::Receiver<Sources> {
         self.sources.subscribe()
     }
 
-    /// Follows the sources for ever.
+    /// Follows the sources; never returns.
     pub async fn run(mut self) {
         loop {
             let wake = self.step(Instant::now());
@@ -174,9 +174,9 @@ impl Control {
         }
     }
 
-    /// Publishes what follows from what is known now. When to look again, if nothing else happens.
+    /// Publishes the current table. Returns when to run again if nothing else happens.
     ///
-    /// It costs what changed: a host may have ten thousand consumers and a hundred thousand endpoints.
+    /// The cost depends on the changes only: a host may have ten thousand consumers and a hundred thousand endpoints.
     fn step(&mut self, now: Instant) -> Option<Instant> {
         let (listing, listed_anew) = self.listing()?;
         let consumers: Vec<_> = listing.consumers.iter().filter(|c| !c.has_ended()).collect();
@@ -187,7 +187,7 @@ impl Control {
         heard.extend(self.hold.restless().cloned());
         let mut wake = self.settle(&heard, now);
 
-        // Before the first table nothing is captured: a moment's patience, and its routes have endpoints.
+        // Nothing is captured before the first table. A short wait gives its routes endpoints.
         let first = self.tables.borrow().version == 0;
         let patience = *self.patience.get_or_insert(now + PATIENCE);
         if first && !self.unheard.is_empty() && now < patience {
@@ -206,7 +206,7 @@ impl Control {
         wake
     }
 
-    /// The listing to use, and whether it is another than before. `None` before there is any.
+    /// The listing to use, and whether it changed. `None` before the first.
     fn listing(&mut self) -> Option<(Arc<Listing>, bool)> {
         let is_first = self.listing.is_none();
         if self.provider.has_changed().unwrap_or(false) || is_first {
@@ -227,7 +227,7 @@ impl Control {
         self.listing.clone().map(|listing| (listing, false))
     }
 
-    /// Has the watches ask for what these consumers do. The queries that are asked for from now on, or no more.
+    /// Follows the queries of these consumers. Returns the queries that are new or no longer needed.
     fn demand(&mut self, consumers: &[&Arc<Consumer>], now: Instant) -> BTreeSet<Query> {
         let discoveries = &self.discoveries;
         let query = |binding: &Binding| discoveries.query(&binding.descriptor).ok();
@@ -239,7 +239,7 @@ impl Control {
         }
         for query in &new {
             self.watches.ask(query);
-            // It may have been followed all the time, for a consumer that restarts.
+            // It may still be followed, for a consumer that restarts.
             match self.known.get(query) {
                 Some(known) => self.report.source(&query.to_string(), known),
                 None => drop(self.unheard.insert(query.clone())),
@@ -252,7 +252,7 @@ impl Control {
         new.into_iter().chain(gone).collect()
     }
 
-    /// The queries of which something was heard.
+    /// The queries that have an answer or an error.
     fn news(&mut self) -> Vec<Query> {
         let mut heard = Vec::new();
         for (query, known) in self.watches.news() {
@@ -268,7 +268,7 @@ impl Control {
         heard
     }
 
-    /// Settles which endpoints of these queries to use. When to look again, if nothing else happens.
+    /// Decides which endpoints of these queries to use. Returns when to run again if nothing else happens.
     fn settle(&mut self, queries: &BTreeSet<Query>, now: Instant) -> Option<Instant> {
         let mut wake: Option<Instant> = None;
         for query in queries {
@@ -284,7 +284,7 @@ impl Control {
         wake
     }
 
-    /// Says what has become ready.
+    /// Completes the readiness parts that are done.
     fn ready(&mut self) {
         if self.provider.borrow().value.is_some()
             && let Some(listing) = self.waiting.0.take()
@@ -309,7 +309,7 @@ impl Control {
         self.demand.queries().all(|query| answering.contains(&query.via))
     }
 
-    /// Gives a later run what this one knows.
+    /// Sends the current state to the writer of the state file.
     fn keep(&self, listing: &Arc<Listing>) {
         let Some(keeper) = &self.keeper else { return };
         let (mut endpoints, mut confirmed) =
@@ -322,7 +322,7 @@ impl Control {
         keeper.send_replace(Some(Snapshot { listing, endpoints, confirmed }));
     }
 
-    /// Shows where to find what the sources know.
+    /// Publishes the state of the sources.
     fn show(&self, listing: Arc<Listing>) {
         let queries = self.watches.answers().into();
         let provider = self.provider.clone();
@@ -330,7 +330,7 @@ impl Control {
         self.sources.send_replace(Sources { provider, queries, in_use, listing: Some(listing) });
     }
 
-    /// Publishes the table that follows from what is used now, if it is another.
+    /// Publishes the table of the current data, if it changed.
     fn publish(
         &mut self,
         listing: &Arc<Listing>,
@@ -361,22 +361,22 @@ impl Control {
     }
 }
 
-/// The VIPs that come with interfaces, as they were seen last.
+/// The VIPs of interfaces, from the last listing.
 #[derive(Debug, Default)]
 struct Gateways {
     vips: Vec<Vip>,
-    /// For which listing, and when.
+    /// The provider listing, and the time, of the last listing of interfaces.
     seen: Option<(Arc<Listing>, Instant)>,
     /// When to look again, as it was too early for it. A bridge may have come, or have another address, since the last look.
     look_again: Option<Instant>,
 }
 
 impl Gateways {
-    /// Between two looks for one listing: to list the interfaces of a host that has thousands takes longer than all else.
+    /// Minimum interval for one provider listing: with thousands of interfaces, listing them takes longer than everything else.
     const PAUSE: Duration = Duration::from_secs(1);
 
-    /// The addresses of docker0, and of all bridges where strangers count; the last ones that were seen, where they cannot
-    /// be asked now.
+    /// The addresses of docker0, and of all bridges if unknown containers are captured; the previous ones if they cannot be
+    /// listed now.
     fn seen(&mut self, listing: &Arc<Listing>, strangers: bool, now: Instant) -> Vec<Vip> {
         let is_fresh = |(seen, at): &&(Arc<Listing>, Instant)| {
             seen.bridges == listing.bridges && now.saturating_duration_since(*at) < Self::PAUSE
@@ -397,11 +397,11 @@ impl Gateways {
 }
 
 impl Report {
-    /// Says in the log what a table has that the one before it had not, and the other way round.
+    /// Logs the routes that were added and removed.
     fn table(&mut self, next: &Table) {
         self.unrouted(next);
         if next.version == 1 {
-            info!(routes = next.routes().len(), vips = list(next.vips()), "the first table");
+            info!(routes = next.routes().len(), vips = list(next.vips()), "initial routing table");
         }
         for route in &next.changes().added {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "new route");
@@ -412,7 +412,7 @@ impl Report {
             self.events.report(|| Event::RouteRemoved(route.clone()));
         }
         if next.vips().is_empty() && next.routes().len() > 0 {
-            warn!("no VIP: nothing is captured; name one with --proxy-ip");
+            warn!("no VIP: nothing is captured; set one with --proxy-ip");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What is counted of connections: plain atomics, cheap enough to be touched by every connection.
+//! The counters of connections: plain atomics, cheap enough for every connection.
 
 use std::{
     borrow::Cow,
@@ -12,20 +12,20 @@ use std::{
 
 use crate::{model::Millis, outcome::Tally};
 
-/// What is counted of the connections of one route, or to one endpoint, or of one worker.
+/// The counters of one route, one endpoint or one worker.
 #[derive(Debug, Default)]
 pub struct ConnectionCounts {
-    /// Connections that began: for a route, every one that was accepted for it.
+    /// Connections started: for a route, the accepted ones.
     pub started: AtomicU64,
-    /// How they ended. To an endpoint, only those that had been opened.
+    /// Outcomes. For an endpoint, only of opened connections.
     pub ended: Tally,
-    /// Bytes from consumers to endpoints. A live connection's are added when somebody asks, and when it ends.
+    /// Bytes from consumers to endpoints. Those of a live connection are added when the figures are read, and when it ends.
     pub bytes_up: AtomicU64,
     /// Bytes from endpoints to consumers.
     pub bytes_down: AtomicU64,
-    /// How long opening took. Its count is the number of connections that were opened.
+    /// Connect times. Their count is the number of opened connections.
     pub connect: Histogram,
-    /// Further tries after an endpoint failed.
+    /// Further attempts after an endpoint failed.
     pub retries: AtomicU64,
     pub last_error: LastError,
 }
@@ -48,15 +48,15 @@ impl ConnectionCounts {
         }
     }
 
-    /// Connections that began and have not ended.
+    /// Connections that started and have not ended.
     pub fn active(&self) -> u64 {
-        // Read first: what ends meanwhile began before.
+        // Read first: a connection that ends meanwhile has started before.
         let ended = self.ended.sum();
         self.started.load(Relaxed).saturating_sub(ended)
     }
 }
 
-/// The last thing that went wrong. Written only when something does, so a lock does no harm.
+/// The last error. It is written only on errors, so a lock is cheap enough.
 #[derive(Debug, Default)]
 pub struct LastError(Mutex<Option<(Millis, Cow<'static, str>)>>);
 
@@ -65,7 +65,7 @@ impl LastError {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((now, text.into()));
     }
 
-    /// When it was, and what.
+    /// The time and the text.
     pub fn get(&self) -> Option<(Millis, Cow<'static, str>)> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -84,7 +84,7 @@ pub const BOUNDS: [u64; BUCKETS - 1] =
     [250, 500, 1_000, 2_500, 10_000, 50_000, 250_000, 1_000_000, 2_500_000, 5_000_000];
 const BUCKETS: usize = 11;
 
-/// The longest duration that is told apart, in seconds: a quantile of as much is at least that.
+/// The highest bucket bound, in seconds: a quantile of this value may be higher.
 pub const LONGEST: f64 = 5.0;
 
 impl Histogram {
@@ -142,7 +142,7 @@ impl Distribution {
     }
 
     /// The duration, in seconds, that this part of all stayed below, `part` between 0 and 1: interpolated within its
-    /// bucket, as Prometheus does, and the largest bound where it lies beyond. `None` where nothing was counted.
+    /// bucket, as Prometheus does, and the largest bound if it is above. `None` if nothing was counted.
     pub fn quantile(&self, part: f64) -> Option<f64> {
         let count = self.count();
         if count == 0 {

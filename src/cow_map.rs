@@ -1,4 +1,4 @@
-//! A map whose copies share what they have in common: to copy it costs the same whatever it holds, to change a copy costs
+//! A map whose copies share what they have in common: the cost of a copy does not depend on its size, to change a copy costs
 //! a small part of it, and what differs between two copies is found without looking at the rest.
 
 use std::{
@@ -104,7 +104,7 @@ impl<K: Hash + Eq + Clone, V: Clone> CowMap<K, V> {
 
     /// Takes an entry out.
     pub fn remove(&mut self, key: &K) -> Option<V> {
-        // A part is copied only where that changes something.
+        // A part is copied only if that changes something.
         self.get(key)?;
         let hash = HASHER.hash_one(key);
         let entry = self.part_mut(hash)?.find_entry(hash, |(other, _)| other == key).ok()?;
@@ -215,7 +215,7 @@ mod tests {
         Insert(u8, u8),
         Remove(u8),
         Change(u8),
-        /// From here on, what differs is told against this.
+        /// Later differences are computed against this copy.
         Copy,
     }
 

@@ -17,13 +17,13 @@ pub struct Descriptor {
     pub port: Port,
     /// What follows the port: `/tcp`, or nothing, which means the same.
     pub protocol: Protocol,
-    /// `lb=`; where absent, the command line's `--lb`.
+    /// `lb=`; if absent, the command line's `--lb`.
     pub balance: Option<Balance>,
     /// `drain=`: what happens to the live connections of an endpoint that goes away.
     pub drain: EndpointDrain,
     /// `dc=`: the Consul datacentre to ask.
     pub dc: Option<Arc<str>>,
-    /// `via=`: the discovery to ask, by its scheme; where absent, the first that was given.
+    /// `via=`: the discovery to ask, by its scheme; if absent, the first one.
     pub via: Option<Arc<str>>,
     /// `check=tcp`: probe the endpoints actively.
     pub check: Option<Check>,

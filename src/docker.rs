@@ -1,4 +1,4 @@
-//! A Docker engine: where it is, and how to reach it. Shared by the provider and by the discovery of the same name.
+//! The address of a Docker engine, and how to connect to it. Shared by the provider and by the discovery of the same name.
 
 use std::{
     fmt,
@@ -30,11 +30,11 @@ pub enum Address {
     Tcp(String),
 }
 
-/// An engine, and the client certificate it wants where TLS is asked for.
+/// An engine, and the client certificate for TLS, if TLS is enabled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Engine {
     pub address: Address,
-    /// The folder of `key.pem`, `cert.pem` and `ca.pem`: `DOCKER_CERT_PATH`, where `DOCKER_TLS_VERIFY` is set.
+    /// The folder of `key.pem`, `cert.pem` and `ca.pem`: `DOCKER_CERT_PATH`, if `DOCKER_TLS_VERIFY` is set.
     pub certificates: Option<PathBuf>,
 }
 

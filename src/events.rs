@@ -1,4 +1,4 @@
-//! What changes, for whoever listens: a bounded queue that nobody who reports waits for.
+//! Changes, for subscribers: a bounded queue that never blocks the sender.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,59 +14,59 @@ use crate::{
 /// A change.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// A consumer's connections on a port go somewhere now.
+    /// A new route.
     RouteAdded(Arc<Route>),
-    /// And now they do not any more.
+    /// A removed route.
     RouteRemoved(Arc<Route>),
-    /// A service has these endpoints in use from now on.
+    /// The endpoints of a service changed to these.
     EndpointsChanged { query: Query, endpoints: Vec<Endpoint> },
-    /// No connection could be opened to an endpoint: every route skips it for this time.
+    /// A connect attempt to an endpoint failed: all routes skip it for this time.
     EndpointEjected { query: Query, endpoint: Endpoint, error: String, time: Duration },
-    /// A connection to an ejected endpoint was opened, or its active check passed: it takes its turn again.
+    /// A connection to an ejected endpoint was opened, or its active check passed: it gets connections again.
     EndpointBack { query: Query, endpoint: Endpoint },
-    /// No new connections go to an endpoint, or again: somebody asked for it.
+    /// An endpoint was drained via the API, or its drain ended.
     EndpointDrained { service: ServiceName, endpoint: Endpoint, drained: bool },
-    /// A source does not answer. What was known of it stays in use.
+    /// A source does not answer. Its last data stays in use.
     SourceLost { source: String, error: Arc<str> },
     /// A source answers again.
     SourceBack { source: String },
-    /// Somebody removed or changed our rules, and they were put back. The first rule that was gone.
+    /// Another program removed or changed our rules, and embassy restored them. The first missing rule.
     CaptureRestored { change: Change, missing: String },
-    /// The listener was too slow and missed so many changes.
+    /// The subscriber was too slow and missed this number of changes.
     Missed { changes: u64 },
 }
 
 worded! {
-    /// What others did to our rules, by what was listed right after they were written.
+    /// What other programs changed in our rules, compared with the listing right after we wrote them.
     pub enum Change {
-        /// nothing of ours is left: a flush, or a reload of the whole firewall
+        /// all our rules are gone: a flush, or a reload of the whole firewall
         Vanished = "vanished",
-        /// some are missing
+        /// some rules are missing
         Incomplete = "incomplete",
-        /// another's rule stands where ours has to: it comes first now
+        /// another program's rule comes before ours
         Displaced = "displaced",
-        /// nothing is missing, but something stands among ours
+        /// no rule is missing, but a rule was added to ours
         Added = "added",
     }
 }
 
-/// Where changes are reported. Clones are the same.
+/// The sender of changes. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Events(broadcast::Sender<Arc<Event>>);
 
 impl Events {
-    /// Changes that a slow listener may be behind; then it misses the oldest.
+    /// Queue length; a slower subscriber misses the oldest changes.
     const QUEUE: usize = 1024;
 
-    /// Reports a change. Nobody is waited for.
+    /// Reports a change. Never blocks.
     pub fn report(&self, event: impl FnOnce() -> Event) {
         if self.0.receiver_count() > 0 {
-            // Whoever listened may have left meanwhile.
+            // The subscriber may have gone meanwhile.
             let _ = self.0.send(Arc::new(event()));
         }
     }
 
-    /// What changes from now on.
+    /// The changes from now on.
     pub fn listen(&self) -> broadcast::Receiver<Arc<Event>> {
         self.0.subscribe()
     }

@@ -18,7 +18,7 @@ use crate::{
     registry, state,
 };
 
-/// Reads its input, and panics where that shows a fault.
+/// Reads its input, and panics if that shows a bug.
 pub type Target = fn(&[u8]);
 
 /// Every target, by its name; `fuzz/seeds/<name>/` holds inputs to start from.

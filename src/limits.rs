@@ -1,4 +1,4 @@
-//! The limits that the kernel sets on this process: how many connections they allow for.
+//! The limits that the kernel sets on this process: how many connections they allow.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{info, warn};
@@ -15,17 +15,17 @@ const PER_CONNECTION: u64 = 2;
 /// watched as well ([`Memory::watch`](crate::memory::Memory::watch)).
 const BYTES_PER_CONNECTION: u64 = 16 << 10;
 
-/// So many connections are let in however scarce memory is: they are not what fills it.
+/// This many connections are accepted even if memory is nearly used up: they are not what fills it.
 pub const FEW: usize = 64;
 
-/// Raises the limit of descriptors as far as it goes. How many connections may be open: what was asked for, as far as the
-/// descriptors and `memory`, the bytes that may still be used, reach.
+/// Raises the descriptor limit to its maximum. Returns the maximum number of connections: the requested one, bounded by
+/// descriptors and by `memory`, the number of bytes still available.
 pub fn connections(asked: Option<usize>, memory: Option<u64>) -> usize {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum
         && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
     {
-        warn!(%error, "cannot raise the limit of descriptors");
+        warn!(%error, "cannot raise the descriptor limit");
     }
     let descriptors = getrlimit(Resource::Nofile).current;
     let (room, bound) =
@@ -35,17 +35,17 @@ pub fn connections(asked: Option<usize>, memory: Option<u64>) -> usize {
             .min()
             .unwrap_or((usize::MAX, "nothing"));
     if let Some(asked) = asked.filter(|asked| *asked > room) {
-        warn!(asked, room, bound, "--max-connections is more than there is room for");
+        warn!(asked, room, bound, "--max-connections is higher than this host's limits allow");
     }
     let (connections, bound) = match asked {
         Some(asked) if asked <= room => (asked, "--max-connections"),
         _ => (room, bound),
     };
-    info!(descriptors, memory, connections, bound, "connections that may be open at a time");
+    info!(descriptors, memory, connections, bound, "maximum number of open connections");
     connections
 }
 
-/// How many connections this many descriptors allow for at a time.
+/// The number of connections that this many descriptors allow at a time.
 pub(crate) fn by_descriptors(descriptors: u64) -> usize {
     let reserve = RESERVE.max(descriptors / RESERVED_SHARE);
     usize::try_from(descriptors.saturating_sub(reserve) / PER_CONNECTION)
@@ -53,7 +53,7 @@ pub(crate) fn by_descriptors(descriptors: u64) -> usize {
         .max(1)
 }
 
-/// How many connections may be open by this many bytes that may still be used.
+/// The number of connections that this many available bytes allow.
 pub(crate) fn by_memory(bytes: u64) -> usize {
     usize::try_from(bytes / BYTES_PER_CONNECTION).unwrap_or(usize::MAX).max(FEW)
 }

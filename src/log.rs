@@ -1,4 +1,4 @@
-//! The log: to stderr, never blocking whoever writes to it.
+//! The log: to stderr, without ever blocking its writers.
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -18,10 +18,10 @@ use crate::config::LogFormat;
 
 mod fold;
 
-/// Lines of a kind that may wait for a slow stderr; beyond, new ones are dropped.
+/// Length of each queue for a slow stderr; further lines are dropped.
 const QUEUE: usize = 16 * 1024;
 
-/// The running log. What is still queued is written when it is dropped.
+/// The running log. Queued lines are written when it is dropped.
 #[derive(Debug)]
 pub struct Log {
     // Before the writers, because fields are dropped in this order.
@@ -29,10 +29,10 @@ pub struct Log {
     _writers: [WorkerGuard; 2],
 }
 
-/// Starts the log of this process. To be called once.
+/// Starts the log of this process. Must be called once.
 ///
-/// `filter` is `RUST_LOG`, and wins over `verbosity`: 0 says what a person wants to hear, 1 and up what was done and why,
-/// 4 and up everything of ours, 7 and up the libraries too. A filter that cannot be read is the error.
+/// `filter` is `RUST_LOG`, and overrides `verbosity`: 0 logs what an operator needs, 1 and up what was done and why, 4 and up
+/// everything of embassy, 7 and up the libraries too. A filter that does not parse is an error.
 pub fn start(format: LogFormat, verbosity: u8, filter: Option<&str>) -> Result<Log, LevelError> {
     let text = filter.map_or_else(|| verbosity.to_string(), str::to_owned);
     let parsed = match filter {
@@ -41,7 +41,7 @@ pub fn start(format: LogFormat, verbosity: u8, filter: Option<&str>) -> Result<L
         None => parse(directives(verbosity))?,
     };
     let (filter, handle) = reload::Layer::new(parsed);
-    // A second log of one process would be a mistake of ours, and `init` below panics on it.
+    // A second log in one process would be a bug, and `init` below panics on it.
     let _ = LEVEL.set(Level { handle, text: Mutex::new(text) });
     let (rest, rest_written) = queue();
     let (connections, connections_written) = queue();
@@ -64,10 +64,10 @@ pub fn start(format: LogFormat, verbosity: u8, filter: Option<&str>) -> Result<L
     Ok(Log { _fold: fold, _writers: [rest_written, connections_written] })
 }
 
-/// Why the level stays as it was.
+/// Why the level was not changed.
 #[derive(Debug, thiserror::Error)]
 pub enum LevelError {
-    #[error("{0:?}: expected a number from 0 to 10, or what RUST_LOG takes")]
+    #[error("{0:?}: expected a number from 0 to 10, or the syntax of RUST_LOG")]
     Unreadable(String),
     #[error(
         "{0:?}: expected a level such as info, or targets with levels such as warn,embassy=debug"
@@ -77,7 +77,7 @@ pub enum LevelError {
     NoLog,
 }
 
-/// Changes what is logged from now on: a verbosity from 0 to 10 as `-v` has it, else what `RUST_LOG` takes.
+/// Changes the level: a verbosity from 0 to 10 as for `-v`, or the syntax of `RUST_LOG`.
 pub fn set_level(text: &str) -> Result<(), LevelError> {
     let level = LEVEL.get().ok_or(LevelError::NoLog)?;
     let filter = match text.parse::<u8>() {
@@ -91,12 +91,12 @@ pub fn set_level(text: &str) -> Result<(), LevelError> {
     Ok(())
 }
 
-/// What is logged now, as [`set_level`] takes it. `None` where this process writes no log.
+/// The current level, in the syntax of [`set_level`]. `None` if this process writes no log.
 pub fn level() -> Option<String> {
     LEVEL.get().map(|level| level.text.lock().unwrap_or_else(PoisonError::into_inner).clone())
 }
 
-/// Lines that were dropped since the start because whoever reads the log is too slow.
+/// Lines that were dropped since the start because the reader of stderr is too slow.
 pub fn dropped() -> u64 {
     DROPPED.get().map_or(0, |all| all.iter().map(|queue| queue.dropped_lines() as u64).sum())
 }
@@ -150,7 +150,7 @@ fn queue() -> (NonBlocking, WorkerGuard) {
 /// The target of the connection log's lines.
 pub const CONNECTION: &str = "connection";
 
-/// Two queues: a flood of connections must not cost the lines that say what is wrong.
+/// Two queues: many lines of the connection log must not displace lines about problems.
 #[derive(Debug)]
 struct Writers {
     rest: NonBlocking,

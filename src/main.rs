@@ -51,7 +51,7 @@ async fn serve(config: Config) -> Result<()> {
     let mut hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
     info!(version = env!("CARGO_PKG_VERSION"), "embassy starts");
     if !config.ignored.is_empty() {
-        warn!(flags = config.ignored.join(" "), "ignored");
+        warn!(flags = config.ignored.join(" "), "ignoring flags that have no effect");
     }
     let mut app = App::start(config).await?;
     let failure = loop {
@@ -65,7 +65,7 @@ async fn serve(config: Config) -> Result<()> {
             error = app.failed() => break Some(error),
         }
     };
-    info!("embassy stops; a second signal ends it at once");
+    info!("embassy is shutting down; a second signal stops it at once");
     app.stop(async {
         tokio::select! {
             _ = terminate.recv() => {}

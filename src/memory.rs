@@ -1,4 +1,4 @@
-//! The memory limit of the control group that a process is in, and how near it is. Where it is reached, the kernel kills.
+//! The memory limit of the control group that a process is in, and the use. At the limit the kernel kills processes.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ pub struct Memory(Vec<Group>);
 /// How much of a limit is in use, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Use {
-    /// Without what the kernel takes back when it needs to: file contents that it keeps at hand.
+    /// Without reclaimable memory: the page cache.
     pub used: u64,
     pub limit: u64,
 }
@@ -33,9 +33,9 @@ impl Use {
 
 /// From here on new connections are refused: the kernel kills at 100, and others of the group want some too.
 pub const NEAR: u64 = 90;
-/// From here on they are let in again.
+/// Below this they are accepted again.
 const FAR: u64 = 85;
-/// How often it is looked. A tenth of a small limit may be used up by a rush of connections in less than a second.
+/// Poll interval. Many new connections may use a tenth of a small limit in less than a second.
 const LOOK: Duration = Duration::from_millis(200);
 
 impl Memory {
@@ -50,7 +50,7 @@ impl Memory {
     }
 
     fn of(process: &str) -> Self {
-        // Where they cannot be read no limit is known.
+        // If they cannot be read, there is no known limit.
         let groups = fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap_or_default();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         Self(
@@ -73,7 +73,7 @@ impl Memory {
         self.uses().map(|Use { used, limit }| (limit / 100 * NEAR).saturating_sub(used)).min()
     }
 
-    /// Says by `short`, for ever, whether memory is nearly used up. Returns at once where there is no limit.
+    /// Keeps `short` true while memory is nearly used up. Returns at once if there is no limit.
     pub async fn watch(self, short: Arc<Short>) {
         if self.tightest().is_none() {
             return;
@@ -108,7 +108,7 @@ impl Short {
             warn!(used, limit, "memory is nearly used up; new connections are refused");
         } else if self.get() && !now.reaches(FAR) {
             self.0.store(false, Relaxed);
-            info!(used, limit, "there is memory again; new connections are accepted");
+            info!(used, limit, "memory is available again; new connections are accepted");
         }
     }
 }
@@ -192,7 +192,7 @@ impl<'a> Mount<'a> {
             is_this.then(|| PathBuf::from(path))
         };
         let Some(path) = cgroup.lines().find_map(of_this) else { return Vec::new() };
-        // Seen from a container its own group may be all that is mounted, whatever it is called outside.
+        // In a container, only its own group may be mounted, under another name than outside.
         let below = path.strip_prefix(self.root).unwrap_or(Path::new(""));
         let group = |below: &Path| Group { dir: self.at.join(below), version: self.version };
         below.ancestors().map(group).collect()

@@ -104,7 +104,7 @@ impl fmt::Debug for ContainerId {
     }
 }
 
-/// Who asks. Two runs of one container are two consumers: what belonged to the first ended with it.
+/// The identity of a consumer. Two runs of one container are two consumers: the routes of the first ended with it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ConsumerId {
     /// A container, and the moment its current run started as the engine wrote it (`State.StartedAt`).
@@ -114,7 +114,7 @@ pub enum ConsumerId {
 }
 
 impl ConsumerId {
-    /// The container's whole ID, or `local`.
+    /// The container's full ID, or `local`.
     pub fn full(&self) -> &str {
         match self {
             Self::Container { id, .. } => id.as_str(),
@@ -132,8 +132,8 @@ impl fmt::Display for ConsumerId {
     }
 }
 
-/// The end of a container's run, for whoever waits for it. Clones are the same. All are equal: it says nothing about what
-/// a container is.
+/// The end of a container's run, to wait for. Clones share it. All are equal, because it is not part of a container's
+/// identity.
 #[derive(Debug, Clone, Default)]
 pub struct RunEnd(Arc<Run>);
 
@@ -162,7 +162,7 @@ impl RunEnd {
         self.0.process.get_or_init(|| process);
     }
 
-    /// Its first process, where it was seen.
+    /// Its first process, if it was seen.
     pub fn process(&self) -> Option<Process> {
         self.0.process.get().copied()
     }
@@ -179,7 +179,7 @@ pub struct Stay {
 }
 
 impl Stay {
-    /// Whether the endpoint is known to be gone, whatever the answer that it stands in says.
+    /// Whether the endpoint is known to be gone, even if the answer still has it.
     pub fn is_over(&self) -> bool {
         self.ends().any(RunEnd::has_ended)
     }
@@ -218,7 +218,7 @@ impl Eq for RunEnd {}
 pub struct ServiceName(Arc<str>);
 
 impl ServiceName {
-    /// `None` where the text is empty or holds another character.
+    /// `None` if the text is empty or holds another character.
     pub fn new(name: &str) -> Option<Self> {
         let valid = |b: u8| b.is_ascii_alphanumeric() || b"/._*@-".contains(&b);
         (!name.is_empty() && name.bytes().all(valid)).then(|| Self(name.into()))
@@ -235,7 +235,7 @@ impl fmt::Display for ServiceName {
     }
 }
 
-/// The tags that an endpoint must carry, all of them. Sorted, without repeats, so that equal sets are equal.
+/// The tags that an endpoint must have, all of them. Sorted, without repeats, so that equal sets are equal.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tags(Vec<Arc<str>>);
 
@@ -255,13 +255,13 @@ impl Tags {
         self.0.iter().map(AsRef::as_ref)
     }
 
-    /// Whether an endpoint that carries `carried` has every one of these.
+    /// Whether an endpoint with the tags `carried` has all of these.
     pub fn all_in<S: AsRef<str>>(&self, carried: &[S]) -> bool {
         self.iter().all(|wanted| carried.iter().any(|tag| tag.as_ref() == wanted))
     }
 }
 
-/// Where a captured connection comes from: the consumer's address and port.
+/// The source of a captured connection: the consumer's address and port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SourceAddress(pub SocketAddr);
 
@@ -271,7 +271,7 @@ impl fmt::Display for SourceAddress {
     }
 }
 
-/// Where a captured connection was sent, before the kernel brought it to us.
+/// The original destination of a captured connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OriginalDestination(pub SocketAddr);
 
@@ -281,7 +281,7 @@ impl fmt::Display for OriginalDestination {
     }
 }
 
-/// Where one instance of a service listens.
+/// The address and port of one instance of a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Endpoint(pub SocketAddr);
 
@@ -291,7 +291,7 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// An address on which traffic is captured.
+/// An address whose traffic is captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Vip(pub IpAddr);
 

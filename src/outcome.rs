@@ -5,50 +5,49 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::word::worded;
 
 worded! {
-    /// How a connection ended. Exactly one for each that was accepted.
+    /// How a connection ended. Each accepted connection has exactly one outcome.
     pub enum Outcome {
-        /// Both sides finished, and every byte was passed on.
+        /// Both sides closed, and all bytes were passed on.
         Closed = "closed",
-        /// The consumer reset, or fell silent until keepalive gave up on it.
+        /// The consumer reset, or did not answer keepalive.
         ConsumerReset = "consumer_reset",
-        /// The endpoint did.
+        /// The endpoint reset, or did not answer keepalive.
         EndpointReset = "endpoint_reset",
-        /// The consumer stopped, or the route is not its any more.
+        /// The consumer stopped, or lost this route.
         RouteGone = "route_gone",
-        /// Its endpoint went away, and the binding says that its connections go with it.
+        /// The endpoint was deregistered, and the binding has `drain=kill` or a drain time.
         EndpointGone = "endpoint_gone",
-        /// embassy ended before the connection did.
+        /// embassy stopped first.
         Shutdown = "shutdown",
-        /// Refused: it was dialled to our own port, not captured.
+        /// Refused: it was made to embassy's own port, not captured.
         DirectDial = "direct_dial",
-        /// Refused: the kernel does not know where it was meant to go.
+        /// Refused: the kernel does not know the original destination.
         NoOriginalDestination = "no_original_destination",
-        /// Refused: it was meant for an address that is no VIP.
+        /// Refused: the original destination is not a VIP.
         NotAVip = "not_a_vip",
-        /// Refused: no consumer has its source address.
+        /// Refused: no consumer has this source address.
         UnknownConsumer = "unknown_consumer",
         /// Refused: the consumer did not declare this port.
         NoRoute = "no_route",
         /// Refused: the service has no endpoint now.
         NoEndpoint = "no_endpoint",
-        /// Refused: the service's only endpoint is the very address that was dialled, and the user's own rules would lead us back
-        /// to ourselves.
+        /// Refused: the only endpoint is the dialled address itself, and the user's own rules would lead back to embassy.
         Circular = "circular",
-        /// Refused: as many connections as `--max-connections` allows are open.
+        /// Refused: `--max-connections` are open.
         TooManyConnections = "too_many_connections",
-        /// Refused: the consumer has as many open as `--max-connections-per-consumer` allows.
+        /// Refused: the consumer has `--max-connections-per-consumer` open.
         TooManyOfConsumer = "too_many_of_consumer",
-        /// Refused: the memory that the control group allows is nearly used up.
+        /// Refused: the control group's memory is nearly used up.
         MemoryShort = "memory_short",
         /// Refused: no endpoint could be reached.
         EndpointsUnreachable = "endpoints_unreachable",
-        /// Refused: this host could not open a connection (descriptors, ports or memory ran out).
+        /// Refused: this host could not open a connection (out of descriptors, ports or memory).
         LocalError = "local_error",
     }
 }
 
 impl Outcome {
-    /// Whether it was refused before any endpoint saw it.
+    /// Whether it was refused before it reached an endpoint.
     pub fn is_refusal(self) -> bool {
         !matches!(
             self,
@@ -61,14 +60,14 @@ impl Outcome {
         )
     }
 
-    /// Whether something went wrong that somebody should look at: refused, or broken by the endpoint. That the consumer
-    /// or embassy itself ended it is no error.
+    /// Whether this is an error for the operator: refused, or broken by the endpoint. An end by the consumer or by embassy
+    /// itself is not an error.
     pub fn is_error(self) -> bool {
         self.is_refusal() || self == Self::EndpointReset
     }
 }
 
-/// How many connections ended in each way.
+/// Number of ended connections by outcome.
 #[derive(Debug, Default)]
 pub struct Tally([AtomicU64; Outcome::ALL.len()]);
 
@@ -83,17 +82,17 @@ impl Tally {
         self.0.get(outcome as usize).map_or(0, |count| count.load(Relaxed))
     }
 
-    /// All of them.
+    /// The sum over all outcomes.
     pub fn sum(&self) -> u64 {
         self.0.iter().map(|count| count.load(Relaxed)).sum()
     }
 
-    /// Those that ended in a way that is an error.
+    /// The sum over the outcomes that are errors.
     pub fn errors(&self) -> u64 {
         self.iter().filter(|(outcome, _)| outcome.is_error()).map(|(_, count)| count).sum()
     }
 
-    /// Each way in which any ended, and how many.
+    /// Each outcome that occurred, with its number of connections.
     pub fn iter(&self) -> impl Iterator<Item = (Outcome, u64)> {
         let all = Outcome::ALL.iter().map(|outcome| (*outcome, self.get(*outcome)));
         all.filter(|(_, count)| *count > 0)

@@ -1,4 +1,4 @@
-//! The one capability that embassy has a use for, where it does not run as root.
+//! The one capability that embassy needs if it does not run as root.
 //!
 //! The image's program has CAP_NET_ADMIN as a permitted file capability: a program that had it effective could not even start
 //! in a container that is not given it. What it has ends with it, and `nft` and `iptables`, which it starts, would have

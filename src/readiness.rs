@@ -1,4 +1,4 @@
-//! Whether embassy does its job yet: each part holds a guard until it does.
+//! Readiness: each part holds a guard until it is ready.
 
 use std::{
     collections::BTreeMap,
@@ -13,18 +13,18 @@ use crate::word::worded;
 worded! {
     /// What embassy waits for before it is ready.
     pub enum Part {
-        /// the rules in the firewall
+        /// the firewall rules
         Capture = "capture",
         /// a first answer of each discovery
         Discovery = "discovery",
-        /// nothing any more: embassy is shutting down, and will not be ready again
+        /// embassy is shutting down, and will not be ready again
         Draining = "draining",
         /// the provider's first full answer
         Listing = "listing",
     }
 }
 
-/// What is still being waited for. Clones are the same.
+/// The parts that are not ready. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Readiness(Arc<Mutex<BTreeMap<Part, Instant>>>);
 
@@ -36,7 +36,7 @@ pub struct Guard {
 }
 
 impl Readiness {
-    /// From now on embassy is not ready until the guard is done.
+    /// embassy is not ready until this guard is done.
     pub fn wait_for(&self, part: Part) -> Guard {
         self.with(|parts| parts.insert(part, Instant::now()));
         Guard { readiness: self.clone(), part }
@@ -47,7 +47,7 @@ impl Readiness {
         self.with(|parts| parts.keys().copied().collect())
     }
 
-    /// The same, and for how long each was waited for.
+    /// The same, with the time since embassy waits for each.
     pub fn waiting(&self) -> Vec<(Part, Duration)> {
         self.with(|parts| parts.iter().map(|(part, since)| (*part, since.elapsed())).collect())
     }
@@ -66,10 +66,10 @@ impl Guard {
         let took_ms =
             since.map(|since| since.elapsed().as_secs_f64() * 1e3).unwrap_or_default().round();
         if pending.is_empty() {
-            info!(part = %self.part, took_ms, "ready");
+            info!(part = %self.part, took_ms, "embassy is ready");
         } else {
             let waiting_for: Vec<_> = pending.iter().map(|part| part.as_str()).collect();
-            info!(part = %self.part, took_ms, waiting_for = waiting_for.join(", "), "part ready");
+            info!(part = %self.part, took_ms, waiting_for = waiting_for.join(", "), "component ready");
         }
     }
 }

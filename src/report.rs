@@ -1,5 +1,4 @@
-//! What a person should hear of, said once when it appears and counted: the same complaint is not repeated at every
-//! re-read.
+//! Logs and counts problems once, when they appear: a re-read does not repeat them.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -19,30 +18,30 @@ use crate::{
     table::Table,
 };
 
-/// Things that were refused since the start, for the metrics.
+/// Skipped items since the start, for the metrics.
 #[derive(Debug, Default)]
 pub struct Refused {
-    /// Descriptors, and consumers that cannot be told apart.
+    /// Descriptors that do not parse, and consumers that cannot be identified.
     pub bindings: AtomicU64,
     /// Bindings that have no route.
     pub routes: AtomicU64,
-    /// Entries of a discovery that could not be understood.
+    /// Discovery entries that do not parse.
     pub endpoints: AtomicU64,
 }
 
 /// The provider's name among the sources.
 pub(crate) const PROVIDER: &str = "provider";
 
-/// What has been said and still holds.
+/// The problems that were logged and still exist.
 #[derive(Debug)]
 pub struct Report {
     refused: Arc<Refused>,
     pub(crate) events: Events,
     problems: BTreeSet<Problem>,
     unrouted: BTreeSet<String>,
-    /// Entries of an answer that were skipped: where they stand, and why.
+    /// Skipped entries of an answer: their keys and reasons.
     rejected: HashMap<Query, BTreeSet<(String, String)>>,
-    /// The endpoints in use, and whether discovery has none any more.
+    /// The endpoints in use, and whether the last answer is empty.
     used: HashMap<Query, (Arc<Endpoints>, bool)>,
     /// Sources that do not answer.
     lost: BTreeSet<String>,
@@ -69,12 +68,12 @@ impl Report {
                     .report(|| Event::SourceLost { source: name.to_owned(), error: error.clone() });
             }
         } else if known.value.is_some() && self.lost.remove(name) {
-            info!(source = name, "back");
+            info!(source = name, "source is back");
             self.events.report(|| Event::SourceBack { source: name.to_owned() });
         }
     }
 
-    /// Forgets what was said of a query that nobody asks for any more: of those there is no end.
+    /// Forgets a query that is no longer followed; otherwise the memory for old queries would grow without bound.
     pub(crate) fn nobody_asks(&mut self, query: &Query) {
         self.lost.remove(&query.to_string());
         self.rejected.remove(query);
@@ -85,12 +84,12 @@ impl Report {
         let now: BTreeSet<_> = listing.problems.iter().cloned().collect();
         for problem in now.difference(&self.problems) {
             self.refused.bindings.fetch_add(1, Relaxed);
-            warn!(consumer = %problem.consumer, origin = %problem.origin, reason = problem.reason, "skipped");
+            warn!(consumer = %problem.consumer, origin = %problem.origin, reason = problem.reason, "binding skipped");
         }
         self.problems = now;
     }
 
-    /// `used` are the endpoints in use: where discovery has none any more, the last ones for a while.
+    /// `used` are the endpoints in use: after an empty answer, the last ones for a while.
     pub(crate) fn endpoints(
         &mut self,
         query: &Query,
@@ -108,11 +107,11 @@ impl Report {
                 endpoints: now.list.clone(),
             });
             if held {
-                warn!(service = %query, endpoints, "no endpoints any more; the last ones stay in use for --empty-hold");
+                warn!(service = %query, endpoints, "service has no endpoints; the last ones stay in use for --empty-hold");
             } else if list.is_empty() {
-                warn!(service = %query, "no endpoints; connections are reset");
+                warn!(service = %query, "service has no endpoints; connections are reset");
             } else {
-                info!(service = %query, endpoints, "endpoints");
+                info!(service = %query, endpoints, "service endpoints changed");
             }
             self.used.insert(query.clone(), (now.clone(), held));
         }
@@ -123,7 +122,7 @@ impl Report {
         for (entry, reason) in &rejected {
             if before.is_none_or(|before| !before.contains(&(entry.clone(), reason.clone()))) {
                 self.refused.endpoints.fetch_add(1, Relaxed);
-                warn!(service = %query, entry, reason, "entry skipped");
+                warn!(service = %query, entry, reason, "discovery entry skipped");
             }
         }
         if rejected.is_empty() {
@@ -139,7 +138,7 @@ impl Report {
             let text = format!("{} {}: {}", unrouted.consumer, unrouted.origin, unrouted.reason);
             if !self.unrouted.contains(&text) {
                 self.refused.routes.fetch_add(1, Relaxed);
-                warn!(consumer = %unrouted.consumer_name, id = %unrouted.consumer, origin = %unrouted.origin, reason = %unrouted.reason, "no route");
+                warn!(consumer = %unrouted.consumer_name, id = %unrouted.consumer, origin = %unrouted.origin, reason = %unrouted.reason, "binding has no route");
             }
             now.insert(text);
         }

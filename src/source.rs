@@ -1,5 +1,5 @@
-//! The one loop behind everything that embassy learns from outside: subscribe, list, follow, and after any failure say
-//! so, wait a little, and start over. It never gives up, and a failure never takes away what was known.
+//! The loop of every source: subscribe, list, follow, and after a failure log it, wait, and start again. It never gives up,
+//! and a failure never removes the last data.
 
 use std::{
     fmt,
@@ -18,22 +18,22 @@ mod shared;
 pub use resync::{Resync, ResyncRequests};
 pub use shared::Shared;
 
-/// What is known of a source: its last full answer, how old that is, and what is wrong now.
+/// The state of a source: its last full answer, the age of that, and the current error.
 #[derive(Debug, Clone)]
 pub struct Known<T> {
     /// The last full answer. `None` until the first.
     pub value: Option<Arc<T>>,
     /// When the source last confirmed `value`.
     pub confirmed: Option<Instant>,
-    /// When `value` last became another.
+    /// When `value` last changed.
     pub changed: Option<Instant>,
-    /// Why the source does not answer now. `None` while it does, and before the first try.
+    /// The current error. `None` while the source answers, and before the first attempt.
     pub error: Option<Arc<str>>,
-    /// Sessions that failed since the start.
+    /// Failed sessions since the start.
     pub failures: u64,
-    /// Full answers since the start, those that brought nothing new included.
+    /// Full answers since the start, including those without a change.
     pub answers: u64,
-    /// Those of them that were other than the one before, the first included.
+    /// Full answers that differ from the previous one, including the first.
     pub changes: u64,
 }
 
@@ -65,23 +65,23 @@ pub trait Source: Send {
     ) -> impl Future<Output = Result<(), SourceError>> + Send;
 }
 
-/// Why a session ended: one line for people, which names what was asked and what came back.
+/// Why a session ended: one line with the request and the answer or error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceError {
     reason: String,
-    /// How long the source asks to be left alone.
+    /// The pause that the source requested.
     pause: Duration,
 }
 
 impl SourceError {
-    /// A source that asks for more is asked again all the same: nothing else tells that it is back.
+    /// A longer pause is cut to this, because only a new attempt shows that the source is back.
     const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
     pub fn new(reason: impl fmt::Display) -> Self {
         Self { reason: reason.to_string(), pause: Duration::ZERO }
     }
 
-    /// The same, from a source that asks to be left alone for so long.
+    /// The same, with the pause that the source requested.
     pub fn after(self, pause: Duration) -> Self {
         Self { pause: pause.min(Self::LONGEST_PAUSE), ..self }
     }
@@ -109,15 +109,15 @@ impl fmt::Display for SourceError {
     }
 }
 
-/// Where a session leaves its answers.
+/// The writing end of a source's state.
 #[derive(Debug)]
 pub struct Publisher<T> {
     slot: watch::Sender<Known<T>>,
-    /// Rung after every change that a reader of any source would want to see.
+    /// Notified after each change that matters to a reader.
     bell: Arc<Notify>,
 }
 
-/// Where a reader finds them.
+/// The reading end of a source's state.
 pub type Answers<T> = watch::Receiver<Known<T>>;
 
 impl<T: PartialEq> Publisher<T> {
@@ -127,7 +127,7 @@ impl<T: PartialEq> Publisher<T> {
         (Self { slot, bell }, answers)
     }
 
-    /// Publishes a full answer, and says whether it is another than the last.
+    /// Publishes a full answer. Returns whether it differs from the last one.
     pub fn publish(&self, value: T) -> bool {
         let now = Instant::now();
         let (mut news, mut changed) = (false, false);
@@ -153,7 +153,7 @@ impl<T: PartialEq> Publisher<T> {
         self.bell.clone()
     }
 
-    /// Says that the last answer still holds.
+    /// Confirms the last answer.
     pub fn confirm(&self) {
         let mut is_back = false;
         self.slot.send_modify(|known| {
@@ -183,7 +183,7 @@ impl<T: PartialEq> Publisher<T> {
     }
 }
 
-/// Follows `source` for ever. `name` is what the log calls it.
+/// Follows `source`; never returns. `name` is its name in the log.
 pub async fn follow<S: Source>(
     name: &str,
     mut source: S,
@@ -201,7 +201,7 @@ pub async fn follow<S: Source>(
             Ok(()) if answered => {
                 backoff = Backoff::default();
                 debug!(source = name, "source starts a new session");
-                // A server that has every session start over must not make us spin.
+                // A server that ends every session must not cause a busy loop.
                 tokio::time::sleep(Backoff::FIRST.saturating_sub(started.elapsed())).await;
                 continue;
             }
@@ -215,12 +215,12 @@ pub async fn follow<S: Source>(
         let pause = backoff.next(fastrand::f64()).max(error.pause);
         if backoff.attempts == 1 {
             if publish.knows_something() {
-                warn!(source = name, %error, "lost; what was known stays in use");
+                warn!(source = name, %error, "source does not answer; its last data stays in use");
             } else {
-                warn!(source = name, %error, "no answer yet; trying again");
+                warn!(source = name, %error, "source has not answered yet; retrying");
             }
         } else {
-            debug!(source = name, %error, attempts = backoff.attempts, next_s = pause.as_secs_f64(), "still lost");
+            debug!(source = name, %error, attempts = backoff.attempts, next_s = pause.as_secs_f64(), "source still does not answer");
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
@@ -251,14 +251,14 @@ async fn session<S: Source>(
     }
 }
 
-/// The error that a panic is. Its place is in the log, by whoever reports panics.
+/// Converts a panic to an error. The panic hook has logged its location.
 fn panicked<T>(panic: Box<dyn std::any::Any + Send>) -> Result<T, SourceError> {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
     Err(SourceError::new(format_args!("a fault of embassy's own: {text}")))
 }
 
-/// Exponential backoff with jitter: many hosts that lost one registry do not come back in step.
+/// Exponential backoff with jitter: many hosts that lost one registry must not reconnect at the same time.
 #[derive(Debug, Default)]
 pub(crate) struct Backoff {
     attempts: u32,

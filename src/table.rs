@@ -1,5 +1,5 @@
-//! Bindings and endpoints become the table of routes. Pure: a table is built from the one before it, so that counts and
-//! turns live on, and never changes once it is published.
+//! Bindings and endpoints become the table of routes. Pure: a table is built from the previous one, which keeps counts and
+//! turns, and never changes after it is published.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,7 +28,7 @@ mod equivalence;
 
 pub use changes::Changes;
 
-/// What a captured connection shows of itself: who dialled, and which port was meant.
+/// The facts of a captured connection: its source address and its original port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RouteKey {
     pub source: IpAddr,
@@ -60,8 +60,8 @@ pub struct RouteNumber(u64);
 pub struct Route {
     pub upstream: Arc<Upstream>,
     pub balance: Balance,
-    /// Since when it has been this owner's: what dialled before may have been the address's former owner. `None` for those of
-    /// the first table, before which nobody is captured.
+    /// Since when this owner has it: an older connection may be from the address's former owner. `None` for routes of the first
+    /// table, because nothing was captured before it.
     pub born: Option<Instant>,
     /// What is counted of its connections, for as long as the route continues.
     pub counts: Arc<ConnectionCounts>,
@@ -95,7 +95,7 @@ pub struct Upstream {
     pub answered: bool,
 }
 
-/// Discovery, datacentre and service: endpoints of one service are the same endpoint whatever tags were asked for.
+/// Discovery, datacentre and service: endpoints of one service are the same endpoint for all tags.
 pub type ServiceKey = (Arc<str>, Option<Arc<str>>, ServiceName);
 
 /// A binding that has no route, and why.
@@ -112,7 +112,7 @@ pub struct Unrouted {
 pub enum UnroutedReason {
     #[error(transparent)]
     Discovery(#[from] CannotAsk),
-    #[error("{key}: {winner} in the same network namespace has it")]
+    #[error("{key}: {winner} in the same network namespace already declares it")]
     Taken { key: RouteKey, winner: Arc<str> },
     #[error(
         "{key}: another container has the same address; nobody is served until it is clear whose it is"
@@ -128,7 +128,7 @@ pub struct Inputs<'a> {
     pub consumers: &'a [&'a Arc<Consumer>],
     /// The addresses of all containers, of those that ask for nothing too.
     pub known: &'a Arc<BTreeSet<IpAddr>>,
-    /// Addresses that nobody gets, because more than one container claims them.
+    /// Addresses without an owner, because more than one container claims them.
     pub contested: &'a BTreeSet<IpAddr>,
     /// Where a container that is not known yet may have its address.
     pub networks: &'a BTreeSet<IpNet>,
@@ -150,7 +150,7 @@ pub struct Table {
     /// Counts published tables from 1; 0 is the empty table before the first.
     pub version: u64,
     routes: CowMap<RouteKey, Arc<Route>>,
-    /// The addresses of everybody who is known.
+    /// The addresses of all known containers.
     known: Arc<BTreeSet<IpAddr>>,
     networks: BTreeSet<IpNet>,
     vips: BTreeSet<Vip>,
@@ -192,7 +192,7 @@ struct Shared {
     upstreams: usize,
 }
 
-/// Whose binding it is, the variable or label, and the route that it does not have, where it is about one.
+/// The consumer, the variable or label, and the missing route, if it is about one.
 type UnroutedKey = (ConsumerId, Arc<str>, Option<RouteKey>);
 
 impl Table {
@@ -208,7 +208,7 @@ impl Table {
         &self.vips
     }
 
-    /// The addresses of everybody who is known, whether they ask for anything or not.
+    /// The addresses of all known containers, including those without bindings.
     pub fn known(&self) -> &BTreeSet<IpAddr> {
         &self.known
     }
@@ -249,7 +249,7 @@ impl Table {
     }
 
     /// The table that follows this one. `query` says what to ask for a binding; it must be the same for equal bindings.
-    /// `None` where nothing differs.
+    /// `None` if nothing differs.
     pub fn next(
         &self,
         inputs: &Inputs<'_>,
@@ -433,7 +433,7 @@ mod tests {
         ];
         let table = next(&Table::default(), &consumers, &answers(&[])).unwrap();
         assert_eq!(service(&table, "172.17.0.2", 6379), None);
-        // Nobody else asks for this port, but whoever dials it may be another.
+        // No other consumer declares this port, but another container may connect to it.
         assert_eq!(service(&table, "172.17.0.2", 80), None);
         assert_eq!(table.unrouted().len(), 4);
         assert!(table.unrouted().all(|u| matches!(u.reason, UnroutedReason::Contested { .. })));
@@ -469,7 +469,7 @@ mod tests {
         let [unrouted] = all[..] else { panic!("{all:?}") };
         assert_eq!(
             unrouted.reason.to_string(),
-            "172.17.0.2 port 6379: a in the same network namespace has it"
+            "172.17.0.2 port 6379: a in the same network namespace already declares it"
         );
     }
 

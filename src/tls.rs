@@ -14,7 +14,7 @@ pub fn install_provider() {
 /// are used.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ClientTls {
-    /// Trusted alone; where absent, the system's authorities are trusted.
+    /// The only trusted CA; if absent, the system's CAs are trusted.
     pub ca: Option<PathBuf>,
     /// The client's certificate chain and its key.
     pub identity: Option<(PathBuf, PathBuf)>,

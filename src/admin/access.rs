@@ -1,8 +1,8 @@
-//! Who may ask, and who may change something.
+//! Access control of the API: reading and changing.
 //!
-//! Reading is for whoever reaches the listener, but not for a web page that a browser there happens to show: a page's own
-//! name may be made to lead here (DNS rebinding), so the request must name this listener. Changing takes the unix socket,
-//! whose file says who may, or the token.
+//! Every client that reaches the listener may read, except web pages in a browser. A page can make its own host name resolve
+//! to this listener (DNS rebinding), so the request's Host header must name this listener. Changes need the Unix socket,
+//! whose file mode grants access, or the token.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -19,10 +19,10 @@ use axum::{
 
 use super::refusal::Refusal;
 
-/// What a listener asks of a request.
+/// What a listener requires of a request.
 #[derive(Debug)]
 pub(super) enum Access {
-    /// The socket's file says who may.
+    /// The mode of the socket's file grants access.
     Unix,
     Tcp {
         bound: SocketAddr,
@@ -42,12 +42,12 @@ impl Access {
         Self::Tcp { bound, token_file, name }
     }
 
-    /// Whether a request that names this host means us.
+    /// Whether a request with this Host header is meant for this listener.
     fn is_named(&self, host: &str) -> bool {
         let Self::Tcp { bound, name, .. } = self else { return true };
         let host = without_port(host);
         match host.parse::<IpAddr>() {
-            // An address cannot be made to lead elsewhere, as a name can.
+            // Unlike a name, an address cannot be made to resolve to something else.
             Ok(address) => {
                 address.is_loopback() || address == bound.ip() || bound.ip().is_unspecified()
             }
@@ -58,9 +58,9 @@ impl Access {
         }
     }
 
-    /// Whether a request for this path may name whatever host it likes. A probe names what its author thought of, and learns
-    /// nothing here. Prometheus names its target as it was configured, by a name of the network's: where the listener is
-    /// open to that network, so are its metrics.
+    /// Whether a request for this path may have any Host header. Probes send arbitrary names, and these paths reveal nothing.
+    /// Prometheus sends the target name of its configuration: a listener that is open to the network serves metrics under any
+    /// name.
     fn answers_any_host(&self, path: &str) -> bool {
         match (self, path) {
             (_, "/healthz" | "/readyz") => true,
@@ -69,7 +69,7 @@ impl Access {
         }
     }
 
-    /// Whether a request may change something. The token is read anew each time, so that it can be replaced.
+    /// Whether a request may change something. The token is read again each time, so that it can be replaced.
     pub(super) fn may_change(&self, headers: &HeaderMap) -> bool {
         match self {
             Self::Unix => true,
@@ -85,22 +85,21 @@ impl Access {
         }
     }
 
-    /// How one gets to be allowed to.
+    /// How to get access.
     pub(super) fn how_to_change(&self) -> &'static str {
         match self {
-            Self::Unix => "changing calls are allowed here",
+            Self::Unix => "changes are allowed here",
             Self::Tcp { token_file: None, .. } => {
-                "changing calls need --admin=unix:///path, or --admin-token-file and its token"
+                "changes need --admin=unix:///path, or --admin-token-file and its token"
             }
             Self::Tcp { .. } => {
-                "changing calls need the header \"Authorization: Bearer <token>\" with the token of --admin-token-file"
+                "changes need the header \"Authorization: Bearer <token>\" with the token of --admin-token-file"
             }
         }
     }
 }
 
-/// Refuses who does not mean us, or may not change what they want to change; says to browsers what they may do with the
-/// answer.
+/// Refuses requests with another Host header, and changes without access. Sets the headers that restrict browsers.
 pub(super) async fn check(
     State(access): State<Arc<Access>>,
     request: Request,
@@ -140,7 +139,7 @@ fn without_port(host: &str) -> &str {
     host.split(':').next().unwrap_or_default()
 }
 
-/// Compares without telling by the time it takes where the difference is.
+/// Compares in constant time.
 fn same(a: &str, b: &str) -> bool {
     let differences = a.bytes().zip(b.bytes()).fold(0, |all, (a, b)| all | (a ^ b));
     a.len() == b.len() && differences == 0

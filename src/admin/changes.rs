@@ -1,4 +1,4 @@
-//! The calls that change something. The guard has let them pass.
+//! The calls that change something. Access was checked before.
 
 use axum::{
     Json, Router,
@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use super::{api, context::Context, refusal::Refusal};
 use crate::{events::Event, log};
 
-/// The largest body that a call may have: none needs more.
+/// Maximum size of a request body.
 const LARGEST: usize = 4096;
 
 pub(super) fn router() -> Router<Context> {
@@ -23,9 +23,9 @@ pub(super) fn router() -> Router<Context> {
         .layer(DefaultBodyLimit::max(LARGEST))
 }
 
-/// Takes an endpoint out of the choice for new connections, or puts it back. Its live ones go on
+/// Drains an endpoint (no new connections; open ones stay), or ends its drain
 ///
-/// It holds until embassy ends or discovery names the endpoint no more.
+/// A drain lasts until embassy stops, or the endpoint is deregistered.
 #[utoipa::path(put, path = "/v1/endpoints/drain", request_body = api::Drain, responses(
     (status = 200, body = api::Done), (status = 400, body = api::Error),
     (status = 403, body = api::Error), (status = 404, body = api::Error)))]
@@ -45,7 +45,7 @@ pub(super) async fn drain(
         let text = format!("{service} has no endpoint {endpoint}: expected one of /v1/endpoints");
         return Err(Refusal::new(StatusCode::NOT_FOUND, text));
     }
-    tracing::info!(service, endpoint, drained, "drain, as asked for");
+    tracing::info!(service, endpoint, drained, "endpoint drain set via API");
     for ((_, _, service), state) in meant {
         state.drain(drained);
         context.feeds.events.report(|| Event::EndpointDrained {
@@ -54,33 +54,33 @@ pub(super) async fn drain(
             drained,
         });
     }
-    let gets = if drained { "gets no new connections" } else { "takes its turn again" };
+    let gets = if drained { "gets no new connections" } else { "gets new connections again" };
     Ok(Json(api::Done { done: format!("{endpoint} of {service} {gets}") }))
 }
 
-/// Reads every source again, now
+/// Re-reads every source now
 #[utoipa::path(post, path = "/v1/resync", responses(
     (status = 200, body = api::Done), (status = 403, body = api::Error)))]
 pub(super) async fn resync(State(context): State<Context>) -> Json<api::Done> {
     tracing::info!("resync requested via API");
     context.feeds.resync.request();
-    Json(api::Done { done: "every source is read again".to_owned() })
+    Json(api::Done { done: "resync of every source requested".to_owned() })
 }
 
-/// How much is logged
+/// The log level
 #[utoipa::path(get, path = "/v1/log-level", responses((status = 200, body = api::LogLevel)))]
 pub(super) async fn level() -> Json<api::LogLevel> {
     Json(api::LogLevel { level: log::level().unwrap_or_default() })
 }
 
-/// Changes how much is logged
+/// Changes the log level
 #[utoipa::path(put, path = "/v1/log-level", request_body = api::LogLevel, responses(
     (status = 200, body = api::Done), (status = 400, body = api::Error), (status = 403, body = api::Error)))]
 pub(super) async fn set_level(body: Bytes) -> Result<Json<api::Done>, Refusal> {
     let api::LogLevel { level } = read(&body)?;
     let wrong = |error: log::LevelError| Refusal::new(StatusCode::BAD_REQUEST, error.to_string());
     log::set_level(&level).map_err(wrong)?;
-    tracing::info!(level, "log level, as asked for");
+    tracing::info!(level, "log level changed via API");
     Ok(Json(api::Done { done: format!("the log level is {level}") }))
 }
 

@@ -1,4 +1,4 @@
-//! What the calls read.
+//! The data that the calls read.
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
@@ -20,7 +20,7 @@ use crate::{
     table::Table,
 };
 
-/// Where the API finds what it tells.
+/// The data sources of the API.
 #[derive(Debug, Clone)]
 pub struct Feeds {
     pub readiness: Readiness,
@@ -28,38 +28,38 @@ pub struct Feeds {
     pub tables: watch::Receiver<Arc<Table>>,
     pub sources: watch::Receiver<Sources>,
     pub figures: Figures,
-    /// `None` where the user's own rules capture.
+    /// `None` if the user's own rules capture.
     pub capture: Option<Arc<capture::CaptureCounts>>,
     pub events: Events,
-    /// Asks every source to read everything again.
+    /// Requests a resync of every source.
     pub resync: ResyncRequests,
     pub constants: Arc<Constants>,
 }
 
-/// What does not change while embassy runs.
+/// Values that do not change while embassy runs.
 #[derive(Debug)]
 pub struct Constants {
     pub started: Instant,
-    /// Where captured connections arrive.
+    /// The listen addresses for captured connections.
     pub listeners: Vec<SocketAddr>,
     pub mode: CaptureMode,
     pub scope: CaptureScope,
 }
 
-/// What a handler has.
+/// The state of a handler.
 #[derive(Debug, Clone)]
 pub(super) struct Context {
     pub(super) feeds: Feeds,
     pub(super) history: History,
     pub(super) access: Arc<Access>,
-    /// Places for those who listen to events.
+    /// Slots for clients of the event stream.
     pub(super) listeners: Arc<Semaphore>,
-    /// One scrape at a time: many would only take each other's processor.
+    /// One scrape at a time: parallel ones would only compete for the CPU.
     pub(super) scrapes: Arc<Semaphore>,
 }
 
 impl Feeds {
-    /// Everything that is to be judged, as it is now.
+    /// Everything that is judged, at this moment.
     pub(super) fn situation(&self) -> Situation {
         let sources = self.sources.borrow().clone();
         let now = Instant::now();
@@ -101,7 +101,7 @@ fn provider(sources: &Sources, now: Instant) -> SourceReading {
     let skipped = problems.map(|p| format!("{} {}: {}", p.consumer, p.origin, p.reason));
     let skipped = skipped.collect();
     let mut reading = SourceReading::of(PROVIDER.to_owned(), &known, None, skipped, now);
-    // The table is made of what an earlier run knew.
+    // The table was made from saved data.
     if reading.state == SourceState::Down && known.value.is_none() && sources.listing.is_some() {
         reading.used = Used::Kept(None);
     }

@@ -1,4 +1,4 @@
-//! The page at `/`: one answer that brings everything along, and may reach nothing but us.
+//! The page at `/`: one self-contained document, which may connect only to embassy.
 
 use axum::{http::header, response::IntoResponse};
 

@@ -21,7 +21,7 @@ use tokio::sync::{
 use super::{api, context::Context, refusal::Refusal};
 use crate::events::Event;
 
-/// Who may listen at a time.
+/// Maximum number of clients at a time.
 pub(super) const LISTENERS: usize = 32;
 
 pub(super) fn router() -> Router<Context> {
@@ -31,11 +31,11 @@ pub(super) fn router() -> Router<Context> {
 /// Changes as they happen
 #[utoipa::path(get, path = "/v1/events", responses(
     (status = 200, body = api::Event, content_type = "text/event-stream",
-     description = "Each event's data is one of these. A listener that is too slow is told what it missed, and left."),
+     description = "The data of each event is one of these. A client that is too slow gets the event `missed`, and the stream ends."),
     (status = 503, body = api::Error)))]
 pub(super) async fn events(State(context): State<Context>) -> Response {
     let Ok(place) = context.listeners.clone().try_acquire_owned() else {
-        let text = format!("{LISTENERS} listen already: expected no more");
+        let text = format!("{LISTENERS} clients read events already, which is the limit");
         return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, text).into_response();
     };
     let listener = Listener { events: context.feeds.events.listen(), missed: false, _place: place };
@@ -61,7 +61,7 @@ impl Listener {
             }
             Err(RecvError::Closed) => return None,
         };
-        // An event is text and numbers: it can be written.
+        // An event has only text and numbers, so serializing it cannot fail.
         let event = sse::Event::default().json_data(api::Event::from(&*event)).ok()?;
         Some((Ok(event), self))
     }

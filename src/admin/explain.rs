@@ -1,4 +1,4 @@
-//! From symptom to cause: why a consumer's connections on a port go where they go.
+//! Where a consumer's connections to a port go, and why.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -12,7 +12,7 @@ use crate::{
     table::Route,
 };
 
-/// Explains a port of a consumer, which is named by its name, its ID or an address of its.
+/// Explains a port of a consumer, given by name, ID or address.
 pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
     let situation = feeds.situation();
     let consumers = consumers(&situation, wanted);
@@ -35,7 +35,7 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
         }
     });
     let mut dial: Vec<SocketAddr> = Vec::new();
-    // Of somebody whose port has no route it is not said where to dial.
+    // Without a route there is no address to connect to.
     for consumer in consumers.iter().filter(|_| !routes.is_empty()) {
         for vip in situation.dials(consumer) {
             let vip = SocketAddr::new(vip, port);
@@ -53,7 +53,7 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
         consumers: consumers.iter().map(|one| view::consumer(one, &situation.table)).collect(),
         bindings: of_port.map(view::binding).collect(),
         routes: routes.iter().map(|route| view::route(route, &situation)).collect(),
-        // Of nobody: as of any container that declared something else.
+        // No consumer matches: the answer is the same as for a container with other bindings.
         captured: captured.max().unwrap_or_else(|| situation.captures().then_some(false)),
         dial: dial.iter().map(ToString::to_string).collect(),
         services: Situation::one_of_each_service(&routes)

@@ -1,4 +1,4 @@
-//! The last minutes, sampled while embassy runs, so that a plot has a past when it is opened.
+//! Samples of the last five minutes, so that a plot has data as soon as it is opened.
 
 use std::{
     collections::VecDeque,
@@ -14,17 +14,17 @@ use tokio::{
 use super::api;
 use crate::{counts::Distribution, outcome::Outcome, proxy::Figures};
 
-/// Samples of the last minutes. Clones are the same.
+/// Samples of the last five minutes. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub(super) struct History(Arc<Mutex<VecDeque<api::Sample>>>);
 
-/// Between two samples.
+/// Time between two samples.
 const INTERVAL: Duration = Duration::from_secs(2);
 /// Five minutes.
 const SAMPLES: usize = 150;
 
 impl History {
-    /// Starts to sample, for ever.
+    /// Starts the sampling.
     pub(super) fn start(figures: Figures) -> (Self, JoinHandle<()>) {
         let history = Self::default();
         let task = tokio::spawn(history.clone().run(figures));

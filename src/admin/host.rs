@@ -1,4 +1,4 @@
-//! What this host gives to the process, as the kernel tells it in `/proc`. What cannot be read is not known.
+//! The host's resources, as far as the process uses them, from `/proc`. A value that cannot be read is `None`.
 
 use std::{fs, path::Path};
 
@@ -21,7 +21,7 @@ pub(super) fn host() -> api::Host {
     api::Host {
         conntrack_entries: conntrack("nf_conntrack_count"),
         conntrack_limit: conntrack("nf_conntrack_max"),
-        // One of them is the listing's own.
+        // One of them is for reading the directory itself.
         descriptors: fs::read_dir("/proc/self/fd").ok().map(|all| all.count() as u64 - 1),
         descriptors_limit: getrlimit(Resource::Nofile).current,
         resident_bytes: fs::read_to_string("/proc/self/statm")
@@ -37,7 +37,7 @@ pub(super) fn host() -> api::Host {
     }
 }
 
-/// How much of what there may be is in use.
+/// Use and limit of connection tracking.
 pub(super) fn in_use(host: &api::Host) -> HostUse {
     let of = |used: Option<u64>, limit: Option<u64>| {
         used.zip(limit).map(|(used, limit)| Use { used, limit })

@@ -1,4 +1,4 @@
-//! Lists: filtered, in an order that stays the same, a page at a time.
+//! Lists: filtered, in a stable order, one page at a time.
 
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -6,31 +6,31 @@ use utoipa::IntoParams;
 use super::{api::Page, refusal::Refusal};
 use crate::word::Word;
 
-/// Which entries of a list are wanted.
+/// Which entries of a list to return.
 #[derive(Debug, Clone, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Wanted {
-    /// The consumer's whole name, or how its ID begins, from 4 characters on.
+    /// The consumer's full name, or the start of its ID (at least 4 characters).
     pub consumer: Option<String>,
-    /// The service's whole name.
+    /// The service's full name.
     pub service: Option<String>,
     /// The entry's state.
     pub state: Option<String>,
-    /// A part of any of its names and addresses, in whatever case.
+    /// A text in one of its names or addresses; case does not matter.
     pub q: Option<String>,
-    /// Entries to leave out at the start. Default 0.
+    /// Number of entries to skip. Default 0.
     pub offset: Option<usize>,
-    /// Entries to give, 1 to 1000. Default 100.
+    /// Maximum number of entries to return, 1 to 1000. Default 100.
     pub limit: Option<usize>,
 }
 
-/// What an entry shows to the filter, besides its state.
+/// The fields of an entry that the filter compares, besides its state.
 #[derive(Debug, Default)]
 pub(super) struct Shows<'a> {
     pub consumer: Option<(&'a str, &'a str)>,
     pub service: Option<&'a str>,
-    /// Read only where something is searched for.
+    /// Computed only if there is a search text.
     pub texts: &'a [&'a str],
 }
 
@@ -39,7 +39,7 @@ impl Wanted {
     const MOST: usize = 1000;
     const SHORTEST_ID: usize = 4;
 
-    /// The part of `all` that is wanted; `view` is called for entries of the page alone.
+    /// The requested page of `all`; `view` is called only for entries of the page.
     pub(super) fn page<T, U>(
         &self,
         all: impl IntoIterator<Item = T>,
@@ -54,8 +54,8 @@ impl Wanted {
         Page { total, offset, limit, items }
     }
 
-    /// The state that is asked for: a misspelt one must not look like a list of nothing. `groups`: words for several states,
-    /// which the list takes as well.
+    /// The requested state. A misspelt state is an error, not an empty list. `groups`: words for several states, which the
+    /// list accepts too.
     pub(super) fn state<S: Word>(&self, list: &str, groups: &str) -> Result<Option<S>, Refusal> {
         let Some(text) = self.state.as_deref() else { return Ok(None) };
         let wrong = || {
@@ -65,17 +65,17 @@ impl Wanted {
         S::of(text).map(Some).ok_or_else(wrong)
     }
 
-    /// Refuses to look for a consumer's entries in a list that belongs to nobody.
+    /// Refuses the filter `consumer` for a list whose entries do not belong to a consumer.
     pub(super) fn of_nobody(&self, list: &str) -> Result<(), Refusal> {
         match self.consumer {
             None => Ok(()),
             Some(_) => Err(Refusal::bad(format!(
-                "consumer: {list} are nobody's own; expected service, state or q"
+                "consumer: {list} do not belong to a consumer; expected service, state or q"
             ))),
         }
     }
 
-    /// Whether an entry fits.
+    /// Whether an entry matches.
     pub(super) fn fits(&self, shows: &Shows<'_>) -> bool {
         let consumer = self.consumer.as_deref().is_none_or(|wanted| {
             shows.consumer.is_some_and(|(name, id)| is_consumer(wanted, name, id))

@@ -1,4 +1,4 @@
-//! The admin API: what is, for people and machines. It reads; the few calls that change something are guarded.
+//! The admin API, for people and programs. Most calls only read; the few that change something need access rights.
 
 use std::{io, path::PathBuf, sync::Arc};
 
@@ -33,15 +33,15 @@ mod view;
 /// The running API.
 #[derive(Debug)]
 pub struct Admin {
-    /// Where it listens, for people.
+    /// The listen address, for messages.
     pub address: String,
     tasks: [JoinHandle<()>; 2],
-    /// Where it is a unix socket.
+    /// The socket's file, if it is a Unix socket.
     _file: Option<socket::File>,
 }
 
 impl Admin {
-    /// Listens. `token_file` holds the token that changing calls must bear where they do not come by a unix socket.
+    /// Starts to listen. `token_file` has the token that changes over TCP need.
     pub async fn start(
         at: &config::Admin,
         token_file: Option<PathBuf>,
@@ -62,7 +62,7 @@ impl Admin {
                 let listener = TcpListener::bind(address).await?;
                 let bound = listener.local_addr()?;
                 if bound.ip().is_unspecified() {
-                    tracing::warn!(address = %bound, "the admin API answers whoever reaches this host; 127.0.0.1, or an address of a network that is trusted, keeps it among us");
+                    tracing::warn!(address = %bound, "the admin API is reachable from every network; bind it to 127.0.0.1 or to an address in a trusted network");
                 }
                 let serve = serve::serve(listener, router(Access::tcp(bound, token_file)));
                 let tasks = [tokio::spawn(serve), sampling];

@@ -12,7 +12,7 @@ use super::{changes, events, probes, v1};
 #[openapi(
     info(
         title = "embassy",
-        description = "What embassy does, and the few things that can be asked of it. Reading is for whoever reaches the listener; changing takes the unix socket, or `Authorization: Bearer` with the token of --admin-token-file."
+        description = "The state of embassy, and a few changes. Every client that reaches the listener may read. Changes need the Unix socket, or `Authorization: Bearer` with the token of --admin-token-file."
     ),
     modifiers(&Token),
     paths(
@@ -36,7 +36,7 @@ use super::{changes, events, probes, v1};
 )]
 struct Description;
 
-/// What changing calls must bear where they do not come by the unix socket.
+/// The token that changes over TCP need.
 struct Token;
 
 impl Modify for Token {
@@ -46,7 +46,7 @@ impl Modify for Token {
         components.add_security_scheme("token", bearer);
         for item in description.paths.paths.values_mut() {
             for call in [&mut item.put, &mut item.post].into_iter().flatten() {
-                // Either of them: by the unix socket nothing is needed.
+                // Either of them: over the Unix socket no token is needed.
                 let none = SecurityRequirement::default();
                 let token = SecurityRequirement::new("token", [""; 0]);
                 call.security = Some(vec![token, none]);

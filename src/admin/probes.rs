@@ -1,4 +1,4 @@
-//! The calls for machines that watch: whether embassy lives, whether it is ready, and its metrics.
+//! The calls for monitoring: liveness, readiness and metrics.
 
 use axum::{
     Json, Router,
@@ -23,7 +23,7 @@ pub(super) async fn healthz() -> &'static str {
     "ok\n"
 }
 
-/// 200 while everything has been read once and traffic is captured; else 503 and what is missing
+/// 200 once every source was read and traffic is captured; otherwise 503 with the missing parts
 #[utoipa::path(get, path = "/readyz", responses(
     (status = 200, body = api::Ready), (status = 503, body = api::Ready)))]
 pub(super) async fn readyz(State(context): State<Context>) -> impl IntoResponse {
@@ -38,7 +38,7 @@ pub(super) async fn readyz(State(context): State<Context>) -> impl IntoResponse 
     (status, Json(answer))
 }
 
-/// All metrics, in Prometheus' text form, or as OpenMetrics where that is accepted
+/// All metrics, in the Prometheus text format, or as OpenMetrics if the client accepts it
 #[utoipa::path(get, path = "/metrics", responses((status = 200, body = String, content_type = "text/plain")))]
 pub(super) async fn metrics(
     State(context): State<Context>,

@@ -1,4 +1,4 @@
-//! Answers that are no success, and the parameters whose readers give them.
+//! Error responses, and the parameter extractors that return them.
 
 use axum::{
     Json,
@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 
 use super::api;
 
-/// An answer that is no success.
+/// An error response.
 #[derive(Debug)]
 pub(super) struct Refusal {
     status: StatusCode,
@@ -37,7 +37,7 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// The parameters behind the `?`; what is wrong with them is said as JSON, like every error.
+/// The query parameters. Errors in them are returned as JSON, like every error.
 pub(super) struct Params<T>(pub T);
 
 impl<T: DeserializeOwned, S: Sync> FromRequestParts<S> for Params<T> {

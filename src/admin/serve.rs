@@ -1,5 +1,4 @@
-//! Answers who connects, within bounds: whoever reaches the listener must not be able to use up the descriptors that
-//! connections of consumers need.
+//! Serves HTTP within limits: clients of this listener must not use up the descriptors that consumers' connections need.
 
 use std::{
     io,
@@ -23,16 +22,16 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-/// Connections at a time; one more waits in the kernel's queue.
+/// Maximum number of connections; further ones wait in the kernel's queue.
 const CONNECTIONS: usize = 128;
-/// How long a connection may take to send the head of a request, the first or another.
+/// Timeout for reading the head of a request.
 const HEADER: Duration = Duration::from_secs(10);
-/// How long an answer may wait for its reader to read on: what it holds, and its place, are others' then.
+/// Timeout for a write to a client that does not read. It frees the memory of the answer, and the connection's slot.
 const READER: Duration = Duration::from_secs(30);
-/// After an accept that failed, as it does while there are no descriptors.
+/// Pause after a failed accept, for example without free descriptors.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// What connections come from.
+/// A listening socket.
 pub(super) trait Listener {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
@@ -57,7 +56,7 @@ impl Listener for UnixListener {
     }
 }
 
-/// Answers for ever. Dropped, it closes all connections.
+/// Serves until it is dropped; this closes all connections.
 pub(super) async fn serve(listener: impl Listener, router: Router) {
     let mut http = Builder::new(hyper_util::rt::TokioExecutor::new()).http1_only();
     http.http1().timer(TokioTimer::new()).header_read_timeout(HEADER);
@@ -77,17 +76,17 @@ pub(super) async fn serve(listener: impl Listener, router: Router) {
         while running.try_join_next().is_some() {}
         let (http, service) = (http.clone(), TowerToHyperService::new(router.clone()));
         running.spawn(async move {
-            // What a client does wrong ends its own connection, and is nobody's news.
+            // An error of a client ends only its own connection, and is not logged.
             let _ = http.serve_connection(TokioIo::new(Impatient::new(stream)), service).await;
             drop(place);
         });
     }
 }
 
-/// A stream that fails when its other end has not read for too long.
+/// A stream that fails if its peer does not read for too long.
 struct Impatient<S> {
     stream: S,
-    /// Runs while a write waits.
+    /// Runs while a write is pending.
     patience: Option<Pin<Box<Sleep>>>,
 }
 

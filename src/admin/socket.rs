@@ -1,4 +1,4 @@
-//! The unix socket: a file that says who may ask.
+//! The Unix socket: its file mode grants access.
 
 use std::{
     fs, io,
@@ -10,27 +10,27 @@ use rustix::fs::{Mode, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::UnixListener;
 
-/// Whoever may change something here may as well be embassy: its own user, and root. Another mode or group is the user's to
-/// give.
+/// Access to this socket is as much as embassy's own rights, so only its user and root have it. The operator may set
+/// another mode or group.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
-/// Connections that wait to be accepted.
+/// Length of the accept queue.
 const BACKLOG: i32 = 128;
 
-/// The file of a socket that we made. It goes when this is dropped, unless another has taken its place.
+/// The file of a socket that we created. It is removed on drop, unless another file has replaced it.
 #[derive(Debug)]
 pub(super) struct File {
     path: PathBuf,
-    /// By which it is known.
+    /// The file's identity.
     identity: Option<Identity>,
 }
 
-/// Listens at `path`. What an embassy that was killed has left there is replaced.
+/// Listens at `path`. Replaces the socket that a killed embassy left.
 pub(super) fn listen(path: &Path) -> io::Result<(UnixListener, File)> {
     if is_leftover(path) {
         fs::remove_file(path)?;
     }
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
-    // Before it is bound: there is no moment at which everybody may.
+    // Set before bind, so that the socket is never open to everyone.
     fchmod(&socket, MODE)?;
     socket.bind(&SockAddr::unix(path)?)?;
     socket.listen(BACKLOG)?;
@@ -38,11 +38,11 @@ pub(super) fn listen(path: &Path) -> io::Result<(UnixListener, File)> {
     Ok((UnixListener::from_std(std::os::unix::net::UnixListener::from(socket))?, file))
 }
 
-/// Whether a socket is there that nobody listens at. Any other failure to connect may be somebody's: a full queue, or rights
-/// that we have not.
+/// Whether this is a socket without a listener. Other connect errors do not prove that: the queue may be full, or we may
+/// lack rights.
 fn is_leftover(path: &Path) -> bool {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
-    // Nonblocking: where its queue is full, a connect would wait.
+    // Nonblocking: with a full queue, connect would wait.
     let connect = || {
         let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
         socket.connect(&SockAddr::unix(path)?)
@@ -50,7 +50,7 @@ fn is_leftover(path: &Path) -> bool {
     is_socket && connect().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
-/// Device, number, and when it was made: numbers are given again. Another mode or owner leaves them.
+/// Device, inode and creation time, because inode numbers are reused. A change of mode or owner does not change these.
 type Identity = (u64, u64, i64, i64);
 
 fn identity(path: &Path) -> Option<Identity> {

@@ -40,7 +40,7 @@ pub(super) fn router() -> Router<Context> {
         .route("/v1/history", get(history))
 }
 
-/// Everything at a glance
+/// The state of embassy
 #[utoipa::path(get, path = "/v1/status", responses((status = 200, body = api::Status)))]
 pub(super) async fn status(
     State(context): State<Context>,
@@ -146,7 +146,7 @@ fn capture(feeds: &Feeds, situation: &Situation) -> api::Capture {
     }
 }
 
-/// Where the connections of each consumer go
+/// The routes of all consumers
 #[utoipa::path(get, path = "/v1/routes", params(Wanted), responses(
     (status = 200, body = api::Page<api::Route>), (status = 400, body = api::Error)))]
 pub(super) async fn routes(
@@ -216,7 +216,7 @@ pub(super) async fn endpoints(
     Ok(Json(page))
 }
 
-/// What consumers declared, and what became of it
+/// The declared bindings and their states
 #[utoipa::path(get, path = "/v1/bindings", params(Wanted), responses(
     (status = 200, body = api::Page<api::Binding>), (status = 400, body = api::Error)))]
 pub(super) async fn bindings(
@@ -250,7 +250,7 @@ pub(super) async fn bindings(
     Ok(Json(page))
 }
 
-/// The provider, and everything that is asked of a discovery
+/// The provider and all discovery queries
 #[utoipa::path(get, path = "/v1/sources", params(Wanted), responses(
     (status = 200, body = api::Page<api::Source>), (status = 400, body = api::Error)))]
 pub(super) async fn sources(
@@ -288,7 +288,7 @@ pub(super) async fn sources(
     Ok(Json(page))
 }
 
-/// What is connected now
+/// The open connections
 #[utoipa::path(get, path = "/v1/connections", params(Wanted), responses(
     (status = 200, body = api::Page<api::Connection>), (status = 400, body = api::Error)))]
 pub(super) async fn connections(
@@ -324,13 +324,13 @@ pub(super) async fn connections(
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Asked {
-    /// The consumer's whole name, how its ID begins (from 4 characters on), or an address of its.
+    /// The consumer: its full name, the start of its ID (at least 4 characters), or one of its addresses.
     consumer: String,
-    /// The port that it dials, 1 to 65535.
+    /// The declared port, 1 to 65535.
     port: u16,
 }
 
-/// Why a consumer's connections on a port go where they go
+/// Where a consumer's connections to a port go, and why
 #[utoipa::path(get, path = "/v1/explain", params(Asked), responses(
     (status = 200, body = api::Explain), (status = 400, body = api::Error)))]
 pub(super) async fn explain(
@@ -351,10 +351,10 @@ pub(super) async fn history(State(context): State<Context>) -> Json<api::History
 }
 
 pub(super) async fn unknown(uri: axum::http::Uri) -> Refusal {
-    Refusal::new(StatusCode::NOT_FOUND, format!("{}: there is no such call", uri.path()))
+    Refusal::new(StatusCode::NOT_FOUND, format!("{}: no such call", uri.path()))
 }
 
 pub(super) async fn wrong_method(method: axum::http::Method, uri: axum::http::Uri) -> Refusal {
-    let text = format!("{method} {}: not with this method", uri.path());
+    let text = format!("{method} {}: this call does not allow this method", uri.path());
     Refusal::new(StatusCode::METHOD_NOT_ALLOWED, text)
 }

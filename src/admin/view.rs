@@ -1,4 +1,4 @@
-//! What is, in the words of the API: the table, the sources and the counts become the types of `api`.
+//! Converts the table, the sources and the counts to the types of `api`.
 
 use std::{
     sync::atomic::Ordering::Relaxed,
@@ -21,7 +21,7 @@ use crate::{
 };
 
 pub(super) fn seconds(time: Duration) -> f64 {
-    // Whole microseconds: more digits would only look exact.
+    // Whole microseconds: more digits would only seem exact.
     (time.as_secs_f64() * 1e6).round() / 1e6
 }
 
@@ -204,7 +204,7 @@ pub(super) fn binding(fate: &BindingFate<'_>) -> api::Binding {
     }
 }
 
-/// A consumer, with the ports that it has routes for.
+/// A consumer, with the ports that have a route.
 pub(super) fn consumer(consumer: &Consumer, table: &Table) -> api::ExplainConsumer {
     let routes = table.routes().filter(|route| route.consumer == consumer.id);
     let mut ports: Vec<_> = routes.map(|route| route.key.port.get()).collect();

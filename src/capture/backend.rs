@@ -10,7 +10,7 @@ use super::{
 };
 use crate::config::FirewallChoice;
 
-/// The writer of our rules. What it wrote stays as it is until it is told otherwise, except for what others do.
+/// The writer of our rules. The rules stay until they are changed through this writer, or by other programs.
 #[derive(Debug)]
 pub enum Backend {
     Nft(Box<Nft>),
@@ -21,7 +21,7 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// The one that was chosen; for `auto`, nf_tables where the kernel has it. An error where it does not work. Nothing is
+    /// The chosen backend; for `auto`, nf_tables if the kernel has it. An error if it does not work. Nothing is
     /// changed.
     pub async fn open(
         choice: FirewallChoice,
@@ -37,7 +37,7 @@ impl Backend {
                 Ok(nft) => Ok(nft),
                 Err(nft) => match Iptables::open().await {
                     Ok(iptables) => {
-                        tracing::debug!(error = %nft, "no nf_tables");
+                        tracing::debug!(error = %nft, "the kernel has no nf_tables");
                         Ok(Self::Iptables(iptables))
                     }
                     Err(iptables) => Err(CaptureError::Nothing {
@@ -58,7 +58,7 @@ impl Backend {
         }
     }
 
-    /// Whether nobody else can change our rules.
+    /// Whether only this process can change our rules.
     pub(super) fn is_owned(&self) -> bool {
         match self {
             Self::Nft(nft) => nft.is_owned(),
@@ -78,7 +78,7 @@ impl Backend {
         }
     }
 
-    /// Writes all rules, in place of whatever stands. What others changed meanwhile; `None`: nothing.
+    /// Replaces all rules. Returns what other programs changed since; `None`: nothing.
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         match self {
             Self::Nft(nft) => nft.load(rules).await,
@@ -114,7 +114,7 @@ impl Backend {
         }
     }
 
-    /// Whether somebody else may have changed something in the firewall since this was asked last.
+    /// Whether another program may have changed the firewall since the last call.
     pub(super) fn others_changed(&mut self) -> Result<bool, CaptureError> {
         match self {
             Self::Nft(nft) => nft.others_changed(),
@@ -124,7 +124,7 @@ impl Backend {
         }
     }
 
-    /// What others did to our rules, and what is missing, for people. `None`: nothing.
+    /// What other programs changed in our rules, and what is missing, as text. `None`: nothing.
     pub(super) async fn check(
         &mut self,
         rules: impl FnOnce() -> Rules,
@@ -138,7 +138,7 @@ impl Backend {
         }
     }
 
-    /// The chains that the kernel calls, ours and others'. None where there is no nf_tables.
+    /// The chains that the kernel calls, ours and others'. None if there is no nf_tables.
     pub(super) fn base_chains(&mut self) -> Result<Vec<BaseChain>, CaptureError> {
         match self {
             Self::Nft(nft) => nft.base_chains(),
@@ -148,7 +148,7 @@ impl Backend {
         }
     }
 
-    /// How many captured connections came to this host's input, and how many passed it; `None` where that is not counted.
+    /// How many captured connections came to this host's input, and how many passed it; `None` if that is not counted.
     pub(super) fn arrivals(&mut self) -> Result<Option<(u64, u64)>, CaptureError> {
         match self {
             Self::Nft(nft) => nft.arrivals(),

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 pub use crate::events::Change;
 
 impl Change {
-    /// The change from `before` to `now`, which are not the same, and what is missing, for people.
+    /// The change from `before` to `now`, which are not the same, and what is missing, as text.
     pub(super) fn of(before: &str, now: Option<&str>) -> (Self, String) {
         let Some(now) = now else { return (Self::Vanished, "all of them".to_owned()) };
         let present: HashSet<_> = now.lines().collect();

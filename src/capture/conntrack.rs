@@ -10,8 +10,8 @@ use crate::config::Conntrack;
 pub fn apply(settings: &Conntrack) {
     for (path, value) in asked(settings) {
         match fs::write(Path::new(path), value.to_string()) {
-            Ok(()) => info!(path, value, "set"),
-            Err(error) => warn!(path, value, %error, "cannot set"),
+            Ok(()) => info!(path, value, "conntrack setting written"),
+            Err(error) => warn!(path, value, %error, "cannot write conntrack setting"),
         }
     }
 }

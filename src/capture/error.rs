@@ -14,7 +14,7 @@ pub enum CaptureError {
     /// The kernel's nf_tables is there, and too old or built without a part.
     #[error("this kernel's nf_tables has no {0}")]
     Lacks(String),
-    /// Somebody else's socket owns a table of our name.
+    /// Another program's socket owns a table of our name.
     #[error(
         "table inet {name} belongs to another process (netlink port {owner}), and goes when that process ends"
     )]

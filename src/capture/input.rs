@@ -2,8 +2,8 @@
 //! what it does not know drops them too. It is recognised, not repaired: those rules are others'.
 //!
 //! Rules of others are not worked out to their end. A chain that drops or rejects at its end counts as open where some rule
-//! of it, or of a chain that it leads to, accepts our port, or what was translated, or whatever comes from a bridge of
-//! Docker's.
+//! of it, or of a chain that it leads to, accepts our port, or translated connections, or everything from a Docker
+//! bridge.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,7 +28,7 @@ impl fmt::Display for Barrier {
 }
 
 impl Barrier {
-    /// Connections to `port` are dropped, and nothing that can be read says where.
+    /// Connections to `port` are dropped, but no readable rule shows where.
     pub(super) fn unknown(port: u16) -> Self {
         Self {
             chain: "a rule of this host's input that embassy cannot read".to_owned(),
@@ -74,7 +74,7 @@ impl Listings {
         self.filters.iter().chain([&self.nft]).find_map(|listing| listing.as_ref().err())
     }
 
-    /// What is in the way of connections that are captured to `port`, in what can be read.
+    /// The obstacles for connections captured to `port`, as far as they can be read.
     pub fn barriers(&self, port: u16) -> Vec<Barrier> {
         let mut found = self.nft.as_ref().map_or_else(|_| Vec::new(), |text| in_nft(text, port));
         found.extend(self.filters().filter_map(|(v6, saved)| in_iptables(saved, v6, port)));
@@ -82,7 +82,7 @@ impl Listings {
     }
 
     /// A chain that lets in only what it knows: answers to untracked connections it may know by their state alone, which they
-    /// have not. `None` where there is no such chain.
+    /// have not. `None` if there is no such chain.
     pub(super) fn closed(&self) -> Option<String> {
         let listing = self.nft.as_deref().unwrap_or_default();
         for table in tables(listing) {
@@ -120,7 +120,7 @@ async fn run(program: &'static str, args: &[&str]) -> Result<String, ProgramErro
     }
 }
 
-/// How INPUT ends in the text of `iptables-save`, where it lets nothing pass there.
+/// How INPUT ends in the text of `iptables-save`, if it drops everything at its end.
 fn end_of_input(saved: &str) -> Option<String> {
     let last = saved.lines().rfind(|line| line.starts_with("-A INPUT "));
     if let Some(last) =
@@ -132,7 +132,7 @@ fn end_of_input(saved: &str) -> Option<String> {
     drops.then(|| "has the policy DROP".to_owned())
 }
 
-/// What is in the way in the text of `iptables-save`.
+/// The obstacles in the text of `iptables-save`.
 pub fn in_iptables(saved: &str, v6: bool, port: u16) -> Option<Barrier> {
     let rules = || saved.lines().filter(|line| line.starts_with("-A "));
     let end = end_of_input(saved)?;
@@ -166,7 +166,7 @@ pub fn in_iptables(saved: &str, v6: bool, port: u16) -> Option<Barrier> {
     })
 }
 
-/// What is in the way in the text of `nft list ruleset`, but for the tables that iptables itself shows.
+/// The obstacles in the text of `nft list ruleset`, but for the tables that iptables itself shows.
 pub fn in_nft(ruleset: &str, port: u16) -> Vec<Barrier> {
     tables(ruleset)
         .iter()
@@ -261,7 +261,7 @@ impl Table<'_> {
         let from_docker = words.array_windows().any(|[word, interface]| {
             matches!(*word, "iifname" | "iif") && is_dockers(interface.trim_matches('"'))
         });
-        // Where a bridge of Docker's has a chain of its own, somebody has thought of it.
+        // If a Docker bridge has its own chain, its owner has decided about such connections.
         let has_its_own = from_docker && (at("goto").is_some() || at("jump").is_some());
         words == ["accept"] && self.is_base(rule)
             || accepts && (translated || on_port == Some(true) || from_docker && on_port.is_none())
@@ -288,7 +288,7 @@ fn reachable(chain: String, next: impl Fn(&str) -> Vec<String>) -> BTreeSet<Stri
     found
 }
 
-/// How a chain of the input hook ends, where it lets nothing pass there.
+/// How a chain of the input hook ends, if it drops everything at its end.
 fn end(chain: &[&str]) -> Option<String> {
     let head = chain.iter().find(|line| line.contains(" hook input "))?;
     let last = chain.last()?;

@@ -17,7 +17,7 @@ use crate::{config::CaptureScope, table::RouteKey};
 
 /// What arrives.
 const PREROUTING: Entry = Entry { name: "PREROUTING", chain: "EMBASSY" };
-/// What is sent from here.
+/// The host's own connections.
 const OUTPUT: Entry = Entry { name: "OUTPUT", chain: "EMBASSY_OUTPUT" };
 
 /// A chain that every table has, and ours that it jumps to.
@@ -49,7 +49,7 @@ const FAMILIES: [Family; 2] = [
 /// The writer of our chains.
 #[derive(Debug)]
 pub struct Iptables {
-    /// Tells whether anybody changed anything, where the programs write to nf_tables. With the older `legacy` programs only
+    /// Reports whether any program changed anything, if the programs write to nf_tables. With the older `legacy` programs only
     /// a listing tells.
     watch: Option<(Socket, Generation)>,
     /// Right after they were written.
@@ -57,7 +57,7 @@ pub struct Iptables {
 }
 
 impl Iptables {
-    /// An error where the programs do not work.
+    /// An error if the programs do not work.
     pub(super) async fn open() -> Result<Self, CaptureError> {
         let [v4, _] = FAMILIES;
         v4.nat().await?;
@@ -75,8 +75,8 @@ impl Iptables {
         self.listed.is_some()
     }
 
-    /// Puts `rules` in place of whatever the chains held, and the jumps before everybody else's rules. What others have changed
-    /// meanwhile; `None`: nothing.
+    /// Replaces the chains' rules with `rules`, and puts the jumps before all other rules. Returns what other programs changed
+    /// since; `None`: nothing.
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         self.listed = None;
         let written = apply(rules).await?;
@@ -91,14 +91,14 @@ impl Iptables {
         Ok(torn)
     }
 
-    /// Whether somebody else may have changed something since this was asked last.
+    /// Whether another program may have changed something since the last call.
     pub(super) fn others_changed(&mut self) -> Result<bool, CaptureError> {
         let Some((socket, seen)) = &mut self.watch else { return Ok(true) };
         let now = socket.generation()?;
         Ok(std::mem::replace(seen, now) != now)
     }
 
-    /// What others did to our rules, and what is missing, for people. `None`: nothing.
+    /// What other programs changed in our rules, and what is missing, as text. `None`: nothing.
     pub(super) async fn damage(&mut self) -> Result<Option<(Change, String)>, CaptureError> {
         let Some(before) = &self.listed else { return Ok(None) };
         let now = installed().await?;
@@ -151,7 +151,7 @@ fn place_in(saved: &str, entry: Entry, earlier: Option<String>) -> Place {
     }
 }
 
-/// Puts `rules` in place of whatever the chains held. How many lines [`installed`] has of them.
+/// Replaces the chains' rules with `rules`. Returns the number of lines that [`installed`] has of them.
 async fn apply(rules: &Rules) -> Result<usize, ProgramError> {
     let mut written = 0;
     for family in FAMILIES {
@@ -173,7 +173,7 @@ async fn apply(rules: &Rules) -> Result<usize, ProgramError> {
     Ok(written)
 }
 
-/// What [`apply`] would do, were nothing of ours there.
+/// What [`apply`] would do on a host without rules of embassy.
 pub(super) async fn plan(rules: &Rules) -> Result<Vec<Script>, ProgramError> {
     let mut scripts = Vec::new();
     for family in FAMILIES.into_iter().filter(|family| !family.v6 || uses_v6(rules)) {
@@ -188,20 +188,20 @@ pub(super) async fn plan(rules: &Rules) -> Result<Vec<Script>, ProgramError> {
     Ok(scripts)
 }
 
-/// Our rules as the kernel has them, and whether each jump comes first; `None` where there is nothing of ours.
+/// Our rules as the kernel has them, and whether each jump comes first; `None` if there are none.
 async fn installed() -> Result<Option<String>, ProgramError> {
     let mut all = String::new();
     for family in FAMILIES {
         match family.nat().await {
             Ok(lines) => all.push_str(&ours(&lines)),
-            Err(error) if family.v6 => tracing::debug!(%error, "no NAT for IPv6"),
+            Err(error) if family.v6 => tracing::debug!(%error, "iptables has no NAT for IPv6"),
             Err(error) => return Err(error),
         }
     }
     Ok((!all.is_empty()).then_some(all))
 }
 
-/// Takes our chain and its jumps away, and what the original program left. Whether there was anything.
+/// Removes our chain and its jumps, and the rules of the original program. Returns whether there was anything.
 pub(super) async fn remove() -> Result<bool, ProgramError> {
     let mut found = false;
     let mut first_error = None;
@@ -312,7 +312,7 @@ fn declared(out: &mut String, rules: &Rules, v6: bool, entry: Entry) -> fmt::Res
     Ok(())
 }
 
-/// The one jump to our chain, before everybody else's rules.
+/// The only jump to our chain, before all other rules.
 fn jump(out: &mut String, now: &str, entry: Entry, matched: &str) -> fmt::Result {
     let present: Vec<_> = rules_of(now, entry).filter(|line| is_jump(line)).collect();
     let wanted = format!("{matched}-j {}", entry.chain);
@@ -326,7 +326,7 @@ fn jump(out: &mut String, now: &str, entry: Entry, matched: &str) -> fmt::Result
     writeln!(out, "-I {} 1 {wanted}", entry.name)
 }
 
-/// One transaction that leaves nothing of ours; `None` where there is nothing.
+/// One transaction that removes all our rules; `None` if there are none.
 fn removal(now: &str) -> Option<String> {
     let mut out = String::from("*nat\n");
     for line in rules_in(now).filter(|line| is_jump(line) || is_ancestors(line)) {
@@ -393,7 +393,7 @@ pub(crate) fn fuzz(input: &[u8]) {
     let listing = String::from_utf8_lossy(input);
     let _ = ours(&listing);
     let Some(script) = removal(&listing) else { return };
-    // Nothing is taken away but our own and the ancestor's.
+    // Removes only our own rules and those of the original program.
     for line in script.lines().filter(|line| line.starts_with('-')) {
         let own =
             [PREROUTING, OUTPUT].iter().any(|entry| line.ends_with(&format!(" {}", entry.chain)));
@@ -500,7 +500,7 @@ COMMIT
         assert_eq!(of(&[dockers, jump]), Place::Behind("rule \"-j DOCKER\"".to_owned()));
         let earlier = place_in(jump, PREROUTING, Some("another".to_owned()));
         assert_eq!(earlier, Place::Behind("another".to_owned()));
-        // What is sent from here has a place of its own.
+        // The host's own connections have a place of their own.
         let sent = "-A OUTPUT -p tcp -j DOCKER\n-A OUTPUT -j EMBASSY_OUTPUT\n";
         assert_eq!(place_in(jump, OUTPUT, None), Place::Absent);
         let behind = Place::Behind("rule \"-p tcp -j DOCKER\"".to_owned());

@@ -150,7 +150,7 @@ pub(super) enum Term {
     Dport(u16),
     /// The first packet of a connection.
     Syn,
-    /// The connection was captured, or translated by somebody else.
+    /// The connection was captured, or translated by another program.
     Translated,
     MetaMark(u32),
     SocketMark(u32),
@@ -212,17 +212,17 @@ pub(super) struct Chain {
     pub(super) rules: Vec<Vec<Term>>,
 }
 
-/// The chain of what arrives on this host after it was captured, before everybody else's of that hook; and after them.
+/// Two chains for captured connections that arrive on this host: before and after all other chains of that hook.
 pub(super) const ARRIVING: &str = "arriving";
 pub(super) const ARRIVED: &str = "arrived";
 
 /// Before connection tracking, which is at -200.
 const RAW: i32 = -300;
-/// Before and after what anybody else has.
+/// Before and after all other chains.
 const FIRST: i32 = -2_000_000_000;
 const LAST: i32 = 2_000_000_000;
 
-/// Every set of ours.
+/// All our sets.
 pub(super) fn sets(shape: &Shape) -> impl Iterator<Item = Set> + use<> {
     let Shape { redirect, unknown, notrack, .. } = *shape;
     let wanted = [
@@ -332,7 +332,7 @@ pub(super) fn edits(changes: &RuleChanges, shape: &Shape) -> Vec<Edit> {
     sets(shape).map(edit).filter(touched).collect()
 }
 
-/// Every chain of ours: those that are jumped to first.
+/// All our chains, the jump targets first.
 pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
     use Side::{Destination, Source};
     let of = |members| move |family| Set { members, family };
@@ -407,8 +407,8 @@ pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
     chains
 }
 
-/// Counts captured connections on their way to our listener. Where the first of two such chains counts more than the last,
-/// somebody's rules between them drop. As a rule that asks for a connection's state, it keeps connection tracking on.
+/// Counts captured connections on their way to our listener. If the first of two such chains counts more than the last,
+/// a rule between them drops. The rule matches the connection state, which also keeps connection tracking on.
 pub(super) fn watch(name: &'static str, priority: i32, port: u16) -> Chain {
     let base = Base { kind: BaseKind::Filter, hook: Hook::Input, priority };
     let rule = vec![Term::Dport(port), Term::Translated, Term::Syn, Term::Counter];

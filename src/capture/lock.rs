@@ -32,7 +32,7 @@ impl Lock {
         sockets.lines().any(|line| line.rsplit(' ').next() == Some(&format!("@{LOCK}")))
     }
 
-    /// `None` where another embassy captures.
+    /// `None` if another embassy captures.
     pub fn take() -> io::Result<Option<Self>> {
         Self::of(LOCK)
     }

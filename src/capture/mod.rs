@@ -1,5 +1,5 @@
-//! The kernel made to match the table: what consumers send to a VIP is led to our listener. Only this module touches the
-//! firewall, and only what bears our name there.
+//! Makes the kernel's rules match the table: consumers' connections to a VIP are redirected to our listener. Only this module
+//! changes the firewall, and only objects with our name.
 
 use std::{
     fmt,
@@ -61,7 +61,7 @@ impl fmt::Display for Firewall {
     }
 }
 
-/// Takes away what an earlier run left, whichever backend it used, and what the original program left. A backend that is
+/// Removes the rules of an earlier run, of any backend, and of the original program. A backend that is
 /// not installed has left nothing; every other error is reported, and the rest still done.
 pub async fn cleanup() {
     for (firewall, removed) in remove_leftovers().await {
@@ -81,7 +81,7 @@ fn report(firewall: Firewall, removed: Result<bool, CaptureError>) {
 pub async fn remove_leftovers() -> [(Firewall, Result<bool, CaptureError>); 2] {
     let none_if_missing = |removed: Result<bool, CaptureError>| match removed {
         Err(error) if error.is_missing() => {
-            debug!(%error, "nothing to remove");
+            debug!(%error, "no embassy rules to remove");
             Ok(false)
         }
         removed => removed,
@@ -100,8 +100,8 @@ pub struct Script {
     pub text: String,
 }
 
-/// What would be written by a start now, where nothing of ours stands. It only reads. With nft no program is given it: it is
-/// shown as one would be.
+/// The rules that a start would write on a host without rules of embassy. Only reads. With nft these are shown as a script,
+/// although embassy starts no program.
 pub async fn plan(
     choice: FirewallChoice,
     settings: &RuleSettings,
@@ -122,7 +122,7 @@ pub async fn plan(
 /// What the capture did and found, for the metrics.
 #[derive(Debug, Default)]
 pub struct CaptureCounts {
-    /// How often rules had vanished or changed and were put back, by [`Change::ALL`].
+    /// How often the rules were restored, by [`Change::ALL`].
     restored: [AtomicU64; Change::ALL.len()],
     /// Attempts that failed.
     pub failed: AtomicU64,
@@ -140,9 +140,9 @@ pub struct Standing {
     pub in_place: bool,
     /// Why they cannot be written.
     pub error: Option<String>,
-    /// When they were put back last, and what was missing.
+    /// When the rules were last restored, and what was missing.
     pub restored: Option<(Instant, String)>,
-    /// What is in the way of captured connections.
+    /// Obstacles for captured connections.
     pub barriers: Vec<input::Barrier>,
 }
 
@@ -157,7 +157,7 @@ impl CaptureCounts {
         change(&mut self.standing.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// How often rules that had changed so were put back.
+    /// How often the rules were restored after this change.
     pub fn restored(&self, change: Change) -> u64 {
         self.restored.get(change as usize).map_or(0, |count| count.load(Relaxed))
     }
@@ -174,7 +174,7 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Starts keeping the kernel's rules like the table. Nothing is captured before the first table.
+    /// Starts the task that keeps the kernel's rules equal to the table. Nothing is captured before the first table.
     /// `ready` is dropped once the first rules stand.
     pub fn start(
         lock: Lock,
@@ -203,7 +203,7 @@ impl Capture {
         }
     }
 
-    /// Takes the rules away. From then on another embassy may capture here. What is given back is to be kept until the last
+    /// Removes the rules. Then another embassy may capture here. What is given back is to be kept until the last
     /// captured connection has ended.
     pub async fn stop(self) -> Remains {
         let _ = self.stop.send(());
@@ -234,7 +234,7 @@ impl Capture {
     }
 }
 
-/// The place of the rules of ours that translate at `hook` and that `firewall` keeps. It only reads.
+/// The place of our rules that translate at `hook`, in `firewall`. Only reads.
 pub async fn place_of(firewall: Firewall, hook: Hook) -> Result<place::Place, CaptureError> {
     let chains = nft::base_chains();
     match firewall {

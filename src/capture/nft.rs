@@ -1,5 +1,5 @@
-//! nftables: one table, `inet embassy`, which belongs to our netlink socket where the kernel can do that (Linux 5.12): nobody
-//! else can change it, and the kernel removes it when we end, however we do.
+//! nftables: one table, `inet embassy`, which belongs to our netlink socket if the kernel supports that (Linux 5.12): no other
+//! program can change it, and the kernel removes it when this process ends for any reason.
 
 use std::{
     collections::HashSet,
@@ -26,22 +26,22 @@ pub struct Nft {
     /// Whether the table belongs to the socket.
     owned: bool,
     written: Option<Written>,
-    /// The last generation that is known, ours or another's.
+    /// The last known generation, by us or by another program.
     seen: Generation,
-    /// Somebody else changed something that was not looked at yet.
+    /// Another program changed something that was not checked yet.
     others: bool,
 }
 
-/// What stands in the kernel.
+/// The rules in the kernel.
 #[derive(Debug)]
 struct Written {
     shape: Shape,
-    /// Right after it was written, where others can change it.
+    /// The listing right after it was written, if other programs can change it.
     listing: Option<Listing>,
 }
 
 impl Nft {
-    /// An error where the kernel cannot do what rules of this shape need. It changes nothing. `shared`: others shall be able to
+    /// An error if the kernel cannot do what rules of this shape need. It changes nothing. `shared`: other programs can
     /// change the table.
     pub(super) fn open(shape: &Shape, shared: bool) -> Result<Self, CaptureError> {
         let mut socket = Socket::open()?;
@@ -63,13 +63,13 @@ impl Nft {
 
     fn apply(&mut self, batch: &Messages) -> Result<(), NetlinkError> {
         let generation = self.socket.apply(batch)?;
-        // Ours is one; more were others'.
+        // Our batch is one change; further ones are by other programs.
         self.others |= !generation.follows(self.seen);
         self.seen = generation;
         Ok(())
     }
 
-    /// Writes everything, in place of whatever the table holds. What others have changed meanwhile; `None`: nothing.
+    /// Replaces the table's content. Returns what other programs changed since; `None`: nothing.
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         self.written = None;
         let old = netlink::tables(&mut self.socket)?.into_iter().find(|old| old.name == NAME);
@@ -92,7 +92,7 @@ impl Nft {
         self.stands_as(rules)
     }
 
-    /// Everything was written. A table that others can change is listed, and what they have changed already is said.
+    /// Called after everything was written. Lists a table that other programs can change, and returns what they changed already.
     fn stands_as(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         let table = self.table();
         let mut torn = None;
@@ -121,7 +121,7 @@ impl Nft {
         self.written.is_some()
     }
 
-    /// Changes what stands. After an error nothing is known of what stands.
+    /// Changes the current rules. After an error the current rules are unknown.
     pub(super) async fn change(&mut self, changes: &RuleChanges) -> Result<(), CaptureError> {
         let Some(written) = self.written.take() else { return Ok(()) };
         for batch in netlink::edit(self.table(), &layout::edits(changes, &written.shape)) {
@@ -132,14 +132,14 @@ impl Nft {
         Ok(())
     }
 
-    /// Puts our chains at another priority. What others have changed meanwhile; `None`: nothing.
+    /// Changes the priority of our chains. Returns what other programs changed since; `None`: nothing.
     pub(super) fn move_to(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         let Some(Written { shape, .. }) = self.written.take() else { return Ok(None) };
         self.apply(&netlink::other_chains(self.table(), &shape, &rules.shape))?;
         self.stands_as(rules)
     }
 
-    /// Whether somebody else changed something in nf_tables since this was asked last.
+    /// Whether another program changed nf_tables since the last call.
     pub(super) fn others_changed(&mut self) -> Result<bool, CaptureError> {
         let generation = self.socket.generation()?;
         let changed = std::mem::take(&mut self.others) || generation != self.seen;
@@ -147,7 +147,7 @@ impl Nft {
         Ok(changed)
     }
 
-    /// What others did to our table, and what is missing, for people. `None`: nothing, as always where it belongs to us.
+    /// What other programs changed in our table, and what is missing, as text. `None`: nothing, as always if it belongs to us.
     pub(super) fn damage(
         &mut self,
         rules: &Rules,
@@ -166,15 +166,15 @@ impl Nft {
         Ok(netlink::base_chains(&mut self.socket)?)
     }
 
-    /// Captured connections on their way in, and those of them that others' rules let pass, as far as they were counted.
+    /// The numbers of captured connections that arrived, and of those that passed other programs' rules.
     pub(super) fn arrivals(&mut self) -> Result<Option<(u64, u64)>, CaptureError> {
         let mut count =
             |chain| netlink::counted(&mut self.socket, Table { name: NAME, owned: false }, chain);
         Ok(count(layout::ARRIVING)?.zip(count(layout::ARRIVED)?))
     }
 
-    /// Captures nothing any more. What is kept until it is dropped keeps live connections translated, and leaves our table's
-    /// name to the next embassy.
+    /// Ends the capture. The returned value keeps live connections translated until it is dropped, and leaves our table's name
+    /// to the next embassy.
     pub(super) fn remove(mut self) -> Result<(bool, Draining), CaptureError> {
         let Some(Written { shape, .. }) = self.written.take() else {
             let found = netlink::tables(&mut self.socket)?.iter().any(|table| table.name == NAME);
@@ -188,7 +188,7 @@ impl Nft {
         // Without the lock, the next embassy takes the table for a leftover.
         let kept = (!self.owned).then(|| (Lock::of_table(&name).ok().flatten(), name.clone()));
         match self.apply(&netlink::replace(self.table(), draining, &layout::remains(&shape))) {
-            // Somebody else took it away already.
+            // Another program has already removed it.
             Err(error) if error.errno() == Some(Errno::NOENT) => {
                 Ok((false, Draining { nft: self, name: None }))
             }
@@ -198,7 +198,7 @@ impl Nft {
     }
 }
 
-/// A table's name that nobody has. The number of a process is no such name: every container may have its own process 1.
+/// A table name that is unique. A process ID would not be: each container may have its own process 1.
 fn unused_name(start: &str) -> String {
     format!("{start}{:08x}", fastrand::u32(..))
 }
@@ -220,7 +220,7 @@ impl Drop for Draining {
     }
 }
 
-/// What a table that was not of our making lacks in this kernel; `None`: nothing.
+/// What this kernel lacks for our rules, by a batch that applies nothing; `None`: nothing.
 fn lacks(socket: &mut Socket, shape: &Shape, owned: bool) -> Result<Option<String>, CaptureError> {
     let name = unused_name("embassy_asks_");
     let question = netlink::question(Table { name: &name, owned }, shape);
@@ -286,7 +286,7 @@ fn remove_tables(socket: &mut Socket) -> Result<bool, CaptureError> {
             Some(_) => {}
             None if name != NAME && matches!(Lock::of_table(&name), Ok(None)) => {}
             None => match socket.apply(&netlink::delete(Table { name: &name, owned: false })) {
-                // Somebody else was quicker.
+                // Another program was faster.
                 Err(error) if error.errno() == Some(Errno::NOENT) => {}
                 removed => {
                     removed?;

@@ -30,7 +30,7 @@ pub(super) struct First {
 const LOWEST: i32 = -199;
 
 impl First {
-    /// `None` where nobody else translates what arrives or, with `redirect`, what is sent.
+    /// `None` if no other program translates arriving or, with `redirect`, sent connections.
     pub(super) fn among(chains: &[BaseChain], redirect: bool) -> Option<Self> {
         let hooks: &[_] =
             if redirect { &[Hook::Prerouting, Hook::Output] } else { &[Hook::Prerouting] };
@@ -41,17 +41,17 @@ impl First {
         Some(Self { name: first.name.clone(), priority: first.priority })
     }
 
-    /// The priority that brings chains of ours, which have `ours` now, before it. `None` where they are, or cannot be.
+    /// The priority that puts our chains, now at `ours`, before it. `None` if they are before it, or cannot be.
     pub(super) fn place_before(&self, ours: i32) -> Option<i32> {
         // Of two with the same priority the later one is called first, whichever that is.
         (self.priority <= ours && ours > LOWEST).then(|| (self.priority - 1).max(LOWEST))
     }
 
-    /// Whether it stays before chains of ours that went as far as they can.
+    /// Whether it stays before our chains at their lowest priority.
     pub(super) fn stays_before(&self, firewall: Firewall, ours: i32) -> bool {
         match firewall {
             Firewall::Nft => self.priority <= ours && ours == LOWEST,
-            // They are where they are.
+            // The priorities of iptables' chains are fixed.
             Firewall::Iptables => self.priority < DSTNAT,
         }
     }
@@ -150,7 +150,7 @@ mod tests {
         let lowest = first(&[("ip x a", -199)], false).unwrap();
         assert_eq!((lowest.place_before(-110), lowest.place_before(-199)), (Some(-199), None));
         assert!(lowest.stays_before(Firewall::Nft, -199));
-        // What is sent from here is translated elsewhere.
+        // The host's own connections are translated elsewhere.
         let out = at(Hook::Output, &all);
         assert_eq!(First::among(&out, false), None);
         assert_eq!(First::among(&out, true), Some(other));

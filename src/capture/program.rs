@@ -13,7 +13,7 @@ pub(super) struct Program(pub &'static str);
 pub enum ProgramError {
     #[error("cannot run {program}: {error}")]
     Start { program: &'static str, error: io::Error },
-    /// `stderr` is what the program said, or how it ended where it said nothing.
+    /// `stderr` is the program's error output, or its exit status if there is none.
     #[error("{program} {args}: {stderr}")]
     Failed { program: &'static str, args: String, stderr: String },
     #[error("{program} {args}: no answer within {} s", Program::TIME.as_secs())]
@@ -40,7 +40,7 @@ impl Program {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
-            // A Ctrl-C at the terminal is meant for us, not for the program that takes our rules away.
+            // A Ctrl-C at the terminal must end embassy, not the program that removes our rules.
             .process_group(0)
             .spawn()
             .map_err(start)?;

@@ -1,4 +1,4 @@
-//! Makes the kernel's rules like the table, and keeps them so.
+//! Makes the kernel's rules match the table, and keeps them so.
 
 use std::{
     collections::BTreeSet,
@@ -28,27 +28,27 @@ use crate::{
     table::{Changes, Table},
 };
 
-/// Follows the tables, and what others do to the firewall.
+/// Follows the tables, and changes of the firewall by other programs.
 pub(super) struct Reconciler {
     backend: Backend,
     settings: RuleSettings,
     counts: Arc<CaptureCounts>,
     events: Events,
-    /// The table whose rules stand, and their places.
+    /// The table of the current rules, and their places.
     applied: Option<(Arc<Table>, Places)>,
-    /// Why rules are being written that stood before: what others did, and what was missing.
+    /// Why the rules are being restored: the change by other programs, and what was missing.
     damage: Option<(Change, String)>,
     /// Servers for which it was logged that a consumer cannot have their port.
     shadowed: BTreeSet<SocketAddr>,
     /// Whether the last attempt failed: a failure is logged once, not at every attempt.
     failing: bool,
     ready: Option<Guard>,
-    /// Of our chains, with nft. It only goes down: there is no need to follow others up again.
+    /// The priority of our chains, with nft. It only decreases: there is no need to increase it again.
     priority: i32,
     surroundings: Surroundings,
 }
 
-/// What others have in the firewall that concerns us.
+/// The rules of other programs that matter to us.
 #[derive(Default)]
 struct Surroundings {
     /// When others' rules were read last, and whether they may have changed since.
@@ -56,18 +56,18 @@ struct Surroundings {
     may_have_changed: bool,
     /// They are being read: a program may take seconds for it, which the rules of a new container must not wait.
     reading: JoinSet<Listings>,
-    /// Why `--notrack` is refused, as it was logged last.
+    /// Why `--notrack` is refused, as last logged.
     tracked_for: Option<String>,
-    /// What is in the way of captured connections, as it was logged last.
+    /// The obstacles for captured connections, as last logged.
     barriers: Vec<Barrier>,
-    /// What comes before our rules and cannot be got behind them, as it was logged last.
+    /// The chains that stay before our rules, as last logged.
     behind: Option<Barrier>,
     arrivals: Arrivals,
 }
 
-/// How often it is asked whether others changed something: within 5 s rules must be back. With nf_tables one short call.
+/// Poll interval for changes by other programs: rules must be restored within 5 s. With nf_tables this is one short call.
 const CHECK: Duration = Duration::from_secs(1);
-/// How often others' rules are read at the most, by their programs.
+/// Minimum interval for reading other programs' rules, which starts programs.
 const READ: Duration = Duration::from_secs(5);
 
 impl Reconciler {
@@ -93,7 +93,7 @@ impl Reconciler {
         }
     }
 
-    /// Runs until it is stopped, or there will be no more tables. The rules stay. The backend that can remove them is returned.
+    /// Runs until it is stopped, or there are no more tables. The rules stay. Returns the backend, which can remove them.
     pub(super) async fn run(
         mut self,
         mut tables: watch::Receiver<Arc<Table>>,
@@ -140,7 +140,7 @@ impl Reconciler {
         match done {
             Ok(()) if self.failing => {
                 self.failing = false;
-                info!("the rules can be written again");
+                info!("the firewall rules can be written again");
             }
             Ok(()) => {}
             Err(error) => {
@@ -151,13 +151,13 @@ impl Reconciler {
                 });
                 self.counts.failed.fetch_add(1, Relaxed);
                 if !std::mem::replace(&mut self.failing, true) {
-                    error!(%error, "cannot write the rules; trying again");
+                    error!(%error, "cannot write the firewall rules; retrying");
                 }
             }
         }
     }
 
-    /// Makes the rules those of `table`, by what changed where that is known.
+    /// Updates the rules to `table`, by its changes if they are known.
     async fn follow(&mut self, table: &Arc<Table>) -> Result<(), CaptureError> {
         let Some((before, places)) = self.applied.take().filter(|_| self.backend.stands()) else {
             return self.load(table).await;
@@ -182,9 +182,9 @@ impl Reconciler {
             let rules = || whole(table, &self.settings, &now, self.priority);
             let torn = match self.backend.apply(&changes, rules).await {
                 Ok(torn) => torn,
-                // Somebody else's change, as a rule. What stands is not known any more.
+                // Usually caused by another program's change. The current rules are unknown now.
                 Err(error) => {
-                    debug!(%error, "cannot change the rules; writing all of them");
+                    debug!(%error, "cannot change the firewall rules; rewriting all of them");
                     if !self.backend.is_owned() && error.is_of_what_is_gone() {
                         self.damaged(Change::Incomplete, "what was to be changed".to_owned());
                     }
@@ -225,7 +225,7 @@ impl Reconciler {
         places
     }
 
-    /// Rules were written. `torn`: others changed them meanwhile.
+    /// Called after rules were written. `torn`: other programs changed them meanwhile.
     fn written(
         &mut self,
         table: &Arc<Table>,
@@ -234,7 +234,7 @@ impl Reconciler {
         start: Instant,
     ) {
         let (firewall, took_ms) = (self.backend.firewall(), start.elapsed().as_secs_f64() * 1e3);
-        debug!(%firewall, routes = table.routes().len(), vips = places.vips.len(), took_ms, "rules written");
+        debug!(%firewall, routes = table.routes().len(), vips = places.vips.len(), took_ms, "firewall rules written");
         if let Some((change, missing)) = self.damage.take() {
             self.restored(change, missing);
         }
@@ -278,7 +278,7 @@ impl Reconciler {
         self.events.report(|| Event::CaptureRestored { change, missing });
     }
 
-    /// Puts back what others took away, if they did anything.
+    /// Restores the rules if other programs changed them.
     async fn check(&mut self, table: &Arc<Table>) -> Result<(), CaptureError> {
         let standing = self.applied.as_ref().filter(|_| self.backend.stands());
         let Some((_, places)) = standing else { return self.load(table).await };
@@ -299,7 +299,7 @@ impl Reconciler {
             && let Some(place) = first.place_before(self.priority)
         {
             let (change, missing) = (Change::Displaced, format!("the place before {first}"));
-            warn!(%firewall, change = change.as_str(), missing, "another program's rules come before ours; going before them");
+            warn!(%firewall, change = change.as_str(), missing, "another program's rules come before ours; moving ours before them");
             self.priority = place;
             self.backend.move_to(&whole(table, &self.settings, &places, self.priority))?;
             self.restored(change, missing);
@@ -311,7 +311,7 @@ impl Reconciler {
         Ok(First::among(&self.backend.base_chains()?, self.settings.redirect))
     }
 
-    /// Looks for others' rules that are in the way. Programs are started only where others changed something, or something is
+    /// Looks for obstacles in the rules of other programs. Programs are started only if others changed something, or something is
     /// in the way.
     fn look_around(&mut self) {
         let Surroundings { read, reading, .. } = &self.surroundings;
@@ -320,7 +320,7 @@ impl Reconciler {
         }
         self.surroundings.read = Some(Instant::now());
         let arrivals = self.backend.arrivals().unwrap_or_else(|error| {
-            debug!(%error, "cannot see how many captured connections arrive");
+            debug!(%error, "cannot count the captured connections that arrive");
             None
         });
         let dropped = self.surroundings.arrivals.are_dropped(arrivals);
@@ -335,7 +335,7 @@ impl Reconciler {
     /// Others' rules were read.
     async fn learn(&mut self, listings: &Listings, table: &Arc<Table>) {
         if let Some(error) = listings.error() {
-            debug!(%error, "cannot see all rules that captured connections pass");
+            debug!(%error, "cannot read all rules that captured connections pass");
         }
         let mut found = listings.barriers(self.settings.port);
         if self.surroundings.arrivals.dropped() && found.is_empty() {
@@ -345,7 +345,7 @@ impl Reconciler {
                 .iter()
                 .any(|barrier| *barrier != unknown && Some(barrier) != behind.as_ref())
             {
-                // Those were dropped by what has just been opened.
+                // These were dropped by a rule that has just been removed.
                 true => self.surroundings.arrivals = Arrivals::default(),
                 false => found.push(unknown),
             }
@@ -359,7 +359,7 @@ impl Reconciler {
         }
     }
 
-    /// Logs what is in the way of captured connections, when that becomes another.
+    /// Logs the obstacles for captured connections when they change.
     fn tell_barriers(&mut self, mut found: Vec<Barrier>) {
         found.extend(self.behind());
         let Surroundings { barriers, behind, .. } = &self.surroundings;
@@ -376,11 +376,11 @@ impl Reconciler {
         self.surroundings.barriers = found;
     }
 
-    /// What others have put before our rules where we cannot go before them; logged when that becomes another.
+    /// The rules of other programs before ours that we cannot move before; a change is logged.
     fn behind(&mut self) -> Option<Barrier> {
         let firewall = self.backend.firewall();
         let first = self.first_of_others().unwrap_or_else(|error| {
-            debug!(%error, "cannot see whether others' rules come before ours");
+            debug!(%error, "cannot check whether other programs' rules come before ours");
             None
         });
         let behind = first.filter(|first| first.stays_before(firewall, self.priority));
@@ -401,7 +401,7 @@ impl Reconciler {
         behind
     }
 
-    /// Whether our own connections may pass connection tracking by; logged when that becomes otherwise.
+    /// Whether our own connections may bypass connection tracking; a change is logged.
     fn judge_notrack(&mut self, listings: &Listings) {
         if !self.settings.notrack {
             return;

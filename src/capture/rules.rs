@@ -1,4 +1,4 @@
-//! What the firewall should do, said once for every backend. Pure.
+//! The rules, independent of the backend. Pure.
 
 use std::{
     collections::BTreeSet,
@@ -14,51 +14,51 @@ use crate::{
     table::{Changes, Route, RouteKey, Table},
 };
 
-/// The name of everything in the firewall that is ours.
+/// The name of all our objects in the firewall.
 pub const NAME: &str = "embassy";
 
-/// What begins the name of a table that keeps live connections alive while they drain.
+/// The prefix of the name of a table that keeps live connections translated while they drain.
 pub(super) const DRAINING: &str = "embassy_draining_";
 
 /// The mark of our own connections to endpoints (man 7 socket, SO_MARK), so that `--redirect` does not capture them.
-/// Its value spells "em"; the lower half is left to others, such as Kubernetes, which masquerades what bears 0x4000.
+/// Its value spells "em"; the lower half is left to others, such as Kubernetes, which masquerades packets with 0x4000.
 pub const MARK: u32 = 0x656d_0000;
 
-/// What the rules depend on, besides the table.
+/// The settings of the rules, besides the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RuleSettings {
-    /// Also what is sent from here to a VIP, and what arrives for `own`.
+    /// Also capture the host's own connections to a VIP, and connections that arrive for `own`.
     pub redirect: bool,
     pub scope: CaptureScope,
     /// Our listener's port.
     pub port: u16,
-    /// With `redirect`: our own addresses, which linked containers dial.
+    /// With `redirect`: our own addresses, to which linked containers connect.
     pub own: Vec<IpAddr>,
-    /// With `redirect`: the registries and engines that we ourselves dial.
+    /// With `redirect`: the registries and engines to which embassy connects.
     pub servers: Vec<SocketAddr>,
-    /// Whether containers that are not known yet are captured too.
+    /// Whether unknown containers are captured too.
     pub hold: bool,
     /// Whether connections to endpoints on this host's own networks go untracked.
     pub notrack: bool,
 }
 
 impl RuleSettings {
-    /// Whether unknown containers need rules of their own: with the scope `all`, everybody is captured anyway.
+    /// Whether unknown containers need rules of their own: with the scope `all`, all containers are captured anyway.
     pub fn captures_unknown(&self) -> bool {
         self.hold && self.scope == CaptureScope::Declared
     }
 }
 
-/// Which chains there are. It stays as it is, except for the priority.
+/// The set of chains. Only the priority can change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     pub redirect: bool,
     pub scope: CaptureScope,
     pub port: u16,
-    /// Whether containers that are not known yet are captured on every port of a VIP on which nothing on this host listens.
+    /// Whether unknown containers are captured on every port of a VIP on which no program of this host listens.
     pub unknown: bool,
     pub notrack: bool,
-    /// Of our chains, with nft: before everybody else's that translate.
+    /// The priority of our chains, with nft: before all others that translate.
     pub priority: i32,
 }
 
@@ -78,20 +78,20 @@ impl Shape {
     }
 }
 
-/// What is captured besides the declared ports, and what is left alone: a few addresses that seldom change.
+/// Addresses that are captured besides the declared ports, and exempt addresses: a few that seldom change.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Places {
     pub vips: BTreeSet<IpAddr>,
-    /// Addresses that are captured on declared ports only, whatever the scope: the host's own services live there too.
+    /// Addresses that are captured on declared ports only, with any scope: the host's own services listen there too.
     pub own: BTreeSet<IpAddr>,
-    /// Servers on a VIP that we ourselves dial: what is sent from here to them is not captured, even if a binding declares the
-    /// port. If it were captured, our own question to a registry would wait for the registry's answer.
+    /// Servers on a VIP to which embassy connects: connections from this host to them are not captured, even if a binding
+    /// declares the port. Otherwise embassy's own request to a registry would wait for the registry's answer.
     pub spared: BTreeSet<SocketAddr>,
-    /// Where a container that is not known yet may have its address.
+    /// The networks in which an unknown container may have its address.
     pub networks: BTreeSet<IpNet>,
-    /// Networks to whose members our own connections are not tracked. These are bridges of this host: what it sends there
-    /// leaves with the bridge's own address, and nobody translates it. Farther away it might need translation, which is
-    /// connection tracking's work.
+    /// Networks to whose members our own connections are not tracked. These are bridges of this host: packets to them have the
+    /// bridge's own address and are not translated. Packets to other destinations may need translation, and so connection
+    /// tracking.
     pub untracked: BTreeSet<IpNet>,
 }
 
@@ -113,9 +113,9 @@ impl Places {
         }
     }
 
-    /// The spared servers whose port a consumer on this host declared: it reaches them instead of the service.
+    /// The exempt servers whose port a consumer on this host declared: it reaches them instead of the service.
     pub fn shadowed(&self, table: &Table) -> impl Iterator<Item = SocketAddr> {
-        // What a host sends to its own address comes from that address.
+        // A host's connection to its own address has this address as its source.
         let declares = |server: &SocketAddr| {
             Port::new(server.port())
                 .is_some_and(|port| table.route(&RouteKey::tcp(server.ip(), port)).is_some())
@@ -157,14 +157,14 @@ fn is_captured(key: &RouteKey) -> bool {
     }
 }
 
-/// How rules differ from those before them.
+/// The differences to the previous rules.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuleChanges {
     pub declared_added: Vec<RouteKey>,
     pub declared_removed: Vec<RouteKey>,
     pub known_added: Vec<IpAddr>,
     pub known_removed: Vec<IpAddr>,
-    /// Before and now, where they differ.
+    /// The values before and now, if they differ.
     pub places: Option<Box<(Places, Places)>>,
 }
 
@@ -175,7 +175,7 @@ impl RuleChanges {
             routes.iter().map(|route| route.key).filter(is_captured).collect::<Vec<_>>()
         };
         let (added, removed) = (keys(&changes.added), keys(&changes.removed));
-        // An address and port that passed from one owner to another is the same rule. Both lists are sorted.
+        // If an address and port changed their owner, the rule stays the same. Both lists are sorted.
         let is_not_in = |others: &[RouteKey], key: &RouteKey| others.binary_search(key).is_err();
         let mut found = Self {
             declared_added: added.iter().filter(|key| is_not_in(&removed, key)).copied().collect(),
@@ -207,11 +207,11 @@ impl RuleChanges {
 /// Where in a packet's way the kernel calls chains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hook {
-    /// What arrives.
+    /// Arriving packets.
     Prerouting,
-    /// What arrives for this host.
+    /// Packets that arrive for this host.
     Input,
-    /// What this host sends itself.
+    /// Packets that this host sends.
     Output,
 }
 
@@ -230,7 +230,7 @@ impl Hook {
 pub(super) mod tests {
     use super::*;
 
-    /// The same where containers that are not known yet are captured too.
+    /// The same if unknown containers are captured too.
     pub(in crate::capture) fn with_unknown(mut rules: Rules) -> Rules {
         rules.shape.unknown = true;
         rules.places.networks =
@@ -239,7 +239,7 @@ pub(super) mod tests {
         rules
     }
 
-    /// The same where our own connections to near endpoints are not tracked.
+    /// The same if our own connections to near endpoints are not tracked.
     pub(in crate::capture) fn with_untracked(mut rules: Rules) -> Rules {
         rules.shape.notrack = true;
         rules.places.untracked = ["172.17.0.0/16".parse().unwrap()].into();

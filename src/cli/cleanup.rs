@@ -22,15 +22,15 @@ pub(super) struct Cleanup {
 
 #[derive(Debug, Default, Serialize)]
 struct Done {
-    /// The backends of which something was removed.
+    /// The backends whose rules were removed.
     removed: Vec<String>,
     errors: Vec<String>,
 }
 
 impl Cleanup {
     pub(super) async fn run(self) -> Result<Answer> {
-        // Held meanwhile, so that none starts to capture.
-        let lock = Lock::take().context("cannot see whether an embassy captures here")?;
+        // Held while the rules are removed, so that no embassy starts to capture.
+        let lock = Lock::take().context("cannot check whether an embassy captures here")?;
         if lock.is_none() && !self.force {
             let pids: Vec<_> =
                 running::proxies().iter().map(|proxy| proxy.pid.to_string()).collect();
@@ -39,7 +39,7 @@ impl Cleanup {
                 pids => format!(" (process {})", pids.join(", ")),
             };
             bail!(
-                "an embassy captures here{who}, and removes its rules itself when it ends: stop it, or say --force"
+                "an embassy captures here{who} and removes its own rules when it stops: stop it, or use --force"
             );
         }
         let mut done = Done::default();

@@ -1,4 +1,4 @@
-//! Asking the embassy that runs, by its API.
+//! A client for the API of the running embassy.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::{
     tls,
 };
 
-/// Where the embassy is, and how its answer is printed.
+/// The API's address, and the output format.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Asked {
     /// Address of the running embassy's API, as in its --admin: ip:port or unix:///path
@@ -31,7 +31,7 @@ impl Asked {
     }
 }
 
-/// The API of one embassy. Clones are the same.
+/// The API of one embassy. Clones share it.
 #[derive(Debug, Clone)]
 pub(super) struct Client {
     http: reqwest::Client,
@@ -39,23 +39,23 @@ pub(super) struct Client {
     base: Url,
 }
 
-/// How long an answer may take: an embassy that is here answers at once.
+/// Timeout of a request: a local embassy answers immediately.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 impl Client {
     pub(super) fn new(at: Admin) -> Result<Self> {
         tls::install_provider();
-        // Nothing is asked by TLS: an image without authorities will do.
+        // TLS is not used: this also works in an image without CA certificates.
         let http = reqwest::Client::builder().timeout(PATIENCE).no_proxy().tls_certs_only([]);
         let (http, base) = match &at {
             Admin::Tcp(address) => (http, format!("http://{address}")),
-            // The name means nothing: the socket is dialled.
+            // The name is ignored: the client connects to the socket.
             Admin::Unix(path) => (http.unix_socket(path.clone()), "http://localhost".to_owned()),
         };
         Ok(Self { http: http.build().context("a client")?, base: base.parse()?, at })
     }
 
-    /// The answer to a `GET`. An error that says where nobody answers, or what the API says is wrong.
+    /// The answer to a `GET`. An error has the address that does not answer, or the API's error text.
     pub(super) async fn get<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -75,11 +75,15 @@ impl Client {
                 Err(_) => bail!("{}{path}: {status}: is this an embassy?", self.at),
             }
         }
-        serde_json::from_slice(&body)
-            .with_context(|| format!("{}{path}: not an answer of this version's", self.at))
+        serde_json::from_slice(&body).with_context(|| {
+            format!(
+                "{}{path}: cannot parse the answer; it may be from another version of embassy",
+                self.at
+            )
+        })
     }
 
-    /// The whole of a list, of which the API gives a page at a time.
+    /// A complete list, read page by page.
     pub(super) async fn all<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -99,13 +103,16 @@ impl Client {
     }
 
     fn nobody(&self, error: &reqwest::Error) -> anyhow::Error {
-        // The whole chain: what is wrong stands at its end.
+        // The whole chain of errors: the cause is at its end.
         let reason = SourceError::caused("no embassy answers", error);
-        anyhow!("{reason}\nIs it running, and is its API at {}? --admin says where", self.at)
+        anyhow!(
+            "{reason}\nIs it running, and is its API at {}? Set the address with --admin",
+            self.at
+        )
     }
 }
 
-/// Those of `pairs` that were given.
+/// The pairs that have a value.
 pub(super) fn given<'a>(pairs: &[(&'a str, Option<&'a str>)]) -> Vec<(&'a str, &'a str)> {
     pairs.iter().filter_map(|(name, value)| Some((*name, (*value)?))).collect()
 }

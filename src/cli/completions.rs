@@ -1,4 +1,4 @@
-//! What shells and `man` need to know of the binary, made from the same description that reads its words.
+//! Shell completions and manual pages, generated from the definition of the command line.
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;

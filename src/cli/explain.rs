@@ -1,4 +1,4 @@
-//! `embassy explain`: from symptom to cause.
+//! `embassy explain`: where connections go, and why.
 
 use std::fmt::Write;
 

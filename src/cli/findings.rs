@@ -1,11 +1,11 @@
-//! What an embassy finds, on lines for people.
+//! The findings of an embassy as text.
 
 use std::fmt::Write;
 
 use super::table::printable;
 use crate::admin::api::{Finding, Verdict};
 
-/// The word for a verdict. What does not work stands out.
+/// The word for a verdict. `broken` is in capitals to stand out.
 pub(super) fn word(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Broken => "BROKEN",
@@ -25,7 +25,7 @@ pub(super) fn write<'a>(
     Ok(())
 }
 
-/// What to do, where something is wrong.
+/// The fix, if there is a problem.
 pub(super) fn write_fix(out: &mut String, finding: &Finding) -> std::fmt::Result {
     match finding.fix.as_deref().filter(|_| finding.verdict > Verdict::Ok) {
         Some(fix) => writeln!(out, "            fix: {}", printable(fix)),

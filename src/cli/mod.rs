@@ -1,6 +1,6 @@
-//! The commands of the one binary, for the people who run it: each looks at the embassy that runs, or at the host.
+//! The commands of the binary, for operators: each inspects the running embassy or the host.
 //!
-//! A command is recognised as the first word only, so that every command line of the proxy means what it always meant.
+//! A command is recognised only as the first word, so that existing command lines of the proxy keep their meaning.
 
 use std::process::ExitCode;
 
@@ -23,12 +23,12 @@ mod table;
 mod top;
 mod wait;
 
-/// What a command answers.
+/// The result of a command.
 #[derive(Debug)]
 struct Answer {
     /// To stdout.
     text: String,
-    /// Whether what was asked is so: else exit 1.
+    /// Whether the answer is yes; otherwise exit 1.
     yes: bool,
 }
 
@@ -41,7 +41,7 @@ impl Answer {
         Self { text, yes }
     }
 
-    /// The same for a machine.
+    /// The same as JSON.
     fn json(value: &impl serde::Serialize, yes: bool) -> anyhow::Result<Self> {
         let text = serde_json::to_string_pretty(value).context("as JSON")?;
         Ok(Self { text: text + "\n", yes })
@@ -62,11 +62,11 @@ enum Command {
     Man(completions::Man),
 }
 
-/// Those that take the flags of the proxy, too many to list them once more.
+/// The commands that take the flags of the proxy. Their help does not list these flags again.
 const WITH_FLAGS: [&str; 2] = ["doctor", "plan"];
 
-/// Runs the command that `words`, those behind the program's name, begin with. `None` where they begin with none: then
-/// they are the proxy's.
+/// Runs the command at the start of `words`, the arguments after the program's name. `None` if there is no command: then
+/// the words are flags of the proxy.
 pub fn run(words: &[String], env: &dyn Fn(&str) -> Option<String>) -> Option<ExitCode> {
     let (name, rest) = words.split_first()?;
     let command = match name.as_str() {
@@ -80,7 +80,7 @@ pub fn run(words: &[String], env: &dyn Fn(&str) -> Option<String>) -> Option<Exi
     Some(told(&stop))
 }
 
-/// Says why nothing is run, and where that belongs.
+/// Prints why nothing is run: help to stdout, errors to stderr.
 pub fn told(stop: &Stop) -> ExitCode {
     match stop {
         Stop::Help => print(&help()),
@@ -98,14 +98,14 @@ pub fn help() -> String {
     command().render_long_help().to_string()
 }
 
-/// Everything that the binary takes, for its help, its completions and its manual.
+/// All flags and commands, for the help, the completions and the manual.
 fn command() -> Clap {
     let mut command = Command::augment_subcommands(Config::flags()).disable_help_subcommand(true);
     command.build();
     command
 }
 
-/// The commands alone, as their words are read.
+/// Only the commands, for parsing.
 fn commands() -> Clap {
     let flags: Vec<_> = Config::flags().get_arguments().map(|arg| arg.get_id().clone()).collect();
     let mut commands = Command::augment_subcommands(Clap::new("embassy").bin_name("embassy"))
@@ -187,7 +187,7 @@ fn finish(answer: Result<anyhow::Result<Answer>, Stop>) -> ExitCode {
 
 fn print(text: &str) {
     use std::io::Write;
-    // Whoever closed the pipe has seen enough.
+    // The reader closed the pipe: it needs no more output.
     let _ = write!(std::io::stdout(), "{text}");
 }
 
@@ -246,9 +246,9 @@ mod tests {
                 "wait web --timeout 1y",
                 "--timeout \"1y\": expected a time such as 500ms, 10s, 2m or 1h, or a number of seconds, up to 8760h",
             ),
-            ("explain app", "<PORT>: missing; --help says what it is"),
+            ("explain app", "<PORT>: missing; see --help"),
             ("explain app 99999", "<PORT> \"99999\": expected a port from 1 to 65535"),
-            ("completions", "<SHELL>: missing; --help says what it is"),
+            ("completions", "<SHELL>: missing; see --help"),
             ("completions tcsh", "<SHELL> \"tcsh\": expected bash, zsh or fish"),
         ] {
             assert_eq!(parsed(line).unwrap_err(), expected, "{line}");

@@ -1,4 +1,4 @@
-//! `embassy plan`: which rules and routes a start with these flags would bring, without touching anything.
+//! `embassy plan`: the rules and routes that a start with these flags would install. Changes nothing.
 
 use std::{
     fmt::Write,
@@ -35,7 +35,7 @@ pub(super) struct Plan {
     flags: Args,
 }
 
-/// How long the sources may take to answer.
+/// Timeout for the sources.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a start with these flags would install.
@@ -43,15 +43,15 @@ const PATIENCE: Duration = Duration::from_secs(10);
 struct Shown {
     /// `dnat`, `redirect`, or `none`: no rules.
     capture: &'static str,
-    /// `nft` or `iptables`, where rules would be installed.
+    /// `nft` or `iptables`, if rules would be installed.
     firewall: Option<String>,
     vips: Vec<String>,
     routes: Vec<Planned>,
-    /// What was declared and has no route.
+    /// The bindings without a route.
     skipped: Vec<Skipped>,
-    /// Files of the kernel's connection tracking that would be written.
+    /// Connection tracking settings that would be written.
     settings: Vec<Setting>,
-    /// The rules, as the firewall's programs would take them. With nft no program is started.
+    /// The rules, as input of the firewall's programs. With nft, embassy starts no program.
     scripts: Vec<Script>,
 }
 
@@ -96,7 +96,7 @@ impl Plan {
             CaptureMode::None => (None, Vec::new()),
             CaptureMode::Dnat | CaptureMode::Redirect => {
                 let plan = capture::plan(config.firewall, &rules, &table).await;
-                let (firewall, scripts) = plan.context("no firewall can be written")?;
+                let (firewall, scripts) = plan.context("no firewall is available")?;
                 (Some(firewall.to_string()), scripts)
             }
         };
@@ -118,7 +118,7 @@ impl Plan {
     }
 }
 
-/// The first table that knows what every source said. An error where the provider says nothing.
+/// The first table with the answers of all sources. An error if the provider does not answer.
 async fn learned(config: &Config) -> Result<(Arc<Table>, Sources)> {
     let readiness = Readiness::default();
     let waiting = Waiting {
@@ -130,7 +130,7 @@ async fn learned(config: &Config) -> Result<(Arc<Table>, Sources)> {
     let (mut tables, sources) = (control.tables(), control.sources());
     let task = tokio::spawn(control.run());
     let end = Instant::now() + PATIENCE;
-    // What does not answer in time is told as such.
+    // Sources that do not answer in time are reported as such.
     let _ = timeout(PATIENCE, tables.wait_for(|table| table.version > 0)).await;
     let left = end.saturating_duration_since(Instant::now());
     let _ = timeout(left, answered(&mut tables, &sources)).await;
@@ -139,7 +139,7 @@ async fn learned(config: &Config) -> Result<(Arc<Table>, Sources)> {
     let provider = sources.provider.borrow().clone();
     if provider.value.is_none() {
         let error = provider.error.unwrap_or_else(|| "no answer".into());
-        return Err(anyhow!("who asks for what is not known: {error}"));
+        return Err(anyhow!("the bindings are not known: {error}"));
     }
     let table = tables.borrow().clone();
     Ok((table, sources))
@@ -209,13 +209,13 @@ impl Shown {
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
         match self.vips.as_slice() {
-            [] => writeln!(out, "VIPs: none; name one with --proxy-ip")?,
+            [] => writeln!(out, "VIPs: none; set one with --proxy-ip")?,
             vips => writeln!(out, "VIPs: {}", vips.join(" "))?,
         }
         let mut routes = Columns::new(&["CONSUMER", "ADDRESS", "PORT>", "SERVICE", "ENDPOINTS"]);
         for route in &self.routes {
             let endpoints = match (&route.error, route.endpoints.as_slice()) {
-                (Some(error), []) => format!("not known: {error}"),
+                (Some(error), []) => format!("unknown: {error}"),
                 (None, []) => "none".to_owned(),
                 (_, endpoints) => endpoints.join(" "),
             };
@@ -223,7 +223,7 @@ impl Shown {
             routes.row([route.consumer.clone(), route.source.clone(), port, service, endpoints]);
         }
         match routes.is_empty() {
-            true => writeln!(out, "\nNo routes: no container asks for a service.")?,
+            true => writeln!(out, "\nNo routes: no container has a binding.")?,
             false => write!(out, "\nRoutes\n{routes}")?,
         }
         if !self.skipped.is_empty() {
@@ -236,7 +236,7 @@ impl Shown {
             writeln!(out, "\nWrites {value} to {path}")?;
         }
         if self.firewall.is_none() {
-            writeln!(out, "\nNo rules: neither --dnat nor --redirect is given.")?;
+            writeln!(out, "\nNo rules: neither --dnat nor --redirect is set.")?;
         }
         for Script { command, text } in &self.scripts {
             write!(out, "\nRules, as `{command}` takes them\n{text}")?;

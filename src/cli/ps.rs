@@ -66,7 +66,7 @@ pub(super) enum Sort {
 }
 
 impl Sort {
-    /// The more, the earlier.
+    /// Sorts high values first.
     fn key(self, figures: &Figures, failed_tries: u64) -> u64 {
         match self {
             Self::Name => 0,
@@ -74,14 +74,14 @@ impl Sort {
             Self::Started => figures.started,
             Self::Errors => figures.errors + failed_tries,
             Self::Bytes => figures.bytes_up.saturating_add(figures.bytes_down),
-            // To the microsecond, and at most some days.
+            // In microseconds.
             Self::Connect => (figures.connect.p99_seconds.unwrap_or_default() * 1e6) as u64,
         }
     }
 }
 
 impl Ps {
-    /// Refuses what no list could ever have.
+    /// Refuses filters that cannot match any entry.
     pub(super) fn check(&self) -> Result<(), UsageError> {
         let (is_one, expected) = match self.endpoints {
             true => (
@@ -105,7 +105,7 @@ impl Ps {
 
     pub(super) async fn run(self) -> Result<Answer> {
         let client = self.asked.client()?;
-        // Sorting is stable: those with as much stay in the API's order.
+        // The sort is stable: entries with equal values stay in the API's order.
         if self.endpoints {
             let of = |endpoint: &Endpoint| endpoint.service.clone();
             let (mut all, note) = self.listed(&client, "/v1/endpoints", of).await?;
@@ -120,7 +120,7 @@ impl Ps {
         self.answer(&all, note, routes)
     }
 
-    /// What fits, and what a person should know of how it was found. For machines a service's name is always the whole.
+    /// The matching entries, and a note on how the service was found. With --json a service's name is always the full name.
     async fn listed<T: DeserializeOwned>(
         &self,
         client: &Client,
@@ -148,7 +148,10 @@ impl Ps {
         others.retain(|other| service_of(other).contains(service));
         let note = if others.is_empty() {
             let names: Vec<_> = names.iter().take(NAMED).map(|name| printable(name)).collect();
-            format!("no service has {service:?} in its name; there are {}\n", names.join(", "))
+            format!(
+                "no service has {service:?} in its name; the services are {}\n",
+                names.join(", ")
+            )
         } else {
             format!("no service is named {service:?}; these have it in their name:\n")
         };
@@ -168,21 +171,21 @@ impl Ps {
         let text = match (all.is_empty(), note) {
             (false, note) => note.unwrap_or_default() + &table(all).to_string(),
             (true, Some(note)) => note,
-            (true, None) if asked.iter().any(|asked| asked.is_some()) => "nothing fits\n".to_owned(),
-            (true, None) => "nothing yet: no running container asks for anything; `embassy status` says what is waited for\n".to_owned(),
+            (true, None) if asked.iter().any(|asked| asked.is_some()) => "no entry matches\n".to_owned(),
+            (true, None) => "no entries: no running container has a binding; `embassy status` shows what embassy waits for\n".to_owned(),
         };
         Ok(Answer::yes(text))
     }
 }
 
-/// Services that are named where none fits.
+/// Maximum number of services named if none matches.
 const NAMED: usize = 20;
 
 fn is_word<T: Word>(text: &str) -> bool {
     T::of(text).is_some()
 }
 
-/// How many of a route's endpoints take connections, of how many.
+/// The usable endpoints of a route, and all of them.
 pub(super) fn usable(route: &Route) -> String {
     format!("{}/{}", route.usable, route.endpoints)
 }
@@ -242,7 +245,7 @@ pub(super) fn endpoints(all: &[Endpoint]) -> Columns {
         ];
         let error = endpoint.figures.last_error.as_ref();
         let error = error.map(|e| format!("{} ({} ago)", e.text, age(e.age_seconds)));
-        // A try that failed is no connection to the endpoint that could end, and just what is looked for.
+        // A failed attempt is not an ended connection, but it is what the reader of this column looks for.
         let failed = endpoint.figures.errors + endpoint.health.failed_tries;
         let [active, started, errors, up, down, connect] = figures(&endpoint.figures, failed);
         let ejections = endpoint.health.ejections.to_string();

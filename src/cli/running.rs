@@ -1,4 +1,4 @@
-//! Which embassies run in this network namespace, by what the kernel says of its processes.
+//! Finds the embassies that run in this network namespace, by `/proc`.
 
 use std::{
     fs,
@@ -13,7 +13,7 @@ pub(super) struct Proxy {
     pub(super) pid: u32,
 }
 
-/// The proxies whose processes can be seen: inside a container without `--pid=host` those of the container.
+/// The proxies whose processes are visible: in a container without `--pid=host` only those of the container.
 pub(super) fn proxies() -> Vec<Proxy> {
     let Ok(own) = namespace(Path::new("/proc/self")) else { return Vec::new() };
     let commands = commands();
@@ -38,14 +38,14 @@ fn namespace(process: &Path) -> std::io::Result<PathBuf> {
     fs::read_link(process.join("ns/net"))
 }
 
-/// The name of the file that the process runs; of one that was replaced meanwhile too.
+/// The name of the process's program file, also if the file was replaced since.
 fn program(process: &Path) -> Option<String> {
     let path = fs::read_link(process.join("exe")).ok()?;
     let name = path.file_name()?.to_str()?;
     Some(name.trim_end_matches(" (deleted)").to_owned())
 }
 
-/// The words behind the program's name.
+/// The arguments after the program's name.
 fn words(process: &Path) -> Vec<String> {
     let line = fs::read(process.join("cmdline")).unwrap_or_default();
     let words =

@@ -1,4 +1,4 @@
-//! `embassy status`: what the embassy does, and whether it is well.
+//! `embassy status`: the state and the problems of the running embassy.
 
 use std::fmt::Write;
 
@@ -60,14 +60,14 @@ fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
     let capture = &status.capture;
     let firewall = capture.firewall.as_deref().unwrap_or("nothing yet");
     match (capture.mode, capture.in_place) {
-        (api::CaptureMode::None, _) => writeln!(out, "capture      by rules of your own")?,
+        (api::CaptureMode::None, _) => writeln!(out, "capture      by your own rules")?,
         (mode, true) => writeln!(out, "capture      {mode} by {firewall}, in place")?,
         (mode, false) => writeln!(out, "capture      {mode} by {firewall}, not in place")?,
     }
     if let Some(last) = &capture.last_restored {
         let missing = printable(&last.text);
         let times = numbered(capture.restored.values().sum::<u64>(), "time", "times");
-        writeln!(out, "  put back {times}, last {} ago: {missing}", age(last.age_seconds))?;
+        writeln!(out, "  rules restored {times}, last {} ago: {missing}", age(last.age_seconds))?;
     }
     writeln!(out, "listens      {}", status.listeners.join(" "))?;
     match status.vips.as_slice() {
@@ -243,7 +243,7 @@ connections  5 open of 9744; 100 since the start, 1.0 kB up, 2.5 MB down
             verdict: Verdict::Broken,
             cause: "no_vip".into(),
             text: "There is no VIP: nothing is captured.".into(),
-            fix: Some("name one with --proxy-ip".into()),
+            fix: Some("set one with --proxy-ip".into()),
         }];
         status.capture.in_place = false;
         status.vips.clear();
@@ -254,7 +254,7 @@ connections  5 open of 9744; 100 since the start, 1.0 kB up, 2.5 MB down
         let text = text(&status);
         for line in [
             "NOT READY, BROKEN: embassy 1.2.3, process 7, up 10 min\n  waits for discovery from consul web since 3 s\n",
-            "  BROKEN    There is no VIP: nothing is captured.\n            fix: name one with --proxy-ip\n",
+            "  BROKEN    There is no VIP: nothing is captured.\n            fix: set one with --proxy-ip\n",
             "capture      dnat by nft, not in place\n",
             "VIPs         none\n",
             "routes       2 of 1 consumer, 2 without endpoint\n",

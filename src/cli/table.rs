@@ -1,4 +1,4 @@
-//! Columns for people. Pure.
+//! Text tables. Pure.
 
 use std::fmt;
 
@@ -8,13 +8,13 @@ use crate::counts::LONGEST;
 #[derive(Debug)]
 pub(super) struct Columns {
     head: Vec<&'static str>,
-    /// Columns that hold figures stand at the right.
+    /// Columns with figures are aligned to the right.
     right: Vec<bool>,
     rows: Vec<Vec<String>>,
 }
 
 impl Columns {
-    /// A head that ends in `>` is of a column of figures.
+    /// A title that ends in `>` marks a column of figures.
     pub(super) fn new(head: &[&'static str]) -> Self {
         Self {
             head: head.iter().map(|cell| cell.trim_end_matches('>')).collect(),
@@ -58,7 +58,7 @@ impl fmt::Display for Columns {
     }
 }
 
-/// What others wrote, and that a terminal must not obey: a container's name is harmless, a registry's error may be not.
+/// Text from outside, without control characters: a terminal would obey them, for example in a registry's error.
 pub(super) fn printable(text: &str) -> String {
     let hidden = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     text.chars().map(hidden).collect()
@@ -76,7 +76,7 @@ pub(super) fn bytes(count: u64) -> String {
     format!("{count} B")
 }
 
-/// `<1 ms`, `850 ms`, `12 s`, `3 min`, `5 h`, `2 d`: as exact as a person wants to know an age.
+/// `<1 ms`, `850 ms`, `12 s`, `3 min`, `5 h`, `2 d`: with the precision that is useful for an age.
 pub(super) fn age(seconds: f64) -> String {
     match seconds {
         s if s < 1e-3 => "<1 ms".to_owned(),
@@ -88,7 +88,7 @@ pub(super) fn age(seconds: f64) -> String {
     }
 }
 
-/// How long connecting takes: beyond what is told apart, at least that.
+/// The connect time; above the histogram's highest bucket, `>` and that bucket's limit.
 pub(super) fn connect(seconds: f64) -> String {
     if seconds < LONGEST { age(seconds) } else { format!(">{}", age(LONGEST)) }
 }

@@ -1,4 +1,4 @@
-//! `embassy wait`: ready to connect, for health checks and the order of starts.
+//! `embassy wait`: waits until a service can be used, for health checks and start order.
 
 use std::{
     collections::BTreeSet,
@@ -49,7 +49,7 @@ const LOOK: Duration = Duration::from_secs(1);
 struct Waited {
     ready: bool,
     seconds: f64,
-    /// Why not.
+    /// Why it is not ready.
     reason: Option<String>,
 }
 
@@ -58,15 +58,15 @@ impl Wait {
         let client = self.asked.client()?;
         let start = Instant::now();
         let reason = loop {
-            // An embassy that is stopped, or a host that drops, must not make it wait longer.
+            // A stopped embassy, or a host that drops packets, must not extend the wait.
             let left = self.timeout.saturating_sub(start.elapsed());
             let left = if self.timeout.is_zero() { LOOK } else { left };
             let reason = match timeout(left, self.missing(&client)).await {
                 Ok(Ok(None)) => break None,
                 Ok(Ok(Some(reason))) => reason,
-                // It may be about to start.
+                // It may start later.
                 Ok(Err(error)) => format!("{error:#}"),
-                Err(_) => "the embassy does not answer in time".to_owned(),
+                Err(_) => "embassy does not answer in time".to_owned(),
             };
             if start.elapsed() + PAUSE > self.timeout {
                 break Some(reason);
@@ -85,10 +85,10 @@ impl Wait {
         Ok(Answer::new(text, ready))
     }
 
-    /// What is still missing. `None`: nothing.
+    /// The reason why it is not ready. `None`: it is ready.
     async fn missing(&self, client: &Client) -> Result<Option<String>> {
         let status: api::Status = client.get("/v1/status", &[]).await?;
-        // What is in the way of every connection.
+        // Problems that affect all connections.
         let everybodys = status.findings.iter().find(|finding| {
             finding.verdict == Verdict::Broken
                 && matches!(finding.about, Subject::Process | Subject::Capture)
@@ -113,7 +113,7 @@ impl Wait {
         Ok(None)
     }
 
-    /// Why there is no route to a service: its binding has none, or nobody asks for it.
+    /// Why there is no route to a service: its binding has none, or no binding asks for it.
     async fn no_route(&self, client: &Client, service: &str) -> Result<String> {
         let consumer = self.consumer.as_deref().map(|consumer| ("consumer", consumer));
         let query: Vec<_> = [("state", "problem")].into_iter().chain(consumer).collect();
@@ -138,7 +138,7 @@ async fn why(client: &Client, route: &api::Route) -> Result<String> {
     Ok(format!("{} is {}: {}", route.query.name, route.state, printable(text)))
 }
 
-/// That nobody asks for it, and what is asked for: a name may be another's part, or misspelt.
+/// No container asks for it: names the services that containers ask for, because the name may be misspelt.
 async fn nobody_asks(client: &Client, service: &str) -> Result<String> {
     let some: api::Page<api::Route> = client.get("/v1/routes", &[("limit", "100")]).await?;
     let query = |route: &api::Route| match route.query.tags.join(",") {
@@ -149,14 +149,14 @@ async fn nobody_asks(client: &Client, service: &str) -> Result<String> {
     let names = names.into_iter().take(NAMED).collect::<Vec<_>>().join(", ");
     Ok(match names.is_empty() {
         true => format!("no container asks for {service}"),
-        false => format!("no container asks for {service}; asked for are {names}"),
+        false => format!("no container asks for {service}; containers ask for {names}"),
     })
 }
 
-/// Services that are named where nobody asks for the one that is waited for.
+/// Maximum number of services named if no container asks for the requested one.
 const NAMED: usize = 10;
 
-/// `service[tag,tag]`, as descriptors have it. Without tags any will do.
+/// `service[tag,tag]`, as in descriptors. Without tags any tags match.
 fn with_tags(service: &str) -> (&str, Option<BTreeSet<String>>) {
     match service.strip_suffix(']').and_then(|service| service.split_once('[')) {
         Some((name, tags)) => (name, Some(tags.split(',').map(str::to_owned).collect())),

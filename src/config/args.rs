@@ -1,4 +1,4 @@
-//! The command line as typed. Every value is still text: `Config` reads it, and the environment where a flag is absent.
+//! The command line as typed. Every value is still text: `Config` reads it, and the environment if a flag is absent.
 
 use std::ffi::OsStr;
 
@@ -208,7 +208,7 @@ pub(crate) struct Glog {
     log_backtrace_at: Option<String>,
 }
 
-/// Takes any text, which `Config` reads as it reads the environment, and has shells offer these words.
+/// Accepts any text, which `Config` parses later; shells offer these words.
 #[derive(Debug, Clone)]
 struct Offers(&'static [&'static str]);
 

@@ -1,4 +1,4 @@
-//! The command line and the environment: as typed (`Args`) they become as meant (`Config`) once, here.
+//! The command line and the environment: the typed text (`Args`) becomes typed values (`Config`) once, here.
 
 use std::{error::Error, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
@@ -68,7 +68,7 @@ pub struct Config {
     pub conntrack: Conntrack,
     /// Where the admin API listens. `None`: nowhere.
     pub admin: Option<Admin>,
-    /// Holds the token that lets a caller of the admin API by TCP change something. `None`: nobody may.
+    /// File with the token for changes through the admin API over TCP. `None`: no changes over TCP.
     pub admin_token_file: Option<PathBuf>,
     pub connection_log: ConnectionLog,
     pub log_format: LogFormat,
@@ -112,9 +112,9 @@ worded! {
 /// What holds the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum FirewallChoice {
-    /// nf_tables where the kernel has it, else iptables.
+    /// nf_tables if the kernel has it, otherwise iptables.
     Auto,
-    /// A table of nf_tables that belongs to this process, where the kernel can do that.
+    /// A table of nf_tables that belongs to this process, if the kernel supports that.
     Nft,
     /// One that others can change.
     NftShared,
@@ -129,7 +129,7 @@ pub enum Admin {
     Unix(PathBuf),
 }
 
-/// Text that is not where an API can be.
+/// Text that is not an API address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("<ip>:<port> such as 127.0.0.1:9990, or unix:///path")]
 pub struct NotAnAdmin;
@@ -151,7 +151,7 @@ impl fmt::Display for Admin {
     }
 }
 
-/// Which connections are logged as they end.
+/// Which connections are logged when they end.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ConnectionLog {
     Off,
@@ -183,9 +183,9 @@ pub struct Conntrack {
 /// Why there is no `Config`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stop {
-    /// The proxy's `--help` was asked for, which names the commands too.
+    /// The proxy's `--help`, which lists the commands too.
     Help,
-    /// The text that was asked for: to stdout, exit 0.
+    /// The requested text: to stdout, exit 0.
     Print(String),
     /// To stderr, exit 2.
     Usage(UsageError),
@@ -241,7 +241,7 @@ impl Config {
     }
 }
 
-/// What clap has to say, on one line where it is a complaint.
+/// The output of clap; an error on one line.
 pub(crate) fn stop(error: clap::Error) -> Stop {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),
@@ -265,7 +265,7 @@ pub(crate) fn stop(error: clap::Error) -> Stop {
         ErrorKind::UnknownArgument => {
             format!("{word:?}: expected a flag; --help lists them all")
         }
-        ErrorKind::MissingRequiredArgument => format!("{word}: missing; --help says what it is"),
+        ErrorKind::MissingRequiredArgument => format!("{word}: missing; see --help"),
         ErrorKind::InvalidValue | ErrorKind::ValueValidation => {
             let value = context(ContextKind::InvalidValue).unwrap_or_default();
             let expected = match error.get(ContextKind::ValidValue) {

@@ -1,4 +1,4 @@
-//! From text to meaning: each setting is taken from its flag, else its variable, else its default, and read once.
+//! Parses the settings: each comes from its flag, else its variable, else its default, and is parsed once.
 
 use std::{fmt, path::PathBuf, time::Duration};
 
@@ -201,7 +201,7 @@ fn both<T>(a: (&str, &Option<T>), b: (&str, &Option<T>)) -> Result<(), UsageErro
     Err(UsageError::new(format_args!("{given}: expected {missing} as well")))
 }
 
-/// The environment, where a variable that is set to nothing counts as unset.
+/// The environment; an empty variable counts as unset.
 pub(super) struct Environment<'a>(pub &'a dyn Fn(&str) -> Option<String>);
 
 impl Environment<'_> {
@@ -250,7 +250,7 @@ impl Open {
     }
 }
 
-/// A value as typed, and the flag or variable where it stood.
+/// A value as typed, and its flag or variable.
 struct Setting {
     name: &'static str,
     text: String,

@@ -1,4 +1,4 @@
-//! Values as they are typed. Each reader returns `None` for text that it cannot read; beside it stands what it expects.
+//! Parsers of typed values. Each returns `None` for invalid text; the constant next to it says what it expects.
 
 use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
@@ -62,7 +62,7 @@ pub(super) fn path(text: &str) -> Option<PathBuf> {
     (!text.is_empty()).then(|| text.into())
 }
 
-/// What stands beside `off`, or `None` where `off` stands.
+/// What stands beside `off`, or `None` if `off` stands.
 pub(super) fn unless_off<T>(
     read: impl FnOnce(&str) -> Option<T>,
 ) -> impl FnOnce(&str) -> Option<Option<T>> {

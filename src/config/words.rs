@@ -5,7 +5,7 @@ use clap::{Arg, Command};
 /// Rewrites `-flag v`, `-flag=v`, `--flag v` and every alias into `--flag=v`, and `-flag` of a boolean into `--flag`.
 ///
 /// As Go's `flag` package has it: one dash or two are the same; a boolean takes its value only behind `=`; every other
-/// flag takes the next word, whatever that looks like; `--` ends the flags. A flag at the end that misses its value
+/// flag takes the next word, even if it looks like a flag; `--` ends the flags. A flag at the end that misses its value
 /// becomes `--flag=`, so that its reader says what it takes. Words that `command` does not know pass unchanged, with two
 /// dashes, and are left for clap to refuse.
 pub(crate) fn words(typed: impl IntoIterator<Item = String>, command: &Command) -> Vec<String> {

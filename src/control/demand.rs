@@ -1,4 +1,4 @@
-//! What the consumers ask for, counted: a query is asked as long as any binding names it.
+//! Counts the bindings of each query: a query is followed as long as a binding needs it.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -11,15 +11,15 @@ use crate::{
     identity::gone_and_new,
 };
 
-/// The queries that consumers ask for now.
+/// The queries that are needed now.
 #[derive(Debug, Default)]
 pub(super) struct Demand {
     consumers: Vec<Arc<Consumer>>,
-    /// Bindings that name it, for each query.
+    /// The number of bindings of each query.
     asked: HashMap<Query, usize>,
 }
 
-/// Queries that are asked for from now on, and those that nobody asks for any more.
+/// Queries that are needed now, and those that are no longer needed.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct DemandChange {
     pub new: Vec<Query>,
@@ -35,8 +35,8 @@ impl Demand {
         self.asked.keys()
     }
 
-    /// These are the consumers now. `query` says what to ask for a binding, if it can be asked; it must be the same for
-    /// equal bindings.
+    /// Sets the current consumers. `query` returns the query of a binding, if there is one; equal bindings must have equal
+    /// queries.
     pub(super) fn update(
         &mut self,
         consumers: &[&Arc<Consumer>],
@@ -60,7 +60,7 @@ impl Demand {
                 }
             }
         }
-        // The new ones first: what one leaves and another takes up was asked for all the time.
+        // New ones first: a query that moves from one binding to another is then needed all the time.
         for query in queries(&gone) {
             if let Entry::Occupied(mut count) = self.asked.entry(query) {
                 *count.get_mut() -= 1;

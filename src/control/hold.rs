@@ -1,4 +1,4 @@
-//! The endpoints in use, where their source says that there are none, or says nothing.
+//! The endpoints in use if their source reports none or does not answer.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -13,25 +13,25 @@ use crate::{
     state::Kept,
 };
 
-/// Endpoints that are in use without being what their source says now.
+/// Endpoints in use that are not their source's last answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InUse {
-    /// The source says that there are none: the last ones stay in use until then.
+    /// The source reports none: the last ones stay in use until this time.
     Held { until: Instant },
-    /// The source has not answered since the start: they are what an earlier run knew, and were confirmed then.
+    /// The source has not answered since the start: saved endpoints, confirmed at this time.
     Kept { confirmed: Instant },
 }
 
-/// Keeps the last endpoints of a service for a while after discovery says, validly, that there are none: a registry that
-/// lost its data and is being filled again says so too.
+/// Keeps the last endpoints of a service for a while after a valid empty answer: a registry that lost its data gives the
+/// same answer until it is filled again.
 #[derive(Debug)]
 pub(super) struct EmptyHold {
     hold: Duration,
     /// The endpoints in use.
     used: CowMap<Query, Arc<Endpoints>>,
-    /// What an earlier run knew, of those that have not answered since.
+    /// Saved endpoints of queries that have not answered in this run.
     pub(super) kept: HashMap<Query, Kept>,
-    /// Since when a query's answer is that there are none.
+    /// The time since which a query's answer is empty.
     empty_since: HashMap<Query, Instant>,
     /// Those that time, or the end of a container, may change without an answer.
     restless: HashSet<Query>,
@@ -137,7 +137,7 @@ impl EmptyHold {
         end
     }
 
-    /// The endpoints to use, and until when where that is not for good.
+    /// The endpoints to use, and until when, if there is a limit.
     fn choose(
         &mut self,
         query: &Query,
@@ -210,7 +210,7 @@ mod tests {
         let empty = known(&[], second(10));
         assert_eq!(settle(&empty, second(10)), (Some(2), Some(second(40))));
         assert_eq!(settle(&empty, second(39)), (Some(2), Some(second(40))));
-        // Another answer that is as empty does not start the time anew.
+        // Another empty answer does not restart the time.
         assert_eq!(settle(&known(&[], second(39)), second(39)), (Some(2), Some(second(40))));
         assert_eq!(settle(&empty, second(40)), (Some(0), None));
         assert_eq!(settle(&known(&["10.0.0.3:1"], second(50)), second(50)), (Some(1), None));
@@ -325,7 +325,7 @@ mod tests {
         hold.settle(&query(), Some(&known(&["10.0.0.1:1"], start)), start);
         let wake = hold.settle(&query(), Some(&known(&[], start)), start);
         assert_eq!((hold.used().get(&query()).unwrap().list.len(), wake), (0, None));
-        // Nobody follows it any more.
+        // It is no longer followed.
         hold.settle(&query(), None, start);
         assert!(hold.used().is_empty());
     }

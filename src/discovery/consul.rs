@@ -24,7 +24,7 @@ pub struct Consul {
 /// The parameters of a `consul://` URI.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Asked {
-    /// `dc=`: the datacentre, where a descriptor names none.
+    /// `dc=`: the datacentre, if a descriptor names none.
     pub(super) dc: Option<String>,
     /// `token-file=`
     pub(super) token_file: Option<PathBuf>,
@@ -168,7 +168,7 @@ struct Node {
 struct Service {
     #[serde(rename = "ID")]
     id: String,
-    /// Empty where it is the node's.
+    /// Empty if it is the node's.
     #[serde(default)]
     address: String,
     port: i64,

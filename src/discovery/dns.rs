@@ -40,12 +40,12 @@ pub struct Dns {
 }
 
 impl Dns {
-    /// `resolver`: the only server that is asked, by UDP, and by TCP where an answer is cut off.
+    /// `resolver`: the only server that is asked, by UDP, and by TCP if an answer is truncated.
     pub fn new(resolver: SocketAddr) -> Self {
         Self { resolver }
     }
 
-    /// Follows what `query` asks for.
+    /// Follows `query`.
     pub fn source(self, query: Query) -> DnsSource {
         DnsSource { server: self.resolver, query }
     }
@@ -120,7 +120,7 @@ impl<'a> Session<'a> {
         let resolver = Resolver::builder_with_config(config, TokioRuntimeProvider::default())
             .with_options(options)
             .build()
-            .map_err(|error| SourceError::caused("make a DNS client", &error))?;
+            .map_err(|error| SourceError::caused("cannot create a DNS client", &error))?;
         Ok(Self { source, resolver, name })
     }
 
@@ -182,7 +182,7 @@ impl<'a> Session<'a> {
         Ok(v4.and(v6))
     }
 
-    /// An answer without records where there are none.
+    /// An answer without records if there are none.
     async fn lookup(&self, name: &Name, kind: RecordType) -> Result<Answer, SourceError> {
         match self.resolver.lookup(name.clone(), kind).await {
             Ok(found) => match found.message().metadata.response_code {

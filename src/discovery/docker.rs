@@ -68,7 +68,7 @@ impl Docker {
         self.own || matches!(self.engine().address, Address::Unix(_))
     }
 
-    /// Follows what `query` asks for, for ever.
+    /// Follows `query`; never returns.
     pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: &ResyncRequests) {
         let (follower, is_here) = (self.follower.clone(), self.is_here());
         let (resync, bell) = (resync.clone(), publish.bell());

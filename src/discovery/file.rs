@@ -57,7 +57,7 @@ impl File {
         Self { path, catalogue: Shared::default() }
     }
 
-    /// Follows what `query` asks for, for ever.
+    /// Follows `query`; never returns.
     pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: &ResyncRequests) {
         let (path, resync) = (self.path, resync.subscribe());
         let start = |publish| async move {
@@ -72,7 +72,7 @@ impl File {
 /// The source behind a `File`.
 struct Contents {
     path: PathBuf,
-    /// Whether it cannot be watched, as it was told last.
+    /// Whether the last log message was that it cannot be watched.
     is_polled: bool,
 }
 
@@ -109,7 +109,7 @@ impl Contents {
     /// How often a file is read that cannot be watched.
     const POLL: Duration = Duration::from_secs(2);
 
-    /// Watches what there is to watch now. Nothing is watched any more where the kernel has no more room for that.
+    /// Watches what there is to watch now. If an inotify limit is reached, nothing is watched.
     fn watch(&self, watch: &mut Option<Watch>) -> Result<(), Unwatched> {
         let mut running = watch.take().map_or_else(Watch::new, Ok)?;
         running.add(&self.path)?;
@@ -123,11 +123,11 @@ impl Contents {
         match error {
             Some(Unwatched::NoRoom(error)) if !self.is_polled => {
                 self.is_polled = true;
-                warn!(%file, %error, every_s = Self::POLL.as_secs(), "cannot be watched, and is read again and again");
+                warn!(%file, %error, every_s = Self::POLL.as_secs(), "cannot watch this file (inotify limit?); polling it");
             }
             None if self.is_polled => {
                 self.is_polled = false;
-                info!(%file, "is watched again");
+                info!(%file, "watching this file again");
             }
             _ => {}
         }

@@ -1,4 +1,4 @@
-//! WHERE services are: what the bindings ask for becomes watches, and each watch says which endpoints there are now.
+//! The discoveries: each query of a binding becomes a watch, and each watch returns the current endpoints.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,7 +29,7 @@ pub use options::Options;
 pub use uri::UriError;
 pub use watches::Watches;
 
-/// What is asked of a discovery. Equal queries share one watch, however many consumers ask.
+/// A discovery query. Equal queries share one watch, for all consumers.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Query {
     /// The discovery's name: the scheme of its URI.
@@ -37,7 +37,7 @@ pub struct Query {
     pub service: ServiceName,
     pub tags: Tags,
     pub dc: Option<Arc<str>>,
-    /// The descriptor's port, only where the discovery needs it: the A and AAAA records of DNS have none.
+    /// The descriptor's port, only if the discovery needs it: A and AAAA records in DNS have none.
     pub port: Option<Port>,
 }
 
@@ -62,16 +62,16 @@ impl fmt::Display for Query {
 pub struct Endpoints {
     /// Sorted, without repeats.
     pub list: Vec<Endpoint>,
-    /// What stood among them and could not be understood. Sorted.
+    /// The entries that do not parse. Sorted.
     pub rejected: Vec<Rejected>,
-    /// What those of them hang on that are containers of this host.
+    /// The runs of those that are containers of this host.
     pub stays: BTreeMap<Endpoint, Stay>,
 }
 
 impl Endpoints {
     pub fn new(list: impl IntoIterator<Item = Endpoint>, mut rejected: Vec<Rejected>) -> Self {
         let list: BTreeSet<_> = list.into_iter().collect();
-        // A registry may answer in another order each time, which is no news.
+        // A registry may return another order each time; that is not a change.
         rejected.sort();
         Self { list: list.into_iter().collect(), rejected, stays: BTreeMap::new() }
     }
@@ -88,10 +88,10 @@ impl Endpoints {
     }
 }
 
-/// An entry that was skipped: it never hides the others.
+/// A skipped entry; it does not affect the others.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rejected {
-    /// Where it stands: a key, a service ID, a record.
+    /// Its place: a key, a service ID, a record.
     pub what: String,
     /// Its value and what was expected.
     pub reason: String,
@@ -121,7 +121,7 @@ impl Discovery {
         }
     }
 
-    /// Follows what `query` asks for, for ever.
+    /// Follows `query`; never returns.
     async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: &ResyncRequests) {
         let (name, schedule) = (query.to_string(), resync.subscribe());
         match self {
@@ -134,7 +134,7 @@ impl Discovery {
     }
 }
 
-/// Why what a descriptor asks for can be asked of nobody.
+/// Why no discovery can be queried for a descriptor.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CannotAsk {
     #[error("via={via:?}: expected one of the configured discoveries: {configured}")]
@@ -151,7 +151,7 @@ pub struct Discoveries {
     by_name: BTreeMap<Arc<str>, Discovery>,
     /// As they were given. There are no secrets in them.
     uris: BTreeMap<Arc<str>, String>,
-    /// Asked where a descriptor names none.
+    /// Used if a descriptor names none.
     default: Arc<str>,
 }
 

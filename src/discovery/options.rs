@@ -1,4 +1,4 @@
-//! What the discoveries need to know beside their URIs.
+//! The settings of the discoveries besides their URIs.
 
 use crate::{
     docker::Engine,

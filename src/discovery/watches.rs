@@ -16,10 +16,10 @@ use crate::source::{Answers, Known, Publisher, ResyncRequests};
 pub struct Watches {
     discoveries: Discoveries,
     resync: ResyncRequests,
-    /// Rung when any answer brings news.
+    /// Notified when any answer changes.
     bell: Arc<Notify>,
     running: BTreeMap<Query, Watch>,
-    /// Those that nobody asks for, and since when; the oldest first.
+    /// Queries without a binding, and since when; the oldest first.
     lingering: VecDeque<(Instant, Query)>,
 }
 
@@ -27,11 +27,11 @@ pub struct Watches {
 struct Watch {
     answers: Answers<Endpoints>,
     task: AbortHandle,
-    /// What was told of it last, see [`told`].
+    /// The last reported state, see [`told`].
     told: (u64, u64, bool),
 }
 
-/// What is news when it becomes another: the answer, a failure, or the end of one. That an answer still holds is none.
+/// The state whose change is reported: the answer, or the failure. A confirmation of the same answer is not a change.
 fn told(known: &Known<Endpoints>) -> (u64, u64, bool) {
     (known.changes, known.failures, known.error.is_some())
 }
@@ -43,8 +43,8 @@ impl Drop for Watch {
 }
 
 impl Watches {
-    /// How long a watch goes on that nobody asks for: a consumer that restarts must not lose what was known of its service,
-    /// least of all while the registry is away.
+    /// How long a query without a binding is followed: a consumer that restarts must not lose the endpoints of its service,
+    /// especially while the registry is down.
     const LINGER: Duration = Duration::from_secs(10 * 60);
     /// How many such watches there are at most; the oldest go first.
     const LINGERING: usize = 256;
@@ -54,7 +54,7 @@ impl Watches {
         Self { discoveries, resync, bell, running, lingering }
     }
 
-    /// Follows a query from now on, for somebody. To be called within a runtime.
+    /// Follows a query. Must be called within a runtime.
     pub fn ask(&mut self, query: &Query) {
         if self.running.contains_key(query) {
             self.lingering.retain(|(_, lingering)| lingering != query);
@@ -68,14 +68,14 @@ impl Watches {
         self.running.insert(query.clone(), watch);
     }
 
-    /// Nobody asks for a query any more.
+    /// A query has no binding any more.
     pub fn leave(&mut self, query: &Query, now: Instant) {
         if self.running.contains_key(query) && !self.lingers(query) {
             self.lingering.push_back((now, query.clone()));
         }
     }
 
-    /// Ends what nobody has asked for in a while, and says what that was.
+    /// Ends the queries that had no binding for a while, and returns them.
     pub fn end_unasked(&mut self, now: Instant) -> Vec<Query> {
         let mut ended = Vec::new();
         while let Some((since, _)) = self.lingering.front()
@@ -105,7 +105,7 @@ impl Watches {
         news
     }
 
-    /// What is known now of everything that is asked for.
+    /// The current state of all queries in use.
     pub fn known(&self) -> BTreeMap<Query, Known<Endpoints>> {
         self.asked().map(|(query, watch)| (query.clone(), watch.answers.borrow().clone())).collect()
     }

@@ -1,4 +1,4 @@
-//! An engine for one session, by GET calls alone. Each has a bounded time, however much of its answer has come by then.
+//! A client of an engine for one session. It sends only GET requests; each has a timeout for the complete answer.
 
 use std::{collections::HashMap, fmt, net::IpAddr, time::Duration};
 
@@ -27,7 +27,7 @@ pub(super) struct Client<'a> {
     engine: &'a Engine,
 }
 
-/// How often a quiet engine is asked whether it still lives, and how long that may take.
+/// Interval and timeout of pings to a quiet engine.
 pub(super) const PING: Duration = Duration::from_secs(5);
 
 impl<'a> Client<'a> {
@@ -36,7 +36,7 @@ impl<'a> Client<'a> {
         Ok(Self { docker, engine })
     }
 
-    /// The answer to a request, which has [`Engine::TIMEOUT`]: the client's own limit is one of the answer's head.
+    /// The answer to a request, with [`Engine::TIMEOUT`]: the client's own timeout covers only the head of the answer.
     async fn ask<T>(
         &self,
         what: &str,
@@ -53,8 +53,8 @@ impl<'a> Client<'a> {
         since(&text).ok_or_else(wrong)
     }
 
-    /// What happens to containers and networks from `since` on. An engine replays a few of the events before the moment in
-    /// which it takes up the subscription, and no more.
+    /// The events of containers and networks from `since` on. An engine replays only a few of the events before the
+    /// subscription.
     pub(super) fn events(
         &self,
         since: String,
@@ -75,7 +75,7 @@ impl<'a> Client<'a> {
         Ok(read::listed(self.ask("the containers", running).await?))
     }
 
-    /// Everything that needs no inspection: the networks, the running containers, and the host.
+    /// The data that needs no inspection: the networks, the running containers, and the host.
     pub(super) async fn overview(
         &self,
     ) -> Result<(Bridges, Vec<Listed>, Option<IpAddr>), SourceError> {
@@ -87,7 +87,7 @@ impl<'a> Client<'a> {
         Ok(read::bridges(self.ask("the networks", networks).await?))
     }
 
-    /// The address of the engine's host, where it is not reached by a Unix socket.
+    /// The address of the engine's host, if it is not reached via a Unix socket.
     async fn host(&self) -> Result<Option<IpAddr>, SourceError> {
         let Address::Tcp(host) = &self.engine.address else { return Ok(None) };
         let name = host.rsplit_once(':').map_or(host.as_str(), |(name, _port)| name);
@@ -96,13 +96,13 @@ impl<'a> Client<'a> {
         }
         let lookup = tokio::net::lookup_host((name, 0)).map_err(Error::from);
         let found: Vec<_> = self.ask("the host", lookup).await?.collect();
-        // IPv4 where there is a choice: what is published at all is published there.
+        // IPv4 if there is a choice: every published port is published there.
         let address = found.iter().find(|found| found.is_ipv4()).or(found.first());
         let address = address.ok_or_else(|| self.error("the host", "it has no address"))?;
         Ok(Some(address.ip()))
     }
 
-    /// How a container is now. Of its variables and labels those are kept whose names begin with one of `prefixes`.
+    /// The current state of a container. Only variables and labels whose names start with one of `prefixes` are kept.
     pub(super) async fn inspect(
         &self,
         ticket: Ticket,
@@ -111,7 +111,7 @@ impl<'a> Client<'a> {
         let id = &ticket.id;
         let answer =
             timeout(Engine::TIMEOUT, self.docker.inspect_container(id.as_str(), None)).await;
-        // An engine can be stuck with one container, and serve all others.
+        // An engine may hang on one container and serve all others.
         let found = match answer.unwrap_or(Err(Error::RequestTimeoutError)) {
             Ok(answer) => read::found(id, answer, prefixes),
             Err(Error::DockerResponseServerError { status_code: 404, .. }) => Found::NotRunning,
@@ -122,7 +122,7 @@ impl<'a> Client<'a> {
                 | Error::RequestTimeoutError),
             ) => {
                 let id = id.as_str();
-                warn!(id, %error, "the engine cannot say how this container is");
+                warn!(id, %error, "docker inspect failed; keeping the container's last known state");
                 Found::Unknown
             }
             Err(error) => return Err(self.failed(&format!("container {}", id.as_str()), &error)),
@@ -130,7 +130,7 @@ impl<'a> Client<'a> {
         Ok((ticket, found))
     }
 
-    /// What the stream of events brought. It never ends by itself.
+    /// The next events of the stream. It never ends by itself.
     pub(super) fn event(
         &self,
         next: Option<Result<EventMessage, Error>>,
@@ -169,7 +169,7 @@ async fn ask<T>(
     }
 }
 
-/// A moment in the form in which the events' `since` takes it.
+/// A time in the format of the events' `since`.
 pub(super) fn since(rfc3339: &str) -> Option<String> {
     let time = OffsetDateTime::parse(rfc3339, &Rfc3339).ok()?;
     Some(format!("{}.{:09}", time.unix_timestamp(), time.nanosecond()))

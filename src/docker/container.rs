@@ -1,4 +1,4 @@
-//! What an engine has, as data: its running containers and its bridge networks. Pure.
+//! The state of an engine: its running containers and its bridge networks. Pure.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,9 +21,9 @@ pub struct Inventory {
     pub containers: Vec<Arc<Container>>,
     /// The networks that the `bridge` driver made.
     pub bridges: Arc<Bridges>,
-    /// The address of the engine's host, where the engine is reached over TCP.
+    /// The address of the engine's host, if the engine is reached over TCP.
     pub host: Option<IpAddr>,
-    /// How many runs have ended by the kernel's word since the start: such a container stays until the engine knows it too.
+    /// Number of runs whose process has ended since the start. Such a container stays until the engine reports its end too.
     pub ended: u64,
 }
 
@@ -44,20 +44,20 @@ pub struct Container {
     pub name: Arc<str>,
     /// `State.StartedAt`
     pub started_at: Arc<str>,
-    /// Its first process, as the engine numbers it; 0 where it does not say.
+    /// Its first process, as the engine numbers it; 0 if it does not say.
     pub pid: i32,
-    /// The end of this run, where its process can be seen. A run has one for as long as it is known.
+    /// The end of this run, if its process is visible. A run keeps it as long as it is known.
     pub run: RunEnd,
     /// Ends when the container, by the engine's word, cannot be reached any more as it could: it has gone, is paused, or
     /// has another address.
     pub left: RunEnd,
     pub network: Network,
-    /// `NAME=value`; only those that somebody reads.
+    /// `NAME=value`; only those that a follower needs.
     pub variables: Vec<String>,
     pub labels: BTreeMap<String, String>,
     pub exposed: BTreeSet<ContainerPort>,
     pub published: BTreeMap<ContainerPort, Vec<SocketAddr>>,
-    /// It is paused or between two runs: its kernel may accept connections that nobody answers.
+    /// It is paused or between two runs: the kernel may accept connections that no process answers.
     pub is_halted: bool,
     /// Its HEALTHCHECK passes, or it has none.
     pub is_healthy: bool,
@@ -96,9 +96,9 @@ pub struct ContainerPort {
 pub enum NoNetwork {
     #[error("net=container:{0}: that container does not run")]
     Gone(String),
-    #[error("net=container:{0}: it restarted since, and took its network along")]
+    #[error("net=container:{0}: it restarted since, and has another network now")]
     Restarted(String),
-    #[error("net=container: goes round in a circle")]
+    #[error("net=container: circular reference")]
     Circle,
 }
 

@@ -1,8 +1,8 @@
-//! What is known of an engine's running containers. Pure: lists, events and inspections go in, an inventory comes out.
+//! The known state of an engine's running containers. Pure: lists, events and inspections go in, an inventory comes out.
 //!
 //! An answer takes time, and what happens meanwhile makes it stale. So each inspection has a ticket, and every event about
-//! the container makes it void: a container that died while it was being inspected stays dead. In the same way a list says
-//! nothing of a container that an event told of while the list was on its way.
+//! the container makes it void: a container that died while it was being inspected stays dead. In the same way a list is
+//! ignored for a container that had an event while the list was requested.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -18,14 +18,14 @@ use super::{
 };
 use crate::model::ContainerId;
 
-/// A list that is on its way.
+/// A requested list.
 #[derive(Debug, Default)]
 enum AwaitedList {
     #[default]
     None,
-    /// The first of a session: what events told since goes for what it says, and not for what was known before.
+    /// The first of a session: events since the request override the list, but not older knowledge.
     First(Vec<Notice>),
-    /// A later one: it may be older than what became known of these since it was asked for.
+    /// A later one: for these containers newer facts arrived since the request.
     Again(BTreeSet<ContainerId>),
 }
 
@@ -41,7 +41,7 @@ pub(super) struct Containers {
     complete: bool,
     list: AwaitedList,
     bridges: Arc<Bridges>,
-    /// Whether an event told of a network more or less.
+    /// Whether an event reported a new or removed network.
     networks_changed: bool,
     host: Option<IpAddr>,
     ended: u64,
@@ -50,20 +50,20 @@ pub(super) struct Containers {
 }
 
 impl Containers {
-    /// A session begins by asking for a list; what was asked in the one before is answered to nobody.
+    /// A session starts with a list; answers to requests of the previous session are ignored.
     pub(super) fn begin(&mut self) {
         self.inspections = self.inspections.restarted();
         self.list = AwaitedList::First(Vec::new());
     }
 
-    /// A list is asked for in the midst of a session.
+    /// A list is requested within a session.
     pub(super) fn list_again(&mut self) {
         self.list = AwaitedList::Again(BTreeSet::new());
     }
 
     /// All containers that run, as an engine lists them; each is inspected now, those that are not known yet first. Until
-    /// then it is as it was known, but for addresses that the list does not give it: where nobody told us, they may have
-    /// become another's.
+    /// then its last known state stays, except for addresses that the list does not have: without an event for it, they
+    /// may belong to another container now.
     pub(super) fn relist(&mut self, list: Vec<Listed>) {
         let (meanwhile, newer) = match mem::take(&mut self.list) {
             AwaitedList::None => Default::default(),
@@ -115,7 +115,7 @@ impl Containers {
         self.host = host;
     }
 
-    /// What an event says. From now on what it takes away is gone, and an inspection tells the rest.
+    /// Applies an event. What it removes is gone at once; an inspection reports the rest.
     pub(super) fn hear(&mut self, notice: Notice) {
         if let AwaitedList::First(meanwhile) = &mut self.list {
             meanwhile.push(notice);
@@ -123,7 +123,7 @@ impl Containers {
         }
         let id = match notice {
             Notice::Changed(id) => id,
-            // The inspection finds nothing, except where the stream replayed the end of a run before the listed one.
+            // The inspection finds nothing, except if the stream replayed the end of an earlier run.
             Notice::Ended(id) => {
                 if let Some(container) = self.remove(&id) {
                     self.doubtful.insert(id.clone(), container);
@@ -151,7 +151,7 @@ impl Containers {
         self.inspections.want(id, Urgency::Event);
     }
 
-    /// Has those of `ids` inspected that nothing is known of.
+    /// Requests an inspection of the unknown ones among `ids`.
     pub(super) fn look_for(&mut self, ids: impl IntoIterator<Item = ContainerId>) {
         for id in ids {
             if !self.running.contains_key(&id) && !self.inspections.is_under_way(&id) {
@@ -160,7 +160,7 @@ impl Containers {
         }
     }
 
-    /// Has those inspected again of which the engine could not say how they are.
+    /// Requests a new inspection of those whose inspection failed.
     pub(super) fn retry(&mut self) {
         self.inspections.retry();
     }
@@ -198,7 +198,7 @@ impl Containers {
         }
     }
 
-    /// The kernel says that a run has ended.
+    /// A run's process has ended.
     pub(super) fn run_has_ended(&mut self) {
         self.ended += 1;
         self.changed = true;
@@ -221,7 +221,7 @@ impl Containers {
         !matches!(self.list, AwaitedList::First(_))
     }
 
-    /// Whether anything is another than it was at the last call.
+    /// Whether anything changed since the last call.
     pub(super) fn take_change(&mut self) -> bool {
         mem::take(&mut self.changed)
     }

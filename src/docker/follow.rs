@@ -1,4 +1,4 @@
-//! The one source that follows an engine, whatever is made of what it has: bindings, services.
+//! The one source that follows an engine; bindings and services are derived from it.
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
@@ -19,14 +19,14 @@ use super::{
 };
 use crate::source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError, follow};
 
-/// Follows an engine for those who make something of what it has: the first of them starts it, and with the last one it
-/// ends. It asks, and never changes anything: GET calls only. Clones are the same.
+/// Follows an engine for all its readers: the first one starts it, and the last one ends it. It sends only GET requests
+/// and changes nothing. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Follower {
-    /// What the log calls it.
+    /// Its name in the log.
     name: Arc<str>,
     engine: Arc<Engine>,
-    /// How the names of variables and labels begin that somebody reads.
+    /// Prefixes of the variables and labels that readers need.
     prefixes: Arc<[String]>,
     lookup: Lookup,
     inventory: Shared<Inventory>,
@@ -73,20 +73,20 @@ impl Follower {
     }
 }
 
-/// Asks a follower to look for containers that it has not heard of: somebody unknown is dialling. Clones are the same.
+/// Asks a follower to look for unknown containers, after a connection from an unknown address. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Lookup(Arc<Notify>);
 
 impl Lookup {
-    /// Between two looks, so that a stranger who keeps dialling does not keep the engine busy.
+    /// Minimum interval between two looks, so that repeated connections from unknown addresses do not load the engine.
     const PAUSE: Duration = Duration::from_millis(50);
 
-    /// Asks. Many askers before the look are one.
+    /// Requests a look. Several requests before it are one.
     pub fn ask(&self) {
         self.0.notify_one();
     }
 
-    /// Waits until somebody asks, and not before `next_look`.
+    /// Waits for a request, at least until `next_look`.
     async fn asked(&self, next_look: Instant) {
         sleep_until(next_look).await;
         self.0.notified().await;
@@ -102,7 +102,7 @@ struct EngineSource {
     bell: Arc<Notify>,
     containers: Containers,
     processes: Processes,
-    /// Whether it was said that no process can be seen.
+    /// Whether the log message that processes are not visible was written.
     said: bool,
 }
 
@@ -208,7 +208,7 @@ impl EngineSource {
         if unseen && !self.said && matches!(self.engine.address, Address::Unix(_)) {
             self.said = true;
             warn!(
-                "the containers' processes cannot be seen from here: their ends are known by Docker's events alone, and no container is taken over from the last run; in a container, run embassy with --pid=host"
+                "cannot see the processes of containers; relying on Docker events, and using no saved containers (in a container, run embassy with --pid=host)"
             );
         }
     }

@@ -10,13 +10,13 @@ use crate::model::ContainerId;
 pub(super) enum Urgency {
     /// An event or a dial asks for it: it does not wait for a long list.
     Event,
-    /// A list has it, and nothing is known of it.
+    /// A list has it, and it is unknown.
     New,
     /// A list has it.
     Known,
 }
 
-/// Permission to say what an inspection found, unless something happened since it was asked for.
+/// The right to report the result of an inspection. Void if the container had an event since the request.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Ticket {
     pub id: ContainerId,
@@ -82,7 +82,7 @@ impl Inspections {
         Some(Ticket { id, number })
     }
 
-    /// An answer is there. The container that it is about, where it is as true as it was when it was asked for.
+    /// An answer arrived. Returns its container, if the ticket is still valid.
     pub(super) fn answered(&mut self, Ticket { id, number }: Ticket) -> Option<ContainerId> {
         let is_void = self.under_way.get(&id).filter(|asked| asked.number == number)?.void;
         self.under_way.remove(&id);

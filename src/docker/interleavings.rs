@@ -1,6 +1,6 @@
 //! Random interleavings of what an engine does, what it tells, and when its answers arrive: at no moment may a connection
-//! reach a service that its container did not ask for, nor an endpoint that is another's, and in the end everybody reaches
-//! theirs.
+//! reach a service that its container did not ask for, nor an endpoint that is another's, and in the end each container
+//! reaches its own.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -38,7 +38,7 @@ const NETWORKS: usize = 3;
 enum Step {
     Start(usize),
     Die(usize),
-    /// Removed, and made anew with another ID.
+    /// Removed, and created again with another ID.
     Destroy(usize),
     Rename(usize),
     /// Paused, or no more.
@@ -87,7 +87,7 @@ fn step() -> impl Strategy<Value = Step> {
 #[derive(Debug, Default)]
 struct Real {
     generation: u32,
-    /// When its run started; `None` where it does not run.
+    /// When its run started; `None` if it does not run.
     started: Option<u64>,
     end: RunEnd,
     is_paused: bool,
@@ -99,7 +99,7 @@ struct Real {
 
 #[derive(Debug, Default)]
 struct Engine {
-    /// Whether the kernel tells of the end of a run, as it does where the containers' processes can be seen.
+    /// Whether the kernel reports the end of a run, as it does if the containers' processes are visible.
     sees_processes: bool,
     clock: u64,
     containers: [Real; ALL],
@@ -308,7 +308,7 @@ struct World {
     made: Made,
     /// Every answer that was given, as long as it has a living endpoint: who asked may still use it.
     answers: Vec<(ContainerId, Arc<Endpoints>)>,
-    /// Events that were told and applied.
+    /// Events that were sent and applied.
     applied: usize,
     /// The stream is broken,
     lost: bool,

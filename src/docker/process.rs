@@ -1,5 +1,5 @@
-//! A container's first process: the kernel tells of its end at once, and before its address can be given to another.
-//! The engine's event comes later, and not at all from an engine that hangs.
+//! A container's first process. The kernel reports its end at once, before its address can be reused. The engine's event
+//! comes later, or not at all if the engine hangs.
 
 use std::{
     collections::BTreeSet,
@@ -26,9 +26,9 @@ use crate::model::{ContainerId, Process, RunEnd};
 pub(crate) struct Processes {
     /// Whether one of them was ever seen. Then all of them can be: they are numbered alike.
     seen: bool,
-    /// Whether it was said that one cannot be known by its control group.
+    /// Whether the log message about a missing control group was written.
     said: bool,
-    /// Rung when one has ended.
+    /// Notified when one has ended.
     ended: Arc<Notify>,
 }
 
@@ -38,16 +38,16 @@ impl Processes {
         self.seen
     }
 
-    /// Rung when one that is watched has ended.
+    /// Notified when a watched process has ended.
     pub(crate) fn ended(&self) -> Arc<Notify> {
         self.ended.clone()
     }
 
-    /// Says so when the run ends whose process this is, whatever the engine does meanwhile. To be called again for as long
-    /// as the run's process is not known: what kept it from being watched may pass.
+    /// Reports the end of the run with this process, independent of the engine. Must be called again while the process could
+    /// not be watched, because the cause may be temporary.
     ///
-    /// Nothing is ever said where processes cannot be seen: the engine is on another host, or this is another PID
-    /// namespace. Then the engine's events have to do.
+    /// Without visible processes it reports nothing: the engine is on another host, or this is another PID namespace. Then
+    /// only the engine's events report ends.
     pub(crate) fn watch(&mut self, id: &ContainerId, pid: i32, end: &RunEnd, bell: Arc<Notify>) {
         if end.has_ended() || end.process().is_some() {
             return;
@@ -65,19 +65,19 @@ impl Processes {
             }
             Err(error @ Unseen::Strange) if self.seen && !self.said => {
                 self.said = true;
-                tracing::warn!(%id, pid, %error, "the ends of such containers are known by the engine's events alone");
+                tracing::warn!(%id, pid, %error, "cannot watch this container's process; relying on Docker events");
             }
             Err(error) => tracing::debug!(%id, pid, %error, "cannot watch the container's process"),
         }
     }
 }
 
-/// Why a container's process cannot be held.
+/// Why a container's process cannot be watched.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Unseen {
     #[error("there is no such process")]
     Gone,
-    #[error("the process is in no control group of the container's ID")]
+    #[error("the process is not in a control group with the container's ID")]
     Strange,
     #[error(transparent)]
     Failed(#[from] io::Error),
@@ -99,7 +99,7 @@ impl Held {
             Errno::SRCH => Unseen::Gone,
             error => Unseen::Failed(error.into()),
         })?;
-        // Checked after it was opened: by now the number is held, whoever it belonged to when the engine answered.
+        // Checked after it was opened: the pidfd holds the number, even if the process changed since the engine's answer.
         let of = |file: &str| match fs::read_to_string(format!("/proc/{pid}/{file}")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Unseen::Gone),
             text => Ok(text?),
@@ -140,7 +140,7 @@ fn started(stat: &str) -> Option<u64> {
 /// The addresses that a process's network namespace has.
 pub(crate) fn addresses(pid: i32) -> io::Result<BTreeSet<IpAddr>> {
     let v4 = fs::read_to_string(format!("/proc/{pid}/net/fib_trie"))?;
-    // It is not there where the kernel has no IPv6.
+    // The file does not exist if the kernel has no IPv6.
     let v6 = fs::read_to_string(format!("/proc/{pid}/net/if_inet6")).unwrap_or_default();
     Ok(local_v4(&v4).map(IpAddr::from).chain(local_v6(&v6).map(IpAddr::from)).collect())
 }
@@ -177,7 +177,7 @@ mod tests {
         i32::try_from(std::process::id()).unwrap()
     }
 
-    /// A number that was a process's, and is nobody's now.
+    /// The number of a process that has ended.
     fn former() -> i32 {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         child.wait().unwrap();

@@ -14,7 +14,7 @@ use bollard::models::{
 use super::container::{Attachment, Bridge, Bridges, Container, ContainerPort, Network, NetworkId};
 use crate::model::{ContainerId, Port, RunEnd};
 
-/// What is asked to be told of containers and networks.
+/// The filter of the event stream: containers and networks.
 pub(super) const ACTIONS: [&str; 10] = [
     "start",
     "rename",
@@ -31,11 +31,11 @@ pub(super) const ACTIONS: [&str; 10] = [
 /// What an event says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Notice {
-    /// A container is another than it was: an inspection says how.
+    /// A container changed: an inspection shows how.
     Changed(ContainerId),
     /// A run ended.
     Ended(ContainerId),
-    /// A container is no more.
+    /// A container was removed.
     Destroyed(ContainerId),
     /// A container left a network, of which this is the ID or the name.
     Left(ContainerId, Arc<str>),
@@ -43,7 +43,7 @@ pub(super) enum Notice {
     Networks,
 }
 
-/// What an event says that means something here.
+/// The events that matter here.
 pub(super) fn notice(event: &EventMessage) -> Option<Notice> {
     let actor = event.actor.as_ref()?;
     let subject = actor.id.as_deref()?;
@@ -81,7 +81,7 @@ pub(super) fn notice(event: &EventMessage) -> Option<Notice> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Listed {
     pub(super) id: ContainerId,
-    /// All its addresses; `None` where the list does not say.
+    /// All its addresses; `None` if the list does not say.
     pub(super) addresses: Option<BTreeSet<IpAddr>>,
 }
 
@@ -90,7 +90,7 @@ pub(super) struct Listed {
 pub(super) enum Found {
     Running(Box<Container>),
     NotRunning,
-    /// The engine could not say.
+    /// The inspection failed.
     Unknown,
 }
 
@@ -120,7 +120,7 @@ pub(super) fn found(
     container(id, answer, prefixes).map_or(Found::NotRunning, |one| Found::Running(one.into()))
 }
 
-/// What an inspection says of a container; `None` where it does not run.
+/// What an inspection says of a container; `None` if it does not run.
 pub(crate) fn container(
     id: &ContainerId,
     answer: ContainerInspectResponse,
@@ -212,7 +212,7 @@ pub(super) fn bridges(networks: Vec<NetworkAnswer>) -> Bridges {
         let ranges = ranges.iter().filter_map(|range| range.subnet.as_deref()?.parse().ok());
         let id = network.id?;
         let named = network.options.and_then(|mut o| o.remove("com.docker.network.bridge.name"));
-        // Named so by the engine's own driver, where nobody chose another name.
+        // The default name by the engine's driver.
         let interface = named.or_else(|| Some(format!("br-{}", id.get(..12)?))).unwrap_or_default();
         Some((id.into(), Bridge { ranges: ranges.collect(), interface: interface.into() }))
     });
@@ -223,7 +223,7 @@ pub(super) fn bridges(networks: Vec<NetworkAnswer>) -> Bridges {
 mod tests {
     use super::*;
 
-    /// An engine's answer, out of a file that also says where it is from.
+    /// An engine's answer, from a file that also names its origin.
     fn answer(file: &str) -> ContainerInspectResponse {
         let mut file: serde_json::Value = serde_json::from_str(file).unwrap();
         serde_json::from_value(file["answer"].take()).unwrap()

@@ -95,7 +95,7 @@ fn has(known: &Known<Listing>, name: &str, address: Option<&str>) -> bool {
     consumers.into_iter().any(|consumer| &*consumer.name == name && consumer.sources == sources)
 }
 
-/// The endpoints of a service, where anything is known.
+/// The endpoints of a service, if known.
 fn list(known: &Known<Endpoints>) -> Option<Vec<String>> {
     let list = &known.value.as_ref()?.living().list;
     Some(list.iter().map(ToString::to_string).collect())
@@ -129,7 +129,7 @@ async fn an_address_that_went_to_another_between_two_sessions_is_withdrawn_by_th
     engine.has("two", "172.17.0.3");
     let mut answers = followed(&engine);
     until(&mut answers, |known| has(known, "one", Some("172.17.0.2"))).await;
-    // Nobody tells, and nobody can be asked how they are.
+    // There are no events, and inspections fail.
     engine.has("one", "172.17.0.3");
     engine.has("two", "172.17.0.2");
     for id in ["one", "two"] {

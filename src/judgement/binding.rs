@@ -1,4 +1,4 @@
-//! Bindings: what consumers declare, and what became of it.
+//! Bindings and their states.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -18,12 +18,12 @@ use crate::{
     table::{Route, RouteKey},
 };
 
-/// Why a binding has not all of its routes: one reason at least.
+/// Why a binding lacks some or all of its routes: at least one reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reasons(Vec<Reason>);
 
 impl Reasons {
-    /// `None` of nothing.
+    /// `None` if there are no reasons.
     fn of(reasons: Vec<Reason>) -> Option<Self> {
         (!reasons.is_empty()).then_some(Self(reasons))
     }
@@ -33,7 +33,7 @@ impl Reasons {
     }
 }
 
-/// What became of a binding.
+/// The outcome of a binding.
 #[derive(Debug, Clone)]
 pub enum BindingFate<'a> {
     Declared {
@@ -41,7 +41,7 @@ pub enum BindingFate<'a> {
         binding: &'a Binding,
         /// Sorted by address.
         routes: Vec<&'a Route>,
-        /// Why it has not all of its routes.
+        /// Why it lacks some or all of its routes.
         refused: Option<Reasons>,
     },
     Invalid(&'a Problem),
@@ -87,7 +87,7 @@ impl<'a> BindingFate<'a> {
         }
     }
 
-    /// What is wrong with it, one cause for each reason.
+    /// Its problems: one cause for each reason.
     pub fn causes(&self) -> impl Iterator<Item = Cause> {
         let state = self.state();
         let binding = format!("{} {}", self.consumer(), self.origin()).trim_end().to_owned();
@@ -105,7 +105,7 @@ impl<'a> BindingFate<'a> {
 }
 
 impl Situation {
-    /// What the consumers that `wanted` picks declared, and what could not be read; sorted by consumer and origin.
+    /// The bindings of the consumers that `wanted` selects, and the descriptors that do not parse; sorted by consumer and origin.
     pub fn bindings(&self, wanted: impl Fn(&Consumer) -> bool) -> Vec<BindingFate<'_>> {
         let mut refused: HashMap<(&ConsumerId, &str), Vec<Reason>> = HashMap::new();
         for unrouted in self.table.unrouted() {
@@ -137,7 +137,7 @@ impl Situation {
     /// The routes of a binding, sorted by address.
     fn routes_of(&self, consumer: &Consumer, binding: &Binding) -> Vec<&Route> {
         let (port, protocol) = (binding.descriptor.port, binding.descriptor.protocol);
-        // What this host sends to a VIP may come from there.
+        // The host's own connections to a VIP may have the VIP as source address.
         let vips = self.table.vips().iter().map(|vip| vip.0);
         let vips = vips.filter(|_| consumer.id == ConsumerId::Local);
         let addresses: BTreeSet<_> = consumer.sources.iter().copied().chain(vips).collect();
@@ -150,12 +150,10 @@ impl Situation {
     }
 }
 
-/// Why a binding that nothing is said against has no route.
+/// Why a binding without a stated reason has no route.
 fn no_route(addresses: &[IpAddr]) -> &'static str {
     match addresses {
-        [] => {
-            "the container has no address that connections could come from, as with --network none"
-        }
+        [] => "the container has no address, as with --network none",
         _ => "it is not in the table yet",
     }
 }

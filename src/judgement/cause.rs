@@ -1,16 +1,16 @@
-//! Everything that can be said: what it is about, how bad it is, the words for it, and what to do about it.
+//! All causes: their subject, severity, text and fix.
 
 use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use super::states::{Reason, RouteState, Subject, Verdict};
 use crate::{limits::FEW, model::Endpoint};
 
-/// A cause in words.
+/// A cause as text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     pub about: Subject,
     pub verdict: Verdict,
-    /// The kind of the cause, for machines.
+    /// The cause as one word for scripts.
     pub cause: &'static str,
     /// One or two sentences.
     pub text: String,
@@ -18,10 +18,10 @@ pub struct Finding {
     pub fix: Option<String>,
 }
 
-/// Each cause: what it is about, how bad it is, its fields, its word, its text, and what to do about it.
+/// Each cause: subject, verdict, fields, word, text and fix.
 macro_rules! causes {
     ($($about:expr, $verdict:expr, $name:ident { $($field:ident: $type:ty),* } $word:literal, $text:literal, $fix:literal;)*) => {
-        /// Why something is as it is.
+        /// Why something is in its state.
         #[derive(Debug, Clone)]
         pub enum Cause { $($name { $($field: $type),* },)* }
 
@@ -67,19 +67,19 @@ causes! {
         "run embassy doctor; embassy tries again by itself";
     Capture, Broken, RulesMissing {} "rules_missing",
         "The rules are not in place: connections are not captured.",
-        "wait some seconds; if it stays so, see the log";
+        "wait some seconds; if this does not change, see the log";
     Capture, Broken, NoVip {} "no_vip",
         "There is no VIP: nothing is captured.",
-        "name one with --proxy-ip";
+        "set one with --proxy-ip";
     Capture, Broken, NeedsRedirect {} "needs_redirect",
-        "What this host sends itself is captured with --redirect only: this consumer's connections are not captured.",
+        "The host's own connections are captured only with --redirect: this consumer's connections are not captured.",
         "start embassy with --redirect";
     Capture, Degraded, Barrier { chain: String, remedy: String } "barrier",
-        "What is captured may be dropped, and then hangs: {chain}.",
+        "A firewall may drop captured connections, which then time out: {chain}.",
         "{remedy}";
     Capture, Degraded, CutOff { consumer: Arc<str>, vips: List<IpAddr> } "cut_off",
-        "No network of {consumer} has a gateway on this host, or one of the VIPs in it ({vips}): its connections may not arrive here.",
-        "give it a bridge network as well";
+        "No network of {consumer} has a gateway on this host or contains a VIP ({vips}): its connections may not reach embassy.",
+        "connect it to a bridge network too";
 
     Sources, used.verdict(), SourceDown { source: String, error: Reason, used: Used } "source_down",
         "{source} does not answer ({error}); {used}.",
@@ -88,10 +88,10 @@ causes! {
         "{source} has not answered yet.",
         "check that it runs and can be reached from here";
     Sources, Degraded, Held { source: String, left: Seconds } "held",
-        "{source} says that there are no endpoints; the last ones stay in use for {left} more.",
+        "{source} reports no endpoints; the last ones stay in use for {left} more.",
         "check that its instances are registered and pass their checks";
     Sources, Ok, Skipped { source: String, entry: String } "entry_skipped",
-        "{source} has an entry that was skipped: {entry}.",
+        "An entry of {source} was skipped: {entry}.",
         "correct the entry in the registry";
 
     Bindings, Broken, Invalid { binding: String, reason: Reason } "invalid",
@@ -99,35 +99,35 @@ causes! {
         "correct the variable or label";
     Bindings, Broken, Unrouted { binding: String, reason: Reason } "unrouted",
         "{binding} has no route: {reason}.",
-        "correct what the reason names";
+        "correct this";
     Bindings, Degraded, Partly { binding: String, reason: Reason } "partly_routed",
-        "{binding} has not all of its routes: {reason}.",
-        "correct what the reason names";
+        "{binding} has only some of its routes: {reason}.",
+        "correct this";
     Bindings, Broken, NotDeclared { port: u16, consumers: List<Arc<str>>, declared: List<u16>, follows: NotDeclaredMeans } "not_declared",
         "Port {port} is not declared by {consumers} (declared: {declared}); {follows}.",
         "declare it in the container: BACKEND_NAME='<service>;{port}'";
     Bindings, Broken, DeclaresNothing { address: String } "declares_nothing",
-        "{address} is a container that declares nothing: it is not captured, and the kernel answers.",
-        "give it a variable BACKEND_NAME='<service>;<port>'";
+        "{address} is a container without bindings: embassy does not capture its connections.",
+        "create it with a variable BACKEND_NAME='<service>;<port>'";
     Bindings, Broken, NoConsumer { wanted: String } "no_consumer",
-        "No running container that declares anything has the name, the ID or the address {wanted:?}. If it runs, it has neither a variable with the prefix of a binding (-prefix, BACKEND_ unless it is given) nor a label embassy.backend.<name>: it is not captured, and the kernel answers.",
-        "docker ps lists the containers; embassy ps lists those that are known";
+        "No running container with a binding has the name, ID or address {wanted:?}. If the container runs, it has no variable that starts with -prefix (default BACKEND_) and no label embassy.backend.<name>: embassy does not capture its connections.",
+        "docker ps lists all containers; embassy ps lists those with a binding";
 
     Routes, Ok, GoesTo { consumer: Arc<str>, port: u16, service: String, endpoint: Endpoint } "goes_to",
         "The next connection of {consumer} to port {port} goes to {endpoint}, for {service}.",
         "";
     Routes, Broken, AllEjected { service: String, next: Endpoint } "all_ejected",
-        "Every endpoint of {service} failed lately. All of them are tried: the next is {next}.",
+        "All endpoints of {service} failed recently. embassy tries all of them; the next is {next}.",
         "start an instance of the service, and check that this host reaches it";
     Routes, Broken, NoEndpoint { service: String } "no_endpoint",
         "{service} has no endpoint: connections are reset.",
         "check that it is registered under this name, with these tags, and healthy";
     Routes, Broken, AllDrained { service: String } "all_drained",
-        "Every endpoint of {service} is drained: connections are reset.",
+        "All endpoints of {service} are drained: connections are reset.",
         "end the drain of one (PUT /v1/endpoints/drain), or start another";
     Routes, Broken, AllCircular { service: String } "all_circular",
-        "No endpoint of {service} can be used, each is the very address that is dialled (circular): connections are reset.",
-        "register the service at another address than the VIP";
+        "No endpoint of {service} can be used, because each has the dialled address itself (circular): connections are reset.",
+        "register the service with an address that is not the VIP";
     Routes, Broken, NotAnswered { service: String } "waiting",
         "{service} has not answered yet: connections are reset.",
         "check the registry and -discovery";
@@ -151,27 +151,27 @@ causes! {
         "{endpoint} is drained: it gets no new connections.",
         "end the drain with PUT /v1/endpoints/drain";
     Endpoints, Degraded, Circular { endpoint: Endpoint } "circular",
-        "{endpoint} is the very address that is dialled, and rules of your own would lead back to embassy: it gets no connections (circular).",
-        "register the service at another address than the VIP";
+        "{endpoint} is the dialled address itself, and your own rules would lead back to embassy: it gets no connections (circular).",
+        "register the service with an address that is not the VIP";
     Endpoints, Degraded, ManyEndpoints { are: String, some: String } "endpoints",
-        "{are} not trusted after a failure: {some}.",
+        "{are} ejected, probing or unhealthy: {some}.",
         "embassy ps --endpoints shows the last error of each";
 
     Connections, Broken, MemoryShort {} "memory_short",
-        "New connections are refused (memory_short): the memory that the control group allows is nearly used up.",
+        "New connections are refused (memory_short): the memory limit of the control group is nearly reached.",
         "raise the limit: --memory of docker, MemoryMax= of systemd";
     Connections, Broken, TooManyConnections { are: String } "too_many_connections",
-        "New connections are refused (too_many_connections): {are} open, and no more may be (--max-connections).",
-        "raise --max-connections, or the limit of descriptors";
+        "New connections are refused (too_many_connections): {are} open, which is the limit (--max-connections).",
+        "raise --max-connections, or the descriptor limit";
     Connections, Broken, TooManyOfConsumer { consumer: Arc<str>, live: String } "too_many_of_consumer",
-        "New connections are refused (too_many_of_consumer): {consumer} has {live} open, and no more may be (--max-connections-per-consumer).",
+        "New connections are refused (too_many_of_consumer): {consumer} has {live} open, which is the limit (--max-connections-per-consumer).",
         "check whether the consumer closes its connections, or raise the limit";
 
     Host, Degraded, ConntrackFills { used: u64, limit: u64 } "conntrack",
-        "{used} of {limit} entries of connection tracking are in use.",
+        "{used} of {limit} connection tracking entries are in use.",
         "raise net.netfilter.nf_conntrack_max, or set IPTABLES_TRACK_MAX_CONNECTIONS for embassy";
     Host, Broken, ConntrackFull { used: u64, limit: u64 } "conntrack",
-        "{used} of {limit} entries of connection tracking are in use: new connections are dropped.",
+        "{used} of {limit} connection tracking entries are in use: the kernel drops new connections.",
         "raise net.netfilter.nf_conntrack_max, or set IPTABLES_TRACK_MAX_CONNECTIONS for embassy";
     Host, Degraded, Descriptors { used: u64, limit: u64 } "descriptors",
         "{used} of {limit} descriptors are open.",
@@ -185,18 +185,18 @@ causes! {
         "see the lists of the API";
 }
 
-/// What is used of a source.
+/// Which data of a source is in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Used {
-    /// Its last answer, which it confirmed so long ago.
+    /// Its last answer, and the time since it was confirmed.
     Answer(Duration),
-    /// What an earlier run knew, and how long ago the source confirmed that, where it is known.
+    /// Data saved by an earlier run, and the time since it was confirmed, if known.
     Kept(Option<Duration>),
     Nothing,
 }
 
 impl Used {
-    /// How bad it is that the source does not answer.
+    /// How bad it is if the source does not answer.
     pub(super) fn verdict(self) -> Verdict {
         match self {
             Self::Answer(_) | Self::Kept(_) => Degraded,
@@ -212,15 +212,19 @@ impl fmt::Display for Used {
                 write!(f, "its last answer, confirmed {} ago, stays in use", Seconds(*age))
             }
             Self::Kept(Some(age)) => {
-                write!(f, "what an earlier run knew, confirmed {} ago, is in use", Seconds(*age))
+                write!(
+                    f,
+                    "data saved by an earlier run, confirmed {} ago, is in use",
+                    Seconds(*age)
+                )
             }
-            Self::Kept(None) => f.write_str("what an earlier run knew is in use"),
-            Self::Nothing => f.write_str("nothing is known of it"),
+            Self::Kept(None) => f.write_str("data saved by an earlier run is in use"),
+            Self::Nothing => f.write_str("embassy has no data from it"),
         }
     }
 }
 
-/// What happens until everything has answered.
+/// What embassy does until all sources have answered.
 #[derive(Debug, Clone, Copy)]
 pub enum Meanwhile {
     Serves,
@@ -239,31 +243,31 @@ impl Meanwhile {
 impl fmt::Display for Meanwhile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Serves => "what is known is served meanwhile",
+            Self::Serves => "embassy serves what it knows so far",
             Self::DoesNot => "there are no routes yet, and nothing is captured",
         })
     }
 }
 
-/// What becomes of connections on a port that is not declared. `None`: the user's own rules capture.
+/// What happens to connections to a port that is not declared. `None`: the user's own rules capture.
 #[derive(Debug, Clone, Copy)]
 pub struct NotDeclaredMeans(pub Option<bool>);
 
 impl fmt::Display for NotDeclaredMeans {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.0 {
-            Some(true) => "every port of a VIP is captured, and embassy resets what has no route",
+            Some(true) => "every port of a VIP is captured, and embassy resets connections without a route",
             Some(false) => {
-                "not captured: what listens there on the host answers, else the kernel refuses"
+                "not captured: a program that listens there on the host answers, or else the kernel refuses"
             }
             None => {
-                "your own rules decide whether it is captured; embassy resets what has no route"
+                "your own rules decide whether it is captured; embassy resets captured connections without a route"
             }
         })
     }
 }
 
-/// A time in whole seconds, rounded up: none is left where it is over.
+/// A time in whole seconds, rounded up, so that 0 means that it is over.
 #[derive(Debug, Clone, Copy)]
 pub struct Seconds(pub Duration);
 
@@ -273,7 +277,7 @@ impl fmt::Display for Seconds {
     }
 }
 
-/// An error behind what it led to, where there is one.
+/// The error that led to this, if there is one, in parentheses.
 #[derive(Debug, Clone)]
 pub struct Because(pub Option<Reason>);
 

@@ -1,31 +1,31 @@
-//! What this host gives to the process, and whether that will do.
+//! The host's resources, and whether they are sufficient.
 
 use super::{cause::Cause, states::Verdict};
 use crate::memory::{NEAR, Use};
 
-/// Fewer connections than this at a time are a surprise.
+/// A lower limit of connections than this is a finding.
 pub const CONNECTIONS_FEW: usize = 1000;
 
-/// What is in use of what there may be.
+/// Use and limit of a resource.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct HostUse {
-    /// Entries of connection tracking.
+    /// Connection tracking entries.
     pub conntrack: Option<Use>,
     pub descriptors: Option<Use>,
     pub memory: Option<Use>,
 }
 
-/// How full connection tracking is.
+/// Whether connection tracking is nearly full.
 pub fn conntrack(Use { used, limit }: Use) -> Verdict {
     match used as f64 / limit as f64 {
         full if full >= 0.95 => Verdict::Broken,
         full if full >= 0.75 => Verdict::Degraded,
-        // Of no limit at all as well.
+        // Also if there is no limit.
         _ => Verdict::Ok,
     }
 }
 
-/// How full the memory of the control group is.
+/// Whether the memory of the control group is nearly used up.
 pub fn memory(memory: Use) -> Verdict {
     match memory.reaches(NEAR) {
         true => Verdict::Broken,

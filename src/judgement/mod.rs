@@ -1,6 +1,6 @@
-//! Whether all is well with a route, a source, the capture, this host and the process. It is decided here and nowhere else:
-//! the API carries the decision, the commands and the dashboard show it. Pure: what is known comes in as a [`Situation`],
-//! with the time that it is seen at.
+//! Decides the state of each route, source, the capture, this host and the process. This is the only place that decides it:
+//! the API returns the decision, the commands and the dashboard show it. Pure: the facts and the time come in as a
+//! [`Situation`].
 
 mod binding;
 mod cause;

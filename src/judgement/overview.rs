@@ -1,4 +1,4 @@
-//! Everything at a glance: whether embassy is ready, and what is wrong anywhere.
+//! The overview: whether embassy is ready, and all problems.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -15,20 +15,20 @@ use super::{
 };
 use crate::{capture::input::Barrier, counts::numbered, readiness::Part};
 
-/// Entries of a list that are named; the rest are counted.
+/// Maximum number of entries named of a list; the rest are only counted.
 const NAMED: usize = 20;
 
-/// A part that embassy is not ready without.
+/// A part that is not ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Awaited {
     pub part: Part,
-    /// For how long. `None`: since the rules were lost, whenever that was.
+    /// Time since embassy started to wait. `None`: since the rules were lost.
     pub since: Option<Duration>,
-    /// The sources that have not answered; the first [`NAMED`] of them.
+    /// The first [`NAMED`] sources that have not answered.
     pub sources: Vec<String>,
 }
 
-/// What is wrong anywhere, and how much there is.
+/// All problems, and the numbers of entries by state.
 #[derive(Debug, Clone, Default)]
 pub struct Overview {
     /// The worst first.
@@ -36,7 +36,7 @@ pub struct Overview {
     pub routes: BTreeMap<RouteState, usize>,
     pub endpoints: BTreeMap<EndpointHealth, usize>,
     pub sources: BTreeMap<SourceState, usize>,
-    /// Bindings without all of their routes, and what could not be read.
+    /// Bindings without all of their routes, and descriptors that do not parse.
     pub problems: usize,
 }
 
@@ -45,7 +45,7 @@ impl Overview {
         Verdict::worst(self.causes.iter().map(Cause::verdict))
     }
 
-    /// How each subject is.
+    /// The verdict of each subject.
     pub fn verdicts(&self) -> BTreeMap<Subject, Verdict> {
         let mut verdicts: BTreeMap<_, _> =
             Subject::ALL.iter().map(|subject| (*subject, Verdict::Ok)).collect();
@@ -58,7 +58,7 @@ impl Overview {
 }
 
 impl Situation {
-    /// What embassy is not ready without. Ready is who waits for nothing.
+    /// The parts that are not ready. embassy is ready if there are none.
     pub fn awaited(&self) -> Vec<Awaited> {
         let sources = |part| match part {
             Part::Listing => vec![self.provider.name.clone()],
@@ -71,7 +71,7 @@ impl Situation {
             sources: sources(*part),
         });
         let mut awaited: Vec<_> = pending.collect();
-        // Rules that stood once, and do not any more. Who shuts down takes them away.
+        // The rules were in place before and are not now. A shutdown removes them on purpose.
         let lost = self.captures() && !self.capture.standing.in_place && !self.is_draining();
         if lost && !awaited.iter().any(|awaited| awaited.part == Part::Capture) {
             awaited.insert(0, Awaited { part: Part::Capture, since: None, sources: Vec::new() });
@@ -79,7 +79,7 @@ impl Situation {
         awaited
     }
 
-    /// The queries that keep embassy from being ready: of a discovery that has not answered anything, or not asked yet.
+    /// The queries that keep embassy from being ready: their discovery has not answered, or was not asked yet.
     fn unanswered(&self) -> Vec<String> {
         let answering: BTreeSet<_> = self
             .queries
@@ -97,7 +97,7 @@ impl Situation {
         names
     }
 
-    /// That embassy is shutting down, or has not heard from everybody. Rules that do not stand are said of the capture.
+    /// The causes of the process: embassy is shutting down, or waits for first answers. Missing rules are causes of the capture.
     pub(super) fn of_process(&self) -> Vec<Cause> {
         let meanwhile = match self.table.version {
             0 => Meanwhile::DoesNot,
@@ -119,7 +119,7 @@ impl Situation {
         barriers.map(|Barrier { chain, remedy }| Cause::Barrier { chain, remedy })
     }
 
-    /// Everything.
+    /// All findings.
     pub fn overview(&self, host: &HostUse) -> Overview {
         let mut overview = Overview::default();
         let mut causes = self.of_process();
@@ -128,7 +128,7 @@ impl Situation {
         }
         let sources = self.sources(&mut overview);
         causes.extend(bounded(Subject::Sources, sources));
-        // Of all others the table says nothing bad, and there may be many.
+        // All other bindings have no problem in the table, and there may be many.
         let refused: HashSet<_> =
             self.table.unrouted().map(|unrouted| &unrouted.consumer).collect();
         let bindings = self.bindings(|one| one.sources.is_empty() || refused.contains(&one.id));
@@ -145,7 +145,7 @@ impl Situation {
         Overview { causes, ..overview }
     }
 
-    /// The limits that are reached. A consumer has its connections over all of its routes.
+    /// The limits that were reached. A consumer's connections are counted over all its routes.
     fn load(&self) -> Vec<Cause> {
         let mut consumers = BTreeSet::new();
         let routes = self.table.routes().filter(|route| consumers.insert(&route.consumer));
@@ -178,7 +178,7 @@ impl Situation {
         for source in queries.iter().copied().chain([&self.provider]) {
             *overview.sources.entry(source.state).or_default() += 1;
         }
-        // What the provider skipped is told as a binding.
+        // Entries that the provider skipped are reported as bindings.
         let provider = SourceReading { skipped: Vec::new(), ..self.provider.clone() };
         let of_queries = queries.into_iter().flat_map(SourceReading::causes);
         provider.causes().into_iter().chain(of_queries).collect()
@@ -224,10 +224,10 @@ impl Situation {
     }
 }
 
-/// Routes and endpoints that are named of each kind.
+/// Maximum number of routes or endpoints named of each kind.
 const FEW_NAMED: usize = 5;
 
-/// Those that are named, and how many more there are.
+/// The named entries, and the number of further ones.
 fn some_of(some: Vec<String>, count: usize) -> String {
     match count.saturating_sub(some.len()) {
         0 => some.join(", "),
@@ -235,7 +235,7 @@ fn some_of(some: Vec<String>, count: usize) -> String {
     }
 }
 
-/// The first causes, and how many more there are.
+/// The first causes, and the number of further ones.
 fn bounded(subject: Subject, mut causes: Vec<Cause>) -> Vec<Cause> {
     causes.sort_by_key(|cause| std::cmp::Reverse(cause.verdict()));
     if causes.len() > NAMED {

@@ -1,4 +1,4 @@
-//! One port of a consumer, from symptom to cause.
+//! Explains one port of a consumer.
 
 use std::{cmp::Reverse, sync::Arc};
 
@@ -16,8 +16,8 @@ use crate::{
 };
 
 impl Situation {
-    /// What is to be said of these consumers' connections on a port, by its `routes`: the worst first, and where nothing is
-    /// wrong, where they go. `wanted` is how the consumers were named.
+    /// The causes for these consumers' connections to a port, by its `routes`: the worst first. Without a problem: where they
+    /// go. `wanted` is the text by which the consumers were requested.
     pub fn of_port(
         &self,
         wanted: &str,
@@ -31,7 +31,7 @@ impl Situation {
             routes => causes.extend(self.of_routes(consumers, routes)),
         }
         let well = Verdict::worst(causes.iter().map(Cause::verdict)) == Verdict::Ok;
-        // Stable: a consequence stands before its details.
+        // The sort is stable, so that a consequence stays before its details.
         causes.sort_by_key(|cause| {
             let goes = matches!(cause, Cause::GoesTo { .. });
             (Reverse(cause.verdict()), if well { !goes } else { goes })
@@ -39,7 +39,7 @@ impl Situation {
         causes
     }
 
-    /// A route for each service and way of balancing.
+    /// One route for each service and balancing algorithm.
     pub fn one_of_each_service<'a>(routes: &[&'a Route]) -> Vec<&'a Route> {
         let mut chosen: Vec<&Route> = Vec::new();
         for route in routes {
@@ -53,7 +53,7 @@ impl Situation {
         chosen
     }
 
-    /// What concerns every connection.
+    /// The causes that affect all connections.
     fn of_everybody(&self) -> Vec<Cause> {
         let mut causes = Vec::new();
         if self.is_draining() {
@@ -69,7 +69,7 @@ impl Situation {
 
     fn of_routes(&self, consumers: &[&Consumer], routes: &[&Route]) -> Vec<Cause> {
         let mut causes = Vec::new();
-        // A cause may hold for several of them.
+        // Several routes may have the same cause.
         for route in routes {
             if let Some(cause) = self.not_captured(&route.consumer) {
                 causes.push(cause);
@@ -97,7 +97,7 @@ impl Situation {
         causes
     }
 
-    /// What is to be said of a route's service.
+    /// The causes of a route's service.
     fn of_service(&self, route: &Route) -> Vec<Cause> {
         let upstream = &route.upstream;
         let health = self.route(route);
@@ -155,7 +155,7 @@ impl Situation {
             let mut causes: Vec<_> = skipped
                 .flat_map(|p| BindingFate::Invalid(p).causes().collect::<Vec<_>>())
                 .collect();
-            // What it declared and could not be read is the cause.
+            // If there are skipped descriptors, they are the cause.
             if causes.is_empty() {
                 causes.push(match is_known {
                     true => Cause::DeclaresNothing { address: wanted.to_owned() },

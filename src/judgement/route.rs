@@ -1,4 +1,4 @@
-//! Routes and endpoints: where the next connection goes, and what is in its way.
+//! Routes and endpoints: where the next connection goes, and its obstacles.
 
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -15,7 +15,7 @@ use crate::{
     table::Route,
 };
 
-/// How an endpoint is.
+/// The health of an endpoint.
 pub fn endpoint(state: &EndpointState, now: Millis) -> EndpointHealth {
     match state.ejected_for(now) {
         _ if state.is_drained() => EndpointHealth::Drained,
@@ -26,23 +26,23 @@ pub fn endpoint(state: &EndpointState, now: Millis) -> EndpointHealth {
     }
 }
 
-/// How a route is, and its endpoints, counted.
+/// The state of a route, and the numbers of its endpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RouteHealth {
     pub state: RouteState,
     pub endpoints: usize,
-    /// Those that take their turn.
+    /// Endpoints that get connections.
     pub active: usize,
-    /// Those that are skipped, after failures or by a check.
+    /// Endpoints that are skipped after a failure or by a check.
     pub ejected: usize,
     pub probing: usize,
     pub drained: usize,
-    /// Those that are the very address that is dialled.
+    /// Endpoints that are the dialled address itself.
     pub circular: usize,
 }
 
 impl Situation {
-    /// How a route is.
+    /// The state of a route.
     pub fn route(&self, route: &Route) -> RouteHealth {
         let mut health = RouteHealth {
             state: RouteState::Ok,
@@ -96,7 +96,7 @@ impl Situation {
         }
     }
 
-    /// The limits that refuse the next connection of any of `routes`, one cause for each consumer at most.
+    /// The limits that refuse the next connection of any of `routes`: at most one cause for each consumer.
     pub(super) fn limits<'a>(
         &self,
         routes: impl IntoIterator<Item = &'a Route>,
@@ -115,20 +115,20 @@ impl Situation {
         memory.into_iter().chain(full).chain(of_consumer)
     }
 
-    /// Whether an endpoint is the very address that is dialled: under rules of the user's own a connection to it would come
-    /// back to embassy, so it gets none.
+    /// Whether an endpoint is the dialled address itself. With the user's own rules a connection to it would come back to
+    /// embassy, so it gets none.
     pub(super) fn is_circular(&self, route: &Route, endpoint: &Endpoint) -> bool {
         self.capture.mode == CaptureMode::None
             && endpoint.0.port() == route.key.port.get()
             && self.table.vips().iter().any(|vip| vip.0 == endpoint.0.ip())
     }
 
-    /// Whether what dials this port reaches our listener as if it were dialled itself.
+    /// Whether connections to this port look like direct connections to our listener.
     pub(super) fn is_own_port(&self, route: &Route) -> bool {
         route.key.port.get() == self.own_port
     }
 
-    /// Where the next connection would go, if it came now. Nothing is picked by looking.
+    /// The endpoint that the next connection would get. Does not change the balancing.
     pub fn next_pick(&self, route: &Route) -> Option<Endpoint> {
         let rotation = &route.upstream.rotation;
         let all = rotation.endpoints().iter().map(|state| state.endpoint);
@@ -136,7 +136,7 @@ impl Situation {
         Some(rotation.peek(route.balance, self.now, &circular)?.endpoint)
     }
 
-    /// Why a connection to a VIP does not reach embassy, where it should.
+    /// Why a connection to a VIP does not reach embassy, if it should.
     pub(super) fn not_captured(&self, consumer: &ConsumerId) -> Option<Cause> {
         if self.captured(consumer, true) != Some(false) {
             return None;

@@ -1,4 +1,4 @@
-//! Everything that is judged, as it is at one moment.
+//! The facts that are judged, at one moment.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -20,27 +20,27 @@ use crate::{
     table::Table,
 };
 
-/// What is known, and when.
+/// All facts, and the time.
 #[derive(Debug, Clone)]
 pub struct Situation {
     pub table: Arc<Table>,
-    /// What the table is made of: who asks for what.
+    /// The consumers and their bindings.
     pub listing: Arc<Listing>,
     pub provider: SourceReading,
     pub queries: HashMap<Query, SourceReading>,
     pub capture: CaptureReading,
-    /// The parts that are not ready, and since when.
+    /// The parts that are not ready, and the time since embassy waits for them.
     pub pending: Vec<(Part, Duration)>,
     pub load: Load,
-    /// The moment, by the clock of the endpoints' states.
+    /// The current time, by the clock of the endpoints' states.
     pub now: Millis,
     /// embassy's own port.
     pub own_port: u16,
-    /// Consumers whose networks lead to no VIP; worked out when it is first asked for.
+    /// Consumers whose networks reach no VIP; computed on first use.
     pub cut_off: OnceLock<HashSet<ConsumerId>>,
 }
 
-/// What captures, and how that stands.
+/// The capture mode, and the state of the rules.
 #[derive(Debug, Clone)]
 pub struct CaptureReading {
     pub mode: CaptureMode,
@@ -48,7 +48,7 @@ pub struct CaptureReading {
     pub standing: Standing,
 }
 
-/// Connections, and how many there may be.
+/// Open connections, and their limits.
 #[derive(Debug, Clone, Copy)]
 pub struct Load {
     pub live: usize,
@@ -58,7 +58,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// Whether new connections are refused because of memory.
+    /// Whether new connections are refused because memory is nearly used up.
     pub fn is_short_of_memory(self) -> bool {
         self.memory_short && self.live >= FEW
     }
@@ -90,8 +90,8 @@ impl Situation {
         self.pending.iter().any(|(part, _)| *part == Part::Draining)
     }
 
-    /// The VIPs that a consumer's connections can be sent to: those of its own networks first, and where one of them has a
-    /// gateway on this host, all others through that.
+    /// The VIPs that a consumer can connect to: those in its own networks first. If one of its networks has a gateway on this
+    /// host, all other VIPs too.
     pub fn dials(&self, consumer: &Consumer) -> Vec<IpAddr> {
         let all = self.table.vips().iter().map(|vip| vip.0).filter(|vip| speaks(consumer, vip));
         let (own, others): (Vec<_>, Vec<_>) = all.partition(|vip| self.is_own(consumer, vip));
@@ -104,7 +104,7 @@ impl Situation {
         vips.any(|vip| has_a_gateway(consumer) || self.is_own(consumer, &vip))
     }
 
-    /// Whether a VIP is in a network of the consumer's.
+    /// Whether a VIP is in one of the consumer's networks.
     fn is_own(&self, consumer: &Consumer, vip: &IpAddr) -> bool {
         let shared = |net: &ipnet::IpNet| {
             net.contains(vip) && consumer.sources.iter().any(|own| net.contains(own))
@@ -112,8 +112,8 @@ impl Situation {
         consumer.gateways.contains(vip) || self.listing.networks.iter().any(shared)
     }
 
-    /// Whether a connection of `consumer` to a VIP is led to embassy, on a port that it declared or on another. `None`: the
-    /// user's own rules decide.
+    /// Whether a connection of `consumer` to a VIP is captured, to a declared port or to another one. `None`: the user's own
+    /// rules decide.
     pub fn captured(&self, consumer: &ConsumerId, declared: bool) -> Option<bool> {
         if !self.captures() {
             return None;

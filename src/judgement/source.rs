@@ -1,4 +1,4 @@
-//! Sources: whether they answer, and what is used of them.
+//! Sources: whether they answer, and which of their data is in use.
 
 use std::time::{Duration, Instant};
 
@@ -17,14 +17,14 @@ pub fn source<T>(known: &Known<T>) -> SourceState {
     }
 }
 
-/// What is known of a source at one moment.
+/// The state of a source at one moment.
 #[derive(Debug, Clone)]
 pub struct SourceReading {
     pub name: String,
     pub state: SourceState,
     pub error: Option<Reason>,
     pub used: Used,
-    /// How much longer the last endpoints stay in use, where it says that there are none.
+    /// If it reports no endpoints: remaining time for which the last ones stay in use.
     pub held: Option<Duration>,
     /// Entries that were skipped, each with its reason.
     pub skipped: Vec<String>,
@@ -56,7 +56,7 @@ impl SourceReading {
         }
     }
 
-    /// Whether its answer is not what it says now.
+    /// Whether data from an earlier answer is in use.
     pub fn is_lost(&self) -> bool {
         self.state == SourceState::Down
     }
@@ -65,7 +65,7 @@ impl SourceReading {
         Verdict::worst(self.causes().iter().map(Cause::verdict))
     }
 
-    /// What is to be said of it.
+    /// The causes of this source.
     pub fn causes(&self) -> Vec<Cause> {
         let name = || self.name.clone();
         let mut causes = Vec::new();

@@ -1,15 +1,15 @@
-//! The words for how things are, and how bad each of them is.
+//! The words for states, and their verdicts.
 
 use std::{fmt, sync::Arc};
 
 use crate::word::worded;
 
 worded! {
-    /// How bad it is.
+    /// How bad a state is.
     pub enum Verdict {
         /// all is well
         Ok = "ok",
-        /// it works, and something is wrong
+        /// it works, but there is a problem
         Degraded = "degraded",
         /// it does not work
         Broken = "broken",
@@ -19,51 +19,51 @@ worded! {
     pub enum Subject {
         /// the process: its start and its end
         Process = "process",
-        /// the rules in the firewall, and what is in the way of captured connections
+        /// the firewall rules, and obstacles for captured connections
         Capture = "capture",
         /// the provider and the queries of the discoveries
         Sources = "sources",
         /// what consumers declare
         Bindings = "bindings",
-        /// where connections go
+        /// the routes
         Routes = "routes",
         /// instances of services
         Endpoints = "endpoints",
-        /// the limits of connections
+        /// the connection limits
         Connections = "connections",
-        /// what this host gives to the process
+        /// the host's resources
         Host = "host",
     }
 
-    /// Whether an endpoint takes new connections.
+    /// Whether an endpoint gets new connections.
     pub enum EndpointHealth {
-        /// it takes its turn
+        /// it gets connections
         Active = "active",
         /// it failed and is skipped
         Ejected = "ejected",
-        /// it is not skipped any more, and the next connection tries it
+        /// it is no longer skipped, and the next connection tries it
         Probing = "probing",
         /// its active check fails
         Unhealthy = "unhealthy",
-        /// it gets no new connections, as was asked for
+        /// it gets no new connections: it was drained via the API
         Drained = "drained",
     }
 
-    /// What becomes of a route's next connection.
+    /// The state of a route: what happens to its next connection.
     pub enum RouteState {
         /// it goes where it should
         Ok = "ok",
-        /// it has an endpoint to go to, and something is wrong: with other endpoints, with the source of either side, or on the way
+        /// it has an endpoint, and there is a problem: with other endpoints, with a source, or with a firewall on the way
         Degraded = "degraded",
-        /// every endpoint failed or fails its check; all are tried
+        /// all endpoints failed or are unhealthy; embassy tries them all
         Ejected = "ejected",
-        /// it is refused: there is no endpoint, or none that may be used
+        /// it is refused: there is no usable endpoint
         NoEndpoint = "no_endpoint",
         /// it is refused: discovery has not answered yet
         Waiting = "waiting",
         /// it does not reach embassy: it is not captured
         NotCaptured = "not_captured",
-        /// it is refused: a limit is reached, or embassy is shutting down
+        /// it is refused: a limit was reached, the port is embassy's own, or embassy is shutting down
         Refused = "refused",
     }
 
@@ -71,21 +71,21 @@ worded! {
     pub enum SourceState {
         /// it answers
         Up = "up",
-        /// it does not answer, and what was known stays in use
+        /// it does not answer, and its last data stays in use
         Down = "down",
         /// it has not answered yet
         Waiting = "waiting",
     }
 
-    /// What became of a binding.
+    /// The state of a binding.
     pub enum BindingState {
-        /// it has its routes
+        /// it has all its routes
         Routed = "routed",
-        /// it has some routes, and others are refused
+        /// it has some of its routes
         Partly = "partly",
         /// it has no route
         Unrouted = "unrouted",
-        /// it could not be read
+        /// it does not parse
         Invalid = "invalid",
     }
 }
@@ -97,7 +97,7 @@ impl Verdict {
     }
 }
 
-/// Why something is as it is, in the words of whoever said so. Never empty.
+/// A reason, in the words of its origin. Never empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reason(Arc<str>);
 

@@ -349,20 +349,20 @@ fn a_source_is_as_bad_as_what_is_used_of_it() {
     assert_eq!(of(&fails, None).verdict(), Verdict::Broken);
     assert_eq!(
         of(&fails, None).causes()[0].finding().text,
-        "consul web does not answer (no reason was given); nothing is known of it."
+        "consul web does not answer (no reason was given); embassy has no data from it."
     );
     let of_an_earlier_run = of(&fails, Some(&kept));
     assert_eq!(of_an_earlier_run.verdict(), Verdict::Degraded);
     assert_eq!(
         of_an_earlier_run.causes()[0].finding().text,
-        "consul web does not answer (no reason was given); what an earlier run knew, confirmed 4 s ago, is in use."
+        "consul web does not answer (no reason was given); data saved by an earlier run, confirmed 4 s ago, is in use."
     );
     let known = Known { value: Some(Arc::new(())), confirmed: Some(now), ..Known::default() };
     assert_eq!(of(&known, None).verdict(), Verdict::Ok);
     let held = InUse::Held { until: now + Duration::from_secs(28) };
     assert_eq!(
         of(&known, Some(&held)).causes()[0].finding().text,
-        "consul web says that there are no endpoints; the last ones stay in use for 24 s more."
+        "consul web reports no endpoints; the last ones stay in use for 24 s more."
     );
 }
 

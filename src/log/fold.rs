@@ -1,4 +1,4 @@
-//! A complaint that comes again and again is written once, and then counted: a log that repeats itself hides the rest.
+//! A repeated warning is written once and then counted: a log full of repetitions hides everything else.
 
 use std::{
     collections::HashMap,
@@ -22,14 +22,14 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-/// How long the same complaint is only counted, before the count is told.
+/// How long a repeated warning is only counted before the count is logged.
 const WINDOW: Duration = Duration::from_secs(60);
-/// How often it is looked whether a count is to be told.
+/// Poll interval for counts that are due.
 const LOOK: Duration = Duration::from_secs(5);
-/// Different complaints that are remembered; beyond, they are written as they come.
+/// Maximum number of different warnings that are remembered; further ones are always written.
 const REMEMBERED: usize = 1024;
 
-/// What is being counted. Dropped, it tells what it has not told yet.
+/// The counts. Logs the pending ones when it is dropped.
 #[derive(Debug, Default)]
 pub(super) struct Fold {
     seen: Arc<Mutex<Seen>>,
@@ -38,7 +38,7 @@ pub(super) struct Fold {
 }
 
 impl Fold {
-    /// Starts telling the counts, when their time has come.
+    /// Starts logging the counts when they are due.
     pub(super) fn tell(&self) {
         let (alive, ended) = channel::<()>();
         let seen = self.seen.clone();
@@ -51,7 +51,7 @@ impl Fold {
         });
         match told {
             Ok(_) => *self.teller.lock().unwrap_or_else(PoisonError::into_inner) = Some(alive),
-            Err(error) => warn!(%error, "repeated lines are dropped and not counted"),
+            Err(error) => warn!(%error, "cannot count repeated log lines; dropping them"),
         }
     }
 }
@@ -64,14 +64,14 @@ impl Drop for Fold {
 }
 
 fn lock(seen: &Mutex<Seen>) -> std::sync::MutexGuard<'_, Seen> {
-    // A panic elsewhere leaves the counts as good as they were.
+    // A panic elsewhere does not damage the counts.
     seen.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What an endpoint that comes and goes would say at every turn, though each turn is no complaint.
-const FLAPPING: [&str; 2] = ["endpoint ejected", "endpoint back"];
+/// Messages of a flapping endpoint: folded too, although they are not warnings.
+const FLAPPING: [&str; 2] = ["endpoint ejected", "endpoint is back"];
 
-/// The target of lines that tell a count, which are themselves not counted.
+/// The target of lines with a count, which are not counted themselves.
 const TARGET: &str = "embassy::log";
 
 fn tell(repeated: Vec<Repeated>) {
@@ -80,7 +80,7 @@ fn tell(repeated: Vec<Repeated>) {
     }
 }
 
-/// A format of lines that leaves out what is being counted.
+/// A line format that omits lines that are only counted.
 #[derive(Debug)]
 pub(super) struct Folded<F> {
     seen: Arc<Mutex<Seen>>,
@@ -92,7 +92,7 @@ impl Folded<()> {
         Self { seen: fold.seen.clone(), lines: () }
     }
 
-    /// `lines` writes what is not left out.
+    /// `lines` writes the lines that are not omitted.
     pub(super) fn then<F>(self, lines: F) -> Folded<F> {
         Folded { seen: self.seen, lines }
     }
@@ -151,18 +151,18 @@ impl Visit for Text {
     }
 }
 
-/// Complaints that were written, and how often they came again.
+/// Warnings that were written, with the number of repetitions.
 #[derive(Debug, Default)]
 struct Seen(HashMap<String, Count>);
 
 #[derive(Debug)]
 struct Count {
-    /// When it was written, or its count was told.
+    /// When it was written, or its count was logged.
     since: Instant,
     times: u64,
 }
 
-/// What is to be told of a complaint.
+/// A count to log.
 #[derive(Debug, PartialEq, Eq)]
 struct Repeated {
     text: String,
@@ -171,7 +171,7 @@ struct Repeated {
 }
 
 impl Seen {
-    /// Whether it is to be written; else it is counted.
+    /// Whether to write it; otherwise it is counted.
     fn is_news(&mut self, text: String, now: Instant) -> bool {
         if let Some(count) = self.0.get_mut(&text) {
             count.times += 1;
@@ -183,7 +183,8 @@ impl Seen {
         true
     }
 
-    /// What came again within its time, which starts anew. What did not is forgotten, and will be news.
+    /// The warnings that were repeated within their time, which starts again. Others are forgotten, and the next one is
+    /// written.
     fn due(&mut self, now: Instant) -> Vec<Repeated> {
         let over = |count: &Count| now.saturating_duration_since(count.since) >= WINDOW;
         self.0.retain(|_, count| count.times > 0 || !over(count));
@@ -191,7 +192,7 @@ impl Seen {
         take(due, now)
     }
 
-    /// What came again and was not told yet.
+    /// The repetitions that were not logged yet.
     fn all(&mut self, now: Instant) -> Vec<Repeated> {
         take(self.0.iter_mut().filter(|(_, count)| count.times > 0), now)
     }
@@ -240,7 +241,7 @@ mod tests {
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
             for _ in 0..5 {
                 tracing::info!(endpoint = "10.0.0.1:80", "endpoint ejected");
-                tracing::info!(endpoint = "10.0.0.1:80", "endpoint back");
+                tracing::info!(endpoint = "10.0.0.1:80", "endpoint is back");
                 tracing::info!(endpoint = "10.0.0.1:80", "new route");
                 tracing::info!(target: CONNECTION, "connection");
             }

@@ -11,7 +11,7 @@ use crate::{consumer::Binding, descriptor::Descriptor, model::Port};
 /// The labels that mean the same as a variable: `embassy.backend.<name>=<descriptor>`.
 pub const LABEL: &str = "embassy.backend.";
 
-/// The bindings that `consumer` declares, by port, and what was wrong.
+/// The bindings that `consumer` declares, by port, and the problems.
 ///
 /// On one port a variable wins over a label, and of two variables (or two labels) the alphabetically first.
 pub fn bindings<'a>(
@@ -45,10 +45,14 @@ pub fn bindings<'a>(
             Entry::Vacant(vacant) => {
                 vacant.insert((is_variable, Binding { origin: name.into(), descriptor }));
             }
-            // A variable overrides the image's label: that is what it is for, and no problem.
+            // A variable overrides the image's label on purpose; this is not a problem.
             Entry::Occupied(taken) if taken.get().0 != is_variable => {}
             Entry::Occupied(taken) => {
-                problem(format!("port {}: {} has it", descriptor.port, taken.get().1.origin));
+                problem(format!(
+                    "port {}: {} already declares it",
+                    descriptor.port,
+                    taken.get().1.origin
+                ));
             }
         }
     }
@@ -97,6 +101,6 @@ mod tests {
         let (bindings, problems) =
             read(&env, &[("embassy.backend.c", "c;80"), ("embassy.backend.d", "d;81")]);
         assert_eq!(bindings, ["BACKEND_A=a;80", "embassy.backend.d=d;81"]);
-        assert_eq!(problems, ["app: BACKEND_B: port 80: BACKEND_A has it"]);
+        assert_eq!(problems, ["app: BACKEND_B: port 80: BACKEND_A already declares it"]);
     }
 }

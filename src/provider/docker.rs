@@ -1,4 +1,4 @@
-//! The docker provider: a container's environment and labels say what it asks for. Pure.
+//! The docker provider: the bindings in containers' environments and labels. Pure.
 
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
@@ -23,12 +23,12 @@ pub(crate) struct Listings {
 const NET_HOST: &str = "net=host: cannot be told from other host processes by its address; run embassy with \
     -provider=static for the host itself";
 
-/// What a container asks for.
+/// The bindings of a container.
 #[derive(Debug)]
 struct Asking {
     bindings: Vec<Binding>,
     problems: Vec<Problem>,
-    /// `None` where it asks for nothing, or its network cannot be known.
+    /// `None` if it has no bindings, or its network is unknown.
     consumer: Option<Arc<Consumer>>,
     no_network: Option<Problem>,
 }
@@ -38,7 +38,7 @@ impl Listings {
         Self { prefix, asking: PerContainer::default(), known: Arc::default() }
     }
 
-    /// Everybody who asks for something.
+    /// All consumers.
     pub(crate) fn of(&mut self, inventory: &Inventory) -> Listing {
         let bridges = inventory.bridges.values();
         let interfaces = bridges.clone().map(|bridge| bridge.interface.clone());
@@ -53,7 +53,7 @@ impl Listings {
             .asking
             .update(inventory, bridges.clone(), |subject| Asking::of(subject, prefix, bridges));
         for (container, asking) in asking {
-            // The kernel's word on an end comes before the engine's, and its address may be another's by now.
+            // The kernel reports an end before the engine does, and the address may already be reused.
             if container.run.has_ended() {
                 continue;
             }
@@ -104,7 +104,7 @@ impl Asking {
     }
 }
 
-/// What a container declares, and what of it is wrong.
+/// The bindings that a container declares, and the problems in them.
 fn declared(container: &Container, prefix: &str) -> (Vec<Binding>, Vec<Problem>) {
     let variables = container.variables.iter().map(String::as_str);
     let labels = container.labels.iter().map(|(name, text)| (name.as_str(), text.as_str()));
@@ -251,7 +251,7 @@ mod tests {
             [
                 ("host", "net=host: cannot be to"),
                 ("orphan", "net=container:gone: th"),
-                ("self", "net=container: goes ro"),
+                ("self", "net=container: circula"),
                 ("sharer", "net=host: cannot be to"),
             ]
         );

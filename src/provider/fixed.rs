@@ -41,7 +41,7 @@ pub fn listing(interface: &str, services: &[Descriptor]) -> Result<Listing, Inte
                 consumer: name.clone(),
                 origin: origin.clone(),
                 reason: format!(
-                    "{:?}: \"{}\" has the port",
+                    "{:?}: \"{}\" already has the port",
                     descriptor.to_string(),
                     first.descriptor
                 ),
@@ -107,6 +107,6 @@ mod tests {
         let bound = listing.consumers[0].bindings.iter().map(|b| b.descriptor.to_string());
         assert_eq!(bound.collect::<Vec<_>>(), ["a;80", "c;81"]);
         let said: Vec<_> = listing.problems.iter().map(|p| p.reason.as_str()).collect();
-        assert_eq!(said, ["\"b;80\": \"a;80\" has the port"]);
+        assert_eq!(said, ["\"b;80\": \"a;80\" already has the port"]);
     }
 }

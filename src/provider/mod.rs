@@ -1,4 +1,4 @@
-//! WHO asks for what: consumers and their bindings, from Docker or from the command line.
+//! Consumers and their bindings, from Docker or from the command line.
 
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
@@ -16,13 +16,13 @@ pub mod bindings;
 pub mod docker;
 pub mod fixed;
 
-/// Everybody who asks, and what was wrong with what they wrote.
+/// All consumers, and the problems in their declarations.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Listing {
     pub consumers: Vec<Arc<Consumer>>,
-    /// Every address that is known to be a container's, of those that ask for nothing too.
+    /// All known addresses of containers, including containers without bindings.
     pub known: Arc<BTreeSet<IpAddr>>,
-    /// Addresses that more than one container claims: all but one of them have gone, and we have not heard which.
+    /// Addresses that more than one container claims: all but one of them have ended, and it is not known yet which.
     pub contested: BTreeSet<IpAddr>,
     /// The networks in which a container that is not known yet may have its address.
     pub networks: BTreeSet<IpNet>,
@@ -31,12 +31,12 @@ pub struct Listing {
     pub problems: Vec<Problem>,
 }
 
-/// Something that a consumer wrote and that cannot be done. Its other bindings work.
+/// A declaration of a consumer that is invalid. Its other bindings work.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Problem {
     /// The container's name.
     pub consumer: Arc<str>,
-    /// The variable or label, where one is to blame.
+    /// The variable or label, if the problem is in one.
     pub origin: Arc<str>,
     pub reason: String,
 }

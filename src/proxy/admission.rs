@@ -1,5 +1,4 @@
-//! Who is let in: what is accepted gets its route or is reset, and waits where it is not yet known, or not certain, whose it
-//! is.
+//! Admission: an accepted connection gets its route or is reset. It waits while its owner is not known or not certain.
 
 use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
@@ -22,13 +21,13 @@ use super::{
 use crate::{model::SourceAddress, outcome::Outcome, table::Route};
 
 impl Worker {
-    /// So many are accepted before those that are relayed get their turn: a flood of new ones must not delay them.
+    /// Maximum number of connections accepted in a row, so that many new ones do not delay the relaying of others.
     const IN_A_ROW: usize = 4;
 
     pub(super) async fn accept(self: Rc<Self>, listener: TcpListener) {
         let mut backoff = AcceptBackoff::default();
         let mut in_a_row = 0;
-        // A listener without an address has no port that anything could be meant for.
+        // A listener without an address has no port to connect to.
         let port = listener.local_addr().map_or(0, |address| address.port());
         loop {
             while let Some(end) = self.shortage.get().filter(|end| *end > Instant::now()) {
@@ -122,7 +121,7 @@ impl Worker {
     }
 }
 
-/// Waits for the container to become known: its first connection may be quicker than the engine's news of it.
+/// Waits until the container is known: its first connection may arrive before the engine's event.
 async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured) {
     let (worker, accepted) = (ticket.worker().clone(), Instant::now());
     let deadline = accepted + worker.settings().hold;
@@ -171,7 +170,7 @@ async fn start_held(
     }
 }
 
-/// Nobody is let in on what the address's next owner asked for.
+/// A connection is not admitted by a route of the address's next owner.
 #[cfg(test)]
 mod tests {
     use std::{
@@ -220,8 +219,8 @@ mod tests {
         (worker, route)
     }
 
-    /// A connection that has sent something, and perhaps ended its direction, as it is accepted. Its other end is the
-    /// container's, or nobody's.
+    /// A connection that has sent something, and perhaps ended its direction, as it is accepted. Its other end belongs to
+    /// the container, or is gone.
     async fn opened(ends: bool, owners: bool) -> (std::net::TcpStream, Socket, Captured) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let dialled = listener.local_addr().unwrap();

@@ -1,4 +1,4 @@
-//! The PROXY protocol: tells an endpoint who dialled (haproxy.org/download/3.0/doc/proxy-protocol.txt). Pure.
+//! The PROXY protocol: announces the consumer to an endpoint (haproxy.org/download/3.0/doc/proxy-protocol.txt). Pure.
 
 use std::net::{IpAddr, SocketAddr};
 

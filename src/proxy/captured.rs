@@ -1,4 +1,4 @@
-//! What an accepted connection is: who opened it, where it was sent, and the route that it has.
+//! An accepted connection: its source, its original destination, and its route.
 
 use std::{
     io,
@@ -20,11 +20,11 @@ use crate::{
 pub enum Destinations {
     /// Any: the user's own rules decide what is captured.
     Any,
-    /// The VIPs, and these addresses of ours.
+    /// The VIPs, and these addresses of this host.
     VipsAnd(Vec<IpAddr>),
 }
 
-/// A connection that the kernel brought to one of our listeners.
+/// A connection accepted by one of our listeners.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Captured {
     pub source: SourceAddress,
@@ -74,7 +74,7 @@ impl Captured {
     }
 }
 
-/// Where a captured connection was meant to go, as connection tracking remembers it.
+/// The original destination of a captured connection, from connection tracking.
 fn original_destination(stream: &TcpStream, peer: SocketAddr) -> io::Result<SocketAddr> {
     let socket = SockRef::from(stream);
     let address = if peer.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() }?;

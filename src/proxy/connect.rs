@@ -1,4 +1,4 @@
-//! Getting a connection to one of a route's endpoints.
+//! Connects to one of a route's endpoints.
 
 use std::{
     io,
@@ -21,11 +21,11 @@ use crate::{
     table::Route,
 };
 
-/// Distinct endpoints that are tried.
+/// Maximum number of distinct endpoints tried.
 const TRIES: usize = 3;
-/// The time for each try.
+/// Timeout of each attempt.
 const TRY: Duration = Duration::from_secs(1);
-/// The time for all of them.
+/// Timeout of all attempts together.
 const CONNECT: Duration = Duration::from_secs(5);
 
 /// Endpoints that a connection does not go to: perhaps one from the start, and those that it has tried.
@@ -60,7 +60,7 @@ pub(super) async fn connect(
         bytes: Vec::new(),
     });
     let mut excluded = Excluded::new(match settings.destinations {
-        // Where the user's own rules capture what this host sends too, a connection there would come back to us.
+        // If the user's own rules capture the host's own connections too, this connection would come back to embassy.
         Destinations::Any => Some(Endpoint(destination.0)),
         Destinations::VipsAnd(_) => None,
     });
@@ -127,7 +127,7 @@ pub(super) async fn connect(
     })
 }
 
-/// What an endpoint hears first where it wants to know who dialled.
+/// The PROXY protocol header, if the binding wants it, and the consumer's first bytes.
 struct Announcement {
     header: Vec<u8>,
     /// The consumer's first bytes: read once, and sent to whichever endpoint takes them.
@@ -148,7 +148,7 @@ impl Announcement {
     }
 }
 
-/// Tells of an endpoint that did not take a connection, and was ejected for that, or already is.
+/// Logs a failed connect attempt, and the ejection of the endpoint.
 fn failed(
     worker: &Worker,
     route: &Route,
@@ -161,7 +161,7 @@ fn failed(
     state.counts.last_error.set(now, error.to_string());
     route.counts.last_error.set(now, format!("{endpoint}: {error}"));
     let Some(time) = ejected else {
-        return tracing::debug!(%endpoint, %service, %error, "cannot connect");
+        return tracing::debug!(%endpoint, %service, %error, "cannot connect to endpoint");
     };
     let seconds = time.as_secs_f64();
     if state.failures() == 1 {
@@ -177,9 +177,9 @@ fn failed(
     });
 }
 
-/// Tells of an ejected endpoint that took a connection.
+/// Logs that an ejected endpoint accepted a connection.
 fn back(worker: &Worker, route: &Route, state: &EndpointState) {
     let (endpoint, service) = (state.endpoint, &route.upstream.query);
-    tracing::info!(%endpoint, %service, "endpoint back");
+    tracing::info!(%endpoint, %service, "endpoint is back");
     worker.settings().events.report(|| Event::EndpointBack { query: service.clone(), endpoint });
 }

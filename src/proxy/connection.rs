@@ -1,4 +1,4 @@
-//! One connection's life once it has a route, top to bottom: connected, relayed, ended.
+//! The life of a connection that has a route: connect, relay, end.
 
 use std::os::fd::OwnedFd;
 
@@ -67,7 +67,7 @@ async fn pass_on(ticket: &Ticket, consumer: &mut Socket, endpoint: &mut Socket) 
                     return TaskEnd::Parked(to_consumer, to_endpoint);
                 }
                 // It keeps its task.
-                Err(error) => tracing::debug!(%error, "cannot park"),
+                Err(error) => tracing::debug!(%error, "cannot park connection"),
             },
             Ok(Ended::Finished) => {
                 consumer.finished = true;
@@ -75,7 +75,7 @@ async fn pass_on(ticket: &Ticket, consumer: &mut Socket, endpoint: &mut Socket) 
                 return TaskEnd::Ended(Outcome::Closed);
             }
             Err(Broken { side, error }) => {
-                tracing::debug!(?side, %error, route = %record.route.key, "broken");
+                tracing::debug!(?side, %error, route = %record.route.key, "connection broken");
                 return TaskEnd::Ended(match side {
                     Side::Consumer => Outcome::ConsumerReset,
                     Side::Endpoint => Outcome::EndpointReset,

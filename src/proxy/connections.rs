@@ -1,5 +1,4 @@
-//! The connections of a worker. Each has one place in one slab from the moment it is accepted until it has ended, and a
-//! state. No I/O.
+//! The connections of a worker. Each has one place in one slab from its accept to its end, and a state. No I/O.
 
 use std::{
     collections::{BTreeSet, HashMap, hash_map::Entry},
@@ -37,7 +36,7 @@ pub(super) struct Connection {
 
 #[derive(Debug)]
 pub(super) enum State {
-    /// It waits until it is known whose it is.
+    /// It waits until its owner is known.
     Held(Held),
     /// It is being connected or relayed.
     Running(Running),
@@ -118,7 +117,7 @@ pub(super) struct Connections {
 }
 
 impl Connections {
-    /// A place for a connection that waits until it is known whose it is.
+    /// A place for a connection that waits until its owner is known.
     pub(super) fn hold(&mut self, held: Held) -> Place {
         self.insert(State::Held(held))
     }
@@ -157,7 +156,7 @@ impl Connections {
         }
     }
 
-    /// A parked connection goes on with a task, which is given by [`Connections::set_task`]. `None` where none is parked
+    /// A parked connection goes on with a task, which is given by [`Connections::set_task`]. `None` if none is parked
     /// there.
     pub(super) fn resume(&mut self, place: Place) -> Option<(Parked, Rc<Live>)> {
         let State::Parked(parked) = &self.all.get(place.get())?.state else { return None };
@@ -285,7 +284,7 @@ impl Connections {
         }
     }
 
-    /// Gives back what most places took, where most are empty.
+    /// Frees memory if most places are empty.
     pub(super) fn shrink(&mut self) {
         if self.all.capacity() / 4 > self.all.len() {
             self.all.shrink_to_fit();

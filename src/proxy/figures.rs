@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{counts::Distribution, model::Millis, outcome::Outcome};
 
-/// A reader of the figures; it outlives the proxy. Clones are the same.
+/// A reader of the figures; it outlives the proxy. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Figures {
     shared: Arc<Shared>,

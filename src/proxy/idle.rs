@@ -1,4 +1,4 @@
-//! Connections that idle lose their task, and get another when something happens to them.
+//! Idle connections lose their task, and get a new one when something happens.
 
 use std::{rc::Rc, time::Duration};
 
@@ -20,7 +20,7 @@ const TURN: usize = 256;
 /// Connections that are asked to be parked before others get their turn: each takes some ten system calls.
 const ASKED: usize = 16;
 
-/// After so many connections were parked, the memory of their tasks is given back: 1 MB and more.
+/// After this many connections were parked, the memory of their tasks is given back: 1 MB and more.
 const MANY: usize = 512;
 
 impl Worker {

@@ -1,5 +1,5 @@
-//! What tells of the sockets of parked connections: an epoll set that they share. A running connection costs a task, and
-//! with each socket what the runtime keeps of it: some 2 KB. In the set a socket costs nothing of ours.
+//! Watches the sockets of parked connections: one epoll set for all of them. A running connection costs a task, and
+//! with each socket what the runtime keeps of it: some 2 KB. In the set a socket costs embassy no memory.
 
 use std::{
     io,
@@ -28,7 +28,7 @@ impl IdleSet {
     /// Watches both sockets of a connection. What has happened to them since they were looked at last is noticed too: the
     /// set tells of a socket's state, not of its changes.
     ///
-    /// An error where the kernel does not take more (fs.epoll.max_user_watches); then neither is watched.
+    /// An error if the kernel does not take more (fs.epoll.max_user_watches); then neither is watched.
     pub(super) fn add(&self, place: Place, sockets: [&OwnedFd; 2]) -> io::Result<()> {
         let [first, second] = sockets;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
@@ -63,7 +63,7 @@ impl IdleSet {
     }
 
     fn forget(&self, socket: &OwnedFd) {
-        // It fails only where the socket is not in the set.
+        // It fails only if the socket is not in the set.
         let _ = epoll::delete(self.0.as_fd(), socket);
     }
 }

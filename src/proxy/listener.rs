@@ -18,7 +18,7 @@ const BACKLOG: i32 = 4096;
 /// Opens `workers` listeners of each family on one port; port 0 lets the kernel choose. A host without IPv6 gets IPv4
 /// alone. IPv4 connections never arrive at the IPv6 listener: their original destination could not be asked there.
 ///
-/// An error where anybody else listens on the port, another embassy among them.
+/// An error if anybody else listens on the port, another embassy among them.
 pub(super) fn open(port: u16, workers: usize) -> io::Result<Vec<Vec<std::net::TcpListener>>> {
     // What the workers share (SO_REUSEPORT), a second embassy could join, and half of the connections would go there.
     drop(socket((Ipv4Addr::UNSPECIFIED, port).into(), false)?);
@@ -61,7 +61,7 @@ fn socket(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// How long to leave a listener alone after accept failed, where trying again at once would only spin.
+/// Pause of a listener after a failed accept, to avoid a busy loop.
 #[derive(Debug, Default)]
 pub(super) struct AcceptBackoff {
     failures: u32,
@@ -81,7 +81,7 @@ impl AcceptBackoff {
         let pause = Duration::from_millis(4 << self.failures);
         if self.said.is_none_or(|said| said.elapsed() >= Self::SAY_AGAIN) {
             self.said = Some(Instant::now());
-            tracing::warn!(%error, pause_s = pause.as_secs_f64(), "cannot accept; connections wait in the kernel's queue");
+            tracing::warn!(%error, pause_s = pause.as_secs_f64(), "cannot accept connections; they wait in the kernel's queue");
         }
         Some(pause)
     }

@@ -161,7 +161,7 @@ struct Alive {
 }
 
 impl Drop for Alive {
-    /// However the thread ends. At an orderly end nobody listens.
+    /// Sent however the thread ends. At an orderly end there is no receiver.
     fn drop(&mut self) {
         self.shared.broken.notify_one();
     }

@@ -1,4 +1,4 @@
-//! What a worker tells of its live connections, when it is asked: by message, so that it shares no lock with who asks.
+//! A worker's answers about its live connections: by message, so that it shares no lock with the reader.
 
 use std::{rc::Rc, sync::Arc, time::Duration};
 
@@ -94,11 +94,11 @@ impl LiveConnection {
 }
 
 impl Worker {
-    /// Answers what it is asked, for ever.
+    /// Answers requests; never returns.
     pub(super) async fn answer(self: Rc<Self>, mut asks: mpsc::UnboundedReceiver<Ask>) {
         while let Some(ask) = asks.recv().await {
             match ask {
-                // Who asked has given up, or may by the time of the answer.
+                // The requester may have given up.
                 Ask::Bytes(answer) if answer.is_closed() => {}
                 Ask::Connections(answer) if answer.is_closed() => {}
                 Ask::Bytes(answer) => {

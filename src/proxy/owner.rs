@@ -1,4 +1,4 @@
-//! Whose a connection is that may be older than its route. It may have waited, unaccepted, while its container ended and
+//! The owner of a connection that may be older than its route. It may have waited, unaccepted, while its container ended and
 //! another got the address: what it sends is not for that one's services.
 //!
 //! Where that can be, the kernel is asked: a connection is the owner's if the other end of it is a socket in the owner's
@@ -24,7 +24,7 @@ use crate::{
 /// overloaded or halted machine.
 const DELAY: Duration = Duration::from_secs(5);
 
-/// A time in which nobody was accepted.
+/// A time in which no connection was accepted.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pause {
     start: Instant,
@@ -44,7 +44,7 @@ impl Pause {
 /// Why a connection may be older than its route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Doubt {
-    /// The route came while nobody was accepted, or after.
+    /// The route appeared while no connection was accepted, or after that.
     Waited,
     /// The route has only just come.
     New,
@@ -65,13 +65,13 @@ pub(super) fn doubt(route: &Route, pause: Option<Pause>, now: Instant) -> Option
 pub(super) fn has_hung_up(stream: &TcpStream) -> bool {
     let mut sockets = [PollFd::new(stream, PollFlags::RDHUP)];
     let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-    // Where it cannot be told, the worse is believed.
+    // If the kernel does not answer, the worse case is assumed.
     poll(&mut sockets, Some(&Timespec::default()))
         .map_or(true, |_| sockets[0].revents().intersects(gone))
 }
 
 /// Whether the other end of a connection is certainly a socket of the route's owner, or of one that shares its network.
-/// Never where processes cannot be seen.
+/// Never if processes are not visible.
 pub(super) async fn is_owners(route: &Route, captured: &Captured) -> bool {
     let (ends, captured) = (route.ends.clone(), *captured);
     let look = move || {

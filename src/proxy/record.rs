@@ -1,4 +1,4 @@
-//! What one connection of a route did: for the counts, the log and the API, whatever way it ends.
+//! What one connection of a route did: for the counts, the log and the API, however it ends.
 
 use std::{
     cell::{Cell, RefCell},

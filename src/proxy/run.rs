@@ -1,4 +1,4 @@
-//! What a worker's thread does from its start to its end.
+//! The life of a worker's thread.
 
 use std::{io, net::TcpListener, rc::Rc, sync::Arc};
 
@@ -20,7 +20,7 @@ pub(super) enum Phase {
     Ended,
 }
 
-/// Runs a worker until it is told to end and its connections are gone.
+/// Runs a worker until it gets the order to end and its connections are gone.
 pub(super) async fn run(
     shared: Arc<Shared>,
     n: usize,
@@ -42,7 +42,7 @@ pub(super) async fn run(
     others.spawn_local(send_queued(worker.clone()));
 
     tokio::select! {
-        // The sender lives as long as the proxy: where it is gone, so is everything, and this ends too.
+        // The sender lives as long as the proxy: if it is gone, the proxy has ended, and this ends too.
         _ = phase.wait_for(|phase| *phase != Phase::Serving) => {}
         // None of them ever ends, unless it panics.
         _ = accepting.join_next() => break_off(&worker),
@@ -64,8 +64,8 @@ async fn send_queued(worker: Rc<Worker>) {
     worker.buffers.send_queued().await;
 }
 
-/// Has the whole proxy end, as this worker cannot go on. Until then it does no more than it can: a share of all new
-/// connections is this worker's, and nobody would answer those.
+/// Ends the whole proxy, because this worker cannot continue: a share of all new connections goes to this worker, and they
+/// would not be answered.
 fn break_off(worker: &Worker) {
     tracing::error!(worker = worker.n, "a part of the data path has ended");
     worker.shared.broken.notify_one();

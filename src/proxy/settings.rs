@@ -1,4 +1,4 @@
-//! How the data path behaves.
+//! The settings of the data path.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,22 +12,22 @@ pub struct ProxySettings {
     /// Threads.
     pub workers: usize,
     pub destinations: Destinations,
-    /// Connections at a time; one more is reset.
+    /// Maximum number of open connections; further ones are reset.
     pub max_connections: usize,
     /// Whether memory is nearly used up: then there are only a few ([`FEW`](crate::limits::FEW)), and one more is reset.
     pub memory_short: Arc<memory::Short>,
-    /// Connections at a time of one consumer; `None`: as many as there may be.
+    /// Maximum number of open connections of one consumer; `None`: no limit.
     pub max_connections_per_consumer: Option<usize>,
-    /// The mark of our own connections to endpoints, where rules must tell them apart (man 7 socket, SO_MARK).
+    /// The mark of our own connections to endpoints, if rules must distinguish them (man 7 socket, SO_MARK).
     pub mark: Option<u32>,
     /// Whether bulk moves by splice.
     pub splice: bool,
-    /// How long a connection of a container that is not known yet may wait; 0: not at all.
+    /// How long a connection of an unknown container may wait; 0: not at all.
     pub hold: Duration,
-    /// Whom to ask about such a container.
+    /// The follower to ask about such a container.
     pub lookup: Lookup,
-    /// Which connections are logged as they end.
+    /// Which connections are logged when they end.
     pub log: ConnectionLog,
-    /// Where ejections are reported.
+    /// The receiver of ejections.
     pub events: Events,
 }

@@ -1,4 +1,4 @@
-//! What the workers share: counts, and the limits on them.
+//! State that the workers share: counters and limits.
 
 use std::{
     sync::{
@@ -27,11 +27,11 @@ pub(super) struct Shared {
     pub counts: Box<[WorkerCounts]>,
     /// Connections that are open, or being opened.
     pub live: AtomicUsize,
-    /// Connections that wait until it is known whose they are.
+    /// Connections that wait until their owner is known.
     pub held: AtomicUsize,
     /// When the clock of ejections started.
     pub start: Instant,
-    /// Rung when a worker, or a part of one, has ended.
+    /// Notified when a worker, or a part of one, has ended.
     pub broken: Notify,
 }
 
@@ -84,15 +84,15 @@ pub(super) struct WorkerCounts(pub ConnectionCounts);
 pub(super) struct HoldPermit(Arc<Shared>);
 
 impl HoldPermit {
-    /// A stranger must not be able to use up the descriptors by dialling.
+    /// Limits the descriptors that connections from unknown addresses can use.
     pub(super) const MOST: usize = 256;
 
-    /// For a connection that waits for its container to become known. `None` where none may wait, or enough do.
+    /// For a connection that waits for its container to become known. `None` if none may wait, or enough do.
     pub(super) fn for_unknown(shared: &Arc<Shared>) -> Option<Self> {
         if shared.settings.hold.is_zero() { None } else { Self::for_doubted(shared) }
     }
 
-    /// For a connection whose owner is looked up in the kernel. `None` where enough are held.
+    /// For a connection whose owner is looked up in the kernel. `None` if enough are held.
     pub(super) fn for_doubted(shared: &Arc<Shared>) -> Option<Self> {
         let one_more = |held| (held < Self::MOST).then_some(held + 1);
         shared.held.fetch_update(Relaxed, Relaxed, one_more).ok()?;

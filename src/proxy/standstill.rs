@@ -33,7 +33,7 @@ use crate::{consumer::Consumer, model::Endpoint, outcome::Outcome, table::Table}
 const LIVE: usize = 9_000;
 const CONSUMERS: usize = 90;
 const PORT: u16 = 80;
-/// Where the process with the other ends is told to connect.
+/// The variable with the address to which the process with the other ends connects.
 const PEERS: &str = "EMBASSY_STANDSTILL_PEERS";
 
 #[test]

@@ -1,5 +1,5 @@
-//! What a new table means for the connections that there are: those of a route that is gone are reset, and of a route with
-//! other endpoints those to an endpoint that went away, if their binding says so.
+//! The effect of a new table on open connections: those of a removed route are reset. If a route's endpoints changed, those
+//! to a removed endpoint are reset, if their binding says so.
 //!
 //! No connection outlives its route, because at every moment the route of each one that is not ending is in the worker's
 //! table, or in what is still to be swept:
@@ -9,8 +9,8 @@
 //!   notes every route that has connections.
 //! - A route is taken off what is to be swept only when its connections are ending, or the table has it.
 //!
-//! Whatever the change was, the table of the moment decides, so it does not matter in which order, or how often, a route is
-//! looked at. There may be thousands of connections to look at and to reset, and each reset is some system calls: so it is
+//! The current table decides, independent of the change, so the order and the number of checks of a route do not
+//! matter. There may be thousands of connections to check and to reset, and each reset is some system calls: so it is
 //! done in turns, between which all others get theirs.
 
 use std::{
@@ -35,14 +35,14 @@ use crate::{
     table::{RouteNumber, Table},
 };
 
-/// What is still to be looked at, the first of these first.
+/// The pending checks, in this order.
 #[derive(Debug, Default)]
 struct Sweep {
     /// Connections of routes that the table has, to endpoints that it may not have.
     connections: Vec<(Place, Id)>,
-    /// Routes whose connections are to be looked at.
+    /// Routes whose connections must be checked.
     routes: Vec<RouteNumber>,
-    /// Tables whose changes are to be looked at, and how many of each have been.
+    /// Tables whose changes must be checked, and how many of each were checked.
     tables: VecDeque<(Arc<Table>, usize)>,
 }
 
@@ -324,7 +324,7 @@ mod tests {
     }
 
     proptest! {
-        /// However tables, turns and new connections are mixed: those whose route has gone are reset, also where it came
+        /// However tables, turns and new connections are mixed: those whose route has gone are reset, also if it came
         /// back as another, those to an endpoint that has gone too, and no others.
         #[test]
         fn no_connection_outlives_its_route(

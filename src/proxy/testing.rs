@@ -41,7 +41,7 @@ fn consumer_of(id: ConsumerId, name: &str, source: IpAddr, descriptor: &str) -> 
     })
 }
 
-/// The table after another: of these consumers, all of whose services have these endpoints. `None` where nothing differs.
+/// The table after another: of these consumers, all of whose services have these endpoints. `None` if nothing differs.
 pub(super) fn table_after(
     before: &Table,
     consumers: &[Arc<Consumer>],

@@ -48,13 +48,13 @@ pub(super) struct Worker {
     pub(super) idle_set: IdleSet,
     /// Connections that were parked since memory was given back.
     pub(super) parked_since_trim: Cell<usize>,
-    /// Rung when the last connection has ended.
+    /// Notified when the last connection has ended.
     empty: Notify,
-    /// Rung when a table has been taken over.
+    /// Notified when a new table is in use.
     taken_over: Notify,
-    /// Nobody is accepted before this moment: what there is belongs to those who were accepted already.
+    /// No connection is accepted before this time: the free descriptors belong to the accepted ones.
     pub(super) shortage: Cell<Option<Instant>>,
-    /// The last time in which nobody was accepted.
+    /// The last pause in accepting.
     pub(super) pause: Cell<Option<Pause>>,
 }
 
@@ -105,7 +105,7 @@ impl Worker {
         now.map_or(&route.upstream, |now| &now.upstream).clone()
     }
 
-    /// Waits a moment for what other connections give back when they end. Nobody is accepted meanwhile.
+    /// Waits a moment for resources that ending connections free. Accepts no connection meanwhile.
     pub(super) async fn wait_out_shortage(&self) {
         const MOMENT: Duration = Duration::from_millis(50);
         let end = Instant::now() + MOMENT;
@@ -114,7 +114,7 @@ impl Worker {
         sleep_until(end.into()).await;
     }
 
-    /// A place for a connection that waits until it is known whose it is.
+    /// A place for a connection that waits until its owner is known.
     pub(super) fn hold(self: &Rc<Self>, captured: Captured, permit: HoldPermit) -> HeldTicket {
         let place = self.connections.borrow_mut().hold(Held::new(captured, permit));
         HeldTicket(Claim::new(self, place))
@@ -160,7 +160,7 @@ impl Worker {
     ) {
         self.shared.tally.count(outcome);
         connection_log::refused(self.settings().log, outcome, source, destination, route);
-        tracing::debug!(%source, ?destination, outcome = outcome.as_str(), "refused");
+        tracing::debug!(%source, ?destination, outcome = outcome.as_str(), "connection refused by embassy");
     }
 
     /// Ends a connection, unless it is ending already.
@@ -247,8 +247,8 @@ impl Worker {
     }
 }
 
-/// What a task has of its connection's place. Dropping it takes the connection out and accounts for it, whatever way it
-/// ends, an abort included; only one that was parked stays.
+/// What a task has of its connection's place. Dropping it removes the connection and accounts for it, however it ends,
+/// including an abort. Only a parked one stays.
 #[derive(Debug)]
 struct Claim {
     worker: Rc<Worker>,
@@ -346,7 +346,7 @@ impl Ticket {
         self.claim.place
     }
 
-    /// Remembers where the connection is about to go, and counts a try.
+    /// Records the endpoint that is tried, and counts the attempt.
     pub(super) fn connecting(&self, endpoint: &Arc<EndpointState>) {
         let record = self.record();
         record.endpoint.replace(Some(endpoint.clone()));

@@ -125,7 +125,7 @@ impl ConsulClient {
             return Err(wrong("is empty"));
         }
         let value = HeaderValue::from_str(text)
-            .map_err(|_| wrong("holds a character that no token has"))?;
+            .map_err(|_| wrong("has a character that tokens cannot have"))?;
         Ok(secret_header("x-consul-token", value))
     }
 }
@@ -137,12 +137,12 @@ pub(crate) struct BlockingQuery {
     /// What to wait on; 0 to read what there is.
     index: u64,
     asking: Asking<Result<HttpAnswer, SourceError>>,
-    /// Of the last answer, to know whether the next one is news.
+    /// Hash of the last answer, to see whether the next one differs.
     body: u64,
 }
 
 impl BlockingQuery {
-    /// The next answer, whether it is another than the last or not. May be dropped while it waits.
+    /// The next answer, whether it is another than the last or not. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Result<HttpAnswer, SourceError> {
         loop {
             if self.index == 0 {
@@ -167,7 +167,7 @@ impl BlockingQuery {
         }
     }
 
-    /// Has the next answer be what there is now. A query that is held goes on.
+    /// Makes the next answer the current state. A query that is held goes on.
     pub(crate) fn read_again(&mut self) {
         self.index = 0;
     }
@@ -192,8 +192,8 @@ impl fmt::Debug for BlockingQuery {
     }
 }
 
-/// The index to wait on after `last` was asked for and `next` came back: from 1, and from the start where it went
-/// backwards, as a restored server's does.
+/// The index to wait on after a request with `last` returned `next`: at least 1, and from the start if it went backwards,
+/// as after a restore of the server.
 fn next_index(last: u64, next: u64) -> u64 {
     if next < last { 0 } else { next.max(1) }
 }

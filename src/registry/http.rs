@@ -1,5 +1,5 @@
-//! Asking a registry over HTTP, so that no answer can hold us up, fill the memory, or send us elsewhere, and so that no number
-//! of questions takes more than a fixed number of connections.
+//! HTTP requests to a registry, with limits on time and size, without redirects, and with a fixed maximum number of
+//! connections for any number of requests.
 
 use std::{
     pin::pin,
@@ -30,17 +30,17 @@ use crate::{
     tls::{self, ClientTls},
 };
 
-/// How long a whole answer may take that the server does not hold back on purpose.
+/// Timeout of an answer that is not a long poll.
 pub(super) const ANSWER: Duration = Duration::from_secs(10);
-/// How long a connection may take to open.
+/// Connect timeout.
 pub(super) const CONNECT: Duration = Duration::from_secs(3);
-/// The longest body that is read.
+/// Maximum size of a body.
 const LARGEST: usize = 16 << 20;
 
 /// The client of one registry.
 ///
-/// HTTP/1.1 has one question at a time on a connection, so one that the server holds until there is news (a long poll) takes
-/// a connection for itself. By default Consul lets one address have 200 (`limits.http_max_conns_per_client`), all of its
+/// HTTP/1.1 has one request at a time on a connection, so a request that the server holds until a change (a long poll) needs
+/// its own connection. By default Consul lets one address have 200 (`limits.http_max_conns_per_client`), all of its
 /// other clients on this host included, and turns the next away. So at most [`Http::LONG_POLLS`] are held at a time, and
 /// everything else shares [`Http::READS`] connections.
 #[derive(Debug)]
@@ -72,7 +72,7 @@ pub(super) type LongPoll = OwnedSemaphorePermit;
 impl Http {
     const LONG_POLLS: usize = 100;
     const READS: usize = 4;
-    /// How long a connection is kept that nobody uses: from one re-read to the next at the default `-resync`.
+    /// How long an idle connection is kept: from one re-read to the next at the default `-resync`.
     const IDLE: Duration = Duration::from_secs(300);
     /// Tells a connection on which nothing happens from one that is gone.
     const KEEPALIVE: Duration = Duration::from_secs(15);
@@ -98,7 +98,7 @@ impl Http {
         }
     }
 
-    /// Asks, and reads the whole answer, all within a time that a server needs only where it hangs.
+    /// Sends a request and reads the complete answer, with a timeout that only a hanging server reaches.
     pub(super) async fn get(
         &self,
         url: &Url,
@@ -189,7 +189,7 @@ impl Http {
                 let authorities =
                     Certificate::from_pem_bundle(ca).map_err(|e| wrong("the CA file", e))?;
                 if authorities.is_empty() {
-                    return Err(SourceError::new("the CA file holds no certificate in PEM"));
+                    return Err(SourceError::new("the CA file has no certificate in PEM format"));
                 }
                 builder = builder.tls_certs_only(authorities);
             }
@@ -200,16 +200,15 @@ impl Http {
             }
             builder
         } else {
-            // Without TLS there is nobody to trust: the system's authorities need not even exist.
+            // Without TLS no CA certificates are needed, so the system may have none.
             builder.tls_certs_only([])
         };
-        let client = builder
-            .build()
-            .map_err(|e| SourceError::caused("an HTTP client cannot be made", &e))?;
+        let client =
+            builder.build().map_err(|e| SourceError::caused("cannot create an HTTP client", &e))?;
         Ok(Made { client, at: Instant::now() })
     }
 
-    /// Says once that there are more questions than long polls.
+    /// Logs once that there are more services than long polls.
     fn is_crowded(&self, every: Duration) {
         if !self.crowded.swap(true, Relaxed) {
             warn!(
@@ -227,7 +226,7 @@ async fn within<T>(
     limit: Duration,
     asking: impl Future<Output = Result<T, SourceError>>,
 ) -> Result<T, SourceError> {
-    let late = |_| fault(url, format_args!("no whole answer within {} s", limit.as_secs_f32()));
+    let late = |_| fault(url, format_args!("no complete answer within {} s", limit.as_secs_f32()));
     timeout(limit, asking).await.map_err(late)?
 }
 
@@ -249,7 +248,7 @@ pub(super) async fn more(
     Ok(true)
 }
 
-/// What is wrong with the answer to a request.
+/// The error in the answer to a request.
 pub(super) fn fault(url: &Url, reason: impl std::fmt::Display) -> SourceError {
     SourceError::new(format_args!("GET {url}: {reason}"))
 }
@@ -286,7 +285,7 @@ impl HttpAnswer {
 
     pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, SourceError> {
         serde_json::from_slice(&self.body)
-            .map_err(|e| self.fault(format_args!("the answer is not what was expected: {e}")))
+            .map_err(|e| self.fault(format_args!("cannot parse the answer: {e}")))
     }
 
     /// A header that is a number.
@@ -314,11 +313,11 @@ pub(super) struct Asking<T> {
 }
 
 impl<T> Asking<T> {
-    /// How often is asked what has no long poll.
+    /// Poll interval without a long poll.
     const POLL: Duration = Duration::from_secs(5);
-    /// Between two questions: a server that answers at once, for ever, must not make us spin.
+    /// Minimum interval between requests: a server that always answers at once must not cause a busy loop.
     const IDLE: Duration = Duration::from_millis(100);
-    /// The same after news: short enough to be nobody's delay.
+    /// The same after a change: too short to be noticed.
     const NEWS: Duration = Duration::from_millis(5);
 
     pub(super) fn new() -> Self {
@@ -334,7 +333,7 @@ impl<T> Asking<T> {
         self.last = Some(Instant::now());
     }
 
-    /// To be told of each answer, and whether it brought news.
+    /// Reports each answer, and whether it was a change.
     pub(super) fn answered(&mut self, news: bool) {
         self.distance = if news { Self::NEWS } else { Self::IDLE };
         // Those that began together do not go on so.
@@ -373,7 +372,7 @@ impl<T> Asking<T> {
         self.held.is_some()
     }
 
-    /// Gives up the question that is held.
+    /// Cancels the long poll.
     pub(super) fn give_up(&mut self) {
         self.held = None;
     }

@@ -1,4 +1,4 @@
-//! What many tasks share, so that one of them asks for all.
+//! Values that many tasks share, so that one of them gets it for all.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -12,7 +12,7 @@ pub(super) struct Reused<T>(Mutex<Slot<T>>);
 
 struct Slot<T> {
     made: Option<Arc<T>>,
-    /// Why it could not be made, and until when nobody tries again.
+    /// Why it could not be created, and until when it is not tried again.
     failed: Option<(SourceError, Instant)>,
     backoff: Backoff,
 }
@@ -45,7 +45,7 @@ impl<T> Reused<T> {
                 Ok(made)
             }
             Err(error) => {
-                // The shortest: whoever paused as long after the same failure tries in earnest.
+                // The shortest pause: a caller that waited this long after the same failure really tries again.
                 let pause = slot.backoff.next(0.0);
                 slot.failed = Some((error.clone(), Instant::now() + pause));
                 Err(error)

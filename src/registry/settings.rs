@@ -1,4 +1,4 @@
-//! What the user says of the registries beside their addresses: flags and the environment, already read.
+//! The settings of the registries besides their addresses: flags and the environment, already parsed.
 
 use std::{fmt, path::PathBuf};
 

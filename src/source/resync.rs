@@ -1,4 +1,4 @@
-//! When a source reads everything again, whatever events said.
+//! When a source re-reads everything, independent of events.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use tokio::{
 };
 use tracing::debug;
 
-/// Asks every source to read everything again. Clones are the same.
+/// Requests a re-read of every source. Clones share it.
 #[derive(Debug, Clone)]
 pub struct ResyncRequests {
     /// `-resync`
@@ -22,7 +22,7 @@ impl ResyncRequests {
         Self { every, requests: watch::Sender::new(0) }
     }
 
-    /// Has every source read everything again now. A pause after a failure ends, too.
+    /// Requests a re-read of every source now. Also ends a pause after a failure.
     pub fn request(&self) {
         self.requests.send_modify(|requests| *requests += 1);
     }
@@ -37,7 +37,7 @@ impl ResyncRequests {
     }
 }
 
-/// When one source reads everything again: every `-resync`, and when it is requested.
+/// The re-reads of one source: every `-resync`, and when requested.
 #[derive(Debug)]
 pub struct Resync {
     every: Duration,
@@ -46,7 +46,7 @@ pub struct Resync {
 }
 
 impl Resync {
-    /// Waits until everything should be read again. Made for `select!`: dropped before, it loses nothing.
+    /// Waits until a re-read is due. Cancel-safe.
     pub async fn due(&mut self) {
         let Self { requests, at, .. } = self;
         tokio::select! {
@@ -54,7 +54,7 @@ impl Resync {
             // Without a sender there are no more requests.
             Ok(()) = requests.changed() => {}
         }
-        debug!("source reads everything again");
+        debug!("source re-reads everything");
         self.restart();
     }
 
@@ -65,7 +65,7 @@ impl Resync {
         self.at = Instant::now() + self.every.mul_f64(0.9 + 0.2 * fastrand::f64());
     }
 
-    /// Waits until a re-read is requested, whatever the time.
+    /// Waits until a re-read is requested.
     pub(super) async fn requested(&mut self) {
         if self.requests.changed().await.is_err() {
             std::future::pending::<()>().await;

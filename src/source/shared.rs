@@ -9,7 +9,7 @@ use tokio::task::AbortHandle;
 
 use super::{Answers, Publisher, SourceError, panicked};
 
-/// A source that its readers share. The first one starts it, and with the last one it ends. Clones are the same.
+/// A source that its readers share. The first one starts it, and with the last one it ends. Clones share it.
 #[derive(Debug)]
 pub struct Shared<T>(Arc<Mutex<Weak<Running<T>>>>);
 
@@ -21,8 +21,8 @@ struct Running<T> {
 }
 
 impl<T: Clone + PartialEq + Send + Sync + 'static> Shared<T> {
-    /// Publishes for ever what `answer` makes of each answer of the source, and passes its failures on. The task that `start`
-    /// makes follows the source, where nobody does yet.
+    /// Publishes what `answer` derives from each answer of the source, and passes its failures on; never returns. `start`
+    /// creates the task that follows the source, if there is none yet.
     pub async fn derive<F, U>(
         &self,
         start: impl FnOnce(Publisher<T>) -> F,
@@ -43,7 +43,7 @@ impl<T: Clone + PartialEq + Send + Sync + 'static> Shared<T> {
         // A panic elsewhere leaves the reference whole.
         let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         slot.upgrade().unwrap_or_else(|| {
-            // Nobody waits for the bell: the readers hear of every change through `answers`.
+            // No task waits for this bell: the readers get every change through `answers`.
             let (publish, answers) = Publisher::new(Arc::default());
             let task = tokio::spawn(start(publish));
             let running = Arc::new(Running { answers, task: task.abort_handle() });
@@ -104,7 +104,7 @@ async fn pass_on<T: Clone, U: PartialEq>(
             failures = known.failures;
         }
         if source.changed().await.is_err() {
-            return publish.fail(&SourceError::new("what this comes from has ended"));
+            return publish.fail(&SourceError::new("the shared source has ended"));
         }
     }
 }

@@ -19,13 +19,13 @@ const FORMAT: u32 = 1;
 /// Why bytes are no state file that can be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Damage {
-    #[error("it is no state file: expected \"{MAGIC} {FORMAT} <checksum>\" on its first line")]
+    #[error("not a state file: expected \"{MAGIC} {FORMAT} <checksum>\" on its first line")]
     NotOurs,
     #[error("it has format {0:?}: expected {FORMAT}")]
     Format(String),
-    #[error("it is damaged: its checksum is not that of what it says")]
+    #[error("it is damaged: its checksum does not match")]
     Checksum,
-    #[error("it does not say what was expected: {0}")]
+    #[error("its content does not parse: {0}")]
     Content(String),
 }
 
@@ -93,7 +93,7 @@ struct WrittenAnswer {
     dc: Option<Arc<str>>,
     port: Option<u16>,
     confirmed: u64,
-    /// Each with its container's runs, where it is one of this host.
+    /// Each with its container's runs, if it is a container of this host.
     endpoints: Vec<(SocketAddr, Vec<WrittenRun>)>,
 }
 

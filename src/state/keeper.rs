@@ -26,7 +26,7 @@ use crate::{
     provider::Listing,
 };
 
-/// What is to be kept.
+/// The data to save.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     pub listing: Arc<Listing>,
@@ -59,13 +59,13 @@ impl Keeper {
     /// How long an end waits for the last write.
     const LAST: Duration = Duration::from_secs(2);
 
-    /// Starts keeping tables in the file at `path`. Its folder is made where there is none.
+    /// Starts saving tables to the file at `path`. Creates its folder if needed.
     pub fn start(path: PathBuf, origin: Origin, counts: Arc<Counts>) -> Self {
         let (snapshots, changes) = watch::channel(None);
         Self { snapshots, task: tokio::spawn(run(File { path, origin }, changes, counts)) }
     }
 
-    /// Where to give it what is to be kept.
+    /// The channel for the data to save.
     pub fn snapshots(&self) -> watch::Sender<Option<Snapshot>> {
         self.snapshots.clone()
     }
@@ -74,7 +74,7 @@ impl Keeper {
     pub async fn stop(self) {
         drop(self.snapshots);
         if timeout(Self::LAST, self.task).await.is_err() {
-            warn!("the last table may not be kept: its disk is slow");
+            warn!("the state file may be out of date: its disk is slow");
         }
     }
 }
@@ -100,7 +100,7 @@ async fn run(file: File, mut changes: watch::Receiver<Option<Snapshot>>, counts:
         next = Instant::now() + Keeper::REFRESH;
         let snapshot = changes.borrow_and_update().clone();
         if let Some(snapshot) = snapshot {
-            // Of a large host it takes a while, and nobody waits for it.
+            // On a large host this takes a while, and no task waits for it.
             let (writer, before) = (file.clone(), kept.take());
             let write = move || writer.keep(&snapshot, before);
             let end = tokio::task::spawn_blocking(write).await;
@@ -112,7 +112,7 @@ async fn run(file: File, mut changes: watch::Receiver<Option<Snapshot>>, counts:
                 Ok(true) => {
                     counts.written.fetch_add(1, Relaxed);
                     if failing {
-                        info!(file = %path, "the table is kept again");
+                        info!(file = %path, "the state file can be written again");
                     }
                     failing = false;
                 }
@@ -132,7 +132,7 @@ async fn run(file: File, mut changes: watch::Receiver<Option<Snapshot>>, counts:
     }
 }
 
-/// Waits until nobody can send any more; changes wait.
+/// Waits until all senders are gone; changes wait.
 async fn closed(changes: &mut watch::Receiver<Option<Snapshot>>) {
     let mut copy = changes.clone();
     while copy.changed().await.is_ok() {}
@@ -171,7 +171,7 @@ impl File {
         }
     }
 
-    /// Writes what is to be kept, unless it stands there already. What stands there then, and whether it was written.
+    /// Writes the data to save, except if the file has it already. Returns the file's content, and whether it was written.
     fn keep(
         &self,
         snapshot: &Snapshot,

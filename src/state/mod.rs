@@ -1,8 +1,8 @@
-//! The last table, kept on disk for a start while everything is down: who asked for what, and where that was.
+//! The last table, saved to disk for a start while the sources are down: the consumers, their bindings, and the endpoints.
 //!
-//! The file is one line, `embassy state <format> <SHA-256 of the rest, in hex>`, and a JSON document. It is read with
-//! suspicion. Consumers are served by it only where the kernel shows that they are still the same runs, at the same
-//! addresses; endpoints are used until their discovery answers.
+//! The file is one line, `embassy state <format> <SHA-256 of the rest, in hex>`, and a JSON document. Its content is
+//! not trusted: consumers are served only if the kernel shows that they are still the same runs at the same addresses.
+//! Endpoints are used until their discovery answers.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,7 +27,7 @@ pub use document::{Damage, parse};
 pub use keeper::{Counts, Keeper, Snapshot};
 pub use restore::{Kept, Restored, restore};
 
-/// What a state file says.
+/// The content of a state file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Document {
     /// When it was written, in seconds of Unix time.
@@ -37,10 +37,10 @@ pub struct Document {
     pub answers: BTreeMap<Query, KeptAnswer>,
 }
 
-/// What a discovery said.
+/// The answer of a discovery.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeptAnswer {
-    /// Until when it said so, in seconds of Unix time.
+    /// When it was last confirmed, in seconds of Unix time.
     pub confirmed: u64,
     pub endpoints: Vec<KeptEndpoint>,
 }
@@ -48,16 +48,16 @@ pub struct KeptAnswer {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeptEndpoint {
     pub endpoint: Endpoint,
-    /// The container and the one that its network belongs to, with their first processes, where it is one of this host.
+    /// The container and the one that its network belongs to, with their first processes, if it is one of this host.
     pub runs: Vec<(ContainerId, Process)>,
 }
 
-/// Where a table comes from: it means nothing elsewhere.
+/// The origin of a table: a table of another origin is not used.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Origin {
-    /// `/etc/machine-id`; empty where there is none.
+    /// `/etc/machine-id`; empty if there is none.
     pub machine: String,
-    /// `/proc/sys/kernel/random/boot_id`: with a boot every run of a container is over.
+    /// `/proc/sys/kernel/random/boot_id`: a boot ends all runs of containers.
     pub boot: String,
     /// The engine's address and the prefix of the variables; empty with the static provider.
     pub provider: String,
@@ -67,7 +67,7 @@ pub struct Origin {
     pub of_containers: BTreeSet<Arc<str>>,
 }
 
-/// A container, with what it takes to know it again.
+/// A container, with the data to recognise it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeptConsumer {
     pub id: ContainerId,
@@ -102,7 +102,7 @@ impl Origin {
 }
 
 impl KeptEndpoint {
-    /// `None` where its container has ended. What cannot be known again by its process has no runs.
+    /// `None` if its container has ended. What cannot be known again by its process has no runs.
     fn of(endpoint: Endpoint, answer: &Endpoints) -> Option<Self> {
         let Some(stay) = answer.stays.get(&endpoint) else {
             return Some(Self { endpoint, runs: Vec::new() });
@@ -134,7 +134,7 @@ impl KeptConsumer {
     }
 }
 
-/// Why a document is not to be used.
+/// Why a document cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unfit {
     #[error("it was written on another machine")]
@@ -143,7 +143,7 @@ pub enum Unfit {
     TooOld(Duration, Duration),
 }
 
-/// What of a document may be used.
+/// The usable part of a document.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Fit {
     pub consumers: Vec<KeptConsumer>,
@@ -152,7 +152,7 @@ pub struct Fit {
 }
 
 impl Document {
-    /// What of it may be used `here`, at `now` in seconds of Unix time. A clock that was set back makes nothing too old.
+    /// What of it may be used `here`, at `now` in seconds of Unix time. If the clock was set back, nothing counts as too old.
     pub fn fit(self, here: &Origin, now: u64, max_age: Duration) -> Result<Fit, Unfit> {
         let Origin { machine, boot, provider, discoveries, of_containers: _ } = self.origin;
         let same_boot = boot == here.boot && !boot.is_empty();
@@ -172,7 +172,7 @@ impl Document {
             .map(|(name, _)| name)
             .collect();
         let mut answers = self.answers;
-        // A boot ends every container, and gives out their addresses anew.
+        // A boot ends every container, and addresses are assigned again.
         answers.retain(|query, answer| {
             same.contains(&query.via)
                 && (same_boot || !here.of_containers.contains(&query.via))

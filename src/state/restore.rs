@@ -19,10 +19,10 @@ use crate::{
     provider::Listing,
 };
 
-/// What is used until the sources answer.
+/// The data that is used until the sources answer.
 #[derive(Debug, Default)]
 pub struct Restored {
-    /// `None` where nobody is left.
+    /// `None` if no consumer is left.
     pub listing: Option<Arc<Listing>>,
     pub endpoints: HashMap<Query, Kept>,
 }
@@ -77,7 +77,9 @@ fn resume(
         let (name, id) = (kept.name.clone(), kept.id.clone());
         match resume::resume(kept, bell) {
             Ok(consumer) => consumers.push(Arc::new(consumer)),
-            Err(reason) => info!(consumer = %name, %id, %reason, "not as it was kept"),
+            Err(reason) => {
+                info!(consumer = %name, %id, %reason, "dropped from the saved table: no longer the same container run")
+            }
         }
     }
     let (mut endpoints, mut oldest) = (HashMap::new(), Duration::ZERO);
@@ -102,7 +104,7 @@ fn resume(
     }
     info!(
         file = %path.display(), consumers = consumers.len(), services = endpoints.len(), oldest_s = oldest.as_secs(),
-        "kept from the last run, for as long as the sources do not answer"
+        "using the saved table until the sources answer"
     );
     let known = consumers.iter().flat_map(|consumer| &consumer.sources).copied().collect();
     let known = Arc::new(known);
@@ -123,7 +125,7 @@ fn living(
             match resume::resume_stay(runs, endpoint.0.ip(), bell) {
                 Ok(stay) => stays.insert(endpoint, stay),
                 Err(reason) => {
-                    info!(service = %query, %endpoint, %reason, "not as it was kept");
+                    info!(service = %query, %endpoint, %reason, "dropped from the saved table: no longer the same container run");
                     continue;
                 }
             };
@@ -133,7 +135,7 @@ fn living(
     Endpoints { stays, ..Endpoints::new(list, Vec::new()) }
 }
 
-/// Reads a file that nobody but us or root can have written.
+/// Reads a file that only this user or root can have written.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
     let wrong = |reason| Err(io::Error::new(ErrorKind::InvalidInput, reason));
     // To open a pipe would wait for its writer.
@@ -150,7 +152,7 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
         ));
     }
     if about.mode() & 0o022 != 0 {
-        return wrong(format!("others may write it: its mode is {:o}", about.mode() & 0o777));
+        return wrong(format!("other users may write it: its mode is {:o}", about.mode() & 0o777));
     }
     let mut bytes = Vec::new();
     file.take(LARGEST + 1).read_to_end(&mut bytes)?;
@@ -160,16 +162,16 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Moves the file out of the way, for people to look at.
+/// Renames the file, for inspection.
 fn set_aside(path: &Path, reason: &dyn std::fmt::Display) {
     let mut aside = path.as_os_str().to_owned();
     aside.push(".aside");
     let aside = PathBuf::from(aside);
     match fs::rename(path, &aside) {
         Ok(()) => {
-            warn!(file = %path.display(), %reason, now_at = %aside.display(), "kept table set aside");
+            warn!(file = %path.display(), %reason, now_at = %aside.display(), "saved table set aside");
         }
-        Err(error) => warn!(file = %path.display(), %reason, %error, "kept table not used"),
+        Err(error) => warn!(file = %path.display(), %reason, %error, "saved table not used"),
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
 pub(super) fn resume(kept: KeptConsumer, bell: &Arc<Notify>) -> Result<Consumer, String> {
     let own = open(&kept.id, kept.process)?;
     let namespace = open(&kept.namespace, kept.namespace_process)?;
-    // While nobody looked it may have left a network, and another may have its address.
+    // While embassy did not run, it may have left a network, and another container may have its address.
     let has = addresses(kept.process.pid).map_err(|error| format!("its addresses: {error}"))?;
     let sources: Vec<_> = kept.sources.into_iter().filter(|source| has.contains(source)).collect();
     if sources.is_empty() {
@@ -58,7 +58,7 @@ fn open(id: &ContainerId, was: Process) -> Result<Held, String> {
         .map_err(|error| format!("process {} of container {id}: {error}", was.pid))?;
     match held.process == was {
         true => Ok(held),
-        false => Err(format!("process {} of container {id} is of another run", was.pid)),
+        false => Err(format!("process {} of container {id} belongs to another run", was.pid)),
     }
 }
 

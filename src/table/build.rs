@@ -1,5 +1,5 @@
-//! How a table becomes the next one. What it costs is what differs: consumers and answers that are still the very same
-//! are passed over, and so is all that came of them.
+//! Builds the next table. The cost depends on the changes: unchanged consumers and answers are skipped, with everything that
+//! was derived from them.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -19,7 +19,7 @@ use crate::{
     model::{ConsumerId, Endpoint, Vip},
 };
 
-/// The table that follows `prev`; `None` where nothing differs.
+/// The table that follows `prev`; `None` if nothing differs.
 pub(super) fn next(
     prev: &Table,
     inputs: &Inputs<'_>,
@@ -56,7 +56,7 @@ pub(super) fn next(
     builder.finish()
 }
 
-/// Consumers that came and went.
+/// Added and removed consumers.
 struct People {
     gone: Vec<Arc<Consumer>>,
     new: Vec<Arc<Consumer>>,
@@ -84,7 +84,7 @@ impl People {
 }
 
 impl Table {
-    /// What is known without building: who there is, and where.
+    /// The known containers and their addresses.
     fn take_in(&mut self, inputs: &Inputs<'_>, people: &People) {
         let from = &mut self.built_from;
         let others = !people.gone.is_empty() || !people.new.is_empty();
@@ -115,7 +115,7 @@ struct Builder<'a, Q> {
     inputs: &'a Inputs<'a>,
     query: Q,
     next: Table,
-    /// Whose route may be another now.
+    /// Addresses whose routes may have changed.
     touched: BTreeSet<RouteKey>,
     /// Routes that do not lead to these upstreams any more, and endpoints that these services had and have no more. They
     /// are let go last: what was given up may have been taken up again meanwhile.
@@ -124,7 +124,7 @@ struct Builder<'a, Q> {
 }
 
 impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
-    /// Upstreams that have other endpoints, and their routes.
+    /// Upstreams whose endpoints changed, and their routes.
     fn answers(&mut self) {
         let (now, before) = (self.inputs.endpoints, &self.prev.built_from.endpoints);
         for query in now.differing_keys(before, Arc::ptr_eq) {
@@ -204,8 +204,8 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         let claims = |table: &Table| table.built_from.claims.get(&source).cloned();
         let before = claims(self.prev).unwrap_or_default();
         let now = claims(&self.next).unwrap_or_default();
-        // An address has one owner at a time: where more than one network namespace claims it, all but one have lost
-        // theirs, and we have not heard which.
+        // An address has one owner at a time: if more than one network namespace claims it, all but one have lost
+        // it, and it is not known yet which.
         let namespaces: BTreeSet<_> = now.iter().map(|consumer| &consumer.namespace).collect();
         let contested = namespaces.len() > 1 || self.inputs.contested.contains(&source);
         let mut left: BTreeSet<_> =
@@ -226,7 +226,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
                 left.remove(&key);
                 self.route(key, consumer, binding, query);
             } else if let Some(winner) = self.next.routes.get(&key) {
-                // One who shares the address because it shares the network namespace.
+                // A consumer with the same address because it shares the network namespace.
                 let winner = winner.consumer_name.clone();
                 let reason = UnroutedReason::Taken { key, winner };
                 self.unrouted(consumer, binding, Some(key), reason);
@@ -240,7 +240,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         }
     }
 
-    /// Sets a route, carried over where nothing of it changed.
+    /// Sets a route; an unchanged one is kept.
     fn route(&mut self, key: RouteKey, consumer: &Arc<Consumer>, binding: &Binding, query: Query) {
         let before = self.next.routes.get(&key).cloned();
         if let Some(before) = before.as_ref().filter(|before| before.upstream.query != query) {
@@ -307,7 +307,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         upstream
     }
 
-    /// The upstream of a query, carried over where its endpoints did not change.
+    /// The upstream of a query; kept if its endpoints did not change.
     fn upstream(&mut self, query: &Query, before: Option<&Arc<Upstream>>) -> Arc<Upstream> {
         let answer = self.inputs.endpoints.get(query).cloned();
         let endpoints = answer.as_deref().map_or(&[][..], |answer: &Endpoints| &answer.list);
@@ -360,7 +360,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         Arc::make_mut(&mut self.next.unrouted).insert(key, unrouted);
     }
 
-    /// Takes back what was said of a consumer's bindings, of the routes that are meant.
+    /// Removes the recorded reasons of a consumer's bindings, for these routes.
     fn forget_unrouted(&mut self, consumer: &ConsumerId, meant: impl Fn(Option<RouteKey>) -> bool) {
         let first: UnroutedKey = (consumer.clone(), "".into(), None);
         let of_consumer = self.next.unrouted.range(first..);
@@ -373,10 +373,10 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         }
     }
 
-    /// Upstreams that no route leads to and endpoints that no upstream has are no more.
+    /// Removes upstreams without a route and endpoints without an upstream.
     fn let_go(&mut self) {
         for (query, key) in std::mem::take(&mut self.left) {
-            // A route that leads there again.
+            // A route uses it again.
             if self.next.routes.get(&key).is_some_and(|route| route.upstream.query == query) {
                 continue;
             }
@@ -416,7 +416,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
 }
 
 impl Route {
-    /// A copy, of which something is to be another.
+    /// A copy, to be changed.
     fn another(&self) -> Self {
         Self {
             upstream: self.upstream.clone(),
@@ -443,8 +443,8 @@ pub(super) fn service_of(query: &Query) -> ServiceKey {
     (query.via.clone(), query.dc.clone(), query.service.clone())
 }
 
-/// The addresses that a consumer's connections come from. Linux gives what a host sends to an address of its own that
-/// very address as its source, so for the local consumer the VIPs count too.
+/// The source addresses of a consumer. A host's connection to one of its own addresses has this address as its source too, so
+/// for the local consumer the VIPs count as well.
 fn sources<'a>(consumer: &'a Consumer, vips: &'a [Vip]) -> impl Iterator<Item = IpAddr> + 'a {
     let own = if consumer.id == ConsumerId::Local { vips } else { &[] };
     let known = |vip: &&Vip| !consumer.sources.contains(&vip.0);

@@ -47,7 +47,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     assert_eq!(
         (text.as_str(), code),
         (
-            "not ready: no container asks for /services/nobody; asked for are /services/hang, /services/late, /services/web\n",
+            "not ready: no container asks for /services/nobody; containers ask for /services/hang, /services/late, /services/web\n",
             Some(1)
         )
     );
@@ -67,7 +67,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
         ("app", "80", 0, "ok: The next connection of app to port 80 goes to "),
         ("app", "81", 1, "BROKEN: etcd /services/late has no endpoint"),
         ("app", "83", 1, "BROKEN: Port 83 is not declared by app (declared: "),
-        ("nobody", "80", 1, "BROKEN: No running container that declares anything"),
+        ("nobody", "80", 1, "BROKEN: No running container with a binding"),
     ] {
         let (text, status) = run(&host, &["explain", consumer, port])?;
         assert!(text.starts_with(beginning), "{text}");
@@ -120,7 +120,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
             2,
             "--consumer: cannot be combined with --endpoints",
         ),
-        (&["ps", "nobody"], 0, "nothing fits\n"),
+        (&["ps", "nobody"], 0, "no entry matches\n"),
         (
             &["ps", "--service=lat"],
             0,
@@ -130,7 +130,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
         (
             &["ps", "--service=redis"],
             0,
-            "there are /services/hang, /services/late, /services/web\n",
+            "the services are /services/hang, /services/late, /services/web\n",
         ),
         (&["ps", "--service=redis", "--json"], 0, "[]\n"),
         (&["wait", "/services/web[]", "--timeout=0"], 1, "no container asks for /services/web[]"),
@@ -157,7 +157,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     // One that is stopped holds nobody up for longer than they wait.
     embassy.signal(rustix::process::Signal::STOP)?;
     let (text, code) = run(&host, &["wait", "/services/web", "--timeout=1s"])?;
-    assert_eq!((&*text, code), ("not ready: the embassy does not answer in time\n", Some(1)));
+    assert_eq!((&*text, code), ("not ready: embassy does not answer in time\n", Some(1)));
     Ok(())
 }
 

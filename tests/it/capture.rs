@@ -112,8 +112,8 @@ fn all(firewall: &str) -> Result<()> {
 
     let timeout = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait";
     assert_eq!(host.run("cat", [timeout])?, "77");
-    says(&embassy, &["cannot set", "nf_conntrack_max"])?;
-    says(&embassy, &["cannot set", "hashsize"])
+    says(&embassy, &["cannot write conntrack setting", "nf_conntrack_max"])?;
+    says(&embassy, &["cannot write conntrack setting", "hashsize"])
 }
 
 #[test]
@@ -248,7 +248,7 @@ fn leftovers_go_at_the_start_and_auto_is_nft() -> Result<()> {
 fn nothing_is_captured_before_the_first_listing() -> Result<()> {
     let host = Host::builder().without_docker().start()?;
     let embassy = host.embassy(["--dnat", ETCD])?;
-    says(&embassy, &["no answer yet", "docker"])?;
+    says(&embassy, &["source has not answered yet", "docker"])?;
     assert!(embassy.wait_ready(std::time::Duration::ZERO).is_err());
     assert_eq!(rules(&host)?, "");
     host.docker_daemon().start()?;

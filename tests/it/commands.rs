@@ -122,7 +122,7 @@ fn the_plan_touches_nothing_and_is_what_a_start_installs() -> Result<()> {
     host.docker_daemon().kill()?;
     let (text, code) = run(&host, &["plan", "--dnat", ETCD])?;
     assert_eq!(code, Some(1), "{text}");
-    assert!(text.starts_with("embassy: who asks for what is not known"), "{text}");
+    assert!(text.starts_with("embassy: the bindings are not known"), "{text}");
     Ok(())
 }
 

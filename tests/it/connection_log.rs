@@ -89,7 +89,7 @@ fn a_flood_of_connections_does_not_cost_the_line_that_says_what_is_wrong() -> Re
     })?;
     host.etcd_daemon().kill()?;
     counts(&embassy, r#"embassy_source_failures_total{source="etcd /services/web"}"#, 1)?;
-    let lost = "lost; what was known stays in use";
+    let lost = "source does not answer; its last data stays in use";
     let read = host.run("timeout", ["60", "grep", "-m1", lost, "/run/stalled"])?;
     ensure!(read.contains("etcd /services/web"), "{read}");
     Ok(())

@@ -105,8 +105,8 @@ fn a_shared_network_belongs_to_all_who_share_it() -> Result<()> {
 
     // Its network went with its run; those who shared it have none until they are restarted.
     host.docker(["restart", "other-name"])?;
-    says(&embassy, &["skipped", "consumer=side", "restarted since"])?;
-    says(&embassy, &["skipped", "consumer=third", "restarted since"])?;
+    says(&embassy, &["binding skipped", "consumer=side", "restarted since"])?;
+    says(&embassy, &["binding skipped", "consumer=third", "restarted since"])?;
     routes(&embassy, 0)?;
     host.docker(["restart", "side"])?;
     reaches(&side, VIP, "red")?;
@@ -114,12 +114,12 @@ fn a_shared_network_belongs_to_all_who_share_it() -> Result<()> {
     reaches(&third, "172.17.0.1:81", "blue")?;
 
     owner.stop()?;
-    says(&embassy, &["skipped", "consumer=side", "does not run"])?;
+    says(&embassy, &["binding skipped", "consumer=side", "does not run"])?;
     routes(&embassy, 0)?;
 
     let skipped = metric(&embassy, r#"embassy_skipped_total{what="binding"}"#)?;
     host.client("hosty").network("host").env("BACKEND_RED", "/services/red;80").start()?;
-    says(&embassy, &["skipped", "consumer=hosty", "net=host"])?;
+    says(&embassy, &["binding skipped", "consumer=hosty", "net=host"])?;
     counts(&embassy, r#"embassy_skipped_total{what="binding"}"#, skipped + 1)
 }
 
@@ -140,10 +140,13 @@ fn what_cannot_be_read_is_reported_and_hides_nothing() -> Result<()> {
     reaches(&app, VIP, "red")?;
     reaches(&app, "172.17.0.1:81", "blue")?;
     ends(&app, "172.17.0.1:84", "refused")?;
-    says(&embassy, &["skipped", "consumer=app", "BACKEND_B", "BACKEND_A has it"])?;
-    says(&embassy, &["skipped", "consumer=app", "BACKEND_WRONG", "foo bar;82"])?;
-    says(&embassy, &["skipped", "consumer=app", "BACKEND_PORT", "99999"])?;
-    says(&embassy, &["skipped", "consumer=app", "embassy.backend.wrong", "nothing"])?;
+    says(
+        &embassy,
+        &["binding skipped", "consumer=app", "BACKEND_B", "BACKEND_A already declares it"],
+    )?;
+    says(&embassy, &["binding skipped", "consumer=app", "BACKEND_WRONG", "foo bar;82"])?;
+    says(&embassy, &["binding skipped", "consumer=app", "BACKEND_PORT", "99999"])?;
+    says(&embassy, &["binding skipped", "consumer=app", "embassy.backend.wrong", "nothing"])?;
     // Not the label that a variable overrides: that is what the variable is for.
     counts(&embassy, r#"embassy_skipped_total{what="binding"}"#, 4)?;
     assert_eq!(metric(&embassy, r#"embassy_skipped_total{what="binding"}"#)?, 4);
@@ -221,7 +224,10 @@ fn an_engine_that_is_killed_takes_nobody_along() -> Result<()> {
     curl.args(["--silent", "--fail", "--max-time", "5", "http://172.17.0.1/"]);
 
     host.docker_daemon().kill()?;
-    says(&embassy, &["lost; what was known stays in use", "source=\"provider\"", "docker"])?;
+    says(
+        &embassy,
+        &["source does not answer; its last data stays in use", "source=\"provider\"", "docker"],
+    )?;
     counts(&embassy, "embassy_source_failures_total{source=\"provider\"}", 2)?;
     assert_eq!(testbed::output(&mut curl)?, "red");
     // This one ends behind the engine's back, and has another run when it comes back.
@@ -236,7 +242,7 @@ fn an_engine_that_is_killed_takes_nobody_along() -> Result<()> {
         Ok(())
     })?;
     reaches(&again, "172.17.0.1:81", "red")?;
-    says(&embassy, &["back", "provider"])?;
+    says(&embassy, &["source is back", "provider"])?;
 
     // An engine that hangs has not gone, and is noticed all the same.
     let lost = metric(&embassy, r#"embassy_source_failures_total{source="provider"}"#)?;
@@ -275,7 +281,7 @@ fn an_engine_is_reached_by_tls() -> Result<()> {
 
     // Without our certificate the engine says no, and we say so.
     let embassy = host.embassy(["-docker=tcp://127.0.0.1:2376", ETCD])?;
-    says(&embassy, &["no answer yet", "tcp://127.0.0.1:2376"])
+    says(&embassy, &["source has not answered yet", "tcp://127.0.0.1:2376"])
 }
 
 fn followed(host: &Host, embassy: Embassy) -> Result<()> {

@@ -125,7 +125,7 @@ async fn a_broken_or_missing_file_takes_nothing_away() -> Result<()> {
 
     for (text, error) in [
         ("[[service]", "services.toml: line 1: "),
-        ("", "services.toml: it says nothing: expected [[service]] entries"),
+        ("", "services.toml: it has no entries: expected [[service]]"),
     ] {
         fs::write(&path, text)?;
         let known = followed.fails(error).await;

@@ -62,14 +62,11 @@ fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
     host.run("nft", ["add table ip early"])?;
     let chain = "add chain ip early pre { type nat hook prerouting priority -150 ; }";
     host.run("nft", [chain])?;
-    one(
-        &doctor(&host, &[])?,
-        "warn rules: before ours, of iptables, comes nft's chain ip early pre",
-    )?;
+    one(&doctor(&host, &[])?, "warn rules: nft's chain ip early pre")?;
     host.run("nft", ["delete table ip early"])?;
 
     embassy.kill()?;
-    one(&doctor(&host, &[])?, "fail rules: an embassy that was killed has left rules of iptables")?;
+    one(&doctor(&host, &[])?, "fail rules: rules of a killed embassy are left in iptables")?;
     assert!(host.embassy_command(["cleanup"])?.status()?.success());
     assert_eq!(doctor(&host, &[])?, [""; 0]);
 
@@ -86,7 +83,7 @@ fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
     let words = ["doctor", "--dnat", ETCD, &format!("-docker={}", host.docker_url())];
     let mut command = host.command("env");
     command.arg("PATH=/nowhere").arg(&program).args(words).arg(IPTABLES);
-    one(&found(command)?, "fail firewall: no rules can be written: cannot run ")?;
+    one(&found(command)?, "fail firewall: embassy cannot write rules: cannot run ")?;
     let mut command = host.command("setpriv");
     let capabilities = ["--inh-caps=-net_admin", "--bounding-set=-net_admin"];
     command.args(capabilities).arg(&program).args(words);
@@ -94,13 +91,13 @@ fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
     assert!(all.iter().any(|finding| finding.starts_with("fail capability")), "{all:#?}");
     let mut command = host.command("sh");
     command.args(["-c", "ulimit -n 1000; exec \"$0\" \"$@\""]).arg(&program).args(words);
-    one(&found(command)?, "warn descriptors: 1000 allow for 244 connections")?;
+    one(&found(command)?, "warn descriptors: 1000 descriptors allow 244 connections")?;
 
     // Part of docker0's network is routed elsewhere, and the filter is strict.
     host.run("sysctl", ["-w", "net.ipv4.conf.docker0.rp_filter=1"])?;
     assert_eq!(doctor(&host, &[])?, [""; 0]);
     host.run("ip", "route add 172.17.4.0/24 dev eth0".split(' '))?;
-    one(&doctor(&host, &[])?, "warn rp_filter: some of network bridge is routed to eth0")?;
+    one(&doctor(&host, &[])?, "warn rp_filter: part of network bridge is routed to eth0")?;
     host.run("ip", "route del 172.17.4.0/24 dev eth0".split(' '))?;
 
     host.network("shut", ["--internal"])?;
@@ -115,7 +112,7 @@ fn an_embassy_whose_rules_are_gone_is_found() -> Result<()> {
     // It runs, and does not capture.
     let embassy = host.embassy([ETCD])?;
     embassy.wait_ready(READY)?;
-    one(&doctor(&host, &[])?, "fail rules: an embassy runs, and none of its rules are there")?;
+    one(&doctor(&host, &[])?, "fail rules: an embassy runs, but its rules are missing")?;
     embassy.terminate()?;
     assert!(embassy.wait(WAIT)?.success());
     Ok(())
@@ -130,7 +127,7 @@ fn the_embassy_that_runs_is_judged_and_one_that_cannot_be_seen_is_not_missed() -
     limited.args(["--dnat", ETCD]).env("DOCKER_HOST", host.docker_url());
     let embassy = host.embassy_from(limited)?;
     embassy.wait_ready(READY)?;
-    one(&doctor(&host, &[])?, "warn descriptors: 1000 allow for 244 connections")?;
+    one(&doctor(&host, &[])?, "warn descriptors: 1000 descriptors allow 244 connections")?;
     // As from a container beside it: its rules are no leftovers, and its port is its own.
     let mut hidden = host.command("unshare");
     hidden.args(["--pid", "--fork", "--mount-proc"]).arg(embassy_program()?);
@@ -147,5 +144,5 @@ fn the_embassy_that_runs_is_judged_and_one_that_cannot_be_seen_is_not_missed() -
     assert_eq!(redirect()?, [""; 0]);
     host.run("nft", ["add table ip early"])?;
     host.run("nft", ["add chain ip early out { type nat hook output priority -150 ; }"])?;
-    one(&redirect()?, "warn rules: before ours, of iptables, for what this host sends, comes nft's")
+    one(&redirect()?, "warn rules: nft's")
 }

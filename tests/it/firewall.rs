@@ -152,7 +152,7 @@ fn with_nft_our_rules_go_before_a_program_that_comes_before_them() -> Result<()>
         "nft: captured again {:?} after another program's rules came before ours",
         start.elapsed()
     );
-    says(&embassy, &["come before ours; going before them", "ip above pre, priority -150"])?;
+    says(&embassy, &["come before ours; moving ours before them", "ip above pre, priority -150"])?;
     // Theirs are left alone, and there is nothing to do any more.
     let rules = host.run("nft", ["list", "table", "ip", "above"])?;
     ensure!(rules.contains("redirect to :1"), "{rules}");

@@ -47,7 +47,7 @@ fn nor_does_it_where_the_containers_processes_cannot_be_seen() -> Result<()> {
         command.arg(embassy_program()?).args(FLAGS).env("DOCKER_HOST", host.docker_url());
         let embassy = host.embassy_from(command)?;
         host.container("somebody").start()?;
-        says(&embassy, &["the containers' processes cannot be seen", "--pid=host"])?;
+        says(&embassy, &["cannot see the processes of containers", "--pid=host"])?;
         Ok(embassy)
     })
 }

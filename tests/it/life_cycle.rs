@@ -37,7 +37,7 @@ fn it_starts_while_everything_is_down_and_is_ready_when_all_is_up() -> Result<()
     let embassy = host.embassy(["--dnat", "-discovery=consul://127.0.0.1:8500", ETCD])?;
     waits_for(&embassy, &["capture", "discovery", "listing"])?;
     assert_eq!(embassy.admin("/healthz")?.ok()?, "ok\n");
-    says(&embassy, &["no answer yet", "docker"])?;
+    says(&embassy, &["source has not answered yet", "docker"])?;
 
     host.docker_daemon().start()?;
     // With what there is, it does what it can: there is no endpoint yet.
@@ -192,7 +192,8 @@ fn a_stop_during_the_start_leaves_nothing() -> Result<()> {
     let host = Host::start()?;
     web(&host, "web")?;
     host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
-    for moment in ["embassy starts", "proxy listens", "admin API listens", "the first table"] {
+    for moment in ["embassy starts", "proxy listens", "admin API listens", "initial routing table"]
+    {
         // With a log of its own.
         let embassy = host.spawn(moment, host.embassy_command(["--dnat", ETCD])?)?;
         testbed::eventually(WAIT, &format!("{moment:?} in the log"), || {
@@ -233,7 +234,7 @@ fn a_disk_that_hangs_does_not_hold_up_the_end() -> Result<()> {
     offer(&host, "web", [10, 0, 0, 9])?;
     says(&embassy, &["endpoints", "10.0.0.9:80"])?;
     embassy.terminate()?;
-    says(&embassy, &["the last table may not be kept"])?;
+    says(&embassy, &["the state file may be out of date"])?;
     says(&embassy, &["embassy has stopped"])?;
     // Whoever is traced ends only when its tracer lets it.
     drop(slow);
@@ -258,10 +259,10 @@ fn a_firewall_that_hangs_does_not_hold_up_a_second_signal() -> Result<()> {
     reaches(&app, "172.17.0.1:80", "web")?;
     host.run("touch", ["/run/hang"])?;
     embassy.terminate()?;
-    says(&embassy, &["embassy stops"])?;
+    says(&embassy, &["embassy is shutting down"])?;
     embassy.terminate()?;
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
-    says(&embassy, &["not waited for: rules may be left"])
+    says(&embassy, &["gave up waiting: rules may be left"])
 }
 
 #[test]

@@ -46,20 +46,24 @@ fn machines_read_every_change_and_true_numbers() -> Result<()> {
     let endpoint = format!("{}:80", web.ip()?);
     let endpoints = ("endpoints", endpoint.as_str());
     tells(&embassy, "embassy starts", &[("version", env!("CARGO_PKG_VERSION"))])?;
-    tells(&embassy, "skipped", &[("consumer", "app"), ("origin", "BACKEND_WRONG")])?;
+    tells(&embassy, "binding skipped", &[("consumer", "app"), ("origin", "BACKEND_WRONG")])?;
     tells(&embassy, "new route", &[("consumer", "app"), service])?;
-    tells(&embassy, "endpoints", &[service, endpoints])?;
+    tells(&embassy, "service endpoints changed", &[service, endpoints])?;
     // Discovery says that there is none: first the last ones are kept, and then they are not.
     host.etcd()?.v3().delete(&format!("/services/web/{endpoint}"))?;
     tells(&embassy, "the last ones stay in use", &[service, endpoints])?;
-    tells(&embassy, "no endpoints; connections are reset", &[service])?;
+    tells(&embassy, "service has no endpoints; connections are reset", &[service])?;
     ends(&app, "172.17.0.1:80", "reset")?;
     offer(&host, "web", web.ip()?)?;
     reaches(&app, "172.17.0.1:80", "web")?;
     host.etcd_daemon().kill()?;
-    tells(&embassy, "lost; what was known stays in use", &[("source", "etcd /services/web")])?;
+    tells(
+        &embassy,
+        "source does not answer; its last data stays in use",
+        &[("source", "etcd /services/web")],
+    )?;
     host.etcd_daemon().start()?;
-    tells(&embassy, "back", &[("source", "etcd /services/web")])?;
+    tells(&embassy, "source is back", &[("source", "etcd /services/web")])?;
     embassy.terminate()?;
     assert!(embassy.wait(WAIT)?.success());
     tells(&embassy, "embassy has stopped", &[])?;
@@ -80,7 +84,7 @@ fn a_discovery_that_was_never_there_is_not_lost() -> Result<()> {
     let host = Host::start()?;
     let _app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let embassy = host.embassy(["--dnat", ETCD])?;
-    says(&embassy, &["no answer yet; trying again", "source=\"etcd /services/web\""])?;
+    says(&embassy, &["source has not answered yet; retrying", "source=\"etcd /services/web\""])?;
     assert!(!embassy.log().contains("lost"), "{}", embassy.log());
     Ok(())
 }

@@ -106,7 +106,7 @@ impl Place {
 fn more_connections_than_memory_can_hold_are_refused_and_nobody_is_killed() -> Result<()> {
     const MOST: usize = 2_500;
     let place = Place::new(40 << 20)?;
-    says(&place.embassy, &["connections that may be open at a time", "bound=\"memory\""])?;
+    says(&place.embassy, &["maximum number of open connections", "bound=\"memory\""])?;
     let limit = metric(&place.embassy, "embassy_connections_limit")?;
     ensure!((64..MOST as u64).contains(&limit), "{limit}");
     let rush = place.host.client("rush").env("BACKEND_GREET", "/services/greet;80").start()?;
@@ -157,7 +157,7 @@ fn near_the_limit_new_connections_are_refused_until_there_is_memory_again() -> R
 
     place.host.run("rm", ["/run/rest"])?;
     place.becomes("data")?;
-    says(&place.embassy, &["there is memory again; new connections are accepted"])?;
+    says(&place.embassy, &["memory is available again; new connections are accepted"])?;
     assert_eq!(metric(&place.embassy, "embassy_memory_short")?, 0);
     assert_eq!(metric(&place.embassy, "embassy_connections_active")?, 100);
     assert_eq!(place.group.kills()?, 0);

@@ -74,9 +74,26 @@ fn who_still_runs_is_served_after_a_start_while_everything_is_down() -> Result<(
         ensure!(said == "web", "{said:?}");
         Ok(())
     })?;
-    says(&embassy, &["kept from the last run", "consumers=2", "services=1"])?;
-    says(&embassy, &["not as it was kept", "consumer=ends", "process"])?;
-    says(&embassy, &["not as it was kept", "consumer=moves", "other addresses"])?;
+    says(
+        &embassy,
+        &["using the saved table until the sources answer", "consumers=2", "services=1"],
+    )?;
+    says(
+        &embassy,
+        &[
+            "dropped from the saved table: no longer the same container run",
+            "consumer=ends",
+            "process",
+        ],
+    )?;
+    says(
+        &embassy,
+        &[
+            "dropped from the saved table: no longer the same container run",
+            "consumer=moves",
+            "other addresses",
+        ],
+    )?;
     // One of `stays`, and one of who shares its address.
     ensure!(metric(&embassy, "embassy_routes")? == 2, "{}", embassy.log());
     waits_for(&embassy, "listing")?;
@@ -128,8 +145,14 @@ fn containers_that_were_endpoints_are_used_after_such_a_start_as_far_as_they_run
     host.run("kill", ["-KILL", &ended.to_string()])?;
 
     let embassy = run()?;
-    says(&embassy, &["kept from the last run", "consumers=1", "services=1"])?;
-    says(&embassy, &["not as it was kept", "docker web", &gone])?;
+    says(
+        &embassy,
+        &["using the saved table until the sources answer", "consumers=1", "services=1"],
+    )?;
+    says(
+        &embassy,
+        &["dropped from the saved table: no longer the same container run", "docker web", &gone],
+    )?;
     testbed::eventually(WAIT, "an answer", || testbed::output(&mut curl).map(drop))?;
     for _ in 0..6 {
         ensure!(testbed::output(&mut curl)? == "stays", "{}", embassy.log());
@@ -164,13 +187,13 @@ fn what_is_damaged_or_of_another_machine_is_set_aside() -> Result<()> {
 
     for (change, reason) in [
         ("echo two > /etc/machine-id", "another machine"),
-        ("echo garbage > /var/lib/embassy/table-9999", "no state file"),
+        ("echo garbage > /var/lib/embassy/table-9999", "not a state file"),
         ("truncate -s -1 /var/lib/embassy/table-9999", "checksum"),
         ("sed -i 's/^embassy state 1/embassy state 2/' /var/lib/embassy/table-9999", "format"),
     ] {
         host.run("sh", ["-c", change])?;
         let embassy = run()?;
-        says(&embassy, &["kept table set aside", reason])?;
+        says(&embassy, &["saved table set aside", reason])?;
         host.run("test", ["-s", &format!("{FILE}.aside")])?;
         embassy.wait_ready(READY)?;
         keeps(&host, &["\"machine\":\"two\""])?;
@@ -194,7 +217,7 @@ fn a_disk_that_is_full_or_read_only_is_reported_and_nothing_else_suffers() -> Re
     counts(&embassy, "embassy_state_failures_total", 1)?;
     reaches(&app, VIP, "web")?;
     host.run("rm", ["/run/state/ballast"])?;
-    says(&embassy, &["the table is kept again"])?;
+    says(&embassy, &["the state file can be written again"])?;
     let kept = host.run("cat", ["/run/state/table-9999"])?;
     ensure!(kept.contains(app.id()), "{kept}");
     embassy.kill()?;

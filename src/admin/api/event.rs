@@ -10,81 +10,81 @@ use crate::{discovery::Query, events, table::Route};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// A consumer's connections on a port go somewhere now.
+    /// A new route.
     RouteAdded {
         /// The consumer's name.
         consumer: String,
         /// The container's full ID, or `local`.
         consumer_id: String,
-        /// The address that it dials from.
+        /// The consumer's source address.
         address: String,
-        /// The port that it dials.
+        /// The declared port.
         port: u16,
         /// The service's name.
         service: String,
-        /// What is asked of discovery: a name of `/v1/sources`.
+        /// The discovery query: a name of `/v1/sources`.
         query: String,
     },
-    /// And now they do not any more.
+    /// A removed route.
     RouteRemoved {
         /// The consumer's name.
         consumer: String,
         /// The container's full ID, or `local`.
         consumer_id: String,
-        /// The address that it dialled from.
+        /// The consumer's source address.
         address: String,
-        /// The port that it dialled.
+        /// The declared port.
         port: u16,
         /// The service's name.
         service: String,
-        /// What was asked of discovery.
+        /// The discovery query.
         query: String,
     },
-    /// A service has other endpoints.
+    /// The endpoints of a service changed.
     EndpointsChanged {
         /// The service's name.
         service: String,
-        /// What is asked of discovery: a name of `/v1/sources`.
+        /// The discovery query: a name of `/v1/sources`.
         query: String,
-        /// The endpoints in use from now on.
+        /// The new endpoints.
         endpoints: Vec<String>,
     },
-    /// No connection could be opened to an endpoint: every route skips it for a while.
+    /// A connect attempt to an endpoint failed: all routes skip it for a while.
     EndpointEjected {
         /// The service's name.
         service: String,
-        /// What is asked of discovery, by the route that met the failure.
+        /// The discovery query of the route whose attempt failed.
         query: String,
         /// The endpoint.
         endpoint: String,
-        /// What went wrong.
+        /// The error.
         error: String,
-        /// For how long, in seconds.
+        /// Time until it is tried again, in seconds.
         seconds: f64,
     },
-    /// A connection to an ejected endpoint was opened, or its active check passed: it takes its turn again.
+    /// A connection to an ejected endpoint was opened, or its active check passed: it gets connections again.
     EndpointBack {
         /// The service's name.
         service: String,
-        /// What is asked of discovery, by who opened it.
+        /// The discovery query of the route that opened the connection.
         query: String,
         /// The endpoint.
         endpoint: String,
     },
-    /// No new connections go to an endpoint, or again: somebody asked for it.
+    /// An endpoint was drained via the API, or its drain ended.
     EndpointDrained {
         /// The service's name.
         service: String,
         /// The endpoint.
         endpoint: String,
-        /// Whether it is drained from now on.
+        /// Whether it is drained now.
         drained: bool,
     },
-    /// A source does not answer. What was known of it stays in use.
+    /// A source does not answer. Its last data stays in use.
     SourceLost {
         /// Its name in `/v1/sources`.
         source: String,
-        /// What went wrong.
+        /// The error.
         error: String,
     },
     /// A source answers again.
@@ -92,16 +92,16 @@ pub enum Event {
         /// Its name in `/v1/sources`.
         source: String,
     },
-    /// Somebody removed or changed our rules, and they were put back.
+    /// Another program removed or changed embassy's rules, and embassy restored them.
     CaptureRestored {
-        /// What had been done to them.
+        /// The kind of change.
         change: Change,
-        /// The first rule that was gone.
+        /// The first missing rule.
         missing: String,
     },
-    /// This listener was too slow and missed so many changes: read everything anew.
+    /// This client was too slow and missed changes: read the full state again.
     Missed {
-        /// How many.
+        /// Number of missed changes.
         changes: u64,
     },
 }
@@ -153,7 +153,7 @@ impl From<&events::Event> for Event {
     }
 }
 
-/// Who dials, from where, and which port.
+/// The consumer, its ID, its source address, and the declared port.
 fn of(route: &Route) -> (String, String, String, u16) {
     (
         route.consumer_name.to_string(),

@@ -1,8 +1,8 @@
 //! The types of the API under `/v1/`: what the server writes and a client reads.
 //!
 //! Times are in seconds, as numbers with a fraction; ages count back from the moment of the answer, so that no clocks have
-//! to agree. Counts are since the start of what they count: a route's since it came, an endpoint's since discovery first
-//! named it, everybody's since embassy started. Fields may be added; a client passes over those that it does not know.
+//! to agree. Counts start with their subject: a route's when the route appeared, an endpoint's when discovery first
+//! returned it, totals when embassy started. Fields may be added; a client must ignore fields that it does not know.
 
 use std::collections::BTreeMap;
 
@@ -25,7 +25,7 @@ mod event;
 mod wire;
 
 worded! {
-    /// What active checks (`check=tcp`) say of an endpoint.
+    /// The result of active checks (`check=tcp`) of an endpoint.
     pub enum Check {
         /// the last one passed
         Passes = "passes",
@@ -35,20 +35,20 @@ worded! {
 
 }
 
-/// Something that is so, or is wrong, and what to do about it.
+/// A fact or a problem, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Finding {
     pub about: Subject,
     pub verdict: Verdict,
-    /// The kind of it, for machines: one word, such as `source_down`.
+    /// The cause as one word for scripts, such as `source_down`.
     pub cause: String,
     /// One or two sentences.
     pub text: String,
-    /// What to do about it; null where nothing is wrong.
+    /// What to do about it; null if there is no problem.
     pub fix: Option<String>,
 }
 
-/// How each part is: the worst of its findings.
+/// The state of each part: the worst of its findings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Verdicts {
     pub process: Verdict,
@@ -61,55 +61,55 @@ pub struct Verdicts {
     pub host: Verdict,
 }
 
-/// Everything at a glance: `GET /v1/status`.
+/// The state of embassy: `GET /v1/status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
     /// embassy's version.
     pub version: String,
-    /// The process ID, as embassy itself sees it.
+    /// The process ID in embassy's own PID namespace.
     pub pid: u32,
-    /// Since the start.
+    /// Time since the start.
     pub uptime_seconds: f64,
-    /// Whether everything was read once and traffic is captured: what `/readyz` says.
+    /// Whether every source was read once and traffic is captured, as in `/readyz`.
     pub ready: bool,
     /// The worst of `findings`.
     pub verdict: Verdict,
     pub verdicts: Verdicts,
-    /// What is wrong, and what is worth knowing: the worst first, and of each kind the first 20.
+    /// Problems and notable facts: the worst first, at most 20 of each kind.
     pub findings: Vec<Finding>,
-    /// What is not ready yet.
+    /// The parts that are not ready.
     pub waiting_for: Vec<Waiting>,
-    /// Whether the changing calls are allowed on this connection: it came by the unix socket, or bore the token.
+    /// Whether changes are allowed on this connection: it uses the Unix socket, or sent the token.
     pub may_change: bool,
-    /// Where captured connections arrive, as `address:port`.
+    /// The listen addresses for captured connections, as `address:port`.
     pub listeners: Vec<String>,
-    /// The addresses on which traffic is captured.
+    /// The addresses whose traffic is captured.
     pub vips: Vec<String>,
-    /// Counts the tables of routes that were published.
+    /// Number of published routing tables.
     pub table_version: u64,
-    /// Containers that ask for something, and this host where it does.
+    /// Containers with a binding, and this host if it has one.
     pub consumers: usize,
-    /// Entries of the table: one for each address of a consumer and each port that it declared.
+    /// Routes in the table: one for each consumer address and declared port.
     pub routes: usize,
-    /// Routes that have no endpoint to go to.
+    /// Routes without a usable endpoint.
     pub routes_without_endpoint: usize,
-    /// Routes whose next connection has somewhere to go, while something is wrong.
+    /// Routes that work, with a problem.
     pub routes_degraded: usize,
-    /// Routes whose next connection is refused, fails or is not captured; those without endpoint are among them.
+    /// Routes that do not work: the next connection would be refused, fail or not be captured. Includes routes without endpoint.
     pub routes_broken: usize,
-    /// Endpoints of all services that a route goes to.
+    /// Endpoints of all services that have a route.
     pub endpoints: usize,
-    /// Those that are skipped after a failure.
+    /// Endpoints that are skipped after a failure.
     pub endpoints_ejected: usize,
-    /// Those that get no new connections because somebody asked for it.
+    /// Endpoints that were drained via the API.
     pub endpoints_drained: usize,
-    /// Bindings that have no route, and what could not be read at all: see `/v1/bindings?state=problem`.
+    /// Bindings without a route, with only some of their routes, or that do not parse: see `/v1/bindings?state=problem`.
     pub problems: usize,
-    /// What is asked: the provider, and each query of a discovery.
+    /// Number of sources: the provider and each discovery query.
     pub sources: usize,
-    /// Those that do not answer.
+    /// Sources that do not answer.
     pub sources_down: usize,
-    /// Those that have not answered yet.
+    /// Sources that have not answered yet.
     pub sources_waiting: usize,
     pub connections: Connections,
     pub capture: Capture,
@@ -120,49 +120,49 @@ pub struct Status {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Waiting {
     pub part: Part,
-    /// Since embassy began to wait; null where the rules were lost later.
+    /// Time since embassy started to wait for it; null if the rules were lost later.
     pub seconds: Option<f64>,
-    /// The sources that have not answered, by their names in `/v1/sources`; the first 20 of them.
+    /// The first 20 sources that have not answered, by their names in `/v1/sources`.
     pub sources: Vec<String>,
 }
 
-/// All connections.
+/// Figures of all connections.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Connections {
     /// Open, or being opened.
     pub active: usize,
-    /// How many there may be at a time; one more is reset.
+    /// Maximum number of open connections; further ones are reset.
     pub limit: usize,
-    /// How many one consumer may have at a time; null where there is no limit.
+    /// Maximum number of open connections of one consumer; null if there is no limit.
     pub limit_of_consumer: Option<usize>,
-    /// Waiting for their container to become known.
+    /// Connections that wait until their container is known.
     pub held: usize,
-    /// Whether new ones are refused now because memory is nearly used up.
+    /// Whether new connections are refused because memory is nearly used up.
     pub memory_short: bool,
     /// Accepted for a route since the start.
     pub started: u64,
-    /// How those that ended did, by outcome; outcomes that never came are left out.
+    /// Number of ended connections by outcome; outcomes that never occurred are omitted.
     pub ended: BTreeMap<Outcome, u64>,
-    /// Those of them that were refused, or broken by an endpoint.
+    /// Ended connections with an outcome that is an error.
     pub errors: u64,
-    /// From consumers to endpoints.
+    /// Bytes from consumers to endpoints.
     pub bytes_up: u64,
-    /// From endpoints to consumers.
+    /// Bytes from endpoints to consumers.
     pub bytes_down: u64,
-    /// From accepting a connection until its endpoint's was open.
+    /// Time from accepting a connection until its endpoint connection was open.
     pub connect: Latency,
 }
 
-/// How long something took.
+/// Durations.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Latency {
-    /// How many were measured.
+    /// Number of measured durations.
     pub count: u64,
-    /// All of them together.
+    /// Sum of all durations.
     pub sum_seconds: f64,
-    /// Half of them took at the most this long. Estimated from a histogram; null where nothing was measured.
+    /// Median. Estimated from a histogram; null if nothing was measured.
     pub p50_seconds: Option<f64>,
-    /// 99 of 100 took at the most this long; what took more than 5 s is 5 s here.
+    /// 99th percentile. Durations above 5 s count as 5 s.
     pub p99_seconds: Option<f64>,
 }
 
@@ -171,146 +171,146 @@ pub struct Latency {
 pub struct Capture {
     pub mode: CaptureMode,
     pub scope: CaptureScope,
-    /// `nft` or `iptables`; null where nothing was written yet.
+    /// `nft` or `iptables`; null if no rules were written yet.
     pub firewall: Option<String>,
-    /// Whether the rules stand as they should.
+    /// Whether the rules are complete.
     pub in_place: bool,
-    /// How often they were put back, by what had been done to them.
+    /// Number of times the rules were restored, by the kind of change.
     pub restored: BTreeMap<Change, u64>,
-    /// What was missing the last time.
+    /// The rule that was missing the last time.
     pub last_restored: Option<Problem>,
-    /// Attempts to write them that failed.
+    /// Failed attempts to write the rules.
     pub failures: u64,
-    /// Why they cannot be written now.
+    /// Why the rules cannot be written now.
     pub error: Option<String>,
-    /// Chains of others that may drop what is captured, each with the rule that lets it pass.
+    /// Chains of other programs that may drop captured connections, each with the rule that allows them.
     pub barriers: Vec<String>,
 }
 
-/// What went wrong, and when.
+/// An error, and when it occurred.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
-    /// One line for people.
+    /// One line of text.
     pub text: String,
-    /// Since it happened.
+    /// Time since then.
     pub age_seconds: f64,
 }
 
-/// What this host gives to the process.
+/// The host's resources, as far as the process uses them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Host {
-    /// Entries of the kernel's connection tracking; null where they cannot be read.
+    /// Connection tracking entries of the host; null if they cannot be read.
     pub conntrack_entries: Option<u64>,
-    /// How many there may be.
+    /// Maximum number of connection tracking entries.
     pub conntrack_limit: Option<u64>,
-    /// Descriptors that are open.
+    /// Open descriptors.
     pub descriptors: Option<u64>,
-    /// How many may be open.
+    /// Maximum number of open descriptors.
     pub descriptors_limit: Option<u64>,
-    /// Memory in use.
+    /// Resident memory of the process.
     pub resident_bytes: Option<u64>,
-    /// Memory that the control group uses, of the one that is nearest to its limit, without what the kernel can take back;
-    /// null where there is no limit.
+    /// Memory use of the control group that is nearest to its limit, without reclaimable memory;
+    /// null if there is no limit.
     pub memory_used_bytes: Option<u64>,
-    /// How much it may use.
+    /// Memory limit of this control group.
     pub memory_limit_bytes: Option<u64>,
-    /// Processor time, of all threads.
+    /// CPU time of all threads.
     pub cpu_seconds: Option<f64>,
-    /// When the process started, in seconds since 1970, by this host's clock.
+    /// Start time of the process, in seconds since 1970 by this host's clock.
     pub started_seconds: Option<f64>,
 }
 
-/// One part of a list.
+/// One page of a list.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Page<T> {
-    /// How many entries fit the filter.
+    /// Number of entries that match the filter.
     pub total: usize,
-    /// How many of them come before this page.
+    /// Number of these entries before this page.
     pub offset: usize,
-    /// How many a page has at the most.
+    /// Maximum number of entries in a page.
     pub limit: usize,
-    /// The entries, in an order that stays the same from page to page.
+    /// The entries. Their order is the same on all pages.
     pub items: Vec<T>,
 }
 
-/// Where a consumer's connections on one port go: `GET /v1/routes`. Sorted by consumer, port and address.
+/// A route of a consumer: `GET /v1/routes`. Sorted by consumer, port and address.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Route {
     /// The consumer's name.
     pub consumer: String,
     /// The container's full ID, or `local`.
     pub consumer_id: String,
-    /// The address that the consumer dials from.
+    /// The consumer's source address.
     pub address: String,
-    /// The port that it dials.
+    /// The declared port.
     pub port: u16,
     /// The variable or label that declared it.
     pub origin: String,
     pub query: Query,
     pub balance: Balance,
     pub state: RouteState,
-    /// What the state means.
+    /// The meaning of the state.
     pub verdict: Verdict,
-    /// Endpoints of its service.
+    /// Number of endpoints of its service.
     pub endpoints: usize,
-    /// Those of them that take their turn.
+    /// Endpoints that get connections.
     pub usable: usize,
-    /// Those of them that are ejected, or fail their check.
+    /// Endpoints that are ejected, or whose check fails.
     pub ejected: usize,
-    /// Those of them that the next connection probes.
+    /// Endpoints that the next connection tries again.
     pub probing: usize,
-    /// Those of them that are drained.
+    /// Endpoints that are drained.
     pub drained: usize,
     #[serde(flatten)]
     pub figures: Figures,
 }
 
-/// What is asked of a discovery.
+/// A discovery query.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Query {
     /// The whole query on one line, and the name of its source in `/v1/sources`: `consul web[prod] in dc2`.
     pub name: String,
-    /// The discovery, by the scheme of its URI.
+    /// The discovery: the scheme of its URI.
     pub discovery: String,
-    /// The service's name there.
+    /// The service's name in this discovery.
     pub service: String,
-    /// The tags that an endpoint must carry.
+    /// The tags that an endpoint must have.
     pub tags: Vec<String>,
-    /// The datacentre that the descriptor names.
+    /// The datacentre in the descriptor.
     pub datacentre: Option<String>,
 }
 
-/// What was counted of connections.
+/// Connection figures of a route or an endpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Figures {
-    /// Open now, or being opened.
+    /// Connections that are open or being opened.
     pub active: u64,
-    /// That began: for a route every accepted one, for an endpoint every opened one.
+    /// Connections started: for a route the accepted ones, for an endpoint the opened ones.
     pub started: u64,
-    /// How they ended, by outcome; outcomes that never came are left out.
+    /// Number of ended connections by outcome; outcomes that never occurred are omitted.
     pub ended: BTreeMap<Outcome, u64>,
-    /// Those of them that were refused, or broken by an endpoint.
+    /// Ended connections with an outcome that is an error.
     pub errors: u64,
-    /// From consumers to endpoints.
+    /// Bytes from consumers to endpoints.
     pub bytes_up: u64,
-    /// From endpoints to consumers.
+    /// Bytes from endpoints to consumers.
     pub bytes_down: u64,
-    /// For a route, from accepting a connection until its endpoint's was open; for an endpoint, the opening alone.
+    /// For a route: time from accepting a connection until its endpoint connection was open. For an endpoint: connect time.
     pub connect: Latency,
-    /// Further tries after an endpoint failed; for an endpoint always 0.
+    /// Further attempts after an endpoint failed; for an endpoint always 0.
     pub retries: u64,
-    /// What went wrong last.
+    /// The last error.
     pub last_error: Option<Problem>,
 }
 
-/// Where one instance of a service listens: `GET /v1/endpoints`. Sorted by discovery, service and address.
+/// One instance of a service: `GET /v1/endpoints`. Sorted by discovery, service and address.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Endpoint {
-    /// The discovery that named it.
+    /// The discovery that returned it.
     pub discovery: String,
-    /// The service, whatever tags were asked for.
+    /// The service, without tags.
     pub service: String,
-    /// The datacentre that was asked.
+    /// The datacentre of the query.
     pub datacentre: Option<String>,
     /// As `address:port`.
     pub endpoint: String,
@@ -320,78 +320,78 @@ pub struct Endpoint {
     pub figures: Figures,
 }
 
-/// Whether an endpoint takes new connections.
+/// Whether an endpoint gets new connections.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Health {
     pub state: EndpointHealth,
-    /// What the state means.
+    /// The meaning of the state.
     pub verdict: Verdict,
-    /// Null where nobody asked for active checks.
+    /// The result of active checks; null if no binding has a check.
     pub check: Option<Check>,
-    /// How much longer it is skipped.
+    /// Remaining time for which it is skipped.
     pub ejected_for_seconds: Option<f64>,
     /// Failures in a row.
     pub failures: u32,
-    /// Tries to connect that failed.
+    /// Failed connect attempts.
     pub failed_tries: u64,
-    /// How often it was ejected.
+    /// Number of ejections.
     pub ejections: u64,
 }
 
-/// What a consumer declared, and what became of it: `GET /v1/bindings`. Sorted by consumer and origin.
+/// A declared binding and its state: `GET /v1/bindings`. Sorted by consumer and origin.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Binding {
     /// The consumer's name.
     pub consumer: String,
-    /// The container's full ID, or `local`; empty where the provider could not tell.
+    /// The container's full ID, or `local`; empty if the provider does not know it.
     pub consumer_id: String,
-    /// The variable or label; empty where none is to blame.
+    /// The variable or label; empty if the problem is not in one.
     pub origin: String,
-    /// The filter `state=problem` stands for all but `routed`.
+    /// The filter `state=problem` matches every state except `routed`.
     pub state: BindingState,
-    /// What the state means.
+    /// The meaning of the state.
     pub verdict: Verdict,
-    /// Why it has no route, or not all of them. Empty only where it has them all.
+    /// Why it has no route, or only some of them. Empty only if it has all of them.
     pub reasons: Vec<String>,
-    /// The port; null where it could not be read.
+    /// The port; null if the descriptor does not parse.
     pub port: Option<u16>,
-    /// The service, as it was declared; null where it could not be read.
+    /// The declared service; null if the descriptor does not parse.
     pub service: Option<String>,
-    /// What is asked for; null where it could not be read, or names a discovery that there is none of.
+    /// The discovery query; null if the descriptor does not parse, or names a discovery that is not configured.
     pub query: Option<Query>,
-    /// The addresses that it has routes for.
+    /// The consumer addresses for which it has routes.
     pub addresses: Vec<String>,
 }
 
-/// Somebody who is asked: `GET /v1/sources`. The provider first, then queries by name.
+/// A source: `GET /v1/sources`. The provider first, then queries by name.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Source {
-    /// `provider`, or the query on one line: the same name as in logs and metrics.
+    /// `provider`, or the query on one line, as in the log and the metrics.
     pub name: String,
-    /// `provider`, or the discovery by the scheme of its URI.
+    /// `provider`, or the discovery: the scheme of its URI.
     pub kind: String,
     pub state: SourceState,
-    /// What the state means, and what is used of it.
+    /// The meaning of the state, and which data of the source is in use.
     pub verdict: Verdict,
-    /// Since it last confirmed what is used of it.
+    /// Time since it last confirmed the data in use.
     pub age_seconds: Option<f64>,
-    /// How much longer the last endpoints stay in use, where it says that there are none.
+    /// If it reports no endpoints: remaining time for which the last ones stay in use.
     pub held_for_seconds: Option<f64>,
-    /// Since what is used was confirmed in an earlier run, where it has not answered in this one.
+    /// If it has not answered in this run: time since an earlier run confirmed the data in use.
     pub kept_seconds: Option<f64>,
-    /// Since its answer last became another.
+    /// Time since its answer last changed.
     pub changed_seconds: Option<f64>,
-    /// Full answers since the start, those that brought nothing new included.
+    /// Full answers since the start, including those without a change.
     pub answers: u64,
-    /// Those of them that were other than the one before, the first included.
+    /// Full answers that differ from the previous one, including the first.
     pub changes: u64,
-    /// Sessions that failed since the start.
+    /// Failed sessions since the start.
     pub failures: u64,
-    /// Why it does not answer.
+    /// The error, if it does not answer.
     pub error: Option<String>,
-    /// Consumers, or endpoints, in its last answer.
+    /// Number of consumers or endpoints in its last answer.
     pub items: usize,
-    /// Entries of its answer that could not be understood, each with its reason.
+    /// Entries of its answer that do not parse, each with the reason.
     pub skipped: Vec<String>,
 }
 
@@ -406,143 +406,143 @@ pub struct Connection {
     pub consumer_id: Option<String>,
     /// The service's name; null while the connection is held.
     pub service: Option<String>,
-    /// What is asked of discovery, on one line; null while the connection is held.
+    /// The discovery query on one line; null while the connection is held.
     pub query: Option<String>,
     /// The consumer's `address:port`.
     pub source: String,
     /// The original destination, `address:port`.
     pub destination: String,
-    /// Where it goes or is about to, `address:port`; null before the first try.
+    /// The endpoint that it uses or tries, `address:port`; null before the first attempt.
     pub endpoint: Option<String>,
     pub state: ConnectionState,
-    /// Since it was accepted.
+    /// Time since it was accepted.
     pub age_seconds: f64,
-    /// From accepting it until its endpoint's was open.
+    /// Time from accepting it until its endpoint connection was open.
     pub connect_seconds: Option<f64>,
-    /// Endpoints that were tried.
+    /// Number of endpoints tried.
     pub tries: u8,
-    /// From the consumer to the endpoint.
+    /// Bytes from the consumer to the endpoint.
     pub bytes_up: u64,
-    /// From the endpoint to the consumer.
+    /// Bytes from the endpoint to the consumer.
     pub bytes_down: u64,
 }
 
-/// From symptom to cause: `GET /v1/explain?consumer=<name, ID or address>&port=<port>`.
+/// Where connections go, and why: `GET /v1/explain?consumer=<name, ID or address>&port=<port>`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Explain {
-    /// What was asked for.
+    /// The consumer and port of the request.
     pub consumer: String,
     pub port: u16,
     /// The worst of `findings`.
     pub verdict: Verdict,
-    /// What is so and what follows, the worst first; where nothing is wrong, where the next connection goes. Never empty.
+    /// The findings, the worst first. Without a problem: where the next connection goes. Never empty.
     pub findings: Vec<Finding>,
-    /// The consumers that were meant; more than one where several share the address.
+    /// The matching consumers; more than one if several share the address.
     pub consumers: Vec<ExplainConsumer>,
-    /// What they declared for this port, and what became of it.
+    /// Their bindings for this port, with their states.
     pub bindings: Vec<Binding>,
-    /// The routes, one for each address of the consumer.
+    /// The routes: one for each address of the consumer.
     pub routes: Vec<Route>,
-    /// Whether a connection to a VIP on this port is led to embassy; null where the user's own rules decide.
+    /// Whether connections to this port of a VIP are captured; null if the user's own rules decide.
     pub captured: Option<bool>,
-    /// What the consumers dial, as `VIP:port`: the VIPs that their networks have a way to, those of their own networks first.
+    /// The addresses to connect to, as `VIP:port`: the VIPs that the consumers' networks reach, those in their own networks first.
     pub dial: Vec<String>,
-    /// What the routes lead to: one entry unless several consumers share what was asked for.
+    /// The services of the routes: one entry, except if several consumers match.
     pub services: Vec<ExplainService>,
 }
 
-/// A service that routes lead to, and where the next connection would go.
+/// A service that has routes, and the endpoint of the next connection.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ExplainService {
-    /// As in the routes.
+    /// The discovery query, as in the routes.
     pub query: Query,
-    /// As of the routes.
+    /// The balancing algorithm, as in the routes.
     pub balance: Balance,
     /// The state of the routes to it.
     pub state: RouteState,
-    /// What the state means.
+    /// The meaning of the state.
     pub verdict: Verdict,
-    /// Who names its endpoints; null where it was not asked yet.
+    /// The source of its endpoints; null if it was not queried yet.
     pub source: Option<Source>,
-    /// The endpoints in the order of their turns.
+    /// The endpoints in balancing order.
     pub endpoints: Vec<Endpoint>,
-    /// Where the next connection would go, if it came now; nothing is picked by asking.
+    /// The endpoint that the next connection would get. This call does not change the balancing.
     pub next: Option<String>,
 }
 
-/// A consumer, as far as it helps to recognise it.
+/// The identity of a consumer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ExplainConsumer {
     pub name: String,
     /// The container's full ID, or `local`.
     pub id: String,
-    /// Every address that it may dial from.
+    /// All its source addresses.
     pub addresses: Vec<String>,
-    /// The ports that it declared and has a route for.
+    /// The declared ports that have a route.
     pub ports: Vec<u16>,
 }
 
-/// The last minutes, for a plot: `GET /v1/history`. The oldest first.
+/// Samples of the last five minutes: `GET /v1/history`. The oldest first.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct History {
-    /// Between two samples.
+    /// Time between two samples.
     pub interval_seconds: f64,
     pub samples: Vec<Sample>,
 }
 
-/// What happened in one interval.
+/// The figures of one interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Sample {
-    /// Connections that were accepted for a route, each second.
+    /// Connections accepted for a route, per second.
     pub started_per_second: f64,
-    /// Connections that were refused or ended by a failure, each second.
+    /// Connections with an outcome that is an error, per second.
     pub errors_per_second: f64,
-    /// Open at its end.
+    /// Connections open at the end of the interval.
     pub active: u64,
-    /// 99 of 100 connects took at the most this long; null where there was none.
+    /// 99th percentile of the connect time; null if there was no connect.
     pub connect_p99_seconds: Option<f64>,
 }
 
-/// Whether embassy does its job yet: `GET /readyz`, 200 or 503.
+/// Whether embassy is ready: `GET /readyz`, 200 or 503.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Ready {
     pub ready: bool,
-    /// The parts that are not.
+    /// The parts that are not ready.
     pub waiting_for: Vec<Part>,
-    /// The sources among them that have not answered, the first 20.
+    /// The first 20 sources that have not answered.
     pub sources: Vec<String>,
 }
 
-/// Which endpoint gets no new connections: `PUT /v1/endpoints/drain`.
+/// Drains an endpoint or ends its drain: `PUT /v1/endpoints/drain`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Drain {
-    /// The service's name. Every discovery's service of that name is meant.
+    /// The service's name. It applies to the services of this name in all discoveries.
     pub service: String,
     /// As `address:port`.
     pub endpoint: String,
-    /// false: it takes its turn again.
+    /// true: no new connections; false: it gets connections again.
     pub drained: bool,
 }
 
-/// How much is logged: `PUT /v1/log-level`.
+/// The log level: `PUT /v1/log-level`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LogLevel {
-    /// A number from 0 to 10 as `-v` has it, or directives as `RUST_LOG` has them.
+    /// A number from 0 to 10 as for `-v`, or directives in the syntax of `RUST_LOG`.
     pub level: String,
 }
 
-/// What an accepted change did.
+/// The result of a change.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Done {
     /// One sentence.
     pub done: String,
 }
 
-/// Every answer that is no success.
+/// The body of every error response.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Error {
-    /// One sentence: what was wrong, its value, and what was expected.
+    /// One sentence: what was wrong, the value, and what was expected.
     pub error: String,
 }

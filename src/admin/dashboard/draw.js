@@ -1,8 +1,8 @@
-// What is drawn, and how words and numbers are written.
+// Creates and updates elements, and formats texts and numbers.
 
 const $ = id => document.getElementById(id);
 
-// Everything that is shown goes in as text: names come from containers, which nobody vouches for.
+// Everything is inserted as text, because names come from containers, which are not trusted.
 function set(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) if (value != null && value !== false) node.setAttribute(name, value);
   node.append(...children.filter(child => child != null && child !== ""));
@@ -11,8 +11,8 @@ function set(node, attributes, children) {
 const make = (tag, attributes, ...children) => set(document.createElement(tag), attributes, children);
 const svg = (tag, attributes, ...children) => set(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
-// Changes what a node has inside into `wanted`, and touches nothing that stays the same: focus, selection and scrolling are
-// the reader's. Children with a `data-key` are the same when their keys are, all others when they have the same place.
+// Changes the children of a node to `wanted`, and does not touch unchanged ones, so that focus, selection and scrolling
+// stay. Children with a `data-key` are matched by key, all others by position.
 function fill(parent, wanted) {
   const key = node => node.dataset && node.dataset.key;
   const keys = new Set(wanted.map(key)), known = new Map();
@@ -62,6 +62,6 @@ const time = s => s == null ? "–" : s === 0 ? "0 s" : s < 1e-3 ? (s * 1e6).toF
 const ago = s => s == null ? "never" : s < 1 ? "just now" : (s < 10 ? s.toFixed(0) + " s" : time(s)) + " ago";
 const problem = p => p ? p.text + ", " + ago(p.age_seconds) : "";
 
-// How bad something is, as embassy judges it.
+// CSS classes of the verdicts.
 const TONES = {ok: "good", degraded: "warn", broken: "bad"};
 const state = (word, verdict) => make("span", {class: "state " + (TONES[verdict] || "")}, word.replace("_", " "));

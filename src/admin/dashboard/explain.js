@@ -1,6 +1,6 @@
-// The explanation of one port of a consumer: everything that `/v1/explain` answers.
+// The explanation of one port of a consumer: the answer of `/v1/explain`.
 
-// A name and what it is, of those that there are.
+// Pairs of name and value; empty values are omitted.
 const facts = pairs => make("dl", {}, ...pairs.filter(([, value]) => value != null && value !== "")
   .map(([name, value, set]) => make("div", {class: set}, make("dt", {}, name), make("dd", {}, value instanceof Node ? value : String(value)))));
 const part = (title, ...children) => make("section", {"data-key": title}, make("h3", {}, title), ...children);
@@ -30,16 +30,16 @@ function explanation(e) {
   return [
     part("Consumer",
       facts([["Captured", captured], ["Retries", e.routes.length ? count(retries) : null], ...e.consumers.flatMap(c => [["Name", c.name, "roomy"], ["ID", c.id.slice(0, 12)], ["Addresses", c.addresses.join(", "), "roomy"], ["Declared ports", ranges(c.ports) || "none", "wide"]])]),
-      e.bindings.length ? table(BINDINGS, e.bindings, lists.bindings.key) : make("p", {class: "soft"}, "Nothing is declared for this port.")),
+      e.bindings.length ? table(BINDINGS, e.bindings, lists.bindings.key) : make("p", {class: "soft"}, "This port is not declared.")),
     ...e.services.map(s => part("Service " + s.query.name,
       facts([["Next pick", s.next || "none", "roomy"], ["State", state(s.state, s.verdict)], ["Balance", s.balance], ["Tags", s.query.tags.join(", ")], ["Datacentre", s.query.datacentre], ...source(s.source)]),
-      s.endpoints.length ? table(endpoints(s.next), s.endpoints, lists.endpoints.key) : make("p", {class: "soft"}, "It has no endpoint."))),
+      s.endpoints.length ? table(endpoints(s.next), s.endpoints, lists.endpoints.key) : make("p", {class: "soft"}, "The service has no endpoint."))),
     e.routes.length ? part("Routes", table(ROUTES, e.routes, lists.routes.key)) : null,
   ].filter(Boolean);
 }
 
 const finding = f => make("li", {}, f.text, f.fix && f.verdict !== "ok" ? make("span", {class: "soft"}, " Fix: " + f.fix) : "");
-const source = s => s == null ? [["Source", "not asked yet"]] : [["Source", state(s.state, s.verdict)], ["Confirmed", s.kept_seconds == null ? ago(s.age_seconds) : "in an earlier run " + ago(s.kept_seconds)], ["Changed", ago(s.changed_seconds)],
+const source = s => s == null ? [["Source", "not queried yet"]] : [["Source", state(s.state, s.verdict)], ["Confirmed", s.kept_seconds == null ? ago(s.age_seconds) : "in an earlier run " + ago(s.kept_seconds)], ["Changed", ago(s.changed_seconds)],
   ["Answers", count(s.answers)], ["Failures", count(s.failures)], ["Error", s.error, "wide"], ["Skipped", s.skipped.join("; "), "wide"]];
 
 function explains(e) {

@@ -1,9 +1,9 @@
-// The tiles and the plots: everything at a glance.
+// The tiles and the plots.
 
-// What is wrong with a part, as embassy says.
+// The first problem of a part, from the findings.
 const wrong = (s, part) => (s.findings.find(f => f.about === part && f.verdict !== "ok") || {}).text;
 
-// `to` is the list that tells more.
+// `to` is the list with the details.
 function tile(s, part, title, value, more, to) {
   return make("a", {class: "card tile " + TONES[s.verdicts[part]], href: to, "data-key": title, title: wrong(s, part)},
     make("h2", {}, title), make("span", {class: "value"}, String(value)), make("span", {class: "more"}, more));
@@ -19,34 +19,34 @@ function tiles(s) {
     tile(s, "process", "Ready", s.ready ? "yes" : "not yet",
       wrong(s, "process") || (s.waiting_for.length ? "waits for " + s.waiting_for.map(w => w.part).join(", ") : "up for " + time(s.uptime_seconds))),
     tile(s, "capture", "Capture", cap.mode === "none" ? "your rules" : cap.in_place ? "in place" : "not in place",
-      wrong(s, "capture") || (cap.mode === "none" ? "none of embassy's" : said(cap.firewall, cap.mode, cap.scope, restored && "put back " + numbered(restored, "time")))),
+      wrong(s, "capture") || (cap.mode === "none" ? "no rules of embassy" : said(cap.firewall, cap.mode, cap.scope, restored && "restored " + numbered(restored, "time")))),
     tile(s, "sources", "Sources", count(up) + " of " + count(s.sources) + " up",
-      said(s.sources_down && count(s.sources_down) + " down: what was known stays in use", s.sources_waiting && numbered(s.sources_waiting, "first answer") + " awaited") || "all answer",
+      said(s.sources_down && count(s.sources_down) + " down: their last data stays in use", s.sources_waiting && count(s.sources_waiting) + " not answered yet") || "all answer",
       "#sources" + (s.sources_down ? "?state=down" : s.sources_waiting ? "?state=waiting" : "")),
     tile(s, "bindings", "Problems", count(s.problems), s.problems ? "bindings without all their routes" : "every binding has its routes",
       "#bindings" + (s.problems ? "?state=problem" : "")),
     tile(s, "routes", "Routes", count(s.routes), said(numbered(s.consumers, "consumer"), s.routes_broken && count(s.routes_broken) + " broken", s.routes_degraded && count(s.routes_degraded) + " degraded"), "#routes"),
     tile(s, "endpoints", "Endpoints", count(s.endpoints), said(s.endpoints_ejected && count(s.endpoints_ejected) + " ejected", s.endpoints_drained && count(s.endpoints_drained) + " drained") || "none ejected",
       "#endpoints" + (s.endpoints_ejected ? "?state=ejected" : "")),
-    tile(s, "connections", "Connections", count(c.active), said(count(c.started) + " since the start", numbered(c.errors, "error"), c.held && count(c.held) + " held back"), "#connections"),
+    tile(s, "connections", "Connections", count(c.active), said(count(c.started) + " since the start", numbered(c.errors, "error"), c.held && count(c.held) + " held"), "#connections"),
     tile(s, "host", "Host", bytes(h.resident_bytes), numbered(h.descriptors, "descriptor") + (h.conntrack_limit ? ", conntrack " + count(h.conntrack_entries) + " of " + count(h.conntrack_limit) : "")),
   ]);
   $("about").textContent = [s.version, s.vips.join(", ") || "no VIP", "pid " + s.pid].join(" · ");
 }
 
-// Samples that embassy keeps: the plots' width, from the start on.
+// Number of samples that embassy keeps, and the width of the plots.
 const SPAN = 150;
 const PLOTS = [["Connections", "started_per_second", rate], ["Active", "active", count], ["Errors", "errors_per_second", rate], ["Connect p99", "connect_p99_seconds", time]];
 let past = null, pointed = null;
 
-// The next of 1, 2, 5, 10, ... that is not below: where the axis ends.
+// The end of the axis: the smallest of 1, 2, 5, 10, ... that is not below.
 function ceiling(most) {
   if (!(most > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(most));
   return [1, 2, 5, 10].map(n => n * power).find(n => n >= most * .9999);
 }
 
-// An interval without a value (nothing was connected) is a gap, not a zero.
+// An interval without a value (no connects) is a gap, not a zero.
 function plot([title, name, show]) {
   const {samples, interval_seconds: interval} = past, span = Math.max(SPAN, samples.length);
   const values = samples.map(sample => sample[name]), top = ceiling(Math.max(...values.map(v => v || 0)));
@@ -60,7 +60,7 @@ function plot([title, name, show]) {
   return make("div", {class: "card plot", "data-key": name, "data-name": name},
     make("h2", {}, title), make("span", {class: "value"}, show(values[looked])),
     make("span", {class: "top"}, show(top)),
-    svg("svg", {viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": title + ": now " + show(values[last]) + ", at the most " + show(most)},
+    svg("svg", {viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": title + ": now " + show(values[last]) + ", maximum " + show(most)},
       svg("path", {class: "grid", d: "M0 2H100M0 21H100M0 40H100"}), svg("path", {class: "area", d: area}), svg("path", {class: "line", d: line}),
       looked < last ? svg("path", {class: "grid", d: "M" + x(looked).toFixed(2) + " 0V40"}) : null),
     make("span", {class: "ends"}, make("span", {}, time((span - 1) * interval + interval) + " ago"), make("span", {}, looked < last ? ago((last - looked) * interval) : "now")));

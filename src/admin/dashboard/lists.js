@@ -1,12 +1,12 @@
-// The lists: what each says of its entries. A column has a name, how it is set, and what stands in it.
+// The lists. A column has a name, a CSS class, and a function for its value.
 
-// Long names break where their parts end.
+// Long names wrap at the ends of their parts.
 const broken = text => make("span", {}, ...text.split(/(?<=[\/.,])(?=.)/).flatMap((part, n) => n ? [make("wbr", {}), part] : [part]));
 const service = q => q.service + (q.tags.length ? " [" + q.tags.join(", ") + "]" : "");
 const lists = {
   routes: {
     title: "Routes", states: ["ok", "degraded", "ejected", "no_endpoint", "waiting", "not_captured", "refused"],
-    none: "No running container asks for anything yet.",
+    none: "No running container has a binding yet.",
     key: r => [r.consumer_id, r.address, r.port],
     columns: [["Consumer", "name", r => r.consumer], ["Address", "", r => r.address], ["Port", "number", r => r.port],
       ["Service", "name", r => service(r.query)], ["State", "", r => state(r.state, r.verdict)],
@@ -18,7 +18,7 @@ const lists = {
   },
   endpoints: {
     title: "Endpoints", states: ["active", "ejected", "probing", "unhealthy", "drained"],
-    none: "No service that a route goes to has an endpoint.",
+    none: "No service that has a route has an endpoint.",
     key: e => [e.discovery, e.datacentre, e.service, e.endpoint],
     columns: [["Endpoint", "", e => e.endpoint], ["Service", "name", e => e.service], ["Discovery", "", e => e.discovery + (e.datacentre ? " " + e.datacentre : "")],
       ["State", "", e => state(e.state, e.verdict)], ["Active", "number", e => count(e.active)], ["Opened", "number", e => count(e.started)],
@@ -27,7 +27,7 @@ const lists = {
   },
   connections: {
     title: "Connections", states: ["held", "connecting", "running", "parked"],
-    none: "Nothing is connected now.",
+    none: "There are no open connections.",
     key: c => [c.id],
     columns: [["Consumer", "name", c => c.consumer || "–"], ["Service", "name", c => c.service || "–"], ["Source", "address", c => c.source], ["Destination", "address", c => c.destination],
       ["Endpoint", "address", c => c.endpoint || "–"], ["State", "", c => state(c.state)], ["Age", "number", c => time(c.age_seconds)],
@@ -36,7 +36,7 @@ const lists = {
   },
   bindings: {
     title: "Bindings", states: ["problem", "routed", "partly", "unrouted", "invalid"],
-    none: "No running container declares anything.",
+    none: "No running container has a binding.",
     key: b => [b.consumer_id, b.consumer, b.origin, b.port],
     columns: [["Consumer", "name", b => b.consumer], ["Declared by", "name", b => b.origin || "–"], ["Port", "number", b => b.port || "–"],
       ["Service", "name", b => b.query ? service(b.query) : "–"], ["State", "", b => state(b.state, b.verdict)], ["Addresses", "name", b => b.addresses.join(", ") || "–"],
@@ -45,7 +45,7 @@ const lists = {
   },
   sources: {
     title: "Sources", states: ["up", "down", "waiting"],
-    none: "Nothing is asked yet.",
+    none: "No source was queried yet.",
     key: s => [s.name],
     columns: [["Source", "name", s => s.name], ["State", "", s => state(s.state, s.verdict)], ["Confirmed", "number", s => ago(s.age_seconds)], ["Changed", "number", s => ago(s.changed_seconds)],
       ["Items", "number", s => count(s.items)], ["Answers", "number", s => count(s.answers)], ["Failures", "number", s => count(s.failures)],
@@ -53,7 +53,7 @@ const lists = {
   },
 };
 
-// Rows of any list, here and where a route is explained.
+// Rows of any list, here and in the explanation.
 const head = columns => make("tr", {}, ...columns.map(([name, set]) => make("th", {scope: "col", class: set || null}, name)));
 const row = (columns, item, attributes) => make("tr", attributes, ...columns.map(([name, set, of]) => {
   const value = of(item);

@@ -1,13 +1,13 @@
-// What the page shows now, what it asks for, and what the reader does.
+// The state of the page, its requests, and the reader's input.
 
 const LIMIT = 100;
-// Between an answer and the next question.
+// Time from an answer to the next request, in ms.
 const PAUSE = 2000;
-// An answer that takes longer is told to be late.
+// An answer that takes longer is reported as late.
 const LATE = 3000;
-// An answer that takes longer is given up.
+// Timeout of a request, in ms.
 const PATIENCE = 15000;
-const SLOW = "embassy takes long to answer.";
+const SLOW = "embassy answers slowly.";
 
 let list = "routes", offset = 0, current = "", explained = null;
 let asking = null, next = 0, answered = null, shownItems = new Map();
@@ -19,8 +19,8 @@ async function get(path, signal) {
   throw Object.assign(new Error(error || answer.status + " " + answer.statusText), {refused: true});
 }
 
-// Asks for everything that is shown. The next question comes after the answers, however long they take, so none of them is
-// thrown away; only what the reader does asks anew at once.
+// Requests everything that is shown. The next requests come after the answers, so that no answer is thrown away. Only the
+// reader's input sends new requests at once.
 async function refresh() {
   clearTimeout(next);
   if (asking) asking.abort();
@@ -45,7 +45,7 @@ async function refresh() {
   if (asking !== mine) return;
   const failed = ends.find(end => end.status === "rejected");
   const took = performance.now() - started;
-  if (failed) tell(failed.reason.refused ? "embassy refuses to answer: " + failed.reason.message : "embassy does not answer.");
+  if (failed) tell(failed.reason.refused ? "embassy refused the request: " + failed.reason.message : "embassy does not answer.");
   else {
     answered = new Date();
     if (took > LATE) tell(SLOW);
@@ -54,9 +54,9 @@ async function refresh() {
   next = setTimeout(() => document.hidden || refresh(), PAUSE);
 }
 
-// The same text as long as nothing changes: it is read aloud at each change.
+// The text is set only if it changes, because screen readers read each change aloud.
 function tell(text) {
-  const notice = answered ? text + " What is shown is of " + answered.toLocaleTimeString() + "." : text;
+  const notice = answered ? text + " The data shown is from " + answered.toLocaleTimeString() + "." : text;
   if ($("notice").textContent !== notice) $("notice").textContent = notice;
   $("notice").hidden = false;
   Object.assign($("live"), text === SLOW ? {textContent: "late", className: "state warn"} : {textContent: "no answer", className: "state bad"});
@@ -70,12 +70,12 @@ function calm() {
 function show(page) {
   const {columns, key, explains, none} = lists[list];
   if (page.offset && !page.items.length) {
-    // The list became shorter than what was turned to.
+    // The list became shorter than the current page's offset.
     offset = page.total ? Math.floor((page.total - 1) / LIMIT) * LIMIT : 0;
     return refresh();
   }
   shownItems = new Map(page.items.map(item => [String(key(item)), item]));
-  // One row is reached by Tab, the others from there by arrows.
+  // Tab reaches one row, arrow keys the others.
   if (!shownItems.has(current)) current = shownItems.keys().next().value;
   const focused = document.activeElement.closest("#rows tr");
   fill($("head"), [head(columns)]);
@@ -83,8 +83,8 @@ function show(page) {
     const to = explains && explains(item);
     return row(columns, item, to
       ? {"data-key": id, tabindex: id === current ? 0 : -1, "aria-label": "Explain " + to[2] + " port " + to[1]} : {"data-key": id});
-  }) : [message(columns, $("q").value || $("state").value ? "Nothing fits the filter." : none)]);
-  // Where the row is gone, no other takes its place under the reader's fingers.
+  }) : [message(columns, $("q").value || $("state").value ? "No entry matches the filter." : none)]);
+  // If the focused row is gone, no other row gets the focus, because a key would then act on it.
   if (focused) (focused.isConnected ? focused : $("panel")).focus({preventScroll: true});
   const end = page.offset + page.items.length;
   $("range").textContent = page.total ? count(page.offset + 1) + "–" + count(end) + " of " + count(page.total) : "none";
@@ -102,7 +102,7 @@ function choose(name) {
   $("panel").setAttribute("aria-labelledby", "tab-" + name);
   fill($("state"), [make("option", {value: ""}, "any state"), ...lists[name].states.map(s => make("option", {value: s}, s.replace("_", " ")))]);
   $("state").value = "";
-  // Nothing of another list stays under this one's name.
+  // Remove the previous list's rows at once.
   fill($("head"), [head(lists[name].columns)]);
   fill($("rows"), [message(lists[name].columns, "…")]);
   $("range").textContent = "";
@@ -123,7 +123,7 @@ function explain(consumer, port) {
   refresh();
 }
 
-// What is shown stands in the address, to be passed on: #routes?q=web&state=ejected&explain=172.17.0.2:80
+// The address contains the state of the page, so that it can be shared: #routes?q=web&state=ejected&explain=172.17.0.2:80
 function remember() {
   const where = explained && explained.consumer + ":" + explained.port;
   const shown = new URLSearchParams(Object.entries({q: $("q").value, state: $("state").value, explain: where}).filter(([, value]) => value));
@@ -169,7 +169,7 @@ $("on").onclick = () => { offset += LIMIT; refresh(); };
 $("plots").addEventListener("pointermove", point);
 $("plots").addEventListener("pointerleave", point);
 
-// Where a key leads to among its like.
+// The element to which an arrow key moves.
 const step = (node, key, [back, on]) => ({[back]: node.previousElementSibling, [on]: node.nextElementSibling,
   Home: node.parentNode.firstElementChild, End: node.parentNode.lastElementChild})[key];
 addEventListener("keydown", e => {

@@ -1,4 +1,4 @@
-//! The metrics, read at each scrape from where they are counted: a series is there as long as what it tells of.
+//! The metrics, read from the counters at each scrape. A series exists as long as its route, endpoint or source.
 
 use std::{
     fmt,
@@ -35,7 +35,7 @@ mod traffic;
 use families::Families;
 pub(super) use text::{Format, write_aside};
 
-/// Where the figures are.
+/// The sources of the figures.
 #[derive(Debug)]
 pub struct Metrics {
     pub tables: watch::Receiver<Arc<Table>>,
@@ -50,7 +50,7 @@ impl Metrics {
     pub fn registry(self) -> Registry {
         let mut registry = Registry::default();
         registry.sub_registry_with_prefix("embassy").register_collector(Box::new(self));
-        // These have the same name whatever the program.
+        // These metrics have the same names in every program.
         registry.sub_registry_with_prefix("process").register_collector(Box::new(Process));
         registry
     }
@@ -59,7 +59,11 @@ impl Metrics {
 impl Collector for Metrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut out = Families(&mut encoder);
-        out.info("build", "The program that runs", &[("version", env!("CARGO_PKG_VERSION"))])?;
+        out.info(
+            "build",
+            "Always 1; the version that runs",
+            &[("version", env!("CARGO_PKG_VERSION"))],
+        )?;
         self.table(&mut out)?;
         self.connections(&mut out)?;
         let table = self.tables.borrow().clone();
@@ -68,12 +72,12 @@ impl Collector for Metrics {
         self.sources(&mut out)?;
         out.counter(
             "state_written",
-            "Times that the table was kept on disk",
+            "Times the table was saved to disk",
             self.state.written.load(Relaxed),
         )?;
         out.counter(
             "state_failures",
-            "Times that the table could not be kept on disk",
+            "Times saving the table failed",
             self.state.failed.load(Relaxed),
         )?;
         if let Some(counts) = &self.capture {
@@ -82,19 +86,23 @@ impl Collector for Metrics {
         let host = host::host();
         out.gauge(
             "conntrack_entries",
-            "Entries of the kernel's connection tracking, everybody's",
+            "Connection tracking entries of the whole host",
             host.conntrack_entries,
         )?;
-        out.gauge("conntrack_limit", "Entries that connection tracking may have; beyond, new connections of everybody are dropped", host.conntrack_limit)?;
-        out.gauge("memory_used_bytes", "Memory that the control group uses, of the one nearest to its limit, without what the kernel can take back", host.memory_used_bytes)?;
+        out.gauge("conntrack_limit", "Limit of connection tracking entries; at the limit the kernel drops all new connections of the host", host.conntrack_limit)?;
+        out.gauge(
+            "memory_used_bytes",
+            "Memory use of the control group nearest to its limit, without reclaimable memory",
+            host.memory_used_bytes,
+        )?;
         out.gauge(
             "memory_limit_bytes",
-            "Memory that this control group may use",
+            "Memory limit of this control group",
             host.memory_limit_bytes,
         )?;
         out.gauge(
             "memory_short",
-            "Whether new connections are refused because memory is nearly used up: 1, else 0",
+            "1 while new connections are refused because memory is nearly used up",
             Some(u64::from(self.figures.memory_short())),
         )
     }
@@ -103,37 +111,34 @@ impl Collector for Metrics {
 impl Metrics {
     fn table(&self, out: &mut Families<'_, '_>) -> fmt::Result {
         let table = self.tables.borrow().clone();
-        out.gauge("routes", "Routes in the table: one for each address of a consumer and each port that it declared", Some(table.routes().len() as u64))?;
+        out.gauge(
+            "routes",
+            "Routes in the table: one for each consumer address and declared port",
+            Some(table.routes().len() as u64),
+        )?;
         out.gauge(
             "endpoints",
-            "Endpoints of all services that a route goes to",
+            "Endpoints of all services that have a route",
             Some(table.endpoints().len() as u64),
         )?;
         out.gauge(
             "bindings_unrouted",
-            "Bindings that have no route, or not all of them",
+            "Bindings without a route, or with only some of their routes",
             Some(table.unrouted().len() as u64),
         )?;
         let sources = self.sources.borrow().clone();
         let invalid = sources.listing.as_ref().map_or(0, |listing| listing.problems.len());
         out.gauge(
             "bindings_invalid",
-            "Descriptors that cannot be read, and consumers that cannot be told apart",
+            "Descriptors that do not parse, and consumers that cannot be identified",
             Some(invalid as u64),
         )?;
         let entries = sources.queries.iter().map(|(_, known)| {
             known.borrow().value.as_ref().map_or(0, |endpoints| endpoints.rejected.len() as u64)
         });
-        out.gauge(
-            "entries_skipped",
-            "Entries of discoveries that cannot be understood",
-            Some(entries.sum()),
-        )?;
+        out.gauge("entries_skipped", "Discovery entries that do not parse", Some(entries.sum()))?;
         out.gauge("table_version", "Tables published since the start", Some(table.version))?;
-        let mut skipped = out.counters(
-            "skipped",
-            "What could not be understood or done, and was skipped, by what it was",
-        )?;
+        let mut skipped = out.counters("skipped", "Skipped items, by kind")?;
         for (what, count) in [
             ("binding", &self.refused.bindings),
             ("route", &self.refused.routes),
@@ -141,46 +146,42 @@ impl Metrics {
         ] {
             skipped.counter(&[("what", what)], count.load(Relaxed))?;
         }
-        out.counter("log_lines_dropped", "Lines of the log, those of connections included, that were dropped because whoever reads it is too slow", log::dropped())
+        out.counter("log_lines_dropped", "Log lines, including the connection log, dropped because the reader of stderr is too slow", log::dropped())
     }
 
     fn connections(&self, out: &mut Families<'_, '_>) -> fmt::Result {
         let figures = &self.figures;
         out.gauge(
             "connections_active",
-            "Connections open or being opened",
+            "Connections that are open or being opened",
             Some(figures.live() as u64),
         )?;
         out.gauge(
             "connections_held",
-            "Connections that wait for their container to become known",
+            "Connections that wait until their container is known",
             Some(figures.held() as u64),
         )?;
         out.gauge(
             "connections_limit",
-            "Connections that may be open at a time; one more is reset",
+            "Maximum number of open connections; further ones are reset",
             Some(figures.limit() as u64),
         )?;
-        out.counter(
-            "connections_started",
-            "Connections that were accepted for a route",
-            figures.started(),
-        )?;
+        out.counter("connections_started", "Connections accepted for a route", figures.started())?;
         let mut ended =
-            out.counters("connections", "Connections that ended or were refused, by how")?;
+            out.counters("connections", "Connections that ended or were refused, by outcome")?;
         for outcome in Outcome::ALL {
             ended.counter(&[("outcome", outcome.as_str())], figures.ended(*outcome))?;
         }
         let (up, down) = figures.bytes();
         let mut bytes = out.counters(
             "bytes",
-            "Bytes passed on, by direction: up is from consumers to endpoints",
+            "Bytes transferred, by direction: up is from consumers to endpoints",
         )?;
         bytes.counter(&[("direction", "up")], up)?;
         bytes.counter(&[("direction", "down")], down)?;
         let mut connect = out.histograms(
             "connect",
-            "Time from accepting a connection until its endpoint's was open",
+            "Time from accepting a connection until its endpoint connection was open",
         )?;
         traffic::histogram(&mut connect, &figures.connect())
     }
@@ -194,13 +195,13 @@ impl Metrics {
                 .iter()
                 .map(|(query, known)| (query.to_string(), Figure::of(&known.borrow()))),
         );
-        let mut up = out.gauges("source_up", "Whether the source answers: 1, else 0", None)?;
+        let mut up = out.gauges("source_up", "1 while the source answers", None)?;
         for (name, figure) in &all {
             up.gauge(&[("source", name.as_str())], f64::from(u8::from(figure.up)))?;
         }
         let mut age = out.gauges(
             "source_age",
-            "Time since the source last confirmed what is used of it",
+            "Time since the source last confirmed the data in use",
             Some(&Unit::Seconds),
         )?;
         for (name, figure) in &all {
@@ -210,20 +211,19 @@ impl Metrics {
         }
         let mut answers = out.counters(
             "source_answers",
-            "Full answers of the source, those that brought nothing new included",
+            "Full answers of the source, including those without a change",
         )?;
         for (name, figure) in &all {
             answers.counter(&[("source", name.as_str())], figure.answers)?;
         }
         let mut changes = out.counters(
             "source_changes",
-            "Answers of the source that were other than the one before, the first included",
+            "Full answers that differ from the previous one, including the first",
         )?;
         for (name, figure) in &all {
             changes.counter(&[("source", name.as_str())], figure.changes)?;
         }
-        let mut failures =
-            out.counters("source_failures", "Sessions with the source that failed")?;
+        let mut failures = out.counters("source_failures", "Failed sessions with the source")?;
         for (name, figure) in &all {
             failures.counter(&[("source", name.as_str())], figure.failures)?;
         }
@@ -233,26 +233,22 @@ impl Metrics {
 
 fn captured(out: &mut Families<'_, '_>, counts: &capture::CaptureCounts) -> fmt::Result {
     let in_place = u64::from(counts.standing().in_place);
-    out.gauge(
-        "capture_in_place",
-        "Whether our rules stand as they should: 1, else 0",
-        Some(in_place),
-    )?;
+    out.gauge("capture_in_place", "1 while the capture rules are complete", Some(in_place))?;
     let mut restored = out.counters(
         "capture_restored",
-        "Times that rules were put back after others changed them, by how",
+        "Times the rules were restored after another program changed them, by the kind of change",
     )?;
     for change in capture::Change::ALL {
         restored.counter(&[("change", change.as_str())], counts.restored(*change))?;
     }
     out.gauge(
         "capture_barriers",
-        "Chains of others that may drop what is captured",
+        "Chains of other programs that may drop captured connections",
         Some(counts.barriers.load(Relaxed)),
     )?;
     out.counter(
         "capture_failures",
-        "Attempts to write the rules that failed",
+        "Failed attempts to write the rules",
         counts.failed.load(Relaxed),
     )
 }
@@ -279,7 +275,7 @@ impl Figure {
     }
 }
 
-/// What every program tells of its process, under the names that dashboards know.
+/// The usual metrics of a process, under their usual names.
 #[derive(Debug)]
 struct Process;
 
@@ -287,17 +283,17 @@ impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut out = Families(&mut encoder);
         let host = host::host();
-        out.gauge("open_fds", "Descriptors that are open", host.descriptors)?;
-        out.gauge("max_fds", "Descriptors that may be open", host.descriptors_limit)?;
-        out.gauge("resident_memory_bytes", "Memory in use", host.resident_bytes)?;
+        out.gauge("open_fds", "Open descriptors", host.descriptors)?;
+        out.gauge("max_fds", "Maximum number of open descriptors", host.descriptors_limit)?;
+        out.gauge("resident_memory_bytes", "Resident memory", host.resident_bytes)?;
         let mut start =
-            out.gauges("start_time", "When it started, since 1970", Some(&Unit::Seconds))?;
+            out.gauges("start_time", "Start time, in seconds since 1970", Some(&Unit::Seconds))?;
         if let Some(seconds) = host.started_seconds {
             start.0.encode_gauge(&seconds)?;
         }
         let mut cpu = out.0.encode_descriptor(
             "cpu",
-            "Processor time of all threads",
+            "CPU time of all threads",
             Some(&Unit::Seconds),
             MetricType::Counter,
         )?;

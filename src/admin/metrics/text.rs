@@ -1,5 +1,5 @@
-//! The two forms of a scrape. The library writes OpenMetrics; whoever does not ask for that gets Prometheus' own text form
-//! (prometheus.io/docs/instrumenting/exposition_formats), which differs in how families are announced.
+//! The two formats of a scrape. The library writes OpenMetrics. A client that does not accept it gets the Prometheus text
+//! format (prometheus.io/docs/instrumenting/exposition_formats), which differs in the header lines of families.
 
 use std::{
     fmt::{self, Write},
@@ -13,7 +13,7 @@ use futures_util::stream;
 use prometheus_client::{encoding::text::encode, registry::Registry};
 use tokio::sync::mpsc;
 
-/// What a scrape is written in.
+/// The format of a scrape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Format {
     OpenMetrics,
@@ -21,7 +21,7 @@ pub(crate) enum Format {
 }
 
 impl Format {
-    /// What a scraper that accepts this wants.
+    /// The format for a client with this Accept header.
     pub(crate) fn accepted(accept: &str) -> Self {
         if accept.contains("application/openmetrics-text") {
             Self::OpenMetrics
@@ -38,15 +38,15 @@ impl Format {
     }
 }
 
-/// How much a thread that writes metrics yields to others, from 0 to 19.
+/// The niceness of the thread that writes metrics, 0 to 19.
 const NICE: i32 = 10;
 
-/// What is written is passed on in pieces of about so many bytes: a scrape of many routes has tens of megabytes, which are
-/// on their way while the next piece is written, and of which a fast reader leaves few in memory.
+/// Size of a piece of output, in bytes. A scrape of many routes has tens of megabytes: pieces are sent while the next one is
+/// written, so that little of it is in memory if the client reads fast.
 const PIECE: usize = 128 * 1024;
 
-/// Writes all metrics in a thread of its own, to which the kernel prefers the data path where processors are short.
-/// `place` is kept until all is written, whether or not anybody still reads it. How fast they read makes no difference.
+/// Writes all metrics in a low-priority thread, so that the kernel prefers the data path if CPU time is short. Holds `place`
+/// until everything is written, even if the client has gone. The speed of the client does not matter.
 pub(crate) fn write_aside(
     registry: Arc<Registry>,
     format: Format,
@@ -54,10 +54,10 @@ pub(crate) fn write_aside(
 ) -> io::Result<Body> {
     let (pieces, answer) = mpsc::unbounded_channel();
     let write = move || {
-        // Of this thread alone, as Linux has it. Where it is refused, the scrape is only less polite.
+        // On Linux this applies only to this thread. If the kernel refuses it, the scrape only has a higher priority.
         let _ = rustix::process::nice(NICE);
         let send = |piece| {
-            // Whoever asked may have given up; then nobody has a use for the rest.
+            // The client may have given up; then the rest is not needed.
             pieces.send(Some(piece)).map_err(|_| fmt::Error)
         };
         if write(&registry, format, send).is_ok() {
@@ -70,14 +70,14 @@ pub(crate) fn write_aside(
         let piece = match answer.recv().await {
             Some(Some(piece)) => Ok(piece),
             Some(None) => return None,
-            // Without its end, what was written must not pass for the whole.
+            // An incomplete scrape must not look complete.
             None => Err(io::Error::other("the metrics could not be written")),
         };
         Some((piece, answer))
     })))
 }
 
-/// Writes all metrics, and has every piece taken by `send`.
+/// Writes all metrics, and passes each piece to `send`.
 fn write(
     registry: &Registry,
     format: Format,
@@ -88,7 +88,7 @@ fn write(
     pieces.pass()
 }
 
-/// Takes what the library writes, and passes it on in whole lines.
+/// Receives the library's output, and passes it on in whole lines.
 struct Pieces<S> {
     text: String,
     format: Format,
@@ -103,7 +103,7 @@ impl<S: FnMut(Bytes) -> fmt::Result> Pieces<S> {
             Format::OpenMetrics => text,
             Format::Prometheus => prometheus(&text, &mut self.help)?,
         };
-        // Whoever woke meanwhile need not wait for this thread's time slice to end.
+        // Yield, so that other threads do not wait for the end of this thread's time slice.
         thread::yield_now();
         (self.send)(piece.into())
     }
@@ -119,18 +119,18 @@ impl<S: FnMut(Bytes) -> fmt::Result> Write for Pieces<S> {
     }
 }
 
-/// The name and the words of the last family that was announced.
+/// The name and the help text of the last family.
 #[derive(Debug, Default)]
 struct Help {
     name: String,
     text: String,
 }
 
-/// The same lines in Prometheus' own form: a counter's family is named with its `_total`, an info is a gauge, and there are
-/// no units and no end.
+/// The same lines in the Prometheus text format: a counter's family name ends in `_total`, an info is a gauge, and there are
+/// no units and no end marker.
 fn prometheus(text: &str, help: &mut Help) -> Result<String, fmt::Error> {
     let mut out = String::with_capacity(text.len());
-    // Comments are few: what is between them is passed on whole.
+    // Comment lines are few: the lines between them are copied as one piece.
     let mut rest = text;
     while let Some(at) = comment(rest) {
         out.push_str(&rest[..at]);
@@ -148,7 +148,7 @@ fn prometheus(text: &str, help: &mut Help) -> Result<String, fmt::Error> {
                     _ => ("", kind),
                 };
                 if help.name == name {
-                    // The library ends a help with a full stop of its own.
+                    // The library adds a full stop to a help text.
                     writeln!(out, "# HELP {name}{suffix} {}", help.text)?;
                 }
                 writeln!(out, "# TYPE {name}{suffix} {kind}")?;
@@ -160,7 +160,7 @@ fn prometheus(text: &str, help: &mut Help) -> Result<String, fmt::Error> {
     Ok(out)
 }
 
-/// Where the next line that is a comment begins.
+/// The position of the next comment line.
 fn comment(text: &str) -> Option<usize> {
     if text.starts_with("# ") { Some(0) } else { text.find("\n# ").map(|at| at + 1) }
 }

@@ -1,5 +1,5 @@
-//! What is counted of routes and endpoints. A route's series bear its consumer, an endpoint's do not: the product of both
-//! would be far more than anybody can store.
+//! The metrics of routes and endpoints. A route's series have its consumer as a label, an endpoint's do not: the product of
+//! both would be too many series to store.
 
 use std::{
     collections::BTreeMap,
@@ -48,10 +48,8 @@ pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table) -> fmt::Result {
     }
     let ports: Vec<_> = ports.into_values().map(|port| (port.labels(), port)).collect();
 
-    let mut started = out.counters(
-        "route_connections_started",
-        "Connections that were accepted for a consumer's port",
-    )?;
+    let mut started =
+        out.counters("route_connections_started", "Connections accepted for a consumer's port")?;
     for (labels, port) in &ports {
         started.counter(labels, port.sum(|counts| counts.started.load(Relaxed)))?;
     }
@@ -63,7 +61,7 @@ pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table) -> fmt::Result {
     for (labels, port) in &ports {
         active.gauge(labels, port.sum(ConnectionCounts::active) as f64)?;
     }
-    let mut ended = out.counters("route_connections", "Connections of a consumer's port that ended, by how; an outcome that never came has no series")?;
+    let mut ended = out.counters("route_connections", "Connections of a consumer's port that ended, by outcome; no series for an outcome that never occurred")?;
     for (labels, port) in &ports {
         for outcome in Outcome::ALL {
             outcomes(&mut ended, labels, *outcome, port.sum(|counts| counts.ended.get(*outcome)))?;
@@ -71,7 +69,7 @@ pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table) -> fmt::Result {
     }
     let mut bytes = out.counters(
         "route_bytes",
-        "Bytes passed on for a consumer's port, by direction: up is from the consumer",
+        "Bytes transferred for a consumer's port, by direction: up is from the consumer",
     )?;
     for (labels, port) in &ports {
         directions(
@@ -83,14 +81,14 @@ pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table) -> fmt::Result {
     }
     let mut retries = out.counters(
         "route_retries",
-        "Further tries for a consumer's port after an endpoint failed",
+        "Further attempts for a consumer's port after an endpoint failed",
     )?;
     for (labels, port) in &ports {
         retries.counter(labels, port.sum(|counts| counts.retries.load(Relaxed)))?;
     }
     let mut connect = out.histograms(
         "route_connect",
-        "Time from accepting a connection of a consumer's port until its endpoint's was open",
+        "Time from accepting a connection of a consumer's port until its endpoint connection was open",
     )?;
     for (labels, port) in &ports {
         let mut sum = Distribution::default();
@@ -119,7 +117,7 @@ pub(super) fn endpoints(out: &mut Families<'_, '_>, table: &Table, now: Millis) 
         .collect();
 
     let mut opened =
-        out.counters("endpoint_connections_opened", "Connections that were opened to an endpoint")?;
+        out.counters("endpoint_connections_opened", "Connections opened to an endpoint")?;
     for (labels, state) in &all {
         opened.counter(labels, state.counts.started.load(Relaxed))?;
     }
@@ -131,7 +129,7 @@ pub(super) fn endpoints(out: &mut Families<'_, '_>, table: &Table, now: Millis) 
     for (labels, state) in &all {
         active.gauge(labels, f64::from(state.active()))?;
     }
-    let mut ended = out.counters("endpoint_connections", "Connections to an endpoint that had been opened and ended, by how; an outcome that never came has no series")?;
+    let mut ended = out.counters("endpoint_connections", "Opened connections to an endpoint that ended, by outcome; no series for an outcome that never occurred")?;
     for (labels, state) in &all {
         for outcome in Outcome::ALL {
             outcomes(&mut ended, labels, *outcome, state.counts.ended.get(*outcome))?;
@@ -139,7 +137,7 @@ pub(super) fn endpoints(out: &mut Families<'_, '_>, table: &Table, now: Millis) 
     }
     let mut bytes = out.counters(
         "endpoint_bytes",
-        "Bytes passed on to and from an endpoint, by direction: up is to the endpoint",
+        "Bytes transferred to and from an endpoint, by direction: up is to the endpoint",
     )?;
     for (labels, state) in &all {
         directions(
@@ -150,27 +148,24 @@ pub(super) fn endpoints(out: &mut Families<'_, '_>, table: &Table, now: Millis) 
         )?;
     }
     let mut failures =
-        out.counters("endpoint_connect_failures", "Tries to connect to an endpoint that failed")?;
+        out.counters("endpoint_connect_failures", "Failed connect attempts to an endpoint")?;
     for (labels, state) in &all {
         failures.counter(labels, state.failed_tries())?;
     }
     let mut ejections =
-        out.counters("endpoint_ejections", "Times that an endpoint was ejected after a failure")?;
+        out.counters("endpoint_ejections", "Times an endpoint was ejected after a failure")?;
     for (labels, state) in &all {
         ejections.counter(labels, state.ejections())?;
     }
-    let mut ejected = out.gauges(
-        "endpoint_ejected",
-        "Whether an endpoint is skipped after a failure: 1, else 0",
-        None,
-    )?;
+    let mut ejected =
+        out.gauges("endpoint_ejected", "1 while an endpoint is skipped after a failure", None)?;
     for (labels, state) in &all {
         let skipped = judgement::endpoint(state, now).verdict() == Verdict::Broken;
         ejected.gauge(labels, f64::from(u8::from(skipped)))?;
     }
     let mut connect = out.histograms(
         "endpoint_connect",
-        "Time that opening a connection to an endpoint took; an endpoint without any has no series",
+        "Connect time to an endpoint; no series for an endpoint without a connection",
     )?;
     for (labels, state) in &all {
         let read = state.counts.connect.read();
@@ -210,9 +205,9 @@ pub(super) fn histogram(metric: &mut MetricEncoder<'_>, read: &Distribution) -> 
     metric.encode_histogram::<NoLabelSet>(read.sum_seconds(), read.count(), &buckets, None)
 }
 
-/// Labels that many series bear: put into words once, and written as one piece.
+/// Labels that many series share: rendered once, and written as one piece.
 struct Labels {
-    /// `a="x",b="y",c`: all but the last one's value, which the library encloses.
+    /// `a="x",b="y",c`: without the last value's quotes, which the library adds.
     head: String,
     last: String,
 }
@@ -245,7 +240,7 @@ impl EncodeLabelSet for Labels {
     }
 }
 
-/// A label's value as both forms of a scrape want it.
+/// A label's value, escaped for both formats.
 fn escape(out: &mut String, value: &str) {
     for c in value.chars() {
         match c {

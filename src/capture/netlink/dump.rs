@@ -84,7 +84,7 @@ pub(in crate::capture) fn base_chains(socket: &mut Socket) -> Result<Vec<BaseCha
     Ok(found)
 }
 
-/// How many packets the rule of a counting chain of ours has seen. `None` where there is no such rule.
+/// The packet count of the rule in one of our counting chains. `None` if there is no such rule.
 pub(in crate::capture) fn counted(
     socket: &mut Socket,
     table: Table<'_>,
@@ -143,7 +143,7 @@ pub(in crate::capture) struct Listing {
     pub(in crate::capture) added: usize,
 }
 
-/// The table compared with `rules`, where others can change it. It reads every element.
+/// Compares the table with `rules`, if other programs can change it. Reads every element.
 pub(in crate::capture) fn list(
     socket: &mut Socket,
     table: Table<'_>,

@@ -11,7 +11,7 @@ use super::{
     wire::{Attributes, Kind, Messages, VALUE, family, flags},
 };
 
-/// Of the commands that follow, a table of ours: `inet`, and its name.
+/// Names the table of the commands that follow: `inet`, and its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::capture) struct Table<'a> {
     pub(in crate::capture) name: &'a str,
@@ -105,7 +105,7 @@ pub(in crate::capture) fn replace(old: Table<'_>, new: Table<'_>, chains: &[Chai
     })
 }
 
-/// Deletes a table, of ours or of one like us that has ended.
+/// Deletes a table of this embassy, or of an earlier one that has ended.
 pub(in crate::capture) fn delete(table: Table<'_>) -> Messages {
     Messages::batch(|batch| table.delete(batch))
 }
@@ -235,7 +235,7 @@ pub(super) fn hook_number(hook: Hook) -> u32 {
     }
 }
 
-/// An element as the kernel has it: a range is where it begins and where the first address after it is.
+/// An element in the kernel's form: a range is its first address and the first address after it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Bound {
     pub(super) key: Vec<u8>,

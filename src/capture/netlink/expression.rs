@@ -10,7 +10,7 @@ use super::{
 #[derive(Debug)]
 pub(super) struct Expressions<'a, 'b> {
     list: &'a mut Attributes<'b>,
-    /// What was asked for already.
+    /// The expressions that were checked already.
     family: Option<Family>,
     tcp: bool,
 }

@@ -15,12 +15,12 @@ use rustix::{
 
 use super::wire::{Answer, Attributes, Kind, Messages, REQUEST, answers, family, flags};
 
-/// Counts what anybody changed in the nf_tables of a network namespace. It wraps.
+/// Counts all changes of the nf_tables of a network namespace. It wraps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::capture) struct Generation(u32);
 
 impl Generation {
-    /// Whether this follows `before` at once: nobody was in between.
+    /// Whether this generation directly follows `before`, without a change by another program.
     pub(in crate::capture) fn follows(self, before: Self) -> bool {
         self.0 == before.0.wrapping_add(1)
     }
@@ -165,7 +165,7 @@ impl Socket {
         generation.ok_or_else(|| NetlinkError::of("gave no answer")(Errno::NOMSG))
     }
 
-    /// Hands every object of a kind to `each`. `select` narrows them. An error where there is nothing of that name.
+    /// Hands every object of a kind to `each`. `select` narrows them. An error if there is nothing of that name.
     pub(super) fn dump(
         &mut self,
         kind: Kind,

@@ -195,7 +195,7 @@ pub(super) struct Answer<'a> {
 }
 
 impl<'a> Answer<'a> {
-    /// The attributes, where the answer is one of nf_tables' own.
+    /// The attributes, if the answer is from nf_tables.
     pub(super) fn attributes(self) -> Parsed<'a> {
         Parsed(self.body.get(4..).unwrap_or_default())
     }

@@ -351,7 +351,7 @@ async fn chains_move_and_make_place() {
         next.load(&rules).await.unwrap();
         drop(draining);
         assert_eq!(plain(&listed()), moved);
-        // What is not there any more cannot be removed, and that is no failure.
+        // An object that is already gone cannot be removed; this is not an error.
         if shared {
             nft("flush ruleset").unwrap();
             assert!(!next.remove().unwrap().0);

@@ -1,4 +1,4 @@
-//! What this host says of itself. Nothing is changed, and nothing is judged here.
+//! Collects the facts about this host. Changes and judges nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,46 +30,46 @@ use crate::{
     source::ResyncRequests,
 };
 
-/// Everything that is judged.
+/// All facts that are judged.
 #[derive(Debug)]
 pub(super) struct HostFacts {
     pub(super) capture: CaptureMode,
-    /// `None`: nothing asks it.
+    /// `None`: no configured source uses it.
     pub(super) engine: Option<Result<EngineFacts, String>>,
-    /// Every discovery, and what is wrong with asking it.
+    /// Each discovery, with its error if it does not answer.
     pub(super) discoveries: Vec<(Arc<str>, Result<(), String>)>,
-    /// The backend that would be used.
+    /// The backend that a start would use.
     pub(super) firewall: Result<Firewall, String>,
-    /// Where our rules are, by backend.
+    /// The place of our rules, by backend.
     pub(super) places: Vec<(Firewall, place::Place)>,
-    /// The same of what this host sends itself, with `--redirect`.
+    /// The same for the host's own connections, with `--redirect`.
     pub(super) places_of_output: Vec<(Firewall, place::Place)>,
-    /// Chains of others that stop what is captured.
+    /// Chains of other programs that drop captured connections.
     pub(super) barriers: Result<Vec<Barrier>, String>,
-    /// The processes of proxies in this network namespace, where they can be seen.
+    /// The visible processes of proxies in this network namespace.
     pub(super) running: Vec<u32>,
-    /// Whether an embassy captures here, seen or not.
+    /// Whether an embassy captures here, even if its process is not visible.
     pub(super) capturing: bool,
     pub(super) port: u16,
     pub(super) listener: Listener,
     /// Addresses of this host.
     pub(super) local: BTreeSet<IpAddr>,
-    /// The VIPs that the user named.
+    /// The VIPs of --proxy-ip.
     pub(super) vips: Option<Vec<IpAddr>>,
     pub(super) networks: Vec<Network>,
-    /// Entries of connection tracking.
+    /// Connection tracking entries.
     pub(super) conntrack: Option<Use>,
-    /// How many descriptors the proxy that runs may have, or else this process. `None`: without a limit.
+    /// The descriptor limit of the running proxy, or else of this process. `None`: no limit.
     pub(super) descriptors: Option<u64>,
-    /// Memory of the control group: of the proxy that runs, or else of this process. `None`: without a limit.
+    /// Memory of the control group of the running proxy, or else of this process. `None`: no limit.
     pub(super) memory: Option<Use>,
-    /// The capabilities of the proxy that runs, or else of this process, as bits (man 7 capabilities).
+    /// The capabilities of the running proxy, or else of this process, as bits (man 7 capabilities).
     pub(super) capabilities: u64,
-    /// What the embassy that answers at --admin finds wrong itself.
+    /// The findings of the embassy at --admin.
     pub(super) told: Vec<api::Finding>,
 }
 
-/// The engine's word on itself.
+/// The engine's address and versions.
 #[derive(Debug)]
 pub(super) struct EngineFacts {
     pub(super) address: String,
@@ -77,14 +77,14 @@ pub(super) struct EngineFacts {
     pub(super) api: String,
 }
 
-/// Who listens on the proxy's port.
+/// The program that listens on the proxy's port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Listener {
     Nobody,
     Proxy(u32),
     /// Its name and process.
     Other(String),
-    /// A program that cannot be seen from here.
+    /// A program that is not visible from here.
     Hidden,
 }
 
@@ -92,18 +92,18 @@ pub(super) enum Listener {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Network {
     pub(super) name: String,
-    /// Without a way out: its containers reach addresses of their own network alone.
+    /// Internal: its containers reach only addresses of their own network.
     pub(super) internal: bool,
     pub(super) ranges: Vec<IpNet>,
-    /// This host's own address in it, and the interface that has it.
+    /// This host's address in it, and the interface with this address.
     pub(super) own: Option<(IpAddr, String)>,
     /// `rp_filter` of that interface: 1 is strict.
     pub(super) rp_filter: u8,
-    /// Another interface by which this host would answer some of its containers.
+    /// Another interface to which answers to some of its containers are routed.
     pub(super) way_back: Option<String>,
 }
 
-/// How long each may take that is asked over the network.
+/// Timeout of each request over the network.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(super) async fn facts(config: &Config) -> HostFacts {
@@ -122,7 +122,7 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
     };
     let (mut places, mut places_of_output) = (Vec::new(), Vec::new());
     for firewall in [Firewall::Nft, Firewall::Iptables] {
-        // A backend that is not installed has no rules of ours.
+        // A backend that is not installed has no rules of embassy.
         places.push((
             firewall,
             capture::place_of(firewall, Hook::Prerouting).await.unwrap_or(place::Place::Absent),
@@ -172,7 +172,7 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
     }
 }
 
-/// What a running embassy says is wrong. Nothing where none answers, or where there is no API.
+/// The findings of a running embassy. Empty if none answers, or if there is no API.
 async fn told(config: &Config) -> Vec<api::Finding> {
     let Some(client) = config.admin.clone().and_then(|at| Client::new(at).ok()) else {
         return Vec::new();
@@ -185,7 +185,7 @@ async fn told(config: &Config) -> Vec<api::Finding> {
     findings.into_iter().filter(|finding| finding.verdict > api::Verdict::Ok).collect()
 }
 
-/// What would hold the rules of a start with these flags.
+/// The backend that a start with these flags would use.
 async fn firewall(config: &Config) -> Result<Firewall, String> {
     let rules = app::rules(config).await.map_err(|error| error.to_string())?;
     let backend =
@@ -209,7 +209,7 @@ async fn engine(
         let configs = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
         let ranges: Vec<IpNet> =
             configs.iter().filter_map(|range| range.subnet.as_deref()?.parse().ok()).collect();
-        // The gateway, which not every engine names.
+        // The gateway; not every engine reports it.
         let own = interfaces.iter().find(|(ip, _)| ranges.iter().any(|range| range.contains(*ip)));
         let own = own.map(|(address, interface)| (*address, interface.clone()));
         let interface = own.as_ref().map(|(_, interface)| interface.as_str());
@@ -234,7 +234,7 @@ async fn engine(
     Ok((facts, bridges.map(network).collect()))
 }
 
-/// The stricter of the interface's own setting and everybody's (Documentation/networking/ip-sysctl).
+/// The stricter of the interface's own setting and that of `all` (Documentation/networking/ip-sysctl).
 fn rp_filter(interface: &str) -> u8 {
     let of = |name: &str| {
         number(&format!("/proc/sys/net/ipv4/conf/{name}/rp_filter")).unwrap_or_default()
@@ -246,7 +246,7 @@ fn rp_filter(interface: &str) -> u8 {
 /// Another interface than `own` that some of `ranges` are routed to, by the text of `/proc/net/route`.
 fn way_back(routes: &str, ranges: &[IpNet], own: &str) -> Option<String> {
     let address = |hex: &str| {
-        // The kernel prints the number as this machine has it in memory.
+        // The kernel prints the number in this machine's byte order.
         u32::from_str_radix(hex, 16).ok().map(|raw| Ipv4Addr::from(raw.to_ne_bytes()))
     };
     routes.lines().skip(1).find_map(|line| {
@@ -258,7 +258,7 @@ fn way_back(routes: &str, ranges: &[IpNet], own: &str) -> Option<String> {
     })
 }
 
-/// Asks each for a service that nobody has: that there is none is an answer.
+/// Queries each for a service that does not exist: an empty result is an answer.
 async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), String>)> {
     let bell = Arc::<Notify>::default();
     let resync = ResyncRequests::new(Duration::from_secs(120));
@@ -277,7 +277,7 @@ async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), Str
             bell.notified().await;
         }
     };
-    // What has not answered by then is told as such.
+    // Discoveries that did not answer by then are reported as such.
     let _ = timeout(PATIENCE, answered).await;
     let known = watches.known();
     let answer = |name: Arc<str>| {
@@ -285,14 +285,14 @@ async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), Str
         let answer = match known {
             Some(known) if known.value.is_some() => Ok(()),
             Some(known) => Err(known.error.as_deref().unwrap_or("no answer").to_owned()),
-            None => Err("cannot be asked".to_owned()),
+            None => Err("cannot be queried".to_owned()),
         };
         (name, answer)
     };
     names.into_iter().map(answer).collect()
 }
 
-/// Who listens on `port`, by the kernel's lists of sockets.
+/// The program that listens on `port`, by the kernel's socket lists.
 fn listener(port: u16, running: &[u32]) -> Listener {
     let lists = ["/proc/net/tcp", "/proc/net/tcp6"].map(fs::read_to_string);
     let Some(inode) = lists.into_iter().flatten().find_map(|list| listening(&list, port)) else {
@@ -336,7 +336,7 @@ fn capabilities(process: &str) -> Option<u64> {
     u64::from_str_radix(line.trim(), 16).ok()
 }
 
-/// How many descriptors a process may have: `Some(None)` without a limit (man 5 proc, "limits").
+/// The descriptor limit of a process: `Some(None)` without a limit (man 5 proc, "limits").
 fn descriptors(pid: u32) -> Option<Option<u64>> {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
@@ -360,7 +360,7 @@ mod tests {
             \x20  0: 0100007F:2706 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1\n\
             \x20  1: 0100007F:270F 0100007F:9C40 01 00000000:00000000 00:00000000 00000000     0        0 4712 1\n";
         assert_eq!(listening(list, 9990), Some(4711));
-        // Connected is not listening.
+        // A connected socket does not listen.
         assert_eq!(listening(list, 9999), None);
         assert_eq!(listening("", 1), None);
     }

@@ -1,4 +1,4 @@
-//! What follows from the facts. Pure.
+//! Judges the facts. Pure.
 
 use std::net::IpAddr;
 
@@ -16,14 +16,14 @@ use crate::{
     memory::{NEAR, Use},
 };
 
-/// Everything that was looked at, in the order in which one depends on the other.
+/// The results of all checks; later checks depend on earlier ones.
 pub(super) fn findings(facts: &HostFacts) -> Vec<Finding> {
     let mut all = vec![embassy(facts)];
     all.extend(engine(facts));
     all.extend(discoveries(facts));
     all.push(port(facts));
     if facts.capture == CaptureMode::None {
-        all.push(ok("firewall", "neither --dnat nor --redirect is given: your own rules capture"));
+        all.push(ok("firewall", "neither --dnat nor --redirect is set: your own rules capture"));
     } else {
         all.push(capabilities(facts));
         all.push(firewall(facts));
@@ -54,14 +54,14 @@ fn fail(check: &'static str, what: impl Into<String>, fix: impl Into<String>) ->
 fn embassy(facts: &HostFacts) -> Finding {
     match facts.running[..] {
         [] if facts.capturing => {
-            ok("embassy", "one captures here; its process cannot be seen from here")
+            ok("embassy", "an embassy captures here; its process is not visible from here")
         }
-        [] => ok("embassy", "none runs here now"),
+        [] => ok("embassy", "no embassy runs here"),
         [pid] => ok("embassy", format!("runs, process {pid}")),
         [..] => warn(
             "embassy",
-            format!("{} run in one network namespace", facts.running.len()),
-            "keep one, unless each has its own port and only one captures",
+            format!("{} embassies run in one network namespace", facts.running.len()),
+            "stop all but one, unless each has its own port and only one captures",
         ),
     }
 }
@@ -76,7 +76,7 @@ fn engine(facts: &HostFacts) -> Option<Finding> {
         Err(error) => fail(
             check,
             error.as_str(),
-            "start the engine, mount its socket into embassy's container, or name it with -docker or DOCKER_HOST",
+            "start the engine, mount its socket into embassy's container, or set its address with -docker or DOCKER_HOST",
         ),
     })
 }
@@ -87,7 +87,7 @@ fn discoveries(facts: &HostFacts) -> impl Iterator<Item = Finding> {
         Err(error) => fail(
             "discovery",
             format!("{name}: {error}"),
-            "start it, or correct -discovery and what it needs (token, certificates)",
+            "start it, or correct -discovery and its token or certificates",
         ),
     })
 }
@@ -100,10 +100,10 @@ fn port(facts: &HostFacts) -> Finding {
         Listener::Hidden if facts.capturing => ok(
             check,
             format!(
-                "a program that cannot be seen from here listens on {port}: embassy, as it captures"
+                "a program that is not visible from here listens on {port}: embassy, because it captures here"
             ),
         ),
-        Listener::Hidden => taken(port, "a program that cannot be seen from here"),
+        Listener::Hidden => taken(port, "a program that is not visible from here"),
         Listener::Other(who) => taken(port, who),
     }
 }
@@ -111,8 +111,8 @@ fn port(facts: &HostFacts) -> Finding {
 fn taken(port: u16, who: &str) -> Finding {
     fail(
         "port",
-        format!("{who} listens on {port}: embassy cannot"),
-        "end it, or give embassy another port with --port",
+        format!("{who} listens on {port}: embassy cannot use this port"),
+        "stop it, or give embassy another port with --port",
     )
 }
 
@@ -123,10 +123,10 @@ fn capabilities(facts: &HostFacts) -> Finding {
     match facts.capabilities & NET_ADMIN {
         0 => fail(
             "capability",
-            "without NET_ADMIN no rules can be written",
+            "NET_ADMIN is missing: embassy cannot write rules",
             "run as root, or with docker's --cap-add NET_ADMIN",
         ),
-        _ => ok("capability", "NET_ADMIN is there"),
+        _ => ok("capability", "NET_ADMIN is available"),
     }
 }
 
@@ -135,13 +135,13 @@ fn firewall(facts: &HostFacts) -> Finding {
         Ok(firewall) => ok("firewall", format!("{firewall} writes the rules")),
         Err(error) => fail(
             "firewall",
-            format!("no rules can be written: {error}"),
+            format!("embassy cannot write rules: {error}"),
             "install nftables or iptables where embassy runs",
         ),
     }
 }
 
-/// Our rules, and those that an embassy has left.
+/// The rules of a running embassy, and those that a killed one left.
 fn rules(facts: &HostFacts) -> Vec<Finding> {
     let check = "rules";
     let there = facts.places.iter().filter(|(_, place)| *place != Place::Absent);
@@ -149,16 +149,16 @@ fn rules(facts: &HostFacts) -> Vec<Finding> {
         .map(|(firewall, place)| match place {
             _ if facts.running.is_empty() && !facts.capturing => fail(
                 check,
-                format!("an embassy that was killed has left rules of {firewall}: what they capture is refused"),
-                "embassy cleanup, or start embassy",
+                format!("rules of a killed embassy are left in {firewall}: the connections that they capture are refused"),
+                "run embassy cleanup, or start embassy",
             ),
             Place::Behind(who) => warn(
                 check,
-                format!("before ours, of {firewall}, comes {who}: what that translates never reaches us"),
-                "give that a later place, or see that it leaves the VIPs alone",
+                format!("{who} comes before our rules in {firewall}: connections that it translates do not reach embassy"),
+                "move it behind our rules, or make sure that it does not match the VIPs",
             ),
             Place::First | Place::Absent => {
-                ok(check, format!("ours, of {firewall}, come before everybody's"))
+                ok(check, format!("our rules in {firewall} come first"))
             }
         })
         .collect();
@@ -166,83 +166,85 @@ fn rules(facts: &HostFacts) -> Vec<Finding> {
         if let Place::Behind(who) = place {
             all.push(warn(
                 check,
-                format!("before ours, of {firewall}, for what this host sends, comes {who}: what that translates never reaches us"),
-                "give that a later place, or see that it leaves the VIPs alone",
+                format!("{who} comes before our rules in {firewall} for the host's own connections: connections that it translates do not reach embassy"),
+                "move it behind our rules, or make sure that it does not match the VIPs",
             ));
         }
     }
     if all.is_empty() && !facts.running.is_empty() && facts.capture != CaptureMode::None {
         all.push(fail(
             check,
-            "an embassy runs, and none of its rules are there",
-            "see its log: it says why, or that it runs without --dnat and --redirect",
+            "an embassy runs, but its rules are missing",
+            "see its log for the reason; it may run without --dnat and --redirect",
         ));
     }
     all
 }
 
-/// Whether another firewall drops what is captured, which arrives on this host.
+/// Whether another firewall drops captured connections, which arrive on this host.
 fn input(facts: &HostFacts) -> Vec<Finding> {
     let check = "input";
     match &facts.barriers {
         Ok(barriers) if barriers.is_empty() => {
-            vec![ok(check, "nothing drops what is captured")]
+            vec![ok(check, "no firewall drops captured connections")]
         }
         Ok(barriers) => {
             let stops = |barrier: &Barrier| {
-                let what = format!("{}: it drops what is captured", barrier.chain);
+                let what = format!("{}: it drops captured connections", barrier.chain);
                 fail(check, what, barrier.remedy.as_str())
             };
             barriers.iter().map(stops).collect()
         }
         Err(error) => vec![warn(
             check,
-            format!("whether a firewall drops what is captured cannot be seen: {error}"),
+            format!("cannot check whether a firewall drops captured connections: {error}"),
             "run doctor as root, with nft and iptables installed",
         )],
     }
 }
 
-/// Whether what the containers of a network dial can arrive.
+/// Whether connections of a network's containers to the VIP can arrive.
 fn vip(network: &Network, facts: &HostFacts) -> Finding {
     let Network { name, internal, ranges, own, .. } = network;
     let check = "vip";
     let is_local = |vip: &&IpAddr| facts.local.contains(*vip);
     let Some(vips) = &facts.vips else {
         return match own {
-            Some((vip, _)) => ok(check, format!("network {name} dials {vip}")),
+            Some((vip, _)) => ok(check, format!("containers of network {name} connect to {vip}")),
             None => fail(
                 check,
                 format!(
-                    "this host has no address in network {name}: its containers have no VIP of their own"
+                    "this host has no address in network {name}: its containers have no VIP in it"
                 ),
-                "create it anew with a gateway, or let its containers use another network as well",
+                "create the network again with a gateway, or connect its containers to another network too",
             ),
         };
     };
     let own = vips.iter().find(|vip| ranges.iter().any(|range| range.contains(*vip)));
     match (own, vips.first()) {
-        (Some(vip), _) if is_local(&vip) => ok(check, format!("network {name} dials {vip}")),
+        (Some(vip), _) if is_local(&vip) => {
+            ok(check, format!("containers of network {name} connect to {vip}"))
+        }
         (Some(vip), _) => fail(
             check,
             format!(
-                "{vip} belongs to network {name} and to no interface of this host: nobody answers for it there"
+                "{vip} belongs to network {name} but to no interface of this host: nothing answers for it there"
             ),
-            "name the network's gateway with --proxy-ip, or leave the flag out",
+            "set --proxy-ip to the network's gateway, or leave the flag out",
         ),
         (None, _) if *internal => fail(
             check,
             format!(
-                "network {name} is internal, and no VIP is in it: its containers have no way to any"
+                "network {name} is internal and contains no VIP: its containers cannot reach any VIP"
             ),
             "add its gateway to --proxy-ip, or leave the flag out",
         ),
-        (None, Some(vip)) => ok(check, format!("network {name} reaches {vip} by its gateway")),
-        (None, None) => fail(check, "there is no VIP", "name one with --proxy-ip"),
+        (None, Some(vip)) => ok(check, format!("network {name} reaches {vip} via its gateway")),
+        (None, None) => fail(check, "there is no VIP", "set one with --proxy-ip"),
     }
 }
 
-/// A strict filter drops what arrives where it would not be answered.
+/// A strict filter drops packets that arrive on another interface than answers would leave by.
 fn rp_filter(network: &Network) -> Option<Finding> {
     let check = "rp_filter";
     let (_, interface) = network.own.as_ref()?;
@@ -250,7 +252,7 @@ fn rp_filter(network: &Network) -> Option<Finding> {
     Some(warn(
         check,
         format!(
-            "some of network {} is routed to {other}, and rp_filter of {interface} is strict: what those containers send is dropped",
+            "part of network {} is routed to {other}, and rp_filter of {interface} is strict: the kernel drops packets of those containers",
             network.name
         ),
         format!(
@@ -275,10 +277,10 @@ fn conntrack(facts: &HostFacts) -> Option<Finding> {
 fn descriptors(facts: &HostFacts) -> Finding {
     let check = "descriptors";
     let Some(limit) = facts.descriptors else {
-        return ok(check, "without a limit");
+        return ok(check, "no limit");
     };
     let connections = limits::by_descriptors(limit);
-    let what = format!("{limit} allow for {connections} connections at a time");
+    let what = format!("{limit} descriptors allow {connections} connections at a time");
     match connections {
         ..CONNECTIONS_FEW => warn(
             check,
@@ -292,7 +294,7 @@ fn descriptors(facts: &HostFacts) -> Finding {
 fn memory(facts: &HostFacts) -> Option<Finding> {
     let check = "memory";
     let Use { used, limit } = facts.memory?;
-    // Where it runs, what it has is in use by its connections too.
+    // For a running embassy, the used memory includes that of its connections.
     let connections = limits::by_memory(limit / 100 * NEAR);
     let part = format!("{} of {} are in use", bytes(used), bytes(limit));
     let fix = "raise the limit of the control group: --memory of docker, MemoryMax= of systemd";
@@ -300,14 +302,14 @@ fn memory(facts: &HostFacts) -> Option<Finding> {
         Verdict::Broken => fail(check, format!("{part}: new connections are refused"), fix),
         _ if connections < CONNECTIONS_FEW => warn(
             check,
-            format!("{part}: there is room for {connections} connections at the most"),
+            format!("{part}: this leaves room for at most {connections} connections"),
             fix,
         ),
         _ => ok(check, part),
     })
 }
 
-/// What a running embassy finds wrong, unless it was seen here as well.
+/// The findings of a running embassy, except those about the host, which were checked here.
 fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
     let others = facts.told.iter().filter(|finding| finding.about != Subject::Host);
     others.map(|finding| {
@@ -337,7 +339,7 @@ mod tests {
         }
     }
 
-    /// A host on which an embassy runs, and all is well.
+    /// A host with a running embassy and no problems.
     fn well() -> HostFacts {
         HostFacts {
             capture: CaptureMode::Dnat,
@@ -366,7 +368,7 @@ mod tests {
         }
     }
 
-    /// What is not well, when this is changed.
+    /// The problems after this change.
     fn found(change: impl FnOnce(&mut HostFacts)) -> Vec<(&'static str, Level)> {
         let mut facts = well();
         change(&mut facts);
@@ -387,13 +389,13 @@ mod tests {
             facts.places = vec![(Firewall::Nft, Place::Absent)];
         });
         assert_eq!(none, []);
-        // One that runs where its process cannot be seen, as in a container of its own.
+        // An embassy whose process is not visible, as in a container of its own.
         let hidden = found(|facts| {
             facts.running.clear();
             facts.listener = Listener::Hidden;
         });
         assert_eq!(hidden, []);
-        // Somebody who brings their own rules needs neither the right nor the program to write some.
+        // With the user's own rules, neither the capability nor the program is needed.
         let own = found(|facts| {
             facts.capture = CaptureMode::None;
             facts.capabilities = 0;
@@ -490,7 +492,7 @@ mod tests {
 
     #[test]
     fn what_does_no_harm_is_no_finding() {
-        // A loose filter, or none, lets a second way back be.
+        // A loose filter, or none, accepts another way back.
         for filter in [0, 2] {
             let other = found(|facts| {
                 facts.networks[0].rp_filter = filter;
@@ -498,7 +500,7 @@ mod tests {
             });
             assert_eq!(other, []);
         }
-        // A VIP elsewhere is reached by way of the gateway.
+        // A VIP outside the network is reached via the gateway.
         assert_eq!(found(|f| f.vips = Some(vec!["10.0.0.1".parse().unwrap()])), []);
         assert_eq!(found(|f| f.conntrack = None), []);
         assert_eq!(found(|f| f.descriptors = None), []);

@@ -27,18 +27,18 @@ pub(super) struct Doctor {
 #[serde(rename_all = "lowercase")]
 enum Level {
     Ok,
-    /// It works, and may not for long or not for everybody.
+    /// It works, but perhaps not for long or not for all containers.
     Warn,
     /// It does not work.
     Fail,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 struct Finding {
     check: &'static str,
     level: Level,
-    /// What is so, and what follows from it.
+    /// The fact, and its consequence.
     what: String,
     /// How to fix it. `None` if there is no problem.
     fix: Option<String>,
@@ -81,7 +81,7 @@ fn text(findings: &[Finding]) -> String {
     let (warnings, failures) = (count(Level::Warn), count(Level::Fail));
     let _ = match (warnings, failures) {
         (0, 0) => writeln!(out, "\nAll is well."),
-        _ => writeln!(out, "\n{failures} failed, {warnings} to be looked at."),
+        _ => writeln!(out, "\n{failures} failed, {warnings} warnings."),
     };
     out
 }

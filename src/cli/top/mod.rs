@@ -41,7 +41,7 @@ pub(super) struct Top {
 impl Top {
     pub(super) async fn run(self) -> Result<Answer> {
         let client = self.asked.client()?;
-        // 0 would be no time in which anything can happen.
+        // An interval of 0 would show no changes.
         let pause = self.interval.max(Duration::from_millis(100));
         if self.asked.json {
             let before = look(&client, None).await?;
@@ -50,11 +50,11 @@ impl Top {
             return Answer::json(&now.since(Some(&before)), true);
         }
         if !std::io::stdout().is_terminal() {
-            bail!("top needs a terminal: `embassy ps` prints the same once");
+            bail!("top needs a terminal; `embassy ps` prints the same once");
         }
-        // An embassy that is not there is told as by any other command.
+        // If embassy does not answer, the error is the same as of other commands.
         let first = look(&client, Some(View::Routes)).await?;
-        // From here on until it is dropped the terminal is ours; a panic gives it back too (ratatui's hook).
+        // From here on top controls the terminal, until this is dropped. A panic restores it too (ratatui's hook).
         let terminal = ratatui::try_init().context("the terminal")?;
         let _restore = Restore;
         watch(terminal, client, Screen::new(first), pause).await?;
@@ -62,7 +62,7 @@ impl Top {
     }
 }
 
-/// Gives the terminal back, on every way out.
+/// Restores the terminal on drop.
 struct Restore;
 
 impl Drop for Restore {
@@ -82,13 +82,13 @@ async fn watch(
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
     let (seen, mut looks) = mpsc::channel(1);
-    // A look of its own, so that an embassy that hangs does not hold up the keys.
+    // A task of its own, so that keys work while embassy hangs.
     let (view, mut wanted) = watched::channel(screen.view());
     let looking = tokio::spawn(async move {
         let mut clock = interval(pause);
         clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            // At once where something else is to be shown.
+            // At once if another list is to be shown.
             tokio::select! {
                 _ = clock.tick() => {}
                 changed = wanted.changed() => if changed.is_err() { return },
@@ -110,7 +110,7 @@ async fn watch(
                         std::mem::replace(shown, screen.view()) != screen.view()
                     });
                 }
-                // Another size, which the next drawing meets.
+                // A new size: the next drawing uses it.
                 Some(_) => {}
                 None => break,
             },
@@ -123,7 +123,7 @@ async fn watch(
     Ok(())
 }
 
-/// What is typed. Reading a terminal blocks: a thread of its own does, and ends with the process.
+/// The pressed keys. Reading a terminal blocks, so a separate thread does it. It ends with the process.
 fn keys() -> mpsc::Receiver<Event> {
     let (typed, keys) = mpsc::channel(16);
     std::thread::spawn(move || {
@@ -136,7 +136,7 @@ fn keys() -> mpsc::Receiver<Event> {
     keys
 }
 
-/// What there is to see: of one list, or of both. With thousands of routes a list is many pages.
+/// Reads the shown list, or both. With thousands of routes a list has many pages.
 async fn look(client: &Client, view: Option<View>) -> Result<Look> {
     let status: api::Status = client.get("/v1/status", &[]).await?;
     let routes = match view {

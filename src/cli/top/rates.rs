@@ -1,4 +1,4 @@
-//! What was seen at one moment, and what happened between two. Pure.
+//! The figures at one moment, and the rates between two moments. Pure.
 
 use std::{collections::HashMap, time::Instant};
 
@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::admin::api::{Connections, Endpoint, Figures, Route, Status};
 
-/// Everything at one moment.
+/// All figures at one moment.
 #[derive(Debug, Clone)]
 pub(super) struct Look {
     pub(super) at: Instant,
@@ -15,11 +15,11 @@ pub(super) struct Look {
     pub(super) endpoints: Vec<Endpoint>,
 }
 
-/// A look, and how much happened in each second since the one before.
+/// The figures, and the rates since the previous ones.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Seen {
     pub(super) status: Status,
-    /// Of everybody.
+    /// The rates of all entries together.
     pub(super) all: Rates,
     pub(super) routes: Vec<With<Route>>,
     pub(super) endpoints: Vec<With<Endpoint>>,
@@ -34,7 +34,7 @@ pub(super) struct With<T> {
     pub(super) rates: Rates,
 }
 
-/// What happened in each second.
+/// Rates per second.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub(super) struct Rates {
     pub(super) started_per_second: f64,
@@ -43,7 +43,7 @@ pub(super) struct Rates {
     pub(super) bytes_down_per_second: f64,
 }
 
-/// Totals since something began.
+/// Totals since the start of an entry.
 #[derive(Debug, Clone, Copy)]
 struct Totals {
     started: u64,
@@ -70,10 +70,10 @@ impl From<&Connections> for Totals {
 }
 
 impl Rates {
-    /// Something that is new counts from now on: what it counted before was not within `seconds`.
+    /// A new entry has no rate yet: its counts may be older than `seconds`.
     fn between(before: Option<Totals>, now: Totals, seconds: f64) -> Self {
         let Some(before) = before.filter(|_| seconds > 0.0) else { return Self::default() };
-        // One that counts from 0 again has been replaced.
+        // An entry whose counts went down was replaced.
         let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
         Self {
             started_per_second: rate(now.started, before.started),
@@ -85,7 +85,7 @@ impl Rates {
 }
 
 impl Look {
-    /// This one, and what happened since `before`.
+    /// These figures, with the rates since `before`.
     pub(super) fn since(&self, before: Option<&Look>) -> Seen {
         let seconds =
             before.map_or(0.0, |before| self.at.saturating_duration_since(before.at).as_secs_f64());

@@ -1,4 +1,4 @@
-//! What the screen shows, and what keys do to it. It reads no terminal and asks nobody.
+//! The content of the screen, and the effect of keys. Pure: reads no terminal and sends no requests.
 
 use std::cmp::Reverse;
 
@@ -25,21 +25,21 @@ use crate::{
     counts::numbered,
 };
 
-/// What a key leads to.
+/// The effect of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
     Stay,
     Quit,
 }
 
-/// What the rows are.
+/// The kind of rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum View {
     Routes,
     Endpoints,
 }
 
-/// What comes first: most of this.
+/// The sort order: highest value of this first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sort {
     Active,
@@ -67,7 +67,7 @@ impl Sort {
         Self::ALL.iter().copied().cycle().nth(place + 1).unwrap_or(self)
     }
 
-    /// The more, the earlier. Rates to the thousandth, so that they have an order.
+    /// Sorts high values first. Rates in thousandths, so that they are integers with an order.
     fn key(self, figures: &Figures, rates: &Rates) -> u64 {
         let thousandths = |rate: f64| (rate * 1e3) as u64;
         match self {
@@ -80,20 +80,20 @@ impl Sort {
     }
 }
 
-/// The whole screen.
+/// The state of the screen.
 #[derive(Debug)]
 pub(super) struct Screen {
     last: Look,
     seen: Seen,
-    /// Why the figures are old.
+    /// The error because of which the figures are old.
     error: Option<String>,
     view: View,
     sort: Sort,
     /// Only rows with this text.
     filter: String,
-    /// Whether keys are of the filter.
+    /// Whether keys edit the filter.
     typing: bool,
-    /// Rows above the first that is shown.
+    /// Number of rows above the first visible one.
     above: usize,
 }
 
@@ -111,7 +111,7 @@ impl Screen {
         }
     }
 
-    /// Takes what was seen now. Where nothing could be, the last figures stay, and it is said.
+    /// Takes new figures. On an error the last figures stay, and the error is shown.
     pub(super) fn seen(&mut self, look: Result<Look>) {
         match look {
             Ok(now) => {
@@ -126,7 +126,7 @@ impl Screen {
         }
     }
 
-    /// What is shown: nothing else needs to be asked for.
+    /// The shown list: only this needs to be read.
     pub(super) fn view(&self) -> View {
         self.view
     }
@@ -179,10 +179,10 @@ impl Screen {
             View::Routes => (&ROUTES[..], &ROUTE_WIDTHS[..], self.routes()),
             View::Endpoints => (&ENDPOINTS[..], &ENDPOINT_WIDTHS[..], self.endpoints()),
         };
-        // The last row can be the first that is shown, and nothing beyond it.
+        // Scrolls at most until the last row is the first visible one.
         self.above = self.above.min(rows.len().saturating_sub(1));
         let bold = Style::new().add_modifier(Modifier::BOLD);
-        // Names matter more than figures where there is room for a few columns only.
+        // On a narrow terminal names matter more than figures.
         let narrow = match self.view {
             View::Routes => &NARROW_ROUTES[..],
             View::Endpoints => &NARROW_ENDPOINTS[..],
@@ -243,7 +243,7 @@ impl Screen {
         let version = Span::raw(format!("embassy {}, up {up}", status.version));
         let first = vec![version, gap(), ready, gap(), captured, gap(), sources];
         let error = match &self.error {
-            Some(error) => Span::styled(format!("old figures: {error}"), bad),
+            Some(error) => Span::styled(format!("figures are old: {error}"), bad),
             None => Span::raw(String::new()),
         };
         vec![Line::from(first), Line::from(figures), Line::from(error)]
@@ -251,7 +251,10 @@ impl Screen {
 
     fn foot(&self) -> String {
         if self.typing {
-            return format!("only with: {}_  (Enter keeps, Esc drops it)", printable(&self.filter));
+            return format!(
+                "filter: {}_  (Enter keeps it, Esc clears it)",
+                printable(&self.filter)
+            );
         }
         let other = match self.view {
             View::Routes => "endpoints",
@@ -297,7 +300,7 @@ impl Screen {
         row: impl Fn(&With<T>) -> Vec<String>,
     ) -> Vec<Vec<String>> {
         let mut sorted: Vec<_> = all.iter().collect();
-        // Stable: those with as much stay in the API's order.
+        // The sort is stable: rows with equal values stay in the API's order.
         sorted.sort_by_key(|with| Reverse(self.sort.key(figures(with), &with.rates)));
         let rows = sorted
             .into_iter()
@@ -344,7 +347,7 @@ const ENDPOINT_WIDTHS: [Constraint; 8] = [
     Constraint::Length(9),
 ];
 
-/// Columns of the terminal below which only some of ours are shown.
+/// Terminal width below which only some columns are shown.
 const NARROW: u16 = 120;
 /// Consumer, address, service, state, active, connections/s.
 const NARROW_ROUTES: [usize; 6] = [0, 1, 2, 3, 5, 6];
@@ -361,7 +364,7 @@ fn cells(figures: &Figures, rates: &Rates) -> [String; 5] {
     ]
 }
 
-/// Bytes of a second, which are few enough for a whole number.
+/// Bytes per second, as an integer.
 fn rate(of_a_second: f64) -> String {
     bytes(of_a_second as u64)
 }
@@ -509,7 +512,7 @@ mod tests {
         let mut screen = screen();
         screen.seen(Err(anyhow!("no embassy answers: refused\nIs it running?")));
         let text = drawn(&mut screen);
-        assert!(text.contains("old figures: no embassy answers: refused\n"), "{text}");
+        assert!(text.contains("figures are old: no embassy answers: refused\n"), "{text}");
         assert!(text.contains("\nquiet"), "{text}");
     }
 

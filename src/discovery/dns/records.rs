@@ -38,7 +38,7 @@ pub(super) struct Target {
     pub(super) port: u16,
 }
 
-/// Seconds until a name without records is asked for again, where the server does not say it.
+/// Seconds until a name without records is queried again, if the server does not say it.
 const UNSAID: u32 = 5;
 
 impl Answer {

@@ -28,7 +28,7 @@ impl Metadata {
         self.last(&format!("{port}_{key}"))
     }
 
-    /// `SERVICE_<port>_<key>`, else `SERVICE_<key>`; none where it is empty.
+    /// `SERVICE_<port>_<key>`, else `SERVICE_<key>`; none if it is empty.
     pub(super) fn get(&self, port: Option<Port>, key: &str) -> Option<&str> {
         port.and_then(|port| self.own(port, key))
             .or_else(|| self.last(key))

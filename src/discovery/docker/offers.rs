@@ -38,11 +38,11 @@ pub(crate) struct Offer {
     service: String,
     tags: Vec<String>,
     healthy: bool,
-    /// For people.
+    /// For messages.
     container: String,
     /// Where it can be reached, or why it cannot.
     endpoint: Result<Endpoint, String>,
-    /// What that hangs on, where it is on this host.
+    /// The runs that the address depends on, if it is on this host.
     stay: Stay,
 }
 
@@ -196,7 +196,7 @@ fn endpoint(owner: &Container, port: Port, place: Place) -> Result<Endpoint, &'s
             .iter()
             .find_map(|bound| reachable(*bound, host))
             .map(Endpoint)
-            .ok_or("the port is published only where it cannot be reached from here"),
+            .ok_or("the port is published only at an address that is not reachable from here"),
     }
 }
 

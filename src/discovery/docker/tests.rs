@@ -232,7 +232,7 @@ fn elsewhere_the_published_ports_count() {
         (json!({"80/tcp": [{"HostIp": "10.9.0.1", "HostPort": "80"}]}), "10.9.0.1:80"),
         (
             json!({"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "80"}]}),
-            "container c1:80: the port is published only where it cannot be reached from here",
+            "container c1:80: the port is published only at an address that is not reachable from here",
         ),
         (json!({"80/tcp": null}), "container c1: SERVICE_NAME, but no published TCP port"),
         // Not published, not counted: the name stays plain.
@@ -285,7 +285,7 @@ fn the_network_of_another_container_is_followed() {
     let circle = all([uses("one", "two"), uses("two", "one")]);
     assert_eq!(
         answer(&circle, HERE, "one", true),
-        ["container one:80: net=container: goes round in a circle"]
+        ["container one:80: net=container: circular reference"]
     );
 }
 

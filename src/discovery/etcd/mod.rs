@@ -25,10 +25,10 @@ pub struct Etcd {
     pub(super) api: Api,
 }
 
-/// Which of the two stores is meant.
+/// The store: v2 or v3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Api {
-    /// v3 where the branch is found there, else v2.
+    /// v3 if the branch exists there, otherwise v2.
     Any,
     V2,
     V3,
@@ -157,7 +157,7 @@ impl Stores {
         }
     }
 
-    /// Has the next step of each be a full read.
+    /// Makes the next step of each a full read.
     fn read_again(&mut self) {
         match self {
             Self::V2(v2) => v2.read_again(),

@@ -13,7 +13,7 @@ use crate::{
 
 /// The endpoints with `tags`, each value judged by itself.
 ///
-/// An empty value is no endpoint, nor a wrong one, where its key is a directory.
+/// An empty value is neither an endpoint nor an error if its key is a directory.
 pub(super) fn endpoints(tree: &Tree, tags: &Tags) -> Endpoints {
     let mut list = Vec::new();
     let mut rejected = Vec::new();
@@ -77,7 +77,7 @@ struct Document {
 struct Field(Value);
 
 impl Field {
-    /// The text of a string or number; `None` where it is absent, null or empty.
+    /// The text of a string or number; `None` if it is absent, null or empty.
     fn text(&self, name: &str) -> Result<Option<Cow<'_, str>>, String> {
         match &self.0 {
             Value::Null => Ok(None),
@@ -95,14 +95,16 @@ impl Field {
             Value::String(text) => {
                 Ok(text.split(',').filter(|tag| !tag.is_empty()).map(str::to_owned).collect())
             }
-            Value::Array(tags) => tags
-                .into_iter()
-                .map(|tag| match tag {
-                    Value::String(tag) => Ok(tag),
-                    Value::Number(tag) => Ok(tag.to_string()),
-                    _ => Err("\"tags\" holds what is neither a string nor a number".to_owned()),
-                })
-                .collect(),
+            Value::Array(tags) => {
+                tags.into_iter()
+                    .map(|tag| match tag {
+                        Value::String(tag) => Ok(tag),
+                        Value::Number(tag) => Ok(tag.to_string()),
+                        _ => Err("\"tags\" has an element that is neither a string nor a number"
+                            .to_owned()),
+                    })
+                    .collect()
+            }
             _ => Err("\"tags\" is not a list".to_owned()),
         }
     }
@@ -189,7 +191,7 @@ mod tests {
             (r#"{"ipaddress":"10.0.0.1","port":80,"tags":{}}"#, "\"tags\" is not a list"),
             (
                 r#"{"ipaddress":"10.0.0.1","port":80,"tags":[null]}"#,
-                "\"tags\" holds what is neither a string nor a number",
+                "\"tags\" has an element that is neither a string nor a number",
             ),
         ] {
             assert_eq!(read(value), Err(reason.to_owned()), "{value}");

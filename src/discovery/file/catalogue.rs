@@ -13,7 +13,7 @@ use crate::{
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Catalogue {
     entries: Vec<Entry>,
-    /// Beside each, the service that it belongs to, where that is known.
+    /// Each with its service, if known.
     wrong: Vec<(Option<String>, Rejected)>,
 }
 
@@ -33,7 +33,7 @@ impl FromStr for Catalogue {
         let services = match file.remove("service") {
             Some(Value::Array(services)) => services,
             Some(other) => return Err(expected("service", &other, "[[service]] entries")),
-            None => return Err("it says nothing: expected [[service]] entries".to_owned()),
+            None => return Err("it has no entries: expected [[service]]".to_owned()),
         };
         let mut catalogue = Self::default();
         for key in file.keys() {
@@ -325,8 +325,8 @@ mod tests {
     #[test]
     fn a_file_that_says_nothing_is_an_error() {
         for (text, reason) in [
-            ("", "it says nothing: expected [[service]] entries"),
-            ("# all gone\n", "it says nothing: expected [[service]] entries"),
+            ("", "it has no entries: expected [[service]]"),
+            ("# all gone\n", "it has no entries: expected [[service]]"),
             ("service = 1", "service = 1: expected [[service]] entries"),
         ] {
             assert_eq!(text.parse::<Catalogue>(), Err(reason.to_owned()));

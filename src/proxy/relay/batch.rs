@@ -1,6 +1,6 @@
 //! Messages of many connections, sent by one call.
 //!
-//! A message wakes whoever waits for it, and after a call of its own the kernel mostly lets that run first: between any two
+//! A message wakes its receiver, and if it is sent by its own system call, the kernel mostly runs the receiver first: between any two
 //! messages the worker loses the processor, and what it had in its caches. So messages are queued while the sockets that are
 //! ready are read, and then handed over together, by io_uring (man 7 io_uring). Where a kernel or a container's profile
 //! does not allow it, each is sent by a call of its own.
@@ -33,10 +33,10 @@ pub(super) struct Batch {
 
 #[derive(Debug)]
 struct Queued {
-    /// `None` where it was taken back.
+    /// `None` if it was taken back.
     to: Option<RawFd>,
     bytes: Range<usize>,
-    /// Woken where not all of it could be sent, and where it is awaited.
+    /// Woken if not all of it was sent, and if it is awaited.
     task: Waker,
     is_awaited: bool,
 }
@@ -45,7 +45,7 @@ struct Queued {
 #[derive(Debug)]
 pub(super) struct Unsent {
     pub bytes: Box<[u8]>,
-    /// `None` where the socket takes no more for now.
+    /// `None` if the socket takes no more for now.
     pub error: Option<io::Error>,
 }
 
@@ -166,7 +166,7 @@ impl Batch {
 }
 
 fn send_one(to: RawFd, bytes: &[u8]) -> io::Result<usize> {
-    // SAFETY: whoever queued a message takes it back before its socket is closed, see `Batch::queue`.
+    // SAFETY: the caller that queued a message takes it back before it closes the socket, see `Batch::queue`.
     #[allow(unsafe_code)]
     let to = unsafe { BorrowedFd::borrow_raw(to) };
     Ok(send(to, bytes, SendFlags::NOSIGNAL)?)
@@ -199,7 +199,7 @@ impl Ring {
         Ok(Self(ring))
     }
 
-    /// Sends each message that was not taken back. An error where some have no result: these were not sent.
+    /// Sends each message that was not taken back. An error if some have no result: these were not sent.
     fn send(
         &mut self,
         queue: &[Queued],
@@ -345,7 +345,7 @@ mod tests {
             let mut got = [0; 4];
             well_end.read_exact(&mut got).unwrap();
             assert_eq!(&got, b"well");
-            // Nothing is kept of what nobody asks for any more.
+            // Messages that are no longer needed are not kept.
             let to_full = queue(&mut batch, &full, b"full", &woken);
             batch.send();
             assert_eq!((batch.forget(to_full), batch.forget(to_well)), (4, 0));

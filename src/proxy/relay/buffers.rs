@@ -13,7 +13,7 @@ use super::{
 #[derive(Debug)]
 pub(in crate::proxy) struct RelayBuffers {
     pub(super) batch: RefCell<Batch>,
-    /// Rung when a message is queued.
+    /// Notified when a message is queued.
     pub(super) queued: Notify,
     pub(super) pipes: RefCell<Pipes>,
     pub(super) turns: Turns,
@@ -23,7 +23,7 @@ impl RelayBuffers {
     /// With up to so many pipes to splice bulk through; without any, all is copied. In the thread that will use it.
     pub(in crate::proxy) fn new(pipes: usize) -> Self {
         let ring = Ring::new().inspect_err(
-            |error| tracing::debug!(%error, "no io_uring: messages are sent one by one"),
+            |error| tracing::debug!(%error, "io_uring is not available; using one write per message"),
         );
         Self::with(pipes, ring.ok())
     }
@@ -40,7 +40,7 @@ impl RelayBuffers {
     /// Sends what the relays queue, for ever: each time when all that were ready have had their turn.
     pub(in crate::proxy) async fn send_queued(&self) {
         loop {
-            // Whoever is rung is put behind those that are ready by now.
+            // A notified task is queued behind the tasks that are ready now.
             self.queued.notified().await;
             self.send_now();
         }

@@ -41,7 +41,7 @@ pub(super) struct Direction<'a> {
     turn: u32,
     /// `from` has no more to say.
     finished_reading: bool,
-    /// `to` has been told so.
+    /// The end was passed on to `to`.
     told: bool,
     /// Whether bytes may wait: the last ones in the kernel for the end to go with them, others for those of others.
     may_wait: bool,
@@ -107,14 +107,14 @@ impl<'a> Direction<'a> {
         holds_nothing && !self.finished_reading
     }
 
-    /// After `from` broke: passes on what it had sent before, as far as `to` takes it now. A server that answers early
-    /// and closes is still heard.
+    /// After `from` broke: passes on what it had sent before, as far as `to` takes it now. The answer of a server that answers
+    /// early and closes still arrives.
     pub(super) async fn last_words(&mut self) {
         // No end follows but a reset, which discards what waits.
         self.may_wait = false;
         self.buffers.send_now();
         loop {
-            // The error may have been met before tokio heard of the bytes that came ahead of it.
+            // The error may be seen before tokio is notified of the bytes ahead of it.
             yield_now().await;
             let before = self.moved.get();
             let end = poll_fn(|cx| Poll::Ready(self.poll_move(cx))).await;
@@ -124,8 +124,8 @@ impl<'a> Direction<'a> {
         }
     }
 
-    /// Moves what can be moved. Ready when `from` has finished and all of it was written: `to` is to be told then, by
-    /// [`Direction::tell_end`] or by closing its socket, and at once.
+    /// Moves what can be moved. Ready when `from` has finished and all of it was written: then the caller must pass the
+    /// end on to `to` at once, by [`Direction::tell_end`] or by closing its socket.
     pub(super) fn poll_move(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let start = self.moved.get();
         self.turn = Turns::SHORT;
@@ -205,7 +205,7 @@ impl<'a> Direction<'a> {
                 Ok(0) => self.finished_reading = true,
                 Ok(more) => count += more,
                 Err(Errno::AGAIN) => {}
-                // It is told once. What came ahead of it goes first.
+                // The kernel reports the error once. Bytes ahead of it go first.
                 Err(error) => behind = Err(self.from.broke(error.into())),
             }
         }

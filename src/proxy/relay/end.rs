@@ -12,7 +12,7 @@ pub(in crate::proxy) enum Side {
     Endpoint,
 }
 
-/// One side failed: it reset, or keepalive found nobody there.
+/// One side failed: it reset, or did not answer keepalive.
 #[derive(Debug)]
 pub(in crate::proxy) struct Broken {
     pub side: Side,

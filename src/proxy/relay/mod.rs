@@ -54,7 +54,7 @@ pub(super) struct ParkRequest {
 }
 
 impl ParkRequest {
-    /// Nothing where no relay runs, or where it is busy when it hears of this.
+    /// Does nothing if no relay runs, or if it is busy.
     pub(super) fn ask(&self) {
         if let Some(task) = self.task.take() {
             self.asked.set(true);
@@ -88,7 +88,7 @@ pub(super) async fn relay(
         biased;
         end = poll_fn(|cx| {
             match (up.poll_move(cx)?.is_ready(), down.poll_move(cx)?.is_ready()) {
-                // Closing the sockets is how both are told.
+                // Closing the sockets passes the end on to both sides.
                 (true, true) => return Poll::Ready(Ok(Ended::Finished)),
                 (true, false) => up.tell_end()?,
                 (false, true) => down.tell_end()?,

@@ -44,7 +44,7 @@ impl Pipes {
         Self { idle: Vec::new(), made: 0, most }
     }
 
-    /// A pipe, or `None` where no good one can be had: then the bytes are copied.
+    /// A pipe, or `None` if no good one can be had: then the bytes are copied.
     pub(super) fn take(&mut self) -> Option<Pipe> {
         if let Some(pipe) = self.idle.pop() {
             return Some(pipe);

@@ -1,4 +1,4 @@
-//! How much bulk moves at a time: all that a call can where nobody else waits, and little beside others.
+//! How much a bulk transfer moves at a time: as much as a call can if no other task waits, and little otherwise.
 
 use std::cell::Cell;
 
@@ -10,7 +10,7 @@ pub(super) struct Turns {
 }
 
 impl Turns {
-    /// Bytes of a turn where nobody else waits, who would wait for it: a call costs the same for many as for few.
+    /// Bytes of a turn if no other task waits: a call costs nearly the same for many bytes as for few.
     pub(super) const LONG: u32 = 1024 * 1024;
     /// Bytes of a turn beside others: some microseconds of the processor's time.
     pub(super) const SHORT: u32 = 64 * 1024;

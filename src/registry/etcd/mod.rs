@@ -53,7 +53,7 @@ pub(crate) struct EtcdClient {
 }
 
 impl EtcdClient {
-    /// The cluster of these members: at least one; `https` where TLS is used.
+    /// The cluster of these members: at least one; `https` if TLS is used.
     pub(crate) fn new(members: Vec<Url>, settings: &EtcdSettings) -> Result<Self, String> {
         let tls = ClientTls::new(
             settings.ca.clone(),

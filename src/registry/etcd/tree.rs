@@ -40,7 +40,7 @@ impl Tree {
         self.0.iter().map(|(key, value)| (key.as_slice(), value.as_slice()))
     }
 
-    /// Whether the key ends with a slash or has keys below it: so directories are marked where there are none.
+    /// Whether the key ends with a slash or has keys below it: this marks directories in a store without them.
     pub(crate) fn is_directory(&self, key: &[u8]) -> bool {
         let mut below = key.to_vec();
         if !below.ends_with(b"/") {

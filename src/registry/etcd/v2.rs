@@ -1,6 +1,6 @@
 //! The v2 store: the branch is read once, and followed event by event: each poll waits for the one after the last
-//! (etcd.io/docs/v2.3/api, "Waiting for a change"). The server keeps 1,000 events; where it has forgotten the one that
-//! is asked for, the branch is read again. A branch that has no long poll is read every few seconds, from the member's own
+//! (etcd.io/docs/v2.3/api, "Waiting for a change"). The server keeps 1,000 events; if the requested one is gone, the
+//! branch is read again. A branch that has no long poll is read every few seconds, from the member's own
 //! memory: a read that the cluster must agree upon costs as much as a write.
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -19,8 +19,8 @@ pub(crate) mod answers;
 
 use answers::{Event, Fault, Listing, Version};
 
-/// How often a branch without news is confirmed. A poll itself may wait for days, and one whose server hangs would go
-/// unnoticed.
+/// How often a branch without changes is confirmed. A poll may wait for days, and a server that hangs would not be
+/// noticed.
 const CONFIRMED: Duration = Duration::from_secs(10);
 /// How long a poll's headers may take: they come at once, and the event later.
 const HEAD: Duration = Duration::from_secs(5);
@@ -40,14 +40,14 @@ pub(crate) struct Follower {
     /// Of the key's URL.
     path: String,
     tree: Tree,
-    /// The event that comes after the tree. `None` where it is to be read, as the cluster agrees upon it.
+    /// The event that comes after the tree. `None` if it is to be read, as the cluster agrees upon it.
     wait: Option<u64>,
     read_again: bool,
     asking: Asking<Polled>,
     confirm_at: Instant,
 }
 
-/// `None` where the poll cannot tell, and the branch is to be read.
+/// `None` if the poll cannot tell, and the branch is to be read.
 type Polled = Result<Option<HttpAnswer>, SourceError>;
 
 impl Follower {
@@ -68,12 +68,12 @@ impl Follower {
         &self.tree
     }
 
-    /// Has the next step be a full read.
+    /// Makes the next step a full read.
     pub(crate) fn read_again(&mut self) {
         self.read_again = true;
     }
 
-    /// Reads the branch; from then on, waits for the next change or confirmation. May be dropped while it waits.
+    /// Reads the branch; from then on, waits for the next change or confirmation. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Result<Step, SourceError> {
         loop {
             let Some(wait) = self.wait.filter(|_| !self.read_again) else {
@@ -138,7 +138,7 @@ impl Follower {
             self.wait = None;
             return Ok(Step::Confirmed);
         }
-        // A poll that is held goes on, if it is where it should be.
+        // A running poll continues if it waits for the right index.
         if goes_back || tree != self.tree || !self.asking.is_held() {
             self.asking.give_up();
             self.wait = Some(next);
@@ -150,7 +150,7 @@ impl Follower {
         Ok(Step::Read)
     }
 
-    /// Takes in the answer to a poll. `None` where that says nothing.
+    /// Takes in the answer to a poll. `None` if that says nothing.
     fn take(&mut self, answer: &HttpAnswer, wait: u64) -> Result<Option<Step>, SourceError> {
         if answer.status != StatusCode::OK {
             let fault = serde_json::from_slice::<Fault>(&answer.body);
@@ -166,7 +166,7 @@ impl Follower {
             let event: Event = answer.json()?;
             let index = event.node.modified_index;
             if index < wait {
-                let what = format_args!("event {index} came where {wait} was awaited");
+                let what = format_args!("received event {index}, expected {wait}");
                 return Err(answer.fault(what));
             }
             let Some(changed) = event.apply(&mut self.tree) else { return Ok(None) };
@@ -206,7 +206,7 @@ async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, _turn: LongPoll) -
                 while http::more(&url, &mut response, &mut body).await? {}
                 Ok(())
             };
-            let late = |_| http::fault(&url, "the answer does not come to its end");
+            let late = |_| http::fault(&url, "the answer is incomplete");
             timeout(ANSWER, rest).await.map_err(late)??;
         }
         Ok(Some(HttpAnswer::new(&url, &response, body)))
@@ -222,7 +222,7 @@ impl EtcdClient {
             let answer = self.get("/v2/members/leader", None).await?;
             match answer.status {
                 StatusCode::SERVICE_UNAVAILABLE => Err(answer.refusal()),
-                // Old servers do not know the question, and others may not answer it to everybody.
+                // Old servers do not have this call, and others may refuse it.
                 _ => Ok(()),
             }
         };

@@ -31,11 +31,11 @@ mod stream;
 
 use stream::{BranchWatch, News, Stream};
 
-/// How long a member may take to say that it is there.
+/// Timeout for a member's first answer.
 const PROBE: Duration = Duration::from_secs(5);
-/// How soon a branch is read again whose watch cannot tell what happened.
+/// Pause before a branch is read again after its watch lost events.
 const AGAIN: Duration = Duration::from_millis(100);
-/// The largest message that is read.
+/// Maximum size of a message.
 const LARGEST: usize = 16 << 20;
 
 /// A connection to one member.
@@ -154,7 +154,7 @@ pub(crate) struct Follower {
     revision: i64,
     state: State,
     read_again: bool,
-    /// When it may be read next: a server that has it read for ever must not make us spin.
+    /// When it may be read next: a server that always forces a read must not cause a busy loop.
     read_at: Instant,
 }
 
@@ -181,12 +181,12 @@ impl Follower {
         &self.tree
     }
 
-    /// Has the next step be a full read.
+    /// Makes the next step a full read.
     pub(crate) fn read_again(&mut self) {
         self.read_again = true;
     }
 
-    /// Reads the branch; from then on, waits for the next change or confirmation. May be dropped while it waits.
+    /// Reads the branch; from then on, waits for the next change or confirmation. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Result<Step, SourceError> {
         loop {
             match &mut self.state {
@@ -279,7 +279,7 @@ impl fmt::Debug for Follower {
 }
 
 /// A deletion resets a key's version to 0, and everything else counts it up from there. (The type of the event says the
-/// same, but the client panics where it is one that it does not know.)
+/// same, but the client panics on a type that it does not know.)
 fn is_deleted(pair: &KeyValue) -> bool {
     pair.version() == 0
 }
@@ -302,8 +302,7 @@ async fn probe(client: &Client, key: &str) -> Result<(), Error> {
     }
 }
 
-/// Whether the member works and only refuses what it was asked for. A login that is refused, or out of date, concerns the
-/// whole connection.
+/// Whether the member works and only refused this request. A refused or outdated login affects the whole connection.
 fn is_refusal(error: &Error) -> bool {
     let Error::GRpcStatus(status) = error else { return false };
     let of_the_login = ["authentication failed", "revision of auth store is old"];

@@ -56,7 +56,7 @@ fn a_listener_for_everybody_is_warned_of_and_scraped_by_any_name() -> Result<()>
     let flags = ["-provider=static", "-services=web;80"];
     let embassy = host.embassy([&flags[..], &["--admin=0.0.0.0:9990"]].concat())?;
     testbed::eventually(READY, "the API", || embassy.admin("/healthz")?.ok())?;
-    says(&embassy, &["WARN", "the admin API answers whoever reaches this host", "0.0.0.0:9990"])?;
+    says(&embassy, &["WARN", "the admin API is reachable from every network", "0.0.0.0:9990"])?;
     for (path, status) in [("/metrics", "200"), ("/v1/status", "403")] {
         let curl = ["--silent", "--output", "/dev/null", "--write-out", "%{http_code}"];
         let url = format!("http://127.0.0.1:9990{path}");
@@ -66,7 +66,7 @@ fn a_listener_for_everybody_is_warned_of_and_scraped_by_any_name() -> Result<()>
     embassy.kill()?;
     let embassy = host.embassy(flags)?;
     testbed::eventually(READY, "the API", || embassy.admin("/healthz")?.ok())?;
-    let warned = embassy.log().matches("the admin API answers whoever").count();
+    let warned = embassy.log().matches("the admin API is reachable").count();
     assert_eq!(warned, 1, "of the first embassy: {}", embassy.log());
     Ok(())
 }

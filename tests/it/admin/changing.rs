@@ -105,7 +105,7 @@ fn the_socket_may_change_what_tcp_may_not_without_the_token() -> Result<()> {
 
 /// What the log says since the level was last changed, as soon as it has this line.
 fn since_the_level(embassy: &Embassy, level: &str, words: &str) -> Result<String> {
-    let changed = format!("log level, as asked for level=\"{level}\"");
+    let changed = format!("log level changed via API level=\"{level}\"");
     testbed::eventually(WAIT, &format!("{words:?} after {changed:?}"), || {
         let log = embassy.log();
         let (_, since) = log.rsplit_once(&changed).context("the level is as it was")?;
@@ -117,7 +117,7 @@ fn since_the_level(embassy: &Embassy, level: &str, words: &str) -> Result<String
 #[test]
 fn the_log_level_changes_while_it_runs_and_back() -> Result<()> {
     const INFO: &str = "resync requested via API";
-    const DEBUG: &str = "source reads everything again";
+    const DEBUG: &str = "source re-reads everything";
     let host = Host::start()?;
     host.etcd()?;
     std::fs::write(host.dir().join("token"), "secret\n")?;
@@ -158,7 +158,7 @@ fn the_log_level_changes_while_it_runs_and_back() -> Result<()> {
             assert_eq!(status, "400", "{level}: {body}");
             let error: api::Error = serde_json::from_str(&body)?;
             let expected =
-                format!("{level:?}: expected a number from 0 to 10, or what RUST_LOG takes");
+                format!("{level:?}: expected a number from 0 to 10, or the syntax of RUST_LOG");
             assert_eq!(error.error, expected);
         }
         assert!(call("GET", "/v1/log-level", "")?.1.contains("embassy=info"), "it stays as it was");

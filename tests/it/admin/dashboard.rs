@@ -36,7 +36,7 @@ fn a_search_narrows_and_an_address_brings_back_what_was_shown() -> Result<()> {
     browser.open("#routes?state=no_endpoint")?;
     browser.until(consumers, "other")?;
     browser.open("#routes?q=nobody")?;
-    browser.shows("Nothing fits the filter.")?;
+    browser.shows("No entry matches the filter.")?;
     // A tile leads to the list that tells more.
     browser.click("#tiles [data-key=Routes]")?;
     browser.until(consumers, "app,other")?;

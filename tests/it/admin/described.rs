@@ -36,7 +36,7 @@ fn every_answer_is_as_it_is_described() -> Result<()> {
         page.total == 1
     })?;
     host.etcd_daemon().kill()?;
-    says(&embassy, &["lost; what was known stays in use"])?;
+    says(&embassy, &["source does not answer; its last data stays in use"])?;
 
     let mut answers = Vec::new();
     let mut call =

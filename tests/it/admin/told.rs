@@ -72,7 +72,7 @@ fn changes_are_told_as_they_happen_and_to_so_many() -> Result<()> {
         blue.spawn("server", ["testbed", "peer", "http", "--name", "late", "--port", "81"])?;
     testbed::eventually(WAIT * 2, "it to be back", || {
         reaches(&app, "172.17.0.1:80", "late")?;
-        ensure!(embassy.log().contains("endpoint back"), "not yet");
+        ensure!(embassy.log().contains("endpoint is back"), "not yet");
         Ok(())
     })?;
     told("endpoint_back", &of_late)?;
@@ -89,7 +89,7 @@ fn changes_are_told_as_they_happen_and_to_so_many() -> Result<()> {
     let _server =
         held.spawn("server-2", ["testbed", "peer", "http", "--name", "c", "--port", "83"])?;
     told("endpoint_back", &[("service", "/services/c"), ("endpoint", &checked_at)])?;
-    says(&embassy, &["endpoint back", &checked_at])?;
+    says(&embassy, &["endpoint is back", &checked_at])?;
 
     host.etcd_daemon().kill()?;
     told("source_lost", &[("source", "etcd /services/blue")])?;
@@ -100,7 +100,10 @@ fn changes_are_told_as_they_happen_and_to_so_many() -> Result<()> {
     let mut many = host.command("/usr/bin/python3");
     many.args(["-c", LISTENERS]);
     let said = String::from_utf8(many.output()?.stdout)?;
-    ensure!(said.contains("31 may listen") && said.contains("32 listen already"), "{said}");
+    ensure!(
+        said.contains("31 may listen") && said.contains("32 clients read events already"),
+        "{said}"
+    );
     told("route_removed", &[("consumer", "extra")])?;
     Ok(())
 }

@@ -235,12 +235,7 @@ fn it_explains_what_stands_in_the_way_whatever_the_service() -> Result<()> {
 
     host.run("iptables", "-A INPUT -i lo -j ACCEPT".split(' '))?;
     host.run("iptables", ["-P", "INPUT", "DROP"])?;
-    explains(
-        "app",
-        80,
-        Verdict::Degraded,
-        "may be dropped, and then hangs: chain INPUT of iptables",
-    )?;
+    explains("app", 80, Verdict::Degraded, "which then time out: chain INPUT of iptables")?;
     host.run("iptables", ["-P", "INPUT", "ACCEPT"])?;
     explains("app", 80, Verdict::Ok, "goes to")?;
     embassy.kill()?;
@@ -279,7 +274,7 @@ fn wrong_requests_are_told_what_is_wrong() -> Result<()> {
         ("/v1/bindings?state=ok", 400, "expected problem, routed"),
         ("/v1/sources?state=lost", 400, "expected up, down, waiting"),
         ("/v1/connections?state=closed", 400, "expected held, connecting, running, parked"),
-        ("/v1/endpoints?consumer=app", 400, "nobody's own"),
+        ("/v1/endpoints?consumer=app", 400, "do not belong to a consumer"),
         ("/v1/explain?consumer=app", 400, "port"),
         ("/v1/explain?consumer=app&port=0", 400, "port 0"),
         ("/v1/explain?consumer=app&port=70000", 400, "port"),

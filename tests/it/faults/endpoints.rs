@@ -99,13 +99,13 @@ fn with_a_check_no_connection_has_to_find_out() -> Result<()> {
     let (host, app, third, embassy) = scene(";check=tcp")?;
     let endpoint = format!("endpoint={}:80", third.ip()?);
     // Nobody has dialled yet.
-    says(&embassy, &["check fails", &endpoint])?;
-    let passes = |name: &str| says(&embassy, &["check passes", name]);
+    says(&embassy, &["endpoint check fails", &endpoint])?;
+    let passes = |name: &str| says(&embassy, &["endpoint check passes", name]);
     passes("etcd /services/web")?;
     embassy.wait_ready(READY)?;
     let answers = app.get(VIP).times(300).run()?;
     unharmed("1 of 3 endpoints refuses, check=tcp", &answers, None)?;
-    ensure!(!embassy.log().contains("cannot connect"), "{}", embassy.log());
+    ensure!(!embassy.log().contains("cannot connect to endpoint"), "{}", embassy.log());
 
     // It comes, and is used.
     third.exec(["sh", "-c", "testbed peer http --name third >/dev/null 2>&1 &"])?;
@@ -114,7 +114,8 @@ fn with_a_check_no_connection_has_to_find_out() -> Result<()> {
     black_hole(&third, true)?;
     testbed::eventually(WAIT, "a second failure", || {
         let log = embassy.log();
-        let fails = log.lines().filter(|l| l.contains("check fails") && l.contains(&endpoint));
+        let fails =
+            log.lines().filter(|l| l.contains("endpoint check fails") && l.contains(&endpoint));
         ensure!(fails.count() == 2, "{log}");
         Ok(())
     })?;

@@ -81,7 +81,7 @@ fn hang(
             Ok(())
         })?;
         println!("{source} {what}: shown as down after {:.1?}", start.elapsed());
-        says(&embassy, &["lost; what was known stays in use", source])?;
+        says(&embassy, &["source does not answer; its last data stays in use", source])?;
     }
     let ages = || SOURCES.map(|(source, _)| sample(&embassy, "age_seconds", source));
     let before = ages();
@@ -104,7 +104,7 @@ fn hang(
             Ok(())
         })?;
         ensure!(sample(&embassy, "age_seconds", source)? < 60.0);
-        says(&embassy, &["back", source])?;
+        says(&embassy, &["source is back", source])?;
     }
     for (source, traffic, live) in running {
         unharmed(&format!("{source} {what}"), &traffic.stop()?, None)?;

@@ -243,7 +243,7 @@ impl Registry {
             ensure!(metrics.contains(&format!("embassy_source_up{{source=\"{source}\"}} 0")));
             Ok(())
         })?;
-        says(embassy, &["lost; what was known stays in use", source])
+        says(embassy, &["source does not answer; its last data stays in use", source])
     }
 
     /// The server in its place.

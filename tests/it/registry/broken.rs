@@ -106,9 +106,9 @@ fn breakages() -> Vec<(Answer, &'static str)> {
         (Answer::Bytes(http("500 Internal Server Error", "A: b", "rpc error")), "rpc error"),
         (Answer::Bytes(http("503 Service Unavailable", "A: b", "[]")), "503"),
         (Answer::Bytes(http("302 Found", "Location: http://127.0.0.1:1/", "")), "302"),
-        (Answer::Bytes(http("200 OK", indexes, "<html>")), "not what was expected"),
-        (Answer::Bytes(http("200 OK", indexes, "null")), "not what was expected"),
-        (Answer::Bytes(http("200 OK", indexes, "{\"node\":7}")), "not what was expected"),
+        (Answer::Bytes(http("200 OK", indexes, "<html>")), "cannot parse the answer"),
+        (Answer::Bytes(http("200 OK", indexes, "null")), "cannot parse the answer"),
+        (Answer::Bytes(http("200 OK", indexes, "{\"node\":7}")), "cannot parse the answer"),
         (Answer::Bytes(http("200 OK", "A: b", "[]")), "no"),
         (Answer::Bytes(short), "GET"),
         (Answer::Bytes(b"\x00\xff\x00 SSH-2.0\r\n\r\n".to_vec()), "GET"),
@@ -117,7 +117,7 @@ fn breakages() -> Vec<(Answer, &'static str)> {
         (Answer::Drip(endless.clone()), "GET"),
         (Answer::Flood(endless), "longer than"),
         (Answer::Flood(b"HTTP/1.1 200 OK\r\nA: ".to_vec()), "GET"),
-        (Answer::Silence, "no whole answer within"),
+        (Answer::Silence, "no complete answer within"),
     ]
 }
 

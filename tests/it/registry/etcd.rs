@@ -267,7 +267,7 @@ async fn a_server_that_hangs_is_noticed() {
     etcd.freeze();
     let known = v3.fails("no answer within").await;
     assert_eq!(list(&known), Some(vec!["10.0.0.3:80".to_owned()]));
-    let known = v2.fails("no whole answer within").await;
+    let known = v2.fails("no complete answer within").await;
     assert_eq!(list(&known), Some(vec!["10.0.0.2:80".to_owned()]));
     etcd.thaw();
     v2.sees(&["10.0.0.2:80"]).await;

@@ -47,7 +47,7 @@ pub(super) struct Node {
     pub(super) modified_index: u64,
 }
 
-/// The answer where there is none.
+/// The answer if there is none.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Fault {
@@ -68,7 +68,7 @@ impl Node {
 }
 
 impl Event {
-    /// Says whether it changed anything; `None` where it is of a kind that is not known.
+    /// Says whether it changed anything; `None` if it is of a kind that is not known.
     pub(super) fn apply(self, tree: &mut Tree) -> Option<bool> {
         let Node { key, dir, value, .. } = self.node;
         let key = key.into_bytes();

@@ -25,8 +25,8 @@ const LOOK: Duration = Duration::from_secs(5);
 const BACKLOG: usize = 64;
 /// Watches that are being made at a time.
 const MAKING: usize = 16;
-/// A watch that is refused although its range could be read was asked for by the login of a time before: the stream keeps the
-/// token with which it began. On a stream younger than this it is a refusal.
+/// If a watch is refused although its range could be read, the stream uses an outdated login: it keeps the token from its
+/// start. On a stream younger than this it is a real refusal.
 const FRESH: Duration = Duration::from_secs(1);
 
 /// Where to ask for watches. Clones are the same stream; it ends with its last watch, once it is not used for new ones.
@@ -75,14 +75,14 @@ pub(super) struct BranchWatch {
     ended: Arc<OnceLock<Reason>>,
 }
 
-/// What is to be known of a branch.
+/// The events of a branch.
 #[derive(Debug)]
 pub(super) enum News {
     /// These keys were written, or deleted.
     Changed(Vec<KeyValue>),
-    /// Nothing has happened that was not told.
+    /// No events are missing.
     Alive,
-    /// It cannot be told what happened: the branch is to be read and watched again.
+    /// Events are missing: the branch must be read and watched again.
     Again,
     /// There can be no such watch.
     Refused(Reason),
@@ -91,7 +91,7 @@ pub(super) enum News {
 }
 
 impl BranchWatch {
-    /// Waits for the next news. May be dropped while it waits.
+    /// Waits for the next event. Cancel-safe.
     pub(super) async fn next(&mut self) -> News {
         tokio::select! {
             biased;
@@ -100,7 +100,7 @@ impl BranchWatch {
                 Some(reason) => News::Lost(reason.clone()),
                 None => News::Again,
             }),
-            // Its end is told by the news.
+            // The end of the stream shows up as the end of the events.
             Ok(()) = self.alive.changed() => News::Alive,
         }
     }
@@ -123,7 +123,7 @@ impl Stream {
                 watches: HashMap::new(),
             };
             if let Err(error) = running.run(&alive).await {
-                // Before the news end, as whoever waits for them looks for it then.
+                // Set before the events end, because their receiver reads it then.
                 let _ = end.set(error.into());
             }
         });
@@ -171,7 +171,7 @@ struct Running {
 }
 
 impl Running {
-    /// Until nobody needs it any more, or the connection is lost.
+    /// Runs until it is no longer needed, or the connection is lost.
     async fn run(&mut self, alive: &watch::Sender<()>) -> Result<(), Error> {
         let Some(first) = self.requests.recv().await else { return Ok(()) };
         let mut client = self.client.watch_client().max_decoding_message_size(LARGEST);
@@ -194,7 +194,7 @@ impl Running {
                     }
                 }
                 message = stream.message() => {
-                    let ended = || Error::Internal("the server ended it".to_owned());
+                    let ended = || Error::Internal("the server closed the stream".to_owned());
                     self.heard = Instant::now();
                     self.take(&message?.ok_or_else(ended)?, &mut stream).await?;
                 }
@@ -262,7 +262,7 @@ impl Running {
         Ok(())
     }
 
-    /// Ends the watches whose branch nobody follows any more. The rest follows at the next look, if there are many.
+    /// Ends the watches of branches that are no longer followed. If there are many, the rest follow later.
     async fn end_unwatched(&mut self, stream: &mut WatchStream) -> Result<(), Error> {
         let ids = self
             .watches

@@ -31,7 +31,7 @@ fn an_open_page_shows_what_happens() -> Result<()> {
     let browser = Browser::start(&host)?;
     browser.screen(1280, 900, "light")?;
     browser.open("")?;
-    browser.shows("No running container asks for anything yet.")?;
+    browser.shows("No running container has a binding yet.")?;
     says_tile(&browser, "Capture", "in place")?;
     says_tile(&browser, "Sources", "all answer")?;
     // It is gone where the page was read anew.
@@ -100,7 +100,7 @@ fn an_open_page_shows_what_happens() -> Result<()> {
     host.etcd_daemon().kill()?;
     says_row(&browser, "etcd /services/blue", "down")?;
     says_tile(&browser, "Sources", "1 of 2 up")?;
-    says_tile(&browser, "Sources", "what was known stays in use")?;
+    says_tile(&browser, "Sources", "their last data stays in use")?;
     host.etcd_daemon().start()?;
     says_row(&browser, "etcd /services/blue", "up")?;
     says_tile(&browser, "Sources", "all answer")?;
@@ -109,7 +109,7 @@ fn an_open_page_shows_what_happens() -> Result<()> {
     assert_eq!(browser.value(NOTICE)?, true);
     embassy.terminate()?;
     embassy.wait(WAIT)?;
-    browser.shows("embassy does not answer. What is shown is of ")?;
+    browser.shows("embassy does not answer. The data shown is from ")?;
     browser.until("document.getElementById('live').textContent", "no answer")?;
     let again = host.embassy(["--dnat", ETCD])?;
     again.wait_ready(READY)?;
@@ -138,7 +138,7 @@ fn answers_that_are_late_are_shown_all_the_same() -> Result<()> {
     embassy.wait_ready(READY)?;
     let browser = Browser::start(&host)?;
     browser.open("")?;
-    browser.shows("No running container asks for anything yet.")?;
+    browser.shows("No running container has a binding yet.")?;
 
     // Later than the next question would come, did it not wait for the answers.
     delay(&browser, 2_600)?;
@@ -146,7 +146,7 @@ fn answers_that_are_late_are_shown_all_the_same() -> Result<()> {
     browser.until(ROWS, 1)?;
     // So late that it is said.
     delay(&browser, 4_000)?;
-    browser.shows("embassy takes long to answer. What is shown is of ")?;
+    browser.shows("embassy answers slowly. The data shown is from ")?;
     let _two = host.client("two").env("BACKEND_BLUE", "/services/blue;80").start()?;
     browser.until(ROWS, 2)?;
     delay(&browser, 0)?;
@@ -159,5 +159,5 @@ fn answers_that_are_late_are_shown_all_the_same() -> Result<()> {
          return new Response(JSON.stringify({...await answer.json(), sources_waiting: 1})); }, 0)";
     browser.value(waits)?;
     says_tile(&browser, "Sources", "1 of 2 up")?;
-    says_tile(&browser, "Sources", "1 first answer awaited")
+    says_tile(&browser, "Sources", "1 not answered yet")
 }

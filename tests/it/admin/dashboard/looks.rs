@@ -82,7 +82,7 @@ fn it_fits_and_can_be_read_dark_and_light_on_a_desk_and_on_a_phone() -> Result<(
             }
         }
         browser.open("#routes?q=nobody")?;
-        browser.shows("Nothing fits the filter.")?;
+        browser.shows("No entry matches the filter.")?;
         is_well_made(&browser, width, &of("nothing"))?;
         browser.open(&explained)?;
         browser.until("document.querySelectorAll('#explain-facts section').length > 1", true)?;
@@ -97,7 +97,7 @@ fn it_fits_and_can_be_read_dark_and_light_on_a_desk_and_on_a_phone() -> Result<(
     // When something is wrong, too.
     host.etcd_daemon().kill()?;
     browser.open("#sources")?;
-    browser.shows("what was known stays in use")?;
+    browser.shows("their last data stays in use")?;
     is_well_made(&browser, 390, "390-dark-down")?;
     embassy.kill()?;
     browser.shows("embassy does not answer")?;
