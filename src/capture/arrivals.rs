@@ -33,6 +33,12 @@ impl Arrivals {
         self.dropped
     }
 
+    /// A rule that dropped connections was removed: the connections that are missing now were dropped by it.
+    pub(super) fn forgive(&mut self) {
+        self.lost = self.before.map_or(0, |(came, passed)| came.saturating_sub(passed));
+        self.dropped = false;
+    }
+
     /// The same, by the counts that it was given last.
     pub(super) fn dropped(&self) -> bool {
         self.dropped
@@ -60,6 +66,21 @@ mod tests {
         // Others pass.
         assert!(!told((12, 8)));
         assert!(!told((12, 8)));
+    }
+
+    #[test]
+    fn what_a_rule_dropped_that_is_gone_is_dropped_no_more() {
+        let mut arrivals = Arrivals::default();
+        let mut told = |arrivals: &mut Arrivals, counts| arrivals.are_dropped(Some(counts));
+        assert!(!told(&mut arrivals, (0, 0)));
+        assert!(!told(&mut arrivals, (7, 5)));
+        // Before it was noticed that they are missing twice.
+        arrivals.forgive();
+        assert!(!told(&mut arrivals, (7, 5)));
+        assert!(!told(&mut arrivals, (9, 7)));
+        // Another rule drops others.
+        assert!(!told(&mut arrivals, (10, 7)));
+        assert!(told(&mut arrivals, (10, 7)));
     }
 
     #[test]

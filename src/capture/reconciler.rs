@@ -338,17 +338,15 @@ impl Reconciler {
             debug!(%error, "cannot read all rules that captured connections pass");
         }
         let mut found = listings.barriers(self.settings.port);
-        if self.surroundings.arrivals.dropped() && found.is_empty() {
-            let unknown = Barrier::unknown(self.settings.port);
-            let Surroundings { barriers, behind, .. } = &self.surroundings;
-            match barriers
-                .iter()
-                .any(|barrier| *barrier != unknown && Some(barrier) != behind.as_ref())
-            {
-                // These were dropped by a rule that has just been removed.
-                true => self.surroundings.arrivals = Arrivals::default(),
-                false => found.push(unknown),
-            }
+        let unknown = Barrier::unknown(self.settings.port);
+        let Surroundings { barriers, behind, arrivals, .. } = &mut self.surroundings;
+        let is_rule =
+            |barrier: &&Barrier| **barrier != unknown && Some(*barrier) != behind.as_ref();
+        if barriers.iter().filter(is_rule).any(|barrier| !found.contains(barrier)) {
+            arrivals.forgive();
+        }
+        if arrivals.dropped() && found.is_empty() {
+            found.push(unknown);
         }
         self.tell_barriers(found);
         let before = self.surroundings.tracked_for.clone();

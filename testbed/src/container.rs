@@ -3,12 +3,14 @@
 use std::ffi::{OsStr, OsString};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::Command;
+use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::exec::output;
 use crate::host::Host;
 use crate::image;
+use crate::light::LightContainer;
 use crate::process::Process;
 
 /// A container that is to be.
@@ -75,6 +77,12 @@ impl ContainerBuilder {
 
     /// Runs it. It stays until it is removed or the host ends; dropping the handle does nothing to it.
     pub fn start(self) -> Result<Container> {
+        if self.host.light_engine().is_some() {
+            ensure!(self.image == image::BASE, "a light host has no images: {}", self.image);
+            let light = LightContainer::run_on(&self.host, &self.name, &self.args, self.cmd)?;
+            let (host, name, id) = (self.host, self.name, light.id().to_owned());
+            return Ok(Container { host, name, id, light: Some(light) });
+        }
         if self.image == image::BASE {
             self.host.load_image()?;
         }
@@ -82,7 +90,7 @@ impl ContainerBuilder {
         // The first process of a container ignores SIGTERM unless it handles it, and `docker stop` would take 10 s.
         run.arg("--stop-signal=KILL").args(&self.args).arg(&self.image).args(&self.cmd);
         let id = output(&mut run)?;
-        Ok(Container { host: self.host, name: self.name, id })
+        Ok(Container { host: self.host, name: self.name, id, light: None })
     }
 }
 
@@ -92,6 +100,8 @@ pub struct Container {
     host: Host,
     name: String,
     id: String,
+    /// On a light host.
+    light: Option<Arc<LightContainer>>,
 }
 
 impl Container {
@@ -112,6 +122,9 @@ impl Container {
 
     /// Its first process, as seen inside the host.
     pub fn pid(&self) -> Result<u32> {
+        if let Some(light) = &self.light {
+            return light.pid();
+        }
         let pid = self.inspect("{{.State.Pid}}")?;
         pid.parse()
             .ok()
@@ -121,6 +134,9 @@ impl Container {
 
     /// Its IPv4 address on the first of its networks that has one.
     pub fn ip(&self) -> Result<Ipv4Addr> {
+        if let Some(light) = &self.light {
+            return light.ip();
+        }
         self.address("{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}")
     }
 
@@ -138,7 +154,7 @@ impl Container {
 
     /// Runs a command in the container (`docker exec`) and returns what it wrote to stdout.
     pub fn exec<I: IntoIterator<Item: AsRef<OsStr>>>(&self, cmd: I) -> Result<String> {
-        output(&mut self.exec_command(cmd))
+        output(&mut self.exec_command(cmd)?)
     }
 
     /// Starts a command in the container and lets it run, logged as `<container>-<name>`. Killing the process ends
@@ -148,7 +164,7 @@ impl Container {
         name: &str,
         cmd: I,
     ) -> Result<Process> {
-        self.host.spawn(&format!("{}-{name}", self.name), self.exec_command(cmd))
+        self.host.spawn(&format!("{}-{name}", self.name), self.exec_command(cmd)?)
     }
 
     /// A command that runs a program of the machine in the container's network alone: for tools that the image lacks.
@@ -161,6 +177,9 @@ impl Container {
 
     /// All it wrote to stdout and stderr.
     pub fn log(&self) -> Result<String> {
+        if let Some(light) = &self.light {
+            return Ok(light.log(&self.host));
+        }
         let mut logs = self.host.docker_command(["logs", &self.id]);
         let output = logs.output().context("run docker logs")?;
         let both = [output.stdout, output.stderr].concat();
@@ -169,22 +188,34 @@ impl Container {
 
     /// `docker stop`.
     pub fn stop(&self) -> Result<()> {
-        self.docker(["stop"])
+        match &self.light {
+            Some(light) => light.kill(&self.host),
+            None => self.docker(["stop"]),
+        }
     }
 
     /// `docker start`, after a stop.
     pub fn start(&self) -> Result<()> {
-        self.docker(["start"])
+        match &self.light {
+            Some(light) => light.start(&self.host),
+            None => self.docker(["start"]),
+        }
     }
 
     /// `docker kill`.
     pub fn kill(&self) -> Result<()> {
-        self.docker(["kill"])
+        match &self.light {
+            Some(light) => light.kill(&self.host),
+            None => self.docker(["kill"]),
+        }
     }
 
     /// `docker rm --force`.
     pub fn remove(&self) -> Result<()> {
-        self.docker(["rm", "--force", "--volumes"])
+        match &self.light {
+            Some(light) => light.remove(&self.host),
+            None => self.docker(["rm", "--force", "--volumes"]),
+        }
     }
 
     /// `docker network connect`.
@@ -203,13 +234,19 @@ impl Container {
     }
 
     fn docker<const N: usize>(&self, args: [&str; N]) -> Result<()> {
+        if self.light.is_some() {
+            bail!("a light container cannot: docker {}", args.join(" "));
+        }
         output(self.host.docker_command(args).arg(&self.id)).map(drop)
     }
 
-    fn exec_command<I: IntoIterator<Item: AsRef<OsStr>>>(&self, cmd: I) -> Command {
-        let mut command = self.host.docker_command(["exec", &self.id]);
+    fn exec_command<I: IntoIterator<Item: AsRef<OsStr>>>(&self, cmd: I) -> Result<Command> {
+        let mut command = match &self.light {
+            Some(light) => light.exec_command(&self.host)?,
+            None => self.host.docker_command(["exec", &self.id]),
+        };
         command.args(cmd);
-        command
+        Ok(command)
     }
 
     fn address<T: std::str::FromStr + Into<IpAddr>>(&self, format: &str) -> Result<T> {

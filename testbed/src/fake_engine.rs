@@ -33,7 +33,9 @@ pub enum Mood {
 /// An engine without containers. Ends with this.
 #[derive(Debug)]
 pub struct FakeEngine {
-    folder: tempfile::TempDir,
+    socket: PathBuf,
+    /// Where the socket is, if nobody gave it a place.
+    _folder: Option<tempfile::TempDir>,
     state: Arc<Mutex<State>>,
     /// `None` ends the streams.
     events: broadcast::Sender<Option<Value>>,
@@ -52,8 +54,14 @@ impl FakeEngine {
     /// Starts it. To be called within a runtime, with which it ends.
     pub fn start() -> Self {
         let folder = tempfile::tempdir().expect("a folder can be made");
-        let listener = UnixListener::bind(folder.path().join("docker.sock"));
-        let listener = listener.expect("a socket can be bound in a new folder");
+        let socket = folder.path().join("docker.sock");
+        let engine = Self::start_at(socket).expect("a socket can be bound in a new folder");
+        Self { _folder: Some(folder), ..engine }
+    }
+
+    /// The same with a place for its socket.
+    pub fn start_at(socket: PathBuf) -> std::io::Result<Self> {
+        let listener = UnixListener::bind(&socket)?;
         let (state, events) = (Arc::<Mutex<State>>::default(), broadcast::Sender::new(1000));
         let (shared, streams) = (state.clone(), events.clone());
         tokio::spawn(async move {
@@ -61,12 +69,12 @@ impl FakeEngine {
                 tokio::spawn(serve(client, shared.clone(), streams.clone()));
             }
         });
-        Self { folder, state, events }
+        Ok(Self { socket, _folder: None, state, events })
     }
 
     /// Where it answers: a Unix socket.
     pub fn socket(&self) -> PathBuf {
-        self.folder.path().join("docker.sock")
+        self.socket.clone()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -221,7 +229,12 @@ impl State {
             _ if path.ends_with("/info") => Some(json!({"SystemTime": "2026-01-01T00:00:00Z"})),
             _ if path.ends_with("/_ping") => Some(json!("OK")),
             _ if path.ends_with("/networks") => Some(json!([
-                {"Id": "n", "Driver": "bridge", "IPAM": {"Config": [{"Subnet": "172.17.0.0/16"}]}}
+                {
+                    "Id": "n",
+                    "Driver": "bridge",
+                    "IPAM": {"Config": [{"Subnet": "172.17.0.0/16"}]},
+                    "Options": {"com.docker.network.bridge.name": "docker0"}
+                }
             ])),
             _ if path.ends_with("/containers/json") => {
                 Some(self.containers.values().map(listed).collect())

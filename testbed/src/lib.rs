@@ -31,6 +31,7 @@ mod exec;
 mod fake_engine;
 mod host;
 mod image;
+mod light;
 mod peer;
 mod poll;
 mod process;

@@ -58,7 +58,7 @@ fn web_and_app(host: &Host) -> Result<Container> {
 
 #[test]
 fn no_bytes_end_it() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let app = web_and_app(&host)?;
     let (embassy, path) = start(&host)?;
     reaches(&app, "172.17.0.1:80", "web")?;
@@ -98,7 +98,7 @@ fn no_bytes_end_it() -> Result<()> {
 
 #[test]
 fn what_is_too_large_is_refused() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let (embassy, path) = start(&host)?;
     let before = resident(&embassy)?;
     let large = "x".repeat(8 << 20);
@@ -122,7 +122,7 @@ fn what_is_too_large_is_refused() -> Result<()> {
 
 #[test]
 fn a_page_of_elsewhere_may_not_read_it() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let embassy = host.embassy(["--dnat", ETCD])?;
     embassy.wait_ready(READY)?;
     let curl = |more: &[&str]| {

@@ -12,7 +12,7 @@ use crate::{
 
 #[test]
 fn the_endpoint_hears_who_dialled_before_anything_else() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     host.server("echo", ["echo", "--port", "7"]).label("SERVICE_7_NAME", "echo").start()?;
     let app = host
         .client("app")
@@ -23,7 +23,7 @@ fn the_endpoint_hears_who_dialled_before_anything_else() -> Result<()> {
     let embassy = host.embassy(["--dnat", "-discovery=docker://"])?;
     embassy.wait_ready(READY)?;
     let echoed = |port: u16, to: &str| {
-        app.exec(["sh", "-c", &format!("printf hello | nc -w 10 172.17.0.1 {port} {to}")])
+        app.exec(["sh", "-c", &format!("printf hello | busybox nc -w 10 172.17.0.1 {port} {to}")])
     };
 
     let line = echoed(7001, "")?;

@@ -26,7 +26,7 @@ fn rows(host: &Host, words: &[&str]) -> Result<(Vec<Vec<String>>, Option<i32>)> 
 
 #[test]
 fn routes_are_listed_explained_and_waited_for() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let (text, code) = run(&host, &["status"])?;
     assert_eq!(code, Some(1), "{text}");
     assert!(text.contains("no embassy answers") && text.contains("127.0.0.1:9990"), "{text}");
@@ -163,7 +163,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
 
 #[test]
 fn an_embassy_behind_a_socket_is_asked_there() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     let _app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let at = "--admin=unix:///run/embassy.sock";
@@ -177,7 +177,7 @@ fn an_embassy_behind_a_socket_is_asked_there() -> Result<()> {
 
 #[test]
 fn the_live_screen_comes_and_gives_the_terminal_back() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let web = web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let embassy = host.embassy(["--dnat", ETCD])?;
@@ -271,7 +271,7 @@ impl Drop for Terminal {
 /// What is printed for machines is what the API says.
 #[test]
 fn json_is_the_apis_own() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     let _app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let embassy = host.embassy(["--dnat", ETCD])?;

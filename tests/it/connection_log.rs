@@ -18,7 +18,7 @@ fn lines(embassy: &Embassy) -> Vec<Value> {
 
 #[test]
 fn errors_are_those_that_somebody_should_look_at_whatever_the_level() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80");
     let app = app.env("BACKEND_NONE", "/services/none;81").start()?;
@@ -46,7 +46,7 @@ fn errors_are_those_that_somebody_should_look_at_whatever_the_level() -> Result<
 
 #[test]
 fn a_fraction_is_about_as_many_and_the_level_at_run_time_changes_nothing() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     std::fs::write(host.dir().join("token"), "secret\n")?;
@@ -70,7 +70,7 @@ fn a_fraction_is_about_as_many_and_the_level_at_run_time_changes_nothing() -> Re
 
 #[test]
 fn a_flood_of_connections_does_not_cost_the_line_that_says_what_is_wrong() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     // Opened for both, the pipe is there without a reader; it holds 64 KiB, and nobody reads it yet.

@@ -107,7 +107,7 @@ fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
 
 #[test]
 fn an_embassy_whose_rules_are_gone_is_found() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     host.etcd()?;
     // It runs, and does not capture.
     let embassy = host.embassy([ETCD])?;
@@ -120,7 +120,7 @@ fn an_embassy_whose_rules_are_gone_is_found() -> Result<()> {
 
 #[test]
 fn the_embassy_that_runs_is_judged_and_one_that_cannot_be_seen_is_not_missed() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     host.etcd()?;
     let mut limited = host.command("sh");
     limited.args(["-c", "ulimit -n 1000; exec \"$0\" \"$@\""]).arg(embassy_program()?);

@@ -62,19 +62,19 @@ impl Registry for Consul {
 
 #[test]
 fn etcd_v3_is_followed() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     follow(&host, &Plain(&host.etcd()?), "etcd://127.0.0.1:2379", "/services/web/80;80")
 }
 
 #[test]
 fn etcd_v2_is_followed() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     follow(&host, &Documents(&host.etcd()?), "etcd://127.0.0.1:2379", "/services/web/80;80")
 }
 
 #[test]
 fn consul_is_followed() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     follow(&host, &host.consul()?, "consul://127.0.0.1:8500", "web;80")
 }
 
@@ -130,7 +130,7 @@ fn under_load(app: &Container, change: impl FnOnce() -> Result<()>) -> Result<An
 
 #[test]
 fn only_instances_that_pass_their_checks_are_used() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let consul = host.consul()?;
     for name in ["web-1", "web-2"] {
         let address = host.web(name).start()?.ip()?;
@@ -163,7 +163,7 @@ fn only_instances_that_pass_their_checks_are_used() -> Result<()> {
 /// Each watch is a query that Consul holds, on a connection of its own.
 #[test]
 fn however_many_consumers_ask_for_a_service_it_is_watched_once() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let web = host.web("web").start()?;
     host.consul()?.service("web", "web").address(web.ip()?).port(80).tags(["a"]).register()?;
     let app = |name: &str, binding: &str| host.client(name).env("BACKEND_WEB", binding).start();

@@ -75,7 +75,7 @@ fn it_starts_while_everything_is_down_and_is_ready_when_all_is_up() -> Result<()
 
 #[test]
 fn one_silent_discovery_does_not_hold_up_the_other() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let web = host.web("web").start()?;
     host.consul()?.service("web", "web").address(web.ip()?).port(80).register()?;
     host.etcd()?;
@@ -89,7 +89,7 @@ fn one_silent_discovery_does_not_hold_up_the_other() -> Result<()> {
 
 #[test]
 fn it_stops_in_order() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     // Five seconds of it, once the connection's buffers are full.
     let slow =
         host.server("slow", ["source", "--bytes", "5000000", "--rate", "1000000"]).start()?;
@@ -158,7 +158,7 @@ fn it_stops_in_order() -> Result<()> {
 
 #[test]
 fn a_hangup_has_every_source_read_again_and_disturbs_nothing() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let embassy = host.embassy(["--dnat", ETCD, "--resync=3600"])?;
@@ -189,7 +189,7 @@ fn a_hangup_has_every_source_read_again_and_disturbs_nothing() -> Result<()> {
 
 #[test]
 fn a_stop_during_the_start_leaves_nothing() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     for moment in ["embassy starts", "proxy listens", "admin API listens", "initial routing table"]
@@ -213,7 +213,7 @@ fn a_stop_during_the_start_leaves_nothing() -> Result<()> {
 
 #[test]
 fn a_disk_that_hangs_does_not_hold_up_the_end() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let embassy = host.embassy(["--dnat", ETCD, "--state-dir=/run/state"])?;
@@ -244,7 +244,7 @@ fn a_disk_that_hangs_does_not_hold_up_the_end() -> Result<()> {
 
 #[test]
 fn a_firewall_that_hangs_does_not_hold_up_a_second_signal() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let save = "mkdir -p /run/bin; printf '#!/bin/sh\ntest -e /run/hang && exec sleep 1000\nexec %s \"$@\"\n' \
@@ -267,7 +267,7 @@ fn a_firewall_that_hangs_does_not_hold_up_a_second_signal() -> Result<()> {
 
 #[test]
 fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let first = host.embassy(["--dnat", ETCD])?;
@@ -345,7 +345,7 @@ fn outcome(host: &Host, command: Command) -> Result<(String, Option<i32>)> {
 
 #[test]
 fn the_admin_api_can_be_elsewhere_or_nowhere() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let embassy = host.embassy(["--dnat", ETCD, "--admin=off"])?;

@@ -33,7 +33,7 @@ fn tells(embassy: &Embassy, message: &str, fields: &[(&str, &str)]) -> Result<Ma
 
 #[test]
 fn machines_read_every_change_and_true_numbers() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let web = web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80");
     let app = app.env("BACKEND_WRONG", "no port").start()?;
@@ -81,7 +81,7 @@ fn machines_read_every_change_and_true_numbers() -> Result<()> {
 
 #[test]
 fn a_discovery_that_was_never_there_is_not_lost() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let _app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let embassy = host.embassy(["--dnat", ETCD])?;
     says(&embassy, &["source has not answered yet; retrying", "source=\"etcd /services/web\""])?;

@@ -64,7 +64,7 @@ struct Place {
 impl Place {
     /// With so many bytes for embassy.
     fn new(limit: u64) -> Result<Self> {
-        let host = Host::start()?;
+        let host = Host::light()?;
         let server = host.server("greet", ["greet", "--name", "joe"]).start()?;
         offer(&host, "greet", server.ip()?)?;
         let app = host.client("app").env("BACKEND_GREET", "/services/greet;80").start()?;

@@ -17,7 +17,7 @@ struct Site {
 }
 
 fn site() -> Result<Site> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let web = web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     Ok(Site { host, web, app })

@@ -168,7 +168,7 @@ fn containers_that_were_endpoints_are_used_after_such_a_start_as_far_as_they_run
 
 #[test]
 fn what_is_damaged_or_of_another_machine_is_set_aside() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     host.run("sh", ["-c", "echo one > /etc/machine-id"])?;
     let web = host.web("web").start()?;
     register(&host, &web)?;
@@ -204,7 +204,7 @@ fn what_is_damaged_or_of_another_machine_is_set_aside() -> Result<()> {
 
 #[test]
 fn a_disk_that_is_full_or_read_only_is_reported_and_nothing_else_suffers() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let web = host.web("web").start()?;
     register(&host, &web)?;
     let app = host.client("app").env("BACKEND_WEB", "web;80").start()?;

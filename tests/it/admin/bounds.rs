@@ -17,7 +17,7 @@ time.sleep(1000)
 
 #[test]
 fn idle_callers_take_no_descriptors_from_connections_and_are_let_go() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     // With one descriptor for each caller there would be none left.
@@ -52,7 +52,7 @@ fn idle_callers_take_no_descriptors_from_connections_and_are_let_go() -> Result<
 
 #[test]
 fn a_listener_for_everybody_is_warned_of_and_scraped_by_any_name() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let flags = ["-provider=static", "-services=web;80"];
     let embassy = host.embassy([&flags[..], &["--admin=0.0.0.0:9990"]].concat())?;
     testbed::eventually(READY, "the API", || embassy.admin("/healthz")?.ok())?;

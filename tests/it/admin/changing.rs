@@ -11,7 +11,7 @@ fn call(host: &Host, words: &[&str]) -> Result<(String, String)> {
 
 #[test]
 fn the_socket_may_change_what_tcp_may_not_without_the_token() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let (one, two) = (web(&host, "one")?, host.web("two").start()?);
     offer_at(&host, "one", &format!("{}:80", two.ip()?))?;
     let app = host.client("app").env("BACKEND_ONE", "/services/one;80").start()?;
@@ -118,7 +118,7 @@ fn since_the_level(embassy: &Embassy, level: &str, words: &str) -> Result<String
 fn the_log_level_changes_while_it_runs_and_back() -> Result<()> {
     const INFO: &str = "resync requested via API";
     const DEBUG: &str = "source re-reads everything";
-    let host = Host::start()?;
+    let host = Host::light()?;
     host.etcd()?;
     std::fs::write(host.dir().join("token"), "secret\n")?;
     let token = format!("--admin-token-file={}", host.dir().join("token").display());

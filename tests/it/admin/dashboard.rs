@@ -17,7 +17,7 @@ const NOTICE: &str = "document.getElementById('notice').hidden";
 
 #[test]
 fn a_search_narrows_and_an_address_brings_back_what_was_shown() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "blue")?;
     let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
     let _other = host.client("other").env("BACKEND_NONE", "/services/none;81").start()?;
@@ -64,7 +64,7 @@ fn a_search_narrows_and_an_address_brings_back_what_was_shown() -> Result<()> {
 
 #[test]
 fn it_is_used_by_the_keyboard_alone() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "blue")?;
     let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
     let other = host.client("other").env("BACKEND_NONE", "/services/none;81").start()?;

@@ -17,7 +17,7 @@ for method, path, status, answer in given['answers']:
 
 #[test]
 fn every_answer_is_as_it_is_described() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let blue = web(&host, "blue")?;
     offer_at(&host, "blue", &format!("{}:81", blue.ip()?))?;
     let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80");

@@ -22,7 +22,7 @@ fn complaints(text: &str) -> Result<String> {
 
 #[test]
 fn a_scrape_is_valid_in_both_forms_and_ends_with_what_it_tells_of() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let blue = web(&host, "blue")?;
     let dead = format!("{}:81", blue.ip()?);
     offer_at(&host, "blue", &dead)?;
@@ -68,7 +68,7 @@ fn a_scrape_is_valid_in_both_forms_and_ends_with_what_it_tells_of() -> Result<()
 
 #[test]
 fn prometheus_itself_scrapes_and_evaluates_the_rules() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "blue")?;
     let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80");
     let _app = app.env("BACKEND_WRONG", "no port").start()?;
@@ -107,17 +107,15 @@ fn prometheus_itself_scrapes_and_evaluates_the_rules() -> Result<()> {
 
 #[test]
 fn a_log_that_nobody_reads_holds_nobody_up_and_its_losses_are_counted() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "blue")?;
     let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
     // The reader of its stderr opens the pipe, and never reads.
     let script = "mkfifo /run/stalled; sleep 1000 < /run/stalled & exec \"$@\" 2> /run/stalled";
-    let embassy = host.embassy_command(["--dnat", ETCD, "--connection-log=all", "-v=10"])?;
     let mut stalled = host.command("sh");
     stalled.args(["-c", script, "sh"]).arg(testbed::embassy_program()?);
     stalled.args(["--dnat", ETCD, "--connection-log=all", "-v=10"]);
-    stalled.env("DOCKER_HOST", "unix:///var/run/docker.sock");
-    drop(embassy);
+    stalled.env("DOCKER_HOST", host.docker_url());
     let embassy = host.embassy_from(stalled)?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "blue")?;
@@ -132,7 +130,7 @@ fn a_log_that_nobody_reads_holds_nobody_up_and_its_losses_are_counted() -> Resul
 
 #[test]
 fn each_connection_is_a_line_with_true_numbers_and_so_is_each_refusal() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "blue")?;
     let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80");
     let app = app.env("BACKEND_NONE", "/services/none;81").start()?;

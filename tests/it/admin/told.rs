@@ -20,7 +20,7 @@ print([answer for answer in answers if ' 503 ' in answer])
 
 #[test]
 fn changes_are_told_as_they_happen_and_to_so_many() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let blue = web(&host, "blue")?;
     // Nobody listens at its second port yet.
     let late = format!("{}:81", blue.ip()?);

@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn it_tells_where_connections_go_and_what_they_moved() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let blue = web(&host, "blue")?;
     let greeter = host.server("greeter", ["greet"]).start()?;
     offer_at(&host, "greeter", &format!("{}:80", greeter.ip()?))?;
@@ -98,7 +98,7 @@ fn it_tells_where_connections_go_and_what_they_moved() -> Result<()> {
 
 #[test]
 fn it_explains_from_symptom_to_cause() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let blue = web(&host, "blue")?;
     // Nobody listens there.
     offer_at(&host, "half", &format!("{}:80", blue.ip()?))?;
@@ -161,7 +161,7 @@ fn it_explains_from_symptom_to_cause() -> Result<()> {
 
 #[test]
 fn a_source_that_is_still_awaited_neither_answers_nor_is_down() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let _app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
     host.etcd()?;
     host.etcd_daemon().pause()?;
@@ -262,7 +262,7 @@ fn it_explains_what_stands_in_the_way_whatever_the_service() -> Result<()> {
 
 #[test]
 fn wrong_requests_are_told_what_is_wrong() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let embassy = host.embassy(["-provider=static", "-services=web;80"])?;
     testbed::eventually(READY, "the API", || embassy.admin("/healthz")?.ok())?;
     for (path, status, words) in [

@@ -11,7 +11,7 @@ use crate::{READY, WAIT};
 
 #[test]
 fn two_consumers_use_one_port_for_two_services_and_none_crosses() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let etcd = host.etcd()?;
     let mut apps = Vec::new();
     for name in ["red", "blue"] {
@@ -42,7 +42,7 @@ fn two_consumers_use_one_port_for_two_services_and_none_crosses() -> Result<()> 
 
 #[test]
 fn leastconn_counts_the_connections_of_all_consumers() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let etcd = host.etcd()?;
     let greeter = |name: &'static str| {
         let greeter = host.server(name, ["greet", "--name", name]).start()?;
@@ -78,7 +78,7 @@ fn leastconn_counts_the_connections_of_all_consumers() -> Result<()> {
 
 #[test]
 fn no_request_fails_while_one_endpoint_of_three_does() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let etcd = host.etcd()?;
     for name in ["web-1", "web-2"] {
         let web = host.web(name).start()?;

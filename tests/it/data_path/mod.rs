@@ -35,7 +35,10 @@ impl Path {
 
     /// With further flags of embassy's.
     fn with(flags: &[&str], roles: &[(u16, &str)]) -> Result<Self> {
-        let host = Host::start()?;
+        Self::on(Host::light()?, flags, roles)
+    }
+
+    fn on(host: Host, flags: &[&str], roles: &[(u16, &str)]) -> Result<Self> {
         let etcd = host.etcd()?;
         let serve = |(port, role): &(u16, &str)| format!("testbed peer {role} --port {port} &");
         let script: String = roles.iter().map(serve).chain(["wait".to_owned()]).collect();

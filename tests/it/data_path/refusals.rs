@@ -11,7 +11,7 @@ const FOREIGN: &str = "10.9.9.9:80";
 
 #[test]
 fn what_means_no_route_is_reset_and_counted_and_leaks_nothing() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let etcd = host.etcd()?;
     let web = host.web("web").start()?;
     let closed = host.client("closed").start()?;
@@ -69,7 +69,7 @@ fn what_means_no_route_is_reset_and_counted_and_leaks_nothing() -> Result<()> {
 
 #[test]
 fn on_a_port_that_was_not_declared_the_host_itself_answers() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     host.etcd()?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let stranger = host.client("stranger").start()?;
@@ -89,7 +89,7 @@ fn descriptors(embassy: &Embassy) -> Result<usize> {
 #[test]
 fn an_endpoint_that_leads_back_to_us_is_not_dialled() -> Result<()> {
     const VIP: &str = "172.17.0.1";
-    let host = Host::start()?;
+    let host = Host::light()?;
     let file = host.dir().join("services.toml");
     let services = format!("[[service]]\nname = \"web\"\nendpoints = [\"{VIP}:80\"]\n");
     std::fs::write(&file, services)?;

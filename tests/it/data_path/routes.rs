@@ -24,7 +24,7 @@ fn a_consumer_that_stops_takes_its_connections_and_its_route_along() -> Result<(
 /// It can send neither an end nor a reset.
 #[test]
 fn the_connections_of_a_consumer_that_loses_its_address_are_reset() -> Result<()> {
-    let path = Path::new(&[(1001, "greet --name joe")])?;
+    let path = Path::on(Host::start()?, &[], &[(1001, "greet --name joe")])?;
     let held = OpenConnections::open(&path.app, "held", &vip(1001), 10)?;
     held.greetings()?;
     path.app.disconnect("bridge")?;
@@ -42,7 +42,7 @@ fn the_connections_of_a_consumer_that_loses_its_address_are_reset() -> Result<()
 
 #[test]
 fn the_binding_says_what_becomes_of_the_connections_of_a_removed_endpoint() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let etcd = host.etcd()?;
     let bindings = [(81, "drain=keep"), (82, "drain=kill"), (83, "drain=2")];
     let mut app = host.client("app");

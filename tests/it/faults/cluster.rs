@@ -80,7 +80,7 @@ impl<'a> Cluster<'a> {
 
 #[test]
 fn no_request_fails_while_an_etcd_cluster_loses_members_its_leader_and_its_quorum() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let mut cluster = Cluster::start(&host)?;
     let [one, two] = ["web", "extra"].map(|name| host.web(name).start());
     let (web, extra) = (one?, two?);

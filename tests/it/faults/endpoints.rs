@@ -14,17 +14,23 @@ use crate::{
 const REQUESTS: usize = 10_000;
 
 /// Two web servers and a third endpoint of `/services/web`, and who asks for it with these options.
-fn scene(options: &str) -> Result<(Host, Container, Container, Embassy)> {
-    let host = Host::start()?;
-    for name in ["web-1", "web-2"] {
-        offer(&host, "web", host.web(name).start()?.ip()?)?;
-    }
+struct Scene {
+    webs: [Container; 2],
+    third: Container,
+    app: Container,
+    embassy: Embassy,
+}
+
+fn scene(options: &str) -> Result<Scene> {
+    let host = Host::light()?;
+    let webs = [host.web("web-1").start()?, host.web("web-2").start()?];
+    webs.iter().try_for_each(|web| offer(&host, "web", web.ip()?))?;
     let third = host.container("third").cmd(["sh", "-c", "while sleep 1; do :; done"]).start()?;
     offer(&host, "web", third.ip()?)?;
     let app = host.client("app").env("BACKEND_WEB", &format!("/services/web;80{options}"));
     let app = app.start()?;
     let embassy = host.embassy(["--dnat", ETCD])?;
-    Ok((host, app, third, embassy))
+    Ok(Scene { webs, third, app, embassy })
 }
 
 /// Takes every packet to a container away without a word, or no more.
@@ -52,7 +58,7 @@ fn few_met_it(embassy: &Embassy) -> Result<()> {
 
 #[test]
 fn no_request_of_ten_thousand_fails_while_one_endpoint_of_three_refuses() -> Result<()> {
-    let (_host, app, _third, embassy) = scene("")?;
+    let Scene { app, embassy, .. } = scene("")?;
     embassy.wait_ready(READY)?;
     meets(&app, "web-1")?;
     let answers = app.get(VIP).times(REQUESTS).at_once(8).run()?;
@@ -63,7 +69,7 @@ fn no_request_of_ten_thousand_fails_while_one_endpoint_of_three_refuses() -> Res
 #[test]
 fn no_request_of_ten_thousand_fails_and_few_meet_the_one_endpoint_of_three_that_is_silent()
 -> Result<()> {
-    let (_host, app, third, embassy) = scene("")?;
+    let Scene { third, app, embassy, .. } = scene("")?;
     black_hole(&third, true)?;
     embassy.wait_ready(READY)?;
     meets(&app, "web-1")?;
@@ -77,7 +83,7 @@ fn no_request_of_ten_thousand_fails_and_few_meet_the_one_endpoint_of_three_that_
 fn least_connections_do_not_lead_to_an_endpoint_that_refuses_or_is_silent() -> Result<()> {
     const FEWER: usize = 3_000;
     for silent in [false, true] {
-        let (_host, app, third, embassy) = scene(";lb=leastconn")?;
+        let Scene { third, app, embassy, .. } = scene(";lb=leastconn")?;
         if silent {
             black_hole(&third, true)?;
         }
@@ -96,7 +102,7 @@ fn least_connections_do_not_lead_to_an_endpoint_that_refuses_or_is_silent() -> R
 
 #[test]
 fn with_a_check_no_connection_has_to_find_out() -> Result<()> {
-    let (host, app, third, embassy) = scene(";check=tcp")?;
+    let Scene { webs, third, app, embassy } = scene(";check=tcp")?;
     let endpoint = format!("endpoint={}:80", third.ip()?);
     // Nobody has dialled yet.
     says(&embassy, &["endpoint check fails", &endpoint])?;
@@ -124,9 +130,7 @@ fn with_a_check_no_connection_has_to_find_out() -> Result<()> {
     assert_eq!(answers.from("third"), 0);
 
     // Where all fail, all are tried.
-    for name in ["web-1", "web-2"] {
-        host.docker(["kill", name])?;
-    }
+    webs.iter().try_for_each(Container::kill)?;
     black_hole(&third, false)?;
     let start = Instant::now();
     meets(&app, "third")?;
@@ -136,7 +140,7 @@ fn with_a_check_no_connection_has_to_find_out() -> Result<()> {
 
 #[test]
 fn where_all_endpoints_failed_the_first_that_is_back_is_used_at_once() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let server = host.container("server").cmd(["sh", "-c", "while sleep 1; do :; done"]).start()?;
     let other = host.client("other").start()?;
     for each in [&server, &other] {
@@ -167,7 +171,7 @@ fn where_all_endpoints_failed_the_first_that_is_back_is_used_at_once() -> Result
 #[test]
 fn a_database_that_fails_over_takes_its_clients_along() -> Result<()> {
     const CLIENTS: usize = 50;
-    let host = Host::start()?;
+    let host = Host::light()?;
     let etcd = host.etcd()?;
     let server = |name: &'static str| host.server(name, ["greet", "--name", name]).start();
     let (old, new) = (server("old")?, server("new")?);

@@ -74,7 +74,7 @@ fn fill_tracking(host: &Host) -> Result<()> {
 #[test]
 fn while_connection_tracking_is_full_what_is_open_goes_on_and_the_rest_comes_after() -> Result<()> {
     const OPEN: u64 = 20;
-    let host = Host::start()?;
+    let host = Host::light()?;
     let (one, two) = (web(&host, "web-1")?, web(&host, "web-2")?);
     for web in [&one, &two] {
         offer(&host, "web", web.ip()?)?;
@@ -165,7 +165,7 @@ impl Clock {
 
 #[test]
 fn a_clock_that_jumps_by_a_day_moves_the_times_in_the_log_and_nothing_else() -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     web(&host, "web")?;
     let lost = web(&host, "lost")?;
     let client = |name: &str| host.client(name).env("BACKEND_WEB", "/services/web;80");

@@ -52,7 +52,7 @@ fn hang(
     begin: impl Fn(&Host) -> Result<()>,
     end: impl Fn(&Host) -> Result<()>,
 ) -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let (web, extra) = (host.web("web").start()?, host.web("extra").start()?);
     let consul = host.consul()?;
     consul.service("web", "web").address(web.ip()?).port(80).register()?;

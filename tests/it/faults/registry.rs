@@ -63,7 +63,7 @@ fn no_request_fails_whatever_happens_to_etcd() -> Result<()> {
 }
 
 fn none_fails(registry: Registry, discovery: &str, binding: &str) -> Result<()> {
-    let host = Host::start()?;
+    let host = Host::light()?;
     let webs = ["web-1", "web-2"].map(|name| host.web(name).start());
     let [one, two] = webs;
     let (webs, extra) = ([one?, two?], host.web("extra").start()?);
@@ -111,7 +111,7 @@ fn an_etcd_that_lost_all_its_data_is_believed_after_the_hold() -> Result<()> {
 /// Its endpoints stay in use for the hold, then go, and come back with its data.
 fn all_lost(registry: Registry, discovery: &str, binding: &str) -> Result<()> {
     const HOLD: Duration = Duration::from_secs(6);
-    let host = Host::start()?;
+    let host = Host::light()?;
     let web = host.web("web").start()?;
     registry.register(&host, &web)?;
     let app = host.client("app").env("BACKEND_WEB", binding).start()?;
