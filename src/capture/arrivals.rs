@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn what_a_rule_dropped_that_is_gone_is_dropped_no_more() {
         let mut arrivals = Arrivals::default();
-        let mut told = |arrivals: &mut Arrivals, counts| arrivals.are_dropped(Some(counts));
+        let told = |arrivals: &mut Arrivals, counts| arrivals.are_dropped(Some(counts));
         assert!(!told(&mut arrivals, (0, 0)));
         assert!(!told(&mut arrivals, (7, 5)));
         // Before it was noticed that they are missing twice.
