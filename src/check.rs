@@ -19,7 +19,7 @@ use crate::{
     discovery::Query,
     events::{Event, Events},
     proxy::{dial, is_fault_of_this_host},
-    table::Table,
+    table::{Changes, Table},
 };
 
 /// Interval of checks of an endpoint, varied by a tenth, so that many hosts do not check at the same time.
@@ -33,19 +33,35 @@ const AT_A_TIME: usize = 64;
 pub async fn run(mut tables: watch::Receiver<Arc<Table>>, mark: Option<u32>, events: Events) {
     let permits = Arc::new(Semaphore::new(AT_A_TIME));
     let mut running: HashMap<usize, Running> = HashMap::new();
+    let mut seen = None;
     loop {
-        let wanted = wanted(&tables.borrow_and_update());
-        running.retain(|state, _| wanted.contains_key(state));
-        for (key, (query, state)) in wanted {
-            running.entry(key).or_insert_with(|| {
-                let check = check(query, state.clone(), permits.clone(), mark, events.clone());
-                Running { state, task: tokio::spawn(check).abort_handle() }
-            });
+        let table = tables.borrow_and_update().clone();
+        if may_change_checks(&table, seen) {
+            let wanted = wanted(&table);
+            running.retain(|state, _| wanted.contains_key(state));
+            for (key, (query, state)) in wanted {
+                running.entry(key).or_insert_with(|| {
+                    let check = check(query, state.clone(), permits.clone(), mark, events.clone());
+                    Running { state, task: tokio::spawn(check).abort_handle() }
+                });
+            }
         }
+        seen = Some(table.version);
+        drop(table);
         if tables.changed().await.is_err() {
             return;
         }
     }
+}
+
+/// Whether other endpoints may need checks than with the table of version `seen`: on most hosts few routes have any.
+fn may_change_checks(table: &Table, seen: Option<u64>) -> bool {
+    if seen.is_none_or(|seen| seen + 1 != table.version) {
+        return true;
+    }
+    let Changes { added, removed, updated, .. } = table.changes();
+    let mut changed = added.iter().chain(removed).chain(updated);
+    changed.any(|route| route.binding.descriptor.check.is_some())
 }
 
 /// What is to be checked, by identity, and the query that asks for it.
@@ -199,5 +215,20 @@ mod tests {
         tables.send_replace(Arc::new(unasked));
         timeout(deadline, until(Checked::Not)).await.expect("nobody asks");
         checks.abort();
+    }
+
+    #[test]
+    fn a_table_that_changes_no_checked_route_is_passed_over() {
+        let endpoint = Endpoint("10.0.0.1:1".parse().unwrap());
+        let asked = table(&Table::default(), &["web;80;check=tcp"], endpoint).unwrap();
+        let other = table(&asked, &["web;80;check=tcp", "web;81"], endpoint).unwrap();
+        assert!(!may_change_checks(&other, Some(asked.version)));
+        assert!(may_change_checks(&other, None));
+        assert!(may_change_checks(&other, Some(0)), "one was missed");
+        let moved = Endpoint("10.0.0.2:1".parse().unwrap());
+        let moved = table(&other, &["web;80;check=tcp", "web;81"], moved).unwrap();
+        assert!(may_change_checks(&moved, Some(other.version)));
+        let unasked = table(&moved, &["web;80", "web;81"], endpoint).unwrap();
+        assert!(may_change_checks(&unasked, Some(moved.version)));
     }
 }
