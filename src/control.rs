@@ -7,15 +7,13 @@ use std::{
 };
 
 use tokio::sync::{Notify, watch};
-use tracing::{info, warn};
 
 use crate::{
     consumer::{Binding, Consumer},
     descriptor::Balance,
     discovery::{Discoveries, Endpoints, Query, Watches},
-    events::Event,
     model::Vip,
-    provider::{Listing, fixed},
+    provider::Listing,
     readiness::Guard,
     report::{PROVIDER, Report},
     source::{Answers, Known, ResyncRequests},
@@ -24,9 +22,11 @@ use crate::{
 };
 
 mod demand;
+mod gateways;
 mod hold;
 
 use demand::{Demand, DemandChange};
+use gateways::Gateways;
 use hold::EmptyHold;
 pub use hold::InUse;
 
@@ -361,66 +361,6 @@ impl Control {
     }
 }
 
-/// The VIPs of interfaces, from the last listing.
-#[derive(Debug, Default)]
-struct Gateways {
-    vips: Vec<Vip>,
-    /// The provider listing, and the time, of the last listing of interfaces.
-    seen: Option<(Arc<Listing>, Instant)>,
-    /// When to look again, as it was too early for it. A bridge may have come, or have another address, since the last look.
-    look_again: Option<Instant>,
-}
-
-impl Gateways {
-    /// Minimum interval for one provider listing: with thousands of interfaces, listing them takes longer than everything else.
-    const PAUSE: Duration = Duration::from_secs(1);
-
-    /// The addresses of docker0, and of all bridges if unknown containers are captured; the previous ones if they cannot be
-    /// listed now.
-    fn seen(&mut self, listing: &Arc<Listing>, strangers: bool, now: Instant) -> Vec<Vip> {
-        let is_fresh = |(seen, at): &&(Arc<Listing>, Instant)| {
-            seen.bridges == listing.bridges && now.saturating_duration_since(*at) < Self::PAUSE
-        };
-        self.look_again = self.seen.as_ref().filter(is_fresh).map(|(_, at)| *at + Self::PAUSE);
-        if self.look_again.is_some() {
-            return self.vips.clone();
-        }
-        let wanted =
-            |name: &str| name == "docker0" || (strangers && listing.bridges.contains(name));
-        match fixed::addresses_of(wanted) {
-            Ok(addresses) => self.vips = addresses.into_iter().map(Vip).collect(),
-            Err(error) => warn!(%error, "cannot determine VIPs; keeping the previous ones"),
-        }
-        self.seen = Some((listing.clone(), now));
-        self.vips.clone()
-    }
-}
-
-impl Report {
-    /// Logs the routes that were added and removed.
-    fn table(&mut self, next: &Table) {
-        self.unrouted(next);
-        if next.version == 1 {
-            info!(routes = next.routes().len(), vips = list(next.vips()), "initial routing table");
-        }
-        for route in &next.changes().added {
-            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "new route");
-            self.events.report(|| Event::RouteAdded(route.clone()));
-        }
-        for route in &next.changes().removed {
-            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "route gone");
-            self.events.report(|| Event::RouteRemoved(route.clone()));
-        }
-        if next.vips().is_empty() && next.routes().len() > 0 {
-            warn!("no VIP: nothing is captured; set one with --proxy-ip");
-        }
-    }
-}
-
-fn list(vips: &BTreeSet<Vip>) -> String {
-    vips.iter().map(Vip::to_string).collect::<Vec<_>>().join(" ")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -455,24 +395,7 @@ mod tests {
     }
 
     fn asking() -> Listing {
-        fixed::listing("lo", &["redis;80".parse().unwrap()]).unwrap()
-    }
-
-    #[test]
-    fn a_look_at_the_gateways_that_was_too_early_is_made_up_for() {
-        let (mut gateways, start) = (Gateways::default(), Instant::now());
-        let listing = Arc::new(Listing { bridges: ["br0".into()].into(), ..asking() });
-        let mut look_again = |listing: &Arc<Listing>, ms| {
-            gateways.seen(listing, true, start + Duration::from_millis(ms));
-            gateways.look_again.map(|at| at.duration_since(start))
-        };
-        assert_eq!(look_again(&listing, 0), None);
-        assert_eq!(look_again(&listing, 300), Some(Gateways::PAUSE));
-        assert_eq!(look_again(&listing, 600), Some(Gateways::PAUSE));
-        assert_eq!(look_again(&listing, 1000), None, "it is made");
-        assert_eq!(look_again(&listing, 1100), Some(2 * Gateways::PAUSE));
-        // Other bridges are looked for at once.
-        assert_eq!(look_again(&Arc::new(asking()), 1200), None);
+        crate::provider::fixed::listing("lo", &["redis;80".parse().unwrap()]).unwrap()
     }
 
     /// The run before knew it, and this one may end before the registry answers.
@@ -504,7 +427,7 @@ mod tests {
         assert!(table.upstreams().all(|upstream| !upstream.answered), "it is not used");
     }
 
-    /// Whoever asks restarts while the registry loses its data.
+    /// A consumer that asks restarts while the registry loses its data.
     #[tokio::test]
     async fn what_is_held_outlives_that_nobody_asks_for_it() {
         let folder = tempfile::tempdir().unwrap();

@@ -13,6 +13,7 @@ use tracing::{info, warn};
 use crate::{
     discovery::{Endpoints, Query},
     events::{Event, Events},
+    model::Vip,
     provider::{Listing, Problem},
     source::Known,
     table::Table,
@@ -144,6 +145,29 @@ impl Report {
         }
         self.unrouted = now;
     }
+
+    /// Logs the routes that were added and removed.
+    pub(crate) fn table(&mut self, next: &Table) {
+        self.unrouted(next);
+        if next.version == 1 {
+            info!(routes = next.routes().len(), vips = list(next.vips()), "initial routing table");
+        }
+        for route in &next.changes().added {
+            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "new route");
+            self.events.report(|| Event::RouteAdded(route.clone()));
+        }
+        for route in &next.changes().removed {
+            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "route gone");
+            self.events.report(|| Event::RouteRemoved(route.clone()));
+        }
+        if next.vips().is_empty() && next.routes().len() > 0 {
+            warn!("no VIP: nothing is captured; set one with --proxy-ip");
+        }
+    }
+}
+
+fn list(vips: &BTreeSet<Vip>) -> String {
+    vips.iter().map(Vip::to_string).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

@@ -371,7 +371,7 @@ async fn an_endpoint_that_went_to_another_between_two_sessions_is_withdrawn_by_t
     engine.loses();
     until(&mut two, |known| at(known, "172.17.0.2:80")).await;
     until(&mut one, |known| known.value.as_ref().is_some_and(|value| value.list.is_empty())).await;
-    assert_eq!(list(&before).unwrap(), [""; 0], "whoever still has the answer of before");
+    assert_eq!(list(&before).unwrap(), [""; 0], "the answer of before, that somebody still has");
 }
 
 #[tokio::test]

@@ -499,7 +499,7 @@ proptest! {
         // Who is not ready says so.
         prop_assert!(situation.awaited().is_empty() || overview.verdict() > Verdict::Ok);
 
-        // Whoever reads that something is wrong reads what to do.
+        // A finding that something is wrong says what to do.
         for cause in causes.iter().chain(&overview.causes) {
             let finding = cause.finding();
             prop_assert_eq!(finding.verdict, cause.verdict());

@@ -1,0 +1,75 @@
+//! The VIPs that come with interfaces.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tracing::warn;
+
+use crate::{
+    model::Vip,
+    provider::{Listing, fixed},
+};
+
+/// The VIPs of interfaces, from the last listing.
+#[derive(Debug, Default)]
+pub(super) struct Gateways {
+    vips: Vec<Vip>,
+    /// The provider listing, and the time, of the last listing of interfaces.
+    seen: Option<(Arc<Listing>, Instant)>,
+    /// When to look again, as it was too early for it. A bridge may have come, or have another address, since the last look.
+    pub(super) look_again: Option<Instant>,
+}
+
+impl Gateways {
+    /// Minimum interval for one provider listing: with thousands of interfaces, listing them takes longer than everything else.
+    const PAUSE: Duration = Duration::from_secs(1);
+
+    /// The addresses of docker0, and of all bridges if unknown containers are captured; the previous ones if they cannot be
+    /// listed now.
+    pub(super) fn seen(
+        &mut self,
+        listing: &Arc<Listing>,
+        strangers: bool,
+        now: Instant,
+    ) -> Vec<Vip> {
+        let is_fresh = |(seen, at): &&(Arc<Listing>, Instant)| {
+            seen.bridges == listing.bridges && now.saturating_duration_since(*at) < Self::PAUSE
+        };
+        self.look_again = self.seen.as_ref().filter(is_fresh).map(|(_, at)| *at + Self::PAUSE);
+        if self.look_again.is_some() {
+            return self.vips.clone();
+        }
+        let wanted =
+            |name: &str| name == "docker0" || (strangers && listing.bridges.contains(name));
+        match fixed::addresses_of(wanted) {
+            Ok(addresses) => self.vips = addresses.into_iter().map(Vip).collect(),
+            Err(error) => warn!(%error, "cannot determine VIPs; keeping the previous ones"),
+        }
+        self.seen = Some((listing.clone(), now));
+        self.vips.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_at_the_gateways_that_was_too_early_is_made_up_for() {
+        let (mut gateways, start) = (Gateways::default(), Instant::now());
+        let listing = Arc::new(Listing { bridges: ["br0".into()].into(), ..Listing::default() });
+        let mut look_again = |listing: &Arc<Listing>, ms| {
+            gateways.seen(listing, true, start + Duration::from_millis(ms));
+            gateways.look_again.map(|at| at.duration_since(start))
+        };
+        assert_eq!(look_again(&listing, 0), None);
+        assert_eq!(look_again(&listing, 300), Some(Gateways::PAUSE));
+        assert_eq!(look_again(&listing, 600), Some(Gateways::PAUSE));
+        assert_eq!(look_again(&listing, 1000), None, "it is made");
+        assert_eq!(look_again(&listing, 1100), Some(2 * Gateways::PAUSE));
+        // Other bridges are looked for at once.
+        assert_eq!(look_again(&Arc::new(Listing::default()), 1200), None);
+    }
+}
