@@ -13,7 +13,8 @@ RUN command -v nft >/dev/null && command -v iptables >/dev/null && command -v se
         && rm -rf /var/lib/apt/lists/*; \
     }
 COPY embassy /usr/bin/embassy
-# embassy passes the capability on to nft and iptables. Without the capability the container starts too.
+# embassy writes nft rules by netlink, and passes the capability on to iptables. The nft program only names a rule of others that drops
+# captured connections. Without the capability the container starts too.
 RUN setcap cap_net_admin+p /usr/bin/embassy \
     && mkdir -p /var/lib/embassy && chown 65534:65534 /var/lib/embassy
 USER 65534:65534

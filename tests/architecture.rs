@@ -249,3 +249,31 @@ fn no_crate_is_there_twice_except_for_those_that_deny_toml_names() {
         names.iter().flatten().filter(|name| !repeated.contains_key(**name)).collect();
     assert!(gone.is_empty(), "these are there once: take them from deny.toml: {gone:?}");
 }
+
+#[test]
+fn the_documents_name_no_source_file_that_is_not_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut texts: Vec<_> =
+        ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "bench/README.md", "testbed/README.md"]
+            .map(|file| root.join(file))
+            .into();
+    for folder in ["docs", "docs/operations", "docs/decisions"] {
+        let files = fs::read_dir(root.join(folder)).expect("the folder is there").flatten();
+        texts.extend(
+            files
+                .map(|file| file.path())
+                .filter(|file| file.extension().is_some_and(|e| e == "md")),
+        );
+    }
+    let mut gone = Vec::new();
+    for file in texts {
+        let text = fs::read_to_string(&file).expect("a document can be read");
+        let words = text.split(|c: char| !(c.is_alphanumeric() || "/._-".contains(c)));
+        let paths = words
+            .filter(|word| word.ends_with(".rs") && word.contains('/') && !word.starts_with("//"));
+        let missing =
+            paths.filter(|path| !root.join(path).exists() && !source().join(path).exists());
+        gone.extend(missing.map(|path| format!("{}: {path}", file.display())));
+    }
+    assert!(gone.is_empty(), "{gone:#?}");
+}

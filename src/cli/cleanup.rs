@@ -11,7 +11,8 @@ use crate::capture::{self, Lock};
 /// Remove the firewall rules that a killed embassy left
 #[derive(Debug, clap::Args)]
 pub(super) struct Cleanup {
-    /// Remove the rules even if an embassy is running here; it restores them within seconds
+    /// Remove the rules even if an embassy is running here; it restores them within seconds. Fails if the rules belong to that
+    /// process (nft on Linux 5.12 and later): stop it instead
     #[arg(long)]
     force: bool,
 
