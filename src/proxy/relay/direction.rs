@@ -140,8 +140,9 @@ impl<'a> Direction<'a> {
                 // Unlike a plain wake, this comes back only after the sockets of all others were looked at.
                 ready!(pin!(yield_now()).poll(cx));
             }
-            ready!(self.poll_write_unwritten(cx))?;
-            if self.unwritten.left() > 0 {
+            if !matches!(self.unwritten, Unwritten::Nothing) {
+                ready!(self.poll_write_unwritten(cx))?;
+                // That may have been a whole turn.
                 continue;
             }
             if self.finished_reading {
