@@ -77,6 +77,7 @@ impl App {
         let kept = Arc::<state::Counts>::default();
         let keeper = remember(&config, &mut control, kept.clone());
         let (tables, sources) = (control.tables(), control.sources());
+        let build_times = control.build_times();
 
         let mark = (rules.redirect || rules.notrack).then_some(rules::MARK);
         let checks = tokio::spawn(check::run(tables.clone(), mark, events.clone()));
@@ -122,6 +123,7 @@ impl App {
         };
         let metrics = Metrics {
             tables: tables.clone(),
+            build_times,
             sources: sources.clone(),
             refused,
             figures: proxy.figures(),

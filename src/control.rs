@@ -10,6 +10,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::{
     consumer::{Binding, Consumer},
+    counts::Histogram,
     descriptor::Balance,
     discovery::{Discoveries, Endpoints, Query, Watches},
     model::Vip,
@@ -85,6 +86,8 @@ pub struct Control {
     /// The writer of the state file.
     keeper: Option<watch::Sender<Option<Snapshot>>>,
     tables: watch::Sender<Arc<Table>>,
+    /// How long each table took, from the wake of this task until it was published.
+    build_times: Arc<Histogram>,
     sources: watch::Sender<Sources>,
     report: Report,
     waiting: (Option<Guard>, Option<Guard>),
@@ -123,6 +126,7 @@ impl Control {
             kept: None,
             keeper: None,
             tables: watch::channel(Arc::default()).0,
+            build_times: Arc::default(),
             sources: watch::channel(sources).0,
             waiting: (Some(waiting.listing), Some(waiting.answers)),
             gateways: Gateways::default(),
@@ -150,6 +154,11 @@ impl Control {
     /// The published tables. The first is empty and has version 0.
     pub fn tables(&self) -> watch::Receiver<Arc<Table>> {
         self.tables.subscribe()
+    }
+
+    /// How long each table took, from the wake of the control task until it was published.
+    pub fn build_times(&self) -> Arc<Histogram> {
+        self.build_times.clone()
     }
 
     /// The state of the sources.
@@ -357,6 +366,7 @@ impl Control {
         let Some(table) = before.next(&inputs, query) else { return false };
         self.report.table(&table);
         self.tables.send_replace(Arc::new(table));
+        self.build_times.observe(now.elapsed());
         true
     }
 }

@@ -40,8 +40,8 @@ pub(crate) fn run() -> Result<()> {
 }
 
 const HEADER: &str = "\
-| consumers | routes | endpoints | start s | CPU s | endpoint changed ms | consumer came ms | consumer went ms | CPU ms a change | resident MiB | scrape ms | scrape MB |
-|---|---|---|---|---|---|---|---|---|---|---|---|";
+| consumers | routes | endpoints | start s | CPU s | endpoint changed ms | consumer came ms | consumer went ms | table ms | rules ms | CPU ms a change | resident MiB | scrape ms | scrape MB |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|";
 
 /// A host, its engine that is none, and embassy.
 struct Simulation {
@@ -106,16 +106,24 @@ impl Simulation {
     /// A row of the table.
     fn measure(mut self) -> Result<String> {
         let start_cpu = self.cpu()?;
+        let at_start = Stages::read(&self.embassy)?;
         let endpoint = self.endpoint_changes()?;
         let cpu = (self.cpu()? - start_cpu) / CHANGES as f64;
+        let after_endpoints = Stages::read(&self.embassy)?;
         let (came, went) = self.consumers_change()?;
+        let after_consumers = Stages::read(&self.embassy)?;
+        let tables = [
+            after_endpoints.table.mean_since(&at_start.table),
+            after_consumers.table.mean_since(&after_endpoints.table),
+        ];
+        let rules = after_consumers.rules.mean_since(&after_endpoints.rules);
         let status = self.embassy.admin("/v1/status")?.json()?;
         let resident = self.resident()?;
         let (scrape, size) = self.scrape()?;
         let mut row = String::new();
         write!(
             row,
-            "| {} | {} | {} | {:.1} | {start_cpu:.1} | {} | {} | {} | {:.1} | {resident:.0} | {scrape:.0} | {:.1} |",
+            "| {} | {} | {} | {:.1} | {start_cpu:.1} | {} | {} | {} | {:.1}; {:.1} | {rules:.2} | {:.1} | {resident:.0} | {scrape:.0} | {:.1} |",
             self.consumers,
             status["routes"],
             status["endpoints"],
@@ -123,6 +131,8 @@ impl Simulation {
             spread(endpoint),
             spread(came),
             spread(went),
+            tables[0],
+            tables[1],
             cpu * 1e3,
             size as f64 / 1e6,
         )?;
@@ -217,6 +227,41 @@ impl Simulation {
             size = bytes.parse::<f64>()? as usize;
         }
         Ok((median(&mut times), size))
+    }
+}
+
+/// What the stages of all changes took so far, by embassy's own metrics.
+struct Stages {
+    table: Total,
+    rules: Total,
+}
+
+impl Stages {
+    fn read(embassy: &Embassy) -> Result<Self> {
+        let metrics = embassy.admin("/metrics")?.body;
+        let value = |name: &str| -> Result<f64> {
+            let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            Ok(value.with_context(|| format!("{name} in /metrics"))?.parse()?)
+        };
+        let total = |name: &str| {
+            Ok::<_, anyhow::Error>(Total {
+                seconds: value(&format!("{name}_seconds_sum"))?,
+                count: value(&format!("{name}_seconds_count"))?,
+            })
+        };
+        Ok(Self { table: total("embassy_table_build")?, rules: total("embassy_capture_write")? })
+    }
+}
+
+struct Total {
+    seconds: f64,
+    count: f64,
+}
+
+impl Total {
+    /// Milliseconds of each one since then.
+    fn mean_since(&self, before: &Self) -> f64 {
+        (self.seconds - before.seconds) * 1e3 / (self.count - before.count).max(1.0)
     }
 }
 

@@ -17,7 +17,9 @@ use tokio::{
 };
 use tracing::{debug, error, info, warn};
 
-use crate::{config::FirewallChoice, events::Events, readiness::Guard, table::Table};
+use crate::{
+    config::FirewallChoice, counts::Histogram, events::Events, readiness::Guard, table::Table,
+};
 
 mod arrivals;
 mod backend;
@@ -128,6 +130,8 @@ pub struct CaptureCounts {
     pub failed: AtomicU64,
     /// Chains of others that may stop what is captured, now.
     pub barriers: AtomicU64,
+    /// How long each write of the rules, or of changes to them, took.
+    pub write_times: Histogram,
     standing: Mutex<Standing>,
 }
 

@@ -233,7 +233,9 @@ impl Reconciler {
         torn: Option<Change>,
         start: Instant,
     ) {
-        let (firewall, took_ms) = (self.backend.firewall(), start.elapsed().as_secs_f64() * 1e3);
+        let (firewall, took) = (self.backend.firewall(), start.elapsed());
+        self.counts.write_times.observe(took);
+        let took_ms = took.as_secs_f64() * 1e3;
         debug!(%firewall, routes = table.routes().len(), vips = places.vips.len(), took_ms, "firewall rules written");
         if let Some((change, missing)) = self.damage.take() {
             self.restored(change, missing);

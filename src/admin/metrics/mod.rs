@@ -18,6 +18,7 @@ use super::host;
 use crate::{
     capture,
     control::Sources,
+    counts::Histogram,
     judgement::{self, SourceState},
     log,
     outcome::Outcome,
@@ -39,6 +40,7 @@ pub(super) use text::{Format, write_aside};
 #[derive(Debug)]
 pub struct Metrics {
     pub tables: watch::Receiver<Arc<Table>>,
+    pub build_times: Arc<Histogram>,
     pub sources: watch::Receiver<Sources>,
     pub refused: Arc<Refused>,
     pub figures: Figures,
@@ -138,6 +140,11 @@ impl Metrics {
         });
         out.gauge("entries_skipped", "Discovery entries that do not parse", Some(entries.sum()))?;
         out.gauge("table_version", "Tables published since the start", Some(table.version))?;
+        let mut build = out.histograms(
+            "table_build",
+            "Time from a source's change until the new table was published",
+        )?;
+        traffic::histogram(&mut build, &self.build_times.read())?;
         let mut skipped = out.counters("skipped", "Skipped items, by kind")?;
         for (what, count) in [
             ("binding", &self.refused.bindings),
@@ -246,6 +253,11 @@ fn captured(out: &mut Families<'_, '_>, counts: &capture::CaptureCounts) -> fmt:
         "Chains of other programs that may drop captured connections",
         Some(counts.barriers.load(Relaxed)),
     )?;
+    let mut written = out.histograms(
+        "capture_write",
+        "Time to write the rules, or the changes of a new table to them",
+    )?;
+    traffic::histogram(&mut written, &counts.write_times.read())?;
     out.counter(
         "capture_failures",
         "Failed attempts to write the rules",
