@@ -1,6 +1,7 @@
 //! Starts and stops all parts, in order.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddr}, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use futures_util::FutureExt;
@@ -16,7 +17,7 @@ use crate::{
     admin::{Admin, Constants, Feeds, metrics::Metrics},
     capture::{self, Backend, Capture, CaptureCounts, Lock, rules},
     check,
-    config::{CaptureMode, CaptureScope, Config, Provider as ProviderChoice},
+    config::{self, CaptureMode, CaptureScope, Config, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
     discovery,
     docker::follow::Follower,
@@ -316,9 +317,20 @@ pub(crate) fn learn(
         strangers: !config.hold.is_zero() && config.capture_scope == CaptureScope::Declared,
         balance: config.balance,
         empty_hold: config.empty_hold,
+        own: own(config),
         resync: resync.clone(),
     };
     Ok(Control::new(settings, discoveries, listing, bell, waiting, Report::new(refused, events)))
+}
+
+/// Where embassy listens.
+fn own(config: &Config) -> Vec<SocketAddr> {
+    let proxy = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), config.port.get());
+    let admin = match &config.admin {
+        Some(config::Admin::Tcp(address)) => Some(*address),
+        Some(config::Admin::Unix(_)) | None => None,
+    };
+    [proxy].into_iter().chain(admin).collect()
 }
 
 /// The settings of the rules, besides the table.

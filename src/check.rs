@@ -165,6 +165,7 @@ mod tests {
             port: None,
         };
         let inputs = Inputs {
+            bounds: &crate::discovery::Bounds::default(),
             consumers: &consumers.iter().collect::<Vec<_>>(),
             contested: &Default::default(),
             known: &Default::default(),

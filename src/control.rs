@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -12,7 +13,7 @@ use crate::{
     consumer::{Binding, Consumer},
     counts::Histogram,
     descriptor::Balance,
-    discovery::{Discoveries, Endpoints, Query, Watches},
+    discovery::{Bounds, Discoveries, Endpoints, Query, Watches},
     model::Vip,
     provider::Listing,
     readiness::Guard,
@@ -43,6 +44,8 @@ pub struct Settings {
     pub balance: Balance,
     /// How long the last endpoints stay in use after a valid empty answer.
     pub empty_hold: Duration,
+    /// Where embassy itself listens.
+    pub own: Vec<SocketAddr>,
     pub resync: ResyncRequests,
 }
 
@@ -70,6 +73,7 @@ pub struct Sources {
 pub struct Control {
     settings: Settings,
     discoveries: Discoveries,
+    bounds: Bounds,
     provider: Answers<Listing>,
     watches: Watches,
     bell: Arc<Notify>,
@@ -130,6 +134,7 @@ impl Control {
             sources: watch::channel(sources).0,
             waiting: (Some(waiting.listing), Some(waiting.answers)),
             gateways: Gateways::default(),
+            bounds: discoveries.bounds(settings.own.clone()),
             settings,
             discoveries,
             provider,
@@ -359,6 +364,7 @@ impl Control {
             vips: &vips,
             gateways_are_vips: self.settings.vips.is_none(),
             balance: self.settings.balance,
+            bounds: &self.bounds,
             now,
         };
         let before = self.tables.borrow().clone();
@@ -393,6 +399,7 @@ mod tests {
             strangers: false,
             balance: Balance::RoundRobin,
             empty_hold: Duration::from_secs(3600),
+            own: Vec::new(),
             resync: ResyncRequests::new(Duration::from_secs(3600)),
         };
         let readiness = crate::readiness::Readiness::default();

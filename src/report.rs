@@ -11,12 +11,12 @@ use std::{
 use tracing::{info, warn};
 
 use crate::{
-    discovery::{Endpoints, Query},
+    discovery::{Endpoints, Query, Refusal},
     events::{Event, Events},
-    model::Vip,
+    model::{Endpoint, Vip},
     provider::{Listing, Problem},
     source::Known,
-    table::Table,
+    table::{Table, Upstream},
 };
 
 /// Skipped items since the start, for the metrics.
@@ -42,6 +42,8 @@ pub struct Report {
     unrouted: BTreeSet<String>,
     /// Skipped entries of an answer: their keys and reasons.
     rejected: HashMap<Query, BTreeSet<(String, String)>>,
+    /// Endpoints that must not be used, of each service.
+    barred: HashMap<Query, Vec<(Endpoint, Refusal)>>,
     /// The endpoints in use, and whether the last answer is empty.
     used: HashMap<Query, (Arc<Endpoints>, bool)>,
     /// Sources that do not answer.
@@ -56,6 +58,7 @@ impl Report {
             problems: BTreeSet::new(),
             unrouted: BTreeSet::new(),
             rejected: HashMap::new(),
+            barred: HashMap::new(),
             used: HashMap::new(),
             lost: BTreeSet::new(),
         }
@@ -78,6 +81,7 @@ impl Report {
     pub(crate) fn nobody_asks(&mut self, query: &Query) {
         self.lost.remove(&query.to_string());
         self.rejected.remove(query);
+        self.barred.remove(query);
         self.used.remove(query);
     }
 
@@ -160,11 +164,40 @@ impl Report {
             info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "route gone");
             self.events.report(|| Event::RouteRemoved(route.clone()));
         }
+        let routes = next.changes().added.iter().chain(&next.changes().updated);
+        routes.for_each(|route| self.barred(&route.upstream));
         if next.vips().is_empty() && next.routes().len() > 0 {
             warn!("no VIP: nothing is captured; set one with --proxy-ip");
         }
     }
 }
+
+impl Report {
+    /// Logs endpoints that must not be used, once each.
+    fn barred(&mut self, upstream: &Upstream) {
+        let before = self.barred.get(&upstream.query);
+        if before.map_or(&[][..], Vec::as_slice) == upstream.refused {
+            return;
+        }
+        // Sorted, as the answer is.
+        let is_new = |one: &&(Endpoint, Refusal)| {
+            before.is_none_or(|all| all.binary_search_by_key(&one.0, |(other, _)| *other).is_err())
+        };
+        for (endpoint, reason) in upstream.refused.iter().filter(is_new).take(NAMED) {
+            warn!(service = %upstream.query, %endpoint, %reason, "endpoint refused");
+        }
+        let new = upstream.refused.iter().filter(is_new).count();
+        self.refused.endpoints.fetch_add(new as u64, Relaxed);
+        if upstream.refused.is_empty() {
+            self.barred.remove(&upstream.query);
+        } else {
+            self.barred.insert(upstream.query.clone(), upstream.refused.clone());
+        }
+    }
+}
+
+/// Endpoints of one service that are logged at a time.
+const NAMED: usize = 20;
 
 fn list(vips: &BTreeSet<Vip>) -> String {
     vips.iter().map(Vip::to_string).collect::<Vec<_>>().join(" ")

@@ -17,7 +17,7 @@ use crate::{
     counts::ConnectionCounts,
     cow_map::CowMap,
     descriptor::Balance,
-    discovery::{CannotAsk, Endpoints, Query},
+    discovery::{Bounds, CannotAsk, Endpoints, Query, Refusal},
     model::{ConsumerId, Endpoint, Port, Protocol, RunEnd, ServiceName, Vip},
 };
 
@@ -93,6 +93,8 @@ pub struct Upstream {
     pub query: Query,
     /// Whether discovery has answered; until then that there are no endpoints means nothing.
     pub answered: bool,
+    /// Endpoints of the answer that are not used, and why. Sorted.
+    pub refused: Vec<(Endpoint, Refusal)>,
 }
 
 /// Discovery, datacentre and service: endpoints of one service are the same endpoint for all tags.
@@ -140,6 +142,8 @@ pub struct Inputs<'a> {
     pub gateways_are_vips: bool,
     /// For bindings that name no balance.
     pub balance: Balance,
+    /// Where endpoints may be. Always the same.
+    pub bounds: &'a Bounds,
     /// When this is known.
     pub now: Instant,
 }
@@ -323,6 +327,7 @@ mod tests {
         let contested = contested.iter().map(|address| address.parse().unwrap()).collect();
         let consumers: Vec<_> = consumers.iter().cloned().map(Arc::new).collect();
         let inputs = Inputs {
+            bounds: &crate::discovery::Bounds::default(),
             consumers: &consumers.iter().collect::<Vec<_>>(),
             contested: &contested,
             known: &Arc::default(),
@@ -538,6 +543,7 @@ mod tests {
         let local =
             Consumer { id: ConsumerId::Local, ..consumer("local", "127.0.0.1", &["redis;6379"]) };
         let inputs = Inputs {
+            bounds: &crate::discovery::Bounds::default(),
             consumers: &[&Arc::new(local)],
             contested: &BTreeSet::new(),
             known: &Arc::default(),

@@ -90,6 +90,12 @@ pub(crate) struct Args {
     #[arg(long, help_heading = DISCOVERY, value_name = "URI")]
     pub(super) discovery: Vec<String>,
 
+    /// Networks that the endpoints of registries may be in, comma separated; endpoints of file:// and of containers of this
+    /// host are not limited. Loopback, link-local and metadata addresses and VIPs are only allowed by a network that
+    /// consists of such addresses (a VIP: of itself) [default: any address but those]
+    #[arg(long, help_heading = DISCOVERY, value_name = "CIDR,...")]
+    pub(super) endpoints: Option<String>,
+
     /// Use only endpoints that pass their health checks [default: true]
     #[arg(long, help_heading = DISCOVERY, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) filter: Option<String>,

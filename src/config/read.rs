@@ -22,6 +22,11 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
         etcd: etcd(args.etcd_cert, args.etcd_keycert, args.etcd_cacert, env)?,
     };
     let discoveries = discoveries(args.discovery, env, &settings)?;
+    let networks = flag("--endpoints", args.endpoints).read(networks, NETWORKS)?;
+    let discoveries = match &networks {
+        Some(networks) => discoveries.within(networks),
+        None => discoveries,
+    };
     let (provider, unused) = provider(args.provider, args.services, &discoveries)?;
     ignored.extend(unused);
     Ok(Config {

@@ -1,8 +1,9 @@
 //! Parsers of typed values. Each returns `None` for invalid text; the constant next to it says what it expects.
 
-use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{net::IpAddr, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 use clap::{ValueEnum, builder::PossibleValue};
+use ipnet::IpNet;
 
 use super::{Admin, CaptureScope, ConnectionLog};
 use crate::{descriptor::Balance, model::Vip};
@@ -67,6 +68,18 @@ pub(super) fn unless_off<T>(
     read: impl FnOnce(&str) -> Option<T>,
 ) -> impl FnOnce(&str) -> Option<Option<T>> {
     |text| if text == "off" { Some(None) } else { read(text).map(Some) }
+}
+
+pub(super) const NETWORKS: &str = "networks such as 10.0.0.0/8 or 2001:db8::/32, comma separated";
+
+/// A bare address is a network of one.
+pub(super) fn networks(text: &str) -> Option<Arc<[IpNet]>> {
+    let network = |text: &str| {
+        let text = text.trim();
+        let net = text.parse().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+        net.ok().map(|net: IpNet| net.trunc())
+    };
+    text.split(',').map(network).collect()
 }
 
 pub(super) const VIPS: &str = "addresses such as 172.17.0.1, comma separated";

@@ -3,8 +3,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
+    net::SocketAddr,
     sync::Arc,
 };
+
+use ipnet::IpNet;
 
 use crate::{
     descriptor::Descriptor,
@@ -14,6 +17,7 @@ use crate::{
 };
 
 mod address;
+mod allowed;
 pub mod consul;
 pub mod dns;
 pub mod docker;
@@ -25,6 +29,7 @@ mod uri;
 mod watches;
 
 pub use crate::registry::{ConsulSettings, EtcdSettings, Secret};
+pub use allowed::{Allowed, Bounds, Refusal};
 pub use options::Options;
 pub use uri::UriError;
 pub use watches::Watches;
@@ -108,6 +113,15 @@ pub enum Discovery {
 }
 
 impl Discovery {
+    /// Where its endpoints may be.
+    fn allowed(&self, loopback: bool) -> Allowed {
+        match self {
+            Self::File(_) => Allowed::Anywhere,
+            Self::Docker(docker) if docker.is_here() => Allowed::Anywhere,
+            _ => Allowed::Within { networks: None, loopback },
+        }
+    }
+
     /// `host:port` of every server that is asked over TCP.
     fn servers(&self) -> Vec<String> {
         let of =
@@ -151,6 +165,8 @@ pub struct Discoveries {
     by_name: BTreeMap<Arc<str>, Discovery>,
     /// As they were given. There are no secrets in them.
     uris: BTreeMap<Arc<str>, String>,
+    /// Where the endpoints of each may be.
+    allowed: BTreeMap<Arc<str>, Allowed>,
     /// Used if a descriptor names none.
     default: Arc<str>,
 }
@@ -159,10 +175,12 @@ impl Discoveries {
     /// Reads every `-discovery`; the first one is the default.
     pub fn parse(uris: &[String], settings: &Options) -> Result<Self, UriError> {
         let (mut by_name, mut uris_by_name) = (BTreeMap::new(), BTreeMap::new());
+        let mut allowed = BTreeMap::new();
         let mut default = None;
         for text in uris {
-            let (name, discovery) = uri::parse(text, settings)?;
+            let uri::Parsed { name, discovery, loopback } = uri::parse(text, settings)?;
             default.get_or_insert_with(|| name.clone());
+            allowed.insert(name.clone(), discovery.allowed(loopback));
             uris_by_name.insert(name.clone(), text.clone());
             if by_name.insert(name.clone(), discovery).is_some() {
                 return Err(UriError::new(
@@ -172,7 +190,7 @@ impl Discoveries {
             }
         }
         let default = default.ok_or_else(|| UriError::new("", "at least one discovery"))?;
-        Ok(Self { by_name, uris: uris_by_name, default })
+        Ok(Self { by_name, uris: uris_by_name, allowed, default })
     }
 
     /// Has an engine followed by `follower` that is followed by that already.
@@ -187,6 +205,21 @@ impl Discoveries {
     /// Whether what a discovery answers are containers of this host, at their own addresses.
     pub fn is_of_containers_here(&self, via: &str) -> bool {
         matches!(self.by_name.get(via), Some(Discovery::Docker(docker)) if docker.is_here())
+    }
+
+    /// The same, with the endpoints of registries in these networks only (`--endpoints`).
+    pub fn within(mut self, only: &Arc<[IpNet]>) -> Self {
+        for allowed in self.allowed.values_mut() {
+            if let Allowed::Within { networks, .. } = allowed {
+                *networks = Some(only.clone());
+            }
+        }
+        self
+    }
+
+    /// Where the endpoints of each may be. `own`: where embassy itself listens.
+    pub fn bounds(&self, own: Vec<SocketAddr>) -> Bounds {
+        Bounds { allowed: self.allowed.clone(), own }
     }
 
     /// The URI of each, by its name.

@@ -37,9 +37,23 @@ impl UriError {
     }
 }
 
-/// The discovery's name, which is what `via=` calls it, and the discovery.
-pub(super) fn parse(text: &str, settings: &Options) -> Result<(Arc<str>, Discovery), UriError> {
+/// What a URI says.
+pub(super) struct Parsed {
+    /// What `via=` calls it.
+    pub name: Arc<str>,
+    pub discovery: Discovery,
+    /// Its endpoints may have loopback addresses.
+    pub loopback: bool,
+}
+
+pub(super) fn parse(text: &str, settings: &Options) -> Result<Parsed, UriError> {
     let (scheme, rest) = text.split_once("://").unwrap_or((text, ""));
+    let (rest, loopback) = match scheme {
+        // Its path may have any characters.
+        "file" => (rest.to_owned(), false),
+        _ => without_loopback(rest).map_err(|reason| UriError::new(text, reason))?,
+    };
+    let rest = rest.as_str();
     let (name, discovery) = match scheme {
         "consul" => ("consul", consul(rest, settings.consul.tls, settings).map(Discovery::Consul)),
         "consuls" => ("consul", consul(rest, true, settings).map(Discovery::Consul)),
@@ -58,8 +72,22 @@ pub(super) fn parse(text: &str, settings: &Options) -> Result<(Arc<str>, Discove
         }
     };
     match discovery {
-        Ok(discovery) => Ok((name.into(), discovery)),
+        Ok(discovery) => Ok(Parsed { name: name.into(), discovery, loopback }),
         Err(reason) => Err(UriError::new(text, reason)),
+    }
+}
+
+/// What follows `scheme://` without the parameter that every registry takes, and whether that was there.
+fn without_loopback(rest: &str) -> Result<(String, bool), String> {
+    let Some((authority, query)) = rest.split_once('?') else { return Ok((rest.to_owned(), false)) };
+    let (given, others): (Vec<_>, Vec<_>) =
+        query.split('&').partition(|part| part.split('=').next() == Some("loopback"));
+    match given[..] {
+        [] => Ok((rest.to_owned(), false)),
+        ["loopback=allow"] if others.is_empty() => Ok((authority.to_owned(), true)),
+        ["loopback=allow"] => Ok((format!("{authority}?{}", others.join("&")), true)),
+        [wrong] => Err(format!("{wrong}: expected loopback=allow")),
+        [..] => Err("loopback= is given twice".to_owned()),
     }
 }
 
@@ -81,7 +109,7 @@ fn consul(rest: &str, tls: bool, settings: &Options) -> Result<Consul, String> {
             }
             _ => {
                 return Err(format!(
-                    "unknown parameter {name:?}: expected dc, near, tag or token-file"
+                    "unknown parameter {name:?}: expected dc, loopback, near, tag or token-file"
                 ));
             }
         };
@@ -155,7 +183,7 @@ fn split(rest: &str) -> Result<(&str, &str), String> {
 fn no_parameters(query: &str) -> Result<(), String> {
     match form_urlencoded::parse(query.as_bytes()).next() {
         None => Ok(()),
-        Some((name, _)) => Err(format!("unknown parameter {name:?}: expected none")),
+        Some((name, _)) => Err(format!("unknown parameter {name:?}: expected loopback")),
     }
 }
 
@@ -238,20 +266,20 @@ mod tests {
     }
 
     fn name(text: &str) -> String {
-        parse(text, &settings()).map(|(name, _)| name.to_string()).expect(text)
+        parse(text, &settings()).map(|parsed| parsed.name.to_string()).unwrap()
     }
 
     fn consul(text: &str, settings: &Options) -> Consul {
         match parse(text, settings) {
-            Ok((_, Discovery::Consul(consul))) => consul,
-            other => panic!("{text}: {other:?}"),
+            Ok(Parsed { discovery: Discovery::Consul(consul), .. }) => consul,
+            _ => panic!("{text} is no consul"),
         }
     }
 
     fn etcd(text: &str, settings: &Options) -> Etcd {
         match parse(text, settings) {
-            Ok((_, Discovery::Etcd(etcd))) => etcd,
-            other => panic!("{text}: {other:?}"),
+            Ok(Parsed { discovery: Discovery::Etcd(etcd), .. }) => etcd,
+            _ => panic!("{text} is no etcd"),
         }
     }
 
@@ -307,6 +335,19 @@ mod tests {
     }
 
     #[test]
+    fn every_registry_may_be_allowed_to_name_loopback() {
+        let loopback = |text: &str| parse(text, &settings()).unwrap_or_else(|e| panic!("{e}")).loopback;
+        for uri in ["consul://h", "etcd://a,b", "docker://h:2375", "dns://10.0.0.1"] {
+            assert!(!loopback(uri), "{uri}");
+            assert!(loopback(&format!("{uri}?loopback=allow")), "{uri}");
+        }
+        let asked = consul("consul://h?dc=a&loopback=allow&near=b", &settings()).asked;
+        assert_eq!((asked.dc.as_deref(), asked.near.as_deref()), (Some("a"), Some("b")));
+        // A file's name.
+        assert!(!loopback("file://a?loopback=allow"));
+    }
+
+    #[test]
     fn etcd_may_have_many_members_and_a_flag_of_tls_is_enough_for_tls() {
         let members =
             |etcd: Etcd| etcd.client.members().iter().map(Url::to_string).collect::<Vec<_>>();
@@ -333,7 +374,7 @@ mod tests {
         let mut half = settings();
         half.etcd.certificate = path();
         half.consul.key = path();
-        let refusal = |text: &str| parse(text, &half).unwrap_err().to_string();
+        let refusal = |text: &str| parse(text, &half).err().unwrap().to_string();
         assert_eq!(
             refusal("etcd://h"),
             "\"etcd://h\": -etcd-cert is given without -etcd-keycert: expected both or neither"
@@ -367,12 +408,15 @@ mod tests {
             ("consul://h/v1", "unexpected path \"v1\" after the address".to_owned()),
             (
                 "consul://h?token=x",
-                "unknown parameter \"token\": expected dc, near, tag or token-file".to_owned(),
+                "unknown parameter \"token\": expected dc, loopback, near, tag or token-file".to_owned(),
             ),
             ("consul://h?dc=", "dc= is empty".to_owned()),
             ("consul://h?dc=a&dc=b", "dc= is given twice".to_owned()),
+            ("consul://h?loopback=yes", "loopback=yes: expected loopback=allow".to_owned()),
+            ("etcd://h?loopback", "loopback: expected loopback=allow".to_owned()),
+            ("dns://10.0.0.1?loopback=allow&loopback=allow", "loopback= is given twice".to_owned()),
             ("etcd://a,,b", format!("\"\": {HOST}")),
-            ("etcd://a?dc=b", "unknown parameter \"dc\": expected none".to_owned()),
+            ("etcd://a?dc=b", "unknown parameter \"dc\": expected loopback".to_owned()),
             ("docker://h", "\"h\" has no port: expected host:port or /path/of.sock".to_owned()),
             (
                 "file://",
@@ -381,14 +425,14 @@ mod tests {
             ("dns://ns.example", "resolver \"ns.example\": expected an IP address".to_owned()),
             ("dns://", format!("\"\": {HOST}")),
         ] {
-            let error = parse(text, &settings()).map(|(name, _)| name).expect_err(text);
+            let error = parse(text, &settings()).map(|parsed| parsed.name).expect_err(text);
             assert_eq!(error.to_string(), format!("{text:?}: {reason}"));
         }
     }
 
     #[test]
     fn a_password_in_a_uri_is_refused_and_not_repeated() {
-        let error = parse("consul://joe:hunter2@h:8500", &settings()).unwrap_err().to_string();
+        let error = parse("consul://joe:hunter2@h:8500", &settings()).err().unwrap().to_string();
         assert_eq!(
             error,
             "\"consul://(hidden)@h:8500\": no user may stand in the address: credentials come from the environment"

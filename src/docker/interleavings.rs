@@ -519,6 +519,7 @@ impl World {
         let listing = &self.listing;
         let alive = listing.consumers.iter().filter(|consumer| !consumer.has_ended());
         let inputs = Inputs {
+            bounds: &crate::discovery::Bounds::default(),
             consumers: &alive.collect::<Vec<_>>(),
             contested: &listing.contested,
             known: &listing.known,

@@ -3,7 +3,7 @@
 use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use super::states::{Reason, RouteState, Subject, Verdict};
-use crate::{limits::FEW, model::Endpoint};
+use crate::{discovery::Refusal, limits::FEW, model::Endpoint, table::Upstream};
 
 /// A cause as text.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,6 +122,9 @@ causes! {
     Routes, Broken, NoEndpoint { service: String } "no_endpoint",
         "{service} has no endpoint: connections are reset.",
         "check that it is registered under this name, with these tags, and healthy";
+    Routes, Broken, AllRefused { service: String } "all_refused",
+        "No endpoint of {service} may be used: connections are reset.",
+        "see the reason of each";
     Routes, Broken, AllDrained { service: String } "all_drained",
         "All endpoints of {service} are drained: connections are reset.",
         "end the drain of one (PUT /v1/endpoints/drain), or start another";
@@ -153,6 +156,9 @@ causes! {
     Endpoints, Degraded, Circular { endpoint: Endpoint } "circular",
         "{endpoint} is the dialled address itself, and your own rules would lead back to embassy: it gets no connections (circular).",
         "register the service with an address that is not the VIP";
+    Endpoints, Degraded, Refused { endpoint: Endpoint, service: String, reason: Refusal, fix: &'static str } "refused",
+        "{endpoint} of {service} is not used: {reason}.",
+        "{fix}";
     Endpoints, Degraded, ManyEndpoints { are: String, some: String } "endpoints",
         "{are} ejected, probing or unhealthy: {some}.",
         "embassy ps --endpoints shows the last error of each";
@@ -183,6 +189,18 @@ causes! {
     *subject, *verdict, More { subject: Subject, verdict: Verdict, count: usize } "more",
         "And {count} more.",
         "see the lists of the API";
+}
+
+impl Cause {
+    /// The endpoints that must not be used, and why.
+    pub(super) fn refused(upstream: &Upstream) -> impl Iterator<Item = Self> {
+        upstream.refused.iter().map(|(endpoint, reason)| Self::Refused {
+            endpoint: *endpoint,
+            service: upstream.query.to_string(),
+            reason: *reason,
+            fix: reason.fix(),
+        })
+    }
 }
 
 /// Which data of a source is in use.

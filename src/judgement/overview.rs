@@ -16,7 +16,7 @@ use super::{
 use crate::{capture::input::Barrier, counts::numbered, readiness::Part};
 
 /// Maximum number of entries named of a list; the rest are only counted.
-const NAMED: usize = 20;
+pub(super) const NAMED: usize = 20;
 
 /// A part that is not ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -139,6 +139,8 @@ impl Situation {
             .extend(bounded(Subject::Bindings, bindings.iter().flat_map(|b| b.causes()).collect()));
         causes.extend(self.routes(&mut overview));
         causes.extend(self.endpoints(&mut overview));
+        let refused = self.table.upstreams().flat_map(|upstream| Cause::refused(upstream));
+        causes.extend(bounded(Subject::Endpoints, refused.collect()));
         causes.extend(self.load());
         causes.extend(host.causes());
         causes.sort_by_key(|cause| std::cmp::Reverse(cause.verdict()));

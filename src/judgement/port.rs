@@ -5,6 +5,7 @@ use std::{cmp::Reverse, sync::Arc};
 use super::{
     binding::BindingFate,
     cause::{Because, Cause, List, NotDeclaredMeans, Seconds},
+    overview::NAMED,
     route::endpoint,
     situation::Situation,
     states::{EndpointHealth, Verdict},
@@ -108,6 +109,9 @@ impl Situation {
             causes.push(match () {
                 () if !upstream.answered => Cause::NotAnswered { service },
                 () if health.circular > 0 => Cause::AllCircular { service },
+                () if !upstream.refused.is_empty() && upstream.rotation.endpoints().is_empty() => {
+                    Cause::AllRefused { service }
+                }
                 () if health.drained > 0 => Cause::AllDrained { service },
                 () => Cause::NoEndpoint { service },
             });
@@ -121,6 +125,7 @@ impl Situation {
         causes
             .extend(self.queries.get(&upstream.query).into_iter().flat_map(|query| query.causes()));
         causes.extend(self.of_endpoints(route, upstream));
+        causes.extend(Cause::refused(upstream).take(NAMED));
         causes
     }
 

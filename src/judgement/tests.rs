@@ -131,6 +131,7 @@ impl Setting {
         let consumer = Arc::new(self.consumer.clone());
         let vip = self.vips.then(|| Vip("172.17.0.1".parse().unwrap()));
         let inputs = Inputs {
+            bounds: &crate::discovery::Bounds::default(),
             consumers: &[&consumer],
             known: &Arc::default(),
             contested: &BTreeSet::new(),

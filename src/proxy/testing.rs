@@ -59,6 +59,7 @@ pub(super) fn table_after(
     let mut answers = CowMap::default();
     bindings.for_each(|one| drop(answers.insert(query(one), answer.clone())));
     let inputs = Inputs {
+        bounds: &crate::discovery::Bounds::default(),
         consumers: &consumers.iter().collect::<Vec<_>>(),
         contested: &Default::default(),
         known: &Arc::new(["172.17.0.4".parse().unwrap()].into()),

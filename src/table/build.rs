@@ -2,6 +2,7 @@
 //! was derived from them.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeSet, HashSet},
     net::IpAddr,
     sync::Arc,
@@ -14,7 +15,7 @@ use super::{
 use crate::{
     balance::{EndpointState, Rotation},
     consumer::{Binding, Consumer},
-    discovery::{CannotAsk, Endpoints, Query},
+    discovery::{CannotAsk, Endpoints, Query, Refusal},
     identity::gone_and_new,
     model::{ConsumerId, Endpoint, Vip},
 };
@@ -127,7 +128,14 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
     /// Upstreams whose endpoints changed, and their routes.
     fn answers(&mut self) {
         let (now, before) = (self.inputs.endpoints, &self.prev.built_from.endpoints);
-        for query in now.differing_keys(before, Arc::ptr_eq) {
+        // Other VIPs may refuse other endpoints.
+        let all = (self.next.vips != self.prev.vips)
+            .then(|| self.next.upstreams.iter().map(|(query, _)| query.clone()).collect::<Vec<_>>());
+        let differing = match &all {
+            Some(all) => all.iter().collect(),
+            None => now.differing_keys(before, Arc::ptr_eq),
+        };
+        for query in differing {
             let Some(in_use) = self.next.upstreams.get(query).cloned() else { continue };
             let upstream = self.upstream(query, Some(&in_use.upstream));
             if Arc::ptr_eq(&upstream, &in_use.upstream) {
@@ -311,10 +319,12 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
     fn upstream(&mut self, query: &Query, before: Option<&Arc<Upstream>>) -> Arc<Upstream> {
         let answer = self.inputs.endpoints.get(query).cloned();
         let endpoints = answer.as_deref().map_or(&[][..], |answer: &Endpoints| &answer.list);
+        let (endpoints, refused) = self.sorted_out(query, endpoints);
         let answered = answer.is_some();
         if let Some(before) = before
             && before.answered == answered
-            && same_endpoints(&before.rotation, endpoints)
+            && before.refused == refused
+            && same_endpoints(&before.rotation, &endpoints)
         {
             return before.clone();
         }
@@ -328,7 +338,27 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
             }
             None => Rotation::new(states),
         };
-        Arc::new(Upstream { query: query.clone(), rotation, answered })
+        Arc::new(Upstream { query: query.clone(), rotation, answered, refused })
+    }
+
+    /// The endpoints to use, and those that must not be.
+    fn sorted_out<'e>(
+        &self,
+        query: &Query,
+        endpoints: &'e [Endpoint],
+    ) -> (Cow<'e, [Endpoint]>, Vec<(Endpoint, Refusal)>) {
+        let refusal = |one| self.inputs.bounds.refusal(&query.via, one, &self.next.vips);
+        if endpoints.iter().all(|&one| refusal(one).is_none()) {
+            return (endpoints.into(), Vec::new());
+        }
+        let (mut used, mut refused) = (Vec::new(), Vec::new());
+        for &one in endpoints {
+            match refusal(one) {
+                None => used.push(one),
+                Some(reason) => refused.push((one, reason)),
+            }
+        }
+        (used.into(), refused)
     }
 
     /// The state of an endpoint, which one upstream more has.

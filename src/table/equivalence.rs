@@ -134,6 +134,7 @@ impl Sources {
             }
         }
         let inputs = Inputs {
+            bounds: &crate::discovery::Bounds::default(),
             consumers: &consumers.iter().collect::<Vec<_>>(),
             known: &Arc::new([address(50)].into()),
             contested: &world.contested.iter().map(|n| address(*n)).collect(),

@@ -21,6 +21,7 @@ mod followed;
 mod following;
 mod least_privilege;
 mod identity;
+mod led_astray;
 mod life_cycle;
 mod logs;
 mod main_job;

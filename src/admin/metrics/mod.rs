@@ -139,6 +139,12 @@ impl Metrics {
             known.borrow().value.as_ref().map_or(0, |endpoints| endpoints.rejected.len() as u64)
         });
         out.gauge("entries_skipped", "Discovery entries that do not parse", Some(entries.sum()))?;
+        let refused = table.upstreams().map(|upstream| upstream.refused.len() as u64);
+        out.gauge(
+            "endpoints_refused",
+            "Endpoints that are not used because of their address (see --endpoints)",
+            Some(refused.sum()),
+        )?;
         out.gauge("table_version", "Tables published since the start", Some(table.version))?;
         let mut build = out.histograms(
             "table_build",

@@ -34,6 +34,7 @@ fn next(before: &Table, consumers: &[(&str, &str, &[u16])]) -> Arc<Table> {
     };
     let consumers: Vec<_> = consumers.iter().map(consumer).collect();
     let inputs = Inputs {
+        bounds: &crate::discovery::Bounds::default(),
         consumers: &consumers.iter().collect::<Vec<_>>(),
         contested: &BTreeSet::new(),
         known: &Arc::default(),

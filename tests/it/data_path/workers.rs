@@ -157,6 +157,7 @@ fn table(before: &Table, endpoint: Option<Endpoint>) -> Result<Table> {
     });
     let consumers: Vec<_> = endpoint.iter().map(|_| &app).collect();
     let inputs = Inputs {
+        bounds: &embassy::discovery::Bounds::default(),
         consumers: &consumers,
         contested: &Default::default(),
         known: &Default::default(),
