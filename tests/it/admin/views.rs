@@ -199,6 +199,7 @@ fn it_explains_what_stands_in_the_way_whatever_the_service() -> Result<()> {
         "--max-connections-per-consumer=1",
         "--max-connections=2",
         "--proxy-ip=172.17.0.1",
+        "--endpoints=172.16.0.0/12,172.17.0.1",
     ])?;
     embassy.wait_ready(READY)?;
     let explains = |who: &str, port: u16, verdict: Verdict, words: &str| {
