@@ -1,7 +1,10 @@
 //! Starts and stops all parts, in order.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr}, sync::Arc, time::Duration};
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, anyhow};
 use futures_util::FutureExt;

@@ -87,7 +87,9 @@ impl Refusal {
             Self::LinkLocal | Self::Metadata | Self::Vip | Self::Outside => {
                 "register another address, or list this one in --endpoints"
             }
-            Self::Unspecified | Self::Multicast | Self::Own => "register the address of the instance",
+            Self::Unspecified | Self::Multicast | Self::Own => {
+                "register the address of the instance"
+            }
         }
     }
 }
@@ -109,7 +111,9 @@ impl Allowed {
         let means = |net: &&IpNet| match special {
             Refusal::Loopback | Refusal::LinkLocal => {
                 let bounds = [net.network(), net.broadcast()];
-                bounds.into_iter().all(|bound| self::special(bound, &BTreeSet::new()) == Some(special))
+                bounds
+                    .into_iter()
+                    .all(|bound| self::special(bound, &BTreeSet::new()) == Some(special))
             }
             Refusal::Metadata | Refusal::Vip => net.prefix_len() == net.max_prefix_len(),
             _ => false,
@@ -130,12 +134,9 @@ fn special(address: IpAddr, vips: &BTreeSet<Vip>) -> Option<Refusal> {
             v4.is_loopback(),
             v4.is_link_local(),
         ),
-        IpAddr::V6(v6) => (
-            v6.is_unspecified(),
-            v6.is_multicast(),
-            v6.is_loopback(),
-            v6.is_unicast_link_local(),
-        ),
+        IpAddr::V6(v6) => {
+            (v6.is_unspecified(), v6.is_multicast(), v6.is_loopback(), v6.is_unicast_link_local())
+        }
     };
     let vip = || vips.iter().any(|vip| vip.0.to_canonical() == address);
     match () {

@@ -79,7 +79,9 @@ pub(super) fn parse(text: &str, settings: &Options) -> Result<Parsed, UriError> 
 
 /// What follows `scheme://` without the parameter that every registry takes, and whether that was there.
 fn without_loopback(rest: &str) -> Result<(String, bool), String> {
-    let Some((authority, query)) = rest.split_once('?') else { return Ok((rest.to_owned(), false)) };
+    let Some((authority, query)) = rest.split_once('?') else {
+        return Ok((rest.to_owned(), false));
+    };
     let (given, others): (Vec<_>, Vec<_>) =
         query.split('&').partition(|part| part.split('=').next() == Some("loopback"));
     match given[..] {
@@ -336,7 +338,8 @@ mod tests {
 
     #[test]
     fn every_registry_may_be_allowed_to_name_loopback() {
-        let loopback = |text: &str| parse(text, &settings()).unwrap_or_else(|e| panic!("{e}")).loopback;
+        let loopback =
+            |text: &str| parse(text, &settings()).unwrap_or_else(|e| panic!("{e}")).loopback;
         for uri in ["consul://h", "etcd://a,b", "docker://h:2375", "dns://10.0.0.1"] {
             assert!(!loopback(uri), "{uri}");
             assert!(loopback(&format!("{uri}?loopback=allow")), "{uri}");
@@ -408,7 +411,8 @@ mod tests {
             ("consul://h/v1", "unexpected path \"v1\" after the address".to_owned()),
             (
                 "consul://h?token=x",
-                "unknown parameter \"token\": expected dc, loopback, near, tag or token-file".to_owned(),
+                "unknown parameter \"token\": expected dc, loopback, near, tag or token-file"
+                    .to_owned(),
             ),
             ("consul://h?dc=", "dc= is empty".to_owned()),
             ("consul://h?dc=a&dc=b", "dc= is given twice".to_owned()),

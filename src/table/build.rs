@@ -129,8 +129,9 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
     fn answers(&mut self) {
         let (now, before) = (self.inputs.endpoints, &self.prev.built_from.endpoints);
         // Other VIPs may refuse other endpoints.
-        let all = (self.next.vips != self.prev.vips)
-            .then(|| self.next.upstreams.iter().map(|(query, _)| query.clone()).collect::<Vec<_>>());
+        let all = (self.next.vips != self.prev.vips).then(|| {
+            self.next.upstreams.iter().map(|(query, _)| query.clone()).collect::<Vec<_>>()
+        });
         let differing = match &all {
             Some(all) => all.iter().collect(),
             None => now.differing_keys(before, Arc::ptr_eq),

@@ -140,7 +140,8 @@ fn redirect(firewall: &str) -> Result<()> {
     let before = rules(&host)?;
     let services = "-services=/services/web;80,/services/web6;81,/services/none;82";
     let vips = "--endpoints=172.17.0.1,fd00:d0c::1";
-    let embassy = host.embassy(["--redirect", "-provider=static", services, ETCD, firewall, vips])?;
+    let embassy =
+        host.embassy(["--redirect", "-provider=static", services, ETCD, firewall, vips])?;
     embassy.wait_ready(READY)?;
 
     let mut served = 0;
@@ -169,7 +170,8 @@ fn redirect(firewall: &str) -> Result<()> {
     // Our own questions to a registry on a VIP are not captured either, though a binding has its very port.
     let services = "-services=/services/web;83,/services/web;2379";
     let etcd = "-discovery=etcd://172.17.0.1:2379";
-    let embassy = host.embassy(["--redirect", "-provider=static", services, etcd, firewall, vips])?;
+    let embassy =
+        host.embassy(["--redirect", "-provider=static", services, etcd, firewall, vips])?;
     embassy.wait_ready(READY)?;
     assert_eq!(host.http("GET", "http://172.17.0.1:83/", "")?.ok()?, "web");
     says(&embassy, &["binding not captured", "server=172.17.0.1:2379"])?;
@@ -188,7 +190,7 @@ fn redirect(firewall: &str) -> Result<()> {
     })?;
     for scope in ["--capture=declared", "--capture=all"] {
         let etcd = "-discovery=etcd://172.17.0.1:2379";
-        let embassy = host.embassy(["--redirect", etcd, scope, firewall])?;
+        let embassy = host.embassy(["--redirect", etcd, scope, firewall, vips])?;
         embassy.wait_ready(READY)?;
         reaches(&app, "172.17.0.1:82", "web")?;
         reaches(&app, format!("{HOST_ADDRESS}:82"), "web")?;
