@@ -17,6 +17,7 @@
 pub mod word;
 pub mod cow_map;
 pub mod identity;
+pub mod text;
 pub mod model;
 pub mod descriptor;
 pub mod consumer;
