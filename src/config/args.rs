@@ -66,7 +66,7 @@ pub(crate) struct Args {
     )]
     pub(super) provider: Option<String>,
 
-    /// Bindings of the static provider: svc;port,svc[tag,tag];port
+    /// Bindings of the static provider: svc;port,svc[tag,tag];port. Its consumer, this host or container, is called "local"
     #[arg(long, help_heading = CONSUMERS, value_name = "DESCRIPTOR,...")]
     pub(super) services: Option<String>,
 
@@ -158,7 +158,7 @@ pub(crate) struct Args {
     pub(super) notrack: Option<String>,
 
     /// Address of the admin API, the metrics and the dashboard: ip:port or unix:///path; "off": none. Everyone who can
-    /// reach an ip:port can read them [default: 127.0.0.1:9990]
+    /// reach an ip:port can read them [default: 127.0.0.1:9990] [env: EMBASSY_ADMIN]
     #[arg(long, help_heading = OBSERVING, value_name = "ADDRESS")]
     pub(super) admin: Option<String>,
 
