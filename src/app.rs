@@ -16,13 +16,14 @@ use crate::{
     admin::{Admin, Constants, Feeds, metrics::Metrics},
     capture::{self, Backend, Capture, CaptureCounts, Lock, rules},
     check,
-    config::{CaptureMode, CaptureScope, Config, Provider as ProviderChoice},
+    config::{CaptureMode, CaptureScope, Config, Instance, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
     discovery,
     docker::follow::Follower,
     events::Events,
     limits,
     memory::{self, Memory},
+    privileges,
     provider::{
         Lookup, Provider, bindings,
         fixed::{self, InterfaceError},
@@ -115,7 +116,13 @@ impl App {
             CaptureMode::None => None,
             CaptureMode::Dnat | CaptureMode::Redirect => {
                 let backend = Backend::open(config.firewall, &rules).await;
-                let backend = backend.context("no firewall is available")?;
+                let backend = backend.context(match privileges::has_net_admin() {
+                    true => "no firewall is available",
+                    false => {
+                        "embassy lacks the capability NET_ADMIN: start its container with --cap-add NET_ADMIN \
+                         (Compose: cap_add: [NET_ADMIN])"
+                    }
+                })?;
                 let counts = Arc::<CaptureCounts>::default();
                 Some((backend, counts, readiness.wait_for(Part::Capture)))
             }
@@ -142,6 +149,7 @@ impl App {
                 listeners: proxy.addresses.clone(),
                 mode: config.capture,
                 scope: config.capture_scope,
+                instance: Instance::of(&config),
             }),
         };
         let admin = match &config.admin {

@@ -15,6 +15,7 @@ pub mod follow;
 mod inspections;
 #[cfg(test)]
 mod interleavings;
+pub(crate) mod obstacle;
 pub(crate) mod per_container;
 pub(crate) mod process;
 pub(crate) mod read;

@@ -229,6 +229,15 @@ impl TypedValueParser for Offers {
     }
 }
 
+impl Args {
+    /// Whether any flag was given.
+    pub(crate) fn is_given(&self) -> bool {
+        let none = Self::try_parse_from(["embassy"]);
+        // All of them are text: they are the same if they look the same.
+        none.is_ok_and(|none| format!("{none:?}") != format!("{self:?}"))
+    }
+}
+
 impl Glog {
     /// Those that were given.
     pub(super) fn given(&self) -> impl Iterator<Item = &'static str> {
