@@ -32,6 +32,7 @@ pub mod log;
 pub mod limits;
 pub mod memory;
 pub mod privileges;
+pub mod signals;
 pub mod outcome;
 pub mod counts;
 pub mod balance;

@@ -140,7 +140,7 @@ pub(crate) struct Args {
     #[arg(long, help_heading = TRAFFIC, value_name = "TIME")]
     pub(super) hold: Option<String>,
 
-    /// How long SIGTERM waits for open connections. 0: reset them at once [default: 10s]
+    /// How long SIGTERM waits for open connections; new ones are served until then. 0: reset them at once [default: 8s]
     #[arg(long, help_heading = TRAFFIC, value_name = "TIME")]
     pub(super) drain: Option<String>,
 

@@ -67,7 +67,7 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
         firewall: flag("--firewall", args.firewall).or("auto").one_of()?,
         balance: flag("--lb", args.lb).or("rr").one_of()?,
         hold: flag("--hold", args.hold).or("2s").read(duration, DURATION)?,
-        drain: flag("--drain", args.drain).or("10s").read(duration, DURATION)?,
+        drain: flag("--drain", args.drain).or("8s").read(duration, DURATION)?,
         max_connections: flag("--max-connections", args.max_connections).read(count, COUNT)?,
         max_connections_per_consumer: flag(
             "--max-connections-per-consumer",

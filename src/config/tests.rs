@@ -82,7 +82,7 @@ fn nothing_given() {
     assert_eq!(config.firewall, FirewallChoice::Auto);
     assert_eq!(config.balance, Balance::RoundRobin);
     assert_eq!(config.hold, Duration::from_secs(2));
-    assert_eq!(config.drain, Duration::from_secs(10));
+    assert_eq!(config.drain, Duration::from_secs(8));
     assert_eq!((config.max_connections, config.max_connections_per_consumer), (None, None));
     assert!(!config.notrack);
     assert_eq!(config.conntrack, Conntrack::default());
