@@ -12,7 +12,7 @@ use tokio::{
     net::lookup_host,
     sync::Notify,
     task::JoinHandle,
-    time::{Instant, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 use tracing::{info, warn};
 
@@ -20,13 +20,14 @@ use crate::{
     admin::{Admin, Constants, Feeds, metrics::Metrics},
     capture::{self, Backend, Capture, CaptureCounts, Lock, rules},
     check,
-    config::{self, CaptureMode, CaptureScope, Config, Provider as ProviderChoice},
+    config::{self, CaptureMode, CaptureScope, Config, Instance, Provider as ProviderChoice},
     control::{Control, Settings, Waiting},
     discovery,
     docker::follow::Follower,
     events::Events,
     limits,
     memory::{self, Memory},
+    privileges,
     provider::{
         Lookup, Provider, bindings,
         fixed::{self, InterfaceError},
@@ -120,7 +121,13 @@ impl App {
             CaptureMode::None => None,
             CaptureMode::Dnat | CaptureMode::Redirect => {
                 let backend = Backend::open(config.firewall, &rules).await;
-                let backend = backend.context("no firewall is available")?;
+                let backend = backend.context(match privileges::has_net_admin() {
+                    true => "no firewall is available",
+                    false => {
+                        "embassy lacks the capability NET_ADMIN: start its container with --cap-add NET_ADMIN \
+                         (Compose: cap_add: [NET_ADMIN])"
+                    }
+                })?;
                 let counts = Arc::<CaptureCounts>::default();
                 Some((backend, counts, readiness.wait_for(Part::Capture)))
             }
@@ -148,6 +155,7 @@ impl App {
                 listeners: proxy.addresses.clone(),
                 mode: config.capture,
                 scope: config.capture_scope,
+                instance: Instance::of(&config),
             }),
         };
         let admin = match &config.admin {
@@ -211,31 +219,40 @@ impl App {
         }
     }
 
-    /// Stops everything: first the rules, then accepting, then the connections that are left after `--drain` or when `hurry`
-    /// completes. After `hurry` it does not wait for parts that hang.
-    pub async fn stop(mut self, hurry: impl Future<Output = ()>) -> Result<()> {
+    /// Stops everything. The connections that are open get `--drain` to end, and new ones are served until then: nobody else
+    /// would serve them. Then the rules go, and the connections that are younger get a moment to end.
+    ///
+    /// All of this has one total time. When `hurry` completes, it ends within a moment.
+    pub async fn stop(mut self, why: Stopping, hurry: impl Future<Output = ()>) -> Result<()> {
         let hurry = hurry.shared();
-        // This guard is never done: from here on embassy must not get new connections.
+        let end = Instant::now() + TOTAL.max(self.drain + MOMENT);
+        // This guard is never done: whoever may choose should send new connections elsewhere.
         let _draining = self.readiness.wait_for(Part::Draining);
-        // Kept until the end: live connections need it.
-        let _remains = match self.capture {
-            Some(capture) => {
-                in_time(
-                    capture.stop(),
-                    "rules may be left; embassy cleanup removes them",
-                    hurry.clone(),
-                )
-                .await
-            }
-            None => None,
-        };
-        self.proxy.drain();
         let live = self.proxy.live();
         if live > 0 {
             info!(live, drain_s = self.drain.as_secs_f64(), "waiting for connections to end");
         }
+        let rest = match why {
+            Stopping::Asked => {
+                let drained = timeout(self.drain, self.proxy.leave());
+                tokio::select! { _ = drained => {}, () = hurry.clone() => {} }
+                MOMENT.min(self.drain)
+            }
+            // It is not known whether new connections are still served.
+            Stopping::Failed => self.drain,
+        };
+        // Kept until the end: live connections need it.
+        let _remains = match self.capture {
+            Some(capture) => {
+                let late = "rules may be left; embassy cleanup removes them";
+                in_time(capture.stop(), late, end, hurry.clone()).await
+            }
+            None => None,
+        };
+        self.proxy.drain();
+        let rest_ends = end.min(Instant::now() + rest);
         tokio::select! {
-            ended = timeout_at(Instant::now() + self.drain, self.proxy.ended()) => {
+            ended = timeout_at(rest_ends, self.proxy.ended()) => {
                 if ended.is_err() {
                     warn!(live = self.proxy.live(), "drain time is over; resetting the open connections");
                 }
@@ -245,41 +262,59 @@ impl App {
         self.checks.abort();
         self.memory.abort();
         self.control.abort();
-        if let Some(keeper) = self.keeper {
-            let keep = async {
-                // Until the task has ended, it may send more tables to the keeper. It was cancelled above, so its error is ignored.
-                if !self.control.is_finished() {
-                    let _ = self.control.await;
-                }
+        let last = Instant::now() + TOTAL;
+        let keep = async {
+            // Until the task has ended, it may send more tables to the keeper. It was cancelled above, so its error is ignored.
+            if !self.control.is_finished() {
+                let _ = self.control.await;
+            }
+            if let Some(keeper) = self.keeper {
                 keeper.stop().await;
-            };
-            in_time(keep, "the state file may be out of date", hurry.clone()).await;
-        }
+            }
+        };
+        let (_, ended) = tokio::join!(
+            in_time(keep, "the state file may be out of date", last, hurry.clone()),
+            in_time(self.proxy.end(), "connections may be left", last, hurry),
+        );
         drop(self.admin);
-        // After a second signal it is not waited for; this is not an error.
-        let end = in_time(self.proxy.end(), "connections may be left", hurry).await;
-        end.unwrap_or(Ok(())).context("the data path")
+        // It is not an error that something was not waited for.
+        ended.unwrap_or(Ok(())).context("the data path")
     }
 }
 
-/// Waits for a step of the shutdown, but at most a moment after `hurry`. `otherwise` is the consequence of giving up.
+/// Why embassy stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stopping {
+    /// A signal asked for it.
+    Asked,
+    /// A part has failed.
+    Failed,
+}
+
+/// The time for connections that are younger than the shutdown, and for steps that hang after a second signal.
+const MOMENT: Duration = Duration::from_secs(1);
+
+/// The least total time of a shutdown, if `--drain` and a moment are less: firewall programs wait for one another's lock.
+const TOTAL: Duration = Duration::from_secs(5);
+
+/// Waits for a step of the shutdown until `end`, but at most a moment after `hurry`. `otherwise` is the consequence of giving up.
 async fn in_time<T>(
     part: impl Future<Output = T>,
     otherwise: &str,
+    end: Instant,
     hurry: impl Future<Output = ()>,
 ) -> Option<T> {
-    const MOMENT: Duration = Duration::from_secs(1);
     let late = async {
         hurry.await;
-        tokio::time::sleep(MOMENT).await;
+        sleep(MOMENT).await;
     };
     tokio::select! {
-        end = part => Some(end),
-        () = late => {
-            warn!("gave up waiting: {otherwise}");
-            None
-        }
+        end = part => return Some(end),
+        () = late => {}
+        () = sleep_until(end) => {}
     }
+    warn!("gave up waiting: {otherwise}");
+    None
 }
 
 async fn capture_failed(capture: &mut Option<Capture>) -> String {

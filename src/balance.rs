@@ -520,6 +520,40 @@ mod tests {
         }
     }
 
+    proptest! {
+        /// What is shown as next is what the next connection gets.
+        #[test]
+        fn a_peek_sees_what_a_pick_takes(
+            endpoints in prop::collection::vec((0..4u32, 0..5u8, 0..20_000u64), 0..6),
+            (balance, turns, probing) in (any::<bool>(), 0..9usize, any::<bool>()),
+            excluded in prop::collection::vec(1..7u16, 0..3),
+        ) {
+            let balance = if balance { Balance::RoundRobin } else { Balance::LeastConnections };
+            let rotation = rotation(1..=endpoints.len() as u16);
+            let excluded: Vec<_> = excluded.into_iter().map(endpoint).collect();
+            let mut leases = Vec::new();
+            for _ in 0..turns {
+                leases.extend(rotation.pick(balance, Millis(1), &[]).map(EndpointState::lease));
+            }
+            for (state, (busy, kind, since)) in rotation.endpoints().iter().zip(&endpoints) {
+                leases.extend((0..*busy).map(|_| state.lease()));
+                state.seen.store(*since, Relaxed);
+                match kind {
+                    1 => drop(state.failed(Millis(*since), Millis(*since))),
+                    2 => state.drain(true),
+                    3 => drop((state.checked(false), state.checked(false))),
+                    _ => {}
+                }
+            }
+            if probing {
+                leases.extend(rotation.pick(balance, NOW, &excluded).map(EndpointState::lease));
+            }
+            let seen = rotation.peek(balance, NOW, &excluded).map(|state| state.endpoint);
+            let taken = rotation.pick(balance, NOW, &excluded).map(|state| state.endpoint);
+            prop_assert_eq!(seen, taken);
+        }
+    }
+
     #[test]
     fn leastconn_goes_where_the_fewest_connections_are() {
         let rotation = rotation(1..=3);

@@ -99,13 +99,41 @@ pub enum DescriptorError {
     Protocol(String),
     #[error("option {0:?}: expected <key>=<value>")]
     OptionForm(String),
-    #[error("unknown option {0:?}: expected one of lb, drain, dc, via, check, proxy")]
+    #[error("unknown option {0:?}: {OPTIONS}")]
     UnknownOption(String),
     #[error("option {0} is given twice")]
     RepeatedOption(String),
     #[error("{key}={value:?}: expected {expected}")]
     OptionValue { key: &'static str, value: String, expected: &'static str },
 }
+
+impl DescriptorError {
+    /// The same without any part of the value: a variable such as `BACKEND_URL` may hold a password.
+    pub fn without_value(&self) -> String {
+        match self {
+            // Nothing of the value, but for one character.
+            Self::NoPort | Self::NoService(_) | Self::TagsNotClosed => self.to_string(),
+            Self::Service { character, .. } => format!(
+                "the service name has the character {character:?}: expected only A-Z a-z 0-9 / . _ * @ -"
+            ),
+            Self::AfterTags(_) => "text after the tag list: expected ';' and a port".to_owned(),
+            Self::EmptyTag(_) => "an empty tag: expected [tag,tag]".to_owned(),
+            Self::Tag { character, .. } => format!(
+                "a tag has the character {character:?}: expected none of white space , ; [ ]"
+            ),
+            Self::Port(_) => "the port is not a number from 1 to 65535".to_owned(),
+            Self::Protocol(_) => {
+                "the protocol after the port: expected tcp, the only one that is routed".to_owned()
+            }
+            Self::OptionForm(_) => "text after the port: expected <key>=<value>".to_owned(),
+            Self::UnknownOption(_) => format!("an unknown option: {OPTIONS}"),
+            Self::RepeatedOption(key) => format!("option {key} is given twice"),
+            Self::OptionValue { key, expected, .. } => format!("{key}: expected {expected}"),
+        }
+    }
+}
+
+const OPTIONS: &str = "expected one of lb, drain, dc, via, check, proxy";
 
 impl FromStr for Descriptor {
     type Err = DescriptorError;
@@ -419,6 +447,28 @@ mod tests {
             ("foo;80;proxy=v3", "proxy=\"v3\": expected v1 or v2"),
         ] {
             assert_eq!(parse(text).expect_err(text).to_string(), reason, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_reason_without_the_value_has_no_part_of_it() {
+        for text in [
+            "postgres://joe:hunter2@h/db",
+            "hunter2",
+            "hunter2;",
+            "a;hunter2",
+            "a;80/hunter2",
+            "a;80;hunter2",
+            "a;80;hunter2=1",
+            "a;80;lb=hunter2",
+            "a;80;via=hunter2;hunter2=",
+            "a[hunter2;80",
+            "a[hunter 2,hunter2];80",
+            "a[];hunter2",
+            "a[x]hunter2;80",
+        ] {
+            let reason = parse(text).expect_err(text).without_value();
+            assert!(!reason.contains("hunter"), "{text}: {reason}");
         }
     }
 

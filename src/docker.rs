@@ -15,6 +15,7 @@ pub mod follow;
 mod inspections;
 #[cfg(test)]
 mod interleavings;
+pub(crate) mod obstacle;
 pub(crate) mod per_container;
 pub(crate) mod process;
 pub(crate) mod read;
@@ -52,7 +53,10 @@ impl Engine {
         let (scheme, rest) = text.split_once("://").ok_or_else(wrong)?;
         let address = match scheme {
             "unix" if rest.starts_with('/') => Address::Unix(rest.into()),
-            "tcp" | "http" | "https" if !rest.trim_end_matches('/').is_empty() => {
+            // No user: the address is shown in many places.
+            "tcp" | "http" | "https"
+                if !rest.contains('@') && !rest.trim_end_matches('/').is_empty() =>
+            {
                 Address::Tcp(rest.trim_end_matches('/').to_owned())
             }
             _ => return Err(wrong()),
@@ -107,7 +111,14 @@ mod tests {
         assert_eq!(unix.address, Address::Unix("/var/run/docker.sock".into()));
         let tcp = Engine::parse("tcp://10.0.0.1:2375", None).unwrap();
         assert_eq!(tcp.address, Address::Tcp("10.0.0.1:2375".into()));
-        for wrong in ["", "/var/run/docker.sock", "unix://docker.sock", "tcp://", "ssh://host"] {
+        for wrong in [
+            "",
+            "/var/run/docker.sock",
+            "unix://docker.sock",
+            "tcp://",
+            "ssh://host",
+            "tcp://u:p@h:1",
+        ] {
             assert_eq!(Engine::parse(wrong, None), Err(NotAnEngine(wrong.to_owned())));
         }
     }

@@ -17,6 +17,7 @@
 pub mod word;
 pub mod cow_map;
 pub mod identity;
+pub mod text;
 pub mod model;
 pub mod descriptor;
 pub mod consumer;
@@ -31,6 +32,7 @@ pub mod log;
 pub mod limits;
 pub mod memory;
 pub mod privileges;
+pub mod signals;
 pub mod outcome;
 pub mod counts;
 pub mod balance;

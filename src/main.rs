@@ -3,8 +3,13 @@
 use std::{env, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
-use embassy::{app::App, cli, config::Config, log, privileges};
-use tokio::signal::unix::{SignalKind, signal};
+use embassy::{
+    app::{App, Stopping},
+    cli,
+    config::{Config, Instance},
+    log, privileges,
+    signals::Signals,
+};
 use tracing::{error, info, warn};
 
 fn main() -> ExitCode {
@@ -22,7 +27,7 @@ fn main() -> ExitCode {
     let _log = match log::start(config.log_format, config.verbosity, config.log_filter.as_deref()) {
         Ok(guard) => guard,
         Err(error) => {
-            eprintln!("embassy: RUST_LOG {error}");
+            cli::complain(format_args!("RUST_LOG {error}"));
             return ExitCode::from(2);
         }
     };
@@ -46,19 +51,29 @@ fn run(config: Config) -> Result<()> {
 }
 
 async fn serve(config: Config) -> Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
-    let mut hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
-    info!(version = env!("CARGO_PKG_VERSION"), "embassy starts");
+    let mut signals = Signals::catch().context("cannot catch signals")?;
+    let Instance { host, engine, discoveries, consumer } = Instance::of(&config);
+    let discoveries = discoveries.join(" ");
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        host, engine, discoveries, consumer, "embassy starts"
+    );
     if !config.ignored.is_empty() {
         warn!(flags = config.ignored.join(" "), "ignoring flags that have no effect");
     }
-    let mut app = App::start(config).await?;
+    let app = tokio::select! {
+        app = App::start(config) => Some(app?),
+        () = signals.stop.recv() => None,
+    };
+    let Some(mut app) = app else {
+        // No rules were written: they are the last step of a start.
+        info!("embassy has stopped before it was started");
+        return Ok(());
+    };
     let failure = loop {
         tokio::select! {
-            _ = terminate.recv() => break None,
-            _ = interrupt.recv() => break None,
-            _ = hangup.recv() => {
+            () = signals.stop.recv() => break None,
+            _ = signals.hangup.recv() => {
                 info!("resync requested via SIGHUP");
                 app.resync();
             }
@@ -66,13 +81,11 @@ async fn serve(config: Config) -> Result<()> {
         }
     };
     info!("embassy is shutting down; a second signal stops it at once");
-    app.stop(async {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    })
-    .await?;
+    let stopping = match failure {
+        None => Stopping::Asked,
+        Some(_) => Stopping::Failed,
+    };
+    app.stop(stopping, signals.stop.recv()).await?;
     info!("embassy has stopped");
     failure.map_or(Ok(()), Err)
 }

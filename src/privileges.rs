@@ -15,6 +15,11 @@ pub fn take_up_net_admin() {
     let _ = take_up(CapabilitySet::NET_ADMIN);
 }
 
+/// Whether this process may write rules.
+pub fn has_net_admin() -> bool {
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_ADMIN))
+}
+
 fn take_up(capability: CapabilitySet) -> io::Result<()> {
     let mut sets = capabilities(None)?;
     if !sets.permitted.contains(capability) {

@@ -72,7 +72,6 @@ impl Report {
                     .report(|| Event::SourceLost { source: name.to_owned(), error: error.clone() });
             }
         } else if known.value.is_some() && self.lost.remove(name) {
-            info!(source = name, "source is back");
             self.events.report(|| Event::SourceBack { source: name.to_owned() });
         }
     }

@@ -10,7 +10,7 @@ use std::{
 
 use futures_util::FutureExt;
 use tokio::sync::{Notify, watch};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 mod resync;
 mod shared;
@@ -113,6 +113,8 @@ impl fmt::Display for SourceError {
 #[derive(Debug)]
 pub struct Publisher<T> {
     slot: watch::Sender<Known<T>>,
+    /// The source's name in the log, if it is followed itself and not derived from another.
+    name: Option<Arc<str>>,
     /// Notified after each change that matters to a reader.
     bell: Arc<Notify>,
 }
@@ -124,25 +126,26 @@ impl<T: PartialEq> Publisher<T> {
     /// A slot that holds nothing yet, and rings `bell`.
     pub fn new(bell: Arc<Notify>) -> (Self, Answers<T>) {
         let (slot, answers) = watch::channel(Known::default());
-        (Self { slot, bell }, answers)
+        (Self { slot, name: None, bell }, answers)
     }
 
     /// Publishes a full answer. Returns whether it differs from the last one.
     pub fn publish(&self, value: T) -> bool {
         let now = Instant::now();
-        let (mut news, mut changed) = (false, false);
+        let (mut is_back, mut changed) = (false, false);
         self.slot.send_modify(|known| {
-            news = known.error.take().is_some();
+            is_back = known.error.take().is_some();
             known.confirmed = Some(now);
             known.answers += 1;
             if known.value.as_deref() != Some(&value) {
                 known.value = Some(Arc::new(value));
                 known.changed = Some(now);
                 known.changes += 1;
-                (news, changed) = (true, true);
+                changed = true;
             }
         });
-        if news {
+        self.answered(is_back);
+        if is_back || changed {
             self.bell.notify_one();
         }
         changed
@@ -161,25 +164,39 @@ impl<T: PartialEq> Publisher<T> {
             known.confirmed = Some(Instant::now());
             known.answers += 1;
         });
+        self.answered(is_back);
         if is_back {
             self.bell.notify_one();
         }
     }
 
+    fn answered(&self, is_back: bool) {
+        if let Some(source) = self.name.as_deref().filter(|_| is_back) {
+            info!(source, "source is back");
+        }
+    }
+
+    /// Both ends of a failure are logged here, however short it is or what lies between two of them.
     fn fail(&self, error: &SourceError) {
+        let (mut is_lost, mut is_known) = (false, false);
         self.slot.send_modify(|known| {
+            is_lost = known.error.is_none();
+            is_known = known.value.is_some();
             known.error = Some(error.to_string().into());
             known.failures += 1;
         });
+        match self.name.as_deref().filter(|_| is_lost) {
+            Some(source) if is_known => {
+                warn!(source, %error, "source does not answer; its last data stays in use");
+            }
+            Some(source) => warn!(source, %error, "source has not answered yet; retrying"),
+            None => {}
+        }
         self.bell.notify_one();
     }
 
     fn answers(&self) -> u64 {
         self.slot.borrow().answers
-    }
-
-    fn knows_something(&self) -> bool {
-        self.slot.borrow().value.is_some()
     }
 }
 
@@ -187,9 +204,10 @@ impl<T: PartialEq> Publisher<T> {
 pub async fn follow<S: Source>(
     name: &str,
     mut source: S,
-    publish: Publisher<S::Item>,
+    mut publish: Publisher<S::Item>,
     mut resync: Resync,
 ) {
+    publish.name = Some(name.into());
     let mut backoff = Backoff::default();
     loop {
         let answers_before = publish.answers();
@@ -213,15 +231,7 @@ pub async fn follow<S: Source>(
             backoff = Backoff::default();
         }
         let pause = backoff.next(fastrand::f64()).max(error.pause);
-        if backoff.attempts == 1 {
-            if publish.knows_something() {
-                warn!(source = name, %error, "source does not answer; its last data stays in use");
-            } else {
-                warn!(source = name, %error, "source has not answered yet; retrying");
-            }
-        } else {
-            debug!(source = name, %error, attempts = backoff.attempts, next_s = pause.as_secs_f64(), "source still does not answer");
-        }
+        debug!(source = name, %error, attempts = backoff.attempts, next_s = pause.as_secs_f64(), "source will be asked again");
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = resync.requested() => {}
@@ -339,6 +349,53 @@ mod tests {
         );
         let known = answers.wait_for(|known| known.answers == 2).await.unwrap().clone();
         assert_eq!((known.value.as_deref(), known.error), (Some(&2), None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_loss_and_each_return_is_logged_however_soon_it_comes() {
+        let lines = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let writer = lines.clone();
+        let log =
+            tracing_subscriber::fmt().with_ansi(false).without_time().with_writer(move || {
+                // One write for each line.
+                std::io::LineWriter::new(Lines(writer.clone()))
+            });
+        let _log = tracing::subscriber::set_default(log.finish());
+        let (publish, mut answers) = Publisher::new(Arc::default());
+        let gone = || Err(SourceError::new("gone"));
+        let script = Script(VecDeque::from([
+            (vec![], gone()),
+            (vec![], gone()),
+            (vec![1], gone()),
+            (vec![1], gone()),
+            (vec![], gone()),
+            (vec![2, 3], Ok(())),
+        ]));
+        tokio::spawn(follow("script", script, publish, resync(120)));
+        answers.wait_for(|known| known.value.as_deref() == Some(&3)).await.unwrap();
+        let lines = lines.lock().unwrap().concat();
+        let said: Vec<_> = lines
+            .lines()
+            .filter_map(|line| {
+                let words = ["has not answered yet", "does not answer", "is back"];
+                words.into_iter().find(|words| line.contains(words))
+            })
+            .collect();
+        let (lost, back) = ("does not answer", "is back");
+        assert_eq!(said, ["has not answered yet", back, lost, back, lost, back], "{lines}");
+    }
+
+    struct Lines(Arc<std::sync::Mutex<Vec<String>>>);
+
+    impl std::io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().push(String::from_utf8_lossy(bytes).into_owned());
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
     }
 
     /// Its first session panics, once it has published.

@@ -8,7 +8,7 @@ use tokio::sync::{Semaphore, watch};
 use super::{access::Access, history::History};
 use crate::{
     capture,
-    config::{CaptureMode, CaptureScope},
+    config::{CaptureMode, CaptureScope, Instance},
     control::Sources,
     discovery::Endpoints,
     events::Events,
@@ -44,6 +44,7 @@ pub struct Constants {
     pub listeners: Vec<SocketAddr>,
     pub mode: CaptureMode,
     pub scope: CaptureScope,
+    pub instance: Instance,
 }
 
 /// The state of a handler.

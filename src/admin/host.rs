@@ -21,8 +21,7 @@ pub(super) fn host() -> api::Host {
     api::Host {
         conntrack_entries: conntrack("nf_conntrack_count"),
         conntrack_limit: conntrack("nf_conntrack_max"),
-        // One of them is for reading the directory itself.
-        descriptors: fs::read_dir("/proc/self/fd").ok().map(|all| all.count() as u64 - 1),
+        descriptors: descriptors(),
         descriptors_limit: getrlimit(Resource::Nofile).current,
         resident_bytes: fs::read_to_string("/proc/self/statm")
             .ok()
@@ -46,6 +45,17 @@ pub(super) fn in_use(host: &api::Host) -> HostUse {
         conntrack: of(host.conntrack_entries, host.conntrack_limit),
         descriptors: of(host.descriptors, host.descriptors_limit),
         memory: of(host.memory_used_bytes, host.memory_limit_bytes),
+    }
+}
+
+/// Open descriptors. Since Linux 6.2 the size of the directory is their number (Documentation/filesystems/proc.rst, 3.1);
+/// before, it is 0, and they are counted.
+fn descriptors() -> Option<u64> {
+    const ALL: &str = "/proc/self/fd";
+    match fs::metadata(ALL).ok()?.len() {
+        // One of them is for reading the directory itself.
+        0 => Some((fs::read_dir(ALL).ok()?.count() as u64).saturating_sub(1)),
+        number => Some(number),
     }
 }
 
@@ -92,6 +102,13 @@ mod tests {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
         let age = now.as_secs_f64() - host.started_seconds.unwrap();
         assert!((-5.0..3_600.0).contains(&age), "{age}");
+    }
+
+    #[test]
+    fn each_open_descriptor_is_counted() {
+        let many = [(); 300].map(|()| fs::File::open("/dev/null").unwrap());
+        assert!(descriptors() > Some(300));
+        drop(many);
     }
 
     #[test]

@@ -63,6 +63,9 @@ pub(super) async fn status(
     Json(api::Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
+        host_name: feeds.constants.instance.host.clone(),
+        engine: feeds.constants.instance.engine.clone(),
+        discoveries: feeds.constants.instance.discoveries.clone(),
         uptime_seconds: view::seconds(feeds.constants.started.elapsed()),
         ready: awaited.is_empty(),
         verdict: overview.verdict(),

@@ -16,7 +16,7 @@ use crate::{
 /// The API's address, and the output format.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Asked {
-    /// Address of the running embassy's API, as in its --admin: ip:port or unix:///path
+    /// Address of the running embassy's API, as in its --admin: ip:port or unix:///path [env: EMBASSY_ADMIN]
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9990")]
     admin: Admin,
 
@@ -106,7 +106,7 @@ impl Client {
         // The whole chain of errors: the cause is at its end.
         let reason = SourceError::caused("no embassy answers", error);
         anyhow!(
-            "{reason}\nIs it running, and is its API at {}? Set the address with --admin",
+            "{reason}\nIs it running, and is its API at {}? Set the address with --admin or EMBASSY_ADMIN",
             self.at
         )
     }

@@ -2,12 +2,18 @@
 //!
 //! A command is recognised only as the first word, so that existing command lines of the proxy keep their meaning.
 
-use std::process::ExitCode;
+use std::{fmt, io::Write, process::ExitCode};
 
 use anyhow::Context;
-use clap::{Command as Clap, FromArgMatches, Subcommand};
+use clap::{
+    Command as Clap, FromArgMatches, Subcommand,
+    error::{ContextKind, ContextValue},
+};
 
-use crate::config::{self, Config, Stop};
+use crate::{
+    config::{self, Config, Stop, UsageError},
+    text::without_secrets,
+};
 
 mod cleanup;
 mod client;
@@ -69,9 +75,11 @@ const WITH_FLAGS: [&str; 2] = ["doctor", "plan"];
 /// the words are flags of the proxy.
 pub fn run(words: &[String], env: &dyn Fn(&str) -> Option<String>) -> Option<ExitCode> {
     let (name, rest) = words.split_first()?;
-    let command = match name.as_str() {
-        "help" => Err(Stop::Print(help_of(rest.first().map(String::as_str)))),
-        name => parse(name, commands().find_subcommand(name)?, rest),
+    let command = match (name.as_str(), commands().find_subcommand(name)) {
+        ("help", _) => Err(Stop::Print(help_of(rest.first().map(String::as_str)))),
+        (name, Some(command)) => parse(name, command, rest, env),
+        (name, None) if name.starts_with('-') || name.is_empty() => return None,
+        (name, None) => Err(no_command(name).into()),
     };
     let stop = match command {
         Ok(command) => return Some(finish(command.run(env))),
@@ -86,7 +94,7 @@ pub fn told(stop: &Stop) -> ExitCode {
         Stop::Help => print(&help()),
         Stop::Print(text) => print(text),
         Stop::Usage(error) => {
-            eprintln!("embassy: {error}");
+            complain(error);
             return ExitCode::from(2);
         }
     }
@@ -131,8 +139,39 @@ fn help_of(name: Option<&str>) -> String {
     }
 }
 
-fn parse(name: &str, command: &Clap, rest: &[String]) -> Result<Command, Stop> {
-    let rest = config::words(rest.iter().cloned(), command);
+/// A first word that is neither a flag nor a command.
+fn no_command(word: &str) -> UsageError {
+    let flags = Config::flags();
+    let is_flag = ["help", "version"].contains(&word)
+        || flags.get_arguments().any(|arg| arg.get_long() == Some(word));
+    let nearest = match commands().try_get_matches_from([word]) {
+        Err(error) => match error.get(ContextKind::SuggestedSubcommand) {
+            Some(ContextValue::Strings(all)) => all.first().cloned(),
+            _ => None,
+        },
+        Ok(_) => None,
+    };
+    let nearest = if is_flag { Some(format!("--{word}")) } else { nearest };
+    let nearest = nearest.map_or(String::new(), |nearest| format!("did you mean {nearest}? "));
+    let word = without_secrets(word);
+    UsageError::new(format_args!(
+        "{word:?}: expected a flag or a command; {nearest}--help lists them all"
+    ))
+}
+
+fn parse(
+    name: &str,
+    command: &Clap,
+    rest: &[String],
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<Command, Stop> {
+    let mut rest = config::words(rest.iter().cloned(), command);
+    let takes_admin = command.get_arguments().any(|arg| arg.get_long() == Some("admin"));
+    // The flags of the proxy read the variable themselves.
+    let reads_itself = WITH_FLAGS.contains(&name);
+    if takes_admin && !reads_itself && !rest.iter().any(|word| word.starts_with("--admin=")) {
+        rest.insert(0, format!("--admin={}", Config::admin_of_command(env)?));
+    }
     let words = std::iter::once(name.to_owned()).chain(rest);
     commands()
         .try_get_matches_from(words)
@@ -179,16 +218,20 @@ fn finish(answer: Result<anyhow::Result<Answer>, Stop>) -> ExitCode {
             if yes { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Ok(Err(error)) => {
-            eprintln!("embassy: {error:#}");
+            complain(format_args!("{error:#}"));
             ExitCode::FAILURE
         }
     }
 }
 
 fn print(text: &str) {
-    use std::io::Write;
     // The reader closed the pipe: it needs no more output.
     let _ = write!(std::io::stdout(), "{text}");
+}
+
+/// Prints an error to stderr. Unlike `eprintln!` it does not panic if nobody reads it.
+pub fn complain(error: impl fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "embassy: {error}");
 }
 
 #[cfg(test)]
@@ -196,10 +239,14 @@ mod tests {
     use super::*;
 
     fn parsed(line: &str) -> Result<Command, String> {
+        parsed_with(line, &|_| None)
+    }
+
+    fn parsed_with(line: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Command, String> {
         let words: Vec<_> = line.split(' ').map(str::to_owned).collect();
         let commands = commands();
         let command = commands.find_subcommand(&words[0]).unwrap();
-        parse(&words[0], command, &words[1..]).map_err(|stop| match stop {
+        parse(&words[0], command, &words[1..], env).map_err(|stop| match stop {
             Stop::Usage(error) => error.to_string(),
             other => panic!("{other:?}"),
         })
@@ -257,9 +304,50 @@ mod tests {
 
     #[test]
     fn the_proxys_words_are_no_command() {
-        for line in ["", "--dnat", "--dnat plan", "plans", "-h"] {
+        for line in ["", "--dnat", "--dnat plan", "-plan", "-h"] {
             let words: Vec<_> = line.split(' ').map(str::to_owned).collect();
             assert!(run(&words, &|_| None).is_none(), "{line}");
         }
+    }
+
+    #[test]
+    fn a_word_that_is_nearly_a_command_or_a_flag_is_helped() {
+        for (word, hint) in [
+            ("statu", "did you mean status? "),
+            ("plans", "did you mean plan? "),
+            ("version", "did you mean --version? "),
+            ("dnat", "did you mean --dnat? "),
+            ("zzz", ""),
+        ] {
+            assert_eq!(
+                no_command(word).to_string(),
+                format!("{word:?}: expected a flag or a command; {hint}--help lists them all")
+            );
+        }
+        assert!(!no_command("consul://joe:S3CRET@h").to_string().contains("S3CRET"));
+    }
+
+    #[test]
+    fn a_command_finds_the_api_by_its_flag_then_by_the_environment() {
+        let at = |line: &str, value: &'static str| match parsed_with(line, &|name| {
+            (name == "EMBASSY_ADMIN").then(|| value.to_owned())
+        }) {
+            Ok(command) => format!("{command:?}"),
+            Err(error) => error,
+        };
+        assert!(at("status", "").contains("127.0.0.1:9990"));
+        assert!(at("status", "'unix:///run/e.sock'").contains("/run/e.sock"));
+        assert!(at("explain app 80", "10.0.0.1:1").contains("10.0.0.1:1"));
+        let both = at("wait web --admin 10.0.0.2:2", "10.0.0.1:1");
+        assert!(both.contains("10.0.0.2:2") && !both.contains("10.0.0.1:1"), "{both}");
+        assert_eq!(
+            at("status", "x"),
+            "EMBASSY_ADMIN \"x\": expected <ip>:<port> such as 127.0.0.1:9990, or unix:///path"
+        );
+        // It has no use for it.
+        assert!(at("cleanup", "x").contains("Cleanup"));
+        let Ok(Command::Plan(plan)) = parsed("plan") else { panic!() };
+        let config = plan.config(&|name| (name == "EMBASSY_ADMIN").then(|| "off".to_owned()));
+        assert_eq!(config.unwrap().admin, None);
     }
 }

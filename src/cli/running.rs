@@ -1,6 +1,7 @@
 //! Finds the embassies that run in this network namespace, by `/proc`.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
 };
@@ -38,6 +39,28 @@ fn namespace(process: &Path) -> std::io::Result<PathBuf> {
     fs::read_link(process.join("ns/net"))
 }
 
+/// How a running proxy was started: the words after the program's name, and its environment. `None` if that is not visible.
+pub(super) struct Start {
+    pub(super) words: Vec<String>,
+    variables: BTreeMap<String, String>,
+}
+
+impl Start {
+    pub(super) fn of(proxy: &Proxy) -> Option<Self> {
+        let folder = PathBuf::from(format!("/proc/{}", proxy.pid));
+        let environment = fs::read(folder.join("environ")).ok()?;
+        let variables = environment.split(|byte| *byte == 0).filter_map(|variable| {
+            let text = String::from_utf8_lossy(variable);
+            text.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()))
+        });
+        Some(Self { words: words(&folder), variables: variables.collect() })
+    }
+
+    pub(super) fn variable(&self, name: &str) -> Option<String> {
+        self.variables.get(name).cloned()
+    }
+}
+
 /// The name of the process's program file, also if the file was replaced since.
 fn program(process: &Path) -> Option<String> {
     let path = fs::read_link(process.join("exe")).ok()?;
@@ -50,5 +73,8 @@ fn words(process: &Path) -> Vec<String> {
     let line = fs::read(process.join("cmdline")).unwrap_or_default();
     let words =
         line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
-    words.skip(1).filter(|word| !word.is_empty()).collect()
+    // The last one ends with a zero too.
+    let mut words: Vec<_> = words.skip(1).collect();
+    words.pop();
+    words
 }

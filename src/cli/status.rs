@@ -57,6 +57,9 @@ fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
     }
     findings::write(out, &status.findings)?;
 
+    let engine = status.engine.as_deref().map_or(String::new(), |engine| format!(", {engine}"));
+    let asked = format!("{}{engine}, {}", status.host_name, status.discoveries.join(", "));
+    writeln!(out, "host         {}", printable(&asked))?;
     let capture = &status.capture;
     let firewall = capture.firewall.as_deref().unwrap_or("nothing yet");
     match (capture.mode, capture.in_place) {
@@ -142,6 +145,9 @@ pub(super) mod tests {
         api::Status {
             version: "1.2.3".into(),
             pid: 7,
+            host_name: "web-1".into(),
+            engine: Some("unix:///var/run/docker.sock".into()),
+            discoveries: vec!["consul://10.0.0.1:8500".into()],
             uptime_seconds: 600.0,
             ready: true,
             verdict: Verdict::Ok,
@@ -215,6 +221,7 @@ pub(super) mod tests {
     fn all_is_well() {
         let expected = "\
 ready: embassy 1.2.3, process 7, up 10 min
+host         web-1, unix:///var/run/docker.sock, consul://10.0.0.1:8500
 capture      dnat by nft, in place
 listens      0.0.0.0:9999
 VIPs         172.17.0.1

@@ -66,7 +66,7 @@ pub(crate) struct Args {
     )]
     pub(super) provider: Option<String>,
 
-    /// Bindings of the static provider: svc;port,svc[tag,tag];port
+    /// Bindings of the static provider: svc;port,svc[tag,tag];port. Its consumer, this host or container, is called "local"
     #[arg(long, help_heading = CONSUMERS, value_name = "DESCRIPTOR,...")]
     pub(super) services: Option<String>,
 
@@ -146,7 +146,7 @@ pub(crate) struct Args {
     #[arg(long, help_heading = TRAFFIC, value_name = "TIME")]
     pub(super) hold: Option<String>,
 
-    /// How long SIGTERM waits for open connections. 0: reset them at once [default: 10s]
+    /// How long SIGTERM waits for open connections; new ones are served until then. 0: reset them at once [default: 8s]
     #[arg(long, help_heading = TRAFFIC, value_name = "TIME")]
     pub(super) drain: Option<String>,
 
@@ -164,7 +164,7 @@ pub(crate) struct Args {
     pub(super) notrack: Option<String>,
 
     /// Address of the admin API, the metrics and the dashboard: ip:port or unix:///path; "off": none. Everyone who can
-    /// reach an ip:port can read them [default: 127.0.0.1:9990]
+    /// reach an ip:port can read them [default: 127.0.0.1:9990] [env: EMBASSY_ADMIN]
     #[arg(long, help_heading = OBSERVING, value_name = "ADDRESS")]
     pub(super) admin: Option<String>,
 
@@ -232,6 +232,15 @@ impl TypedValueParser for Offers {
 
     fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
         Some(Box::new(self.0.iter().map(PossibleValue::new)))
+    }
+}
+
+impl Args {
+    /// Whether any flag was given.
+    pub(crate) fn is_given(&self) -> bool {
+        let none = Self::try_parse_from(["embassy"]);
+        // All of them are text: they are the same if they look the same.
+        none.is_ok_and(|none| format!("{none:?}") != format!("{self:?}"))
     }
 }
 

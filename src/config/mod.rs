@@ -12,6 +12,8 @@ use crate::{
     discovery::Discoveries,
     docker::Engine,
     model::{NotAPort, Port, Vip},
+    provider::fixed::LOCAL,
+    text::without_secrets,
     word::worded,
 };
 pub(crate) use args::Args;
@@ -78,6 +80,31 @@ pub struct Config {
     pub log_filter: Option<String>,
     /// Flags that were given and mean nothing in this run: to be named in one warning.
     pub ignored: Vec<&'static str>,
+}
+
+/// Which embassy this is, for people.
+#[derive(Debug, Clone)]
+pub struct Instance {
+    /// The host's name.
+    pub host: String,
+    /// The engine whose containers are the consumers, if they are.
+    pub engine: Option<String>,
+    /// The URIs of the discoveries. There are no secrets in them.
+    pub discoveries: Vec<String>,
+    /// The one consumer of the static provider.
+    pub consumer: Option<&'static str>,
+}
+
+impl Instance {
+    pub fn of(config: &Config) -> Self {
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let (engine, consumer) = match config.provider {
+            Provider::Docker => (Some(config.docker.to_string()), None),
+            Provider::Static(_) => (None, Some(LOCAL)),
+        };
+        let discoveries = config.discoveries.uris().values().cloned().collect();
+        Self { host, engine, discoveries, consumer }
+    }
 }
 
 /// Where bindings come from.
@@ -218,12 +245,15 @@ impl Config {
         let mut command = Self::flags();
         command.build();
         let words = self::words(words, &command);
+        let taken = taken_for_a_value(&words, &command);
         let args = command
             .no_binary_name(true)
             .try_get_matches_from(words)
             .and_then(|matches| Args::from_arg_matches(&matches))
             .map_err(|error| match error.kind() {
                 ErrorKind::DisplayHelp => Stop::Help,
+                // The word that is left over is the value of the flag that was taken for one.
+                ErrorKind::UnknownArgument => taken.unwrap_or_else(|| stop(error)),
                 _ => stop(error),
             })?;
         Ok(Self::of(args, env)?)
@@ -234,11 +264,34 @@ impl Config {
         read::config(args, &read::Environment(env))
     }
 
+    /// Where a command finds the running embassy's API if its own flag does not say so: `EMBASSY_ADMIN`, else the default.
+    pub(crate) fn admin_of_command(
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Admin, UsageError> {
+        read::admin_of_command(&read::Environment(env))
+    }
+
     /// The flags of the proxy, as clap has them.
     pub(crate) fn flags() -> Command {
         let help = Arg::new("help").short('h').long("help").action(ArgAction::HelpLong);
         Args::command().disable_help_flag(true).arg(help.help("Print this help"))
     }
+}
+
+/// As in `-v --state-dir off`: every flag but a boolean takes the next word, even if it is a flag.
+fn taken_for_a_value(words: &[String], command: &Command) -> Option<Stop> {
+    let is_flag = |word: &str| {
+        let name = word.trim_start_matches('-');
+        name != word && command.get_arguments().any(|arg| arg.get_long() == Some(name))
+    };
+    let mut pairs = words.iter().filter_map(|word| word.split_once('='));
+    let (flag, value) = pairs.find(|(_, value)| is_flag(value))?;
+    let line = format!("{flag} {value:?}: expected a value; {}", next_word(flag, value));
+    Some(UsageError(line).into())
+}
+
+fn next_word(flag: &str, word: &str) -> String {
+    format!("{word:?} is the next word, which {flag} takes as its value")
 }
 
 /// The output of clap; an error on one line.
@@ -263,7 +316,7 @@ pub(crate) fn stop(error: clap::Error) -> Stop {
             format!("{}: unknown flag; {nearest}--help lists them all", word.escape_debug())
         }
         ErrorKind::UnknownArgument => {
-            format!("{word:?}: expected a flag; --help lists them all")
+            format!("{:?}: expected a flag; --help lists them all", without_secrets(word))
         }
         ErrorKind::MissingRequiredArgument => format!("{word}: missing; see --help"),
         ErrorKind::InvalidValue | ErrorKind::ValueValidation => {
@@ -272,7 +325,7 @@ pub(crate) fn stop(error: clap::Error) -> Stop {
                 Some(ContextValue::Strings(values)) => values::list(values),
                 _ => error.source().map(expected).unwrap_or_default(),
             };
-            format!("{word} {value:?}: expected {expected}")
+            format!("{word} {:?}: expected {expected}", without_secrets(value))
         }
         // `--help=x` and the like.
         _ => format!("{}: expected no value", word.escape_debug()),

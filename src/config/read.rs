@@ -4,12 +4,25 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use clap::ValueEnum;
 
-use super::{CaptureMode, Config, Conntrack, Provider, UsageError, args::Args, values::*};
+use super::{
+    Admin, CaptureMode, Config, Conntrack, NotAnAdmin, Provider, UsageError, args::Args, next_word,
+    values::*,
+};
 use crate::{
     descriptor::{Descriptor, split_list},
     discovery::{ConsulSettings, Discoveries, EtcdSettings, Options, Secret},
     docker::Engine,
+    text::{bare, is_of_link, without_secrets},
 };
+
+/// The address of the admin API, for the proxy and for the commands.
+pub(super) const ADMIN_VARIABLE: &str = "EMBASSY_ADMIN";
+const ADMIN_DEFAULT: &str = "127.0.0.1:9990";
+
+/// Where a command finds the API if its own flag does not say so.
+pub(super) fn admin_of_command(env: &Environment<'_>) -> Result<Admin, UsageError> {
+    env.setting(ADMIN_VARIABLE).or(ADMIN_DEFAULT).read(admin, NotAnAdmin)
+}
 
 pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageError> {
     let verbosity_given = args.verbosity.is_some();
@@ -59,7 +72,7 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
         firewall: flag("--firewall", args.firewall).or("auto").one_of()?,
         balance: flag("--lb", args.lb).or("rr").one_of()?,
         hold: flag("--hold", args.hold).or("2s").read(duration, DURATION)?,
-        drain: flag("--drain", args.drain).or("10s").read(duration, DURATION)?,
+        drain: flag("--drain", args.drain).or("8s").read(duration, DURATION)?,
         max_connections: flag("--max-connections", args.max_connections).read(count, COUNT)?,
         max_connections_per_consumer: flag(
             "--max-connections-per-consumer",
@@ -72,7 +85,10 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
             timeout: env.setting("IPTABLES_TRACK_TIMEOUT").read(count, COUNT)?,
             hashsize: env.setting("IPTABLES_TRACK_HASHSIZE").read(count, COUNT)?,
         },
-        admin: flag("--admin", args.admin).or("127.0.0.1:9990").read(unless_off(admin), ADMIN)?,
+        admin: flag("--admin", args.admin)
+            .or_env(env, ADMIN_VARIABLE)
+            .or(ADMIN_DEFAULT)
+            .read(unless_off(admin), ADMIN)?,
         admin_token_file: flag("--admin-token-file", args.admin_token_file).read(path, FILE)?,
         connection_log: flag("--connection-log", args.connection_log)
             .or("off")
@@ -96,7 +112,10 @@ fn provider(
     let name = flag("--provider", name).or("docker");
     let services = flag("--services", services);
     match name.text.as_str() {
-        "docker" => Ok((Provider::Docker, services.text.map(|_| services.name))),
+        "docker" => {
+            let unused = services.text.map(|_| "--services (needs --provider=static)");
+            Ok((Provider::Docker, unused))
+        }
         "static" => match services.text {
             Some(list) => {
                 Ok((Provider::Static(descriptors(services.name, &list, discoveries)?), None))
@@ -206,12 +225,15 @@ fn both<T>(a: (&str, &Option<T>), b: (&str, &Option<T>)) -> Result<(), UsageErro
     Err(UsageError::new(format_args!("{given}: expected {missing} as well")))
 }
 
-/// The environment; an empty variable counts as unset.
+/// The environment; an empty variable counts as unset, and so does one that belongs to a link.
 pub(super) struct Environment<'a>(pub &'a dyn Fn(&str) -> Option<String>);
 
 impl Environment<'_> {
     fn text(&self, variable: &str) -> Option<String> {
-        (self.0)(variable).filter(|text| !text.is_empty())
+        let text = (self.0)(variable)?;
+        // `--link x:proxy`, or a service of Kubernetes called "proxy", sets PROXY_PORT.
+        let is_ours = !(variable.ends_with("_PORT") && is_of_link(bare(&text)));
+        Some(bare(&text)).filter(|text| is_ours && !text.is_empty()).map(str::to_owned)
     }
 
     fn setting(&self, variable: &'static str) -> Open {
@@ -275,6 +297,12 @@ impl Setting {
     }
 
     fn expected(&self, expected: impl fmt::Display) -> UsageError {
-        UsageError::new(format_args!("{} {:?}: expected {expected}", self.name, self.text))
+        let (name, text) = (self.name, without_secrets(&self.text));
+        // As in `-v --dnat`: every flag but a boolean takes the next word.
+        let hint = match text.starts_with("--") && name.starts_with("--") {
+            true => format!("; {}", next_word(name, &text)),
+            false => String::new(),
+        };
+        UsageError::new(format_args!("{name} {text:?}: expected {expected}{hint}"))
     }
 }

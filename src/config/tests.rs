@@ -82,7 +82,7 @@ fn nothing_given() {
     assert_eq!(config.firewall, FirewallChoice::Auto);
     assert_eq!(config.balance, Balance::RoundRobin);
     assert_eq!(config.hold, Duration::from_secs(2));
-    assert_eq!(config.drain, Duration::from_secs(10));
+    assert_eq!(config.drain, Duration::from_secs(8));
     assert_eq!((config.max_connections, config.max_connections_per_consumer), (None, None));
     assert!(!config.notrack);
     assert_eq!(config.conntrack, Conntrack::default());
@@ -338,7 +338,7 @@ fn flags_without_meaning_are_named() {
             "--vmodule",
             "--log_dir",
             "--log_backtrace_at",
-            "--services"
+            "--services (needs --provider=static)"
         ]
     );
     assert_eq!(config.verbosity, 2);
@@ -439,6 +439,21 @@ b'",
         ("-log-format xml", "--log-format \"xml\": expected text or json"),
         ("-v 11", "--verbosity \"11\": expected a whole number from 0 to 10"),
         ("-v", "--verbosity \"\": expected a whole number from 0 to 10"),
+        (
+            "-v --state-dir off",
+            "--verbosity \"--state-dir\": expected a value; \"--state-dir\" is the next word, which --verbosity takes as its \
+             value",
+        ),
+        (
+            "-v --dnat",
+            "--verbosity \"--dnat\": expected a whole number from 0 to 10; \"--dnat\" is the next word, which --verbosity \
+             takes as its value",
+        ),
+        ("consul://joe:pw@h", "\"consul://(hidden)@h\": expected a flag; --help lists them all"),
+        (
+            "-docker tcp://joe:pw@h:2375",
+            "--docker \"tcp://(hidden)@h:2375\": expected unix:///path or tcp://host:port",
+        ),
         ("-interface 'a\nb'", {
             "--interface \"a\\nb\": expected the name of a network interface, up to 15 characters"
         }),
@@ -472,6 +487,80 @@ b'",
     ] {
         assert_eq!(usage("", &[(variable, value)]), expected);
     }
+}
+
+#[test]
+fn a_secret_in_a_wrong_value_is_not_repeated() {
+    let words = ["consul://h?token=S3CRET", "etcd://joe:S3CRET@h", "zk://:S3CRET@h?x=S3CRET"];
+    let flags = [
+        "-discovery",
+        "-docker",
+        "-admin",
+        "-port",
+        "-proxy-ip",
+        "-provider",
+        "-interface",
+        "-resync",
+        "-lb",
+        "-dicovery",
+        "-services",
+        "-dnat",
+        "-v",
+        "-firewall",
+        "-state-max-age",
+        "--",
+    ];
+    for (word, flag) in words.iter().flat_map(|word| flags.map(|flag| (word, flag))) {
+        for line in [format!("{flag} {word}"), format!("{flag}={word}")] {
+            match parse_with(&line, &[]) {
+                Err(Stop::Usage(error)) => {
+                    assert!(!error.to_string().contains("S3CRET"), "{line}: {error}");
+                }
+                // Without the static provider nobody reads it.
+                Ok(_) => assert_eq!(flag, "-services"),
+                other => panic!("{line}: {other:?}"),
+            }
+        }
+    }
+    for variable in ["DISCOVERY", "DOCKER_HOST", "PROXY_PORT", "PROXY_IP", "EMBASSY_ADMIN"] {
+        for word in words {
+            let said = usage("", &[(variable, word)]);
+            assert!(said.starts_with(variable) && !said.contains("S3CRET"), "{said}");
+        }
+    }
+}
+
+#[test]
+fn what_an_env_file_leaves_around_a_value_is_taken_off() {
+    let config = parse_with(
+        "",
+        &[
+            ("PROXY_IP", "\"10.0.0.1\"\r"),
+            ("PROXY_PORT", "'9000'"),
+            ("DISCOVERY", " etcd://h \r"),
+            ("INTERFACE", "'eth1'"),
+            ("DOCKER_HOST", "\"tcp://h:2375\""),
+            ("EMBASSY_ADMIN", "'off'"),
+            ("IPTABLES_TRACK_TIMEOUT", "''"),
+        ],
+    )
+    .unwrap();
+    let expected = "-proxy-ip 10.0.0.1 -p 9000 -discovery etcd://h -interface eth1 -docker tcp://h:2375 -admin off";
+    assert_eq!(shown(&config), shown(&parse(expected)));
+}
+
+#[test]
+fn a_links_variable_is_not_ours() {
+    for value in ["tcp://10.0.0.5:80", "tcp://[fd00::5]:80\r"] {
+        assert_eq!(parse_with("", &[("PROXY_PORT", value)]).unwrap().port, parse("").port);
+    }
+    // What is meant for embassy has the same form here.
+    let docker = parse_with("", &[("DOCKER_HOST", "tcp://10.0.0.5:2375")]).unwrap().docker;
+    assert_eq!(docker.to_string(), "tcp://10.0.0.5:2375");
+    assert_eq!(
+        usage("", &[("PROXY_PORT", "tcp://proxy:80")]),
+        "PROXY_PORT \"tcp://proxy:80\": expected a port from 1 to 65535"
+    );
 }
 
 #[test]

@@ -16,7 +16,10 @@ use super::{
     etcd::{Api, Etcd},
     file::File,
 };
-use crate::docker::{Address, Engine};
+use crate::{
+    docker::{Address, Engine},
+    text::without_secrets,
+};
 
 /// A `-discovery` that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -28,14 +31,11 @@ pub struct UriError {
 
 impl UriError {
     pub(super) fn new(uri: &str, reason: impl fmt::Display) -> Self {
-        // What stands before an @ may well be a password.
-        let shown = match (uri.split_once("://"), uri.rsplit_once('@')) {
-            (Some((scheme, _)), Some((_, rest))) => format!("{scheme}://(hidden)@{rest}"),
-            _ => uri.to_owned(),
-        };
-        Self { uri: shown, reason: reason.to_string() }
+        Self { uri: without_secrets(uri), reason: reason.to_string() }
     }
 }
+
+const USER: &str = "no user may stand in the address: credentials come from the environment";
 
 /// What a URI says.
 pub(super) struct Parsed {
@@ -73,6 +73,8 @@ pub(super) fn parse(text: &str, settings: &Options) -> Result<Parsed, UriError> 
     };
     match discovery {
         Ok(discovery) => Ok(Parsed { name: name.into(), discovery, loopback }),
+        // The reason repeats parts of the text, which may be parts of a password.
+        Err(_) if rest.contains('@') => Err(UriError::new(text, USER)),
         Err(reason) => Err(UriError::new(text, reason)),
     }
 }
@@ -92,14 +94,13 @@ fn without_loopback(rest: &str) -> Result<(String, bool), String> {
         [..] => Err("loopback= is given twice".to_owned()),
     }
 }
+const PARAMETERS: &str = "expected dc, loopback, near, tag or token-file";
 
 fn consul(rest: &str, tls: bool, settings: &Options) -> Result<Consul, String> {
     let (authority, query) = split(rest)?;
     let mut asked = consul::Asked::default();
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
-        if value.is_empty() {
-            return Err(format!("{name}= is empty"));
-        }
+        let is_empty = value.is_empty();
         let value = value.into_owned();
         let before = match &*name {
             "dc" => asked.dc.replace(value).is_some(),
@@ -109,12 +110,13 @@ fn consul(rest: &str, tls: bool, settings: &Options) -> Result<Consul, String> {
                 asked.tags.push(value);
                 false
             }
-            _ => {
-                return Err(format!(
-                    "unknown parameter {name:?}: expected dc, loopback, near, tag or token-file"
-                ));
-            }
+            // It may be a token.
+            _ if is_empty => return Err(format!("a parameter without a value: {PARAMETERS}")),
+            _ => return Err(format!("unknown parameter {name:?}: {PARAMETERS}")),
         };
+        if is_empty {
+            return Err(format!("{name}= is empty"));
+        }
         if before {
             return Err(format!("{name}= is given twice"));
         }
@@ -185,6 +187,7 @@ fn split(rest: &str) -> Result<(&str, &str), String> {
 fn no_parameters(query: &str) -> Result<(), String> {
     match form_urlencoded::parse(query.as_bytes()).next() {
         None => Ok(()),
+        Some((_, value)) if value.is_empty() => Err("a parameter: expected loopback=allow".to_owned()),
         Some((name, _)) => Err(format!("unknown parameter {name:?}: expected loopback")),
     }
 }
@@ -210,8 +213,7 @@ enum Host {
 impl Authority {
     fn parse(text: &str) -> Result<Self, String> {
         if text.contains('@') {
-            return Err("no user may stand in the address: credentials come from the environment"
-                .to_owned());
+            return Err(USER.to_owned());
         }
         let wrong = || format!("{text:?}: expected host, host:port or [ipv6]:port");
         let (host, port) = match text.strip_prefix('[') {
@@ -430,7 +432,7 @@ mod tests {
             ("dns://", format!("\"\": {HOST}")),
         ] {
             let error = parse(text, &settings()).map(|parsed| parsed.name).expect_err(text);
-            assert_eq!(error.to_string(), format!("{text:?}: {reason}"));
+            assert_eq!(error.to_string(), format!("{:?}: {reason}", without_secrets(text)));
         }
     }
 
@@ -441,6 +443,22 @@ mod tests {
             error,
             "\"consul://(hidden)@h:8500\": no user may stand in the address: credentials come from the environment"
         );
+        for text in [
+            "consul://h?token=hunter2",
+            "consul://h?hunter2",
+            "etcd://h?hunter2",
+            "etcd://h?token=hunter2",
+            "consul://joe:hun/hunter2@h",
+            "etcd://joe:hun?hunter2@h",
+            "etcd://joe:hunter2?hun@h",
+            "zk://:hunter2@h",
+            "joe:hunter2@h:8500",
+            "dns://joe:hunter2@127.0.0.1",
+            "docker://joe:hunter2@h:2375",
+            "marathon://joe:hunter2@h",
+        ] {
+            assert!(!error.to_string().contains("hunter2"), "{error}");
+        }
     }
 
     proptest! {

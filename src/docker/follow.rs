@@ -14,6 +14,7 @@ use super::{
     client::{Client, PING},
     container::Inventory,
     containers::Containers,
+    obstacle,
     process::Processes,
     read,
 };
@@ -116,7 +117,11 @@ impl Source for EngineSource {
     ) -> Result<(), SourceError> {
         let (engine, prefixes, lookup) =
             (self.engine.clone(), self.prefixes.clone(), self.lookup.clone());
-        let client = Client::connect(&engine).await?;
+        let client =
+            Client::connect(&engine).await.map_err(|error| match obstacle::of(&engine) {
+                Some(obstacle) => SourceError::new(format_args!("{engine}: {obstacle}")),
+                None => error,
+            })?;
         // The stream opens when it is first read. An engine replays a few of the events since this moment, and no more:
         // so it is read beside the listing, however long that takes.
         let since = client.time().await?;

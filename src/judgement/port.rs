@@ -156,7 +156,10 @@ impl Situation {
         if consumers.is_empty() {
             let is_known =
                 wanted.parse().is_ok_and(|address| self.listing.known.contains(&address));
-            let skipped = self.listing.problems.iter().filter(|p| *p.consumer == *wanted);
+            let invalid = self.listing.invalid.iter().filter(|one| one.is_called(wanted));
+            let names: Vec<_> = invalid.map(|one| &*one.name).chain([wanted]).collect();
+            let skipped =
+                self.listing.problems.iter().filter(|problem| names.contains(&&*problem.consumer));
             let mut causes: Vec<_> = skipped
                 .flat_map(|p| BindingFate::Invalid(p).causes().collect::<Vec<_>>())
                 .collect();
@@ -171,7 +174,14 @@ impl Situation {
         }
         let is_one = |consumer: &Consumer| consumers.iter().any(|one| one.id == consumer.id);
         let bindings = self.bindings(is_one);
-        let mut causes = Vec::new();
+        let named = |name: &Arc<str>| consumers.iter().any(|consumer| consumer.name == *name);
+        let of_port = bindings.iter().filter(|binding| match binding.port() {
+            Some(of) => of == port,
+            None => named(binding.consumer()),
+        });
+        // What does not parse may be what was to declare the port.
+        let mut causes: Vec<_> =
+            of_port.flat_map(|binding| binding.causes().collect::<Vec<_>>()).collect();
         if !bindings.iter().any(|binding| binding.port() == Some(port)) {
             let ports = |consumer: &&Consumer| {
                 consumer.bindings.iter().map(|b| b.descriptor.port.get()).collect::<Vec<_>>()
@@ -188,12 +198,6 @@ impl Situation {
                 ),
             });
         }
-        let named = |name: &Arc<str>| consumers.iter().any(|consumer| consumer.name == *name);
-        let of_port = bindings.iter().filter(|binding| match binding.port() {
-            Some(of) => of == port,
-            None => named(binding.consumer()),
-        });
-        causes.extend(of_port.flat_map(|binding| binding.causes().collect::<Vec<_>>()));
         causes
     }
 }

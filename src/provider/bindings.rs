@@ -6,7 +6,12 @@ use std::{
 };
 
 use super::Problem;
-use crate::{consumer::Binding, descriptor::Descriptor, model::Port};
+use crate::{
+    consumer::Binding,
+    descriptor::Descriptor,
+    model::Port,
+    text::{bare, is_of_link},
+};
 
 /// The labels that mean the same as a variable: `embassy.backend.<name>=<descriptor>`.
 pub const LABEL: &str = "embassy.backend.";
@@ -21,23 +26,29 @@ pub fn bindings<'a>(
     labels: impl IntoIterator<Item = (&'a str, &'a str)>,
 ) -> (Vec<Binding>, Vec<Problem>) {
     let variables = env.into_iter().filter_map(|text| text.split_once('='));
-    let variables: BTreeMap<_, _> =
-        variables.filter(|(name, _)| name.starts_with(prefix)).collect();
-    let labels: BTreeMap<_, _> =
-        labels.into_iter().filter(|(name, _)| name.starts_with(LABEL)).collect();
+    let variables = variables.filter(|(name, _)| name.starts_with(prefix));
+    let variables: BTreeMap<_, _> = variables.map(|(name, value)| (name, bare(value))).collect();
+    let labels = labels.into_iter().filter(|(name, _)| name.starts_with(LABEL));
+    let labels: BTreeMap<_, _> = labels.map(|(name, value)| (name, bare(value))).collect();
+    let links: Vec<_> = variables.iter().filter_map(|(name, value)| link(name, value)).collect();
 
     let mut by_port: BTreeMap<Port, (bool, Binding)> = BTreeMap::new();
     let mut problems = Vec::new();
     let variables = variables.into_iter().map(|declared| (true, declared));
     let labels = labels.into_iter().map(|declared| (false, declared));
     for (is_variable, (name, text)) in variables.chain(labels) {
+        // Compose's way to switch a variable off.
+        if text.is_empty() {
+            continue;
+        }
         let mut problem = |reason: String| {
             problems.push(Problem { consumer: consumer.clone(), origin: name.into(), reason });
         };
         let descriptor: Descriptor = match text.parse() {
             Ok(descriptor) => descriptor,
+            Err(_) if is_variable && links.iter().any(|link| is_of(link, name)) => continue,
             Err(error) => {
-                problem(format!("{text:?}: {error}"));
+                problem(error.without_value());
                 continue;
             }
         };
@@ -57,6 +68,18 @@ pub fn bindings<'a>(
         }
     }
     (by_port.into_values().map(|(_, binding)| binding).collect(), problems)
+}
+
+/// The alias of the link, or the service of Kubernetes, that this variable belongs to.
+fn link<'a>(name: &'a str, value: &str) -> Option<&'a str> {
+    name.strip_suffix("_PORT").filter(|_| is_of_link(value))
+}
+
+/// Whether a variable is one of those that a link or a service of this name brings along.
+fn is_of(link: &str, name: &str) -> bool {
+    let rest = name.strip_prefix(link).unwrap_or_default();
+    matches!(rest, "_PORT" | "_NAME")
+        || ["_PORT_", "_ENV_", "_SERVICE_"].iter().any(|start| rest.starts_with(start))
 }
 
 #[cfg(test)]
@@ -90,9 +113,45 @@ mod tests {
         assert_eq!(
             problems,
             [
-                "app: BACKEND_A: \"foo bar;80\": service \"foo bar\" has the character ' ': expected only A-Z a-z 0-9 / . _ * @ -"
+                "app: BACKEND_A: the service name has the character ' ': expected only A-Z a-z 0-9 / . _ * @ -"
             ]
         );
+    }
+
+    #[test]
+    fn a_value_as_an_env_file_leaves_it_is_read_and_an_empty_one_is_off() {
+        let env = ["BACKEND_A='a[x,y];80'\r", "BACKEND_B=", "BACKEND_C=''", "BACKEND_D=\"d;81"];
+        let labels = [("embassy.backend.e", " \"e;82\" "), ("embassy.backend.f", "")];
+        let (bindings, problems) = read(&env, &labels);
+        assert_eq!(bindings, ["BACKEND_A=a[x,y];80", "embassy.backend.e=e;82"]);
+        assert_eq!(
+            problems,
+            [
+                "app: BACKEND_D: the service name has the character '\"': expected only A-Z a-z 0-9 / . _ * @ -"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_a_link_called_backend_brings_along_is_no_problem() {
+        let env = [
+            "BACKEND_PORT=tcp://10.0.0.5:80",
+            "BACKEND_PORT_80_TCP=tcp://10.0.0.5:80",
+            "BACKEND_PORT_80_TCP_ADDR=10.0.0.5",
+            "BACKEND_PORT_80_TCP_PROTO=tcp",
+            "BACKEND_NAME=/app/backend",
+            "BACKEND_ENV_PATH=/bin",
+            "BACKEND_SERVICE_HOST=10.0.0.5",
+            "BACKEND_SERVICE_PORT_HTTP=80",
+            // Ours, whatever the link is called.
+            "BACKEND_PORT_REDIS=redis;6379",
+            "BACKEND_REDIS=redis",
+        ];
+        let (bindings, problems) = read(&env, &[]);
+        assert_eq!(bindings, ["BACKEND_PORT_REDIS=redis;6379"]);
+        assert_eq!(problems, ["app: BACKEND_REDIS: no port: expected <service>;<port>"]);
+        // Without the link they are somebody's mistakes.
+        assert_eq!(read(&env[1..7], &[]).1.len(), 6);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
-use super::{Listing, Problem, bindings::bindings};
+use super::{Invalid, Listing, Problem, bindings::bindings};
 use crate::{
     consumer::{Binding, Consumer},
     docker::{
@@ -58,6 +58,11 @@ impl Listings {
                 continue;
             }
             known.extend(container.addresses());
+            if asking.bindings.is_empty() && !asking.problems.is_empty() {
+                let (name, id) = (container.name.clone(), container.id.clone());
+                let addresses = container.addresses().collect();
+                listing.invalid.push(Invalid { name, id, addresses });
+            }
             listing.consumers.extend(asking.consumer.clone());
             listing.problems.extend(asking.problems.iter().chain(&asking.no_network).cloned());
         }
@@ -233,6 +238,20 @@ mod tests {
         // The same in all that is shown, but another run of it.
         let again = Container { run: Default::default(), ..a };
         assert_eq!(same(&|now| now.containers[0] = again.clone().into()), [false, true, false]);
+    }
+
+    #[test]
+    fn a_container_without_a_valid_binding_is_found_by_its_id_and_address() {
+        let wrong = Container {
+            variables: vec!["BACKEND_A=nonsense".to_owned()],
+            ..container("0123456789ab", bridge("172.17.0.2"))
+        };
+        let silent = Container { variables: vec![], ..container("b", bridge("172.17.0.3")) };
+        let listing = listing([wrong, silent, container("c", bridge("172.17.0.4"))]);
+        let [invalid] = &listing.invalid[..] else { panic!("{listing:?}") };
+        assert!(invalid.is_called("0123") && invalid.is_called("172.17.0.2"));
+        assert!(!invalid.is_called("012") && !invalid.is_called("172.17.0.3"));
+        assert_eq!(listing.consumers.len(), 1);
     }
 
     #[test]

@@ -13,6 +13,9 @@ use crate::{
     model::ConsumerId,
 };
 
+/// The name of the static provider's consumer.
+pub const LOCAL: &str = "local";
+
 /// Why the static provider cannot say who its consumer is.
 #[derive(Debug, thiserror::Error)]
 pub enum InterfaceError {
@@ -29,7 +32,7 @@ pub fn listing(interface: &str, services: &[Descriptor]) -> Result<Listing, Inte
     sources.extend([IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)]);
     sources.sort();
     sources.dedup();
-    let (origin, name): (Arc<str>, Arc<str>) = ("-services".into(), "local".into());
+    let (origin, name): (Arc<str>, Arc<str>) = ("-services".into(), LOCAL.into());
     let mut bindings: Vec<Binding> = Vec::new();
     let mut problems = Vec::new();
     for descriptor in services {

@@ -9,6 +9,7 @@ pub use crate::docker::follow::Lookup;
 use crate::{
     consumer::Consumer,
     docker::follow::Follower,
+    model::ContainerId,
     source::{Answers, Publisher, ResyncRequests},
 };
 
@@ -29,6 +30,26 @@ pub struct Listing {
     /// The interfaces that those networks' gateways are on.
     pub bridges: BTreeSet<Arc<str>>,
     pub problems: Vec<Problem>,
+    /// Containers that declare bindings of which none is valid.
+    pub invalid: Vec<Invalid>,
+}
+
+/// A container that would be a consumer if its declarations were valid. It may be asked about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Invalid {
+    /// As in its problems.
+    pub name: Arc<str>,
+    pub id: ContainerId,
+    pub addresses: Vec<IpAddr>,
+}
+
+impl Invalid {
+    /// Whether it is meant by the start of its ID or by an address.
+    pub fn is_called(&self, wanted: &str) -> bool {
+        // Shorter text is more likely a name.
+        (wanted.len() >= 4 && self.id.as_str().starts_with(wanted))
+            || wanted.parse().is_ok_and(|address| self.addresses.contains(&address))
+    }
 }
 
 /// A declaration of a consumer that is invalid. Its other bindings work.

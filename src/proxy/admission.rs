@@ -11,7 +11,7 @@ use tokio::{
 use super::{
     captured::Captured,
     connection::serve,
-    listener::AcceptBackoff,
+    listener::{self, AcceptBackoff},
     lists::Place,
     owner::{self, Doubt, Pause},
     shared::HoldPermit,
@@ -24,7 +24,7 @@ impl Worker {
     /// Maximum number of connections accepted in a row, so that many new ones do not delay the relaying of others.
     const IN_A_ROW: usize = 4;
 
-    pub(super) async fn accept(self: Rc<Self>, listener: TcpListener) {
+    pub(super) async fn accept(self: Rc<Self>, listener: Rc<TcpListener>) {
         let mut backoff = AcceptBackoff::default();
         let mut in_a_row = 0;
         // A listener without an address has no port to connect to.
@@ -49,6 +49,14 @@ impl Worker {
                     }
                 }
             }
+        }
+    }
+
+    /// Accepts what waits in a listener's queue, which closing the listener would reset.
+    pub(super) fn accept_queued(self: &Rc<Self>, listener: &TcpListener) {
+        let port = listener.local_addr().map_or(0, |address| address.port());
+        for (stream, peer) in listener::queued(listener) {
+            self.recognise(stream, peer, port);
         }
     }
 

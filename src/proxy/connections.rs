@@ -114,9 +114,22 @@ pub(super) struct Connections {
     running_list: Lists,
     round: u32,
     deadlines: BTreeSet<(Instant, Place)>,
+    /// Connections with a lower number were open when [`Connections::mark`] was called, and so many of them still are.
+    mark: Id,
+    marked: usize,
 }
 
 impl Connections {
+    /// Marks all that are open now.
+    pub(super) fn mark(&mut self) {
+        (self.mark, self.marked) = (self.next_id, self.all.len());
+    }
+
+    /// The number of marked connections that are still open.
+    pub(super) fn marked(&self) -> usize {
+        self.marked
+    }
+
     /// A place for a connection that waits until its owner is known.
     pub(super) fn hold(&mut self, held: Held) -> Place {
         self.insert(State::Held(held))
@@ -199,7 +212,11 @@ impl Connections {
         if self.all.get(place.get())?.ending.is_none() {
             self.leave_lists(place);
         }
-        self.all.try_remove(place.get())
+        let connection = self.all.try_remove(place.get())?;
+        if connection.id < self.mark {
+            self.marked -= 1;
+        }
+        Some(connection)
     }
 
     pub(super) fn get(&self, place: Place) -> Option<&Connection> {

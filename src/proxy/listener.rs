@@ -7,8 +7,8 @@ use std::{
 };
 
 use rustix::io::Errno;
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::TcpListener;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
 
 use super::socket::{KEEPALIVE, is_shortage};
 
@@ -96,10 +96,35 @@ pub(super) fn adopt(listener: std::net::TcpListener) -> io::Result<TcpListener> 
     TcpListener::from_std(listener)
 }
 
+/// What waits in a listener's queue now. It asks the kernel, because the runtime may not have heard of it yet.
+pub(super) fn queued(listener: &TcpListener) -> impl Iterator<Item = (TcpStream, SocketAddr)> {
+    let accept = move || -> io::Result<_> {
+        let (socket, peer) = SockRef::from(listener).accept()?;
+        socket.set_nonblocking(true)?;
+        let peer = peer.as_socket().ok_or(io::ErrorKind::Unsupported)?;
+        Ok((TcpStream::from_std(socket.into())?, peer))
+    };
+    // Bounded: others may go on dialling the port itself.
+    std::iter::repeat_with(accept).take(BACKLOG as usize).map_while(Result::ok)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::proxy::socket::tests::assert_is_set_up;
+
+    #[tokio::test]
+    async fn what_waits_in_the_queue_is_taken_before_the_runtime_hears_of_it() {
+        let mut sets = open(0, 1).unwrap();
+        let listener = adopt(sets.remove(0).remove(0)).unwrap();
+        let address = (Ipv4Addr::LOCALHOST, listener.local_addr().unwrap().port());
+        let dialled = [(); 3].map(|()| std::net::TcpStream::connect(address).unwrap());
+        let accepted: Vec<_> = queued(&listener).collect();
+        let peers: Vec<_> = accepted.iter().map(|(_, peer)| *peer).collect();
+        assert_eq!(peers, dialled.each_ref().map(|one| one.local_addr().unwrap()));
+        accepted.iter().for_each(|(stream, _)| assert_is_set_up(stream));
+        assert_eq!(queued(&listener).count(), 0, "it does not wait");
+    }
 
     #[tokio::test]
     async fn the_consumers_side_sends_at_once_and_notices_a_peer_that_is_gone() {

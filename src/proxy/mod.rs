@@ -61,6 +61,8 @@ pub struct Proxy {
     asks: Vec<UnboundedSender<Ask>>,
     /// Closed when every worker has let go of its sender: when all have ended.
     workers: tokio::sync::mpsc::Receiver<()>,
+    /// Closed when every worker has let go of its sender: see [`Proxy::leave`].
+    older: tokio::sync::mpsc::Receiver<()>,
     /// The addresses of its listeners.
     pub addresses: Vec<SocketAddr>,
 }
@@ -81,12 +83,13 @@ impl Proxy {
         let (phase, phases) = watch::channel(Phase::Serving);
         let shared = Arc::new(Shared::new(settings));
         let (alive, workers) = tokio::sync::mpsc::channel(1);
-        let mut proxy =
-            Self { shared, phase, threads: Vec::new(), asks: Vec::new(), workers, addresses };
+        let (open, older) = tokio::sync::mpsc::channel(1);
+        let (threads, asks) = Default::default();
+        let mut proxy = Self { shared, phase, threads, asks, workers, older, addresses };
         for (n, listeners) in sets.into_iter().enumerate() {
             let (shared, tables, phases) = (proxy.shared.clone(), tables.clone(), phases.clone());
             let (started, start) = mpsc::sync_channel(1);
-            let alive = alive.clone();
+            let (alive, open) = (alive.clone(), open.clone());
             let (ask, asks) = tokio::sync::mpsc::unbounded_channel();
             proxy.asks.push(ask);
             let work = move || {
@@ -100,7 +103,7 @@ impl Proxy {
                 // The receiver waits for this.
                 let _ = started.send(result);
                 runtime.map_or(Ok(()), |rt| {
-                    rt.block_on(run::run(shared, n, listeners, tables, phases, asks))
+                    rt.block_on(run::run(shared, n, listeners, tables, phases, asks, open))
                 })
             };
             proxy
@@ -121,14 +124,23 @@ impl Proxy {
         Figures::new(self.shared.clone(), self.asks.clone().into())
     }
 
-    /// Stops accepting. Live connections go on.
+    /// Waits until the connections have ended that are open now. New ones are served. To be called once.
+    pub async fn leave(&mut self) {
+        self.enter(Phase::Leaving);
+        // Nothing is ever sent.
+        let _ = self.older.recv().await;
+    }
+
+    /// Stops accepting, after what waits to be accepted. Live connections go on.
     pub fn drain(&self) {
+        self.enter(Phase::Draining);
+    }
+
+    fn enter(&self, next: Phase) {
         self.phase.send_if_modified(|phase| {
-            let serving = *phase == Phase::Serving;
-            if serving {
-                *phase = Phase::Draining;
-            }
-            serving
+            let is_later = *phase < next;
+            *phase = next.max(*phase);
+            is_later
         });
     }
 

@@ -7,20 +7,23 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{connections::State, listener::adopt, observed::Ask, shared::Shared, worker::Worker};
+use super::{listener::adopt, observed::Ask, shared::Shared, worker::Worker};
 use crate::{outcome::Outcome, table::Table};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Phase {
     /// Accepting and relaying.
     Serving,
-    /// Relaying only.
+    /// The same, until the connections that are open when it begins have ended.
+    Leaving,
+    /// Relaying only. What waits in the listeners' queues is accepted before.
     Draining,
     /// What is left is reset.
     Ended,
 }
 
-/// Runs a worker until it gets the order to end and its connections are gone.
+/// Runs a worker until it gets the order to end and its connections are gone. It lets go of `older` when the connections have
+/// ended that were open at the order to leave.
 pub(super) async fn run(
     shared: Arc<Shared>,
     n: usize,
@@ -28,11 +31,14 @@ pub(super) async fn run(
     mut tables: watch::Receiver<Arc<Table>>,
     mut phase: watch::Receiver<Phase>,
     asks: mpsc::UnboundedReceiver<Ask>,
+    older: mpsc::Sender<()>,
 ) -> io::Result<()> {
     let worker = Worker::new(shared, n, tables.borrow_and_update().clone())?;
+    let listeners = listeners.into_iter().map(|listener| adopt(listener).map(Rc::new));
+    let listeners = listeners.collect::<io::Result<Vec<_>>>()?;
     let mut accepting = JoinSet::new();
-    for listener in listeners {
-        accepting.spawn_local(worker.clone().accept(adopt(listener)?));
+    for listener in &listeners {
+        accepting.spawn_local(worker.clone().accept(listener.clone()));
     }
     let mut others = JoinSet::new();
     others.spawn_local(worker.clone().follow(tables));
@@ -42,14 +48,14 @@ pub(super) async fn run(
     others.spawn_local(send_queued(worker.clone()));
 
     tokio::select! {
-        // The sender lives as long as the proxy: if it is gone, the proxy has ended, and this ends too.
-        _ = phase.wait_for(|phase| *phase != Phase::Serving) => {}
+        () = serve(&worker, &mut phase, older) => {}
         // None of them ever ends, unless it panics.
         _ = accepting.join_next() => break_off(&worker),
         _ = others.join_next() => break_off(&worker),
     }
     drop(accepting);
-    worker.end_all(Outcome::Shutdown, |one| matches!(one.state, State::Held(_)));
+    listeners.iter().for_each(|listener| worker.accept_queued(listener));
+    drop(listeners);
     tokio::select! {
         () = worker.all_ended() => {}
         _ = phase.wait_for(|phase| *phase == Phase::Ended) => {
@@ -58,6 +64,17 @@ pub(super) async fn run(
         }
     }
     Ok(())
+}
+
+/// Waits for the order to stop accepting.
+async fn serve(worker: &Worker, phase: &mut watch::Receiver<Phase>, older: mpsc::Sender<()>) {
+    // The sender lives as long as the proxy: if it is gone, the proxy has ended, and this ends too.
+    let _ = phase.wait_for(|phase| *phase >= Phase::Leaving).await;
+    tokio::select! {
+        () = worker.present_ones_ended() => drop(older),
+        _ = phase.wait_for(|phase| *phase >= Phase::Draining) => return,
+    }
+    let _ = phase.wait_for(|phase| *phase >= Phase::Draining).await;
 }
 
 async fn send_queued(worker: Rc<Worker>) {

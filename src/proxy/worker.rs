@@ -48,8 +48,8 @@ pub(super) struct Worker {
     pub(super) idle_set: IdleSet,
     /// Connections that were parked since memory was given back.
     pub(super) parked_since_trim: Cell<usize>,
-    /// Notified when the last connection has ended.
-    empty: Notify,
+    /// Notified when a connection has ended, if it may have been the last, or the last of those that are marked.
+    ended: Notify,
     /// Notified when a new table is in use.
     taken_over: Notify,
     /// No connection is accepted before this time: the free descriptors belong to the accepted ones.
@@ -71,7 +71,7 @@ impl Worker {
             connections: RefCell::default(),
             idle_set: IdleSet::new()?,
             parked_since_trim: Cell::default(),
-            empty: Notify::new(),
+            ended: Notify::new(),
             taken_over: Notify::new(),
             shortage: Cell::default(),
             pause: Cell::default(),
@@ -186,7 +186,15 @@ impl Worker {
 
     pub(super) async fn all_ended(&self) {
         while !self.connections.borrow().is_empty() {
-            self.empty.notified().await;
+            self.ended.notified().await;
+        }
+    }
+
+    /// Waits until all connections have ended that are open now.
+    pub(super) async fn present_ones_ended(&self) {
+        self.connections.borrow_mut().mark();
+        while self.connections.borrow().marked() > 0 {
+            self.ended.notified().await;
         }
     }
 
@@ -200,7 +208,7 @@ impl Worker {
             State::Running(running) => self.account_for(&running.live.record, outcome),
             State::Parked(parked) => self.account_for(&parked.record, outcome),
         }
-        self.ring_if_empty();
+        self.ring();
     }
 
     fn account_for(&self, record: &Record, outcome: Outcome) {
@@ -220,9 +228,10 @@ impl Worker {
         connection_log::ended(self.settings().log, outcome, record);
     }
 
-    fn ring_if_empty(&self) {
-        if self.connections.borrow().is_empty() {
-            self.empty.notify_one();
+    fn ring(&self) {
+        // Of an empty worker none is marked.
+        if self.connections.borrow().marked() == 0 {
+            self.ended.notify_one();
         }
     }
 
@@ -306,7 +315,7 @@ impl HeldTicket {
             // It has been accounted for as the route's.
             None => {
                 self.0.remove();
-                worker.ring_if_empty();
+                worker.ring();
                 None
             }
         }

@@ -14,7 +14,7 @@ use testbed::{Host, embassy_program};
 use crate::{
     READY, WAIT,
     commands::{json, run},
-    support::{ETCD, ends, offer, offer_at, reaches, web},
+    support::{ETCD, ends, offer, offer_at, reaches, says, web},
 };
 
 /// The lines that a command prints, in words; and its exit code.
@@ -282,5 +282,27 @@ fn json_is_the_apis_own() -> Result<()> {
         value.as_object().into_iter().flat_map(|object| object.keys().cloned()).collect()
     };
     assert_eq!(fields(&printed[0]), fields(&api["items"][0]));
+    Ok(())
+}
+
+#[test]
+fn a_container_whose_bindings_are_all_wrong_is_told_why_however_it_is_called() -> Result<()> {
+    let host = Host::light()?;
+    host.etcd()?;
+    let app = host.client("app").env("BACKEND_A", "nonsense").env("BACKEND_OFF", "").start()?;
+    let other = host.client("other").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    says(&embassy, &["binding skipped", "BACKEND_A"])?;
+    ensure!(!embassy.log().contains("BACKEND_OFF"), "{}", embassy.log());
+    let address = app.ip()?.to_string();
+    for wanted in ["app", app.id().get(..12).context("an ID")?, &address] {
+        let (text, code) = run(&host, &["explain", wanted, "80"])?;
+        let (first, _) = text.split_once('\n').context("a line")?;
+        ensure!(first.starts_with("BROKEN: ") && first.contains("BACKEND_A"), "{wanted}: {text}");
+        ensure!(code == Some(1) && !text.contains("without bindings"), "{wanted}: {text}");
+    }
+    // One that asks for nothing is something else.
+    let (text, _) = run(&host, &["explain", &other.ip()?.to_string(), "80"])?;
+    ensure!(text.contains("is a container without bindings"), "{text}");
     Ok(())
 }

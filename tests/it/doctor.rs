@@ -9,7 +9,7 @@ use testbed::{Host, embassy_program};
 use crate::{
     READY, WAIT,
     capture::{IPTABLES, rules},
-    support::ETCD,
+    support::{ETCD, counts, says},
 };
 
 /// What is not well, as `check: what`, from a command that ends in embassy's own words.
@@ -145,4 +145,76 @@ fn the_embassy_that_runs_is_judged_and_one_that_cannot_be_seen_is_not_missed() -
     host.run("nft", ["add table ip early"])?;
     host.run("nft", ["add chain ip early out { type nat hook output priority -150 ; }"])?;
     one(&redirect()?, "warn rules: nft's")
+}
+
+#[test]
+fn without_flags_it_goes_by_those_of_the_embassy_that_runs() -> Result<()> {
+    let host = Host::light()?;
+    host.etcd()?;
+    let mut command = host.embassy_command(["--dnat", "-p=9998", "--admin=127.0.0.1:9991"])?;
+    command.env("DISCOVERY", "etcd://127.0.0.1:2379");
+    let embassy = host.embassy_from(command)?;
+    says(&embassy, &["capturing"])?;
+    let findings = |words: &[&str]| {
+        let mut command = host.embassy_command(words)?;
+        let output = command.env_remove("DOCKER_HOST").arg("--json").output()?;
+        serde_json::from_slice::<Vec<Value>>(&output.stdout).context("findings")
+    };
+    let of = |findings: &[Value], check: &str| {
+        let of = findings.iter().filter(|finding| finding["check"] == check);
+        of.map(|finding| finding["what"].as_str().unwrap_or_default().to_owned())
+            .collect::<Vec<_>>()
+    };
+    let all = findings(&["doctor"])?;
+    let [flags] = &of(&all, "flags")[..] else { panic!("{all:#?}") };
+    ensure!(flags.starts_with("checked with the flags and variables of process "), "{flags}");
+    ensure!(flags.ends_with(": --dnat -p=9998 --admin=127.0.0.1:9991"), "{flags}");
+    ensure!(of(&all, "discovery") == ["etcd answers"], "{all:#?}");
+    ensure!(of(&all, "port")[0].starts_with("embassy listens on 9998"), "{all:#?}");
+    ensure!(of(&all, "docker").iter().all(|what| what.contains(&host.docker_url())), "{all:#?}");
+    // Flags of its own count, and nothing is said of the others.
+    let own = findings(&["doctor", "--dnat", "-discovery=etcd://127.0.0.1:2379", "-p=9997"])?;
+    ensure!(of(&own, "flags").is_empty() && of(&own, "port") == ["9997 is free"], "{own:#?}");
+    Ok(())
+}
+
+#[test]
+fn the_option_of_docker_run_that_was_forgotten_is_named() -> Result<()> {
+    let host = Host::light()?;
+    let url = host.docker_url();
+    let socket = url.strip_prefix("unix://").context("a socket")?;
+    let within = ["--inh-caps=-net_admin", "--bounding-set=-net_admin"];
+    let program = embassy_program()?;
+    let start = |capabilities: &[&str], flags: &[&str]| {
+        let mut command = host.command("setpriv");
+        command.args(capabilities).arg(&program).arg(format!("-docker={url}")).args(flags);
+        command.arg("-state-dir=off");
+        host.embassy_from(command)
+    };
+    let embassy = start(&within, &["--dnat", ETCD])?;
+    assert_eq!(embassy.wait(WAIT)?.code(), Some(1));
+    says(&embassy, &["embassy lacks the capability NET_ADMIN", "--cap-add NET_ADMIN"])?;
+
+    // Another user may reach the socket, and not use it.
+    for folder in std::path::Path::new(socket).ancestors().skip(1) {
+        let folder = folder.to_str().context("a path of text")?;
+        if folder.starts_with(host.dir().to_str().context("a path of text")?) {
+            host.run("chmod", ["a+x", folder])?;
+        }
+    }
+    host.run("chown", ["0:4242", socket])?;
+    host.run("chmod", ["660", socket])?;
+    let user = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+    let embassy = start(&user, &[ETCD])?;
+    says(&embassy, &["source has not answered yet", "belongs to group 4242", "--group-add 4242"])?;
+    ensure!(!embassy.log().contains("hyper"), "{}", embassy.log());
+    let mut command = host.command("setpriv");
+    command.args(user).arg(&program).args(["doctor", ETCD]).arg(format!("-docker={url}"));
+    let output = command.output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(said.contains("fix: start its container with --group-add 4242"), "{said}");
+    ensure!(!said.contains("mount its socket"), "{said}");
+    embassy.kill()?;
+    let embassy = start(&["--reuid=65534", "--regid=65534", "--groups=4242"], &[ETCD])?;
+    counts(&embassy, "embassy_source_answers_total{source=\"provider\"}", 1)
 }

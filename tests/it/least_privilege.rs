@@ -75,7 +75,7 @@ fn with_a_rule_of_ones_own_it_needs_no_capability() -> Result<()> {
         Ok(())
     })?;
     let log = embassy.log()?;
-    ensure!(log.contains("no firewall is available"), "{log}");
+    ensure!(log.contains("start its container with --cap-add NET_ADMIN"), "{log}");
     ensure!(log.contains("ermi"), "permission, or operation not permitted: {log}");
     Ok(())
 }

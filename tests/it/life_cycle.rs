@@ -8,6 +8,7 @@ use testbed::{Embassy, Host, embassy_program};
 
 use crate::{
     READY, WAIT,
+    capture::{IPTABLES, NFT},
     commands::run,
     support::{ETCD, counts, ends, metric, offer, reaches, restored, says, web},
 };
@@ -120,16 +121,16 @@ fn it_stops_in_order() -> Result<()> {
         })
     };
 
-    // A live connection gets its time, and every byte; a new one is not ours any more.
+    // A live connection gets its time, and every byte; then nothing is left.
     let embassy = start("--drain=60s")?;
     let held = dial(&embassy, "slow", "172.17.0.1:80")?;
     embassy.terminate()?;
-    no_rules()?;
-    ends(&app, "172.17.0.1:80", "refused")?;
-    ends(&app, "172.17.0.1:9999", "refused")?;
     assert!(held.wait(WAIT)?.success());
     assert!(held.log().contains("5000000"), "{}", held.log());
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
+    no_rules()?;
+    ends(&app, "172.17.0.1:80", "refused")?;
+    ends(&app, "172.17.0.1:9999", "refused")?;
 
     // One that does not end is reset when the time is over.
     let embassy = start("--drain=1s")?;
@@ -142,17 +143,102 @@ fn it_stops_in_order() -> Result<()> {
     let embassy = start("--drain=1h")?;
     let held = dial(&embassy, "hang-2", "172.17.0.1:81")?;
     embassy.terminate()?;
-    no_rules()?;
     says(&embassy, &["waiting for connections to end", "drain_s=3600.0"])?;
-    // Whoever asks meanwhile is told to go elsewhere.
+    // Whoever asks meanwhile is told to go elsewhere; whoever dials is served.
     waits_for(&embassy, &["draining"])?;
-    assert_eq!(metric(&embassy, "embassy_capture_in_place")?, 0);
+    assert_eq!(metric(&embassy, "embassy_capture_in_place")?, 1);
     let (text, code) = run(&host, &["wait", "/services/web", "--timeout=0"])?;
     assert_eq!((&*text, code), ("not ready: embassy is shutting down.\n", Some(1)));
     assert_eq!((embassy.exited()?, held.exited()?), (None, None));
     embassy.terminate()?;
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
     assert!(!held.wait(WAIT)?.success());
+    no_rules()
+}
+
+#[test]
+fn until_the_drain_is_over_new_connections_are_served_and_none_is_refused() -> Result<()> {
+    let host = Host::light()?;
+    let hang = host.server("hang", ["hang"]).start()?;
+    offer(&host, "hang", hang.ip()?)?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_HANG", "/services/hang;81");
+    let app = app.env("BACKEND_WEB", "/services/web;80").start()?;
+    for firewall in [NFT, IPTABLES] {
+        let embassy = host.embassy(["--dnat", ETCD, firewall, "--drain=1h"])?;
+        embassy.wait_ready(READY)?;
+        reaches(&app, "172.17.0.1:80", "web")?;
+        // One as a pool keeps it: it never ends by itself.
+        let pooled = app.spawn("pooled", ["testbed", "peer", "recv", "172.17.0.1:81"])?;
+        counts(&embassy, "embassy_connections_active", 1)?;
+        let traffic = app.traffic("during", "172.17.0.1:80")?;
+        embassy.terminate()?;
+        says(&embassy, &["waiting for connections to end", "live="])?;
+        waits_for(&embassy, &["draining"])?;
+        // A container that starts meanwhile is no exception.
+        let late = host.client("late").env("BACKEND_WEB", "/services/web;80").start()?;
+        reaches(&late, "172.17.0.1:80", "web")?;
+        assert_eq!(embassy.exited()?, None);
+        let answers = traffic.stop()?;
+        ensure!(answers.failed() == 0 && answers.answered() > 0, "{answers:?}");
+        // Younger ones do not hold up the end.
+        let young = app.spawn("young", ["testbed", "peer", "recv", "172.17.0.1:81"])?;
+        counts(&embassy, "embassy_connections_active", 2)?;
+        pooled.kill()?;
+        assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
+        assert!(!young.wait(WAIT)?.success(), "it was reset");
+        nothing_is_left(&host)?;
+        late.remove()?;
+    }
+    Ok(())
+}
+
+/// No rule of embassy's is there.
+fn nothing_is_left(host: &Host) -> Result<()> {
+    for (program, args) in [("iptables-save", vec![]), ("nft", vec!["list", "ruleset"])] {
+        let rules = host.run(program, args)?.to_lowercase();
+        ensure!(!rules.contains("embassy"), "{rules}");
+    }
+    Ok(())
+}
+
+#[test]
+fn no_signal_that_can_be_caught_leaves_rules_behind() -> Result<()> {
+    let host = Host::light()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    // Rules that do not go with the process.
+    let start = || {
+        let embassy = host.embassy(["--dnat", ETCD, IPTABLES])?;
+        embassy.wait_ready(READY)?;
+        reaches(&app, "172.17.0.1:80", "web")?;
+        anyhow::Ok(embassy)
+    };
+    let send = |embassy: &Embassy, signal: i32| {
+        testbed::output(
+            Command::new("kill").args([format!("-{signal}"), embassy.pid().to_string()]),
+        )
+    };
+    let embassy = start()?;
+    // USR1, USR2, PIPE, ALRM, STKFLT, XFSZ, VTALRM, PROF, IO, and some of the real-time signals (man 7 signal).
+    for signal in [10, 12, 13, 14, 16, 25, 26, 27, 29, 34, 35, 50, 64] {
+        send(&embassy, signal)?;
+    }
+    // They have arrived when this one has.
+    embassy.signal(testbed::Signal::HUP)?;
+    says(&embassy, &["resync requested via SIGHUP"])?;
+    assert_eq!((embassy.exited()?, restored(&embassy)?), (None, 0));
+    reaches(&app, "172.17.0.1:80", "web")?;
+    embassy.terminate()?;
+    assert_eq!(embassy.wait(WAIT)?.code(), Some(0), "{}", embassy.log());
+    nothing_is_left(&host)?;
+    // INT, QUIT, XCPU, PWR.
+    for signal in [2, 3, 24, 30] {
+        let embassy = start()?;
+        send(&embassy, signal)?;
+        assert_eq!(embassy.wait(WAIT)?.code(), Some(0), "{signal}: {}", embassy.log());
+        nothing_is_left(&host)?;
+    }
     Ok(())
 }
 
@@ -203,10 +289,7 @@ fn a_stop_during_the_start_leaves_nothing() -> Result<()> {
         })?;
         embassy.signal(testbed::Signal::TERM)?;
         assert_eq!(embassy.wait(WAIT)?.code(), Some(0), "{moment}: {}", embassy.log());
-        for (program, args) in [("iptables-save", vec![]), ("nft", vec!["list", "ruleset"])] {
-            let rules = host.run(program, args)?.to_lowercase();
-            ensure!(!rules.contains("embassy"), "{moment}: {rules}");
-        }
+        nothing_is_left(&host).context(moment)?;
     }
     Ok(())
 }
@@ -242,27 +325,56 @@ fn a_disk_that_hangs_does_not_hold_up_the_end() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn a_firewall_that_hangs_does_not_hold_up_a_second_signal() -> Result<()> {
+/// A host whose `iptables-save` hangs while /run/hang is there, and a container.
+fn hanging() -> Result<(Host, testbed::Container)> {
     let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let save = "mkdir -p /run/bin; printf '#!/bin/sh\ntest -e /run/hang && exec sleep 1000\nexec %s \"$@\"\n' \
                $(command -v iptables-save) > /run/bin/iptables-save; chmod +x /run/bin/iptables-save";
     host.run("sh", ["-ec", save])?;
+    Ok((host, app))
+}
+
+fn with_hanging(host: &Host, flags: &[&str]) -> Result<Embassy> {
     let mut command = host.command("env");
     let path = std::env::var("PATH")?;
     command.env("DOCKER_HOST", host.docker_url()).arg(format!("PATH=/run/bin:{path}"));
-    command.arg(embassy_program()?).args(["--dnat", ETCD, "--firewall=iptables"]);
-    let embassy = host.embassy_from(command)?;
-    embassy.wait_ready(READY)?;
-    reaches(&app, "172.17.0.1:80", "web")?;
+    command.arg(embassy_program()?).args(["--dnat", ETCD, IPTABLES]).args(flags);
+    host.embassy_from(command)
+}
+
+#[test]
+fn a_firewall_that_hangs_holds_up_neither_the_end_nor_a_second_signal() -> Result<()> {
+    let (host, app) = hanging()?;
+    for signals in 1..=2 {
+        let embassy = with_hanging(&host, &["--drain=1s"])?;
+        embassy.wait_ready(READY)?;
+        reaches(&app, "172.17.0.1:80", "web")?;
+        host.run("touch", ["/run/hang"])?;
+        embassy.terminate()?;
+        says(&embassy, &["embassy is shutting down"])?;
+        if signals == 2 {
+            embassy.terminate()?;
+        }
+        assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
+        says(&embassy, &["gave up waiting: rules may be left"])?;
+        host.run("rm", ["/run/hang"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_firewall_that_hangs_does_not_hold_up_a_stop_during_the_start() -> Result<()> {
+    let (host, _app) = hanging()?;
     host.run("touch", ["/run/hang"])?;
+    let embassy = with_hanging(&host, &[])?;
+    says(&embassy, &["proxy listens"])?;
     embassy.terminate()?;
-    says(&embassy, &["embassy is shutting down"])?;
-    embassy.terminate()?;
+    says(&embassy, &["embassy has stopped before it was started"])?;
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
-    says(&embassy, &["gave up waiting: rules may be left"])
+    host.run("rm", ["/run/hang"])?;
+    nothing_is_left(&host)
 }
 
 #[test]

@@ -45,7 +45,15 @@ fn machines_read_every_change_and_true_numbers() -> Result<()> {
     let service = ("service", "etcd /services/web");
     let endpoint = format!("{}:80", web.ip()?);
     let endpoints = ("endpoints", endpoint.as_str());
+    let name = host.run("uname", ["-n"])?;
+    let host_is = ("host", name.trim());
+    let here = [host_is, ("engine", "unix://"), ("discoveries", "etcd://127.0.0.1:2379")];
     tells(&embassy, "embassy starts", &[("version", env!("CARGO_PKG_VERSION"))])?;
+    let start = tells(&embassy, "embassy starts", &here)?;
+    ensure!(!start.contains_key("consumer"), "{start:?}");
+    let status = embassy.admin("/v1/status")?.json()?;
+    assert_eq!(status["host_name"], name.trim(), "{status:#}");
+    assert_eq!(status["discoveries"], serde_json::json!(["etcd://127.0.0.1:2379"]), "{status:#}");
     tells(&embassy, "binding skipped", &[("consumer", "app"), ("origin", "BACKEND_WRONG")])?;
     tells(&embassy, "new route", &[("consumer", "app"), service])?;
     tells(&embassy, "service endpoints changed", &[service, endpoints])?;

@@ -68,6 +68,12 @@ pub struct Status {
     pub version: String,
     /// The process ID in embassy's own PID namespace.
     pub pid: u32,
+    /// The host's name.
+    pub host_name: String,
+    /// The Docker engine whose containers are the consumers; null with `-provider=static`.
+    pub engine: Option<String>,
+    /// The URIs of the discoveries.
+    pub discoveries: Vec<String>,
     /// Time since the start.
     pub uptime_seconds: f64,
     /// Whether every source was read once and traffic is captured, as in `/readyz`.

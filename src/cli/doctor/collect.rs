@@ -25,7 +25,10 @@ use crate::{
     },
     config::{CaptureMode, Config, Provider},
     discovery::{Discoveries, Watches},
-    docker::Engine,
+    docker::{
+        Engine,
+        obstacle::{self, Obstacle},
+    },
     memory::{Memory, Use},
     source::ResyncRequests,
 };
@@ -36,6 +39,8 @@ pub(super) struct HostFacts {
     pub(super) capture: CaptureMode,
     /// `None`: no configured source uses it.
     pub(super) engine: Option<Result<EngineFacts, String>>,
+    /// How to fix that the engine does not answer, if that is known.
+    pub(super) engine_fix: Option<String>,
     /// Each discovery, with its error if it does not answer.
     pub(super) discoveries: Vec<(Arc<str>, Result<(), String>)>,
     /// The backend that a start would use.
@@ -120,6 +125,16 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
     } else {
         (None, Vec::new())
     };
+    let obstacle = match &engine {
+        Some(Err(_)) => obstacle::of(&config.docker),
+        Some(Ok(_)) | None => None,
+    };
+    let (engine, engine_fix) = match obstacle {
+        Some(Obstacle { what, fix }) => {
+            (Some(Err(format!("{}: {what}", config.docker))), Some(fix))
+        }
+        None => (engine, None),
+    };
     let (mut places, mut places_of_output) = (Vec::new(), Vec::new());
     for firewall in [Firewall::Nft, Firewall::Iptables] {
         // A backend that is not installed has no rules of embassy.
@@ -140,6 +155,7 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
     HostFacts {
         capture: config.capture,
         engine,
+        engine_fix,
         discoveries: discoveries(&config.discoveries).await,
         firewall: firewall(config).await,
         places,

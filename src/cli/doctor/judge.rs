@@ -76,7 +76,9 @@ fn engine(facts: &HostFacts) -> Option<Finding> {
         Err(error) => fail(
             check,
             error.as_str(),
-            "start the engine, mount its socket into embassy's container, or set its address with -docker or DOCKER_HOST",
+            facts.engine_fix.as_deref().unwrap_or(
+                "start the engine, mount its socket into embassy's container, or set its address with -docker or DOCKER_HOST",
+            ),
         ),
     })
 }
@@ -348,6 +350,7 @@ mod tests {
                 version: "20.10".into(),
                 api: "1.41".into(),
             })),
+            engine_fix: None,
             discoveries: vec![("consul".into(), Ok(()))],
             firewall: Ok(Firewall::Nft),
             places: vec![(Firewall::Nft, Place::First), (Firewall::Iptables, Place::Absent)],

@@ -5,13 +5,20 @@ use std::fmt::Write;
 use anyhow::Result;
 use serde::Serialize;
 
-use super::{Answer, table::printable};
-use crate::config::{Args, Config, UsageError};
+use super::{
+    Answer,
+    running::{self, Start},
+    table::printable,
+};
+use crate::{
+    config::{Args, Config, UsageError},
+    text::without_secrets,
+};
 
 mod collect;
 mod judge;
 
-/// Check this host for problems and say how to fix them (takes the proxy's flags)
+/// Check this host for problems and say how to fix them (takes the proxy's flags; without any, those of the embassy that runs)
 #[derive(Debug, clap::Args)]
 pub(super) struct Doctor {
     /// Print JSON
@@ -44,16 +51,42 @@ struct Finding {
     fix: Option<String>,
 }
 
+/// The flags that doctor goes by.
+pub(super) struct Checked {
+    config: Config,
+    /// The running proxy that has them, and its words, if they are not doctor's own.
+    of: Option<(u32, String)>,
+}
+
 impl Doctor {
     pub(super) fn config(
         &self,
         env: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Config, UsageError> {
-        Config::of(self.flags.clone(), env)
+    ) -> Result<Checked, UsageError> {
+        let own = Config::of(self.flags.clone(), env)?;
+        let running = running::proxies();
+        // With several there is no telling which is meant.
+        let [proxy] = &running[..] else { return Ok(Checked { config: own, of: None }) };
+        if self.flags.is_given() {
+            return Ok(Checked { config: own, of: None });
+        }
+        let theirs = Start::of(proxy).and_then(|start| {
+            let config = Config::parse(start.words.clone(), &|name| start.variable(name)).ok()?;
+            let words: Vec<_> = start.words.iter().map(|word| without_secrets(word)).collect();
+            Some(Checked { config, of: Some((proxy.pid, words.join(" "))) })
+        });
+        Ok(theirs.unwrap_or(Checked { config: own, of: None }))
     }
 
-    pub(super) async fn run(self: Box<Self>, config: Config) -> Result<Answer> {
-        let findings = judge::findings(&collect::facts(&config).await);
+    pub(super) async fn run(self: Box<Self>, Checked { config, of }: Checked) -> Result<Answer> {
+        let mut findings = judge::findings(&collect::facts(&config).await);
+        if let Some((pid, words)) = of {
+            let what = match words.is_empty() {
+                false => format!("checked with the flags and variables of process {pid}: {words}"),
+                true => format!("checked with the variables of process {pid}, which has no flags"),
+            };
+            findings.insert(0, Finding { check: "flags", level: Level::Ok, what, fix: None });
+        }
         let well = findings.iter().all(|finding| finding.level != Level::Fail);
         if self.json {
             Answer::json(&findings, well)

@@ -1,6 +1,6 @@
 //! The variables and labels that make a container a service, as registrator reads them. Pure.
 
-use crate::{docker::container::Container, model::Port};
+use crate::{docker::container::Container, model::Port, text::bare};
 
 /// How the names of those variables and labels begin.
 pub const PREFIX: &str = "SERVICE_";
@@ -14,7 +14,7 @@ impl Metadata {
         let variables = container.variables.iter().filter_map(|text| text.split_once('='));
         let labels = container.labels.iter().map(|(name, text)| (name.as_str(), text.as_str()));
         let named = variables.chain(labels).filter_map(|(name, text)| {
-            Some((name.strip_prefix(PREFIX)?.to_ascii_lowercase(), text.to_owned()))
+            Some((name.strip_prefix(PREFIX)?.to_ascii_lowercase(), bare(text).to_owned()))
         });
         Self(named.collect())
     }

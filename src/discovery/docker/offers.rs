@@ -139,20 +139,19 @@ fn offers(
         if metadata.get(Some(port), "ignore").is_some() {
             continue;
         }
-        let service = match metadata.own(port, "name") {
-            Some("") => continue,
-            Some(own) => own.to_owned(),
-            None => match plain_name {
-                Some(name) if several => format!("{name}-{port}"),
-                Some(name) => name.to_owned(),
-                None => continue,
-            },
+        let (name, own) = match (metadata.own(port, "name"), plain_name) {
+            (Some(own), _) => (own, true),
+            (None, Some(name)) => (name, false),
+            (None, None) => continue,
         };
         let endpoint = match owner {
             Ok(owner) => endpoint(owner, port, place).map_err(str::to_owned),
             Err(reason) => Err(reason.to_string()),
         };
-        offers.push(offer(service, Some(port), endpoint));
+        for name in names(name) {
+            let service = if several && !own { format!("{name}-{port}") } else { name.to_owned() };
+            offers.push(offer(service, Some(port), endpoint.clone()));
+        }
     }
     let ignored = metadata.get(None, "ignore").is_some();
     if let (true, false, Some(name)) = (visible.is_empty(), ignored, plain_name) {
@@ -164,9 +163,14 @@ fn offers(
             _ => "SERVICE_NAME, but no TCP port: expected an exposed one, or SERVICE_<port>_NAME"
                 .to_owned(),
         };
-        offers.push(offer(name.to_owned(), None, Err(reason)));
+        offers.extend(names(name).map(|name| offer(name.to_owned(), None, Err(reason.clone()))));
     }
     offers
+}
+
+/// The names in a list of names: no service's name has a comma. An empty one is none.
+fn names(list: &str) -> impl Iterator<Item = &str> {
+    list.split(',').map(str::trim).filter(|name| !name.is_empty())
 }
 
 /// What an endpoint of a container on this host hangs on.

@@ -132,6 +132,11 @@ fn names() {
         (&two, vec!["SERVICE_NAME=web", "SERVICE_80_IGNORE=true"], "web-80", vec![]),
         (&two, vec!["SERVICE_NAME=web", "SERVICE_80_IGNORE=true"], "web-443", at(443)),
         (&one, vec!["XSERVICE_NAME=web", "SERVICE_NAME"], "web", vec![]),
+        (&one, vec!["SERVICE_80_NAME=alpha,beta"], "alpha", at(80)),
+        (&one, vec!["SERVICE_80_NAME=alpha, beta,"], "beta", at(80)),
+        (&two, vec!["SERVICE_NAME=alpha,beta"], "beta-443", at(443)),
+        (&one, vec!["SERVICE_NAME='web'\r"], "web", at(80)),
+        (&one, vec!["SERVICE_NAME=web", "SERVICE_80_NAME=''"], "web", vec![]),
     ] {
         let inspection = changed(
             "c1",

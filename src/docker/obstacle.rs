@@ -1,0 +1,265 @@
+//! Why an engine's socket cannot be used, by the option that was forgotten: an error of `connect` names only the symptom.
+
+use std::{
+    fmt, fs, io,
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::Path,
+};
+
+use rustix::process::{getegid, geteuid, getgroups};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::{Address, Engine};
+
+/// What is wrong, and how to fix it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Obstacle {
+    pub what: String,
+    pub fix: String,
+}
+
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.what, self.fix)
+    }
+}
+
+/// What is there at the socket's path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum There {
+    Nothing,
+    Folder,
+    Socket { owner: u32, group: u32, mode: u32 },
+    Other,
+}
+
+/// How the path came to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mounted {
+    /// It is not a mount of its own.
+    No,
+    /// A file was mounted there, and is still where it was mounted from.
+    File,
+    /// The same, and it was removed there: a new one is seen only by a new mount.
+    RemovedFile,
+}
+
+/// What [`judge`] goes by.
+#[derive(Debug)]
+struct Facts<'a> {
+    path: &'a Path,
+    error: io::ErrorKind,
+    there: There,
+    mounted: Mounted,
+    user: u32,
+    groups: &'a [u32],
+    in_container: bool,
+    /// SELinux confines this process.
+    is_confined: bool,
+}
+
+/// Why this engine's socket cannot be connected to. `None` if it can, or if the cause is not known. It waits for nobody.
+pub(crate) fn of(engine: &Engine) -> Option<Obstacle> {
+    let Address::Unix(path) = &engine.address else { return None };
+    let error = connect(path).err()?.kind();
+    let there = match fs::metadata(path) {
+        Ok(found) if found.is_dir() => There::Folder,
+        Ok(found) if found.file_type().is_socket() => {
+            There::Socket { owner: found.uid(), group: found.gid(), mode: found.mode() }
+        }
+        Ok(_) => There::Other,
+        Err(_) => There::Nothing,
+    };
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut groups: Vec<_> = getgroups().unwrap_or_default();
+    groups.push(getegid());
+    let groups: Vec<_> = groups.into_iter().map(|group| group.as_raw()).collect();
+    let label = fs::read_to_string("/proc/self/attr/current").unwrap_or_default();
+    judge(&Facts {
+        path,
+        error,
+        there,
+        mounted: mounted(&mounts, path),
+        user: geteuid().as_raw(),
+        groups: &groups,
+        in_container: ["/.dockerenv", "/run/.containerenv"].iter().any(|at| Path::new(at).exists()),
+        is_confined: label.contains(":container_t:"),
+    })
+}
+
+/// An engine that hangs does not take the connection, which is no obstacle of ours.
+fn connect(path: &Path) -> io::Result<()> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.connect(&SockAddr::unix(path)?)
+}
+
+/// By the text of `/proc/self/mountinfo` (man 5 proc_pid_mountinfo). The kernel adds `//deleted` to a root that was removed.
+fn mounted(mounts: &str, path: &Path) -> Mounted {
+    // The last mount covers those before it.
+    let root = mounts.lines().rev().find_map(|line| {
+        let mut fields = line.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        (Path::new(point) == path).then_some(root)
+    });
+    match root {
+        None => Mounted::No,
+        Some(root) if root.ends_with("//deleted") => Mounted::RemovedFile,
+        Some(_) => Mounted::File,
+    }
+}
+
+fn judge(facts: &Facts<'_>) -> Option<Obstacle> {
+    let Facts { path, error, there, mounted, user, groups, in_container, is_confined } = *facts;
+    let folder = path.parent().unwrap_or(Path::new("/")).display();
+    let path = path.display();
+    let (what, fix) = match (there, error) {
+        (There::Folder, _) => (
+            format!("{path} is a folder: Docker makes one if the socket to mount is not there"),
+            "remove the folder on the host, start the engine, and create embassy's container again"
+                .to_owned(),
+        ),
+        (There::Other, _) => {
+            (format!("{path} is not a socket"), "set the engine's address with -docker".to_owned())
+        }
+        (There::Nothing, io::ErrorKind::NotFound) if in_container => (
+            format!("{path} is not there"),
+            format!("mount it into embassy's container: -v {path}:{path}"),
+        ),
+        (There::Nothing, io::ErrorKind::NotFound) => (
+            format!("{path} is not there"),
+            "start the engine, or set its address with -docker or DOCKER_HOST".to_owned(),
+        ),
+        (There::Socket { owner, group, mode }, io::ErrorKind::PermissionDenied) => {
+            // To connect takes the right to write (man 7 unix).
+            let may = user == 0
+                || match () {
+                    () if user == owner => mode & 0o200 != 0,
+                    () if groups.contains(&group) => mode & 0o020 != 0,
+                    () => mode & 0o002 != 0,
+                };
+            match (may, is_confined) {
+                (true, true) => (
+                    format!("SELinux forbids {path} to embassy's container"),
+                    "start it with --security-opt label=disable".to_owned(),
+                ),
+                (true, false) => return None,
+                (false, _) if mode & 0o020 != 0 => (
+                    format!(
+                        "{path} belongs to group {group}, and embassy (user {user}) is not in it"
+                    ),
+                    format!(
+                        "start its container with --group-add {group} (Compose: group_add: [\"{group}\"])"
+                    ),
+                ),
+                (false, _) => (
+                    format!("{path} belongs to user {owner} alone, and embassy is user {user}"),
+                    format!("start its container with --user {owner}"),
+                ),
+            }
+        }
+        (There::Socket { .. }, io::ErrorKind::ConnectionRefused) => match mounted {
+            Mounted::RemovedFile => (
+                format!(
+                    "{path} is the socket of an engine that has ended; the new one made a new socket"
+                ),
+                format!(
+                    "create embassy's container again, and mount the folder instead of the socket: -v {folder}:{folder}"
+                ),
+            ),
+            Mounted::File | Mounted::No => {
+                (format!("no engine listens at {path}"), "start the engine".to_owned())
+            }
+        },
+        _ => return None,
+    };
+    Some(Obstacle { what, fix })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    const PATH: &str = "/var/run/docker.sock";
+
+    fn facts(error: io::ErrorKind, there: There) -> Facts<'static> {
+        Facts {
+            path: Path::new(PATH),
+            error,
+            there,
+            mounted: Mounted::File,
+            user: 65532,
+            groups: &[65532],
+            in_container: true,
+            is_confined: false,
+        }
+    }
+
+    fn told(facts: Facts<'_>) -> String {
+        judge(&facts).map_or(String::new(), |obstacle| obstacle.to_string())
+    }
+
+    #[test]
+    fn the_forgotten_option_is_named() {
+        use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
+        let socket = There::Socket { owner: 0, group: 999, mode: 0o140_660 };
+        let denied = || facts(PermissionDenied, socket);
+        assert_eq!(
+            told(denied()),
+            "/var/run/docker.sock belongs to group 999, and embassy (user 65532) is not in it: start its container with \
+             --group-add 999 (Compose: group_add: [\"999\"])"
+        );
+        // It is in the group: something else forbids it, or nothing that is known here.
+        let member = || Facts { groups: &[65532, 999], ..denied() };
+        assert_eq!(told(member()), "");
+        for confined in [member(), Facts { user: 0, ..denied() }] {
+            let told = told(Facts { is_confined: true, ..confined });
+            assert!(told.contains("--security-opt label=disable"), "{told}");
+        }
+        let private = There::Socket { owner: 1000, group: 1000, mode: 0o140_600 };
+        assert!(told(facts(PermissionDenied, private)).contains("--user 1000"));
+
+        let refused = || facts(ConnectionRefused, socket);
+        assert!(told(refused()).ends_with(": start the engine"));
+        let old = told(Facts { mounted: Mounted::RemovedFile, ..refused() });
+        assert!(old.ends_with("-v /var/run:/var/run"), "{old}");
+        assert!(told(facts(ConnectionRefused, There::Folder)).contains("is a folder"));
+
+        let missing = || facts(NotFound, There::Nothing);
+        assert!(told(missing()).ends_with("-v /var/run/docker.sock:/var/run/docker.sock"));
+        assert!(told(Facts { in_container: false, ..missing() }).contains("start the engine"));
+        assert_eq!(told(facts(io::ErrorKind::WouldBlock, socket)), "");
+    }
+
+    #[test]
+    fn a_mount_that_shows_what_was_removed_is_known_by_its_root() {
+        let line = |root: &str| {
+            format!(
+                "30 1 0:5 / /run rw - tmpfs tmpfs rw\n96 30 0:25 {root} {PATH} rw - tmpfs tmpfs rw\n"
+            )
+        };
+        let of = |mounts: &str| mounted(mounts, Path::new(PATH));
+        assert_eq!(of(&line("/docker.sock")), Mounted::File);
+        assert_eq!(of(&line("/docker.sock//deleted")), Mounted::RemovedFile);
+        // It was mounted again.
+        assert_eq!(of(&(line("/docker.sock//deleted") + &line("/docker.sock"))), Mounted::File);
+        assert_eq!((of(""), of("a b\nc")), (Mounted::No, Mounted::No));
+    }
+
+    #[test]
+    fn a_socket_is_looked_at_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("docker.sock");
+        let engine = Engine { address: Address::Unix(path.clone()), certificates: None };
+        assert!(of(&engine).unwrap().what.ends_with("is not there"));
+        let listener = UnixListener::bind(&path).unwrap();
+        assert_eq!(of(&engine), None);
+        drop(listener);
+        assert!(of(&engine).unwrap().what.starts_with("no engine listens"));
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(of(&engine).unwrap().what.contains("is a folder"));
+    }
+}
