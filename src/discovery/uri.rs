@@ -457,6 +457,7 @@ mod tests {
             "docker://joe:hunter2@h:2375",
             "marathon://joe:hunter2@h",
         ] {
+            let error = parse(text, &settings()).map(|parsed| parsed.name).expect_err(text);
             assert!(!error.to_string().contains("hunter2"), "{error}");
         }
     }
