@@ -8,6 +8,8 @@ pub(super) struct Arrivals {
     /// Of those that arrived by then, those that never passed.
     lost: u64,
     dropped: bool,
+    /// Some passed and none was lost, since the last doubt.
+    passing: bool,
 }
 
 impl Arrivals {
@@ -21,9 +23,9 @@ impl Arrivals {
             (Some(before), Some(now)) => {
                 let lost = missing(before).min(missing(now));
                 if lost > self.lost {
-                    self.dropped = true;
+                    (self.dropped, self.passing) = (true, false);
                 } else if now.1 > before.1 && missing(now) <= self.lost {
-                    self.dropped = false;
+                    (self.dropped, self.passing) = (false, true);
                 }
                 self.lost = lost;
             }
@@ -37,6 +39,17 @@ impl Arrivals {
     pub(super) fn forgive(&mut self) {
         self.lost = self.before.map_or(0, |(came, passed)| came.saturating_sub(passed));
         self.dropped = false;
+    }
+
+    /// Others have new rules: what passed before says nothing of them. `counts`: what they are now.
+    pub(super) fn doubt(&mut self, counts: Option<(u64, u64)>) {
+        self.are_dropped(counts);
+        self.passing = false;
+    }
+
+    /// Whether it is known that captured connections pass.
+    pub(super) fn pass(&self) -> bool {
+        self.passing
     }
 
     /// The same, by the counts that it was given last.
@@ -81,6 +94,26 @@ mod tests {
         // Another rule drops others.
         assert!(!told(&mut arrivals, (10, 7)));
         assert!(told(&mut arrivals, (10, 7)));
+    }
+
+    #[test]
+    fn what_passes_is_known_until_others_have_new_rules() {
+        let mut arrivals = Arrivals::default();
+        let passes = |arrivals: &mut Arrivals, counts| {
+            arrivals.are_dropped(Some(counts));
+            arrivals.pass()
+        };
+        assert!(!passes(&mut arrivals, (3, 3)), "before it was looked");
+        assert!(passes(&mut arrivals, (4, 4)));
+        assert!(passes(&mut arrivals, (4, 4)), "nothing has come since");
+        arrivals.doubt(Some((6, 6)));
+        assert!(!arrivals.pass());
+        assert!(!passes(&mut arrivals, (6, 6)));
+        assert!(!passes(&mut arrivals, (8, 7)), "one is on its way, or lost");
+        assert!(!passes(&mut arrivals, (8, 7)) && arrivals.dropped());
+        assert!(passes(&mut arrivals, (9, 8)));
+        arrivals.doubt(None);
+        assert!(!arrivals.pass() && !arrivals.dropped());
     }
 
     #[test]

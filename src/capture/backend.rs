@@ -6,7 +6,7 @@ use super::{
     iptables::{self, Iptables},
     netlink::BaseChain,
     nft::{self, Draining, Nft},
-    rules::{RuleChanges, RuleSettings, Rules, Shape},
+    rules::{Part, RuleChanges, RuleSettings, Rules, Shape},
 };
 use crate::config::FirewallChoice;
 
@@ -55,6 +55,27 @@ impl Backend {
             Self::Iptables(_) => Firewall::Iptables,
             #[cfg(test)]
             Self::Fake(_) => Firewall::Nft,
+        }
+    }
+
+    /// The optional parts of the rules that this kernel cannot do, each with what it lacks. Others show only when rules are written.
+    pub fn lacks(&self) -> &[(Part, String)] {
+        match self {
+            Self::Nft(nft) => nft.lacks(),
+            Self::Iptables(_) => &[],
+            #[cfg(test)]
+            Self::Fake(_) => &[],
+        }
+    }
+
+    /// Whether the rules may be refused because of this part although [`Self::lacks`] does not have it.
+    pub(super) fn may_refuse(&self, part: Part) -> bool {
+        match self {
+            Self::Nft(_) => false,
+            // They write no rules for the others.
+            Self::Iptables(_) => matches!(part, Part::Hold | Part::Ipv6),
+            #[cfg(test)]
+            Self::Fake(_) => true,
         }
     }
 
@@ -152,7 +173,7 @@ impl Backend {
     pub(super) fn arrivals(&mut self) -> Result<Option<(u64, u64)>, CaptureError> {
         match self {
             Self::Nft(nft) => nft.arrivals(),
-            Self::Iptables(_) => Ok(None),
+            Self::Iptables(iptables) => iptables.arrivals(),
             #[cfg(test)]
             Self::Fake(_) => Ok(None),
         }

@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     CaptureError, Change,
-    rules::{RuleChanges, RuleSettings, Rules},
+    rules::{Optional, RuleChanges, RuleSettings, Rules},
 };
 use crate::{config::CaptureScope, table::RouteKey};
 
@@ -31,6 +31,8 @@ pub(super) struct State {
     /// What others did, to be found once.
     pub(super) damage: Option<(Change, String)>,
     pub(super) removed: bool,
+    /// What this firewall cannot do.
+    pub(super) lacks: Optional,
 }
 
 impl Fake {
@@ -51,6 +53,11 @@ impl Fake {
 
     pub(super) fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         self.fail()?;
+        let lacks = self.state().lacks;
+        if rules.shape != rules.shape.without(lacks) {
+            self.stands = false;
+            return Err(CaptureError::Lacks("module".to_owned()));
+        }
         self.stands = true;
         let mut state = self.state();
         state.loads += 1;
@@ -92,5 +99,6 @@ pub(super) fn settings() -> RuleSettings {
         servers: Vec::new(),
         hold: false,
         notrack: false,
+        lacks: Optional::default(),
     }
 }

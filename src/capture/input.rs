@@ -1,9 +1,9 @@
 //! What would stop captured connections behind our rules: they go on to this host's INPUT, and a firewall that drops there
 //! what it does not know drops them too. It is recognised, not repaired: those rules are others'.
 //!
-//! Rules of others are not worked out to their end. A chain that drops or rejects at its end counts as open where some rule
-//! of it, or of a chain that it leads to, accepts our port, or translated connections, or everything from a Docker
-//! bridge.
+//! Rules of others are not worked out to their end. A rule that accepts our port, or translated connections, or everything from a
+//! bridge of containers lets us in, whatever else it asks for. A rule drops us only if it asks for nothing that a captured
+//! connection may not have. Whether connections are dropped where traffic flows, `arrivals` counts.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,7 +15,7 @@ use super::program::{Program, ProgramError};
 /// A chain that may stop captured connections.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Barrier {
-    /// The chain, as its own program names it, and how it ends.
+    /// The chain, as its own program names it, and what it does.
     pub chain: String,
     /// A command that lets captured connections, and nothing else, pass.
     pub remedy: String,
@@ -29,7 +29,7 @@ impl fmt::Display for Barrier {
 
 impl Barrier {
     /// Connections to `port` are dropped, but no readable rule shows where.
-    pub(super) fn unknown(port: u16) -> Self {
+    fn unknown(port: u16) -> Self {
         Self {
             chain: "a rule of this host's input that embassy cannot read".to_owned(),
             remedy: format!(
@@ -39,34 +39,63 @@ impl Barrier {
     }
 }
 
-/// How much of the rules of others is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Detail {
-    /// Everything. Large sets of others may take seconds.
-    Everything,
-    /// Not what sets hold. A rule that lets in what is in a set is believed to let us in.
-    Chains,
+/// Which connections are captured.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Captured {
+    /// The port that they are redirected to.
+    pub port: u16,
+    /// The interfaces by which consumers' connections arrive.
+    pub bridges: BTreeSet<String>,
+}
+
+impl Captured {
+    /// Those that arrive at these addresses of this host.
+    pub fn at(port: u16, vips: &BTreeSet<std::net::IpAddr>) -> Self {
+        let all = if_addrs::get_if_addrs().unwrap_or_default();
+        let bridges = all.into_iter().filter(|interface| vips.contains(&interface.ip()));
+        Self { port, bridges: bridges.map(|interface| interface.name).collect() }
+    }
+
+    /// Whether an interface, or a pattern of some, is one of containers.
+    fn come_by(&self, interface: &str) -> bool {
+        let interface = interface.trim_matches(['"', ',']);
+        match interface.strip_suffix(['*', '+']) {
+            Some(start) => self.bridges.iter().any(|bridge| bridge.starts_with(start)),
+            None => self.bridges.contains(interface),
+        }
+    }
 }
 
 /// The rules of this host's firewalls. A program that is not installed has none.
 #[derive(Debug)]
 pub struct Listings {
+    /// What sets hold is not in it: large sets of others would take seconds.
     nft: Result<String, ProgramError>,
-    /// Of iptables, for IPv4 and IPv6.
+    /// Of iptables, for IPv4 and IPv6, where nft does not show it.
     filters: [Result<String, ProgramError>; 2],
 }
 
 impl Listings {
-    pub async fn read(detail: Detail) -> Self {
-        let nft: &[_] = match detail {
-            Detail::Everything => &["-s", "list", "ruleset"],
-            Detail::Chains => &["-s", "-t", "list", "ruleset"],
+    pub async fn read() -> Self {
+        let nft = run("nft", Program("nft").run(&["-s", "-t", "list", "ruleset"], "")).await;
+        let is_hidden = nft.as_ref().map_or(true, String::is_empty);
+        let save = async |program, legacy, names| match legacy_tables(names) {
+            tables if tables.lines().any(|name| name == "filter") => {
+                match Program(legacy).saved("filter").await {
+                    Err(error) if error.is_missing() => {
+                        run(program, Program(program).saved("filter")).await
+                    }
+                    saved => saved,
+                }
+            }
+            // It reads the elements of all sets, which nft can leave out.
+            _ if is_hidden => run(program, Program(program).saved("filter")).await,
+            _ => Ok(String::new()),
         };
-        let save = |program| run(program, &["-t", "filter"]);
-        Self {
-            nft: run("nft", nft).await,
-            filters: [save("iptables-save").await, save("ip6tables-save").await],
-        }
+        let [v4, v6] = LEGACY_TABLES;
+        let v4 = save("iptables-save", "iptables-legacy-save", v4).await;
+        let v6 = save("ip6tables-save", "ip6tables-legacy-save", v6).await;
+        Self { nft, filters: [v4, v6] }
     }
 
     /// Why a firewall cannot be read.
@@ -74,45 +103,71 @@ impl Listings {
         self.filters.iter().chain([&self.nft]).find_map(|listing| listing.as_ref().err())
     }
 
-    /// The obstacles for connections captured to `port`, as far as they can be read.
-    pub fn barriers(&self, port: u16) -> Vec<Barrier> {
-        let mut found = self.nft.as_ref().map_or_else(|_| Vec::new(), |text| in_nft(text, port));
-        found.extend(self.filters().filter_map(|(v6, saved)| in_iptables(saved, v6, port)));
-        found
+    /// The obstacles for captured connections, as far as they can be read.
+    pub fn barriers(&self, captured: &Captured) -> Vec<Barrier> {
+        self.tables(captured).iter().flat_map(|table| table.barriers(captured.port)).collect()
+    }
+
+    /// The rule that probably drops captured connections, which are known to be dropped although no chain has to be in their way.
+    pub(super) fn suspect(&self, captured: &Captured) -> Barrier {
+        let tables = self.tables(captured);
+        let mut suspects: Vec<_> =
+            tables.iter().flat_map(|table| table.suspects(captured.port)).collect();
+        suspects.sort_by_key(|(likelihood, _)| std::cmp::Reverse(*likelihood));
+        let more = suspects.len().saturating_sub(1);
+        match suspects.into_iter().next() {
+            None => Barrier::unknown(captured.port),
+            Some((_, barrier)) if more == 0 => barrier,
+            Some((_, Barrier { chain, remedy })) => {
+                Barrier { chain: format!("{chain}, or one of {more} others that drop"), remedy }
+            }
+        }
     }
 
     /// A chain that lets in only what it knows: answers to untracked connections it may know by their state alone, which they
     /// have not. `None` if there is no such chain.
     pub(super) fn closed(&self) -> Option<String> {
-        let listing = self.nft.as_deref().unwrap_or_default();
-        for table in tables(listing) {
-            for (chain, lines) in &table.chains {
-                if let Some(end) = end(lines) {
-                    return Some(format!("chain {} {chain} of nft {end}", table.name));
-                }
+        let mut tables = self.tables(&Captured::default());
+        for table in &mut tables {
+            for rule in table.chains.values_mut().flat_map(|chain| &mut chain.rules) {
+                // What is let in by its port, interface or state is not such an answer.
+                let is_special =
+                    rule.port.is_some() || rule.bridge.is_some() || rule.text.contains("state");
+                rule.more |= is_special || rule.translated;
+                (rule.port, rule.bridge, rule.translated) = (None, None, false);
             }
         }
-        self.filters().find_map(|(v6, saved)| {
-            let program = if v6 { "ip6tables" } else { "iptables" };
-            end_of_input(saved).map(|end| format!("chain INPUT of {program} {end}"))
-        })
+        tables.iter().flat_map(|table| table.barriers(0)).map(|barrier| barrier.chain).next()
     }
 
-    fn filters(&self) -> impl Iterator<Item = (bool, &str)> {
-        let listings = self.filters.iter().map(|saved| saved.as_deref().unwrap_or_default());
-        [false, true].into_iter().zip(listings)
+    fn tables(&self, captured: &Captured) -> Vec<Table<'_>> {
+        let mut tables = nft_tables(self.nft.as_deref().unwrap_or_default(), captured);
+        for (filter, name) in self.filters.iter().zip(["ip filter", "ip6 filter"]) {
+            let saved = filter.as_deref().unwrap_or_default();
+            tables.extend(iptables_table(saved, name, captured));
+        }
+        tables
     }
 }
 
-/// Whether rules of the older iptables are in use here. The kernel does not tell when those change.
+/// Where the kernel names the tables of the older iptables.
+const LEGACY_TABLES: [&str; 2] = ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"];
+
+fn legacy_tables(names: &str) -> String {
+    std::fs::read_to_string(names).unwrap_or_default()
+}
+
+/// Whether rules of the older iptables are in use here. The kernel does not tell when those change, and nft does not show them.
 pub(super) fn has_legacy_iptables() -> bool {
-    let names = std::fs::read_to_string("/proc/net/ip_tables_names");
-    names.is_ok_and(|names| !names.trim().is_empty())
+    LEGACY_TABLES.iter().any(|names| !legacy_tables(names).trim().is_empty())
 }
 
 /// What a program lists. One that is not installed has no rules.
-async fn run(program: &'static str, args: &[&str]) -> Result<String, ProgramError> {
-    match Program(program).run(args, "").await {
+async fn run(
+    program: &'static str,
+    listing: impl Future<Output = Result<String, ProgramError>>,
+) -> Result<String, ProgramError> {
+    match listing.await {
         Err(error) if error.is_missing() => Ok(String::new()),
         // A kernel without IPv6 has no rules for it.
         Err(_) if program == "ip6tables-save" => Ok(String::new()),
@@ -120,186 +175,400 @@ async fn run(program: &'static str, args: &[&str]) -> Result<String, ProgramErro
     }
 }
 
-/// How INPUT ends in the text of `iptables-save`, if it drops everything at its end.
-fn end_of_input(saved: &str) -> Option<String> {
-    let last = saved.lines().rfind(|line| line.starts_with("-A INPUT "));
-    if let Some(last) =
-        last.filter(|last| *last == "-A INPUT -j DROP" || last.starts_with("-A INPUT -j REJECT"))
-    {
-        return Some(format!("ends with {:?}", last.trim_start_matches("-A INPUT ")));
-    }
-    let drops = saved.lines().any(|line| line.starts_with(":INPUT DROP"));
-    drops.then(|| "has the policy DROP".to_owned())
-}
-
-/// The obstacles in the text of `iptables-save`.
-pub fn in_iptables(saved: &str, v6: bool, port: u16) -> Option<Barrier> {
-    let rules = || saved.lines().filter(|line| line.starts_with("-A "));
-    let end = end_of_input(saved)?;
-    let after = |rule: &str, name: &str| {
-        let (_, rest) = rule.split_once(&format!(" {name} "))?;
-        rest.split(' ').next().map(str::to_owned)
-    };
-    let of_chain = |chain: &str| {
-        let start = format!("-A {chain} ");
-        rules().filter(move |rule| rule.starts_with(&start))
-    };
-    let visited = reachable("INPUT".to_owned(), |chain| {
-        of_chain(chain).filter_map(|rule| after(rule, "-j").or(after(rule, "-g"))).collect()
-    });
-    let is_open = visited.iter().flat_map(|chain| of_chain(chain)).any(|rule| {
-        let after = |name| after(rule, name);
-        let ports = after("--dport").or(after("--dports"));
-        let from_docker = after("-i").is_some_and(|name| is_dockers(&name));
-        after("-j").is_some_and(|target| target == "ACCEPT")
-            && (rule == "-A INPUT -j ACCEPT"
-                || after("--ctstate").is_some_and(|status| status.contains("DNAT"))
-                || ports.as_ref().is_some_and(|ports| has_port(ports, ':', port))
-                || from_docker && ports.is_none())
-    });
-    let program = if v6 { "ip6tables" } else { "iptables" };
-    (!is_open).then(|| Barrier {
-        chain: format!("chain INPUT of {program} {end}"),
-        remedy: format!(
-            "{program} -I INPUT -p tcp --dport {port} -m conntrack --ctstate DNAT -j ACCEPT"
-        ),
-    })
-}
-
-/// The obstacles in the text of `nft list ruleset`, but for the tables that iptables itself shows.
-pub fn in_nft(ruleset: &str, port: u16) -> Vec<Barrier> {
-    tables(ruleset)
-        .iter()
-        .filter(|table| !matches!(table.name, "ip filter" | "ip6 filter"))
-        .flat_map(|table| {
-            table.chains.iter().filter_map(move |(chain, lines)| {
-                let end = end(lines)?;
-                if table.rules_from(chain).any(|rule| table.lets_in(rule, port)) {
-                    return None;
-                }
-                let name = format!("{} {chain}", table.name);
-                Some(Barrier {
-                    chain: format!("chain {name} of nft {end}"),
-                    remedy: format!(
-                        "nft insert rule {name} tcp dport {port} ct status dnat accept"
-                    ),
-                })
-            })
-        })
-        .collect()
-}
-
-/// A table of nft's, as it is listed.
+/// A table, as it is listed.
 #[derive(Debug, Default)]
 struct Table<'a> {
     /// Family and name.
     name: &'a str,
-    chains: BTreeMap<&'a str, Vec<&'a str>>,
-    /// The elements of its sets.
-    sets: BTreeMap<&'a str, String>,
+    chains: BTreeMap<&'a str, Chain<'a>>,
 }
 
-fn tables(ruleset: &str) -> Vec<Table<'_>> {
+#[derive(Debug, Default)]
+struct Chain<'a> {
+    /// It is called by the kernel's input hook.
+    is_input: bool,
+    /// The word of its policy.
+    policy: &'a str,
+    rules: Vec<Rule<'a>>,
+}
+
+/// A rule, as far as it concerns captured connections.
+#[derive(Debug, Default)]
+struct Rule<'a> {
+    text: &'a str,
+    end: End<'a>,
+    /// Whether it is for our port, if it names ports or a protocol that is not TCP.
+    port: Option<bool>,
+    /// Whether it is for a bridge of containers, if it names interfaces.
+    bridge: Option<bool>,
+    /// It is for translated connections.
+    translated: bool,
+    /// It asks for something that not every captured connection has.
+    more: bool,
+}
+
+/// What a rule does with a packet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum End<'a> {
+    Accept,
+    Drop,
+    Return,
+    To(&'a str),
+    /// It goes on with the next rule.
+    #[default]
+    Next,
+}
+
+/// What becomes of captured connections in a chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Fate<'a> {
+    /// A rule is there to let them in, or some of them.
+    LetIn,
+    /// All connections are accepted.
+    Accepted,
+    /// In this chain, by this rule.
+    Dropped(&'a str, &'a str),
+    /// They come to its end.
+    Through,
+}
+
+/// How many chains deep the kernel jumps (NFT_JUMP_STACK_SIZE).
+const DEPTH: usize = 16;
+
+impl Rule<'_> {
+    /// Whether it takes every captured connection.
+    fn takes_all(&self) -> bool {
+        !self.more && self.bridge.is_none() && self.port != Some(false)
+    }
+
+    /// Whether connections such as the captured ones are what it is for.
+    fn is_for_us(&self) -> bool {
+        self.translated
+            || self.port == Some(true)
+            || self.bridge == Some(true) && self.port.is_none()
+    }
+}
+
+impl<'a> Table<'a> {
+    fn barriers(&self, port: u16) -> impl Iterator<Item = Barrier> {
+        let mut fates = BTreeMap::new();
+        self.chains.iter().filter(|(_, chain)| chain.is_input).filter_map(move |(name, chain)| {
+            let what = match self.fate(name, DEPTH, &mut fates) {
+                Fate::LetIn | Fate::Accepted => return None,
+                Fate::Dropped(chain, rule) if self.is_last(chain, rule) => {
+                    format!("{} ends with {rule:?}", self.named(chain))
+                }
+                Fate::Dropped(chain, rule) => {
+                    format!("{} has the rule {rule:?}", self.named(chain))
+                }
+                Fate::Through if chain.policy.eq_ignore_ascii_case("drop") => {
+                    format!("{} has the policy {}", self.named(name), chain.policy)
+                }
+                Fate::Through => return None,
+            };
+            Some(Barrier { chain: what, remedy: self.remedy(name, port) })
+        })
+    }
+
+    fn is_last(&self, chain: &str, rule: &str) -> bool {
+        let last = self.chains.get(chain).and_then(|chain| chain.rules.last());
+        last.is_some_and(|last| last.text == rule)
+    }
+
+    /// Rules that drop some connections that come to the input hook, and how likely it is that they drop captured ones.
+    fn suspects(&self, port: u16) -> Vec<(u8, Barrier)> {
+        let mut all = Vec::new();
+        for (input, _) in self.chains.iter().filter(|(_, chain)| chain.is_input) {
+            for name in self.reachable(input) {
+                let rules = self.chains.get(name).into_iter().flat_map(|chain| &chain.rules);
+                let dropping = rules.filter(|rule| rule.end == End::Drop);
+                all.extend(dropping.filter(|rule| rule.port != Some(false)).map(|rule| {
+                    let likelihood = u8::from(rule.is_for_us()) * 2 + u8::from(rule.takes_all());
+                    let chain = format!("{} has the rule {:?}", self.named(name), rule.text);
+                    (likelihood, Barrier { chain, remedy: self.remedy(input, port) })
+                }));
+            }
+        }
+        all
+    }
+
+    /// A chain, and those that it leads to, each once.
+    fn reachable(&self, chain: &'a str) -> BTreeSet<&'a str> {
+        let mut found = BTreeSet::new();
+        let mut open = vec![chain];
+        while let Some(name) = open.pop() {
+            if found.insert(name) {
+                let rules = self.chains.get(name).into_iter().flat_map(|chain| &chain.rules);
+                open.extend(rules.filter_map(|rule| match rule.end {
+                    End::To(next) => Some(next),
+                    _ => None,
+                }));
+            }
+        }
+        found
+    }
+
+    /// `known`: the fates in chains that were looked at.
+    fn fate(&self, name: &str, depth: usize, known: &mut BTreeMap<&'a str, Fate<'a>>) -> Fate<'a> {
+        let found = self.chains.get_key_value(name).filter(|_| depth > 0);
+        let Some((name, chain)) = found else { return Fate::Through };
+        if let Some(fate) = known.get(name) {
+            return fate.clone();
+        }
+        // The kernel has no circles, but a text may.
+        known.insert(name, Fate::Through);
+        let fate = self.fate_of(name, chain, depth, known);
+        known.insert(name, fate.clone());
+        fate
+    }
+
+    fn fate_of(
+        &self,
+        name: &'a str,
+        chain: &Chain<'a>,
+        depth: usize,
+        known: &mut BTreeMap<&'a str, Fate<'a>>,
+    ) -> Fate<'a> {
+        for rule in &chain.rules {
+            let fate = match rule.end {
+                End::Next => continue,
+                End::Accept => Fate::Accepted,
+                End::Drop => Fate::Dropped(name, rule.text),
+                // The rules of the chain that leads here go on.
+                End::Return if rule.takes_all() => return Fate::Through,
+                End::Return => continue,
+                End::To(next) => self.fate(next, depth - 1, known),
+            };
+            match fate {
+                Fate::LetIn => return Fate::LetIn,
+                Fate::Accepted if rule.is_for_us() => return Fate::LetIn,
+                // A bridge of containers has a chain of its own: its owner has decided about such connections.
+                Fate::Through if rule.bridge == Some(true) && rule.port.is_none() => {
+                    return Fate::LetIn;
+                }
+                Fate::Accepted | Fate::Dropped(..) if rule.takes_all() => return fate,
+                _ => {}
+            }
+        }
+        Fate::Through
+    }
+
+    /// Whether a chain is one of iptables' own: only its program may write there.
+    fn program(&self) -> Option<&'static str> {
+        match self.name {
+            "ip filter" if self.chains.contains_key("INPUT") => Some("iptables"),
+            "ip6 filter" if self.chains.contains_key("INPUT") => Some("ip6tables"),
+            _ => None,
+        }
+    }
+
+    fn named(&self, chain: &str) -> String {
+        match self.program() {
+            Some(program) => format!("chain {chain} of {program}"),
+            None => format!("chain {} {chain} of nft", self.name),
+        }
+    }
+
+    fn remedy(&self, input: &str, port: u16) -> String {
+        match self.program() {
+            Some(program) => {
+                format!(
+                    "{program} -I {input} -p tcp --dport {port} -m conntrack --ctstate DNAT -j ACCEPT"
+                )
+            }
+            None => format!(
+                "nft insert rule {} {input} tcp dport {port} ct status dnat accept",
+                self.name
+            ),
+        }
+    }
+}
+
+/// The tables in the text of `nft list ruleset`.
+fn nft_tables<'a>(ruleset: &'a str, captured: &Captured) -> Vec<Table<'a>> {
     let mut tables: Vec<Table<'_>> = Vec::new();
-    let (mut chain, mut set) = (None, None);
+    let mut chain = None;
     for line in ruleset.lines().map(str::trim) {
         if let Some(name) = line.strip_prefix("table ") {
             let name = name.trim_end_matches(['{', ' ']);
             tables.push(Table { name, ..Table::default() });
-            (chain, set) = (None, None);
+            chain = None;
         } else if let Some(name) = line.strip_prefix("chain ") {
-            (chain, set) = (Some(name.trim_end_matches(['{', ' '])), None);
-        } else if let Some(name) = line.strip_prefix("set ") {
-            (chain, set) = (None, Some(name.trim_end_matches(['{', ' '])));
+            chain = Some(name.trim_end_matches(['{', ' ']));
         } else if line == "}" {
-            (chain, set) = (None, None);
-        } else if let Some(table) = tables.last_mut() {
-            if let Some(chain) = chain {
-                table.chains.entry(chain).or_default().push(line);
-            } else if let Some(set) = set {
-                table.sets.entry(set).or_default().push_str(line);
+            chain = None;
+        } else if let (Some(table), Some(name)) = (tables.last_mut(), chain) {
+            let chain = table.chains.entry(name).or_default();
+            match line.strip_prefix("type ") {
+                Some(base) => {
+                    chain.is_input = base.contains(" hook input ");
+                    let policy = base.split_once("policy ").map(|(_, policy)| policy);
+                    chain.policy = policy.unwrap_or_default().trim_end_matches(';');
+                }
+                None => chain.rules.push(nft_rule(line, captured)),
             }
         }
     }
     // Bridges and devices have an input of their own, which is before the connection is translated.
     tables.retain(|table| ["ip ", "ip6 ", "inet "].iter().any(|of| table.name.starts_with(of)));
+    for table in tables.iter_mut().filter(|table| table.program().is_some()) {
+        // As iptables itself writes it.
+        for chain in table.chains.values_mut().filter(|chain| chain.policy == "drop") {
+            chain.policy = "DROP";
+        }
+    }
     tables
 }
 
-impl Table<'_> {
-    /// The rules of a chain, and of the chains that it leads to.
-    fn rules_from(&self, chain: &str) -> impl Iterator<Item = &str> {
-        let rules_of = |chain: &str| self.chains.get(chain).into_iter().flatten().copied();
-        let target = |rule: &str| {
-            let (_, target) = rule.split_once("jump ").or(rule.split_once("goto "))?;
-            target.split(' ').next().map(str::to_owned)
+/// The words of a rule. What is in quotation marks is one, and so is a list in braces.
+fn words(rule: &str) -> Vec<&str> {
+    let mut words = Vec::new();
+    let mut rest = rule.trim_start();
+    while let Some(first) = rest.chars().next() {
+        let end = match first {
+            '"' => rest.get(1..).and_then(|text| text.find('"')).map(|at| at + 2),
+            '{' => rest.find('}').map(|at| at + 1),
+            _ => rest.find(char::is_whitespace),
         };
-        let visited =
-            reachable(chain.to_owned(), |chain| rules_of(chain).filter_map(target).collect());
-        visited
-            .into_iter()
-            .flat_map(move |chain| rules_of(&chain).collect::<Vec<_>>())
-            .filter(|line| !line.starts_with("type "))
+        let (word, more) = rest.split_at_checked(end.unwrap_or(rest.len())).unwrap_or((rest, ""));
+        words.push(word);
+        rest = more.trim_start();
     }
+    words
+}
 
-    fn lets_in(&self, rule: &str, port: u16) -> bool {
-        let words: Vec<_> = rule.split_whitespace().collect();
-        let at = |word: &str| words.iter().position(|other| *other == word);
-        let accepts = at("accept").is_some();
-        let on_port = at("dport").map(|at| {
-            let ports = words.get(at + 1..).unwrap_or_default().join(" ");
-            match ports.strip_prefix('@') {
-                Some(set) => {
-                    let set = set.split(' ').next().unwrap_or_default();
-                    let elements = self.sets.get(set).filter(|lines| lines.contains("elements"));
-                    elements.is_none_or(|elements| has_port(elements, '-', port))
-                }
-                None => has_port(&ports, '-', port),
+fn nft_rule<'a>(text: &'a str, captured: &Captured) -> Rule<'a> {
+    let mut rule = Rule { text, ..Rule::default() };
+    let words = words(text);
+    let mut rest = words.as_slice();
+    loop {
+        rest = match rest {
+            [] => return rule,
+            ["counter", "packets", _, "bytes", _, rest @ ..]
+            | ["meta", "l4proto", "tcp", rest @ ..]
+            | ["ip", "protocol", "tcp", rest @ ..]
+            | ["comment" | "prefix" | "level" | "group", _, rest @ ..]
+            | ["counter" | "log", rest @ ..] => rest,
+            [
+                "udp" | "udplite" | "sctp" | "dccp" | "icmp" | "icmpv6" | "ipv6-icmp" | "igmp",
+                rest @ ..,
+            ] => {
+                rule.port = Some(false);
+                rest
             }
-        });
-        let translated = rule.contains("ct status") && rule.contains("dnat");
-        let from_docker = words.array_windows().any(|[word, interface]| {
-            matches!(*word, "iifname" | "iif") && is_dockers(interface.trim_matches('"'))
-        });
-        // If a Docker bridge has its own chain, its owner has decided about such connections.
-        let has_its_own = from_docker && (at("goto").is_some() || at("jump").is_some());
-        words == ["accept"] && self.is_base(rule)
-            || accepts && (translated || on_port == Some(true) || from_docker && on_port.is_none())
-            || has_its_own && on_port.is_none()
-    }
-
-    /// Whether the rule stands in a chain that the kernel's input hook calls.
-    fn is_base(&self, rule: &str) -> bool {
-        let with_rule = self.chains.values().filter(|lines| lines.contains(&rule));
-        with_rule.flatten().any(|line| line.contains(" hook input "))
+            ["tcp" | "th", "dport", ports, rest @ ..] if *ports != "!=" => {
+                // What a named set holds was not read: it is believed to let us in.
+                let is_ours = ports.starts_with('@') || has_port(ports, '-', captured.port);
+                rule.port = Some(is_ours);
+                rule.more |= ports.starts_with('@');
+                rest
+            }
+            ["iif" | "iifname", names, rest @ ..] if *names != "!=" => {
+                let mut names = names.trim_matches(['{', '}']).split(',').map(str::trim);
+                rule.bridge = Some(names.any(|name| captured.come_by(name)));
+                rest
+            }
+            ["ct", "state", states, rest @ ..] if *states != "!=" => {
+                let mut states = states.split(|c: char| !c.is_ascii_alphabetic());
+                rule.more |= !states.any(|state| state == "new");
+                rest
+            }
+            ["ct", "status", status, rest @ ..] if *status != "!=" => {
+                rule.translated = status.contains("dnat");
+                rule.more |= !rule.translated;
+                rest
+            }
+            ["accept", ..] => {
+                rule.end = End::Accept;
+                return rule;
+            }
+            ["drop" | "reject", ..] => {
+                rule.end = End::Drop;
+                return rule;
+            }
+            ["return", ..] => {
+                rule.end = End::Return;
+                return rule;
+            }
+            ["jump" | "goto", target, ..] => {
+                rule.end = End::To(target);
+                return rule;
+            }
+            [_, rest @ ..] => {
+                rule.more = true;
+                rest
+            }
+        };
     }
 }
 
-/// A chain, and those that it leads to, each once.
-fn reachable(chain: String, next: impl Fn(&str) -> Vec<String>) -> BTreeSet<String> {
-    let mut found = BTreeSet::new();
-    let mut open = vec![chain];
-    while let Some(chain) = open.pop() {
-        if !found.contains(&chain) {
-            open.extend(next(&chain));
-            found.insert(chain);
+/// The table in the text of `iptables-save`, if it has one.
+fn iptables_table<'a>(saved: &'a str, name: &'a str, captured: &Captured) -> Option<Table<'a>> {
+    let mut table = Table { name, ..Table::default() };
+    for line in saved.lines() {
+        if let Some(head) = line.strip_prefix(':') {
+            let mut head = head.split(' ');
+            let (chain, policy) = (head.next()?, head.next()?);
+            let is_input = chain == "INPUT";
+            table.chains.insert(chain, Chain { is_input, policy, rules: Vec::new() });
+        } else if let Some((chain, rule)) = line.strip_prefix("-A ").and_then(|l| l.split_once(' '))
+        {
+            table.chains.entry(chain).or_default().rules.push(iptables_rule(rule, captured));
         }
     }
-    found
-}
-
-/// How a chain of the input hook ends, if it drops everything at its end.
-fn end(chain: &[&str]) -> Option<String> {
-    let head = chain.iter().find(|line| line.contains(" hook input "))?;
-    let last = chain.last()?;
-    if *last == "drop" || last.starts_with("reject") {
-        return Some(format!("ends with {last:?}"));
+    let chains: BTreeSet<_> = table.chains.keys().copied().collect();
+    for rule in table.chains.values_mut().flat_map(|chain| &mut chain.rules) {
+        // What leads to no chain is done by an extension, such as LOG.
+        if matches!(rule.end, End::To(target) if !chains.contains(target)) {
+            rule.end = End::Next;
+        }
     }
-    head.contains("policy drop").then(|| "has the policy drop".to_owned())
+    (!table.chains.is_empty()).then_some(table)
 }
 
-fn is_dockers(interface: &str) -> bool {
-    interface.starts_with("docker") || interface.starts_with("br-")
+fn iptables_rule<'a>(text: &'a str, captured: &Captured) -> Rule<'a> {
+    let mut rule = Rule { text, ..Rule::default() };
+    let words = words(text);
+    let mut rest = words.as_slice();
+    loop {
+        rest = match rest {
+            [] => return rule,
+            ["-p", "tcp", rest @ ..]
+            | ["-m", "tcp" | "multiport" | "conntrack" | "state" | "comment", rest @ ..]
+            | ["--comment", _, rest @ ..] => rest,
+            ["-p", _, rest @ ..] => {
+                rule.port = Some(false);
+                rest
+            }
+            ["--dport" | "--dports", ports, rest @ ..] => {
+                rule.port = Some(has_port(ports, ':', captured.port));
+                rest
+            }
+            ["-i", name, rest @ ..] => {
+                rule.bridge = Some(captured.come_by(name));
+                rest
+            }
+            ["--ctstate" | "--state", states, rest @ ..] => {
+                rule.translated = states.split(',').any(|state| state == "DNAT");
+                rule.more |= !rule.translated && !states.split(',').any(|state| state == "NEW");
+                rest
+            }
+            ["-j" | "-g", target, ..] => {
+                rule.end = match *target {
+                    "ACCEPT" => End::Accept,
+                    "DROP" | "REJECT" => End::Drop,
+                    "RETURN" => End::Return,
+                    chain => End::To(chain),
+                };
+                return rule;
+            }
+            // Inverted, whatever it asks for.
+            ["!", _, _, rest @ ..] | [_, rest @ ..] => {
+                rule.more = true;
+                rest
+            }
+        };
+    }
 }
 
 /// Whether a list of ports and ranges has this one.
@@ -315,17 +584,39 @@ fn has_port(list: &str, range: char, port: u16) -> bool {
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(input: &[u8]) {
     let listing = String::from_utf8_lossy(input);
-    let found = in_nft(&listing, 9999).into_iter().chain(in_iptables(&listing, false, 9999));
-    found.for_each(|barrier| assert!(barrier.remedy.contains("9999")));
+    let captured = Captured { port: 9999, bridges: ["docker0".to_owned()].into() };
+    let mut tables = nft_tables(&listing, &captured);
+    tables.extend(iptables_table(&listing, "ip filter", &captured));
+    for table in tables {
+        let suspects = table.suspects(9999).into_iter().map(|(_, barrier)| barrier);
+        for barrier in table.barriers(9999).chain(suspects) {
+            assert!(barrier.remedy.contains("9999"));
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn captured() -> Captured {
+        Captured { port: 9999, bridges: ["docker0", "br-1234", "podman0"].map(Into::into).into() }
+    }
+
+    fn in_iptables(saved: &str, name: &str) -> Vec<Barrier> {
+        let captured = captured();
+        let table = iptables_table(saved, name, &captured);
+        table.iter().flat_map(|table| table.barriers(9999)).collect()
+    }
+
     fn iptables(rules: &str) -> bool {
-        let saved = format!("*filter\n:INPUT DROP [0:0]\n:FORWARD DROP [0:0]\n{rules}\nCOMMIT\n");
-        in_iptables(&saved, false, 9999).is_some()
+        let chains =
+            ":ufw-user-input - [0:0]\n:accept - [0:0]\n:elsewhere - [0:0]\n:refuse - [0:0]";
+        let saved = format!(
+            "*filter\n:INPUT DROP [0:0]\n:FORWARD DROP [0:0]\n{chains}\n-A accept -j ACCEPT\n\
+             -A refuse -m comment --comment \"-j ACCEPT\" -j DROP\n{rules}\nCOMMIT\n"
+        );
+        !in_iptables(&saved, "ip filter").is_empty()
     }
 
     #[test]
@@ -334,19 +625,31 @@ mod tests {
             "",
             "-A INPUT -i lo -j ACCEPT",
             "-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT",
+            "-A INPUT -p tcp -m tcp --dport 22 -j accept",
             "-A INPUT -p tcp -m tcp --dport 9999 -j DROP",
             "-A INPUT -i docker0 -p tcp -m tcp --dport 53 -j ACCEPT",
+            "-A INPUT ! -i docker0 -j ACCEPT",
+            "-A INPUT -i docker0 -p icmp -j ACCEPT",
+            "-A INPUT -i docker0 -j LOG --log-prefix \"a -j ACCEPT\"",
+            "-A INPUT -i eth0 -j ACCEPT",
             "-A FORWARD -i docker0 -j ACCEPT",
             "-A elsewhere -p tcp -m tcp --dport 9999 -j ACCEPT",
+            "-A INPUT -j refuse\n-A INPUT -p tcp -m tcp --dport 9999 -j ACCEPT",
+            // Chains that lead in a circle.
+            "-A INPUT -j elsewhere\n-A elsewhere -j INPUT",
         ] {
             assert!(iptables(closed), "{closed}");
         }
         for open in [
             "-A INPUT -p tcp -m tcp --dport 9999 -j ACCEPT",
+            "-A INPUT -p tcp -m tcp --dport 9999 -j accept",
             "-A INPUT -j ufw-user-input\n-A ufw-user-input -p tcp -m multiport --dports 22,9000:10000 -j ACCEPT",
             "-A INPUT -p tcp -m conntrack --ctstate DNAT -j ACCEPT",
             "-A INPUT -i docker0 -j ACCEPT",
+            "-A INPUT -i podman0 -j ACCEPT\n-A INPUT -j refuse",
+            "-A INPUT -i br+ -j ACCEPT",
             "-A INPUT -j ACCEPT",
+            "-A INPUT -p tcp -m state --state NEW -j ACCEPT",
         ] {
             assert!(!iptables(open), "{open}");
         }
@@ -356,26 +659,45 @@ mod tests {
     fn a_last_rule_is_as_good_as_a_policy() {
         let rejects = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -i lo -j ACCEPT\n\
             -A INPUT -j REJECT --reject-with icmp-host-prohibited\nCOMMIT\n";
-        let barrier = in_iptables(rejects, true, 9999).unwrap();
         assert_eq!(
-            barrier.to_string(),
+            in_iptables(rejects, "ip6 filter")[0].to_string(),
             "chain INPUT of ip6tables ends with \"-j REJECT --reject-with icmp-host-prohibited\"; to let captured \
              connections pass: ip6tables -I INPUT -p tcp --dport 9999 -m conntrack --ctstate DNAT -j ACCEPT"
         );
-        assert_eq!(in_iptables("*filter\n:INPUT ACCEPT [0:0]\nCOMMIT\n", false, 9999), None);
-        assert_eq!(in_iptables("", false, 9999), None);
+        assert_eq!(in_iptables("*filter\n:INPUT ACCEPT [0:0]\nCOMMIT\n", "ip filter"), []);
+        assert_eq!(in_iptables("", "ip filter"), []);
+    }
+
+    #[test]
+    fn a_chain_that_input_leads_to_may_drop_as_well() {
+        // As NixOS has it.
+        let chains = "*filter\n:INPUT ACCEPT [0:0]\n:host-fw - [0:0]\n:host-fw-refuse - [0:0]\n:host-fw-log - [0:0]\n";
+        let rules = "-A INPUT -j host-fw\n\
+            -A host-fw -i lo -j ACCEPT\n-A host-fw -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n\
+            -A host-fw -j host-fw-log\n\
+            -A host-fw-log -p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN -j LOG --log-prefix \"refused: \"\n\
+            -A host-fw-log -m pkttype ! --pkt-type unicast -j host-fw-refuse\n-A host-fw-log -j host-fw-refuse\n\
+            -A host-fw-refuse -j DROP\nCOMMIT\n";
+        let saved = format!("{chains}{rules}");
+        let expected = Barrier {
+            chain: "chain host-fw-refuse of iptables ends with \"-j DROP\"".to_owned(),
+            remedy: "iptables -I INPUT -p tcp --dport 9999 -m conntrack --ctstate DNAT -j ACCEPT"
+                .to_owned(),
+        };
+        assert_eq!(in_iptables(&saved, "ip filter"), [expected]);
+        let open = "-A INPUT -i podman0 -j ACCEPT\n";
+        assert_eq!(in_iptables(&format!("{chains}{open}{rules}"), "ip filter"), []);
     }
 
     fn nft(rules: &str) -> Vec<Barrier> {
-        in_nft(
-            &format!(
-                "table inet strict {{\n\tset open {{\n\t\ttype inet_service\n\t\telements = {{ 22,\n\t\t\t     9999 }}\n\t}}\n\n\
-                 \tchain in {{\n\t\ttype filter hook input priority filter; policy drop;\n\t\t{rules}\n\t}}\n}}\n\
-                 table ip filter {{\n\tchain INPUT {{\n\t\ttype filter hook input priority filter; policy drop;\n\t}}\n}}\n\
-                 table bridge b {{\n\tchain in {{\n\t\ttype filter hook input priority filter; policy drop;\n\t}}\n}}\n"
-            ),
-            9999,
-        )
+        let ruleset = format!(
+            "table inet strict {{\n\tset open {{\n\t\ttype inet_service\n\t}}\n\n\
+             \tchain in {{\n\t\ttype filter hook input priority filter; policy drop;\n\t\t{rules}\n\t}}\n}}\n\
+             table ip filter {{\n\tchain INPUT {{\n\t\ttype filter hook input priority filter; policy accept;\n\t}}\n}}\n\
+             table bridge b {{\n\tchain in {{\n\t\ttype filter hook input priority filter; policy drop;\n\t}}\n}}\n"
+        );
+        let tables = nft_tables(&ruleset, &captured());
+        tables.iter().flat_map(|table| table.barriers(9999)).collect()
     }
 
     #[test]
@@ -386,28 +708,108 @@ mod tests {
             "tcp dport 22 accept\n\t\taccept_nothing",
             "iifname \"docker0\" udp dport 53 accept",
             "tcp dport 9999 drop",
+            "ct state established,related accept",
+            "ct state vmap { established : accept, related : accept, invalid : drop }",
+            "iifname != \"docker0\" accept",
+            "iifname \"docker0\" meta l4proto udp accept",
+            "tcp dport != 9999 accept",
             "iif \"lo\" accept\n\t}\n\tchain forward {\n\t\tiifname \"docker0\" accept",
         ] {
-            let expected = Barrier {
-                chain: "chain inet strict in of nft has the policy drop".to_owned(),
-                remedy: "nft insert rule inet strict in tcp dport 9999 ct status dnat accept"
-                    .to_owned(),
-            };
-            assert_eq!(nft(closed), [expected], "{closed}");
+            let found = nft(closed);
+            assert_eq!(found.len(), 1, "{closed}");
+            let remedy = "nft insert rule inet strict in tcp dport 9999 ct status dnat accept";
+            assert_eq!(found[0].remedy, remedy, "{closed}");
+            assert!(
+                found[0].chain.starts_with("chain inet strict in of nft "),
+                "{}",
+                found[0].chain
+            );
         }
         for open in [
             "tcp dport 9999 accept",
             "tcp dport { 22, 9000-10000 } accept",
-            "tcp dport @open accept",
             "ct status dnat accept",
             "iifname \"br-1234\" accept",
+            "iifname { \"eth0\", \"podman0\" } counter accept",
+            "iifname \"br-*\" accept",
             "iifname \"docker0\" goto filter_IN_docker",
             "jump more\n\t}\n\tchain more {\n\t\ttcp dport 9999 accept",
             "accept",
+            "ct state new log prefix \"drop all \" accept",
             // What it holds was not read.
-            "tcp dport @unread accept",
+            "tcp dport @open accept",
         ] {
             assert_eq!(nft(open), [], "{open}");
         }
+    }
+
+    #[test]
+    fn what_drops_in_nft_is_named() {
+        for (rules, expected) in [
+            ("", "has the policy drop"),
+            ("counter drop", "ends with \"counter drop\""),
+            (
+                "meta l4proto tcp reject with tcp reset\n\t\tcounter",
+                "has the rule \"meta l4proto tcp reject with tcp reset\"",
+            ),
+            ("tcp dport 1024-65535 drop", "ends with \"tcp dport 1024-65535 drop\""),
+        ] {
+            assert_eq!(nft(rules)[0].chain, format!("chain inet strict in of nft {expected}"));
+        }
+        let ruleset = "table ip filter {\n\tchain host-fw {\n\t\t counter drop\n\t}\n\
+            \tchain INPUT {\n\t\ttype filter hook input priority filter; policy drop;\n\t\tcounter jump host-fw\n\t}\n}\n";
+        let tables = nft_tables(ruleset, &captured());
+        let found: Vec<_> = tables.iter().flat_map(|table| table.barriers(9999)).collect();
+        assert_eq!(found[0].chain, "chain host-fw of iptables ends with \"counter drop\"");
+        assert!(found[0].remedy.starts_with("iptables -I INPUT "), "{}", found[0].remedy);
+    }
+
+    #[test]
+    fn a_chain_that_knows_connections_by_their_state_is_closed_to_untracked_answers() {
+        let closed = |rules: &str, policy: &str| {
+            let head = format!("type filter hook input priority filter; policy {policy};");
+            let ruleset =
+                format!("table inet strict {{\n\tchain in {{\n\t\t{head}\n\t\t{rules}\n\t}}\n}}\n");
+            let filters = [Ok(String::new()), Ok(String::new())];
+            Listings { nft: Ok(ruleset), filters }.closed()
+        };
+        for rules in [
+            "ct status dnat accept",
+            "ct state new,established accept",
+            "tcp dport 9999 accept",
+            "iif \"docker0\" accept",
+        ] {
+            let expected = "chain inet strict in of nft has the policy drop";
+            assert_eq!(closed(rules, "drop").as_deref(), Some(expected), "{rules}");
+            assert_eq!(closed(rules, "accept"), None);
+        }
+        assert_eq!(closed("accept", "drop"), None);
+        assert!(closed("counter drop", "accept").is_some());
+    }
+
+    #[test]
+    fn the_likeliest_of_the_rules_that_drop_some_connections_is_named() {
+        let of = |rules: &str| {
+            let ruleset = format!(
+                "table inet strict {{\n\tchain in {{\n\t\ttype filter hook input priority filter; policy accept;\n\
+                 \t\tjump more\n\t}}\n\tchain more {{\n\t\t{rules}\n\t}}\n\
+                 \tchain elsewhere {{\n\t\tdrop\n\t}}\n}}\n"
+            );
+            let filters = [Ok(String::new()), Ok(String::new())];
+            Listings { nft: Ok(ruleset), filters }.suspect(&captured())
+        };
+        let one = of("ip saddr 10.0.0.0/8 tcp dport 22 drop\n\t\tip saddr 172.16.0.0/12 drop");
+        assert_eq!(
+            one.chain,
+            "chain inet strict more of nft has the rule \"ip saddr 172.16.0.0/12 drop\""
+        );
+        assert_eq!(
+            one.remedy,
+            "nft insert rule inet strict in tcp dport 9999 ct status dnat accept"
+        );
+        let best = of("ct state invalid drop\n\t\tiifname \"docker0\" tcp dport 1024-65535 drop");
+        let rule = "has the rule \"iifname \\\"docker0\\\" tcp dport 1024-65535 drop\", or one of 1 others that drop";
+        assert_eq!(best.chain, format!("chain inet strict more of nft {rule}"));
+        assert_eq!(of("accept"), Barrier::unknown(9999));
     }
 }

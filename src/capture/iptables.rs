@@ -1,4 +1,5 @@
-//! iptables: a chain in the `nat` table for each hook, jumped to once from there, replaced in one transaction a family.
+//! iptables: a chain in the `nat` table for each hook, jumped to once from there, replaced in one transaction a family. The
+//! programs write the rules. Where they write to nf_tables, the rules are read there (`kernel`).
 
 use std::{
     fmt::{self, Write},
@@ -8,24 +9,23 @@ use std::{
 use super::{
     CaptureError, Script,
     change::Change,
-    netlink::{BaseChain, Generation, Socket},
+    netlink::BaseChain,
     place::{self, Place},
     program::{Program, ProgramError},
     rules::{Hook, MARK, Rules},
 };
 use crate::{config::CaptureScope, table::RouteKey};
 
+mod kernel;
+
+use kernel::{Entry, Kernel};
+
 /// What arrives.
 const PREROUTING: Entry = Entry { name: "PREROUTING", chain: "EMBASSY" };
 /// The host's own connections.
 const OUTPUT: Entry = Entry { name: "OUTPUT", chain: "EMBASSY_OUTPUT" };
 
-/// A chain that every table has, and ours that it jumps to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Entry {
-    name: &'static str,
-    chain: &'static str,
-}
+const ENTRIES: [Entry; 2] = [PREROUTING, OUTPUT];
 
 /// The comment by which the original program's startup script marked its rules.
 const ANCESTOR: &str = "embassy_redirection";
@@ -49,26 +49,24 @@ const FAMILIES: [Family; 2] = [
 /// The writer of our chains.
 #[derive(Debug)]
 pub struct Iptables {
-    /// Reports whether any program changed anything, if the programs write to nf_tables. With the older `legacy` programs only
-    /// a listing tells.
-    watch: Option<(Socket, Generation)>,
+    /// Reads the rules, if the programs write to nf_tables. With the older `legacy` programs only their own listing tells.
+    kernel: Option<Kernel>,
     /// Right after they were written.
     listed: Option<String>,
+    /// The port of the captured connections that `kernel` counts.
+    counted: Option<u16>,
 }
 
 impl Iptables {
     /// An error if the programs do not work.
     pub(super) async fn open() -> Result<Self, CaptureError> {
         let [v4, _] = FAMILIES;
+        if is_nf_tables(v4.save.run(&["--version"], "").await?) {
+            v4.restore.run(&["--version"], "").await?;
+            return Ok(Self { kernel: Some(Kernel::open()?), listed: None, counted: None });
+        }
         v4.nat().await?;
-        let version = v4.save.run(&["--version"], "").await?;
-        let watch = || {
-            let mut socket = Socket::open().ok()?;
-            let seen = socket.generation().ok()?;
-            Some((socket, seen))
-        };
-        let watch = if version.contains("nf_tables") { watch() } else { None };
-        Ok(Self { watch, listed: None })
+        Ok(Self { kernel: None, listed: None, counted: None })
     }
 
     pub(super) fn stands(&self) -> bool {
@@ -79,11 +77,21 @@ impl Iptables {
     /// since; `None`: nothing.
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         self.listed = None;
-        let written = apply(rules).await?;
-        if let Some((socket, seen)) = &mut self.watch {
-            *seen = socket.generation()?;
+        let written = self.apply(rules).await?;
+        if let Some(kernel) = &mut self.kernel {
+            let port = rules.shape.port;
+            if rules.shape.counted && self.counted != Some(port) {
+                // Without it, rules of others that drop are found only by reading them.
+                match kernel.count(port) {
+                    Ok(()) => self.counted = Some(port),
+                    Err(error) => {
+                        tracing::debug!(%error, "cannot count the captured connections that arrive")
+                    }
+                }
+            }
+            kernel.has_changed()?;
         }
-        let listed = installed().await?;
+        let listed = self.installed().await?;
         let torn = torn(listed.as_deref(), written);
         if torn.is_none() {
             self.listed = Some(listed.unwrap_or_default());
@@ -93,22 +101,90 @@ impl Iptables {
 
     /// Whether another program may have changed something since the last call.
     pub(super) fn others_changed(&mut self) -> Result<bool, CaptureError> {
-        let Some((socket, seen)) = &mut self.watch else { return Ok(true) };
-        let now = socket.generation()?;
-        Ok(std::mem::replace(seen, now) != now)
+        match &mut self.kernel {
+            Some(kernel) => Ok(kernel.has_changed()?),
+            None => Ok(true),
+        }
+    }
+
+    /// The numbers of captured connections that arrived, and of those that passed other programs' rules.
+    pub(super) fn arrivals(&mut self) -> Result<Option<(u64, u64)>, CaptureError> {
+        match &mut self.kernel {
+            Some(kernel) if self.counted.is_some() => Ok(kernel.counts()?),
+            _ => Ok(None),
+        }
     }
 
     /// What other programs changed in our rules, and what is missing, as text. `None`: nothing.
     pub(super) async fn damage(&mut self) -> Result<Option<(Change, String)>, CaptureError> {
-        let Some(before) = &self.listed else { return Ok(None) };
-        let now = installed().await?;
-        if now.as_deref().unwrap_or_default() == before {
-            return Ok(None);
+        let Some(before) = self.listed.take() else { return Ok(None) };
+        let now = self.installed().await;
+        // What cannot be read says nothing of what is there.
+        if now.as_ref().is_ok_and(|now| now.as_deref().unwrap_or_default() != before) {
+            return Ok(Some(Change::of(&before, now?.as_deref())));
         }
-        let found = Change::of(before, now.as_deref());
-        self.listed = None;
-        Ok(Some(found))
+        self.listed = Some(before);
+        now.map(|_| None)
     }
+
+    /// Replaces the chains' rules with `rules`. Returns the number of lines that [`Self::installed`] has of them.
+    async fn apply(&mut self, rules: &Rules) -> Result<usize, CaptureError> {
+        let mut written = 0;
+        for family in FAMILIES.into_iter().filter(|family| !family.v6 || rules.shape.v6) {
+            let lines = match self.saved(family).await {
+                Ok(lines) => lines,
+                // A host without IPv6 has no NAT for it either.
+                Err(_) if family.v6 && !uses_v6(rules) => continue,
+                Err(error) => return Err(error),
+            };
+            // Merely writing would make the chains that every table has.
+            if family.v6 && !uses_v6(rules) && ours(&lines).is_empty() {
+                continue;
+            }
+            let script = script(rules, family.v6, &lines);
+            match &mut self.kernel {
+                Some(kernel) => {
+                    family.write(&without_deletions(&script)).await?;
+                    kernel.settle(family.v6, &script, &ENTRIES)?;
+                }
+                None => family.write(&script).await?,
+            }
+            let jumps = if rules.shape.redirect { 2 } else { 1 };
+            written += script.lines().filter(|line| line.starts_with("-A ")).count() + jumps;
+        }
+        Ok(written)
+    }
+
+    /// Our rules as the kernel has them, and whether each jump comes first; `None` if there are none.
+    async fn installed(&mut self) -> Result<Option<String>, CaptureError> {
+        let mut all = String::new();
+        for family in FAMILIES {
+            match self.saved(family).await {
+                Ok(lines) => all.push_str(&ours(&lines)),
+                Err(error) if family.v6 => tracing::debug!(%error, "iptables has no NAT for IPv6"),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok((!all.is_empty()).then_some(all))
+    }
+
+    /// A family's `nat` table in the form of `iptables-save`.
+    async fn saved(&mut self, family: Family) -> Result<String, CaptureError> {
+        match &mut self.kernel {
+            Some(kernel) => Ok(kernel.saved(family.v6, &ENTRIES)?),
+            None => Ok(family.nat().await?),
+        }
+    }
+}
+
+/// Whether the programs write to nf_tables.
+fn is_nf_tables(version: String) -> bool {
+    version.contains("nf_tables")
+}
+
+/// What [`Kernel::settle`] deletes by handle.
+fn without_deletions(script: &str) -> String {
+    script.split_inclusive('\n').filter(|line| !line.starts_with("-D ")).collect()
 }
 
 /// What others have changed since so many lines were written, by what is there; `None`: nothing.
@@ -131,8 +207,17 @@ pub(super) async fn place(chains: &[BaseChain], hook: Hook) -> Result<Place, Cap
         Hook::Output => OUTPUT,
         Hook::Input => return Ok(Place::Absent),
     };
+    let earlier = place::before_iptables(chains, hook);
     let [v4, _] = FAMILIES;
-    Ok(place_in(&v4.nat().await?, entry, place::before_iptables(chains, hook)))
+    if !is_nf_tables(v4.save.run(&["--version"], "").await?) {
+        return Ok(place_in(&v4.nat().await?, entry, earlier));
+    }
+    let place = place_in(&Kernel::open()?.saved(false, &ENTRIES)?, entry, earlier.clone());
+    // The program shows the rule that comes first as people know it, if it can show the table.
+    match v4.nat().await.map(|saved| place_in(&saved, entry, earlier)) {
+        Ok(Place::Behind(what)) if matches!(place, Place::Behind(_)) => Ok(Place::Behind(what)),
+        _ => Ok(place),
+    }
 }
 
 /// In what `iptables-save` says; `earlier` comes before iptables.
@@ -151,61 +236,37 @@ fn place_in(saved: &str, entry: Entry, earlier: Option<String>) -> Place {
     }
 }
 
-/// Replaces the chains' rules with `rules`. Returns the number of lines that [`installed`] has of them.
-async fn apply(rules: &Rules) -> Result<usize, ProgramError> {
-    let mut written = 0;
-    for family in FAMILIES {
-        let lines = match family.nat().await {
-            Ok(lines) => lines,
-            // A host without IPv6 has no NAT for it either.
-            Err(_) if family.v6 && !uses_v6(rules) => continue,
-            Err(error) => return Err(error),
-        };
-        // Merely writing would make the chains that every table has.
-        if family.v6 && !uses_v6(rules) && ours(&lines).is_empty() {
-            continue;
-        }
-        let script = script(rules, family.v6, &lines);
-        family.write(&script).await?;
-        let jumps = if rules.shape.redirect { 2 } else { 1 };
-        written += script.lines().filter(|line| line.starts_with("-A ")).count() + jumps;
-    }
-    Ok(written)
-}
-
-/// What [`apply`] would do on a host without rules of embassy.
-pub(super) async fn plan(rules: &Rules) -> Result<Vec<Script>, ProgramError> {
+/// What [`Iptables::load`] would do on a host without rules of embassy.
+pub(super) fn plan(rules: &Rules) -> Vec<Script> {
     let mut scripts = Vec::new();
     for family in FAMILIES.into_iter().filter(|family| !family.v6 || uses_v6(rules)) {
-        let lines = family.nat().await?;
-        let others = lines.lines().filter(|line| !is_jump(line) && !is_ancestors(line));
-        let others = others.collect::<Vec<_>>().join("\n");
         scripts.push(Script {
             command: format!("{} {}", family.restore.0, RESTORE.join(" ")),
-            text: script(rules, family.v6, &others),
+            text: script(rules, family.v6, ""),
         });
     }
-    Ok(scripts)
-}
-
-/// Our rules as the kernel has them, and whether each jump comes first; `None` if there are none.
-async fn installed() -> Result<Option<String>, ProgramError> {
-    let mut all = String::new();
-    for family in FAMILIES {
-        match family.nat().await {
-            Ok(lines) => all.push_str(&ours(&lines)),
-            Err(error) if family.v6 => tracing::debug!(%error, "iptables has no NAT for IPv6"),
-            Err(error) => return Err(error),
-        }
-    }
-    Ok((!all.is_empty()).then_some(all))
+    scripts
 }
 
 /// Removes our chain and its jumps, and the rules of the original program. Returns whether there was anything.
-pub(super) async fn remove() -> Result<bool, ProgramError> {
-    let mut found = false;
-    let mut first_error = None;
-    for family in FAMILIES {
+pub(super) async fn remove() -> Result<bool, CaptureError> {
+    let in_kernel = Kernel::open().and_then(|mut kernel| kernel.remove(&ENTRIES, ANCESTOR));
+    let (mut found, mut first_error) = match in_kernel {
+        Ok(found) => (found, None),
+        Err(error) if error.is_missing() => (false, None),
+        Err(error) => (false, Some(CaptureError::from(error))),
+    };
+    // The older programs' rules are not in nf_tables.
+    let [v4, _] = FAMILIES;
+    let is_legacy = match v4.save.run(&["--version"], "").await {
+        Ok(version) => !is_nf_tables(version),
+        Err(error) => {
+            // Without the program there are no rules that only it shows.
+            first_error = first_error.or((!found).then_some(error.into()));
+            false
+        }
+    };
+    for family in FAMILIES.into_iter().filter(|_| is_legacy) {
         let removed = match family.nat().await {
             Ok(lines) => match removal(&lines) {
                 Some(script) => family.write(&script).await.map(|()| true),
@@ -216,7 +277,7 @@ pub(super) async fn remove() -> Result<bool, ProgramError> {
         };
         match removed {
             Ok(removed) => found |= removed,
-            Err(error) => first_error = first_error.or(Some(error)),
+            Err(error) => first_error = first_error.or(Some(error.into())),
         }
     }
     first_error.map_or(Ok(found), Err)
@@ -224,7 +285,7 @@ pub(super) async fn remove() -> Result<bool, ProgramError> {
 
 impl Family {
     async fn nat(self) -> Result<String, ProgramError> {
-        self.save.run(&["-t", "nat"], "").await
+        self.save.saved("nat").await
     }
 
     async fn write(self, script: &str) -> Result<(), ProgramError> {
@@ -233,9 +294,13 @@ impl Family {
 }
 
 fn uses_v6(rules: &Rules) -> bool {
-    rules.places.vips.union(&rules.places.own).any(IpAddr::is_ipv6)
-        && (rules.shape.scope == CaptureScope::All
-            || rules.declared.iter().any(|key| key.source.is_ipv6()))
+    let Rules { shape, places, declared, .. } = rules;
+    shape.v6
+        && places.vips.union(&places.own).any(IpAddr::is_ipv6)
+        && (shape.scope == CaptureScope::All
+            || declared.iter().any(|key| key.source.is_ipv6())
+            // Even the very first container with an IPv6 address may dial before it is known.
+            || shape.unknown && places.networks.iter().any(|network| network.addr().is_ipv6()))
 }
 
 /// One transaction: the chains with all their rules, and the jumps if they are not first already. `now` is what `iptables-save` says.
@@ -318,7 +383,7 @@ fn jump(out: &mut String, now: &str, entry: Entry, matched: &str) -> fmt::Result
     let wanted = format!("{matched}-j {}", entry.chain);
     if let [only] = present[..]
         && rules_of(now, entry).next() == Some(only)
-        && only.ends_with(&wanted)
+        && only.strip_prefix(&format!("-A {} ", entry.name)) == Some(wanted.as_str())
     {
         return Ok(());
     }
@@ -332,7 +397,7 @@ fn removal(now: &str) -> Option<String> {
     for line in rules_in(now).filter(|line| is_jump(line) || is_ancestors(line)) {
         let _ = delete(&mut out, line);
     }
-    for Entry { chain, .. } in [PREROUTING, OUTPUT] {
+    for Entry { chain, .. } in ENTRIES {
         if now.lines().any(|line| line.starts_with(&format!(":{chain} "))) {
             let _ = writeln!(out, "-F {chain}\n-X {chain}");
         }
@@ -347,7 +412,7 @@ fn removal(now: &str) -> Option<String> {
 /// What is ours in `iptables-save`'s text, with each jump's place.
 fn ours(now: &str) -> String {
     let mut out = String::new();
-    for entry in [PREROUTING, OUTPUT] {
+    for entry in ENTRIES {
         let chain = format!("-A {} ", entry.chain);
         for line in rules_in(now).filter(|line| line.starts_with(&chain)) {
             let _ = writeln!(out, "{line}");
@@ -369,7 +434,7 @@ fn rules_of<'a>(now: &'a str, entry: Entry) -> impl Iterator<Item = &'a str> + u
 }
 
 fn is_jump(line: &str) -> bool {
-    [PREROUTING, OUTPUT].iter().any(|entry| line.ends_with(&format!(" -j {}", entry.chain)))
+    ENTRIES.iter().any(|entry| line.ends_with(&format!(" -j {}", entry.chain)))
 }
 
 fn is_ancestors(line: &str) -> bool {
@@ -395,8 +460,7 @@ pub(crate) fn fuzz(input: &[u8]) {
     let Some(script) = removal(&listing) else { return };
     // Removes only our own rules and those of the original program.
     for line in script.lines().filter(|line| line.starts_with('-')) {
-        let own =
-            [PREROUTING, OUTPUT].iter().any(|entry| line.ends_with(&format!(" {}", entry.chain)));
+        let own = ENTRIES.iter().any(|entry| line.ends_with(&format!(" {}", entry.chain)));
         assert!(own || line.contains(ANCESTOR), "{line}");
     }
 }
@@ -488,6 +552,27 @@ COMMIT
         let v6 = script(&example(false, CaptureScope::Declared), true, "*nat\nCOMMIT\n");
         assert!(v6.contains("-s fd00::2 -d fd00::1 -p tcp -m tcp --dport 80"), "{v6}");
         assert!(!v6.contains("172."), "{v6}");
+    }
+
+    #[test]
+    fn strangers_of_ipv6_need_rules_before_any_consumer_of_ipv6() {
+        let mut rules = with_unknown(example(false, CaptureScope::Declared));
+        rules.declared.retain(|key| key.source.is_ipv4());
+        assert!(uses_v6(&rules));
+        let v6 = script(&rules, true, "");
+        assert!(v6.contains("-s fd00::/64 -d fd00::1 -p tcp -j REDIRECT"), "{v6}");
+        for change in [
+            |rules: &mut Rules| rules.shape.unknown = false,
+            |rules: &mut Rules| rules.shape.v6 = false,
+            |rules: &mut Rules| {
+                rules.places.networks.retain(|network| network.addr().is_ipv4());
+            },
+            |rules: &mut Rules| rules.places.vips.retain(IpAddr::is_ipv4),
+        ] {
+            let mut without = rules.clone();
+            change(&mut without);
+            assert!(!uses_v6(&without), "{without:?}");
+        }
     }
 
     #[test]

@@ -154,6 +154,8 @@ pub(super) enum Term {
     Translated,
     MetaMark(u32),
     SocketMark(u32),
+    /// The packet goes out by (or came in by) another interface than loopback.
+    NotLoopback(Direction),
     /// A socket of this host listens or is connected there: on all addresses (`true`), or on this one.
     Socket(bool),
     Counter,
@@ -162,6 +164,13 @@ pub(super) enum Term {
     Jump(&'static str),
     Redirect(u16),
     Notrack,
+}
+
+/// Which of a packet's interfaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    In,
+    Out,
 }
 
 /// Which of a packet's addresses.
@@ -225,6 +234,7 @@ const LAST: i32 = 2_000_000_000;
 /// All our sets.
 pub(super) fn sets(shape: &Shape) -> impl Iterator<Item = Set> + use<> {
     let Shape { redirect, unknown, notrack, .. } = *shape;
+    let families = families(shape);
     let wanted = [
         (Members::Vips, true),
         (Members::Own, redirect),
@@ -237,7 +247,12 @@ pub(super) fn sets(shape: &Shape) -> impl Iterator<Item = Set> + use<> {
     wanted
         .into_iter()
         .filter(|(_, wanted)| *wanted)
-        .flat_map(|(members, _)| Family::ALL.map(|family| Set { members, family }))
+        .flat_map(move |(members, _)| families.iter().map(move |&family| Set { members, family }))
+}
+
+/// The families that are captured.
+fn families(shape: &Shape) -> &'static [Family] {
+    if shape.v6 { &Family::ALL } else { &[Family::V4] }
 }
 
 /// What a set of these rules holds. Sorted.
@@ -339,7 +354,8 @@ pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
     let (vips, declared) = (of(Members::Vips), of(Members::Declared));
     let redirect = Term::Redirect(shape.port);
     let nat = |hook| Base { kind: BaseKind::Nat, hook, priority: shape.priority };
-    let both = |rule: &dyn Fn(Family) -> Vec<Term>| Family::ALL.map(rule).to_vec();
+    let families = families(shape);
+    let each = |rule: &dyn Fn(Family) -> Vec<Term>| families.iter().copied().map(rule).collect();
 
     let mut chains = Vec::new();
     if shape.unknown {
@@ -352,14 +368,14 @@ pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
         let rules = rules.map(|rule| [vec![Term::Tcp], rule].concat()).to_vec();
         chains.push(Chain { name: "unknown", base: None, rules });
     }
-    let rules = both(&|family| {
+    let rules: Vec<_> = each(&|family| {
         let declared = Term::AddressPort(Source, declared(family));
         vec![Term::Address(Destination, vips(family)), declared, redirect]
     });
     chains.push(Chain { name: "declared", base: None, rules });
 
     let mut rules = vec![vec![Term::Jump("declared")]];
-    for family in Family::ALL {
+    for &family in families {
         if shape.redirect {
             let own = Term::Address(Destination, of(Members::Own)(family));
             rules.push(vec![own, Term::AddressPort(Source, declared(family)), redirect]);
@@ -378,33 +394,51 @@ pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
 
     if shape.redirect {
         let mut rules = vec![vec![Term::MetaMark(MARK), Term::Return]];
-        rules.extend(both(&|family| {
+        let spared: Vec<_> = each(&|family| {
             let spared = Term::AddressPort(Destination, of(Members::Spared)(family));
             vec![spared, Term::Return]
-        }));
+        });
+        rules.extend(spared);
         rules.push(vec![Term::Jump("declared")]);
         chains.push(Chain { name: "output", base: Some(nat(Hook::Output)), rules });
     }
     if shape.notrack {
         // Our own connections pass connection tracking by. What comes back is known by the socket that it belongs to: others
-        // on this host may have connections to the same endpoints, translated ones even.
-        for (name, hook, side, mark) in [
-            ("untracked_out", Hook::Output, Destination, Term::MetaMark(MARK)),
-            ("untracked_in", Hook::Prerouting, Source, Term::SocketMark(MARK)),
+        // on this host may have connections to the same endpoints, translated ones even. A connection to an address of this
+        // host itself stays tracked: the engine may translate it, as it does to reach a published port.
+        for (name, hook, side, away, mark) in [
+            (
+                "untracked_out",
+                Hook::Output,
+                Destination,
+                Term::NotLoopback(Direction::Out),
+                Term::MetaMark(MARK),
+            ),
+            (
+                "untracked_in",
+                Hook::Prerouting,
+                Source,
+                Term::NotLoopback(Direction::In),
+                Term::SocketMark(MARK),
+            ),
         ] {
-            let rules = both(&|family| {
+            let rules = each(&|family| {
                 let near = Term::Address(side, of(Members::Near)(family));
-                vec![near, Term::Tcp, mark, Term::Notrack]
+                vec![near, Term::Tcp, away, mark, Term::Notrack]
             });
             let base = Base { kind: BaseKind::Filter, hook, priority: RAW };
             chains.push(Chain { name, base: Some(base), rules });
         }
     }
-    chains.extend(
-        [(ARRIVING, FIRST), (ARRIVED, LAST)]
-            .map(|(name, priority)| watch(name, priority, shape.port)),
-    );
+    if shape.counted {
+        chains.extend(counting(shape.port));
+    }
     chains
+}
+
+/// The chains that count captured connections before and after all chains of others.
+pub(super) fn counting(port: u16) -> [Chain; 2] {
+    [(ARRIVING, FIRST), (ARRIVED, LAST)].map(|(name, priority)| watch(name, priority, port))
 }
 
 /// Counts captured connections on their way to our listener. If the first of two such chains counts more than the last,
@@ -424,5 +458,5 @@ pub(super) fn remains(shape: &Shape) -> Vec<Chain> {
         Chain { name: hook.nft(), base: Some(base), rules: Vec::new() }
     };
     let nat = hooks.into_iter().flatten().map(nat);
-    nat.chain([watch(ARRIVING, FIRST, shape.port)]).collect()
+    nat.chain(shape.counted.then(|| watch(ARRIVING, FIRST, shape.port))).collect()
 }

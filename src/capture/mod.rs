@@ -90,7 +90,7 @@ pub async fn remove_leftovers() -> [(Firewall, Result<bool, CaptureError>); 2] {
     };
     [
         (Firewall::Nft, none_if_missing(nft::remove_leftovers().await)),
-        (Firewall::Iptables, none_if_missing(iptables::remove().await.map_err(Into::into))),
+        (Firewall::Iptables, none_if_missing(iptables::remove().await)),
     ]
 }
 
@@ -116,7 +116,7 @@ pub async fn plan(
             let text = text::of(&rules, backend.is_owned());
             vec![Script { command: "nft -f -".to_owned(), text }]
         }
-        Firewall::Iptables => iptables::plan(&rules).await?,
+        Firewall::Iptables => iptables::plan(&rules),
     };
     Ok((backend.firewall(), scripts))
 }
@@ -146,6 +146,8 @@ pub struct Standing {
     pub error: Option<String>,
     /// When the rules were last restored, and what was missing.
     pub restored: Option<(Instant, String)>,
+    /// The optional parts of the rules that the firewall cannot do, and why.
+    pub lacks: Vec<(rules::Part, String)>,
     /// Obstacles for captured connections.
     pub barriers: Vec<input::Barrier>,
 }

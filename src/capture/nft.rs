@@ -16,7 +16,7 @@ use super::{
     netlink::{
         self, BaseChain, Generation, Listing, Messages, NetlinkError, Socket, Table, TableName,
     },
-    rules::{DRAINING, NAME, RuleChanges, Rules, Shape},
+    rules::{DRAINING, NAME, Optional, Part, RuleChanges, Rules, Shape},
 };
 
 /// The writer of our table.
@@ -25,6 +25,7 @@ pub struct Nft {
     socket: Socket,
     /// Whether the table belongs to the socket.
     owned: bool,
+    lacks: Vec<(Part, String)>,
     written: Option<Written>,
     /// The last known generation, by us or by another program.
     seen: Generation,
@@ -41,16 +42,24 @@ struct Written {
 }
 
 impl Nft {
-    /// An error if the kernel cannot do what rules of this shape need. It changes nothing. `shared`: other programs can
-    /// change the table.
+    /// An error if the kernel cannot do what rules of this shape need, without the parts that they can do without. It changes
+    /// nothing. `shared`: other programs can change the table.
     pub(super) fn open(shape: &Shape, shared: bool) -> Result<Self, CaptureError> {
         let mut socket = Socket::open()?;
         let seen = socket.generation()?;
-        let owned = !shared && lacks(&mut socket, shape, true)?.is_none();
-        if !owned && let Some(what) = lacks(&mut socket, shape, false)? {
-            return Err(CaptureError::Lacks(what));
-        }
-        Ok(Self { socket, owned, written: None, seen, others: true })
+        let refused = if shared { None } else { refused(&mut socket, shape, true)? };
+        let owned = refused.is_some();
+        let refused = match refused {
+            Some(refused) => refused,
+            None => self::refused(&mut socket, shape, false)?.unwrap_or_default(),
+        };
+        let lacks = lacking(shape, &refused).map_err(CaptureError::Lacks)?;
+        Ok(Self { socket, owned, lacks, written: None, seen, others: true })
+    }
+
+    /// The optional parts that this kernel cannot do, each with what it lacks.
+    pub(super) fn lacks(&self) -> &[(Part, String)] {
+        &self.lacks
     }
 
     pub(super) fn is_owned(&self) -> bool {
@@ -220,14 +229,52 @@ impl Drop for Draining {
     }
 }
 
-/// What this kernel lacks for our rules, by a batch that applies nothing; `None`: nothing.
-fn lacks(socket: &mut Socket, shape: &Shape, owned: bool) -> Result<Option<String>, CaptureError> {
+/// What this kernel refuses of our rules, by a batch that applies nothing. `None`: it has no tables with an
+/// owner, as those of `owned` are.
+fn refused(
+    socket: &mut Socket,
+    shape: &Shape,
+    owned: bool,
+) -> Result<Option<Vec<String>>, CaptureError> {
     let name = unused_name("embassy_asks_");
     let question = netlink::question(Table { name: &name, owned }, shape);
     let (_, refused) = socket.attempt(&question.messages)?;
     let refused: HashSet<_> = refused.iter().map(|refusal| refusal.message).collect();
-    let lacking = question.needs.into_iter().find(|(message, _)| refused.contains(message));
-    Ok(lacking.map(|(_, what)| what))
+    // The first is the table.
+    let first = question.needs.first().map(|(message, _)| *message);
+    if owned && first.is_some_and(|table| refused.contains(&table)) {
+        return Ok(None);
+    }
+    let is_refused = |(message, _): &(u32, String)| refused.contains(message);
+    let all = question.needs.into_iter().filter(is_refused).map(|(_, what)| what);
+    Ok(Some(all.collect()))
+}
+
+/// The fewest parts without which nothing of this is refused, each with the first of it that is. An error if even without all of
+/// them something is, which it names. Pure.
+fn lacking(shape: &Shape, refused: &[String]) -> Result<Vec<(Part, String)>, String> {
+    let needs = |lacks: Optional| -> HashSet<String> {
+        let table = Table { name: NAME, owned: false };
+        let question = netlink::question(table, &shape.without(lacks));
+        question.needs.into_iter().map(|(_, what)| what).collect()
+    };
+    let first_of = |needs: &HashSet<String>| refused.iter().find(|what| needs.contains(*what));
+    if refused.is_empty() {
+        return Ok(Vec::new());
+    }
+    let choices = Optional::choices();
+    let fewest = choices.iter().copied().find(|lacks| first_of(&needs(*lacks)).is_none());
+    let Some(fewest) = fewest else {
+        let least = needs(choices.last().copied().unwrap_or_default());
+        return Err(first_of(&least).cloned().unwrap_or_default());
+    };
+    // What is refused because of a part is what goes with it.
+    let because = |part| {
+        let others = fewest.parts().filter(|other| *other != part);
+        let with_it = needs(others.fold(Optional::default(), Optional::with));
+        first_of(&with_it).cloned().unwrap_or_default()
+    };
+    Ok(fewest.parts().map(|part| (part, because(part))).collect())
 }
 
 fn owned_by_another(error: NetlinkError, old: Option<&TableName>) -> CaptureError {

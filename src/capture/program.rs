@@ -18,6 +18,11 @@ pub enum ProgramError {
     Failed { program: &'static str, args: String, stderr: String },
     #[error("{program} {args}: no answer within {} s", Program::TIME.as_secs())]
     Silent { program: &'static str, args: String },
+    /// The `nft` program added something to a table that iptables cannot show.
+    #[error(
+        "{program} cannot show table {table}: iptables does not know one of its rules, which another program wrote (nft -a list table ip {table})"
+    )]
+    Unlisted { program: &'static str, table: &'static str },
 }
 
 impl ProgramError {
@@ -29,6 +34,16 @@ impl ProgramError {
 impl Program {
     /// More than any lock that the programs wait for.
     const TIME: Duration = Duration::from_secs(10);
+
+    /// What `iptables-save` prints of a table.
+    pub(super) async fn saved(self, table: &'static str) -> Result<String, ProgramError> {
+        let text = self.run(&["-t", table], "").await?;
+        // Such a table is shown as a comment alone, and the program says that it has done well.
+        match text.lines().any(|line| line.starts_with('#') && line.contains("is incompatible")) {
+            true => Err(ProgramError::Unlisted { program: self.0, table }),
+            false => Ok(text),
+        }
+    }
 
     /// What it prints, given `input`.
     pub(super) async fn run(self, args: &[&str], input: &str) -> Result<String, ProgramError> {
@@ -72,9 +87,38 @@ impl Program {
     }
 }
 
+/// The processor time of all programs that this process has started and that have ended (man 5 proc_pid_stat).
+pub(super) fn time_of_programs() -> Duration {
+    std::fs::read_to_string("/proc/self/stat")
+        .ok()
+        .and_then(|stat| time_in(&stat))
+        .unwrap_or_default()
+}
+
+fn time_in(stat: &str) -> Option<Duration> {
+    // In USER_HZ, which is 100 on every machine that Linux runs on today.
+    const TICK: Duration = Duration::from_millis(10);
+    // The name, in parentheses, may hold anything; cutime and cstime are the 16th and 17th field.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split(' ').skip(13).map(str::parse::<u32>);
+    let (user, system) = (fields.next()?.ok()?, fields.next()?.ok()?);
+    Some(TICK.saturating_mul(user.saturating_add(system)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn the_time_of_programs_is_counted_when_they_end() {
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 70 8 20 0 1 0";
+        assert_eq!(time_in(stat), Some(Duration::from_millis(780)));
+        assert_eq!(time_in("7 (a) S 1"), None);
+        let before = time_of_programs();
+        let work = "n=0; while [ $n -lt 100000 ]; do n=$((n + 1)); done";
+        Program("sh").run(&["-c", work], "").await.unwrap();
+        assert!(time_of_programs() > before);
+    }
 
     #[tokio::test]
     async fn a_program_that_fails_without_a_word_is_told_by_its_end() {

@@ -18,9 +18,10 @@ use super::{
     CaptureCounts, CaptureError, Change, Firewall,
     arrivals::Arrivals,
     backend::Backend,
-    input::{self, Barrier, Detail, Listings},
+    input::{self, Barrier, Captured, Listings},
     place::First,
-    rules::{PRIORITY, Places, RuleChanges, RuleSettings, Rules},
+    program::time_of_programs,
+    rules::{Optional, PRIORITY, Part, Places, RuleChanges, RuleSettings, Rules},
 };
 use crate::{
     events::{Event, Events},
@@ -32,6 +33,10 @@ use crate::{
 pub(super) struct Reconciler {
     backend: Backend,
     settings: RuleSettings,
+    /// The parts that fell away because rules with them were refused, not because the kernel said so before.
+    refused: Optional,
+    /// When rules without them were last tried.
+    reduced: Option<Instant>,
     counts: Arc<CaptureCounts>,
     events: Events,
     /// The table of the current rules, and their places.
@@ -51,11 +56,16 @@ pub(super) struct Reconciler {
 /// The rules of other programs that matter to us.
 #[derive(Default)]
 struct Surroundings {
-    /// When others' rules were read last, and whether they may have changed since.
-    read: Option<Instant>,
+    /// When the counts were looked at last.
+    looked: Option<Instant>,
+    /// When others' rules may be read again, and whether they may have changed since they were.
+    rest: Option<Instant>,
     may_have_changed: bool,
     /// They are being read: a program may take seconds for it, which the rules of a new container must not wait.
-    reading: JoinSet<Listings>,
+    reading: JoinSet<(Listings, Duration)>,
+    /// By what was read last: the chains that seem to drop captured connections, and the rule that does if none of them seems to.
+    readable: Vec<Barrier>,
+    suspect: Option<Barrier>,
     /// Why `--notrack` is refused, as last logged.
     tracked_for: Option<String>,
     /// The obstacles for captured connections, as last logged.
@@ -67,8 +77,15 @@ struct Surroundings {
 
 /// Poll interval for changes by other programs: rules must be restored within 5 s. With nf_tables this is one short call.
 const CHECK: Duration = Duration::from_secs(1);
+/// Minimum interval between two attempts to find out which part of the rules is refused.
+const REDUCE: Duration = Duration::from_secs(15);
+/// The same, whether one no longer is: after another program changed something.
+const COME_BACK: Duration = Duration::from_secs(60);
 /// Minimum interval for reading other programs' rules, which starts programs.
 const READ: Duration = Duration::from_secs(5);
+/// The same, as a multiple of the processor time that it took: however large they are, and however often they change, it costs one hundredth
+/// of a processor at most.
+const REST: u32 = 100;
 
 impl Reconciler {
     pub(super) fn new(
@@ -78,9 +95,11 @@ impl Reconciler {
         ready: Guard,
         events: Events,
     ) -> Self {
-        Self {
+        let mut new = Self {
             backend,
             settings,
+            refused: Optional::default(),
+            reduced: None,
             counts,
             events,
             applied: None,
@@ -90,7 +109,24 @@ impl Reconciler {
             ready: Some(ready),
             priority: PRIORITY,
             surroundings: Surroundings { may_have_changed: true, ..Surroundings::default() },
+        };
+        let lacks = new.backend.lacks().to_vec();
+        let parts = lacks.iter().map(|(part, _)| *part);
+        new.settings.lacks = parts.fold(new.settings.lacks, Optional::with);
+        new.tell_lacks(lacks);
+        new
+    }
+
+    /// Logs the optional parts of the rules that fell away.
+    fn tell_lacks(&self, lacks: Vec<(Part, String)>) {
+        for (part, reason) in &lacks {
+            warn!(
+                loss = part.loss(),
+                reason,
+                "the firewall cannot do an optional part of the rules; capturing without it"
+            );
         }
+        self.counts.stand(|standing| standing.lacks.extend(lacks));
     }
 
     /// Runs until it is stopped, or there are no more tables. The rules stay. Returns the backend, which can remove them.
@@ -127,8 +163,8 @@ impl Reconciler {
             if is_check {
                 self.look_around();
             }
-            if let Some(listings) = listings {
-                self.learn(&listings, &table).await;
+            if let Some((listings, took)) = listings {
+                self.learn(listings, took, &table).await;
             }
         }
         self.counts.stand(|standing| standing.in_place = false);
@@ -201,8 +237,8 @@ impl Reconciler {
     /// Writes all rules.
     async fn load(&mut self, table: &Arc<Table>) -> Result<(), CaptureError> {
         self.applied = None;
-        if self.settings.notrack && self.surroundings.read.is_none() {
-            self.judge_notrack(&Listings::read(Detail::Chains).await);
+        if self.settings.leaves_untracked() && self.surroundings.rest.is_none() {
+            self.judge_notrack(&Listings::read().await);
         }
         if let Some(first) = self.first_of_others()?
             && let Some(place) = first.place_before(self.priority)
@@ -212,8 +248,66 @@ impl Reconciler {
         let places = self.places(table);
         let start = Instant::now();
         let rules = whole(table, &self.settings, &places, self.priority);
-        let torn = self.backend.load(&rules).await?;
+        let (places, torn) = match self.backend.load(&rules).await {
+            Ok(torn) => (places, torn),
+            Err(error) => self.load_reduced(table, &rules, error).await?,
+        };
         self.written(table, places, torn, start);
+        Ok(())
+    }
+
+    /// Writes all rules except an optional part, if that is the reason why they are refused.
+    async fn load_reduced(
+        &mut self,
+        table: &Table,
+        rules: &Rules,
+        error: CaptureError,
+    ) -> Result<(Places, Option<Change>), CaptureError> {
+        if self.reduced.is_some_and(|last| last.elapsed() < REDUCE) {
+            return Err(error);
+        }
+        self.reduced = Some(Instant::now());
+        // A part is the reason only if the rules fail again, and then do not without it: not if something else was in the way.
+        let error = match self.backend.load(rules).await {
+            Ok(torn) => return Ok((rules.places.clone(), torn)),
+            Err(error) => error,
+        };
+        let may_be_refused = |part| rules.shape.has(part) && self.backend.may_refuse(part);
+        let choices: Vec<_> = Optional::choices()
+            .into_iter()
+            .filter(|choice| choice.parts().all(may_be_refused))
+            .collect();
+        for refused in choices {
+            let mut settings = self.settings.clone();
+            settings.lacks = refused.parts().fold(settings.lacks, Optional::with);
+            let before = std::mem::replace(&mut self.settings, settings);
+            let places = self.places(table);
+            let rules = whole(table, &self.settings, &places, self.priority);
+            if let Ok(torn) = self.backend.load(&rules).await {
+                let new = refused.parts().filter(|part| !self.refused.has(*part));
+                self.tell_lacks(new.map(|part| (part, error.to_string())).collect());
+                self.refused = refused.parts().fold(self.refused, Optional::with);
+                return Ok((places, torn));
+            }
+            self.settings = before;
+        }
+        Err(error)
+    }
+
+    /// Writes all rules with the parts that were refused, in case that they no longer are.
+    async fn load_refused(&mut self, table: &Arc<Table>) -> Result<(), CaptureError> {
+        let before = self.settings.lacks;
+        self.settings.lacks = before.without(self.refused);
+        if let Err(error) = self.load(table).await {
+            self.settings.lacks = before;
+            return Err(error);
+        }
+        let back = self.refused.without(self.settings.lacks);
+        self.refused = self.refused.without(back);
+        for part in back.parts() {
+            info!(loss = part.loss(), "the firewall can do an optional part of the rules again");
+        }
+        self.counts.stand(|standing| standing.lacks.retain(|(part, _)| !back.has(*part)));
         Ok(())
     }
 
@@ -296,6 +390,10 @@ impl Reconciler {
             self.damaged(change, missing);
             return self.load(table).await;
         }
+        let tried = self.reduced.is_some_and(|last| last.elapsed() >= COME_BACK);
+        if tried && self.refused != Optional::default() {
+            return self.load_refused(table).await;
+        }
         if firewall == Firewall::Nft
             && let Some(first) = self.first_of_others()?
             && let Some(place) = first.place_before(self.priority)
@@ -313,55 +411,92 @@ impl Reconciler {
         Ok(First::among(&self.backend.base_chains()?, self.settings.redirect))
     }
 
-    /// Looks for obstacles in the rules of other programs. Programs are started only if others changed something, or something is
-    /// in the way.
+    /// Looks for obstacles in the rules of other programs. Programs are started only if others changed something, or if connections
+    /// are lost and nobody knows why.
     fn look_around(&mut self) {
-        let Surroundings { read, reading, .. } = &self.surroundings;
-        if !reading.is_empty() || read.is_some_and(|read| read.elapsed() < READ) {
+        if self.surroundings.looked.is_some_and(|last| last.elapsed() < READ) {
             return;
         }
-        self.surroundings.read = Some(Instant::now());
-        let arrivals = self.backend.arrivals().unwrap_or_else(|error| {
-            debug!(%error, "cannot count the captured connections that arrive");
-            None
-        });
+        self.surroundings.looked = Some(Instant::now());
+        let (arrivals, were_dropped) = (self.arrivals(), self.surroundings.arrivals.dropped());
         let dropped = self.surroundings.arrivals.are_dropped(arrivals);
-        let may_have_changed = std::mem::take(&mut self.surroundings.may_have_changed)
-            || self.settings.notrack && input::has_legacy_iptables();
-        if !may_have_changed && !dropped && self.surroundings.barriers.is_empty() {
-            return;
+        // The kernel does not tell when those change.
+        let unseen = input::has_legacy_iptables()
+            && (self.settings.notrack || dropped || !self.surroundings.barriers.is_empty());
+        let changed = self.surroundings.may_have_changed || unseen || dropped && !were_dropped;
+        self.surroundings.may_have_changed = changed;
+        let Surroundings { rest, reading, .. } = &self.surroundings;
+        if changed && reading.is_empty() && rest.is_none_or(|rest| Instant::now() >= rest) {
+            self.surroundings.may_have_changed = false;
+            self.surroundings.reading.spawn(async {
+                let (start, before) = (Instant::now(), time_of_programs());
+                let listings = Listings::read().await;
+                // One that gave no answer was ended, and its time is not known yet.
+                let took = match listings.error() {
+                    Some(_) => start.elapsed(),
+                    None => time_of_programs().saturating_sub(before),
+                };
+                (listings, took)
+            });
         }
-        self.surroundings.reading.spawn(Listings::read(Detail::Chains));
+        self.tell_barriers(self.surroundings.behind.clone());
     }
 
-    /// Others' rules were read.
-    async fn learn(&mut self, listings: &Listings, table: &Arc<Table>) {
+    /// How many captured connections came to this host's input, and how many passed it.
+    fn arrivals(&mut self) -> Option<(u64, u64)> {
+        self.backend.arrivals().unwrap_or_else(|error| {
+            debug!(%error, "cannot count the captured connections that arrive");
+            None
+        })
+    }
+
+    /// Others' rules were read, which took so much of a processor.
+    async fn learn(&mut self, listings: Listings, took: Duration, table: &Arc<Table>) {
+        self.surroundings.rest = Some(Instant::now() + rest(took));
         if let Some(error) = listings.error() {
             debug!(%error, "cannot read all rules that captured connections pass");
         }
-        let mut found = listings.barriers(self.settings.port);
-        let unknown = Barrier::unknown(self.settings.port);
-        let Surroundings { barriers, behind, arrivals, .. } = &mut self.surroundings;
-        let is_rule =
-            |barrier: &&Barrier| **barrier != unknown && Some(*barrier) != behind.as_ref();
-        if barriers.iter().filter(is_rule).any(|barrier| !found.contains(barrier)) {
-            arrivals.forgive();
+        let vips = Places::of(table, &self.settings).vips;
+        let captured = Captured::at(self.settings.port, &vips);
+        let readable = listings.barriers(&captured);
+        let before = std::mem::replace(&mut self.surroundings.readable, readable);
+        let is_over = before.iter().any(|barrier| !self.surroundings.readable.contains(barrier));
+        // The rule that was probably the reason is not what it was.
+        let suspect = Some(listings.suspect(&captured));
+        let is_other = self.surroundings.suspect.is_some() && self.surroundings.suspect != suspect;
+        self.surroundings.suspect = suspect;
+        if is_over || is_other {
+            self.surroundings.arrivals.forgive();
         }
-        if arrivals.dropped() && found.is_empty() {
-            found.push(unknown);
+        if before != self.surroundings.readable {
+            let counts = self.arrivals();
+            self.surroundings.arrivals.doubt(counts);
         }
-        self.tell_barriers(found);
         let before = self.surroundings.tracked_for.clone();
-        self.judge_notrack(listings);
+        self.judge_notrack(&listings);
+        let behind = self.behind();
+        self.tell_barriers(behind);
         if self.surroundings.tracked_for != before && self.applied.is_some() {
             let done = self.follow(table).await;
             self.note(done);
         }
     }
 
+    /// The obstacles for captured connections, by what can be read of others' rules and by what is counted.
+    fn obstacles(&self) -> Vec<Barrier> {
+        let Surroundings { readable, suspect, arrivals, .. } = &self.surroundings;
+        match readable.as_slice() {
+            [] if arrivals.dropped() => suspect.iter().cloned().collect(),
+            // Whatever the rules look like, connections pass them.
+            _ if arrivals.pass() => Vec::new(),
+            readable => readable.to_vec(),
+        }
+    }
+
     /// Logs the obstacles for captured connections when they change.
-    fn tell_barriers(&mut self, mut found: Vec<Barrier>) {
-        found.extend(self.behind());
+    fn tell_barriers(&mut self, behind_now: Option<Barrier>) {
+        let mut found = self.obstacles();
+        found.extend(behind_now);
         let Surroundings { barriers, behind, .. } = &self.surroundings;
         let new =
             |barrier: &&Barrier| !barriers.contains(barrier) && Some(*barrier) != behind.as_ref();
@@ -425,6 +560,11 @@ impl Reconciler {
             self.surroundings.tracked_for = obstacle;
         }
     }
+}
+
+/// How long others' rules are not read after it took this much of a processor to read them.
+fn rest(took: Duration) -> Duration {
+    READ.max(took.saturating_mul(REST))
 }
 
 /// All rules of a table, with these places.

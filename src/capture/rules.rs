@@ -40,12 +40,99 @@ pub struct RuleSettings {
     pub hold: bool,
     /// Whether connections to endpoints on this host's own networks go untracked.
     pub notrack: bool,
+    /// The optional parts that this host's firewall cannot do.
+    pub lacks: Optional,
 }
 
 impl RuleSettings {
     /// Whether unknown containers need rules of their own: with the scope `all`, all containers are captured anyway.
     pub fn captures_unknown(&self) -> bool {
-        self.hold && self.scope == CaptureScope::Declared
+        self.hold && self.scope == CaptureScope::Declared && !self.lacks.has(Part::Hold)
+    }
+
+    pub fn leaves_untracked(&self) -> bool {
+        self.notrack && !self.lacks.has(Part::Notrack)
+    }
+}
+
+/// A part of the rules without which the rest still captures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The capture of unknown containers, for `--hold`.
+    Hold,
+    Notrack,
+    Ipv6,
+    /// The count of captured connections that others' rules drop.
+    Count,
+}
+
+impl Part {
+    /// What goes first is missed least, where it is not clear which of two is lacking.
+    pub const ALL: [Self; 4] = [Self::Count, Self::Notrack, Self::Hold, Self::Ipv6];
+
+    /// What users lose without it.
+    pub fn loss(self) -> &'static str {
+        match self {
+            Self::Hold => {
+                "--hold is not in effect: the first connection of a container that is not known yet is not captured"
+            }
+            Self::Notrack => "--notrack is not in effect: connections to endpoints are tracked",
+            Self::Ipv6 => "IPv6 is not captured",
+            Self::Count => "dropped connections are not counted",
+        }
+    }
+
+    pub fn fix(self) -> &'static str {
+        match self {
+            Self::Hold => {
+                "give the kernel nft_socket of Linux 5.10 or later (with iptables: xt_socket) and restart embassy, or set --hold=0"
+            }
+            Self::Notrack => {
+                "give the kernel nft_socket and nft_ct and restart embassy, or do without --notrack"
+            }
+            Self::Ipv6 => {
+                "give the kernel NAT for IPv6 (with iptables: ip6table_nat) and restart embassy, or use IPv4 alone"
+            }
+            Self::Count => "give the kernel nft_ct and nft_counter and restart embassy",
+        }
+    }
+}
+
+/// Some optional parts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Optional(u8);
+
+impl Optional {
+    pub fn has(self, part: Part) -> bool {
+        self.0 & Self::bit(part) != 0
+    }
+
+    pub fn with(self, part: Part) -> Self {
+        Self(self.0 | Self::bit(part))
+    }
+
+    pub fn without(self, others: Self) -> Self {
+        Self(self.0 & !others.0)
+    }
+
+    pub fn parts(self) -> impl Iterator<Item = Part> {
+        Part::ALL.into_iter().filter(move |part| self.has(*part))
+    }
+
+    /// Every choice of parts except none of them, the smallest first.
+    pub fn choices() -> Vec<Self> {
+        let mut all: Vec<_> = (1..1 << Part::ALL.len()).map(Self).collect();
+        all.sort_by_key(|choice| choice.0.count_ones());
+        all
+    }
+
+    fn bit(part: Part) -> u8 {
+        match part {
+            Part::Count => 1,
+            Part::Notrack => 2,
+            Part::Hold => 4,
+            Part::Ipv6 => 8,
+        }
     }
 }
 
@@ -58,6 +145,9 @@ pub struct Shape {
     /// Whether unknown containers are captured on every port of a VIP on which no program of this host listens.
     pub unknown: bool,
     pub notrack: bool,
+    pub v6: bool,
+    /// Whether captured connections are counted on their way to our listener.
+    pub counted: bool,
     /// The priority of our chains, with nft: before all others that translate.
     pub priority: i32,
 }
@@ -72,9 +162,23 @@ impl Shape {
             scope: settings.scope,
             port: settings.port,
             unknown: settings.captures_unknown(),
-            notrack: settings.notrack,
+            notrack: settings.leaves_untracked(),
+            v6: !settings.lacks.has(Part::Ipv6),
+            counted: !settings.lacks.has(Part::Count),
             priority: PRIORITY,
         }
+    }
+
+    pub fn has(self, part: Part) -> bool {
+        self != self.without(Optional::default().with(part))
+    }
+
+    pub fn without(mut self, lacks: Optional) -> Self {
+        self.unknown &= !lacks.has(Part::Hold);
+        self.notrack &= !lacks.has(Part::Notrack);
+        self.v6 &= !lacks.has(Part::Ipv6);
+        self.counted &= !lacks.has(Part::Count);
+        self
     }
 }
 
@@ -109,7 +213,7 @@ impl Places {
             own: settings.own.iter().copied().filter(|own| !vips.contains(own)).collect(),
             vips,
             networks: networks(settings.captures_unknown()),
-            untracked: networks(settings.notrack),
+            untracked: networks(settings.leaves_untracked()),
         }
     }
 
@@ -260,6 +364,8 @@ pub(super) mod tests {
                 port: 9999,
                 unknown: false,
                 notrack: false,
+                v6: true,
+                counted: true,
                 priority: PRIORITY,
             },
             places: Places {

@@ -3,7 +3,7 @@
 use std::fmt::{self, Write};
 
 use super::{
-    layout::{Base, Chain, Family, Key, Term, chains, elements, sets},
+    layout::{Base, Chain, Direction, Family, Key, Term, chains, elements, sets},
     rules::{NAME, Rules},
 };
 
@@ -66,6 +66,8 @@ impl fmt::Display for Term {
             Self::Syn => f.write_str("tcp flags & (syn | ack) == syn"),
             Self::Translated => f.write_str("ct status dnat"),
             Self::MetaMark(mark) => write!(f, "meta mark {mark:#010x}"),
+            Self::NotLoopback(Direction::In) => f.write_str("iif != \"lo\""),
+            Self::NotLoopback(Direction::Out) => f.write_str("oif != \"lo\""),
             Self::SocketMark(mark) => write!(f, "socket mark {mark:#010x}"),
             Self::Socket(everywhere) => write!(f, "socket wildcard {}", u8::from(*everywhere)),
             Self::Counter => f.write_str("counter"),

@@ -77,6 +77,9 @@ causes! {
     Capture, Degraded, Barrier { chain: String, remedy: String } "barrier",
         "A firewall may drop captured connections, which then time out: {chain}.",
         "{remedy}";
+    Capture, Degraded, Lacking { loss: &'static str, reason: String, fix: &'static str } "firewall_lacks",
+        "{loss}: the firewall cannot do it ({reason}).",
+        "{fix}";
     Capture, Degraded, CutOff { consumer: Arc<str>, vips: List<IpAddr> } "cut_off",
         "No network of {consumer} has a gateway on this host or contains a VIP ({vips}): its connections may not reach embassy.",
         "connect it to a bridge network too";

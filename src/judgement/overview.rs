@@ -13,7 +13,11 @@ use super::{
     source::SourceReading,
     states::{EndpointHealth, RouteState, SourceState, Subject, Verdict},
 };
-use crate::{capture::input::Barrier, counts::numbered, readiness::Part};
+use crate::{
+    capture::{input::Barrier, rules},
+    counts::numbered,
+    readiness::Part,
+};
 
 /// Maximum number of entries named of a list; the rest are only counted.
 pub(super) const NAMED: usize = 20;
@@ -170,6 +174,12 @@ impl Situation {
         if self.table.vips().is_empty() && self.table.routes().len() > 0 {
             causes.push(Cause::NoVip {});
         }
+        let lacks = standing.lacks.iter().filter(|(part, _)| *part != rules::Part::Count);
+        causes.extend(lacks.map(|(part, reason)| Cause::Lacking {
+            loss: part.loss(),
+            reason: reason.clone(),
+            fix: part.fix(),
+        }));
         causes.extend(self.barriers());
         causes
     }

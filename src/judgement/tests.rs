@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    capture::{Standing, input::Barrier},
+    capture::{Standing, input::Barrier, rules},
     config::{CaptureMode, CaptureScope},
     consumer::{Binding, Consumer},
     control::InUse,
@@ -413,6 +413,20 @@ fn this_host_is_judged_by_how_much_of_its_limits_is_in_use() {
     assert_eq!(verdict(descriptors), (Verdict::Degraded, vec!["descriptors"]));
     let memory = HostUse { memory: of(95 << 20, 100 << 20), ..HostUse::default() };
     assert_eq!(verdict(memory), (Verdict::Broken, vec!["memory"]));
+}
+
+#[test]
+fn a_part_that_the_firewall_cannot_do_is_said_if_somebody_misses_it() {
+    let of = |lacks: &[rules::Part]| {
+        let mut situation = well().situation();
+        let lacks = lacks.iter().map(|part| (*part, "no module".to_owned()));
+        situation.capture.standing.lacks = lacks.collect();
+        let overview = situation.overview(&HostUse::default());
+        (overview.verdict(), words(&overview.causes))
+    };
+    assert_eq!(of(&[rules::Part::Count]), (Verdict::Ok, vec![]));
+    let all = of(&[rules::Part::Hold, rules::Part::Count, rules::Part::Ipv6]);
+    assert_eq!(all, (Verdict::Degraded, vec!["firewall_lacks", "firewall_lacks"]));
 }
 
 #[test]

@@ -15,6 +15,7 @@ mod discovery_file;
 mod docs;
 mod doctor;
 mod firewall;
+mod firewall_lacks;
 mod faults;
 mod first_connection;
 mod followed;

@@ -7,7 +7,9 @@ use super::{
         layout,
         rules::{Hook, Rules},
     },
-    encode::{Bound, ELEMENT_FLAGS, ELEMENT_KEY, INTERVAL_END, Table, bounds, hook_number},
+    encode::{
+        Bound, ELEMENT_FLAGS, ELEMENT_KEY, INTERVAL_END, IptablesTable, Table, bounds, hook_number,
+    },
     socket::{NetlinkError, Socket},
     wire::{Kind, Parsed, VALUE, family},
 };
@@ -90,14 +92,13 @@ pub(in crate::capture) fn counted(
     table: Table<'_>,
     chain: &str,
 ) -> Result<Option<u64>, NetlinkError> {
-    const NAME: u16 = 1;
-    const DATA: u16 = 2;
     const PACKETS: u16 = 2;
     let mut found = None;
-    rules(socket, table, Some(chain), |rule| {
-        let is_counter = |expression: &Parsed<'_>| expression.text(NAME) == Some("counter");
+    rules(socket, family::INET, table.name, Some(chain), |rule| {
+        let is_counter = |expression: &Parsed<'_>| expression.text(EXPRESSION) == Some("counter");
         let counter = rule.list(EXPRESSIONS).find(is_counter);
-        found = found.or(counter.and_then(|counter| counter.nested(DATA).long(PACKETS)));
+        let packets = counter.and_then(|counter| counter.nested(EXPRESSION_DATA).long(PACKETS));
+        found = found.or(packets);
     })?;
     Ok(found)
 }
@@ -109,20 +110,94 @@ const EXPRESSIONS: u16 = 4;
 
 fn rules(
     socket: &mut Socket,
-    table: Table<'_>,
+    family: u8,
+    table: &str,
     chain: Option<&str>,
     mut each: impl FnMut(Parsed<'_>),
 ) -> Result<(), NetlinkError> {
     let select = |to: &mut super::wire::Attributes<'_>| {
-        to.text(1, table.name);
+        to.text(1, table);
         if let Some(chain) = chain {
             to.text(CHAIN, chain);
         }
     };
-    let dumped = socket.dump(Kind::GET_RULE, family::INET, select, |rule| {
+    let dumped = socket.dump(Kind::GET_RULE, family, select, |rule| {
         each(rule.attributes());
     });
     none_if_missing(dumped)
+}
+
+/// A rule of a table that iptables writes to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::capture) struct SharedRule {
+    pub(in crate::capture) chain: String,
+    /// The kernel's number of it, unique in its table: a rule never changes.
+    pub(in crate::capture) handle: u64,
+    /// The chain that it leads to.
+    pub(in crate::capture) target: Option<String>,
+    /// Its comment, as iptables writes it.
+    pub(in crate::capture) comment: Option<String>,
+}
+
+/// The chains and the rules of a table that iptables writes to, the rules in their order: all of them, also those that iptables
+/// itself cannot show. None if there is no such table.
+pub(in crate::capture) fn shared_table(
+    socket: &mut Socket,
+    table: IptablesTable,
+) -> Result<(Vec<String>, Vec<SharedRule>), NetlinkError> {
+    const TABLE: u16 = 1;
+    const NAME: u16 = 3;
+    let mut chains = Vec::new();
+    socket.dump(
+        Kind::GET_CHAIN,
+        table.family(),
+        |_| {},
+        |chain| {
+            let chain = chain.attributes();
+            if chain.text(TABLE) == Some(table.name) {
+                chains.extend(chain.text(NAME).map(str::to_owned));
+            }
+        },
+    )?;
+    let mut found = Vec::new();
+    rules(socket, table.family(), table.name, None, |rule| {
+        let chain = rule.text(CHAIN).unwrap_or_default().to_owned();
+        found.extend(rule.long(HANDLE).map(|handle| SharedRule {
+            chain,
+            handle,
+            target: rule.list(EXPRESSIONS).find_map(target),
+            comment: rule.list(EXPRESSIONS).find_map(comment),
+        }));
+    })?;
+    Ok((chains, found))
+}
+
+/// The attributes of an expression.
+const EXPRESSION: u16 = 1;
+const EXPRESSION_DATA: u16 = 2;
+
+/// The chain that an expression jumps or goes to.
+fn target(expression: Parsed<'_>) -> Option<String> {
+    const DATA: u16 = 2;
+    const VERDICT: u16 = 2;
+    const CHAIN: u16 = 2;
+    if expression.text(EXPRESSION) != Some("immediate") {
+        return None;
+    }
+    let verdict = expression.nested(EXPRESSION_DATA).nested(DATA).nested(VERDICT);
+    verdict.text(CHAIN).map(str::to_owned)
+}
+
+/// The text of iptables' match `comment` (include/uapi/linux/netfilter/xt_comment.h).
+fn comment(expression: Parsed<'_>) -> Option<String> {
+    const NAME: u16 = 1;
+    const INFO: u16 = 3;
+    let data = expression.nested(EXPRESSION_DATA);
+    if expression.text(EXPRESSION) != Some("match") || data.text(NAME) != Some("comment") {
+        return None;
+    }
+    let text = data.get(INFO)?.split(|byte| *byte == 0).next()?;
+    std::str::from_utf8(text).ok().map(str::to_owned)
 }
 
 /// A table that is not there has nothing.
@@ -150,7 +225,7 @@ pub(in crate::capture) fn list(
     expected: &Rules,
 ) -> Result<Listing, NetlinkError> {
     let mut listing = Listing::default();
-    self::rules(socket, table, None, |rule| {
+    self::rules(socket, family::INET, table.name, None, |rule| {
         let chain = rule.text(CHAIN).unwrap_or_default().to_owned();
         listing.rules.extend(rule.long(HANDLE).map(|handle| (chain, handle)));
     })?;

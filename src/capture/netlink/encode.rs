@@ -96,6 +96,14 @@ pub(in crate::capture) fn other_chains(table: Table<'_>, before: &Shape, now: &S
     })
 }
 
+/// A new table with these chains alone.
+pub(in crate::capture) fn add(table: Table<'_>, chains: &[Chain]) -> Messages {
+    Messages::batch(|batch| {
+        table.add(batch);
+        chains.iter().for_each(|chain| table.add_chain(batch, chain));
+    })
+}
+
 /// Takes the place of a table: another one with these chains alone.
 pub(in crate::capture) fn replace(old: Table<'_>, new: Table<'_>, chains: &[Chain]) -> Messages {
     Messages::batch(|batch| {
@@ -108,6 +116,47 @@ pub(in crate::capture) fn replace(old: Table<'_>, new: Table<'_>, chains: &[Chai
 /// Deletes a table of this embassy, or of an earlier one that has ended.
 pub(in crate::capture) fn delete(table: Table<'_>) -> Messages {
     Messages::batch(|batch| table.delete(batch))
+}
+
+/// A table that iptables writes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::capture) struct IptablesTable {
+    pub(in crate::capture) v6: bool,
+    pub(in crate::capture) name: &'static str,
+}
+
+impl IptablesTable {
+    pub(super) fn family(self) -> u8 {
+        if self.v6 { family::IPV6 } else { family::IPV4 }
+    }
+
+    /// Deletes rules, each named by its chain and handle, and then chains with all rules in them.
+    pub(in crate::capture) fn prune<'a>(
+        self,
+        rules: impl Iterator<Item = (&'a str, u64)>,
+        chains: &[&str],
+    ) -> Messages {
+        const RULE_CHAIN: u16 = 2;
+        const HANDLE: u16 = 3;
+        let family = self.family();
+        Messages::batch(|batch| {
+            for (chain, handle) in rules {
+                batch.add(Kind::DELETE_RULE, 0, family, |to| {
+                    to.text(TABLE, self.name).text(RULE_CHAIN, chain).long(HANDLE, handle);
+                });
+            }
+            for chain in chains {
+                batch.add(Kind::DELETE_RULE, 0, family, |to| {
+                    to.text(TABLE, self.name).text(RULE_CHAIN, chain);
+                });
+            }
+            for chain in chains {
+                batch.add(Kind::DELETE_CHAIN, 0, family, |to| {
+                    to.text(TABLE, self.name).text(CHAIN_NAME, chain);
+                });
+            }
+        })
+    }
 }
 
 /// What a kernel is asked, to learn whether it has all that our rules need.

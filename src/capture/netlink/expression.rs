@@ -2,7 +2,7 @@
 //! something. Pure.
 
 use super::{
-    super::layout::{Family, Set, Side, Term},
+    super::layout::{Direction, Family, Set, Side, Term},
     wire::{Attributes, VALUE, family},
 };
 
@@ -94,6 +94,17 @@ impl<'a, 'b> Expressions<'a, 'b> {
                 const MARK: u32 = 1;
                 self.socket(MARK);
                 self.compare(true, &mark.to_ne_bytes());
+            }
+            Term::NotLoopback(direction) => {
+                const IN: u32 = 4;
+                const OUT: u32 = 5;
+                // In every network namespace (include/net/flow.h, LOOPBACK_IFINDEX).
+                const LOOPBACK: u32 = 1;
+                self.meta(match direction {
+                    Direction::In => IN,
+                    Direction::Out => OUT,
+                });
+                self.compare(false, &LOOPBACK.to_ne_bytes());
             }
             Term::Socket(everywhere) => {
                 const WILDCARD: u32 = 2;

@@ -7,8 +7,12 @@ mod expression;
 mod socket;
 mod wire;
 
-pub(super) use dump::{BaseChain, Listing, TableName, base_chains, counted, list, tables};
-pub(super) use encode::{Table, delete, edit, load, other_chains, question, replace};
+pub(super) use dump::{
+    BaseChain, Listing, SharedRule, TableName, base_chains, counted, list, shared_table, tables,
+};
+pub(super) use encode::{
+    IptablesTable, Table, add, delete, edit, load, other_chains, question, replace,
+};
 pub(crate) use socket::NetlinkError;
 pub(super) use socket::{Generation, Socket};
 pub(super) use wire::Messages;

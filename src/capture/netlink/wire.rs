@@ -168,6 +168,10 @@ impl Attributes<'_> {
         self.bytes(kind, &value.to_be_bytes())
     }
 
+    pub(super) fn long(&mut self, kind: u16, value: u64) -> &mut Self {
+        self.bytes(kind, &value.to_be_bytes())
+    }
+
     pub(super) fn nested(
         &mut self,
         kind: u16,

@@ -368,14 +368,87 @@ async fn a_kernel_that_lacks_something_is_asked_and_nothing_stands() {
     enter_a_namespace_of_its_own();
     let mut socket = Socket::open().unwrap();
     for rules in shapes() {
-        assert_eq!(lacks(&mut socket, &rules.shape, true).unwrap(), None);
+        assert_eq!(refused(&mut socket, &rules.shape, true).unwrap(), Some(Vec::new()));
+        assert_eq!(Nft::open(&rules.shape, false).unwrap().lacks(), []);
     }
     // No kernel lets a chain translate before connection tracking.
     let mut shape = example(false, CaptureScope::Declared).shape;
     shape.priority = -300;
-    let lacking = lacks(&mut socket, &shape, true).unwrap();
-    assert_eq!(lacking.as_deref(), Some("the chain prerouting"));
+    let error = Nft::open(&shape, false).unwrap_err();
+    let CaptureError::Lacks(what) = error else { panic!("{error}") };
+    assert_eq!(what, "the chain prerouting");
     assert_eq!(nft("list ruleset").unwrap(), "");
+}
+
+/// All that rules of this shape need, of what has one of these words in it.
+fn with_words(shape: &Shape, words: &[&str]) -> Vec<String> {
+    let question = netlink::question(Table { name: NAME, owned: false }, shape);
+    let needs = question.needs.into_iter().map(|(_, what)| what);
+    needs.filter(|what| words.iter().any(|word| what.contains(word))).collect()
+}
+
+#[test]
+fn each_optional_part_falls_away_alone() {
+    use Part::{Count, Hold, Ipv6, Notrack};
+    let rules = with_untracked(with_unknown(example(true, CaptureScope::Declared)));
+    for (words, expected) in [
+        (&[][..], &[][..]),
+        // Before Linux 5.10, and without nft_socket.
+        (&["socket wildcard"], &[Hold]),
+        (&["socket "], &[Notrack, Hold]),
+        (&["notrack"], &[Notrack]),
+        (&["counter"], &[Count]),
+        (&["ip6 "], &[Ipv6]),
+        (&["ip6 ", "socket wildcard", "counter"], &[Count, Hold, Ipv6]),
+        // Sets of ranges.
+        (&["the set networks", "the set near", "@networks", "@near"], &[Notrack, Hold]),
+        (&["the set networks6", "the set near6", "@networks6", "@near6"], &[Ipv6]),
+    ] {
+        let refused = with_words(&rules.shape, words);
+        let lacking = lacking(&rules.shape, &refused).unwrap();
+        assert_eq!(
+            lacking.iter().map(|(part, _)| *part).collect::<Vec<_>>(),
+            expected,
+            "{words:?}"
+        );
+        for (part, why) in &lacking {
+            assert!(refused.contains(why), "{part:?}: {why}");
+        }
+        // What is left needs nothing of it.
+        let lacks = lacking.iter().fold(Optional::default(), |lacks, (part, _)| lacks.with(*part));
+        assert_eq!(with_words(&rules.shape.without(lacks), words), [""; 0], "{words:?}");
+    }
+    // Nothing can do without these.
+    for word in ["the set declared4", "redirect", "the chain prerouting"] {
+        let refused = with_words(&rules.shape, &[word, "socket"]);
+        let what = lacking(&rules.shape, &refused).unwrap_err();
+        assert!(what.contains(word), "{what}");
+    }
+}
+
+#[tokio::test]
+async fn rules_without_each_optional_part_are_written_as_their_text_says() {
+    enter_a_namespace_of_its_own();
+    let rules = with_untracked(with_unknown(example(true, CaptureScope::All)));
+    for lacks in Optional::choices() {
+        let mut rules = rules.clone();
+        rules.shape = rules.shape.without(lacks);
+        let mut own = Nft::open(&rules.shape, false).unwrap();
+        own.load(&rules).await.unwrap();
+        assert_eq!(
+            plain(&nft("-y -s list table inet embassy").unwrap()),
+            plain(&text::of(&rules, true))
+        );
+        let expected = (!lacks.has(Part::Count)).then_some((0, 0));
+        assert_eq!(own.arrivals().unwrap(), expected);
+        // Elements of the sets that there are not change nothing.
+        let added = RouteKey::tcp("fd00::9".parse().unwrap(), Port::new(80).unwrap());
+        let changes = RuleChanges { declared_added: vec![added], ..RuleChanges::default() };
+        own.change(&changes).await.unwrap();
+        let (_, draining) = own.remove().unwrap();
+        drop(draining);
+        closed("table");
+    }
 }
 
 /// `cargo test --release -p embassy --lib figures_of_nf_tables -- --ignored --nocapture`

@@ -5,6 +5,7 @@ use crate::{
     capture::{
         fake::{self, Fake, State},
         nft::tests::{enter_a_namespace_of_its_own, nft},
+        rules,
     },
     config::FirewallChoice,
     consumer::{Binding, Consumer},
@@ -112,6 +113,8 @@ async fn what_cannot_be_changed_is_written_whole_and_what_cannot_be_written_is_t
     assert_eq!(reconciler.counts.failed.load(Relaxed), 0);
 
     let third = next(&second, &[]);
+    // Which part is refused was tried a moment ago.
+    reconciler.reduced = Some(Instant::now());
     state.lock().unwrap().failures = 3;
     let done = reconciler.follow(&third).await;
     reconciler.note(done);
@@ -125,6 +128,66 @@ async fn what_cannot_be_changed_is_written_whole_and_what_cannot_be_written_is_t
     assert_eq!(written(&state, &third), (3, 0));
     let standing = reconciler.counts.standing();
     assert_eq!((standing.in_place, standing.error), (true, None));
+}
+
+/// The optional parts that fell away, as everybody is told.
+fn fallen(reconciler: &Reconciler) -> Vec<rules::Part> {
+    reconciler.counts.standing().lacks.iter().map(|(part, _)| *part).collect()
+}
+
+#[tokio::test]
+async fn an_optional_part_that_is_refused_falls_away_and_comes_back() {
+    let (mut reconciler, state) = reconciler();
+    reconciler.settings.hold = true;
+    state.lock().unwrap().lacks = Optional::default().with(rules::Part::Ipv6);
+    let first = next(&Table::default(), &[("a", "172.17.0.2", &[80]), ("a6", "fd00::2", &[80])]);
+    reconciler.check(&first).await.unwrap();
+    assert_eq!((written(&state, &first), fallen(&reconciler)), ((1, 0), vec![rules::Part::Ipv6]));
+    assert!(reconciler.counts.standing().in_place && reconciler.ready.is_none());
+    assert!(reconciler.settings.captures_unknown(), "the others stay");
+    // It is over, but nobody has changed anything; and then somebody has.
+    state.lock().unwrap().lacks = Optional::default();
+    let second = next(&first, &[("a", "172.17.0.2", &[80, 81])]);
+    reconciler.follow(&second).await.unwrap();
+    assert_eq!((written(&state, &second), fallen(&reconciler)), ((1, 1), vec![rules::Part::Ipv6]));
+    let others_change = |reconciler: &mut Reconciler| {
+        let Backend::Fake(fake) = &mut reconciler.backend else { unreachable!() };
+        fake.others = true;
+        reconciler.reduced = Instant::now().checked_sub(COME_BACK);
+    };
+    others_change(&mut reconciler);
+    reconciler.check(&second).await.unwrap();
+    assert_eq!((written(&state, &second), fallen(&reconciler)), ((2, 1), vec![]));
+    assert_eq!(reconciler.settings.lacks, Optional::default());
+    // While it is still refused, nothing else changes.
+    state.lock().unwrap().lacks =
+        Optional::default().with(rules::Part::Hold).with(rules::Part::Ipv6);
+    reconciler.applied = None;
+    reconciler.check(&second).await.unwrap();
+    assert_eq!(fallen(&reconciler), [rules::Part::Hold, rules::Part::Ipv6]);
+    others_change(&mut reconciler);
+    reconciler.check(&second).await.unwrap();
+    assert_eq!(
+        (written(&state, &second), fallen(&reconciler)),
+        ((4, 1), vec![rules::Part::Hold, rules::Part::Ipv6])
+    );
+    assert_eq!(reconciler.counts.failed.load(Relaxed), 0);
+}
+
+#[tokio::test]
+async fn a_failure_that_passes_takes_no_part_away() {
+    let (mut reconciler, state) = reconciler();
+    state.lock().unwrap().failures = 1;
+    let table = next(&Table::default(), &[("a", "172.17.0.2", &[80])]);
+    reconciler.check(&table).await.unwrap();
+    assert_eq!((written(&state, &table), fallen(&reconciler)), ((1, 0), vec![]));
+    assert_eq!(reconciler.settings.lacks, Optional::default());
+}
+
+#[test]
+fn what_takes_long_to_read_is_read_seldom() {
+    assert_eq!(rest(Duration::from_millis(5)), READ);
+    assert_eq!(rest(Duration::from_secs(10)), Duration::from_secs(1000));
 }
 
 #[tokio::test]

@@ -19,9 +19,9 @@ use crate::{
     app,
     capture::{
         self, Backend, Firewall, Lock,
-        input::{Barrier, Detail, Listings},
+        input::{Barrier, Captured, Listings},
         place,
-        rules::Hook,
+        rules::{Hook, Part},
     },
     config::{CaptureMode, Config, Provider},
     discovery::{Discoveries, Watches},
@@ -45,12 +45,15 @@ pub(super) struct HostFacts {
     pub(super) discoveries: Vec<(Arc<str>, Result<(), String>)>,
     /// The backend that a start would use.
     pub(super) firewall: Result<Firewall, String>,
+    /// The optional parts of the rules that it cannot do, and why.
+    pub(super) lacks: Vec<(Part, String)>,
     /// The place of our rules, by backend.
     pub(super) places: Vec<(Firewall, place::Place)>,
     /// The same for the host's own connections, with `--redirect`.
     pub(super) places_of_output: Vec<(Firewall, place::Place)>,
-    /// Chains of other programs that drop captured connections.
-    pub(super) barriers: Result<Vec<Barrier>, String>,
+    /// Chains of other programs that drop captured connections, as far as they can be read. `None`: an embassy captures here and says
+    /// what it counted.
+    pub(super) barriers: Option<Result<Vec<Barrier>, String>>,
     /// The visible processes of proxies in this network namespace.
     pub(super) running: Vec<u32>,
     /// Whether an embassy captures here, even if its process is not visible.
@@ -149,7 +152,16 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         }
     }
     let running: Vec<_> = running::proxies().iter().map(|proxy| proxy.pid).collect();
-    let listings = Listings::read(Detail::Everything).await;
+    let told = told(config).await;
+    let capturing = Lock::is_held();
+    let barriers = match told {
+        Some(_) if capturing => None,
+        _ => Some(barriers(config, &networks, &interfaces).await),
+    };
+    let (firewall, lacks) = match firewall(config).await {
+        Ok((firewall, lacks)) => (Ok(firewall), lacks),
+        Err(error) => (Err(error), Vec::new()),
+    };
     let memory =
         running.first().map_or_else(Memory::of_this_process, |pid| Memory::of_process(*pid));
     HostFacts {
@@ -157,14 +169,12 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         engine,
         engine_fix,
         discoveries: discoveries(&config.discoveries).await,
-        firewall: firewall(config).await,
+        firewall,
+        lacks,
         places,
         places_of_output,
-        capturing: Lock::is_held(),
-        barriers: match listings.error() {
-            Some(error) => Err(error.to_string()),
-            None => Ok(listings.barriers(config.port.get())),
-        },
+        capturing,
+        barriers,
         port: config.port.get(),
         listener: listener(config.port.get(), &running),
         running: running.clone(),
@@ -184,29 +194,40 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
             .and_then(|pid| capabilities(&pid.to_string()))
             .or_else(|| capabilities("self"))
             .unwrap_or_default(),
-        told: told(config).await,
+        told: told.unwrap_or_default(),
     }
 }
 
-/// The findings of a running embassy. Empty if none answers, or if there is no API.
-async fn told(config: &Config) -> Vec<api::Finding> {
-    let Some(client) = config.admin.clone().and_then(|at| Client::new(at).ok()) else {
-        return Vec::new();
-    };
+/// The obstacles for captured connections that can be read of others' rules.
+async fn barriers(
+    config: &Config,
+    networks: &[Network],
+    interfaces: &BTreeMap<IpAddr, String>,
+) -> Result<Vec<Barrier>, String> {
+    let listings = Listings::read().await;
+    let own = networks.iter().filter_map(|network| network.own.as_ref());
+    let vips = config.vips.iter().flatten().filter_map(|vip| interfaces.get(&vip.0));
+    let bridges = own.map(|(_, interface)| interface).chain(vips).cloned().collect();
+    match listings.error() {
+        Some(error) => Err(error.to_string()),
+        None => Ok(listings.barriers(&Captured { port: config.port.get(), bridges })),
+    }
+}
+
+/// The findings of a running embassy. `None` if none answers, or if there is no API.
+async fn told(config: &Config) -> Option<Vec<api::Finding>> {
+    let client = config.admin.clone().and_then(|at| Client::new(at).ok())?;
     let status = client.get::<api::Status>("/v1/status", &[]);
-    let findings = match timeout(PATIENCE, status).await {
-        Ok(Ok(status)) => status.findings,
-        Ok(Err(_)) | Err(_) => Vec::new(),
-    };
-    findings.into_iter().filter(|finding| finding.verdict > api::Verdict::Ok).collect()
+    let findings = timeout(PATIENCE, status).await.ok()?.ok()?.findings;
+    Some(findings.into_iter().filter(|finding| finding.verdict > api::Verdict::Ok).collect())
 }
 
 /// The backend that a start with these flags would use.
-async fn firewall(config: &Config) -> Result<Firewall, String> {
+async fn firewall(config: &Config) -> Result<(Firewall, Vec<(Part, String)>), String> {
     let rules = app::rules(config).await.map_err(|error| error.to_string())?;
     let backend =
         Backend::open(config.firewall, &rules).await.map_err(|error| error.to_string())?;
-    Ok(backend.firewall())
+    Ok((backend.firewall(), backend.lacks().to_vec()))
 }
 
 async fn engine(

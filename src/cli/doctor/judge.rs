@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     admin::api::{Subject, Verdict},
-    capture::{input::Barrier, place::Place},
+    capture::{input::Barrier, place::Place, rules::Part},
     config::CaptureMode,
     judgement::{self, CONNECTIONS_FEW},
     limits,
@@ -26,7 +26,7 @@ pub(super) fn findings(facts: &HostFacts) -> Vec<Finding> {
         all.push(ok("firewall", "neither --dnat nor --redirect is set: your own rules capture"));
     } else {
         all.push(capabilities(facts));
-        all.push(firewall(facts));
+        all.extend(firewall(facts));
     }
     all.extend(rules(facts));
     all.extend(input(facts));
@@ -132,14 +132,27 @@ fn capabilities(facts: &HostFacts) -> Finding {
     }
 }
 
-fn firewall(facts: &HostFacts) -> Finding {
+fn firewall(facts: &HostFacts) -> Vec<Finding> {
+    let check = "firewall";
     match &facts.firewall {
-        Ok(firewall) => ok("firewall", format!("{firewall} writes the rules")),
-        Err(error) => fail(
-            "firewall",
+        Ok(firewall) if facts.lacks.is_empty() => {
+            vec![ok(check, format!("{firewall} writes the rules"))]
+        }
+        Ok(firewall) => {
+            let lacks = |(part, reason): &(Part, String)| {
+                let what = format!(
+                    "{firewall} writes the rules; it cannot do one part ({reason}): {}",
+                    part.loss()
+                );
+                warn(check, what, part.fix())
+            };
+            facts.lacks.iter().map(lacks).collect()
+        }
+        Err(error) => vec![fail(
+            check,
             format!("embassy cannot write rules: {error}"),
             "install nftables or iptables where embassy runs",
-        ),
+        )],
     }
 }
 
@@ -187,17 +200,19 @@ fn rules(facts: &HostFacts) -> Vec<Finding> {
 fn input(facts: &HostFacts) -> Vec<Finding> {
     let check = "input";
     match &facts.barriers {
-        Ok(barriers) if barriers.is_empty() => {
+        None if facts.told.iter().any(|finding| finding.cause == "barrier") => Vec::new(),
+        None => vec![ok(check, "the running embassy saw no firewall drop captured connections")],
+        Some(Ok(barriers)) if barriers.is_empty() => {
             vec![ok(check, "no firewall drops captured connections")]
         }
-        Ok(barriers) => {
+        Some(Ok(barriers)) => {
             let stops = |barrier: &Barrier| {
                 let what = format!("{}: it drops captured connections", barrier.chain);
                 fail(check, what, barrier.remedy.as_str())
             };
             barriers.iter().map(stops).collect()
         }
-        Err(error) => vec![warn(
+        Some(Err(error)) => vec![warn(
             check,
             format!("cannot check whether a firewall drops captured connections: {error}"),
             "run doctor as root, with nft and iptables installed",
@@ -328,7 +343,7 @@ fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
 #[cfg(test)]
 mod tests {
     use super::{super::collect::EngineFacts, *};
-    use crate::capture::Firewall;
+    use crate::{admin::api, capture::Firewall};
 
     fn network() -> Network {
         Network {
@@ -354,7 +369,8 @@ mod tests {
             discoveries: vec![("consul".into(), Ok(()))],
             firewall: Ok(Firewall::Nft),
             places: vec![(Firewall::Nft, Place::First), (Firewall::Iptables, Place::Absent)],
-            barriers: Ok(Vec::new()),
+            barriers: Some(Ok(Vec::new())),
+            lacks: Vec::new(),
             places_of_output: Vec::new(),
             running: vec![7],
             capturing: true,
@@ -413,7 +429,7 @@ mod tests {
         use Level::{Fail, Warn};
         let vips = |list: &[&str]| Some(list.iter().map(|vip| vip.parse().unwrap()).collect());
         type Change = Box<dyn FnOnce(&mut HostFacts)>;
-        let cases: [(&str, Level, Change); 24] = [
+        let cases: [(&str, Level, Change); 25] = [
             ("embassy", Warn, Box::new(|f| f.running.push(8))),
             ("docker", Fail, Box::new(|f| f.engine = Some(Err("no such file".into())))),
             (
@@ -454,10 +470,11 @@ mod tests {
                 Fail,
                 Box::new(|f| {
                     let chain = "chain INPUT has the policy DROP".into();
-                    f.barriers = Ok(vec![Barrier { chain, remedy: "open it".into() }]);
+                    f.barriers = Some(Ok(vec![Barrier { chain, remedy: "open it".into() }]));
                 }),
             ),
-            ("input", Warn, Box::new(|f| f.barriers = Err("no rights".into()))),
+            ("input", Warn, Box::new(|f| f.barriers = Some(Err("no rights".into())))),
+            ("firewall", Warn, Box::new(|f| f.lacks = vec![(Part::Hold, "no module".into())])),
             ("vip", Fail, Box::new(|f| f.networks[0].own = None)),
             ("vip", Fail, Box::new(move |f| f.vips = vips(&["172.17.0.9"]))),
             (
@@ -491,6 +508,26 @@ mod tests {
         for (check, level, change) in cases {
             assert_eq!(found(change), [(check, level)]);
         }
+    }
+
+    #[test]
+    fn a_running_embassy_says_itself_what_drops_its_connections() {
+        assert_eq!(found(|facts| facts.barriers = None), []);
+        let told = |facts: &mut HostFacts| {
+            facts.barriers = None;
+            facts.told = vec![api::Finding {
+                about: Subject::Capture,
+                verdict: Verdict::Degraded,
+                cause: "barrier".into(),
+                text: "A firewall may drop captured connections.".into(),
+                fix: Some("open it".into()),
+            }];
+        };
+        // Once, and nothing says the opposite.
+        assert_eq!(found(told), [("capture", Level::Warn)]);
+        let mut facts = well();
+        told(&mut facts);
+        assert!(findings(&facts).iter().all(|finding| finding.check != "input"));
     }
 
     #[test]

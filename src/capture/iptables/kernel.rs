@@ -1,0 +1,203 @@
+//! The rules of iptables as nf_tables has them, where the iptables programs write to it. A table with one statement that iptables
+//! does not know, which the `nft` program added, is shown by `iptables-save` as if it were empty. Nothing is hidden here, no
+//! program is started, and the sets of others are not read.
+
+use std::{collections::HashMap, fmt::Write};
+
+use rustix::io::Errno;
+
+use super::super::{
+    layout,
+    netlink::{self, Generation, IptablesTable, NetlinkError, SharedRule, Socket, Table},
+};
+
+/// A chain that every table has, and ours that it jumps to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) name: &'static str,
+    pub(super) chain: &'static str,
+}
+
+/// Reads rules, and deletes some, by the kernel's numbers of them.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    socket: Socket,
+    seen: Generation,
+    /// The rules that we wrote, by family (whether it is IPv6) and handle, as `iptables-save` shows them.
+    written: HashMap<(bool, u64), String>,
+}
+
+/// The table of the counts. A kernel that cannot have it belong to this process does not count: it would be left behind.
+const COUNTS: Table<'_> = Table { name: "embassy_counts", owned: true };
+
+/// How often what others change at the same time is read again.
+const TRIES: usize = 5;
+
+impl Kernel {
+    pub(super) fn open() -> Result<Self, NetlinkError> {
+        let mut socket = Socket::open()?;
+        let seen = socket.generation()?;
+        Ok(Self { socket, seen, written: HashMap::new() })
+    }
+
+    /// Whether anybody changed anything since the last call.
+    pub(super) fn has_changed(&mut self) -> Result<bool, NetlinkError> {
+        let now = self.socket.generation()?;
+        Ok(std::mem::replace(&mut self.seen, now) != now)
+    }
+
+    /// Makes a table that counts captured connections before and after all rules of others. It goes when this is dropped.
+    pub(super) fn count(&mut self, port: u16) -> Result<(), NetlinkError> {
+        self.socket.apply(&netlink::add(COUNTS, &layout::counting(port))).map(drop)
+    }
+
+    /// How many came, and how many passed the rules of others.
+    pub(super) fn counts(&mut self) -> Result<Option<(u64, u64)>, NetlinkError> {
+        let mut count = |chain| netlink::counted(&mut self.socket, COUNTS, chain);
+        Ok(count(layout::ARRIVING)?.zip(count(layout::ARRIVED)?))
+    }
+
+    /// The `nat` table in the form of `iptables-save`. A rule that we did not write is only its handle and, if it leads to a chain
+    /// of ours, that.
+    pub(super) fn saved(&mut self, v6: bool, entries: &[Entry]) -> Result<String, NetlinkError> {
+        let (chains, rules) = netlink::shared_table(&mut self.socket, nat(v6))?;
+        Ok(text(&chains, &rules, entries, |handle| self.written.get(&(v6, handle))))
+    }
+
+    /// Notes the rules that `script` made, and deletes every jump to a chain of ours except the first of each entry. The script
+    /// cannot: iptables finds a rule only by its text.
+    pub(super) fn settle(
+        &mut self,
+        v6: bool,
+        script: &str,
+        entries: &[Entry],
+    ) -> Result<(), NetlinkError> {
+        let mut tries = 0..TRIES;
+        loop {
+            let (_, rules) = netlink::shared_table(&mut self.socket, nat(v6))?;
+            let stale = self.note(v6, script, entries, &rules);
+            if stale.is_empty() {
+                return Ok(());
+            }
+            let stale = stale.iter().map(|rule| (rule.chain.as_str(), rule.handle));
+            match self.socket.apply(&nat(v6).prune(stale, &[])) {
+                Err(error) if error.errno() == Some(Errno::NOENT) && tries.next().is_some() => {}
+                done => return done.map(drop),
+            }
+        }
+    }
+
+    /// Notes which rule is which line of the script. Returns the jumps that are one too many.
+    fn note<'a>(
+        &mut self,
+        v6: bool,
+        script: &str,
+        entries: &[Entry],
+        rules: &'a [SharedRule],
+    ) -> Vec<&'a SharedRule> {
+        let before = std::mem::take(&mut self.written);
+        let (mine, others): (HashMap<_, _>, HashMap<_, _>) =
+            before.into_iter().partition(|((of_v6, _), _)| *of_v6 == v6);
+        self.written = others;
+        let mut stale = Vec::new();
+        for entry in entries {
+            let of = |chain: &'static str| rules.iter().filter(move |rule| rule.chain == chain);
+            let start = format!("-A {} ", entry.chain);
+            let lines = script.lines().filter(|line| line.starts_with(&start));
+            let lines = of(entry.chain).zip(lines);
+            self.written.extend(lines.map(|(rule, line)| ((v6, rule.handle), line.to_owned())));
+            let mut jumps = of(entry.name).filter(|rule| rule.leads_to(entry.chain));
+            let Some(first) = jumps.next() else { continue };
+            let start = format!("-I {} 1 ", entry.name);
+            let jump = script.lines().find_map(|line| line.strip_prefix(&start));
+            let jump = jump.map(|jump| format!("-A {} {jump}", entry.name));
+            let jump = jump.or_else(|| mine.get(&(v6, first.handle)).cloned());
+            self.written.extend(jump.map(|jump| ((v6, first.handle), jump)));
+            stale.extend(jumps);
+        }
+        stale
+    }
+
+    /// Deletes our chains, every jump to them, and rules with this comment. Returns whether there was anything.
+    pub(super) fn remove(
+        &mut self,
+        entries: &[Entry],
+        comment: &str,
+    ) -> Result<bool, NetlinkError> {
+        let mut found = false;
+        let mut first_error = None;
+        for v6 in [false, true] {
+            match self.remove_from(v6, entries, comment) {
+                Ok(removed) => found |= removed,
+                // A kernel without this family has no rules for it.
+                Err(error) if error.is_missing() => {}
+                Err(error) => first_error = first_error.or(Some(error)),
+            }
+        }
+        first_error.map_or(Ok(found), Err)
+    }
+
+    fn remove_from(
+        &mut self,
+        v6: bool,
+        entries: &[Entry],
+        comment: &str,
+    ) -> Result<bool, NetlinkError> {
+        let mut tries = 0..TRIES;
+        loop {
+            let (chains, rules) = netlink::shared_table(&mut self.socket, nat(v6))?;
+            let ours = entries.iter().map(|entry| entry.chain);
+            let ours: Vec<_> = ours.filter(|ours| chains.iter().any(|name| name == ours)).collect();
+            let is_ours = |rule: &&SharedRule| {
+                !ours.contains(&rule.chain.as_str())
+                    && (rule.comment.as_deref() == Some(comment)
+                        || ours.iter().any(|chain| rule.leads_to(chain)))
+            };
+            let rules: Vec<_> = rules.iter().filter(is_ours).collect();
+            if ours.is_empty() && rules.is_empty() {
+                return Ok(false);
+            }
+            let rules = rules.iter().map(|rule| (rule.chain.as_str(), rule.handle));
+            match self.socket.apply(&nat(v6).prune(rules, &ours)) {
+                Err(error) if error.errno() == Some(Errno::NOENT) && tries.next().is_some() => {}
+                done => return done.map(|_| true),
+            }
+        }
+    }
+}
+
+impl SharedRule {
+    fn leads_to(&self, chain: &str) -> bool {
+        self.target.as_deref() == Some(chain)
+    }
+}
+
+fn nat(v6: bool) -> IptablesTable {
+    IptablesTable { v6, name: "nat" }
+}
+
+/// A table in the form of `iptables-save`. `known`: the text of a rule by its handle.
+fn text<'a>(
+    chains: &[String],
+    rules: &[SharedRule],
+    entries: &[Entry],
+    known: impl Fn(u64) -> Option<&'a String>,
+) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    for chain in chains.iter().filter(|name| entries.iter().any(|entry| entry.chain == *name)) {
+        let _ = writeln!(out, ":{chain} - [0:0]");
+    }
+    for rule in rules {
+        let SharedRule { chain, handle, .. } = rule;
+        let target = entries.iter().find(|entry| rule.leads_to(entry.chain));
+        let _ = match (known(*handle), target) {
+            (Some(text), _) => writeln!(out, "{text}"),
+            (None, Some(entry)) => {
+                writeln!(out, "-A {chain} (handle {handle}) -j {}", entry.chain)
+            }
+            (None, None) => writeln!(out, "-A {chain} (handle {handle})"),
+        };
+    }
+    out
+}
