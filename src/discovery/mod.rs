@@ -66,6 +66,8 @@ pub struct Endpoints {
     pub rejected: Vec<Rejected>,
     /// The runs of those that are containers of this host.
     pub stays: BTreeMap<Endpoint, Stay>,
+    /// Why there are none, or no better ones, in one sentence without its full stop. `None` if nothing is wrong.
+    pub problem: Option<Arc<str>>,
 }
 
 impl Endpoints {
@@ -73,7 +75,8 @@ impl Endpoints {
         let list: BTreeSet<_> = list.into_iter().collect();
         // A registry may return another order each time; that is not a change.
         rejected.sort();
-        Self { list: list.into_iter().collect(), rejected, stays: BTreeMap::new() }
+        let list = list.into_iter().collect();
+        Self { list, rejected, stays: BTreeMap::new(), problem: None }
     }
 
     /// Without those whose container is known to be gone: their addresses may be others' by now.
@@ -149,7 +152,7 @@ pub enum CannotAsk {
 #[derive(Debug, Clone)]
 pub struct Discoveries {
     by_name: BTreeMap<Arc<str>, Discovery>,
-    /// As they were given. There are no secrets in them.
+    /// As they were given, and completed by the environment. There are no secrets in them.
     uris: BTreeMap<Arc<str>, String>,
     /// Used if a descriptor names none.
     default: Arc<str>,
@@ -161,6 +164,7 @@ impl Discoveries {
         let (mut by_name, mut uris_by_name) = (BTreeMap::new(), BTreeMap::new());
         let mut default = None;
         for text in uris {
+            let text = &uri::complete(text, &settings.consul)?;
             let (name, discovery) = uri::parse(text, settings)?;
             default.get_or_insert_with(|| name.clone());
             uris_by_name.insert(name.clone(), text.clone());

@@ -7,9 +7,14 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
 use reqwest::{StatusCode, header::HeaderMap};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::{
+    io::AsyncReadExt,
+    net::TcpStream,
+    time::{Instant, sleep_until, timeout},
+};
+use url::Url;
 
-use super::{Branch, EtcdClient, Step, Tree};
+use super::{Branch, EtcdClient, Step, Stores, Tree};
 use crate::{
     registry::http::{self, ANSWER, Asking, HttpAnswer, LongPoll},
     source::SourceError,
@@ -186,6 +191,23 @@ impl fmt::Debug for Follower {
     }
 }
 
+/// Waits until the member has greeted in HTTP/2 before it was asked anything, for ever if it does not: its port is then for
+/// gRPC alone (`--listen-client-http-urls` of etcd 3.5), and the v2 store is not there.
+async fn answers_only_grpc(member: &Url) {
+    let greeting = async {
+        let address =
+            (member.host_str()?.trim_matches(['[', ']']), member.port_or_known_default()?);
+        let mut stream = TcpStream::connect(address).await.ok()?;
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.ok()?;
+        // The head of a SETTINGS frame: three bytes of length, the type, no flags, stream 0 (RFC 9113, 4.1 and 3.4).
+        matches!(head, [_, _, _, 4, 0, 0, 0, 0, 0]).then_some(())
+    };
+    if greeting.await.is_none() {
+        std::future::pending().await
+    }
+}
+
 async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, _turn: LongPoll) -> Polled {
     let query = format!("wait=true&recursive=true&waitIndex={wait}");
     let (number, url) = etcd.url(&path, Some(&query));
@@ -229,17 +251,34 @@ impl EtcdClient {
         self.leader.get(RECENT, ask).await
     }
 
-    /// Whether this server has a v3 store.
-    pub(crate) async fn has_v3(&self) -> Result<bool, SourceError> {
+    /// The stores that this server may have.
+    pub(crate) async fn stores(&self) -> Result<Stores, SourceError> {
         let ask = async {
-            let answer = self.get("/version", None).await?;
-            if answer.status != StatusCode::OK {
-                return Err(answer.refusal());
+            let (_, url) = self.url("", None);
+            tokio::select! {
+                stores = self.version() => stores,
+                () = answers_only_grpc(&url) => Ok(Stores::V3),
             }
-            // The first etcds answer with a sentence.
-            Ok(serde_json::from_slice(&answer.body).is_ok_and(|version: Version| version.has_v3()))
         };
-        self.has_v3.get(RECENT, ask).await
+        self.stores.get(RECENT, ask).await
+    }
+
+    async fn version(&self) -> Result<Stores, SourceError> {
+        let answer = match self.get("/version", None).await {
+            // Over TLS, a port for gRPC alone takes no other protocol.
+            Err(error) if error.to_string().contains("NoApplicationProtocol") => {
+                return Ok(Stores::V3);
+            }
+            answer => answer?,
+        };
+        if answer.status != StatusCode::OK {
+            return Err(answer.refusal());
+        }
+        // The first etcds answer with a sentence.
+        match serde_json::from_slice::<Version>(&answer.body) {
+            Ok(version) if version.has_v3() => Ok(Stores::Both),
+            _ => Ok(Stores::V2),
+        }
     }
 
     /// The error that a server without a v2 store is.
