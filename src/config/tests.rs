@@ -253,6 +253,25 @@ fn flag_then_environment_then_default() {
     assert_eq!(shown(&parse_with("", &unset).unwrap()), shown(&parse("")));
 }
 
+/// As for every Consul tool; what is said to embassy itself goes before it.
+#[test]
+fn consul_is_where_its_own_variable_says() {
+    let addr = ("CONSUL_HTTP_ADDR", "https://consul.example:8501");
+    let discovery = |line: &str, env: &[(&str, &str)]| {
+        let config = parse_with(line, env).unwrap();
+        config.discoveries.uris().values().cloned().collect::<Vec<_>>()
+    };
+    assert_eq!(discovery("", &[]), ["consul://127.0.0.1:8500"]);
+    assert_eq!(discovery("", &[addr]), ["consuls://consul.example:8501"]);
+    assert_eq!(discovery("-discovery=consul://", &[addr]), ["consuls://consul.example:8501"]);
+    assert_eq!(discovery("-discovery=consul://a:1", &[addr]), ["consul://a:1"]);
+    assert_eq!(discovery("", &[addr, ("DISCOVERY", "etcd://a")]), ["etcd://a"]);
+    assert_eq!(
+        discovery("", &[("CONSUL_NAMESPACE", "team"), ("CONSUL_PARTITION", "part")]),
+        ["consul://127.0.0.1:8500?ns=team&partition=part"]
+    );
+}
+
 #[test]
 fn secrets_and_files_from_the_environment() {
     let secret = |text: &str| Secret::from(text.to_owned());

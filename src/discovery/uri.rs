@@ -72,13 +72,14 @@ fn consul_address<'a>(
     consul: &ConsulSettings,
 ) -> Result<(&'a str, String), String> {
     let Some(address) = &consul.address else { return Ok((scheme, "127.0.0.1:8500".to_owned())) };
-    // Without a port it is that of the protocol, as for every Consul tool.
-    let (scheme, authority, port) = match address.split_once("://") {
-        Some(("https", authority)) => ("consuls", authority, 443),
-        Some(("http", authority)) => (scheme, authority, 80),
-        None => (scheme, address.as_str(), 80),
-        Some(_) => ("", "", 0),
+    let (scheme, authority) = match address.split_once("://") {
+        Some(("https", authority)) => ("consuls", authority),
+        Some(("http", authority)) => (scheme, authority),
+        None => (scheme, address.as_str()),
+        Some(_) => ("", ""),
     };
+    // Without a port it is that of the protocol, as for every Consul tool.
+    let port = if consul.tls || scheme == "consuls" { 443 } else { 80 };
     let read = Authority::parse(authority.trim_end_matches('/')).map_err(|_| {
         format!(
             "CONSUL_HTTP_ADDR {address:?}: expected host:port, http://host:port or https://host:port"
@@ -419,6 +420,9 @@ mod tests {
             ("consul://", &with(Some("https://h"), None), "consuls://h:443"),
             ("consul://", &with(Some("h"), None), "consul://h:80"),
             ("consuls://", &with(Some("[::1]:8501"), None), "consuls://[::1]:8501"),
+            ("consuls://", &with(Some("h"), None), "consuls://h:443"),
+            // CONSUL_HTTP_SSL
+            ("consul://", &ConsulSettings { tls: true, ..with(Some("h"), None) }, "consul://h:443"),
         ] {
             assert_eq!(complete(text, settings).as_deref(), Ok(expected), "{text}");
         }

@@ -45,9 +45,8 @@ impl Client {
     /// Any failure may be the server's way to say that it does not know EDNS (RFC 6891, 7): it is asked again without, which is
     /// also the second try if a packet was lost.
     pub(super) async fn ask(&self, name: &Name, kind: RecordType) -> Result<Answer, String> {
-        if !self.plain_only.load(Relaxed)
-            && let Ok(answer) = ask(&self.edns, name, kind).await
-        {
+        let first = if self.plain_only.load(Relaxed) { &self.plain } else { &self.edns };
+        if let Ok(answer) = ask(first, name, kind).await {
             return Ok(answer);
         }
         let answer = ask(&self.plain, name, kind).await?;
@@ -69,7 +68,7 @@ fn resolver(server: SocketAddr, edns: bool) -> Result<TokioResolver, SourceError
     }
     let mut options = ResolverOpts::default();
     options.timeout = Client::QUESTION;
-    options.attempts = usize::from(!edns); // more than the first
+    options.attempts = 0; // more than the first
     options.cache_size = 0; // we ask when the time to live is over
     options.use_hosts_file = ResolveHosts::Never;
     options.edns0 = edns;

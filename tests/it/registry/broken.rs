@@ -332,7 +332,9 @@ async fn what_is_asked_of_consul() {
     let lines: Vec<_> = requests.iter().filter_map(|request| request.lines().next()).collect();
     let path = "/v1/health/service/a%2Fb.c@d*e?dc=dc1&ns=team&partition=part&near=_agent&tag=blue&tag=prod";
     assert_eq!(lines[0], format!("GET {path} HTTP/1.1"));
-    assert_eq!(lines[1], format!("GET {path}&index=7&wait=30000ms HTTP/1.1"));
+    // No instance has the tags, and Consul is asked why.
+    assert_eq!(lines[1], "GET /v1/catalog/services?dc=dc1&ns=team&partition=part HTTP/1.1");
+    assert_eq!(lines[2], format!("GET {path}&index=7&wait=30000ms HTTP/1.1"));
 }
 
 /// During an election a server answers from what it has.

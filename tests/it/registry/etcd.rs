@@ -1,5 +1,7 @@
 //! etcd, in both of its stores.
 
+use std::time::Duration;
+
 use embassy::{
     discovery::{Discoveries, EtcdSettings, Options},
     source::ResyncRequests,
@@ -440,16 +442,21 @@ async fn a_user_is_of_no_harm_while_authentication_is_off() {
 /// A port of etcd 3.5 with `--listen-client-http-urls`: it greets in HTTP/2, and takes nothing else.
 async fn only_grpc(etcd: &Etcd) -> String {
     const GREETING: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
+    // An error of HTTP may be seen before.
+    const LATE: Duration = Duration::from_millis(100);
     let (listener, server) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), etcd.address());
     let address = listener.local_addr().unwrap().to_string();
     tokio::spawn(async move {
         while let Ok((mut client, _)) = listener.accept().await {
             let server = server.clone();
             tokio::spawn(async move {
-                client.write_all(GREETING).await?;
                 let mut first = [0; 3];
-                client.read_exact(&mut first).await?;
+                tokio::select! {
+                    read = client.read_exact(&mut first) => drop(read?),
+                    () = tokio::time::sleep(LATE) => return client.write_all(GREETING).await,
+                }
                 if first == *b"PRI" {
+                    client.write_all(GREETING).await?;
                     let mut server = TcpStream::connect(server).await?;
                     server.write_all(&first).await?;
                     copy_bidirectional(&mut client, &mut server).await?;

@@ -4,11 +4,22 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
 };
 
 use embassy::discovery::{ConsulSettings, EtcdSettings, Options};
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
+use rustls::{
+    ServerConfig,
+    crypto::ring,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+};
 use serde_json::json;
+use tokio::{
+    io::{AsyncWriteExt, copy_bidirectional},
+    net::{TcpListener, TcpStream},
+};
+use tokio_rustls::TlsAcceptor;
 
 use super::{
     Followed, list,
@@ -303,4 +314,47 @@ async fn a_server_of_consul_is_verified_by_the_name_that_is_configured() {
         // The error names what was asked for.
         assert!(known.error.unwrap().contains(&uri["consuls://".len()..]), "{wrong:?}");
     }
+}
+
+/// The same as `registry::etcd` has without TLS: with those that do not want HTTP/2 it ends the connection.
+async fn only_grpc(server: &Authority, etcd: &Etcd) -> String {
+    let chain = CertificateDer::pem_file_iter(server.file("server.pem")).unwrap();
+    let key = PrivateKeyDer::from_pem_file(server.file("server.key")).unwrap();
+    let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain.map(Result::unwrap).collect(), key)
+        .unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let (listener, etcd) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), etcd.address());
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let (acceptor, etcd) = (acceptor.clone(), etcd.clone());
+            tokio::spawn(async move {
+                let mut client = acceptor.accept(client).await?;
+                if client.get_ref().1.alpn_protocol().is_some() {
+                    client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await?;
+                    let mut etcd = TcpStream::connect(etcd).await?;
+                    copy_bidirectional(&mut client, &mut etcd).await?;
+                }
+                client.shutdown().await
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_port_with_tls_that_answers_only_grpc_has_the_v3_store() {
+    let (server, etcd) = (Authority::self_signed("127.0.0.1"), Etcd::both().await);
+    let port = only_grpc(&server, &etcd).await;
+    etcd.v2_set("/services/web/a", "10.0.0.2:80").await;
+    let flags = flags(Some(server.file("ca.pem")), None);
+    let web = Followed::with(&format!("etcd://{port}"), &flags, "/services/web;80");
+    assert_eq!(web.sees(&[]).await.failures, 0);
+    etcd.v3().await.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    assert_eq!(web.sees(&["10.0.0.3:80"]).await.failures, 0);
 }
