@@ -44,8 +44,10 @@ pub struct Report {
     rejected: HashMap<Query, BTreeSet<(String, String)>>,
     /// Endpoints that must not be used, of each service.
     barred: HashMap<Query, Vec<(Endpoint, Refusal)>>,
-    /// The endpoints in use, and whether the last answer is empty.
+    /// The endpoints in use, and whether they are held though the last answer has none, or few of them.
     used: HashMap<Query, (Arc<Endpoints>, bool)>,
+    /// What is wrong with the last answer of each query.
+    unwell: HashMap<Query, Arc<str>>,
     /// Sources that do not answer.
     lost: BTreeSet<String>,
 }
@@ -60,6 +62,7 @@ impl Report {
             rejected: HashMap::new(),
             barred: HashMap::new(),
             used: HashMap::new(),
+            unwell: HashMap::new(),
             lost: BTreeSet::new(),
         }
     }
@@ -82,6 +85,7 @@ impl Report {
         self.rejected.remove(query);
         self.barred.remove(query);
         self.used.remove(query);
+        self.unwell.remove(query);
     }
 
     pub(crate) fn listing(&mut self, listing: &Listing) {
@@ -101,7 +105,7 @@ impl Report {
         used: Option<&Arc<Endpoints>>,
     ) {
         let (Some(value), Some(now)) = (&known.value, used) else { return };
-        let held = value.list.is_empty() && !now.list.is_empty();
+        let held = value.list.len() < now.list.len();
         let before = self.used.get(query);
         if before.is_none_or(|(before, was_held)| before.list != now.list || *was_held != held) {
             let list: Vec<_> = now.list.iter().map(ToString::to_string).collect();
@@ -110,7 +114,9 @@ impl Report {
                 query: query.clone(),
                 endpoints: now.list.clone(),
             });
-            if held {
+            if held && !value.list.is_empty() {
+                warn!(service = %query, endpoints, answered = value.list.len(), "service lost most of its endpoints at once; they stay in use for --empty-hold");
+            } else if held {
                 warn!(service = %query, endpoints, "service has no endpoints; the last ones stay in use for --empty-hold");
             } else if list.is_empty() {
                 warn!(service = %query, "service has no endpoints; connections are reset");
@@ -118,6 +124,16 @@ impl Report {
                 info!(service = %query, endpoints, "service endpoints changed");
             }
             self.used.insert(query.clone(), (now.clone(), held));
+        }
+        match &value.problem {
+            Some(reason) if self.unwell.get(query) != Some(reason) => {
+                warn!(service = %query, reason = %reason, "service has a problem in its registry");
+                self.unwell.insert(query.clone(), reason.clone());
+            }
+            None if self.unwell.remove(query).is_some() => {
+                info!(service = %query, "service has no problem in its registry any more");
+            }
+            _ => {}
         }
         let entries = value.rejected.iter();
         let rejected: BTreeSet<_> =

@@ -1,6 +1,22 @@
-//! TLS towards the registries: which files a client needs, and the one crypto provider.
+//! TLS towards the registries and engines: which files a client needs, how a server is verified, and the one crypto provider.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_name,
+    },
+    crypto::{CryptoProvider, ring},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    server::ParsedCertificate,
+};
 
 use crate::source::SourceError;
 
@@ -14,7 +30,7 @@ pub fn install_provider() {
 /// are used.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ClientTls {
-    /// The only trusted CA; if absent, the system's CAs are trusted.
+    /// The only trusted CAs, a file or a folder of files; if absent, the system's CAs are trusted.
     pub ca: Option<PathBuf>,
     /// The client's certificate chain and its key.
     pub identity: Option<(PathBuf, PathBuf)>,
@@ -57,7 +73,7 @@ impl ClientTls {
 
     pub(crate) fn load(&self) -> Result<Pem, SourceError> {
         let read = |name: &str, path: &PathBuf| {
-            fs::read(path)
+            read_all(path)
                 .map_err(|e| SourceError::caused(format_args!("{name} {}", path.display()), &e))
         };
         let [ca, certificate, key] = self.names;
@@ -71,6 +87,121 @@ impl ClientTls {
             },
         })
     }
+}
+
+impl Pem {
+    /// A client that trusts only the CAs of this; `None` if there are none.
+    pub(crate) fn config(&self) -> Result<Option<ClientConfig>, SourceError> {
+        let Some(verifier) = self.verifier()? else { return Ok(None) };
+        let wrong = |what: &str, error: &dyn std::error::Error| SourceError::caused(what, error);
+        let config = ClientConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(|e| wrong("cannot create a TLS client", &e))?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier);
+        let config = match &self.identity {
+            Some((certificate, key)) => {
+                let chain = CertificateDer::pem_slice_iter(certificate).collect::<Result<_, _>>();
+                let chain: Vec<_> = chain.map_err(|e| wrong("the client certificate", &e))?;
+                let key =
+                    PrivateKeyDer::from_pem_slice(key).map_err(|e| wrong("the client key", &e))?;
+                config
+                    .with_client_auth_cert(chain, key)
+                    .map_err(|e| wrong("the client certificate and key", &e))?
+            }
+            None => config.with_no_client_auth(),
+        };
+        Ok(Some(config))
+    }
+
+    /// What verifies a server by the CAs of this; `None` if there are none.
+    pub(crate) fn verifier(&self) -> Result<Option<Arc<dyn ServerCertVerifier>>, SourceError> {
+        let Some(ca) = &self.ca else { return Ok(None) };
+        let authorities: Vec<_> = CertificateDer::pem_slice_iter(ca)
+            .collect::<Result<_, _>>()
+            .map_err(|e| SourceError::caused("the CA file", &e))?;
+        if authorities.is_empty() {
+            return Err(SourceError::new("the CA file has no certificate in PEM format"));
+        }
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(authorities.iter().cloned());
+        let usual = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
+            .build()
+            .map_err(|e| SourceError::caused("the CA file", &e))?;
+        Ok(Some(Arc::new(Verifier { usual, authorities })))
+    }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(ring::default_provider())
+}
+
+/// Verifies as usual, and accepts one thing more: a server's certificate that is itself one of the trusted CAs, which is what
+/// `openssl req -x509` makes. OpenSSL and Go accept it too.
+#[derive(Debug)]
+struct Verifier {
+    usual: Arc<WebPkiServerVerifier>,
+    authorities: Vec<CertificateDer<'static>>,
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let verified = self.usual.verify_server_cert(certificate, intermediates, name, ocsp, now);
+        match &verified {
+            // The period of validity was found good before that. The name is looked at after it.
+            Err(Error::InvalidCertificate(CertificateError::Other(reason)))
+                if reason.to_string() == "CaUsedAsEndEntity"
+                    && self.authorities.iter().any(|authority| authority == certificate) =>
+            {
+                verify_server_name(&ParsedCertificate::try_from(certificate)?, name)?;
+                Ok(ServerCertVerified::assertion())
+            }
+            _ => verified,
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.usual.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.usual.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.usual.supported_verify_schemes()
+    }
+}
+
+/// The contents of a file, or of all files of a folder.
+fn read_all(path: &Path) -> io::Result<Vec<u8>> {
+    if !path.is_dir() {
+        return fs::read(path);
+    }
+    let entries: io::Result<Vec<_>> = fs::read_dir(path)?.map(|entry| Ok(entry?.path())).collect();
+    let mut whole = Vec::new();
+    for file in entries?.iter().filter(|path| path.is_file()) {
+        whole.extend(fs::read(file)?);
+        whole.push(b'\n');
+    }
+    Ok(whole)
 }
 
 #[cfg(test)]
@@ -100,6 +231,68 @@ mod tests {
             new(None, Some("k")),
             Err("-k is given without -c: expected both or neither".to_owned())
         );
+    }
+
+    /// A certificate that is its own CA, as OpenSSL makes it, for the name `registry.test` and for 30 days.
+    fn self_signed(folder: &Path, name: &str) -> Vec<u8> {
+        let file = folder.join(format!("{name}.pem"));
+        let status = std::process::Command::new("openssl")
+            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"])
+            .args(["-nodes", "-days", "30", "-subj", "/CN=registry.test"])
+            .args(["-addext", "subjectAltName=DNS:registry.test", "-keyout", "/dev/null", "-out"])
+            .arg(&file)
+            .stderr(std::process::Stdio::null())
+            .status();
+        assert!(status.unwrap().success());
+        fs::read(file).unwrap()
+    }
+
+    #[test]
+    fn a_certificate_that_is_its_own_ca_is_accepted_where_it_is_a_trusted_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let (one, other) = (self_signed(folder.path(), "one"), self_signed(folder.path(), "other"));
+        let verify = |ca: &[u8], shown: &[u8], name: &'static str, days_from_now: i64| {
+            let pem = Pem { ca: Some(ca.to_vec()), identity: None };
+            let verifier = pem.verifier().unwrap().unwrap();
+            let shown = CertificateDer::from_pem_slice(shown).unwrap();
+            let now = UnixTime::now().as_secs().saturating_add_signed(days_from_now * 86_400);
+            let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(now));
+            let name = ServerName::try_from(name).unwrap();
+            verifier.verify_server_cert(&shown, &[], &name, &[], now).map(drop)
+        };
+        assert_eq!(verify(&one, &one, "registry.test", 0), Ok(()));
+        let both = [other.clone(), one.clone()].concat();
+        assert_eq!(verify(&both, &one, "registry.test", 1), Ok(()));
+        // Of the same name, and another.
+        assert!(verify(&other, &one, "registry.test", 0).is_err());
+        // For another name, and at another time.
+        assert!(matches!(
+            verify(&one, &one, "other.test", 0),
+            Err(Error::InvalidCertificate(
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. }
+            ))
+        ));
+        for (days, expected) in [(31, "Expired"), (-2, "NotValidYet")] {
+            let error = verify(&one, &one, "registry.test", days).unwrap_err();
+            assert!(format!("{error:?}").contains(expected), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_folder_of_cas_is_read_file_by_file() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("below")).unwrap();
+        fs::write(folder.path().join("a"), "one").unwrap();
+        fs::write(folder.path().join("b"), "two").unwrap();
+        let names = ["CONSUL_CAPATH", "c", "k"];
+        let tls = ClientTls::new(Some(folder.path().into()), None, None, names).unwrap();
+        let pem = tls.load().map_err(|e| e.to_string()).unwrap();
+        let mut lines: Vec<_> = pem.ca.as_deref().unwrap().split(|byte| *byte == b'\n').collect();
+        lines.sort();
+        assert_eq!(lines, [&b""[..], b"one", b"two"]);
+        // Nothing in it is a certificate.
+        let error = pem.verifier().err().map(|e| e.to_string());
+        assert_eq!(error.as_deref(), Some("the CA file has no certificate in PEM format"));
     }
 
     #[test]

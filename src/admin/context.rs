@@ -69,7 +69,9 @@ impl Feeds {
             let known = answers.borrow();
             let in_use = sources.in_use.get(query);
             let skipped = skipped_entries(&known);
-            (query.clone(), SourceReading::of(query.to_string(), &known, in_use, skipped, now))
+            let reading = SourceReading::of(query.to_string(), &known, in_use, skipped, now);
+            let problem = known.value.iter().find_map(|value| value.problem.as_deref());
+            (query.clone(), SourceReading { problem: problem.map(Into::into), ..reading })
         });
         let figures = &self.figures;
         Situation {

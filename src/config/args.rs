@@ -86,7 +86,7 @@ pub(crate) struct Args {
 
     /// Where endpoints come from: consul://, consuls://, etcd://, etcd2://, etcd3://, docker://, file://path or
     /// dns://resolver. May be repeated: then a descriptor selects one with via=<scheme>, and the first is used by
-    /// default [default: consul://127.0.0.1:8500] [env: DISCOVERY]
+    /// default [default: consul:// with CONSUL_HTTP_ADDR, else consul://127.0.0.1:8500] [env: DISCOVERY]
     #[arg(long, help_heading = DISCOVERY, value_name = "URI")]
     pub(super) discovery: Vec<String>,
 
@@ -105,8 +105,8 @@ pub(crate) struct Args {
     #[arg(long, help_heading = DISCOVERY, value_name = "TIME")]
     pub(super) resync: Option<String>,
 
-    /// How long the last endpoints stay in use after a valid empty answer from discovery. 0: connections are reset at
-    /// once, also when a registry has lost its data [default: 30s]
+    /// How long the last endpoints stay in use after a valid answer from discovery that has none, or, of five or more,
+    /// fewer than half. 0: connections are reset at once, also when a registry has lost its data [default: 30s]
     #[arg(long, help_heading = DISCOVERY, value_name = "TIME")]
     pub(super) empty_hold: Option<String>,
 
@@ -268,8 +268,13 @@ const OBSERVING: &str = "Observing";
 
 const ENVIRONMENT: &str = "\
 Environment without a flag:
+  CONSUL_HTTP_ADDR
+          The address of a consul:// URI without one
+  CONSUL_NAMESPACE, CONSUL_PARTITION
+          The namespace and the partition of a consul:// URI without ns= and partition=
   CONSUL_HTTP_TOKEN, CONSUL_HTTP_TOKEN_FILE, CONSUL_HTTP_AUTH, CONSUL_HTTP_SSL,
-  CONSUL_HTTP_SSL_VERIFY, CONSUL_CACERT, CONSUL_CLIENT_CERT, CONSUL_CLIENT_KEY
+  CONSUL_HTTP_SSL_VERIFY, CONSUL_TLS_SERVER_NAME, CONSUL_CACERT, CONSUL_CAPATH,
+  CONSUL_CLIENT_CERT, CONSUL_CLIENT_KEY
           As in every Consul tool
   ETCD_USERNAME, ETCD_PASSWORD
           etcd authentication

@@ -170,7 +170,8 @@ fn discoveries(
     settings: &Options,
 ) -> Result<Discoveries, UsageError> {
     let (name, uris) = if uris.is_empty() {
-        let one = flag("--discovery", None).or_env(env, "DISCOVERY").or("consul://127.0.0.1:8500");
+        // The address is that of CONSUL_HTTP_ADDR, else 127.0.0.1:8500.
+        let one = flag("--discovery", None).or_env(env, "DISCOVERY").or("consul://");
         (one.name, vec![one.text])
     } else {
         ("--discovery", uris)
@@ -185,6 +186,13 @@ pub(super) fn consul(env: &Environment<'_>) -> Result<ConsulSettings, UsageError
     let key = file("CONSUL_CLIENT_KEY");
     both(("CONSUL_CLIENT_CERT", &certificate), ("CONSUL_CLIENT_KEY", &key))?;
     Ok(ConsulSettings {
+        address: env.text("CONSUL_HTTP_ADDR"),
+        namespace: env.text("CONSUL_NAMESPACE"),
+        partition: env.text("CONSUL_PARTITION"),
+        server_name: env
+            .setting("CONSUL_TLS_SERVER_NAME")
+            .read(dns_name, "a DNS name, as in the server's certificate")?,
+        ca_path: file("CONSUL_CAPATH"),
         token: env.text("CONSUL_HTTP_TOKEN").map(Secret::from),
         token_file: file("CONSUL_HTTP_TOKEN_FILE"),
         tls: env.setting("CONSUL_HTTP_SSL").or("false").read(boolean, BOOLEAN)?,

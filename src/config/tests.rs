@@ -253,10 +253,34 @@ fn flag_then_environment_then_default() {
     assert_eq!(shown(&parse_with("", &unset).unwrap()), shown(&parse("")));
 }
 
+/// As for every Consul tool; what is said to embassy itself goes before it.
+#[test]
+fn consul_is_where_its_own_variable_says() {
+    let addr = ("CONSUL_HTTP_ADDR", "https://consul.example:8501");
+    let discovery = |line: &str, env: &[(&str, &str)]| {
+        let config = parse_with(line, env).unwrap();
+        config.discoveries.uris().values().cloned().collect::<Vec<_>>()
+    };
+    assert_eq!(discovery("", &[]), ["consul://127.0.0.1:8500"]);
+    assert_eq!(discovery("", &[addr]), ["consuls://consul.example:8501"]);
+    assert_eq!(discovery("-discovery=consul://", &[addr]), ["consuls://consul.example:8501"]);
+    assert_eq!(discovery("-discovery=consul://a:1", &[addr]), ["consul://a:1"]);
+    assert_eq!(discovery("", &[addr, ("DISCOVERY", "etcd://a")]), ["etcd://a"]);
+    assert_eq!(
+        discovery("", &[("CONSUL_NAMESPACE", "team"), ("CONSUL_PARTITION", "part")]),
+        ["consul://127.0.0.1:8500?ns=team&partition=part"]
+    );
+}
+
 #[test]
 fn secrets_and_files_from_the_environment() {
     let secret = |text: &str| Secret::from(text.to_owned());
     let variables = HashMap::from([
+        ("CONSUL_HTTP_ADDR", "https://consul.example"),
+        ("CONSUL_NAMESPACE", "team"),
+        ("CONSUL_PARTITION", "part"),
+        ("CONSUL_TLS_SERVER_NAME", "server.dc1.consul"),
+        ("CONSUL_CAPATH", "/cas"),
         ("CONSUL_HTTP_TOKEN", "t"),
         ("CONSUL_HTTP_TOKEN_FILE", "/t"),
         ("CONSUL_HTTP_SSL", "1"),
@@ -272,6 +296,11 @@ fn secrets_and_files_from_the_environment() {
     assert_eq!(
         read::consul(&read::Environment(&env)),
         Ok(ConsulSettings {
+            address: Some("https://consul.example".into()),
+            namespace: Some("team".into()),
+            partition: Some("part".into()),
+            server_name: Some("server.dc1.consul".into()),
+            ca_path: Some("/cas".into()),
             token: Some(secret("t")),
             token_file: Some("/t".into()),
             tls: true,
@@ -472,6 +501,16 @@ b'",
         }),
         ("CONSUL_HTTP_SSL", "yes", "CONSUL_HTTP_SSL \"yes\": expected true or false"),
         ("CONSUL_HTTP_SSL_VERIFY", "on", "CONSUL_HTTP_SSL_VERIFY \"on\": expected true or false"),
+        (
+            "CONSUL_TLS_SERVER_NAME",
+            "10.0.0.1",
+            "CONSUL_TLS_SERVER_NAME \"10.0.0.1\": expected a DNS name, as in the server's certificate",
+        ),
+        (
+            "CONSUL_HTTP_ADDR",
+            "unix:///run/consul.sock",
+            "--discovery \"consul://\": CONSUL_HTTP_ADDR \"unix:///run/consul.sock\": expected host:port, http://host:port or https://host:port",
+        ),
         ("CONSUL_CLIENT_KEY", "/k", "CONSUL_CLIENT_KEY: expected CONSUL_CLIENT_CERT as well"),
         ("ETCD_USERNAME", "u", "ETCD_USERNAME: expected ETCD_PASSWORD as well"),
         ("ETCD_PASSWORD", "secret", "ETCD_PASSWORD: expected ETCD_USERNAME as well"),

@@ -57,6 +57,10 @@ pub(super) fn number<T: FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
+pub(super) fn dns_name(text: &str) -> Option<String> {
+    rustls::pki_types::DnsName::try_from(text).ok().map(|_| text.to_owned())
+}
+
 pub(super) const FILE: &str = "the path of a file";
 
 pub(super) fn path(text: &str) -> Option<PathBuf> {

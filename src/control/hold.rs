@@ -16,14 +16,14 @@ use crate::{
 /// Endpoints in use that are not their source's last answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InUse {
-    /// The source reports none: the last ones stay in use until this time.
+    /// The source reports none, or few of many: the last ones stay in use until this time.
     Held { until: Instant },
     /// The source has not answered since the start: saved endpoints, confirmed at this time.
     Kept { confirmed: Instant },
 }
 
-/// Keeps the last endpoints of a service for a while after a valid empty answer: a registry that lost its data gives the
-/// same answer until it is filled again.
+/// Keeps the last endpoints of a service for a while after a valid answer without any, or with few of many: a registry that
+/// lost its data, or most of its members, gives the same answer until it is filled again.
 #[derive(Debug)]
 pub(super) struct EmptyHold {
     hold: Duration,
@@ -31,8 +31,8 @@ pub(super) struct EmptyHold {
     used: CowMap<Query, Arc<Endpoints>>,
     /// Saved endpoints of queries that have not answered in this run.
     pub(super) kept: HashMap<Query, Kept>,
-    /// The time since which a query's answer is empty.
-    empty_since: HashMap<Query, Instant>,
+    /// The time since which a query's answer has no endpoints, or few of many.
+    short_since: HashMap<Query, Instant>,
     /// Those that time, or the end of a container, may change without an answer.
     restless: HashSet<Query>,
     /// When what is used was last known to be so, of those whose source does not answer.
@@ -48,7 +48,7 @@ impl EmptyHold {
             hold,
             used: CowMap::default(),
             kept: HashMap::new(),
-            empty_since: HashMap::new(),
+            short_since: HashMap::new(),
             restless: HashSet::new(),
             confirmed: CowMap::default(),
             in_use: HashMap::new(),
@@ -131,7 +131,7 @@ impl EmptyHold {
             }
             None => {
                 self.used.remove(query);
-                self.empty_since.remove(query);
+                self.short_since.remove(query);
             }
         }
         end
@@ -150,17 +150,18 @@ impl EmptyHold {
             return (kept.map(|kept| kept.endpoints.living()), kept.map(|kept| kept.until));
         };
         let kept = self.kept.remove(query).map(|kept| kept.endpoints);
-        if !value.list.is_empty() {
-            self.empty_since.remove(query);
+        // A container that is gone is nothing to hold: its address may be another's.
+        let last = self.used.get(query).or(kept.as_ref()).map(Endpoints::living);
+        let last_count = last.as_ref().map_or(0, |last| last.list.len());
+        if !value.list.is_empty() && !is_collapse(last_count, value.list.len()) {
+            self.short_since.remove(query);
             return (Some(value.living()), None);
         }
         // Since when, not since the last change: what is rejected may go on changing in a list of nothing.
         let since = known.changed.unwrap_or(now);
-        let end = *self.empty_since.entry(query.clone()).or_insert(since) + self.hold;
-        // A container that is gone is nothing to hold: its address may be another's.
-        let held = self.used.get(query).or(kept.as_ref()).map(Endpoints::living);
-        match held.filter(|held| !held.list.is_empty() && now < end) {
-            Some(held) => (Some(held), Some(end)),
+        let end = *self.short_since.entry(query.clone()).or_insert(since) + self.hold;
+        match last.filter(|last| !last.list.is_empty() && now < end) {
+            Some(last) => (Some(both(last, &value.living())), Some(end)),
             None => (Some(value.living()), None),
         }
     }
@@ -173,6 +174,27 @@ impl EmptyHold {
     ) -> impl Iterator<Item = (&'a Query, &'a Kept)> {
         self.kept.iter().filter(|(query, _)| unheard.contains(query))
     }
+}
+
+/// Whether a list lost most of its endpoints at once. Of a few endpoints, most may well go together.
+fn is_collapse(before: usize, now: usize) -> bool {
+    const MANY: usize = 5;
+    before >= MANY && now < before.div_ceil(2)
+}
+
+/// The endpoints that are held, and those of the last answer.
+fn both(held: Arc<Endpoints>, answer: &Arc<Endpoints>) -> Arc<Endpoints> {
+    let says_no_more = answer.list.iter().all(|endpoint| held.list.contains(endpoint))
+        && (answer.list.is_empty()
+            || (&answer.rejected, &answer.problem) == (&held.rejected, &held.problem));
+    if says_no_more {
+        return held;
+    }
+    let list = held.list.iter().chain(&answer.list).copied();
+    let mut both = Endpoints::new(list, answer.rejected.clone());
+    both.stays = held.stays.iter().chain(&answer.stays).map(|(e, s)| (*e, s.clone())).collect();
+    both.problem.clone_from(&answer.problem);
+    Arc::new(both)
 }
 
 #[cfg(test)]
@@ -215,6 +237,49 @@ mod tests {
         assert_eq!(settle(&empty, second(40)), (Some(0), None));
         assert_eq!(settle(&known(&["10.0.0.3:1"], second(50)), second(50)), (Some(1), None));
         assert_eq!(settle(&known(&["10.0.0.3:1"], second(50)), second(50)), (Some(1), None));
+    }
+
+    #[test]
+    fn a_list_that_loses_most_of_its_members_at_once_is_held_and_one_that_shrinks_is_not() {
+        let start = Instant::now();
+        let second = |n| start + Duration::from_secs(n);
+        let hosts = |hosts: std::ops::Range<u8>| {
+            hosts.map(|host| format!("10.0.0.{host}:1")).collect::<Vec<_>>()
+        };
+        let new = || EmptyHold::new(Duration::from_secs(30));
+        let settle = |hold: &mut EmptyHold, list: &[String], changed, now| {
+            let list: Vec<_> = list.iter().map(String::as_str).collect();
+            let wake = hold.settle(&query(), Some(&known(&list, second(changed))), second(now));
+            let used = hold.used().get(&query()).unwrap();
+            assert_eq!(hold.in_use().contains_key(&query()), wake.is_some());
+            (used.list.len(), wake)
+        };
+        let mut hold = new();
+        assert_eq!(settle(&mut hold, &hosts(0..132), 0, 0), (132, None));
+        // One is left, and a new one comes: all of them are used.
+        assert_eq!(settle(&mut hold, &hosts(0..1), 10, 10), (132, Some(second(40))));
+        assert_eq!(settle(&mut hold, &hosts(200..202), 20, 20), (134, Some(second(40))));
+        assert_eq!(settle(&mut hold, &hosts(200..202), 20, 39), (134, Some(second(40))));
+        // It was true.
+        assert_eq!(settle(&mut hold, &hosts(200..202), 20, 40), (2, None));
+        assert_eq!(settle(&mut hold, &hosts(200..202), 20, 41), (2, None));
+
+        // It was not: whoever comes back ends it, and the next loss is another.
+        let mut hold = new();
+        settle(&mut hold, &hosts(0..100), 0, 0);
+        assert_eq!(settle(&mut hold, &hosts(0..1), 10, 10), (100, Some(second(40))));
+        assert_eq!(settle(&mut hold, &hosts(0..99), 20, 20), (99, None));
+        assert_eq!(settle(&mut hold, &[], 30, 30), (99, Some(second(60))));
+
+        // Half of many, or most of a few, and as many others.
+        for (before, after, used) in [(10, 0..5, 5), (4, 0..1, 1), (5, 0..2, 5), (10, 50..60, 10)] {
+            let mut hold = new();
+            settle(&mut hold, &hosts(0..before), 0, 0);
+            assert_eq!(settle(&mut hold, &hosts(after), 1, 1).0, used, "of {before}");
+        }
+        let mut hold = EmptyHold::new(Duration::ZERO);
+        settle(&mut hold, &hosts(0..100), 0, 0);
+        assert_eq!(settle(&mut hold, &hosts(0..1), 1, 1), (1, None));
     }
 
     fn failed() -> Known<Endpoints> {

@@ -1,17 +1,23 @@
 //! Consul: the instances of a service, by its health (developer.hashicorp.com/consul/api-docs/health).
 
-use std::{path::PathBuf, sync::Arc};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use serde::Deserialize;
 use serde_json::Value;
+use tokio::time::timeout;
 use url::Url;
 
-use super::{Endpoints, Options, Query, Rejected, address};
+use super::{
+    Endpoints, Options, Query, Rejected,
+    address::{self, excerpt},
+};
 use crate::{
     model::Tags,
     registry::{HttpAnswer, consul::ConsulClient},
     source::{Publisher, Resync, Source, SourceError},
 };
+
+mod missing;
 
 /// A Consul agent or server.
 #[derive(Debug, Clone)]
@@ -30,6 +36,10 @@ pub(super) struct Asked {
     pub(super) token_file: Option<PathBuf>,
     /// `near=`: passed on. Consul sorts its answer by it; connections are spread evenly all the same.
     pub(super) near: Option<String>,
+    /// `ns=`, else `CONSUL_NAMESPACE`
+    pub(super) namespace: Option<String>,
+    /// `partition=`, else `CONSUL_PARTITION`
+    pub(super) partition: Option<String>,
     /// `tag=`: what every endpoint must carry, beside the descriptor's tags.
     pub(super) tags: Vec<String>,
 }
@@ -69,7 +79,11 @@ impl Source for ConsulSource {
         loop {
             tokio::select! {
                 answer = query.next() => {
-                    publish.publish(self.read(&answer?)?);
+                    let mut endpoints = self.read(&answer?)?;
+                    if endpoints.list.is_empty() && endpoints.problem.is_none() {
+                        endpoints.problem = self.why_none().await;
+                    }
+                    publish.publish(endpoints);
                 }
                 () = resync.due() => query.read_again(),
             }
@@ -78,16 +92,36 @@ impl Source for ConsulSource {
 }
 
 impl ConsulSource {
+    /// How long a list without instances waits for the reason.
+    const REASON: Duration = Duration::from_secs(2);
+
+    /// The URL of a path, where the service is.
+    fn at<'a>(&self, path: impl IntoIterator<Item = &'a str>) -> Url {
+        let mut url = self.consul.client.url(path);
+        let asked = &self.consul.asked;
+        for (name, value) in [
+            ("dc", self.query.dc.as_deref().or(asked.dc.as_deref())),
+            ("ns", asked.namespace.as_deref()),
+            ("partition", asked.partition.as_deref()),
+        ] {
+            if let Some(value) = value {
+                url.query_pairs_mut().append_pair(name, value);
+            }
+        }
+        url
+    }
+
+    /// Why there is no instance, if Consul can tell: a wrong name, or a wrong tag.
+    async fn why_none(&self) -> Option<Arc<str>> {
+        let asking = self.consul.client.recent(self.at(["catalog", "services"]));
+        let answer = timeout(Self::REASON, asking).await.ok()?.ok()?;
+        missing::problem(self.query.service.as_str(), &self.tags, &answer.json().ok()?)
+    }
+
     fn url(&self) -> Url {
-        let mut url = self.consul.client.url(["health", "service", self.query.service.as_str()]);
+        let mut url = self.at(["health", "service", self.query.service.as_str()]);
         {
             let mut pairs = url.query_pairs_mut();
-            if self.consul.healthy_only {
-                pairs.append_pair("passing", "true");
-            }
-            if let Some(dc) = self.query.dc.as_deref().or(self.consul.asked.dc.as_deref()) {
-                pairs.append_pair("dc", dc);
-            }
             if let Some(near) = &self.consul.asked.near {
                 pairs.append_pair("near", near);
             }
@@ -102,7 +136,7 @@ impl ConsulSource {
     }
 
     fn read(&self, answer: &HttpAnswer) -> Result<Endpoints, SourceError> {
-        let mut endpoints = endpoints(answer.json()?, &self.tags);
+        let mut endpoints = endpoints(answer.json()?, &self.tags, self.consul.healthy_only);
         // What a token may not read is left out without an error: that is no answer to what there is.
         let hidden = answer.headers.get("X-Consul-Results-Filtered-By-ACLs");
         if hidden.is_some_and(|value| value == "true") {
@@ -118,17 +152,31 @@ impl ConsulSource {
     }
 }
 
-/// The instances with `tags`, each entry judged by itself.
-fn endpoints(entries: Vec<Value>, tags: &Tags) -> Endpoints {
+/// The instances with `tags`, each entry judged by itself. With `healthy_only` those that pass all their checks; where there
+/// are none, those that are in warning, because Consul's warning says that an instance still works.
+fn endpoints(entries: Vec<Value>, tags: &Tags, healthy_only: bool) -> Endpoints {
     let mut list = Vec::new();
     let mut rejected = Vec::new();
+    let mut warning = Vec::new();
+    let mut unhealthy = Unhealthy::default();
     for entry in entries {
         match Entry::deserialize(&entry) {
             // Older servers heed one tag only.
             Ok(entry) if !tags.all_in(entry.service.tags.as_deref().unwrap_or_default()) => {}
-            Ok(Entry { node, service: Service { id, address, port, .. } }) => {
+            Ok(entry) => {
+                let checks = entry.checks.as_deref().unwrap_or_default();
+                let worst = checks.iter().max_by_key(|check| check.health());
+                let health = worst.filter(|_| healthy_only).map_or(Health::Passing, Check::health);
+                if let Some(check) = worst.filter(|_| health > Health::Passing) {
+                    unhealthy.add(check);
+                }
+                if health == Health::Critical {
+                    continue;
+                }
+                let Entry { node, service: Service { id, address, port, .. }, .. } = entry;
                 let address = Some(address).filter(|a| !a.is_empty()).unwrap_or(node.address);
                 match address::endpoint(&address, &port.to_string()) {
+                    Ok(endpoint) if health == Health::Warning => warning.push(endpoint),
                     Ok(endpoint) => list.push(endpoint),
                     Err(reason) => {
                         rejected.push(Rejected { what: format!("{id} on {}", node.node), reason });
@@ -145,7 +193,55 @@ fn endpoints(entries: Vec<Value>, tags: &Tags) -> Endpoints {
             }),
         }
     }
-    Endpoints::new(list, rejected)
+    let mut problem = None;
+    if list.is_empty() && unhealthy.count > 0 {
+        problem = Some(unhealthy.problem(warning.len()));
+        list = warning;
+    }
+    Endpoints { problem, ..Endpoints::new(list, rejected) }
+}
+
+/// How well an instance is: the worst of its checks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Health {
+    Passing,
+    Warning,
+    /// Also in maintenance, which is a check that is critical.
+    Critical,
+}
+
+/// Instances that do not pass all their checks.
+#[derive(Debug, Default)]
+struct Unhealthy {
+    count: usize,
+    /// Names and states of their worst checks.
+    checks: BTreeSet<String>,
+}
+
+impl Unhealthy {
+    /// Checks that are named.
+    const NAMED: usize = 3;
+
+    fn add(&mut self, check: &Check) {
+        self.count += 1;
+        if self.checks.len() < Self::NAMED {
+            let name = if check.name.is_empty() { &check.check_id } else { &check.name };
+            self.checks.insert(format!("{:?} is {}", excerpt(name), excerpt(&check.status)));
+        }
+    }
+
+    /// The problem if no instance passes, and so many in warning are used.
+    fn problem(&self, used: usize) -> Arc<str> {
+        let checks: Vec<_> = self.checks.iter().map(String::as_str).collect();
+        let consequence =
+            if used > 0 { format!("; {used} in warning used instead") } else { String::new() };
+        format!(
+            "0 of {} registered instances pass their checks ({}){consequence}",
+            self.count,
+            checks.join(", ")
+        )
+        .into()
+    }
 }
 
 /// What is read of an entry of the answer.
@@ -154,6 +250,28 @@ fn endpoints(entries: Vec<Value>, tags: &Tags) -> Endpoints {
 struct Entry {
     node: Node,
     service: Service,
+    checks: Option<Vec<Check>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase", expecting = "a check")]
+struct Check {
+    #[serde(rename = "CheckID", default)]
+    check_id: String,
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    status: String,
+}
+
+impl Check {
+    fn health(&self) -> Health {
+        match self.status.as_str() {
+            "passing" => Health::Passing,
+            "warning" => Health::Warning,
+            _ => Health::Critical,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -179,7 +297,7 @@ struct Service {
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(input: &[u8]) {
     if let Ok(entries) = serde_json::from_slice(input) {
-        endpoints(entries, &Tags::new(["prod"]));
+        endpoints(entries, &Tags::new(["prod"]), true);
     }
 }
 
@@ -214,14 +332,14 @@ mod tests {
 
     #[test]
     fn an_instance_is_at_its_own_address_or_its_nodes() {
-        let endpoints = endpoints(two(), &Tags::default());
+        let endpoints = endpoints(two(), &Tags::default(), true);
         assert_eq!(list(&endpoints), ["10.0.0.1:80", "[fd00::1]:81"]);
         assert_eq!(endpoints.rejected, []);
     }
 
     #[test]
     fn a_server_that_heeds_no_tags_is_of_no_harm() {
-        assert_eq!(list(&endpoints(two(), &Tags::new(["prod"]))), ["10.0.0.1:80"]);
+        assert_eq!(list(&endpoints(two(), &Tags::new(["prod"]), true)), ["10.0.0.1:80"]);
     }
 
     #[test]
@@ -236,7 +354,7 @@ mod tests {
             json!({ "Node": null }),
             json!(7),
         ]);
-        let endpoints = endpoints(entries, &Tags::default());
+        let endpoints = endpoints(entries, &Tags::default(), true);
         assert_eq!(list(&endpoints), ["10.0.0.1:80", "[fd00::1]:81"]);
         let rejected: Vec<_> =
             endpoints.rejected.iter().map(|r| format!("{}: {}", r.what, r.reason)).collect();
@@ -252,12 +370,69 @@ mod tests {
         );
     }
 
+    /// An instance at 10.0.0.`host` with checks in these states.
+    fn checked(host: u8, statuses: &[&str]) -> Value {
+        let check = |status: &&str| json!({ "CheckID": "c", "Name": format!("disk-{host}"), "Status": status });
+        json!({
+            "Node": { "Node": "n", "Address": "" },
+            "Service": { "ID": "i", "Address": format!("10.0.0.{host}"), "Port": 80, "Tags": [] },
+            "Checks": statuses.iter().map(check).collect::<Vec<_>>(),
+        })
+    }
+
+    #[test]
+    fn instances_in_warning_are_used_where_none_passes() {
+        let of = |entries: &[Value], healthy_only| {
+            let endpoints = endpoints(entries.to_vec(), &Tags::default(), healthy_only);
+            (list(&endpoints), endpoints.problem.as_deref().map(str::to_owned))
+        };
+        let passing = checked(1, &["passing", "passing"]);
+        let warning = checked(2, &["passing", "warning"]);
+        let critical = checked(3, &["warning", "critical"]);
+        let odd = checked(4, &["unheard-of"]);
+        let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
+
+        let all = [passing.clone(), warning.clone(), critical.clone(), odd.clone()];
+        assert_eq!(of(&all, true), (texts(&["10.0.0.1:80"]), None));
+        assert_eq!(
+            of(&all[1..], true),
+            (
+                texts(&["10.0.0.2:80"]),
+                Some(
+                    "0 of 3 registered instances pass their checks (\"disk-2\" is warning, \
+                     \"disk-3\" is critical, \"disk-4\" is unheard-of); 1 in warning used instead"
+                        .to_owned()
+                )
+            )
+        );
+        assert_eq!(
+            of(&all[2..3], true),
+            (
+                vec![],
+                Some(
+                    "0 of 1 registered instances pass their checks (\"disk-3\" is critical)"
+                        .to_owned()
+                )
+            )
+        );
+        assert_eq!(of(&[], true), (vec![], None));
+        let every = ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80"];
+        assert_eq!(of(&all, false), (texts(&every), None));
+        // What is not used is not judged.
+        let nameless = json!({
+            "Node": { "Node": "n", "Address": "db.example" },
+            "Service": { "ID": "i", "Port": 80 }, "Checks": [{ "Status": "critical" }],
+        });
+        let unused = endpoints(vec![nameless], &Tags::default(), true);
+        assert_eq!(unused.rejected, []);
+    }
+
     proptest! {
         #[test]
         fn no_entry_panics(address in "\\PC{0,20}", id in "\\PC{0,9}", port: i64, tag in "\\PC{0,9}") {
             let service = json!({ "ID": id, "Address": address, "Port": port, "Tags": [tag] });
             let entry = json!({ "Node": { "Node": id, "Address": address }, "Service": service });
-            endpoints(vec![entry], &Tags::default());
+            endpoints(vec![entry], &Tags::default(), true);
         }
     }
 }

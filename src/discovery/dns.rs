@@ -8,46 +8,57 @@
 //! its records' time to live is over. It has no tags either: a descriptor that wants some is refused.
 //!
 //! A name that does not exist, or has no such records, is a valid empty answer. A server that does not answer, or answers
-//! that it failed, is an error; so is a failure to look up one target of many.
+//! that it failed, is an error. But many servers fail for one type of records only, such as AAAA or SRV: as long as another
+//! type says where the service is, the failure is reported beside the endpoints. What a failed question had for an answer
+//! before stays in use.
 
-use std::{net::SocketAddr, time::Duration};
-
-use futures_util::{StreamExt, TryStreamExt, stream};
-use hickory_resolver::{
-    Resolver, TokioResolver,
-    config::{NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
-    net::{DnsError, NetError, runtime::TokioRuntimeProvider},
-    proto::{
-        op::ResponseCode,
-        rr::{Name, RecordType},
-    },
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
 };
+
+use futures_util::{StreamExt, stream};
+use hickory_resolver::proto::rr::{Name, RecordType};
 use tokio::time::{sleep, timeout};
 
-use self::records::{Answer, Target};
+use self::{
+    client::Client,
+    hold::Hold,
+    records::{Answer, Target, Ttl},
+};
 use crate::{
     discovery::{Endpoints, Query, Rejected, address},
     model::Endpoint,
     source::{Publisher, Resync, Source, SourceError},
 };
 
+mod client;
+mod hold;
 mod records;
 
 /// A DNS server.
 #[derive(Debug, Clone)]
 pub struct Dns {
     pub(super) resolver: SocketAddr,
+    /// `hold=`: how long an endpoint stays in use that answers leave out.
+    pub(super) hold: Duration,
 }
 
 impl Dns {
+    /// The hold if the URI does not say it.
+    pub(super) const HOLD: Duration = Duration::from_secs(30);
+
     /// `resolver`: the only server that is asked, by UDP, and by TCP if an answer is truncated.
-    pub fn new(resolver: SocketAddr) -> Self {
-        Self { resolver }
+    pub fn new(resolver: SocketAddr, hold: Duration) -> Self {
+        Self { resolver, hold }
     }
 
     /// Follows `query`.
     pub fn source(self, query: Query) -> DnsSource {
-        DnsSource { server: self.resolver, query }
+        let (used, answers) = (Hold::default(), Memory::default());
+        DnsSource { server: self.resolver, hold: self.hold, query, used, answers }
     }
 }
 
@@ -55,7 +66,10 @@ impl Dns {
 #[derive(Debug)]
 pub struct DnsSource {
     server: SocketAddr,
+    hold: Duration,
     query: Query,
+    used: Hold,
+    answers: Memory,
 }
 
 impl Source for DnsSource {
@@ -66,147 +80,253 @@ impl Source for DnsSource {
         publish: &Publisher<Endpoints>,
         resync: &mut Resync,
     ) -> Result<(), SourceError> {
-        let session = Session::new(self)?;
+        let Self { server, hold, query, used, answers } = self;
+        let session = Session::new(*server, query, answers)?;
         loop {
-            let (endpoints, ttl) = match timeout(Session::WHOLE, session.resolve()).await {
-                Ok(found) => found?,
+            let found = match timeout(Session::WHOLE, session.resolve()).await {
+                Ok(found) => found.map_err(|failure| failure.of(*server))?,
                 Err(_) => {
-                    let seconds = Session::WHOLE.as_secs();
-                    let reason = format!("no full answer within {seconds} s");
-                    return Err(session.failed("records", &session.name, reason));
+                    let reason = format!("no full answer within {} s", Session::WHOLE.as_secs());
+                    let what = format!("records of {}", session.name);
+                    return Err(Failure { what, reason }.of(*server));
                 }
             };
-            publish.publish(endpoints);
+            answers.forget_unasked();
+            let now = Instant::now();
+            let (list, goes) = used.settle(found.priority, found.list, *hold, now);
+            publish.publish(Endpoints::new(list, found.rejected));
+            let goes = goes.map(|at| at.saturating_duration_since(now));
+            let pause = goes.into_iter().fold(found.ttl.bounded(), Duration::min);
             tokio::select! {
-                () = sleep(ttl) => {}
+                () = sleep(pause) => {}
                 () = resync.due() => {}
             }
         }
     }
 }
 
+/// The last answer of use to each question.
+#[derive(Debug, Default)]
+struct Memory(Mutex<HashMap<(Name, RecordType), Remembered>>);
+
+#[derive(Debug)]
+struct Remembered {
+    answer: Answer,
+    /// Whether the question was asked since [`Memory::forget_unasked`].
+    asked: bool,
+}
+
+impl Memory {
+    /// Keeps an answer.
+    fn keep(&self, name: &Name, kind: RecordType, answer: &Answer) {
+        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let question = (name.clone(), kind);
+        if answer.is_of_use() {
+            memory.insert(question, Remembered { answer: answer.clone(), asked: true });
+        } else {
+            memory.remove(&question);
+        }
+    }
+
+    /// The last answer to a question that failed.
+    fn last(&self, name: &Name, kind: RecordType) -> Option<Answer> {
+        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let remembered = memory.get_mut(&(name.clone(), kind))?;
+        remembered.asked = true;
+        Some(remembered.answer.clone())
+    }
+
+    /// Forgets the answers to questions that are asked no more: targets change.
+    fn forget_unasked(&self) {
+        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.retain(|_, remembered| std::mem::take(&mut remembered.asked));
+    }
+}
+
+/// A question without an answer.
+#[derive(Debug, Clone)]
+struct Failure {
+    what: String,
+    reason: String,
+}
+
+impl Failure {
+    fn of(self, server: SocketAddr) -> SourceError {
+        SourceError::new(format_args!("{} from {server}: {}", self.what, self.reason))
+    }
+}
+
+impl From<Failure> for Rejected {
+    fn from(Failure { what, reason }: Failure) -> Self {
+        Self { what, reason }
+    }
+}
+
+/// What questions had for an answer, and those of them that failed.
+struct Found {
+    answer: Answer,
+    failures: Vec<Failure>,
+    /// Whether any question was answered now.
+    answered: bool,
+}
+
+impl Found {
+    fn answered(answer: Answer) -> Self {
+        Self { answer, failures: Vec::new(), answered: true }
+    }
+
+    fn and(mut self, other: Self) -> Self {
+        self.failures.extend(other.failures);
+        Self {
+            answer: self.answer.and(other.answer),
+            failures: self.failures,
+            answered: self.answered || other.answered,
+        }
+    }
+
+    /// Whether it says where a host is, or that there is no such host.
+    fn is_known(&self) -> bool {
+        self.answer.is_of_use() || self.answer.no_such_name
+    }
+}
+
+/// All that was found out.
+#[derive(Default)]
+struct Resolved {
+    /// Of the SRV records that are used.
+    priority: Option<u16>,
+    list: Vec<Endpoint>,
+    rejected: Vec<Rejected>,
+    ttl: Ttl,
+}
+
 struct Session<'a> {
-    source: &'a DnsSource,
-    resolver: TokioResolver,
+    client: Client,
+    answers: &'a Memory,
     name: Name,
+    /// Of a host without SRV records.
+    port: String,
 }
 
 impl<'a> Session<'a> {
-    /// One question to the server, asked twice.
-    const QUESTION: Duration = Duration::from_secs(2);
     /// Everything that one answer takes: two questions one after the other, and one for each target.
     const WHOLE: Duration = Duration::from_secs(20);
     /// Targets that are looked up at a time.
     const AT_A_TIME: usize = 8;
 
-    fn new(source: &'a DnsSource) -> Result<Self, SourceError> {
-        let service = source.query.service.as_str();
+    fn new(server: SocketAddr, query: &Query, answers: &'a Memory) -> Result<Self, SourceError> {
+        let service = query.service.as_str();
         let mut name = Name::from_ascii(service).map_err(|error| {
             SourceError::caused(format_args!("{service:?} is not a name of DNS"), &error)
         })?;
         name.set_fqdn(true);
-
-        let mut server = NameServerConfig::udp_and_tcp(source.server.ip());
-        for connection in &mut server.connections {
-            connection.port = source.server.port();
-        }
-        let mut options = ResolverOpts::default();
-        options.timeout = Self::QUESTION;
-        options.attempts = 1; // more than the first
-        options.cache_size = 0; // we ask when the time to live is over
-        options.use_hosts_file = ResolveHosts::Never;
-        options.edns0 = true; // larger answers by UDP
-        let config = ResolverConfig::from_name_servers(vec![server]);
-        let resolver = Resolver::builder_with_config(config, TokioRuntimeProvider::default())
-            .with_options(options)
-            .build()
-            .map_err(|error| SourceError::caused("cannot create a DNS client", &error))?;
-        Ok(Self { source, resolver, name })
+        let port = query.port.map_or_else(String::new, |port| port.to_string());
+        Ok(Self { client: Client::new(server)?, answers, name, port })
     }
 
-    /// The endpoints, and for how long they are known.
-    async fn resolve(&self) -> Result<(Endpoints, Duration), SourceError> {
-        let services = self.lookup(&self.name, RecordType::SRV).await?;
-        let targets = services.targets();
+    async fn resolve(&self) -> Result<Resolved, Failure> {
+        let services = self.lookup(&self.name, RecordType::SRV).await;
+        let targets = services.answer.targets();
         if targets.is_empty() {
-            let host = services.and(self.addresses(&self.name).await?);
-            let port = self.source.query.port.map_or_else(String::new, |port| port.to_string());
-            let (list, rejected) = endpoints(&host, &self.name, &port);
-            return Ok((Endpoints::new(list, rejected), host.ttl.bounded()));
+            let addresses = self.addresses(&self.name).await;
+            let known = addresses.is_known();
+            let host = services.and(addresses);
+            // A server that answers nothing at all is down, whatever it said before.
+            if let Some(failure) = host.failures.first().filter(|_| !known || !host.answered) {
+                return Err(failure.clone());
+            }
+            let (list, mut rejected) = endpoints(&host.answer, &self.name, &self.port);
+            rejected.extend(host.failures.into_iter().map(Rejected::from));
+            return Ok(Resolved { priority: None, list, rejected, ttl: host.answer.ttl });
         }
-        let mut ttl = services.ttl;
-        let (mut list, mut rejected) = (Vec::new(), Vec::new());
+        self.targets(services, &targets).await
+    }
+
+    /// The endpoints of the first priority that has any.
+    async fn targets(&self, services: Found, targets: &[Target]) -> Result<Resolved, Failure> {
+        let mut resolved = Resolved { ttl: services.answer.ttl, ..Resolved::default() };
+        let (mut open, mut answered) = (None, services.answered);
         for group in targets.chunk_by(|a, b| a.priority == b.priority) {
+            resolved.priority = group.first().map(|target| target.priority);
             // The root as a host says that the service is decidedly not there.
             let mut hosts = group.to_vec();
             hosts.retain(|target| !target.host.is_root());
             let found: Vec<_> = stream::iter(hosts)
-                .map(|target| self.target(&services, target))
+                .map(|target| self.target(&services.answer, target))
                 .buffered(Self::AT_A_TIME)
-                .try_collect()
-                .await?;
-            for (target, answer) in found {
-                ttl = ttl.min(answer.ttl);
-                let (good, wrong) = endpoints(&answer, &target.host, &target.port.to_string());
-                if good.is_empty() && wrong.is_empty() {
-                    let reason = "it has no address".to_owned();
-                    rejected.push(Rejected { what: format!("host {}", target.host), reason });
+                .collect()
+                .await;
+            for (target, found) in found {
+                if !found.is_known() {
+                    open = open.or_else(|| found.failures.first().cloned());
                 }
-                list.extend(good);
-                rejected.extend(wrong);
+                answered |= found.answered;
+                resolved.ttl = resolved.ttl.min(found.answer.ttl);
+                let (good, wrong) =
+                    endpoints(&found.answer, &target.host, &target.port.to_string());
+                if good.is_empty() && wrong.is_empty() && found.failures.is_empty() {
+                    let reason = "it has no address".to_owned();
+                    let what = format!("host {}", target.host);
+                    resolved.rejected.push(Rejected { what, reason });
+                }
+                resolved.list.extend(good);
+                resolved.rejected.extend(wrong);
+                resolved.rejected.extend(found.failures.into_iter().map(Rejected::from));
             }
-            if !list.is_empty() {
+            if !resolved.list.is_empty() {
                 break;
             }
         }
-        Ok((Endpoints::new(list, rejected), ttl.bounded()))
-    }
-
-    /// The addresses of a target: those that came with the answer that names it, else those that it has.
-    async fn target(
-        &self,
-        services: &Answer,
-        target: Target,
-    ) -> Result<(Target, Answer), SourceError> {
-        let glue = services.glue(&target.host);
-        let came = !glue.addresses().is_empty();
-        let answer = if came { glue } else { self.addresses(&target.host).await? };
-        Ok((target, answer))
-    }
-
-    async fn addresses(&self, name: &Name) -> Result<Answer, SourceError> {
-        let (v4, v6) = futures_util::try_join!(
-            self.lookup(name, RecordType::A),
-            self.lookup(name, RecordType::AAAA)
-        )?;
-        Ok(v4.and(v6))
-    }
-
-    /// An answer without records if there are none.
-    async fn lookup(&self, name: &Name, kind: RecordType) -> Result<Answer, SourceError> {
-        match self.resolver.lookup(name.clone(), kind).await {
-            Ok(found) => match found.message().metadata.response_code {
-                ResponseCode::NoError | ResponseCode::NXDomain => {
-                    Ok(Answer::new(found.answers(), found.additionals()))
-                }
-                code => Err(self.failed(&kind.to_string(), name, code.to_string())),
-            },
-            // Without an SOA, name servers in place of an answer say "ask elsewhere".
-            Err(NetError::Dns(DnsError::NoRecordsFound(none)))
-                if none.soa.is_some() || none.ns.is_none() =>
-            {
-                Ok(Answer::none(none.negative_ttl))
-            }
-            Err(NetError::Dns(DnsError::NoRecordsFound(_))) => {
-                let reason = "a referral to other servers: expected a server that resolves";
-                Err(self.failed(&kind.to_string(), name, reason.to_owned()))
-            }
-            Err(error) => Err(self.failed(&kind.to_string(), name, error.to_string())),
+        if let Some(failure) = services.failures.first().filter(|_| !answered) {
+            return Err(failure.clone());
+        }
+        resolved.rejected.extend(services.failures.into_iter().map(Rejected::from));
+        match open {
+            Some(failure) if resolved.list.is_empty() => Err(failure),
+            _ => Ok(resolved),
         }
     }
 
-    fn failed(&self, kind: &str, name: &Name, reason: String) -> SourceError {
-        SourceError::new(format_args!("{kind} of {name} from {}: {reason}", self.source.server))
+    /// The addresses of a target: those that came with the answer that names it, else those that it has.
+    async fn target(&self, services: &Answer, target: Target) -> (Target, Found) {
+        let glue = services.glue(&target.host);
+        let found = if glue.addresses().is_empty() {
+            self.addresses(&target.host).await
+        } else {
+            Found { answered: false, ..Found::answered(glue) }
+        };
+        (target, found)
+    }
+
+    async fn addresses(&self, name: &Name) -> Found {
+        let (mut v4, mut v6) = futures_util::join!(
+            self.lookup(name, RecordType::A),
+            self.lookup(name, RecordType::AAAA)
+        );
+        // A name that does not exist has no addresses of the other family either, whatever it had.
+        if v4.answer.no_such_name && !v6.answered {
+            v6.answer = Answer::none(None);
+        }
+        if v6.answer.no_such_name && !v4.answered {
+            v4.answer = Answer::none(None);
+        }
+        v4.and(v6)
+    }
+
+    /// The answer to a question; if it fails, the last one of use.
+    async fn lookup(&self, name: &Name, kind: RecordType) -> Found {
+        match self.client.ask(name, kind).await {
+            Ok(answer) => {
+                self.answers.keep(name, kind, &answer);
+                Found::answered(answer)
+            }
+            Err(reason) => {
+                let last = self.answers.last(name, kind);
+                let answer = last.unwrap_or_else(|| Answer::none(None)).soon();
+                let failure = Failure { what: format!("{kind} of {name}"), reason };
+                Found { answer, failures: vec![failure], answered: false }
+            }
+        }
     }
 }
 

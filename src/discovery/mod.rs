@@ -71,6 +71,8 @@ pub struct Endpoints {
     pub rejected: Vec<Rejected>,
     /// The runs of those that are containers of this host.
     pub stays: BTreeMap<Endpoint, Stay>,
+    /// Why there are none, or no better ones, in one sentence without its full stop. `None` if nothing is wrong.
+    pub problem: Option<Arc<str>>,
 }
 
 impl Endpoints {
@@ -78,7 +80,8 @@ impl Endpoints {
         let list: BTreeSet<_> = list.into_iter().collect();
         // A registry may return another order each time; that is not a change.
         rejected.sort();
-        Self { list: list.into_iter().collect(), rejected, stays: BTreeMap::new() }
+        let list = list.into_iter().collect();
+        Self { list, rejected, stays: BTreeMap::new(), problem: None }
     }
 
     /// Without those whose container is known to be gone: their addresses may be others' by now.
@@ -163,7 +166,7 @@ pub enum CannotAsk {
 #[derive(Debug, Clone)]
 pub struct Discoveries {
     by_name: BTreeMap<Arc<str>, Discovery>,
-    /// As they were given. There are no secrets in them.
+    /// As they were given, and completed by the environment. There are no secrets in them.
     uris: BTreeMap<Arc<str>, String>,
     /// Where the endpoints of each may be.
     allowed: BTreeMap<Arc<str>, Allowed>,
@@ -178,6 +181,7 @@ impl Discoveries {
         let mut allowed = BTreeMap::new();
         let mut default = None;
         for text in uris {
+            let text = &uri::complete(text, &settings.consul)?;
             let uri::Parsed { name, discovery, loopback } = uri::parse(text, settings)?;
             default.get_or_insert_with(|| name.clone());
             allowed.insert(name.clone(), discovery.allowed(loopback));

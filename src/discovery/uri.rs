@@ -4,12 +4,13 @@ use std::{
     fmt,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use url::{Url, form_urlencoded};
 
 use super::{
-    Discovery, Options,
+    ConsulSettings, Discovery, Options,
     consul::{self, Consul},
     dns::Dns,
     docker::Docker,
@@ -46,6 +47,56 @@ pub(super) struct Parsed {
     pub loopback: bool,
 }
 
+/// The whole URI: what a `consul://` URI leaves out is said by the environment. So it names what is asked, whatever the
+/// environment is next time.
+pub(super) fn complete(text: &str, consul: &ConsulSettings) -> Result<String, UriError> {
+    let Some((scheme @ ("consul" | "consuls"), rest)) = text.split_once("://") else {
+        return Ok(text.to_owned());
+    };
+    let (authority, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let (scheme, authority) = match authority {
+        "" | "/" => consul_address(scheme, consul).map_err(|reason| UriError::new(text, reason))?,
+        given => (scheme, given.to_owned()),
+    };
+    let mut pairs: Vec<_> = query.split('&').filter(|pair| !pair.is_empty()).collect();
+    let said: Vec<_> = [("ns", &consul.namespace), ("partition", &consul.partition)]
+        .into_iter()
+        .filter(|(name, _)| {
+            !form_urlencoded::parse(query.as_bytes()).any(|(said, _)| said == *name)
+        })
+        .filter_map(|(name, value)| {
+            let value: String =
+                form_urlencoded::byte_serialize(value.as_ref()?.as_bytes()).collect();
+            Some(format!("{name}={value}"))
+        })
+        .collect();
+    pairs.extend(said.iter().map(String::as_str));
+    let mark = if pairs.is_empty() { "" } else { "?" };
+    Ok(format!("{scheme}://{authority}{mark}{}", pairs.join("&")))
+}
+
+/// The address of a `consul://` URI without one, and its scheme.
+fn consul_address<'a>(
+    scheme: &'a str,
+    consul: &ConsulSettings,
+) -> Result<(&'a str, String), String> {
+    let Some(address) = &consul.address else { return Ok((scheme, "127.0.0.1:8500".to_owned())) };
+    let (scheme, authority) = match address.split_once("://") {
+        Some(("https", authority)) => ("consuls", authority),
+        Some(("http", authority)) => (scheme, authority),
+        None => (scheme, address.as_str()),
+        Some(_) => ("", ""),
+    };
+    // Without a port it is that of the protocol, as for every Consul tool.
+    let port = if consul.tls || scheme == "consuls" { 443 } else { 80 };
+    let read = Authority::parse(authority.trim_end_matches('/')).map_err(|_| {
+        format!(
+            "CONSUL_HTTP_ADDR {address:?}: expected host:port, http://host:port or https://host:port"
+        )
+    })?;
+    Ok((scheme, format!("{}:{}", read.host, read.port.unwrap_or(port))))
+}
+
 pub(super) fn parse(text: &str, settings: &Options) -> Result<Parsed, UriError> {
     let (scheme, rest) = text.split_once("://").unwrap_or((text, ""));
     let (rest, loopback) = match scheme {
@@ -57,9 +108,9 @@ pub(super) fn parse(text: &str, settings: &Options) -> Result<Parsed, UriError> 
     let (name, discovery) = match scheme {
         "consul" => ("consul", consul(rest, settings.consul.tls, settings).map(Discovery::Consul)),
         "consuls" => ("consul", consul(rest, true, settings).map(Discovery::Consul)),
-        "etcd" => ("etcd", etcd(rest, Api::Any, settings).map(Discovery::Etcd)),
-        "etcd2" => ("etcd", etcd(rest, Api::V2, settings).map(Discovery::Etcd)),
-        "etcd3" => ("etcd", etcd(rest, Api::V3, settings).map(Discovery::Etcd)),
+        "etcd" => ("etcd", etcd(scheme, rest, Api::Any, settings).map(Discovery::Etcd)),
+        "etcd2" => ("etcd", etcd(scheme, rest, Api::V2, settings).map(Discovery::Etcd)),
+        "etcd3" => ("etcd", etcd(scheme, rest, Api::V3, settings).map(Discovery::Etcd)),
         "docker" => ("docker", docker(rest, settings).map(Discovery::Docker)),
         "file" => ("file", file(rest).map(Discovery::File)),
         "dns" => ("dns", dns(rest).map(Discovery::Dns)),
@@ -90,11 +141,11 @@ fn without_loopback(rest: &str) -> Result<(String, bool), String> {
         [] => Ok((rest.to_owned(), false)),
         ["loopback=allow"] if others.is_empty() => Ok((authority.to_owned(), true)),
         ["loopback=allow"] => Ok((format!("{authority}?{}", others.join("&")), true)),
-        [wrong] => Err(format!("{wrong}: expected loopback=allow")),
+        [_] => Err("loopback= has another value: expected loopback=allow".to_owned()),
         [..] => Err("loopback= is given twice".to_owned()),
     }
 }
-const PARAMETERS: &str = "expected dc, loopback, near, tag or token-file";
+const PARAMETERS: &str = "expected dc, loopback, near, ns, partition, tag or token-file";
 
 fn consul(rest: &str, tls: bool, settings: &Options) -> Result<Consul, String> {
     let (authority, query) = split(rest)?;
@@ -105,6 +156,8 @@ fn consul(rest: &str, tls: bool, settings: &Options) -> Result<Consul, String> {
         let before = match &*name {
             "dc" => asked.dc.replace(value).is_some(),
             "near" => asked.near.replace(value).is_some(),
+            "ns" => asked.namespace.replace(value).is_some(),
+            "partition" => asked.partition.replace(value).is_some(),
             "token-file" => asked.token_file.replace(value.into()).is_some(),
             "tag" => {
                 asked.tags.push(value);
@@ -124,13 +177,23 @@ fn consul(rest: &str, tls: bool, settings: &Options) -> Result<Consul, String> {
     Consul::new(base(tls, authority, 8500)?, asked, settings)
 }
 
-fn etcd(rest: &str, api: Api, settings: &Options) -> Result<Etcd, String> {
-    let (authorities, query) = split(rest)?;
+/// Each member may repeat the scheme, as the original wrote it.
+fn etcd(scheme: &str, rest: &str, api: Api, settings: &Options) -> Result<Etcd, String> {
+    let (members, query) = rest.split_once('?').unwrap_or((rest, ""));
     no_parameters(query)?;
     let flags = &settings.etcd;
     let tls = flags.certificate.is_some() || flags.key.is_some() || flags.ca.is_some();
-    let members =
-        authorities.split(',').map(|member| base(tls, member, 2379)).collect::<Result<_, _>>()?;
+    let member = |text: &str| {
+        let text = text.trim();
+        let repeated = text.strip_prefix(scheme).and_then(|rest| rest.strip_prefix("://"));
+        let text = repeated.unwrap_or(text);
+        if text.contains("://") {
+            return Err(format!("{text:?}: expected {scheme}:// or no scheme before each member"));
+        }
+        let (authority, _) = split(text)?;
+        base(tls, authority, 2379)
+    };
+    let members = members.split(',').map(member).collect::<Result<_, _>>()?;
     Etcd::new(members, api, flags)
 }
 
@@ -163,7 +226,19 @@ fn file(rest: &str) -> Result<File, String> {
 
 fn dns(rest: &str) -> Result<Dns, String> {
     let (authority, query) = split(rest)?;
-    no_parameters(query)?;
+    let mut hold = None;
+    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+        if name != "hold" {
+            return Err(format!("unknown parameter {name:?}: expected hold or loopback"));
+        }
+        // A day: who wants to keep an address for longer has no use for DNS.
+        let seconds = value.strip_suffix('s').unwrap_or(&value).parse().ok();
+        let seconds = seconds.filter(|seconds| *seconds <= 24 * 60 * 60);
+        let wrong = || format!("hold={value}: expected seconds from 0 to 86400");
+        if hold.replace(Duration::from_secs(seconds.ok_or_else(wrong)?)).is_some() {
+            return Err("hold= is given twice".to_owned());
+        }
+    }
     let Authority { host, port } = Authority::parse(authority)?;
     let ip = match host {
         Host::V6(ip) => IpAddr::V6(ip),
@@ -171,7 +246,7 @@ fn dns(rest: &str) -> Result<Dns, String> {
             name.parse().map_err(|_| format!("resolver {name:?}: expected an IP address"))?
         }
     };
-    Ok(Dns::new(SocketAddr::new(ip, port.unwrap_or(53))))
+    Ok(Dns::new(SocketAddr::new(ip, port.unwrap_or(53)), hold.unwrap_or(Dns::HOLD)))
 }
 
 /// The authority and the query of what follows `scheme://`.
@@ -187,7 +262,9 @@ fn split(rest: &str) -> Result<(&str, &str), String> {
 fn no_parameters(query: &str) -> Result<(), String> {
     match form_urlencoded::parse(query.as_bytes()).next() {
         None => Ok(()),
-        Some((_, value)) if value.is_empty() => Err("a parameter: expected loopback=allow".to_owned()),
+        Some((_, value)) if value.is_empty() => {
+            Err("a parameter: expected loopback=allow".to_owned())
+        }
         Some((name, _)) => Err(format!("unknown parameter {name:?}: expected loopback")),
     }
 }
@@ -258,7 +335,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::discovery::{ConsulSettings, EtcdSettings};
+    use crate::discovery::EtcdSettings;
 
     fn settings() -> Options {
         Options {
@@ -326,13 +403,16 @@ mod tests {
 
     #[test]
     fn every_parameter_of_consul_is_read() {
-        let text = "consul://h?dc=dc-2&token-file=/run/a%20token&near=_agent&tag=a&tag=b";
+        let text =
+            "consul://h?dc=dc-2&token-file=/run/a%20token&near=_agent&tag=a&tag=b&ns=n&partition=p";
         assert_eq!(
             consul(text, &settings()).asked,
             consul::Asked {
                 dc: Some("dc-2".to_owned()),
                 token_file: Some("/run/a token".into()),
                 near: Some("_agent".to_owned()),
+                namespace: Some("n".to_owned()),
+                partition: Some("p".to_owned()),
                 tags: vec!["a".to_owned(), "b".to_owned()],
             }
         );
@@ -353,6 +433,62 @@ mod tests {
     }
 
     #[test]
+    fn the_hold_of_dns_is_read() {
+        for (text, seconds) in [
+            ("dns://10.0.0.1", 30),
+            ("dns://10.0.0.1?hold=0", 0),
+            ("dns://10.0.0.1:5353?hold=90s", 90),
+        ] {
+            match parse(text, &settings()) {
+                Ok(Parsed { discovery: Discovery::Dns(dns), .. }) => {
+                    assert_eq!(dns.hold.as_secs(), seconds, "{text}");
+                }
+                _ => panic!("{text} is no dns"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_environment_says_what_a_uri_of_consul_leaves_out() {
+        let with = |address: Option<&str>, namespace: Option<&str>| ConsulSettings {
+            address: address.map(str::to_owned),
+            namespace: namespace.map(str::to_owned),
+            partition: namespace.map(|_| "p&q".to_owned()),
+            ..ConsulSettings::default()
+        };
+        let (none, addr) = (with(None, None), with(Some("h:1"), Some("n")));
+        for (text, settings, expected) in [
+            ("consul://", &none, "consul://127.0.0.1:8500"),
+            ("consuls://", &none, "consuls://127.0.0.1:8500"),
+            ("consul://a:1?dc=b", &none, "consul://a:1?dc=b"),
+            ("consul://", &addr, "consul://h:1?ns=n&partition=p%26q"),
+            ("consul:///?dc=b", &addr, "consul://h:1?dc=b&ns=n&partition=p%26q"),
+            ("consul://a?ns=m", &addr, "consul://a?ns=m&partition=p%26q"),
+            ("consul://a?partition=m&tag=x", &addr, "consul://a?partition=m&tag=x&ns=n"),
+            ("etcd://a", &addr, "etcd://a"),
+            ("consul://", &with(Some("http://h:1/"), None), "consul://h:1"),
+            ("consul://", &with(Some("https://h"), None), "consuls://h:443"),
+            ("consul://", &with(Some("h"), None), "consul://h:80"),
+            ("consuls://", &with(Some("[::1]:8501"), None), "consuls://[::1]:8501"),
+            ("consuls://", &with(Some("h"), None), "consuls://h:443"),
+            // CONSUL_HTTP_SSL
+            ("consul://", &ConsulSettings { tls: true, ..with(Some("h"), None) }, "consul://h:443"),
+        ] {
+            assert_eq!(complete(text, settings).as_deref(), Ok(expected), "{text}");
+        }
+        for wrong in ["unix:///run/consul.sock", "https://", "h:0", "https://h/path", "a@h"] {
+            let error = complete("consul://", &with(Some(wrong), None)).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("CONSUL_HTTP_ADDR {wrong:?}: expected host")),
+                "{error}"
+            );
+        }
+        // An address that is given is not looked for.
+        let unused = with(Some("unix:///run/consul.sock"), None);
+        assert_eq!(complete("consul://a", &unused).as_deref(), Ok("consul://a"));
+    }
+
+    #[test]
     fn etcd_may_have_many_members_and_a_flag_of_tls_is_enough_for_tls() {
         let members =
             |etcd: Etcd| etcd.client.members().iter().map(Url::to_string).collect::<Vec<_>>();
@@ -363,6 +499,12 @@ mod tests {
         assert_eq!(members(plain), addresses.map(|a| format!("http://{a}/")));
         assert_eq!(etcd("etcd2://h", &settings()).api, Api::V2);
         assert_eq!(etcd("etcd3://h", &settings()).api, Api::V3);
+        for text in [
+            "etcd://a:4001,etcd://10.0.0.1,etcd://[::1]:2380",
+            "etcd://a:4001/, etcd://10.0.0.1/,[::1]:2380/",
+        ] {
+            assert_eq!(members(etcd(text, &settings())), addresses.map(|a| format!("http://{a}/")));
+        }
         let path = || Some(PathBuf::from("file.pem"));
         for (certificate, key, ca) in
             [(None, None, path()), (path(), path(), None), (path(), path(), path())]
@@ -395,6 +537,7 @@ mod tests {
     fn each_wrong_uri_has_its_reason() {
         const SCHEMES: &str = "expected consul://, consuls://, etcd://, etcd2://, etcd3://, docker://, file:// or dns://";
         const HOST: &str = "expected host, host:port or [ipv6]:port";
+        const LOOPBACK: &str = "loopback= has another value: expected loopback=allow";
         for (text, reason) in [
             ("", SCHEMES.to_owned()),
             ("127.0.0.1:8500", SCHEMES.to_owned()),
@@ -402,7 +545,6 @@ mod tests {
             ("Consul://h", SCHEMES.to_owned()),
             ("marathon://h:8080", "marathon is not supported".to_owned()),
             ("consul", format!("\"\": {HOST}")),
-            ("consul://", format!("\"\": {HOST}")),
             ("consul://h:0", format!("\"h:0\": {HOST}")),
             ("consul://h:http", format!("\"h:http\": {HOST}")),
             ("consul://::1:8500", format!("\"::1:8500\": {HOST}")),
@@ -413,16 +555,22 @@ mod tests {
             ("consul://h/v1", "unexpected path \"v1\" after the address".to_owned()),
             (
                 "consul://h?token=x",
-                "unknown parameter \"token\": expected dc, loopback, near, tag or token-file"
+                "unknown parameter \"token\": expected dc, loopback, near, ns, partition, tag or token-file"
                     .to_owned(),
             ),
             ("consul://h?dc=", "dc= is empty".to_owned()),
             ("consul://h?dc=a&dc=b", "dc= is given twice".to_owned()),
-            ("consul://h?loopback=yes", "loopback=yes: expected loopback=allow".to_owned()),
-            ("etcd://h?loopback", "loopback: expected loopback=allow".to_owned()),
+            ("consul://h?loopback=yes", LOOPBACK.to_owned()),
+            ("etcd://h?loopback", LOOPBACK.to_owned()),
             ("dns://10.0.0.1?loopback=allow&loopback=allow", "loopback= is given twice".to_owned()),
             ("etcd://a,,b", format!("\"\": {HOST}")),
             ("etcd://a?dc=b", "unknown parameter \"dc\": expected loopback".to_owned()),
+            (
+                "etcd://a,etcd2://b",
+                "\"etcd2://b\": expected etcd:// or no scheme before each member".to_owned(),
+            ),
+            ("etcd://a/b,c", "unexpected path \"b\" after the address".to_owned()),
+            ("etcd://a?dc=b", "unknown parameter \"dc\": expected none".to_owned()),
             ("docker://h", "\"h\" has no port: expected host:port or /path/of.sock".to_owned()),
             (
                 "file://",
@@ -430,6 +578,13 @@ mod tests {
             ),
             ("dns://ns.example", "resolver \"ns.example\": expected an IP address".to_owned()),
             ("dns://", format!("\"\": {HOST}")),
+            ("dns://10.0.0.1?ttl=1", "unknown parameter \"ttl\": expected hold or loopback".to_owned()),
+            ("dns://10.0.0.1?hold=1&hold=2", "hold= is given twice".to_owned()),
+            ("dns://10.0.0.1?hold=-1", "hold=-1: expected seconds from 0 to 86400".to_owned()),
+            (
+                "dns://10.0.0.1?hold=86401s",
+                "hold=86401s: expected seconds from 0 to 86400".to_owned(),
+            ),
         ] {
             let error = parse(text, &settings()).map(|parsed| parsed.name).expect_err(text);
             assert_eq!(error.to_string(), format!("{:?}: {reason}", without_secrets(text)));

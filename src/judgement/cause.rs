@@ -91,8 +91,11 @@ causes! {
         "{source} has not answered yet.",
         "check that it runs and can be reached from here";
     Sources, Degraded, Held { source: String, left: Seconds } "held",
-        "{source} reports no endpoints; the last ones stay in use for {left} more.",
+        "{source} reports no endpoints, or lost most of them at once; the last ones stay in use for {left} more.",
         "check that its instances are registered and pass their checks";
+    Sources, Degraded, Unwell { source: String, reason: Reason } "unwell",
+        "{source}: {reason}.",
+        "check the service, its tags and its health checks in the registry";
     Sources, Ok, Skipped { source: String, entry: String } "entry_skipped",
         "An entry of {source} was skipped: {entry}.",
         "correct the entry in the registry";

@@ -71,7 +71,9 @@ impl Situation {
         let lost = || {
             let query = self.queries.get(&route.upstream.query);
             self.provider.is_lost()
-                || query.is_some_and(|query| query.is_lost() || query.held.is_some())
+                || query.is_some_and(|query| {
+                    query.is_lost() || query.held.is_some() || query.problem.is_some()
+                })
         };
         let hindered =
             || !self.capture.standing.barriers.is_empty() || self.is_cut_off(&route.consumer);

@@ -24,10 +24,12 @@ pub struct SourceReading {
     pub state: SourceState,
     pub error: Option<Reason>,
     pub used: Used,
-    /// If it reports no endpoints: remaining time for which the last ones stay in use.
+    /// If it reports no endpoints, or few of many: remaining time for which the last ones stay in use.
     pub held: Option<Duration>,
     /// Entries that were skipped, each with its reason.
     pub skipped: Vec<String>,
+    /// Why it reports no endpoints, or no better ones.
+    pub problem: Option<Reason>,
 }
 
 impl SourceReading {
@@ -53,6 +55,7 @@ impl SourceReading {
                 _ => None,
             },
             skipped,
+            problem: None,
         }
     }
 
@@ -78,6 +81,8 @@ impl SourceReading {
             }
         }
         causes.extend(self.held.map(|left| Cause::Held { source: name(), left: Seconds(left) }));
+        let problem = self.problem.clone();
+        causes.extend(problem.map(|reason| Cause::Unwell { source: name(), reason }));
         let skipped = self
             .skipped
             .iter()

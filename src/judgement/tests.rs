@@ -363,7 +363,7 @@ fn a_source_is_as_bad_as_what_is_used_of_it() {
     let held = InUse::Held { until: now + Duration::from_secs(28) };
     assert_eq!(
         of(&known, Some(&held)).causes()[0].finding().text,
-        "consul web reports no endpoints; the last ones stay in use for 24 s more."
+        "consul web reports no endpoints, or lost most of them at once; the last ones stay in use for 24 s more."
     );
 }
 

@@ -18,11 +18,15 @@ use url::Url;
 use super::{
     ConsulSettings, Secret,
     http::{Asking, Http, HttpAnswer, LongPoll, secret_header},
+    reuse::Recent,
 };
 use crate::{source::SourceError, tls::ClientTls};
 
 /// How long the server may hold a query while nothing changes. It bounds how long a server that hangs goes unnoticed.
 const WAIT: Duration = Duration::from_secs(30);
+
+/// How old an answer may be that many ask for.
+const RECENT: Duration = Duration::from_secs(60);
 
 /// The client of one Consul agent or server.
 #[derive(Debug)]
@@ -30,6 +34,8 @@ pub(crate) struct ConsulClient {
     base: Url,
     http: Http,
     token: Token,
+    /// For many who ask the same.
+    recent: Recent<(Url, Arc<HttpAnswer>)>,
 }
 
 #[derive(Debug)]
@@ -46,11 +52,15 @@ impl ConsulClient {
         token_file: Option<PathBuf>,
         settings: &ConsulSettings,
     ) -> Result<Self, String> {
+        let (ca, ca_name) = match &settings.ca {
+            Some(file) => (Some(file), "CONSUL_CACERT"),
+            None => (settings.ca_path.as_ref(), "CONSUL_CAPATH"),
+        };
         let tls = ClientTls::new(
-            settings.ca.clone(),
+            ca.cloned(),
             settings.certificate.clone(),
             settings.key.clone(),
-            ["CONSUL_CACERT", "CONSUL_CLIENT_CERT", "CONSUL_CLIENT_KEY"],
+            [ca_name, "CONSUL_CLIENT_CERT", "CONSUL_CLIENT_KEY"],
         )?;
         // A file wins over a token, as in Consul's own tools.
         let token = match (token_file.or_else(|| settings.token_file.clone()), &settings.token) {
@@ -62,7 +72,11 @@ impl ConsulClient {
             Some((user, password)) => (user.to_owned(), Some(password.into())),
             None => (auth.reveal().to_owned(), None),
         });
-        Ok(Self { base, http: Http::new("consul", tls, settings.tls_verify, user), token })
+        let mut http = Http::new("consul", tls, settings.tls_verify, user);
+        if let Some(name) = &settings.server_name {
+            http = http.under_the_name(&base, name)?;
+        }
+        Ok(Self { base, http, token, recent: Recent::default() })
     }
 
     pub(crate) fn base(&self) -> &Url {
@@ -76,6 +90,13 @@ impl ConsulClient {
             segments.pop_if_empty().push("v1").extend(path);
         }
         url
+    }
+
+    /// The answer to `url`, at most [`RECENT`] old, if it was the last that was asked for here.
+    pub(crate) async fn recent(&self, url: Url) -> Result<Arc<HttpAnswer>, SourceError> {
+        let ask = async { Ok((url.clone(), Arc::new(self.ask(&url, None).await?))) };
+        let (of, answer) = self.recent.get(RECENT, ask).await?;
+        if of == url { Ok(answer) } else { Ok(Arc::new(self.ask(&url, None).await?)) }
     }
 
     /// Follows the answers to `url`.
@@ -103,6 +124,10 @@ impl ConsulClient {
         };
         if answer.status != 200 {
             return Err(answer.refusal());
+        }
+        // During an election a server may answer from what it has, which need not be all.
+        if answer.headers.get("X-Consul-KnownLeader").is_some_and(|known| known == "false") {
+            return Err(answer.fault("Consul has no leader, so the list may not be complete"));
         }
         Ok(answer)
     }

@@ -12,8 +12,9 @@ use std::{
 
 use futures_util::{FutureExt, future::BoxFuture};
 use reqwest::{
-    Certificate, Client, Identity, Response, StatusCode,
-    header::{HeaderMap, HeaderValue},
+    Client, Identity, Response, StatusCode,
+    dns::{Addrs, Name, Resolve, Resolving},
+    header::{HOST, HeaderMap, HeaderValue},
     redirect::Policy,
 };
 use serde::de::DeserializeOwned;
@@ -51,6 +52,8 @@ pub(super) struct Http {
     verify: bool,
     /// Name and password.
     user: Option<(String, Option<Secret>)>,
+    /// The server's name in TLS, if it is not that of its URL.
+    server_name: Option<ServerName>,
     client: Reused<Made>,
     long_polls: Arc<Semaphore>,
     reads: Semaphore,
@@ -64,6 +67,27 @@ pub(super) struct Http {
 struct Made {
     client: Client,
     at: Instant,
+}
+
+/// A server that is asked under another name than its address.
+#[derive(Debug, Clone)]
+struct ServerName {
+    name: String,
+    /// Where it is.
+    host: String,
+    /// The same with its port, as HTTP says it.
+    header: HeaderValue,
+}
+
+/// The only name that is asked for is that of the server.
+impl Resolve for ServerName {
+    fn resolve(&self, _: Name) -> Resolving {
+        let host = self.host.clone();
+        Box::pin(async move {
+            let found: Vec<_> = tokio::net::lookup_host((host, 0)).await?.collect();
+            Ok(Box::new(found.into_iter()) as Addrs)
+        })
+    }
 }
 
 /// The right to one long poll.
@@ -90,12 +114,28 @@ impl Http {
             tls,
             verify,
             user,
+            server_name: None,
             client: Reused::default(),
             long_polls: Arc::new(Semaphore::new(Self::LONG_POLLS)),
             reads: Semaphore::new(Self::READS),
             answered: AtomicU64::new(0),
             crowded: AtomicBool::new(false),
         }
+    }
+
+    /// The same, of a server whose certificate is for `name`, whatever the host of `base` is called.
+    pub(super) fn under_the_name(self, base: &Url, name: &str) -> Result<Self, String> {
+        let host = base.host_str().unwrap_or_default();
+        let mut renamed = base.clone();
+        renamed.set_host(Some(name)).map_err(|error| format!("{name:?}: {error}"))?;
+        let header = match base.port() {
+            Some(port) => format!("{host}:{port}"),
+            None => host.to_owned(),
+        };
+        let header = HeaderValue::try_from(header).map_err(|error| error.to_string())?;
+        let host = host.trim_matches(['[', ']']).to_owned();
+        let server_name = Some(ServerName { name: name.to_owned(), host, header });
+        Ok(Self { server_name, ..self })
     }
 
     /// Sends a request and reads the complete answer, with a timeout that only a hanging server reaches.
@@ -150,11 +190,17 @@ impl Http {
     pub(super) async fn open(
         &self,
         url: &Url,
-        headers: HeaderMap,
+        mut headers: HeaderMap,
     ) -> Result<Response, SourceError> {
         let secure = url.scheme() == "https";
         let made = self.client.get(self.make(secure)).await?;
-        let mut request = made.client.get(url.clone()).headers(headers);
+        let mut asked = url.clone();
+        if let Some(server) = self.server_name.as_ref().filter(|_| secure) {
+            // The name was tried on this URL's base.
+            let _ = asked.set_host(Some(&server.name));
+            headers.insert(HOST, server.header.clone());
+        }
+        let mut request = made.client.get(asked).headers(headers);
         if let Some((name, password)) = &self.user {
             request = request.basic_auth(name, password.as_ref().map(Secret::reveal));
         }
@@ -181,24 +227,32 @@ impl Http {
             .pool_max_idle_per_host(Self::LONG_POLLS + Self::READS)
             .pool_idle_timeout(Self::IDLE)
             .tcp_keepalive(Self::KEEPALIVE);
+        let builder = match self.server_name.as_ref().filter(|_| secure) {
+            Some(server) => builder.dns_resolver(Arc::new(server.clone())),
+            None => builder,
+        };
         let builder = if secure {
             let pem = self.tls.load()?;
             let wrong = |what: &str, e: reqwest::Error| SourceError::caused(what, &e);
-            let mut builder = builder.tls_danger_accept_invalid_certs(!self.verify);
-            if let Some(ca) = &pem.ca {
-                let authorities =
-                    Certificate::from_pem_bundle(ca).map_err(|e| wrong("the CA file", e))?;
-                if authorities.is_empty() {
-                    return Err(SourceError::new("the CA file has no certificate in PEM format"));
+            match pem.config()?.filter(|_| self.verify) {
+                Some(mut config) => {
+                    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+                    builder.tls_backend_preconfigured(config)
                 }
-                builder = builder.tls_certs_only(authorities);
+                // The system's CAs are trusted, or any.
+                None => {
+                    let builder = builder.tls_danger_accept_invalid_certs(!self.verify);
+                    match pem.identity {
+                        Some((certificate, key)) => {
+                            let pem = [certificate, b"\n".to_vec(), key].concat();
+                            let identity = Identity::from_pem(&pem)
+                                .map_err(|e| wrong("the client certificate and key", e))?;
+                            builder.identity(identity)
+                        }
+                        None => builder,
+                    }
+                }
             }
-            if let Some((certificate, key)) = pem.identity {
-                let identity = Identity::from_pem(&[certificate, b"\n".to_vec(), key].concat())
-                    .map_err(|e| wrong("the client certificate and key", e))?;
-                builder = builder.identity(identity);
-            }
-            builder
         } else {
             // Without TLS no CA certificates are needed, so the system may have none.
             builder.tls_certs_only([])

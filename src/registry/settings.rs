@@ -5,6 +5,12 @@ use std::{fmt, path::PathBuf};
 /// `CONSUL_HTTP_*`, as every Consul tool reads them (developer.hashicorp.com/consul/commands#environment-variables).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConsulSettings {
+    /// `CONSUL_HTTP_ADDR`, as it was given: where a URI without an address leads.
+    pub address: Option<String>,
+    /// `CONSUL_NAMESPACE`
+    pub namespace: Option<String>,
+    /// `CONSUL_PARTITION`
+    pub partition: Option<String>,
     /// `CONSUL_HTTP_TOKEN`
     pub token: Option<Secret>,
     /// `CONSUL_HTTP_TOKEN_FILE`
@@ -13,8 +19,12 @@ pub struct ConsulSettings {
     pub tls: bool,
     /// `CONSUL_HTTP_SSL_VERIFY`
     pub tls_verify: bool,
+    /// `CONSUL_TLS_SERVER_NAME`: the name in the server's certificate, in place of the address.
+    pub server_name: Option<String>,
     /// `CONSUL_CACERT`
     pub ca: Option<PathBuf>,
+    /// `CONSUL_CAPATH`: a folder of authorities, used if there is no `ca`.
+    pub ca_path: Option<PathBuf>,
     /// `CONSUL_CLIENT_CERT`
     pub certificate: Option<PathBuf>,
     /// `CONSUL_CLIENT_KEY`
@@ -27,11 +37,16 @@ impl Default for ConsulSettings {
     /// What an empty environment means.
     fn default() -> Self {
         Self {
+            address: None,
+            namespace: None,
+            partition: None,
             token: None,
             token_file: None,
             tls: false,
             tls_verify: true,
+            server_name: None,
             ca: None,
+            ca_path: None,
             certificate: None,
             key: None,
             auth: None,

@@ -1,8 +1,23 @@
 //! `dns://`, with a real server (dnsmasq), and with broken ones.
 
-use std::process::Command;
+use std::{
+    net::Ipv4Addr,
+    process::Command,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use anyhow::Result;
+use hickory_resolver::proto::{
+    op::{Message, OpCode, Query, ResponseCode},
+    rr::{
+        Name, RData, Record, RecordType,
+        rdata::{A, AAAA, SRV},
+    },
+};
 use tempfile::TempDir;
 use tokio::net::UdpSocket;
 
@@ -45,8 +60,9 @@ impl Dnsmasq {
         self.process = None;
     }
 
+    /// Without a hold: what the server says last is what there is.
     fn follow(&self, descriptor: &str) -> Followed {
-        Followed::new(&format!("dns://127.0.0.1:{}", self.port), descriptor)
+        Followed::new(&format!("dns://127.0.0.1:{}?hold=0", self.port), descriptor)
     }
 }
 
@@ -142,5 +158,254 @@ async fn silence_and_garbage_are_errors() -> Result<()> {
         let known = Followed::new(&uri, "db.test;80").fails("SRV of db.test. from").await;
         assert!(known.value.is_none());
     }
+    Ok(())
+}
+
+/// What a server answers to one question.
+#[derive(Clone)]
+enum Reply {
+    Records(Vec<RData>),
+    Code(ResponseCode),
+    /// The same, without the question.
+    BareCode(ResponseCode),
+    Silence,
+}
+
+use Reply::{BareCode, Code, Records, Silence};
+
+/// A server that answers by UDP as it is told for each name, type, and whether EDNS is used. Records live for a second.
+struct Fake {
+    port: u16,
+    rules: Arc<Mutex<Rules>>,
+}
+
+type Rules = Box<dyn FnMut(&str, RecordType, bool) -> Reply + Send>;
+
+impl Fake {
+    async fn start(
+        rules: impl FnMut(&str, RecordType, bool) -> Reply + Send + 'static,
+    ) -> Result<Self> {
+        let socket = UdpSocket::bind("127.0.0.1:0").await?;
+        let port = socket.local_addr()?.port();
+        let rules: Arc<Mutex<Rules>> = Arc::new(Mutex::new(Box::new(rules)));
+        let told = rules.clone();
+        tokio::spawn(async move {
+            let mut packet = [0; 2048];
+            while let Ok((length, client)) = socket.recv_from(&mut packet).await {
+                let question = Message::from_vec(&packet[..length]).expect("a question");
+                let query = question.queries[0].clone();
+                let (name, kind, edns) =
+                    (query.name().to_string(), query.query_type(), question.edns.is_some());
+                let reply = told.lock().unwrap()(&name, kind, edns);
+                if let Some(answer) = message(question.metadata.id, query, reply) {
+                    let _ = socket.send_to(&answer.to_vec().unwrap(), client).await;
+                }
+            }
+        });
+        Ok(Self { port, rules })
+    }
+
+    /// Answers in another way from now on.
+    fn answers(&self, rules: impl FnMut(&str, RecordType, bool) -> Reply + Send + 'static) {
+        *self.rules.lock().unwrap() = Box::new(rules);
+    }
+
+    fn follow(&self, descriptor: &str, hold: u32) -> Followed {
+        Followed::new(&format!("dns://127.0.0.1:{}?hold={hold}", self.port), descriptor)
+    }
+}
+
+fn message(id: u16, query: Query, reply: Reply) -> Option<Message> {
+    let mut message = Message::response(id, OpCode::Query);
+    let name = query.name().clone();
+    match reply {
+        Silence => return None,
+        BareCode(code) => message.metadata.response_code = code,
+        Code(code) => {
+            message.metadata.response_code = code;
+            message.add_query(query);
+        }
+        Records(records) => {
+            message.add_query(query);
+            message
+                .add_answers(records.into_iter().map(|r| Record::from_rdata(name.clone(), 1, r)));
+        }
+    }
+    Some(message)
+}
+
+fn a(host: u8) -> RData {
+    RData::A(A(Ipv4Addr::new(10, 0, 0, host)))
+}
+
+fn aaaa(host: u8) -> RData {
+    RData::AAAA(AAAA(format!("fd00::{host}").parse().unwrap()))
+}
+
+fn srv(priority: u16, port: u16, host: &str) -> RData {
+    RData::SRV(SRV::new(priority, 1, port, Name::from_ascii(host).unwrap()))
+}
+
+/// Half of the home routers and load balancers know A records and nothing else.
+#[tokio::test]
+async fn an_error_for_one_type_of_records_does_not_spoil_the_others() -> Result<()> {
+    futures_util::future::try_join_all([
+        one_type_is_enough(Code(ResponseCode::ServFail)),
+        one_type_is_enough(Code(ResponseCode::NotImp)),
+        one_type_is_enough(Code(ResponseCode::Refused)),
+        one_type_is_enough(Silence),
+    ])
+    .await?;
+    Ok(())
+}
+
+/// Everything else is answered by `error`.
+async fn one_type_is_enough(error: Reply) -> Result<()> {
+    let failing = error.clone();
+    let fake = Fake::start(move |name, kind, _| match kind {
+        RecordType::A if name == "db.test." => Records(vec![a(1)]),
+        _ => failing.clone(),
+    })
+    .await?;
+    let known = fake.follow("db.test;80", 0).sees(&["10.0.0.1:80"]).await;
+    assert_eq!(known.failures, 0);
+    let rejected = known.value.iter().flat_map(|value| &value.rejected);
+    let what: Vec<_> = rejected.map(|rejected| rejected.what.clone()).collect();
+    assert_eq!(what, ["AAAA of db.test.", "SRV of db.test."], "what failed is told");
+    // Where no type says anything, it is not known that there is nothing.
+    let known = fake.follow("other.test;80", 0).fails("SRV of other.test. from").await;
+    assert_eq!(list(&known), None);
+
+    // Only A fails.
+    fake.answers(move |_, kind, _| match kind {
+        RecordType::AAAA => Records(vec![aaaa(1)]),
+        RecordType::A => error.clone(),
+        _ => Records(vec![]),
+    });
+    fake.follow("six.test;80", 0).sees(&["[fd00::1]:80"]).await;
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_fails_for_a_while_keeps_its_last_records() -> Result<()> {
+    let both = |_: &str, kind, _| match kind {
+        RecordType::A => Records(vec![a(1)]),
+        RecordType::AAAA => Records(vec![aaaa(1)]),
+        _ => Records(vec![]),
+    };
+    let fake = Fake::start(both).await?;
+    let db = fake.follow("db.test;80", 0);
+    db.sees(&["10.0.0.1:80", "[fd00::1]:80"]).await;
+    fake.answers(|_, kind, _| match kind {
+        RecordType::A => Records(vec![a(2)]),
+        RecordType::AAAA => Code(ResponseCode::ServFail),
+        _ => Records(vec![]),
+    });
+    db.sees(&["10.0.0.2:80", "[fd00::1]:80"]).await;
+    // A name that does not exist has no records of any type.
+    fake.answers(|_, kind, _| match kind {
+        RecordType::A => Code(ResponseCode::NXDomain),
+        RecordType::AAAA => Code(ResponseCode::ServFail),
+        _ => Records(vec![]),
+    });
+    db.sees(&[]).await;
+    Ok(())
+}
+
+/// Its ports would be others: where SRV records were known once, an error does not make the name a host.
+#[tokio::test]
+async fn a_service_whose_srv_records_fail_is_no_host() -> Result<()> {
+    let good = |name: &str, kind, _| match (name, kind) {
+        ("web.test.", RecordType::SRV) => Records(vec![srv(1, 8080, "one."), srv(1, 8081, "two.")]),
+        ("one.", RecordType::A) => Records(vec![a(1)]),
+        ("two.", RecordType::A) => Records(vec![a(2)]),
+        ("web.test.", RecordType::A) => Records(vec![a(9)]),
+        _ => Records(vec![]),
+    };
+    let fake = Fake::start(good).await?;
+    let web = fake.follow("web.test;80", 0);
+    web.sees(&["10.0.0.1:8080", "10.0.0.2:8081"]).await;
+    // With one of the targets, which keeps its last address.
+    fake.answers(move |name, kind, edns| match (name, kind) {
+        ("web.test.", RecordType::SRV) | ("two.", _) => Code(ResponseCode::ServFail),
+        ("one.", RecordType::A) => Records(vec![a(3)]),
+        _ => good(name, kind, edns),
+    });
+    let known = web.sees(&["10.0.0.2:8081", "10.0.0.3:8080"]).await;
+    assert_eq!(known.failures, 0);
+    // One target of two that was never known is missing, and told.
+    fake.answers(move |name, kind, edns| match (name, kind) {
+        ("two.", _) => Code(ResponseCode::ServFail),
+        _ => good(name, kind, edns),
+    });
+    let known = fake.follow("web.test;80", 0).sees(&["10.0.0.1:8080"]).await;
+    assert!(rejected(&known)[0].starts_with("A of two.: "), "{:?}", rejected(&known));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_server_without_edns_is_asked_again_without() -> Result<()> {
+    for refusal in [
+        Code(ResponseCode::FormErr),
+        BareCode(ResponseCode::FormErr),
+        Code(ResponseCode::NotImp),
+        Silence,
+    ] {
+        let plain = Arc::new(AtomicUsize::new(0));
+        let counted = plain.clone();
+        let fake = Fake::start(move |_, kind, edns| match kind {
+            _ if edns => refusal.clone(),
+            RecordType::A => {
+                counted.fetch_add(1, Relaxed);
+                Records(vec![a(1)])
+            }
+            _ => Records(vec![]),
+        })
+        .await?;
+        let known = fake.follow("db.test;80", 0).sees(&["10.0.0.1:80"]).await;
+        assert_eq!((known.failures, rejected(&known)), (0, vec![]));
+        assert!(plain.load(Relaxed) > 0);
+    }
+    Ok(())
+}
+
+/// Three of ten each time, as Consul's DNS and Route 53 answer.
+#[tokio::test]
+async fn a_list_of_which_a_part_is_shown_each_time_does_not_flap() -> Result<()> {
+    let turn = Arc::new(AtomicUsize::new(0));
+    let turns = turn.clone();
+    let fake = Fake::start(move |_, kind, _| match kind {
+        RecordType::A => {
+            let first = turns.fetch_add(1, Relaxed) * 3;
+            Records((0..3).map(|i| a(((first + i) % 10) as u8)).collect())
+        }
+        _ => Records(vec![]),
+    })
+    .await?;
+    let web = fake.follow("web.test;80", 20);
+    let all: Vec<_> = (0..10).map(|host| format!("10.0.0.{host}:80")).collect();
+    let all: Vec<_> = all.iter().map(String::as_str).collect();
+    let changes = web.sees(&all).await.changes;
+    let seen = turn.load(Relaxed);
+    web.until("five more answers", |_| turn.load(Relaxed) > seen + 5).await;
+    assert_eq!(web.sees(&all).await.changes, changes, "it is the same list");
+
+    // One that stays away is gone after its time, and the others are not.
+    let web = fake.follow("web.test;80", 2);
+    fake.answers(|_, kind, _| match kind {
+        RecordType::A => Records(vec![a(1), a(2)]),
+        _ => Records(vec![]),
+    });
+    web.sees(&all[1..3]).await;
+    fake.answers(|_, kind, _| match kind {
+        RecordType::A => Records(vec![a(2)]),
+        _ => Records(vec![]),
+    });
+    let answers = web.known().answers;
+    let held = web.until("the next answer", |known| known.answers > answers).await;
+    if held.confirmed.unwrap().elapsed() < Duration::from_secs(1) {
+        assert_eq!(list(&held).unwrap(), all[1..3]);
+    }
+    web.sees(&all[2..3]).await;
     Ok(())
 }

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use testbed::{Answers, Consul, Container, Etcd, Host, eventually};
 
-use crate::{READY, WAIT};
+use crate::{READY, WAIT, commands::run, support::says};
 
 const VIP: &str = "172.17.0.1:80";
 
@@ -158,6 +158,54 @@ fn only_instances_that_pass_their_checks_are_used() -> Result<()> {
     spread(10, 0, "one while the other is in maintenance")?;
     consul.maintenance("web-2", false)?;
     spread(5, 5, "both after maintenance")
+}
+
+/// What is wrong in the registry is in the log, in `status`, in `explain` and in `ps`.
+#[test]
+fn what_a_registry_lacks_is_said_everywhere() -> Result<()> {
+    let host = Host::light()?;
+    let consul = host.consul()?;
+    let address = host.web("web").start()?.ip()?;
+    consul.service("web-1", "web").address(address).port(80).check("warning").register()?;
+    consul.service("front-1", "front").address(address).port(80).tags(["prod"]).register()?;
+    consul.service("named", "front").address("db.example").port(80).register()?;
+    let app = host
+        .client("app")
+        .env("BACKEND_WEB", "web;80")
+        .env("BACKEND_TAG", "front[canary];81")
+        .env("BACKEND_NAME", "frnt;82")
+        .env("BACKEND_FRONT", "front;83")
+        .start()?;
+    let embassy =
+        host.embassy(["--dnat", "-discovery=consul://127.0.0.1:8500", "--empty-hold=0"])?;
+    embassy.wait_ready(READY)?;
+    // The only instance is in warning, and is used.
+    crate::support::reaches(&app, VIP, "web")?;
+
+    let warning = r#"consul web: 0 of 1 registered instances pass their checks ("Service 'web' check" is warning); 1 in warning used instead."#;
+    let tag = "consul front[canary]: it is registered, and no instance carries [canary]; tags there: prod.";
+    let name = "consul frnt: no service has this name, or the token may not read it; near: front.";
+    let skipped = "An entry of consul front was skipped: named on testbed: address \"db.example\": expected an IP address.";
+    let (status, _) = run(&host, &["status"])?;
+    for line in [warning, tag, name, skipped] {
+        ensure!(status.contains(line), "{line} in {status}");
+    }
+    for (port, line) in [("80", warning), ("81", tag), ("82", name), ("83", skipped)] {
+        let (explained, _) = run(&host, &["explain", "app", port])?;
+        ensure!(explained.contains(line), "{line} in {explained}");
+    }
+    let (routes, _) = run(&host, &["ps"])?;
+    let state = |service: &str| routes.lines().find(|line| line.contains(service)).unwrap_or("");
+    ensure!(state("consul web").contains("degraded"), "{routes}");
+    ensure!(state("consul frnt").contains("no_endpoint"), "{routes}");
+    says(&embassy, &["service has a problem in its registry", "consul web", "is warning"])?;
+
+    // It is over, and said to be.
+    consul.set_check("web-1", "passing")?;
+    says(&embassy, &["service has no problem in its registry any more", "consul web"])?;
+    let (status, _) = run(&host, &["status"])?;
+    ensure!(!status.contains("consul web:"), "{status}");
+    Ok(())
 }
 
 /// Each watch is a query that Consul holds, on a connection of its own.

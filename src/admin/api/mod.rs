@@ -381,7 +381,7 @@ pub struct Source {
     pub verdict: Verdict,
     /// Time since it last confirmed the data in use.
     pub age_seconds: Option<f64>,
-    /// If it reports no endpoints: remaining time for which the last ones stay in use.
+    /// If it reports no endpoints, or few of many: remaining time for which the last ones stay in use.
     pub held_for_seconds: Option<f64>,
     /// If it has not answered in this run: time since an earlier run confirmed the data in use.
     pub kept_seconds: Option<f64>,

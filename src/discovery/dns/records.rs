@@ -10,6 +10,8 @@ pub(super) struct Answer {
     answers: Vec<Record>,
     additionals: Vec<Record>,
     pub(super) ttl: Ttl,
+    /// The name does not exist, whatever type of records is asked for.
+    pub(super) no_such_name: bool,
 }
 
 /// Seconds for which an answer is known: the shortest that any part of it says.
@@ -38,13 +40,24 @@ pub(super) struct Target {
     pub(super) port: u16,
 }
 
-/// Seconds until a name without records is queried again, if the server does not say it.
+/// Seconds until a name without records is queried again, if the server does not say it, and after a failure.
 const UNSAID: u32 = 5;
 
 impl Answer {
     pub(super) fn new(answers: &[Record], additionals: &[Record]) -> Self {
         let ttl = answers.iter().map(|record| Ttl(record.ttl)).min().unwrap_or(Ttl(UNSAID));
-        Self { answers: answers.to_vec(), additionals: additionals.to_vec(), ttl }
+        let (answers, additionals) = (answers.to_vec(), additionals.to_vec());
+        Self { answers, additionals, ttl, no_such_name: false }
+    }
+
+    /// The same, to be asked for again soon.
+    pub(super) fn soon(self) -> Self {
+        Self { ttl: self.ttl.min(Ttl(UNSAID)), ..self }
+    }
+
+    /// Whether it says where the service is.
+    pub(super) fn is_of_use(&self) -> bool {
+        !self.targets().is_empty() || !self.addresses().is_empty()
     }
 
     /// There are none, and for so many seconds there will be none.
@@ -60,6 +73,7 @@ impl Answer {
             (true, false) => other.ttl,
             _ => self.ttl.min(other.ttl),
         };
+        self.no_such_name |= other.no_such_name;
         self.answers.extend(other.answers);
         self.additionals.extend(other.additionals);
         self

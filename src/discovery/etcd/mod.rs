@@ -4,6 +4,7 @@
 //! there is anything at or below it, and otherwise in the v2 store, while the v3 store is watched for the branch to
 //! appear there. "There is nothing" is said only once every store that this etcd has said so. Which stores there are is
 //! asked of the server: etcd 2 has no v3 store; from 3.4 on the v2 store is off unless asked for, and from 3.6 on it is gone.
+//! A port that answers only gRPC has the v3 store alone.
 
 use std::{pin::pin, sync::Arc};
 
@@ -12,7 +13,7 @@ use url::Url;
 use super::{Endpoints, EtcdSettings, Query};
 use crate::{
     model::{ServiceName, Tags},
-    registry::etcd::{Branch, EtcdClient, Step, Tree, v2, v3},
+    registry::etcd::{self, Branch, EtcdClient, Step, Tree, v2, v3},
     source::{Publisher, Resync, Source, SourceError},
 };
 
@@ -84,8 +85,12 @@ impl EtcdSource {
             |looks_into_v2| Stores::V3 { v3: client.v3(&self.branch), v2: None, looks_into_v2 };
         match api {
             Api::V3 => Ok(v3(false)),
-            Api::Any if client.has_v3().await? => Ok(v3(true)),
-            Api::Any | Api::V2 => Ok(Stores::V2(client.v2(&self.branch)?)),
+            Api::V2 => Ok(Stores::V2(client.v2(&self.branch)?)),
+            Api::Any => match client.stores().await? {
+                etcd::Stores::V2 => Ok(Stores::V2(client.v2(&self.branch)?)),
+                etcd::Stores::V3 => Ok(v3(false)),
+                etcd::Stores::Both => Ok(v3(true)),
+            },
         }
     }
 }

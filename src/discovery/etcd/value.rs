@@ -17,19 +17,24 @@ use crate::{
 pub(super) fn endpoints(tree: &Tree, tags: &Tags) -> Endpoints {
     let mut list = Vec::new();
     let mut rejected = Vec::new();
+    let mut others = 0;
     for (key, value) in tree.iter() {
         if value.is_empty() && tree.is_directory(key) {
             continue;
         }
         match parse(value) {
             Ok(instance) if tags.all_in(&instance.tags) => list.push(instance.endpoint),
-            Ok(_) => {}
+            Ok(_) => others += 1,
             Err(reason) => {
                 rejected.push(Rejected { what: key.escape_ascii().to_string(), reason });
             }
         }
     }
-    Endpoints::new(list, rejected)
+    let problem = (list.is_empty() && others > 0).then(|| {
+        let tags: Vec<_> = tags.iter().map(address::excerpt).collect();
+        format!("0 of {others} entries carry [{}]", tags.join(",")).into()
+    });
+    Endpoints { problem, ..Endpoints::new(list, rejected) }
 }
 
 /// One registration.
@@ -39,21 +44,34 @@ struct Instance {
     tags: Vec<String>,
 }
 
-/// Reads a JSON document or `address:port`. A document is never repeated in the error: it may hold a container's
+/// Reads a JSON document (the original's, or one of SkyDNS 2, which has `host` and `port`) or `address:port`. A document is never repeated in the error: it may hold a container's
 /// whole environment.
 fn parse(value: &[u8]) -> Result<Instance, String> {
     let text = str::from_utf8(value).map_err(|_| "not UTF-8: expected JSON or address:port")?;
-    let text = text.trim();
+    let mut text = text.trim();
+    // The address, or the document, may be a string of JSON.
+    let unquoted = serde_json::from_str::<String>(text);
+    if let Ok(unquoted) = &unquoted {
+        text = unquoted.trim();
+    }
     if !text.starts_with('{') {
         let endpoint = address::host_and_port(text)?;
         return Ok(Instance { endpoint, tags: Vec::new() });
     }
     let document: Document =
         serde_json::from_str(text).map_err(|e| format!("not the expected JSON: {e}"))?;
-    let address = document.ipaddress.text("ipaddress")?.ok_or("no \"ipaddress\"")?;
-    let port = match document.host_port.text("host_port")? {
+    let address = match document.ipaddress.text("ipaddress")? {
+        Some(address) => address,
+        None => document.host.text("host")?.ok_or("neither \"ipaddress\" nor \"host\"")?,
+    };
+    let host_port = document.host_port.text("host_port")?;
+    // 0 says that the port is not published.
+    let published = host_port.clone().filter(|port| port != "0");
+    let port = match published {
         Some(port) => port,
-        None => document.port.text("port")?.ok_or("neither \"host_port\" nor \"port\"")?,
+        None => {
+            document.port.text("port")?.or(host_port).ok_or("neither \"host_port\" nor \"port\"")?
+        }
     };
     let endpoint = address::endpoint(&address, &port)?;
     Ok(Instance { endpoint, tags: document.tags.list()? })
@@ -64,6 +82,9 @@ fn parse(value: &[u8]) -> Result<Instance, String> {
 struct Document {
     #[serde(default)]
     ipaddress: Field,
+    /// In SkyDNS 2 the address, in the original the name of the host.
+    #[serde(default)]
+    host: Field,
     #[serde(default)]
     host_port: Field,
     #[serde(default)]
@@ -165,6 +186,14 @@ mod tests {
             (r#"{"ipaddress":"10.0.0.1","port":80,"tags":null}"#, "10.0.0.1:80", &[]),
             (r#"{"ipaddress":"10.0.0.1","port":80,"tags":["a",7]}"#, "10.0.0.1:80", &["a", "7"]),
             (r#"{"ipaddress":"10.0.0.1","port":80,"tags":"a,b"}"#, "10.0.0.1:80", &["a", "b"]),
+            (r#"{"host":"10.0.1.5","port":27439}"#, "10.0.1.5:27439", &[]),
+            (r#"{"host":"fury","ipaddress":"10.0.0.1","port":80}"#, "10.0.0.1:80", &[]),
+            (r#"{"host":"10.0.0.2","ipaddress":"","port":80}"#, "10.0.0.2:80", &[]),
+            (r#"{"ipaddress":"10.0.0.1","host_port":"0","port":"80"}"#, "10.0.0.1:80", &[]),
+            (r#"{"ipaddress":"10.0.0.1","host_port":0,"port":80}"#, "10.0.0.1:80", &[]),
+            (r#""10.0.1.5:27439""#, "10.0.1.5:27439", &[]),
+            (r#""[fd00::1]:80""#, "[fd00::1]:80", &[]),
+            (r#""{\"host\":\"10.0.1.5\",\"port\":80,\"tags\":[\"a\"]}""#, "10.0.1.5:80", &["a"]),
         ] {
             let tags = tags.iter().map(|&tag| tag.to_owned()).collect();
             assert_eq!(read(value), Ok((endpoint.to_owned(), tags)), "{value}");
@@ -178,7 +207,11 @@ mod tests {
             ("up", "\"up\": expected address:port, IPv6 in brackets"),
             ("db:5432", "address \"db\": expected an IP address"),
             ("{", "not the expected JSON: EOF while parsing an object at line 1 column 1"),
-            ("{}", "no \"ipaddress\""),
+            ("{}", "neither \"ipaddress\" nor \"host\""),
+            (r#"{"host":"fury","port":80}"#, "address \"fury\": expected an IP address"),
+            (r#"{"ipaddress":"10.0.0.1","host_port":"0"}"#, "port \"0\": expected 1 to 65535"),
+            (r#""up""#, "\"up\": expected address:port, IPv6 in brackets"),
+            (r#""10.0.0.1:80"#, "address \"\\\"10.0.0.1\": expected an IP address"),
             (
                 r#"{"ipaddress":"10.0.0.1","env":{"KEY":"s3cret"}}"#,
                 "neither \"host_port\" nor \"port\"",
@@ -208,6 +241,17 @@ mod tests {
             tree.set(key.as_bytes().to_vec(), value.as_bytes().to_vec());
         }
         tree
+    }
+
+    #[test]
+    fn entries_without_the_tags_are_counted_where_none_has_them() {
+        let tree = tree(&[("/s/a", "10.0.0.1:80"), ("/s/b", DOCUMENT), ("/s/c", "oops")]);
+        let problem = |tags: &[&str]| {
+            let endpoints = endpoints(&tree, &Tags::new(tags.iter().copied()));
+            endpoints.problem.as_deref().map(str::to_owned)
+        };
+        assert_eq!(problem(&["canary", "eu"]).as_deref(), Some("0 of 2 entries carry [canary,eu]"));
+        assert_eq!(problem(&[]), None);
     }
 
     #[test]

@@ -28,15 +28,46 @@ impl Branch {
         Ok(segments)
     }
 
-    /// The keys, without a slash at the end, at and below which the v3 store is read; at least one. There a key need not
-    /// begin with a slash: a branch that was written without one is looked for in both forms.
-    pub(super) fn roots(&self) -> Vec<String> {
+    /// The ranges of the v3 store that together are the branch; at least one. There a key need not begin with a slash: a
+    /// branch that was written without one is looked for in both forms.
+    ///
+    /// The key of the branch and the keys below it are two ranges: one range over both would contain keys of others, such
+    /// as `/app1-x` of the branch `/app1`, and a role with the prefix `/app1/` could not read it.
+    pub(super) fn ranges(&self) -> Vec<KeyRange> {
         let trimmed = self.trimmed();
         if trimmed.is_empty() {
-            return vec![String::new()];
+            return vec![KeyRange::below("")];
         }
-        let absolute = format!("/{trimmed}");
-        if self.0.starts_with('/') { vec![absolute] } else { vec![absolute, trimmed.to_owned()] }
+        let forms = |root: &str| [KeyRange::key(root), KeyRange::below(root)];
+        let mut ranges = forms(&format!("/{trimmed}")).to_vec();
+        if !self.0.starts_with('/') {
+            ranges.extend(forms(trimmed));
+        }
+        ranges
+    }
+}
+
+/// Keys of the v3 store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct KeyRange {
+    pub(super) start: String,
+    /// The first key after the range; empty if `start` is the only key in it.
+    pub(super) end: String,
+}
+
+impl KeyRange {
+    fn key(key: &str) -> Self {
+        Self { start: key.to_owned(), end: String::new() }
+    }
+
+    fn below(root: &str) -> Self {
+        // The character 0 follows the slash.
+        Self { start: format!("{root}/"), end: format!("{root}0") }
+    }
+
+    /// Whether it contains every key below a root, not only the key of the root.
+    pub(super) fn is_below(&self) -> bool {
+        !self.end.is_empty()
     }
 }
 
@@ -46,14 +77,23 @@ mod tests {
 
     #[test]
     fn slashes_around_a_branch_mean_nothing() {
+        let ranges = |text| {
+            let ranges = Branch::new(text).ranges();
+            ranges.into_iter().map(|range| (range.start, range.end)).collect::<Vec<_>>()
+        };
+        let expected = |expected: &[(&str, &str)]| {
+            expected.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect::<Vec<_>>()
+        };
         for text in ["/services/app1", "/services/app1/", "services/app1", "services/app1//"] {
             let branch = Branch::new(text);
             assert_eq!(branch.segments().unwrap(), ["services", "app1"], "{text}");
-            assert_eq!(branch.roots()[0], "/services/app1", "{text}");
+            let first = [("/services/app1", ""), ("/services/app1/", "/services/app10")];
+            assert_eq!(ranges(text)[..2], expected(&first), "{text}");
         }
-        assert_eq!(Branch::new("/a").roots(), ["/a"]);
-        assert_eq!(Branch::new("a").roots(), ["/a", "a"]);
-        assert_eq!(Branch::new("/").roots(), [""]);
+        assert_eq!(ranges("/a/"), expected(&[("/a", ""), ("/a/", "/a0")]));
+        let both = [("/a", ""), ("/a/", "/a0"), ("a", ""), ("a/", "a0")];
+        assert_eq!(ranges("a"), expected(&both));
+        assert_eq!(ranges("/"), expected(&[("/", "0")]));
         assert_eq!(Branch::new("/").segments().unwrap(), [""; 0]);
     }
 

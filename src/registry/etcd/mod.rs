@@ -6,11 +6,13 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
 };
 
+use futures_util::FutureExt;
 use reqwest::header::HeaderMap;
+use tracing::{info, warn};
 use url::Url;
 
 use super::{
@@ -39,6 +41,14 @@ pub(crate) enum Step {
     NoSuchStore,
 }
 
+/// The stores that a server may have. From etcd 3.4 on the v2 store may be off, which only a question to it shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stores {
+    V2,
+    V3,
+    Both,
+}
+
 /// The client of one etcd cluster.
 pub(crate) struct EtcdClient {
     members: Members,
@@ -47,9 +57,11 @@ pub(crate) struct EtcdClient {
     /// For the v2 store.
     http: Http,
     leader: Recent<()>,
-    has_v3: Recent<bool>,
+    stores: Recent<Stores>,
     /// For the v3 store.
     connection: Reused<v3::Connection>,
+    /// Whether the user was not logged in last time, because authentication is off.
+    login_is_off: AtomicBool,
 }
 
 impl EtcdClient {
@@ -68,8 +80,9 @@ impl EtcdClient {
             tls,
             user: settings.user.clone(),
             leader: Recent::default(),
-            has_v3: Recent::default(),
+            stores: Recent::default(),
             connection: Reused::default(),
+            login_is_off: AtomicBool::new(false),
         })
     }
 
@@ -94,9 +107,25 @@ impl EtcdClient {
                 let (number, member) = self.members.current();
                 let opened =
                     v3::Connection::open(number, member, &self.tls, self.user.as_ref(), key);
-                opened.await.inspect_err(|_| self.members.failed(number))
+                // The client's own futures are large.
+                let opened = opened.boxed().await.inspect_err(|_| self.members.failed(number))?;
+                self.report_login(&opened);
+                Ok(opened)
             })
             .await
+    }
+
+    /// Logs that authentication is off, or on again, once.
+    fn report_login(&self, opened: &v3::Connection) {
+        let (member, is_off) = (&*opened.member, opened.login_is_off);
+        match (self.login_is_off.swap(is_off, Relaxed), is_off) {
+            (false, true) => warn!(
+                member,
+                "etcd authentication is off; continuing without ETCD_USERNAME until it is enabled"
+            ),
+            (true, false) => info!(member, "etcd authentication is on; logged in"),
+            _ => {}
+        }
     }
 
     /// Has the next one who asks open a connection to the next member.

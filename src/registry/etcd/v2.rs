@@ -3,16 +3,24 @@
 //! branch is read again. A branch that has no long poll is read every few seconds, from the member's own
 //! memory: a read that the cluster must agree upon costs as much as a write.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
 use reqwest::{StatusCode, header::HeaderMap};
-use tokio::time::{Instant, sleep_until, timeout};
+use rustls::pki_types::ServerName;
+use tokio::{
+    io::AsyncReadExt,
+    net::TcpStream,
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_rustls::TlsConnector;
+use url::Url;
 
-use super::{Branch, EtcdClient, Step, Tree};
+use super::{Branch, EtcdClient, Step, Stores, Tree};
 use crate::{
     registry::http::{self, ANSWER, Asking, HttpAnswer, LongPoll},
     source::SourceError,
+    tls::ClientTls,
 };
 
 pub(crate) mod answers;
@@ -26,6 +34,9 @@ const CONFIRMED: Duration = Duration::from_secs(10);
 const HEAD: Duration = Duration::from_secs(5);
 /// How old an answer about the leader, or about the server's version, may be.
 const RECENT: Duration = Duration::from_secs(5);
+
+/// How long a member's greeting may take.
+const GREETING: Duration = Duration::from_secs(1);
 
 /// The header that says how far the store has come.
 const INDEX: &str = "X-Etcd-Index";
@@ -186,6 +197,43 @@ impl fmt::Debug for Follower {
     }
 }
 
+/// Waits until it is certain that a member's port is for gRPC alone (`--listen-client-http-urls` of etcd 3.5), so that the v2
+/// store is not there; for ever if it is not.
+///
+/// Such a port speaks HTTP/2 before it was asked anything, where one for both waits for a request. Over TLS it does so with
+/// those that want HTTP/2, and ends the connection of all others.
+async fn answers_only_grpc(member: &Url, tls: &ClientTls) {
+    let plain = greets_in_http2(member, tls, &[]).await;
+    let certain = match plain {
+        Some(greets) if greets || member.scheme() == "http" => greets,
+        Some(_) => greets_in_http2(member, tls, &[b"h2"]).await == Some(true),
+        None => false,
+    };
+    if !certain {
+        std::future::pending().await
+    }
+}
+
+/// Whether a member greets in HTTP/2, or else ends the connection, without having been asked anything. Waits as long as it
+/// waits. `None` if there is no connection. With TLS, `protocols` are offered.
+async fn greets_in_http2(member: &Url, tls: &ClientTls, protocols: &[&[u8]]) -> Option<bool> {
+    let host = member.host_str()?.trim_matches(['[', ']']).to_owned();
+    let port = member.port_or_known_default()?;
+    let mut stream = TcpStream::connect((host.as_str(), port)).await.ok()?;
+    let mut head = [0; 9];
+    let read = if member.scheme() == "https" {
+        let mut config = tls.load().ok()?.config().ok()??;
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+        let tls = TlsConnector::from(Arc::new(config));
+        let mut stream = tls.connect(ServerName::try_from(host).ok()?, stream).await.ok()?;
+        stream.read_exact(&mut head).await
+    } else {
+        stream.read_exact(&mut head).await
+    };
+    // The head of a SETTINGS frame: three bytes of length, the type, no flags, stream 0 (RFC 9113, 4.1 and 3.4).
+    Some(read.is_ok() && matches!(head, [_, _, _, 4, 0, 0, 0, 0, 0]))
+}
+
 async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, _turn: LongPoll) -> Polled {
     let query = format!("wait=true&recursive=true&waitIndex={wait}");
     let (number, url) = etcd.url(&path, Some(&query));
@@ -229,17 +277,43 @@ impl EtcdClient {
         self.leader.get(RECENT, ask).await
     }
 
-    /// Whether this server has a v3 store.
-    pub(crate) async fn has_v3(&self) -> Result<bool, SourceError> {
+    /// The stores that this server may have.
+    pub(crate) async fn stores(&self) -> Result<Stores, SourceError> {
         let ask = async {
-            let answer = self.get("/version", None).await?;
-            if answer.status != StatusCode::OK {
-                return Err(answer.refusal());
+            let (_, url) = self.url("", None);
+            let mut only_grpc = pin!(answers_only_grpc(&url, &self.tls));
+            let error = tokio::select! {
+                stores = self.version() => match stores {
+                    Ok(stores) => return Ok(stores),
+                    Err(error) => error,
+                },
+                () = &mut only_grpc => return Ok(Stores::V3),
+            };
+            // The greeting may come later than the failure that it explains.
+            match timeout(GREETING, only_grpc).await {
+                Ok(()) => Ok(Stores::V3),
+                Err(_) => Err(error),
             }
-            // The first etcds answer with a sentence.
-            Ok(serde_json::from_slice(&answer.body).is_ok_and(|version: Version| version.has_v3()))
         };
-        self.has_v3.get(RECENT, ask).await
+        self.stores.get(RECENT, ask).await
+    }
+
+    async fn version(&self) -> Result<Stores, SourceError> {
+        let answer = match self.get("/version", None).await {
+            // Over TLS, a port for gRPC alone takes no other protocol.
+            Err(error) if error.to_string().contains("NoApplicationProtocol") => {
+                return Ok(Stores::V3);
+            }
+            answer => answer?,
+        };
+        if answer.status != StatusCode::OK {
+            return Err(answer.refusal());
+        }
+        // The first etcds answer with a sentence.
+        match serde_json::from_slice::<Version>(&answer.body) {
+            Ok(version) if version.has_v3() => Ok(Stores::Both),
+            _ => Ok(Stores::V2),
+        }
     }
 
     /// The error that a server without a v2 store is.

@@ -9,15 +9,14 @@ use std::{
 };
 
 use etcd_client::{
-    Certificate, Client, ConnectOptions, Error, GetOptions, Identity, KeyValue, TlsOptions,
+    Channel, Client, ConnectOptions, Error, GetOptions, Identity, KeyValue, TlsOptions,
 };
+use futures_util::FutureExt;
 use tokio::time::{Instant, sleep_until, timeout};
+use tonic::transport::Endpoint;
 use url::Url;
 
-use super::{
-    Branch, EtcdClient, Step,
-    tree::{Tree, is_at_or_below},
-};
+use super::{Branch, EtcdClient, Step, branch::KeyRange, tree::Tree};
 use crate::{
     registry::{
         Secret,
@@ -43,7 +42,9 @@ pub(crate) struct Connection {
     client: Client,
     /// Counted round.
     number: usize,
-    member: Arc<str>,
+    pub(super) member: Arc<str>,
+    /// Whether this etcd has its authentication off, so that the user was not logged in.
+    pub(super) login_is_off: bool,
     /// The one on which the next watch is made. Those before it live as long as their watches.
     stream: Mutex<Option<Stream>>,
 }
@@ -58,35 +59,33 @@ impl Connection {
         key: &str,
     ) -> Result<Self, SourceError> {
         // Without a leader a member is not to answer from what it remembers, and a watch on it is to end.
-        let mut options = ConnectOptions::new()
-            .with_require_leader(true)
-            .with_connect_timeout(CONNECT)
-            .with_timeout(ANSWER);
-        if let Some((name, password)) = user {
-            // One login for all who find that the token is not valid any more.
-            options = options.with_user(name, password.reveal()).with_auto_token_refresh(true);
-        }
-        if member.scheme() == "https" {
-            tls::install_provider();
-            let pem = tls.load()?;
-            let mut tls = TlsOptions::new().timeout(CONNECT);
-            tls = match pem.ca {
-                Some(ca) => tls.ca_certificate(Certificate::from_pem(ca)),
-                None => tls.with_native_roots(),
-            };
-            if let Some((certificate, key)) = pem.identity {
-                tls = tls.identity(Identity::from_pem(certificate, key));
-            }
-            options = options.with_tls(tls);
-        }
+        let options = ConnectOptions::new().with_require_leader(true);
         let member: Arc<str> = member.as_str().trim_end_matches('/').into();
-        let connecting = async {
-            let client = Client::connect([&*member], Some(options)).await?;
-            probe(&client, key).await?;
-            Ok(client)
+        // One login for all who find that the token is not valid any more.
+        let login = user.map(|(name, password)| {
+            options.clone().with_user(name, password.reveal()).with_auto_token_refresh(true)
+        });
+        let endpoint = endpoint(&member, tls)?;
+        // The client's own futures are large.
+        let connect = |options| {
+            let channel = Channel::Tonic(endpoint.connect_lazy());
+            Client::from_channel(channel, Some(options)).boxed()
         };
-        let client = within(ANSWER, connecting).await.map_err(|e| fault(&member, "connect", e))?;
-        Ok(Self { client, number, member, stream: Mutex::default() })
+        let connecting = async {
+            let (client, login_is_off) = match login {
+                Some(login) => match connect(login).await {
+                    // The user is given before authentication is enabled, or after it was disabled.
+                    Err(error) if says(&error, LOGIN_IS_OFF) => (connect(options).await?, true),
+                    client => (client?, false),
+                },
+                None => (connect(options).await?, false),
+            };
+            probe(&client, key).await?;
+            Ok((client, login_is_off))
+        };
+        let (client, login_is_off) =
+            within(ANSWER, connecting).await.map_err(|e| fault(&member, "connect", e))?;
+        Ok(Self { client, number, member, login_is_off, stream: Mutex::default() })
     }
 
     /// The number of the member.
@@ -94,49 +93,92 @@ impl Connection {
         self.number
     }
 
-    /// Reads all roots at one revision, which is returned with what is there.
-    async fn read(&self, roots: &[String]) -> Result<(Tree, i64), Fault> {
+    /// Reads the ranges at one revision. Those that may not be read are left out, as long as others can say what there is.
+    async fn read(&self, ranges: &[KeyRange]) -> Result<Reading, Fault> {
         let mut kv = self.client.kv_client().max_decoding_message_size(LARGEST);
-        let mut tree = Tree::default();
-        let mut revision = 0;
-        for root in roots {
-            let (start, end) = range(root);
-            let options = GetOptions::new().with_range(end).with_revision(revision);
-            let reading = within(ANSWER, kv.get(start.as_str(), Some(options))).await;
-            let mut answer = match reading {
+        let mut reading = Reading::default();
+        let mut denied = None;
+        for range in ranges {
+            let KeyRange { start, end } = range;
+            let options =
+                GetOptions::new().with_range(end.as_str()).with_revision(reading.revision);
+            let mut answer = match within(ANSWER, kv.get(start.as_str(), Some(options))).await {
                 Ok(answer) => answer,
+                Err(error) if is_denied(&error) => {
+                    let error = fault(&self.member, format_args!("range {start:?}"), error);
+                    denied.get_or_insert(error);
+                    continue;
+                }
                 Err(error) => {
                     // Where only this range takes too long, all others can go on.
                     let lost = match error {
-                        Error::Internal(_) => probe(&self.client, &start).await.is_err(),
+                        Error::Internal(_) => probe(&self.client, start).await.is_err(),
                         _ => !is_refusal(&error),
                     };
                     let error = fault(&self.member, format_args!("range {start:?}"), error);
                     return Err(Fault { error, lost });
                 }
             };
-            if revision == 0 {
-                revision = answer.header().map_or(0, |header| header.revision());
+            if reading.revision == 0 {
+                reading.revision = answer.header().map_or(0, |header| header.revision());
             }
             for pair in answer.take_kvs() {
                 let (key, value) = pair.into_key_value();
-                if is_at_or_below(&key, root.as_bytes()) {
-                    tree.set(key, value);
-                }
+                reading.tree.set(key, value);
             }
+            reading.ranges.push(range.clone());
         }
-        Ok((tree, revision))
+        match denied {
+            // The key of a branch alone cannot say that there is nothing below it.
+            Some(error)
+                if reading.tree.is_empty() && !reading.ranges.iter().any(KeyRange::is_below) =>
+            {
+                Err(Fault { error, lost: false })
+            }
+            _ => Ok(reading),
+        }
     }
 
-    /// Watches all roots from `revision` on.
-    async fn watch(&self, roots: &[String], revision: i64) -> BranchWatch {
+    /// Watches the ranges from `revision` on.
+    async fn watch(&self, ranges: &[KeyRange], revision: i64) -> BranchWatch {
         let stream = {
             let mut slot = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
             let open = slot.take().filter(Stream::is_open);
             slot.insert(open.unwrap_or_else(|| Stream::start(self.client.clone()))).clone()
         };
-        stream.watch(roots.iter().map(|root| range(root)), revision).await
+        stream.watch(ranges.iter().cloned(), revision).await
     }
+}
+
+/// A member, and how it is connected to: TLS if its scheme says so.
+fn endpoint(member: &str, tls: &ClientTls) -> Result<Endpoint, SourceError> {
+    let wrong = |e| SourceError::caused(format_args!("etcd v3 at {member}"), &e);
+    let endpoint = Endpoint::from_shared(member.to_owned()).map_err(wrong)?;
+    let endpoint = endpoint.connect_timeout(CONNECT).timeout(ANSWER);
+    if !member.starts_with("https:") {
+        return Ok(endpoint);
+    }
+    tls::install_provider();
+    let pem = tls.load()?;
+    let verifier = pem.verifier()?;
+    let mut options = TlsOptions::new().timeout(CONNECT);
+    if let Some((certificate, key)) = pem.identity {
+        options = options.identity(Identity::from_pem(certificate, key));
+    }
+    match verifier {
+        Some(verifier) => endpoint.tls_config_with_verifier(options, verifier),
+        None => endpoint.tls_config(options.with_native_roots()),
+    }
+    .map_err(wrong)
+}
+
+/// What was read of a branch.
+#[derive(Default)]
+struct Reading {
+    tree: Tree,
+    revision: i64,
+    /// The ranges that may be read.
+    ranges: Vec<KeyRange>,
 }
 
 /// What went wrong, and whether the connection is lost with it.
@@ -148,10 +190,10 @@ struct Fault {
 /// One branch in the v3 store.
 pub(crate) struct Follower {
     etcd: Arc<EtcdClient>,
-    roots: Vec<String>,
-    tree: Tree,
-    /// The tree is that of this revision, or of a later one.
-    revision: i64,
+    /// The branch.
+    ranges: Vec<KeyRange>,
+    /// What was read last; its tree is that of its revision, or of a later one.
+    reading: Reading,
     state: State,
     read_again: bool,
     /// When it may be read next: a server that always forces a read must not cause a busy loop.
@@ -168,9 +210,8 @@ impl Follower {
     pub(super) fn new(etcd: Arc<EtcdClient>, branch: &Branch) -> Self {
         Self {
             etcd,
-            roots: branch.roots(),
-            tree: Tree::default(),
-            revision: 0,
+            ranges: branch.ranges(),
+            reading: Reading::default(),
             state: State::Unread,
             read_again: false,
             read_at: Instant::now(),
@@ -178,7 +219,7 @@ impl Follower {
     }
 
     pub(crate) fn tree(&self) -> &Tree {
-        &self.tree
+        &self.reading.tree
     }
 
     /// Makes the next step a full read.
@@ -192,20 +233,25 @@ impl Follower {
             match &mut self.state {
                 State::Unread => {
                     sleep_until(self.read_at).await;
-                    let (key, _) = range(self.roots.first().map_or("", String::as_str));
-                    let connection = self.etcd.connection(&key).await?;
+                    let key = self.ranges.first().map_or("", |range| &range.start);
+                    let connection = self.etcd.connection(key).await?;
                     self.read(&connection).await?;
                     self.state = State::Read(connection);
                     return Ok(Step::Read);
                 }
                 State::Read(connection) => {
-                    let watch =
-                        connection.watch(&self.roots, self.revision.saturating_add(1)).await;
+                    let Reading { ranges, revision, .. } = &self.reading;
+                    let watch = connection.watch(ranges, revision.saturating_add(1)).await;
                     self.state = State::Watching(connection.clone(), watch);
                 }
                 State::Watching(connection, _) if self.read_again => {
                     let connection = connection.clone();
+                    let watched = std::mem::take(&mut self.reading.ranges);
                     self.read(&connection).await?;
+                    if self.reading.ranges != watched {
+                        // What may be read was changed.
+                        self.state = State::Read(connection);
+                    }
                     return Ok(Step::Read);
                 }
                 State::Watching(connection, watch) => match watch.next().await {
@@ -232,9 +278,9 @@ impl Follower {
     }
 
     async fn read(&mut self, connection: &Arc<Connection>) -> Result<(), SourceError> {
-        match connection.read(&self.roots).await {
-            Ok((tree, revision)) => {
-                (self.tree, self.revision, self.read_again) = (tree, revision, false);
+        match connection.read(&self.ranges).await {
+            Ok(reading) => {
+                (self.reading, self.read_again) = (reading, false);
                 Ok(())
             }
             Err(Fault { error, lost }) => {
@@ -251,17 +297,15 @@ impl Follower {
         let (mut changed, mut named) = (false, false);
         for pair in pairs {
             // What was read since is newer.
-            if pair.mod_revision() <= self.revision
-                || !self.roots.iter().any(|root| is_at_or_below(pair.key(), root.as_bytes()))
-            {
+            if pair.mod_revision() <= self.reading.revision {
                 continue;
             }
             named = true;
             changed |= if is_deleted(&pair) {
-                self.tree.remove(pair.key())
+                self.reading.tree.remove(pair.key())
             } else {
                 let (key, value) = pair.into_key_value();
-                self.tree.set(key, value)
+                self.reading.tree.set(key, value)
             };
         }
         match (changed, named) {
@@ -274,7 +318,7 @@ impl Follower {
 
 impl fmt::Debug for Follower {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("v3::Follower").field(&self.roots).finish()
+        f.debug_tuple("v3::Follower").field(&self.ranges).finish()
     }
 }
 
@@ -282,14 +326,6 @@ impl fmt::Debug for Follower {
 /// same, but the client panics on a type that it does not know.)
 fn is_deleted(pair: &KeyValue) -> bool {
     pair.version() == 0
-}
-
-/// The keys from `root` itself to the last one below it. One range takes in a few others, such as `/app1-x` of the
-/// root `/app1`: they are left out later.
-fn range(root: &str) -> (String, String) {
-    let start = if root.is_empty() { "/" } else { root };
-    // The character 0 follows the slash.
-    (start.to_owned(), format!("{root}0"))
 }
 
 /// Asks for next to nothing: only a member that works, with a leader, answers.
@@ -302,13 +338,31 @@ async fn probe(client: &Client, key: &str) -> Result<(), Error> {
     }
 }
 
-/// Whether the member works and only refused this request. A refused or outdated login affects the whole connection.
+/// What etcd says to a login while its authentication is off.
+const LOGIN_IS_OFF: &str = "authentication is not enabled";
+
+/// Whether the member works and only refused this request. A refused, missing or outdated login affects the whole
+/// connection.
 fn is_refusal(error: &Error) -> bool {
-    let Error::GRpcStatus(status) = error else { return false };
-    let of_the_login = ["authentication failed", "revision of auth store is old"];
+    let of_the_login = [
+        "authentication failed",
+        "revision of auth store is old",
+        // Authentication was enabled, or disabled, after the connection was opened.
+        "user name is empty",
+        LOGIN_IS_OFF,
+    ];
     // Invalid argument, not found, permission denied, resource exhausted, failed precondition, out of range.
-    matches!(status.code() as i32, 3 | 5 | 7 | 8 | 9 | 11)
-        && !of_the_login.iter().any(|text| status.message().contains(text))
+    matches!(error, Error::GRpcStatus(status) if matches!(status.code() as i32, 3 | 5 | 7 | 8 | 9 | 11))
+        && !of_the_login.iter().any(|text| says(error, text))
+}
+
+/// Whether the user may not do this.
+fn is_denied(error: &Error) -> bool {
+    matches!(error, Error::GRpcStatus(status) if status.code() as i32 == 7)
+}
+
+fn says(error: &Error, text: &str) -> bool {
+    matches!(error, Error::GRpcStatus(status) if status.message().contains(text))
 }
 
 async fn within<T>(

@@ -318,13 +318,38 @@ async fn credentials_are_shown_to_the_registry_and_to_nobody_else() {
 async fn what_is_asked_of_consul() {
     let fake = Fake::start(Vec::new(), Answer::Bytes(consul_instance("X-Consul-Index: 7"))).await;
     let uri = format!("consul://{}?dc=dc1&near=_agent&tag=blue", fake.address);
-    let web = Followed::new(&uri, "a/b.c@d*e[prod];80");
+    let settings = Options {
+        consul: ConsulSettings {
+            namespace: Some("team".to_owned()),
+            partition: Some("part".to_owned()),
+            ..ConsulSettings::default()
+        },
+        ..settings()
+    };
+    let web = Followed::with(&uri, &settings, "a/b.c@d*e[prod];80");
     web.until("an answer", |known| known.answers > 1).await;
     let requests = fake.requests();
     let lines: Vec<_> = requests.iter().filter_map(|request| request.lines().next()).collect();
-    let path = "/v1/health/service/a%2Fb.c@d*e?passing=true&dc=dc1&near=_agent&tag=blue&tag=prod";
+    let path = "/v1/health/service/a%2Fb.c@d*e?dc=dc1&ns=team&partition=part&near=_agent&tag=blue&tag=prod";
     assert_eq!(lines[0], format!("GET {path} HTTP/1.1"));
-    assert_eq!(lines[1], format!("GET {path}&index=7&wait=30000ms HTTP/1.1"));
+    // No instance has the tags, and Consul is asked why.
+    assert_eq!(lines[1], "GET /v1/catalog/services?dc=dc1&ns=team&partition=part HTTP/1.1");
+    assert_eq!(lines[2], format!("GET {path}&index=7&wait=30000ms HTTP/1.1"));
+}
+
+/// During an election a server answers from what it has.
+#[tokio::test]
+async fn a_list_of_a_consul_without_a_leader_is_not_believed() {
+    let leaderless = "X-Consul-Index: 8\r\nX-Consul-KnownLeader: false";
+    let fake = Fake::start(
+        consul_instance("X-Consul-Index: 7\r\nX-Consul-KnownLeader: true"),
+        Answer::Bytes(http("200 OK", leaderless, "[]")),
+    )
+    .await;
+    let web = Followed::new(&format!("consul://{}", fake.address), "web;80");
+    let known = web.fails("Consul has no leader").await;
+    assert_eq!(list(&known).unwrap(), ["10.0.0.1:80"]);
+    assert_eq!(known.changes, 1);
 }
 
 /// Newer Consuls say when they left out what the token may not read.

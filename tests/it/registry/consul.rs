@@ -2,7 +2,10 @@
 
 use std::fs;
 
-use embassy::discovery::{ConsulSettings, Discoveries, Options};
+use embassy::{
+    discovery::{ConsulSettings, Discoveries, Endpoints, Options},
+    source::Known,
+};
 use serde_json::json;
 
 use super::{Followed, list, servers::Consul, settings};
@@ -170,4 +173,31 @@ async fn a_token_is_shown_and_a_token_file_is_read_anew() {
     web.fails("ACL not found").await;
     fs::write(&file, format!("{TOKEN}\n")).unwrap();
     web.sees(&["10.0.0.1:80"]).await;
+}
+
+/// A check of a node that is in warning on every node, such as of a disk that fills, empties no list.
+#[tokio::test]
+async fn instances_in_warning_are_used_while_none_passes() {
+    let consul = Consul::start().await;
+    consul.register("one", "10.0.0.1", 80, &[]).await;
+    consul.register("two", "10.0.0.2", 80, &[]).await;
+    let web = Followed::new(&format!("consul://{}", consul.address()), "web;80");
+    let problem = |known: &Known<Endpoints>| {
+        known.value.as_ref().and_then(|value| value.problem.as_deref().map(str::to_owned))
+    };
+    assert_eq!(problem(&web.sees(&["10.0.0.1:80", "10.0.0.2:80"]).await), None);
+    consul.put("/v1/agent/check/warn/one", json!(null)).await;
+    // One that passes is better.
+    assert_eq!(problem(&web.sees(&["10.0.0.2:80"]).await), None);
+    consul.put("/v1/agent/check/fail/two", json!(null)).await;
+    let known = web.sees(&["10.0.0.1:80"]).await;
+    assert_eq!(
+        problem(&known).unwrap(),
+        r#"0 of 2 registered instances pass their checks ("one" is warning, "two" is critical); 1 in warning used instead"#
+    );
+    consul.put("/v1/agent/check/fail/one", json!(null)).await;
+    let known = web.sees(&[]).await;
+    assert!(problem(&known).unwrap().starts_with("0 of 2 registered instances pass"));
+    consul.put("/v1/agent/check/pass/two", json!(null)).await;
+    assert_eq!(problem(&web.sees(&["10.0.0.2:80"]).await), None);
 }

@@ -1,9 +1,25 @@
 //! etcd, in both of its stores.
 
-use embassy::discovery::{EtcdSettings, Options};
-use etcd_client::{DeleteOptions, PutOptions};
+use std::time::Duration;
 
-use super::{Followed, gate::Gate, list, servers::Etcd, settings};
+use embassy::{
+    discovery::{Discoveries, EtcdSettings, Options},
+    source::ResyncRequests,
+};
+use etcd_client::{DeleteOptions, Permission, PutOptions};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
+    net::{TcpListener, TcpStream},
+};
+
+use super::{
+    Followed, SOON,
+    gate::Gate,
+    healthy::{as_web, root, with_users},
+    list,
+    servers::Etcd,
+    settings,
+};
 
 const DOCUMENT: &str = r#"{ "ipaddress": "10.0.0.2", "host_port": "81", "tags": ["prod"] }"#;
 
@@ -314,4 +330,154 @@ async fn v3_logs_in() {
     refused.fails("authentication failed").await;
     let web = Followed::with(&uri, &log_in("s3cret"), "/services/web;80");
     web.sees(&["10.0.0.1:80"]).await;
+}
+
+/// `etcdctl role grant-permission web read --prefix /services/web/`, and however the branch is written.
+#[tokio::test]
+async fn v3_a_role_with_the_prefix_of_a_branch_may_follow_it() {
+    let etcd = Etcd::with("http", &[]).await;
+    let mut v3 = etcd.v3().await;
+    for (key, value) in [
+        ("/services/web/a", "10.0.0.1:80"),
+        // Not below the branch: its own key, a neighbour, and the form that the role may not read.
+        ("/services/web", "10.0.0.8:80"),
+        ("/services/web-x/a", "10.0.0.9:80"),
+        ("services/web/a", "10.0.0.7:80"),
+    ] {
+        v3.put(key, value, None).await.unwrap();
+    }
+    v3.user_add("root", "s3cret", None).await.unwrap();
+    v3.user_add("web", "s3cret", None).await.unwrap();
+    v3.user_grant_role("root", "root").await.unwrap();
+    v3.role_add("web").await.unwrap();
+    v3.user_grant_role("web", "web").await.unwrap();
+    let read = |key: &str| Permission::read(key);
+    v3.role_grant_permission("web", read("/services/web/").with_prefix()).await.unwrap();
+    v3.auth_enable().await.unwrap();
+    let mut v3 = root(&etcd).await;
+
+    let uri = format!("etcd3://{}", etcd.address());
+    let discoveries = Discoveries::parse(&[uri], &as_web()).unwrap();
+    let resync = ResyncRequests::new(10 * SOON);
+    let follow =
+        |branch: &str| Followed::read_again_by(&discoveries, &format!("{branch};80"), &resync);
+    let all = ["/services/web", "/services/web/", "services/web", "services/web/"].map(follow);
+    for web in &all {
+        web.sees(&["10.0.0.1:80"]).await;
+    }
+    v3.put("/services/web/b", "10.0.0.2:80", None).await.unwrap();
+    for web in &all {
+        assert_eq!(web.sees(&["10.0.0.1:80", "10.0.0.2:80"]).await.failures, 0);
+    }
+    // A branch of which nothing may be read is no branch without endpoints.
+    for branch in ["/services/web-x", "services/app", "/services"] {
+        let known = follow(branch).fails("permission denied").await;
+        assert_eq!(list(&known), None, "{branch}");
+    }
+    // The last key goes: that there is nothing is an answer, though the key of the branch may not be read.
+    v3.delete("/services/web/", Some(DeleteOptions::new().with_prefix())).await.unwrap();
+    for web in &all {
+        web.sees(&[]).await;
+    }
+    resync.request();
+    for web in &all {
+        let answers = web.known().answers;
+        web.until("a re-read", |known| known.answers > answers).await;
+        assert_eq!(web.sees(&[]).await.failures, 0);
+    }
+    // What is granted later is read with the next re-read, and followed from then on.
+    v3.role_grant_permission("web", read("/services/web")).await.unwrap();
+    resync.request();
+    for web in &all {
+        web.sees(&["10.0.0.8:80"]).await;
+    }
+    v3.put("/services/web", "10.0.0.6:80", None).await.unwrap();
+    for web in &all {
+        web.sees(&["10.0.0.6:80"]).await;
+    }
+}
+
+/// The usual order of a rollout: the clients know their user before authentication is enabled.
+#[tokio::test]
+async fn a_user_is_of_no_harm_while_authentication_is_off() {
+    let etcd = Etcd::both().await;
+    let mut v3 = etcd.v3().await;
+    v3.put("/services/web/a", "10.0.0.1:80", None).await.unwrap();
+    etcd.v2_set("/services/web/a", "10.0.0.2:80").await;
+    let resync = ResyncRequests::new(10 * SOON);
+    let follow = |scheme: &str, settings: &Options| {
+        let uri = format!("{scheme}://{}", etcd.address());
+        let discoveries = Discoveries::parse(&[uri], settings).unwrap();
+        Followed::read_again_by(&discoveries, "/services/web;80", &resync)
+    };
+    let web = follow("etcd3", &as_web());
+    let either = follow("etcd", &as_web());
+    let anonymous = follow("etcd3", &settings());
+    follow("etcd2", &as_web()).sees(&["10.0.0.2:80"]).await;
+    for one in [&web, &either, &anonymous] {
+        assert_eq!(one.sees(&["10.0.0.1:80"]).await.failures, 0);
+    }
+
+    // It is enabled while the branch is followed: the user logs in, and the list goes on.
+    with_users(&etcd).await;
+    resync.request();
+    assert_eq!(list(&anonymous.fails("user name is empty").await).unwrap(), ["10.0.0.1:80"]);
+    let mut v3 = root(&etcd).await;
+    v3.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    web.sees(&["10.0.0.3:80"]).await;
+    either.sees(&["10.0.0.3:80"]).await;
+    assert_eq!(list(&anonymous.known()).unwrap(), ["10.0.0.1:80"], "it may read no more");
+
+    // And disabled: the token that is held means nothing any more.
+    v3.auth_disable().await.unwrap();
+    resync.request();
+    etcd.v3().await.put("/services/web/a", "10.0.0.4:80", None).await.unwrap();
+    for one in [&web, &either, &anonymous] {
+        one.sees(&["10.0.0.4:80"]).await;
+    }
+    // Who comes now asks without a login.
+    follow("etcd3", &as_web()).sees(&["10.0.0.4:80"]).await;
+}
+
+/// A port of etcd 3.5 with `--listen-client-http-urls`: it greets in HTTP/2, and takes nothing else.
+async fn only_grpc(etcd: &Etcd) -> String {
+    const GREETING: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
+    // An error of HTTP may be seen before.
+    const LATE: Duration = Duration::from_millis(100);
+    let (listener, server) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), etcd.address());
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let server = server.clone();
+            tokio::spawn(async move {
+                let mut first = [0; 3];
+                tokio::select! {
+                    read = client.read_exact(&mut first) => drop(read?),
+                    () = tokio::time::sleep(LATE) => return client.write_all(GREETING).await,
+                }
+                if first == *b"PRI" {
+                    client.write_all(GREETING).await?;
+                    let mut server = TcpStream::connect(server).await?;
+                    server.write_all(&first).await?;
+                    copy_bidirectional(&mut client, &mut server).await?;
+                }
+                std::io::Result::Ok(())
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_port_that_answers_only_grpc_has_the_v3_store() {
+    let etcd = Etcd::both().await;
+    let port = only_grpc(&etcd).await;
+    // In the v2 store, which is not at this port.
+    etcd.v2_set("/services/web/a", "10.0.0.2:80").await;
+    let web = Followed::new(&format!("etcd://{port}"), "/services/web;80");
+    assert_eq!(web.sees(&[]).await.failures, 0);
+    etcd.v3().await.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    assert_eq!(web.sees(&["10.0.0.3:80"]).await.failures, 0);
+    let forced = Followed::new(&format!("etcd2://{port}"), "/services/web;80");
+    assert_eq!(list(&forced.fails(&port).await), None);
 }

@@ -20,7 +20,7 @@ use super::{
 const SERVICES: usize = 20;
 
 /// Two users, of whom `web` may read what is below /services/. Who is asked is `root`.
-async fn with_users(etcd: &Etcd) {
+pub(super) async fn with_users(etcd: &Etcd) {
     let mut v3 = etcd.v3().await;
     for user in ["root", "web"] {
         v3.user_add(user, "s3cret", None).await.unwrap();
@@ -32,13 +32,13 @@ async fn with_users(etcd: &Etcd) {
     v3.auth_enable().await.unwrap();
 }
 
-async fn root(etcd: &Etcd) -> Client {
+pub(super) async fn root(etcd: &Etcd) -> Client {
     let options = etcd_client::ConnectOptions::new().with_user("root", "s3cret");
     let options = options.with_auto_token_refresh(true);
     Client::connect([etcd.address()], Some(options)).await.unwrap()
 }
 
-fn as_web() -> Options {
+pub(super) fn as_web() -> Options {
     let user = Some(("web".to_owned(), "s3cret".to_owned().into()));
     Options { etcd: EtcdSettings { user, ..EtcdSettings::default() }, ..settings() }
 }
@@ -124,7 +124,9 @@ async fn what_nobody_follows_is_watched_no_more_and_the_rest_is() {
     let discoveries = Discoveries::parse(&[uri], &settings()).unwrap();
     let follow = |n| Followed::of(&discoveries, &format!("/services/s{n};80"));
     let mut all: Vec<_> = (0..3 * SERVICES).map(follow).collect();
-    let watches = async |expected: usize| {
+    // A branch has two: its own key, and the keys below it.
+    let watches = async |branches: usize| {
+        let expected = 2 * branches;
         let are = async || (etcd.watches().await == expected as f64).then_some(());
         retry("etcd", are).await;
     };

@@ -4,11 +4,22 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
 };
 
 use embassy::discovery::{ConsulSettings, EtcdSettings, Options};
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
+use rustls::{
+    ServerConfig,
+    crypto::ring,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+};
 use serde_json::json;
+use tokio::{
+    io::{AsyncWriteExt, copy_bidirectional},
+    net::{TcpListener, TcpStream},
+};
+use tokio_rustls::TlsAcceptor;
 
 use super::{
     Followed, list,
@@ -23,18 +34,42 @@ impl Authority {
     fn new() -> Self {
         let authority = Self(tempfile::tempdir().unwrap());
         authority.openssl(&format!("req -x509 {KEY} -subj /CN=ca -keyout ca.key -out ca.pem"));
-        for (name, extensions) in [
-            ("server", "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n"),
-            ("client", "subjectAltName=DNS:client\nextendedKeyUsage=clientAuth\n"),
-        ] {
-            fs::write(authority.file("extensions"), extensions).unwrap();
-            authority
-                .openssl(&format!("req {KEY} -subj /CN={name} -keyout {name}.key -out {name}.csr"));
-            authority.openssl(&format!(
-                "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out {name}.pem"
-            ));
-        }
+        authority.sign("server", "IP:127.0.0.1", "serverAuth,clientAuth");
+        authority.sign("client", "DNS:client", "clientAuth");
         authority
+    }
+
+    /// A certificate for a server at `address` that is its own authority, as OpenSSL makes it if nothing else is asked for.
+    fn self_signed(address: &str) -> Self {
+        let server = Self(tempfile::tempdir().unwrap());
+        server.openssl(&format!(
+            "req -x509 {KEY} -subj /CN=server -addext subjectAltName=IP:{address} -keyout server.key -out server.pem"
+        ));
+        fs::copy(server.file("server.pem"), server.file("ca.pem")).unwrap();
+        server
+    }
+
+    /// Signs a certificate for a name and a use.
+    fn sign(&self, name: &str, alternative: &str, uses: &str) {
+        let extensions = format!("subjectAltName={alternative}\nextendedKeyUsage={uses}\n");
+        fs::write(self.file("extensions"), extensions).unwrap();
+        self.openssl(&format!("req {KEY} -subj /CN={name} -keyout {name}.key -out {name}.csr"));
+        self.openssl(&format!(
+            "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out {name}.pem"
+        ));
+    }
+
+    /// A Consul agent with the certificate of this name, and where it speaks TLS.
+    async fn consul(&self, name: &str) -> (Consul, String) {
+        let [https] = crate::process::free_ports();
+        let config = json!({
+            "ports": { "https": https },
+            "cert_file": self.file(&format!("{name}.pem")),
+            "key_file": self.file(&format!("{name}.key")),
+        });
+        let consul = Consul::with(&config.to_string(), None).await;
+        consul.register("one", "10.0.0.1", 80, &[]).await;
+        (consul, format!("consuls://127.0.0.1:{https}"))
     }
 
     fn openssl(&self, arguments: &str) {
@@ -215,4 +250,111 @@ async fn consul_is_spoken_to_by_tls() {
     Followed::with(&uri, &with(&stranger, false), "web;80").sees(&["10.0.0.1:80"]).await;
     let anonymous = Followed::new(&uri, "web;80");
     assert_eq!(list(&anonymous.fails(&format!("127.0.0.1:{https}")).await), None);
+}
+
+/// With the settings of a Consul whose server has this CA and name.
+fn with_consul(consul: ConsulSettings) -> Options {
+    Options { consul, ..settings() }
+}
+
+#[tokio::test]
+async fn a_certificate_that_is_its_own_authority_is_accepted_where_it_is_the_configured_one() {
+    let (server, other) =
+        (Authority::self_signed("127.0.0.1"), Authority::self_signed("127.0.0.1"));
+    let elsewhere = Authority::self_signed("127.0.0.9");
+    let (_consul, uri) = server.consul("server").await;
+    let by = |authority: &Authority| {
+        with_consul(ConsulSettings {
+            ca: Some(authority.file("ca.pem")),
+            ..ConsulSettings::default()
+        })
+    };
+    Followed::with(&uri, &by(&server), "web;80").sees(&["10.0.0.1:80"]).await;
+    // Another of the same name.
+    let refused = Followed::with(&uri, &by(&other), "web;80");
+    assert_eq!(list(&refused.fails("certificate").await), None);
+    // The configured one, for another address.
+    let (_consul, uri) = elsewhere.consul("server").await;
+    let refused = Followed::with(&uri, &by(&elsewhere), "web;80");
+    assert_eq!(list(&refused.fails("certificate").await), None);
+
+    let (certificate, key) = (server.text("server.pem"), server.text("server.key"));
+    let etcd =
+        Etcd::with("https", &["--enable-v2", "--cert-file", &certificate, "--key-file", &key])
+            .await;
+    let ca = |authority: &Authority| flags(Some(authority.file("ca.pem")), None);
+    for scheme in ["etcd2", "etcd3", "etcd"] {
+        let uri = format!("{scheme}://{}", etcd.address());
+        Followed::with(&uri, &ca(&server), "/services/web;80").sees(&[]).await;
+        let refused = Followed::with(&uri, &ca(&other), "/services/web;80");
+        assert_eq!(list(&refused.fails("certificate").await), None);
+    }
+}
+
+#[tokio::test]
+async fn a_server_of_consul_is_verified_by_the_name_that_is_configured() {
+    let authority = Authority::new();
+    authority.sign("named", "DNS:server.dc1.consul", "serverAuth,clientAuth");
+    let (_consul, uri) = authority.consul("named").await;
+    let folder = tempfile::tempdir().unwrap();
+    fs::copy(authority.file("ca.pem"), folder.path().join("one.crt")).unwrap();
+    let named = |name: Option<&str>| {
+        with_consul(ConsulSettings {
+            server_name: name.map(str::to_owned),
+            // CONSUL_CAPATH
+            ca_path: Some(folder.path().into()),
+            ..ConsulSettings::default()
+        })
+    };
+    Followed::with(&uri, &named(Some("server.dc1.consul")), "web;80").sees(&["10.0.0.1:80"]).await;
+    for wrong in [None, Some("server.dc2.consul")] {
+        let refused = Followed::with(&uri, &named(wrong), "web;80");
+        let known = refused.fails("certificate").await;
+        assert_eq!(list(&known), None);
+        // The error names what was asked for.
+        assert!(known.error.unwrap().contains(&uri["consuls://".len()..]), "{wrong:?}");
+    }
+}
+
+/// The same as `registry::etcd` has without TLS: with those that do not want HTTP/2 it ends the connection.
+async fn only_grpc(server: &Authority, etcd: &Etcd) -> String {
+    let chain = CertificateDer::pem_file_iter(server.file("server.pem")).unwrap();
+    let key = PrivateKeyDer::from_pem_file(server.file("server.key")).unwrap();
+    let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain.map(Result::unwrap).collect(), key)
+        .unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let (listener, etcd) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), etcd.address());
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let (acceptor, etcd) = (acceptor.clone(), etcd.clone());
+            tokio::spawn(async move {
+                let mut client = acceptor.accept(client).await?;
+                if client.get_ref().1.alpn_protocol().is_some() {
+                    client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await?;
+                    let mut etcd = TcpStream::connect(etcd).await?;
+                    copy_bidirectional(&mut client, &mut etcd).await?;
+                }
+                client.shutdown().await
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_port_with_tls_that_answers_only_grpc_has_the_v3_store() {
+    let (server, etcd) = (Authority::self_signed("127.0.0.1"), Etcd::both().await);
+    let port = only_grpc(&server, &etcd).await;
+    etcd.v2_set("/services/web/a", "10.0.0.2:80").await;
+    let flags = flags(Some(server.file("ca.pem")), None);
+    let web = Followed::with(&format!("etcd://{port}"), &flags, "/services/web;80");
+    assert_eq!(web.sees(&[]).await.failures, 0);
+    etcd.v3().await.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
+    assert_eq!(web.sees(&["10.0.0.3:80"]).await.failures, 0);
 }

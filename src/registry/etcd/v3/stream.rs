@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::{LARGEST, Reason, probe, within};
-use crate::registry::http::ANSWER;
+use crate::registry::{etcd::branch::KeyRange, http::ANSWER};
 
 /// After this long without a word the member is asked whether it is still there, with a leader: a stream whose server hangs
 /// looks like one on which nothing happens.
@@ -41,8 +41,7 @@ pub(super) struct Stream {
 
 #[derive(Debug)]
 struct Request {
-    start: String,
-    end: String,
+    range: KeyRange,
     revision: i64,
     listener: Listener,
 }
@@ -138,14 +137,14 @@ impl Stream {
     /// Watches these ranges from `revision` on.
     pub(super) async fn watch(
         self,
-        ranges: impl Iterator<Item = (String, String)>,
+        ranges: impl Iterator<Item = KeyRange>,
         revision: i64,
     ) -> BranchWatch {
         let (sender, news) = mpsc::channel(BACKLOG);
         let lapsed = Arc::<Notify>::default();
         let listener = Listener { news: sender, lapsed: lapsed.clone() };
-        for (start, end) in ranges {
-            let request = Request { start, end, revision, listener: listener.clone() };
+        for range in ranges {
+            let request = Request { range, revision, listener: listener.clone() };
             // A stream that has just ended says so by the end of the news; one that takes no more does not.
             if self.requests.send(request).await.is_err() && self.ended.get().is_none() {
                 lapsed.notify_one();
@@ -175,7 +174,7 @@ impl Running {
     async fn run(&mut self, alive: &watch::Sender<()>) -> Result<(), Error> {
         let Some(first) = self.requests.recv().await else { return Ok(()) };
         let mut client = self.client.watch_client().max_decoding_message_size(LARGEST);
-        let opening = client.watch(first.start.as_str(), Some(first.options()));
+        let opening = client.watch(first.range.start.as_str(), Some(first.options()));
         let mut stream = within(ANSWER, opening).await?;
         (self.began, self.heard) = (Instant::now(), Instant::now());
         self.asked(first);
@@ -187,7 +186,7 @@ impl Running {
                 request = self.requests.recv(), if wanted && self.making.len() < MAKING => {
                     match request {
                         Some(request) => {
-                            stream.watch(request.start.as_str(), Some(request.options())).await?;
+                            stream.watch(request.range.start.as_str(), Some(request.options())).await?;
                             self.asked(request);
                         }
                         None => wanted = false,
@@ -214,7 +213,7 @@ impl Running {
     }
 
     fn asked(&mut self, request: Request) {
-        self.key.clone_from(&request.start);
+        self.key.clone_from(&request.range.start);
         self.making.push_back(request);
     }
 
@@ -279,22 +278,22 @@ impl Running {
 
 impl Request {
     fn options(&self) -> WatchOptions {
-        WatchOptions::new().with_range(self.end.as_str()).with_start_revision(self.revision)
+        WatchOptions::new().with_range(self.range.end.as_str()).with_start_revision(self.revision)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registry::etcd::Branch;
 
     /// The watch of a branch with two ranges, and who is told of each.
     async fn watch_of_two(
         stream: Stream,
         requests: &mut mpsc::Receiver<Request>,
     ) -> (BranchWatch, [Listener; 2]) {
-        let ranges =
-            [("/web", "/web0"), ("web", "web0")].map(|(a, b)| (a.to_owned(), b.to_owned()));
-        let watch = stream.watch(ranges.into_iter(), 1).await;
+        let [key, below] = Branch::new("/web").ranges().try_into().unwrap();
+        let watch = stream.watch([key, below].into_iter(), 1).await;
         let mut next = || requests.try_recv().unwrap().listener;
         (watch, [next(), next()])
     }
@@ -317,7 +316,7 @@ mod tests {
         assert!(other.tell(News::Changed(Vec::new())), "the other one goes on");
         // The stream takes no more in the midst of it.
         requested.close();
-        let ranges = [("/web".to_owned(), "/web0".to_owned())];
+        let ranges = Branch::new("/web").ranges();
         assert!(matches!(stream.watch(ranges.into_iter(), 1).await.next().await, News::Again));
     }
 }

@@ -1,0 +1,104 @@
+//! One DNS server, asked with EDNS and, where it does not like that, without.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    time::Duration,
+};
+
+use hickory_resolver::{
+    Resolver, TokioResolver,
+    config::{NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
+    net::{DnsError, NetError, runtime::TokioRuntimeProvider},
+    proto::{
+        op::ResponseCode,
+        rr::{Name, RecordType},
+    },
+};
+
+use super::records::Answer;
+use crate::source::SourceError;
+
+pub(super) struct Client {
+    /// With EDNS, for larger answers by UDP.
+    edns: TokioResolver,
+    plain: TokioResolver,
+    /// Whether the server has answered without EDNS what it has not answered with it.
+    plain_only: AtomicBool,
+}
+
+impl Client {
+    /// One question, asked once.
+    const QUESTION: Duration = Duration::from_secs(2);
+
+    pub(super) fn new(server: SocketAddr) -> Result<Self, SourceError> {
+        Ok(Self {
+            edns: resolver(server, true)?,
+            plain: resolver(server, false)?,
+            plain_only: AtomicBool::new(false),
+        })
+    }
+
+    /// The records of a type, or why there is no answer.
+    ///
+    /// Any failure may be the server's way to say that it does not know EDNS (RFC 6891, 7): it is asked again without, which is
+    /// also the second try if a packet was lost.
+    pub(super) async fn ask(&self, name: &Name, kind: RecordType) -> Result<Answer, String> {
+        let first = if self.plain_only.load(Relaxed) { &self.plain } else { &self.edns };
+        if let Ok(answer) = ask(first, name, kind).await {
+            return Ok(answer);
+        }
+        let answer = ask(&self.plain, name, kind).await?;
+        self.plain_only.store(true, Relaxed);
+        Ok(answer)
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("plain_only", &self.plain_only).finish_non_exhaustive()
+    }
+}
+
+fn resolver(server: SocketAddr, edns: bool) -> Result<TokioResolver, SourceError> {
+    let mut of_server = NameServerConfig::udp_and_tcp(server.ip());
+    for connection in &mut of_server.connections {
+        connection.port = server.port();
+    }
+    let mut options = ResolverOpts::default();
+    options.timeout = Client::QUESTION;
+    options.attempts = 0; // more than the first
+    options.cache_size = 0; // we ask when the time to live is over
+    options.use_hosts_file = ResolveHosts::Never;
+    options.edns0 = edns;
+    let config = ResolverConfig::from_name_servers(vec![of_server]);
+    Resolver::builder_with_config(config, TokioRuntimeProvider::default())
+        .with_options(options)
+        .build()
+        .map_err(|error| SourceError::caused("cannot create a DNS client", &error))
+}
+
+/// An answer without records if there are none.
+async fn ask(resolver: &TokioResolver, name: &Name, kind: RecordType) -> Result<Answer, String> {
+    match resolver.lookup(name.clone(), kind).await {
+        Ok(found) => match found.message().metadata.response_code {
+            ResponseCode::NoError | ResponseCode::NXDomain => {
+                Ok(Answer::new(found.answers(), found.additionals()))
+            }
+            code => Err(code.to_string()),
+        },
+        // Without an SOA, name servers in place of an answer say "ask elsewhere".
+        Err(NetError::Dns(DnsError::NoRecordsFound(none)))
+            if none.soa.is_some() || none.ns.is_none() =>
+        {
+            let mut answer = Answer::none(none.negative_ttl);
+            answer.no_such_name = none.response_code == ResponseCode::NXDomain;
+            Ok(answer)
+        }
+        Err(NetError::Dns(DnsError::NoRecordsFound(_))) => {
+            Err("a referral to other servers: expected a server that resolves".to_owned())
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
