@@ -74,9 +74,10 @@ async fn pass_on(ticket: &Ticket, consumer: &mut Socket, endpoint: &mut Socket) 
                 endpoint.finished = true;
                 return TaskEnd::Ended(Outcome::Closed);
             }
-            Err(Broken { side, error }) => {
-                tracing::debug!(?side, %error, route = %record.route.key, "connection broken");
+            Err(Broken { side, error, after_end }) => {
+                tracing::debug!(?side, %error, after_end, route = %record.route.key, "connection broken");
                 return TaskEnd::Ended(match side {
+                    _ if after_end => Outcome::ResetAfterClose,
                     Side::Consumer => Outcome::ConsumerReset,
                     Side::Endpoint => Outcome::EndpointReset,
                 });
