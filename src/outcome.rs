@@ -17,7 +17,8 @@ worded! {
         EndpointReset = "endpoint_reset",
         /// The consumer stopped, or lost this route.
         RouteGone = "route_gone",
-        /// The endpoint was deregistered, and the binding has `drain=kill` or a drain time.
+        /// The endpoint was deregistered, and the binding has `drain=kill` or a drain time; or its active check failed, and the
+        /// binding has `drain=kill`.
         EndpointGone = "endpoint_gone",
         /// This host could not continue the open connection (out of descriptors or memory).
         LocalReset = "local_reset",

@@ -152,7 +152,7 @@ mod tests {
         let state = Arc::new(EndpointState::new(endpoint));
         let lease = state.lease();
         ticket.connecting(&state);
-        ticket.connected();
+        ticket.connected(None);
         (worker, ticket, lease)
     }
 
