@@ -32,7 +32,7 @@ use crate::{
         Lookup, Provider, bindings,
         fixed::{self, InterfaceError},
     },
-    proxy::{Destinations, Proxy, ProxySettings},
+    proxy::{Destinations, FailedChecks, Proxy, ProxySettings},
     readiness::{Part, Readiness},
     report::{PROVIDER, Refused, Report},
     source::ResyncRequests,
@@ -85,7 +85,9 @@ impl App {
         let build_times = control.build_times();
 
         let mark = (rules.redirect || rules.notrack).then_some(rules::MARK);
-        let checks = tokio::spawn(check::run(tables.clone(), mark, events.clone()));
+        let failed_checks = FailedChecks::default();
+        let checks = check::run(tables.clone(), mark, events.clone(), failed_checks.clone());
+        let checks = tokio::spawn(checks);
         let memory = memory.watch(memory_short.clone());
         // Without a memory limit it ends at once.
         let memory = tokio::spawn(async move {
@@ -105,6 +107,8 @@ impl App {
             memory_short,
             max_connections_per_consumer: config.max_connections_per_consumer,
             mark,
+            user_timeout: config.user_timeout,
+            failed_checks,
             splice: true,
             hold: config.hold,
             lookup,

@@ -28,6 +28,8 @@ pub struct EndpointState {
     failures: AtomicU32,
     /// Drained via the API: gets no new connections.
     drained: AtomicBool,
+    /// It was the only endpoint when a connect attempt timed out, and has accepted none since.
+    silent: AtomicBool,
     /// The result of active checks: a number of [`Checked`].
     checked: AtomicU8,
     /// When a pick by least connections first saw it; 0 before.
@@ -61,7 +63,8 @@ impl EndpointState {
     /// The first ejection, doubled with each further failure.
     const SHORTEST_EJECTION: u64 = 1_000;
     const LONGEST_EJECTION: u64 = 60_000;
-    /// How long one connection may probe an ejected endpoint before another may try: longer than a connect may take.
+    /// How long one connection may probe an ejected endpoint before another may try: longer than an attempt takes while there
+    /// is another endpoint.
     const PROBE: u64 = 2_000;
     /// Active checks that fail in a row before the endpoint does.
     const FALL: u32 = 2;
@@ -74,6 +77,7 @@ impl EndpointState {
             active: AtomicU32::new(0),
             failures: AtomicU32::new(0),
             drained: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
             checked: AtomicU8::new(Checked::Not as u8),
             seen: AtomicU64::new(0),
             endpoint,
@@ -127,11 +131,29 @@ impl EndpointState {
         self.counts.start();
         self.counts.connect.observe(took);
         // Most endpoints never fail: read first, and leave the cache line alone.
-        let back = self.failures.load(Relaxed) != 0;
+        let back = self.failures.load(Relaxed) != 0 || self.is_silent();
         if back {
             self.failures.store(0, Relaxed);
+            self.silent.store(false, Relaxed);
         }
         back
+    }
+
+    /// A connect attempt timed out, and there is no other endpoint: nothing would be gained if routes skipped this one, and
+    /// one with other endpoints may share it. Returns whether the one before did not.
+    pub fn timed_out_alone(&self) -> bool {
+        self.failed.fetch_add(1, Relaxed);
+        !self.silent.swap(true, Relaxed)
+    }
+
+    /// Whether the last attempt timed out, and it is used nevertheless.
+    pub fn is_silent(&self) -> bool {
+        self.silent.load(Relaxed)
+    }
+
+    /// Connections opened to it since the start.
+    pub fn opened(&self) -> u64 {
+        self.counts.started.load(Relaxed)
     }
 
     /// A connect attempt that started at `start` failed: all routes skip the endpoint for a while. Returns for how long, if
@@ -160,6 +182,7 @@ impl EndpointState {
         let now = if passed {
             self.failed_checks.store(0, Relaxed);
             self.failures.store(0, Relaxed);
+            self.silent.store(false, Relaxed);
             Checked::Passes
         } else if self.failed_checks.fetch_add(1, Relaxed) + 1 >= Self::FALL {
             Checked::Fails
@@ -325,6 +348,34 @@ impl Rotation {
         }
     }
 
+    /// Whether a connection that is being opened to one endpoint, and excludes these, might do as well or better with another.
+    /// An ejected endpoint is an alternative only to another one.
+    pub fn has_alternative(&self, to: &EndpointState, now: Millis, excluded: &[Endpoint]) -> bool {
+        let is_ejected = to.is_ejected(now);
+        self.others(to, excluded).any(|state| is_ejected || !state.is_ejected(now))
+    }
+
+    /// Whether an endpoint is among these, and not drained.
+    pub fn offers(&self, one: &EndpointState) -> bool {
+        self.order.iter().any(|state| state.endpoint == one.endpoint && !state.is_drained())
+    }
+
+    /// Whether connections that exclude these may go to no endpoint but this.
+    pub fn is_only(&self, one: &EndpointState, excluded: &[Endpoint]) -> bool {
+        self.others(one, excluded).next().is_none()
+    }
+
+    fn others<'a>(
+        &'a self,
+        of: &'a EndpointState,
+        excluded: &'a [Endpoint],
+    ) -> impl Iterator<Item = &'a Arc<EndpointState>> {
+        let is_other = |state: &&Arc<EndpointState>| {
+            state.endpoint != of.endpoint && state.is_choice(excluded)
+        };
+        self.order.iter().filter(is_other)
+    }
+
     /// Whether an endpoint of this service is left out because of `excluded`.
     pub fn has_any_of(&self, excluded: &[Endpoint]) -> bool {
         self.order.iter().any(|state| excluded.contains(&state.endpoint))
@@ -483,6 +534,39 @@ mod tests {
         state.failed(now, now);
         state.succeeded(Duration::from_millis(1));
         assert!(!state.is_ejected(now));
+    }
+
+    #[test]
+    fn an_only_endpoint_that_is_slow_is_not_skipped_by_those_that_have_others() {
+        let rotation = rotation(1..=2);
+        let [one, two] = rotation.endpoints() else { unreachable!() };
+        let only = Rotation::new([one.clone()]);
+        assert!(only.is_only(one, &[]) && !rotation.is_only(one, &[]));
+        assert!(rotation.is_only(one, &[two.endpoint]));
+        two.drain(true);
+        assert!(rotation.is_only(one, &[]));
+        two.drain(false);
+        assert!(one.timed_out_alone());
+        assert!(!one.timed_out_alone(), "once is enough");
+        assert!(one.is_silent() && !one.is_ejected(NOW));
+        assert_eq!((one.failed_tries(), one.failures(), one.ejections()), (2, 0, 0));
+        let ports: Vec<_> = (0..10).map(|_| pick(&rotation, Balance::RoundRobin)).collect();
+        assert_eq!(ports.iter().filter(|&&port| port == 1).count(), 5, "{ports:?}");
+        assert!(one.succeeded(Duration::from_millis(1)), "it is back");
+        assert!(!one.is_silent() && !one.succeeded(Duration::from_millis(1)));
+    }
+
+    #[test]
+    fn an_ejected_endpoint_is_an_alternative_to_another_ejected_one() {
+        let rotation = rotation(1..=2);
+        let [one, two] = rotation.endpoints() else { unreachable!() };
+        assert!(rotation.has_alternative(one, NOW, &[]));
+        assert!(!rotation.has_alternative(one, NOW, &[two.endpoint]), "it was tried");
+        two.failed(NOW, NOW);
+        assert!(!rotation.has_alternative(one, NOW, &[]));
+        assert!(rotation.has_alternative(two, NOW, &[]));
+        one.failed(NOW, NOW);
+        assert!(rotation.has_alternative(one, NOW, &[]));
     }
 
     #[test]

@@ -1,15 +1,15 @@
 //! `check=tcp`: connects to endpoints at intervals; one that does not accept is used only if none does.
 //!
 //! One task checks an endpoint for all routes, as long as a binding has a check. After two failures in a row the check fails;
-//! after one success it passes, and the endpoint's failed connections are forgotten too.
+//! after one success it passes, and the endpoint's failed connections are forgotten too. A consumer's connection that opened
+//! proves as much as a probe, which is then left out.
 
 use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
 use tokio::{
-    net::TcpStream,
     sync::{Semaphore, watch},
     task::AbortHandle,
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tracing::{info, warn};
 
@@ -18,19 +18,24 @@ use crate::{
     descriptor::Check,
     discovery::Query,
     events::{Event, Events},
-    proxy::{dial, is_fault_of_this_host},
+    proxy::{FailedChecks, is_fault_of_this_host, probe},
     table::{Changes, Table},
 };
 
-/// Interval of checks of an endpoint, varied by a tenth, so that many hosts do not check at the same time.
+/// Interval of checks of an endpoint, from start to start, varied by a tenth, so that many hosts do not check at the same time.
 pub const INTERVAL: Duration = Duration::from_secs(2);
-/// Connect timeout.
-pub const TIMEOUT: Duration = Duration::from_secs(1);
+/// Connect timeout. The kernel sends a lost SYN again after a second.
+pub const TIMEOUT: Duration = Duration::from_secs(2);
 /// Maximum number of concurrent checks.
-const AT_A_TIME: usize = 64;
+const AT_A_TIME: usize = 128;
 
 /// Checks the endpoints of each table; never returns. `mark` keeps our own connections from being captured.
-pub async fn run(mut tables: watch::Receiver<Arc<Table>>, mark: Option<u32>, events: Events) {
+pub async fn run(
+    mut tables: watch::Receiver<Arc<Table>>,
+    mark: Option<u32>,
+    events: Events,
+    failed: FailedChecks,
+) {
     let permits = Arc::new(Semaphore::new(AT_A_TIME));
     let mut running: HashMap<usize, Running> = HashMap::new();
     let mut seen = None;
@@ -41,7 +46,8 @@ pub async fn run(mut tables: watch::Receiver<Arc<Table>>, mark: Option<u32>, eve
             running.retain(|state, _| wanted.contains_key(state));
             for (key, (query, state)) in wanted {
                 running.entry(key).or_insert_with(|| {
-                    let check = check(query, state.clone(), permits.clone(), mark, events.clone());
+                    let to = (events.clone(), failed.clone());
+                    let check = check(query, state.clone(), permits.clone(), mark, to);
                     Running { state, task: tokio::spawn(check).abort_handle() }
                 });
             }
@@ -95,20 +101,27 @@ async fn check(
     state: Arc<EndpointState>,
     permits: Arc<Semaphore>,
     mark: Option<u32>,
-    events: Events,
+    (events, failed): (Events, FailedChecks),
 ) {
     // The endpoints of one table are not all checked at the same moment.
     sleep(INTERVAL.mul_f64(fastrand::f64())).await;
+    let mut opened = state.opened();
     loop {
-        // It is never closed.
-        let permit = permits.acquire().await;
-        let end = timeout(TIMEOUT, dial(state.endpoint, mark)).await;
-        drop(permit);
-        let end = end.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let start = Instant::now();
+        let before = std::mem::replace(&mut opened, state.opened());
+        let result = if opened != before && state.failures() == 0 && !state.is_silent() {
+            Ok(())
+        } else {
+            // It is never closed.
+            let permit = permits.acquire().await;
+            let result = timeout(TIMEOUT, probe(state.endpoint, mark)).await;
+            drop(permit);
+            result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        };
         let endpoint = state.endpoint;
-        match end.map(drop::<TcpStream>) {
+        match result {
             Ok(()) => {
-                let was_ejected = state.failures() != 0;
+                let was_ejected = state.failures() != 0 || state.is_silent();
                 if state.checked(true) {
                     info!(%endpoint, service = %query, "endpoint check passes");
                 }
@@ -122,10 +135,11 @@ async fn check(
             }
             Err(error) if state.checked(false) => {
                 warn!(%endpoint, service = %query, %error, "endpoint check fails");
+                failed.report();
             }
             Err(_) => {}
         }
-        sleep(INTERVAL.mul_f64(0.9 + fastrand::f64() / 5.0)).await;
+        sleep_until(start + INTERVAL.mul_f64(0.9 + fastrand::f64() / 5.0)).await;
     }
 }
 
@@ -194,7 +208,7 @@ mod tests {
         let (tables, receiver) = watch::channel(Arc::new(asked));
         let events = Events::default();
         let mut told = events.listen();
-        let checks = tokio::spawn(run(receiver, None, events));
+        let checks = tokio::spawn(run(receiver, None, events, FailedChecks::default()));
         let until = async |wanted: Checked| {
             while state.check() != wanted {
                 sleep(Duration::from_millis(10)).await;
@@ -215,6 +229,32 @@ mod tests {
         );
         tables.send_replace(Arc::new(unasked));
         timeout(deadline, until(Checked::Not)).await.expect("nobody asks");
+        checks.abort();
+    }
+
+    #[tokio::test]
+    async fn an_endpoint_to_which_connections_open_is_not_probed() {
+        // Nobody listens there: a probe would fail.
+        let endpoint = Endpoint("127.0.0.1:1".parse().unwrap());
+        let asked = table(&Table::default(), &["web;80;check=tcp"], endpoint).unwrap();
+        let state = asked.upstreams().next().unwrap().rotation.endpoints()[0].clone();
+        let (_tables, receiver) = watch::channel(Arc::new(asked));
+        let failed = FailedChecks::default();
+        let mut told = failed.listen();
+        let checks = tokio::spawn(run(receiver, None, Events::default(), failed));
+        let deadline = Duration::from_secs(60);
+        let until = async |wanted: Checked, opens: bool| {
+            while state.check() != wanted {
+                if opens {
+                    state.succeeded(Duration::ZERO);
+                }
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(deadline, until(Checked::Passes, true)).await.expect("connections prove it");
+        assert!(!told.has_changed().unwrap());
+        timeout(deadline, until(Checked::Fails, false)).await.expect("without any it is probed");
+        timeout(deadline, told.changed()).await.expect("the workers hear of it").unwrap();
         checks.abort();
     }
 

@@ -29,6 +29,17 @@ pub struct Descriptor {
     pub check: Option<Check>,
     /// `proxy=`: announce the consumer to the endpoint by the PROXY protocol.
     pub proxy: Option<ProxyProtocol>,
+    /// `user-timeout=`: how long what was sent to the endpoint may stay unacknowledged; 0: as long as the kernel retransmits.
+    /// If absent, the command line's `--user-timeout`.
+    pub user_timeout: Option<Duration>,
+}
+
+/// A time as `user-timeout=` and `--user-timeout` take it: 0, or 5 s to a day. In less than that a connection may be
+/// opened (TCP_USER_TIMEOUT counts from the first SYN), and keepalive has no room.
+pub fn user_timeout(time: Duration) -> Option<Duration> {
+    const LEAST: Duration = Duration::from_secs(5);
+    const MOST: Duration = Duration::from_secs(24 * 60 * 60);
+    (time.is_zero() || (LEAST..=MOST).contains(&time)).then_some(time)
 }
 
 worded! {
@@ -133,7 +144,7 @@ impl DescriptorError {
     }
 }
 
-const OPTIONS: &str = "expected one of lb, drain, dc, via, check, proxy";
+const OPTIONS: &str = "expected one of lb, drain, dc, via, check, proxy, user-timeout";
 
 impl FromStr for Descriptor {
     type Err = DescriptorError;
@@ -154,6 +165,7 @@ impl FromStr for Descriptor {
             via: None,
             check: None,
             proxy: None,
+            user_timeout: None,
         };
         let mut seen = Vec::new();
         for field in fields {
@@ -222,6 +234,12 @@ impl Descriptor {
                     _ => return Err(wrong("proxy", "v1 or v2")),
                 });
             }
+            "user-timeout" => {
+                let time = whole_number(value).map(|seconds| Duration::from_secs(seconds.into()));
+                self.user_timeout = Some(time.and_then(user_timeout).ok_or_else(|| {
+                    wrong("user-timeout", "0 or a whole number of seconds from 5 to 86400")
+                })?);
+            }
             _ => return Err(DescriptorError::UnknownOption(key.to_owned())),
         }
         Ok(())
@@ -261,9 +279,13 @@ impl fmt::Display for Descriptor {
             Some(Check::Tcp) => f.write_str(";check=tcp")?,
         }
         match self.proxy {
+            None => {}
+            Some(ProxyProtocol::V1) => f.write_str(";proxy=v1")?,
+            Some(ProxyProtocol::V2) => f.write_str(";proxy=v2")?,
+        }
+        match self.user_timeout {
             None => Ok(()),
-            Some(ProxyProtocol::V1) => f.write_str(";proxy=v1"),
-            Some(ProxyProtocol::V2) => f.write_str(";proxy=v2"),
+            Some(time) => write!(f, ";user-timeout={}", time.as_secs()),
         }
     }
 }
@@ -375,8 +397,9 @@ mod tests {
 
     #[test]
     fn every_option_is_read() {
-        let text = "db[eu];5432;lb=leastconn;drain=30;dc=dc-2;via=consul;check=tcp;proxy=v2";
+        let text = "db[eu];5432;lb=leastconn;drain=30;dc=dc-2;via=consul;check=tcp;proxy=v2;user-timeout=60";
         let descriptor = parse(text).expect(text);
+        assert_eq!(descriptor.user_timeout, Some(Duration::from_secs(60)));
         assert_eq!(descriptor.balance, Some(Balance::LeastConnections));
         assert_eq!(descriptor.drain, EndpointDrain::After(Duration::from_secs(30)));
         assert_eq!(descriptor.dc.as_deref(), Some("dc-2"));
@@ -422,10 +445,18 @@ mod tests {
             ("foo;80 ", "port \"80 \" is not a number from 1 to 65535"),
             ("foo;http", "port \"http\" is not a number from 1 to 65535"),
             ("foo;80;", "option \"\": expected <key>=<value>"),
+            (
+                "foo;80;user-timeout=4",
+                "user-timeout=\"4\": expected 0 or a whole number of seconds from 5 to 86400",
+            ),
+            (
+                "foo;80;user-timeout=30s",
+                "user-timeout=\"30s\": expected 0 or a whole number of seconds from 5 to 86400",
+            ),
             ("foo;80;lb", "option \"lb\": expected <key>=<value>"),
             (
                 "foo;80;weight=1",
-                "unknown option \"weight\": expected one of lb, drain, dc, via, check, proxy",
+                "unknown option \"weight\": expected one of lb, drain, dc, via, check, proxy, user-timeout",
             ),
             ("foo;80;lb=rr;lb=rr", "option lb is given twice"),
             ("foo;80;lb=random", "lb=\"random\": expected rr or leastconn"),
@@ -500,21 +531,28 @@ mod tests {
             (label(), label()),
             prop::option::of(Just(Check::Tcp)),
             prop::option::of(prop_oneof![Just(ProxyProtocol::V1), Just(ProxyProtocol::V2)]),
+            prop::option::of(
+                prop_oneof![Just(0_u64), 5..=86_400_u64].prop_map(Duration::from_secs),
+            ),
         )
-            .prop_map(|(service, tags, port, balance, drain, (dc, via), check, proxy)| {
-                Descriptor {
-                    service: ServiceName::new(&service).expect("the strategy makes valid names"),
-                    tags: Tags::new(tags.iter().map(String::as_str)),
-                    port: Port::new(port).expect("the strategy starts at 1"),
-                    protocol: Protocol::Tcp,
-                    balance,
-                    drain,
-                    dc,
-                    via,
-                    check,
-                    proxy,
-                }
-            })
+            .prop_map(
+                |(service, tags, port, balance, drain, (dc, via), check, proxy, user_timeout)| {
+                    Descriptor {
+                        service: ServiceName::new(&service)
+                            .expect("the strategy makes valid names"),
+                        tags: Tags::new(tags.iter().map(String::as_str)),
+                        port: Port::new(port).expect("the strategy starts at 1"),
+                        protocol: Protocol::Tcp,
+                        balance,
+                        drain,
+                        dc,
+                        via,
+                        check,
+                        proxy,
+                        user_timeout,
+                    }
+                },
+            )
     }
 
     proptest! {

@@ -9,14 +9,19 @@ worded! {
     pub enum Outcome {
         /// Both sides closed, and all bytes were passed on.
         Closed = "closed",
-        /// The consumer reset, or did not answer keepalive.
+        /// One side closed, and then one side reset: as TLS servers and clients do when they have said all they want to.
+        ResetAfterClose = "reset_after_close",
+        /// The consumer reset, or did not answer.
         ConsumerReset = "consumer_reset",
-        /// The endpoint reset, or did not answer keepalive.
+        /// The endpoint reset, or did not answer.
         EndpointReset = "endpoint_reset",
         /// The consumer stopped, or lost this route.
         RouteGone = "route_gone",
-        /// The endpoint was deregistered, and the binding has `drain=kill` or a drain time.
+        /// The endpoint was deregistered, and the binding has `drain=kill` or a drain time; or its active check failed, and the
+        /// binding has `drain=kill`.
         EndpointGone = "endpoint_gone",
+        /// This host could not continue the open connection (out of descriptors or memory).
+        LocalReset = "local_reset",
         /// embassy stopped first.
         Shutdown = "shutdown",
         /// Refused: it was made to embassy's own port, not captured.
@@ -52,18 +57,20 @@ impl Outcome {
         !matches!(
             self,
             Self::Closed
+                | Self::ResetAfterClose
                 | Self::ConsumerReset
                 | Self::EndpointReset
                 | Self::RouteGone
                 | Self::EndpointGone
+                | Self::LocalReset
                 | Self::Shutdown
         )
     }
 
-    /// Whether this is an error for the operator: refused, or broken by the endpoint. An end by the consumer or by embassy
-    /// itself is not an error.
+    /// Whether this is an error for the operator: refused, or broken by the endpoint or by a lack of this host's. An end by the
+    /// consumer, or one that embassy was asked for, is not an error.
     pub fn is_error(self) -> bool {
-        self.is_refusal() || self == Self::EndpointReset
+        self.is_refusal() || matches!(self, Self::EndpointReset | Self::LocalReset)
     }
 }
 

@@ -308,7 +308,8 @@ pub(super) async fn connections(
             let route = live.route.as_deref();
             let texts = if searches {
                 let endpoint = live.endpoint.map(|e| e.to_string()).unwrap_or_default();
-                vec![live.source.to_string(), live.destination.to_string(), endpoint]
+                let local = live.local.map(|local| local.to_string()).unwrap_or_default();
+                vec![live.source.to_string(), live.destination.to_string(), endpoint, local]
             } else {
                 Vec::new()
             };

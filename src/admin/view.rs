@@ -131,6 +131,7 @@ pub(super) fn connection(live: &LiveConnection) -> api::Connection {
         source: live.source.to_string(),
         destination: live.destination.to_string(),
         endpoint: live.endpoint.map(|endpoint| endpoint.to_string()),
+        local: live.local.map(|address| address.to_string()),
         state: live.state,
         age_seconds: seconds(live.age),
         connect_seconds: live.connect.map(seconds),

@@ -146,6 +146,13 @@ pub(crate) struct Args {
     #[arg(long, help_heading = TRAFFIC, value_name = "TIME")]
     pub(super) hold: Option<String>,
 
+    /// How long an endpoint may leave sent data unacknowledged, or its receive window closed, before both sides of the
+    /// connection are reset (TCP_USER_TIMEOUT), 5s to 24h; per binding with user-timeout=. The consumer's side has this time
+    /// too, but at least 2m. A short time ends connections of a paused process; 0: only keepalive finds a silent endpoint,
+    /// and sent data is retransmitted for 15 minutes and longer [default: 30s]
+    #[arg(long, help_heading = TRAFFIC, value_name = "TIME")]
+    pub(super) user_timeout: Option<String>,
+
     /// How long SIGTERM waits for open connections; new ones are served until then. 0: reset them at once [default: 8s]
     #[arg(long, help_heading = TRAFFIC, value_name = "TIME")]
     pub(super) drain: Option<String>,

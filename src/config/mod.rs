@@ -59,6 +59,8 @@ pub struct Config {
     pub balance: Balance,
     /// How long the first connection of an unknown container may wait. 0: not at all.
     pub hold: Duration,
+    /// How long what was sent to an endpoint may stay unacknowledged; 0: as long as the kernel retransmits.
+    pub user_timeout: Duration,
     /// How long a termination waits for live connections.
     pub drain: Duration,
     /// `None`: by the limits of descriptors and memory. At least 1.

@@ -9,7 +9,7 @@ use super::{
     values::*,
 };
 use crate::{
-    descriptor::{Descriptor, split_list},
+    descriptor::{Descriptor, split_list, user_timeout},
     discovery::{ConsulSettings, Discoveries, EtcdSettings, Options, Secret},
     docker::Engine,
     text::{bare, is_of_link, without_secrets},
@@ -72,6 +72,10 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
         firewall: flag("--firewall", args.firewall).or("auto").one_of()?,
         balance: flag("--lb", args.lb).or("rr").one_of()?,
         hold: flag("--hold", args.hold).or("2s").read(duration, DURATION)?,
+        user_timeout: flag("--user-timeout", args.user_timeout).or("30s").read(
+            |text| duration(text).and_then(user_timeout),
+            format_args!("{DURATION}, and 0 or from 5s to 24h"),
+        )?,
         drain: flag("--drain", args.drain).or("8s").read(duration, DURATION)?,
         max_connections: flag("--max-connections", args.max_connections).read(count, COUNT)?,
         max_connections_per_consumer: flag(

@@ -82,6 +82,7 @@ fn nothing_given() {
     assert_eq!(config.firewall, FirewallChoice::Auto);
     assert_eq!(config.balance, Balance::RoundRobin);
     assert_eq!(config.hold, Duration::from_secs(2));
+    assert_eq!(config.user_timeout, Duration::from_secs(30));
     assert_eq!(config.drain, Duration::from_secs(8));
     assert_eq!((config.max_connections, config.max_connections_per_consumer), (None, None));
     assert!(!config.notrack);
@@ -169,6 +170,7 @@ fn every_flag_in_every_style() {
         ("capture", "all"),
         ("firewall", "nft"),
         ("admin", "off"),
+        ("user-timeout", "1m"),
         ("drain", "1m"),
         ("empty-hold", "0"),
         ("hold", "500ms"),
@@ -443,6 +445,7 @@ b'",
         ("-resync 0", &format!("--resync \"0\": {time}, and at least 1s")),
         ("-resync 999ms", &format!("--resync \"999ms\": {time}, and at least 1s")),
         ("-drain soon", &format!("--drain \"soon\": {time}")),
+        ("-user-timeout 4s", &format!("--user-timeout \"4s\": {time}, and 0 or from 5s to 24h")),
         ("-hold 1.5s", &format!("--hold \"1.5s\": {time}")),
         ("-empty-hold -1", &format!("--empty-hold \"-1\": {time}")),
         ("-state-max-age 1d", &format!("--state-max-age \"1d\": {time}")),

@@ -20,6 +20,7 @@ pub fn endpoint(state: &EndpointState, now: Millis) -> EndpointHealth {
     match state.ejected_for(now) {
         _ if state.is_drained() => EndpointHealth::Drained,
         _ if state.check() == Checked::Fails => EndpointHealth::Unhealthy,
+        None if state.is_silent() => EndpointHealth::Probing,
         None => EndpointHealth::Active,
         Some(left) if left.is_zero() => EndpointHealth::Probing,
         Some(_) => EndpointHealth::Ejected,

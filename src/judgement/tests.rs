@@ -56,6 +56,8 @@ enum Is {
     Active,
     Ejected,
     Probing,
+    /// It timed out as the only one, and stays in use.
+    Silent,
     Unhealthy,
     Drained,
     /// The very address that is dialled.
@@ -150,6 +152,7 @@ impl Setting {
                     Is::Active | Is::Dialled => {}
                     Is::Ejected => drop(state.failed(NOW, NOW)),
                     Is::Probing => drop(state.failed(Millis(0), Millis(0))),
+                    Is::Silent => drop(state.timed_out_alone()),
                     Is::Unhealthy => {
                         state.checked(false);
                         state.checked(false);
@@ -242,6 +245,7 @@ fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
         ("goes_to", Ok, Box::new(|s| s.skipped = true)),
         ("ejected", Degraded, Box::new(endpoints(&[Is::Active, Is::Ejected]))),
         ("probing", Degraded, Box::new(endpoints(&[Is::Probing]))),
+        ("probing", Degraded, Box::new(endpoints(&[Is::Silent]))),
         ("unhealthy", Degraded, Box::new(endpoints(&[Is::Active, Is::Unhealthy]))),
         ("source_down", Degraded, Box::new(|s| s.source_fails = true)),
         ("source_down", Degraded, Box::new(|s| s.provider_fails = true)),
@@ -450,6 +454,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
         Just(Is::Active),
         Just(Is::Ejected),
         Just(Is::Probing),
+        Just(Is::Silent),
         Just(Is::Unhealthy),
         Just(Is::Drained),
         Just(Is::Dialled),

@@ -2,15 +2,18 @@
 
 use std::{
     io,
+    pin::pin,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
+use socket2::SockRef;
+use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use super::{
     announce,
     captured::{Captured, Destinations},
-    socket::{dial, is_local, is_shortage},
+    socket::{Patience, dial, is_local, is_shortage, remedy},
     worker::{Ticket, Worker},
 };
 use crate::{
@@ -23,7 +26,8 @@ use crate::{
 
 /// Maximum number of distinct endpoints tried.
 const TRIES: usize = 3;
-/// Timeout of each attempt.
+/// Timeout of an attempt while there is another endpoint to try. The kernel sends a lost SYN again after as long, so giving up
+/// then makes one lost packet a failure.
 const TRY: Duration = Duration::from_secs(1);
 /// Timeout of all attempts together.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -42,6 +46,11 @@ impl Excluded {
 
     fn tried(&self) -> usize {
         self.all.len() - self.from_start
+    }
+
+    /// Those that no try may go to.
+    fn always(&self) -> &[Endpoint] {
+        self.all.get(..self.from_start).unwrap_or_default()
     }
 }
 
@@ -64,13 +73,20 @@ pub(super) async fn connect(
         Destinations::Any => Some(Endpoint(destination.0)),
         Destinations::VipsAnd(_) => None,
     });
-    let mut lacking = None;
-    while excluded.tried() < TRIES && Instant::now() < deadline {
+    let patience = patience(route, settings.user_timeout, consumer);
+    let (mut lacking, mut slow) = (None, None::<Arc<EndpointState>>);
+    while Instant::now() < deadline {
         // A failed try takes time: there may be other endpoints by now.
         let upstream = worker.upstream(route);
         let start = worker.now();
-        let Some(state) = upstream.rotation.pick(route.balance, start, &excluded.all) else {
-            if !upstream.answered
+        let pick = || upstream.rotation.pick(route.balance, start, &excluded.all);
+        let next = if excluded.tried() < TRIES { pick().cloned() } else { None };
+        let is_first_try = next.is_some();
+        // If the others have failed, there is time left for one that was only slow.
+        let again = || slow.take().filter(|state| upstream.rotation.offers(state));
+        let Some(state) = next.or_else(again) else {
+            if excluded.tried() < TRIES
+                && !upstream.answered
                 && worker.another_table(deadline.min(record.accepted + settings.hold)).await
             {
                 continue;
@@ -81,45 +97,52 @@ pub(super) async fn connect(
             break;
         };
         let lease = state.lease();
-        ticket.connecting(state);
-        excluded.all.push(state.endpoint);
+        ticket.connecting(&state);
+        if is_first_try {
+            excluded.all.push(state.endpoint);
+        }
         let begun = Instant::now();
-        let time = TRY.min(deadline.saturating_duration_since(Instant::now()));
         let open = async {
-            let mut stream = dial(state.endpoint, settings.mark).await?;
+            let mut stream = dial(state.endpoint, settings.mark, patience).await?;
             if let Some(announcement) = &mut announcement {
                 announcement.send(consumer, &mut stream).await?;
             }
             Ok(stream)
         };
-        let opened = timeout(time, open).await;
-        match opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+        match in_time(worker, route, &state, &excluded, deadline, open).await {
             Ok(stream) => {
                 let sent = announcement.map_or(0, |announcement| announcement.bytes.len());
                 record.moved.up.set(sent as u64);
                 if state.succeeded(begun.elapsed()) {
-                    back(worker, route, state);
+                    back(worker, route, &state);
                 }
-                ticket.connected();
+                ticket.connected(stream.local_addr().ok());
                 return Ok((stream, lease));
             }
             Err(error) if is_shortage(&error) => {
                 lacking = Some(error);
-                excluded.all.pop();
+                if is_first_try {
+                    excluded.all.pop();
+                } else {
+                    slow = Some(state);
+                }
                 worker.wait_out_shortage().await;
             }
             // Another endpoint may be of the other family, or leave the ports to it free.
             Err(error) if is_local(&error) => lacking = Some(error),
             Err(error) => {
-                let now = worker.now();
-                failed(worker, route, state, &error, state.failed(start, now), now);
+                failed(worker, route, &state, &excluded, &error, start);
+                if error.kind() == io::ErrorKind::TimedOut && is_first_try {
+                    slow.get_or_insert(state);
+                }
                 lacking = None;
             }
         }
     }
     Err(match lacking {
         Some(error) => {
-            tracing::warn!(route = %route.key, %error, "this host cannot open a connection");
+            let remedy = remedy(&error);
+            tracing::warn!(route = %route.key, %error, remedy, "this host cannot open a connection");
             Outcome::LocalError
         }
         None if excluded.tried() == 0 => Outcome::NoEndpoint,
@@ -148,19 +171,64 @@ impl Announcement {
     }
 }
 
-/// Logs a failed connect attempt, and the ejection of the endpoint.
+/// The timeouts towards the endpoint. If the binding has its own, the consumer's socket is given them too.
+fn patience(route: &Route, default: Duration, consumer: &TcpStream) -> Patience {
+    let of_binding = route.binding.descriptor.user_timeout;
+    if let Some(time) = of_binding {
+        // It fails only on a socket that has no connection any more, which the relay notices.
+        let _ = Patience::with_consumers(time).apply(&SockRef::from(consumer));
+    }
+    Patience::with_endpoints(of_binding.unwrap_or(default))
+}
+
+/// Waits for an attempt: until `deadline`, but only [`TRY`] while there is another endpoint to try, or as soon as there is one.
+async fn in_time<T>(
+    worker: &Worker,
+    route: &Route,
+    state: &EndpointState,
+    excluded: &Excluded,
+    deadline: Instant,
+    open: impl Future<Output = io::Result<T>>,
+) -> io::Result<T> {
+    let begun = Instant::now();
+    let mut open = pin!(open);
+    loop {
+        let has_alternative = excluded.tried() < TRIES
+            && worker.upstream(route).rotation.has_alternative(state, worker.now(), &excluded.all);
+        let end = if has_alternative { deadline.min(begun + TRY) } else { deadline };
+        tokio::select! {
+            biased;
+            opened = &mut open => return opened,
+            has_changed = worker.another_table(end) => {
+                if !has_changed {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+            }
+        }
+    }
+}
+
+/// Logs a failed connect attempt, and has the endpoint skipped for a while. That of the only endpoint is not skipped because it
+/// was slow.
 fn failed(
     worker: &Worker,
     route: &Route,
     state: &EndpointState,
+    excluded: &Excluded,
     error: &io::Error,
-    ejected: Option<Duration>,
-    now: Millis,
+    start: Millis,
 ) {
-    let (endpoint, service) = (state.endpoint, &route.upstream.query);
+    let (endpoint, service, now) = (state.endpoint, &route.upstream.query, worker.now());
     state.counts.last_error.set(now, error.to_string());
     route.counts.last_error.set(now, format!("{endpoint}: {error}"));
-    let Some(time) = ejected else {
+    let rotation = &worker.upstream(route).rotation;
+    if error.kind() == io::ErrorKind::TimedOut && rotation.is_only(state, excluded.always()) {
+        if state.timed_out_alone() {
+            tracing::warn!(%endpoint, %service, "the only endpoint does not answer; it stays in use");
+        }
+        return;
+    }
+    let Some(time) = state.failed(start, now) else {
         return tracing::debug!(%endpoint, %service, %error, "cannot connect to endpoint");
     };
     let seconds = time.as_secs_f64();
@@ -182,4 +250,214 @@ fn back(worker: &Worker, route: &Route, state: &EndpointState) {
     let (endpoint, service) = (state.endpoint, &route.upstream.query);
     tracing::info!(%endpoint, %service, "endpoint is back");
     worker.settings().events.report(|| Event::EndpointBack { query: service.clone(), endpoint });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::SocketAddr, rc::Rc};
+
+    use tokio::{
+        net::{TcpListener, TcpSocket},
+        task::{JoinHandle, spawn_local},
+        time::sleep,
+    };
+
+    use super::*;
+    use crate::{
+        proxy::testing::{captured, connection, consumer, run, shared, table_after},
+        table::Table,
+    };
+
+    fn source() -> SocketAddr {
+        ([172, 17, 1, 1], 1).into()
+    }
+
+    /// A listener whose queue is full: SYNs are dropped until somebody accepts, as they are when a network loses them.
+    struct Full {
+        listener: TcpListener,
+        endpoint: Endpoint,
+        _waiting: Vec<TcpStream>,
+    }
+
+    impl Full {
+        async fn new() -> Self {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+            let listener = socket.listen(1).unwrap();
+            let address = listener.local_addr().unwrap();
+            let mut waiting = Vec::new();
+            let patience = Duration::from_millis(300);
+            while let Ok(one) = tokio::time::timeout(patience, TcpStream::connect(address)).await {
+                waiting.push(one.unwrap());
+            }
+            Self { listener, endpoint: Endpoint(address), _waiting: waiting }
+        }
+
+        /// Accepts everything from now on.
+        fn open(self) -> JoinHandle<()> {
+            spawn_local(async move {
+                let mut accepted = Vec::new();
+                loop {
+                    accepted.push(self.listener.accept().await.unwrap());
+                }
+            })
+        }
+    }
+
+    fn table_of(before: &Table, endpoints: &[Endpoint]) -> Arc<Table> {
+        let consumer = consumer("app", source().ip(), "db;80");
+        Arc::new(table_after(before, &[consumer], endpoints).unwrap())
+    }
+
+    fn worker(endpoints: &[Endpoint]) -> Rc<Worker> {
+        let table = table_of(&Table::default(), endpoints);
+        Worker::new(Arc::new(shared(10, 10)), 0, table).unwrap()
+    }
+
+    fn ticket(worker: &Rc<Worker>) -> Ticket {
+        let route = worker.table.borrow().routes().next().unwrap().clone();
+        let captured = captured(source(), "172.17.0.1:80".parse().unwrap());
+        worker.start(captured, route, Instant::now()).unwrap()
+    }
+
+    /// A connection that is being opened to one of these endpoints, and its worker.
+    fn opening(endpoints: &[Endpoint]) -> (Rc<Worker>, JoinHandle<Result<Endpoint, Outcome>>) {
+        let worker = worker(endpoints);
+        let ticket = ticket(&worker);
+        let task = spawn_local(async move {
+            let (_client, consumer) = connection().await;
+            connect(&ticket, &consumer).await.map(|(_, lease)| lease.state().endpoint)
+        });
+        (worker, task)
+    }
+
+    fn state(worker: &Worker, endpoint: Endpoint) -> Arc<EndpointState> {
+        let table = worker.table.borrow();
+        let mut states = table.endpoints().map(|(_, state)| state);
+        states.find(|state| state.endpoint == endpoint).unwrap().clone()
+    }
+
+    /// An address where nobody listens.
+    fn refusing() -> Endpoint {
+        Endpoint("127.0.0.1:1".parse().unwrap())
+    }
+
+    /// Waits until a try of the connection has been made, and has had its second.
+    async fn a_try_is_over() {
+        sleep(TRY + TRY / 2).await;
+    }
+
+    #[test]
+    fn a_lost_syn_of_the_only_endpoint_is_neither_a_failure_nor_an_ejection() {
+        run(async {
+            let full = Full::new().await;
+            let endpoint = full.endpoint;
+            let (worker, connected) = opening(&[endpoint]);
+            a_try_is_over().await;
+            assert!(!connected.is_finished());
+            let accepting = full.open();
+            assert_eq!(connected.await.unwrap(), Ok(endpoint));
+            let state = state(&worker, endpoint);
+            assert_eq!((state.failed_tries(), state.ejections()), (0, 0));
+            accepting.abort();
+        });
+    }
+
+    #[test]
+    fn an_only_endpoint_that_never_answers_fails_and_is_not_ejected() {
+        run(async {
+            let full = Full::new().await;
+            let (worker, connected) = opening(&[full.endpoint]);
+            assert_eq!(connected.await.unwrap(), Err(Outcome::EndpointsUnreachable));
+            let state = state(&worker, full.endpoint);
+            assert_eq!((state.failed_tries(), state.ejections()), (1, 0));
+            assert!(state.is_silent() && !state.is_ejected(worker.now()));
+            let error = state.counts.last_error.get().expect("it is told").1;
+            assert!(error.contains("timed out"), "{error}");
+        });
+    }
+
+    #[test]
+    fn one_of_two_that_does_not_answer_is_left_for_the_other_and_ejected() {
+        run(async {
+            let full = Full::new().await;
+            let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let other_endpoint = Endpoint(other.local_addr().unwrap());
+            // Each is the first of one of two connections.
+            let (worker, connected) = opening(&[full.endpoint, other_endpoint]);
+            assert_eq!(connected.await.unwrap(), Ok(other_endpoint));
+            let ticket = ticket(&worker);
+            let (_client, consumer) = connection().await;
+            let (_, lease) = connect(&ticket, &consumer).await.unwrap();
+            assert_eq!(lease.state().endpoint, other_endpoint);
+            let state = state(&worker, full.endpoint);
+            assert_eq!((state.failed_tries(), state.ejections()), (1, 1));
+        });
+    }
+
+    #[test]
+    fn one_that_was_slow_is_tried_again_when_the_others_refuse() {
+        for ejected in [false, true] {
+            run(async {
+                let full = Full::new().await;
+                let endpoint = full.endpoint;
+                let (worker, connected) = opening(&[endpoint, refusing()]);
+                if ejected {
+                    state(&worker, refusing()).failed(Millis(0), worker.now());
+                }
+                a_try_is_over().await;
+                let accepting = full.open();
+                assert_eq!(connected.await.unwrap(), Ok(endpoint));
+                accepting.abort();
+            });
+        }
+    }
+
+    #[test]
+    fn a_new_endpoint_is_used_while_the_only_one_does_not_answer() {
+        run(async {
+            let full = Full::new().await;
+            let (worker, connected) = opening(&[full.endpoint]);
+            a_try_is_over().await;
+            let new = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let endpoint = Endpoint(new.local_addr().unwrap());
+            let table = table_of(&worker.table.borrow(), &[endpoint]);
+            worker.take_over(table);
+            assert_eq!(connected.await.unwrap(), Ok(endpoint));
+        });
+    }
+
+    #[test]
+    fn the_address_that_an_endpoint_sees_is_recorded() {
+        run(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let worker = worker(&[Endpoint(listener.local_addr().unwrap())]);
+            let ticket = ticket(&worker);
+            let (_client, consumer) = connection().await;
+            let (_stream, _lease) = connect(&ticket, &consumer).await.unwrap();
+            let (_, peer) = listener.accept().await.unwrap();
+            assert_eq!(ticket.record().local.get().map(SocketAddr::from), Some(peer));
+        });
+    }
+
+    /// A binding may have other timeouts than the rest, or none; then both of its sides have.
+    #[test]
+    fn a_binding_may_have_a_user_timeout_of_its_own() {
+        run(async {
+            for (option, endpoint, to_consumer) in [
+                ("", 30, None),
+                (";user-timeout=600", 600, Some(600)),
+                (";user-timeout=0", 0, None),
+            ] {
+                let consumer = consumer("app", source().ip(), &format!("db;80{option}"));
+                let table = table_after(&Table::default(), &[consumer], &[refusing()]).unwrap();
+                let route = table.routes().next().unwrap();
+                let (_client, consumer) = connection().await;
+                let patience = patience(route, Duration::from_secs(30), &consumer);
+                assert_eq!(patience, Patience::with_endpoints(Duration::from_secs(endpoint)));
+                let set = SockRef::from(&consumer).tcp_user_timeout().unwrap();
+                assert_eq!(set, to_consumer.map(Duration::from_secs), "{option}");
+            }
+        });
+    }
 }

@@ -12,7 +12,9 @@ use crate::{balance::Lease, outcome::Outcome};
 
 /// Serves a connection until it ends or is parked.
 pub(super) async fn serve(ticket: Ticket, mut consumer: Socket) {
-    match connect(&ticket, &consumer.stream).await {
+    // In a box that is given back before the relay begins: a future keeps the room of all that it ever awaits.
+    let connected = Box::pin(connect(&ticket, &consumer.stream)).await;
+    match connected {
         Ok((stream, lease)) => {
             let mut endpoint = Socket::new(stream);
             let end = pass_on(&ticket, &mut consumer, &mut endpoint).await;
@@ -74,9 +76,10 @@ async fn pass_on(ticket: &Ticket, consumer: &mut Socket, endpoint: &mut Socket) 
                 endpoint.finished = true;
                 return TaskEnd::Ended(Outcome::Closed);
             }
-            Err(Broken { side, error }) => {
-                tracing::debug!(?side, %error, route = %record.route.key, "connection broken");
+            Err(Broken { side, error, after_end }) => {
+                tracing::debug!(?side, %error, after_end, route = %record.route.key, "connection broken");
                 return TaskEnd::Ended(match side {
+                    _ if after_end => Outcome::ResetAfterClose,
                     Side::Consumer => Outcome::ConsumerReset,
                     Side::Endpoint => Outcome::EndpointReset,
                 });

@@ -1,6 +1,6 @@
 //! The connection log: a line for each connection when it ends.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use tracing::info;
 
@@ -56,6 +56,7 @@ pub(super) fn ended(which: ConnectionLog, outcome: Outcome, record: &Record) {
         consumer_id = %record.route.consumer,
         service = %record.route.upstream.query.service,
         endpoint = record.connected_to().map(|state| state.endpoint.to_string()),
+        local = record.local.get().map(|local| SocketAddr::from(local).to_string()),
         source = %record.captured.source,
         destination = %record.captured.destination,
         bytes_up = record.moved.up.get(),

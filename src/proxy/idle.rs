@@ -90,7 +90,7 @@ impl Worker {
                 let route = &ticket.record().route.key;
                 tracing::warn!(%error, %route, "cannot resume a parked connection");
                 drop(lease);
-                ticket.end(Outcome::LocalError);
+                ticket.end(Outcome::LocalReset);
             }
         }
     }
@@ -152,7 +152,7 @@ mod tests {
         let state = Arc::new(EndpointState::new(endpoint));
         let lease = state.lease();
         ticket.connecting(&state);
-        ticket.connected();
+        ticket.connected(None);
         (worker, ticket, lease)
     }
 
@@ -255,6 +255,22 @@ mod tests {
         });
     }
 
+    /// As PostgreSQL does over TLS.
+    #[test]
+    fn a_reset_after_an_end_is_no_error() {
+        run(async {
+            let mut idle = Idle::new().await;
+            idle.consumer.shutdown().await.unwrap();
+            assert_eq!(idle.endpoint.read(&mut [0]).await.unwrap(), 0);
+            idle.endpoint.set_zero_linger().unwrap();
+            let Idle { worker, consumer, endpoint } = idle;
+            drop(endpoint);
+            let (endpoint, _) = connection().await;
+            Idle { worker, consumer, endpoint }.ended(Outcome::ResetAfterClose).await;
+            assert!(!Outcome::ResetAfterClose.is_error());
+        });
+    }
+
     #[test]
     fn a_parked_connection_is_reset_when_its_route_goes() {
         run(async {
@@ -323,7 +339,9 @@ mod tests {
             worker.resume(place);
             worker.all_ended().await;
             assert_eq!(worker.shared.live.load(Relaxed), 0);
-            assert_eq!(worker.shared.tally.get(Outcome::LocalError), 1);
+            assert_eq!(worker.shared.tally.get(Outcome::LocalReset), 1);
+            assert_eq!(worker.shared.tally.sum(), 1);
+            assert!(Outcome::LocalReset.is_error() && !Outcome::LocalReset.is_refusal());
         });
     }
 }

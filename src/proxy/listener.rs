@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::socket::{KEEPALIVE, is_shortage};
+use super::socket::Patience;
 
 /// Connections that wait to be accepted, at most; the kernel's somaxconn bounds it too.
 const BACKLOG: i32 = 4096;
@@ -19,16 +19,20 @@ const BACKLOG: i32 = 4096;
 /// alone. IPv4 connections never arrive at the IPv6 listener: their original destination could not be asked there.
 ///
 /// An error if anybody else listens on the port, another embassy among them.
-pub(super) fn open(port: u16, workers: usize) -> io::Result<Vec<Vec<std::net::TcpListener>>> {
+pub(super) fn open(
+    port: u16,
+    workers: usize,
+    user_timeout: Duration,
+) -> io::Result<Vec<Vec<std::net::TcpListener>>> {
     // What the workers share (SO_REUSEPORT), a second embassy could join, and half of the connections would go there.
     drop(socket((Ipv4Addr::UNSPECIFIED, port).into(), false)?);
     let mut sets = Vec::with_capacity(workers);
     let mut port = port;
     for _ in 0..workers {
-        let v4 = listen((Ipv4Addr::UNSPECIFIED, port).into())?;
+        let v4 = listen((Ipv4Addr::UNSPECIFIED, port).into(), user_timeout)?;
         port = v4.local_addr()?.port();
         let mut set = vec![v4];
-        match listen((Ipv6Addr::UNSPECIFIED, port).into()) {
+        match listen((Ipv6Addr::UNSPECIFIED, port).into(), user_timeout) {
             Ok(v6) => set.push(v6),
             Err(error) if Errno::from_io_error(&error) == Some(Errno::AFNOSUPPORT) => {}
             Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {}
@@ -39,11 +43,11 @@ pub(super) fn open(port: u16, workers: usize) -> io::Result<Vec<Vec<std::net::Tc
     Ok(sets)
 }
 
-fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+fn listen(address: SocketAddr, user_timeout: Duration) -> io::Result<std::net::TcpListener> {
     let socket = socket(address, true)?;
-    // Accepted sockets inherit these on Linux: two calls fewer for each connection.
+    // Accepted sockets inherit these on Linux: some calls fewer for each connection.
     socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(&KEEPALIVE)?;
+    Patience::with_consumers(user_timeout).apply(&SockRef::from(&socket))?;
     socket.set_nonblocking(true)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -72,9 +76,10 @@ impl AcceptBackoff {
     /// Connections end and are accepted while descriptors are short: failures come often, and mean the same.
     const SAY_AGAIN: Duration = Duration::from_secs(10);
 
-    /// `None`: that connection is gone, the next one may be had at once (man 2 accept, "Error handling").
+    /// `None`: that connection is gone, the next one may be had at once. Any other error may stay: trying at once again would
+    /// take all of a processor.
     pub(super) fn after(&mut self, error: &io::Error) -> Option<Duration> {
-        if !is_shortage(error) {
+        if is_of_one_connection(error) {
             return None;
         }
         self.failures = (self.failures + 1).min(8);
@@ -89,6 +94,26 @@ impl AcceptBackoff {
     pub(super) fn reset(&mut self) {
         self.failures = 0;
     }
+}
+
+/// Whether an accept failed because of an error of the connection itself, which is off the queue then (man 2 accept, "Error
+/// handling").
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(
+            Errno::CONNABORTED
+                | Errno::INTR
+                | Errno::NETDOWN
+                | Errno::PROTO
+                | Errno::NOPROTOOPT
+                | Errno::HOSTDOWN
+                | Errno::NONET
+                | Errno::HOSTUNREACH
+                | Errno::OPNOTSUPP
+                | Errno::NETUNREACH
+        )
+    )
 }
 
 /// A tokio listener of the current worker.
@@ -115,47 +140,55 @@ mod tests {
 
     #[tokio::test]
     async fn what_waits_in_the_queue_is_taken_before_the_runtime_hears_of_it() {
-        let mut sets = open(0, 1).unwrap();
+        let mut sets = open(0, 1, Duration::from_secs(30)).unwrap();
         let listener = adopt(sets.remove(0).remove(0)).unwrap();
         let address = (Ipv4Addr::LOCALHOST, listener.local_addr().unwrap().port());
         let dialled = [(); 3].map(|()| std::net::TcpStream::connect(address).unwrap());
         let accepted: Vec<_> = queued(&listener).collect();
         let peers: Vec<_> = accepted.iter().map(|(_, peer)| *peer).collect();
         assert_eq!(peers, dialled.each_ref().map(|one| one.local_addr().unwrap()));
-        accepted.iter().for_each(|(stream, _)| assert_is_set_up(stream));
+        accepted.iter().for_each(|(stream, _)| assert_is_set_up(stream, Some(120)));
         assert_eq!(queued(&listener).count(), 0, "it does not wait");
     }
 
     #[tokio::test]
     async fn the_consumers_side_sends_at_once_and_notices_a_peer_that_is_gone() {
-        let mut sets = open(0, 1).unwrap();
-        let listener = adopt(sets.remove(0).remove(0)).unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let dialled = std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
-        assert_is_set_up(&listener.accept().await.unwrap().0);
-        drop(dialled);
+        for (seconds, expected) in [(0, None), (30, Some(120)), (600, Some(600))] {
+            let mut sets = open(0, 1, Duration::from_secs(seconds)).unwrap();
+            let listener = adopt(sets.remove(0).remove(0)).unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let dialled = std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+            assert_is_set_up(&listener.accept().await.unwrap().0, expected);
+            drop(dialled);
+        }
     }
 
     #[test]
     fn every_worker_and_both_families_share_one_port() {
-        let sets = open(0, 3).unwrap();
+        let sets = open(0, 3, Duration::ZERO).unwrap();
         let ports: Vec<_> = sets.iter().flatten().map(|l| l.local_addr().unwrap().port()).collect();
         assert!(ports.len() >= 3 && ports.iter().all(|&port| port == ports[0]), "{ports:?}");
     }
 
     #[test]
     fn nobody_joins_a_port_that_is_in_use() {
-        let sets = open(0, 2).unwrap();
+        let sets = open(0, 2, Duration::ZERO).unwrap();
         let port = sets[0][0].local_addr().unwrap().port();
-        assert_eq!(open(port, 2).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(open(port, 2, Duration::ZERO).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(sets);
-        open(port, 2).unwrap();
+        open(port, 2, Duration::ZERO).unwrap();
     }
 
     #[test]
-    fn only_a_lack_of_something_slows_accepting_down() {
+    fn an_error_that_may_stay_slows_accepting_down() {
         let mut backoff = AcceptBackoff::default();
-        assert_eq!(backoff.after(&Errno::CONNABORTED.into()), None);
+        for gone in [Errno::CONNABORTED, Errno::NETUNREACH, Errno::PROTO] {
+            assert_eq!(backoff.after(&gone.into()), None);
+        }
+        for stays in [Errno::PERM, Errno::INVAL, Errno::NOBUFS, Errno::IO] {
+            assert_eq!(backoff.after(&stays.into()), Some(Duration::from_millis(8)), "{stays}");
+            backoff.reset();
+        }
         let pauses: Vec<_> = (0..20).filter_map(|_| backoff.after(&Errno::MFILE.into())).collect();
         assert_eq!(pauses[0], Duration::from_millis(8));
         assert_eq!(pauses[19], Duration::from_millis(1024));

@@ -22,6 +22,7 @@ mod connect;
 mod connection;
 mod connection_log;
 mod connections;
+mod failed_checks;
 mod figures;
 mod idle;
 mod idle_set;
@@ -43,13 +44,14 @@ mod testing;
 mod worker;
 
 pub use captured::Destinations;
+pub use failed_checks::FailedChecks;
 pub use figures::Figures;
 use observed::Ask;
 pub use observed::{ConnectionState, LiveConnection};
 use run::Phase;
 pub use settings::ProxySettings;
 use shared::Shared;
-pub(crate) use socket::{dial, is_fault_of_this_host};
+pub(crate) use socket::{is_fault_of_this_host, probe};
 
 /// The running data path.
 #[derive(Debug)]
@@ -73,7 +75,11 @@ impl Proxy {
         settings: ProxySettings,
         tables: &watch::Receiver<Arc<Table>>,
     ) -> io::Result<Self> {
-        let sets = listener::open(settings.port.map_or(0, Port::get), settings.workers.max(1))?;
+        let sets = listener::open(
+            settings.port.map_or(0, Port::get),
+            settings.workers.max(1),
+            settings.user_timeout,
+        )?;
         let addresses = match sets.first() {
             Some(set) => {
                 set.iter().map(|listener| listener.local_addr()).collect::<io::Result<_>>()?

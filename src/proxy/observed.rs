@@ -1,6 +1,6 @@
 //! A worker's answers about its live connections: by message, so that it shares no lock with the reader.
 
-use std::{rc::Rc, sync::Arc, time::Duration};
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, oneshot},
@@ -39,6 +39,8 @@ pub struct LiveConnection {
     pub destination: OriginalDestination,
     /// Where it goes, or is about to.
     pub endpoint: Option<Endpoint>,
+    /// Our own address of the connection to the endpoint; `None` before it is open.
+    pub local: Option<SocketAddr>,
     /// Since it was accepted.
     pub age: Duration,
     /// From accepting it until its endpoint's was open; `None` before that.
@@ -84,6 +86,7 @@ impl LiveConnection {
             source: captured.source,
             destination: captured.destination,
             endpoint: endpoint.map(|state| state.endpoint),
+            local: record.and_then(|record| record.local.get()).map(Into::into),
             age: accepted.elapsed(),
             connect,
             tries: record.map_or(0, |record| record.tries.get()),

@@ -2,12 +2,29 @@
 
 use std::{
     cell::{Cell, RefCell},
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use super::{captured::Captured, relay::Moved};
 use crate::{balance::EndpointState, table::Route};
+
+/// An address and port without the rest of a `SocketAddr`, which would make every idle connection larger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Local(IpAddr, u16);
+
+impl From<SocketAddr> for Local {
+    fn from(address: SocketAddr) -> Self {
+        Self(address.ip(), address.port())
+    }
+}
+
+impl From<Local> for SocketAddr {
+    fn from(Local(ip, port): Local) -> Self {
+        Self::new(ip, port)
+    }
+}
 
 #[derive(Debug, Clone)]
 pub(super) struct Record {
@@ -18,6 +35,8 @@ pub(super) struct Record {
     pub endpoint: RefCell<Option<Arc<EndpointState>>>,
     /// From accepting it until its endpoint's was open; `None` before that.
     pub connect: Cell<Option<Duration>>,
+    /// Our own address and port of the connection to the endpoint, which are all that the endpoint sees of it.
+    pub local: Cell<Option<Local>>,
     pub tries: Cell<u8>,
     pub moved: Moved,
     counted: Moved,
@@ -31,6 +50,7 @@ impl Record {
             accepted,
             endpoint: RefCell::default(),
             connect: Cell::default(),
+            local: Cell::default(),
             tries: Cell::default(),
             moved: Moved::default(),
             counted: Moved::default(),

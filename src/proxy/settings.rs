@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::captured::Destinations;
+use super::{captured::Destinations, failed_checks::FailedChecks};
 use crate::{config::ConnectionLog, events::Events, memory, model::Port, provider::Lookup};
 
 #[derive(Debug, Clone)]
@@ -20,6 +20,10 @@ pub struct ProxySettings {
     pub max_connections_per_consumer: Option<usize>,
     /// The mark of our own connections to endpoints, if rules must distinguish them (man 7 socket, SO_MARK).
     pub mark: Option<u32>,
+    /// How long what was sent to an endpoint may stay unacknowledged; 0: as long as the kernel retransmits.
+    pub user_timeout: Duration,
+    /// Tells of endpoints whose active check has failed.
+    pub failed_checks: FailedChecks,
     /// Whether bulk moves by splice.
     pub splice: bool,
     /// How long a connection of an unknown container may wait; 0: not at all.

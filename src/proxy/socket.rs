@@ -12,23 +12,88 @@ use tokio::net::{TcpSocket, TcpStream};
 
 use crate::model::Endpoint;
 
-/// Probes of a silent peer. The first comes well before 60 s, when connection tracking forgets a half-closed
-/// connection (nf_conntrack_tcp_timeout_close_wait) and its address translation with it: each probe restarts that time.
-pub(super) const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
-    .with_time(Duration::from_secs(45))
-    .with_interval(Duration::from_secs(15))
-    .with_retries(4);
+/// How soon a silent peer is noticed. Zero: keepalive alone, within two minutes, and what is sent is retransmitted for as
+/// long as the kernel does that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Patience(Duration);
 
-/// A connection to an endpoint, set up as both sides of a connection are.
-pub(crate) async fn dial(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpStream> {
-    let socket = if endpoint.0.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+impl Patience {
+    /// The first keepalive probe comes before this time, and each restarts the 60 s after which connection tracking forgets
+    /// a half-closed connection (nf_conntrack_tcp_timeout_close_wait) and its address translation with it.
+    const FIRST_PROBE: Duration = Duration::from_secs(45);
+    const NEXT_PROBE: Duration = Duration::from_secs(15);
+    const PROBES: u32 = 4;
+    /// A paused consumer keeps its window closed, and for the kernel that is silence too: a minute must not end it.
+    const OF_CONSUMERS: Duration = Duration::from_secs(120);
+
+    pub(super) fn with_endpoints(user_timeout: Duration) -> Self {
+        Self(user_timeout)
+    }
+
+    pub(super) fn with_consumers(user_timeout: Duration) -> Self {
+        match user_timeout {
+            Duration::ZERO => Self(Duration::ZERO),
+            time => Self(time.max(Self::OF_CONSUMERS)),
+        }
+    }
+
+    /// Sets a socket's timeouts.
+    pub(super) fn apply(self, socket: &SockRef<'_>) -> io::Result<()> {
+        socket.set_tcp_keepalive(&self.keepalive())?;
+        socket.set_tcp_user_timeout(Some(self.0))
+    }
+
+    fn keepalive(self) -> TcpKeepalive {
+        let (first, next) = self.probes();
+        TcpKeepalive::new().with_time(first).with_interval(next).with_retries(Self::PROBES)
+    }
+
+    /// When the first keepalive probe comes, and each after it; in whole seconds, as the kernel takes them. With a user timeout
+    /// the kernel ignores their number, and gives up after that time if any is unanswered (man 7 tcp). So some must fit in:
+    /// one lost packet must not end a connection.
+    fn probes(self) -> (Duration, Duration) {
+        let Self(time) = self;
+        if time.is_zero() {
+            return (Self::FIRST_PROBE, Self::NEXT_PROBE);
+        }
+        let whole = |time: Duration| Duration::from_secs(time.as_secs().max(1));
+        let first = whole((time / 2).min(Self::FIRST_PROBE));
+        (first, whole((time.saturating_sub(first) / Self::PROBES).min(Self::NEXT_PROBE)))
+    }
+}
+
+/// A connection to an endpoint.
+pub(super) async fn dial(
+    endpoint: Endpoint,
+    mark: Option<u32>,
+    patience: Patience,
+) -> io::Result<TcpStream> {
+    let socket = for_endpoint(endpoint, mark)?;
     let options = SockRef::from(&socket);
     options.set_tcp_nodelay(true)?;
-    options.set_tcp_keepalive(&KEEPALIVE)?;
-    if let Some(mark) = mark {
-        options.set_mark(mark)?;
-    }
+    patience.apply(&options)?;
     socket.connect(endpoint.0).await
+}
+
+/// Whether an endpoint accepts connections, without a connection that its application sees: the handshake is answered with a
+/// reset in place of its last packet. An application counts connections that say nothing as attacks (MariaDB blocks their
+/// source), or logs each.
+pub(crate) async fn probe(endpoint: Endpoint, mark: Option<u32>) -> io::Result<()> {
+    let socket = for_endpoint(endpoint, mark)?;
+    let options = SockRef::from(&socket);
+    // The kernel waits a moment for data to send with the last packet of the handshake (man 7 tcp: TCP_QUICKACK), and
+    // closing with a linger of zero sends a reset instead.
+    options.set_tcp_quickack(false)?;
+    options.set_linger(Some(Duration::ZERO))?;
+    socket.connect(endpoint.0).await.map(drop)
+}
+
+fn for_endpoint(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpSocket> {
+    let socket = if endpoint.0.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    if let Some(mark) = mark {
+        SockRef::from(&socket).set_mark(mark)?;
+    }
+    Ok(socket)
 }
 
 /// Whether a connect failed because of this host, which says nothing about the endpoint.
@@ -41,6 +106,14 @@ pub(super) fn is_local(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
         Some(Errno::ADDRNOTAVAIL | Errno::AFNOSUPPORT | Errno::PERM | Errno::ACCESS)
+    )
+}
+
+/// What to do about a connect that failed because of this host, if that is known.
+pub(super) fn remedy(error: &io::Error) -> Option<&'static str> {
+    (Errno::from_io_error(error) == Some(Errno::ADDRNOTAVAIL)).then_some(
+        "if all source ports to this endpoint are in use: widen net.ipv4.ip_local_port_range, set \
+         net.ipv4.tcp_tw_reuse=1, or add endpoints",
     )
 }
 
@@ -108,8 +181,50 @@ pub(super) mod tests {
     async fn the_endpoints_side_sends_at_once_and_notices_a_peer_that_is_gone() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = Endpoint(listener.local_addr().unwrap());
-        let dialled = dial(endpoint, None).await.unwrap();
-        assert_is_set_up(&dialled);
+        for (seconds, expected) in [(0, None), (5, Some(5)), (30, Some(30)), (600, Some(600))] {
+            let time = Duration::from_secs(seconds);
+            let dialled = dial(endpoint, None, Patience::with_endpoints(time)).await.unwrap();
+            assert_is_set_up(&dialled, expected);
+        }
+    }
+
+    #[test]
+    fn some_keepalive_probes_fit_into_a_user_timeout() {
+        let (consumers, endpoints) = (Patience::with_consumers, Patience::with_endpoints);
+        for seconds in [5, 7, 30, 60, 119, 120, 600, 86_400].map(Duration::from_secs) {
+            assert_eq!(endpoints(seconds).0, seconds);
+            for patience in [consumers(seconds), endpoints(seconds)] {
+                let (first, next) = patience.probes();
+                assert!(first + 3 * next <= patience.0, "{patience:?}");
+                assert!(first < Duration::from_secs(60), "{patience:?}");
+            }
+        }
+        // A minute without reading does not end a consumer's connection.
+        assert!(consumers(Duration::from_secs(5)).0 > Duration::from_secs(60));
+        assert_eq!(consumers(Duration::ZERO).0, Duration::ZERO);
+    }
+
+    /// The application's side counts what it gets to see.
+    #[tokio::test]
+    async fn a_probe_finds_out_without_being_seen() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = Endpoint(listener.local_addr().unwrap());
+        for _ in 0..20 {
+            probe(endpoint, None).await.unwrap();
+        }
+        let dialled = dial(endpoint, None, Patience::with_endpoints(Duration::ZERO)).await.unwrap();
+        let mut seen = 0;
+        // The queue is in the order of arrival.
+        while listener.accept().await.unwrap().1 != dialled.local_addr().unwrap() {
+            seen += 1;
+        }
+        // The kernel waits for 200 ms, which a busy machine may miss now and then.
+        assert!(seen < 10, "{seen} of 20");
+        drop(listener);
+        assert_eq!(
+            probe(endpoint, None).await.unwrap_err().kind(),
+            io::ErrorKind::ConnectionRefused
+        );
     }
 
     #[test]
@@ -121,11 +236,13 @@ pub(super) mod tests {
         assert!(!is_local(&io::ErrorKind::TimedOut.into()));
     }
 
-    pub(in crate::proxy) fn assert_is_set_up(stream: &TcpStream) {
+    pub(in crate::proxy) fn assert_is_set_up(stream: &TcpStream, user_timeout: Option<u64>) {
         let options = SockRef::from(stream);
         assert!(options.tcp_nodelay().unwrap());
         assert!(options.keepalive().unwrap());
         // Before connection tracking forgets a half-closed connection.
         assert!(options.tcp_keepalive_time().unwrap() < Duration::from_secs(60));
+        let user_timeout = user_timeout.map(Duration::from_secs);
+        assert_eq!(options.tcp_user_timeout().unwrap(), user_timeout);
     }
 }

@@ -1,5 +1,5 @@
 //! The effect of a new table on open connections: those of a removed route are reset. If a route's endpoints changed, those
-//! to a removed endpoint are reset, if their binding says so.
+//! to a removed endpoint are reset, if their binding says so. So are those to an endpoint whose active check fails.
 //!
 //! No connection outlives its route, because at every moment the route of each one that is not ending is in the worker's
 //! table, or in what is still to be swept:
@@ -29,8 +29,8 @@ use super::{
     worker::Worker,
 };
 use crate::{
-    balance::EndpointState,
-    descriptor::EndpointDrain,
+    balance::{Checked, EndpointState},
+    descriptor::{Check, Descriptor, EndpointDrain},
     outcome::Outcome,
     table::{RouteNumber, Table},
 };
@@ -59,7 +59,13 @@ impl Worker {
     /// Takes over each table as it is published, and ends the connections that do not belong to it.
     pub(super) async fn follow(self: Rc<Self>, mut tables: watch::Receiver<Arc<Table>>) {
         let mut sweep = Sweep::default();
+        let mut failed_checks = self.settings().failed_checks.listen();
         loop {
+            // Its sender is one of our own settings.
+            if failed_checks.has_changed().unwrap_or(false) {
+                failed_checks.mark_unchanged();
+                self.note_all(&mut sweep);
+            }
             match tables.has_changed() {
                 Ok(false) => {}
                 Ok(true) => self.note(tables.borrow_and_update().clone(), &mut sweep),
@@ -82,6 +88,7 @@ impl Worker {
                     Ok(()) => tables.mark_changed(),
                     Err(_) => return,
                 },
+                _ = failed_checks.changed() => failed_checks.mark_changed(),
                 () = deadline => {}
             }
         }
@@ -93,9 +100,14 @@ impl Worker {
         if table.version == before.version + 1 && sweep.tables.len() < BEHIND {
             sweep.tables.push_back((table, 0));
         } else {
-            sweep.tables.clear();
-            sweep.routes = self.connections.borrow().routes().collect();
+            self.note_all(sweep);
         }
+    }
+
+    /// Notes all routes that have connections.
+    fn note_all(&self, sweep: &mut Sweep) {
+        sweep.tables.clear();
+        sweep.routes = self.connections.borrow().routes().collect();
     }
 
     /// Looks at some of what is to be swept, and at deadlines. Whether there is more.
@@ -188,11 +200,18 @@ fn decide(record: &Record, table: &Table) -> Decision {
     let Some(now) = table.route(&route.key).filter(|now| now.number == route.number) else {
         return Decision::RouteGone;
     };
-    let stays = match route.binding.descriptor.drain {
+    let Descriptor { drain, check, .. } = &route.binding.descriptor;
+    let stays = match drain {
         EndpointDrain::Keep => return Decision::Stays,
         EndpointDrain::Kill => Duration::ZERO,
-        EndpointDrain::After(time) => time,
+        EndpointDrain::After(time) => *time,
     };
+    // Another binding's check is no reason for this one.
+    if (drain, check) == (&EndpointDrain::Kill, &Some(Check::Tcp))
+        && record.connected_to().is_some_and(|state| state.check() == Checked::Fails)
+    {
+        return Decision::EndpointGone { stays };
+    }
     let endpoint = record.endpoint.borrow();
     let is =
         |state: &Arc<EndpointState>| Some(state.endpoint) == endpoint.as_ref().map(|e| e.endpoint);
@@ -268,7 +287,7 @@ mod tests {
             let ticket = self.worker.start(captured(peer, peer), route, Instant::now()).unwrap();
             let Some(state) = state else { return self.running.borrow_mut().push(ticket) };
             ticket.connecting(&state);
-            ticket.connected();
+            ticket.connected(None);
             if parked {
                 let socket = || File::open("/dev/null").unwrap().into();
                 ticket.park((socket(), socket()), state.lease());
@@ -387,6 +406,38 @@ mod tests {
             assert_eq!(driven.ended(Outcome::RouteGone), EACH as u64);
             assert!(driven.live().iter().all(|route| route.key.source == source(0)));
         });
+    }
+
+    #[test]
+    fn an_endpoint_whose_check_fails_loses_its_connections_if_the_binding_says_so() {
+        for (options, ends) in [
+            ("kill;check=tcp", true),
+            ("kill", false),
+            ("60;check=tcp", false),
+            ("keep;check=tcp", false),
+        ] {
+            run(async {
+                let driven = Driven::new(options);
+                (0..2).for_each(|n| driven.open(n, true));
+                let (_tables, follow) = watch::channel(driven.worker.table.borrow().clone());
+                let following = tokio::task::spawn_local(driven.worker.clone().follow(follow));
+                let states = driven.live()[0].upstream.rotation.endpoints().to_vec();
+                // It listens from its first turn on.
+                yield_now().await;
+                // The check of the first consumer's endpoint fails, that of the second's does not.
+                states[0].checked(false);
+                states[0].checked(false);
+                states[1].checked(true);
+                driven.worker.settings().failed_checks.report();
+                for _ in 0..100 {
+                    yield_now().await;
+                }
+                let gone = u64::from(ends);
+                assert_eq!(driven.ended(Outcome::EndpointGone), gone, "{options}");
+                assert_eq!(driven.live().len() as u64, 2 - gone, "{options}");
+                following.abort();
+            });
+        }
     }
 
     #[test]

@@ -103,6 +103,8 @@ pub(super) fn settings() -> ProxySettings {
         memory_short: Default::default(),
         max_connections_per_consumer: None,
         mark: None,
+        user_timeout: Duration::ZERO,
+        failed_checks: Default::default(),
         splice: false,
         hold: Duration::ZERO,
         lookup: Default::default(),

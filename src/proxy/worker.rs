@@ -4,6 +4,7 @@
 use std::{
     cell::{Cell, RefCell},
     io,
+    net::SocketAddr,
     os::fd::OwnedFd,
     rc::Rc,
     sync::Arc,
@@ -365,9 +366,10 @@ impl Ticket {
         record.tries.set(record.tries.get().saturating_add(1));
     }
 
-    /// Counts that the endpoint took the connection.
-    pub(super) fn connected(&self) {
+    /// Counts that the endpoint took the connection, which has this address of ours.
+    pub(super) fn connected(&self, local: Option<SocketAddr>) {
         let record = self.record();
+        record.local.set(local.map(Into::into));
         let after = record.accepted.elapsed();
         record.connect.set(Some(after));
         record.route.counts.connect.observe(after);

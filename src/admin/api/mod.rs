@@ -420,6 +420,9 @@ pub struct Connection {
     pub destination: String,
     /// The endpoint that it uses or tries, `address:port`; null before the first attempt.
     pub endpoint: Option<String>,
+    /// embassy's own `address:port` of the connection to the endpoint, as the endpoint's log shows it unless the address is
+    /// translated on the way; null until the connection is open.
+    pub local: Option<String>,
     pub state: ConnectionState,
     /// Time since it was accepted.
     pub age_seconds: f64,

@@ -97,6 +97,11 @@ impl<'a> Direction<'a> {
         Ok(())
     }
 
+    /// Whether the end of what `from` sends was read.
+    pub(super) fn has_read_end(&self) -> bool {
+        self.finished_reading
+    }
+
     /// Whether nothing is under way and both ends are open.
     pub(super) fn is_idle(&self) -> bool {
         let holds_nothing = match self.unwritten {

@@ -3,7 +3,10 @@
 use std::io;
 
 use futures_util::FutureExt;
-use rustix::io::Errno;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
 use tokio::{io::Interest, net::TcpStream};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,11 +15,25 @@ pub(in crate::proxy) enum Side {
     Endpoint,
 }
 
-/// One side failed: it reset, or did not answer keepalive.
+/// One side failed: it reset, or did not answer.
 #[derive(Debug)]
 pub(in crate::proxy) struct Broken {
     pub side: Side,
     pub error: io::Error,
+    /// It was a reset, and one side had sent its end before.
+    pub after_end: bool,
+}
+
+impl Broken {
+    /// Whether it was a reset that came after an end: one that was seen, or one of this very side, which the kernel tells by
+    /// another error.
+    pub(super) fn follows_end(&self, end_was_seen: bool) -> bool {
+        match Errno::from_io_error(&self.error) {
+            Some(Errno::PIPE) => true,
+            Some(Errno::CONNRESET) => end_was_seen,
+            _ => false,
+        }
+    }
 }
 
 /// A socket, and whose it is.
@@ -28,7 +45,7 @@ pub(super) struct End<'a> {
 
 impl End<'_> {
     pub(super) fn broke(&self, error: io::Error) -> Broken {
-        Broken { side: self.side, error }
+        Broken { side: self.side, error, after_end: false }
     }
 }
 
@@ -36,6 +53,18 @@ impl End<'_> {
 pub(super) fn has_finished(stream: &TcpStream) -> bool {
     let ready = stream.ready(Interest::READABLE).now_or_never();
     ready.is_some_and(|ready| ready.is_ok_and(|ready| ready.is_read_closed()))
+}
+
+/// Whether the other side's end has arrived, and no error. Asked of the kernel: the runtime may not have noticed yet.
+pub(super) fn has_sent_end(stream: &TcpStream) -> bool {
+    let mut sockets = [PollFd::new(stream, PollFlags::RDHUP)];
+    // Nothing is waited for; it fails only without memory.
+    let asked = poll(&mut sockets, Some(&Timespec::default()));
+    asked.is_ok()
+        && sockets.iter().all(|socket| {
+            let found = socket.revents();
+            found.contains(PollFlags::RDHUP) && !found.contains(PollFlags::ERR)
+        })
 }
 
 /// Waits until a socket has an error, as a reset leaves one.
@@ -47,5 +76,5 @@ pub(super) async fn broken(end: End<'_>) -> Broken {
         },
         Err(error) => error,
     };
-    Broken { side: end.side, error }
+    end.broke(error)
 }

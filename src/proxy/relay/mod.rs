@@ -20,7 +20,7 @@ mod tests;
 pub(super) use buffers::RelayBuffers;
 use direction::Direction;
 pub(super) use end::{Broken, Side};
-use end::{End, broken};
+use end::{End, broken, has_sent_end};
 pub(super) use pipe::PIPES;
 
 /// Bytes passed on so far, each way.
@@ -84,7 +84,7 @@ pub(super) async fn relay(
     let endpoint = End { side: Side::Endpoint, socket: endpoint };
     let mut up = Direction::new(consumer, endpoint, &moved.up, buffers);
     let mut down = Direction::new(endpoint, consumer, &moved.down, buffers);
-    let end = tokio::select! {
+    let mut end = tokio::select! {
         biased;
         end = poll_fn(|cx| {
             match (up.poll_move(cx)?.is_ready(), down.poll_move(cx)?.is_ready()) {
@@ -105,6 +105,12 @@ pub(super) async fn relay(
         broken = broken(consumer) => Err(broken),
         broken = broken(endpoint) => Err(broken),
     };
+    if let Err(broken) = &mut end {
+        // A reset discards nothing that was acknowledged before it: the other side's end may lie here unread.
+        let other = if broken.side == Side::Consumer { endpoint } else { consumer };
+        let end_was_seen = up.has_read_end() || down.has_read_end() || has_sent_end(other.socket);
+        broken.after_end = broken.follows_end(end_was_seen);
+    }
     match &end {
         Ok(_) => {}
         Err(Broken { side: Side::Consumer, .. }) => up.last_words().await,

@@ -55,6 +55,15 @@ fn it_tells_where_connections_go_and_what_they_moved() -> Result<()> {
     assert_eq!(live.destination, "172.17.0.1:81");
     assert_eq!(live.endpoint, Some(format!("{}:80", greeter.ip()?)));
     assert!(live.connect_seconds < Some(live.age_seconds));
+    // What the server sees of it, and its log says, finds the consumer.
+    let of_server = ["-H", "-t", "-n", "state", "established", "sport", "=", ":80"];
+    let seen = testbed::output(greeter.command("ss")?.args(of_server))?;
+    let local = live.local.clone().expect("it is open");
+    let port = local.strip_prefix("172.17.0.1").expect("the bridge's address");
+    let is_local = |word: &str| word.ends_with(&format!("172.17.0.1]{port}"));
+    assert!(seen.split_whitespace().any(is_local), "{local}: {seen}");
+    let found: api::Page<api::Connection> = get(&embassy, &format!("/v1/connections?q={local}"))?;
+    assert_eq!(found.items.len(), 1);
     let routes: api::Page<api::Route> = get(&embassy, "/v1/routes?q=greeter")?;
     assert_eq!(routes.items[0].figures.active, 1);
     assert_eq!(routes.items[0].figures.bytes_down, live.bytes_down);

@@ -151,6 +151,8 @@ fn a_silent_peer_is_found_by_keepalive_and_the_other_side_is_told() -> Result<()
     for socket in sockets(&path)? {
         ensure!(SockRef::from(&socket).keepalive()?, "keepalive is on");
         SockRef::from(&socket).set_tcp_keepalive(&soon)?;
+        // With it the kernel looks at the time that has passed, and not at the number of questions.
+        SockRef::from(&socket).set_tcp_user_timeout(Some(4 * second))?;
     }
     wait_ended(&path.embassy, "consumer_reset", 1)?;
     wait_ended(&path.embassy, "endpoint_reset", 2)?;
@@ -174,6 +176,52 @@ fn a_silent_peer_is_found_by_keepalive_and_the_other_side_is_told() -> Result<()
     assert_eq!(metric(&path.embassy, "embassy_connections_active")?, 1);
     // It was told, and cannot hear it.
     assert_eq!(of_consumer.ended()?, []);
+    Ok(())
+}
+
+/// The kernel of embassy's host has acknowledged what the consumer sent: nobody but embassy can notice that the endpoint has not.
+#[test]
+fn an_endpoint_that_acknowledges_nothing_is_given_up() -> Result<()> {
+    let path = Path::with(&["--user-timeout=5s"], &[(1001, "greet"), (1002, "greet")])?;
+    let go = path.host.dir().join("go");
+    // It says something once the endpoint is silent, and waits for the answer.
+    let script = format!(
+        "exec 3<>/dev/tcp/172.17.0.1/1001; head -n1 <&3; while ! [ -e {} ]; do sleep 0.1; done
+        echo question >&3; cat <&3; echo \"cat: $?\"",
+        go.display()
+    );
+    let asking = path.app.spawn("asking", ["bash", "-c", &script])?;
+    let idle = OpenConnections::open(&path.app, "idle", &vip(1002), 1)?;
+    idle.greetings()?;
+    testbed::eventually(WAIT, "the greeting", || {
+        ensure!(asking.log().contains("hello"), "{}", asking.log());
+        Ok(())
+    })?;
+    let timeouts: Result<Vec<_>, _> = sockets(&path)?
+        .iter()
+        .map(|socket| SockRef::from(socket).tcp_user_timeout().map(|time| time.unwrap().as_secs()))
+        .collect();
+    let mut timeouts = timeouts?;
+    timeouts.sort_unstable();
+    assert_eq!(timeouts, [5, 5, 120, 120], "a consumer may pause for longer than an endpoint");
+    let endpoints = path.endpoints.ip()?;
+    for words in [
+        "add table inet silent",
+        "add chain inet silent in { type filter hook input priority 0; }",
+        "add chain inet silent out { type filter hook output priority 0; }",
+        &format!("add rule inet silent in ip saddr {endpoints} tcp sport 1001 drop"),
+        &format!("add rule inet silent out ip daddr {endpoints} tcp dport 1001 drop"),
+    ] {
+        path.host.run("nft", [words])?;
+    }
+    std::fs::write(go, "")?;
+    testbed::eventually(WAIT, "the consumer to be told", || {
+        ensure!(asking.log().contains("cat: 1"), "{}", asking.log());
+        Ok(())
+    })?;
+    wait_ended(&path.embassy, "endpoint_reset", 1)?;
+    // Who is silent because there is nothing to say stays.
+    assert_eq!(idle.ended()?, []);
     Ok(())
 }
 

@@ -6,7 +6,10 @@ use anyhow::{Result, ensure};
 use testbed::{Container, Embassy};
 
 use super::{OpenConnections, Path, ended, line, metric, vip, wait_ended};
-use crate::{WAIT, support::spins_not};
+use crate::{
+    WAIT,
+    support::{says, spins_not},
+};
 
 #[test]
 fn one_connection_more_than_allowed_is_reset() -> Result<()> {
@@ -60,6 +63,18 @@ fn without_descriptors_accepting_slows_down_and_recovers() -> Result<()> {
     assert_eq!(said["answer"], line(&said["sent"]));
     assert_eq!(said["received"], said["sent"]);
     wait_ended(&path.embassy, "endpoint_reset", 0)
+}
+
+/// Every consumer's connection to an endpoint has embassy's address, and a port of its own.
+#[test]
+fn source_ports_that_run_out_are_said_with_what_helps() -> Result<()> {
+    let path = Path::new(&[(1001, "greet --name joe")])?;
+    path.host.run("sh", ["-c", "echo 40000 40009 >/proc/sys/net/ipv4/ip_local_port_range"])?;
+    let _held = OpenConnections::open(&path.app, "held", &vip(1001), 20)?.greetings()?;
+    says(&path.embassy, &["this host cannot open a connection", "ip_local_port_range"])?;
+    ensure!(ended(&path.embassy, "local_error")? > 0);
+    assert_eq!(metric(&path.embassy, "embassy_connections_active")?, 10);
+    Ok(())
 }
 
 fn wait_answer(app: &Container) -> Result<()> {

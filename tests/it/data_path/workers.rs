@@ -180,6 +180,8 @@ fn settings() -> ProxySettings {
         memory_short: Default::default(),
         max_connections_per_consumer: None,
         mark: None,
+        user_timeout: Duration::ZERO,
+        failed_checks: Default::default(),
         splice: true,
         hold: Duration::ZERO,
         lookup: Default::default(),

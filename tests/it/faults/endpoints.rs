@@ -138,6 +138,82 @@ fn with_a_check_no_connection_has_to_find_out() -> Result<()> {
     Ok(())
 }
 
+/// A connect that loses a packet is slow, and no more: with one endpoint, and where the others of several are down.
+#[test]
+fn a_lost_packet_of_a_connect_is_no_failure() -> Result<()> {
+    const CONNECTS: usize = 100;
+    for others in [0, 1] {
+        let host = Host::light()?;
+        let server = host.web("server").start()?;
+        offer(&host, "web", server.ip()?)?;
+        for n in 0..others {
+            let closed = host.client(&format!("closed-{n}")).start()?;
+            offer(&host, "web", closed.ip()?)?;
+        }
+        let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+        let embassy = host.embassy(["--dnat", ETCD])?;
+        embassy.wait_ready(READY)?;
+        meets(&app, "server")?;
+        for rule in [
+            "add table inet lossy",
+            "add chain inet lossy in { type filter hook input priority 0; }",
+            "add rule inet lossy in tcp flags & (syn|ack) == syn numgen inc mod 10 == 0 drop",
+        ] {
+            testbed::output(server.command("nft")?.arg(rule))?;
+        }
+        let answers = app.get(VIP).times(CONNECTS).at_once(8).run()?;
+        assert_eq!((answers.from("server"), answers.failed()), (CONNECTS, 0), "{answers:?}");
+        let endpoint = format!("{}:80", server.ip()?);
+        let of_server =
+            format!("{{discovery=\"etcd\",service=\"/services/web\",endpoint=\"{endpoint}\"}}");
+        if others == 0 {
+            for name in ["connect_failures", "ejections"] {
+                let series = format!("embassy_endpoint_{name}_total{of_server}");
+                assert_eq!(metric(&embassy, &series)?, 0, "{series}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_endpoint_whose_check_fails_loses_its_connections_with_drain_kill() -> Result<()> {
+    let host = Host::light()?;
+    let server = host.server("server", ["greet", "--name", "server"]).start()?;
+    offer(&host, "db", server.ip()?)?;
+    let app = host.client("app").env("BACKEND_A", "/services/db;81;check=tcp;drain=kill");
+    let app = app.env("BACKEND_B", "/services/db;82;check=tcp");
+    let app = app.env("BACKEND_C", "/services/db;83;drain=kill").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let hold = |port: u16| -> Result<_> {
+        let target = format!("172.17.0.1:{port}");
+        let held = app.spawn(&port.to_string(), ["testbed", "peer", "hold", &target, "-n", "3"])?;
+        testbed::eventually(WAIT, "the greetings", || {
+            ensure!(held.log().contains("\"hello from server\":3"), "{}", held.log());
+            Ok(())
+        })?;
+        Ok(held)
+    };
+    let (killed, kept, unasked) = (hold(81)?, hold(82)?, hold(83)?);
+    let start = Instant::now();
+    black_hole(&server, true)?;
+    testbed::eventually(WAIT, "the connections to be reset", || {
+        let reset =
+            killed.log().lines().filter(|line| line.contains("\"ended\":\"reset\"")).count();
+        ensure!(reset == 3, "{reset} of 3: {}", killed.log());
+        Ok(())
+    })?;
+    println!("clients of a silent server were cut off after {:?}", start.elapsed());
+    says(&embassy, &["endpoint check fails", &format!("{}:80", server.ip()?)])?;
+    for held in [kept, unasked] {
+        ensure!(!held.log().contains("ended"), "{}", held.log());
+    }
+    let gone = metric(&embassy, "embassy_connections_total{outcome=\"endpoint_gone\"}")?;
+    assert_eq!(gone, 3);
+    Ok(())
+}
+
 #[test]
 fn where_all_endpoints_failed_the_first_that_is_back_is_used_at_once() -> Result<()> {
     let host = Host::light()?;

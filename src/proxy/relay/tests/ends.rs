@@ -40,6 +40,7 @@ fn a_reset_is_passed_on_as_a_reset() {
                 let broken = end.await.unwrap().unwrap_err();
                 let side = if turned { Side::Endpoint } else { Side::Consumer };
                 assert_eq!(broken.side, side, "{broken:?}, {ended:?}");
+                assert_eq!(broken.after_end, ended != Ended::None, "{broken:?}, {ended:?}");
                 // Once the end of a direction was read, reading shows no more than that.
                 let error = match ended {
                     Ended::Own => write_error_of(&mut endpoint).await,
@@ -50,6 +51,47 @@ fn a_reset_is_passed_on_as_a_reset() {
             });
         }
     }
+}
+
+/// As TLS does: one side says that it has finished and closes, and the other's last words meet a socket that is closed.
+#[test]
+fn an_end_that_arrives_together_with_the_reset_was_an_end() {
+    for turned in [false, true] {
+        for resets_itself in [false, true] {
+            in_all_modes(async |buffers| {
+                let mut relayed = Relayed::new(&buffers).await;
+                if turned {
+                    relayed = relayed.turned();
+                }
+                let Relayed { mut consumer, mut endpoint, end, .. } = relayed;
+                consumer.write_all(b"x").await.unwrap();
+                endpoint.read_exact(&mut [0]).await.unwrap();
+                // Nothing is awaited between the two: the relay finds both at once.
+                rustix::net::shutdown(&consumer, rustix::net::Shutdown::Write).unwrap();
+                reset(if resets_itself { consumer } else { endpoint });
+                let broken = end.await.unwrap().unwrap_err();
+                assert!(broken.after_end, "{broken:?}");
+            });
+        }
+    }
+}
+
+/// Nobody said that it had finished: what the other side waits for is lost.
+#[test]
+fn a_peer_that_does_not_answer_is_no_end() {
+    in_all_modes(async |buffers| {
+        let Relayed { mut consumer, mut endpoint, end, .. } = Relayed::new(&buffers).await;
+        consumer.write_all(b"x").await.unwrap();
+        endpoint.read_exact(&mut [0]).await.unwrap();
+        reset(endpoint);
+        reset(consumer);
+        let broken = end.await.unwrap().unwrap_err();
+        assert!(!broken.after_end, "{broken:?}");
+        for (error, follows) in [(Errno::TIMEDOUT, false), (Errno::CONNRESET, true)] {
+            let broken = Broken { error: error.into(), ..broken };
+            assert_eq!(broken.follows_end(true), follows, "{error}");
+        }
+    });
 }
 
 #[test]
