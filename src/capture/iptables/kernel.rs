@@ -137,14 +137,16 @@ impl Kernel {
         first_error.map_or(Ok(found), Err)
     }
 
+    /// Until nothing is found: what others change at the same time may hide a rule from one listing.
     fn remove_from(
         &mut self,
         v6: bool,
         entries: &[Entry],
         comment: &str,
     ) -> Result<bool, NetlinkError> {
-        let mut tries = 0..TRIES;
-        loop {
+        let mut found = false;
+        let mut missed = None;
+        for _ in 0..TRIES {
             let (chains, rules) = netlink::shared_table(&mut self.socket, nat(v6))?;
             let ours = entries.iter().map(|entry| entry.chain);
             let ours: Vec<_> = ours.filter(|ours| chains.iter().any(|name| name == ours)).collect();
@@ -155,14 +157,17 @@ impl Kernel {
             };
             let rules: Vec<_> = rules.iter().filter(is_ours).collect();
             if ours.is_empty() && rules.is_empty() {
-                return Ok(false);
+                return Ok(found);
             }
             let rules = rules.iter().map(|rule| (rule.chain.as_str(), rule.handle));
             match self.socket.apply(&nat(v6).prune(rules, &ours)) {
-                Err(error) if error.errno() == Some(Errno::NOENT) && tries.next().is_some() => {}
-                done => return done.map(|_| true),
+                Ok(_) => found = true,
+                // Another program was faster with one of them.
+                Err(error) if error.errno() == Some(Errno::NOENT) => missed = Some(error),
+                Err(error) => return Err(error),
             }
         }
+        missed.map_or(Ok(found), Err)
     }
 }
 

@@ -326,9 +326,17 @@ fn memory(facts: &HostFacts) -> Option<Finding> {
     })
 }
 
-/// The findings of a running embassy, except those about the host, which were checked here.
+/// The findings of a running embassy, except those that were checked here: about the host, and about chains before our rules.
 fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
-    let others = facts.told.iter().filter(|finding| finding.about != Subject::Host);
+    let is_behind = |text: &str| {
+        facts
+            .places
+            .iter()
+            .any(|(_, place)| matches!(place, Place::Behind(who) if text.contains(who)))
+    };
+    let others = facts.told.iter().filter(move |finding| {
+        finding.about != Subject::Host && !(finding.cause == "barrier" && is_behind(&finding.text))
+    });
     others.map(|finding| {
         let level = match finding.verdict {
             Verdict::Ok => Level::Ok,
@@ -525,6 +533,14 @@ mod tests {
         };
         // Once, and nothing says the opposite.
         assert_eq!(found(told), [("capture", Level::Warn)]);
+        // A chain before our rules is found here too.
+        let behind = |facts: &mut HostFacts| {
+            told(facts);
+            let chain = "nft's chain ip a b, priority -150";
+            facts.places[0].1 = Place::Behind(chain.into());
+            facts.told[0].text = format!("{chain}, comes before our rules.");
+        };
+        assert_eq!(found(behind), [("rules", Level::Warn)]);
         let mut facts = well();
         told(&mut facts);
         assert!(findings(&facts).iter().all(|finding| finding.check != "input"));
