@@ -1,13 +1,8 @@
-//! The address of a Docker engine, and how to connect to it. Shared by the provider and by the discovery of the same name.
+//! A Docker engine: its address, and what follows it. Shared by the provider and by the discovery of the same name.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fmt, path::PathBuf};
 
-use bollard::{API_DEFAULT_VERSION, Docker};
-
+pub(crate) mod answers;
 pub(crate) mod client;
 pub mod container;
 mod containers;
@@ -15,6 +10,7 @@ pub mod follow;
 mod inspections;
 #[cfg(test)]
 mod interleavings;
+mod links;
 pub(crate) mod per_container;
 pub(crate) mod process;
 pub(crate) mod read;
@@ -44,9 +40,6 @@ pub struct Engine {
 pub struct NotAnEngine(pub String);
 
 impl Engine {
-    /// What one request may take; the event stream is not bound by it.
-    pub(crate) const TIMEOUT: Duration = Duration::from_secs(10);
-
     pub fn parse(text: &str, certificates: Option<PathBuf>) -> Result<Self, NotAnEngine> {
         let wrong = || NotAnEngine(text.to_owned());
         let (scheme, rest) = text.split_once("://").ok_or_else(wrong)?;
@@ -66,25 +59,6 @@ impl Engine {
             Address::Unix(_) => None,
             Address::Tcp(host) => Some(host.clone()),
         }
-    }
-
-    /// A client that speaks the newest version that both sides know: no fixed version fits the engines from 20.10 to 29.
-    pub async fn connect(&self) -> Result<Docker, bollard::errors::Error> {
-        let seconds = Self::TIMEOUT.as_secs();
-        let client = match (&self.address, &self.certificates) {
-            (Address::Unix(path), _) => {
-                Docker::connect_with_unix(&path.to_string_lossy(), seconds, API_DEFAULT_VERSION)
-            }
-            (Address::Tcp(host), None) => {
-                Docker::connect_with_http(host, seconds, API_DEFAULT_VERSION)
-            }
-            (Address::Tcp(host), Some(folder)) => {
-                let file = |name: &str| Path::new(folder).join(name);
-                let (key, cert, ca) = (file("key.pem"), file("cert.pem"), file("ca.pem"));
-                Docker::connect_with_ssl(host, &key, &cert, &ca, seconds, API_DEFAULT_VERSION)
-            }
-        }?;
-        client.negotiate_version().await
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::{fs, path::PathBuf};
 
+use reqwest::{Certificate, ClientBuilder, Identity};
+
 use crate::source::SourceError;
 
 /// Makes ring the crypto provider of this process. To be called before any TLS client is built, as often as one likes.
@@ -53,6 +55,31 @@ impl ClientTls {
 
     pub fn is_empty(&self) -> bool {
         self.ca.is_none() && self.identity.is_none()
+    }
+
+    /// Sets up a client: whom it trusts, and what it shows. `verify`: whether it checks the server's certificate at all.
+    pub(crate) fn prepare(
+        &self,
+        builder: ClientBuilder,
+        verify: bool,
+    ) -> Result<ClientBuilder, SourceError> {
+        let pem = self.load()?;
+        let wrong = |what: &str, e: reqwest::Error| SourceError::caused(what, &e);
+        let mut builder = builder.tls_danger_accept_invalid_certs(!verify);
+        if let Some(ca) = &pem.ca {
+            let authorities =
+                Certificate::from_pem_bundle(ca).map_err(|e| wrong("the CA file", e))?;
+            if authorities.is_empty() {
+                return Err(SourceError::new("the CA file has no certificate in PEM format"));
+            }
+            builder = builder.tls_certs_only(authorities);
+        }
+        if let Some((certificate, key)) = pem.identity {
+            let identity = Identity::from_pem(&[certificate, b"\n".to_vec(), key].concat())
+                .map_err(|e| wrong("the client certificate and key", e))?;
+            builder = builder.identity(identity);
+        }
+        Ok(builder)
     }
 
     pub(crate) fn load(&self) -> Result<Pem, SourceError> {

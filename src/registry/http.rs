@@ -12,7 +12,7 @@ use std::{
 
 use futures_util::{FutureExt, future::BoxFuture};
 use reqwest::{
-    Certificate, Client, Identity, Response, StatusCode,
+    Client, Response, StatusCode,
     header::{HeaderMap, HeaderValue},
     redirect::Policy,
 };
@@ -182,23 +182,7 @@ impl Http {
             .pool_idle_timeout(Self::IDLE)
             .tcp_keepalive(Self::KEEPALIVE);
         let builder = if secure {
-            let pem = self.tls.load()?;
-            let wrong = |what: &str, e: reqwest::Error| SourceError::caused(what, &e);
-            let mut builder = builder.tls_danger_accept_invalid_certs(!self.verify);
-            if let Some(ca) = &pem.ca {
-                let authorities =
-                    Certificate::from_pem_bundle(ca).map_err(|e| wrong("the CA file", e))?;
-                if authorities.is_empty() {
-                    return Err(SourceError::new("the CA file has no certificate in PEM format"));
-                }
-                builder = builder.tls_certs_only(authorities);
-            }
-            if let Some((certificate, key)) = pem.identity {
-                let identity = Identity::from_pem(&[certificate, b"\n".to_vec(), key].concat())
-                    .map_err(|e| wrong("the client certificate and key", e))?;
-                builder = builder.identity(identity);
-            }
-            builder
+            self.tls.prepare(builder, self.verify)?
         } else {
             // Without TLS no CA certificates are needed, so the system may have none.
             builder.tls_certs_only([])
