@@ -134,7 +134,7 @@ fn in_a_container_that_others_are_linked_to() -> Result<()> {
     let far = host.client("far").network(back.name());
     let far = far.env("BACKEND_FRONTEND", "frontend_http;80").start()?;
     reaches(&far, embassy.ip_on(back.name())?, "frontend_http")?;
-    reaches(&app, embassy.ip()?, "frontend_http")?;
+    reaches(&app, embassy.ip_on("bridge")?, "frontend_http")?;
     embassy.stop()?;
     assert_eq!(embassy.inspect("{{.State.ExitCode}}")?, "0", "{}", embassy.log()?);
     Ok(())
