@@ -387,7 +387,7 @@ pub(crate) async fn rules(config: &Config) -> Result<rules::RuleSettings, Interf
         redirect,
         scope: config.capture_scope,
         port: config.port.get(),
-        own: if redirect { fixed::addresses(&config.interface)? } else { Vec::new() },
+        own: if redirect { fixed::own_addresses()? } else { Vec::new() },
         servers: if redirect { resolve(servers).await } else { Vec::new() },
         hold: !config.hold.is_zero(),
         notrack: config.notrack && captures,

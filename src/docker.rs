@@ -1,20 +1,8 @@
-//! The address of a Docker engine, and how to connect to it. Shared by the provider and by the discovery of the same name.
+//! A Docker engine: its address, and what follows it. Shared by the provider and by the discovery of the same name.
 
-use std::{
-    fmt, io,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fmt, path::PathBuf};
 
-use bollard::{API_DEFAULT_VERSION, BollardRequest, Docker, errors::Error};
-use hyper_rustls::HttpsConnector;
-use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
-    rt::TokioExecutor,
-};
-
-use crate::tls::ClientTls;
-
+pub(crate) mod answers;
 pub(crate) mod client;
 pub mod container;
 mod containers;
@@ -22,6 +10,7 @@ pub mod follow;
 mod inspections;
 #[cfg(test)]
 mod interleavings;
+mod links;
 pub(crate) mod obstacle;
 pub(crate) mod per_container;
 pub(crate) mod process;
@@ -52,9 +41,6 @@ pub struct Engine {
 pub struct NotAnEngine(pub String);
 
 impl Engine {
-    /// What one request may take; the event stream is not bound by it.
-    pub(crate) const TIMEOUT: Duration = Duration::from_secs(10);
-
     pub fn parse(text: &str, certificates: Option<PathBuf>) -> Result<Self, NotAnEngine> {
         let wrong = || NotAnEngine(text.to_owned());
         let (scheme, rest) = text.split_once("://").ok_or_else(wrong)?;
@@ -78,51 +64,6 @@ impl Engine {
             Address::Tcp(host) => Some(host.clone()),
         }
     }
-
-    /// A client that speaks the newest version that both sides know: no fixed version fits the engines from 20.10 to 29.
-    pub async fn connect(&self) -> Result<Docker, Error> {
-        let seconds = Self::TIMEOUT.as_secs();
-        let client = match (&self.address, &self.certificates) {
-            (Address::Unix(path), _) => {
-                Docker::connect_with_unix(&path.to_string_lossy(), seconds, API_DEFAULT_VERSION)
-            }
-            (Address::Tcp(host), None) => {
-                Docker::connect_with_http(host, seconds, API_DEFAULT_VERSION)
-            }
-            (Address::Tcp(host), Some(folder)) => {
-                let tls = https(folder)?;
-                // As the library's own: no connection is used twice.
-                let client =
-                    Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(tls);
-                let transport = move |request: BollardRequest| {
-                    let answer = client.request(request);
-                    async move { answer.await.map_err(Error::from) }
-                };
-                let address = Some(format!("https://{host}"));
-                Docker::connect_with_custom_transport(
-                    transport,
-                    address,
-                    seconds,
-                    API_DEFAULT_VERSION,
-                )
-            }
-        }?;
-        client.negotiate_version().await
-    }
-}
-
-/// TLS by the files of the docker command. (The library's own TLS refuses a certificate that is its own CA.)
-fn https(folder: &Path) -> Result<HttpsConnector<HttpConnector>, Error> {
-    let file = |name: &str| Some(folder.join(name));
-    let files = (file("ca.pem"), file("cert.pem"), file("key.pem"));
-    let wrong = |error: String| Error::from(io::Error::other(error));
-    let tls = ClientTls::new(files.0, files.1, files.2, ["DOCKER_CERT_PATH"; 3]).map_err(wrong)?;
-    let pem = tls.load().map_err(|error| wrong(error.to_string()))?;
-    let config = pem.config().map_err(|error| wrong(error.to_string()))?;
-    let config = config.ok_or_else(|| wrong("no ca.pem".to_owned()))?;
-    let mut http = HttpConnector::new();
-    http.enforce_http(false);
-    Ok(HttpsConnector::from((http, config)))
 }
 
 impl fmt::Display for Engine {

@@ -141,6 +141,7 @@ pub struct RunEnd(Arc<Run>);
 struct Run {
     ended: AtomicBool,
     process: OnceLock<Process>,
+    network_shown: AtomicBool,
 }
 
 impl RunEnd {
@@ -165,6 +166,16 @@ impl RunEnd {
     /// Its first process, if it was seen.
     pub fn process(&self) -> Option<Process> {
         self.0.process.get().copied()
+    }
+
+    /// The kernel shows the container's address in the network of its process, as it does not of a sandbox's.
+    pub fn shows_network(&self) {
+        self.0.network_shown.store(true, Relaxed);
+    }
+
+    /// Whether what the kernel shows of its network can be relied on.
+    pub fn has_shown_network(&self) -> bool {
+        self.0.network_shown.load(Relaxed)
     }
 }
 

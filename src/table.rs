@@ -454,6 +454,8 @@ mod tests {
             next_contested(&Table::default(), &consumers, &answers(&[]), &["172.17.0.2"]).unwrap();
         assert_eq!(service(&table, "172.17.0.2", 6379), None);
         assert_eq!(service(&table, "172.17.0.3", 80), Some("web"));
+        let known: Vec<_> = table.known().iter().map(ToString::to_string).collect();
+        assert_eq!(known, ["172.17.0.3"], "a connection from the other one may wait");
         assert!(matches!(
             table.unrouted().next().unwrap().reason,
             UnroutedReason::Contested { .. }

@@ -18,6 +18,8 @@ use rustls::{
     server::ParsedCertificate,
 };
 
+use reqwest::{ClientBuilder, Identity};
+
 use crate::source::SourceError;
 
 /// Makes ring the crypto provider of this process. To be called before any TLS client is built, as often as one likes.
@@ -69,6 +71,28 @@ impl ClientTls {
 
     pub fn is_empty(&self) -> bool {
         self.ca.is_none() && self.identity.is_none()
+    }
+
+    /// Sets up a client of HTTP/1.1: whom it trusts, and what it shows. `verify`: whether it checks the server's certificate at all.
+    pub(crate) fn prepare(
+        &self,
+        builder: ClientBuilder,
+        verify: bool,
+    ) -> Result<ClientBuilder, SourceError> {
+        let pem = self.load()?;
+        if let Some(mut config) = pem.config()?.filter(|_| verify) {
+            config.alpn_protocols = vec![b"http/1.1".to_vec()];
+            return Ok(builder.tls_backend_preconfigured(config));
+        }
+        // The system's CAs are trusted, or any.
+        let mut builder = builder.tls_danger_accept_invalid_certs(!verify);
+        if let Some((certificate, key)) = pem.identity {
+            let identity = Identity::from_pem(&[certificate, b"\n".to_vec(), key].concat());
+            builder = builder.identity(identity.map_err(|error| {
+                SourceError::caused("the client certificate and key", &error)
+            })?);
+        }
+        Ok(builder)
     }
 
     pub(crate) fn load(&self) -> Result<Pem, SourceError> {

@@ -21,7 +21,7 @@ pub(crate) struct Args {
     pub(super) dnat: Option<String>,
 
     /// Like --dnat, and also capture connections that this host or container opens itself, and connections of linked
-    /// containers to the address of --interface
+    /// containers to any address of its own
     #[arg(long, help_heading = CAPTURE, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) redirect: Option<String>,
 
@@ -80,7 +80,7 @@ pub(crate) struct Args {
     pub(super) prefix: Option<String>,
 
     /// Interface whose address is the source address of the static provider's consumer; 127.0.0.1 and ::1 always count
-    /// too. With --redirect, linked containers connect to this address [default: eth0] [env: INTERFACE]
+    /// too [default: eth0] [env: INTERFACE]
     #[arg(long, help_heading = CONSUMERS, value_name = "NAME")]
     pub(super) interface: Option<String>,
 

@@ -26,14 +26,24 @@ impl Gateways {
     /// Minimum interval for one provider listing: with thousands of interfaces, listing them takes longer than everything else.
     const PAUSE: Duration = Duration::from_secs(1);
 
-    /// The addresses of docker0, and of all bridges if unknown containers are captured; the previous ones if they cannot be
-    /// listed now.
+    /// The addresses of docker0, and of this host in all bridge networks if unknown containers are captured.
     pub(super) fn seen(
         &mut self,
         listing: &Arc<Listing>,
         strangers: bool,
         now: Instant,
     ) -> Vec<Vip> {
+        let mut vips = self.docker0(listing, now);
+        if strangers {
+            vips.extend(listing.gateways.iter().copied().map(Vip));
+        }
+        vips.sort();
+        vips.dedup();
+        vips
+    }
+
+    /// The addresses of docker0; the previous ones if they cannot be listed now.
+    fn docker0(&mut self, listing: &Arc<Listing>, now: Instant) -> Vec<Vip> {
         let is_fresh = |(seen, at): &&(Arc<Listing>, Instant)| {
             seen.bridges == listing.bridges && now.saturating_duration_since(*at) < Self::PAUSE
         };
@@ -41,9 +51,7 @@ impl Gateways {
         if self.look_again.is_some() {
             return self.vips.clone();
         }
-        let wanted =
-            |name: &str| name == "docker0" || (strangers && listing.bridges.contains(name));
-        match fixed::addresses_of(wanted) {
+        match fixed::addresses_of("docker0") {
             Ok(addresses) => self.vips = addresses.into_iter().map(Vip).collect(),
             Err(error) => warn!(%error, "cannot determine VIPs; keeping the previous ones"),
         }

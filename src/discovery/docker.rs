@@ -13,11 +13,14 @@
 //! Unlike with registrator, a container without a name of these is not a service: its image's name makes it none.
 //!
 //! Where the endpoint is, depends on the engine. The containers of an engine on this host (the consumers' own, or one
-//! behind a Unix socket) are reached at their address on the first of their networks by name, and need to publish
-//! nothing; those on the host's network at 127.0.0.1. The containers of any other engine are reached at the host of
-//! its URI, on the ports they publish. `--network=container:<other>` is followed.
+//! behind a Unix socket) need to publish nothing. They are reached at their address on the first by name of those of
+//! their networks that lead there: the bridge networks, or, if embassy runs in a container itself, the networks of that
+//! container. Those on the host's network are reached at 127.0.0.1, and from inside a container at its gateway. The
+//! containers of any other engine are reached at the host of its URI, on the ports they publish.
+//! `--network=container:<other>` is followed.
 //!
-//! A paused container is no endpoint; with `-filter` neither is one whose HEALTHCHECK does not pass (yet).
+//! A container that is paused, or that was sent its stop signal, is an endpoint only if there is no other; with `-filter`
+//! one whose HEALTHCHECK does not pass (yet) is none.
 
 use self::offers::Offers;
 use crate::{
@@ -28,6 +31,7 @@ use crate::{
 
 mod metadata;
 pub(crate) mod offers;
+mod reach;
 
 #[cfg(test)]
 mod tests;

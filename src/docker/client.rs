@@ -1,101 +1,186 @@
-//! A client of an engine for one session. It sends only GET requests; each has a timeout for the complete answer.
+//! A client of an engine for one session. It sends only GET requests; each has a timeout for the complete answer, and a limit
+//! on its size. An engine behind a proxy that filters has to allow `/_ping`, `/events`, `/containers/json`,
+//! `/containers/<id>/json` and `/networks`; nothing else is asked for.
 
-use std::{collections::HashMap, fmt, net::IpAddr, time::Duration};
-
-use bollard::{
-    Docker,
-    errors::Error,
-    models::EventMessage,
-    query_parameters::{EventsOptions, ListContainersOptions},
+use std::{
+    fmt,
+    net::IpAddr,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
-use futures_util::{Stream, TryFutureExt};
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use futures_util::{Stream, stream::try_unfold};
+use reqwest::{Response, StatusCode, header::DATE, redirect::Policy};
+use serde::de::DeserializeOwned;
+use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 use tokio::time::timeout;
 use tracing::warn;
 
 use super::{
-    Address, Engine,
-    container::Bridges,
+    Address, Engine, answers,
     inspections::Ticket,
     read::{self, Found, Listed},
 };
-use crate::source::SourceError;
-
-#[derive(Debug)]
-pub(super) struct Client<'a> {
-    docker: Docker,
-    engine: &'a Engine,
-}
+use crate::{
+    source::SourceError,
+    tls::{self, ClientTls},
+};
 
 /// Interval and timeout of pings to a quiet engine.
 pub(super) const PING: Duration = Duration::from_secs(5);
+/// What a request may take whose answer others wait for.
+const ANSWER: Duration = Duration::from_secs(10);
+/// The same for the networks: a swarm manager without quorum takes 20 s, and nothing else waits for them.
+const SLOW_ANSWER: Duration = Duration::from_secs(60);
+const CONNECT: Duration = Duration::from_secs(3);
+/// Maximum size of an answer: a list of ten thousand containers with long labels fits.
+const LARGEST: usize = 128 << 20;
+/// The newest version of the API whose answers are known to be read rightly.
+const NEWEST: (u32, u32) = (1, 52);
 
-impl<'a> Client<'a> {
-    pub(super) async fn connect(engine: &'a Engine) -> Result<Self, SourceError> {
-        let docker = ask(engine, "the version", engine.connect()).await?;
-        Ok(Self { docker, engine })
+#[derive(Debug)]
+pub(crate) struct Client {
+    engine: Engine,
+    http: reqwest::Client,
+    /// `http://host/v1.41`
+    base: String,
+}
+
+/// Why a request has no answer.
+#[derive(Debug, thiserror::Error)]
+enum Unanswered {
+    #[error("{}{}", .0, said(.1))]
+    Refused(StatusCode, String),
+    #[error("cannot parse the answer: {0}")]
+    Unreadable(#[from] serde_json::Error),
+    #[error("the answer is longer than {LARGEST} bytes")]
+    TooLong,
+    #[error("no answer within {} s", .0.as_secs())]
+    Late(Duration),
+    #[error(transparent)]
+    Broken(reqwest::Error),
+}
+
+impl From<reqwest::Error> for Unanswered {
+    fn from(error: reqwest::Error) -> Self {
+        Self::Broken(error.without_url())
     }
+}
 
-    /// The answer to a request, with [`Engine::TIMEOUT`]: the client's own timeout covers only the head of the answer.
-    async fn ask<T>(
-        &self,
-        what: &str,
-        request: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, SourceError> {
-        ask(self.engine, what, request).await
+impl Unanswered {
+    /// Whether it is the engine's word that there is no such thing. Podman says so with the status 500.
+    fn is_absence(&self) -> bool {
+        match self {
+            Self::Refused(StatusCode::NOT_FOUND, _) => true,
+            Self::Refused(_, message) => message.contains("no such container"),
+            _ => false,
+        }
     }
+}
 
-    /// The engine's own clock, as [`Client::events`] takes it.
-    pub(super) async fn time(&self) -> Result<String, SourceError> {
-        let info = self.ask("the time", self.docker.info()).await?;
-        let text = info.system_time.unwrap_or_default();
-        let wrong = || self.error("the time", format_args!("{text:?}: expected RFC 3339"));
-        since(&text).ok_or_else(wrong)
+/// A message in an error's text.
+fn said(message: &str) -> String {
+    if message.is_empty() { String::new() } else { format!(": {message}") }
+}
+
+impl Client {
+    /// Connects, and says when that was by the engine's own clock, as [`Client::events`] takes it.
+    ///
+    /// The client speaks the newest version that both sides know: no fixed version fits the engines from 20.10 to 29.
+    pub(crate) async fn connect(engine: &Engine) -> Result<(Self, String), SourceError> {
+        let (http, base) = engine.http()?;
+        let mut client = Self { engine: engine.clone(), http, base };
+        let asking = async {
+            let response = client.open("/_ping").await?;
+            let header = |name: &str| response.headers().get(name)?.to_str().ok();
+            let since = header(DATE.as_str()).and_then(since).unwrap_or_else(now);
+            Ok((header("Api-Version").and_then(version), since))
+        };
+        let answer = within(ANSWER, asking).await;
+        let (version, since) = answer.map_err(|error| client.failed("a ping", &error))?;
+        // An engine that does not say its version gets requests without one, and answers as it likes best.
+        if let Some((major, minor)) = version.map(|version| version.min(NEWEST)) {
+            client.base.push_str(&format!("/v{major}.{minor}"));
+        }
+        Ok((client, since))
     }
 
     /// The events of containers and networks from `since` on. An engine replays only a few of the events before the
-    /// subscription.
+    /// subscription. The stream ends with an error, and with nothing else.
     pub(super) fn events(
         &self,
-        since: String,
+        since: &str,
         actions: &[&str],
-    ) -> impl Stream<Item = Result<EventMessage, Error>> + use<> {
-        let words = |words: &[&str]| words.iter().map(ToString::to_string).collect();
-        let filters = HashMap::from([
-            ("type".to_owned(), words(&["container", "network"])),
-            ("event".to_owned(), words(actions)),
-        ]);
-        let since = Some(since);
-        self.docker.events(Some(EventsOptions { since, until: None, filters: Some(filters) }))
+    ) -> impl Stream<Item = Result<answers::Event, SourceError>> + use<'_> {
+        let filters = serde_json::json!({"type": ["container", "network"], "event": actions});
+        let query: String = url::form_urlencoded::Serializer::new(String::new())
+            .append_pair("since", since)
+            .append_pair("filters", &filters.to_string())
+            .finish();
+        let path = format!("/events?{query}");
+        try_unfold((None, Vec::new()), move |(response, rest)| {
+            let path = path.clone();
+            async move {
+                let next = self.next_event(&path, response, rest).await;
+                next.map(Some).map_err(|error| self.failed("the events", &error))
+            }
+        })
     }
 
-    /// The running containers.
-    pub(super) async fn list(&self) -> Result<Vec<Listed>, SourceError> {
-        let running = self.docker.list_containers(None::<ListContainersOptions>);
-        Ok(read::listed(self.ask("the containers", running).await?))
-    }
-
-    /// The data that needs no inspection: the networks, the running containers, and the host.
-    pub(super) async fn overview(
+    /// The next event of a stream, which is opened where it is not, with the stream and what is left of its last piece.
+    async fn next_event(
         &self,
-    ) -> Result<(Bridges, Vec<Listed>, Option<IpAddr>), SourceError> {
-        tokio::try_join!(self.bridges(), self.list(), self.host())
+        path: &str,
+        response: Option<Response>,
+        mut rest: Vec<u8>,
+    ) -> Result<(answers::Event, (Option<Response>, Vec<u8>)), Unanswered> {
+        let mut response = match response {
+            Some(response) => response,
+            None => self.open(path).await?,
+        };
+        loop {
+            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<_> = rest.drain(..=end).collect();
+                if !line.trim_ascii().is_empty() {
+                    return Ok((serde_json::from_slice(&line)?, (Some(response), rest)));
+                }
+            }
+            if !more(&mut response, &mut rest).await? {
+                return Err(Unanswered::Refused(response.status(), "the stream ended".to_owned()));
+            }
+        }
     }
 
-    pub(super) async fn bridges(&self) -> Result<Bridges, SourceError> {
-        let networks = self.docker.list_networks(None);
-        Ok(read::bridges(self.ask("the networks", networks).await?))
+    /// The running containers. Podman lists a paused one only if it is asked for.
+    pub(super) async fn list(&self) -> Result<Vec<Listed>, SourceError> {
+        let filters = serde_json::json!({"status": ["running", "paused"]}).to_string();
+        let query: String = url::form_urlencoded::Serializer::new(String::new())
+            .append_pair("filters", &filters)
+            .finish();
+        let running = self.get(&format!("/containers/json?{query}"), ANSWER).await;
+        Ok(read::listed(running.map_err(|error| self.failed("the containers", &error))?))
+    }
+
+    pub(crate) async fn networks(&self) -> Result<Vec<answers::Network>, SourceError> {
+        let networks = self.get("/networks", SLOW_ANSWER).await;
+        networks.map_err(|error| self.failed("the networks", &error))
+    }
+
+    pub(crate) async fn version(&self) -> Result<answers::Version, SourceError> {
+        let version = self.get("/version", ANSWER).await;
+        version.map_err(|error| self.failed("the version", &error))
     }
 
     /// The address of the engine's host, if it is not reached via a Unix socket.
-    async fn host(&self) -> Result<Option<IpAddr>, SourceError> {
+    pub(super) async fn host(&self) -> Result<Option<IpAddr>, SourceError> {
         let Address::Tcp(host) = &self.engine.address else { return Ok(None) };
         let name = host.rsplit_once(':').map_or(host.as_str(), |(name, _port)| name);
         if let Ok(address) = name.trim_matches(['[', ']']).parse() {
             return Ok(Some(address));
         }
-        let lookup = tokio::net::lookup_host((name, 0)).map_err(Error::from);
-        let found: Vec<_> = self.ask("the host", lookup).await?.collect();
+        let found = timeout(ANSWER, tokio::net::lookup_host((name, 0))).await;
+        let found = found.map_err(|_| self.error("the host", Unanswered::Late(ANSWER)))?;
+        let found = found.map_err(|error| self.error("the host", error))?;
+        let found: Vec<_> = found.collect();
         // IPv4 if there is a choice: every published port is published there.
         let address = found.iter().find(|found| found.is_ipv4()).or(found.first());
         let address = address.ok_or_else(|| self.error("the host", "it has no address"))?;
@@ -108,45 +193,57 @@ impl<'a> Client<'a> {
         ticket: Ticket,
         prefixes: &[String],
     ) -> Result<(Ticket, Found), SourceError> {
-        let id = &ticket.id;
-        let answer =
-            timeout(Engine::TIMEOUT, self.docker.inspect_container(id.as_str(), None)).await;
+        let id = ticket.id.as_str();
         // An engine may hang on one container and serve all others.
-        let found = match answer.unwrap_or(Err(Error::RequestTimeoutError)) {
-            Ok(answer) => read::found(id, answer, prefixes),
-            Err(Error::DockerResponseServerError { status_code: 404, .. }) => Found::NotRunning,
-            Err(
-                error @ (Error::DockerResponseServerError { .. }
-                | Error::JsonDataError { .. }
-                | Error::JsonSerdeError { .. }
-                | Error::RequestTimeoutError),
-            ) => {
-                let id = id.as_str();
+        let found = match self.get(&format!("/containers/{id}/json"), ANSWER).await {
+            Ok(answer) => read::found(&ticket.id, answer, prefixes),
+            Err(error) if error.is_absence() => Found::NotRunning,
+            Err(error @ Unanswered::Broken(_)) => {
+                return Err(self.failed(&format!("container {id}"), &error));
+            }
+            Err(error) => {
                 warn!(id, %error, "docker inspect failed; keeping the container's last known state");
                 Found::Unknown
             }
-            Err(error) => return Err(self.failed(&format!("container {}", id.as_str()), &error)),
         };
         Ok((ticket, found))
     }
 
-    /// The next events of the stream. It never ends by itself.
-    pub(super) fn event(
-        &self,
-        next: Option<Result<EventMessage, Error>>,
-    ) -> Result<EventMessage, SourceError> {
-        let event = next.ok_or_else(|| self.error("the events", "ended"))?;
-        event.map_err(|error| self.failed("the events", &error))
-    }
-
     pub(super) async fn ping(&self) -> Result<(), SourceError> {
-        let answer = timeout(PING, self.docker.ping()).await;
-        let answer = answer.map_err(|_| self.error("a ping", "no answer"))?;
+        let answer = within(PING, self.open("/_ping")).await;
         answer.map(drop).map_err(|error| self.failed("a ping", &error))
     }
 
-    fn failed(&self, what: &str, error: &Error) -> SourceError {
-        SourceError::caused(format_args!("{what} of {}", self.engine), error)
+    async fn get<T: DeserializeOwned>(&self, path: &str, limit: Duration) -> Result<T, Unanswered> {
+        let asking = async {
+            let (mut response, mut body) = (self.open(path).await?, Vec::new());
+            while more(&mut response, &mut body).await? {}
+            Ok(serde_json::from_slice(&body)?)
+        };
+        within(limit, asking).await
+    }
+
+    /// Asks, and waits for the head of an answer that is no error.
+    async fn open(&self, path: &str) -> Result<Response, Unanswered> {
+        let mut response = self.http.get(format!("{}{path}", self.base)).send().await?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let mut body = Vec::new();
+        while body.len() < LONGEST_MESSAGE && more(&mut response, &mut body).await? {}
+        Err(Unanswered::Refused(status, message(&body)))
+    }
+
+    fn failed(&self, what: &str, error: &Unanswered) -> SourceError {
+        let is_filtered = matches!(error, Unanswered::Refused(StatusCode::FORBIDDEN, _));
+        let what = format!("{what} of {}", self.engine);
+        match is_filtered {
+            false => SourceError::caused(what, error),
+            true => SourceError::new(format_args!(
+                "{what}: {error} (a proxy of the engine has to allow GET of /_ping, /events, /containers and /networks)"
+            )),
+        }
     }
 
     fn error(&self, what: &str, reason: impl fmt::Display) -> SourceError {
@@ -154,25 +251,85 @@ impl<'a> Client<'a> {
     }
 }
 
-async fn ask<T>(
-    engine: &Engine,
-    what: &str,
-    request: impl Future<Output = Result<T, Error>>,
-) -> Result<T, SourceError> {
-    let what = format!("{what} of {engine}");
-    match timeout(Engine::TIMEOUT, request).await {
-        Ok(answer) => answer.map_err(|error| SourceError::caused(what, &error)),
-        Err(_) => {
-            let seconds = Engine::TIMEOUT.as_secs();
-            Err(SourceError::new(format_args!("{what}: no answer within {seconds} s")))
-        }
+impl Engine {
+    /// An HTTP client for it, and what its URLs start with. Proxies of the environment are not used.
+    fn http(&self) -> Result<(reqwest::Client, String), SourceError> {
+        tls::install_provider();
+        let builder = reqwest::Client::builder()
+            .connect_timeout(CONNECT)
+            .redirect(Policy::none())
+            .no_proxy()
+            .http1_only();
+        let (builder, base) = match (&self.address, &self.certificates) {
+            (Address::Unix(path), _) => (
+                builder.tls_certs_only([]).unix_socket(path.as_path()),
+                "http://localhost".to_owned(),
+            ),
+            (Address::Tcp(host), None) => (builder.tls_certs_only([]), format!("http://{host}")),
+            (Address::Tcp(host), Some(folder)) => {
+                let [ca, certificate, key] =
+                    ["ca.pem", "cert.pem", "key.pem"].map(|name| Some(folder.join(name)));
+                let tls = ClientTls::new(ca, certificate, key, ["ca.pem", "cert.pem", "key.pem"])
+                    .map_err(SourceError::new)?;
+                (tls.prepare(builder, true)?, format!("https://{host}"))
+            }
+        };
+        let client =
+            builder.build().map_err(|e| SourceError::caused("cannot create an HTTP client", &e))?;
+        Ok((client, base))
     }
 }
 
-/// A time in the format of the events' `since`.
-pub(super) fn since(rfc3339: &str) -> Option<String> {
-    let time = OffsetDateTime::parse(rfc3339, &Rfc3339).ok()?;
-    Some(format!("{}.{:09}", time.unix_timestamp(), time.nanosecond()))
+async fn within<T>(
+    limit: Duration,
+    asking: impl Future<Output = Result<T, Unanswered>>,
+) -> Result<T, Unanswered> {
+    timeout(limit, asking).await.unwrap_or(Err(Unanswered::Late(limit)))
+}
+
+/// Reads the next piece of a body; false at its end.
+async fn more(response: &mut Response, body: &mut Vec<u8>) -> Result<bool, Unanswered> {
+    let Some(piece) = response.chunk().await? else { return Ok(false) };
+    if body.len() + piece.len() > LARGEST {
+        return Err(Unanswered::TooLong);
+    }
+    body.extend_from_slice(&piece);
+    Ok(true)
+}
+
+/// As much of an error's body as is read, and as a log line should hold.
+const LONGEST_MESSAGE: usize = 16 << 10;
+const LONGEST_IN_LOG: usize = 300;
+
+/// What the body of an error says, in one line: an engine writes JSON, and a proxy before it perhaps a page.
+fn message(body: &[u8]) -> String {
+    let text = match serde_json::from_slice::<answers::Fault>(body) {
+        Ok(fault) => fault.message,
+        Err(_) => String::from_utf8_lossy(body).into_owned(),
+    };
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(LONGEST_IN_LOG) {
+        Some((end, _)) => format!("{}…", line.get(..end).unwrap_or_default()),
+        None => line,
+    }
+}
+
+/// `1.41`
+fn version(text: &str) -> Option<(u32, u32)> {
+    let (major, minor) = text.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// The time of an answer's `Date`, in the format of the events' `since`. It is cut to seconds, so events of the second before
+/// may come again.
+pub(super) fn since(date: &str) -> Option<String> {
+    let time = OffsetDateTime::parse(date, &Rfc2822).ok()?;
+    Some(time.unix_timestamp().to_string())
+}
+
+/// The same of this host's clock, for an answer without a date.
+fn now() -> String {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().to_string()
 }
 
 #[cfg(test)]
@@ -180,10 +337,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_engines_time_is_said_in_seconds_whatever_its_zone() {
-        let utc = since("2026-01-02T03:04:05.000000678Z");
-        assert_eq!(utc.as_deref(), Some("1767323045.000000678"));
-        assert_eq!(since("2026-01-02T05:04:05.000000678+02:00"), utc);
-        assert_eq!(since("yesterday"), None);
+    fn a_date_is_said_in_seconds() {
+        assert_eq!(since("Fri, 02 Jan 2026 03:04:05 GMT").as_deref(), Some("1767323045"));
+        for wrong in ["", "yesterday", "Fri, 02 Jan 2026"] {
+            assert_eq!(since(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn versions_are_numbers_and_the_newest_known_one_is_a_bound() {
+        let asked = |text: &str| version(text).map(|version| version.min(NEWEST));
+        assert_eq!(asked("1.41"), Some((1, 41)));
+        assert_eq!(asked("1.9"), Some((1, 9)));
+        assert_eq!(asked("1.99"), Some(NEWEST));
+        assert_eq!(asked("2.0"), Some(NEWEST));
+        for wrong in ["", "1", "1.x", "v1.41", "1.41.1"] {
+            assert_eq!(asked(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_an_error_says_is_one_short_line() {
+        assert_eq!(message(br#"{"message": "no such\ncontainer"}"#), "no such container");
+        let page = b"<html><body><h1>403 Forbidden</h1>\n\nRequest forbidden.\r\n</body></html>\n";
+        assert_eq!(
+            message(page),
+            "<html><body><h1>403 Forbidden</h1> Request forbidden. </body></html>"
+        );
+        assert_eq!(message(b""), "");
+        assert_eq!(message("ä".repeat(1000).as_bytes()).chars().count(), LONGEST_IN_LOG + 1);
     }
 }

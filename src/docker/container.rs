@@ -10,8 +10,12 @@ use ipnet::IpNet;
 
 use crate::model::{ContainerId, Port, RunEnd};
 
-/// A network's ID.
+/// A network's ID. [`SHOWN`] is none that an engine gives.
 pub type NetworkId = Arc<str>;
+
+/// In place of a network's ID: the addresses that a container's process shows, if its engine knows none. Another program gave
+/// them, as CNI, pipework and a DHCP client do.
+pub(crate) const SHOWN: &str = "";
 
 /// Everything that runs on an engine at one time. What did not change is the same `Arc` as in the one before, and those
 /// that are made of the same are equal.
@@ -21,6 +25,10 @@ pub struct Inventory {
     pub containers: Vec<Arc<Container>>,
     /// The networks that the `bridge` driver made.
     pub bridges: Arc<Bridges>,
+    /// The other networks.
+    pub others: Arc<OtherNetworks>,
+    /// The interfaces of our own network namespace.
+    pub here: Arc<Interfaces>,
     /// The address of the engine's host, if the engine is reached over TCP.
     pub host: Option<IpAddr>,
     /// Number of runs whose process has ended since the start. Such a container stays until the engine reports its end too.
@@ -28,6 +36,18 @@ pub struct Inventory {
 }
 
 pub type Bridges = BTreeMap<NetworkId, Bridge>;
+pub type OtherNetworks = BTreeMap<NetworkId, OtherNetwork>;
+/// Their addresses, by name; no loopback and no link-local ones.
+pub type Interfaces = BTreeMap<Arc<str>, Vec<IpAddr>>;
+
+/// A network that is no bridge of the engine's host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OtherNetwork {
+    pub driver: Arc<str>,
+    pub ranges: Vec<IpNet>,
+    /// The host's interface that it is made of, if it is one of `macvlan` or `ipvlan`.
+    pub parent: Arc<str>,
+}
 
 /// A network whose gateway is on the engine's host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -48,8 +68,8 @@ pub struct Container {
     pub pid: i32,
     /// The end of this run, if its process is visible. A run keeps it as long as it is known.
     pub run: RunEnd,
-    /// Ends when the container, by the engine's word, cannot be reached any more as it could: it has gone, is paused, or
-    /// has another address.
+    /// Ends when the container, by the engine's word, cannot be reached any more as it could: it has gone, is
+    /// between two runs, or has another address.
     pub left: RunEnd,
     pub network: Network,
     /// `NAME=value`; only those that a follower needs.
@@ -57,8 +77,14 @@ pub struct Container {
     pub labels: BTreeMap<String, String>,
     pub exposed: BTreeSet<ContainerPort>,
     pub published: BTreeMap<ContainerPort, Vec<SocketAddr>>,
-    /// It is paused or between two runs: the kernel may accept connections that no process answers.
-    pub is_halted: bool,
+    /// The signal that asks it to stop.
+    pub stop_signal: i32,
+    /// That signal was sent to this run.
+    pub is_stopping: bool,
+    /// The kernel accepts connections, and no process answers them until it goes on.
+    pub is_paused: bool,
+    /// It is between two runs.
+    pub is_restarting: bool,
     /// Its HEALTHCHECK passes, or it has none.
     pub is_healthy: bool,
 }
@@ -102,6 +128,19 @@ pub enum NoNetwork {
     Circle,
 }
 
+/// The bridge network that a container's end is on, if it is on one. Podman up to 5.3 puts the network's name where its ID
+/// should be; the gateway shows which one it is then.
+pub(crate) fn bridge_of<'a>(
+    bridges: &'a Bridges,
+    network: &NetworkId,
+    end: &Attachment,
+) -> Option<&'a Bridge> {
+    bridges.get(network).or_else(|| {
+        let is_in = |range: &IpNet| end.gateways.iter().any(|gateway| range.contains(gateway));
+        bridges.values().find(|bridge| bridge.ranges.iter().any(is_in))
+    })
+}
+
 impl Inventory {
     /// The container whose network namespace this one lives in: itself, or at the end of `net=container:` references.
     pub fn namespace<'a>(
@@ -135,6 +174,8 @@ impl PartialEq for Inventory {
         let both = self.containers.iter().zip(&other.containers);
         (self.host, self.ended) == (other.host, other.ended)
             && Arc::ptr_eq(&self.bridges, &other.bridges)
+            && Arc::ptr_eq(&self.others, &other.others)
+            && Arc::ptr_eq(&self.here, &other.here)
             && self.containers.len() == other.containers.len()
             && both.into_iter().all(|(one, other)| Arc::ptr_eq(one, other))
     }
@@ -146,6 +187,34 @@ impl Container {
         self.attachments().flat_map(|(_, attachment)| &attachment.addresses).copied()
     }
 
+    /// Those addresses that the engine gave it.
+    pub(super) fn given(&self) -> impl Iterator<Item = IpAddr> {
+        let given = self.attachments().filter(|(network, _)| ***network != *SHOWN);
+        given.flat_map(|(_, attachment)| &attachment.addresses).copied()
+    }
+
+    /// Whether it has a network namespace of its own, and the engine gave it no address there.
+    pub(super) fn is_unaddressed(&self) -> bool {
+        matches!(self.network, Network::Own(_)) && self.given().next().is_none()
+    }
+
+    /// The same container, where its process shows it.
+    pub(super) fn at(&self, shown: Option<Attachment>) -> Self {
+        let mut container = self.clone();
+        if let Network::Own(attachments) = &mut container.network {
+            match shown {
+                None => drop(attachments.remove(SHOWN)),
+                Some(shown) => drop(attachments.insert(SHOWN.into(), shown)),
+            }
+        }
+        container
+    }
+
+    /// Where its process shows it.
+    pub(super) fn shown(&self) -> Option<&Attachment> {
+        self.attachments().find(|(network, _)| ***network == *SHOWN).map(|(_, shown)| shown)
+    }
+
     /// The networks that its own namespace is attached to.
     pub fn attachments(&self) -> impl Iterator<Item = (&NetworkId, &Attachment)> {
         let own = match &self.network {
@@ -155,20 +224,12 @@ impl Container {
         own.into_iter().flatten()
     }
 
-    /// Its address on the first network, by name, that gave it one.
-    pub fn address(&self) -> Option<IpAddr> {
-        let attached = self.attachments().map(|(_, attachment)| attachment);
-        let with_address = attached.filter(|attachment| !attachment.addresses.is_empty());
-        let first = with_address.min_by_key(|attachment| &attachment.name)?;
-        first.addresses.first().copied()
-    }
-
-    /// Whether it is reached in the same way as another state of the same container.
-    pub(super) fn is_reached_as(&self, other: &Self) -> bool {
-        let kind = std::mem::discriminant(&self.network) == std::mem::discriminant(&other.network);
-        kind && self.started_at == other.started_at
-            && self.address() == other.address()
-            && self.is_halted == other.is_halted
+    /// Whether it can be reached wherever it could be in another state of the same container.
+    pub(super) fn is_reached_as(&self, before: &Self) -> bool {
+        let kind = std::mem::discriminant(&self.network) == std::mem::discriminant(&before.network);
+        kind && self.started_at == before.started_at
+            && before.addresses().all(|address| self.addresses().any(|now| now == address))
+            && self.is_restarting == before.is_restarting
     }
 
     /// Whether this run started after another. The kernel's word on their processes goes before the wall clock's.
@@ -209,7 +270,10 @@ pub(crate) mod samples {
             labels: BTreeMap::new(),
             exposed: BTreeSet::new(),
             published: BTreeMap::new(),
-            is_halted: false,
+            stop_signal: 15,
+            is_stopping: false,
+            is_paused: false,
+            is_restarting: false,
             is_healthy: true,
         }
     }

@@ -12,7 +12,10 @@ use std::{
 };
 
 use super::{
-    container::{Attachment, Bridges, Container, Inventory, Network, NetworkId},
+    container::{
+        Attachment, Bridges, Container, Interfaces, Inventory, Network, NetworkId, OtherNetworks,
+        SHOWN,
+    },
     inspections::{Inspections, Ticket, Urgency},
     read::{Found, Listed, Notice},
 };
@@ -32,6 +35,8 @@ enum AwaitedList {
 #[derive(Debug, Default)]
 pub(super) struct Containers {
     running: BTreeMap<ContainerId, Arc<Container>>,
+    /// Those of them that are known to be at an address: more than one if all but one have lost it unheard.
+    claims: HashMap<IpAddr, BTreeSet<ContainerId>>,
     /// Those that an event ended and whose inspection is not back: the end may be that of a run before.
     doubtful: HashMap<ContainerId, Arc<Container>>,
     inspections: Inspections,
@@ -41,6 +46,8 @@ pub(super) struct Containers {
     complete: bool,
     list: AwaitedList,
     bridges: Arc<Bridges>,
+    others: Arc<OtherNetworks>,
+    here: Arc<Interfaces>,
     /// Whether an event reported a new or removed network.
     networks_changed: bool,
     host: Option<IpAddr>,
@@ -83,8 +90,10 @@ impl Containers {
                 false => Urgency::New,
             };
             if let Some(given) = addresses.filter(|_| !newer.contains(&id)) {
-                self.detach(&id, |_, attachment| {
-                    attachment.addresses.retain(|address| given.contains(address));
+                self.detach(&id, |network, attachment| {
+                    if **network != *SHOWN {
+                        attachment.addresses.retain(|address| given.contains(address));
+                    }
                     true
                 });
             }
@@ -98,10 +107,30 @@ impl Containers {
         }
     }
 
-    pub(super) fn bridges(&mut self, bridges: Bridges) {
+    pub(super) fn networks(&mut self, bridges: Bridges, others: OtherNetworks) {
         if *self.bridges != bridges {
             (self.bridges, self.changed) = (Arc::new(bridges), true);
         }
+        if *self.others != others {
+            (self.others, self.changed) = (Arc::new(others), true);
+        }
+    }
+
+    /// The interfaces of our own network namespace.
+    pub(super) fn here(&mut self, here: Interfaces) {
+        if *self.here != here {
+            (self.here, self.changed) = (Arc::new(here), true);
+        }
+    }
+
+    /// The networks are to be listed, or listed again.
+    pub(super) fn list_networks(&mut self) {
+        self.networks_changed = true;
+    }
+
+    /// The interfaces of our own network namespace.
+    pub(super) fn interfaces(&self) -> Arc<Interfaces> {
+        self.here.clone()
     }
 
     /// Whether the networks are to be listed again.
@@ -126,7 +155,9 @@ impl Containers {
             // The inspection finds nothing, except if the stream replayed the end of an earlier run.
             Notice::Ended(id) => {
                 if let Some(container) = self.remove(&id) {
-                    self.doubtful.insert(id.clone(), container);
+                    // A signal before this end was for a run before, if this one goes on.
+                    let unasked = Container { is_stopping: false, ..Container::clone(&container) };
+                    self.doubtful.insert(id.clone(), unasked.into());
                 }
                 self.seen(&id);
                 id
@@ -146,15 +177,31 @@ impl Containers {
                 self.networks_changed = true;
                 return;
             }
+            Notice::Signalled(id, signal) => {
+                self.signalled(&id, signal);
+                return;
+            }
         };
         self.is_newer(&id);
         self.inspections.want(id, Urgency::Event);
     }
 
-    /// Requests an inspection of the unknown ones among `ids`.
-    pub(super) fn look_for(&mut self, ids: impl IntoIterator<Item = ContainerId>) {
-        for id in ids {
-            if !self.running.contains_key(&id) && !self.inspections.is_under_way(&id) {
+    /// The containers that run now, looked at because an unknown one has dialled. Requests an inspection of those that are not
+    /// known, and of those that are known to be elsewhere: an event may have been lost.
+    pub(super) fn look_at(&mut self, list: Vec<Listed>) {
+        let listed: HashSet<_> = list.iter().map(|one| one.id.clone()).collect();
+        let gone = self.running.keys().filter(|id| !listed.contains(id));
+        let mut others: Vec<_> = gone.cloned().collect();
+        for Listed { id, addresses } in list {
+            let is_as_known = self.running.get(&id).is_some_and(|known| {
+                addresses.is_none_or(|given| known.given().all(|known| given.contains(&known)))
+            });
+            if !is_as_known {
+                others.push(id);
+            }
+        }
+        for id in others {
+            if !self.inspections.is_under_way(&id) {
                 self.inspections.want(id, Urgency::Event);
             }
         }
@@ -182,6 +229,11 @@ impl Containers {
                 let is_new = before.is_none();
                 if let Some(before) = before {
                     container.run = before.run.clone();
+                    // No inspection tells these two.
+                    container.is_stopping = before.is_stopping;
+                    if container.is_unaddressed() && before.is_unaddressed() {
+                        *container = container.at(before.shown().cloned());
+                    }
                 }
                 self.put(*container);
                 self.running.get(&id).filter(|_| is_new)
@@ -196,6 +248,19 @@ impl Containers {
                 None
             }
         }
+    }
+
+    /// A container's process shows that it is here.
+    pub(super) fn shown(&mut self, id: &ContainerId, shown: Option<Attachment>) {
+        if let Some(container) = self.running.get(id).filter(|one| one.is_unaddressed()) {
+            let container = container.at(shown);
+            self.put(container);
+        }
+    }
+
+    /// Those to which the engine gave no address.
+    pub(super) fn unaddressed(&self) -> impl Iterator<Item = &Arc<Container>> {
+        self.running.values().filter(|container| container.is_unaddressed())
     }
 
     /// A run's process has ended.
@@ -230,6 +295,8 @@ impl Containers {
         Inventory {
             containers: self.running.values().cloned().collect(),
             bridges: self.bridges.clone(),
+            others: self.others.clone(),
+            here: self.here.clone(),
             host: self.host,
             ended: self.ended,
         }
@@ -247,6 +314,17 @@ impl Containers {
         self.is_listed() && !self.listed.contains(id)
     }
 
+    /// A signal was sent to a container.
+    fn signalled(&mut self, id: &ContainerId, signal: i32) {
+        if let Some(before) = self.running.get(id)
+            && before.stop_signal == signal
+            && !before.is_stopping
+        {
+            let stopping = Container { is_stopping: true, ..Container::clone(before) };
+            self.put(stopping);
+        }
+    }
+
     fn seen(&mut self, id: &ContainerId) {
         if self.listed.remove(id) {
             self.complete |= self.listed.is_empty();
@@ -257,15 +335,38 @@ impl Containers {
     fn put(&mut self, mut container: Container) {
         match self.running.get(&container.id) {
             Some(before) if **before == container => return,
-            Some(before) if before.is_reached_as(&container) => {
+            Some(before) if container.is_reached_as(before) => {
                 container.left = before.left.clone();
             }
             Some(before) => before.left.mark_ended(),
             None => {}
         }
-        self.is_newer(&container.id);
-        self.running.insert(container.id.clone(), Arc::new(container));
+        let id = container.id.clone();
+        self.is_newer(&id);
+        self.drop_claims(&id);
+        for address in container.addresses() {
+            let claimants = self.claims.entry(address).or_default();
+            // All but one of them have lost it, and no event told of that: only inspections show who has it.
+            for other in claimants.iter().filter(|other| **other != id) {
+                self.inspections.want(other.clone(), Urgency::Event);
+            }
+            claimants.insert(id.clone());
+        }
+        self.running.insert(id, Arc::new(container));
         self.changed = true;
+    }
+
+    /// Nobody knows any more where a container is.
+    fn drop_claims(&mut self, id: &ContainerId) {
+        let Some(container) = self.running.get(id) else { return };
+        for address in container.addresses() {
+            if let Some(claimants) = self.claims.get_mut(&address) {
+                claimants.remove(id);
+                if claimants.is_empty() {
+                    self.claims.remove(&address);
+                }
+            }
+        }
     }
 
     /// What is known of a container may be newer than the list that is on its way.
@@ -276,6 +377,7 @@ impl Containers {
     }
 
     fn remove(&mut self, id: &ContainerId) -> Option<Arc<Container>> {
+        self.drop_claims(id);
         let container = self.running.remove(id)?;
         container.left.mark_ended();
         self.changed = true;
@@ -417,7 +519,7 @@ mod tests {
                 if ticket.id == a.id { again } else { before.containers[1].as_ref().clone() };
             found(&mut containers, ticket, &again);
         }
-        containers.bridges(Bridges::default());
+        containers.networks(Bridges::default(), OtherNetworks::default());
         containers.host(None);
         assert!(!containers.take_change());
         assert_eq!(containers.inventory(), before);
@@ -449,12 +551,15 @@ mod tests {
         };
         assert!(!next(&|a| a.is_healthy = false));
         assert!(!next(&|a| a.name = "other".into()));
-        assert!(!next(&|a| a.network = network(&[("n1", "10.0.1.2")])));
-        assert!(!next(&|a| a.network = network(&[("n1", "10.0.1.2"), ("n3", "10.0.3.2")])));
-        assert!(next(&|a| a.network = network(&[("n0", "10.0.0.2"), ("n1", "10.0.1.2")])));
+        assert!(next(&|a| a.network = network(&[("n1", "10.0.1.2")])));
+        assert!(next(&|a| a.network = network(&[("n1", "10.0.1.2"), ("n3", "10.0.3.2")])));
+        let three = [("n0", "10.0.0.2"), ("n1", "10.0.1.2"), ("n2", "10.0.2.2")];
+        assert!(!next(&|a| a.network = network(&three)));
+        assert!(!next(&|a| a.is_paused = true));
+        assert!(!next(&|a| a.is_stopping = true));
         assert!(next(&|a| a.network = network(&[("n2", "10.0.2.2")])));
         assert!(next(&|a| a.network = Network::Host));
-        assert!(next(&|a| a.is_halted = true));
+        assert!(next(&|a| a.is_restarting = true));
         assert!(next(&|a| a.started_at = "2026-01-01T00:00:01Z".into()));
     }
 
@@ -510,7 +615,8 @@ mod tests {
 
     #[test]
     fn a_list_says_nothing_of_those_whom_an_event_told_of_meanwhile() {
-        let [a, b, c] = ["a", "b", "c"].map(|name| container(name, bridge("172.17.0.2")));
+        let [a, b, c] = [("a", 2), ("b", 3), ("c", 4)]
+            .map(|(name, part)| container(name, bridge(&format!("172.17.0.{part}"))));
         let mut containers = with(&[a.clone(), b]);
         containers.list_again();
         // The engine has read its list: a and b run.
@@ -521,10 +627,12 @@ mod tests {
         found(&mut containers, ticket, &c);
         let ticket = look(&mut containers, "a");
         found(&mut containers, ticket, &container("a", bridge("172.17.0.7")));
-        let old =
-            |name| Listed { id: id(name), addresses: Some(["172.17.0.2".parse().unwrap()].into()) };
-        containers.relist(vec![old("a"), old("b")]);
-        assert_eq!(known(&containers), [at("a", &["172.17.0.7"]), at("c", &["172.17.0.2"])]);
+        let old = |name, address: &str| Listed {
+            id: id(name),
+            addresses: Some([address.parse().unwrap()].into()),
+        };
+        containers.relist(vec![old("a", "172.17.0.2"), old("b", "172.17.0.3")]);
+        assert_eq!(known(&containers), [at("a", &["172.17.0.7"]), at("c", &["172.17.0.4"])]);
         let looked_at: BTreeSet<_> =
             std::iter::from_fn(|| containers.next()).map(|ticket| ticket.id).collect();
         assert_eq!(looked_at, [id("a"), id("b"), id("c")].into());
@@ -592,9 +700,92 @@ mod tests {
         let mut containers = with(&[container("a", bridge("172.17.0.2"))]);
         containers.relist(listed(&["a", "b", "c"]));
         let _b = next(&mut containers, "b");
-        containers.look_for(["a", "b", "c", "d"].map(id));
+        containers.look_at(listed(&["a", "b", "c", "d"]));
         let order: Vec<_> = std::iter::from_fn(|| containers.next()).map(|t| t.id).collect();
         assert_eq!(order, ["c", "d", "a"].map(id));
+    }
+
+    #[test]
+    fn a_run_that_was_sent_its_stop_signal_is_stopping_whatever_an_inspection_says() {
+        let a = Container { stop_signal: 3, ..container("a", bridge("172.17.0.2")) };
+        let mut containers = with(std::slice::from_ref(&a));
+        let is_stopping =
+            |containers: &Containers| containers.inventory().containers[0].is_stopping;
+        containers.hear(Notice::Signalled(id("a"), 1));
+        containers.hear(Notice::Signalled(id("a"), 15));
+        containers.hear(Notice::Signalled(id("b"), 3));
+        assert!(!is_stopping(&containers));
+        let before = containers.inventory();
+        containers.hear(Notice::Signalled(id("a"), 3));
+        assert!(is_stopping(&containers));
+        assert!(!before.containers[0].left.has_ended(), "it still answers");
+        let ticket = look(&mut containers, "a");
+        found(&mut containers, ticket, &a);
+        assert!(is_stopping(&containers));
+        // The stream replayed the signal and the end of the run before.
+        containers.hear(Notice::Ended(id("a")));
+        let ticket = next(&mut containers, "a");
+        found(&mut containers, ticket, &a);
+        assert!(!is_stopping(&containers));
+        // Another run was sent no signal.
+        containers.hear(Notice::Signalled(id("a"), 3));
+        let again = Container { started_at: "2026-01-01T00:00:01Z".into(), ..a };
+        let ticket = look(&mut containers, "a");
+        found(&mut containers, ticket, &again);
+        assert!(!is_stopping(&containers));
+    }
+
+    #[test]
+    fn what_a_process_shows_counts_only_where_the_engine_gave_no_address() {
+        let at_address = |address: &str| Attachment {
+            name: SHOWN.into(),
+            addresses: vec![address.parse().unwrap()],
+            gateways: vec![],
+        };
+        let none = container("a", Network::Own(BTreeMap::new()));
+        let mut containers = with(&[none.clone(), container("b", bridge("172.17.0.3"))]);
+        let unaddressed: Vec<_> = containers.unaddressed().map(|one| one.id.clone()).collect();
+        assert_eq!(unaddressed, [id("a")]);
+        for name in ["a", "b"] {
+            containers.shown(&id(name), Some(at_address("10.1.0.2")));
+        }
+        assert_eq!(known(&containers), [at("a", &["10.1.0.2"]), at("b", &["172.17.0.3"])]);
+        // Neither an inspection nor a list says anything of it.
+        let before = containers.inventory();
+        let ticket = look(&mut containers, "a");
+        found(&mut containers, ticket, &none);
+        containers.relist(vec![Listed { id: id("a"), addresses: Some(BTreeSet::new()) }]);
+        assert_eq!(known(&containers), [at("a", &["10.1.0.2"])]);
+        assert!(!before.containers[0].left.has_ended());
+        containers.shown(&id("a"), Some(at_address("10.1.0.3")));
+        assert!(before.containers[0].left.has_ended());
+        assert_eq!(known(&containers), [at("a", &["10.1.0.3"])]);
+        // The engine knows more by now.
+        let ticket = next(&mut containers, "a");
+        found(&mut containers, ticket, &container("a", bridge("172.17.0.2")));
+        assert_eq!(known(&containers), [at("a", &["172.17.0.2"])]);
+        let ticket = look(&mut containers, "a");
+        found(&mut containers, ticket, &none);
+        containers.shown(&id("a"), None);
+        assert_eq!(known(&containers), [at("a", &[])]);
+    }
+
+    #[test]
+    fn a_newer_claim_on_an_address_has_the_older_looked_at_once() {
+        let [a, b] = ["a", "b"].map(|name| container(name, bridge("172.17.0.2")));
+        let mut containers = with(std::slice::from_ref(&a));
+        let ticket = look(&mut containers, "b");
+        found(&mut containers, ticket, &b);
+        let ticket = next(&mut containers, "a");
+        // Both have it: that is no reason to look for ever.
+        found(&mut containers, ticket, &a);
+        assert_eq!(containers.next(), None);
+        containers.hear(Notice::Ended(id("b")));
+        let ticket = next(&mut containers, "b");
+        containers.inspected(ticket, Found::NotRunning);
+        let ticket = look(&mut containers, "a");
+        found(&mut containers, ticket, &Container { name: "other".into(), ..a });
+        assert_eq!(containers.next(), None, "the other claim ended");
     }
 
     #[test]

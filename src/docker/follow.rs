@@ -1,21 +1,29 @@
 //! The one source that follows an engine; bindings and services are derived from it.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use tokio::{
     sync::Notify,
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::{
     Address, Engine,
     client::{Client, PING},
-    container::Inventory,
+    container::{Container, Interfaces, Inventory, Network},
     containers::Containers,
+    links::Links,
     obstacle,
-    process::Processes,
+    process::{self, Processes},
     read,
 };
 use crate::source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError, follow};
@@ -66,6 +74,7 @@ impl Follower {
                 bell,
                 containers: Containers::default(),
                 processes: Processes::default(),
+                knows_networks: false,
                 said: false,
             };
             follow(&follower.name, source, publish, resync).await;
@@ -74,9 +83,16 @@ impl Follower {
     }
 }
 
-/// Asks a follower to look for unknown containers, after a connection from an unknown address. Clones share it.
+/// Between a follower and those who accept connections. They ask it to look for unknown containers, after a connection from an
+/// unknown address; it tells them when a known one may have lost its address. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Lookup(Arc<Notify>);
+pub struct Lookup(Arc<LookupState>);
+
+#[derive(Debug, Default)]
+struct LookupState {
+    asked: Notify,
+    moves: AtomicU64,
+}
 
 impl Lookup {
     /// Minimum interval between two looks, so that repeated connections from unknown addresses do not load the engine.
@@ -84,15 +100,31 @@ impl Lookup {
 
     /// Requests a look. Several requests before it are one.
     pub fn ask(&self) {
-        self.0.notify_one();
+        self.0.asked.notify_one();
+    }
+
+    /// How often an interface of this host went away: with each, a container may have left a network, whether the engine
+    /// tells of it or not.
+    pub fn moves(&self) -> u64 {
+        self.0.moves.load(Relaxed)
+    }
+
+    /// An interface went away.
+    pub(crate) fn moved(&self) {
+        self.0.moves.fetch_add(1, Relaxed);
     }
 
     /// Waits for a request, at least until `next_look`.
     async fn asked(&self, next_look: Instant) {
         sleep_until(next_look).await;
-        self.0.notified().await;
+        self.0.asked.notified().await;
     }
 }
+
+/// How long the first answer waits for the networks: without them the gateways that consumers dial are not known.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The pause after the networks could not be listed.
+const NETWORKS_PAUSE: Duration = Duration::from_secs(30);
 
 /// The source behind a [`Follower`]. What it knows outlives a session: an engine that cannot say how one container is does
 /// not make us forget it.
@@ -103,6 +135,8 @@ struct EngineSource {
     bell: Arc<Notify>,
     containers: Containers,
     processes: Processes,
+    /// Whether the networks were listed, or could not be.
+    knows_networks: bool,
     /// Whether the log message that processes are not visible was written.
     said: bool,
 }
@@ -117,37 +151,47 @@ impl Source for EngineSource {
     ) -> Result<(), SourceError> {
         let (engine, prefixes, lookup) =
             (self.engine.clone(), self.prefixes.clone(), self.lookup.clone());
-        let client =
-            Client::connect(&engine).await.map_err(|error| match obstacle::of(&engine) {
-                Some(obstacle) => SourceError::new(format_args!("{engine}: {obstacle}")),
-                None => error,
-            })?;
         // The stream opens when it is first read. An engine replays a few of the events since this moment, and no more:
         // so it is read beside the listing, however long that takes.
-        let since = client.time().await?;
-        let mut events = pin!(client.events(since, &read::ACTIONS));
+        let connected = Client::connect(&engine).await;
+        let (client, since) = connected.map_err(|error| match obstacle::of(&engine) {
+            Some(obstacle) => SourceError::new(format_args!("{engine}: {obstacle}")),
+            None => error,
+        })?;
+        self.containers.host(client.host().await?);
+        self.stand();
+        let mut events = pin!(client.events(&since, &read::ACTIONS));
         let mut heard = events.next().now_or_never();
         self.containers.begin();
+        self.containers.list_networks();
 
-        // No answer is waited for elsewhere than in the loop: an event is applied when it comes.
-        let (mut overviews, mut networks) = (FuturesUnordered::new(), FuturesUnordered::new());
+        // No answer is waited for elsewhere than in the loop: an event is applied when it comes, and what does not depend on
+        // an answer that is slow does not wait for it.
+        let (mut lists, mut networks) = (FuturesUnordered::new(), FuturesUnordered::new());
         let (mut inspections, mut looks) = (FuturesUnordered::new(), FuturesUnordered::new());
         let mut pings = FuturesUnordered::new();
-        overviews.push(client.overview());
+        lists.push(client.list());
         let mut is_published = false;
         let ended = self.processes.ended();
+        // Nobody listened before.
+        let mut links = Links::open();
+        lookup.moved();
         let mut next_look = Instant::now();
+        let mut next_networks = Instant::now();
+        let patience = Instant::now() + PATIENCE;
         let mut ping = interval(PING);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             // What has arrived together costs one inspection of each container, not of each event.
             while let Some(event) = heard.take() {
-                if let Some(notice) = read::notice(&client.event(event)?) {
+                let event = event.unwrap_or_else(|| Err(SourceError::new("the events ended")))?;
+                if let Some(notice) = read::notice(&event) {
                     self.containers.hear(notice);
                 }
                 heard = events.next().now_or_never();
             }
-            if self.containers.is_complete() {
+            let waits_for_networks = !self.knows_networks && Instant::now() < patience;
+            if self.containers.is_complete() && !waits_for_networks {
                 if self.containers.take_change() || !is_published {
                     publish.publish(self.containers.inventory());
                 }
@@ -157,40 +201,71 @@ impl Source for EngineSource {
                 inspections.push(client.inspect(ticket, &prefixes));
             }
             // One at a time, so that the last answer is the newest.
-            let none_is_asked_for = networks.is_empty() && overviews.is_empty();
-            if none_is_asked_for && self.containers.take_networks_change() {
-                networks.push(client.bridges());
+            if networks.is_empty()
+                && Instant::now() >= next_networks
+                && self.containers.take_networks_change()
+            {
+                networks.push(client.networks());
             }
             tokio::select! {
                 event = events.next() => heard = Some(event),
                 // Its address is not its any more: that is published before the engine's word comes.
                 () = ended.notified() => self.containers.run_has_ended(),
-                () = resync.due(), if overviews.is_empty() && networks.is_empty() => {
+                () = resync.due(), if lists.is_empty() => {
                     self.containers.list_again();
-                    overviews.push(client.overview());
+                    self.containers.list_networks();
+                    lists.push(client.list());
                 }
                 () = lookup.asked(next_look), if looks.is_empty() => looks.push(client.list()),
+                () = sleep_until(patience), if waits_for_networks => {}
+                change = links.changed() => {
+                    if change.gone {
+                        lookup.moved();
+                    }
+                    if change.addresses {
+                        self.stand();
+                        self.containers.list_networks();
+                    }
+                }
                 _ = ping.tick(), if pings.is_empty() => {
                     pings.push(client.ping());
                     self.containers.retry();
                     self.watch();
+                    self.show(|_| true);
                 }
                 Some(answer) = inspections.next() => {
                     let (ticket, found) = answer?;
+                    let id = ticket.id.clone();
                     if let Some(new) = self.containers.inspected(ticket, found) {
-                        self.processes.watch(&new.id, new.pid, &new.run, self.bell.clone());
+                        watch(&mut self.processes, new, &self.bell);
+                        // Its own, or of the one whose network it joins.
+                        let target = match &new.network {
+                            Network::Of(target) => target.clone(),
+                            _ => id.as_str().to_owned(),
+                        };
+                        self.show(|one| one.id.as_str() == target || *one.name == *target);
                     }
                 }
-                Some(bridges) = networks.next() => self.containers.bridges(bridges?),
-                Some(overview) = overviews.next() => {
-                    let (bridges, list, host) = overview?;
-                    self.containers.bridges(bridges);
-                    self.containers.host(host);
-                    self.containers.relist(list);
+                Some(answer) = networks.next() => {
+                    self.knows_networks = true;
+                    match answer {
+                        Ok(answer) => {
+                            let (bridges, others) = read::networks(answer);
+                            self.containers.networks(bridges, others);
+                            self.stand();
+                        }
+                        Err(error) => {
+                            warn!(%error, "cannot list the networks of the engine; keeping the last known ones");
+                            next_networks = Instant::now() + NETWORKS_PAUSE;
+                            self.containers.list_networks();
+                        }
+                    }
                 }
+                Some(list) = lists.next() => self.containers.relist(list?),
                 Some(running) = looks.next() => {
                     next_look = Instant::now() + Lookup::PAUSE;
-                    self.containers.look_for(running?.into_iter().map(|one| one.id));
+                    self.containers.look_at(running?);
+                    self.show(|_| true);
                 }
                 Some(alive) = pings.next() => {
                     alive?;
@@ -204,10 +279,35 @@ impl Source for EngineSource {
 }
 
 impl EngineSource {
+    /// Looks where those containers are to which the engine gave no address.
+    fn show(&mut self, wanted: impl Fn(&Container) -> bool) {
+        let unaddressed: Vec<_> =
+            self.containers.unaddressed().filter(|one| wanted(one)).cloned().collect();
+        let here = self.containers.interfaces();
+        for one in unaddressed {
+            self.containers.shown(&one.id, process::shown(&one.id, one.pid, &here));
+        }
+    }
+
+    /// Looks where embassy itself stands.
+    fn stand(&mut self) {
+        match if_addrs::get_if_addrs() {
+            Ok(all) => {
+                let mut here = Interfaces::new();
+                for one in all.iter().filter(|one| !one.is_loopback()) {
+                    let addresses = here.entry(one.name.as_str().into()).or_default();
+                    addresses.extend((!one.is_link_local()).then(|| one.ip()));
+                }
+                self.containers.here(here);
+            }
+            Err(error) => debug!(%error, "cannot list the interfaces"),
+        }
+    }
+
     /// Watches the processes that could not be watched so far.
     fn watch(&mut self) {
         for one in self.containers.unwatched() {
-            self.processes.watch(&one.id, one.pid, &one.run, self.bell.clone());
+            watch(&mut self.processes, one, &self.bell);
         }
         let unseen = !self.processes.are_seen() && self.containers.unwatched().next().is_some();
         if unseen && !self.said && matches!(self.engine.address, Address::Unix(_)) {
@@ -219,9 +319,18 @@ impl EngineSource {
     }
 }
 
+/// Watches a container's process, and notes whether its network can be looked at.
+fn watch(processes: &mut Processes, one: &Container, bell: &Arc<Notify>) {
+    processes.watch(&one.id, one.pid, &one.run, bell.clone());
+    if one.run.process().is_some() && process::shows(one.pid, one.given()) {
+        one.run.shows_network();
+    }
+}
+
 /// Reads each line of `input` as the inspection of a container, as an event, as a list and as a moment.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(input: &[u8], mut derive: impl FnMut(Inventory)) {
+    use super::answers;
     use crate::model::ContainerId;
 
     let (mut containers, prefixes) = (Containers::default(), [String::new()]);
@@ -231,25 +340,23 @@ pub(crate) fn fuzz(input: &[u8], mut derive: impl FnMut(Inventory)) {
         {
             containers.hear(notice);
         }
-        if let Ok(list) = serde_json::from_slice::<Vec<bollard::models::ContainerSummary>>(line) {
+        if let Ok(list) = serde_json::from_slice::<Vec<answers::Summary>>(line) {
             containers.relist(read::listed(list));
         }
         if let Ok(networks) = serde_json::from_slice(line) {
-            containers.bridges(read::bridges(networks));
+            let (bridges, others) = read::networks(networks);
+            containers.networks(bridges, others);
         }
-        if let Ok(answer) =
-            serde_json::from_slice::<bollard::models::ContainerInspectResponse>(line)
-        {
+        if let Ok(answer) = serde_json::from_slice::<answers::Inspection>(line) {
             let id = answer.id.as_deref().map(ContainerId::new);
-            containers.look_for(id);
+            containers
+                .look_at(id.map(|id| read::Listed { id, addresses: None }).into_iter().collect());
             while let Some(ticket) = containers.next() {
                 let found = read::found(&ticket.id, answer.clone(), &prefixes);
                 containers.inspected(ticket, found);
             }
         }
-        if let Ok(info) = serde_json::from_slice::<bollard::models::SystemInfo>(line) {
-            super::client::since(&info.system_time.unwrap_or_default());
-        }
+        super::client::since(&String::from_utf8_lossy(line));
         derive(containers.inventory());
     }
 }

@@ -8,10 +8,10 @@ use std::{
     sync::Arc,
 };
 
-use bollard::models::{EventActor, EventMessage, EventMessageTypeEnum};
 use proptest::prelude::*;
 
 use super::{
+    answers::{Actor, Event},
     container::{Attachment, Container, Inventory, Network, NetworkId, samples},
     containers::Containers,
     inspections::Ticket,
@@ -103,7 +103,7 @@ struct Engine {
     sees_processes: bool,
     clock: u64,
     containers: [Real; ALL],
-    events: Vec<EventMessage>,
+    events: Vec<Event>,
 }
 
 impl Engine {
@@ -145,9 +145,10 @@ impl Engine {
         owner.is_some_and(|owner| self.containers[owner].addresses.values().any(|a| *a == source))
     }
 
-    /// Where what a container offers is: at the first network's address, if it is on one and is not paused.
+    /// Where what a container offers is: at the first network's address, if it is on one. Nobody else offers it, so it does
+    /// not matter whether it is paused.
     fn endpoint(&self, who: usize) -> Option<IpAddr> {
-        let owner = self.owner(who).filter(|_| !self.containers[who].is_paused)?;
+        let owner = self.owner(who)?;
         self.containers[owner].addresses.values().next().copied()
     }
 
@@ -172,7 +173,7 @@ impl Engine {
         let container = &mut self.containers[who];
         (container.started, container.joined) = (Some(self.clock), owner);
         container.end = RunEnd::default();
-        self.tell(EventMessageTypeEnum::CONTAINER, "start", self.id(who).as_str(), None);
+        self.tell("container", "start", self.id(who).as_str(), None);
     }
 
     fn die(&mut self, who: usize) {
@@ -181,7 +182,7 @@ impl Engine {
                 self.containers[who].end.mark_ended();
             }
             self.containers[who].is_paused = false;
-            self.tell(EventMessageTypeEnum::CONTAINER, "die", self.id(who).as_str(), None);
+            self.tell("container", "die", self.id(who).as_str(), None);
             for network in 0..NETWORKS {
                 self.disconnect(who, network);
             }
@@ -190,7 +191,7 @@ impl Engine {
 
     fn destroy(&mut self, who: usize) {
         if self.containers[who].started.is_none() {
-            self.tell(EventMessageTypeEnum::CONTAINER, "destroy", self.id(who).as_str(), None);
+            self.tell("container", "destroy", self.id(who).as_str(), None);
             self.containers[who].generation += 1;
         }
     }
@@ -200,7 +201,7 @@ impl Engine {
         if container.started.is_some() {
             container.is_paused = !container.is_paused;
             let action = if container.is_paused { "pause" } else { "unpause" };
-            self.tell(EventMessageTypeEnum::CONTAINER, action, self.id(who).as_str(), None);
+            self.tell("container", action, self.id(who).as_str(), None);
         }
     }
 
@@ -216,7 +217,7 @@ impl Engine {
         let free = all.find(|address| !taken(address)).expect("fewer containers than addresses");
         self.containers[who].addresses.insert(network, free);
         let id = self.id(who);
-        self.tell(EventMessageTypeEnum::NETWORK, "connect", &name(network), Some(&id));
+        self.tell("network", "connect", &name(network), Some(&id));
     }
 
     /// Whether it was on that network.
@@ -224,23 +225,17 @@ impl Engine {
         let was = self.containers[who].addresses.remove(&network).is_some();
         if was {
             let id = self.id(who);
-            self.tell(EventMessageTypeEnum::NETWORK, "disconnect", &name(network), Some(&id));
+            self.tell("network", "disconnect", &name(network), Some(&id));
         }
         was
     }
 
-    fn tell(
-        &mut self,
-        typ: EventMessageTypeEnum,
-        action: &str,
-        subject: &str,
-        container: Option<&ContainerId>,
-    ) {
+    fn tell(&mut self, kind: &str, action: &str, subject: &str, container: Option<&ContainerId>) {
         let attributes =
             container.map(|id| HashMap::from([("container".to_owned(), id.as_str().to_owned())]));
-        let actor = Some(EventActor { id: Some(subject.to_owned()), attributes });
+        let actor = Some(Actor { id: Some(subject.to_owned()), attributes });
         let action = Some(action.to_owned());
-        self.events.push(EventMessage { typ: Some(typ), action, actor, ..EventMessage::default() });
+        self.events.push(Event { kind: Some(kind.to_owned()), action, actor });
     }
 
     fn inspect(&self, id: &ContainerId) -> Found {
@@ -270,7 +265,10 @@ impl Engine {
             labels: BTreeMap::new(),
             exposed: BTreeSet::new(),
             published: BTreeMap::new(),
-            is_halted: real.is_paused,
+            stop_signal: 15,
+            is_stopping: false,
+            is_paused: real.is_paused,
+            is_restarting: false,
             is_healthy: true,
         };
         Found::Running(container.into())
@@ -342,7 +340,7 @@ impl World {
             Step::Destroy(who) => self.engine.destroy(who),
             Step::Rename(who) => {
                 let id = self.engine.id(who);
-                self.engine.tell(EventMessageTypeEnum::CONTAINER, "rename", id.as_str(), None);
+                self.engine.tell("container", "rename", id.as_str(), None);
             }
             Step::Pause(who) => self.engine.pause(who),
             Step::Connect(who, network) => {

@@ -19,6 +19,7 @@ use tokio::{
     sync::Notify,
 };
 
+use super::container::{Attachment, Interfaces, SHOWN};
 use crate::model::{ContainerId, Process, RunEnd};
 
 /// The processes of one engine's containers.
@@ -137,6 +138,45 @@ fn started(stat: &str) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
+/// Where the network of a container's first process is: the addresses that others can dial it at, and its default gateway, if
+/// that is one of `own`. `None` if there is no such address, or if the process cannot be seen, or lives in our own network.
+pub(crate) fn shown(id: &ContainerId, pid: i32, own: &Interfaces) -> Option<Attachment> {
+    let addresses = (pid > 0).then(|| addresses(pid))?.ok()?;
+    // To compare the namespaces themselves would need rights that embassy does not have as a user of its own.
+    if addresses == self::addresses(i32::try_from(std::process::id()).ok()?).ok()? {
+        return None;
+    }
+    let addresses = addresses.into_iter().filter(|address| match address {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+    });
+    let addresses: Vec<_> = addresses.collect();
+    let routes = fs::read_to_string(format!("/proc/{pid}/net/route")).unwrap_or_default();
+    let is_own = |gateway: &IpAddr| own.values().flatten().any(|own| own == gateway);
+    let gateways = default_gateways(&routes).map(IpAddr::from).filter(is_own).collect();
+    // Looked at last: until then the number was not another process's.
+    let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let is_seen = group.contains(id.as_str()) && !addresses.is_empty();
+    is_seen.then(|| Attachment { name: SHOWN.into(), addresses, gateways })
+}
+
+/// Whether a process's network namespace has one of these addresses. That of a container of a virtual machine or a sandbox may
+/// have none of its own.
+pub(crate) fn shows(pid: i32, addresses: impl IntoIterator<Item = IpAddr>) -> bool {
+    self::addresses(pid).is_ok_and(|shown| addresses.into_iter().any(|one| shown.contains(&one)))
+}
+
+/// The gateways of the default routes in a `/proc/net/route`: the second column is the destination, the third the gateway, in
+/// the machine's own order of bytes.
+fn default_gateways(routes: &str) -> impl Iterator<Item = Ipv4Addr> + '_ {
+    routes.lines().skip(1).filter_map(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let (destination, gateway) = (fields.next()?, fields.next()?);
+        let gateway = u32::from_str_radix(gateway, 16).ok().filter(|gateway| *gateway != 0)?;
+        (destination == "00000000").then(|| gateway.to_ne_bytes().into())
+    })
+}
+
 /// The addresses that a process's network namespace has.
 pub(crate) fn addresses(pid: i32) -> io::Result<BTreeSet<IpAddr>> {
     let v4 = fs::read_to_string(format!("/proc/{pid}/net/fib_trie"))?;
@@ -163,7 +203,7 @@ fn local_v6(table: &str) -> impl Iterator<Item = Ipv6Addr> + '_ {
     unsafe_code,
     reason = "tokio cannot know that a type keeps its descriptor open and the same"
 )]
-fn register(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub(super) fn register(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is one descriptor, and keeps it open, until it is dropped; AsyncFd drops it after it has been
     // taken from epoll.
     Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
@@ -248,6 +288,31 @@ fd000d0c000000000000000000000002 05 40 00 80     eth0
 ";
         let expected: [Ipv6Addr; 2] = ["::1".parse().unwrap(), "fd00:d0c::2".parse().unwrap()];
         assert_eq!(local_v6(table).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn a_default_gateway_is_read() {
+        let hex = |text: &str| {
+            format!("{:08X}", u32::from_ne_bytes(text.parse::<Ipv4Addr>().unwrap().octets()))
+        };
+        let routes = format!(
+            "Iface\tDestination\tGateway \tFlags\n\
+             eth0\t00000000\t{}\t0003\n\
+             eth0\t{}\t00000000\t0001\n\
+             eth1\t00000000\t00000000\t0001\nx\n",
+            hex("172.26.64.1"),
+            hex("172.26.64.0")
+        );
+        let expected = [Ipv4Addr::new(172, 26, 64, 1)];
+        assert_eq!(default_gateways(&routes).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn our_own_network_is_no_containers() {
+        let id = ContainerId::new("");
+        assert_eq!(shown(&id, own(), &Interfaces::new()), None);
+        assert_eq!(shown(&id, 0, &Interfaces::new()), None);
+        assert_eq!(shown(&id, former(), &Interfaces::new()), None);
     }
 
     #[test]

@@ -1,28 +1,32 @@
-//! An engine's answers and events, read by the fields that engines from 20.10 to 29 all fill. Pure.
+//! An engine's answers and events, as they are meant here. Pure.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
 };
 
-use bollard::models::{
-    ContainerInspectResponse, ContainerSummary, EndpointSettings, EventMessage,
-    EventMessageTypeEnum, HealthStatusEnum, Network as NetworkAnswer, PortBinding,
+use super::{
+    answers::{self, Event, Inspection, NetworkEnd, PortBinding, StopSignal, Summary},
+    container::{
+        Attachment, Bridge, Bridges, Container, ContainerPort, Network, NetworkId, OtherNetwork,
+        OtherNetworks,
+    },
 };
-
-use super::container::{Attachment, Bridge, Bridges, Container, ContainerPort, Network, NetworkId};
 use crate::model::{ContainerId, Port, RunEnd};
 
-/// The filter of the event stream: containers and networks.
-pub(super) const ACTIONS: [&str; 10] = [
+/// The filter of the event stream: containers and networks. Podman says `died` and `remove`.
+pub(super) const ACTIONS: [&str; 13] = [
     "start",
     "rename",
     "pause",
     "unpause",
     "health_status",
+    "kill",
     "die",
+    "died",
     "destroy",
+    "remove",
     "create",
     "connect",
     "disconnect",
@@ -33,6 +37,8 @@ pub(super) const ACTIONS: [&str; 10] = [
 pub(super) enum Notice {
     /// A container changed: an inspection shows how.
     Changed(ContainerId),
+    /// A signal was sent to a container. Its own stop signal says that it is to end.
+    Signalled(ContainerId, i32),
     /// A run ended.
     Ended(ContainerId),
     /// A container was removed.
@@ -44,37 +50,67 @@ pub(super) enum Notice {
 }
 
 /// The events that matter here.
-pub(super) fn notice(event: &EventMessage) -> Option<Notice> {
+pub(super) fn notice(event: &Event) -> Option<Notice> {
     let actor = event.actor.as_ref()?;
     let subject = actor.id.as_deref()?;
+    let attribute = |name| Some(actor.attributes.as_ref()?.get(name)?.as_str());
     // The container and the network: podman has them the other way round, and the network by its name.
-    let attached = || {
-        let attribute = |name| Some(actor.attributes.as_ref()?.get(name)?.as_str());
-        match attribute("container") {
-            Some(container) => Some((ContainerId::new(container), subject)),
-            None => Some((ContainerId::new(subject), attribute("network")?)),
-        }
+    let attached = || match attribute("container") {
+        Some(container) => Some((ContainerId::new(container), subject)),
+        None => Some((ContainerId::new(subject), attribute("network")?)),
     };
-    match (event.typ?, event.action.as_deref()?) {
-        (EventMessageTypeEnum::CONTAINER, "die") => Some(Notice::Ended(ContainerId::new(subject))),
-        (EventMessageTypeEnum::CONTAINER, "destroy") => {
-            Some(Notice::Destroyed(ContainerId::new(subject)))
+    match (event.kind.as_deref()?, event.action.as_deref()?) {
+        ("container", "kill") => {
+            let signal = attribute("signal").and_then(signal)?;
+            Some(Notice::Signalled(ContainerId::new(subject), signal))
         }
+        ("container", "die" | "died") => Some(Notice::Ended(ContainerId::new(subject))),
+        ("container", "destroy" | "remove") => Some(Notice::Destroyed(ContainerId::new(subject))),
         // `health_status: healthy`
-        (EventMessageTypeEnum::CONTAINER, action)
+        ("container", action)
             if action.starts_with("health_status")
                 || matches!(action, "start" | "rename" | "pause" | "unpause") =>
         {
             Some(Notice::Changed(ContainerId::new(subject)))
         }
-        (EventMessageTypeEnum::NETWORK, "create" | "destroy") => Some(Notice::Networks),
-        (EventMessageTypeEnum::NETWORK, "connect") => Some(Notice::Changed(attached()?.0)),
-        (EventMessageTypeEnum::NETWORK, "disconnect") => {
+        ("network", "create" | "destroy" | "remove") => Some(Notice::Networks),
+        ("network", "connect") => Some(Notice::Changed(attached()?.0)),
+        ("network", "disconnect") => {
             let (container, network) = attached()?;
             Some(Notice::Left(container, network.into()))
         }
         _ => None,
     }
+}
+
+/// The number of a signal, by its name (`SIGTERM`, `TERM`) or its number. Only those are known by name with which containers
+/// are asked to stop.
+fn signal(text: &str) -> Option<i32> {
+    let text = text.trim();
+    if let Ok(number) = text.parse() {
+        return Some(number);
+    }
+    let name = text.to_ascii_uppercase();
+    let name = name.strip_prefix("SIG").unwrap_or(&name);
+    let known = [
+        ("HUP", 1),
+        ("INT", 2),
+        ("QUIT", 3),
+        ("ABRT", 6),
+        ("KILL", 9),
+        ("USR1", 10),
+        ("USR2", 12),
+        ("TERM", 15),
+        ("WINCH", 28),
+        ("PWR", 30),
+    ];
+    if let Some((_, number)) = known.iter().find(|(known, _)| *known == name) {
+        return Some(*number);
+    }
+    // The first of the real-time signals that a C library leaves to programs: systemd stops by SIGRTMIN+3.
+    const FIRST: i32 = 34;
+    let after = name.strip_prefix("RTMIN")?;
+    if after.is_empty() { Some(FIRST) } else { FIRST.checked_add(after.parse().ok()?) }
 }
 
 /// A running container, as a list has it.
@@ -95,7 +131,7 @@ pub(super) enum Found {
 }
 
 /// What a list says of the containers in it.
-pub(super) fn listed(containers: Vec<ContainerSummary>) -> Vec<Listed> {
+pub(super) fn listed(containers: Vec<Summary>) -> Vec<Listed> {
     let listed = containers.into_iter().filter_map(|container| {
         let networks = container.network_settings.and_then(|settings| settings.networks);
         let addresses = networks.map(|networks| networks.values().flat_map(addresses).collect());
@@ -104,33 +140,32 @@ pub(super) fn listed(containers: Vec<ContainerSummary>) -> Vec<Listed> {
     listed.collect()
 }
 
-/// The addresses of a container's end of a network. An engine leaves one that does not exist empty.
-fn addresses(end: &EndpointSettings) -> impl Iterator<Item = IpAddr> {
+/// The addresses of a container's end of a network.
+fn addresses(end: &NetworkEnd) -> impl Iterator<Item = IpAddr> {
     let both = [&end.ip_address, &end.global_ipv6_address];
     both.into_iter().filter_map(|text| text.as_deref()?.parse().ok())
 }
 
+/// SIGTERM, with which a container is stopped if it does not say otherwise.
+const TERM: i32 = 15;
+
 /// What an inspection found. Of a container's variables and labels those are kept whose
 /// names begin with one of `prefixes`: the others may be large, and secret.
-pub(super) fn found(
-    id: &ContainerId,
-    answer: ContainerInspectResponse,
-    prefixes: &[String],
-) -> Found {
+pub(super) fn found(id: &ContainerId, answer: Inspection, prefixes: &[String]) -> Found {
     container(id, answer, prefixes).map_or(Found::NotRunning, |one| Found::Running(one.into()))
 }
 
 /// What an inspection says of a container; `None` if it does not run.
 pub(crate) fn container(
     id: &ContainerId,
-    answer: ContainerInspectResponse,
+    answer: Inspection,
     prefixes: &[String],
 ) -> Option<Container> {
     let network = network(&answer);
     let state = answer.state.filter(|state| state.running == Some(true))?;
     let config = answer.config.unwrap_or_default();
     let ports = answer.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
-    let exposed = config.exposed_ports.iter().flatten().chain(ports.keys());
+    let exposed = config.exposed_ports.iter().flat_map(HashMap::keys).chain(ports.keys());
     let is_read = |name: &str| prefixes.iter().any(|prefix| name.starts_with(prefix));
     let published = ports.iter().filter_map(|(port, bindings)| {
         let bound: Vec<_> = bindings.iter().flatten().filter_map(bound_address).collect();
@@ -148,15 +183,23 @@ pub(crate) fn container(
         published: published.collect(),
         variables: config.env.into_iter().flatten().filter(|text| is_read(text)).collect(),
         labels: config.labels.into_iter().flatten().filter(|(name, _)| is_read(name)).collect(),
-        is_halted: state.paused == Some(true) || state.restarting == Some(true),
+        stop_signal: match config.stop_signal {
+            Some(StopSignal::Number(number)) => number.try_into().ok(),
+            Some(StopSignal::Text(text)) => signal(&text),
+            None => None,
+        }
+        .unwrap_or(TERM),
+        is_stopping: false,
+        is_paused: state.paused == Some(true),
+        is_restarting: state.restarting == Some(true),
         is_healthy: !matches!(
-            state.health.and_then(|health| health.status),
-            Some(HealthStatusEnum::STARTING | HealthStatusEnum::UNHEALTHY)
+            state.health.and_then(|health| health.status).as_deref(),
+            Some("starting" | "unhealthy")
         ),
     })
 }
 
-fn network(answer: &ContainerInspectResponse) -> Network {
+fn network(answer: &Inspection) -> Network {
     let mode = answer.host_config.as_ref().and_then(|config| config.network_mode.as_deref());
     match mode.unwrap_or_default() {
         "host" => Network::Host,
@@ -167,7 +210,7 @@ fn network(answer: &ContainerInspectResponse) -> Network {
     }
 }
 
-fn attachments(answer: &ContainerInspectResponse) -> BTreeMap<NetworkId, Attachment> {
+fn attachments(answer: &Inspection) -> BTreeMap<NetworkId, Attachment> {
     let networks = answer.network_settings.as_ref().and_then(|settings| settings.networks.as_ref());
     let attached = networks.into_iter().flatten().filter_map(|(name, end)| {
         let id = end.network_id.as_deref().filter(|id| !id.is_empty())?;
@@ -176,7 +219,7 @@ fn attachments(answer: &ContainerInspectResponse) -> BTreeMap<NetworkId, Attachm
     attached.collect()
 }
 
-fn attachment(name: &str, end: &EndpointSettings) -> Attachment {
+fn attachment(name: &str, end: &NetworkEnd) -> Attachment {
     let gateways = [&end.gateway, &end.ipv6_gateway];
     let gateways = gateways.into_iter().filter_map(|text| text.as_deref()?.parse().ok());
     Attachment {
@@ -204,19 +247,26 @@ fn bound_address(binding: &PortBinding) -> Option<SocketAddr> {
     Some(SocketAddr::new(address, port.get()))
 }
 
-/// The networks whose gateways are on the engine's host.
-pub(super) fn bridges(networks: Vec<NetworkAnswer>) -> Bridges {
-    let bridges = networks.into_iter().filter(|n| n.driver.as_deref() == Some("bridge"));
-    let described = bridges.filter_map(|network| {
-        let ranges = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
-        let ranges = ranges.iter().filter_map(|range| range.subnet.as_deref()?.parse().ok());
-        let id = network.id?;
-        let named = network.options.and_then(|mut o| o.remove("com.docker.network.bridge.name"));
-        // The default name by the engine's driver.
-        let interface = named.or_else(|| Some(format!("br-{}", id.get(..12)?))).unwrap_or_default();
-        Some((id.into(), Bridge { ranges: ranges.collect(), interface: interface.into() }))
-    });
-    described.collect()
+/// The networks whose gateways are on the engine's host, and the others.
+pub(super) fn networks(networks: Vec<answers::Network>) -> (Bridges, OtherNetworks) {
+    let (mut bridges, mut others) = (Bridges::new(), OtherNetworks::new());
+    for network in networks {
+        let ranges = network.ranges();
+        let Some(id) = network.id else { continue };
+        let mut options = network.options.unwrap_or_default();
+        let driver = network.driver.unwrap_or_default();
+        if driver == "bridge" {
+            let named = options.remove("com.docker.network.bridge.name");
+            // The default name by the engine's driver.
+            let interface = named.or_else(|| Some(format!("br-{}", id.get(..12)?)));
+            let interface = interface.unwrap_or_default().into();
+            bridges.insert(id.into(), Bridge { ranges, interface });
+        } else {
+            let parent = options.remove("parent").unwrap_or_default().into();
+            others.insert(id.into(), OtherNetwork { driver: driver.into(), ranges, parent });
+        }
+    }
+    (bridges, others)
 }
 
 #[cfg(test)]
@@ -224,12 +274,12 @@ mod tests {
     use super::*;
 
     /// An engine's answer, from a file that also names its origin.
-    fn answer(file: &str) -> ContainerInspectResponse {
+    fn answer(file: &str) -> Inspection {
         let mut file: serde_json::Value = serde_json::from_str(file).unwrap();
         serde_json::from_value(file["answer"].take()).unwrap()
     }
 
-    fn read(answer: ContainerInspectResponse) -> Option<Container> {
+    fn read(answer: Inspection) -> Option<Container> {
         let id = ContainerId::new(answer.id.as_deref().unwrap_or_default());
         container(&id, answer, &["BACKEND_".to_owned(), "embassy.".to_owned()])
     }
@@ -246,7 +296,8 @@ mod tests {
         assert_eq!((&*old.name, &*old.started_at), ("app", "2026-11-22T19:03:57.425590444Z"));
         assert_eq!(old.variables, ["BACKEND_WEB=/services/web;80"]);
         assert_eq!(old.labels, [("embassy.backend.redis".into(), "redis;6379".into())].into());
-        assert!(!old.is_halted && old.is_healthy);
+        assert!(!old.is_paused && !old.is_restarting && old.is_healthy);
+        assert_eq!(old.stop_signal, 15);
         let texts = |list: &[IpAddr]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
         let mut ends: Vec<_> =
             old.attachments().map(|(_, a)| (texts(&a.addresses), texts(&a.gateways))).collect();
@@ -258,7 +309,6 @@ mod tests {
         let bridge = (["172.17.0.3".to_owned()], ["172.17.0.1".to_owned()]);
         let expected = [(back.0.to_vec(), back.1.to_vec()), (bridge.0.to_vec(), bridge.1.to_vec())];
         assert_eq!(ends, expected);
-        assert_eq!(old.address(), Some("10.9.0.2".parse().unwrap()), "on the first by name");
     }
 
     #[test]
@@ -275,19 +325,20 @@ mod tests {
         let mut answer = answer(include_str!("fixtures/inspect-20.10.json"));
         answer.state.as_mut().unwrap().running = Some(false);
         assert_eq!(read(answer), None);
-        assert_eq!(read(ContainerInspectResponse::default()), None);
+        assert_eq!(read(Inspection::default()), None);
     }
 
     /// What follows from each event, in a word.
     fn effects(file: &str) -> Vec<&'static str> {
         let mut file: serde_json::Value = serde_json::from_str(file).unwrap();
-        let events: Vec<EventMessage> = serde_json::from_value(file["events"].take()).unwrap();
+        let events: Vec<Event> = serde_json::from_value(file["events"].take()).unwrap();
         let is_it = |id: ContainerId| id.to_string() == "e3219c8d7aa9";
-        let effect = |event: &EventMessage| match notice(event) {
+        let effect = |event: &Event| match notice(event) {
             Some(Notice::Changed(id)) if is_it(id.clone()) => "changed",
             Some(Notice::Ended(id)) if is_it(id.clone()) => "ended",
             Some(Notice::Left(id, _)) if is_it(id.clone()) => "left",
             Some(Notice::Destroyed(id)) if is_it(id.clone()) => "destroyed",
+            Some(Notice::Signalled(id, 9)) if is_it(id.clone()) => "killed",
             Some(_) => "another",
             None => "",
         };
@@ -299,8 +350,57 @@ mod tests {
         let old = effects(include_str!("fixtures/events-20.10.json"));
         assert_eq!(old, effects(include_str!("fixtures/events-29.json")));
         // Two networks and the start; a network left, told twice; a kill, and the end; the last network left; destroyed.
-        let expected = "changed changed changed left left  ended left destroyed";
+        let expected = "changed changed changed left left killed ended left destroyed";
         assert_eq!(old, expected.split(' ').collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_signal_has_a_name_or_a_number() {
+        for (text, number) in [
+            ("SIGTERM", Some(15)),
+            ("term", Some(15)),
+            ("3", Some(3)),
+            ("SIGRTMIN+3", Some(37)),
+            ("RTMIN", Some(34)),
+            ("", None),
+            ("SIGNOTHING", None),
+            ("RTMIN+2147483647", None),
+        ] {
+            assert_eq!(signal(text), number, "{text:?}");
+        }
+        let with = |stop: &str| {
+            let mut file: serde_json::Value =
+                serde_json::from_str(include_str!("fixtures/inspect-20.10.json")).unwrap();
+            file["answer"]["Config"]["StopSignal"] = serde_json::from_str(stop).unwrap();
+            read(serde_json::from_value(file["answer"].take()).unwrap()).unwrap().stop_signal
+        };
+        let all = [r#""SIGQUIT""#, "3", r#""""#, r#""SIGNOTHING""#, "null"].map(with);
+        assert_eq!(all, [3, 3, 15, 15, 15]);
+    }
+
+    /// As podman up to 5.3 answers: a network's name stands where its ID should be.
+    #[test]
+    fn a_network_is_found_by_its_gateway_where_its_id_is_none() {
+        let listed = serde_json::json!([
+            {"Id": "2f25", "Name": "bridge", "Driver": "bridge", "IPAM": {"Config": [{"Subnet": "10.88.0.0/16"}]}},
+            {"Id": "77aa", "Name": "lan", "Driver": "macvlan", "Options": {"parent": "eth1"},
+             "IPAM": {"Config": [{"Subnet": "192.168.1.0/24"}]}},
+            {"Driver": "bridge"}
+        ]);
+        let (bridges, others) = networks(serde_json::from_value(listed).unwrap());
+        let ids = |map: &BTreeMap<NetworkId, _>| map.keys().cloned().collect::<Vec<_>>();
+        assert_eq!((ids(&bridges), others.len()), (vec!["2f25".into()], 1));
+        assert_eq!((&*others["77aa"].driver, &*others["77aa"].parent), ("macvlan", "eth1"));
+        let end = |gateway: &str| Attachment {
+            name: "podman".into(),
+            addresses: vec![],
+            gateways: vec![gateway.parse().unwrap()],
+        };
+        let found = |id: &str, gateway| {
+            super::super::container::bridge_of(&bridges, &id.into(), &end(gateway)).is_some()
+        };
+        assert!(found("podman", "10.88.0.1") && found("2f25", "192.168.1.1"));
+        assert!(!found("lan", "192.168.1.1"));
     }
 
     #[test]
@@ -321,6 +421,23 @@ mod tests {
                 r#"{"Type": "network", "Action": "disconnect", "Actor": {"ID": "c1", "Attributes": {"network": "n"}}}"#,
                 Some(Notice::Left(ContainerId::new("c1"), "n".into())),
             ),
+            (
+                r#"{"Type": "container", "Action": "died", "Actor": {"ID": "c1"}}"#,
+                Some(Notice::Ended(ContainerId::new("c1"))),
+            ),
+            (
+                r#"{"Type": "container", "Action": "remove", "Actor": {"ID": "c1"}}"#,
+                Some(Notice::Destroyed(ContainerId::new("c1"))),
+            ),
+            (
+                r#"{"Type": "network", "Action": "remove", "Actor": {"ID": "n1"}}"#,
+                Some(Notice::Networks),
+            ),
+            (
+                r#"{"Type": "container", "Action": "kill", "Actor": {"ID": "c1", "Attributes": {"signal": "15"}}}"#,
+                Some(Notice::Signalled(ContainerId::new("c1"), 15)),
+            ),
+            (r#"{"Type": "container", "Action": "kill", "Actor": {"ID": "c1"}}"#, None),
             (
                 r#"{"Type": "network", "Action": "create", "Actor": {"ID": "n1"}}"#,
                 Some(Notice::Networks),

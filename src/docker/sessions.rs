@@ -210,7 +210,7 @@ async fn one_engine_is_followed_once_whatever_is_made_of_it_and_as_long_as_anyth
         let address = format!("172.17.1.{}", n + 2);
         until(&mut followed.consumers, |known| has(known, &format!("c{n}"), Some(&address))).await;
     }
-    for once in ["/events", "/containers/json", "/networks", "/info"] {
+    for once in ["/events", "/containers/json", "/networks"] {
         assert_eq!(engine.asked(once), 1, "{once}");
     }
     for n in 0..20 {
@@ -261,7 +261,7 @@ async fn what_is_read_again_changes_nothing_where_nothing_changed() {
     let pairs = before.consumers.iter().zip(now.consumers.iter().filter(new));
     assert!(pairs.into_iter().all(|(one, now)| Arc::ptr_eq(one, now)));
     assert_eq!(service.borrow().changes, endpoints.changes);
-    assert_eq!((engine.asked("/events"), engine.asked("/info")), (1, 1), "no new session");
+    assert_eq!(engine.asked("/events"), 1, "no new session");
 }
 
 #[tokio::test]
@@ -394,4 +394,138 @@ async fn who_has_ended_by_the_engines_word_or_the_kernels_is_no_endpoint() {
     engine.tells("die", "two");
     until(&mut two, |known| known.value.as_ref().is_some_and(|value| value.list.is_empty())).await;
     assert_eq!(list(&known).unwrap(), [""; 0], "the answer of before");
+}
+
+#[tokio::test]
+async fn a_proxy_that_refuses_what_is_not_needed_hinders_nothing() {
+    let engine = FakeEngine::start();
+    engine.has("one", "172.17.0.2");
+    for refused in ["/info", "/version", "/images/json", "/swarm"] {
+        engine.answers(refused, Mood::Forbids);
+    }
+    let mut followed = Followed::of(&engine);
+    let known = until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.2"))).await;
+    assert_eq!((known.failures, known.error), (0, None));
+    engine.has("two", "172.17.0.3");
+    engine.tells("start", "two");
+    until(&mut followed.consumers, |known| has(known, "two", Some("172.17.0.3"))).await;
+    let needed = ["/_ping", "/events", "/containers/json", "/networks"];
+    let asked = engine.requests().into_iter();
+    let other: Vec<_> = asked
+        .filter(|path| !needed.iter().any(|needed| path.ends_with(needed)))
+        .filter(|path| !path.contains("/containers/"))
+        .collect();
+    assert_eq!(other, [""; 0], "it asks for what the documents name");
+}
+
+#[tokio::test]
+async fn a_page_instead_of_an_answer_is_one_line_and_says_what_is_needed() {
+    let engine = FakeEngine::start();
+    engine.answers("/containers/json", Mood::Forbids);
+    let mut answers = followed(&engine);
+    let known = until(&mut answers, |known| known.error.is_some()).await;
+    let error = known.error.unwrap();
+    assert!(error.contains("403 Forbidden") && error.contains("/networks"), "{error}");
+    assert!(!error.contains('\n'), "{error}");
+}
+
+#[tokio::test]
+async fn networks_that_are_slow_or_refused_hold_nothing_up() {
+    for mood in [Mood::Waits, Mood::Forbids] {
+        let engine = FakeEngine::start();
+        engine.has("one", "172.17.0.2");
+        engine.answers("/networks", mood);
+        let mut answers = followed(&engine);
+        let known = until(&mut answers, |known| has(known, "one", Some("172.17.0.2"))).await;
+        assert!(known.value.unwrap().networks.is_empty());
+        engine.has("two", "172.17.0.3");
+        engine.tells("start", "two");
+        let known = until(&mut answers, |known| has(known, "two", Some("172.17.0.3"))).await;
+        assert_eq!((known.failures, known.error), (0, None));
+        assert_eq!(engine.asked("/networks"), 1, "one at a time");
+        engine.answers("/networks", None);
+        if mood == Mood::Waits {
+            let comes = |known: &Known<Listing>| {
+                known.value.as_ref().is_some_and(|listing| !listing.networks.is_empty())
+            };
+            assert_eq!(until(&mut answers, comes).await.failures, 0);
+        }
+    }
+}
+
+#[tokio::test]
+async fn who_was_removed_is_gone_in_whatever_words_the_engine_says_so() {
+    let engine = FakeEngine::start();
+    engine.has("one", "172.17.0.2");
+    engine.has("two", "172.17.0.3");
+    let mut answers = followed(&engine);
+    until(&mut answers, |known| has(known, "two", Some("172.17.0.3"))).await;
+    engine.answers(&path("one"), Mood::HasNone);
+    // No event told of its end.
+    engine.tells("rename", "one");
+    let known = until(&mut answers, |known| {
+        known.value.as_ref().is_some_and(|listing| listing.consumers.len() == 1)
+    });
+    let known = known.await;
+    assert!(has(&known, "two", Some("172.17.0.3")) && known.failures == 0);
+}
+
+#[tokio::test]
+async fn a_network_that_is_left_is_understood_as_podman_tells_it() {
+    let engine = FakeEngine::start();
+    engine.has("one", "172.17.0.2");
+    engine.has("two", "172.17.0.3");
+    let mut answers = followed(&engine);
+    until(&mut answers, |known| has(known, "two", Some("172.17.0.3"))).await;
+    engine.answers(&path("one"), Mood::Hangs);
+    engine.tells_of(serde_json::json!({
+        "Type": "network",
+        "Action": "disconnect",
+        "Actor": {"ID": "one", "Attributes": {"name": "one", "network": "bridge"}}
+    }));
+    let known = until(&mut answers, |known| has(known, "one", None)).await;
+    assert!(has(&known, "two", Some("172.17.0.3")));
+    engine.tells_of(serde_json::json!({
+        "Type": "container", "Action": "died", "Actor": {"ID": "two", "Attributes": {}}
+    }));
+    until(&mut answers, |known| !has(known, "two", Some("172.17.0.3"))).await;
+}
+
+/// No event told that a container lost its address, and the next one to have it is there.
+#[tokio::test]
+async fn an_address_that_a_newer_container_claims_is_nobodys_until_both_were_inspected() {
+    let engine = FakeEngine::start();
+    engine.has("one", "172.17.0.2");
+    let mut answers = followed(&engine);
+    until(&mut answers, |known| has(known, "one", Some("172.17.0.2"))).await;
+    engine.has("one", "172.17.0.9");
+    engine.has("two", "172.17.0.2");
+    engine.answers(&path("one"), Mood::Waits);
+    engine.tells("start", "two");
+    let contested = ["172.17.0.2".parse().unwrap()];
+    let known = until(&mut answers, |known| {
+        known.value.as_ref().is_some_and(|listing| listing.contested.iter().eq(&contested))
+    });
+    let listing = known.await.value.unwrap();
+    assert!(!listing.known.contains(&contested[0]), "who dials from it is waited for");
+    // Without a list, and without an event.
+    engine.answers(&path("one"), None);
+    let known = until(&mut answers, |known| {
+        has(known, "one", Some("172.17.0.9")) && has(known, "two", Some("172.17.0.2"))
+    });
+    assert!(known.await.value.unwrap().contested.is_empty());
+    assert_eq!((engine.asked("/containers/json"), engine.asked(&path("one"))), (1, 2));
+}
+
+#[tokio::test]
+async fn a_dial_finds_that_a_known_container_has_another_address() {
+    let engine = FakeEngine::start();
+    engine.has("one", "172.17.0.2");
+    engine.has("two", "172.17.0.3");
+    let mut followed = Followed::of(&engine);
+    until(&mut followed.consumers, |known| has(known, "two", Some("172.17.0.3"))).await;
+    engine.has("one", "172.17.0.9");
+    followed.lookup.ask();
+    until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.9"))).await;
+    assert_eq!(engine.asked(&path("two")), 1, "who is where it was known to be is not asked for");
 }

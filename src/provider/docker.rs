@@ -1,27 +1,50 @@
 //! The docker provider: the bindings in containers' environments and labels. Pure.
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use super::{Invalid, Listing, Problem, bindings::bindings};
 use crate::{
     consumer::{Binding, Consumer},
     docker::{
-        container::{Bridges, Container, Inventory, Network},
+        container::{
+            Attachment, Bridges, Container, Inventory, Network, NetworkId, SHOWN, bridge_of,
+        },
         per_container::{PerContainer, Subject},
     },
-    model::ConsumerId,
+    model::{ConsumerId, ContainerId},
 };
 
 /// Makes listings of inventories. A consumer that did not change is the same `Arc` as in the listing before.
 #[derive(Debug)]
 pub(crate) struct Listings {
     prefix: String,
-    asking: PerContainer<Arc<Bridges>, Asking>,
+    asking: PerContainer<(Arc<Bridges>, Outclaimed), Asking>,
     known: Arc<BTreeSet<IpAddr>>,
 }
 
 const NET_HOST: &str = "net=host: cannot be told from other host processes by its address; run embassy with \
     -provider=static for the host itself";
+
+const NO_ADDRESS: &str = "no address: Docker gave it none (--network none), and embassy sees none in its network (in a container, \
+    run embassy with --pid=host)";
+
+/// How sure it is that connections from an address are a container's: of two that claim it, the surer one has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Claim {
+    /// Its process shows the address, and any program may have set it.
+    Shown,
+    /// The engine gave it on a network whose gateway is not on this host, such as macvlan or overlay.
+    Elsewhere,
+    /// The engine gave it on a bridge of this host.
+    OnBridge,
+}
+
+/// Addresses of containers on which another container has a surer claim.
+type Outclaimed = BTreeSet<(ContainerId, IpAddr)>;
 
 /// The bindings of a container.
 #[derive(Debug)]
@@ -49,15 +72,17 @@ impl Listings {
         };
         let mut known = Vec::new();
         let (prefix, bridges) = (&self.prefix, &inventory.bridges);
+        let outclaimed = outclaimed(inventory);
+        let common = (bridges.clone(), outclaimed.clone());
         let asking = self
             .asking
-            .update(inventory, bridges.clone(), |subject| Asking::of(subject, prefix, bridges));
+            .update(inventory, common, |subject| Asking::of(subject, prefix, bridges, &outclaimed));
         for (container, asking) in asking {
             // The kernel reports an end before the engine does, and the address may already be reused.
             if container.run.has_ended() {
                 continue;
             }
-            known.extend(container.addresses());
+            known.extend(addresses(container, &outclaimed));
             if asking.bindings.is_empty() && !asking.problems.is_empty() {
                 let (name, id) = (container.name.clone(), container.id.clone());
                 let addresses = container.addresses().collect();
@@ -69,18 +94,88 @@ impl Listings {
         known.sort_unstable();
         let contested = known.array_windows().filter(|[a, b]| a == b).map(|[address, _]| *address);
         listing.contested = contested.collect();
+        // A connection from an address that is not known to be anybody's waits until that is cleared up.
+        known.retain(|address| !listing.contested.contains(address));
         let known = BTreeSet::from_iter(known);
         if *self.known != known {
             self.known = known.into();
         }
         listing.known = self.known.clone();
+        listing.gateways = gateways(inventory, &listing.known);
         listing.problems.sort();
         listing
     }
 }
 
+/// The addresses of this host in its bridge networks, which no container has. The interfaces are not needed: podman does not say
+/// how they are called.
+fn gateways(inventory: &Inventory, known: &BTreeSet<IpAddr>) -> BTreeSet<IpAddr> {
+    let ranges = || inventory.bridges.values().flat_map(|bridge| &bridge.ranges);
+    let own = inventory.here.values().flatten().copied();
+    own.filter(|own| ranges().any(|range| range.contains(own)) && !known.contains(own)).collect()
+}
+
+/// The addresses of a container that no other container has a surer claim on.
+fn addresses(container: &Container, outclaimed: &Outclaimed) -> BTreeSet<IpAddr> {
+    let is_its = |address: &IpAddr| {
+        outclaimed.is_empty() || !outclaimed.contains(&(container.id.clone(), *address))
+    };
+    container.addresses().filter(is_its).collect()
+}
+
+fn outclaimed(inventory: &Inventory) -> Outclaimed {
+    let alive = || inventory.containers.iter().filter(|one| !one.run.has_ended());
+    let claims = |one: &Container| {
+        let mut claims = BTreeMap::new();
+        for (network, end) in one.attachments() {
+            let claim = claim(&inventory.bridges, network, end);
+            for address in &end.addresses {
+                let surest: &mut Claim = claims.entry(*address).or_insert(claim);
+                *surest = claim.max(*surest);
+            }
+        }
+        claims
+    };
+    // Most often there is none but on bridges.
+    let is_unsure = |(network, end): (&NetworkId, &Attachment)| {
+        claim(&inventory.bridges, network, end) < Claim::OnBridge
+    };
+    let mut surest: HashMap<IpAddr, Claim> = HashMap::new();
+    for one in alive().filter(|one| one.attachments().any(is_unsure)) {
+        surest.extend(claims(one));
+    }
+    if surest.is_empty() {
+        return Outclaimed::new();
+    }
+    for (address, claim) in alive().flat_map(|one| claims(one)) {
+        if let Some(surest) = surest.get_mut(&address) {
+            *surest = claim.max(*surest);
+        }
+    }
+    let mut outclaimed = Outclaimed::new();
+    for one in alive() {
+        let weaker = claims(one).into_iter();
+        let weaker = weaker.filter(|(at, claim)| surest.get(at).is_some_and(|best| best > claim));
+        outclaimed.extend(weaker.map(|(at, _)| (one.id.clone(), at)));
+    }
+    outclaimed
+}
+
+fn claim(bridges: &Bridges, network: &NetworkId, end: &Attachment) -> Claim {
+    match bridge_of(bridges, network, end) {
+        _ if **network == *SHOWN => Claim::Shown,
+        Some(_) => Claim::OnBridge,
+        None => Claim::Elsewhere,
+    }
+}
+
 impl Asking {
-    fn of(subject: Subject<'_, Self>, prefix: &str, bridges: &Bridges) -> Self {
+    fn of(
+        subject: Subject<'_, Self>,
+        prefix: &str,
+        bridges: &Bridges,
+        outclaimed: &Outclaimed,
+    ) -> Self {
         let Subject { container, owner, before } = subject;
         let (bindings, problems) = match before {
             Some((was, asking)) if Arc::ptr_eq(was, container) => {
@@ -95,11 +190,17 @@ impl Asking {
         let reason = match owner {
             Ok(owner) if owner.network == Network::Host => NET_HOST.to_owned(),
             Ok(owner) => {
-                let consumer = consumer(container, owner, bridges, asking.bindings.clone());
+                let sources = addresses(owner, outclaimed).into_iter().collect();
+                let consumer =
+                    consumer(container, owner, sources, bridges, asking.bindings.clone());
+                let has_address = !consumer.sources.is_empty();
                 let before = before.and_then(|(_, asking)| asking.consumer.as_ref());
                 let same = before.filter(|before| before.is_same_as(&consumer));
                 asking.consumer = Some(same.cloned().unwrap_or_else(|| consumer.into()));
-                return asking;
+                if has_address {
+                    return asking;
+                }
+                NO_ADDRESS.to_owned()
             }
             Err(reason) => reason.to_string(),
         };
@@ -116,17 +217,18 @@ fn declared(container: &Container, prefix: &str) -> (Vec<Binding>, Vec<Problem>)
     bindings(&container.name, prefix, variables, labels)
 }
 
-/// `owner` is the container whose network this one lives in.
+/// `owner` is the container whose network this one lives in, and `sources` are its addresses.
 fn consumer(
     container: &Container,
     owner: &Container,
+    sources: Vec<IpAddr>,
     bridges: &Bridges,
     bindings: Vec<Binding>,
 ) -> Consumer {
-    let mut sources: Vec<_> = owner.addresses().collect();
-    sources.sort();
-    sources.dedup();
-    let on_bridges = owner.attachments().filter(|(network, _)| bridges.contains_key(*network));
+    // A gateway that a process shows is one of this host's addresses.
+    let on_bridges = owner.attachments().filter(|(network, end)| {
+        ***network == *SHOWN || bridge_of(bridges, network, end).is_some()
+    });
     let mut gateways: Vec<_> = on_bridges.flat_map(|(_, end)| &end.gateways).copied().collect();
     gateways.sort();
     gateways.dedup();
@@ -145,7 +247,10 @@ fn consumer(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::docker::container::{Bridge, samples::*};
+    use crate::docker::container::{
+        Bridge,
+        samples::{self, *},
+    };
 
     fn listing(containers: impl IntoIterator<Item = Container>) -> Listing {
         Listings::new("BACKEND_".to_owned()).of(&inventory(containers))
@@ -193,8 +298,70 @@ mod tests {
         let other = Container { variables: vec![], ..container("b", bridge("172.17.0.2")) };
         let listing = listing([container("a", bridge("172.17.0.2")), other]);
         assert_eq!(listing.contested, ["172.17.0.2".parse().unwrap()].into());
-        assert_eq!(*listing.known, listing.contested);
+        assert!(listing.known.is_empty(), "who dials from it may wait until that is cleared up");
         assert_eq!(listing.consumers.len(), 1);
+    }
+
+    #[test]
+    fn this_hosts_addresses_in_bridge_networks_are_gateways_whatever_their_interface_is_called() {
+        let bridge = |interface: &str, range: &str| Bridge {
+            ranges: vec![range.parse().unwrap()],
+            interface: interface.into(),
+        };
+        let here = [
+            ("podman1", "10.89.0.1"),
+            ("docker0", "172.17.0.1"),
+            ("elsewhere", "10.1.0.1"),
+            // Embassy runs in a container.
+            ("eth0", "172.17.0.2"),
+        ];
+        let here = here.map(|(name, at)| (name.into(), vec![at.parse().unwrap()]));
+        let bridges = [
+            ("a".into(), bridge("br-0123456789ab", "10.89.0.0/24")),
+            ("b".into(), bridge("docker0", "172.17.0.0/16")),
+        ];
+        let all = Inventory {
+            bridges: Arc::new(bridges.into()),
+            here: Arc::new(here.into()),
+            ..inventory([container("embassy", samples::bridge("172.17.0.2"))])
+        };
+        let listing = Listings::new(String::new()).of(&all);
+        let expected = ["10.89.0.1", "172.17.0.1"].map(|address| address.parse().unwrap());
+        assert_eq!(listing.gateways, expected.into());
+    }
+
+    /// The same address on a bridge, on a network of several hosts, and set by a program in a container.
+    #[test]
+    fn of_two_claims_on_an_address_the_surer_one_counts() {
+        let overlay = on(&[("overlay", "172.17.0.2", "172.17.0.1")]);
+        let shown = on(&[(SHOWN, "172.17.0.2", "172.17.0.1")]);
+        let bridges = Arc::new([("bridge".into(), Bridge::default())].into());
+        let of = |networks: &[&Network]| {
+            let names = ["a", "b", "c"].into_iter();
+            let all = names.zip(networks).map(|(name, one)| container(name, (*one).clone()));
+            let all = Inventory { bridges: Arc::clone(&bridges), ..inventory(all) };
+            (Listings::new("BACKEND_".to_owned()).of(&all), all)
+        };
+        let at = |listing: &Listing| {
+            let mut owners = sources(listing).into_iter().filter(|(_, at)| !at.is_empty());
+            (owners.next().map(|(name, _)| name.to_owned()), owners.next().is_some())
+        };
+        let bridge = bridge("172.17.0.2");
+        let (listing, all) = of(&[&shown, &overlay, &bridge]);
+        assert_eq!(at(&listing), (Some("c".to_owned()), false));
+        assert!(listing.contested.is_empty() && listing.known.len() == 1);
+        let said: Vec<_> = listing.problems.iter().map(|p| &*p.consumer).collect();
+        assert_eq!(said, ["a", "b"], "those without an address are told of");
+        assert!(listing.problems.iter().all(|p| p.reason == NO_ADDRESS));
+        let (listing, _) = of(&[&shown, &overlay]);
+        assert_eq!(at(&listing), (Some("b".to_owned()), false));
+        for same in [&shown, &overlay, &bridge] {
+            assert_eq!(of(&[same, same]).0.contested.len(), 1);
+        }
+        // With the surest run its claim ends.
+        all.containers[2].run.mark_ended();
+        let listing = Listings::new("BACKEND_".to_owned()).of(&all);
+        assert_eq!(at(&listing), (Some("b".to_owned()), false));
     }
 
     #[test]

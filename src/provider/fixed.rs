@@ -64,7 +64,7 @@ pub fn listing(interface: &str, services: &[Descriptor]) -> Result<Listing, Inte
 }
 
 /// The addresses of an interface that other hosts can name: no link-local IPv6, which means nothing without its link.
-pub fn addresses(interface: &str) -> Result<Vec<IpAddr>, InterfaceError> {
+fn addresses(interface: &str) -> Result<Vec<IpAddr>, InterfaceError> {
     let all = if_addrs::get_if_addrs()?;
     let found: Vec<_> =
         all.iter().filter(|i| i.name == interface && !i.is_link_local()).map(|i| i.ip()).collect();
@@ -80,10 +80,17 @@ pub fn addresses(interface: &str) -> Result<Vec<IpAddr>, InterfaceError> {
     Ok(found)
 }
 
-/// The same of all interfaces whose name is wanted; one that is not there has none.
-pub fn addresses_of(wanted: impl Fn(&str) -> bool) -> std::io::Result<Vec<IpAddr>> {
+/// The same of an interface that may be missing: then there are none.
+pub fn addresses_of(interface: &str) -> io::Result<Vec<IpAddr>> {
     let all = if_addrs::get_if_addrs()?;
-    let found = all.iter().filter(|i| wanted(&i.name) && !i.is_link_local());
+    let found = all.iter().filter(|i| !i.is_link_local() && i.name == interface);
+    Ok(found.map(|i| i.ip()).collect())
+}
+
+/// All addresses of this network namespace that other hosts can name.
+pub fn own_addresses() -> Result<Vec<IpAddr>, InterfaceError> {
+    let all = if_addrs::get_if_addrs()?;
+    let found = all.iter().filter(|i| !i.is_loopback() && !i.is_link_local());
     Ok(found.map(|i| i.ip()).collect())
 }
 

@@ -27,6 +27,8 @@ pub struct Listing {
     pub contested: BTreeSet<IpAddr>,
     /// The networks in which a container that is not known yet may have its address.
     pub networks: BTreeSet<IpNet>,
+    /// The addresses of this host in those networks.
+    pub gateways: BTreeSet<IpAddr>,
     /// The interfaces that those networks' gateways are on.
     pub bridges: BTreeSet<Arc<str>>,
     pub problems: Vec<Problem>,

@@ -1,6 +1,11 @@
 //! Admission: an accepted connection gets its route or is reset. It waits while its owner is not known or not certain.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
+use std::{
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    sync::Arc,
+    time::Instant,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -86,9 +91,28 @@ impl Worker {
             && let Some(permit) = HoldPermit::for_unknown(&self.shared)
         {
             let ticket = self.hold(captured, permit);
-            return self.run(ticket.place(), wait(ticket, socket, captured));
+            return self.run(ticket.place(), wait(ticket, socket, captured, None));
         }
         self.refuse(source, Some(captured.destination), None, outcome);
+    }
+
+    /// Whether a route's owner has lost the address, and no event told of that: the next one to have it may have opened this.
+    /// That costs a look at the owner's network after an interface of this host has gone, and nothing otherwise.
+    fn has_lost(&self, route: &Route, source: IpAddr) -> bool {
+        const MOST: usize = 100_000;
+        let moves = self.settings().lookup.moves();
+        if self.checked.borrow().get(&source).copied().unwrap_or_default() == moves {
+            return false;
+        }
+        let has_lost = owner::has_lost(route, source);
+        if !has_lost {
+            let mut checked = self.checked.borrow_mut();
+            if checked.len() >= MOST {
+                checked.clear();
+            }
+            checked.insert(source, moves);
+        }
+        has_lost
     }
 
     /// Starts a connection, unless it may be one that the address's former owner opened.
@@ -99,6 +123,14 @@ impl Worker {
         route: Arc<Route>,
     ) {
         let now = Instant::now();
+        if self.has_lost(&route, captured.source.0.ip()) {
+            let Some(permit) = HoldPermit::for_doubted(&self.shared) else {
+                let Captured { source, destination, .. } = captured;
+                return self.refuse(source, Some(destination), None, Outcome::UnknownConsumer);
+            };
+            let ticket = self.hold(captured, permit);
+            return self.run(ticket.place(), wait(ticket, socket, captured, Some(route)));
+        }
         match owner::doubt(&route, self.pause.get(), now) {
             None => {}
             // It may have waited until a moment ago to become known, and is served like those that do so here.
@@ -129,14 +161,24 @@ impl Worker {
     }
 }
 
-/// Waits until the container is known: its first connection may arrive before the engine's event.
-async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured) {
+/// Waits until the container is known: its first connection may arrive before the engine's event. `former`: the route of the
+/// one who had the address before.
+async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, former: Option<Arc<Route>>) {
     let (worker, accepted) = (ticket.worker().clone(), Instant::now());
     let deadline = accepted + worker.settings().hold;
     worker.settings().lookup.ask();
     loop {
         // Looked up before the first wait too: the table may have come since this connection was accepted.
-        match worker.route_of(&captured) {
+        let route = worker.route_of(&captured);
+        let is_former = |route: &Arc<Route>| {
+            former.as_ref().is_some_and(|former| former.number == route.number)
+        };
+        match route {
+            Ok(route) if is_former(&route) => {
+                if !worker.another_table(deadline).await {
+                    return ticket.end(Outcome::UnknownConsumer);
+                }
+            }
             // It has sent all it has to say; or who opened it is gone, and its address another's by now.
             Ok(route)
                 if owner::doubt(&route, worker.pause.get(), accepted) == Some(Doubt::Waited)
@@ -198,7 +240,8 @@ mod tests {
             settings::ProxySettings,
             shared::Shared,
             testing::{
-                captured, connection, consumer, run, settings, shared, table, table_after, table_of,
+                captured, connection, consumer, consumer_of, run, settings, shared, table,
+                table_after, table_of,
             },
         },
     };
@@ -294,6 +337,80 @@ mod tests {
             assert!(is_let_in(now, None, true, true).await);
         };
         tokio::task::LocalSet::new().run_until(test).await;
+    }
+
+    /// The engine told of nothing; an interface that has gone is the only sign.
+    #[test]
+    fn an_address_that_its_owner_has_lost_is_waited_for_and_never_served_as_the_owners() {
+        run(async {
+            let now = Instant::now();
+            let long_ago = now.checked_sub(Duration::from_secs(60)).unwrap();
+            let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
+            let (_, former) = worker(long_ago);
+            former.ends[0].shows_network();
+            // The table has the same route.
+            let id = former.consumer.clone();
+            let table = Arc::new(table_of(id));
+            let worker = Worker::new(Arc::new(Shared::new(held)), 0, table).unwrap();
+            let lookup = worker.settings().lookup.clone();
+            let started = || former.counts.started.load(Relaxed);
+            let dial = |source: &str| {
+                let (worker, former) = (worker.clone(), former.clone());
+                let source = source.parse().unwrap();
+                async move {
+                    let (client, accepted) = connection().await;
+                    let captured = captured(source, VIP.parse().unwrap());
+                    worker.let_in_to(Socket::new(accepted), captured, former);
+                    client
+                }
+            };
+            let _first = dial("172.17.0.2:1").await;
+            assert_eq!(started(), 1, "no interface has gone");
+            lookup.moved();
+            // This test's own network, as the owner's, has the one address and not the other.
+            let _own = dial("127.0.0.1:2").await;
+            assert_eq!(started(), 2);
+            let _lost = dial("172.17.0.2:3").await;
+            let waiting = || {
+                let connections = worker.connections.borrow();
+                connections.iter().filter(|(_, one)| matches!(one.state, State::Held(_))).count()
+            };
+            assert_eq!((started(), waiting()), (2, 1));
+            // A table in which nothing changed for it is none to be served by.
+            let other = consumer("other", "172.17.0.77".parse().unwrap(), "redis;6379");
+            let before = worker.table.borrow().clone();
+            let same = consumer_of(
+                former.consumer.clone(),
+                "a",
+                "172.17.0.2".parse().unwrap(),
+                "redis;6379",
+            );
+            let next = table_after(&before, &[same, other.clone()], &[]).unwrap();
+            worker.take_over(Arc::new(next));
+            tokio::task::yield_now().await;
+            tokio::task::yield_now().await;
+            assert_eq!((started(), waiting()), (2, 1));
+            let next = consumer("next", "172.17.0.2".parse().unwrap(), "redis;6379");
+            let before = worker.table.borrow().clone();
+            let table = table_after(&before, &[next, other], &[]).unwrap();
+            let key = former.key;
+            worker.take_over(Arc::new(table));
+            let served = async {
+                while worker.table.borrow().route(&key).unwrap().counts.started.load(Relaxed) == 0 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(60), served).await.unwrap();
+            assert_eq!((started(), waiting()), (2, 0), "by its own route");
+            // A sandbox never showed the address in its network.
+            let (_, sandboxed) = self::worker(long_ago);
+            let (_client, accepted) = connection().await;
+            let captured = captured("172.17.0.5:4".parse().unwrap(), VIP.parse().unwrap());
+            worker.let_in_to(Socket::new(accepted), captured, sandboxed.clone());
+            assert_eq!(sandboxed.counts.started.load(Relaxed), 1);
+            worker.end_all(Outcome::Shutdown, |_| true);
+            worker.all_ended().await;
+        });
     }
 
     #[tokio::test]

@@ -16,6 +16,7 @@ use tokio::net::TcpStream;
 
 use super::captured::Captured;
 use crate::{
+    docker::process,
     model::{ConsumerId, RunEnd},
     table::Route,
 };
@@ -58,6 +59,17 @@ pub(super) fn doubt(route: &Route, pause: Option<Pause>, now: Instant) -> Option
         Some(pause) if pause.end + DELAY > now && born + DELAY > pause.start => Some(Doubt::Waited),
         _ => (born + DELAY > now).then_some(Doubt::New),
     }
+}
+
+/// Whether the owner of a route has certainly lost the address that it is known at. Never if processes are not visible.
+pub(super) fn has_lost(route: &Route, source: IpAddr) -> bool {
+    // The last is the one whose network namespace it is.
+    let owner = route.ends.last().filter(|owner| owner.has_shown_network());
+    let process = owner.and_then(RunEnd::process);
+    process.is_some_and(|process| {
+        let now = process::addresses(process.pid);
+        now.is_ok_and(|addresses| !addresses.contains(&source))
+    })
 }
 
 /// Whether the peer has ended its direction or is gone, as the kernel knows it: the runtime knows nothing yet of a socket

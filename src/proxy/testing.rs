@@ -29,7 +29,12 @@ pub(super) fn consumer(name: &str, source: IpAddr, descriptor: &str) -> Arc<Cons
     consumer_of(id, name, source, descriptor)
 }
 
-fn consumer_of(id: ConsumerId, name: &str, source: IpAddr, descriptor: &str) -> Arc<Consumer> {
+pub(super) fn consumer_of(
+    id: ConsumerId,
+    name: &str,
+    source: IpAddr,
+    descriptor: &str,
+) -> Arc<Consumer> {
     Arc::new(Consumer {
         id,
         name: name.into(),

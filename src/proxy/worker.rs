@@ -3,8 +3,9 @@
 
 use std::{
     cell::{Cell, RefCell},
+    collections::HashMap,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
     rc::Rc,
     sync::Arc,
@@ -57,6 +58,8 @@ pub(super) struct Worker {
     pub(super) shortage: Cell<Option<Instant>>,
     /// The last pause in accepting.
     pub(super) pause: Cell<Option<Pause>>,
+    /// Addresses that their owners still had after so many interfaces of this host had gone. No more than there are sources.
+    pub(super) checked: RefCell<HashMap<IpAddr, u64>>,
 }
 
 impl Worker {
@@ -76,6 +79,7 @@ impl Worker {
             taken_over: Notify::new(),
             shortage: Cell::default(),
             pause: Cell::default(),
+            checked: RefCell::default(),
         }))
     }
 

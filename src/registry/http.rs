@@ -12,7 +12,7 @@ use std::{
 
 use futures_util::{FutureExt, future::BoxFuture};
 use reqwest::{
-    Client, Identity, Response, StatusCode,
+    Client, Response, StatusCode,
     dns::{Addrs, Name, Resolve, Resolving},
     header::{HOST, HeaderMap, HeaderValue},
     redirect::Policy,
@@ -232,27 +232,7 @@ impl Http {
             None => builder,
         };
         let builder = if secure {
-            let pem = self.tls.load()?;
-            let wrong = |what: &str, e: reqwest::Error| SourceError::caused(what, &e);
-            match pem.config()?.filter(|_| self.verify) {
-                Some(mut config) => {
-                    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-                    builder.tls_backend_preconfigured(config)
-                }
-                // The system's CAs are trusted, or any.
-                None => {
-                    let builder = builder.tls_danger_accept_invalid_certs(!self.verify);
-                    match pem.identity {
-                        Some((certificate, key)) => {
-                            let pem = [certificate, b"\n".to_vec(), key].concat();
-                            let identity = Identity::from_pem(&pem)
-                                .map_err(|e| wrong("the client certificate and key", e))?;
-                            builder.identity(identity)
-                        }
-                        None => builder,
-                    }
-                }
-            }
+            self.tls.prepare(builder, self.verify)?
         } else {
             // Without TLS no CA certificates are needed, so the system may have none.
             builder.tls_certs_only([])

@@ -96,9 +96,17 @@ impl Table {
                 self.vips.extend(gateways.copied().map(Vip));
             }
         }
-        if others || from.vips != inputs.vips || from.known != *inputs.known {
+        if others
+            || from.vips != inputs.vips
+            || from.known != *inputs.known
+            || from.contested != *inputs.contested
+        {
             let sources = inputs.consumers.iter().flat_map(|one| sources(one, inputs.vips));
-            let unknown: Vec<_> = sources.filter(|source| !inputs.known.contains(source)).collect();
+            // Whose a contested address is will be known: a connection from it may wait for that.
+            let is_unknown = |source: &IpAddr| {
+                !inputs.known.contains(source) && !inputs.contested.contains(source)
+            };
+            let unknown: Vec<_> = sources.filter(is_unknown).collect();
             let known = if unknown.is_empty() {
                 inputs.known.clone()
             } else {

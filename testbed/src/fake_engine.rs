@@ -22,6 +22,10 @@ pub enum Mood {
     Fails,
     /// It says what is no JSON.
     Garbage,
+    /// A proxy before it refuses the request with a page.
+    Forbids,
+    /// It has no such container, and says so as podman does.
+    HasNone,
     /// It says nothing at all,
     Hangs,
     /// or the head of an answer alone.
@@ -44,6 +48,8 @@ pub struct FakeEngine {
 #[derive(Debug, Default)]
 struct State {
     containers: BTreeMap<String, Value>,
+    /// Besides the default one.
+    networks: BTreeMap<String, Value>,
     moods: HashMap<String, Mood>,
     /// The path of each request.
     asked: Vec<String>,
@@ -102,6 +108,11 @@ impl FakeEngine {
         self.state().containers.insert(id.to_owned(), container);
     }
 
+    /// There is a network besides the default one, as a list shows it; nobody is told.
+    pub fn has_network(&self, id: &str, network: Value) {
+        self.state().networks.insert(id.to_owned(), network);
+    }
+
     /// A container is gone; nobody is told.
     pub fn has_not(&self, id: &str) {
         self.state().containers.remove(id);
@@ -121,6 +132,11 @@ impl FakeEngine {
         let _ = self.events.send(Some(event));
     }
 
+    /// Tells of anything, as the stream has it.
+    pub fn tells_of(&self, event: Value) {
+        let _ = self.events.send(Some(event));
+    }
+
     /// Ends the streams of events.
     pub fn loses(&self) {
         let _ = self.events.send(None);
@@ -129,6 +145,11 @@ impl FakeEngine {
     /// How many streams of events are read now.
     pub fn streams(&self) -> usize {
         self.state().streams
+    }
+
+    /// The paths that it was asked for.
+    pub fn requests(&self) -> Vec<String> {
+        self.state().asked.clone()
     }
 
     /// How often it was asked for what ends in this.
@@ -159,7 +180,7 @@ async fn serve(
     };
     let head = |status: &str, more: &str| {
         format!(
-            "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n{more}\r\n\r\n"
+            "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nApi-Version: 1.41\r\nDate: Thu, 01 Jan 2026 00:00:00 GMT\r\nConnection: close\r\n{more}\r\n\r\n"
         )
     };
     let whole =
@@ -177,6 +198,14 @@ async fn serve(
         }
         (Some(Mood::Fails), _) => whole("500 Internal Server Error", "{\"message\":\"no\"}"),
         (Some(Mood::Garbage), _) => whole("200 OK", "[garbage"),
+        (Some(Mood::Forbids), _) => whole(
+            "403 Forbidden",
+            "<html><body><h1>403 Forbidden</h1>\nRequest forbidden by rules.\n</body></html>\n",
+        ),
+        (Some(Mood::HasNone), _) => whole(
+            "500 Internal Server Error",
+            "{\"cause\":\"no such container\",\"message\":\"no container with ID x: no such container\",\"response\":500}",
+        ),
         (None, _) if path.ends_with("/events") => {
             let events = events.subscribe();
             client.write_all(head("200 OK", "Transfer-Encoding: chunked").as_bytes()).await?;
@@ -225,17 +254,16 @@ impl State {
         let of_one =
             path.split_once("/containers/").and_then(|(_, rest)| rest.strip_suffix("/json"));
         match path {
-            _ if path.ends_with("/version") => Some(json!({"ApiVersion": "1.41"})),
-            _ if path.ends_with("/info") => Some(json!({"SystemTime": "2026-01-01T00:00:00Z"})),
             _ if path.ends_with("/_ping") => Some(json!("OK")),
-            _ if path.ends_with("/networks") => Some(json!([
-                {
+            _ if path.ends_with("/networks") => {
+                let docker0 = json!({
                     "Id": "n",
                     "Driver": "bridge",
                     "IPAM": {"Config": [{"Subnet": "172.17.0.0/16"}]},
                     "Options": {"com.docker.network.bridge.name": "docker0"}
-                }
-            ])),
+                });
+                Some([docker0].into_iter().chain(self.networks.values().cloned()).collect())
+            }
             _ if path.ends_with("/containers/json") => {
                 Some(self.containers.values().map(listed).collect())
             }

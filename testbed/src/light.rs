@@ -79,6 +79,9 @@ pub(crate) struct LightContainer {
     variables: BTreeMap<String, String>,
     labels: BTreeMap<String, String>,
     exposed: Vec<String>,
+    /// The engine says that it gave it no address, as with `--network=none`. It has one nevertheless, as if another program
+    /// had given it.
+    is_unaddressed: bool,
     run: Mutex<Option<Run>>,
 }
 
@@ -107,9 +110,10 @@ impl LightContainer {
         let mut hash = DefaultHasher::new();
         (name, containers.len()).hash(&mut hash);
         let id = format!("{:016x}", hash.finish()).repeat(4);
-        let (variables, labels, exposed, run) = Default::default();
+        let (variables, labels, exposed, is_unaddressed, run) = Default::default();
         let name = name.to_owned();
-        let mut container = Self { name, id, command, variables, labels, exposed, run };
+        let mut container =
+            Self { name, id, command, variables, labels, exposed, is_unaddressed, run };
         args.iter().try_for_each(|arg| container.take(arg))?;
         let container = Arc::new(container);
         containers.push(container.clone());
@@ -126,6 +130,7 @@ impl LightContainer {
         match arg.to_string_lossy().split_once('=') {
             Some(("--env", text)) => self.variables.extend([pair(text)]),
             Some(("--label", text)) => self.labels.extend([pair(text)]),
+            Some(("--network", "none")) => self.is_unaddressed = true,
             Some(("--expose", port)) => self.exposed.push(format!("{port}/tcp")),
             _ => bail!("a light container cannot be made with {arg:?}; a host with dockerd can"),
         }
@@ -246,18 +251,22 @@ END",
     fn inspection(&self, pid: u32, part: u8) -> Result<Value> {
         let env: Vec<_> = self.variables.iter().map(|(k, v)| format!("{k}={v}")).collect();
         let exposed: BTreeMap<_, _> = self.exposed.iter().map(|port| (port, json!({}))).collect();
+        let (mode, given) = match self.is_unaddressed {
+            false => ("default", address(part).to_string()),
+            true => ("none", String::new()),
+        };
         let now = Command::new("date").args(["--utc", "+%Y-%m-%dT%H:%M:%S.%NZ"]).output()?;
         Ok(json!({
             "Id": self.id,
             "Name": format!("/{}", self.name),
             "State": {"Running": true, "Pid": pid, "StartedAt": String::from_utf8(now.stdout)?.trim()},
-            "HostConfig": {"NetworkMode": "default"},
+            "HostConfig": {"NetworkMode": mode},
             "Config": {"Env": env, "Labels": self.labels, "ExposedPorts": exposed},
-            "NetworkSettings": {"Networks": {"bridge": {
-                "NetworkID": "n",
-                "IPAddress": address(part),
+            "NetworkSettings": {"Networks": {if self.is_unaddressed { "none" } else { "bridge" }: {
+                "NetworkID": if self.is_unaddressed { "none" } else { "n" },
+                "IPAddress": given,
                 "GlobalIPv6Address": "",
-                "Gateway": "172.17.0.1",
+                "Gateway": if self.is_unaddressed { "" } else { "172.17.0.1" },
             }}},
         }))
     }

@@ -71,7 +71,10 @@ fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
     assert_eq!(doctor(&host, &[])?, [""; 0]);
 
     one(&doctor(&host, &["-discovery=consul://127.0.0.1:8500"])?, "fail discovery: consul")?;
-    one(&doctor(&host, &["-docker=tcp://127.0.0.1:1"])?, "fail docker: tcp://127.0.0.1:1")?;
+    one(
+        &doctor(&host, &["-docker=tcp://127.0.0.1:1"])?,
+        "fail docker: a ping of tcp://127.0.0.1:1",
+    )?;
     one(&doctor(&host, &["-p=2379"])?, "fail port: etcd (process ")?;
     host.run("iptables", ["-P", "INPUT", "DROP"])?;
     host.run("iptables", "-A INPUT -i lo -j ACCEPT".split(' '))?;

@@ -127,6 +127,14 @@ fn in_a_container_that_others_are_linked_to() -> Result<()> {
     let served = reaches(&app, "proxy:80", "frontend_http");
     served.with_context(|| embassy.log().unwrap_or_default())?;
     reaches(&app, embassy.ip()?, "frontend_http")?;
+    // On a second network it is dialled at its address there, whichever of the two is eth0.
+    let back = host.network("back", ["--subnet=10.84.0.0/24"])?;
+    embassy.connect(back.name())?;
+    host.docker(["restart", "embassy"])?;
+    let far = host.client("far").network(back.name());
+    let far = far.env("BACKEND_FRONTEND", "frontend_http;80").start()?;
+    reaches(&far, embassy.ip_on(back.name())?, "frontend_http")?;
+    reaches(&app, embassy.ip_on("bridge")?, "frontend_http")?;
     embassy.stop()?;
     assert_eq!(embassy.inspect("{{.State.ExitCode}}")?, "0", "{}", embassy.log()?);
     Ok(())

@@ -26,7 +26,7 @@ use crate::{
     config::{CaptureMode, Config, Provider},
     discovery::{Discoveries, Watches},
     docker::{
-        Engine,
+        self, Engine,
         obstacle::{self, Obstacle},
     },
     memory::{Memory, Use},
@@ -234,18 +234,15 @@ async fn engine(
     engine: &Engine,
     interfaces: &BTreeMap<IpAddr, String>,
 ) -> Result<(EngineFacts, Vec<Network>), String> {
-    let failed = |error: bollard::errors::Error| {
-        crate::source::SourceError::caused(engine, &error).to_string()
-    };
-    let client = engine.connect().await.map_err(failed)?;
-    let version = client.version().await.map_err(failed)?;
-    let networks = client.list_networks(None).await.map_err(failed)?;
+    let failed = |error: crate::source::SourceError| error.to_string();
+    let (client, _) = docker::client::Client::connect(engine).await.map_err(failed)?;
+    // Not asked for by the proxy, so a proxy of the engine may refuse it.
+    let version = client.version().await.unwrap_or_default();
+    let networks = client.networks().await.map_err(failed)?;
     let bridges = networks.into_iter().filter(|net| net.driver.as_deref() == Some("bridge"));
     let routes = fs::read_to_string("/proc/net/route").unwrap_or_default();
-    let network = |network: bollard::models::Network| {
-        let configs = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
-        let ranges: Vec<IpNet> =
-            configs.iter().filter_map(|range| range.subnet.as_deref()?.parse().ok()).collect();
+    let network = |network: docker::answers::Network| {
+        let ranges = network.ranges();
         // The gateway; not every engine reports it.
         let own = interfaces.iter().find(|(ip, _)| ranges.iter().any(|range| range.contains(*ip)));
         let own = own.map(|(address, interface)| (*address, interface.clone()));

@@ -2,11 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
-use super::metadata::Metadata;
+use super::{metadata::Metadata, reach::Standpoint};
 use crate::{
     discovery::{Endpoints, Query, Rejected},
     docker::{
@@ -24,10 +24,10 @@ pub(crate) struct Offers(HashMap<String, Vec<Arc<Offer>>>);
 pub(crate) type Made = PerContainer<Place, Vec<Arc<Offer>>>;
 
 /// Where the containers are, as seen from here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// On this host: their own addresses can be reached.
-    Here,
+    /// On this host: their own addresses can be reached on the networks that lead there.
+    Here(Standpoint),
     /// On a host with this address: only published ports can be reached.
     There(IpAddr),
 }
@@ -38,6 +38,8 @@ pub(crate) struct Offer {
     service: String,
     tags: Vec<String>,
     healthy: bool,
+    /// It is paused or was asked to stop: used only if there is no other. A direct connection to it waits, or is refused.
+    last_resort: bool,
     /// For messages.
     container: String,
     /// Where it can be reached, or why it cannot.
@@ -50,11 +52,11 @@ impl Offers {
     /// What the containers of `inventory` offer. `is_here`: they are reached at their own addresses.
     pub(crate) fn of(inventory: &Inventory, is_here: bool, made: &mut Made) -> Self {
         let place = match inventory.host.filter(|_| !is_here) {
-            None => Place::Here,
+            None => Place::Here(Standpoint::of(inventory)),
             Some(host) => Place::There(host),
         };
-        let made = made.update(inventory, place, |Subject { container, owner, .. }| {
-            offers(container, owner.map(Arc::as_ref), place)
+        let made = made.update(inventory, place.clone(), |Subject { container, owner, .. }| {
+            offers(container, owner.map(Arc::as_ref), &place)
         });
         let mut by_service: HashMap<String, Vec<Arc<Offer>>> = HashMap::new();
         let offers = made.flat_map(|(_, offers)| offers);
@@ -76,9 +78,13 @@ impl Offers {
                 && (offer.healthy || !healthy_only)
                 && !offer.stay.is_over()
         });
+        let wanted: Vec<_> = wanted.collect();
+        let is_first_choice = |offer: &&Arc<Offer>| !offer.last_resort && offer.endpoint.is_ok();
+        let there_are_better = wanted.iter().any(is_first_choice);
         let (mut list, mut stays) = (Vec::new(), BTreeMap::new());
         for offer in wanted {
             match &offer.endpoint {
+                Ok(_) if offer.last_resort && there_are_better => {}
                 Ok(endpoint) => {
                     list.push(*endpoint);
                     if offer.stay != Stay::default() {
@@ -99,14 +105,14 @@ impl Offers {
 fn offers(
     container: &Container,
     owner: Result<&Container, &NoNetwork>,
-    place: Place,
+    place: &Place,
 ) -> Vec<Arc<Offer>> {
     let metadata = Metadata::of(container);
-    if container.is_halted || metadata.is_empty() {
+    if container.is_restarting || metadata.is_empty() {
         return Vec::new();
     }
     let stay = match (place, owner) {
-        (Place::Here, Ok(owner)) => stay(container, owner),
+        (Place::Here(_), Ok(owner)) => stay(container, owner),
         _ => Stay::default(),
     };
     let on_host = owner.is_ok_and(|owner| owner.network == Network::Host);
@@ -123,6 +129,7 @@ fn offers(
             service,
             tags: metadata.tags(port),
             healthy: container.is_healthy,
+            last_resort: container.is_paused || container.is_stopping,
             container: match port {
                 Some(port) => format!("{}:{port}", container.name),
                 None => container.name.to_string(),
@@ -145,7 +152,7 @@ fn offers(
             (None, None) => continue,
         };
         let endpoint = match owner {
-            Ok(owner) => endpoint(owner, port, place).map_err(str::to_owned),
+            Ok(owner) => endpoint(owner, port, place),
             Err(reason) => Err(reason.to_string()),
         };
         for name in names(name) {
@@ -187,21 +194,20 @@ fn stay(container: &Container, owner: &Container) -> Stay {
 }
 
 /// Where a port in the network of `owner` can be reached.
-fn endpoint(owner: &Container, port: Port, place: Place) -> Result<Endpoint, &'static str> {
-    let at = |address| Ok(Endpoint(SocketAddr::new(address, port.get())));
-    match (place, &owner.network) {
-        (Place::Here, Network::Host) => at(Ipv4Addr::LOCALHOST.into()),
-        (Place::There(host), Network::Host) => at(host),
-        (Place::Here, _) => owner.address().map_or(Err("no address: it is on no network"), at),
-        (Place::There(host), _) => owner
-            .published
-            .get(&ContainerPort { number: port, tcp: true })
-            .ok_or("the port is not published")?
-            .iter()
-            .find_map(|bound| reachable(*bound, host))
-            .map(Endpoint)
-            .ok_or("the port is published only at an address that is not reachable from here"),
+fn endpoint(owner: &Container, port: Port, place: &Place) -> Result<Endpoint, String> {
+    let at = |address| Endpoint(SocketAddr::new(address, port.get()));
+    let host = match place {
+        Place::Here(standpoint) => return standpoint.address_of(owner).map(at),
+        Place::There(host) => *host,
+    };
+    if owner.network == Network::Host {
+        return Ok(at(host));
     }
+    let bound = owner.published.get(&ContainerPort { number: port, tcp: true });
+    let mut bound = bound.ok_or("the port is not published")?.iter();
+    let reached = bound.find_map(|bound| reachable(*bound, host)).map(Endpoint);
+    let elsewhere = "the port is published only at an address that is not reachable from here";
+    reached.ok_or_else(|| elsewhere.to_owned())
 }
 
 /// How a port that is bound to `bound` on the host is reached from elsewhere.

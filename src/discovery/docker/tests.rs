@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{offers::Made, *};
 use crate::{
     docker::{
-        container::{Container, samples},
+        container::{Bridge, Container, OtherNetwork, samples},
         read,
     },
     model::ContainerId,
@@ -191,7 +191,7 @@ fn only_what_runs_and_is_healthy() {
     };
     assert!(found(state(true, false, false), true));
     assert!(!found(state(false, false, false), false));
-    assert!(!found(state(true, true, false), false));
+    assert!(found(state(true, true, false), true), "there is no other");
     assert!(!found(state(true, false, true), false));
     for (health, healthy) in
         [("healthy", true), ("none", true), ("", true), ("starting", false), ("unhealthy", false)]
@@ -354,11 +354,122 @@ fn a_container_that_changes_leaves_the_offers_of_others_as_they_are() {
         ["one", "two"].map(|name| offers.select(&query(name), true))
     };
     let before = answer(&containers, &mut made);
-    let halted = Container { is_halted: true, ..containers.containers[1].as_ref().clone() };
+    let halted = Container { is_restarting: true, ..containers.containers[1].as_ref().clone() };
     containers.containers[1] = halted.into();
     let now = answer(&containers, &mut made);
     assert_eq!(now[0], before[0], "it hangs on the same");
     assert_eq!((before[1].list.len(), now[1].list.len()), (1, 0));
+}
+
+/// On each of these networks: its ID, which is its name, and the container's address.
+fn on(networks: &[(&str, &str)]) -> Value {
+    let ends = networks.iter().map(|(name, address)| {
+        let gateway = format!("{}.1", address.rsplit_once('.').unwrap().0);
+        ((*name).to_owned(), json!({"IPAddress": address, "Gateway": gateway}))
+    });
+    changed("c1", [("/NetworkSettings/Networks", Value::Object(ends.collect()))])
+}
+
+/// The answer where embassy has these interfaces, and the engine a bridge `br`, a macvlan on eth0 and an overlay.
+fn from(interfaces: &[(&str, &str)], inspections: Vec<Value>) -> Vec<String> {
+    let bridge = |interface: &str, range: &str| Bridge {
+        ranges: vec![range.parse().unwrap()],
+        interface: interface.into(),
+    };
+    let other = |driver: &str, range: &str| OtherNetwork {
+        driver: driver.into(),
+        ranges: vec![range.parse().unwrap()],
+        parent: "eth0".into(),
+    };
+    let here = interfaces
+        .iter()
+        .map(|(name, address)| ((*name).into(), vec![address.parse::<IpAddr>().unwrap()]));
+    let inventory = Inventory {
+        bridges: Arc::new(
+            [
+                ("br".into(), bridge("br0", "10.1.0.0/24")),
+                ("br2".into(), bridge("br02", "10.4.0.0/24")),
+            ]
+            .into(),
+        ),
+        others: Arc::new(
+            [
+                ("a-lan".into(), other("macvlan", "10.2.0.0/24")),
+                ("a-swarm".into(), other("overlay", "10.3.0.0/24")),
+                ("a-plugin".into(), other("weave", "10.5.0.0/24")),
+            ]
+            .into(),
+        ),
+        here: Arc::new(here.collect()),
+        ..all(inspections)
+    };
+    answer(&inventory, HERE, "web", true)
+}
+
+#[test]
+fn a_network_that_leads_there_is_chosen() {
+    let host = [("eth0", "10.2.0.9"), ("br0", "10.1.0.1")];
+    let everywhere = [
+        ("a-lan", "10.2.0.2"),
+        ("a-swarm", "10.3.0.2"),
+        ("a-plugin", "10.5.0.2"),
+        ("br", "10.1.0.2"),
+    ];
+    assert_eq!(from(&host, vec![on(&everywhere)]), ["10.1.0.2:80"]);
+    assert_eq!(from(&host, vec![on(&everywhere[..3])]), ["10.5.0.2:80"], "it may lead there");
+    let [lan] = &from(&host, vec![on(&everywhere[..2])])[..] else { panic!("one reason") };
+    assert!(lan.contains("not reachable from this host on its networks (a-lan, a-swarm)"), "{lan}");
+    // An interface of the host's own in the same network leads to a macvlan.
+    let with_shim = [host[0], host[1], ("shim", "10.2.0.200")];
+    assert_eq!(from(&with_shim, vec![on(&everywhere[..1])]), ["10.2.0.2:80"]);
+}
+
+#[test]
+fn from_inside_a_container_its_own_networks_lead_on() {
+    let own = |mut inspection: Value| {
+        inspection["Id"] = json!("embassy");
+        inspection["Config"]["Env"] = json!([]);
+        inspection
+    };
+    let inside = [("eth0", "10.1.0.7")];
+    let ours = || own(on(&[("br", "10.1.0.7")]));
+    assert_eq!(
+        from(&inside, vec![ours(), on(&[("br", "10.1.0.2"), ("br2", "10.4.0.2")])]),
+        ["10.1.0.2:80"]
+    );
+    let [other] = &from(&inside, vec![ours(), on(&[("br2", "10.4.0.2")])])[..] else {
+        panic!("one reason")
+    };
+    assert!(other.contains("embassy's own container") && other.contains("(br2)"), "{other}");
+    // What listens on the host is not at embassy's own loopback.
+    let on_host = || changed("c1", [("/HostConfig/NetworkMode", json!("host"))]);
+    assert_eq!(from(&inside, vec![ours(), on_host()]), ["10.1.0.1:80"]);
+    let lan = own(on(&[("a-lan", "10.2.0.7")]));
+    let [no_way] = &from(&[("eth0", "10.2.0.7")], vec![lan, on_host()])[..] else {
+        panic!("one reason")
+    };
+    assert!(no_way.contains("on no bridge network"), "{no_way}");
+    assert_eq!(from(&[("br0", "10.1.0.1")], vec![on_host()]), ["127.0.0.1:80"]);
+}
+
+#[test]
+fn who_is_paused_or_stopping_is_used_only_if_there_is_no_other() {
+    let named = |name: &str, address: &str| {
+        changed(name, [("/NetworkSettings/Networks", json!({"bridge": {"IPAddress": address}}))])
+    };
+    let mut containers = all([named("one", "172.17.0.2"), named("two", "172.17.0.3")]);
+    let both = ["172.17.0.2:80", "172.17.0.3:80"];
+    assert_eq!(answer(&containers, HERE, "web", true), both);
+    for change in
+        [|one: &mut Container| one.is_paused = true, |one: &mut Container| one.is_stopping = true]
+    {
+        let well = containers.containers.clone();
+        change(Arc::make_mut(&mut containers.containers[0]));
+        assert_eq!(answer(&containers, HERE, "web", true), both[1..]);
+        change(Arc::make_mut(&mut containers.containers[1]));
+        assert_eq!(answer(&containers, HERE, "web", true), both, "there is no better one");
+        containers.containers = well;
+    }
 }
 
 proptest! {

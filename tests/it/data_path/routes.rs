@@ -6,7 +6,12 @@ use anyhow::{Result, ensure};
 use testbed::Host;
 
 use super::{ETCD, OpenConnections, Path, listens, metric, vip, wait_ended};
-use crate::{READY, WAIT};
+use crate::{
+    READY, WAIT,
+    support::{counts, reaches, web},
+};
+
+const RED: &str = "/services/red;80";
 
 #[test]
 fn a_consumer_that_stops_takes_its_connections_and_its_route_along() -> Result<()> {
@@ -19,6 +24,29 @@ fn a_consumer_that_stops_takes_its_connections_and_its_route_along() -> Result<(
         wait_metric(&path, series, 0)?;
     }
     Ok(())
+}
+
+/// As the pause containers of Nomad and Kubernetes are: the engine gave it no address, and another program did.
+#[test]
+fn a_container_to_which_the_engine_gave_no_address_is_served_at_the_one_that_it_has() -> Result<()>
+{
+    let host = Host::light()?;
+    web(&host, "red")?;
+    let asking = |name: &str| host.client(name).network("none").env("BACKEND_RED", RED).start();
+    let early = asking("early")?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    reaches(&early, vip(80), "red")?;
+    let late = asking("late")?;
+    reaches(&late, vip(80), "red")?;
+    let skipped = r#"embassy_skipped_total{what="binding"}"#;
+    ensure!(metric(&embassy, skipped)? == 0, "they are served");
+    // What nobody can serve is told of, and counted.
+    late.exec(["ip", "addr", "flush", "dev", "eth0"])?;
+    counts(&embassy, skipped, 1)?;
+    let explained = embassy.admin("/v1/explain?consumer=late&port=80")?.ok()?;
+    ensure!(explained.contains("no address"), "{explained}");
+    reaches(&early, vip(80), "red")
 }
 
 /// It can send neither an end nor a reset.

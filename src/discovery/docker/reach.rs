@@ -1,0 +1,132 @@
+//! Which of its addresses a container of this host can be reached at from where embassy stands. Pure.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+};
+
+use crate::docker::container::{
+    Attachment, Bridges, Container, Interfaces, Inventory, Network, NetworkId, OtherNetworks,
+    bridge_of,
+};
+
+/// Where embassy stands, and the networks around it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Standpoint {
+    /// The networks of the container that embassy runs in, with their gateways; `None` on the host.
+    inside: Option<BTreeMap<NetworkId, Vec<IpAddr>>>,
+    bridges: Arc<Bridges>,
+    others: Arc<OtherNetworks>,
+    here: Arc<Interfaces>,
+}
+
+const NO_ADDRESS: &str = "no address: it is on no network";
+
+/// How well a network can be reached: first the best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Reach {
+    /// A bridge of this host, or a network that embassy's own container is on too.
+    Surely,
+    /// A network of a driver that is not known here.
+    Perhaps,
+    Never,
+}
+
+impl Standpoint {
+    pub(super) fn of(inventory: &Inventory) -> Self {
+        Self {
+            inside: inside(inventory),
+            bridges: inventory.bridges.clone(),
+            others: inventory.others.clone(),
+            here: inventory.here.clone(),
+        }
+    }
+
+    /// The address of a container that has a network of its own, or the host's. An error is the reason why there is none.
+    pub(super) fn address_of(&self, container: &Container) -> Result<IpAddr, String> {
+        if container.network == Network::Host {
+            return self.host();
+        }
+        let ends = container.attachments().filter(|(_, end)| !end.addresses.is_empty());
+        let mut ends: Vec<_> =
+            ends.map(|(id, end)| (self.reach(id, end), &end.name, end)).collect();
+        ends.sort_by_key(|(reach, name, _)| (*reach, *name));
+        match ends.first() {
+            None => Err(NO_ADDRESS.to_owned()),
+            Some((Reach::Never, ..)) => {
+                let names: Vec<_> = ends.iter().map(|(_, name, _)| &***name).collect();
+                Err(self.no_way(&names.join(", ")))
+            }
+            Some((_, _, end)) => {
+                end.addresses.first().copied().ok_or_else(|| NO_ADDRESS.to_owned())
+            }
+        }
+    }
+
+    /// Where the services on the host's own network can be reached.
+    fn host(&self) -> Result<IpAddr, String> {
+        let Some(inside) = &self.inside else { return Ok(Ipv4Addr::LOCALHOST.into()) };
+        // The gateway of a bridge is the host. Another network's is a router.
+        let bridges = inside.iter().filter(|(id, gateways)| self.is_bridge(id, gateways));
+        let gateways = bridges.flat_map(|(_, gateways)| gateways.iter().copied());
+        let first = gateways.min_by_key(|gateway| (gateway.is_ipv6(), *gateway));
+        first.ok_or_else(|| {
+            "it is on the host's network, and embassy's own container is on no bridge network with a gateway".to_owned()
+        })
+    }
+
+    fn is_bridge(&self, id: &NetworkId, gateways: &[IpAddr]) -> bool {
+        let end = Attachment { name: id.clone(), addresses: vec![], gateways: gateways.to_vec() };
+        bridge_of(&self.bridges, id, &end).is_some()
+    }
+
+    fn reach(&self, id: &NetworkId, end: &Attachment) -> Reach {
+        if let Some(inside) = &self.inside {
+            // Engines keep their networks apart.
+            return if inside.contains_key(id) { Reach::Surely } else { Reach::Never };
+        }
+        if bridge_of(&self.bridges, id, end).is_some() {
+            return Reach::Surely;
+        }
+        let Some(network) = self.others.get(id) else { return Reach::Perhaps };
+        match &*network.driver {
+            "overlay" | "none" => Reach::Never,
+            // The kernel keeps a parent interface apart from what is made of it. An interface of the host's own in the
+            // network is a way around that.
+            "macvlan" | "ipvlan" => {
+                let mut others = self.here.iter().filter(|(name, _)| **name != network.parent);
+                let is_in = |address: &IpAddr| network.ranges.iter().any(|r| r.contains(address));
+                match others.any(|(_, addresses)| addresses.iter().any(is_in)) {
+                    true => Reach::Perhaps,
+                    false => Reach::Never,
+                }
+            }
+            _ => Reach::Perhaps,
+        }
+    }
+
+    fn no_way(&self, names: &str) -> String {
+        match self.inside {
+            Some(_) => format!(
+                "not reachable from embassy's own container: connect that to one of its networks ({names})"
+            ),
+            None => format!(
+                "not reachable from this host on its networks ({names}): connect it to a bridge network too"
+            ),
+        }
+    }
+}
+
+/// The networks of the container that has our addresses, if there is one.
+fn inside(inventory: &Inventory) -> Option<BTreeMap<NetworkId, Vec<IpAddr>>> {
+    let here = &inventory.here;
+    // The usual case, without a look at every container.
+    if inventory.bridges.values().any(|bridge| here.contains_key(&bridge.interface)) {
+        return None;
+    }
+    let is_ours = |address: IpAddr| here.values().flatten().any(|own| *own == address);
+    let alive = inventory.containers.iter().filter(|one| !one.run.has_ended());
+    let ours = alive.into_iter().find(|one| one.addresses().any(is_ours))?;
+    Some(ours.attachments().map(|(id, end)| (id.clone(), end.gateways.clone())).collect())
+}

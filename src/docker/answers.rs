@@ -1,0 +1,164 @@
+//! What an engine answers and tells: the fields that are read here, as engines from 20.10 to 29 and podman fill them. Pure.
+//!
+//! Words such as a container's status are left out on purpose: an engine may have one that is not known yet.
+
+use std::collections::HashMap;
+
+use serde::{Deserialize, de::IgnoredAny};
+
+/// `GET /containers/<id>/json`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Inspection {
+    /// Who asks knows it.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) id: Option<String>,
+    pub(crate) name: Option<String>,
+    pub(crate) state: Option<State>,
+    pub(crate) host_config: Option<HostConfig>,
+    pub(crate) config: Option<ContainerConfig>,
+    pub(crate) network_settings: Option<NetworkSettings>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct State {
+    pub(crate) running: Option<bool>,
+    pub(crate) paused: Option<bool>,
+    pub(crate) restarting: Option<bool>,
+    pub(crate) pid: Option<i64>,
+    pub(crate) started_at: Option<String>,
+    pub(crate) health: Option<Health>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Health {
+    pub(crate) status: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct HostConfig {
+    pub(crate) network_mode: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct ContainerConfig {
+    pub(crate) env: Option<Vec<String>>,
+    pub(crate) labels: Option<HashMap<String, String>>,
+    pub(crate) exposed_ports: Option<HashMap<String, IgnoredAny>>,
+    /// A name such as `SIGQUIT` or a number; absent or empty: SIGTERM.
+    pub(crate) stop_signal: Option<StopSignal>,
+}
+
+/// Docker writes it as text, podman as a number in some answers.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum StopSignal {
+    Text(String),
+    Number(i64),
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct NetworkSettings {
+    pub(crate) ports: Option<HashMap<String, Option<Vec<PortBinding>>>>,
+    /// By the network's name.
+    pub(crate) networks: Option<HashMap<String, NetworkEnd>>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct PortBinding {
+    pub(crate) host_ip: Option<String>,
+    pub(crate) host_port: Option<String>,
+}
+
+/// A container's end of a network. An engine leaves an address that does not exist empty.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct NetworkEnd {
+    #[serde(rename = "NetworkID")]
+    pub(crate) network_id: Option<String>,
+    #[serde(rename = "IPAddress")]
+    pub(crate) ip_address: Option<String>,
+    #[serde(rename = "GlobalIPv6Address")]
+    pub(crate) global_ipv6_address: Option<String>,
+    pub(crate) gateway: Option<String>,
+    #[serde(rename = "IPv6Gateway")]
+    pub(crate) ipv6_gateway: Option<String>,
+}
+
+/// One of `GET /containers/json`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Summary {
+    pub(crate) id: Option<String>,
+    pub(crate) network_settings: Option<NetworkSettings>,
+}
+
+/// One of `GET /networks`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Network {
+    pub(crate) id: Option<String>,
+    pub(crate) name: Option<String>,
+    pub(crate) driver: Option<String>,
+    pub(crate) internal: Option<bool>,
+    #[serde(rename = "IPAM")]
+    pub(crate) ipam: Option<Ipam>,
+    pub(crate) options: Option<HashMap<String, String>>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Ipam {
+    pub(crate) config: Option<Vec<Range>>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Range {
+    pub(crate) subnet: Option<String>,
+}
+
+/// One of `GET /events`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Event {
+    #[serde(rename = "Type")]
+    pub(crate) kind: Option<String>,
+    pub(crate) action: Option<String>,
+    pub(crate) actor: Option<Actor>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Actor {
+    #[serde(rename = "ID")]
+    pub(crate) id: Option<String>,
+    pub(crate) attributes: Option<HashMap<String, String>>,
+}
+
+/// `GET /version`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Version {
+    pub(crate) version: Option<String>,
+    pub(crate) api_version: Option<String>,
+}
+
+/// The body of an answer that is an error.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub(crate) struct Fault {
+    pub(crate) message: String,
+}
+
+impl Network {
+    pub(crate) fn ranges(&self) -> Vec<ipnet::IpNet> {
+        let ranges = self.ipam.iter().flat_map(|ipam| ipam.config.iter().flatten());
+        ranges.filter_map(|range| range.subnet.as_deref()?.parse().ok()).collect()
+    }
+}
