@@ -73,7 +73,7 @@ impl App {
         let refused = Arc::<Refused>::default();
         let resync = ResyncRequests::new(config.resync);
         let mut control =
-            learn(&config, &lookup, &resync, refused.clone(), events.clone(), waiting)?;
+            learn(&config, &rules, &lookup, &resync, refused.clone(), events.clone(), waiting)?;
         let kept = Arc::<state::Counts>::default();
         let keeper = remember(&config, &mut control, kept.clone());
         let (tables, sources) = (control.tables(), control.sources());
@@ -112,7 +112,10 @@ impl App {
         info!(addresses, "proxy listens");
 
         let capturing = match config.capture {
-            CaptureMode::None => None,
+            CaptureMode::None => {
+                tokio::spawn(look_for_own_rules(config.port.get()));
+                None
+            }
             CaptureMode::Dnat | CaptureMode::Redirect => {
                 let backend = Backend::open(config.firewall, &rules).await;
                 let backend = backend.context("no firewall is available")?;
@@ -142,6 +145,7 @@ impl App {
                 listeners: proxy.addresses.clone(),
                 mode: config.capture,
                 scope: config.capture_scope,
+                own: rules.own.clone(),
             }),
         };
         let admin = match &config.admin {
@@ -256,6 +260,24 @@ impl App {
     }
 }
 
+/// Logs whether rules of the user's own lead to embassy's port: without `--dnat` and `--redirect` nothing else does.
+async fn look_for_own_rules(port: u16) {
+    match capture::leads::read().await {
+        Ok(leads) => match leads.iter().find(|lead| lead.port == port) {
+            Some(lead) => info!(port, rule = lead.rule, "your own rules capture"),
+            None => warn!(
+                port,
+                "no rule leads to embassy's port: nothing is captured; start it with --dnat or --redirect, or add a rule"
+            ),
+        },
+        Err(error) => warn!(
+            port,
+            error,
+            "neither --dnat nor --redirect is set: only your own rules can capture, and embassy cannot read them"
+        ),
+    }
+}
+
 /// Waits for a step of the shutdown, but at most a moment after `hurry`. `otherwise` is the consequence of giving up.
 async fn in_time<T>(
     part: impl Future<Output = T>,
@@ -287,6 +309,7 @@ async fn capture_failed(capture: &mut Option<Capture>) -> String {
 /// host. Must be called within a runtime.
 pub(crate) fn learn(
     config: &Config,
+    rules: &rules::RuleSettings,
     lookup: &Lookup,
     resync: &ResyncRequests,
     refused: Arc<Refused>,
@@ -310,6 +333,9 @@ pub(crate) fn learn(
     let listing = provider.start(resync, bell.clone());
     let settings = Settings {
         vips: config.vips.clone(),
+        own_port: config.port,
+        capture: config.capture,
+        own: rules.own.clone(),
         // Where all is captured, to be a VIP takes what is the host's own away.
         strangers: !config.hold.is_zero() && config.capture_scope == CaptureScope::Declared,
         balance: config.balance,

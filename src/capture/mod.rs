@@ -29,6 +29,7 @@ mod fake;
 pub mod input;
 pub(crate) mod iptables;
 mod layout;
+pub mod leads;
 mod lock;
 pub(crate) mod netlink;
 mod nft;

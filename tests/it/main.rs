@@ -17,6 +17,7 @@ mod doctor;
 mod firewall;
 mod faults;
 mod first_connection;
+mod first_day;
 mod followed;
 mod following;
 mod least_privilege;

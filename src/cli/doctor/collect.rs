@@ -20,12 +20,12 @@ use crate::{
     capture::{
         self, Backend, Firewall, Lock,
         input::{Barrier, Detail, Listings},
+        leads::{self, Lead},
         place,
         rules::Hook,
     },
     config::{CaptureMode, Config, Provider},
     discovery::{Discoveries, Watches},
-    docker::Engine,
     memory::{Memory, Use},
     source::ResyncRequests,
 };
@@ -46,6 +46,10 @@ pub(super) struct HostFacts {
     pub(super) places_of_output: Vec<(Firewall, place::Place)>,
     /// Chains of other programs that drop captured connections.
     pub(super) barriers: Result<Vec<Barrier>, String>,
+    /// Rules of other programs that lead connections to a port of this host.
+    pub(super) leads: Result<Vec<Lead>, String>,
+    /// The ports of this host on which a program listens.
+    pub(super) listening: BTreeSet<u16>,
     /// The visible processes of proxies in this network namespace.
     pub(super) running: Vec<u32>,
     /// Whether an embassy captures here, even if its process is not visible.
@@ -95,7 +99,8 @@ pub(super) struct Network {
     /// Internal: its containers reach only addresses of their own network.
     pub(super) internal: bool,
     pub(super) ranges: Vec<IpNet>,
-    /// This host's address in it, and the interface with this address.
+    /// The address in it on which embassy can capture, and the interface with this address: its gateway, or with `--redirect`
+    /// embassy's own.
     pub(super) own: Option<(IpAddr, String)>,
     /// `rp_filter` of that interface: 1 is strict.
     pub(super) rp_filter: u8,
@@ -112,7 +117,7 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
     let asks_engine =
         config.provider == Provider::Docker || config.discoveries.names().any(|n| &**n == "docker");
     let (engine, networks) = if asks_engine {
-        match timeout(PATIENCE, engine(&config.docker, &interfaces)).await {
+        match timeout(PATIENCE, engine(config, &interfaces)).await {
             Ok(Ok((engine, networks))) => (Some(Ok(engine)), networks),
             Ok(Err(error)) => (Some(Err(error)), Vec::new()),
             Err(_) => (Some(Err(format!("{}: no answer", config.docker))), Vec::new()),
@@ -134,7 +139,7 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         }
     }
     let running: Vec<_> = running::proxies().iter().map(|proxy| proxy.pid).collect();
-    let listings = Listings::read(Detail::Everything).await;
+    let (listings, leads) = tokio::join!(Listings::read(Detail::Everything), leads::read());
     let memory =
         running.first().map_or_else(Memory::of_this_process, |pid| Memory::of_process(*pid));
     HostFacts {
@@ -149,6 +154,8 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
             Some(error) => Err(error.to_string()),
             None => Ok(listings.barriers(config.port.get())),
         },
+        leads,
+        listening: listening_ports(),
         port: config.port.get(),
         listener: listener(config.port.get(), &running),
         running: running.clone(),
@@ -194,9 +201,10 @@ async fn firewall(config: &Config) -> Result<Firewall, String> {
 }
 
 async fn engine(
-    engine: &Engine,
+    config: &Config,
     interfaces: &BTreeMap<IpAddr, String>,
 ) -> Result<(EngineFacts, Vec<Network>), String> {
+    let engine = &config.docker;
     let failed = |error: bollard::errors::Error| {
         crate::source::SourceError::caused(engine, &error).to_string()
     };
@@ -209,8 +217,21 @@ async fn engine(
         let configs = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
         let ranges: Vec<IpNet> =
             configs.iter().filter_map(|range| range.subnet.as_deref()?.parse().ok()).collect();
-        // The gateway; not every engine reports it.
-        let own = interfaces.iter().find(|(ip, _)| ranges.iter().any(|range| range.contains(*ip)));
+        let gateways: Vec<IpAddr> =
+            configs.iter().filter_map(|range| range.gateway.as_deref()?.parse().ok()).collect();
+        let bridge = network
+            .options
+            .and_then(|mut options| options.remove("com.docker.network.bridge.name"))
+            .or_else(|| Some(format!("br-{}", network.id?.get(..12)?)));
+        let captures = |ip: &IpAddr, interface: &str| {
+            // Not every engine reports the gateway.
+            gateways.contains(ip)
+                || bridge.as_deref() == Some(interface)
+                || config.capture == CaptureMode::Redirect && interface == config.interface
+        };
+        let own = interfaces.iter().find(|(ip, interface)| {
+            ranges.iter().any(|range| range.contains(*ip)) && captures(ip, interface)
+        });
         let own = own.map(|(address, interface)| (*address, interface.clone()));
         let interface = own.as_ref().map(|(_, interface)| interface.as_str());
         let (rp_filter, way_back) = (
@@ -264,11 +285,9 @@ async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), Str
     let resync = ResyncRequests::new(Duration::from_secs(120));
     let mut watches = Watches::new(discoveries.clone(), resync, bell.clone());
     let names: Vec<_> = discoveries.names().cloned().collect();
-    let query = |name: &Arc<str>| {
-        let descriptor = format!("embassy-doctor.invalid;1;via={name}").parse().ok()?;
-        discoveries.query(&descriptor).ok()
-    };
-    names.iter().filter_map(query).for_each(|query| watches.ask(&query));
+    for probe in discoveries.probes() {
+        watches.ask(&probe);
+    }
     let answered = async {
         let open = |watches: &Watches| {
             watches.known().values().any(|known| known.value.is_none() && known.error.is_none())
@@ -319,14 +338,25 @@ fn listener(port: u16, running: &[u32]) -> Listener {
     }
 }
 
+/// The ports on which a program listens for TCP.
+fn listening_ports() -> BTreeSet<u16> {
+    let lists = ["/proc/net/tcp", "/proc/net/tcp6"].map(fs::read_to_string);
+    let lists = lists.into_iter().flatten();
+    lists.flat_map(|list| list.lines().skip(1).filter_map(listens).collect::<Vec<_>>()).collect()
+}
+
+/// The port, if this line of `/proc/net/tcp` is about a socket that listens.
+fn listens(line: &str) -> Option<u16> {
+    let fields: Vec<_> = line.split_whitespace().collect();
+    let (_, hex) = fields.get(1)?.rsplit_once(':')?;
+    // 0A is TCP_LISTEN (include/net/tcp_states.h).
+    (*fields.get(3)? == "0A").then(|| u16::from_str_radix(hex, 16).ok())?
+}
+
 /// The inode of the socket that listens on `port`, in the text of `/proc/net/tcp`.
 fn listening(list: &str, port: u16) -> Option<u64> {
     list.lines().skip(1).find_map(|line| {
-        let fields: Vec<_> = line.split_whitespace().collect();
-        let (_, hex) = fields.get(1)?.rsplit_once(':')?;
-        // 0A is TCP_LISTEN (include/net/tcp_states.h).
-        let listens = *fields.get(3)? == "0A" && u16::from_str_radix(hex, 16) == Ok(port);
-        listens.then(|| fields.get(9)?.parse().ok())?
+        (listens(line)? == port).then(|| line.split_whitespace().nth(9)?.parse().ok())?
     })
 }
 

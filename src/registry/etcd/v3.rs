@@ -237,12 +237,11 @@ impl Follower {
                 (self.tree, self.revision, self.read_again) = (tree, revision, false);
                 Ok(())
             }
-            Err(Fault { error, lost }) => {
-                if lost {
-                    self.etcd.lost(connection).await;
-                }
+            Err(Fault { error, lost: true }) => {
+                self.etcd.lost(connection).await;
                 Err(error)
             }
+            Err(Fault { error, lost: false }) => Err(error.refused()),
         }
     }
 
