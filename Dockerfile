@@ -1,8 +1,9 @@
 # embassy in a container, as a non-root user with no capability except CAP_NET_ADMIN.
 #
 #   make dist && docker build -t embassy -f Dockerfile target/dist
-#   docker run -d --name embassy --net=host --pid=host --cap-drop ALL --cap-add NET_ADMIN \
-#     --group-add "$(stat -c %g /var/run/docker.sock)" -v /var/run/docker.sock:/var/run/docker.sock embassy --dnat
+#   docker run -d --name embassy --restart unless-stopped --net=host --pid=host --cap-drop ALL --cap-add NET_ADMIN \
+#     --group-add "$(stat -c %g /var/run/docker.sock)" -v /var/run/docker.sock:/var/run/docker.sock \
+#     -v embassy:/var/lib/embassy --stop-timeout 15 embassy --dnat
 #
 # BASE is any image with a shell that has nft, iptables and setcap, or can install them from Debian packages.
 ARG BASE=debian:bookworm-slim

@@ -77,10 +77,10 @@ shell: build ## open a shell in a separate Docker host
 DIST := target/dist
 COMMANDS = $(shell target/release/embassy --help | sed -n '/^Commands:/,/^$$/s/^  \([a-z][a-z]*\) .*/\1/p')
 
-dist: setup ## build a release with manual pages and completions in target/dist
+dist: setup ## build a release with manual pages, completions and a systemd unit in target/dist
 	cargo build --release --bin embassy
 	mkdir -p $(DIST)/man $(DIST)/completions
-	cp target/release/embassy $(DIST)/
+	cp target/release/embassy dist/embassy.service $(DIST)/
 	target/release/embassy man >$(DIST)/man/embassy.1
 	for command in $(COMMANDS); do target/release/embassy man $$command >$(DIST)/man/embassy-$$command.1 || exit 1; done
 	target/release/embassy completions bash >$(DIST)/completions/embassy.bash

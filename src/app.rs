@@ -78,7 +78,7 @@ impl App {
         let refused = Arc::<Refused>::default();
         let resync = ResyncRequests::new(config.resync);
         let mut control =
-            learn(&config, &lookup, &resync, refused.clone(), events.clone(), waiting)?;
+            learn(&config, &rules, &lookup, &resync, refused.clone(), events.clone(), waiting)?;
         let kept = Arc::<state::Counts>::default();
         let keeper = remember(&config, &mut control, kept.clone());
         let (tables, sources) = (control.tables(), control.sources());
@@ -122,7 +122,10 @@ impl App {
         info!(addresses, "proxy listens");
 
         let capturing = match config.capture {
-            CaptureMode::None => None,
+            CaptureMode::None => {
+                tokio::spawn(look_for_own_rules(config.port.get()));
+                None
+            }
             CaptureMode::Dnat | CaptureMode::Redirect => {
                 let backend = Backend::open(config.firewall, &rules).await;
                 let backend = backend.context(match privileges::has_net_admin() {
@@ -160,6 +163,7 @@ impl App {
                 mode: config.capture,
                 scope: config.capture_scope,
                 instance: Instance::of(&config),
+                own: rules.own.clone(),
             }),
         };
         let admin = match &config.admin {
@@ -286,6 +290,24 @@ impl App {
     }
 }
 
+/// Logs whether rules of the user's own lead to embassy's port: without `--dnat` and `--redirect` nothing else does.
+async fn look_for_own_rules(port: u16) {
+    match capture::leads::read().await {
+        Ok(leads) => match leads.iter().find(|lead| lead.port == port) {
+            Some(lead) => info!(port, rule = lead.rule, "your own rules capture"),
+            None => warn!(
+                port,
+                "no rule leads to embassy's port: nothing is captured; start it with --dnat or --redirect, or add a rule"
+            ),
+        },
+        Err(error) => warn!(
+            port,
+            error,
+            "neither --dnat nor --redirect is set: only your own rules can capture, and embassy cannot read them"
+        ),
+    }
+}
+
 /// Why embassy stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stopping {
@@ -332,6 +354,7 @@ async fn capture_failed(capture: &mut Option<Capture>) -> String {
 /// host. Must be called within a runtime.
 pub(crate) fn learn(
     config: &Config,
+    rules: &rules::RuleSettings,
     lookup: &Lookup,
     resync: &ResyncRequests,
     refused: Arc<Refused>,
@@ -355,18 +378,21 @@ pub(crate) fn learn(
     let listing = provider.start(resync, bell.clone());
     let settings = Settings {
         vips: config.vips.clone(),
+        own_port: config.port,
+        capture: config.capture,
+        own: rules.own.clone(),
         // Where all is captured, to be a VIP takes what is the host's own away.
         strangers: !config.hold.is_zero() && config.capture_scope == CaptureScope::Declared,
         balance: config.balance,
         empty_hold: config.empty_hold,
-        own: own(config),
+        listeners: listeners(config),
         resync: resync.clone(),
     };
     Ok(Control::new(settings, discoveries, listing, bell, waiting, Report::new(refused, events)))
 }
 
 /// Where embassy listens.
-fn own(config: &Config) -> Vec<SocketAddr> {
+fn listeners(config: &Config) -> Vec<SocketAddr> {
     let proxy = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), config.port.get());
     let admin = match &config.admin {
         Some(config::Admin::Tcp(address)) => Some(*address),

@@ -125,6 +125,13 @@ impl EndpointState {
         (self.failures() != 0).then_some(left)
     }
 
+    /// Whether its last attempt failed, and its ejection is not over for longer than the longest ejection takes: the next
+    /// attempt would probably fail too.
+    pub fn has_just_failed(&self, now: Millis) -> bool {
+        let until = self.ejected_until.load(Relaxed);
+        self.failures() != 0 && now.0 < until.saturating_add(Self::LONGEST_EJECTION)
+    }
+
     /// A connection opened, in this time: the endpoint's failures are forgotten. Returns whether there were
     /// any.
     pub fn succeeded(&self, took: Duration) -> bool {

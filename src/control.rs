@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -10,12 +10,13 @@ use std::{
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    consumer::{Binding, Consumer},
+    config::CaptureMode,
+    consumer::{Binding, Consumer, Reach, Surroundings},
     counts::Histogram,
     descriptor::Balance,
-    discovery::{Bounds, Discoveries, Endpoints, Query, Watches},
-    model::Vip,
-    provider::Listing,
+    discovery::{Bounds, CannotAsk, Discoveries, Endpoints, Query, Watches},
+    model::{Port, Vip},
+    provider::{Listing, fixed},
     readiness::Guard,
     report::{PROVIDER, Report},
     source::{Answers, Known, ResyncRequests},
@@ -37,6 +38,11 @@ pub use hold::InUse;
 pub struct Settings {
     /// The VIPs of --proxy-ip. `None`: docker0's address, and the gateways of the consumers' bridge networks.
     pub vips: Option<Vec<Vip>>,
+    /// embassy's own port, which no binding can have.
+    pub own_port: Port,
+    pub capture: CaptureMode,
+    /// With `--redirect`: embassy's own addresses, which capture like VIPs.
+    pub own: Vec<IpAddr>,
     /// Whether a container that is not known yet may wait for that: then the gateways of all bridge networks are VIPs, where
     /// the user named none, as it may be the first of its network.
     pub strangers: bool,
@@ -45,7 +51,7 @@ pub struct Settings {
     /// How long the last endpoints stay in use after a valid empty answer.
     pub empty_hold: Duration,
     /// Where embassy itself listens.
-    pub own: Vec<SocketAddr>,
+    pub listeners: Vec<SocketAddr>,
     pub resync: ResyncRequests,
 }
 
@@ -54,7 +60,7 @@ pub struct Settings {
 pub struct Waiting {
     /// The provider's first full listing.
     pub listing: Guard,
-    /// The first answer to every query of that listing.
+    /// The first answer to every query of that listing, and of every discovery.
     pub answers: Guard,
 }
 
@@ -82,6 +88,9 @@ pub struct Control {
     known: HashMap<Query, Known<Endpoints>>,
     /// Queries without an answer or an error so far.
     unheard: HashSet<Query>,
+    /// One for each discovery that has not answered anything yet, to ask it while no binding does: embassy is not ready before
+    /// each has answered.
+    probes: BTreeSet<Query>,
     hold: EmptyHold,
     /// The listing in use.
     listing: Option<Arc<Listing>>,
@@ -113,10 +122,14 @@ impl Control {
         waiting: Waiting,
         report: Report,
     ) -> Self {
-        let watches = Watches::new(discoveries.clone(), settings.resync.clone(), bell.clone());
+        let mut watches = Watches::new(discoveries.clone(), settings.resync.clone(), bell.clone());
+        let probes: BTreeSet<_> = discoveries.probes().collect();
+        for probe in &probes {
+            watches.ask(probe);
+        }
         let sources = Sources {
             provider: provider.clone(),
-            queries: Arc::new([]),
+            queries: watches.answers().into(),
             in_use: Arc::default(),
             listing: None,
         };
@@ -126,6 +139,7 @@ impl Control {
             demand: Demand::default(),
             known: HashMap::new(),
             unheard: HashSet::new(),
+            probes,
             listing: None,
             kept: None,
             keeper: None,
@@ -134,7 +148,7 @@ impl Control {
             sources: watch::channel(sources).0,
             waiting: (Some(waiting.listing), Some(waiting.answers)),
             gateways: Gateways::default(),
-            bounds: discoveries.bounds(settings.own.clone()),
+            bounds: discoveries.bounds(settings.listeners.clone()),
             settings,
             discoveries,
             provider,
@@ -192,11 +206,14 @@ impl Control {
     ///
     /// The cost depends on the changes only: a host may have ten thousand consumers and a hundred thousand endpoints.
     fn step(&mut self, now: Instant) -> Option<Instant> {
+        let news = self.news();
+        let probed = self.end_probes();
         let (listing, listed_anew) = self.listing()?;
         let consumers: Vec<_> = listing.consumers.iter().filter(|c| !c.has_ended()).collect();
         let mut heard = self.demand(&consumers, now);
-        let asked_others = !heard.is_empty();
-        heard.extend(self.news());
+        // Both sides have an effect.
+        let asked_others = self.follow_probes() | probed | !heard.is_empty();
+        heard.extend(news);
         let changed = listed_anew || !heard.is_empty();
         heard.extend(self.hold.restless().cloned());
         let mut wake = self.settle(&heard, now);
@@ -243,8 +260,8 @@ impl Control {
 
     /// Follows the queries of these consumers. Returns the queries that are new or no longer needed.
     fn demand(&mut self, consumers: &[&Arc<Consumer>], now: Instant) -> BTreeSet<Query> {
-        let discoveries = &self.discoveries;
-        let query = |binding: &Binding| discoveries.query(&binding.descriptor).ok();
+        let (discoveries, own_port) = (&self.discoveries, self.settings.own_port);
+        let query = |binding: &Binding| query_of(binding, discoveries, own_port).ok();
         let DemandChange { new, gone } = self.demand.update(consumers, query);
         for query in &gone {
             self.watches.leave(query, now);
@@ -266,18 +283,61 @@ impl Control {
         new.into_iter().chain(gone).collect()
     }
 
+    /// Has each discovery that has not answered anything followed by its probe, while no binding needs another query of it. Returns
+    /// whether this changed.
+    fn follow_probes(&mut self) -> bool {
+        let mut changed = false;
+        for probe in &self.probes {
+            let wanted = !self.demand.queries().any(|query| query.via == probe.via);
+            changed |= wanted != self.watches.follows(probe);
+            if wanted {
+                self.watches.ask(probe);
+            } else {
+                self.watches.end(probe);
+                self.known.remove(probe);
+            }
+        }
+        changed
+    }
+
+    /// Ends the first queries of the discoveries that have answered anything, even that this query is refused: a login may be
+    /// allowed to read some services only. Returns whether there were any.
+    fn end_probes(&mut self) -> bool {
+        if self.probes.is_empty() {
+            return false;
+        }
+        let answers = |known: &Known<Endpoints>| {
+            let is_refused = known.error.is_some() && known.refused;
+            known.value.is_some() || is_refused
+        };
+        let answering: HashSet<_> =
+            self.known.iter().filter(|(_, k)| answers(k)).map(|(query, _)| &query.via).collect();
+        let done: Vec<_> =
+            self.probes.iter().filter(|probe| answering.contains(&probe.via)).cloned().collect();
+        for probe in &done {
+            self.probes.remove(probe);
+            self.watches.end(probe);
+            self.known.remove(probe);
+            self.report.nobody_asks(probe);
+        }
+        !done.is_empty()
+    }
+
     /// The queries that have an answer or an error.
     fn news(&mut self) -> Vec<Query> {
         let mut heard = Vec::new();
         for (query, known) in self.watches.news() {
-            if self.demand.asks(&query) {
+            let is_probe = self.probes.contains(&query);
+            if is_probe || self.demand.asks(&query) {
                 self.report.source(&query.to_string(), &known);
             }
             if known.value.is_some() || known.error.is_some() {
                 self.unheard.remove(&query);
             }
             self.known.insert(query.clone(), known);
-            heard.push(query);
+            if !is_probe {
+                heard.push(query);
+            }
         }
         heard
     }
@@ -307,6 +367,7 @@ impl Control {
         }
         if self.waiting.1.is_some()
             && self.unheard.is_empty()
+            && self.probes.is_empty()
             && self.each_discovery_answers()
             && let Some(answers) = self.waiting.1.take()
         {
@@ -321,6 +382,25 @@ impl Control {
         let answering: HashSet<_> =
             self.demand.queries().filter(answers).map(|query| &query.via).collect();
         self.demand.queries().all(|query| answering.contains(&query.via))
+    }
+
+    /// Reports that no address is captured, or that connections of consumers with new routes cannot arrive at any of them.
+    fn report_addresses(&mut self, table: &Table, listing: &Listing, consumers: &[&Arc<Consumer>]) {
+        if self.settings.capture == CaptureMode::None || table.changes().added.is_empty() {
+            return;
+        }
+        let addresses: BTreeSet<_> =
+            table.vips().iter().map(|vip| vip.0).chain(self.settings.own.iter().copied()).collect();
+        let new: HashSet<_> = table.changes().added.iter().map(|route| &route.consumer).collect();
+        let consumers = consumers.iter().filter(|consumer| new.contains(&consumer.id));
+        let gateways = consumers.clone().flat_map(|consumer| &consumer.gateways);
+        let here = fixed::here(addresses.iter().chain(gateways).copied());
+        let around = Surroundings { here: &here, networks: &listing.networks };
+        let is_elsewhere = |one: &Consumer| {
+            addresses.iter().all(|address| one.reach(*address, around) == Reach::Elsewhere)
+        };
+        let astray = consumers.map(|one| &***one).find(|one| is_elsewhere(one));
+        self.report.addresses(&addresses, astray);
     }
 
     /// Sends the current state to the writer of the state file.
@@ -368,12 +448,26 @@ impl Control {
             now,
         };
         let before = self.tables.borrow().clone();
-        let query = |binding: &Binding| self.discoveries.query(&binding.descriptor);
+        let (discoveries, own_port) = (&self.discoveries, self.settings.own_port);
+        let query = |binding: &Binding| query_of(binding, discoveries, own_port);
         let Some(table) = before.next(&inputs, query) else { return false };
         self.report.table(&table);
+        self.report_addresses(&table, listing, consumers);
         self.tables.send_replace(Arc::new(table));
         self.build_times.observe(now.elapsed());
         true
+    }
+}
+
+/// The query of a binding.
+fn query_of(
+    binding: &Binding,
+    discoveries: &Discoveries,
+    own_port: Port,
+) -> Result<Query, CannotAsk> {
+    match binding.descriptor.port == own_port {
+        true => Err(CannotAsk::OwnPort(own_port)),
+        false => discoveries.query(&binding.descriptor),
     }
 }
 
@@ -396,10 +490,13 @@ mod tests {
         let (publish, listing) = crate::source::Publisher::new(bell.clone());
         let settings = Settings {
             vips: Some(Vec::new()),
+            own_port: Port::new(9999).unwrap(),
+            capture: CaptureMode::Dnat,
+            own: Vec::new(),
             strangers: false,
             balance: Balance::RoundRobin,
             empty_hold: Duration::from_secs(3600),
-            own: Vec::new(),
+            listeners: Vec::new(),
             resync: ResyncRequests::new(Duration::from_secs(3600)),
         };
         let readiness = crate::readiness::Readiness::default();

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -11,6 +12,7 @@ use std::{
 use tracing::{info, warn};
 
 use crate::{
+    consumer::Consumer,
     discovery::{Endpoints, Query, Refusal},
     events::{Event, Events},
     model::{Endpoint, Vip},
@@ -50,6 +52,10 @@ pub struct Report {
     unwell: HashMap<Query, Arc<str>>,
     /// Sources that do not answer.
     lost: BTreeSet<String>,
+    /// Whether no address was captured at the last look.
+    has_no_address: bool,
+    /// Whether it was logged that connections of a consumer do not arrive.
+    is_elsewhere: bool,
 }
 
 impl Report {
@@ -64,6 +70,8 @@ impl Report {
             used: HashMap::new(),
             unwell: HashMap::new(),
             lost: BTreeSet::new(),
+            has_no_address: false,
+            is_elsewhere: false,
         }
     }
 
@@ -181,8 +189,20 @@ impl Report {
         }
         let routes = next.changes().added.iter().chain(&next.changes().updated);
         routes.for_each(|route| self.barred(&route.upstream));
-        if next.vips().is_empty() && next.routes().len() > 0 {
-            warn!("no VIP: nothing is captured; set one with --proxy-ip");
+    }
+
+    /// `addresses` are those that are captured; connections of `astray` do not arrive at any of them.
+    pub(crate) fn addresses(&mut self, addresses: &BTreeSet<IpAddr>, astray: Option<&Consumer>) {
+        let had_none = std::mem::replace(&mut self.has_no_address, addresses.is_empty());
+        if addresses.is_empty() {
+            if !had_none {
+                warn!("no VIP: nothing is captured; set one with --proxy-ip");
+            }
+        } else if let Some(consumer) = astray
+            && !std::mem::replace(&mut self.is_elsewhere, true)
+        {
+            let vips: Vec<_> = addresses.iter().map(IpAddr::to_string).collect();
+            warn!(consumer = %consumer.name, vips = vips.join(" "), "connections do not arrive here: no interface of this network namespace has the VIP; start embassy's container with --net=host, or correct --proxy-ip");
         }
     }
 }

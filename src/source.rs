@@ -29,6 +29,8 @@ pub struct Known<T> {
     pub changed: Option<Instant>,
     /// The current error. `None` while the source answers, and before the first attempt.
     pub error: Option<Arc<str>>,
+    /// Whether the error is that the source works, and refuses this query alone.
+    pub refused: bool,
     /// Failed sessions since the start.
     pub failures: u64,
     /// Full answers since the start, including those without a change.
@@ -44,6 +46,7 @@ impl<T> Default for Known<T> {
             confirmed: None,
             changed: None,
             error: None,
+            refused: false,
             failures: 0,
             answers: 0,
             changes: 0,
@@ -71,6 +74,7 @@ pub struct SourceError {
     reason: String,
     /// The pause that the source requested.
     pause: Duration,
+    refused: bool,
 }
 
 impl SourceError {
@@ -78,7 +82,12 @@ impl SourceError {
     const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
     pub fn new(reason: impl fmt::Display) -> Self {
-        Self { reason: reason.to_string(), pause: Duration::ZERO }
+        Self { reason: reason.to_string(), pause: Duration::ZERO, refused: false }
+    }
+
+    /// The same, if the source works and refuses this query alone.
+    pub fn refused(self) -> Self {
+        Self { refused: true, ..self }
     }
 
     /// The same, with the pause that the source requested.
@@ -183,6 +192,7 @@ impl<T: PartialEq> Publisher<T> {
             is_lost = known.error.is_none();
             is_known = known.value.is_some();
             known.error = Some(error.to_string().into());
+            known.refused = error.refused;
             known.failures += 1;
         });
         match self.name.as_deref().filter(|_| is_lost) {

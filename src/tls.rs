@@ -88,9 +88,10 @@ impl ClientTls {
         let mut builder = builder.tls_danger_accept_invalid_certs(!verify);
         if let Some((certificate, key)) = pem.identity {
             let identity = Identity::from_pem(&[certificate, b"\n".to_vec(), key].concat());
-            builder = builder.identity(identity.map_err(|error| {
-                SourceError::caused("the client certificate and key", &error)
-            })?);
+            builder =
+                builder.identity(identity.map_err(|error| {
+                    SourceError::caused("the client certificate and key", &error)
+                })?);
         }
         Ok(builder)
     }

@@ -1,6 +1,11 @@
 //! The data that the calls read.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Instant,
+};
 
 use prometheus_client::registry::Registry;
 use tokio::sync::{Semaphore, watch};
@@ -13,6 +18,7 @@ use crate::{
     discovery::Endpoints,
     events::Events,
     judgement::{CaptureReading, Load, Situation, SourceReading, SourceState, Used},
+    provider::{Listing, fixed},
     proxy::Figures,
     readiness::Readiness,
     report::PROVIDER,
@@ -45,6 +51,8 @@ pub struct Constants {
     pub mode: CaptureMode,
     pub scope: CaptureScope,
     pub instance: Instance,
+    /// With `--redirect`: embassy's own addresses, which capture like VIPs.
+    pub own: Vec<IpAddr>,
 }
 
 /// The state of a handler.
@@ -74,15 +82,16 @@ impl Feeds {
             (query.clone(), SourceReading { problem: problem.map(Into::into), ..reading })
         });
         let figures = &self.figures;
+        let table = self.tables.borrow().clone();
         Situation {
-            table: self.tables.borrow().clone(),
-            listing,
             provider: provider(&sources, now),
             queries: queries.collect(),
             capture: CaptureReading {
                 mode: self.constants.mode,
                 scope: self.constants.scope,
                 standing: self.capture.as_ref().map(|counts| counts.standing()).unwrap_or_default(),
+                own: self.constants.own.clone(),
+                has_captured: figures.has_captured(),
             },
             pending: self.readiness.waiting(),
             load: Load {
@@ -93,9 +102,19 @@ impl Feeds {
             },
             own_port: self.constants.listeners.first().map_or(0, SocketAddr::port),
             now: figures.now(),
-            cut_off: Default::default(),
+            here: here(&table, &listing, &self.constants.own),
+            table,
+            listing,
+            astray: Default::default(),
         }
     }
+}
+
+/// The VIPs, embassy's own addresses and the gateways that this network namespace has.
+fn here(table: &Table, listing: &Listing, own: &[IpAddr]) -> BTreeSet<IpAddr> {
+    let gateways = listing.consumers.iter().flat_map(|consumer| &consumer.gateways);
+    let vips = table.vips().iter().map(|vip| vip.0);
+    fixed::here(vips.chain(own.iter().chain(gateways).copied()))
 }
 
 fn provider(sources: &Sources, now: Instant) -> SourceReading {

@@ -83,7 +83,7 @@ pub(super) async fn status(
         waiting_for: awaited.into_iter().map(waiting).collect(),
         may_change: context.access.may_change(&headers),
         listeners: feeds.constants.listeners.iter().map(ToString::to_string).collect(),
-        vips: table.vips().iter().map(ToString::to_string).collect(),
+        vips: situation.addresses().map(|address| address.to_string()).collect(),
         table_version: table.version,
         consumers: consumers.len(),
         routes: table.routes().len(),

@@ -31,6 +31,7 @@ mod fake;
 pub mod input;
 pub(crate) mod iptables;
 mod layout;
+pub mod leads;
 mod lock;
 pub(crate) mod netlink;
 mod nft;

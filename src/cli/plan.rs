@@ -1,6 +1,7 @@
 //! `embassy plan`: the rules and routes that a start with these flags would install. Changes nothing.
 
 use std::{
+    collections::BTreeSet,
     fmt::Write,
     sync::Arc,
     time::{Duration, Instant},
@@ -13,7 +14,7 @@ use tokio::{sync::watch, time::timeout};
 use super::{Answer, table::Columns, table::printable};
 use crate::{
     app,
-    capture::{self, Script, conntrack},
+    capture::{self, Script, conntrack, leads, rules::RuleSettings},
     config::{Args, CaptureMode, Config, UsageError},
     control::{Sources, Waiting},
     discovery::{Endpoints, Query},
@@ -45,7 +46,10 @@ struct Shown {
     capture: &'static str,
     /// `nft` or `iptables`, if rules would be installed.
     firewall: Option<String>,
+    /// The addresses that are captured: the VIPs, and with `--redirect` embassy's own.
     vips: Vec<String>,
+    /// Without `--dnat` and `--redirect`: rules of the user's own that lead to embassy's port; null if they cannot be read.
+    own_rules: Option<Vec<String>>,
     routes: Vec<Planned>,
     /// The bindings without a route.
     skipped: Vec<Skipped>,
@@ -91,7 +95,7 @@ impl Plan {
 
     pub(super) async fn run(self: Box<Self>, config: Config) -> Result<Answer> {
         let rules = app::rules(&config).await?;
-        let (table, sources) = learned(&config).await?;
+        let (table, sources) = learned(&config, &rules).await?;
         let (firewall, scripts) = match config.capture {
             CaptureMode::None => (None, Vec::new()),
             CaptureMode::Dnat | CaptureMode::Redirect => {
@@ -108,7 +112,19 @@ impl Plan {
                 CaptureMode::Redirect => "redirect",
             },
             firewall,
-            vips: table.vips().iter().map(ToString::to_string).collect(),
+            vips: {
+                let vips = table.vips().iter().map(|vip| vip.0);
+                let own = rules.own.iter().copied();
+                let all: BTreeSet<_> = vips.chain(own).collect();
+                all.iter().map(ToString::to_string).collect()
+            },
+            own_rules: match config.capture {
+                CaptureMode::None => leads::read().await.ok().map(|leads| {
+                    let leads = leads.into_iter().filter(|lead| lead.port == rules.port);
+                    leads.map(|lead| lead.rule).collect()
+                }),
+                CaptureMode::Dnat | CaptureMode::Redirect => Some(Vec::new()),
+            },
             routes: routes(&table, &sources),
             skipped: skipped(&table, &sources),
             settings: settings.map(|(path, value)| Setting { path, value }).collect(),
@@ -119,14 +135,15 @@ impl Plan {
 }
 
 /// The first table with the answers of all sources. An error if the provider does not answer.
-async fn learned(config: &Config) -> Result<(Arc<Table>, Sources)> {
+async fn learned(config: &Config, rules: &RuleSettings) -> Result<(Arc<Table>, Sources)> {
     let readiness = Readiness::default();
     let waiting = Waiting {
         listing: readiness.wait_for(Part::Listing),
         answers: readiness.wait_for(Part::Discovery),
     };
     let (lookup, resync) = (Lookup::default(), ResyncRequests::new(config.resync));
-    let control = app::learn(config, &lookup, &resync, Arc::default(), Events::default(), waiting)?;
+    let (refused, events) = (Arc::default(), Events::default());
+    let control = app::learn(config, rules, &lookup, &resync, refused, events, waiting)?;
     let (mut tables, sources) = (control.tables(), control.sources());
     let task = tokio::spawn(control.run());
     let end = Instant::now() + PATIENCE;
@@ -209,6 +226,7 @@ impl Shown {
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
         match self.vips.as_slice() {
+            [] if self.firewall.is_none() => {}
             [] => writeln!(out, "VIPs: none; set one with --proxy-ip")?,
             vips => writeln!(out, "VIPs: {}", vips.join(" "))?,
         }
@@ -237,6 +255,19 @@ impl Shown {
         }
         if self.firewall.is_none() {
             writeln!(out, "\nNo rules: neither --dnat nor --redirect is set.")?;
+            match self.own_rules.as_deref() {
+                None => writeln!(
+                    out,
+                    "It is not known whether your own rules lead to embassy's port: they cannot be read."
+                )?,
+                Some([]) => {
+                    writeln!(out, "No rule leads to embassy's port: nothing would be captured.")?
+                }
+                Some(rules) => {
+                    writeln!(out, "Your own rules that lead to embassy's port:")?;
+                    rules.iter().try_for_each(|rule| writeln!(out, "{}", printable(rule)))?;
+                }
+            }
         }
         for Script { command, text } in &self.scripts {
             write!(out, "\nRules, as `{command}` takes them\n{text}")?;

@@ -46,8 +46,22 @@ pub struct Query {
     pub port: Option<Port>,
 }
 
+impl Query {
+    /// Asks a discovery for nothing but an answer.
+    fn probe(via: &Arc<str>) -> Option<Self> {
+        let (service, tags) = (ServiceName::new(PROBE)?, Tags::default());
+        Some(Self { via: via.clone(), service, tags, dc: None, port: Port::new(1) })
+    }
+}
+
+/// The service of [`Query::probe`]: no registry has it (RFC 6761, section 6.4).
+const PROBE: &str = "embassy.invalid";
+
 impl fmt::Display for Query {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.service.as_str() == PROBE {
+            return f.write_str(&self.via);
+        }
         write!(f, "{} {}", self.via, self.service)?;
         if !self.tags.is_empty() {
             write!(f, "[{}]", self.tags.iter().collect::<Vec<_>>().join(","))?;
@@ -160,6 +174,10 @@ pub enum CannotAsk {
     Datacentre { dc: Arc<str>, via: Arc<str> },
     #[error("tags [{tags}]: expected none, as {via} has no tags")]
     Tags { tags: String, via: Arc<str> },
+    #[error(
+        "port {0} is embassy's own, so its connections look like direct dials: expected another port, or another --port of embassy"
+    )]
+    OwnPort(Port),
 }
 
 /// Every configured discovery, by name.
@@ -239,6 +257,11 @@ impl Discoveries {
     /// How descriptors name them.
     pub fn names(&self) -> impl Iterator<Item = &Arc<str>> {
         self.by_name.keys()
+    }
+
+    /// A query for each that asks for nothing but an answer.
+    pub fn probes(&self) -> impl Iterator<Item = Query> {
+        self.by_name.keys().filter_map(Query::probe)
     }
 
     /// What to ask for a descriptor, and of whom.

@@ -75,6 +75,17 @@ impl Watches {
         }
     }
 
+    /// Whether a query is followed.
+    pub fn follows(&self, query: &Query) -> bool {
+        self.running.contains_key(query)
+    }
+
+    /// Ends a query at once.
+    pub fn end(&mut self, query: &Query) {
+        self.lingering.retain(|(_, lingering)| lingering != query);
+        self.running.remove(query);
+    }
+
     /// Ends the queries that had no binding for a while, and returns them.
     pub fn end_unasked(&mut self, now: Instant) -> Vec<Query> {
         let mut ended = Vec::new();

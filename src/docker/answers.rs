@@ -122,6 +122,7 @@ pub(crate) struct Ipam {
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Range {
     pub(crate) subnet: Option<String>,
+    pub(crate) gateway: Option<String>,
 }
 
 /// One of `GET /events`
@@ -157,6 +158,11 @@ pub(crate) struct Fault {
 }
 
 impl Network {
+    pub(crate) fn gateways(&self) -> Vec<std::net::IpAddr> {
+        let ranges = self.ipam.iter().flat_map(|ipam| ipam.config.iter().flatten());
+        ranges.filter_map(|range| range.gateway.as_deref()?.parse().ok()).collect()
+    }
+
     pub(crate) fn ranges(&self) -> Vec<ipnet::IpNet> {
         let ranges = self.ipam.iter().flat_map(|ipam| ipam.config.iter().flatten());
         ranges.filter_map(|range| range.subnet.as_deref()?.parse().ok()).collect()

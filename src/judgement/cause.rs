@@ -74,6 +74,12 @@ causes! {
     Capture, Broken, NeedsRedirect {} "needs_redirect",
         "The host's own connections are captured only with --redirect: this consumer's connections are not captured.",
         "start embassy with --redirect";
+    Capture, Broken, Elsewhere { addresses: List<IpAddr> } "elsewhere",
+        "Connections to {addresses} do not arrive here: no interface of embassy's network namespace has this address.",
+        "start embassy's container with --net=host; if embassy runs on the host, correct --proxy-ip or leave it out";
+    Capture, Degraded, NothingCaptured { port: u16 } "nothing_captured",
+        "Neither --dnat nor --redirect is set, and no connection has been captured since the start: only your own rules can lead connections to port {port}.",
+        "start embassy with --dnat, or add a rule; embassy doctor says whether one leads to the port";
     Capture, Degraded, Barrier { chain: String, remedy: String } "barrier",
         "A firewall may drop captured connections, which then time out: {chain}.",
         "{remedy}";
@@ -140,9 +146,6 @@ causes! {
     Routes, Broken, NotAnswered { service: String } "waiting",
         "{service} has not answered yet: connections are reset.",
         "check the registry and -discovery";
-    Routes, Broken, OwnPort { port: u16 } "own_port",
-        "Port {port} is embassy's own: a connection to it counts as a direct dial and is reset.",
-        "declare another port, or give embassy another one with --port";
     Routes, state.verdict(), ManyRoutes { state: RouteState, are: String, some: String } "routes",
         "{are} {state}: {some}.",
         "embassy explain <container> <port> says why";

@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     capture::{input::Barrier, rules},
+    consumer::Reach,
     counts::numbered,
     readiness::Part,
 };
@@ -75,12 +76,23 @@ impl Situation {
             sources: sources(*part),
         });
         let mut awaited: Vec<_> = pending.collect();
-        // The rules were in place before and are not now. A shutdown removes them on purpose.
-        let lost = self.captures() && !self.capture.standing.in_place && !self.is_draining();
+        // The rules were in place before and are not now, or nobody's connections can arrive. A shutdown removes the rules on
+        // purpose.
+        let lost = self.captures()
+            && !self.is_draining()
+            && (!self.capture.standing.in_place || self.captures_nobody());
         if lost && !awaited.iter().any(|awaited| awaited.part == Part::Capture) {
             awaited.insert(0, Awaited { part: Part::Capture, since: None, sources: Vec::new() });
         }
         awaited
+    }
+
+    /// Whether there are routes, and no connection for any of them can arrive.
+    fn captures_nobody(&self) -> bool {
+        let mut routes = self.table.routes().peekable();
+        routes.peek().is_some()
+            && (self.addresses().next().is_none()
+                || routes.all(|route| self.reach(&route.consumer) == Reach::Elsewhere))
     }
 
     /// The queries that keep embassy from being ready: their discovery has not answered, or was not asked yet.
@@ -160,7 +172,9 @@ impl Situation {
 
     fn of_capture(&self) -> Vec<Cause> {
         if !self.captures() {
-            return Vec::new();
+            let nothing = self.may_capture_nothing() && self.table.routes().len() > 0;
+            let cause = nothing.then_some(Cause::NothingCaptured { port: self.own_port });
+            return cause.into_iter().collect();
         }
         let standing = &self.capture.standing;
         let mut causes = Vec::new();
@@ -171,7 +185,7 @@ impl Situation {
             _ if !standing.in_place => causes.push(Cause::RulesMissing {}),
             _ => {}
         }
-        if self.table.vips().is_empty() && self.table.routes().len() > 0 {
+        if self.addresses().next().is_none() && self.table.routes().len() > 0 {
             causes.push(Cause::NoVip {});
         }
         let lacks = standing.lacks.iter().filter(|(part, _)| *part != rules::Part::Count);
@@ -180,6 +194,9 @@ impl Situation {
             reason: reason.clone(),
             fix: part.fix(),
         }));
+        if self.table.routes().any(|route| self.reach(&route.consumer) == Reach::Elsewhere) {
+            causes.push(Cause::Elsewhere { addresses: List(self.addresses().collect()) });
+        }
         causes.extend(self.barriers());
         causes
     }

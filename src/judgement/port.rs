@@ -11,7 +11,7 @@ use super::{
     states::{EndpointHealth, Verdict},
 };
 use crate::{
-    consumer::Consumer,
+    consumer::{Consumer, Reach},
     counts::numbered,
     table::{Route, Upstream},
 };
@@ -84,11 +84,11 @@ impl Situation {
             first
         });
         causes.extend(self.limits(of_each.copied()));
-        if routes.iter().any(|route| self.is_own_port(route)) {
-            causes.push(Cause::OwnPort { port: self.own_port });
+        if self.may_capture_nothing() {
+            causes.push(Cause::NothingCaptured { port: self.own_port });
         }
-        for consumer in consumers.iter().filter(|consumer| self.is_cut_off(&consumer.id)) {
-            let vips = List(self.table.vips().iter().map(|vip| vip.0).collect());
+        for consumer in consumers.iter().filter(|one| self.reach(&one.id) == Reach::Unknown) {
+            let vips = List(self.addresses().collect());
             causes.push(Cause::CutOff { consumer: consumer.name.clone(), vips });
         }
         causes.extend(self.barriers());
@@ -117,7 +117,7 @@ impl Situation {
             });
         } else if let Some(endpoint) = next {
             let (consumer, port) = (route.consumer_name.clone(), route.key.port.get());
-            causes.push(match health.active + health.probing {
+            causes.push(match health.hopeful() {
                 0 => Cause::AllEjected { service, next: endpoint },
                 _ => Cause::GoesTo { consumer, port, service, endpoint },
             });

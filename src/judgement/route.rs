@@ -3,13 +3,14 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::{
-    cause::Cause,
+    cause::{Cause, List},
     situation::Situation,
     states::{EndpointHealth, RouteState},
 };
 use crate::{
     balance::{Checked, EndpointState},
     config::CaptureMode,
+    consumer::Reach,
     counts::numbered,
     model::{ConsumerId, Endpoint, Millis},
     table::Route,
@@ -40,6 +41,15 @@ pub struct RouteHealth {
     pub drained: usize,
     /// Endpoints that are the dialled address itself.
     pub circular: usize,
+    /// Of `probing`: those that failed a moment ago.
+    pub(super) just_failed: usize,
+}
+
+impl RouteHealth {
+    /// Endpoints of which it is not known that they fail.
+    pub(super) fn hopeful(&self) -> usize {
+        self.active + self.probing - self.just_failed
+    }
 }
 
 impl Situation {
@@ -53,6 +63,7 @@ impl Situation {
             probing: 0,
             drained: 0,
             circular: 0,
+            just_failed: 0,
         };
         for state in route.upstream.rotation.endpoints() {
             health.endpoints += 1;
@@ -61,7 +72,10 @@ impl Situation {
                 _ if self.is_circular(route, &state.endpoint) => &mut health.circular,
                 EndpointHealth::Active => &mut health.active,
                 EndpointHealth::Ejected | EndpointHealth::Unhealthy => &mut health.ejected,
-                EndpointHealth::Probing => &mut health.probing,
+                EndpointHealth::Probing => {
+                    health.just_failed += usize::from(state.has_just_failed(self.now));
+                    &mut health.probing
+                }
             } += 1;
         }
         health.state = self.route_state(route, &health);
@@ -76,21 +90,21 @@ impl Situation {
                     query.is_lost() || query.held.is_some() || query.problem.is_some()
                 })
         };
-        let hindered =
-            || !self.capture.standing.barriers.is_empty() || self.is_cut_off(&route.consumer);
+        let hindered = || {
+            !self.capture.standing.barriers.is_empty()
+                || self.may_capture_nothing()
+                || self.reach(&route.consumer) != Reach::Arrives
+        };
         if health.active + health.ejected + health.probing == 0 {
             match route.upstream.answered {
                 true => RouteState::NoEndpoint,
                 false => RouteState::Waiting,
             }
-        } else if health.active + health.probing == 0 {
+        } else if health.hopeful() == 0 {
             RouteState::Ejected
         } else if self.captured(&route.consumer, true) == Some(false) {
             RouteState::NotCaptured
-        } else if self.is_draining()
-            || self.is_own_port(route)
-            || self.limits([route]).next().is_some()
-        {
+        } else if self.is_draining() || self.limits([route]).next().is_some() {
             RouteState::Refused
         } else if health.ejected + health.probing + health.circular > 0 || lost() || hindered() {
             RouteState::Degraded
@@ -126,11 +140,6 @@ impl Situation {
             && self.table.vips().iter().any(|vip| vip.0 == endpoint.0.ip())
     }
 
-    /// Whether connections to this port look like direct connections to our listener.
-    pub(super) fn is_own_port(&self, route: &Route) -> bool {
-        route.key.port.get() == self.own_port
-    }
-
     /// The endpoint that the next connection would get. Does not change the balancing.
     pub fn next_pick(&self, route: &Route) -> Option<Endpoint> {
         let rotation = &route.upstream.rotation;
@@ -150,7 +159,10 @@ impl Situation {
             None if *consumer == ConsumerId::Local && self.capture.mode == CaptureMode::Dnat => {
                 Cause::NeedsRedirect {}
             }
-            None if self.table.vips().is_empty() => Cause::NoVip {},
+            None if self.addresses().next().is_none() => Cause::NoVip {},
+            None if self.reach(consumer) == Reach::Elsewhere => {
+                Cause::Elsewhere { addresses: List(self.addresses().collect()) }
+            }
             None => Cause::RulesMissing {},
         })
     }

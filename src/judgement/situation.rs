@@ -1,7 +1,7 @@
 //! The facts that are judged, at one moment.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap},
     net::IpAddr,
     sync::{Arc, OnceLock},
     time::Duration,
@@ -11,10 +11,10 @@ use super::source::SourceReading;
 use crate::{
     capture::Standing,
     config::{CaptureMode, CaptureScope},
-    consumer::Consumer,
+    consumer::{Consumer, Reach, Surroundings},
     discovery::Query,
     limits::FEW,
-    model::{ConsumerId, Millis},
+    model::{ConsumerId, Millis, Vip},
     provider::Listing,
     readiness::Part,
     table::Table,
@@ -36,8 +36,10 @@ pub struct Situation {
     pub now: Millis,
     /// embassy's own port.
     pub own_port: u16,
-    /// Consumers whose networks reach no VIP; computed on first use.
-    pub cut_off: OnceLock<HashSet<ConsumerId>>,
+    /// The addresses of this network namespace, among the VIPs and the gateways of consumers.
+    pub here: BTreeSet<IpAddr>,
+    /// Consumers whose connections may not arrive in this network namespace; computed on first use.
+    pub astray: OnceLock<HashMap<ConsumerId, Reach>>,
 }
 
 /// The capture mode, and the state of the rules.
@@ -46,6 +48,10 @@ pub struct CaptureReading {
     pub mode: CaptureMode,
     pub scope: CaptureScope,
     pub standing: Standing,
+    /// With `--redirect`: embassy's own addresses, which capture like VIPs.
+    pub own: Vec<IpAddr>,
+    /// Whether any captured connection has arrived since the start.
+    pub has_captured: bool,
 }
 
 /// Open connections, and their limits.
@@ -69,16 +75,47 @@ impl Load {
 }
 
 impl Situation {
-    pub(super) fn is_cut_off(&self, consumer: &ConsumerId) -> bool {
-        let cut_off = self.cut_off.get_or_init(|| {
-            if self.table.vips().is_empty() {
-                return HashSet::new();
-            }
-            let consumers = self.listing.consumers.iter();
-            let cut_off = consumers.filter(|consumer| !self.reaches_a_vip(consumer));
-            cut_off.map(|consumer| consumer.id.clone()).collect()
+    /// Whether the connections of a consumer arrive in this network namespace.
+    pub(super) fn reach(&self, consumer: &ConsumerId) -> Reach {
+        let astray = self.astray.get_or_init(|| {
+            let all = self.listing.consumers.iter();
+            let all = all.map(|consumer| (consumer.id.clone(), self.best_reach(consumer)));
+            all.filter(|(_, reach)| *reach != Reach::Arrives).collect()
         });
-        cut_off.contains(consumer)
+        astray.get(consumer).copied().unwrap_or(Reach::Arrives)
+    }
+
+    fn best_reach(&self, consumer: &Consumer) -> Reach {
+        // Without any address, this is not the problem.
+        if self.addresses().next().is_none() {
+            return Reach::Arrives;
+        }
+        let spoken = self.addresses().filter(|address| speaks(consumer, address));
+        let reaches = spoken.map(|address| consumer.reach(address, self.surroundings()));
+        let mut best = None;
+        for reach in reaches {
+            if reach == Reach::Arrives {
+                return reach;
+            }
+            best = Some(best.map_or(reach, |best: Reach| best.min(reach)));
+        }
+        match best.unwrap_or(Reach::Unknown) {
+            reach if self.captures() => reach,
+            // Rules of the user's own may capture other addresses.
+            _ if self.capture.has_captured => Reach::Arrives,
+            _ => Reach::Unknown,
+        }
+    }
+
+    fn surroundings(&self) -> Surroundings<'_> {
+        Surroundings { here: &self.here, networks: &self.listing.networks }
+    }
+
+    /// The addresses on which connections are captured: the VIPs, and with `--redirect` embassy's own.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let vips = self.table.vips();
+        let own = self.capture.own.iter().copied().filter(|own| !vips.contains(&Vip(*own)));
+        vips.iter().map(|vip| vip.0).chain(own)
     }
 
     /// Whether embassy itself captures.
@@ -90,26 +127,24 @@ impl Situation {
         self.pending.iter().any(|(part, _)| *part == Part::Draining)
     }
 
-    /// The VIPs that a consumer can connect to: those in its own networks first. If one of its networks has a gateway on this
-    /// host, all other VIPs too.
+    /// Whether it is not known that anything captures: without `--dnat` and `--redirect`, only a connection that arrives shows
+    /// that rules of the user's own lead here.
+    pub(super) fn may_capture_nothing(&self) -> bool {
+        !self.captures() && !self.capture.has_captured
+    }
+
+    /// The addresses that a consumer can connect to: those in its own networks first.
     pub fn dials(&self, consumer: &Consumer) -> Vec<IpAddr> {
-        let all = self.table.vips().iter().map(|vip| vip.0).filter(|vip| speaks(consumer, vip));
-        let (own, others): (Vec<_>, Vec<_>) = all.partition(|vip| self.is_own(consumer, vip));
-        if has_a_gateway(consumer) { [own, others].concat() } else { own }
-    }
-
-    fn reaches_a_vip(&self, consumer: &Consumer) -> bool {
-        let mut vips =
-            self.table.vips().iter().map(|vip| vip.0).filter(|vip| speaks(consumer, vip));
-        vips.any(|vip| has_a_gateway(consumer) || self.is_own(consumer, &vip))
-    }
-
-    /// Whether a VIP is in one of the consumer's networks.
-    fn is_own(&self, consumer: &Consumer, vip: &IpAddr) -> bool {
-        let shared = |net: &ipnet::IpNet| {
-            net.contains(vip) && consumer.sources.iter().any(|own| net.contains(own))
-        };
-        consumer.gateways.contains(vip) || self.listing.networks.iter().any(shared)
+        let is_local = consumer.id == ConsumerId::Local;
+        let reached = self.addresses().filter(|address| {
+            // The host's own connections are captured on VIPs only.
+            speaks(consumer, address)
+                && consumer.reach(*address, self.surroundings()) == Reach::Arrives
+                && !(is_local && self.capture.own.contains(address))
+        });
+        let is_near = |address: &IpAddr| consumer.is_near(*address, &self.listing.networks);
+        let (near, others): (Vec<_>, Vec<_>) = reached.partition(is_near);
+        [near, others].concat()
     }
 
     /// Whether a connection of `consumer` to a VIP is captured, to a declared port or to another one. `None`: the user's own
@@ -121,16 +156,13 @@ impl Situation {
         let from_here = *consumer == ConsumerId::Local;
         let reaches_a_hook = !from_here || self.capture.mode == CaptureMode::Redirect;
         let scope = declared || (self.capture.scope == CaptureScope::All && !from_here);
-        let stands = self.capture.standing.in_place && !self.table.vips().is_empty();
-        Some(stands && scope && reaches_a_hook)
+        let stands = self.capture.standing.in_place && self.addresses().next().is_some();
+        let arrives = self.reach(consumer) != Reach::Elsewhere;
+        Some(stands && arrives && scope && reaches_a_hook)
     }
 }
 
-fn has_a_gateway(consumer: &Consumer) -> bool {
-    consumer.id == ConsumerId::Local || !consumer.gateways.is_empty()
-}
-
-/// Whether the consumer has an address of the VIP's family.
-fn speaks(consumer: &Consumer, vip: &IpAddr) -> bool {
-    consumer.sources.iter().any(|own| own.is_ipv4() == vip.is_ipv4())
+/// Whether the consumer has an address of the same family.
+fn speaks(consumer: &Consumer, address: &IpAddr) -> bool {
+    consumer.sources.iter().any(|own| own.is_ipv4() == address.is_ipv4())
 }

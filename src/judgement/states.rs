@@ -55,15 +55,15 @@ worded! {
         Ok = "ok",
         /// it has an endpoint, and there is a problem: with other endpoints, with a source, or with a firewall on the way
         Degraded = "degraded",
-        /// all endpoints failed or are unhealthy; embassy tries them all
+        /// all endpoints failed lately or are unhealthy; embassy tries them all
         Ejected = "ejected",
         /// it is refused: there is no usable endpoint
         NoEndpoint = "no_endpoint",
         /// it is refused: discovery has not answered yet
         Waiting = "waiting",
-        /// it does not reach embassy: it is not captured
+        /// it does not reach embassy: it is not captured, or does not arrive in embassy's network namespace
         NotCaptured = "not_captured",
-        /// it is refused: a limit was reached, the port is embassy's own, or embassy is shutting down
+        /// it is refused: a limit was reached, or embassy is shutting down
         Refused = "refused",
     }
 

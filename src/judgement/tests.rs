@@ -62,6 +62,8 @@ enum Is {
     Drained,
     /// The very address that is dialled.
     Dialled,
+    /// Its ejection is over, and it failed a moment ago.
+    JustFailed,
 }
 
 /// One consumer that asks for one service.
@@ -85,7 +87,11 @@ struct Setting {
     memory_short: bool,
     problem: bool,
     skipped: bool,
-    own_port: u16,
+    /// Whether the VIP is an address of this network namespace.
+    vip_is_here: bool,
+    /// With `--redirect`: whether embassy has an address in the consumer's network.
+    own: bool,
+    has_captured: bool,
 }
 
 /// In which all is well.
@@ -108,7 +114,9 @@ fn well() -> Setting {
         memory_short: false,
         problem: false,
         skipped: false,
-        own_port: 9999,
+        vip_is_here: true,
+        own: false,
+        has_captured: true,
     }
 }
 
@@ -153,6 +161,10 @@ impl Setting {
                     Is::Ejected => drop(state.failed(NOW, NOW)),
                     Is::Probing => drop(state.failed(Millis(0), Millis(0))),
                     Is::Silent => drop(state.timed_out_alone()),
+                    Is::JustFailed => {
+                        let then = Millis(NOW.0 - 2_000);
+                        state.failed(then, then);
+                    }
                     Is::Unhealthy => {
                         state.checked(false);
                         state.checked(false);
@@ -180,6 +192,7 @@ impl Setting {
         let listing = Listing {
             consumers: vec![consumer],
             problems: self.problem.then_some(problem).into_iter().collect(),
+            networks: ["172.17.0.0/16".parse().unwrap()].into(),
             ..Listing::default()
         };
         let listed = Known {
@@ -194,7 +207,12 @@ impl Setting {
             listing: Arc::new(listing),
             provider: SourceReading::of("provider".into(), &listed, None, vec![], now),
             queries: HashMap::from([(query(), of_query)]),
-            own_port: self.own_port,
+            own_port: 9999,
+            here: [(self.vip_is_here, "172.17.0.1"), (self.own, "172.17.0.9")]
+                .into_iter()
+                .filter(|(is_here, _)| *is_here)
+                .map(|(_, address)| address.parse().unwrap())
+                .collect(),
             capture: CaptureReading {
                 mode: self.mode,
                 scope: CaptureScope::Declared,
@@ -204,6 +222,8 @@ impl Setting {
                     barriers: self.barrier.then_some(barrier).into_iter().collect(),
                     ..Standing::default()
                 },
+                own: self.own.then(|| "172.17.0.9".parse().unwrap()).into_iter().collect(),
+                has_captured: self.has_captured,
             },
             pending: self.pending.iter().map(|part| (*part, Duration::from_secs(1))).collect(),
             load: Load {
@@ -213,9 +233,15 @@ impl Setting {
                 memory_short: self.memory_short,
             },
             now: NOW,
-            cut_off: Default::default(),
+            astray: Default::default(),
         }
     }
+}
+
+/// On no network of this host.
+fn cut_off(setting: &mut Setting) {
+    setting.consumer.gateways.clear();
+    setting.consumer.sources = vec!["192.168.1.5".parse().unwrap()];
 }
 
 fn routes(situation: &Situation) -> Vec<&Route> {
@@ -251,7 +277,25 @@ fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
         ("source_down", Degraded, Box::new(|s| s.provider_fails = true)),
         ("held", Degraded, Box::new(|s| s.held = true)),
         ("barrier", Degraded, Box::new(|s| s.barrier = true)),
-        ("cut_off", Degraded, Box::new(|s| s.consumer.gateways.clear())),
+        ("cut_off", Degraded, Box::new(cut_off)),
+        // embassy in a container without --net=host, or an address that docker0 had in former times.
+        ("elsewhere", NotCaptured, Box::new(|s| s.vip_is_here = false)),
+        // The same, with --redirect: it dials embassy's own address.
+        (
+            "goes_to",
+            Ok,
+            Box::new(|s| {
+                (s.mode, s.vip_is_here, s.own) = (CaptureMode::Redirect, false, true);
+            }),
+        ),
+        (
+            "nothing_captured",
+            Degraded,
+            Box::new(|s| (s.mode, s.has_captured) = (CaptureMode::None, false)),
+        ),
+        // Rules of one's own may capture any address.
+        ("goes_to", Ok, Box::new(|s| (s.mode, s.vip_is_here) = (CaptureMode::None, false))),
+        ("goes_to", Ok, Box::new(|s| (s.mode, s.vips) = (CaptureMode::None, false))),
         (
             "circular",
             Degraded,
@@ -270,12 +314,15 @@ fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
         ),
         ("all_ejected", Ejected, Box::new(endpoints(&[Is::Ejected, Is::Unhealthy]))),
         ("all_ejected", Ejected, Box::new(endpoints(&[Is::Ejected, Is::Drained]))),
+        ("all_ejected", Ejected, Box::new(endpoints(&[Is::JustFailed]))),
+        ("all_ejected", Ejected, Box::new(endpoints(&[Is::JustFailed, Is::Ejected]))),
+        ("probing", Degraded, Box::new(endpoints(&[Is::JustFailed, Is::Active]))),
+        ("probing", Degraded, Box::new(endpoints(&[Is::JustFailed, Is::Probing]))),
         ("no_endpoint", NoEndpoint, Box::new(endpoints(&[]))),
         ("all_drained", NoEndpoint, Box::new(endpoints(&[Is::Drained]))),
         ("waiting", Waiting, Box::new(|s| s.endpoints = None)),
         ("rules_missing", NotCaptured, Box::new(|s| s.in_place = false)),
         ("rules_fail", NotCaptured, Box::new(|s| (s.in_place, s.rules_error) = (false, true))),
-        ("own_port", Refused, Box::new(|s| s.own_port = 80)),
         ("no_vip", NotCaptured, Box::new(|s| s.vips = false)),
         ("needs_redirect", NotCaptured, Box::new(|s| s.consumer.id = ConsumerId::Local)),
         ("draining", Refused, Box::new(|s| s.pending = vec![Part::Draining])),
@@ -307,6 +354,30 @@ fn nothing_is_wrong_where_nothing_is() {
     assert_eq!((overview.verdict(), words(&overview.causes)), (Verdict::Ok, vec![]));
     assert_eq!(situation.awaited(), []);
     assert!(overview.verdicts().values().all(|verdict| *verdict == Verdict::Ok));
+}
+
+#[test]
+fn a_consumer_dials_what_it_reaches() {
+    let dials = |change: fn(&mut Setting)| {
+        let situation = Setting::of(change).situation();
+        let dials = situation.dials(&situation.listing.consumers[0]);
+        dials.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(dials(|_| {}), ["172.17.0.1"]);
+    let redirect = |s: &mut Setting| (s.mode, s.own) = (CaptureMode::Redirect, true);
+    assert_eq!(dials(redirect), ["172.17.0.1", "172.17.0.9"]);
+    // In a container of its own: the gateway is the host's.
+    let inside = |s: &mut Setting| {
+        (s.mode, s.own, s.vip_is_here) = (CaptureMode::Redirect, true, false);
+    };
+    assert_eq!(dials(inside), ["172.17.0.9"]);
+    assert_eq!(dials(|s| s.vip_is_here = false), [""; 0]);
+    assert_eq!(dials(cut_off), [""; 0]);
+    let local = |s: &mut Setting| {
+        (s.mode, s.own, s.vip_is_here) = (CaptureMode::Redirect, true, false);
+        s.consumer.id = ConsumerId::Local;
+    };
+    assert_eq!(dials(local), ["172.17.0.1"]);
 }
 
 #[test]
@@ -458,14 +529,16 @@ fn any_setting() -> impl Strategy<Value = Setting> {
         Just(Is::Unhealthy),
         Just(Is::Drained),
         Just(Is::Dialled),
+        Just(Is::JustFailed),
     ];
     let mode =
         prop_oneof![Just(CaptureMode::None), Just(CaptureMode::Dnat), Just(CaptureMode::Redirect)];
-    let capture = (mode, any::<[bool; 4]>(), any::<(bool, bool)>());
+    let capture = (mode, any::<[bool; 4]>(), any::<[bool; 6]>());
     let sources = (proptest::option::of(prop::collection::vec(is, 0..4)), any::<[bool; 5]>());
     let load = (0..70usize, 0..70usize, proptest::option::of(0..70usize), any::<(bool, bool)>());
     (capture, sources, load).prop_map(|(capture, sources, load)| {
-        let (mode, [in_place, rules_error, vips, barrier], (local, gateways)) = capture;
+        let (mode, [in_place, rules_error, vips, barrier], places) = capture;
+        let [local, gateways, near, vip_is_here, own, has_captured] = places;
         let (endpoints, [source_fails, held, provider_fails, problem, skipped]) = sources;
         let (live, limit, limit_of_consumer, (memory_short, draining)) = load;
         let mut consumer = app();
@@ -474,6 +547,9 @@ fn any_setting() -> impl Strategy<Value = Setting> {
         }
         if !gateways {
             consumer.gateways.clear();
+        }
+        if !near {
+            consumer.sources = vec!["192.168.1.5".parse().unwrap()];
         }
         Setting {
             mode,
@@ -494,7 +570,9 @@ fn any_setting() -> impl Strategy<Value = Setting> {
             memory_short,
             problem,
             skipped,
-            own_port: 9999,
+            vip_is_here,
+            own: own && mode == CaptureMode::Redirect,
+            has_captured,
         }
     })
 }

@@ -1,8 +1,10 @@
 //! The static provider: the bindings come from the command line, and the consumer is this host or network namespace.
 
 use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    cell::LazyCell,
+    collections::BTreeSet,
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     sync::Arc,
 };
 
@@ -94,9 +96,36 @@ pub fn own_addresses() -> Result<Vec<IpAddr>, InterfaceError> {
     Ok(found.map(|i| i.ip()).collect())
 }
 
+/// Those of `addresses` that this network namespace has. One that cannot be checked counts as here.
+///
+/// A socket can be bound to them only; this costs the same however many interfaces there are.
+pub fn here(addresses: impl IntoIterator<Item = IpAddr>) -> BTreeSet<IpAddr> {
+    let listed = LazyCell::new(|| fs::read_to_string("/proc/net/if_inet6").unwrap_or_default());
+    let is_here = |address: &IpAddr| match (UdpSocket::bind((*address, 0)), address) {
+        (Ok(_), _) => true,
+        (Err(error), _) if error.kind() != io::ErrorKind::AddrNotAvailable => true,
+        (Err(_), IpAddr::V4(_)) => false,
+        // For its first seconds, while its link is asked for a duplicate, nothing can be bound to it.
+        (Err(_), IpAddr::V6(address)) => listed.contains(&format!("{:032x}", u128::from(*address))),
+    };
+    addresses.into_iter().collect::<BTreeSet<_>>().into_iter().filter(is_here).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_that_no_interface_has_is_not_here() {
+        let addresses = ["127.0.0.1", "127.0.0.1", "192.0.2.1"].map(|text| text.parse().unwrap());
+        // A host may let programs bind to any address; then nothing is known.
+        let any = std::fs::read_to_string("/proc/sys/net/ipv4/ip_nonlocal_bind").unwrap();
+        let expected = if any.trim() == "0" { &addresses[..1] } else { &addresses[1..] };
+        assert_eq!(here(addresses), expected.iter().copied().collect());
+        let six = ["2001:db8::1"].map(|text| text.parse().unwrap());
+        let any = std::fs::read_to_string("/proc/sys/net/ipv6/ip_nonlocal_bind");
+        assert!(any.is_ok_and(|any| any.trim() != "0") || here(six).is_empty());
+    }
 
     #[test]
     fn loopback_always_counts_and_a_missing_interface_is_named() {

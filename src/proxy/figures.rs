@@ -62,6 +62,14 @@ impl Figures {
         self.shared.tally.get(outcome)
     }
 
+    /// Whether a captured connection has arrived since the start, with a route or without.
+    pub fn has_captured(&self) -> bool {
+        use Outcome::{DirectDial, NoOriginalDestination};
+        let captured = |outcome: &&Outcome| !matches!(outcome, DirectDial | NoOriginalDestination);
+        self.started() > 0
+            || Outcome::ALL.iter().filter(captured).any(|outcome| self.ended(*outcome) > 0)
+    }
+
     /// Connections that were accepted for a route, since the start.
     pub fn started(&self) -> u64 {
         self.shared.counts.iter().map(|counts| counts.0.started.load(Relaxed)).sum()

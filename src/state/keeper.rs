@@ -3,7 +3,7 @@
 use std::{
     fs::{self, DirBuilder, OpenOptions},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -12,6 +12,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use rustix::process::geteuid;
 use tokio::{
     sync::watch,
     task::JoinHandle,
@@ -192,7 +193,25 @@ impl File {
         }
         match self.write(&document) {
             Ok(()) => (Some((document, Instant::now())), Ok(true)),
-            Err(error) => (before, Err(error)),
+            Err(error) => (before, Err(self.explained(error))),
+        }
+    }
+
+    /// A write that was denied: who may write there, and who embassy is. Without capabilities, root may not either.
+    fn explained(&self, error: io::Error) -> io::Error {
+        let folder =
+            self.path.ancestors().skip(1).find_map(|at| Some((at, fs::metadata(at).ok()?)));
+        match folder {
+            Some((folder, folder_is)) if error.kind() == io::ErrorKind::PermissionDenied => {
+                let (owner, mode) = (folder_is.uid(), folder_is.mode() & 0o7777);
+                let own = geteuid().as_raw();
+                let why = format!(
+                    "{error}: {} belongs to user {owner} and has mode {mode:o}, and embassy runs as user {own}; change its owner, or run embassy as that user",
+                    folder.display()
+                );
+                io::Error::new(error.kind(), why)
+            }
+            _ => error,
         }
     }
 
@@ -272,6 +291,18 @@ mod tests {
         let mode =
             std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&path).unwrap().permissions());
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn who_may_write_is_said_if_embassy_may_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = File { path: folder.path().join("new/table"), origin: Origin::default() };
+        let denied = file.explained(io::ErrorKind::PermissionDenied.into()).to_string();
+        let (own, place) = (geteuid().as_raw(), folder.path().display());
+        let expected = format!("{place} belongs to user {own} and has mode 7");
+        assert!(denied.contains(&expected), "{denied}");
+        let full = file.explained(io::ErrorKind::StorageFull.into()).to_string();
+        assert!(!full.contains("belongs"), "{full}");
     }
 
     #[tokio::test]

@@ -40,6 +40,7 @@ fn time() -> Result<Duration> {
 
 fn start(host: &Host) -> Result<(Embassy, PathBuf)> {
     let path = host.dir().join("admin.sock");
+    host.etcd()?;
     let embassy = host.embassy(["--dnat", ETCD, &format!("--admin=unix://{}", path.display())])?;
     testbed::eventually(READY, "the admin API", || {
         let answer = ask(&path, REQUESTS[1].as_bytes())?;
@@ -123,6 +124,7 @@ fn what_is_too_large_is_refused() -> Result<()> {
 #[test]
 fn a_page_of_elsewhere_may_not_read_it() -> Result<()> {
     let host = Host::light()?;
+    host.etcd()?;
     let embassy = host.embassy(["--dnat", ETCD])?;
     embassy.wait_ready(READY)?;
     let curl = |more: &[&str]| {

@@ -261,6 +261,7 @@ fn an_engine_that_is_killed_takes_nobody_along() -> Result<()> {
 #[test]
 fn an_engine_is_reached_by_tcp() -> Result<()> {
     let host = Host::builder().docker_args(["--host=tcp://127.0.0.1:2375"]).start()?;
+    host.etcd()?;
     followed(&host, host.embassy(["--dnat", ETCD, "-docker=tcp://127.0.0.1:2375"])?)
 }
 
@@ -278,6 +279,7 @@ fn an_engine_is_reached_by_tls() -> Result<()> {
             format!("--tlskey={}", file("server-key.pem")),
         ])
         .start()?;
+    host.etcd()?;
     let mut embassy = host.embassy_command(["--dnat", ETCD])?;
     embassy.env("DOCKER_HOST", "tcp://127.0.0.1:2376");
     embassy.env("DOCKER_TLS_VERIFY", "1").env("DOCKER_CERT_PATH", folder.path());

@@ -18,6 +18,7 @@ mod firewall;
 mod firewall_lacks;
 mod faults;
 mod first_connection;
+mod first_day;
 mod followed;
 mod following;
 mod least_privilege;

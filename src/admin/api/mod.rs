@@ -89,7 +89,7 @@ pub struct Status {
     pub may_change: bool,
     /// The listen addresses for captured connections, as `address:port`.
     pub listeners: Vec<String>,
-    /// The addresses whose traffic is captured.
+    /// The addresses whose traffic is captured: the VIPs, and with `--redirect` embassy's own addresses.
     pub vips: Vec<String>,
     /// Number of published routing tables.
     pub table_version: u64,
@@ -454,7 +454,8 @@ pub struct Explain {
     pub routes: Vec<Route>,
     /// Whether connections to this port of a VIP are captured; null if the user's own rules decide.
     pub captured: Option<bool>,
-    /// The addresses to connect to, as `VIP:port`: the VIPs that the consumers' networks reach, those in their own networks first.
+    /// The addresses to connect to, as `address:port`: the VIPs, and with `--redirect` embassy's own addresses, as far as the
+    /// consumers reach them; those in their own networks first.
     pub dial: Vec<String>,
     /// The services of the routes: one entry, except if several consumers match.
     pub services: Vec<ExplainService>,

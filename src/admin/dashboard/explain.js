@@ -29,7 +29,7 @@ function explanation(e) {
   const retries = e.routes.reduce((sum, r) => sum + r.retries, 0);
   return [
     part("Consumer",
-      facts([["Captured", captured], ["Retries", e.routes.length ? count(retries) : null], ...e.consumers.flatMap(c => [["Name", c.name, "roomy"], ["ID", c.id.slice(0, 12)], ["Addresses", c.addresses.join(", "), "roomy"], ["Declared ports", ranges(c.ports) || "none", "wide"]])]),
+      facts([["Captured", captured], ["Dials", e.dial.join(" or "), "roomy"], ["Retries", e.routes.length ? count(retries) : null], ...e.consumers.flatMap(c => [["Name", c.name, "roomy"], ["ID", c.id.slice(0, 12)], ["Addresses", c.addresses.join(", "), "roomy"], ["Declared ports", ranges(c.ports) || "none", "wide"]])]),
       e.bindings.length ? table(BINDINGS, e.bindings, lists.bindings.key) : make("p", {class: "soft"}, "This port is not declared.")),
     ...e.services.map(s => part("Service " + s.query.name,
       facts([["Next pick", s.next || "none", "roomy"], ["State", state(s.state, s.verdict)], ["Balance", s.balance], ["Tags", s.query.tags.join(", ")], ["Datacentre", s.query.datacentre], ...source(s.source)]),

@@ -20,13 +20,14 @@ use crate::{
     capture::{
         self, Backend, Firewall, Lock,
         input::{Barrier, Captured, Listings},
+        leads::{self, Lead},
         place,
         rules::{Hook, Part},
     },
     config::{CaptureMode, Config, Provider},
     discovery::{Discoveries, Watches},
     docker::{
-        self, Engine,
+        self,
         obstacle::{self, Obstacle},
     },
     memory::{Memory, Use},
@@ -54,6 +55,10 @@ pub(super) struct HostFacts {
     /// Chains of other programs that drop captured connections, as far as they can be read. `None`: an embassy captures here and says
     /// what it counted.
     pub(super) barriers: Option<Result<Vec<Barrier>, String>>,
+    /// Rules of other programs that lead connections to a port of this host.
+    pub(super) leads: Result<Vec<Lead>, String>,
+    /// The ports of this host on which a program listens.
+    pub(super) listening: BTreeSet<u16>,
     /// The visible processes of proxies in this network namespace.
     pub(super) running: Vec<u32>,
     /// Whether an embassy captures here, even if its process is not visible.
@@ -103,7 +108,8 @@ pub(super) struct Network {
     /// Internal: its containers reach only addresses of their own network.
     pub(super) internal: bool,
     pub(super) ranges: Vec<IpNet>,
-    /// This host's address in it, and the interface with this address.
+    /// The address in it on which embassy can capture, and the interface with this address: its gateway, or with `--redirect`
+    /// embassy's own.
     pub(super) own: Option<(IpAddr, String)>,
     /// `rp_filter` of that interface: 1 is strict.
     pub(super) rp_filter: u8,
@@ -120,7 +126,7 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
     let asks_engine =
         config.provider == Provider::Docker || config.discoveries.names().any(|n| &**n == "docker");
     let (engine, networks) = if asks_engine {
-        match timeout(PATIENCE, engine(&config.docker, &interfaces)).await {
+        match timeout(PATIENCE, engine(config, &interfaces)).await {
             Ok(Ok((engine, networks))) => (Some(Ok(engine)), networks),
             Ok(Err(error)) => (Some(Err(error)), Vec::new()),
             Err(_) => (Some(Err(format!("{}: no answer", config.docker))), Vec::new()),
@@ -162,6 +168,7 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         Ok((firewall, lacks)) => (Ok(firewall), lacks),
         Err(error) => (Err(error), Vec::new()),
     };
+    let leads = leads::read().await;
     let memory =
         running.first().map_or_else(Memory::of_this_process, |pid| Memory::of_process(*pid));
     HostFacts {
@@ -175,6 +182,8 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         places_of_output,
         capturing,
         barriers,
+        leads,
+        listening: listening_ports(),
         port: config.port.get(),
         listener: listener(config.port.get(), &running),
         running: running.clone(),
@@ -231,9 +240,10 @@ async fn firewall(config: &Config) -> Result<(Firewall, Vec<(Part, String)>), St
 }
 
 async fn engine(
-    engine: &Engine,
+    config: &Config,
     interfaces: &BTreeMap<IpAddr, String>,
 ) -> Result<(EngineFacts, Vec<Network>), String> {
+    let engine = &config.docker;
     let failed = |error: crate::source::SourceError| error.to_string();
     let (client, _) = docker::client::Client::connect(engine).await.map_err(failed)?;
     // Not asked for by the proxy, so a proxy of the engine may refuse it.
@@ -243,8 +253,20 @@ async fn engine(
     let routes = fs::read_to_string("/proc/net/route").unwrap_or_default();
     let network = |network: docker::answers::Network| {
         let ranges = network.ranges();
-        // The gateway; not every engine reports it.
-        let own = interfaces.iter().find(|(ip, _)| ranges.iter().any(|range| range.contains(*ip)));
+        let gateways: Vec<IpAddr> = network.gateways();
+        let bridge = network
+            .options
+            .and_then(|mut options| options.remove("com.docker.network.bridge.name"))
+            .or_else(|| Some(format!("br-{}", network.id?.get(..12)?)));
+        let captures = |ip: &IpAddr, interface: &str| {
+            // Not every engine reports the gateway. With --redirect every own address captures.
+            gateways.contains(ip)
+                || bridge.as_deref() == Some(interface)
+                || config.capture == CaptureMode::Redirect
+        };
+        let own = interfaces.iter().find(|(ip, interface)| {
+            ranges.iter().any(|range| range.contains(*ip)) && captures(ip, interface)
+        });
         let own = own.map(|(address, interface)| (*address, interface.clone()));
         let interface = own.as_ref().map(|(_, interface)| interface.as_str());
         let (rp_filter, way_back) = (
@@ -298,11 +320,9 @@ async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), Str
     let resync = ResyncRequests::new(Duration::from_secs(120));
     let mut watches = Watches::new(discoveries.clone(), resync, bell.clone());
     let names: Vec<_> = discoveries.names().cloned().collect();
-    let query = |name: &Arc<str>| {
-        let descriptor = format!("embassy-doctor.invalid;1;via={name}").parse().ok()?;
-        discoveries.query(&descriptor).ok()
-    };
-    names.iter().filter_map(query).for_each(|query| watches.ask(&query));
+    for probe in discoveries.probes() {
+        watches.ask(&probe);
+    }
     let answered = async {
         let open = |watches: &Watches| {
             watches.known().values().any(|known| known.value.is_none() && known.error.is_none())
@@ -353,14 +373,25 @@ fn listener(port: u16, running: &[u32]) -> Listener {
     }
 }
 
+/// The ports on which a program listens for TCP.
+fn listening_ports() -> BTreeSet<u16> {
+    let lists = ["/proc/net/tcp", "/proc/net/tcp6"].map(fs::read_to_string);
+    let lists = lists.into_iter().flatten();
+    lists.flat_map(|list| list.lines().skip(1).filter_map(listens).collect::<Vec<_>>()).collect()
+}
+
+/// The port, if this line of `/proc/net/tcp` is about a socket that listens.
+fn listens(line: &str) -> Option<u16> {
+    let fields: Vec<_> = line.split_whitespace().collect();
+    let (_, hex) = fields.get(1)?.rsplit_once(':')?;
+    // 0A is TCP_LISTEN (include/net/tcp_states.h).
+    (*fields.get(3)? == "0A").then(|| u16::from_str_radix(hex, 16).ok())?
+}
+
 /// The inode of the socket that listens on `port`, in the text of `/proc/net/tcp`.
 fn listening(list: &str, port: u16) -> Option<u64> {
     list.lines().skip(1).find_map(|line| {
-        let fields: Vec<_> = line.split_whitespace().collect();
-        let (_, hex) = fields.get(1)?.rsplit_once(':')?;
-        // 0A is TCP_LISTEN (include/net/tcp_states.h).
-        let listens = *fields.get(3)? == "0A" && u16::from_str_radix(hex, 16) == Ok(port);
-        listens.then(|| fields.get(9)?.parse().ok())?
+        (listens(line)? == port).then(|| line.split_whitespace().nth(9)?.parse().ok())?
     })
 }
 

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     admin::api::{Subject, Verdict},
-    capture::{input::Barrier, place::Place, rules::Part},
+    capture::{input::Barrier, leads::Lead, place::Place, rules::Part},
     config::CaptureMode,
     judgement::{self, CONNECTIONS_FEW},
     limits,
@@ -23,12 +23,13 @@ pub(super) fn findings(facts: &HostFacts) -> Vec<Finding> {
     all.extend(discoveries(facts));
     all.push(port(facts));
     if facts.capture == CaptureMode::None {
-        all.push(ok("firewall", "neither --dnat nor --redirect is set: your own rules capture"));
+        all.push(own_rules(facts));
     } else {
         all.push(capabilities(facts));
         all.extend(firewall(facts));
     }
     all.extend(rules(facts));
+    all.extend(leftovers(facts));
     all.extend(input(facts));
     all.extend(facts.networks.iter().map(|network| vip(network, facts)));
     all.extend(facts.networks.iter().filter_map(rp_filter));
@@ -156,6 +157,59 @@ fn firewall(facts: &HostFacts) -> Vec<Finding> {
     }
 }
 
+/// Whether anything captures without `--dnat` and `--redirect`.
+fn own_rules(facts: &HostFacts) -> Finding {
+    let (check, port) = ("firewall", facts.port);
+    match &facts.leads {
+        _ if facts.capturing => {
+            ok(check, "the embassy that runs here captures by rules of its own")
+        }
+        Ok(leads) => match leads.iter().find(|lead| lead.port == port) {
+            Some(lead) => ok(check, format!("your own rule leads to port {port}: {}", lead.rule)),
+            None => fail(
+                check,
+                format!(
+                    "neither --dnat nor --redirect is set, and no rule leads to port {port}: nothing is captured"
+                ),
+                "start embassy with --dnat (in a container of its own: --redirect), or add a rule",
+            ),
+        },
+        Err(error) => warn(
+            check,
+            format!(
+                "neither --dnat nor --redirect is set, and it is not known whether a rule leads to port {port}: {error}"
+            ),
+            "run doctor as root, with nft and iptables installed",
+        ),
+    }
+}
+
+/// Rules of other programs, such as the original embassy's users added, that are in the way now or lead nowhere.
+fn leftovers(facts: &HostFacts) -> Vec<Finding> {
+    let check = "leftover";
+    let captures = facts.capture != CaptureMode::None;
+    let is_here = |lead: &&Lead| lead.address.is_none_or(|address| facts.local.contains(&address));
+    let leads = facts.leads.iter().flatten().filter(is_here);
+    let finding = |lead: &Lead| {
+        let Lead { rule, removal, port, .. } = lead;
+        let what = match (*port == facts.port, facts.listening.contains(port)) {
+            (true, _) if captures => {
+                format!(
+                    "embassy did not write this rule to its port, which captures undeclared ports too: {rule}"
+                )
+            }
+            (false, false) => {
+                format!(
+                    "a rule leads to port {port}, on which no program listens: connections that it captures are refused: {rule}"
+                )
+            }
+            _ => return None,
+        };
+        Some(warn(check, what, format!("if nothing else needs it: {removal}")))
+    };
+    leads.filter_map(finding).collect()
+}
+
 /// The rules of a running embassy, and those that a killed one left.
 fn rules(facts: &HostFacts) -> Vec<Finding> {
     let check = "rules";
@@ -233,14 +287,19 @@ fn vip(network: &Network, facts: &HostFacts) -> Finding {
                 format!(
                     "this host has no address in network {name}: its containers have no VIP in it"
                 ),
-                "create the network again with a gateway, or connect its containers to another network too",
+                "if embassy runs in a container, start it with --net=host; else create the network again with a gateway, or connect its containers to another network too",
             ),
         };
     };
+    // With --redirect, embassy's own address captures like a VIP.
+    let redirects = own.as_ref().filter(|_| facts.capture == CaptureMode::Redirect);
     let own = vips.iter().find(|vip| ranges.iter().any(|range| range.contains(*vip)));
     match (own, vips.first()) {
         (Some(vip), _) if is_local(&vip) => {
             ok(check, format!("containers of network {name} connect to {vip}"))
+        }
+        (_, _) if let Some((own, _)) = redirects => {
+            ok(check, format!("containers of network {name} connect to {own}"))
         }
         (Some(vip), _) => fail(
             check,
@@ -332,6 +391,7 @@ fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
         facts
             .places
             .iter()
+            .chain(&facts.places_of_output)
             .any(|(_, place)| matches!(place, Place::Behind(who) if text.contains(who)))
     };
     let others = facts.told.iter().filter(move |finding| {
@@ -382,6 +442,8 @@ mod tests {
             places_of_output: Vec::new(),
             running: vec![7],
             capturing: true,
+            leads: Ok(Vec::new()),
+            listening: [9999].into(),
             port: 9999,
             listener: Listener::Proxy(7),
             local: ["172.17.0.1".parse().unwrap()].into(),
@@ -392,6 +454,24 @@ mod tests {
             memory: Some(Use { used: 20 << 20, limit: 512 << 20 }),
             capabilities: u64::MAX,
             told: Vec::new(),
+        }
+    }
+
+    /// A rule of another program.
+    fn lead(port: u16) -> Lead {
+        let rule = "iptables -t nat -A PREROUTING".to_owned();
+        Lead { rule, removal: "iptables -t nat -D PREROUTING".to_owned(), address: None, port }
+    }
+
+    /// Neither --dnat nor --redirect, and these rules.
+    fn own_rules_without(leads: Result<Vec<Lead>, String>) -> impl FnOnce(&mut HostFacts) {
+        move |facts| {
+            facts.capture = CaptureMode::None;
+            facts.capturing = false;
+            facts.places.clear();
+            facts.leads = leads;
+            // Another program's rule may lead to another program.
+            facts.listening.insert(3233);
         }
     }
 
@@ -425,6 +505,8 @@ mod tests {
         // With the user's own rules, neither the capability nor the program is needed.
         let own = found(|facts| {
             facts.capture = CaptureMode::None;
+            facts.capturing = false;
+            facts.leads = Ok(vec![lead(9999)]);
             facts.capabilities = 0;
             facts.firewall = Err("no nft".into());
             facts.places.clear();
@@ -437,7 +519,19 @@ mod tests {
         use Level::{Fail, Warn};
         let vips = |list: &[&str]| Some(list.iter().map(|vip| vip.parse().unwrap()).collect());
         type Change = Box<dyn FnOnce(&mut HostFacts)>;
-        let cases: [(&str, Level, Change); 25] = [
+        let cases: [(&str, Level, Change); 31] = [
+            ("leftover", Warn, Box::new(|f| f.leads = Ok(vec![lead(9999)]))),
+            ("leftover", Warn, Box::new(|f| f.leads = Ok(vec![lead(3232)]))),
+            (
+                "leftover",
+                Warn,
+                Box::new(|f| {
+                    f.leads = Ok(vec![Lead { address: f.local.first().copied(), ..lead(3232) }]);
+                }),
+            ),
+            ("firewall", Fail, Box::new(own_rules_without(Ok(vec![lead(3233)])))),
+            ("firewall", Fail, Box::new(own_rules_without(Ok(Vec::new())))),
+            ("firewall", Warn, Box::new(own_rules_without(Err("no rights".to_owned())))),
             ("embassy", Warn, Box::new(|f| f.running.push(8))),
             ("docker", Fail, Box::new(|f| f.engine = Some(Err("no such file".into())))),
             (
@@ -556,6 +650,21 @@ mod tests {
             });
             assert_eq!(other, []);
         }
+        // A rule that leads to another host, or to a port on which a program listens.
+        let away = Lead { address: Some("10.0.0.5".parse().unwrap()), ..lead(3232) };
+        assert_eq!(found(|f| f.leads = Ok(vec![away])), []);
+        let served = found(|f| {
+            f.listening.insert(3232);
+            f.leads = Ok(vec![lead(3232)]);
+        });
+        assert_eq!(served, []);
+        // With --redirect, containers connect to embassy's own address.
+        let linked = found(|f| {
+            f.capture = CaptureMode::Redirect;
+            f.networks[0].own = Some(("172.17.0.5".parse().unwrap(), "eth0".into()));
+            f.vips = Some(vec!["172.17.42.1".parse().unwrap()]);
+        });
+        assert_eq!(linked, []);
         // A VIP outside the network is reached via the gateway.
         assert_eq!(found(|f| f.vips = Some(vec!["10.0.0.1".parse().unwrap()])), []);
         assert_eq!(found(|f| f.conntrack = None), []);

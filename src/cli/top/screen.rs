@@ -189,11 +189,16 @@ impl Screen {
         };
         let shown = |column: &usize| body.width >= NARROW || narrow.contains(column);
         let shown: Vec<_> = (0..names.len()).filter(shown).collect();
-        let widths = shown.iter().filter_map(|column| widths.get(*column)).copied();
+        let widths: Vec<_> =
+            shown.iter().filter_map(|column| widths.get(*column)).copied().collect();
+        // As the table does it.
+        let columns = Layout::horizontal(widths.clone()).spacing(1).split(body);
+        let columns: Vec<_> = columns.iter().map(|column| usize::from(column.width)).collect();
         let head = Row::new(shown.iter().filter_map(|column| names.get(*column)).copied());
         let cells = |row: Vec<String>| {
+            let shown = shown.iter().filter_map(|column| row.get(*column));
             Row::new(
-                shown.iter().filter_map(|column| row.get(*column)).cloned().collect::<Vec<_>>(),
+                shown.zip(&columns).map(|(cell, width)| fitted(cell, *width)).collect::<Vec<_>>(),
             )
         };
         let rows = rows.into_iter().skip(self.above).map(cells);
@@ -354,6 +359,18 @@ const NARROW_ROUTES: [usize; 6] = [0, 1, 2, 3, 5, 6];
 /// Service, endpoint, state, active, connections/s, errors/s.
 const NARROW_ENDPOINTS: [usize; 6] = [0, 1, 2, 3, 4, 5];
 
+/// A text in at most this many characters. What is too long loses its middle: names of services differ at their ends.
+fn fitted(text: &str, width: usize) -> String {
+    let length = text.chars().count();
+    if length <= width || width == 0 {
+        return text.to_owned();
+    }
+    let head = (width - 1) / 3;
+    let tail = width - 1 - head;
+    let head = text.chars().take(head);
+    head.chain(['…']).chain(text.chars().skip(length - tail)).collect()
+}
+
 fn cells(figures: &Figures, rates: &Rates) -> [String; 5] {
     [
         figures.active.to_string(),
@@ -463,6 +480,24 @@ mod tests {
             assert!(text.contains(part), "{part:?} in\n{text}");
         }
         assert!(!text.contains("DOWN/S"), "{text}");
+    }
+
+    #[test]
+    fn two_services_with_long_names_are_told_apart() {
+        let start = Instant::now();
+        let long = |end: &str| {
+            let mut route = route(end, 1, 1);
+            route.query.name = format!("etcd /services/production/region-1/{end}");
+            route
+        };
+        let mut screen = Screen::new(look(start, vec![long("orders"), long("basket")]));
+        for width in [70, 80, 120] {
+            let text = drawn_on(width, &mut screen);
+            assert!(text.contains("/orders ") && text.contains("/basket "), "{text}");
+        }
+        assert_eq!(fitted("abcdefgh", 8), "abcdefgh");
+        assert_eq!(fitted("abcdefgh", 7), "ab…efgh");
+        assert_eq!((&*fitted("äöü", 1), &*fitted("äöü", 2)), ("…", "…ü"));
     }
 
     #[test]

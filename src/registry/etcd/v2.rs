@@ -138,6 +138,9 @@ impl Follower {
                 Ok(_) => return Err(answer.refusal()),
                 Err(_) => return Ok(Step::NoSuchStore),
             },
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                return Err(answer.refusal().refused());
+            }
             _ => return Err(answer.refusal()),
         };
         let index =

@@ -283,12 +283,11 @@ impl Follower {
                 (self.reading, self.read_again) = (reading, false);
                 Ok(())
             }
-            Err(Fault { error, lost }) => {
-                if lost {
-                    self.etcd.lost(connection).await;
-                }
+            Err(Fault { error, lost: true }) => {
+                self.etcd.lost(connection).await;
                 Err(error)
             }
+            Err(Fault { error, lost: false }) => Err(error.refused()),
         }
     }
 

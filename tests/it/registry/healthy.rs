@@ -199,3 +199,15 @@ async fn an_expired_token_is_renewed_once_for_all() {
     }
     assert_eq!((gate.opened(), etcd.calls("Watch").await), (1, 2.0));
 }
+
+/// So an etcd whose login may read some services only is known to answer before any of those is asked for.
+#[tokio::test]
+async fn a_refusal_of_one_query_is_told_from_a_registry_that_does_not_answer() {
+    let etcd = Etcd::with("http", &[]).await;
+    with_users(&etcd).await;
+    let uri = format!("etcd://{}", etcd.address());
+    let refused = Followed::with(&uri, &as_web(), "elsewhere;80").fails("permission denied").await;
+    assert!(refused.refused && refused.value.is_none(), "{refused:?}");
+    let nobody = Followed::new("etcd://127.0.0.1:1", "elsewhere;80").fails("127.0.0.1:1").await;
+    assert!(!nobody.refused, "{nobody:?}");
+}

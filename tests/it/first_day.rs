@@ -1,0 +1,354 @@
+//! What goes wrong on the first day: an option that was forgotten, an address of another time, a registry that is not
+//! there. embassy says so at once, and every command says the same.
+
+use std::{fs, path::Path, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use embassy::admin::api::{self, EndpointHealth, RouteState, Verdict};
+use serde::de::DeserializeOwned;
+use testbed::{Container, Embassy, Host, embassy_program};
+
+use crate::{
+    READY, WAIT,
+    support::{ends, reaches, says},
+};
+
+/// docker0's address in 2015.
+const OLD_VIP: &str = "172.17.42.1";
+const VIP: &str = "172.17.0.1";
+
+/// A light host with a service `web` in a file, and a consumer that asks for it on port 80.
+struct Day {
+    host: Host,
+    app: Container,
+    discovery: String,
+}
+
+impl Day {
+    fn begins() -> Result<Self> {
+        let host = Host::light()?;
+        let web = host.web("web").start()?;
+        let file = host.dir().join("services.toml");
+        let service = |name: &str, endpoint: &str| {
+            format!("[[service]]\nname = \"{name}\"\nendpoints = [\"{endpoint}\"]\n")
+        };
+        let ip = web.ip()?;
+        // Nobody listens on port 81.
+        let services = service("web", &format!("{ip}:80")) + &service("dead", &format!("{ip}:81"));
+        fs::write(&file, services)?;
+        let app = host.client("app").env("BACKEND_WEB", "web;80").env("BACKEND_DEAD", "dead;81");
+        let app = app.env("BACKEND_OWN", "web;9999").start()?;
+        Ok(Self { discovery: format!("-discovery=file://{}", file.display()), host, app })
+    }
+
+    fn embassy(&self, flags: &[&str], environment: &[(&str, &str)]) -> Result<Embassy> {
+        let mut command = self.host.embassy_command([&[&*self.discovery], flags].concat())?;
+        command.envs(environment.iter().copied());
+        self.host.embassy_from(command)
+    }
+
+    /// A command of embassy, in a container's network.
+    fn inside(&self, container: &Container, words: &[&str]) -> Result<Command> {
+        let mut command = container.command(embassy_program()?)?;
+        command.args(words).env("DOCKER_HOST", self.host.docker_url()).env("PROXY_IP", OLD_VIP);
+        Ok(command)
+    }
+}
+
+/// What a command prints, and whether it says yes.
+fn said(mut command: Command) -> Result<(String, bool)> {
+    let output = command.output()?;
+    let text = String::from_utf8([output.stdout, output.stderr].concat())?;
+    let code = output.status.code().context("it was killed")?;
+    ensure!(code < 2, "{code}: {text}");
+    Ok((text, code == 0))
+}
+
+fn read<T: DeserializeOwned>(mut command: Command) -> Result<(T, bool)> {
+    command.arg("--json");
+    let (text, yes) = said(command)?;
+    Ok((serde_json::from_str(&text).context(text)?, yes))
+}
+
+/// Waits until the explanation of a port of `app` begins with this cause, and everybody agrees.
+fn explains(
+    command: impl Fn(&[&str]) -> Result<Command>,
+    port: &str,
+    verdict: Verdict,
+    cause: &str,
+) -> Result<api::Explain> {
+    let mut last = None;
+    testbed::eventually(WAIT, &format!("port {port} to be {verdict} by {cause}"), || {
+        let (explain, yes) = read::<api::Explain>(command(&["explain", "app", port])?)?;
+        let first = explain.findings.first().context("no findings")?;
+        ensure!((explain.verdict, &*first.cause) == (verdict, cause), "{explain:#?}");
+        ensure!(yes == (verdict != Verdict::Broken), "{explain:#?}");
+        let (status, _) = read::<api::Status>(command(&["status"])?)?;
+        ensure!(status.verdict >= verdict, "{status:#?}");
+        last = Some(explain);
+        Ok(())
+    })?;
+    last.context("no explanation")
+}
+
+fn not_ready(command: impl Fn(&[&str]) -> Result<Command>) -> Result<()> {
+    let (status, yes) = read::<api::Status>(command(&["status"])?)?;
+    ensure!(!status.ready && !yes, "{status:#?}");
+    let (text, yes) = said(command(&["wait", "web", "--timeout=0"])?)?;
+    ensure!(!yes, "{text}");
+    Ok(())
+}
+
+/// The checks of `doctor` that fail or warn.
+fn doctor(command: Command) -> Result<Vec<String>> {
+    let (findings, _) = read::<Vec<serde_json::Value>>(command)?;
+    let text = |finding: &serde_json::Value, name: &str| {
+        finding[name].as_str().unwrap_or_default().to_owned()
+    };
+    let bad = findings.iter().filter(|finding| finding["level"] != "ok");
+    Ok(bad.map(|one| format!("{} {}", text(one, "check"), text(one, "what"))).collect())
+}
+
+#[test]
+fn a_container_without_the_hosts_network_says_that_nothing_arrives() -> Result<()> {
+    let day = Day::begins()?;
+    let proxy = day.host.client("proxy").start()?;
+    let inside = |words: &[&str]| {
+        let mut command = day.inside(&proxy, words)?;
+        command.env_remove("PROXY_IP");
+        Ok(command)
+    };
+    let process = day.host.spawn("proxy", inside(&["--dnat", &day.discovery])?)?;
+    let explain = explains(inside, "80", Verdict::Broken, "elsewhere")?;
+    assert!(explain.findings[0].fix.as_ref().is_some_and(|fix| fix.contains("--net=host")));
+    assert_eq!((explain.captured, explain.dial), (Some(false), Vec::new()));
+    not_ready(inside)?;
+    let log = process.log();
+    assert!(log.contains("connections do not arrive here"), "{log}");
+    let found = doctor(inside(&["doctor", "--dnat", &day.discovery])?)?;
+    assert!(found.iter().any(|one| one.starts_with("vip ")), "{found:#?}");
+    // It is true.
+    ends(&day.app, format!("{VIP}:80"), "refused")?;
+    ends(&day.app, format!("{}:80", proxy.ip()?), "refused")
+}
+
+#[test]
+fn an_address_that_docker0_had_once_is_no_address() -> Result<()> {
+    let day = Day::begins()?;
+    let embassy = day.embassy(&["--dnat"], &[("PROXY_IP", OLD_VIP)])?;
+    let command = |words: &[&str]| day.host.embassy_command(words);
+    explains(command, "80", Verdict::Broken, "elsewhere")?;
+    not_ready(command)?;
+    says(&embassy, &["connections do not arrive here", OLD_VIP, "--proxy-ip"])?;
+    // With an address of this host beside it, there is a way.
+    embassy.kill()?;
+    let both = format!("{OLD_VIP},{VIP}");
+    let embassy = day.embassy(&["--dnat"], &[("PROXY_IP", &both)])?;
+    embassy.wait_ready(READY)?;
+    let explain = explains(command, "80", Verdict::Ok, "goes_to")?;
+    assert_eq!(explain.dial, [format!("{VIP}:80")]);
+    reaches(&day.app, format!("{VIP}:80"), "web")?;
+    // All runs write one log.
+    let said = embassy.log().matches("connections do not arrive here").count();
+    assert_eq!(said, 1, "{}", embassy.log());
+    // An address outside of the container's networks comes by its gateway.
+    embassy.kill()?;
+    let embassy = day.embassy(&["--dnat", "--proxy-ip=10.9.9.9"], &[])?;
+    embassy.wait_ready(READY)?;
+    let explain = explains(command, "80", Verdict::Ok, "goes_to")?;
+    assert_eq!(explain.dial, ["10.9.9.9:80"]);
+    reaches(&day.app, "10.9.9.9:80", "web")
+}
+
+#[test]
+fn a_linked_container_is_dialled_at_its_own_address() -> Result<()> {
+    let day = Day::begins()?;
+    let proxy = day.host.client("proxy").start()?;
+    let inside = |words: &[&str]| day.inside(&proxy, words);
+    let process = day.host.spawn("proxy", inside(&["--redirect", &day.discovery])?)?;
+    let explain = explains(inside, "80", Verdict::Ok, "goes_to")?;
+    let own = format!("{}:80", proxy.ip()?);
+    assert_eq!(explain.dial, [&*own]);
+    reaches(&day.app, &own, "web")?;
+    let (plan, _) = said(inside(&["plan", "--redirect", &day.discovery])?)?;
+    assert!(plan.contains(&proxy.ip()?.to_string()), "{plan}");
+    let found = doctor(inside(&["doctor", "--redirect", &day.discovery])?)?;
+    assert!(!found.iter().any(|one| one.starts_with("vip ")), "{found:#?}");
+    assert!(!process.log().contains("do not arrive"), "{}", process.log());
+    Ok(())
+}
+
+#[test]
+fn that_nothing_captures_is_said_until_something_does() -> Result<()> {
+    let day = Day::begins()?;
+    let command = |words: &[&str]| day.host.embassy_command([words, &[&day.discovery]].concat());
+    let plain = |words: &[&str]| day.host.embassy_command(words);
+    let embassy = day.embassy(&[], &[])?;
+    embassy.wait_ready(READY)?;
+    says(&embassy, &["no rule leads to embassy's port"])?;
+    explains(plain, "80", Verdict::Degraded, "nothing_captured")?;
+    let (plan, _) = said(command(&["plan"])?)?;
+    assert!(plan.contains("No rule leads to embassy's port"), "{plan}");
+    let found = doctor(command(&["doctor"])?)?;
+    assert!(found.iter().any(|one| one.starts_with("firewall ")), "{found:#?}");
+
+    // A rule of one's own, for an address that is no VIP of embassy's.
+    let rule = format!("-t nat -I PREROUTING -p tcp -d {OLD_VIP} -j REDIRECT --to-ports 9999");
+    day.host.run("iptables", rule.split(' '))?;
+    day.host.run("ip", ["addr", "add", &format!("{OLD_VIP}/32"), "dev", "docker0"])?;
+    let (plan, _) = said(command(&["plan"])?)?;
+    assert!(plan.contains("Your own rules that lead to embassy's port"), "{plan}");
+    reaches(&day.app, format!("{OLD_VIP}:80"), "web")?;
+    explains(plain, "80", Verdict::Ok, "goes_to")?;
+    let found = doctor(command(&["doctor"])?)?;
+    let is_wrong = |one: &String| {
+        ["firewall ", "leftover ", "capture "].iter().any(|check| one.starts_with(check))
+    };
+    assert!(!found.iter().any(is_wrong), "{found:#?}");
+    embassy.kill()?;
+
+    let embassy = day.embassy(&[], &[])?;
+    says(&embassy, &["your own rules capture", "REDIRECT --to-ports 9999"])?;
+    assert!(!embassy.log().contains("no VIP"), "{}", embassy.log());
+    embassy.kill()?;
+    // What is left of them is found, and named with the command that deletes it.
+    let found = doctor(command(&["doctor", "--dnat"])?)?;
+    assert!(found.len() == 1 && found[0].starts_with("leftover "), "{found:#?}");
+    let (text, _) = said(command(&["doctor", "--dnat"])?)?;
+    assert!(text.contains("iptables -t nat -D PREROUTING -d 172.17.42.1/32"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_dead_registry_is_missed_before_anybody_needs_it() -> Result<()> {
+    let host = Host::light()?;
+    let file = host.dir().join("late.toml");
+    let late = format!("-discovery=file://{}", file.display());
+    let embassy = host.embassy(["--dnat", "--hold=0", "-discovery=consul://127.0.0.1:1", &late])?;
+    let waits_for = |names: &[&str]| {
+        let names: Vec<_> = names.iter().map(ToString::to_string).collect();
+        testbed::eventually(WAIT, &format!("embassy to wait for {names:?}"), || {
+            let answer = embassy.admin("/readyz")?;
+            let ready: api::Ready = serde_json::from_str(&answer.body)?;
+            ensure!((answer.status, &*ready.sources) == (503, &*names), "{ready:?}");
+            let status: api::Status = serde_json::from_str(&embassy.admin("/v1/status")?.ok()?)?;
+            ensure!(
+                (status.sources_down, status.verdict) == (names.len(), Verdict::Broken),
+                "{status:#?}"
+            );
+            Ok(())
+        })
+    };
+    waits_for(&["consul", "file"])?;
+    says(&embassy, &["source has not answered yet", "source=\"consul\""])?;
+    // One that answers is waited for no more, whatever the others do.
+    fs::write(&file, "service = []")?;
+    waits_for(&["consul"])?;
+    let app = host.client("app").env("BACKEND_WEB", "web;80;via=consul").start()?;
+    ends(&app, format!("{VIP}:80"), "reset")?;
+    waits_for(&["consul web"])?;
+    app.remove()?;
+    waits_for(&["consul"])?;
+    embassy.kill()?;
+
+    // Nothing is asked of one that has answered.
+    let embassy = host.embassy(["--dnat", &late])?;
+    embassy.wait_ready(READY)?;
+    testbed::eventually(WAIT, "no source but the provider", || {
+        let sources = embassy.admin("/v1/sources")?.json()?;
+        ensure!(sources["total"] == 1, "{sources:#}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_binding_on_embassys_own_port_has_no_route() -> Result<()> {
+    let day = Day::begins()?;
+    let embassy = day.embassy(&["--dnat"], &[])?;
+    embassy.wait_ready(READY)?;
+    says(&embassy, &["binding has no route", "BACKEND_OWN", "port 9999 is embassy's own"])?;
+    let command = |words: &[&str]| day.host.embassy_command(words);
+    explains(command, "9999", Verdict::Broken, "unrouted")?;
+    ends(&day.app, format!("{VIP}:9999"), "reset")?;
+    // The others are served.
+    reaches(&day.app, format!("{VIP}:80"), "web")?;
+    embassy.kill()?;
+    let embassy = day.embassy(&["--dnat", "-p=9998"], &[])?;
+    embassy.wait_ready(READY)?;
+    reaches(&day.app, format!("{VIP}:9999"), "web")
+}
+
+#[test]
+fn a_service_whose_only_endpoint_refuses_is_broken_also_between_two_tries() -> Result<()> {
+    let day = Day::begins()?;
+    let embassy = day.embassy(&["--dnat"], &[])?;
+    embassy.wait_ready(READY)?;
+    ends(&day.app, format!("{VIP}:81"), "reset")?;
+    let command = |words: &[&str]| day.host.embassy_command(words);
+    testbed::eventually(WAIT, "the ejection to end", || {
+        let (all, _) =
+            read::<Vec<api::Endpoint>>(command(&["ps", "--endpoints", "--service=dead"])?)?;
+        let state = all.first().context("no endpoint")?.health.state;
+        ensure!(state == EndpointHealth::Probing, "{state}");
+        Ok(())
+    })?;
+    let explain = explains(command, "81", Verdict::Broken, "all_ejected")?;
+    assert_eq!(explain.routes[0].state, RouteState::Ejected);
+    let (status, _) = read::<api::Status>(command(&["status"])?)?;
+    let told = status.findings.iter().any(|one| one.cause == "routes" && one.text.contains("dead"));
+    assert!(told && status.routes_broken == 1, "{status:#?}");
+    let (text, yes) = said(command(&["wait", "dead", "--timeout=0"])?)?;
+    assert!(!yes, "{text}");
+    explains(command, "80", Verdict::Ok, "goes_to")?;
+    Ok(())
+}
+
+/// embassy as root with no other capabilities than these.
+fn as_root_with(host: &Host, capabilities: &str, flags: &[&str]) -> Result<Embassy> {
+    let mut command = host.command("setpriv");
+    command.args([&format!("--bounding-set=-all,{capabilities}"), "--inh-caps=-all"]);
+    command.arg("--no-new-privs").arg(embassy_program()?).args(flags);
+    command.env("DOCKER_HOST", host.docker_url());
+    host.embassy_from(command)
+}
+
+#[test]
+fn the_unit_of_systemd_has_flags_that_embassy_takes_and_rights_that_it_needs() -> Result<()> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("dist/embassy.service");
+    let unit = fs::read_to_string(file)?;
+    let setting = |name: &str| {
+        let found = unit.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        found.with_context(|| format!("no {name}"))
+    };
+    let words = setting("ExecStart")?.strip_prefix("/usr/bin/embassy ").context("a program")?;
+    let words: Vec<_> = words.split(' ').filter(|word| *word != "$EMBASSY_FLAGS").collect();
+    let capabilities = setting("CapabilityBoundingSet")?.to_lowercase();
+    let capabilities: Vec<_> =
+        capabilities.split(' ').map(|name| name.replace("cap_", "+")).collect();
+    let day = Day::begins()?;
+    for firewall in ["--firewall=nft", "--firewall=iptables"] {
+        let flags = [&words[..], &[&day.discovery, firewall]].concat();
+        let embassy = as_root_with(&day.host, &capabilities.join(","), &flags)?;
+        embassy.wait_ready(READY)?;
+        reaches(&day.app, format!("{VIP}:80"), "web")?;
+        let log = embassy.log();
+        assert!(!log.contains("cannot see") && !log.contains("cannot write"), "{log}");
+        embassy.terminate()?;
+        assert!(embassy.wait(WAIT)?.success());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_state_directory_of_another_user_is_named_with_its_owner() -> Result<()> {
+    let day = Day::begins()?;
+    let folder = day.host.dir().join("state");
+    fs::create_dir(&folder)?;
+    std::os::unix::fs::chown(&folder, Some(65534), Some(65534))?;
+    let state = format!("--state-dir={}", folder.display());
+    let embassy = as_root_with(&day.host, "+net_admin", &["--dnat", &day.discovery, &state])?;
+    let named = format!("{} belongs to user 65534", folder.display());
+    says(&embassy, &["cannot write the state file", &named, "embassy runs as user 0"])?;
+    // It serves all the same.
+    reaches(&day.app, format!("{VIP}:80"), "web")
+}
