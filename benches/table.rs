@@ -111,6 +111,7 @@ impl World {
             vips: &[],
             gateways_are_vips: false,
             balance: Balance::RoundRobin,
+            bounds: &Default::default(),
             now: std::time::Instant::now(),
         };
         before.next(&inputs, query).expect("it differs")

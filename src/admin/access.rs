@@ -5,9 +5,12 @@
 //! whose file mode grants access, or the token.
 
 use std::{
+    fs,
+    io::Read,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::Arc,
+    time::Duration,
 };
 
 use axum::{
@@ -16,6 +19,8 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
+
+use tokio::{sync::Semaphore, time::timeout};
 
 use super::refusal::Refusal;
 
@@ -70,17 +75,18 @@ impl Access {
     }
 
     /// Whether a request may change something. The token is read again each time, so that it can be replaced.
-    pub(super) fn may_change(&self, headers: &HeaderMap) -> bool {
+    pub(super) async fn may_change(&self, headers: &HeaderMap) -> bool {
         match self {
             Self::Unix => true,
             Self::Tcp { token_file: None, .. } => false,
             Self::Tcp { token_file: Some(file), .. } => {
-                let token = std::fs::read_to_string(file).unwrap_or_default();
                 let borne = headers
                     .get(header::AUTHORIZATION)
                     .and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+                let Some(borne) = borne else { return false };
+                let token = read_token(file.clone()).await.unwrap_or_default();
                 let token = token.trim();
-                !token.is_empty() && borne.is_some_and(|borne| same(borne, token))
+                !token.is_empty() && same(borne, token)
             }
         }
     }
@@ -105,30 +111,61 @@ pub(super) async fn check(
     request: Request,
     next: Next,
 ) -> Response {
-    let mut response = match refusal(&access, &request) {
-        Some(refusal) => refusal.into_response(),
-        None => next.run(request).await,
-    };
+    // Not the request itself: its body cannot be shared between threads.
+    let (method, headers) = (request.method().clone(), request.headers().clone());
+    let mut response =
+        match refusal(&access, request.uri().path().to_owned(), method, headers).await {
+            Some(refusal) => refusal.into_response(),
+            None => next.run(request).await,
+        };
     let headers = response.headers_mut();
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response
 }
 
-fn refusal(access: &Access, request: &Request) -> Option<Refusal> {
-    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
-    if !access.answers_any_host(request.uri().path()) && !access.is_named(host.unwrap_or_default())
-    {
+async fn refusal(
+    access: &Access,
+    path: String,
+    method: Method,
+    headers: HeaderMap,
+) -> Option<Refusal> {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    if !access.answers_any_host(&path) && !access.is_named(host.unwrap_or_default()) {
         return Some(Refusal::forbidden(format!(
             "host {:?}: expected localhost or the address of --admin",
             host.unwrap_or_default()
         )));
     }
-    let reads = matches!(*request.method(), Method::GET | Method::HEAD);
-    if !reads && !access.may_change(request.headers()) {
+    let reads = matches!(method, Method::GET | Method::HEAD);
+    if !reads && !access.may_change(&headers).await {
         return Some(Refusal::forbidden(access.how_to_change()));
     }
     None
+}
+
+/// Reads of the token file at a time: a file system that hangs keeps one thread for each.
+static READS: Semaphore = Semaphore::const_new(2);
+/// How long a read may take.
+const READ: Duration = Duration::from_secs(1);
+/// The size of the longest token.
+const LONGEST: u64 = 4096;
+
+/// The contents of the token file, read by a thread of its own: a file on a network that is down must not stop the API.
+async fn read_token(file: PathBuf) -> Option<String> {
+    let reading = async {
+        let turn = READS.acquire().await.ok()?;
+        let read = move || {
+            let _turn = turn;
+            // To open a pipe would wait for its writer.
+            fs::metadata(&file).ok().filter(|file| file.is_file())?;
+            let mut token = String::new();
+            fs::File::open(&file).ok()?.take(LONGEST).read_to_string(&mut token).ok()?;
+            Some(token)
+        };
+        tokio::task::spawn_blocking(read).await.ok()?
+    };
+    timeout(READ, reading).await.ok()?
 }
 
 /// The host of `host:port` or `[v6]:port`.
@@ -182,8 +219,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn changing_takes_the_token_in_the_file() {
+    #[tokio::test]
+    async fn changing_takes_the_token_in_the_file() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let access = Access::tcp("127.0.0.1:1".parse().unwrap(), Some(file.path().to_owned()));
         let bearing = |token: &str| {
@@ -191,10 +228,25 @@ mod tests {
             headers.insert(header::AUTHORIZATION, format!("Bearer {token}").parse().unwrap());
             headers
         };
-        assert!(!access.may_change(&bearing("")), "an empty file is no token");
+        assert!(!access.may_change(&bearing("")).await, "an empty file is no token");
         std::fs::write(file.path(), "secret\n").unwrap();
-        assert!(access.may_change(&bearing("secret")));
-        assert!(!access.may_change(&bearing("wrong")));
-        assert!(!access.may_change(&HeaderMap::new()));
+        assert!(access.may_change(&bearing("secret")).await);
+        assert!(!access.may_change(&bearing("wrong")).await);
+        assert!(!access.may_change(&HeaderMap::new()).await);
+    }
+
+    /// A pipe that nobody writes to, which takes the reader for ever.
+    #[tokio::test]
+    async fn a_token_file_that_hangs_is_no_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("token");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
+        assert!(made.success());
+        let access = Access::tcp("127.0.0.1:1".parse().unwrap(), Some(pipe));
+        let mut headers = HeaderMap::new();
+        headers.insert(header::AUTHORIZATION, HeaderValue::from_static("Bearer x"));
+        for _ in 0..10 {
+            assert!(!access.may_change(&headers).await);
+        }
     }
 }

@@ -81,7 +81,7 @@ pub(super) async fn status(
         },
         findings: overview.causes.iter().map(view::finding).collect(),
         waiting_for: awaited.into_iter().map(waiting).collect(),
-        may_change: context.access.may_change(&headers),
+        may_change: context.access.may_change(&headers).await,
         listeners: feeds.constants.listeners.iter().map(ToString::to_string).collect(),
         vips: situation.addresses().map(|address| address.to_string()).collect(),
         table_version: table.version,

@@ -570,7 +570,7 @@ mod tests {
                 "\"etcd2://b\": expected etcd:// or no scheme before each member".to_owned(),
             ),
             ("etcd://a/b,c", "unexpected path \"b\" after the address".to_owned()),
-            ("etcd://a?dc=b", "unknown parameter \"dc\": expected none".to_owned()),
+            ("etcd://a?dc=b", "unknown parameter \"dc\": expected loopback".to_owned()),
             ("docker://h", "\"h\" has no port: expected host:port or /path/of.sock".to_owned()),
             (
                 "file://",

@@ -72,7 +72,7 @@ fn haproxy_and_nginx_understand_it() -> Result<()> {
         }
     }
     let app = app.start()?;
-    let embassy = host.embassy(["--dnat", ETCD])?;
+    let embassy = host.embassy(["--dnat", ETCD, "--endpoints=172.17.0.1,fd00:d0c::1"])?;
     embassy.wait_ready(READY)?;
 
     let (v4, v6) = (app.ip()?.to_string(), app.ip6()?.to_string());

@@ -66,7 +66,8 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     for (consumer, port, code, beginning) in [
         ("app", "80", 0, "ok: The next connection of app to port 80 goes to "),
         ("app", "81", 1, "BROKEN: etcd /services/late has no endpoint"),
-        ("app", "83", 1, "BROKEN: Port 83 is not declared by app (declared: "),
+        ("app", "83", 1, "BROKEN: app BACKEND_WRONG was skipped: "),
+        ("holder", "83", 1, "BROKEN: Port 83 is not declared by holder (declared: "),
         ("nobody", "80", 1, "BROKEN: No running container with a binding"),
     ] {
         let (text, status) = run(&host, &["explain", consumer, port])?;

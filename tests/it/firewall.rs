@@ -516,13 +516,17 @@ fn of_two_embassies_one_captures() -> Result<()> {
     says(&second, &["another embassy captures in this network namespace"])?;
     assert_eq!(restored(&first)?, 0);
 
-    // One that waits for its last connections does not stand in the way of the next.
+    // One that waits for its last connections serves until they have ended. Then it is the next one's turn.
     first.terminate()?;
-    ends(&app, "172.17.0.1:80", "refused")?;
-    let next = host.embassy(["--dnat", ETCD, "--admin=off"])?;
+    let second = host.embassy(["--dnat", ETCD, "-p=9998", "--admin=off"])?;
+    assert_eq!(second.wait(WAIT)?.code(), Some(1));
     reaches(&app, "172.17.0.1:80", "web")?;
     assert_eq!((first.exited()?, held.exited()?), (None, None));
-    // Nor does one that was killed.
+    held.kill()?;
+    assert!(first.wait(WAIT)?.success());
+    let next = host.embassy(["--dnat", ETCD, "--admin=off"])?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    // One that was killed does not stand in the way either.
     next.kill()?;
     let _last = host.embassy(["--dnat", ETCD, "--admin=off"])?;
     reaches(&app, "172.17.0.1:80", "web")
