@@ -8,6 +8,7 @@
         clippy::expect_used,
         clippy::panic,
         clippy::indexing_slicing,
+        clippy::disallowed_methods,
         clippy::await_holding_lock,
         clippy::await_holding_refcell_ref
     )

@@ -1,5 +1,7 @@
 //! The memory limit of the control group that a process is in, and the use. At the limit the kernel kills processes.
 
+#![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
+
 use std::{
     fs,
     path::{Path, PathBuf},

@@ -1,5 +1,10 @@
 //! TLS towards the registries and engines: which files a client needs, how a server is verified, and the one crypto provider.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "only before a connection with TLS is made; small files"
+)]
+
 use std::{
     fs, io,
     path::{Path, PathBuf},

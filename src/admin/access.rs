@@ -4,6 +4,8 @@
 //! to this listener (DNS rebinding), so the request's Host header must name this listener. Changes need the Unix socket,
 //! whose file mode grants access, or the token.
 
+#![expect(clippy::disallowed_methods, reason = "a thread of its own reads the token file")]
+
 use std::{
     fs,
     io::Read,

@@ -1,5 +1,7 @@
 //! The host's resources, as far as the process uses them, from `/proc`. A value that cannot be read is `None`.
 
+#![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
+
 use std::{fs, path::Path};
 
 use rustix::{

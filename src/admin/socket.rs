@@ -1,5 +1,7 @@
 //! The Unix socket: its file mode grants access.
 
+#![expect(clippy::disallowed_methods, reason = "only at the start, and at the end")]
+
 use std::{
     fs, io,
     os::unix::fs::{FileTypeExt, MetadataExt},

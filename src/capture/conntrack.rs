@@ -1,5 +1,7 @@
 //! The settings of connection tracking that the original's entry script took from the environment.
 
+#![expect(clippy::disallowed_methods, reason = "only at the start, and files of the kernel")]
+
 use std::{fs, path::Path};
 
 use tracing::{info, warn};

@@ -5,6 +5,8 @@
 //! bridge of containers lets us in, whatever else it asks for. A rule drops us only if it asks for nothing that a captured
 //! connection may not have. Whether connections are dropped where traffic flows, `arrivals` counts.
 
+#![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,

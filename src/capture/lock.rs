@@ -1,5 +1,7 @@
 //! One embassy captures in a network namespace: two would each put their own rules in place of the other's, for ever.
 
+#![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
+
 use std::{
     io,
     os::{

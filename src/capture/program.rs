@@ -1,5 +1,7 @@
 //! Running `nft` and `iptables`, as Docker and Kubernetes do.
 
+#![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
+
 use std::{io, process::Stdio, time::Duration};
 
 use tokio::{io::AsyncWriteExt, process::Command, time::timeout};

@@ -1,5 +1,7 @@
 //! Finds the embassies that run in this network namespace, by `/proc`.
 
+#![expect(clippy::disallowed_methods, reason = "a command, which serves nobody")]
+
 use std::{
     collections::BTreeMap,
     fs,

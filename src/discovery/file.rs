@@ -17,6 +17,8 @@
 //! A service may stand more than once. What is wrong with one entry leaves the others as they are; a file that cannot be
 //! read at all, or says nothing, leaves everything as it was. `service = []` says that there are none.
 
+#![expect(clippy::disallowed_methods, reason = "a thread of its own reads the file")]
+
 use std::{
     fs,
     io::{ErrorKind, Read},

@@ -1,5 +1,10 @@
 //! Why an engine's socket cannot be used, by the option that was forgotten: an error of `connect` names only the symptom.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "files of the kernel, and the mount of a socket; only after the engine could not be reached"
+)]
+
 use std::{
     fmt, fs, io,
     os::unix::fs::{FileTypeExt, MetadataExt},

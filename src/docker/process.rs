@@ -1,6 +1,8 @@
 //! A container's first process. The kernel reports its end at once, before its address can be reused. The engine's event
 //! comes later, or not at all if the engine hangs.
 
+#![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
+
 use std::{
     collections::BTreeSet,
     fs, io,

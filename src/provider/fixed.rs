@@ -1,5 +1,7 @@
 //! The static provider: the bindings come from the command line, and the consumer is this host or network namespace.
 
+#![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
+
 use std::{
     cell::LazyCell,
     collections::BTreeSet,

@@ -4,6 +4,8 @@
 //! Where that can be, the kernel is asked: a connection is the owner's if the other end of it is a socket in the owner's
 //! network namespace. It is there until well after a container has ended its direction, or closed.
 
+#![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
+
 use std::{
     fs,
     io::{BufRead, BufReader},

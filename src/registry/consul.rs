@@ -3,6 +3,8 @@
 //! Reads are of the default consistency, never `stale`: a server that lags may answer with an older index and an older
 //! list, and what `stale` would buy, an answer without a leader, is what keeping the last answer gives us anyway.
 
+#![expect(clippy::disallowed_methods, reason = "a thread of its own reads the token file")]
+
 use std::{
     fmt, fs,
     hash::{DefaultHasher, Hash, Hasher},

@@ -1,5 +1,7 @@
 //! Keeps the table on disk: soon after each change, whole or not at all.
 
+#![expect(clippy::disallowed_methods, reason = "runs on a thread of its own")]
+
 use std::{
     fs::{self, DirBuilder, OpenOptions},
     io::{self, Write},

@@ -4,6 +4,8 @@
 //! not trusted: consumers are served only if the kernel shows that they are still the same runs at the same addresses.
 //! Endpoints are used until their discovery answers.
 
+#![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,

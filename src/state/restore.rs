@@ -1,5 +1,7 @@
 //! What a start takes over from the embassy before it.
 
+#![expect(clippy::disallowed_methods, reason = "only at the start, before anything is served")]
+
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, OpenOptions},
