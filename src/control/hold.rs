@@ -162,7 +162,13 @@ impl EmptyHold {
         let end = *self.short_since.entry(query.clone()).or_insert(since) + self.hold;
         match last.filter(|last| !last.list.is_empty() && now < end) {
             Some(last) => (Some(both(last, &value.living())), Some(end)),
-            None => (Some(value.living()), None),
+            None => {
+                // What comes next is another loss, with a time of its own.
+                if !value.list.is_empty() {
+                    self.short_since.remove(query);
+                }
+                (Some(value.living()), None)
+            }
         }
     }
 
@@ -262,7 +268,8 @@ mod tests {
         assert_eq!(settle(&mut hold, &hosts(200..202), 20, 39), (134, Some(second(40))));
         // It was true.
         assert_eq!(settle(&mut hold, &hosts(200..202), 20, 40), (2, None));
-        assert_eq!(settle(&mut hold, &hosts(200..202), 20, 41), (2, None));
+        // The next loss has its whole time, whenever it comes.
+        assert_eq!(settle(&mut hold, &[], 500, 500), (2, Some(second(530))));
 
         // It was not: whoever comes back ends it, and the next loss is another.
         let mut hold = new();

@@ -24,7 +24,7 @@ use hickory_resolver::proto::rr::{Name, RecordType};
 use tokio::time::{sleep, timeout};
 
 use self::{
-    client::Client,
+    client::{Client, Unanswered},
     hold::Hold,
     records::{Answer, Target, Ttl},
 };
@@ -88,14 +88,15 @@ impl Source for DnsSource {
                 Err(_) => {
                     let reason = format!("no full answer within {} s", Session::WHOLE.as_secs());
                     let what = format!("records of {}", session.name);
-                    return Err(Failure { what, reason }.of(*server));
+                    return Err(Failure { what, reason, responded: false }.of(*server));
                 }
             };
             answers.forget_unasked();
             let now = Instant::now();
             let (list, goes) = used.settle(found.priority, found.list, *hold, now);
             publish.publish(Endpoints::new(list, found.rejected));
-            let goes = goes.map(|at| at.saturating_duration_since(now));
+            // Not before a second is over, however many are about to go.
+            let goes = goes.map(|at| at.saturating_duration_since(now).max(LEAST));
             let pause = goes.into_iter().fold(found.ttl.bounded(), Duration::min);
             tokio::select! {
                 () = sleep(pause) => {}
@@ -104,6 +105,9 @@ impl Source for DnsSource {
         }
     }
 }
+
+/// The least time between two questions.
+const LEAST: Duration = Duration::from_secs(1);
 
 /// The last answer of use to each question.
 #[derive(Debug, Default)]
@@ -148,16 +152,19 @@ impl Memory {
 struct Failure {
     what: String,
     reason: String,
+    /// The server works: it has answered that it does not answer this.
+    responded: bool,
 }
 
 impl Failure {
     fn of(self, server: SocketAddr) -> SourceError {
-        SourceError::new(format_args!("{} from {server}: {}", self.what, self.reason))
+        let error = SourceError::new(format_args!("{} from {server}: {}", self.what, self.reason));
+        if self.responded { error.refused() } else { error }
     }
 }
 
 impl From<Failure> for Rejected {
-    fn from(Failure { what, reason }: Failure) -> Self {
+    fn from(Failure { what, reason, .. }: Failure) -> Self {
         Self { what, reason }
     }
 }
@@ -320,10 +327,10 @@ impl<'a> Session<'a> {
                 self.answers.keep(name, kind, &answer);
                 Found::answered(answer)
             }
-            Err(reason) => {
+            Err(Unanswered { reason, responded }) => {
                 let last = self.answers.last(name, kind);
                 let answer = last.unwrap_or_else(|| Answer::none(None)).soon();
-                let failure = Failure { what: format!("{kind} of {name}"), reason };
+                let failure = Failure { what: format!("{kind} of {name}"), reason, responded };
                 Found { answer, failures: vec![failure], answered: false }
             }
         }

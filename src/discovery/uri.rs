@@ -91,7 +91,8 @@ fn consul_address<'a>(
     let port = if consul.tls || scheme == "consuls" { 443 } else { 80 };
     let read = Authority::parse(authority.trim_end_matches('/')).map_err(|_| {
         format!(
-            "CONSUL_HTTP_ADDR {address:?}: expected host:port, http://host:port or https://host:port"
+            "CONSUL_HTTP_ADDR {:?}: expected host:port, http://host:port or https://host:port",
+            without_secrets(address)
         )
     })?;
     Ok((scheme, format!("{}:{}", read.host, read.port.unwrap_or(port))))
@@ -478,11 +479,15 @@ mod tests {
         }
         for wrong in ["unix:///run/consul.sock", "https://", "h:0", "https://h/path", "a@h"] {
             let error = complete("consul://", &with(Some(wrong), None)).unwrap_err().to_string();
+            let shown = without_secrets(wrong);
             assert!(
-                error.contains(&format!("CONSUL_HTTP_ADDR {wrong:?}: expected host")),
+                error.contains(&format!("CONSUL_HTTP_ADDR {shown:?}: expected host")),
                 "{error}"
             );
         }
+        let secret = with(Some("http://user:s3cret@h:8500"), None);
+        let error = complete("consul://", &secret).unwrap_err().to_string();
+        assert!(!error.contains("s3cret"), "{error}");
         // An address that is given is not looked for.
         let unused = with(Some("unix:///run/consul.sock"), None);
         assert_eq!(complete("consul://a", &unused).as_deref(), Ok("consul://a"));

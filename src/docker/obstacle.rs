@@ -8,7 +8,7 @@
 use std::{
     fmt, fs, io,
     os::unix::fs::{FileTypeExt, MetadataExt},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use rustix::process::{getegid, geteuid, getgroups};
@@ -84,7 +84,7 @@ pub(crate) fn of(engine: &Engine) -> Option<Obstacle> {
         path,
         error,
         there,
-        mounted: mounted(&mounts, path),
+        mounted: mounted(&mounts, &without_links(path)),
         user: geteuid().as_raw(),
         groups: &groups,
         in_container: ["/.dockerenv", "/run/.containerenv"].iter().any(|at| Path::new(at).exists()),
@@ -97,6 +97,12 @@ fn connect(path: &Path) -> io::Result<()> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     socket.connect(&SockAddr::unix(path)?)
+}
+
+/// The path without links: `/var/run` is one on most systems. The socket itself may be gone.
+fn without_links(path: &Path) -> PathBuf {
+    let whole = || Some(fs::canonicalize(path.parent()?).ok()?.join(path.file_name()?));
+    whole().unwrap_or_else(|| path.to_owned())
 }
 
 /// By the text of `/proc/self/mountinfo` (man 5 proc_pid_mountinfo). The kernel adds `//deleted` to a root that was removed.

@@ -148,13 +148,14 @@ pub(crate) fn shown(id: &ContainerId, pid: i32, own: &Interfaces) -> Option<Atta
     if addresses == self::addresses(i32::try_from(std::process::id()).ok()?).ok()? {
         return None;
     }
+    let is_own = |address: &IpAddr| own.values().flatten().any(|own| own == address);
     let addresses = addresses.into_iter().filter(|address| match address {
         IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
         IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
     });
-    let addresses: Vec<_> = addresses.collect();
+    // A container may give itself any address, also one of this host: an engine inside it has a docker0 of its own.
+    let addresses: Vec<_> = addresses.filter(|address| !is_own(address)).collect();
     let routes = fs::read_to_string(format!("/proc/{pid}/net/route")).unwrap_or_default();
-    let is_own = |gateway: &IpAddr| own.values().flatten().any(|own| own == gateway);
     let gateways = default_gateways(&routes).map(IpAddr::from).filter(is_own).collect();
     // Looked at last: until then the number was not another process's.
     let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;

@@ -130,7 +130,11 @@ pub(super) fn queued(listener: &TcpListener) -> impl Iterator<Item = (TcpStream,
         Ok((TcpStream::from_std(socket.into())?, peer))
     };
     // Bounded: others may go on dialling the port itself.
-    std::iter::repeat_with(accept).take(BACKLOG as usize).map_while(Result::ok)
+    let tries = std::iter::repeat_with(accept).take(BACKLOG as usize);
+    // A connection that is gone already is not the end of the queue.
+    tries
+        .filter(|accepted| !accepted.as_ref().is_err_and(is_of_one_connection))
+        .map_while(Result::ok)
 }
 
 #[cfg(test)]

@@ -275,6 +275,8 @@ async fn one_type_is_enough(error: Reply) -> Result<()> {
     // Where no type says anything, it is not known that there is nothing.
     let known = fake.follow("other.test;80", 0).fails("SRV of other.test. from").await;
     assert_eq!(list(&known), None);
+    // A server that says so works; one that says nothing may be down.
+    assert_eq!(known.refused, !matches!(error, Silence));
 
     // Only A fails.
     fake.answers(move |_, kind, _| match kind {

@@ -339,7 +339,8 @@ async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), Str
     let answer = |name: Arc<str>| {
         let known = known.iter().find(|(query, _)| query.via == name).map(|(_, known)| known);
         let answer = match known {
-            Some(known) if known.value.is_some() => Ok(()),
+            // A login may be allowed to read some services only.
+            Some(known) if known.value.is_some() || known.refused => Ok(()),
             Some(known) => Err(known.error.as_deref().unwrap_or("no answer").to_owned()),
             None => Err("cannot be queried".to_owned()),
         };

@@ -44,7 +44,7 @@ impl Client {
     ///
     /// Any failure may be the server's way to say that it does not know EDNS (RFC 6891, 7): it is asked again without, which is
     /// also the second try if a packet was lost.
-    pub(super) async fn ask(&self, name: &Name, kind: RecordType) -> Result<Answer, String> {
+    pub(super) async fn ask(&self, name: &Name, kind: RecordType) -> Result<Answer, Unanswered> {
         let first = if self.plain_only.load(Relaxed) { &self.plain } else { &self.edns };
         if let Ok(answer) = ask(first, name, kind).await {
             return Ok(answer);
@@ -53,6 +53,14 @@ impl Client {
         self.plain_only.store(true, Relaxed);
         Ok(answer)
     }
+}
+
+/// Why a question has no answer.
+#[derive(Debug, Clone)]
+pub(super) struct Unanswered {
+    pub(super) reason: String,
+    /// The server works: it has answered that it does not answer this.
+    pub(super) responded: bool,
 }
 
 impl fmt::Debug for Client {
@@ -80,13 +88,18 @@ fn resolver(server: SocketAddr, edns: bool) -> Result<TokioResolver, SourceError
 }
 
 /// An answer without records if there are none.
-async fn ask(resolver: &TokioResolver, name: &Name, kind: RecordType) -> Result<Answer, String> {
+async fn ask(
+    resolver: &TokioResolver,
+    name: &Name,
+    kind: RecordType,
+) -> Result<Answer, Unanswered> {
+    let refused = |reason| Err(Unanswered { reason, responded: true });
     match resolver.lookup(name.clone(), kind).await {
         Ok(found) => match found.message().metadata.response_code {
             ResponseCode::NoError | ResponseCode::NXDomain => {
                 Ok(Answer::new(found.answers(), found.additionals()))
             }
-            code => Err(code.to_string()),
+            code => refused(code.to_string()),
         },
         // Without an SOA, name servers in place of an answer say "ask elsewhere".
         Err(NetError::Dns(DnsError::NoRecordsFound(none)))
@@ -97,8 +110,11 @@ async fn ask(resolver: &TokioResolver, name: &Name, kind: RecordType) -> Result<
             Ok(answer)
         }
         Err(NetError::Dns(DnsError::NoRecordsFound(_))) => {
-            Err("a referral to other servers: expected a server that resolves".to_owned())
+            refused("a referral to other servers: expected a server that resolves".to_owned())
         }
-        Err(error) => Err(error.to_string()),
+        Err(error) => {
+            let responded = matches!(error, NetError::Dns(DnsError::ResponseCode(_)));
+            Err(Unanswered { reason: error.to_string(), responded })
+        }
     }
 }
