@@ -210,6 +210,10 @@ impl Report {
 impl Report {
     /// Logs endpoints that must not be used, once each.
     fn barred(&mut self, upstream: &Upstream) {
+        // Nearly always, and a change may touch ten thousand routes.
+        if upstream.refused.is_empty() && self.barred.is_empty() {
+            return;
+        }
         let before = self.barred.get(&upstream.query);
         if before.map_or(&[][..], Vec::as_slice) == upstream.refused {
             return;

@@ -263,6 +263,12 @@ impl Containers {
         self.running.values().filter(|container| container.is_unaddressed())
     }
 
+    /// The one with this ID or name. That by its ID costs little, however many there are.
+    pub(super) fn named(&self, target: &str) -> Option<&Arc<Container>> {
+        let by_id = self.running.get(&ContainerId::new(target));
+        by_id.or_else(|| self.running.values().find(|one| *one.name == *target))
+    }
+
     /// A run's process has ended.
     pub(super) fn run_has_ended(&mut self) {
         self.ended += 1;

@@ -231,7 +231,7 @@ impl Source for EngineSource {
                     pings.push(client.ping());
                     self.containers.retry();
                     self.watch();
-                    self.show(|_| true);
+                    self.show(self.containers.unaddressed().cloned().collect());
                 }
                 Some(answer) = inspections.next() => {
                     let (ticket, found) = answer?;
@@ -243,7 +243,8 @@ impl Source for EngineSource {
                             Network::Of(target) => target.clone(),
                             _ => id.as_str().to_owned(),
                         };
-                        self.show(|one| one.id.as_str() == target || *one.name == *target);
+                        let target = self.containers.named(&target).cloned();
+                        self.show(target.into_iter().collect());
                     }
                 }
                 Some(answer) = networks.next() => {
@@ -265,7 +266,7 @@ impl Source for EngineSource {
                 Some(running) = looks.next() => {
                     next_look = Instant::now() + Lookup::PAUSE;
                     self.containers.look_at(running?);
-                    self.show(|_| true);
+                    self.show(self.containers.unaddressed().cloned().collect());
                 }
                 Some(alive) = pings.next() => {
                     alive?;
@@ -279,13 +280,17 @@ impl Source for EngineSource {
 }
 
 impl EngineSource {
-    /// Looks where those containers are to which the engine gave no address.
-    fn show(&mut self, wanted: impl Fn(&Container) -> bool) {
+    /// Looks where those of these containers are to which the engine gave no address.
+    fn show(&mut self, containers: Vec<Arc<Container>>) {
         let unaddressed: Vec<_> =
-            self.containers.unaddressed().filter(|one| wanted(one)).cloned().collect();
-        let here = self.containers.interfaces();
+            containers.into_iter().filter(|one| one.is_unaddressed()).collect();
+        if unaddressed.is_empty() {
+            return;
+        }
+        let (here, ours) = (self.containers.interfaces(), process::ours());
         for one in unaddressed {
-            self.containers.shown(&one.id, process::shown(&one.id, one.pid, &here));
+            let shown = process::shown(&one.id, one.pid, &here, &ours);
+            self.containers.shown(&one.id, shown);
         }
     }
 

@@ -140,12 +140,23 @@ fn started(stat: &str) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
+/// The addresses of our own network namespace.
+pub(crate) fn ours() -> BTreeSet<IpAddr> {
+    let pid = i32::try_from(std::process::id()).ok();
+    pid.and_then(|pid| addresses(pid).ok()).unwrap_or_default()
+}
+
 /// Where the network of a container's first process is: the addresses that others can dial it at, and its default gateway, if
 /// that is one of `own`. `None` if there is no such address, or if the process cannot be seen, or lives in our own network.
-pub(crate) fn shown(id: &ContainerId, pid: i32, own: &Interfaces) -> Option<Attachment> {
+pub(crate) fn shown(
+    id: &ContainerId,
+    pid: i32,
+    own: &Interfaces,
+    ours: &BTreeSet<IpAddr>,
+) -> Option<Attachment> {
     let addresses = (pid > 0).then(|| addresses(pid))?.ok()?;
     // To compare the namespaces themselves would need rights that embassy does not have as a user of its own.
-    if addresses == self::addresses(i32::try_from(std::process::id()).ok()?).ok()? {
+    if addresses == *ours {
         return None;
     }
     let is_own = |address: &IpAddr| own.values().flatten().any(|own| own == address);
@@ -313,9 +324,9 @@ fd000d0c000000000000000000000002 05 40 00 80     eth0
     #[test]
     fn our_own_network_is_no_containers() {
         let id = ContainerId::new("");
-        assert_eq!(shown(&id, own(), &Interfaces::new()), None);
-        assert_eq!(shown(&id, 0, &Interfaces::new()), None);
-        assert_eq!(shown(&id, former(), &Interfaces::new()), None);
+        assert_eq!(shown(&id, own(), &Interfaces::new(), &ours()), None);
+        assert_eq!(shown(&id, 0, &Interfaces::new(), &ours()), None);
+        assert_eq!(shown(&id, former(), &Interfaces::new(), &ours()), None);
     }
 
     #[test]

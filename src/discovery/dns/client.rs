@@ -3,7 +3,7 @@
 use std::{
     fmt,
     net::SocketAddr,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed},
     time::Duration,
 };
 
@@ -24,19 +24,24 @@ pub(super) struct Client {
     /// With EDNS, for larger answers by UDP.
     edns: TokioResolver,
     plain: TokioResolver,
-    /// Whether the server has answered without EDNS what it has not answered with it.
+    /// Whether the server has answered without EDNS what it refused with it.
     plain_only: AtomicBool,
+    /// Questions with EDNS in a row that it did not answer at all, and without EDNS did.
+    silences: AtomicU8,
 }
 
 impl Client {
     /// One question, asked once.
     const QUESTION: Duration = Duration::from_secs(2);
+    /// One lost packet says nothing of the server. So many in a row do.
+    const SILENCES: u8 = 3;
 
     pub(super) fn new(server: SocketAddr) -> Result<Self, SourceError> {
         Ok(Self {
             edns: resolver(server, true)?,
             plain: resolver(server, false)?,
             plain_only: AtomicBool::new(false),
+            silences: AtomicU8::new(0),
         })
     }
 
@@ -45,12 +50,23 @@ impl Client {
     /// Any failure may be the server's way to say that it does not know EDNS (RFC 6891, 7): it is asked again without, which is
     /// also the second try if a packet was lost.
     pub(super) async fn ask(&self, name: &Name, kind: RecordType) -> Result<Answer, Unanswered> {
-        let first = if self.plain_only.load(Relaxed) { &self.plain } else { &self.edns };
-        if let Ok(answer) = ask(first, name, kind).await {
-            return Ok(answer);
-        }
+        let plain_only = self.plain_only.load(Relaxed);
+        let first = if plain_only { &self.plain } else { &self.edns };
+        let failure = match ask(first, name, kind).await {
+            Ok(answer) => {
+                self.silences.store(0, Relaxed);
+                return Ok(answer);
+            }
+            Err(failure) => failure,
+        };
         let answer = ask(&self.plain, name, kind).await?;
-        self.plain_only.store(true, Relaxed);
+        // Answers without EDNS are short, or come by TCP: so not for good because of one lost packet.
+        if !plain_only {
+            let silences = self.silences.fetch_add(1, Relaxed).saturating_add(1);
+            if failure.responded || silences >= Self::SILENCES {
+                self.plain_only.store(true, Relaxed);
+            }
+        }
         Ok(answer)
     }
 }
