@@ -234,7 +234,7 @@ impl App {
     pub async fn stop(mut self, why: Stopping, hurry: impl Future<Output = ()>) -> Result<()> {
         let hurry = hurry.shared();
         let end = Instant::now() + TOTAL.max(self.drain + MOMENT);
-        // This guard is never done: whoever may choose should send new connections elsewhere.
+        // This guard is never done: a load balancer that asks /readyz should send new connections elsewhere.
         let _draining = self.readiness.wait_for(Part::Draining);
         let live = self.proxy.live();
         if live > 0 {

@@ -150,7 +150,7 @@ fn special(address: IpAddr, vips: &BTreeSet<Vip>) -> Option<Refusal> {
     }
 }
 
-/// Metadata services: of most clouds, of AWS over IPv6, of Alibaba, of Oracle. They give credentials to whoever asks from
+/// Metadata services: of most clouds, of AWS over IPv6, of Alibaba, of Oracle. They give credentials to every program that asks from
 /// the host.
 const METADATA: [IpAddr; 4] = [
     IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)),

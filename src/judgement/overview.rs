@@ -76,7 +76,7 @@ impl Situation {
             sources: sources(*part),
         });
         let mut awaited: Vec<_> = pending.collect();
-        // The rules were in place before and are not now, or nobody's connections can arrive. A shutdown removes the rules on
+        // The rules were in place before and are not now, or no connection can arrive. A shutdown removes the rules on
         // purpose.
         let lost = self.captures()
             && !self.is_draining()
