@@ -271,7 +271,7 @@ mod tests {
         // The next loss has its whole time, whenever it comes.
         assert_eq!(settle(&mut hold, &[], 500, 500), (2, Some(second(530))));
 
-        // It was not: whoever comes back ends it, and the next loss is another.
+        // It was not: the members that come back end it, and the next loss is another.
         let mut hold = new();
         settle(&mut hold, &hosts(0..100), 0, 0);
         assert_eq!(settle(&mut hold, &hosts(0..1), 10, 10), (100, Some(second(40))));
