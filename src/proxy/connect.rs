@@ -103,7 +103,7 @@ pub(super) async fn connect(
         }
         let begun = Instant::now();
         let open = async {
-            let mut stream = dial(state.endpoint, settings.mark, patience).await?;
+            let mut stream = dial(state.endpoint, settings.mark).await?;
             if let Some(announcement) = &mut announcement {
                 announcement.send(consumer, &mut stream).await?;
             }
@@ -117,6 +117,7 @@ pub(super) async fn connect(
                     back(worker, route, &state);
                 }
                 ticket.connected(stream.local_addr().ok());
+                ticket.requests().watch_with(patience);
                 return Ok((stream, lease));
             }
             Err(error) if is_shortage(&error) => {

@@ -63,15 +63,9 @@ impl Patience {
 }
 
 /// A connection to an endpoint.
-pub(super) async fn dial(
-    endpoint: Endpoint,
-    mark: Option<u32>,
-    patience: Patience,
-) -> io::Result<TcpStream> {
+pub(super) async fn dial(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpStream> {
     let socket = for_endpoint(endpoint, mark)?;
-    let options = SockRef::from(&socket);
-    options.set_tcp_nodelay(true)?;
-    patience.apply(&options)?;
+    SockRef::from(&socket).set_tcp_nodelay(true)?;
     socket.connect(endpoint.0).await
 }
 
@@ -183,7 +177,8 @@ pub(super) mod tests {
         let endpoint = Endpoint(listener.local_addr().unwrap());
         for (seconds, expected) in [(0, None), (5, Some(5)), (30, Some(30)), (600, Some(600))] {
             let time = Duration::from_secs(seconds);
-            let dialled = dial(endpoint, None, Patience::with_endpoints(time)).await.unwrap();
+            let dialled = dial(endpoint, None).await.unwrap();
+            Patience::with_endpoints(time).apply(&SockRef::from(&dialled)).unwrap();
             assert_is_set_up(&dialled, expected);
         }
     }
@@ -212,7 +207,7 @@ pub(super) mod tests {
         for _ in 0..20 {
             probe(endpoint, None).await.unwrap();
         }
-        let dialled = dial(endpoint, None, Patience::with_endpoints(Duration::ZERO)).await.unwrap();
+        let dialled = dial(endpoint, None).await.unwrap();
         let mut seen = 0;
         // The queue is in the order of arrival.
         while listener.accept().await.unwrap().1 != dialled.local_addr().unwrap() {

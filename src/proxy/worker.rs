@@ -25,7 +25,7 @@ use super::{
     lists::Place,
     owner::Pause,
     record::Record,
-    relay::{PIPES, ParkRequest, RelayBuffers},
+    relay::{PIPES, RelayBuffers, Requests},
     settings::ProxySettings,
     shared::{HoldPermit, Shared},
     socket::Socket,
@@ -152,7 +152,7 @@ impl Worker {
             counts.start();
         }
         let record = Record::new(route, captured, accepted);
-        Some(Rc::new(Live { record, park: ParkRequest::default() }))
+        Some(Rc::new(Live { record, requests: Requests::default() }))
     }
 
     /// Counts a connection that is reset by dropping its socket.
@@ -352,8 +352,8 @@ impl Ticket {
         &self.live.record
     }
 
-    pub(super) fn park_request(&self) -> &ParkRequest {
-        &self.live.park
+    pub(super) fn requests(&self) -> &Requests {
+        &self.live.requests
     }
 
     pub(super) fn place(&self) -> Place {

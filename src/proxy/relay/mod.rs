@@ -6,6 +6,7 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
+use socket2::SockRef;
 use tokio::net::TcpStream;
 
 mod batch;
@@ -22,6 +23,8 @@ use direction::Direction;
 pub(super) use end::{Broken, Side};
 use end::{End, broken, has_sent_end};
 pub(super) use pipe::PIPES;
+
+use super::socket::Patience;
 
 /// Bytes passed on so far, each way.
 #[derive(Debug, Clone, Default)]
@@ -46,29 +49,52 @@ pub(super) enum Ended {
     Idle,
 }
 
-/// Asks a relay to stop while nothing is under way, so that its connection can be parked.
-#[derive(Debug, Default)]
-pub(super) struct ParkRequest {
-    asked: Cell<bool>,
-    task: RefCell<Option<Waker>>,
+/// What is asked of a relay that has run for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Request {
+    /// To notice from now on if the endpoint is gone. Most connections end before that, and are spared some calls.
+    Watch,
+    /// To stop if nothing is under way, so that the connection can be parked.
+    Park,
 }
 
-impl ParkRequest {
+/// Takes requests to a running relay.
+#[derive(Debug, Default)]
+pub(super) struct Requests {
+    asked: Cell<Option<Request>>,
+    task: RefCell<Option<Waker>>,
+    /// The timeouts that the endpoint's socket is to have and does not have yet.
+    patience: Cell<Option<Patience>>,
+}
+
+impl Requests {
     /// Does nothing if no relay runs, or if it is busy.
-    pub(super) fn ask(&self) {
+    pub(super) fn ask(&self, request: Request) {
         if let Some(task) = self.task.take() {
-            self.asked.set(true);
+            self.asked.set(Some(request));
             task.wake();
         }
     }
 
-    /// Remembers whom to wake, until it was asked: a task that has stopped must not be kept by its waker.
-    fn is_asked(&self, cx: &Context<'_>) -> bool {
-        if self.asked.take() {
-            return true;
+    /// The endpoint's socket is to have these timeouts once it has lasted.
+    pub(super) fn watch_with(&self, patience: Patience) {
+        self.patience.set(Some(patience));
+    }
+
+    fn watch(&self, endpoint: &TcpStream) {
+        if let Some(patience) = self.patience.take() {
+            // It fails only on a socket that has no connection any more, which is noticed anyway.
+            let _ = patience.apply(&SockRef::from(endpoint));
         }
-        self.task.borrow_mut().get_or_insert_with(|| cx.waker().clone());
-        false
+    }
+
+    /// Remembers whom to wake, unless it may stop now: a task that has stopped must not be kept by its waker.
+    fn next(&self, cx: &Context<'_>) -> Option<Request> {
+        let asked = self.asked.take();
+        if asked != Some(Request::Park) {
+            self.task.borrow_mut().get_or_insert_with(|| cx.waker().clone());
+        }
+        asked
     }
 }
 
@@ -78,7 +104,7 @@ pub(super) async fn relay(
     endpoint: &TcpStream,
     buffers: &RelayBuffers,
     moved: &Moved,
-    park: &ParkRequest,
+    requests: &Requests,
 ) -> Result<Ended, Broken> {
     let consumer = End { side: Side::Consumer, socket: consumer };
     let endpoint = End { side: Side::Endpoint, socket: endpoint };
@@ -94,7 +120,11 @@ pub(super) async fn relay(
                 (false, true) => down.tell_end()?,
                 (false, false) => {}
             }
-            if park.is_asked(cx) && up.is_idle() && down.is_idle() {
+            let asked = requests.next(cx);
+            if asked.is_some() {
+                requests.watch(endpoint.socket);
+            }
+            if asked == Some(Request::Park) && up.is_idle() && down.is_idle() {
                 Poll::Ready(Ok(Ended::Idle))
             } else {
                 Poll::Pending
