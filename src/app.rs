@@ -9,7 +9,6 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use futures_util::FutureExt;
 use tokio::{
-    net::lookup_host,
     sync::Notify,
     task::JoinHandle,
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
@@ -35,6 +34,7 @@ use crate::{
     proxy::{Destinations, FailedChecks, Proxy, ProxySettings},
     readiness::{Part, Readiness},
     report::{PROVIDER, Refused, Report},
+    resolve,
     source::ResyncRequests,
     state::{self, Keeper, Origin},
 };
@@ -414,7 +414,7 @@ pub(crate) async fn rules(config: &Config) -> Result<rules::RuleSettings, Interf
         scope: config.capture_scope,
         port: config.port.get(),
         own: if redirect { fixed::own_addresses()? } else { Vec::new() },
-        servers: if redirect { resolve(servers).await } else { Vec::new() },
+        servers: if redirect { resolved(servers).await } else { Vec::new() },
         hold: !config.hold.is_zero(),
         notrack: config.notrack && captures,
         lacks: rules::Optional::default(),
@@ -437,11 +437,11 @@ fn remember(config: &Config, control: &mut Control, counts: Arc<state::Counts>) 
 }
 
 /// The addresses of servers given as `host:port`. A server that does not resolve is logged and skipped.
-async fn resolve(servers: impl Iterator<Item = String>) -> Vec<SocketAddr> {
+async fn resolved(servers: impl Iterator<Item = String>) -> Vec<SocketAddr> {
     const LIMIT: Duration = Duration::from_secs(2);
     let mut addresses = Vec::new();
     for server in servers {
-        match timeout_at(Instant::now() + LIMIT, lookup_host(&server)).await {
+        match timeout_at(Instant::now() + LIMIT, resolve::server(&server)).await {
             Ok(Ok(found)) => addresses.extend(found),
             Ok(Err(error)) => {
                 warn!(server, %error, "cannot resolve this server; if its address is a VIP, embassy's own connections to it may be captured")

@@ -24,6 +24,7 @@ pub mod descriptor;
 pub mod consumer;
 pub mod source;
 pub mod tls;
+pub mod resolve;
 pub mod docker;
 pub mod registry;
 pub mod provider;

@@ -5,6 +5,7 @@
 use std::{
     fmt,
     net::IpAddr,
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -21,6 +22,7 @@ use super::{
     read::{self, Found, Listed},
 };
 use crate::{
+    resolve::{Resolver, addresses},
     source::SourceError,
     tls::{self, ClientTls},
 };
@@ -174,17 +176,12 @@ impl Client {
     pub(super) async fn host(&self) -> Result<Option<IpAddr>, SourceError> {
         let Address::Tcp(host) = &self.engine.address else { return Ok(None) };
         let name = host.rsplit_once(':').map_or(host.as_str(), |(name, _port)| name);
-        if let Ok(address) = name.trim_matches(['[', ']']).parse() {
-            return Ok(Some(address));
-        }
-        let found = timeout(ANSWER, tokio::net::lookup_host((name, 0))).await;
+        let found = timeout(ANSWER, addresses(name)).await;
         let found = found.map_err(|_| self.error("the host", Unanswered::Late(ANSWER)))?;
         let found = found.map_err(|error| self.error("the host", error))?;
-        let found: Vec<_> = found.collect();
-        // IPv4 if there is a choice: every published port is published there.
-        let address = found.iter().find(|found| found.is_ipv4()).or(found.first());
-        let address = address.ok_or_else(|| self.error("the host", "it has no address"))?;
-        Ok(Some(address.ip()))
+        // IPv4 if there is a choice, which comes first: every published port is published there.
+        let address = found.first().ok_or_else(|| self.error("the host", "it has no address"))?;
+        Ok(Some(*address))
     }
 
     /// The current state of a container. Only variables and labels whose names start with one of `prefixes` are kept.
@@ -259,7 +256,8 @@ impl Engine {
             .connect_timeout(CONNECT)
             .redirect(Policy::none())
             .no_proxy()
-            .http1_only();
+            .http1_only()
+            .dns_resolver(Arc::new(Resolver));
         let (builder, base) = match (&self.address, &self.certificates) {
             (Address::Unix(path), _) => (
                 builder.tls_certs_only([]).unix_socket(path.as_path()),

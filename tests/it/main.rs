@@ -32,6 +32,7 @@ mod modes;
 mod notrack;
 mod process;
 mod registry;
+mod server_names;
 mod state;
 mod soak;
 mod support;

@@ -22,6 +22,7 @@ use crate::{
         Secret,
         http::{ANSWER, CONNECT},
     },
+    resolve,
     source::SourceError,
     tls::{self, ClientTls},
 };
@@ -68,7 +69,8 @@ impl Connection {
         let endpoint = endpoint(&member, tls)?;
         // The client's own futures are large.
         let connect = |options| {
-            let channel = Channel::Tonic(endpoint.connect_lazy());
+            let channel =
+                Channel::Tonic(endpoint.connect_with_connector_lazy(resolve::connector()));
             Client::from_channel(channel, Some(options)).boxed()
         };
         let connecting = async {
