@@ -99,6 +99,9 @@ pub struct Control {
     /// The writer of the state file.
     keeper: Option<watch::Sender<Option<Snapshot>>>,
     tables: watch::Sender<Arc<Table>>,
+    /// Tables that were replaced, and that others may still read. They are freed here: of a large one that takes milliseconds, in
+    /// which a worker's connections would stand still.
+    replaced: Vec<Arc<Table>>,
     /// How long each table took, from the wake of this task until it was published.
     build_times: Arc<Histogram>,
     sources: watch::Sender<Sources>,
@@ -111,6 +114,8 @@ pub struct Control {
 
 /// How long a service without an answer may delay all others at the start.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// When to look again whether nobody reads the replaced tables any more.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 impl Control {
     /// `bell` is the one that `provider` rings.
@@ -144,6 +149,7 @@ impl Control {
             kept: None,
             keeper: None,
             tables: watch::channel(Arc::default()).0,
+            replaced: Vec::new(),
             build_times: Arc::default(),
             sources: watch::channel(sources).0,
             waiting: (Some(waiting.listing), Some(waiting.answers)),
@@ -206,6 +212,13 @@ impl Control {
     ///
     /// The cost depends on the changes only: a host may have ten thousand consumers and a hundred thousand endpoints.
     fn step(&mut self, now: Instant) -> Option<Instant> {
+        self.replaced.retain(|table| Arc::strong_count(table) > 1);
+        let wake = self.follow(now);
+        let look_again = (!self.replaced.is_empty()).then(|| now + LOOK_AGAIN);
+        wake.into_iter().chain(look_again).min()
+    }
+
+    fn follow(&mut self, now: Instant) -> Option<Instant> {
         let news = self.news();
         let probed = self.end_probes();
         let (listing, listed_anew) = self.listing()?;
@@ -453,7 +466,7 @@ impl Control {
         let Some(table) = before.next(&inputs, query) else { return false };
         self.report.table(&table);
         self.report_addresses(&table, listing, consumers);
-        self.tables.send_replace(Arc::new(table));
+        self.replaced.push(self.tables.send_replace(Arc::new(table)));
         self.build_times.observe(now.elapsed());
         true
     }
@@ -510,6 +523,23 @@ mod tests {
 
     fn asking() -> Listing {
         crate::provider::fixed::listing("lo", &["redis;80".parse().unwrap()]).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_table_is_freed_by_this_task_and_not_by_its_readers() {
+        let (mut control, publish) = control("file:///nonexistent".to_owned());
+        let reader = control.tables().borrow().clone();
+        let table = Arc::downgrade(&reader);
+        publish.publish(asking());
+        let now = Instant::now();
+        control.step(now);
+        let wake = control.step(now + PATIENCE);
+        assert_eq!(control.tables.borrow().version, 1);
+        assert_eq!(wake, Some(now + PATIENCE + LOOK_AGAIN));
+        drop(reader);
+        assert_eq!(table.strong_count(), 1, "the last reader does not free it");
+        let wake = control.step(now + PATIENCE + LOOK_AGAIN);
+        assert_eq!((table.strong_count(), wake), (0, None));
     }
 
     /// The run before knew it, and this one may end before the registry answers.
