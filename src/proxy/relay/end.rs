@@ -1,4 +1,4 @@
-//! One side's socket, and how it fails.
+//! The socket of one side, and how it fails.
 
 use std::io;
 
@@ -15,18 +15,17 @@ pub(in crate::proxy) enum Side {
     Endpoint,
 }
 
-/// One side failed: it reset, or did not answer.
+/// The failure of one side: it sent a reset, or did not answer.
 #[derive(Debug)]
 pub(in crate::proxy) struct Broken {
     pub side: Side,
     pub error: io::Error,
-    /// It was a reset, and one side had sent its end before.
+    /// The failure was a reset, and one side had sent its end before.
     pub after_end: bool,
 }
 
 impl Broken {
-    /// Whether it was a reset that came after an end: one that was seen, or one of this very side, which the kernel tells by
-    /// another error.
+    /// Whether the failure was a reset after an end: an end that was seen, or one of this side, for which the kernel returns EPIPE.
     pub(super) fn follows_end(&self, end_was_seen: bool) -> bool {
         match Errno::from_io_error(&self.error) {
             Some(Errno::PIPE) => true,
@@ -36,7 +35,7 @@ impl Broken {
     }
 }
 
-/// A socket, and whose it is.
+/// A socket and its side.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct End<'a> {
     pub side: Side,
@@ -49,16 +48,16 @@ impl End<'_> {
     }
 }
 
-/// Whether the other side has sent all that it will send, or is gone.
+/// Whether the peer has sent its end, or is gone.
 pub(super) fn has_finished(stream: &TcpStream) -> bool {
     let ready = stream.ready(Interest::READABLE).now_or_never();
     ready.is_some_and(|ready| ready.is_ok_and(|ready| ready.is_read_closed()))
 }
 
-/// Whether the other side's end has arrived, and no error. Asked of the kernel: the runtime may not have noticed yet.
+/// Whether the peer's end has arrived without an error. Asks the kernel, because the runtime may not have noticed yet.
 pub(super) fn has_sent_end(stream: &TcpStream) -> bool {
     let mut sockets = [PollFd::new(stream, PollFlags::RDHUP)];
-    // Nothing is waited for; it fails only without memory.
+    // Does not wait. Fails only if memory is short.
     let asked = poll(&mut sockets, Some(&Timespec::default()));
     asked.is_ok()
         && sockets.iter().all(|socket| {
@@ -67,7 +66,7 @@ pub(super) fn has_sent_end(stream: &TcpStream) -> bool {
         })
 }
 
-/// Waits until a socket has an error, as a reset leaves one.
+/// Waits until a socket has an error, for example from a reset.
 pub(super) async fn broken(end: End<'_>) -> Broken {
     let error = match end.socket.ready(Interest::ERROR).await {
         Ok(_) => match end.socket.take_error() {

@@ -1,4 +1,4 @@
-//! Bytes both ways, until both sides are done: half-close is passed on as half-close, a reset as a reset.
+//! Relays bytes in both directions until both sides have finished. A half-close is passed on as a half-close, a reset as a reset.
 
 use std::{
     cell::{Cell, RefCell},
@@ -26,7 +26,7 @@ pub(super) use pipe::PIPES;
 
 use super::socket::Patience;
 
-/// Bytes passed on so far, each way.
+/// Bytes passed on so far, in each direction.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Moved {
     pub up: Cell<u64>,
@@ -34,41 +34,41 @@ pub(super) struct Moved {
 }
 
 impl Moved {
-    /// Both ways together: two equal ones mean that nothing moved between.
+    /// The sum of both directions. If it has not changed, nothing moved.
     pub(super) fn both(&self) -> u64 {
         self.up.get().wrapping_add(self.down.get())
     }
 }
 
-/// How a relay came to an end.
+/// How a relay ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// Both sides have finished, and the sockets are to be closed.
+    /// Both sides have finished. The caller closes the sockets.
     Finished,
-    /// It was asked to stop, and nothing is under way: neither side has finished, and all that was read is written.
+    /// It was asked to stop while idle: neither side has finished, and all bytes that were read are written.
     Idle,
 }
 
-/// What is asked of a relay that has run for a while.
+/// A request to a relay that has run for a while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Request {
-    /// To notice from now on if the endpoint is gone. Most connections end before that, and are spared some calls.
+    /// Set the endpoint's timeouts. Most connections end earlier, and save these system calls.
     Watch,
-    /// To stop if nothing is under way, so that the connection can be parked.
+    /// Stop if idle, so that the connection can be parked.
     Park,
 }
 
-/// Takes requests to a running relay.
+/// Passes requests to a running relay.
 #[derive(Debug, Default)]
 pub(super) struct Requests {
     asked: Cell<Option<Request>>,
     task: RefCell<Option<Waker>>,
-    /// The timeouts that the endpoint's socket is to have and does not have yet.
+    /// The timeouts of the endpoint's socket, until they are set.
     patience: Cell<Option<Patience>>,
 }
 
 impl Requests {
-    /// Does nothing if no relay runs, or if it is busy.
+    /// Does nothing if no relay runs, or if the last request is still pending.
     pub(super) fn ask(&self, request: Request) {
         if let Some(task) = self.task.take() {
             self.asked.set(Some(request));
@@ -76,19 +76,20 @@ impl Requests {
         }
     }
 
-    /// The endpoint's socket is to have these timeouts once it has lasted.
+    /// Sets the timeouts that [`Request::Watch`] applies to the endpoint's socket.
     pub(super) fn watch_with(&self, patience: Patience) {
         self.patience.set(Some(patience));
     }
 
     fn watch(&self, endpoint: &TcpStream) {
         if let Some(patience) = self.patience.take() {
-            // It fails only on a socket that has no connection any more, which is noticed anyway.
+            // Fails only if the connection is gone already, which the relay notices.
             let _ = patience.apply(&SockRef::from(endpoint));
         }
     }
 
-    /// Remembers whom to wake, unless it may stop now: a task that has stopped must not be kept by its waker.
+    /// The pending request. Registers the task to wake for the next one, unless the relay may stop now: a waker would keep the
+    /// memory of a task that has ended.
     fn next(&self, cx: &Context<'_>) -> Option<Request> {
         let asked = self.asked.take();
         if asked != Some(Request::Park) {
@@ -98,7 +99,7 @@ impl Requests {
     }
 }
 
-/// Relays until both sides have finished, or one broke, or nothing moves and it is asked to stop.
+/// Relays until both sides have finished, one fails, or a request asks an idle relay to stop.
 pub(super) async fn relay(
     consumer: &TcpStream,
     endpoint: &TcpStream,
@@ -114,7 +115,7 @@ pub(super) async fn relay(
         biased;
         end = poll_fn(|cx| {
             match (up.poll_move(cx)?.is_ready(), down.poll_move(cx)?.is_ready()) {
-                // Closing the sockets passes the end on to both sides.
+                // The caller closes the sockets, which passes the end on to both sides.
                 (true, true) => return Poll::Ready(Ok(Ended::Finished)),
                 (true, false) => up.tell_end()?,
                 (false, true) => down.tell_end()?,
@@ -130,13 +131,13 @@ pub(super) async fn relay(
                 Poll::Pending
             }
         }) => end,
-        // A direction that waits to write does not read, nor does one that has finished: the reset of the side it reads
-        // from would go unseen, and the other side wait for ever.
+        // A direction that waits to write does not read, and neither does one that has finished. Without these two, the reset of the
+        // side it reads from would go unnoticed, and the other side would wait for ever.
         broken = broken(consumer) => Err(broken),
         broken = broken(endpoint) => Err(broken),
     };
     if let Err(broken) = &mut end {
-        // A reset discards nothing that was acknowledged before it: the other side's end may lie here unread.
+        // A reset does not discard what was acknowledged before it: the other side's end may still be unread here.
         let other = if broken.side == Side::Consumer { endpoint } else { consumer };
         let end_was_seen = up.has_read_end() || down.has_read_end() || has_sent_end(other.socket);
         broken.after_end = broken.follows_end(end_was_seen);
