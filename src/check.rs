@@ -183,6 +183,7 @@ mod tests {
             consumers: &consumers.iter().collect::<Vec<_>>(),
             contested: &Default::default(),
             known: &Default::default(),
+            confirmed: 0,
             networks: &Default::default(),
             endpoints: &[(query.clone(), Arc::new(Endpoints::new([endpoint], vec![])))]
                 .into_iter()

@@ -145,6 +145,7 @@ impl Setting {
             consumers: &[&consumer],
             known: &Arc::default(),
             contested: &BTreeSet::new(),
+            confirmed: 0,
             networks: &BTreeSet::new(),
             endpoints: &answers.into_iter().collect(),
             vips: vip.as_slice(),

@@ -68,6 +68,7 @@ pub(super) fn table_after(
         consumers: &consumers.iter().collect::<Vec<_>>(),
         contested: &Default::default(),
         known: &Arc::new(["172.17.0.4".parse().unwrap()].into()),
+        confirmed: 0,
         networks: &["172.17.0.0/16".parse().unwrap()].into(),
         endpoints: &answers,
         vips: &[Vip("172.17.0.1".parse().unwrap())],
