@@ -106,6 +106,7 @@ impl World {
             consumers: &consumers,
             known: &Arc::default(),
             contested: &BTreeSet::new(),
+            confirmed: 0,
             networks: &BTreeSet::new(),
             endpoints: &self.endpoints,
             vips: &[],

@@ -230,10 +230,9 @@ impl App {
     /// Stops everything. The connections that are open get `--drain` to end, and new ones are served until then: nobody else
     /// would serve them. Then the rules go, and the connections that are younger get a moment to end.
     ///
-    /// All of this has one total time. When `hurry` completes, it ends within a moment.
+    /// Each of the three has a limit. When `hurry` completes, it ends within a moment.
     pub async fn stop(mut self, why: Stopping, hurry: impl Future<Output = ()>) -> Result<()> {
         let hurry = hurry.shared();
-        let end = Instant::now() + TOTAL.max(self.drain + MOMENT);
         // This guard is never done: a load balancer that asks /readyz should send new connections elsewhere.
         let _draining = self.readiness.wait_for(Part::Draining);
         let live = self.proxy.live();
@@ -253,12 +252,13 @@ impl App {
         let _remains = match self.capture {
             Some(capture) => {
                 let late = "rules may be left; embassy cleanup removes them";
-                in_time(capture.stop(), late, end, hurry.clone()).await
+                // A time of its own, which no drain uses up: rules that stay lead nowhere.
+                in_time(capture.stop(), late, Instant::now() + STEP, hurry.clone()).await
             }
             None => None,
         };
         self.proxy.drain();
-        let rest_ends = end.min(Instant::now() + rest);
+        let rest_ends = Instant::now() + rest;
         tokio::select! {
             ended = timeout_at(rest_ends, self.proxy.ended()) => {
                 if ended.is_err() {
@@ -270,7 +270,7 @@ impl App {
         self.checks.abort();
         self.memory.abort();
         self.control.abort();
-        let last = Instant::now() + TOTAL;
+        let last = Instant::now() + STEP;
         let keep = async {
             // Until the task has ended, it may send more tables to the keeper. It was cancelled above, so its error is ignored.
             if !self.control.is_finished() {
@@ -317,11 +317,12 @@ pub enum Stopping {
     Failed,
 }
 
-/// The time for connections that are younger than the shutdown, and for steps that hang after a second signal.
+/// The time for connections that are younger than the shutdown, and of steps that hang after a second signal.
 const MOMENT: Duration = Duration::from_secs(1);
 
-/// The least total time of a shutdown, if `--drain` and a moment are less: firewall programs wait for one another's lock.
-const TOTAL: Duration = Duration::from_secs(5);
+/// The time of a step of the shutdown that should be over at once: firewall programs wait for one another's lock, and a disk may
+/// be slow.
+const STEP: Duration = Duration::from_secs(5);
 
 /// Waits for a step of the shutdown until `end`, but at most a moment after `hurry`. `otherwise` is the consequence of giving up.
 async fn in_time<T>(

@@ -453,6 +453,7 @@ impl Control {
             contested: &listing.contested,
             known: &listing.known,
             networks: &listing.networks,
+            confirmed: listing.confirmed,
             endpoints: self.hold.used(),
             vips: &vips,
             gateways_are_vips: self.settings.vips.is_none(),

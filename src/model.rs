@@ -1,14 +1,16 @@
 //! The vocabulary: newtypes, so that an address in one role cannot be passed in another.
 
 use std::{
-    fmt,
+    collections::BTreeSet,
+    fmt, io,
     net::{IpAddr, SocketAddr},
     num::NonZeroU16,
     str::FromStr,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 /// A TCP port that something can listen on: 1 to 65535.
@@ -71,6 +73,13 @@ impl fmt::Display for Protocol {
 /// A moment of a process's monotonic clock, in milliseconds since its start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Millis(pub u64);
+
+impl Millis {
+    /// The moment that comes this much later.
+    pub fn after(self, time: Duration) -> Self {
+        Self(self.0.saturating_add(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)))
+    }
+}
 
 /// Text that is not a port.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -142,6 +151,8 @@ struct Run {
     ended: AtomicBool,
     process: OnceLock<Process>,
     network_shown: AtomicBool,
+    /// The addresses in its network, and how many interfaces of this host had gone when they were read.
+    addresses: Mutex<Option<(u64, BTreeSet<IpAddr>)>>,
 }
 
 impl RunEnd {
@@ -176,6 +187,26 @@ impl RunEnd {
     /// Whether what the kernel shows of its network can be relied on.
     pub fn has_shown_network(&self) -> bool {
         self.0.network_shown.load(Relaxed)
+    }
+
+    /// Whether its network has an address, after so many interfaces of this host have gone. `read` reads the addresses: once for
+    /// each that goes, for all who ask. `None` if it cannot.
+    pub fn has_address(
+        &self,
+        address: IpAddr,
+        moves: u64,
+        read: impl FnOnce() -> io::Result<BTreeSet<IpAddr>>,
+    ) -> Option<bool> {
+        let mut known = self.0.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*known {
+            Some((at, addresses)) if *at == moves => Some(addresses.contains(&address)),
+            _ => {
+                let addresses = read().ok()?;
+                let has = addresses.contains(&address);
+                *known = Some((moves, addresses));
+                Some(has)
+            }
+        }
     }
 }
 

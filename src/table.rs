@@ -134,6 +134,8 @@ pub struct Inputs<'a> {
     pub contested: &'a BTreeSet<IpAddr>,
     /// Where a container that is not known yet may have its address.
     pub networks: &'a BTreeSet<IpNet>,
+    /// So many doubts about whose an address is are cleared up.
+    pub confirmed: u64,
     /// The endpoints of every query that was answered.
     pub endpoints: &'a CowMap<Query, Arc<Endpoints>>,
     /// The VIPs that do not depend on consumers: those the user named, else docker0's address.
@@ -153,6 +155,8 @@ pub struct Inputs<'a> {
 pub struct Table {
     /// Counts published tables from 1; 0 is the empty table before the first.
     pub version: u64,
+    /// So many doubts about whose an address is are cleared up ([`Lookup::is_in_doubt`](crate::docker::follow::Lookup::is_in_doubt)).
+    pub confirmed: u64,
     routes: CowMap<RouteKey, Arc<Route>>,
     /// The addresses of all known containers.
     known: Arc<BTreeSet<IpAddr>>,
@@ -331,6 +335,7 @@ mod tests {
             consumers: &consumers.iter().collect::<Vec<_>>(),
             contested: &contested,
             known: &Arc::default(),
+            confirmed: 0,
             networks: &BTreeSet::new(),
             endpoints,
             vips: &[],
@@ -549,6 +554,7 @@ mod tests {
             consumers: &[&Arc::new(local)],
             contested: &BTreeSet::new(),
             known: &Arc::default(),
+            confirmed: 0,
             networks: &BTreeSet::new(),
             endpoints: &CowMap::default(),
             vips: &[Vip("172.17.0.1".parse().unwrap()), Vip("127.0.0.1".parse().unwrap())],

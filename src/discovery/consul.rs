@@ -157,7 +157,7 @@ impl ConsulSource {
 fn endpoints(entries: Vec<Value>, tags: &Tags, healthy_only: bool) -> Endpoints {
     let mut list = Vec::new();
     let mut rejected = Vec::new();
-    let mut warning = Vec::new();
+    let (mut warning, mut critical) = (Vec::new(), Vec::new());
     let mut unhealthy = Unhealthy::default();
     for entry in entries {
         match Entry::deserialize(&entry) {
@@ -170,12 +170,12 @@ fn endpoints(entries: Vec<Value>, tags: &Tags, healthy_only: bool) -> Endpoints 
                 if let Some(check) = worst.filter(|_| health > Health::Passing) {
                     unhealthy.add(check);
                 }
-                if health == Health::Critical {
-                    continue;
-                }
                 let Entry { node, service: Service { id, address, port, .. }, .. } = entry;
                 let address = Some(address).filter(|a| !a.is_empty()).unwrap_or(node.address);
                 match address::endpoint(&address, &port.to_string()) {
+                    Ok(endpoint) if health == Health::Critical => critical.push(endpoint),
+                    // What is not used is not judged.
+                    Err(_) if health == Health::Critical => {}
                     Ok(endpoint) if health == Health::Warning => warning.push(endpoint),
                     Ok(endpoint) => list.push(endpoint),
                     Err(reason) => {
@@ -196,9 +196,12 @@ fn endpoints(entries: Vec<Value>, tags: &Tags, healthy_only: bool) -> Endpoints 
     let mut problem = None;
     if list.is_empty() && unhealthy.count > 0 {
         problem = Some(unhealthy.problem(warning.len()));
-        list = warning;
+        list = std::mem::take(&mut warning);
     }
-    Endpoints { problem, ..Endpoints::new(list, rejected) }
+    let mut unfit: BTreeSet<_> = critical.into_iter().chain(warning).collect();
+    // Two instances may have one address.
+    unfit.retain(|one| !list.contains(one));
+    Endpoints { problem, unfit, ..Endpoints::new(list, rejected) }
 }
 
 /// How well an instance is: the worst of its checks.
@@ -394,6 +397,14 @@ mod tests {
 
         let all = [passing.clone(), warning.clone(), critical.clone(), odd.clone()];
         assert_eq!(of(&all, true), (texts(&["10.0.0.1:80"]), None));
+        let unfit = |entries: &[Value], healthy_only| {
+            let endpoints = endpoints(entries.to_vec(), &Tags::default(), healthy_only);
+            endpoints.unfit.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(unfit(&all, true), ["10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80"]);
+        assert_eq!(unfit(&all[1..], true), ["10.0.0.3:80", "10.0.0.4:80"]);
+        assert_eq!(unfit(&all, false), [""; 0]);
+        assert_eq!(unfit(&[passing.clone(), checked(1, &["critical"])], true), [""; 0]);
         assert_eq!(
             of(&all[1..], true),
             (

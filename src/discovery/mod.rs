@@ -85,6 +85,9 @@ pub struct Endpoints {
     pub rejected: Vec<Rejected>,
     /// The runs of those that are containers of this host.
     pub stays: BTreeMap<Endpoint, Stay>,
+    /// Instances that the source names and that are not to be used while there is another: their check fails, or they are
+    /// stopping.
+    pub unfit: BTreeSet<Endpoint>,
     /// Why there are none, or no better ones, in one sentence without its full stop. `None` if nothing is wrong.
     pub problem: Option<Arc<str>>,
 }
@@ -95,7 +98,7 @@ impl Endpoints {
         // A registry may return another order each time; that is not a change.
         rejected.sort();
         let list = list.into_iter().collect();
-        Self { list, rejected, stays: BTreeMap::new(), problem: None }
+        Self { list, rejected, ..Self::default() }
     }
 
     /// Without those whose container is known to be gone: their addresses may be others' by now.

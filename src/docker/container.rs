@@ -33,6 +33,8 @@ pub struct Inventory {
     pub host: Option<IpAddr>,
     /// Number of runs whose process has ended since the start. Such a container stays until the engine reports its end too.
     pub ended: u64,
+    /// Of the times that a container came and may have got another's address, so many are cleared up: everything here is newer.
+    pub confirmed: u64,
 }
 
 pub type Bridges = BTreeMap<NetworkId, Bridge>;
@@ -172,7 +174,7 @@ impl Inventory {
 impl PartialEq for Inventory {
     fn eq(&self, other: &Self) -> bool {
         let both = self.containers.iter().zip(&other.containers);
-        (self.host, self.ended) == (other.host, other.ended)
+        (self.host, self.ended, self.confirmed) == (other.host, other.ended, other.confirmed)
             && Arc::ptr_eq(&self.bridges, &other.bridges)
             && Arc::ptr_eq(&self.others, &other.others)
             && Arc::ptr_eq(&self.here, &other.here)

@@ -45,6 +45,10 @@ pub(super) struct Containers {
     /// Whether that was ever nothing.
     complete: bool,
     list: AwaitedList,
+    /// While a look is awaited: containers of which newer facts arrived since it was requested.
+    newer_than_look: Option<BTreeSet<ContainerId>>,
+    /// So many doubts about addresses a list has cleared up.
+    confirmed: u64,
     bridges: Arc<Bridges>,
     others: Arc<OtherNetworks>,
     here: Arc<Interfaces>,
@@ -60,6 +64,7 @@ impl Containers {
     /// A session starts with a list; answers to requests of the previous session are ignored.
     pub(super) fn begin(&mut self) {
         self.inspections = self.inspections.restarted();
+        self.newer_than_look = None;
         self.list = AwaitedList::First(Vec::new());
     }
 
@@ -90,12 +95,7 @@ impl Containers {
                 false => Urgency::New,
             };
             if let Some(given) = addresses.filter(|_| !newer.contains(&id)) {
-                self.detach(&id, |network, attachment| {
-                    if **network != *SHOWN {
-                        attachment.addresses.retain(|address| given.contains(address));
-                    }
-                    true
-                });
+                self.keep_given(&id, &given);
             }
             self.inspections.want(id, urgency);
         }
@@ -186,19 +186,36 @@ impl Containers {
         self.inspections.want(id, Urgency::Event);
     }
 
-    /// The containers that run now, looked at because an unknown one has dialled. Requests an inspection of those that are not
-    /// known, and of those that are known to be elsewhere: an event may have been lost.
-    pub(super) fn look_at(&mut self, list: Vec<Listed>) {
-        let listed: HashSet<_> = list.iter().map(|one| one.id.clone()).collect();
-        let gone = self.running.keys().filter(|id| !listed.contains(id));
-        let mut others: Vec<_> = gone.cloned().collect();
-        for Listed { id, addresses } in list {
-            let is_as_known = self.running.get(&id).is_some_and(|known| {
-                addresses.is_none_or(|given| known.given().all(|known| given.contains(&known)))
-            });
+    /// A look is requested.
+    pub(super) fn begin_look(&mut self) {
+        self.newer_than_look = Some(BTreeSet::new());
+    }
+
+    /// The containers that run now, looked at because an unknown one has dialled, or because addresses are in doubt. Requests an
+    /// inspection of those that are not known, and of those that are known to be elsewhere: an event may have been lost. It
+    /// clears up so many doubts: what the list does not give to a container is not its any more.
+    pub(super) fn look_at(&mut self, list: Vec<Listed>, doubts: u64) {
+        let newer = self.newer_than_look.take().unwrap_or_default();
+        let takes_away = doubts > self.confirmed;
+        let given: HashMap<_, _> = list.into_iter().map(|one| (one.id, one.addresses)).collect();
+        let new = given.keys().filter(|id| !self.running.contains_key(*id));
+        let mut others: Vec<_> = new.cloned().collect();
+        for (id, known) in &self.running {
+            let is_as_known = match given.get(id) {
+                Some(Some(given)) => known.given().all(|known| given.contains(&known)),
+                Some(None) => true,
+                None => false,
+            };
             if !is_as_known {
-                others.push(id);
+                others.push(id.clone());
             }
+        }
+        if takes_away {
+            for id in others.iter().filter(|id| !newer.contains(*id)) {
+                let given = given.get(id).cloned().flatten().unwrap_or_default();
+                self.keep_given(id, &given);
+            }
+            (self.confirmed, self.changed) = (doubts, true);
         }
         for id in others {
             if !self.inspections.is_under_way(&id) {
@@ -275,6 +292,14 @@ impl Containers {
         self.changed = true;
     }
 
+    /// Whether any has an address from the engine that its process does not show, because the process is not visible, or because
+    /// it is a sandbox.
+    pub(super) fn are_any_unshown(&self) -> bool {
+        let is_unshown =
+            |one: &Arc<Container>| !one.run.has_shown_network() && one.given().next().is_some();
+        self.running.values().any(is_unshown)
+    }
+
     /// Those whose process is not watched.
     pub(super) fn unwatched(&self) -> impl Iterator<Item = &Container> {
         let running = self.running.values().map(Arc::as_ref);
@@ -305,6 +330,7 @@ impl Containers {
             here: self.here.clone(),
             host: self.host,
             ended: self.ended,
+            confirmed: self.confirmed,
         }
     }
 
@@ -380,6 +406,9 @@ impl Containers {
         if let AwaitedList::Again(newer) = &mut self.list {
             newer.insert(id.clone());
         }
+        if let Some(newer) = &mut self.newer_than_look {
+            newer.insert(id.clone());
+        }
     }
 
     fn remove(&mut self, id: &ContainerId) -> Option<Arc<Container>> {
@@ -388,6 +417,16 @@ impl Containers {
         container.left.mark_ended();
         self.changed = true;
         Some(container)
+    }
+
+    /// Takes away those addresses that the engine gave to a container and that are not among these.
+    fn keep_given(&mut self, id: &ContainerId, given: &BTreeSet<IpAddr>) {
+        self.detach(id, |network, attachment| {
+            if **network != *SHOWN {
+                attachment.addresses.retain(|address| given.contains(address));
+            }
+            true
+        });
     }
 
     /// Takes away those attachments, and what of them, that `keep` does not leave.
@@ -706,7 +745,8 @@ mod tests {
         let mut containers = with(&[container("a", bridge("172.17.0.2"))]);
         containers.relist(listed(&["a", "b", "c"]));
         let _b = next(&mut containers, "b");
-        containers.look_at(listed(&["a", "b", "c", "d"]));
+        containers.begin_look();
+        containers.look_at(listed(&["a", "b", "c", "d"]), 0);
         let order: Vec<_> = std::iter::from_fn(|| containers.next()).map(|t| t.id).collect();
         assert_eq!(order, ["c", "d", "a"].map(id));
     }

@@ -92,6 +92,9 @@ pub struct Lookup(Arc<LookupState>);
 struct LookupState {
     asked: Notify,
     moves: AtomicU64,
+    doubts: AtomicU64,
+    /// So many doubts were given up without an answer.
+    given_up: AtomicU64,
 }
 
 impl Lookup {
@@ -112,6 +115,28 @@ impl Lookup {
     /// An interface went away.
     pub(crate) fn moved(&self) {
         self.0.moves.fetch_add(1, Relaxed);
+    }
+
+    /// How often a container came that may have got another's address.
+    pub fn doubts(&self) -> u64 {
+        self.0.doubts.load(Relaxed)
+    }
+
+    /// A container came that may have got another's address, whether the engine told of that or not. Requests a look.
+    pub(crate) fn doubt(&self) {
+        self.0.doubts.fetch_add(1, Relaxed);
+        self.ask();
+    }
+
+    /// Whether a container may have got another's address since the engine confirmed the addresses for the `confirmed`-th time.
+    pub fn is_in_doubt(&self, confirmed: u64) -> bool {
+        let doubts = self.doubts();
+        doubts > confirmed && doubts > self.0.given_up.load(Relaxed)
+    }
+
+    /// An engine that does not answer confirms nothing: what was known stays in use.
+    fn give_up_doubts(&self) {
+        self.0.given_up.store(self.doubts(), Relaxed);
     }
 
     /// Waits for a request, at least until `next_look`.
@@ -151,6 +176,7 @@ impl Source for EngineSource {
     ) -> Result<(), SourceError> {
         let (engine, prefixes, lookup) =
             (self.engine.clone(), self.prefixes.clone(), self.lookup.clone());
+        lookup.give_up_doubts();
         // The stream opens when it is first read. An engine replays a few of the events since this moment, and no more:
         // so it is read beside the listing, however long that takes.
         let connected = Client::connect(&engine).await;
@@ -176,6 +202,7 @@ impl Source for EngineSource {
         // Nobody listened before.
         let mut links = Links::open();
         lookup.moved();
+        let mut has_lost_one = true;
         let mut next_look = Instant::now();
         let mut next_networks = Instant::now();
         let patience = Instant::now() + PATIENCE;
@@ -216,11 +243,21 @@ impl Source for EngineSource {
                     self.containers.list_networks();
                     lists.push(client.list());
                 }
-                () = lookup.asked(next_look), if looks.is_empty() => looks.push(client.list()),
+                () = lookup.asked(next_look), if looks.is_empty() => {
+                    self.containers.begin_look();
+                    let (client, doubts) = (&client, lookup.doubts());
+                    looks.push(async move { (client.list().await, doubts) });
+                }
                 () = sleep_until(patience), if waits_for_networks => {}
                 change = links.changed() => {
                     if change.gone {
                         lookup.moved();
+                    }
+                    has_lost_one |= change.deleted;
+                    // Where processes show who has which address, nobody need be asked.
+                    if change.came && has_lost_one && self.containers.are_any_unshown() {
+                        has_lost_one = false;
+                        lookup.doubt();
                     }
                     if change.addresses {
                         self.stand();
@@ -263,9 +300,9 @@ impl Source for EngineSource {
                     }
                 }
                 Some(list) = lists.next() => self.containers.relist(list?),
-                Some(running) = looks.next() => {
+                Some((running, doubts)) = looks.next() => {
                     next_look = Instant::now() + Lookup::PAUSE;
-                    self.containers.look_at(running?);
+                    self.containers.look_at(running?, doubts);
                     self.show(self.containers.unaddressed().cloned().collect());
                 }
                 Some(alive) = pings.next() => {
@@ -354,8 +391,9 @@ pub(crate) fn fuzz(input: &[u8], mut derive: impl FnMut(Inventory)) {
         }
         if let Ok(answer) = serde_json::from_slice::<answers::Inspection>(line) {
             let id = answer.id.as_deref().map(ContainerId::new);
-            containers
-                .look_at(id.map(|id| read::Listed { id, addresses: None }).into_iter().collect());
+            let listed = id.map(|id| read::Listed { id, addresses: None });
+            containers.begin_look();
+            containers.look_at(listed.into_iter().collect(), 0);
             while let Some(ticket) = containers.next() {
                 let found = read::found(&ticket.id, answer.clone(), &prefixes);
                 containers.inspected(ticket, found);

@@ -521,6 +521,7 @@ impl World {
             consumers: &alive.collect::<Vec<_>>(),
             contested: &listing.contested,
             known: &listing.known,
+            confirmed: 0,
             networks: &listing.networks,
             endpoints: &Default::default(),
             vips: &[],

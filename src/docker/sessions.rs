@@ -529,3 +529,63 @@ async fn a_dial_finds_that_a_known_container_has_another_address() {
     until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.9"))).await;
     assert_eq!(engine.asked(&path("two")), 1, "who is where it was known to be is not asked for");
 }
+
+#[tokio::test]
+async fn what_is_in_doubt_and_not_confirmed_by_a_list_is_nobodys_before_anybody_is_inspected() {
+    let engine = FakeEngine::start();
+    for (id, address) in [("one", "172.17.0.2"), ("two", "172.17.0.3"), ("gone", "172.17.0.4")] {
+        engine.has(id, address);
+    }
+    let mut followed = Followed::of(&engine);
+    until(&mut followed.consumers, |known| has(known, "gone", Some("172.17.0.4"))).await;
+    assert!(!followed.lookup.is_in_doubt(0));
+    engine.has("one", "172.17.0.9");
+    engine.has_not("gone");
+    for id in ["one", "gone"] {
+        engine.answers(&path(id), Mood::Hangs);
+    }
+    followed.lookup.doubt();
+    assert!(followed.lookup.is_in_doubt(0) && !followed.lookup.is_in_doubt(1));
+    let known = until(&mut followed.consumers, |known| {
+        known.value.as_ref().is_some_and(|listing| listing.confirmed == 1)
+    });
+    let known = known.await;
+    assert!(has(&known, "one", None) && has(&known, "gone", None), "{known:?}");
+    assert!(has(&known, "two", Some("172.17.0.3")));
+    assert_eq!(engine.asked(&path("two")), 1, "it is where it was known to be");
+}
+
+/// What was known stays in use, as it does while an engine is down.
+#[tokio::test]
+async fn an_engine_that_does_not_answer_leaves_nobody_in_doubt() {
+    let engine = FakeEngine::start();
+    engine.has("one", "172.17.0.2");
+    let mut followed = Followed::of(&engine);
+    until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.2"))).await;
+    engine.answers("/containers/json", Mood::Stalls);
+    followed.lookup.doubt();
+    eventually(|| engine.asked("/containers/json") == 2).await;
+    assert!(followed.lookup.is_in_doubt(0), "while it is asked");
+    eventually(|| !followed.lookup.is_in_doubt(0)).await;
+    assert!(has(&followed.consumers.borrow(), "one", Some("172.17.0.2")));
+}
+
+#[tokio::test]
+async fn one_who_moves_while_a_look_is_on_its_way_keeps_the_newer_address() {
+    let engine = FakeEngine::start();
+    engine.has("one", "172.17.0.2");
+    let mut followed = Followed::of(&engine);
+    until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.2"))).await;
+    engine.answers("/containers/json", Mood::Waits);
+    followed.lookup.doubt();
+    eventually(|| engine.asked("/containers/json") == 2).await;
+    engine.has("one", "172.17.0.9");
+    engine.tells("start", "one");
+    let now = until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.9"))).await;
+    // The list that comes now is of the time before.
+    engine.answers("/containers/json", None);
+    let confirmed = |known: &Known<Listing>| known.value.as_ref().unwrap().confirmed == 1;
+    let known = until(&mut followed.consumers, confirmed).await;
+    assert!(has(&known, "one", Some("172.17.0.9")));
+    assert_eq!(known.changes, now.changes + 1, "it was there all the time");
+}

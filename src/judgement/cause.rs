@@ -153,6 +153,9 @@ causes! {
     Endpoints, Degraded, Ejected { endpoint: Endpoint, left: Seconds, failures: String, error: Because, ejections: String } "ejected",
         "{endpoint} is skipped for {left} more, after {failures} in a row{error}; it was ejected {ejections} so far.",
         "check that it listens and can be reached from this host";
+    Endpoints, Degraded, CannotReach { endpoint: Endpoint, error: Because } "cannot_reach",
+        "This host cannot open a connection to {endpoint}{error}; it is used only if there is no other.",
+        "give this host a route to it and an address of its kind (IPv4 or IPv6), or deregister it";
     Endpoints, Degraded, Probing { endpoint: Endpoint, error: Because } "probing",
         "{endpoint} failed{error}; the next connection tries it.",
         "check that it listens and can be reached from this host";

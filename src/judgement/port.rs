@@ -137,6 +137,9 @@ impl Situation {
                 EndpointHealth::Drained => Cause::Drained { endpoint: one },
                 _ if self.is_circular(route, &one) => Cause::Circular { endpoint: one },
                 EndpointHealth::Active => return None,
+                EndpointHealth::Ejected if state.is_aside(self.now) => {
+                    Cause::CannotReach { endpoint: one, error: error() }
+                }
                 EndpointHealth::Ejected => Cause::Ejected {
                     endpoint: one,
                     left: Seconds(state.ejected_for(self.now).unwrap_or_default()),

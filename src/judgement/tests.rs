@@ -55,6 +55,8 @@ fn app() -> Consumer {
 enum Is {
     Active,
     Ejected,
+    /// This host has no route to it.
+    OutOfReach,
     Probing,
     /// It timed out as the only one, and stays in use.
     Silent,
@@ -145,6 +147,7 @@ impl Setting {
             consumers: &[&consumer],
             known: &Arc::default(),
             contested: &BTreeSet::new(),
+            confirmed: 0,
             networks: &BTreeSet::new(),
             endpoints: &answers.into_iter().collect(),
             vips: vip.as_slice(),
@@ -159,6 +162,7 @@ impl Setting {
                 match is {
                     Is::Active | Is::Dialled => {}
                     Is::Ejected => drop(state.failed(NOW, NOW)),
+                    Is::OutOfReach => drop(state.set_aside(Millis(NOW.0 + 1))),
                     Is::Probing => drop(state.failed(Millis(0), Millis(0))),
                     Is::Silent => drop(state.timed_out_alone()),
                     Is::JustFailed => {
@@ -273,6 +277,7 @@ fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
         ("probing", Degraded, Box::new(endpoints(&[Is::Probing]))),
         ("probing", Degraded, Box::new(endpoints(&[Is::Silent]))),
         ("unhealthy", Degraded, Box::new(endpoints(&[Is::Active, Is::Unhealthy]))),
+        ("cannot_reach", Degraded, Box::new(endpoints(&[Is::Active, Is::OutOfReach]))),
         ("source_down", Degraded, Box::new(|s| s.source_fails = true)),
         ("source_down", Degraded, Box::new(|s| s.provider_fails = true)),
         ("held", Degraded, Box::new(|s| s.held = true)),
@@ -314,6 +319,7 @@ fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
         ),
         ("all_ejected", Ejected, Box::new(endpoints(&[Is::Ejected, Is::Unhealthy]))),
         ("all_ejected", Ejected, Box::new(endpoints(&[Is::Ejected, Is::Drained]))),
+        ("all_ejected", Ejected, Box::new(endpoints(&[Is::OutOfReach]))),
         ("all_ejected", Ejected, Box::new(endpoints(&[Is::JustFailed]))),
         ("all_ejected", Ejected, Box::new(endpoints(&[Is::JustFailed, Is::Ejected]))),
         ("probing", Degraded, Box::new(endpoints(&[Is::JustFailed, Is::Active]))),
@@ -524,6 +530,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
     let is = prop_oneof![
         Just(Is::Active),
         Just(Is::Ejected),
+        Just(Is::OutOfReach),
         Just(Is::Probing),
         Just(Is::Silent),
         Just(Is::Unhealthy),

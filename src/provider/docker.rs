@@ -68,6 +68,7 @@ impl Listings {
         let mut listing = Listing {
             networks: bridges.flat_map(|bridge| &bridge.ranges).copied().collect(),
             bridges: interfaces.filter(|interface| !interface.is_empty()).collect(),
+            confirmed: inventory.confirmed,
             ..Listing::default()
         };
         let mut known = Vec::new();

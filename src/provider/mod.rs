@@ -31,6 +31,8 @@ pub struct Listing {
     pub gateways: BTreeSet<IpAddr>,
     /// The interfaces that those networks' gateways are on.
     pub bridges: BTreeSet<Arc<str>>,
+    /// So many doubts about whose an address is are cleared up ([`Lookup::is_in_doubt`]).
+    pub confirmed: u64,
     pub problems: Vec<Problem>,
     /// Containers that declare bindings of which none is valid.
     pub invalid: Vec<Invalid>,

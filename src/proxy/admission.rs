@@ -23,7 +23,12 @@ use super::{
     socket::Socket,
     worker::{HeldTicket, Worker},
 };
-use crate::{model::SourceAddress, outcome::Outcome, table::Route};
+use crate::{
+    docker::process,
+    model::{ConsumerId, SourceAddress},
+    outcome::Outcome,
+    table::Route,
+};
 
 impl Worker {
     /// Maximum number of connections accepted in a row, so that many new ones do not delay the relaying of others.
@@ -96,23 +101,33 @@ impl Worker {
         self.refuse(source, Some(captured.destination), None, outcome);
     }
 
-    /// Whether a route's owner has lost the address, and no event told of that: the next one to have it may have opened this.
+    /// What shows that a route's owner may have lost the address without an event: the next one to have it may have opened this.
     /// That costs a look at the owner's network after an interface of this host has gone, and nothing otherwise.
-    fn has_lost(&self, route: &Route, source: IpAddr) -> bool {
+    fn may_have_lost(&self, route: &Route, source: IpAddr) -> Option<Sign> {
         const MOST: usize = 100_000;
-        let moves = self.settings().lookup.moves();
+        if route.consumer == ConsumerId::Local {
+            return None;
+        }
+        let lookup = &self.settings().lookup;
+        let Some((owner, process)) = owner::shown(route) else {
+            // Its process shows nothing: the engine has to confirm who has which address.
+            let confirmed = self.table.borrow().confirmed;
+            return lookup.is_in_doubt(confirmed).then_some(Sign::Unconfirmed);
+        };
+        let moves = lookup.moves();
         if self.checked.borrow().get(&source).copied().unwrap_or_default() == moves {
-            return false;
+            return None;
         }
-        let has_lost = owner::has_lost(route, source);
-        if !has_lost {
-            let mut checked = self.checked.borrow_mut();
-            if checked.len() >= MOST {
-                checked.clear();
-            }
-            checked.insert(source, moves);
+        let read = || process::addresses(process.pid);
+        if owner.has_address(source, moves, read) == Some(false) {
+            return Some(Sign::Lost);
         }
-        has_lost
+        let mut checked = self.checked.borrow_mut();
+        if checked.len() >= MOST {
+            checked.clear();
+        }
+        checked.insert(source, moves);
+        None
     }
 
     /// Starts a connection, unless it may be one that the address's former owner opened.
@@ -123,13 +138,14 @@ impl Worker {
         route: Arc<Route>,
     ) {
         let now = Instant::now();
-        if self.has_lost(&route, captured.source.0.ip()) {
+        if let Some(sign) = self.may_have_lost(&route, captured.source.0.ip()) {
             let Some(permit) = HoldPermit::for_doubted(&self.shared) else {
                 let Captured { source, destination, .. } = captured;
                 return self.refuse(source, Some(destination), None, Outcome::UnknownConsumer);
             };
             let ticket = self.hold(captured, permit);
-            return self.run(ticket.place(), wait(ticket, socket, captured, Some(route)));
+            let former = (sign == Sign::Lost).then_some(route);
+            return self.run(ticket.place(), wait(ticket, socket, captured, former));
         }
         match owner::doubt(&route, self.pause.get(), now) {
             None => {}
@@ -161,20 +177,31 @@ impl Worker {
     }
 }
 
+/// What shows that a route's owner may have lost its address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sign {
+    /// The owner's network does not have it any more.
+    Lost,
+    /// A container came that may have got it, and the engine has not said yet who has which address.
+    Unconfirmed,
+}
+
 /// Waits until the container is known: its first connection may arrive before the engine's event. `former`: the route of the
 /// one who had the address before.
 async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, former: Option<Arc<Route>>) {
     let (worker, accepted) = (ticket.worker().clone(), Instant::now());
     let deadline = accepted + worker.settings().hold;
     worker.settings().lookup.ask();
+    let source = captured.source.0.ip();
     loop {
         // Looked up before the first wait too: the table may have come since this connection was accepted.
         let route = worker.route_of(&captured);
-        let is_former = |route: &Arc<Route>| {
+        let is_lost = |route: &Arc<Route>| {
             former.as_ref().is_some_and(|former| former.number == route.number)
+                || worker.may_have_lost(route, source).is_some()
         };
         match route {
-            Ok(route) if is_former(&route) => {
+            Ok(route) if is_lost(&route) => {
                 if !worker.another_table(deadline).await {
                     return ticket.end(Outcome::UnknownConsumer);
                 }
@@ -234,7 +261,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::{ConsumerId, ContainerId, Endpoint, Process, RunEnd},
+        model::{ContainerId, Endpoint, Process, RunEnd},
         proxy::{
             connections::{Connection, State},
             settings::ProxySettings,
@@ -244,6 +271,7 @@ mod tests {
                 table_after, table_of,
             },
         },
+        table::Table,
     };
 
     /// A worker whose table has one container's route, which came at `born`. The container's first process is this one.
@@ -408,6 +436,64 @@ mod tests {
             let captured = captured("172.17.0.5:4".parse().unwrap(), VIP.parse().unwrap());
             worker.let_in_to(Socket::new(accepted), captured, sandboxed.clone());
             assert_eq!(sandboxed.counts.started.load(Relaxed), 1);
+            worker.end_all(Outcome::Shutdown, |_| true);
+            worker.all_ended().await;
+        });
+    }
+
+    /// No process is visible, and a container came after an interface had gone. Only the engine can say whose the address is.
+    #[test]
+    fn an_address_that_may_have_a_newer_owner_is_served_once_the_engine_has_confirmed_it() {
+        run(async {
+            let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
+            let source: IpAddr = "172.17.0.2".parse().unwrap();
+            let id =
+                |name| ConsumerId::Container { id: ContainerId::new(name), started_at: "t".into() };
+            let of = |name| consumer_of(id(name), name, source, "redis;6379");
+            let first = table_after(&Table::default(), &[of("former")], &[]).unwrap();
+            let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(first)).unwrap();
+            let lookup = worker.settings().lookup.clone();
+            let route = || worker.table.borrow().routes().next().unwrap().clone();
+            let started = |route: &Route| route.counts.started.load(Relaxed);
+            let dial = async || {
+                let (client, accepted) = connection().await;
+                let captured = captured("172.17.0.2:1".parse().unwrap(), VIP.parse().unwrap());
+                worker.let_in(Socket::new(accepted), captured);
+                // What waits has had its turn.
+                tokio::task::yield_now().await;
+                client
+            };
+            let waiting = || {
+                let connections = worker.connections.borrow();
+                connections.iter().filter(|(_, one)| matches!(one.state, State::Held(_))).count()
+            };
+            let _before = dial().await;
+            let former = route();
+            assert_eq!((started(&former), waiting()), (1, 0));
+            lookup.doubt();
+            let _doubted = dial().await;
+            assert_eq!((started(&former), waiting()), (1, 1));
+            // A table that confirms nothing serves nobody.
+            let other = consumer("other", "172.17.0.77".parse().unwrap(), "redis;6379");
+            let before = worker.table.borrow().clone();
+            let next = table_after(&before, &[of("former"), other.clone()], &[]).unwrap();
+            worker.take_over(Arc::new(next));
+            tokio::task::yield_now().await;
+            tokio::task::yield_now().await;
+            assert_eq!((started(&former), waiting()), (1, 1));
+            // The engine says that the address is another's.
+            let before = worker.table.borrow().clone();
+            let mut next = table_after(&before, &[of("next"), other], &[]).unwrap();
+            next.confirmed = lookup.doubts();
+            worker.take_over(Arc::new(next));
+            let key = former.key;
+            let served = async {
+                while started(worker.table.borrow().route(&key).unwrap()) == 0 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(60), served).await.unwrap();
+            assert_eq!((started(&former), waiting()), (1, 0));
             worker.end_all(Outcome::Shutdown, |_| true);
             worker.all_ended().await;
         });

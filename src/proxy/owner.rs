@@ -18,8 +18,7 @@ use tokio::net::TcpStream;
 
 use super::captured::Captured;
 use crate::{
-    docker::process,
-    model::{ConsumerId, RunEnd},
+    model::{ConsumerId, Process, RunEnd},
     table::Route,
 };
 
@@ -63,15 +62,11 @@ pub(super) fn doubt(route: &Route, pause: Option<Pause>, now: Instant) -> Option
     }
 }
 
-/// Whether the owner of a route has certainly lost the address that it is known at. Never if processes are not visible.
-pub(super) fn has_lost(route: &Route, source: IpAddr) -> bool {
+/// The owner of a route, and its process, if that shows the owner's addresses: it is visible, and no sandbox.
+pub(super) fn shown(route: &Route) -> Option<(&RunEnd, Process)> {
     // The last is the one whose network namespace it is.
-    let owner = route.ends.last().filter(|owner| owner.has_shown_network());
-    let process = owner.and_then(RunEnd::process);
-    process.is_some_and(|process| {
-        let now = process::addresses(process.pid);
-        now.is_ok_and(|addresses| !addresses.contains(&source))
-    })
+    let owner = route.ends.last().filter(|owner| owner.has_shown_network())?;
+    Some((owner, owner.process()?))
 }
 
 /// Whether the peer has ended its direction or is gone, as the kernel knows it: the runtime knows nothing yet of a socket

@@ -68,6 +68,7 @@ pub(super) fn table_after(
         consumers: &consumers.iter().collect::<Vec<_>>(),
         contested: &Default::default(),
         known: &Arc::new(["172.17.0.4".parse().unwrap()].into()),
+        confirmed: 0,
         networks: &["172.17.0.0/16".parse().unwrap()].into(),
         endpoints: &answers,
         vips: &[Vip("172.17.0.1".parse().unwrap())],
@@ -144,12 +145,25 @@ pub(super) fn run(test: impl Future<Output = ()>) {
 
 /// Runs a test in a process of its own, because it changes what all of a process share. `name` is the test's.
 pub(super) fn in_own_process(name: &str, test: impl FnOnce()) {
+    alone(name, &[], test);
+}
+
+/// The same in a network of its own, which has nothing but the loopback interface.
+pub(super) fn in_own_network(name: &str, test: impl FnOnce()) {
+    let up = "ip link set lo up; exec \"$0\" \"$@\"";
+    alone(name, &["unshare", "--net", "--", "sh", "-euc", up], test);
+}
+
+fn alone(name: &str, before: &[&str], test: impl FnOnce()) {
     const ALONE: &str = "EMBASSY_TEST_ALONE";
     if std::env::var_os(ALONE).is_some() {
         return test();
     }
-    let mut own = std::process::Command::new(std::env::current_exe().unwrap());
-    let output = own.args([name, "--exact", "--nocapture"]).env(ALONE, "1").output().unwrap();
+    let program = std::env::current_exe().unwrap();
+    let mut words = before.iter().map(std::ffi::OsStr::new).chain([program.as_os_str()]);
+    let mut own = std::process::Command::new(words.next().unwrap());
+    own.args(words).args([name, "--exact", "--nocapture"]).env(ALONE, "1");
+    let output = own.output().unwrap();
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     assert!(output.status.success() && said.contains("1 passed"), "{said}");
 }

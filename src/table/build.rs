@@ -28,6 +28,7 @@ pub(super) fn next(
 ) -> Option<Table> {
     let mut next = Table {
         version: prev.version + 1,
+        confirmed: inputs.confirmed,
         routes: prev.routes.clone(),
         known: prev.known.clone(),
         networks: inputs.networks.clone(),
@@ -446,7 +447,12 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         }
         changes.of_places(self.prev, &self.next);
         let is_first = self.prev.version == 0;
-        if !is_first && changes.is_empty() && self.prev.unrouted == self.next.unrouted {
+        let is_confirmed_anew = self.prev.confirmed != self.next.confirmed;
+        if !is_first
+            && !is_confirmed_anew
+            && changes.is_empty()
+            && self.prev.unrouted == self.next.unrouted
+        {
             return None;
         }
         self.next.changes = changes;

@@ -138,6 +138,7 @@ impl Sources {
             consumers: &consumers.iter().collect::<Vec<_>>(),
             known: &Arc::new([address(50)].into()),
             contested: &world.contested.iter().map(|n| address(*n)).collect(),
+            confirmed: 0,
             networks: &BTreeSet::new(),
             endpoints: &self.answers,
             vips: &world.vips.iter().map(|n| Vip(address(*n))).collect::<Vec<_>>(),

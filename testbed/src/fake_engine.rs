@@ -54,6 +54,8 @@ struct State {
     /// The path of each request.
     asked: Vec<String>,
     streams: usize,
+    /// Events are lost.
+    mute: bool,
 }
 
 impl FakeEngine {
@@ -126,15 +128,21 @@ impl FakeEngine {
         };
     }
 
+    /// Whether it loses its events from now on.
+    pub fn loses_events(&self, mute: bool) {
+        self.state().mute = mute;
+    }
+
     /// Tells of something that happened to a container.
     pub fn tells(&self, action: &str, id: &str) {
-        let event = json!({"Type": "container", "Action": action, "Actor": {"ID": id}});
-        let _ = self.events.send(Some(event));
+        self.tells_of(json!({"Type": "container", "Action": action, "Actor": {"ID": id}}));
     }
 
     /// Tells of anything, as the stream has it.
     pub fn tells_of(&self, event: Value) {
-        let _ = self.events.send(Some(event));
+        if !self.state().mute {
+            let _ = self.events.send(Some(event));
+        }
     }
 
     /// Ends the streams of events.

@@ -21,7 +21,11 @@ use serde_json::{Value, json};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::{
-    fake_engine::FakeEngine, host::Host, poll::eventually, process::Process, space::testbed_program,
+    fake_engine::{FakeEngine, Mood},
+    host::Host,
+    poll::eventually,
+    process::Process,
+    space::testbed_program,
 };
 
 /// How long a namespace may take to come or go.
@@ -273,6 +277,21 @@ END",
 
     fn running(&self) -> MutexGuard<'_, Option<Run>> {
         self.run.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Host {
+    /// Whether the engine of a light host tells nobody of what happens, from now on.
+    pub fn loses_events(&self, mute: bool) -> Result<()> {
+        engine(self)?.engine.loses_events(mute);
+        Ok(())
+    }
+
+    /// Whether the engine of a light host lists its containers as they are now, and only once this ends.
+    pub fn delays_lists(&self, delays: bool) -> Result<()> {
+        let mood = delays.then_some(Mood::Waits);
+        engine(self)?.engine.answers("/containers/json", mood);
+        Ok(())
     }
 }
 

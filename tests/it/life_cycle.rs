@@ -335,12 +335,12 @@ fn a_disk_that_hangs_does_not_hold_up_the_end() -> Result<()> {
     Ok(())
 }
 
-/// A host whose `iptables-save` hangs while /run/hang is there, and a container.
+/// A host whose `iptables-save` hangs while /run/hang is there, and then makes /run/hangs; and a container.
 fn hanging() -> Result<(Host, testbed::Container)> {
     let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
-    let save = "mkdir -p /run/bin; printf '#!/bin/sh\ntest -e /run/hang && exec sleep 1000\nexec %s \"$@\"\n' \
+    let save = "mkdir -p /run/bin; printf '#!/bin/sh\nwhile test -e /run/hang; do touch /run/hangs; sleep 0.1; done\nexec %s \"$@\"\n' \
                $(command -v iptables-save) > /run/bin/iptables-save; chmod +x /run/bin/iptables-save";
     host.run("sh", ["-ec", save])?;
     Ok((host, app))
@@ -372,6 +372,31 @@ fn a_firewall_that_hangs_holds_up_neither_the_end_nor_a_second_signal() -> Resul
         host.run("rm", ["/run/hang"])?;
     }
     Ok(())
+}
+
+/// Another program has the lock for a moment, just when a drain has used up its time.
+#[test]
+fn a_drain_leaves_the_removal_of_the_rules_its_time() -> Result<()> {
+    let (host, app) = hanging()?;
+    let pool = host.server("pool", ["hang"]).start()?;
+    offer(&host, "pool", pool.ip()?)?;
+    let pooled = host.client("pooled").env("BACKEND_POOL", "/services/pool;81").start()?;
+    let embassy = with_hanging(&host, &["--drain=5s"])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let _open = pooled.spawn("open", ["testbed", "peer", "recv", "172.17.0.1:81"])?;
+    counts(&embassy, "embassy_connections_active", 1)?;
+    host.run("touch", ["/run/hang"])?;
+    embassy.terminate()?;
+    testbed::eventually(WAIT, "the removal to wait", || {
+        host.run("test", ["-e", "/run/hangs"]).map(drop)
+    })?;
+    // Not to wait for something: so long does the other program have the lock.
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    host.run("rm", ["/run/hang"])?;
+    assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
+    ensure!(!embassy.log().contains("rules may be left"), "{}", embassy.log());
+    nothing_is_left(&host)
 }
 
 #[test]

@@ -39,6 +39,7 @@ fn next(before: &Table, consumers: &[(&str, &str, &[u16])]) -> Arc<Table> {
         consumers: &consumers.iter().collect::<Vec<_>>(),
         contested: &BTreeSet::new(),
         known: &Arc::default(),
+        confirmed: 0,
         networks: &BTreeSet::new(),
         endpoints: &Default::default(),
         vips: &[],

@@ -73,18 +73,22 @@ impl Offers {
     pub(crate) fn select(&self, query: &Query, healthy_only: bool) -> Endpoints {
         let mut rejected = Vec::new();
         let named = self.0.get(query.service.as_str()).into_iter().flatten();
-        let wanted = named.filter(|offer| {
-            query.tags.all_in(&offer.tags)
-                && (offer.healthy || !healthy_only)
-                && !offer.stay.is_over()
-        });
-        let wanted: Vec<_> = wanted.collect();
+        let tagged = named.filter(|offer| query.tags.all_in(&offer.tags) && !offer.stay.is_over());
+        let is_fit = |offer: &&Arc<Offer>| offer.healthy || !healthy_only;
+        let (wanted, unhealthy): (Vec<_>, Vec<_>) = tagged.partition(is_fit);
         let is_first_choice = |offer: &&Arc<Offer>| !offer.last_resort && offer.endpoint.is_ok();
         let there_are_better = wanted.iter().any(is_first_choice);
         let (mut list, mut stays) = (Vec::new(), BTreeMap::new());
+        let mut unfit: BTreeSet<_> = unhealthy
+            .into_iter()
+            .filter_map(|offer| offer.endpoint.as_ref().ok())
+            .copied()
+            .collect();
         for offer in wanted {
             match &offer.endpoint {
-                Ok(_) if offer.last_resort && there_are_better => {}
+                Ok(endpoint) if offer.last_resort && there_are_better => {
+                    unfit.insert(*endpoint);
+                }
                 Ok(endpoint) => {
                     list.push(*endpoint);
                     if offer.stay != Stay::default() {
@@ -97,7 +101,8 @@ impl Offers {
                 }),
             }
         }
-        Endpoints { stays, ..Endpoints::new(list, rejected) }
+        unfit.retain(|one| !list.contains(one));
+        Endpoints { stays, unfit, ..Endpoints::new(list, rejected) }
     }
 }
 

@@ -161,6 +161,7 @@ fn table(before: &Table, endpoint: Option<Endpoint>) -> Result<Table> {
         consumers: &consumers,
         contested: &Default::default(),
         known: &Default::default(),
+        confirmed: 0,
         networks: &Default::default(),
         endpoints: &endpoints,
         vips: &[Vip(VIP.into())],
