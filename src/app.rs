@@ -20,7 +20,10 @@ use crate::{
     admin::{Admin, Constants, Feeds, metrics::Metrics},
     capture::{self, Backend, Capture, CaptureCounts, Lock, rules},
     check,
-    config::{self, CaptureMode, CaptureScope, Config, Instance, Provider as ProviderChoice},
+    config::{
+        self, CaptureMode, CaptureScope, Config, ConsumerLimit, Instance,
+        Provider as ProviderChoice,
+    },
     control::{Control, Settings, Waiting},
     discovery,
     docker::follow::Follower,
@@ -109,7 +112,14 @@ impl App {
             },
             max_connections,
             memory_short,
-            max_connections_per_consumer: config.max_connections_per_consumer,
+            max_connections_per_consumer: match (
+                &config.provider,
+                config.max_connections_per_consumer,
+            ) {
+                // There are no others to leave room for.
+                (ProviderChoice::Static(_), ConsumerLimit::Share) => ConsumerLimit::NONE,
+                (_, limit) => limit,
+            },
             mark,
             user_timeout: config.user_timeout,
             failed_checks,

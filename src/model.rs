@@ -4,6 +4,7 @@ use std::{
     fmt,
     net::{IpAddr, SocketAddr},
     num::NonZeroU16,
+    os::fd::OwnedFd,
     str::FromStr,
     sync::{
         Arc, OnceLock,
@@ -141,6 +142,7 @@ pub struct RunEnd(Arc<Run>);
 struct Run {
     ended: AtomicBool,
     process: OnceLock<Process>,
+    descriptor: OnceLock<Arc<OwnedFd>>,
     network_shown: AtomicBool,
 }
 
@@ -166,6 +168,16 @@ impl RunEnd {
     /// Its first process, if it was seen.
     pub fn process(&self) -> Option<Process> {
         self.0.process.get().copied()
+    }
+
+    /// The pidfd of its first process. The first one stands.
+    pub fn is_held_by(&self, descriptor: Arc<OwnedFd>) {
+        self.0.descriptor.get_or_init(|| descriptor);
+    }
+
+    /// The pidfd of its first process, if it was seen.
+    pub fn descriptor(&self) -> Option<&Arc<OwnedFd>> {
+        self.0.descriptor.get()
     }
 
     /// The kernel shows the container's address in the network of its process, as it does not of a sandbox's.

@@ -139,35 +139,44 @@ impl Group {
 
 #[cfg(test)]
 mod tests {
+    use std::{sync::mpsc::channel, thread::JoinHandle};
+
     use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
     use super::{super::nft::tests::enter_a_namespace_of_its_own, *};
 
     /// On a thread in a network namespace of its own.
-    fn apart(test: impl FnOnce() + Send + 'static) {
-        let test = || {
+    fn apart(test: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+        std::thread::spawn(|| {
             enter_a_namespace_of_its_own();
             test();
-        };
-        std::thread::spawn(test).join().unwrap();
+        })
     }
 
     #[test]
     fn one_of_a_network_namespace_has_the_lock_until_it_ends() {
-        apart(|| {
+        let (is_taken, taken) = channel();
+        let (is_done, others_done) = channel();
+        let one = apart(move || {
             assert!(!Lock::is_held());
             let lock = Lock::take().unwrap().unwrap();
             assert!(lock._held.is_some(), "this kernel has a packet log");
             assert!(Lock::is_held() && Lock::take().unwrap().is_none());
-            apart(|| {
-                assert!(!Lock::is_held(), "another namespace has its own");
-                assert!(Lock::take().unwrap().is_some());
-            });
+            is_taken.send(()).unwrap();
+            others_done.recv().unwrap();
             assert!(Lock::is_held(), "to ask changes nothing");
             drop(lock);
             assert!(!Lock::is_held());
             assert!(Lock::take().unwrap().is_some());
         });
+        taken.recv().unwrap();
+        let another = apart(|| {
+            assert!(!Lock::is_held(), "each namespace has its own");
+            assert!(Lock::take().unwrap().is_some());
+        });
+        another.join().unwrap();
+        is_done.send(()).unwrap();
+        one.join().unwrap();
     }
 
     #[test]
@@ -188,6 +197,8 @@ mod tests {
             // What cannot be known is not taken for another embassy.
             set_capabilities(None, sets).unwrap();
             assert!(Lock::take().is_err() && !Lock::is_held());
-        });
+        })
+        .join()
+        .unwrap();
     }
 }

@@ -2,17 +2,14 @@
 
 use std::{
     pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    time::Duration,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use tokio::{
     sync::Notify,
-    time::{Instant, MissedTickBehavior, interval, sleep_until},
+    time::{MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{debug, warn};
 
@@ -22,9 +19,10 @@ use super::{
     container::{Container, Interfaces, Inventory, Network},
     containers::Containers,
     links::Links,
+    lookup::Lookup,
     obstacle,
     process::{self, Processes},
-    read,
+    read::{self, Notice},
 };
 use crate::source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError, follow};
 
@@ -80,44 +78,6 @@ impl Follower {
             follow(&follower.name, source, publish, resync).await;
         };
         self.inventory.derive(start, publish, answer).await;
-    }
-}
-
-/// Between a follower and those who accept connections. They ask it to look for unknown containers, after a connection from an
-/// unknown address; it tells them when a known one may have lost its address. Clones share it.
-#[derive(Debug, Clone, Default)]
-pub struct Lookup(Arc<LookupState>);
-
-#[derive(Debug, Default)]
-struct LookupState {
-    asked: Notify,
-    moves: AtomicU64,
-}
-
-impl Lookup {
-    /// Minimum interval between two looks, so that repeated connections from unknown addresses do not load the engine.
-    const PAUSE: Duration = Duration::from_millis(50);
-
-    /// Requests a look. Several requests before it are one.
-    pub fn ask(&self) {
-        self.0.asked.notify_one();
-    }
-
-    /// How often an interface of this host went away: with each, a container may have left a network, whether the engine
-    /// tells of it or not.
-    pub fn moves(&self) -> u64 {
-        self.0.moves.load(Relaxed)
-    }
-
-    /// An interface went away.
-    pub(crate) fn moved(&self) {
-        self.0.moves.fetch_add(1, Relaxed);
-    }
-
-    /// Waits for a request, at least until `next_look`.
-    async fn asked(&self, next_look: Instant) {
-        sleep_until(next_look).await;
-        self.0.asked.notified().await;
     }
 }
 
@@ -177,6 +137,8 @@ impl Source for EngineSource {
         let mut links = Links::open();
         lookup.moved();
         let mut next_look = Instant::now();
+        // A look is over once the containers that it listed are inspected.
+        let mut is_looking = false;
         let mut next_networks = Instant::now();
         let patience = Instant::now() + PATIENCE;
         let mut ping = interval(PING);
@@ -186,6 +148,9 @@ impl Source for EngineSource {
             while let Some(event) = heard.take() {
                 let event = event.unwrap_or_else(|| Err(SourceError::new("the events ended")))?;
                 if let Some(notice) = read::notice(&event) {
+                    if matches!(notice, Notice::Changed(_)) {
+                        lookup.forget();
+                    }
                     self.containers.hear(notice);
                 }
                 heard = events.next().now_or_never();
@@ -199,6 +164,14 @@ impl Source for EngineSource {
             }
             while let Some(ticket) = self.containers.next() {
                 inspections.push(client.inspect(ticket, &prefixes));
+            }
+            if is_looking && self.containers.knows_all() {
+                // An engine lists a container only a moment after its first process has started. Docker tells of it before that
+                // and holds its inspection back until then; podman does not.
+                let is_certain = !client.is_podman();
+                let is_known = |address: &_| self.containers.has_address(address);
+                next_look = lookup.is_over(is_certain, is_known);
+                is_looking = false;
             }
             // One at a time, so that the last answer is the newest.
             if networks.is_empty()
@@ -216,8 +189,11 @@ impl Source for EngineSource {
                     self.containers.list_networks();
                     lists.push(client.list());
                 }
-                () = lookup.asked(next_look), if looks.is_empty() => looks.push(client.list()),
-                () = sleep_until(patience), if waits_for_networks => {}
+                () = lookup.asked(next_look), if looks.is_empty() => {
+                    next_look = lookup.begins();
+                    looks.push(client.list());
+                }
+                () = sleep_until(patience.into()), if waits_for_networks => {}
                 change = links.changed() => {
                     if change.gone {
                         lookup.moved();
@@ -264,8 +240,10 @@ impl Source for EngineSource {
                 }
                 Some(list) = lists.next() => self.containers.relist(list?),
                 Some(running) = looks.next() => {
-                    next_look = Instant::now() + Lookup::PAUSE;
+                    is_looking = true;
                     self.containers.look_at(running?);
+                    // Events that were told before the list was are older than it.
+                    heard = events.next().now_or_never();
                     self.show(self.containers.unaddressed().cloned().collect());
                 }
                 Some(alive) = pings.next() => {
@@ -290,6 +268,9 @@ impl EngineSource {
         let (here, ours) = (self.containers.interfaces(), process::ours());
         for one in unaddressed {
             let shown = process::shown(&one.id, one.pid, &here, &ours);
+            if shown.is_some() {
+                one.run.shows_network();
+            }
             self.containers.shown(&one.id, shown);
         }
     }
@@ -327,7 +308,7 @@ impl EngineSource {
 /// Watches a container's process, and notes whether its network can be looked at.
 fn watch(processes: &mut Processes, one: &Container, bell: &Arc<Notify>) {
     processes.watch(&one.id, one.pid, &one.run, bell.clone());
-    if one.run.process().is_some() && process::shows(one.pid, one.given()) {
+    if process::look(&one.run, |pid| process::shows(pid, one.given())) == Some(true) {
         one.run.shows_network();
     }
 }
