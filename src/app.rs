@@ -13,13 +13,16 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     admin::{Admin, Constants, Feeds, metrics::Metrics},
     capture::{self, Backend, Capture, CaptureCounts, Lock, rules},
     check,
-    config::{self, CaptureMode, CaptureScope, Config, Instance, Provider as ProviderChoice},
+    config::{
+        self, CaptureMode, CaptureScope, Config, ConsumerLimit, Instance,
+        Provider as ProviderChoice,
+    },
     control::{Control, Settings, Waiting},
     discovery,
     docker::follow::Follower,
@@ -62,6 +65,10 @@ impl App {
     /// Starts all parts. A source that is down is not an error: embassy is only not ready.
     pub async fn start(config: Config) -> Result<Self> {
         let started = std::time::Instant::now();
+        let lock = match config.capture {
+            CaptureMode::None => None,
+            CaptureMode::Dnat | CaptureMode::Redirect => remove_leftovers().await?,
+        };
         let readiness = Readiness::default();
         let waiting = Waiting {
             listing: readiness.wait_for(Part::Listing),
@@ -105,7 +112,14 @@ impl App {
             },
             max_connections,
             memory_short,
-            max_connections_per_consumer: config.max_connections_per_consumer,
+            max_connections_per_consumer: match (
+                &config.provider,
+                config.max_connections_per_consumer,
+            ) {
+                // There are no others to leave room for.
+                (ProviderChoice::Static(_), ConsumerLimit::Share) => ConsumerLimit::NONE,
+                (_, limit) => limit,
+            },
             mark,
             user_timeout: config.user_timeout,
             failed_checks,
@@ -176,18 +190,10 @@ impl App {
             }
             None => None,
         };
-        let lock = match config.capture {
-            CaptureMode::None => None,
-            CaptureMode::Dnat | CaptureMode::Redirect => Some(
-                Lock::take()
-                    .context("cannot check whether another embassy captures here")?
-                    .context("another embassy captures in this network namespace: one serves all its containers")?,
-            ),
-        };
-        // The capture comes last: nothing after it can fail, so an embassy that cannot start neither removes nor leaves rules.
-        let capture = match capturing.zip(lock) {
-            Some(((backend, counts, ready), lock)) => {
-                capture::cleanup().await;
+        // The capture comes last: nothing after it can fail, so an embassy that cannot start leaves no rules.
+        let capture = match capturing {
+            Some((backend, counts, ready)) => {
+                let lock = lock.context("cannot check whether another embassy captures here")?;
                 Some(Capture::start(lock, backend, rules, tables, counts, ready, events))
             }
             None => None,
@@ -287,6 +293,26 @@ impl App {
         drop(self.admin);
         // It is not an error that something was not waited for.
         ended.unwrap_or(Ok(())).context("the data path")
+    }
+}
+
+/// Removes the rules that a killed embassy left, before anything else can fail: they lead containers' connections, and the
+/// passwords in them, to whichever program has the port now. Returns the right to capture here; `None` if that cannot be had,
+/// as without NET_ADMIN. An error if another embassy has it.
+async fn remove_leftovers() -> Result<Option<Lock>> {
+    match Lock::take() {
+        Ok(Some(lock)) => {
+            capture::cleanup().await;
+            Ok(Some(lock))
+        }
+        Ok(None) => Err(anyhow!(
+            "another embassy captures in this network namespace: one serves all its containers"
+        )),
+        Err(error) => {
+            // What opens the firewall says what is missing.
+            debug!(%error, "cannot check whether another embassy captures here");
+            Ok(None)
+        }
     }
 }
 

@@ -11,6 +11,7 @@ mod inspections;
 #[cfg(test)]
 mod interleavings;
 mod links;
+pub mod lookup;
 pub(crate) mod obstacle;
 pub(crate) mod per_container;
 pub(crate) mod process;

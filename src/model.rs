@@ -5,6 +5,7 @@ use std::{
     fmt, io,
     net::{IpAddr, SocketAddr},
     num::NonZeroU16,
+    os::fd::OwnedFd,
     str::FromStr,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
@@ -150,6 +151,7 @@ pub struct RunEnd(Arc<Run>);
 struct Run {
     ended: AtomicBool,
     process: OnceLock<Process>,
+    descriptor: OnceLock<Arc<OwnedFd>>,
     network_shown: AtomicBool,
     /// The addresses in its network, and how many interfaces of this host had gone when they were read.
     addresses: Mutex<Option<(u64, BTreeSet<IpAddr>)>>,
@@ -177,6 +179,16 @@ impl RunEnd {
     /// Its first process, if it was seen.
     pub fn process(&self) -> Option<Process> {
         self.0.process.get().copied()
+    }
+
+    /// The pidfd of its first process. The first one stands.
+    pub fn is_held_by(&self, descriptor: Arc<OwnedFd>) {
+        self.0.descriptor.get_or_init(|| descriptor);
+    }
+
+    /// The pidfd of its first process, if it was seen.
+    pub fn descriptor(&self) -> Option<&Arc<OwnedFd>> {
+        self.0.descriptor.get()
     }
 
     /// The kernel shows the container's address in the network of its process, as it does not of a sandbox's.

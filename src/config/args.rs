@@ -162,7 +162,10 @@ pub(crate) struct Args {
     #[arg(long, help_heading = TRAFFIC, value_name = "NUMBER")]
     pub(super) max_connections: Option<String>,
 
-    /// Maximum number of open connections of one consumer, at least 1. Further ones are reset and counted [default: no limit]
+    /// Maximum number of open connections of one consumer, at least 1, or "share". Further ones are reset and counted.
+    /// "share" leaves room for others: beyond 16, a consumer may have three times as many open as are still free of
+    /// --max-connections, a sixteenth of which is kept for consumers with fewer than 16. So one consumer alone gets 70 %.
+    /// With -provider=static there is one consumer, and no limit [default: share]
     #[arg(long, help_heading = TRAFFIC, value_name = "NUMBER")]
     pub(super) max_connections_per_consumer: Option<String>,
 

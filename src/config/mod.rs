@@ -65,8 +65,7 @@ pub struct Config {
     pub drain: Duration,
     /// `None`: by the limits of descriptors and memory. At least 1.
     pub max_connections: Option<usize>,
-    /// `None`: no limit. At least 1.
-    pub max_connections_per_consumer: Option<usize>,
+    pub max_connections_per_consumer: ConsumerLimit,
     /// No connection tracking between proxy and endpoints.
     pub notrack: bool,
     pub conntrack: Conntrack,
@@ -82,6 +81,35 @@ pub struct Config {
     pub log_filter: Option<String>,
     /// Flags that were given and mean nothing in this run: to be named in one warning.
     pub ignored: Vec<&'static str>,
+}
+
+/// How many connections one consumer may have open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConsumerLimit {
+    /// Three times as many as are still free, so that there is room for others, and more of it the fewer want it.
+    Share,
+    /// At least 1.
+    Most(usize),
+}
+
+impl ConsumerLimit {
+    pub const NONE: Self = Self::Most(usize::MAX);
+
+    /// A consumer with fewer connections than this has its share.
+    const FEW: usize = 16;
+    /// One in so many is kept for those consumers.
+    const RESERVED_SHARE: usize = 16;
+
+    /// The number, where `free` connections of `all` that may be open are not.
+    pub fn with(self, free: usize, all: usize) -> usize {
+        match self {
+            Self::Share => {
+                let free = free.saturating_sub(all / Self::RESERVED_SHARE);
+                free.saturating_mul(3).max(Self::FEW)
+            }
+            Self::Most(most) => most,
+        }
+    }
 }
 
 /// Which embassy this is, for people.

@@ -82,7 +82,8 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
             "--max-connections-per-consumer",
             args.max_connections_per_consumer,
         )
-        .read(count, COUNT)?,
+        .or("share")
+        .read(consumer_limit, format_args!("{COUNT}, or share"))?,
         notrack: switch("--notrack", args.notrack, "false")?,
         conntrack: Conntrack {
             max_connections: env.setting("IPTABLES_TRACK_MAX_CONNECTIONS").read(count, COUNT)?,

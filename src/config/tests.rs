@@ -84,7 +84,8 @@ fn nothing_given() {
     assert_eq!(config.hold, Duration::from_secs(2));
     assert_eq!(config.user_timeout, Duration::from_secs(30));
     assert_eq!(config.drain, Duration::from_secs(8));
-    assert_eq!((config.max_connections, config.max_connections_per_consumer), (None, None));
+    assert_eq!(config.max_connections, None);
+    assert_eq!(config.max_connections_per_consumer, ConsumerLimit::Share);
     assert!(!config.notrack);
     assert_eq!(config.conntrack, Conntrack::default());
     assert_eq!(config.admin, Some(Admin::Tcp("127.0.0.1:9990".parse().unwrap())));
@@ -458,7 +459,7 @@ b'",
         ("-max-connections 0", "--max-connections \"0\": expected a whole number from 1"),
         (
             "-max-connections-per-consumer -1",
-            "--max-connections-per-consumer \"-1\": expected a whole number from 1",
+            "--max-connections-per-consumer \"-1\": expected a whole number from 1, or share",
         ),
         (
             "-admin 9990",

@@ -45,6 +45,7 @@ pub(crate) struct Client {
     http: reqwest::Client,
     /// `http://host/v1.41`
     base: String,
+    is_podman: bool,
 }
 
 /// Why a request has no answer.
@@ -90,20 +91,28 @@ impl Client {
     /// The client speaks the newest version that both sides know: no fixed version fits the engines from 20.10 to 29.
     pub(crate) async fn connect(engine: &Engine) -> Result<(Self, String), SourceError> {
         let (http, base) = engine.http()?;
-        let mut client = Self { engine: engine.clone(), http, base };
+        let mut client = Self { engine: engine.clone(), http, base, is_podman: false };
         let asking = async {
             let response = client.open("/_ping").await?;
             let header = |name: &str| response.headers().get(name)?.to_str().ok();
             let since = header(DATE.as_str()).and_then(since).unwrap_or_else(now);
-            Ok((header("Api-Version").and_then(version), since))
+            let is_podman = header("Libpod-API-Version").is_some();
+            Ok((header("Api-Version").and_then(version), since, is_podman))
         };
         let answer = within(ANSWER, asking).await;
-        let (version, since) = answer.map_err(|error| client.failed("a ping", &error))?;
+        let (version, since, is_podman) =
+            answer.map_err(|error| client.failed("a ping", &error))?;
+        client.is_podman = is_podman;
         // An engine that does not say its version gets requests without one, and answers as it likes best.
         if let Some((major, minor)) = version.map(|version| version.min(NEWEST)) {
             client.base.push_str(&format!("/v{major}.{minor}"));
         }
         Ok((client, since))
+    }
+
+    /// Whether the engine is podman.
+    pub(super) fn is_podman(&self) -> bool {
+        self.is_podman
     }
 
     /// The events of containers and networks from `since` on. An engine replays only a few of the events before the

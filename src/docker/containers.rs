@@ -224,6 +224,16 @@ impl Containers {
         }
     }
 
+    /// Whether everything is known of all containers that were listed or told of: no inspection is wanted or under way.
+    pub(super) fn knows_all(&self) -> bool {
+        self.inspections.are_done(|id| self.running.contains_key(id))
+    }
+
+    /// Whether a container is known to have this address.
+    pub(super) fn has_address(&self, address: &IpAddr) -> bool {
+        self.claims.contains_key(address)
+    }
+
     /// Requests a new inspection of those whose inspection failed.
     pub(super) fn retry(&mut self) {
         self.inspections.retry();

@@ -2,17 +2,14 @@
 
 use std::{
     pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    time::Duration,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use tokio::{
     sync::Notify,
-    time::{Instant, MissedTickBehavior, interval, sleep_until},
+    time::{MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{debug, warn};
 
@@ -22,9 +19,10 @@ use super::{
     container::{Container, Interfaces, Inventory, Network},
     containers::Containers,
     links::Links,
+    lookup::Lookup,
     obstacle,
     process::{self, Processes},
-    read,
+    read::{self, Notice},
 };
 use crate::source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError, follow};
 
@@ -80,69 +78,6 @@ impl Follower {
             follow(&follower.name, source, publish, resync).await;
         };
         self.inventory.derive(start, publish, answer).await;
-    }
-}
-
-/// Between a follower and those who accept connections. They ask it to look for unknown containers, after a connection from an
-/// unknown address; it tells them when a known one may have lost its address. Clones share it.
-#[derive(Debug, Clone, Default)]
-pub struct Lookup(Arc<LookupState>);
-
-#[derive(Debug, Default)]
-struct LookupState {
-    asked: Notify,
-    moves: AtomicU64,
-    doubts: AtomicU64,
-    /// So many doubts were given up without an answer.
-    given_up: AtomicU64,
-}
-
-impl Lookup {
-    /// Minimum interval between two looks, so that repeated connections from unknown addresses do not load the engine.
-    const PAUSE: Duration = Duration::from_millis(50);
-
-    /// Requests a look. Several requests before it are one.
-    pub fn ask(&self) {
-        self.0.asked.notify_one();
-    }
-
-    /// How often an interface of this host went away: with each, a container may have left a network, whether the engine
-    /// tells of it or not.
-    pub fn moves(&self) -> u64 {
-        self.0.moves.load(Relaxed)
-    }
-
-    /// An interface went away.
-    pub(crate) fn moved(&self) {
-        self.0.moves.fetch_add(1, Relaxed);
-    }
-
-    /// How often a container came that may have got another's address.
-    pub fn doubts(&self) -> u64 {
-        self.0.doubts.load(Relaxed)
-    }
-
-    /// A container came that may have got another's address, whether the engine told of that or not. Requests a look.
-    pub(crate) fn doubt(&self) {
-        self.0.doubts.fetch_add(1, Relaxed);
-        self.ask();
-    }
-
-    /// Whether a container may have got another's address since the engine confirmed the addresses for the `confirmed`-th time.
-    pub fn is_in_doubt(&self, confirmed: u64) -> bool {
-        let doubts = self.doubts();
-        doubts > confirmed && doubts > self.0.given_up.load(Relaxed)
-    }
-
-    /// An engine that does not answer confirms nothing: what was known stays in use.
-    fn give_up_doubts(&self) {
-        self.0.given_up.store(self.doubts(), Relaxed);
-    }
-
-    /// Waits for a request, at least until `next_look`.
-    async fn asked(&self, next_look: Instant) {
-        sleep_until(next_look).await;
-        self.0.asked.notified().await;
     }
 }
 
@@ -204,6 +139,8 @@ impl Source for EngineSource {
         lookup.moved();
         let mut has_lost_one = true;
         let mut next_look = Instant::now();
+        // A look is over once the containers that it listed are inspected.
+        let mut is_looking = false;
         let mut next_networks = Instant::now();
         let patience = Instant::now() + PATIENCE;
         let mut ping = interval(PING);
@@ -213,6 +150,9 @@ impl Source for EngineSource {
             while let Some(event) = heard.take() {
                 let event = event.unwrap_or_else(|| Err(SourceError::new("the events ended")))?;
                 if let Some(notice) = read::notice(&event) {
+                    if matches!(notice, Notice::Changed(_)) {
+                        lookup.forget();
+                    }
                     self.containers.hear(notice);
                 }
                 heard = events.next().now_or_never();
@@ -226,6 +166,14 @@ impl Source for EngineSource {
             }
             while let Some(ticket) = self.containers.next() {
                 inspections.push(client.inspect(ticket, &prefixes));
+            }
+            if is_looking && self.containers.knows_all() {
+                // An engine lists a container only a moment after its first process has started. Docker tells of it before that
+                // and holds its inspection back until then; podman does not.
+                let is_certain = !client.is_podman();
+                let is_known = |address: &_| self.containers.has_address(address);
+                next_look = lookup.is_over(is_certain, is_known);
+                is_looking = false;
             }
             // One at a time, so that the last answer is the newest.
             if networks.is_empty()
@@ -244,11 +192,12 @@ impl Source for EngineSource {
                     lists.push(client.list());
                 }
                 () = lookup.asked(next_look), if looks.is_empty() => {
+                    next_look = lookup.begins();
                     self.containers.begin_look();
                     let (client, doubts) = (&client, lookup.doubts());
                     looks.push(async move { (client.list().await, doubts) });
                 }
-                () = sleep_until(patience), if waits_for_networks => {}
+                () = sleep_until(patience.into()), if waits_for_networks => {}
                 change = links.changed() => {
                     if change.gone {
                         lookup.moved();
@@ -301,8 +250,10 @@ impl Source for EngineSource {
                 }
                 Some(list) = lists.next() => self.containers.relist(list?),
                 Some((running, doubts)) = looks.next() => {
-                    next_look = Instant::now() + Lookup::PAUSE;
+                    is_looking = true;
                     self.containers.look_at(running?, doubts);
+                    // Events that were told before the list was are older than it.
+                    heard = events.next().now_or_never();
                     self.show(self.containers.unaddressed().cloned().collect());
                 }
                 Some(alive) = pings.next() => {
@@ -327,6 +278,9 @@ impl EngineSource {
         let (here, ours) = (self.containers.interfaces(), process::ours());
         for one in unaddressed {
             let shown = process::shown(&one.id, one.pid, &here, &ours);
+            if shown.is_some() {
+                one.run.shows_network();
+            }
             self.containers.shown(&one.id, shown);
         }
     }
@@ -364,7 +318,7 @@ impl EngineSource {
 /// Watches a container's process, and notes whether its network can be looked at.
 fn watch(processes: &mut Processes, one: &Container, bell: &Arc<Notify>) {
     processes.watch(&one.id, one.pid, &one.run, bell.clone());
-    if one.run.process().is_some() && process::shows(one.pid, one.given()) {
+    if process::look(&one.run, |pid| process::shows(pid, one.given())) == Some(true) {
         one.run.shows_network();
     }
 }

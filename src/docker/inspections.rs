@@ -114,6 +114,11 @@ impl Inspections {
         self.failed.remove(id);
     }
 
+    /// Whether none is wanted or under way, and none failed but of those that are known otherwise.
+    pub(super) fn are_done(&self, is_known: impl Fn(&ContainerId) -> bool) -> bool {
+        self.queue.is_empty() && self.under_way.is_empty() && self.failed.iter().all(is_known)
+    }
+
     pub(super) fn is_under_way(&self, id: &ContainerId) -> bool {
         self.under_way.contains_key(id)
     }

@@ -1,7 +1,7 @@
 //! What the kernel tells of the interfaces of our own network namespace: it comes before the engine's word, and also from an
 //! engine that says nothing.
 
-use std::{future::pending, io, os::fd::OwnedFd};
+use std::{future::pending, io, os::fd::OwnedFd, sync::Arc};
 
 use rustix::{
     io::Errno,
@@ -31,7 +31,7 @@ pub(super) struct Change {
 /// A netlink socket (man 7 rtnetlink) on which the changes arrive.
 #[derive(Debug)]
 pub(super) struct Links {
-    socket: Option<AsyncFd<OwnedFd>>,
+    socket: Option<AsyncFd<Arc<OwnedFd>>>,
     buffer: Box<[u8]>,
 }
 
@@ -49,12 +49,12 @@ impl Links {
         Self { socket: socket.ok(), buffer: vec![0; MESSAGE].into() }
     }
 
-    fn socket() -> io::Result<AsyncFd<OwnedFd>> {
+    fn socket() -> io::Result<AsyncFd<Arc<OwnedFd>>> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         // Netlink's first protocol, NETLINK_ROUTE, is the default.
         let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
         bind(&socket, &SocketAddrNetlink::new(0, GROUPS))?;
-        process::register(socket)
+        process::register(Arc::new(socket))
     }
 
     /// Waits for the next change. Cancel-safe.

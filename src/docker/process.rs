@@ -86,11 +86,13 @@ pub(crate) enum Unseen {
     Failed(#[from] io::Error),
 }
 
-/// A process that is held: its number cannot become another's.
+/// A process that is held by its pidfd. That does not keep its number from becoming another's after its end, so whatever is read
+/// by the number counts only if the pidfd says afterwards that the process still lives.
 #[derive(Debug)]
 pub(crate) struct Held {
     pub(crate) process: Process,
-    descriptor: AsyncFd<OwnedFd>,
+    descriptor: Arc<OwnedFd>,
+    end: AsyncFd<Arc<OwnedFd>>,
 }
 
 impl Held {
@@ -102,31 +104,61 @@ impl Held {
             Errno::SRCH => Unseen::Gone,
             error => Unseen::Failed(error.into()),
         })?;
-        // Checked after it was opened: the pidfd holds the number, even if the process changed since the engine's answer.
         let of = |file: &str| match fs::read_to_string(format!("/proc/{pid}/{file}")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Unseen::Gone),
             text => Ok(text?),
         };
-        if !of("cgroup")?.contains(id.as_str()) {
-            // One that has ended, and was not waited for yet, has left its control groups.
-            return Err(if has_ended(&descriptor)? { Unseen::Gone } else { Unseen::Strange });
+        let (group, stat) = (of("cgroup")?, of("stat")?);
+        // A process that has ended, and was not waited for yet, has left its control groups.
+        if has_ended(&descriptor)? {
+            return Err(Unseen::Gone);
         }
-        let started =
-            started(&of("stat")?).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-        Ok(Self { process: Process { pid, started }, descriptor: register(descriptor)? })
+        if !group.contains(id.as_str()) {
+            return Err(Unseen::Strange);
+        }
+        let started = started(&stat).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+        let descriptor = Arc::new(descriptor);
+        let end = register(descriptor.clone())?;
+        Ok(Self { process: Process { pid, started }, descriptor, end })
+    }
+
+    /// What `look` reads by the process's number. An error if the process has ended.
+    pub(crate) fn look<T>(&self, look: impl FnOnce(i32) -> T) -> Result<T, Unseen> {
+        let found = look(self.process.pid);
+        if has_ended(&self.descriptor)? { Err(Unseen::Gone) } else { Ok(found) }
     }
 
     /// Says so, and rings, when it ends.
     pub(crate) fn follow(self, end: &RunEnd, bells: Vec<Arc<Notify>>) {
+        end.is_held_by(self.descriptor);
         end.is_that_of(self.process);
         let end = end.clone();
         tokio::spawn(async move {
-            if self.descriptor.readable().await.is_ok() {
+            if self.end.readable().await.is_ok() {
                 end.mark_ended();
                 bells.iter().for_each(|bell| bell.notify_one());
             }
         });
     }
+}
+
+/// What `look` reads by the number of a run's first process. `None` if the process was not seen or has ended: the number may be
+/// another process's. Asks the kernel, because the news of an end takes a moment.
+pub(crate) fn look<T>(run: &RunEnd, look: impl FnOnce(i32) -> T) -> Option<T> {
+    let (process, descriptor) = (run.process()?, run.descriptor()?);
+    let found = look(process.pid);
+    let lives = !run.has_ended() && has_ended(descriptor).is_ok_and(|ended| !ended);
+    lives.then_some(found)
+}
+
+/// As that of a container whose first process is this one.
+#[cfg(test)]
+pub(crate) fn run_of_this_process() -> RunEnd {
+    let (run, pid) = (RunEnd::default(), std::process::id());
+    let number = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    run.is_held_by(Arc::new(pidfd_open(number, PidfdFlags::NONBLOCK).unwrap()));
+    run.is_that_of(Process { pid: number.as_raw_pid(), started: 1 });
+    run
 }
 
 /// A pidfd is readable once its process has ended (man 2 pidfd_open).
@@ -168,7 +200,7 @@ pub(crate) fn shown(
     let addresses: Vec<_> = addresses.filter(|address| !is_own(address)).collect();
     let routes = fs::read_to_string(format!("/proc/{pid}/net/route")).unwrap_or_default();
     let gateways = default_gateways(&routes).map(IpAddr::from).filter(is_own).collect();
-    // Looked at last: until then the number was not another process's.
+    // Read last: the number was not another container's by then.
     let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
     let is_seen = group.contains(id.as_str()) && !addresses.is_empty();
     is_seen.then(|| Attachment { name: SHOWN.into(), addresses, gateways })
@@ -217,9 +249,9 @@ fn local_v6(table: &str) -> impl Iterator<Item = Ipv6Addr> + '_ {
     unsafe_code,
     reason = "tokio cannot know that a type keeps its descriptor open and the same"
 )]
-pub(super) fn register(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an OwnedFd is one descriptor, and keeps it open, until it is dropped; AsyncFd drops it after it has been
-    // taken from epoll.
+pub(super) fn register(descriptor: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    // SAFETY: an OwnedFd is one descriptor, and keeps it open, until it is dropped, which it is not before the last Arc of it;
+    // AsyncFd drops its own after it has been taken from epoll.
     Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
 }
 

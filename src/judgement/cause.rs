@@ -182,7 +182,7 @@ causes! {
         "New connections are refused (too_many_connections): {are} open, which is the limit (--max-connections).",
         "raise --max-connections, or the descriptor limit";
     Connections, Broken, TooManyOfConsumer { consumer: Arc<str>, live: String } "too_many_of_consumer",
-        "New connections are refused (too_many_of_consumer): {consumer} has {live} open, which is the limit (--max-connections-per-consumer).",
+        "New connections are refused (too_many_of_consumer): {consumer} has {live} open, which is its limit now (--max-connections-per-consumer).",
         "check whether the consumer closes its connections, or raise the limit";
 
     Host, Degraded, ConntrackFills { used: u64, limit: u64 } "conntrack",

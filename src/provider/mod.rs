@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 use tokio::sync::Notify;
 
-pub use crate::docker::follow::Lookup;
+pub use crate::docker::lookup::Lookup;
 use crate::{
     consumer::Consumer,
     docker::follow::Follower,

@@ -1,6 +1,7 @@
 //! Admission: an accepted connection gets its route or is reset. It waits while its owner is not known or not certain.
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
@@ -90,15 +91,31 @@ impl Worker {
             Ok(route) => return self.let_in_to(socket, captured, route),
             Err(outcome) => outcome,
         };
-        let source = captured.source;
+        let (source, settings) = (captured.source.0.ip(), self.settings());
         if outcome == Outcome::UnknownConsumer
-            && self.table.borrow().may_become_known(&source.0.ip())
-            && let Some(permit) = HoldPermit::for_unknown(&self.shared)
+            && !settings.hold.is_zero()
+            && self.table.borrow().may_become_known(&source)
+            && !settings.lookup.was_nobodys(&source)
         {
-            let ticket = self.hold(captured, permit);
-            return self.run(ticket.place(), wait(ticket, socket, captured, None));
+            return self.hold_while(captured, |ticket| wait(ticket, socket, captured, None));
         }
-        self.refuse(source, Some(captured.destination), None, outcome);
+        self.refuse(captured.source, Some(captured.destination), None, outcome);
+    }
+
+    /// Holds a connection while a task finds out whose it is. Refuses it if too many of its source are held.
+    fn hold_while<T: Future<Output = ()> + 'static>(
+        self: &Rc<Self>,
+        captured: Captured,
+        task: impl FnOnce(HeldTicket) -> T,
+    ) {
+        let Captured { source, destination, .. } = captured;
+        match HoldPermit::of(&self.shared, source.0.ip()) {
+            Some(permit) => {
+                let ticket = self.hold(captured, permit);
+                self.run(ticket.place(), task(ticket));
+            }
+            None => self.refuse(source, Some(destination), None, Outcome::TooManyHeld),
+        }
     }
 
     /// What shows that a route's owner may have lost the address without an event: the next one to have it may have opened this.
@@ -109,7 +126,7 @@ impl Worker {
             return None;
         }
         let lookup = &self.settings().lookup;
-        let Some((owner, process)) = owner::shown(route) else {
+        let Some(owner) = owner::shown(route) else {
             // Its process shows nothing: the engine has to confirm who has which address.
             let confirmed = self.table.borrow().confirmed;
             return lookup.is_in_doubt(confirmed).then_some(Sign::Unconfirmed);
@@ -118,7 +135,9 @@ impl Worker {
         if self.checked.borrow().get(&source).copied().unwrap_or_default() == moves {
             return None;
         }
-        let read = || process::addresses(process.pid);
+        let read =
+            || process::look(owner, process::addresses).unwrap_or_else(|| Ok(BTreeSet::new()));
+        // One that has ended has no address.
         if owner.has_address(source, moves, read) == Some(false) {
             return Some(Sign::Lost);
         }
@@ -139,26 +158,16 @@ impl Worker {
     ) {
         let now = Instant::now();
         if let Some(sign) = self.may_have_lost(&route, captured.source.0.ip()) {
-            let Some(permit) = HoldPermit::for_doubted(&self.shared) else {
-                let Captured { source, destination, .. } = captured;
-                return self.refuse(source, Some(destination), None, Outcome::UnknownConsumer);
-            };
-            let ticket = self.hold(captured, permit);
             let former = (sign == Sign::Lost).then_some(route);
-            return self.run(ticket.place(), wait(ticket, socket, captured, former));
+            return self.hold_while(captured, |ticket| wait(ticket, socket, captured, former));
         }
         match owner::doubt(&route, self.pause.get(), now) {
             None => {}
             // It may have waited until a moment ago to become known, and is served like those that do so here.
             Some(Doubt::New) if !owner::has_hung_up(&socket.stream) => {}
             Some(_) => {
-                let Some(permit) = HoldPermit::for_doubted(&self.shared) else {
-                    let Captured { source, destination, .. } = captured;
-                    let outcome = Outcome::UnknownConsumer;
-                    return self.refuse(source, Some(destination), None, outcome);
-                };
-                let ticket = self.hold(captured, permit);
-                return self.run(ticket.place(), identify(ticket, socket, captured, route, now));
+                return self
+                    .hold_while(captured, |ticket| identify(ticket, socket, captured, route, now));
             }
         }
         if let Some(ticket) = self.start(captured, route, now) {
@@ -191,8 +200,9 @@ enum Sign {
 async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, former: Option<Arc<Route>>) {
     let (worker, accepted) = (ticket.worker().clone(), Instant::now());
     let deadline = accepted + worker.settings().hold;
-    worker.settings().lookup.ask();
-    let source = captured.source.0.ip();
+    let (lookup, source) = (&worker.settings().lookup, captured.source.0.ip());
+    let mut looks = lookup.looks();
+    lookup.ask(source);
     loop {
         // Looked up before the first wait too: the table may have come since this connection was accepted.
         let route = worker.route_of(&captured);
@@ -201,21 +211,27 @@ async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, former: Op
                 || worker.may_have_lost(route, source).is_some()
         };
         match route {
-            Ok(route) if is_lost(&route) => {
-                if !worker.another_table(deadline).await {
-                    return ticket.end(Outcome::UnknownConsumer);
-                }
-            }
-            // It has sent all it has to say; or who opened it is gone, and its address another's by now.
+            Ok(route) if is_lost(&route) => {}
+            // The first to get the address need not be the one who dialled.
             Ok(route)
-                if owner::doubt(&route, worker.pause.get(), accepted) == Some(Doubt::Waited)
+                if owner::shows_sockets(&route)
+                    || owner::doubt(&route, worker.pause.get(), accepted)
+                        == Some(Doubt::Waited)
                     || owner::has_hung_up(&socket.stream) =>
             {
                 return identify(ticket, socket, captured, route, accepted).await;
             }
             Ok(route) => return start_held(ticket, socket, captured, route, accepted).await,
-            Err(Outcome::UnknownConsumer) if worker.another_table(deadline).await => {}
+            // The engine was asked since, and knows nobody there.
+            Err(Outcome::UnknownConsumer) if !lookup.is_nobodys(&source, accepted) => {}
             Err(outcome) => return ticket.end(outcome),
+        }
+        let waits_on = tokio::select! {
+            is_another = worker.another_table(deadline) => is_another,
+            _ = looks.changed() => true,
+        };
+        if !waits_on {
+            return ticket.end(Outcome::UnknownConsumer);
         }
     }
 }
@@ -228,8 +244,9 @@ async fn identify(
     route: Arc<Route>,
     accepted: Instant,
 ) {
+    let worker = ticket.worker().clone();
     // The table may be another by then.
-    if owner::is_owners(&route, &captured).await && ticket.worker().table.borrow().has(&route) {
+    if worker.looks.are_owners(&route, &captured).await && worker.table.borrow().has(&route) {
         return start_held(ticket, socket, captured, route, accepted).await;
     }
     ticket.end(Outcome::UnknownConsumer);
@@ -261,7 +278,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::{ContainerId, Endpoint, Process, RunEnd},
+        consumer::Consumer,
+        docker::process,
+        model::{ContainerId, Endpoint},
         proxy::{
             connections::{Connection, State},
             settings::ProxySettings,
@@ -280,8 +299,7 @@ mod tests {
         let table = Arc::new(table_of(id));
         let worker = Worker::new(Arc::new(shared(100, 100)), 0, table).unwrap();
         let route = worker.table.borrow().routes().next().unwrap().clone();
-        let end = RunEnd::default();
-        end.is_that_of(Process { pid: i32::try_from(std::process::id()).unwrap(), started: 1 });
+        let end = process::run_of_this_process();
         let route = Arc::new(Route {
             key: route.key,
             number: route.number,
@@ -499,6 +517,95 @@ mod tests {
         });
     }
 
+    /// A container that runs in this test's network, at this address, and asks for what is dialled.
+    fn newcomer(source: IpAddr, port: u16, is_shown: bool) -> Arc<Consumer> {
+        let run = process::run_of_this_process();
+        if is_shown {
+            run.shows_network();
+        }
+        let newcomer = consumer("newcomer", source, &format!("redis;{port}"));
+        Arc::new(Consumer { ends: vec![run], ..Consumer::clone(&newcomer) })
+    }
+
+    /// How often a connection that was held is served when a container gets its address: 0 or 1.
+    async fn served_by_newcomer(dials_itself: bool, is_shown: bool) -> u64 {
+        let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
+        let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(table())).unwrap();
+        let (_client, socket, captured) = opened(false, dials_itself).await;
+        let (source, port) = (captured.source.0.ip(), captured.destination.0.port());
+        worker.hold_while(captured, |ticket| wait(ticket, socket, captured, None));
+        tokio::task::yield_now().await;
+        assert_eq!(worker.shared.holds().held, 1);
+        let known = [newcomer(source, port, is_shown)];
+        let table = table_after(&worker.table.borrow(), &known, &[]).unwrap();
+        let route = table.routes().find(|route| route.key.source == source).unwrap().clone();
+        worker.take_over(Arc::new(table));
+        worker.all_ended().await;
+        let (started, refused) =
+            (route.counts.started.load(Relaxed), worker.shared.tally.get(Outcome::UnknownConsumer));
+        assert_eq!(started + refused, 1, "either");
+        started
+    }
+
+    #[test]
+    fn the_first_to_get_an_address_is_served_what_it_dialled_itself_and_nothing_else() {
+        run(async {
+            assert_eq!(served_by_newcomer(true, true).await, 1);
+            assert_eq!(served_by_newcomer(false, true).await, 0, "another dialled");
+            // Of a sandbox, and of one whose process is not visible, the kernel does not show whose connections they are.
+            assert_eq!(served_by_newcomer(true, false).await, 1);
+            assert_eq!(served_by_newcomer(false, false).await, 1);
+        });
+    }
+
+    #[test]
+    fn the_engines_word_that_nobody_has_an_address_ends_the_wait_and_is_remembered() {
+        run(async {
+            let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
+            let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(table())).unwrap();
+            let lookup = worker.settings().lookup.clone();
+            let refused = || worker.shared.tally.get(Outcome::UnknownConsumer);
+            let dial = |source: &str| {
+                let (worker, source) =
+                    (worker.clone(), SocketAddr::new(source.parse().unwrap(), 7));
+                async move {
+                    let (client, accepted) = connection().await;
+                    worker.let_in(Socket::new(accepted), captured(source, VIP.parse().unwrap()));
+                    tokio::task::yield_now().await;
+                    client
+                }
+            };
+            let _first = dial(STRANGER).await;
+            lookup.begins();
+            // The look has begun: it may have come since.
+            let _later = dial(STRANGER).await;
+            let _other = dial("172.17.0.10").await;
+            assert_eq!((worker.shared.holds().held, refused()), (3, 0));
+            lookup.is_over(true, |_| false);
+            while refused() == 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            assert_eq!((worker.shared.holds().held, refused()), (2, 1));
+            let _again = dial(STRANGER).await;
+            assert_eq!((worker.shared.holds().held, refused()), (2, 2), "at once");
+            lookup.begins();
+            lookup.is_over(true, |_| false);
+            while refused() < 4 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            assert_eq!(worker.shared.holds().held, 0);
+            lookup.forget();
+            let _after_news = dial(STRANGER).await;
+            assert_eq!(
+                (worker.shared.holds().held, refused()),
+                (1, 4),
+                "a container may have come"
+            );
+            worker.end_all(Outcome::Shutdown, |_| true);
+            worker.all_ended().await;
+        });
+    }
+
     #[tokio::test]
     async fn an_owner_that_has_ended_is_served_no_more() {
         let test = async {
@@ -533,13 +640,16 @@ mod tests {
         });
     }
 
+    /// As many as one source may have.
+    const HELD: usize = 144;
+
     /// A worker that holds as many connections of an unknown container's as it may, and the ends of those that it was offered.
     async fn crowded() -> (Rc<Worker>, Vec<TcpStream>) {
         const MORE: usize = 44;
         let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
         let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(table())).unwrap();
         let mut clients = Vec::new();
-        for port in 1..=HoldPermit::MOST + MORE {
+        for port in 1..=HELD + MORE {
             let (client, accepted) = connection().await;
             let source = SocketAddr::new(STRANGER.parse().unwrap(), port.try_into().unwrap());
             worker.let_in(Socket::new(accepted), captured(source, VIP.parse().unwrap()));
@@ -547,10 +657,10 @@ mod tests {
         }
         let held = |(_, one): (Place, &Connection)| matches!(one.state, State::Held(_));
         assert!(worker.connections.borrow().iter().all(held));
-        assert_eq!(worker.connections.borrow().iter().count(), HoldPermit::MOST);
-        assert_eq!(worker.shared.held.load(Relaxed), HoldPermit::MOST);
-        assert_eq!(worker.shared.tally.get(Outcome::UnknownConsumer), MORE as u64);
-        for mut refused in clients.drain(HoldPermit::MOST..) {
+        assert_eq!(worker.connections.borrow().iter().count(), HELD);
+        assert_eq!(worker.shared.holds().held, HELD);
+        assert_eq!(worker.shared.tally.get(Outcome::TooManyHeld), MORE as u64);
+        for mut refused in clients.drain(HELD..) {
             let error = refused.read(&mut [0]).await.unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
         }
@@ -573,7 +683,7 @@ mod tests {
             for _ in &clients {
                 taken.push(listener.accept().await.unwrap());
             }
-            assert_eq!(worker.shared.held.load(Relaxed), 0);
+            assert_eq!(worker.shared.holds().held, 0);
             assert_eq!(worker.shared.live.load(Relaxed), clients.len());
             assert_eq!(worker.connections.borrow().iter().count(), clients.len());
             drop(clients);
@@ -590,7 +700,7 @@ mod tests {
             worker.end_all(Outcome::Shutdown, |one| matches!(one.state, State::Held(_)));
             worker.all_ended().await;
             assert_eq!(worker.shared.tally.get(Outcome::Shutdown), clients.len() as u64);
-            assert_eq!(worker.shared.held.load(Relaxed), 0);
+            assert_eq!(worker.shared.holds().held, 0);
         });
     }
 }

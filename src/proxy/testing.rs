@@ -14,7 +14,7 @@ use super::{
     shared::Shared,
 };
 use crate::{
-    config::ConnectionLog,
+    config::{ConnectionLog, ConsumerLimit},
     consumer::{Binding, Consumer},
     cow_map::CowMap,
     descriptor::Balance,
@@ -107,7 +107,7 @@ pub(super) fn settings() -> ProxySettings {
         destinations: Destinations::Any,
         max_connections: 100_000,
         memory_short: Default::default(),
-        max_connections_per_consumer: None,
+        max_connections_per_consumer: ConsumerLimit::NONE,
         mark: None,
         user_timeout: Duration::ZERO,
         failed_checks: Default::default(),
@@ -123,7 +123,7 @@ pub(super) fn settings() -> ProxySettings {
 pub(super) fn shared(most: usize, of_consumer: usize) -> Shared {
     Shared::new(ProxySettings {
         max_connections: most,
-        max_connections_per_consumer: Some(of_consumer),
+        max_connections_per_consumer: ConsumerLimit::Most(of_consumer),
         ..settings()
     })
 }

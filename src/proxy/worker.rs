@@ -23,7 +23,7 @@ use super::{
     connections::{Connection, Connections, Held, Live, Parked, State},
     idle_set::IdleSet,
     lists::Place,
-    owner::Pause,
+    owner::{Looks, Pause},
     record::Record,
     relay::{PIPES, RelayBuffers, Requests},
     settings::ProxySettings,
@@ -60,6 +60,8 @@ pub(super) struct Worker {
     pub(super) pause: Cell<Option<Pause>>,
     /// Addresses that their owners still had after so many interfaces of this host had gone. No more than there are sources.
     pub(super) checked: RefCell<HashMap<IpAddr, u64>>,
+    /// Asks the kernel whose connections are.
+    pub(super) looks: Rc<Looks>,
 }
 
 impl Worker {
@@ -80,6 +82,7 @@ impl Worker {
             shortage: Cell::default(),
             pause: Cell::default(),
             checked: RefCell::default(),
+            looks: Rc::default(),
         }))
     }
 

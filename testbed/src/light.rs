@@ -52,6 +52,10 @@ impl LightEngine {
         Ok(Self { engine, containers, addresses, _runtime: runtime })
     }
 
+    pub(crate) fn engine(&self) -> &FakeEngine {
+        &self.engine
+    }
+
     /// The lowest address that nobody has, as an engine gives it.
     fn take_address(&self) -> Result<u8> {
         let mut taken = self.addresses();
@@ -151,6 +155,10 @@ impl LightContainer {
         ensure!(run.is_none(), "{} runs already", self.name);
         let engine = engine(host)?;
         let part = engine.take_address()?;
+        // As Docker does, which holds the container's inspection back until it has started.
+        let inspection = format!("/containers/{}/json", self.id);
+        engine.engine.answers(&inspection, crate::fake_engine::Mood::Starts);
+        engine.engine.connects(&self.id);
         host.run("sh", ["-euc", &format!(
             "ip netns add light-{part}
              ip link add light-{part} type veth peer name eth0 netns light-{part} address 02:42:ac:11:00:{part:02x}
@@ -185,6 +193,7 @@ END",
         let _ = fs::write(group.join("cgroup.procs"), init.as_raw_pid().to_string());
         *run = Some(Run { process, init, pid, part });
         engine.engine.insert(&self.id, self.inspection(pid, part)?);
+        engine.engine.answers(&inspection, None);
         engine.engine.tells("start", &self.id);
         Ok(())
     }

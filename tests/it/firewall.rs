@@ -532,6 +532,79 @@ fn of_two_embassies_one_captures() -> Result<()> {
     reaches(&app, "172.17.0.1:80", "web")
 }
 
+#[test]
+fn another_embassy_is_found_although_it_shares_nothing_but_the_network() -> Result<()> {
+    let host = Host::light()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let apart = |flags: &[&str]| {
+        let mut command = host.command("unshare");
+        command.args(["--mount", "--"]);
+        command.args(["setpriv", "--reuid=65534", "--clear-groups"]);
+        command.args(["--inh-caps=-all,+net_admin", "--ambient-caps=-all,+net_admin", "--"]);
+        command.arg(testbed::embassy_program()?).args(["--dnat", ETCD, "--state-dir=off"]);
+        command.args(flags).env("DOCKER_HOST", host.docker_url());
+        anyhow::Ok(command)
+    };
+    // As another user the engine's socket is closed to it, and it is the one nevertheless.
+    let first = host.embassy_from(apart(&["-p=9998", "--admin=off", "--firewall=iptables"])?)?;
+    says(&first, &["proxy listens", "9998"])?;
+    let second = host.embassy(["--dnat", ETCD])?;
+    assert_eq!(second.wait(WAIT)?.code(), Some(1));
+    says(&second, &["another embassy captures in this network namespace"])?;
+    first.kill()?;
+    let first = host.embassy(["--dnat", ETCD])?;
+    first.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let second = host.embassy_from(apart(&["-p=9998", "--admin=off"])?)?;
+    assert_eq!(second.wait(WAIT)?.code(), Some(1), "{}", second.log());
+    assert_eq!((first.exited()?, restored(&first)?), (None, 0));
+    reaches(&app, "172.17.0.1:80", "web")
+}
+
+#[test]
+fn rules_of_a_killed_embassy_go_although_another_program_has_its_port() -> Result<()> {
+    let host = Host::light()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let is_left = || Ok::<_, anyhow::Error>(rules(&host)?.to_lowercase().contains("embassy"));
+    for firewall in [IPTABLES, NFT_SHARED] {
+        let embassy = host.embassy(["--dnat", ETCD, firewall])?;
+        embassy.wait_ready(READY)?;
+        reaches(&app, "172.17.0.1:80", "web")?;
+        embassy.kill()?;
+        let thief = host.spawn("thief", {
+            let mut command = host.command(testbed::testbed_program()?);
+            command.args(["peer", "http", "--name", "thief", "--port", "9999"]);
+            command
+        })?;
+        // This is what must not last.
+        reaches(&app, "172.17.0.1:80", "thief")?;
+        let doctor = host.embassy_command(["doctor", "--dnat", ETCD])?.output()?;
+        let doctor = String::from_utf8_lossy(&doctor.stdout).into_owned();
+        let left = doctor.lines().find(|line| line.starts_with("FAIL  rules"));
+        ensure!(left.is_some_and(|line| line.contains("testbed (process ")), "{doctor}");
+
+        for (flags, line) in [
+            (&[firewall][..], "cannot listen on port 9999 (--port)"),
+            (&[firewall, "-p=9998", "--admin=127.0.0.1:9999"], "(--admin)"),
+        ] {
+            if !is_left()? {
+                let embassy = host.embassy(["--dnat", ETCD, firewall, "-p=9997"])?;
+                embassy.wait_ready(READY)?;
+                embassy.kill()?;
+            }
+            let embassy = host.embassy([&["--dnat", ETCD], flags].concat())?;
+            assert_eq!(embassy.wait(WAIT)?.code(), Some(1));
+            says(&embassy, &[line])?;
+            ensure!(!is_left()?, "{flags:?}: {}", rules(&host)?);
+            ends(&app, "172.17.0.1:80", "refused")?;
+        }
+        thief.kill()?;
+    }
+    Ok(())
+}
+
 /// A connection that lasts.
 fn hold(app: &Container, embassy: &Embassy) -> Result<testbed::Process> {
     let held = app.spawn("held", ["testbed", "peer", "hold", "172.17.0.1:80", "-n", "1"])?;

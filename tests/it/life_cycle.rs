@@ -404,7 +404,8 @@ fn a_firewall_that_hangs_does_not_hold_up_a_stop_during_the_start() -> Result<()
     let (host, _app) = hanging()?;
     host.run("touch", ["/run/hang"])?;
     let embassy = with_hanging(&host, &[])?;
-    says(&embassy, &["proxy listens"])?;
+    // What an earlier one left is removed before anything else.
+    says(&embassy, &["embassy starts"])?;
     embassy.terminate()?;
     says(&embassy, &["embassy has stopped before it was started"])?;
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
@@ -416,6 +417,11 @@ fn a_firewall_that_hangs_does_not_hold_up_a_stop_during_the_start() -> Result<()
 fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
     let host = Host::light()?;
     web(&host, "web")?;
+    let mut no_iptables = host.command("env");
+    no_iptables.arg("PATH=/nowhere").arg(embassy_program()?);
+    no_iptables.args(["--dnat", "--firewall=iptables", "--admin=off", "-p=9998"]);
+    let (said, status) = outcome(&host, no_iptables)?;
+    assert!(status == Some(1) && said.contains("cannot run iptables-save"), "{said}");
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let first = host.embassy(["--dnat", ETCD])?;
     first.wait_ready(READY)?;
@@ -428,24 +434,25 @@ fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
         anyhow::Ok(command)
     };
     let fixed = ["-provider=static", "-services=web;80", "--admin=off", "-p=9998"];
-    let mut no_iptables = host.command("env");
-    no_iptables.arg("PATH=/nowhere").arg(embassy_program()?);
-    no_iptables.args(["--dnat", "--firewall=iptables", "--admin=off", "-p=9998"]);
     let cases = [
-        (command(&["--dnat", "--admin=off"])?, 1, "cannot listen on port 9999 (--port)"),
+        (command(&["--admin=off"])?, 1, "cannot listen on port 9999 (--port)"),
+        (
+            command(&["--dnat", "--admin=off"])?,
+            1,
+            "another embassy captures in this network namespace",
+        ),
         (
             command(&["--dnat", "-p=9998", "--admin=off"])?,
             1,
             "another embassy captures in this network namespace",
         ),
-        (command(&["--dnat", "-p=9998"])?, 1, "cannot listen at 127.0.0.1:9990 (--admin)"),
+        (command(&["-p=9998"])?, 1, "cannot listen at 127.0.0.1:9990 (--admin)"),
         (
             command(&["--admin=unix:///no/such/folder", "-p=9998"])?,
             1,
             "unix:///no/such/folder (--admin)",
         ),
         (command(&[&fixed[..], &["-interface=nosuch0"]].concat())?, 1, "-interface \"nosuch0\""),
-        (no_iptables, 1, "cannot run iptables-save"),
         (command(&["--no-such-flag"])?, 2, "--no-such-flag"),
         (command(&["-port=99999"])?, 2, "--port \"99999\": expected a port"),
         (command(&["-discovery=marathon://127.0.0.1:8080"])?, 2, "marathon"),

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     admin::api::{Subject, Verdict},
-    capture::{input::Barrier, leads::Lead, place::Place, rules::Part},
+    capture::{Firewall, input::Barrier, leads::Lead, place::Place, rules::Part},
     config::CaptureMode,
     judgement::{self, CONNECTIONS_FEW},
     limits,
@@ -106,15 +106,21 @@ fn port(facts: &HostFacts) -> Finding {
                 "a program that is not visible from here listens on {port}: embassy, because it captures here"
             ),
         ),
-        Listener::Hidden => taken(port, "a program that is not visible from here"),
-        Listener::Other(who) => taken(port, who),
+        Listener::Hidden => taken(facts, "a program that is not visible from here"),
+        Listener::Other(who) => taken(facts, who),
     }
 }
 
-fn taken(port: u16, who: &str) -> Finding {
+fn taken(facts: &HostFacts, who: &str) -> Finding {
+    let port = facts.port;
+    let mut leads = facts.leads.iter().flatten().filter(|lead| is_here(lead, facts));
+    let led = match leads.find(|lead| lead.port == port) {
+        Some(lead) => format!(", and gets the connections that a rule leads there: {}", lead.rule),
+        None => String::new(),
+    };
     fail(
         "port",
-        format!("{who} listens on {port}: embassy cannot use this port"),
+        format!("{who} listens on {port}{led}: embassy cannot use this port"),
         "stop it, or give embassy another port with --port",
     )
 }
@@ -184,12 +190,16 @@ fn own_rules(facts: &HostFacts) -> Finding {
     }
 }
 
+/// Whether a rule leads to this host.
+fn is_here(lead: &Lead, facts: &HostFacts) -> bool {
+    lead.address.is_none_or(|address| facts.local.contains(&address))
+}
+
 /// Rules of other programs, such as the original embassy's users added, that are in the way now or lead nowhere.
 fn leftovers(facts: &HostFacts) -> Vec<Finding> {
     let check = "leftover";
     let captures = facts.capture != CaptureMode::None;
-    let is_here = |lead: &&Lead| lead.address.is_none_or(|address| facts.local.contains(&address));
-    let leads = facts.leads.iter().flatten().filter(is_here);
+    let leads = facts.leads.iter().flatten().filter(|lead| is_here(lead, facts));
     let finding = |lead: &Lead| {
         let Lead { rule, removal, port, .. } = lead;
         let what = match (*port == facts.port, facts.listening.contains(port)) {
@@ -210,17 +220,41 @@ fn leftovers(facts: &HostFacts) -> Vec<Finding> {
     leads.filter_map(finding).collect()
 }
 
+/// Rules of a killed embassy. They lead containers' connections to its port, whoever has that now.
+fn left(firewall: Firewall, facts: &HostFacts) -> Finding {
+    let port = facts.port;
+    let (consequence, fix) = match &facts.listener {
+        Listener::Other(who) => (
+            format!(
+                "{who} listens on port {port} and gets the connections that they capture, with the passwords in them"
+            ),
+            format!(
+                "run embassy cleanup at once, and find out why this program listens on port {port}"
+            ),
+        ),
+        Listener::Hidden => (
+            format!(
+                "a program that is not visible from here listens on port {port} and gets the connections that they capture, with the passwords in them"
+            ),
+            format!(
+                "run embassy cleanup at once, and find the program with ss -ltnp 'sport = :{port}' on the host"
+            ),
+        ),
+        Listener::Nobody | Listener::Proxy(_) => (
+            "the connections that they capture are refused".to_owned(),
+            "run embassy cleanup, or start embassy".to_owned(),
+        ),
+    };
+    fail("rules", format!("rules of a killed embassy are left in {firewall}: {consequence}"), fix)
+}
+
 /// The rules of a running embassy, and those that a killed one left.
 fn rules(facts: &HostFacts) -> Vec<Finding> {
     let check = "rules";
     let there = facts.places.iter().filter(|(_, place)| *place != Place::Absent);
     let mut all: Vec<_> = there
         .map(|(firewall, place)| match place {
-            _ if facts.running.is_empty() && !facts.capturing => fail(
-                check,
-                format!("rules of a killed embassy are left in {firewall}: the connections that they capture are refused"),
-                "run embassy cleanup, or start embassy",
-            ),
+            _ if facts.running.is_empty() && !facts.capturing => left(*firewall, facts),
             Place::Behind(who) => warn(
                 check,
                 format!("{who} comes before our rules in {firewall}: connections that it translates do not reach embassy"),
@@ -512,6 +546,44 @@ mod tests {
             facts.places.clear();
         });
         assert_eq!(own, []);
+    }
+
+    /// What is said of one check.
+    fn said(check: &str, change: impl FnOnce(&mut HostFacts)) -> String {
+        let mut facts = well();
+        change(&mut facts);
+        let of_check = findings(&facts).into_iter().filter(|finding| finding.check == check);
+        of_check.map(|finding| finding.what).collect::<Vec<_>>().join("; ")
+    }
+
+    #[test]
+    fn who_gets_the_connections_that_the_rules_of_a_killed_embassy_capture_is_named() {
+        let killed = |listener: Listener| {
+            move |facts: &mut HostFacts| {
+                facts.running.clear();
+                facts.capturing = false;
+                facts.listener = listener;
+            }
+        };
+        let (hidden, nginx) = (Listener::Hidden, Listener::Other("nginx (process 8)".to_owned()));
+        for (listener, who) in [(nginx, "nginx (process 8)"), (hidden, "not visible from here")] {
+            let rules = said("rules", killed(listener.clone()));
+            assert!(rules.contains(who) && rules.contains("passwords"), "{rules}");
+            assert!(!rules.contains("refused"), "{rules}");
+            assert_eq!(
+                found(killed(listener)),
+                [("port", Level::Fail), ("rules", Level::Fail)],
+                "both are said"
+            );
+        }
+        let nobody = said("rules", killed(Listener::Nobody));
+        assert!(nobody.contains("refused") && !nobody.contains("passwords"), "{nobody}");
+        // A rule that embassy did not write does the same.
+        let port = said("port", |facts| {
+            facts.listener = Listener::Other("nginx (process 8)".to_owned());
+            facts.leads = Ok(vec![lead(9999)]);
+        });
+        assert!(port.contains("nginx (process 8)") && port.contains(&lead(9999).rule), "{port}");
     }
 
     #[test]

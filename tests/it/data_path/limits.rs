@@ -13,7 +13,8 @@ use crate::{
 
 #[test]
 fn one_connection_more_than_allowed_is_reset() -> Result<()> {
-    let path = Path::with(&["--max-connections=20"], &[(1001, "greet --name joe")])?;
+    let flags = ["--max-connections=20", "--max-connections-per-consumer=20"];
+    let path = Path::with(&flags, &[(1001, "greet --name joe")])?;
     let held = OpenConnections::open(&path.app, "held", &vip(1001), 20)?;
     assert_eq!(held.greetings()?, serde_json::json!({ "hello from joe": 20 }));
     assert_eq!(path.app.probe(vip(1001))?.outcome, "reset");

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use embassy::{
-    config::ConnectionLog,
+    config::{ConnectionLog, ConsumerLimit},
     consumer::{Binding, Consumer},
     cow_map::CowMap,
     descriptor::Balance,
@@ -179,7 +179,7 @@ fn settings() -> ProxySettings {
         destinations: Destinations::VipsAnd(vec![]),
         max_connections: 10_000,
         memory_short: Default::default(),
-        max_connections_per_consumer: None,
+        max_connections_per_consumer: ConsumerLimit::NONE,
         mark: None,
         user_timeout: Duration::ZERO,
         failed_checks: Default::default(),
