@@ -67,6 +67,10 @@ pub struct Config {
     pub max_connections: Option<usize>,
     /// `None`: no limit. At least 1.
     pub max_connections_per_consumer: Option<usize>,
+    /// Bindings of one consumer. At least 1.
+    pub max_bindings_per_consumer: usize,
+    /// Different services of all consumers. At least 1.
+    pub max_services: usize,
     /// No connection tracking between proxy and endpoints.
     pub notrack: bool,
     pub conntrack: Conntrack,

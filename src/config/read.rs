@@ -83,6 +83,13 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
             args.max_connections_per_consumer,
         )
         .read(count, COUNT)?,
+        max_bindings_per_consumer: flag(
+            "--max-bindings-per-consumer",
+            args.max_bindings_per_consumer,
+        )
+        .or("256")
+        .read(count, COUNT)?,
+        max_services: flag("--max-services", args.max_services).or("4096").read(count, COUNT)?,
         notrack: switch("--notrack", args.notrack, "false")?,
         conntrack: Conntrack {
             max_connections: env.setting("IPTABLES_TRACK_MAX_CONNECTIONS").read(count, COUNT)?,
