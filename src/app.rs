@@ -23,7 +23,7 @@ use crate::{
         self, CaptureMode, CaptureScope, Config, ConsumerLimit, Instance,
         Provider as ProviderChoice,
     },
-    control::{Control, Settings, Waiting},
+    control::{Control, Limits, Settings, Waiting},
     discovery,
     docker::follow::Follower,
     events::Events,
@@ -413,6 +413,10 @@ pub(crate) fn learn(
         balance: config.balance,
         empty_hold: config.empty_hold,
         listeners: listeners(config),
+        limits: Limits {
+            bindings_per_consumer: config.max_bindings_per_consumer,
+            services: config.max_services,
+        },
         resync: resync.clone(),
     };
     Ok(Control::new(settings, discoveries, listing, bell, waiting, Report::new(refused, events)))

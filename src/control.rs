@@ -27,11 +27,14 @@ use crate::{
 mod demand;
 mod gateways;
 mod hold;
+mod limits;
 
 use demand::{Demand, DemandChange};
 use gateways::Gateways;
 use hold::EmptyHold;
 pub use hold::InUse;
+use limits::Limited;
+pub use limits::Limits;
 
 /// The settings of the table.
 #[derive(Debug, Clone)]
@@ -52,6 +55,7 @@ pub struct Settings {
     pub empty_hold: Duration,
     /// Where embassy itself listens.
     pub listeners: Vec<SocketAddr>,
+    pub limits: Limits,
     pub resync: ResyncRequests,
 }
 
@@ -92,7 +96,9 @@ pub struct Control {
     /// each has answered.
     probes: BTreeSet<Query>,
     hold: EmptyHold,
-    /// The listing in use.
+    limited: Limited,
+    /// The provider's listing, or the saved one, and what of it is in use.
+    given: Option<Arc<Listing>>,
     listing: Option<Arc<Listing>>,
     /// The saved consumers, until the provider answers.
     kept: Option<Arc<Listing>>,
@@ -145,6 +151,8 @@ impl Control {
             known: HashMap::new(),
             unheard: HashSet::new(),
             probes,
+            limited: Limited::new(settings.limits),
+            given: None,
             listing: None,
             kept: None,
             keeper: None,
@@ -260,9 +268,13 @@ impl Control {
                 self.kept = None;
             }
             let kept = self.kept.clone().filter(|_| provider.error.is_some());
-            let listing = provider.value.or(kept)?;
-            let same = |before: &Arc<Listing>| Arc::ptr_eq(before, &listing);
-            if !self.listing.as_ref().is_some_and(same) {
+            let given = provider.value.or(kept)?;
+            let same = |before: &Arc<Listing>| Arc::ptr_eq(before, &given);
+            if !self.given.as_ref().is_some_and(same) {
+                let (discoveries, own_port) = (&self.discoveries, self.settings.own_port);
+                let query = |binding: &Binding| query_of(binding, discoveries, own_port).ok();
+                let listing = self.limited.of(&given, query);
+                self.given = Some(given);
                 self.report.listing(&listing);
                 self.listing = Some(listing.clone());
                 return Some((listing, true));
@@ -511,6 +523,7 @@ mod tests {
             balance: Balance::RoundRobin,
             empty_hold: Duration::from_secs(3600),
             listeners: Vec::new(),
+            limits: Limits { bindings_per_consumer: 256, services: 4096 },
             resync: ResyncRequests::new(Duration::from_secs(3600)),
         };
         let readiness = crate::readiness::Readiness::default();
@@ -570,6 +583,34 @@ mod tests {
         assert_eq!(snapshot.confirmed.get(&query), Some(&now));
         let table = control.tables.borrow();
         assert!(table.upstreams().all(|upstream| !upstream.answered), "it is not used");
+    }
+
+    /// The limits stand before all that follows: what is asked, the table, and what is saved and shown.
+    #[tokio::test]
+    async fn what_is_beyond_a_limit_is_asked_of_nobody_and_not_kept() {
+        let (mut control, publish) = control("consul://127.0.0.1:1".to_owned());
+        control.limited = Limited::new(Limits { bindings_per_consumer: 2, services: 1 });
+        let (keeper, snapshots) = watch::channel(None);
+        control.remember(Restored { listing: None, endpoints: HashMap::new() }, keeper);
+        let services = ["a;80", "b;81", "c;82"].map(|text| text.parse().unwrap());
+        publish.publish(crate::provider::fixed::listing("lo", &services).unwrap());
+        let now = Instant::now();
+        control.step(now);
+        control.step(now + PATIENCE);
+        assert_eq!(control.demand.queries().map(|q| q.service.as_str()).collect::<Vec<_>>(), ["a"]);
+        let shown = control.sources.borrow().listing.clone().unwrap();
+        let beyond: Vec<_> = shown
+            .beyond
+            .iter()
+            .map(|one| (one.limit.flag(), one.consumer.bindings.len()))
+            .collect();
+        assert_eq!(beyond, [("--max-bindings-per-consumer", 1), ("--max-services", 1)]);
+        let kept = snapshots.borrow().clone().unwrap();
+        assert_eq!(kept.listing.consumers[0].bindings.len(), 1);
+        let table = control.tables.borrow().clone();
+        assert!(table.routes().all(|route| route.key.port.get() == 80));
+        let counted = control.report.refused().routes.load(std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(counted, 2);
     }
 
     /// A consumer that asks restarts while the registry loses its data.

@@ -88,6 +88,8 @@ pub enum ProxyProtocol {
 /// Why a descriptor was refused. Each names the part, its value and what was expected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DescriptorError {
+    #[error("longer than {LONGEST} bytes")]
+    TooLong,
     #[error("no port: expected <service>;<port>")]
     NoPort,
     #[error("no service name before the {0:?}")]
@@ -123,7 +125,9 @@ impl DescriptorError {
     pub fn without_value(&self) -> String {
         match self {
             // Nothing of the value, but for one character.
-            Self::NoPort | Self::NoService(_) | Self::TagsNotClosed => self.to_string(),
+            Self::TooLong | Self::NoPort | Self::NoService(_) | Self::TagsNotClosed => {
+                self.to_string()
+            }
             Self::Service { character, .. } => format!(
                 "the service name has the character {character:?}: expected only A-Z a-z 0-9 / . _ * @ -"
             ),
@@ -144,6 +148,9 @@ impl DescriptorError {
     }
 }
 
+/// Bytes of a descriptor. The longest one that anybody needs is far shorter.
+pub const LONGEST: usize = 1024;
+
 const OPTIONS: &str = "expected one of lb, drain, dc, via, check, proxy, user-timeout";
 
 impl FromStr for Descriptor {
@@ -151,6 +158,9 @@ impl FromStr for Descriptor {
 
     /// The whole text must match; nothing is trimmed.
     fn from_str(text: &str) -> Result<Self, DescriptorError> {
+        if text.len() > LONGEST {
+            return Err(DescriptorError::TooLong);
+        }
         let (service, tags, rest) = service_and_tags(text)?;
         let mut fields = rest.split(';');
         let (port, protocol) = port_and_protocol(fields.next().unwrap_or_default())?;

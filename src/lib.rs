@@ -19,6 +19,8 @@ pub mod word;
 pub mod cow_map;
 pub mod identity;
 pub mod text;
+mod json;
+mod body;
 pub mod model;
 pub mod descriptor;
 pub mod consumer;

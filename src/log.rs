@@ -48,7 +48,7 @@ pub fn start(format: LogFormat, verbosity: u8, filter: Option<&str>) -> Result<L
     let _ = DROPPED.set([rest.error_counter(), connections.error_counter()]);
     let writer = Writers { rest, connections };
     let fold = Fold::default();
-    let folded = Folded::of(&fold);
+    let folded = Folded::of(&fold, format);
     let layer = fmt::layer().with_writer(writer).with_ansi(false);
     let log = tracing_subscriber::registry().with(filter);
     match format {

@@ -1,6 +1,11 @@
 //! embassy: words become a command, or a Config and an App. No logic here.
 
-use std::{env, process::ExitCode, time::Duration};
+use std::{
+    backtrace::{Backtrace, BacktraceStatus},
+    env, panic,
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use embassy::{
@@ -13,6 +18,14 @@ use embassy::{
 use tracing::{error, info, warn};
 
 fn main() -> ExitCode {
+    // A panic's text may hold words from outside: it is one line, like every other.
+    panic::set_hook(Box::new(|panic| {
+        cli::complain(panic.to_string().replace('\n', " "));
+        let trace = Backtrace::capture();
+        if trace.status() == BacktraceStatus::Captured {
+            cli::complain(trace);
+        }
+    }));
     privileges::take_up_net_admin();
     let words = env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
     let words: Vec<_> = words.collect();

@@ -13,10 +13,10 @@ use tracing::{info, warn};
 
 use crate::{
     consumer::Consumer,
-    discovery::{Endpoints, Query, Refusal},
+    discovery::{Endpoints, Query, Refusal, Rejections},
     events::{Event, Events},
     model::{Endpoint, Vip},
-    provider::{Listing, Problem},
+    provider::{Beyond, Limit, Listing, Problem},
     source::Known,
     table::{Table, Upstream},
 };
@@ -43,7 +43,13 @@ pub struct Report {
     problems: BTreeSet<Problem>,
     unrouted: BTreeSet<String>,
     /// Skipped entries of an answer: their keys and reasons.
-    rejected: HashMap<Query, BTreeSet<(String, String)>>,
+    rejected: HashMap<Query, Rejections>,
+    /// Services with more endpoints than are used.
+    crowded: BTreeSet<Query>,
+    /// Consumers of whom bindings are not used because of a limit, by its flag; one for all if it is no limit of a consumer's.
+    beyond: BTreeSet<(Limit, Arc<str>)>,
+    /// Those bindings.
+    beyond_count: usize,
     /// Endpoints that must not be used, of each service.
     barred: HashMap<Query, Vec<(Endpoint, Refusal)>>,
     /// The endpoints in use, and whether they are held though the last answer has none, or few of them.
@@ -66,6 +72,9 @@ impl Report {
             problems: BTreeSet::new(),
             unrouted: BTreeSet::new(),
             rejected: HashMap::new(),
+            crowded: BTreeSet::new(),
+            beyond: BTreeSet::new(),
+            beyond_count: 0,
             barred: HashMap::new(),
             used: HashMap::new(),
             unwell: HashMap::new(),
@@ -73,6 +82,11 @@ impl Report {
             has_no_address: false,
             is_elsewhere: false,
         }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn refused(&self) -> &Refused {
+        &self.refused
     }
 
     /// A source that answers again.
@@ -91,6 +105,7 @@ impl Report {
     pub(crate) fn nobody_asks(&mut self, query: &Query) {
         self.lost.remove(&query.to_string());
         self.rejected.remove(query);
+        self.crowded.remove(query);
         self.barred.remove(query);
         self.used.remove(query);
         self.unwell.remove(query);
@@ -103,6 +118,39 @@ impl Report {
             warn!(consumer = %problem.consumer, origin = %problem.origin, reason = problem.reason, "binding skipped");
         }
         self.problems = now;
+        self.beyond(&listing.beyond);
+    }
+
+    /// Logs what is not used because of a limit: once for each consumer, and once for a limit of all.
+    fn beyond(&mut self, beyond: &[Beyond]) {
+        let mut now = BTreeSet::new();
+        for Beyond { limit, most, consumer } in beyond {
+            let bindings = consumer.bindings.len();
+            let of = match limit {
+                Limit::Bindings => consumer.name.clone(),
+                Limit::Services => "".into(),
+            };
+            let of = (*limit, of);
+            let is_known = self.beyond.contains(&of);
+            if !now.insert(of) || is_known {
+                continue;
+            }
+            match limit {
+                Limit::Bindings => {
+                    warn!(consumer = %consumer.name, id = %consumer.id, bindings, most, "consumer declares more bindings than --max-bindings-per-consumer; the rest get no route");
+                }
+                Limit::Services => {
+                    warn!(
+                        most,
+                        "consumers ask for more services than --max-services; bindings of the rest get no route"
+                    );
+                }
+            }
+        }
+        let count: usize = beyond.iter().map(|one| one.consumer.bindings.len()).sum();
+        let new = count.saturating_sub(self.beyond_count);
+        self.refused.routes.fetch_add(new as u64, Relaxed);
+        (self.beyond, self.beyond_count) = (now, count);
     }
 
     /// `used` are the endpoints in use: after an empty answer, the last ones for a while.
@@ -116,8 +164,7 @@ impl Report {
         let held = value.list.len() < now.list.len();
         let before = self.used.get(query);
         if before.is_none_or(|(before, was_held)| before.list != now.list || *was_held != held) {
-            let list: Vec<_> = now.list.iter().map(ToString::to_string).collect();
-            let endpoints = list.join(" ");
+            let endpoints = some(&now.list);
             self.events.report(|| Event::EndpointsChanged {
                 query: query.clone(),
                 endpoints: now.list.clone(),
@@ -126,7 +173,7 @@ impl Report {
                 warn!(service = %query, endpoints, answered = value.list.len(), "service lost most of its endpoints at once; they stay in use for --empty-hold");
             } else if held {
                 warn!(service = %query, endpoints, "service has no endpoints; the last ones stay in use for --empty-hold");
-            } else if list.is_empty() {
+            } else if now.list.is_empty() {
                 warn!(service = %query, "service has no endpoints; connections are reset");
             } else {
                 info!(service = %query, endpoints, "service endpoints changed");
@@ -143,20 +190,35 @@ impl Report {
             }
             _ => {}
         }
-        let entries = value.rejected.iter();
-        let rejected: BTreeSet<_> =
-            entries.map(|entry| (entry.what.clone(), entry.reason.clone())).collect();
+        self.rejected(query, &value.rejected);
+        let left_out = value.left_out;
+        if left_out == 0 {
+            self.crowded.remove(query);
+        } else if self.crowded.insert(query.clone()) {
+            self.refused.endpoints.fetch_add(left_out as u64, Relaxed);
+            let most = Endpoints::MOST;
+            warn!(service = %query, most, left_out, "service has more endpoints than are used; the rest get no connections");
+        }
+    }
+
+    fn rejected(&mut self, query: &Query, rejected: &Rejections) {
         let before = self.rejected.get(query);
-        for (entry, reason) in &rejected {
-            if before.is_none_or(|before| !before.contains(&(entry.clone(), reason.clone()))) {
+        for entry in rejected.iter() {
+            if before.is_none_or(|before| before.iter().all(|other| other != entry)) {
+                let (entry, reason) = (&entry.what, &entry.reason);
                 self.refused.endpoints.fetch_add(1, Relaxed);
                 warn!(service = %query, entry, reason, "discovery entry skipped");
             }
         }
-        if rejected.is_empty() {
+        let (more, were) = (rejected.more(), before.map_or(0, Rejections::more));
+        self.refused.endpoints.fetch_add(more.saturating_sub(were) as u64, Relaxed);
+        if more > 0 && were == 0 {
+            warn!(service = %query, more, "more discovery entries skipped than are named");
+        }
+        if rejected.count() == 0 {
             self.rejected.remove(query);
         } else {
-            self.rejected.insert(query.clone(), rejected);
+            self.rejected.insert(query.clone(), rejected.clone());
         }
     }
 
@@ -237,6 +299,15 @@ impl Report {
 
 /// Endpoints of one service that are logged at a time.
 const NAMED: usize = 20;
+
+/// The first endpoints of a list, and the number of the rest.
+fn some(endpoints: &[Endpoint]) -> String {
+    let mut named: Vec<_> = endpoints.iter().take(NAMED).map(ToString::to_string).collect();
+    if let Some(more) = endpoints.len().checked_sub(NAMED).filter(|more| *more > 0) {
+        named.push(format!("and {more} more"));
+    }
+    named.join(" ")
+}
 
 fn list(vips: &BTreeSet<Vip>) -> String {
     vips.iter().map(Vip::to_string).collect::<Vec<_>>().join(" ")

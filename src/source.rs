@@ -12,6 +12,8 @@ use futures_util::FutureExt;
 use tokio::sync::{Notify, watch};
 use tracing::{debug, info, warn};
 
+use crate::text::shortened;
+
 mod resync;
 mod shared;
 
@@ -80,9 +82,12 @@ pub struct SourceError {
 impl SourceError {
     /// A longer pause is cut to this, because only a new attempt shows that the source is back.
     const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+    /// Bytes of the reason: it may repeat what a peer has sent.
+    const LONGEST: usize = 2 << 10;
 
     pub fn new(reason: impl fmt::Display) -> Self {
-        Self { reason: reason.to_string(), pause: Duration::ZERO, refused: false }
+        let reason = shortened(&reason.to_string(), Self::LONGEST).into_owned();
+        Self { reason, pause: Duration::ZERO, refused: false }
     }
 
     /// The same, if the source works and refuses this query alone.
@@ -313,6 +318,12 @@ mod tests {
             assert!(backoff.next(0.999) <= Backoff::LONGEST);
         }
         assert!(backoff.next(0.0) >= Backoff::LONGEST / 2);
+    }
+
+    #[test]
+    fn a_reason_has_an_end() {
+        assert_eq!(SourceError::new("down").to_string(), "down");
+        assert!(SourceError::new("x".repeat(1 << 20)).to_string().len() < 3000);
     }
 
     fn resync(seconds: u64) -> Resync {

@@ -1,6 +1,6 @@
 //! Text that others wrote: what of it was meant, and what of it may be shown. Pure.
 
-use std::net::SocketAddr;
+use std::{borrow::Cow, fmt::Write, net::SocketAddr};
 
 /// A variable's or label's value as it was meant. An env file leaves white space, a carriage return and a pair of quotes around
 /// the whole value in it, because `docker run --env-file` takes them literally.
@@ -48,9 +48,132 @@ pub fn without_secrets(text: &str) -> String {
     format!("{scheme}{user}{address}{parameters}")
 }
 
+/// Whether a character can make a line look like something else: it ends the line, moves the cursor, is obeyed by a terminal,
+/// changes the direction of what follows it, or cannot be seen.
+pub fn is_deceptive(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            // Line and paragraph separator.
+            '\u{2028}' | '\u{2029}'
+            // Marks of direction (Unicode Standard Annex 9).
+            | '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+            // Without a width: soft hyphen, joiners, fillers, word joiner and what follows it, byte order mark, variation
+            // selectors, annotations, tags.
+            | '\u{00ad}' | '\u{034f}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}' | '\u{180b}'..='\u{180f}'
+            | '\u{200b}'..='\u{200d}' | '\u{2060}'..='\u{2065}' | '\u{206a}'..='\u{206f}' | '\u{3164}' | '\u{feff}'
+            | '\u{fe00}'..='\u{fe0f}' | '\u{ffa0}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e0fff}')
+}
+
+/// A text of one line as it may be shown to a person: what is deceptive is written as Rust writes it, such as `\n` and
+/// `\u{202e}`.
+pub fn visible(text: &str) -> Cow<'_, str> {
+    written_out(text, is_deceptive)
+}
+
+/// The same of a text whose line breaks are meant.
+pub fn visible_lines(text: &str) -> Cow<'_, str> {
+    written_out(text, |c| c != '\n' && is_deceptive(c))
+}
+
+/// The same of a whole JSON document, which stays one: characters below 32 stand only between its values, and all others that
+/// are deceptive only in its strings.
+pub fn visible_json(json: &str) -> Cow<'_, str> {
+    let is_hidden = |c: char| c >= ' ' && is_deceptive(c);
+    replaced(json, is_hidden, |out, c| {
+        for unit in c.encode_utf16(&mut [0; 2]) {
+            // Writing to a String cannot fail.
+            let _ = write!(out, "\\u{unit:04x}");
+        }
+    })
+}
+
+/// The same of a piece of metrics, where only whole lines end with a line break, and a backslash in a label is written twice.
+pub fn visible_label(text: &str) -> Cow<'_, str> {
+    let is_hidden = |c: char| c != '\n' && is_deceptive(c);
+    replaced(text, is_hidden, |out, c| {
+        out.push('\\');
+        out.extend(c.escape_unicode());
+    })
+}
+
+fn written_out(text: &str, is_hidden: impl Fn(char) -> bool) -> Cow<'_, str> {
+    replaced(text, is_hidden, |out, c| match c {
+        '\n' => out.push_str("\\n"),
+        '\r' => out.push_str("\\r"),
+        '\t' => out.push_str("\\t"),
+        _ => out.extend(c.escape_unicode()),
+    })
+}
+
+fn replaced(
+    text: &str,
+    is_hidden: impl Fn(char) -> bool,
+    mut write: impl FnMut(&mut String, char),
+) -> Cow<'_, str> {
+    // Nearly always, and of much text.
+    if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return text.into();
+    }
+    let Some(first) = text.find(&is_hidden) else { return text.into() };
+    let (whole, rest) = text.split_at(first);
+    let mut out = String::with_capacity(text.len() + 16);
+    out.push_str(whole);
+    for c in rest.chars() {
+        if is_hidden(c) {
+            write(&mut out, c);
+        } else {
+            out.push(c);
+        }
+    }
+    out.into()
+}
+
+/// A text of at most `most` bytes; of a longer one its beginning, and how much is missing.
+pub fn shortened(text: &str, most: usize) -> Cow<'_, str> {
+    if text.len() <= most {
+        return text.into();
+    }
+    let head = text.get(..text.floor_char_boundary(most)).unwrap_or_default();
+    format!("{head}... ({} bytes more)", text.len() - head.len()).into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// One of each kind.
+    const DECEPTIVE: &str = "a\n\r\t\0\u{1b}[2J\u{7f}\u{85}\u{9b}1m\u{202e}\u{2066}\u{200f}\u{61c}\u{200b}\u{feff}\u{2028}\u{2029}\u{e0041}b";
+
+    #[test]
+    fn what_is_deceptive_is_written_out_and_the_rest_is_not() {
+        let plain = "redis.master \u{e4}\u{4e2d} 'x' \"y\" \\z";
+        assert_eq!(visible(plain), plain);
+        assert_eq!(visible_lines("a\nb"), "a\nb");
+        assert_eq!(visible_label("a\n\u{1b}"), "a\n\\\\u{1b}");
+        assert_eq!(
+            visible("a\n\u{1b}[2J\u{202e}\u{9b}\u{301}"),
+            "a\\n\\u{1b}[2J\\u{202e}\\u{9b}\u{301}"
+        );
+        for shown in [visible(DECEPTIVE), visible_lines(&DECEPTIVE.replace('\n', ""))] {
+            assert!(!shown.contains(is_deceptive), "{shown:?}");
+        }
+    }
+
+    #[test]
+    fn json_stays_the_same_value() {
+        let value = serde_json::json!({ "name": DECEPTIVE, "list": [DECEPTIVE, 1] });
+        for text in [value.to_string(), serde_json::to_string_pretty(&value).unwrap()] {
+            let shown = visible_json(&text);
+            assert!(!shown.contains(|c| c != '\n' && is_deceptive(c)), "{shown:?}");
+            assert_eq!(serde_json::from_str::<serde_json::Value>(&shown).unwrap(), value);
+        }
+    }
+
+    #[test]
+    fn a_long_text_is_cut_where_a_character_ends() {
+        assert_eq!(shortened("abc", 3), "abc");
+        assert_eq!(shortened("a\u{e4}bc", 2), "a... (4 bytes more)");
+    }
 
     #[test]
     fn what_an_env_file_leaves_around_a_value_is_taken_off() {
@@ -107,6 +230,12 @@ mod tests {
         fn no_text_panics(any: String) {
             bare(&any);
             is_of_link(&any);
+            let shown = [visible(&any), visible_lines(&any)].concat();
+            proptest::prop_assert!(!shown.contains(|c| c != '\n' && is_deceptive(c)));
+            let json = serde_json::to_string(&any).unwrap();
+            let read = serde_json::from_str::<String>(&visible_json(&json)).unwrap();
+            proptest::prop_assert_eq!(&read, &any);
+            shortened(&any, 10);
             without_secrets(&any);
         }
     }

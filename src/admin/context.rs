@@ -79,7 +79,14 @@ impl Feeds {
             let skipped = skipped_entries(&known);
             let reading = SourceReading::of(query.to_string(), &known, in_use, skipped, now);
             let problem = known.value.iter().find_map(|value| value.problem.as_deref());
-            (query.clone(), SourceReading { problem: problem.map(Into::into), ..reading })
+            let answer = known.value.as_deref();
+            let reading = SourceReading {
+                problem: problem.map(Into::into),
+                more_skipped: answer.map_or(0, |answer| answer.rejected.more()),
+                left_out: answer.map_or(0, |answer| answer.left_out),
+                ..reading
+            };
+            (query.clone(), reading)
         });
         let figures = &self.figures;
         let table = self.tables.borrow().clone();
@@ -131,6 +138,6 @@ fn provider(sources: &Sources, now: Instant) -> SourceReading {
 }
 
 fn skipped_entries(known: &Known<Endpoints>) -> Vec<String> {
-    let rejected = known.value.iter().flat_map(|endpoints| &endpoints.rejected);
+    let rejected = known.value.iter().flat_map(|endpoints| endpoints.rejected.iter());
     rejected.map(|entry| format!("{}: {}", entry.what, entry.reason)).collect()
 }

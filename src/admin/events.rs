@@ -19,7 +19,7 @@ use tokio::sync::{
 };
 
 use super::{api, context::Context, refusal::Refusal};
-use crate::events::Event;
+use crate::{events::Event, text::visible_json};
 
 /// Maximum number of clients at a time.
 pub(super) const LISTENERS: usize = 32;
@@ -62,7 +62,8 @@ impl Listener {
             Err(RecvError::Closed) => return None,
         };
         // An event has only text and numbers, so serializing it cannot fail.
-        let event = sse::Event::default().json_data(api::Event::from(&*event)).ok()?;
+        let event = serde_json::to_string(&api::Event::from(&*event)).ok()?;
+        let event = sse::Event::default().data(visible_json(&event));
         Some((Ok(event), self))
     }
 }

@@ -5,7 +5,12 @@ use std::{
     sync::Arc,
 };
 
-use super::{api, context::Feeds, list::is_consumer, view};
+use super::{
+    api,
+    context::Feeds,
+    list::{Wanted, is_consumer},
+    view,
+};
 use crate::{
     consumer::Consumer,
     judgement::{Cause, Situation, Verdict},
@@ -80,7 +85,10 @@ fn service(feeds: &Feeds, situation: &Situation, route: &Route) -> api::ExplainS
         verdict: state.verdict(),
         source: source
             .map(|((query, answers), reading)| view::discovery(query, &answers.borrow(), reading)),
-        endpoints: endpoints.map(|e| view::endpoint(&key, e, situation.now)).collect(),
+        endpoints: {
+            let some = endpoints.take(Wanted::MOST);
+            some.map(|e| view::endpoint(&key, e, situation.now)).collect()
+        },
         next: situation.next_pick(route).map(|next| next.to_string()),
     }
 }

@@ -36,7 +36,7 @@ pub(super) struct Shows<'a> {
 
 impl Wanted {
     const DEFAULT: usize = 100;
-    const MOST: usize = 1000;
+    pub(super) const MOST: usize = 1000;
     const SHORTEST_ID: usize = 4;
 
     /// The requested page of `all`; `view` is called only for entries of the page.

@@ -96,5 +96,6 @@ fn router(context: Context) -> Router {
         .fallback(v1::unknown)
         .method_not_allowed_fallback(v1::wrong_method)
         .layer(axum::middleware::from_fn_with_state(context.access.clone(), access::check))
+        .layer(axum::middleware::map_response(refusal::visible))
         .with_state(context)
 }

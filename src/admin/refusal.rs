@@ -1,14 +1,17 @@
 //! Error responses, and the parameter extractors that return them.
 
+use std::borrow::Cow;
+
 use axum::{
     Json,
     extract::{FromRequestParts, Query},
-    http::{StatusCode, request::Parts},
+    http::{StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
 };
 use serde::de::DeserializeOwned;
 
 use super::api;
+use crate::text::visible_json;
 
 /// An error response.
 #[derive(Debug)]
@@ -35,6 +38,24 @@ impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         (self.status, Json(api::Error { error: self.error })).into_response()
     }
+}
+
+/// A response in JSON, whose strings hold nothing that a terminal would obey: they are escaped in the JSON.
+pub(super) async fn visible(response: Response) -> Response {
+    let kind = response.headers().get(header::CONTENT_TYPE);
+    if kind.is_none_or(|kind| kind != "application/json") {
+        return response;
+    }
+    let (head, body) = response.into_parts();
+    // It is in memory as a whole.
+    let Ok(body) = axum::body::to_bytes(body, usize::MAX).await else {
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    };
+    let body = match str::from_utf8(&body).map(visible_json) {
+        Ok(Cow::Owned(text)) => text.into(),
+        Ok(Cow::Borrowed(_)) | Err(_) => body.into(),
+    };
+    Response::from_parts(head, body)
 }
 
 /// The query parameters. Errors in them are returned as JSON, like every error.

@@ -173,7 +173,11 @@ fn source<T>(kind: &str, known: &Known<T>, reading: &SourceReading, items: usize
         failures: known.failures,
         error: reading.error.as_ref().map(ToString::to_string),
         items,
-        skipped: reading.skipped.clone(),
+        skipped: {
+            let more =
+                (reading.more_skipped > 0).then(|| format!("and {} more", reading.more_skipped));
+            reading.skipped.iter().cloned().chain(more).collect()
+        },
     }
 }
 

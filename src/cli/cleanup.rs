@@ -5,7 +5,7 @@ use std::fmt::Write;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
-use super::{Answer, running};
+use super::{Answer, running, table::printable};
 use crate::capture::{self, Lock};
 
 /// Remove the firewall rules that a killed embassy left
@@ -60,6 +60,7 @@ impl Cleanup {
             let _ = writeln!(text, "removed our rules of {firewall}");
         }
         for error in &done.errors {
+            let error = printable(error);
             let _ = writeln!(text, "cannot remove our rules: {error}");
         }
         if text.is_empty() {

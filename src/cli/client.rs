@@ -6,6 +6,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use reqwest::Url;
 use serde::de::DeserializeOwned;
 
+use super::table::printable;
 use crate::{
     admin::api::{Error, Page},
     config::Admin,
@@ -71,7 +72,7 @@ impl Client {
         let body = answer.bytes().await.map_err(|error| self.nobody(&error))?;
         if !status.is_success() {
             match serde_json::from_slice::<Error>(&body) {
-                Ok(Error { error }) => bail!("{error}"),
+                Ok(Error { error }) => bail!("{}", printable(&error)),
                 Err(_) => bail!("{}{path}: {status}: is this an embassy?", self.at),
             }
         }
@@ -104,7 +105,8 @@ impl Client {
 
     fn nobody(&self, error: &reqwest::Error) -> anyhow::Error {
         // The whole chain of errors: the cause is at its end.
-        let reason = SourceError::caused("no embassy answers", error);
+        let reason = SourceError::caused("no embassy answers", error).to_string();
+        let reason = printable(&reason);
         anyhow!(
             "{reason}\nIs it running, and is its API at {}? Set the address with --admin or EMBASSY_ADMIN",
             self.at

@@ -61,8 +61,8 @@ fn write(out: &mut String, explain: &api::Explain) -> std::fmt::Result {
     findings::write(out, all)?;
     writeln!(out)?;
     for consumer in &explain.consumers {
-        let id = consumer.id.get(..12).unwrap_or(&consumer.id);
-        let addresses = consumer.addresses.join(" ");
+        let id = printable(consumer.id.get(..12).unwrap_or(&consumer.id));
+        let addresses = printable(&consumer.addresses.join(" "));
         let ports: Vec<_> = consumer.ports.iter().map(ToString::to_string).collect();
         let ports = if ports.is_empty() { "none".to_owned() } else { ports.join(" ") };
         let name = printable(&consumer.name);
@@ -81,7 +81,7 @@ fn write(out: &mut String, explain: &api::Explain) -> std::fmt::Result {
     };
     writeln!(out, "captured   {captured}")?;
     if !explain.dial.is_empty() {
-        writeln!(out, "dials      {}", explain.dial.join(" or "))?;
+        writeln!(out, "dials      {}", printable(&explain.dial.join(" or ")))?;
     }
     for route in &explain.routes {
         if let Some(error) = &route.figures.last_error {
@@ -108,7 +108,7 @@ fn write_service(out: &mut String, service: &api::ExplainService) -> std::fmt::R
         writeln!(out, "source     {}", printable(&said))?;
     }
     if let Some(next) = &service.next {
-        writeln!(out, "next       {next}")?;
+        writeln!(out, "next       {}", printable(next))?;
     }
     if !service.endpoints.is_empty() {
         write!(out, "\n{}", ps::endpoints(&service.endpoints))?;

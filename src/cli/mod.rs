@@ -12,7 +12,7 @@ use clap::{
 
 use crate::{
     config::{self, Config, Stop, UsageError},
-    text::without_secrets,
+    text::{visible, visible_json, visible_lines, without_secrets},
 };
 
 mod cleanup;
@@ -50,7 +50,7 @@ impl Answer {
     /// The same as JSON.
     fn json(value: &impl serde::Serialize, yes: bool) -> anyhow::Result<Self> {
         let text = serde_json::to_string_pretty(value).context("as JSON")?;
-        Ok(Self { text: text + "\n", yes })
+        Ok(Self { text: visible_json(&text).into_owned() + "\n", yes })
     }
 }
 
@@ -94,7 +94,8 @@ pub fn told(stop: &Stop) -> ExitCode {
         Stop::Help => print(&help()),
         Stop::Print(text) => print(text),
         Stop::Usage(error) => {
-            complain(error);
+            // One line, whatever was typed.
+            complain(visible(&error.to_string()));
             return ExitCode::from(2);
         }
     }
@@ -226,12 +227,12 @@ fn finish(answer: Result<anyhow::Result<Answer>, Stop>) -> ExitCode {
 
 fn print(text: &str) {
     // The reader closed the pipe: it needs no more output.
-    let _ = write!(std::io::stdout(), "{text}");
+    let _ = write!(std::io::stdout(), "{}", visible_lines(text));
 }
 
 /// Prints an error to stderr. Unlike `eprintln!` it does not panic if nobody reads it.
 pub fn complain(error: impl fmt::Display) {
-    let _ = writeln!(std::io::stderr(), "embassy: {error}");
+    let _ = writeln!(std::io::stderr(), "embassy: {}", visible_lines(&error.to_string()));
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use crate::{
     control::{Sources, Waiting},
     discovery::{Endpoints, Query},
     events::Events,
-    provider::Lookup,
+    provider::{Beyond, Lookup},
     readiness::{Part, Readiness},
     source::{Known, ResyncRequests},
     table::{Route, Table},
@@ -213,7 +213,13 @@ fn skipped(table: &Table, sources: &Sources) -> Vec<Skipped> {
         origin: unrouted.origin.to_string(),
         reason: unrouted.reason.to_string(),
     });
-    problems.chain(unrouted).collect()
+    let beyond = sources.listing.iter().flat_map(|listing| &listing.beyond);
+    let beyond = beyond.map(|Beyond { limit, most, consumer }| Skipped {
+        consumer: consumer.name.to_string(),
+        origin: limit.flag().to_owned(),
+        reason: format!("{} bindings are beyond {most}", consumer.bindings.len()),
+    });
+    problems.chain(unrouted).chain(beyond).collect()
 }
 
 impl Shown {

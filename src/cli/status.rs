@@ -47,7 +47,7 @@ fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
         Verdict::Ok => String::new(),
         verdict => format!(", {}", findings::word(verdict)),
     };
-    let up = age(*uptime_seconds);
+    let (up, version) = (age(*uptime_seconds), printable(version));
     writeln!(out, "{ready}{verdict}: embassy {version}, process {pid}, up {up}")?;
     for api::Waiting { part, seconds, sources } in &status.waiting_for {
         let whom = sources.join(", ");
@@ -61,7 +61,7 @@ fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
     let asked = format!("{}{engine}, {}", status.host_name, status.discoveries.join(", "));
     writeln!(out, "host         {}", printable(&asked))?;
     let capture = &status.capture;
-    let firewall = capture.firewall.as_deref().unwrap_or("nothing yet");
+    let firewall = printable(capture.firewall.as_deref().unwrap_or("nothing yet"));
     match (capture.mode, capture.in_place) {
         (api::CaptureMode::None, _) => writeln!(out, "capture      by your own rules")?,
         (mode, true) => writeln!(out, "capture      {mode} by {firewall}, in place")?,
@@ -72,10 +72,10 @@ fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
         let times = numbered(capture.restored.values().sum::<u64>(), "time", "times");
         writeln!(out, "  rules restored {times}, last {} ago: {missing}", age(last.age_seconds))?;
     }
-    writeln!(out, "listens      {}", status.listeners.join(" "))?;
+    writeln!(out, "listens      {}", printable(&status.listeners.join(" ")))?;
     match status.vips.as_slice() {
         [] => writeln!(out, "VIPs         none")?,
-        vips => writeln!(out, "VIPs         {}", vips.join(" "))?,
+        vips => writeln!(out, "VIPs         {}", printable(&vips.join(" ")))?,
     }
 
     write!(

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::counts::LONGEST;
+use crate::{counts::LONGEST, text::visible};
 
 /// Rows under a head; each column is as wide as its widest cell.
 #[derive(Debug)]
@@ -58,10 +58,9 @@ impl fmt::Display for Columns {
     }
 }
 
-/// Text from outside, without control characters: a terminal would obey them, for example in a registry's error.
+/// Text from outside, for example a registry's error, on one line and without what a terminal would obey.
 pub(super) fn printable(text: &str) -> String {
-    let hidden = |c: char| if c.is_control() { '\u{fffd}' } else { c };
-    text.chars().map(hidden).collect()
+    visible(text).into_owned()
 }
 
 /// `1.2 kB`, as `docker stats` has it: powers of 1000.
@@ -104,7 +103,7 @@ mod tests {
         table.row(["another".into(), "12345678".into(), String::new()]);
         let expected = "\
 NAME       ACTIVE  SERVICE
-app             7  redis\u{fffd}[2J
+app             7  redis\\u{1b}[2J
 another  12345678
 ";
         assert_eq!(table.to_string(), expected);

@@ -79,7 +79,7 @@ impl Wait {
             return Answer::json(&Waited { ready, seconds, reason }, ready);
         }
         let text = match reason {
-            None => format!("{}: ready\n", self.services.join(", ")),
+            None => format!("{}: ready\n", printable(&self.services.join(", "))),
             Some(reason) => format!("not ready: {reason}\n"),
         };
         Ok(Answer::new(text, ready))
@@ -135,7 +135,7 @@ async fn why(client: &Client, route: &api::Route) -> Result<String> {
     let asked = [("consumer", route.address.as_str()), ("port", port.as_str())];
     let explain: api::Explain = client.get("/v1/explain", &asked).await?;
     let text = explain.findings.first().map_or("", |first| &first.text);
-    Ok(format!("{} is {}: {}", route.query.name, route.state, printable(text)))
+    Ok(printable(&format!("{} is {}: {text}", route.query.name, route.state)))
 }
 
 /// No container asks for it: names the services that containers ask for, because the name may be misspelt.
@@ -147,6 +147,7 @@ async fn nobody_asks(client: &Client, service: &str) -> Result<String> {
     };
     let names: BTreeSet<_> = some.items.iter().map(query).collect();
     let names = names.into_iter().take(NAMED).collect::<Vec<_>>().join(", ");
+    let service = printable(service);
     Ok(match names.is_empty() {
         true => format!("no container asks for {service}"),
         false => format!("no container asks for {service}; containers ask for {names}"),

@@ -79,6 +79,17 @@ pub(crate) struct Args {
     #[arg(long, help_heading = CONSUMERS, value_name = "PREFIX")]
     pub(super) prefix: Option<String>,
 
+    /// Maximum number of bindings of one consumer, at least 1. Further ones are reported and get no route: of a container those
+    /// with the highest ports. A low number breaks containers that need more [default: 256]
+    #[arg(long, help_heading = CONSUMERS, value_name = "NUMBER")]
+    pub(super) max_bindings_per_consumer: Option<String>,
+
+    /// Maximum number of services that all consumers together may use, at least 1; a service with other tags or another datacentre
+    /// counts as another one. Bindings of further ones are reported and get no route; services in use stay. Each service is
+    /// a query to its registry [default: 4096]
+    #[arg(long, help_heading = CONSUMERS, value_name = "NUMBER")]
+    pub(super) max_services: Option<String>,
+
     /// Interface whose address is the source address of the static provider's consumer; 127.0.0.1 and ::1 always count
     /// too [default: eth0] [env: INTERFACE]
     #[arg(long, help_heading = CONSUMERS, value_name = "NAME")]

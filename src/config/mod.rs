@@ -66,6 +66,10 @@ pub struct Config {
     /// `None`: by the limits of descriptors and memory. At least 1.
     pub max_connections: Option<usize>,
     pub max_connections_per_consumer: ConsumerLimit,
+    /// Bindings of one consumer. At least 1.
+    pub max_bindings_per_consumer: usize,
+    /// Different services of all consumers. At least 1.
+    pub max_services: usize,
     /// No connection tracking between proxy and endpoints.
     pub notrack: bool,
     pub conntrack: Conntrack,

@@ -84,6 +84,13 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
         )
         .or("share")
         .read(consumer_limit, format_args!("{COUNT}, or share"))?,
+        max_bindings_per_consumer: flag(
+            "--max-bindings-per-consumer",
+            args.max_bindings_per_consumer,
+        )
+        .or("256")
+        .read(count, COUNT)?,
+        max_services: flag("--max-services", args.max_services).or("4096").read(count, COUNT)?,
         notrack: switch("--notrack", args.notrack, "false")?,
         conntrack: Conntrack {
             max_connections: env.setting("IPTABLES_TRACK_MAX_CONNECTIONS").read(count, COUNT)?,

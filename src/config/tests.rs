@@ -86,6 +86,7 @@ fn nothing_given() {
     assert_eq!(config.drain, Duration::from_secs(8));
     assert_eq!(config.max_connections, None);
     assert_eq!(config.max_connections_per_consumer, ConsumerLimit::Share);
+    assert_eq!((config.max_bindings_per_consumer, config.max_services), (256, 4096));
     assert!(!config.notrack);
     assert_eq!(config.conntrack, Conntrack::default());
     assert_eq!(config.admin, Some(Admin::Tcp("127.0.0.1:9990".parse().unwrap())));
@@ -179,6 +180,8 @@ fn every_flag_in_every_style() {
         ("state-max-age", "1h"),
         ("max-connections", "10"),
         ("max-connections-per-consumer", "5"),
+        ("max-bindings-per-consumer", "7"),
+        ("max-services", "8"),
         ("connection-log", "0.01"),
         ("log-format", "json"),
         ("verbosity v", "10"),
@@ -460,6 +463,11 @@ b'",
         (
             "-max-connections-per-consumer -1",
             "--max-connections-per-consumer \"-1\": expected a whole number from 1, or share",
+        ),
+        ("-max-services 0", "--max-services \"0\": expected a whole number from 1"),
+        (
+            "-max-bindings-per-consumer many",
+            "--max-bindings-per-consumer \"many\": expected a whole number from 1",
         ),
         (
             "-admin 9990",

@@ -3,16 +3,16 @@
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use serde::Deserialize;
-use serde_json::Value;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use url::Url;
 
 use super::{
-    Endpoints, Options, Query, Rejected,
+    Endpoints, Options, Query, Rejected, Rejections,
     address::{self, excerpt},
 };
 use crate::{
-    model::Tags,
+    json::{self, Most},
+    model::{Endpoint, Tags},
     registry::{HttpAnswer, consul::ConsulClient},
     source::{Publisher, Resync, Source, SourceError},
 };
@@ -79,7 +79,10 @@ impl Source for ConsulSource {
         loop {
             tokio::select! {
                 answer = query.next() => {
-                    let mut endpoints = self.read(&answer?)?;
+                    let answer = answer?;
+                    let start = Instant::now();
+                    let mut endpoints = self.read(answer).await?;
+                    query.took(start.elapsed());
                     if endpoints.list.is_empty() && endpoints.problem.is_none() {
                         endpoints.problem = self.why_none().await;
                     }
@@ -115,7 +118,8 @@ impl ConsulSource {
     async fn why_none(&self) -> Option<Arc<str>> {
         let asking = self.consul.client.recent(self.at(["catalog", "services"]));
         let answer = timeout(Self::REASON, asking).await.ok()?.ok()?;
-        missing::problem(self.query.service.as_str(), &self.tags, &answer.json().ok()?)
+        let services = serde_json::from_slice(answer.body()).ok()?;
+        missing::problem(self.query.service.as_str(), &self.tags, &services)
     }
 
     fn url(&self) -> Url {
@@ -135,13 +139,17 @@ impl ConsulSource {
         url
     }
 
-    fn read(&self, answer: &HttpAnswer) -> Result<Endpoints, SourceError> {
-        let mut endpoints = endpoints(answer.json()?, &self.tags, self.consul.healthy_only);
+    async fn read(&self, answer: HttpAnswer) -> Result<Endpoints, SourceError> {
         // What a token may not read is left out without an error: that is no answer to what there is.
         let hidden = answer.headers.get("X-Consul-Results-Filtered-By-ACLs");
-        if hidden.is_some_and(|value| value == "true") {
+        let is_hidden = hidden.is_some_and(|value| value == "true");
+        let refused = answer.fault("the token may not read the service or its nodes");
+        let (tags, healthy_only) = (self.tags.clone(), self.consul.healthy_only);
+        let parse = move |body: &[u8]| endpoints(body, &tags, healthy_only);
+        let mut endpoints = answer.parsed(parse).await?;
+        if is_hidden {
             if endpoints.list.is_empty() {
-                return Err(answer.fault("the token may not read the service or its nodes"));
+                return Err(refused);
             }
             endpoints.rejected.push(Rejected {
                 what: self.query.service.to_string(),
@@ -154,13 +162,27 @@ impl ConsulSource {
 
 /// The instances with `tags`, each entry judged by itself. With `healthy_only` those that pass all their checks; where there
 /// are none, those that are in warning, because Consul's warning says that an instance still works.
-fn endpoints(entries: Vec<Value>, tags: &Tags, healthy_only: bool) -> Endpoints {
-    let mut list = Vec::new();
-    let mut rejected = Vec::new();
-    let (mut warning, mut critical) = (Vec::new(), Vec::new());
-    let mut unhealthy = Unhealthy::default();
-    for entry in entries {
-        match Entry::deserialize(&entry) {
+fn endpoints(body: &[u8], tags: &Tags, healthy_only: bool) -> Result<Endpoints, serde_json::Error> {
+    let mut instances = Instances::default();
+    json::each(body, |entry| {
+        instances.add(entry.get(), tags, healthy_only);
+        Ok(())
+    })?;
+    Ok(instances.endpoints())
+}
+
+#[derive(Default)]
+struct Instances {
+    passing: Vec<Endpoint>,
+    warning: Vec<Endpoint>,
+    critical: Vec<Endpoint>,
+    rejected: Rejections,
+    unhealthy: Unhealthy,
+}
+
+impl Instances {
+    fn add(&mut self, entry: &str, tags: &Tags, healthy_only: bool) {
+        match serde_json::from_str::<Entry>(entry) {
             // Older servers heed one tag only.
             Ok(entry) if !tags.all_in(entry.service.tags.as_deref().unwrap_or_default()) => {}
             Ok(entry) => {
@@ -168,40 +190,57 @@ fn endpoints(entries: Vec<Value>, tags: &Tags, healthy_only: bool) -> Endpoints 
                 let worst = checks.iter().max_by_key(|check| check.health());
                 let health = worst.filter(|_| healthy_only).map_or(Health::Passing, Check::health);
                 if let Some(check) = worst.filter(|_| health > Health::Passing) {
-                    unhealthy.add(check);
+                    self.unhealthy.add(check);
                 }
                 let Entry { node, service: Service { id, address, port, .. }, .. } = entry;
                 let address = Some(address).filter(|a| !a.is_empty()).unwrap_or(node.address);
                 match address::endpoint(&address, &port.to_string()) {
-                    Ok(endpoint) if health == Health::Critical => critical.push(endpoint),
+                    Ok(endpoint) if health == Health::Critical => self.critical.push(endpoint),
                     // What is not used is not judged.
                     Err(_) if health == Health::Critical => {}
-                    Ok(endpoint) if health == Health::Warning => warning.push(endpoint),
-                    Ok(endpoint) => list.push(endpoint),
+                    Ok(endpoint) if health == Health::Warning => self.warning.push(endpoint),
+                    Ok(endpoint) => self.passing.push(endpoint),
                     Err(reason) => {
-                        rejected.push(Rejected { what: format!("{id} on {}", node.node), reason });
+                        let what = format!("{id} on {}", node.node);
+                        self.rejected.push(Rejected { what, reason });
                     }
                 }
             }
-            Err(e) => rejected.push(Rejected {
-                what: entry
-                    .pointer("/Service/ID")
-                    .and_then(|id| id.as_str())
-                    .unwrap_or("an entry")
-                    .to_owned(),
-                reason: e.to_string(),
-            }),
+            Err(error) => {
+                let named = serde_json::from_str::<Named>(entry).ok();
+                let id = named.and_then(|named| named.service?.id);
+                let what = id.unwrap_or_else(|| "an entry".to_owned());
+                self.rejected.push(Rejected { what, reason: json::reason(&error) });
+            }
         }
     }
-    let mut problem = None;
-    if list.is_empty() && unhealthy.count > 0 {
-        problem = Some(unhealthy.problem(warning.len()));
-        list = std::mem::take(&mut warning);
+
+    fn endpoints(self) -> Endpoints {
+        let Self { passing: mut list, mut warning, critical, rejected, unhealthy } = self;
+        let mut problem = None;
+        if list.is_empty() && unhealthy.count > 0 {
+            problem = Some(unhealthy.problem(warning.len()));
+            list = std::mem::take(&mut warning);
+        }
+        let endpoints = Endpoints::new(list, rejected);
+        // Two instances may have one address.
+        let is_used = |one: &Endpoint| endpoints.list.binary_search(one).is_ok();
+        let unfit = critical.into_iter().chain(warning).filter(|one| !is_used(one)).collect();
+        Endpoints { problem, unfit, ..endpoints }
     }
-    let mut unfit: BTreeSet<_> = critical.into_iter().chain(warning).collect();
-    // Two instances may have one address.
-    unfit.retain(|one| !list.contains(one));
-    Endpoints { problem, unfit, ..Endpoints::new(list, rejected) }
+}
+
+/// An entry that is otherwise wrong.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Named {
+    service: Option<NamedService>,
+}
+
+#[derive(Deserialize)]
+struct NamedService {
+    #[serde(rename = "ID")]
+    id: Option<String>,
 }
 
 /// How well an instance is: the worst of its checks.
@@ -253,8 +292,11 @@ impl Unhealthy {
 struct Entry {
     node: Node,
     service: Service,
-    checks: Option<Vec<Check>>,
+    checks: Option<Most<Check, MOST>>,
 }
+
+/// Checks and tags of an instance; one with more is skipped.
+const MOST: usize = 1000;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase", expecting = "a check")]
@@ -293,23 +335,25 @@ struct Service {
     #[serde(default)]
     address: String,
     port: i64,
-    tags: Option<Vec<String>>,
+    tags: Option<Most<String, MOST>>,
 }
 
 /// Reads `input` as the body of an answer.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(input: &[u8]) {
-    if let Ok(entries) = serde_json::from_slice(input) {
-        endpoints(entries, &Tags::new(["prod"]), true);
-    }
+    let _ = endpoints(input, &Tags::new(["prod"]), true);
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
+
+    fn endpoints(entries: Vec<Value>, tags: &Tags, healthy_only: bool) -> Endpoints {
+        super::endpoints(&serde_json::to_vec(&entries).unwrap(), tags, healthy_only).unwrap()
+    }
 
     fn list(endpoints: &Endpoints) -> Vec<String> {
         endpoints.list.iter().map(ToString::to_string).collect()
@@ -337,7 +381,7 @@ mod tests {
     fn an_instance_is_at_its_own_address_or_its_nodes() {
         let endpoints = endpoints(two(), &Tags::default(), true);
         assert_eq!(list(&endpoints), ["10.0.0.1:80", "[fd00::1]:81"]);
-        assert_eq!(endpoints.rejected, []);
+        assert_eq!(endpoints.rejected.count(), 0);
     }
 
     #[test]
@@ -435,7 +479,27 @@ mod tests {
             "Service": { "ID": "i", "Port": 80 }, "Checks": [{ "Status": "critical" }],
         });
         let unused = endpoints(vec![nameless], &Tags::default(), true);
-        assert_eq!(unused.rejected, []);
+        assert_eq!(unused.rejected.count(), 0);
+    }
+
+    /// Empty objects, an instance with endless tags, and one that is good.
+    #[test]
+    fn what_is_written_in_bulk_is_counted_and_not_kept() {
+        let many = "{},".repeat(300_000);
+        let tags = "\"\",".repeat(100_000);
+        let good = two()[0].to_string();
+        let greedy = format!(
+            r#"{{"Node":{{"Node":"n","Address":"10.0.0.9"}},"Service":{{"ID":"g","Port":80,"Tags":[{tags}""]}}}}"#
+        );
+        let body = format!("[{many}{greedy},{good}]");
+        let endpoints = super::endpoints(body.as_bytes(), &Tags::default(), true).unwrap();
+        assert_eq!(list(&endpoints), ["10.0.0.1:80"]);
+        assert_eq!(endpoints.rejected.count(), 300_001);
+        assert_eq!(endpoints.rejected.iter().count(), Rejections::MOST);
+        // A place is a string, however long.
+        let long = format!(r#"[{{"Service":{{"ID":"{}"}}}}]"#, "x".repeat(1 << 20));
+        let endpoints = super::endpoints(long.as_bytes(), &Tags::default(), true).unwrap();
+        assert!(endpoints.rejected.iter().all(|entry| entry.what.len() < 1000));
     }
 
     proptest! {

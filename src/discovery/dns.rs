@@ -218,6 +218,8 @@ struct Session<'a> {
 impl<'a> Session<'a> {
     /// Everything that one answer takes: two questions one after the other, and one for each target.
     const WHOLE: Duration = Duration::from_secs(20);
+    /// Targets of one priority that are looked up.
+    const MOST_TARGETS: usize = 256;
     /// Targets that are looked up at a time.
     const AT_A_TIME: usize = 8;
 
@@ -258,6 +260,16 @@ impl<'a> Session<'a> {
             // The root as a host says that the service is decidedly not there.
             let mut hosts = group.to_vec();
             hosts.retain(|target| !target.host.is_root());
+            if hosts.len() > Self::MOST_TARGETS {
+                let what = format!("SRV of {}", self.name);
+                let reason = format!(
+                    "it has {} targets: the first {} are used",
+                    hosts.len(),
+                    Self::MOST_TARGETS
+                );
+                resolved.rejected.push(Rejected { what, reason });
+                hosts.truncate(Self::MOST_TARGETS);
+            }
             let found: Vec<_> = stream::iter(hosts)
                 .map(|target| self.target(&services.answer, target))
                 .buffered(Self::AT_A_TIME)
@@ -276,7 +288,8 @@ impl<'a> Session<'a> {
                     let what = format!("host {}", target.host);
                     resolved.rejected.push(Rejected { what, reason });
                 }
-                resolved.list.extend(good);
+                let room = Endpoints::MOST.saturating_sub(resolved.list.len());
+                resolved.list.extend(good.into_iter().take(room));
                 resolved.rejected.extend(wrong);
                 resolved.rejected.extend(found.failures.into_iter().map(Rejected::from));
             }

@@ -17,11 +17,7 @@
 //! A service may stand more than once. What is wrong with one entry leaves the others as they are; a file that cannot be
 //! read at all, or says nothing, leaves everything as it was. `service = []` says that there are none.
 
-#![expect(clippy::disallowed_methods, reason = "a thread of its own reads the file")]
-
 use std::{
-    fs,
-    io::{ErrorKind, Read},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -40,6 +36,7 @@ use tracing::{info, warn};
 
 use self::catalogue::Catalogue;
 use crate::{
+    body,
     discovery::{Endpoints, Query},
     source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError, follow},
 };
@@ -135,8 +132,8 @@ impl Contents {
         }
     }
 
-    /// Bytes of the largest file that is read: far more than any list of services.
-    const LARGEST: u64 = 16 << 20;
+    /// Bytes of the largest file that is read: far more than any list of services. Parsed it takes many times as much.
+    const LARGEST: usize = 4 << 20;
     /// Only a file system that hangs takes this long.
     const READ: Duration = Duration::from_secs(10);
 
@@ -145,30 +142,17 @@ impl Contents {
             SourceError::new(format_args!("{}: {reason}", self.path.display()))
         };
         let path = self.path.clone();
-        let read = tokio::task::spawn_blocking(move || read(&path, Self::LARGEST));
-        let text = match timeout(Self::READ, read).await {
-            Ok(Ok(text)) => text.map_err(|error| wrong(&error))?,
-            Ok(Err(error)) => return Err(wrong(&error)),
-            Err(_) => {
-                return Err(wrong(&format_args!("not read within {} s", Self::READ.as_secs())));
-            }
+        let read = move || {
+            let text = body::file(&path, Self::LARGEST).map_err(|error| error.to_string())?;
+            text.parse::<Catalogue>()
         };
-        text.parse().map_err(|error: String| wrong(&error))
+        let read = tokio::task::spawn_blocking(read);
+        match timeout(Self::READ, read).await {
+            Ok(Ok(catalogue)) => catalogue.map_err(|error| wrong(&error)),
+            Ok(Err(error)) => Err(wrong(&error)),
+            Err(_) => Err(wrong(&format_args!("not read within {} s", Self::READ.as_secs()))),
+        }
     }
-}
-
-fn read(path: &Path, largest: u64) -> std::io::Result<String> {
-    let wrong = |reason| Err(std::io::Error::new(ErrorKind::InvalidInput, reason));
-    // To open a pipe would wait for its writer.
-    if !fs::metadata(path)?.is_file() {
-        return wrong("expected a regular file");
-    }
-    let mut text = String::new();
-    fs::File::open(path)?.take(largest + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > largest {
-        return wrong("more than 16 MiB");
-    }
-    Ok(text)
 }
 
 /// Waits for changes of a file by any way in which files change: in place, by a rename over it (itself or a folder that

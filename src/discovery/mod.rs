@@ -14,6 +14,7 @@ use crate::{
     docker::follow::Follower,
     model::{Endpoint, Port, ServiceName, Stay, Tags},
     source::{Publisher, ResyncRequests, follow},
+    text::shortened,
 };
 
 mod address;
@@ -79,10 +80,12 @@ impl fmt::Display for Query {
 /// A discovery's full answer to a query.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Endpoints {
-    /// Sorted, without repeats.
+    /// Sorted, without repeats; at most [`Endpoints::MOST`].
     pub list: Vec<Endpoint>,
-    /// The entries that do not parse. Sorted.
-    pub rejected: Vec<Rejected>,
+    /// How many there are beyond those.
+    pub left_out: usize,
+    /// The entries that do not parse.
+    pub rejected: Rejections,
     /// The runs of those that are containers of this host.
     pub stays: BTreeMap<Endpoint, Stay>,
     /// Instances that the source names and that are not to be used while there is another: their check fails, or they are
@@ -93,12 +96,15 @@ pub struct Endpoints {
 }
 
 impl Endpoints {
-    pub fn new(list: impl IntoIterator<Item = Endpoint>, mut rejected: Vec<Rejected>) -> Self {
-        let list: BTreeSet<_> = list.into_iter().collect();
+    /// Endpoints that one service may have. The first by address are used, so that the same answer means the same ones.
+    pub const MOST: usize = 10_000;
+
+    pub fn new(list: impl IntoIterator<Item = Endpoint>, rejected: impl Into<Rejections>) -> Self {
         // A registry may return another order each time; that is not a change.
-        rejected.sort();
-        let list = list.into_iter().collect();
-        Self { list, rejected, ..Self::default() }
+        let list: BTreeSet<_> = list.into_iter().collect();
+        let left_out = list.len().saturating_sub(Self::MOST);
+        let list = list.into_iter().take(Self::MOST).collect();
+        Self { list, left_out, rejected: rejected.into(), ..Self::default() }
     }
 
     /// Without those whose container is known to be gone: their addresses may be others' by now.
@@ -110,6 +116,74 @@ impl Endpoints {
         living.stays.retain(|_, stay| !stay.is_over());
         living.list.retain(|one| !self.stays.contains_key(one) || living.stays.contains_key(one));
         Arc::new(living)
+    }
+}
+
+/// Skipped entries: the first of them by their places, and the number of the rest. Whoever writes into a registry can write a
+/// million of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rejections {
+    /// Sorted.
+    kept: Vec<Rejected>,
+    more: usize,
+}
+
+impl Rejections {
+    /// Entries that are kept.
+    pub const MOST: usize = 100;
+    /// Bytes of a place and of a reason.
+    const LONGEST: usize = 300;
+
+    pub fn of(entries: impl IntoIterator<Item = Rejected>) -> Self {
+        let mut all = Self::default();
+        entries.into_iter().for_each(|entry| all.push(entry));
+        all
+    }
+
+    pub fn push(&mut self, entry: Rejected) {
+        if self.kept.len() >= Self::MOST && self.kept.last().is_some_and(|last| *last <= entry) {
+            self.more += 1;
+            return;
+        }
+        let entry = Rejected {
+            what: shortened(&entry.what, Self::LONGEST).into_owned(),
+            reason: shortened(&entry.reason, Self::LONGEST).into_owned(),
+        };
+        let place = self.kept.partition_point(|other| *other <= entry);
+        self.kept.insert(place, entry);
+        if self.kept.len() > Self::MOST {
+            self.kept.truncate(Self::MOST);
+            self.more += 1;
+        }
+    }
+
+    pub fn iter(&self) -> std::slice::Iter<'_, Rejected> {
+        self.kept.iter()
+    }
+
+    /// How many there are beyond those that are kept.
+    pub fn more(&self) -> usize {
+        self.more
+    }
+
+    /// All of them, those that are not kept too.
+    pub fn count(&self) -> usize {
+        self.kept.len() + self.more
+    }
+}
+
+impl<'a> IntoIterator for &'a Rejections {
+    type Item = &'a Rejected;
+    type IntoIter = std::slice::Iter<'a, Rejected>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
+impl From<Vec<Rejected>> for Rejections {
+    fn from(entries: Vec<Rejected>) -> Self {
+        Self::of(entries)
     }
 }
 
@@ -335,6 +409,27 @@ mod tests {
             query("web;80;via=zookeeper").unwrap_err(),
             "via=\"zookeeper\": expected one of the configured discoveries: consul, dns, docker, etcd, file"
         );
+    }
+
+    #[test]
+    fn of_too_many_the_same_ones_are_used_in_whatever_order_they_come() {
+        let endpoint = |n: u32| Endpoint((std::net::Ipv4Addr::from(0x0a00_0000 + n), 80).into());
+        let rejected = |n: u32| Rejected { what: format!("{n:06}"), reason: "x".repeat(1000) };
+        let most = Endpoints::MOST as u32;
+        let all = |mut numbers: Vec<u32>| {
+            fastrand::shuffle(&mut numbers);
+            let entries: Vec<_> = numbers.iter().copied().map(rejected).collect();
+            Endpoints::new(numbers.into_iter().map(endpoint), entries)
+        };
+        let exact = all((0..most).collect());
+        assert_eq!((exact.list.len(), exact.left_out), (Endpoints::MOST, 0));
+        let (one, other) = (all((0..most + 7).collect()), all((0..most + 7).collect()));
+        assert_eq!(one, other);
+        assert_eq!((&one.list, one.left_out), (&exact.list, 7));
+        assert_eq!(one.rejected.count(), Endpoints::MOST + 7);
+        assert_eq!(one.rejected.iter().count(), Rejections::MOST);
+        assert!(one.rejected.iter().all(|entry| entry.reason.len() < 400));
+        assert_eq!(one.rejected.iter().next().unwrap().what, "000000");
     }
 
     #[test]

@@ -6,6 +6,13 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, de::IgnoredAny};
 
+use crate::json::{Most, MostFields};
+
+/// Variables, labels and ports of one container; the inspection of one with more fails.
+const MOST: usize = 1 << 17;
+/// Networks of one container.
+const MOST_NETWORKS: usize = 1000;
+
 /// `GET /containers/<id>/json`
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -46,9 +53,9 @@ pub(crate) struct HostConfig {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct ContainerConfig {
-    pub(crate) env: Option<Vec<String>>,
-    pub(crate) labels: Option<HashMap<String, String>>,
-    pub(crate) exposed_ports: Option<HashMap<String, IgnoredAny>>,
+    pub(crate) env: Option<Most<String, MOST>>,
+    pub(crate) labels: Option<MostFields<String, String, MOST>>,
+    pub(crate) exposed_ports: Option<MostFields<String, IgnoredAny, MOST>>,
     /// A name such as `SIGQUIT` or a number; absent or empty: SIGTERM.
     pub(crate) stop_signal: Option<StopSignal>,
 }
@@ -64,9 +71,9 @@ pub(crate) enum StopSignal {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct NetworkSettings {
-    pub(crate) ports: Option<HashMap<String, Option<Vec<PortBinding>>>>,
+    pub(crate) ports: Option<MostFields<String, Option<Most<PortBinding, MOST_NETWORKS>>, MOST>>,
     /// By the network's name.
-    pub(crate) networks: Option<HashMap<String, NetworkEnd>>,
+    pub(crate) networks: Option<MostFields<String, NetworkEnd, MOST_NETWORKS>>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -115,7 +122,7 @@ pub(crate) struct Network {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Ipam {
-    pub(crate) config: Option<Vec<Range>>,
+    pub(crate) config: Option<Most<Range, MOST_NETWORKS>>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -140,7 +147,15 @@ pub(crate) struct Event {
 pub(crate) struct Actor {
     #[serde(rename = "ID")]
     pub(crate) id: Option<String>,
-    pub(crate) attributes: Option<HashMap<String, String>>,
+    pub(crate) attributes: Option<Attributes>,
+}
+
+/// Those that are read. All labels of the container stand beside them.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub(crate) struct Attributes {
+    pub(crate) container: Option<String>,
+    pub(crate) network: Option<String>,
+    pub(crate) signal: Option<String>,
 }
 
 /// `GET /version`
@@ -159,12 +174,12 @@ pub(crate) struct Fault {
 
 impl Network {
     pub(crate) fn gateways(&self) -> Vec<std::net::IpAddr> {
-        let ranges = self.ipam.iter().flat_map(|ipam| ipam.config.iter().flatten());
+        let ranges = self.ipam.iter().filter_map(|ipam| ipam.config.as_deref()).flatten();
         ranges.filter_map(|range| range.gateway.as_deref()?.parse().ok()).collect()
     }
 
     pub(crate) fn ranges(&self) -> Vec<ipnet::IpNet> {
-        let ranges = self.ipam.iter().flat_map(|ipam| ipam.config.iter().flatten());
+        let ranges = self.ipam.iter().filter_map(|ipam| ipam.config.as_deref()).flatten();
         ranges.filter_map(|range| range.subnet.as_deref()?.parse().ok()).collect()
     }
 }

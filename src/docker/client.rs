@@ -22,6 +22,7 @@ use super::{
     read::{self, Found, Listed},
 };
 use crate::{
+    body::{Body, Places, TooLong},
     resolve::{Resolver, addresses},
     source::SourceError,
     tls::{self, ClientTls},
@@ -34,8 +35,10 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// The same for the networks: a swarm manager without quorum takes 20 s, and nothing else waits for them.
 const SLOW_ANSWER: Duration = Duration::from_secs(60);
 const CONNECT: Duration = Duration::from_secs(3);
-/// Maximum size of an answer: a list of ten thousand containers with long labels fits.
-const LARGEST: usize = 128 << 20;
+/// Maximum size of a list of containers, which has all of their labels: ten thousand with long ones fit.
+const LARGEST_LIST: usize = 128 << 20;
+/// Maximum size of any other answer, and of an event, which also has all labels of its container.
+const LARGEST: usize = 16 << 20;
 /// The newest version of the API whose answers are known to be read rightly.
 const NEWEST: (u32, u32) = (1, 52);
 
@@ -46,6 +49,7 @@ pub(crate) struct Client {
     /// `http://host/v1.41`
     base: String,
     is_podman: bool,
+    places: Places,
 }
 
 /// Why a request has no answer.
@@ -55,8 +59,10 @@ enum Unanswered {
     Refused(StatusCode, String),
     #[error("cannot parse the answer: {0}")]
     Unreadable(#[from] serde_json::Error),
-    #[error("the answer is longer than {LARGEST} bytes")]
-    TooLong,
+    #[error(transparent)]
+    TooLong(#[from] TooLong),
+    #[error("an event is longer than {LARGEST} bytes")]
+    LongEvent,
     #[error("no answer within {} s", .0.as_secs())]
     Late(Duration),
     #[error(transparent)]
@@ -91,7 +97,13 @@ impl Client {
     /// The client speaks the newest version that both sides know: no fixed version fits the engines from 20.10 to 29.
     pub(crate) async fn connect(engine: &Engine) -> Result<(Self, String), SourceError> {
         let (http, base) = engine.http()?;
-        let mut client = Self { engine: engine.clone(), http, base, is_podman: false };
+        let mut client = Self {
+            engine: engine.clone(),
+            http,
+            base,
+            is_podman: false,
+            places: Places::default(),
+        };
         let asking = async {
             let response = client.open("/_ping").await?;
             let header = |name: &str| response.headers().get(name)?.to_str().ok();
@@ -128,7 +140,7 @@ impl Client {
             .append_pair("filters", &filters.to_string())
             .finish();
         let path = format!("/events?{query}");
-        try_unfold((None, Vec::new()), move |(response, rest)| {
+        try_unfold((None, Lines::default()), move |(response, rest)| {
             let path = path.clone();
             async move {
                 let next = self.next_event(&path, response, rest).await;
@@ -142,22 +154,22 @@ impl Client {
         &self,
         path: &str,
         response: Option<Response>,
-        mut rest: Vec<u8>,
-    ) -> Result<(answers::Event, (Option<Response>, Vec<u8>)), Unanswered> {
+        mut rest: Lines,
+    ) -> Result<(answers::Event, (Option<Response>, Lines)), Unanswered> {
         let mut response = match response {
             Some(response) => response,
             None => self.open(path).await?,
         };
         loop {
-            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<_> = rest.drain(..=end).collect();
+            while let Some(line) = rest.next() {
                 if !line.trim_ascii().is_empty() {
                     return Ok((serde_json::from_slice(&line)?, (Some(response), rest)));
                 }
             }
-            if !more(&mut response, &mut rest).await? {
+            let Some(piece) = response.chunk().await? else {
                 return Err(Unanswered::Refused(response.status(), "the stream ended".to_owned()));
-            }
+            };
+            rest.add(&piece)?;
         }
     }
 
@@ -167,8 +179,9 @@ impl Client {
         let query: String = url::form_urlencoded::Serializer::new(String::new())
             .append_pair("filters", &filters)
             .finish();
-        let running = self.get(&format!("/containers/json?{query}"), ANSWER).await;
-        Ok(read::listed(running.map_err(|error| self.failed("the containers", &error))?))
+        let path = format!("/containers/json?{query}");
+        let running = self.ask(&path, ANSWER, LARGEST_LIST, read::list).await;
+        running.map_err(|error| self.failed("the containers", &error))
     }
 
     pub(crate) async fn networks(&self) -> Result<Vec<answers::Network>, SourceError> {
@@ -220,11 +233,28 @@ impl Client {
         answer.map(drop).map_err(|error| self.failed("a ping", &error))
     }
 
-    async fn get<T: DeserializeOwned>(&self, path: &str, limit: Duration) -> Result<T, Unanswered> {
+    async fn get<T: DeserializeOwned + Send + 'static>(
+        &self,
+        path: &str,
+        limit: Duration,
+    ) -> Result<T, Unanswered> {
+        self.ask(path, limit, LARGEST, |json| serde_json::from_slice(json)).await
+    }
+
+    /// What `parse` makes of an answer of at most `largest` bytes.
+    async fn ask<T: Send + 'static>(
+        &self,
+        path: &str,
+        limit: Duration,
+        largest: usize,
+        parse: impl FnOnce(&[u8]) -> Result<T, serde_json::Error> + Send + 'static,
+    ) -> Result<T, Unanswered> {
         let asking = async {
-            let (mut response, mut body) = (self.open(path).await?, Vec::new());
-            while more(&mut response, &mut body).await? {}
-            Ok(serde_json::from_slice(&body)?)
+            let (mut response, mut body) = (self.open(path).await?, Body::default());
+            while let Some(piece) = response.chunk().await? {
+                body.add(&piece, largest, &self.places).await?;
+            }
+            Ok(body.parsed(parse).await?)
         };
         within(limit, asking).await
     }
@@ -237,7 +267,11 @@ impl Client {
             return Ok(response);
         }
         let mut body = Vec::new();
-        while body.len() < LONGEST_MESSAGE && more(&mut response, &mut body).await? {}
+        while body.len() < LONGEST_MESSAGE
+            && let Some(piece) = response.chunk().await?
+        {
+            body.extend(piece.iter().take(LONGEST_MESSAGE));
+        }
         Err(Unanswered::Refused(status, message(&body)))
     }
 
@@ -294,14 +328,34 @@ async fn within<T>(
     timeout(limit, asking).await.unwrap_or(Err(Unanswered::Late(limit)))
 }
 
-/// Reads the next piece of a body; false at its end.
-async fn more(response: &mut Response, body: &mut Vec<u8>) -> Result<bool, Unanswered> {
-    let Some(piece) = response.chunk().await? else { return Ok(false) };
-    if body.len() + piece.len() > LARGEST {
-        return Err(Unanswered::TooLong);
+/// What was read of a stream of lines.
+#[derive(Debug, Default)]
+struct Lines {
+    bytes: Vec<u8>,
+    /// So many of them have no end of a line.
+    seen: usize,
+}
+
+impl Lines {
+    fn add(&mut self, piece: &[u8]) -> Result<(), Unanswered> {
+        if self.bytes.len() + piece.len() > LARGEST {
+            return Err(Unanswered::LongEvent);
+        }
+        self.bytes.extend_from_slice(piece);
+        Ok(())
     }
-    body.extend_from_slice(&piece);
-    Ok(true)
+
+    /// The next whole line.
+    fn next(&mut self) -> Option<Vec<u8>> {
+        let unseen = self.bytes.get(self.seen..).unwrap_or_default();
+        let Some(end) = unseen.iter().position(|byte| *byte == b'\n') else {
+            self.seen = self.bytes.len();
+            return None;
+        };
+        let line = self.bytes.drain(..=self.seen + end).collect();
+        self.seen = 0;
+        Some(line)
+    }
 }
 
 /// As much of an error's body as is read, and as a log line should hold.
@@ -349,6 +403,22 @@ mod tests {
         for wrong in ["", "yesterday", "Fri, 02 Jan 2026"] {
             assert_eq!(since(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn events_are_lines_in_any_pieces_and_none_is_endless() {
+        let mut lines = Lines::default();
+        let mut read = Vec::new();
+        for piece in ["a", "b\nc\n", "", "\n", "d", "e\nf"] {
+            lines.add(piece.as_bytes()).unwrap();
+            while let Some(line) = lines.next() {
+                read.push(String::from_utf8(line).unwrap());
+            }
+        }
+        assert_eq!(read, ["ab\n", "c\n", "\n", "de\n"]);
+        let piece = vec![b'x'; 1 << 20];
+        let taken = (0..100).take_while(|_| lines.add(&piece).is_ok() && lines.next().is_none());
+        assert!(taken.count() < 16);
     }
 
     #[test]

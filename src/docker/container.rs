@@ -77,6 +77,8 @@ pub struct Container {
     /// `NAME=value`; only those that a follower needs.
     pub variables: Vec<String>,
     pub labels: BTreeMap<String, String>,
+    /// Further ones that are not read, because there are too many.
+    pub unread: usize,
     pub exposed: BTreeSet<ContainerPort>,
     pub published: BTreeMap<ContainerPort, Vec<SocketAddr>>,
     /// The signal that asks it to stop.
@@ -270,6 +272,7 @@ pub(crate) mod samples {
             network,
             variables: vec!["BACKEND_A=a;80".to_owned()],
             labels: BTreeMap::new(),
+            unread: 0,
             exposed: BTreeSet::new(),
             published: BTreeMap::new(),
             stop_signal: 15,

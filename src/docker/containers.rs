@@ -144,10 +144,24 @@ impl Containers {
         self.host = host;
     }
 
+    /// Whether more events came before the first list than can be kept until then.
+    pub(super) fn is_flooded(&self) -> bool {
+        const MOST: usize = 65_536;
+        matches!(&self.list, AwaitedList::First(meanwhile) if meanwhile.len() > MOST)
+    }
+
     /// Applies an event. What it removes is gone at once; an inspection reports the rest.
     pub(super) fn hear(&mut self, notice: Notice) {
         if let AwaitedList::First(meanwhile) = &mut self.list {
             meanwhile.push(notice);
+            return;
+        }
+        let named = |id| self.running.contains_key(id) || self.doubtful.contains_key(id);
+        if let Notice::Changed(id) = &notice
+            && self.inspections.is_full()
+            && !named(id)
+        {
+            // The next list has it, if there is such a container.
             return;
         }
         let id = match notice {

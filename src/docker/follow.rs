@@ -157,6 +157,11 @@ impl Source for EngineSource {
                 }
                 heard = events.next().now_or_never();
             }
+            if self.containers.is_flooded() {
+                return Err(SourceError::new(
+                    "too many events before the first list of containers",
+                ));
+            }
             let waits_for_networks = !self.knows_networks && Instant::now() < patience;
             if self.containers.is_complete() && !waits_for_networks {
                 if self.containers.take_change() || !is_published {
@@ -336,8 +341,8 @@ pub(crate) fn fuzz(input: &[u8], mut derive: impl FnMut(Inventory)) {
         {
             containers.hear(notice);
         }
-        if let Ok(list) = serde_json::from_slice::<Vec<answers::Summary>>(line) {
-            containers.relist(read::listed(list));
+        if let Ok(list) = read::list(line) {
+            containers.relist(list);
         }
         if let Ok(networks) = serde_json::from_slice(line) {
             let (bridges, others) = read::networks(networks);

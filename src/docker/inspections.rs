@@ -44,6 +44,8 @@ impl Inspections {
     /// Under way at a time, while a list is gone through, and at all.
     const LISTED: usize = 8;
     const AT_ALL: usize = 16;
+    /// Waiting.
+    const MOST: usize = 65_536;
 
     /// None, and no ticket of those before is valid.
     pub(super) fn restarted(&self) -> Self {
@@ -117,6 +119,11 @@ impl Inspections {
     /// Whether none is wanted or under way, and none failed but of those that are known otherwise.
     pub(super) fn are_done(&self, is_known: impl Fn(&ContainerId) -> bool) -> bool {
         self.queue.is_empty() && self.under_way.is_empty() && self.failed.iter().all(is_known)
+    }
+
+    /// Whether so many wait that no unknown container is added: an engine could name others without end.
+    pub(super) fn is_full(&self) -> bool {
+        self.queued.len() >= Self::MOST
     }
 
     pub(super) fn is_under_way(&self, id: &ContainerId) -> bool {

@@ -3,7 +3,7 @@
 //! reaches its own.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
 };
@@ -11,7 +11,7 @@ use std::{
 use proptest::prelude::*;
 
 use super::{
-    answers::{Actor, Event},
+    answers::{Actor, Attributes, Event},
     container::{Attachment, Container, Inventory, Network, NetworkId, samples},
     containers::Containers,
     inspections::Ticket,
@@ -231,8 +231,10 @@ impl Engine {
     }
 
     fn tell(&mut self, kind: &str, action: &str, subject: &str, container: Option<&ContainerId>) {
-        let attributes =
-            container.map(|id| HashMap::from([("container".to_owned(), id.as_str().to_owned())]));
+        let attributes = container.map(|id| Attributes {
+            container: Some(id.as_str().to_owned()),
+            ..Attributes::default()
+        });
         let actor = Some(Actor { id: Some(subject.to_owned()), attributes });
         let action = Some(action.to_owned());
         self.events.push(Event { kind: Some(kind.to_owned()), action, actor });
@@ -263,6 +265,7 @@ impl Engine {
             network,
             variables: bindings.into_iter().chain([offer]).collect(),
             labels: BTreeMap::new(),
+            unread: 0,
             exposed: BTreeSet::new(),
             published: BTreeMap::new(),
             stop_signal: 15,

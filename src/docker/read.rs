@@ -1,10 +1,12 @@
 //! An engine's answers and events, as they are meant here. Pure.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
 };
+
+use serde::de::Error;
 
 use super::{
     answers::{self, Event, Inspection, NetworkEnd, PortBinding, StopSignal, Summary},
@@ -13,7 +15,11 @@ use super::{
         OtherNetworks,
     },
 };
-use crate::model::{ContainerId, Port, RunEnd};
+use crate::{
+    json,
+    model::{ContainerId, Port, RunEnd},
+    text::shortened,
+};
 
 /// The filter of the event stream: containers and networks. Podman says `died` and `remove`.
 pub(super) const ACTIONS: [&str; 13] = [
@@ -53,15 +59,15 @@ pub(super) enum Notice {
 pub(super) fn notice(event: &Event) -> Option<Notice> {
     let actor = event.actor.as_ref()?;
     let subject = actor.id.as_deref()?;
-    let attribute = |name| Some(actor.attributes.as_ref()?.get(name)?.as_str());
+    let attributes = actor.attributes.as_ref();
     // The container and the network: podman has them the other way round, and the network by its name.
-    let attached = || match attribute("container") {
+    let attached = || match attributes.and_then(|all| all.container.as_deref()) {
         Some(container) => Some((ContainerId::new(container), subject)),
-        None => Some((ContainerId::new(subject), attribute("network")?)),
+        None => Some((ContainerId::new(subject), attributes?.network.as_deref()?)),
     };
     match (event.kind.as_deref()?, event.action.as_deref()?) {
         ("container", "kill") => {
-            let signal = attribute("signal").and_then(signal)?;
+            let signal = attributes?.signal.as_deref().and_then(signal)?;
             Some(Notice::Signalled(ContainerId::new(subject), signal))
         }
         ("container", "die" | "died") => Some(Notice::Ended(ContainerId::new(subject))),
@@ -130,14 +136,28 @@ pub(super) enum Found {
     Unknown,
 }
 
-/// What a list says of the containers in it.
-pub(super) fn listed(containers: Vec<Summary>) -> Vec<Listed> {
-    let listed = containers.into_iter().filter_map(|container| {
-        let networks = container.network_settings.and_then(|settings| settings.networks);
-        let addresses = networks.map(|networks| networks.values().flat_map(addresses).collect());
-        Some(Listed { id: ContainerId::new(container.id.as_deref()?), addresses })
-    });
-    listed.collect()
+/// Containers of one engine.
+const MOST_LISTED: usize = 65_536;
+
+/// What a list says of the containers in it: `GET /containers/json`. It has all of their labels, which are not kept.
+pub(super) fn list(json: &[u8]) -> Result<Vec<Listed>, serde_json::Error> {
+    let mut all = Vec::new();
+    json::each(json, |container| {
+        all.extend(listed(serde_json::from_str(container.get())?));
+        match all.len() > MOST_LISTED {
+            true => {
+                Err(serde_json::Error::custom(format_args!("more than {MOST_LISTED} containers")))
+            }
+            false => Ok(()),
+        }
+    })?;
+    Ok(all)
+}
+
+fn listed(container: Summary) -> Option<Listed> {
+    let networks = container.network_settings.and_then(|settings| settings.networks);
+    let addresses = networks.map(|networks| networks.values().flat_map(addresses).collect());
+    Some(Listed { id: ContainerId::new(container.id.as_deref()?), addresses })
 }
 
 /// The addresses of a container's end of a network.
@@ -165,24 +185,31 @@ pub(crate) fn container(
     let state = answer.state.filter(|state| state.running == Some(true))?;
     let config = answer.config.unwrap_or_default();
     let ports = answer.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
-    let exposed = config.exposed_ports.iter().flat_map(HashMap::keys).chain(ports.keys());
+    let exposed = config.exposed_ports.iter().flat_map(|ports| ports.keys()).chain(ports.keys());
     let is_read = |name: &str| prefixes.iter().any(|prefix| name.starts_with(prefix));
+    let declared =
+        declared(config.env.into_iter().flatten(), config.labels.into_iter().flatten(), is_read);
     let published = ports.iter().filter_map(|(port, bindings)| {
-        let bound: Vec<_> = bindings.iter().flatten().filter_map(bound_address).collect();
+        let bound = bindings.iter().flat_map(|bindings| bindings.iter());
+        let bound: Vec<_> = bound.filter_map(bound_address).collect();
         Some((ContainerPort::parse(port)?, bound)).filter(|(_, bound)| !bound.is_empty())
     });
     Some(Container {
         id: id.clone(),
-        name: answer.name.as_deref().unwrap_or_default().trim_start_matches('/').into(),
-        started_at: state.started_at.as_deref().unwrap_or_default().into(),
+        name: {
+            let name = answer.name.as_deref().unwrap_or_default().trim_start_matches('/');
+            shortened(name, LONGEST_NAME).into()
+        },
+        started_at: shortened(state.started_at.as_deref().unwrap_or_default(), LONGEST_NAME).into(),
         pid: state.pid.and_then(|pid| pid.try_into().ok()).unwrap_or_default(),
         run: RunEnd::default(),
         left: RunEnd::default(),
         network,
         exposed: exposed.filter_map(|port| ContainerPort::parse(port)).collect(),
         published: published.collect(),
-        variables: config.env.into_iter().flatten().filter(|text| is_read(text)).collect(),
-        labels: config.labels.into_iter().flatten().filter(|(name, _)| is_read(name)).collect(),
+        variables: declared.variables,
+        labels: declared.labels,
+        unread: declared.unread,
         stop_signal: match config.stop_signal {
             Some(StopSignal::Number(number)) => number.try_into().ok(),
             Some(StopSignal::Text(text)) => signal(&text),
@@ -199,6 +226,50 @@ pub(crate) fn container(
     })
 }
 
+/// Bytes of a name, an ID or a moment; engines give far shorter ones.
+const LONGEST_NAME: usize = 300;
+
+/// The variables and labels that are read of a container.
+#[derive(Default)]
+struct Declared {
+    variables: Vec<String>,
+    labels: BTreeMap<String, String>,
+    unread: usize,
+}
+
+/// Variables and labels of one container that are kept: of each so many, and of both so many bytes. An image may have a hundred
+/// thousand, or long ones.
+pub(crate) const MOST_DECLARED: usize = 1024;
+pub(crate) const LARGEST_DECLARED: usize = 256 << 10;
+
+/// Those whose names are wanted: the first by name, variables before labels.
+fn declared(
+    variables: impl Iterator<Item = String>,
+    labels: impl Iterator<Item = (String, String)>,
+    is_read: impl Fn(&str) -> bool,
+) -> Declared {
+    let mut variables: Vec<_> = variables.filter(|text| is_read(text)).collect();
+    let mut labels: Vec<_> = labels.filter(|(name, _)| is_read(name)).collect();
+    let all = variables.len() + labels.len();
+    let mut room = LARGEST_DECLARED;
+    let mut fits = |bytes: usize| {
+        let fits = bytes <= room;
+        room -= if fits { bytes } else { 0 };
+        fits
+    };
+    // Their order means something, unless there are too many.
+    if variables.len() > MOST_DECLARED {
+        variables.sort_unstable();
+        variables.truncate(MOST_DECLARED);
+    }
+    variables.retain(|text| fits(text.len()));
+    labels.sort_unstable();
+    labels.truncate(MOST_DECLARED);
+    labels.retain(|(name, value)| fits(name.len() + value.len()));
+    let unread = all - variables.len() - labels.len();
+    Declared { variables, labels: labels.into_iter().collect(), unread }
+}
+
 fn network(answer: &Inspection) -> Network {
     let mode = answer.host_config.as_ref().and_then(|config| config.network_mode.as_deref());
     match mode.unwrap_or_default() {
@@ -212,9 +283,9 @@ fn network(answer: &Inspection) -> Network {
 
 fn attachments(answer: &Inspection) -> BTreeMap<NetworkId, Attachment> {
     let networks = answer.network_settings.as_ref().and_then(|settings| settings.networks.as_ref());
-    let attached = networks.into_iter().flatten().filter_map(|(name, end)| {
+    let attached = networks.into_iter().flat_map(|all| all.iter()).filter_map(|(name, end)| {
         let id = end.network_id.as_deref().filter(|id| !id.is_empty())?;
-        Some((id.into(), attachment(name, end)))
+        Some((shortened(id, LONGEST_NAME).into(), attachment(name, end)))
     });
     attached.collect()
 }
@@ -223,7 +294,7 @@ fn attachment(name: &str, end: &NetworkEnd) -> Attachment {
     let gateways = [&end.gateway, &end.ipv6_gateway];
     let gateways = gateways.into_iter().filter_map(|text| text.as_deref()?.parse().ok());
     Attachment {
-        name: name.into(),
+        name: shortened(name, LONGEST_NAME).into(),
         addresses: addresses(end).collect(),
         gateways: gateways.collect(),
     }
@@ -309,6 +380,51 @@ mod tests {
         let bridge = (["172.17.0.3".to_owned()], ["172.17.0.1".to_owned()]);
         let expected = [(back.0.to_vec(), back.1.to_vec()), (bridge.0.to_vec(), bridge.1.to_vec())];
         assert_eq!(ends, expected);
+    }
+
+    /// An image with 20,000 labels, as anybody may build one.
+    #[test]
+    fn of_endless_labels_the_same_first_ones_are_read_and_the_rest_is_counted() {
+        let with = |config: serde_json::Value| {
+            let answer =
+                serde_json::json!({"Id": "c1", "State": {"Running": true}, "Config": config});
+            let read = serde_json::from_value::<Inspection>(answer).map(read);
+            read.map(|container| container.unwrap())
+        };
+        let label = |n: usize| (format!("embassy.backend.{n:05}"), format!("web;{}", n + 1));
+        let labels: std::collections::HashMap<_, _> = (0..20_000).map(label).collect();
+        let env: Vec<_> = (0..2000).map(|n| format!("BACKEND_{n:04}=web;80")).collect();
+        let container = with(serde_json::json!({"Labels": labels, "Env": env})).unwrap();
+        assert_eq!((container.labels.len(), container.variables.len()), (1024, 1024));
+        assert_eq!(container.labels.keys().next_back().unwrap(), "embassy.backend.01023");
+        assert_eq!(container.variables.last().unwrap(), "BACKEND_1023=web;80");
+        assert_eq!(container.unread, 22_000 - 2048);
+        // Not the number, but the size.
+        let long = |n: usize| (format!("embassy.backend.{n:05}"), "x".repeat(100 << 10));
+        let labels: std::collections::HashMap<_, _> = (0..10).map(long).collect();
+        let container = with(serde_json::json!({"Labels": labels})).unwrap();
+        assert_eq!((container.labels.len(), container.unread), (2, 8));
+        // What nobody reads is no concern.
+        let labels: std::collections::HashMap<_, _> =
+            (0..20_000).map(|n| (format!("other.{n}"), "x")).collect();
+        let container = with(serde_json::json!({"Labels": labels})).unwrap();
+        assert_eq!((container.labels.len(), container.unread), (0, 0));
+        let labels: std::collections::HashMap<_, _> =
+            (0..200_000).map(|n| (n.to_string(), "")).collect();
+        let error = with(serde_json::json!({"Labels": labels})).unwrap_err();
+        assert_eq!(error.to_string(), "an object of more than 131072 fields");
+    }
+
+    #[test]
+    fn a_list_is_read_without_what_is_not_needed_of_it() {
+        let one = |n: usize| format!(r#"{{"Id":"c{n}","Labels":{{"a":"{}"}}}}"#, "x".repeat(1000));
+        let text = format!("[{}]", (0..100).map(one).collect::<Vec<_>>().join(","));
+        assert_eq!(list(text.as_bytes()).unwrap().len(), 100);
+        assert_eq!(list(format!("[{}{{}}]", "{},".repeat(1_000_000)).as_bytes()).unwrap(), []);
+        let text = format!("[{}]", vec![r#"{"Id":"c"}"#; 70_000].join(","));
+        let error = list(text.as_bytes()).unwrap_err().to_string();
+        assert!(error.starts_with("more than 65536 containers"), "{error}");
+        assert!(list(b"[{\"Id\": 1}]").is_err());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     consumer::{Binding, Consumer},
     model::ConsumerId,
-    provider::Problem,
+    provider::{Beyond, Limit, Problem},
     table::{Route, RouteKey},
 };
 
@@ -105,8 +105,47 @@ impl<'a> BindingFate<'a> {
 }
 
 impl Situation {
-    /// The bindings of the consumers that `wanted` selects, and the descriptors that do not parse; sorted by consumer and origin.
+    /// The bindings of the consumers that `wanted` selects, those beyond a limit too, and the descriptors that do not parse; sorted
+    /// by consumer and origin.
     pub fn bindings(&self, wanted: impl Fn(&Consumer) -> bool) -> Vec<BindingFate<'_>> {
+        let mut all = self.used_bindings(&wanted);
+        for Beyond { limit, most, consumer } in &self.listing.beyond {
+            if consumer.has_ended() || !wanted(consumer) {
+                continue;
+            }
+            let reason: Reason = format!("it is beyond {} ({most})", limit.flag()).as_str().into();
+            all.extend(consumer.bindings.iter().map(|binding| BindingFate::Declared {
+                consumer,
+                binding,
+                routes: Vec::new(),
+                refused: Some(Reasons(vec![reason.clone()])),
+            }));
+        }
+        sort(&mut all);
+        all
+    }
+
+    /// What is not used because of a limit: one cause for each consumer, or for all.
+    pub(super) fn beyond(&self) -> Vec<Cause> {
+        let of = |limit| {
+            let all = self.listing.beyond.iter();
+            all.filter(move |one| one.limit == limit && !one.consumer.has_ended())
+        };
+        let mut causes: Vec<_> = of(Limit::Bindings)
+            .map(|Beyond { most, consumer, .. }| Cause::TooManyBindings {
+                consumer: consumer.name.clone(),
+                bindings: consumer.bindings.len(),
+                most: *most,
+            })
+            .collect();
+        let bindings = of(Limit::Services).map(|one| one.consumer.bindings.len()).sum();
+        let most = of(Limit::Services).map(|one| one.most).next();
+        causes.extend(most.map(|most| Cause::TooManyServices { bindings, most }));
+        causes
+    }
+
+    /// Without those beyond a limit.
+    pub(super) fn used_bindings(&self, wanted: impl Fn(&Consumer) -> bool) -> Vec<BindingFate<'_>> {
         let mut refused: HashMap<(&ConsumerId, &str), Vec<Reason>> = HashMap::new();
         for unrouted in self.table.unrouted() {
             let reasons = refused.entry((&unrouted.consumer, &unrouted.origin)).or_default();
@@ -126,11 +165,15 @@ impl Situation {
             }
         }
         all.extend(self.listing.problems.iter().map(BindingFate::Invalid));
-        all.sort_by(|a, b| {
-            (a.consumer(), a.origin(), a.port()).cmp(&(b.consumer(), b.origin(), b.port()))
-        });
+        sort(&mut all);
         all
     }
+}
+
+fn sort(all: &mut [BindingFate<'_>]) {
+    all.sort_by(|a, b| {
+        (a.consumer(), a.origin(), a.port()).cmp(&(b.consumer(), b.origin(), b.port()))
+    });
 }
 
 impl Situation {

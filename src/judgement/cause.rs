@@ -3,7 +3,15 @@
 use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use super::states::{Reason, RouteState, Subject, Verdict};
-use crate::{discovery::Refusal, limits::FEW, model::Endpoint, table::Upstream};
+use crate::{
+    discovery::{Endpoints as Answer, Refusal},
+    limits::FEW,
+    model::Endpoint,
+    table::Upstream,
+};
+
+/// Endpoints of one service.
+const MOST_ENDPOINTS: usize = Answer::MOST;
 
 /// A cause as text.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,6 +114,13 @@ causes! {
         "An entry of {source} was skipped: {entry}.",
         "correct the entry in the registry";
 
+    Sources, Ok, MoreSkipped { source: String, count: usize } "more_entries_skipped",
+        "{count} more entries of {source} were skipped.",
+        "correct the entries in the registry";
+    Sources, Degraded, LeftOut { source: String, count: usize } "endpoints_left_out",
+        "{count} endpoints of {source} are not used: a service may have {MOST_ENDPOINTS}.",
+        "split the service, or ask for some of it by tags";
+
     Bindings, Broken, Invalid { binding: String, reason: Reason } "invalid",
         "{binding} was skipped: {reason}.",
         "correct the variable or label";
@@ -115,6 +130,12 @@ causes! {
     Bindings, Degraded, Partly { binding: String, reason: Reason } "partly_routed",
         "{binding} has only some of its routes: {reason}.",
         "correct this";
+    Bindings, Degraded, TooManyBindings { consumer: Arc<str>, bindings: usize, most: usize } "too_many_bindings",
+        "{bindings} bindings of {consumer} get no route: a consumer may have {most} (--max-bindings-per-consumer).",
+        "remove bindings, or raise --max-bindings-per-consumer";
+    Bindings, Degraded, TooManyServices { bindings: usize, most: usize } "too_many_services",
+        "{bindings} bindings get no route: the consumers of this host may use {most} services (--max-services).",
+        "remove bindings, or raise --max-services";
     Bindings, Broken, NotDeclared { port: u16, consumers: List<Arc<str>>, declared: List<u16>, follows: NotDeclaredMeans } "not_declared",
         "Port {port} is not declared by {consumers} (declared: {declared}); {follows}.",
         "declare it in the container: BACKEND_NAME='<service>;{port}'";

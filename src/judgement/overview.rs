@@ -147,10 +147,13 @@ impl Situation {
         // All other bindings have no problem in the table, and there may be many.
         let refused: HashSet<_> =
             self.table.unrouted().map(|unrouted| &unrouted.consumer).collect();
-        let bindings = self.bindings(|one| one.sources.is_empty() || refused.contains(&one.id));
+        let bindings =
+            self.used_bindings(|one| one.sources.is_empty() || refused.contains(&one.id));
         let bindings: Vec<_> =
             bindings.iter().filter(|binding| binding.state().verdict() > Verdict::Ok).collect();
-        overview.problems = bindings.len();
+        let beyond = self.listing.beyond.iter().map(|one| one.consumer.bindings.len());
+        overview.problems = bindings.len() + beyond.sum::<usize>();
+        causes.extend(bounded(Subject::Bindings, self.beyond()));
         causes
             .extend(bounded(Subject::Bindings, bindings.iter().flat_map(|b| b.causes()).collect()));
         causes.extend(self.routes(&mut overview));
@@ -265,7 +268,7 @@ fn some_of(some: Vec<String>, count: usize) -> String {
 }
 
 /// The first causes, and the number of further ones.
-fn bounded(subject: Subject, mut causes: Vec<Cause>) -> Vec<Cause> {
+pub(super) fn bounded(subject: Subject, mut causes: Vec<Cause>) -> Vec<Cause> {
     causes.sort_by_key(|cause| std::cmp::Reverse(cause.verdict()));
     if causes.len() > NAMED {
         let rest = causes.split_off(NAMED);

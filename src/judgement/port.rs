@@ -5,10 +5,10 @@ use std::{cmp::Reverse, sync::Arc};
 use super::{
     binding::BindingFate,
     cause::{Because, Cause, List, NotDeclaredMeans, Seconds},
-    overview::NAMED,
+    overview::{NAMED, bounded},
     route::endpoint,
     situation::Situation,
-    states::{EndpointHealth, Verdict},
+    states::{EndpointHealth, Subject, Verdict},
 };
 use crate::{
     consumer::{Consumer, Reach},
@@ -124,7 +124,7 @@ impl Situation {
         }
         causes
             .extend(self.queries.get(&upstream.query).into_iter().flat_map(|query| query.causes()));
-        causes.extend(self.of_endpoints(route, upstream));
+        causes.extend(bounded(Subject::Endpoints, self.of_endpoints(route, upstream)));
         causes.extend(Cause::refused(upstream).take(NAMED));
         causes
     }

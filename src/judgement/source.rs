@@ -28,6 +28,10 @@ pub struct SourceReading {
     pub held: Option<Duration>,
     /// Entries that were skipped, each with its reason.
     pub skipped: Vec<String>,
+    /// Number of further ones.
+    pub more_skipped: usize,
+    /// Endpoints that are not used, because there are too many.
+    pub left_out: usize,
     /// Why it reports no endpoints, or no better ones.
     pub problem: Option<Reason>,
 }
@@ -55,6 +59,8 @@ impl SourceReading {
                 _ => None,
             },
             skipped,
+            more_skipped: 0,
+            left_out: 0,
             problem: None,
         }
     }
@@ -88,6 +94,11 @@ impl SourceReading {
             .iter()
             .map(|entry| Cause::Skipped { source: name(), entry: entry.clone() });
         causes.extend(skipped);
+        let of_many = |count: usize| (count > 0).then_some(count);
+        let more = of_many(self.more_skipped);
+        causes.extend(more.map(|count| Cause::MoreSkipped { source: name(), count }));
+        let left_out = of_many(self.left_out);
+        causes.extend(left_out.map(|count| Cause::LeftOut { source: name(), count }));
         causes
     }
 }

@@ -1,6 +1,8 @@
-//! A repeated warning is written once and then counted: a log full of repetitions hides everything else.
+//! What reaches the log. A repeated warning is written once and then counted: a log full of repetitions hides everything else. So
+//! is what comes too often about one thing, whatever it says. Each line is bounded, and shows what is deceptive in it.
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     fmt::{self, Write},
     sync::{
@@ -12,6 +14,10 @@ use std::{
 };
 
 use super::CONNECTION;
+use crate::{
+    config::LogFormat,
+    text::{shortened, visible, visible_json},
+};
 use tracing::{
     Event, Level, Subscriber,
     field::{Field, Visit},
@@ -30,6 +36,15 @@ const SETTLED: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_secs(2);
 /// Maximum number of different warnings that are remembered; further ones are always written.
 const REMEMBERED: usize = 1024;
+/// Lines of one kind about one thing within a [`WINDOW`]; further ones are counted. As many as a consumer may have bindings, and
+/// some.
+const OF_ONE: u32 = 300;
+/// Maximum number of things and kinds whose lines are counted; those of further ones are always written.
+const CROWDS: usize = 16 * 1024;
+/// Bytes of a line. With the lines that may wait for stderr this bounds the log's memory.
+const LONGEST: usize = 4 << 10;
+/// Bytes of a field, where a line is compared with others, or is too long.
+const LONGEST_FIELD: usize = 512;
 
 /// The counts. Logs the pending ones when it is dropped.
 #[derive(Debug, Default)]
@@ -128,6 +143,21 @@ const NEVER_FOLDED: [&str; 2] = [
     "service has no endpoints; connections are reset",
 ];
 
+/// The fields that say what a line is about: the first of them that it has.
+const SUBJECTS: [&str; 6] = ["consumer", "service", "source", "id", "file", "endpoint"];
+
+/// Messages of one kind: of those that are counted the last one is logged, whichever it is, so that what the log says last is
+/// true. All others are of a kind of their own.
+const KINDS: [&[&str]; 2] = [
+    &[
+        "service endpoints changed",
+        "service has no endpoints; the last ones stay in use for --empty-hold",
+        "service has no endpoints; connections are reset",
+        "service lost most of its endpoints at once; they stay in use for --empty-hold",
+    ],
+    &["new route", "route gone"],
+];
+
 /// The target of lines with a count, which are not counted themselves.
 const TARGET: &str = "embassy::log";
 
@@ -141,17 +171,18 @@ fn tell(repeated: Vec<Repeated>) {
 #[derive(Debug)]
 pub(super) struct Folded<F> {
     seen: Arc<Mutex<Seen>>,
+    format: LogFormat,
     lines: F,
 }
 
 impl Folded<()> {
-    pub(super) fn of(fold: &Fold) -> Self {
-        Self { seen: fold.seen.clone(), lines: () }
+    pub(super) fn of(fold: &Fold, format: LogFormat) -> Self {
+        Self { seen: fold.seen.clone(), format, lines: () }
     }
 
-    /// `lines` writes the lines that are not omitted.
+    /// `lines` writes the lines that are not omitted, in the format that was named.
     pub(super) fn then<F>(self, lines: F) -> Folded<F> {
-        Folded { seen: self.seen, lines }
+        Folded { seen: self.seen, format: self.format, lines }
     }
 }
 
@@ -164,7 +195,7 @@ where
     fn format_event(
         &self,
         context: &FmtContext<'_, S, N>,
-        writer: Writer<'_>,
+        mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
         let metadata = event.metadata();
@@ -176,13 +207,40 @@ where
             let repeats = level <= Level::WARN || state.is_some();
             if repeats
                 && !NEVER_FOLDED.contains(&text.message.as_str())
-                && !lock(&self.seen).is_news(text, state, Instant::now())
+                && !lock(&self.seen).is_news(text.clone(), state, Instant::now())
             {
                 return Ok(());
             }
+            if !lock(&self.seen).has_room(text, Instant::now()) {
+                return Ok(());
+            }
         }
-        self.lines.format_event(context, writer, event)
+        // All that is logged passes here, from wherever it comes.
+        let mut line = String::new();
+        self.lines.format_event(context, Writer::new(&mut line), event)?;
+        let line = line.strip_suffix('\n').unwrap_or(&line);
+        let line = match self.format {
+            LogFormat::Text => visible(&shortened(line, LONGEST)).into_owned(),
+            LogFormat::Json => visible_json(&shortened_json(line)).into_owned(),
+        };
+        writeln!(writer, "{line}")
     }
+}
+
+/// An object that stays one: where it is too long, each of its texts is cut.
+fn shortened_json(line: &str) -> Cow<'_, str> {
+    if line.len() <= LONGEST {
+        return line.into();
+    }
+    let Ok(mut object) = serde_json::from_str::<serde_json::Map<_, _>>(line) else {
+        return line.into();
+    };
+    for value in object.values_mut() {
+        if let serde_json::Value::String(text) = value {
+            *text = shortened(text, LONGEST_FIELD).into_owned();
+        }
+    }
+    serde_json::Value::from(object).to_string().into()
 }
 
 /// An event in words: its message, and its fields behind it.
@@ -196,6 +254,15 @@ impl Text {
     fn line(&self) -> String {
         let fields = self.fields.iter().map(|(name, value)| format!(" {name}={value}"));
         fields.fold(self.message.clone(), |line, field| line + &field)
+    }
+
+    /// The kind of the line and the thing that it is about, if it is about one.
+    fn crowd(&self) -> Option<String> {
+        let named = |subject| self.fields.iter().find(|(name, _)| *name == subject);
+        let (name, value) = SUBJECTS.into_iter().find_map(named)?;
+        let message = self.message.as_str();
+        let kind = KINDS.iter().find(|kind| kind.contains(&message)).and_then(|kind| kind.first());
+        Some(format!("{} {name}={value}", kind.unwrap_or(&message)))
     }
 
     /// Whose state it is about, if it is about one: the same for all messages about it.
@@ -214,20 +281,46 @@ impl Visit for Text {
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        // Writing to a String cannot fail.
-        let _ = match field.name() {
-            "message" => write!(self.message, "{value:?}"),
-            name => {
-                self.fields.push((name, format!("{value:?}")));
-                Ok(())
-            }
-        };
+        let mut text = String::new();
+        // The error is that it is cut.
+        let _ = write!(Cut(&mut text), "{value:?}");
+        match field.name() {
+            "message" => self.message = text,
+            name => self.fields.push((name, text)),
+        }
     }
 }
 
-/// Warnings and states that were written, with the number of repetitions.
+/// Takes the beginning of what is written.
+struct Cut<'a>(&'a mut String);
+
+impl Write for Cut<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let end = text.floor_char_boundary(LONGEST_FIELD.saturating_sub(self.0.len()));
+        self.0.push_str(text.get(..end).unwrap_or_default());
+        if end < text.len() { Err(fmt::Error) } else { Ok(()) }
+    }
+}
+
 #[derive(Debug, Default)]
-struct Seen(HashMap<String, Count>);
+struct Seen {
+    /// Warnings and states that were written, with the number of repetitions.
+    repeats: HashMap<String, Count>,
+    /// What was written about each thing, by the kind of line and the thing.
+    crowds: HashMap<String, Crowd>,
+}
+
+/// Lines of one kind about one thing.
+#[derive(Debug)]
+struct Crowd {
+    /// When the first of this window was written.
+    since: Instant,
+    written: u32,
+    /// Those that were not written since, the last of them, and when it came.
+    more: u64,
+    last: Text,
+    came: Instant,
+}
 
 #[derive(Debug)]
 struct Count {
@@ -253,7 +346,7 @@ impl Seen {
     /// Whether to write it; otherwise it is counted.
     fn is_news(&mut self, text: Text, state: Option<String>, now: Instant) -> bool {
         let key = state.unwrap_or_else(|| text.line());
-        if let Some(count) = self.0.get_mut(&key) {
+        if let Some(count) = self.repeats.get_mut(&key) {
             (count.last, count.came) = (text, now);
             let is_new = !count.written.contains(&count.last.message);
             if is_new {
@@ -263,11 +356,33 @@ impl Seen {
             }
             return is_new;
         }
-        if self.0.len() < REMEMBERED {
+        if self.repeats.len() < REMEMBERED {
             let written = vec![text.message.clone()];
-            self.0.insert(key, Count { since: now, times: 0, last: text, came: now, written });
+            self.repeats
+                .insert(key, Count { since: now, times: 0, last: text, came: now, written });
         }
         true
+    }
+
+    /// Whether to write one line more about its thing; otherwise it is counted.
+    fn has_room(&mut self, text: Text, now: Instant) -> bool {
+        let Some(key) = text.crowd() else { return true };
+        if self.crowds.len() >= CROWDS && !self.crowds.contains_key(&key) {
+            return true;
+        }
+        let new = || Crowd { since: now, written: 0, more: 0, last: Text::default(), came: now };
+        let crowd = self.crowds.entry(key).or_insert_with(new);
+        // What was counted is logged first.
+        if crowd.more == 0 && crowd.is_over(now) {
+            (crowd.since, crowd.written) = (now, 0);
+        }
+        if crowd.more == 0 && crowd.written < OF_ONE {
+            crowd.written += 1;
+            return true;
+        }
+        crowd.more += 1;
+        (crowd.last, crowd.came) = (text, now);
+        false
     }
 
     /// The lines that were repeated within their time, which starts again, and states that the log does not show. Others are
@@ -279,13 +394,41 @@ impl Seen {
                 && count.written.last() != Some(&count.last.message)
                 && now.saturating_duration_since(count.came) >= SETTLED
         };
-        self.0.retain(|_, count| count.times > 0 || !over(count));
-        take(self.0.values_mut().filter(|count| over(count) || is_hidden(count)), now)
+        self.repeats.retain(|_, count| count.times > 0 || !over(count));
+        let mut due =
+            take(self.repeats.values_mut().filter(|count| over(count) || is_hidden(count)), now);
+        self.crowds.retain(|_, crowd| crowd.more > 0 || !crowd.is_over(now));
+        let is_due = |crowd: &&mut Crowd| crowd.more > 0 && crowd.may_be_told(now);
+        due.extend(self.crowds.values_mut().filter(is_due).map(|crowd| crowd.take(now)));
+        due
     }
 
     /// The repetitions that were not logged yet.
     fn all(&mut self, now: Instant) -> Vec<Repeated> {
-        take(self.0.values_mut().filter(|count| count.times > 0), now)
+        let mut all = take(self.repeats.values_mut().filter(|count| count.times > 0), now);
+        let counted = self.crowds.values_mut().filter(|crowd| crowd.more > 0);
+        all.extend(counted.map(|crowd| crowd.take(now)));
+        all
+    }
+}
+
+impl Crowd {
+    fn is_over(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.since) >= WINDOW
+    }
+
+    /// Whether it is time to log what was counted: no more comes, or the time is over.
+    fn may_be_told(&self, now: Instant) -> bool {
+        self.is_over(now) || now.saturating_duration_since(self.came) >= SETTLED
+    }
+
+    fn take(&mut self, now: Instant) -> Repeated {
+        let since = now.saturating_duration_since(self.since);
+        if self.is_over(now) {
+            (self.since, self.written) = (now, 0);
+        }
+        let text = std::mem::take(&mut self.last).line();
+        Repeated { text, times: std::mem::take(&mut self.more), since }
     }
 }
 
@@ -327,7 +470,7 @@ mod tests {
         let writer = out.clone();
         let layer = tracing_subscriber::fmt::layer().with_ansi(false);
         let layer = layer.with_writer(move || writer.clone());
-        let layer = layer.map_event_format(|lines| Folded::of(&fold).then(lines));
+        let layer = layer.map_event_format(|lines| Folded::of(&fold, LogFormat::Text).then(lines));
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
             for _ in 0..5 {
                 tracing::info!(endpoint = "10.0.0.1:80", "endpoint ejected");
@@ -452,6 +595,90 @@ mod tests {
         assert_eq!(seen.all(after(62)), []);
         assert_eq!(seen.due(after(200)), []);
         assert!(is_news(seen, "a", after(201)));
+    }
+
+    /// A service whose endpoints change a thousand times a second, with another beside it.
+    #[test]
+    fn one_thing_does_not_fill_the_log_and_the_last_line_about_it_is_true() {
+        let start = Instant::now();
+        let mut seen = Seen::default();
+        let line = |message: &str, service: &str, n: usize| Text {
+            message: message.into(),
+            fields: vec![("service", service.to_owned()), ("endpoints", n.to_string())],
+        };
+        let (changed, none) = (KINDS[0][0], KINDS[0][2]);
+        let mut written = 0;
+        for n in 0..10_000 {
+            let now = start + Duration::from_millis(n);
+            let message = if n % 2 == 0 { changed } else { none };
+            written += usize::from(seen.has_room(line(message, "a", n as usize), now));
+            if n % 100 == 0 {
+                assert!(seen.has_room(line(changed, "b", n as usize), now), "{n}");
+            }
+            assert_eq!(seen.due(now), [], "{n}");
+        }
+        assert_eq!(written, OF_ONE as usize);
+        // Nothing is written before what was counted.
+        let now = start + Duration::from_secs(11);
+        assert!(!seen.has_room(line(changed, "a", 7), now));
+        let told = seen.due(now + SETTLED);
+        let [Repeated { text: said, times: 9701, .. }] = &told[..] else { panic!("{told:?}") };
+        assert_eq!(*said, format!("{changed} service=a endpoints=7"));
+        // After a while there is room again, and nothing is kept of what is quiet.
+        let late = start + WINDOW + WINDOW;
+        assert_eq!(seen.due(late), []);
+        assert!(seen.crowds.is_empty());
+        assert!(seen.has_room(line(changed, "a", 1), late));
+        // What is about nothing is always written.
+        for _ in 0..1000 {
+            assert!(seen.has_room(text("the capture failed"), late));
+        }
+    }
+
+    /// What is written of a field with these characters, in both formats.
+    #[test]
+    fn no_line_is_forged_and_none_is_endless() {
+        const NAME: &str = "app\nWARN forged\u{1b}[2J\u{202e}\u{9b}31m\u{2028}\u{200b}\r\u{85}";
+        for format in [LogFormat::Text, LogFormat::Json] {
+            let (out, fold) = (Out::default(), Fold::default());
+            let writer = out.clone();
+            let layer = tracing_subscriber::fmt::layer().with_ansi(false);
+            let layer = layer.with_writer(move || writer.clone());
+            let folded = Folded::of(&fold, format);
+            let log = || {
+                tracing::warn!(consumer = %NAME, quoted = NAME, "a name: {NAME}");
+                tracing::error!(error = %"x\n".repeat(100_000), "{NAME}");
+                tracing::info!(target: CONNECTION, consumer = %NAME, "connection");
+                tracing::debug!(consumer = %NAME, "debug");
+            };
+            match format {
+                LogFormat::Text => {
+                    let layer = layer.map_event_format(|lines| folded.then(lines));
+                    let registry = tracing_subscriber::registry().with(layer);
+                    tracing::subscriber::with_default(registry, log);
+                }
+                LogFormat::Json => {
+                    let layer = layer.json().flatten_event(true);
+                    let layer = layer.map_event_format(|lines| folded.then(lines));
+                    let registry = tracing_subscriber::registry().with(layer);
+                    tracing::subscriber::with_default(registry, log);
+                }
+            }
+            let text = String::from_utf8(out.0.lock().unwrap().clone()).unwrap();
+            assert_eq!(text.lines().count(), 4, "{text}");
+            for line in text.split('\n') {
+                assert!(!line.contains(crate::text::is_deceptive), "{line:?}");
+                assert!(line.len() < 2 * LONGEST, "{}", line.len());
+            }
+            if format == LogFormat::Json {
+                let first = text.lines().next().unwrap();
+                let line: serde_json::Value = serde_json::from_str(first).unwrap();
+                assert_eq!(line["consumer"], NAME);
+                let cut: serde_json::Value =
+                    serde_json::from_str(text.lines().nth(1).unwrap()).unwrap();
+                assert!(cut["error"].as_str().unwrap().ends_with("bytes more)"), "{cut}");
+            }
+        }
     }
 
     #[test]

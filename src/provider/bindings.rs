@@ -67,8 +67,16 @@ pub fn bindings<'a>(
             }
         }
     }
+    if let Some(more) = problems.len().checked_sub(MOST_PROBLEMS).filter(|more| *more > 0) {
+        problems.truncate(MOST_PROBLEMS);
+        let reason = format!("{more} more variables or labels are invalid");
+        problems.push(Problem { consumer: consumer.clone(), origin: "and".into(), reason });
+    }
     (by_port.into_values().map(|(_, binding)| binding).collect(), problems)
 }
+
+/// Problems of one consumer that are told of; of further ones only the number.
+const MOST_PROBLEMS: usize = 100;
 
 /// The alias of the link, or the service of Kubernetes, that this variable belongs to.
 fn link<'a>(name: &'a str, value: &str) -> Option<&'a str> {
@@ -116,6 +124,17 @@ mod tests {
                 "app: BACKEND_A: the service name has the character ' ': expected only A-Z a-z 0-9 / . _ * @ -"
             ]
         );
+    }
+
+    #[test]
+    fn of_endless_problems_the_first_are_told_and_the_rest_is_counted() {
+        let env: Vec<_> = (0..1000).map(|n| format!("BACKEND_{n:04}=x")).collect();
+        let env: Vec<_> = env.iter().map(String::as_str).collect();
+        let (bindings, problems) = read(&env, &[("embassy.backend.good", "good;80")]);
+        assert_eq!(bindings, ["embassy.backend.good=good;80"]);
+        assert_eq!(problems.len(), MOST_PROBLEMS + 1);
+        let last = "app: and: 900 more variables or labels are invalid";
+        assert_eq!(problems.last().unwrap(), last);
     }
 
     #[test]

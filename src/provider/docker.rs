@@ -14,6 +14,7 @@ use crate::{
             Attachment, Bridges, Container, Inventory, Network, NetworkId, SHOWN, bridge_of,
         },
         per_container::{PerContainer, Subject},
+        read::{LARGEST_DECLARED, MOST_DECLARED},
     },
     model::{ConsumerId, ContainerId},
 };
@@ -215,7 +216,17 @@ impl Asking {
 fn declared(container: &Container, prefix: &str) -> (Vec<Binding>, Vec<Problem>) {
     let variables = container.variables.iter().map(String::as_str);
     let labels = container.labels.iter().map(|(name, text)| (name.as_str(), text.as_str()));
-    bindings(&container.name, prefix, variables, labels)
+    let (bindings, mut problems) = bindings(&container.name, prefix, variables, labels);
+    if container.unread > 0 {
+        let (consumer, origin) = (container.name.clone(), "environment and labels".into());
+        let reason = format!(
+            "{} of them are not read: expected at most {MOST_DECLARED} variables and {MOST_DECLARED} labels, of {} KiB together",
+            container.unread,
+            LARGEST_DECLARED >> 10
+        );
+        problems.push(Problem { consumer, origin, reason });
+    }
+    (bindings, problems)
 }
 
 /// `owner` is the container whose network this one lives in, and `sources` are its addresses.

@@ -11,6 +11,7 @@ use crate::{
     docker::follow::Follower,
     model::ContainerId,
     source::{Answers, Publisher, ResyncRequests},
+    word::worded,
 };
 
 pub mod bindings;
@@ -36,6 +37,37 @@ pub struct Listing {
     pub problems: Vec<Problem>,
     /// Containers that declare bindings of which none is valid.
     pub invalid: Vec<Invalid>,
+    /// Bindings that are not used because of a limit.
+    pub beyond: Vec<Beyond>,
+}
+
+/// Bindings of a consumer that are not used because of a limit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Beyond {
+    pub limit: Limit,
+    /// The limit's number.
+    pub most: usize,
+    /// The consumer with these bindings alone.
+    pub consumer: Arc<Consumer>,
+}
+
+worded! {
+    /// What limits the bindings of consumers.
+    pub enum Limit {
+        /// `--max-bindings-per-consumer`
+        Bindings = "bindings_per_consumer",
+        /// `--max-services`
+        Services = "services",
+    }
+}
+
+impl Limit {
+    pub fn flag(self) -> &'static str {
+        match self {
+            Self::Bindings => "--max-bindings-per-consumer",
+            Self::Services => "--max-services",
+        }
+    }
 }
 
 /// A container that would be a consumer if its declarations were valid. It may be asked about.

@@ -3,10 +3,8 @@
 //! Reads are of the default consistency, never `stale`: a server that lags may answer with an older index and an older
 //! list, and what `stale` would buy, an answer without a leader, is what keeping the last answer gives us anyway.
 
-#![expect(clippy::disallowed_methods, reason = "a thread of its own reads the token file")]
-
 use std::{
-    fmt, fs,
+    fmt,
     hash::{DefaultHasher, Hash, Hasher},
     path::PathBuf,
     sync::Arc,
@@ -22,13 +20,17 @@ use super::{
     http::{Asking, Http, HttpAnswer, LongPoll, secret_header},
     reuse::Recent,
 };
-use crate::{source::SourceError, tls::ClientTls};
+use crate::{body, source::SourceError, tls::ClientTls};
 
 /// How long the server may hold a query while nothing changes. It bounds how long a server that hangs goes unnoticed.
 const WAIT: Duration = Duration::from_secs(30);
 
 /// How old an answer may be that many ask for.
 const RECENT: Duration = Duration::from_secs(60);
+/// Bytes of such an answer, which is kept.
+const LARGEST_KEPT: usize = 1 << 20;
+/// Bytes of a token file.
+const LARGEST_TOKEN: usize = 16 << 10;
 
 /// The client of one Consul agent or server.
 #[derive(Debug)]
@@ -96,9 +98,17 @@ impl ConsulClient {
 
     /// The answer to `url`, at most [`RECENT`] old, if it was the last that was asked for here.
     pub(crate) async fn recent(&self, url: Url) -> Result<Arc<HttpAnswer>, SourceError> {
-        let ask = async { Ok((url.clone(), Arc::new(self.ask(&url, None).await?))) };
-        let (of, answer) = self.recent.get(RECENT, ask).await?;
-        if of == url { Ok(answer) } else { Ok(Arc::new(self.ask(&url, None).await?)) }
+        let ask = async || {
+            let mut answer = self.ask(&url, None).await?;
+            if answer.body().len() > LARGEST_KEPT {
+                return Err(answer.fault(format_args!("longer than {LARGEST_KEPT} bytes")));
+            }
+            answer.leave();
+            Ok(Arc::new(answer))
+        };
+        let first = async { Ok((url.clone(), ask().await?)) };
+        let (of, answer) = self.recent.get(RECENT, first).await?;
+        if of == url { Ok(answer) } else { ask().await }
     }
 
     /// Follows the answers to `url`.
@@ -141,7 +151,8 @@ impl ConsulClient {
             Token::Text(token) => (token.reveal().to_owned(), "CONSUL_HTTP_TOKEN".to_owned()),
             Token::File(path) => {
                 let (from, path) = (format!("token file {}", path.display()), path.clone());
-                let read = tokio::task::spawn_blocking(move || fs::read_to_string(path)).await;
+                let read = move || body::file(&path, LARGEST_TOKEN);
+                let read = tokio::task::spawn_blocking(read).await;
                 let read = read.unwrap_or_else(|error| Err(error.into()));
                 (read.map_err(|e| SourceError::caused(&from, &e))?, from)
             }
@@ -194,6 +205,12 @@ impl BlockingQuery {
         }
     }
 
+    /// Leaves the others a share of the time: the next question waits for as long as a change may be late, or for longer if the
+    /// last answer took long to read.
+    pub(crate) fn took(&mut self, time: Duration) {
+        self.asking.took(time);
+    }
+
     /// Makes the next answer the current state. A query that is held goes on.
     pub(crate) fn read_again(&mut self) {
         self.index = 0;
@@ -205,7 +222,7 @@ impl BlockingQuery {
             .ok_or_else(|| answer.fault("the answer has no X-Consul-Index: is this Consul?"))?;
         self.index = next_index(self.index, index);
         let mut hasher = DefaultHasher::new();
-        answer.body.hash(&mut hasher);
+        answer.body().hash(&mut hasher);
         let body = hasher.finish();
         self.asking.answered(body != self.body);
         self.body = body;

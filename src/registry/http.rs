@@ -18,7 +18,6 @@ use reqwest::{
     header::{HOST, HeaderMap, HeaderValue},
     redirect::Policy,
 };
-use serde::de::DeserializeOwned;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep_until, timeout},
@@ -28,6 +27,7 @@ use url::Url;
 
 use super::{Secret, excerpt, reuse::Reused};
 use crate::{
+    body::{Body, Places},
     resolve::{Resolver, addresses},
     source::SourceError,
     tls::{self, ClientTls},
@@ -37,8 +37,8 @@ use crate::{
 pub(super) const ANSWER: Duration = Duration::from_secs(10);
 /// Connect timeout.
 pub(super) const CONNECT: Duration = Duration::from_secs(3);
-/// Maximum size of a body.
-const LARGEST: usize = 16 << 20;
+/// Maximum size of a body: ten thousand instances with their checks fit.
+const LARGEST: usize = 32 << 20;
 
 /// The client of one registry.
 ///
@@ -59,6 +59,8 @@ pub(super) struct Http {
     client: Reused<Made>,
     long_polls: Arc<Semaphore>,
     reads: Semaphore,
+    /// For answers of more than a few bytes: with all long polls together they could be gigabytes.
+    places: Places,
     /// How many of those were answered.
     answered: AtomicU64,
     /// Whether it was said that there are more questions than long polls.
@@ -120,6 +122,7 @@ impl Http {
             client: Reused::default(),
             long_polls: Arc::new(Semaphore::new(Self::LONG_POLLS)),
             reads: Semaphore::new(Self::READS),
+            places: Places::default(),
             answered: AtomicU64::new(0),
             crowded: AtomicBool::new(false),
         }
@@ -183,9 +186,25 @@ impl Http {
 
     async fn read(&self, url: &Url, headers: HeaderMap) -> Result<HttpAnswer, SourceError> {
         let mut response = self.open(url, headers).await?;
-        let mut body = Vec::new();
-        while more(url, &mut response, &mut body).await? {}
+        let mut body = Body::default();
+        while self.more(url, &mut response, &mut body).await? {}
         Ok(HttpAnswer::new(url, &response, body))
+    }
+
+    /// Reads the next piece of a body; false at its end.
+    pub(super) async fn more(
+        &self,
+        url: &Url,
+        response: &mut Response,
+        body: &mut Body,
+    ) -> Result<bool, SourceError> {
+        let piece = response
+            .chunk()
+            .await
+            .map_err(|e| SourceError::caused(format_args!("GET {url}"), &e.without_url()))?;
+        let Some(piece) = piece else { return Ok(false) };
+        let added = body.add(&piece, LARGEST, &self.places).await;
+        added.map(|()| true).map_err(|error| fault(url, error))
     }
 
     /// Asks, and waits for the head of the answer, however long it takes.
@@ -266,28 +285,13 @@ async fn within<T>(
     timeout(limit, asking).await.map_err(late)?
 }
 
-/// Reads the next piece of a body; false at its end.
-pub(super) async fn more(
-    url: &Url,
-    response: &mut Response,
-    body: &mut Vec<u8>,
-) -> Result<bool, SourceError> {
-    let piece = response
-        .chunk()
-        .await
-        .map_err(|e| SourceError::caused(format_args!("GET {url}"), &e.without_url()))?;
-    let Some(piece) = piece else { return Ok(false) };
-    if body.len() + piece.len() > LARGEST {
-        return Err(fault(url, format_args!("the answer is longer than {LARGEST} bytes")));
-    }
-    body.extend_from_slice(&piece);
-    Ok(true)
-}
-
 /// The error in the answer to a request.
 pub(super) fn fault(url: &Url, reason: impl std::fmt::Display) -> SourceError {
     SourceError::new(format_args!("GET {url}: {reason}"))
 }
+
+/// Bytes of a body that an error is made of.
+const EXCERPT: usize = 1 << 10;
 
 /// A whole answer.
 #[derive(Debug)]
@@ -295,11 +299,11 @@ pub(crate) struct HttpAnswer {
     pub(crate) url: Url,
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
-    pub(crate) body: Vec<u8>,
+    body: Body,
 }
 
 impl HttpAnswer {
-    pub(super) fn new(url: &Url, response: &Response, body: Vec<u8>) -> Self {
+    pub(super) fn new(url: &Url, response: &Response, body: Body) -> Self {
         let (status, headers) = (response.status(), response.headers().clone());
         Self { url: url.clone(), status, headers, body }
     }
@@ -310,7 +314,8 @@ impl HttpAnswer {
 
     /// The error that the status and the body's first words are.
     pub(super) fn refusal(&self) -> SourceError {
-        let text = String::from_utf8_lossy(&self.body);
+        let text = self.body();
+        let text = String::from_utf8_lossy(text.get(..EXCERPT).unwrap_or(text));
         let fault = self.fault(format_args!("{} {:?}", self.status, excerpt(text.trim())));
         // A date may stand there as well (RFC 9110, 10.2.3), which our own pauses have to do for.
         match self.number("Retry-After") {
@@ -319,9 +324,22 @@ impl HttpAnswer {
         }
     }
 
-    pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, SourceError> {
-        serde_json::from_slice(&self.body)
-            .map_err(|e| self.fault(format_args!("cannot parse the answer: {e}")))
+    pub(crate) fn body(&self) -> &[u8] {
+        self.body.bytes()
+    }
+
+    /// Lets it be kept: it does not keep a place from other answers.
+    pub(super) fn leave(&mut self) {
+        self.body.leave();
+    }
+
+    /// What `parse` makes of the body; a large one is parsed on another thread.
+    pub(crate) async fn parsed<T: Send + 'static>(
+        self,
+        parse: impl FnOnce(&[u8]) -> Result<T, serde_json::Error> + Send + 'static,
+    ) -> Result<T, SourceError> {
+        let wrong = |e| fault(&self.url, format_args!("cannot parse the answer: {e}"));
+        self.body.parsed(parse).await.map_err(wrong)
     }
 
     /// A header that is a number.
@@ -353,12 +371,19 @@ impl<T> Asking<T> {
     const POLL: Duration = Duration::from_secs(5);
     /// Minimum interval between requests: a server that always answers at once must not cause a busy loop.
     const IDLE: Duration = Duration::from_millis(100);
+    /// How much longer than an answer takes to read the next one is away.
+    const SHARE: u32 = 10;
     /// The same after a change: too short to be noticed.
     const NEWS: Duration = Duration::from_millis(5);
 
     pub(super) fn new() -> Self {
         let poll_at = Instant::now();
         Self { held: None, last: None, distance: Self::NEWS, poll_at }
+    }
+
+    /// The last answer took this long to read: it is not asked for again so soon that nothing else is done here.
+    pub(super) fn took(&mut self, time: Duration) {
+        self.distance = self.distance.max(Self::SHARE * time);
     }
 
     /// Waits until it is time for the next question.

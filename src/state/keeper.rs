@@ -22,7 +22,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{Document, KeptAnswer, KeptConsumer, KeptEndpoint, Origin, document::render};
+use super::{Document, KeptAnswer, KeptConsumer, KeptEndpoint, LARGEST, Origin, document::render};
 use crate::{
     cow_map::CowMap,
     discovery::{Endpoints, Query},
@@ -141,6 +141,18 @@ async fn closed(changes: &mut watch::Receiver<Option<Snapshot>>) {
     while copy.changed().await.is_ok() {}
 }
 
+/// A file that is larger is not read.
+fn rendered(document: &Document) -> io::Result<Vec<u8>> {
+    let bytes = render(document)?;
+    match bytes.len() as u64 > LARGEST {
+        false => Ok(bytes),
+        true => Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!("the table has {} bytes: expected at most {LARGEST}", bytes.len()),
+        )),
+    }
+}
+
 /// What stands in the file, and since when.
 type Written = (Document, Instant);
 
@@ -229,7 +241,7 @@ impl File {
         let mut options = OpenOptions::new();
         options.write(true).create_new(true).mode(0o600);
         let written = options.open(&new).and_then(|mut file| {
-            file.write_all(&render(document)?)?;
+            file.write_all(&rendered(document)?)?;
             file.sync_all()
         });
         if let Err(error) = written {

@@ -29,6 +29,9 @@ pub use document::{Damage, parse};
 pub use keeper::{Counts, Keeper, Snapshot};
 pub use restore::{Kept, Restored, restore};
 
+/// Bytes of the largest file that is written and read.
+const LARGEST: u64 = 64 << 20;
+
 /// The content of a state file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Document {

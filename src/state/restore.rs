@@ -15,7 +15,7 @@ use std::{
 use tokio::sync::Notify;
 use tracing::{info, warn};
 
-use super::{Fit, KeptEndpoint, Origin, parse, resume};
+use super::{Fit, KeptEndpoint, LARGEST, Origin, parse, resume};
 use crate::{
     discovery::{Endpoints, Query},
     provider::Listing,
@@ -38,9 +38,6 @@ pub struct Kept {
     /// Until when it may be used.
     pub until: Instant,
 }
-
-/// Bytes of the largest file that is read.
-const LARGEST: u64 = 64 << 20;
 
 /// Reads the file at `path`, and takes over what still holds `here`. A file that cannot be used is set aside and said;
 /// none is no complaint. `bell` rings when a container's run ends.
@@ -203,6 +200,17 @@ mod tests {
             assert_eq!(fs::read(folder.path().join("table.aside")).unwrap(), bytes);
             assert!(!path.exists());
         }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_too_large_is_set_aside_and_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table");
+        fs::File::create(&path).unwrap().set_len(LARGEST + 1).unwrap();
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+        assert_eq!(read(&path).unwrap_err().to_string(), "more than 64 MiB");
+        let restored = restore(&path, &document().origin, Duration::MAX, &Arc::default());
+        assert!(restored.endpoints.is_empty() && !path.exists());
     }
 
     #[tokio::test]

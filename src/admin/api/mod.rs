@@ -475,7 +475,7 @@ pub struct ExplainService {
     pub verdict: Verdict,
     /// The source of its endpoints; null if it was not queried yet.
     pub source: Option<Source>,
-    /// The endpoints in balancing order.
+    /// The endpoints in balancing order, at most 1000.
     pub endpoints: Vec<Endpoint>,
     /// The endpoint that the next connection would get. This call does not change the balancing.
     pub next: Option<String>,

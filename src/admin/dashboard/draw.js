@@ -3,9 +3,12 @@
 const $ = id => document.getElementById(id);
 
 // Everything is inserted as text, because names come from containers, which are not trusted.
+// What would change the direction of a text, or cannot be seen, is written out, as in the log.
+const DECEPTIVE = /[\p{Cc}\u2028\u2029\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\u{e0000}-\u{e0fff}]/gu;
+const visible = text => String(text).replace(DECEPTIVE, c => "\\u{" + c.codePointAt(0).toString(16) + "}");
 function set(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) if (value != null && value !== false) node.setAttribute(name, value);
-  node.append(...children.filter(child => child != null && child !== ""));
+  node.append(...children.filter(child => child != null && child !== "").map(child => child instanceof Node ? child : visible(child)));
   return node;
 }
 const make = (tag, attributes, ...children) => set(document.createElement(tag), attributes, children);

@@ -43,14 +43,14 @@ const source = s => s == null ? [["Source", "not queried yet"]] : [["Source", st
   ["Answers", count(s.answers)], ["Failures", count(s.failures)], ["Error", s.error, "wide"], ["Skipped", s.skipped.join("; "), "wide"]];
 
 function explains(e) {
-  $("explain-title").textContent = (e.consumers.map(c => c.name).join(", ") || e.consumer) + " port " + e.port;
+  $("explain-title").textContent = visible((e.consumers.map(c => c.name).join(", ") || e.consumer) + " port " + e.port);
   fill($("explain-verdict"), [state(e.verdict, e.verdict)]);
   fill($("explain-findings"), e.findings.map(finding));
   fill($("explain-facts"), explanation(e));
 }
 
 function explainsNothing(consumer, port, why) {
-  $("explain-title").textContent = consumer + " port " + port;
+  $("explain-title").textContent = visible(consumer + " port " + port);
   fill($("explain-verdict"), []);
   fill($("explain-findings"), [make("li", {}, why)]);
   fill($("explain-facts"), []);

@@ -31,7 +31,7 @@ function tiles(s) {
     tile(s, "connections", "Connections", count(c.active), said(count(c.started) + " since the start", numbered(c.errors, "error"), c.held && count(c.held) + " held"), "#connections"),
     tile(s, "host", "Host", bytes(h.resident_bytes), numbered(h.descriptors, "descriptor") + (h.conntrack_limit ? ", conntrack " + count(h.conntrack_entries) + " of " + count(h.conntrack_limit) : "")),
   ]);
-  $("about").textContent = [s.host_name, s.version, s.vips.join(", ") || "no VIP", "pid " + s.pid].join(" · ");
+  $("about").textContent = visible([s.host_name, s.version, s.vips.join(", ") || "no VIP", "pid " + s.pid].join(" · "));
 }
 
 // Number of samples that embassy keeps, and the width of the plots.

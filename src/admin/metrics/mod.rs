@@ -22,6 +22,7 @@ use crate::{
     judgement::{self, SourceState},
     log,
     outcome::Outcome,
+    provider::Limit,
     proxy::Figures,
     report::Refused,
     source::Known,
@@ -136,7 +137,7 @@ impl Metrics {
             Some(invalid as u64),
         )?;
         let entries = sources.queries.iter().map(|(_, known)| {
-            known.borrow().value.as_ref().map_or(0, |endpoints| endpoints.rejected.len() as u64)
+            known.borrow().value.as_ref().map_or(0, |endpoints| endpoints.rejected.count() as u64)
         });
         out.gauge("entries_skipped", "Discovery entries that do not parse", Some(entries.sum()))?;
         let refused = table.upstreams().map(|upstream| upstream.refused.len() as u64);
@@ -145,6 +146,24 @@ impl Metrics {
             "Endpoints that are not used because of their address (see --endpoints)",
             Some(refused.sum()),
         )?;
+        let left_out = sources.queries.iter().map(|(_, known)| {
+            known.borrow().value.as_ref().map_or(0, |endpoints| endpoints.left_out)
+        });
+        let left_out = left_out.sum::<usize>();
+        let listing = sources.listing.clone().unwrap_or_default();
+        let bindings = |limit| {
+            let of_limit = listing.beyond.iter().filter(|one| one.limit == limit);
+            of_limit.map(|one| one.consumer.bindings.len()).sum::<usize>()
+        };
+        let mut beyond = out.gauges(
+            "beyond_limit",
+            "Bindings and endpoints that are not used because of a limit",
+            None,
+        )?;
+        for limit in Limit::ALL {
+            beyond.gauge(&[("limit", limit.as_str())], bindings(*limit) as f64)?;
+        }
+        beyond.gauge(&[("limit", "endpoints_per_service")], left_out as f64)?;
         out.gauge("table_version", "Tables published since the start", Some(table.version))?;
         let mut build = out.histograms(
             "table_build",

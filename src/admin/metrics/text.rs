@@ -13,6 +13,8 @@ use futures_util::stream;
 use prometheus_client::{encoding::text::encode, registry::Registry};
 use tokio::sync::mpsc;
 
+use crate::text::visible_label;
+
 /// The format of a scrape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Format {
@@ -114,7 +116,8 @@ impl<S: FnMut(Bytes) -> fmt::Result> Write for Pieces<S> {
         if self.text.capacity() == 0 {
             self.text.reserve(PIECE + PIECE / 16);
         }
-        self.text.push_str(written);
+        // Names come from containers and registries.
+        self.text.push_str(&visible_label(written));
         if self.text.len() >= PIECE && written.ends_with('\n') { self.pass() } else { Ok(()) }
     }
 }

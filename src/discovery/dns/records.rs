@@ -44,10 +44,13 @@ pub(super) struct Target {
 const UNSAID: u32 = 5;
 
 impl Answer {
+    /// Records of a kind that are kept of an answer, of up to 4,000 that it may have.
+    const MOST: usize = 1000;
+
     pub(super) fn new(answers: &[Record], additionals: &[Record]) -> Self {
         let ttl = answers.iter().map(|record| Ttl(record.ttl)).min().unwrap_or(Ttl(UNSAID));
-        let (answers, additionals) = (answers.to_vec(), additionals.to_vec());
-        Self { answers, additionals, ttl, no_such_name: false }
+        let some = |records: &[Record]| records.iter().take(Self::MOST).cloned().collect();
+        Self { answers: some(answers), additionals: some(additionals), ttl, no_such_name: false }
     }
 
     /// The same, to be asked for again soon.
@@ -158,6 +161,15 @@ mod tests {
         ] {
             assert_eq!(answer.ttl.bounded(), Duration::from_secs(seconds), "{answer:?}");
         }
+    }
+
+    #[test]
+    fn of_endless_records_the_first_are_kept() {
+        let many: Vec<_> =
+            (0..4000).map(|n| a("h.", 1, &format!("10.0.{}.{}", n / 256, n % 256))).collect();
+        let answer = Answer::new(&many, &many);
+        assert_eq!(answer.addresses().len(), Answer::MOST);
+        assert_eq!(answer.glue(&name("h.")).addresses().len(), Answer::MOST);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
 
 use super::{metadata::Metadata, reach::Standpoint};
 use crate::{
-    discovery::{Endpoints, Query, Rejected},
+    discovery::{Endpoints, Query, Rejected, Rejections},
     docker::{
         container::{Container, ContainerPort, Inventory, Network, NoNetwork},
         per_container::{PerContainer, Subject},
@@ -71,7 +71,7 @@ impl Offers {
 
     /// The full answer to `query`.
     pub(crate) fn select(&self, query: &Query, healthy_only: bool) -> Endpoints {
-        let mut rejected = Vec::new();
+        let mut rejected = Rejections::default();
         let named = self.0.get(query.service.as_str()).into_iter().flatten();
         let tagged = named.filter(|offer| query.tags.all_in(&offer.tags) && !offer.stay.is_over());
         let is_fit = |offer: &&Arc<Offer>| offer.healthy || !healthy_only;

@@ -8,10 +8,12 @@
 
 use std::{pin::pin, sync::Arc};
 
+use tokio::time::{Instant, sleep_until};
 use url::Url;
 
 use super::{Endpoints, EtcdSettings, Query};
 use crate::{
+    body,
     model::{ServiceName, Tags},
     registry::etcd::{self, Branch, EtcdClient, Step, Tree, v2, v3},
     source::{Publisher, Resync, Source, SourceError},
@@ -54,6 +56,9 @@ pub struct EtcdSource {
     tags: Tags,
 }
 
+/// How much longer than it takes to read a branch the next answer is away.
+const SHARE: u32 = 10;
+
 impl Source for EtcdSource {
     type Item = Endpoints;
 
@@ -63,15 +68,22 @@ impl Source for EtcdSource {
         resync: &mut Resync,
     ) -> Result<(), SourceError> {
         let mut stores = self.stores().await?;
+        let (mut is_new, mut next) = (false, Instant::now());
         loop {
+            if is_new && Instant::now() >= next {
+                let start = Instant::now();
+                publish.publish(self.read(stores.tree()).await);
+                is_new = false;
+                // A branch in which something changes all the time has a tenth of the time, and the others the rest.
+                next = Instant::now() + SHARE * start.elapsed();
+            }
             tokio::select! {
-                read = stores.next(self) => {
-                    if read? {
-                        publish.publish(value::endpoints(stores.tree(), &self.tags));
-                    } else {
-                        publish.confirm();
-                    }
-                }
+                read = stores.next(self) => match read? {
+                    true => is_new = true,
+                    false if !is_new => publish.confirm(),
+                    false => {}
+                },
+                () = sleep_until(next), if is_new => {}
                 () = resync.due() => stores.read_again(),
             }
         }
@@ -79,6 +91,14 @@ impl Source for EtcdSource {
 }
 
 impl EtcdSource {
+    async fn read(&self, tree: &Tree) -> Endpoints {
+        if !body::is_large(tree.bytes()) {
+            return value::endpoints(tree, &self.tags);
+        }
+        let (tree, tags) = (tree.clone(), self.tags.clone());
+        body::aside(tree.bytes(), move || value::endpoints(&tree, &tags)).await
+    }
+
     async fn stores(&self) -> Result<Stores, SourceError> {
         let Etcd { client, api } = &self.etcd;
         let v3 =

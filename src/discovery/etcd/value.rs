@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
-    discovery::{Endpoints, Rejected, address},
+    discovery::{Endpoints, Rejected, Rejections, address},
     model::{Endpoint, Tags},
     registry::etcd::Tree,
 };
@@ -16,7 +16,7 @@ use crate::{
 /// An empty value is neither an endpoint nor an error if its key is a directory.
 pub(super) fn endpoints(tree: &Tree, tags: &Tags) -> Endpoints {
     let mut list = Vec::new();
-    let mut rejected = Vec::new();
+    let mut rejected = Rejections::default();
     let mut others = 0;
     for (key, value) in tree.iter() {
         if value.is_empty() && tree.is_directory(key) {
@@ -34,6 +34,8 @@ pub(super) fn endpoints(tree: &Tree, tags: &Tags) -> Endpoints {
         let tags: Vec<_> = tags.iter().map(address::excerpt).collect();
         format!("0 of {others} entries carry [{}]", tags.join(",")).into()
     });
+    let cut = || format!("the branch has more than {} keys, or too many bytes", Tree::MOST).into();
+    let problem = problem.or_else(|| tree.is_cut().then(cut));
     Endpoints { problem, ..Endpoints::new(list, rejected) }
 }
 
@@ -47,6 +49,9 @@ struct Instance {
 /// Reads a JSON document (the original's, or one of SkyDNS 2, which has `host` and `port`) or `address:port`. A document is never repeated in the error: it may hold a container's
 /// whole environment.
 fn parse(value: &[u8]) -> Result<Instance, String> {
+    if value.len() > Tree::LONGEST {
+        return Err(format!("longer than {} bytes: expected JSON or address:port", Tree::LONGEST));
+    }
     let text = str::from_utf8(value).map_err(|_| "not UTF-8: expected JSON or address:port")?;
     let mut text = text.trim();
     // The address, or the document, may be a string of JSON.
@@ -139,7 +144,7 @@ pub(crate) fn fuzz(input: &[u8]) {
     for pair in lines.windows(2) {
         tree.set(pair[0].clone(), pair[1].clone());
         let found = endpoints(&tree, &Tags::default());
-        let said = found.list.len() + found.rejected.len();
+        let said = found.list.len() + found.rejected.count();
         assert!(said <= tree.iter().count(), "more was said than was written");
     }
     if let Some(first) = lines.first() {
@@ -260,8 +265,8 @@ mod tests {
         let endpoints = endpoints(&tree, &Tags::default());
         let list: Vec<_> = endpoints.list.iter().map(ToString::to_string).collect();
         assert_eq!(list, ["10.0.0.1:80", "10.0.0.2:80"]);
-        assert_eq!(endpoints.rejected.len(), 1);
-        assert_eq!(endpoints.rejected[0].what, "/s/b");
+        let rejected: Vec<_> = endpoints.rejected.iter().map(|entry| &*entry.what).collect();
+        assert_eq!(rejected, ["/s/b"]);
     }
 
     #[test]
@@ -273,7 +278,7 @@ mod tests {
         ]);
         let endpoints = endpoints(&tree, &Tags::new(["app1", "prod"]));
         assert_eq!(endpoints.list.len(), 1);
-        assert_eq!(endpoints.rejected, []);
+        assert_eq!(endpoints.rejected.count(), 0);
     }
 
     #[test]

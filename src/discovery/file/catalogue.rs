@@ -5,7 +5,7 @@ use std::str::FromStr;
 use toml::{Table, Value};
 
 use crate::{
-    discovery::{Endpoints, Query, Rejected, address},
+    discovery::{Endpoints, Query, Rejected, Rejections, address},
     model::{Endpoint, ServiceName},
 };
 
@@ -58,7 +58,7 @@ impl Catalogue {
             self.wrong.iter().filter(|(of, _)| of.as_deref().is_none_or(|of| of == service));
         Endpoints::new(
             found.map(|entry| entry.endpoint),
-            wrong.map(|(_, rejected)| rejected.clone()).collect(),
+            Rejections::of(wrong.map(|(_, rejected)| rejected.clone())),
         )
     }
 

@@ -2,42 +2,94 @@
 
 use std::{collections::BTreeMap, ops::Bound};
 
-/// The keys at and below a branch, with their values.
+/// The keys at and below a branch, with their values: as many as there is room for. A key that is in it is not displaced by
+/// another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Tree(BTreeMap<Vec<u8>, Vec<u8>>);
+pub(crate) struct Tree {
+    keys: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Bytes of all keys and values.
+    bytes: usize,
+    /// Whether keys were left out for want of room.
+    is_cut: bool,
+}
 
 impl Tree {
+    /// Keys of one branch.
+    pub(crate) const MOST: usize = 20_000;
+    /// Bytes of a value, as of a registration. Of a longer one only the beginning is kept, so that it can be told of.
+    pub(crate) const LONGEST: usize = 64 << 10;
+    /// Bytes of all keys and values of one branch.
+    const LARGEST: usize = 32 << 20;
+
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.keys.is_empty()
     }
 
-    /// Sets a key, and says whether that changed anything.
-    pub(crate) fn set(&mut self, key: Vec<u8>, value: Vec<u8>) -> bool {
-        match self.0.get_mut(&key) {
-            Some(before) if *before == value => false,
-            Some(before) => {
-                *before = value;
-                true
-            }
-            None => self.0.insert(key, value).is_none(),
+    /// Whether it may be only a part of what there is: it has, or had, no room for the rest.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.is_cut
+    }
+
+    /// Bytes of all keys and values.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether there is no room for one key more.
+    pub(super) fn is_full(&self) -> bool {
+        self.keys.len() >= Self::MOST || self.bytes >= Self::LARGEST
+    }
+
+    /// Notes that keys were left out.
+    pub(super) fn cut(&mut self) {
+        self.is_cut = true;
+    }
+
+    /// Sets a key, and says whether that changed anything. A key for which there is no room is left out.
+    pub(crate) fn set(&mut self, key: Vec<u8>, mut value: Vec<u8>) -> bool {
+        if value.len() > Self::LONGEST {
+            value.truncate(Self::LONGEST + 1);
+            value.shrink_to_fit();
         }
+        let before = self.keys.get(&key);
+        if before == Some(&value) {
+            return false;
+        }
+        let freed = before.map_or(0, |before| key.len() + before.len());
+        let bytes = self.bytes - freed + key.len() + value.len();
+        if bytes > Self::LARGEST || (before.is_none() && self.is_full()) {
+            let news = !self.is_cut || before.is_some();
+            self.remove(&key);
+            self.cut();
+            return news;
+        }
+        self.bytes = bytes;
+        self.keys.insert(key, value);
+        true
     }
 
     /// Removes a key, and says whether it was there.
     pub(crate) fn remove(&mut self, key: &[u8]) -> bool {
-        self.0.remove(key).is_some()
+        let removed = self.keys.remove(key);
+        self.bytes -= removed.as_ref().map_or(0, |value| key.len() + value.len());
+        removed.is_some()
     }
 
     /// Removes a key and all that is below it, and says whether anything was there.
     pub(crate) fn remove_all(&mut self, key: &[u8]) -> bool {
-        let before = self.0.len();
-        self.0.retain(|other, _| !is_at_or_below(other, key));
-        self.0.len() < before
+        let before = self.keys.len();
+        let bytes = &mut self.bytes;
+        self.keys.retain(|other, value| {
+            let stays = !is_at_or_below(other, key);
+            *bytes -= if stays { 0 } else { other.len() + value.len() };
+            stays
+        });
+        self.keys.len() < before
     }
 
     /// Every key with its value, in order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        self.0.iter().map(|(key, value)| (key.as_slice(), value.as_slice()))
+        self.keys.iter().map(|(key, value)| (key.as_slice(), value.as_slice()))
     }
 
     /// Whether the key ends with a slash or has keys below it: this marks directories in a store without them.
@@ -48,7 +100,7 @@ impl Tree {
         }
         key.ends_with(b"/")
             || self
-                .0
+                .keys
                 .range::<[u8], _>((Bound::Excluded(below.as_slice()), Bound::Unbounded))
                 .next()
                 .is_some_and(|(next, _)| next.starts_with(&below))
@@ -71,6 +123,35 @@ mod tests {
         assert!(!is_at_or_below(b"/app10", b"/app1"));
         assert!(!is_at_or_below(b"/app", b"/app1"));
         assert!(is_at_or_below(b"/app", b""));
+    }
+
+    #[test]
+    fn a_branch_has_room_for_so_many_keys_and_bytes() {
+        let mut tree = Tree::default();
+        let key = |n: usize| format!("/s/{n}").into_bytes();
+        for n in 0..Tree::MOST {
+            assert!(tree.set(key(n), b"x".to_vec()));
+        }
+        assert!(!tree.is_cut() && tree.is_full());
+        assert!(tree.set(key(Tree::MOST), b"x".to_vec()), "that it is cut is news, once");
+        assert!(!tree.set(key(Tree::MOST + 1), b"x".to_vec()));
+        assert!(tree.is_cut());
+        // What is in it stays, and may change.
+        assert!(tree.set(key(7), b"y".to_vec()));
+        assert_eq!(tree.iter().count(), Tree::MOST);
+        assert!(tree.remove(&key(7)));
+        assert!(tree.set(key(Tree::MOST + 1), b"x".to_vec()));
+
+        let mut tree = Tree::default();
+        for n in 0..2000 {
+            tree.set(key(n), vec![0; 1 << 20]);
+        }
+        let bytes = |tree: &Tree| tree.iter().map(|(key, value)| key.len() + value.len()).sum();
+        assert!(tree.is_cut() && tree.bytes <= Tree::LARGEST, "{}", tree.bytes);
+        assert_eq!(tree.bytes, bytes(&tree));
+        assert!(tree.iter().all(|(_, value)| value.len() == Tree::LONGEST + 1));
+        tree.remove_all(b"/s");
+        assert_eq!((tree.bytes, bytes(&tree)), (0, 0));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use url::Url;
 
 use super::{Branch, EtcdClient, Step, Stores, Tree};
 use crate::{
+    body::Body,
     registry::http::{self, ANSWER, Asking, HttpAnswer, LongPoll},
     source::SourceError,
     tls::ClientTls,
@@ -25,7 +26,7 @@ use crate::{
 
 pub(crate) mod answers;
 
-use answers::{Event, Fault, Listing, Version};
+use answers::{Fault, Version};
 
 /// How often a branch without changes is confirmed. A poll may wait for days, and a server that hangs would not be
 /// noticed.
@@ -125,13 +126,13 @@ impl Follower {
         let quorum = if agreed { "&quorum=true" } else { "" };
         let query = format!("recursive=true&sorted=true{quorum}");
         let answer = self.etcd.get(&self.path, Some(&query)).await?;
+        let url = answer.url.clone();
         let (tree, index) = match answer.status {
             StatusCode::OK => {
-                let mut tree = Tree::default();
-                answer.json::<Listing>()?.node.collect(&mut tree);
-                (tree, answer.number(INDEX))
+                let index = answer.number(INDEX);
+                (answer.parsed(answers::tree).await?, index)
             }
-            StatusCode::NOT_FOUND => match serde_json::from_slice::<Fault>(&answer.body) {
+            StatusCode::NOT_FOUND => match serde_json::from_slice::<Fault>(answer.body()) {
                 Ok(fault) if fault.error_code == KEY_NOT_FOUND => {
                     (Tree::default(), answer.number(INDEX).or(Some(fault.index)))
                 }
@@ -143,8 +144,8 @@ impl Follower {
             }
             _ => return Err(answer.refusal()),
         };
-        let index =
-            index.ok_or_else(|| answer.fault("the answer has no X-Etcd-Index: is this etcd?"))?;
+        let index = index
+            .ok_or_else(|| http::fault(&url, "the answer has no X-Etcd-Index: is this etcd?"))?;
         let next = index.saturating_add(1);
         let goes_back = self.wait.is_some_and(|wait| next < wait);
         if goes_back && !agreed {
@@ -167,7 +168,7 @@ impl Follower {
     /// Takes in the answer to a poll. `None` if that says nothing.
     fn take(&mut self, answer: &HttpAnswer, wait: u64) -> Result<Option<Step>, SourceError> {
         if answer.status != StatusCode::OK {
-            let fault = serde_json::from_slice::<Fault>(&answer.body);
+            let fault = serde_json::from_slice::<Fault>(answer.body());
             if fault.is_ok_and(|fault| fault.error_code == EVENT_FORGOTTEN) {
                 return Ok(None);
             }
@@ -176,8 +177,9 @@ impl Follower {
         let mut next = wait;
         let mut step = None;
         // Where the server waited long enough, the answer is empty: ask again.
-        if !answer.body.is_empty() {
-            let event: Event = answer.json()?;
+        if !answer.body().is_empty() {
+            let wrong = |e| answer.fault(format_args!("cannot parse the answer: {e}"));
+            let event = answers::event(answer.body()).map_err(wrong)?;
             let index = event.node.modified_index;
             if index < wait {
                 let what = format_args!("received event {index}, expected {wait}");
@@ -250,11 +252,11 @@ async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, _turn: LongPoll) -
         // those that are waited for.
         return Ok(None);
     }
-    let mut body = Vec::new();
+    let mut body = Body::default();
     let ended = async {
-        if http::more(&url, &mut response, &mut body).await? {
+        if etcd.http.more(&url, &mut response, &mut body).await? {
             let rest = async {
-                while http::more(&url, &mut response, &mut body).await? {}
+                while etcd.http.more(&url, &mut response, &mut body).await? {}
                 Ok(())
             };
             let late = |_| http::fault(&url, "the answer is incomplete");
@@ -313,7 +315,7 @@ impl EtcdClient {
             return Err(answer.refusal());
         }
         // The first etcds answer with a sentence.
-        match serde_json::from_slice::<Version>(&answer.body) {
+        match serde_json::from_slice::<Version>(answer.body()) {
             Ok(version) if version.has_v3() => Ok(Stores::Both),
             _ => Ok(Stores::V2),
         }

@@ -37,6 +37,8 @@ const PROBE: Duration = Duration::from_secs(5);
 const AGAIN: Duration = Duration::from_millis(100);
 /// Maximum size of a message.
 const LARGEST: usize = 16 << 20;
+/// Keys that are read at a time.
+const PAGE: i64 = 1000;
 
 /// A connection to one member.
 pub(crate) struct Connection {
@@ -100,33 +102,57 @@ impl Connection {
         let mut kv = self.client.kv_client().max_decoding_message_size(LARGEST);
         let mut reading = Reading::default();
         let mut denied = None;
-        for range in ranges {
+        'ranges: for range in ranges {
             let KeyRange { start, end } = range;
-            let options =
-                GetOptions::new().with_range(end.as_str()).with_revision(reading.revision);
-            let mut answer = match within(ANSWER, kv.get(start.as_str(), Some(options))).await {
-                Ok(answer) => answer,
-                Err(error) if is_denied(&error) => {
-                    let error = fault(&self.member, format_args!("range {start:?}"), error);
-                    denied.get_or_insert(error);
-                    continue;
+            let mut from = start.clone().into_bytes();
+            // Page by page: no message is large, and others are served in between.
+            loop {
+                let options = GetOptions::new()
+                    .with_range(end.as_str())
+                    .with_limit(PAGE)
+                    .with_revision(reading.revision);
+                let mut answer = match within(ANSWER, kv.get(from.clone(), Some(options))).await {
+                    Ok(answer) => answer,
+                    Err(error) if is_denied(&error) => {
+                        let error = fault(&self.member, format_args!("range {start:?}"), error);
+                        denied.get_or_insert(error);
+                        continue 'ranges;
+                    }
+                    Err(error) => {
+                        // Where only this range takes too long, all others can go on.
+                        let lost = match error {
+                            Error::Internal(_) => probe(&self.client, start).await.is_err(),
+                            _ => !is_refusal(&error),
+                        };
+                        let error = fault(&self.member, format_args!("range {start:?}"), error);
+                        return Err(Fault { error, lost });
+                    }
+                };
+                if reading.revision == 0 {
+                    reading.revision = answer.header().map_or(0, |header| header.revision());
                 }
-                Err(error) => {
-                    // Where only this range takes too long, all others can go on.
-                    let lost = match error {
-                        Error::Internal(_) => probe(&self.client, start).await.is_err(),
-                        _ => !is_refusal(&error),
-                    };
-                    let error = fault(&self.member, format_args!("range {start:?}"), error);
-                    return Err(Fault { error, lost });
+                let more = answer.more();
+                let mut last = Vec::new();
+                for pair in answer.take_kvs() {
+                    let (key, value) = pair.into_key_value();
+                    last.clone_from(&key);
+                    reading.tree.set(key, value);
                 }
-            };
-            if reading.revision == 0 {
-                reading.revision = answer.header().map_or(0, |header| header.revision());
-            }
-            for pair in answer.take_kvs() {
-                let (key, value) = pair.into_key_value();
-                reading.tree.set(key, value);
+                if !more {
+                    break;
+                }
+                if reading.tree.is_full() {
+                    reading.tree.cut();
+                    break;
+                }
+                if last < from {
+                    let reason = Error::Internal("the next page has no new keys".to_owned());
+                    let error = fault(&self.member, format_args!("range {start:?}"), reason);
+                    return Err(Fault { error, lost: true });
+                }
+                // The next key in order.
+                last.push(0);
+                from = last;
             }
             reading.ranges.push(range.clone());
         }

@@ -16,7 +16,7 @@ use super::{
     Followed, SOON,
     gate::Gate,
     healthy::{as_web, root, with_users},
-    list,
+    list, rejected,
     servers::Etcd,
     settings,
 };
@@ -42,6 +42,56 @@ async fn v3_follows_what_is_added_changed_and_removed() {
     web.sees(&["10.0.0.2:81", "10.0.0.3:80", "[fd00::4]:80"]).await;
     v3.delete("/services/", Some(DeleteOptions::new().with_prefix())).await.unwrap();
     web.sees(&[]).await;
+}
+
+/// Sets keys of `/services/web`, each to an address of its own.
+async fn fill(v3: &mut etcd_client::Client, numbers: std::ops::Range<u32>) {
+    let put = |n: u32| {
+        let value = format!("{}:80", std::net::Ipv4Addr::from(0x0a00_0000 + n));
+        etcd_client::TxnOp::put(format!("/services/web/{n:06}"), value, None)
+    };
+    let numbers: Vec<_> = numbers.collect();
+    // As many as a server takes at a time.
+    for some in numbers.chunks(128) {
+        let puts: Vec<_> = some.iter().map(|n| put(*n)).collect();
+        v3.txn(etcd_client::Txn::new().and_then(puts)).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn v3_reads_a_large_branch_page_by_page_and_as_much_of_it_as_there_is_room_for() {
+    let etcd = Etcd::with("http", &[]).await;
+    let mut v3 = etcd.v3().await;
+    fill(&mut v3, 0..2500).await;
+    let uri = format!("etcd3://{}", etcd.address());
+    let web = Followed::new(&uri, "/services/web;80");
+    let sees = |count: usize| {
+        let wanted = format!("{count} endpoints");
+        let web = &web;
+        async move {
+            let is_all = |known: &embassy::source::Known<embassy::discovery::Endpoints>| {
+                known.value.as_ref().is_some_and(|value| value.list.len() == count)
+            };
+            web.until(&wanted, is_all).await
+        }
+    };
+    let known = sees(2500).await;
+    assert_eq!(list(&known).unwrap()[2499], "10.0.9.195:80");
+    // The next page is not forgotten, nor is a change of the one before.
+    v3.delete("/services/web/001500", None).await.unwrap();
+    sees(2499).await;
+    v3.put("/services/web/large", "x".repeat(100 << 10), None).await.unwrap();
+    let known = web.until("one is skipped", |known| !rejected(known).is_empty()).await;
+    let reason = "/services/web/large: longer than 65536 bytes: expected JSON or address:port";
+    assert_eq!(rejected(&known), [reason]);
+
+    fill(&mut v3, 2500..20_200).await;
+    let anew = Followed::new(&uri, "/services/web;80");
+    let known = anew.until("a cut branch", |known| list(known).is_some()).await;
+    let value = known.value.unwrap();
+    assert_eq!((value.list.len(), value.left_out), (10_000, 10_000));
+    let problem = "the branch has more than 20000 keys, or too many bytes";
+    assert_eq!(value.problem.as_deref(), Some(problem));
 }
 
 #[tokio::test]

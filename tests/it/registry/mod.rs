@@ -9,4 +9,4 @@ mod healthy;
 mod servers;
 mod tls;
 
-use crate::followed::{Followed, SOON, list, settings};
+use crate::followed::{Followed, SOON, list, rejected, settings};

@@ -1,8 +1,31 @@
 //! What the v2 store answers. Pure.
 
-use serde::Deserialize;
+use serde::{Deserialize, de::Error};
 
 use super::Tree;
+
+/// Objects in an answer: each may become a key in memory, and takes three bytes to write.
+const MOST_OBJECTS: usize = 200_000;
+
+/// What a read of a branch says.
+pub(super) fn tree(body: &[u8]) -> Result<Tree, serde_json::Error> {
+    let mut tree = Tree::default();
+    read::<Listing>(body)?.node.collect(&mut tree);
+    Ok(tree)
+}
+
+/// What a poll says.
+pub(super) fn event(body: &[u8]) -> Result<Event, serde_json::Error> {
+    read(body)
+}
+
+fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, serde_json::Error> {
+    if body.iter().filter(|byte| **byte == b'{').count() > MOST_OBJECTS {
+        let reason = format_args!("it has more than {MOST_OBJECTS} objects");
+        return Err(serde_json::Error::custom(reason));
+    }
+    serde_json::from_slice(body)
+}
 
 #[derive(Deserialize)]
 pub(super) struct Version {
@@ -90,10 +113,10 @@ impl Event {
 pub(crate) fn fuzz(input: &[u8]) {
     let mut tree = Tree::default();
     for text in std::iter::once(input).chain(input.split(|byte| *byte == b'\n')) {
-        if let Ok(listing) = serde_json::from_slice::<Listing>(text) {
+        if let Ok(listing) = read::<Listing>(text) {
             listing.node.collect(&mut tree);
         }
-        if let Ok(event) = serde_json::from_slice::<Event>(text) {
+        if let Ok(event) = event(text) {
             event.apply(&mut tree);
         }
         let _ = serde_json::from_slice::<Fault>(text);
@@ -133,6 +156,21 @@ mod tests {
     #[test]
     fn a_listing_is_read_at_any_depth() {
         assert_eq!(listing(), tree(&[("/services/web/a", "1"), ("/services/web/d/b", "2")]));
+    }
+
+    #[test]
+    fn a_list_of_millions_of_empty_objects_is_refused_before_it_is_in_memory() {
+        let of = |count: usize| {
+            let nodes = vec!["{}"; count].join(",");
+            tree_of(&format!(r#"{{"action":"get","node":{{"dir":true,"nodes":[{nodes}]}}}}"#))
+        };
+        assert!(of(1000).is_ok());
+        let error = of(5_000_000).unwrap_err();
+        assert!(error.contains("more than 200000 objects"), "{error}");
+    }
+
+    fn tree_of(text: &str) -> Result<Tree, String> {
+        super::tree(text.as_bytes()).map_err(|error| error.to_string())
     }
 
     #[test]

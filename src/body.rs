@@ -1,0 +1,187 @@
+//! The bodies of answers, and files: bounded in size, few large ones at a time, and what is large is parsed where nobody waits.
+
+#![expect(clippy::disallowed_methods, reason = "a thread of its own reads the file")]
+
+use std::{
+    fs,
+    io::{Error, ErrorKind, Read, Result},
+    panic::resume_unwind,
+    path::Path,
+    sync::Arc,
+};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Bytes that any number of answers may have at a time, and that are parsed at once: some milliseconds' work.
+const SMALL: usize = 256 << 10;
+
+/// Places for the large answers of one peer. Clones share them.
+#[derive(Debug, Clone)]
+pub(crate) struct Places(Arc<Semaphore>);
+
+impl Default for Places {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(Self::AT_A_TIME)))
+    }
+}
+
+impl Places {
+    /// Large answers at a time. Others wait, and the peer with them.
+    const AT_A_TIME: usize = 3;
+}
+
+/// What was read of an answer.
+#[derive(Debug, Default)]
+pub(crate) struct Body {
+    bytes: Vec<u8>,
+    /// If it is large.
+    place: Option<OwnedSemaphorePermit>,
+}
+
+/// An answer is longer than it may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the answer is longer than {0} bytes")]
+pub(crate) struct TooLong(pub(crate) usize);
+
+impl Body {
+    /// Takes a piece in, as long as there are at most `largest` bytes.
+    pub(crate) async fn add(
+        &mut self,
+        piece: &[u8],
+        largest: usize,
+        places: &Places,
+    ) -> std::result::Result<(), TooLong> {
+        let length = self.bytes.len() + piece.len();
+        if length > largest {
+            return Err(TooLong(largest));
+        }
+        if length > SMALL && self.place.is_none() {
+            // It is never closed.
+            self.place = places.0.clone().acquire_owned().await.ok();
+        }
+        self.bytes.extend_from_slice(piece);
+        Ok(())
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Leaves its place to others: to be kept it has to be small.
+    pub(crate) fn leave(&mut self) {
+        self.place = None;
+    }
+
+    /// What `parse` makes of it. A large one is parsed on another thread.
+    pub(crate) async fn parsed<T: Send + 'static>(
+        self,
+        parse: impl FnOnce(&[u8]) -> T + Send + 'static,
+    ) -> T {
+        aside(self.bytes.len(), move || parse(&self.bytes)).await
+    }
+}
+
+/// Whether a work on so many bytes would hold up all others here.
+pub(crate) fn is_large(bytes: usize) -> bool {
+    bytes > SMALL
+}
+
+/// Does a work on so many bytes: at once, or on another thread if it would hold up all others here.
+pub(crate) async fn aside<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    static THREADS: Semaphore = Semaphore::const_new(2);
+    if !is_large(bytes) {
+        return work();
+    }
+    // It is never closed.
+    let place = THREADS.acquire().await;
+    let work = move || {
+        // Also held for one whose asker is gone.
+        let _place = place;
+        work()
+    };
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => resume_unwind(panic),
+            // The runtime ends.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}
+
+/// Reads a regular file of text of at most `largest` bytes. It blocks its thread.
+pub(crate) fn file(path: &Path, largest: usize) -> Result<String> {
+    let wrong = |reason: String| Err(Error::new(ErrorKind::InvalidInput, reason));
+    // To open a pipe would wait for its writer.
+    if !fs::metadata(path)?.is_file() {
+        return wrong("expected a regular file".to_owned());
+    }
+    let mut text = String::new();
+    fs::File::open(path)?.take(largest as u64 + 1).read_to_string(&mut text)?;
+    if text.len() > largest {
+        return wrong(format!("longer than {largest} bytes"));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_body_has_an_end_and_few_are_large_at_a_time() {
+        let places = Places::default();
+        let mut body = Body::default();
+        assert_eq!(body.add(b"abc", 4, &places).await, Ok(()));
+        assert_eq!(body.add(b"de", 4, &places).await, Err(TooLong(4)));
+        assert_eq!(body.bytes(), b"abc");
+
+        let large = vec![0; SMALL + 1];
+        let fill = || async {
+            let mut body = Body::default();
+            body.add(&large, usize::MAX, &places).await.unwrap();
+            body
+        };
+        let mut all = Vec::new();
+        for _ in 0..Places::AT_A_TIME {
+            all.push(fill().await);
+        }
+        let one_more = || timeout(Duration::from_millis(50), fill());
+        assert!(one_more().await.is_err(), "there is no place");
+        // Small ones do not wait.
+        let mut small = Body::default();
+        small.add(&large[..SMALL], usize::MAX, &places).await.unwrap();
+        all.pop();
+        let mut kept = one_more().await.unwrap();
+        assert!(one_more().await.is_err());
+        kept.leave();
+        assert!(one_more().await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn what_is_large_is_parsed_on_another_thread() {
+        let here = std::thread::current().id();
+        let on = |bytes| aside(bytes, || std::thread::current().id());
+        assert_eq!(on(SMALL).await, here);
+        assert_ne!(on(SMALL + 1).await, here);
+    }
+
+    #[test]
+    fn a_file_is_regular_and_not_too_long() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        assert!(file(&path, 3).is_err());
+        fs::write(&path, "abc").unwrap();
+        assert_eq!(file(&path, 3).unwrap(), "abc");
+        assert_eq!(file(&path, 2).unwrap_err().to_string(), "longer than 2 bytes");
+        let error = file(folder.path(), 3).unwrap_err().to_string();
+        assert_eq!(error, "expected a regular file");
+    }
+}
