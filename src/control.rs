@@ -440,6 +440,7 @@ impl Control {
             contested: &listing.contested,
             known: &listing.known,
             networks: &listing.networks,
+            wiring: &listing.wiring,
             endpoints: self.hold.used(),
             vips: &vips,
             gateways_are_vips: self.settings.vips.is_none(),

@@ -21,6 +21,7 @@ pub mod identity;
 pub mod text;
 pub mod model;
 pub mod descriptor;
+pub mod wiring;
 pub mod consumer;
 pub mod source;
 pub mod tls;

@@ -129,6 +129,12 @@ impl Held {
     }
 }
 
+/// Whether this process still runs, and its number is not another's.
+pub(crate) fn runs(process: Process) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", process.pid));
+    stat.is_ok_and(|stat| started(&stat) == Some(process.started))
+}
+
 /// A pidfd is readable once its process has ended (man 2 pidfd_open).
 fn has_ended(process: &OwnedFd) -> io::Result<bool> {
     let mut wanted = [PollFd::new(process, PollFlags::IN)];
@@ -171,7 +177,7 @@ pub(crate) fn shown(
     // Looked at last: until then the number was not another process's.
     let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
     let is_seen = group.contains(id.as_str()) && !addresses.is_empty();
-    is_seen.then(|| Attachment { name: SHOWN.into(), addresses, gateways })
+    is_seen.then(|| Attachment { name: SHOWN.into(), addresses, gateways, mac: None })
 }
 
 /// Whether a process's network namespace has one of these addresses. That of a container of a virtual machine or a sandbox may

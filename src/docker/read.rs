@@ -179,6 +179,7 @@ pub(crate) fn container(
         run: RunEnd::default(),
         left: RunEnd::default(),
         network,
+        plugs: Vec::new(),
         exposed: exposed.filter_map(|port| ContainerPort::parse(port)).collect(),
         published: published.collect(),
         variables: config.env.into_iter().flatten().filter(|text| is_read(text)).collect(),
@@ -226,6 +227,7 @@ fn attachment(name: &str, end: &NetworkEnd) -> Attachment {
         name: name.into(),
         addresses: addresses(end).collect(),
         gateways: gateways.collect(),
+        mac: end.mac_address.as_deref().and_then(|text| text.parse().ok()),
     }
 }
 
@@ -395,6 +397,7 @@ mod tests {
             name: "podman".into(),
             addresses: vec![],
             gateways: vec![gateway.parse().unwrap()],
+            mac: None,
         };
         let found = |id: &str, gateway| {
             super::super::container::bridge_of(&bridges, &id.into(), &end(gateway)).is_some()

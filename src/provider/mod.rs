@@ -11,6 +11,7 @@ use crate::{
     docker::follow::Follower,
     model::ContainerId,
     source::{Answers, Publisher, ResyncRequests},
+    wiring::Wiring,
 };
 
 pub mod bindings;
@@ -29,6 +30,8 @@ pub struct Listing {
     pub networks: BTreeSet<IpNet>,
     /// The addresses of this host in those networks.
     pub gateways: BTreeSet<IpAddr>,
+    /// How those networks and the known addresses are connected to this host.
+    pub wiring: Arc<Wiring>,
     /// The interfaces that those networks' gateways are on.
     pub bridges: BTreeSet<Arc<str>>,
     pub problems: Vec<Problem>,

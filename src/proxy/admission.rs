@@ -256,6 +256,7 @@ mod tests {
         end.is_that_of(Process { pid: i32::try_from(std::process::id()).unwrap(), started: 1 });
         let route = Arc::new(Route {
             key: route.key,
+            arrival: route.arrival,
             number: route.number,
             consumer: route.consumer.clone(),
             consumer_name: route.consumer_name.clone(),

@@ -22,6 +22,7 @@ mod first_day;
 mod followed;
 mod following;
 mod least_privilege;
+mod guard;
 mod identity;
 mod led_astray;
 mod life_cycle;
