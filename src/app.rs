@@ -448,6 +448,7 @@ pub(crate) async fn rules(config: &Config) -> Result<rules::RuleSettings, Interf
         servers: if redirect { resolved(servers).await } else { Vec::new() },
         hold: !config.hold.is_zero(),
         notrack: config.notrack && captures,
+        guard: config.guard,
         lacks: rules::Optional::default(),
     })
 }

@@ -171,6 +171,7 @@ mod tests {
                 name: "a".into(),
                 namespace: "a".into(),
                 sources: vec![std::net::IpAddr::from([10, 0, 0, n as u8])],
+                arrivals: Vec::new(),
                 gateways: vec![],
                 bindings: vec![Binding { origin: "B".into(), descriptor: text.parse().unwrap() }],
                 ends: vec![],
@@ -191,6 +192,7 @@ mod tests {
             known: &Default::default(),
             confirmed: 0,
             networks: &Default::default(),
+            wiring: &Default::default(),
             endpoints: &[(query.clone(), Arc::new(Endpoints::new([endpoint], vec![])))]
                 .into_iter()
                 .collect(),

@@ -466,6 +466,7 @@ impl Control {
             known: &listing.known,
             networks: &listing.networks,
             confirmed: listing.confirmed,
+            wiring: &listing.wiring,
             endpoints: self.hold.used(),
             vips: &vips,
             gateways_are_vips: self.settings.vips.is_none(),

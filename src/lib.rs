@@ -23,6 +23,7 @@ mod json;
 mod body;
 pub mod model;
 pub mod descriptor;
+pub mod wiring;
 pub mod consumer;
 pub mod source;
 pub mod tls;

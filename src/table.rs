@@ -19,6 +19,7 @@ use crate::{
     descriptor::Balance,
     discovery::{Bounds, CannotAsk, Endpoints, Query, Refusal},
     model::{ConsumerId, Endpoint, Port, Protocol, RunEnd, ServiceName, Vip},
+    wiring::{Arrival, Wiring},
 };
 
 mod build;
@@ -68,6 +69,8 @@ pub struct Route {
     /// The consumer's live connections, over all of its routes.
     pub live_of_consumer: Arc<AtomicUsize>,
     pub key: RouteKey,
+    /// By which interfaces connections of this source count.
+    pub arrival: Arrival,
     pub number: RouteNumber,
     /// The owner. A route belongs to a run of a container, never to an address.
     pub consumer: ConsumerId,
@@ -136,6 +139,8 @@ pub struct Inputs<'a> {
     pub networks: &'a BTreeSet<IpNet>,
     /// So many doubts about whose an address is are cleared up.
     pub confirmed: u64,
+    /// How networks and addresses are connected to this host.
+    pub wiring: &'a Arc<Wiring>,
     /// The endpoints of every query that was answered.
     pub endpoints: &'a CowMap<Query, Arc<Endpoints>>,
     /// The VIPs that do not depend on consumers: those the user named, else docker0's address.
@@ -161,6 +166,7 @@ pub struct Table {
     /// The addresses of all known containers.
     known: Arc<BTreeSet<IpAddr>>,
     networks: BTreeSet<IpNet>,
+    wiring: Arc<Wiring>,
     vips: BTreeSet<Vip>,
     unrouted: Arc<BTreeMap<UnroutedKey, Unrouted>>,
     upstreams: CowMap<Query, InUse>,
@@ -226,6 +232,11 @@ impl Table {
         &self.networks
     }
 
+    /// How networks and addresses are connected to this host.
+    pub fn wiring(&self) -> &Arc<Wiring> {
+        &self.wiring
+    }
+
     /// Whether this may be the address of a container that is not known yet.
     pub fn may_become_known(&self, source: &IpAddr) -> bool {
         !self.known.contains(source) && self.networks.iter().any(|network| network.contains(source))
@@ -287,6 +298,7 @@ mod tests {
             name: name.into(),
             namespace: name.into(),
             sources: vec![address.parse().unwrap()],
+            arrivals: Vec::new(),
             gateways: vec!["172.17.0.1".parse().unwrap()],
             bindings: bindings.iter().map(binding).collect(),
             ends: vec![],
@@ -337,6 +349,7 @@ mod tests {
             known: &Arc::default(),
             confirmed: 0,
             networks: &BTreeSet::new(),
+            wiring: &Default::default(),
             endpoints,
             vips: &[],
             gateways_are_vips: true,
@@ -556,6 +569,7 @@ mod tests {
             known: &Arc::default(),
             confirmed: 0,
             networks: &BTreeSet::new(),
+            wiring: &Default::default(),
             endpoints: &CowMap::default(),
             vips: &[Vip("172.17.0.1".parse().unwrap()), Vip("127.0.0.1".parse().unwrap())],
             gateways_are_vips: false,

@@ -55,7 +55,7 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
         port,
         verdict: Verdict::worst(causes.iter().map(Cause::verdict)),
         findings: causes.iter().map(view::finding).collect(),
-        consumers: consumers.iter().map(|one| view::consumer(one, &situation.table)).collect(),
+        consumers: consumers.iter().map(|one| view::consumer(one, &situation)).collect(),
         bindings: of_port.map(view::binding).collect(),
         routes: routes.iter().map(|route| view::route(route, &situation)).collect(),
         // No consumer matches: the answer is the same as for a container with other bindings.

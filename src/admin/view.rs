@@ -1,6 +1,7 @@
 //! Converts the table, the sources and the counts to the types of `api`.
 
 use std::{
+    net::IpAddr,
     sync::atomic::Ordering::Relaxed,
     time::{Duration, Instant},
 };
@@ -8,6 +9,7 @@ use std::{
 use super::api;
 use crate::{
     balance::{Checked, EndpointState},
+    capture::interface_name,
     consumer::Consumer,
     counts::{ConnectionCounts, Distribution},
     discovery::{self, Endpoints},
@@ -17,7 +19,8 @@ use crate::{
     proxy::LiveConnection,
     report::PROVIDER,
     source::Known,
-    table::{Route, ServiceKey, Table},
+    table::{Route, ServiceKey},
+    wiring::Arrival,
 };
 
 pub(super) fn seconds(time: Duration) -> f64 {
@@ -209,8 +212,29 @@ pub(super) fn binding(fate: &BindingFate<'_>) -> api::Binding {
     }
 }
 
+/// How connections from an address must arrive.
+fn arrival(consumer: &Consumer, source: &IpAddr, situation: &Situation) -> String {
+    let by = match consumer.arrival(source) {
+        Arrival::By(interface) => format!("{source} by {interface}"),
+        Arrival::Outside => format!("{source} by none of the engine's bridges"),
+        Arrival::Anywhere => format!("{source} by any interface"),
+    };
+    let wiring = situation.table.wiring();
+    if !situation.capture.standing.guards {
+        return by;
+    }
+    match wiring.owners.get(source) {
+        Some(owner) => {
+            let ports: Vec<_> = owner.ports.iter().map(|port| interface_name(*port)).collect();
+            format!("{by}, port {}", ports.join(" or "))
+        }
+        None => format!("{by}, any port (not guarded)"),
+    }
+}
+
 /// A consumer, with the ports that have a route.
-pub(super) fn consumer(consumer: &Consumer, table: &Table) -> api::ExplainConsumer {
+pub(super) fn consumer(consumer: &Consumer, situation: &Situation) -> api::ExplainConsumer {
+    let table = &situation.table;
     let routes = table.routes().filter(|route| route.consumer == consumer.id);
     let mut ports: Vec<_> = routes.map(|route| route.key.port.get()).collect();
     ports.sort_unstable();
@@ -219,6 +243,11 @@ pub(super) fn consumer(consumer: &Consumer, table: &Table) -> api::ExplainConsum
         name: consumer.name.to_string(),
         id: consumer.id.full().to_owned(),
         addresses: consumer.sources.iter().map(ToString::to_string).collect(),
+        arrivals: consumer
+            .sources
+            .iter()
+            .map(|source| arrival(consumer, source, situation))
+            .collect(),
         ports,
     }
 }

@@ -67,6 +67,9 @@ fn write(out: &mut String, explain: &api::Explain) -> std::fmt::Result {
         let ports = if ports.is_empty() { "none".to_owned() } else { ports.join(" ") };
         let name = printable(&consumer.name);
         writeln!(out, "consumer   {name} ({id}) at {addresses}; ports with a route: {ports}")?;
+        for arrival in &consumer.arrivals {
+            writeln!(out, "arrives    {}", printable(arrival))?;
+        }
     }
     for binding in &explain.bindings {
         let query = binding.query.as_ref().map_or("", |query| query.name.as_str());
@@ -144,6 +147,7 @@ mod tests {
                 name: "app".into(),
                 id: "0123456789abcdef".into(),
                 addresses: vec!["172.17.0.2".into()],
+                arrivals: vec!["172.17.0.2 by docker0, port veth1".into()],
                 ports: vec![80],
             }],
             bindings: vec![],
@@ -158,6 +162,7 @@ BROKEN: Port 81 is not declared.
   ok        And another thing.
 
 consumer   app (0123456789ab) at 172.17.0.2; ports with a route: 80
+arrives    172.17.0.2 by docker0, port veth1
 captured   no
 dials      172.17.0.1:81
 ";

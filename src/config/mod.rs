@@ -55,6 +55,7 @@ pub struct Config {
     pub capture: CaptureMode,
     pub capture_scope: CaptureScope,
     pub firewall: FirewallChoice,
+    pub guard: Guard,
     /// Where a descriptor has no `lb=`.
     pub balance: Balance,
     /// How long the first connection of an unknown container may wait. 0: not at all.
@@ -168,6 +169,17 @@ worded! {
         /// all TCP that arrives; of what is sent from here, which may be our own requests to a discovery, the declared ports
         All = "all",
     }
+}
+
+/// How the addresses of containers are bound to the ports of their bridges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Guard {
+    /// Not at all.
+    Off,
+    /// For what goes to a VIP.
+    Vip,
+    /// ARP, neighbour discovery and Ethernet addresses too.
+    Full,
 }
 
 /// What holds the rules.

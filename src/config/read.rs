@@ -69,6 +69,7 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
         vips: flag("--proxy-ip", args.proxy_ip).or_env(env, "PROXY_IP").read(vips, VIPS)?,
         capture: capture(args.dnat, args.redirect)?,
         capture_scope: flag("--capture", args.capture).or("declared").one_of()?,
+        guard: flag("--guard", args.guard).or("vip").one_of()?,
         firewall: flag("--firewall", args.firewall).or("auto").one_of()?,
         balance: flag("--lb", args.lb).or("rr").one_of()?,
         hold: flag("--hold", args.hold).or("2s").read(duration, DURATION)?,

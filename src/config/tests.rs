@@ -80,6 +80,7 @@ fn nothing_given() {
     assert_eq!(config.capture, CaptureMode::None);
     assert_eq!(config.capture_scope, CaptureScope::Declared);
     assert_eq!(config.firewall, FirewallChoice::Auto);
+    assert_eq!(config.guard, Guard::Vip);
     assert_eq!(config.balance, Balance::RoundRobin);
     assert_eq!(config.hold, Duration::from_secs(2));
     assert_eq!(config.user_timeout, Duration::from_secs(30));
@@ -171,6 +172,7 @@ fn every_flag_in_every_style() {
         ("lb", "leastconn"),
         ("capture", "all"),
         ("firewall", "nft"),
+        ("guard", "full"),
         ("admin", "off"),
         ("user-timeout", "1m"),
         ("drain", "1m"),
@@ -403,6 +405,7 @@ b'",
         ("-redirect=2", "--redirect \"2\": expected true or false"),
         ("-notrack=2", "--notrack \"2\": expected true or false"),
         ("-capture none", "--capture \"none\": expected declared or all"),
+        ("-guard maybe", "--guard \"maybe\": expected off, vip or full"),
         ("-firewall ufw", "--firewall \"ufw\": expected auto, nft, nft-shared or iptables"),
         ("-proxy-ip h", "--proxy-ip \"h\": expected addresses such as 172.17.0.1, comma separated"),
         ("-port", "--port \"\": expected a port from 1 to 65535"),
@@ -558,6 +561,7 @@ fn a_secret_in_a_wrong_value_is_not_repeated() {
         "-dnat",
         "-v",
         "-firewall",
+        "-guard",
         "-state-max-age",
         "--",
     ];

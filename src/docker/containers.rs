@@ -13,13 +13,13 @@ use std::{
 
 use super::{
     container::{
-        Attachment, Bridges, Container, Interfaces, Inventory, Network, NetworkId, OtherNetworks,
-        SHOWN,
+        Attachment, BridgePorts, Bridges, Container, Interfaces, Inventory, Network, NetworkId,
+        OtherNetworks, SHOWN,
     },
     inspections::{Inspections, Ticket, Urgency},
     read::{Found, Listed, Notice},
 };
-use crate::model::ContainerId;
+use crate::{model::ContainerId, wiring::Plug};
 
 /// A requested list.
 #[derive(Debug, Default)]
@@ -52,6 +52,7 @@ pub(super) struct Containers {
     bridges: Arc<Bridges>,
     others: Arc<OtherNetworks>,
     here: Arc<Interfaces>,
+    ports: Arc<BridgePorts>,
     /// Whether an event reported a new or removed network.
     networks_changed: bool,
     host: Option<IpAddr>,
@@ -270,8 +271,9 @@ impl Containers {
                 let is_new = before.is_none();
                 if let Some(before) = before {
                     container.run = before.run.clone();
-                    // No inspection tells these two.
+                    // No inspection tells these.
                     container.is_stopping = before.is_stopping;
+                    container.plugs.clone_from(&before.plugs);
                     if container.is_unaddressed() && before.is_unaddressed() {
                         *container = container.at(before.shown().cloned());
                     }
@@ -289,6 +291,28 @@ impl Containers {
                 None
             }
         }
+    }
+
+    /// Where a container's cables end on this host.
+    pub(super) fn plugged(&mut self, id: &ContainerId, plugs: Vec<Plug>) {
+        if let Some(before) = self.running.get(id).filter(|one| one.plugs != plugs) {
+            let container = Container { plugs, ..Container::clone(before) };
+            self.put(container);
+        }
+    }
+
+    /// The ports of the bridges of our own network namespace.
+    pub(super) fn ports(&mut self, ports: BridgePorts) {
+        if *self.ports != ports {
+            (self.ports, self.changed) = (Arc::new(ports), true);
+        }
+    }
+
+    /// Those with a network namespace of their own whose process is seen.
+    pub(super) fn with_cables(&self) -> impl Iterator<Item = &Arc<Container>> {
+        let has_cables =
+            |one: &&Arc<Container>| matches!(one.network, Network::Own(_)) && !one.run.has_ended();
+        self.running.values().filter(has_cables).filter(|one| one.run.process().is_some())
     }
 
     /// A container's process shows that it is here.
@@ -352,6 +376,7 @@ impl Containers {
             bridges: self.bridges.clone(),
             others: self.others.clone(),
             here: self.here.clone(),
+            ports: self.ports.clone(),
             host: self.host,
             ended: self.ended,
             confirmed: self.confirmed,
@@ -811,6 +836,7 @@ mod tests {
             name: SHOWN.into(),
             addresses: vec![address.parse().unwrap()],
             gateways: vec![],
+            mac: None,
         };
         let none = container("a", Network::Own(BTreeMap::new()));
         let mut containers = with(&[none.clone(), container("b", bridge("172.17.0.3"))]);

@@ -1,6 +1,7 @@
 //! The one source that follows an engine; bindings and services are derived from it.
 
 use std::{
+    collections::{BTreeSet, HashMap},
     pin::pin,
     sync::Arc,
     time::{Duration, Instant},
@@ -24,7 +25,10 @@ use super::{
     process::{self, Processes},
     read::{self, Notice},
 };
-use crate::source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError, follow};
+use crate::{
+    model::{ContainerId, Process},
+    source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError, follow},
+};
 
 /// Follows an engine for all its readers: the first one starts it, and the last one ends it. It sends only GET requests
 /// and changes nothing. Clones share it.
@@ -72,6 +76,7 @@ impl Follower {
                 bell,
                 containers: Containers::default(),
                 processes: Processes::default(),
+                namespaces: HashMap::new(),
                 knows_networks: false,
                 said: false,
             };
@@ -95,6 +100,8 @@ struct EngineSource {
     bell: Arc<Notify>,
     containers: Containers,
     processes: Processes,
+    /// The network namespace of each container whose process was seen: the kernel's number, and the process.
+    namespaces: HashMap<ContainerId, (Process, i32)>,
     /// Whether the networks were listed, or could not be.
     knows_networks: bool,
     /// Whether the log message that processes are not visible was written.
@@ -138,6 +145,9 @@ impl Source for EngineSource {
         let mut links = Links::open();
         lookup.moved();
         let mut has_lost_one = true;
+        self.namespaces.clear();
+        self.containers.ports(links.ports());
+        self.plug(&mut links, None);
         let mut next_look = Instant::now();
         // A look is over once the containers that it listed are inspected.
         let mut is_looking = false;
@@ -217,11 +227,18 @@ impl Source for EngineSource {
                         self.stand();
                         self.containers.list_networks();
                     }
+                    if change.bridges {
+                        self.containers.ports(links.ports());
+                    }
+                    if !change.namespaces.is_empty() {
+                        self.plug(&mut links, Some(&change.namespaces));
+                    }
                 }
                 _ = ping.tick(), if pings.is_empty() => {
                     pings.push(client.ping());
                     self.containers.retry();
                     self.watch();
+                    self.plug(&mut links, None);
                     self.show(self.containers.unaddressed().cloned().collect());
                 }
                 Some(answer) = inspections.next() => {
@@ -229,6 +246,8 @@ impl Source for EngineSource {
                     let id = ticket.id.clone();
                     if let Some(new) = self.containers.inspected(ticket, found) {
                         watch(&mut self.processes, new, &self.bell);
+                        let new = new.clone();
+                        self.plug_one(&mut links, &new);
                         // Its own, or of the one whose network it joins.
                         let target = match &new.network {
                             Network::Of(target) => target.clone(),
@@ -290,6 +309,37 @@ impl EngineSource {
         }
     }
 
+    /// Finds where the cables of these network namespaces end, and of those containers for which it is not known.
+    fn plug(&mut self, links: &mut Links, touched: Option<&BTreeSet<i32>>) {
+        let all: Vec<_> = self.containers.with_cables().cloned().collect();
+        self.namespaces.retain(|id, _| all.binary_search_by(|one| one.id.cmp(id)).is_ok());
+        let is_touched = |one: &&Arc<Container>| match self.namespaces.get(&one.id) {
+            Some((process, namespace)) => {
+                one.run.process() != Some(*process)
+                    || touched.is_some_and(|touched| touched.contains(namespace))
+            }
+            None => true,
+        };
+        let of_interest: Vec<_> = all.iter().filter(is_touched).cloned().collect();
+        for one in of_interest {
+            self.plug_one(links, &one);
+        }
+    }
+
+    /// Finds where the cables of a container end.
+    fn plug_one(&mut self, links: &mut Links, one: &Container) {
+        let Some(process) = one.run.process() else { return };
+        let known = self.namespaces.get(&one.id).filter(|(of, _)| *of == process);
+        let namespace = match known {
+            Some((_, namespace)) => Some(*namespace),
+            None => process::look(&one.run, |pid| links.namespace_of(pid)).flatten(),
+        };
+        if let Some(namespace) = namespace {
+            self.namespaces.insert(one.id.clone(), (process, namespace));
+            self.containers.plugged(&one.id, links.plugs(namespace));
+        }
+    }
+
     /// Looks where embassy itself stands.
     fn stand(&mut self) {
         match if_addrs::get_if_addrs() {
@@ -314,7 +364,7 @@ impl EngineSource {
         if unseen && !self.said && matches!(self.engine.address, Address::Unix(_)) {
             self.said = true;
             warn!(
-                "cannot see the processes of containers; relying on Docker events, and using no saved containers (in a container, run embassy with --pid=host)"
+                "cannot see the processes of containers; relying on Docker events, using no saved containers, and guarding no addresses (in a container, run embassy with --pid=host)"
             );
         }
     }
@@ -332,7 +382,6 @@ fn watch(processes: &mut Processes, one: &Container, bell: &Arc<Notify>) {
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(input: &[u8], mut derive: impl FnMut(Inventory)) {
     use super::answers;
-    use crate::model::ContainerId;
 
     let (mut containers, prefixes) = (Containers::default(), [String::new()]);
     for line in input.split(|byte| *byte == b'\n') {

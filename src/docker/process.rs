@@ -203,7 +203,7 @@ pub(crate) fn shown(
     // Read last: the number was not another container's by then.
     let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
     let is_seen = group.contains(id.as_str()) && !addresses.is_empty();
-    is_seen.then(|| Attachment { name: SHOWN.into(), addresses, gateways })
+    is_seen.then(|| Attachment { name: SHOWN.into(), addresses, gateways, mac: None })
 }
 
 /// Whether a process's network namespace has one of these addresses. That of a container of a virtual machine or a sandbox may

@@ -94,6 +94,12 @@ causes! {
     Capture, Degraded, Lacking { loss: &'static str, reason: String, fix: &'static str } "firewall_lacks",
         "{loss}: the firewall cannot do it ({reason}).",
         "{fix}";
+    Capture, Ok, GuardLacks { loss: &'static str, reason: String, fix: &'static str } "guard_lacks",
+        "{loss}: the firewall cannot do it ({reason}).",
+        "{fix}";
+    Capture, Ok, Unguarded { addresses: String, address: IpAddr, consumer: Arc<str> } "unguarded",
+        "The guard does not know the bridge ports of {addresses}, such as {address} of {consumer}: another container on the same bridge can use such an address.",
+        "in a container, run embassy with --pid=host; take NET_RAW and NET_ADMIN from containers that you do not trust";
     Capture, Degraded, CutOff { consumer: Arc<str>, vips: List<IpAddr> } "cut_off",
         "No network of {consumer} has a gateway on this host or contains a VIP ({vips}): its connections may not reach embassy.",
         "connect it to a bridge network too";

@@ -192,15 +192,26 @@ impl Situation {
             causes.push(Cause::NoVip {});
         }
         let lacks = standing.lacks.iter().filter(|(part, _)| *part != rules::Part::Count);
-        causes.extend(lacks.map(|(part, reason)| Cause::Lacking {
-            loss: part.loss(),
-            reason: reason.clone(),
-            fix: part.fix(),
+        causes.extend(lacks.map(|(part, reason)| {
+            let (loss, reason, fix) = (part.loss(), reason.clone(), part.fix());
+            match part {
+                // Who uses iptables has none, and is served as before.
+                rules::Part::Guard => Cause::GuardLacks { loss, reason, fix },
+                _ => Cause::Lacking { loss, reason, fix },
+            }
         }));
         if self.table.routes().any(|route| self.reach(&route.consumer) == Reach::Elsewhere) {
             causes.push(Cause::Elsewhere { addresses: List(self.addresses().collect()) });
         }
         causes.extend(self.barriers());
+        let unbound = &self.table.wiring().unbound;
+        if let Some((address, consumer)) = unbound.first_key_value().filter(|_| standing.guards) {
+            causes.push(Cause::Unguarded {
+                addresses: numbered(unbound.len(), "address", "addresses"),
+                address: *address,
+                consumer: consumer.clone(),
+            });
+        }
         causes
     }
 

@@ -11,6 +11,7 @@ use crate::{
     docker::follow::Follower,
     model::ContainerId,
     source::{Answers, Publisher, ResyncRequests},
+    wiring::Wiring,
     word::worded,
 };
 
@@ -30,6 +31,8 @@ pub struct Listing {
     pub networks: BTreeSet<IpNet>,
     /// The addresses of this host in those networks.
     pub gateways: BTreeSet<IpAddr>,
+    /// How those networks and the known addresses are connected to this host.
+    pub wiring: Arc<Wiring>,
     /// The interfaces that those networks' gateways are on.
     pub bridges: BTreeSet<Arc<str>>,
     /// So many doubts about whose an address is are cleared up ([`Lookup::is_in_doubt`]).

@@ -302,6 +302,7 @@ mod tests {
         let end = process::run_of_this_process();
         let route = Arc::new(Route {
             key: route.key,
+            arrival: route.arrival,
             number: route.number,
             consumer: route.consumer.clone(),
             consumer_name: route.consumer_name.clone(),

@@ -32,6 +32,7 @@ pub(super) fn next(
         routes: prev.routes.clone(),
         known: prev.known.clone(),
         networks: inputs.networks.clone(),
+        wiring: inputs.wiring.clone(),
         vips: prev.vips.clone(),
         unrouted: prev.unrouted.clone(),
         upstreams: prev.upstreams.clone(),
@@ -268,10 +269,12 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         let before =
             before.filter(|before| before.consumer == consumer.id && before.binding == *binding);
         let balance = binding.descriptor.balance.unwrap_or(self.inputs.balance);
+        let arrival = consumer.arrival(&key.source);
         let same = |before: &Arc<Route>| {
             before.consumer_name == consumer.name
                 && before.balance == balance
                 && Arc::ptr_eq(&before.upstream, &upstream)
+                && before.arrival == arrival
         };
         if before.as_ref().is_some_and(same) {
             return;
@@ -290,6 +293,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         };
         let route = Route {
             key,
+            arrival,
             number,
             consumer: consumer.id.clone(),
             consumer_name: consumer.name.clone(),
@@ -470,6 +474,7 @@ impl Route {
             counts: self.counts.clone(),
             live_of_consumer: self.live_of_consumer.clone(),
             key: self.key,
+            arrival: self.arrival,
             number: self.number,
             consumer: self.consumer.clone(),
             consumer_name: self.consumer_name.clone(),

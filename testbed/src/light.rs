@@ -159,9 +159,13 @@ impl LightContainer {
         let inspection = format!("/containers/{}/json", self.id);
         engine.engine.answers(&inspection, crate::fake_engine::Mood::Starts);
         engine.engine.connects(&self.id);
-        host.run("sh", ["-euc", &format!(
-            "ip netns add light-{part}
-             ip link add light-{part} type veth peer name eth0 netns light-{part} address 02:42:ac:11:00:{part:02x}
+        host.run(
+            "sh",
+            [
+                "-euc",
+                &format!(
+                    "ip netns add light-{part}
+             ip link add light-{part} type veth peer name eth0 netns light-{part} address {}
              ip link set light-{part} master docker0 up
              ip -n light-{part} -batch - <<END
              link set lo up
@@ -169,8 +173,11 @@ impl LightContainer {
              link set eth0 up
              route add default via 172.17.0.1
 END",
-            address(part)
-        )])?;
+                    mac(part),
+                    address(part)
+                ),
+            ],
+        )?;
         let mut command = host.command("nsenter");
         command.arg(format!("--net=/run/netns/light-{part}")).args(["--", "unshare"]);
         command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "--"]);
@@ -279,6 +286,7 @@ END",
                 "NetworkID": if self.is_unaddressed { "none" } else { "n" },
                 "IPAddress": given,
                 "GlobalIPv6Address": "",
+                "MacAddress": if self.is_unaddressed { String::new() } else { mac(part) },
                 "Gateway": if self.is_unaddressed { "" } else { "172.17.0.1" },
             }}},
         }))
@@ -306,6 +314,11 @@ impl Host {
 
 fn engine(host: &Host) -> Result<&LightEngine> {
     host.light_engine().context("the host has a real engine")
+}
+
+/// As it is made.
+fn mac(part: u8) -> String {
+    format!("02:42:ac:11:00:{part:02x}")
 }
 
 fn address(part: u8) -> Ipv4Addr {

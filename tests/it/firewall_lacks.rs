@@ -156,7 +156,7 @@ fn without_the_socket_match_all_but_strangers_are_captured_by_iptables() -> Resu
     }
     let mut command = host.command("env");
     command.env("DOCKER_HOST", host.docker_url()).env("XTABLES_LIBDIR", &matches);
-    command.arg(embassy_program()?).args(["--dnat", ETCD, IPTABLES]);
+    command.arg(embassy_program()?).args(["--dnat", ETCD, IPTABLES, "--guard=off"]);
     let embassy = host.embassy_from(command)?;
     works_without(&embassy, "--hold is not in effect")?;
     reaches(&app, "172.17.0.1:80", "web")?;
@@ -189,6 +189,7 @@ fn without_nat_for_ipv6_the_consumers_ipv4_is_captured_by_iptables() -> Result<(
         "--proxy-ip=172.17.0.1,fd00:77::1",
         ETCD,
         IPTABLES,
+        "--guard=off",
     ];
     let embassy = embassy_with_programs(&host, &programs, &args)?;
     works_without(&embassy, "IPv6 is not captured")?;

@@ -269,7 +269,7 @@ fn a_binding_on_embassys_own_port_has_no_route() -> Result<()> {
     says(&embassy, &["binding has no route", "BACKEND_OWN", "port 9999 is embassy's own"])?;
     let command = |words: &[&str]| day.host.embassy_command(words);
     explains(command, "9999", Verdict::Broken, "unrouted")?;
-    ends(&day.app, format!("{VIP}:9999"), "reset")?;
+    ends(&day.app, format!("{VIP}:9999"), "refused")?;
     // The others are served.
     reaches(&day.app, format!("{VIP}:80"), "web")?;
     embassy.kill()?;

@@ -24,6 +24,7 @@ mod first_day;
 mod followed;
 mod following;
 mod least_privilege;
+mod guard;
 mod held;
 mod identity;
 mod led_astray;

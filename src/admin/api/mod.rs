@@ -489,6 +489,9 @@ pub struct ExplainConsumer {
     pub id: String,
     /// All its source addresses.
     pub addresses: Vec<String>,
+    /// For each of them, the interface by which its connections must arrive, and with the guard the bridge port.
+    #[serde(default)]
+    pub arrivals: Vec<String>,
     /// The declared ports that have a route.
     pub ports: Vec<u16>,
 }
