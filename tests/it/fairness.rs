@@ -128,6 +128,31 @@ fn memory_of_slow_readers() -> Result<()> {
     Ok(())
 }
 
+/// With `EMBASSY_BIN`, of another embassy.
+#[test]
+#[ignore = "prints figures"]
+fn first_acts() -> Result<()> {
+    let place = Place::new(&["--hold=60s"], ["greet"])?;
+    let mut times = Vec::new();
+    for n in 0..60 {
+        let first = place.host.container(&format!("first-{n}"));
+        let first = first.env("BACKEND_WEB", "/services/web;80");
+        let get = format!("testbed peer get {WEB} --timeout-ms 60000; sleep 1000");
+        let first = first.cmd(["sh", "-c", &get]).start()?;
+        let answers = testbed::eventually(Duration::from_secs(60), "the answer", || {
+            let log = first.log()?;
+            let line = log.lines().next().filter(|_| log.contains('\n')).context("none yet")?;
+            Ok(serde_json::from_str::<Value>(line)?)
+        })?;
+        ensure!(answers["failures"].as_object().is_some_and(|none| none.is_empty()), "{answers}");
+        times.push(answers["slowest_ms"].as_u64().context("no time")?);
+        first.remove()?;
+    }
+    times.sort_unstable();
+    println!("a container's first request: {} ms, {} ms, {} ms", times[30], times[58], times[59]);
+    Ok(())
+}
+
 fn resident(embassy: &Embassy) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{}/status", embassy.pid()))?;
     let value = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
