@@ -96,14 +96,11 @@ fn a_neighbour_beside_one_who_floods() -> Result<()> {
 #[test]
 #[ignore = "prints figures"]
 fn memory_of_slow_readers() -> Result<()> {
-    for (count, is_fast_first) in [(100, false), (400, false), (100, true), (400, true)] {
+    for count in [100, 400] {
         let place = Place::new(&[], ["source", "--bytes", "100000000000", "--seed", "1"])?;
         let before = (resident(&place.embassy)?, tcp_pages(&place.host)?);
-        let rate = if is_fast_first { 0 } else { 1 };
-        let read =
-            format!("for i in $(seq {count}); do testbed peer recv {OTHER} --rate {rate} & done");
-        let stop = if is_fast_first { "sleep 10; kill -STOP $(jobs -p)" } else { ":" };
-        let words = format!("{read}; {stop}; sleep 1000");
+        let read = format!("for i in $(seq {count}); do testbed peer recv {OTHER} --rate 1 & done");
+        let words = format!("{read}; sleep 1000");
         let readers = place.greedy.spawn("readers", ["sh", "-c", &words])?;
         counts(&place.embassy, "embassy_connections_active", count)?;
         // Until buffers are full.
@@ -119,7 +116,7 @@ fn memory_of_slow_readers() -> Result<()> {
         ensure!(readers.exited()?.is_none());
         let [received, to_send, other] = sockets(&place.host)?;
         println!(
-            "{count} readers, fast at first: {is_fast_first}: embassy's sockets hold {} MB received, {} MB to send, {} MB else; embassy {} MB more, TCP of the whole machine {} MB more",
+            "{count} readers of a byte a second: embassy's sockets hold {} MB received, {} MB to send, {} MB else; embassy {} MB more, TCP of the whole machine {} MB more",
             received >> 20,
             to_send >> 20,
             other >> 20,
@@ -128,6 +125,31 @@ fn memory_of_slow_readers() -> Result<()> {
         );
         println!("the neighbour: {}", place.neighbours()?);
     }
+    Ok(())
+}
+
+/// With `EMBASSY_BIN`, of another embassy.
+#[test]
+#[ignore = "prints figures"]
+fn first_acts() -> Result<()> {
+    let place = Place::new(&["--hold=60s"], ["greet"])?;
+    let mut times = Vec::new();
+    for n in 0..60 {
+        let first = place.host.container(&format!("first-{n}"));
+        let first = first.env("BACKEND_WEB", "/services/web;80");
+        let get = format!("testbed peer get {WEB} --timeout-ms 60000; sleep 1000");
+        let first = first.cmd(["sh", "-c", &get]).start()?;
+        let answers = testbed::eventually(Duration::from_secs(60), "the answer", || {
+            let log = first.log()?;
+            let line = log.lines().next().filter(|_| log.contains('\n')).context("none yet")?;
+            Ok(serde_json::from_str::<Value>(line)?)
+        })?;
+        ensure!(answers["failures"].as_object().is_some_and(|none| none.is_empty()), "{answers}");
+        times.push(answers["slowest_ms"].as_u64().context("no time")?);
+        first.remove()?;
+    }
+    times.sort_unstable();
+    println!("a container's first request: {} ms, {} ms, {} ms", times[30], times[58], times[59]);
     Ok(())
 }
 
