@@ -317,9 +317,9 @@ mod tests {
         let mut settle = |list: Vec<Endpoint>, unfit: Vec<Endpoint>, changed| {
             let unfit = unfit.into_iter().collect();
             let value = Some(Arc::new(Endpoints { unfit, ..Endpoints::new(list, vec![]) }));
-            let changed = Some(start + Duration::from_secs(changed));
-            let known = Known { value, changed, ..Known::default() };
-            let wake = hold.settle(&query(), Some(&known), changed.unwrap());
+            let now = start + Duration::from_secs(changed);
+            let known = Known { value, changed: Some(now), ..Known::default() };
+            let wake = hold.settle(&query(), Some(&known), now);
             (hold.used().get(&query()).unwrap().list.clone(), wake.is_some())
         };
         assert_eq!(settle(hosts(0..10), vec![], 0), (hosts(0..10), false));

@@ -10,7 +10,8 @@
 //! A name that does not exist, or has no such records, is a valid empty answer. A server that does not answer, or answers
 //! that it failed, is an error. But many servers fail for one type of records only, such as AAAA or SRV: as long as another
 //! type says where the service is, the failure is reported beside the endpoints. What a failed question had for an answer
-//! before stays in use.
+//! before stays in use. If the question for SRV records fails at the start, it is asked some times more before the name is taken
+//! for a host: the port that the descriptor names may be another service's.
 
 use std::{
     collections::HashMap,
@@ -58,7 +59,7 @@ impl Dns {
     /// Follows `query`.
     pub fn source(self, query: Query) -> DnsSource {
         let (used, answers) = (Hold::default(), Memory::default());
-        DnsSource { server: self.resolver, hold: self.hold, query, used, answers }
+        DnsSource { server: self.resolver, hold: self.hold, query, used, answers, unsure: 0 }
     }
 }
 
@@ -70,7 +71,12 @@ pub struct DnsSource {
     query: Query,
     used: Hold,
     answers: Memory,
+    /// How often it was not known whether the name has SRV records. It is not asked again after [`SURE`].
+    unsure: u8,
 }
+
+/// How often a question for SRV records may fail before the name is taken for a host.
+const SURE: u8 = 3;
 
 impl Source for DnsSource {
     type Item = Endpoints;
@@ -80,7 +86,7 @@ impl Source for DnsSource {
         publish: &Publisher<Endpoints>,
         resync: &mut Resync,
     ) -> Result<(), SourceError> {
-        let Self { server, hold, query, used, answers } = self;
+        let Self { server, hold, query, used, answers, unsure } = self;
         let session = Session::new(*server, query, answers)?;
         loop {
             let found = match timeout(Session::WHOLE, session.resolve()).await {
@@ -88,10 +94,17 @@ impl Source for DnsSource {
                 Err(_) => {
                     let reason = format!("no full answer within {} s", Session::WHOLE.as_secs());
                     let what = format!("records of {}", session.name);
-                    return Err(Failure { what, reason, responded: false }.of(*server));
+                    let (responded, for_good) = (false, false);
+                    return Err(Failure { what, reason, responded, for_good }.of(*server));
                 }
             };
             answers.forget_unasked();
+            if found.may_have_services && *unsure < SURE {
+                *unsure += 1;
+                sleep(LEAST).await;
+                continue;
+            }
+            *unsure = SURE;
             let now = Instant::now();
             let (list, goes) = used.settle(found.priority, found.list, *hold, now);
             publish.publish(Endpoints::new(list, found.rejected));
@@ -154,6 +167,7 @@ struct Failure {
     reason: String,
     /// The server works: it has answered that it does not answer this.
     responded: bool,
+    for_good: bool,
 }
 
 impl Failure {
@@ -205,6 +219,8 @@ struct Resolved {
     list: Vec<Endpoint>,
     rejected: Vec<Rejected>,
     ttl: Ttl,
+    /// The name is taken for a host, because the question for SRV records failed, perhaps for a moment.
+    may_have_services: bool,
 }
 
 struct Session<'a> {
@@ -237,6 +253,7 @@ impl<'a> Session<'a> {
         let services = self.lookup(&self.name, RecordType::SRV).await;
         let targets = services.answer.targets();
         if targets.is_empty() {
+            let may_have_services = services.failures.iter().any(|failure| !failure.for_good);
             let addresses = self.addresses(&self.name).await;
             let known = addresses.is_known();
             let host = services.and(addresses);
@@ -246,7 +263,8 @@ impl<'a> Session<'a> {
             }
             let (list, mut rejected) = endpoints(&host.answer, &self.name, &self.port);
             rejected.extend(host.failures.into_iter().map(Rejected::from));
-            return Ok(Resolved { priority: None, list, rejected, ttl: host.answer.ttl });
+            let ttl = host.answer.ttl;
+            return Ok(Resolved { priority: None, list, rejected, ttl, may_have_services });
         }
         self.targets(services, &targets).await
     }
@@ -340,10 +358,11 @@ impl<'a> Session<'a> {
                 self.answers.keep(name, kind, &answer);
                 Found::answered(answer)
             }
-            Err(Unanswered { reason, responded }) => {
+            Err(Unanswered { reason, responded, for_good }) => {
                 let last = self.answers.last(name, kind);
                 let answer = last.unwrap_or_else(|| Answer::none(None)).soon();
-                let failure = Failure { what: format!("{kind} of {name}"), reason, responded };
+                let what = format!("{kind} of {name}");
+                let failure = Failure { what, reason, responded, for_good };
                 Found { answer, failures: vec![failure], answered: false }
             }
         }

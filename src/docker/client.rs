@@ -228,6 +228,13 @@ impl Client {
         Ok((ticket, found))
     }
 
+    /// The first process of a container that runs, as the engine numbers it.
+    pub(crate) async fn process(&self, id: &str) -> Option<i32> {
+        let answer: answers::Inspection =
+            self.get(&format!("/containers/{id}/json"), ANSWER).await.ok()?;
+        answer.state?.pid?.try_into().ok().filter(|pid| *pid > 0)
+    }
+
     pub(super) async fn ping(&self) -> Result<(), SourceError> {
         let answer = within(PING, self.open("/_ping")).await;
         answer.map(drop).map_err(|error| self.failed("a ping", &error))

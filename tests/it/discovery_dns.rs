@@ -288,6 +288,27 @@ async fn one_type_is_enough(error: Reply) -> Result<()> {
     Ok(())
 }
 
+/// The port that the descriptor names may be another service's.
+#[tokio::test]
+async fn a_name_is_taken_for_a_host_only_if_srv_fails_again_and_again() -> Result<()> {
+    let asked = std::sync::atomic::AtomicUsize::new(0);
+    let fake = Fake::start(move |name, kind, _| match (name, kind) {
+        ("web.test.", RecordType::SRV) => {
+            // Each time with EDNS and without.
+            match asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+                0..3 => Code(ResponseCode::ServFail),
+                _ => Records(vec![srv(1, 8080, "one.")]),
+            }
+        }
+        ("web.test." | "one.", RecordType::A) => Records(vec![a(1)]),
+        _ => Records(vec![]),
+    })
+    .await?;
+    let known = fake.follow("web.test;80", 0).sees(&["10.0.0.1:8080"]).await;
+    assert_eq!((known.failures, known.changes), (0, 1), "nothing else was ever said");
+    Ok(())
+}
+
 #[tokio::test]
 async fn what_fails_for_a_while_keeps_its_last_records() -> Result<()> {
     let both = |_: &str, kind, _| match kind {

@@ -9,7 +9,7 @@ use testbed::{Host, embassy_program};
 use crate::{
     READY, WAIT,
     capture::{IPTABLES, rules},
-    support::{ETCD, counts, says},
+    support::{ETCD, counts, says, sum, web},
 };
 
 /// What is not well, as `check: what`, from a command that ends in embassy's own words.
@@ -109,6 +109,33 @@ fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
     host.network("shut", ["--internal"])?;
     assert_eq!(doctor(&host, &[])?, [""; 0]);
     one(&doctor(&host, &["--proxy-ip=172.17.0.1"])?, "fail vip: network shut is internal")
+}
+
+/// Nobody has connected, so the running embassy has counted nothing: doctor begins a connection in the container's own network.
+#[test]
+fn connections_that_do_not_arrive_are_found_on_a_quiet_host() -> Result<()> {
+    let host = Host::light()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let said = host.embassy_command(["doctor", "--dnat", ETCD])?.output()?;
+    let said = String::from_utf8(said.stdout)?;
+    ensure!(said.contains("a connection of app to 172.17.0.1:80 arrives"), "{said}");
+    // A bridge's own rules, which no list of INPUT shows.
+    for rule in [
+        "add table bridge strict",
+        "add chain bridge strict in { type filter hook input priority 0; }",
+        &format!("add rule bridge strict in ip saddr {} ip protocol tcp drop", app.ip()?),
+    ] {
+        host.run("nft", [rule])?;
+    }
+    one(&doctor(&host, &[])?, "fail dial: a connection of app to 172.17.0.1:80 gets no answer")?;
+    host.run("nft", ["delete", "table", "bridge", "strict"])?;
+    assert_eq!(doctor(&host, &[])?, [""; 0]);
+    // No application has seen any of it.
+    assert_eq!(sum(&embassy, "embassy_connections_total")?, 0);
+    Ok(())
 }
 
 #[test]

@@ -120,7 +120,7 @@ pub(super) struct Network {
 }
 
 /// Timeout of each request over the network.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(super) async fn facts(config: &Config) -> HostFacts {
     let interfaces = if_addrs::get_if_addrs().unwrap_or_default();

@@ -6,6 +6,7 @@ use super::{
     super::table::bytes,
     Finding, Level,
     collect::{HostFacts, Listener, Network},
+    dial::{Dial, Failed},
 };
 use crate::{
     admin::api::{Subject, Verdict},
@@ -17,7 +18,7 @@ use crate::{
 };
 
 /// The results of all checks; later checks depend on earlier ones.
-pub(super) fn findings(facts: &HostFacts) -> Vec<Finding> {
+pub(super) fn findings(facts: &HostFacts, dials: &[Dial]) -> Vec<Finding> {
     let mut all = vec![embassy(facts)];
     all.extend(engine(facts));
     all.extend(discoveries(facts));
@@ -31,6 +32,7 @@ pub(super) fn findings(facts: &HostFacts) -> Vec<Finding> {
     all.extend(rules(facts));
     all.extend(leftovers(facts));
     all.extend(input(facts));
+    all.extend(dials.iter().map(|dial| arrival(dial, facts.port)));
     all.extend(facts.networks.iter().map(|network| vip(network, facts)));
     all.extend(facts.networks.iter().filter_map(rp_filter));
     all.extend(conntrack(facts));
@@ -308,6 +310,35 @@ fn input(facts: &HostFacts) -> Vec<Finding> {
     }
 }
 
+/// Whether a connection that was begun in a container's network arrived.
+fn arrival(dial: &Dial, port: u16) -> Finding {
+    let (check, Dial { consumer, to, result }) = ("dial", dial);
+    match result {
+        Ok(()) => ok(check, format!("a connection of {consumer} to {to} arrives")),
+        Err(Failed::Refused) => fail(
+            check,
+            format!(
+                "a connection of {consumer} to {to} is refused: no rule captures it, or a firewall rejects it"
+            ),
+            "see embassy explain, and the firewall rules for the interface of this network",
+        ),
+        Err(Failed::Silence) => fail(
+            check,
+            format!(
+                "a connection of {consumer} to {to} gets no answer: a firewall drops it on the way, or drops the answers"
+            ),
+            format!(
+                "let TCP to port {port} of this host pass from the interface of this network (its chains INPUT and PREROUTING)"
+            ),
+        ),
+        Err(Failed::Other(error)) => fail(
+            check,
+            format!("{consumer} cannot connect to {to}: {error}"),
+            "correct the routes inside the container",
+        ),
+    }
+}
+
 /// Whether connections of a network's containers to the VIP can arrive.
 fn vip(network: &Network, facts: &HostFacts) -> Finding {
     let Network { name, internal, ranges, own, .. } = network;
@@ -513,7 +544,7 @@ mod tests {
     fn found(change: impl FnOnce(&mut HostFacts)) -> Vec<(&'static str, Level)> {
         let mut facts = well();
         change(&mut facts);
-        let findings = findings(&facts).into_iter().filter(|f| f.level != Level::Ok);
+        let findings = findings(&facts, &[]).into_iter().filter(|f| f.level != Level::Ok);
         let told = findings.inspect(|finding| {
             assert!(finding.fix.as_ref().is_some_and(|fix| !fix.is_empty()), "{finding:?}");
         });
@@ -709,7 +740,7 @@ mod tests {
         assert_eq!(found(behind), [("rules", Level::Warn)]);
         let mut facts = well();
         told(&mut facts);
-        assert!(findings(&facts).iter().all(|finding| finding.check != "input"));
+        assert!(findings(&facts, &[]).iter().all(|finding| finding.check != "input"));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::{
 };
 
 mod collect;
+mod dial;
 mod judge;
 
 /// Check this host for problems and say how to fix them (takes the proxy's flags; without any, those of the embassy that runs)
@@ -79,7 +80,12 @@ impl Doctor {
     }
 
     pub(super) async fn run(self: Box<Self>, Checked { config, of }: Checked) -> Result<Answer> {
-        let mut findings = judge::findings(&collect::facts(&config).await);
+        let facts = collect::facts(&config).await;
+        let dials = match facts.capturing {
+            true => dial::dials(&config, &facts.networks).await,
+            false => Vec::new(),
+        };
+        let mut findings = judge::findings(&facts, &dials);
         if let Some((pid, words)) = of {
             let what = match words.is_empty() {
                 false => format!("checked with the flags and variables of process {pid}: {words}"),

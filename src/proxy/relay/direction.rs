@@ -24,7 +24,7 @@ use tokio::{io::Interest, net::TcpStream, task::yield_now};
 use super::{
     batch::Unsent,
     buffers::RelayBuffers,
-    end::{Broken, End, has_finished},
+    end::{Broken, End, ends_in_alert, has_finished},
     pipe::Pipe,
     turns::Turns,
 };
@@ -35,8 +35,7 @@ pub(super) struct Direction<'a> {
     moved: &'a Cell<u64>,
     buffers: &'a RelayBuffers,
     unwritten: Unwritten,
-    /// Large reads in a row. Two of them start bulk mode.
-    large_reads: u8,
+    reads: Reads,
     /// Bytes that may be moved before other connections get their turn.
     turn: u32,
     /// `from` has sent its end.
@@ -64,6 +63,17 @@ enum Unwritten {
     },
 }
 
+/// What was read last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reads {
+    Small,
+    /// It ended as a program that speaks TLS ends what it sends.
+    Goodbye,
+    Large,
+    /// Two large reads in a row, or more.
+    Bulk,
+}
+
 impl<'a> Direction<'a> {
     /// Size from which a read is large, in bytes. Below it, a copy costs less than the two calls of a splice.
     const LARGE: usize = 16 * 1024;
@@ -79,7 +89,7 @@ impl<'a> Direction<'a> {
             moved,
             buffers,
             unwritten: Unwritten::Nothing,
-            large_reads: 0,
+            reads: Reads::Small,
             turn: Turns::SHORT,
             finished_reading: false,
             told: false,
@@ -100,6 +110,11 @@ impl<'a> Direction<'a> {
     /// Whether the end of `from` was read.
     pub(super) fn has_read_end(&self) -> bool {
         self.finished_reading
+    }
+
+    /// Whether the last that was read may be the goodbye of a program that speaks TLS.
+    pub(super) fn has_said_goodbye(&self) -> bool {
+        self.reads == Reads::Goodbye
     }
 
     /// Whether nothing is under way and both ends are open.
@@ -168,7 +183,7 @@ impl<'a> Direction<'a> {
     }
 
     fn is_bulk(&self) -> bool {
-        self.large_reads >= 2
+        self.reads == Reads::Bulk
     }
 
     /// Reads into the worker's buffer. A message is queued; of larger data it writes what it can, and keeps the rest.
@@ -189,10 +204,12 @@ impl<'a> Direction<'a> {
             self.finished_reading = true;
             return Ok(());
         }
+        let read = buffer.get(..count).unwrap_or_default();
         if count >= Self::LARGE {
-            self.large_reads = self.large_reads.saturating_add(1);
+            let is_second = matches!(self.reads, Reads::Large | Reads::Bulk);
+            self.reads = if is_second { Reads::Bulk } else { Reads::Large };
         } else {
-            self.large_reads = 0;
+            self.reads = if ends_in_alert(read) { Reads::Goodbye } else { Reads::Small };
             self.buffers.turns.shorten();
             if self.may_wait && !is_last {
                 if batch.is_empty() {
@@ -220,6 +237,9 @@ impl<'a> Direction<'a> {
             SendFlags::empty()
         };
         let bytes = buffer.get(..count).unwrap_or_default();
+        if ends_in_alert(bytes) {
+            self.reads = Reads::Goodbye;
+        }
         let written = match write(self.to.socket, bytes, more) {
             Ok(written) => written,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
@@ -240,7 +260,7 @@ impl<'a> Direction<'a> {
         });
         if let Ok(bytes @ 1..) = filled {
             if bytes < Self::LARGE {
-                self.large_reads = 0;
+                self.reads = Reads::Small;
             }
             self.unwritten = Unwritten::Piped { pipe, bytes };
             return Ok(());

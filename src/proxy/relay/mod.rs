@@ -140,12 +140,13 @@ pub(super) async fn relay(
         // A reset does not discard what was acknowledged before it: the other side's end may still be unread here.
         let other = if broken.side == Side::Consumer { endpoint } else { consumer };
         let end_was_seen = up.has_read_end() || down.has_read_end() || has_sent_end(other.socket);
-        broken.after_end = broken.follows_end(end_was_seen);
-    }
-    match &end {
-        Ok(_) => {}
-        Err(Broken { side: Side::Consumer, .. }) => up.last_words().await,
-        Err(Broken { side: Side::Endpoint, .. }) => down.last_words().await,
+        match broken.side {
+            Side::Consumer => up.last_words().await,
+            Side::Endpoint => down.last_words().await,
+        }
+        // A program that speaks TLS may close with the other's goodbye unread, which is a reset without an end before it.
+        let is_goodbye = up.has_said_goodbye() && down.has_said_goodbye();
+        broken.after_end = broken.follows_end(end_was_seen || is_goodbye);
     }
     end
 }
