@@ -1,6 +1,6 @@
 """A TCP client made by hand, of frames on a raw packet socket: it asks for / and prints the answer's last line.
 
-forge.py <interface> <source> <source MAC> <destination> <destination MAC> <port> <VLAN tags>
+forge.py <interface> <source> <source MAC> <destination> <destination MAC> <port> <VLAN tags, or "fragments">
 """
 import random
 import socket
@@ -9,8 +9,10 @@ import sys
 import time
 
 interface, source, own, target, gateway, port, tags = sys.argv[1:8]
-port, tags = int(port), int(tags)
-six = ":" in source
+port, six = int(port), ":" in source
+# The flags of TCP are in the second. Linux takes no such fragments of IPv6.
+fragments = tags == "fragments" and not six
+tags = 0 if tags == "fragments" else int(tags)
 family = socket.AF_INET6 if six else socket.AF_INET
 source, target = (socket.inet_pton(family, text) for text in (source, target))
 own, gateway = (bytes.fromhex(text.replace(":", "")) for text in (own, gateway))
@@ -35,14 +37,19 @@ def send(flags, number, acknowledged, data=b""):
     pseudo = source + target + struct.pack("!IHBB", length, 0, 0, 6) if six else (
         source + target + struct.pack("!BBH", 0, 6, length))
     tcp = tcp[:16] + struct.pack("!H", checksum(pseudo + tcp + data)) + tcp[18:]
+    kind = struct.pack("!H", 0x86DD if six else 0x0800)
+    start = gateway + own + struct.pack("!HH", 0x8100, 0) * tags + kind
     if six:
         packet = struct.pack("!IHBB", 6 << 28, length, 6, 64) + source + target
-    else:
-        packet = struct.pack("!BBHHHBBH", 0x45, 0, 20 + length, 1, 0, 64, 6, 0) + source + target
+        return wire.send(start + packet + tcp + data)
+    whole = tcp + data
+    parts = [(0x2000, whole[:8]), (1, whole[8:])] if fragments and flags & SYN else [(0, whole)]
+    identity = random.randint(1, 65535)
+    for offset, part in parts:
+        packet = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(part), identity, offset, 64, 6, 0)
+        packet += source + target
         packet = packet[:10] + struct.pack("!H", checksum(packet)) + packet[12:]
-    kind = struct.pack("!H", 0x86DD if six else 0x0800)
-    tagged = struct.pack("!HH", 0x8100, 0) * tags
-    wire.send(gateway + own + tagged + kind + packet + tcp + data)
+        wire.send(start + packet + part)
 
 
 def answers(until):

@@ -43,11 +43,11 @@ impl Victim {
     }
 
     /// Frames made by hand in a container's network, as one can with Docker's default rights. Who answered.
-    fn forged(&self, thief: &Container, tags: usize) -> Result<String> {
+    fn forged(&self, thief: &Container, tags: &str) -> Result<String> {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/guard/forge.py");
         let mut python = thief.command("/usr/bin/python3")?;
         python.args([script, "eth0", &self.address.to_string(), &self.mac]);
-        python.args([&self.vip.to_string(), &self.gateway, "80", &tags.to_string()]);
+        python.args([&self.vip.to_string(), &self.gateway, "80", tags]);
         Ok(output(&mut python)?.trim().to_owned())
     }
 
@@ -76,11 +76,12 @@ impl Victim {
 
 type Attack = (&'static str, fn(&Victim, &Container) -> Result<String>);
 
-const ATTACKS: [Attack; 4] = [
+const ATTACKS: [Attack; 5] = [
     ("takes the address", |victim, thief| victim.taken(thief)),
-    ("forges address and MAC", |victim, thief| victim.forged(thief, 0)),
-    ("with a VLAN tag of ID 0", |victim, thief| victim.forged(thief, 1)),
-    ("with two VLAN tags of ID 0", |victim, thief| victim.forged(thief, 2)),
+    ("forges address and MAC", |victim, thief| victim.forged(thief, "0")),
+    ("in fragments", |victim, thief| victim.forged(thief, "fragments")),
+    ("with a VLAN tag of ID 0", |victim, thief| victim.forged(thief, "1")),
+    ("with two VLAN tags of ID 0", |victim, thief| victim.forged(thief, "2")),
 ];
 
 /// Each attack works, or none does.
@@ -145,7 +146,7 @@ fn a_neighbour_that_takes_an_address_is_served_only_without_the_guard() -> Resul
     // Once for each, however often it tries.
     attacks(&victims, &thief, false)?;
     let before = metric(&embassy, "embassy_spoofed_total")?;
-    let _ = victims[0].forged(&thief, 0)?;
+    let _ = victims[0].forged(&thief, "0")?;
     counts(&embassy, "embassy_spoofed_total", before + 1)?;
     assert_eq!(embassy.log().matches(told).count(), 1, "{}", embassy.log());
     // Each of the two is served as itself.
@@ -321,7 +322,7 @@ fn where_processes_cannot_be_seen_addresses_are_not_bound_and_that_is_told() -> 
     let status = embassy.admin("/v1/status")?.ok()?;
     ensure!(status.contains("\"cause\":\"unguarded\""), "{status}");
     testbed::eventually(WAIT, "what is not stopped", || {
-        let answer = victim.forged(&thief, 0)?;
+        let answer = victim.forged(&thief, "0")?;
         ensure!(answer == "red", "{answer}");
         Ok(())
     })
