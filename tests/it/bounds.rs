@@ -41,7 +41,7 @@ enum Answer {
     Error(Arc<str>),
 }
 
-/// Until five million entries were read by a program without optimisation, on a machine that is busy.
+/// Until a million entries were read by a program without optimisation, on a machine that is busy.
 const SLOW: Duration = Duration::from_secs(120);
 /// How long a query is held.
 const HELD: Duration = Duration::from_secs(5);
@@ -224,7 +224,7 @@ fn more_services_than_a_host_may_use_are_reported_once() -> Result<()> {
     Ok(())
 }
 
-/// A registry of 200,000 instances, one of five million empty objects, and one that is another each time it is asked.
+/// A service of 200,000 instances, one of a million empty objects, and one that is another each time it is asked.
 #[test]
 fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
     let host = Host::light()?;
@@ -241,7 +241,7 @@ fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
 
     let at = |n: u32| std::net::Ipv4Addr::from(0x0a00_0000 + n);
     let huge = list((0..200_000).map(|n| instance(n, at(n), 80)));
-    let empty: Arc<str> = format!("[{}{{}}]", "{},".repeat(4_999_999)).into();
+    let empty: Arc<str> = format!("[{}{{}}]", "{},".repeat(999_999)).into();
     let sizes = [huge.len() >> 20, empty.len() >> 20];
     let busy = |from: u32| list((from..from + 1000).map(|n| instance(n, at(n), 80))).to_string();
     consul.says("huge", Answer::List(1, huge));
@@ -299,7 +299,7 @@ fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
     ensure!(status.contains("190000 endpoints of consul huge are not used"), "{status}");
     let left_out = r#"embassy_beyond_limit{limit="endpoints_per_service"}"#;
     ensure!(gauge(&embassy, left_out)? == 190_000);
-    ensure!(gauge(&embassy, "embassy_entries_skipped")? == 5_000_000);
+    ensure!(gauge(&embassy, "embassy_entries_skipped")? == 1_000_000);
     Ok(())
 }
 
