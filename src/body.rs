@@ -12,22 +12,30 @@ use std::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes that any number of answers may have at a time, and that are parsed at once: some milliseconds' work.
+/// Bytes that any number of answers may have at a time.
 const SMALL: usize = 256 << 10;
+/// Bytes that are parsed at once: some milliseconds' work, whatever they are.
+const QUICK: usize = 64 << 10;
 
-/// Places for the large answers of one peer. Clones share them.
+/// Places for the large answers of one peer, and threads to parse them: no peer takes those of another. Clones share them.
 #[derive(Debug, Clone)]
-pub(crate) struct Places(Arc<Semaphore>);
+pub(crate) struct Places {
+    bodies: Arc<Semaphore>,
+    threads: Arc<Semaphore>,
+}
 
 impl Default for Places {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(Self::AT_A_TIME)))
+        let places = |count| Arc::new(Semaphore::new(count));
+        Self { bodies: places(Self::AT_A_TIME), threads: places(Self::THREADS) }
     }
 }
 
 impl Places {
     /// Large answers at a time. Others wait, and the peer with them.
     const AT_A_TIME: usize = 3;
+    /// Of them, those that are parsed at a time: one that takes long does not hold up the next.
+    const THREADS: usize = 2;
 }
 
 /// What was read of an answer.
@@ -57,7 +65,7 @@ impl Body {
         }
         if length > SMALL && self.place.is_none() {
             // It is never closed.
-            self.place = places.0.clone().acquire_owned().await.ok();
+            self.place = places.bodies.clone().acquire_owned().await.ok();
         }
         self.bytes.extend_from_slice(piece);
         Ok(())
@@ -75,40 +83,43 @@ impl Body {
     /// What `parse` makes of it. A large one is parsed on another thread.
     pub(crate) async fn parsed<T: Send + 'static>(
         self,
+        places: &Places,
         parse: impl FnOnce(&[u8]) -> T + Send + 'static,
     ) -> T {
-        aside(self.bytes.len(), move || parse(&self.bytes)).await
+        places.aside(self.bytes.len(), move || parse(&self.bytes)).await
     }
 }
 
 /// Whether a work on so many bytes would hold up all others here.
 pub(crate) fn is_large(bytes: usize) -> bool {
-    bytes > SMALL
+    bytes > QUICK
 }
 
-/// Does a work on so many bytes: at once, or on another thread if it would hold up all others here.
-pub(crate) async fn aside<T: Send + 'static>(
-    bytes: usize,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> T {
-    static THREADS: Semaphore = Semaphore::const_new(2);
-    if !is_large(bytes) {
-        return work();
-    }
-    // It is never closed.
-    let place = THREADS.acquire().await;
-    let work = move || {
-        // Also held for one whose asker is gone.
-        let _place = place;
-        work()
-    };
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => resume_unwind(panic),
-            // The runtime ends.
-            Err(_) => std::future::pending().await,
-        },
+impl Places {
+    /// Does a work on so many bytes of the peer's: at once, or on another thread if it would hold up all others here.
+    pub(crate) async fn aside<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
+        if !is_large(bytes) {
+            return work();
+        }
+        // It is never closed.
+        let place = self.threads.clone().acquire_owned().await;
+        let work = move || {
+            // Also held for one whose asker is gone.
+            let _place = place;
+            work()
+        };
+        match tokio::task::spawn_blocking(work).await {
+            Ok(done) => done,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => resume_unwind(panic),
+                // The runtime ends.
+                Err(_) => std::future::pending().await,
+            },
+        }
     }
 }
 
@@ -167,10 +178,28 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_large_is_parsed_on_another_thread() {
-        let here = std::thread::current().id();
-        let on = |bytes| aside(bytes, || std::thread::current().id());
-        assert_eq!(on(SMALL).await, here);
-        assert_ne!(on(SMALL + 1).await, here);
+        let (here, places) = (std::thread::current().id(), Places::default());
+        let on = |bytes| places.aside(bytes, || std::thread::current().id());
+        assert_eq!(on(QUICK).await, here);
+        assert_ne!(on(QUICK + 1).await, here);
+        // So many at a time of a peer; another peer's does not wait for them.
+        let busy: Vec<_> = (0..Places::THREADS)
+            .map(|_| {
+                let (places, (go, wait)) = (places.clone(), std::sync::mpsc::channel::<()>());
+                let work = async move { places.aside(QUICK + 1, move || wait.recv()).await };
+                (tokio::spawn(work), go)
+            })
+            .collect();
+        while places.threads.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(timeout(Duration::from_millis(50), on(QUICK + 1)).await.is_err());
+        assert_ne!(Places::default().aside(QUICK + 1, || std::thread::current().id()).await, here);
+        for (task, go) in busy {
+            go.send(()).unwrap();
+            task.await.unwrap().unwrap();
+        }
+        on(QUICK + 1).await;
     }
 
     #[test]

@@ -70,9 +70,9 @@ pub fn visible(text: &str) -> Cow<'_, str> {
     written_out(text, is_deceptive)
 }
 
-/// The same of a text whose line breaks are meant.
+/// The same of a text whose line breaks and tabs are meant.
 pub fn visible_lines(text: &str) -> Cow<'_, str> {
-    written_out(text, |c| c != '\n' && is_deceptive(c))
+    written_out(text, |c| !matches!(c, '\n' | '\t') && is_deceptive(c))
 }
 
 /// The same of a whole JSON document, which stays one: characters below 32 stand only between its values, and all others that
@@ -148,13 +148,13 @@ mod tests {
     fn what_is_deceptive_is_written_out_and_the_rest_is_not() {
         let plain = "redis.master \u{e4}\u{4e2d} 'x' \"y\" \\z";
         assert_eq!(visible(plain), plain);
-        assert_eq!(visible_lines("a\nb"), "a\nb");
+        assert_eq!(visible_lines("a\n\tb"), "a\n\tb");
         assert_eq!(visible_label("a\n\u{1b}"), "a\n\\\\u{1b}");
         assert_eq!(
             visible("a\n\u{1b}[2J\u{202e}\u{9b}\u{301}"),
             "a\\n\\u{1b}[2J\\u{202e}\\u{9b}\u{301}"
         );
-        for shown in [visible(DECEPTIVE), visible_lines(&DECEPTIVE.replace('\n', ""))] {
+        for shown in [visible(DECEPTIVE), visible_lines(&DECEPTIVE.replace(['\n', '\t'], ""))] {
             assert!(!shown.contains(is_deceptive), "{shown:?}");
         }
     }
@@ -231,7 +231,7 @@ mod tests {
             bare(&any);
             is_of_link(&any);
             let shown = [visible(&any), visible_lines(&any)].concat();
-            proptest::prop_assert!(!shown.contains(|c| c != '\n' && is_deceptive(c)));
+            proptest::prop_assert!(!shown.contains(|c| !"\n\t".contains(c) && is_deceptive(c)));
             let json = serde_json::to_string(&any).unwrap();
             let read = serde_json::from_str::<String>(&visible_json(&json)).unwrap();
             proptest::prop_assert_eq!(&read, &any);

@@ -96,7 +96,8 @@ impl Simulation {
         let begun = Instant::now();
         // Without the hold, which would have a consumer that went wait until it is over.
         let etcd = "-discovery=etcd://127.0.0.1:2379";
-        let flags = ["--dnat", "--hold=0", "--state-dir=off", etcd, &socket];
+        let flags =
+            ["--dnat", "--hold=0", "--state-dir=off", "--max-services=100000", etcd, &socket];
         let embassy = host.embassy(flags)?;
         embassy.wait_ready(LONG)?;
         let started_in = begun.elapsed();

@@ -92,7 +92,8 @@ pub(crate) struct Args {
     pub(super) prefix: Option<String>,
 
     /// Maximum number of bindings of one consumer, at least 1. Further ones are reported and get no route: of a container those
-    /// with the highest ports. A low number breaks containers that need more [default: 256]
+    /// with the highest ports. At most 1024 variables and 1024 labels of a container are read, whatever this is. A low number
+    /// breaks containers that need more [default: 256]
     #[arg(long, help_heading = CONSUMERS, value_name = "NUMBER")]
     pub(super) max_bindings_per_consumer: Option<String>,
 

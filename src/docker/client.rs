@@ -261,7 +261,7 @@ impl Client {
             while let Some(piece) = response.chunk().await? {
                 body.add(&piece, largest, &self.places).await?;
             }
-            Ok(body.parsed(parse).await?)
+            Ok(body.parsed(&self.places, parse).await?)
         };
         within(limit, asking).await
     }

@@ -188,7 +188,18 @@ impl Http {
         let mut response = self.open(url, headers).await?;
         let mut body = Body::default();
         while self.more(url, &mut response, &mut body).await? {}
-        Ok(HttpAnswer::new(url, &response, body))
+        Ok(self.answer(url, &response, body))
+    }
+
+    pub(super) fn answer(&self, url: &Url, response: &Response, body: Body) -> HttpAnswer {
+        let (status, headers) = (response.status(), response.headers().clone());
+        let (url, places) = (url.clone(), self.places.clone());
+        HttpAnswer { url, status, headers, body, places }
+    }
+
+    /// For work on what was answered.
+    pub(super) fn places(&self) -> &Places {
+        &self.places
     }
 
     /// Reads the next piece of a body; false at its end.
@@ -300,14 +311,10 @@ pub(crate) struct HttpAnswer {
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
     body: Body,
+    places: Places,
 }
 
 impl HttpAnswer {
-    pub(super) fn new(url: &Url, response: &Response, body: Body) -> Self {
-        let (status, headers) = (response.status(), response.headers().clone());
-        Self { url: url.clone(), status, headers, body }
-    }
-
     pub(crate) fn fault(&self, reason: impl std::fmt::Display) -> SourceError {
         fault(&self.url, reason)
     }
@@ -339,7 +346,7 @@ impl HttpAnswer {
         parse: impl FnOnce(&[u8]) -> Result<T, serde_json::Error> + Send + 'static,
     ) -> Result<T, SourceError> {
         let wrong = |e| fault(&self.url, format_args!("cannot parse the answer: {e}"));
-        self.body.parsed(parse).await.map_err(wrong)
+        self.body.parsed(&self.places, parse).await.map_err(wrong)
     }
 
     /// A header that is a number.

@@ -41,6 +41,8 @@ enum Answer {
     Error(Arc<str>),
 }
 
+/// Until a million entries were read by a program without optimisation, on a machine that is busy.
+const SLOW: Duration = Duration::from_secs(120);
 /// How long a query is held.
 const HELD: Duration = Duration::from_secs(5);
 
@@ -222,7 +224,7 @@ fn more_services_than_a_host_may_use_are_reported_once() -> Result<()> {
     Ok(())
 }
 
-/// A registry of 200,000 instances, one of five million empty objects, and one that is another each time it is asked.
+/// A service of 200,000 instances, one of a million empty objects, and one that is another each time it is asked.
 #[test]
 fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
     let host = Host::light()?;
@@ -239,7 +241,7 @@ fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
 
     let at = |n: u32| std::net::Ipv4Addr::from(0x0a00_0000 + n);
     let huge = list((0..200_000).map(|n| instance(n, at(n), 80)));
-    let empty: Arc<str> = format!("[{}{{}}]", "{},".repeat(4_999_999)).into();
+    let empty: Arc<str> = format!("[{}{{}}]", "{},".repeat(999_999)).into();
     let sizes = [huge.len() >> 20, empty.len() >> 20];
     let busy = |from: u32| list((from..from + 1000).map(|n| instance(n, at(n), 80))).to_string();
     consul.says("huge", Answer::List(1, huge));
@@ -252,11 +254,16 @@ fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
         .env("BACKEND_EMPTY", "empty;81")
         .env("BACKEND_BUSY", "busy;82");
     greedy.start()?;
-    says(
-        &embassy,
-        &["service has more endpoints than are used", "consul huge", "left_out=190000"],
-    )?;
-    says(&embassy, &["more discovery entries skipped than are named", "consul empty"])?;
+    for words in [
+        ["service has more endpoints than are used", "consul huge", "left_out=190000"],
+        ["more discovery entries skipped than are named", "consul empty", "more="],
+    ] {
+        eventually(SLOW, &format!("the log to say {words:?}"), || {
+            let log = embassy.log();
+            ensure!(log.lines().any(|line| words.iter().all(|word| line.contains(word))));
+            Ok(())
+        })?;
+    }
 
     // News of another service, again and again.
     let mut slowest = Duration::ZERO;
@@ -292,7 +299,7 @@ fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
     ensure!(status.contains("190000 endpoints of consul huge are not used"), "{status}");
     let left_out = r#"embassy_beyond_limit{limit="endpoints_per_service"}"#;
     ensure!(gauge(&embassy, left_out)? == 190_000);
-    ensure!(gauge(&embassy, "embassy_entries_skipped")? == 5_000_000);
+    ensure!(gauge(&embassy, "embassy_entries_skipped")? == 1_000_000);
     Ok(())
 }
 
@@ -321,7 +328,7 @@ const EVIL: &str = "x\n2026-01-01T00:00:00Z  WARN forged\r\u{1b}[2J\u{9b}31m\u{8
 
 /// Fails if a text has any of it.
 fn is_clean(what: &str, text: &str) -> Result<()> {
-    let found = text.chars().find(|c| *c != '\n' && is_deceptive(*c));
+    let found = text.chars().find(|c| !"\n\t".contains(*c) && is_deceptive(*c));
     ensure!(found.is_none(), "{what}: {found:?} in {text:?}");
     let forged = text.lines().find(|line| line.trim_start().starts_with("2026-01-01T00:00:00Z"));
     ensure!(forged.is_none(), "{what}: {text}");
@@ -329,7 +336,7 @@ fn is_clean(what: &str, text: &str) -> Result<()> {
 }
 
 /// Containers and a registry whose every word is evil.
-fn evil(host: &Host, embassy_args: &[&str]) -> Result<(Embassy, FakeEngine, Runtime)> {
+pub(crate) fn evil(host: &Host, embassy_args: &[&str]) -> Result<(Embassy, FakeEngine, Runtime)> {
     let consul = FakeConsul::start(host)?;
     let quoted = Value::from(EVIL).to_string();
     let inner = &quoted[1..quoted.len() - 1];

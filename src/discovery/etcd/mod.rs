@@ -96,7 +96,8 @@ impl EtcdSource {
             return value::endpoints(tree, &self.tags);
         }
         let (tree, tags) = (tree.clone(), self.tags.clone());
-        body::aside(tree.bytes(), move || value::endpoints(&tree, &tags)).await
+        let places = self.etcd.client.places();
+        places.aside(tree.bytes(), move || value::endpoints(&tree, &tags)).await
     }
 
     async fn stores(&self) -> Result<Stores, SourceError> {

@@ -20,7 +20,7 @@ use super::{
     http::{Http, HttpAnswer},
     reuse::{Recent, Reused},
 };
-use crate::{source::SourceError, tls::ClientTls};
+use crate::{body::Places, source::SourceError, tls::ClientTls};
 
 mod branch;
 mod tree;
@@ -84,6 +84,11 @@ impl EtcdClient {
             connection: Reused::default(),
             login_is_off: AtomicBool::new(false),
         })
+    }
+
+    /// For work on what was answered.
+    pub(crate) fn places(&self) -> &Places {
+        self.http.places()
     }
 
     pub(crate) fn members(&self) -> &[Url] {

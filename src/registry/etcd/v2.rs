@@ -262,7 +262,7 @@ async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, _turn: LongPoll) -
             let late = |_| http::fault(&url, "the answer is incomplete");
             timeout(ANSWER, rest).await.map_err(late)??;
         }
-        Ok(Some(HttpAnswer::new(&url, &response, body)))
+        Ok(Some(etcd.http.answer(&url, &response, body)))
     };
     ended.await.inspect_err(|_| etcd.members.failed(number))
 }

@@ -62,6 +62,34 @@ fn a_search_narrows_and_an_address_brings_back_what_was_shown() -> Result<()> {
     browser.until(TITLE, "app port 80")
 }
 
+/// Names that would reverse, hide or end what is shown beside them are written out.
+#[test]
+fn no_name_turns_or_hides_what_is_shown() -> Result<()> {
+    let host = Host::light()?;
+    let flags = ["--dnat", "-discovery=consul://127.0.0.1:8500", "--proxy-ip=172.17.0.1"];
+    let (embassy, _engine, _runtime) = crate::bounds::evil(&host, &flags)?;
+    says(&embassy, &["discovery entry skipped"])?;
+    says(&embassy, &["new route", "forged"])?;
+    let browser = Browser::start(&host)?;
+    browser.screen(1280, 900, "light")?;
+    for (part, words) in [
+        ("#routes", "forged"),
+        ("#bindings", "forged"),
+        ("#sources", "forged"),
+        ("#routes?explain=plain:81", "plain port 81"),
+    ] {
+        browser.open(part)?;
+        browser.shows(words)?;
+        let text = browser.value("document.body.innerText")?;
+        let text = text.as_str().context("a text")?;
+        // Between the cells and the lines of the page.
+        let found = text.chars().find(|c| !"\t\n".contains(*c) && embassy::text::is_deceptive(*c));
+        ensure!(found.is_none(), "{part}: {found:?} in {text:?}");
+        ensure!(text.contains("\\u{202e}"), "{part}: {text}");
+    }
+    Ok(())
+}
+
 #[test]
 fn it_is_used_by_the_keyboard_alone() -> Result<()> {
     let host = Host::light()?;

@@ -31,7 +31,7 @@ fn five_thousand_routes_with_traffic_do_not_freeze_the_page() -> Result<()> {
     });
     let apps = apps.collect::<Result<Vec<_>>>()?;
     let file = format!("-discovery=file://{}", host.dir().join("services.toml").display());
-    let embassy = host.embassy(["--dnat", &file])?;
+    let embassy = host.embassy(["--dnat", &file, "--max-bindings-per-consumer=1000"])?;
     embassy.wait_ready(READY)?;
     let status: api::Status = get(&embassy, "/v1/status")?;
     assert_eq!(status.routes, CONSUMERS * PORTS);
@@ -101,7 +101,8 @@ fn ten_thousand_routes_are_a_page_at_a_time() -> Result<()> {
     let contents: String = (1..=2500).map(service).collect();
     std::fs::write(host.dir().join("services.toml"), contents)?;
     let file = format!("-discovery=file://{}", host.dir().join("services.toml").display());
-    let embassy = host.embassy(["-provider=static", &services, &file])?;
+    let many = "--max-bindings-per-consumer=2500";
+    let embassy = host.embassy(["-provider=static", &services, &file, many])?;
     embassy.wait_ready(READY)?;
     let status: api::Status = get(&embassy, "/v1/status")?;
     assert_eq!(status.routes, 10_000);
