@@ -583,7 +583,7 @@ mod tests {
     fn said(check: &str, change: impl FnOnce(&mut HostFacts)) -> String {
         let mut facts = well();
         change(&mut facts);
-        let of_check = findings(&facts).into_iter().filter(|finding| finding.check == check);
+        let of_check = findings(&facts, &[]).into_iter().filter(|finding| finding.check == check);
         of_check.map(|finding| finding.what).collect::<Vec<_>>().join("; ")
     }
 
