@@ -9,7 +9,7 @@ use testbed::{Host, embassy_program};
 use crate::{
     READY, WAIT,
     capture::{IPTABLES, rules},
-    support::{ETCD, counts, says},
+    support::{ETCD, counts, says, without_programs},
 };
 
 /// What is not well, as `check: what`, from a command that ends in embassy's own words.
@@ -87,8 +87,8 @@ fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
     one(&doctor(&host, &["--proxy-ip=172.17.0.9"])?, "fail vip: 172.17.0.9 belongs to network")?;
     let program = embassy_program()?;
     let words = ["doctor", "--dnat", ETCD, &format!("-docker={}", host.docker_url())];
-    let mut command = host.command("env");
-    command.arg("PATH=/nowhere").arg(&program).args(words).arg(IPTABLES);
+    let mut command = without_programs(&host)?;
+    command.args(words).arg(IPTABLES);
     one(&found(command)?, "fail firewall: embassy cannot write rules: cannot run ")?;
     let mut command = host.command("setpriv");
     let capabilities = ["--inh-caps=-net_admin", "--bounding-set=-net_admin"];
