@@ -14,6 +14,7 @@ use crate::{
     model::{NotAPort, Port, Vip},
     provider::fixed::LOCAL,
     text::without_secrets,
+    tls::Weakness,
     word::worded,
 };
 pub(crate) use args::Args;
@@ -271,6 +272,19 @@ impl Config {
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Admin, UsageError> {
         read::admin_of_command(&read::Environment(env))
+    }
+
+    /// The connections that these settings leave without protection, each once.
+    pub fn weaknesses(&self) -> Vec<Weakness> {
+        let asks_engine = self.provider == Provider::Docker;
+        let engine = self.docker.weakness().filter(|_| asks_engine);
+        let mut all: Vec<Weakness> = Vec::new();
+        for weakness in engine.into_iter().chain(self.discoveries.weaknesses()) {
+            if !all.contains(&weakness) {
+                all.push(weakness);
+            }
+        }
+        all
     }
 
     /// The flags of the proxy, as clap has them.

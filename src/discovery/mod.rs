@@ -14,6 +14,7 @@ use crate::{
     docker::follow::Follower,
     model::{Endpoint, Port, ServiceName, Stay, Tags},
     source::{Publisher, ResyncRequests, follow},
+    tls::Weakness,
 };
 
 mod address;
@@ -139,6 +140,16 @@ impl Discovery {
         }
     }
 
+    /// What is not protected of the connections to it.
+    fn weaknesses(&self) -> Vec<Weakness> {
+        match self {
+            Self::Consul(consul) => consul.client.weaknesses(),
+            Self::Etcd(etcd) => etcd.client.weaknesses(),
+            Self::Docker(docker) => docker.engine().weakness().into_iter().collect(),
+            Self::File(_) | Self::Dns(_) => Vec::new(),
+        }
+    }
+
     /// `host:port` of every server that is asked over TCP.
     fn servers(&self) -> Vec<String> {
         let of =
@@ -247,6 +258,11 @@ impl Discoveries {
     /// The URI of each, by its name.
     pub fn uris(&self) -> &BTreeMap<Arc<str>, String> {
         &self.uris
+    }
+
+    /// What is not protected of the connections to any of them.
+    pub fn weaknesses(&self) -> Vec<Weakness> {
+        self.by_name.values().flat_map(Discovery::weaknesses).collect()
     }
 
     /// `host:port` of every server that any discovery asks over TCP.

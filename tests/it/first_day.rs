@@ -352,3 +352,27 @@ fn a_state_directory_of_another_user_is_named_with_its_owner() -> Result<()> {
     // It serves all the same.
     reaches(&day.app, format!("{VIP}:80"), "web")
 }
+
+#[test]
+fn what_is_not_protected_is_said_once_at_the_start_and_by_doctor() -> Result<()> {
+    let day = Day::begins()?;
+    // Nobody has this address.
+    let flags = ["--dnat", "-discovery=consul://172.17.0.250:8500"];
+    let secrets = [("CONSUL_HTTP_TOKEN", "S3CRET")];
+    let embassy = day.embassy(&flags, &secrets)?;
+    let line = "the Consul token is sent to 172.17.0.250 without TLS";
+    says(&embassy, &["WARN", "a connection is not protected", line])?;
+    let mut doctor = day.host.embassy_command([&["doctor"], &flags[..]].concat())?;
+    let (text, _) = said({
+        doctor.envs(secrets);
+        doctor
+    })?;
+    ensure!(text.contains(&format!("warn  protection    {line}")), "{text}");
+    ensure!(!text.contains("S3CRET") && !embassy.log().contains("S3CRET"), "{text}");
+    assert_eq!(embassy.log().matches("is not protected").count(), 1);
+    embassy.kill()?;
+    let well = day.embassy(&["--dnat"], &[])?;
+    well.wait_ready(READY)?;
+    assert_eq!(well.log().matches("is not protected").count(), 1, "of the first embassy");
+    Ok(())
+}

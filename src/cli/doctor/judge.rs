@@ -14,6 +14,7 @@ use crate::{
     judgement::{self, CONNECTIONS_FEW},
     limits,
     memory::{NEAR, Use},
+    tls::Weakness,
 };
 
 /// The results of all checks; later checks depend on earlier ones.
@@ -21,6 +22,7 @@ pub(super) fn findings(facts: &HostFacts) -> Vec<Finding> {
     let mut all = vec![embassy(facts)];
     all.extend(engine(facts));
     all.extend(discoveries(facts));
+    all.extend(weaknesses(facts));
     all.push(port(facts));
     if facts.capture == CaptureMode::None {
         all.push(own_rules(facts));
@@ -93,6 +95,10 @@ fn discoveries(facts: &HostFacts) -> impl Iterator<Item = Finding> {
             "start it, or correct -discovery and its token or certificates",
         ),
     })
+}
+
+fn weaknesses(facts: &HostFacts) -> impl Iterator<Item = Finding> {
+    facts.weaknesses.iter().map(|Weakness { what, fix }| warn("protection", what.as_str(), *fix))
 }
 
 fn port(facts: &HostFacts) -> Finding {
@@ -453,6 +459,7 @@ mod tests {
             descriptors: Some(20_000),
             memory: Some(Use { used: 20 << 20, limit: 512 << 20 }),
             capabilities: u64::MAX,
+            weaknesses: Vec::new(),
             told: Vec::new(),
         }
     }
@@ -519,7 +526,7 @@ mod tests {
         use Level::{Fail, Warn};
         let vips = |list: &[&str]| Some(list.iter().map(|vip| vip.parse().unwrap()).collect());
         type Change = Box<dyn FnOnce(&mut HostFacts)>;
-        let cases: [(&str, Level, Change); 31] = [
+        let cases: [(&str, Level, Change); 32] = [
             ("leftover", Warn, Box::new(|f| f.leads = Ok(vec![lead(9999)]))),
             ("leftover", Warn, Box::new(|f| f.leads = Ok(vec![lead(3232)]))),
             (
@@ -538,6 +545,11 @@ mod tests {
                 "discovery",
                 Fail,
                 Box::new(|f| f.discoveries.push(("etcd".into(), Err("down".into())))),
+            ),
+            (
+                "protection",
+                Warn,
+                Box::new(|f| f.weaknesses = vec![Weakness { what: "a token".into(), fix: "TLS" }]),
             ),
             ("port", Fail, Box::new(|f| f.listener = Listener::Other("nginx".into()))),
             ("capability", Fail, Box::new(|f| f.capabilities = !NET_ADMIN)),

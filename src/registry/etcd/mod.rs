@@ -20,7 +20,10 @@ use super::{
     http::{Http, HttpAnswer},
     reuse::{Recent, Reused},
 };
-use crate::{source::SourceError, tls::ClientTls};
+use crate::{
+    source::SourceError,
+    tls::{ClientTls, Weakness, is_loopback},
+};
 
 mod branch;
 mod tree;
@@ -88,6 +91,19 @@ impl EtcdClient {
 
     pub(crate) fn members(&self) -> &[Url] {
         &self.members.urls
+    }
+
+    /// What is not protected of the connections to its members.
+    pub(crate) fn weaknesses(&self) -> Vec<Weakness> {
+        let hosts = self.members.urls.iter().filter(|url| url.scheme() != "https");
+        let hosts = hosts.filter_map(Url::host_str).filter(|host| !is_loopback(host));
+        let hosts: Vec<_> = hosts.filter(|_| self.user.is_some()).collect();
+        let what = format!(
+            "ETCD_PASSWORD is sent to {} without TLS: everybody on the way can read it",
+            hosts.join(", ")
+        );
+        let fix = "set -etcd-cacert (or the other TLS flags of etcd), so that TLS is used";
+        if hosts.is_empty() { Vec::new() } else { vec![Weakness { what, fix }] }
     }
 
     /// Follows a branch in the v2 store.
