@@ -65,6 +65,8 @@ pub(super) struct Context {
     pub(super) listeners: Arc<Semaphore>,
     /// One scrape at a time: parallel ones would only compete for the CPU.
     pub(super) scrapes: Arc<Semaphore>,
+    /// Slots for clients that read a scrape, which is in memory until then.
+    pub(super) readers: Arc<Semaphore>,
 }
 
 impl Feeds {
