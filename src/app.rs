@@ -52,6 +52,8 @@ pub struct App {
     control: JoinHandle<()>,
     checks: JoinHandle<()>,
     memory: JoinHandle<()>,
+    /// Logs whether embassy is ready.
+    said: JoinHandle<()>,
     keeper: Option<Keeper>,
     readiness: Readiness,
     resync: ResyncRequests,
@@ -166,6 +168,7 @@ impl App {
                 own: rules.own.clone(),
             }),
         };
+        let said = tokio::spawn(feeds.clone().log_readiness());
         let admin = match &config.admin {
             Some(at) => {
                 let admin = Admin::start(at, config.admin_token_file.clone(), feeds)
@@ -201,6 +204,7 @@ impl App {
             control: tokio::spawn(control.run()),
             checks,
             memory,
+            said,
             keeper,
             readiness,
             resync,
@@ -236,6 +240,7 @@ impl App {
         let end = Instant::now() + TOTAL.max(self.drain + MOMENT);
         // This guard is never done: a load balancer that asks /readyz should send new connections elsewhere.
         let _draining = self.readiness.wait_for(Part::Draining);
+        self.said.abort();
         let live = self.proxy.live();
         if live > 0 {
             info!(live, drain_s = self.drain.as_secs_f64(), "waiting for connections to end");

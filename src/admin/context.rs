@@ -63,7 +63,7 @@ pub(super) struct Context {
     pub(super) access: Arc<Access>,
     /// Slots for clients of the event stream.
     pub(super) listeners: Arc<Semaphore>,
-    /// One scrape at a time: parallel ones would only compete for the CPU.
+    /// One scrape is written at a time: parallel ones would only compete for the CPU.
     pub(super) scrapes: Arc<Semaphore>,
     /// Slots for clients that read a scrape, which is in memory until then.
     pub(super) readers: Arc<Semaphore>,
@@ -81,6 +81,7 @@ impl Feeds {
             let skipped = skipped_entries(&known);
             let reading = SourceReading::of(query.to_string(), &known, in_use, skipped, now);
             let problem = known.value.iter().find_map(|value| value.problem.as_deref());
+            let problem = problem.filter(|_| !query.is_probe());
             (query.clone(), SourceReading { problem: problem.map(Into::into), ..reading })
         });
         let figures = &self.figures;

@@ -8,7 +8,7 @@ use std::{
 use super::{api, context::Feeds, list::is_consumer, view};
 use crate::{
     consumer::Consumer,
-    judgement::{Cause, Situation, Verdict},
+    judgement::{Cause, Situation, SourceReading, Verdict},
     table::Route,
 };
 
@@ -69,17 +69,20 @@ fn service(feeds: &Feeds, situation: &Situation, route: &Route) -> api::ExplainS
     let sources = feeds.sources.borrow();
     let known = sources.queries.iter().find(|(asked, _)| asked == query);
     let reading = situation.queries.get(query);
-    let source = known.zip(reading);
+    let asked = route.query();
+    let source = known.zip(reading).map(|((query, answers), reading)| {
+        let named = SourceReading { name: asked.to_string(), ..reading.clone() };
+        view::discovery(query, &answers.borrow(), &named)
+    });
     let key = (query.via.clone(), query.dc.clone(), query.service.clone());
     let endpoints = upstream.rotation.endpoints().iter();
     let state = situation.route(route).state;
     api::ExplainService {
-        query: view::query(query),
+        query: view::query(&asked),
         balance: route.balance,
         state,
         verdict: state.verdict(),
-        source: source
-            .map(|((query, answers), reading)| view::discovery(query, &answers.borrow(), reading)),
+        source,
         endpoints: endpoints.map(|e| view::endpoint(&key, e, situation.now)).collect(),
         next: situation.next_pick(route).map(|next| next.to_string()),
     }

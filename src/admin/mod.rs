@@ -24,6 +24,7 @@ mod list;
 pub mod metrics;
 mod openapi;
 mod probes;
+mod ready;
 mod refusal;
 mod serve;
 mod socket;

@@ -287,6 +287,27 @@ impl Config {
         all
     }
 
+    /// The flags that decide what is captured, where, and who is asked, and that mean something else in `other`.
+    pub(crate) fn differences(&self, other: &Self) -> Vec<&'static str> {
+        let firewall = [self.firewall, other.firewall];
+        // "auto" may be any of the others.
+        let same_firewall = firewall.contains(&FirewallChoice::Auto) || firewall[0] == firewall[1];
+        let same = [
+            ("--dnat or --redirect", self.capture == other.capture),
+            ("--capture", self.capture_scope == other.capture_scope),
+            ("--firewall", same_firewall),
+            ("--proxy-ip", self.vips == other.vips),
+            ("--port", self.port == other.port),
+            ("--provider or --services", self.provider == other.provider),
+            ("--docker", self.docker == other.docker),
+            ("--prefix", self.prefix == other.prefix),
+            ("--discovery", self.discoveries.uris() == other.discoveries.uris()),
+            ("--admin", self.admin == other.admin),
+            ("--notrack", self.notrack == other.notrack),
+        ];
+        same.into_iter().filter(|(_, same)| !same).map(|(flag, _)| flag).collect()
+    }
+
     /// The flags of the proxy, as clap has them.
     pub(crate) fn flags() -> Command {
         let help = Arg::new("help").short('h').long("help").action(ArgAction::HelpLong);

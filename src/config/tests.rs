@@ -355,6 +355,18 @@ fn connection_tracking() {
 }
 
 #[test]
+fn flags_of_rules_mean_nothing_without_rules() {
+    let words = "-capture=all -firewall=iptables";
+    assert_eq!(
+        parse(words).ignored,
+        ["--capture (needs --dnat or --redirect)", "--firewall (needs --dnat or --redirect)"]
+    );
+    for mode in ["--dnat", "--redirect"] {
+        assert_eq!(parse(&format!("{mode} {words}")).ignored, [""; 0]);
+    }
+}
+
+#[test]
 fn flags_without_meaning_are_named() {
     let config = parse(
         "-logtostderr -alsologtostderr=true -stderrthreshold INFO -vmodule=a=1 -log_dir /tmp \

@@ -8,7 +8,7 @@ use std::{
 
 use super::{metadata::Metadata, reach::Standpoint};
 use crate::{
-    discovery::{Endpoints, Query, Rejected},
+    discovery::{Endpoints, Query, Rejected, missing},
     docker::{
         container::{Container, ContainerPort, Inventory, Network, NoNetwork},
         per_container::{PerContainer, Subject},
@@ -73,16 +73,15 @@ impl Offers {
     pub(crate) fn select(&self, query: &Query, healthy_only: bool) -> Endpoints {
         let mut rejected = Vec::new();
         let named = self.0.get(query.service.as_str()).into_iter().flatten();
-        let wanted = named.filter(|offer| {
-            query.tags.all_in(&offer.tags)
-                && (offer.healthy || !healthy_only)
-                && !offer.stay.is_over()
-        });
-        let wanted: Vec<_> = wanted.collect();
+        let named: Vec<_> = named.filter(|offer| !offer.stay.is_over()).collect();
+        let tagged: Vec<_> =
+            named.iter().copied().filter(|offer| query.tags.all_in(&offer.tags)).collect();
+        let wanted: Vec<_> =
+            tagged.iter().copied().filter(|offer| offer.healthy || !healthy_only).collect();
         let is_first_choice = |offer: &&Arc<Offer>| !offer.last_resort && offer.endpoint.is_ok();
         let there_are_better = wanted.iter().any(is_first_choice);
         let (mut list, mut stays) = (Vec::new(), BTreeMap::new());
-        for offer in wanted {
+        for offer in &wanted {
             match &offer.endpoint {
                 Ok(_) if offer.last_resort && there_are_better => {}
                 Ok(endpoint) => {
@@ -97,7 +96,26 @@ impl Offers {
                 }),
             }
         }
-        Endpoints { stays, ..Endpoints::new(list, rejected) }
+        let problem = list.is_empty().then(|| {
+            let (name, tags) = (query.service.as_str(), &query.tags);
+            match (named.is_empty(), tagged.len(), wanted.is_empty()) {
+                (true, ..) => missing::no_such_service(
+                    "no running container offers this service",
+                    name,
+                    self.0.keys(),
+                ),
+                (_, 0, _) => {
+                    let carried = named.iter().map(|offer| offer.tags.as_slice());
+                    missing::no_such_tags(missing::CONTAINER, tags, carried)
+                }
+                (_, count, true) => missing::none_healthy(missing::CONTAINER, count, "HEALTHCHECK"),
+                (.., false) => {
+                    missing::all_skipped(missing::CONTAINER, &rejected).unwrap_or_default()
+                }
+            }
+        });
+        let problem = problem.map(Into::into);
+        Endpoints { stays, problem, ..Endpoints::new(list, rejected) }
     }
 }
 

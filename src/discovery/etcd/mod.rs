@@ -6,11 +6,12 @@
 //! asked of the server: etcd 2 has no v3 store; from 3.4 on the v2 store is off unless asked for, and from 3.6 on it is gone.
 //! A port that answers only gRPC has the v3 store alone.
 
-use std::{pin::pin, sync::Arc};
+use std::{pin::pin, sync::Arc, time::Duration};
 
+use tokio::time::timeout;
 use url::Url;
 
-use super::{Endpoints, EtcdSettings, Query};
+use super::{Endpoints, EtcdSettings, Query, missing};
 use crate::{
     model::{ServiceName, Tags},
     registry::etcd::{self, Branch, EtcdClient, Step, Tree, v2, v3},
@@ -67,7 +68,15 @@ impl Source for EtcdSource {
             tokio::select! {
                 read = stores.next(self) => {
                     if read? {
-                        publish.publish(value::endpoints(stores.tree(), &self.tags));
+                        let mut endpoints = value::endpoints(stores.tree(), &self.tags);
+                        let has_v3 = matches!(stores, Stores::V3 { .. });
+                        if stores.tree().is_empty()
+                            && has_v3
+                            && let Some(problem) = self.near().await
+                        {
+                            endpoints.problem = Some(problem.into());
+                        }
+                        publish.publish(endpoints);
                     } else {
                         publish.confirm();
                     }
@@ -79,6 +88,29 @@ impl Source for EtcdSource {
 }
 
 impl EtcdSource {
+    /// How long a branch without entries waits for names that may have been meant.
+    const NEAR: Duration = Duration::from_secs(2);
+    /// Levels above the branch that are looked at.
+    const LEVELS: usize = 4;
+
+    /// That there is no entry, with the names in the v3 store that may have been meant, if there are such.
+    async fn near(&self) -> Option<String> {
+        let looking = async {
+            for (name, above) in self.branch.levels().into_iter().take(Self::LEVELS) {
+                let names = self.etcd.client.names_below(&above).await?;
+                let problem = missing::no_such_service(value::NO_ENTRY, &name, names.iter());
+                if problem != value::NO_ENTRY {
+                    return Some(problem);
+                }
+                if !names.is_empty() {
+                    break;
+                }
+            }
+            None
+        };
+        timeout(Self::NEAR, looking).await.ok()?
+    }
+
     async fn stores(&self) -> Result<Stores, SourceError> {
         let Etcd { client, api } = &self.etcd;
         let v3 =

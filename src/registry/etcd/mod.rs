@@ -3,6 +3,7 @@
 //! All questions go to one member, until it fails: then all go to the next.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     sync::{
         Arc,
@@ -29,6 +30,8 @@ mod branch;
 mod tree;
 pub(crate) mod v2;
 pub(crate) mod v3;
+
+use branch::KeyRange;
 
 pub(crate) use branch::Branch;
 pub(crate) use tree::Tree;
@@ -114,6 +117,18 @@ impl EtcdClient {
     /// Follows a branch in the v3 store.
     pub(crate) fn v3(self: &Arc<Self>, branch: &Branch) -> v3::Follower {
         v3::Follower::new(self.clone(), branch)
+    }
+
+    /// The names one level below a branch in the v3 store, as whole paths, if they may be read: of a store with very many keys,
+    /// the first ones. `above` is empty or begins with a slash, and has none at its end.
+    pub(crate) async fn names_below(&self, above: &str) -> Option<BTreeSet<String>> {
+        let range = KeyRange::below(above);
+        let keys = self.connection(&range.start).await.ok()?.keys(&range).await?;
+        let name = |key: &String| {
+            let name = key.strip_prefix(&range.start)?.split('/').next()?;
+            (!name.is_empty()).then(|| format!("{}{name}", range.start))
+        };
+        Some(keys.iter().filter_map(name).collect())
     }
 
     /// The connection to a member's v3 store, opened if there is none. It is asked about `key`.
