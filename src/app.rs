@@ -55,6 +55,8 @@ pub struct App {
     control: JoinHandle<()>,
     checks: JoinHandle<()>,
     memory: JoinHandle<()>,
+    /// Logs whether embassy is ready.
+    said: JoinHandle<()>,
     keeper: Option<Keeper>,
     readiness: Readiness,
     resync: ResyncRequests,
@@ -180,6 +182,7 @@ impl App {
                 own: rules.own.clone(),
             }),
         };
+        let said = tokio::spawn(feeds.clone().log_readiness());
         let admin = match &config.admin {
             Some(at) => {
                 let admin = Admin::start(at, config.admin_token_file.clone(), feeds)
@@ -207,6 +210,7 @@ impl App {
             control: tokio::spawn(control.run()),
             checks,
             memory,
+            said,
             keeper,
             readiness,
             resync,
@@ -241,6 +245,7 @@ impl App {
         let hurry = hurry.shared();
         // This guard is never done: a load balancer that asks /readyz should send new connections elsewhere.
         let _draining = self.readiness.wait_for(Part::Draining);
+        self.said.abort();
         let live = self.proxy.live();
         if live > 0 {
             info!(live, drain_s = self.drain.as_secs_f64(), "waiting for connections to end");

@@ -18,7 +18,7 @@ use crate::{
     model::{Port, Vip},
     provider::{Listing, fixed},
     readiness::Guard,
-    report::{PROVIDER, Report},
+    report::Report,
     source::{Answers, Known, ResyncRequests},
     state::{Restored, Snapshot},
     table::{Inputs, Table},
@@ -230,6 +230,7 @@ impl Control {
         let news = self.news();
         let probed = self.end_probes();
         let (listing, listed_anew) = self.listing()?;
+        self.listed();
         let consumers: Vec<_> = listing.consumers.iter().filter(|c| !c.has_ended()).collect();
         let mut heard = self.demand(&consumers, now);
         // Both sides have an effect.
@@ -263,7 +264,7 @@ impl Control {
         let is_first = self.listing.is_none();
         if self.provider.has_changed().unwrap_or(false) || is_first {
             let provider = self.provider.borrow_and_update().clone();
-            self.report.source(PROVIDER, &provider);
+            self.report.source(None, &provider);
             if provider.value.is_some() {
                 self.kept = None;
             }
@@ -297,7 +298,7 @@ impl Control {
             self.watches.ask(query);
             // It may still be followed, for a consumer that restarts.
             match self.known.get(query) {
-                Some(known) => self.report.source(&query.to_string(), known),
+                Some(known) => self.report.source(Some(query), known),
                 None => drop(self.unheard.insert(query.clone())),
             }
         }
@@ -354,7 +355,7 @@ impl Control {
         for (query, known) in self.watches.news() {
             let is_probe = self.probes.contains(&query);
             if is_probe || self.demand.asks(&query) {
-                self.report.source(&query.to_string(), &known);
+                self.report.source(Some(&query), &known);
             }
             if known.value.is_some() || known.error.is_some() {
                 self.unheard.remove(&query);
@@ -383,13 +384,17 @@ impl Control {
         wake
     }
 
-    /// Completes the readiness parts that are done.
-    fn ready(&mut self) {
+    /// The provider has answered, whatever its bindings still wait for.
+    fn listed(&mut self) {
         if self.provider.borrow().value.is_some()
             && let Some(listing) = self.waiting.0.take()
         {
             listing.done();
         }
+    }
+
+    /// Completes the readiness of the discoveries, if each has answered.
+    fn ready(&mut self) {
         if self.waiting.1.is_some()
             && self.unheard.is_empty()
             && self.probes.is_empty()

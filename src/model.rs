@@ -1,8 +1,11 @@
 //! The vocabulary: newtypes, so that an address in one role cannot be passed in another.
 
 use std::{
+    cmp::Ordering,
     collections::BTreeSet,
-    fmt, io,
+    fmt,
+    hash::{Hash, Hasher},
+    io,
     net::{IpAddr, SocketAddr},
     num::NonZeroU16,
     os::fd::OwnedFd,
@@ -289,29 +292,76 @@ impl fmt::Display for ServiceName {
     }
 }
 
-/// The tags that an endpoint must have, all of them. Sorted, without repeats, so that equal sets are equal.
-#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Tags(Vec<Arc<str>>);
+/// The tags that an endpoint must have, all of them: a set, shown in the order in which its user wrote it. Equal sets are equal,
+/// whatever their order.
+#[derive(Debug, Clone, Default)]
+pub struct Tags {
+    /// Without repeats.
+    written: Vec<Arc<str>>,
+    sorted: Vec<Arc<str>>,
+}
 
 impl Tags {
     pub fn new<'a>(tags: impl IntoIterator<Item = &'a str>) -> Self {
-        let mut tags: Vec<Arc<str>> = tags.into_iter().map(Arc::from).collect();
-        tags.sort();
-        tags.dedup();
-        Self(tags)
+        let mut written: Vec<Arc<str>> = Vec::new();
+        for tag in tags {
+            if !written.iter().any(|one| **one == *tag) {
+                written.push(tag.into());
+            }
+        }
+        let mut sorted = written.clone();
+        sorted.sort();
+        Self { written, sorted }
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.written.is_empty()
     }
 
+    /// In the order in which they were written.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(AsRef::as_ref)
+        self.written.iter().map(AsRef::as_ref)
     }
 
     /// Whether an endpoint with the tags `carried` has all of these.
     pub fn all_in<S: AsRef<str>>(&self, carried: &[S]) -> bool {
         self.iter().all(|wanted| carried.iter().any(|tag| tag.as_ref() == wanted))
+    }
+}
+
+impl fmt::Display for Tags {
+    /// `[tag,tag]`, or nothing if there are none.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, tag) in self.iter().enumerate() {
+            write!(f, "{}{tag}", if i == 0 { "[" } else { "," })?;
+        }
+        f.write_str(if self.is_empty() { "" } else { "]" })
+    }
+}
+
+impl PartialEq for Tags {
+    fn eq(&self, other: &Self) -> bool {
+        self.sorted == other.sorted
+    }
+}
+
+impl Eq for Tags {}
+
+impl PartialOrd for Tags {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Tags {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.sorted.cmp(&other.sorted)
+    }
+}
+
+impl Hash for Tags {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.sorted.hash(state);
     }
 }
 
@@ -357,6 +407,8 @@ impl fmt::Display for Vip {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -371,7 +423,14 @@ mod tests {
     #[test]
     fn tags_are_a_set_and_all_must_be_carried() {
         let tags = Tags::new(["prod", "app1", "prod"]);
-        assert_eq!(tags, Tags::new(["app1", "prod"]));
+        let sorted = Tags::new(["app1", "prod"]);
+        assert_eq!((&tags, tags.cmp(&sorted)), (&sorted, Ordering::Equal));
+        assert!(HashSet::from([sorted.clone()]).contains(&tags));
+        assert_eq!(
+            [tags.to_string(), sorted.to_string(), Tags::default().to_string()],
+            ["[prod,app1]", "[app1,prod]", ""],
+            "they are shown as they were written"
+        );
         assert!(tags.all_in(&["app1", "x", "prod"]));
         assert!(!tags.all_in(&["app1"]));
         assert!(Tags::default().all_in::<&str>(&[]));

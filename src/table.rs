@@ -81,6 +81,11 @@ pub struct Route {
 }
 
 impl Route {
+    /// What its consumer asks for, as the consumer wrote it: the upstream's query is that of the first who asked the same.
+    pub fn query(&self) -> Query {
+        Query { tags: self.binding.descriptor.tags.clone(), ..self.upstream.query.clone() }
+    }
+
     /// Whether `other` is this route with, at the most, other endpoints.
     fn continues(&self, other: &Route) -> bool {
         self.number == other.number
@@ -109,6 +114,8 @@ pub struct Unrouted {
     pub consumer: ConsumerId,
     pub consumer_name: Arc<str>,
     pub origin: Arc<str>,
+    /// Several bindings may have one origin: those of `-services`.
+    pub port: Port,
     pub reason: UnroutedReason,
 }
 
@@ -207,7 +214,7 @@ struct Shared {
 }
 
 /// The consumer, the variable or label, and the missing route, if it is about one.
-type UnroutedKey = (ConsumerId, Arc<str>, Option<RouteKey>);
+type UnroutedKey = (ConsumerId, Arc<str>, u16, Option<RouteKey>);
 
 impl Table {
     pub fn route(&self, key: &RouteKey) -> Option<&Arc<Route>> {

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     consumer::Consumer,
-    judgement::{Cause, Situation, Verdict},
+    judgement::{Cause, Situation, SourceReading, Verdict},
     table::Route,
 };
 
@@ -74,17 +74,20 @@ fn service(feeds: &Feeds, situation: &Situation, route: &Route) -> api::ExplainS
     let sources = feeds.sources.borrow();
     let known = sources.queries.iter().find(|(asked, _)| asked == query);
     let reading = situation.queries.get(query);
-    let source = known.zip(reading);
+    let asked = route.query();
+    let source = known.zip(reading).map(|((query, answers), reading)| {
+        let named = SourceReading { name: asked.to_string(), ..reading.clone() };
+        view::discovery(query, &answers.borrow(), &named)
+    });
     let key = (query.via.clone(), query.dc.clone(), query.service.clone());
     let endpoints = upstream.rotation.endpoints().iter();
     let state = situation.route(route).state;
     api::ExplainService {
-        query: view::query(query),
+        query: view::query(&asked),
         balance: route.balance,
         state,
         verdict: state.verdict(),
-        source: source
-            .map(|((query, answers), reading)| view::discovery(query, &answers.borrow(), reading)),
+        source,
         endpoints: {
             let some = endpoints.take(Wanted::MOST);
             some.map(|e| view::endpoint(&key, e, situation.now)).collect()

@@ -55,7 +55,7 @@ pub(super) fn route(route: &Route, situation: &Situation) -> api::Route {
         address: route.key.source.to_string(),
         port: route.key.port.get(),
         origin: route.binding.origin.to_string(),
-        query: query(&route.upstream.query),
+        query: query(&route.query()),
         balance: route.balance,
         state: health.state,
         verdict: health.state.verdict(),
@@ -130,7 +130,7 @@ pub(super) fn connection(live: &LiveConnection) -> api::Connection {
         consumer: of_route(|route| route.consumer_name.to_string()),
         consumer_id: of_route(|route| route.consumer.full().to_owned()),
         service: of_route(|route| route.upstream.query.service.to_string()),
-        query: of_route(|route| route.upstream.query.to_string()),
+        query: of_route(|route| route.query().to_string()),
         source: live.source.to_string(),
         destination: live.destination.to_string(),
         endpoint: live.endpoint.map(|endpoint| endpoint.to_string()),
@@ -189,11 +189,7 @@ pub(super) fn binding(fate: &BindingFate<'_>) -> api::Binding {
     let (consumer_id, service, routes) = match fate {
         BindingFate::Declared { consumer, binding, routes, .. } => {
             let descriptor = &binding.descriptor;
-            let tags = descriptor.tags.iter().collect::<Vec<_>>().join(",");
-            let service = match tags.is_empty() {
-                true => descriptor.service.to_string(),
-                false => format!("{}[{tags}]", descriptor.service),
-            };
+            let service = format!("{}{}", descriptor.service, descriptor.tags);
             (consumer.id.full(), Some(service), &routes[..])
         }
         BindingFate::Invalid(_) => ("", None, &[][..]),
@@ -207,7 +203,7 @@ pub(super) fn binding(fate: &BindingFate<'_>) -> api::Binding {
         reasons: fate.reasons().iter().map(ToString::to_string).collect(),
         port: fate.port(),
         service,
-        query: routes.first().map(|route| query(&route.upstream.query)),
+        query: routes.first().map(|route| query(&route.query())),
         addresses: routes.iter().map(|route| route.key.source.to_string()).collect(),
     }
 }

@@ -4,7 +4,7 @@
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Instant,
@@ -140,7 +140,7 @@ pub struct CaptureCounts {
     pub unbound: AtomicU64,
     /// How long each write of the rules, or of changes to them, took.
     pub write_times: Histogram,
-    standing: Mutex<Standing>,
+    standing: watch::Sender<Standing>,
 }
 
 /// What the rules turn away.
@@ -201,12 +201,16 @@ pub struct Standing {
 impl CaptureCounts {
     /// How the rules stand now.
     pub fn standing(&self) -> Standing {
-        self.standing.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.standing.borrow().clone()
     }
 
     fn stand(&self, change: impl FnOnce(&mut Standing)) {
-        // Each change is a few assignments: a panic elsewhere leaves it whole.
-        change(&mut self.standing.lock().unwrap_or_else(PoisonError::into_inner));
+        self.standing.send_modify(change);
+    }
+
+    /// Changes when the rules stand in another way.
+    pub fn changes(&self) -> watch::Receiver<Standing> {
+        self.standing.subscribe()
     }
 
     /// How often the rules were restored after this change.
@@ -298,7 +302,7 @@ pub async fn place_of(firewall: Firewall, hook: Hook) -> Result<place::Place, Ca
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{sync::Mutex, time::Duration};
 
     use super::*;
     use crate::readiness::{Part, Readiness};

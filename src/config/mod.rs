@@ -14,6 +14,7 @@ use crate::{
     model::{NotAPort, Port, Vip},
     provider::fixed::LOCAL,
     text::without_secrets,
+    tls::Weakness,
     word::worded,
 };
 pub(crate) use args::Args;
@@ -315,6 +316,40 @@ impl Config {
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Admin, UsageError> {
         read::admin_of_command(&read::Environment(env))
+    }
+
+    /// The connections that these settings leave without protection, each once.
+    pub fn weaknesses(&self) -> Vec<Weakness> {
+        let asks_engine = self.provider == Provider::Docker;
+        let engine = self.docker.weakness().filter(|_| asks_engine);
+        let mut all: Vec<Weakness> = Vec::new();
+        for weakness in engine.into_iter().chain(self.discoveries.weaknesses()) {
+            if !all.contains(&weakness) {
+                all.push(weakness);
+            }
+        }
+        all
+    }
+
+    /// The flags that decide what is captured, where, and who is asked, and that mean something else in `other`.
+    pub(crate) fn differences(&self, other: &Self) -> Vec<&'static str> {
+        let firewall = [self.firewall, other.firewall];
+        // "auto" may be any of the others.
+        let same_firewall = firewall.contains(&FirewallChoice::Auto) || firewall[0] == firewall[1];
+        let same = [
+            ("--dnat or --redirect", self.capture == other.capture),
+            ("--capture", self.capture_scope == other.capture_scope),
+            ("--firewall", same_firewall),
+            ("--proxy-ip", self.vips == other.vips),
+            ("--port", self.port == other.port),
+            ("--provider or --services", self.provider == other.provider),
+            ("--docker", self.docker == other.docker),
+            ("--prefix", self.prefix == other.prefix),
+            ("--discovery", self.discoveries.uris() == other.discoveries.uris()),
+            ("--admin", self.admin == other.admin),
+            ("--notrack", self.notrack == other.notrack),
+        ];
+        same.into_iter().filter(|(_, same)| !same).map(|(flag, _)| flag).collect()
     }
 
     /// The flags of the proxy, as clap has them.

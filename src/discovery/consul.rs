@@ -1,6 +1,11 @@
 //! Consul: the instances of a service, by its health (developer.hashicorp.com/consul/api-docs/health).
 
-use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use serde::Deserialize;
 use tokio::time::{Instant, timeout};
@@ -9,6 +14,7 @@ use url::Url;
 use super::{
     Endpoints, Options, Query, Rejected, Rejections,
     address::{self, excerpt},
+    missing,
 };
 use crate::{
     json::{self, Most},
@@ -16,8 +22,6 @@ use crate::{
     registry::{HttpAnswer, consul::ConsulClient},
     source::{Publisher, Resync, Source, SourceError},
 };
-
-mod missing;
 
 /// A Consul agent or server.
 #[derive(Debug, Clone)]
@@ -119,7 +123,7 @@ impl ConsulSource {
         let asking = self.consul.client.recent(self.at(["catalog", "services"]));
         let answer = timeout(Self::REASON, asking).await.ok()?.ok()?;
         let services = serde_json::from_slice(answer.body()).ok()?;
-        missing::problem(self.query.service.as_str(), &self.tags, &services)
+        why_none(self.query.service.as_str(), &self.tags, &services).map(Into::into)
     }
 
     fn url(&self) -> Url {
@@ -218,6 +222,9 @@ impl Instances {
     fn endpoints(self) -> Endpoints {
         let Self { passing: mut list, mut warning, critical, rejected, unhealthy } = self;
         let mut problem = None;
+        if list.is_empty() && unhealthy.count == 0 {
+            problem = missing::all_skipped(missing::ENTRY, &rejected).map(Into::into);
+        }
         if list.is_empty() && unhealthy.count > 0 {
             problem = Some(unhealthy.problem(warning.len()));
             list = std::mem::take(&mut warning);
@@ -241,6 +248,34 @@ struct Named {
 struct NamedService {
     #[serde(rename = "ID")]
     id: Option<String>,
+}
+
+/// The names of all services, each with the tags that any of its instances carries.
+type Services = BTreeMap<String, Vec<String>>;
+
+/// Why there is no instance of a service; `None` if these names and tags do not tell.
+fn why_none(name: &str, tags: &Tags, services: &Services) -> Option<String> {
+    // Consul itself is a service: who sees none may not see any.
+    if services.is_empty() {
+        return None;
+    }
+    let Some(carried) = services.get(name) else {
+        let fact = "no service has this name, or the token may not read it";
+        return Some(missing::no_such_service(fact, name, services.keys()));
+    };
+    if tags.is_empty() {
+        return None;
+    }
+    // Tags that are named.
+    const NAMED: usize = 3;
+    let wanted: Vec<_> = tags.iter().map(excerpt).collect();
+    let some: Vec<_> = carried.iter().take(NAMED).map(|tag| excerpt(tag)).collect();
+    let more = if carried.len() > NAMED { ", ..." } else { "" };
+    let some = if some.is_empty() { "none".to_owned() } else { some.join(", ") };
+    Some(format!(
+        "it is registered, and no instance carries [{}]; tags there: {some}{more}",
+        wanted.join(",")
+    ))
 }
 
 /// How well an instance is: the worst of its checks.
@@ -500,6 +535,45 @@ mod tests {
         let long = format!(r#"[{{"Service":{{"ID":"{}"}}}}]"#, "x".repeat(1 << 20));
         let endpoints = super::endpoints(long.as_bytes(), &Tags::default(), true).unwrap();
         assert!(endpoints.rejected.iter().all(|entry| entry.what.len() < 1000));
+    }
+
+    #[test]
+    fn a_wrong_name_and_a_wrong_tag_are_told_apart() {
+        let tags = |tags: &[&str]| tags.iter().map(|&tag| tag.to_owned()).collect::<Vec<_>>();
+        let services = [
+            ("consul", tags(&[])),
+            ("frontend_http", tags(&["prod", "eu"])),
+            ("frontend_https", tags(&["a", "b", "c", "d"])),
+            ("mysql", tags(&[])),
+        ];
+        let services: Services =
+            services.into_iter().map(|(name, tags)| (name.to_owned(), tags)).collect();
+        let of =
+            |name: &str, tags: &[&str]| why_none(name, &Tags::new(tags.iter().copied()), &services);
+        for (name, tags, expected) in [
+            (
+                "frontend-http",
+                &[][..],
+                "no service has this name, or the token may not read it; near: frontend_http, frontend_https",
+            ),
+            ("redis", &["x"], "no service has this name, or the token may not read it"),
+            (
+                "frontend_http",
+                &["canary"],
+                "it is registered, and no instance carries [canary]; tags there: prod, eu",
+            ),
+            (
+                "frontend_https",
+                &["y", "x"],
+                "it is registered, and no instance carries [y,x]; tags there: a, b, c, ...",
+            ),
+            ("mysql", &["x"], "it is registered, and no instance carries [x]; tags there: none"),
+        ] {
+            assert_eq!(of(name, tags).as_deref(), Some(expected), "{name}");
+        }
+        // Its last instance went meanwhile; and a token that sees nothing.
+        assert_eq!(of("mysql", &[]), None);
+        assert_eq!(why_none("mysql", &Tags::default(), &Services::new()), None);
     }
 
     proptest! {

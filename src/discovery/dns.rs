@@ -30,7 +30,7 @@ use self::{
     records::{Answer, Target, Ttl},
 };
 use crate::{
-    discovery::{Endpoints, Query, Rejected, address},
+    discovery::{Endpoints, Query, Rejected, address, missing},
     model::Endpoint,
     source::{Publisher, Resync, Source, SourceError},
 };
@@ -107,7 +107,8 @@ impl Source for DnsSource {
             *unsure = SURE;
             let now = Instant::now();
             let (list, goes) = used.settle(found.priority, found.list, *hold, now);
-            publish.publish(Endpoints::new(list, found.rejected));
+            let problem = found.problem.map(Into::into);
+            publish.publish(Endpoints { problem, ..Endpoints::new(list, found.rejected) });
             // Not before a second is over, however many are about to go.
             let goes = goes.map(|at| at.saturating_duration_since(now).max(LEAST));
             let pause = goes.into_iter().fold(found.ttl.bounded(), Duration::min);
@@ -218,6 +219,8 @@ struct Resolved {
     priority: Option<u16>,
     list: Vec<Endpoint>,
     rejected: Vec<Rejected>,
+    /// Why the list is empty.
+    problem: Option<String>,
     ttl: Ttl,
     /// The name is taken for a host, because the question for SRV records failed, perhaps for a moment.
     may_have_services: bool,
@@ -262,9 +265,26 @@ impl<'a> Session<'a> {
                 return Err(failure.clone());
             }
             let (list, mut rejected) = endpoints(&host.answer, &self.name, &self.port);
+            let problem = list.is_empty().then(|| {
+                let unusable = missing::all_skipped(
+                    missing::Noun("address", "addresses"),
+                    &rejected.clone().into(),
+                );
+                unusable.unwrap_or_else(|| match host.answer.no_such_name {
+                    true => "the name does not exist in DNS (NXDOMAIN)".to_owned(),
+                    false => "the name has no SRV, A or AAAA records".to_owned(),
+                })
+            });
             rejected.extend(host.failures.into_iter().map(Rejected::from));
             let ttl = host.answer.ttl;
-            return Ok(Resolved { priority: None, list, rejected, ttl, may_have_services });
+            return Ok(Resolved {
+                priority: None,
+                list,
+                rejected,
+                problem,
+                ttl,
+                may_have_services,
+            });
         }
         self.targets(services, &targets).await
     }
@@ -318,7 +338,13 @@ impl<'a> Session<'a> {
         if let Some(failure) = services.failures.first().filter(|_| !answered) {
             return Err(failure.clone());
         }
+        let unusable = missing::all_skipped(missing::TARGET, &resolved.rejected.clone().into());
         resolved.rejected.extend(services.failures.into_iter().map(Rejected::from));
+        if resolved.list.is_empty() {
+            resolved.problem = Some(unusable.unwrap_or_else(|| {
+                "its SRV records say that the service is not available".to_owned()
+            }));
+        }
         match open {
             Some(failure) if resolved.list.is_empty() => Err(failure),
             _ => Ok(resolved),

@@ -15,6 +15,7 @@ use crate::{
     model::{Endpoint, Port, ServiceName, Stay, Tags},
     source::{Publisher, ResyncRequests, follow},
     text::shortened,
+    tls::Weakness,
 };
 
 mod address;
@@ -24,6 +25,7 @@ pub mod dns;
 pub mod docker;
 pub mod etcd;
 pub mod file;
+mod missing;
 mod options;
 
 mod uri;
@@ -53,6 +55,11 @@ impl Query {
         let (service, tags) = (ServiceName::new(PROBE)?, Tags::default());
         Some(Self { via: via.clone(), service, tags, dc: None, port: Port::new(1) })
     }
+
+    /// Whether it asks for nothing but an answer: that there is no such service is none of its problems.
+    pub fn is_probe(&self) -> bool {
+        self.service.as_str() == PROBE
+    }
 }
 
 /// The service of [`Query::probe`]: no registry has it (RFC 6761, section 6.4).
@@ -60,13 +67,10 @@ const PROBE: &str = "embassy.invalid";
 
 impl fmt::Display for Query {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.service.as_str() == PROBE {
+        if self.is_probe() {
             return f.write_str(&self.via);
         }
-        write!(f, "{} {}", self.via, self.service)?;
-        if !self.tags.is_empty() {
-            write!(f, "[{}]", self.tags.iter().collect::<Vec<_>>().join(","))?;
-        }
+        write!(f, "{} {}{}", self.via, self.service, self.tags)?;
         if let Some(port) = self.port {
             write!(f, " port {port}")?;
         }
@@ -216,6 +220,16 @@ impl Discovery {
         }
     }
 
+    /// What is not protected of the connections to it.
+    fn weaknesses(&self) -> Vec<Weakness> {
+        match self {
+            Self::Consul(consul) => consul.client.weaknesses(),
+            Self::Etcd(etcd) => etcd.client.weaknesses(),
+            Self::Docker(docker) => docker.engine().weakness().into_iter().collect(),
+            Self::File(_) | Self::Dns(_) => Vec::new(),
+        }
+    }
+
     /// `host:port` of every server that is asked over TCP.
     fn servers(&self) -> Vec<String> {
         let of =
@@ -249,8 +263,8 @@ pub enum CannotAsk {
     Unknown { via: Arc<str>, configured: String },
     #[error("dc={dc:?}: expected none, as {via} has no datacentres")]
     Datacentre { dc: Arc<str>, via: Arc<str> },
-    #[error("tags [{tags}]: expected none, as {via} has no tags")]
-    Tags { tags: String, via: Arc<str> },
+    #[error("tags {tags}: expected none, as {via} has no tags")]
+    Tags { tags: Tags, via: Arc<str> },
     #[error(
         "port {0} is embassy's own, so its connections look like direct dials: expected another port, or another --port of embassy"
     )]
@@ -326,6 +340,11 @@ impl Discoveries {
         &self.uris
     }
 
+    /// What is not protected of the connections to any of them.
+    pub fn weaknesses(&self) -> Vec<Weakness> {
+        self.by_name.values().flat_map(Discovery::weaknesses).collect()
+    }
+
     /// `host:port` of every server that any discovery asks over TCP.
     pub fn servers(&self) -> Vec<String> {
         self.by_name.values().flat_map(Discovery::servers).collect()
@@ -356,8 +375,7 @@ impl Discoveries {
             return Err(CannotAsk::Datacentre { dc: dc.clone(), via: via.clone() });
         }
         if !descriptor.tags.is_empty() && matches!(discovery, Discovery::Dns(_)) {
-            let tags = descriptor.tags.iter().collect::<Vec<_>>().join(",");
-            return Err(CannotAsk::Tags { tags, via: via.clone() });
+            return Err(CannotAsk::Tags { tags: descriptor.tags.clone(), via: via.clone() });
         }
         let service = match discovery {
             Discovery::Etcd(_) => etcd::branch(&descriptor.service),
@@ -400,10 +418,10 @@ mod tests {
                 format!("dc=\"eu\": expected none, as {via} has no datacentres")
             );
         }
-        assert_eq!(query("web[a];80;via=file").unwrap(), "file web[a]");
+        assert_eq!(query("web[b,a];80;via=file").unwrap(), "file web[b,a]");
         assert_eq!(
-            query("web[a,b];80;via=dns").unwrap_err(),
-            "tags [a,b]: expected none, as dns has no tags"
+            query("web[b,a];80;via=dns").unwrap_err(),
+            "tags [b,a]: expected none, as dns has no tags"
         );
         assert_eq!(
             query("web;80;via=zookeeper").unwrap_err(),

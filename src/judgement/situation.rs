@@ -108,6 +108,17 @@ impl Situation {
         }
     }
 
+    /// Whether connections to an address arrive from no consumer, and do not arrive from one in whose network it is.
+    pub(super) fn is_dead(&self, address: IpAddr) -> bool {
+        let speaking =
+            || self.listing.consumers.iter().filter(|one| speaks(one, &address, &self.table));
+        let reach = |consumer: &Arc<Consumer>| consumer.reach(address, self.surroundings());
+        // The first two nearly always decide.
+        !self.here.contains(&address)
+            && !speaking().any(|one| reach(one) == Reach::Arrives)
+            && speaking().any(|one| reach(one) == Reach::Elsewhere)
+    }
+
     fn surroundings(&self) -> Surroundings<'_> {
         Surroundings { here: &self.here, networks: &self.listing.networks }
     }
@@ -124,7 +135,8 @@ impl Situation {
         self.capture.mode != CaptureMode::None
     }
 
-    pub(super) fn is_draining(&self) -> bool {
+    /// Whether embassy is shutting down.
+    pub fn is_draining(&self) -> bool {
         self.pending.iter().any(|(part, _)| *part == Part::Draining)
     }
 

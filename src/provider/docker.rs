@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Invalid, Listing, Problem, bindings::bindings};
+use super::{Invalid, Listing, NETWORK, Problem, bindings::bindings};
 use crate::{
     consumer::{Binding, Consumer},
     docker::{
@@ -379,7 +379,7 @@ impl Asking {
             }
             Err(reason) => reason.to_string(),
         };
-        let (consumer, origin) = (container.name.clone(), "network".into());
+        let (consumer, origin) = (container.name.clone(), NETWORK.into());
         asking.no_network = Some(Problem { consumer, origin, reason });
         asking
     }

@@ -91,6 +91,9 @@ impl Invalid {
     }
 }
 
+/// The origin of the problem that a container cannot be told by an address of its own.
+pub const NETWORK: &str = "network";
+
 /// A declaration of a consumer that is invalid. Its other bindings work.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Problem {

@@ -398,15 +398,17 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
             consumer: consumer.id.clone(),
             consumer_name: consumer.name.clone(),
             origin: binding.origin.clone(),
+            port: binding.descriptor.port,
             reason,
         };
-        let key = (consumer.id.clone(), binding.origin.clone(), key);
+        let port = binding.descriptor.port.get();
+        let key = (consumer.id.clone(), binding.origin.clone(), port, key);
         Arc::make_mut(&mut self.next.unrouted).insert(key, unrouted);
     }
 
     /// Removes the recorded reasons of a consumer's bindings, for these routes.
     fn forget_unrouted(&mut self, consumer: &ConsumerId, meant: impl Fn(Option<RouteKey>) -> bool) {
-        let first: UnroutedKey = (consumer.clone(), "".into(), None);
+        let first: UnroutedKey = (consumer.clone(), "".into(), 0, None);
         let of_consumer = self.next.unrouted.range(first..);
         let of_consumer = of_consumer.take_while(|((id, ..), _)| id == consumer);
         let said: Vec<_> =

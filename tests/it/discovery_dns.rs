@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::Result;
+use embassy::{discovery::Endpoints, source::Known};
 use hickory_resolver::proto::{
     op::{Message, OpCode, Query, ResponseCode},
     rr::{
@@ -89,8 +90,21 @@ async fn services_and_their_targets_are_followed() -> Result<()> {
     assert_eq!(rejected(&known), ["host a.test.: it has no address"]);
 
     dns.restart(&[]);
-    web.sees(&[]).await;
+    let known = web.sees(&[]).await;
+    assert_eq!(problem(&known), "the name does not exist in DNS (NXDOMAIN)");
+    // The name is there, and says nothing of where it is.
+    dns.restart(&["--txt-record=_web._tcp.test,hello"]);
+    web.until("another reason", |known| problem(known) == "the name has no SRV, A or AAAA records")
+        .await;
+    dns.restart(&["--srv-host=_web._tcp.test,nowhere.test,80,1,1"]);
+    let skipped = "its one target was skipped (host nowhere.test.: it has no address)";
+    web.until("another reason", |known| problem(known) == skipped).await;
     Ok(())
+}
+
+/// Why there is no endpoint.
+fn problem(known: &Known<Endpoints>) -> &str {
+    known.value.as_ref().and_then(|answer| answer.problem.as_deref()).unwrap_or_default()
 }
 
 #[tokio::test]

@@ -3,12 +3,14 @@
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use testbed::{Container, Embassy, Host, embassy_program};
+use testbed::{Container, Embassy, Host};
 
 use crate::{
     READY, WAIT,
     capture::{IPTABLES, NFT, NFT_SHARED, ours, rules, strangers_rules},
-    support::{ETCD, counts, ends, metric, offer, reaches, restored, says, web},
+    support::{
+        ETCD, SBIN, counts, ends, metric, offer, reaches, restored, says, web, with_programs,
+    },
 };
 
 /// What somebody does, and what embassy calls it.
@@ -77,11 +79,10 @@ fn idle(firewall: &str) -> Result<()> {
     // Every program that embassy may start, told when it is.
     let told = "mkdir -p /run/bin; for name in nft iptables-save ip6tables-save iptables-restore \
                 ip6tables-restore; do printf '#!/bin/sh\necho %s \"$*\" >> /run/started\nexec %s \"$@\"\n' \
-                $name $(command -v $name) > /run/bin/$name; chmod +x /run/bin/$name; done";
-    host.run("sh", ["-ec", told])?;
-    let mut command = host.command("env");
-    command.env("DOCKER_HOST", host.docker_url()).arg("PATH=/run/bin");
-    command.arg(embassy_program()?).args(["--dnat", ETCD, firewall]);
+                $name SBIN/$name > /run/bin/$name; chmod +x /run/bin/$name; done";
+    host.run("sh", ["-ec", &told.replace("SBIN", SBIN)])?;
+    let mut command = with_programs(&host, "/run/bin")?;
+    command.args(["--dnat", ETCD, firewall]);
     let embassy = host.embassy_from(command)?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;
@@ -402,10 +403,8 @@ fn a_program_that_crashes_hides_only_its_own_rules() -> Result<()> {
     // As an nft of another version does, beside some sets.
     let crash = "mkdir -p /run/bin; printf '#!/bin/sh\nkill -SEGV $$\n' > /run/bin/nft; chmod +x /run/bin/nft";
     host.run("sh", ["-ec", crash])?;
-    let mut command = host.command("env");
-    let path = std::env::var("PATH")?;
-    command.env("DOCKER_HOST", host.docker_url()).arg(format!("PATH=/run/bin:{path}"));
-    command.arg(embassy_program()?).args(["--dnat", ETCD]);
+    let mut command = with_programs(&host, "/run/bin")?;
+    command.args(["--dnat", ETCD]);
     let embassy = host.embassy_from(command)?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;

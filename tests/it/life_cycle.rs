@@ -4,13 +4,16 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use testbed::{Embassy, Host, embassy_program};
+use testbed::{Embassy, Host};
 
 use crate::{
     READY, WAIT,
     capture::{IPTABLES, NFT},
     commands::run,
-    support::{ETCD, counts, ends, metric, offer, reaches, restored, says, web},
+    support::{
+        ETCD, SBIN, counts, ends, metric, offer, reaches, restored, says, web, with_programs,
+        without_programs,
+    },
 };
 
 /// Waits until `/readyz` says that just these parts are not ready.
@@ -341,16 +344,14 @@ fn hanging() -> Result<(Host, testbed::Container)> {
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let save = "mkdir -p /run/bin; printf '#!/bin/sh\nwhile test -e /run/hang; do touch /run/hangs; sleep 0.1; done\nexec %s \"$@\"\n' \
-               $(command -v iptables-save) > /run/bin/iptables-save; chmod +x /run/bin/iptables-save";
-    host.run("sh", ["-ec", save])?;
+               SBIN/iptables-save > /run/bin/iptables-save; chmod +x /run/bin/iptables-save";
+    host.run("sh", ["-ec", &save.replace("SBIN", SBIN)])?;
     Ok((host, app))
 }
 
 fn with_hanging(host: &Host, flags: &[&str]) -> Result<Embassy> {
-    let mut command = host.command("env");
-    let path = std::env::var("PATH")?;
-    command.env("DOCKER_HOST", host.docker_url()).arg(format!("PATH=/run/bin:{path}"));
-    command.arg(embassy_program()?).args(["--dnat", ETCD, IPTABLES]).args(flags);
+    let mut command = with_programs(host, "/run/bin")?;
+    command.args(["--dnat", ETCD, IPTABLES]).args(flags);
     host.embassy_from(command)
 }
 
@@ -417,8 +418,7 @@ fn a_firewall_that_hangs_does_not_hold_up_a_stop_during_the_start() -> Result<()
 fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
     let host = Host::light()?;
     web(&host, "web")?;
-    let mut no_iptables = host.command("env");
-    no_iptables.arg("PATH=/nowhere").arg(embassy_program()?);
+    let mut no_iptables = without_programs(&host)?;
     no_iptables.args(["--dnat", "--firewall=iptables", "--admin=off", "-p=9998"]);
     let (said, status) = outcome(&host, no_iptables)?;
     assert!(status == Some(1) && said.contains("cannot run iptables-save"), "{said}");

@@ -5,16 +5,18 @@ use std::net::IpAddr;
 use super::{
     super::table::bytes,
     Finding, Level,
-    collect::{HostFacts, Listener, Network},
+    collect::{EngineFacts, HostFacts, Listener, Network},
     dial::{Dial, Failed},
 };
 use crate::{
     admin::api::{Subject, Verdict},
     capture::{Firewall, input::Barrier, leads::Lead, place::Place, rules::Part},
     config::CaptureMode,
+    counts::numbered,
     judgement::{self, CONNECTIONS_FEW},
     limits,
     memory::{NEAR, Use},
+    tls::Weakness,
 };
 
 /// The results of all checks; later checks depend on earlier ones.
@@ -22,6 +24,7 @@ pub(super) fn findings(facts: &HostFacts, dials: &[Dial]) -> Vec<Finding> {
     let mut all = vec![embassy(facts)];
     all.extend(engine(facts));
     all.extend(discoveries(facts));
+    all.extend(weaknesses(facts));
     all.push(port(facts));
     if facts.capture == CaptureMode::None {
         all.push(own_rules(facts));
@@ -34,6 +37,7 @@ pub(super) fn findings(facts: &HostFacts, dials: &[Dial]) -> Vec<Finding> {
     all.extend(input(facts));
     all.extend(dials.iter().map(|dial| arrival(dial, facts.port)));
     all.extend(facts.networks.iter().map(|network| vip(network, facts)));
+    all.extend(dead_vips(facts));
     all.extend(facts.networks.iter().filter_map(rp_filter));
     all.extend(conntrack(facts));
     all.push(descriptors(facts));
@@ -72,9 +76,12 @@ fn embassy(facts: &HostFacts) -> Finding {
 fn engine(facts: &HostFacts) -> Option<Finding> {
     let check = "docker";
     Some(match facts.engine.as_ref()? {
-        Ok(engine) => ok(
+        Ok(EngineFacts { address, version, api }) => ok(
             check,
-            format!("engine {}, API {}, at {}", engine.version, engine.api, engine.address),
+            match version.is_empty() {
+                false => format!("engine {version}, API {api}, at {address}"),
+                true => format!("an engine answers at {address}; it does not say its version"),
+            },
         ),
         Err(error) => fail(
             check,
@@ -95,6 +102,10 @@ fn discoveries(facts: &HostFacts) -> impl Iterator<Item = Finding> {
             "start it, or correct -discovery and its token or certificates",
         ),
     })
+}
+
+fn weaknesses(facts: &HostFacts) -> impl Iterator<Item = Finding> {
+    facts.weaknesses.iter().map(|Weakness { what, fix }| warn("protection", what.as_str(), *fix))
 }
 
 fn port(facts: &HostFacts) -> Finding {
@@ -276,7 +287,16 @@ fn rules(facts: &HostFacts) -> Vec<Finding> {
             ));
         }
     }
-    if all.is_empty() && !facts.running.is_empty() && facts.capture != CaptureMode::None {
+    // An embassy that has no table yet says itself what it waits for.
+    let is_not_yet = facts
+        .told
+        .iter()
+        .any(|told| told.about == Subject::Process && told.verdict == Verdict::Broken);
+    if all.is_empty()
+        && !facts.running.is_empty()
+        && facts.capture != CaptureMode::None
+        && !is_not_yet
+    {
         all.push(fail(
             check,
             "an embassy runs, but its rules are missing",
@@ -385,6 +405,28 @@ fn vip(network: &Network, facts: &HostFacts) -> Finding {
     }
 }
 
+/// VIPs of --proxy-ip that nobody answers for, in networks that have another one.
+fn dead_vips(facts: &HostFacts) -> impl Iterator<Item = Finding> {
+    let vips = facts.vips.iter().flatten();
+    let dead = vips.filter(|vip| !facts.local.contains(*vip)).filter_map(|vip| {
+        let of = facts.networks.iter().find(|network| {
+            let contains = |vip: &IpAddr| network.ranges.iter().any(|range| range.contains(vip));
+            let others = facts.vips.iter().flatten().filter(|other| facts.local.contains(*other));
+            contains(vip) && others.clone().any(contains)
+        });
+        of.map(|network| (vip, &network.name))
+    });
+    dead.map(|(vip, network)| {
+        warn(
+            "vip",
+            format!(
+                "{vip} belongs to network {network} but to no interface of this host: connections of its containers to it do not arrive"
+            ),
+            "leave it out of --proxy-ip (PROXY_IP)",
+        )
+    })
+}
+
 /// A strict filter drops packets that arrive on another interface than answers would leave by.
 fn rp_filter(network: &Network) -> Option<Finding> {
     let check = "rp_filter";
@@ -421,7 +463,8 @@ fn descriptors(facts: &HostFacts) -> Finding {
         return ok(check, "no limit");
     };
     let connections = limits::by_descriptors(limit);
-    let what = format!("{limit} descriptors allow {connections} connections at a time");
+    let allowed = numbered(connections, "connection", "connections");
+    let what = format!("{limit} descriptors allow {allowed} at a time");
     match connections {
         ..CONNECTIONS_FEW => warn(
             check,
@@ -443,7 +486,10 @@ fn memory(facts: &HostFacts) -> Option<Finding> {
         Verdict::Broken => fail(check, format!("{part}: new connections are refused"), fix),
         _ if connections < CONNECTIONS_FEW => warn(
             check,
-            format!("{part}: this leaves room for at most {connections} connections"),
+            format!(
+                "{part}: this leaves room for at most {}",
+                numbered(connections, "connection", "connections")
+            ),
             fix,
         ),
         _ => ok(check, part),
@@ -475,7 +521,7 @@ fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::collect::EngineFacts, *};
+    use super::*;
     use crate::{admin::api, capture::Firewall};
 
     fn network() -> Network {
@@ -518,6 +564,7 @@ mod tests {
             descriptors: Some(20_000),
             memory: Some(Use { used: 20 << 20, limit: 512 << 20 }),
             capabilities: u64::MAX,
+            weaknesses: Vec::new(),
             told: Vec::new(),
         }
     }
@@ -547,6 +594,7 @@ mod tests {
         let findings = findings(&facts, &[]).into_iter().filter(|f| f.level != Level::Ok);
         let told = findings.inspect(|finding| {
             assert!(finding.fix.as_ref().is_some_and(|fix| !fix.is_empty()), "{finding:?}");
+            assert_eq!(crate::text::odd(&finding.what), None);
         });
         told.map(|finding| (finding.check, finding.level)).collect()
     }
@@ -622,7 +670,7 @@ mod tests {
         use Level::{Fail, Warn};
         let vips = |list: &[&str]| Some(list.iter().map(|vip| vip.parse().unwrap()).collect());
         type Change = Box<dyn FnOnce(&mut HostFacts)>;
-        let cases: [(&str, Level, Change); 31] = [
+        let cases: [(&str, Level, Change); 33] = [
             ("leftover", Warn, Box::new(|f| f.leads = Ok(vec![lead(9999)]))),
             ("leftover", Warn, Box::new(|f| f.leads = Ok(vec![lead(3232)]))),
             (
@@ -641,6 +689,11 @@ mod tests {
                 "discovery",
                 Fail,
                 Box::new(|f| f.discoveries.push(("etcd".into(), Err("down".into())))),
+            ),
+            (
+                "protection",
+                Warn,
+                Box::new(|f| f.weaknesses = vec![Weakness { what: "a token".into(), fix: "TLS" }]),
             ),
             ("port", Fail, Box::new(|f| f.listener = Listener::Other("nginx".into()))),
             ("capability", Fail, Box::new(|f| f.capabilities = !NET_ADMIN)),
@@ -691,6 +744,7 @@ mod tests {
                 }),
             ),
             ("vip", Fail, Box::new(|f| f.vips = Some(Vec::new()))),
+            ("vip", Warn, Box::new(move |f| f.vips = vips(&["172.17.0.1", "172.17.42.1"]))),
             (
                 "rp_filter",
                 Warn,
@@ -741,6 +795,21 @@ mod tests {
         let mut facts = well();
         told(&mut facts);
         assert!(findings(&facts, &[]).iter().all(|finding| finding.check != "input"));
+    }
+
+    #[test]
+    fn rules_that_cannot_be_there_yet_are_not_missed() {
+        let waits = |facts: &mut HostFacts| {
+            facts.places[0].1 = Place::Absent;
+            facts.told = vec![api::Finding {
+                about: Subject::Process,
+                verdict: Verdict::Broken,
+                cause: "provider_awaited".into(),
+                text: "The provider has not answered yet.".into(),
+                fix: Some("check the engine".into()),
+            }];
+        };
+        assert_eq!(found(waits), [("process", Level::Fail)]);
     }
 
     #[test]
