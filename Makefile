@@ -13,7 +13,7 @@ NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 DISCOVERY ?= docker
 ONCE ?=
 
-.PHONY: help setup build test registry-figures lint fuzz soak demo figures scale bench bench-setup bench-soak shell dist clean
+.PHONY: help setup build test registry-figures lint fuzz soak demo figures scale bench bench-setup bench-soak shell dist dist-try clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -77,18 +77,11 @@ bench-soak: bench-setup ## run embassy alone at full rate for MINUTES=10; fails 
 shell: build ## open a shell in a separate Docker host
 	target/debug/testbed shell
 
-DIST := target/dist
-COMMANDS = $(shell target/release/embassy --help | sed -n '/^Commands:/,/^$$/s/^  \([a-z][a-z]*\) .*/\1/p')
+dist: setup ## make a release in target/dist: static binary, manual pages, completions, tarball, Debian package, root of the image
+	dist/package.sh
 
-dist: setup ## build a release with manual pages, completions and a systemd unit in target/dist
-	cargo build --release --bin embassy
-	mkdir -p $(DIST)/man $(DIST)/completions
-	cp target/release/embassy dist/embassy.service $(DIST)/
-	target/release/embassy man >$(DIST)/man/embassy.1
-	for command in $(COMMANDS); do target/release/embassy man $$command >$(DIST)/man/embassy-$$command.1 || exit 1; done
-	target/release/embassy completions bash >$(DIST)/completions/embassy.bash
-	target/release/embassy completions zsh >$(DIST)/completions/_embassy
-	target/release/embassy completions fish >$(DIST)/completions/embassy.fish
+dist-try: dist ## install the Debian package in fresh roots of Debian, and serve a first request; prints the seconds
+	dist/try.sh
 
 clean: ## remove build output and downloads, and what killed hosts left
 	@if [ -x target/debug/testbed ]; then target/debug/testbed sweep; fi

@@ -653,7 +653,9 @@ fn the_defaults_that_help_tells_are_true() {
             continue; // in words: no value means it
         }
         let flag = arg.get_long().unwrap();
-        assert_eq!(shown(&parse(&format!("--{flag}={default}"))), shown(&parse("")), "--{flag}");
+        // Without --dnat, flags of its rules are named as flags without effect.
+        let given = parse(&format!("--dnat --{flag}={default}"));
+        assert_eq!(shown(&given), shown(&parse("--dnat")), "--{flag}");
         told += 1;
     }
     assert!(told >= 18, "{told}");

@@ -322,6 +322,10 @@ fn as_root_with(host: &Host, capabilities: &str, flags: &[&str]) -> Result<Embas
     host.embassy_from(command)
 }
 
+/// The user of embassy's image and package.
+const USER: u32 = 59990;
+const GROUP: u32 = 4242;
+
 #[test]
 fn the_unit_of_systemd_has_flags_that_embassy_takes_and_rights_that_it_needs() -> Result<()> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("dist/embassy.service");
@@ -332,13 +336,35 @@ fn the_unit_of_systemd_has_flags_that_embassy_takes_and_rights_that_it_needs() -
     };
     let words = setting("ExecStart")?.strip_prefix("/usr/bin/embassy ").context("a program")?;
     let words: Vec<_> = words.split(' ').filter(|word| *word != "$EMBASSY_FLAGS").collect();
-    let capabilities = setting("CapabilityBoundingSet")?.to_lowercase();
-    let capabilities: Vec<_> =
-        capabilities.split(' ').map(|name| name.replace("cap_", "+")).collect();
+    let capabilities = |name| -> Result<String> {
+        let names = setting(name)?.to_lowercase();
+        let names: Vec<_> = names.split(' ').map(|name| name.replace("cap_", "+")).collect();
+        Ok(names.join(","))
+    };
+    assert_ne!(setting("User")?, "root");
     let day = Day::begins()?;
+    // As Docker's socket is: of root and a group.
+    let socket = day.host.docker_url().trim_start_matches("unix://").to_owned();
+    day.host.run("chgrp", [&GROUP.to_string(), &socket])?;
+    day.host.run("chmod", ["660", &socket])?;
+    let state = day.host.dir().join("of-embassy");
+    fs::create_dir(&state)?;
+    std::os::unix::fs::chown(&state, Some(USER), Some(USER))?;
+    let state = format!("--state-dir={}", state.display());
     for firewall in ["--firewall=nft", "--firewall=iptables"] {
-        let flags = [&words[..], &[&day.discovery, firewall]].concat();
-        let embassy = as_root_with(&day.host, &capabilities.join(","), &flags)?;
+        let mut command = day.host.command("setpriv");
+        command.args([
+            format!("--bounding-set=-all,{}", capabilities("CapabilityBoundingSet")?),
+            format!("--inh-caps=-all,{}", capabilities("AmbientCapabilities")?),
+            format!("--ambient-caps=-all,{}", capabilities("AmbientCapabilities")?),
+            format!("--reuid={USER}"),
+            format!("--regid={USER}"),
+            format!("--groups={GROUP}"),
+        ]);
+        command.arg("--no-new-privs").arg(embassy_program()?).args(&words);
+        command.args([&*day.discovery, firewall, &state]);
+        command.env("DOCKER_HOST", day.host.docker_url());
+        let embassy = day.host.embassy_from(command)?;
         embassy.wait_ready(READY)?;
         reaches(&day.app, format!("{VIP}:80"), "web")?;
         let log = embassy.log();

@@ -127,7 +127,7 @@ fn host() -> Result<(Host, Container)> {
     Ok((host, app))
 }
 
-/// Builds the repository's Dockerfile on a base that was made here.
+/// Builds the image with iptables on a base that was made here.
 fn image(host: &Host) -> Result<()> {
     let programs = ["nft", "iptables", "iptables-save", "iptables-restore", "setcap"];
     let paths = programs.map(|name| output(std::process::Command::new("which").arg(name)));
@@ -139,7 +139,7 @@ fn image(host: &Host) -> Result<()> {
     let context = host.dir().join("image");
     std::fs::create_dir_all(&context)?;
     std::fs::copy(embassy_program()?, context.join("embassy"))?;
-    let dockerfile = concat!(env!("CARGO_MANIFEST_DIR"), "/Dockerfile");
+    let dockerfile = concat!(env!("CARGO_MANIFEST_DIR"), "/dist/iptables.Dockerfile");
     let mut build = host.docker_command(["build", "--build-arg=BASE=base", "--tag=embassy", "-f"]);
     output(build.arg(dockerfile).arg(context)).map(drop)
 }

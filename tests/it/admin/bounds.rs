@@ -155,7 +155,8 @@ fn scrapes_that_are_not_read_take_their_own_places_and_free_them() -> Result<()>
     let services: Vec<_> = (1..=4000).map(|n| format!("service-{n};{n}")).collect();
     let services = format!("-services={}", services.join(","));
     let discovery = format!("-discovery=file://{}", file.display());
-    let embassy = host.embassy(["-provider=static", &services, &discovery])?;
+    let many = "--max-bindings-per-consumer=4000";
+    let embassy = host.embassy(["-provider=static", &services, &discovery, many])?;
     embassy.wait_ready(READY)?;
     let mut python = host.command("/usr/bin/python3");
     python.args(["-c", UNREAD, "4", "/metrics", "1"]);

@@ -1,0 +1,99 @@
+#!/bin/sh
+# The first minute of a user who has only the Debian package: installs it in a fresh root of Debian, starts embassy without systemd, asks
+# doctor, and serves a request. Prints how long that took, for each release in RELEASES. The package is that of `make dist`.
+#
+#   RELEASES="bullseye bookworm trixie sid" dist/try.sh
+set -eu
+cd "$(dirname "$0")/.."
+export LC_ALL=C
+
+cache=${TESTBED_CACHE:-$PWD/.testbed/cache}/roots
+package=$(find target/dist -name 'embassy_*.deb' | head -n 1)
+
+say() { echo "try: $*"; }
+fail() { echo "try: $*" >&2; exit 1; }
+
+[ "$(id -u)" = 0 ] || fail 'run this as root: it makes namespaces'
+[ -n "$package" ] || fail 'no package in target/dist: make dist'
+command -v debootstrap >/dev/null || fail 'debootstrap is missing, of the package debootstrap (makes the roots)'
+
+work=
+clean_up() {
+    [ -z "$work" ] || { umount "$work/root" "$work/upper" 2>/dev/null || true; rm -rf "$work"; }
+}
+trap clean_up EXIT
+trap 'exit 1' HUP INT TERM
+
+# The mirror that this machine's apt uses for Debian itself.
+mirror() {
+    apt-get indextargets --format '$(SITE) $(LABEL)' 'Created-By: Packages' 'Component: main' |
+        awk '$2 == "Debian" { print $1; exit }'
+}
+
+# fresh RELEASE: its root, once for all tries
+fresh() {
+    [ -d "$cache/$1" ] && return
+    mkdir -p "$cache"
+    say "fetching $1 into $cache"
+    debootstrap --variant=minbase "$1" "$cache/$1.new" "$(mirror)" >"$cache/$1.log" 2>&1 || fail "debootstrap $1: see $cache/$1.log"
+    mv -T "$cache/$1.new" "$cache/$1"
+}
+
+# What runs inside: as root of a root of its own, in namespaces of its own. Time is counted from the first command of the user.
+first_minute=$(cat <<'SCRIPT'
+set -eu
+mount -t proc proc /proc
+begun=$(date +%s%N)
+dpkg --install /package.deb >/dev/null
+printf '[[service]]\nname = "web"\nendpoints = ["127.0.0.1:8080"]\n' >/etc/embassy.toml
+perl -MIO::Socket::INET -e '
+    $listener = IO::Socket::INET->new(LocalAddr => "127.0.0.1:8080", Listen => 5, ReuseAddr => 1) or die;
+    while ($client = $listener->accept) { print $client "hello\n"; close $client }' &
+served=$!
+embassy --redirect -provider=static -services="web;80" -discovery=file:///etc/embassy.toml --proxy-ip=172.17.0.1 >/embassy.log 2>&1 &
+embassy=$!
+embassy wait --timeout=30s >/dev/null || { cat /embassy.log; exit 1; }
+answer=$(perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new("172.17.0.1:80") or die "$@"; print <$s>')
+ended=$(date +%s%N)
+[ "$answer" = hello ] || { echo "the answer was: $answer"; cat /embassy.log; exit 1; }
+embassy doctor --redirect -provider=static -services="web;80" -discovery=file:///etc/embassy.toml --proxy-ip=172.17.0.1 || {
+    echo 'doctor finds something wrong'; exit 1; }
+kill "$embassy" "$served"
+wait "$embassy" || { echo "embassy did not end well: $?"; exit 1; }
+getent passwd embassy >/dev/null || { echo 'no user'; exit 1; }
+dpkg --purge embassy >/dev/null 2>&1
+for left in /usr/bin/embassy /etc/default/embassy /var/lib/embassy; do
+    [ ! -e "$left" ] || { echo "purge left $left"; exit 1; }
+done
+! getent passwd embassy >/dev/null || { echo 'purge left the user'; exit 1; }
+echo "installed and served in $(( (ended - begun) / 1000000 )) ms"
+SCRIPT
+)
+
+# try RELEASE
+try() {
+    fresh "$1"
+    work=$(mktemp -d)
+    mkdir "$work/upper" "$work/root"
+    mount -t tmpfs tmpfs "$work/upper"
+    mkdir "$work/upper/u" "$work/upper/w"
+    mount -t overlay -o "lowerdir=$cache/$1,upperdir=$work/upper/u,workdir=$work/upper/w" overlay "$work/root"
+    cp "$package" "$work/root/package.deb"
+    # Such a root has no program that makes interfaces: this machine's makes them, before the root is entered.
+    said=$(unshare --net --mount --pid --fork --kill-child sh -c '
+        root=$1; script=$2
+        ip link set lo up
+        ip link add docker0 type bridge
+        ip addr add 172.17.0.1/16 dev docker0
+        ip link set docker0 up
+        exec chroot "$root" sh -c "$script"' sh "$work/root" "$first_minute" 2>&1) || {
+        echo "$said"
+        fail "$1: see above"
+    }
+    say "$1: $(echo "$said" | tail -n 1)"
+    umount "$work/root" "$work/upper"
+    rm -rf "$work"
+    work=
+}
+
+for release in ${RELEASES:-bullseye bookworm trixie sid}; do try "$release"; done
