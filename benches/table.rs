@@ -80,6 +80,7 @@ impl World {
             name: format!("consumer-{c}").into(),
             namespace: format!("namespace-{c}").into(),
             sources: vec![address(c)],
+            arrivals: Vec::new(),
             gateways: vec![],
             bindings: (0..bindings)
                 .map(|b| Binding {
@@ -106,7 +107,9 @@ impl World {
             consumers: &consumers,
             known: &Arc::default(),
             contested: &BTreeSet::new(),
+            confirmed: 0,
             networks: &BTreeSet::new(),
+            wiring: &Default::default(),
             endpoints: &self.endpoints,
             vips: &[],
             gateways_are_vips: false,

@@ -9,18 +9,20 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use futures_util::FutureExt;
 use tokio::{
-    net::lookup_host,
     sync::Notify,
     task::JoinHandle,
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     admin::{Admin, Constants, Feeds, metrics::Metrics},
     capture::{self, Backend, Capture, CaptureCounts, Lock, rules},
     check,
-    config::{self, CaptureMode, CaptureScope, Config, Instance, Provider as ProviderChoice},
+    config::{
+        self, CaptureMode, CaptureScope, Config, ConsumerLimit, Instance,
+        Provider as ProviderChoice,
+    },
     control::{Control, Limits, Settings, Waiting},
     discovery,
     docker::follow::Follower,
@@ -35,6 +37,7 @@ use crate::{
     proxy::{Destinations, FailedChecks, Proxy, ProxySettings},
     readiness::{Part, Readiness},
     report::{PROVIDER, Refused, Report},
+    resolve,
     source::ResyncRequests,
     state::{self, Keeper, Origin},
 };
@@ -52,6 +55,8 @@ pub struct App {
     control: JoinHandle<()>,
     checks: JoinHandle<()>,
     memory: JoinHandle<()>,
+    /// Logs whether embassy is ready.
+    said: JoinHandle<()>,
     keeper: Option<Keeper>,
     readiness: Readiness,
     resync: ResyncRequests,
@@ -62,6 +67,10 @@ impl App {
     /// Starts all parts. A source that is down is not an error: embassy is only not ready.
     pub async fn start(config: Config) -> Result<Self> {
         let started = std::time::Instant::now();
+        let lock = match config.capture {
+            CaptureMode::None => None,
+            CaptureMode::Dnat | CaptureMode::Redirect => remove_leftovers().await?,
+        };
         let readiness = Readiness::default();
         let waiting = Waiting {
             listing: readiness.wait_for(Part::Listing),
@@ -105,7 +114,14 @@ impl App {
             },
             max_connections,
             memory_short,
-            max_connections_per_consumer: config.max_connections_per_consumer,
+            max_connections_per_consumer: match (
+                &config.provider,
+                config.max_connections_per_consumer,
+            ) {
+                // There are no others to leave room for.
+                (ProviderChoice::Static(_), ConsumerLimit::Share) => ConsumerLimit::NONE,
+                (_, limit) => limit,
+            },
             mark,
             user_timeout: config.user_timeout,
             failed_checks,
@@ -166,6 +182,7 @@ impl App {
                 own: rules.own.clone(),
             }),
         };
+        let said = tokio::spawn(feeds.clone().log_readiness());
         let admin = match &config.admin {
             Some(at) => {
                 let admin = Admin::start(at, config.admin_token_file.clone(), feeds)
@@ -176,18 +193,10 @@ impl App {
             }
             None => None,
         };
-        let lock = match config.capture {
-            CaptureMode::None => None,
-            CaptureMode::Dnat | CaptureMode::Redirect => Some(
-                Lock::take()
-                    .context("cannot check whether another embassy captures here")?
-                    .context("another embassy captures in this network namespace: one serves all its containers")?,
-            ),
-        };
-        // The capture comes last: nothing after it can fail, so an embassy that cannot start neither removes nor leaves rules.
-        let capture = match capturing.zip(lock) {
-            Some(((backend, counts, ready), lock)) => {
-                capture::cleanup().await;
+        // The capture comes last: nothing after it can fail, so an embassy that cannot start leaves no rules.
+        let capture = match capturing {
+            Some((backend, counts, ready)) => {
+                let lock = lock.context("cannot check whether another embassy captures here")?;
                 Some(Capture::start(lock, backend, rules, tables, counts, ready, events))
             }
             None => None,
@@ -201,6 +210,7 @@ impl App {
             control: tokio::spawn(control.run()),
             checks,
             memory,
+            said,
             keeper,
             readiness,
             resync,
@@ -230,12 +240,12 @@ impl App {
     /// Stops everything. The connections that are open get `--drain` to end, and new ones are served until then: nobody else
     /// would serve them. Then the rules go, and the connections that are younger get a moment to end.
     ///
-    /// All of this has one total time. When `hurry` completes, it ends within a moment.
+    /// Each of the three has a limit. When `hurry` completes, it ends within a moment.
     pub async fn stop(mut self, why: Stopping, hurry: impl Future<Output = ()>) -> Result<()> {
         let hurry = hurry.shared();
-        let end = Instant::now() + TOTAL.max(self.drain + MOMENT);
         // This guard is never done: a load balancer that asks /readyz should send new connections elsewhere.
         let _draining = self.readiness.wait_for(Part::Draining);
+        self.said.abort();
         let live = self.proxy.live();
         if live > 0 {
             info!(live, drain_s = self.drain.as_secs_f64(), "waiting for connections to end");
@@ -253,12 +263,13 @@ impl App {
         let _remains = match self.capture {
             Some(capture) => {
                 let late = "rules may be left; embassy cleanup removes them";
-                in_time(capture.stop(), late, end, hurry.clone()).await
+                // A time of its own, which no drain uses up: rules that stay lead nowhere.
+                in_time(capture.stop(), late, Instant::now() + STEP, hurry.clone()).await
             }
             None => None,
         };
         self.proxy.drain();
-        let rest_ends = end.min(Instant::now() + rest);
+        let rest_ends = Instant::now() + rest;
         tokio::select! {
             ended = timeout_at(rest_ends, self.proxy.ended()) => {
                 if ended.is_err() {
@@ -270,7 +281,7 @@ impl App {
         self.checks.abort();
         self.memory.abort();
         self.control.abort();
-        let last = Instant::now() + TOTAL;
+        let last = Instant::now() + STEP;
         let keep = async {
             // Until the task has ended, it may send more tables to the keeper. It was cancelled above, so its error is ignored.
             if !self.control.is_finished() {
@@ -287,6 +298,26 @@ impl App {
         drop(self.admin);
         // It is not an error that something was not waited for.
         ended.unwrap_or(Ok(())).context("the data path")
+    }
+}
+
+/// Removes the rules that a killed embassy left, before anything else can fail: they lead containers' connections, and the
+/// passwords in them, to whichever program has the port now. Returns the right to capture here; `None` if that cannot be had,
+/// as without NET_ADMIN. An error if another embassy has it.
+async fn remove_leftovers() -> Result<Option<Lock>> {
+    match Lock::take() {
+        Ok(Some(lock)) => {
+            capture::cleanup().await;
+            Ok(Some(lock))
+        }
+        Ok(None) => Err(anyhow!(
+            "another embassy captures in this network namespace: one serves all its containers"
+        )),
+        Err(error) => {
+            // What opens the firewall says what is missing.
+            debug!(%error, "cannot check whether another embassy captures here");
+            Ok(None)
+        }
     }
 }
 
@@ -317,11 +348,12 @@ pub enum Stopping {
     Failed,
 }
 
-/// The time for connections that are younger than the shutdown, and for steps that hang after a second signal.
+/// The time for connections that are younger than the shutdown, and of steps that hang after a second signal.
 const MOMENT: Duration = Duration::from_secs(1);
 
-/// The least total time of a shutdown, if `--drain` and a moment are less: firewall programs wait for one another's lock.
-const TOTAL: Duration = Duration::from_secs(5);
+/// The time of a step of the shutdown that should be over at once: firewall programs wait for one another's lock, and a disk may
+/// be slow.
+const STEP: Duration = Duration::from_secs(5);
 
 /// Waits for a step of the shutdown until `end`, but at most a moment after `hurry`. `otherwise` is the consequence of giving up.
 async fn in_time<T>(
@@ -418,9 +450,10 @@ pub(crate) async fn rules(config: &Config) -> Result<rules::RuleSettings, Interf
         scope: config.capture_scope,
         port: config.port.get(),
         own: if redirect { fixed::own_addresses()? } else { Vec::new() },
-        servers: if redirect { resolve(servers).await } else { Vec::new() },
+        servers: if redirect { resolved(servers).await } else { Vec::new() },
         hold: !config.hold.is_zero(),
         notrack: config.notrack && captures,
+        guard: config.guard,
         lacks: rules::Optional::default(),
     })
 }
@@ -441,11 +474,11 @@ fn remember(config: &Config, control: &mut Control, counts: Arc<state::Counts>) 
 }
 
 /// The addresses of servers given as `host:port`. A server that does not resolve is logged and skipped.
-async fn resolve(servers: impl Iterator<Item = String>) -> Vec<SocketAddr> {
+async fn resolved(servers: impl Iterator<Item = String>) -> Vec<SocketAddr> {
     const LIMIT: Duration = Duration::from_secs(2);
     let mut addresses = Vec::new();
     for server in servers {
-        match timeout_at(Instant::now() + LIMIT, lookup_host(&server)).await {
+        match timeout_at(Instant::now() + LIMIT, resolve::server(&server)).await {
             Ok(Ok(found)) => addresses.extend(found),
             Ok(Err(error)) => {
                 warn!(server, %error, "cannot resolve this server; if its address is a VIP, embassy's own connections to it may be captured")

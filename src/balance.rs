@@ -39,6 +39,8 @@ pub struct EndpointState {
     ejected_until: AtomicU64,
     /// A connection probes it until then.
     probed_until: AtomicU64,
+    /// It is picked only if no other can be, before this time; 0: no attempt failed because of this host since the last success.
+    aside_until: AtomicU64,
     /// Active checks that failed since the last success.
     failed_checks: AtomicU32,
     /// Ejections since the start.
@@ -83,6 +85,7 @@ impl EndpointState {
             endpoint,
             ejected_until: AtomicU64::new(0),
             probed_until: AtomicU64::new(0),
+            aside_until: AtomicU64::new(0),
             failed_checks: AtomicU32::new(0),
             ejections: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -139,6 +142,9 @@ impl EndpointState {
         self.counts.connect.observe(took);
         // Most endpoints never fail: read first, and leave the cache line alone.
         let back = self.failures.load(Relaxed) != 0 || self.is_silent();
+        if self.was_set_aside() {
+            self.aside_until.store(0, Relaxed);
+        }
         if back {
             self.failures.store(0, Relaxed);
             self.silent.store(false, Relaxed);
@@ -156,6 +162,22 @@ impl EndpointState {
     /// Whether the last attempt timed out, and it is used nevertheless.
     pub fn is_silent(&self) -> bool {
         self.silent.load(Relaxed)
+    }
+
+    /// A connect attempt failed because of this host, which says nothing of the endpoint: until then it is picked only if no
+    /// other can be. Returns whether the attempt before did not fail so.
+    pub fn set_aside(&self, until: Millis) -> bool {
+        self.aside_until.swap(until.0.max(1), Relaxed) == 0
+    }
+
+    /// Whether the last attempt failed because of this host.
+    pub fn was_set_aside(&self) -> bool {
+        self.aside_until.load(Relaxed) != 0
+    }
+
+    /// Whether it is picked only if no other can be, because of this host.
+    pub fn is_aside(&self, now: Millis) -> bool {
+        now.0 < self.aside_until.load(Relaxed)
     }
 
     /// Connections opened to it since the start.
@@ -190,6 +212,7 @@ impl EndpointState {
             self.failed_checks.store(0, Relaxed);
             self.failures.store(0, Relaxed);
             self.silent.store(false, Relaxed);
+            self.aside_until.store(0, Relaxed);
             Checked::Passes
         } else if self.failed_checks.fetch_add(1, Relaxed) + 1 >= Self::FALL {
             Checked::Fails
@@ -220,13 +243,14 @@ impl EndpointState {
         !excluded.contains(&self.endpoint) && !self.is_drained()
     }
 
-    /// Whether it has no failures and no failed check.
-    fn is_trusted(&self) -> bool {
-        self.failures.load(Relaxed) == 0 && self.check() != Checked::Fails
+    /// Whether it has no failures, no failed check, and can be reached from this host, as far as is known.
+    pub fn is_trusted(&self) -> bool {
+        self.failures.load(Relaxed) == 0 && self.check() != Checked::Fails && !self.was_set_aside()
     }
 
+    /// Whether it is skipped while there is another.
     pub fn is_ejected(&self, now: Millis) -> bool {
-        if self.check() == Checked::Fails {
+        if self.check() == Checked::Fails || self.is_aside(now) {
             return true;
         }
         self.failures.load(Relaxed) != 0
@@ -236,7 +260,7 @@ impl EndpointState {
     /// Whether a connection may go here now. If an endpoint's ejection ended, only one caller gets `true`: its
     /// connection is the probe, and the others wait for its result.
     fn admit(&self, now: Millis) -> bool {
-        if self.check() == Checked::Fails {
+        if self.check() == Checked::Fails || self.is_aside(now) {
             return false;
         }
         if self.failures.load(Relaxed) == 0 {
@@ -355,11 +379,10 @@ impl Rotation {
         }
     }
 
-    /// Whether a connection that is being opened to one endpoint, and excludes these, might do as well or better with another.
-    /// An ejected endpoint is an alternative only to another one.
+    /// Whether a connection that is being opened to one endpoint, and excludes these, has another to try. An ejected one is: it may
+    /// be up again.
     pub fn has_alternative(&self, to: &EndpointState, now: Millis, excluded: &[Endpoint]) -> bool {
-        let is_ejected = to.is_ejected(now);
-        self.others(to, excluded).any(|state| is_ejected || !state.is_ejected(now))
+        self.others(to, now, excluded).next().is_some()
     }
 
     /// Whether an endpoint is among these, and not drained.
@@ -367,18 +390,15 @@ impl Rotation {
         self.order.iter().any(|state| state.endpoint == one.endpoint && !state.is_drained())
     }
 
-    /// Whether connections that exclude these may go to no endpoint but this.
-    pub fn is_only(&self, one: &EndpointState, excluded: &[Endpoint]) -> bool {
-        self.others(one, excluded).next().is_none()
-    }
-
+    /// The others to which connections may go that exclude these, except those that this host cannot reach.
     fn others<'a>(
         &'a self,
         of: &'a EndpointState,
+        now: Millis,
         excluded: &'a [Endpoint],
     ) -> impl Iterator<Item = &'a Arc<EndpointState>> {
-        let is_other = |state: &&Arc<EndpointState>| {
-            state.endpoint != of.endpoint && state.is_choice(excluded)
+        let is_other = move |state: &&Arc<EndpointState>| {
+            state.endpoint != of.endpoint && state.is_choice(excluded) && !state.is_aside(now)
         };
         self.order.iter().filter(is_other)
     }
@@ -548,11 +568,16 @@ mod tests {
         let rotation = rotation(1..=2);
         let [one, two] = rotation.endpoints() else { unreachable!() };
         let only = Rotation::new([one.clone()]);
-        assert!(only.is_only(one, &[]) && !rotation.is_only(one, &[]));
-        assert!(rotation.is_only(one, &[two.endpoint]));
+        let is_only =
+            |of: &Rotation, excluded: &[Endpoint]| !of.has_alternative(one, NOW, excluded);
+        assert!(is_only(&only, &[]) && !is_only(&rotation, &[]));
+        assert!(is_only(&rotation, &[two.endpoint]));
         two.drain(true);
-        assert!(rotation.is_only(one, &[]));
+        assert!(is_only(&rotation, &[]));
         two.drain(false);
+        assert!(two.set_aside(Millis(NOW.0 + 1)));
+        assert!(is_only(&rotation, &[]), "this host cannot reach the other");
+        assert!(two.succeeded(Duration::ZERO).eq(&false) && !is_only(&rotation, &[]));
         assert!(one.timed_out_alone());
         assert!(!one.timed_out_alone(), "once is enough");
         assert!(one.is_silent() && !one.is_ejected(NOW));
@@ -564,16 +589,27 @@ mod tests {
     }
 
     #[test]
-    fn an_ejected_endpoint_is_an_alternative_to_another_ejected_one() {
-        let rotation = rotation(1..=2);
-        let [one, two] = rotation.endpoints() else { unreachable!() };
-        assert!(rotation.has_alternative(one, NOW, &[]));
-        assert!(!rotation.has_alternative(one, NOW, &[two.endpoint]), "it was tried");
-        two.failed(NOW, NOW);
-        assert!(!rotation.has_alternative(one, NOW, &[]));
-        assert!(rotation.has_alternative(two, NOW, &[]));
-        one.failed(NOW, NOW);
-        assert!(rotation.has_alternative(one, NOW, &[]));
+    fn an_endpoint_that_this_host_cannot_reach_is_used_only_where_none_else_is() {
+        for balance in [Balance::RoundRobin, Balance::LeastConnections] {
+            let rotation = rotation(1..=2);
+            let [one, two] = rotation.endpoints() else { unreachable!() };
+            let until = Millis(NOW.0 + 60_000);
+            assert!(one.set_aside(until));
+            assert!(!one.set_aside(until), "it is told once");
+            assert!((0..6).all(|_| pick(&rotation, balance) == 2), "{balance:?}");
+            two.failed(NOW, NOW);
+            assert!(rotation.pick(balance, NOW, &[two.endpoint]).is_some(), "the last resort");
+            assert_eq!((one.failures(), one.ejections(), one.failed_tries()), (0, 0, 0));
+            two.succeeded(Duration::ZERO);
+            let later = (0..6).map(|_| rotation.pick(balance, until, &[]).unwrap().lease());
+            assert!(
+                later
+                    .collect::<Vec<_>>()
+                    .iter()
+                    .any(|lease| lease.state().endpoint == one.endpoint)
+            );
+            assert!(one.was_set_aside() && !one.succeeded(Duration::ZERO) && !one.was_set_aside());
+        }
     }
 
     #[test]
@@ -615,7 +651,7 @@ mod tests {
         /// What is shown as next is what the next connection gets.
         #[test]
         fn a_peek_sees_what_a_pick_takes(
-            endpoints in prop::collection::vec((0..4u32, 0..5u8, 0..20_000u64), 0..6),
+            endpoints in prop::collection::vec((0..4u32, 0..6u8, 0..20_000u64), 0..6),
             (balance, turns, probing) in (any::<bool>(), 0..9usize, any::<bool>()),
             excluded in prop::collection::vec(1..7u16, 0..3),
         ) {
@@ -633,6 +669,7 @@ mod tests {
                     1 => drop(state.failed(Millis(*since), Millis(*since))),
                     2 => state.drain(true),
                     3 => drop((state.checked(false), state.checked(false))),
+                    4 => drop(state.set_aside(Millis(*since))),
                     _ => {}
                 }
             }
@@ -642,6 +679,36 @@ mod tests {
             let seen = rotation.peek(balance, NOW, &excluded).map(|state| state.endpoint);
             let taken = rotation.pick(balance, NOW, &excluded).map(|state| state.endpoint);
             prop_assert_eq!(seen, taken);
+        }
+    }
+
+    proptest! {
+        /// A try is short while any other endpoint is left that was not tried, an ejected one too: it may be up.
+        #[test]
+        fn every_endpoint_that_is_left_is_an_alternative(
+            kinds in prop::collection::vec(0..5u8, 1..6), tried in prop::collection::vec(1..7u16, 0..4)
+        ) {
+            let rotation = rotation(1..=kinds.len() as u16);
+            let tried: Vec<_> = tried.into_iter().map(endpoint).collect();
+            let all: Vec<_> = rotation.endpoints().iter().zip(&kinds).collect();
+            for (state, kind) in &all {
+                match kind {
+                    1 => drop(state.failed(NOW, NOW)),
+                    2 => state.drain(true),
+                    3 => drop((state.checked(false), state.checked(false))),
+                    4 => drop(state.set_aside(Millis(NOW.0 + 1))),
+                    _ => {}
+                }
+            }
+            for (to, _) in &all {
+                let is_left = |(state, kind): &(&Arc<EndpointState>, &u8)| {
+                    state.endpoint != to.endpoint
+                        && !tried.contains(&state.endpoint)
+                        && matches!(kind, 0 | 1 | 3)
+                };
+                let left = all.iter().any(is_left);
+                prop_assert_eq!(rotation.has_alternative(to, NOW, &tried), left);
+            }
         }
     }
 

@@ -18,7 +18,7 @@ use crate::{
     descriptor::Check,
     discovery::Query,
     events::{Event, Events},
-    proxy::{FailedChecks, is_fault_of_this_host, probe},
+    proxy::{FailedChecks, Lack, probe},
     table::{Changes, Table},
 };
 
@@ -106,6 +106,7 @@ async fn check(
     // The endpoints of one table are not all checked at the same moment.
     sleep(INTERVAL.mul_f64(fastrand::f64())).await;
     let mut opened = state.opened();
+    let mut lacked = None;
     loop {
         let start = Instant::now();
         let before = std::mem::replace(&mut opened, state.opened());
@@ -119,6 +120,8 @@ async fn check(
             result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
         };
         let endpoint = state.endpoint;
+        let lacking = result.as_ref().err().and_then(|error| Lack::of(error, endpoint, mark));
+        let is_news = std::mem::replace(&mut lacked, lacking) != lacking;
         match result {
             Ok(()) => {
                 let was_ejected = state.failures() != 0 || state.is_silent();
@@ -130,8 +133,11 @@ async fn check(
                     events.report(|| Event::EndpointBack { query: query.clone(), endpoint });
                 }
             }
-            Err(error) if is_fault_of_this_host(&error) => {
-                warn!(%endpoint, service = %query, %error, "cannot check endpoint");
+            // Its result stays as it was.
+            Err(error) if lacking.is_some() => {
+                if is_news {
+                    warn!(%endpoint, service = %query, %error, "cannot check endpoint");
+                }
             }
             Err(error) if state.checked(false) => {
                 warn!(%endpoint, service = %query, %error, "endpoint check fails");
@@ -165,6 +171,7 @@ mod tests {
                 name: "a".into(),
                 namespace: "a".into(),
                 sources: vec![std::net::IpAddr::from([10, 0, 0, n as u8])],
+                arrivals: Vec::new(),
                 gateways: vec![],
                 bindings: vec![Binding { origin: "B".into(), descriptor: text.parse().unwrap() }],
                 ends: vec![],
@@ -183,7 +190,9 @@ mod tests {
             consumers: &consumers.iter().collect::<Vec<_>>(),
             contested: &Default::default(),
             known: &Default::default(),
+            confirmed: 0,
             networks: &Default::default(),
+            wiring: &Default::default(),
             endpoints: &[(query.clone(), Arc::new(Endpoints::new([endpoint], vec![])))]
                 .into_iter()
                 .collect(),

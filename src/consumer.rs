@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use crate::{
     descriptor::Descriptor,
     model::{ConsumerId, RunEnd},
+    wiring::Arrival,
 };
 
 /// A consumer: its addresses and its bindings.
@@ -20,6 +21,8 @@ pub struct Consumer {
     pub namespace: Arc<str>,
     /// All its source addresses. Sorted, without repeats.
     pub sources: Vec<IpAddr>,
+    /// By which interfaces connections from these addresses count; those that are not in it: by any. Sorted by address.
+    pub arrivals: Vec<(IpAddr, Arrival)>,
     /// The gateways of its bridge networks: VIPs, unless the user set some.
     pub gateways: Vec<IpAddr>,
     pub bindings: Vec<Binding>,
@@ -28,6 +31,12 @@ pub struct Consumer {
 }
 
 impl Consumer {
+    /// By which interfaces connections from one of its addresses count.
+    pub fn arrival(&self, source: &IpAddr) -> Arrival {
+        let found = self.arrivals.binary_search_by(|(address, _)| address.cmp(source));
+        found.ok().and_then(|at| self.arrivals.get(at)).map(|(_, by)| *by).unwrap_or_default()
+    }
+
     /// Whether it, or its network, is known to be gone, even if the listing still has it.
     pub fn has_ended(&self) -> bool {
         self.ends.iter().any(RunEnd::has_ended)
@@ -108,6 +117,7 @@ mod tests {
             name: "a".into(),
             namespace: "a".into(),
             sources: addresses(sources),
+            arrivals: Vec::new(),
             gateways: addresses(gateways),
             bindings: Vec::new(),
             ends: Vec::new(),

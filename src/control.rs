@@ -18,7 +18,7 @@ use crate::{
     model::{Port, Vip},
     provider::{Listing, fixed},
     readiness::Guard,
-    report::{PROVIDER, Report},
+    report::Report,
     source::{Answers, Known, ResyncRequests},
     state::{Restored, Snapshot},
     table::{Inputs, Table},
@@ -105,6 +105,9 @@ pub struct Control {
     /// The writer of the state file.
     keeper: Option<watch::Sender<Option<Snapshot>>>,
     tables: watch::Sender<Arc<Table>>,
+    /// Tables that were replaced, and that others may still read. They are freed here: of a large one that takes milliseconds, in
+    /// which a worker's connections would stand still.
+    replaced: Vec<Arc<Table>>,
     /// How long each table took, from the wake of this task until it was published.
     build_times: Arc<Histogram>,
     sources: watch::Sender<Sources>,
@@ -117,6 +120,8 @@ pub struct Control {
 
 /// How long a service without an answer may delay all others at the start.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// When to look again whether nobody reads the replaced tables any more.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 impl Control {
     /// `bell` is the one that `provider` rings.
@@ -152,6 +157,7 @@ impl Control {
             kept: None,
             keeper: None,
             tables: watch::channel(Arc::default()).0,
+            replaced: Vec::new(),
             build_times: Arc::default(),
             sources: watch::channel(sources).0,
             waiting: (Some(waiting.listing), Some(waiting.answers)),
@@ -214,9 +220,17 @@ impl Control {
     ///
     /// The cost depends on the changes only: a host may have ten thousand consumers and a hundred thousand endpoints.
     fn step(&mut self, now: Instant) -> Option<Instant> {
+        self.replaced.retain(|table| Arc::strong_count(table) > 1);
+        let wake = self.follow(now);
+        let look_again = (!self.replaced.is_empty()).then(|| now + LOOK_AGAIN);
+        wake.into_iter().chain(look_again).min()
+    }
+
+    fn follow(&mut self, now: Instant) -> Option<Instant> {
         let news = self.news();
         let probed = self.end_probes();
         let (listing, listed_anew) = self.listing()?;
+        self.listed();
         let consumers: Vec<_> = listing.consumers.iter().filter(|c| !c.has_ended()).collect();
         let mut heard = self.demand(&consumers, now);
         // Both sides have an effect.
@@ -250,7 +264,7 @@ impl Control {
         let is_first = self.listing.is_none();
         if self.provider.has_changed().unwrap_or(false) || is_first {
             let provider = self.provider.borrow_and_update().clone();
-            self.report.source(PROVIDER, &provider);
+            self.report.source(None, &provider);
             if provider.value.is_some() {
                 self.kept = None;
             }
@@ -284,7 +298,7 @@ impl Control {
             self.watches.ask(query);
             // It may still be followed, for a consumer that restarts.
             match self.known.get(query) {
-                Some(known) => self.report.source(&query.to_string(), known),
+                Some(known) => self.report.source(Some(query), known),
                 None => drop(self.unheard.insert(query.clone())),
             }
         }
@@ -341,7 +355,7 @@ impl Control {
         for (query, known) in self.watches.news() {
             let is_probe = self.probes.contains(&query);
             if is_probe || self.demand.asks(&query) {
-                self.report.source(&query.to_string(), &known);
+                self.report.source(Some(&query), &known);
             }
             if known.value.is_some() || known.error.is_some() {
                 self.unheard.remove(&query);
@@ -370,13 +384,17 @@ impl Control {
         wake
     }
 
-    /// Completes the readiness parts that are done.
-    fn ready(&mut self) {
+    /// The provider has answered, whatever its bindings still wait for.
+    fn listed(&mut self) {
         if self.provider.borrow().value.is_some()
             && let Some(listing) = self.waiting.0.take()
         {
             listing.done();
         }
+    }
+
+    /// Completes the readiness of the discoveries, if each has answered.
+    fn ready(&mut self) {
         if self.waiting.1.is_some()
             && self.unheard.is_empty()
             && self.probes.is_empty()
@@ -452,6 +470,8 @@ impl Control {
             contested: &listing.contested,
             known: &listing.known,
             networks: &listing.networks,
+            confirmed: listing.confirmed,
+            wiring: &listing.wiring,
             endpoints: self.hold.used(),
             vips: &vips,
             gateways_are_vips: self.settings.vips.is_none(),
@@ -465,7 +485,7 @@ impl Control {
         let Some(table) = before.next(&inputs, query) else { return false };
         self.report.table(&table);
         self.report_addresses(&table, listing, consumers);
-        self.tables.send_replace(Arc::new(table));
+        self.replaced.push(self.tables.send_replace(Arc::new(table)));
         self.build_times.observe(now.elapsed());
         true
     }
@@ -523,6 +543,23 @@ mod tests {
 
     fn asking() -> Listing {
         crate::provider::fixed::listing("lo", &["redis;80".parse().unwrap()]).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_table_is_freed_by_this_task_and_not_by_its_readers() {
+        let (mut control, publish) = control("file:///nonexistent".to_owned());
+        let reader = control.tables().borrow().clone();
+        let table = Arc::downgrade(&reader);
+        publish.publish(asking());
+        let now = Instant::now();
+        control.step(now);
+        let wake = control.step(now + PATIENCE);
+        assert_eq!(control.tables.borrow().version, 1);
+        assert_eq!(wake, Some(now + PATIENCE + LOOK_AGAIN));
+        drop(reader);
+        assert_eq!(table.strong_count(), 1, "the last reader does not free it");
+        let wake = control.step(now + PATIENCE + LOOK_AGAIN);
+        assert_eq!((table.strong_count(), wake), (0, None));
     }
 
     /// The run before knew it, and this one may end before the registry answers.

@@ -92,6 +92,8 @@ pub enum DescriptorError {
     TooLong,
     #[error("no port: expected <service>;<port>")]
     NoPort,
+    #[error("no port: expected <service>;<port>, with a semicolon in place of the colon")]
+    Colon,
     #[error("no service name before the {0:?}")]
     NoService(char),
     #[error(
@@ -125,9 +127,11 @@ impl DescriptorError {
     pub fn without_value(&self) -> String {
         match self {
             // Nothing of the value, but for one character.
-            Self::TooLong | Self::NoPort | Self::NoService(_) | Self::TagsNotClosed => {
-                self.to_string()
-            }
+            Self::TooLong
+            | Self::NoPort
+            | Self::Colon
+            | Self::NoService(_)
+            | Self::TagsNotClosed => self.to_string(),
             Self::Service { character, .. } => format!(
                 "the service name has the character {character:?}: expected only A-Z a-z 0-9 / . _ * @ -"
             ),
@@ -259,15 +263,7 @@ impl Descriptor {
 impl fmt::Display for Descriptor {
     /// The canonical text: it parses to the same descriptor.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.service.fmt(f)?;
-        if !self.tags.is_empty() {
-            f.write_str("[")?;
-            for (i, tag) in self.tags.iter().enumerate() {
-                write!(f, "{}{tag}", if i == 0 { "" } else { "," })?;
-            }
-            f.write_str("]")?;
-        }
-        write!(f, ";{}", self.port)?;
+        write!(f, "{}{};{}", self.service, self.tags, self.port)?;
         match self.balance {
             None => {}
             Some(Balance::RoundRobin) => f.write_str(";lb=rr")?,
@@ -320,7 +316,7 @@ pub fn split_list(list: &str) -> impl Iterator<Item = &str> {
 
 /// The service, its tags, and what follows the first `;` behind them.
 fn service_and_tags(text: &str) -> Result<(ServiceName, Tags, &str), DescriptorError> {
-    let end = text.find(['[', ';']).ok_or(DescriptorError::NoPort)?;
+    let end = text.find(['[', ';']).ok_or_else(|| no_port(text))?;
     let (name, rest) = text.split_at(end);
     let service = ServiceName::new(name).ok_or_else(|| {
         let character =
@@ -342,7 +338,20 @@ fn service_and_tags(text: &str) -> Result<(ServiceName, Tags, &str), DescriptorE
     match rest.strip_prefix(';') {
         Some(rest) => Ok((service, tags, rest)),
         None if rest.is_empty() => Err(DescriptorError::NoPort),
+        None if rest.starts_with(':') => Err(DescriptorError::Colon),
         None => Err(DescriptorError::AfterTags(rest.to_owned())),
+    }
+}
+
+/// Why there is no port: `web:80` is what other programs take.
+fn no_port(text: &str) -> DescriptorError {
+    match text.rsplit_once(':') {
+        Some((service, port))
+            if ServiceName::new(service).is_some() && port_and_protocol(port).is_ok() =>
+        {
+            DescriptorError::Colon
+        }
+        _ => DescriptorError::NoPort,
     }
 }
 
@@ -426,6 +435,15 @@ mod tests {
             ("", "no port: expected <service>;<port>"),
             ("redis", "no port: expected <service>;<port>"),
             ("redis[a]", "no port: expected <service>;<port>"),
+            (
+                "redis:6379",
+                "no port: expected <service>;<port>, with a semicolon in place of the colon",
+            ),
+            (
+                "redis[a]:6379",
+                "no port: expected <service>;<port>, with a semicolon in place of the colon",
+            ),
+            ("tcp://10.0.0.1:80", "no port: expected <service>;<port>"),
             (";80", "no service name before the ';'"),
             ("[a];80", "no service name before the '['"),
             (
@@ -568,7 +586,10 @@ mod tests {
     proptest! {
         #[test]
         fn printed_then_parsed_is_the_same(descriptor in any_descriptor()) {
-            prop_assert_eq!(parse(&descriptor.to_string()), Ok(descriptor));
+            let text = descriptor.to_string();
+            let parsed = parse(&text);
+            prop_assert_eq!(parsed.as_ref().map(ToString::to_string), Ok(text));
+            prop_assert_eq!(parsed, Ok(descriptor));
         }
 
         #[test]

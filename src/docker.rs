@@ -2,6 +2,8 @@
 
 use std::{fmt, path::PathBuf};
 
+use crate::tls::{Weakness, is_loopback};
+
 pub(crate) mod answers;
 pub(crate) mod client;
 pub mod container;
@@ -11,6 +13,7 @@ mod inspections;
 #[cfg(test)]
 mod interleavings;
 mod links;
+pub mod lookup;
 pub(crate) mod obstacle;
 pub(crate) mod per_container;
 pub(crate) mod process;
@@ -57,6 +60,19 @@ impl Engine {
         Ok(Self { address, certificates })
     }
 
+    /// What is not protected of the connections to it.
+    pub fn weakness(&self) -> Option<Weakness> {
+        let Address::Tcp(address) = &self.address else { return None };
+        let host = address.rsplit_once(':').map_or(&**address, |(host, _)| host);
+        let is_open = self.certificates.is_none() && !is_loopback(host);
+        is_open.then(|| Weakness {
+            what: format!(
+                "the Docker engine at tcp://{address} is used without TLS: everybody on the way can read and change what it answers, and who reaches this port controls its host"
+            ),
+            fix: "set DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH, or use its Unix socket",
+        })
+    }
+
     /// `host:port` of an engine that is reached over TCP.
     pub fn server(&self) -> Option<String> {
         match &self.address {
@@ -78,6 +94,23 @@ impl fmt::Display for Engine {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_engine_elsewhere_needs_tls() {
+        let weak = |text, certificates: Option<&str>| {
+            Engine::parse(text, certificates.map(PathBuf::from)).unwrap().weakness().is_some()
+        };
+        assert!(weak("tcp://10.0.0.1:2375", None) && weak("tcp://engine", None));
+        assert!(!weak("tcp://10.0.0.1:2376", Some("/certs")));
+        for here in [
+            "unix:///var/run/docker.sock",
+            "tcp://127.0.0.1:2375",
+            "tcp://[::1]:2375",
+            "tcp://localhost:2375",
+        ] {
+            assert!(!weak(here, None), "{here}");
+        }
+    }
 
     #[test]
     fn addresses_are_read_as_docker_reads_them() {

@@ -14,6 +14,7 @@ use embassy::{
     config::{Config, Instance},
     log, privileges,
     signals::Signals,
+    tls::Weakness,
 };
 use tracing::{error, info, warn};
 
@@ -73,6 +74,9 @@ async fn serve(config: Config) -> Result<()> {
     );
     if !config.ignored.is_empty() {
         warn!(flags = config.ignored.join(" "), "ignoring flags that have no effect");
+    }
+    for Weakness { what, fix } in config.weaknesses() {
+        warn!(what, fix, "a connection is not protected");
     }
     let app = tokio::select! {
         app = App::start(config) => Some(app?),

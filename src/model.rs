@@ -1,14 +1,20 @@
 //! The vocabulary: newtypes, so that an address in one role cannot be passed in another.
 
 use std::{
+    cmp::Ordering,
+    collections::BTreeSet,
     fmt,
+    hash::{Hash, Hasher},
+    io,
     net::{IpAddr, SocketAddr},
     num::NonZeroU16,
+    os::fd::OwnedFd,
     str::FromStr,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 /// A TCP port that something can listen on: 1 to 65535.
@@ -71,6 +77,13 @@ impl fmt::Display for Protocol {
 /// A moment of a process's monotonic clock, in milliseconds since its start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Millis(pub u64);
+
+impl Millis {
+    /// The moment that comes this much later.
+    pub fn after(self, time: Duration) -> Self {
+        Self(self.0.saturating_add(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)))
+    }
+}
 
 /// Text that is not a port.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -141,7 +154,10 @@ pub struct RunEnd(Arc<Run>);
 struct Run {
     ended: AtomicBool,
     process: OnceLock<Process>,
+    descriptor: OnceLock<Arc<OwnedFd>>,
     network_shown: AtomicBool,
+    /// The addresses in its network, and how many interfaces of this host had gone when they were read.
+    addresses: Mutex<Option<(u64, BTreeSet<IpAddr>)>>,
 }
 
 impl RunEnd {
@@ -168,6 +184,16 @@ impl RunEnd {
         self.0.process.get().copied()
     }
 
+    /// The pidfd of its first process. The first one stands.
+    pub fn is_held_by(&self, descriptor: Arc<OwnedFd>) {
+        self.0.descriptor.get_or_init(|| descriptor);
+    }
+
+    /// The pidfd of its first process, if it was seen.
+    pub fn descriptor(&self) -> Option<&Arc<OwnedFd>> {
+        self.0.descriptor.get()
+    }
+
     /// The kernel shows the container's address in the network of its process, as it does not of a sandbox's.
     pub fn shows_network(&self) {
         self.0.network_shown.store(true, Relaxed);
@@ -176,6 +202,26 @@ impl RunEnd {
     /// Whether what the kernel shows of its network can be relied on.
     pub fn has_shown_network(&self) -> bool {
         self.0.network_shown.load(Relaxed)
+    }
+
+    /// Whether its network has an address, after so many interfaces of this host have gone. `read` reads the addresses: once for
+    /// each that goes, for all who ask. `None` if it cannot.
+    pub fn has_address(
+        &self,
+        address: IpAddr,
+        moves: u64,
+        read: impl FnOnce() -> io::Result<BTreeSet<IpAddr>>,
+    ) -> Option<bool> {
+        let mut known = self.0.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*known {
+            Some((at, addresses)) if *at == moves => Some(addresses.contains(&address)),
+            _ => {
+                let addresses = read().ok()?;
+                let has = addresses.contains(&address);
+                *known = Some((moves, addresses));
+                Some(has)
+            }
+        }
     }
 }
 
@@ -246,29 +292,76 @@ impl fmt::Display for ServiceName {
     }
 }
 
-/// The tags that an endpoint must have, all of them. Sorted, without repeats, so that equal sets are equal.
-#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Tags(Vec<Arc<str>>);
+/// The tags that an endpoint must have, all of them: a set, shown in the order in which its user wrote it. Equal sets are equal,
+/// whatever their order.
+#[derive(Debug, Clone, Default)]
+pub struct Tags {
+    /// Without repeats.
+    written: Vec<Arc<str>>,
+    sorted: Vec<Arc<str>>,
+}
 
 impl Tags {
     pub fn new<'a>(tags: impl IntoIterator<Item = &'a str>) -> Self {
-        let mut tags: Vec<Arc<str>> = tags.into_iter().map(Arc::from).collect();
-        tags.sort();
-        tags.dedup();
-        Self(tags)
+        let mut written: Vec<Arc<str>> = Vec::new();
+        for tag in tags {
+            if !written.iter().any(|one| **one == *tag) {
+                written.push(tag.into());
+            }
+        }
+        let mut sorted = written.clone();
+        sorted.sort();
+        Self { written, sorted }
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.written.is_empty()
     }
 
+    /// In the order in which they were written.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(AsRef::as_ref)
+        self.written.iter().map(AsRef::as_ref)
     }
 
     /// Whether an endpoint with the tags `carried` has all of these.
     pub fn all_in<S: AsRef<str>>(&self, carried: &[S]) -> bool {
         self.iter().all(|wanted| carried.iter().any(|tag| tag.as_ref() == wanted))
+    }
+}
+
+impl fmt::Display for Tags {
+    /// `[tag,tag]`, or nothing if there are none.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, tag) in self.iter().enumerate() {
+            write!(f, "{}{tag}", if i == 0 { "[" } else { "," })?;
+        }
+        f.write_str(if self.is_empty() { "" } else { "]" })
+    }
+}
+
+impl PartialEq for Tags {
+    fn eq(&self, other: &Self) -> bool {
+        self.sorted == other.sorted
+    }
+}
+
+impl Eq for Tags {}
+
+impl PartialOrd for Tags {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Tags {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.sorted.cmp(&other.sorted)
+    }
+}
+
+impl Hash for Tags {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.sorted.hash(state);
     }
 }
 
@@ -314,6 +407,8 @@ impl fmt::Display for Vip {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -328,7 +423,14 @@ mod tests {
     #[test]
     fn tags_are_a_set_and_all_must_be_carried() {
         let tags = Tags::new(["prod", "app1", "prod"]);
-        assert_eq!(tags, Tags::new(["app1", "prod"]));
+        let sorted = Tags::new(["app1", "prod"]);
+        assert_eq!((&tags, tags.cmp(&sorted)), (&sorted, Ordering::Equal));
+        assert!(HashSet::from([sorted.clone()]).contains(&tags));
+        assert_eq!(
+            [tags.to_string(), sorted.to_string(), Tags::default().to_string()],
+            ["[prod,app1]", "[app1,prod]", ""],
+            "they are shown as they were written"
+        );
         assert!(tags.all_in(&["app1", "x", "prod"]));
         assert!(!tags.all_in(&["app1"]));
         assert!(Tags::default().all_in::<&str>(&[]));

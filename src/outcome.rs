@@ -32,6 +32,8 @@ worded! {
         NotAVip = "not_a_vip",
         /// Refused: no consumer has this source address.
         UnknownConsumer = "unknown_consumer",
+        /// Refused: too many connections from this address wait until its container is known.
+        TooManyHeld = "too_many_held",
         /// Refused: the consumer did not declare this port.
         NoRoute = "no_route",
         /// Refused: the service has no endpoint now.
@@ -40,7 +42,7 @@ worded! {
         Circular = "circular",
         /// Refused: `--max-connections` are open.
         TooManyConnections = "too_many_connections",
-        /// Refused: the consumer has `--max-connections-per-consumer` open.
+        /// Refused: the consumer has as many open as `--max-connections-per-consumer` allows.
         TooManyOfConsumer = "too_many_of_consumer",
         /// Refused: the control group's memory is nearly used up.
         MemoryShort = "memory_short",

@@ -2,17 +2,24 @@
 //!
 //! The image's program has CAP_NET_ADMIN as a permitted file capability: a program that had it effective could not even start
 //! in a container that is not given it. What it has ends with it, and `nft` and `iptables`, which it starts, would have
-//! none; in the ambient set it is handed down to them (man 7 capabilities).
+//! none. So it is in the ambient set (man 7 capabilities) of the thread that starts such a program, while that starts.
 
 use rustix::{
     io,
-    thread::{CapabilitySet, capabilities, configure_capability_in_ambient_set, set_capabilities},
+    thread::{
+        CapabilitySet, CapabilitySets, capabilities, configure_capability_in_ambient_set,
+        set_capabilities,
+    },
 };
 
-/// Takes CAP_NET_ADMIN up, where it is permitted, for this thread, those that it makes, and the programs that it starts. Where
-/// that fails, what needs it fails too, and says so.
+/// Takes CAP_NET_ADMIN up, where it is permitted, for this thread and those that it makes. Where that fails, what needs it
+/// fails too, and says so.
 pub fn take_up_net_admin() {
-    let _ = take_up(CapabilitySet::NET_ADMIN);
+    let Ok(mut sets) = capabilities(None) else { return };
+    if sets.permitted.contains(CapabilitySet::NET_ADMIN) {
+        sets.effective |= CapabilitySet::NET_ADMIN;
+        let _ = set_capabilities(None, sets);
+    }
 }
 
 /// Whether this process may write rules.
@@ -20,28 +27,63 @@ pub fn has_net_admin() -> bool {
     capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_ADMIN))
 }
 
-fn take_up(capability: CapabilitySet) -> io::Result<()> {
-    let mut sets = capabilities(None)?;
-    if !sets.permitted.contains(capability) {
-        return Ok(());
+/// Whether this process may take up CAP_NET_ADMIN.
+pub fn is_permitted() -> bool {
+    capabilities(None).is_ok_and(|sets| sets.permitted.contains(CapabilitySet::NET_ADMIN))
+}
+
+/// Starts a program, which gets CAP_NET_ADMIN if this process has it. `spawn` must not return before the program has started,
+/// and start it from this thread. Where it cannot be handed down, the program is started without, and says what it lacks.
+pub fn hand_down<T>(spawn: impl FnOnce() -> T) -> T {
+    let _handed_down = HandedDown::new(CapabilitySet::NET_ADMIN);
+    spawn()
+}
+
+/// A capability that programs get which this thread starts.
+struct HandedDown {
+    capability: CapabilitySet,
+    /// Of this thread, before.
+    sets: CapabilitySets,
+}
+
+impl HandedDown {
+    fn new(capability: CapabilitySet) -> io::Result<Option<Self>> {
+        let sets = capabilities(None)?;
+        if !sets.permitted.contains(capability) {
+            return Ok(None);
+        }
+        let handed_down = Self { capability, sets };
+        // What is ambient has to be inheritable.
+        let inheritable = sets.inheritable | capability;
+        set_capabilities(None, CapabilitySets { inheritable, ..sets })?;
+        configure_capability_in_ambient_set(capability, true)?;
+        Ok(Some(handed_down))
     }
-    sets.effective |= capability;
-    // What is ambient has to be inheritable.
-    sets.inheritable |= capability;
-    set_capabilities(None, sets)?;
-    configure_capability_in_ambient_set(capability, true)
+}
+
+impl Drop for HandedDown {
+    fn drop(&mut self) {
+        let _ = configure_capability_in_ambient_set(self.capability, false);
+        let _ = set_capabilities(None, self.sets);
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use rustix::thread::capability_is_in_ambient_set;
+
     use super::*;
 
     #[test]
-    fn what_is_permitted_is_handed_down() {
-        take_up(CapabilitySet::NET_ADMIN).unwrap();
-        let sets = capabilities(None).unwrap();
-        let has = sets.permitted.contains(CapabilitySet::NET_ADMIN);
-        let ambient = rustix::thread::capability_is_in_ambient_set(CapabilitySet::NET_ADMIN);
-        assert_eq!(ambient.unwrap(), has);
+    fn what_is_permitted_is_handed_down_and_only_meanwhile() {
+        let is_ambient = || capability_is_in_ambient_set(CapabilitySet::NET_ADMIN).unwrap();
+        take_up_net_admin();
+        let before = capabilities(None).unwrap();
+        assert_eq!(has_net_admin(), is_permitted());
+        assert!(!is_ambient());
+        assert_eq!(hand_down(is_ambient), is_permitted());
+        assert!(!is_ambient());
+        let after = capabilities(None).unwrap();
+        assert_eq!((after.inheritable, after.effective), (before.inheritable, before.effective));
     }
 }

@@ -2,10 +2,11 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use tokio::sync::watch;
 use tracing::info;
 
 use crate::word::worded;
@@ -26,7 +27,7 @@ worded! {
 
 /// The parts that are not ready. Clones share them.
 #[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<Mutex<BTreeMap<Part, Instant>>>);
+pub struct Readiness(Arc<watch::Sender<BTreeMap<Part, Instant>>>);
 
 /// Held by a part until it is ready.
 #[derive(Debug)]
@@ -38,39 +39,40 @@ pub struct Guard {
 impl Readiness {
     /// embassy is not ready until this guard is done.
     pub fn wait_for(&self, part: Part) -> Guard {
-        self.with(|parts| parts.insert(part, Instant::now()));
+        self.0.send_modify(|parts| {
+            parts.insert(part, Instant::now());
+        });
         Guard { readiness: self.clone(), part }
     }
 
     /// The parts that are not ready. None: embassy is.
     pub fn pending(&self) -> Vec<Part> {
-        self.with(|parts| parts.keys().copied().collect())
+        self.0.borrow().keys().copied().collect()
     }
 
     /// The same, with the time since embassy waits for each.
     pub fn waiting(&self) -> Vec<(Part, Duration)> {
-        self.with(|parts| parts.iter().map(|(part, since)| (*part, since.elapsed())).collect())
+        self.0.borrow().iter().map(|(part, since)| (*part, since.elapsed())).collect()
     }
 
-    fn with<T>(&self, act: impl FnOnce(&mut BTreeMap<Part, Instant>) -> T) -> T {
-        // Each act is one call on the map: a panic elsewhere leaves it whole.
-        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Changes when a part does.
+    pub fn changes(&self) -> watch::Receiver<BTreeMap<Part, Instant>> {
+        self.0.subscribe()
     }
 }
 
 impl Guard {
-    /// The part is ready. A guard that is merely dropped never is: its part has failed.
+    /// The part is ready. A guard that is merely dropped never is: its part has failed. Whether embassy is ready takes more
+    /// than its parts, and is decided elsewhere (`judgement`).
     pub fn done(self) {
-        let since = self.readiness.with(|parts| parts.remove(&self.part));
+        let mut since = None;
+        self.readiness.0.send_modify(|parts| since = parts.remove(&self.part));
         let pending = self.readiness.pending();
         let took_ms =
             since.map(|since| since.elapsed().as_secs_f64() * 1e3).unwrap_or_default().round();
-        if pending.is_empty() {
-            info!(part = %self.part, took_ms, "embassy is ready");
-        } else {
-            let waiting_for: Vec<_> = pending.iter().map(|part| part.as_str()).collect();
-            info!(part = %self.part, took_ms, waiting_for = waiting_for.join(", "), "component ready");
-        }
+        let waiting_for: Vec<_> = pending.iter().map(|part| part.as_str()).collect();
+        let waiting_for = (!waiting_for.is_empty()).then(|| waiting_for.join(", "));
+        info!(part = %self.part, took_ms, waiting_for, "component ready");
     }
 }
 

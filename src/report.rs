@@ -56,8 +56,8 @@ pub struct Report {
     used: HashMap<Query, (Arc<Endpoints>, bool)>,
     /// What is wrong with the last answer of each query.
     unwell: HashMap<Query, Arc<str>>,
-    /// Sources that do not answer.
-    lost: BTreeSet<String>,
+    /// Sources that do not answer. `None`: the provider.
+    lost: BTreeSet<Option<Query>>,
     /// Whether no address was captured at the last look.
     has_no_address: bool,
     /// Whether it was logged that connections of a consumer do not arrive.
@@ -89,21 +89,21 @@ impl Report {
         &self.refused
     }
 
-    /// A source that answers again.
-    pub(crate) fn source<T>(&mut self, name: &str, known: &Known<T>) {
+    /// A source that does not answer, or answers again. `None`: the provider.
+    pub(crate) fn source<T>(&mut self, of: Option<&Query>, known: &Known<T>) {
+        let name = || of.map_or_else(|| PROVIDER.to_owned(), Query::to_string);
         if let Some(error) = &known.error {
-            if self.lost.insert(name.to_owned()) {
-                self.events
-                    .report(|| Event::SourceLost { source: name.to_owned(), error: error.clone() });
+            if self.lost.insert(of.cloned()) {
+                self.events.report(|| Event::SourceLost { source: name(), error: error.clone() });
             }
-        } else if known.value.is_some() && self.lost.remove(name) {
-            self.events.report(|| Event::SourceBack { source: name.to_owned() });
+        } else if known.value.is_some() && self.lost.remove(&of.cloned()) {
+            self.events.report(|| Event::SourceBack { source: name() });
         }
     }
 
     /// Forgets a query that is no longer followed; otherwise the memory for old queries would grow without bound.
     pub(crate) fn nobody_asks(&mut self, query: &Query) {
-        self.lost.remove(&query.to_string());
+        self.lost.remove(&Some(query.clone()));
         self.rejected.remove(query);
         self.crowded.remove(query);
         self.barred.remove(query);
@@ -242,11 +242,11 @@ impl Report {
             info!(routes = next.routes().len(), vips = list(next.vips()), "initial routing table");
         }
         for route in &next.changes().added {
-            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "new route");
+            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.query(), "new route");
             self.events.report(|| Event::RouteAdded(route.clone()));
         }
         for route in &next.changes().removed {
-            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.upstream.query, "route gone");
+            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.query(), "route gone");
             self.events.report(|| Event::RouteRemoved(route.clone()));
         }
         let routes = next.changes().added.iter().chain(&next.changes().updated);
@@ -316,7 +316,7 @@ fn list(vips: &BTreeSet<Vip>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::ServiceName;
+    use crate::model::{ServiceName, Tags};
 
     #[test]
     fn sources_that_nobody_asks_any_more_are_forgotten() {
@@ -329,14 +329,18 @@ mod tests {
             dc: None,
             port: None,
         };
-        report.source(PROVIDER, &lost);
+        report.source(None, &lost);
         for n in 0..100 {
-            report.source(&query(n).to_string(), &lost);
+            report.source(Some(&query(n)), &lost);
             if n > 0 {
                 report.nobody_asks(&query(n - 1));
             }
         }
-        let left: Vec<_> = report.lost.iter().map(String::as_str).collect();
-        assert_eq!(left, ["consul web-99", PROVIDER]);
+        assert_eq!(report.lost, BTreeSet::from([None, Some(query(99))]));
+        // The same query, whose tags another consumer wrote in another order.
+        let of = |tags: [&str; 2]| Query { tags: Tags::new(tags), ..query(0) };
+        report.source(Some(&of(["b", "a"])), &lost);
+        report.nobody_asks(&of(["a", "b"]));
+        assert_eq!(report.lost.len(), 2);
     }
 }

@@ -19,6 +19,7 @@ use crate::{
     descriptor::Balance,
     discovery::{Bounds, CannotAsk, Endpoints, Query, Refusal},
     model::{ConsumerId, Endpoint, Port, Protocol, RunEnd, ServiceName, Vip},
+    wiring::{Arrival, Wiring},
 };
 
 mod build;
@@ -68,6 +69,8 @@ pub struct Route {
     /// The consumer's live connections, over all of its routes.
     pub live_of_consumer: Arc<AtomicUsize>,
     pub key: RouteKey,
+    /// By which interfaces connections of this source count.
+    pub arrival: Arrival,
     pub number: RouteNumber,
     /// The owner. A route belongs to a run of a container, never to an address.
     pub consumer: ConsumerId,
@@ -78,6 +81,11 @@ pub struct Route {
 }
 
 impl Route {
+    /// What its consumer asks for, as the consumer wrote it: the upstream's query is that of the first who asked the same.
+    pub fn query(&self) -> Query {
+        Query { tags: self.binding.descriptor.tags.clone(), ..self.upstream.query.clone() }
+    }
+
     /// Whether `other` is this route with, at the most, other endpoints.
     fn continues(&self, other: &Route) -> bool {
         self.number == other.number
@@ -106,6 +114,8 @@ pub struct Unrouted {
     pub consumer: ConsumerId,
     pub consumer_name: Arc<str>,
     pub origin: Arc<str>,
+    /// Several bindings may have one origin: those of `-services`.
+    pub port: Port,
     pub reason: UnroutedReason,
 }
 
@@ -134,6 +144,10 @@ pub struct Inputs<'a> {
     pub contested: &'a BTreeSet<IpAddr>,
     /// Where a container that is not known yet may have its address.
     pub networks: &'a BTreeSet<IpNet>,
+    /// So many doubts about whose an address is are cleared up.
+    pub confirmed: u64,
+    /// How networks and addresses are connected to this host.
+    pub wiring: &'a Arc<Wiring>,
     /// The endpoints of every query that was answered.
     pub endpoints: &'a CowMap<Query, Arc<Endpoints>>,
     /// The VIPs that do not depend on consumers: those the user named, else docker0's address.
@@ -153,10 +167,13 @@ pub struct Inputs<'a> {
 pub struct Table {
     /// Counts published tables from 1; 0 is the empty table before the first.
     pub version: u64,
+    /// So many doubts about whose an address is are cleared up ([`Lookup::is_in_doubt`](crate::docker::follow::Lookup::is_in_doubt)).
+    pub confirmed: u64,
     routes: CowMap<RouteKey, Arc<Route>>,
     /// The addresses of all known containers.
     known: Arc<BTreeSet<IpAddr>>,
     networks: BTreeSet<IpNet>,
+    wiring: Arc<Wiring>,
     vips: BTreeSet<Vip>,
     unrouted: Arc<BTreeMap<UnroutedKey, Unrouted>>,
     upstreams: CowMap<Query, InUse>,
@@ -197,7 +214,7 @@ struct Shared {
 }
 
 /// The consumer, the variable or label, and the missing route, if it is about one.
-type UnroutedKey = (ConsumerId, Arc<str>, Option<RouteKey>);
+type UnroutedKey = (ConsumerId, Arc<str>, u16, Option<RouteKey>);
 
 impl Table {
     pub fn route(&self, key: &RouteKey) -> Option<&Arc<Route>> {
@@ -220,6 +237,11 @@ impl Table {
     /// Where a container that is not known yet may have its address.
     pub fn networks(&self) -> &BTreeSet<IpNet> {
         &self.networks
+    }
+
+    /// How networks and addresses are connected to this host.
+    pub fn wiring(&self) -> &Arc<Wiring> {
+        &self.wiring
     }
 
     /// Whether this may be the address of a container that is not known yet.
@@ -283,6 +305,7 @@ mod tests {
             name: name.into(),
             namespace: name.into(),
             sources: vec![address.parse().unwrap()],
+            arrivals: Vec::new(),
             gateways: vec!["172.17.0.1".parse().unwrap()],
             bindings: bindings.iter().map(binding).collect(),
             ends: vec![],
@@ -331,7 +354,9 @@ mod tests {
             consumers: &consumers.iter().collect::<Vec<_>>(),
             contested: &contested,
             known: &Arc::default(),
+            confirmed: 0,
             networks: &BTreeSet::new(),
+            wiring: &Default::default(),
             endpoints,
             vips: &[],
             gateways_are_vips: true,
@@ -549,7 +574,9 @@ mod tests {
             consumers: &[&Arc::new(local)],
             contested: &BTreeSet::new(),
             known: &Arc::default(),
+            confirmed: 0,
             networks: &BTreeSet::new(),
+            wiring: &Default::default(),
             endpoints: &CowMap::default(),
             vips: &[Vip("172.17.0.1".parse().unwrap()), Vip("127.0.0.1".parse().unwrap())],
             gateways_are_vips: false,

@@ -16,6 +16,42 @@ pub fn is_of_link(value: &str) -> bool {
     matches!(protocol, "tcp" | "udp" | "sctp") && address.parse::<SocketAddr>().is_ok()
 }
 
+/// What is odd in a sentence that is made for people: an empty part, a wrong plural, a time that says nothing. For tests.
+#[cfg(test)]
+pub(crate) fn odd(text: &str) -> Option<String> {
+    let pieces = [
+        "never", "unknown", "()", "( ", " )", " :", " ;", " ,", " .", "..,", "; ;", ": ;", ": .",
+        ",,", " 0 s",
+    ];
+    if let Some(piece) = pieces.iter().find(|piece| text.contains(**piece)) {
+        return Some(format!("{piece:?} in {text:?}"));
+    }
+    if text.ends_with(": ") || text.ends_with(':') || text.trim() != text {
+        return Some(format!("an end that is missing in {text:?}"));
+    }
+    // Of things that are counted, beside the words that are the same for one and many.
+    let nouns = [
+        "route",
+        "endpoint",
+        "connection",
+        "consumer",
+        "failure",
+        "time",
+        "warning",
+        "source",
+        "entry",
+        "container",
+    ];
+    let text = text.replace("connection tracking entries", "entries");
+    let words: Vec<_> = text.split(|c: char| !c.is_alphanumeric()).collect();
+    let wrong = words.windows(2).find(|pair| {
+        let one = nouns.contains(&pair[1]);
+        let many = nouns.iter().any(|noun| pair[1] == format!("{noun}s")) || pair[1] == "entries";
+        pair[0].parse::<u64>().is_ok_and(|n| if n == 1 { many } else { one })
+    });
+    wrong.map(|pair| format!("{:?} in {text:?}", pair.join(" ")))
+}
+
 /// The parameters of a URI whose values are no secrets.
 const OPEN: [&str; 4] = ["dc", "near", "tag", "token-file"];
 

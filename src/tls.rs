@@ -234,6 +234,23 @@ fn read_all(path: &Path) -> io::Result<Vec<u8>> {
     Ok(whole)
 }
 
+/// A connection that the settings leave without protection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Weakness {
+    /// Which one, and what may happen.
+    pub what: String,
+    pub fix: &'static str,
+}
+
+/// Whether what is sent to a host stays on this one.
+pub(crate) fn is_loopback(host: &str) -> bool {
+    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let address = host.parse::<std::net::IpAddr>();
+    address.map_or(host.eq_ignore_ascii_case("localhost"), |address| {
+        address.to_canonical().is_loopback()
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

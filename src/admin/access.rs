@@ -1,7 +1,8 @@
 //! Access control of the API: reading and changing.
 //!
 //! Every client that reaches the listener may read, except web pages in a browser. A page can make its own host name resolve
-//! to this listener (DNS rebinding), so the request's Host header must name this listener. Changes need the Unix socket,
+//! to this listener (DNS rebinding), so the request's Host header must name this listener. A page of another origin cannot read
+//! an answer, but it can cause work and measure times, so what a browser says of such a page's request is refused. Changes need the Unix socket,
 //! whose file mode grants access, or the token.
 
 #![expect(clippy::disallowed_methods, reason = "a thread of its own reads the token file")]
@@ -17,7 +18,7 @@ use std::{
 
 use axum::{
     extract::{Request, State},
-    http::{HeaderMap, HeaderValue, Method, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -65,12 +66,32 @@ impl Access {
         }
     }
 
+    /// Whether a request is meant for this listener, and does not come from a web page of another origin.
+    pub(super) fn is_own(&self, headers: &HeaderMap) -> bool {
+        self.is_named(text(headers, header::HOST.as_str())) && self.foreign(headers).is_none()
+    }
+
+    /// The header by which a browser says that a page of another origin makes this request. Without such a header, other programs
+    /// ask, or embassy's own page.
+    fn foreign(&self, headers: &HeaderMap) -> Option<String> {
+        // Browsers cannot connect to a Unix socket.
+        let Self::Tcp { .. } = self else { return None };
+        let site = text(headers, SITE);
+        if !["", "same-origin", "none"].contains(&site) {
+            return Some(format!("Sec-Fetch-Site: {site}"));
+        }
+        let (origin, host) =
+            (text(headers, header::ORIGIN.as_str()), text(headers, header::HOST.as_str()));
+        let own = origin.strip_prefix("http://").is_some_and(|own| own.eq_ignore_ascii_case(host));
+        (!origin.is_empty() && !own).then(|| format!("Origin: {origin}"))
+    }
+
     /// Whether a request for this path may have any Host header. Probes send arbitrary names, and these paths reveal nothing.
     /// Prometheus sends the target name of its configuration: a listener that is open to the network serves metrics under any
     /// name.
     fn answers_any_host(&self, path: &str) -> bool {
         match (self, path) {
-            (_, "/healthz" | "/readyz") => true,
+            (_, path) if is_probe(path) => true,
             (Self::Tcp { bound, .. }, "/metrics") => !bound.ip().is_loopback(),
             _ => false,
         }
@@ -122,6 +143,13 @@ pub(super) async fn check(
         };
     let headers = response.headers_mut();
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    // No page of another origin may embed an answer, or keep hold of the dashboard's window.
+    for (name, value) in [
+        ("cross-origin-resource-policy", "same-origin"),
+        ("cross-origin-opener-policy", "same-origin"),
+    ] {
+        headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+    }
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response
 }
@@ -132,11 +160,18 @@ async fn refusal(
     method: Method,
     headers: HeaderMap,
 ) -> Option<Refusal> {
-    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
-    if !access.answers_any_host(&path) && !access.is_named(host.unwrap_or_default()) {
+    let host = text(&headers, header::HOST.as_str());
+    if !access.answers_any_host(&path) && !access.is_named(host) {
         return Some(Refusal::forbidden(format!(
-            "host {:?}: expected localhost or the address of --admin",
-            host.unwrap_or_default()
+            "host {host:?}: expected localhost or the address of --admin"
+        )));
+    }
+    if !is_probe(&path)
+        && !is_link(&path, &method, &headers)
+        && let Some(header) = access.foreign(&headers)
+    {
+        return Some(Refusal::forbidden(format!(
+            "{header:?}: expected no request of a web page, except of embassy's own dashboard"
         )));
     }
     let reads = matches!(method, Method::GET | Method::HEAD);
@@ -144,6 +179,27 @@ async fn refusal(
         return Some(Refusal::forbidden(access.how_to_change()));
     }
     None
+}
+
+/// How a browser says which site's page makes a request, for what, and what it does with the answer (w3.org/TR/fetch-metadata).
+const SITE: &str = "sec-fetch-site";
+const MODE: &str = "sec-fetch-mode";
+const DESTINATION: &str = "sec-fetch-dest";
+
+/// The calls for health checks. They reveal nothing.
+fn is_probe(path: &str) -> bool {
+    matches!(path, "/healthz" | "/readyz")
+}
+
+/// Whether the dashboard is opened by a link on another page, which cannot read it then.
+fn is_link(path: &str, method: &Method, headers: &HeaderMap) -> bool {
+    let opens = text(headers, MODE) == "navigate" && text(headers, DESTINATION) == "document";
+    path == "/" && *method == Method::GET && opens
+}
+
+/// A header as text, or nothing.
+fn text<'a>(headers: &'a HeaderMap, name: &str) -> &'a str {
+    headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
 }
 
 /// Reads of the token file at a time: a file system that hangs keeps one thread for each.
@@ -211,6 +267,51 @@ mod tests {
         assert!(
             !everywhere.answers_any_host("/v1/status") && !loopback.answers_any_host("/metrics")
         );
+    }
+
+    #[tokio::test]
+    async fn a_page_of_another_origin_gets_nothing_but_probes() {
+        let tcp = access("127.0.0.1:9990");
+        let refused = async |access: &Access, path: &str, more: &[(&'static str, &str)]| {
+            let mut headers = HeaderMap::new();
+            for (name, value) in [("host", "127.0.0.1:9990")].iter().chain(more) {
+                headers.insert(*name, value.parse().unwrap());
+            }
+            refusal(access, path.to_owned(), Method::GET, headers).await.is_some()
+        };
+        let link = [
+            ("sec-fetch-site", "cross-site"),
+            ("sec-fetch-mode", "navigate"),
+            ("sec-fetch-dest", "document"),
+        ];
+        for foreign in [
+            &[("sec-fetch-site", "cross-site")][..],
+            &[("sec-fetch-site", "same-site")],
+            &[("origin", "http://evil.example")],
+            &[("origin", "http://127.0.0.1:3000")],
+            &[("origin", "https://127.0.0.1:9990")],
+            &[("origin", "null")],
+            &link[..2],
+        ] {
+            for path in ["/", "/metrics", "/v1/status", "/v1/events", "/nothing"] {
+                assert!(refused(&tcp, path, foreign).await, "{path} {foreign:?}");
+            }
+            for probe in ["/healthz", "/readyz"] {
+                assert!(!refused(&tcp, probe, foreign).await, "{probe} {foreign:?}");
+            }
+            assert!(!refused(&Access::Unix, "/v1/status", foreign).await);
+        }
+        for own in [
+            &[][..],
+            &[("sec-fetch-site", "same-origin")],
+            &[("sec-fetch-site", "none"), ("sec-fetch-mode", "navigate")],
+            &[("origin", "http://127.0.0.1:9990")],
+        ] {
+            assert!(!refused(&tcp, "/v1/status", own).await, "{own:?}");
+        }
+        // A link on another page opens the dashboard, and nothing else.
+        assert!(!refused(&tcp, "/", &link).await);
+        assert!(refused(&tcp, "/v1/status", &link).await);
     }
 
     #[test]

@@ -63,8 +63,10 @@ pub(super) struct Context {
     pub(super) access: Arc<Access>,
     /// Slots for clients of the event stream.
     pub(super) listeners: Arc<Semaphore>,
-    /// One scrape at a time: parallel ones would only compete for the CPU.
+    /// One scrape is written at a time: parallel ones would only compete for the CPU.
     pub(super) scrapes: Arc<Semaphore>,
+    /// Slots for clients that read a scrape, which is in memory until then.
+    pub(super) readers: Arc<Semaphore>,
 }
 
 impl Feeds {
@@ -79,6 +81,7 @@ impl Feeds {
             let skipped = skipped_entries(&known);
             let reading = SourceReading::of(query.to_string(), &known, in_use, skipped, now);
             let problem = known.value.iter().find_map(|value| value.problem.as_deref());
+            let problem = problem.filter(|_| !query.is_probe());
             let answer = known.value.as_deref();
             let reading = SourceReading {
                 problem: problem.map(Into::into),

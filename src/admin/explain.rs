@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     consumer::Consumer,
-    judgement::{Cause, Situation, Verdict},
+    judgement::{Cause, Situation, SourceReading, Verdict},
     table::Route,
 };
 
@@ -55,7 +55,7 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
         port,
         verdict: Verdict::worst(causes.iter().map(Cause::verdict)),
         findings: causes.iter().map(view::finding).collect(),
-        consumers: consumers.iter().map(|one| view::consumer(one, &situation.table)).collect(),
+        consumers: consumers.iter().map(|one| view::consumer(one, &situation)).collect(),
         bindings: of_port.map(view::binding).collect(),
         routes: routes.iter().map(|route| view::route(route, &situation)).collect(),
         // No consumer matches: the answer is the same as for a container with other bindings.
@@ -74,17 +74,20 @@ fn service(feeds: &Feeds, situation: &Situation, route: &Route) -> api::ExplainS
     let sources = feeds.sources.borrow();
     let known = sources.queries.iter().find(|(asked, _)| asked == query);
     let reading = situation.queries.get(query);
-    let source = known.zip(reading);
+    let asked = route.query();
+    let source = known.zip(reading).map(|((query, answers), reading)| {
+        let named = SourceReading { name: asked.to_string(), ..reading.clone() };
+        view::discovery(query, &answers.borrow(), &named)
+    });
     let key = (query.via.clone(), query.dc.clone(), query.service.clone());
     let endpoints = upstream.rotation.endpoints().iter();
     let state = situation.route(route).state;
     api::ExplainService {
-        query: view::query(query),
+        query: view::query(&asked),
         balance: route.balance,
         state,
         verdict: state.verdict(),
-        source: source
-            .map(|((query, answers), reading)| view::discovery(query, &answers.borrow(), reading)),
+        source,
         endpoints: {
             let some = endpoints.take(Wanted::MOST);
             some.map(|e| view::endpoint(&key, e, situation.now)).collect()

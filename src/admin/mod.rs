@@ -24,6 +24,7 @@ mod list;
 pub mod metrics;
 mod openapi;
 mod probes;
+mod ready;
 mod refusal;
 mod serve;
 mod socket;
@@ -48,14 +49,13 @@ impl Admin {
         feeds: Feeds,
     ) -> io::Result<Self> {
         let (history, sampling) = History::start(feeds.figures.clone());
-        let router = |access: Access| {
-            router(Context {
-                feeds,
-                history,
-                access: Arc::new(access),
-                listeners: Arc::new(Semaphore::new(events::LISTENERS)),
-                scrapes: Arc::new(Semaphore::new(1)),
-            })
+        let context = |access: Access| Context {
+            feeds,
+            history,
+            access: Arc::new(access),
+            listeners: Arc::new(Semaphore::new(events::LISTENERS)),
+            scrapes: Arc::new(Semaphore::new(1)),
+            readers: Arc::new(Semaphore::new(probes::READERS)),
         };
         match at {
             config::Admin::Tcp(address) => {
@@ -64,14 +64,12 @@ impl Admin {
                 if bound.ip().is_unspecified() {
                     tracing::warn!(address = %bound, "the admin API is reachable from every network; bind it to 127.0.0.1 or to an address in a trusted network");
                 }
-                let serve = serve::serve(listener, router(Access::tcp(bound, token_file)));
-                let tasks = [tokio::spawn(serve), sampling];
+                let tasks = [serving(listener, context(Access::tcp(bound, token_file))), sampling];
                 Ok(Self { address: format!("http://{bound}"), tasks, _file: None })
             }
             config::Admin::Unix(path) => {
                 let (listener, file) = socket::listen(path)?;
-                let serve = serve::serve(listener, router(Access::unix()));
-                let tasks = [tokio::spawn(serve), sampling];
+                let tasks = [serving(listener, context(Access::unix())), sampling];
                 let address = format!("unix://{}", path.display());
                 Ok(Self { address, tasks, _file: Some(file) })
             }
@@ -85,8 +83,17 @@ impl Drop for Admin {
     }
 }
 
+/// Serves all calls, and beyond the limit of connections those for health checks.
+fn serving(
+    listener: impl serve::Listener + Send + Sync + 'static,
+    context: Context,
+) -> JoinHandle<()> {
+    let health = probes::health().fallback(probes::full);
+    tokio::spawn(serve::serve(listener, router(context.clone()), guarded(health, context)))
+}
+
 fn router(context: Context) -> Router {
-    Router::new()
+    let calls = Router::new()
         .route("/", get(dashboard::dashboard))
         .route("/v1/openapi.json", get(openapi::description))
         .merge(probes::router())
@@ -94,7 +101,13 @@ fn router(context: Context) -> Router {
         .merge(events::router())
         .merge(changes::router())
         .fallback(v1::unknown)
-        .method_not_allowed_fallback(v1::wrong_method)
+        .method_not_allowed_fallback(v1::wrong_method);
+    guarded(calls, context)
+}
+
+/// Calls behind the access control.
+fn guarded(calls: Router<Context>, context: Context) -> Router {
+    calls
         .layer(axum::middleware::from_fn_with_state(context.access.clone(), access::check))
         .layer(axum::middleware::map_response(refusal::visible))
         .with_state(context)

@@ -14,29 +14,50 @@ use hyper_util::{
     server::conn::auto::Builder,
     service::TowerToHyperService,
 };
+use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, UnixListener},
     sync::Semaphore,
     task::JoinSet,
-    time::{Sleep, sleep},
+    time::{Sleep, sleep, timeout},
 };
 
-/// Maximum number of connections; further ones wait in the kernel's queue.
+/// Maximum number of connections, besides the reserved ones.
 const CONNECTIONS: usize = 128;
+/// Connections beyond these, which are for one probe each; further ones wait in the kernel's queue.
+const RESERVED: usize = 32;
 /// Timeout for reading the head of a request.
 const HEADER: Duration = Duration::from_secs(10);
 /// Timeout for a write to a client that does not read. It frees the memory of the answer, and the connection's slot.
-const READER: Duration = Duration::from_secs(30);
+const READER: Duration = Duration::from_secs(15);
+/// Total time of a reserved connection.
+const PROBE: Duration = Duration::from_secs(2);
 /// Pause after a failed accept, for example without free descriptors.
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// A listening socket.
 pub(super) trait Listener {
-    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+    type Stream: AsyncRead + AsyncWrite + Abort + Unpin + Send + 'static;
 
     fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
 }
+
+/// A connection that can be given up.
+pub(super) trait Abort {
+    /// What the peer has not read is dropped with the connection.
+    fn abort(&self) {}
+}
+
+impl Abort for tokio::net::TcpStream {
+    fn abort(&self) {
+        // Otherwise the kernel keeps megabytes for a peer that does not read them. It may be closed already.
+        let _ = SockRef::from(self).set_linger(Some(Duration::ZERO));
+    }
+}
+
+/// The kernel keeps what is unread with the peer's socket.
+impl Abort for tokio::net::UnixStream {}
 
 impl Listener for TcpListener {
     type Stream = tokio::net::TcpStream;
@@ -56,15 +77,19 @@ impl Listener for UnixListener {
     }
 }
 
-/// Serves until it is dropped; this closes all connections.
-pub(super) async fn serve(listener: impl Listener, router: Router) {
+/// Serves until it is dropped; this closes all connections. While [`CONNECTIONS`] are open, `probes` answers: nobody can keep
+/// health checks out by holding connections.
+pub(super) async fn serve(listener: impl Listener, router: Router, probes: Router) {
     let mut http = Builder::new(hyper_util::rt::TokioExecutor::new()).http1_only();
     http.http1().timer(TokioTimer::new()).header_read_timeout(HEADER);
+    let mut once = http.clone();
+    once.http1().keep_alive(false);
     let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let reserved = Arc::new(Semaphore::new(RESERVED));
     let mut running = JoinSet::new();
     loop {
-        // The semaphore is never closed.
-        let Ok(place) = places.clone().acquire_owned().await else { return };
+        // The semaphores are never closed. A reserved place is free again within [`PROBE`].
+        let Ok(spare) = reserved.clone().acquire_owned().await else { return };
         let stream = match listener.accept().await {
             Ok(stream) => stream,
             Err(error) => {
@@ -74,12 +99,25 @@ pub(super) async fn serve(listener: impl Listener, router: Router) {
             }
         };
         while running.try_join_next().is_some() {}
-        let (http, service) = (http.clone(), TowerToHyperService::new(router.clone()));
-        running.spawn(async move {
-            // An error of a client ends only its own connection, and is not logged.
-            let _ = http.serve_connection(TokioIo::new(Impatient::new(stream)), service).await;
-            drop(place);
-        });
+        let stream = TokioIo::new(Impatient::new(stream));
+        // An error of a client ends only its own connection, and is not logged.
+        match places.clone().try_acquire_owned() {
+            Ok(place) => {
+                drop(spare);
+                let (http, service) = (http.clone(), TowerToHyperService::new(router.clone()));
+                running.spawn(async move {
+                    let _ = http.serve_connection(stream, service).await;
+                    drop(place);
+                });
+            }
+            Err(_) => {
+                let (http, service) = (once.clone(), TowerToHyperService::new(probes.clone()));
+                running.spawn(async move {
+                    let _ = timeout(PROBE, http.serve_connection(stream, service)).await;
+                    drop(spare);
+                });
+            }
+        }
     }
 }
 
@@ -90,7 +128,7 @@ struct Impatient<S> {
     patience: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S: AsyncWrite + Unpin> Impatient<S> {
+impl<S: AsyncWrite + Abort + Unpin> Impatient<S> {
     fn new(stream: S) -> Self {
         Self { stream, patience: None }
     }
@@ -106,11 +144,12 @@ impl<S: AsyncWrite + Unpin> Impatient<S> {
         }
         let patience = self.patience.get_or_insert_with(|| Box::pin(sleep(READER)));
         ready!(patience.as_mut().poll(cx));
+        self.stream.abort();
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
+impl<S: AsyncWrite + Abort + Unpin> AsyncWrite for Impatient<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -152,7 +191,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Impatient<S> {
 
 #[cfg(test)]
 mod tests {
-    use axum::{body::Body, routing::get};
+    use axum::{body::Body, http::StatusCode, routing::get};
     use futures_util::stream::repeat_with;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
@@ -160,6 +199,8 @@ mod tests {
     };
 
     use super::*;
+
+    impl Abort for DuplexStream {}
 
     struct Offered(Mutex<mpsc::UnboundedReceiver<DuplexStream>>);
 
@@ -177,10 +218,12 @@ mod tests {
         let endless = || async {
             Body::from_stream(repeat_with(|| Ok::<_, io::Error>(vec![b'x'; 16 * 1024])))
         };
+        let healthz = || Router::new().route("/healthz", get(|| async { "ok" }));
         let router =
-            Router::new().route("/endless", get(endless)).route("/healthz", get(|| async { "ok" }));
+            healthz().route("/endless", get(endless)).route("/other", get(|| async { "other" }));
+        let probes = healthz().fallback(|| async { (StatusCode::SERVICE_UNAVAILABLE, "full") });
         let (offer, offered) = mpsc::unbounded_channel();
-        let serving = tokio::spawn(serve(Offered(Mutex::new(offered)), router));
+        let serving = tokio::spawn(serve(Offered(Mutex::new(offered)), router, probes));
         let request = |path: &'static str| {
             let (mut client, server) = duplex(64 * 1024);
             offer.send(server).unwrap();
@@ -195,9 +238,31 @@ mod tests {
             all.push(request("/endless").await);
         }
         // The time of this test goes by only while all wait.
-        let mut said = String::new();
-        request("/healthz").await.read_to_string(&mut said).await.unwrap();
-        assert!(said.starts_with("HTTP/1.1 200"), "{said}");
+        let start = tokio::time::Instant::now();
+        let answer = async |path| {
+            let mut said = String::new();
+            request(path).await.read_to_string(&mut said).await.unwrap();
+            said.lines().next().unwrap_or_default().to_owned()
+        };
+        // More often than there are places for probes.
+        for _ in 0..RESERVED * 2 {
+            assert_eq!(answer("/healthz").await, "HTTP/1.1 200 OK");
+        }
+        assert_eq!(answer("/other").await, "HTTP/1.1 503 Service Unavailable");
+        assert!(start.elapsed() < Duration::from_secs(1), "nobody was let go yet");
+        // Who says nothing holds none of them for long.
+        let silent: Vec<_> = (0..RESERVED)
+            .map(|_| {
+                let (client, server) = duplex(1024);
+                offer.send(server).unwrap();
+                client
+            })
+            .collect();
+        assert_eq!(answer("/healthz").await, "HTTP/1.1 200 OK");
+        assert!(start.elapsed() < PROBE * 2, "{:?}", start.elapsed());
+        drop(silent);
+        sleep(READER).await;
+        assert_eq!(answer("/other").await, "HTTP/1.1 200 OK");
         for mut one in all {
             let mut got = Vec::new();
             one.read_to_end(&mut got).await.unwrap();

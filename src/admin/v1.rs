@@ -172,7 +172,7 @@ pub(super) async fn routes(
                 vec![
                     route.key.source.to_string(),
                     route.key.port.to_string(),
-                    route.upstream.query.to_string(),
+                    route.query().to_string(),
                     route.binding.origin.to_string(),
                 ]
             } else {

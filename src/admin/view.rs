@@ -1,6 +1,7 @@
 //! Converts the table, the sources and the counts to the types of `api`.
 
 use std::{
+    net::IpAddr,
     sync::atomic::Ordering::Relaxed,
     time::{Duration, Instant},
 };
@@ -8,6 +9,7 @@ use std::{
 use super::api;
 use crate::{
     balance::{Checked, EndpointState},
+    capture::interface_name,
     consumer::Consumer,
     counts::{ConnectionCounts, Distribution},
     discovery::{self, Endpoints},
@@ -17,7 +19,8 @@ use crate::{
     proxy::LiveConnection,
     report::PROVIDER,
     source::Known,
-    table::{Route, ServiceKey, Table},
+    table::{Route, ServiceKey},
+    wiring::Arrival,
 };
 
 pub(super) fn seconds(time: Duration) -> f64 {
@@ -52,7 +55,7 @@ pub(super) fn route(route: &Route, situation: &Situation) -> api::Route {
         address: route.key.source.to_string(),
         port: route.key.port.get(),
         origin: route.binding.origin.to_string(),
-        query: query(&route.upstream.query),
+        query: query(&route.query()),
         balance: route.balance,
         state: health.state,
         verdict: health.state.verdict(),
@@ -127,7 +130,7 @@ pub(super) fn connection(live: &LiveConnection) -> api::Connection {
         consumer: of_route(|route| route.consumer_name.to_string()),
         consumer_id: of_route(|route| route.consumer.full().to_owned()),
         service: of_route(|route| route.upstream.query.service.to_string()),
-        query: of_route(|route| route.upstream.query.to_string()),
+        query: of_route(|route| route.query().to_string()),
         source: live.source.to_string(),
         destination: live.destination.to_string(),
         endpoint: live.endpoint.map(|endpoint| endpoint.to_string()),
@@ -186,11 +189,7 @@ pub(super) fn binding(fate: &BindingFate<'_>) -> api::Binding {
     let (consumer_id, service, routes) = match fate {
         BindingFate::Declared { consumer, binding, routes, .. } => {
             let descriptor = &binding.descriptor;
-            let tags = descriptor.tags.iter().collect::<Vec<_>>().join(",");
-            let service = match tags.is_empty() {
-                true => descriptor.service.to_string(),
-                false => format!("{}[{tags}]", descriptor.service),
-            };
+            let service = format!("{}{}", descriptor.service, descriptor.tags);
             (consumer.id.full(), Some(service), &routes[..])
         }
         BindingFate::Invalid(_) => ("", None, &[][..]),
@@ -204,13 +203,34 @@ pub(super) fn binding(fate: &BindingFate<'_>) -> api::Binding {
         reasons: fate.reasons().iter().map(ToString::to_string).collect(),
         port: fate.port(),
         service,
-        query: routes.first().map(|route| query(&route.upstream.query)),
+        query: routes.first().map(|route| query(&route.query())),
         addresses: routes.iter().map(|route| route.key.source.to_string()).collect(),
     }
 }
 
+/// How connections from an address must arrive.
+fn arrival(consumer: &Consumer, source: &IpAddr, situation: &Situation) -> String {
+    let by = match consumer.arrival(source) {
+        Arrival::By(interface) => format!("{source} by {interface}"),
+        Arrival::Outside => format!("{source} by none of the engine's bridges"),
+        Arrival::Anywhere => format!("{source} by any interface"),
+    };
+    let wiring = situation.table.wiring();
+    if !situation.capture.standing.guards {
+        return by;
+    }
+    match wiring.owners.get(source) {
+        Some(owner) => {
+            let ports: Vec<_> = owner.ports.iter().map(|port| interface_name(*port)).collect();
+            format!("{by}, port {}", ports.join(" or "))
+        }
+        None => format!("{by}, any port (not guarded)"),
+    }
+}
+
 /// A consumer, with the ports that have a route.
-pub(super) fn consumer(consumer: &Consumer, table: &Table) -> api::ExplainConsumer {
+pub(super) fn consumer(consumer: &Consumer, situation: &Situation) -> api::ExplainConsumer {
+    let table = &situation.table;
     let routes = table.routes().filter(|route| route.consumer == consumer.id);
     let mut ports: Vec<_> = routes.map(|route| route.key.port.get()).collect();
     ports.sort_unstable();
@@ -219,6 +239,11 @@ pub(super) fn consumer(consumer: &Consumer, table: &Table) -> api::ExplainConsum
         name: consumer.name.to_string(),
         id: consumer.id.full().to_owned(),
         addresses: consumer.sources.iter().map(ToString::to_string).collect(),
+        arrivals: consumer
+            .sources
+            .iter()
+            .map(|source| arrival(consumer, source, situation))
+            .collect(),
         ports,
     }
 }

@@ -5,7 +5,7 @@ use super::{
     change::Change,
     iptables::{self, Iptables},
     netlink::BaseChain,
-    nft::{self, Draining, Nft},
+    nft::{self, Draining, Nft, Offender},
     rules::{Part, RuleChanges, RuleSettings, Rules, Shape},
 };
 use crate::config::FirewallChoice;
@@ -14,7 +14,7 @@ use crate::config::FirewallChoice;
 #[derive(Debug)]
 pub enum Backend {
     Nft(Box<Nft>),
-    Iptables(Iptables),
+    Iptables(Box<Iptables>),
     /// Writes nothing.
     #[cfg(test)]
     Fake(super::fake::Fake),
@@ -29,16 +29,19 @@ impl Backend {
     ) -> Result<Self, CaptureError> {
         let shape = Shape::of(settings);
         let nft = |shared| Nft::open(&shape, shared).map(|nft| Self::Nft(Box::new(nft)));
+        let iptables = async {
+            Iptables::open(&shape).await.map(|iptables| Self::Iptables(Box::new(iptables)))
+        };
         match choice {
             FirewallChoice::Nft => nft(false),
             FirewallChoice::NftShared => nft(true),
-            FirewallChoice::Iptables => Iptables::open().await.map(Self::Iptables),
+            FirewallChoice::Iptables => iptables.await,
             FirewallChoice::Auto => match nft(false) {
                 Ok(nft) => Ok(nft),
-                Err(nft) => match Iptables::open().await {
+                Err(nft) => match iptables.await {
                     Ok(iptables) => {
                         tracing::debug!(error = %nft, "the kernel has no nf_tables");
-                        Ok(Self::Iptables(iptables))
+                        Ok(iptables)
                     }
                     Err(iptables) => Err(CaptureError::Nothing {
                         nft: Box::new(nft),
@@ -62,7 +65,7 @@ impl Backend {
     pub fn lacks(&self) -> &[(Part, String)] {
         match self {
             Self::Nft(nft) => nft.lacks(),
-            Self::Iptables(_) => &[],
+            Self::Iptables(iptables) => iptables.lacks(),
             #[cfg(test)]
             Self::Fake(_) => &[],
         }
@@ -176,6 +179,27 @@ impl Backend {
             Self::Iptables(iptables) => iptables.arrivals(),
             #[cfg(test)]
             Self::Fake(_) => Ok(None),
+        }
+    }
+
+    /// How many connections to our port were refused because nothing captured them, and how many frames the guard dropped; `None` if
+    /// that is not counted.
+    pub(super) fn turned_away(&mut self) -> Result<[Option<u64>; 2], CaptureError> {
+        match self {
+            Self::Nft(nft) => Ok([nft.refused()?, nft.dropped()?]),
+            Self::Iptables(iptables) => Ok([iptables.refused()?, None]),
+            #[cfg(test)]
+            Self::Fake(_) => Ok([None, None]),
+        }
+    }
+
+    /// The ports from which the guard dropped frames.
+    pub(super) fn offenders(&mut self) -> Result<Vec<Offender>, CaptureError> {
+        match self {
+            Self::Nft(nft) => nft.offenders(),
+            Self::Iptables(_) => Ok(Vec::new()),
+            #[cfg(test)]
+            Self::Fake(_) => Ok(Vec::new()),
         }
     }
 

@@ -7,9 +7,9 @@ use std::{
 
 use super::{
     CaptureError, Change,
-    rules::{Optional, RuleChanges, RuleSettings, Rules},
+    rules::{Declared, Optional, RuleChanges, RuleSettings, Rules},
 };
-use crate::{config::CaptureScope, table::RouteKey};
+use crate::config::{CaptureScope, Guard};
 
 /// What it was given, and what it is to say.
 #[derive(Debug, Default)]
@@ -23,7 +23,7 @@ pub struct Fake {
 #[derive(Debug, Default)]
 pub(super) struct State {
     /// The keys that are captured.
-    pub(super) declared: BTreeSet<RouteKey>,
+    pub(super) declared: BTreeSet<Declared>,
     pub(super) loads: usize,
     pub(super) changes: usize,
     /// The next writes fail.
@@ -71,10 +71,10 @@ impl Fake {
         let mut state = self.state();
         state.changes += 1;
         for key in &changes.declared_removed {
-            assert!(state.declared.remove(key), "{key}");
+            assert!(state.declared.remove(key), "{key:?}");
         }
         for key in &changes.declared_added {
-            assert!(state.declared.insert(*key), "{key}");
+            assert!(state.declared.insert(*key), "{key:?}");
         }
         Ok(None)
     }
@@ -99,6 +99,7 @@ pub(super) fn settings() -> RuleSettings {
         servers: Vec::new(),
         hold: false,
         notrack: false,
+        guard: Guard::Off,
         lacks: Optional::default(),
     }
 }

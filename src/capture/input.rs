@@ -12,7 +12,10 @@ use std::{
     fmt,
 };
 
-use super::program::{Program, ProgramError};
+use super::{
+    program::{Program, ProgramError},
+    rules::{COUNTS, DRAINING, NAME},
+};
 
 /// A chain that may stop captured connections.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -413,6 +416,13 @@ fn nft_tables<'a>(ruleset: &'a str, captured: &Captured) -> Vec<Table<'a>> {
     }
     // Bridges and devices have an input of their own, which is before the connection is translated.
     tables.retain(|table| ["ip ", "ip6 ", "inet "].iter().any(|of| table.name.starts_with(of)));
+    // Ours refuse only what is not captured. The program may show the owner behind the name.
+    tables.retain(|table| {
+        let mut words = table.name.split(' ');
+        let (family, name) = (words.next(), words.next().unwrap_or_default());
+        let is_ours = name == NAME || name == COUNTS || name.starts_with(DRAINING);
+        !(family == Some("inet") && is_ours)
+    });
     for table in tables.iter_mut().filter(|table| table.program().is_some()) {
         // As iptables itself writes it.
         for chain in table.chains.values_mut().filter(|chain| chain.policy == "drop") {
@@ -742,6 +752,20 @@ mod tests {
             "tcp dport @open accept",
         ] {
             assert_eq!(nft(open), [], "{open}");
+        }
+    }
+
+    #[test]
+    fn our_own_rule_is_nobodys_obstacle() {
+        for name in ["embassy { # progname embassy", "embassy_counts {", "embassy_draining_1 {"] {
+            let ruleset = format!(
+                "table inet {name}\n\tchain direct {{\n\t\ttype filter hook input priority -2000000000; policy accept;\n\
+                 \t\ttcp dport 9999 ct status ! dnat counter packets 0 bytes 0 reject with tcp reset\n\t}}\n}}\n"
+            );
+            let filters = [Ok(String::new()), Ok(String::new())];
+            let listings = Listings { nft: Ok(ruleset), filters };
+            assert_eq!(listings.barriers(&captured()), []);
+            assert_eq!(listings.suspect(&captured()), Barrier::unknown(9999));
         }
     }
 

@@ -6,15 +6,21 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::IpNet;
+
 use super::{
     CaptureError, Script,
     change::Change,
     netlink::BaseChain,
+    nft,
     place::{self, Place},
     program::{Program, ProgramError},
-    rules::{Hook, MARK, Rules},
+    rules::{Declared, Hook, MARK, Part, Rules, Shape},
 };
-use crate::{config::CaptureScope, table::RouteKey};
+use crate::{
+    config::{CaptureScope, Guard},
+    wiring::Arrival,
+};
 
 mod kernel;
 
@@ -51,22 +57,45 @@ const FAMILIES: [Family; 2] = [
 pub struct Iptables {
     /// Reads the rules, if the programs write to nf_tables. With the older `legacy` programs only their own listing tells.
     kernel: Option<Kernel>,
+    /// The same where the programs do not write there, if the kernel has it: for what is counted and refused.
+    beside: Option<Kernel>,
     /// Right after they were written.
     listed: Option<String>,
-    /// The port of the captured connections that `kernel` counts.
+    /// The port for which connections are counted and refused.
     counted: Option<u16>,
+    lacks: Vec<(Part, String)>,
 }
 
 impl Iptables {
     /// An error if the programs do not work.
-    pub(super) async fn open() -> Result<Self, CaptureError> {
+    pub(super) async fn open(shape: &Shape) -> Result<Self, CaptureError> {
         let [v4, _] = FAMILIES;
-        if is_nf_tables(v4.save.run(&["--version"], "").await?) {
-            v4.restore.run(&["--version"], "").await?;
-            return Ok(Self { kernel: Some(Kernel::open()?), listed: None, counted: None });
-        }
-        v4.nat().await?;
-        Ok(Self { kernel: None, listed: None, counted: None })
+        let (kernel, beside) = match is_nf_tables(v4.save.run(&["--version"], "").await?) {
+            true => {
+                v4.restore.run(&["--version"], "").await?;
+                (Some(Kernel::open()?), None)
+            }
+            false => {
+                v4.nat().await?;
+                (None, Kernel::open().ok())
+            }
+        };
+        let guards = shape.guard != Guard::Off;
+        let guard = guards.then(|| (Part::Guard, "iptables has no rules for bridges".to_owned()));
+        let refusal = nft::lack_of_refusal(shape).filter(|_| shape.refusing);
+        let refusal = refusal.map(|reason| (Part::Refusal, reason));
+        let lacks = guard.into_iter().chain(refusal).collect();
+        Ok(Self { kernel, beside, listed: None, counted: None, lacks })
+    }
+
+    /// The optional parts that it cannot do, each with what it lacks.
+    pub(super) fn lacks(&self) -> &[(Part, String)] {
+        &self.lacks
+    }
+
+    /// Where connections are counted and refused.
+    fn counting(&mut self) -> Option<&mut Kernel> {
+        self.kernel.as_mut().or(self.beside.as_mut())
     }
 
     pub(super) fn stands(&self) -> bool {
@@ -78,17 +107,18 @@ impl Iptables {
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         self.listed = None;
         let written = self.apply(rules).await?;
-        if let Some(kernel) = &mut self.kernel {
-            let port = rules.shape.port;
-            if rules.shape.counted && self.counted != Some(port) {
-                // Without it, rules of others that drop are found only by reading them.
-                match kernel.count(port) {
-                    Ok(()) => self.counted = Some(port),
-                    Err(error) => {
-                        tracing::debug!(%error, "cannot count the captured connections that arrive")
-                    }
+        let port = rules.shape.port;
+        let is_counted = self.counted == Some(port);
+        if let Some(kernel) = self.counting().filter(|_| !is_counted) {
+            // Without it, rules of others that drop are found only by reading them.
+            match kernel.count(&rules.shape) {
+                Ok(()) => self.counted = Some(port),
+                Err(error) => {
+                    tracing::debug!(%error, "cannot count the captured connections that arrive")
                 }
             }
+        }
+        if let Some(kernel) = &mut self.kernel {
             kernel.has_changed()?;
         }
         let listed = self.installed().await?;
@@ -109,9 +139,19 @@ impl Iptables {
 
     /// The numbers of captured connections that arrived, and of those that passed other programs' rules.
     pub(super) fn arrivals(&mut self) -> Result<Option<(u64, u64)>, CaptureError> {
-        match &mut self.kernel {
-            Some(kernel) if self.counted.is_some() => Ok(kernel.counts()?),
-            _ => Ok(None),
+        let is_counted = self.counted.is_some();
+        match self.counting().filter(|_| is_counted) {
+            Some(kernel) => Ok(kernel.counts()?),
+            None => Ok(None),
+        }
+    }
+
+    /// The number of connections to our port that were refused because nothing captured them.
+    pub(super) fn refused(&mut self) -> Result<Option<u64>, CaptureError> {
+        let is_counted = self.counted.is_some();
+        match self.counting().filter(|_| is_counted) {
+            Some(kernel) => Ok(kernel.refused()?),
+            None => Ok(None),
         }
     }
 
@@ -298,9 +338,9 @@ fn uses_v6(rules: &Rules) -> bool {
     shape.v6
         && places.vips.union(&places.own).any(IpAddr::is_ipv6)
         && (shape.scope == CaptureScope::All
-            || declared.iter().any(|key| key.source.is_ipv6())
+            || declared.iter().any(|one| one.key.source.is_ipv6())
             // Even the very first container with an IPv6 address may dial before it is known.
-            || shape.unknown && places.networks.iter().any(|network| network.addr().is_ipv6()))
+            || shape.unknown && strangers(rules).any(|(_, network)| network.addr().is_ipv6()))
 }
 
 /// One transaction: the chains with all their rules, and the jumps if they are not first already. `now` is what `iptables-save` says.
@@ -320,6 +360,11 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
     let of_family = |address: &&IpAddr| address.is_ipv6() == v6;
     if rules.shape.scope == CaptureScope::All {
         for vip in rules.places.vips.iter().filter(of_family) {
+            for bridge in &rules.places.bridges {
+                writeln!(out, "-A {chain} -d {vip} -i {bridge} -p tcp {to}")?;
+            }
+        }
+        for vip in rules.places.everywhere.iter().filter(of_family) {
             writeln!(out, "-A {chain} -d {vip} -p tcp {to}")?;
         }
     }
@@ -327,9 +372,9 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
         for known in rules.known.iter().filter(of_family) {
             writeln!(out, "-A {chain} -s {known} -j RETURN")?;
         }
-        for network in rules.places.networks.iter().filter(|net| net.addr().is_ipv6() == v6) {
+        for (by, network) in strangers(rules).filter(|(_, net)| net.addr().is_ipv6() == v6) {
             for vip in rules.places.vips.iter().filter(of_family) {
-                let stranger = format!("-A {chain} -s {network} -d {vip} -p tcp");
+                let stranger = format!("-A {chain} -s {network} -d {vip} {by}-p tcp");
                 // What listens on this host stays reachable for those who may turn out to be no consumers.
                 writeln!(out, "{stranger} -m socket --nowildcard -j RETURN")?;
                 writeln!(out, "{stranger} {to}")?;
@@ -354,23 +399,39 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
     writeln!(out, "COMMIT")
 }
 
+/// The networks of unknown containers, each with the match for its interface.
+fn strangers(rules: &Rules) -> impl Iterator<Item = (String, IpNet)> {
+    let segments = rules.places.segments.iter();
+    let segments = segments.map(|(interface, network)| (format!("-i {interface} "), *network));
+    let loose = rules.places.networks.iter().map(|network| (String::new(), *network));
+    segments.chain(loose)
+}
+
 /// Makes the chain, or empties it: so does declaring a chain of the user's (man 8 iptables-restore, --noflush).
 fn start(out: &mut String, entry: Entry) -> fmt::Result {
     writeln!(out, ":{} - [0:0]", entry.chain)
 }
 
 fn declared(out: &mut String, rules: &Rules, v6: bool, entry: Entry) -> fmt::Result {
-    // An own address counts for what arrives.
-    let own = (entry == PREROUTING).then_some(&rules.places.own).into_iter().flatten();
+    // An own address, and the interface, count for what arrives.
+    let arrives = entry == PREROUTING;
+    let own = arrives.then_some(&rules.places.own).into_iter().flatten();
     for destination in rules.places.vips.iter().chain(own).filter(|address| address.is_ipv6() == v6)
     {
-        for RouteKey { source, port, .. } in
-            rules.declared.iter().filter(|key| key.source.is_ipv6() == v6)
+        for Declared { key, arrival } in
+            rules.declared.iter().filter(|one| one.key.source.is_ipv6() == v6)
         {
+            let by = match arrival {
+                Arrival::By(interface) if arrives => format!("-i {interface} "),
+                Arrival::Outside if arrives && !rules.places.outer.contains(destination) => {
+                    continue;
+                }
+                _ => String::new(),
+            };
             writeln!(
                 out,
-                "-A {} -s {source} -d {destination} -p tcp -m tcp --dport {port} -j REDIRECT --to-ports {}",
-                entry.chain, rules.shape.port
+                "-A {} -s {} -d {destination} {by}-p tcp -m tcp --dport {} -j REDIRECT --to-ports {}",
+                entry.chain, key.source, key.port, rules.shape.port
             )?;
         }
     }
@@ -489,8 +550,8 @@ mod tests {
         let expected = "\
 *nat
 :EMBASSY - [0:0]
--A EMBASSY -s 172.17.0.2 -d 172.17.0.1 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999
--A EMBASSY -s 172.17.0.2 -d 172.17.0.1 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
+-A EMBASSY -s 172.17.0.2 -d 172.17.0.1 -i docker0 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999
+-A EMBASSY -s 172.17.0.2 -d 172.17.0.1 -i docker0 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
 -A EMBASSY -s 172.18.0.5 -d 172.17.0.1 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
 -I PREROUTING 1 -j EMBASSY
 COMMIT
@@ -512,11 +573,24 @@ COMMIT
     #[test]
     fn all_means_all_that_arrives_for_a_vip() {
         let script = script(&example(true, CaptureScope::All), false, DOCKERS);
-        let all = "-A EMBASSY -d 172.17.0.1 -p tcp -j REDIRECT --to-ports 9999\n";
-        assert!(script.contains(all), "{script}");
-        let own = "-A EMBASSY -s 172.17.0.2 -d 10.1.2.3 -p tcp -m tcp --dport 80 -j";
-        assert!(script.contains(own), "{script}");
+        for all in [
+            "-A EMBASSY -d 172.17.0.1 -i docker0 -p tcp -j REDIRECT --to-ports 9999\n",
+            "-A EMBASSY -d 172.17.0.1 -i br-x -p tcp -j REDIRECT --to-ports 9999\n",
+            "-A EMBASSY -s 172.17.0.2 -d 10.1.2.3 -i docker0 -p tcp -m tcp --dport 80 -j",
+            // An address of another kind of network counts on what is no bridge's.
+            "-A EMBASSY -s 192.168.1.5 -d 10.1.2.3 -p tcp -m tcp --dport 80 -j",
+        ] {
+            assert!(script.contains(all), "{script}");
+        }
+        assert!(!script.contains("-A EMBASSY -s 192.168.1.5 -d 172."), "{script}");
+        assert!(!script.contains("-d 10.1.2.3 -i docker0 -p tcp -j"), "{script}");
         assert!(!script.contains("-d 10.1.2.3 -p tcp -j"), "{script}");
+        // What others send to this host's own address is the host's, unless no bridge is known.
+        assert!(!script.contains("-d 172.17.0.1 -p tcp -j"), "{script}");
+        let mut rules = example(true, CaptureScope::All);
+        rules.places.everywhere = ["172.17.0.1".parse().unwrap()].into();
+        let script = super::script(&rules, false, DOCKERS);
+        assert!(script.contains("-A EMBASSY -d 172.17.0.1 -p tcp -j REDIRECT"), "{script}");
     }
 
     #[test]
@@ -529,6 +603,7 @@ COMMIT
 -A EMBASSY_OUTPUT -s 172.17.0.2 -d 172.17.0.1 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999
 -A EMBASSY_OUTPUT -s 172.17.0.2 -d 172.17.0.1 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
 -A EMBASSY_OUTPUT -s 172.18.0.5 -d 172.17.0.1 -p tcp -m tcp --dport 6379 -j REDIRECT --to-ports 9999
+-A EMBASSY_OUTPUT -s 192.168.1.5 -d 172.17.0.1 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999
 -I OUTPUT 1 -m mark ! --mark 0x656d0000 -j EMBASSY_OUTPUT
 COMMIT
 ";
@@ -540,6 +615,8 @@ COMMIT
         let script = script(&with_unknown(example(false, CaptureScope::Declared)), false, DOCKERS);
         let expected = "\
 -A EMBASSY -s 172.17.0.2 -j RETURN
+-A EMBASSY -s 172.18.0.0/16 -d 172.17.0.1 -i br-x -p tcp -m socket --nowildcard -j RETURN
+-A EMBASSY -s 172.18.0.0/16 -d 172.17.0.1 -i br-x -p tcp -j REDIRECT --to-ports 9999
 -A EMBASSY -s 172.17.0.0/16 -d 172.17.0.1 -p tcp -m socket --nowildcard -j RETURN
 -A EMBASSY -s 172.17.0.0/16 -d 172.17.0.1 -p tcp -j REDIRECT --to-ports 9999
 -I PREROUTING 1 -j EMBASSY
@@ -550,14 +627,14 @@ COMMIT
     #[test]
     fn each_family_has_its_own() {
         let v6 = script(&example(false, CaptureScope::Declared), true, "*nat\nCOMMIT\n");
-        assert!(v6.contains("-s fd00::2 -d fd00::1 -p tcp -m tcp --dport 80"), "{v6}");
+        assert!(v6.contains("-s fd00::2 -d fd00::1 -i docker0 -p tcp -m tcp --dport 80"), "{v6}");
         assert!(!v6.contains("172."), "{v6}");
     }
 
     #[test]
     fn strangers_of_ipv6_need_rules_before_any_consumer_of_ipv6() {
         let mut rules = with_unknown(example(false, CaptureScope::Declared));
-        rules.declared.retain(|key| key.source.is_ipv4());
+        rules.declared.retain(|one| one.key.source.is_ipv4());
         assert!(uses_v6(&rules));
         let v6 = script(&rules, true, "");
         assert!(v6.contains("-s fd00::/64 -d fd00::1 -p tcp -j REDIRECT"), "{v6}");
@@ -566,6 +643,7 @@ COMMIT
             |rules: &mut Rules| rules.shape.v6 = false,
             |rules: &mut Rules| {
                 rules.places.networks.retain(|network| network.addr().is_ipv4());
+                rules.places.segments.retain(|(_, network)| network.addr().is_ipv4());
             },
             |rules: &mut Rules| rules.places.vips.retain(IpAddr::is_ipv4),
         ] {

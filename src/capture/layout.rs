@@ -8,8 +8,34 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::rules::{Hook, MARK, Places, RuleChanges, Rules, Shape};
-use crate::{config::CaptureScope, table::RouteKey};
+use super::rules::{Declared, Hook, MARK, Places, RuleChanges, Rules, Shape};
+use crate::{
+    config::{CaptureScope, Guard},
+    wiring::{Arrival, Interface, Mac, Wiring},
+};
+
+/// Which of our tables: that of IP, or that of bridges, for the guard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Home {
+    Inet,
+    Bridge,
+}
+
+impl Home {
+    pub(super) const ALL: [Self; 2] = [Self::Inet, Self::Bridge];
+
+    pub(super) fn nft(self) -> &'static str {
+        match self {
+            Self::Inet => "inet",
+            Self::Bridge => "bridge",
+        }
+    }
+}
+
+/// The tables of rules of this shape.
+pub(super) fn homes(shape: &Shape) -> &'static [Home] {
+    if shape.guard == Guard::Off { &[Home::Inet] } else { &Home::ALL }
+}
 
 /// An address family. It begins an expression, and ends the names of its sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,11 +71,34 @@ impl Family {
 pub(super) enum Members {
     Vips,
     Own,
+    /// VIPs and own addresses that are on none of the engine's bridges.
+    Outer,
+    /// VIPs of which everything is captured.
+    Everywhere,
+    /// The interfaces of the engine's bridges.
+    Bridges,
+    /// What is captured by its interface, whatever its interface, by none of the bridges, and of what this host sends.
     Declared,
+    Anywhere,
+    Outside,
+    Sent,
     Spared,
     Known,
     Networks,
+    /// The same with their interfaces.
+    Segments,
     Near,
+    /// Of the guard: the addresses that are captured; addresses that containers own, and by which ports they may come in.
+    Targets,
+    Owned,
+    Ports,
+    /// The ports of the engine's bridges; those of which the Ethernet address is known, and that address.
+    Guarded,
+    Sealed,
+    Macs,
+    /// What the kernel notes: which port used which address, and which port sent what no container sends.
+    Forgers,
+    Offenders,
 }
 
 /// What the elements of a set are.
@@ -58,37 +107,100 @@ pub(super) enum Key {
     Address,
     AddressPort,
     Range,
+    Interface,
+    InterfaceAddressPort,
+    InterfaceRange,
+    Index,
+    IndexAddress,
+    IndexMac,
 }
 
 /// One of our sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Set {
     pub(super) members: Members,
-    pub(super) family: Family,
+    /// `None`: there are no addresses in it.
+    pub(super) family: Option<Family>,
 }
 
 impl Set {
+    pub(super) fn of(members: Members, family: Family) -> Self {
+        Self { members, family: Some(family) }
+    }
+
+    pub(super) fn without_family(members: Members) -> Self {
+        Self { members, family: None }
+    }
+
     pub(super) fn key(self) -> Key {
         match self.members {
-            Members::Vips | Members::Own | Members::Known => Key::Address,
-            Members::Declared | Members::Spared => Key::AddressPort,
+            Members::Vips
+            | Members::Own
+            | Members::Outer
+            | Members::Everywhere
+            | Members::Known
+            | Members::Targets
+            | Members::Owned => Key::Address,
+            Members::Anywhere | Members::Outside | Members::Sent | Members::Spared => {
+                Key::AddressPort
+            }
+            Members::Declared => Key::InterfaceAddressPort,
             Members::Networks | Members::Near => Key::Range,
+            Members::Segments => Key::InterfaceRange,
+            Members::Bridges => Key::Interface,
+            Members::Guarded | Members::Sealed | Members::Offenders => Key::Index,
+            Members::Ports | Members::Forgers => Key::IndexAddress,
+            Members::Macs => Key::IndexMac,
         }
+    }
+
+    pub(super) fn home(self) -> Home {
+        match self.members {
+            Members::Targets
+            | Members::Owned
+            | Members::Ports
+            | Members::Guarded
+            | Members::Sealed
+            | Members::Macs
+            | Members::Forgers
+            | Members::Offenders => Home::Bridge,
+            _ => Home::Inet,
+        }
+    }
+
+    /// Whether the kernel fills it, from packets.
+    pub(super) fn is_noted(self) -> bool {
+        matches!(self.members, Members::Forgers | Members::Offenders)
     }
 }
 
 impl fmt::Display for Set {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = match self.members {
-            Members::Vips => "vips",
+            Members::Vips | Members::Targets => "vips",
             Members::Own => "own",
+            Members::Outer => "outer",
+            Members::Everywhere => "everywhere",
+            Members::Bridges => "bridges",
             Members::Declared => "declared",
+            Members::Anywhere => "anywhere",
+            Members::Outside => "outside",
+            Members::Sent => "sent",
             Members::Spared => "spared",
             Members::Known => "known",
             Members::Networks => "networks",
+            Members::Segments => "segments",
             Members::Near => "near",
+            Members::Owned => "owned",
+            Members::Ports => "ports",
+            Members::Guarded => "guarded",
+            Members::Sealed => "sealed",
+            Members::Macs => "macs",
+            Members::Forgers => "forgers",
+            Members::Offenders => "offenders",
         };
-        write!(f, "{name}{}", self.family.number())
+        f.write_str(name)?;
+        self.family.map_or(Ok(()), |family| write!(f, "{}", family.number()))
     }
 }
 
@@ -99,20 +211,57 @@ pub(super) enum Element {
     AddressPort(IpAddr, u16),
     /// The first address and the last.
     Range(IpAddr, IpAddr),
+    Interface(Interface),
+    InterfaceAddressPort(Interface, IpAddr, u16),
+    InterfaceRange(Interface, IpAddr, IpAddr),
+    /// The number of an interface.
+    Index(u32),
+    IndexAddress(u32, IpAddr),
+    IndexMac(u32, Mac),
 }
 
 impl Element {
-    /// What a route is captured by: the one place that knows what a rule matches of a connection.
-    fn of_route(key: &RouteKey) -> Self {
-        Self::AddressPort(key.source, key.port.get())
+    /// What a route is captured by, in one of the sets for it: the one place that knows what a rule matches of a connection.
+    fn of_route(Declared { key, arrival }: &Declared, members: Members) -> Option<Self> {
+        let (source, port) = (key.source, key.port.get());
+        match (members, arrival) {
+            (Members::Declared, Arrival::By(interface)) => {
+                Some(Self::InterfaceAddressPort(*interface, source, port))
+            }
+            // What this host sends has no interface by which it came.
+            (Members::Anywhere, Arrival::Anywhere)
+            | (Members::Outside, Arrival::Outside)
+            | (Members::Sent, _) => Some(Self::AddressPort(source, port)),
+            _ => None,
+        }
     }
 
-    fn family(&self) -> Family {
+    /// `None`: there is no address in it.
+    fn family(&self) -> Option<Family> {
         match self {
-            Self::Address(address) | Self::AddressPort(address, _) | Self::Range(address, _) => {
-                Family::of(address)
-            }
+            Self::Address(address)
+            | Self::AddressPort(address, _)
+            | Self::Range(address, _)
+            | Self::InterfaceAddressPort(_, address, _)
+            | Self::InterfaceRange(_, address, _)
+            | Self::IndexAddress(_, address) => Some(Family::of(address)),
+            Self::Interface(_) | Self::Index(_) | Self::IndexMac(..) => None,
         }
+    }
+}
+
+/// A range as the program writes it.
+fn range(f: &mut fmt::Formatter<'_>, first: &IpAddr, last: &IpAddr) -> fmt::Result {
+    let net = IpNet::new(*first, 0).ok().and_then(|any| {
+        let lengths = 0..=any.max_prefix_len();
+        lengths
+            .filter_map(|length| IpNet::new(*first, length).ok())
+            .find(|net| net.network() == *first && net.broadcast() == *last)
+    });
+    match net {
+        Some(net) if first == last => write!(f, "{}", net.addr()),
+        Some(net) => write!(f, "{net}"),
+        None => write!(f, "{first}-{last}"),
     }
 }
 
@@ -121,19 +270,18 @@ impl fmt::Display for Element {
         match self {
             Self::Address(address) => write!(f, "{address}"),
             Self::AddressPort(address, port) => write!(f, "{address} . {port}"),
-            Self::Range(first, last) => {
-                let net = IpNet::new(*first, 0).ok().and_then(|any| {
-                    let lengths = 0..=any.max_prefix_len();
-                    lengths
-                        .filter_map(|length| IpNet::new(*first, length).ok())
-                        .find(|net| net.network() == *first && net.broadcast() == *last)
-                });
-                match net {
-                    Some(net) if first == last => write!(f, "{}", net.addr()),
-                    Some(net) => write!(f, "{net}"),
-                    None => write!(f, "{first}-{last}"),
-                }
+            Self::Range(first, last) => range(f, first, last),
+            Self::Interface(name) => write!(f, "\"{name}\""),
+            Self::InterfaceAddressPort(name, address, port) => {
+                write!(f, "\"{name}\" . {address} . {port}")
             }
+            Self::InterfaceRange(name, first, last) => {
+                write!(f, "\"{name}\" . ")?;
+                range(f, first, last)
+            }
+            Self::Index(index) => write!(f, "{index}"),
+            Self::IndexAddress(index, address) => write!(f, "{index} . {address}"),
+            Self::IndexMac(index, mac) => write!(f, "{index} . {mac}"),
         }
     }
 }
@@ -141,17 +289,42 @@ impl fmt::Display for Element {
 /// A part of a rule: what it matches or does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Term {
-    /// The address is in the set.
-    Address(Side, Set),
-    AddressNot(Side, Set),
+    /// The address is in the set of this family.
+    Address(Side, Family, Members),
+    AddressNot(Side, Family, Members),
     /// The address and the TCP port that is dialled are.
-    AddressPort(Side, Set),
+    AddressPort(Side, Family, Members),
+    /// The interface by which it came in, its source, and that port are.
+    InterfaceAddressPort(Family, Members),
+    /// The interface by which it came in, and its source, are.
+    InterfaceAddress(Family, Members),
+    /// The interface by which it came in is not.
+    InterfaceNot(Members),
+    Interface(Members),
+    /// Of bridges: what the frame carries (an EtherType).
+    Carries(u16),
+    /// The port by which it came in is in the set.
+    Port(Members),
+    /// The port and an address that the frame claims for its sender are not.
+    PortNot(Claim, Members),
+    /// An address that the frame claims for its sender is.
+    Claimed(Claim, Members),
+    /// ICMPv6, whatever it is; and a neighbour advertisement (RFC 4861, 4.4).
+    Icmp6,
+    Advertisement,
+    /// The port is noted, with the source or alone.
+    NoteSource(Family),
+    NotePort,
+    Drop,
+    /// The connection is answered by a reset.
+    Reject,
     Tcp,
     Dport(u16),
     /// The first packet of a connection.
     Syn,
     /// The connection was captured, or translated by another program.
     Translated,
+    NotTranslated,
     MetaMark(u32),
     SocketMark(u32),
     /// The packet goes out by (or came in by) another interface than loopback.
@@ -165,6 +338,34 @@ pub(super) enum Term {
     Redirect(u16),
     Notrack,
 }
+
+/// Where a frame says whose it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// The source of IP.
+    Source(Family),
+    /// The sender of ARP.
+    Arp,
+    /// The target of a neighbour advertisement.
+    Target,
+    /// The source of Ethernet.
+    Mac,
+}
+
+impl Claim {
+    /// Its set, of those of the same name.
+    pub(super) fn set(self, members: Members) -> Set {
+        match self {
+            Self::Source(family) => Set::of(members, family),
+            Self::Arp => Set::of(members, Family::V4),
+            Self::Target => Set::of(members, Family::V6),
+            Self::Mac => Set::without_family(members),
+        }
+    }
+}
+
+/// What frames carry (include/uapi/linux/if_ether.h).
+pub(super) const VLAN: [u16; 2] = [0x8100, 0x88a8];
 
 /// Which of a packet's interfaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -215,6 +416,7 @@ impl BaseKind {
 /// One of our chains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Chain {
+    pub(super) home: Home,
     pub(super) name: &'static str,
     /// `None`: others jump to it.
     pub(super) base: Option<Base>,
@@ -224,6 +426,13 @@ pub(super) struct Chain {
 /// Two chains for captured connections that arrive on this host: before and after all other chains of that hook.
 pub(super) const ARRIVING: &str = "arriving";
 pub(super) const ARRIVED: &str = "arrived";
+/// That refuses connections to our port that were not captured.
+pub(super) const DIRECT: &str = "direct";
+/// Those of the guard that drop, each with a count.
+pub(super) const DROPPING: [&str; 3] = ["spoofed4", "spoofed6", "offending"];
+/// How many ports and addresses the kernel notes at most, and for how long, in milliseconds.
+pub(super) const NOTED: u32 = 1024;
+pub(super) const NOTED_FOR: u64 = 3_600_000;
 
 /// Before connection tracking, which is at -200.
 const RAW: i32 = -300;
@@ -233,21 +442,41 @@ const LAST: i32 = 2_000_000_000;
 
 /// All our sets.
 pub(super) fn sets(shape: &Shape) -> impl Iterator<Item = Set> + use<> {
-    let Shape { redirect, unknown, notrack, .. } = *shape;
+    let Shape { redirect, unknown, notrack, scope, guard, .. } = *shape;
+    let guards = guard != Guard::Off;
     let families = families(shape);
     let wanted = [
         (Members::Vips, true),
         (Members::Own, redirect),
+        (Members::Outer, true),
+        (Members::Everywhere, scope == CaptureScope::All),
         (Members::Declared, true),
+        (Members::Anywhere, true),
+        (Members::Outside, true),
+        (Members::Sent, redirect),
         (Members::Spared, redirect),
         (Members::Known, unknown),
         (Members::Networks, unknown),
+        (Members::Segments, unknown),
         (Members::Near, notrack),
+        (Members::Targets, guards),
+        (Members::Owned, guards),
+        (Members::Ports, guards),
+        (Members::Forgers, guards),
     ];
+    let without_family = [
+        (Members::Bridges, true),
+        (Members::Guarded, guards),
+        (Members::Offenders, guards),
+        (Members::Sealed, guard == Guard::Full),
+        (Members::Macs, guard == Guard::Full),
+    ];
+    let without_family = without_family.into_iter().filter(|(_, wanted)| *wanted);
     wanted
         .into_iter()
         .filter(|(_, wanted)| *wanted)
-        .flat_map(move |(members, _)| families.iter().map(move |&family| Set { members, family }))
+        .flat_map(move |(members, _)| families.iter().map(move |&family| Set::of(members, family)))
+        .chain(without_family.map(|(members, _)| Set::without_family(members)))
 }
 
 /// The families that are captured.
@@ -257,15 +486,56 @@ fn families(shape: &Shape) -> &'static [Family] {
 
 /// What a set of these rules holds. Sorted.
 pub(super) fn elements(set: Set, rules: &Rules) -> Vec<Element> {
-    match set.members {
-        Members::Declared => of_family(set.family, rules.declared.iter().map(Element::of_route)),
-        Members::Known => of_family(set.family, rules.known.iter().copied().map(Element::Address)),
-        _ => in_places(set, &rules.places),
+    match set.home() {
+        Home::Bridge if set.members != Members::Targets => of_wiring(set, &rules.wiring),
+        _ => match set.members {
+            Members::Declared | Members::Anywhere | Members::Outside | Members::Sent => {
+                let declared = rules.declared.iter();
+                let mut all = of_family(
+                    set.family,
+                    declared.filter_map(|one| Element::of_route(one, set.members)),
+                );
+                all.sort();
+                all
+            }
+            Members::Known => {
+                of_family(set.family, rules.known.iter().copied().map(Element::Address))
+            }
+            _ => in_places(set, &rules.places),
+        },
     }
 }
 
-fn of_family(family: Family, all: impl Iterator<Item = Element>) -> Vec<Element> {
+fn of_family(family: Option<Family>, all: impl Iterator<Item = Element>) -> Vec<Element> {
     all.filter(|element| element.family() == family).collect()
+}
+
+/// What a set of the guard holds. Sorted.
+fn of_wiring(set: Set, wiring: &Wiring) -> Vec<Element> {
+    let owners = || wiring.owners.iter();
+    // Two addresses of a container are on the same port as a rule, and have the same Ethernet address there.
+    let sealed = || {
+        let macs = owners().filter_map(|(_, owner)| Some((owner.mac?, owner)));
+        macs.flat_map(|(mac, owner)| owner.ports.iter().map(move |port| (*port, mac)))
+    };
+    let mut all: Vec<_> = match set.members {
+        Members::Owned => {
+            of_family(set.family, owners().map(|(address, _)| Element::Address(*address)))
+        }
+        Members::Ports => {
+            let ports = owners().flat_map(|(address, owner)| {
+                owner.ports.iter().map(|port| Element::IndexAddress(*port, *address))
+            });
+            of_family(set.family, ports)
+        }
+        Members::Guarded => wiring.ports.iter().copied().map(Element::Index).collect(),
+        Members::Sealed => sealed().map(|(port, _)| Element::Index(port)).collect(),
+        Members::Macs => sealed().map(|(port, mac)| Element::IndexMac(port, mac)).collect(),
+        _ => Vec::new(),
+    };
+    all.sort();
+    all.dedup();
+    all
 }
 
 fn in_places(set: Set, places: &Places) -> Vec<Element> {
@@ -275,6 +545,15 @@ fn in_places(set: Set, places: &Places) -> Vec<Element> {
     match set.members {
         Members::Vips => addresses(&places.vips),
         Members::Own => addresses(&places.own),
+        Members::Targets => {
+            let all: std::collections::BTreeSet<_> =
+                places.vips.union(&places.own).copied().collect();
+            addresses(&all)
+        }
+        Members::Outer => addresses(&places.outer),
+        Members::Everywhere => addresses(&places.everywhere),
+        Members::Bridges => places.bridges.iter().copied().map(Element::Interface).collect(),
+        Members::Segments => segments(set.family, &places.segments),
         Members::Spared => {
             let spared = places.spared.iter();
             let spared = spared.map(|server| Element::AddressPort(server.ip(), server.port()));
@@ -282,13 +561,32 @@ fn in_places(set: Set, places: &Places) -> Vec<Element> {
         }
         Members::Networks => ranges(set.family, places.networks.iter()),
         Members::Near => ranges(set.family, places.untracked.iter()),
-        Members::Declared | Members::Known => Vec::new(),
+        _ => Vec::new(),
     }
 }
 
+/// The ranges of each interface, for which the same is true.
+fn segments(
+    family: Option<Family>,
+    all: &std::collections::BTreeSet<(Interface, IpNet)>,
+) -> Vec<Element> {
+    let of_one = |part: &[&(Interface, IpNet)]| {
+        let interface = part.first().map(|(interface, _)| *interface);
+        let ranges = ranges(family, part.iter().map(|(_, net)| net));
+        let ranges = ranges.into_iter().filter_map(move |range| match range {
+            Element::Range(first, last) => Some(Element::InterfaceRange(interface?, first, last)),
+            _ => None,
+        });
+        ranges.collect::<Vec<_>>()
+    };
+    // They are sorted by their interface.
+    let all: Vec<_> = all.iter().collect();
+    all.chunk_by(|(one, _), (other, _)| one == other).flat_map(of_one).collect()
+}
+
 /// Ranges that neither overlap nor touch: the kernel's sets of ranges hold no others.
-fn ranges<'a>(family: Family, nets: impl Iterator<Item = &'a IpNet>) -> Vec<Element> {
-    let nets = nets.filter(|net| Family::of(&net.addr()) == family);
+fn ranges<'a>(family: Option<Family>, nets: impl Iterator<Item = &'a IpNet>) -> Vec<Element> {
+    let nets = nets.filter(|net| Some(Family::of(&net.addr())) == family);
     let mut bounds: Vec<_> = nets.map(|net| (net.network(), net.broadcast())).collect();
     bounds.sort();
     let mut merged: Vec<(IpAddr, IpAddr)> = Vec::new();
@@ -317,29 +615,54 @@ pub(super) struct Edit {
     pub(super) added: Vec<Element>,
 }
 
+/// What the first has alone, and what the second has. Both are sorted.
+fn differences(before: &[Element], now: &[Element]) -> (Vec<Element>, Vec<Element>) {
+    let only = |these: &[Element], others: &[Element]| {
+        these.iter().filter(|one| others.binary_search(one).is_err()).copied().collect()
+    };
+    (only(before, now), only(now, before))
+}
+
 /// What `changes` change in each set that they touch.
 pub(super) fn edits(changes: &RuleChanges, shape: &Shape) -> Vec<Edit> {
+    // Of thousands of addresses, one has another port.
+    let owners = changes.wiring.as_ref().map(|(before, now)| Wiring::other_owners(before, now));
     let edit = |set: Set| {
-        let (removed, added) = match (set.members, &changes.places) {
-            (Members::Declared, _) => {
-                let keys =
-                    |all: &[RouteKey]| of_family(set.family, all.iter().map(Element::of_route));
-                (keys(&changes.declared_removed), keys(&changes.declared_added))
+        let (removed, added) = match set.members {
+            Members::Declared | Members::Anywhere | Members::Outside | Members::Sent => {
+                let keys = |all: &[Declared]| {
+                    let elements = all.iter().filter_map(|one| Element::of_route(one, set.members));
+                    let mut all = of_family(set.family, elements);
+                    all.sort();
+                    all
+                };
+                // One that only came by another interface is sent as before.
+                differences(&keys(&changes.declared_removed), &keys(&changes.declared_added))
             }
-            (Members::Known, _) => {
+            Members::Known => {
                 let addresses = |all: &[IpAddr]| {
                     of_family(set.family, all.iter().copied().map(Element::Address))
                 };
                 (addresses(&changes.known_removed), addresses(&changes.known_added))
             }
-            (_, Some(places)) => {
-                let (before, now) = (in_places(set, &places.0), in_places(set, &places.1));
-                let only = |these: &[Element], others: &[Element]| {
-                    these.iter().filter(|e| !others.contains(e)).copied().collect::<Vec<_>>()
-                };
-                (only(&before, &now), only(&now, &before))
+            Members::Owned | Members::Ports => {
+                owners.as_ref().map_or_else(Default::default, |(before, now)| {
+                    differences(&of_wiring(set, before), &of_wiring(set, now))
+                })
             }
-            (_, None) => (Vec::new(), Vec::new()),
+            _ if set.home() == Home::Bridge && set.members != Members::Targets => {
+                let of = |wiring: &Wiring| of_wiring(set, wiring);
+                let both = changes.wiring.as_ref();
+                both.map_or_else(Default::default, |(before, now)| {
+                    differences(&of(before), &of(now))
+                })
+            }
+            _ => {
+                let both = changes.places.as_deref();
+                both.map_or_else(Default::default, |(before, now)| {
+                    differences(&in_places(set, before), &in_places(set, now))
+                })
+            }
         };
         Edit { set, removed, added }
     };
@@ -349,13 +672,14 @@ pub(super) fn edits(changes: &RuleChanges, shape: &Shape) -> Vec<Edit> {
 
 /// All our chains, the jump targets first.
 pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
+    use Members::{Anywhere, Bridges, Declared, Everywhere, Known, Near, Networks, Outer, Outside};
+    use Members::{Own, Segments, Sent, Spared, Vips};
     use Side::{Destination, Source};
-    let of = |members| move |family| Set { members, family };
-    let (vips, declared) = (of(Members::Vips), of(Members::Declared));
     let redirect = Term::Redirect(shape.port);
     let nat = |hook| Base { kind: BaseKind::Nat, hook, priority: shape.priority };
     let families = families(shape);
     let each = |rule: &dyn Fn(Family) -> Vec<Term>| families.iter().copied().map(rule).collect();
+    let chain = |name, base, rules| Chain { home: Home::Inet, name, base, rules };
 
     let mut chains = Vec::new();
     if shape.unknown {
@@ -366,41 +690,55 @@ pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
             vec![redirect],
         ];
         let rules = rules.map(|rule| [vec![Term::Tcp], rule].concat()).to_vec();
-        chains.push(Chain { name: "unknown", base: None, rules });
+        chains.push(chain("unknown", None, rules));
     }
-    let rules: Vec<_> = each(&|family| {
-        let declared = Term::AddressPort(Source, declared(family));
-        vec![Term::Address(Destination, vips(family)), declared, redirect]
-    });
-    chains.push(Chain { name: "declared", base: None, rules });
-
-    let mut rules = vec![vec![Term::Jump("declared")]];
+    let mut rules = Vec::new();
     for &family in families {
+        rules.push(vec![Term::InterfaceAddressPort(family, Declared), redirect]);
+        rules.push(vec![Term::AddressPort(Source, family, Anywhere), redirect]);
+        rules.push(vec![
+            Term::Address(Destination, family, Outer),
+            Term::InterfaceNot(Bridges),
+            Term::AddressPort(Source, family, Outside),
+            redirect,
+        ]);
+    }
+    chains.push(chain("declared", None, rules));
+
+    let mut rules = Vec::new();
+    for &family in families {
+        let vip = Term::Address(Destination, family, Vips);
+        rules.push(vec![vip, Term::Jump("declared")]);
         if shape.redirect {
-            let own = Term::Address(Destination, of(Members::Own)(family));
-            rules.push(vec![own, Term::AddressPort(Source, declared(family)), redirect]);
+            rules.push(vec![Term::Address(Destination, family, Own), Term::Jump("declared")]);
         }
-        let vip = Term::Address(Destination, vips(family));
         if shape.scope == CaptureScope::All {
-            rules.push(vec![vip, Term::Tcp, redirect]);
+            rules.push(vec![vip, Term::Interface(Bridges), Term::Tcp, redirect]);
+            let everywhere = Term::Address(Destination, family, Everywhere);
+            rules.push(vec![everywhere, Term::Tcp, redirect]);
         }
         if shape.unknown {
-            let near = Term::Address(Source, of(Members::Networks)(family));
-            let stranger = Term::AddressNot(Source, of(Members::Known)(family));
-            rules.push(vec![vip, near, stranger, Term::Jump("unknown")]);
+            // An address that is known counts where it is known to be, and is no stranger's elsewhere.
+            let stranger = Term::AddressNot(Source, family, Known);
+            let segment = Term::InterfaceAddress(family, Segments);
+            rules.push(vec![vip, segment, stranger, Term::Jump("unknown")]);
+            let network = Term::Address(Source, family, Networks);
+            rules.push(vec![vip, network, stranger, Term::Jump("unknown")]);
         }
     }
-    chains.push(Chain { name: "prerouting", base: Some(nat(Hook::Prerouting)), rules });
+    chains.push(chain("prerouting", Some(nat(Hook::Prerouting)), rules));
 
     if shape.redirect {
         let mut rules = vec![vec![Term::MetaMark(MARK), Term::Return]];
-        let spared: Vec<_> = each(&|family| {
-            let spared = Term::AddressPort(Destination, of(Members::Spared)(family));
-            vec![spared, Term::Return]
-        });
+        let spared: Vec<_> =
+            each(&|family| vec![Term::AddressPort(Destination, family, Spared), Term::Return]);
         rules.extend(spared);
-        rules.push(vec![Term::Jump("declared")]);
-        chains.push(Chain { name: "output", base: Some(nat(Hook::Output)), rules });
+        let sent: Vec<_> = each(&|family| {
+            let vip = Term::Address(Destination, family, Vips);
+            vec![vip, Term::AddressPort(Source, family, Sent), redirect]
+        });
+        rules.extend(sent);
+        chains.push(chain("output", Some(nat(Hook::Output)), rules));
     }
     if shape.notrack {
         // Our own connections pass connection tracking by. What comes back is known by the socket that it belongs to: others
@@ -423,16 +761,77 @@ pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
             ),
         ] {
             let rules = each(&|family| {
-                let near = Term::Address(side, of(Members::Near)(family));
+                let near = Term::Address(side, family, Near);
                 vec![near, Term::Tcp, away, mark, Term::Notrack]
             });
             let base = Base { kind: BaseKind::Filter, hook, priority: RAW };
-            chains.push(Chain { name, base: Some(base), rules });
+            chains.push(chain(name, Some(base), rules));
         }
     }
     if shape.counted {
         chains.extend(counting(shape.port));
     }
+    if shape.refusing {
+        chains.push(refusing(shape.port));
+    }
+    chains.extend(guard(shape));
+    chains
+}
+
+/// Refuses connections to our listener that were not captured, from wherever they come. Those without connection tracking the
+/// proxy refuses itself.
+pub(super) fn refusing(port: u16) -> Chain {
+    let base = Base { kind: BaseKind::Filter, hook: Hook::Input, priority: FIRST };
+    let rule = vec![Term::Dport(port), Term::NotTranslated, Term::Counter, Term::Reject];
+    Chain { home: Home::Inet, name: DIRECT, base: Some(base), rules: vec![rule] }
+}
+
+/// Drops frames at the ports of bridges whose sender uses an address that is another container's.
+///
+/// Whole packets are matched, not only those that open a connection: the flags of TCP may stand in a later fragment.
+fn guard(shape: &Shape) -> Vec<Chain> {
+    use Members::{Guarded, Macs, Owned, Ports, Sealed, Targets};
+    use Side::{Destination, Source};
+    if shape.guard == Guard::Off {
+        return Vec::new();
+    }
+    let chain = |name, base, rules| Chain { home: Home::Bridge, name, base, rules };
+    let drop = vec![Term::Counter, Term::Drop];
+    let [spoofed4, spoofed6, offending] = DROPPING;
+    let spoofed = |family| match family {
+        Family::V4 => spoofed4,
+        Family::V6 => spoofed6,
+    };
+    let families = families(shape);
+    // The note may fail where there are too many; the drop may not.
+    let note = |family| vec![vec![Term::NoteSource(family)], drop.clone()];
+    let mut chains: Vec<_> =
+        families.iter().map(|&family| chain(spoofed(family), None, note(family))).collect();
+    chains.push(chain(offending, None, vec![vec![Term::NotePort], drop.clone()]));
+    let offends = Term::Jump(offending);
+    // Behind two tags, the kernel finds the packet that these rules do not see. One is taken off before.
+    let mut rules: Vec<_> =
+        VLAN.map(|tag| vec![Term::Carries(tag), Term::Port(Guarded), offends]).to_vec();
+    for &family in families {
+        rules.push(vec![
+            Term::Address(Destination, family, Targets),
+            Term::Address(Source, family, Owned),
+            Term::PortNot(Claim::Source(family), Ports),
+            Term::Jump(spoofed(family)),
+        ]);
+    }
+    if shape.guard == Guard::Full {
+        let both = |claim| [Term::Claimed(claim, Owned), Term::PortNot(claim, Ports), offends];
+        rules.push(both(Claim::Arp).to_vec());
+        if shape.v6 {
+            // What asks for neighbours names the sender as well.
+            rules.push([&[Term::Icmp6][..], &both(Claim::Source(Family::V6))].concat());
+            rules.push([&[Term::Advertisement][..], &both(Claim::Target)].concat());
+        }
+        rules.push(vec![Term::Port(Sealed), Term::PortNot(Claim::Mac, Macs), offends]);
+    }
+    let base = Base { kind: BaseKind::Filter, hook: Hook::Prerouting, priority: RAW };
+    chains.push(chain("prerouting", Some(base), rules));
     chains
 }
 
@@ -446,7 +845,7 @@ pub(super) fn counting(port: u16) -> [Chain; 2] {
 pub(super) fn watch(name: &'static str, priority: i32, port: u16) -> Chain {
     let base = Base { kind: BaseKind::Filter, hook: Hook::Input, priority };
     let rule = vec![Term::Dport(port), Term::Translated, Term::Syn, Term::Counter];
-    Chain { name, base: Some(base), rules: vec![rule] }
+    Chain { home: Home::Inet, name, base: Some(base), rules: vec![rule] }
 }
 
 /// What keeps live connections translated once nothing is captured any more: chains without a rule that translates. Without
@@ -455,8 +854,9 @@ pub(super) fn remains(shape: &Shape) -> Vec<Chain> {
     let hooks = [Some(Hook::Prerouting), shape.redirect.then_some(Hook::Output)];
     let nat = |hook: Hook| {
         let base = Base { kind: BaseKind::Nat, hook, priority: shape.priority };
-        Chain { name: hook.nft(), base: Some(base), rules: Vec::new() }
+        Chain { home: Home::Inet, name: hook.nft(), base: Some(base), rules: Vec::new() }
     };
     let nat = hooks.into_iter().flatten().map(nat);
-    nat.chain(shape.counted.then(|| watch(ARRIVING, FIRST, shape.port))).collect()
+    let watch = shape.counted.then(|| watch(ARRIVING, FIRST, shape.port));
+    nat.chain(watch).chain(shape.refusing.then(|| refusing(shape.port))).collect()
 }

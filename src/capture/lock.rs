@@ -1,55 +1,204 @@
 //! One embassy captures in a network namespace: two would each put their own rules in place of the other's, for ever.
-
-#![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
+//!
+//! The lock is a group of the kernel's packet log (NFLOG), to which no packet is sent. The kernel keeps the groups of each network
+//! namespace apart, gives each to one socket at a time, only if that has NET_ADMIN there, and takes it back when the process ends,
+//! however it does. So it needs no file system, and nobody can take it who could not remove our rules.
 
 use std::{
     io,
     os::{
+        fd::OwnedFd,
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixDatagram},
+    },
+};
+
+use rustix::{
+    io::Errno,
+    net::{
+        AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send,
+        socket_with,
     },
 };
 
 /// Held while this embassy is the one that captures.
 #[derive(Debug)]
 pub struct Lock {
-    /// Bound to a name that the kernel keeps for each network namespace, and gives free when the process ends, however it
-    /// does (man 7 unix, "Abstract sockets").
-    _socket: UnixDatagram,
+    /// `None`: this kernel has no packet log.
+    _held: Option<OwnedFd>,
 }
 
-/// The lock's name in the kernel.
-const LOCK: &str = "embassy/capture";
+/// The group. Any number that no program is known to use.
+const GROUP: u16 = 0xE3BA;
+/// Another one, which shows whether the first is refused because it is taken.
+const OTHER: u16 = 0xE3BB;
 
 impl Lock {
     /// For tests that write no rules.
     #[cfg(test)]
     pub(super) fn of_nobody() -> Self {
-        Self { _socket: UnixDatagram::unbound().unwrap() }
+        Self { _held: None }
     }
 
-    /// Whether an embassy captures here, one whose process cannot be seen included. It only reads (man 5 proc, "net/unix").
+    /// Whether an embassy captures here, one whose process cannot be seen included. Changes nothing. False without the right to
+    /// know it, which is NET_ADMIN.
     pub fn is_held() -> bool {
-        let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
-        sockets.lines().any(|line| line.rsplit(' ').next() == Some(&format!("@{LOCK}")))
+        let is_held = || Ok::<_, io::Error>(Group::is_taken(&open()?, GROUP)?);
+        is_held().unwrap_or_default()
     }
 
     /// `None` if another embassy captures.
     pub fn take() -> io::Result<Option<Self>> {
-        Self::of(LOCK)
+        let socket = open()?;
+        match Group::ask(&socket, GROUP, Group::BIND)? {
+            Ok(()) => Ok(Some(Self { _held: Some(socket) })),
+            Err(Errno::PERM) if Group::is_taken(&socket, GROUP)? => Ok(None),
+            // No such subsystem.
+            Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::PROTONOSUPPORT) => {
+                tracing::debug!(
+                    "this kernel has no packet log, so embassy cannot see whether another one captures"
+                );
+                Ok(Some(Self { _held: None }))
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
-    /// Held by an embassy that needs a table of this name to the end of its connections. `None` where another holds it.
+    /// Held by an embassy that needs a table of this name to the end of its connections. `None` where another holds it. The name
+    /// cannot be guessed, so nobody takes it first (man 7 unix, "Abstract sockets").
     pub(super) fn of_table(name: &str) -> io::Result<Option<Self>> {
-        Self::of(&format!("embassy/{name}"))
-    }
-
-    fn of(name: &str) -> io::Result<Option<Self>> {
-        let name = SocketAddr::from_abstract_name(name)?;
+        let name = SocketAddr::from_abstract_name(format!("embassy/{name}"))?;
         match UnixDatagram::bind_addr(&name) {
-            Ok(socket) => Ok(Some(Self { _socket: socket })),
+            Ok(socket) => Ok(Some(Self { _held: Some(socket.into()) })),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(None),
             Err(error) => Err(error),
         }
+    }
+}
+
+fn open() -> Result<OwnedFd, Errno> {
+    let kind = (AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC);
+    socket_with(kind.0, kind.1, kind.2, Some(netlink::NETFILTER))
+}
+
+/// Requests about a group (linux/netfilter/nfnetlink_log.h).
+struct Group;
+
+impl Group {
+    /// `NFULA_CFG_CMD`, with `NFULNL_CFG_CMD_BIND`.
+    const BIND: (u16, &[u8]) = (1, &[1]);
+    /// `NFULA_CFG_TIMEOUT`: only its holder can set that.
+    const TIMEOUT: (u16, &[u8]) = (4, &[0, 0, 0, 100]);
+
+    /// Whether a socket has it that is not this one.
+    fn is_taken(socket: &OwnedFd, group: u16) -> Result<bool, Errno> {
+        // One that nobody has does not exist (ENODEV). Without NET_ADMIN, both are refused.
+        let is_refused =
+            |group| Ok::<_, Errno>(Self::ask(socket, group, Self::TIMEOUT)? == Err(Errno::PERM));
+        Ok(is_refused(group)? && !is_refused(OTHER)?)
+    }
+
+    /// What the kernel says to a request with one attribute.
+    fn ask(
+        socket: &OwnedFd,
+        group: u16,
+        (attribute, value): (u16, &[u8]),
+    ) -> Result<Result<(), Errno>, Errno> {
+        send(socket, &Self::request(group, attribute, value), SendFlags::empty())?;
+        let mut answer = [0; 1024];
+        let (read, _) = recv(socket, &mut answer[..], RecvFlags::empty())?;
+        // NLMSG_ERROR: the header, and then the error's number, which is 0 where all is well.
+        let number = answer.get(..read).and_then(|answer| answer.get(16..20)?.try_into().ok());
+        let number = number.map(i32::from_ne_bytes).ok_or(Errno::BADMSG)?;
+        Ok(match number {
+            0 => Ok(()),
+            number => Err(Errno::from_raw_os_error(number.saturating_neg())),
+        })
+    }
+
+    /// `nlmsghdr`, `nfgenmsg` and an attribute (linux/netlink.h, linux/netfilter/nfnetlink.h).
+    fn request(group: u16, attribute: u16, value: &[u8]) -> Vec<u8> {
+        // NFNL_SUBSYS_ULOG and NFULNL_MSG_CONFIG; NLM_F_REQUEST and NLM_F_ACK.
+        const KIND: u16 = 4 << 8 | 1;
+        const FLAGS: u16 = 1 | 4;
+        let length = 4 + value.len();
+        let mut body = vec![0, 0];
+        body.extend(group.to_be_bytes());
+        body.extend(u16::try_from(length).unwrap_or_default().to_ne_bytes());
+        body.extend(attribute.to_ne_bytes());
+        body.extend(value);
+        body.resize(4 + length.next_multiple_of(4), 0);
+        let mut message = u32::try_from(16 + body.len()).unwrap_or_default().to_ne_bytes().to_vec();
+        message.extend(KIND.to_ne_bytes());
+        message.extend(FLAGS.to_ne_bytes());
+        message.extend([0; 8]);
+        message.extend(body);
+        message
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc::channel, thread::JoinHandle};
+
+    use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+
+    use super::{super::nft::tests::enter_a_namespace_of_its_own, *};
+
+    /// On a thread in a network namespace of its own.
+    fn apart(test: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+        std::thread::spawn(|| {
+            enter_a_namespace_of_its_own();
+            test();
+        })
+    }
+
+    #[test]
+    fn one_of_a_network_namespace_has_the_lock_until_it_ends() {
+        let (is_taken, taken) = channel();
+        let (is_done, others_done) = channel();
+        let one = apart(move || {
+            assert!(!Lock::is_held());
+            let lock = Lock::take().unwrap().unwrap();
+            assert!(lock._held.is_some(), "this kernel has a packet log");
+            assert!(Lock::is_held() && Lock::take().unwrap().is_none());
+            is_taken.send(()).unwrap();
+            others_done.recv().unwrap();
+            assert!(Lock::is_held(), "to ask changes nothing");
+            drop(lock);
+            assert!(!Lock::is_held());
+            assert!(Lock::take().unwrap().is_some());
+        });
+        taken.recv().unwrap();
+        let another = apart(|| {
+            assert!(!Lock::is_held(), "each namespace has its own");
+            assert!(Lock::take().unwrap().is_some());
+        });
+        another.join().unwrap();
+        is_done.send(()).unwrap();
+        one.join().unwrap();
+    }
+
+    #[test]
+    fn who_could_not_remove_the_rules_cannot_have_the_lock() {
+        apart(|| {
+            // The name that was the lock once.
+            let name = SocketAddr::from_abstract_name("embassy/capture").unwrap();
+            let _squatter = UnixDatagram::bind_addr(&name).unwrap();
+            let mut sets = capabilities(None).unwrap();
+            let all = sets;
+            sets.effective.remove(CapabilitySet::NET_ADMIN);
+            set_capabilities(None, sets).unwrap();
+            let refused = Lock::take().unwrap_err();
+            assert_eq!(Errno::from_io_error(&refused), Some(Errno::PERM));
+            assert!(!Lock::is_held());
+            set_capabilities(None, all).unwrap();
+            let _lock = Lock::take().unwrap().unwrap();
+            // What cannot be known is not taken for another embassy.
+            set_capabilities(None, sets).unwrap();
+            assert!(Lock::take().is_err() && !Lock::is_held());
+        })
+        .join()
+        .unwrap();
     }
 }

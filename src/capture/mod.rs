@@ -4,7 +4,7 @@
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Instant,
@@ -29,6 +29,7 @@ mod error;
 #[cfg(test)]
 mod fake;
 pub mod input;
+mod interface;
 pub(crate) mod iptables;
 mod layout;
 pub mod leads;
@@ -44,6 +45,7 @@ mod text;
 pub use backend::{Backend, Remains};
 pub use change::Change;
 pub use error::CaptureError;
+pub use interface::named as interface_name;
 pub use lock::Lock;
 use reconciler::Reconciler;
 use rules::{Hook, RuleSettings, Rules};
@@ -131,9 +133,50 @@ pub struct CaptureCounts {
     pub failed: AtomicU64,
     /// Chains of others that may stop what is captured, now.
     pub barriers: AtomicU64,
+    /// What the rules turned away, by [`TurnedAway::ALL`].
+    pub turned_away: TurnedAwayCounts,
+    /// The addresses that are bound to ports of bridges, and those on bridges that are not, now.
+    pub bound: AtomicU64,
+    pub unbound: AtomicU64,
     /// How long each write of the rules, or of changes to them, took.
     pub write_times: Histogram,
-    standing: Mutex<Standing>,
+    standing: watch::Sender<Standing>,
+}
+
+/// What the rules turn away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TurnedAway {
+    /// Connections to our own port that nothing captured.
+    Direct,
+    /// Frames whose sender used an address of another container.
+    Spoofed,
+}
+
+impl TurnedAway {
+    pub const ALL: [Self; 2] = [Self::Direct, Self::Spoofed];
+}
+
+/// How much the rules turned away since the start. The kernel's counts begin again when rules are written.
+#[derive(Debug, Default)]
+pub struct TurnedAwayCounts {
+    /// The sum, and the kernel's count as it was read last.
+    counts: [(AtomicU64, AtomicU64); TurnedAway::ALL.len()],
+}
+
+impl TurnedAwayCounts {
+    /// The kernel's count is this now. Whether there is more.
+    fn read(&self, what: TurnedAway, now: u64) -> bool {
+        let Some((sum, last)) = self.counts.get(what as usize) else { return false };
+        let before = last.swap(now, Relaxed);
+        // A smaller count has begun again.
+        let more = now.checked_sub(before).unwrap_or(now);
+        sum.fetch_add(more, Relaxed);
+        more > 0
+    }
+
+    pub fn get(&self, what: TurnedAway) -> u64 {
+        self.counts.get(what as usize).map_or(0, |(sum, _)| sum.load(Relaxed))
+    }
 }
 
 /// How the rules stand.
@@ -143,6 +186,8 @@ pub struct Standing {
     pub firewall: Option<Firewall>,
     /// Whether they are as they should be.
     pub in_place: bool,
+    /// Whether addresses are bound to ports of bridges.
+    pub guards: bool,
     /// Why they cannot be written.
     pub error: Option<String>,
     /// When the rules were last restored, and what was missing.
@@ -156,12 +201,16 @@ pub struct Standing {
 impl CaptureCounts {
     /// How the rules stand now.
     pub fn standing(&self) -> Standing {
-        self.standing.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.standing.borrow().clone()
     }
 
     fn stand(&self, change: impl FnOnce(&mut Standing)) {
-        // Each change is a few assignments: a panic elsewhere leaves it whole.
-        change(&mut self.standing.lock().unwrap_or_else(PoisonError::into_inner));
+        self.standing.send_modify(change);
+    }
+
+    /// Changes when the rules stand in another way.
+    pub fn changes(&self) -> watch::Receiver<Standing> {
+        self.standing.subscribe()
     }
 
     /// How often the rules were restored after this change.
@@ -253,7 +302,7 @@ pub async fn place_of(firewall: Firewall, hook: Hook) -> Result<place::Place, Ca
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{sync::Mutex, time::Duration};
 
     use super::*;
     use crate::readiness::{Part, Readiness};
@@ -273,6 +322,16 @@ mod tests {
             Events::default(),
         );
         (capture, state)
+    }
+
+    #[test]
+    fn a_count_of_the_kernels_that_begins_again_is_added() {
+        let counts = TurnedAwayCounts::default();
+        let read = |now| counts.read(TurnedAway::Spoofed, now);
+        assert!(!read(0) && read(3) && !read(3) && read(5));
+        // Rules were written: two more since.
+        assert!(read(2) && !read(0) && read(1));
+        assert_eq!((counts.get(TurnedAway::Spoofed), counts.get(TurnedAway::Direct)), (8, 0));
     }
 
     #[tokio::test]

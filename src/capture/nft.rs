@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashSet,
+    net::IpAddr,
     time::{Duration, Instant},
 };
 
@@ -11,7 +12,7 @@ use rustix::io::Errno;
 use super::{
     change::Change,
     error::CaptureError,
-    layout,
+    layout::{self, Family, Home, Members, Set},
     lock::Lock,
     netlink::{
         self, BaseChain, Generation, Listing, Messages, NetlinkError, Socket, Table, TableName,
@@ -31,6 +32,29 @@ pub struct Nft {
     seen: Generation,
     /// Another program changed something that was not checked yet.
     others: bool,
+}
+
+/// A port of a bridge from which the guard dropped frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Offender {
+    /// The number of the interface.
+    pub(super) port: u32,
+    /// The address that was used, which is another container's. `None`: it sent what no container sends.
+    pub(super) address: Option<IpAddr>,
+}
+
+impl Offender {
+    /// By a key of the kernel's notes.
+    fn of(key: &[u8]) -> Option<Self> {
+        let (port, address) = key.split_first_chunk()?;
+        let address = match address.len() {
+            0 => None,
+            4 => Some(<[u8; 4]>::try_from(address).ok()?.into()),
+            16 => Some(<[u8; 16]>::try_from(address).ok()?.into()),
+            _ => return None,
+        };
+        Some(Self { port: u32::from_ne_bytes(*port), address })
+    }
 }
 
 /// The rules in the kernel.
@@ -81,19 +105,21 @@ impl Nft {
     /// Replaces the table's content. Returns what other programs changed since; `None`: nothing.
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         self.written = None;
-        let old = netlink::tables(&mut self.socket)?.into_iter().find(|old| old.name == NAME);
-        if old.is_some() {
-            let replaced = netlink::load(self.table(), rules, true);
+        let old = netlink::tables(&mut self.socket)?;
+        let old: Vec<_> = old.into_iter().filter(|old| old.name == NAME).collect();
+        let there: Vec<_> = old.iter().map(|old| old.home).collect();
+        if !there.is_empty() {
+            let replaced = netlink::load(self.table(), rules, &there);
             match replaced.iter().try_for_each(|batch| self.apply(batch)) {
                 Ok(()) => return self.stands_as(rules),
                 // More than the socket takes at once. In several batches there is a moment in which nothing is captured.
                 Err(error) if error.errno() == Some(Errno::MSGSIZE) => self
-                    .apply(&netlink::delete(self.table()))
-                    .map_err(|error| owned_by_another(error, old.as_ref()))?,
-                Err(error) => return Err(owned_by_another(error, old.as_ref())),
+                    .apply(&netlink::delete(self.table(), &there))
+                    .map_err(|error| owned_by_another(error, &old))?,
+                Err(error) => return Err(owned_by_another(error, &old)),
             }
         }
-        for batch in netlink::load(self.table(), rules, false) {
+        for batch in netlink::load(self.table(), rules, &[]) {
             self.apply(&batch)?;
             // A large load takes the kernel tens of milliseconds, and this thread has other work.
             tokio::task::yield_now().await;
@@ -177,18 +203,56 @@ impl Nft {
 
     /// The numbers of captured connections that arrived, and of those that passed other programs' rules.
     pub(super) fn arrivals(&mut self) -> Result<Option<(u64, u64)>, CaptureError> {
-        let mut count =
-            |chain| netlink::counted(&mut self.socket, Table { name: NAME, owned: false }, chain);
+        let mut count = |chain| self.counted(Home::Inet, chain);
         Ok(count(layout::ARRIVING)?.zip(count(layout::ARRIVED)?))
+    }
+
+    /// The number of connections to our port that were refused because nothing captured them.
+    pub(super) fn refused(&mut self) -> Result<Option<u64>, CaptureError> {
+        self.counted(Home::Inet, layout::DIRECT)
+    }
+
+    /// The number of frames that the guard dropped.
+    pub(super) fn dropped(&mut self) -> Result<Option<u64>, CaptureError> {
+        let mut sum = None;
+        for chain in layout::DROPPING {
+            if let Some(count) = self.counted(Home::Bridge, chain)? {
+                sum = Some(sum.unwrap_or_default() + count);
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Who sent them, as far as the kernel noted it.
+    pub(super) fn offenders(&mut self) -> Result<Vec<Offender>, CaptureError> {
+        let table = Table { name: NAME, owned: false };
+        let mut found = Vec::new();
+        for family in Family::ALL {
+            let set = Set::of(Members::Forgers, family);
+            let keys = netlink::noted(&mut self.socket, table, set)?;
+            found.extend(keys.iter().filter_map(|key| Offender::of(key)));
+        }
+        let set = Set::without_family(Members::Offenders);
+        let keys = netlink::noted(&mut self.socket, table, set)?;
+        found.extend(keys.iter().filter_map(|key| Offender::of(key)));
+        Ok(found)
+    }
+
+    fn counted(&mut self, home: Home, chain: &str) -> Result<Option<u64>, CaptureError> {
+        let table = Table { name: NAME, owned: false };
+        Ok(netlink::counted(&mut self.socket, table, home, chain)?)
     }
 
     /// Ends the capture. The returned value keeps live connections translated until it is dropped, and leaves our table's name
     /// to the next embassy.
     pub(super) fn remove(mut self) -> Result<(bool, Draining), CaptureError> {
         let Some(Written { shape, .. }) = self.written.take() else {
-            let found = netlink::tables(&mut self.socket)?.iter().any(|table| table.name == NAME);
+            let there = netlink::tables(&mut self.socket)?.into_iter();
+            let there: Vec<_> =
+                there.filter(|table| table.name == NAME).map(|table| table.home).collect();
+            let found = !there.is_empty();
             if found {
-                self.apply(&netlink::delete(self.table()))?;
+                self.apply(&netlink::delete(self.table(), &there))?;
             }
             return Ok((found, Draining { nft: self, name: None }));
         };
@@ -196,7 +260,9 @@ impl Nft {
         let draining = Table { name: &name, owned: self.owned };
         // Without the lock, the next embassy takes the table for a leftover.
         let kept = (!self.owned).then(|| (Lock::of_table(&name).ok().flatten(), name.clone()));
-        match self.apply(&netlink::replace(self.table(), draining, &layout::remains(&shape))) {
+        let remains = layout::remains(&shape);
+        let homes = layout::homes(&shape);
+        match self.apply(&netlink::replace(self.table(), homes, draining, &remains)) {
             // Another program has already removed it.
             Err(error) if error.errno() == Some(Errno::NOENT) => {
                 Ok((false, Draining { nft: self, name: None }))
@@ -224,7 +290,8 @@ impl Drop for Draining {
     fn drop(&mut self) {
         if let Some((_, name)) = &self.name {
             // Chains without rules that translate: left behind, they do no harm.
-            let _ = self.nft.socket.apply(&netlink::delete(Table { name, owned: false }));
+            let table = Table { name, owned: false };
+            let _ = self.nft.socket.apply(&netlink::delete(table, &[Home::Inet]));
         }
     }
 }
@@ -240,7 +307,7 @@ fn refused(
     let question = netlink::question(Table { name: &name, owned }, shape);
     let (_, refused) = socket.attempt(&question.messages)?;
     let refused: HashSet<_> = refused.iter().map(|refusal| refusal.message).collect();
-    // The first is the table.
+    // The first is the table of IP.
     let first = question.needs.first().map(|(message, _)| *message);
     if owned && first.is_some_and(|table| refused.contains(&table)) {
         return Ok(None);
@@ -250,14 +317,33 @@ fn refused(
     Ok(Some(all.collect()))
 }
 
+/// All that rules of this shape need.
+fn needs(shape: &Shape) -> HashSet<String> {
+    let question = netlink::question(Table { name: NAME, owned: false }, shape);
+    question.needs.into_iter().map(|(_, what)| what).collect()
+}
+
+/// What this kernel lacks to refuse direct connections where iptables captures; `None`: nothing. It changes nothing.
+pub(super) fn lack_of_refusal(shape: &Shape) -> Option<String> {
+    let asked = Socket::open().map_err(CaptureError::from).and_then(|mut socket| {
+        // A table that stays after this process would refuse for others.
+        refused(&mut socket, shape, true)
+    });
+    match asked {
+        Err(error) => Some(error.to_string()),
+        Ok(None) => Some("tables with an owner".to_owned()),
+        Ok(Some(refused)) => {
+            let rest = needs(&shape.without(Optional::default().with(Part::Refusal)));
+            let needs = needs(shape);
+            refused.into_iter().find(|what| needs.contains(what) && !rest.contains(what))
+        }
+    }
+}
+
 /// The fewest parts without which nothing of this is refused, each with the first of it that is. An error if even without all of
 /// them something is, which it names. Pure.
 fn lacking(shape: &Shape, refused: &[String]) -> Result<Vec<(Part, String)>, String> {
-    let needs = |lacks: Optional| -> HashSet<String> {
-        let table = Table { name: NAME, owned: false };
-        let question = netlink::question(table, &shape.without(lacks));
-        question.needs.into_iter().map(|(_, what)| what).collect()
-    };
+    let needs = |lacks: Optional| needs(&shape.without(lacks));
     let first_of = |needs: &HashSet<String>| refused.iter().find(|what| needs.contains(*what));
     if refused.is_empty() {
         return Ok(Vec::new());
@@ -277,8 +363,9 @@ fn lacking(shape: &Shape, refused: &[String]) -> Result<Vec<(Part, String)>, Str
     Ok(fewest.parts().map(|part| (part, because(part))).collect())
 }
 
-fn owned_by_another(error: NetlinkError, old: Option<&TableName>) -> CaptureError {
-    match old.and_then(|old| old.owner.map(|owner| (old.name.clone(), owner))) {
+fn owned_by_another(error: NetlinkError, old: &[TableName]) -> CaptureError {
+    let mut old = old.iter();
+    match old.find_map(|old| old.owner.map(|owner| (old.name.clone(), owner))) {
         Some((name, owner)) if error.errno() == Some(Errno::PERM) => {
             CaptureError::Owned { name, owner }
         }
@@ -293,12 +380,14 @@ fn compare(before: &Listing, now: &Listing) -> Option<(Change, String)> {
     let lost: Vec<_> = before.rules.iter().filter(|rule| !rules.contains(rule)).collect();
     let found = now.rules.iter().filter(|rule| !then.contains(rule)).count() + now.added;
     match (lost.as_slice(), now.missing) {
-        _ if now.rules.is_empty() => Some((Change::Vanished, "all of them".to_owned())),
+        _ if now.rules.iter().all(|(home, ..)| *home != Home::Inet) => {
+            Some((Change::Vanished, "all of them".to_owned()))
+        }
         ([], 0) if found == 0 && before.rules == now.rules => None,
         ([], 0) if found == 0 => Some((Change::Displaced, "the order of rules".to_owned())),
         ([], 0) => Some((Change::Added, "nothing".to_owned())),
         ([], elements) => Some((Change::Incomplete, format!("{elements} elements of sets"))),
-        ([(chain, _), more @ ..], elements) => {
+        ([(_, chain, _), more @ ..], elements) => {
             let more = more.len() + elements;
             Some((Change::Incomplete, format!("a rule of chain {chain}, and {more} more")))
         }
@@ -325,21 +414,23 @@ pub(super) async fn remove_leftovers() -> Result<bool, CaptureError> {
 
 fn remove_tables(socket: &mut Socket) -> Result<bool, CaptureError> {
     let mut found = false;
-    for TableName { name, owner } in netlink::tables(socket)? {
+    for TableName { home, name, owner } in netlink::tables(socket)? {
         match owner {
             _ if name != NAME && !name.starts_with(DRAINING) => {}
             Some(owner) if name == NAME => return Err(CaptureError::Owned { name, owner }),
             // It goes with the embassy that drains.
             Some(_) => {}
             None if name != NAME && matches!(Lock::of_table(&name), Ok(None)) => {}
-            None => match socket.apply(&netlink::delete(Table { name: &name, owned: false })) {
-                // Another program was faster.
-                Err(error) if error.errno() == Some(Errno::NOENT) => {}
-                removed => {
-                    removed?;
-                    found = true;
+            None => {
+                match socket.apply(&netlink::delete(Table { name: &name, owned: false }, &[home])) {
+                    // Another program was faster.
+                    Err(error) if error.errno() == Some(Errno::NOENT) => {}
+                    removed => {
+                        removed?;
+                        found = true;
+                    }
                 }
-            },
+            }
         }
     }
     Ok(found)

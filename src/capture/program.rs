@@ -6,9 +6,14 @@ use std::{io, process::Stdio, time::Duration};
 
 use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
 
-/// A program that is found by PATH.
+use crate::privileges;
+
+/// A program of this host. It is looked for in [`PATH`] only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Program(pub &'static str);
+
+/// Where programs are: a directory that is in embassy's own PATH may belong to somebody else.
+const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Why a program did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -51,16 +56,19 @@ impl Program {
     pub(super) async fn run(self, args: &[&str], input: &str) -> Result<String, ProgramError> {
         let Self(program) = self;
         let start = |error| ProgramError::Start { program, error };
-        let mut child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(args)
+            // A variable of embassy's must not change what the program does, and may hold a token.
+            .env_clear()
+            .env("PATH", PATH)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             // A Ctrl-C at the terminal must end embassy, not the program that removes our rules.
-            .process_group(0)
-            .spawn()
-            .map_err(start)?;
+            .process_group(0);
+        let mut child = privileges::hand_down(|| command.spawn()).map_err(start)?;
         let stdin = child.stdin.take();
         let talk = async {
             let write = async {
@@ -120,6 +128,20 @@ mod tests {
         let work = "n=0; while [ $n -lt 100000 ]; do n=$((n + 1)); done";
         Program("sh").run(&["-c", work], "").await.unwrap();
         assert!(time_of_programs() > before);
+    }
+
+    #[tokio::test]
+    async fn a_program_gets_nothing_of_this_process_but_its_capability() {
+        assert!(std::env::vars().count() > 1, "there are variables that it could get");
+        let variables = Program("env").run(&[], "").await.unwrap();
+        assert_eq!(variables, format!("PATH={PATH}\n"));
+        let ambient = async || {
+            let status = Program("cat").run(&["/proc/self/status"], "").await.unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("CapAmb:"));
+            u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+        };
+        let has = privileges::is_permitted();
+        assert_eq!(ambient().await, if has { 1 << 12 } else { 0 });
     }
 
     #[tokio::test]

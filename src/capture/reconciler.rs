@@ -15,10 +15,12 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use super::{
-    CaptureCounts, CaptureError, Change, Firewall,
+    CaptureCounts, CaptureError, Change, Firewall, TurnedAway,
     arrivals::Arrivals,
     backend::Backend,
     input::{self, Barrier, Captured, Listings},
+    interface,
+    nft::Offender,
     place::First,
     program::time_of_programs,
     rules::{Optional, PRIORITY, Part, Places, RuleChanges, RuleSettings, Rules},
@@ -27,6 +29,7 @@ use crate::{
     events::{Event, Events},
     readiness::Guard,
     table::{Changes, Table},
+    wiring::Wiring,
 };
 
 /// Follows the tables, and changes of the firewall by other programs.
@@ -51,6 +54,19 @@ pub(super) struct Reconciler {
     /// The priority of our chains, with nft. It only decreases: there is no need to increase it again.
     priority: i32,
     surroundings: Surroundings,
+    guarding: Guarding,
+}
+
+/// What the guard did, as last read and logged.
+#[derive(Default)]
+struct Guarding {
+    /// When the counts were looked at last.
+    looked: Option<Instant>,
+    /// Who was logged, as long as the kernel remembers it: at most as many as it does.
+    told: BTreeSet<Offender>,
+    /// Whether addresses were unbound at the last look, and whether that was logged.
+    unbound: bool,
+    told_unbound: bool,
 }
 
 /// The rules of other programs that matter to us.
@@ -109,6 +125,7 @@ impl Reconciler {
             ready: Some(ready),
             priority: PRIORITY,
             surroundings: Surroundings { may_have_changed: true, ..Surroundings::default() },
+            guarding: Guarding::default(),
         };
         let lacks = new.backend.lacks().to_vec();
         let parts = lacks.iter().map(|(part, _)| *part);
@@ -162,6 +179,7 @@ impl Reconciler {
             self.note(done);
             if is_check {
                 self.look_around();
+                self.look_at_guard(&table);
             }
             if let Some((listings, took)) = listings {
                 self.learn(listings, took, &table).await;
@@ -339,9 +357,11 @@ impl Reconciler {
                 warn!(%server, "binding not captured: its address is that of a registry or engine embassy connects to");
             }
         }
+        let guards = self.settings.guards();
         self.counts.stand(|standing| {
             standing.firewall = Some(firewall);
             standing.in_place = torn.is_none();
+            standing.guards = guards;
             standing.error = None;
         });
         self.applied = Some((table.clone(), places));
@@ -440,6 +460,80 @@ impl Reconciler {
             });
         }
         self.tell_barriers(self.surroundings.behind.clone());
+    }
+
+    /// Reads what the guard and our port's own rule turned away. Only if the guard dropped more since, the kernel is asked whose
+    /// frames those were.
+    fn look_at_guard(&mut self, table: &Table) {
+        if self.guarding.looked.is_some_and(|last| last.elapsed() < READ) {
+            return;
+        }
+        self.guarding.looked = Some(Instant::now());
+        let turned_away = self.backend.turned_away().unwrap_or_else(|error| {
+            debug!(%error, "cannot count what the rules turn away");
+            [None, None]
+        });
+        let mut more = [false; 2];
+        let counts = &self.counts.turned_away;
+        for ((what, now), more) in TurnedAway::ALL.iter().zip(turned_away).zip(&mut more) {
+            *more = now.is_some_and(|now| counts.read(*what, now));
+        }
+        let [_, dropped] = more;
+        if dropped {
+            match self.backend.offenders() {
+                Ok(offenders) => self.tell_offenders(offenders, table.wiring()),
+                Err(error) => debug!(%error, "cannot read whose frames the guard dropped"),
+            }
+        }
+        let guards = self.settings.guards();
+        let unbound = &table.wiring().unbound;
+        self.counts.unbound.store(if guards { unbound.len() as u64 } else { 0 }, Relaxed);
+        self.counts
+            .bound
+            .store(if guards { table.wiring().owners.len() as u64 } else { 0 }, Relaxed);
+        // For a moment after its start, a container's port is not known.
+        let is_unbound = guards && !unbound.is_empty();
+        let lasts = std::mem::replace(&mut self.guarding.unbound, is_unbound) && is_unbound;
+        if let Some((address, consumer)) =
+            unbound.first_key_value().filter(|_| lasts && !self.guarding.told_unbound)
+        {
+            self.guarding.told_unbound = true;
+            let addresses = unbound.len();
+            warn!(
+                addresses, %address, consumer = &**consumer,
+                "addresses of containers are not bound to a bridge port: the guard does not know their ports"
+            );
+        }
+    }
+
+    /// Logs each port that used an address of another container, and each that sent what no container sends, once.
+    fn tell_offenders(&mut self, offenders: Vec<Offender>, wiring: &Wiring) {
+        let offenders: BTreeSet<_> = offenders.into_iter().collect();
+        let new: Vec<_> = offenders.difference(&self.guarding.told).collect();
+        // One that tries the address of each neighbour is one line.
+        let is_same = |a: &&Offender, b: &&Offender| {
+            (a.port, a.address.is_some()) == (b.port, b.address.is_some())
+        };
+        for of_port in new.chunk_by(is_same) {
+            let (Some(offender), addresses) = (of_port.first(), of_port.len()) else { continue };
+            let port = interface::named(offender.port);
+            let container = wiring.container_at(offender.port).map(|name| &**name);
+            match offender.address {
+                Some(address) => {
+                    let owner = wiring.owners.get(&address).map(|owner| &*owner.name);
+                    warn!(
+                        port, container, addresses, %address, owner,
+                        "a bridge port used an address of another container; its packets to VIPs are dropped"
+                    );
+                }
+                None => warn!(
+                    port,
+                    container,
+                    "a bridge port sent frames that the guard drops (stacked VLAN tags, or a forged Ethernet address, ARP or neighbour advertisement)"
+                ),
+            }
+        }
+        self.guarding.told = offenders;
     }
 
     /// How many captured connections came to this host's input, and how many passed it.

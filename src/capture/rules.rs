@@ -9,13 +9,17 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    config::CaptureScope,
+    config::{CaptureScope, Guard},
     model::{Port, Protocol},
     table::{Changes, Route, RouteKey, Table},
+    wiring::{Arrival, Interface, Wiring},
 };
 
 /// The name of all our objects in the firewall.
 pub const NAME: &str = "embassy";
+
+/// The name of the table of iptables' captures that counts and refuses.
+pub(super) const COUNTS: &str = "embassy_counts";
 
 /// The prefix of the name of a table that keeps live connections translated while they drain.
 pub(super) const DRAINING: &str = "embassy_draining_";
@@ -30,6 +34,8 @@ pub struct RuleSettings {
     /// Also capture the host's own connections to a VIP, and connections that arrive for `own`.
     pub redirect: bool,
     pub scope: CaptureScope,
+    /// How addresses are bound to the ports of bridges.
+    pub guard: Guard,
     /// Our listener's port.
     pub port: u16,
     /// With `redirect`: our own addresses, to which linked containers connect.
@@ -50,6 +56,11 @@ impl RuleSettings {
         self.hold && self.scope == CaptureScope::Declared && !self.lacks.has(Part::Hold)
     }
 
+    /// Whether addresses are bound to ports.
+    pub fn guards(&self) -> bool {
+        self.guard != Guard::Off && !self.lacks.has(Part::Guard)
+    }
+
     pub fn leaves_untracked(&self) -> bool {
         self.notrack && !self.lacks.has(Part::Notrack)
     }
@@ -64,11 +75,16 @@ pub enum Part {
     Ipv6,
     /// The count of captured connections that others' rules drop.
     Count,
+    /// The addresses of containers are bound to the ports of their bridges.
+    Guard,
+    /// Connections to our port that were not captured are refused.
+    Refusal,
 }
 
 impl Part {
     /// What goes first is missed least, where it is not clear which of two is lacking.
-    pub const ALL: [Self; 4] = [Self::Count, Self::Notrack, Self::Hold, Self::Ipv6];
+    pub const ALL: [Self; 6] =
+        [Self::Count, Self::Refusal, Self::Notrack, Self::Guard, Self::Hold, Self::Ipv6];
 
     /// What users lose without it.
     pub fn loss(self) -> &'static str {
@@ -79,6 +95,12 @@ impl Part {
             Self::Notrack => "--notrack is not in effect: connections to endpoints are tracked",
             Self::Ipv6 => "IPv6 is not captured",
             Self::Count => "dropped connections are not counted",
+            Self::Guard => {
+                "--guard is not in effect: a container that forges its source address is served as the other container on the same bridge"
+            }
+            Self::Refusal => {
+                "connections to embassy's own port are accepted and reset, instead of refused by the kernel"
+            }
         }
     }
 
@@ -94,6 +116,10 @@ impl Part {
                 "give the kernel NAT for IPv6 (with iptables: ip6table_nat) and restart embassy, or use IPv4 alone"
             }
             Self::Count => "give the kernel nft_ct and nft_counter and restart embassy",
+            Self::Guard => {
+                "use --firewall=nft on a kernel with nf_tables for bridges and restart embassy, take NET_RAW and NET_ADMIN from containers that you do not trust, or set --guard=off"
+            }
+            Self::Refusal => "give the kernel nft_ct and nft_reject_inet and restart embassy",
         }
     }
 }
@@ -132,6 +158,8 @@ impl Optional {
             Part::Notrack => 2,
             Part::Hold => 4,
             Part::Ipv6 => 8,
+            Part::Guard => 16,
+            Part::Refusal => 32,
         }
     }
 }
@@ -148,6 +176,10 @@ pub struct Shape {
     pub v6: bool,
     /// Whether captured connections are counted on their way to our listener.
     pub counted: bool,
+    /// How addresses are bound to the ports of bridges.
+    pub guard: Guard,
+    /// Whether connections to our listener that were not captured are refused.
+    pub refusing: bool,
     /// The priority of our chains, with nft: before all others that translate.
     pub priority: i32,
 }
@@ -165,6 +197,8 @@ impl Shape {
             notrack: settings.leaves_untracked(),
             v6: !settings.lacks.has(Part::Ipv6),
             counted: !settings.lacks.has(Part::Count),
+            guard: if settings.lacks.has(Part::Guard) { Guard::Off } else { settings.guard },
+            refusing: !settings.lacks.has(Part::Refusal),
             priority: PRIORITY,
         }
     }
@@ -178,6 +212,10 @@ impl Shape {
         self.notrack &= !lacks.has(Part::Notrack);
         self.v6 &= !lacks.has(Part::Ipv6);
         self.counted &= !lacks.has(Part::Count);
+        self.refusing &= !lacks.has(Part::Refusal);
+        if lacks.has(Part::Guard) {
+            self.guard = Guard::Off;
+        }
         self
     }
 }
@@ -188,11 +226,20 @@ pub struct Places {
     pub vips: BTreeSet<IpAddr>,
     /// Addresses that are captured on declared ports only, with any scope: the host's own services listen there too.
     pub own: BTreeSet<IpAddr>,
+    /// Those of both that are on none of the engine's bridges: only there do connections of its other networks count.
+    pub outer: BTreeSet<IpAddr>,
+    /// With the scope `all`: the VIPs of which everything is captured, by whatever interface it comes. None where the interfaces of
+    /// the engine's bridges are known.
+    pub everywhere: BTreeSet<IpAddr>,
+    /// The interfaces of the engine's bridges.
+    pub bridges: BTreeSet<Interface>,
     /// Servers on a VIP to which embassy connects: connections from this host to them are not captured, even if a binding
     /// declares the port. Otherwise embassy's own request to a registry would wait for the registry's answer.
     pub spared: BTreeSet<SocketAddr>,
-    /// The networks in which an unknown container may have its address.
+    /// The networks in which an unknown container may have its address, whose interface is not known.
     pub networks: BTreeSet<IpNet>,
+    /// The same, each with the interface by which its containers' connections arrive.
+    pub segments: BTreeSet<(Interface, IpNet)>,
     /// Networks to whose members our own connections are not tracked. These are bridges of this host: packets to them have the
     /// bridge's own address and are not translated. Packets to other destinations may need translation, and so connection
     /// tracking.
@@ -202,7 +249,13 @@ pub struct Places {
 impl Places {
     pub fn of(table: &Table, settings: &RuleSettings) -> Self {
         let vips: BTreeSet<_> = table.vips().iter().map(|vip| vip.0).collect();
-        let networks = |wanted| if wanted { table.networks().clone() } else { BTreeSet::new() };
+        let wiring = table.wiring();
+        let own: BTreeSet<_> =
+            settings.own.iter().copied().filter(|own| !vips.contains(own)).collect();
+        let all = settings.scope == CaptureScope::All && wiring.interfaces.is_empty();
+        let wired =
+            |network: &&IpNet| wiring.segments.iter().any(|(_, segment)| segment == *network);
+        let unknown = settings.captures_unknown();
         Self {
             spared: settings
                 .servers
@@ -210,10 +263,21 @@ impl Places {
                 .copied()
                 .filter(|server| settings.redirect && vips.contains(&server.ip()))
                 .collect(),
-            own: settings.own.iter().copied().filter(|own| !vips.contains(own)).collect(),
+            outer: vips.union(&own).filter(|at| !wiring.gateways.contains(at)).copied().collect(),
+            everywhere: if all { vips.clone() } else { BTreeSet::new() },
+            bridges: wiring.interfaces.clone(),
+            own,
             vips,
-            networks: networks(settings.captures_unknown()),
-            untracked: networks(settings.leaves_untracked()),
+            // One that embassy knows by an engine that does not say how it is connected counts by its addresses alone.
+            networks: match unknown {
+                true => table.networks().iter().filter(|net| !wired(net)).copied().collect(),
+                false => BTreeSet::new(),
+            },
+            segments: if unknown { wiring.segments.clone() } else { BTreeSet::new() },
+            untracked: match settings.leaves_untracked() {
+                true => table.networks().clone(),
+                false => BTreeSet::new(),
+            },
         }
     }
 
@@ -234,9 +298,26 @@ pub struct Rules {
     pub shape: Shape,
     pub places: Places,
     /// Which consumer is captured on which port.
-    pub declared: BTreeSet<RouteKey>,
+    pub declared: BTreeSet<Declared>,
     /// Addresses of known containers, which are captured on declared ports only.
     pub known: BTreeSet<IpAddr>,
+    /// Which addresses are bound to which ports of bridges, for the guard.
+    pub wiring: Arc<Wiring>,
+}
+
+/// What a route is captured by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Declared {
+    pub key: RouteKey,
+    pub arrival: Arrival,
+}
+
+impl Declared {
+    fn of(route: &Arc<Route>) -> Option<Self> {
+        match route.key.protocol {
+            Protocol::Tcp => Some(Self { key: route.key, arrival: route.arrival }),
+        }
+    }
 }
 
 impl Rules {
@@ -244,7 +325,11 @@ impl Rules {
         Self {
             shape: Shape::of(settings),
             places: Places::of(table, settings),
-            declared: table.routes().map(|route| route.key).filter(is_captured).collect(),
+            declared: table.routes().filter_map(Declared::of).collect(),
+            wiring: match settings.guards() {
+                true => table.wiring().clone(),
+                false => Arc::default(),
+            },
             known: if settings.captures_unknown() {
                 table.known().clone()
             } else {
@@ -254,33 +339,32 @@ impl Rules {
     }
 }
 
-/// Whether a route needs a rule.
-fn is_captured(key: &RouteKey) -> bool {
-    match key.protocol {
-        Protocol::Tcp => true,
-    }
-}
-
 /// The differences to the previous rules.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuleChanges {
-    pub declared_added: Vec<RouteKey>,
-    pub declared_removed: Vec<RouteKey>,
+    pub declared_added: Vec<Declared>,
+    pub declared_removed: Vec<Declared>,
     pub known_added: Vec<IpAddr>,
     pub known_removed: Vec<IpAddr>,
     /// The values before and now, if they differ.
     pub places: Option<Box<(Places, Places)>>,
+    /// How addresses are bound to ports before and now, if that differs.
+    pub wiring: Option<(Arc<Wiring>, Arc<Wiring>)>,
 }
 
 impl RuleChanges {
     /// From the rules of one table to those of another, by what changed between the two.
     pub fn of(changes: &Changes, settings: &RuleSettings) -> Self {
-        let keys = |routes: &[Arc<Route>]| {
-            routes.iter().map(|route| route.key).filter(is_captured).collect::<Vec<_>>()
+        let moved = || changes.moved.iter();
+        let keys = |routes: &mut dyn Iterator<Item = &Arc<Route>>| {
+            let mut keys: Vec<_> = routes.filter_map(Declared::of).collect();
+            keys.sort();
+            keys
         };
-        let (added, removed) = (keys(&changes.added), keys(&changes.removed));
+        let added = keys(&mut changes.added.iter().chain(moved().map(|(_, now)| now)));
+        let removed = keys(&mut changes.removed.iter().chain(moved().map(|(before, _)| before)));
         // If an address and port changed their owner, the rule stays the same. Both lists are sorted.
-        let is_not_in = |others: &[RouteKey], key: &RouteKey| others.binary_search(key).is_err();
+        let is_not_in = |others: &[Declared], key: &Declared| others.binary_search(key).is_err();
         let mut found = Self {
             declared_added: added.iter().filter(|key| is_not_in(&removed, key)).copied().collect(),
             declared_removed: removed
@@ -290,6 +374,9 @@ impl RuleChanges {
                 .collect(),
             ..Self::default()
         };
+        if settings.guards() {
+            found.wiring.clone_from(&changes.wiring);
+        }
         if settings.captures_unknown() {
             found.known_added.clone_from(&changes.known_added);
             found.known_removed.clone_from(&changes.known_removed);
@@ -333,12 +420,16 @@ impl Hook {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::wiring::{Mac, Owner};
 
     /// The same if unknown containers are captured too.
     pub(in crate::capture) fn with_unknown(mut rules: Rules) -> Rules {
         rules.shape.unknown = true;
         rules.places.networks =
             ["172.17.0.0/16", "fd00::/64"].map(|text| text.parse().unwrap()).into();
+        rules.places.segments = [("br-x", "172.18.0.0/16"), ("br-x", "fd00:18::/64")]
+            .map(|(name, net)| (interface(name), net.parse().unwrap()))
+            .into();
         rules.known = ["172.17.0.2", "fd00::2"].map(|text| text.parse().unwrap()).into();
         rules
     }
@@ -350,11 +441,45 @@ pub(super) mod tests {
         rules
     }
 
-    /// Two consumers, both families, a VIP of each.
+    pub(in crate::capture) fn interface(name: &str) -> Interface {
+        Interface::new(name).unwrap()
+    }
+
+    pub(in crate::capture) fn declared(source: &str, port: u16, arrival: Arrival) -> Declared {
+        let key = RouteKey::tcp(source.parse().unwrap(), Port::new(port).unwrap());
+        Declared { key, arrival }
+    }
+
+    /// The same if addresses are bound to ports of bridges.
+    pub(in crate::capture) fn with_guard(mut rules: Rules, guard: Guard) -> Rules {
+        rules.shape.guard = guard;
+        let owner = |name: &str, ports: &[u32], mac: Option<[u8; 6]>| {
+            Arc::new(Owner { name: name.into(), ports: ports.to_vec(), mac: mac.map(Mac) })
+        };
+        let owners = [
+            ("172.17.0.2", owner("a", &[1007], Some([2, 0x42, 0xac, 17, 0, 2]))),
+            ("fd00::2", owner("a", &[1007], Some([2, 0x42, 0xac, 17, 0, 2]))),
+            ("172.18.0.5", owner("b", &[1008, 1009], None)),
+        ];
+        rules.wiring = Arc::new(Wiring {
+            ports: [1007, 1008, 1009, 1010].into(),
+            owners: owners.map(|(address, owner)| (address.parse().unwrap(), owner)).into(),
+            ..Wiring::default()
+        });
+        rules
+    }
+
+    /// Three consumers, both families, a VIP of each.
     pub(in crate::capture) fn example(redirect: bool, scope: CaptureScope) -> Rules {
         let address = |text: &str| text.parse::<IpAddr>().unwrap();
-        let declared =
-            [("172.17.0.2", 6379), ("172.17.0.2", 80), ("172.18.0.5", 6379), ("fd00::2", 80)];
+        let docker0 = Arrival::By(interface("docker0"));
+        let all = [
+            ("172.17.0.2", 6379, docker0),
+            ("172.17.0.2", 80, docker0),
+            ("172.18.0.5", 6379, Arrival::Anywhere),
+            ("192.168.1.5", 80, Arrival::Outside),
+            ("fd00::2", 80, docker0),
+        ];
         let own = redirect.then(|| address("10.1.2.3"));
         let spared = redirect.then(|| "172.17.0.1:8500".parse().unwrap());
         Rules {
@@ -366,18 +491,21 @@ pub(super) mod tests {
                 notrack: false,
                 v6: true,
                 counted: true,
+                guard: Guard::Off,
+                refusing: true,
                 priority: PRIORITY,
             },
             places: Places {
                 vips: ["172.17.0.1", "fd00::1"].map(address).into(),
+                outer: own.into_iter().chain([address("192.168.1.90")]).collect(),
                 own: own.into_iter().collect(),
+                bridges: [interface("docker0"), interface("br-x")].into(),
                 spared: spared.into_iter().collect(),
                 ..Places::default()
             },
-            declared: declared
-                .map(|(source, port)| RouteKey::tcp(address(source), Port::new(port).unwrap()))
-                .into(),
+            declared: all.map(|(source, port, by)| declared(source, port, by)).into(),
             known: BTreeSet::new(),
+            wiring: Arc::default(),
         }
     }
 }

@@ -1,9 +1,12 @@
-//! Our nf_tables table in the language of the `nft` program, for people. Pure.
+//! Our nf_tables tables in the language of the `nft` program, for people. Pure.
 
 use std::fmt::{self, Write};
 
 use super::{
-    layout::{Base, Chain, Direction, Family, Key, Term, chains, elements, sets},
+    layout::{
+        Base, Chain, Claim, Direction, Family, Home, Key, Members, NOTED, NOTED_FOR, Set, Term,
+        chains, elements, homes, sets,
+    },
     rules::{NAME, Rules},
 };
 
@@ -19,17 +22,35 @@ fn render(rules: &Rules, owned: bool, out: &mut String) -> fmt::Result {
     if owned {
         writeln!(out, "# flags owner: it belongs to embassy's process, and goes with it")?;
     }
-    writeln!(out, "table inet {NAME} {{")?;
-    for set in sets(&rules.shape) {
+    homes(&rules.shape).iter().try_for_each(|home| table(rules, *home, out))
+}
+
+fn table(rules: &Rules, home: Home, out: &mut String) -> fmt::Result {
+    writeln!(out, "table {} {NAME} {{", home.nft())?;
+    for set in sets(&rules.shape).filter(|set| set.home() == home) {
         let address = match set.family {
-            Family::V4 => "ipv4_addr",
-            Family::V6 => "ipv6_addr",
+            Some(Family::V6) => "ipv6_addr",
+            Some(Family::V4) | None => "ipv4_addr",
         };
         writeln!(out, "\tset {set} {{")?;
         match set.key() {
             Key::Address => writeln!(out, "\t\ttype {address}")?,
             Key::AddressPort => writeln!(out, "\t\ttype {address} . inet_service")?,
             Key::Range => writeln!(out, "\t\ttype {address}\n\t\tflags interval")?,
+            Key::Interface => writeln!(out, "\t\ttype ifname")?,
+            Key::InterfaceAddressPort => {
+                writeln!(out, "\t\ttype ifname . {address} . inet_service")?;
+            }
+            Key::InterfaceRange => {
+                writeln!(out, "\t\ttype ifname . {address}\n\t\tflags interval")?;
+            }
+            Key::Index => writeln!(out, "\t\ttype iface_index")?,
+            Key::IndexAddress => writeln!(out, "\t\ttype iface_index . {address}")?,
+            Key::IndexMac => writeln!(out, "\t\ttype iface_index . ether_addr")?,
+        }
+        if set.is_noted() {
+            let hours = NOTED_FOR / 3_600_000;
+            writeln!(out, "\t\tsize {NOTED}\n\t\tflags dynamic,timeout\n\t\ttimeout {hours}h")?;
         }
         let elements = elements(set, rules);
         if !elements.is_empty() {
@@ -38,7 +59,8 @@ fn render(rules: &Rules, owned: bool, out: &mut String) -> fmt::Result {
         }
         writeln!(out, "\t}}")?;
     }
-    for Chain { name, base, rules } in chains(&rules.shape) {
+    let chains = chains(&rules.shape);
+    for Chain { name, base, rules, .. } in chains.iter().filter(|chain| chain.home == home) {
         writeln!(out, "\tchain {name} {{")?;
         if let Some(Base { kind, hook, priority }) = base {
             let (kind, hook) = (kind.nft(), hook.nft());
@@ -56,11 +78,46 @@ fn render(rules: &Rules, owned: bool, out: &mut String) -> fmt::Result {
 impl fmt::Display for Term {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Address(side, set) => write!(f, "{} {side} @{set}", set.family.nft()),
-            Self::AddressNot(side, set) => write!(f, "{} {side} != @{set}", set.family.nft()),
-            Self::AddressPort(side, set) => {
-                write!(f, "{} {side} . tcp dport @{set}", set.family.nft())
+            Self::Address(side, family, members) => {
+                write!(f, "{} {side} @{}", family.nft(), Set::of(*members, *family))
             }
+            Self::AddressNot(side, family, members) => {
+                write!(f, "{} {side} != @{}", family.nft(), Set::of(*members, *family))
+            }
+            Self::AddressPort(side, family, members) => {
+                write!(f, "{} {side} . tcp dport @{}", family.nft(), Set::of(*members, *family))
+            }
+            Self::InterfaceAddressPort(family, members) => {
+                let set = Set::of(*members, *family);
+                write!(f, "iifname . {} saddr . tcp dport @{set}", family.nft())
+            }
+            Self::InterfaceAddress(family, members) => {
+                write!(f, "iifname . {} saddr @{}", family.nft(), Set::of(*members, *family))
+            }
+            Self::InterfaceNot(members) => {
+                write!(f, "iifname != @{}", Set::without_family(*members))
+            }
+            Self::Interface(members) => write!(f, "iifname @{}", Set::without_family(*members)),
+            Self::Carries(0x8100) => f.write_str("meta protocol 8021q"),
+            Self::Carries(0x88a8) => f.write_str("meta protocol 8021ad"),
+            Self::Carries(what) => write!(f, "meta protocol {what:#06x}"),
+            Self::Port(members) => write!(f, "iif @{}", Set::without_family(*members)),
+            Self::PortNot(claim, members) => {
+                write!(f, "iif . {claim} != @{}", claim.set(*members))
+            }
+            Self::Claimed(claim, members) => write!(f, "{claim} @{}", claim.set(*members)),
+            Self::Icmp6 => f.write_str("meta l4proto ipv6-icmp"),
+            Self::Advertisement => f.write_str("icmpv6 type nd-neighbor-advert"),
+            Self::NoteSource(family) => {
+                let set = Set::of(Members::Forgers, *family);
+                write!(f, "update @{set} {{ iif . {} saddr }}", family.nft())
+            }
+            Self::NotePort => {
+                write!(f, "update @{} {{ iif }}", Set::without_family(Members::Offenders))
+            }
+            Self::Drop => f.write_str("drop"),
+            Self::Reject => f.write_str("reject with tcp reset"),
+            Self::NotTranslated => f.write_str("ct status ! dnat"),
             Self::Tcp => f.write_str("meta l4proto tcp"),
             Self::Dport(port) => write!(f, "tcp dport {port}"),
             Self::Syn => f.write_str("tcp flags & (syn | ack) == syn"),
@@ -76,6 +133,17 @@ impl fmt::Display for Term {
             Self::Jump(chain) => write!(f, "jump {chain}"),
             Self::Redirect(port) => write!(f, "redirect to :{port}"),
             Self::Notrack => f.write_str("notrack"),
+        }
+    }
+}
+
+impl fmt::Display for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Source(family) => write!(f, "{} saddr", family.nft()),
+            Self::Arp => f.write_str("arp saddr ip"),
+            Self::Target => f.write_str("@th,64,128"),
+            Self::Mac => f.write_str("ether saddr"),
         }
     }
 }

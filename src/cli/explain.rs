@@ -62,17 +62,20 @@ fn write(out: &mut String, explain: &api::Explain) -> std::fmt::Result {
     writeln!(out)?;
     for consumer in &explain.consumers {
         let id = printable(consumer.id.get(..12).unwrap_or(&consumer.id));
-        let addresses = printable(&consumer.addresses.join(" "));
+        let at = match consumer.addresses.join(" ") {
+            none if none.is_empty() => "without an address".to_owned(),
+            addresses => format!("at {}", printable(&addresses)),
+        };
         let ports: Vec<_> = consumer.ports.iter().map(ToString::to_string).collect();
         let ports = if ports.is_empty() { "none".to_owned() } else { ports.join(" ") };
         let name = printable(&consumer.name);
-        writeln!(out, "consumer   {name} ({id}) at {addresses}; ports with a route: {ports}")?;
+        writeln!(out, "consumer   {name} ({id}) {at}; ports with a route: {ports}")?;
+        for arrival in &consumer.arrivals {
+            writeln!(out, "arrives    {}", printable(arrival))?;
+        }
     }
     for binding in &explain.bindings {
-        let query = binding.query.as_ref().map_or("", |query| query.name.as_str());
-        let origin = format!("{} {query}: {}", binding.origin, binding.state);
-        let why = binding.reasons.iter().map(|reason| format!("; {reason}"));
-        writeln!(out, "declared   {}", printable(&(origin + &why.collect::<String>())))?;
+        writeln!(out, "declared   {}", printable(&of_binding(binding)))?;
     }
     let captured = match explain.captured {
         Some(true) => "yes",
@@ -97,15 +100,7 @@ fn write(out: &mut String, explain: &api::Explain) -> std::fmt::Result {
 
 fn write_service(out: &mut String, service: &api::ExplainService) -> std::fmt::Result {
     if let Some(source) = &service.source {
-        let ago = |seconds: Option<f64>| seconds.map_or("never".to_owned(), |s| age(s) + " ago");
-        let (confirmed, changed) = (ago(source.age_seconds), ago(source.changed_seconds));
-        let kept = source.kept_seconds.map(|kept| format!("in an earlier run {} ago", age(kept)));
-        let confirmed = kept.unwrap_or(confirmed);
-        let said = format!(
-            "{} is {}; confirmed {confirmed}, changed {changed}",
-            source.name, source.state
-        );
-        writeln!(out, "source     {}", printable(&said))?;
+        writeln!(out, "source     {}", printable(&of_source(source)))?;
     }
     if let Some(next) = &service.next {
         writeln!(out, "next       {}", printable(next))?;
@@ -114,6 +109,33 @@ fn write_service(out: &mut String, service: &api::ExplainService) -> std::fmt::R
         write!(out, "\n{}", ps::endpoints(&service.endpoints))?;
     }
     Ok(())
+}
+
+/// Where a binding is declared, what it asks for, and its state. A descriptor that does not parse asks for nothing.
+fn of_binding(binding: &api::Binding) -> String {
+    let query = binding.query.as_ref().map(|query| query.name.as_str());
+    let asked = query.or(binding.service.as_deref()).unwrap_or_default();
+    let words = [binding.origin.as_str(), asked];
+    let words: Vec<_> = words.into_iter().filter(|word| !word.is_empty()).collect();
+    let declared = if words.is_empty() { "nothing".to_owned() } else { words.join(" ") };
+    let why = binding.reasons.iter().map(|reason| format!("; {reason}"));
+    format!("{declared}: {}{}", binding.state, why.collect::<String>())
+}
+
+/// What is known of a source, and since when. What it has not done is not mentioned.
+fn of_source(source: &api::Source) -> String {
+    let api::Source { name, state, .. } = source;
+    let changed = source.changed_seconds.map(|ago| format!(", changed {} ago", age(ago)));
+    match (source.kept_seconds, source.age_seconds) {
+        (Some(ago), _) => format!(
+            "{name} is {state}; its data was saved by an earlier run, confirmed {} ago",
+            age(ago)
+        ),
+        (None, Some(ago)) => {
+            format!("{name} is {state}; confirmed {} ago{}", age(ago), changed.unwrap_or_default())
+        }
+        (None, None) => format!("{name} is {state}; there is no answer yet"),
+    }
 }
 
 #[cfg(test)]
@@ -127,6 +149,71 @@ mod tests {
             cause: "not_declared".into(),
             text: text.into(),
             fix: Some("do something".into()),
+        }
+    }
+
+    fn source(kept: Option<f64>, age: Option<f64>, changed: Option<f64>) -> api::Source {
+        api::Source {
+            name: "consul web".into(),
+            kind: "consul".into(),
+            state: if age.is_some() { api::SourceState::Up } else { api::SourceState::Down },
+            verdict: Verdict::Ok,
+            age_seconds: age,
+            held_for_seconds: None,
+            kept_seconds: kept,
+            changed_seconds: changed,
+            answers: 0,
+            changes: 0,
+            failures: 0,
+            error: None,
+            items: 0,
+            skipped: vec![],
+        }
+    }
+
+    #[test]
+    fn a_source_is_said_to_have_done_what_it_has() {
+        for (source, expected) in [
+            (
+                source(None, Some(3.0), Some(600.0)),
+                "consul web is up; confirmed 3 s ago, changed 10 min ago",
+            ),
+            (source(None, Some(3.0), None), "consul web is up; confirmed 3 s ago"),
+            (source(None, None, None), "consul web is down; there is no answer yet"),
+            (
+                source(Some(4.0), None, None),
+                "consul web is down; its data was saved by an earlier run, confirmed 4 s ago",
+            ),
+        ] {
+            assert_eq!(of_source(&source), expected);
+            assert_eq!(crate::text::odd(&of_source(&source)), None);
+        }
+    }
+
+    #[test]
+    fn a_binding_is_shown_by_what_is_known_of_it() {
+        let binding = |origin: &str, service: Option<&str>, reasons: &[&str]| api::Binding {
+            consumer: "app".into(),
+            consumer_id: "1".into(),
+            origin: origin.into(),
+            state: api::BindingState::Unrouted,
+            verdict: Verdict::Broken,
+            reasons: reasons.iter().map(ToString::to_string).collect(),
+            port: Some(80),
+            service: service.map(str::to_owned),
+            query: None,
+            addresses: vec![],
+        };
+        for (binding, expected) in [
+            (
+                binding("BACKEND_A", Some("web[b,a]"), &["no address"]),
+                "BACKEND_A web[b,a]: unrouted; no address",
+            ),
+            (binding("BACKEND_A", None, &["no port"]), "BACKEND_A: unrouted; no port"),
+            (binding("", None, &["it has no ID"]), "nothing: unrouted; it has no ID"),
+        ] {
+            assert_eq!(of_binding(&binding), expected);
+            assert_eq!(crate::text::odd(&of_binding(&binding)), None);
         }
     }
 
@@ -144,6 +231,7 @@ mod tests {
                 name: "app".into(),
                 id: "0123456789abcdef".into(),
                 addresses: vec!["172.17.0.2".into()],
+                arrivals: vec!["172.17.0.2 by docker0, port veth1".into()],
                 ports: vec![80],
             }],
             bindings: vec![],
@@ -158,6 +246,7 @@ BROKEN: Port 81 is not declared.
   ok        And another thing.
 
 consumer   app (0123456789ab) at 172.17.0.2; ports with a route: 80
+arrives    172.17.0.2 by docker0, port veth1
 captured   no
 dials      172.17.0.1:81
 ";

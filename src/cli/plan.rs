@@ -191,7 +191,7 @@ fn routes(table: &Table, sources: &Sources) -> Vec<Planned> {
         source: route.key.source.to_string(),
         port: route.key.port.get(),
         origin: route.binding.origin.to_string(),
-        service: route.upstream.query.to_string(),
+        service: route.query().to_string(),
         endpoints: {
             let states = route.upstream.rotation.endpoints().iter();
             states.map(|state| state.endpoint.to_string()).collect()
@@ -239,7 +239,7 @@ impl Shown {
         let mut routes = Columns::new(&["CONSUMER", "ADDRESS", "PORT>", "SERVICE", "ENDPOINTS"]);
         for route in &self.routes {
             let endpoints = match (&route.error, route.endpoints.as_slice()) {
-                (Some(error), []) => format!("unknown: {error}"),
+                (Some(error), []) => format!("no answer: {error}"),
                 (None, []) => "none".to_owned(),
                 (_, endpoints) => endpoints.join(" "),
             };

@@ -61,11 +61,12 @@ fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
     let asked = format!("{}{engine}, {}", status.host_name, status.discoveries.join(", "));
     writeln!(out, "host         {}", printable(&asked))?;
     let capture = &status.capture;
-    let firewall = printable(capture.firewall.as_deref().unwrap_or("nothing yet"));
+    let by =
+        capture.firewall.as_deref().map_or(String::new(), |one| format!(" by {}", printable(one)));
     match (capture.mode, capture.in_place) {
         (api::CaptureMode::None, _) => writeln!(out, "capture      by your own rules")?,
-        (mode, true) => writeln!(out, "capture      {mode} by {firewall}, in place")?,
-        (mode, false) => writeln!(out, "capture      {mode} by {firewall}, not in place")?,
+        (mode, true) => writeln!(out, "capture      {mode}{by}, in place")?,
+        (mode, false) => writeln!(out, "capture      {mode}{by}, not in place")?,
     }
     if let Some(last) = &capture.last_restored {
         let missing = printable(&last.text);
@@ -99,7 +100,7 @@ fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
     write!(out, "sources      {}, {} down", status.sources, status.sources_down)?;
     match status.sources_waiting {
         0 => writeln!(out)?,
-        waiting => writeln!(out, ", {waiting} have not answered yet")?,
+        waiting => writeln!(out, ", {} not answered yet", numbered(waiting, "has", "have"))?,
     }
     let api::Connections { active, limit, held, started, bytes_up, bytes_down, .. } =
         &status.connections;
@@ -265,7 +266,7 @@ connections  5 open of 9744; 100 since the start, 1.0 kB up, 2.5 MB down
             "capture      dnat by nft, not in place\n",
             "VIPs         none\n",
             "routes       2 of 1 consumer, 2 without endpoint\n",
-            "sources      2, 0 down, 1 have not answered yet\n",
+            "sources      2, 0 down, 1 has not answered yet\n",
             "memory       61.0 MB of 64.0 MB\n",
         ] {
             assert!(text.contains(line), "{line:?} in {text}");

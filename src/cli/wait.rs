@@ -118,7 +118,10 @@ impl Wait {
         let consumer = self.consumer.as_deref().map(|consumer| ("consumer", consumer));
         let query: Vec<_> = [("state", "problem")].into_iter().chain(consumer).collect();
         let bindings: Vec<api::Binding> = client.all("/v1/bindings", &query).await?;
-        let asks = bindings.iter().find(|binding| binding.service.as_deref() == Some(service));
+        let is_it = |binding: &&api::Binding| {
+            binding.service.as_deref().is_some_and(|other| is_asked(service, other))
+        };
+        let asks = bindings.iter().find(is_it);
         Ok(match asks {
             Some(api::Binding { consumer, origin, reasons, .. }) => {
                 let reasons = reasons.join("; ");
@@ -165,6 +168,13 @@ fn with_tags(service: &str) -> (&str, Option<BTreeSet<String>>) {
     }
 }
 
+/// Whether a binding that asks for `service` is one of those that are waited for as `wanted`.
+fn is_asked(wanted: &str, service: &str) -> bool {
+    let (name, tags) = with_tags(wanted);
+    let (other, carried) = with_tags(service);
+    name == other && tags.is_none_or(|tags| tags == carried.unwrap_or_default())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,5 +186,8 @@ mod tests {
         assert_eq!(with_tags("redis[b,a]"), ("redis", tags(&["a", "b"])));
         assert_eq!(with_tags("[]"), ("", tags(&[""])));
         assert_eq!(with_tags("redis]"), ("redis]", None));
+        assert!(is_asked("redis[b,a]", "redis[a,b]") && is_asked("redis", "redis[a]"));
+        assert!(!is_asked("redis[a]", "redis") && !is_asked("redis[a]", "redis[a,b]"));
+        assert!(!is_asked("redis", "redis2"));
     }
 }

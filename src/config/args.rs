@@ -25,8 +25,8 @@ pub(crate) struct Args {
     #[arg(long, help_heading = CAPTURE, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) redirect: Option<String>,
 
-    /// Ports to capture: "declared", only ports that a consumer declared; "all", every TCP port of a VIP. With "all",
-    /// services of the host that listen on a VIP cannot be reached from containers [default: declared]
+    /// Ports to capture: "declared", only ports that a consumer declared; "all", every TCP port of a VIP that arrives
+    /// by a Docker bridge. With "all", services of the host that listen on a VIP cannot be reached from containers [default: declared]
     #[arg(
         long,
         help_heading = CAPTURE,
@@ -46,6 +46,18 @@ pub(crate) struct Args {
         value_parser = Offers(&["auto", "nft", "nft-shared", "iptables"])
     )]
     pub(super) firewall: Option<String>,
+
+    /// Bind each container's address to the container's own port of its bridge, so that no other container can use it. "vip":
+    /// for packets to a VIP; "full": ARP, neighbour discovery and Ethernet addresses too, which also stops virtual machines and
+    /// nested bridges inside containers; "off". Needs nft, and that embassy sees the containers' processes [default: vip]
+    #[arg(
+        long,
+        help_heading = CAPTURE,
+        value_name = "GUARD",
+        hide_possible_values = true,
+        value_parser = Offers(&["vip", "full", "off"])
+    )]
+    pub(super) guard: Option<String>,
 
     /// VIPs, comma separated [default: docker0's address and the gateway of each bridge network with a consumer; of every
     /// bridge network while --hold is above 0 and --capture=declared] [env: PROXY_IP]
@@ -174,7 +186,10 @@ pub(crate) struct Args {
     #[arg(long, help_heading = TRAFFIC, value_name = "NUMBER")]
     pub(super) max_connections: Option<String>,
 
-    /// Maximum number of open connections of one consumer, at least 1. Further ones are reset and counted [default: no limit]
+    /// Maximum number of open connections of one consumer, at least 1, or "share". Further ones are reset and counted.
+    /// "share" leaves room for others: beyond 16, a consumer may have three times as many open as are still free of
+    /// --max-connections, a sixteenth of which is kept for consumers with fewer than 16. So one consumer alone gets 70 %.
+    /// With -provider=static there is one consumer, and no limit [default: share]
     #[arg(long, help_heading = TRAFFIC, value_name = "NUMBER")]
     pub(super) max_connections_per_consumer: Option<String>,
 

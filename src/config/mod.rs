@@ -14,6 +14,7 @@ use crate::{
     model::{NotAPort, Port, Vip},
     provider::fixed::LOCAL,
     text::without_secrets,
+    tls::Weakness,
     word::worded,
 };
 pub(crate) use args::Args;
@@ -55,6 +56,7 @@ pub struct Config {
     pub capture: CaptureMode,
     pub capture_scope: CaptureScope,
     pub firewall: FirewallChoice,
+    pub guard: Guard,
     /// Where a descriptor has no `lb=`.
     pub balance: Balance,
     /// How long the first connection of an unknown container may wait. 0: not at all.
@@ -65,8 +67,7 @@ pub struct Config {
     pub drain: Duration,
     /// `None`: by the limits of descriptors and memory. At least 1.
     pub max_connections: Option<usize>,
-    /// `None`: no limit. At least 1.
-    pub max_connections_per_consumer: Option<usize>,
+    pub max_connections_per_consumer: ConsumerLimit,
     /// Bindings of one consumer. At least 1.
     pub max_bindings_per_consumer: usize,
     /// Different services of all consumers. At least 1.
@@ -86,6 +87,35 @@ pub struct Config {
     pub log_filter: Option<String>,
     /// Flags that were given and mean nothing in this run: to be named in one warning.
     pub ignored: Vec<&'static str>,
+}
+
+/// How many connections one consumer may have open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConsumerLimit {
+    /// Three times as many as are still free, so that there is room for others, and more of it the fewer want it.
+    Share,
+    /// At least 1.
+    Most(usize),
+}
+
+impl ConsumerLimit {
+    pub const NONE: Self = Self::Most(usize::MAX);
+
+    /// A consumer with fewer connections than this has its share.
+    const FEW: usize = 16;
+    /// One in so many is kept for those consumers.
+    const RESERVED_SHARE: usize = 16;
+
+    /// The number, where `free` connections of `all` that may be open are not.
+    pub fn with(self, free: usize, all: usize) -> usize {
+        match self {
+            Self::Share => {
+                let free = free.saturating_sub(all / Self::RESERVED_SHARE);
+                free.saturating_mul(3).max(Self::FEW)
+            }
+            Self::Most(most) => most,
+        }
+    }
 }
 
 /// Which embassy this is, for people.
@@ -140,6 +170,17 @@ worded! {
         /// all TCP that arrives; of what is sent from here, which may be our own requests to a discovery, the declared ports
         All = "all",
     }
+}
+
+/// How the addresses of containers are bound to the ports of their bridges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Guard {
+    /// Not at all.
+    Off,
+    /// For what goes to a VIP.
+    Vip,
+    /// ARP, neighbour discovery and Ethernet addresses too.
+    Full,
 }
 
 /// What holds the rules.
@@ -275,6 +316,40 @@ impl Config {
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Admin, UsageError> {
         read::admin_of_command(&read::Environment(env))
+    }
+
+    /// The connections that these settings leave without protection, each once.
+    pub fn weaknesses(&self) -> Vec<Weakness> {
+        let asks_engine = self.provider == Provider::Docker;
+        let engine = self.docker.weakness().filter(|_| asks_engine);
+        let mut all: Vec<Weakness> = Vec::new();
+        for weakness in engine.into_iter().chain(self.discoveries.weaknesses()) {
+            if !all.contains(&weakness) {
+                all.push(weakness);
+            }
+        }
+        all
+    }
+
+    /// The flags that decide what is captured, where, and who is asked, and that mean something else in `other`.
+    pub(crate) fn differences(&self, other: &Self) -> Vec<&'static str> {
+        let firewall = [self.firewall, other.firewall];
+        // "auto" may be any of the others.
+        let same_firewall = firewall.contains(&FirewallChoice::Auto) || firewall[0] == firewall[1];
+        let same = [
+            ("--dnat or --redirect", self.capture == other.capture),
+            ("--capture", self.capture_scope == other.capture_scope),
+            ("--firewall", same_firewall),
+            ("--proxy-ip", self.vips == other.vips),
+            ("--port", self.port == other.port),
+            ("--provider or --services", self.provider == other.provider),
+            ("--docker", self.docker == other.docker),
+            ("--prefix", self.prefix == other.prefix),
+            ("--discovery", self.discoveries.uris() == other.discoveries.uris()),
+            ("--admin", self.admin == other.admin),
+            ("--notrack", self.notrack == other.notrack),
+        ];
+        same.into_iter().filter(|(_, same)| !same).map(|(flag, _)| flag).collect()
     }
 
     /// The flags of the proxy, as clap has them.

@@ -42,6 +42,11 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
     };
     let (provider, unused) = provider(args.provider, args.services, &discoveries)?;
     ignored.extend(unused);
+    let capture = capture(args.dnat, args.redirect)?;
+    if capture == CaptureMode::None {
+        ignored.extend(args.capture.as_ref().map(|_| "--capture (needs --dnat or --redirect)"));
+        ignored.extend(args.firewall.as_ref().map(|_| "--firewall (needs --dnat or --redirect)"));
+    }
     Ok(Config {
         provider,
         docker,
@@ -67,8 +72,9 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
             .or("9999")
             .read(|text| text.parse().ok(), "a port from 1 to 65535")?,
         vips: flag("--proxy-ip", args.proxy_ip).or_env(env, "PROXY_IP").read(vips, VIPS)?,
-        capture: capture(args.dnat, args.redirect)?,
+        capture,
         capture_scope: flag("--capture", args.capture).or("declared").one_of()?,
+        guard: flag("--guard", args.guard).or("vip").one_of()?,
         firewall: flag("--firewall", args.firewall).or("auto").one_of()?,
         balance: flag("--lb", args.lb).or("rr").one_of()?,
         hold: flag("--hold", args.hold).or("2s").read(duration, DURATION)?,
@@ -82,7 +88,8 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
             "--max-connections-per-consumer",
             args.max_connections_per_consumer,
         )
-        .read(count, COUNT)?,
+        .or("share")
+        .read(consumer_limit, format_args!("{COUNT}, or share"))?,
         max_bindings_per_consumer: flag(
             "--max-bindings-per-consumer",
             args.max_bindings_per_consumer,

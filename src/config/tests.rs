@@ -80,11 +80,13 @@ fn nothing_given() {
     assert_eq!(config.capture, CaptureMode::None);
     assert_eq!(config.capture_scope, CaptureScope::Declared);
     assert_eq!(config.firewall, FirewallChoice::Auto);
+    assert_eq!(config.guard, Guard::Vip);
     assert_eq!(config.balance, Balance::RoundRobin);
     assert_eq!(config.hold, Duration::from_secs(2));
     assert_eq!(config.user_timeout, Duration::from_secs(30));
     assert_eq!(config.drain, Duration::from_secs(8));
-    assert_eq!((config.max_connections, config.max_connections_per_consumer), (None, None));
+    assert_eq!(config.max_connections, None);
+    assert_eq!(config.max_connections_per_consumer, ConsumerLimit::Share);
     assert_eq!((config.max_bindings_per_consumer, config.max_services), (256, 4096));
     assert!(!config.notrack);
     assert_eq!(config.conntrack, Conntrack::default());
@@ -170,6 +172,7 @@ fn every_flag_in_every_style() {
         ("lb", "leastconn"),
         ("capture", "all"),
         ("firewall", "nft"),
+        ("guard", "full"),
         ("admin", "off"),
         ("user-timeout", "1m"),
         ("drain", "1m"),
@@ -358,6 +361,18 @@ fn connection_tracking() {
 }
 
 #[test]
+fn flags_of_rules_mean_nothing_without_rules() {
+    let words = "-capture=all -firewall=iptables";
+    assert_eq!(
+        parse(words).ignored,
+        ["--capture (needs --dnat or --redirect)", "--firewall (needs --dnat or --redirect)"]
+    );
+    for mode in ["--dnat", "--redirect"] {
+        assert_eq!(parse(&format!("{mode} {words}")).ignored, [""; 0]);
+    }
+}
+
+#[test]
 fn flags_without_meaning_are_named() {
     let config = parse(
         "-logtostderr -alsologtostderr=true -stderrthreshold INFO -vmodule=a=1 -log_dir /tmp \
@@ -402,6 +417,7 @@ b'",
         ("-redirect=2", "--redirect \"2\": expected true or false"),
         ("-notrack=2", "--notrack \"2\": expected true or false"),
         ("-capture none", "--capture \"none\": expected declared or all"),
+        ("-guard maybe", "--guard \"maybe\": expected off, vip or full"),
         ("-firewall ufw", "--firewall \"ufw\": expected auto, nft, nft-shared or iptables"),
         ("-proxy-ip h", "--proxy-ip \"h\": expected addresses such as 172.17.0.1, comma separated"),
         ("-port", "--port \"\": expected a port from 1 to 65535"),
@@ -461,7 +477,7 @@ b'",
         ("-max-connections 0", "--max-connections \"0\": expected a whole number from 1"),
         (
             "-max-connections-per-consumer -1",
-            "--max-connections-per-consumer \"-1\": expected a whole number from 1",
+            "--max-connections-per-consumer \"-1\": expected a whole number from 1, or share",
         ),
         ("-max-services 0", "--max-services \"0\": expected a whole number from 1"),
         (
@@ -557,6 +573,7 @@ fn a_secret_in_a_wrong_value_is_not_repeated() {
         "-dnat",
         "-v",
         "-firewall",
+        "-guard",
         "-state-max-age",
         "--",
     ];
@@ -655,5 +672,53 @@ proptest::proptest! {
                 assert!(!error.to_string().contains('\n'), "{error}");
             }
         }
+    }
+}
+
+#[test]
+fn each_connection_without_protection_is_named_and_no_secret_is() {
+    let of = |words: &str, variables: &[(&str, &str)]| {
+        let words = words.split(' ').filter(|word| !word.is_empty()).map(str::to_owned);
+        let env = |name: &str| {
+            let found = variables.iter().find(|(one, _)| *one == name);
+            found.map(|(_, value)| (*value).to_owned())
+        };
+        let config = Config::parse(words, &env).unwrap();
+        let all = config.weaknesses().into_iter().map(|weakness| weakness.what).collect::<Vec<_>>();
+        assert!(!all.concat().contains("S3CRET"), "{all:?}");
+        all.iter().map(|what| what.split(':').next().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let token = ("CONSUL_HTTP_TOKEN", "S3CRET");
+    let user = [("ETCD_USERNAME", "joe"), ("ETCD_PASSWORD", "S3CRET")];
+    let plain = "the Consul token is sent to 10.0.0.5 without TLS";
+    let unverified =
+        "the certificate of Consul at 10.0.0.5 is not verified (CONSUL_HTTP_SSL_VERIFY)";
+    for (words, variables, expected) in [
+        ("-discovery=consul://10.0.0.5:8500", &[token][..], &[plain][..]),
+        ("", &[token, ("CONSUL_HTTP_ADDR", "10.0.0.5:8500")], &[plain]),
+        ("-discovery=consul://10.0.0.5?token-file=/t", &[], &[plain]),
+        (
+            "-discovery=consul://10.0.0.5",
+            &[("CONSUL_HTTP_AUTH", "joe:S3CRET")],
+            &["the Consul password is sent to 10.0.0.5 without TLS"],
+        ),
+        ("-discovery=consuls://10.0.0.5", &[("CONSUL_HTTP_SSL_VERIFY", "false")], &[unverified]),
+        (
+            "-discovery=etcd://10.0.0.5,10.0.0.6,127.0.0.1",
+            &user,
+            &["ETCD_PASSWORD is sent to 10.0.0.5, 10.0.0.6 without TLS"],
+        ),
+        // The discovery is the provider's engine, and named once.
+        ("-docker=tcp://10.0.0.5:2375 -discovery=docker://", &[], &["the Docker engine at tcp"]),
+        ("-docker=tcp://10.0.0.5:2375 -provider=static -services=a;1", &[], &[]),
+        ("-discovery=docker://10.0.0.5:2375", &[], &["the Docker engine at tcp"]),
+        ("-discovery=consul://10.0.0.5:8500", &[], &[]),
+        ("-discovery=consuls://10.0.0.5:8500", &[token], &[]),
+        ("-discovery=consul://127.0.0.1:8500", &[token], &[]),
+        ("-discovery=consul://localhost", &[token], &[]),
+        ("-discovery=etcd://127.0.0.1:2379", &user, &[]),
+        ("-discovery=consul://10.0.0.5", &[("CONSUL_HTTP_SSL_VERIFY", "false")], &[]),
+    ] {
+        assert_eq!(of(words, variables), expected, "{words} {variables:?}");
     }
 }

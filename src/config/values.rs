@@ -5,7 +5,7 @@ use std::{net::IpAddr, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 use clap::{ValueEnum, builder::PossibleValue};
 use ipnet::IpNet;
 
-use super::{Admin, CaptureScope, ConnectionLog};
+use super::{Admin, CaptureScope, ConnectionLog, ConsumerLimit};
 use crate::{descriptor::Balance, model::Vip};
 
 pub(super) const BOOLEAN: &str = "true or false";
@@ -50,6 +50,13 @@ pub(super) const COUNT: &str = "a whole number from 1";
 /// A number of at least 1, in decimal digits.
 pub(super) fn count<T: FromStr + PartialOrd + From<u8>>(text: &str) -> Option<T> {
     number(text).filter(|number| *number >= T::from(1))
+}
+
+pub(super) fn consumer_limit(text: &str) -> Option<ConsumerLimit> {
+    match text {
+        "share" => Some(ConsumerLimit::Share),
+        _ => count(text).map(ConsumerLimit::Most),
+    }
 }
 
 /// Decimal digits only: no sign, no space.

@@ -89,6 +89,7 @@ mod tests {
             name: "a".into(),
             namespace: "a".into(),
             sources: vec![],
+            arrivals: Vec::new(),
             gateways: vec![],
             bindings: services.iter().map(binding).collect(),
             ends: vec![],

@@ -1,7 +1,7 @@
 //! The endpoints in use if their source reports none or does not answer.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -9,6 +9,7 @@ use std::{
 use crate::{
     cow_map::CowMap,
     discovery::{Endpoints, Query},
+    model::Endpoint,
     source::Known,
     state::Kept,
 };
@@ -160,7 +161,12 @@ impl EmptyHold {
         // Since when, not since the last change: what is rejected may go on changing in a list of nothing.
         let since = known.changed.unwrap_or(now);
         let end = *self.short_since.entry(query.clone()).or_insert(since) + self.hold;
-        match last.filter(|last| !last.list.is_empty() && now < end) {
+        // A check that fails is the registry's word on that one instance, and no sign that the registry is in trouble.
+        let last =
+            last.map(|last| if value.list.is_empty() { last } else { without(last, &value.unfit) });
+        let holds_any =
+            |last: &Arc<Endpoints>| !last.list.iter().all(|one| value.list.contains(one));
+        match last.filter(|last| now < end && holds_any(last)) {
             Some(last) => (Some(both(last, &value.living())), Some(end)),
             None => {
                 // What comes next is another loss, with a time of its own.
@@ -188,6 +194,16 @@ fn is_collapse(before: usize, now: usize) -> bool {
     before >= MANY && now < before.div_ceil(2)
 }
 
+fn without(held: Arc<Endpoints>, unfit: &BTreeSet<Endpoint>) -> Arc<Endpoints> {
+    if !held.list.iter().any(|one| unfit.contains(one)) {
+        return held;
+    }
+    let mut held = Endpoints::clone(&held);
+    held.list.retain(|one| !unfit.contains(one));
+    held.stays.retain(|one, _| !unfit.contains(one));
+    Arc::new(held)
+}
+
 /// The endpoints that are held, and those of the last answer.
 fn both(held: Arc<Endpoints>, answer: &Arc<Endpoints>) -> Arc<Endpoints> {
     let says_no_more = answer.list.iter().all(|endpoint| held.list.binary_search(endpoint).is_ok())
@@ -206,7 +222,7 @@ fn both(held: Arc<Endpoints>, answer: &Arc<Endpoints>) -> Arc<Endpoints> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{ContainerId, Endpoint, RunEnd, ServiceName, Stay};
+    use crate::model::{ContainerId, RunEnd, ServiceName, Stay};
 
     fn query() -> Query {
         Query {
@@ -287,6 +303,35 @@ mod tests {
         let mut hold = EmptyHold::new(Duration::ZERO);
         settle(&mut hold, &hosts(0..100), 0, 0);
         assert_eq!(settle(&mut hold, &hosts(0..1), 1, 1), (1, None));
+    }
+
+    /// A registry that names an instance and says that its check fails is not one that lost it.
+    #[test]
+    fn an_instance_whose_check_fails_is_not_held_while_another_passes() {
+        let start = Instant::now();
+        let hosts = |hosts: std::ops::Range<u8>| {
+            let endpoints = hosts.map(|host| Endpoint(([10, 0, 0, host], 1).into()));
+            endpoints.collect::<Vec<_>>()
+        };
+        let mut hold = EmptyHold::new(Duration::from_secs(30));
+        let mut settle = |list: Vec<Endpoint>, unfit: Vec<Endpoint>, changed| {
+            let unfit = unfit.into_iter().collect();
+            let value = Some(Arc::new(Endpoints { unfit, ..Endpoints::new(list, vec![]) }));
+            let now = start + Duration::from_secs(changed);
+            let known = Known { value, changed: Some(now), ..Known::default() };
+            let wake = hold.settle(&query(), Some(&known), now);
+            (hold.used().get(&query()).unwrap().list.clone(), wake.is_some())
+        };
+        assert_eq!(settle(hosts(0..10), vec![], 0), (hosts(0..10), false));
+        // Nine fail, and one is left.
+        assert_eq!(settle(hosts(0..1), hosts(1..10), 1), (hosts(0..1), false));
+        assert_eq!(settle(hosts(0..10), vec![], 2), (hosts(0..10), false));
+        // Four fail, and five are missing: those may be there.
+        let held = [hosts(0..1), hosts(5..10)].concat();
+        assert_eq!(settle(hosts(0..1), hosts(1..5), 3), (held, true));
+        assert_eq!(settle(hosts(0..10), vec![], 4), (hosts(0..10), false));
+        // None passes: all of them are better than none.
+        assert_eq!(settle(vec![], hosts(0..10), 5), (hosts(0..10), true));
     }
 
     fn failed() -> Known<Endpoints> {

@@ -229,6 +229,7 @@ mod tests {
             name: name.into(),
             namespace: name.into(),
             sources: vec![],
+            arrivals: vec![],
             gateways: vec![],
             bindings: services.iter().enumerate().map(binding).collect(),
             ends: vec![],

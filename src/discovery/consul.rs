@@ -1,6 +1,11 @@
 //! Consul: the instances of a service, by its health (developer.hashicorp.com/consul/api-docs/health).
 
-use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use serde::Deserialize;
 use tokio::time::{Instant, timeout};
@@ -9,6 +14,7 @@ use url::Url;
 use super::{
     Endpoints, Options, Query, Rejected, Rejections,
     address::{self, excerpt},
+    missing,
 };
 use crate::{
     json::{self, Most},
@@ -16,8 +22,6 @@ use crate::{
     registry::{HttpAnswer, consul::ConsulClient},
     source::{Publisher, Resync, Source, SourceError},
 };
-
-mod missing;
 
 /// A Consul agent or server.
 #[derive(Debug, Clone)]
@@ -118,7 +122,7 @@ impl ConsulSource {
         let asking = self.consul.client.recent(self.at(["catalog", "services"]));
         let answer = timeout(Self::REASON, asking).await.ok()?.ok()?;
         let services = serde_json::from_slice(answer.body()).ok()?;
-        missing::problem(self.query.service.as_str(), &self.tags, &services)
+        why_none(self.query.service.as_str(), &self.tags, &services).map(Into::into)
     }
 
     fn url(&self) -> Url {
@@ -178,6 +182,7 @@ fn endpoints(body: &[u8], tags: &Tags, healthy_only: bool) -> Result<Endpoints, 
 struct Instances {
     passing: Vec<Endpoint>,
     warning: Vec<Endpoint>,
+    critical: Vec<Endpoint>,
     rejected: Rejections,
     unhealthy: Unhealthy,
 }
@@ -194,12 +199,12 @@ impl Instances {
                 if let Some(check) = worst.filter(|_| health > Health::Passing) {
                     self.unhealthy.add(check);
                 }
-                if health == Health::Critical {
-                    return;
-                }
                 let Entry { node, service: Service { id, address, port, .. }, .. } = entry;
                 let address = Some(address).filter(|a| !a.is_empty()).unwrap_or(node.address);
                 match address::endpoint(&address, &port.to_string()) {
+                    Ok(endpoint) if health == Health::Critical => self.critical.push(endpoint),
+                    // What is not used is not judged.
+                    Err(_) if health == Health::Critical => {}
                     Ok(endpoint) if health == Health::Warning => self.warning.push(endpoint),
                     Ok(endpoint) => self.passing.push(endpoint),
                     Err(reason) => {
@@ -218,12 +223,20 @@ impl Instances {
     }
 
     fn endpoints(self) -> Endpoints {
-        let Self { passing, warning, rejected, unhealthy } = self;
-        if passing.is_empty() && unhealthy.count > 0 {
-            let problem = Some(unhealthy.problem(warning.len()));
-            return Endpoints { problem, ..Endpoints::new(warning, rejected) };
+        let Self { passing: mut list, mut warning, critical, rejected, unhealthy } = self;
+        let mut problem = None;
+        if list.is_empty() && unhealthy.count == 0 {
+            problem = missing::all_skipped(missing::ENTRY, &rejected).map(Into::into);
         }
-        Endpoints::new(passing, rejected)
+        if list.is_empty() && unhealthy.count > 0 {
+            problem = Some(unhealthy.problem(warning.len()));
+            list = std::mem::take(&mut warning);
+        }
+        let endpoints = Endpoints::new(list, rejected);
+        // Two instances may have one address.
+        let is_used = |one: &Endpoint| endpoints.list.binary_search(one).is_ok();
+        let unfit = critical.into_iter().chain(warning).filter(|one| !is_used(one)).collect();
+        Endpoints { problem, unfit, ..endpoints }
     }
 }
 
@@ -238,6 +251,34 @@ struct Named {
 struct NamedService {
     #[serde(rename = "ID")]
     id: Option<String>,
+}
+
+/// The names of all services, each with the tags that any of its instances carries.
+type Services = BTreeMap<String, Vec<String>>;
+
+/// Why there is no instance of a service; `None` if these names and tags do not tell.
+fn why_none(name: &str, tags: &Tags, services: &Services) -> Option<String> {
+    // Consul itself is a service: who sees none may not see any.
+    if services.is_empty() {
+        return None;
+    }
+    let Some(carried) = services.get(name) else {
+        let fact = "no service has this name, or the token may not read it";
+        return Some(missing::no_such_service(fact, name, services.keys()));
+    };
+    if tags.is_empty() {
+        return None;
+    }
+    // Tags that are named.
+    const NAMED: usize = 3;
+    let wanted: Vec<_> = tags.iter().map(excerpt).collect();
+    let some: Vec<_> = carried.iter().take(NAMED).map(|tag| excerpt(tag)).collect();
+    let more = if carried.len() > NAMED { ", ..." } else { "" };
+    let some = if some.is_empty() { "none".to_owned() } else { some.join(", ") };
+    Some(format!(
+        "it is registered, and no instance carries [{}]; tags there: {some}{more}",
+        wanted.join(",")
+    ))
 }
 
 /// How well an instance is: the worst of its checks.
@@ -438,6 +479,14 @@ mod tests {
 
         let all = [passing.clone(), warning.clone(), critical.clone(), odd.clone()];
         assert_eq!(of(&all, true), (texts(&["10.0.0.1:80"]), None));
+        let unfit = |entries: &[Value], healthy_only| {
+            let endpoints = endpoints(entries.to_vec(), &Tags::default(), healthy_only);
+            endpoints.unfit.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(unfit(&all, true), ["10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80"]);
+        assert_eq!(unfit(&all[1..], true), ["10.0.0.3:80", "10.0.0.4:80"]);
+        assert_eq!(unfit(&all, false), [""; 0]);
+        assert_eq!(unfit(&[passing.clone(), checked(1, &["critical"])], true), [""; 0]);
         assert_eq!(
             of(&all[1..], true),
             (
@@ -489,6 +538,45 @@ mod tests {
         let long = format!(r#"[{{"Service":{{"ID":"{}"}}}}]"#, "x".repeat(1 << 20));
         let endpoints = super::endpoints(long.as_bytes(), &Tags::default(), true).unwrap();
         assert!(endpoints.rejected.iter().all(|entry| entry.what.len() < 1000));
+    }
+
+    #[test]
+    fn a_wrong_name_and_a_wrong_tag_are_told_apart() {
+        let tags = |tags: &[&str]| tags.iter().map(|&tag| tag.to_owned()).collect::<Vec<_>>();
+        let services = [
+            ("consul", tags(&[])),
+            ("frontend_http", tags(&["prod", "eu"])),
+            ("frontend_https", tags(&["a", "b", "c", "d"])),
+            ("mysql", tags(&[])),
+        ];
+        let services: Services =
+            services.into_iter().map(|(name, tags)| (name.to_owned(), tags)).collect();
+        let of =
+            |name: &str, tags: &[&str]| why_none(name, &Tags::new(tags.iter().copied()), &services);
+        for (name, tags, expected) in [
+            (
+                "frontend-http",
+                &[][..],
+                "no service has this name, or the token may not read it; near: frontend_http, frontend_https",
+            ),
+            ("redis", &["x"], "no service has this name, or the token may not read it"),
+            (
+                "frontend_http",
+                &["canary"],
+                "it is registered, and no instance carries [canary]; tags there: prod, eu",
+            ),
+            (
+                "frontend_https",
+                &["y", "x"],
+                "it is registered, and no instance carries [y,x]; tags there: a, b, c, ...",
+            ),
+            ("mysql", &["x"], "it is registered, and no instance carries [x]; tags there: none"),
+        ] {
+            assert_eq!(of(name, tags).as_deref(), Some(expected), "{name}");
+        }
+        // Its last instance went meanwhile; and a token that sees nothing.
+        assert_eq!(of("mysql", &[]), None);
+        assert_eq!(why_none("mysql", &Tags::default(), &Services::new()), None);
     }
 
     proptest! {

@@ -10,7 +10,8 @@
 //! A name that does not exist, or has no such records, is a valid empty answer. A server that does not answer, or answers
 //! that it failed, is an error. But many servers fail for one type of records only, such as AAAA or SRV: as long as another
 //! type says where the service is, the failure is reported beside the endpoints. What a failed question had for an answer
-//! before stays in use.
+//! before stays in use. If the question for SRV records fails at the start, it is asked some times more before the name is taken
+//! for a host: the port that the descriptor names may be another service's.
 
 use std::{
     collections::HashMap,
@@ -29,7 +30,7 @@ use self::{
     records::{Answer, Target, Ttl},
 };
 use crate::{
-    discovery::{Endpoints, Query, Rejected, address},
+    discovery::{Endpoints, Query, Rejected, address, missing},
     model::Endpoint,
     source::{Publisher, Resync, Source, SourceError},
 };
@@ -58,7 +59,7 @@ impl Dns {
     /// Follows `query`.
     pub fn source(self, query: Query) -> DnsSource {
         let (used, answers) = (Hold::default(), Memory::default());
-        DnsSource { server: self.resolver, hold: self.hold, query, used, answers }
+        DnsSource { server: self.resolver, hold: self.hold, query, used, answers, unsure: 0 }
     }
 }
 
@@ -70,7 +71,12 @@ pub struct DnsSource {
     query: Query,
     used: Hold,
     answers: Memory,
+    /// How often it was not known whether the name has SRV records. It is not asked again after [`SURE`].
+    unsure: u8,
 }
+
+/// How often a question for SRV records may fail before the name is taken for a host.
+const SURE: u8 = 3;
 
 impl Source for DnsSource {
     type Item = Endpoints;
@@ -80,7 +86,7 @@ impl Source for DnsSource {
         publish: &Publisher<Endpoints>,
         resync: &mut Resync,
     ) -> Result<(), SourceError> {
-        let Self { server, hold, query, used, answers } = self;
+        let Self { server, hold, query, used, answers, unsure } = self;
         let session = Session::new(*server, query, answers)?;
         loop {
             let found = match timeout(Session::WHOLE, session.resolve()).await {
@@ -88,13 +94,21 @@ impl Source for DnsSource {
                 Err(_) => {
                     let reason = format!("no full answer within {} s", Session::WHOLE.as_secs());
                     let what = format!("records of {}", session.name);
-                    return Err(Failure { what, reason, responded: false }.of(*server));
+                    let (responded, for_good) = (false, false);
+                    return Err(Failure { what, reason, responded, for_good }.of(*server));
                 }
             };
             answers.forget_unasked();
+            if found.may_have_services && *unsure < SURE {
+                *unsure += 1;
+                sleep(LEAST).await;
+                continue;
+            }
+            *unsure = SURE;
             let now = Instant::now();
             let (list, goes) = used.settle(found.priority, found.list, *hold, now);
-            publish.publish(Endpoints::new(list, found.rejected));
+            let problem = found.problem.map(Into::into);
+            publish.publish(Endpoints { problem, ..Endpoints::new(list, found.rejected) });
             // Not before a second is over, however many are about to go.
             let goes = goes.map(|at| at.saturating_duration_since(now).max(LEAST));
             let pause = goes.into_iter().fold(found.ttl.bounded(), Duration::min);
@@ -154,6 +168,7 @@ struct Failure {
     reason: String,
     /// The server works: it has answered that it does not answer this.
     responded: bool,
+    for_good: bool,
 }
 
 impl Failure {
@@ -204,7 +219,11 @@ struct Resolved {
     priority: Option<u16>,
     list: Vec<Endpoint>,
     rejected: Vec<Rejected>,
+    /// Why the list is empty.
+    problem: Option<String>,
     ttl: Ttl,
+    /// The name is taken for a host, because the question for SRV records failed, perhaps for a moment.
+    may_have_services: bool,
 }
 
 struct Session<'a> {
@@ -237,6 +256,7 @@ impl<'a> Session<'a> {
         let services = self.lookup(&self.name, RecordType::SRV).await;
         let targets = services.answer.targets();
         if targets.is_empty() {
+            let may_have_services = services.failures.iter().any(|failure| !failure.for_good);
             let addresses = self.addresses(&self.name).await;
             let known = addresses.is_known();
             let host = services.and(addresses);
@@ -245,8 +265,26 @@ impl<'a> Session<'a> {
                 return Err(failure.clone());
             }
             let (list, mut rejected) = endpoints(&host.answer, &self.name, &self.port);
+            let problem = list.is_empty().then(|| {
+                let unusable = missing::all_skipped(
+                    missing::Noun("address", "addresses"),
+                    &rejected.clone().into(),
+                );
+                unusable.unwrap_or_else(|| match host.answer.no_such_name {
+                    true => "the name does not exist in DNS (NXDOMAIN)".to_owned(),
+                    false => "the name has no SRV, A or AAAA records".to_owned(),
+                })
+            });
             rejected.extend(host.failures.into_iter().map(Rejected::from));
-            return Ok(Resolved { priority: None, list, rejected, ttl: host.answer.ttl });
+            let ttl = host.answer.ttl;
+            return Ok(Resolved {
+                priority: None,
+                list,
+                rejected,
+                problem,
+                ttl,
+                may_have_services,
+            });
         }
         self.targets(services, &targets).await
     }
@@ -300,7 +338,13 @@ impl<'a> Session<'a> {
         if let Some(failure) = services.failures.first().filter(|_| !answered) {
             return Err(failure.clone());
         }
+        let unusable = missing::all_skipped(missing::TARGET, &resolved.rejected.clone().into());
         resolved.rejected.extend(services.failures.into_iter().map(Rejected::from));
+        if resolved.list.is_empty() {
+            resolved.problem = Some(unusable.unwrap_or_else(|| {
+                "its SRV records say that the service is not available".to_owned()
+            }));
+        }
         match open {
             Some(failure) if resolved.list.is_empty() => Err(failure),
             _ => Ok(resolved),
@@ -340,10 +384,11 @@ impl<'a> Session<'a> {
                 self.answers.keep(name, kind, &answer);
                 Found::answered(answer)
             }
-            Err(Unanswered { reason, responded }) => {
+            Err(Unanswered { reason, responded, for_good }) => {
                 let last = self.answers.last(name, kind);
                 let answer = last.unwrap_or_else(|| Answer::none(None)).soon();
-                let failure = Failure { what: format!("{kind} of {name}"), reason, responded };
+                let what = format!("{kind} of {name}");
+                let failure = Failure { what, reason, responded, for_good };
                 Found { answer, failures: vec![failure], answered: false }
             }
         }

@@ -15,6 +15,7 @@ use crate::{
     model::{Endpoint, Port, ServiceName, Stay, Tags},
     source::{Publisher, ResyncRequests, follow},
     text::shortened,
+    tls::Weakness,
 };
 
 mod address;
@@ -24,6 +25,7 @@ pub mod dns;
 pub mod docker;
 pub mod etcd;
 pub mod file;
+mod missing;
 mod options;
 
 mod uri;
@@ -53,6 +55,11 @@ impl Query {
         let (service, tags) = (ServiceName::new(PROBE)?, Tags::default());
         Some(Self { via: via.clone(), service, tags, dc: None, port: Port::new(1) })
     }
+
+    /// Whether it asks for nothing but an answer: that there is no such service is none of its problems.
+    pub fn is_probe(&self) -> bool {
+        self.service.as_str() == PROBE
+    }
 }
 
 /// The service of [`Query::probe`]: no registry has it (RFC 6761, section 6.4).
@@ -60,13 +67,10 @@ const PROBE: &str = "embassy.invalid";
 
 impl fmt::Display for Query {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.service.as_str() == PROBE {
+        if self.is_probe() {
             return f.write_str(&self.via);
         }
-        write!(f, "{} {}", self.via, self.service)?;
-        if !self.tags.is_empty() {
-            write!(f, "[{}]", self.tags.iter().collect::<Vec<_>>().join(","))?;
-        }
+        write!(f, "{} {}{}", self.via, self.service, self.tags)?;
         if let Some(port) = self.port {
             write!(f, " port {port}")?;
         }
@@ -88,6 +92,9 @@ pub struct Endpoints {
     pub rejected: Rejections,
     /// The runs of those that are containers of this host.
     pub stays: BTreeMap<Endpoint, Stay>,
+    /// Instances that the source names and that are not to be used while there is another: their check fails, or they are
+    /// stopping.
+    pub unfit: BTreeSet<Endpoint>,
     /// Why there are none, or no better ones, in one sentence without its full stop. `None` if nothing is wrong.
     pub problem: Option<Arc<str>>,
 }
@@ -101,7 +108,7 @@ impl Endpoints {
         let list: BTreeSet<_> = list.into_iter().collect();
         let left_out = list.len().saturating_sub(Self::MOST);
         let list = list.into_iter().take(Self::MOST).collect();
-        Self { list, left_out, rejected: rejected.into(), stays: BTreeMap::new(), problem: None }
+        Self { list, left_out, rejected: rejected.into(), ..Self::default() }
     }
 
     /// Without those whose container is known to be gone: their addresses may be others' by now.
@@ -213,6 +220,16 @@ impl Discovery {
         }
     }
 
+    /// What is not protected of the connections to it.
+    fn weaknesses(&self) -> Vec<Weakness> {
+        match self {
+            Self::Consul(consul) => consul.client.weaknesses(),
+            Self::Etcd(etcd) => etcd.client.weaknesses(),
+            Self::Docker(docker) => docker.engine().weakness().into_iter().collect(),
+            Self::File(_) | Self::Dns(_) => Vec::new(),
+        }
+    }
+
     /// `host:port` of every server that is asked over TCP.
     fn servers(&self) -> Vec<String> {
         let of =
@@ -246,8 +263,8 @@ pub enum CannotAsk {
     Unknown { via: Arc<str>, configured: String },
     #[error("dc={dc:?}: expected none, as {via} has no datacentres")]
     Datacentre { dc: Arc<str>, via: Arc<str> },
-    #[error("tags [{tags}]: expected none, as {via} has no tags")]
-    Tags { tags: String, via: Arc<str> },
+    #[error("tags {tags}: expected none, as {via} has no tags")]
+    Tags { tags: Tags, via: Arc<str> },
     #[error(
         "port {0} is embassy's own, so its connections look like direct dials: expected another port, or another --port of embassy"
     )]
@@ -323,6 +340,11 @@ impl Discoveries {
         &self.uris
     }
 
+    /// What is not protected of the connections to any of them.
+    pub fn weaknesses(&self) -> Vec<Weakness> {
+        self.by_name.values().flat_map(Discovery::weaknesses).collect()
+    }
+
     /// `host:port` of every server that any discovery asks over TCP.
     pub fn servers(&self) -> Vec<String> {
         self.by_name.values().flat_map(Discovery::servers).collect()
@@ -353,8 +375,7 @@ impl Discoveries {
             return Err(CannotAsk::Datacentre { dc: dc.clone(), via: via.clone() });
         }
         if !descriptor.tags.is_empty() && matches!(discovery, Discovery::Dns(_)) {
-            let tags = descriptor.tags.iter().collect::<Vec<_>>().join(",");
-            return Err(CannotAsk::Tags { tags, via: via.clone() });
+            return Err(CannotAsk::Tags { tags: descriptor.tags.clone(), via: via.clone() });
         }
         let service = match discovery {
             Discovery::Etcd(_) => etcd::branch(&descriptor.service),
@@ -397,10 +418,10 @@ mod tests {
                 format!("dc=\"eu\": expected none, as {via} has no datacentres")
             );
         }
-        assert_eq!(query("web[a];80;via=file").unwrap(), "file web[a]");
+        assert_eq!(query("web[b,a];80;via=file").unwrap(), "file web[b,a]");
         assert_eq!(
-            query("web[a,b];80;via=dns").unwrap_err(),
-            "tags [a,b]: expected none, as dns has no tags"
+            query("web[b,a];80;via=dns").unwrap_err(),
+            "tags [b,a]: expected none, as dns has no tags"
         );
         assert_eq!(
             query("web;80;via=zookeeper").unwrap_err(),

@@ -93,6 +93,7 @@ pub(crate) struct NetworkEnd {
     pub(crate) ip_address: Option<String>,
     #[serde(rename = "GlobalIPv6Address")]
     pub(crate) global_ipv6_address: Option<String>,
+    pub(crate) mac_address: Option<String>,
     pub(crate) gateway: Option<String>,
     #[serde(rename = "IPv6Gateway")]
     pub(crate) ipv6_gateway: Option<String>,

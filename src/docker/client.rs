@@ -5,6 +5,7 @@
 use std::{
     fmt,
     net::IpAddr,
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -22,6 +23,7 @@ use super::{
 };
 use crate::{
     body::{Body, Places, TooLong},
+    resolve::{Resolver, addresses},
     source::SourceError,
     tls::{self, ClientTls},
 };
@@ -46,6 +48,7 @@ pub(crate) struct Client {
     http: reqwest::Client,
     /// `http://host/v1.41`
     base: String,
+    is_podman: bool,
     places: Places,
 }
 
@@ -94,20 +97,34 @@ impl Client {
     /// The client speaks the newest version that both sides know: no fixed version fits the engines from 20.10 to 29.
     pub(crate) async fn connect(engine: &Engine) -> Result<(Self, String), SourceError> {
         let (http, base) = engine.http()?;
-        let mut client = Self { engine: engine.clone(), http, base, places: Places::default() };
+        let mut client = Self {
+            engine: engine.clone(),
+            http,
+            base,
+            is_podman: false,
+            places: Places::default(),
+        };
         let asking = async {
             let response = client.open("/_ping").await?;
             let header = |name: &str| response.headers().get(name)?.to_str().ok();
             let since = header(DATE.as_str()).and_then(since).unwrap_or_else(now);
-            Ok((header("Api-Version").and_then(version), since))
+            let is_podman = header("Libpod-API-Version").is_some();
+            Ok((header("Api-Version").and_then(version), since, is_podman))
         };
         let answer = within(ANSWER, asking).await;
-        let (version, since) = answer.map_err(|error| client.failed("a ping", &error))?;
+        let (version, since, is_podman) =
+            answer.map_err(|error| client.failed("a ping", &error))?;
+        client.is_podman = is_podman;
         // An engine that does not say its version gets requests without one, and answers as it likes best.
         if let Some((major, minor)) = version.map(|version| version.min(NEWEST)) {
             client.base.push_str(&format!("/v{major}.{minor}"));
         }
         Ok((client, since))
+    }
+
+    /// Whether the engine is podman.
+    pub(super) fn is_podman(&self) -> bool {
+        self.is_podman
     }
 
     /// The events of containers and networks from `since` on. An engine replays only a few of the events before the
@@ -181,17 +198,12 @@ impl Client {
     pub(super) async fn host(&self) -> Result<Option<IpAddr>, SourceError> {
         let Address::Tcp(host) = &self.engine.address else { return Ok(None) };
         let name = host.rsplit_once(':').map_or(host.as_str(), |(name, _port)| name);
-        if let Ok(address) = name.trim_matches(['[', ']']).parse() {
-            return Ok(Some(address));
-        }
-        let found = timeout(ANSWER, tokio::net::lookup_host((name, 0))).await;
+        let found = timeout(ANSWER, addresses(name)).await;
         let found = found.map_err(|_| self.error("the host", Unanswered::Late(ANSWER)))?;
         let found = found.map_err(|error| self.error("the host", error))?;
-        let found: Vec<_> = found.collect();
-        // IPv4 if there is a choice: every published port is published there.
-        let address = found.iter().find(|found| found.is_ipv4()).or(found.first());
-        let address = address.ok_or_else(|| self.error("the host", "it has no address"))?;
-        Ok(Some(address.ip()))
+        // IPv4 if there is a choice, which comes first: every published port is published there.
+        let address = found.first().ok_or_else(|| self.error("the host", "it has no address"))?;
+        Ok(Some(*address))
     }
 
     /// The current state of a container. Only variables and labels whose names start with one of `prefixes` are kept.
@@ -214,6 +226,13 @@ impl Client {
             }
         };
         Ok((ticket, found))
+    }
+
+    /// The first process of a container that runs, as the engine numbers it.
+    pub(crate) async fn process(&self, id: &str) -> Option<i32> {
+        let answer: answers::Inspection =
+            self.get(&format!("/containers/{id}/json"), ANSWER).await.ok()?;
+        answer.state?.pid?.try_into().ok().filter(|pid| *pid > 0)
     }
 
     pub(super) async fn ping(&self) -> Result<(), SourceError> {
@@ -287,7 +306,8 @@ impl Engine {
             .connect_timeout(CONNECT)
             .redirect(Policy::none())
             .no_proxy()
-            .http1_only();
+            .http1_only()
+            .dns_resolver(Arc::new(Resolver));
         let (builder, base) = match (&self.address, &self.certificates) {
             (Address::Unix(path), _) => (
                 builder.tls_certs_only([]).unix_socket(path.as_path()),

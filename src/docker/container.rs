@@ -8,7 +8,10 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::model::{ContainerId, Port, RunEnd};
+use crate::{
+    model::{ContainerId, Port, RunEnd},
+    wiring::{Interface, Mac, Plug},
+};
 
 /// A network's ID. [`SHOWN`] is none that an engine gives.
 pub type NetworkId = Arc<str>;
@@ -29,14 +32,20 @@ pub struct Inventory {
     pub others: Arc<OtherNetworks>,
     /// The interfaces of our own network namespace.
     pub here: Arc<Interfaces>,
+    /// The ports of all bridges of our own network namespace.
+    pub ports: Arc<BridgePorts>,
     /// The address of the engine's host, if the engine is reached over TCP.
     pub host: Option<IpAddr>,
     /// Number of runs whose process has ended since the start. Such a container stays until the engine reports its end too.
     pub ended: u64,
+    /// Of the times that a container came and may have got another's address, so many are cleared up: everything here is newer.
+    pub confirmed: u64,
 }
 
 pub type Bridges = BTreeMap<NetworkId, Bridge>;
 pub type OtherNetworks = BTreeMap<NetworkId, OtherNetwork>;
+/// The bridge of each port; of those that rules can name.
+pub type BridgePorts = BTreeMap<u32, Interface>;
 /// Their addresses, by name; no loopback and no link-local ones.
 pub type Interfaces = BTreeMap<Arc<str>, Vec<IpAddr>>;
 
@@ -72,6 +81,8 @@ pub struct Container {
     /// between two runs, or has another address.
     pub left: RunEnd,
     pub network: Network,
+    /// This host's ends of its network namespace's cables; none if its process cannot be seen. Sorted.
+    pub plugs: Vec<Plug>,
     /// `NAME=value`; only those that a follower needs.
     pub variables: Vec<String>,
     pub labels: BTreeMap<String, String>,
@@ -110,6 +121,7 @@ pub struct Attachment {
     /// IPv4 first.
     pub addresses: Vec<IpAddr>,
     pub gateways: Vec<IpAddr>,
+    pub mac: Option<Mac>,
 }
 
 /// A port inside a container. TCP is the only protocol that is proxied, but registrator counts the others as well.
@@ -136,10 +148,10 @@ pub(crate) fn bridge_of<'a>(
     bridges: &'a Bridges,
     network: &NetworkId,
     end: &Attachment,
-) -> Option<&'a Bridge> {
-    bridges.get(network).or_else(|| {
+) -> Option<(&'a NetworkId, &'a Bridge)> {
+    bridges.get_key_value(network).or_else(|| {
         let is_in = |range: &IpNet| end.gateways.iter().any(|gateway| range.contains(gateway));
-        bridges.values().find(|bridge| bridge.ranges.iter().any(is_in))
+        bridges.iter().find(|(_, bridge)| bridge.ranges.iter().any(is_in))
     })
 }
 
@@ -174,10 +186,11 @@ impl Inventory {
 impl PartialEq for Inventory {
     fn eq(&self, other: &Self) -> bool {
         let both = self.containers.iter().zip(&other.containers);
-        (self.host, self.ended) == (other.host, other.ended)
+        (self.host, self.ended, self.confirmed) == (other.host, other.ended, other.confirmed)
             && Arc::ptr_eq(&self.bridges, &other.bridges)
             && Arc::ptr_eq(&self.others, &other.others)
             && Arc::ptr_eq(&self.here, &other.here)
+            && Arc::ptr_eq(&self.ports, &other.ports)
             && self.containers.len() == other.containers.len()
             && both.into_iter().all(|(one, other)| Arc::ptr_eq(one, other))
     }
@@ -268,6 +281,7 @@ pub(crate) mod samples {
             run: RunEnd::default(),
             left: RunEnd::default(),
             network,
+            plugs: Vec::new(),
             variables: vec!["BACKEND_A=a;80".to_owned()],
             labels: BTreeMap::new(),
             unread: 0,
@@ -291,6 +305,7 @@ pub(crate) mod samples {
             name: name.into(),
             addresses: vec![address.parse().unwrap()],
             gateways: vec![gateway.parse().unwrap()],
+            mac: None,
         };
         let attached = networks.iter().map(|(id, a, g)| ((*id).into(), attachment(id, a, g)));
         Network::Own(attached.collect())

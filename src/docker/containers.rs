@@ -13,13 +13,13 @@ use std::{
 
 use super::{
     container::{
-        Attachment, Bridges, Container, Interfaces, Inventory, Network, NetworkId, OtherNetworks,
-        SHOWN,
+        Attachment, BridgePorts, Bridges, Container, Interfaces, Inventory, Network, NetworkId,
+        OtherNetworks, SHOWN,
     },
     inspections::{Inspections, Ticket, Urgency},
     read::{Found, Listed, Notice},
 };
-use crate::model::ContainerId;
+use crate::{model::ContainerId, wiring::Plug};
 
 /// A requested list.
 #[derive(Debug, Default)]
@@ -45,9 +45,14 @@ pub(super) struct Containers {
     /// Whether that was ever nothing.
     complete: bool,
     list: AwaitedList,
+    /// While a look is awaited: containers of which newer facts arrived since it was requested.
+    newer_than_look: Option<BTreeSet<ContainerId>>,
+    /// So many doubts about addresses a list has cleared up.
+    confirmed: u64,
     bridges: Arc<Bridges>,
     others: Arc<OtherNetworks>,
     here: Arc<Interfaces>,
+    ports: Arc<BridgePorts>,
     /// Whether an event reported a new or removed network.
     networks_changed: bool,
     host: Option<IpAddr>,
@@ -60,6 +65,7 @@ impl Containers {
     /// A session starts with a list; answers to requests of the previous session are ignored.
     pub(super) fn begin(&mut self) {
         self.inspections = self.inspections.restarted();
+        self.newer_than_look = None;
         self.list = AwaitedList::First(Vec::new());
     }
 
@@ -90,12 +96,7 @@ impl Containers {
                 false => Urgency::New,
             };
             if let Some(given) = addresses.filter(|_| !newer.contains(&id)) {
-                self.detach(&id, |network, attachment| {
-                    if **network != *SHOWN {
-                        attachment.addresses.retain(|address| given.contains(address));
-                    }
-                    true
-                });
+                self.keep_given(&id, &given);
             }
             self.inspections.want(id, urgency);
         }
@@ -200,25 +201,52 @@ impl Containers {
         self.inspections.want(id, Urgency::Event);
     }
 
-    /// The containers that run now, looked at because an unknown one has dialled. Requests an inspection of those that are not
-    /// known, and of those that are known to be elsewhere: an event may have been lost.
-    pub(super) fn look_at(&mut self, list: Vec<Listed>) {
-        let listed: HashSet<_> = list.iter().map(|one| one.id.clone()).collect();
-        let gone = self.running.keys().filter(|id| !listed.contains(id));
-        let mut others: Vec<_> = gone.cloned().collect();
-        for Listed { id, addresses } in list {
-            let is_as_known = self.running.get(&id).is_some_and(|known| {
-                addresses.is_none_or(|given| known.given().all(|known| given.contains(&known)))
-            });
+    /// A look is requested.
+    pub(super) fn begin_look(&mut self) {
+        self.newer_than_look = Some(BTreeSet::new());
+    }
+
+    /// The containers that run now, looked at because an unknown one has dialled, or because addresses are in doubt. Requests an
+    /// inspection of those that are not known, and of those that are known to be elsewhere: an event may have been lost. It
+    /// clears up so many doubts: what the list does not give to a container is not its any more.
+    pub(super) fn look_at(&mut self, list: Vec<Listed>, doubts: u64) {
+        let newer = self.newer_than_look.take().unwrap_or_default();
+        let takes_away = doubts > self.confirmed;
+        let given: HashMap<_, _> = list.into_iter().map(|one| (one.id, one.addresses)).collect();
+        let new = given.keys().filter(|id| !self.running.contains_key(*id));
+        let mut others: Vec<_> = new.cloned().collect();
+        for (id, known) in &self.running {
+            let is_as_known = match given.get(id) {
+                Some(Some(given)) => known.given().all(|known| given.contains(&known)),
+                Some(None) => true,
+                None => false,
+            };
             if !is_as_known {
-                others.push(id);
+                others.push(id.clone());
             }
+        }
+        if takes_away {
+            for id in others.iter().filter(|id| !newer.contains(*id)) {
+                let given = given.get(id).cloned().flatten().unwrap_or_default();
+                self.keep_given(id, &given);
+            }
+            (self.confirmed, self.changed) = (doubts, true);
         }
         for id in others {
             if !self.inspections.is_under_way(&id) {
                 self.inspections.want(id, Urgency::Event);
             }
         }
+    }
+
+    /// Whether everything is known of all containers that were listed or told of: no inspection is wanted or under way.
+    pub(super) fn knows_all(&self) -> bool {
+        self.inspections.are_done(|id| self.running.contains_key(id))
+    }
+
+    /// Whether a container is known to have this address.
+    pub(super) fn has_address(&self, address: &IpAddr) -> bool {
+        self.claims.contains_key(address)
     }
 
     /// Requests a new inspection of those whose inspection failed.
@@ -243,8 +271,9 @@ impl Containers {
                 let is_new = before.is_none();
                 if let Some(before) = before {
                     container.run = before.run.clone();
-                    // No inspection tells these two.
+                    // No inspection tells these.
                     container.is_stopping = before.is_stopping;
+                    container.plugs.clone_from(&before.plugs);
                     if container.is_unaddressed() && before.is_unaddressed() {
                         *container = container.at(before.shown().cloned());
                     }
@@ -262,6 +291,28 @@ impl Containers {
                 None
             }
         }
+    }
+
+    /// Where a container's cables end on this host.
+    pub(super) fn plugged(&mut self, id: &ContainerId, plugs: Vec<Plug>) {
+        if let Some(before) = self.running.get(id).filter(|one| one.plugs != plugs) {
+            let container = Container { plugs, ..Container::clone(before) };
+            self.put(container);
+        }
+    }
+
+    /// The ports of the bridges of our own network namespace.
+    pub(super) fn ports(&mut self, ports: BridgePorts) {
+        if *self.ports != ports {
+            (self.ports, self.changed) = (Arc::new(ports), true);
+        }
+    }
+
+    /// Those with a network namespace of their own whose process is seen.
+    pub(super) fn with_cables(&self) -> impl Iterator<Item = &Arc<Container>> {
+        let has_cables =
+            |one: &&Arc<Container>| matches!(one.network, Network::Own(_)) && !one.run.has_ended();
+        self.running.values().filter(has_cables).filter(|one| one.run.process().is_some())
     }
 
     /// A container's process shows that it is here.
@@ -287,6 +338,14 @@ impl Containers {
     pub(super) fn run_has_ended(&mut self) {
         self.ended += 1;
         self.changed = true;
+    }
+
+    /// Whether any has an address from the engine that its process does not show, because the process is not visible, or because
+    /// it is a sandbox.
+    pub(super) fn are_any_unshown(&self) -> bool {
+        let is_unshown =
+            |one: &Arc<Container>| !one.run.has_shown_network() && one.given().next().is_some();
+        self.running.values().any(is_unshown)
     }
 
     /// Those whose process is not watched.
@@ -317,8 +376,10 @@ impl Containers {
             bridges: self.bridges.clone(),
             others: self.others.clone(),
             here: self.here.clone(),
+            ports: self.ports.clone(),
             host: self.host,
             ended: self.ended,
+            confirmed: self.confirmed,
         }
     }
 
@@ -394,6 +455,9 @@ impl Containers {
         if let AwaitedList::Again(newer) = &mut self.list {
             newer.insert(id.clone());
         }
+        if let Some(newer) = &mut self.newer_than_look {
+            newer.insert(id.clone());
+        }
     }
 
     fn remove(&mut self, id: &ContainerId) -> Option<Arc<Container>> {
@@ -402,6 +466,16 @@ impl Containers {
         container.left.mark_ended();
         self.changed = true;
         Some(container)
+    }
+
+    /// Takes away those addresses that the engine gave to a container and that are not among these.
+    fn keep_given(&mut self, id: &ContainerId, given: &BTreeSet<IpAddr>) {
+        self.detach(id, |network, attachment| {
+            if **network != *SHOWN {
+                attachment.addresses.retain(|address| given.contains(address));
+            }
+            true
+        });
     }
 
     /// Takes away those attachments, and what of them, that `keep` does not leave.
@@ -720,7 +794,8 @@ mod tests {
         let mut containers = with(&[container("a", bridge("172.17.0.2"))]);
         containers.relist(listed(&["a", "b", "c"]));
         let _b = next(&mut containers, "b");
-        containers.look_at(listed(&["a", "b", "c", "d"]));
+        containers.begin_look();
+        containers.look_at(listed(&["a", "b", "c", "d"]), 0);
         let order: Vec<_> = std::iter::from_fn(|| containers.next()).map(|t| t.id).collect();
         assert_eq!(order, ["c", "d", "a"].map(id));
     }
@@ -761,6 +836,7 @@ mod tests {
             name: SHOWN.into(),
             addresses: vec![address.parse().unwrap()],
             gateways: vec![],
+            mac: None,
         };
         let none = container("a", Network::Own(BTreeMap::new()));
         let mut containers = with(&[none.clone(), container("b", bridge("172.17.0.3"))]);

@@ -1,18 +1,16 @@
 //! The one source that follows an engine; bindings and services are derived from it.
 
 use std::{
+    collections::{BTreeSet, HashMap},
     pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    time::Duration,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use tokio::{
     sync::Notify,
-    time::{Instant, MissedTickBehavior, interval, sleep_until},
+    time::{MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{debug, warn};
 
@@ -22,11 +20,15 @@ use super::{
     container::{Container, Interfaces, Inventory, Network},
     containers::Containers,
     links::Links,
+    lookup::Lookup,
     obstacle,
     process::{self, Processes},
-    read,
+    read::{self, Notice},
 };
-use crate::source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError, follow};
+use crate::{
+    model::{ContainerId, Process},
+    source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError, follow},
+};
 
 /// Follows an engine for all its readers: the first one starts it, and the last one ends it. It sends only GET requests
 /// and changes nothing. Clones share it.
@@ -74,50 +76,13 @@ impl Follower {
                 bell,
                 containers: Containers::default(),
                 processes: Processes::default(),
+                namespaces: HashMap::new(),
                 knows_networks: false,
                 said: false,
             };
             follow(&follower.name, source, publish, resync).await;
         };
         self.inventory.derive(start, publish, answer).await;
-    }
-}
-
-/// Between a follower and those who accept connections. They ask it to look for unknown containers, after a connection from an
-/// unknown address; it tells them when a known one may have lost its address. Clones share it.
-#[derive(Debug, Clone, Default)]
-pub struct Lookup(Arc<LookupState>);
-
-#[derive(Debug, Default)]
-struct LookupState {
-    asked: Notify,
-    moves: AtomicU64,
-}
-
-impl Lookup {
-    /// Minimum interval between two looks, so that repeated connections from unknown addresses do not load the engine.
-    const PAUSE: Duration = Duration::from_millis(50);
-
-    /// Requests a look. Several requests before it are one.
-    pub fn ask(&self) {
-        self.0.asked.notify_one();
-    }
-
-    /// How often an interface of this host went away: with each, a container may have left a network, whether the engine
-    /// tells of it or not.
-    pub fn moves(&self) -> u64 {
-        self.0.moves.load(Relaxed)
-    }
-
-    /// An interface went away.
-    pub(crate) fn moved(&self) {
-        self.0.moves.fetch_add(1, Relaxed);
-    }
-
-    /// Waits for a request, at least until `next_look`.
-    async fn asked(&self, next_look: Instant) {
-        sleep_until(next_look).await;
-        self.0.asked.notified().await;
     }
 }
 
@@ -135,6 +100,8 @@ struct EngineSource {
     bell: Arc<Notify>,
     containers: Containers,
     processes: Processes,
+    /// The network namespace of each container whose process was seen: the kernel's number, and the process.
+    namespaces: HashMap<ContainerId, (Process, i32)>,
     /// Whether the networks were listed, or could not be.
     knows_networks: bool,
     /// Whether the log message that processes are not visible was written.
@@ -151,6 +118,7 @@ impl Source for EngineSource {
     ) -> Result<(), SourceError> {
         let (engine, prefixes, lookup) =
             (self.engine.clone(), self.prefixes.clone(), self.lookup.clone());
+        lookup.give_up_doubts();
         // The stream opens when it is first read. An engine replays a few of the events since this moment, and no more:
         // so it is read beside the listing, however long that takes.
         let connected = Client::connect(&engine).await;
@@ -176,7 +144,13 @@ impl Source for EngineSource {
         // Nobody listened before.
         let mut links = Links::open();
         lookup.moved();
+        let mut has_lost_one = true;
+        self.namespaces.clear();
+        self.containers.ports(links.ports());
+        self.plug(&mut links, None);
         let mut next_look = Instant::now();
+        // A look is over once the containers that it listed are inspected.
+        let mut is_looking = false;
         let mut next_networks = Instant::now();
         let patience = Instant::now() + PATIENCE;
         let mut ping = interval(PING);
@@ -186,6 +160,9 @@ impl Source for EngineSource {
             while let Some(event) = heard.take() {
                 let event = event.unwrap_or_else(|| Err(SourceError::new("the events ended")))?;
                 if let Some(notice) = read::notice(&event) {
+                    if matches!(notice, Notice::Changed(_)) {
+                        lookup.forget();
+                    }
                     self.containers.hear(notice);
                 }
                 heard = events.next().now_or_never();
@@ -205,6 +182,14 @@ impl Source for EngineSource {
             while let Some(ticket) = self.containers.next() {
                 inspections.push(client.inspect(ticket, &prefixes));
             }
+            if is_looking && self.containers.knows_all() {
+                // An engine lists a container only a moment after its first process has started. Docker tells of it before that
+                // and holds its inspection back until then; podman does not.
+                let is_certain = !client.is_podman();
+                let is_known = |address: &_| self.containers.has_address(address);
+                next_look = lookup.is_over(is_certain, is_known);
+                is_looking = false;
+            }
             // One at a time, so that the last answer is the newest.
             if networks.is_empty()
                 && Instant::now() >= next_networks
@@ -221,21 +206,39 @@ impl Source for EngineSource {
                     self.containers.list_networks();
                     lists.push(client.list());
                 }
-                () = lookup.asked(next_look), if looks.is_empty() => looks.push(client.list()),
-                () = sleep_until(patience), if waits_for_networks => {}
+                () = lookup.asked(next_look), if looks.is_empty() => {
+                    next_look = lookup.begins();
+                    self.containers.begin_look();
+                    let (client, doubts) = (&client, lookup.doubts());
+                    looks.push(async move { (client.list().await, doubts) });
+                }
+                () = sleep_until(patience.into()), if waits_for_networks => {}
                 change = links.changed() => {
                     if change.gone {
                         lookup.moved();
                     }
+                    has_lost_one |= change.deleted;
+                    // Where processes show who has which address, nobody need be asked.
+                    if change.came && has_lost_one && self.containers.are_any_unshown() {
+                        has_lost_one = false;
+                        lookup.doubt();
+                    }
                     if change.addresses {
                         self.stand();
                         self.containers.list_networks();
+                    }
+                    if change.bridges {
+                        self.containers.ports(links.ports());
+                    }
+                    if !change.namespaces.is_empty() {
+                        self.plug(&mut links, Some(&change.namespaces));
                     }
                 }
                 _ = ping.tick(), if pings.is_empty() => {
                     pings.push(client.ping());
                     self.containers.retry();
                     self.watch();
+                    self.plug(&mut links, None);
                     self.show(self.containers.unaddressed().cloned().collect());
                 }
                 Some(answer) = inspections.next() => {
@@ -243,6 +246,8 @@ impl Source for EngineSource {
                     let id = ticket.id.clone();
                     if let Some(new) = self.containers.inspected(ticket, found) {
                         watch(&mut self.processes, new, &self.bell);
+                        let new = new.clone();
+                        self.plug_one(&mut links, &new);
                         // Its own, or of the one whose network it joins.
                         let target = match &new.network {
                             Network::Of(target) => target.clone(),
@@ -268,9 +273,11 @@ impl Source for EngineSource {
                     }
                 }
                 Some(list) = lists.next() => self.containers.relist(list?),
-                Some(running) = looks.next() => {
-                    next_look = Instant::now() + Lookup::PAUSE;
-                    self.containers.look_at(running?);
+                Some((running, doubts)) = looks.next() => {
+                    is_looking = true;
+                    self.containers.look_at(running?, doubts);
+                    // Events that were told before the list was are older than it.
+                    heard = events.next().now_or_never();
                     self.show(self.containers.unaddressed().cloned().collect());
                 }
                 Some(alive) = pings.next() => {
@@ -295,7 +302,41 @@ impl EngineSource {
         let (here, ours) = (self.containers.interfaces(), process::ours());
         for one in unaddressed {
             let shown = process::shown(&one.id, one.pid, &here, &ours);
+            if shown.is_some() {
+                one.run.shows_network();
+            }
             self.containers.shown(&one.id, shown);
+        }
+    }
+
+    /// Finds where the cables of these network namespaces end, and of those containers for which it is not known.
+    fn plug(&mut self, links: &mut Links, touched: Option<&BTreeSet<i32>>) {
+        let all: Vec<_> = self.containers.with_cables().cloned().collect();
+        self.namespaces.retain(|id, _| all.binary_search_by(|one| one.id.cmp(id)).is_ok());
+        let is_touched = |one: &&Arc<Container>| match self.namespaces.get(&one.id) {
+            Some((process, namespace)) => {
+                one.run.process() != Some(*process)
+                    || touched.is_some_and(|touched| touched.contains(namespace))
+            }
+            None => true,
+        };
+        let of_interest: Vec<_> = all.iter().filter(is_touched).cloned().collect();
+        for one in of_interest {
+            self.plug_one(links, &one);
+        }
+    }
+
+    /// Finds where the cables of a container end.
+    fn plug_one(&mut self, links: &mut Links, one: &Container) {
+        let Some(process) = one.run.process() else { return };
+        let known = self.namespaces.get(&one.id).filter(|(of, _)| *of == process);
+        let namespace = match known {
+            Some((_, namespace)) => Some(*namespace),
+            None => process::look(&one.run, |pid| links.namespace_of(pid)).flatten(),
+        };
+        if let Some(namespace) = namespace {
+            self.namespaces.insert(one.id.clone(), (process, namespace));
+            self.containers.plugged(&one.id, links.plugs(namespace));
         }
     }
 
@@ -323,7 +364,7 @@ impl EngineSource {
         if unseen && !self.said && matches!(self.engine.address, Address::Unix(_)) {
             self.said = true;
             warn!(
-                "cannot see the processes of containers; relying on Docker events, and using no saved containers (in a container, run embassy with --pid=host)"
+                "cannot see the processes of containers; relying on Docker events, using no saved containers, and guarding no addresses (in a container, run embassy with --pid=host)"
             );
         }
     }
@@ -332,7 +373,7 @@ impl EngineSource {
 /// Watches a container's process, and notes whether its network can be looked at.
 fn watch(processes: &mut Processes, one: &Container, bell: &Arc<Notify>) {
     processes.watch(&one.id, one.pid, &one.run, bell.clone());
-    if one.run.process().is_some() && process::shows(one.pid, one.given()) {
+    if process::look(&one.run, |pid| process::shows(pid, one.given())) == Some(true) {
         one.run.shows_network();
     }
 }
@@ -341,7 +382,6 @@ fn watch(processes: &mut Processes, one: &Container, bell: &Arc<Notify>) {
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(input: &[u8], mut derive: impl FnMut(Inventory)) {
     use super::answers;
-    use crate::model::ContainerId;
 
     let (mut containers, prefixes) = (Containers::default(), [String::new()]);
     for line in input.split(|byte| *byte == b'\n') {
@@ -359,8 +399,9 @@ pub(crate) fn fuzz(input: &[u8], mut derive: impl FnMut(Inventory)) {
         }
         if let Ok(answer) = serde_json::from_slice::<answers::Inspection>(line) {
             let id = answer.id.as_deref().map(ContainerId::new);
-            containers
-                .look_at(id.map(|id| read::Listed { id, addresses: None }).into_iter().collect());
+            let listed = id.map(|id| read::Listed { id, addresses: None });
+            containers.begin_look();
+            containers.look_at(listed.into_iter().collect(), 0);
             while let Some(ticket) = containers.next() {
                 let found = read::found(&ticket.id, answer.clone(), &prefixes);
                 containers.inspected(ticket, found);

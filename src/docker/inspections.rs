@@ -116,6 +116,11 @@ impl Inspections {
         self.failed.remove(id);
     }
 
+    /// Whether none is wanted or under way, and none failed but of those that are known otherwise.
+    pub(super) fn are_done(&self, is_known: impl Fn(&ContainerId) -> bool) -> bool {
+        self.queue.is_empty() && self.under_way.is_empty() && self.failed.iter().all(is_known)
+    }
+
     /// Whether so many wait that no unknown container is added: an engine could name others without end.
     pub(super) fn is_full(&self) -> bool {
         self.queued.len() >= Self::MOST

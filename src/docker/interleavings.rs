@@ -246,7 +246,8 @@ impl Engine {
         let Some(started) = real.started else { return Found::NotRunning };
         let own = real.addresses.iter().map(|(network, &address)| {
             let name = name(*network).into();
-            let attachment = Attachment { name, addresses: vec![address], gateways: vec![] };
+            let attachment =
+                Attachment { name, addresses: vec![address], gateways: vec![], mac: None };
             (NetworkId::clone(&attachment.name), attachment)
         });
         let network = match target(who) {
@@ -262,6 +263,7 @@ impl Engine {
             pid: 0,
             run: real.end.clone(),
             left: RunEnd::default(),
+            plugs: Vec::new(),
             network,
             variables: bindings.into_iter().chain([offer]).collect(),
             labels: BTreeMap::new(),
@@ -524,7 +526,9 @@ impl World {
             consumers: &alive.collect::<Vec<_>>(),
             contested: &listing.contested,
             known: &listing.known,
+            confirmed: 0,
             networks: &listing.networks,
+            wiring: &Default::default(),
             endpoints: &Default::default(),
             vips: &[],
             gateways_are_vips: true,

@@ -5,7 +5,8 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    fs,
+    io::{self, Read},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::OwnedFd,
     sync::Arc,
@@ -86,11 +87,13 @@ pub(crate) enum Unseen {
     Failed(#[from] io::Error),
 }
 
-/// A process that is held: its number cannot become another's.
+/// A process that is held by its pidfd. That does not keep its number from becoming another's after its end, so whatever is read
+/// by the number counts only if the pidfd says afterwards that the process still lives.
 #[derive(Debug)]
 pub(crate) struct Held {
     pub(crate) process: Process,
-    descriptor: AsyncFd<OwnedFd>,
+    descriptor: Arc<OwnedFd>,
+    end: AsyncFd<Arc<OwnedFd>>,
 }
 
 impl Held {
@@ -102,31 +105,65 @@ impl Held {
             Errno::SRCH => Unseen::Gone,
             error => Unseen::Failed(error.into()),
         })?;
-        // Checked after it was opened: the pidfd holds the number, even if the process changed since the engine's answer.
         let of = |file: &str| match fs::read_to_string(format!("/proc/{pid}/{file}")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Unseen::Gone),
             text => Ok(text?),
         };
-        if !of("cgroup")?.contains(id.as_str()) {
-            // One that has ended, and was not waited for yet, has left its control groups.
-            return Err(if has_ended(&descriptor)? { Unseen::Gone } else { Unseen::Strange });
+        let (group, stat) = (of("cgroup")?, of("stat")?);
+        // A process that has ended, and was not waited for yet, has left its control groups.
+        if has_ended(&descriptor)? {
+            return Err(Unseen::Gone);
         }
-        let started =
-            started(&of("stat")?).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-        Ok(Self { process: Process { pid, started }, descriptor: register(descriptor)? })
+        if !group.contains(id.as_str()) {
+            return Err(Unseen::Strange);
+        }
+        let started = started(&stat).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+        let descriptor = Arc::new(descriptor);
+        let end = register(descriptor.clone())?;
+        Ok(Self { process: Process { pid, started }, descriptor, end })
+    }
+
+    /// What `look` reads by the process's number. An error if the process has ended.
+    pub(crate) fn look<T>(&self, look: impl FnOnce(i32) -> T) -> Result<T, Unseen> {
+        let found = look(self.process.pid);
+        if has_ended(&self.descriptor)? { Err(Unseen::Gone) } else { Ok(found) }
     }
 
     /// Says so, and rings, when it ends.
     pub(crate) fn follow(self, end: &RunEnd, bells: Vec<Arc<Notify>>) {
+        end.is_held_by(self.descriptor);
         end.is_that_of(self.process);
         let end = end.clone();
         tokio::spawn(async move {
-            if self.descriptor.readable().await.is_ok() {
+            if self.end.readable().await.is_ok() {
                 end.mark_ended();
                 bells.iter().for_each(|bell| bell.notify_one());
             }
         });
     }
+}
+
+/// What `look` reads by the number of a run's first process. `None` if the process was not seen or has ended: the number may be
+/// another process's. Asks the kernel, because the news of an end takes a moment.
+pub(crate) fn look<T>(run: &RunEnd, look: impl FnOnce(i32) -> T) -> Option<T> {
+    let (process, descriptor) = (run.process()?, run.descriptor()?);
+    let found = look(process.pid);
+    let lives = !run.has_ended() && has_ended(descriptor).is_ok_and(|ended| !ended);
+    lives.then_some(found)
+}
+
+/// As that of a container whose first process is this one.
+#[cfg(test)]
+pub(crate) fn run_of_this_process() -> RunEnd {
+    run_of(std::process::id())
+}
+
+#[cfg(test)]
+fn run_of(pid: u32) -> RunEnd {
+    let (run, number) = (RunEnd::default(), Pid::from_raw(i32::try_from(pid).unwrap()).unwrap());
+    run.is_held_by(Arc::new(pidfd_open(number, PidfdFlags::NONBLOCK).unwrap()));
+    run.is_that_of(Process { pid: number.as_raw_pid(), started: 1 });
+    run
 }
 
 /// A pidfd is readable once its process has ended (man 2 pidfd_open).
@@ -166,12 +203,12 @@ pub(crate) fn shown(
     });
     // A container may give itself any address, also one of this host: an engine inside it has a docker0 of its own.
     let addresses: Vec<_> = addresses.filter(|address| !is_own(address)).collect();
-    let routes = fs::read_to_string(format!("/proc/{pid}/net/route")).unwrap_or_default();
+    let routes = read(&format!("/proc/{pid}/net/route")).unwrap_or_default();
     let gateways = default_gateways(&routes).map(IpAddr::from).filter(is_own).collect();
-    // Looked at last: until then the number was not another process's.
+    // Read last: the number was not another container's by then.
     let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
     let is_seen = group.contains(id.as_str()) && !addresses.is_empty();
-    is_seen.then(|| Attachment { name: SHOWN.into(), addresses, gateways })
+    is_seen.then(|| Attachment { name: SHOWN.into(), addresses, gateways, mac: None })
 }
 
 /// Whether a process's network namespace has one of these addresses. That of a container of a virtual machine or a sandbox may
@@ -191,12 +228,21 @@ fn default_gateways(routes: &str) -> impl Iterator<Item = Ipv4Addr> + '_ {
     })
 }
 
-/// The addresses that a process's network namespace has.
+/// The addresses that a process's network namespace has. Of tens of thousands only some: an address that is left out counts as one
+/// that it does not have.
 pub(crate) fn addresses(pid: i32) -> io::Result<BTreeSet<IpAddr>> {
-    let v4 = fs::read_to_string(format!("/proc/{pid}/net/fib_trie"))?;
+    let v4 = read(&format!("/proc/{pid}/net/fib_trie"))?;
     // The file does not exist if the kernel has no IPv6.
-    let v6 = fs::read_to_string(format!("/proc/{pid}/net/if_inet6")).unwrap_or_default();
+    let v6 = read(&format!("/proc/{pid}/net/if_inet6")).unwrap_or_default();
     Ok(local_v4(&v4).map(IpAddr::from).chain(local_v6(&v6).map(IpAddr::from)).collect())
+}
+
+/// The beginning of a file about a network namespace, in which a container may set up as much as it likes.
+fn read(path: &str) -> io::Result<String> {
+    const LONGEST: u64 = 2 << 20;
+    let mut text = String::new();
+    fs::File::open(path)?.take(LONGEST).read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// The local addresses in a `fib_trie`: each stands on the line before one that says `host LOCAL`.
@@ -217,9 +263,9 @@ fn local_v6(table: &str) -> impl Iterator<Item = Ipv6Addr> + '_ {
     unsafe_code,
     reason = "tokio cannot know that a type keeps its descriptor open and the same"
 )]
-pub(super) fn register(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an OwnedFd is one descriptor, and keeps it open, until it is dropped; AsyncFd drops it after it has been
-    // taken from epoll.
+pub(super) fn register(descriptor: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    // SAFETY: an OwnedFd is one descriptor, and keeps it open, until it is dropped, which it is not before the last Arc of it;
+    // AsyncFd drops its own after it has been taken from epoll.
     Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
 }
 
@@ -272,6 +318,25 @@ mod tests {
     }
 
     #[test]
+    fn what_a_number_shows_counts_only_while_its_process_lives() {
+        let mut child =
+            std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let run = run_of(child.id());
+        assert_eq!(look(&run, |pid| pid), i32::try_from(child.id()).ok());
+        // It ends while it is looked at, and another may have its number.
+        let found = look(&run, |_| {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            "another's"
+        });
+        assert_eq!(found, None);
+        assert!(!run.has_ended(), "nobody has heard of that yet");
+        run.mark_ended();
+        assert_eq!(look(&run, |_| ()), None);
+        assert_eq!(look(&RunEnd::default(), |_| ()), None, "it was never seen");
+    }
+
+    #[test]
     fn a_programs_name_does_not_confuse_its_start() {
         let stat = "7 (a) b 1 (c) S 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4711 1 1 1";
         assert_eq!(started(stat), Some(4711));
@@ -302,6 +367,16 @@ fd000d0c000000000000000000000002 05 40 00 80     eth0
 ";
         let expected: [Ipv6Addr; 2] = ["::1".parse().unwrap(), "fd00:d0c::2".parse().unwrap()];
         assert_eq!(local_v6(table).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn a_network_with_more_than_anybody_needs_is_read_in_part() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let line = "fd000d0c000000000000000000000002 05 40 00 80     eth0\n";
+        fs::write(file.path(), line.repeat(100_000)).unwrap();
+        let text = read(file.path().to_str().unwrap()).unwrap();
+        assert!(text.len() < 3 << 20, "{} bytes", text.len());
+        assert!(local_v6(&text).count() > 10_000);
     }
 
     #[test]

@@ -205,6 +205,7 @@ pub(crate) fn container(
         run: RunEnd::default(),
         left: RunEnd::default(),
         network,
+        plugs: Vec::new(),
         exposed: exposed.filter_map(|port| ContainerPort::parse(port)).collect(),
         published: published.collect(),
         variables: declared.variables,
@@ -297,6 +298,7 @@ fn attachment(name: &str, end: &NetworkEnd) -> Attachment {
         name: shortened(name, LONGEST_NAME).into(),
         addresses: addresses(end).collect(),
         gateways: gateways.collect(),
+        mac: end.mac_address.as_deref().and_then(|text| text.parse().ok()),
     }
 }
 
@@ -511,6 +513,7 @@ mod tests {
             name: "podman".into(),
             addresses: vec![],
             gateways: vec![gateway.parse().unwrap()],
+            mac: None,
         };
         let found = |id: &str, gateway| {
             super::super::container::bridge_of(&bridges, &id.into(), &end(gateway)).is_some()

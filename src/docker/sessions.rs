@@ -1,17 +1,18 @@
 //! Sessions with an engine that answers slowly, wrongly or not at all, and what the provider and the discovery make of
 //! them.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use testbed::{FakeEngine, Mood};
 use tokio::sync::Notify;
 
 use crate::{
     discovery::{Discoveries, Endpoints, Query, Watches, docker::PREFIX},
-    docker::{
-        Address, Engine,
-        follow::{Follower, Lookup},
-    },
+    docker::{Address, Engine, follow::Follower, lookup::Lookup},
     provider::{Listing, Provider},
     source::{Answers, Known, ResyncRequests},
 };
@@ -308,7 +309,7 @@ async fn a_dial_finds_one_whom_no_event_told_of() {
     let mut followed = Followed::of(&engine);
     until(&mut followed.consumers, |known| known.value.is_some()).await;
     engine.has("one", "172.17.0.2");
-    followed.lookup.ask();
+    followed.lookup.ask("172.17.0.2".parse().unwrap());
     until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.2"))).await;
     assert_eq!(engine.asked(&path("one")), 1);
 }
@@ -525,7 +526,110 @@ async fn a_dial_finds_that_a_known_container_has_another_address() {
     let mut followed = Followed::of(&engine);
     until(&mut followed.consumers, |known| has(known, "two", Some("172.17.0.3"))).await;
     engine.has("one", "172.17.0.9");
-    followed.lookup.ask();
+    followed.lookup.ask("172.17.0.9".parse().unwrap());
     until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.9"))).await;
     assert_eq!(engine.asked(&path("two")), 1, "who is where it was known to be is not asked for");
+}
+
+#[tokio::test]
+async fn what_is_in_doubt_and_not_confirmed_by_a_list_is_nobodys_before_anybody_is_inspected() {
+    let engine = FakeEngine::start();
+    for (id, address) in [("one", "172.17.0.2"), ("two", "172.17.0.3"), ("gone", "172.17.0.4")] {
+        engine.has(id, address);
+    }
+    let mut followed = Followed::of(&engine);
+    until(&mut followed.consumers, |known| has(known, "gone", Some("172.17.0.4"))).await;
+    assert!(!followed.lookup.is_in_doubt(0));
+    engine.has("one", "172.17.0.9");
+    engine.has_not("gone");
+    for id in ["one", "gone"] {
+        engine.answers(&path(id), Mood::Hangs);
+    }
+    followed.lookup.doubt();
+    assert!(followed.lookup.is_in_doubt(0) && !followed.lookup.is_in_doubt(1));
+    let known = until(&mut followed.consumers, |known| {
+        known.value.as_ref().is_some_and(|listing| listing.confirmed == 1)
+    });
+    let known = known.await;
+    assert!(has(&known, "one", None) && has(&known, "gone", None), "{known:?}");
+    assert!(has(&known, "two", Some("172.17.0.3")));
+    assert_eq!(engine.asked(&path("two")), 1, "it is where it was known to be");
+}
+
+/// What was known stays in use, as it does while an engine is down.
+#[tokio::test]
+async fn an_engine_that_does_not_answer_leaves_nobody_in_doubt() {
+    let engine = FakeEngine::start();
+    engine.has("one", "172.17.0.2");
+    let mut followed = Followed::of(&engine);
+    until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.2"))).await;
+    engine.answers("/containers/json", Mood::Stalls);
+    followed.lookup.doubt();
+    eventually(|| engine.asked("/containers/json") == 2).await;
+    assert!(followed.lookup.is_in_doubt(0), "while it is asked");
+    eventually(|| !followed.lookup.is_in_doubt(0)).await;
+    assert!(has(&followed.consumers.borrow(), "one", Some("172.17.0.2")));
+}
+
+#[tokio::test]
+async fn one_who_moves_while_a_look_is_on_its_way_keeps_the_newer_address() {
+    let engine = FakeEngine::start();
+    engine.has("one", "172.17.0.2");
+    let mut followed = Followed::of(&engine);
+    until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.2"))).await;
+    engine.answers("/containers/json", Mood::Waits);
+    followed.lookup.doubt();
+    eventually(|| engine.asked("/containers/json") == 2).await;
+    engine.has("one", "172.17.0.9");
+    engine.tells("start", "one");
+    let now = until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.9"))).await;
+    // The list that comes now is of the time before.
+    engine.answers("/containers/json", None);
+    let confirmed = |known: &Known<Listing>| known.value.as_ref().unwrap().confirmed == 1;
+    let known = until(&mut followed.consumers, confirmed).await;
+    assert!(has(&known, "one", Some("172.17.0.9")));
+    assert_eq!(known.changes, now.changes + 1, "it was there all the time");
+}
+
+#[tokio::test]
+async fn strangers_cost_the_engine_no_more_than_a_list_a_second_and_are_told_that_nobody_is_there()
+{
+    let engine = FakeEngine::start();
+    engine.has("one", "172.17.0.2");
+    let mut followed = Followed::of(&engine);
+    until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.2"))).await;
+    let start = Instant::now();
+    let mut asked = 0;
+    while start.elapsed() < Duration::from_secs(3) {
+        asked += 1;
+        let (address, dialled) = (IpAddr::from([172, 17, 1, asked]), Instant::now());
+        followed.lookup.ask(address);
+        eventually(|| followed.lookup.is_nobodys(&address, dialled)).await;
+    }
+    let lists = engine.asked("/containers/json") - 1;
+    let most = start.elapsed().as_secs() + 1;
+    assert!(lists <= usize::try_from(most).unwrap(), "{lists} lists in {:?}", start.elapsed());
+    assert!(!followed.lookup.was_nobodys(&"172.17.0.2".parse().unwrap()));
+}
+
+/// Docker tells of a network that a container is connected to, starts it, and says that it runs.
+#[tokio::test]
+async fn one_that_starts_is_not_taken_for_nobody() {
+    let engine = FakeEngine::start();
+    engine.has("one", "172.17.0.2");
+    let mut followed = Followed::of(&engine);
+    until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.2"))).await;
+    engine.answers(&path("two"), Mood::Starts);
+    engine.connects("two");
+    eventually(|| engine.asked(&path("two")) == 1).await;
+    let (address, dialled) = ("172.17.0.3".parse().unwrap(), Instant::now());
+    followed.lookup.ask(address);
+    eventually(|| engine.asked("/containers/json") == 2).await;
+    // Not to wait for something: this is how long it would take to be wrong.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!followed.lookup.is_nobodys(&address, dialled));
+    engine.has("two", "172.17.0.3");
+    engine.answers(&path("two"), None);
+    until(&mut followed.consumers, |known| has(known, "two", Some("172.17.0.3"))).await;
+    assert!(!followed.lookup.is_nobodys(&address, dialled));
 }

@@ -13,8 +13,8 @@ use super::{
 };
 use crate::{
     consumer::{Binding, Consumer},
-    model::ConsumerId,
-    provider::{Beyond, Limit, Problem},
+    model::{ConsumerId, Port},
+    provider::{Beyond, Limit, NETWORK, Problem},
     table::{Route, RouteKey},
 };
 
@@ -88,12 +88,15 @@ impl<'a> BindingFate<'a> {
     }
 
     /// Its problems: one cause for each reason.
-    pub fn causes(&self) -> impl Iterator<Item = Cause> {
+    pub fn causes(&self) -> impl Iterator<Item = Cause> + use<'_, 'a> {
         let state = self.state();
         let binding = format!("{} {}", self.consumer(), self.origin()).trim_end().to_owned();
         self.reasons().into_iter().map(move |reason| {
             let binding = binding.clone();
             match state {
+                BindingState::Invalid if **self.origin() == *NETWORK => {
+                    Cause::Unidentified { consumer: self.consumer().clone(), reason }
+                }
                 BindingState::Invalid => Cause::Invalid { binding, reason },
                 BindingState::Partly => Cause::Partly { binding, reason },
                 BindingState::Routed | BindingState::Unrouted => {
@@ -146,9 +149,10 @@ impl Situation {
 
     /// Without those beyond a limit.
     pub(super) fn used_bindings(&self, wanted: impl Fn(&Consumer) -> bool) -> Vec<BindingFate<'_>> {
-        let mut refused: HashMap<(&ConsumerId, &str), Vec<Reason>> = HashMap::new();
+        let mut refused: HashMap<(&ConsumerId, &str, Port), Vec<Reason>> = HashMap::new();
         for unrouted in self.table.unrouted() {
-            let reasons = refused.entry((&unrouted.consumer, &unrouted.origin)).or_default();
+            let reasons =
+                refused.entry((&unrouted.consumer, &unrouted.origin, unrouted.port)).or_default();
             reasons.push(unrouted.reason.to_string().as_str().into());
         }
         let alive = self.listing.consumers.iter().filter(|consumer| !consumer.has_ended());
@@ -157,7 +161,9 @@ impl Situation {
             for binding in &consumer.bindings {
                 let origin = &*binding.origin;
                 let routes = self.routes_of(consumer, binding);
-                let refused = refused.get(&(&consumer.id, origin)).cloned().unwrap_or_default();
+                let port = binding.descriptor.port;
+                let refused =
+                    refused.get(&(&consumer.id, origin, port)).cloned().unwrap_or_default();
                 let refused = Reasons::of(refused).or_else(|| {
                     routes.is_empty().then(|| Reasons(vec![no_route(&consumer.sources).into()]))
                 });

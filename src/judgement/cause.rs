@@ -4,7 +4,7 @@ use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use super::states::{Reason, RouteState, Subject, Verdict};
 use crate::{
-    discovery::{Endpoints as Answer, Refusal},
+    discovery::{Endpoints as Answer, Query, Refusal},
     limits::FEW,
     model::Endpoint,
     table::Upstream,
@@ -66,8 +66,8 @@ causes! {
     Process, meanwhile.verdict(), ProviderAwaited { meanwhile: Meanwhile } "provider_awaited",
         "The provider has not answered yet: {meanwhile}.",
         "check the engine and -docker";
-    Process, meanwhile.verdict(), DiscoveryAwaited { sources: List<String>, meanwhile: Meanwhile } "discovery_awaited",
-        "Not every discovery has answered yet ({sources}): {meanwhile}.",
+    Process, meanwhile.verdict(), DiscoveryAwaited { sources: Named, meanwhile: Meanwhile } "discovery_awaited",
+        "Not every discovery has answered yet{sources}: {meanwhile}.",
         "check the registry and -discovery";
 
     Capture, Broken, RulesFail { error: Reason } "rules_fail",
@@ -83,8 +83,11 @@ causes! {
         "The host's own connections are captured only with --redirect: this consumer's connections are not captured.",
         "start embassy with --redirect";
     Capture, Broken, Elsewhere { addresses: List<IpAddr> } "elsewhere",
-        "Connections to {addresses} do not arrive here: no interface of embassy's network namespace has this address.",
+        "Connections to {addresses} do not arrive here: no interface of embassy's network namespace has such an address.",
         "start embassy's container with --net=host; if embassy runs on the host, correct --proxy-ip or leave it out";
+    Capture, Degraded, DeadVip { addresses: List<IpAddr> } "dead_vip",
+        "Connections to {addresses} do not arrive here, those to other VIPs do: no interface of embassy's network namespace has such an address.",
+        "correct --proxy-ip (PROXY_IP), or leave it out";
     Capture, Degraded, NothingCaptured { port: u16 } "nothing_captured",
         "Neither --dnat nor --redirect is set, and no connection has been captured since the start: only your own rules can lead connections to port {port}.",
         "start embassy with --dnat, or add a rule; embassy doctor says whether one leads to the port";
@@ -94,13 +97,19 @@ causes! {
     Capture, Degraded, Lacking { loss: &'static str, reason: String, fix: &'static str } "firewall_lacks",
         "{loss}: the firewall cannot do it ({reason}).",
         "{fix}";
+    Capture, Ok, GuardLacks { loss: &'static str, reason: String, fix: &'static str } "guard_lacks",
+        "{loss}: the firewall cannot do it ({reason}).",
+        "{fix}";
+    Capture, Ok, Unguarded { addresses: String, address: IpAddr, consumer: Arc<str> } "unguarded",
+        "The guard does not know the bridge ports of {addresses}, such as {address} of {consumer}: another container on the same bridge can use such an address.",
+        "in a container, run embassy with --pid=host; take NET_RAW and NET_ADMIN from containers that you do not trust";
     Capture, Degraded, CutOff { consumer: Arc<str>, vips: List<IpAddr> } "cut_off",
         "No network of {consumer} has a gateway on this host or contains a VIP ({vips}): its connections may not reach embassy.",
         "connect it to a bridge network too";
 
     Sources, used.verdict(), SourceDown { source: String, error: Reason, used: Used } "source_down",
         "{source} does not answer ({error}); {used}.",
-        "check that it runs and can be reached from here";
+        "check that it exists, and that it can be reached from here";
     Sources, Broken, SourceAwaited { source: String } "source_awaited",
         "{source} has not answered yet.",
         "check that it runs and can be reached from here";
@@ -124,12 +133,15 @@ causes! {
     Bindings, Broken, Invalid { binding: String, reason: Reason } "invalid",
         "{binding} was skipped: {reason}.",
         "correct the variable or label";
+    Bindings, Broken, Unidentified { consumer: Arc<str>, reason: Reason } "invalid",
+        "{consumer} cannot be served: {reason}.",
+        "connect the container to a bridge network";
     Bindings, Broken, Unrouted { binding: String, reason: Reason } "unrouted",
         "{binding} has no route: {reason}.",
-        "correct this";
+        "correct what the reason names";
     Bindings, Degraded, Partly { binding: String, reason: Reason } "partly_routed",
         "{binding} has only some of its routes: {reason}.",
-        "correct this";
+        "correct what the reason names";
     Bindings, Degraded, TooManyBindings { consumer: Arc<str>, bindings: usize, most: usize } "too_many_bindings",
         "{bindings} bindings of {consumer} get no route: a consumer may have {most} (--max-bindings-per-consumer).",
         "remove bindings, or raise --max-bindings-per-consumer";
@@ -152,8 +164,8 @@ causes! {
     Routes, Broken, AllEjected { service: String, next: Endpoint } "all_ejected",
         "All endpoints of {service} failed recently. embassy tries all of them; the next is {next}.",
         "start an instance of the service, and check that this host reaches it";
-    Routes, Broken, NoEndpoint { service: String } "no_endpoint",
-        "{service} has no endpoint: connections are reset.",
+    Routes, Broken, NoEndpoint { service: String, why: Because } "no_endpoint",
+        "{service} has no endpoint{why}: connections are reset.",
         "check that it is registered under this name, with these tags, and healthy";
     Routes, Broken, AllRefused { service: String } "all_refused",
         "No endpoint of {service} may be used: connections are reset.",
@@ -174,6 +186,9 @@ causes! {
     Endpoints, Degraded, Ejected { endpoint: Endpoint, left: Seconds, failures: String, error: Because, ejections: String } "ejected",
         "{endpoint} is skipped for {left} more, after {failures} in a row{error}; it was ejected {ejections} so far.",
         "check that it listens and can be reached from this host";
+    Endpoints, Degraded, CannotReach { endpoint: Endpoint, error: Because } "cannot_reach",
+        "This host cannot open a connection to {endpoint}{error}; it is used only if there is no other.",
+        "give this host a route to it and an address of its kind (IPv4 or IPv6), or deregister it";
     Endpoints, Degraded, Probing { endpoint: Endpoint, error: Because } "probing",
         "{endpoint} failed{error}; the next connection tries it.",
         "check that it listens and can be reached from this host";
@@ -200,7 +215,7 @@ causes! {
         "New connections are refused (too_many_connections): {are} open, which is the limit (--max-connections).",
         "raise --max-connections, or the descriptor limit";
     Connections, Broken, TooManyOfConsumer { consumer: Arc<str>, live: String } "too_many_of_consumer",
-        "New connections are refused (too_many_of_consumer): {consumer} has {live} open, which is the limit (--max-connections-per-consumer).",
+        "New connections are refused (too_many_of_consumer): {consumer} has {live} open, which is its limit now (--max-connections-per-consumer).",
         "check whether the consumer closes its connections, or raise the limit";
 
     Host, Degraded, ConntrackFills { used: u64, limit: u64 } "conntrack",
@@ -223,10 +238,10 @@ causes! {
 
 impl Cause {
     /// The endpoints that must not be used, and why.
-    pub(super) fn refused(upstream: &Upstream) -> impl Iterator<Item = Self> {
+    pub(super) fn refused(query: &Query, upstream: &Upstream) -> impl Iterator<Item = Self> {
         upstream.refused.iter().map(|(endpoint, reason)| Self::Refused {
             endpoint: *endpoint,
-            service: upstream.query.to_string(),
+            service: query.to_string(),
             reason: *reason,
             fix: reason.fix(),
         })
@@ -315,13 +330,16 @@ impl fmt::Display for NotDeclaredMeans {
     }
 }
 
-/// A time in whole seconds, rounded up, so that 0 means that it is over.
+/// A time in whole seconds, rounded up.
 #[derive(Debug, Clone, Copy)]
 pub struct Seconds(pub Duration);
 
 impl fmt::Display for Seconds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} s", self.0.as_secs_f64().ceil())
+        match self.0.is_zero() {
+            true => f.write_str("less than 1 s"),
+            false => write!(f, "{} s", self.0.as_secs_f64().ceil()),
+        }
     }
 }
 
@@ -332,6 +350,19 @@ pub struct Because(pub Option<Reason>);
 impl fmt::Display for Because {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.as_ref().map_or(std::result::Result::Ok(()), |error| write!(f, " ({error})"))
+    }
+}
+
+/// The names, if there are any, in parentheses.
+#[derive(Debug, Clone)]
+pub struct Named(pub Vec<String>);
+
+impl fmt::Display for Named {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_slice() {
+            [] => std::result::Result::Ok(()),
+            names => write!(f, " ({})", names.join(", ")),
+        }
     }
 }
 

@@ -12,7 +12,7 @@ mod situation;
 mod source;
 mod states;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use binding::{BindingFate, Reasons};
 pub use cause::{Cause, Finding, Used};

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    cause::{Cause, List, Meanwhile, Used},
+    cause::{Cause, List, Meanwhile, Named, Used},
     host::HostUse,
     route::endpoint,
     situation::Situation,
@@ -18,6 +18,7 @@ use crate::{
     consumer::Reach,
     counts::numbered,
     readiness::Part,
+    table::Route,
 };
 
 /// Maximum number of entries named of a list; the rest are only counted.
@@ -87,6 +88,11 @@ impl Situation {
         awaited
     }
 
+    /// The causes of [`Self::awaited`], among others of the process and the capture.
+    pub fn why_not_ready(&self) -> Vec<Cause> {
+        self.of_process().into_iter().chain(self.of_capture()).collect()
+    }
+
     /// Whether there are routes, and no connection for any of them can arrive.
     fn captures_nobody(&self) -> bool {
         let mut routes = self.table.routes().peekable();
@@ -121,13 +127,22 @@ impl Situation {
         };
         let cause = |awaited: Awaited| match awaited.part {
             Part::Draining => Some(Cause::Draining {}),
+            // It is not known yet what to ask.
+            Part::Discovery if awaited.sources.is_empty() && self.awaits(Part::Listing) => None,
             Part::Listing => Some(Cause::ProviderAwaited { meanwhile }),
             Part::Discovery => {
-                Some(Cause::DiscoveryAwaited { sources: List(awaited.sources), meanwhile })
+                Some(Cause::DiscoveryAwaited { sources: Named(awaited.sources), meanwhile })
             }
             Part::Capture => None,
         };
-        self.awaited().into_iter().filter_map(cause).collect()
+        let mut awaited = self.awaited();
+        // What to ask follows from the listing.
+        awaited.sort_by_key(|awaited| awaited.part != Part::Listing);
+        awaited.into_iter().filter_map(cause).collect()
+    }
+
+    fn awaits(&self, part: Part) -> bool {
+        self.pending.iter().any(|(pending, _)| *pending == part)
     }
 
     pub(super) fn barriers(&self) -> impl Iterator<Item = Cause> {
@@ -158,7 +173,8 @@ impl Situation {
             .extend(bounded(Subject::Bindings, bindings.iter().flat_map(|b| b.causes()).collect()));
         causes.extend(self.routes(&mut overview));
         causes.extend(self.endpoints(&mut overview));
-        let refused = self.table.upstreams().flat_map(|upstream| Cause::refused(upstream));
+        let refused =
+            self.table.upstreams().flat_map(|upstream| Cause::refused(&upstream.query, upstream));
         causes.extend(bounded(Subject::Endpoints, refused.collect()));
         causes.extend(self.load());
         causes.extend(host.causes());
@@ -185,6 +201,8 @@ impl Situation {
             Some(error) if !standing.in_place => {
                 causes.push(Cause::RulesFail { error: error.as_str().into() });
             }
+            // Before the first table there is nothing to write.
+            _ if self.table.version == 0 => {}
             _ if !standing.in_place => causes.push(Cause::RulesMissing {}),
             _ => {}
         }
@@ -192,15 +210,29 @@ impl Situation {
             causes.push(Cause::NoVip {});
         }
         let lacks = standing.lacks.iter().filter(|(part, _)| *part != rules::Part::Count);
-        causes.extend(lacks.map(|(part, reason)| Cause::Lacking {
-            loss: part.loss(),
-            reason: reason.clone(),
-            fix: part.fix(),
+        causes.extend(lacks.map(|(part, reason)| {
+            let (loss, reason, fix) = (part.loss(), reason.clone(), part.fix());
+            match part {
+                // Who uses iptables has none, and is served as before.
+                rules::Part::Guard => Cause::GuardLacks { loss, reason, fix },
+                _ => Cause::Lacking { loss, reason, fix },
+            }
         }));
         if self.table.routes().any(|route| self.reach(&route.consumer) == Reach::Elsewhere) {
             causes.push(Cause::Elsewhere { addresses: List(self.addresses().collect()) });
+        } else {
+            let dead: Vec<_> = self.addresses().filter(|address| self.is_dead(*address)).collect();
+            causes.extend((!dead.is_empty()).then_some(Cause::DeadVip { addresses: List(dead) }));
         }
         causes.extend(self.barriers());
+        let unbound = &self.table.wiring().unbound;
+        if let Some((address, consumer)) = unbound.first_key_value().filter(|_| standing.guards) {
+            causes.push(Cause::Unguarded {
+                addresses: numbered(unbound.len(), "address", "addresses"),
+                address: *address,
+                consumer: consumer.clone(),
+            });
+        }
         causes
     }
 
@@ -217,22 +249,43 @@ impl Situation {
     }
 
     fn routes(&self, overview: &mut Overview) -> Vec<Cause> {
-        let mut named: BTreeMap<RouteState, Vec<String>> = BTreeMap::new();
+        // Each with the number of its routes: a consumer has one for each of its addresses.
+        let mut named: BTreeMap<RouteState, Vec<(&Route, usize)>> = BTreeMap::new();
         for route in self.table.routes() {
             let state = self.route(route).state;
             *overview.routes.entry(state).or_default() += 1;
             let some = named.entry(state).or_default();
-            if state.verdict() > Verdict::Ok && some.len() < FEW_NAMED {
-                let (port, query) = (route.key.port, &route.upstream.query);
-                some.push(format!("{} port {port} ({query})", route.consumer_name));
+            if state.verdict() == Verdict::Ok {
+                continue;
+            }
+            let is_full = some.len() >= FEW_NAMED;
+            let same = some.iter_mut().find(|(other, _)| {
+                other.key.port == route.key.port && other.consumer == route.consumer
+            });
+            match same {
+                Some((_, count)) => *count += 1,
+                None if is_full => {}
+                None => some.push((route, 1)),
             }
         }
+        let name = |(route, count): &(&Route, usize)| {
+            let (port, query) = (route.key.port, route.query());
+            let at = match count {
+                1 => String::new(),
+                count => format!(" at {count} addresses"),
+            };
+            format!("{} port {port} ({query}){at}", route.consumer_name)
+        };
         let causes = overview.routes.iter().filter(|(state, _)| state.verdict() > Verdict::Ok);
         causes
             .map(|(state, count)| Cause::ManyRoutes {
                 state: *state,
                 are: numbered(*count, "route is", "routes are"),
-                some: some_of(named.remove(state).unwrap_or_default(), *count),
+                some: {
+                    let some = named.remove(state).unwrap_or_default();
+                    let rest = *count - some.iter().map(|(_, count)| count).sum::<usize>();
+                    some_of(some.iter().map(name).collect(), rest)
+                },
             })
             .collect()
     }
@@ -251,7 +304,10 @@ impl Situation {
         let count: usize = failed.iter().filter_map(|health| overview.endpoints.get(health)).sum();
         (count > 0).then(|| Cause::ManyEndpoints {
             are: numbered(count, "endpoint is", "endpoints are"),
-            some: some_of(some, count),
+            some: {
+                let rest = count - some.len();
+                some_of(some, rest)
+            },
         })
     }
 }
@@ -260,8 +316,8 @@ impl Situation {
 const FEW_NAMED: usize = 5;
 
 /// The named entries, and the number of further ones.
-fn some_of(some: Vec<String>, count: usize) -> String {
-    match count.saturating_sub(some.len()) {
+fn some_of(some: Vec<String>, rest: usize) -> String {
+    match rest {
         0 => some.join(", "),
         more => format!("{} and {more} more", some.join(", ")),
     }

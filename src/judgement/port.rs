@@ -4,10 +4,11 @@ use std::{cmp::Reverse, sync::Arc};
 
 use super::{
     binding::BindingFate,
-    cause::{Because, Cause, List, NotDeclaredMeans, Seconds},
+    cause::{Because, Cause, List, NotDeclaredMeans, Seconds, Used},
     overview::{NAMED, bounded},
     route::endpoint,
     situation::Situation,
+    source::SourceReading,
     states::{EndpointHealth, Subject, Verdict},
 };
 use crate::{
@@ -102,7 +103,7 @@ impl Situation {
     fn of_service(&self, route: &Route) -> Vec<Cause> {
         let upstream = &route.upstream;
         let health = self.route(route);
-        let service = upstream.query.to_string();
+        let service = route.query().to_string();
         let next = self.next_pick(route);
         let mut causes = Vec::new();
         if health.active + health.probing + health.ejected == 0 {
@@ -113,7 +114,11 @@ impl Situation {
                     Cause::AllRefused { service }
                 }
                 () if health.drained > 0 => Cause::AllDrained { service },
-                () => Cause::NoEndpoint { service },
+                () => {
+                    let reading = self.queries.get(&upstream.query);
+                    let why = Because(reading.and_then(|reading| reading.problem.clone()));
+                    Cause::NoEndpoint { service, why }
+                }
             });
         } else if let Some(endpoint) = next {
             let (consumer, port) = (route.consumer_name.clone(), route.key.port.get());
@@ -122,10 +127,12 @@ impl Situation {
                 _ => Cause::GoesTo { consumer, port, service, endpoint },
             });
         }
-        causes
-            .extend(self.queries.get(&upstream.query).into_iter().flat_map(|query| query.causes()));
+        if let Some(reading) = self.queries.get(&upstream.query) {
+            let named = SourceReading { name: route.query().to_string(), ..reading.clone() };
+            causes.extend(named.causes());
+        }
         causes.extend(bounded(Subject::Endpoints, self.of_endpoints(route, upstream)));
-        causes.extend(Cause::refused(upstream).take(NAMED));
+        causes.extend(Cause::refused(&route.query(), upstream).take(NAMED));
         causes
     }
 
@@ -137,6 +144,9 @@ impl Situation {
                 EndpointHealth::Drained => Cause::Drained { endpoint: one },
                 _ if self.is_circular(route, &one) => Cause::Circular { endpoint: one },
                 EndpointHealth::Active => return None,
+                EndpointHealth::Ejected if state.is_aside(self.now) => {
+                    Cause::CannotReach { endpoint: one, error: error() }
+                }
                 EndpointHealth::Ejected => Cause::Ejected {
                     endpoint: one,
                     left: Seconds(state.ejected_for(self.now).unwrap_or_default()),
@@ -163,8 +173,8 @@ impl Situation {
             let mut causes: Vec<_> = skipped
                 .flat_map(|p| BindingFate::Invalid(p).causes().collect::<Vec<_>>())
                 .collect();
-            // If there are skipped descriptors, they are the cause.
-            if causes.is_empty() {
+            // If there are skipped descriptors, they are the cause. Without a listing nothing is known of anybody.
+            if causes.is_empty() && self.provider.used != Used::Nothing {
                 causes.push(match is_known {
                     true => Cause::DeclaresNothing { address: wanted.to_owned() },
                     false => Cause::NoConsumer { wanted: wanted.to_owned() },

@@ -21,7 +21,8 @@ pub fn endpoint(state: &EndpointState, now: Millis) -> EndpointHealth {
     match state.ejected_for(now) {
         _ if state.is_drained() => EndpointHealth::Drained,
         _ if state.check() == Checked::Fails => EndpointHealth::Unhealthy,
-        None if state.is_silent() => EndpointHealth::Probing,
+        _ if state.is_aside(now) => EndpointHealth::Ejected,
+        None if state.is_silent() || state.was_set_aside() => EndpointHealth::Probing,
         None => EndpointHealth::Active,
         Some(left) if left.is_zero() => EndpointHealth::Probing,
         Some(_) => EndpointHealth::Ejected,

@@ -18,6 +18,7 @@ use crate::{
     provider::Listing,
     readiness::Part,
     table::Table,
+    wiring::Arrival,
 };
 
 /// All facts, and the time.
@@ -90,7 +91,7 @@ impl Situation {
         if self.addresses().next().is_none() {
             return Reach::Arrives;
         }
-        let spoken = self.addresses().filter(|address| speaks(consumer, address));
+        let spoken = self.addresses().filter(|address| speaks(consumer, address, &self.table));
         let reaches = spoken.map(|address| consumer.reach(address, self.surroundings()));
         let mut best = None;
         for reach in reaches {
@@ -105,6 +106,17 @@ impl Situation {
             _ if self.capture.has_captured => Reach::Arrives,
             _ => Reach::Unknown,
         }
+    }
+
+    /// Whether connections to an address arrive from no consumer, and do not arrive from one in whose network it is.
+    pub(super) fn is_dead(&self, address: IpAddr) -> bool {
+        let speaking =
+            || self.listing.consumers.iter().filter(|one| speaks(one, &address, &self.table));
+        let reach = |consumer: &Arc<Consumer>| consumer.reach(address, self.surroundings());
+        // The first two nearly always decide.
+        !self.here.contains(&address)
+            && !speaking().any(|one| reach(one) == Reach::Arrives)
+            && speaking().any(|one| reach(one) == Reach::Elsewhere)
     }
 
     fn surroundings(&self) -> Surroundings<'_> {
@@ -123,7 +135,8 @@ impl Situation {
         self.capture.mode != CaptureMode::None
     }
 
-    pub(super) fn is_draining(&self) -> bool {
+    /// Whether embassy is shutting down.
+    pub fn is_draining(&self) -> bool {
         self.pending.iter().any(|(part, _)| *part == Part::Draining)
     }
 
@@ -138,7 +151,7 @@ impl Situation {
         let is_local = consumer.id == ConsumerId::Local;
         let reached = self.addresses().filter(|address| {
             // The host's own connections are captured on VIPs only.
-            speaks(consumer, address)
+            speaks(consumer, address, &self.table)
                 && consumer.reach(*address, self.surroundings()) == Reach::Arrives
                 && !(is_local && self.capture.own.contains(address))
         });
@@ -162,7 +175,12 @@ impl Situation {
     }
 }
 
-/// Whether the consumer has an address of the same family.
-fn speaks(consumer: &Consumer, address: &IpAddr) -> bool {
-    consumer.sources.iter().any(|own| own.is_ipv4() == address.is_ipv4())
+/// Whether the consumer has an address of the same family that counts there: those of other networks than bridges do not on an
+/// address of a bridge.
+fn speaks(consumer: &Consumer, address: &IpAddr, table: &Table) -> bool {
+    let is_bridges = table.wiring().gateways.contains(address);
+    consumer.sources.iter().any(|own| {
+        own.is_ipv4() == address.is_ipv4()
+            && !(is_bridges && consumer.arrival(own) == Arrival::Outside)
+    })
 }

@@ -44,6 +44,7 @@ fn app() -> Consumer {
         name: "app".into(),
         namespace: "app".into(),
         sources: vec!["172.17.0.2".parse().unwrap()],
+        arrivals: Vec::new(),
         gateways: vec!["172.17.0.1".parse().unwrap()],
         bindings: vec![binding("web;80")],
         ends: vec![],
@@ -55,6 +56,8 @@ fn app() -> Consumer {
 enum Is {
     Active,
     Ejected,
+    /// This host has no route to it.
+    OutOfReach,
     Probing,
     /// It timed out as the only one, and stays in use.
     Silent,
@@ -68,9 +71,9 @@ enum Is {
 
 /// One consumer that asks for one service.
 #[derive(Debug, Clone)]
-struct Setting {
-    mode: CaptureMode,
-    in_place: bool,
+pub(crate) struct Setting {
+    pub(crate) mode: CaptureMode,
+    pub(crate) in_place: bool,
     rules_error: bool,
     vips: bool,
     barrier: bool,
@@ -79,8 +82,10 @@ struct Setting {
     endpoints: Option<Vec<Is>>,
     source_fails: bool,
     held: bool,
+    /// Nothing was answered, and data that an earlier run saved is in use.
+    kept: bool,
     provider_fails: bool,
-    pending: Vec<Part>,
+    pub(crate) pending: Vec<Part>,
     live: usize,
     limit: usize,
     limit_of_consumer: Option<usize>,
@@ -88,14 +93,16 @@ struct Setting {
     problem: bool,
     skipped: bool,
     /// Whether the VIP is an address of this network namespace.
-    vip_is_here: bool,
+    pub(crate) vip_is_here: bool,
+    /// Whether there is a second VIP, which is an address of nobody in the consumer's network.
+    dead_vip: bool,
     /// With `--redirect`: whether embassy has an address in the consumer's network.
     own: bool,
     has_captured: bool,
 }
 
 /// In which all is well.
-fn well() -> Setting {
+pub(crate) fn well() -> Setting {
     Setting {
         mode: CaptureMode::Dnat,
         in_place: true,
@@ -106,6 +113,7 @@ fn well() -> Setting {
         endpoints: Some(vec![Is::Active]),
         source_fails: false,
         held: false,
+        kept: false,
         provider_fails: false,
         pending: vec![],
         live: 0,
@@ -115,6 +123,7 @@ fn well() -> Setting {
         problem: false,
         skipped: false,
         vip_is_here: true,
+        dead_vip: false,
         own: false,
         has_captured: true,
     }
@@ -128,26 +137,30 @@ fn address(n: usize, is: Is) -> Endpoint {
 }
 
 impl Setting {
-    fn of(change: impl FnOnce(&mut Self)) -> Self {
+    pub(crate) fn of(change: impl FnOnce(&mut Self)) -> Self {
         let mut setting = well();
         change(&mut setting);
         setting
     }
 
-    fn situation(&self) -> Situation {
+    pub(crate) fn situation(&self) -> Situation {
         let all = self.endpoints.iter().flatten().enumerate();
         let endpoints = Endpoints::new(all.clone().map(|(n, is)| address(n, *is)), vec![]);
         let answers = self.endpoints.is_some().then(|| (query(), Arc::new(endpoints.clone())));
         let consumer = Arc::new(self.consumer.clone());
-        let vip = self.vips.then(|| Vip("172.17.0.1".parse().unwrap()));
+        let vip = |text: &str| Vip(text.parse().unwrap());
+        let vips = [(self.vips, vip("172.17.0.1")), (self.dead_vip, vip("172.17.42.1"))];
+        let vips: Vec<_> = vips.into_iter().filter(|(is, _)| *is).map(|(_, vip)| vip).collect();
         let inputs = Inputs {
             bounds: &crate::discovery::Bounds::default(),
             consumers: &[&consumer],
             known: &Arc::default(),
             contested: &BTreeSet::new(),
+            confirmed: 0,
             networks: &BTreeSet::new(),
+            wiring: &Default::default(),
             endpoints: &answers.into_iter().collect(),
-            vips: vip.as_slice(),
+            vips: &vips,
             gateways_are_vips: false,
             balance: Balance::RoundRobin,
             now: Instant::now(),
@@ -159,6 +172,7 @@ impl Setting {
                 match is {
                     Is::Active | Is::Dialled => {}
                     Is::Ejected => drop(state.failed(NOW, NOW)),
+                    Is::OutOfReach => drop(state.set_aside(Millis(NOW.0 + 1))),
                     Is::Probing => drop(state.failed(Millis(0), Millis(0))),
                     Is::Silent => drop(state.timed_out_alone()),
                     Is::JustFailed => {
@@ -178,13 +192,16 @@ impl Setting {
         }
         let now = Instant::now();
         let known = Known {
-            value: self.endpoints.as_ref().map(|_| Arc::new(endpoints)),
-            confirmed: self.endpoints.as_ref().map(|_| now),
+            value: self.endpoints.as_ref().filter(|_| !self.kept).map(|_| Arc::new(endpoints)),
+            confirmed: self.endpoints.as_ref().filter(|_| !self.kept).map(|_| now),
             error: self.source_fails.then(|| "refused".into()),
             ..Known::default()
         };
-        let in_use = InUse::Held { until: now + Duration::from_secs(24) };
-        let in_use = (self.held && self.endpoints.is_some()).then_some(&in_use);
+        let in_use = match self.kept {
+            true => InUse::Kept { confirmed: now },
+            false => InUse::Held { until: now + Duration::from_secs(24) },
+        };
+        let in_use = ((self.held || self.kept) && self.endpoints.is_some()).then_some(&in_use);
         let skipped: Vec<_> = self.skipped.then(|| "key: no port".to_owned()).into_iter().collect();
         let of_query = SourceReading::of(query().to_string(), &known, in_use, skipped, now);
         let problem =
@@ -259,12 +276,13 @@ fn words(causes: &[Cause]) -> Vec<&'static str> {
     causes.iter().map(|cause| cause.finding().cause).collect()
 }
 
-#[test]
-fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
+type Change = Box<dyn FnOnce(&mut Setting)>;
+
+/// What may be wrong, by the word of its cause, and the state of the route then.
+fn cases() -> Vec<(&'static str, RouteState, Change)> {
     use RouteState::{Degraded, Ejected, NoEndpoint, NotCaptured, Ok, Refused, Waiting};
     let endpoints = |list: &'static [Is]| move |s: &mut Setting| s.endpoints = Some(list.to_vec());
-    type Change = Box<dyn FnOnce(&mut Setting)>;
-    let cases: Vec<(&str, RouteState, Change)> = vec![
+    vec![
         ("goes_to", Ok, Box::new(|_| {})),
         ("goes_to", Ok, Box::new(endpoints(&[Is::Active, Is::Drained]))),
         ("goes_to", Ok, Box::new(|s| s.mode = CaptureMode::None)),
@@ -273,6 +291,7 @@ fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
         ("probing", Degraded, Box::new(endpoints(&[Is::Probing]))),
         ("probing", Degraded, Box::new(endpoints(&[Is::Silent]))),
         ("unhealthy", Degraded, Box::new(endpoints(&[Is::Active, Is::Unhealthy]))),
+        ("cannot_reach", Degraded, Box::new(endpoints(&[Is::Active, Is::OutOfReach]))),
         ("source_down", Degraded, Box::new(|s| s.source_fails = true)),
         ("source_down", Degraded, Box::new(|s| s.provider_fails = true)),
         ("held", Degraded, Box::new(|s| s.held = true)),
@@ -314,6 +333,7 @@ fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
         ),
         ("all_ejected", Ejected, Box::new(endpoints(&[Is::Ejected, Is::Unhealthy]))),
         ("all_ejected", Ejected, Box::new(endpoints(&[Is::Ejected, Is::Drained]))),
+        ("all_ejected", Ejected, Box::new(endpoints(&[Is::OutOfReach]))),
         ("all_ejected", Ejected, Box::new(endpoints(&[Is::JustFailed]))),
         ("all_ejected", Ejected, Box::new(endpoints(&[Is::JustFailed, Is::Ejected]))),
         ("probing", Degraded, Box::new(endpoints(&[Is::JustFailed, Is::Active]))),
@@ -333,9 +353,14 @@ fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
             Box::new(|s| (s.live, s.limit_of_consumer) = (1, Some(1))),
         ),
         ("memory_short", Refused, Box::new(|s| (s.live, s.memory_short) = (64, true))),
-    ];
+        ("source_down", Degraded, Box::new(|s| (s.source_fails, s.kept) = (true, true))),
+    ]
+}
+
+#[test]
+fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
     let mut states = BTreeSet::new();
-    for (cause, state, change) in cases {
+    for (cause, state, change) in cases() {
         let setting = Setting::of(change);
         let situation = setting.situation();
         let route = routes(&situation)[0];
@@ -345,6 +370,45 @@ fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
         states.insert(state);
     }
     assert_eq!(states.len(), RouteState::ALL.len(), "every state is met");
+}
+
+/// In words that are true of one as of many, with no part that is empty, and no time that says nothing.
+#[test]
+fn no_sentence_is_odd_whatever_is_wrong() {
+    let host = HostUse {
+        conntrack: Some(Use { used: 950, limit: 1000 }),
+        descriptors: Some(Use { used: 9_500, limit: 10_000 }),
+        memory: Some(Use { used: 95 << 20, limit: 100 << 20 }),
+    };
+    let more: [Change; 7] = [
+        Box::new(|s| s.pending = vec![Part::Discovery, Part::Listing]),
+        Box::new(|s| (s.endpoints, s.pending) = (None, vec![Part::Discovery])),
+        Box::new(|s| (s.problem, s.skipped) = (true, true)),
+        Box::new(|s| s.consumer.sources.clear()),
+        Box::new(|s| s.pending = vec![Part::Capture]),
+        Box::new(|s| (s.held, s.source_fails) = (true, true)),
+        Box::new(|s| (s.limit, s.live, s.limit_of_consumer) = (1, 1, Some(1))),
+    ];
+    let (mut words, mut said) = (BTreeSet::new(), 0);
+    for change in cases().into_iter().map(|(_, _, change)| change).chain(more) {
+        let setting = Setting::of(change);
+        let mut situation = setting.situation();
+        // What is in use for no time any more, and what was never heard of.
+        for query in situation.queries.values_mut() {
+            query.held = query.held.map(|_| Duration::ZERO);
+        }
+        let overview = situation.overview(&host).causes;
+        let of_ports = [80, 81].into_iter().flat_map(|port| explained(&situation, port));
+        for cause in overview.into_iter().chain(of_ports).chain(situation.why_not_ready()) {
+            let Finding { text, fix, cause, .. } = cause.finding();
+            for sentence in [Some(text), fix].into_iter().flatten() {
+                assert_eq!(crate::text::odd(&sentence), None, "{setting:?}");
+                said += 1;
+            }
+            words.insert(cause);
+        }
+    }
+    assert!(words.len() > 30 && said > 200, "{said} sentences of {words:?}");
 }
 
 #[test]
@@ -378,6 +442,91 @@ fn a_consumer_dials_what_it_reaches() {
         s.consumer.id = ConsumerId::Local;
     };
     assert_eq!(dials(local), ["172.17.0.1"]);
+}
+
+#[test]
+fn a_vip_that_nobody_has_is_found_though_another_one_works() {
+    let situation = Setting::of(|s| s.dead_vip = true).situation();
+    let overview = situation.overview(&HostUse::default());
+    assert_eq!(words(&overview.causes), ["dead_vip"]);
+    let finding = overview.causes[0].finding();
+    assert!(finding.text.contains("172.17.42.1") && !finding.text.contains("172.17.0.1"));
+    assert_eq!(situation.awaited(), [], "the other one works");
+    // Where none works, that is said of both.
+    let none = Setting::of(|s| (s.dead_vip, s.vip_is_here) = (true, false)).situation();
+    let causes = words(&none.overview(&HostUse::default()).causes);
+    assert!(causes.contains(&"elsewhere") && !causes.contains(&"dead_vip"), "{causes:?}");
+    // From elsewhere it is reached via the gateway, whoever has it.
+    let away = Setting::of(|s| {
+        s.dead_vip = true;
+        s.consumer.sources = vec!["172.18.0.2".parse().unwrap()];
+    });
+    assert_eq!(words(&away.situation().overview(&HostUse::default()).causes), [""; 0]);
+}
+
+#[test]
+fn bindings_of_one_origin_have_their_own_reasons() {
+    let mut situation = well().situation();
+    let mut consumer = app();
+    let mut binding = |text: &str| {
+        let (origin, descriptor) = ("-services".into(), text.parse().unwrap());
+        consumer.bindings.push(Binding { origin, descriptor });
+    };
+    ["a;1;via=x", "b;2;via=x", "web;81"].into_iter().for_each(&mut binding);
+    let (consumer, vip) = (Arc::new(consumer), Vip("172.17.0.1".parse().unwrap()));
+    let inputs = Inputs {
+        bounds: &crate::discovery::Bounds::default(),
+        consumers: &[&consumer],
+        known: &Arc::default(),
+        contested: &BTreeSet::new(),
+        confirmed: 0,
+        networks: &BTreeSet::new(),
+        wiring: &Default::default(),
+        endpoints: &Default::default(),
+        vips: &[vip],
+        gateways_are_vips: false,
+        balance: Balance::RoundRobin,
+        now: Instant::now(),
+    };
+    let ask = |binding: &Binding| match &binding.descriptor.via {
+        Some(via) => Err(crate::discovery::CannotAsk::Unknown {
+            via: via.clone(),
+            configured: binding.descriptor.service.to_string(),
+        }),
+        None => Ok(query()),
+    };
+    situation.table = Arc::new(Table::default().next(&inputs, ask).unwrap());
+    situation.listing = Arc::new(Listing { consumers: vec![consumer], ..Listing::default() });
+    let all = situation.bindings(|_| true);
+    let of = |port| all.iter().find(|binding| binding.port() == Some(port)).unwrap();
+    assert_eq!(of(81).state(), BindingState::Routed, "{:?}", of(81).reasons());
+    for (port, service) in [(1, "a"), (2, "b")] {
+        let reasons: Vec<_> = of(port).reasons().iter().map(ToString::to_string).collect();
+        assert_eq!(of(port).state(), BindingState::Unrouted);
+        assert!(reasons.len() == 1 && reasons[0].ends_with(&format!(": {service}")), "{reasons:?}");
+    }
+}
+
+#[test]
+fn what_only_follows_from_a_provider_that_is_awaited_is_not_said() {
+    let mut situation = Setting::of(|s| {
+        (s.endpoints, s.in_place) = (None, false);
+        s.pending = vec![Part::Capture, Part::Discovery, Part::Listing];
+    })
+    .situation();
+    (situation.table, situation.listing) = Default::default();
+    situation.queries.clear();
+    situation.provider = SourceReading::of::<()>(
+        "provider".into(),
+        &Known { error: Some("no socket".into()), ..Known::default() },
+        None,
+        vec![],
+        Instant::now(),
+    );
+    let causes = words(&situation.overview(&HostUse::default()).causes);
+    assert_eq!(causes, ["provider_awaited", "source_down"]);
+    let causes = words(&situation.of_port("app", 80, &[], &[]));
+    assert_eq!(causes, ["provider_awaited", "source_down"], "nothing is known of app");
 }
 
 #[test]
@@ -524,6 +673,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
     let is = prop_oneof![
         Just(Is::Active),
         Just(Is::Ejected),
+        Just(Is::OutOfReach),
         Just(Is::Probing),
         Just(Is::Silent),
         Just(Is::Unhealthy),
@@ -562,6 +712,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
             endpoints,
             source_fails,
             held,
+            kept: false,
             provider_fails,
             pending: draining.then_some(Part::Draining).into_iter().collect(),
             live,
@@ -571,6 +722,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
             problem,
             skipped,
             vip_is_here,
+            dead_vip: false,
             own: own && mode == CaptureMode::Redirect,
             has_captured,
         }

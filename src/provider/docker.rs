@@ -6,25 +6,38 @@ use std::{
     sync::Arc,
 };
 
-use super::{Invalid, Listing, Problem, bindings::bindings};
+use super::{Invalid, Listing, NETWORK, Problem, bindings::bindings};
 use crate::{
     consumer::{Binding, Consumer},
     docker::{
         container::{
-            Attachment, Bridges, Container, Inventory, Network, NetworkId, SHOWN, bridge_of,
+            Attachment, Bridge, Bridges, Container, Inventory, Network, NetworkId, OtherNetworks,
+            SHOWN, bridge_of,
         },
         per_container::{PerContainer, Subject},
         read::{LARGEST_DECLARED, MOST_DECLARED},
     },
     model::{ConsumerId, ContainerId},
+    wiring::{Arrival, Interface, Owner, Plug, Wiring},
 };
 
 /// Makes listings of inventories. A consumer that did not change is the same `Arc` as in the listing before.
 #[derive(Debug)]
 pub(crate) struct Listings {
     prefix: String,
-    asking: PerContainer<(Arc<Bridges>, Outclaimed), Asking>,
+    asking: PerContainer<Common, Asking>,
     known: Arc<BTreeSet<IpAddr>>,
+    wiring: Arc<Wiring>,
+}
+
+/// What the bindings of all containers depend on.
+#[derive(Debug, Clone, PartialEq)]
+struct Common {
+    bridges: Arc<Bridges>,
+    others: Arc<OtherNetworks>,
+    outclaimed: Outclaimed,
+    /// The interfaces of bridge networks in our own network namespace, where they are known.
+    interfaces: BTreeMap<NetworkId, Interface>,
 }
 
 const NET_HOST: &str = "net=host: cannot be told from other host processes by its address; run embassy with \
@@ -55,35 +68,67 @@ struct Asking {
     /// `None` if it has no bindings, or its network is unknown.
     consumer: Option<Arc<Consumer>>,
     no_network: Option<Problem>,
+    /// The addresses of its own, and how they are connected to this host.
+    cables: Vec<(IpAddr, Cable)>,
+}
+
+/// How an address of a container is connected to this host.
+#[derive(Debug, Clone)]
+enum Cable {
+    /// On a bridge, by ports that are the container's alone.
+    Bound(Arc<Owner>),
+    /// On a bridge, by ports that are not known.
+    Unbound,
+    Other,
 }
 
 impl Listings {
     pub(crate) fn new(prefix: String) -> Self {
-        Self { prefix, asking: PerContainer::default(), known: Arc::default() }
+        Self {
+            prefix,
+            asking: PerContainer::default(),
+            known: Arc::default(),
+            wiring: Arc::default(),
+        }
     }
 
     /// All consumers.
     pub(crate) fn of(&mut self, inventory: &Inventory) -> Listing {
         let bridges = inventory.bridges.values();
-        let interfaces = bridges.clone().map(|bridge| bridge.interface.clone());
+        let names = bridges.clone().map(|bridge| bridge.interface.clone());
         let mut listing = Listing {
             networks: bridges.flat_map(|bridge| &bridge.ranges).copied().collect(),
-            bridges: interfaces.filter(|interface| !interface.is_empty()).collect(),
+            bridges: names.filter(|name| !name.is_empty()).collect(),
+            confirmed: inventory.confirmed,
             ..Listing::default()
         };
         let mut known = Vec::new();
-        let (prefix, bridges) = (&self.prefix, &inventory.bridges);
-        let outclaimed = outclaimed(inventory);
-        let common = (bridges.clone(), outclaimed.clone());
+        let prefix = &self.prefix;
+        let common = Common {
+            bridges: inventory.bridges.clone(),
+            others: inventory.others.clone(),
+            outclaimed: outclaimed(inventory),
+            interfaces: interfaces(inventory),
+        };
+        let mut wiring = segments(inventory, &common.interfaces);
         let asking = self
             .asking
-            .update(inventory, common, |subject| Asking::of(subject, prefix, bridges, &outclaimed));
+            .update(inventory, common.clone(), |subject| Asking::of(subject, prefix, &common));
         for (container, asking) in asking {
             // The kernel reports an end before the engine does, and the address may already be reused.
             if container.run.has_ended() {
                 continue;
             }
-            known.extend(addresses(container, &outclaimed));
+            known.extend(addresses(container, &common.outclaimed));
+            for (address, cable) in &asking.cables {
+                match cable {
+                    Cable::Bound(owner) => drop(wiring.owners.insert(*address, owner.clone())),
+                    Cable::Unbound => {
+                        drop(wiring.unbound.insert(*address, container.name.clone()));
+                    }
+                    Cable::Other => {}
+                }
+            }
             if asking.bindings.is_empty() && !asking.problems.is_empty() {
                 let (name, id) = (container.name.clone(), container.id.clone());
                 let addresses = container.addresses().collect();
@@ -102,6 +147,15 @@ impl Listings {
             self.known = known.into();
         }
         listing.known = self.known.clone();
+        // Whose it is will be known; until then nobody is shut out.
+        for address in &listing.contested {
+            wiring.owners.remove(address);
+            wiring.unbound.remove(address);
+        }
+        if *self.wiring != wiring {
+            self.wiring = wiring.into();
+        }
+        listing.wiring = self.wiring.clone();
         listing.gateways = gateways(inventory, &listing.known);
         listing.problems.sort();
         listing
@@ -115,6 +169,130 @@ fn gateways(inventory: &Inventory, known: &BTreeSet<IpAddr>) -> BTreeSet<IpAddr>
     let own = inventory.here.values().flatten().copied();
     own.filter(|own| ranges().any(|range| range.contains(own)) && !known.contains(own)).collect()
 }
+
+/// The interface of each bridge network in our own network namespace: that of its name, or one that has an address in it. A network
+/// that has none here is the network of another namespace, or embassy lives in a container of it.
+fn interfaces(inventory: &Inventory) -> BTreeMap<NetworkId, Interface> {
+    let is_containers = |address: &IpAddr| {
+        inventory.containers.iter().any(|one| one.addresses().any(|of_it| of_it == *address))
+    };
+    let of = |bridge: &Bridge| {
+        let is_in = |own: &&IpAddr| bridge.ranges.iter().any(|range| range.contains(*own));
+        let here = inventory.here.iter();
+        let inside = here.filter_map(|(name, own)| Some((name, own.iter().find(is_in)?)));
+        let inside: Vec<_> = inside.collect();
+        if inside.iter().any(|(name, _)| **name == bridge.interface) {
+            return Interface::new(&bridge.interface);
+        }
+        match inside[..] {
+            [(only, own)] if !is_containers(own) => Interface::new(only),
+            // Its bridge may have no address.
+            [] if inventory.here.contains_key(&bridge.interface) => {
+                Interface::new(&bridge.interface)
+            }
+            _ => None,
+        }
+    };
+    let bridges = inventory.bridges.iter();
+    bridges.filter_map(|(network, bridge)| Some((network.clone(), of(bridge)?))).collect()
+}
+
+/// The wiring without containers.
+fn segments(inventory: &Inventory, interfaces: &BTreeMap<NetworkId, Interface>) -> Wiring {
+    let mut wiring = Wiring::default();
+    for (network, bridge) in &*inventory.bridges {
+        match interfaces.get(network) {
+            Some(interface) => {
+                wiring.segments.extend(bridge.ranges.iter().map(|range| (*interface, *range)));
+                wiring.interfaces.insert(*interface);
+            }
+            None => wiring.loose.extend(bridge.ranges.iter().copied()),
+        }
+    }
+    for (name, addresses) in &*inventory.here {
+        if Interface::new(name).is_some_and(|name| wiring.interfaces.contains(&name)) {
+            wiring.gateways.extend(addresses.iter().copied());
+        }
+    }
+    let ports = inventory.ports.iter();
+    let of_engine = ports.filter(|(_, bridge)| wiring.interfaces.contains(bridge));
+    wiring.ports = of_engine.map(|(port, _)| *port).collect();
+    wiring
+}
+
+impl Common {
+    /// How an address on a network arrives at this host.
+    fn arrival(&self, owner: &Container, network: &NetworkId, end: &Attachment) -> Arrival {
+        // Of networks of others, the kernel shows where their cables end.
+        let shown = || {
+            let mut all: Vec<_> = owner.plugs.iter().map(|plug| plug.interface).collect();
+            all.dedup();
+            match all[..] {
+                [Some(only)] => Arrival::By(only),
+                _ => Arrival::Anywhere,
+            }
+        };
+        if **network == *SHOWN {
+            return shown();
+        }
+        if let Some((id, _)) = bridge_of(&self.bridges, network, end) {
+            let Some(interface) = self.interfaces.get(id) else { return Arrival::Anywhere };
+            // Its cable was moved by hand, or just now: then it is in doubt.
+            let is_there = owner.plugs.is_empty()
+                || owner.plugs.iter().any(|plug| plug.interface == Some(*interface));
+            return if is_there { Arrival::By(*interface) } else { Arrival::Anywhere };
+        }
+        match self.others.get(network) {
+            Some(other) if OF_OTHER_HOSTS.contains(&&*other.driver) => Arrival::Outside,
+            Some(_) => shown(),
+            None => Arrival::Anywhere,
+        }
+    }
+
+    /// The addresses of a container, and how they are connected.
+    fn cables(&self, owner: &Container) -> Vec<(IpAddr, Arrival, Cable)> {
+        let addresses = addresses(owner, &self.outclaimed);
+        let mut cables: Vec<(IpAddr, Arrival, Cable)> = Vec::new();
+        for (network, end) in owner.attachments() {
+            let arrival = self.arrival(owner, network, end);
+            let cable = match arrival {
+                Arrival::By(interface) => {
+                    let here = owner.plugs.iter().filter(|plug| plug.interface == Some(interface));
+                    let (ports, routed): (Vec<&Plug>, Vec<_>) = here.partition(|plug| plug.is_port);
+                    match ports.is_empty() {
+                        false => Cable::Bound(Arc::new(Owner {
+                            name: owner.name.clone(),
+                            ports: ports.iter().map(|plug| plug.index).collect(),
+                            mac: end.mac,
+                        })),
+                        true if routed.is_empty() => Cable::Unbound,
+                        true => Cable::Other,
+                    }
+                }
+                Arrival::Anywhere if bridge_of(&self.bridges, network, end).is_some() => {
+                    Cable::Unbound
+                }
+                Arrival::Anywhere | Arrival::Outside => Cable::Other,
+            };
+            let its = end.addresses.iter().filter(|address| addresses.contains(address));
+            cables.extend(its.map(|address| (*address, arrival, cable.clone())));
+        }
+        cables.sort_by_key(|(address, ..)| *address);
+        // On two networks with the same addresses it may come by either.
+        cables.dedup_by(|(other, ..), (address, arrival, cable)| {
+            let same = other == address;
+            if same {
+                (*arrival, *cable) = (Arrival::Anywhere, Cable::Other);
+            }
+            same
+        });
+        cables
+    }
+}
+
+/// The drivers of networks that are not bridges of this host: their containers are on the network of a parent interface, or on one
+/// that reaches over several hosts.
+const OF_OTHER_HOSTS: [&str; 3] = ["macvlan", "ipvlan", "overlay"];
 
 /// The addresses of a container that no other container has a surer claim on.
 fn addresses(container: &Container, outclaimed: &Outclaimed) -> BTreeSet<IpAddr> {
@@ -171,12 +349,7 @@ fn claim(bridges: &Bridges, network: &NetworkId, end: &Attachment) -> Claim {
 }
 
 impl Asking {
-    fn of(
-        subject: Subject<'_, Self>,
-        prefix: &str,
-        bridges: &Bridges,
-        outclaimed: &Outclaimed,
-    ) -> Self {
+    fn of(subject: Subject<'_, Self>, prefix: &str, common: &Common) -> Self {
         let Subject { container, owner, before } = subject;
         let (bindings, problems) = match before {
             Some((was, asking)) if Arc::ptr_eq(was, container) => {
@@ -184,16 +357,17 @@ impl Asking {
             }
             _ => declared(container, prefix),
         };
-        let mut asking = Self { bindings, problems, consumer: None, no_network: None };
+        let own = common.cables(container);
+        let own = own.into_iter().map(|(address, _, cable)| (address, cable));
+        let cables = own.collect();
+        let mut asking = Self { bindings, problems, consumer: None, no_network: None, cables };
         if asking.bindings.is_empty() {
             return asking;
         }
         let reason = match owner {
             Ok(owner) if owner.network == Network::Host => NET_HOST.to_owned(),
             Ok(owner) => {
-                let sources = addresses(owner, outclaimed).into_iter().collect();
-                let consumer =
-                    consumer(container, owner, sources, bridges, asking.bindings.clone());
+                let consumer = consumer(container, owner, common, asking.bindings.clone());
                 let has_address = !consumer.sources.is_empty();
                 let before = before.and_then(|(_, asking)| asking.consumer.as_ref());
                 let same = before.filter(|before| before.is_same_as(&consumer));
@@ -205,7 +379,7 @@ impl Asking {
             }
             Err(reason) => reason.to_string(),
         };
-        let (consumer, origin) = (container.name.clone(), "network".into());
+        let (consumer, origin) = (container.name.clone(), NETWORK.into());
         asking.no_network = Some(Problem { consumer, origin, reason });
         asking
     }
@@ -228,17 +402,16 @@ fn declared(container: &Container, prefix: &str) -> (Vec<Binding>, Vec<Problem>)
     (bindings, problems)
 }
 
-/// `owner` is the container whose network this one lives in, and `sources` are its addresses.
+/// `owner` is the container whose network this one lives in.
 fn consumer(
     container: &Container,
     owner: &Container,
-    sources: Vec<IpAddr>,
-    bridges: &Bridges,
+    common: &Common,
     bindings: Vec<Binding>,
 ) -> Consumer {
     // A gateway that a process shows is one of this host's addresses.
     let on_bridges = owner.attachments().filter(|(network, end)| {
-        ***network == *SHOWN || bridge_of(bridges, network, end).is_some()
+        ***network == *SHOWN || bridge_of(&common.bridges, network, end).is_some()
     });
     let mut gateways: Vec<_> = on_bridges.flat_map(|(_, end)| &end.gateways).copied().collect();
     gateways.sort();
@@ -248,7 +421,12 @@ fn consumer(
         id: ConsumerId::Container { id, started_at },
         name: container.name.clone(),
         namespace: owner.id.as_str().into(),
-        sources,
+        sources: addresses(owner, &common.outclaimed).into_iter().collect(),
+        arrivals: {
+            let cables = common.cables(owner).into_iter();
+            let arrivals = cables.map(|(address, arrival, _)| (address, arrival));
+            arrivals.filter(|(_, arrival)| *arrival != Arrival::Anywhere).collect()
+        },
         gateways,
         bindings,
         ends: vec![container.run.clone(), owner.run.clone()],
@@ -259,7 +437,7 @@ fn consumer(
 mod tests {
     use super::*;
     use crate::docker::container::{
-        Bridge,
+        OtherNetwork,
         samples::{self, *},
     };
 
@@ -339,6 +517,98 @@ mod tests {
         let listing = Listings::new(String::new()).of(&all);
         let expected = ["10.89.0.1", "172.17.0.1"].map(|address| address.parse().unwrap());
         assert_eq!(listing.gateways, expected.into());
+    }
+
+    #[test]
+    fn an_address_counts_where_its_network_and_its_cable_are() {
+        let docker0 = Interface::new("docker0").unwrap();
+        let bridge = |interface: &str, range: &str| Bridge {
+            ranges: vec![range.parse().unwrap()],
+            interface: interface.into(),
+        };
+        let bridges = [
+            ("bridge".into(), bridge("docker0", "172.17.0.0/16")),
+            // Podman does not say how it is called; and the network of a bridge in another namespace.
+            ("podman".into(), bridge("", "10.88.0.0/16")),
+            ("away".into(), bridge("br-away", "10.99.0.0/16")),
+        ];
+        let of_driver = |driver: &str| OtherNetwork { driver: driver.into(), ..Default::default() };
+        let others = [("mac".into(), of_driver("macvlan")), ("weave".into(), of_driver("weave"))];
+        let here = [("docker0", "172.17.0.1"), ("podman0", "10.88.0.1"), ("eth0", "192.168.1.90")];
+        let here = here.map(|(name, at)| (name.into(), vec![at.parse().unwrap()]));
+        let plug = |index: u32, name: &str, is_port| Plug {
+            index,
+            interface: Interface::new(name),
+            is_port,
+        };
+        let at = |name: &str, network: &str, address: &str, plugs: Vec<Plug>| Container {
+            plugs,
+            ..container(name, on(&[(network, address, "0.0.0.1")]))
+        };
+        let all = [
+            at(
+                "bound",
+                "bridge",
+                "172.17.0.2",
+                vec![plug(7, "docker0", true), plug(8, "br-x", true)],
+            ),
+            at("unseen", "bridge", "172.17.0.3", vec![]),
+            at("moved", "bridge", "172.17.0.4", vec![plug(9, "br-x", true)]),
+            at("podman", "podman", "10.88.0.2", vec![plug(10, "podman0", true)]),
+            at("away", "away", "10.99.0.2", vec![]),
+            at("mac", "mac", "192.168.1.5", vec![]),
+            at("routed", "weave", "10.32.0.2", vec![plug(11, "vethwe", false)]),
+            at("unknown", "nobody knows it", "10.33.0.2", vec![]),
+            at("one", "bridge", "172.17.0.9", vec![plug(12, "docker0", true)]),
+            at("two", "bridge", "172.17.0.9", vec![plug(13, "docker0", true)]),
+        ];
+        let ports = [7, 12, 13, 20].map(|port| (port, docker0));
+        let inventory = Inventory {
+            bridges: Arc::new(bridges.into()),
+            others: Arc::new(others.into()),
+            here: Arc::new(here.into()),
+            ports: Arc::new(
+                ports.into_iter().chain([(30, Interface::new("virbr0").unwrap())]).collect(),
+            ),
+            ..inventory(all)
+        };
+        let listing = Listings::new("BACKEND_".to_owned()).of(&inventory);
+        let by = |name: &str| Arrival::By(Interface::new(name).unwrap());
+        for (name, expected) in [
+            ("bound", by("docker0")),
+            ("unseen", by("docker0")),
+            ("moved", Arrival::Anywhere),
+            ("podman", by("podman0")),
+            ("away", Arrival::Anywhere),
+            ("mac", Arrival::Outside),
+            ("routed", by("vethwe")),
+            ("unknown", Arrival::Anywhere),
+        ] {
+            let consumer = listing.consumers.iter().find(|one| *one.name == *name).unwrap();
+            assert_eq!(consumer.arrival(&consumer.sources[0]), expected, "{name}");
+        }
+        let Wiring { segments, loose, gateways, ports, owners, unbound, .. } = &*listing.wiring;
+        let texts =
+            |all: &BTreeSet<IpAddr>| all.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let named: Vec<_> = segments.iter().map(|(by, net)| format!("{by} {net}")).collect();
+        assert_eq!(named, ["docker0 172.17.0.0/16", "podman0 10.88.0.0/16"]);
+        assert_eq!(loose.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.99.0.0/16"]);
+        assert_eq!(texts(gateways), ["10.88.0.1", "172.17.0.1"]);
+        assert_eq!(*ports, [7, 12, 13, 20].into(), "those of other bridges are others'");
+        // Whose the contested address is will be known.
+        let owned: Vec<_> =
+            owners.iter().map(|(at, owner)| (at.to_string(), &owner.ports[..])).collect();
+        let expected = [("10.88.0.2".to_owned(), &[10][..]), ("172.17.0.2".to_owned(), &[7])];
+        assert_eq!(owned, expected);
+        let unbound: Vec<_> = unbound.values().map(|name| &**name).collect();
+        assert_eq!(unbound, ["away", "unseen", "moved"]);
+        // Embassy lives in a container of the network: its interface is not the bridge.
+        let here = [("eth0".into(), vec!["172.17.0.2".parse().unwrap()])];
+        let inside = Inventory { here: Arc::new(here.into()), ..inventory };
+        let listing = Listings::new("BACKEND_".to_owned()).of(&inside);
+        assert!(listing.wiring.interfaces.is_empty() && listing.wiring.owners.is_empty());
+        let first = &listing.consumers[0];
+        assert_eq!(first.arrival(&first.sources[0]), Arrival::Anywhere);
     }
 
     /// The same address on a bridge, on a network of several hosts, and set by a program in a container.

@@ -60,6 +60,7 @@ pub fn listing(interface: &str, services: &[Descriptor]) -> Result<Listing, Inte
         name,
         namespace: "local".into(),
         sources,
+        arrivals: Vec::new(),
         gateways: Vec::new(),
         bindings,
         ends: Vec::new(),

@@ -5,12 +5,13 @@ use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 use tokio::sync::Notify;
 
-pub use crate::docker::follow::Lookup;
+pub use crate::docker::lookup::Lookup;
 use crate::{
     consumer::Consumer,
     docker::follow::Follower,
     model::ContainerId,
     source::{Answers, Publisher, ResyncRequests},
+    wiring::Wiring,
     word::worded,
 };
 
@@ -30,8 +31,12 @@ pub struct Listing {
     pub networks: BTreeSet<IpNet>,
     /// The addresses of this host in those networks.
     pub gateways: BTreeSet<IpAddr>,
+    /// How those networks and the known addresses are connected to this host.
+    pub wiring: Arc<Wiring>,
     /// The interfaces that those networks' gateways are on.
     pub bridges: BTreeSet<Arc<str>>,
+    /// So many doubts about whose an address is are cleared up ([`Lookup::is_in_doubt`]).
+    pub confirmed: u64,
     pub problems: Vec<Problem>,
     /// Containers that declare bindings of which none is valid.
     pub invalid: Vec<Invalid>,
@@ -85,6 +90,9 @@ impl Invalid {
             || wanted.parse().is_ok_and(|address| self.addresses.contains(&address))
     }
 }
+
+/// The origin of the problem that a container cannot be told by an address of its own.
+pub const NETWORK: &str = "network";
 
 /// A declaration of a consumer that is invalid. Its other bindings work.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -1,6 +1,7 @@
 //! Admission: an accepted connection gets its route or is reset. It waits while its owner is not known or not certain.
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
@@ -23,7 +24,12 @@ use super::{
     socket::Socket,
     worker::{HeldTicket, Worker},
 };
-use crate::{model::SourceAddress, outcome::Outcome, table::Route};
+use crate::{
+    docker::process,
+    model::{ConsumerId, SourceAddress},
+    outcome::Outcome,
+    table::Route,
+};
 
 impl Worker {
     /// Maximum number of connections accepted in a row, so that many new ones do not delay the relaying of others.
@@ -85,34 +91,62 @@ impl Worker {
             Ok(route) => return self.let_in_to(socket, captured, route),
             Err(outcome) => outcome,
         };
-        let source = captured.source;
+        let (source, settings) = (captured.source.0.ip(), self.settings());
         if outcome == Outcome::UnknownConsumer
-            && self.table.borrow().may_become_known(&source.0.ip())
-            && let Some(permit) = HoldPermit::for_unknown(&self.shared)
+            && !settings.hold.is_zero()
+            && self.table.borrow().may_become_known(&source)
+            && !settings.lookup.was_nobodys(&source)
         {
-            let ticket = self.hold(captured, permit);
-            return self.run(ticket.place(), wait(ticket, socket, captured, None));
+            return self.hold_while(captured, |ticket| wait(ticket, socket, captured, None));
         }
-        self.refuse(source, Some(captured.destination), None, outcome);
+        self.refuse(captured.source, Some(captured.destination), None, outcome);
     }
 
-    /// Whether a route's owner has lost the address, and no event told of that: the next one to have it may have opened this.
-    /// That costs a look at the owner's network after an interface of this host has gone, and nothing otherwise.
-    fn has_lost(&self, route: &Route, source: IpAddr) -> bool {
-        const MOST: usize = 100_000;
-        let moves = self.settings().lookup.moves();
-        if self.checked.borrow().get(&source).copied().unwrap_or_default() == moves {
-            return false;
-        }
-        let has_lost = owner::has_lost(route, source);
-        if !has_lost {
-            let mut checked = self.checked.borrow_mut();
-            if checked.len() >= MOST {
-                checked.clear();
+    /// Holds a connection while a task finds out whose it is. Refuses it if too many of its source are held.
+    fn hold_while<T: Future<Output = ()> + 'static>(
+        self: &Rc<Self>,
+        captured: Captured,
+        task: impl FnOnce(HeldTicket) -> T,
+    ) {
+        let Captured { source, destination, .. } = captured;
+        match HoldPermit::of(&self.shared, source.0.ip()) {
+            Some(permit) => {
+                let ticket = self.hold(captured, permit);
+                self.run(ticket.place(), task(ticket));
             }
-            checked.insert(source, moves);
+            None => self.refuse(source, Some(destination), None, Outcome::TooManyHeld),
         }
-        has_lost
+    }
+
+    /// What shows that a route's owner may have lost the address without an event: the next one to have it may have opened this.
+    /// That costs a look at the owner's network after an interface of this host has gone, and nothing otherwise.
+    fn may_have_lost(&self, route: &Route, source: IpAddr) -> Option<Sign> {
+        const MOST: usize = 100_000;
+        if route.consumer == ConsumerId::Local {
+            return None;
+        }
+        let lookup = &self.settings().lookup;
+        let Some(owner) = owner::shown(route) else {
+            // Its process shows nothing: the engine has to confirm who has which address.
+            let confirmed = self.table.borrow().confirmed;
+            return lookup.is_in_doubt(confirmed).then_some(Sign::Unconfirmed);
+        };
+        let moves = lookup.moves();
+        if self.checked.borrow().get(&source).copied().unwrap_or_default() == moves {
+            return None;
+        }
+        let read =
+            || process::look(owner, process::addresses).unwrap_or_else(|| Ok(BTreeSet::new()));
+        // One that has ended has no address.
+        if owner.has_address(source, moves, read) == Some(false) {
+            return Some(Sign::Lost);
+        }
+        let mut checked = self.checked.borrow_mut();
+        if checked.len() >= MOST {
+            checked.clear();
+        }
+        checked.insert(source, moves);
+        None
     }
 
     /// Starts a connection, unless it may be one that the address's former owner opened.
@@ -123,26 +157,17 @@ impl Worker {
         route: Arc<Route>,
     ) {
         let now = Instant::now();
-        if self.has_lost(&route, captured.source.0.ip()) {
-            let Some(permit) = HoldPermit::for_doubted(&self.shared) else {
-                let Captured { source, destination, .. } = captured;
-                return self.refuse(source, Some(destination), None, Outcome::UnknownConsumer);
-            };
-            let ticket = self.hold(captured, permit);
-            return self.run(ticket.place(), wait(ticket, socket, captured, Some(route)));
+        if let Some(sign) = self.may_have_lost(&route, captured.source.0.ip()) {
+            let former = (sign == Sign::Lost).then_some(route);
+            return self.hold_while(captured, |ticket| wait(ticket, socket, captured, former));
         }
         match owner::doubt(&route, self.pause.get(), now) {
             None => {}
             // It may have waited until a moment ago to become known, and is served like those that do so here.
             Some(Doubt::New) if !owner::has_hung_up(&socket.stream) => {}
             Some(_) => {
-                let Some(permit) = HoldPermit::for_doubted(&self.shared) else {
-                    let Captured { source, destination, .. } = captured;
-                    let outcome = Outcome::UnknownConsumer;
-                    return self.refuse(source, Some(destination), None, outcome);
-                };
-                let ticket = self.hold(captured, permit);
-                return self.run(ticket.place(), identify(ticket, socket, captured, route, now));
+                return self
+                    .hold_while(captured, |ticket| identify(ticket, socket, captured, route, now));
             }
         }
         if let Some(ticket) = self.start(captured, route, now) {
@@ -161,34 +186,52 @@ impl Worker {
     }
 }
 
+/// What shows that a route's owner may have lost its address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sign {
+    /// The owner's network does not have it any more.
+    Lost,
+    /// A container came that may have got it, and the engine has not said yet who has which address.
+    Unconfirmed,
+}
+
 /// Waits until the container is known: its first connection may arrive before the engine's event. `former`: the route of the
 /// one who had the address before.
 async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, former: Option<Arc<Route>>) {
     let (worker, accepted) = (ticket.worker().clone(), Instant::now());
     let deadline = accepted + worker.settings().hold;
-    worker.settings().lookup.ask();
+    let (lookup, source) = (&worker.settings().lookup, captured.source.0.ip());
+    let mut looks = lookup.looks();
+    lookup.ask(source);
     loop {
         // Looked up before the first wait too: the table may have come since this connection was accepted.
         let route = worker.route_of(&captured);
-        let is_former = |route: &Arc<Route>| {
+        let is_lost = |route: &Arc<Route>| {
             former.as_ref().is_some_and(|former| former.number == route.number)
+                || worker.may_have_lost(route, source).is_some()
         };
         match route {
-            Ok(route) if is_former(&route) => {
-                if !worker.another_table(deadline).await {
-                    return ticket.end(Outcome::UnknownConsumer);
-                }
-            }
-            // It has sent all it has to say; or who opened it is gone, and its address another's by now.
+            Ok(route) if is_lost(&route) => {}
+            // The first to get the address need not be the one who dialled.
             Ok(route)
-                if owner::doubt(&route, worker.pause.get(), accepted) == Some(Doubt::Waited)
+                if owner::shows_sockets(&route)
+                    || owner::doubt(&route, worker.pause.get(), accepted)
+                        == Some(Doubt::Waited)
                     || owner::has_hung_up(&socket.stream) =>
             {
                 return identify(ticket, socket, captured, route, accepted).await;
             }
             Ok(route) => return start_held(ticket, socket, captured, route, accepted).await,
-            Err(Outcome::UnknownConsumer) if worker.another_table(deadline).await => {}
+            // The engine was asked since, and knows nobody there.
+            Err(Outcome::UnknownConsumer) if !lookup.is_nobodys(&source, accepted) => {}
             Err(outcome) => return ticket.end(outcome),
+        }
+        let waits_on = tokio::select! {
+            is_another = worker.another_table(deadline) => is_another,
+            _ = looks.changed() => true,
+        };
+        if !waits_on {
+            return ticket.end(Outcome::UnknownConsumer);
         }
     }
 }
@@ -201,8 +244,9 @@ async fn identify(
     route: Arc<Route>,
     accepted: Instant,
 ) {
+    let worker = ticket.worker().clone();
     // The table may be another by then.
-    if owner::is_owners(&route, &captured).await && ticket.worker().table.borrow().has(&route) {
+    if worker.looks.are_owners(&route, &captured).await && worker.table.borrow().has(&route) {
         return start_held(ticket, socket, captured, route, accepted).await;
     }
     ticket.end(Outcome::UnknownConsumer);
@@ -234,7 +278,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::{ConsumerId, ContainerId, Endpoint, Process, RunEnd},
+        consumer::Consumer,
+        docker::process,
+        model::{ContainerId, Endpoint},
         proxy::{
             connections::{Connection, State},
             settings::ProxySettings,
@@ -244,6 +290,7 @@ mod tests {
                 table_after, table_of,
             },
         },
+        table::Table,
     };
 
     /// A worker whose table has one container's route, which came at `born`. The container's first process is this one.
@@ -252,10 +299,10 @@ mod tests {
         let table = Arc::new(table_of(id));
         let worker = Worker::new(Arc::new(shared(100, 100)), 0, table).unwrap();
         let route = worker.table.borrow().routes().next().unwrap().clone();
-        let end = RunEnd::default();
-        end.is_that_of(Process { pid: i32::try_from(std::process::id()).unwrap(), started: 1 });
+        let end = process::run_of_this_process();
         let route = Arc::new(Route {
             key: route.key,
+            arrival: route.arrival,
             number: route.number,
             consumer: route.consumer.clone(),
             consumer_name: route.consumer_name.clone(),
@@ -413,6 +460,153 @@ mod tests {
         });
     }
 
+    /// No process is visible, and a container came after an interface had gone. Only the engine can say whose the address is.
+    #[test]
+    fn an_address_that_may_have_a_newer_owner_is_served_once_the_engine_has_confirmed_it() {
+        run(async {
+            let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
+            let source: IpAddr = "172.17.0.2".parse().unwrap();
+            let id =
+                |name| ConsumerId::Container { id: ContainerId::new(name), started_at: "t".into() };
+            let of = |name| consumer_of(id(name), name, source, "redis;6379");
+            let first = table_after(&Table::default(), &[of("former")], &[]).unwrap();
+            let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(first)).unwrap();
+            let lookup = worker.settings().lookup.clone();
+            let route = || worker.table.borrow().routes().next().unwrap().clone();
+            let started = |route: &Route| route.counts.started.load(Relaxed);
+            let dial = async || {
+                let (client, accepted) = connection().await;
+                let captured = captured("172.17.0.2:1".parse().unwrap(), VIP.parse().unwrap());
+                worker.let_in(Socket::new(accepted), captured);
+                // What waits has had its turn.
+                tokio::task::yield_now().await;
+                client
+            };
+            let waiting = || {
+                let connections = worker.connections.borrow();
+                connections.iter().filter(|(_, one)| matches!(one.state, State::Held(_))).count()
+            };
+            let _before = dial().await;
+            let former = route();
+            assert_eq!((started(&former), waiting()), (1, 0));
+            lookup.doubt();
+            let _doubted = dial().await;
+            assert_eq!((started(&former), waiting()), (1, 1));
+            // A table that confirms nothing serves nobody.
+            let other = consumer("other", "172.17.0.77".parse().unwrap(), "redis;6379");
+            let before = worker.table.borrow().clone();
+            let next = table_after(&before, &[of("former"), other.clone()], &[]).unwrap();
+            worker.take_over(Arc::new(next));
+            tokio::task::yield_now().await;
+            tokio::task::yield_now().await;
+            assert_eq!((started(&former), waiting()), (1, 1));
+            // The engine says that the address is another's.
+            let before = worker.table.borrow().clone();
+            let mut next = table_after(&before, &[of("next"), other], &[]).unwrap();
+            next.confirmed = lookup.doubts();
+            worker.take_over(Arc::new(next));
+            let key = former.key;
+            let served = async {
+                while started(worker.table.borrow().route(&key).unwrap()) == 0 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(60), served).await.unwrap();
+            assert_eq!((started(&former), waiting()), (1, 0));
+            worker.end_all(Outcome::Shutdown, |_| true);
+            worker.all_ended().await;
+        });
+    }
+
+    /// A container that runs in this test's network, at this address, and asks for what is dialled.
+    fn newcomer(source: IpAddr, port: u16, is_shown: bool) -> Arc<Consumer> {
+        let run = process::run_of_this_process();
+        if is_shown {
+            run.shows_network();
+        }
+        let newcomer = consumer("newcomer", source, &format!("redis;{port}"));
+        Arc::new(Consumer { ends: vec![run], ..Consumer::clone(&newcomer) })
+    }
+
+    /// How often a connection that was held is served when a container gets its address: 0 or 1.
+    async fn served_by_newcomer(dials_itself: bool, is_shown: bool) -> u64 {
+        let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
+        let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(table())).unwrap();
+        let (_client, socket, captured) = opened(false, dials_itself).await;
+        let (source, port) = (captured.source.0.ip(), captured.destination.0.port());
+        worker.hold_while(captured, |ticket| wait(ticket, socket, captured, None));
+        tokio::task::yield_now().await;
+        assert_eq!(worker.shared.holds().held, 1);
+        let known = [newcomer(source, port, is_shown)];
+        let table = table_after(&worker.table.borrow(), &known, &[]).unwrap();
+        let route = table.routes().find(|route| route.key.source == source).unwrap().clone();
+        worker.take_over(Arc::new(table));
+        worker.all_ended().await;
+        let (started, refused) =
+            (route.counts.started.load(Relaxed), worker.shared.tally.get(Outcome::UnknownConsumer));
+        assert_eq!(started + refused, 1, "either");
+        started
+    }
+
+    #[test]
+    fn the_first_to_get_an_address_is_served_what_it_dialled_itself_and_nothing_else() {
+        run(async {
+            assert_eq!(served_by_newcomer(true, true).await, 1);
+            assert_eq!(served_by_newcomer(false, true).await, 0, "another dialled");
+            // Of a sandbox, and of one whose process is not visible, the kernel does not show whose connections they are.
+            assert_eq!(served_by_newcomer(true, false).await, 1);
+            assert_eq!(served_by_newcomer(false, false).await, 1);
+        });
+    }
+
+    #[test]
+    fn the_engines_word_that_nobody_has_an_address_ends_the_wait_and_is_remembered() {
+        run(async {
+            let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
+            let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(table())).unwrap();
+            let lookup = worker.settings().lookup.clone();
+            let refused = || worker.shared.tally.get(Outcome::UnknownConsumer);
+            let dial = |source: &str| {
+                let (worker, source) =
+                    (worker.clone(), SocketAddr::new(source.parse().unwrap(), 7));
+                async move {
+                    let (client, accepted) = connection().await;
+                    worker.let_in(Socket::new(accepted), captured(source, VIP.parse().unwrap()));
+                    tokio::task::yield_now().await;
+                    client
+                }
+            };
+            let _first = dial(STRANGER).await;
+            lookup.begins();
+            // The look has begun: it may have come since.
+            let _later = dial(STRANGER).await;
+            let _other = dial("172.17.0.10").await;
+            assert_eq!((worker.shared.holds().held, refused()), (3, 0));
+            lookup.is_over(true, |_| false);
+            while refused() == 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            assert_eq!((worker.shared.holds().held, refused()), (2, 1));
+            let _again = dial(STRANGER).await;
+            assert_eq!((worker.shared.holds().held, refused()), (2, 2), "at once");
+            lookup.begins();
+            lookup.is_over(true, |_| false);
+            while refused() < 4 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            assert_eq!(worker.shared.holds().held, 0);
+            lookup.forget();
+            let _after_news = dial(STRANGER).await;
+            assert_eq!(
+                (worker.shared.holds().held, refused()),
+                (1, 4),
+                "a container may have come"
+            );
+            worker.end_all(Outcome::Shutdown, |_| true);
+            worker.all_ended().await;
+        });
+    }
+
     #[tokio::test]
     async fn an_owner_that_has_ended_is_served_no_more() {
         let test = async {
@@ -447,13 +641,16 @@ mod tests {
         });
     }
 
+    /// As many as one source may have.
+    const HELD: usize = 144;
+
     /// A worker that holds as many connections of an unknown container's as it may, and the ends of those that it was offered.
     async fn crowded() -> (Rc<Worker>, Vec<TcpStream>) {
         const MORE: usize = 44;
         let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
         let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(table())).unwrap();
         let mut clients = Vec::new();
-        for port in 1..=HoldPermit::MOST + MORE {
+        for port in 1..=HELD + MORE {
             let (client, accepted) = connection().await;
             let source = SocketAddr::new(STRANGER.parse().unwrap(), port.try_into().unwrap());
             worker.let_in(Socket::new(accepted), captured(source, VIP.parse().unwrap()));
@@ -461,10 +658,10 @@ mod tests {
         }
         let held = |(_, one): (Place, &Connection)| matches!(one.state, State::Held(_));
         assert!(worker.connections.borrow().iter().all(held));
-        assert_eq!(worker.connections.borrow().iter().count(), HoldPermit::MOST);
-        assert_eq!(worker.shared.held.load(Relaxed), HoldPermit::MOST);
-        assert_eq!(worker.shared.tally.get(Outcome::UnknownConsumer), MORE as u64);
-        for mut refused in clients.drain(HoldPermit::MOST..) {
+        assert_eq!(worker.connections.borrow().iter().count(), HELD);
+        assert_eq!(worker.shared.holds().held, HELD);
+        assert_eq!(worker.shared.tally.get(Outcome::TooManyHeld), MORE as u64);
+        for mut refused in clients.drain(HELD..) {
             let error = refused.read(&mut [0]).await.unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
         }
@@ -487,7 +684,7 @@ mod tests {
             for _ in &clients {
                 taken.push(listener.accept().await.unwrap());
             }
-            assert_eq!(worker.shared.held.load(Relaxed), 0);
+            assert_eq!(worker.shared.holds().held, 0);
             assert_eq!(worker.shared.live.load(Relaxed), clients.len());
             assert_eq!(worker.connections.borrow().iter().count(), clients.len());
             drop(clients);
@@ -504,7 +701,7 @@ mod tests {
             worker.end_all(Outcome::Shutdown, |one| matches!(one.state, State::Held(_)));
             worker.all_ended().await;
             assert_eq!(worker.shared.tally.get(Outcome::Shutdown), clients.len() as u64);
-            assert_eq!(worker.shared.held.load(Relaxed), 0);
+            assert_eq!(worker.shared.holds().held, 0);
         });
     }
 }

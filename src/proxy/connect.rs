@@ -13,7 +13,7 @@ use tokio::{io::AsyncWriteExt, net::TcpStream};
 use super::{
     announce,
     captured::{Captured, Destinations},
-    socket::{Patience, dial, is_local, is_shortage, remedy},
+    socket::{Lack, Patience, dial},
     worker::{Ticket, Worker},
 };
 use crate::{
@@ -32,25 +32,54 @@ const TRY: Duration = Duration::from_secs(1);
 /// Timeout of all attempts together.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// Endpoints that a connection does not go to: perhaps one from the start, and those that it has tried.
+/// How long an endpoint is used only if no other can be, after this host had no route to it, or no source port free.
+const WITHOUT_ROUTE: Duration = Duration::from_secs(60);
+const WITHOUT_PORTS: Duration = Duration::from_millis(250);
+/// The first and the longest pause before a source port is looked for again. The kernel may go through all of them each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_millis(800);
+
+/// Endpoints that a connection does not go to: perhaps one from the start, those that it has tried, and those to which this host
+/// could not open a connection.
 struct Excluded {
     all: Vec<Endpoint>,
     from_start: usize,
+    /// Those that were at fault themselves, or may be.
+    tried: usize,
+    /// Those to which all source ports were in use.
+    starved: Vec<Endpoint>,
 }
 
 impl Excluded {
     fn new(from_start: Option<Endpoint>) -> Self {
         let all = Vec::from_iter(from_start);
-        Self { from_start: all.len(), all }
+        Self { from_start: all.len(), all, tried: 0, starved: Vec::new() }
     }
 
-    fn tried(&self) -> usize {
-        self.all.len() - self.from_start
+    fn may_try_more(&self) -> bool {
+        self.tried < TRIES
+    }
+
+    fn tries(&mut self, endpoint: Endpoint) {
+        self.all.push(endpoint);
+        self.tried += 1;
+    }
+
+    /// The last try was none: this host could not make it.
+    fn was_no_try(&mut self) {
+        self.tried = self.tried.saturating_sub(1);
     }
 
     /// Those that no try may go to.
     fn always(&self) -> &[Endpoint] {
         self.all.get(..self.from_start).unwrap_or_default()
+    }
+
+    /// Admits those again to which no source port was free. Whether there are any.
+    fn readmit_starved(&mut self) -> bool {
+        let starved = std::mem::take(&mut self.starved);
+        self.all.retain(|one| !starved.contains(one));
+        !starved.is_empty()
     }
 }
 
@@ -75,23 +104,33 @@ pub(super) async fn connect(
     });
     let patience = patience(route, settings.user_timeout, consumer);
     let (mut lacking, mut slow) = (None, None::<Arc<EndpointState>>);
+    let mut pause = FIRST_PAUSE;
     while Instant::now() < deadline {
         // A failed try takes time: there may be other endpoints by now.
         let upstream = worker.upstream(route);
         let start = worker.now();
         let pick = || upstream.rotation.pick(route.balance, start, &excluded.all);
-        let next = if excluded.tried() < TRIES { pick().cloned() } else { None };
+        let next = if excluded.may_try_more() { pick().cloned() } else { None };
         let is_first_try = next.is_some();
         // If the others have failed, there is time left for one that was only slow.
         let again = || slow.take().filter(|state| upstream.rotation.offers(state));
         let Some(state) = next.or_else(again) else {
-            if excluded.tried() < TRIES
+            if excluded.may_try_more()
                 && !upstream.answered
                 && worker.another_table(deadline.min(record.accepted + settings.hold)).await
             {
                 continue;
             }
-            if excluded.tried() == 0 && upstream.rotation.has_any_of(&excluded.all) {
+            if excluded.may_try_more() && excluded.readmit_starved() {
+                // Ports come free when connections end. Another endpoint may come too.
+                worker.another_table(deadline.min(Instant::now() + pause)).await;
+                pause = (2 * pause).min(LONGEST_PAUSE);
+                continue;
+            }
+            if excluded.tried == 0
+                && lacking.is_none()
+                && upstream.rotation.has_any_of(&excluded.all)
+            {
                 return Err(Outcome::Circular);
             }
             break;
@@ -99,38 +138,54 @@ pub(super) async fn connect(
         let lease = state.lease();
         ticket.connecting(&state);
         if is_first_try {
-            excluded.all.push(state.endpoint);
+            excluded.tries(state.endpoint);
         }
         let begun = Instant::now();
         let open = async {
-            let mut stream = dial(state.endpoint, settings.mark, patience).await?;
+            let mut stream = dial(state.endpoint, settings.mark).await?;
             if let Some(announcement) = &mut announcement {
                 announcement.send(consumer, &mut stream).await?;
             }
             Ok(stream)
         };
-        match in_time(worker, route, &state, &excluded, deadline, open).await {
-            Ok(stream) => {
+        let waits = slow.as_deref();
+        let opened = in_time(worker, route, &state, (&excluded, waits), deadline, open).await;
+        let lack = opened.as_ref().err().and_then(|e| Lack::of(e, state.endpoint, settings.mark));
+        match (opened, lack) {
+            (Ok(stream), _) => {
                 let sent = announcement.map_or(0, |announcement| announcement.bytes.len());
                 record.moved.up.set(sent as u64);
                 if state.succeeded(begun.elapsed()) {
                     back(worker, route, &state);
                 }
                 ticket.connected(stream.local_addr().ok());
+                ticket.requests().watch_with(patience);
                 return Ok((stream, lease));
             }
-            Err(error) if is_shortage(&error) => {
-                lacking = Some(error);
+            (Err(error), Some(Lack::Resources)) => {
+                lacking = Some((error, Lack::Resources));
                 if is_first_try {
                     excluded.all.pop();
+                    excluded.was_no_try();
                 } else {
                     slow = Some(state);
                 }
                 worker.wait_out_shortage().await;
             }
-            // Another endpoint may be of the other family, or leave the ports to it free.
-            Err(error) if is_local(&error) => lacking = Some(error),
-            Err(error) => {
+            (Err(error), Some(lack)) => {
+                if is_first_try {
+                    excluded.was_no_try();
+                }
+                set_aside(worker, route, &state, lack, &error);
+                if lack == Lack::Ports {
+                    excluded.starved.push(state.endpoint);
+                }
+                // If others failed by themselves, the connection would have failed too had there been a route.
+                if lack == Lack::Ports || excluded.tried == 0 {
+                    lacking = Some((error, lack));
+                }
+            }
+            (Err(error), None) => {
                 failed(worker, route, &state, &excluded, &error, start);
                 if error.kind() == io::ErrorKind::TimedOut && is_first_try {
                     slow.get_or_insert(state);
@@ -140,12 +195,12 @@ pub(super) async fn connect(
         }
     }
     Err(match lacking {
-        Some(error) => {
-            let remedy = remedy(&error);
+        Some((error, lack)) => {
+            let remedy = lack.remedy();
             tracing::warn!(route = %route.key, %error, remedy, "this host cannot open a connection");
             Outcome::LocalError
         }
-        None if excluded.tried() == 0 => Outcome::NoEndpoint,
+        None if excluded.tried == 0 => Outcome::NoEndpoint,
         None => Outcome::EndpointsUnreachable,
     })
 }
@@ -182,19 +237,24 @@ fn patience(route: &Route, default: Duration, consumer: &TcpStream) -> Patience 
 }
 
 /// Waits for an attempt: until `deadline`, but only [`TRY`] while there is another endpoint to try, or as soon as there is one.
+/// For one that failed before, that may be one that was tried already and was only slow.
 async fn in_time<T>(
     worker: &Worker,
     route: &Route,
     state: &EndpointState,
-    excluded: &Excluded,
+    (excluded, slow): (&Excluded, Option<&EndpointState>),
     deadline: Instant,
     open: impl Future<Output = io::Result<T>>,
 ) -> io::Result<T> {
     let begun = Instant::now();
+    let is_trusted = state.is_trusted();
     let mut open = pin!(open);
     loop {
-        let has_alternative = excluded.tried() < TRIES
-            && worker.upstream(route).rotation.has_alternative(state, worker.now(), &excluded.all);
+        let rotation = &worker.upstream(route).rotation;
+        let has_untried =
+            excluded.may_try_more() && rotation.has_alternative(state, worker.now(), &excluded.all);
+        let has_better = || !is_trusted && slow.is_some_and(|slow| rotation.offers(slow));
+        let has_alternative = has_untried || has_better();
         let end = if has_alternative { deadline.min(begun + TRY) } else { deadline };
         tokio::select! {
             biased;
@@ -222,7 +282,8 @@ fn failed(
     state.counts.last_error.set(now, error.to_string());
     route.counts.last_error.set(now, format!("{endpoint}: {error}"));
     let rotation = &worker.upstream(route).rotation;
-    if error.kind() == io::ErrorKind::TimedOut && rotation.is_only(state, excluded.always()) {
+    let is_only = || !rotation.has_alternative(state, now, excluded.always());
+    if error.kind() == io::ErrorKind::TimedOut && is_only() {
         if state.timed_out_alone() {
             tracing::warn!(%endpoint, %service, "the only endpoint does not answer; it stays in use");
         }
@@ -245,6 +306,19 @@ fn failed(
     });
 }
 
+/// Has an endpoint used only if no other can be, for a while: this host could not open a connection to it. No packet was sent, so
+/// another attempt costs little.
+fn set_aside(worker: &Worker, route: &Route, state: &EndpointState, lack: Lack, error: &io::Error) {
+    let (endpoint, service, now) = (state.endpoint, &route.upstream.query, worker.now());
+    state.counts.last_error.set(now, error.to_string());
+    route.counts.last_error.set(now, format!("{endpoint}: {error}"));
+    let time = if lack == Lack::Ports { WITHOUT_PORTS } else { WITHOUT_ROUTE };
+    let is_news = state.set_aside(now.after(time));
+    if is_news && lack == Lack::Route {
+        tracing::info!(%endpoint, %service, %error, "this host cannot reach the endpoint; it is used only if there is no other");
+    }
+}
+
 /// Logs that an ejected endpoint accepted a connection.
 fn back(worker: &Worker, route: &Route, state: &EndpointState) {
     let (endpoint, service) = (state.endpoint, &route.upstream.query);
@@ -264,7 +338,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        proxy::testing::{captured, connection, consumer, run, shared, table_after},
+        proxy::testing::{
+            captured, connection, consumer, in_own_network, run, shared, table_after,
+        },
         table::Table,
     };
 
@@ -411,6 +487,146 @@ mod tests {
                 accepting.abort();
             });
         }
+    }
+
+    /// Nobody knows that it is up again until somebody tries.
+    #[test]
+    fn an_ejected_endpoint_is_tried_when_the_other_has_not_answered_for_a_second() {
+        run(async {
+            let full = Full::new().await;
+            let up = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let endpoint = Endpoint(up.local_addr().unwrap());
+            let (worker, connected) = opening(&[full.endpoint, endpoint]);
+            let ejected = state(&worker, endpoint);
+            for n in 0..6 {
+                ejected.failed(Millis(n * 100_000), Millis(n * 100_000 + 1));
+            }
+            assert!(ejected.is_ejected(worker.now()));
+            assert_eq!(connected.await.unwrap(), Ok(endpoint));
+            drop(full);
+        });
+    }
+
+    /// Another that is ejected and silent does not use up the time of one that was only slow.
+    #[test]
+    fn one_that_was_slow_is_tried_again_when_an_ejected_one_does_not_answer_either() {
+        run(async {
+            let (slow, dead) = (Full::new().await, Full::new().await);
+            let endpoint = slow.endpoint;
+            let (worker, connected) = opening(&[endpoint, dead.endpoint]);
+            let ejected = state(&worker, dead.endpoint);
+            for n in 0..6 {
+                ejected.failed(Millis(n * 100_000), Millis(n * 100_000 + 1));
+            }
+            a_try_is_over().await;
+            let accepting = slow.open();
+            assert_eq!(connected.await.unwrap(), Ok(endpoint));
+            accepting.abort();
+            drop(dead);
+        });
+    }
+
+    /// A network with the loopback interface alone has no route to this.
+    fn nowhere(port: u16) -> Endpoint {
+        Endpoint(SocketAddr::from(([10, 9, 9, 9], port)))
+    }
+
+    /// They are passed over, however many there are: so are those of IPv6 where there is none.
+    #[test]
+    fn endpoints_that_this_host_cannot_reach_count_as_no_tries_and_are_not_ejected() {
+        in_own_network(
+            "proxy::connect::tests::endpoints_that_this_host_cannot_reach_count_as_no_tries_and_are_not_ejected",
+            || {
+                run(async {
+                    let up = TcpListener::bind("127.0.0.1:0").await.unwrap();
+                    let endpoint = Endpoint(up.local_addr().unwrap());
+                    let all: Vec<_> = (1..=5).map(nowhere).chain([endpoint]).collect();
+                    let (worker, connected) = opening(&all);
+                    assert_eq!(connected.await.unwrap(), Ok(endpoint));
+                    for _ in 0..10 {
+                        let ticket = ticket(&worker);
+                        let (_client, consumer) = connection().await;
+                        let (_, lease) = connect(&ticket, &consumer).await.unwrap();
+                        assert_eq!(lease.state().endpoint, endpoint);
+                    }
+                    for state in (1..=5).map(|port| state(&worker, nowhere(port))) {
+                        assert_eq!((state.failed_tries(), state.ejections()), (0, 0));
+                        assert!(
+                            state.is_aside(worker.now()) && state.counts.last_error.get().is_some()
+                        );
+                    }
+                });
+            },
+        );
+    }
+
+    #[test]
+    fn an_only_endpoint_that_this_host_cannot_reach_is_refused_at_once() {
+        in_own_network(
+            "proxy::connect::tests::an_only_endpoint_that_this_host_cannot_reach_is_refused_at_once",
+            || {
+                run(async {
+                    let (worker, connected) = opening(&[nowhere(1)]);
+                    let ended =
+                        tokio::time::timeout(CONNECT / 2, connected).await.expect("at once");
+                    assert_eq!(ended.unwrap(), Err(Outcome::LocalError));
+                    let state = state(&worker, nowhere(1));
+                    assert!(state.is_aside(worker.now()));
+                    assert_eq!((state.failed_tries(), state.ejections()), (0, 0));
+                });
+            },
+        );
+    }
+
+    /// Ports come free when other connections end; a direct connection would have failed at once.
+    #[test]
+    fn source_ports_to_the_only_endpoint_are_waited_for_and_another_endpoint_is_used_at_once() {
+        in_own_network(
+            "proxy::connect::tests::source_ports_to_the_only_endpoint_are_waited_for_and_another_endpoint_is_used_at_once",
+            || {
+                run(async {
+                    let full = TcpListener::bind("127.0.0.1:5000").await.unwrap();
+                    let other = TcpListener::bind("127.0.0.1:5001").await.unwrap();
+                    let [endpoint, other] = [full, other].map(|listener| {
+                        let address = listener.local_addr().unwrap();
+                        // It is never closed.
+                        std::mem::forget(listener);
+                        Endpoint(address)
+                    });
+                    let (worker, both) = (worker(&[endpoint]), worker(&[endpoint, other]));
+                    let mut pairs = Vec::new();
+                    for _ in 0..5 {
+                        pairs.push(connection().await);
+                    }
+                    std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40001")
+                        .unwrap();
+                    let mut held = Vec::new();
+                    while let Ok(one) = TcpStream::connect(endpoint.0).await {
+                        held.push(one);
+                        assert!(held.len() <= 2);
+                    }
+                    let (_client, consumer) = pairs.pop().unwrap();
+                    let waiting = ticket(&worker);
+                    let connected = spawn_local(async move {
+                        connect(&waiting, &consumer).await.map(|(_, lease)| lease.state().endpoint)
+                    });
+                    let mut kept = Vec::new();
+                    for (_client, consumer) in &pairs {
+                        let (stream, lease) = connect(&ticket(&both), consumer).await.unwrap();
+                        assert_eq!(lease.state().endpoint, other);
+                        // Towards each endpoint there are two ports.
+                        stream.set_zero_linger().unwrap();
+                        kept.push(lease);
+                    }
+                    sleep(TRY).await;
+                    assert!(!connected.is_finished(), "it waits for a port");
+                    held.pop().unwrap().set_zero_linger().unwrap();
+                    assert_eq!(connected.await.unwrap(), Ok(endpoint));
+                    let state = state(&worker, endpoint);
+                    assert_eq!((state.failed_tries(), state.ejections()), (0, 0));
+                });
+            },
+        );
     }
 
     #[test]

@@ -60,8 +60,8 @@ impl TaskEnd {
 async fn pass_on(ticket: &Ticket, consumer: &mut Socket, endpoint: &mut Socket) -> TaskEnd {
     let (buffers, record) = (&ticket.worker().buffers, ticket.record());
     loop {
-        let (moved, park) = (&record.moved, ticket.park_request());
-        match relay(&consumer.stream, &endpoint.stream, buffers, moved, park).await {
+        let (moved, requests) = (&record.moved, ticket.requests());
+        match relay(&consumer.stream, &endpoint.stream, buffers, moved, requests).await {
             Ok(Ended::Idle) => match ticket.watch(consumer, endpoint) {
                 Ok((to_consumer, to_endpoint)) => {
                     consumer.leave_to_duplicate();

@@ -14,7 +14,7 @@ use super::{
     captured::Captured,
     lists::{List, Lists, Place},
     record::Record,
-    relay::ParkRequest,
+    relay::Requests,
     shared::HoldPermit,
 };
 use crate::{balance::Lease, outcome::Outcome, table::RouteNumber};
@@ -64,7 +64,7 @@ pub(super) struct Running {
 #[derive(Debug)]
 pub(super) struct Live {
     pub record: Record,
-    pub park: ParkRequest,
+    pub requests: Requests,
 }
 
 /// A connection without a task. Nothing of it waits to be passed on, and neither side has finished. Dropping it resets
@@ -174,7 +174,7 @@ impl Connections {
     pub(super) fn resume(&mut self, place: Place) -> Option<(Parked, Rc<Live>)> {
         let State::Parked(parked) = &self.all.get(place.get())?.state else { return None };
         let (record, seen) = (parked.record.clone(), parked.record.moved.both());
-        let live = Rc::new(Live { record, park: ParkRequest::default() });
+        let live = Rc::new(Live { record, requests: Requests::default() });
         let running = State::Running(self.running(live.clone(), Some(seen)));
         let before = std::mem::replace(&mut self.all.get_mut(place.get())?.state, running);
         self.running_list.push_back(&mut self.running, place);

@@ -39,7 +39,7 @@ impl Figures {
 
     /// Connections that wait for their container to become known.
     pub fn held(&self) -> usize {
-        self.shared.held.load(Relaxed)
+        self.shared.holds().held
     }
 
     /// Connections that may be open at a time.
@@ -47,9 +47,9 @@ impl Figures {
         self.shared.settings.max_connections
     }
 
-    /// Connections of one consumer that may be open at a time.
+    /// Connections of one consumer that may be open now. `None`: no limit.
     pub fn limit_of_consumer(&self) -> Option<usize> {
-        self.shared.settings.max_connections_per_consumer
+        Some(self.shared.limit_of_consumer()).filter(|limit| *limit < usize::MAX)
     }
 
     /// Whether connections are refused because memory is nearly used up.

@@ -8,6 +8,7 @@ use super::{
     connection::carry_on,
     connections::Parked,
     lists::Place,
+    relay::Request,
     socket::Socket,
     worker::{Ticket, Worker},
 };
@@ -17,7 +18,7 @@ use crate::outcome::Outcome;
 const LOOK: Duration = Duration::from_secs(1);
 /// Connections that are looked at before others get their turn.
 const TURN: usize = 256;
-/// Connections that are asked to be parked before others get their turn: each takes some ten system calls.
+/// Connections that are asked for something before others get their turn: each takes some ten system calls.
 const ASKED: usize = 16;
 
 /// After this many connections were parked, the memory of their tasks is given back: 1 MB and more.
@@ -51,10 +52,13 @@ impl Worker {
                 return false;
             };
             let moved = running.live.record.moved.both();
-            if running.seen.replace(moved) == Some(moved) {
-                running.live.park.ask();
-                asked += 1;
-            }
+            let request = match running.seen.replace(moved) {
+                None => Request::Watch,
+                Some(before) if before == moved => Request::Park,
+                Some(_) => continue,
+            };
+            running.live.requests.ask(request);
+            asked += 1;
             if asked == ASKED {
                 break;
             }

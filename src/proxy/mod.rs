@@ -51,7 +51,7 @@ pub use observed::{ConnectionState, LiveConnection};
 use run::Phase;
 pub use settings::ProxySettings;
 use shared::Shared;
-pub(crate) use socket::{is_fault_of_this_host, probe};
+pub(crate) use socket::{Lack, probe};
 
 /// The running data path.
 #[derive(Debug)]

@@ -2,19 +2,23 @@
 //! another got the address: what it sends is not for that one's services.
 //!
 //! Where that can be, the kernel is asked: a connection is the owner's if the other end of it is a socket in the owner's
-//! network namespace. It is there until well after a container has ended its direction, or closed.
+//! network namespace. It is there until well after a container has ended its direction, or closed. The kernel goes through all
+//! sockets of the machine for that, so it is asked on a thread of its own.
 
 #![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
 
 use std::{
+    cell::{Cell, RefCell},
+    collections::HashSet,
     fs,
     io::{BufRead, BufReader},
     net::{IpAddr, Ipv6Addr, SocketAddr},
+    rc::Rc,
     time::{Duration, Instant},
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, sync::oneshot, task::spawn_local};
 
 use super::captured::Captured;
 use crate::{
@@ -63,15 +67,10 @@ pub(super) fn doubt(route: &Route, pause: Option<Pause>, now: Instant) -> Option
     }
 }
 
-/// Whether the owner of a route has certainly lost the address that it is known at. Never if processes are not visible.
-pub(super) fn has_lost(route: &Route, source: IpAddr) -> bool {
+/// The owner of a route, if its process shows the owner's addresses: it is visible, and no sandbox.
+pub(super) fn shown(route: &Route) -> Option<&RunEnd> {
     // The last is the one whose network namespace it is.
-    let owner = route.ends.last().filter(|owner| owner.has_shown_network());
-    let process = owner.and_then(RunEnd::process);
-    process.is_some_and(|process| {
-        let now = process::addresses(process.pid);
-        now.is_ok_and(|addresses| !addresses.contains(&source))
-    })
+    route.ends.last().filter(|owner| owner.has_shown_network() && owner.process().is_some())
 }
 
 /// Whether the peer has ended its direction or is gone, as the kernel knows it: the runtime knows nothing yet of a socket
@@ -84,29 +83,107 @@ pub(super) fn has_hung_up(stream: &TcpStream) -> bool {
         .map_or(true, |_| sockets[0].revents().intersects(gone))
 }
 
-/// Whether the other end of a connection is certainly a socket of the route's owner, or of one that shares its network.
-/// Never if processes are not visible.
-pub(super) async fn is_owners(route: &Route, captured: &Captured) -> bool {
-    let (ends, captured) = (route.ends.clone(), *captured);
-    let look = move || {
-        let mut processes = ends.iter().filter_map(RunEnd::process);
-        let has = processes
-            .any(|process| has_socket(process.pid, captured.source.0, captured.destination.0));
-        // Looked at last: until then the process's number was not another's.
-        has && !ends.iter().any(RunEnd::has_ended)
-    };
-    // The kernel goes through all sockets of the machine for it, which may take milliseconds.
-    tokio::task::spawn_blocking(look).await.unwrap_or(false)
+/// Whether the kernel shows which sockets the owner of a route has. It does not if its process is not visible, nor of a sandbox
+/// with a network of its own.
+pub(super) fn shows_sockets(route: &Route) -> bool {
+    let owner = route.ends.last();
+    owner.is_some_and(|owner| owner.has_shown_network() && owner.process().is_some())
 }
 
-/// Whether there is a socket with these addresses in a process's network.
-fn has_socket(pid: i32, local: SocketAddr, remote: SocketAddr) -> bool {
-    ["tcp", "tcp6"].iter().any(|list| {
-        // By lines: there may be tens of thousands of them.
-        let list = fs::File::open(format!("/proc/{pid}/net/{list}")).map(BufReader::new);
-        let mut lines = list.into_iter().flat_map(|list| list.lines().map_while(Result::ok));
-        lines.any(|line| socket(&line) == Some((local, remote)))
-    })
+/// Looks for the sockets of routes' owners, for one worker: one look at a time, for all connections that wait for the same owner.
+#[derive(Debug, Default)]
+pub(super) struct Looks {
+    waiting: RefCell<Vec<Question>>,
+    is_looking: Cell<bool>,
+}
+
+/// Whether a socket is in the network of these runs.
+#[derive(Debug)]
+struct Question {
+    runs: Vec<RunEnd>,
+    socket: Pair,
+    answer: oneshot::Sender<bool>,
+}
+
+/// The addresses of a socket: its own, and that of the other end.
+type Pair = (SocketAddr, SocketAddr);
+
+impl Looks {
+    /// Whether the other end of a connection is certainly a socket of the route's owner, or of one that shares its network.
+    /// Never if processes are not visible.
+    pub(super) async fn are_owners(self: &Rc<Self>, route: &Route, captured: &Captured) -> bool {
+        let socket = (captured.source.0, captured.destination.0);
+        let (answer, answered) = oneshot::channel();
+        self.waiting.borrow_mut().push(Question { runs: route.ends.clone(), socket, answer });
+        if !self.is_looking.replace(true) {
+            let looks = self.clone();
+            // Apart from the connection that asks, whose task may be aborted.
+            spawn_local(async move { looks.look().await });
+        }
+        answered.await.unwrap_or(false)
+    }
+
+    async fn look(&self) {
+        while let Some(questions) = self.next() {
+            let runs = questions.first().map(|one| one.runs.clone()).unwrap_or_default();
+            let sockets: HashSet<_> = questions.iter().map(|one| one.socket).collect();
+            // It takes the kernel up to a microsecond for each socket, and this thread has other work.
+            let look = move || owned(&runs, sockets);
+            let owned = tokio::task::spawn_blocking(look).await.unwrap_or_default();
+            for Question { socket, answer, .. } in questions {
+                // A connection that has ended meanwhile waits no more.
+                let _ = answer.send(owned.contains(&socket));
+            }
+        }
+        self.is_looking.set(false);
+    }
+
+    /// All questions about the owner that was asked for first.
+    fn next(&self) -> Option<Vec<Question>> {
+        let mut waiting = self.waiting.borrow_mut();
+        waiting.retain(|one| !one.answer.is_closed());
+        let first = waiting.first()?.runs.clone();
+        let are_same = |runs: &[RunEnd]| {
+            runs.len() == first.len() && runs.iter().zip(&first).all(|(one, other)| one.is(other))
+        };
+        Some(waiting.extract_if(.., |one| are_same(&one.runs)).collect())
+    }
+}
+
+/// Those of these sockets that are in the network of these runs, all of which go on.
+fn owned(runs: &[RunEnd], mut sockets: HashSet<Pair>) -> HashSet<Pair> {
+    let mut seen = runs.iter().rev().filter(|run| run.process().is_some());
+    // All of them share one network: the last is the one whose it is.
+    let found = seen.next().and_then(|owner| {
+        process::look(owner, |pid| {
+            let found = sockets_of(pid, &mut sockets);
+            // The others are asked before the owner is asked again.
+            seen.all(|run| process::look(run, |_| ()).is_some()).then_some(found)
+        })?
+    });
+    found.filter(|_| !runs.iter().any(RunEnd::has_ended)).unwrap_or_default()
+}
+
+/// Those of the `wanted` sockets that are in a process's network.
+fn sockets_of(pid: i32, wanted: &mut HashSet<Pair>) -> HashSet<Pair> {
+    // Of each list: 30 MB of text. A look lasts no longer because a namespace has more.
+    const MOST: usize = 200_000;
+    let mut found = HashSet::new();
+    for list in ["tcp", "tcp6"] {
+        let Ok(list) = fs::File::open(format!("/proc/{pid}/net/{list}")) else { continue };
+        let mut list = BufReader::new(list);
+        let mut line = String::new();
+        for _ in 0..MOST {
+            line.clear();
+            if wanted.is_empty() || !matches!(list.read_line(&mut line), Ok(1..)) {
+                break;
+            }
+            if let Some(one) = socket(&line).filter(|one| wanted.remove(one)) {
+                found.insert(one);
+            }
+        }
+    }
+    found
 }
 
 /// The addresses of a socket in a line of `/proc/net/tcp` or `tcp6`, unless it is still dialling.
@@ -151,6 +228,8 @@ mod tests {
     #[test]
     fn a_socket_is_found_in_a_network_by_both_its_addresses() {
         let pid = i32::try_from(std::process::id()).unwrap();
+        let has_socket =
+            |pid, local, remote| !sockets_of(pid, &mut [(local, remote)].into()).is_empty();
         for at in ["127.0.0.1:0", "[::1]:0"] {
             let Ok(listener) = TcpListener::bind(at) else { continue };
             let remote = listener.local_addr().unwrap();
@@ -163,6 +242,44 @@ mod tests {
             assert!(!has_socket(pid, local, other));
         }
         assert!(!has_socket(0, "127.0.0.1:1".parse().unwrap(), "127.0.0.1:2".parse().unwrap()));
+    }
+
+    /// `unshare --net sh -c 'ip link set lo up; cargo test --lib figures_of_a_look -- --ignored --nocapture'`
+    #[test]
+    #[ignore = "prints figures"]
+    fn figures_of_a_look() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let listeners: Vec<_> = (0..8).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let target = listeners[0].local_addr().unwrap();
+        let client = std::net::TcpStream::connect(target).unwrap();
+        let there = (client.local_addr().unwrap(), target);
+        let absent = ("127.0.0.9:9".parse().unwrap(), target);
+        let mut made = 0;
+        for wanted in [0, 1_000, 10_000, 50_000] {
+            while made < wanted {
+                let listener = &listeners[made % listeners.len()];
+                let one = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+                let (other, _) = listener.accept().unwrap();
+                // Its end stays in the list for a minute.
+                drop(one);
+                drop(other);
+                made += 1;
+            }
+            for (what, socket) in [("there", there), ("absent", absent)] {
+                let mut times: Vec<_> = (0..11)
+                    .map(|_| {
+                        let start = Instant::now();
+                        sockets_of(pid, &mut [socket].into());
+                        start.elapsed()
+                    })
+                    .collect();
+                times.sort();
+                println!(
+                    "{wanted} sockets, {what}: {:?} ({:?} to {:?})",
+                    times[5], times[0], times[10]
+                );
+            }
+        }
     }
 
     #[test]

@@ -3,7 +3,13 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{captured::Destinations, failed_checks::FailedChecks};
-use crate::{config::ConnectionLog, events::Events, memory, model::Port, provider::Lookup};
+use crate::{
+    config::{ConnectionLog, ConsumerLimit},
+    events::Events,
+    memory,
+    model::Port,
+    provider::Lookup,
+};
 
 #[derive(Debug, Clone)]
 pub struct ProxySettings {
@@ -16,8 +22,8 @@ pub struct ProxySettings {
     pub max_connections: usize,
     /// Whether memory is nearly used up: then there are only a few ([`FEW`](crate::limits::FEW)), and one more is reset.
     pub memory_short: Arc<memory::Short>,
-    /// Maximum number of open connections of one consumer; `None`: no limit.
-    pub max_connections_per_consumer: Option<usize>,
+    /// Maximum number of open connections of one consumer.
+    pub max_connections_per_consumer: ConsumerLimit,
     /// The mark of our own connections to endpoints, if rules must distinguish them (man 7 socket, SO_MARK).
     pub mark: Option<u32>,
     /// How long what was sent to an endpoint may stay unacknowledged; 0: as long as the kernel retransmits.

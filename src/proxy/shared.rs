@@ -1,8 +1,10 @@
 //! State that the workers share: counters and limits.
 
 use std::{
+    collections::{HashMap, hash_map::Entry},
+    net::IpAddr,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     time::Instant,
@@ -27,8 +29,7 @@ pub(super) struct Shared {
     pub counts: Box<[WorkerCounts]>,
     /// Connections that are open, or being opened.
     pub live: AtomicUsize,
-    /// Connections that wait until their owner is known.
-    pub held: AtomicUsize,
+    holds: Mutex<Holds>,
     /// When the clock of ejections started.
     pub start: Instant,
     /// Notified when a worker, or a part of one, has ended.
@@ -42,7 +43,7 @@ impl Shared {
             settings,
             tally: Tally::default(),
             live: AtomicUsize::new(0),
-            held: AtomicUsize::new(0),
+            holds: Mutex::default(),
             start: Instant::now(),
             broken: Notify::new(),
         }
@@ -54,18 +55,36 @@ impl Shared {
 
     /// Counts one more live connection of the route's consumer, if there may be one more.
     pub(super) fn count_in(&self, route: &Route) -> Result<(), Outcome> {
-        let of_consumer = self.settings.max_connections_per_consumer.unwrap_or(usize::MAX);
         if self.settings.memory_short.get() && self.live.load(Relaxed) >= FEW {
             return Err(Outcome::MemoryShort);
         }
-        if !one_more(&route.live_of_consumer, of_consumer) {
-            return Err(Outcome::TooManyOfConsumer);
+        if !one_more(&route.live_of_consumer, self.limit_of_consumer()) {
+            return Err(match self.free() {
+                0 => Outcome::TooManyConnections,
+                _ => Outcome::TooManyOfConsumer,
+            });
         }
         if !one_more(&self.live, self.settings.max_connections) {
             route.live_of_consumer.fetch_sub(1, Relaxed);
             return Err(Outcome::TooManyConnections);
         }
         Ok(())
+    }
+
+    /// Connections that one consumer may have open now.
+    pub(super) fn limit_of_consumer(&self) -> usize {
+        self.settings.max_connections_per_consumer.with(self.free(), self.settings.max_connections)
+    }
+
+    /// Connections that may still be opened.
+    fn free(&self) -> usize {
+        self.settings.max_connections.saturating_sub(self.live.load(Relaxed))
+    }
+
+    /// Connections that wait until their owner is known. Only who holds one or lets it go takes the lock, for a moment.
+    pub(super) fn holds(&self) -> MutexGuard<'_, Holds> {
+        // Each change is whole, whatever panics elsewhere.
+        self.holds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn count_out(&self, route: &Route) {
@@ -79,30 +98,63 @@ impl Shared {
 #[repr(align(64))]
 pub(super) struct WorkerCounts(pub ConnectionCounts);
 
-/// Allows a connection to be held, and counts it.
-#[derive(Debug)]
-pub(super) struct HoldPermit(Arc<Shared>);
+/// Connections that wait until their owner is known, over all workers.
+#[derive(Debug, Default)]
+pub(super) struct Holds {
+    pub(super) held: usize,
+    /// Of each source; none of them is 0.
+    of_source: HashMap<IpAddr, usize>,
+}
 
-impl HoldPermit {
+impl Holds {
     /// Limits the descriptors that connections from unknown addresses can use.
     pub(super) const MOST: usize = 256;
 
-    /// For a connection that waits for its container to become known. `None` if none may wait, or enough do.
-    pub(super) fn for_unknown(shared: &Arc<Shared>) -> Option<Self> {
-        if shared.settings.hold.is_zero() { None } else { Self::for_doubted(shared) }
+    /// Kept for sources that have none.
+    const RESERVE: usize = Self::MOST / 4;
+
+    /// Counts one more of a source. It may have three times as many as are still free: so however many it wants, there is room for
+    /// others.
+    fn one_more(&mut self, source: IpAddr) -> bool {
+        let count = self.of_source.get(&source).copied().unwrap_or_default();
+        let free = Self::MOST - self.held;
+        let may = free > 0 && count < (3 * free.saturating_sub(Self::RESERVE)).max(1);
+        if may {
+            self.held += 1;
+            self.of_source.insert(source, count + 1);
+        }
+        may
     }
 
-    /// For a connection whose owner is looked up in the kernel. `None` if enough are held.
-    pub(super) fn for_doubted(shared: &Arc<Shared>) -> Option<Self> {
-        let one_more = |held| (held < Self::MOST).then_some(held + 1);
-        shared.held.fetch_update(Relaxed, Relaxed, one_more).ok()?;
-        Some(Self(shared.clone()))
+    fn one_less(&mut self, source: IpAddr) {
+        if let Entry::Occupied(mut count) = self.of_source.entry(source) {
+            self.held -= 1;
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
+}
+
+/// Allows a connection to be held, and counts it.
+#[derive(Debug)]
+pub(super) struct HoldPermit {
+    shared: Arc<Shared>,
+    source: IpAddr,
+}
+
+impl HoldPermit {
+    /// For a connection whose owner is not certain. `None` if enough of its source are held.
+    pub(super) fn of(shared: &Arc<Shared>, source: IpAddr) -> Option<Self> {
+        let may = shared.holds().one_more(source);
+        may.then(|| Self { shared: shared.clone(), source })
     }
 }
 
 impl Drop for HoldPermit {
     fn drop(&mut self) {
-        self.0.held.fetch_sub(1, Relaxed);
+        self.shared.holds().one_less(self.source);
     }
 }
 
@@ -116,8 +168,10 @@ fn one_more(count: &AtomicUsize, most: usize) -> bool {
 mod tests {
     use super::*;
     use crate::{
+        config::ConsumerLimit,
         memory::Use,
-        proxy::testing::{shared, table},
+        proxy::testing::{consumer, route, settings, shared, table, table_after},
+        table::Table,
     };
 
     #[test]
@@ -130,6 +184,59 @@ mod tests {
         assert_eq!(shared.count_in(route), Err(Outcome::MemoryShort));
         shared.settings.memory_short.look(Use { used: 50, limit: 100 });
         assert_eq!(shared.count_in(route), Ok(()));
+    }
+
+    #[test]
+    fn one_consumer_leaves_room_for_others() {
+        let settings = ProxySettings {
+            max_connections: 1_000,
+            max_connections_per_consumer: ConsumerLimit::Share,
+            ..settings()
+        };
+        let shared = Shared::new(settings);
+        let names = ["172.17.0.2", "172.17.0.3", "172.17.0.5"];
+        let consumers = names.map(|name| consumer(name, name.parse().unwrap(), "redis;6379"));
+        let table = table_after(&Table::default(), &consumers, &[]).unwrap();
+        let route = |n: usize| route(&table, names[n].parse().unwrap(), 6379).unwrap();
+        let fill = |n| (0..2_000).filter(|_| shared.count_in(&route(n)).is_ok()).count();
+        let first = fill(0);
+        assert!((690..720).contains(&first), "{first}");
+        assert_eq!(shared.count_in(&route(0)), Err(Outcome::TooManyOfConsumer));
+        assert!(shared.limit_of_consumer() <= first, "as the API says");
+        let second = fill(1);
+        assert!((150..200).contains(&second), "{second}");
+        let third = fill(2);
+        assert!((16..100).contains(&third), "{third}");
+        assert!(shared.free() > 50, "for those who have fewer than 16");
+        // Who had more than its share keeps it, and gets more only when there is room.
+        assert_eq!(shared.count_in(&route(0)), Err(Outcome::TooManyOfConsumer));
+        (0..first).for_each(|_| shared.count_out(&route(0)));
+        assert!(fill(1) > 100);
+        // Where all are in use, that is the reason.
+        shared.live.fetch_add(shared.free(), Relaxed);
+        assert_eq!(shared.count_in(&route(0)), Err(Outcome::TooManyConnections));
+    }
+
+    #[test]
+    fn of_the_connections_that_wait_each_source_has_a_share() {
+        let shared = Arc::new(shared(1, 1));
+        let source = |n: u32| IpAddr::V4(n.into());
+        let hold = |n, times: usize| -> Vec<_> {
+            (0..times).filter_map(|_| HoldPermit::of(&shared, source(n))).collect()
+        };
+        let first = hold(1, 10_000);
+        assert_eq!((first.len(), shared.holds().held), (144, 144));
+        let second = hold(2, 10_000);
+        assert!((30..64).contains(&second.len()), "{}", second.len());
+        // However many come, there is a place for one who has none.
+        let others: Vec<_> = (10..60).map(|n| hold(n, 10_000)).collect();
+        assert!(others.iter().all(|held| !held.is_empty()));
+        assert!(shared.holds().held < Holds::MOST);
+        drop((first, others));
+        assert!(!hold(1, 1).is_empty());
+        drop(second);
+        let holds = shared.holds();
+        assert_eq!((holds.held, holds.of_source.len()), (0, 0), "nothing is left of who waited");
     }
 
     #[test]

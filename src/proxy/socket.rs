@@ -7,7 +7,7 @@ use std::{
 };
 
 use rustix::io::Errno;
-use socket2::{SockRef, TcpKeepalive};
+use socket2::{Domain, SockRef, Socket as Socket2, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::model::Endpoint;
@@ -63,15 +63,9 @@ impl Patience {
 }
 
 /// A connection to an endpoint.
-pub(super) async fn dial(
-    endpoint: Endpoint,
-    mark: Option<u32>,
-    patience: Patience,
-) -> io::Result<TcpStream> {
+pub(super) async fn dial(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpStream> {
     let socket = for_endpoint(endpoint, mark)?;
-    let options = SockRef::from(&socket);
-    options.set_tcp_nodelay(true)?;
-    patience.apply(&options)?;
+    SockRef::from(&socket).set_tcp_nodelay(true)?;
     socket.connect(endpoint.0).await
 }
 
@@ -96,29 +90,57 @@ fn for_endpoint(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpSocket> 
     Ok(socket)
 }
 
-/// Whether a connect failed because of this host, which says nothing about the endpoint.
-pub(crate) fn is_fault_of_this_host(error: &io::Error) -> bool {
-    is_local(error) || is_shortage(error)
+/// What this host lacks to open a connection. It says nothing about the endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lack {
+    /// Something that other connections have, and give back when they end.
+    Resources,
+    /// All source ports to this endpoint are in use.
+    Ports,
+    /// An address, a route or the permission.
+    Route,
 }
 
-/// Whether a connect failed because this host has no address, no route or no permission for it.
-pub(super) fn is_local(error: &io::Error) -> bool {
-    matches!(
-        Errno::from_io_error(error),
-        Some(Errno::ADDRNOTAVAIL | Errno::AFNOSUPPORT | Errno::PERM | Errno::ACCESS)
-    )
+impl Lack {
+    /// What was lacking, if a connect failed because of this host.
+    pub(crate) fn of(error: &io::Error, endpoint: Endpoint, mark: Option<u32>) -> Option<Self> {
+        if is_shortage(error) {
+            return Some(Self::Resources);
+        }
+        match Errno::from_io_error(error)? {
+            Errno::AFNOSUPPORT | Errno::PERM | Errno::ACCESS | Errno::INVAL => Some(Self::Route),
+            // A router may say so too, of a network behind it.
+            Errno::NETUNREACH | Errno::HOSTUNREACH | Errno::NETDOWN => {
+                (!has_route(endpoint, mark)).then_some(Self::Route)
+            }
+            Errno::ADDRNOTAVAIL if has_route(endpoint, mark) => Some(Self::Ports),
+            Errno::ADDRNOTAVAIL => Some(Self::Route),
+            _ => None,
+        }
+    }
+
+    /// What to do about it, if that is known.
+    pub(super) fn remedy(self) -> Option<&'static str> {
+        (self == Self::Ports).then_some(
+            "if all source ports to this endpoint are in use: widen net.ipv4.ip_local_port_range, set \
+             net.ipv4.tcp_tw_reuse=1, or add endpoints",
+        )
+    }
 }
 
-/// What to do about a connect that failed because of this host, if that is known.
-pub(super) fn remedy(error: &io::Error) -> Option<&'static str> {
-    (Errno::from_io_error(error) == Some(Errno::ADDRNOTAVAIL)).then_some(
-        "if all source ports to this endpoint are in use: widen net.ipv4.ip_local_port_range, set \
-         net.ipv4.tcp_tw_reuse=1, or add endpoints",
-    )
+/// Whether this host has a route to an endpoint, and an address for it. UDP's connect sends nothing.
+fn has_route(endpoint: Endpoint, mark: Option<u32>) -> bool {
+    let look = || {
+        let socket = Socket2::new(Domain::for_address(endpoint.0), Type::DGRAM, None)?;
+        mark.map_or(Ok(()), |mark| socket.set_mark(mark))?;
+        socket.connect(&endpoint.0.into())
+    };
+    // Without any descriptor left the question is open.
+    look().map_or_else(|error| is_shortage(&error), |()| true)
 }
 
 /// Whether a call failed because something ran out that other connections have, and give back when they end.
-pub(super) fn is_shortage(error: &io::Error) -> bool {
+fn is_shortage(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
         Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
@@ -183,7 +205,8 @@ pub(super) mod tests {
         let endpoint = Endpoint(listener.local_addr().unwrap());
         for (seconds, expected) in [(0, None), (5, Some(5)), (30, Some(30)), (600, Some(600))] {
             let time = Duration::from_secs(seconds);
-            let dialled = dial(endpoint, None, Patience::with_endpoints(time)).await.unwrap();
+            let dialled = dial(endpoint, None).await.unwrap();
+            Patience::with_endpoints(time).apply(&SockRef::from(&dialled)).unwrap();
             assert_is_set_up(&dialled, expected);
         }
     }
@@ -212,7 +235,7 @@ pub(super) mod tests {
         for _ in 0..20 {
             probe(endpoint, None).await.unwrap();
         }
-        let dialled = dial(endpoint, None, Patience::with_endpoints(Duration::ZERO)).await.unwrap();
+        let dialled = dial(endpoint, None).await.unwrap();
         let mut seen = 0;
         // The queue is in the order of arrival.
         while listener.accept().await.unwrap().1 != dialled.local_addr().unwrap() {
@@ -229,11 +252,17 @@ pub(super) mod tests {
 
     #[test]
     fn what_this_host_lacks_is_not_held_against_an_endpoint() {
-        assert!(is_shortage(&Errno::MFILE.into()));
-        assert!(!is_shortage(&Errno::CONNREFUSED.into()));
-        assert!(is_local(&Errno::ADDRNOTAVAIL.into()));
-        assert!(!is_local(&Errno::CONNREFUSED.into()));
-        assert!(!is_local(&io::ErrorKind::TimedOut.into()));
+        let here = Endpoint("127.0.0.1:1".parse().unwrap());
+        let lack = |error: Errno| Lack::of(&error.into(), here, None);
+        assert_eq!(lack(Errno::MFILE), Some(Lack::Resources));
+        assert_eq!(lack(Errno::ADDRNOTAVAIL), Some(Lack::Ports), "there is a route");
+        assert_eq!(lack(Errno::AFNOSUPPORT), Some(Lack::Route));
+        assert_eq!(lack(Errno::NETUNREACH), None, "a router says so");
+        assert_eq!(lack(Errno::CONNREFUSED), None);
+        assert_eq!(Lack::of(&io::ErrorKind::TimedOut.into(), here, None), None);
+        // A broadcast address needs a permission of its own, also for UDP.
+        let nowhere = Endpoint("255.255.255.255:1".parse().unwrap());
+        assert_eq!(Lack::of(&Errno::NETUNREACH.into(), nowhere, None), Some(Lack::Route));
     }
 
     pub(in crate::proxy) fn assert_is_set_up(stream: &TcpStream, user_timeout: Option<u64>) {

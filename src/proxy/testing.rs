@@ -14,7 +14,7 @@ use super::{
     shared::Shared,
 };
 use crate::{
-    config::ConnectionLog,
+    config::{ConnectionLog, ConsumerLimit},
     consumer::{Binding, Consumer},
     cow_map::CowMap,
     descriptor::Balance,
@@ -40,6 +40,7 @@ pub(super) fn consumer_of(
         name: name.into(),
         namespace: name.into(),
         sources: vec![source],
+        arrivals: Vec::new(),
         gateways: vec![],
         bindings: vec![Binding { origin: "B".into(), descriptor: descriptor.parse().unwrap() }],
         ends: vec![],
@@ -68,7 +69,9 @@ pub(super) fn table_after(
         consumers: &consumers.iter().collect::<Vec<_>>(),
         contested: &Default::default(),
         known: &Arc::new(["172.17.0.4".parse().unwrap()].into()),
+        confirmed: 0,
         networks: &["172.17.0.0/16".parse().unwrap()].into(),
+        wiring: &Default::default(),
         endpoints: &answers,
         vips: &[Vip("172.17.0.1".parse().unwrap())],
         gateways_are_vips: false,
@@ -106,7 +109,7 @@ pub(super) fn settings() -> ProxySettings {
         destinations: Destinations::Any,
         max_connections: 100_000,
         memory_short: Default::default(),
-        max_connections_per_consumer: None,
+        max_connections_per_consumer: ConsumerLimit::NONE,
         mark: None,
         user_timeout: Duration::ZERO,
         failed_checks: Default::default(),
@@ -122,7 +125,7 @@ pub(super) fn settings() -> ProxySettings {
 pub(super) fn shared(most: usize, of_consumer: usize) -> Shared {
     Shared::new(ProxySettings {
         max_connections: most,
-        max_connections_per_consumer: Some(of_consumer),
+        max_connections_per_consumer: ConsumerLimit::Most(of_consumer),
         ..settings()
     })
 }
@@ -144,12 +147,25 @@ pub(super) fn run(test: impl Future<Output = ()>) {
 
 /// Runs a test in a process of its own, because it changes what all of a process share. `name` is the test's.
 pub(super) fn in_own_process(name: &str, test: impl FnOnce()) {
+    alone(name, &[], test);
+}
+
+/// The same in a network of its own, which has nothing but the loopback interface.
+pub(super) fn in_own_network(name: &str, test: impl FnOnce()) {
+    let up = "ip link set lo up; exec \"$0\" \"$@\"";
+    alone(name, &["unshare", "--net", "--", "sh", "-euc", up], test);
+}
+
+fn alone(name: &str, before: &[&str], test: impl FnOnce()) {
     const ALONE: &str = "EMBASSY_TEST_ALONE";
     if std::env::var_os(ALONE).is_some() {
         return test();
     }
-    let mut own = std::process::Command::new(std::env::current_exe().unwrap());
-    let output = own.args([name, "--exact", "--nocapture"]).env(ALONE, "1").output().unwrap();
+    let program = std::env::current_exe().unwrap();
+    let mut words = before.iter().map(std::ffi::OsStr::new).chain([program.as_os_str()]);
+    let mut own = std::process::Command::new(words.next().unwrap());
+    own.args(words).args([name, "--exact", "--nocapture"]).env(ALONE, "1");
+    let output = own.output().unwrap();
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     assert!(output.status.success() && said.contains("1 passed"), "{said}");
 }

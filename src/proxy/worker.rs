@@ -23,9 +23,9 @@ use super::{
     connections::{Connection, Connections, Held, Live, Parked, State},
     idle_set::IdleSet,
     lists::Place,
-    owner::Pause,
+    owner::{Looks, Pause},
     record::Record,
-    relay::{PIPES, ParkRequest, RelayBuffers},
+    relay::{PIPES, RelayBuffers, Requests},
     settings::ProxySettings,
     shared::{HoldPermit, Shared},
     socket::Socket,
@@ -60,6 +60,8 @@ pub(super) struct Worker {
     pub(super) pause: Cell<Option<Pause>>,
     /// Addresses that their owners still had after so many interfaces of this host had gone. No more than there are sources.
     pub(super) checked: RefCell<HashMap<IpAddr, u64>>,
+    /// Asks the kernel whose connections are.
+    pub(super) looks: Rc<Looks>,
 }
 
 impl Worker {
@@ -80,6 +82,7 @@ impl Worker {
             shortage: Cell::default(),
             pause: Cell::default(),
             checked: RefCell::default(),
+            looks: Rc::default(),
         }))
     }
 
@@ -152,7 +155,7 @@ impl Worker {
             counts.start();
         }
         let record = Record::new(route, captured, accepted);
-        Some(Rc::new(Live { record, park: ParkRequest::default() }))
+        Some(Rc::new(Live { record, requests: Requests::default() }))
     }
 
     /// Counts a connection that is reset by dropping its socket.
@@ -352,8 +355,8 @@ impl Ticket {
         &self.live.record
     }
 
-    pub(super) fn park_request(&self) -> &ParkRequest {
-        &self.live.park
+    pub(super) fn requests(&self) -> &Requests {
+        &self.live.requests
     }
 
     pub(super) fn place(&self) -> Place {

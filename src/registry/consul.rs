@@ -20,7 +20,11 @@ use super::{
     http::{Asking, Http, HttpAnswer, LongPoll, secret_header},
     reuse::Recent,
 };
-use crate::{body, source::SourceError, tls::ClientTls};
+use crate::{
+    body,
+    source::SourceError,
+    tls::{ClientTls, Weakness, is_loopback},
+};
 
 /// How long the server may hold a query while nothing changes. It bounds how long a server that hangs goes unnoticed.
 const WAIT: Duration = Duration::from_secs(30);
@@ -38,6 +42,10 @@ pub(crate) struct ConsulClient {
     base: Url,
     http: Http,
     token: Token,
+    /// Whether a user and a password are sent.
+    logs_in: bool,
+    /// Whether the server's certificate is verified.
+    verifies: bool,
     /// For many who ask the same.
     recent: Recent<(Url, Arc<HttpAnswer>)>,
 }
@@ -80,7 +88,37 @@ impl ConsulClient {
         if let Some(name) = &settings.server_name {
             http = http.under_the_name(&base, name)?;
         }
-        Ok(Self { base, http, token, recent: Recent::default() })
+        let (logs_in, verifies) = (settings.auth.is_some(), settings.tls_verify);
+        Ok(Self { base, http, token, logs_in, verifies, recent: Recent::default() })
+    }
+
+    /// What is not protected of the connections to it.
+    pub(crate) fn weaknesses(&self) -> Vec<Weakness> {
+        let (host, encrypts) =
+            (self.base.host_str().unwrap_or_default(), self.base.scheme() == "https");
+        let mut all = Vec::new();
+        if encrypts && !self.verifies {
+            all.push(Weakness {
+                what: format!(
+                    "the certificate of Consul at {host} is not verified (CONSUL_HTTP_SSL_VERIFY): another server can answer in its place, and read the token"
+                ),
+                fix: "set CONSUL_CACERT to its authority, and leave CONSUL_HTTP_SSL_VERIFY out",
+            });
+        }
+        let secret = match (&self.token, self.logs_in) {
+            (Token::Text(_) | Token::File(_), _) => Some("token"),
+            (Token::None, true) => Some("password"),
+            (Token::None, false) => None,
+        };
+        if let Some(secret) = secret.filter(|_| !encrypts && !is_loopback(host)) {
+            all.push(Weakness {
+                what: format!(
+                    "the Consul {secret} is sent to {host} without TLS: everybody on the way can read it"
+                ),
+                fix: "use consuls://, or an agent on this host",
+            });
+        }
+        all
     }
 
     pub(crate) fn base(&self) -> &Url {

@@ -2,6 +2,7 @@
 //! connections for any number of requests.
 
 use std::{
+    net::SocketAddr,
     pin::pin,
     sync::{
         Arc,
@@ -27,6 +28,7 @@ use url::Url;
 use super::{Secret, excerpt, reuse::Reused};
 use crate::{
     body::{Body, Places},
+    resolve::{Resolver, addresses},
     source::SourceError,
     tls::{self, ClientTls},
 };
@@ -86,8 +88,8 @@ impl Resolve for ServerName {
     fn resolve(&self, _: Name) -> Resolving {
         let host = self.host.clone();
         Box::pin(async move {
-            let found: Vec<_> = tokio::net::lookup_host((host, 0)).await?.collect();
-            Ok(Box::new(found.into_iter()) as Addrs)
+            let found = addresses(&host).await?;
+            Ok(Box::new(found.into_iter().map(|address| SocketAddr::new(address, 0))) as Addrs)
         })
     }
 }
@@ -259,7 +261,7 @@ impl Http {
             .tcp_keepalive(Self::KEEPALIVE);
         let builder = match self.server_name.as_ref().filter(|_| secure) {
             Some(server) => builder.dns_resolver(Arc::new(server.clone())),
-            None => builder,
+            None => builder.dns_resolver(Arc::new(Resolver)),
         };
         let builder = if secure {
             self.tls.prepare(builder, self.verify)?

@@ -1,6 +1,6 @@
 //! A consumer that an earlier embassy knew, and an endpoint's container: known again by their processes.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
 use tokio::sync::Notify;
 
@@ -17,7 +17,7 @@ pub(super) fn resume(kept: KeptConsumer, bell: &Arc<Notify>) -> Result<Consumer,
     let own = open(&kept.id, kept.process)?;
     let namespace = open(&kept.namespace, kept.namespace_process)?;
     // While embassy did not run, it may have left a network, and another container may have its address.
-    let has = addresses(kept.process.pid).map_err(|error| format!("its addresses: {error}"))?;
+    let has = addresses_of(&own)?;
     let sources: Vec<_> = kept.sources.into_iter().filter(|source| has.contains(source)).collect();
     if sources.is_empty() {
         return Err("it has other addresses".to_owned());
@@ -27,6 +27,7 @@ pub(super) fn resume(kept: KeptConsumer, bell: &Arc<Notify>) -> Result<Consumer,
         name: kept.name,
         namespace: kept.namespace.as_str().into(),
         sources,
+        arrivals: Vec::new(),
         gateways: kept.gateways,
         bindings: kept.bindings,
         ends: [own, namespace].map(|process| follow(process, bell)).into(),
@@ -39,12 +40,12 @@ pub(super) fn resume_stay(
     address: IpAddr,
     bell: &Arc<Notify>,
 ) -> Result<Stay, String> {
-    let owner = runs.last().ok_or("its container's process was not seen")?.1.pid;
     let held = runs
         .into_iter()
         .map(|(id, was)| Ok((open(&id, was)?, id)))
         .collect::<Result<Vec<_>, String>>()?;
-    let has = addresses(owner).map_err(|error| format!("its addresses: {error}"))?;
+    let (owner, _) = held.last().ok_or("its container's process was not seen")?;
+    let has = addresses_of(owner)?;
     if !has.contains(&address) {
         return Err("it has other addresses".to_owned());
     }
@@ -60,6 +61,12 @@ fn open(id: &ContainerId, was: Process) -> Result<Held, String> {
         true => Ok(held),
         false => Err(format!("process {} of container {id} belongs to another run", was.pid)),
     }
+}
+
+/// The addresses in a process's network, if it lives.
+fn addresses_of(process: &Held) -> Result<BTreeSet<IpAddr>, String> {
+    let found = process.look(addresses).map_err(|error| error.to_string())?;
+    found.map_err(|error| format!("its addresses: {error}"))
 }
 
 fn follow(process: Held, bell: &Arc<Notify>) -> RunEnd {

@@ -28,9 +28,11 @@ pub(super) fn next(
 ) -> Option<Table> {
     let mut next = Table {
         version: prev.version + 1,
+        confirmed: inputs.confirmed,
         routes: prev.routes.clone(),
         known: prev.known.clone(),
         networks: inputs.networks.clone(),
+        wiring: inputs.wiring.clone(),
         vips: prev.vips.clone(),
         unrouted: prev.unrouted.clone(),
         upstreams: prev.upstreams.clone(),
@@ -267,10 +269,12 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         let before =
             before.filter(|before| before.consumer == consumer.id && before.binding == *binding);
         let balance = binding.descriptor.balance.unwrap_or(self.inputs.balance);
+        let arrival = consumer.arrival(&key.source);
         let same = |before: &Arc<Route>| {
             before.consumer_name == consumer.name
                 && before.balance == balance
                 && Arc::ptr_eq(&before.upstream, &upstream)
+                && before.arrival == arrival
         };
         if before.as_ref().is_some_and(same) {
             return;
@@ -289,6 +293,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         };
         let route = Route {
             key,
+            arrival,
             number,
             consumer: consumer.id.clone(),
             consumer_name: consumer.name.clone(),
@@ -393,15 +398,17 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
             consumer: consumer.id.clone(),
             consumer_name: consumer.name.clone(),
             origin: binding.origin.clone(),
+            port: binding.descriptor.port,
             reason,
         };
-        let key = (consumer.id.clone(), binding.origin.clone(), key);
+        let port = binding.descriptor.port.get();
+        let key = (consumer.id.clone(), binding.origin.clone(), port, key);
         Arc::make_mut(&mut self.next.unrouted).insert(key, unrouted);
     }
 
     /// Removes the recorded reasons of a consumer's bindings, for these routes.
     fn forget_unrouted(&mut self, consumer: &ConsumerId, meant: impl Fn(Option<RouteKey>) -> bool) {
-        let first: UnroutedKey = (consumer.clone(), "".into(), None);
+        let first: UnroutedKey = (consumer.clone(), "".into(), 0, None);
         let of_consumer = self.next.unrouted.range(first..);
         let of_consumer = of_consumer.take_while(|((id, ..), _)| id == consumer);
         let said: Vec<_> =
@@ -446,7 +453,12 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         }
         changes.of_places(self.prev, &self.next);
         let is_first = self.prev.version == 0;
-        if !is_first && changes.is_empty() && self.prev.unrouted == self.next.unrouted {
+        let is_confirmed_anew = self.prev.confirmed != self.next.confirmed;
+        if !is_first
+            && !is_confirmed_anew
+            && changes.is_empty()
+            && self.prev.unrouted == self.next.unrouted
+        {
             return None;
         }
         self.next.changes = changes;
@@ -464,6 +476,7 @@ impl Route {
             counts: self.counts.clone(),
             live_of_consumer: self.live_of_consumer.clone(),
             key: self.key,
+            arrival: self.arrival,
             number: self.number,
             consumer: self.consumer.clone(),
             consumer_name: self.consumer_name.clone(),

@@ -3,6 +3,7 @@
 use std::{net::IpAddr, sync::Arc};
 
 use super::{Route, Table};
+use crate::wiring::Wiring;
 
 /// What a table has that the one before it had not, and the other way round. Of routes, each list is sorted by key.
 #[derive(Debug, Default)]
@@ -14,8 +15,12 @@ pub struct Changes {
     /// Addresses that became known as a container's, or ceased to be. Sorted.
     pub known_added: Vec<IpAddr>,
     pub known_removed: Vec<IpAddr>,
+    /// Routes that go on, and whose connections come by another interface: before, and now.
+    pub moved: Vec<(Arc<Route>, Arc<Route>)>,
     /// Whether the VIPs or the networks are others.
     pub places: bool,
+    /// How networks and addresses are connected, before and now, if that differs.
+    pub wiring: Option<(Arc<Wiring>, Arc<Wiring>)>,
 }
 
 impl Changes {
@@ -34,7 +39,12 @@ impl Changes {
     pub(super) fn of_route(&mut self, before: Option<&Arc<Route>>, now: Option<&Arc<Route>>) {
         match (before, now) {
             (Some(before), Some(now)) if Arc::ptr_eq(before, now) => {}
-            (Some(before), Some(now)) if before.continues(now) => self.updated.push(now.clone()),
+            (Some(before), Some(now)) if before.continues(now) => {
+                self.updated.push(now.clone());
+                if before.arrival != now.arrival {
+                    self.moved.push((before.clone(), now.clone()));
+                }
+            }
             (before, now) => {
                 self.removed.extend(before.cloned());
                 self.added.extend(now.cloned());
@@ -48,6 +58,8 @@ impl Changes {
             self.known_removed = before.known.difference(&next.known).copied().collect();
         }
         self.places = before.vips != next.vips || before.networks != next.networks;
+        let same = Arc::ptr_eq(&before.wiring, &next.wiring) || before.wiring == next.wiring;
+        self.wiring = (!same).then(|| (before.wiring.clone(), next.wiring.clone()));
     }
 
     pub(super) fn sort(&mut self) {
@@ -62,5 +74,6 @@ impl Changes {
             && self.known_added.is_empty()
             && self.known_removed.is_empty()
             && !self.places
+            && self.wiring.is_none()
     }
 }

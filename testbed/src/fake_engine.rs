@@ -32,6 +32,8 @@ pub enum Mood {
     Stalls,
     /// It says what was so when it was asked, once the mood is over.
     Waits,
+    /// It says what is so then, as of a container that it is about to start.
+    Starts,
 }
 
 /// An engine without containers. Ends with this.
@@ -54,6 +56,8 @@ struct State {
     /// The path of each request.
     asked: Vec<String>,
     streams: usize,
+    /// Events are lost.
+    mute: bool,
 }
 
 impl FakeEngine {
@@ -126,15 +130,30 @@ impl FakeEngine {
         };
     }
 
+    /// Whether it loses its events from now on.
+    pub fn loses_events(&self, mute: bool) {
+        self.state().mute = mute;
+    }
+
     /// Tells of something that happened to a container.
     pub fn tells(&self, action: &str, id: &str) {
-        let event = json!({"Type": "container", "Action": action, "Actor": {"ID": id}});
-        let _ = self.events.send(Some(event));
+        self.tells_of(json!({"Type": "container", "Action": action, "Actor": {"ID": id}}));
+    }
+
+    /// Tells that a container is connected to the default network, as before it starts.
+    pub fn connects(&self, id: &str) {
+        self.tells_of(json!({
+            "Type": "network",
+            "Action": "connect",
+            "Actor": {"ID": "n", "Attributes": {"container": id}}
+        }));
     }
 
     /// Tells of anything, as the stream has it.
     pub fn tells_of(&self, event: Value) {
-        let _ = self.events.send(Some(event));
+        if !self.state().mute {
+            let _ = self.events.send(Some(event));
+        }
     }
 
     /// Ends the streams of events.
@@ -173,7 +192,7 @@ async fn serve(
     let head = String::from_utf8_lossy(&head);
     let path = head.split_whitespace().nth(1).unwrap_or_default();
     let path = path.split('?').next().unwrap_or_default().to_owned();
-    let (mood, answer) = {
+    let (mood, mut answer) = {
         let mut state = state.lock().expect("nobody panics with it");
         state.asked.push(path.clone());
         (state.mood(&path), state.answer(&path))
@@ -185,10 +204,13 @@ async fn serve(
     };
     let whole =
         |status, body: &str| head(status, &format!("Content-Length: {}", body.len())) + body;
-    if mood == Some(Mood::Waits) {
+    if matches!(mood, Some(Mood::Waits | Mood::Starts)) {
         while state.lock().expect("nobody panics with it").mood(&path).is_some() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+    if mood == Some(Mood::Starts) {
+        answer = state.lock().expect("nobody panics with it").answer(&path);
     }
     let text = match (mood, answer) {
         (Some(Mood::Hangs), _) => return std::future::pending().await,
@@ -214,8 +236,10 @@ async fn serve(
             state.lock().expect("nobody panics with it").streams -= 1;
             return end;
         }
-        (None | Some(Mood::Waits), Some(answer)) => whole("200 OK", &answer.to_string()),
-        (None | Some(Mood::Waits), None) => {
+        (None | Some(Mood::Waits | Mood::Starts), Some(answer)) => {
+            whole("200 OK", &answer.to_string())
+        }
+        (None | Some(Mood::Waits | Mood::Starts), None) => {
             whole("404 Not Found", "{\"message\":\"no such container\"}")
         }
     };

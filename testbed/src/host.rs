@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use crate::container::ContainerBuilder;
 use crate::daemon::Daemon;
 use crate::exec::{describe, output};
+use crate::fake_engine::FakeEngine;
 use crate::light::{self, LightEngine};
 use crate::process::Process;
 use crate::space::Space;
@@ -203,6 +204,11 @@ impl Host {
     /// Process ID of the host's init, as seen from outside: its namespaces are in `/proc/<pid>/ns`.
     pub fn init_pid(&self) -> u32 {
         self.space().init()
+    }
+
+    /// The engine of a light host.
+    pub fn fake_engine(&self) -> Option<&FakeEngine> {
+        self.light_engine().map(LightEngine::engine)
     }
 
     pub(crate) fn light_engine(&self) -> Option<&LightEngine> {

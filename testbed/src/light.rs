@@ -21,7 +21,11 @@ use serde_json::{Value, json};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::{
-    fake_engine::FakeEngine, host::Host, poll::eventually, process::Process, space::testbed_program,
+    fake_engine::{FakeEngine, Mood},
+    host::Host,
+    poll::eventually,
+    process::Process,
+    space::testbed_program,
 };
 
 /// How long a namespace may take to come or go.
@@ -46,6 +50,10 @@ impl LightEngine {
         let engine = runtime.block_on(async { FakeEngine::start_at(socket) })?;
         let (containers, addresses) = Default::default();
         Ok(Self { engine, containers, addresses, _runtime: runtime })
+    }
+
+    pub(crate) fn engine(&self) -> &FakeEngine {
+        &self.engine
     }
 
     /// The lowest address that nobody has, as an engine gives it.
@@ -147,9 +155,17 @@ impl LightContainer {
         ensure!(run.is_none(), "{} runs already", self.name);
         let engine = engine(host)?;
         let part = engine.take_address()?;
-        host.run("sh", ["-euc", &format!(
-            "ip netns add light-{part}
-             ip link add light-{part} type veth peer name eth0 netns light-{part} address 02:42:ac:11:00:{part:02x}
+        // As Docker does, which holds the container's inspection back until it has started.
+        let inspection = format!("/containers/{}/json", self.id);
+        engine.engine.answers(&inspection, crate::fake_engine::Mood::Starts);
+        engine.engine.connects(&self.id);
+        host.run(
+            "sh",
+            [
+                "-euc",
+                &format!(
+                    "ip netns add light-{part}
+             ip link add light-{part} type veth peer name eth0 netns light-{part} address {}
              ip link set light-{part} master docker0 up
              ip -n light-{part} -batch - <<END
              link set lo up
@@ -157,8 +173,11 @@ impl LightContainer {
              link set eth0 up
              route add default via 172.17.0.1
 END",
-            address(part)
-        )])?;
+                    mac(part),
+                    address(part)
+                ),
+            ],
+        )?;
         let mut command = host.command("nsenter");
         command.arg(format!("--net=/run/netns/light-{part}")).args(["--", "unshare"]);
         command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "--"]);
@@ -181,6 +200,7 @@ END",
         let _ = fs::write(group.join("cgroup.procs"), init.as_raw_pid().to_string());
         *run = Some(Run { process, init, pid, part });
         engine.engine.insert(&self.id, self.inspection(pid, part)?);
+        engine.engine.answers(&inspection, None);
         engine.engine.tells("start", &self.id);
         Ok(())
     }
@@ -266,6 +286,7 @@ END",
                 "NetworkID": if self.is_unaddressed { "none" } else { "n" },
                 "IPAddress": given,
                 "GlobalIPv6Address": "",
+                "MacAddress": if self.is_unaddressed { String::new() } else { mac(part) },
                 "Gateway": if self.is_unaddressed { "" } else { "172.17.0.1" },
             }}},
         }))
@@ -276,8 +297,28 @@ END",
     }
 }
 
+impl Host {
+    /// Whether the engine of a light host tells nobody of what happens, from now on.
+    pub fn loses_events(&self, mute: bool) -> Result<()> {
+        engine(self)?.engine.loses_events(mute);
+        Ok(())
+    }
+
+    /// Whether the engine of a light host lists its containers as they are now, and only once this ends.
+    pub fn delays_lists(&self, delays: bool) -> Result<()> {
+        let mood = delays.then_some(Mood::Waits);
+        engine(self)?.engine.answers("/containers/json", mood);
+        Ok(())
+    }
+}
+
 fn engine(host: &Host) -> Result<&LightEngine> {
     host.light_engine().context("the host has a real engine")
+}
+
+/// As it is made.
+fn mac(part: u8) -> String {
+    format!("02:42:ac:11:00:{part:02x}")
 }
 
 fn address(part: u8) -> Ipv4Addr {

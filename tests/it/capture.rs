@@ -65,8 +65,9 @@ fn dnat(firewall: &str) -> Result<()> {
     let served = metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?;
     reaches(&app, "192.168.13.90:80", "host")?;
     assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?, served);
-    ends(&app, "172.17.0.1:9999", "reset")?;
-    counts(&embassy, r#"embassy_connections_total{outcome="direct_dial"}"#, 1)?;
+    ends(&app, "172.17.0.1:9999", "refused")?;
+    counts(&embassy, "embassy_direct_dials_refused_total", 1)?;
+    assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="direct_dial"}"#)?, 0);
     assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="unknown_consumer"}"#)?, 0);
     assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="no_route"}"#)?, 0);
 

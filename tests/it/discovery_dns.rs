@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::Result;
+use embassy::{discovery::Endpoints, source::Known};
 use hickory_resolver::proto::{
     op::{Message, OpCode, Query, ResponseCode},
     rr::{
@@ -89,8 +90,21 @@ async fn services_and_their_targets_are_followed() -> Result<()> {
     assert_eq!(rejected(&known), ["host a.test.: it has no address"]);
 
     dns.restart(&[]);
-    web.sees(&[]).await;
+    let known = web.sees(&[]).await;
+    assert_eq!(problem(&known), "the name does not exist in DNS (NXDOMAIN)");
+    // The name is there, and says nothing of where it is.
+    dns.restart(&["--txt-record=_web._tcp.test,hello"]);
+    web.until("another reason", |known| problem(known) == "the name has no SRV, A or AAAA records")
+        .await;
+    dns.restart(&["--srv-host=_web._tcp.test,nowhere.test,80,1,1"]);
+    let skipped = "its one target was skipped (host nowhere.test.: it has no address)";
+    web.until("another reason", |known| problem(known) == skipped).await;
     Ok(())
+}
+
+/// Why there is no endpoint.
+fn problem(known: &Known<Endpoints>) -> &str {
+    known.value.as_ref().and_then(|answer| answer.problem.as_deref()).unwrap_or_default()
 }
 
 #[tokio::test]
@@ -285,6 +299,27 @@ async fn one_type_is_enough(error: Reply) -> Result<()> {
         _ => Records(vec![]),
     });
     fake.follow("six.test;80", 0).sees(&["[fd00::1]:80"]).await;
+    Ok(())
+}
+
+/// The port that the descriptor names may be another service's.
+#[tokio::test]
+async fn a_name_is_taken_for_a_host_only_if_srv_fails_again_and_again() -> Result<()> {
+    let asked = std::sync::atomic::AtomicUsize::new(0);
+    let fake = Fake::start(move |name, kind, _| match (name, kind) {
+        ("web.test.", RecordType::SRV) => {
+            // Each time with EDNS and without.
+            match asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+                0..3 => Code(ResponseCode::ServFail),
+                _ => Records(vec![srv(1, 8080, "one.")]),
+            }
+        }
+        ("web.test." | "one.", RecordType::A) => Records(vec![a(1)]),
+        _ => Records(vec![]),
+    })
+    .await?;
+    let known = fake.follow("web.test;80", 0).sees(&["10.0.0.1:8080"]).await;
+    assert_eq!((known.failures, known.changes), (0, 1), "nothing else was ever said");
     Ok(())
 }
 

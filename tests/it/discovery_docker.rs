@@ -14,6 +14,7 @@ use tokio::{
 use crate::{
     READY, WAIT,
     followed::{Followed, list, rejected, settings},
+    support::{ends, reaches},
 };
 
 /// A bare `docker://` beside a host's engine.
@@ -206,5 +207,35 @@ fn a_single_host_needs_no_registry() -> Result<()> {
     let targets = descriptors.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
     let watched = targets.filter(|target| target.to_string_lossy().contains("pidfd")).count();
     assert_eq!(watched, 4, "each container's process, once");
+    Ok(())
+}
+
+/// The first network by name is a macvlan: the kernel keeps what is made of an interface apart from the host, so embassy reaches
+/// no container there, and connections from there do not arrive.
+#[test]
+fn a_container_on_a_macvlan_and_on_a_bridge_is_used_and_served_on_the_bridge() -> Result<()> {
+    let host = Host::start()?;
+    let lan = ["network", "create", "--driver=macvlan", "--opt=parent=eth0"];
+    host.docker(lan.into_iter().chain(["--subnet=192.168.77.0/24", "a-lan"]))?;
+    let web = host.web("web").env("SERVICE_80_NAME", "web").network("a-lan").start()?;
+    let lone = host.web("lone").env("SERVICE_80_NAME", "lone").network("a-lan").start()?;
+    let app = host.client("app").env("BACKEND_WEB", "web;80").env("BACKEND_LONE", "lone;81");
+    let app = app.network("a-lan").start()?;
+    let embassy = host.embassy(["--dnat", "-provider=docker", "-discovery=docker://"])?;
+    embassy.wait_ready(READY)?;
+    for one in [&web, &app] {
+        one.connect("bridge")?;
+    }
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let answers = app.get("172.17.0.1:80").times(10).run()?;
+    anyhow::ensure!(answers.from("web") == 10, "{answers:?}");
+    // There is no way to it, and the reason is told.
+    let explained = embassy.admin("/v1/explain?consumer=app&port=81")?.ok()?;
+    anyhow::ensure!(
+        explained.contains("not reachable from this host on its networks (a-lan)"),
+        "{explained}"
+    );
+    ends(&app, "172.17.0.1:81", "reset")?;
+    drop(lone);
     Ok(())
 }

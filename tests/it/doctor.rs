@@ -9,7 +9,7 @@ use testbed::{Host, embassy_program};
 use crate::{
     READY, WAIT,
     capture::{IPTABLES, rules},
-    support::{ETCD, counts, says},
+    support::{ETCD, counts, says, sum, web, without_programs},
 };
 
 /// What is not well, as `check: what`, from a command that ends in embassy's own words.
@@ -87,8 +87,8 @@ fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
     one(&doctor(&host, &["--proxy-ip=172.17.0.9"])?, "fail vip: 172.17.0.9 belongs to network")?;
     let program = embassy_program()?;
     let words = ["doctor", "--dnat", ETCD, &format!("-docker={}", host.docker_url())];
-    let mut command = host.command("env");
-    command.arg("PATH=/nowhere").arg(&program).args(words).arg(IPTABLES);
+    let mut command = without_programs(&host)?;
+    command.args(words).arg(IPTABLES);
     one(&found(command)?, "fail firewall: embassy cannot write rules: cannot run ")?;
     let mut command = host.command("setpriv");
     let capabilities = ["--inh-caps=-net_admin", "--bounding-set=-net_admin"];
@@ -111,6 +111,33 @@ fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
     one(&doctor(&host, &["--proxy-ip=172.17.0.1"])?, "fail vip: network shut is internal")
 }
 
+/// Nobody has connected, so the running embassy has counted nothing: doctor begins a connection in the container's own network.
+#[test]
+fn connections_that_do_not_arrive_are_found_on_a_quiet_host() -> Result<()> {
+    let host = Host::light()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let said = host.embassy_command(["doctor", "--dnat", ETCD])?.output()?;
+    let said = String::from_utf8(said.stdout)?;
+    ensure!(said.contains("a connection of app to 172.17.0.1:80 arrives"), "{said}");
+    // A bridge's own rules, which no list of INPUT shows.
+    for rule in [
+        "add table bridge strict",
+        "add chain bridge strict in { type filter hook input priority 0; }",
+        &format!("add rule bridge strict in ip saddr {} ip protocol tcp drop", app.ip()?),
+    ] {
+        host.run("nft", [rule])?;
+    }
+    one(&doctor(&host, &[])?, "fail dial: a connection of app to 172.17.0.1:80 gets no answer")?;
+    host.run("nft", ["delete", "table", "bridge", "strict"])?;
+    assert_eq!(doctor(&host, &[])?, [""; 0]);
+    // No application has seen any of it.
+    assert_eq!(sum(&embassy, "embassy_connections_total")?, 0);
+    Ok(())
+}
+
 #[test]
 fn an_embassy_whose_rules_are_gone_is_found() -> Result<()> {
     let host = Host::light()?;
@@ -118,7 +145,10 @@ fn an_embassy_whose_rules_are_gone_is_found() -> Result<()> {
     // It runs, and does not capture.
     let embassy = host.embassy([ETCD])?;
     embassy.wait_ready(READY)?;
-    one(&doctor(&host, &[])?, "fail rules: an embassy runs, but its rules are missing")?;
+    let all = doctor(&host, &[])?;
+    let [rules, flags] = &all[..] else { panic!("{all:#?}") };
+    assert!(rules.starts_with("fail rules: an embassy runs, but its rules are missing"), "{rules}");
+    assert!(flags.contains("Different: --dnat or --redirect."), "{flags}");
     embassy.terminate()?;
     assert!(embassy.wait(WAIT)?.success());
     Ok(())
@@ -178,9 +208,16 @@ fn without_flags_it_goes_by_those_of_the_embassy_that_runs() -> Result<()> {
     ensure!(of(&all, "discovery") == ["etcd answers"], "{all:#?}");
     ensure!(of(&all, "port")[0].starts_with("embassy listens on 9998"), "{all:#?}");
     ensure!(of(&all, "docker").iter().all(|what| what.contains(&host.docker_url())), "{all:#?}");
-    // Flags of its own count, and nothing is said of the others.
-    let own = findings(&["doctor", "--dnat", "-discovery=etcd://127.0.0.1:2379", "-p=9997"])?;
-    ensure!(of(&own, "flags").is_empty() && of(&own, "port") == ["9997 is free"], "{own:#?}");
+    // Flags of its own count, and those that differ are named.
+    let url = format!("-docker={}", host.docker_url());
+    let words = ["doctor", "--dnat", "-discovery=etcd://127.0.0.1:2379", &url];
+    let own = findings(&[&words[..], &["-p=9997"]].concat())?;
+    ensure!(of(&own, "port") == ["9997 is free"], "{own:#?}");
+    let [flags] = &of(&own, "flags")[..] else { panic!("{own:#?}") };
+    ensure!(flags.contains("Different: --port, --admin. "), "{flags}");
+    ensure!(flags.ends_with(" has --dnat -p=9998 --admin=127.0.0.1:9991"), "{flags}");
+    let same = findings(&[&words[..], &["-p=9998", "--admin=127.0.0.1:9991"]].concat())?;
+    ensure!(of(&same, "flags").is_empty(), "{same:#?}");
     Ok(())
 }
 

@@ -3,12 +3,14 @@
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use testbed::{Container, Embassy, Host, embassy_program};
+use testbed::{Container, Embassy, Host};
 
 use crate::{
     READY, WAIT,
     capture::{IPTABLES, NFT, NFT_SHARED, ours, rules, strangers_rules},
-    support::{ETCD, counts, ends, metric, offer, reaches, restored, says, web},
+    support::{
+        ETCD, SBIN, counts, ends, metric, offer, reaches, restored, says, web, with_programs,
+    },
 };
 
 /// What somebody does, and what embassy calls it.
@@ -77,11 +79,10 @@ fn idle(firewall: &str) -> Result<()> {
     // Every program that embassy may start, told when it is.
     let told = "mkdir -p /run/bin; for name in nft iptables-save ip6tables-save iptables-restore \
                 ip6tables-restore; do printf '#!/bin/sh\necho %s \"$*\" >> /run/started\nexec %s \"$@\"\n' \
-                $name $(command -v $name) > /run/bin/$name; chmod +x /run/bin/$name; done";
-    host.run("sh", ["-ec", told])?;
-    let mut command = host.command("env");
-    command.env("DOCKER_HOST", host.docker_url()).arg("PATH=/run/bin");
-    command.arg(embassy_program()?).args(["--dnat", ETCD, firewall]);
+                $name SBIN/$name > /run/bin/$name; chmod +x /run/bin/$name; done";
+    host.run("sh", ["-ec", &told.replace("SBIN", SBIN)])?;
+    let mut command = with_programs(&host, "/run/bin")?;
+    command.args(["--dnat", ETCD, firewall]);
     let embassy = host.embassy_from(command)?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;
@@ -373,12 +374,12 @@ fn dropped(firewall: &str, close: &str, said: &str) -> Result<()> {
 
     host.run("sh", ["-ec", close])?;
     counts(&embassy, "embassy_capture_barriers", 1)?;
-    let closed = |target: &str| {
+    let closed = |target: &str, expected: &str| {
         let outcome = app.peer(["probe", target, "--wait-ms", "1"])?["outcome"].clone();
-        ensure!(outcome == "timeout", "{target}: {outcome}");
+        ensure!(outcome == *expected, "{target}: {outcome}");
         anyhow::Ok(())
     };
-    closed("172.17.0.1:80")?;
+    closed("172.17.0.1:80", "timeout")?;
     says(&embassy, &["captured connections may be dropped on this host", said])?;
 
     let log = embassy.log();
@@ -386,8 +387,9 @@ fn dropped(firewall: &str, close: &str, said: &str) -> Result<()> {
     let (remedy, _) = remedy.expect("it was said with the warning");
     host.run("sh", ["-ec", remedy])?;
     reaches(&app, "172.17.0.1:80", "web")?;
-    closed("172.17.0.1:7000")?;
-    closed("172.17.0.1:9999")?;
+    closed("172.17.0.1:7000", "timeout")?;
+    // That is refused by our own rule, before theirs.
+    closed("172.17.0.1:9999", "refused")?;
     says(&embassy, &["chain no longer drops captured connections", said])?;
     assert_eq!(metric(&embassy, "embassy_capture_barriers")?, 0);
     Ok(())
@@ -401,10 +403,8 @@ fn a_program_that_crashes_hides_only_its_own_rules() -> Result<()> {
     // As an nft of another version does, beside some sets.
     let crash = "mkdir -p /run/bin; printf '#!/bin/sh\nkill -SEGV $$\n' > /run/bin/nft; chmod +x /run/bin/nft";
     host.run("sh", ["-ec", crash])?;
-    let mut command = host.command("env");
-    let path = std::env::var("PATH")?;
-    command.env("DOCKER_HOST", host.docker_url()).arg(format!("PATH=/run/bin:{path}"));
-    command.arg(embassy_program()?).args(["--dnat", ETCD]);
+    let mut command = with_programs(&host, "/run/bin")?;
+    command.args(["--dnat", ETCD]);
     let embassy = host.embassy_from(command)?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;
@@ -532,6 +532,79 @@ fn of_two_embassies_one_captures() -> Result<()> {
     reaches(&app, "172.17.0.1:80", "web")
 }
 
+#[test]
+fn another_embassy_is_found_although_it_shares_nothing_but_the_network() -> Result<()> {
+    let host = Host::light()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let apart = |flags: &[&str]| {
+        let mut command = host.command("unshare");
+        command.args(["--mount", "--"]);
+        command.args(["setpriv", "--reuid=65534", "--clear-groups"]);
+        command.args(["--inh-caps=-all,+net_admin", "--ambient-caps=-all,+net_admin", "--"]);
+        command.arg(testbed::embassy_program()?).args(["--dnat", ETCD, "--state-dir=off"]);
+        command.args(flags).env("DOCKER_HOST", host.docker_url());
+        anyhow::Ok(command)
+    };
+    // As another user the engine's socket is closed to it, and it is the one nevertheless.
+    let first = host.embassy_from(apart(&["-p=9998", "--admin=off", "--firewall=iptables"])?)?;
+    says(&first, &["proxy listens", "9998"])?;
+    let second = host.embassy(["--dnat", ETCD])?;
+    assert_eq!(second.wait(WAIT)?.code(), Some(1));
+    says(&second, &["another embassy captures in this network namespace"])?;
+    first.kill()?;
+    let first = host.embassy(["--dnat", ETCD])?;
+    first.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let second = host.embassy_from(apart(&["-p=9998", "--admin=off"])?)?;
+    assert_eq!(second.wait(WAIT)?.code(), Some(1), "{}", second.log());
+    assert_eq!((first.exited()?, restored(&first)?), (None, 0));
+    reaches(&app, "172.17.0.1:80", "web")
+}
+
+#[test]
+fn rules_of_a_killed_embassy_go_although_another_program_has_its_port() -> Result<()> {
+    let host = Host::light()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let is_left = || Ok::<_, anyhow::Error>(rules(&host)?.to_lowercase().contains("embassy"));
+    for firewall in [IPTABLES, NFT_SHARED] {
+        let embassy = host.embassy(["--dnat", ETCD, firewall])?;
+        embassy.wait_ready(READY)?;
+        reaches(&app, "172.17.0.1:80", "web")?;
+        embassy.kill()?;
+        let thief = host.spawn("thief", {
+            let mut command = host.command(testbed::testbed_program()?);
+            command.args(["peer", "http", "--name", "thief", "--port", "9999"]);
+            command
+        })?;
+        // This is what must not last.
+        reaches(&app, "172.17.0.1:80", "thief")?;
+        let doctor = host.embassy_command(["doctor", "--dnat", ETCD])?.output()?;
+        let doctor = String::from_utf8_lossy(&doctor.stdout).into_owned();
+        let left = doctor.lines().find(|line| line.starts_with("FAIL  rules"));
+        ensure!(left.is_some_and(|line| line.contains("testbed (process ")), "{doctor}");
+
+        for (flags, line) in [
+            (&[firewall][..], "cannot listen on port 9999 (--port)"),
+            (&[firewall, "-p=9998", "--admin=127.0.0.1:9999"], "(--admin)"),
+        ] {
+            if !is_left()? {
+                let embassy = host.embassy(["--dnat", ETCD, firewall, "-p=9997"])?;
+                embassy.wait_ready(READY)?;
+                embassy.kill()?;
+            }
+            let embassy = host.embassy([&["--dnat", ETCD], flags].concat())?;
+            assert_eq!(embassy.wait(WAIT)?.code(), Some(1));
+            says(&embassy, &[line])?;
+            ensure!(!is_left()?, "{flags:?}: {}", rules(&host)?);
+            ends(&app, "172.17.0.1:80", "refused")?;
+        }
+        thief.kill()?;
+    }
+    Ok(())
+}
+
 /// A connection that lasts.
 fn hold(app: &Container, embassy: &Embassy) -> Result<testbed::Process> {
     let held = app.spawn("held", ["testbed", "peer", "hold", "172.17.0.1:80", "-n", "1"])?;
@@ -544,7 +617,7 @@ fn without_ours(rules: &str) -> String {
     // Until a line that closes a block of ours.
     let mut ours = None;
     let kept = rules.lines().filter(|line| {
-        if line.starts_with("table inet embassy ") {
+        if line.starts_with("table inet embassy ") || line.starts_with("table bridge embassy ") {
             ours = Some("}");
         } else if line.starts_with("\tchain EMBASSY {") {
             // As nft shows what iptables wrote.

@@ -8,16 +8,16 @@ use testbed::{Embassy, Host, embassy_program};
 use crate::{
     READY, WAIT,
     capture::IPTABLES,
-    support::{ETCD, counts, ends, metric, offer_at, reaches, restored, says, web},
+    support::{
+        ETCD, counts, ends, metric, offer_at, reaches, restored, says, web, with_mounts,
+        with_programs,
+    },
 };
 
-/// embassy with the programs of a directory before all others.
+/// embassy with the programs of a directory in place of others of the same names.
 fn embassy_with_programs(host: &Host, programs: &Path, args: &[&str]) -> Result<Embassy> {
-    let path = std::env::var("PATH")?;
-    let mut command = host.command("env");
-    command.env("DOCKER_HOST", host.docker_url());
-    command.arg(format!("PATH={}:/usr/sbin:{path}", programs.display()));
-    command.arg(embassy_program()?).args(args);
+    let mut command = with_programs(host, programs.display())?;
+    command.args(args);
     host.embassy_from(command)
 }
 
@@ -148,15 +148,17 @@ fn without_the_socket_match_all_but_strangers_are_captured_by_iptables() -> Resu
     std::fs::create_dir(&matches)?;
     let found =
         Command::new("sh").args(["-c", "dirname /usr/lib/*/xtables/libxt_socket.so"]).output()?;
-    for file in std::fs::read_dir(String::from_utf8(found.stdout)?.trim())? {
+    let libraries = String::from_utf8(found.stdout)?.trim().to_owned();
+    for file in std::fs::read_dir(&libraries)? {
         let file = file?;
         if file.file_name() != "libxt_socket.so" {
-            std::os::unix::fs::symlink(file.path(), matches.join(file.file_name()))?;
+            std::fs::copy(file.path(), matches.join(file.file_name()))?;
         }
     }
-    let mut command = host.command("env");
-    command.env("DOCKER_HOST", host.docker_url()).env("XTABLES_LIBDIR", &matches);
-    command.arg(embassy_program()?).args(["--dnat", ETCD, IPTABLES]);
+    // The programs that embassy starts get no variable of its own, such as XTABLES_LIBDIR.
+    let mounts = format!("mount --bind {} {libraries}", matches.display());
+    let mut command = with_mounts(&host, &mounts)?;
+    command.args(["--dnat", ETCD, IPTABLES, "--guard=off"]);
     let embassy = host.embassy_from(command)?;
     works_without(&embassy, "--hold is not in effect")?;
     reaches(&app, "172.17.0.1:80", "web")?;
@@ -189,6 +191,7 @@ fn without_nat_for_ipv6_the_consumers_ipv4_is_captured_by_iptables() -> Result<(
         "--proxy-ip=172.17.0.1,fd00:77::1",
         ETCD,
         IPTABLES,
+        "--guard=off",
     ];
     let embassy = embassy_with_programs(&host, &programs, &args)?;
     works_without(&embassy, "IPv6 is not captured")?;

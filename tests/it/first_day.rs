@@ -125,6 +125,16 @@ fn a_container_without_the_hosts_network_says_that_nothing_arrives() -> Result<(
     not_ready(inside)?;
     let log = process.log();
     assert!(log.contains("connections do not arrive here"), "{log}");
+    // As /readyz has it, though every part of the start is ready.
+    testbed::eventually(WAIT, "the log to say that it is not ready", || {
+        let log = process.log();
+        ensure!(
+            log.contains("embassy is not ready") && log.contains("do not arrive here"),
+            "{log}"
+        );
+        Ok(())
+    })?;
+    assert!(!process.log().contains("embassy is ready"), "{}", process.log());
     let found = doctor(inside(&["doctor", "--dnat", &day.discovery])?)?;
     assert!(found.iter().any(|one| one.starts_with("vip ")), "{found:#?}");
     // It is true.
@@ -269,7 +279,7 @@ fn a_binding_on_embassys_own_port_has_no_route() -> Result<()> {
     says(&embassy, &["binding has no route", "BACKEND_OWN", "port 9999 is embassy's own"])?;
     let command = |words: &[&str]| day.host.embassy_command(words);
     explains(command, "9999", Verdict::Broken, "unrouted")?;
-    ends(&day.app, format!("{VIP}:9999"), "reset")?;
+    ends(&day.app, format!("{VIP}:9999"), "refused")?;
     // The others are served.
     reaches(&day.app, format!("{VIP}:80"), "web")?;
     embassy.kill()?;
@@ -351,4 +361,85 @@ fn a_state_directory_of_another_user_is_named_with_its_owner() -> Result<()> {
     says(&embassy, &["cannot write the state file", &named, "embassy runs as user 0"])?;
     // It serves all the same.
     reaches(&day.app, format!("{VIP}:80"), "web")
+}
+
+#[test]
+fn tags_are_shown_as_their_user_wrote_them() -> Result<()> {
+    let host = Host::light()?;
+    let web = host.web("web").start()?;
+    let file = host.dir().join("services.toml");
+    let service = format!("tags = [\"eu\", \"prod\"]\nendpoints = [\"{}:80\"]\n", web.ip()?);
+    fs::write(&file, format!("[[service]]\nname = \"web\"\n{service}"))?;
+    let one = host.client("one").env("BACKEND_WEB", "web[prod,eu];80").start()?;
+    let two = host.client("two").env("BACKEND_WEB", "web[eu,prod];80").start()?;
+    let embassy = host.embassy(["--dnat", &format!("-discovery=file://{}", file.display())])?;
+    embassy.wait_ready(READY)?;
+    for (app, name, asked) in [(&one, "one", "web[prod,eu]"), (&two, "two", "web[eu,prod]")] {
+        reaches(app, format!("{VIP}:80"), "web")?;
+        let of = |words: &[&str]| said(host.embassy_command(words)?);
+        for words in [&["ps", "--consumer", name][..], &["explain", name, "80"]] {
+            let (text, yes) = of(words)?;
+            ensure!(yes && text.contains(asked), "{words:?}: {text}");
+            let other = if name == "one" { "web[eu,prod]" } else { "web[prod,eu]" };
+            ensure!(!text.contains(other), "{words:?}: {text}");
+        }
+        says(&embassy, &["new route", &format!("consumer={name} "), asked])?;
+        // They are a set all the same.
+        for wanted in ["web[prod,eu]", "web[eu,prod]"] {
+            let (text, yes) = of(&["wait", wanted, "--consumer", name, "--timeout=10s"])?;
+            ensure!(yes, "{text}");
+        }
+    }
+    let sources = embassy.admin("/v1/sources")?.json()?;
+    ensure!(sources["total"] == 2, "the provider, and one query: {sources:#}");
+    Ok(())
+}
+
+#[test]
+fn a_service_without_endpoints_says_which_of_three_things_is_wrong() -> Result<()> {
+    let day = Day::begins()?;
+    let app = day.host.client("wrong").env("BACKEND_NAME", "wbe;80");
+    let _app = app.env("BACKEND_TAGS", "web[canary];81").start()?;
+    let embassy = day.embassy(&["--dnat"], &[])?;
+    embassy.wait_ready(READY)?;
+    for (port, reason) in [
+        ("80", "file wbe: the file has no service of this name; near: web."),
+        ("81", "file web[canary]: its one endpoint does not carry [canary]; it carries no tags."),
+    ] {
+        let (text, yes) = said(day.host.embassy_command(["explain", "wrong", port])?)?;
+        ensure!(!yes && text.contains(reason), "{text}");
+        // The first line names it too, which is all that `wait` shows.
+        let (_, short) = reason.trim_end_matches('.').split_once(": ").context("a reason")?;
+        let first = text.lines().next().unwrap_or_default();
+        ensure!(first.contains(&format!("has no endpoint ({short})")), "{text}");
+    }
+    let (text, yes) = said(day.host.embassy_command(["wait", "wbe", "--timeout=0"])?)?;
+    ensure!(!yes && text.contains("near: web"), "{text}");
+    let (status, _) = said(day.host.embassy_command(["status"])?)?;
+    ensure!(status.contains("near: web."), "{status}");
+    says(&embassy, &["service has a problem in its registry", "service=file wbe", "near: web"])
+}
+
+#[test]
+fn what_is_not_protected_is_said_once_at_the_start_and_by_doctor() -> Result<()> {
+    let day = Day::begins()?;
+    // Nobody has this address.
+    let flags = ["--dnat", "-discovery=consul://172.17.0.250:8500"];
+    let secrets = [("CONSUL_HTTP_TOKEN", "S3CRET")];
+    let embassy = day.embassy(&flags, &secrets)?;
+    let line = "the Consul token is sent to 172.17.0.250 without TLS";
+    says(&embassy, &["WARN", "a connection is not protected", line])?;
+    let mut doctor = day.host.embassy_command([&["doctor"], &flags[..]].concat())?;
+    let (text, _) = said({
+        doctor.envs(secrets);
+        doctor
+    })?;
+    ensure!(text.contains(&format!("warn  protection    {line}")), "{text}");
+    ensure!(!text.contains("S3CRET") && !embassy.log().contains("S3CRET"), "{text}");
+    assert_eq!(embassy.log().matches("is not protected").count(), 1);
+    embassy.kill()?;
+    let well = day.embassy(&["--dnat"], &[])?;
+    well.wait_ready(READY)?;
+    assert_eq!(well.log().matches("is not protected").count(), 1, "of the first embassy");
+    Ok(())
 }

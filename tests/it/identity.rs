@@ -18,7 +18,7 @@ use testbed::{Answers, Container, Embassy, Host, embassy_program, testbed_progra
 
 use crate::{
     READY, WAIT,
-    support::{ETCD, counts, metric, says, web},
+    support::{ETCD, counts, metric, reaches, says, web},
 };
 
 const VIP: &str = "172.17.0.1:80";
@@ -41,15 +41,60 @@ fn an_address_that_changes_hands_never_reaches_its_former_owners_service() -> Re
 /// As in a container without `--pid=host`: ends are known by the engine's word alone.
 #[test]
 fn nor_does_it_where_the_containers_processes_cannot_be_seen() -> Result<()> {
-    change_hands(|host| {
-        let mut command = host.command("unshare");
-        command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
-        command.arg(embassy_program()?).args(FLAGS).env("DOCKER_HOST", host.docker_url());
-        let embassy = host.embassy_from(command)?;
-        host.container("somebody").start()?;
-        says(&embassy, &["cannot see the processes of containers", "--pid=host"])?;
-        Ok(embassy)
-    })
+    change_hands(blind)
+}
+
+/// An embassy that cannot see the processes of containers.
+fn blind(host: &Host) -> Result<Embassy> {
+    let mut command = host.command("unshare");
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+    command.arg(embassy_program()?).args(FLAGS).env("DOCKER_HOST", host.docker_url());
+    let embassy = host.embassy_from(command)?;
+    host.client("somebody").start()?;
+    says(&embassy, &["cannot see the processes of containers", "--pid=host"])?;
+    Ok(embassy)
+}
+
+/// The engine tells of neither the end of the one nor the start of the other, and no process is visible: what happens to the
+/// interfaces of this host is the only sign.
+#[test]
+fn nor_does_it_where_events_are_lost_and_processes_cannot_be_seen() -> Result<()> {
+    let host = Host::light()?;
+    for name in ["red", "blue"] {
+        web(&host, name)?;
+    }
+    let embassy = blind(&host)?;
+    embassy.wait_ready(READY)?;
+    for n in 0..5 {
+        let first = host.client(&format!("first-{n}")).env("BACKEND_X", "/services/red;80");
+        let first = first.start()?;
+        reaches(&first, VIP, "red")?;
+        host.loses_events(true)?;
+        let address = first.ip()?;
+        first.kill()?;
+        let second = host.client(&format!("second-{n}")).env("BACKEND_X", "/services/blue;80");
+        // The engine takes its time to say who is where.
+        host.delays_lists(true)?;
+        let second = second.start()?;
+        ensure!(second.ip()? == address, "the address was given again");
+        let answers = thread::scope(|scope| {
+            let dial = scope.spawn(|| second.get(VIP).run());
+            testbed::eventually(WAIT, "the connection to be held", || {
+                ensure!(!dial.is_finished(), "it was answered");
+                let all = embassy.admin("/v1/connections")?.ok()?;
+                ensure!(all.contains("\"held\""), "{all}");
+                Ok(())
+            })?;
+            host.delays_lists(false)?;
+            dial.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        ensure!(answers.from("blue") == 1, "run {n}: {answers:?}");
+        // Who is known since stays served.
+        reaches(&second, VIP, "blue")?;
+        host.loses_events(false)?;
+        second.remove()?;
+    }
+    Ok(())
 }
 
 /// Looking at a container may take a while on a busy machine; nobody is to be refused for that here.

@@ -4,13 +4,16 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use testbed::{Embassy, Host, embassy_program};
+use testbed::{Embassy, Host};
 
 use crate::{
     READY, WAIT,
     capture::{IPTABLES, NFT},
     commands::run,
-    support::{ETCD, counts, ends, metric, offer, reaches, restored, says, web},
+    support::{
+        ETCD, SBIN, counts, ends, metric, offer, reaches, restored, says, web, with_programs,
+        without_programs,
+    },
 };
 
 /// Waits until `/readyz` says that just these parts are not ready.
@@ -335,22 +338,20 @@ fn a_disk_that_hangs_does_not_hold_up_the_end() -> Result<()> {
     Ok(())
 }
 
-/// A host whose `iptables-save` hangs while /run/hang is there, and a container.
+/// A host whose `iptables-save` hangs while /run/hang is there, and then makes /run/hangs; and a container.
 fn hanging() -> Result<(Host, testbed::Container)> {
     let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
-    let save = "mkdir -p /run/bin; printf '#!/bin/sh\ntest -e /run/hang && exec sleep 1000\nexec %s \"$@\"\n' \
-               $(command -v iptables-save) > /run/bin/iptables-save; chmod +x /run/bin/iptables-save";
-    host.run("sh", ["-ec", save])?;
+    let save = "mkdir -p /run/bin; printf '#!/bin/sh\nwhile test -e /run/hang; do touch /run/hangs; sleep 0.1; done\nexec %s \"$@\"\n' \
+               SBIN/iptables-save > /run/bin/iptables-save; chmod +x /run/bin/iptables-save";
+    host.run("sh", ["-ec", &save.replace("SBIN", SBIN)])?;
     Ok((host, app))
 }
 
 fn with_hanging(host: &Host, flags: &[&str]) -> Result<Embassy> {
-    let mut command = host.command("env");
-    let path = std::env::var("PATH")?;
-    command.env("DOCKER_HOST", host.docker_url()).arg(format!("PATH=/run/bin:{path}"));
-    command.arg(embassy_program()?).args(["--dnat", ETCD, IPTABLES]).args(flags);
+    let mut command = with_programs(host, "/run/bin")?;
+    command.args(["--dnat", ETCD, IPTABLES]).args(flags);
     host.embassy_from(command)
 }
 
@@ -374,12 +375,38 @@ fn a_firewall_that_hangs_holds_up_neither_the_end_nor_a_second_signal() -> Resul
     Ok(())
 }
 
+/// Another program has the lock for a moment, just when a drain has used up its time.
+#[test]
+fn a_drain_leaves_the_removal_of_the_rules_its_time() -> Result<()> {
+    let (host, app) = hanging()?;
+    let pool = host.server("pool", ["hang"]).start()?;
+    offer(&host, "pool", pool.ip()?)?;
+    let pooled = host.client("pooled").env("BACKEND_POOL", "/services/pool;81").start()?;
+    let embassy = with_hanging(&host, &["--drain=5s"])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let _open = pooled.spawn("open", ["testbed", "peer", "recv", "172.17.0.1:81"])?;
+    counts(&embassy, "embassy_connections_active", 1)?;
+    host.run("touch", ["/run/hang"])?;
+    embassy.terminate()?;
+    testbed::eventually(WAIT, "the removal to wait", || {
+        host.run("test", ["-e", "/run/hangs"]).map(drop)
+    })?;
+    // Not to wait for something: so long does the other program have the lock.
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    host.run("rm", ["/run/hang"])?;
+    assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
+    ensure!(!embassy.log().contains("rules may be left"), "{}", embassy.log());
+    nothing_is_left(&host)
+}
+
 #[test]
 fn a_firewall_that_hangs_does_not_hold_up_a_stop_during_the_start() -> Result<()> {
     let (host, _app) = hanging()?;
     host.run("touch", ["/run/hang"])?;
     let embassy = with_hanging(&host, &[])?;
-    says(&embassy, &["proxy listens"])?;
+    // What an earlier one left is removed before anything else.
+    says(&embassy, &["embassy starts"])?;
     embassy.terminate()?;
     says(&embassy, &["embassy has stopped before it was started"])?;
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
@@ -391,6 +418,10 @@ fn a_firewall_that_hangs_does_not_hold_up_a_stop_during_the_start() -> Result<()
 fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
     let host = Host::light()?;
     web(&host, "web")?;
+    let mut no_iptables = without_programs(&host)?;
+    no_iptables.args(["--dnat", "--firewall=iptables", "--admin=off", "-p=9998"]);
+    let (said, status) = outcome(&host, no_iptables)?;
+    assert!(status == Some(1) && said.contains("cannot run iptables-save"), "{said}");
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let first = host.embassy(["--dnat", ETCD])?;
     first.wait_ready(READY)?;
@@ -403,24 +434,25 @@ fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
         anyhow::Ok(command)
     };
     let fixed = ["-provider=static", "-services=web;80", "--admin=off", "-p=9998"];
-    let mut no_iptables = host.command("env");
-    no_iptables.arg("PATH=/nowhere").arg(embassy_program()?);
-    no_iptables.args(["--dnat", "--firewall=iptables", "--admin=off", "-p=9998"]);
     let cases = [
-        (command(&["--dnat", "--admin=off"])?, 1, "cannot listen on port 9999 (--port)"),
+        (command(&["--admin=off"])?, 1, "cannot listen on port 9999 (--port)"),
+        (
+            command(&["--dnat", "--admin=off"])?,
+            1,
+            "another embassy captures in this network namespace",
+        ),
         (
             command(&["--dnat", "-p=9998", "--admin=off"])?,
             1,
             "another embassy captures in this network namespace",
         ),
-        (command(&["--dnat", "-p=9998"])?, 1, "cannot listen at 127.0.0.1:9990 (--admin)"),
+        (command(&["-p=9998"])?, 1, "cannot listen at 127.0.0.1:9990 (--admin)"),
         (
             command(&["--admin=unix:///no/such/folder", "-p=9998"])?,
             1,
             "unix:///no/such/folder (--admin)",
         ),
         (command(&[&fixed[..], &["-interface=nosuch0"]].concat())?, 1, "-interface \"nosuch0\""),
-        (no_iptables, 1, "cannot run iptables-save"),
         (command(&["--no-such-flag"])?, 2, "--no-such-flag"),
         (command(&["-port=99999"])?, 2, "--port \"99999\": expected a port"),
         (command(&["-discovery=marathon://127.0.0.1:8080"])?, 2, "marathon"),

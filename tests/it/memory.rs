@@ -69,7 +69,9 @@ impl Place {
         offer(&host, "greet", server.ip()?)?;
         let app = host.client("app").env("BACKEND_GREET", "/services/greet;80").start()?;
         let group = Group::new(&host, limit)?;
-        let embassy = group.embassy(&host, &["--dnat", ETCD])?;
+        // One consumer may have all that memory allows.
+        let flags = ["--dnat", ETCD, "--max-connections-per-consumer=100000"];
+        let embassy = group.embassy(&host, &flags)?;
         embassy.wait_ready(READY)?;
         Ok(Self { app, group, embassy, host })
     }

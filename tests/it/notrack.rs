@@ -5,7 +5,7 @@ use testbed::{Container, Embassy, Host};
 
 use crate::{
     READY, WAIT,
-    support::{ETCD, reaches, says, web},
+    support::{ETCD, offer_at, reaches, says, web},
 };
 
 const VIP: &str = "172.17.0.1:80";
@@ -82,4 +82,23 @@ fn where_input_lets_in_only_what_it_knows_connections_are_tracked() -> Result<()
         ensure!(site.tracked()? == before, "it is tracked");
         Ok(())
     })
+}
+
+/// Without its own proxy, dockerd translates connections to a published port, and holds the port with a socket that nobody
+/// accepts from: a connection that is not tracked would be taken by that, and hang.
+#[test]
+fn a_published_port_that_dockerd_translates_is_reached_at_the_gateway() -> Result<()> {
+    let host = Host::builder().docker_args(["--userland-proxy=false"]).start()?;
+    host.web("web").arg("--publish=8080:80").start()?;
+    offer_at(&host, "web", "172.17.0.1:8080")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let holds = host.run("ss", ["-Hltn", "sport", "=", ":8080"])?;
+    ensure!(holds.contains("LISTEN"), "dockerd holds the port: {holds}");
+    let embassy =
+        host.embassy(["--dnat", "--firewall=nft", "--notrack", "--endpoints=172.17.0.1/32", ETCD])?;
+    embassy.wait_ready(READY)?;
+    reaches(&app, VIP, "web")?;
+    let answers = app.get(VIP).times(30).at_once(3).run()?;
+    ensure!(answers.from("web") == 30, "{answers:?}");
+    Ok(())
 }

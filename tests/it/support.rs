@@ -3,7 +3,7 @@
 use std::{fmt::Display, net::IpAddr, process::Command, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use testbed::{Container, Embassy, Host};
+use testbed::{Container, Embassy, Host, embassy_program};
 
 use crate::WAIT;
 
@@ -45,6 +45,32 @@ pub(crate) fn ends(consumer: &Container, target: impl Display, outcome: &str) ->
         ensure!(probe.outcome == outcome, "{probe:?}");
         Ok(())
     })
+}
+
+/// Where the programs of `/usr/sbin` are for an embassy of [`with_programs`].
+pub(crate) const SBIN: &str = "/run/sbin.real";
+
+/// embassy with the programs of a directory in place of those in `/usr/sbin`. It looks for programs nowhere else, and only it
+/// sees these.
+pub(crate) fn with_programs(host: &Host, programs: impl Display) -> Result<Command> {
+    let mounts = format!(
+        "mkdir -p {SBIN} /run/sbin; mount --bind /usr/sbin {SBIN}; ln -sf {SBIN}/* /run/sbin; \
+         cp -Pf --remove-destination {programs}/* /run/sbin; mount --bind /run/sbin /usr/sbin"
+    );
+    with_mounts(host, &mounts)
+}
+
+/// embassy without any program of `/usr/sbin`.
+pub(crate) fn without_programs(host: &Host) -> Result<Command> {
+    with_mounts(host, "mount -t tmpfs none /usr/sbin")
+}
+
+/// embassy in a mount namespace of its own, after this script.
+pub(crate) fn with_mounts(host: &Host, script: &str) -> Result<Command> {
+    let mut command = host.command("unshare");
+    command.args(["--mount", "sh", "-ec", &format!("{script}; exec \"$@\""), "sh"]);
+    command.env("DOCKER_HOST", host.docker_url()).arg(embassy_program()?);
+    Ok(command)
 }
 
 /// A sample of embassy's metrics, by its name and labels as they are written; 0 where it is not there.

@@ -139,7 +139,8 @@ pub struct Connections {
     pub active: usize,
     /// Maximum number of open connections; further ones are reset.
     pub limit: usize,
-    /// Maximum number of open connections of one consumer; null if there is no limit.
+    /// Maximum number of open connections of one consumer; null if there is no limit. By default it changes with the number
+    /// of connections that are free.
     pub limit_of_consumer: Option<usize>,
     /// Connections that wait until their container is known.
     pub held: usize,
@@ -488,6 +489,9 @@ pub struct ExplainConsumer {
     pub id: String,
     /// All its source addresses.
     pub addresses: Vec<String>,
+    /// For each of them, the interface by which its connections must arrive, and with the guard the bridge port.
+    #[serde(default)]
+    pub arrivals: Vec<String>,
     /// The declared ports that have a route.
     pub ports: Vec<u16>,
 }

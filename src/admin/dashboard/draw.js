@@ -62,7 +62,9 @@ const bytes = n => {
 };
 const time = s => s == null ? "–" : s === 0 ? "0 s" : s < 1e-3 ? (s * 1e6).toFixed(0) + " µs" : s < 1 ? (s * 1e3).toFixed(s < .01 ? 1 : 0) + " ms"
   : s < 120 ? s.toFixed(s < 10 ? 1 : 0) + " s" : s < 7200 ? (s / 60).toFixed(0) + " min" : s < 172800 ? (s / 3600).toFixed(0) + " h" : (s / 86400).toFixed(0) + " d";
-const ago = s => s == null ? "never" : s < 1 ? "just now" : (s < 10 ? s.toFixed(0) + " s" : time(s)) + " ago";
+const ago = s => s == null ? "" : s < 1 ? "just now" : (s < 10 ? s.toFixed(0) + " s" : time(s)) + " ago";
+// Of a source: its last answer, or the data that an earlier run saved.
+const confirmed = s => s.kept_seconds == null ? ago(s.age_seconds) : "in an earlier run, " + ago(s.kept_seconds);
 const problem = p => p ? p.text + ", " + ago(p.age_seconds) : "";
 
 // CSS classes of the verdicts.

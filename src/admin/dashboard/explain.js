@@ -39,7 +39,7 @@ function explanation(e) {
 }
 
 const finding = f => make("li", {}, f.text, f.fix && f.verdict !== "ok" ? make("span", {class: "soft"}, " Fix: " + f.fix) : "");
-const source = s => s == null ? [["Source", "not queried yet"]] : [["Source", state(s.state, s.verdict)], ["Confirmed", s.kept_seconds == null ? ago(s.age_seconds) : "in an earlier run " + ago(s.kept_seconds)], ["Changed", ago(s.changed_seconds)],
+const source = s => s == null ? [["Source", "not queried yet"]] : [["Source", state(s.state, s.verdict)], ["Confirmed", confirmed(s)], ["Changed", ago(s.changed_seconds)],
   ["Answers", count(s.answers)], ["Failures", count(s.failures)], ["Error", s.error, "wide"], ["Skipped", s.skipped.join("; "), "wide"]];
 
 function explains(e) {

@@ -16,12 +16,12 @@ function tiles(s) {
   const restored = Object.values(cap.restored).reduce((a, b) => a + b, 0);
   const up = s.sources - s.sources_down - s.sources_waiting;
   fill($("tiles"), [
-    tile(s, "process", "Ready", s.ready ? "yes" : "not yet",
+    tile(s, "process", "Ready", s.ready ? "yes" : "no",
       wrong(s, "process") || (s.waiting_for.length ? "waits for " + s.waiting_for.map(w => w.part).join(", ") : "up for " + time(s.uptime_seconds))),
     tile(s, "capture", "Capture", cap.mode === "none" ? "your rules" : cap.in_place ? "in place" : "not in place",
       wrong(s, "capture") || (cap.mode === "none" ? "no rules of embassy" : said(cap.firewall, cap.mode, cap.scope, restored && "restored " + numbered(restored, "time")))),
     tile(s, "sources", "Sources", count(up) + " of " + count(s.sources) + " up",
-      said(s.sources_down && count(s.sources_down) + " down: their last data stays in use", s.sources_waiting && count(s.sources_waiting) + " not answered yet") || "all answer",
+      said(s.sources_down && count(s.sources_down) + " down", s.sources_waiting && count(s.sources_waiting) + " not answered yet") || "all answer",
       "#sources" + (s.sources_down ? "?state=down" : s.sources_waiting ? "?state=waiting" : "")),
     tile(s, "bindings", "Problems", count(s.problems), s.problems ? "bindings without all their routes" : "every binding has its routes",
       "#bindings" + (s.problems ? "?state=problem" : "")),

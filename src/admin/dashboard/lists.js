@@ -47,7 +47,7 @@ const lists = {
     title: "Sources", states: ["up", "down", "waiting"],
     none: "No source was queried yet.",
     key: s => [s.name],
-    columns: [["Source", "name", s => s.name], ["State", "", s => state(s.state, s.verdict)], ["Confirmed", "number", s => ago(s.age_seconds)], ["Changed", "number", s => ago(s.changed_seconds)],
+    columns: [["Source", "name", s => s.name], ["State", "", s => state(s.state, s.verdict)], ["Confirmed", "number", s => confirmed(s) || "–"], ["Changed", "number", s => ago(s.changed_seconds) || "–"],
       ["Items", "number", s => count(s.items)], ["Answers", "number", s => count(s.answers)], ["Failures", "number", s => count(s.failures)],
       ["Error, entries skipped", "long", s => [s.error, ...s.skipped].filter(Boolean).join("; ")]],
   },

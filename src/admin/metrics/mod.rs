@@ -284,6 +284,26 @@ fn captured(out: &mut Families<'_, '_>, counts: &capture::CaptureCounts) -> fmt:
     )?;
     traffic::histogram(&mut written, &counts.write_times.read())?;
     out.counter(
+        "direct_dials_refused",
+        "Connections to embassy's own port that the firewall refused because they were not captured",
+        counts.turned_away.get(capture::TurnedAway::Direct),
+    )?;
+    out.counter(
+        "spoofed",
+        "Frames that the guard dropped: their sender used an address of another container",
+        counts.turned_away.get(capture::TurnedAway::Spoofed),
+    )?;
+    out.gauge(
+        "guarded_addresses",
+        "Addresses of containers that the guard binds to a bridge port",
+        Some(counts.bound.load(Relaxed)),
+    )?;
+    out.gauge(
+        "unguarded_addresses",
+        "Addresses of containers on bridges of which the guard does not know the port",
+        Some(counts.unbound.load(Relaxed)),
+    )?;
+    out.counter(
         "capture_failures",
         "Failed attempts to write the rules",
         counts.failed.load(Relaxed),

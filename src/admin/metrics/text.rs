@@ -6,12 +6,13 @@ use std::{
     io, mem,
     sync::Arc,
     thread,
+    time::Duration,
 };
 
 use axum::body::{Body, Bytes};
 use futures_util::stream;
 use prometheus_client::{encoding::text::encode, registry::Registry};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use crate::text::visible_label;
 
@@ -47,12 +48,17 @@ const NICE: i32 = 10;
 /// written, so that little of it is in memory if the client reads fast.
 const PIECE: usize = 128 * 1024;
 
+/// Maximum time for reading a scrape: until then all of it may be in memory.
+const READ: Duration = Duration::from_secs(60);
+
 /// Writes all metrics in a low-priority thread, so that the kernel prefers the data path if CPU time is short. Holds `place`
-/// until everything is written, even if the client has gone. The speed of the client does not matter.
+/// until everything is written, even if the client has gone, whatever the speed of the client. Holds `reader` until the
+/// client has read everything, has gone, or its time is over.
 pub(crate) fn write_aside(
     registry: Arc<Registry>,
     format: Format,
     place: impl Send + 'static,
+    reader: impl Send + 'static,
 ) -> io::Result<Body> {
     let (pieces, answer) = mpsc::unbounded_channel();
     let write = move || {
@@ -68,14 +74,16 @@ pub(crate) fn write_aside(
         drop(place);
     };
     thread::Builder::new().name("scrape".into()).spawn(write)?;
-    Ok(Body::from_stream(stream::unfold(answer, async |mut answer| {
+    let reading = (answer, reader, Instant::now() + READ);
+    Ok(Body::from_stream(stream::unfold(reading, async |(mut answer, reader, end)| {
+        // An incomplete scrape must not look complete.
         let piece = match answer.recv().await {
+            _ if Instant::now() > end => Err(io::ErrorKind::TimedOut.into()),
             Some(Some(piece)) => Ok(piece),
             Some(None) => return None,
-            // An incomplete scrape must not look complete.
             None => Err(io::Error::other("the metrics could not be written")),
         };
-        Some((piece, answer))
+        Some((piece, (answer, reader, end)))
     })))
 }
 
@@ -170,6 +178,7 @@ fn comment(text: &str) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::StreamExt;
     use prometheus_client::{
         collector::Collector,
         encoding::{DescriptorEncoder, NoLabelSet},
@@ -255,9 +264,21 @@ mod tests {
     #[tokio::test]
     async fn what_could_not_be_written_whole_has_no_end() {
         for fails in [false, true] {
-            let body = write_aside(many(fails).into(), Format::Prometheus, ()).unwrap();
+            let body = write_aside(many(fails).into(), Format::Prometheus, (), ()).unwrap();
             let read = axum::body::to_bytes(body, usize::MAX).await;
             assert_eq!(read.is_err(), fails);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_reads_too_slowly_gets_no_more_and_frees_its_place() {
+        let (reader, place) = tokio::sync::oneshot::channel::<()>();
+        let body = write_aside(many(false).into(), Format::Prometheus, (), reader).unwrap();
+        let mut pieces = body.into_data_stream();
+        assert!(pieces.next().await.unwrap().is_ok());
+        tokio::time::advance(READ * 2).await;
+        assert!(pieces.next().await.unwrap().is_err());
+        drop(pieces);
+        assert!(place.await.is_err(), "its place is free");
     }
 }

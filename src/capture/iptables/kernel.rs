@@ -7,8 +7,9 @@ use std::{collections::HashMap, fmt::Write};
 use rustix::io::Errno;
 
 use super::super::{
-    layout,
+    layout::{self, Home},
     netlink::{self, Generation, IptablesTable, NetlinkError, SharedRule, Socket, Table},
+    rules::{self, Shape},
 };
 
 /// A chain that every table has, and ours that it jumps to.
@@ -27,8 +28,9 @@ pub(super) struct Kernel {
     written: HashMap<(bool, u64), String>,
 }
 
-/// The table of the counts. A kernel that cannot have it belong to this process does not count: it would be left behind.
-const COUNTS: Table<'_> = Table { name: "embassy_counts", owned: true };
+/// The table of the counts, which also refuses. A kernel that cannot have it belong to this process has none: it would be left
+/// behind.
+const COUNTS: Table<'_> = Table { name: rules::COUNTS, owned: true };
 
 /// How often what others change at the same time is read again.
 const TRIES: usize = 5;
@@ -46,15 +48,27 @@ impl Kernel {
         Ok(std::mem::replace(&mut self.seen, now) != now)
     }
 
-    /// Makes a table that counts captured connections before and after all rules of others. It goes when this is dropped.
-    pub(super) fn count(&mut self, port: u16) -> Result<(), NetlinkError> {
-        self.socket.apply(&netlink::add(COUNTS, &layout::counting(port))).map(drop)
+    /// Makes a table that counts captured connections before and after all rules of others, and refuses those to our port that are
+    /// not captured. It goes when this is dropped.
+    pub(super) fn count(&mut self, shape: &Shape) -> Result<(), NetlinkError> {
+        let counting = shape.counted.then(|| layout::counting(shape.port));
+        let refusing = shape.refusing.then(|| layout::refusing(shape.port));
+        let chains: Vec<_> = counting.into_iter().flatten().chain(refusing).collect();
+        if chains.is_empty() {
+            return Ok(());
+        }
+        self.socket.apply(&netlink::add(COUNTS, &chains)).map(drop)
     }
 
     /// How many came, and how many passed the rules of others.
     pub(super) fn counts(&mut self) -> Result<Option<(u64, u64)>, NetlinkError> {
-        let mut count = |chain| netlink::counted(&mut self.socket, COUNTS, chain);
+        let mut count = |chain| netlink::counted(&mut self.socket, COUNTS, Home::Inet, chain);
         Ok(count(layout::ARRIVING)?.zip(count(layout::ARRIVED)?))
+    }
+
+    /// How many connections to our port were refused.
+    pub(super) fn refused(&mut self) -> Result<Option<u64>, NetlinkError> {
+        netlink::counted(&mut self.socket, COUNTS, Home::Inet, layout::DIRECT)
     }
 
     /// The `nat` table in the form of `iptables-save`. A rule that we did not write is only its handle and, if it leads to a chain

@@ -4,37 +4,41 @@ use rustix::io::Errno;
 
 use super::{
     super::{
-        layout,
+        layout::{self, Home, Set},
         rules::{Hook, Rules},
     },
     encode::{
-        Bound, ELEMENT_FLAGS, ELEMENT_KEY, INTERVAL_END, IptablesTable, Table, bounds, hook_number,
+        Bound, ELEMENT_FLAGS, ELEMENT_KEY, ELEMENT_LAST, INTERVAL_END, IptablesTable, Table,
+        bounds, family_of, hook_number,
     },
     socket::{NetlinkError, Socket},
     wire::{Kind, Parsed, VALUE, family},
 };
 
-/// A table of the family `inet`.
+/// A table of a family that ours may be of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::capture) struct TableName {
+    pub(in crate::capture) home: Home,
     pub(in crate::capture) name: String,
     /// The port of the socket that it belongs to: as a rule the number of a process.
     pub(in crate::capture) owner: Option<u32>,
 }
 
-/// The tables of the family `inet`.
+/// The tables of the families that ours are of.
 pub(in crate::capture) fn tables(socket: &mut Socket) -> Result<Vec<TableName>, NetlinkError> {
     const NAME: u16 = 1;
     const OWNER: u16 = 7;
     let mut found = Vec::new();
     socket.dump(
         Kind::GET_TABLE,
-        family::INET,
+        family::ALL,
         |_| {},
         |table| {
+            let home = Home::ALL.into_iter().find(|home| family_of(*home) == table.family);
             let table = table.attributes();
-            let name = table.text(NAME).map(str::to_owned);
-            found.extend(name.map(|name| TableName { name, owner: table.number(OWNER) }));
+            let name = table.text(NAME).map(str::to_owned).zip(home);
+            let owner = table.number(OWNER);
+            found.extend(name.map(|(name, home)| TableName { home, name, owner }));
         },
     )?;
     Ok(found)
@@ -90,11 +94,12 @@ pub(in crate::capture) fn base_chains(socket: &mut Socket) -> Result<Vec<BaseCha
 pub(in crate::capture) fn counted(
     socket: &mut Socket,
     table: Table<'_>,
+    home: Home,
     chain: &str,
 ) -> Result<Option<u64>, NetlinkError> {
     const PACKETS: u16 = 2;
     let mut found = None;
-    rules(socket, family::INET, table.name, Some(chain), |rule| {
+    rules(socket, family_of(home), table.name, Some(chain), |rule| {
         let is_counter = |expression: &Parsed<'_>| expression.text(EXPRESSION) == Some("counter");
         let counter = rule.list(EXPRESSIONS).find(is_counter);
         let packets = counter.and_then(|counter| counter.nested(EXPRESSION_DATA).long(PACKETS));
@@ -211,38 +216,62 @@ fn none_if_missing(dumped: Result<(), NetlinkError>) -> Result<(), NetlinkError>
 /// A table as the kernel has it, to be compared with the same at another time.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(in crate::capture) struct Listing {
-    /// The chain of each rule, and the number that the kernel gave it: a rule never changes.
-    pub(in crate::capture) rules: Vec<(String, u64)>,
+    /// The table and chain of each rule, and the number that the kernel gave it: a rule never changes.
+    pub(in crate::capture) rules: Vec<(Home, String, u64)>,
     /// Elements that should be there and are not, and the other way round.
     pub(in crate::capture) missing: usize,
     pub(in crate::capture) added: usize,
 }
 
-/// Compares the table with `rules`, if other programs can change it. Reads every element.
+/// What the kernel has noted in a set: the keys.
+pub(in crate::capture) fn noted(
+    socket: &mut Socket,
+    table: Table<'_>,
+    set: Set,
+) -> Result<Vec<Vec<u8>>, NetlinkError> {
+    let mut found = Vec::new();
+    elements(socket, table, set, |bound| found.push(bound.key))?;
+    Ok(found)
+}
+
+fn elements(
+    socket: &mut Socket,
+    table: Table<'_>,
+    set: Set,
+    mut each: impl FnMut(Bound),
+) -> Result<(), NetlinkError> {
+    let select = |to: &mut super::wire::Attributes<'_>| {
+        to.text(1, table.name).text(2, &set.to_string());
+    };
+    let family = family_of(set.home());
+    let dumped = socket.dump(Kind::GET_ELEMENTS, family, select, |elements| {
+        for element in elements.attributes().list(3) {
+            let key = element.nested(ELEMENT_KEY).get(VALUE).unwrap_or_default().to_vec();
+            let last = element.nested(ELEMENT_LAST).get(VALUE).map(<[u8]>::to_vec);
+            let flags = element.number(ELEMENT_FLAGS).unwrap_or_default();
+            each(Bound { key, last, is_end: flags & INTERVAL_END != 0 });
+        }
+    });
+    none_if_missing(dumped)
+}
+
+/// Compares the tables with `rules`, if other programs can change it. Reads every element.
 pub(in crate::capture) fn list(
     socket: &mut Socket,
     table: Table<'_>,
     expected: &Rules,
 ) -> Result<Listing, NetlinkError> {
     let mut listing = Listing::default();
-    self::rules(socket, family::INET, table.name, None, |rule| {
-        let chain = rule.text(CHAIN).unwrap_or_default().to_owned();
-        listing.rules.extend(rule.long(HANDLE).map(|handle| (chain, handle)));
-    })?;
-    for set in layout::sets(&expected.shape) {
+    for home in layout::homes(&expected.shape) {
+        self::rules(socket, family_of(*home), table.name, None, |rule| {
+            let chain = rule.text(CHAIN).unwrap_or_default().to_owned();
+            listing.rules.extend(rule.long(HANDLE).map(|handle| (*home, chain, handle)));
+        })?;
+    }
+    for set in layout::sets(&expected.shape).filter(|set| !set.is_noted()) {
         let mut wanted: Vec<_> = layout::elements(set, expected).iter().flat_map(bounds).collect();
         let mut present = Vec::new();
-        let select = |to: &mut super::wire::Attributes<'_>| {
-            to.text(1, table.name).text(2, &set.to_string());
-        };
-        let dumped = socket.dump(Kind::GET_ELEMENTS, family::INET, select, |elements| {
-            for element in elements.attributes().list(3) {
-                let key = element.nested(ELEMENT_KEY).get(VALUE).unwrap_or_default().to_vec();
-                let flags = element.number(ELEMENT_FLAGS).unwrap_or_default();
-                present.push(Bound { key, is_end: flags & INTERVAL_END != 0 });
-            }
-        });
-        none_if_missing(dumped)?;
+        elements(socket, table, set, |bound| present.push(bound))?;
         wanted.sort();
         present.sort();
         listing.missing +=

@@ -4,14 +4,15 @@ use std::net::IpAddr;
 
 use super::{
     super::layout::{
-        Base, BaseKind, Chain, Edit, Element, Family, Key, Set, Term, after, chains, elements, sets,
+        Base, BaseKind, Chain, Edit, Element, Family, Home, Key, NOTED, NOTED_FOR, Set, Term,
+        after, chains, elements, homes, sets,
     },
     super::rules::{Hook, Rules, Shape},
     expression::Expressions,
     wire::{Attributes, Kind, Messages, VALUE, family, flags},
 };
 
-/// Names the table of the commands that follow: `inet`, and its name.
+/// Names the tables of the commands that follow, one in each family that is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::capture) struct Table<'a> {
     pub(in crate::capture) name: &'a str,
@@ -27,10 +28,10 @@ const MESSAGE: usize = 500;
 /// The attribute of every object that names its table.
 const TABLE: u16 = 1;
 
-/// The whole table, in batches to be applied in this order. What captures is in the last: a table that is half there captures
-/// nothing. `replace`: there is one of this name, whose place it takes in one batch, so that no packet finds none.
-pub(in crate::capture) fn load(table: Table<'_>, rules: &Rules, replace: bool) -> Vec<Messages> {
-    let most = if replace { usize::MAX } else { BATCH / MESSAGE };
+/// All tables, in batches to be applied in this order. What captures is in the last: a table that is half there captures
+/// nothing. `replace`: where there are some of this name, whose place they take in one batch, so that no packet finds none.
+pub(in crate::capture) fn load(table: Table<'_>, rules: &Rules, replace: &[Home]) -> Vec<Messages> {
+    let most = if replace.is_empty() { BATCH / MESSAGE } else { usize::MAX };
     let all: Vec<_> = sets(&rules.shape).map(|set| (set, elements(set, rules))).collect();
     let parts = all.iter().flat_map(|(set, all)| all.chunks(MESSAGE).map(|part| (*set, part)));
     let parts: Vec<_> = parts.collect();
@@ -40,10 +41,8 @@ pub(in crate::capture) fn load(table: Table<'_>, rules: &Rules, replace: bool) -
         let (now, later) = parts.split_at(parts.len().min(most));
         batches.push(Messages::batch(|batch| {
             if batches.is_empty() {
-                if replace {
-                    table.delete(batch);
-                }
-                table.add(batch);
+                replace.iter().for_each(|home| table.delete(batch, *home));
+                homes(&rules.shape).iter().for_each(|home| table.add(batch, *home));
                 sets(&rules.shape).for_each(|set| table.add_set(batch, set));
             }
             for (set, elements) in now {
@@ -86,36 +85,43 @@ pub(in crate::capture) fn other_chains(table: Table<'_>, before: &Shape, now: &S
         batch.add(Kind::DELETE_RULE, 0, family::INET, |rule| {
             rule.text(TABLE, table.name);
         });
+        // The guard's stay where they are.
+        let of_ip = |shape| chains(shape).into_iter().filter(|chain| chain.home == Home::Inet);
         // Those that are jumped to come first, and go last.
-        for chain in chains(before).iter().rev() {
+        for chain in of_ip(before).collect::<Vec<_>>().iter().rev() {
             batch.add(Kind::DELETE_CHAIN, 0, family::INET, |to| {
                 to.text(TABLE, table.name).text(CHAIN_NAME, chain.name);
             });
         }
-        chains(now).iter().for_each(|chain| table.add_chain(batch, chain));
+        of_ip(now).for_each(|chain| table.add_chain(batch, &chain));
     })
 }
 
 /// A new table with these chains alone.
 pub(in crate::capture) fn add(table: Table<'_>, chains: &[Chain]) -> Messages {
     Messages::batch(|batch| {
-        table.add(batch);
+        table.add(batch, Home::Inet);
         chains.iter().for_each(|chain| table.add_chain(batch, chain));
     })
 }
 
-/// Takes the place of a table: another one with these chains alone.
-pub(in crate::capture) fn replace(old: Table<'_>, new: Table<'_>, chains: &[Chain]) -> Messages {
+/// Takes the place of our tables: another one with these chains alone.
+pub(in crate::capture) fn replace(
+    old: Table<'_>,
+    homes: &[Home],
+    new: Table<'_>,
+    chains: &[Chain],
+) -> Messages {
     Messages::batch(|batch| {
-        new.add(batch);
+        new.add(batch, Home::Inet);
         chains.iter().for_each(|chain| new.add_chain(batch, chain));
-        old.delete(batch);
+        homes.iter().for_each(|home| old.delete(batch, *home));
     })
 }
 
-/// Deletes a table of this embassy, or of an earlier one that has ended.
-pub(in crate::capture) fn delete(table: Table<'_>) -> Messages {
-    Messages::batch(|batch| table.delete(batch))
+/// Deletes tables of this embassy, or of an earlier one that has ended.
+pub(in crate::capture) fn delete(table: Table<'_>, homes: &[Home]) -> Messages {
+    Messages::batch(|batch| homes.iter().for_each(|home| table.delete(batch, *home)))
 }
 
 /// A table that iptables writes to.
@@ -172,71 +178,136 @@ pub(in crate::capture) fn question(table: Table<'_>, shape: &Shape) -> Question 
     let mut needs = Vec::new();
     let messages = Messages::batch(|batch| {
         let mut need = |batch: &Messages, what: String| needs.push((batch.next() - 1, what));
-        table.add(batch);
-        need(batch, if table.owned { "tables with an owner" } else { "tables" }.to_owned());
+        for home in homes(shape) {
+            table.add(batch, *home);
+            let of = match home {
+                Home::Inet => "",
+                Home::Bridge => " for bridges",
+            };
+            let owned = if table.owned { "tables with an owner" } else { "tables" };
+            need(batch, format!("{owned}{of}"));
+        }
         for set in sets(shape) {
             table.add_set(batch, set);
-            need(batch, format!("the set {set}"));
+            need(batch, format!("the set {set}{}", of_bridges(set.home())));
         }
         let chains = chains(shape);
         for chain in &chains {
             table.add_empty_chain(batch, chain);
-            need(batch, format!("the chain {}", chain.name));
+            need(batch, format!("the chain {}{}", chain.name, of_bridges(chain.home)));
         }
         for chain in &chains {
             for rule in &chain.rules {
-                table.add_rule(batch, chain.name, rule);
+                table.add_rule(batch, chain, rule);
                 let terms: Vec<_> = rule.iter().map(ToString::to_string).collect();
                 need(batch, format!("the rule \"{}\"", terms.join(" ")));
             }
         }
-        Table { name: "embassy_asks_nothing", owned: false }.delete(batch);
+        Table { name: "embassy_asks_nothing", owned: false }.delete(batch, Home::Inet);
     });
     Question { messages, needs }
+}
+
+/// What tells the guard's objects from others of the same name.
+fn of_bridges(home: Home) -> &'static str {
+    match home {
+        Home::Inet => "",
+        Home::Bridge => " of the guard",
+    }
+}
+
+/// The kernel's number of a table's family.
+pub(super) fn family_of(home: Home) -> u8 {
+    match home {
+        Home::Inet => family::INET,
+        Home::Bridge => family::BRIDGE,
+    }
 }
 
 /// Attributes of chains, beside that of their table.
 const CHAIN_NAME: u16 = 3;
 
 impl Table<'_> {
-    fn add(self, batch: &mut Messages) {
+    fn add(self, batch: &mut Messages, home: Home) {
         const OWNER: u32 = 2;
-        batch.add(Kind::NEW_TABLE, flags::CREATE, family::INET, |to| {
+        batch.add(Kind::NEW_TABLE, flags::CREATE, family_of(home), |to| {
             to.text(1, self.name).number(2, if self.owned { OWNER } else { 0 });
         });
     }
 
-    fn delete(self, batch: &mut Messages) {
-        batch.add(Kind::DELETE_TABLE, 0, family::INET, |to| {
+    fn delete(self, batch: &mut Messages, home: Home) {
+        batch.add(Kind::DELETE_TABLE, 0, family_of(home), |to| {
             to.text(1, self.name);
         });
     }
 
-    /// Without user data: programs that read it differ by version, and older ones end by SIGSEGV on what newer ones write.
+    /// Without user data that versions of the program have in different forms: older ones end by SIGSEGV on what newer ones write.
+    /// All of them write the order of bytes, by which they show numbers and names of interfaces.
     fn add_set(self, batch: &mut Messages, set: Set) {
         const INTERVAL: u32 = 4;
+        const TIMEOUT: u32 = 16;
+        const EVALUATED: u32 = 32;
+        const CONCATENATED: u32 = 128;
         // The program's numbers of its types, by which it prints elements; each part of a concatenation takes six bits.
-        const INET_SERVICE: u32 = 13;
-        let (address, length) = match set.family {
-            Family::V4 => (7, 4),
-            Family::V6 => (8, 16),
+        const ETHER: (u32, u32) = (9, 6);
+        const INET_SERVICE: (u32, u32) = (13, 2);
+        const INDEX: (u32, u32) = (20, 4);
+        const NAME: (u32, u32) = (41, 16);
+        let address = match set.family {
+            Some(Family::V6) => (8, 16),
+            Some(Family::V4) | None => (7, 4),
         };
-        let (flags, kind, length) = match set.key() {
-            Key::Address => (0, address, length),
-            Key::AddressPort => (0, address << 6 | INET_SERVICE, length + 4),
-            Key::Range => (INTERVAL, address, length),
+        let (parts, mut flags) = match set.key() {
+            Key::Address => (vec![address], 0),
+            Key::AddressPort => (vec![address, INET_SERVICE], 0),
+            Key::Range => (vec![address], INTERVAL),
+            Key::Interface => (vec![NAME], 0),
+            Key::InterfaceAddressPort => (vec![NAME, address, INET_SERVICE], 0),
+            Key::InterfaceRange => (vec![NAME, address], INTERVAL | CONCATENATED),
+            Key::Index => (vec![INDEX], 0),
+            Key::IndexAddress => (vec![INDEX, address], 0),
+            Key::IndexMac => (vec![INDEX, ETHER], 0),
         };
+        if set.is_noted() {
+            flags |= TIMEOUT | EVALUATED;
+        }
+        let kind = parts.iter().fold(0, |kinds, (kind, _)| kinds << 6 | kind);
+        // Each part of a key fills words of four bytes.
+        let words = |length: u32| if parts.len() > 1 { length.next_multiple_of(4) } else { length };
+        let length = parts.iter().map(|(_, length)| words(*length)).sum();
         // The kernel wants a number for each set of a batch, which it does not keep.
         let id = batch.next();
-        batch.add(Kind::NEW_SET, flags::CREATE, family::INET, |to| {
+        batch.add(Kind::NEW_SET, flags::CREATE, family_of(set.home()), |to| {
             to.text(TABLE, self.name).text(2, &set.to_string());
             to.number(3, flags).number(4, kind).number(5, length).number(10, id);
+            if flags & CONCATENATED != 0 {
+                // The length of each part: ranges are looked up part by part.
+                to.nested(9, |about| {
+                    about.nested(2, |list| {
+                        for (_, length) in &parts {
+                            list.nested(1, |part| {
+                                part.number(1, *length);
+                            });
+                        }
+                    });
+                });
+            }
+            if matches!(set.key(), Key::Interface | Key::Index) {
+                // NFTNL_UDATA_SET_KEYBYTEORDER, its length, and BYTEORDER_HOST_ENDIAN.
+                to.bytes(13, &[&[0, 4][..], &1u32.to_ne_bytes()].concat());
+            }
+            if set.is_noted() {
+                to.nested(9, |about| {
+                    about.number(1, NOTED);
+                });
+                to.long(11, NOTED_FOR);
+            }
         });
     }
 
     fn change_elements(self, batch: &mut Messages, kind: Kind, set: Set, elements: &[Element]) {
         let flags = if kind == Kind::NEW_ELEMENTS { flags::CREATE } else { 0 };
-        batch.add(kind, flags, family::INET, |to| {
+        batch.add(kind, flags, family_of(set.home()), |to| {
             to.text(TABLE, self.name).text(2, &set.to_string());
             to.nested(3, |list| {
                 for bound in elements.iter().flat_map(bounds) {
@@ -248,11 +319,11 @@ impl Table<'_> {
 
     fn add_chain(self, batch: &mut Messages, chain: &Chain) {
         self.add_empty_chain(batch, chain);
-        chain.rules.iter().for_each(|rule| self.add_rule(batch, chain.name, rule));
+        chain.rules.iter().for_each(|rule| self.add_rule(batch, chain, rule));
     }
 
     fn add_empty_chain(self, batch: &mut Messages, chain: &Chain) {
-        batch.add(Kind::NEW_CHAIN, flags::CREATE, family::INET, |to| {
+        batch.add(Kind::NEW_CHAIN, flags::CREATE, family_of(chain.home), |to| {
             to.text(TABLE, self.name).text(CHAIN_NAME, chain.name);
             if let Some(Base { kind, hook, priority }) = chain.base {
                 to.nested(4, |to| {
@@ -264,11 +335,12 @@ impl Table<'_> {
         });
     }
 
-    fn add_rule(self, batch: &mut Messages, chain: &str, rule: &[Term]) {
-        batch.add(Kind::NEW_RULE, flags::CREATE | flags::APPEND, family::INET, |to| {
-            to.text(TABLE, self.name).text(2, chain);
+    fn add_rule(self, batch: &mut Messages, chain: &Chain, rule: &[Term]) {
+        let family = family_of(chain.home);
+        batch.add(Kind::NEW_RULE, flags::CREATE | flags::APPEND, family, |to| {
+            to.text(TABLE, self.name).text(2, chain.name);
             to.nested(4, |list| {
-                let mut expressions = Expressions::new(list);
+                let mut expressions = Expressions::new(list, chain.home);
                 rule.iter().for_each(|term| expressions.term(*term));
             });
         });
@@ -284,16 +356,20 @@ pub(super) fn hook_number(hook: Hook) -> u32 {
     }
 }
 
-/// An element in the kernel's form: a range is its first address and the first address after it.
+/// An element in the kernel's form: a range is its first address and the first address after it, or if it is a part of a
+/// concatenation, the first key and the last.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Bound {
     pub(super) key: Vec<u8>,
+    /// The last key.
+    pub(super) last: Option<Vec<u8>>,
     pub(super) is_end: bool,
 }
 
 /// The attributes of an element.
 pub(super) const ELEMENT_KEY: u16 = 1;
 pub(super) const ELEMENT_FLAGS: u16 = 3;
+pub(super) const ELEMENT_LAST: u16 = 10;
 /// NFT_SET_ELEM_INTERVAL_END
 pub(super) const INTERVAL_END: u32 = 1;
 
@@ -303,6 +379,11 @@ impl Bound {
             element.nested(ELEMENT_KEY, |data| {
                 data.bytes(VALUE, &self.key);
             });
+            if let Some(last) = &self.last {
+                element.nested(ELEMENT_LAST, |data| {
+                    data.bytes(VALUE, last);
+                });
+            }
             if self.is_end {
                 element.number(ELEMENT_FLAGS, INTERVAL_END);
             }
@@ -315,14 +396,28 @@ pub(super) fn bounds(element: &Element) -> impl Iterator<Item = Bound> + use<> {
         IpAddr::V4(v4) => v4.octets().to_vec(),
         IpAddr::V6(v6) => v6.octets().to_vec(),
     };
-    let (key, end) = match element {
-        Element::Address(of) => (address(of), None),
+    let port = |port: &u16| [&port.to_be_bytes()[..], &[0; 2]].concat();
+    let (mut last, mut end) = (None, None);
+    let key = match element {
+        Element::Address(of) => address(of),
         // Each part of a key fills words of four bytes.
-        Element::AddressPort(of, port) => {
-            ([&address(of)[..], &port.to_be_bytes(), &[0; 2]].concat(), None)
+        Element::AddressPort(of, number) => [address(of), port(number)].concat(),
+        Element::Range(first, last) => {
+            end = after(*last);
+            address(first)
         }
-        Element::Range(first, last) => (address(first), after(*last)),
+        Element::Interface(name) => name.bytes().to_vec(),
+        Element::InterfaceAddressPort(name, of, number) => {
+            [&name.bytes()[..], &address(of), &port(number)].concat()
+        }
+        Element::InterfaceRange(name, first, to) => {
+            last = Some([&name.bytes()[..], &address(to)].concat());
+            [&name.bytes()[..], &address(first)].concat()
+        }
+        Element::Index(index) => index.to_ne_bytes().to_vec(),
+        Element::IndexAddress(index, of) => [&index.to_ne_bytes()[..], &address(of)].concat(),
+        Element::IndexMac(index, mac) => [&index.to_ne_bytes()[..], &mac.0, &[0; 2]].concat(),
     };
-    let end = end.map(|end| Bound { key: address(&end), is_end: true });
-    std::iter::once(Bound { key, is_end: false }).chain(end)
+    let end = end.map(|end| Bound { key: address(&end), last: None, is_end: true });
+    std::iter::once(Bound { key, last, is_end: false }).chain(end)
 }

@@ -2,7 +2,7 @@
 //! something. Pure.
 
 use super::{
-    super::layout::{Direction, Family, Set, Side, Term},
+    super::layout::{Claim, Direction, Family, Home, Members, Set, Side, Term},
     wire::{Attributes, VALUE, family},
 };
 
@@ -10,27 +10,52 @@ use super::{
 #[derive(Debug)]
 pub(super) struct Expressions<'a, 'b> {
     list: &'a mut Attributes<'b>,
+    home: Home,
     /// The expressions that were checked already.
     family: Option<Family>,
-    tcp: bool,
+    protocol: Option<u8>,
 }
+
+/// Of transport protocols (IANA).
+const TCP: u8 = 6;
+const ICMP6: u8 = 58;
 
 /// The first register: 16 bytes; and the same and those after it, of four bytes each.
 const REGISTER: u32 = 1;
 const REGISTER_OF_WORDS: u32 = 8;
 
 /// Where a payload is counted from (enum nft_payload_bases).
+const LINK: u32 = 0;
 const NETWORK: u32 = 1;
 const TRANSPORT: u32 = 2;
 
+/// What a frame carries (include/uapi/linux/if_ether.h).
+const IPV4: u16 = 0x0800;
+const ARP: u16 = 0x0806;
+const IPV6: u16 = 0x86dd;
+
+/// The interface by which a packet came in: its number, and its name (enum nft_meta_keys).
+const INTERFACE: u32 = 4;
+const INTERFACE_NAME: u32 = 6;
+const WORDS_OF_A_NAME: u32 = 4;
+
+/// How many registers of four bytes an address fills.
+fn words(family: Family) -> u32 {
+    match family {
+        Family::V4 => 1,
+        Family::V6 => 4,
+    }
+}
+
 /// The kernel's numbers of what a verdict says.
 const ACCEPT: i32 = 1;
+const DROP: i32 = 0;
 const JUMP: i32 = -3;
 const RETURN: i32 = -5;
 
 impl<'a, 'b> Expressions<'a, 'b> {
-    pub(super) fn new(list: &'a mut Attributes<'b>) -> Self {
-        Self { list, family: None, tcp: false }
+    pub(super) fn new(list: &'a mut Attributes<'b>, home: Home) -> Self {
+        Self { list, home, family: None, protocol: None }
     }
 
     fn expression(&mut self, name: &str, fill: impl FnOnce(&mut Attributes<'_>)) {
@@ -42,24 +67,78 @@ impl<'a, 'b> Expressions<'a, 'b> {
     /// Adds what a part of a rule matches or does, and what has to be asked before.
     pub(super) fn term(&mut self, term: Term) {
         match term {
-            Term::Address(side, set) => {
-                self.address(side, set.family);
-                self.lookup(set, false);
+            Term::Address(side, family, members) => {
+                self.address(side, family, REGISTER);
+                self.lookup(Set::of(members, family), false);
             }
-            Term::AddressNot(side, set) => {
-                self.address(side, set.family);
-                self.lookup(set, true);
+            Term::AddressNot(side, family, members) => {
+                self.address(side, family, REGISTER);
+                self.lookup(Set::of(members, family), true);
             }
-            Term::AddressPort(side, set) => {
-                self.family(set.family);
+            Term::AddressPort(side, family, members) => {
+                self.family(family);
                 self.tcp();
-                self.address(side, set.family);
-                let words = match set.family {
-                    Family::V4 => 1,
-                    Family::V6 => 4,
-                };
-                self.payload(TRANSPORT, 2, 2, REGISTER_OF_WORDS + words);
-                self.lookup(set, false);
+                self.address(side, family, REGISTER);
+                self.payload(TRANSPORT, 2, 2, REGISTER_OF_WORDS + words(family));
+                self.lookup(Set::of(members, family), false);
+            }
+            Term::InterfaceAddressPort(family, members) => {
+                self.family(family);
+                self.tcp();
+                self.meta(INTERFACE_NAME);
+                let address = REGISTER_OF_WORDS + WORDS_OF_A_NAME;
+                self.address(Side::Source, family, address);
+                self.payload(TRANSPORT, 2, 2, address + words(family));
+                self.lookup(Set::of(members, family), false);
+            }
+            Term::InterfaceAddress(family, members) => {
+                self.family(family);
+                self.meta(INTERFACE_NAME);
+                self.address(Side::Source, family, REGISTER_OF_WORDS + WORDS_OF_A_NAME);
+                self.lookup(Set::of(members, family), false);
+            }
+            Term::InterfaceNot(members) => {
+                self.meta(INTERFACE_NAME);
+                self.lookup(Set::without_family(members), true);
+            }
+            Term::Interface(members) => {
+                self.meta(INTERFACE_NAME);
+                self.lookup(Set::without_family(members), false);
+            }
+            Term::Carries(what) => self.carries(what),
+            Term::Port(members) => {
+                self.meta(INTERFACE);
+                self.lookup(Set::without_family(members), false);
+            }
+            Term::PortNot(claim, members) => {
+                self.meta(INTERFACE);
+                self.claim(claim, REGISTER_OF_WORDS + 1);
+                self.lookup(claim.set(members), true);
+            }
+            Term::Claimed(claim, members) => {
+                self.claim(claim, REGISTER);
+                self.lookup(claim.set(members), false);
+            }
+            Term::Icmp6 => {
+                self.family(Family::V6);
+                self.protocol(ICMP6);
+            }
+            Term::Advertisement => {
+                const ADVERTISEMENT: u8 = 136;
+                self.family(Family::V6);
+                self.protocol(ICMP6);
+                self.payload(TRANSPORT, 0, 1, REGISTER);
+                self.compare(true, &[ADVERTISEMENT]);
+            }
+            Term::NoteSource(family) => {
+                self.family(family);
+                self.meta(INTERFACE);
+                self.address(Side::Source, family, REGISTER_OF_WORDS + 1);
+                self.note(Set::of(Members::Forgers, family));
+            }
+            Term::NotePort => {
+                self.meta(INTERFACE);
+                self.note(Set::without_family(Members::Offenders));
             }
             Term::Tcp => self.tcp(),
             Term::Dport(port) => {
@@ -75,16 +154,8 @@ impl<'a, 'b> Expressions<'a, 'b> {
                 self.mask(&[SYN | ACK]);
                 self.compare(true, &[SYN]);
             }
-            Term::Translated => {
-                // IPS_DST_NAT (include/uapi/linux/netfilter/nf_conntrack_common.h)
-                const DNAT: u32 = 1 << 5;
-                const STATUS: u32 = 2;
-                self.expression("ct", |ct| {
-                    ct.number(1, REGISTER).number(2, STATUS);
-                });
-                self.mask(&DNAT.to_ne_bytes());
-                self.compare(false, &0u32.to_ne_bytes());
-            }
+            Term::Translated => self.translated(false),
+            Term::NotTranslated => self.translated(true),
             Term::MetaMark(mark) => {
                 const MARK: u32 = 3;
                 self.meta(MARK);
@@ -96,12 +167,11 @@ impl<'a, 'b> Expressions<'a, 'b> {
                 self.compare(true, &mark.to_ne_bytes());
             }
             Term::NotLoopback(direction) => {
-                const IN: u32 = 4;
                 const OUT: u32 = 5;
                 // In every network namespace (include/net/flow.h, LOOPBACK_IFINDEX).
                 const LOOPBACK: u32 = 1;
                 self.meta(match direction {
-                    Direction::In => IN,
+                    Direction::In => INTERFACE,
                     Direction::Out => OUT,
                 });
                 self.compare(false, &LOOPBACK.to_ne_bytes());
@@ -129,6 +199,15 @@ impl<'a, 'b> Expressions<'a, 'b> {
                     redirect.number(1, REGISTER).number(3, TO_PORT);
                 });
             }
+            Term::Reject => {
+                // NFT_REJECT_TCP_RST
+                const RESET: u32 = 1;
+                self.tcp();
+                self.expression("reject", |reject| {
+                    reject.number(1, RESET).bytes(2, &[0]);
+                });
+            }
+            Term::Drop => self.verdict(DROP, None),
             Term::Accept => self.verdict(ACCEPT, None),
             Term::Return => self.verdict(RETURN, None),
             Term::Jump(chain) => self.verdict(JUMP, Some(chain)),
@@ -137,28 +216,54 @@ impl<'a, 'b> Expressions<'a, 'b> {
 
     fn family(&mut self, of: Family) {
         const NFPROTO: u32 = 15;
-        if self.family.replace(of) != Some(of) {
-            self.meta(NFPROTO);
-            self.compare(
-                true,
-                &[match of {
-                    Family::V4 => family::IPV4,
-                    Family::V6 => family::IPV6,
-                }],
-            );
+        if self.family.replace(of) == Some(of) {
+            return;
         }
+        match (self.home, of) {
+            (Home::Inet, Family::V4) => {
+                self.meta(NFPROTO);
+                self.compare(true, &[family::IPV4]);
+            }
+            (Home::Inet, Family::V6) => {
+                self.meta(NFPROTO);
+                self.compare(true, &[family::IPV6]);
+            }
+            // As the kernel goes on: it has taken off a tag, which the frame itself still shows.
+            (Home::Bridge, Family::V4) => self.carries(IPV4),
+            (Home::Bridge, Family::V6) => self.carries(IPV6),
+        }
+    }
+
+    fn carries(&mut self, what: u16) {
+        const PROTOCOL: u32 = 1;
+        self.meta(PROTOCOL);
+        self.compare(true, &what.to_be_bytes());
     }
 
     fn tcp(&mut self) {
+        self.protocol(TCP);
+    }
+
+    fn protocol(&mut self, number: u8) {
         const L4PROTO: u32 = 16;
-        const TCP: u8 = 6;
-        if !std::mem::replace(&mut self.tcp, true) {
+        if self.protocol.replace(number) != Some(number) {
             self.meta(L4PROTO);
-            self.compare(true, &[TCP]);
+            self.compare(true, &[number]);
         }
     }
 
-    fn address(&mut self, side: Side, family: Family) {
+    fn translated(&mut self, inverted: bool) {
+        // IPS_DST_NAT (include/uapi/linux/netfilter/nf_conntrack_common.h)
+        const DNAT: u32 = 1 << 5;
+        const STATUS: u32 = 2;
+        self.expression("ct", |ct| {
+            ct.number(1, REGISTER).number(2, STATUS);
+        });
+        self.mask(&DNAT.to_ne_bytes());
+        self.compare(inverted, &0u32.to_ne_bytes());
+    }
+
+    fn address(&mut self, side: Side, family: Family, register: u32) {
         self.family(family);
         let (offset, length) = match (family, side) {
             (Family::V4, Side::Source) => (12, 4),
@@ -166,7 +271,30 @@ impl<'a, 'b> Expressions<'a, 'b> {
             (Family::V6, Side::Source) => (8, 16),
             (Family::V6, Side::Destination) => (24, 16),
         };
-        self.payload(NETWORK, offset, length, REGISTER);
+        self.payload(NETWORK, offset, length, register);
+    }
+
+    fn claim(&mut self, claim: Claim, register: u32) {
+        match claim {
+            Claim::Source(family) => self.address(Side::Source, family, register),
+            Claim::Arp => {
+                // Of Ethernet and IPv4 (RFC 826): any other has another length, and Linux ignores it.
+                if register == REGISTER {
+                    self.carries(ARP);
+                }
+                self.payload(NETWORK, 14, 4, register);
+            }
+            Claim::Target => self.payload(TRANSPORT, 8, 16, register),
+            Claim::Mac => self.payload(LINK, 6, 6, register),
+        }
+    }
+
+    /// Notes what the registers hold, for a time.
+    fn note(&mut self, set: Set) {
+        const UPDATE: u32 = 1;
+        self.expression("dynset", |note| {
+            note.text(1, &set.to_string()).number(3, UPDATE).number(4, REGISTER);
+        });
     }
 
     fn payload(&mut self, base: u32, offset: u32, length: u32, register: u32) {

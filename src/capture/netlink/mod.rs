@@ -8,7 +8,8 @@ mod socket;
 mod wire;
 
 pub(super) use dump::{
-    BaseChain, Listing, SharedRule, TableName, base_chains, counted, list, shared_table, tables,
+    BaseChain, Listing, SharedRule, TableName, base_chains, counted, list, noted, shared_table,
+    tables,
 };
 pub(super) use encode::{
     IptablesTable, Table, add, delete, edit, load, other_chains, question, replace,

@@ -48,6 +48,7 @@ pub(super) mod family {
     pub(in crate::capture::netlink) const ALL: u8 = 0;
     pub(in crate::capture::netlink) const INET: u8 = 1;
     pub(in crate::capture::netlink) const IPV4: u8 = 2;
+    pub(in crate::capture::netlink) const BRIDGE: u8 = 7;
     pub(in crate::capture::netlink) const IPV6: u8 = 10;
 }
 

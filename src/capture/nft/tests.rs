@@ -1,6 +1,7 @@
 use std::{
     net::{IpAddr, Ipv4Addr},
     process::{Command, Stdio},
+    sync::Arc,
 };
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -9,14 +10,15 @@ use super::*;
 use crate::{
     capture::{
         rules::{
-            PRIORITY,
-            tests::{example, with_unknown, with_untracked},
+            Declared, PRIORITY,
+            tests::{declared, example, interface, with_guard, with_unknown, with_untracked},
         },
         text,
     },
-    config::CaptureScope,
+    config::{CaptureScope, Guard},
     model::Port,
     table::RouteKey,
+    wiring::{Arrival, Owner, Wiring},
 };
 
 /// Moves this thread into a network namespace of its own.
@@ -76,9 +78,19 @@ fn plain(listing: &str) -> Vec<String> {
             .replace("priority filter;", "priority 0;");
     }
     // Older ones print whatever they find for the flags of a table, and newer ones who owns it.
-    lines.retain(|line| !line.starts_with("flags ") || line == "flags interval");
-    lines[0].truncate("table inet embassy {".len());
+    let known = ["flags interval", "flags dynamic,timeout"];
+    lines.retain(|line| !line.starts_with("flags ") || known.contains(&line.as_str()));
+    for line in lines.iter_mut().filter(|line| line.starts_with("table ")) {
+        let end = line.find('{').unwrap();
+        line.truncate(end + 1);
+    }
     lines
+}
+
+/// Both tables as the program lists them.
+fn told() -> String {
+    // Another test's may end meanwhile; ours are those of this namespace.
+    nft("-y -s list ruleset").unwrap()
 }
 
 fn shapes() -> Vec<Rules> {
@@ -86,7 +98,9 @@ fn shapes() -> Vec<Rules> {
     for redirect in [false, true] {
         for scope in [CaptureScope::Declared, CaptureScope::All] {
             let rules = example(redirect, scope);
-            all.extend([with_unknown(rules.clone()), with_untracked(rules.clone()), rules]);
+            all.extend([with_unknown(rules.clone()), with_untracked(rules.clone())]);
+            all.extend([Guard::Vip, Guard::Full].map(|guard| with_guard(rules.clone(), guard)));
+            all.push(rules);
         }
     }
     all
@@ -111,14 +125,14 @@ async fn what_is_written_is_what_its_text_says() {
         let mut own = Nft::open(&rules.shape, false).unwrap();
         assert!(own.is_owned());
         own.load(&rules).await.unwrap();
-        let told = nft("-y -s list table inet embassy").unwrap();
-        assert_eq!(plain(&told), plain(&text::of(&rules, true)));
+        assert_eq!(plain(&told()), plain(&text::of(&rules, true)));
         // It goes with its socket.
         drop(own);
         closed("table");
     }
     // The text is one that the program takes.
-    let rules = with_unknown(example(true, CaptureScope::Declared));
+    // But for one rule of the full guard, which older ones can only show.
+    let rules = with_guard(with_unknown(example(true, CaptureScope::Declared)), Guard::Vip);
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), text::of(&rules, false)).unwrap();
     nft(&format!("-f {}", file.path().display())).unwrap();
@@ -132,6 +146,7 @@ async fn what_is_written_is_what_its_text_says() {
 async fn a_table_of_ours_is_nobody_elses() {
     enter_a_namespace_of_its_own();
     let rules = with_unknown(example(false, CaptureScope::Declared));
+    let rules = with_guard(rules, Guard::Vip);
     let mut own = Nft::open(&rules.shape, false).unwrap();
     own.load(&rules).await.unwrap();
     let before = listed();
@@ -145,6 +160,9 @@ async fn a_table_of_ours_is_nobody_elses() {
         "flush table inet embassy",
         "flush set inet embassy declared4",
         "add chain inet embassy another",
+        "delete table bridge embassy",
+        "flush chain bridge embassy prerouting",
+        "add element bridge embassy ports4 { 1 . 172.17.0.2 }",
     ] {
         let error = nft(words).unwrap_err();
         assert!(error.contains("Operation not permitted"), "{words}: {error}");
@@ -166,7 +184,7 @@ async fn a_table_of_ours_is_nobody_elses() {
 #[tokio::test]
 async fn what_others_do_to_a_shared_table_is_found_and_put_right() {
     enter_a_namespace_of_its_own();
-    let rules = with_unknown(example(true, CaptureScope::All));
+    let rules = with_guard(with_unknown(example(true, CaptureScope::All)), Guard::Full);
     let mut shared = Nft::open(&rules.shape, true).unwrap();
     shared.load(&rules).await.unwrap();
     assert!(!shared.is_owned());
@@ -174,8 +192,14 @@ async fn what_others_do_to_a_shared_table_is_found_and_put_right() {
     for (words, change) in [
         ("flush ruleset", Change::Vanished),
         ("delete table inet embassy", Change::Vanished),
+        ("delete table bridge embassy", Change::Incomplete),
+        ("flush chain bridge embassy prerouting", Change::Incomplete),
+        ("delete element bridge embassy ports4 { 1007 . 172.17.0.2 }", Change::Incomplete),
+        ("add element bridge embassy ports4 { 9 . 172.17.0.2 }", Change::Added),
         ("flush chain inet embassy declared", Change::Incomplete),
-        ("delete element inet embassy declared4 { 172.17.0.2 . 80 }", Change::Incomplete),
+        ("delete element inet embassy declared4 { docker0 . 172.17.0.2 . 80 }", Change::Incomplete),
+        ("flush set inet embassy bridges", Change::Incomplete),
+        ("flush set inet embassy segments6", Change::Incomplete),
         ("flush set inet embassy networks6", Change::Incomplete),
         ("add element inet embassy known4 { 10.9.9.9 }", Change::Added),
         ("insert rule inet embassy prerouting accept", Change::Added),
@@ -199,7 +223,8 @@ async fn what_others_do_to_a_shared_table_is_found_and_put_right() {
 #[tokio::test]
 async fn changes_make_the_rules_that_loading_makes() {
     enter_a_namespace_of_its_own();
-    let mut rules = with_unknown(with_untracked(example(true, CaptureScope::Declared)));
+    let rules = with_unknown(with_untracked(example(true, CaptureScope::All)));
+    let mut rules = with_guard(rules, Guard::Full);
     let mut shared = Nft::open(&rules.shape, true).unwrap();
     shared.load(&rules).await.unwrap();
     for round in 0..200 {
@@ -215,8 +240,16 @@ async fn changes_make_the_rules_that_loading_makes() {
         for _ in 0..3 {
             let (source, net) = (address(round % 2 == 0), address(round % 3 == 0));
             let port = Port::new(80 + round as u16 % 3).unwrap();
-            let key = RouteKey::tcp(source, port);
-            if !next.declared.remove(&key) {
+            let by = [Arrival::Anywhere, Arrival::Outside, Arrival::By(interface("br-x"))];
+            let key = Declared {
+                key: RouteKey::tcp(source, port),
+                arrival: by[usize::from(round % 3 == 1) + usize::from(round % 5 == 1)],
+            };
+            // A route comes by one way at a time.
+            let others: Vec<_> =
+                next.declared.iter().filter(|one| one.key == key.key).copied().collect();
+            next.declared.retain(|one| one.key != key.key);
+            if !others.contains(&key) {
                 next.declared.insert(key);
             }
             if !next.known.remove(&source) {
@@ -233,6 +266,29 @@ async fn changes_make_the_rules_that_loading_makes() {
                     nets.insert(net);
                 }
             }
+            let name = interface(if round % 2 == 0 { "br-x" } else { "docker0" });
+            for segments in [(name, net)] {
+                if !next.places.segments.remove(&segments) {
+                    next.places.segments.insert(segments);
+                }
+            }
+            if !next.places.bridges.remove(&name) {
+                next.places.bridges.insert(name);
+            }
+            if !next.places.everywhere.remove(&source) {
+                next.places.everywhere.insert(source);
+            }
+            let mut wiring = Wiring::clone(&next.wiring);
+            let port = 1000 + u32::from(port.get() % 4);
+            if !wiring.ports.remove(&port) {
+                wiring.ports.insert(port);
+            }
+            if wiring.owners.remove(&source).is_none() {
+                let mac = (round % 3 == 0).then_some(crate::wiring::Mac([2, 0, 0, 0, 0, 1]));
+                let owner = Owner { name: "x".into(), ports: vec![port, port + 4], mac };
+                wiring.owners.insert(source, Arc::new(owner));
+            }
+            next.wiring = Arc::new(wiring);
         }
         let changes = RuleChanges {
             declared_added: next.declared.difference(&rules.declared).copied().collect(),
@@ -240,15 +296,16 @@ async fn changes_make_the_rules_that_loading_makes() {
             known_added: next.known.difference(&rules.known).copied().collect(),
             known_removed: rules.known.difference(&next.known).copied().collect(),
             places: None,
+            wiring: Some((rules.wiring.clone(), next.wiring.clone())),
         }
         .with_places(&rules.places, &next.places);
         shared.change(&changes).await.unwrap_or_else(|error| panic!("{round}: {error}"));
         assert_eq!(shared.damage(&next).unwrap(), None, "round {round}");
         rules = next;
     }
-    let changed = plain(&listed());
+    let changed = plain(&told());
     shared.load(&rules).await.unwrap();
-    assert_eq!(plain(&listed()), changed);
+    assert_eq!(plain(&told()), changed);
     // What cannot be changed says so, and is loaded again.
     nft("flush set inet embassy declared4").unwrap();
     let gone = RuleChanges {
@@ -264,7 +321,10 @@ async fn changes_make_the_rules_that_loading_makes() {
 fn many(consumers: u32) -> Rules {
     let mut rules = with_unknown(example(false, CaptureScope::Declared));
     let source = |n| Ipv4Addr::from_bits(0x0a00_0000 + n).into();
-    let key = |n| RouteKey::tcp(source(n), Port::new(80).unwrap());
+    let key = |n| Declared {
+        key: RouteKey::tcp(source(n), Port::new(80).unwrap()),
+        arrival: Arrival::By(interface("docker0")),
+    };
     rules.declared.extend((0..consumers).map(key));
     rules
 }
@@ -312,7 +372,7 @@ async fn a_table_that_is_too_large_for_one_batch_is_written_in_several() {
 async fn chains_move_and_make_place() {
     enter_a_namespace_of_its_own();
     for shared in [false, true] {
-        let mut rules = with_unknown(example(true, CaptureScope::All));
+        let mut rules = with_guard(with_unknown(example(true, CaptureScope::All)), Guard::Vip);
         let mut nft_of = Nft::open(&rules.shape, shared).unwrap();
         nft_of.load(&rules).await.unwrap();
         let ours = |nft: &mut Nft| {
@@ -389,19 +449,25 @@ fn with_words(shape: &Shape, words: &[&str]) -> Vec<String> {
 
 #[test]
 fn each_optional_part_falls_away_alone() {
-    use Part::{Count, Hold, Ipv6, Notrack};
+    use Part::{Count, Hold, Ipv6, Notrack, Refusal};
     let rules = with_untracked(with_unknown(example(true, CaptureScope::Declared)));
+    let rules = with_guard(rules, Guard::Full);
     for (words, expected) in [
         (&[][..], &[][..]),
         // Before Linux 5.10, and without nft_socket.
         (&["socket wildcard"], &[Hold]),
         (&["socket "], &[Notrack, Hold]),
         (&["notrack"], &[Notrack]),
-        (&["counter"], &[Count]),
+        (&["counter"], &[Count, Refusal, Part::Guard]),
+        (&["reject"], &[Refusal]),
+        // No tables for bridges, and no notes in sets.
+        (&["tables for bridges", "of the guard", "@guarded", "meta protocol"], &[Part::Guard]),
+        (&["update @"], &[Part::Guard]),
         (&["ip6 "], &[Ipv6]),
-        (&["ip6 ", "socket wildcard", "counter"], &[Count, Hold, Ipv6]),
+        (&["ip6 ", "socket wildcard", "notrack"], &[Notrack, Hold, Ipv6]),
         // Sets of ranges.
         (&["the set networks", "the set near", "@networks", "@near"], &[Notrack, Hold]),
+        (&["the set segments", "@segments"], &[Hold]),
         (&["the set networks6", "the set near6", "@networks6", "@near6"], &[Ipv6]),
     ] {
         let refused = with_words(&rules.shape, words);
@@ -426,23 +492,39 @@ fn each_optional_part_falls_away_alone() {
     }
 }
 
+#[test]
+fn what_the_kernel_notes_is_read() {
+    let of = |key: &[&[u8]]| Offender::of(&key.concat());
+    let port = 1007u32.to_ne_bytes();
+    let with = |address: &str| Offender { port: 1007, address: Some(address.parse().unwrap()) };
+    assert_eq!(of(&[&port, &[172, 17, 0, 2]]), Some(with("172.17.0.2")));
+    let six: std::net::Ipv6Addr = "fd00::2".parse().unwrap();
+    assert_eq!(of(&[&port, &six.octets()]), Some(with("fd00::2")));
+    assert_eq!(of(&[&port]), Some(Offender { port: 1007, address: None }));
+    for wrong in [&[][..], &[&port[..3]], &[&port, &[1]], &[&port, &six.octets(), &[0]]] {
+        assert_eq!(of(wrong), None, "{wrong:?}");
+    }
+}
+
 #[tokio::test]
 async fn rules_without_each_optional_part_are_written_as_their_text_says() {
     enter_a_namespace_of_its_own();
     let rules = with_untracked(with_unknown(example(true, CaptureScope::All)));
+    let rules = with_guard(rules, Guard::Full);
     for lacks in Optional::choices() {
         let mut rules = rules.clone();
         rules.shape = rules.shape.without(lacks);
         let mut own = Nft::open(&rules.shape, false).unwrap();
         own.load(&rules).await.unwrap();
-        assert_eq!(
-            plain(&nft("-y -s list table inet embassy").unwrap()),
-            plain(&text::of(&rules, true))
-        );
+        assert_eq!(plain(&told()), plain(&text::of(&rules, true)));
         let expected = (!lacks.has(Part::Count)).then_some((0, 0));
         assert_eq!(own.arrivals().unwrap(), expected);
         // Elements of the sets that there are not change nothing.
-        let added = RouteKey::tcp("fd00::9".parse().unwrap(), Port::new(80).unwrap());
+        let counts = (own.refused().unwrap(), own.dropped().unwrap());
+        let zero = |part| (!lacks.has(part)).then_some(0);
+        assert_eq!(counts, (zero(Part::Refusal), zero(Part::Guard)));
+        assert_eq!(own.offenders().unwrap(), []);
+        let added = declared("fd00::9", 80, Arrival::Anywhere);
         let changes = RuleChanges { declared_added: vec![added], ..RuleChanges::default() };
         own.change(&changes).await.unwrap();
         let (_, draining) = own.remove().unwrap();
@@ -460,7 +542,8 @@ async fn figures_of_nf_tables() {
     for consumer in 0..10_000u32 {
         let source = Ipv4Addr::from_bits(0x0a00_0000 + consumer).into();
         let keys = (1..=10).map(|port| RouteKey::tcp(source, Port::new(port).unwrap()));
-        rules.declared.extend(keys);
+        let arrival = Arrival::By(interface("docker0"));
+        rules.declared.extend(keys.map(|key| Declared { key, arrival }));
         rules.known.insert(source);
     }
     let time = |what: &str, start: Instant, times: u32| {
@@ -474,7 +557,7 @@ async fn figures_of_nf_tables() {
         let start = Instant::now();
         nft_of.load(&rules).await.unwrap();
         time(&format!("{} routes and 10,000 addresses", rules.declared.len()), start, 1);
-        let one = RouteKey::tcp(Ipv4Addr::new(172, 17, 9, 9).into(), Port::new(80).unwrap());
+        let one = declared("172.17.9.9", 80, Arrival::By(interface("docker0")));
         let add = RuleChanges { declared_added: vec![one], ..RuleChanges::default() };
         let remove = RuleChanges { declared_removed: vec![one], ..RuleChanges::default() };
         const TIMES: u32 = 1000;

@@ -34,6 +34,7 @@ use crate::{
     },
     memory::{Memory, Use},
     source::ResyncRequests,
+    tls::Weakness,
 };
 
 /// All facts that are judged.
@@ -80,6 +81,8 @@ pub(super) struct HostFacts {
     pub(super) memory: Option<Use>,
     /// The capabilities of the running proxy, or else of this process, as bits (man 7 capabilities).
     pub(super) capabilities: u64,
+    /// The connections that the settings leave without protection.
+    pub(super) weaknesses: Vec<Weakness>,
     /// The findings of the embassy at --admin.
     pub(super) told: Vec<api::Finding>,
 }
@@ -120,7 +123,7 @@ pub(super) struct Network {
 }
 
 /// Timeout of each request over the network.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(super) async fn facts(config: &Config) -> HostFacts {
     let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
@@ -205,6 +208,7 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
             .and_then(|pid| capabilities(&pid.to_string()))
             .or_else(|| capabilities("self"))
             .unwrap_or_default(),
+        weaknesses: config.weaknesses(),
         told: told.unwrap_or_default(),
     }
 }

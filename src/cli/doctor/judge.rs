@@ -5,22 +5,26 @@ use std::net::IpAddr;
 use super::{
     super::table::bytes,
     Finding, Level,
-    collect::{HostFacts, Listener, Network},
+    collect::{EngineFacts, HostFacts, Listener, Network},
+    dial::{Dial, Failed},
 };
 use crate::{
     admin::api::{Subject, Verdict},
-    capture::{input::Barrier, leads::Lead, place::Place, rules::Part},
+    capture::{Firewall, input::Barrier, leads::Lead, place::Place, rules::Part},
     config::CaptureMode,
+    counts::numbered,
     judgement::{self, CONNECTIONS_FEW},
     limits,
     memory::{NEAR, Use},
+    tls::Weakness,
 };
 
 /// The results of all checks; later checks depend on earlier ones.
-pub(super) fn findings(facts: &HostFacts) -> Vec<Finding> {
+pub(super) fn findings(facts: &HostFacts, dials: &[Dial]) -> Vec<Finding> {
     let mut all = vec![embassy(facts)];
     all.extend(engine(facts));
     all.extend(discoveries(facts));
+    all.extend(weaknesses(facts));
     all.push(port(facts));
     if facts.capture == CaptureMode::None {
         all.push(own_rules(facts));
@@ -31,7 +35,9 @@ pub(super) fn findings(facts: &HostFacts) -> Vec<Finding> {
     all.extend(rules(facts));
     all.extend(leftovers(facts));
     all.extend(input(facts));
+    all.extend(dials.iter().map(|dial| arrival(dial, facts.port)));
     all.extend(facts.networks.iter().map(|network| vip(network, facts)));
+    all.extend(dead_vips(facts));
     all.extend(facts.networks.iter().filter_map(rp_filter));
     all.extend(conntrack(facts));
     all.push(descriptors(facts));
@@ -70,9 +76,12 @@ fn embassy(facts: &HostFacts) -> Finding {
 fn engine(facts: &HostFacts) -> Option<Finding> {
     let check = "docker";
     Some(match facts.engine.as_ref()? {
-        Ok(engine) => ok(
+        Ok(EngineFacts { address, version, api }) => ok(
             check,
-            format!("engine {}, API {}, at {}", engine.version, engine.api, engine.address),
+            match version.is_empty() {
+                false => format!("engine {version}, API {api}, at {address}"),
+                true => format!("an engine answers at {address}; it does not say its version"),
+            },
         ),
         Err(error) => fail(
             check,
@@ -95,6 +104,10 @@ fn discoveries(facts: &HostFacts) -> impl Iterator<Item = Finding> {
     })
 }
 
+fn weaknesses(facts: &HostFacts) -> impl Iterator<Item = Finding> {
+    facts.weaknesses.iter().map(|Weakness { what, fix }| warn("protection", what.as_str(), *fix))
+}
+
 fn port(facts: &HostFacts) -> Finding {
     let (check, port) = ("port", facts.port);
     match &facts.listener {
@@ -106,15 +119,21 @@ fn port(facts: &HostFacts) -> Finding {
                 "a program that is not visible from here listens on {port}: embassy, because it captures here"
             ),
         ),
-        Listener::Hidden => taken(port, "a program that is not visible from here"),
-        Listener::Other(who) => taken(port, who),
+        Listener::Hidden => taken(facts, "a program that is not visible from here"),
+        Listener::Other(who) => taken(facts, who),
     }
 }
 
-fn taken(port: u16, who: &str) -> Finding {
+fn taken(facts: &HostFacts, who: &str) -> Finding {
+    let port = facts.port;
+    let mut leads = facts.leads.iter().flatten().filter(|lead| is_here(lead, facts));
+    let led = match leads.find(|lead| lead.port == port) {
+        Some(lead) => format!(", and gets the connections that a rule leads there: {}", lead.rule),
+        None => String::new(),
+    };
     fail(
         "port",
-        format!("{who} listens on {port}: embassy cannot use this port"),
+        format!("{who} listens on {port}{led}: embassy cannot use this port"),
         "stop it, or give embassy another port with --port",
     )
 }
@@ -184,12 +203,16 @@ fn own_rules(facts: &HostFacts) -> Finding {
     }
 }
 
+/// Whether a rule leads to this host.
+fn is_here(lead: &Lead, facts: &HostFacts) -> bool {
+    lead.address.is_none_or(|address| facts.local.contains(&address))
+}
+
 /// Rules of other programs, such as the original embassy's users added, that are in the way now or lead nowhere.
 fn leftovers(facts: &HostFacts) -> Vec<Finding> {
     let check = "leftover";
     let captures = facts.capture != CaptureMode::None;
-    let is_here = |lead: &&Lead| lead.address.is_none_or(|address| facts.local.contains(&address));
-    let leads = facts.leads.iter().flatten().filter(is_here);
+    let leads = facts.leads.iter().flatten().filter(|lead| is_here(lead, facts));
     let finding = |lead: &Lead| {
         let Lead { rule, removal, port, .. } = lead;
         let what = match (*port == facts.port, facts.listening.contains(port)) {
@@ -210,17 +233,41 @@ fn leftovers(facts: &HostFacts) -> Vec<Finding> {
     leads.filter_map(finding).collect()
 }
 
+/// Rules of a killed embassy. They lead containers' connections to its port, whoever has that now.
+fn left(firewall: Firewall, facts: &HostFacts) -> Finding {
+    let port = facts.port;
+    let (consequence, fix) = match &facts.listener {
+        Listener::Other(who) => (
+            format!(
+                "{who} listens on port {port} and gets the connections that they capture, with the passwords in them"
+            ),
+            format!(
+                "run embassy cleanup at once, and find out why this program listens on port {port}"
+            ),
+        ),
+        Listener::Hidden => (
+            format!(
+                "a program that is not visible from here listens on port {port} and gets the connections that they capture, with the passwords in them"
+            ),
+            format!(
+                "run embassy cleanup at once, and find the program with ss -ltnp 'sport = :{port}' on the host"
+            ),
+        ),
+        Listener::Nobody | Listener::Proxy(_) => (
+            "the connections that they capture are refused".to_owned(),
+            "run embassy cleanup, or start embassy".to_owned(),
+        ),
+    };
+    fail("rules", format!("rules of a killed embassy are left in {firewall}: {consequence}"), fix)
+}
+
 /// The rules of a running embassy, and those that a killed one left.
 fn rules(facts: &HostFacts) -> Vec<Finding> {
     let check = "rules";
     let there = facts.places.iter().filter(|(_, place)| *place != Place::Absent);
     let mut all: Vec<_> = there
         .map(|(firewall, place)| match place {
-            _ if facts.running.is_empty() && !facts.capturing => fail(
-                check,
-                format!("rules of a killed embassy are left in {firewall}: the connections that they capture are refused"),
-                "run embassy cleanup, or start embassy",
-            ),
+            _ if facts.running.is_empty() && !facts.capturing => left(*firewall, facts),
             Place::Behind(who) => warn(
                 check,
                 format!("{who} comes before our rules in {firewall}: connections that it translates do not reach embassy"),
@@ -240,7 +287,16 @@ fn rules(facts: &HostFacts) -> Vec<Finding> {
             ));
         }
     }
-    if all.is_empty() && !facts.running.is_empty() && facts.capture != CaptureMode::None {
+    // An embassy that has no table yet says itself what it waits for.
+    let is_not_yet = facts
+        .told
+        .iter()
+        .any(|told| told.about == Subject::Process && told.verdict == Verdict::Broken);
+    if all.is_empty()
+        && !facts.running.is_empty()
+        && facts.capture != CaptureMode::None
+        && !is_not_yet
+    {
         all.push(fail(
             check,
             "an embassy runs, but its rules are missing",
@@ -271,6 +327,35 @@ fn input(facts: &HostFacts) -> Vec<Finding> {
             format!("cannot check whether a firewall drops captured connections: {error}"),
             "run doctor as root, with nft and iptables installed",
         )],
+    }
+}
+
+/// Whether a connection that was begun in a container's network arrived.
+fn arrival(dial: &Dial, port: u16) -> Finding {
+    let (check, Dial { consumer, to, result }) = ("dial", dial);
+    match result {
+        Ok(()) => ok(check, format!("a connection of {consumer} to {to} arrives")),
+        Err(Failed::Refused) => fail(
+            check,
+            format!(
+                "a connection of {consumer} to {to} is refused: no rule captures it, or a firewall rejects it"
+            ),
+            "see embassy explain, and the firewall rules for the interface of this network",
+        ),
+        Err(Failed::Silence) => fail(
+            check,
+            format!(
+                "a connection of {consumer} to {to} gets no answer: a firewall drops it on the way, or drops the answers"
+            ),
+            format!(
+                "let TCP to port {port} of this host pass from the interface of this network (its chains INPUT and PREROUTING)"
+            ),
+        ),
+        Err(Failed::Other(error)) => fail(
+            check,
+            format!("{consumer} cannot connect to {to}: {error}"),
+            "correct the routes inside the container",
+        ),
     }
 }
 
@@ -320,6 +405,28 @@ fn vip(network: &Network, facts: &HostFacts) -> Finding {
     }
 }
 
+/// VIPs of --proxy-ip that nobody answers for, in networks that have another one.
+fn dead_vips(facts: &HostFacts) -> impl Iterator<Item = Finding> {
+    let vips = facts.vips.iter().flatten();
+    let dead = vips.filter(|vip| !facts.local.contains(*vip)).filter_map(|vip| {
+        let of = facts.networks.iter().find(|network| {
+            let contains = |vip: &IpAddr| network.ranges.iter().any(|range| range.contains(vip));
+            let others = facts.vips.iter().flatten().filter(|other| facts.local.contains(*other));
+            contains(vip) && others.clone().any(contains)
+        });
+        of.map(|network| (vip, &network.name))
+    });
+    dead.map(|(vip, network)| {
+        warn(
+            "vip",
+            format!(
+                "{vip} belongs to network {network} but to no interface of this host: connections of its containers to it do not arrive"
+            ),
+            "leave it out of --proxy-ip (PROXY_IP)",
+        )
+    })
+}
+
 /// A strict filter drops packets that arrive on another interface than answers would leave by.
 fn rp_filter(network: &Network) -> Option<Finding> {
     let check = "rp_filter";
@@ -356,7 +463,8 @@ fn descriptors(facts: &HostFacts) -> Finding {
         return ok(check, "no limit");
     };
     let connections = limits::by_descriptors(limit);
-    let what = format!("{limit} descriptors allow {connections} connections at a time");
+    let allowed = numbered(connections, "connection", "connections");
+    let what = format!("{limit} descriptors allow {allowed} at a time");
     match connections {
         ..CONNECTIONS_FEW => warn(
             check,
@@ -378,7 +486,10 @@ fn memory(facts: &HostFacts) -> Option<Finding> {
         Verdict::Broken => fail(check, format!("{part}: new connections are refused"), fix),
         _ if connections < CONNECTIONS_FEW => warn(
             check,
-            format!("{part}: this leaves room for at most {connections} connections"),
+            format!(
+                "{part}: this leaves room for at most {}",
+                numbered(connections, "connection", "connections")
+            ),
             fix,
         ),
         _ => ok(check, part),
@@ -410,7 +521,7 @@ fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::collect::EngineFacts, *};
+    use super::*;
     use crate::{admin::api, capture::Firewall};
 
     fn network() -> Network {
@@ -453,6 +564,7 @@ mod tests {
             descriptors: Some(20_000),
             memory: Some(Use { used: 20 << 20, limit: 512 << 20 }),
             capabilities: u64::MAX,
+            weaknesses: Vec::new(),
             told: Vec::new(),
         }
     }
@@ -479,9 +591,10 @@ mod tests {
     fn found(change: impl FnOnce(&mut HostFacts)) -> Vec<(&'static str, Level)> {
         let mut facts = well();
         change(&mut facts);
-        let findings = findings(&facts).into_iter().filter(|f| f.level != Level::Ok);
+        let findings = findings(&facts, &[]).into_iter().filter(|f| f.level != Level::Ok);
         let told = findings.inspect(|finding| {
             assert!(finding.fix.as_ref().is_some_and(|fix| !fix.is_empty()), "{finding:?}");
+            assert_eq!(crate::text::odd(&finding.what), None);
         });
         told.map(|finding| (finding.check, finding.level)).collect()
     }
@@ -514,12 +627,50 @@ mod tests {
         assert_eq!(own, []);
     }
 
+    /// What is said of one check.
+    fn said(check: &str, change: impl FnOnce(&mut HostFacts)) -> String {
+        let mut facts = well();
+        change(&mut facts);
+        let of_check = findings(&facts, &[]).into_iter().filter(|finding| finding.check == check);
+        of_check.map(|finding| finding.what).collect::<Vec<_>>().join("; ")
+    }
+
+    #[test]
+    fn who_gets_the_connections_that_the_rules_of_a_killed_embassy_capture_is_named() {
+        let killed = |listener: Listener| {
+            move |facts: &mut HostFacts| {
+                facts.running.clear();
+                facts.capturing = false;
+                facts.listener = listener;
+            }
+        };
+        let (hidden, nginx) = (Listener::Hidden, Listener::Other("nginx (process 8)".to_owned()));
+        for (listener, who) in [(nginx, "nginx (process 8)"), (hidden, "not visible from here")] {
+            let rules = said("rules", killed(listener.clone()));
+            assert!(rules.contains(who) && rules.contains("passwords"), "{rules}");
+            assert!(!rules.contains("refused"), "{rules}");
+            assert_eq!(
+                found(killed(listener)),
+                [("port", Level::Fail), ("rules", Level::Fail)],
+                "both are said"
+            );
+        }
+        let nobody = said("rules", killed(Listener::Nobody));
+        assert!(nobody.contains("refused") && !nobody.contains("passwords"), "{nobody}");
+        // A rule that embassy did not write does the same.
+        let port = said("port", |facts| {
+            facts.listener = Listener::Other("nginx (process 8)".to_owned());
+            facts.leads = Ok(vec![lead(9999)]);
+        });
+        assert!(port.contains("nginx (process 8)") && port.contains(&lead(9999).rule), "{port}");
+    }
+
     #[test]
     fn each_thing_that_is_broken_is_found_and_nothing_else() {
         use Level::{Fail, Warn};
         let vips = |list: &[&str]| Some(list.iter().map(|vip| vip.parse().unwrap()).collect());
         type Change = Box<dyn FnOnce(&mut HostFacts)>;
-        let cases: [(&str, Level, Change); 31] = [
+        let cases: [(&str, Level, Change); 33] = [
             ("leftover", Warn, Box::new(|f| f.leads = Ok(vec![lead(9999)]))),
             ("leftover", Warn, Box::new(|f| f.leads = Ok(vec![lead(3232)]))),
             (
@@ -538,6 +689,11 @@ mod tests {
                 "discovery",
                 Fail,
                 Box::new(|f| f.discoveries.push(("etcd".into(), Err("down".into())))),
+            ),
+            (
+                "protection",
+                Warn,
+                Box::new(|f| f.weaknesses = vec![Weakness { what: "a token".into(), fix: "TLS" }]),
             ),
             ("port", Fail, Box::new(|f| f.listener = Listener::Other("nginx".into()))),
             ("capability", Fail, Box::new(|f| f.capabilities = !NET_ADMIN)),
@@ -588,6 +744,7 @@ mod tests {
                 }),
             ),
             ("vip", Fail, Box::new(|f| f.vips = Some(Vec::new()))),
+            ("vip", Warn, Box::new(move |f| f.vips = vips(&["172.17.0.1", "172.17.42.1"]))),
             (
                 "rp_filter",
                 Warn,
@@ -637,7 +794,22 @@ mod tests {
         assert_eq!(found(behind), [("rules", Level::Warn)]);
         let mut facts = well();
         told(&mut facts);
-        assert!(findings(&facts).iter().all(|finding| finding.check != "input"));
+        assert!(findings(&facts, &[]).iter().all(|finding| finding.check != "input"));
+    }
+
+    #[test]
+    fn rules_that_cannot_be_there_yet_are_not_missed() {
+        let waits = |facts: &mut HostFacts| {
+            facts.places[0].1 = Place::Absent;
+            facts.told = vec![api::Finding {
+                about: Subject::Process,
+                verdict: Verdict::Broken,
+                cause: "provider_awaited".into(),
+                text: "The provider has not answered yet.".into(),
+                fix: Some("check the engine".into()),
+            }];
+        };
+        assert_eq!(found(waits), [("process", Level::Fail)]);
     }
 
     #[test]

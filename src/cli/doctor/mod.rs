@@ -12,10 +12,12 @@ use super::{
 };
 use crate::{
     config::{Args, Config, UsageError},
+    counts::numbered,
     text::without_secrets,
 };
 
 mod collect;
+mod dial;
 mod judge;
 
 /// Check this host for problems and say how to fix them (takes the proxy's flags; without any, those of the embassy that runs)
@@ -54,8 +56,53 @@ struct Finding {
 /// The flags that doctor goes by.
 pub(super) struct Checked {
     config: Config,
-    /// The running proxy that has them, and its words, if they are not doctor's own.
-    of: Option<(u32, String)>,
+    /// The one running proxy whose flags are known.
+    running: Option<Running>,
+}
+
+/// The flags of a running proxy, compared with those that doctor goes by.
+struct Running {
+    pid: u32,
+    /// Its words, without secrets.
+    words: String,
+    /// Whether doctor goes by them. Otherwise, the flags of doctor's own that mean something else.
+    relation: Relation,
+}
+
+enum Relation {
+    Taken,
+    Differs(Vec<&'static str>),
+}
+
+impl Running {
+    /// What to say of them; nothing if doctor's own mean the same.
+    fn finding(self) -> Option<Finding> {
+        let Self { pid, words, relation } = self;
+        let check = "flags";
+        Some(match relation {
+            Relation::Taken => {
+                let what = match words.is_empty() {
+                    false => {
+                        format!("checked with the flags and variables of process {pid}: {words}")
+                    }
+                    true => {
+                        format!("checked with the variables of process {pid}, which has no flags")
+                    }
+                };
+                Finding { check, level: Level::Ok, what, fix: None }
+            }
+            Relation::Differs(flags) if flags.is_empty() => return None,
+            Relation::Differs(flags) => {
+                let flags = flags.join(", ");
+                let words = if words.is_empty() { "no flags".to_owned() } else { words };
+                let what = format!(
+                    "checked with other flags or variables than those of process {pid}, which runs here. Different: {flags}. Process {pid} has {words}"
+                );
+                let fix = "run embassy doctor without flags to check with those of the process";
+                Finding { check, level: Level::Warn, what, fix: Some(fix.to_owned()) }
+            }
+        })
+    }
 }
 
 impl Doctor {
@@ -66,26 +113,37 @@ impl Doctor {
         let own = Config::of(self.flags.clone(), env)?;
         let running = running::proxies();
         // With several there is no telling which is meant.
-        let [proxy] = &running[..] else { return Ok(Checked { config: own, of: None }) };
-        if self.flags.is_given() {
-            return Ok(Checked { config: own, of: None });
-        }
+        let [proxy] = &running[..] else { return Ok(Checked { config: own, running: None }) };
         let theirs = Start::of(proxy).and_then(|start| {
             let config = Config::parse(start.words.clone(), &|name| start.variable(name)).ok()?;
             let words: Vec<_> = start.words.iter().map(|word| without_secrets(word)).collect();
-            Some(Checked { config, of: Some((proxy.pid, words.join(" "))) })
+            Some((config, words.join(" ")))
         });
-        Ok(theirs.unwrap_or(Checked { config: own, of: None }))
+        let Some((theirs, words)) = theirs else {
+            return Ok(Checked { config: own, running: None });
+        };
+        let (config, relation) = match self.flags.is_given() {
+            true => {
+                let differences = own.differences(&theirs);
+                (own, Relation::Differs(differences))
+            }
+            false => (theirs, Relation::Taken),
+        };
+        Ok(Checked { config, running: Some(Running { pid: proxy.pid, words, relation }) })
     }
 
-    pub(super) async fn run(self: Box<Self>, Checked { config, of }: Checked) -> Result<Answer> {
-        let mut findings = judge::findings(&collect::facts(&config).await);
-        if let Some((pid, words)) = of {
-            let what = match words.is_empty() {
-                false => format!("checked with the flags and variables of process {pid}: {words}"),
-                true => format!("checked with the variables of process {pid}, which has no flags"),
-            };
-            findings.insert(0, Finding { check: "flags", level: Level::Ok, what, fix: None });
+    pub(super) async fn run(
+        self: Box<Self>,
+        Checked { config, running }: Checked,
+    ) -> Result<Answer> {
+        let facts = collect::facts(&config).await;
+        let dials = match facts.capturing {
+            true => dial::dials(&config, &facts.networks).await,
+            false => Vec::new(),
+        };
+        let mut findings = judge::findings(&facts, &dials);
+        if let Some(finding) = running.and_then(Running::finding) {
+            findings.insert(0, finding);
         }
         let well = findings.iter().all(|finding| finding.level != Level::Fail);
         if self.json {
@@ -114,7 +172,12 @@ fn text(findings: &[Finding]) -> String {
     let (warnings, failures) = (count(Level::Warn), count(Level::Fail));
     let _ = match (warnings, failures) {
         (0, 0) => writeln!(out, "\nAll is well."),
-        _ => writeln!(out, "\n{failures} failed, {warnings} warnings."),
+        _ => writeln!(
+            out,
+            "\n{} failed, {}.",
+            numbered(failures, "check", "checks"),
+            numbered(warnings, "warning", "warnings")
+        ),
     };
     out
 }

@@ -77,6 +77,8 @@ pub(super) struct Unanswered {
     pub(super) reason: String,
     /// The server works: it has answered that it does not answer this.
     pub(super) responded: bool,
+    /// It will not answer it the next time either.
+    pub(super) for_good: bool,
 }
 
 impl fmt::Debug for Client {
@@ -109,13 +111,16 @@ async fn ask(
     name: &Name,
     kind: RecordType,
 ) -> Result<Answer, Unanswered> {
-    let refused = |reason| Err(Unanswered { reason, responded: true });
+    let refused = |reason, for_good| Err(Unanswered { reason, responded: true, for_good });
+    let is_for_good = |code: &ResponseCode| {
+        matches!(code, ResponseCode::NotImp | ResponseCode::Refused | ResponseCode::FormErr)
+    };
     match resolver.lookup(name.clone(), kind).await {
         Ok(found) => match found.message().metadata.response_code {
             ResponseCode::NoError | ResponseCode::NXDomain => {
                 Ok(Answer::new(found.answers(), found.additionals()))
             }
-            code => refused(code.to_string()),
+            code => refused(code.to_string(), is_for_good(&code)),
         },
         // Without an SOA, name servers in place of an answer say "ask elsewhere".
         Err(NetError::Dns(DnsError::NoRecordsFound(none)))
@@ -126,11 +131,16 @@ async fn ask(
             Ok(answer)
         }
         Err(NetError::Dns(DnsError::NoRecordsFound(_))) => {
-            refused("a referral to other servers: expected a server that resolves".to_owned())
+            let reason = "a referral to other servers: expected a server that resolves";
+            refused(reason.to_owned(), true)
         }
         Err(error) => {
-            let responded = matches!(error, NetError::Dns(DnsError::ResponseCode(_)));
-            Err(Unanswered { reason: error.to_string(), responded })
+            let code = match &error {
+                NetError::Dns(DnsError::ResponseCode(code)) => Some(code),
+                _ => None,
+            };
+            let (responded, for_good) = (code.is_some(), code.is_some_and(is_for_good));
+            Err(Unanswered { reason: error.to_string(), responded, for_good })
         }
     }
 }

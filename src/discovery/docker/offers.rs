@@ -8,7 +8,7 @@ use std::{
 
 use super::{metadata::Metadata, reach::Standpoint};
 use crate::{
-    discovery::{Endpoints, Query, Rejected, Rejections},
+    discovery::{Endpoints, Query, Rejected, Rejections, missing},
     docker::{
         container::{Container, ContainerPort, Inventory, Network, NoNetwork},
         per_container::{PerContainer, Subject},
@@ -73,18 +73,24 @@ impl Offers {
     pub(crate) fn select(&self, query: &Query, healthy_only: bool) -> Endpoints {
         let mut rejected = Rejections::default();
         let named = self.0.get(query.service.as_str()).into_iter().flatten();
-        let wanted = named.filter(|offer| {
-            query.tags.all_in(&offer.tags)
-                && (offer.healthy || !healthy_only)
-                && !offer.stay.is_over()
-        });
-        let wanted: Vec<_> = wanted.collect();
+        let named: Vec<_> = named.filter(|offer| !offer.stay.is_over()).collect();
+        let tagged: Vec<_> =
+            named.iter().copied().filter(|offer| query.tags.all_in(&offer.tags)).collect();
+        let is_fit = |offer: &&Arc<Offer>| offer.healthy || !healthy_only;
+        let (wanted, unhealthy): (Vec<_>, Vec<_>) = tagged.iter().copied().partition(is_fit);
         let is_first_choice = |offer: &&Arc<Offer>| !offer.last_resort && offer.endpoint.is_ok();
         let there_are_better = wanted.iter().any(is_first_choice);
         let (mut list, mut stays) = (Vec::new(), BTreeMap::new());
-        for offer in wanted {
+        let mut unfit: BTreeSet<_> = unhealthy
+            .into_iter()
+            .filter_map(|offer| offer.endpoint.as_ref().ok())
+            .copied()
+            .collect();
+        for offer in &wanted {
             match &offer.endpoint {
-                Ok(_) if offer.last_resort && there_are_better => {}
+                Ok(endpoint) if offer.last_resort && there_are_better => {
+                    unfit.insert(*endpoint);
+                }
                 Ok(endpoint) => {
                     list.push(*endpoint);
                     if offer.stay != Stay::default() {
@@ -97,7 +103,28 @@ impl Offers {
                 }),
             }
         }
-        Endpoints { stays, ..Endpoints::new(list, rejected) }
+        let problem = list.is_empty().then(|| {
+            let (name, tags) = (query.service.as_str(), &query.tags);
+            match (named.is_empty(), tagged.len(), wanted.is_empty()) {
+                (true, ..) => missing::no_such_service(
+                    "no running container offers this service",
+                    name,
+                    self.0.keys(),
+                ),
+                (_, 0, _) => {
+                    let carried = named.iter().map(|offer| offer.tags.as_slice());
+                    missing::no_such_tags(missing::CONTAINER, tags, carried)
+                }
+                (_, count, true) => missing::none_healthy(missing::CONTAINER, count, "HEALTHCHECK"),
+                (.., false) => {
+                    missing::all_skipped(missing::CONTAINER, &rejected).unwrap_or_default()
+                }
+            }
+        });
+        let problem = problem.map(Into::into);
+        let endpoints = Endpoints::new(list, rejected);
+        unfit.retain(|one| endpoints.list.binary_search(one).is_err());
+        Endpoints { stays, problem, unfit, ..endpoints }
     }
 }
 

@@ -77,7 +77,12 @@ impl Standpoint {
     }
 
     fn is_bridge(&self, id: &NetworkId, gateways: &[IpAddr]) -> bool {
-        let end = Attachment { name: id.clone(), addresses: vec![], gateways: gateways.to_vec() };
+        let end = Attachment {
+            name: id.clone(),
+            addresses: vec![],
+            gateways: gateways.to_vec(),
+            mac: None,
+        };
         bridge_of(&self.bridges, id, &end).is_some()
     }
 

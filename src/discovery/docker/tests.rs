@@ -472,6 +472,47 @@ fn who_is_paused_or_stopping_is_used_only_if_there_is_no_other() {
     }
 }
 
+#[test]
+fn a_query_without_endpoints_says_why() {
+    let with = |name: &str, variables: Value, port: &str| {
+        changed(name, [("/Config/Env", variables), ("/Config/ExposedPorts", json!({port: {}}))])
+    };
+    let mut ill = with("c4", json!(["SERVICE_NAME=ill"]), "80/tcp");
+    ill["State"]["Health"] = json!({"Status": "unhealthy"});
+    let containers = all([
+        with("c1", json!(["SERVICE_NAME=frontend_http", "SERVICE_TAGS=prod"]), "80/tcp"),
+        with("c2", json!(["SERVICE_NAME=frontend_http", "SERVICE_TAGS=prod"]), "80/tcp"),
+        changed(
+            "c3",
+            [
+                ("/Config/Env", json!(["SERVICE_NAME=udp"])),
+                ("/Config/ExposedPorts", json!({"80/udp": {}})),
+                ("/NetworkSettings/Ports", json!({"80/udp": null})),
+            ],
+        ),
+        ill,
+    ]);
+    let problem = |text: &str| {
+        let found = offers(&containers, HERE).select(&query(text), true);
+        assert_eq!(found.list.is_empty(), found.problem.is_some(), "{text}");
+        found.problem.as_deref().unwrap_or_default().to_owned()
+    };
+    for (text, expected) in [
+        ("frontend_http", ""),
+        ("frontend_http[prod]", ""),
+        ("frontend_http[canary]", "0 of 2 containers carry [canary]; they carry [prod]"),
+        ("frontend-http", "no running container offers this service; near: frontend_http"),
+        ("redis", "no running container offers this service"),
+        ("ill", "its one container does not pass its HEALTHCHECK"),
+        (
+            "udp",
+            "its one container was skipped (container c3: SERVICE_NAME, but no TCP port: expected an exposed one, or SERVICE_<port>_NAME)",
+        ),
+    ] {
+        assert_eq!(problem(text), expected, "{text}");
+    }
+}
+
 proptest! {
     #[test]
     fn no_container_panics(

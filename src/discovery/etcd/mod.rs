@@ -6,12 +6,12 @@
 //! asked of the server: etcd 2 has no v3 store; from 3.4 on the v2 store is off unless asked for, and from 3.6 on it is gone.
 //! A port that answers only gRPC has the v3 store alone.
 
-use std::{pin::pin, sync::Arc};
+use std::{pin::pin, sync::Arc, time::Duration};
 
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use url::Url;
 
-use super::{Endpoints, EtcdSettings, Query};
+use super::{Endpoints, EtcdSettings, Query, missing};
 use crate::{
     body,
     model::{ServiceName, Tags},
@@ -72,7 +72,8 @@ impl Source for EtcdSource {
         loop {
             if is_new && Instant::now() >= next {
                 let start = Instant::now();
-                publish.publish(self.read(stores.tree()).await);
+                let has_v3 = matches!(stores, Stores::V3 { .. });
+                publish.publish(self.read(stores.tree(), has_v3).await);
                 is_new = false;
                 // A branch in which something changes all the time has a tenth of the time, and the others the rest.
                 next = Instant::now() + SHARE * start.elapsed();
@@ -91,13 +92,45 @@ impl Source for EtcdSource {
 }
 
 impl EtcdSource {
-    async fn read(&self, tree: &Tree) -> Endpoints {
-        if !body::is_large(tree.bytes()) {
-            return value::endpoints(tree, &self.tags);
+    /// The endpoints of a branch. If it is empty, with the names that may have been meant.
+    async fn read(&self, tree: &Tree, has_v3: bool) -> Endpoints {
+        let mut endpoints = if body::is_large(tree.bytes()) {
+            let (tree, tags) = (tree.clone(), self.tags.clone());
+            let places = self.etcd.client.places();
+            places.aside(tree.bytes(), move || value::endpoints(&tree, &tags)).await
+        } else {
+            value::endpoints(tree, &self.tags)
+        };
+        if tree.is_empty()
+            && has_v3
+            && let Some(problem) = self.near().await
+        {
+            endpoints.problem = Some(problem.into());
         }
-        let (tree, tags) = (tree.clone(), self.tags.clone());
-        let places = self.etcd.client.places();
-        places.aside(tree.bytes(), move || value::endpoints(&tree, &tags)).await
+        endpoints
+    }
+
+    /// How long a branch without entries waits for names that may have been meant.
+    const NEAR: Duration = Duration::from_secs(2);
+    /// Levels above the branch that are looked at.
+    const LEVELS: usize = 4;
+
+    /// That there is no entry, with the names in the v3 store that may have been meant, if there are such.
+    async fn near(&self) -> Option<String> {
+        let looking = async {
+            for (name, above) in self.branch.levels().into_iter().take(Self::LEVELS) {
+                let names = self.etcd.client.names_below(&above).await?;
+                let problem = missing::no_such_service(value::NO_ENTRY, &name, names.iter());
+                if problem != value::NO_ENTRY {
+                    return Some(problem);
+                }
+                if !names.is_empty() {
+                    break;
+                }
+            }
+            None
+        };
+        timeout(Self::NEAR, looking).await.ok()?
     }
 
     async fn stores(&self) -> Result<Stores, SourceError> {

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
-    discovery::{Endpoints, Rejected, Rejections, address},
+    discovery::{Endpoints, Rejected, Rejections, address, missing},
     model::{Endpoint, Tags},
     registry::etcd::Tree,
 };
@@ -17,27 +17,35 @@ use crate::{
 pub(super) fn endpoints(tree: &Tree, tags: &Tags) -> Endpoints {
     let mut list = Vec::new();
     let mut rejected = Rejections::default();
-    let mut others = 0;
+    let mut others = Vec::new();
     for (key, value) in tree.iter() {
         if value.is_empty() && tree.is_directory(key) {
             continue;
         }
         match parse(value) {
             Ok(instance) if tags.all_in(&instance.tags) => list.push(instance.endpoint),
-            Ok(_) => others += 1,
+            Ok(instance) => others.push(instance.tags),
             Err(reason) => {
                 rejected.push(Rejected { what: key.escape_ascii().to_string(), reason });
             }
         }
     }
-    let problem = (list.is_empty() && others > 0).then(|| {
-        let tags: Vec<_> = tags.iter().map(address::excerpt).collect();
-        format!("0 of {others} entries carry [{}]", tags.join(",")).into()
-    });
-    let cut = || format!("the branch has more than {} keys, or too many bytes", Tree::MOST).into();
+    let problem = match (list.is_empty(), others.is_empty()) {
+        (false, _) => None,
+        (true, false) => {
+            Some(missing::no_such_tags(missing::ENTRY, tags, others.iter().map(Vec::as_slice)))
+        }
+        (true, true) => Some(
+            missing::all_skipped(missing::ENTRY, &rejected).unwrap_or_else(|| NO_ENTRY.to_owned()),
+        ),
+    };
+    let cut = || format!("the branch has more than {} keys, or too many bytes", Tree::MOST);
     let problem = problem.or_else(|| tree.is_cut().then(cut));
-    Endpoints { problem, ..Endpoints::new(list, rejected) }
+    Endpoints { problem: problem.map(Into::into), ..Endpoints::new(list, rejected) }
 }
+
+/// The problem of a branch without any entry.
+pub(super) const NO_ENTRY: &str = "there is no entry at or below this branch";
 
 /// One registration.
 #[derive(Debug, PartialEq, Eq)]
@@ -250,13 +258,22 @@ mod tests {
 
     #[test]
     fn entries_without_the_tags_are_counted_where_none_has_them() {
-        let tree = tree(&[("/s/a", "10.0.0.1:80"), ("/s/b", DOCUMENT), ("/s/c", "oops")]);
-        let problem = |tags: &[&str]| {
-            let endpoints = endpoints(&tree, &Tags::new(tags.iter().copied()));
+        let tagged = r#"{"ipaddress":"10.0.0.1","port":80,"tags":["prod","app1"]}"#;
+        let some = [("/s/a", "10.0.0.1:80"), ("/s/b", tagged), ("/s/c", "oops")];
+        let problem = |entries: &[(&str, &str)], tags: &[&str]| {
+            let endpoints = endpoints(&tree(entries), &Tags::new(tags.iter().copied()));
             endpoints.problem.as_deref().map(str::to_owned)
         };
-        assert_eq!(problem(&["canary", "eu"]).as_deref(), Some("0 of 2 entries carry [canary,eu]"));
-        assert_eq!(problem(&[]), None);
+        assert_eq!(
+            problem(&some, &["canary", "eu"]).as_deref(),
+            Some("0 of 2 entries carry [canary,eu]; they carry no tags, [prod,app1]")
+        );
+        assert_eq!(problem(&some, &[]), None);
+        assert_eq!(problem(&some, &["app1", "prod"]), None);
+        let skipped = problem(&some[2..], &[]).unwrap();
+        assert!(skipped.starts_with("its one entry was skipped (/s/c: "), "{skipped}");
+        let none = "there is no entry at or below this branch";
+        assert_eq!(problem(&[("/s/", "")], &[]).as_deref(), Some(none));
     }
 
     #[test]

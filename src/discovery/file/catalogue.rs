@@ -1,11 +1,11 @@
 //! What a file of services says. Pure.
 
-use std::str::FromStr;
+use std::{collections::BTreeSet, str::FromStr};
 
 use toml::{Table, Value};
 
 use crate::{
-    discovery::{Endpoints, Query, Rejected, Rejections, address},
+    discovery::{Endpoints, Query, Rejected, Rejections, address, missing},
     model::{Endpoint, ServiceName},
 };
 
@@ -13,6 +13,8 @@ use crate::{
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Catalogue {
     entries: Vec<Entry>,
+    /// All services, also those without endpoints.
+    names: BTreeSet<String>,
     /// Each with its service, if known.
     wrong: Vec<(Option<String>, Rejected)>,
 }
@@ -50,16 +52,31 @@ impl Catalogue {
     /// The full answer to `query`.
     pub(super) fn select(&self, query: &Query) -> Endpoints {
         let service = query.service.as_str();
-        let found = self
-            .entries
-            .iter()
-            .filter(|entry| entry.service == service && query.tags.all_in(&entry.tags));
+        let named = || self.entries.iter().filter(|entry| entry.service == service);
+        let found: Vec<_> = named()
+            .filter(|entry| query.tags.all_in(&entry.tags))
+            .map(|entry| entry.endpoint)
+            .collect();
         let wrong =
             self.wrong.iter().filter(|(of, _)| of.as_deref().is_none_or(|of| of == service));
-        Endpoints::new(
-            found.map(|entry| entry.endpoint),
-            Rejections::of(wrong.map(|(_, rejected)| rejected.clone())),
-        )
+        let wrong = Rejections::of(wrong.map(|(_, rejected)| rejected.clone()));
+        let problem = found.is_empty().then(|| match named().next() {
+            Some(_) => {
+                let carried = named().map(|entry| entry.tags.as_slice());
+                missing::no_such_tags(missing::ENDPOINT, &query.tags, carried)
+            }
+            None if self.names.contains(service) => {
+                let own = self.wrong.iter().filter(|(of, _)| of.as_deref() == Some(service));
+                let own = Rejections::of(own.map(|(_, rejected)| rejected.clone()));
+                missing::all_skipped(missing::ENTRY, &own)
+                    .unwrap_or_else(|| "the file lists no endpoint for it".to_owned())
+            }
+            None => {
+                let fact = "the file has no service of this name";
+                missing::no_such_service(fact, service, self.names.iter())
+            }
+        });
+        Endpoints { problem: problem.map(Into::into), ..Endpoints::new(found, wrong) }
     }
 
     fn add_service(&mut self, number: usize, value: Value) {
@@ -75,6 +92,7 @@ impl Catalogue {
             }
             None => return self.reject(None, &what, "no name: expected name = \"...\"".to_owned()),
         };
+        self.names.insert(name.clone());
         let what = format!("service {number} ({name})");
         let tags = self.tags(&name, &what, &mut table);
         let endpoints = match table.remove("endpoints") {
@@ -196,6 +214,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::model::Tags;
 
     fn answer(text: &str, query: &str) -> (Vec<String>, Vec<String>) {
         let descriptor: crate::descriptor::Descriptor = format!("{query};1").parse().unwrap();
@@ -244,6 +263,43 @@ mod tests {
             assert_eq!(rejected, [""; 0], "{query}");
         }
         assert_eq!(answer("service = []", "web"), (vec![], vec![]));
+    }
+
+    #[test]
+    fn a_query_without_endpoints_says_why() {
+        let file = format!(
+            "{GOOD}[[service]]\nname = \"none\"\nendpoints = []\n[[service]]\nname = \"bad\"\nendpoints = [\"h:80\"]\n"
+        );
+        let problem = |service: &str, tags: &[&str]| {
+            let query = Query {
+                via: "file".into(),
+                service: ServiceName::new(service).unwrap(),
+                tags: Tags::new(tags.iter().copied()),
+                dc: None,
+                port: None,
+            };
+            let answer = file.parse::<Catalogue>().unwrap().select(&query);
+            answer.problem.as_deref().unwrap_or_default().to_owned()
+        };
+        for (service, tags, expected) in [
+            ("web", &[][..], ""),
+            ("web", &["prod"], ""),
+            (
+                "web",
+                &["test"],
+                "0 of 4 endpoints carry [test]; they carry [prod], [prod,canary], no tags",
+            ),
+            ("redis-master", &[], "the file has no service of this name; near: redis.master"),
+            ("zzzzzz", &[], "the file has no service of this name"),
+            ("none", &[], "the file lists no endpoint for it"),
+            (
+                "bad",
+                &[],
+                "its one entry was skipped (service 5 (bad), endpoint 1: address \"h\": expected an IP address)",
+            ),
+        ] {
+            assert_eq!(problem(service, tags), expected, "{service} {tags:?}");
+        }
     }
 
     #[test]

@@ -1,9 +1,9 @@
-//! Messages of many connections, sent by one call.
+//! Sends the messages of many connections with one system call.
 //!
-//! A message wakes its receiver, and if it is sent by its own system call, the kernel mostly runs the receiver first: between any two
-//! messages the worker loses the processor, and what it had in its caches. So messages are queued while the sockets that are
-//! ready are read, and then handed over together, by io_uring (man 7 io_uring). Where a kernel or a container's profile
-//! does not allow it, each is sent by a call of its own.
+//! A message wakes its receiver. If each message is sent by its own system call, the kernel usually runs the receiver first, so the
+//! worker loses the CPU and its caches after every message. Therefore the worker queues messages while it reads all ready sockets, and
+//! then sends them together with io_uring (man 7 io_uring). If the kernel or the container's seccomp profile does not allow io_uring,
+//! each message is sent with its own call.
 
 use std::{
     collections::HashMap,
@@ -16,32 +16,32 @@ use std::{
 use io_uring::{IoUring, Probe, opcode, types};
 use rustix::net::{SendFlags, send};
 
-/// The messages of a worker that are to be sent, and the one buffer that all is read into.
+/// A worker's queued messages, and the one buffer into which the worker reads.
 #[derive(Debug)]
 pub(super) struct Batch {
-    /// What is queued, one behind the other; behind it there is room for what is read next.
+    /// The queued bytes, one message after the other, followed by room for the next read.
     buffer: Box<[u8]>,
     used: usize,
     queue: Vec<Queued>,
-    /// The number of the first in the queue: those before it have been sent, or are in `unsent`.
+    /// The number of the first queued message. Earlier messages are sent, or in `unsent`.
     first: u64,
     unsent: HashMap<u64, Unsent>,
     ring: Option<Ring>,
-    /// What came of each in the queue, while it is sent.
+    /// The result of each queued message, while the queue is sent.
     results: Vec<Option<io::Result<usize>>>,
 }
 
 #[derive(Debug)]
 struct Queued {
-    /// `None` if it was taken back.
+    /// `None` if the message was withdrawn.
     to: Option<RawFd>,
     bytes: Range<usize>,
-    /// Woken if not all of it was sent, and if it is awaited.
+    /// The task that waits for this message, if any. It is woken if some of the message is left.
     task: Waker,
     is_awaited: bool,
 }
 
-/// What is left of a message that could not be sent whole.
+/// The rest of a message that could not be sent completely.
 #[derive(Debug)]
 pub(super) struct Unsent {
     pub bytes: Box<[u8]>,
@@ -66,7 +66,7 @@ impl Batch {
         }
     }
 
-    /// Where `size` bytes can be read into, or as many as there can ever be. It may send what is queued for that.
+    /// Room to read `size` bytes into, or the maximum if that is less. May send the queue to make room.
     #[expect(
         clippy::indexing_slicing,
         reason = "what is used and asked for fits, or was just sent"
@@ -79,7 +79,8 @@ impl Batch {
         &mut self.buffer[self.used..][..size]
     }
 
-    /// Queues the first `count` bytes of the room for a socket, which must not be closed while they are queued. Its number.
+    /// Queues the first `count` bytes of the room for a socket. The socket must stay open while they are queued. Returns the message's
+    /// number.
     pub(super) fn queue(&mut self, to: BorrowedFd<'_>, count: usize, task: &Waker) -> u64 {
         let bytes = self.used..self.used + count;
         self.used = bytes.end;
@@ -100,7 +101,7 @@ impl Batch {
         !self.is_queued(number) && !self.unsent.contains_key(&number)
     }
 
-    /// Wakes a task once a message is not queued any more.
+    /// Wakes a task as soon as a message has left the queue.
     pub(super) fn awaits(&mut self, number: u64, task: &Waker) {
         if let Some(queued) = self.queued(number) {
             queued.task.clone_from(task);
@@ -108,13 +109,13 @@ impl Batch {
         }
     }
 
-    /// What is left of a message that was queued.
+    /// The rest of a queued message, if it was not sent completely.
     pub(super) fn take_unsent(&mut self, number: u64) -> Option<Unsent> {
         self.unsent.remove(&number)
     }
 
-    /// Takes a message back: its socket may be closed then, and its descriptor become another's. How many bytes of it were
-    /// not sent.
+    /// Withdraws a message, so that its socket may be closed and its descriptor reused. Returns the number of bytes that were not
+    /// sent.
     pub(super) fn forget(&mut self, number: u64) -> usize {
         match self.queued(number) {
             Some(queued) => {
@@ -130,17 +131,17 @@ impl Batch {
         self.queue.get_mut(at)
     }
 
-    /// Sends what is queued, as far as the sockets take it.
+    /// Sends the queue, as far as the sockets have room.
     pub(super) fn send(&mut self) {
         self.results.clear();
         self.results.resize_with(self.queue.len(), || None);
-        // One alone is sent sooner by a plain call.
+        // For a single message a plain call is faster.
         if self.queue.iter().filter(|queued| queued.to.is_some()).count() > 1
             && let Some(ring) = &mut self.ring
             && let Err(error) = ring.send(&self.queue, &self.buffer, &mut self.results)
         {
             tracing::warn!(%error, "io_uring failed; falling back to one write per message");
-            // What it has not taken by now it never will.
+            // An entry without a result by now was not taken, and never will be.
             self.ring = None;
         }
         for (queued, result) in self.queue.drain(..).zip(self.results.drain(..)) {
@@ -166,13 +167,13 @@ impl Batch {
 }
 
 fn send_one(to: RawFd, bytes: &[u8]) -> io::Result<usize> {
-    // SAFETY: the caller that queued a message takes it back before it closes the socket, see `Batch::queue`.
+    // SAFETY: whoever queued a message withdraws it before closing the socket, see `Batch::queue`.
     #[allow(unsafe_code)]
     let to = unsafe { BorrowedFd::borrow_raw(to) };
     Ok(send(to, bytes, SendFlags::NOSIGNAL)?)
 }
 
-/// How the kernel is handed many messages at once.
+/// An io_uring, which takes many messages at once.
 pub(super) struct Ring(IoUring);
 
 impl fmt::Debug for Ring {
@@ -182,14 +183,14 @@ impl fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// Messages that it takes at once.
+    /// Maximum number of messages at once.
     const ENTRIES: usize = 256;
 
     /// In the thread that will use it.
     pub(super) fn new() -> io::Result<Self> {
         let entries = Self::ENTRIES as u32;
         let ring = IoUring::builder().setup_single_issuer().setup_coop_taskrun().build(entries);
-        // Linux before 6.0 knows none of these; they only spare it some work.
+        // Linux before 6.0 has none of these flags. They only save work.
         let ring = ring.or_else(|_| IoUring::new(entries))?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
@@ -199,14 +200,14 @@ impl Ring {
         Ok(Self(ring))
     }
 
-    /// Sends each message that was not taken back. An error if some have no result: these were not sent.
+    /// Sends each message that was not withdrawn. Returns an error if some have no result; those were not sent.
     fn send(
         &mut self,
         queue: &[Queued],
         buffer: &[u8],
         results: &mut [Option<io::Result<usize>>],
     ) -> io::Result<()> {
-        // Never to be waited for: what a socket cannot take now is the relay's to keep.
+        // Never waits: the relay keeps what a socket cannot take now.
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         let mut handed = 0;
         for (at, queued) in queue.iter().enumerate() {
@@ -216,9 +217,9 @@ impl Ring {
                 .flags(flags)
                 .build()
                 .user_data(at as u64);
-            // SAFETY: the bytes and the socket are there until this function returns. By then the kernel has answered each
-            // entry that it took, since it waits for none of them; one that it did not take goes with the ring, which is
-            // given up on any error.
+            // SAFETY: the bytes and the socket exist until this function returns. By then the kernel has answered each entry
+            // that it took, because it waits for none of them. An entry that it did not take goes away with the ring, which is
+            // dropped on any error.
             #[allow(unsafe_code)]
             let pushed = unsafe { self.0.submission().push(&entry) };
             pushed.map_err(|_| io::ErrorKind::QuotaExceeded)?;
@@ -317,14 +318,27 @@ mod tests {
         });
     }
 
+    /// Writes until the socket takes nothing any more: for a moment, because the kernel may still be moving bytes to the other end.
+    fn fill(socket: &mut TcpStream) {
+        let mut quiet = 0;
+        while quiet < 20 {
+            quiet += 1;
+            for size in [64 * 1024, 1] {
+                while socket.write(&[0; 64 * 1024][..size]).is_ok() {
+                    quiet = 0;
+                }
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
     #[test]
     fn what_cannot_be_sent_comes_back_and_holds_up_nobody() {
         in_both_ways(|mut batch| {
             let woken = Arc::<Woken>::default();
             let ((_full_end, mut full), (gone_end, gone), (mut well_end, well)) =
                 (connection(), connection(), connection());
-            while full.write(&[0; 64 * 1024]).is_ok() {}
-            while full.write(&[0]).is_ok() {}
+            fill(&mut full);
             drop(gone_end);
             // The first one is answered by a reset.
             while (&gone).write(&[0]).is_ok() {

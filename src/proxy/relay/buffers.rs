@@ -1,4 +1,4 @@
-//! What every relay of a worker shares.
+//! What all relays of a worker share.
 
 use std::cell::RefCell;
 
@@ -20,7 +20,7 @@ pub(in crate::proxy) struct RelayBuffers {
 }
 
 impl RelayBuffers {
-    /// With up to so many pipes to splice bulk through; without any, all is copied. In the thread that will use it.
+    /// `pipes`: maximum number of pipes for splicing bulk; with 0, everything is copied. Must be called in the thread that will use it.
     pub(in crate::proxy) fn new(pipes: usize) -> Self {
         let ring = Ring::new().inspect_err(
             |error| tracing::debug!(%error, "io_uring is not available; using one write per message"),
@@ -37,10 +37,10 @@ impl RelayBuffers {
         }
     }
 
-    /// Sends what the relays queue, for ever: each time when all that were ready have had their turn.
+    /// Sends what the relays queue, each time after all ready tasks have had their turn. Never returns.
     pub(in crate::proxy) async fn send_queued(&self) {
         loop {
-            // A notified task is queued behind the tasks that are ready now.
+            // A notified task runs after the tasks that are ready now.
             self.queued.notified().await;
             self.send_now();
         }
@@ -53,7 +53,7 @@ impl RelayBuffers {
         }
     }
 
-    /// Something other than bulk is going on, which bulk must not hold up.
+    /// Notes traffic other than bulk, which bulk must not delay.
     pub(in crate::proxy) fn others_are_busy(&self) {
         self.turns.shorten();
     }

@@ -1,9 +1,9 @@
-//! One way of a connection.
+//! One direction of a connection.
 //!
-//! While idle it owns nothing. It waits for readiness first, then reads into the worker's one buffer. A message is sent from
-//! there together with those of other connections; more than a message is sent at once; only what the other side cannot take
-//! yet is kept. Bulk moves through a pipe by `splice`, without a copy. Where the end comes right behind the last bytes, it
-//! goes out in one packet with them.
+//! An idle direction owns no buffer. It waits until its socket is readable, then reads into the worker's one buffer. From there a
+//! message is sent together with those of other connections, and larger data is sent at once. Only what the other side cannot take
+//! yet is kept. Bulk moves through a pipe with `splice`, without a copy. If the end follows directly after the last bytes, both are
+//! sent in one packet.
 
 use std::{
     cell::Cell,
@@ -24,7 +24,7 @@ use tokio::{io::Interest, net::TcpStream, task::yield_now};
 use super::{
     batch::Unsent,
     buffers::RelayBuffers,
-    end::{Broken, End, has_finished},
+    end::{Broken, End, ends_in_alert, has_finished},
     pipe::Pipe,
     turns::Turns,
 };
@@ -35,24 +35,23 @@ pub(super) struct Direction<'a> {
     moved: &'a Cell<u64>,
     buffers: &'a RelayBuffers,
     unwritten: Unwritten,
-    /// Large reads in a row: two of them, and it is bulk.
-    large_reads: u8,
-    /// Bytes that may be moved before the neighbours get their turn.
+    reads: Reads,
+    /// Bytes that may be moved before other connections get their turn.
     turn: u32,
-    /// `from` has no more to say.
+    /// `from` has sent its end.
     finished_reading: bool,
     /// The end was passed on to `to`.
     told: bool,
-    /// Whether bytes may wait: the last ones in the kernel for the end to go with them, others for those of others.
+    /// Whether bytes may be delayed: the last ones, to be sent together with the end, and messages, to be sent with those of others.
     may_wait: bool,
 }
 
 const SPLICE: SpliceFlags = SpliceFlags::NONBLOCK.union(SpliceFlags::MOVE);
 
-/// What was read and could not be written yet.
+/// Bytes that were read and could not be written yet.
 enum Unwritten {
     Nothing,
-    /// It is counted as moved already, and mostly is by the time that anybody asks.
+    /// A queued message. It already counts as moved.
     Queued(u64),
     Bytes {
         bytes: Box<[u8]>,
@@ -64,8 +63,19 @@ enum Unwritten {
     },
 }
 
+/// What was read last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reads {
+    Small,
+    /// It ended as a program that speaks TLS ends what it sends.
+    Goodbye,
+    Large,
+    /// Two large reads in a row, or more.
+    Bulk,
+}
+
 impl<'a> Direction<'a> {
-    /// A read of this many bytes is a large one. Below it, a copy costs less than the two calls of a splice.
+    /// Size from which a read is large, in bytes. Below it, a copy costs less than the two calls of a splice.
     const LARGE: usize = 16 * 1024;
     pub(super) fn new(
         from: End<'a>,
@@ -79,7 +89,7 @@ impl<'a> Direction<'a> {
             moved,
             buffers,
             unwritten: Unwritten::Nothing,
-            large_reads: 0,
+            reads: Reads::Small,
             turn: Turns::SHORT,
             finished_reading: false,
             told: false,
@@ -87,7 +97,7 @@ impl<'a> Direction<'a> {
         }
     }
 
-    /// Tells `to` that `from` has finished, once all was passed on.
+    /// Passes the end of `from` on to `to`, after all bytes.
     pub(super) fn tell_end(&mut self) -> Result<(), Broken> {
         if !self.told {
             let told = shutdown(self.to.socket, Shutdown::Write);
@@ -97,9 +107,14 @@ impl<'a> Direction<'a> {
         Ok(())
     }
 
-    /// Whether the end of what `from` sends was read.
+    /// Whether the end of `from` was read.
     pub(super) fn has_read_end(&self) -> bool {
         self.finished_reading
+    }
+
+    /// Whether the last that was read may be the goodbye of a program that speaks TLS.
+    pub(super) fn has_said_goodbye(&self) -> bool {
+        self.reads == Reads::Goodbye
     }
 
     /// Whether nothing is under way and both ends are open.
@@ -112,14 +127,14 @@ impl<'a> Direction<'a> {
         holds_nothing && !self.finished_reading
     }
 
-    /// After `from` broke: passes on what it had sent before, as far as `to` takes it now. The answer of a server that answers
+    /// After `from` broke: passes on what it had sent before, as far as `to` has room now. So the answer of a server that answers
     /// early and closes still arrives.
     pub(super) async fn last_words(&mut self) {
-        // No end follows but a reset, which discards what waits.
+        // The next thing is a reset, which discards delayed bytes.
         self.may_wait = false;
         self.buffers.send_now();
         loop {
-            // The error may be seen before tokio is notified of the bytes ahead of it.
+            // The error may be seen before tokio is notified of the bytes that precede it.
             yield_now().await;
             let before = self.moved.get();
             let end = poll_fn(|cx| Poll::Ready(self.poll_move(cx))).await;
@@ -129,25 +144,25 @@ impl<'a> Direction<'a> {
         }
     }
 
-    /// Moves what can be moved. Ready when `from` has finished and all of it was written: then the caller must pass the
-    /// end on to `to` at once, by [`Direction::tell_end`] or by closing its socket.
+    /// Moves what can be moved. Ready when `from` has finished and everything is written. Then the caller must immediately pass the
+    /// end on to `to`, with [`Direction::tell_end`] or by closing its socket.
     pub(super) fn poll_move(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let start = self.moved.get();
         self.turn = Turns::SHORT;
         if self.is_bulk() {
             self.turn = self.buffers.turns.next();
-            // Messages do not wait for bulk that is ready, too.
+            // Messages must not wait for bulk that is ready too.
             self.buffers.send_now();
         }
         loop {
-            // It may have become less: what could not be sent is counted again.
+            // The count may have decreased: bytes that could not be sent are subtracted.
             if self.moved.get().saturating_sub(start) >= u64::from(self.turn) {
-                // Unlike a plain wake, this comes back only after the sockets of all others were looked at.
+                // Unlike a plain wake, this resumes only after the runtime has polled all sockets.
                 ready!(pin!(yield_now()).poll(cx));
             }
             if !matches!(self.unwritten, Unwritten::Nothing) {
                 ready!(self.poll_write_unwritten(cx))?;
-                // That may have been a whole turn.
+                // That may have used up the turn.
                 continue;
             }
             if self.finished_reading {
@@ -160,7 +175,7 @@ impl<'a> Direction<'a> {
                 None => self.copy(cx)?,
             }
             if let Unwritten::Queued(_) = self.unwritten {
-                // What comes next is waited for, and not that it is sent: if it cannot be, that wakes this task.
+                // Wait for the next bytes, not for the sending: a failed send wakes this task.
                 let ready = ready!(self.from.socket.poll_read_ready(cx));
                 ready.map_err(|error| self.from.broke(error))?;
             }
@@ -168,16 +183,15 @@ impl<'a> Direction<'a> {
     }
 
     fn is_bulk(&self) -> bool {
-        self.large_reads >= 2
+        self.reads == Reads::Bulk
     }
 
-    /// Reads into the worker's buffer and queues a message; of anything else it writes what can be written, and keeps the
-    /// rest.
+    /// Reads into the worker's buffer. A message is queued; of larger data it writes what it can, and keeps the rest.
     fn copy(&mut self, cx: &Context<'_>) -> Result<(), Broken> {
         let mut batch = self.buffers.batch.borrow_mut();
         let buffer = batch.room(self.turn as usize);
         let (from, size) = (self.from.socket, buffer.len());
-        // Asked before the read: all that was sent is here then, and right behind it comes the end, or an error.
+        // Checked before the read: then all that was sent has arrived, and the end or an error follows directly.
         let is_last = has_finished(from);
         let read =
             attempt(from, Interest::READABLE, size, || Ok(rustix::io::read(from, &mut *buffer)?));
@@ -190,10 +204,12 @@ impl<'a> Direction<'a> {
             self.finished_reading = true;
             return Ok(());
         }
+        let read = buffer.get(..count).unwrap_or_default();
         if count >= Self::LARGE {
-            self.large_reads = self.large_reads.saturating_add(1);
+            let is_second = matches!(self.reads, Reads::Large | Reads::Bulk);
+            self.reads = if is_second { Reads::Bulk } else { Reads::Large };
         } else {
-            self.large_reads = 0;
+            self.reads = if ends_in_alert(read) { Reads::Goodbye } else { Reads::Small };
             self.buffers.turns.shorten();
             if self.may_wait && !is_last {
                 if batch.is_empty() {
@@ -211,7 +227,7 @@ impl<'a> Direction<'a> {
                 Ok(0) => self.finished_reading = true,
                 Ok(more) => count += more,
                 Err(Errno::AGAIN) => {}
-                // The kernel reports the error once. Bytes ahead of it go first.
+                // The kernel reports an error once. The bytes that precede it go first.
                 Err(error) => behind = Err(self.from.broke(error.into())),
             }
         }
@@ -221,6 +237,9 @@ impl<'a> Direction<'a> {
             SendFlags::empty()
         };
         let bytes = buffer.get(..count).unwrap_or_default();
+        if ends_in_alert(bytes) {
+            self.reads = Reads::Goodbye;
+        }
         let written = match write(self.to.socket, bytes, more) {
             Ok(written) => written,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
@@ -233,7 +252,7 @@ impl<'a> Direction<'a> {
         behind
     }
 
-    /// Moves from the socket into `pipe`, which is kept while anything is in it.
+    /// Moves bytes from the socket into `pipe`, which is kept until it is empty.
     fn fill(&mut self, pipe: Pipe) -> Result<(), Broken> {
         let from = self.from.socket;
         let filled = from.try_io(Interest::READABLE, || {
@@ -241,7 +260,7 @@ impl<'a> Direction<'a> {
         });
         if let Ok(bytes @ 1..) = filled {
             if bytes < Self::LARGE {
-                self.large_reads = 0;
+                self.reads = Reads::Small;
             }
             self.unwritten = Unwritten::Piped { pipe, bytes };
             return Ok(());
@@ -255,7 +274,7 @@ impl<'a> Direction<'a> {
         Ok(())
     }
 
-    /// Writes of what was read as much as one turn may. Ready when nothing is, or more may be written.
+    /// Writes kept bytes, up to the limit of a turn. Ready when none are left, or more may be written.
     fn poll_write_unwritten(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let to = self.to.socket;
         if let Unwritten::Queued(number) = self.unwritten {
@@ -278,7 +297,7 @@ impl<'a> Direction<'a> {
             match self.unwritten.write(to, self.turn as usize) {
                 Ok(0) => return Poll::Ready(Err(self.to.broke(io::ErrorKind::WriteZero.into()))),
                 Ok(moved) => self.moved.set(self.moved.get() + moved as u64),
-                // The readiness was cleared: the next round waits for it.
+                // The readiness is cleared; the next poll waits for it.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Poll::Ready(Err(self.to.broke(error))),
             }
@@ -300,7 +319,7 @@ impl Drop for Direction<'_> {
         match std::mem::replace(&mut self.unwritten, Unwritten::Nothing) {
             Unwritten::Piped { pipe, bytes: 0 } => self.buffers.pipes.borrow_mut().give_back(pipe),
             Unwritten::Piped { .. } => self.buffers.pipes.borrow_mut().lost(),
-            // Its socket is closed next.
+            // The socket is closed next.
             Unwritten::Queued(number) => {
                 let unsent = self.buffers.batch.borrow_mut().forget(number);
                 self.moved.set(self.moved.get() - unsent as u64);
@@ -319,7 +338,7 @@ impl Unwritten {
         }
     }
 
-    /// Writes `most` bytes of it, if the socket takes so many.
+    /// Writes up to `most` bytes of it.
     fn write(&mut self, to: &TcpStream, most: usize) -> io::Result<usize> {
         match self {
             Unwritten::Nothing | Unwritten::Queued(_) => Ok(0),
@@ -342,8 +361,8 @@ fn write(to: &TcpStream, bytes: &[u8], flags: SendFlags) -> io::Result<usize> {
     attempt(to, Interest::WRITABLE, bytes.len(), || Ok(send(to, bytes, flags)?))
 }
 
-/// Reads or writes, if tokio believes that the socket is ready. With less than `whole` moved it is not any more: said
-/// at once, it costs no further call to find that out.
+/// Reads or writes if tokio considers the socket ready. If fewer than `whole` bytes moved, the socket is no longer ready; tokio is
+/// told so at once, which saves the call that would find it out.
 fn attempt(
     socket: &TcpStream,
     interest: Interest,

@@ -1,4 +1,4 @@
-//! Bytes both ways, until both sides are done: half-close is passed on as half-close, a reset as a reset.
+//! Relays bytes in both directions until both sides have finished. A half-close is passed on as a half-close, a reset as a reset.
 
 use std::{
     cell::{Cell, RefCell},
@@ -6,6 +6,7 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
+use socket2::SockRef;
 use tokio::net::TcpStream;
 
 mod batch;
@@ -23,7 +24,9 @@ pub(super) use end::{Broken, Side};
 use end::{End, broken, has_sent_end};
 pub(super) use pipe::PIPES;
 
-/// Bytes passed on so far, each way.
+use super::socket::Patience;
+
+/// Bytes passed on so far, in each direction.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Moved {
     pub up: Cell<u64>,
@@ -31,54 +34,78 @@ pub(super) struct Moved {
 }
 
 impl Moved {
-    /// Both ways together: two equal ones mean that nothing moved between.
+    /// The sum of both directions. If it has not changed, nothing moved.
     pub(super) fn both(&self) -> u64 {
         self.up.get().wrapping_add(self.down.get())
     }
 }
 
-/// How a relay came to an end.
+/// How a relay ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// Both sides have finished, and the sockets are to be closed.
+    /// Both sides have finished. The caller closes the sockets.
     Finished,
-    /// It was asked to stop, and nothing is under way: neither side has finished, and all that was read is written.
+    /// It was asked to stop while idle: neither side has finished, and all bytes that were read are written.
     Idle,
 }
 
-/// Asks a relay to stop while nothing is under way, so that its connection can be parked.
-#[derive(Debug, Default)]
-pub(super) struct ParkRequest {
-    asked: Cell<bool>,
-    task: RefCell<Option<Waker>>,
+/// A request to a relay that has run for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Request {
+    /// Set the endpoint's timeouts. Most connections end earlier, and save these system calls.
+    Watch,
+    /// Stop if idle, so that the connection can be parked.
+    Park,
 }
 
-impl ParkRequest {
-    /// Does nothing if no relay runs, or if it is busy.
-    pub(super) fn ask(&self) {
+/// Passes requests to a running relay.
+#[derive(Debug, Default)]
+pub(super) struct Requests {
+    asked: Cell<Option<Request>>,
+    task: RefCell<Option<Waker>>,
+    /// The timeouts of the endpoint's socket, until they are set.
+    patience: Cell<Option<Patience>>,
+}
+
+impl Requests {
+    /// Does nothing if no relay runs, or if the last request is still pending.
+    pub(super) fn ask(&self, request: Request) {
         if let Some(task) = self.task.take() {
-            self.asked.set(true);
+            self.asked.set(Some(request));
             task.wake();
         }
     }
 
-    /// Remembers whom to wake, until it was asked: a task that has stopped must not be kept by its waker.
-    fn is_asked(&self, cx: &Context<'_>) -> bool {
-        if self.asked.take() {
-            return true;
+    /// Sets the timeouts that [`Request::Watch`] applies to the endpoint's socket.
+    pub(super) fn watch_with(&self, patience: Patience) {
+        self.patience.set(Some(patience));
+    }
+
+    fn watch(&self, endpoint: &TcpStream) {
+        if let Some(patience) = self.patience.take() {
+            // Fails only if the connection is gone already, which the relay notices.
+            let _ = patience.apply(&SockRef::from(endpoint));
         }
-        self.task.borrow_mut().get_or_insert_with(|| cx.waker().clone());
-        false
+    }
+
+    /// The pending request. Registers the task to wake for the next one, unless the relay may stop now: a waker would keep the
+    /// memory of a task that has ended.
+    fn next(&self, cx: &Context<'_>) -> Option<Request> {
+        let asked = self.asked.take();
+        if asked != Some(Request::Park) {
+            self.task.borrow_mut().get_or_insert_with(|| cx.waker().clone());
+        }
+        asked
     }
 }
 
-/// Relays until both sides have finished, or one broke, or nothing moves and it is asked to stop.
+/// Relays until both sides have finished, one fails, or a request asks an idle relay to stop.
 pub(super) async fn relay(
     consumer: &TcpStream,
     endpoint: &TcpStream,
     buffers: &RelayBuffers,
     moved: &Moved,
-    park: &ParkRequest,
+    requests: &Requests,
 ) -> Result<Ended, Broken> {
     let consumer = End { side: Side::Consumer, socket: consumer };
     let endpoint = End { side: Side::Endpoint, socket: endpoint };
@@ -88,33 +115,38 @@ pub(super) async fn relay(
         biased;
         end = poll_fn(|cx| {
             match (up.poll_move(cx)?.is_ready(), down.poll_move(cx)?.is_ready()) {
-                // Closing the sockets passes the end on to both sides.
+                // The caller closes the sockets, which passes the end on to both sides.
                 (true, true) => return Poll::Ready(Ok(Ended::Finished)),
                 (true, false) => up.tell_end()?,
                 (false, true) => down.tell_end()?,
                 (false, false) => {}
             }
-            if park.is_asked(cx) && up.is_idle() && down.is_idle() {
+            let asked = requests.next(cx);
+            if asked.is_some() {
+                requests.watch(endpoint.socket);
+            }
+            if asked == Some(Request::Park) && up.is_idle() && down.is_idle() {
                 Poll::Ready(Ok(Ended::Idle))
             } else {
                 Poll::Pending
             }
         }) => end,
-        // A direction that waits to write does not read, nor does one that has finished: the reset of the side it reads
-        // from would go unseen, and the other side wait for ever.
+        // A direction that waits to write does not read, and neither does one that has finished. Without these two, the reset of the
+        // side it reads from would go unnoticed, and the other side would wait for ever.
         broken = broken(consumer) => Err(broken),
         broken = broken(endpoint) => Err(broken),
     };
     if let Err(broken) = &mut end {
-        // A reset discards nothing that was acknowledged before it: the other side's end may lie here unread.
+        // A reset does not discard what was acknowledged before it: the other side's end may still be unread here.
         let other = if broken.side == Side::Consumer { endpoint } else { consumer };
         let end_was_seen = up.has_read_end() || down.has_read_end() || has_sent_end(other.socket);
-        broken.after_end = broken.follows_end(end_was_seen);
-    }
-    match &end {
-        Ok(_) => {}
-        Err(Broken { side: Side::Consumer, .. }) => up.last_words().await,
-        Err(Broken { side: Side::Endpoint, .. }) => down.last_words().await,
+        match broken.side {
+            Side::Consumer => up.last_words().await,
+            Side::Endpoint => down.last_words().await,
+        }
+        // A program that speaks TLS may close with the other's goodbye unread, which is a reset without an end before it.
+        let is_goodbye = up.has_said_goodbye() && down.has_said_goodbye();
+        broken.after_end = broken.follows_end(end_was_seen || is_goodbye);
     }
     end
 }

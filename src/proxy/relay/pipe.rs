@@ -1,14 +1,14 @@
-//! Pipes for `splice`: made once, kept, and lent to a direction only while it moves bulk.
+//! Pipes for `splice`. They are created once, pooled, and used by a direction only while it moves bulk.
 
 use std::{io, os::fd::OwnedFd};
 
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 
-/// Pipes of all workers together. They take 64 descriptors of those that `limits` keeps back, and half of a user's
-/// default share of 16,384 pages: 256 each.
+/// Number of pipes of all workers together. They need 64 of the descriptors that `limits` reserves, and half of a user's default
+/// limit of 16,384 pipe pages, at 256 pages each.
 pub(in crate::proxy) const PIPES: usize = 32;
 
-/// A pipe that is empty whenever it lies in the pool.
+/// A pipe. It is empty while it is in the pool.
 #[derive(Debug)]
 pub(super) struct Pipe {
     pub read: OwnedFd,
@@ -16,14 +16,14 @@ pub(super) struct Pipe {
 }
 
 impl Pipe {
-    /// Bytes that one call may move. The most that the kernel allows by default (man 7 pipe, pipe-max-size), and worth
-    /// it: with a quarter of this, a gigabyte takes a third more of the processor's time.
+    /// Maximum number of bytes of one call: the kernel's default maximum (man 7 pipe, pipe-max-size). With a quarter of it, a
+    /// gigabyte needs a third more CPU time.
     pub(super) const SIZE: usize = 1024 * 1024;
 
     fn new() -> io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        // Past a user's share of pipe memory the kernel refuses to grow a pipe (man 7 pipe, pipe-user-pages-soft), and
-        // makes new ones of a page or two. Such a pipe moves less per call than a plain copy.
+        // Beyond a user's limit of pipe memory (man 7 pipe, pipe-user-pages-soft) the kernel refuses to grow a pipe, and new
+        // pipes have one or two pages. Such a pipe moves less per call than a plain copy.
         if fcntl_setpipe_size(&write, Self::SIZE)? < Self::SIZE {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
@@ -44,7 +44,7 @@ impl Pipes {
         Self { idle: Vec::new(), made: 0, most }
     }
 
-    /// A pipe, or `None` if no good one can be had: then the bytes are copied.
+    /// A pipe, or `None` if no large one is available; then the bytes are copied.
     pub(super) fn take(&mut self) -> Option<Pipe> {
         if let Some(pipe) = self.idle.pop() {
             return Some(pipe);
@@ -59,12 +59,12 @@ impl Pipes {
         Some(pipe)
     }
 
-    /// Takes back a pipe that is empty.
+    /// Returns an empty pipe to the pool.
     pub(super) fn give_back(&mut self, pipe: Pipe) {
         self.idle.push(pipe);
     }
 
-    /// Forgets a pipe that still held bytes when its connection ended.
+    /// Drops a pipe that still contained bytes when its connection ended.
     pub(super) fn lost(&mut self) {
         self.made -= 1;
     }

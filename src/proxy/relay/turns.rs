@@ -1,23 +1,23 @@
-//! How much a bulk transfer moves at a time: as much as a call can if no other task waits, and little otherwise.
+//! How much a bulk transfer moves at a time: as much as one call can if no other task waits, and little otherwise.
 
 use std::cell::Cell;
 
-/// What the relays of a worker know of each other: whether anything but bulk is going on.
+/// Whether the relays of a worker move anything except bulk.
 #[derive(Debug, Default)]
 pub(super) struct Turns {
-    /// Turns of bulk since anything else was moved.
+    /// Bulk turns since anything else was moved.
     alone: Cell<u32>,
 }
 
 impl Turns {
-    /// Bytes of a turn if no other task waits: a call costs nearly the same for many bytes as for few.
+    /// Bytes of a turn if no other task waits. A call costs nearly the same for many bytes as for few.
     pub(super) const LONG: u32 = 1024 * 1024;
-    /// Bytes of a turn beside others: some microseconds of the processor's time.
+    /// Bytes of a turn if others wait: a few microseconds of CPU time.
     pub(super) const SHORT: u32 = 64 * 1024;
-    /// Short turns until bulk takes itself for alone: requests that come a thousand times a second are never further apart.
+    /// Number of short turns after which bulk counts as alone. A thousand requests a second are never that far apart.
     const UNTIL_ALONE: u32 = 256;
 
-    /// Bytes that the next turn of bulk may move.
+    /// Maximum number of bytes of the next bulk turn.
     pub(super) fn next(&self) -> u32 {
         let most = self.most();
         self.alone.set(self.alone.get().saturating_add(1));
@@ -28,13 +28,13 @@ impl Turns {
         if self.alone.get() < Self::UNTIL_ALONE { Self::SHORT } else { Self::LONG }
     }
 
-    /// The most that any of the next `turns` turns may move.
+    /// Maximum number of bytes of any of the next `turns` turns.
     #[cfg(test)]
     pub(super) fn most_of_next(&self, turns: u32) -> u32 {
         if self.alone.get() + turns > Self::UNTIL_ALONE { Self::LONG } else { Self::SHORT }
     }
 
-    /// Something else was moved.
+    /// Notes that something except bulk was moved.
     pub(super) fn shorten(&self) {
         self.alone.set(0);
     }

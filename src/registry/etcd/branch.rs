@@ -15,6 +15,17 @@ impl Branch {
         self.0.trim_matches('/')
     }
 
+    /// This branch and those above it, from the lowest on, each with the one that contains it: `/a/b` in `/a`, `/a` in nothing.
+    pub(crate) fn levels(&self) -> Vec<(String, String)> {
+        let whole = format!("/{}", self.trimmed());
+        let ends = whole.match_indices('/').map(|(at, _)| at).filter(|at| *at > 0);
+        let mut ends: Vec<_> = ends.chain([whole.len()]).collect();
+        ends.reverse();
+        let part = |end: usize| whole.get(..end).unwrap_or_default().to_owned();
+        let containers = ends.iter().skip(1).copied().chain([0]);
+        ends.iter().zip(containers).map(|(&end, container)| (part(end), part(container))).collect()
+    }
+
     /// The parts of the key in the v2 store, where each key begins with a slash.
     pub(super) fn segments(&self) -> Result<Vec<&str>, SourceError> {
         let segments: Vec<_> = self.trimmed().split('/').filter(|part| !part.is_empty()).collect();
@@ -60,7 +71,7 @@ impl KeyRange {
         Self { start: key.to_owned(), end: String::new() }
     }
 
-    fn below(root: &str) -> Self {
+    pub(super) fn below(root: &str) -> Self {
         // The character 0 follows the slash.
         Self { start: format!("{root}/"), end: format!("{root}0") }
     }
@@ -95,6 +106,17 @@ mod tests {
         assert_eq!(ranges("a"), expected(&both));
         assert_eq!(ranges("/"), expected(&[("/", "0")]));
         assert_eq!(Branch::new("/").segments().unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn a_branch_is_in_those_above_it() {
+        let levels = |text: &str| Branch::new(text).levels();
+        let expected = |all: &[(&str, &str)]| {
+            all.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect::<Vec<_>>()
+        };
+        assert_eq!(levels("/a/b/c/"), expected(&[("/a/b/c", "/a/b"), ("/a/b", "/a"), ("/a", "")]));
+        assert_eq!(levels("a"), expected(&[("/a", "")]));
+        assert_eq!(levels("/"), expected(&[("/", "")]));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! All questions go to one member, until it fails: then all go to the next.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     sync::{
         Arc,
@@ -20,12 +21,18 @@ use super::{
     http::{Http, HttpAnswer},
     reuse::{Recent, Reused},
 };
-use crate::{body::Places, source::SourceError, tls::ClientTls};
+use crate::{
+    body::Places,
+    source::SourceError,
+    tls::{ClientTls, Weakness, is_loopback},
+};
 
 mod branch;
 mod tree;
 pub(crate) mod v2;
 pub(crate) mod v3;
+
+use branch::KeyRange;
 
 pub(crate) use branch::Branch;
 pub(crate) use tree::Tree;
@@ -95,6 +102,19 @@ impl EtcdClient {
         &self.members.urls
     }
 
+    /// What is not protected of the connections to its members.
+    pub(crate) fn weaknesses(&self) -> Vec<Weakness> {
+        let hosts = self.members.urls.iter().filter(|url| url.scheme() != "https");
+        let hosts = hosts.filter_map(Url::host_str).filter(|host| !is_loopback(host));
+        let hosts: Vec<_> = hosts.filter(|_| self.user.is_some()).collect();
+        let what = format!(
+            "ETCD_PASSWORD is sent to {} without TLS: everybody on the way can read it",
+            hosts.join(", ")
+        );
+        let fix = "set -etcd-cacert (or the other TLS flags of etcd), so that TLS is used";
+        if hosts.is_empty() { Vec::new() } else { vec![Weakness { what, fix }] }
+    }
+
     /// Follows a branch in the v2 store.
     pub(crate) fn v2(self: &Arc<Self>, branch: &Branch) -> Result<v2::Follower, SourceError> {
         v2::Follower::new(self.clone(), branch)
@@ -103,6 +123,18 @@ impl EtcdClient {
     /// Follows a branch in the v3 store.
     pub(crate) fn v3(self: &Arc<Self>, branch: &Branch) -> v3::Follower {
         v3::Follower::new(self.clone(), branch)
+    }
+
+    /// The names one level below a branch in the v3 store, as whole paths, if they may be read: of a store with very many keys,
+    /// the first ones. `above` is empty or begins with a slash, and has none at its end.
+    pub(crate) async fn names_below(&self, above: &str) -> Option<BTreeSet<String>> {
+        let range = KeyRange::below(above);
+        let keys = self.connection(&range.start).await.ok()?.keys(&range).await?;
+        let name = |key: &String| {
+            let name = key.strip_prefix(&range.start)?.split('/').next()?;
+            (!name.is_empty()).then(|| format!("{}{name}", range.start))
+        };
+        Some(keys.iter().filter_map(name).collect())
     }
 
     /// The connection to a member's v3 store, opened if there is none. It is asked about `key`.

@@ -22,6 +22,7 @@ use crate::{
         Secret,
         http::{ANSWER, CONNECT},
     },
+    resolve,
     source::SourceError,
     tls::{self, ClientTls},
 };
@@ -34,6 +35,8 @@ use stream::{BranchWatch, News, Stream};
 const PROBE: Duration = Duration::from_secs(5);
 /// Pause before a branch is read again after its watch lost events.
 const AGAIN: Duration = Duration::from_millis(100);
+/// Maximum number of keys that are looked at for names that may have been meant.
+const SOME_KEYS: i64 = 1000;
 /// Maximum size of a message.
 const LARGEST: usize = 16 << 20;
 /// Keys that are read at a time.
@@ -70,7 +73,8 @@ impl Connection {
         let endpoint = endpoint(&member, tls)?;
         // The client's own futures are large.
         let connect = |options| {
-            let channel = Channel::Tonic(endpoint.connect_lazy());
+            let channel =
+                Channel::Tonic(endpoint.connect_with_connector_lazy(resolve::connector()));
             Client::from_channel(channel, Some(options)).boxed()
         };
         let connecting = async {
@@ -163,6 +167,16 @@ impl Connection {
             }
             _ => Ok(reading),
         }
+    }
+
+    /// Some of the keys in a range, in order.
+    pub(super) async fn keys(&self, KeyRange { start, end }: &KeyRange) -> Option<Vec<String>> {
+        let options =
+            GetOptions::new().with_range(end.as_str()).with_keys_only().with_limit(SOME_KEYS);
+        let mut kv = self.client.kv_client().max_decoding_message_size(LARGEST);
+        let mut answer = within(ANSWER, kv.get(start.as_str(), Some(options))).await.ok()?;
+        let keys = answer.take_kvs().into_iter().map(|pair| pair.into_key_value().0);
+        Some(keys.filter_map(|key| String::from_utf8(key).ok()).collect())
     }
 
     /// Watches the ranges from `revision` on.

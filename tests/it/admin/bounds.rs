@@ -70,3 +70,145 @@ fn a_listener_for_everybody_is_warned_of_and_scraped_by_any_name() -> Result<()>
     assert_eq!(warned, 1, "of the first embassy: {}", embassy.log());
     Ok(())
 }
+
+/// Asks on so many connections for a path, so many times each, and never reads an answer. It asks anew on a connection in place
+/// of each that has ended, and tells when as many as it has were let go.
+const UNREAD: &str = "
+import select, socket, sys, time
+count = int(sys.argv[1])
+request = f'GET {sys.argv[2]} HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n'.encode() * int(sys.argv[3])
+held, ended = {}, 0
+poll = select.poll()
+def ask():
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    one.connect(('127.0.0.1', 9990))
+    one.setblocking(False)
+    try:
+        one.send(request)
+    except OSError:
+        pass
+    held[one.fileno()] = (one, time.monotonic())
+    poll.register(one, select.POLLRDHUP)
+for _ in range(count):
+    ask()
+print('asked', flush=True)
+while True:
+    for descriptor, _ in poll.poll():
+        poll.unregister(descriptor)
+        one, since = held.pop(descriptor)
+        one.close()
+        # Others were refused at once.
+        ended += time.monotonic() - since > 5
+        if ended == count:
+            print('let go', flush=True)
+        ask()
+";
+
+/// Waits until a program has said a word.
+fn told(process: &Process, word: &str) -> Result<()> {
+    testbed::eventually(WAIT * 3, &format!("the readers to be {word}"), || {
+        ensure!(process.log().contains(word), "{}", process.log());
+        Ok(())
+    })
+}
+
+#[test]
+fn readers_that_do_not_read_keep_no_health_check_out_and_are_let_go() -> Result<()> {
+    let host = Host::light()?;
+    web(&host, "web")?;
+    let _app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let mut python = host.command("/usr/bin/python3");
+    // The dashboard, so often that no buffer takes it.
+    python.args(["-c", UNREAD, "128", "/", "2000"]);
+    let unread = host.spawn("unread", python)?;
+    told(&unread, "asked")?;
+    // They hold all places. Other calls are told so, and health checks are answered.
+    let all_is_taken = || {
+        let answer = embassy.admin("/v1/status")?;
+        ensure!(answer.status == 503, "{}", answer.status);
+        ensure!(answer.body.contains("too many connections"), "{}", answer.body);
+        Ok(())
+    };
+    testbed::eventually(WAIT * 3, "health checks while all places are taken", || {
+        all_is_taken()?;
+        for _ in 0..5 {
+            embassy.admin("/healthz")?.ok()?;
+            ensure!(embassy.admin("/readyz")?.status == 200);
+        }
+        all_is_taken()
+    })?;
+    told(&unread, "let go")?;
+    unread.kill()?;
+    testbed::eventually(WAIT * 3, "the API to answer", || embassy.admin("/v1/status")?.ok())
+        .map(drop)
+}
+
+#[test]
+fn scrapes_that_are_not_read_take_their_own_places_and_free_them() -> Result<()> {
+    let host = Host::light()?;
+    let file = host.dir().join("services.toml");
+    std::fs::write(&file, "service = []")?;
+    // So many series that no buffer of the kernel takes them (some 8 MB; tcp_wmem is 4 MiB at most).
+    let services: Vec<_> = (1..=4000).map(|n| format!("service-{n};{n}")).collect();
+    let services = format!("-services={}", services.join(","));
+    let discovery = format!("-discovery=file://{}", file.display());
+    let embassy = host.embassy(["-provider=static", &services, &discovery])?;
+    embassy.wait_ready(READY)?;
+    let mut python = host.command("/usr/bin/python3");
+    python.args(["-c", UNREAD, "4", "/metrics", "1"]);
+    let unread = host.spawn("unread", python)?;
+    told(&unread, "asked")?;
+    testbed::eventually(WAIT * 3, "the places to be taken", || {
+        let answer = embassy.admin("/metrics")?;
+        ensure!(
+            answer.status == 503 && answer.body.contains("4 clients read"),
+            "{}",
+            answer.status
+        );
+        Ok(())
+    })?;
+    embassy.admin("/v1/status")?.ok()?;
+    told(&unread, "let go")?;
+    unread.kill()?;
+    testbed::eventually(WAIT * 3, "a scrape", || embassy.admin("/metrics")?.ok()).map(drop)
+}
+
+#[test]
+fn a_page_of_another_origin_and_a_foreign_host_get_no_more_than_a_probe() -> Result<()> {
+    let host = Host::light()?;
+    // A source that does not answer, whose name is told only to who asks for this listener.
+    let embassy = host.embassy(["--dnat", "-discovery=consul://127.0.0.1:1"])?;
+    testbed::eventually(READY, "the API", || embassy.admin("/healthz")?.ok())?;
+    let curl = |path: &str, more: &[&str]| {
+        let curl = ["--silent", "--write-out", " %{http_code}"];
+        let url = format!("http://127.0.0.1:9990{path}");
+        host.run("curl", [&curl[..], more, &[&url]].concat())
+    };
+    for header in
+        ["Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-site", "Origin: http://a.example"]
+    {
+        for path in ["/", "/metrics", "/v1/status", "/v1/openapi.json"] {
+            let answer = curl(path, &["--header", header])?;
+            ensure!(answer.ends_with(" 403") && answer.contains("web page"), "{path}: {answer}");
+        }
+        ensure!(curl("/healthz", &["--header", header])?.ends_with(" 200"));
+        let ready = curl("/readyz", &["--header", header])?;
+        ensure!(ready.ends_with(" 503") && !ready.contains("consul"), "{ready}");
+    }
+    let own = curl("/readyz", &[])?;
+    ensure!(own.contains("\"sources\":[\"consul\"]") && own.ends_with(" 503"), "{own}");
+    let foreign = curl("/readyz", &["--header", "Host: a.example"])?;
+    ensure!(foreign.contains("\"sources\":[]") && foreign.contains("discovery"), "{foreign}");
+    ensure!(foreign.ends_with(" 503"), "{foreign}");
+    // embassy's own page, and a link to it.
+    ensure!(curl("/v1/status", &["--header", "Sec-Fetch-Site: same-origin"])?.ends_with(" 200"));
+    let link =
+        ["Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document"];
+    let link: Vec<_> = link.iter().flat_map(|header| ["--header", header]).collect();
+    ensure!(curl("/", &link)?.ends_with(" 200"));
+    ensure!(curl("/v1/status", &link)?.ends_with(" 403"));
+    Ok(())
+}

@@ -91,6 +91,34 @@ fn no_name_turns_or_hides_what_is_shown() -> Result<()> {
 }
 
 #[test]
+fn only_the_pages_own_style_and_script_are_used() -> Result<()> {
+    let host = Host::light()?;
+    web(&host, "blue")?;
+    let _app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let browser = Browser::start(&host)?;
+    browser.open("")?;
+    browser.until(ROWS, 1)?;
+    browser.until(
+        "document.styleSheets.length + ' ' + (getComputedStyle(document.body).margin === '8px')",
+        "1 false",
+    )?;
+    // As if a text of others had become part of the page.
+    let put = "(window.violated = [], addEventListener('securitypolicyviolation', e => violated.push(e.effectiveDirective)), \
+        [['script', 'window.foreign = true'], ['style', 'body { margin: 77px }']].forEach(([name, text]) => { \
+        const node = document.createElement(name); node.textContent = text; document.body.append(node); }), \
+        document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.foreign = true\">'), true)";
+    browser.until(put, true)?;
+    let all = "['script-src-elem', 'style-src-elem', 'script-src-attr'].every(one => violated.includes(one))";
+    browser.until(all, true)?;
+    browser.until(
+        "[window.foreign === undefined, getComputedStyle(document.body).margin !== '77px'].join()",
+        "true,true",
+    )
+}
+
+#[test]
 fn it_is_used_by_the_keyboard_alone() -> Result<()> {
     let host = Host::light()?;
     web(&host, "blue")?;

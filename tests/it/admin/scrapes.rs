@@ -138,7 +138,15 @@ fn each_connection_is_a_line_with_true_numbers_and_so_is_each_refusal() -> Resul
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "blue")?;
     let _ = app.get("172.17.0.1:81").run()?;
-    let _ = app.probe("172.17.0.1:9999")?;
+    // A rule of somebody else leads here.
+    for rule in [
+        "add table ip foreign",
+        "add chain ip foreign pre { type nat hook prerouting priority -90; }",
+        "add rule ip foreign pre ip daddr 10.9.9.9 tcp dport 80 redirect to :9999",
+    ] {
+        host.run("nft", [rule])?;
+    }
+    let _ = app.probe("10.9.9.9:80")?;
     let line = |outcome: &str| {
         testbed::eventually(WAIT, &format!("a line of {outcome}"), || {
             let log = embassy.log();
@@ -158,7 +166,7 @@ fn each_connection_is_a_line_with_true_numbers_and_so_is_each_refusal() -> Resul
     );
     let none = line("no_endpoint")?;
     assert_eq!((&none["consumer"], none.get("endpoint")), (&"app".into(), None));
-    let direct = line("direct_dial")?;
+    let direct = line("not_a_vip")?;
     assert!(
         direct["source"]
             .as_str()

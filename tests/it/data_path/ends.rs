@@ -93,17 +93,20 @@ fn keepalive_asks_a_silent_peer_on_either_side() -> Result<()> {
     let held = OpenConnections::open(&path.app, "held", &vip(1001), 1)?;
     held.greetings()?;
     let (app, endpoint) = (path.app.ip()?.to_string(), format!("{}:1001", path.endpoints.ip()?));
-    let sockets = path.host.run("ss", ["-H", "-t", "-n", "-o", "state", "established"])?;
-    for peer in [app, endpoint] {
-        let of_peer = sockets.lines().find(|line| {
-            line.split_whitespace().nth(3).is_some_and(|remote| remote.contains(&peer))
-        });
-        ensure!(
-            of_peer.is_some_and(|line| line.contains("timer:(keepalive,")),
-            "{peer}: {sockets}"
-        );
-    }
-    Ok(())
+    // The endpoint's side is given it when the connection has lasted.
+    testbed::eventually(WAIT, "keepalive on both sides", || {
+        let sockets = path.host.run("ss", ["-H", "-t", "-n", "-o", "state", "established"])?;
+        for peer in [&app, &endpoint] {
+            let of_peer = sockets.lines().find(|line| {
+                line.split_whitespace().nth(3).is_some_and(|remote| remote.contains(peer))
+            });
+            ensure!(
+                of_peer.is_some_and(|line| line.contains("timer:(keepalive,")),
+                "{peer}: {sockets}"
+            );
+        }
+        Ok(())
+    })
 }
 
 /// Nothing passes between embassy and one peer any more, and nothing is sent to notice it by. The kernel's questions are made to
@@ -197,13 +200,15 @@ fn an_endpoint_that_acknowledges_nothing_is_given_up() -> Result<()> {
         ensure!(asking.log().contains("hello"), "{}", asking.log());
         Ok(())
     })?;
-    let timeouts: Result<Vec<_>, _> = sockets(&path)?
-        .iter()
-        .map(|socket| SockRef::from(socket).tcp_user_timeout().map(|time| time.unwrap().as_secs()))
-        .collect();
-    let mut timeouts = timeouts?;
-    timeouts.sort_unstable();
-    assert_eq!(timeouts, [5, 5, 120, 120], "a consumer may pause for longer than an endpoint");
+    testbed::eventually(WAIT, "the timeouts, which are set once a connection has lasted", || {
+        let timeout = |socket| SockRef::from(socket).tcp_user_timeout();
+        let timeouts: Result<Vec<_>, _> = sockets(&path)?.iter().map(timeout).collect();
+        let mut timeouts: Vec<_> = timeouts?.into_iter().flatten().map(|t| t.as_secs()).collect();
+        timeouts.sort_unstable();
+        // A consumer may pause for longer than an endpoint.
+        ensure!(timeouts == [5, 5, 120, 120], "{timeouts:?}");
+        Ok(())
+    })?;
     let endpoints = path.endpoints.ip()?;
     for words in [
         "add table inet silent",

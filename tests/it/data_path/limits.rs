@@ -13,7 +13,8 @@ use crate::{
 
 #[test]
 fn one_connection_more_than_allowed_is_reset() -> Result<()> {
-    let path = Path::with(&["--max-connections=20"], &[(1001, "greet --name joe")])?;
+    let flags = ["--max-connections=20", "--max-connections-per-consumer=20"];
+    let path = Path::with(&flags, &[(1001, "greet --name joe")])?;
     let held = OpenConnections::open(&path.app, "held", &vip(1001), 20)?;
     assert_eq!(held.greetings()?, serde_json::json!({ "hello from joe": 20 }));
     assert_eq!(path.app.probe(vip(1001))?.outcome, "reset");
@@ -70,7 +71,8 @@ fn without_descriptors_accepting_slows_down_and_recovers() -> Result<()> {
 fn source_ports_that_run_out_are_said_with_what_helps() -> Result<()> {
     let path = Path::new(&[(1001, "greet --name joe")])?;
     path.host.run("sh", ["-c", "echo 40000 40009 >/proc/sys/net/ipv4/ip_local_port_range"])?;
-    let _held = OpenConnections::open(&path.app, "held", &vip(1001), 20)?.greetings()?;
+    // The last one waits for a port, in vain.
+    let _held = OpenConnections::open(&path.app, "held", &vip(1001), 11)?.greetings()?;
     says(&path.embassy, &["this host cannot open a connection", "ip_local_port_range"])?;
     ensure!(ended(&path.embassy, "local_error")? > 0);
     assert_eq!(metric(&path.embassy, "embassy_connections_active")?, 10);

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use embassy::{
-    config::ConnectionLog,
+    config::{ConnectionLog, ConsumerLimit},
     consumer::{Binding, Consumer},
     cow_map::CowMap,
     descriptor::Balance,
@@ -151,6 +151,7 @@ fn table(before: &Table, endpoint: Option<Endpoint>) -> Result<Table> {
         name: "app".into(),
         namespace: "app".into(),
         sources: vec![APP.into()],
+        arrivals: Vec::new(),
         gateways: vec![],
         bindings: vec![binding],
         ends: vec![],
@@ -161,7 +162,9 @@ fn table(before: &Table, endpoint: Option<Endpoint>) -> Result<Table> {
         consumers: &consumers,
         contested: &Default::default(),
         known: &Default::default(),
+        confirmed: 0,
         networks: &Default::default(),
+        wiring: &Default::default(),
         endpoints: &endpoints,
         vips: &[Vip(VIP.into())],
         gateways_are_vips: false,
@@ -178,7 +181,7 @@ fn settings() -> ProxySettings {
         destinations: Destinations::VipsAnd(vec![]),
         max_connections: 10_000,
         memory_short: Default::default(),
-        max_connections_per_consumer: None,
+        max_connections_per_consumer: ConsumerLimit::NONE,
         mark: None,
         user_timeout: Duration::ZERO,
         failed_checks: Default::default(),

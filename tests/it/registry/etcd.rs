@@ -447,6 +447,34 @@ async fn v3_a_role_with_the_prefix_of_a_branch_may_follow_it() {
     }
 }
 
+#[tokio::test]
+async fn a_branch_without_endpoints_says_why_and_what_may_have_been_meant() {
+    let etcd = Etcd::both().await;
+    let mut v3 = etcd.v3().await;
+    let tagged = r#"{"ipaddress":"10.0.0.1","port":80,"tags":["prod"]}"#;
+    v3.put("/services/frontend_http/a", tagged, None).await.unwrap();
+    for (descriptor, expected) in [
+        ("/services/frontend_http;80", ""),
+        (
+            "/services/frontend_http[canary];80",
+            "its one entry does not carry [canary]; it carries [prod]",
+        ),
+        (
+            "/services/frontend-http;80",
+            "there is no entry at or below this branch; near: /services/frontend_http",
+        ),
+        ("/service/frontend_http;80", "there is no entry at or below this branch; near: /services"),
+        ("/services/redis;80", "there is no entry at or below this branch"),
+    ] {
+        for scheme in ["etcd", "etcd3"] {
+            let followed = Followed::new(&format!("{scheme}://{}", etcd.address()), descriptor);
+            let known = followed.until("an answer", |known| known.value.is_some()).await;
+            let problem = known.value.unwrap().problem.clone();
+            assert_eq!(problem.as_deref().unwrap_or_default(), expected, "{scheme} {descriptor}");
+        }
+    }
+}
+
 /// The usual order of a rollout: the clients know their user before authentication is enabled.
 #[tokio::test]
 async fn a_user_is_of_no_harm_while_authentication_is_off() {

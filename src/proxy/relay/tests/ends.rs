@@ -76,6 +76,31 @@ fn an_end_that_arrives_together_with_the_reset_was_an_end() {
     }
 }
 
+/// Its program closes before it has read the other's goodbye, and the kernel then sends no end, but a reset.
+#[test]
+fn a_reset_after_both_sides_said_goodbye_in_tls_was_an_end() {
+    let goodbye = [&[23, 3, 3, 0, 19][..], &[9; 19]].concat();
+    for turned in [false, true] {
+        for (both, is_end) in [(true, true), (false, false)] {
+            in_all_modes(async |buffers| {
+                let mut relayed = Relayed::new(&buffers).await;
+                if turned {
+                    relayed = relayed.turned();
+                }
+                let Relayed { mut consumer, mut endpoint, end, .. } = relayed;
+                consumer.write_all(&goodbye).await.unwrap();
+                endpoint.read_exact(&mut vec![0; goodbye.len()]).await.unwrap();
+                let answer = if both { &goodbye[..] } else { b"in the middle of it" };
+                endpoint.write_all(answer).await.unwrap();
+                consumer.readable().await.unwrap();
+                reset(consumer);
+                let broken = end.await.unwrap().unwrap_err();
+                assert_eq!(broken.after_end, is_end, "{broken:?}");
+            });
+        }
+    }
+}
+
 /// Nobody said that it had finished: what the other side waits for is lost.
 #[test]
 fn a_peer_that_does_not_answer_is_no_end() {

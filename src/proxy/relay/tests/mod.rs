@@ -53,7 +53,7 @@ struct Relayed {
     consumer: TcpStream,
     endpoint: TcpStream,
     moved: Rc<Moved>,
-    park: Rc<ParkRequest>,
+    requests: Rc<Requests>,
     end: JoinHandle<Result<Ended, Broken>>,
 }
 
@@ -68,8 +68,8 @@ impl Relayed {
         let (to_endpoint, endpoint) = connection(size).await;
         let (buffers, moved) = (buffers.clone(), Rc::<Moved>::default());
         let counted = moved.clone();
-        let park = Rc::<ParkRequest>::default();
-        let asked = park.clone();
+        let requests = Rc::<Requests>::default();
+        let asked = requests.clone();
         let end = spawn_local(async move {
             let (mut consumer, mut endpoint) = (Socket::new(to_consumer), Socket::new(to_endpoint));
             let end = in_turns(
@@ -82,7 +82,7 @@ impl Relayed {
             endpoint.finished = end.is_ok();
             end
         });
-        Self { consumer, endpoint, moved, park, end }
+        Self { consumer, endpoint, moved, requests, end }
     }
 
     /// The same seen from the other side, so that a test can be run both ways.

@@ -129,7 +129,7 @@ fn a_relay_stops_when_it_is_asked_and_only_while_nothing_is_under_way() {
         let mut relayed = Relayed::new(&buffers).await;
         let asked = async |relayed: &Relayed| {
             for _ in 0..10 {
-                relayed.park.ask();
+                relayed.requests.ask(Request::Park);
                 yield_now().await;
             }
             relayed.end.is_finished()
@@ -146,5 +146,31 @@ fn a_relay_stops_when_it_is_asked_and_only_while_nothing_is_under_way() {
         let relayed = Relayed::new(&buffers).await;
         while !asked(&relayed).await {}
         assert_eq!(relayed.end.await.unwrap().unwrap(), Ended::Idle);
+    });
+}
+
+#[test]
+fn a_relay_watches_its_endpoint_once_it_is_asked_to() {
+    in_all_modes(async |buffers| {
+        let (_client, consumer) = connection(None).await;
+        let (endpoint, _server) = connection(None).await;
+        let (moved, requests) = (Moved::default(), Requests::default());
+        requests.watch_with(Patience::with_endpoints(Duration::from_secs(7)));
+        let user_timeout = || SockRef::from(&endpoint).tcp_user_timeout().unwrap();
+        let keepalive = || SockRef::from(&endpoint).keepalive().unwrap();
+        let mut relay = pin!(relay(&consumer, &endpoint, &buffers, &moved, &requests));
+        let mut turn = async || {
+            let end = poll_fn(|cx| Poll::Ready(relay.as_mut().poll(cx))).await;
+            assert!(end.is_pending());
+        };
+        turn().await;
+        assert_eq!((keepalive(), user_timeout()), (false, None));
+        requests.ask(Request::Watch);
+        turn().await;
+        assert_eq!((keepalive(), user_timeout()), (true, Some(Duration::from_secs(7))));
+        // It can be asked again.
+        requests.ask(Request::Park);
+        let end = poll_fn(|cx| Poll::Ready(relay.as_mut().poll(cx))).await;
+        assert!(matches!(end, Poll::Ready(Ok(Ended::Idle))));
     });
 }

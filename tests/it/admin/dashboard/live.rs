@@ -101,7 +101,7 @@ fn an_open_page_shows_what_happens() -> Result<()> {
     host.etcd_daemon().kill()?;
     says_row(&browser, "etcd /services/blue", "down")?;
     says_tile(&browser, "Sources", "1 of 2 up")?;
-    says_tile(&browser, "Sources", "their last data stays in use")?;
+    says_tile(&browser, "Sources", "1 down")?;
     host.etcd_daemon().start()?;
     says_row(&browser, "etcd /services/blue", "up")?;
     says_tile(&browser, "Sources", "all answer")?;

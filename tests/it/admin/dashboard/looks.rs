@@ -97,7 +97,7 @@ fn it_fits_and_can_be_read_dark_and_light_on_a_desk_and_on_a_phone() -> Result<(
     // When something is wrong, too.
     host.etcd_daemon().kill()?;
     browser.open("#sources")?;
-    browser.shows("their last data stays in use")?;
+    browser.shows("Connection refused")?;
     is_well_made(&browser, 390, "390-dark-down")?;
     embassy.kill()?;
     browser.shows("embassy does not answer")?;

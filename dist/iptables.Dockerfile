@@ -14,9 +14,11 @@ RUN command -v nft >/dev/null && command -v iptables >/dev/null && command -v se
         && rm -rf /var/lib/apt/lists/*; \
     }
 COPY embassy /usr/bin/embassy
-# embassy writes nft rules by netlink, and passes the capability on to iptables. The nft program only names a rule of others that drops
-# captured connections. Without the capability the container starts too.
+# embassy writes nft rules by netlink, and hands the capability down to iptables when it starts it. The nft program only names a rule of
+# others that drops captured connections. Without the capability the container starts too.
+#
+# The user's ID is embassy's own: as nobody (65534) it could be stopped, and its files read, by whatever else runs as nobody on the host.
 RUN setcap cap_net_admin+p /usr/bin/embassy \
-    && mkdir -p /var/lib/embassy && chown 65534:65534 /var/lib/embassy
-USER 65534:65534
+    && mkdir -p /var/lib/embassy && chown 59990:59990 /var/lib/embassy
+USER 59990:59990
 ENTRYPOINT ["/usr/bin/embassy"]

@@ -1,0 +1,282 @@
+//! Between a follower and those who accept connections: who dials from an address that nobody is known to have.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{Notify, watch},
+    time::sleep_until,
+};
+
+/// Asks a follower to look for unknown containers, after a connection from an unknown address, and hears if there is none. The
+/// follower also tells when a known container may have lost its address. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Lookup(Arc<LookupState>);
+
+#[derive(Debug, Default)]
+struct LookupState {
+    asked: Notify,
+    /// Counts the looks that are over.
+    over: watch::Sender<u64>,
+    strangers: Mutex<Strangers>,
+    moves: AtomicU64,
+    doubts: AtomicU64,
+    /// So many doubts were given up without an answer.
+    given_up: AtomicU64,
+}
+
+/// How long it is remembered that an address is nobody's, unless the engine tells of something new; and the interval between two
+/// looks that find nobody, so that strangers do not load the engine.
+const MEMORY: Duration = Duration::from_secs(1);
+/// Minimum interval between a look that found everybody and the next.
+const PAUSE: Duration = Duration::from_millis(50);
+
+impl Lookup {
+    /// Requests a look for who has an address. Several requests before it are one.
+    pub fn ask(&self, address: IpAddr) {
+        self.strangers().ask(address);
+        self.0.asked.notify_one();
+    }
+
+    /// Whether a look that began after `dialled` found that nobody has this address.
+    pub fn is_nobodys(&self, address: &IpAddr, dialled: Instant) -> bool {
+        self.strangers().is_nobodys(address, dialled)
+    }
+
+    /// Whether it was found a moment ago that nobody has this address.
+    pub fn was_nobodys(&self, address: &IpAddr) -> bool {
+        Instant::now().checked_sub(MEMORY).is_some_and(|ago| self.is_nobodys(address, ago))
+    }
+
+    /// Changes when a look is over.
+    pub fn looks(&self) -> watch::Receiver<u64> {
+        self.0.over.subscribe()
+    }
+
+    /// How often an interface of this host went away: with each, a container may have left a network, whether the engine
+    /// tells of it or not.
+    pub fn moves(&self) -> u64 {
+        self.0.moves.load(Relaxed)
+    }
+
+    /// An interface went away.
+    pub(crate) fn moved(&self) {
+        self.0.moves.fetch_add(1, Relaxed);
+    }
+
+    /// How often a container came that may have got another's address.
+    pub fn doubts(&self) -> u64 {
+        self.0.doubts.load(Relaxed)
+    }
+
+    /// A container came that may have got another's address, whether the engine told of that or not. Requests a look.
+    pub(crate) fn doubt(&self) {
+        self.0.doubts.fetch_add(1, Relaxed);
+        self.0.asked.notify_one();
+    }
+
+    /// Whether a container may have got another's address since the engine confirmed the addresses for the `confirmed`-th time.
+    pub fn is_in_doubt(&self, confirmed: u64) -> bool {
+        let doubts = self.doubts();
+        doubts > confirmed && doubts > self.0.given_up.load(Relaxed)
+    }
+
+    /// An engine that does not answer confirms nothing: what was known stays in use.
+    pub(super) fn give_up_doubts(&self) {
+        self.0.given_up.store(self.doubts(), Relaxed);
+    }
+
+    /// Waits for a request, at least until `next_look`.
+    pub(super) async fn asked(&self, next_look: Instant) {
+        sleep_until(next_look.into()).await;
+        self.0.asked.notified().await;
+    }
+
+    /// A look begins: it is for all that asked so far. When the next one may begin, unless this one is over before.
+    pub(crate) fn begins(&self) -> Instant {
+        let now = Instant::now();
+        self.strangers().begins(now);
+        now + MEMORY
+    }
+
+    /// A look is over. When the next one may begin. `is_certain`: who is not known now does not exist.
+    pub(crate) fn is_over(&self, is_certain: bool, is_known: impl Fn(&IpAddr) -> bool) -> Instant {
+        let now = Instant::now();
+        let found_all = self.strangers().is_over(now, is_certain, is_known);
+        self.0.over.send_modify(|over| *over = over.wrapping_add(1));
+        now + if found_all { PAUSE } else { MEMORY }
+    }
+
+    /// The engine tells of something new: a container may have come.
+    pub(crate) fn forget(&self) {
+        self.strangers().forget();
+    }
+
+    fn strangers(&self) -> MutexGuard<'_, Strangers> {
+        // Each change leaves it whole.
+        self.0.strangers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The addresses that were asked for. Pure.
+#[derive(Debug, Default)]
+struct Strangers {
+    /// Those that no look is for yet.
+    asked: HashSet<IpAddr>,
+    /// Those that the look is for that has begun and is not over.
+    sought: HashSet<IpAddr>,
+    begun: Option<Instant>,
+    /// Those that nobody has, and when the look began that found that.
+    nobodys: HashMap<IpAddr, Instant>,
+}
+
+impl Strangers {
+    /// Addresses in each of the collections. Those beyond are looked for as well, but nobody hears that it was in vain.
+    const MOST: usize = 4_096;
+
+    fn ask(&mut self, address: IpAddr) {
+        if self.asked.len() < Self::MOST {
+            self.asked.insert(address);
+        }
+    }
+
+    fn begins(&mut self, now: Instant) {
+        let asked = std::mem::take(&mut self.asked);
+        if self.sought.len() < Self::MOST {
+            self.sought.extend(asked);
+        }
+        self.begun = Some(now);
+    }
+
+    /// Whether every address that it was for is somebody's.
+    fn is_over(
+        &mut self,
+        now: Instant,
+        is_certain: bool,
+        is_known: impl Fn(&IpAddr) -> bool,
+    ) -> bool {
+        let begun = self.begun.take().unwrap_or(now);
+        self.nobodys.retain(|_, found| *found + MEMORY > now);
+        let sought = std::mem::take(&mut self.sought);
+        let unknown: Vec<_> = sought.into_iter().filter(|address| !is_known(address)).collect();
+        let found_all = unknown.is_empty();
+        if is_certain && self.nobodys.len() < Self::MOST {
+            self.nobodys.extend(unknown.into_iter().map(|address| (address, begun)));
+        }
+        found_all
+    }
+
+    fn forget(&mut self) {
+        self.nobodys.clear();
+    }
+
+    fn is_nobodys(&self, address: &IpAddr, dialled: Instant) -> bool {
+        self.nobodys.get(address).is_some_and(|found| *found >= dialled)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(last: u8) -> IpAddr {
+        [172, 17, 0, last].into()
+    }
+
+    #[test]
+    fn an_address_is_nobodys_for_who_dialled_before_the_look_that_did_not_find_it() {
+        let mut strangers = Strangers::default();
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        strangers.ask(address(2));
+        strangers.ask(address(3));
+        strangers.begins(at(10));
+        // Too late for this look.
+        strangers.ask(address(4));
+        assert!(!strangers.is_nobodys(&address(2), at(0)), "nothing is found yet");
+        assert!(!strangers.is_over(at(20), true, |known| *known == address(3)));
+        assert!(strangers.is_nobodys(&address(2), at(0)));
+        assert!(!strangers.is_nobodys(&address(2), at(15)), "dialled after the look began");
+        assert!(!strangers.is_nobodys(&address(3), at(0)), "it is somebody's");
+        assert!(!strangers.is_nobodys(&address(4), at(0)), "it was not looked for");
+
+        strangers.begins(at(30));
+        assert!(strangers.is_over(at(40), true, |known| *known == address(4)));
+        assert!(strangers.is_nobodys(&address(2), at(0)), "it is remembered");
+        strangers.forget();
+        assert!(!strangers.is_nobodys(&address(2), at(0)), "a container may have come");
+        strangers.ask(address(2));
+        strangers.begins(at(50));
+        strangers.is_over(at(60), true, |_| false);
+        strangers.forget();
+        strangers.ask(address(2));
+        strangers.begins(at(70));
+        assert!(!strangers.is_over(at(80), false, |_| false));
+        assert!(!strangers.is_nobodys(&address(2), at(0)), "it may be somebody's");
+        strangers.ask(address(2));
+        strangers.begins(at(90));
+        strangers.is_over(at(100), true, |_| false);
+        strangers.begins(at(2_000));
+        strangers.is_over(at(2_010), true, |_| false);
+        assert!(strangers.nobodys.is_empty(), "not for ever");
+    }
+
+    #[test]
+    fn a_look_takes_over_what_the_one_before_it_did_not_finish() {
+        let mut strangers = Strangers::default();
+        let start = Instant::now();
+        strangers.ask(address(2));
+        strangers.begins(start);
+        strangers.ask(address(3));
+        let again = start + Duration::from_secs(1);
+        strangers.begins(again);
+        strangers.is_over(again, true, |_| false);
+        assert!(
+            strangers.is_nobodys(&address(2), again) && strangers.is_nobodys(&address(3), again)
+        );
+    }
+
+    #[test]
+    fn however_many_dial_what_is_remembered_is_bounded() {
+        let mut strangers = Strangers::default();
+        let now = Instant::now();
+        for n in 0..20 * Strangers::MOST as u32 {
+            strangers.ask(IpAddr::V4(n.into()));
+            if n % 1_000 == 0 {
+                strangers.begins(now);
+            }
+            if n % 3_000 == 0 {
+                strangers.is_over(now, true, |_| false);
+            }
+            let all = [strangers.asked.len(), strangers.sought.len(), strangers.nobodys.len()];
+            assert!(all.into_iter().all(|len| len < 3 * Strangers::MOST), "{all:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn looks_that_find_nobody_are_a_second_apart() {
+        let lookup = Lookup::default();
+        let mut looks = lookup.looks();
+        let dialled = Instant::now();
+        lookup.ask(address(2));
+        let next = lookup.begins();
+        assert!(next >= dialled + MEMORY, "while it lasts no other begins");
+        assert!(!lookup.was_nobodys(&address(2)));
+        assert!(lookup.is_over(true, |_| false) >= next);
+        assert!(looks.has_changed().unwrap());
+        looks.mark_unchanged();
+        assert!(lookup.is_nobodys(&address(2), dialled) && lookup.was_nobodys(&address(2)));
+        assert!(!lookup.is_nobodys(&address(2), Instant::now()));
+        lookup.begins();
+        assert!(lookup.is_over(true, |_| true) < Instant::now() + MEMORY);
+        lookup.forget();
+        assert!(!lookup.was_nobodys(&address(2)));
+    }
+}

@@ -1,0 +1,133 @@
+//! The addresses of servers that embassy itself talks to: what the hosts file and the DNS servers of resolv.conf say.
+//!
+//! The C library is not asked. Its name service modules are files of the host, which a static program cannot load, and an image
+//! without a system has none. So `nsswitch.conf` has no meaning here: names that only mDNS, LDAP or libvirt knows are not found.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures_util::FutureExt;
+use hickory_resolver::{
+    TokioResolver,
+    config::LookupIpStrategy,
+    net::{DnsError, NetError},
+};
+use hyper_util::client::legacy::connect::{HttpConnector, dns::Name};
+use reqwest::dns::{Addrs, Resolve, Resolving};
+use tower_service::Service;
+
+/// How long one DNS server has for an answer, twice.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// The addresses of a server by its name, or the address that the name is; at least one. IPv4 comes first: an address of the
+/// other family may exist in DNS only.
+pub async fn addresses(host: &str) -> io::Result<Vec<IpAddr>> {
+    if let Ok(address) = host.trim_matches(['[', ']']).parse() {
+        return Ok(vec![address]);
+    }
+    let fail = |error: NetError| {
+        io::Error::other(match error {
+            NetError::Dns(DnsError::NoRecordsFound(_)) => format!("{host:?} has no address in DNS"),
+            error => format!("cannot resolve {host:?}: {error}"),
+        })
+    };
+    // Read again each time: servers are connected to rarely, and a laptop's DNS servers change.
+    let mut builder = TokioResolver::builder_tokio().map_err(fail)?;
+    let options = builder.options_mut();
+    options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
+    options.timeout = ANSWER;
+    let found = builder.build().map_err(fail)?.lookup_ip(host).await.map_err(fail)?;
+    let mut found: Vec<_> = found.iter().collect();
+    found.sort_by_key(IpAddr::is_ipv6);
+    Ok(found)
+}
+
+/// The addresses of a server given as `host:port`.
+pub async fn server(server: &str) -> io::Result<Vec<SocketAddr>> {
+    let parts = server.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
+    let Some((host, port)) = parts else {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "expected host:port"));
+    };
+    let found = addresses(host).await?;
+    Ok(found.into_iter().map(|address| SocketAddr::new(address, port)).collect())
+}
+
+/// Resolves the names of the servers that an HTTP client connects to.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Resolver;
+
+/// An HTTP client puts the port in.
+async fn of_any_port(name: String) -> io::Result<std::vec::IntoIter<SocketAddr>> {
+    let found = addresses(&name).await?;
+    Ok(found.into_iter().map(|address| SocketAddr::new(address, 0)).collect::<Vec<_>>().into_iter())
+}
+
+impl Resolve for Resolver {
+    fn resolve(&self, name: reqwest::dns::Name) -> Resolving {
+        let found = of_any_port(name.as_str().to_owned());
+        Box::pin(async { Ok(Box::new(found.await?) as Addrs) })
+    }
+}
+
+impl Service<Name> for Resolver {
+    type Response = std::vec::IntoIter<SocketAddr>;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, name: Name) -> Self::Future {
+        of_any_port(name.as_str().to_owned()).boxed()
+    }
+}
+
+/// Opens the connections of an HTTP/2 channel, with or without TLS above them.
+pub fn connector() -> HttpConnector<Resolver> {
+    let mut connector = HttpConnector::new_with_resolver(Resolver);
+    connector.enforce_http(false);
+    connector.set_nodelay(true);
+    connector
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_is_its_own_answer() {
+        let expected: [(&str, IpAddr); 3] = [
+            ("10.0.0.5", [10, 0, 0, 5].into()),
+            ("::1", "::1".parse().unwrap()),
+            ("[::1]", "::1".parse().unwrap()),
+        ];
+        for (host, address) in expected {
+            assert_eq!(addresses(host).await.unwrap(), [address]);
+        }
+        let at = |text: &str| text.parse::<SocketAddr>().unwrap();
+        assert_eq!(server("10.0.0.5:8500").await.unwrap(), [at("10.0.0.5:8500")]);
+        assert_eq!(server("[::1]:2379").await.unwrap(), [at("[::1]:2379")]);
+    }
+
+    #[tokio::test]
+    async fn localhost_needs_no_server() {
+        let found = addresses("localhost").await.unwrap();
+        assert!(!found.is_empty() && found.iter().all(IpAddr::is_loopback), "{found:?}");
+        assert!(found[0].is_ipv4(), "{found:?}");
+    }
+
+    #[tokio::test]
+    async fn an_error_names_the_server() {
+        for wrong in ["no-port", "host:70000", "host:"] {
+            assert_eq!(server(wrong).await.unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        }
+        let error = addresses("no such name").await.unwrap_err().to_string();
+        assert!(error.contains("\"no such name\""), "{error}");
+    }
+}

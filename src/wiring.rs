@@ -1,0 +1,177 @@
+//! By which interface, and by which port of a bridge, connections from an address arrive at this host. Pure.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+
+/// The name of an interface of this network namespace, 1 to 15 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Interface([u8; Self::BYTES]);
+
+impl Interface {
+    /// With the zeros that fill it (IFNAMSIZ).
+    pub const BYTES: usize = 16;
+
+    /// `None` if a rule cannot name it: what is empty, too long, or has characters that firewall programs read as something else.
+    pub fn new(name: &str) -> Option<Self> {
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.@".contains(&byte);
+        if name.is_empty() || name.len() >= Self::BYTES || !name.bytes().all(is_plain) {
+            return None;
+        }
+        let mut bytes = [0; Self::BYTES];
+        bytes.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from);
+        Some(Self(bytes))
+    }
+
+    /// As the kernel compares it.
+    pub fn bytes(&self) -> &[u8; Self::BYTES] {
+        &self.0
+    }
+}
+
+impl fmt::Display for Interface {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let end = self.0.iter().position(|byte| *byte == 0).unwrap_or(Self::BYTES);
+        // It was text.
+        f.write_str(str::from_utf8(self.0.get(..end).unwrap_or_default()).unwrap_or_default())
+    }
+}
+
+impl fmt::Debug for Interface {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// By which interfaces connections from an address count.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Arrival {
+    /// By any: it is not known by which they arrive.
+    #[default]
+    Anywhere,
+    /// By this one alone.
+    By(Interface),
+    /// By none of the engine's bridges, and on none of their addresses: the network is another kind, such as macvlan.
+    Outside,
+}
+
+/// An Ethernet address.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Mac(pub [u8; 6]);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl fmt::Debug for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl std::str::FromStr for Mac {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|part| part.len() == 2).ok_or(())?;
+            *byte = u8::from_str_radix(part, 16).map_err(|_| ())?;
+        }
+        if parts.next().is_some() { Err(()) } else { Ok(Self(bytes)) }
+    }
+}
+
+/// This host's end of a container's cable: an interface whose other end is in the container's network namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Plug {
+    /// The kernel's number of it. Not used twice while the host runs.
+    pub index: u32,
+    /// The interface by which its packets arrive: its bridge, or itself if it is in none. `None` if a rule cannot name it.
+    pub interface: Option<Interface>,
+    /// It is a port of a bridge.
+    pub is_port: bool,
+}
+
+/// The container that an address belongs to, and the ports of bridges that lead to this container and to no other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    pub name: Arc<str>,
+    /// Numbers of interfaces. Sorted, and never empty.
+    pub ports: Vec<u32>,
+    /// The Ethernet address that it has there, if the engine says it.
+    pub mac: Option<Mac>,
+}
+
+/// How the engine's networks are connected to this host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wiring {
+    /// The interfaces of the engine's bridge networks, as far as they are known.
+    pub interfaces: BTreeSet<Interface>,
+    /// The ranges of these networks, each with the interface by which its containers' connections arrive.
+    pub segments: BTreeSet<(Interface, IpNet)>,
+    /// Those of which the interface is not known.
+    pub loose: BTreeSet<IpNet>,
+    /// This host's own addresses on those interfaces.
+    pub gateways: BTreeSet<IpAddr>,
+    /// The ports of those bridges.
+    pub ports: BTreeSet<u32>,
+    /// The addresses of which it is known by which ports they may come in.
+    pub owners: BTreeMap<IpAddr, Arc<Owner>>,
+    /// Addresses on those bridges whose ports are not known, with their containers.
+    pub unbound: BTreeMap<IpAddr, Arc<str>>,
+}
+
+impl Wiring {
+    /// Those owners of each that the other does not have, or not the same.
+    pub fn other_owners(before: &Self, now: &Self) -> (Self, Self) {
+        let only = |these: &Self, others: &Self| {
+            let is_other = |(address, owner): &(&IpAddr, &Arc<Owner>)| {
+                let other = others.owners.get(*address);
+                other.is_none_or(|other| !Arc::ptr_eq(other, owner) && other != *owner)
+            };
+            let owners = these.owners.iter().filter(is_other);
+            let owners = owners.map(|(address, owner)| (*address, owner.clone())).collect();
+            Self { owners, ..Self::default() }
+        };
+        (only(before, now), only(now, before))
+    }
+
+    /// The container that a port leads to.
+    pub fn container_at(&self, port: u32) -> Option<&Arc<str>> {
+        let owner = self.owners.values().find(|owner| owner.ports.contains(&port));
+        owner.map(|owner| &owner.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_a_program_would_misread_is_none() {
+        for name in ["docker0", "br-0123456789ab", "eth0.10", "veth1@if2"] {
+            assert_eq!(Interface::new(name).unwrap().to_string(), name);
+        }
+        for name in ["", "a name", "br+", "br*", "\"", "a\n", "0123456789abcdef", "größe"] {
+            assert_eq!(Interface::new(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn an_ethernet_address_is_read() {
+        assert_eq!("02:42:ac:11:00:0f".parse(), Ok(Mac([2, 0x42, 0xac, 0x11, 0, 15])));
+        for text in ["", "02:42:ac:11:00", "02:42:ac:11:00:0f:01", "2:42:ac:11:0:f", "02-42"] {
+            assert_eq!(text.parse::<Mac>(), Err(()), "{text}");
+        }
+    }
+}
