@@ -84,9 +84,8 @@ impl Source for ConsulSource {
             tokio::select! {
                 answer = query.next() => {
                     let answer = answer?;
-                    let start = Instant::now();
-                    let mut endpoints = self.read(answer).await?;
-                    query.took(start.elapsed());
+                    let (mut endpoints, took) = self.read(answer).await?;
+                    query.took(took);
                     if endpoints.list.is_empty() && endpoints.problem.is_none() {
                         endpoints.problem = self.why_none().await;
                     }
@@ -143,14 +142,18 @@ impl ConsulSource {
         url
     }
 
-    async fn read(&self, answer: HttpAnswer) -> Result<Endpoints, SourceError> {
+    /// The endpoints, and how long it took to read them, without the wait for a thread.
+    async fn read(&self, answer: HttpAnswer) -> Result<(Endpoints, Duration), SourceError> {
         // What a token may not read is left out without an error: that is no answer to what there is.
         let hidden = answer.headers.get("X-Consul-Results-Filtered-By-ACLs");
         let is_hidden = hidden.is_some_and(|value| value == "true");
         let refused = answer.fault("the token may not read the service or its nodes");
         let (tags, healthy_only) = (self.tags.clone(), self.consul.healthy_only);
-        let parse = move |body: &[u8]| endpoints(body, &tags, healthy_only);
-        let mut endpoints = answer.parsed(parse).await?;
+        let parse = move |body: &[u8]| {
+            let start = Instant::now();
+            endpoints(body, &tags, healthy_only).map(|endpoints| (endpoints, start.elapsed()))
+        };
+        let (mut endpoints, took) = answer.parsed(parse).await?;
         if is_hidden {
             if endpoints.list.is_empty() {
                 return Err(refused);
@@ -160,7 +163,7 @@ impl ConsulSource {
                 reason: "the token may not read all instances".to_owned(),
             });
         }
-        Ok(endpoints)
+        Ok((endpoints, took))
     }
 }
 

@@ -390,7 +390,7 @@ impl<T> Asking<T> {
 
     /// The last answer took this long to read: it is not asked for again so soon that nothing else is done here.
     pub(super) fn took(&mut self, time: Duration) {
-        self.distance = self.distance.max(Self::SHARE * time);
+        self.distance = self.distance.max(Self::SHARE * time).min(Self::POLL);
     }
 
     /// Waits until it is time for the next question.
