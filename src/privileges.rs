@@ -19,6 +19,8 @@ pub fn take_up_net_admin() {
     if sets.permitted.contains(CapabilitySet::NET_ADMIN) {
         sets.effective |= CapabilitySet::NET_ADMIN;
         let _ = set_capabilities(None, sets);
+        // A supervisor may hand it over in the ambient set, which all threads would have.
+        let _ = configure_capability_in_ambient_set(CapabilitySet::NET_ADMIN, false);
     }
 }
 

@@ -168,6 +168,15 @@ impl Set {
         }
     }
 
+    /// Whether the guard drops what is in it, unless what [`Set::lets_pass`] says otherwise.
+    pub(super) fn binds(self) -> bool {
+        matches!(self.members, Members::Owned | Members::Sealed)
+    }
+
+    pub(super) fn lets_pass(self) -> bool {
+        matches!(self.members, Members::Ports | Members::Macs)
+    }
+
     /// Whether the kernel fills it, from packets.
     pub(super) fn is_noted(self) -> bool {
         matches!(self.members, Members::Forgers | Members::Offenders)

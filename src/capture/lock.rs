@@ -49,7 +49,14 @@ impl Lock {
 
     /// `None` if another embassy captures.
     pub fn take() -> io::Result<Option<Self>> {
-        let socket = open()?;
+        let socket = match open() {
+            Ok(socket) => socket,
+            // Not even the netlink of which the packet log is a part.
+            Err(Errno::PROTONOSUPPORT | Errno::AFNOSUPPORT) => {
+                return Ok(Some(Self { _held: None }));
+            }
+            Err(error) => return Err(error.into()),
+        };
         match Group::ask(&socket, GROUP, Group::BIND)? {
             Ok(()) => Ok(Some(Self { _held: Some(socket) })),
             Err(Errno::PERM) if Group::is_taken(&socket, GROUP)? => Ok(None),

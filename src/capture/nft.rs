@@ -247,13 +247,7 @@ impl Nft {
     /// to the next embassy.
     pub(super) fn remove(mut self) -> Result<(bool, Draining), CaptureError> {
         let Some(Written { shape, .. }) = self.written.take() else {
-            let there = netlink::tables(&mut self.socket)?.into_iter();
-            let there: Vec<_> =
-                there.filter(|table| table.name == NAME).map(|table| table.home).collect();
-            let found = !there.is_empty();
-            if found {
-                self.apply(&netlink::delete(self.table(), &there))?;
-            }
+            let found = self.delete_what_is_there()?;
             return Ok((found, Draining { nft: self, name: None }));
         };
         let name = unused_name(DRAINING);
@@ -263,13 +257,27 @@ impl Nft {
         let remains = layout::remains(&shape);
         let homes = layout::homes(&shape);
         match self.apply(&netlink::replace(self.table(), homes, draining, &remains)) {
-            // Another program has already removed it.
+            // Another program has already removed a table, and perhaps not both.
             Err(error) if error.errno() == Some(Errno::NOENT) => {
-                Ok((false, Draining { nft: self, name: None }))
+                let found = self.delete_what_is_there()?;
+                Ok((found, Draining { nft: self, name: None }))
             }
             Err(error) => Err(error.into()),
             Ok(()) => Ok((true, Draining { nft: self, name: kept })),
         }
+    }
+}
+
+impl Nft {
+    /// Deletes our tables, if there are any. Whether there were.
+    fn delete_what_is_there(&mut self) -> Result<bool, CaptureError> {
+        let there = netlink::tables(&mut self.socket)?.into_iter();
+        let there: Vec<_> =
+            there.filter(|table| table.name == NAME).map(|table| table.home).collect();
+        if !there.is_empty() {
+            self.apply(&netlink::delete(self.table(), &there))?;
+        }
+        Ok(!there.is_empty())
     }
 }
 

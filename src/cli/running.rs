@@ -23,6 +23,7 @@ pub(super) fn proxies() -> Vec<Proxy> {
     let is_proxy = |folder: &Path| {
         let words = words(folder);
         program(folder).as_deref() == Some("embassy")
+            && is_trusted(folder)
             && namespace(folder).is_ok_and(|namespace| namespace == own)
             && words
                 .first()
@@ -35,6 +36,23 @@ pub(super) fn proxies() -> Vec<Proxy> {
         .filter(|pid| is_proxy(Path::new(&format!("/proc/{pid}"))))
         .map(|pid| Proxy { pid })
         .collect()
+}
+
+/// Whether nobody else can have started it: it runs as root or as this process's user, or may write rules. Any user of the host can
+/// call a program `embassy`, and doctor reads what its flags name.
+fn is_trusted(process: &Path) -> bool {
+    // Of capabilities(7).
+    const NET_ADMIN: u32 = 12;
+    let status = fs::read_to_string(process.join("status")).unwrap_or_default();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.and_then(|line| line.split_whitespace().next()).map(str::to_owned)
+    };
+    let own = rustix::process::geteuid().as_raw();
+    let user = field("Uid").and_then(|user| user.parse::<u32>().ok());
+    let permitted = field("CapPrm").and_then(|set| u64::from_str_radix(&set, 16).ok());
+    user.is_some_and(|user| user == 0 || user == own)
+        || permitted.is_some_and(|set| set >> NET_ADMIN & 1 == 1)
 }
 
 fn namespace(process: &Path) -> std::io::Result<PathBuf> {

@@ -340,6 +340,7 @@ impl Config {
             ("--dnat or --redirect", self.capture == other.capture),
             ("--capture", self.capture_scope == other.capture_scope),
             ("--firewall", same_firewall),
+            ("--guard", self.guard == other.guard),
             ("--proxy-ip", self.vips == other.vips),
             ("--port", self.port == other.port),
             ("--provider or --services", self.provider == other.provider),

@@ -46,6 +46,7 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
     if capture == CaptureMode::None {
         ignored.extend(args.capture.as_ref().map(|_| "--capture (needs --dnat or --redirect)"));
         ignored.extend(args.firewall.as_ref().map(|_| "--firewall (needs --dnat or --redirect)"));
+        ignored.extend(args.guard.as_ref().map(|_| "--guard (needs --dnat or --redirect)"));
     }
     Ok(Config {
         provider,

@@ -213,8 +213,10 @@ impl Situation {
         causes.extend(lacks.map(|(part, reason)| {
             let (loss, reason, fix) = (part.loss(), reason.clone(), part.fix());
             match part {
-                // Who uses iptables has none, and is served as before.
-                rules::Part::Guard => Cause::GuardLacks { loss, reason, fix },
+                // Who uses iptables has none, and is served as before. What the kernel does not refuse, the proxy resets.
+                rules::Part::Guard | rules::Part::Refusal => {
+                    Cause::GuardLacks { loss, reason, fix }
+                }
                 _ => Cause::Lacking { loss, reason, fix },
             }
         }));

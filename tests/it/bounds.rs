@@ -281,6 +281,8 @@ fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
         asked.load(Relaxed)
     );
     ensure!(most < before + 256, "{most} MiB, and {before} before");
+    // Far less, and yet not more than is promised: 5 s. A machine of which the tests take all may need a moment more.
+    ensure!(slowest < Duration::from_secs(15), "news of others took {slowest:?}");
     // Lines of others are there, and those of the busy one have an end.
     let log = embassy.log();
     let of = |service: &str| {

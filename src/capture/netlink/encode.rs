@@ -59,15 +59,9 @@ pub(in crate::capture) fn load(table: Table<'_>, rules: &Rules, replace: &[Home]
     }
 }
 
-/// Other elements, all or nothing for each batch. What is removed comes first: less is captured for a moment, never more.
+/// Other elements, all or nothing for each batch.
 pub(in crate::capture) fn edit(table: Table<'_>, edits: &[Edit]) -> Vec<Messages> {
-    let parts = |kind, of: fn(&Edit) -> &[Element]| {
-        edits
-            .iter()
-            .flat_map(move |edit| of(edit).chunks(MESSAGE).map(move |part| (kind, edit.set, part)))
-    };
-    let removed = parts(Kind::DELETE_ELEMENTS, |edit| &edit.removed);
-    let all: Vec<_> = removed.chain(parts(Kind::NEW_ELEMENTS, |edit| &edit.added)).collect();
+    let all = steps(edits);
     let batch = |parts: &[(Kind, Set, &[Element])]| {
         Messages::batch(|batch| {
             for (kind, set, elements) in parts {
@@ -76,6 +70,24 @@ pub(in crate::capture) fn edit(table: Table<'_>, edits: &[Edit]) -> Vec<Messages
         })
     };
     all.chunks(BATCH / MESSAGE).map(batch).collect()
+}
+
+/// Edits in an order of which each part may stand alone for a moment: less is captured, never more, and the guard binds less, so that
+/// it shuts no owner out. What an address is bound to is there before the address is, and as long.
+fn steps(edits: &[Edit]) -> Vec<(Kind, Set, &[Element])> {
+    let parts = |kind, of: fn(&Edit) -> &[Element], wanted: fn(&Edit) -> bool| {
+        let edits = edits.iter().filter(move |edit| wanted(edit));
+        edits.flat_map(move |edit| of(edit).chunks(MESSAGE).map(move |part| (kind, edit.set, part)))
+    };
+    let (binds, lets_pass) = (|edit: &Edit| edit.set.binds(), |edit: &Edit| edit.set.lets_pass());
+    let removed: fn(&Edit) -> &[Element] = |edit| &edit.removed;
+    let added: fn(&Edit) -> &[Element] = |edit| &edit.added;
+    parts(Kind::DELETE_ELEMENTS, removed, binds)
+        .chain(parts(Kind::NEW_ELEMENTS, added, lets_pass))
+        .chain(parts(Kind::DELETE_ELEMENTS, removed, |edit| !edit.set.binds()))
+        .chain(parts(Kind::NEW_ELEMENTS, added, |e| !e.set.binds() && !e.set.lets_pass()))
+        .chain(parts(Kind::NEW_ELEMENTS, added, binds))
+        .collect()
 }
 
 /// The same chains with another priority: made new in one batch, so that no packet finds none.
@@ -420,4 +432,52 @@ pub(super) fn bounds(element: &Element) -> impl Iterator<Item = Bound> + use<> {
     };
     let end = end.map(|end| Bound { key: address(&end), last: None, is_end: true });
     std::iter::once(Bound { key, last, is_end: false }).chain(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, net::IpAddr};
+
+    use super::*;
+    use crate::capture::layout::{Family, Members};
+
+    /// One address comes with its port, one goes, and one gets another port.
+    #[test]
+    fn the_guard_shuts_nobody_out_between_two_parts_of_an_edit() {
+        let set = |members| Set { members, family: Some(Family::V4) };
+        let at = |n: u8| IpAddr::from([172, 17, 0, n]);
+        let owned = |n| Element::Address(at(n));
+        let port = |index, n| Element::IndexAddress(index, at(n));
+        let edits = [
+            Edit { set: set(Members::Owned), removed: vec![owned(2)], added: vec![owned(1)] },
+            Edit {
+                set: set(Members::Ports),
+                removed: vec![port(2, 2), port(3, 3)],
+                added: vec![port(1, 1), port(4, 3)],
+            },
+        ];
+        let mut bound = BTreeSet::from([owned(2), owned(3)]);
+        let mut ports = BTreeSet::from([port(2, 2), port(3, 3)]);
+        for (kind, set, elements) in steps(&edits) {
+            let now = if set.binds() { &mut bound } else { &mut ports };
+            for element in elements {
+                let changed = match kind {
+                    Kind::NEW_ELEMENTS => now.insert(*element),
+                    _ => now.remove(element),
+                };
+                assert!(changed, "{element:?}");
+            }
+            let has_port = |one: &&Element| {
+                let of = |port: &Element| matches!(port, Element::IndexAddress(_, at) if owned_is(one, at));
+                ports.iter().any(of)
+            };
+            assert!(bound.iter().all(|one| has_port(&one)), "{bound:?} {ports:?}");
+        }
+        assert_eq!(bound, [owned(1), owned(3)].into());
+        assert_eq!(ports, [port(1, 1), port(4, 3)].into());
+    }
+
+    fn owned_is(owned: &Element, address: &IpAddr) -> bool {
+        *owned == Element::Address(*address)
+    }
 }

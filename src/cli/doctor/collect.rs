@@ -234,7 +234,9 @@ async fn told(config: &Config) -> Option<Vec<api::Finding>> {
     let client = config.admin.clone().and_then(|at| Client::new(at).ok())?;
     let status = client.get::<api::Status>("/v1/status", &[]);
     let findings = timeout(PATIENCE, status).await.ok()?.ok()?.findings;
-    Some(findings.into_iter().filter(|finding| finding.verdict > api::Verdict::Ok).collect())
+    // Who is not guarded is served, and this host may be the reason that they are not.
+    let tells = |one: &api::Finding| one.verdict > api::Verdict::Ok || one.cause == "unguarded";
+    Some(findings.into_iter().filter(tells).collect())
 }
 
 /// The backend that a start with these flags would use.

@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::join_all;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::{sync::oneshot, time::timeout};
 
@@ -70,13 +71,12 @@ pub(super) async fn dials(config: &Config, networks: &[Network]) -> Vec<Dial> {
         Some(found)
     };
     let found = timeout(PATIENCE, asking).await.ok().flatten().unwrap_or_default();
-    let mut dials = Vec::new();
-    for (consumer, to, pid) in found {
-        if let Some(result) = dial(pid, to).await {
-            dials.push(Dial { consumer, to, result });
-        }
-    }
-    dials
+    // All at once: each may take its whole time.
+    let dials = found.into_iter().map(|(consumer, to, pid)| async move {
+        let result = dial(pid, to).await?;
+        Some(Dial { consumer, to, result })
+    });
+    join_all(dials).await.into_iter().flatten().collect()
 }
 
 /// Begins a connection in a process's network. `None` if that network may not be entered.

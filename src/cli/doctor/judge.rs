@@ -510,8 +510,8 @@ fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
     });
     others.map(|finding| {
         let level = match finding.verdict {
-            Verdict::Ok => Level::Ok,
-            Verdict::Degraded => Level::Warn,
+            Verdict::Ok if finding.fix.is_none() => Level::Ok,
+            Verdict::Ok | Verdict::Degraded => Level::Warn,
             Verdict::Broken => Level::Fail,
         };
         let (what, fix) = (finding.text.clone(), finding.fix.clone());
