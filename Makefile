@@ -70,6 +70,7 @@ bench-setup: setup
 
 bench: bench-setup ## compare embassy with other proxies; ROUNDS=5 SECONDS=2; writes docs/benchmarks.md
 	target/release/bench run
+	EMBASSY_BIN=$(CURDIR)/target/release/embassy cargo test --quiet --test it figures_of_the_guard -- --ignored --nocapture
 
 bench-soak: bench-setup ## run embassy alone at full rate for MINUTES=10; fails if its memory grows
 	target/release/bench soak

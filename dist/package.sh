@@ -31,6 +31,7 @@ look() {
         cross=${target%%-*}-linux-gnu-gcc
         has "$cross" || fail "$cross is missing, of the package gcc-${target%%-*}-linux-gnu (links for $target)"
         variable=$(echo "$target" | tr 'a-z-' 'A-Z_')
+        STRIP=${target%%-*}-linux-gnu-strip
         export "CARGO_TARGET_${variable}_LINKER=$cross" "CC_$(echo "$target" | tr - _)=$cross"
     fi
 }
@@ -44,6 +45,8 @@ build() {
     if readelf -d "$out/embassy" | grep -q NEEDED; then
         fail "the binary is not static: $(readelf -d "$out/embassy" | grep NEEDED)"
     fi
+    # Symbols are for those who build it; a panic names file and line without them.
+    "${STRIP:-strip}" "$out/embassy"
     say "binary: $(stat -c %s "$out/embassy") bytes, static"
 }
 
@@ -91,8 +94,11 @@ debian() {
     install -Dm644 dist/debian/lintian-overrides "$root/usr/share/lintian/overrides/embassy"
     documents=$root/usr/share/doc/embassy
     install -Dm644 dist/debian/copyright "$documents/copyright"
-    install -Dm644 CHANGELOG.md "$documents/changelog"
+    printf 'embassy (%s) unstable; urgency=medium\n\n  * CHANGELOG.md has what changed.\n\n -- %s  %s\n' "$version" \
+        "$(sed -n 's/^Maintainer: //p' dist/debian/control)" "$(date -Rud "@$SOURCE_DATE_EPOCH")" >"$documents/changelog"
     gzip -9n "$documents/changelog"
+    install -Dm644 CHANGELOG.md "$documents/CHANGELOG.md"
+    gzip -9n "$documents/CHANGELOG.md"
     install -Dm644 README.md "$documents/README.md"
     mkdir "$root/DEBIAN"
     sed -e "s/@VERSION@/$version/" -e "s/@ARCHITECTURE@/$architecture/" \

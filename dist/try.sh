@@ -52,7 +52,7 @@ perl -MIO::Socket::INET -e '
 served=$!
 embassy --redirect -provider=static -services="web;80" -discovery=file:///etc/embassy.toml --proxy-ip=172.17.0.1 >/embassy.log 2>&1 &
 embassy=$!
-embassy wait --timeout=30s >/dev/null || { cat /embassy.log; exit 1; }
+embassy wait web --timeout=30s >/dev/null || { cat /embassy.log; exit 1; }
 answer=$(perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new("172.17.0.1:80") or die "$@"; print <$s>')
 ended=$(date +%s%N)
 [ "$answer" = hello ] || { echo "the answer was: $answer"; cat /embassy.log; exit 1; }
@@ -86,6 +86,9 @@ try() {
         ip link add docker0 type bridge
         ip addr add 172.17.0.1/16 dev docker0
         ip link set docker0 up
+        ip link add eth0 type veth peer name eth0-peer
+        ip addr add 192.0.2.2/24 dev eth0
+        ip link set eth0 up
         exec chroot "$root" sh -c "$script"' sh "$work/root" "$first_minute" 2>&1) || {
         echo "$said"
         fail "$1: see above"
