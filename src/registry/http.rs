@@ -335,11 +335,6 @@ impl HttpAnswer {
         self.body.bytes()
     }
 
-    /// Lets it be kept: it does not keep a place from other answers.
-    pub(super) fn leave(&mut self) {
-        self.body.leave();
-    }
-
     /// What `parse` makes of the body; a large one is parsed on another thread.
     pub(crate) async fn parsed<T: Send + 'static>(
         self,
