@@ -1,11 +1,6 @@
 //! Consul: the instances of a service, by its health (developer.hashicorp.com/consul/api-docs/health).
 
-use std::{
-    collections::BTreeSet,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use serde::Deserialize;
 use tokio::time::{Instant, timeout};
