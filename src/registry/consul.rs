@@ -226,6 +226,7 @@ impl BlockingQuery {
     pub(crate) async fn next(&mut self) -> Result<HttpAnswer, SourceError> {
         loop {
             if self.index == 0 {
+                self.asking.leave_answered();
                 self.asking.pace().await;
                 let answer = self.consul.ask(&self.url, None).await?;
                 self.take(&answer)?;
@@ -253,7 +254,7 @@ impl BlockingQuery {
         self.asking.took(time);
     }
 
-    /// Makes the next answer the current state. A query that is held goes on.
+    /// Makes the next answer the current state. A query that is held goes on, unless its answer has begun.
     pub(crate) fn read_again(&mut self) {
         self.index = 0;
     }
