@@ -64,7 +64,7 @@ impl Event {
 }
 
 /// The sender of changes. Clones share it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Events(watch::Sender<Queue>);
 
 /// The last changes, for all subscribers together.
@@ -127,12 +127,6 @@ impl Events {
     }
 }
 
-impl Default for Events {
-    fn default() -> Self {
-        Self(watch::Sender::default())
-    }
-}
-
 /// A subscriber.
 #[derive(Debug)]
 pub struct Listener {
@@ -158,7 +152,7 @@ mod tests {
     async fn a_slow_subscriber_costs_a_bounded_amount_of_memory() {
         let events = Events::default();
         let list = vec![Endpoint(([10, 0, 0, 1], 80).into()); 10_000];
-        let query = |_| Event::EndpointDrained {
+        let short = || Event::EndpointDrained {
             service: ServiceName::new("web").unwrap(),
             endpoint: list[0],
             drained: true,
@@ -188,7 +182,7 @@ mod tests {
             let event = listener.next().await.unwrap();
             assert!(matches!(&*event, Event::EndpointsChanged { .. }), "{event:?}");
         }
-        events.report(|| query(()));
+        events.report(short);
         let event = listener.next().await.unwrap();
         assert!(matches!(&*event, Event::EndpointDrained { .. }), "{event:?}");
         drop(listener);
