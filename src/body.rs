@@ -8,9 +8,13 @@ use std::{
     panic::resume_unwind,
     path::Path,
     sync::Arc,
+    time::Duration,
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 
 /// Bytes that any number of answers may have at a time.
 const SMALL: usize = 256 << 10;
@@ -52,32 +56,31 @@ pub(crate) struct Body {
 pub(crate) struct TooLong(pub(crate) usize);
 
 impl Body {
-    /// Takes a piece in, as long as there are at most `largest` bytes.
+    /// Takes a piece in, as long as there are at most `largest` bytes. Says how long it waited for a place, which is no fault of
+    /// who answers.
     pub(crate) async fn add(
         &mut self,
         piece: &[u8],
         largest: usize,
         places: &Places,
-    ) -> std::result::Result<(), TooLong> {
+    ) -> std::result::Result<Duration, TooLong> {
+        let mut waited = Duration::ZERO;
         let length = self.bytes.len() + piece.len();
         if length > largest {
             return Err(TooLong(largest));
         }
         if length > SMALL && self.place.is_none() {
+            let start = Instant::now();
             // It is never closed.
             self.place = places.bodies.clone().acquire_owned().await.ok();
+            waited = start.elapsed();
         }
         self.bytes.extend_from_slice(piece);
-        Ok(())
+        Ok(waited)
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes
-    }
-
-    /// Leaves its place to others: to be kept it has to be small.
-    pub(crate) fn leave(&mut self) {
-        self.place = None;
     }
 
     /// What `parse` makes of it. A large one is parsed on another thread.
@@ -87,6 +90,18 @@ impl Body {
         parse: impl FnOnce(&[u8]) -> T + Send + 'static,
     ) -> T {
         places.aside(self.bytes.len(), move || parse(&self.bytes)).await
+    }
+}
+
+#[cfg(test)]
+impl Places {
+    /// Places for further large answers.
+    pub(crate) fn free(&self) -> usize {
+        self.bodies.available_permits()
+    }
+
+    pub(crate) async fn take_all(&self) -> OwnedSemaphorePermit {
+        self.bodies.clone().acquire_many_owned(Self::AT_A_TIME as u32).await.unwrap()
     }
 }
 
@@ -140,8 +155,6 @@ pub(crate) fn file(path: &Path, largest: usize) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use tokio::time::timeout;
 
     use super::*;
@@ -150,7 +163,7 @@ mod tests {
     async fn a_body_has_an_end_and_few_are_large_at_a_time() {
         let places = Places::default();
         let mut body = Body::default();
-        assert_eq!(body.add(b"abc", 4, &places).await, Ok(()));
+        assert_eq!(body.add(b"abc", 4, &places).await, Ok(Duration::ZERO));
         assert_eq!(body.add(b"de", 4, &places).await, Err(TooLong(4)));
         assert_eq!(body.bytes(), b"abc");
 
@@ -170,9 +183,9 @@ mod tests {
         let mut small = Body::default();
         small.add(&large[..SMALL], usize::MAX, &places).await.unwrap();
         all.pop();
-        let mut kept = one_more().await.unwrap();
+        let kept = one_more().await.unwrap();
         assert!(one_more().await.is_err());
-        kept.leave();
+        drop(kept);
         assert!(one_more().await.is_ok());
     }
 

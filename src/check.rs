@@ -231,7 +231,7 @@ mod tests {
         state.failed(Millis(0), Millis(1)).unwrap();
         let _again = TcpListener::bind(endpoint.0).await.unwrap();
         timeout(deadline, until(Checked::Passes)).await.expect("it passes again");
-        let back = timeout(deadline, told.recv()).await.expect("it is told").unwrap();
+        let back = timeout(deadline, told.next()).await.expect("it is told").unwrap();
         assert!(
             matches!(&*back, Event::EndpointBack { query, .. } if query.service.as_str() == "web"),
             "{back:?}"

@@ -1,8 +1,8 @@
 //! Changes, for subscribers: a bounded queue that never blocks the sender.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use tokio::sync::broadcast;
+use tokio::sync::watch;
 
 use crate::{
     discovery::Query,
@@ -50,30 +50,146 @@ worded! {
     }
 }
 
+impl Event {
+    /// Bytes in memory, near enough. A list may have ten thousand endpoints.
+    fn size(&self) -> usize {
+        let more = match self {
+            Self::EndpointsChanged { endpoints, .. } => size_of_val(endpoints.as_slice()),
+            Self::EndpointEjected { error: text, .. }
+            | Self::CaptureRestored { missing: text, .. } => text.len(),
+            _ => 0,
+        };
+        size_of::<Self>() + more
+    }
+}
+
 /// The sender of changes. Clones share it.
-#[derive(Debug, Clone)]
-pub struct Events(broadcast::Sender<Arc<Event>>);
+#[derive(Debug, Clone, Default)]
+pub struct Events(watch::Sender<Queue>);
+
+/// The last changes, for all subscribers together.
+#[derive(Debug, Default)]
+struct Queue {
+    events: VecDeque<Arc<Event>>,
+    bytes: usize,
+    /// Changes that were there before.
+    gone: u64,
+}
+
+impl Queue {
+    /// Maximum length; a slower subscriber misses the oldest changes.
+    const LENGTH: usize = 1024;
+    /// Maximum size: fifty of the longest lists of endpoints.
+    const BYTES: usize = 16 << 20;
+
+    fn push(&mut self, event: Event) {
+        self.bytes += event.size();
+        self.events.push_back(Arc::new(event));
+        // The newest stays, whatever its size.
+        while self.events.len() > Self::LENGTH || self.bytes > Self::BYTES && self.events.len() > 1
+        {
+            let Some(oldest) = self.events.pop_front() else { break };
+            self.bytes -= oldest.size();
+            self.gone += 1;
+        }
+    }
+
+    /// The number that the next change gets.
+    fn end(&self) -> u64 {
+        self.gone + self.events.len() as u64
+    }
+
+    /// The change of this number, or that it is missed; `None` if there is none yet.
+    fn get(&self, number: u64) -> Option<Arc<Event>> {
+        match number.checked_sub(self.gone) {
+            None => Some(Arc::new(Event::Missed { changes: self.gone - number })),
+            Some(place) => self.events.get(usize::try_from(place).ok()?).cloned(),
+        }
+    }
+}
 
 impl Events {
-    /// Queue length; a slower subscriber misses the oldest changes.
-    const QUEUE: usize = 1024;
-
-    /// Reports a change. Never blocks.
+    /// Reports a change. Never waits for a subscriber.
     pub fn report(&self, event: impl FnOnce() -> Event) {
         if self.0.receiver_count() > 0 {
-            // The subscriber may have gone meanwhile.
-            let _ = self.0.send(Arc::new(event()));
+            self.0.send_modify(|queue| queue.push(event()));
+        } else if !self.0.borrow().events.is_empty() {
+            // What the last subscriber did not need any more.
+            self.0.send_replace(Queue::default());
         }
     }
 
     /// The changes from now on.
-    pub fn listen(&self) -> broadcast::Receiver<Arc<Event>> {
-        self.0.subscribe()
+    pub fn listen(&self) -> Listener {
+        let queue = self.0.subscribe();
+        let next = queue.borrow().end();
+        Listener { queue, next }
     }
 }
 
-impl Default for Events {
-    fn default() -> Self {
-        Self(broadcast::channel(Self::QUEUE).0)
+/// A subscriber.
+#[derive(Debug)]
+pub struct Listener {
+    queue: watch::Receiver<Queue>,
+    next: u64,
+}
+
+impl Listener {
+    /// The next change; `None` once there will be none. Cancel-safe.
+    pub async fn next(&mut self) -> Option<Arc<Event>> {
+        let queue = self.queue.wait_for(|queue| queue.end() > self.next).await.ok()?;
+        let event = queue.get(self.next)?;
+        self.next = self.next.max(queue.gone) + u64::from(self.next >= queue.gone);
+        Some(event)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_slow_subscriber_costs_a_bounded_amount_of_memory() {
+        let events = Events::default();
+        let list = vec![Endpoint(([10, 0, 0, 1], 80).into()); 10_000];
+        let short = || Event::EndpointDrained {
+            service: ServiceName::new("web").unwrap(),
+            endpoint: list[0],
+            drained: true,
+        };
+        let long = || Event::EndpointsChanged {
+            query: Query {
+                via: "consul".into(),
+                service: ServiceName::new("web").unwrap(),
+                tags: Default::default(),
+                dc: None,
+                port: None,
+            },
+            endpoints: list.clone(),
+        };
+        let mut listener = events.listen();
+        for _ in 0..500 {
+            events.report(long);
+        }
+        let kept = events.0.borrow().events.len();
+        assert!(events.0.borrow().bytes <= Queue::BYTES);
+        assert!((20..100).contains(&kept), "{kept}");
+        let Some(Event::Missed { changes }) = listener.next().await.as_deref().cloned() else {
+            panic!("it is told that it was too slow")
+        };
+        assert_eq!(changes, 500 - kept as u64);
+        for _ in 0..kept {
+            let event = listener.next().await.unwrap();
+            assert!(matches!(&*event, Event::EndpointsChanged { .. }), "{event:?}");
+        }
+        events.report(short);
+        let event = listener.next().await.unwrap();
+        assert!(matches!(&*event, Event::EndpointDrained { .. }), "{event:?}");
+        drop(listener);
+        events.report(long);
+        assert!(events.0.borrow().events.is_empty(), "nobody wants it");
+        let mut listener = events.listen();
+        drop(events);
+        assert!(listener.next().await.is_none());
     }
 }

@@ -13,9 +13,9 @@ use std::{
 
 use futures_util::FutureExt;
 use hickory_resolver::{
-    TokioResolver,
-    config::LookupIpStrategy,
-    net::{DnsError, NetError},
+    ResolverBuilder, TokioResolver,
+    config::{LookupIpStrategy, ResolverConfig},
+    net::{DnsError, NetError, runtime::TokioRuntimeProvider},
 };
 use hyper_util::client::legacy::connect::{HttpConnector, dns::Name};
 use reqwest::dns::{Addrs, Resolve, Resolving};
@@ -24,9 +24,20 @@ use tower_service::Service;
 /// How long one DNS server has for an answer, twice.
 const ANSWER: Duration = Duration::from_secs(2);
 
+type Builder = ResolverBuilder<TokioRuntimeProvider>;
+
 /// The addresses of a server by its name, or the address that the name is; at least one. IPv4 comes first: an address of the
 /// other family may exist in DNS only.
 pub async fn addresses(host: &str) -> io::Result<Vec<IpAddr>> {
+    // Read again each time: servers are connected to rarely, and a laptop's DNS servers change.
+    addresses_by(host, TokioResolver::builder_tokio()).await
+}
+
+/// The same as `configured` by resolv.conf, or why it cannot be read.
+async fn addresses_by(
+    host: &str,
+    configured: Result<Builder, NetError>,
+) -> io::Result<Vec<IpAddr>> {
     if let Ok(address) = host.trim_matches(['[', ']']).parse() {
         return Ok(vec![address]);
     }
@@ -36,12 +47,24 @@ pub async fn addresses(host: &str) -> io::Result<Vec<IpAddr>> {
             error => format!("cannot resolve {host:?}: {error}"),
         })
     };
-    // Read again each time: servers are connected to rarely, and a laptop's DNS servers change.
-    let mut builder = TokioResolver::builder_tokio().map_err(fail)?;
+    let (mut builder, without) = match configured {
+        Ok(builder) => (builder, None),
+        // The hosts file does not need it.
+        Err(error) => {
+            let nowhere = ResolverConfig::from_parts(None, vec![], vec![]);
+            (TokioResolver::builder_with_config(nowhere, Default::default()), Some(error))
+        }
+    };
     let options = builder.options_mut();
     options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
     options.timeout = ANSWER;
-    let found = builder.build().map_err(fail)?.lookup_ip(host).await.map_err(fail)?;
+    let found = builder.build().map_err(fail)?.lookup_ip(host).await;
+    let found = found.map_err(|error| match &without {
+        None => fail(error),
+        Some(reason) => io::Error::other(format!(
+            "cannot resolve {host:?}: it is not in the hosts file, and /etc/resolv.conf cannot be used: {reason}"
+        )),
+    })?;
     let mut found: Vec<_> = found.iter().collect();
     found.sort_by_key(IpAddr::is_ipv6);
     Ok(found)
@@ -117,9 +140,14 @@ mod tests {
 
     #[tokio::test]
     async fn localhost_needs_no_server() {
-        let found = addresses("localhost").await.unwrap();
+        let missing = || Err(io::Error::from(io::ErrorKind::NotFound).into());
+        let found = addresses_by("localhost", missing()).await.unwrap();
         assert!(!found.is_empty() && found.iter().all(IpAddr::is_loopback), "{found:?}");
         assert!(found[0].is_ipv4(), "{found:?}");
+        let error = addresses_by("consul.example", missing()).await.unwrap_err().to_string();
+        let expected =
+            "\"consul.example\": it is not in the hosts file, and /etc/resolv.conf cannot";
+        assert!(error.contains(expected), "{error}");
     }
 
     #[tokio::test]

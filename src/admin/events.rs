@@ -1,6 +1,6 @@
 //! What changes, as it happens: server-sent events (html.spec.whatwg.org/multipage/server-sent-events.html).
 
-use std::{convert::Infallible, sync::Arc};
+use std::convert::Infallible;
 
 use axum::{
     Router,
@@ -13,13 +13,13 @@ use axum::{
     routing::get,
 };
 use futures_util::stream::unfold;
-use tokio::sync::{
-    OwnedSemaphorePermit,
-    broadcast::{Receiver, error::RecvError},
-};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{api, context::Context, refusal::Refusal};
-use crate::{events::Event, text::visible_json};
+use crate::{
+    events::{self, Event},
+    text::visible_json,
+};
 
 /// Maximum number of clients at a time.
 pub(super) const LISTENERS: usize = 32;
@@ -43,7 +43,7 @@ pub(super) async fn events(State(context): State<Context>) -> Response {
 }
 
 struct Listener {
-    events: Receiver<Arc<Event>>,
+    events: events::Listener,
     missed: bool,
     _place: OwnedSemaphorePermit,
 }
@@ -53,14 +53,8 @@ impl Listener {
         if self.missed {
             return None;
         }
-        let event = match self.events.recv().await {
-            Ok(event) => event,
-            Err(RecvError::Lagged(changes)) => {
-                self.missed = true;
-                Arc::new(Event::Missed { changes })
-            }
-            Err(RecvError::Closed) => return None,
-        };
+        let event = self.events.next().await?;
+        self.missed = matches!(*event, Event::Missed { .. });
         // An event has only text and numbers, so serializing it cannot fail.
         let event = serde_json::to_string(&api::Event::from(&*event)).ok()?;
         let event = sse::Event::default().data(visible_json(&event));
@@ -70,6 +64,8 @@ impl Listener {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use tokio::sync::Semaphore;
 
     use super::*;

@@ -1,11 +1,6 @@
 //! Consul: the instances of a service, by its health (developer.hashicorp.com/consul/api-docs/health).
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use serde::Deserialize;
 use tokio::time::{Instant, timeout};
@@ -19,7 +14,10 @@ use super::{
 use crate::{
     json::{self, Most},
     model::{Endpoint, Tags},
-    registry::{HttpAnswer, consul::ConsulClient},
+    registry::{
+        HttpAnswer,
+        consul::{ConsulClient, Services},
+    },
     source::{Publisher, Resync, Source, SourceError},
 };
 
@@ -119,9 +117,8 @@ impl ConsulSource {
 
     /// Why there is no instance, if Consul can tell: a wrong name, or a wrong tag.
     async fn why_none(&self) -> Option<Arc<str>> {
-        let asking = self.consul.client.recent(self.at(["catalog", "services"]));
-        let answer = timeout(Self::REASON, asking).await.ok()?.ok()?;
-        let services = serde_json::from_slice(answer.body()).ok()?;
+        let asking = self.consul.client.services(self.at(["catalog", "services"]));
+        let services = timeout(Self::REASON, asking).await.ok()?.ok()?;
         why_none(self.query.service.as_str(), &self.tags, &services).map(Into::into)
     }
 
@@ -252,9 +249,6 @@ struct NamedService {
     #[serde(rename = "ID")]
     id: Option<String>,
 }
-
-/// The names of all services, each with the tags that any of its instances carries.
-type Services = BTreeMap<String, Vec<String>>;
 
 /// Why there is no instance of a service; `None` if these names and tags do not tell.
 fn why_none(name: &str, tags: &Tags, services: &Services) -> Option<String> {

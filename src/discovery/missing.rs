@@ -15,16 +15,22 @@ pub(super) const TARGET: Noun = Noun("target", "targets");
 
 /// Names, or lists of tags, that are given.
 const NAMED: usize = 3;
+/// Tags of a list that are given.
+const TAGS: usize = 10;
 /// Longer names are not compared.
 const LONGEST: usize = 128;
+/// Characters that are compared for one name that is missing, each as often as it is looked at: those of some thousand names. A
+/// change of one container may be a reason to do it for each binding of the host, where all others wait.
+const WORK: usize = 200_000;
 
-/// No entry has this name. `fact` says so in the words of the source, `names` are those that it has.
+/// No entry has this name. `fact` says so in the words of the source, `names` are those that it has, in an order that stays: of very
+/// many, only the first are compared.
 pub(super) fn no_such_service<'a>(
     fact: &str,
     name: &str,
     names: impl Iterator<Item = &'a String>,
 ) -> String {
-    let near: Vec<_> = nearest(name, names).into_iter().map(excerpt).collect();
+    let near: Vec<_> = nearest(name, names, &mut { WORK }).into_iter().map(excerpt).collect();
     match near.is_empty() {
         true => fact.to_owned(),
         false => format!("{fact}; near: {}", near.join(", ")),
@@ -42,11 +48,14 @@ pub(super) fn no_such_tags<'a>(
     let mut some: Vec<String> = Vec::new();
     for tags in carried {
         count += 1;
+        if some.len() > NAMED {
+            continue;
+        }
         let shown = match tags {
             [] => "no tags".to_owned(),
             tags => excerpts(tags.iter().map(String::as_str)),
         };
-        if some.len() <= NAMED && !some.contains(&shown) {
+        if !some.contains(&shown) {
             some.push(shown);
         }
     }
@@ -78,50 +87,97 @@ pub(super) fn all_skipped(Noun(one, many): Noun, skipped: &Rejections) -> Option
     })
 }
 
-/// `[tag,tag]`, each shortened.
-fn excerpts<'a>(tags: impl Iterator<Item = &'a str>) -> String {
-    format!("[{}]", tags.map(excerpt).collect::<Vec<_>>().join(","))
+/// `[tag,tag]`, each shortened, and the first ones of many.
+fn excerpts<'a>(mut tags: impl Iterator<Item = &'a str>) -> String {
+    let mut some: Vec<_> = tags.by_ref().take(TAGS).map(excerpt).collect();
+    if tags.next().is_some() {
+        some.push("...".to_owned());
+    }
+    format!("[{}]", some.join(","))
 }
 
-/// The names that may have been meant.
-fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a String>) -> Vec<&'a str> {
-    let wanted = name.to_lowercase();
-    let few = (wanted.chars().count() / 3).clamp(1, 3);
-    let mut near: Vec<_> = names
-        .filter(|other| other.len() <= LONGEST && name.len() <= LONGEST)
-        .filter_map(|other| {
-            let lower = other.to_lowercase();
-            let within = lower.contains(&wanted) || lower.len() > 2 && wanted.contains(&lower);
-            let distance = distance(&wanted, &lower);
-            (within || distance <= few).then_some((distance, other.as_str()))
-        })
-        .collect();
+/// The names that may have been meant, as far as `work` suffices, which is used up.
+fn nearest<'a>(
+    name: &str,
+    names: impl Iterator<Item = &'a String>,
+    work: &mut usize,
+) -> Vec<&'a str> {
+    if name.len() > LONGEST {
+        return Vec::new();
+    }
+    let wanted = name.to_ascii_lowercase();
+    let few = (wanted.len() / 3).clamp(1, 3);
+    let (mut near, mut lower) = (Vec::new(), String::new());
+    for other in names {
+        *work = work.saturating_sub(1 + other.len().min(LONGEST));
+        if *work == 0 {
+            break;
+        }
+        if other.len() > LONGEST {
+            continue;
+        }
+        lower.clear();
+        lower.push_str(other);
+        lower.make_ascii_lowercase();
+        let longer = lower.len().abs_diff(wanted.len());
+        let distance =
+            if lower.contains(&wanted) || lower.len() > 2 && wanted.contains(lower.as_str()) {
+                Some(longer)
+            } else {
+                distance(wanted.as_bytes(), lower.as_bytes(), few, work)
+            };
+        near.extend(distance.map(|distance| (distance, other.as_str())));
+    }
     near.sort_unstable();
     near.into_iter().take(NAMED).map(|(_, other)| other).collect()
 }
 
-/// How many characters have to be put in, taken away, replaced, or swapped with the next one, to make one text the other.
-fn distance(one: &str, other: &str) -> usize {
-    let (one, other): (Vec<_>, Vec<_>) = (one.chars().collect(), other.chars().collect());
-    let at = |row: &[usize], i: usize| row.get(i).copied().unwrap_or_default();
-    let (mut above, mut row): (Vec<usize>, Vec<_>) = (Vec::new(), (0..=other.len()).collect());
-    let mut before = None;
+/// How many characters have to be put in, taken away, replaced, or swapped with the next one, to make one text the other; `None`
+/// if more than `most`. Only what can still be so near is looked at.
+fn distance(one: &[u8], other: &[u8], most: usize, work: &mut usize) -> Option<usize> {
+    if one.len().abs_diff(other.len()) > most {
+        return None;
+    }
+    let far = most + 1;
+    let at = |row: &[usize], i: usize| row.get(i).copied().unwrap_or(far);
+    // The rows have only their middle: in all that is beside it, more than `most` were put in or taken away.
+    let mut above: (usize, Vec<usize>) = (0, Vec::new());
+    let mut row: (usize, Vec<usize>) = (0, (0..=most.min(other.len())).collect());
+    let cell = |(first, row): &(usize, Vec<usize>), i: usize| {
+        i.checked_sub(*first).map_or(far, |i| at(row, i))
+    };
     for (i, a) in one.iter().enumerate() {
-        let mut next = vec![i + 1];
-        let mut left = None;
-        for (j, b) in other.iter().enumerate() {
-            let mut least =
-                (at(&row, j) + usize::from(a != b)).min(at(&row, j + 1) + 1).min(at(&next, j) + 1);
-            if (before, left) == (Some(b), Some(a)) {
-                least = least.min(at(&above, j.saturating_sub(1)) + 1);
+        let before = i.checked_sub(1).and_then(|i| one.get(i));
+        let first = (i + 1).saturating_sub(most);
+        let last = (i + 1 + most).min(other.len());
+        let mut next = (first, Vec::with_capacity(2 * most + 1));
+        for j in first..=last {
+            let mut least = cell(&row, j) + 1;
+            match j.checked_sub(1) {
+                None => least = i + 1,
+                Some(left) => {
+                    let b = other.get(left);
+                    let differs = usize::from(b != Some(a));
+                    least = least.min(cell(&row, left) + differs).min(cell(&next, left) + 1);
+                    let swapped = left.checked_sub(1);
+                    if let Some(swapped) = swapped.filter(|at| other.get(*at) == Some(a))
+                        && before == b
+                    {
+                        least = least.min(cell(&above, swapped) + 1);
+                    }
+                }
             }
-            next.push(least);
-            left = Some(b);
+            next.1.push(least.min(far));
         }
-        before = Some(a);
+        *work = work.saturating_sub(next.1.len());
+        // A swap passes over one row, and nothing over two.
+        let least = next.1.iter().chain(&row.1).min().copied().unwrap_or(far);
+        if least > most {
+            return None;
+        }
         above = std::mem::replace(&mut row, next);
     }
-    row.last().copied().unwrap_or_default()
+    Some(cell(&row, other.len())).filter(|distance| *distance <= most)
 }
 
 #[cfg(test)]
@@ -198,19 +254,60 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_thousand_names_are_compared_and_hostile_ones_cost_no_more_than_a_bound() {
+        let left = |wanted: &str, names: &[String]| {
+            let mut work = WORK;
+            let near = nearest(wanted, names.iter(), &mut work).len();
+            (near, work)
+        };
+        let mut names: Vec<_> = (0..2000).map(|i| format!("team-{i:04}/backend")).collect();
+        names.push("zookeeper".to_owned());
+        let (near, work) = left("zokeeper", &names);
+        assert!(near == 1 && work > WORK / 2, "{near} {work}");
+        // As near as can be, and as long: each costs the most.
+        let hostile: Vec<_> = (0..100_000).map(|i| format!("{i:06}{}", "x".repeat(122))).collect();
+        let seen = std::cell::Cell::new(0);
+        let counted = hostile.iter().inspect(|_| seen.set(seen.get() + 1));
+        let mut work = WORK;
+        nearest(&format!("{}yyyyyy", "x".repeat(122)), counted, &mut work);
+        assert_eq!(work, 0);
+        assert!(seen.get() < 10_000, "{}", seen.get());
+        // Nor do those that are too long to be compared.
+        let long = vec!["x".repeat(LONGEST + 1); 100_000];
+        assert_eq!(left("x", &long), (0, 0));
+    }
+
+    #[test]
+    fn of_many_tags_the_first_are_given() {
+        let many: Vec<_> = (0..100_000).map(|i| i.to_string()).collect();
+        let text = no_such_tags(ENTRY, &Tags::new(["a"]), [many.as_slice()].into_iter());
+        let carried = "it carries [0,1,2,3,4,5,6,7,8,9,...]";
+        assert_eq!(text, format!("its one entry does not carry [a]; {carried}"));
+    }
+
+    /// The distance by its definition.
+    fn full(one: &[u8], other: &[u8]) -> usize {
+        let ([.., a], [.., b]) = (one, other) else { return one.len().max(other.len()) };
+        let (before_one, before_other) = (&one[..one.len() - 1], &other[..other.len() - 1]);
+        let mut least = (full(before_one, before_other) + usize::from(a != b))
+            .min(full(before_one, other) + 1)
+            .min(full(one, before_other) + 1);
+        if let ([one @ .., a, b], [other @ .., c, d]) = (one, other)
+            && (a, b) == (d, c)
+        {
+            least = least.min(full(one, other) + 1);
+        }
+        least
+    }
+
     proptest! {
         #[test]
-        fn a_distance_is_one(one in "\\PC{0,12}", other in "\\PC{0,12}", at in 0..13usize) {
-            prop_assert_eq!(distance(&one, &other), distance(&other, &one));
-            prop_assert_eq!(distance(&one, &other) == 0, one == other);
-            let mut swapped: Vec<_> = one.chars().collect();
-            if at + 1 < swapped.len() {
-                swapped.swap(at, at + 1);
-                prop_assert!(distance(&one, &swapped.into_iter().collect::<String>()) <= 1);
-            }
-            let mut longer: Vec<_> = one.chars().collect();
-            longer.insert(at.min(longer.len()), 'x');
-            prop_assert_eq!(distance(&one, &longer.into_iter().collect::<String>()), 1);
+        fn a_distance_is_one(one in "[a-c]{0,6}", other in "[a-c]{0,6}", most in 1..4usize) {
+            let (one, other) = (one.as_bytes(), other.as_bytes());
+            let expected = Some(full(one, other)).filter(|distance| *distance <= most);
+            prop_assert_eq!(distance(one, other, most, &mut { WORK }), expected);
+            prop_assert_eq!(distance(other, one, most, &mut { WORK }), expected);
         }
     }
 }

@@ -13,7 +13,7 @@ use futures_util::{Stream, stream::try_unfold};
 use reqwest::{Response, StatusCode, header::DATE, redirect::Policy};
 use serde::de::DeserializeOwned;
 use time::{OffsetDateTime, format_description::well_known::Rfc2822};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::warn;
 
 use super::{
@@ -256,14 +256,16 @@ impl Client {
         largest: usize,
         parse: impl FnOnce(&[u8]) -> Result<T, serde_json::Error> + Send + 'static,
     ) -> Result<T, Unanswered> {
-        let asking = async {
-            let (mut response, mut body) = (self.open(path).await?, Body::default());
-            while let Some(piece) = response.chunk().await? {
-                body.add(&piece, largest, &self.places).await?;
-            }
-            Ok(body.parsed(&self.places, parse).await?)
-        };
-        within(limit, asking).await
+        let mut end = Instant::now() + limit;
+        let mut response = within(limit, self.open(path)).await?;
+        let mut body = Body::default();
+        loop {
+            let piece = timeout_at(end, response.chunk()).await;
+            let Some(piece) = piece.map_err(|_| Unanswered::Late(limit))?? else { break };
+            // The waits for a place, and below for a thread, are no fault of the engine's.
+            end += body.add(&piece, largest, &self.places).await?;
+        }
+        Ok(body.parsed(&self.places, parse).await?)
     }
 
     /// Asks, and waits for the head of an answer that is no error.

@@ -186,6 +186,7 @@ pub(crate) fn container(
     let config = answer.config.unwrap_or_default();
     let ports = answer.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
     let exposed = config.exposed_ports.iter().flat_map(|ports| ports.keys()).chain(ports.keys());
+    let exposed = first_ports(exposed.filter_map(|port| ContainerPort::parse(port)).collect());
     let is_read = |name: &str| prefixes.iter().any(|prefix| name.starts_with(prefix));
     let declared =
         declared(config.env.into_iter().flatten(), config.labels.into_iter().flatten(), is_read);
@@ -206,7 +207,7 @@ pub(crate) fn container(
         left: RunEnd::default(),
         network,
         plugs: Vec::new(),
-        exposed: exposed.filter_map(|port| ContainerPort::parse(port)).collect(),
+        exposed,
         published: published.collect(),
         variables: declared.variables,
         labels: declared.labels,
@@ -269,6 +270,18 @@ fn declared(
     labels.retain(|(name, value)| fits(name.len() + value.len()));
     let unread = all - variables.len() - labels.len();
     Declared { variables, labels: labels.into_iter().collect(), unread }
+}
+
+/// Exposed ports of a container that are kept, of each protocol. An image may expose all.
+pub(crate) const MOST_EXPOSED: usize = 4096;
+
+/// The first of each protocol: many UDP ports do not take the place of one TCP port.
+fn first_ports(all: BTreeSet<ContainerPort>) -> BTreeSet<ContainerPort> {
+    if all.len() <= MOST_EXPOSED {
+        return all;
+    }
+    let of = |tcp| all.iter().filter(move |port| port.tcp == tcp).take(MOST_EXPOSED);
+    of(true).chain(of(false)).copied().collect()
 }
 
 fn network(answer: &Inspection) -> Network {
@@ -359,6 +372,19 @@ mod tests {
 
     fn running(file: &str) -> Container {
         read(answer(file)).unwrap()
+    }
+
+    #[test]
+    fn of_all_ports_the_first_of_each_protocol_are_kept() {
+        let mut one = answer(include_str!("fixtures/inspect-29.json"));
+        let udp = (1..=u16::MAX).map(|port| (format!("{port}/udp"), serde_json::json!({})));
+        let tcp = (60_000..=u16::MAX).map(|port| (format!("{port}/tcp"), serde_json::json!({})));
+        let ports = serde_json::Value::Object(udp.chain(tcp).collect());
+        one.config.as_mut().unwrap().exposed_ports = serde_json::from_value(ports).ok();
+        let kept = read(one).unwrap().exposed;
+        let of = |tcp| kept.iter().filter(move |port| port.tcp == tcp);
+        assert_eq!([of(true).count(), of(false).count()], [MOST_EXPOSED; 2]);
+        assert!(of(true).any(|port| port.number.get() == 60_000), "UDP does not take its place");
     }
 
     #[test]

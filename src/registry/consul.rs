@@ -4,6 +4,7 @@
 //! list, and what `stale` would buy, an answer without a leader, is what keeping the last answer gives us anyway.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     hash::{DefaultHasher, Hash, Hasher},
     path::PathBuf,
@@ -47,8 +48,11 @@ pub(crate) struct ConsulClient {
     /// Whether the server's certificate is verified.
     verifies: bool,
     /// For many who ask the same.
-    recent: Recent<(Url, Arc<HttpAnswer>)>,
+    services: Recent<(Url, Arc<Services>)>,
 }
+
+/// The names of all services, each with the tags that any of its instances carries.
+pub(crate) type Services = BTreeMap<String, Vec<String>>;
 
 #[derive(Debug)]
 enum Token {
@@ -89,7 +93,7 @@ impl ConsulClient {
             http = http.under_the_name(&base, name)?;
         }
         let (logs_in, verifies) = (settings.auth.is_some(), settings.tls_verify);
-        Ok(Self { base, http, token, logs_in, verifies, recent: Recent::default() })
+        Ok(Self { base, http, token, logs_in, verifies, services: Recent::default() })
     }
 
     /// What is not protected of the connections to it.
@@ -134,18 +138,18 @@ impl ConsulClient {
         url
     }
 
-    /// The answer to `url`, at most [`RECENT`] old, if it was the last that was asked for here.
-    pub(crate) async fn recent(&self, url: Url) -> Result<Arc<HttpAnswer>, SourceError> {
+    /// All services, as `url` lists them: at most [`RECENT`] old, if it was the last that was asked for here. However many want to
+    /// know, the list is parsed once.
+    pub(crate) async fn services(&self, url: Url) -> Result<Arc<Services>, SourceError> {
         let ask = async || {
-            let mut answer = self.ask(&url, None).await?;
+            let answer = self.ask(&url, None).await?;
             if answer.body().len() > LARGEST_KEPT {
                 return Err(answer.fault(format_args!("longer than {LARGEST_KEPT} bytes")));
             }
-            answer.leave();
-            Ok(Arc::new(answer))
+            answer.parsed(|body| serde_json::from_slice(body)).await.map(Arc::new)
         };
         let first = async { Ok((url.clone(), ask().await?)) };
-        let (of, answer) = self.recent.get(RECENT, first).await?;
+        let (of, answer) = self.services.get(RECENT, first).await?;
         if of == url { Ok(answer) } else { ask().await }
     }
 
@@ -222,6 +226,7 @@ impl BlockingQuery {
     pub(crate) async fn next(&mut self) -> Result<HttpAnswer, SourceError> {
         loop {
             if self.index == 0 {
+                self.asking.leave_answered();
                 self.asking.pace().await;
                 let answer = self.consul.ask(&self.url, None).await?;
                 self.take(&answer)?;
@@ -249,7 +254,7 @@ impl BlockingQuery {
         self.asking.took(time);
     }
 
-    /// Makes the next answer the current state. A query that is held goes on.
+    /// Makes the next answer the current state. A query that is held goes on, unless its answer has begun.
     pub(crate) fn read_again(&mut self) {
         self.index = 0;
     }

@@ -20,7 +20,7 @@ use reqwest::{
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout, timeout_at},
 };
 use tracing::warn;
 use url::Url;
@@ -95,7 +95,18 @@ impl Resolve for ServerName {
 }
 
 /// The right to one long poll.
-pub(super) type LongPoll = OwnedSemaphorePermit;
+#[derive(Debug)]
+pub(super) struct LongPoll {
+    _permit: OwnedSemaphorePermit,
+    answered: Arc<AtomicBool>,
+}
+
+impl LongPoll {
+    /// The answer has begun.
+    pub(super) fn answered(&self) {
+        self.answered.store(true, Relaxed);
+    }
+}
 
 impl Http {
     const LONG_POLLS: usize = 100;
@@ -149,10 +160,10 @@ impl Http {
         url: &Url,
         headers: HeaderMap,
     ) -> Result<HttpAnswer, SourceError> {
-        self.in_turn(url, self.read(url, headers)).await
+        self.in_turn(url, self.read(url, headers, ANSWER, None)).await
     }
 
-    /// Asks once it is this question's turn. As long as others are answered it waits: that there are many is no fault of the
+    /// Asks once it is this question's turn, with a limit of its own on the time. As long as others are answered it waits: that there are many is no fault of the
     /// server's.
     async fn in_turn<T>(
         &self,
@@ -168,7 +179,7 @@ impl Http {
                 Err(_) => {}
             }
         };
-        let answer = within(url, ANSWER, asking).await?;
+        let answer = asking.await?;
         self.answered.fetch_add(1, Relaxed);
         Ok(answer)
     }
@@ -179,15 +190,25 @@ impl Http {
         url: &Url,
         headers: HeaderMap,
         held: Duration,
-        _turn: &LongPoll,
+        turn: &LongPoll,
     ) -> Result<HttpAnswer, SourceError> {
-        within(url, held + ANSWER, self.read(url, headers)).await
+        self.read(url, headers, held + ANSWER, Some(turn)).await
     }
 
-    async fn read(&self, url: &Url, headers: HeaderMap) -> Result<HttpAnswer, SourceError> {
-        let mut response = self.open(url, headers).await?;
+    async fn read(
+        &self,
+        url: &Url,
+        headers: HeaderMap,
+        limit: Duration,
+        turn: Option<&LongPoll>,
+    ) -> Result<HttpAnswer, SourceError> {
+        let start = Instant::now();
+        let mut response = within(url, limit, self.open(url, headers)).await?;
+        if let Some(turn) = turn {
+            turn.answered();
+        }
         let mut body = Body::default();
-        while self.more(url, &mut response, &mut body).await? {}
+        self.rest(url, &mut response, &mut body, limit, start).await?;
         Ok(self.answer(url, &response, body))
     }
 
@@ -202,20 +223,32 @@ impl Http {
         &self.places
     }
 
-    /// Reads the next piece of a body; false at its end.
-    pub(super) async fn more(
+    /// Reads a body to its end, which is to come within `limit` from `start` on. The waits for a place do not count: it is the
+    /// others that take long.
+    pub(super) async fn rest(
         &self,
         url: &Url,
         response: &mut Response,
         body: &mut Body,
-    ) -> Result<bool, SourceError> {
-        let piece = response
-            .chunk()
-            .await
-            .map_err(|e| SourceError::caused(format_args!("GET {url}"), &e.without_url()))?;
-        let Some(piece) = piece else { return Ok(false) };
-        let added = body.add(&piece, LARGEST, &self.places).await;
-        added.map(|()| true).map_err(|error| fault(url, error))
+        limit: Duration,
+        start: Instant,
+    ) -> Result<(), SourceError> {
+        let mut end = start + limit;
+        loop {
+            let piece = timeout_at(end, response.chunk()).await.map_err(|_| late(url, limit))?;
+            let Some(piece) = piece.map_err(|e| broken(url, e))? else { return Ok(()) };
+            end += self.add(url, &piece, body).await?;
+        }
+    }
+
+    /// Takes in a piece of a body. Says how long it waited for a place.
+    pub(super) async fn add(
+        &self,
+        url: &Url,
+        piece: &[u8],
+        body: &mut Body,
+    ) -> Result<Duration, SourceError> {
+        body.add(piece, LARGEST, &self.places).await.map_err(|error| fault(url, error))
     }
 
     /// Asks, and waits for the head of the answer, however long it takes.
@@ -242,7 +275,7 @@ impl Http {
                 if secure && made.at.elapsed() > Self::RENEWAL {
                     self.client.lost(&made).await;
                 }
-                Err(SourceError::caused(format_args!("GET {url}"), &error.without_url()))
+                Err(broken(url, error))
             }
         }
     }
@@ -292,8 +325,16 @@ async fn within<T>(
     limit: Duration,
     asking: impl Future<Output = Result<T, SourceError>>,
 ) -> Result<T, SourceError> {
-    let late = |_| fault(url, format_args!("no complete answer within {} s", limit.as_secs_f32()));
-    timeout(limit, asking).await.map_err(late)?
+    timeout(limit, asking).await.map_err(|_| late(url, limit))?
+}
+
+fn late(url: &Url, limit: Duration) -> SourceError {
+    fault(url, format_args!("no complete answer within {} s", limit.as_secs_f32()))
+}
+
+/// The error that a connection is.
+pub(super) fn broken(url: &Url, error: reqwest::Error) -> SourceError {
+    SourceError::caused(format_args!("GET {url}"), &error.without_url())
 }
 
 /// The error in the answer to a request.
@@ -335,11 +376,6 @@ impl HttpAnswer {
         self.body.bytes()
     }
 
-    /// Lets it be kept: it does not keep a place from other answers.
-    pub(super) fn leave(&mut self) {
-        self.body.leave();
-    }
-
     /// What `parse` makes of the body; a large one is parsed on another thread.
     pub(crate) async fn parsed<T: Send + 'static>(
         self,
@@ -368,6 +404,8 @@ pub(super) fn secret_header(name: &'static str, mut value: HeaderValue) -> Heade
 /// One question that is asked for ever: held by the server if there is a long poll left, and every few seconds if not.
 pub(super) struct Asking<T> {
     held: Option<BoxFuture<'static, T>>,
+    /// What is held is being answered.
+    answered: Arc<AtomicBool>,
     last: Option<Instant>,
     distance: Duration,
     poll_at: Instant,
@@ -385,7 +423,8 @@ impl<T> Asking<T> {
 
     pub(super) fn new() -> Self {
         let poll_at = Instant::now();
-        Self { held: None, last: None, distance: Self::NEWS, poll_at }
+        let answered = Arc::default();
+        Self { held: None, answered, last: None, distance: Self::NEWS, poll_at }
     }
 
     /// The last answer took this long to read: it is not asked for again so soon that nothing else is done here.
@@ -428,6 +467,8 @@ impl<T> Asking<T> {
                     }
                 };
                 self.pace().await;
+                self.answered = Arc::default();
+                let turn = LongPoll { _permit: turn, answered: self.answered.clone() };
                 self.held.insert(ask(turn))
             }
         };
@@ -440,6 +481,14 @@ impl<T> Asking<T> {
         self.held.is_some()
     }
 
+    /// Cancels the long poll if its answer has begun: before something else is asked, as nobody reads on meanwhile, and it may have
+    /// a place that the answer to the other question waits for.
+    pub(super) fn leave_answered(&mut self) {
+        if self.answered.load(Relaxed) {
+            self.give_up();
+        }
+    }
+
     /// Cancels the long poll.
     pub(super) fn give_up(&mut self) {
         self.held = None;
@@ -449,7 +498,10 @@ impl<T> Asking<T> {
 #[cfg(test)]
 mod tests {
     use futures_util::future::join_all;
-    use tokio::time::sleep;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        time::sleep,
+    };
 
     use super::*;
 
@@ -463,10 +515,88 @@ mod tests {
         assert_eq!(all.iter().filter(|answer| answer.is_err()).count(), 0);
 
         let start = Instant::now();
-        let hangs = || http.in_turn(&url, std::future::pending::<Result<(), _>>());
+        let pending = || within(&url, ANSWER, std::future::pending::<Result<(), _>>());
+        let hangs = || http.in_turn(&url, pending());
         let all = join_all((0..100).map(|_| hangs())).await;
         assert!(all.iter().all(Result::is_err));
         // The questions whose turn it was, and then those whose turn it became at the end of them.
         assert!(start.elapsed() < 3 * ANSWER, "{:?}", start.elapsed());
+    }
+
+    /// A server that sends the begin of a body of `size` bytes to each, and the rest after a word.
+    async fn slow(size: usize) -> (Url, tokio::sync::watch::Sender<bool>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap()).parse().unwrap();
+        let (go, wait) = tokio::sync::watch::channel(false);
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut wait = wait.clone();
+                tokio::spawn(async move {
+                    let _ = stream.read(&mut [0; 4096]).await;
+                    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n");
+                    let _ = stream.write_all(head.as_bytes()).await;
+                    let _ = stream.write_all(&vec![b'x'; size - 1]).await;
+                    let _ = wait.wait_for(|go| *go).await;
+                    let _ = stream.write_all(b"x").await;
+                });
+            }
+        });
+        (url, go)
+    }
+
+    #[tokio::test]
+    async fn a_poll_whose_answer_has_begun_does_not_keep_a_place_from_a_read() {
+        let http = Arc::new(Http::new("test", ClientTls::default(), true, None));
+        let (held, _never) = slow(1 << 20).await;
+        let (at_once, go) = slow(1 << 20).await;
+        go.send_replace(true);
+        let ask = |turn| {
+            let (http, url) = (http.clone(), held.clone());
+            async move { http.get_held(&url, HeaderMap::new(), ANSWER, &turn).await }.boxed()
+        };
+        let mut all: Vec<_> = (0..3).map(|_| Asking::new()).collect();
+        let deadline = Duration::from_secs(60);
+        let begin = async {
+            while http.places.free() > 0 {
+                for asking in &mut all {
+                    // Dropped while it waits, as where a re-read is due.
+                    let _ = timeout(Duration::from_millis(5), asking.held(&http, ask)).await;
+                }
+            }
+        };
+        timeout(deadline, begin).await.expect("each has begun, and has a place");
+        all.iter_mut().for_each(Asking::leave_answered);
+        let answer = timeout(deadline, http.get(&at_once, HeaderMap::new())).await.unwrap();
+        assert_eq!(answer.unwrap().body().len(), 1 << 20);
+    }
+
+    #[tokio::test]
+    async fn a_poll_that_is_not_answered_goes_on() {
+        let http = Http::new("test", ClientTls::default(), true, None);
+        let mut asking: Asking<()> = Asking::new();
+        let wait = asking.held(&http, |turn| {
+            async move {
+                let _turn = turn;
+                std::future::pending().await
+            }
+            .boxed()
+        });
+        assert!(timeout(Duration::from_millis(50), wait).await.is_err());
+        asking.leave_answered();
+        assert!(asking.is_held());
+    }
+
+    #[tokio::test]
+    async fn the_wait_for_a_place_is_no_fault_of_the_server() {
+        let http = Http::new("test", ClientTls::default(), true, None);
+        let (url, go) = slow(1 << 20).await;
+        go.send_replace(true);
+        let taken = http.places.take_all().await;
+        let limit = Duration::from_secs(2);
+        let mut read = pin!(http.read(&url, HeaderMap::new(), limit, None));
+        let longer = timeout(2 * limit, read.as_mut()).await;
+        assert!(longer.is_err(), "it waits: {longer:?}");
+        drop(taken);
+        assert_eq!(read.await.unwrap().body().len(), 1 << 20);
     }
 }

@@ -1,13 +1,15 @@
 //! The variables and labels that make a container a service, as registrator reads them. Pure.
 
+use std::{collections::HashMap, sync::Arc};
+
 use crate::{docker::container::Container, model::Port, text::bare};
 
 /// How the names of those variables and labels begin.
 pub const PREFIX: &str = "SERVICE_";
 
-/// The variables and then the labels of these names, without the prefix, in lower case.
+/// The variables and labels of these names, without the prefix, in lower case. Labels win.
 #[derive(Debug)]
-pub(super) struct Metadata(Vec<(String, String)>);
+pub(super) struct Metadata(HashMap<String, String>);
 
 impl Metadata {
     pub(super) fn of(container: &Container) -> Self {
@@ -25,40 +27,48 @@ impl Metadata {
 
     /// `SERVICE_<port>_<key>`
     pub(super) fn own(&self, port: Port, key: &str) -> Option<&str> {
-        self.last(&format!("{port}_{key}"))
+        self.value(&format!("{port}_{key}"))
     }
 
     /// `SERVICE_<port>_<key>`, else `SERVICE_<key>`; none if it is empty.
     pub(super) fn get(&self, port: Option<Port>, key: &str) -> Option<&str> {
         port.and_then(|port| self.own(port, key))
-            .or_else(|| self.last(key))
+            .or_else(|| self.value(key))
             .filter(|value| !value.is_empty())
     }
 
-    /// The tags on a port. Commas separate; one behind a backslash belongs to the tag.
-    pub(super) fn tags(&self, port: Option<Port>) -> Vec<String> {
-        let mut tags = vec![String::new()];
-        let mut rest = self.get(port, "tags").unwrap_or_default().chars().peekable();
-        while let Some(c) = rest.next() {
-            match (c, tags.last_mut()) {
-                (',', _) => tags.push(String::new()),
-                ('\\', Some(tag)) if rest.peek() == Some(&',') => tag.extend(rest.next()),
-                (c, Some(tag)) => tag.push(c),
-                (_, None) => {}
-            }
-        }
-        tags.retain(|tag| !tag.is_empty());
-        tags
+    /// `SERVICE_TAGS`
+    pub(super) fn tags(&self) -> Arc<[String]> {
+        tags(self.get(None, "tags").unwrap_or_default())
+    }
+
+    /// `SERVICE_<port>_TAGS`
+    pub(super) fn own_tags(&self, port: Port) -> Option<Arc<[String]>> {
+        self.own(port, "tags").map(tags)
     }
 
     /// Those with a `SERVICE_<port>_NAME`.
     pub(super) fn named_ports(&self) -> impl Iterator<Item = Port> {
-        self.0.iter().filter_map(|(key, _)| key.strip_suffix("_name")?.parse().ok())
+        self.0.keys().filter_map(|key| key.strip_suffix("_name")?.parse().ok())
     }
 
-    /// Labels come after variables, and win.
-    fn last(&self, key: &str) -> Option<&str> {
-        let found = self.0.iter().rev().find(|(name, _)| name == key);
-        found.map(|(_, value)| value.as_str())
+    fn value(&self, key: &str) -> Option<&str> {
+        self.0.get(key).map(String::as_str)
     }
+}
+
+/// The tags in a list. Commas separate; one behind a backslash belongs to the tag.
+fn tags(list: &str) -> Arc<[String]> {
+    let mut tags = vec![String::new()];
+    let mut rest = list.chars().peekable();
+    while let Some(c) = rest.next() {
+        match (c, tags.last_mut()) {
+            (',', _) => tags.push(String::new()),
+            ('\\', Some(tag)) if rest.peek() == Some(&',') => tag.extend(rest.next()),
+            (c, Some(tag)) => tag.push(c),
+            (_, None) => {}
+        }
+    }
+    tags.retain(|tag| !tag.is_empty());
+    tags.into()
 }

@@ -1,13 +1,15 @@
 //! From an engine's containers to the services that they offer. Pure.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
+    fmt,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
 use super::{metadata::Metadata, reach::Standpoint};
 use crate::{
+    descriptor,
     discovery::{Endpoints, Query, Rejected, Rejections, missing},
     docker::{
         container::{Container, ContainerPort, Inventory, Network, NoNetwork},
@@ -16,12 +18,29 @@ use crate::{
     model::{Endpoint, Port, Stay},
 };
 
-/// Everything that an engine's containers offer, by the service's name.
+/// Services of one container, each on one port. An image may name a hundred thousand, and expose every port.
+pub(super) const MOST: usize = 1000;
+
+/// Everything that an engine's containers offer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Offers(HashMap<String, Vec<Arc<Offer>>>);
+pub(crate) struct Offers {
+    /// By the service's name.
+    services: BTreeMap<String, Vec<Arc<Offer>>>,
+    /// The names of the containers that declare more than [`MOST`].
+    beyond: Vec<Arc<str>>,
+}
 
 /// What was offered by each container before.
-pub(crate) type Made = PerContainer<Place, Vec<Arc<Offer>>>;
+pub(crate) type Made = PerContainer<Place, Offered>;
+
+/// What one container offers.
+#[derive(Debug, Default)]
+pub(crate) struct Offered {
+    /// The first by port.
+    offers: Vec<Arc<Offer>>,
+    /// It declares more than [`MOST`].
+    beyond: bool,
+}
 
 /// Where the containers are, as seen from here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,16 +55,28 @@ pub(crate) enum Place {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Offer {
     service: String,
-    tags: Vec<String>,
+    /// Most containers have the same on all ports.
+    tags: Arc<[String]>,
     healthy: bool,
     /// It is paused or was asked to stop: used only if there is no other. A direct connection to it waits, or is refused.
     last_resort: bool,
     /// For messages.
-    container: String,
+    container: Arc<str>,
+    port: Option<Port>,
     /// Where it can be reached, or why it cannot.
     endpoint: Result<Endpoint, String>,
     /// The runs that the address depends on, if it is on this host.
     stay: Stay,
+}
+
+impl fmt::Display for Offer {
+    /// The container, and the port that it is on.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.port {
+            Some(port) => write!(f, "container {}:{port}", self.container),
+            None => write!(f, "container {}", self.container),
+        }
+    }
 }
 
 impl Offers {
@@ -58,21 +89,33 @@ impl Offers {
         let made = made.update(inventory, place.clone(), |Subject { container, owner, .. }| {
             offers(container, owner.map(Arc::as_ref), &place)
         });
-        let mut by_service: HashMap<String, Vec<Arc<Offer>>> = HashMap::new();
-        let offers = made.flat_map(|(_, offers)| offers);
-        for offer in offers.filter(|offer| !offer.stay.is_over()) {
-            match by_service.get_mut(&offer.service) {
-                Some(offers) => offers.push(offer.clone()),
-                None => drop(by_service.insert(offer.service.clone(), vec![offer.clone()])),
+        let mut all = Self::default();
+        for (container, offered) in made {
+            if offered.beyond {
+                all.beyond.push(container.name.clone());
+            }
+            for offer in offered.offers.iter().filter(|offer| !offer.stay.is_over()) {
+                match all.services.get_mut(&offer.service) {
+                    Some(offers) => offers.push(offer.clone()),
+                    None => drop(all.services.insert(offer.service.clone(), vec![offer.clone()])),
+                }
             }
         }
-        Self(by_service)
+        all
+    }
+
+    /// How many offers there are, containers with more of them, and lists of tags in memory.
+    #[cfg(test)]
+    pub(super) fn counts(&self) -> (usize, usize, usize) {
+        let all = || self.services.values().flatten();
+        let lists: BTreeSet<_> = all().map(|offer| offer.tags.as_ptr()).collect();
+        (all().count(), self.beyond.len(), lists.len())
     }
 
     /// The full answer to `query`.
     pub(crate) fn select(&self, query: &Query, healthy_only: bool) -> Endpoints {
         let mut rejected = Rejections::default();
-        let named = self.0.get(query.service.as_str()).into_iter().flatten();
+        let named = self.services.get(query.service.as_str()).into_iter().flatten();
         let named: Vec<_> = named.filter(|offer| !offer.stay.is_over()).collect();
         let tagged: Vec<_> =
             named.iter().copied().filter(|offer| query.tags.all_in(&offer.tags)).collect();
@@ -97,22 +140,32 @@ impl Offers {
                         stays.insert(*endpoint, offer.stay.clone());
                     }
                 }
-                Err(reason) => rejected.push(Rejected {
-                    what: format!("container {}", offer.container),
-                    reason: reason.clone(),
-                }),
+                Err(reason) => {
+                    rejected.push(Rejected { what: offer.to_string(), reason: reason.clone() })
+                }
             }
         }
+        // What is not read may be of this service.
+        let may_lack = |container: &&Arc<str>| {
+            named.is_empty() || named.iter().any(|offer| offer.container == **container)
+        };
+        let lacking = self.beyond.iter().filter(may_lack);
+        let lacking = Rejections::of(lacking.map(|container| Rejected {
+            what: format!("container {container}"),
+            reason: format!(
+                "it declares more than {MOST} services, each on one port: the rest are not read"
+            ),
+        }));
         let problem = list.is_empty().then(|| {
             let (name, tags) = (query.service.as_str(), &query.tags);
             match (named.is_empty(), tagged.len(), wanted.is_empty()) {
                 (true, ..) => missing::no_such_service(
                     "no running container offers this service",
                     name,
-                    self.0.keys(),
+                    self.services.keys(),
                 ),
                 (_, 0, _) => {
-                    let carried = named.iter().map(|offer| offer.tags.as_slice());
+                    let carried = named.iter().map(|offer| &*offer.tags);
                     missing::no_such_tags(missing::CONTAINER, tags, carried)
                 }
                 (_, count, true) => missing::none_healthy(missing::CONTAINER, count, "HEALTHCHECK"),
@@ -122,6 +175,7 @@ impl Offers {
             }
         });
         let problem = problem.map(Into::into);
+        lacking.iter().for_each(|one| rejected.push(one.clone()));
         let endpoints = Endpoints::new(list, rejected);
         unfit.retain(|one| endpoints.list.binary_search(one).is_err());
         Endpoints { stays, problem, unfit, ..endpoints }
@@ -129,14 +183,11 @@ impl Offers {
 }
 
 /// What a container offers. `owner` is the one whose network it lives in.
-fn offers(
-    container: &Container,
-    owner: Result<&Container, &NoNetwork>,
-    place: &Place,
-) -> Vec<Arc<Offer>> {
+fn offers(container: &Container, owner: Result<&Container, &NoNetwork>, place: &Place) -> Offered {
+    let mut offered = Offered::default();
     let metadata = Metadata::of(container);
     if container.is_restarting || metadata.is_empty() {
-        return Vec::new();
+        return offered;
     }
     let stay = match (place, owner) {
         (Place::Here(_), Ok(owner)) => stay(container, owner),
@@ -151,22 +202,24 @@ fn offers(
     let several = visible.len() > 1;
     let plain_name = metadata.get(None, "name");
     visible.retain(|port| port.tcp);
-    let offer = |service: String, port: Option<Port>, endpoint| {
-        Arc::new(Offer {
-            service,
-            tags: metadata.tags(port),
-            healthy: container.is_healthy,
-            last_resort: container.is_paused || container.is_stopping,
-            container: match port {
-                Some(port) => format!("{}:{port}", container.name),
-                None => container.name.to_string(),
-            },
-            endpoint,
-            stay: stay.clone(),
-        })
+    let tags = metadata.tags();
+    let mut offer = |service: String, port: Option<Port>, tags: &Arc<[String]>, endpoint| {
+        offered.beyond = offered.offers.len() >= MOST;
+        if !offered.beyond {
+            offered.offers.push(Arc::new(Offer {
+                service,
+                tags: tags.clone(),
+                healthy: container.is_healthy,
+                last_resort: container.is_paused || container.is_stopping,
+                container: container.name.clone(),
+                port,
+                endpoint,
+                stay: stay.clone(),
+            }));
+        }
+        !offered.beyond
     };
 
-    let mut offers = Vec::new();
     let ports: BTreeSet<_> =
         visible.iter().map(|port| port.number).chain(metadata.named_ports()).collect();
     for port in ports {
@@ -182,9 +235,12 @@ fn offers(
             Ok(owner) => endpoint(owner, port, place),
             Err(reason) => Err(reason.to_string()),
         };
+        let tags = metadata.own_tags(port).unwrap_or_else(|| tags.clone());
         for name in names(name) {
             let service = if several && !own { format!("{name}-{port}") } else { name.to_owned() };
-            offers.push(offer(service, Some(port), endpoint.clone()));
+            if !offer(service, Some(port), &tags, endpoint.clone()) {
+                return offered;
+            }
         }
     }
     let ignored = metadata.get(None, "ignore").is_some();
@@ -197,14 +253,20 @@ fn offers(
             _ => "SERVICE_NAME, but no TCP port: expected an exposed one, or SERVICE_<port>_NAME"
                 .to_owned(),
         };
-        offers.extend(names(name).map(|name| offer(name.to_owned(), None, Err(reason.clone()))));
+        for name in names(name) {
+            if !offer(name.to_owned(), None, &tags, Err(reason.clone())) {
+                break;
+            }
+        }
     }
-    offers
+    offered
 }
 
-/// The names in a list of names: no service's name has a comma. An empty one is none.
+/// The names in a list of names: no service's name has a comma. An empty one is none, and one that is too long for a descriptor
+/// can be asked for by nobody.
 fn names(list: &str) -> impl Iterator<Item = &str> {
-    list.split(',').map(str::trim).filter(|name| !name.is_empty())
+    let names = list.split(',').map(str::trim);
+    names.filter(|name| !name.is_empty() && name.len() <= descriptor::LONGEST)
 }
 
 /// What an endpoint of a container on this host hangs on.

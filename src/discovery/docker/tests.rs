@@ -513,6 +513,40 @@ fn a_query_without_endpoints_says_why() {
     }
 }
 
+#[test]
+fn a_container_offers_so_many_services_and_says_that_there_are_more() {
+    let ports: serde_json::Map<_, _> =
+        (1..=u16::MAX).map(|port| (format!("{port}/tcp"), json!({}))).collect();
+    let tag = "x".repeat(50_000);
+    let names: Vec<_> = (0..20_000).map(|i| format!("n{i}")).collect();
+    let long = "l".repeat(50_000);
+    let of = |id, name: &str, ports: &Value| {
+        let env = [format!("SERVICE_NAME={name}"), format!("SERVICE_TAGS={tag},prod")];
+        changed(id, [("/Config/Env", json!(env)), ("/Config/ExposedPorts", ports.clone())])
+    };
+    let (one, all_ports) = (json!({"80/tcp": {}}), Value::Object(ports));
+    let few: Vec<_> = (0..offers::MOST).map(|i| format!("m{i}")).collect();
+    let containers = all([
+        of("c1", &format!("{long},{}", names.join(",")), &all_ports),
+        of("c2", &names.join(","), &one),
+        of("c3", "web", &all_ports),
+        of("c4", &few.join(","), &one),
+    ]);
+    let found = offers(&containers, HERE);
+    let counts = found.counts();
+    assert_eq!(counts, (4 * offers::MOST, 3, 4), "offers, containers with more, lists of tags");
+    let beyond = |name: &str| {
+        let reason = "it declares more than 1000 services, each on one port: the rest are not read";
+        format!("container {name}: {reason}")
+    };
+    let texts = |query: &str| texts(&found.select(&self::query(query), true));
+    let at = |port| format!("172.17.0.2:{port}");
+    assert_eq!(texts("web-1000[prod]"), [at(1000), beyond("c3")]);
+    assert_eq!(texts("n999[prod]"), [at(80), beyond("c2")]);
+    assert_eq!(texts("m999"), [at(80)], "nothing is missing");
+    assert_eq!(texts("web-1001"), ["c1", "c2", "c3"].map(beyond), "perhaps one of these");
+}
+
 proptest! {
     #[test]
     fn no_container_panics(

@@ -6,8 +6,9 @@
 //! asked of the server: etcd 2 has no v3 store; from 3.4 on the v2 store is off unless asked for, and from 3.6 on it is gone.
 //! A port that answers only gRPC has the v3 store alone.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{future::pending, pin::pin, sync::Arc, time::Duration};
 
+use futures_util::{FutureExt, future::BoxFuture};
 use tokio::time::{Instant, sleep_until, timeout};
 use url::Url;
 
@@ -67,23 +68,44 @@ impl Source for EtcdSource {
         publish: &Publisher<Endpoints>,
         resync: &mut Resync,
     ) -> Result<(), SourceError> {
-        let mut stores = self.stores().await?;
+        let this = &*self;
+        let mut stores = this.stores().await?;
         let (mut is_new, mut next) = (false, Instant::now());
+        // An answer without entries, while its reason is looked for. One with entries does not wait for that.
+        let mut reasonless: Option<(Endpoints, BoxFuture<'_, Option<String>>)> = None;
         loop {
             if is_new && Instant::now() >= next {
-                let start = Instant::now();
-                let has_v3 = matches!(stores, Stores::V3 { .. });
-                publish.publish(self.read(stores.tree(), has_v3).await);
+                let (endpoints, took) = this.read(stores.tree()).await;
                 is_new = false;
                 // A branch in which something changes all the time has a tenth of the time, and the others the rest.
-                next = Instant::now() + SHARE * start.elapsed();
+                next = Instant::now() + SHARE * took;
+                if stores.tree().is_empty() && matches!(stores, Stores::V3 { .. }) {
+                    let looking = reasonless.take().map(|(_, looking)| looking);
+                    let looking = looking.unwrap_or_else(|| this.near().boxed());
+                    reasonless = Some((endpoints, looking));
+                } else {
+                    reasonless = None;
+                    publish.publish(endpoints);
+                }
             }
+            let reason = async {
+                match &mut reasonless {
+                    Some((_, looking)) => looking.await,
+                    None => pending().await,
+                }
+            };
             tokio::select! {
-                read = stores.next(self) => match read? {
+                read = stores.next(this) => match read? {
                     true => is_new = true,
-                    false if !is_new => publish.confirm(),
+                    false if !is_new && reasonless.is_none() => publish.confirm(),
                     false => {}
                 },
+                reason = reason => {
+                    if let Some((mut endpoints, _)) = reasonless.take() {
+                        endpoints.problem = reason.map(Into::into).or(endpoints.problem);
+                        publish.publish(endpoints);
+                    }
+                }
                 () = sleep_until(next), if is_new => {}
                 () = resync.due() => stores.read_again(),
             }
@@ -92,22 +114,17 @@ impl Source for EtcdSource {
 }
 
 impl EtcdSource {
-    /// The endpoints of a branch. If it is empty, with the names that may have been meant.
-    async fn read(&self, tree: &Tree, has_v3: bool) -> Endpoints {
-        let mut endpoints = if body::is_large(tree.bytes()) {
-            let (tree, tags) = (tree.clone(), self.tags.clone());
-            let places = self.etcd.client.places();
-            places.aside(tree.bytes(), move || value::endpoints(&tree, &tags)).await
-        } else {
-            value::endpoints(tree, &self.tags)
+    /// The endpoints of a branch, and how long it took to read them, without the wait for a thread.
+    async fn read(&self, tree: &Tree) -> (Endpoints, Duration) {
+        let timed = |tree: &Tree, tags: &Tags| {
+            let start = Instant::now();
+            (value::endpoints(tree, tags), start.elapsed())
         };
-        if tree.is_empty()
-            && has_v3
-            && let Some(problem) = self.near().await
-        {
-            endpoints.problem = Some(problem.into());
+        if !body::is_large(tree.bytes()) {
+            return timed(tree, &self.tags);
         }
-        endpoints
+        let (tree, tags) = (tree.clone(), self.tags.clone());
+        self.etcd.client.places().aside(tree.bytes(), move || timed(&tree, &tags)).await
     }
 
     /// How long a branch without entries waits for names that may have been meant.

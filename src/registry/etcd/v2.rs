@@ -3,7 +3,7 @@
 //! branch is read again. A branch that has no long poll is read every few seconds, from the member's own
 //! memory: a read that the cluster must agree upon costs as much as a write.
 
-use std::{fmt, pin::pin, sync::Arc, time::Duration};
+use std::{fmt, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
 use reqwest::{StatusCode, header::HeaderMap};
@@ -20,6 +20,7 @@ use super::{Branch, EtcdClient, Step, Stores, Tree};
 use crate::{
     body::Body,
     registry::http::{self, ANSWER, Asking, HttpAnswer, LongPoll},
+    resolve,
     source::SourceError,
     tls::ClientTls,
 };
@@ -89,6 +90,7 @@ impl Follower {
     pub(crate) async fn next(&mut self) -> Result<Step, SourceError> {
         loop {
             let Some(wait) = self.wait.filter(|_| !self.read_again) else {
+                self.asking.leave_answered();
                 self.asking.pace().await;
                 return self.read(true).await;
             };
@@ -224,7 +226,9 @@ async fn answers_only_grpc(member: &Url, tls: &ClientTls) {
 async fn greets_in_http2(member: &Url, tls: &ClientTls, protocols: &[&[u8]]) -> Option<bool> {
     let host = member.host_str()?.trim_matches(['[', ']']).to_owned();
     let port = member.port_or_known_default()?;
-    let mut stream = TcpStream::connect((host.as_str(), port)).await.ok()?;
+    let addresses = resolve::addresses(&host).await.ok()?;
+    let addresses: Vec<_> = addresses.into_iter().map(|ip| SocketAddr::new(ip, port)).collect();
+    let mut stream = TcpStream::connect(addresses.as_slice()).await.ok()?;
     let mut head = [0; 9];
     let read = if member.scheme() == "https" {
         let mut config = tls.load().ok()?.config().ok()??;
@@ -239,7 +243,7 @@ async fn greets_in_http2(member: &Url, tls: &ClientTls, protocols: &[&[u8]]) -> 
     Some(read.is_ok() && matches!(head, [_, _, _, 4, 0, 0, 0, 0, 0]))
 }
 
-async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, _turn: LongPoll) -> Polled {
+async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, turn: LongPoll) -> Polled {
     let query = format!("wait=true&recursive=true&waitIndex={wait}");
     let (number, url) = etcd.url(&path, Some(&query));
     let Ok(opened) = timeout(HEAD, etcd.http.open(&url, HeaderMap::new())).await else {
@@ -254,13 +258,11 @@ async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, _turn: LongPoll) -
     }
     let mut body = Body::default();
     let ended = async {
-        if etcd.http.more(&url, &mut response, &mut body).await? {
-            let rest = async {
-                while etcd.http.more(&url, &mut response, &mut body).await? {}
-                Ok(())
-            };
-            let late = |_| http::fault(&url, "the answer is incomplete");
-            timeout(ANSWER, rest).await.map_err(late)??;
+        let piece = response.chunk().await.map_err(|error| http::broken(&url, error))?;
+        if let Some(piece) = piece {
+            turn.answered();
+            etcd.http.add(&url, &piece, &mut body).await?;
+            etcd.http.rest(&url, &mut response, &mut body, ANSWER, Instant::now()).await?;
         }
         Ok(Some(etcd.http.answer(&url, &response, body)))
     };

@@ -20,11 +20,26 @@ pub(super) fn event(body: &[u8]) -> Result<Event, serde_json::Error> {
 }
 
 fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, serde_json::Error> {
-    if body.iter().filter(|byte| **byte == b'{').count() > MOST_OBJECTS {
+    if objects(body) > MOST_OBJECTS {
         let reason = format_args!("it has more than {MOST_OBJECTS} objects");
         return Err(serde_json::Error::custom(reason));
     }
     serde_json::from_slice(body)
+}
+
+/// Objects that begin outside of strings: a value is text, and often JSON itself.
+fn objects(json: &[u8]) -> usize {
+    let (mut count, mut in_string, mut is_escaped) = (0, false, false);
+    for byte in json {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' if in_string => is_escaped = true,
+            b'"' => in_string = !in_string,
+            b'{' if !in_string => count += 1,
+            _ => {}
+        }
+    }
+    count
 }
 
 #[derive(Deserialize)]
@@ -167,6 +182,16 @@ mod tests {
         assert!(of(1000).is_ok());
         let error = of(5_000_000).unwrap_err();
         assert!(error.contains("more than 200000 objects"), "{error}");
+    }
+
+    #[test]
+    fn what_is_in_values_is_no_object() {
+        let value = r#"{\"a\":\"}{\\\"{\"}"#.repeat(20);
+        let node = |i| format!(r#"{{"key":"/services/{i}","value":"{value}"}}"#);
+        let nodes = (0..10_000).map(node).collect::<Vec<_>>().join(",");
+        let tree = tree_of(&format!(r#"{{"node":{{"dir":true,"nodes":[{nodes}]}}}}"#));
+        assert!(tree.is_ok(), "{:?}", tree.err());
+        assert_eq!(objects(br#"{"{\"{":{},"\\":{}}"#), 3);
     }
 
     fn tree_of(text: &str) -> Result<Tree, String> {
