@@ -539,14 +539,14 @@ async fn what_is_in_doubt_and_not_confirmed_by_a_list_is_nobodys_before_anybody_
     }
     let mut followed = Followed::of(&engine);
     until(&mut followed.consumers, |known| has(known, "gone", Some("172.17.0.4"))).await;
-    assert!(!followed.lookup.is_in_doubt(0));
+    assert!(!followed.lookup.is_in_doubt(followed.lookup.doubts(), 0));
     engine.has("one", "172.17.0.9");
     engine.has_not("gone");
     for id in ["one", "gone"] {
         engine.answers(&path(id), Mood::Hangs);
     }
     followed.lookup.doubt();
-    assert!(followed.lookup.is_in_doubt(0) && !followed.lookup.is_in_doubt(1));
+    assert!(followed.lookup.is_in_doubt(1, 0) && !followed.lookup.is_in_doubt(1, 1));
     let known = until(&mut followed.consumers, |known| {
         known.value.as_ref().is_some_and(|listing| listing.confirmed == 1)
     });
@@ -566,8 +566,8 @@ async fn an_engine_that_does_not_answer_leaves_nobody_in_doubt() {
     engine.answers("/containers/json", Mood::Stalls);
     followed.lookup.doubt();
     eventually(|| engine.asked("/containers/json") == 2).await;
-    assert!(followed.lookup.is_in_doubt(0), "while it is asked");
-    eventually(|| !followed.lookup.is_in_doubt(0)).await;
+    assert!(followed.lookup.is_in_doubt(1, 0), "while it is asked");
+    eventually(|| !followed.lookup.is_in_doubt(1, 0)).await;
     assert!(has(&followed.consumers.borrow(), "one", Some("172.17.0.2")));
 }
 
