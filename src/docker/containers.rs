@@ -335,6 +335,11 @@ impl Containers {
         by_id.or_else(|| self.running.values().find(|one| *one.name == *target))
     }
 
+    /// The one with this ID.
+    pub(super) fn running(&self, id: &ContainerId) -> Option<&Arc<Container>> {
+        self.running.get(id)
+    }
+
     /// A run's process has ended.
     pub(super) fn run_has_ended(&mut self) {
         self.ended += 1;
