@@ -126,6 +126,7 @@ impl App {
             user_timeout: config.user_timeout,
             failed_checks,
             splice: true,
+            connect: ProxySettings::CONNECT,
             hold: config.hold,
             lookup,
             log: config.connection_log,

@@ -398,7 +398,8 @@ impl Rotation {
         excluded: &'a [Endpoint],
     ) -> impl Iterator<Item = &'a Arc<EndpointState>> {
         let is_other = move |state: &&Arc<EndpointState>| {
-            state.endpoint != of.endpoint && state.is_choice(excluded) && !state.is_aside(now)
+            // What costs little comes first: there may be many of those, and each is one of the excluded.
+            state.endpoint != of.endpoint && !state.is_aside(now) && state.is_choice(excluded)
         };
         self.order.iter().filter(is_other)
     }
@@ -439,7 +440,7 @@ impl Rotation {
                     self.order.split_at(self.index(self.position.fetch_add(1, Relaxed)));
                 let fewest = |usable: &dyn Fn(&EndpointState) -> bool| {
                     let all =
-                        sooner.iter().chain(later).filter(fresh).filter(|state| usable(state));
+                        sooner.iter().chain(later).filter(|state| usable(state)).filter(fresh);
                     all.min_by_key(|state| state.load(now))
                 };
                 let healthy = fewest(&|state| !state.is_ejected(now));

@@ -14,7 +14,7 @@ use std::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// A TCP port that something can listen on: 1 to 65535.
@@ -156,8 +156,16 @@ struct Run {
     process: OnceLock<Process>,
     descriptor: OnceLock<Arc<OwnedFd>>,
     network_shown: AtomicBool,
-    /// The addresses in its network, and how many interfaces of this host had gone when they were read.
-    addresses: Mutex<Option<(u64, BTreeSet<IpAddr>)>>,
+    addresses: Mutex<Option<ReadAddresses>>,
+}
+
+/// The addresses in a run's network.
+#[derive(Debug)]
+struct ReadAddresses {
+    all: BTreeSet<IpAddr>,
+    /// How many interfaces of this host had gone when they were read.
+    moves: u64,
+    at: Instant,
 }
 
 impl RunEnd {
@@ -204,24 +212,32 @@ impl RunEnd {
         self.0.network_shown.load(Relaxed)
     }
 
+    /// For so long an address that its network did not have is not looked for again.
+    pub const WITHOUT_ADDRESS: Duration = Duration::from_millis(100);
+
     /// Whether its network has an address, after so many interfaces of this host have gone. `read` reads the addresses: once for
-    /// each that goes, for all who ask. `None` if it cannot.
+    /// each that goes, for all who ask about an address that is there. An interface gets its address only after it has come, so
+    /// one that is not there is looked for again, at most once in [`Self::WITHOUT_ADDRESS`]. `None` if it cannot be read.
     pub fn has_address(
         &self,
         address: IpAddr,
         moves: u64,
+        now: Instant,
         read: impl FnOnce() -> io::Result<BTreeSet<IpAddr>>,
     ) -> Option<bool> {
         let mut known = self.0.addresses.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*known {
-            Some((at, addresses)) if *at == moves => Some(addresses.contains(&address)),
-            _ => {
-                let addresses = read().ok()?;
-                let has = addresses.contains(&address);
-                *known = Some((moves, addresses));
-                Some(has)
+        if let Some(ReadAddresses { all, moves: at_moves, at }) = &*known
+            && *at_moves == moves
+        {
+            let has = all.contains(&address);
+            if has || now < *at + Self::WITHOUT_ADDRESS {
+                return Some(has);
             }
         }
+        let all = read().ok()?;
+        let has = all.contains(&address);
+        *known = Some(ReadAddresses { all, moves, at: now });
+        Some(has)
     }
 }
 
@@ -418,6 +434,33 @@ mod tests {
         for wrong in ["", "0", "65536", "99999", "+80", " 80", "80 ", "8e1", "-1", "٨٠"] {
             assert_eq!(wrong.parse::<Port>(), Err(NotAPort(wrong.to_owned())));
         }
+    }
+
+    /// An interface moves into a container first, and gets its address then.
+    #[test]
+    fn an_address_that_a_network_does_not_have_yet_is_looked_for_again_and_not_too_often() {
+        let (run, start) = (RunEnd::default(), Instant::now());
+        let [old, new, never] = [2, 3, 4].map(|last| IpAddr::from([172, 17, 0, last]));
+        let (mut there, mut reads) = (BTreeSet::from([old]), 0);
+        let mut has = |address, moves, at, there: &BTreeSet<IpAddr>| {
+            let now = start + RunEnd::WITHOUT_ADDRESS * at;
+            let read = || {
+                reads += 1;
+                Ok(there.clone())
+            };
+            (run.has_address(address, moves, now, read), reads)
+        };
+        assert_eq!(has(old, 6, 0, &there), (Some(true), 1));
+        assert_eq!(has(new, 6, 0, &there), (Some(false), 1), "it was read just now");
+        there.insert(new);
+        assert_eq!(has(old, 6, 9, &there), (Some(true), 1), "what is there is not read again");
+        assert_eq!(has(new, 6, 9, &there), (Some(true), 2));
+        assert_eq!(has(never, 6, 9, &there), (Some(false), 2));
+        assert_eq!(has(never, 6, 10, &there), (Some(false), 3));
+        there.remove(&old);
+        assert_eq!(has(old, 7, 10, &there), (Some(false), 4), "an interface went");
+        let fails = || Err(io::ErrorKind::Other.into());
+        assert_eq!(run.has_address(old, 8, start, fails), None);
     }
 
     #[test]

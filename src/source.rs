@@ -2,7 +2,9 @@
 //! and a failure never removes the last data.
 
 use std::{
+    convert::Infallible,
     fmt,
+    future::pending,
     panic::AssertUnwindSafe,
     sync::Arc,
     time::{Duration, Instant},
@@ -68,6 +70,11 @@ pub trait Source: Send {
         publish: &Publisher<Self::Item>,
         resync: &mut Resync,
     ) -> impl Future<Output = Result<(), SourceError>> + Send;
+
+    /// What it does while it waits for the next session after one that failed. May be dropped at any await.
+    fn between(&mut self) -> impl Future<Output = Infallible> + Send {
+        pending()
+    }
 }
 
 /// Why a session ended: one line with the request and the answer or error.
@@ -250,6 +257,7 @@ pub async fn follow<S: Source>(
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = resync.requested() => {}
+            never = source.between() => match never {},
         }
     }
 }

@@ -212,7 +212,7 @@ impl Containers {
     pub(super) fn look_at(&mut self, list: Vec<Listed>, doubts: u64) {
         let newer = self.newer_than_look.take().unwrap_or_default();
         let takes_away = doubts > self.confirmed;
-        let given: HashMap<_, _> = list.into_iter().map(|one| (one.id, one.addresses)).collect();
+        let given: BTreeMap<_, _> = list.into_iter().map(|one| (one.id, one.addresses)).collect();
         let new = given.keys().filter(|id| !self.running.contains_key(*id));
         let mut others: Vec<_> = new.cloned().collect();
         for (id, known) in &self.running {
@@ -278,6 +278,7 @@ impl Containers {
                         *container = container.at(before.shown().cloned());
                     }
                 }
+                self.is_newer(&id);
                 self.put(*container);
                 self.running.get(&id).filter(|_| is_new)
             }
@@ -332,6 +333,11 @@ impl Containers {
     pub(super) fn named(&self, target: &str) -> Option<&Arc<Container>> {
         let by_id = self.running.get(&ContainerId::new(target));
         by_id.or_else(|| self.running.values().find(|one| *one.name == *target))
+    }
+
+    /// The one with this ID.
+    pub(super) fn running(&self, id: &ContainerId) -> Option<&Arc<Container>> {
+        self.running.get(id)
     }
 
     /// A run's process has ended.
@@ -423,7 +429,6 @@ impl Containers {
             None => {}
         }
         let id = container.id.clone();
-        self.is_newer(&id);
         self.drop_claims(&id);
         for address in container.addresses() {
             let claimants = self.claims.entry(address).or_default();
@@ -450,7 +455,8 @@ impl Containers {
         }
     }
 
-    /// What is known of a container may be newer than the list that is on its way.
+    /// What the engine said of a container may be newer than the list that is on its way. What the kernel shows says nothing of the
+    /// addresses that a list takes away.
     fn is_newer(&mut self, id: &ContainerId) {
         if let AwaitedList::Again(newer) = &mut self.list {
             newer.insert(id.clone());
@@ -864,6 +870,37 @@ mod tests {
         found(&mut containers, ticket, &none);
         containers.shown(&id("a"), None);
         assert_eq!(known(&containers), [at("a", &[])]);
+    }
+
+    /// It would keep an address that is another's by now, and the doubt about that would be over.
+    #[test]
+    fn what_the_kernel_shows_of_a_container_does_not_outdate_a_list_that_is_on_its_way() {
+        let list = || vec![Listed { id: id("a"), addresses: Some(BTreeSet::new()) }];
+        let plug = Plug { index: 7, interface: None, is_port: true };
+        let a = Container { stop_signal: 15, ..container("a", bridge("172.17.0.2")) };
+        let plugged = |all: &mut Containers| all.plugged(&id("a"), vec![plug]);
+        let signalled = |all: &mut Containers| all.hear(Notice::Signalled(id("a"), 15));
+        let all: [&dyn Fn(&mut Containers); 2] = [&plugged, &signalled];
+        for happens in all {
+            let mut containers = with(std::slice::from_ref(&a));
+            containers.begin_look();
+            happens(&mut containers);
+            containers.look_at(list(), 1);
+            assert_eq!(known(&containers), [at("a", &[])]);
+
+            let mut containers = with(std::slice::from_ref(&a));
+            containers.list_again();
+            happens(&mut containers);
+            containers.relist(list());
+            assert_eq!(known(&containers), [at("a", &[])]);
+        }
+        // The engine's own word does.
+        let mut containers = with(std::slice::from_ref(&a));
+        let ticket = look(&mut containers, "a");
+        containers.begin_look();
+        found(&mut containers, ticket, &a);
+        containers.look_at(list(), 1);
+        assert_eq!(known(&containers), [at("a", &["172.17.0.2"])]);
     }
 
     #[test]

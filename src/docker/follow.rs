@@ -2,6 +2,9 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    convert::Infallible,
+    future::pending,
+    mem,
     pin::pin,
     sync::Arc,
     time::{Duration, Instant},
@@ -19,7 +22,7 @@ use super::{
     client::{Client, PING},
     container::{Container, Interfaces, Inventory, Network},
     containers::Containers,
-    links::Links,
+    links::{Change, Links},
     lookup::Lookup,
     obstacle,
     process::{self, Processes},
@@ -79,6 +82,9 @@ impl Follower {
                 namespaces: HashMap::new(),
                 knows_networks: false,
                 said: false,
+                links: Links::default(),
+                has_lost_one: true,
+                has_come: false,
             };
             follow(&follower.name, source, publish, resync).await;
         };
@@ -106,6 +112,12 @@ struct EngineSource {
     knows_networks: bool,
     /// Whether the log message that processes are not visible was written.
     said: bool,
+    /// Read between sessions too: an address may move while the engine is away.
+    links: Links,
+    /// Whether an interface is gone for good since the last doubt: an address may be free for another container.
+    has_lost_one: bool,
+    /// Whether a container may have got an address, and that was not looked into.
+    has_come: bool,
 }
 
 impl Source for EngineSource {
@@ -119,14 +131,23 @@ impl Source for EngineSource {
         let (engine, prefixes, lookup) =
             (self.engine.clone(), self.prefixes.clone(), self.lookup.clone());
         lookup.give_up_doubts();
+        if !self.links.are_watched() {
+            // Nobody listened before.
+            self.links = Links::open();
+            self.has_lost_one = true;
+            lookup.moved();
+        }
         // The stream opens when it is first read. An engine replays a few of the events since this moment, and no more:
         // so it is read beside the listing, however long that takes.
-        let connected = Client::connect(&engine).await;
+        let connected = self.beside(Client::connect(&engine)).await;
         let (client, since) = connected.map_err(|error| match obstacle::of(&engine) {
             Some(obstacle) => SourceError::new(format_args!("{engine}: {obstacle}")),
             None => error,
         })?;
-        self.containers.host(client.host().await?);
+        let host = self.beside(client.host()).await?;
+        self.containers.host(host);
+        // What the engine could not be asked about while it was away.
+        self.doubt();
         self.stand();
         let mut events = pin!(client.events(&since, &read::ACTIONS));
         let mut heard = events.next().now_or_never();
@@ -141,13 +162,10 @@ impl Source for EngineSource {
         lists.push(client.list());
         let mut is_published = false;
         let ended = self.processes.ended();
-        // Nobody listened before.
-        let mut links = Links::open();
-        lookup.moved();
-        let mut has_lost_one = true;
         self.namespaces.clear();
-        self.containers.ports(links.ports());
-        self.plug(&mut links, None);
+        self.containers.ports(self.links.ports());
+        self.plug(None);
+        let mut cables = Cables::default();
         let mut next_look = Instant::now();
         // A look is over once the containers that it listed are inspected.
         let mut is_looking = false;
@@ -213,41 +231,42 @@ impl Source for EngineSource {
                     looks.push(async move { (client.list().await, doubts) });
                 }
                 () = sleep_until(patience.into()), if waits_for_networks => {}
-                change = links.changed() => {
-                    if change.gone {
-                        lookup.moved();
-                    }
-                    has_lost_one |= change.deleted;
-                    // Where processes show who has which address, nobody need be asked.
-                    if change.came && has_lost_one && self.containers.are_any_unshown() {
-                        has_lost_one = false;
-                        lookup.doubt();
-                    }
+                change = self.links.changed() => {
+                    self.note(&change);
+                    self.doubt();
                     if change.addresses {
                         self.stand();
                         self.containers.list_networks();
                     }
-                    if change.bridges {
-                        self.containers.ports(links.ports());
+                    cables.add(change);
+                }
+                () = cables.settled() => {
+                    let Cables { bridges, namespaces, .. } = mem::take(&mut cables);
+                    if bridges {
+                        self.containers.ports(self.links.ports());
                     }
-                    if !change.namespaces.is_empty() {
-                        self.plug(&mut links, Some(&change.namespaces));
+                    if !namespaces.is_empty() {
+                        self.plug(Some(&namespaces));
                     }
                 }
                 _ = ping.tick(), if pings.is_empty() => {
                     pings.push(client.ping());
                     self.containers.retry();
                     self.watch();
-                    self.plug(&mut links, None);
+                    self.plug(None);
                     self.show(self.containers.unaddressed().cloned().collect());
                 }
                 Some(answer) = inspections.next() => {
                     let (ticket, found) = answer?;
                     let id = ticket.id.clone();
-                    if let Some(new) = self.containers.inspected(ticket, found) {
-                        watch(&mut self.processes, new, &self.bell);
-                        let new = new.clone();
-                        self.plug_one(&mut links, &new);
+                    let new = self.containers.inspected(ticket, found).cloned();
+                    // One that was started without a network may have been connected to one since.
+                    let one = self.containers.running(&id).filter(|one| !one.run.has_shown_network());
+                    if let Some(one) = one {
+                        watch(&mut self.processes, one, &self.bell);
+                    }
+                    if let Some(new) = new {
+                        self.plug_one(&new);
                         // Its own, or of the one whose network it joins.
                         let target = match &new.network {
                             Network::Of(target) => target.clone(),
@@ -289,9 +308,73 @@ impl Source for EngineSource {
             }
         }
     }
+
+    async fn between(&mut self) -> Infallible {
+        self.beside(pending()).await
+    }
+}
+
+/// Changes of the cables that are not published yet. The start of a container makes several, and each answer costs a pass over all
+/// containers.
+#[derive(Debug, Default)]
+struct Cables {
+    bridges: bool,
+    namespaces: BTreeSet<i32>,
+    first: Option<Instant>,
+}
+
+impl Cables {
+    /// How long others are waited for after the first.
+    const PAUSE: Duration = Duration::from_millis(20);
+
+    fn add(&mut self, change: Change) {
+        if change.bridges || !change.namespaces.is_empty() {
+            self.bridges |= change.bridges;
+            self.namespaces.extend(change.namespaces);
+            self.first.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Waits until they are to be published. For ever if there are none.
+    async fn settled(&self) {
+        match self.first {
+            Some(first) => sleep_until((first + Self::PAUSE).into()).await,
+            None => pending().await,
+        }
+    }
 }
 
 impl EngineSource {
+    /// Reads what changes of the interfaces while an answer is awaited.
+    async fn beside<T>(&mut self, answer: impl Future<Output = T>) -> T {
+        let mut answer = pin!(answer);
+        loop {
+            tokio::select! {
+                answer = &mut answer => return answer,
+                change = self.links.changed() => self.note(&change),
+            }
+        }
+    }
+
+    /// Notes that an address may have moved to another container.
+    fn note(&mut self, change: &Change) {
+        if change.gone {
+            self.lookup.moved();
+        }
+        self.has_lost_one |= change.deleted;
+        self.has_come |= change.came;
+    }
+
+    /// Has the engine say who has which address, if one may have moved unseen. Where processes show who has which address, nobody
+    /// need be asked.
+    fn doubt(&mut self) {
+        let has_come = mem::take(&mut self.has_come);
+        if has_come && self.has_lost_one && self.containers.are_any_unshown() {
+            self.has_lost_one = false;
+            self.lookup.doubt();
+        }
+    }
+
     /// Looks where those of these containers are to which the engine gave no address.
     fn show(&mut self, containers: Vec<Arc<Container>>) {
         let unaddressed: Vec<_> =
@@ -310,7 +393,7 @@ impl EngineSource {
     }
 
     /// Finds where the cables of these network namespaces end, and of those containers for which it is not known.
-    fn plug(&mut self, links: &mut Links, touched: Option<&BTreeSet<i32>>) {
+    fn plug(&mut self, touched: Option<&BTreeSet<i32>>) {
         let all: Vec<_> = self.containers.with_cables().cloned().collect();
         self.namespaces.retain(|id, _| all.binary_search_by(|one| one.id.cmp(id)).is_ok());
         let is_touched = |one: &&Arc<Container>| match self.namespaces.get(&one.id) {
@@ -322,21 +405,21 @@ impl EngineSource {
         };
         let of_interest: Vec<_> = all.iter().filter(is_touched).cloned().collect();
         for one in of_interest {
-            self.plug_one(links, &one);
+            self.plug_one(&one);
         }
     }
 
     /// Finds where the cables of a container end.
-    fn plug_one(&mut self, links: &mut Links, one: &Container) {
+    fn plug_one(&mut self, one: &Container) {
         let Some(process) = one.run.process() else { return };
         let known = self.namespaces.get(&one.id).filter(|(of, _)| *of == process);
         let namespace = match known {
             Some((_, namespace)) => Some(*namespace),
-            None => process::look(&one.run, |pid| links.namespace_of(pid)).flatten(),
+            None => process::look(&one.run, |pid| self.links.namespace_of(pid)).flatten(),
         };
         if let Some(namespace) = namespace {
             self.namespaces.insert(one.id.clone(), (process, namespace));
-            self.containers.plugged(&one.id, links.plugs(namespace));
+            self.containers.plugged(&one.id, self.links.plugs(namespace));
         }
     }
 

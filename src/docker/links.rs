@@ -59,7 +59,7 @@ struct Cables {
 }
 
 /// A netlink socket (man 7 rtnetlink) on which the changes arrive, and one for questions.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Links {
     socket: Option<AsyncFd<Arc<OwnedFd>>>,
     asking: Option<OwnedFd>,
@@ -103,6 +103,11 @@ impl Links {
         // After it is watched, so that no change is missed.
         links.list();
         links
+    }
+
+    /// Whether changes arrive.
+    pub(super) fn are_watched(&self) -> bool {
+        self.socket.is_some()
     }
 
     /// Lists all interfaces.
@@ -206,6 +211,8 @@ impl Links {
                     Err(Errno::NOBUFS) => lost = true,
                     Err(error) => {
                         debug!(%error, "cannot read what changed of the interfaces");
+                        drop(ready);
+                        self.socket = None;
                         return pending().await;
                     }
                 }

@@ -14,6 +14,7 @@ use crate::{
     discovery::{Discoveries, Endpoints, Query, Watches, docker::PREFIX},
     docker::{Address, Engine, follow::Follower, lookup::Lookup},
     provider::{Listing, Provider},
+    proxy::testing::in_own_network,
     source::{Answers, Known, ResyncRequests},
 };
 
@@ -539,14 +540,14 @@ async fn what_is_in_doubt_and_not_confirmed_by_a_list_is_nobodys_before_anybody_
     }
     let mut followed = Followed::of(&engine);
     until(&mut followed.consumers, |known| has(known, "gone", Some("172.17.0.4"))).await;
-    assert!(!followed.lookup.is_in_doubt(0));
+    assert!(!followed.lookup.is_in_doubt(followed.lookup.doubts(), 0));
     engine.has("one", "172.17.0.9");
     engine.has_not("gone");
     for id in ["one", "gone"] {
         engine.answers(&path(id), Mood::Hangs);
     }
     followed.lookup.doubt();
-    assert!(followed.lookup.is_in_doubt(0) && !followed.lookup.is_in_doubt(1));
+    assert!(followed.lookup.is_in_doubt(1, 0) && !followed.lookup.is_in_doubt(1, 1));
     let known = until(&mut followed.consumers, |known| {
         known.value.as_ref().is_some_and(|listing| listing.confirmed == 1)
     });
@@ -566,9 +567,35 @@ async fn an_engine_that_does_not_answer_leaves_nobody_in_doubt() {
     engine.answers("/containers/json", Mood::Stalls);
     followed.lookup.doubt();
     eventually(|| engine.asked("/containers/json") == 2).await;
-    assert!(followed.lookup.is_in_doubt(0), "while it is asked");
-    eventually(|| !followed.lookup.is_in_doubt(0)).await;
+    assert!(followed.lookup.is_in_doubt(1, 0), "while it is asked");
+    eventually(|| !followed.lookup.is_in_doubt(1, 0)).await;
     assert!(has(&followed.consumers.borrow(), "one", Some("172.17.0.2")));
+}
+
+/// The containers of podman go on, and others start, while its service is stopped.
+#[test]
+fn an_interface_that_goes_while_the_engine_is_away_is_noticed() {
+    in_own_network(
+        "docker::sessions::an_interface_that_goes_while_the_engine_is_away_is_noticed",
+        || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.unwrap().block_on(async {
+                let engine = FakeEngine::start();
+                engine.has("one", "172.17.0.2");
+                let mut followed = Followed::of(&engine);
+                let has_one = |known: &Known<_>| has(known, "one", Some("172.17.0.2"));
+                until(&mut followed.consumers, has_one).await;
+                drop(engine);
+                until(&mut followed.consumers, |known| known.error.is_some()).await;
+                let before = followed.lookup.moves();
+                let ip = "ip link add here type veth peer name there; ip link del here";
+                let status = std::process::Command::new("sh").args(["-euc", ip]).status();
+                assert!(status.unwrap().success());
+                eventually(|| followed.lookup.moves() > before).await;
+                assert!(has_one(&followed.consumers.borrow()));
+            });
+        },
+    );
 }
 
 #[tokio::test]

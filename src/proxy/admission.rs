@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    future::pending,
     net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
@@ -11,7 +12,7 @@ use std::{
 use tokio::{
     net::{TcpListener, TcpStream},
     task::{spawn_local, yield_now},
-    time::sleep_until,
+    time::{sleep, sleep_until},
 };
 
 use super::{
@@ -20,13 +21,13 @@ use super::{
     listener::{self, AcceptBackoff},
     lists::Place,
     owner::{self, Doubt, Pause},
-    shared::HoldPermit,
+    shared::{HoldPermit, Waiting},
     socket::Socket,
     worker::{HeldTicket, Worker},
 };
 use crate::{
     docker::process,
-    model::{ConsumerId, SourceAddress},
+    model::{ConsumerId, RunEnd, SourceAddress},
     outcome::Outcome,
     table::Route,
 };
@@ -97,19 +98,23 @@ impl Worker {
             && self.table.borrow().may_become_known(&source)
             && !settings.lookup.was_nobodys(&source)
         {
-            return self.hold_while(captured, |ticket| wait(ticket, socket, captured, None));
+            let since = Since { doubts: settings.lookup.doubts(), route: None };
+            return self.hold_while(Waiting::Unknown, captured, |ticket| {
+                wait(ticket, socket, captured, since)
+            });
         }
         self.refuse(captured.source, Some(captured.destination), None, outcome);
     }
 
-    /// Holds a connection while a task finds out whose it is. Refuses it if too many of its source are held.
+    /// Holds a connection while a task finds out whose it is. Refuses it if too many of its kind and its source are held.
     fn hold_while<T: Future<Output = ()> + 'static>(
         self: &Rc<Self>,
+        waiting: Waiting,
         captured: Captured,
         task: impl FnOnce(HeldTicket) -> T,
     ) {
         let Captured { source, destination, .. } = captured;
-        match HoldPermit::of(&self.shared, source.0.ip()) {
+        match HoldPermit::of(&self.shared, waiting, source.0.ip()) {
             Some(permit) => {
                 let ticket = self.hold(captured, permit);
                 self.run(ticket.place(), task(ticket));
@@ -119,8 +124,9 @@ impl Worker {
     }
 
     /// What shows that a route's owner may have lost the address without an event: the next one to have it may have opened this.
-    /// That costs a look at the owner's network after an interface of this host has gone, and nothing otherwise.
-    fn may_have_lost(&self, route: &Route, source: IpAddr) -> Option<Sign> {
+    /// That costs a look at the owner's network after an interface of this host has gone, and nothing otherwise. `doubts`: how many
+    /// there were when the connection was accepted. Those that came later are of addresses that others got later.
+    fn may_have_lost(&self, route: &Route, source: IpAddr, doubts: u64) -> Option<Sign> {
         const MOST: usize = 100_000;
         if route.consumer == ConsumerId::Local {
             return None;
@@ -129,7 +135,7 @@ impl Worker {
         let Some(owner) = owner::shown(route) else {
             // Its process shows nothing: the engine has to confirm who has which address.
             let confirmed = self.table.borrow().confirmed;
-            return lookup.is_in_doubt(confirmed).then_some(Sign::Unconfirmed);
+            return lookup.is_in_doubt(doubts, confirmed).then_some(Sign::Unconfirmed);
         };
         let moves = lookup.moves();
         if self.checked.borrow().get(&source).copied().unwrap_or_default() == moves {
@@ -138,7 +144,7 @@ impl Worker {
         let read =
             || process::look(owner, process::addresses).unwrap_or_else(|| Ok(BTreeSet::new()));
         // One that has ended has no address.
-        if owner.has_address(source, moves, read) == Some(false) {
+        if owner.has_address(source, moves, Instant::now(), read) == Some(false) {
             return Some(Sign::Lost);
         }
         let mut checked = self.checked.borrow_mut();
@@ -157,17 +163,24 @@ impl Worker {
         route: Arc<Route>,
     ) {
         let now = Instant::now();
-        if let Some(sign) = self.may_have_lost(&route, captured.source.0.ip()) {
-            let former = (sign == Sign::Lost).then_some(route);
-            return self.hold_while(captured, |ticket| wait(ticket, socket, captured, former));
+        let doubts = self.settings().lookup.doubts();
+        if let Some(sign) = self.may_have_lost(&route, captured.source.0.ip(), doubts) {
+            let waiting = match sign {
+                Sign::Lost => Waiting::Unknown,
+                Sign::Unconfirmed => Waiting::Known,
+            };
+            let since = Since { doubts, route: Some(route) };
+            return self
+                .hold_while(waiting, captured, |ticket| wait(ticket, socket, captured, since));
         }
         match owner::doubt(&route, self.pause.get(), now) {
             None => {}
             // It may have waited until a moment ago to become known, and is served like those that do so here.
             Some(Doubt::New) if !owner::has_hung_up(&socket.stream) => {}
             Some(_) => {
-                return self
-                    .hold_while(captured, |ticket| identify(ticket, socket, captured, route, now));
+                return self.hold_while(Waiting::Known, captured, |ticket| {
+                    identify(ticket, socket, captured, route, now)
+                });
             }
         }
         if let Some(ticket) = self.start(captured, route, now) {
@@ -195,9 +208,17 @@ enum Sign {
     Unconfirmed,
 }
 
-/// Waits until the container is known: its first connection may arrive before the engine's event. `former`: the route of the
-/// one who had the address before.
-async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, former: Option<Arc<Route>>) {
+/// How things were when a connection was accepted that waits.
+#[derive(Debug)]
+struct Since {
+    /// How many doubts about addresses there were.
+    doubts: u64,
+    /// The route that its address had.
+    route: Option<Arc<Route>>,
+}
+
+/// Waits until the container is known: its first connection may arrive before the engine's event.
+async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, since: Since) {
     let (worker, accepted) = (ticket.worker().clone(), Instant::now());
     let deadline = accepted + worker.settings().hold;
     let (lookup, source) = (&worker.settings().lookup, captured.source.0.ip());
@@ -206,22 +227,26 @@ async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, former: Op
     loop {
         // Looked up before the first wait too: the table may have come since this connection was accepted.
         let route = worker.route_of(&captured);
-        let is_lost = |route: &Arc<Route>| {
-            former.as_ref().is_some_and(|former| former.number == route.number)
-                || worker.may_have_lost(route, source).is_some()
-        };
+        let sign =
+            route.as_ref().ok().and_then(|route| worker.may_have_lost(route, source, since.doubts));
         match route {
-            Ok(route) if is_lost(&route) => {}
+            Ok(_) if sign.is_some() => {}
             // The first to get the address need not be the one who dialled.
-            Ok(route)
-                if owner::shows_sockets(&route)
-                    || owner::doubt(&route, worker.pause.get(), accepted)
-                        == Some(Doubt::Waited)
-                    || owner::has_hung_up(&socket.stream) =>
-            {
+            Ok(route) => {
+                let doubt = owner::doubt(&route, worker.pause.get(), accepted);
+                // It had this route when it was accepted, and is confirmed to have it still.
+                let is_its = since.route.as_ref().is_some_and(|one| one.number == route.number);
+                let is_certain = match doubt {
+                    _ if owner::shows_sockets(&route) => false,
+                    Some(Doubt::Waited) => false,
+                    None if is_its => true,
+                    _ => !owner::has_hung_up(&socket.stream),
+                };
+                if is_certain {
+                    return start_held(ticket, socket, captured, route, accepted).await;
+                }
                 return identify(ticket, socket, captured, route, accepted).await;
             }
-            Ok(route) => return start_held(ticket, socket, captured, route, accepted).await,
             // The engine was asked since, and knows nobody there.
             Err(Outcome::UnknownConsumer) if !lookup.is_nobodys(&source, accepted) => {}
             Err(outcome) => return ticket.end(outcome),
@@ -229,10 +254,20 @@ async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, former: Op
         let waits_on = tokio::select! {
             is_another = worker.another_table(deadline) => is_another,
             _ = looks.changed() => true,
+            // Its interface may get the address yet, and nothing tells of that.
+            () = pause(sign) => true,
         };
         if !waits_on {
             return ticket.end(Outcome::UnknownConsumer);
         }
+    }
+}
+
+/// Waits until an address that its owner's network does not have is worth another look.
+async fn pause(sign: Option<Sign>) {
+    match sign {
+        Some(Sign::Lost) => sleep(RunEnd::WITHOUT_ADDRESS).await,
+        Some(Sign::Unconfirmed) | None => pending().await,
     }
 }
 
@@ -281,6 +316,7 @@ mod tests {
         consumer::Consumer,
         docker::process,
         model::{ContainerId, Endpoint},
+        provider::Lookup,
         proxy::{
             connections::{Connection, State},
             settings::ProxySettings,
@@ -393,12 +429,17 @@ mod tests {
             let now = Instant::now();
             let long_ago = now.checked_sub(Duration::from_secs(60)).unwrap();
             let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
-            let (_, former) = worker(long_ago);
-            former.ends[0].shows_network();
-            // The table has the same route.
-            let id = former.consumer.clone();
-            let table = Arc::new(table_of(id));
-            let worker = Worker::new(Arc::new(Shared::new(held)), 0, table).unwrap();
+            let owner = {
+                let run = process::run_of_this_process();
+                run.shows_network();
+                let id =
+                    ConsumerId::Container { id: ContainerId::new("b"), started_at: "t".into() };
+                let owner = consumer_of(id, "a", "172.17.0.2".parse().unwrap(), "redis;6379");
+                Arc::new(Consumer { ends: vec![run], ..Consumer::clone(&owner) })
+            };
+            let table = table_after(&Table::default(), std::slice::from_ref(&owner), &[]).unwrap();
+            let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(table)).unwrap();
+            let former = worker.table.borrow().routes().next().unwrap().clone();
             let lookup = worker.settings().lookup.clone();
             let started = || former.counts.started.load(Relaxed);
             let dial = |source: &str| {
@@ -426,13 +467,7 @@ mod tests {
             // A table in which nothing changed for it is none to be served by.
             let other = consumer("other", "172.17.0.77".parse().unwrap(), "redis;6379");
             let before = worker.table.borrow().clone();
-            let same = consumer_of(
-                former.consumer.clone(),
-                "a",
-                "172.17.0.2".parse().unwrap(),
-                "redis;6379",
-            );
-            let next = table_after(&before, &[same, other.clone()], &[]).unwrap();
+            let next = table_after(&before, &[owner, other.clone()], &[]).unwrap();
             worker.take_over(Arc::new(next));
             tokio::task::yield_now().await;
             tokio::task::yield_now().await;
@@ -500,10 +535,12 @@ mod tests {
             tokio::task::yield_now().await;
             tokio::task::yield_now().await;
             assert_eq!((started(&former), waiting()), (1, 1));
-            // The engine says that the address is another's.
+            // It clears that doubt up while there is a newer one, and the address is another's.
+            let doubts = lookup.doubts();
+            lookup.doubt();
             let before = worker.table.borrow().clone();
             let mut next = table_after(&before, &[of("next"), other], &[]).unwrap();
-            next.confirmed = lookup.doubts();
+            next.confirmed = doubts;
             worker.take_over(Arc::new(next));
             let key = former.key;
             let served = async {
@@ -515,6 +552,70 @@ mod tests {
             assert_eq!((started(&former), waiting()), (1, 0));
             worker.end_all(Outcome::Shutdown, |_| true);
             worker.all_ended().await;
+        });
+    }
+
+    /// Where no process is visible, nobody can be asked whose a connection is.
+    #[test]
+    fn a_half_closed_connection_of_a_known_container_is_served_once_the_doubt_is_over() {
+        let served = async |is_confirmed: bool| {
+            let held = ProxySettings { hold: Duration::from_secs(3_600), ..settings() };
+            let source: IpAddr = "127.0.0.1".parse().unwrap();
+            let id = ConsumerId::Container { id: ContainerId::new("one"), started_at: "t".into() };
+            let (_client, socket, captured) = opened(true, true).await;
+            let port = captured.destination.0.port();
+            let one = || consumer_of(id.clone(), "one", source, &format!("redis;{port}"));
+            let table = table_after(&Table::default(), &[one()], &[]).unwrap();
+            let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(table)).unwrap();
+            let lookup = worker.settings().lookup.clone();
+            lookup.doubt();
+            worker.let_in(socket, captured);
+            tokio::task::yield_now().await;
+            assert_eq!(worker.shared.held(), 1);
+            let before = worker.table.borrow().clone();
+            let other = consumer("other", "172.17.0.77".parse().unwrap(), "redis;6379");
+            if is_confirmed {
+                let mut next = table_after(&before, &[one(), other], &[]).unwrap();
+                next.confirmed = lookup.doubts();
+                worker.take_over(Arc::new(next));
+            } else {
+                // The engine does not answer.
+                lookup.give_up_doubts();
+            }
+            worker.all_ended().await;
+            let table = worker.table.borrow();
+            let route = table.routes().find(|one| one.key.source == source).unwrap();
+            assert_eq!(route.counts.started.load(Relaxed), 1);
+            assert_eq!(worker.shared.tally.get(Outcome::UnknownConsumer), 0);
+        };
+        run(async {
+            served(true).await;
+            served(false).await;
+        });
+    }
+
+    /// An interface comes into a container before its address does: what was read in between is not the last word.
+    #[test]
+    fn a_container_whose_network_gets_the_address_a_moment_later_is_served() {
+        run(async {
+            let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
+            let (_client, socket, captured) = opened(false, true).await;
+            let (source, port) = (captured.source.0.ip(), captured.destination.0.port());
+            let table = table_after(&Table::default(), &[newcomer(source, port, true)], &[]);
+            let table = Arc::new(table.unwrap());
+            let worker = Worker::new(Arc::new(Shared::new(held)), 0, table).unwrap();
+            let route = worker.table.borrow().routes().next().unwrap().clone();
+            worker.settings().lookup.moved();
+            let early = route.ends[0].has_address(
+                source,
+                worker.settings().lookup.moves(),
+                Instant::now() + Duration::from_millis(100),
+                || Ok(BTreeSet::new()),
+            );
+            assert_eq!(early, Some(false));
+            worker.let_in(socket, captured);
+            worker.all_ended().await;
+            assert_eq!(route.counts.started.load(Relaxed), 1);
         });
     }
 
@@ -534,9 +635,11 @@ mod tests {
         let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(table())).unwrap();
         let (_client, socket, captured) = opened(false, dials_itself).await;
         let (source, port) = (captured.source.0.ip(), captured.destination.0.port());
-        worker.hold_while(captured, |ticket| wait(ticket, socket, captured, None));
+        let since = Since { doubts: 0, route: None };
+        worker
+            .hold_while(Waiting::Unknown, captured, |ticket| wait(ticket, socket, captured, since));
         tokio::task::yield_now().await;
-        assert_eq!(worker.shared.holds().held, 1);
+        assert_eq!(worker.shared.held(), 1);
         let known = [newcomer(source, port, is_shown)];
         let table = table_after(&worker.table.borrow(), &known, &[]).unwrap();
         let route = table.routes().find(|route| route.key.source == source).unwrap().clone();
@@ -562,7 +665,10 @@ mod tests {
     #[test]
     fn the_engines_word_that_nobody_has_an_address_ends_the_wait_and_is_remembered() {
         run(async {
-            let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
+            // Both last longer than a busy machine may stand still.
+            let lookup = Lookup::that_remembers(Duration::from_secs(3_600));
+            let hold = Duration::from_secs(3_600);
+            let held = ProxySettings { hold, lookup, ..settings() };
             let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(table())).unwrap();
             let lookup = worker.settings().lookup.clone();
             let refused = || worker.shared.tally.get(Outcome::UnknownConsumer);
@@ -581,27 +687,23 @@ mod tests {
             // The look has begun: it may have come since.
             let _later = dial(STRANGER).await;
             let _other = dial("172.17.0.10").await;
-            assert_eq!((worker.shared.holds().held, refused()), (3, 0));
+            assert_eq!((worker.shared.held(), refused()), (3, 0));
             lookup.is_over(true, |_| false);
             while refused() == 0 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            assert_eq!((worker.shared.holds().held, refused()), (2, 1));
+            assert_eq!((worker.shared.held(), refused()), (2, 1));
             let _again = dial(STRANGER).await;
-            assert_eq!((worker.shared.holds().held, refused()), (2, 2), "at once");
+            assert_eq!((worker.shared.held(), refused()), (2, 2), "at once");
             lookup.begins();
             lookup.is_over(true, |_| false);
             while refused() < 4 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            assert_eq!(worker.shared.holds().held, 0);
+            assert_eq!(worker.shared.held(), 0);
             lookup.forget();
             let _after_news = dial(STRANGER).await;
-            assert_eq!(
-                (worker.shared.holds().held, refused()),
-                (1, 4),
-                "a container may have come"
-            );
+            assert_eq!((worker.shared.held(), refused()), (1, 4), "a container may have come");
             worker.end_all(Outcome::Shutdown, |_| true);
             worker.all_ended().await;
         });
@@ -659,7 +761,7 @@ mod tests {
         let held = |(_, one): (Place, &Connection)| matches!(one.state, State::Held(_));
         assert!(worker.connections.borrow().iter().all(held));
         assert_eq!(worker.connections.borrow().iter().count(), HELD);
-        assert_eq!(worker.shared.holds().held, HELD);
+        assert_eq!(worker.shared.held(), HELD);
         assert_eq!(worker.shared.tally.get(Outcome::TooManyHeld), MORE as u64);
         for mut refused in clients.drain(HELD..) {
             let error = refused.read(&mut [0]).await.unwrap_err();
@@ -684,7 +786,7 @@ mod tests {
             for _ in &clients {
                 taken.push(listener.accept().await.unwrap());
             }
-            assert_eq!(worker.shared.holds().held, 0);
+            assert_eq!(worker.shared.held(), 0);
             assert_eq!(worker.shared.live.load(Relaxed), clients.len());
             assert_eq!(worker.connections.borrow().iter().count(), clients.len());
             drop(clients);
@@ -701,7 +803,7 @@ mod tests {
             worker.end_all(Outcome::Shutdown, |one| matches!(one.state, State::Held(_)));
             worker.all_ended().await;
             assert_eq!(worker.shared.tally.get(Outcome::Shutdown), clients.len() as u64);
-            assert_eq!(worker.shared.holds().held, 0);
+            assert_eq!(worker.shared.held(), 0);
         });
     }
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use socket2::SockRef;
-use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio::{io::AsyncWriteExt, net::TcpStream, task::yield_now};
 
 use super::{
     announce,
@@ -26,11 +26,12 @@ use crate::{
 
 /// Maximum number of distinct endpoints tried.
 const TRIES: usize = 3;
+/// Maximum number of tries that were none, of endpoints of which that was known before: if all are so, a connection does not go
+/// through all of them.
+const VAIN: usize = 16;
 /// Timeout of an attempt while there is another endpoint to try. The kernel sends a lost SYN again after as long, so giving up
 /// then makes one lost packet a failure.
 const TRY: Duration = Duration::from_secs(1);
-/// Timeout of all attempts together.
-const CONNECT: Duration = Duration::from_secs(5);
 
 /// How long an endpoint is used only if no other can be, after this host had no route to it, or no source port free.
 const WITHOUT_ROUTE: Duration = Duration::from_secs(60);
@@ -46,6 +47,8 @@ struct Excluded {
     from_start: usize,
     /// Those that were at fault themselves, or may be.
     tried: usize,
+    /// Those that this host could not reach, as was known.
+    vain: usize,
     /// Those to which all source ports were in use.
     starved: Vec<Endpoint>,
 }
@@ -53,7 +56,7 @@ struct Excluded {
 impl Excluded {
     fn new(from_start: Option<Endpoint>) -> Self {
         let all = Vec::from_iter(from_start);
-        Self { from_start: all.len(), all, tried: 0, starved: Vec::new() }
+        Self { from_start: all.len(), all, tried: 0, vain: 0, starved: Vec::new() }
     }
 
     fn may_try_more(&self) -> bool {
@@ -78,6 +81,7 @@ impl Excluded {
     /// Admits those again to which no source port was free. Whether there are any.
     fn readmit_starved(&mut self) -> bool {
         let starved = std::mem::take(&mut self.starved);
+        self.vain = 0;
         self.all.retain(|one| !starved.contains(one));
         !starved.is_empty()
     }
@@ -91,7 +95,7 @@ pub(super) async fn connect(
     let (worker, record) = (ticket.worker(), ticket.record());
     let (settings, route) = (worker.settings(), &record.route);
     // Not from the accept: it may have been held since.
-    let deadline = Instant::now() + CONNECT;
+    let deadline = Instant::now() + settings.connect;
     let Captured { source, destination, .. } = record.captured;
     let mut announcement = route.binding.descriptor.proxy.map(|version| Announcement {
         header: announce::header(version, route, source, destination),
@@ -110,7 +114,8 @@ pub(super) async fn connect(
         let upstream = worker.upstream(route);
         let start = worker.now();
         let pick = || upstream.rotation.pick(route.balance, start, &excluded.all);
-        let next = if excluded.may_try_more() { pick().cloned() } else { None };
+        let may_pick = excluded.may_try_more() && excluded.vain < VAIN;
+        let next = if may_pick { pick().cloned() } else { None };
         let is_first_try = next.is_some();
         // If the others have failed, there is time left for one that was only slow.
         let again = || slow.take().filter(|state| upstream.rotation.offers(state));
@@ -135,6 +140,7 @@ pub(super) async fn connect(
             }
             break;
         };
+        let was_aside = state.is_aside(start);
         let lease = state.lease();
         ticket.connecting(&state);
         if is_first_try {
@@ -175,6 +181,7 @@ pub(super) async fn connect(
             (Err(error), Some(lack)) => {
                 if is_first_try {
                     excluded.was_no_try();
+                    excluded.vain += usize::from(was_aside);
                 }
                 set_aside(worker, route, &state, lack, &error);
                 if lack == Lack::Ports {
@@ -184,6 +191,8 @@ pub(super) async fn connect(
                 if lack == Lack::Ports || excluded.tried == 0 {
                     lacking = Some((error, lack));
                 }
+                // It took no time, and there may be many of them: other connections have their turn.
+                yield_now().await;
             }
             (Err(error), None) => {
                 failed(worker, route, &state, &excluded, &error, start);
@@ -338,8 +347,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        proxy::testing::{
-            captured, connection, consumer, in_own_network, run, shared, table_after,
+        proxy::{
+            settings::ProxySettings,
+            shared::Shared,
+            testing::{captured, connection, consumer, in_own_network, run, settings, table_after},
         },
         table::Table,
     };
@@ -362,9 +373,12 @@ mod tests {
             let listener = socket.listen(1).unwrap();
             let address = listener.local_addr().unwrap();
             let mut waiting = Vec::new();
-            let patience = Duration::from_millis(300);
-            while let Ok(one) = tokio::time::timeout(patience, TcpStream::connect(address)).await {
-                waiting.push(one.unwrap());
+            // One more than the backlog says may wait.
+            for _ in 0..2 {
+                waiting.push(TcpStream::connect(address).await.unwrap());
+            }
+            while queued(address.port()) < waiting.len() {
+                sleep(Duration::from_millis(1)).await;
             }
             Self { listener, endpoint: Endpoint(address), _waiting: waiting }
         }
@@ -380,14 +394,35 @@ mod tests {
         }
     }
 
+    /// How many connections wait in a listener's queue (man 5 proc, `/proc/net/tcp`).
+    fn queued(port: u16) -> usize {
+        const LISTENS: &str = "0A";
+        let list = std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap();
+        let lines = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let its = |fields: &Vec<&str>| {
+            fields[1].ends_with(&format!(":{port:04X}")) && fields[3] == LISTENS
+        };
+        let mut of_it = lines.filter(its);
+        let queues = of_it.next().unwrap()[4];
+        usize::from_str_radix(queues.split_once(':').unwrap().1, 16).unwrap()
+    }
+
     fn table_of(before: &Table, endpoints: &[Endpoint]) -> Arc<Table> {
         let consumer = consumer("app", source().ip(), "db;80");
         Arc::new(table_after(before, &[consumer], endpoints).unwrap())
     }
 
     fn worker(endpoints: &[Endpoint]) -> Rc<Worker> {
+        worker_with(PATIENT, endpoints)
+    }
+
+    /// Longer than a busy machine may stand still.
+    const PATIENT: Duration = Duration::from_secs(3_600);
+
+    fn worker_with(connect: Duration, endpoints: &[Endpoint]) -> Rc<Worker> {
         let table = table_of(&Table::default(), endpoints);
-        Worker::new(Arc::new(shared(10, 10)), 0, table).unwrap()
+        let settings = ProxySettings { connect, ..settings() };
+        Worker::new(Arc::new(Shared::new(settings)), 0, table).unwrap()
     }
 
     fn ticket(worker: &Rc<Worker>) -> Ticket {
@@ -398,11 +433,18 @@ mod tests {
 
     /// A connection that is being opened to one of these endpoints, and its worker.
     fn opening(endpoints: &[Endpoint]) -> (Rc<Worker>, JoinHandle<Result<Endpoint, Outcome>>) {
-        let worker = worker(endpoints);
+        opening_with(PATIENT, endpoints)
+    }
+
+    fn opening_with(
+        connect: Duration,
+        endpoints: &[Endpoint],
+    ) -> (Rc<Worker>, JoinHandle<Result<Endpoint, Outcome>>) {
+        let worker = worker_with(connect, endpoints);
         let ticket = ticket(&worker);
         let task = spawn_local(async move {
             let (_client, consumer) = connection().await;
-            connect(&ticket, &consumer).await.map(|(_, lease)| lease.state().endpoint)
+            super::connect(&ticket, &consumer).await.map(|(_, lease)| lease.state().endpoint)
         });
         (worker, task)
     }
@@ -443,7 +485,7 @@ mod tests {
     fn an_only_endpoint_that_never_answers_fails_and_is_not_ejected() {
         run(async {
             let full = Full::new().await;
-            let (worker, connected) = opening(&[full.endpoint]);
+            let (worker, connected) = opening_with(TRY, &[full.endpoint]);
             assert_eq!(connected.await.unwrap(), Err(Outcome::EndpointsUnreachable));
             let state = state(&worker, full.endpoint);
             assert_eq!((state.failed_tries(), state.ejections()), (1, 0));
@@ -560,6 +602,41 @@ mod tests {
         );
     }
 
+    /// A connection goes through those once of which it is not known yet, and the next ones through a few.
+    #[test]
+    fn of_many_endpoints_that_this_host_cannot_reach_a_few_are_tried_and_others_have_their_turn() {
+        in_own_network(
+            "proxy::connect::tests::of_many_endpoints_that_this_host_cannot_reach_a_few_are_tried_and_others_have_their_turn",
+            || {
+                run(async {
+                    const MANY: u16 = 200;
+                    let all: Vec<_> = (1..=MANY).map(nowhere).collect();
+                    let (worker, mut connected) = opening(&all);
+                    let mut turns = 0;
+                    while !connected.is_finished() {
+                        turns += 1;
+                        yield_now().await;
+                    }
+                    assert_eq!((&mut connected).await.unwrap(), Err(Outcome::LocalError));
+                    assert!(turns >= usize::from(MANY), "{turns}");
+                    let is_aside = |port| state(&worker, nowhere(port)).is_aside(worker.now());
+                    assert!((1..=MANY).all(is_aside));
+                    (1..=MANY).for_each(|port| {
+                        state(&worker, nowhere(port)).counts.last_error.set(Millis(0), "")
+                    });
+                    let (_client, consumer) = connection().await;
+                    let again = connect(&ticket(&worker), &consumer).await.map(|_| ());
+                    assert_eq!(again, Err(Outcome::LocalError));
+                    let tried = |port: &u16| {
+                        let error = state(&worker, nowhere(*port)).counts.last_error.get();
+                        error.is_some_and(|(_, text)| !text.is_empty())
+                    };
+                    assert_eq!((1..=MANY).filter(tried).count(), VAIN);
+                });
+            },
+        );
+    }
+
     #[test]
     fn an_only_endpoint_that_this_host_cannot_reach_is_refused_at_once() {
         in_own_network(
@@ -567,9 +644,7 @@ mod tests {
             || {
                 run(async {
                     let (worker, connected) = opening(&[nowhere(1)]);
-                    let ended =
-                        tokio::time::timeout(CONNECT / 2, connected).await.expect("at once");
-                    assert_eq!(ended.unwrap(), Err(Outcome::LocalError));
+                    assert_eq!(connected.await.unwrap(), Err(Outcome::LocalError));
                     let state = state(&worker, nowhere(1));
                     assert!(state.is_aside(worker.now()));
                     assert_eq!((state.failed_tries(), state.ejections()), (0, 0));

@@ -39,7 +39,7 @@ impl Figures {
 
     /// Connections that wait for their container to become known.
     pub fn held(&self) -> usize {
-        self.shared.holds().held
+        self.shared.held()
     }
 
     /// Connections that may be open at a time.

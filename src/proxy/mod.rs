@@ -40,7 +40,7 @@ mod socket;
 mod standstill;
 mod sweep;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod worker;
 
 pub use captured::Destinations;

@@ -32,6 +32,8 @@ pub struct ProxySettings {
     pub failed_checks: FailedChecks,
     /// Whether bulk moves by splice.
     pub splice: bool,
+    /// Timeout of all attempts to reach an endpoint together.
+    pub connect: Duration,
     /// How long a connection of an unknown container may wait; 0: not at all.
     pub hold: Duration,
     /// The follower to ask about such a container.
@@ -40,4 +42,9 @@ pub struct ProxySettings {
     pub log: ConnectionLog,
     /// The receiver of ejections.
     pub events: Events,
+}
+
+impl ProxySettings {
+    /// See [`Self::connect`].
+    pub const CONNECT: Duration = Duration::from_secs(5);
 }

@@ -29,7 +29,8 @@ pub(super) struct Shared {
     pub counts: Box<[WorkerCounts]>,
     /// Connections that are open, or being opened.
     pub live: AtomicUsize,
-    holds: Mutex<Holds>,
+    holds_of_unknown: Mutex<Holds>,
+    holds_of_known: Mutex<Holds>,
     /// When the clock of ejections started.
     pub start: Instant,
     /// Notified when a worker, or a part of one, has ended.
@@ -43,7 +44,8 @@ impl Shared {
             settings,
             tally: Tally::default(),
             live: AtomicUsize::new(0),
-            holds: Mutex::default(),
+            holds_of_unknown: Mutex::default(),
+            holds_of_known: Mutex::default(),
             start: Instant::now(),
             broken: Notify::new(),
         }
@@ -82,9 +84,18 @@ impl Shared {
     }
 
     /// Connections that wait until their owner is known. Only who holds one or lets it go takes the lock, for a moment.
-    pub(super) fn holds(&self) -> MutexGuard<'_, Holds> {
+    fn holds(&self, waiting: Waiting) -> MutexGuard<'_, Holds> {
+        let holds = match waiting {
+            Waiting::Unknown => &self.holds_of_unknown,
+            Waiting::Known => &self.holds_of_known,
+        };
         // Each change is whole, whatever panics elsewhere.
-        self.holds.lock().unwrap_or_else(PoisonError::into_inner)
+        holds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many connections wait.
+    pub(super) fn held(&self) -> usize {
+        self.holds(Waiting::Unknown).held + self.holds(Waiting::Known).held
     }
 
     pub(super) fn count_out(&self, route: &Route) {
@@ -106,19 +117,33 @@ pub(super) struct Holds {
     of_source: HashMap<IpAddr, usize>,
 }
 
+/// Why a connection waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Waiting {
+    /// Nobody is known to have its address.
+    Unknown,
+    /// It is not certain that the container that is known to have its address opened it.
+    Known,
+}
+
+impl Waiting {
+    /// Limits the descriptors that connections that wait can use: those from unknown addresses have their own, and the others those
+    /// of connections that may still be opened.
+    fn most(self, free: usize) -> usize {
+        match self {
+            Self::Unknown => 256,
+            Self::Known => free.min(1_024),
+        }
+    }
+}
+
 impl Holds {
-    /// Limits the descriptors that connections from unknown addresses can use.
-    pub(super) const MOST: usize = 256;
-
-    /// Kept for sources that have none.
-    const RESERVE: usize = Self::MOST / 4;
-
-    /// Counts one more of a source. It may have three times as many as are still free: so however many it wants, there is room for
-    /// others.
-    fn one_more(&mut self, source: IpAddr) -> bool {
+    /// Counts one more of a source. It may have three times as many as are still free, less a quarter kept for sources that have
+    /// none: so however many it wants, there is room for others.
+    fn one_more(&mut self, source: IpAddr, most: usize) -> bool {
         let count = self.of_source.get(&source).copied().unwrap_or_default();
-        let free = Self::MOST - self.held;
-        let may = free > 0 && count < (3 * free.saturating_sub(Self::RESERVE)).max(1);
+        let free = most.saturating_sub(self.held);
+        let may = free > 0 && count < (3 * free.saturating_sub(most / 4)).max(1);
         if may {
             self.held += 1;
             self.of_source.insert(source, count + 1);
@@ -141,20 +166,22 @@ impl Holds {
 #[derive(Debug)]
 pub(super) struct HoldPermit {
     shared: Arc<Shared>,
+    waiting: Waiting,
     source: IpAddr,
 }
 
 impl HoldPermit {
-    /// For a connection whose owner is not certain. `None` if enough of its source are held.
-    pub(super) fn of(shared: &Arc<Shared>, source: IpAddr) -> Option<Self> {
-        let may = shared.holds().one_more(source);
-        may.then(|| Self { shared: shared.clone(), source })
+    /// For a connection whose owner is not certain. `None` if enough of its kind and its source are held.
+    pub(super) fn of(shared: &Arc<Shared>, waiting: Waiting, source: IpAddr) -> Option<Self> {
+        let most = waiting.most(shared.free());
+        let may = shared.holds(waiting).one_more(source, most);
+        may.then(|| Self { shared: shared.clone(), waiting, source })
     }
 }
 
 impl Drop for HoldPermit {
     fn drop(&mut self) {
-        self.shared.holds().one_less(self.source);
+        self.shared.holds(self.waiting).one_less(self.source);
     }
 }
 
@@ -222,20 +249,27 @@ mod tests {
         let shared = Arc::new(shared(1, 1));
         let source = |n: u32| IpAddr::V4(n.into());
         let hold = |n, times: usize| -> Vec<_> {
-            (0..times).filter_map(|_| HoldPermit::of(&shared, source(n))).collect()
+            let of = |waiting| HoldPermit::of(&shared, waiting, source(n));
+            (0..times).filter_map(|_| of(Waiting::Unknown)).collect()
         };
         let first = hold(1, 10_000);
-        assert_eq!((first.len(), shared.holds().held), (144, 144));
+        assert_eq!((first.len(), shared.held()), (144, 144));
         let second = hold(2, 10_000);
         assert!((30..64).contains(&second.len()), "{}", second.len());
         // However many come, there is a place for one who has none.
         let others: Vec<_> = (10..60).map(|n| hold(n, 10_000)).collect();
         assert!(others.iter().all(|held| !held.is_empty()));
-        assert!(shared.holds().held < Holds::MOST);
+        assert!(shared.held() < 256);
+        let known = HoldPermit::of(&shared, Waiting::Known, source(1));
+        assert!(
+            known.is_some(),
+            "a known container does not share the places of unknown addresses"
+        );
+        drop(known);
         drop((first, others));
         assert!(!hold(1, 1).is_empty());
         drop(second);
-        let holds = shared.holds();
+        let holds = shared.holds(Waiting::Unknown);
         assert_eq!((holds.held, holds.of_source.len()), (0, 0), "nothing is left of who waited");
     }
 

@@ -114,6 +114,7 @@ pub(super) fn settings() -> ProxySettings {
         user_timeout: Duration::ZERO,
         failed_checks: Default::default(),
         splice: false,
+        connect: ProxySettings::CONNECT,
         hold: Duration::ZERO,
         lookup: Default::default(),
         log: ConnectionLog::Off,
@@ -151,7 +152,7 @@ pub(super) fn in_own_process(name: &str, test: impl FnOnce()) {
 }
 
 /// The same in a network of its own, which has nothing but the loopback interface.
-pub(super) fn in_own_network(name: &str, test: impl FnOnce()) {
+pub(crate) fn in_own_network(name: &str, test: impl FnOnce()) {
     let up = "ip link set lo up; exec \"$0\" \"$@\"";
     alone(name, &["unshare", "--net", "--", "sh", "-euc", up], test);
 }

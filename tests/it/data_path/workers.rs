@@ -186,6 +186,7 @@ fn settings() -> ProxySettings {
         user_timeout: Duration::ZERO,
         failed_checks: Default::default(),
         splice: true,
+        connect: ProxySettings::CONNECT,
         hold: Duration::ZERO,
         lookup: Default::default(),
         log: ConnectionLog::Off,
