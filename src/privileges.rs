@@ -6,6 +6,7 @@
 
 use rustix::{
     io,
+    process::{DumpableBehavior, set_dumpable_behavior},
     thread::{
         CapabilitySet, CapabilitySets, capabilities, configure_capability_in_ambient_set,
         set_capabilities,
@@ -22,6 +23,9 @@ pub fn take_up_net_admin() {
         // A supervisor may hand it over in the ambient set, which all threads would have.
         let _ = configure_capability_in_ambient_set(CapabilitySet::NET_ADMIN, false);
     }
+    // A program with file capabilities shows its files below /proc to root alone. `embassy doctor`, which has the same user and the same
+    // capability, may look at them (man 2 ptrace, PTRACE_MODE_READ), and nobody who has less.
+    let _ = set_dumpable_behavior(DumpableBehavior::Dumpable);
 }
 
 /// Whether this process may write rules.

@@ -225,6 +225,11 @@ impl Table {
         self.routes.values()
     }
 
+    /// Whether the user named the VIPs. Else those are VIPs that are there.
+    pub fn has_named_vips(&self) -> bool {
+        !self.built_from.gateways_are_vips
+    }
+
     pub fn vips(&self) -> &BTreeSet<Vip> {
         &self.vips
     }

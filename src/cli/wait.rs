@@ -19,9 +19,10 @@ use crate::{
     config,
 };
 
-/// Wait until consumers can connect to these services; exit 1 on timeout
+/// Wait until these services have routes with endpoints; exit 1 on timeout
 ///
-/// A service is ready when a route to it has an endpoint that accepts connections and the capture rules are in place.
+/// A service is ready when it has a route with an endpoint that is not known to fail, and embassy's rules are in place. An endpoint to
+/// which nobody has connected yet counts, unless the binding says check=tcp. With rules of your own, embassy cannot know whether they capture.
 #[derive(Debug, clap::Args)]
 pub(super) struct Wait {
     #[command(flatten)]
@@ -127,7 +128,7 @@ impl Wait {
                 let reasons = reasons.join("; ");
                 printable(&format!("{consumer} {origin} has no route: {reasons}"))
             }
-            None => nobody_asks(client, service).await?,
+            None => nobody_asks(client, service, self.consumer.as_deref()).await?,
         })
     }
 }
@@ -142,7 +143,7 @@ async fn why(client: &Client, route: &api::Route) -> Result<String> {
 }
 
 /// No container asks for it: names the services that containers ask for, because the name may be misspelt.
-async fn nobody_asks(client: &Client, service: &str) -> Result<String> {
+async fn nobody_asks(client: &Client, service: &str, consumer: Option<&str>) -> Result<String> {
     let some: api::Page<api::Route> = client.get("/v1/routes", &[("limit", "100")]).await?;
     let query = |route: &api::Route| match route.query.tags.join(",") {
         tags if tags.is_empty() => printable(&route.query.service),
@@ -151,6 +152,9 @@ async fn nobody_asks(client: &Client, service: &str) -> Result<String> {
     let names: BTreeSet<_> = some.items.iter().map(query).collect();
     let names = names.into_iter().take(NAMED).collect::<Vec<_>>().join(", ");
     let service = printable(service);
+    if let Some(consumer) = consumer {
+        return Ok(format!("{} does not ask for {service}, or is not there", printable(consumer)));
+    }
     Ok(match names.is_empty() {
         true => format!("no container asks for {service}"),
         false => format!("no container asks for {service}; containers ask for {names}"),

@@ -252,9 +252,10 @@ struct NamedService {
 
 /// Why there is no instance of a service; `None` if these names and tags do not tell.
 fn why_none(name: &str, tags: &Tags, services: &Services) -> Option<String> {
-    // Consul itself is a service: who sees none may not see any.
+    // Consul itself is a service.
     if services.is_empty() {
-        return None;
+        let fact = "Consul shows no service at all: the token may not read any (it needs service:read and node:read)";
+        return Some(fact.to_owned());
     }
     let Some(carried) = services.get(name) else {
         let fact = "no service has this name, or the token may not read it";
@@ -570,7 +571,8 @@ mod tests {
         }
         // Its last instance went meanwhile; and a token that sees nothing.
         assert_eq!(of("mysql", &[]), None);
-        assert_eq!(why_none("mysql", &Tags::default(), &Services::new()), None);
+        let nothing = why_none("mysql", &Tags::default(), &Services::new()).unwrap();
+        assert!(nothing.contains("the token may not read any"), "{nothing}");
     }
 
     proptest! {

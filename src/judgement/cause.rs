@@ -102,14 +102,14 @@ causes! {
         "{fix}";
     Capture, Ok, Unguarded { addresses: String, address: IpAddr, consumer: Arc<str> } "unguarded",
         "The guard does not know the bridge ports of {addresses}, such as {address} of {consumer}: another container on the same bridge can use such an address.",
-        "in a container, run embassy with --pid=host; take NET_RAW and NET_ADMIN from containers that you do not trust";
+        "in a container, run embassy with --pid=host and --net=host; take NET_RAW and NET_ADMIN from containers that you do not trust";
     Capture, Degraded, CutOff { consumer: Arc<str>, vips: List<IpAddr> } "cut_off",
         "No network of {consumer} has a gateway on this host or contains a VIP ({vips}): its connections may not reach embassy.",
         "connect it to a bridge network too";
 
     Sources, used.verdict(), SourceDown { source: String, error: Reason, used: Used } "source_down",
         "{source} does not answer ({error}); {used}.",
-        "check that it exists, and that it can be reached from here";
+        "check that it exists and can be reached from here; if the error is an answer of it, correct what that says";
     Sources, Broken, SourceAwaited { source: String } "source_awaited",
         "{source} has not answered yet.",
         "check that it runs and can be reached from here";

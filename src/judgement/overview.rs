@@ -97,8 +97,10 @@ impl Situation {
     fn captures_nobody(&self) -> bool {
         let mut routes = self.table.routes().peekable();
         routes.peek().is_some()
-            && (self.addresses().next().is_none()
-                || routes.all(|route| self.reach(&route.consumer) == Reach::Elsewhere))
+            && routes.all(|route| {
+                !self.captures_for(&route.consumer)
+                    || self.reach(&route.consumer) == Reach::Elsewhere
+            })
     }
 
     /// The queries that keep embassy from being ready: their discovery has not answered, or was not asked yet.
@@ -206,7 +208,8 @@ impl Situation {
             _ if !standing.in_place => causes.push(Cause::RulesMissing {}),
             _ => {}
         }
-        if self.addresses().next().is_none() && self.table.routes().len() > 0 {
+        let has_routes = self.table.routes().len() > 0;
+        if has_routes && !self.table.routes().any(|route| self.captures_for(&route.consumer)) {
             causes.push(Cause::NoVip {});
         }
         let lacks = standing.lacks.iter().filter(|(part, _)| *part != rules::Part::Count);
@@ -222,7 +225,7 @@ impl Situation {
         }));
         if self.table.routes().any(|route| self.reach(&route.consumer) == Reach::Elsewhere) {
             causes.push(Cause::Elsewhere { addresses: List(self.addresses().collect()) });
-        } else {
+        } else if self.table.has_named_vips() {
             let dead: Vec<_> = self.addresses().filter(|address| self.is_dead(*address)).collect();
             causes.extend((!dead.is_empty()).then_some(Cause::DeadVip { addresses: List(dead) }));
         }

@@ -160,7 +160,7 @@ impl Situation {
             None if *consumer == ConsumerId::Local && self.capture.mode == CaptureMode::Dnat => {
                 Cause::NeedsRedirect {}
             }
-            None if self.addresses().next().is_none() => Cause::NoVip {},
+            None if !self.captures_for(consumer) => Cause::NoVip {},
             None if self.reach(consumer) == Reach::Elsewhere => {
                 Cause::Elsewhere { addresses: List(self.addresses().collect()) }
             }

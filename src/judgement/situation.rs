@@ -142,6 +142,14 @@ impl Situation {
 
     /// Whether it is not known that anything captures: without `--dnat` and `--redirect`, only a connection that arrives shows
     /// that rules of the user's own lead here.
+    /// Whether there is an address on which a consumer's connections are captured: of what this host sends, those to VIPs only.
+    pub(super) fn captures_for(&self, consumer: &ConsumerId) -> bool {
+        match consumer {
+            ConsumerId::Local => self.table.vips().iter().next().is_some(),
+            ConsumerId::Container { .. } => self.addresses().next().is_some(),
+        }
+    }
+
     pub(super) fn may_capture_nothing(&self) -> bool {
         !self.captures() && !self.capture.has_captured
     }
@@ -169,7 +177,7 @@ impl Situation {
         let from_here = *consumer == ConsumerId::Local;
         let reaches_a_hook = !from_here || self.capture.mode == CaptureMode::Redirect;
         let scope = declared || (self.capture.scope == CaptureScope::All && !from_here);
-        let stands = self.capture.standing.in_place && self.addresses().next().is_some();
+        let stands = self.capture.standing.in_place && self.captures_for(consumer);
         let arrives = self.reach(consumer) != Reach::Elsewhere;
         Some(stands && arrives && scope && reaches_a_hook)
     }

@@ -444,6 +444,25 @@ fn a_consumer_dials_what_it_reaches() {
     assert_eq!(dials(local), ["172.17.0.1"]);
 }
 
+/// Of what a host sends, connections to VIPs are captured: to its own addresses it may connect, and nothing captures that.
+#[test]
+fn the_local_consumer_needs_a_vip_though_embassy_has_addresses() {
+    let of = |vips, local: bool| {
+        let change = |s: &mut Setting| {
+            (s.mode, s.own, s.vips) = (CaptureMode::Redirect, true, vips);
+            if local {
+                s.consumer.id = ConsumerId::Local;
+            }
+        };
+        let mut setting = well();
+        change(&mut setting);
+        words(&setting.situation().overview(&HostUse::default()).causes)
+    };
+    assert_eq!(of(false, true)[0], "no_vip");
+    assert_eq!(of(true, true), [""; 0]);
+    assert_eq!(of(false, false), [""; 0]);
+}
+
 #[test]
 fn a_vip_that_nobody_has_is_found_though_another_one_works() {
     let situation = Setting::of(|s| s.dead_vip = true).situation();

@@ -39,6 +39,9 @@ fn one_capability(firewall: &str) -> Result<()> {
     ensure!(said.contains("ready: embassy") && said.contains(", in place"), "{said}");
     let said = embassy.exec(["embassy", "explain", "app", "80"])?;
     ensure!(said.starts_with("ok: ") && said.contains("dials      172.17.0.1:80"), "{said}");
+    // Without flags doctor takes those of the process, which it may look at.
+    let said = embassy.exec(["embassy", "doctor"])?;
+    ensure!(said.contains("checked with the flags") && said.contains(firewall), "{said}");
     // It is what it says: another user, one capability, and nothing that it could get more by.
     let status = host.run("cat", [format!("/proc/{}/status", embassy.pid()?)])?;
     let field = |name: &str| {
