@@ -118,5 +118,15 @@ fn is_kept(dir: &Path) -> bool {
 fn remove(dir: &Path) -> Result<()> {
     let number = dir.file_name().context("a host's folder has a name")?.to_string_lossy();
     cgroup::remove(&format!("testbed-{number}"))?;
-    fs::remove_dir_all(dir).with_context(|| format!("remove {}", dir.display()))
+    loop {
+        match fs::remove_dir_all(dir) {
+            // Its own keeper may be removing it too: what is gone is gone.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                if !dir.exists() {
+                    return Ok(());
+                }
+            }
+            removed => return removed.with_context(|| format!("remove {}", dir.display())),
+        }
+    }
 }
