@@ -83,7 +83,7 @@ impl<'a> BindingFate<'a> {
     pub fn port(&self) -> Option<u16> {
         match self {
             Self::Declared { binding, .. } => Some(binding.descriptor.port.get()),
-            Self::Invalid(_) => None,
+            Self::Invalid(problem) => problem.port.map(Port::get),
         }
     }
 

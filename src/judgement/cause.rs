@@ -142,6 +142,9 @@ causes! {
     Bindings, Degraded, Partly { binding: String, reason: Reason } "partly_routed",
         "{binding} has only some of its routes: {reason}.",
         "correct what the reason names";
+    Bindings, Degraded, Overruled { binding: String, reason: Reason } "overruled",
+        "{binding} is not used: {reason}.",
+        "give it another port, or remove one of the two";
     Bindings, Degraded, TooManyBindings { consumer: Arc<str>, bindings: usize, most: usize } "too_many_bindings",
         "{bindings} bindings of {consumer} get no route: a consumer may have {most} (--max-bindings-per-consumer).",
         "remove bindings, or raise --max-bindings-per-consumer";

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     consumer::{Consumer, Reach},
     counts::numbered,
+    provider::Problem,
     table::{Route, Upstream},
 };
 
@@ -96,7 +97,22 @@ impl Situation {
         for route in Self::one_of_each_service(routes) {
             causes.extend(self.of_service(route));
         }
+        causes.extend(self.overruled(consumers, routes));
         causes
+    }
+
+    /// The declarations of these consumers that lost the port of these routes to others.
+    fn overruled(&self, consumers: &[&Consumer], routes: &[&Route]) -> Vec<Cause> {
+        let Some(port) = routes.first().map(|route| route.key.port) else { return Vec::new() };
+        let is_one = |name: &Arc<str>| consumers.iter().any(|consumer| consumer.name == *name);
+        let problems = self.listing.problems.iter();
+        let lost =
+            problems.filter(|problem| problem.port == Some(port) && is_one(&problem.consumer));
+        let cause = |problem: &Problem| Cause::Overruled {
+            binding: format!("{} {}", problem.consumer, problem.origin),
+            reason: problem.reason.as_str().into(),
+        };
+        lost.map(cause).collect()
     }
 
     /// The causes of a route's service.
@@ -189,9 +205,10 @@ impl Situation {
             Some(of) => of == port,
             None => named(binding.consumer()),
         });
-        // What does not parse may be what was to declare the port.
+        // What does not parse may be what was to declare the port. If there is more than one, that is only details.
         let mut causes: Vec<_> =
             of_port.flat_map(|binding| binding.causes().collect::<Vec<_>>()).collect();
+        let place = if causes.len() > 1 { 0 } else { causes.len() };
         if !bindings.iter().any(|binding| binding.port() == Some(port)) {
             let ports = |consumer: &&Consumer| {
                 consumer.bindings.iter().map(|b| b.descriptor.port.get()).collect::<Vec<_>>()
@@ -199,14 +216,19 @@ impl Situation {
             let mut declared: Vec<_> = consumers.iter().flat_map(ports).collect();
             declared.sort_unstable();
             declared.dedup();
-            causes.push(Cause::NotDeclared {
-                consumers: List(consumers.iter().map(|consumer| consumer.name.clone()).collect()),
-                port,
-                declared: List(declared),
-                follows: NotDeclaredMeans(
-                    consumers.first().and_then(|first| self.captured(&first.id, false)),
-                ),
-            });
+            causes.insert(
+                place,
+                Cause::NotDeclared {
+                    consumers: List(
+                        consumers.iter().map(|consumer| consumer.name.clone()).collect(),
+                    ),
+                    port,
+                    declared: List(declared),
+                    follows: NotDeclaredMeans(
+                        consumers.first().and_then(|first| self.captured(&first.id, false)),
+                    ),
+                },
+            );
         }
         causes
     }

@@ -204,8 +204,12 @@ impl Setting {
         let in_use = ((self.held || self.kept) && self.endpoints.is_some()).then_some(&in_use);
         let skipped: Vec<_> = self.skipped.then(|| "key: no port".to_owned()).into_iter().collect();
         let of_query = SourceReading::of(query().to_string(), &known, in_use, skipped, now);
-        let problem =
-            Problem { consumer: "other".into(), origin: "BACKEND_X".into(), reason: String::new() };
+        let problem = Problem {
+            consumer: "other".into(),
+            origin: "BACKEND_X".into(),
+            port: None,
+            reason: String::new(),
+        };
         let listing = Listing {
             consumers: vec![consumer],
             problems: self.problem.then_some(problem).into_iter().collect(),
@@ -442,6 +446,38 @@ fn a_consumer_dials_what_it_reaches() {
         s.consumer.id = ConsumerId::Local;
     };
     assert_eq!(dials(local), ["172.17.0.1"]);
+}
+
+/// The port has a route, and another variable asked for it in vain.
+#[test]
+fn who_lost_a_port_is_told_where_the_port_is_asked_for() {
+    let mut situation = well().situation();
+    let (port, consumer) = (situation.listing.consumers[0].bindings[0].descriptor.port, app());
+    let lost = |port| Problem {
+        consumer: consumer.name.clone(),
+        origin: "BACKEND_Z".into(),
+        port,
+        reason: format!("port 1: {} already declares it", "BACKEND_A"),
+    };
+    let mut causes = |problems: Vec<Problem>, asked: u16| {
+        Arc::make_mut(&mut situation.listing).problems = problems;
+        let consumers: Vec<_> = situation.listing.consumers.iter().map(|one| &**one).collect();
+        let routes: Vec<_> =
+            situation.table.routes().filter(|r| r.key.port.get() == asked).collect();
+        let routes: Vec<_> = routes.iter().map(|route| &***route).collect();
+        words(&situation.of_port("app", asked, &consumers, &routes))
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(causes(vec![lost(Some(port))], port.get())[0], "overruled");
+    assert!(
+        !causes(vec![lost(crate::model::Port::new(9))], port.get())
+            .contains(&"overruled".to_owned())
+    );
+    // Of a port that nobody declares, one that does not parse may be the cause; of several, it is not known which.
+    assert_eq!(causes(vec![lost(None)], 7)[0], "invalid");
+    assert_eq!(causes(vec![lost(None), lost(None)], 7)[0], "not_declared");
 }
 
 /// Of what a host sends, connections to VIPs are captured: to its own addresses it may connect, and nothing captures that.

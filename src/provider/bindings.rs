@@ -41,14 +41,19 @@ pub fn bindings<'a>(
         if text.is_empty() {
             continue;
         }
-        let mut problem = |reason: String| {
-            problems.push(Problem { consumer: consumer.clone(), origin: name.into(), reason });
+        let mut problem = |port, reason: String| {
+            problems.push(Problem {
+                consumer: consumer.clone(),
+                origin: name.into(),
+                port,
+                reason,
+            });
         };
         let descriptor: Descriptor = match text.parse() {
             Ok(descriptor) => descriptor,
             Err(_) if is_variable && links.iter().any(|link| is_of(link, name)) => continue,
             Err(error) => {
-                problem(error.without_value());
+                problem(None, error.without_value());
                 continue;
             }
         };
@@ -59,18 +64,21 @@ pub fn bindings<'a>(
             // A variable overrides the image's label on purpose; this is not a problem.
             Entry::Occupied(taken) if taken.get().0 != is_variable => {}
             Entry::Occupied(taken) => {
-                problem(format!(
-                    "port {}: {} already declares it",
-                    descriptor.port,
-                    taken.get().1.origin
-                ));
+                let port = descriptor.port;
+                let reason = format!("port {port}: {} already declares it", taken.get().1.origin);
+                problem(Some(port), reason);
             }
         }
     }
     if let Some(more) = problems.len().checked_sub(MOST_PROBLEMS).filter(|more| *more > 0) {
         problems.truncate(MOST_PROBLEMS);
         let reason = format!("{more} more variables or labels are invalid");
-        problems.push(Problem { consumer: consumer.clone(), origin: "and".into(), reason });
+        problems.push(Problem {
+            consumer: consumer.clone(),
+            origin: "and".into(),
+            port: None,
+            reason,
+        });
     }
     (by_port.into_values().map(|(_, binding)| binding).collect(), problems)
 }

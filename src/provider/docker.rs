@@ -380,7 +380,7 @@ impl Asking {
             Err(reason) => reason.to_string(),
         };
         let (consumer, origin) = (container.name.clone(), NETWORK.into());
-        asking.no_network = Some(Problem { consumer, origin, reason });
+        asking.no_network = Some(Problem { consumer, origin, port: None, reason });
         asking
     }
 }
@@ -397,7 +397,7 @@ fn declared(container: &Container, prefix: &str) -> (Vec<Binding>, Vec<Problem>)
             container.unread,
             LARGEST_DECLARED >> 10
         );
-        problems.push(Problem { consumer, origin, reason });
+        problems.push(Problem { consumer, origin, port: None, reason });
     }
     (bindings, problems)
 }

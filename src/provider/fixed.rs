@@ -47,6 +47,7 @@ pub fn listing(interface: &str, services: &[Descriptor]) -> Result<Listing, Inte
             Some(first) => problems.push(Problem {
                 consumer: name.clone(),
                 origin: origin.clone(),
+                port: Some(descriptor.port),
                 reason: format!(
                     "{:?}: \"{}\" already has the port",
                     descriptor.to_string(),

@@ -9,7 +9,7 @@ pub use crate::docker::lookup::Lookup;
 use crate::{
     consumer::Consumer,
     docker::follow::Follower,
-    model::ContainerId,
+    model::{ContainerId, Port},
     source::{Answers, Publisher, ResyncRequests},
     wiring::Wiring,
     word::worded,
@@ -101,6 +101,8 @@ pub struct Problem {
     pub consumer: Arc<str>,
     /// The variable or label, if the problem is in one.
     pub origin: Arc<str>,
+    /// The port that it declares, if that is known.
+    pub port: Option<Port>,
     pub reason: String,
 }
 
