@@ -318,7 +318,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whoever comes and goes: the limits hold, nothing is forgotten, what was used is used, and room is not left empty.
+        /// Whatever consumers come and go, the limits hold, nothing is forgotten, what was used is used, and room is not left empty.
         #[test]
         fn the_limits_hold(steps in prop::collection::vec(
             prop::collection::btree_map(0..6usize, prop::collection::vec(0..8usize, 0..5), 0..6), 1..8))

@@ -123,7 +123,7 @@ impl Endpoints {
     }
 }
 
-/// Skipped entries: the first of them by their places, and the number of the rest. Whoever writes into a registry can write a
+/// Skipped entries: the first of them by their places, and the number of the rest. A writer of a registry can write a
 /// million of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rejections {

@@ -34,7 +34,7 @@ struct LookupState {
     given_up: AtomicU64,
 }
 
-/// How long it is remembered that an address is nobody's, unless the engine tells of something new; and the interval between two
+/// How long it is remembered that nobody has an address, unless the engine tells of something new; and the interval between two
 /// looks that find nobody, so that strangers do not load the engine.
 const MEMORY: Duration = Duration::from_secs(1);
 /// Minimum interval between a look that found everybody and the next.
@@ -55,7 +55,7 @@ impl Default for LookupState {
 }
 
 impl Lookup {
-    /// Remembers for so long that an address is nobody's.
+    /// Remembers for so long that nobody has an address.
     #[cfg(test)]
     pub(crate) fn that_remembers(memory: Duration) -> Self {
         Self(Arc::new(LookupState { memory, ..LookupState::default() }))

@@ -233,7 +233,7 @@ fn leftovers(facts: &HostFacts) -> Vec<Finding> {
     leads.filter_map(finding).collect()
 }
 
-/// Rules of a killed embassy. They lead containers' connections to its port, whoever has that now.
+/// Rules of a killed embassy. They lead containers' connections to its port, which may be another program's now.
 fn left(firewall: Firewall, facts: &HostFacts) -> Finding {
     let port = facts.port;
     let (consequence, fix) = match &facts.listener {

@@ -167,7 +167,7 @@ impl Batch {
 }
 
 fn send_one(to: RawFd, bytes: &[u8]) -> io::Result<usize> {
-    // SAFETY: whoever queued a message withdraws it before closing the socket, see `Batch::queue`.
+    // SAFETY: the caller that queued a message withdraws it before closing the socket, see `Batch::queue`.
     #[allow(unsafe_code)]
     let to = unsafe { BorrowedFd::borrow_raw(to) };
     Ok(send(to, bytes, SendFlags::NOSIGNAL)?)
