@@ -96,6 +96,8 @@ pub(crate) struct Setting {
     pub(crate) vip_is_here: bool,
     /// Whether there is a second VIP, which is an address of nobody in the consumer's network.
     dead_vip: bool,
+    /// Whether the user named the VIPs.
+    named: bool,
     /// With `--redirect`: whether embassy has an address in the consumer's network.
     own: bool,
     has_captured: bool,
@@ -124,6 +126,7 @@ pub(crate) fn well() -> Setting {
         skipped: false,
         vip_is_here: true,
         dead_vip: false,
+        named: true,
         own: false,
         has_captured: true,
     }
@@ -161,7 +164,7 @@ impl Setting {
             wiring: &Default::default(),
             endpoints: &answers.into_iter().collect(),
             vips: &vips,
-            gateways_are_vips: false,
+            gateways_are_vips: !self.named,
             balance: Balance::RoundRobin,
             now: Instant::now(),
         };
@@ -511,7 +514,10 @@ fn a_vip_that_nobody_has_is_found_though_another_one_works() {
     let none = Setting::of(|s| (s.dead_vip, s.vip_is_here) = (true, false)).situation();
     let causes = words(&none.overview(&HostUse::default()).causes);
     assert!(causes.contains(&"elsewhere") && !causes.contains(&"dead_vip"), "{causes:?}");
-    // From elsewhere it is reached via the gateway, whoever has it.
+    // Nobody has to correct what nobody named: a linked container's gateways are the host's, not embassy's.
+    let unnamed = Setting::of(|s| (s.dead_vip, s.named) = (true, false)).situation();
+    assert_eq!(words(&unnamed.overview(&HostUse::default()).causes), [""; 0]);
+    // From elsewhere it is reached via the gateway, whichever host has it.
     let away = Setting::of(|s| {
         s.dead_vip = true;
         s.consumer.sources = vec!["172.18.0.2".parse().unwrap()];
@@ -778,6 +784,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
             skipped,
             vip_is_here,
             dead_vip: false,
+            named: true,
             own: own && mode == CaptureMode::Redirect,
             has_captured,
         }
