@@ -268,6 +268,12 @@ mod tests {
         }
     }
 
+    /// Unlike `Keeper::stop` it waits for a slow disk.
+    async fn ended(keeper: Keeper) {
+        drop(keeper.snapshots);
+        keeper.task.await.unwrap();
+    }
+
     fn endpoints(path: &Path) -> Vec<String> {
         let document = parse(&fs::read(path).unwrap()).unwrap();
         let endpoints = document.answers.values().flat_map(|answer| &answer.endpoints);
@@ -284,7 +290,7 @@ mod tests {
         snapshots.send_replace(Some(snapshot("10.0.0.1:1")));
         snapshots.send_replace(Some(snapshot("10.0.0.2:1")));
         drop(snapshots);
-        keeper.stop().await;
+        ended(keeper).await;
         assert_eq!(endpoints(&path), ["10.0.0.2:1"]);
         assert_eq!(counts.written.load(Relaxed), 1);
         let names = fs::read_dir(path.parent().unwrap()).unwrap().count();
@@ -299,7 +305,7 @@ mod tests {
         std::os::unix::fs::symlink(&elsewhere, folder.path().join("table.new")).unwrap();
         let keeper = Keeper::start(path.clone(), Origin::default(), Arc::default());
         keeper.snapshots().send_replace(Some(snapshot("10.0.0.1:1")));
-        keeper.stop().await;
+        ended(keeper).await;
         assert_eq!(fs::read_to_string(&elsewhere).unwrap(), "mine");
         assert_eq!(endpoints(&path), ["10.0.0.1:1"]);
         let mode =
