@@ -174,7 +174,8 @@ fn looked_up_and_picked(bencher: Bencher<'_, '_>, world: &World) {
     let mut next = keys.iter().cycle();
     bencher.bench_local(|| {
         let route = table.route(black_box(next.next()?))?.clone();
-        Some(route.upstream.rotation.pick(route.balance, Millis(1), &[])?.lease())
+        let upstream = table.upstream(&route.query)?;
+        Some(upstream.rotation.pick(route.balance, Millis(1), &[])?.lease())
     });
 }
 

@@ -4,7 +4,12 @@
 //! after one success it passes, and the endpoint's failed connections are forgotten too. A consumer's connection that opened
 //! proves as much as a probe, which is then left out.
 
-use std::{collections::HashMap, io, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     sync::{Semaphore, watch},
@@ -19,7 +24,7 @@ use crate::{
     discovery::Query,
     events::{Event, Events},
     proxy::{FailedChecks, Lack, probe},
-    table::{Changes, Table},
+    table::{Changes, Route, Table},
 };
 
 /// Interval of checks of an endpoint, from start to start, varied by a tenth, so that many hosts do not check at the same time.
@@ -38,11 +43,11 @@ pub async fn run(
 ) {
     let permits = Arc::new(Semaphore::new(AT_A_TIME));
     let mut running: HashMap<usize, Running> = HashMap::new();
-    let mut seen = None;
+    let mut asked = Asked::default();
     loop {
         let table = tables.borrow_and_update().clone();
-        if may_change_checks(&table, seen) {
-            let wanted = wanted(&table);
+        if asked.follow(&table) {
+            let wanted = asked.endpoints(&table);
             running.retain(|state, _| wanted.contains_key(state));
             for (key, (query, state)) in wanted {
                 running.entry(key).or_insert_with(|| {
@@ -52,7 +57,6 @@ pub async fn run(
                 });
             }
         }
-        seen = Some(table.version);
         drop(table);
         if tables.changed().await.is_err() {
             return;
@@ -60,27 +64,37 @@ pub async fn run(
     }
 }
 
-/// Whether other endpoints may need checks than with the table of version `seen`: on most hosts few routes have any.
-fn may_change_checks(table: &Table, seen: Option<u64>) -> bool {
-    if seen.is_none_or(|seen| seen + 1 != table.version) {
-        return true;
-    }
-    let Changes { added, removed, updated, .. } = table.changes();
-    let mut changed = added.iter().chain(removed).chain(updated);
-    changed.any(|route| route.binding.descriptor.check.is_some())
+/// The queries of the routes that have checks, in the last table.
+#[derive(Debug, Default)]
+struct Asked {
+    /// The version of that table; 0 before the first.
+    seen: u64,
+    queries: HashSet<Arc<Query>>,
 }
 
-/// What is to be checked, by identity, and the query that asks for it.
-fn wanted(table: &Table) -> HashMap<usize, (Query, Arc<EndpointState>)> {
-    let routes = table.routes();
-    let checked = routes.filter(|route| route.binding.descriptor.check == Some(Check::Tcp));
-    let upstreams: HashMap<_, _> =
-        checked.map(|route| (Arc::as_ptr(&route.upstream), &route.upstream)).collect();
-    let endpoints = upstreams.values().flat_map(|upstream| {
-        let states = upstream.rotation.endpoints().iter();
-        states.map(|state| (Arc::as_ptr(state).addr(), (upstream.query.clone(), state.clone())))
-    });
-    endpoints.collect()
+impl Asked {
+    /// Follows a table. Whether it may have other endpoints to check: on most hosts few routes have checks.
+    fn follow(&mut self, table: &Table) -> bool {
+        let Changes { added, removed, upstreams, .. } = table.changes();
+        let has_missed = std::mem::replace(&mut self.seen, table.version) + 1 != table.version;
+        let has_check = |route: &Arc<Route>| route.binding.descriptor.check == Some(Check::Tcp);
+        if has_missed || added.iter().chain(removed).any(has_check) {
+            let checked = table.routes().filter(|route| has_check(route));
+            self.queries = checked.map(|route| route.query.clone()).collect();
+            return true;
+        }
+        upstreams.iter().any(|upstream| self.queries.contains(&upstream.query))
+    }
+
+    /// The endpoints to check, by identity, and the query of each.
+    fn endpoints(&self, table: &Table) -> HashMap<usize, (Arc<Query>, Arc<EndpointState>)> {
+        let upstreams = self.queries.iter().filter_map(|query| table.upstream(query));
+        let endpoints = upstreams.flat_map(|upstream| {
+            let states = upstream.rotation.endpoints().iter();
+            states.map(|state| (Arc::as_ptr(state).addr(), (upstream.query.clone(), state.clone())))
+        });
+        endpoints.collect()
+    }
 }
 
 /// An endpoint that is checked until this is dropped. Holding its state keeps its identity from becoming another's.
@@ -97,7 +111,7 @@ impl Drop for Running {
 }
 
 async fn check(
-    query: Query,
+    query: Arc<Query>,
     state: Arc<EndpointState>,
     permits: Arc<Semaphore>,
     mark: Option<u32>,
@@ -211,8 +225,13 @@ mod tests {
         let asked = table(&Table::default(), &["web;80;check=tcp"; 3], endpoint).unwrap();
         let state = asked.upstreams().next().unwrap().rotation.endpoints()[0].clone();
         let unasked = table(&asked, &["web;80"], endpoint).unwrap();
-        assert_eq!(wanted(&asked).len(), 1);
-        assert_eq!(wanted(&unasked).len(), 0);
+        let wanted = |table: &Table| {
+            let mut asked = Asked::default();
+            asked.follow(table);
+            asked.endpoints(table).len()
+        };
+        assert_eq!(wanted(&asked), 1);
+        assert_eq!(wanted(&unasked), 0);
 
         let (tables, receiver) = watch::channel(Arc::new(asked));
         let events = Events::default();
@@ -270,15 +289,21 @@ mod tests {
     #[test]
     fn a_table_that_changes_no_checked_route_is_passed_over() {
         let endpoint = Endpoint("10.0.0.1:1".parse().unwrap());
-        let asked = table(&Table::default(), &["web;80;check=tcp"], endpoint).unwrap();
-        let other = table(&asked, &["web;80;check=tcp", "web;81"], endpoint).unwrap();
-        assert!(!may_change_checks(&other, Some(asked.version)));
-        assert!(may_change_checks(&other, None));
-        assert!(may_change_checks(&other, Some(0)), "one was missed");
-        let moved = Endpoint("10.0.0.2:1".parse().unwrap());
-        let moved = table(&other, &["web;80;check=tcp", "web;81"], moved).unwrap();
-        assert!(may_change_checks(&moved, Some(other.version)));
+        let one = table(&Table::default(), &["web;80;check=tcp"], endpoint).unwrap();
+        let two = table(&one, &["web;80;check=tcp", "web;81"], endpoint).unwrap();
+        let mut asked = Asked::default();
+        assert!(asked.follow(&one));
+        assert!(!asked.follow(&two));
+        assert_eq!(asked.endpoints(&two).len(), 1);
+        let endpoint = Endpoint("10.0.0.2:1".parse().unwrap());
+        let moved = table(&two, &["web;80;check=tcp", "web;81"], endpoint).unwrap();
+        assert!(asked.follow(&moved), "another endpoint");
         let unasked = table(&moved, &["web;80", "web;81"], endpoint).unwrap();
-        assert!(may_change_checks(&unasked, Some(moved.version)));
+        assert!(asked.follow(&unasked));
+        assert!(asked.endpoints(&unasked).is_empty());
+        let endpoint = Endpoint("10.0.0.3:1".parse().unwrap());
+        let moved = table(&unasked, &["web;80", "web;81"], endpoint).unwrap();
+        assert!(!asked.follow(&moved), "nobody has it checked any more");
+        assert!(asked.follow(&two), "one was missed");
     }
 }

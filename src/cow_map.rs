@@ -103,21 +103,30 @@ impl<K: Hash + Eq + Clone, V: Clone> CowMap<K, V> {
     }
 
     /// Takes an entry out.
-    pub fn remove(&mut self, key: &K) -> Option<V> {
+    pub fn remove<Q: Hash + Eq + ?Sized>(&mut self, key: &Q) -> Option<V>
+    where
+        K: Borrow<Q>,
+    {
         // A part is copied only if that changes something.
         self.get(key)?;
         let hash = HASHER.hash_one(key);
-        let entry = self.part_mut(hash)?.find_entry(hash, |(other, _)| other == key).ok()?;
+        let entry =
+            self.part_mut(hash)?.find_entry(hash, |(other, _)| other.borrow() == key).ok()?;
         let ((_, value), _) = entry.remove();
         self.len -= 1;
         Some(value)
     }
 
     /// An entry, to change it in place.
-    pub fn get_mut(&mut self, key: &K) -> Option<&mut V> {
+    pub fn get_mut<Q: Hash + Eq + ?Sized>(&mut self, key: &Q) -> Option<&mut V>
+    where
+        K: Borrow<Q>,
+    {
         self.get(key)?;
         let hash = HASHER.hash_one(key);
-        self.part_mut(hash)?.find_mut(hash, |(other, _)| other == key).map(|(_, value)| value)
+        self.part_mut(hash)?
+            .find_mut(hash, |(other, _)| other.borrow() == key)
+            .map(|(_, value)| value)
     }
 
     /// Always there: a hash has a part.

@@ -19,11 +19,11 @@ pub enum Event {
     /// A removed route.
     RouteRemoved(Arc<Route>),
     /// The endpoints of a service changed to these.
-    EndpointsChanged { query: Query, endpoints: Vec<Endpoint> },
+    EndpointsChanged { query: Arc<Query>, endpoints: Vec<Endpoint> },
     /// A connect attempt to an endpoint failed: all routes skip it for this time.
-    EndpointEjected { query: Query, endpoint: Endpoint, error: String, time: Duration },
+    EndpointEjected { query: Arc<Query>, endpoint: Endpoint, error: String, time: Duration },
     /// A connection to an ejected endpoint was opened, or its active check passed: it gets connections again.
-    EndpointBack { query: Query, endpoint: Endpoint },
+    EndpointBack { query: Arc<Query>, endpoint: Endpoint },
     /// An endpoint was drained via the API, or its drain ended.
     EndpointDrained { service: ServiceName, endpoint: Endpoint, drained: bool },
     /// A source does not answer. Its last data stays in use.
@@ -158,13 +158,13 @@ mod tests {
             drained: true,
         };
         let long = || Event::EndpointsChanged {
-            query: Query {
+            query: Arc::new(Query {
                 via: "consul".into(),
                 service: ServiceName::new("web").unwrap(),
                 tags: Default::default(),
                 dc: None,
                 port: None,
-            },
+            }),
             endpoints: list.clone(),
         };
         let mut listener = events.listen();

@@ -166,7 +166,7 @@ impl Report {
         if before.is_none_or(|(before, was_held)| before.list != now.list || *was_held != held) {
             let endpoints = some(&now.list);
             self.events.report(|| Event::EndpointsChanged {
-                query: query.clone(),
+                query: query.clone().into(),
                 endpoints: now.list.clone(),
             });
             if held && !value.list.is_empty() {
@@ -242,15 +242,14 @@ impl Report {
             info!(routes = next.routes().len(), vips = list(next.vips()), "initial routing table");
         }
         for route in &next.changes().added {
-            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.query(), "new route");
+            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.written_query(), "new route");
             self.events.report(|| Event::RouteAdded(route.clone()));
         }
         for route in &next.changes().removed {
-            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.query(), "route gone");
+            info!(consumer = %route.consumer_name, id = %route.consumer, route = %route.key, service = %route.written_query(), "route gone");
             self.events.report(|| Event::RouteRemoved(route.clone()));
         }
-        let routes = next.changes().added.iter().chain(&next.changes().updated);
-        routes.for_each(|route| self.barred(&route.upstream));
+        next.changes().upstreams.iter().for_each(|upstream| self.barred(upstream));
     }
 
     /// `addresses` are those that are captured; connections of `astray` do not arrive at any of them.
@@ -272,11 +271,11 @@ impl Report {
 impl Report {
     /// Logs endpoints that must not be used, once each.
     fn barred(&mut self, upstream: &Upstream) {
-        // Nearly always, and a change may touch ten thousand routes.
+        // Nearly always.
         if upstream.refused.is_empty() && self.barred.is_empty() {
             return;
         }
-        let before = self.barred.get(&upstream.query);
+        let before = self.barred.get(&*upstream.query);
         if before.map_or(&[][..], Vec::as_slice) == upstream.refused {
             return;
         }
@@ -290,9 +289,9 @@ impl Report {
         let new = upstream.refused.iter().filter(is_new).count();
         self.refused.endpoints.fetch_add(new as u64, Relaxed);
         if upstream.refused.is_empty() {
-            self.barred.remove(&upstream.query);
+            self.barred.remove(&*upstream.query);
         } else {
-            self.barred.insert(upstream.query.clone(), upstream.refused.clone());
+            self.barred.insert(Query::clone(&upstream.query), upstream.refused.clone());
         }
     }
 }

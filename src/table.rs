@@ -59,7 +59,8 @@ pub struct RouteNumber(u64);
 #[derive(Debug)]
 #[repr(C)]
 pub struct Route {
-    pub upstream: Arc<Upstream>,
+    /// Finds its [upstream](Table::upstream): that of the first who asked the same.
+    pub query: Arc<Query>,
     pub balance: Balance,
     /// Since when this owner has it: an older connection may be from the address's former owner. `None` for routes of the first
     /// table, because nothing was captured before it.
@@ -81,24 +82,27 @@ pub struct Route {
 }
 
 impl Route {
-    /// What its consumer asks for, as the consumer wrote it: the upstream's query is that of the first who asked the same.
-    pub fn query(&self) -> Query {
-        Query { tags: self.binding.descriptor.tags.clone(), ..self.upstream.query.clone() }
+    /// What its consumer asks for, as the consumer wrote it.
+    pub fn written_query(&self) -> Query {
+        Query { tags: self.binding.descriptor.tags.clone(), ..Query::clone(&self.query) }
     }
 
-    /// Whether `other` is this route with, at the most, other endpoints.
+    /// Whether `other` is this route, perhaps with another name of its consumer.
     fn continues(&self, other: &Route) -> bool {
         self.number == other.number
     }
 }
 
 /// The answer to a query, with the state of its endpoints: one for all routes that ask the same.
+///
+/// A route names its query and does not hold the answer: so another answer changes one entry of a table, however many routes lead
+/// to it.
 #[derive(Debug)]
 #[repr(C)]
 pub struct Upstream {
     // First, as in a route.
     pub rotation: Rotation,
-    pub query: Query,
+    pub query: Arc<Query>,
     /// Whether discovery has answered; until then that there are no endpoints means nothing.
     pub answered: bool,
     /// Endpoints of the answer that are not used, and why. Sorted.
@@ -176,7 +180,7 @@ pub struct Table {
     wiring: Arc<Wiring>,
     vips: BTreeSet<Vip>,
     unrouted: Arc<BTreeMap<UnroutedKey, Unrouted>>,
-    upstreams: CowMap<Query, InUse>,
+    upstreams: CowMap<Arc<Query>, InUse>,
     states: CowMap<(ServiceKey, Endpoint), Shared>,
     live: CowMap<ConsumerId, Arc<AtomicUsize>>,
     changes: Changes,
@@ -199,11 +203,11 @@ struct BuiltFrom {
     balance: Balance,
 }
 
-/// An upstream, and the routes that lead to it: never none.
+/// An upstream, and how many routes lead to it: never none.
 #[derive(Debug, Clone)]
 struct InUse {
     upstream: Arc<Upstream>,
-    routes: Arc<BTreeSet<RouteKey>>,
+    routes: usize,
 }
 
 /// An endpoint's state, and how many upstreams have it: never none.
@@ -262,6 +266,16 @@ impl Table {
     /// Bindings without a route, by consumer.
     pub fn unrouted(&self) -> impl ExactSizeIterator<Item = &Unrouted> {
         self.unrouted.values()
+    }
+
+    /// The answer to a query. That of each route of this table is there.
+    pub fn upstream(&self, query: &Query) -> Option<&Arc<Upstream>> {
+        self.upstreams.get(query).map(|in_use| &in_use.upstream)
+    }
+
+    /// The endpoints that a route has in this table.
+    pub fn endpoints_of(&self, route: &Route) -> &[Arc<EndpointState>] {
+        self.upstream(&route.query).map_or(&[], |upstream| upstream.rotation.endpoints())
     }
 
     pub fn upstreams(&self) -> impl ExactSizeIterator<Item = &Arc<Upstream>> {
@@ -383,7 +397,7 @@ mod tests {
     }
 
     fn service<'a>(table: &'a Table, source: &str, port: u16) -> Option<&'a str> {
-        table.route(&key(source, port)).map(|route| route.upstream.query.service.as_str())
+        table.route(&key(source, port)).map(|route| route.query.service.as_str())
     }
 
     #[test]
@@ -534,8 +548,10 @@ mod tests {
             Arc::new(Endpoints::new([Endpoint("10.0.0.1:1".parse().unwrap())], vec![])),
         );
         let before = next(&Table::default(), &consumers, &endpoints).unwrap();
-        let rotation =
-            |table: &Table, source, port| table.route(&key(source, port)).unwrap().upstream.clone();
+        let rotation = |table: &Table, source, port| {
+            let route = table.route(&key(source, port)).unwrap();
+            table.upstream(&route.query).unwrap().clone()
+        };
         let lease = rotation(&before, "172.17.0.2", 6380).rotation.endpoints()[0].lease();
         let active = |table: &Table, source, port| {
             let upstream = rotation(table, source, port);

@@ -69,18 +69,17 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
 }
 
 fn service(feeds: &Feeds, situation: &Situation, route: &Route) -> api::ExplainService {
-    let upstream = &route.upstream;
-    let query = &upstream.query;
+    let query = &*route.query;
     let sources = feeds.sources.borrow();
     let known = sources.queries.iter().find(|(asked, _)| asked == query);
     let reading = situation.queries.get(query);
-    let asked = route.query();
+    let asked = route.written_query();
     let source = known.zip(reading).map(|((query, answers), reading)| {
         let named = SourceReading { name: asked.to_string(), ..reading.clone() };
         view::discovery(query, &answers.borrow(), &named)
     });
     let key = (query.via.clone(), query.dc.clone(), query.service.clone());
-    let endpoints = upstream.rotation.endpoints().iter();
+    let endpoints = situation.table.endpoints_of(route).iter();
     let state = situation.route(route).state;
     api::ExplainService {
         query: view::query(&asked),

@@ -172,7 +172,7 @@ pub(super) async fn routes(
                 vec![
                     route.key.source.to_string(),
                     route.key.port.to_string(),
-                    route.query().to_string(),
+                    route.written_query().to_string(),
                     route.binding.origin.to_string(),
                 ]
             } else {
@@ -180,7 +180,7 @@ pub(super) async fn routes(
             };
             wanted.fits(&Shows {
                 consumer: Some((&route.consumer_name, route.consumer.full())),
-                service: Some(route.upstream.query.service.as_str()),
+                service: Some(route.query.service.as_str()),
                 texts: &texts.iter().map(String::as_str).collect::<Vec<_>>(),
             }) && wanted_state.is_none_or(|state| situation.route(route).state == state)
         },
@@ -315,7 +315,7 @@ pub(super) async fn connections(
             };
             wanted.fits(&Shows {
                 consumer: route.map(|route| (&*route.consumer_name, route.consumer.full())),
-                service: route.map(|route| route.upstream.query.service.as_str()),
+                service: route.map(|route| route.query.service.as_str()),
                 texts: &texts.iter().map(String::as_str).collect::<Vec<_>>(),
             }) && wanted_state.is_none_or(|state| live.state == state)
         },

@@ -55,7 +55,7 @@ pub(super) fn route(route: &Route, situation: &Situation) -> api::Route {
         address: route.key.source.to_string(),
         port: route.key.port.get(),
         origin: route.binding.origin.to_string(),
-        query: query(&route.query()),
+        query: query(&route.written_query()),
         balance: route.balance,
         state: health.state,
         verdict: health.state.verdict(),
@@ -129,8 +129,8 @@ pub(super) fn connection(live: &LiveConnection) -> api::Connection {
         id: format!("{}-{}", live.id.0, live.id.1),
         consumer: of_route(|route| route.consumer_name.to_string()),
         consumer_id: of_route(|route| route.consumer.full().to_owned()),
-        service: of_route(|route| route.upstream.query.service.to_string()),
-        query: of_route(|route| route.query().to_string()),
+        service: of_route(|route| route.query.service.to_string()),
+        query: of_route(|route| route.written_query().to_string()),
         source: live.source.to_string(),
         destination: live.destination.to_string(),
         endpoint: live.endpoint.map(|endpoint| endpoint.to_string()),
@@ -203,7 +203,7 @@ pub(super) fn binding(fate: &BindingFate<'_>) -> api::Binding {
         reasons: fate.reasons().iter().map(ToString::to_string).collect(),
         port: fate.port(),
         service,
-        query: routes.first().map(|route| query(&route.query())),
+        query: routes.first().map(|route| query(&route.written_query())),
         addresses: routes.iter().map(|route| route.key.source.to_string()).collect(),
     }
 }

@@ -191,12 +191,12 @@ fn routes(table: &Table, sources: &Sources) -> Vec<Planned> {
         source: route.key.source.to_string(),
         port: route.key.port.get(),
         origin: route.binding.origin.to_string(),
-        service: route.query().to_string(),
+        service: route.written_query().to_string(),
         endpoints: {
-            let states = route.upstream.rotation.endpoints().iter();
+            let states = table.endpoints_of(route).iter();
             states.map(|state| state.endpoint.to_string()).collect()
         },
-        error: error(&route.upstream.query),
+        error: error(&route.query),
     };
     routes.iter().map(planned).collect()
 }

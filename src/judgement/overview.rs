@@ -274,7 +274,7 @@ impl Situation {
             }
         }
         let name = |(route, count): &(&Route, usize)| {
-            let (port, query) = (route.key.port, route.query());
+            let (port, query) = (route.key.port, route.written_query());
             let at = match count {
                 1 => String::new(),
                 count => format!(" at {count} addresses"),

@@ -46,9 +46,8 @@ impl Situation {
     pub fn one_of_each_service<'a>(routes: &[&'a Route]) -> Vec<&'a Route> {
         let mut chosen: Vec<&Route> = Vec::new();
         for route in routes {
-            let same = |other: &&Route| {
-                (&other.upstream.query, other.balance) == (&route.upstream.query, route.balance)
-            };
+            let same =
+                |other: &&Route| (&other.query, other.balance) == (&route.query, route.balance);
             if !chosen.iter().any(same) {
                 chosen.push(route);
             }
@@ -117,9 +116,9 @@ impl Situation {
 
     /// The causes of a route's service.
     fn of_service(&self, route: &Route) -> Vec<Cause> {
-        let upstream = &route.upstream;
+        let Some(upstream) = self.table.upstream(&route.query) else { return Vec::new() };
         let health = self.route(route);
-        let service = route.query().to_string();
+        let service = route.written_query().to_string();
         let next = self.next_pick(route);
         let mut causes = Vec::new();
         if health.active + health.probing + health.ejected == 0 {
@@ -144,11 +143,12 @@ impl Situation {
             });
         }
         if let Some(reading) = self.queries.get(&upstream.query) {
-            let named = SourceReading { name: route.query().to_string(), ..reading.clone() };
+            let named =
+                SourceReading { name: route.written_query().to_string(), ..reading.clone() };
             causes.extend(named.causes());
         }
         causes.extend(bounded(Subject::Endpoints, self.of_endpoints(route, upstream)));
-        causes.extend(Cause::refused(&route.query(), upstream).take(NAMED));
+        causes.extend(Cause::refused(&route.written_query(), upstream).take(NAMED));
         causes
     }
 

@@ -66,7 +66,7 @@ impl Situation {
             circular: 0,
             just_failed: 0,
         };
-        for state in route.upstream.rotation.endpoints() {
+        for state in self.table.endpoints_of(route) {
             health.endpoints += 1;
             *match endpoint(state, self.now) {
                 EndpointHealth::Drained => &mut health.drained,
@@ -85,7 +85,7 @@ impl Situation {
 
     fn route_state(&self, route: &Route, health: &RouteHealth) -> RouteState {
         let lost = || {
-            let query = self.queries.get(&route.upstream.query);
+            let query = self.queries.get(&route.query);
             self.provider.is_lost()
                 || query.is_some_and(|query| {
                     query.is_lost() || query.held.is_some() || query.problem.is_some()
@@ -97,7 +97,7 @@ impl Situation {
                 || self.reach(&route.consumer) != Reach::Arrives
         };
         if health.active + health.ejected + health.probing == 0 {
-            match route.upstream.answered {
+            match self.table.upstream(&route.query).is_some_and(|upstream| upstream.answered) {
                 true => RouteState::NoEndpoint,
                 false => RouteState::Waiting,
             }
@@ -143,7 +143,7 @@ impl Situation {
 
     /// The endpoint that the next connection would get. Does not change the balancing.
     pub fn next_pick(&self, route: &Route) -> Option<Endpoint> {
-        let rotation = &route.upstream.rotation;
+        let rotation = &self.table.upstream(&route.query)?.rotation;
         let all = rotation.endpoints().iter().map(|state| state.endpoint);
         let circular: Vec<_> = all.filter(|one| self.is_circular(route, one)).collect();
         Some(rotation.peek(route.balance, self.now, &circular)?.endpoint)

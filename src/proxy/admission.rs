@@ -344,7 +344,7 @@ mod tests {
             consumer_name: route.consumer_name.clone(),
             binding: route.binding.clone(),
             balance: route.balance,
-            upstream: route.upstream.clone(),
+            query: route.query.clone(),
             counts: route.counts.clone(),
             live_of_consumer: route.live_of_consumer.clone(),
             born: Some(born),

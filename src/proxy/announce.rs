@@ -40,7 +40,7 @@ pub(super) fn header(
             let tlvs = [
                 (Tlv::ConsumerName, &*route.consumer_name),
                 (Tlv::ConsumerId, id),
-                (Tlv::Service, route.upstream.query.service.as_str()),
+                (Tlv::Service, route.query.service.as_str()),
             ];
             v2(source, destination, &tlvs)
         }

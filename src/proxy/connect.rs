@@ -21,7 +21,7 @@ use crate::{
     events::Event,
     model::{Endpoint, Millis},
     outcome::Outcome,
-    table::Route,
+    table::{Route, Upstream},
 };
 
 /// Maximum number of distinct endpoints tried.
@@ -111,7 +111,7 @@ pub(super) async fn connect(
     let mut pause = FIRST_PAUSE;
     while Instant::now() < deadline {
         // A failed try takes time: there may be other endpoints by now.
-        let upstream = worker.upstream(route);
+        let upstream = worker.upstream(route).ok_or(Outcome::RouteGone)?;
         let start = worker.now();
         let pick = || upstream.rotation.pick(route.balance, start, &excluded.all);
         let may_pick = excluded.may_try_more() && excluded.vain < VAIN;
@@ -259,11 +259,13 @@ async fn in_time<T>(
     let is_trusted = state.is_trusted();
     let mut open = pin!(open);
     loop {
-        let rotation = &worker.upstream(route).rotation;
-        let has_untried =
-            excluded.may_try_more() && rotation.has_alternative(state, worker.now(), &excluded.all);
-        let has_better = || !is_trusted && slow.is_some_and(|slow| rotation.offers(slow));
-        let has_alternative = has_untried || has_better();
+        let upstream = worker.upstream(route);
+        let has_alternative = upstream.as_ref().is_some_and(|upstream| {
+            let rotation = &upstream.rotation;
+            let has_untried = excluded.may_try_more()
+                && rotation.has_alternative(state, worker.now(), &excluded.all);
+            has_untried || !is_trusted && slow.is_some_and(|slow| rotation.offers(slow))
+        });
         let end = if has_alternative { deadline.min(begun + TRY) } else { deadline };
         tokio::select! {
             biased;
@@ -287,11 +289,16 @@ fn failed(
     error: &io::Error,
     start: Millis,
 ) {
-    let (endpoint, service, now) = (state.endpoint, &route.upstream.query, worker.now());
+    let (endpoint, service, now) = (state.endpoint, &route.query, worker.now());
     state.counts.last_error.set(now, error.to_string());
     route.counts.last_error.set(now, format!("{endpoint}: {error}"));
-    let rotation = &worker.upstream(route).rotation;
-    let is_only = || !rotation.has_alternative(state, now, excluded.always());
+    let upstream = worker.upstream(route);
+    let is_only = || {
+        let has_others = |upstream: &Arc<Upstream>| {
+            upstream.rotation.has_alternative(state, now, excluded.always())
+        };
+        !upstream.as_ref().is_some_and(has_others)
+    };
     if error.kind() == io::ErrorKind::TimedOut && is_only() {
         if state.timed_out_alone() {
             tracing::warn!(%endpoint, %service, "the only endpoint does not answer; it stays in use");
@@ -318,7 +325,7 @@ fn failed(
 /// Has an endpoint used only if no other can be, for a while: this host could not open a connection to it. No packet was sent, so
 /// another attempt costs little.
 fn set_aside(worker: &Worker, route: &Route, state: &EndpointState, lack: Lack, error: &io::Error) {
-    let (endpoint, service, now) = (state.endpoint, &route.upstream.query, worker.now());
+    let (endpoint, service, now) = (state.endpoint, &route.query, worker.now());
     state.counts.last_error.set(now, error.to_string());
     route.counts.last_error.set(now, format!("{endpoint}: {error}"));
     let time = if lack == Lack::Ports { WITHOUT_PORTS } else { WITHOUT_ROUTE };
@@ -330,7 +337,7 @@ fn set_aside(worker: &Worker, route: &Route, state: &EndpointState, lack: Lack, 
 
 /// Logs that an ejected endpoint accepted a connection.
 fn back(worker: &Worker, route: &Route, state: &EndpointState) {
-    let (endpoint, service) = (state.endpoint, &route.upstream.query);
+    let (endpoint, service) = (state.endpoint, &route.query);
     tracing::info!(%endpoint, %service, "endpoint is back");
     worker.settings().events.report(|| Event::EndpointBack { query: service.clone(), endpoint });
 }

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeSet, HashMap, hash_map::Entry},
     os::fd::OwnedFd,
     rc::Rc,
+    sync::Arc,
     time::Instant,
 };
 
@@ -17,7 +18,10 @@ use super::{
     relay::Requests,
     shared::HoldPermit,
 };
-use crate::{balance::Lease, outcome::Outcome, table::RouteNumber};
+use crate::{
+    balance::Lease, descriptor::EndpointDrain, discovery::Query, outcome::Outcome,
+    table::RouteNumber,
+};
 
 /// A connection's number, which no other connection of its worker has or had.
 pub(super) type Id = u64;
@@ -109,6 +113,8 @@ pub(super) struct Connections {
     /// Those of each route that are not ending.
     of_route: HashMap<RouteNumber, Option<List>>,
     route_lists: Lists,
+    /// The routes of those that end with their endpoint, by what they ask for.
+    ending_with_endpoint: HashMap<Arc<Query>, BTreeSet<RouteNumber>>,
     /// Those that run and are not ending: first those that this round has not looked at.
     running: Option<List>,
     running_list: Lists,
@@ -241,6 +247,11 @@ impl Connections {
         self.of_route.keys().copied()
     }
 
+    /// The routes to a query's endpoints whose connections end with their endpoint.
+    pub(super) fn ending_with_endpoint(&self, query: &Query) -> impl Iterator<Item = RouteNumber> {
+        self.ending_with_endpoint.get(query).into_iter().flatten().copied()
+    }
+
     /// A route's connections that are not ending.
     pub(super) fn of_route(&self, route: RouteNumber) -> impl Iterator<Item = Place> {
         self.route_lists.iter(self.of_route.get(&route).copied().flatten())
@@ -309,6 +320,9 @@ impl Connections {
         if self.of_route.capacity() / 4 > self.of_route.len() {
             self.of_route.shrink_to_fit();
         }
+        if self.ending_with_endpoint.capacity() / 4 > self.ending_with_endpoint.len() {
+            self.ending_with_endpoint.shrink_to_fit();
+        }
     }
 
     fn running(&self, live: Rc<Live>, seen: Option<u64>) -> Running {
@@ -324,7 +338,11 @@ impl Connections {
     /// A connection has got its route, and runs.
     fn enter_lists(&mut self, place: Place) {
         let Some(record) = self.all.get(place.get()).and_then(Connection::record) else { return };
-        let list = self.of_route.entry(record.route.number).or_default();
+        let route = &record.route;
+        let list = self.of_route.entry(route.number).or_default();
+        if list.is_none() && route.binding.descriptor.drain != EndpointDrain::Keep {
+            self.ending_with_endpoint.entry(route.query.clone()).or_default().insert(route.number);
+        }
         self.route_lists.push_back(list, place);
         self.running_list.push_back(&mut self.running, place);
     }
@@ -341,6 +359,14 @@ impl Connections {
             self.route_lists.remove(list.get_mut(), place);
             if list.get().is_none() {
                 list.remove();
+                if let Entry::Occupied(mut routes) =
+                    self.ending_with_endpoint.entry(record.route.query.clone())
+                {
+                    routes.get_mut().remove(&record.route.number);
+                    if routes.get().is_empty() {
+                        routes.remove();
+                    }
+                }
             }
         }
     }

@@ -32,7 +32,7 @@ use crate::{
     balance::{Checked, EndpointState},
     descriptor::{Check, Descriptor, EndpointDrain},
     outcome::Outcome,
-    table::{RouteNumber, Table},
+    table::{Changes, RouteNumber, Table},
 };
 
 /// The pending checks, in this order.
@@ -50,7 +50,7 @@ struct Sweep {
 const TURN: Duration = Duration::from_micros(200);
 /// Connections that a turn ends, at the most: closing two sockets takes some 20 us, and those that run do so after it.
 const ENDS: usize = 8;
-/// Routes of a table's changes that are looked at in one go.
+/// Removed routes of a table that are looked at in one go.
 const ROUTES: usize = 64;
 /// Tables that may be behind. Keeping more would cost more than looking at all connections.
 const BEHIND: usize = 4;
@@ -125,14 +125,18 @@ impl Worker {
             } else if let Some(route) = sweep.routes.pop() {
                 ends += usize::from(self.sweep_route(route, sweep));
             } else if let Some((table, done)) = sweep.tables.front_mut() {
-                let changes = table.changes();
-                let routes = changes.removed.iter().chain(&changes.updated);
-                let some: Vec<_> = routes.skip(*done).take(ROUTES).map(|r| r.number).collect();
-                *done += some.len();
-                if some.is_empty() {
+                let Changes { removed, upstreams, .. } = table.changes();
+                let routes = removed.iter().skip(*done).take(ROUTES);
+                sweep.routes = routes.map(|route| route.number).collect();
+                if !sweep.routes.is_empty() {
+                    *done += sweep.routes.len();
+                } else if let Some(upstream) = upstreams.get(*done - removed.len()) {
+                    let all = self.connections.borrow();
+                    sweep.routes = all.ending_with_endpoint(&upstream.query).collect();
+                    *done += 1;
+                } else {
                     sweep.tables.pop_front();
                 }
-                sweep.routes = some;
             } else {
                 return false;
             }
@@ -216,7 +220,7 @@ fn decide(record: &Record, table: &Table) -> Decision {
     let is =
         |state: &Arc<EndpointState>| Some(state.endpoint) == endpoint.as_ref().map(|e| e.endpoint);
     // Without an endpoint it will get one that there is.
-    if endpoint.is_none() || now.upstream.rotation.endpoints().iter().any(is) {
+    if endpoint.is_none() || table.endpoints_of(now).iter().any(is) {
         Decision::Stays
     } else {
         Decision::EndpointGone { stays }
@@ -225,7 +229,10 @@ fn decide(record: &Record, table: &Table) -> Decision {
 
 #[cfg(test)]
 mod tests {
-    use std::{cell::RefCell, fs::File, net::IpAddr, sync::atomic::Ordering::Relaxed};
+    use std::{
+        cell::RefCell, collections::BTreeSet, fs::File, net::IpAddr,
+        sync::atomic::Ordering::Relaxed,
+    };
 
     use proptest::prelude::*;
 
@@ -282,7 +289,7 @@ mod tests {
             let table = self.worker.table.borrow().clone();
             let Some(route) = route(&table, source(n), 80) else { return };
             let peer = (source(n), 1).into();
-            let endpoints = route.upstream.rotation.endpoints();
+            let endpoints = table.endpoints_of(&route);
             let state = endpoints.get(usize::from(n) % endpoints.len().max(1)).cloned();
             let ticket = self.worker.start(captured(peer, peer), route, Instant::now()).unwrap();
             let Some(state) = state else { return self.running.borrow_mut().push(ticket) };
@@ -383,6 +390,12 @@ mod tests {
                 let gone = driven.ended(Outcome::RouteGone) + driven.ended(Outcome::EndpointGone);
                 assert_eq!(opened, live.len() as u64 + gone);
                 assert!(kill || driven.ended(Outcome::EndpointGone) == 0);
+                let route = live.first().filter(|_| kill);
+                let all = driven.worker.connections.borrow();
+                let noted: BTreeSet<_> =
+                    route.into_iter().flat_map(|route| all.ending_with_endpoint(&route.query)).collect();
+                let numbers = live.iter().filter(|_| kill).map(|route| route.number);
+                assert_eq!(noted, numbers.collect());
             });
         }
     }
@@ -421,7 +434,8 @@ mod tests {
                 (0..2).for_each(|n| driven.open(n, true));
                 let (_tables, follow) = watch::channel(driven.worker.table.borrow().clone());
                 let following = tokio::task::spawn_local(driven.worker.clone().follow(follow));
-                let states = driven.live()[0].upstream.rotation.endpoints().to_vec();
+                let route = driven.live()[0].clone();
+                let states = driven.worker.table.borrow().endpoints_of(&route).to_vec();
                 // It listens from its first turn on.
                 yield_now().await;
                 // The check of the first consumer's endpoint fails, that of the second's does not.

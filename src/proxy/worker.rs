@@ -106,11 +106,10 @@ impl Worker {
         timeout_at(deadline.into(), self.taken_over.notified()).await.is_ok()
     }
 
-    /// The endpoints that a route has now.
-    pub(super) fn upstream(&self, route: &Route) -> Arc<Upstream> {
-        let table = self.table.borrow();
-        let now = table.has(route).then(|| table.route(&route.key)).flatten();
-        now.map_or(&route.upstream, |now| &now.upstream).clone()
+    /// The endpoints that a route has now. `None` if no route asks for the same any more, this one neither: then the connection is
+    /// about to be reset.
+    pub(super) fn upstream(&self, route: &Route) -> Option<Arc<Upstream>> {
+        self.table.borrow().upstream(&route.query).cloned()
     }
 
     /// Waits a moment for resources that ending connections free. Accepts no connection meanwhile.

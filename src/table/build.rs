@@ -50,6 +50,7 @@ pub(super) fn next(
         query,
         next,
         touched: BTreeSet::new(),
+        answered: Vec::new(),
         left: Vec::new(),
         without: Vec::new(),
     };
@@ -128,37 +129,32 @@ struct Builder<'a, Q> {
     next: Table,
     /// Addresses whose routes may have changed.
     touched: BTreeSet<RouteKey>,
-    /// Routes that do not lead to these upstreams any more, and endpoints that these services had and have no more. They
-    /// are let go last: what was given up may have been taken up again meanwhile.
-    left: Vec<(Query, RouteKey)>,
+    /// Queries whose upstreams are new or others. No query is here twice.
+    answered: Vec<Arc<Query>>,
+    /// Upstreams that one route less leads to, and endpoints that these services had and have no more. They are let go last: what
+    /// was given up may have been taken up again meanwhile.
+    left: Vec<Arc<Query>>,
     without: Vec<(ServiceKey, Endpoint)>,
 }
 
 impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
-    /// Upstreams whose endpoints changed, and their routes.
+    /// Upstreams whose endpoints changed.
     fn answers(&mut self) {
         let (now, before) = (self.inputs.endpoints, &self.prev.built_from.endpoints);
         // Other VIPs may refuse other endpoints.
-        let all = (self.next.vips != self.prev.vips).then(|| {
-            self.next.upstreams.iter().map(|(query, _)| query.clone()).collect::<Vec<_>>()
-        });
-        let differing = match &all {
-            Some(all) => all.iter().collect(),
-            None => now.differing_keys(before, Arc::ptr_eq),
+        let in_use: Vec<_> = if self.next.vips == self.prev.vips {
+            let differing = now.differing_keys(before, Arc::ptr_eq).into_iter();
+            differing.filter_map(|query| self.next.upstreams.get(query)).cloned().collect()
+        } else {
+            self.next.upstreams.values().cloned().collect()
         };
-        for query in differing {
-            let Some(in_use) = self.next.upstreams.get(query).cloned() else { continue };
-            let upstream = self.upstream(query, Some(&in_use.upstream));
-            if Arc::ptr_eq(&upstream, &in_use.upstream) {
-                continue;
+        for InUse { upstream: before, routes } in in_use {
+            let query = before.query.clone();
+            let upstream = self.upstream(&query, Some(&before));
+            if !Arc::ptr_eq(&upstream, &before) {
+                self.next.upstreams.insert(query.clone(), InUse { upstream, routes });
+                self.answered.push(query);
             }
-            for key in &*in_use.routes {
-                if let Some(route) = self.next.routes.get_mut(key) {
-                    *route = Arc::new(Route { upstream: upstream.clone(), ..route.another() });
-                    self.touched.insert(*key);
-                }
-            }
-            self.next.upstreams.insert(query.clone(), InUse { upstream, ..in_use });
         }
         self.next.built_from.endpoints = self.inputs.endpoints.clone();
     }
@@ -253,7 +249,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         }
         for key in left {
             if let Some(route) = self.next.routes.remove(&key) {
-                self.left.push((route.upstream.query.clone(), key));
+                self.left.push(route.query.clone());
                 self.touched.insert(key);
             }
         }
@@ -262,10 +258,13 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
     /// Sets a route; an unchanged one is kept.
     fn route(&mut self, key: RouteKey, consumer: &Arc<Consumer>, binding: &Binding, query: Query) {
         let before = self.next.routes.get(&key).cloned();
-        if let Some(before) = before.as_ref().filter(|before| before.upstream.query != query) {
-            self.left.push((before.upstream.query.clone(), key));
-        }
-        let upstream = self.lead(query, key);
+        let query = match &before {
+            Some(before) if *before.query == query => before.query.clone(),
+            before => {
+                self.left.extend(before.as_ref().map(|before| before.query.clone()));
+                self.lead(query)
+            }
+        };
         let before =
             before.filter(|before| before.consumer == consumer.id && before.binding == *binding);
         let balance = binding.descriptor.balance.unwrap_or(self.inputs.balance);
@@ -273,7 +272,6 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         let same = |before: &Arc<Route>| {
             before.consumer_name == consumer.name
                 && before.balance == balance
-                && Arc::ptr_eq(&before.upstream, &upstream)
                 && before.arrival == arrival
         };
         if before.as_ref().is_some_and(same) {
@@ -299,7 +297,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
             consumer_name: consumer.name.clone(),
             binding: binding.clone(),
             balance,
-            upstream,
+            query,
             counts: before.as_ref().map(|before| before.counts.clone()).unwrap_or_default(),
             live_of_consumer,
             born: match &before {
@@ -312,25 +310,21 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         self.touched.insert(key);
     }
 
-    /// The upstream of a query, to which a route leads from now on.
-    fn lead(&mut self, query: Query, key: RouteKey) -> Arc<Upstream> {
-        if let Some(in_use) = self.next.upstreams.get(&query) {
-            let upstream = in_use.upstream.clone();
-            if !in_use.routes.contains(&key)
-                && let Some(in_use) = self.next.upstreams.get_mut(&query)
-            {
-                Arc::make_mut(&mut in_use.routes).insert(key);
-            }
-            return upstream;
+    /// Has one route more lead to the upstream of a query. The query as that upstream has it.
+    fn lead(&mut self, query: Query) -> Arc<Query> {
+        if let Some(in_use) = self.next.upstreams.get_mut(&query) {
+            in_use.routes += 1;
+            return in_use.upstream.query.clone();
         }
-        let upstream = self.upstream(&query, None);
-        let in_use = InUse { upstream: upstream.clone(), routes: Arc::new([key].into()) };
-        self.next.upstreams.insert(query, in_use);
-        upstream
+        let query = Arc::new(query);
+        let in_use = InUse { upstream: self.upstream(&query, None), routes: 1 };
+        self.next.upstreams.insert(query.clone(), in_use);
+        self.answered.push(query.clone());
+        query
     }
 
     /// The upstream of a query; kept if its endpoints did not change.
-    fn upstream(&mut self, query: &Query, before: Option<&Arc<Upstream>>) -> Arc<Upstream> {
+    fn upstream(&mut self, query: &Arc<Query>, before: Option<&Arc<Upstream>>) -> Arc<Upstream> {
         let answer = self.inputs.endpoints.get(query).cloned();
         let endpoints = answer.as_deref().map_or(&[][..], |answer: &Endpoints| &answer.list);
         let (endpoints, refused) = self.sorted_out(query, endpoints);
@@ -421,15 +415,10 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
 
     /// Removes upstreams without a route and endpoints without an upstream.
     fn let_go(&mut self) {
-        for (query, key) in std::mem::take(&mut self.left) {
-            // A route uses it again.
-            if self.next.routes.get(&key).is_some_and(|route| route.upstream.query == query) {
-                continue;
-            }
+        for query in std::mem::take(&mut self.left) {
             let Some(in_use) = self.next.upstreams.get_mut(&query) else { continue };
-            let routes = Arc::make_mut(&mut in_use.routes);
-            routes.remove(&key);
-            if routes.is_empty()
+            in_use.routes -= 1;
+            if in_use.routes == 0
                 && let Some(InUse { upstream, .. }) = self.next.upstreams.remove(&query)
             {
                 let service = service_of(&query);
@@ -451,6 +440,9 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         for key in &self.touched {
             changes.of_route(self.prev.routes.get(key), self.next.routes.get(key));
         }
+        for query in &self.answered {
+            changes.of_upstream(self.prev, &self.next, query);
+        }
         changes.of_places(self.prev, &self.next);
         let is_first = self.prev.version == 0;
         let is_confirmed_anew = self.prev.confirmed != self.next.confirmed;
@@ -463,26 +455,6 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         }
         self.next.changes = changes;
         Some(self.next)
-    }
-}
-
-impl Route {
-    /// A copy, to be changed.
-    fn another(&self) -> Self {
-        Self {
-            upstream: self.upstream.clone(),
-            balance: self.balance,
-            born: self.born,
-            counts: self.counts.clone(),
-            live_of_consumer: self.live_of_consumer.clone(),
-            key: self.key,
-            arrival: self.arrival,
-            number: self.number,
-            consumer: self.consumer.clone(),
-            consumer_name: self.consumer_name.clone(),
-            binding: self.binding.clone(),
-            ends: self.ends.clone(),
-        }
     }
 }
 

@@ -2,16 +2,18 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use super::{Route, Table};
-use crate::wiring::Wiring;
+use super::{InUse, Route, Table, Upstream};
+use crate::{discovery::Query, wiring::Wiring};
 
 /// What a table has that the one before it had not, and the other way round. Of routes, each list is sorted by key.
 #[derive(Debug, Default)]
 pub struct Changes {
     pub added: Vec<Arc<Route>>,
     pub removed: Vec<Arc<Route>>,
-    /// Routes that go on, with other endpoints or their consumer's other name.
+    /// Routes that go on, with another name of their consumer, balance or way of arrival.
     pub updated: Vec<Arc<Route>>,
+    /// Answers that are new, or have other endpoints. In no order.
+    pub upstreams: Vec<Arc<Upstream>>,
     /// Addresses that became known as a container's, or ceased to be. Sorted.
     pub known_added: Vec<IpAddr>,
     pub known_removed: Vec<IpAddr>,
@@ -30,9 +32,22 @@ impl Changes {
         for key in next.routes.differing_keys(&before.routes, Arc::ptr_eq) {
             changes.of_route(before.routes.get(key), next.routes.get(key));
         }
+        for query in next.upstreams.differing_keys(&before.upstreams, same_upstream) {
+            changes.of_upstream(before, next, query);
+        }
         changes.sort();
         changes.of_places(before, next);
         changes
+    }
+
+    /// One query's answer, before and now.
+    pub(super) fn of_upstream(&mut self, before: &Table, next: &Table, query: &Query) {
+        let (before, now) = (before.upstreams.get(query), next.upstreams.get(query));
+        if let Some(now) = now
+            && before.is_none_or(|before| !same_upstream(before, now))
+        {
+            self.upstreams.push(now.upstream.clone());
+        }
     }
 
     /// One key's route, before and now.
@@ -71,9 +86,14 @@ impl Changes {
     pub fn is_empty(&self) -> bool {
         let routes = [&self.added, &self.removed, &self.updated];
         routes.iter().all(|routes| routes.is_empty())
+            && self.upstreams.is_empty()
             && self.known_added.is_empty()
             && self.known_removed.is_empty()
             && !self.places
             && self.wiring.is_none()
     }
+}
+
+fn same_upstream(one: &InUse, other: &InUse) -> bool {
+    Arc::ptr_eq(&one.upstream, &other.upstream)
 }

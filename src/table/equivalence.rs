@@ -163,7 +163,10 @@ fn says(table: &Table) -> impl PartialEq + std::fmt::Debug + use<> {
         .routes()
         .map(|route| {
             let owner = (route.consumer.clone(), route.consumer_name.clone());
-            (route.key, (owner, route.binding.clone(), endpoints(&route.upstream)))
+            (
+                route.key,
+                (owner, route.binding.clone(), endpoints(table.upstream(&route.query).unwrap())),
+            )
         })
         .collect();
     let upstreams: BTreeSet<_> = table.upstreams().map(|upstream| endpoints(upstream)).collect();
@@ -190,13 +193,15 @@ proptest! {
             };
             prop_assert_eq!(says(&next), says(&fresh));
             prop_assert!(table.version == 0 || before != says(&fresh), "nothing differs");
-            // An upstream and a route lead to each other, and each endpoint is one state.
+            // Each route has its upstream, each upstream its routes, and each endpoint is one state.
+            for (query, in_use) in next.upstreams.iter() {
+                prop_assert!(Arc::ptr_eq(query, &in_use.upstream.query));
+                let routes = next.routes().filter(|route| Arc::ptr_eq(&route.query, query));
+                prop_assert_eq!(routes.count(), in_use.routes);
+            }
             for route in next.routes() {
-                let in_use = next.upstreams.get(&route.upstream.query).unwrap();
-                prop_assert!(Arc::ptr_eq(&in_use.upstream, &route.upstream));
-                prop_assert!(in_use.routes.contains(&route.key));
-                let service = build::service_of(&route.upstream.query);
-                for state in route.upstream.rotation.endpoints() {
+                let service = build::service_of(&route.query);
+                for state in next.endpoints_of(route) {
                     let shared = next.states.get(&(service.clone(), state.endpoint)).unwrap();
                     prop_assert!(Arc::ptr_eq(&shared.state, state));
                 }
@@ -207,6 +212,8 @@ proptest! {
                 let goes_on = old.consumer == route.consumer && old.binding == route.binding;
                 prop_assert_eq!(goes_on, old.number == route.number);
                 prop_assert_eq!(goes_on, Arc::ptr_eq(&old.counts, &route.counts));
+                let is_same = goes_on && old.consumer_name == route.consumer_name;
+                prop_assert_eq!(is_same, Arc::ptr_eq(old, route), "whatever its endpoints");
             }
             for (key, shared) in table.states.iter() {
                 if let Some(now) = next.states.get(key) {
@@ -218,6 +225,11 @@ proptest! {
             prop_assert_eq!(keys(&told.added), keys(&whole.added));
             prop_assert_eq!(keys(&told.removed), keys(&whole.removed));
             prop_assert_eq!(keys(&told.updated), keys(&whole.updated));
+            let upstreams = |changes: &Changes| {
+                let all = changes.upstreams.iter().map(Arc::as_ptr);
+                (changes.upstreams.len(), all.collect::<BTreeSet<_>>())
+            };
+            prop_assert_eq!(upstreams(told), upstreams(&whole));
             prop_assert_eq!(&told.known_added, &whole.known_added);
             prop_assert_eq!(&told.known_removed, &whole.known_removed);
             prop_assert_eq!(told.places, whole.places);

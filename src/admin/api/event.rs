@@ -113,12 +113,12 @@ impl From<&events::Event> for Event {
         match event {
             E::RouteAdded(route) => {
                 let (consumer, consumer_id, address, port) = of(route);
-                let (service, query) = named(&route.query());
+                let (service, query) = named(&route.written_query());
                 Self::RouteAdded { consumer, consumer_id, address, port, service, query }
             }
             E::RouteRemoved(route) => {
                 let (consumer, consumer_id, address, port) = of(route);
-                let (service, query) = named(&route.query());
+                let (service, query) = named(&route.written_query());
                 Self::RouteRemoved { consumer, consumer_id, address, port, service, query }
             }
             E::EndpointsChanged { query, endpoints } => {

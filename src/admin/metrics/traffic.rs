@@ -42,7 +42,7 @@ pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table) -> fmt::Result {
     let mut ports: BTreeMap<_, Port<'_>> = BTreeMap::new();
     for route in table.routes() {
         let (consumer, port) = (&*route.consumer_name, route.key.port.get());
-        let service = route.upstream.query.service.as_str();
+        let service = route.query.service.as_str();
         let of_port = || Port { consumer, service, port, routes: Vec::new() };
         ports.entry((consumer, service, port)).or_insert_with(of_port).routes.push(route);
     }
