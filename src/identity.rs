@@ -2,12 +2,18 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-/// Those of `before` that are not in `now`, and those of `now` that were not in `before`.
+/// Those of `before` that are not in `now`, and those of `now` that were not in `before`. Neither has anything twice.
 pub fn gone_and_new<T>(before: &[Arc<T>], now: &[&Arc<T>]) -> (Vec<Arc<T>>, Vec<Arc<T>>) {
-    // Most often all are the same, in the same order.
-    let same = before.iter().zip(now).take_while(|(a, b)| Arc::ptr_eq(a, b)).count();
-    let before = before.get(same..).unwrap_or_default();
-    let now = now.get(same..).unwrap_or_default();
+    // Most often all are the same, in the same order, or but for one.
+    let same = |pairs: &mut dyn Iterator<Item = (&Arc<T>, &&Arc<T>)>| {
+        pairs.take_while(|(one, other)| Arc::ptr_eq(one, other)).count()
+    };
+    let first = same(&mut before.iter().zip(now));
+    let before = before.get(first..).unwrap_or_default();
+    let now = now.get(first..).unwrap_or_default();
+    let last = same(&mut before.iter().rev().zip(now.iter().rev()));
+    let before = before.get(..before.len() - last).unwrap_or_default();
+    let now = now.get(..now.len() - last).unwrap_or_default();
     let old: HashSet<_> = before.iter().map(Arc::as_ptr).collect();
     let current: HashSet<_> = now.iter().map(|one| Arc::as_ptr(one)).collect();
     let gone = before.iter().filter(|one| !current.contains(&Arc::as_ptr(one))).cloned();
@@ -25,6 +31,8 @@ mod tests {
         let before = [a.clone(), b.clone(), c.clone()];
         assert_eq!(gone_and_new(&before, &[&a, &b, &c]), (vec![], vec![]));
         assert_eq!(gone_and_new(&before, &[&a, &d, &c, &b]), (vec![], vec![d.clone()]));
+        assert_eq!(gone_and_new(&before, &[&a, &d, &c]), (vec![b.clone()], vec![d.clone()]));
+        assert_eq!(gone_and_new(&before, &[&a, &c]), (vec![b.clone()], vec![]));
         assert_eq!(gone_and_new(&before, &[&c]), (vec![a, b], vec![]));
         // Equal, and yet another.
         let other = Arc::new("c");

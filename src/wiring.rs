@@ -1,13 +1,10 @@
 //! By which interface, and by which port of a bridge, connections from an address arrive at this host. Pure.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-    net::IpAddr,
-    sync::Arc,
-};
+use std::{collections::BTreeSet, fmt, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
+
+use crate::cow_map::CowMap;
 
 /// The name of an interface of this network namespace, 1 to 15 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -124,26 +121,39 @@ pub struct Wiring {
     /// This host's own addresses on those interfaces.
     pub gateways: BTreeSet<IpAddr>,
     /// The ports of those bridges.
-    pub ports: BTreeSet<u32>,
+    pub ports: Arc<BTreeSet<u32>>,
     /// The addresses of which it is known by which ports they may come in.
-    pub owners: BTreeMap<IpAddr, Arc<Owner>>,
+    pub owners: CowMap<IpAddr, Arc<Owner>>,
     /// Addresses on those bridges whose ports are not known, with their containers.
-    pub unbound: BTreeMap<IpAddr, Arc<str>>,
+    pub unbound: CowMap<IpAddr, Arc<str>>,
 }
 
 impl Wiring {
     /// Those owners of each that the other does not have, or not the same.
     pub fn other_owners(before: &Self, now: &Self) -> (Self, Self) {
-        let only = |these: &Self, others: &Self| {
-            let is_other = |(address, owner): &(&IpAddr, &Arc<Owner>)| {
-                let other = others.owners.get(*address);
-                other.is_none_or(|other| !Arc::ptr_eq(other, owner) && other != *owner)
-            };
-            let owners = these.owners.iter().filter(is_other);
-            let owners = owners.map(|(address, owner)| (*address, owner.clone())).collect();
-            Self { owners, ..Self::default() }
+        let differing = now.owners.differing_keys(&before.owners, Arc::eq);
+        let only = |these: &Self| {
+            let owners = differing
+                .iter()
+                .filter_map(|&address| Some((*address, these.owners.get(address)?.clone())));
+            Self { owners: owners.collect(), ..Self::default() }
         };
-        (only(before, now), only(now, before))
+        (only(before), only(now))
+    }
+
+    /// The first address without known ports, and its container.
+    pub fn first_unbound(&self) -> Option<(&IpAddr, &Arc<str>)> {
+        self.unbound.iter().min_by_key(|(address, _)| **address)
+    }
+
+    /// What concerns these ports: the owners on them, and all ports.
+    pub fn on_ports(&self, ports: &BTreeSet<u32>) -> Self {
+        let is_on = |(_, owner): &(&IpAddr, &Arc<Owner>)| {
+            owner.ports.iter().any(|port| ports.contains(port))
+        };
+        let owners = self.owners.iter().filter(|_| !ports.is_empty()).filter(is_on);
+        let owners = owners.map(|(address, owner)| (*address, owner.clone())).collect();
+        Self { owners, ports: self.ports.clone(), ..Self::default() }
     }
 
     /// The container that a port leads to.

@@ -636,6 +636,13 @@ fn differences(before: &[Element], now: &[Element]) -> (Vec<Element>, Vec<Elemen
 pub(super) fn edits(changes: &RuleChanges, shape: &Shape) -> Vec<Edit> {
     // Of thousands of addresses, one has another port.
     let owners = changes.wiring.as_ref().map(|(before, now)| Wiring::other_owners(before, now));
+    // Another address may be on the same port.
+    let on_ports = changes.wiring.as_ref().zip(owners.as_ref());
+    let on_ports = on_ports.map(|((before, now), (gone, new))| {
+        let owners = gone.owners.values().chain(new.owners.values());
+        let ports = owners.flat_map(|owner| &owner.ports).copied().collect();
+        (before.on_ports(&ports), now.on_ports(&ports))
+    });
     let edit = |set: Set| {
         let (removed, added) = match set.members {
             Members::Declared | Members::Anywhere | Members::Outside | Members::Sent => {
@@ -660,10 +667,8 @@ pub(super) fn edits(changes: &RuleChanges, shape: &Shape) -> Vec<Edit> {
                 })
             }
             _ if set.home() == Home::Bridge && set.members != Members::Targets => {
-                let of = |wiring: &Wiring| of_wiring(set, wiring);
-                let both = changes.wiring.as_ref();
-                both.map_or_else(Default::default, |(before, now)| {
-                    differences(&of(before), &of(now))
+                on_ports.as_ref().map_or_else(Default::default, |(before, now)| {
+                    differences(&of_wiring(set, before), &of_wiring(set, now))
                 })
             }
             _ => {

@@ -494,8 +494,9 @@ impl Reconciler {
         // For a moment after its start, a container's port is not known.
         let is_unbound = guards && !unbound.is_empty();
         let lasts = std::mem::replace(&mut self.guarding.unbound, is_unbound) && is_unbound;
-        if let Some((address, consumer)) =
-            unbound.first_key_value().filter(|_| lasts && !self.guarding.told_unbound)
+        if lasts
+            && !self.guarding.told_unbound
+            && let Some((address, consumer)) = table.wiring().first_unbound()
         {
             self.guarding.told_unbound = true;
             let addresses = unbound.len();

@@ -462,8 +462,11 @@ pub(super) mod tests {
             ("172.18.0.5", owner("b", &[1008, 1009], None)),
         ];
         rules.wiring = Arc::new(Wiring {
-            ports: [1007, 1008, 1009, 1010].into(),
-            owners: owners.map(|(address, owner)| (address.parse().unwrap(), owner)).into(),
+            ports: Arc::new([1007, 1008, 1009, 1010].into()),
+            owners: owners
+                .map(|(address, owner)| (address.parse().unwrap(), owner))
+                .into_iter()
+                .collect(),
             ..Wiring::default()
         });
         rules

@@ -230,10 +230,12 @@ impl Situation {
             causes.extend((!dead.is_empty()).then_some(Cause::DeadVip { addresses: List(dead) }));
         }
         causes.extend(self.barriers());
-        let unbound = &self.table.wiring().unbound;
-        if let Some((address, consumer)) = unbound.first_key_value().filter(|_| standing.guards) {
+        let wiring = self.table.wiring();
+        if standing.guards
+            && let Some((address, consumer)) = wiring.first_unbound()
+        {
             causes.push(Cause::Unguarded {
-                addresses: numbered(unbound.len(), "address", "addresses"),
+                addresses: numbered(wiring.unbound.len(), "address", "addresses"),
                 address: *address,
                 consumer: consumer.clone(),
             });

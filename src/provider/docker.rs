@@ -9,14 +9,16 @@ use std::{
 use super::{Invalid, Listing, NETWORK, Problem, bindings::bindings};
 use crate::{
     consumer::{Binding, Consumer},
+    cow_map::CowMap,
     docker::{
         container::{
-            Attachment, Bridge, Bridges, Container, Inventory, Network, NetworkId, OtherNetworks,
-            SHOWN, bridge_of,
+            Attachment, Bridge, BridgePorts, Bridges, Container, Inventory, Network, NetworkId,
+            OtherNetworks, SHOWN, bridge_of,
         },
         per_container::{PerContainer, Subject},
         read::{LARGEST_DECLARED, MOST_DECLARED},
     },
+    identity::gone_and_new,
     model::{ConsumerId, ContainerId},
     wiring::{Arrival, Interface, Owner, Plug, Wiring},
 };
@@ -26,8 +28,32 @@ use crate::{
 pub(crate) struct Listings {
     prefix: String,
     asking: PerContainer<Common, Asking>,
-    known: Arc<BTreeSet<IpAddr>>,
+    /// Whether a container has an address that another one could have a surer claim on.
+    unsure: PerContainer<Arc<Bridges>, bool>,
+    addresses: Addresses,
+    /// The ports of all bridges, and those of the engine's bridges among them.
+    ports: (Arc<BridgePorts>, BTreeSet<Interface>, Arc<BTreeSet<u32>>),
     wiring: Arc<Wiring>,
+}
+
+/// Which containers have which addresses, and what follows from that. It costs what changes.
+#[derive(Debug, Default)]
+struct Addresses {
+    /// Of the containers that run, in their order.
+    cables: Vec<Arc<Cables>>,
+    of_address: HashMap<IpAddr, Vec<Arc<Cables>>>,
+    known: Arc<BTreeSet<IpAddr>>,
+    contested: BTreeSet<IpAddr>,
+    owners: CowMap<IpAddr, Arc<Owner>>,
+    unbound: CowMap<IpAddr, Arc<str>>,
+}
+
+/// The addresses of a container's own, and how they are connected to this host.
+#[derive(Debug, PartialEq, Eq)]
+struct Cables {
+    name: Arc<str>,
+    /// Sorted, and each once.
+    all: Vec<(IpAddr, Cable)>,
 }
 
 /// What the bindings of all containers depend on.
@@ -68,12 +94,12 @@ struct Asking {
     /// `None` if it has no bindings, or its network is unknown.
     consumer: Option<Arc<Consumer>>,
     no_network: Option<Problem>,
-    /// The addresses of its own, and how they are connected to this host.
-    cables: Vec<(IpAddr, Cable)>,
+    /// The same as before, as long as they are equal.
+    cables: Arc<Cables>,
 }
 
 /// How an address of a container is connected to this host.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Cable {
     /// On a bridge, by ports that are the container's alone.
     Bound(Arc<Owner>),
@@ -87,7 +113,9 @@ impl Listings {
         Self {
             prefix,
             asking: PerContainer::default(),
-            known: Arc::default(),
+            unsure: PerContainer::default(),
+            addresses: Addresses::default(),
+            ports: Default::default(),
             wiring: Arc::default(),
         }
     }
@@ -102,15 +130,19 @@ impl Listings {
             confirmed: inventory.confirmed,
             ..Listing::default()
         };
-        let mut known = Vec::new();
-        let prefix = &self.prefix;
         let common = Common {
             bridges: inventory.bridges.clone(),
             others: inventory.others.clone(),
-            outclaimed: outclaimed(inventory),
+            outclaimed: if self.may_be_outclaimed(inventory) {
+                outclaimed(inventory)
+            } else {
+                Outclaimed::new()
+            },
             interfaces: interfaces(inventory),
         };
         let mut wiring = segments(inventory, &common.interfaces);
+        wiring.ports = self.ports(inventory, &wiring.interfaces);
+        let (prefix, mut cables) = (&self.prefix, Vec::new());
         let asking = self
             .asking
             .update(inventory, common.clone(), |subject| Asking::of(subject, prefix, &common));
@@ -119,16 +151,7 @@ impl Listings {
             if container.run.has_ended() {
                 continue;
             }
-            known.extend(addresses(container, &common.outclaimed));
-            for (address, cable) in &asking.cables {
-                match cable {
-                    Cable::Bound(owner) => drop(wiring.owners.insert(*address, owner.clone())),
-                    Cable::Unbound => {
-                        drop(wiring.unbound.insert(*address, container.name.clone()));
-                    }
-                    Cable::Other => {}
-                }
-            }
+            cables.push(&asking.cables);
             if asking.bindings.is_empty() && !asking.problems.is_empty() {
                 let (name, id) = (container.name.clone(), container.id.clone());
                 let addresses = container.addresses().collect();
@@ -137,21 +160,11 @@ impl Listings {
             listing.consumers.extend(asking.consumer.clone());
             listing.problems.extend(asking.problems.iter().chain(&asking.no_network).cloned());
         }
-        known.sort_unstable();
-        let contested = known.array_windows().filter(|[a, b]| a == b).map(|[address, _]| *address);
-        listing.contested = contested.collect();
-        // A connection from an address that is not known to be anybody's waits until that is cleared up.
-        known.retain(|address| !listing.contested.contains(address));
-        let known = BTreeSet::from_iter(known);
-        if *self.known != known {
-            self.known = known.into();
-        }
-        listing.known = self.known.clone();
-        // Whose it is will be known; until then nobody is shut out.
-        for address in &listing.contested {
-            wiring.owners.remove(address);
-            wiring.unbound.remove(address);
-        }
+        self.addresses.follow(&cables);
+        listing.contested = self.addresses.contested.clone();
+        listing.known = self.addresses.known.clone();
+        wiring.owners = self.addresses.owners.clone();
+        wiring.unbound = self.addresses.unbound.clone();
         if *self.wiring != wiring {
             self.wiring = wiring.into();
         }
@@ -159,6 +172,98 @@ impl Listings {
         listing.gateways = gateways(inventory, &listing.known);
         listing.problems.sort();
         listing
+    }
+
+    /// Whether a container may have a surer claim on an address than another. Most often all are on bridges.
+    fn may_be_outclaimed(&mut self, inventory: &Inventory) -> bool {
+        let bridges = &inventory.bridges;
+        let is_unsure = |(network, end): (&NetworkId, &Attachment)| {
+            claim(bridges, network, end) < Claim::OnBridge
+        };
+        let of = |subject: Subject<'_, bool>| subject.container.attachments().any(is_unsure);
+        let mut all = self.unsure.update(inventory, bridges.clone(), of);
+        all.any(|(container, is_unsure)| *is_unsure && !container.run.has_ended())
+    }
+
+    /// The ports of the engine's bridges.
+    fn ports(
+        &mut self,
+        inventory: &Inventory,
+        bridges: &BTreeSet<Interface>,
+    ) -> Arc<BTreeSet<u32>> {
+        let (all, of, ports) = &mut self.ports;
+        if !Arc::ptr_eq(all, &inventory.ports) || of != bridges {
+            let of_engine = inventory.ports.iter().filter(|(_, bridge)| bridges.contains(bridge));
+            *ports = Arc::new(of_engine.map(|(port, _)| *port).collect());
+            (*all, *of) = (inventory.ports.clone(), bridges.clone());
+        }
+        ports.clone()
+    }
+}
+
+impl Addresses {
+    /// Follows the containers that run.
+    fn follow(&mut self, now: &[&Arc<Cables>]) {
+        let (gone, new) = gone_and_new(&self.cables, now);
+        if gone.is_empty() && new.is_empty() {
+            return;
+        }
+        for gone in &gone {
+            for (address, _) in &gone.all {
+                if let Some(claims) = self.of_address.get_mut(address) {
+                    claims.retain(|one| !Arc::ptr_eq(one, gone));
+                }
+            }
+        }
+        for new in &new {
+            for (address, _) in &new.all {
+                self.of_address.entry(*address).or_default().push(new.clone());
+            }
+        }
+        for (address, _) in gone.iter().chain(&new).flat_map(|cables| &cables.all) {
+            self.settle(*address);
+        }
+        self.cables = now.iter().map(|&cables| cables.clone()).collect();
+    }
+
+    /// What follows from the claims on an address.
+    fn settle(&mut self, address: IpAddr) {
+        let claims = self.of_address.get(&address).map_or(&[][..], Vec::as_slice);
+        // A connection from a contested one waits until it is known whose it is. Until then nobody is shut out.
+        let (only, is_contested) = match claims {
+            [] => (None, false),
+            [only] => (Some(only), false),
+            _ => (None, true),
+        };
+        if only.is_some() != self.known.contains(&address) {
+            let known = Arc::make_mut(&mut self.known);
+            let _ = if only.is_some() { known.insert(address) } else { known.remove(&address) };
+        }
+        self.owners.remove(&address);
+        self.unbound.remove(&address);
+        match only.map(|only| (only, only.cable(&address))) {
+            Some((_, Some(Cable::Bound(owner)))) => {
+                self.owners.insert(address, owner.clone());
+            }
+            Some((only, Some(Cable::Unbound))) => {
+                self.unbound.insert(address, only.name.clone());
+            }
+            Some((_, Some(Cable::Other) | None)) | None => {}
+        }
+        match is_contested {
+            true => self.contested.insert(address),
+            false => self.contested.remove(&address),
+        };
+        if claims.is_empty() {
+            self.of_address.remove(&address);
+        }
+    }
+}
+
+impl Cables {
+    fn cable(&self, address: &IpAddr) -> Option<&Cable> {
+        let at = self.all.binary_search_by_key(address, |(address, _)| *address).ok()?;
+        self.all.get(at).map(|(_, cable)| cable)
     }
 }
 
@@ -197,7 +302,7 @@ fn interfaces(inventory: &Inventory) -> BTreeMap<NetworkId, Interface> {
     bridges.filter_map(|(network, bridge)| Some((network.clone(), of(bridge)?))).collect()
 }
 
-/// The wiring without containers.
+/// The wiring without containers and ports.
 fn segments(inventory: &Inventory, interfaces: &BTreeMap<NetworkId, Interface>) -> Wiring {
     let mut wiring = Wiring::default();
     for (network, bridge) in &*inventory.bridges {
@@ -214,9 +319,6 @@ fn segments(inventory: &Inventory, interfaces: &BTreeMap<NetworkId, Interface>) 
             wiring.gateways.extend(addresses.iter().copied());
         }
     }
-    let ports = inventory.ports.iter();
-    let of_engine = ports.filter(|(_, bridge)| wiring.interfaces.contains(bridge));
-    wiring.ports = of_engine.map(|(port, _)| *port).collect();
     wiring
 }
 
@@ -315,16 +417,12 @@ fn outclaimed(inventory: &Inventory) -> Outclaimed {
         }
         claims
     };
-    // Most often there is none but on bridges.
     let is_unsure = |(network, end): (&NetworkId, &Attachment)| {
         claim(&inventory.bridges, network, end) < Claim::OnBridge
     };
     let mut surest: HashMap<IpAddr, Claim> = HashMap::new();
     for one in alive().filter(|one| one.attachments().any(is_unsure)) {
         surest.extend(claims(one));
-    }
-    if surest.is_empty() {
-        return Outclaimed::new();
     }
     for (address, claim) in alive().flat_map(|one| claims(one)) {
         if let Some(surest) = surest.get_mut(&address) {
@@ -359,7 +457,10 @@ impl Asking {
         };
         let own = common.cables(container);
         let own = own.into_iter().map(|(address, _, cable)| (address, cable));
-        let cables = own.collect();
+        let cables = Cables { name: container.name.clone(), all: own.collect() };
+        let before_cables = before.map(|(_, asking)| &asking.cables);
+        let same = before_cables.filter(|before| ***before == cables);
+        let cables = same.cloned().unwrap_or_else(|| cables.into());
         let mut asking = Self { bindings, problems, consumer: None, no_network: None, cables };
         if asking.bindings.is_empty() {
             return asking;
@@ -435,6 +536,8 @@ fn consumer(
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::docker::container::{
         OtherNetwork,
@@ -594,14 +697,15 @@ mod tests {
         assert_eq!(named, ["docker0 172.17.0.0/16", "podman0 10.88.0.0/16"]);
         assert_eq!(loose.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.99.0.0/16"]);
         assert_eq!(texts(gateways), ["10.88.0.1", "172.17.0.1"]);
-        assert_eq!(*ports, [7, 12, 13, 20].into(), "those of other bridges are others'");
+        assert_eq!(**ports, [7, 12, 13, 20].into(), "those of other bridges are others'");
         // Whose the contested address is will be known.
-        let owned: Vec<_> =
+        let mut owned: Vec<_> =
             owners.iter().map(|(at, owner)| (at.to_string(), &owner.ports[..])).collect();
+        owned.sort();
         let expected = [("10.88.0.2".to_owned(), &[10][..]), ("172.17.0.2".to_owned(), &[7])];
         assert_eq!(owned, expected);
-        let unbound: Vec<_> = unbound.values().map(|name| &**name).collect();
-        assert_eq!(unbound, ["away", "unseen", "moved"]);
+        let unbound: BTreeSet<_> = unbound.values().map(|name| &**name).collect();
+        assert_eq!(unbound, ["away", "unseen", "moved"].into());
         // Embassy lives in a container of the network: its interface is not the bridge.
         let here = [("eth0".into(), vec!["172.17.0.2".parse().unwrap()])];
         let inside = Inventory { here: Arc::new(here.into()), ..inventory };
@@ -700,6 +804,76 @@ mod tests {
         assert!(invalid.is_called("0123") && invalid.is_called("172.17.0.2"));
         assert!(!invalid.is_called("012") && !invalid.is_called("172.17.0.3"));
         assert_eq!(listing.consumers.len(), 1);
+    }
+
+    /// A container on a bridge, on a network of several hosts, or as its process shows it; `None` if it is not there.
+    fn some_container() -> impl Strategy<Value = Option<(u8, u8, u8, bool)>> {
+        prop::option::weighted(0.8, (0..4_u8, 0..4_u8, 0..4_u8, prop::bool::weighted(0.2)))
+    }
+
+    proptest! {
+        #[test]
+        fn a_listing_that_follows_is_the_one_that_is_made_at_once(
+            worlds in prop::collection::vec(
+                (prop::collection::vec(some_container(), 4), any::<bool>()), 1..8,
+            ),
+        ) {
+            let made = |name: usize, (net, address, other, has_ended): (u8, u8, u8, bool)| {
+                let net = ["bridge", "overlay", SHOWN, "loose"][usize::from(net)];
+                let (first, second) = (format!("172.17.0.{address}"), format!("172.17.0.{other}"));
+                let network = on(&[(net, &first, "172.17.0.1"), ("away", &second, "172.17.0.1")]);
+                let port = u32::from(address);
+                let interface = Interface::new("docker0");
+                let plugs = vec![Plug { index: port, interface, is_port: true }];
+                let plugs = if other % 2 == 0 { plugs } else { Vec::new() };
+                let one = Container { plugs, ..container(&name.to_string(), network) };
+                if has_ended {
+                    one.run.mark_ended();
+                }
+                Arc::new(one)
+            };
+            let mut listings = Listings::new("BACKEND_".to_owned());
+            let mut same: HashMap<_, Arc<Container>> = HashMap::new();
+            for (world, is_here) in worlds {
+                let ranges = vec!["172.17.0.0/16".parse().unwrap()];
+                let bridge = |interface: &str| Bridge { ranges: ranges.clone(), interface: interface.into() };
+                let bridges = [("bridge".into(), bridge("docker0")), ("loose".into(), bridge("br-loose"))];
+                let here = [("docker0".into(), vec!["172.17.0.1".parse().unwrap()])];
+                let containers = world.into_iter().enumerate().filter_map(|(name, one)| {
+                    let one = (name, one?);
+                    Some(same.entry(one).or_insert_with(|| made(one.0, one.1)).clone())
+                });
+                let inventory = Inventory {
+                    containers: containers.collect(),
+                    bridges: Arc::new(bridges.into()),
+                    here: Arc::new(here.into_iter().filter(|_| is_here).collect()),
+                    ports: Arc::new([(7, Interface::new("docker0").unwrap())].into()),
+                    ..Inventory::default()
+                };
+                let at_once = Listings::new("BACKEND_".to_owned()).of(&inventory);
+                let follows = listings.of(&inventory);
+                prop_assert_eq!(&follows, &at_once);
+                // And what at once is: an address is its only claimant's.
+                let mut claims: BTreeMap<IpAddr, BTreeSet<&str>> = BTreeMap::new();
+                let common = outclaimed(&inventory);
+                for one in inventory.containers.iter().filter(|one| !one.run.has_ended()) {
+                    for address in addresses(one, &common) {
+                        claims.entry(address).or_default().insert(one.id.as_str());
+                    }
+                }
+                let with = |is: fn(usize) -> bool| {
+                    let some = claims.iter().filter(|(_, who)| is(who.len()));
+                    some.map(|(address, _)| *address).collect::<BTreeSet<_>>()
+                };
+                prop_assert_eq!(&*follows.known, &with(|count| count == 1));
+                prop_assert_eq!(&follows.contested, &with(|count| count > 1));
+                for (address, owner) in follows.wiring.owners.iter() {
+                    prop_assert!(follows.known.contains(address));
+                    let container = &inventory.containers.iter().find(|one| one.name == owner.name).unwrap();
+                    prop_assert!(container.addresses().any(|one| one == *address));
+                }
+            }
+        }
     }
 
     #[test]

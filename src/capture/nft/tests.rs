@@ -280,8 +280,9 @@ async fn changes_make_the_rules_that_loading_makes() {
             }
             let mut wiring = Wiring::clone(&next.wiring);
             let port = 1000 + u32::from(port.get() % 4);
-            if !wiring.ports.remove(&port) {
-                wiring.ports.insert(port);
+            let ports = Arc::make_mut(&mut wiring.ports);
+            if !ports.remove(&port) {
+                ports.insert(port);
             }
             if wiring.owners.remove(&source).is_none() {
                 let mac = (round % 3 == 0).then_some(crate::wiring::Mac([2, 0, 0, 0, 0, 1]));
