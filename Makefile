@@ -13,7 +13,7 @@ NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 DISCOVERY ?= docker
 ONCE ?=
 
-.PHONY: help setup build test registry-figures lint fuzz soak demo figures scale bench bench-setup bench-soak shell dist dist-try clean
+.PHONY: help setup build test engines registry-figures lint fuzz soak demo figures scale bench bench-setup bench-soak shell dist dist-try clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ ifdef NEXTEST
 else
 	cargo test --workspace -- --test-threads=2
 endif
+
+engines: build ## run the tests that every engine has to pass with Docker 26 and 28, podman 4 and 5; ENGINES="docker28 podman5"
+	testbed/test-engines.sh $(ENGINES)
 
 registry-figures: setup ## what 300 services cost a real etcd and Consul; MINUTES=4
 	cargo test --test it what_many_services_cost_a_registry -- --ignored --nocapture

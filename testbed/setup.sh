@@ -58,6 +58,7 @@ look() {
     need strace strace 'makes the disk slow for one process'
     need setcap libcap2-bin 'gives programs in an image a capability'
     need sysctl procps 'kernel settings inside a host'
+    need debootstrap debootstrap 'fetches other engines (make engines)'
     need nsenter util-linux 'enters the namespaces of a host'
     # Both are busybox, but only a static one runs in an image.
     if has busybox && ! ldd "$(command -v busybox)" 2>&1 | grep -q 'not a dynamic'; then

@@ -31,6 +31,8 @@ pub(crate) struct Inspection {
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct State {
     pub(crate) running: Option<bool>,
+    /// A word, of which only those are read that podman has for a container that is being stopped.
+    pub(crate) status: Option<String>,
     pub(crate) paused: Option<bool>,
     pub(crate) restarting: Option<bool>,
     pub(crate) pid: Option<i64>,
@@ -104,8 +106,47 @@ pub(crate) struct NetworkEnd {
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Summary {
     pub(crate) id: Option<String>,
+    pub(crate) state: Option<String>,
     pub(crate) network_settings: Option<NetworkSettings>,
 }
+
+/// One of podman's own list of networks. Its list in Docker's form waits for containers that are about to start.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub(crate) struct PodmanNetwork {
+    pub(crate) id: Option<String>,
+    pub(crate) name: Option<String>,
+    pub(crate) driver: Option<String>,
+    /// The bridge; of a macvlan, its parent.
+    pub(crate) network_interface: Option<String>,
+    pub(crate) internal: Option<bool>,
+    pub(crate) subnets: Option<Most<Range, MOST_NETWORKS>>,
+    pub(crate) options: Option<HashMap<String, String>>,
+}
+
+impl From<PodmanNetwork> for Network {
+    fn from(network: PodmanNetwork) -> Self {
+        let mut options = network.options.unwrap_or_default();
+        if let Some(interface) = network.network_interface.filter(|name| !name.is_empty()) {
+            let option = match network.driver.as_deref() {
+                Some("bridge") => BRIDGE_NAME,
+                _ => PARENT,
+            };
+            options.entry(option.to_owned()).or_insert(interface);
+        }
+        Self {
+            id: network.id,
+            name: network.name,
+            driver: network.driver,
+            internal: network.internal,
+            ipam: Some(Ipam { config: network.subnets }),
+            options: Some(options),
+        }
+    }
+}
+
+/// The options that name a bridge, and the interface that a macvlan or ipvlan is made of.
+pub(crate) const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
+pub(crate) const PARENT: &str = "parent";
 
 /// One of `GET /networks`
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -129,7 +170,9 @@ pub(crate) struct Ipam {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Range {
+    #[serde(alias = "subnet")]
     pub(crate) subnet: Option<String>,
+    #[serde(alias = "gateway")]
     pub(crate) gateway: Option<String>,
 }
 

@@ -1,6 +1,6 @@
 //! A client of an engine for one session. It sends only GET requests; each has a timeout for the complete answer, and a limit
 //! on its size. An engine behind a proxy that filters has to allow `/_ping`, `/events`, `/containers/json`,
-//! `/containers/<id>/json` and `/networks`; nothing else is asked for.
+//! `/containers/<id>/json` and `/networks`; nothing else is needed. Podman is asked for `/libpod/networks/json` first.
 
 use std::{
     fmt,
@@ -48,6 +48,8 @@ pub(crate) struct Client {
     http: reqwest::Client,
     /// `http://host/v1.41`
     base: String,
+    /// The same of podman's own API.
+    podman: String,
     is_podman: bool,
     places: Places,
 }
@@ -100,6 +102,7 @@ impl Client {
         let mut client = Self {
             engine: engine.clone(),
             http,
+            podman: format!("{base}/v4.0.0/libpod"),
             base,
             is_podman: false,
             places: Places::default(),
@@ -173,18 +176,30 @@ impl Client {
         }
     }
 
-    /// The running containers. Podman lists a paused one only if it is asked for.
+    /// The running containers. Podman has no filter for those that are being stopped: it is asked for all.
     pub(super) async fn list(&self) -> Result<Vec<Listed>, SourceError> {
         let filters = serde_json::json!({"status": ["running", "paused"]}).to_string();
-        let query: String = url::form_urlencoded::Serializer::new(String::new())
-            .append_pair("filters", &filters)
-            .finish();
+        let (key, value) = match self.is_podman {
+            true => ("all", "true"),
+            false => ("filters", &*filters),
+        };
+        let query: String =
+            url::form_urlencoded::Serializer::new(String::new()).append_pair(key, value).finish();
         let path = format!("/containers/json?{query}");
         let running = self.ask(&path, ANSWER, LARGEST_LIST, read::list).await;
         running.map_err(|error| self.failed("the containers", &error))
     }
 
     pub(crate) async fn networks(&self) -> Result<Vec<answers::Network>, SourceError> {
+        // Podman's list in Docker's form waits for containers that are about to start, and their first act may be to dial. A proxy of
+        // the engine may refuse the other.
+        if self.is_podman {
+            let url = format!("{}/networks/json", self.podman);
+            let parse = |json: &[u8]| serde_json::from_slice::<Vec<answers::PodmanNetwork>>(json);
+            if let Ok(own) = self.ask_at(url, SLOW_ANSWER, LARGEST, parse).await {
+                return Ok(own.into_iter().map(Into::into).collect());
+            }
+        }
         let networks = self.get("/networks", SLOW_ANSWER).await;
         networks.map_err(|error| self.failed("the networks", &error))
     }
@@ -256,8 +271,18 @@ impl Client {
         largest: usize,
         parse: impl FnOnce(&[u8]) -> Result<T, serde_json::Error> + Send + 'static,
     ) -> Result<T, Unanswered> {
+        self.ask_at(format!("{}{path}", self.base), limit, largest, parse).await
+    }
+
+    async fn ask_at<T: Send + 'static>(
+        &self,
+        url: String,
+        limit: Duration,
+        largest: usize,
+        parse: impl FnOnce(&[u8]) -> Result<T, serde_json::Error> + Send + 'static,
+    ) -> Result<T, Unanswered> {
         let mut end = Instant::now() + limit;
-        let mut response = within(limit, self.open(path)).await?;
+        let mut response = within(limit, self.open_at(url)).await?;
         let mut body = Body::default();
         loop {
             let piece = timeout_at(end, response.chunk()).await;
@@ -270,7 +295,11 @@ impl Client {
 
     /// Asks, and waits for the head of an answer that is no error.
     async fn open(&self, path: &str) -> Result<Response, Unanswered> {
-        let mut response = self.http.get(format!("{}{path}", self.base)).send().await?;
+        self.open_at(format!("{}{path}", self.base)).await
+    }
+
+    async fn open_at(&self, url: String) -> Result<Response, Unanswered> {
+        let mut response = self.http.get(url).send().await?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);

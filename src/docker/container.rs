@@ -16,8 +16,8 @@ use crate::{
 /// A network's ID. [`SHOWN`] is none that an engine gives.
 pub type NetworkId = Arc<str>;
 
-/// In place of a network's ID: the addresses that a container's process shows, if its engine knows none. Another program gave
-/// them, as CNI, pipework and a DHCP client do.
+/// In place of a network's ID: the addresses that a container's process shows, and that its engine does not tell. Another program
+/// gave them, as CNI, pipework and a DHCP client do, or the engine itself, so that a container of a swarm reaches its host.
 pub(crate) const SHOWN: &str = "";
 
 /// Everything that runs on an engine at one time. What did not change is the same `Arc` as in the one before, and those

@@ -14,7 +14,7 @@ use std::{
 use super::{
     container::{
         Attachment, BridgePorts, Bridges, Container, Interfaces, Inventory, Network, NetworkId,
-        OtherNetworks, SHOWN,
+        OtherNetworks, SHOWN, bridge_of,
     },
     inspections::{Inspections, Ticket, Urgency},
     read::{Found, Listed, Notice},
@@ -271,10 +271,10 @@ impl Containers {
                 let is_new = before.is_none();
                 if let Some(before) = before {
                     container.run = before.run.clone();
-                    // No inspection tells these.
-                    container.is_stopping = before.is_stopping;
+                    // Docker's inspections do not tell these.
+                    container.is_stopping |= before.is_stopping;
                     container.plugs.clone_from(&before.plugs);
-                    if container.is_unaddressed() && before.is_unaddressed() {
+                    if self.is_hidden(&container) && self.is_hidden(&before) {
                         *container = container.at(before.shown().cloned());
                     }
                 }
@@ -318,15 +318,37 @@ impl Containers {
 
     /// A container's process shows that it is here.
     pub(super) fn shown(&mut self, id: &ContainerId, shown: Option<Attachment>) {
-        if let Some(container) = self.running.get(id).filter(|one| one.is_unaddressed()) {
+        if let Some(container) = self.running.get(id).filter(|one| self.is_hidden(one)) {
+            let shown = shown.and_then(|mut shown| {
+                shown.addresses.retain(|address| container.given().all(|given| given != *address));
+                (!shown.addresses.is_empty()).then_some(shown)
+            });
             let container = container.at(shown);
             self.put(container);
         }
     }
 
-    /// Those to which the engine gave no address.
-    pub(super) fn unaddressed(&self) -> impl Iterator<Item = &Arc<Container>> {
-        self.running.values().filter(|container| container.is_unaddressed())
+    /// Those that may be at addresses that the engine does not tell.
+    pub(super) fn hidden(&self) -> impl Iterator<Item = &Arc<Container>> {
+        self.running.values().filter(|container| self.is_hidden(container))
+    }
+
+    /// Whether a container may be at addresses that the engine does not tell: it gave it none, or none on a network that leads to this
+    /// host. From an overlay network Docker leads to the host by another one, which no inspection names.
+    pub(super) fn is_hidden(&self, container: &Container) -> bool {
+        if container.is_unaddressed() {
+            return true;
+        }
+        let leads_here = |(network, end): (&NetworkId, &Attachment)| {
+            let other = self.others.get(network).map(|other| &*other.driver);
+            bridge_of(&self.bridges, network, end).is_some()
+                || matches!(other, Some("macvlan" | "ipvlan"))
+        };
+        // Without a bridge nothing is known of the networks yet.
+        let mut given = container.attachments().filter(|(network, _)| ***network != *SHOWN);
+        matches!(container.network, Network::Own(_))
+            && !self.bridges.is_empty()
+            && !given.any(leads_here)
     }
 
     /// The one with this ID or name. That by its ID costs little, however many there are.
@@ -846,7 +868,7 @@ mod tests {
         };
         let none = container("a", Network::Own(BTreeMap::new()));
         let mut containers = with(&[none.clone(), container("b", bridge("172.17.0.3"))]);
-        let unaddressed: Vec<_> = containers.unaddressed().map(|one| one.id.clone()).collect();
+        let unaddressed: Vec<_> = containers.hidden().map(|one| one.id.clone()).collect();
         assert_eq!(unaddressed, [id("a")]);
         for name in ["a", "b"] {
             containers.shown(&id(name), Some(at_address("10.1.0.2")));

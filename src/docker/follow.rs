@@ -254,7 +254,7 @@ impl Source for EngineSource {
                     self.containers.retry();
                     self.watch();
                     self.plug(None);
-                    self.show(self.containers.unaddressed().cloned().collect());
+                    self.show(self.containers.hidden().cloned().collect());
                 }
                 Some(answer) = inspections.next() => {
                     let (ticket, found) = answer?;
@@ -283,6 +283,7 @@ impl Source for EngineSource {
                             let (bridges, others) = read::networks(answer);
                             self.containers.networks(bridges, others);
                             self.stand();
+                            self.show(self.containers.hidden().cloned().collect());
                         }
                         Err(error) => {
                             warn!(%error, "cannot list the networks of the engine; keeping the last known ones");
@@ -297,7 +298,7 @@ impl Source for EngineSource {
                     self.containers.look_at(running?, doubts);
                     // Events that were told before the list was are older than it.
                     heard = events.next().now_or_never();
-                    self.show(self.containers.unaddressed().cloned().collect());
+                    self.show(self.containers.hidden().cloned().collect());
                 }
                 Some(alive) = pings.next() => {
                     alive?;
@@ -375,16 +376,21 @@ impl EngineSource {
         }
     }
 
-    /// Looks where those of these containers are to which the engine gave no address.
+    /// Looks where those of these containers are that may be at addresses that the engine does not tell.
     fn show(&mut self, containers: Vec<Arc<Container>>) {
-        let unaddressed: Vec<_> =
-            containers.into_iter().filter(|one| one.is_unaddressed()).collect();
-        if unaddressed.is_empty() {
+        let hidden: Vec<_> =
+            containers.into_iter().filter(|one| self.containers.is_hidden(one)).collect();
+        if hidden.is_empty() {
             return;
         }
         let (here, ours) = (self.containers.interfaces(), process::ours());
-        for one in unaddressed {
+        for one in hidden {
             let shown = process::shown(&one.id, one.pid, &here, &ours);
+            // One that has just ended shows nothing: that is its end, and not that it has no address.
+            let is_watched = one.run.process().is_some();
+            if shown.is_none() && is_watched && process::look(&one.run, |_| ()).is_none() {
+                continue;
+            }
             if shown.is_some() {
                 one.run.shows_network();
             }

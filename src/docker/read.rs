@@ -60,10 +60,13 @@ pub(super) fn notice(event: &Event) -> Option<Notice> {
     let actor = event.actor.as_ref()?;
     let subject = actor.id.as_deref()?;
     let attributes = actor.attributes.as_ref();
-    // The container and the network: podman has them the other way round, and the network by its name.
-    let attached = || match attributes.and_then(|all| all.container.as_deref()) {
-        Some(container) => Some((ContainerId::new(container), subject)),
-        None => Some((ContainerId::new(subject), attributes?.network.as_deref()?)),
+    // The container and the network: podman has them the other way round, and the network by its name, or up to 4 not at all.
+    let attached = || {
+        let all = attributes?;
+        Some(match all.container.as_deref() {
+            Some(container) => (ContainerId::new(container), Some(subject)),
+            None => (ContainerId::new(subject), all.network.as_deref()),
+        })
     };
     match (event.kind.as_deref()?, event.action.as_deref()?) {
         ("container", "kill") => {
@@ -81,10 +84,10 @@ pub(super) fn notice(event: &Event) -> Option<Notice> {
         }
         ("network", "create" | "destroy" | "remove") => Some(Notice::Networks),
         ("network", "connect") => Some(Notice::Changed(attached()?.0)),
-        ("network", "disconnect") => {
-            let (container, network) = attached()?;
-            Some(Notice::Left(container, network.into()))
-        }
+        ("network", "disconnect") => Some(match attached()? {
+            (container, Some(network)) => Notice::Left(container, network.into()),
+            (container, None) => Notice::Changed(container),
+        }),
         _ => None,
     }
 }
@@ -154,7 +157,14 @@ pub(super) fn list(json: &[u8]) -> Result<Vec<Listed>, serde_json::Error> {
     Ok(all)
 }
 
+/// The words for a container that does not run: podman's list has all.
+const NOT_RUNNING: [&str; 7] =
+    ["configured", "created", "dead", "exited", "initialized", "removing", "stopped"];
+
 fn listed(container: Summary) -> Option<Listed> {
+    if container.state.is_some_and(|state| NOT_RUNNING.contains(&&*state)) {
+        return None;
+    }
     let networks = container.network_settings.and_then(|settings| settings.networks);
     let addresses = networks.map(|networks| networks.values().flat_map(addresses).collect());
     Some(Listed { id: ContainerId::new(container.id.as_deref()?), addresses })
@@ -182,7 +192,9 @@ pub(crate) fn container(
     prefixes: &[String],
 ) -> Option<Container> {
     let network = network(&answer);
-    let state = answer.state.filter(|state| state.running == Some(true))?;
+    let state =
+        answer.state.filter(|state| state.running == Some(true) || is_being_stopped(state))?;
+    let is_stopping = is_being_stopped(&state);
     let config = answer.config.unwrap_or_default();
     let ports = answer.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
     let exposed = config.exposed_ports.iter().flat_map(|ports| ports.keys()).chain(ports.keys());
@@ -218,7 +230,7 @@ pub(crate) fn container(
             None => None,
         }
         .unwrap_or(TERM),
-        is_stopping: false,
+        is_stopping,
         is_paused: state.paused == Some(true),
         is_restarting: state.restarting == Some(true),
         is_healthy: !matches!(
@@ -226,6 +238,13 @@ pub(crate) fn container(
             Some("starting" | "unhealthy")
         ),
     })
+}
+
+/// Whether podman has sent a container its stop signal, and it has not ended yet. It then says that the container does not run.
+fn is_being_stopped(state: &answers::State) -> bool {
+    let is_alive = state.pid.is_some_and(|pid| pid > 0);
+    let word = state.status.as_deref();
+    state.running == Some(false) && is_alive && matches!(word, Some("stopping" | "running"))
 }
 
 /// Bytes of a name, an ID or a moment; engines give far shorter ones.
@@ -342,14 +361,17 @@ pub(super) fn networks(networks: Vec<answers::Network>) -> (Bridges, OtherNetwor
         let mut options = network.options.unwrap_or_default();
         let driver = network.driver.unwrap_or_default();
         if driver == "bridge" {
-            let named = options.remove("com.docker.network.bridge.name");
+            let named = options.remove(answers::BRIDGE_NAME);
             // The default name by the engine's driver.
             let interface = named.or_else(|| Some(format!("br-{}", id.get(..12)?)));
             let interface = interface.unwrap_or_default().into();
             bridges.insert(id.into(), Bridge { ranges, interface });
         } else {
-            let parent = options.remove("parent").unwrap_or_default().into();
-            others.insert(id.into(), OtherNetwork { driver: driver.into(), ranges, parent });
+            let parent = options.remove(answers::PARENT).unwrap_or_default().into();
+            let other = OtherNetwork { driver: driver.into(), ranges, parent };
+            // Podman up to 5.3 says the name of a container's network instead of its ID.
+            others.extend(network.name.map(|name| (name.into(), other.clone())));
+            others.insert(id.into(), other);
         }
     }
     (bridges, others)
@@ -467,9 +489,56 @@ mod tests {
     #[test]
     fn what_does_not_run_is_not_there() {
         let mut answer = answer(include_str!("fixtures/inspect-20.10.json"));
-        answer.state.as_mut().unwrap().running = Some(false);
+        let state = answer.state.as_mut().unwrap();
+        (state.running, state.pid) = (Some(false), Some(0));
         assert_eq!(read(answer), None);
         assert_eq!(read(Inspection::default()), None);
+    }
+
+    /// As podman 4.3, 5.4 and 5.8 answer for one that was sent its stop signal, for one that is about to start, and for one that ended.
+    #[test]
+    fn a_container_runs_until_it_has_ended_whatever_podman_says() {
+        let with = |state: serde_json::Value| {
+            let answer = serde_json::json!({"Id": "c1", "State": state});
+            let container = read(serde_json::from_value(answer).unwrap());
+            container.map(|container| container.is_stopping)
+        };
+        let state = |status: &str, running: bool, pid: i64| {
+            with(serde_json::json!({"Status": status, "Running": running, "Pid": pid}))
+        };
+        assert_eq!(state("running", true, 126), Some(false));
+        assert_eq!(state("paused", true, 126), Some(false));
+        for stopping in ["running", "stopping"] {
+            assert_eq!(state(stopping, false, 126), Some(true));
+            assert_eq!(state(stopping, false, 0), None);
+        }
+        assert_eq!((state("created", false, 189), state("exited", false, 0)), (None, None));
+
+        let list = |state: &str| list(format!(r#"[{{"Id":"c1","State":"{state}"}}]"#).as_bytes());
+        for (word, runs) in
+            [("running", 1), ("paused", 1), ("stopping", 1), ("created", 0), ("exited", 0)]
+        {
+            assert_eq!(list(word).unwrap().len(), runs, "{word}");
+        }
+    }
+
+    #[test]
+    fn podmans_own_list_of_networks_says_what_dockers_says() {
+        let listed = serde_json::json!([
+            {"name": "podman", "id": "2f25", "driver": "bridge", "network_interface": "podman0",
+             "subnets": [{"subnet": "10.88.0.0/16", "gateway": "10.88.0.1"}], "internal": false},
+            {"name": "lan", "id": "77aa", "driver": "macvlan", "network_interface": "eth1",
+             "subnets": [{"subnet": "192.168.1.0/24"}]},
+            {"driver": "bridge"}
+        ]);
+        let listed: Vec<answers::PodmanNetwork> = serde_json::from_value(listed).unwrap();
+        let listed: Vec<_> = listed.into_iter().map(answers::Network::from).collect();
+        assert_eq!(listed[0].gateways(), ["10.88.0.1".parse::<IpAddr>().unwrap()]);
+        let (bridges, others) = networks(listed);
+        let bridge =
+            Bridge { ranges: vec!["10.88.0.0/16".parse().unwrap()], interface: "podman0".into() };
+        assert_eq!(bridges, [("2f25".into(), bridge)].into());
+        assert_eq!((&*others["lan"].driver, &*others["lan"].parent), ("macvlan", "eth1"));
     }
 
     /// What follows from each event, in a word.
@@ -533,8 +602,10 @@ mod tests {
         ]);
         let (bridges, others) = networks(serde_json::from_value(listed).unwrap());
         let ids = |map: &BTreeMap<NetworkId, _>| map.keys().cloned().collect::<Vec<_>>();
-        assert_eq!((ids(&bridges), others.len()), (vec!["2f25".into()], 1));
-        assert_eq!((&*others["77aa"].driver, &*others["77aa"].parent), ("macvlan", "eth1"));
+        assert_eq!(ids(&bridges), ["2f25".into()]);
+        for name in ["77aa", "lan"] {
+            assert_eq!((&*others[name].driver, &*others[name].parent), ("macvlan", "eth1"));
+        }
         let end = |gateway: &str| Attachment {
             name: "podman".into(),
             addresses: vec![],
@@ -560,6 +631,15 @@ mod tests {
             // podman
             (
                 r#"{"Type": "network", "Action": "connect", "Actor": {"ID": "c1", "Attributes": {"network": "n"}}}"#,
+                Some(Notice::Changed(ContainerId::new("c1"))),
+            ),
+            // podman 4 does not name the network
+            (
+                r#"{"Type": "network", "Action": "connect", "Actor": {"ID": "c1", "Attributes": {"name": "app"}}}"#,
+                Some(Notice::Changed(ContainerId::new("c1"))),
+            ),
+            (
+                r#"{"Type": "network", "Action": "disconnect", "Actor": {"ID": "c1", "Attributes": {"name": "app"}}}"#,
                 Some(Notice::Changed(ContainerId::new("c1"))),
             ),
             (

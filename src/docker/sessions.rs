@@ -493,6 +493,64 @@ async fn a_network_that_is_left_is_understood_as_podman_tells_it() {
     until(&mut answers, |known| !has(known, "two", Some("172.17.0.3"))).await;
 }
 
+/// podman tells of a stop signal neither by an event nor by a filter of its list, and says that such a container does not run.
+#[tokio::test]
+async fn a_container_that_podman_stops_stays_until_it_has_ended() {
+    let engine = FakeEngine::start();
+    engine.is_podman();
+    let with = |status: &str, running: bool, pid: u32| {
+        serde_json::json!({
+            "Id": "one",
+            "Name": "/one",
+            "State": {
+                "Status": status, "Running": running, "StartedAt": "2026-01-01T00:00:00Z", "Pid": pid
+            },
+            "HostConfig": {"NetworkMode": "bridge"},
+            "Config": {"Env": ["BACKEND_WEB=web;80"]},
+            "NetworkSettings": {"Networks": {"podman": {
+                "NetworkID": "podman", "IPAddress": "172.17.0.2", "Gateway": "172.17.0.1"
+            }}}
+        })
+    };
+    engine.insert("one", with("running", true, std::process::id()));
+    engine.insert("made", with("created", false, 0));
+    let mut followed = Followed::of(&engine);
+    until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.2"))).await;
+    engine.insert("one", with("stopping", false, std::process::id()));
+    engine.has("two", "172.17.0.3");
+    followed.lookup.doubt();
+    let known = until(&mut followed.consumers, |known| has(known, "two", Some("172.17.0.3")));
+    assert!(has(&known.await, "one", Some("172.17.0.2")), "it lives");
+    engine.insert("one", with("exited", false, 0));
+    followed.lookup.doubt();
+    until(&mut followed.consumers, |known| !has(known, "one", Some("172.17.0.2"))).await;
+    assert_eq!(engine.asked("/containers/made/json"), 0);
+}
+
+/// podman's list of networks in Docker's form waits for containers that are about to start.
+#[tokio::test]
+async fn podman_is_asked_for_networks_in_its_own_form_and_else_in_dockers() {
+    for (mood, range) in [(None, "10.91.0.0/16"), (Some(Mood::Forbids), "172.17.0.0/16")] {
+        let engine = FakeEngine::start();
+        engine.is_podman();
+        engine.answers("/libpod/networks/json", mood);
+        engine.has_network(
+            "own",
+            serde_json::json!({
+                "name": "own", "id": "own", "driver": "bridge", "network_interface": "podman7",
+                "subnets": [{"subnet": "10.91.0.0/16", "gateway": "10.91.0.1"}]
+            }),
+        );
+        let mut answers = followed(&engine);
+        let known = until(&mut answers, |known| {
+            known.value.as_ref().is_some_and(|listing| !listing.networks.is_empty())
+        });
+        let listing = known.await.value.unwrap();
+        let networks = &listing.networks;
+        assert!(networks.iter().any(|network| network.to_string() == range), "{networks:?}");
+    }
+}
+
 /// No event told that a container lost its address, and the next one to have it is there.
 #[tokio::test]
 async fn an_address_that_a_newer_container_claims_is_nobodys_until_both_were_inspected() {

@@ -72,6 +72,9 @@ const NET_HOST: &str = "net=host: cannot be told from other host processes by it
 const NO_ADDRESS: &str = "no address: Docker gave it none (--network none), and embassy sees none in its network (in a container, \
     run embassy with --pid=host)";
 
+const ON_OVERLAY: &str = "no address by which it reaches this host: it is on an overlay network, and embassy sees no other address in \
+    its network (in a container, run embassy with --pid=host)";
+
 /// How sure it is that connections from an address are a container's: of two that claim it, the surer one has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Claim {
@@ -473,10 +476,14 @@ impl Asking {
                 let before = before.and_then(|(_, asking)| asking.consumer.as_ref());
                 let same = before.filter(|before| before.is_same_as(&consumer));
                 asking.consumer = Some(same.cloned().unwrap_or_else(|| consumer.into()));
-                if has_address {
-                    return asking;
+                let is_overlay = |(network, _): (&NetworkId, &Attachment)| {
+                    common.others.get(network).is_some_and(|other| &*other.driver == "overlay")
+                };
+                match has_address {
+                    false => NO_ADDRESS.to_owned(),
+                    true if owner.attachments().all(is_overlay) => ON_OVERLAY.to_owned(),
+                    true => return asking,
                 }
-                NO_ADDRESS.to_owned()
             }
             Err(reason) => reason.to_string(),
         };
@@ -713,6 +720,28 @@ mod tests {
         assert!(listing.wiring.interfaces.is_empty() && listing.wiring.owners.is_empty());
         let first = &listing.consumers[0];
         assert_eq!(first.arrival(&first.sources[0]), Arrival::Anywhere);
+    }
+
+    /// A swarm's container reaches this host by an address that no inspection tells, but its process shows.
+    #[test]
+    fn a_container_on_an_overlay_alone_is_reported_until_it_shows_how_it_gets_here() {
+        let overlay = OtherNetwork { driver: "overlay".into(), ..OtherNetwork::default() };
+        let others = Arc::new([("swarm".into(), overlay)].into());
+        let of = |network: Network| {
+            let all = inventory([container("app", network)]);
+            Listings::new("BACKEND_".to_owned())
+                .of(&Inventory { others: Arc::clone(&others), ..all })
+        };
+        let in_swarm = ("swarm", "10.0.1.2", "10.0.1.1");
+        let listing = of(on(&[in_swarm]));
+        let reasons: Vec<_> = listing.problems.iter().map(|problem| &*problem.reason).collect();
+        assert_eq!(reasons, [ON_OVERLAY]);
+        let listing = of(on(&[in_swarm, (SHOWN, "172.18.0.3", "172.18.0.1")]));
+        assert_eq!(listing.problems, []);
+        let consumer = &listing.consumers[0];
+        let texts = |all: &[IpAddr]| all.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(texts(&consumer.sources), ["10.0.1.2", "172.18.0.3"]);
+        assert_eq!(texts(&consumer.gateways), ["172.18.0.1"]);
     }
 
     /// The same address on a bridge, on a network of several hosts, and set by a program in a container.

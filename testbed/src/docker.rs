@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::daemon::Daemon;
+use crate::engine::Engine;
 use crate::exec::output;
 use crate::host::Host;
 use crate::space::{Space, plain};
@@ -26,8 +27,21 @@ pub(crate) fn socket(space: &Space) -> PathBuf {
 }
 
 /// dockerd with everything at its usual places: /run is the host's own. Only images and containers move there from
-/// /var/lib, and one more socket lies where the outside can reach it.
-pub(crate) fn daemon(space: &Arc<Space>, extra: &[OsString]) -> Daemon {
+/// /var/lib, and one more socket lies where the outside can reach it. Or podman's service, which takes no further arguments.
+pub(crate) fn daemon(
+    space: &Arc<Space>,
+    engine: Option<&Engine>,
+    extra: &[OsString],
+) -> Result<Daemon> {
+    if let Some(engine) = engine.filter(|engine| engine.is_podman()) {
+        ensure!(
+            extra.is_empty(),
+            "ENGINE={} takes no arguments of dockerd: {extra:?}",
+            engine.name()
+        );
+        let args = engine.podman(space, &cgroup(space), &socket(space))?;
+        return Ok(Daemon::new(space.clone(), "podman", "sh", args, ping));
+    }
     let mut args: Vec<OsString> = [
         "--data-root=/run/testbed/docker",
         "--config-file=/run/testbed/daemon.json",
@@ -39,7 +53,12 @@ pub(crate) fn daemon(space: &Arc<Space>, extra: &[OsString]) -> Daemon {
     args.push(format!("--host=unix://{}", socket(space).display()).into());
     args.push(format!("--cgroup-parent=/{}", cgroup(space)).into());
     args.extend_from_slice(extra);
-    Daemon::new(space.clone(), "dockerd", "dockerd", args, ping)
+    Ok(match engine {
+        None => Daemon::new(space.clone(), "dockerd", "dockerd", args, ping),
+        Some(engine) => {
+            Daemon::new(space.clone(), "dockerd", "sh", engine.dockerd(space, args), ping)
+        }
+    })
 }
 
 fn ping(space: &Space) -> Result<()> {
@@ -76,9 +95,14 @@ impl Network {
         ))
     }
 
-    /// The host's IPv4 address on it. The interface is asked, because the engine's own answer leaves out a gateway
-    /// that nobody chose.
+    /// The host's IPv4 address on it. The interface is asked if the engine does not say, as Docker does not of a gateway that
+    /// nobody chose. podman makes the interface with the first container.
     pub fn gateway(&self) -> Result<Ipv4Addr> {
+        let format = "{{range .IPAM.Config}}{{.Gateway}} {{end}}";
+        let said = self.host.docker(["network", "inspect", "--format", format, &self.name])?;
+        if let Some(address) = said.split_whitespace().find_map(|word| word.parse().ok()) {
+            return Ok(address);
+        }
         let shown =
             self.host.run("ip", ["-4", "-brief", "address", "show", "dev", &self.interface()?])?;
         let address =

@@ -58,6 +58,7 @@ struct State {
     streams: usize,
     /// Events are lost.
     mute: bool,
+    is_podman: bool,
 }
 
 impl FakeEngine {
@@ -110,6 +111,11 @@ impl FakeEngine {
     /// A container runs, or is another than it was, as an inspection shows it; nobody is told.
     pub fn insert(&self, id: &str, container: Value) {
         self.state().containers.insert(id.to_owned(), container);
+    }
+
+    /// It says that it is podman.
+    pub fn is_podman(&self) {
+        self.state().is_podman = true;
     }
 
     /// There is a network besides the default one, as a list shows it; nobody is told.
@@ -192,14 +198,15 @@ async fn serve(
     let head = String::from_utf8_lossy(&head);
     let path = head.split_whitespace().nth(1).unwrap_or_default();
     let path = path.split('?').next().unwrap_or_default().to_owned();
-    let (mood, mut answer) = {
+    let (mood, mut answer, kind) = {
         let mut state = state.lock().expect("nobody panics with it");
         state.asked.push(path.clone());
-        (state.mood(&path), state.answer(&path))
+        let kind = if state.is_podman { "Libpod-Api-Version: 5.8.6\r\n" } else { "" };
+        (state.mood(&path), state.answer(&path), kind)
     };
     let head = |status: &str, more: &str| {
         format!(
-            "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nApi-Version: 1.41\r\nDate: Thu, 01 Jan 2026 00:00:00 GMT\r\nConnection: close\r\n{more}\r\n\r\n"
+            "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nApi-Version: 1.41\r\n{kind}Date: Thu, 01 Jan 2026 00:00:00 GMT\r\nConnection: close\r\n{more}\r\n\r\n"
         )
     };
     let whole =
@@ -273,12 +280,16 @@ impl State {
     fn answer(&self, path: &str) -> Option<Value> {
         let listed = |container: &Value| {
             let networks = &container["NetworkSettings"]["Networks"];
-            json!({"Id": container["Id"], "NetworkSettings": {"Networks": networks}})
+            let state = &container["State"]["Status"];
+            json!({"Id": container["Id"], "State": state, "NetworkSettings": {"Networks": networks}})
         };
         let of_one =
             path.split_once("/containers/").and_then(|(_, rest)| rest.strip_suffix("/json"));
         match path {
             _ if path.ends_with("/_ping") => Some(json!("OK")),
+            _ if path.ends_with("/libpod/networks/json") => {
+                self.is_podman.then(|| self.networks.values().cloned().collect())
+            }
             _ if path.ends_with("/networks") => {
                 let docker0 = json!({
                     "Id": "n",

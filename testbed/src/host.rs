@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::container::ContainerBuilder;
 use crate::daemon::Daemon;
+use crate::engine::Engine;
 use crate::exec::{describe, output};
 use crate::fake_engine::FakeEngine;
 use crate::light::{self, LightEngine};
@@ -27,6 +28,7 @@ pub struct Host {
 #[derive(Debug)]
 pub(crate) struct Inner {
     docker: Daemon,
+    engine: Option<Engine>,
     etcd: Daemon,
     consul: Daemon,
     light: Option<LightEngine>,
@@ -83,10 +85,12 @@ impl HostBuilder {
 
     /// Makes the host, and waits until its Docker engine answers.
     pub fn start(self) -> Result<Host> {
+        let engine = if self.light { None } else { Engine::chosen()? };
         let space = Arc::new(Space::open()?);
         let host = Host {
             inner: Arc::new(Inner {
-                docker: docker::daemon(&space, &self.docker_args),
+                docker: docker::daemon(&space, engine.as_ref(), &self.docker_args)?,
+                engine,
                 etcd: etcd::daemon(&space, &self.etcd_args),
                 consul: consul::daemon(&space, &self.consul_args),
                 light: self
@@ -184,6 +188,16 @@ impl Host {
     /// dockerd.
     pub fn docker_daemon(&self) -> &Daemon {
         &self.inner.docker
+    }
+
+    /// The engine that the variable `ENGINE` names, such as `podman5`; `None` if it is this machine's.
+    pub fn engine(&self) -> Option<&str> {
+        self.inner.engine.as_ref().map(Engine::name)
+    }
+
+    /// Whether the engine is podman.
+    pub fn is_podman(&self) -> bool {
+        self.inner.engine.as_ref().is_some_and(Engine::is_podman)
     }
 
     /// etcd, started or not.

@@ -26,6 +26,7 @@ mod container;
 mod daemon;
 mod docker;
 mod embassy;
+mod engine;
 mod etcd;
 mod exec;
 mod fake_engine;

@@ -14,6 +14,7 @@ mod discovery_dns;
 mod discovery_docker;
 mod discovery_file;
 mod docs;
+mod engines;
 mod doctor;
 mod firewall;
 mod firewall_lacks;
