@@ -42,8 +42,8 @@ pub async fn run(
     failed: FailedChecks,
 ) {
     let permits = Arc::new(Semaphore::new(AT_A_TIME));
-    let mut running: HashMap<usize, Running> = HashMap::new();
-    let mut asked = Asked::default();
+    let mut running: HashMap<usize, RunningCheck> = HashMap::new();
+    let mut asked = CheckedQueries::default();
     loop {
         let table = tables.borrow_and_update().clone();
         if asked.follow(&table) {
@@ -53,7 +53,7 @@ pub async fn run(
                 running.entry(key).or_insert_with(|| {
                     let to = (events.clone(), failed.clone());
                     let check = check(query, state.clone(), permits.clone(), mark, to);
-                    Running { state, task: tokio::spawn(check).abort_handle() }
+                    RunningCheck { state, task: tokio::spawn(check).abort_handle() }
                 });
             }
         }
@@ -66,13 +66,13 @@ pub async fn run(
 
 /// The queries of the routes that have checks, in the last table.
 #[derive(Debug, Default)]
-struct Asked {
+struct CheckedQueries {
     /// The version of that table; 0 before the first.
     seen: u64,
     queries: HashSet<Arc<Query>>,
 }
 
-impl Asked {
+impl CheckedQueries {
     /// Follows a table. Whether it may have other endpoints to check: on most hosts few routes have checks.
     fn follow(&mut self, table: &Table) -> bool {
         let Changes { added, removed, upstreams, .. } = table.changes();
@@ -98,12 +98,12 @@ impl Asked {
 }
 
 /// An endpoint that is checked until this is dropped. Holding its state keeps its identity from becoming another's.
-struct Running {
+struct RunningCheck {
     state: Arc<EndpointState>,
     task: AbortHandle,
 }
 
-impl Drop for Running {
+impl Drop for RunningCheck {
     fn drop(&mut self) {
         self.task.abort();
         self.state.not_checked();
@@ -226,7 +226,7 @@ mod tests {
         let state = asked.upstreams().next().unwrap().rotation.endpoints()[0].clone();
         let unasked = table(&asked, &["web;80"], endpoint).unwrap();
         let wanted = |table: &Table| {
-            let mut asked = Asked::default();
+            let mut asked = CheckedQueries::default();
             asked.follow(table);
             asked.endpoints(table).len()
         };
@@ -291,7 +291,7 @@ mod tests {
         let endpoint = Endpoint("10.0.0.1:1".parse().unwrap());
         let one = table(&Table::default(), &["web;80;check=tcp"], endpoint).unwrap();
         let two = table(&one, &["web;80;check=tcp", "web;81"], endpoint).unwrap();
-        let mut asked = Asked::default();
+        let mut asked = CheckedQueries::default();
         assert!(asked.follow(&one));
         assert!(!asked.follow(&two));
         assert_eq!(asked.endpoints(&two).len(), 1);

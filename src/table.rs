@@ -180,8 +180,8 @@ pub struct Table {
     wiring: Arc<Wiring>,
     vips: BTreeSet<Vip>,
     unrouted: Arc<BTreeMap<UnroutedKey, Unrouted>>,
-    upstreams: CowMap<Arc<Query>, InUse>,
-    states: CowMap<(ServiceKey, Endpoint), Shared>,
+    upstreams: CowMap<Arc<Query>, UpstreamInUse>,
+    states: CowMap<(ServiceKey, Endpoint), EndpointInUse>,
     live: CowMap<ConsumerId, Arc<AtomicUsize>>,
     changes: Changes,
     /// Route numbers that were given.
@@ -205,14 +205,14 @@ struct BuiltFrom {
 
 /// An upstream, and how many routes lead to it: never none.
 #[derive(Debug, Clone)]
-struct InUse {
+struct UpstreamInUse {
     upstream: Arc<Upstream>,
     routes: usize,
 }
 
 /// An endpoint's state, and how many upstreams have it: never none.
 #[derive(Debug, Clone)]
-struct Shared {
+struct EndpointInUse {
     state: Arc<EndpointState>,
     upstreams: usize,
 }

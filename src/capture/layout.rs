@@ -315,9 +315,9 @@ pub(super) enum Term {
     /// The port by which it came in is in the set.
     Port(Members),
     /// The port and an address that the frame claims for its sender are not.
-    PortNot(Claim, Members),
+    PortNot(SenderField, Members),
     /// An address that the frame claims for its sender is.
-    Claimed(Claim, Members),
+    Claimed(SenderField, Members),
     /// ICMPv6, whatever it is; and a neighbour advertisement (RFC 4861, 4.4).
     Icmp6,
     Advertisement,
@@ -350,7 +350,7 @@ pub(super) enum Term {
 
 /// Where a frame says whose it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Claim {
+pub(super) enum SenderField {
     /// The source of IP.
     Source(Family),
     /// The sender of ARP.
@@ -361,7 +361,7 @@ pub(super) enum Claim {
     Mac,
 }
 
-impl Claim {
+impl SenderField {
     /// Its set, of those of the same name.
     pub(super) fn set(self, members: Members) -> Set {
         match self {
@@ -830,19 +830,19 @@ fn guard(shape: &Shape) -> Vec<Chain> {
         rules.push(vec![
             Term::Address(Destination, family, Targets),
             Term::Address(Source, family, Owned),
-            Term::PortNot(Claim::Source(family), Ports),
+            Term::PortNot(SenderField::Source(family), Ports),
             Term::Jump(spoofed(family)),
         ]);
     }
     if shape.guard == Guard::Full {
         let both = |claim| [Term::Claimed(claim, Owned), Term::PortNot(claim, Ports), offends];
-        rules.push(both(Claim::Arp).to_vec());
+        rules.push(both(SenderField::Arp).to_vec());
         if shape.v6 {
             // What asks for neighbours names the sender as well.
-            rules.push([&[Term::Icmp6][..], &both(Claim::Source(Family::V6))].concat());
-            rules.push([&[Term::Advertisement][..], &both(Claim::Target)].concat());
+            rules.push([&[Term::Icmp6][..], &both(SenderField::Source(Family::V6))].concat());
+            rules.push([&[Term::Advertisement][..], &both(SenderField::Target)].concat());
         }
-        rules.push(vec![Term::Port(Sealed), Term::PortNot(Claim::Mac, Macs), offends]);
+        rules.push(vec![Term::Port(Sealed), Term::PortNot(SenderField::Mac, Macs), offends]);
     }
     let base = Base { kind: BaseKind::Filter, hook: Hook::Prerouting, priority: RAW };
     chains.push(chain("prerouting", Some(base), rules));

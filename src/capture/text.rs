@@ -4,8 +4,8 @@ use std::fmt::{self, Write};
 
 use super::{
     layout::{
-        Base, Chain, Claim, Direction, Family, Home, Key, Members, NOTED, NOTED_FOR, Set, Term,
-        chains, elements, homes, sets,
+        Base, Chain, Direction, Family, Home, Key, Members, NOTED, NOTED_FOR, SenderField, Set,
+        Term, chains, elements, homes, sets,
     },
     rules::{NAME, Rules},
 };
@@ -137,7 +137,7 @@ impl fmt::Display for Term {
     }
 }
 
-impl fmt::Display for Claim {
+impl fmt::Display for SenderField {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Source(family) => write!(f, "{} saddr", family.nft()),

@@ -22,7 +22,7 @@ use super::{
     client::{Client, PING},
     container::{Container, Interfaces, Inventory, Network},
     containers::Containers,
-    links::{Change, Links},
+    links::{LinkChange, Links},
     lookup::Lookup,
     obstacle,
     process::{self, Processes},
@@ -165,7 +165,7 @@ impl Source for EngineSource {
         self.namespaces.clear();
         self.containers.ports(self.links.ports());
         self.plug(None);
-        let mut cables = Cables::default();
+        let mut cables = PendingChanges::default();
         let mut next_look = Instant::now();
         // A look is over once the containers that it listed are inspected.
         let mut is_looking = false;
@@ -241,7 +241,7 @@ impl Source for EngineSource {
                     cables.add(change);
                 }
                 () = cables.settled() => {
-                    let Cables { bridges, namespaces, .. } = mem::take(&mut cables);
+                    let PendingChanges { bridges, namespaces, .. } = mem::take(&mut cables);
                     if bridges {
                         self.containers.ports(self.links.ports());
                     }
@@ -318,17 +318,17 @@ impl Source for EngineSource {
 /// Changes of the cables that are not published yet. The start of a container makes several, and each answer costs a pass over all
 /// containers.
 #[derive(Debug, Default)]
-struct Cables {
+struct PendingChanges {
     bridges: bool,
     namespaces: BTreeSet<i32>,
     first: Option<Instant>,
 }
 
-impl Cables {
+impl PendingChanges {
     /// How long others are waited for after the first.
     const PAUSE: Duration = Duration::from_millis(20);
 
-    fn add(&mut self, change: Change) {
+    fn add(&mut self, change: LinkChange) {
         if change.bridges || !change.namespaces.is_empty() {
             self.bridges |= change.bridges;
             self.namespaces.extend(change.namespaces);
@@ -358,7 +358,7 @@ impl EngineSource {
     }
 
     /// Notes that an address may have moved to another container.
-    fn note(&mut self, change: &Change) {
+    fn note(&mut self, change: &LinkChange) {
         if change.gone {
             self.lookup.moved();
         }

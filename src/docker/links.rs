@@ -24,7 +24,7 @@ use crate::wiring::{Interface, Plug};
 
 /// What changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Change {
+pub(super) struct LinkChange {
     /// An interface has an address more or less: a network's bridge came or went.
     pub(super) addresses: bool,
     /// An interface is gone, perhaps to another network namespace: a container may have left a network.
@@ -119,7 +119,7 @@ impl Links {
         body.extend((1u32 << 3).to_ne_bytes());
         let mut cables = Cables::default();
         let listed = self.ask(kind::GET_LINK, DUMP, &body, |kind, message| {
-            cables.take(kind, message, &mut Change::default());
+            cables.take(kind, message, &mut LinkChange::default());
         });
         match listed {
             Ok(()) => self.cables = cables,
@@ -191,9 +191,9 @@ impl Links {
     }
 
     /// Waits for the next change. Cancel-safe.
-    pub(super) async fn changed(&mut self) -> Change {
+    pub(super) async fn changed(&mut self) -> LinkChange {
         let Some(socket) = &self.socket else { return pending().await };
-        let (mut change, mut lost) = (Change::default(), false);
+        let (mut change, mut lost) = (LinkChange::default(), false);
         loop {
             let Ok(mut ready) = socket.readable().await else { return pending().await };
             loop {
@@ -222,7 +222,7 @@ impl Links {
                 let before = self.cables.namespaces();
                 self.list();
                 let namespaces = before.union(&self.cables.namespaces()).copied().collect();
-                return Change {
+                return LinkChange {
                     addresses: true,
                     gone: true,
                     deleted: true,
@@ -231,7 +231,7 @@ impl Links {
                     namespaces,
                 };
             }
-            if change != Change::default() {
+            if change != LinkChange::default() {
                 return change;
             }
         }
@@ -244,7 +244,7 @@ fn socket(flags: SocketFlags) -> io::Result<OwnedFd> {
     Ok(socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?)
 }
 
-impl Change {
+impl LinkChange {
     /// Reads an `ifaddrmsg` or an `ifinfomsg`.
     fn take(&mut self, kind: u16, message: &[u8]) {
         // RT_SCOPE_LINK; the scope is the fourth byte of an ifaddrmsg.
@@ -281,7 +281,7 @@ const OF_CONTAINERS: [&[u8]; 3] = [b"veth", b"macvlan", b"ipvlan"];
 
 impl Cables {
     /// Reads a message on an interface, and notes whose it is.
-    fn take(&mut self, kind: u16, message: &[u8], change: &mut Change) {
+    fn take(&mut self, kind: u16, message: &[u8], change: &mut LinkChange) {
         // An ifinfomsg, and attributes of an interface (linux/if_link.h).
         const BODY: usize = 16;
         const NAME: u16 = 3;
@@ -405,8 +405,8 @@ mod tests {
         message
     }
 
-    fn read(all: &[Vec<u8>]) -> Change {
-        let mut change = Change::default();
+    fn read(all: &[Vec<u8>]) -> LinkChange {
+        let mut change = LinkChange::default();
         for (kind, message) in messages(&all.concat()) {
             change.take(kind, message);
         }
@@ -418,10 +418,10 @@ mod tests {
         let (new_link, gone) = (message(16, &[0; 16]), message(17, &[0; 17]));
         let global = message(20, &[2, 16, 0, 0, 1, 0, 0, 0]);
         let of_the_link = message(20, &[10, 64, 0, 253, 1, 0, 0, 0]);
-        assert_eq!(read(&[new_link.clone(), of_the_link.clone()]), Change::default());
-        let is_gone = Change { gone: true, deleted: true, ..Change::default() };
+        assert_eq!(read(&[new_link.clone(), of_the_link.clone()]), LinkChange::default());
+        let is_gone = LinkChange { gone: true, deleted: true, ..LinkChange::default() };
         assert_eq!(read(&[new_link, gone.clone()]), is_gone);
-        let both = Change { addresses: true, ..is_gone };
+        let both = LinkChange { addresses: true, ..is_gone };
         assert_eq!(read(&[of_the_link, gone, global]), both);
     }
 
@@ -442,14 +442,14 @@ mod tests {
             body.extend(moved.then(|| attribute(45, &[1, 0, 0, 0])).into_iter().flatten());
             message(number, &body)
         };
-        let came = Change { came: true, ..Change::default() };
+        let came = LinkChange { came: true, ..LinkChange::default() };
         assert_eq!(read(&[link(16, u32::MAX, b"veth\0", false)]), came);
         assert_eq!(read(&[link(16, u32::MAX, b"macvlan", false)]), came);
-        assert_eq!(read(&[link(16, 1, b"veth\0", false)]), Change::default(), "it is known");
-        assert_eq!(read(&[link(16, u32::MAX, b"tun\0", false)]), Change::default());
-        let gone = Change { gone: true, ..Change::default() };
+        assert_eq!(read(&[link(16, 1, b"veth\0", false)]), LinkChange::default(), "it is known");
+        assert_eq!(read(&[link(16, u32::MAX, b"tun\0", false)]), LinkChange::default());
+        let gone = LinkChange { gone: true, ..LinkChange::default() };
         assert_eq!(read(&[link(17, u32::MAX, b"veth\0", true)]), gone, "into a container");
-        let deleted = Change { deleted: true, ..gone };
+        let deleted = LinkChange { deleted: true, ..gone };
         assert_eq!(read(&[link(17, u32::MAX, b"veth\0", false)]), deleted);
     }
 
@@ -478,7 +478,7 @@ mod tests {
     fn cables_are_followed_to_their_bridges() {
         let mut cables = Cables::default();
         let mut take = |all: &[Vec<u8>]| {
-            let mut change = Change::default();
+            let mut change = LinkChange::default();
             for (kind, message) in messages(&all.concat()) {
                 cables.take(kind, message, &mut change);
             }
@@ -537,7 +537,7 @@ mod tests {
         fn no_message_panics(bytes: Vec<u8>, length in 0..40_u32, kind in 15..22_u16) {
             let mut cables = Cables::default();
             let mut take = |bytes: &[u8]| for (kind, message) in messages(bytes) {
-                let mut change = Change::default();
+                let mut change = LinkChange::default();
                 change.take(kind, message);
                 cables.take(kind, message, &mut change);
             };

@@ -30,7 +30,7 @@ pub(crate) struct Listings {
     asking: PerContainer<Common, Asking>,
     /// Whether a container has an address that another one could have a surer claim on.
     unsure: PerContainer<Arc<Bridges>, bool>,
-    addresses: Addresses,
+    addresses: AddressClaims,
     /// The ports of all bridges, and those of the engine's bridges among them.
     ports: (Arc<BridgePorts>, BTreeSet<Interface>, Arc<BTreeSet<u32>>),
     wiring: Arc<Wiring>,
@@ -38,10 +38,10 @@ pub(crate) struct Listings {
 
 /// Which containers have which addresses, and what follows from that. It costs what changes.
 #[derive(Debug, Default)]
-struct Addresses {
+struct AddressClaims {
     /// Of the containers that run, in their order.
-    cables: Vec<Arc<Cables>>,
-    of_address: HashMap<IpAddr, Vec<Arc<Cables>>>,
+    cables: Vec<Arc<OwnAddresses>>,
+    of_address: HashMap<IpAddr, Vec<Arc<OwnAddresses>>>,
     known: Arc<BTreeSet<IpAddr>>,
     contested: BTreeSet<IpAddr>,
     owners: CowMap<IpAddr, Arc<Owner>>,
@@ -50,7 +50,7 @@ struct Addresses {
 
 /// The addresses of a container's own, and how they are connected to this host.
 #[derive(Debug, PartialEq, Eq)]
-struct Cables {
+struct OwnAddresses {
     name: Arc<str>,
     /// Sorted, and each once.
     all: Vec<(IpAddr, Cable)>,
@@ -77,7 +77,7 @@ const ON_OVERLAY: &str = "no address by which it reaches this host: it is on an 
 
 /// How sure it is that connections from an address are a container's: of two that claim it, the surer one has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Claim {
+enum Certainty {
     /// Its process shows the address, and any program may have set it.
     Shown,
     /// The engine gave it on a network whose gateway is not on this host, such as macvlan or overlay.
@@ -98,7 +98,7 @@ struct Asking {
     consumer: Option<Arc<Consumer>>,
     no_network: Option<Problem>,
     /// The same as before, as long as they are equal.
-    cables: Arc<Cables>,
+    cables: Arc<OwnAddresses>,
 }
 
 /// How an address of a container is connected to this host.
@@ -117,7 +117,7 @@ impl Listings {
             prefix,
             asking: PerContainer::default(),
             unsure: PerContainer::default(),
-            addresses: Addresses::default(),
+            addresses: AddressClaims::default(),
             ports: Default::default(),
             wiring: Arc::default(),
         }
@@ -181,7 +181,7 @@ impl Listings {
     fn may_be_outclaimed(&mut self, inventory: &Inventory) -> bool {
         let bridges = &inventory.bridges;
         let is_unsure = |(network, end): (&NetworkId, &Attachment)| {
-            claim(bridges, network, end) < Claim::OnBridge
+            claim(bridges, network, end) < Certainty::OnBridge
         };
         let of = |subject: Subject<'_, bool>| subject.container.attachments().any(is_unsure);
         let mut all = self.unsure.update(inventory, bridges.clone(), of);
@@ -204,9 +204,9 @@ impl Listings {
     }
 }
 
-impl Addresses {
+impl AddressClaims {
     /// Follows the containers that run.
-    fn follow(&mut self, now: &[&Arc<Cables>]) {
+    fn follow(&mut self, now: &[&Arc<OwnAddresses>]) {
         let (gone, new) = gone_and_new(&self.cables, now);
         if gone.is_empty() && new.is_empty() {
             return;
@@ -263,7 +263,7 @@ impl Addresses {
     }
 }
 
-impl Cables {
+impl OwnAddresses {
     fn cable(&self, address: &IpAddr) -> Option<&Cable> {
         let at = self.all.binary_search_by_key(address, |(address, _)| *address).ok()?;
         self.all.get(at).map(|(_, cable)| cable)
@@ -414,16 +414,16 @@ fn outclaimed(inventory: &Inventory) -> Outclaimed {
         for (network, end) in one.attachments() {
             let claim = claim(&inventory.bridges, network, end);
             for address in &end.addresses {
-                let surest: &mut Claim = claims.entry(*address).or_insert(claim);
+                let surest: &mut Certainty = claims.entry(*address).or_insert(claim);
                 *surest = claim.max(*surest);
             }
         }
         claims
     };
     let is_unsure = |(network, end): (&NetworkId, &Attachment)| {
-        claim(&inventory.bridges, network, end) < Claim::OnBridge
+        claim(&inventory.bridges, network, end) < Certainty::OnBridge
     };
-    let mut surest: HashMap<IpAddr, Claim> = HashMap::new();
+    let mut surest: HashMap<IpAddr, Certainty> = HashMap::new();
     for one in alive().filter(|one| one.attachments().any(is_unsure)) {
         surest.extend(claims(one));
     }
@@ -441,11 +441,11 @@ fn outclaimed(inventory: &Inventory) -> Outclaimed {
     outclaimed
 }
 
-fn claim(bridges: &Bridges, network: &NetworkId, end: &Attachment) -> Claim {
+fn claim(bridges: &Bridges, network: &NetworkId, end: &Attachment) -> Certainty {
     match bridge_of(bridges, network, end) {
-        _ if **network == *SHOWN => Claim::Shown,
-        Some(_) => Claim::OnBridge,
-        None => Claim::Elsewhere,
+        _ if **network == *SHOWN => Certainty::Shown,
+        Some(_) => Certainty::OnBridge,
+        None => Certainty::Elsewhere,
     }
 }
 
@@ -460,7 +460,7 @@ impl Asking {
         };
         let own = common.cables(container);
         let own = own.into_iter().map(|(address, _, cable)| (address, cable));
-        let cables = Cables { name: container.name.clone(), all: own.collect() };
+        let cables = OwnAddresses { name: container.name.clone(), all: own.collect() };
         let before_cables = before.map(|(_, asking)| &asking.cables);
         let same = before_cables.filter(|before| ***before == cables);
         let cables = same.cloned().unwrap_or_else(|| cables.into());

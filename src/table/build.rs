@@ -9,8 +9,8 @@ use std::{
 };
 
 use super::{
-    BuiltFrom, Changes, InUse, Inputs, Route, RouteKey, RouteNumber, ServiceKey, Shared, Table,
-    Unrouted, UnroutedKey, UnroutedReason, Upstream,
+    BuiltFrom, Changes, EndpointInUse, Inputs, Route, RouteKey, RouteNumber, ServiceKey, Table,
+    Unrouted, UnroutedKey, UnroutedReason, Upstream, UpstreamInUse,
 };
 use crate::{
     balance::{EndpointState, Rotation},
@@ -148,11 +148,11 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         } else {
             self.next.upstreams.values().cloned().collect()
         };
-        for InUse { upstream: before, routes } in in_use {
+        for UpstreamInUse { upstream: before, routes } in in_use {
             let query = before.query.clone();
             let upstream = self.upstream(&query, Some(&before));
             if !Arc::ptr_eq(&upstream, &before) {
-                self.next.upstreams.insert(query.clone(), InUse { upstream, routes });
+                self.next.upstreams.insert(query.clone(), UpstreamInUse { upstream, routes });
                 self.answered.push(query);
             }
         }
@@ -317,7 +317,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
             return in_use.upstream.query.clone();
         }
         let query = Arc::new(query);
-        let in_use = InUse { upstream: self.upstream(&query, None), routes: 1 };
+        let in_use = UpstreamInUse { upstream: self.upstream(&query, None), routes: 1 };
         self.next.upstreams.insert(query.clone(), in_use);
         self.answered.push(query.clone());
         query
@@ -377,7 +377,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
             return shared.state.clone();
         }
         let state = Arc::new(EndpointState::new(endpoint));
-        self.next.states.insert(key, Shared { state: state.clone(), upstreams: 1 });
+        self.next.states.insert(key, EndpointInUse { state: state.clone(), upstreams: 1 });
         state
     }
 
@@ -419,7 +419,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
             let Some(in_use) = self.next.upstreams.get_mut(&query) else { continue };
             in_use.routes -= 1;
             if in_use.routes == 0
-                && let Some(InUse { upstream, .. }) = self.next.upstreams.remove(&query)
+                && let Some(UpstreamInUse { upstream, .. }) = self.next.upstreams.remove(&query)
             {
                 let service = service_of(&query);
                 let had = upstream.rotation.endpoints().iter();

@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use super::{InUse, Route, Table, Upstream};
+use super::{Route, Table, Upstream, UpstreamInUse};
 use crate::{discovery::Query, wiring::Wiring};
 
 /// What a table has that the one before it had not, and the other way round. Of routes, each list is sorted by key.
@@ -94,6 +94,6 @@ impl Changes {
     }
 }
 
-fn same_upstream(one: &InUse, other: &InUse) -> bool {
+fn same_upstream(one: &UpstreamInUse, other: &UpstreamInUse) -> bool {
     Arc::ptr_eq(&one.upstream, &other.upstream)
 }

@@ -2,7 +2,7 @@
 //! something. Pure.
 
 use super::{
-    super::layout::{Claim, Direction, Family, Home, Members, Set, Side, Term},
+    super::layout::{Direction, Family, Home, Members, SenderField, Set, Side, Term},
     wire::{Attributes, VALUE, family},
 };
 
@@ -274,18 +274,18 @@ impl<'a, 'b> Expressions<'a, 'b> {
         self.payload(NETWORK, offset, length, register);
     }
 
-    fn claim(&mut self, claim: Claim, register: u32) {
+    fn claim(&mut self, claim: SenderField, register: u32) {
         match claim {
-            Claim::Source(family) => self.address(Side::Source, family, register),
-            Claim::Arp => {
+            SenderField::Source(family) => self.address(Side::Source, family, register),
+            SenderField::Arp => {
                 // Of Ethernet and IPv4 (RFC 826): any other has another length, and Linux ignores it.
                 if register == REGISTER {
                     self.carries(ARP);
                 }
                 self.payload(NETWORK, 14, 4, register);
             }
-            Claim::Target => self.payload(TRANSPORT, 8, 16, register),
-            Claim::Mac => self.payload(LINK, 6, 6, register),
+            SenderField::Target => self.payload(TRANSPORT, 8, 16, register),
+            SenderField::Mac => self.payload(LINK, 6, 6, register),
         }
     }
 

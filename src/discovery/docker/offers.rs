@@ -31,7 +31,7 @@ pub(crate) struct Offers {
 }
 
 /// What was offered by each container before.
-pub(crate) type Made = PerContainer<Place, Offered>;
+pub(crate) type Made = PerContainer<EngineHost, Offered>;
 
 /// What one container offers.
 #[derive(Debug, Default)]
@@ -44,7 +44,7 @@ pub(crate) struct Offered {
 
 /// Where the containers are, as seen from here.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum EngineHost {
     /// On this host: their own addresses can be reached on the networks that lead there.
     Here(Standpoint),
     /// On a host with this address: only published ports can be reached.
@@ -83,8 +83,8 @@ impl Offers {
     /// What the containers of `inventory` offer. `is_here`: they are reached at their own addresses.
     pub(crate) fn of(inventory: &Inventory, is_here: bool, made: &mut Made) -> Self {
         let place = match inventory.host.filter(|_| !is_here) {
-            None => Place::Here(Standpoint::of(inventory)),
-            Some(host) => Place::There(host),
+            None => EngineHost::Here(Standpoint::of(inventory)),
+            Some(host) => EngineHost::There(host),
         };
         let made = made.update(inventory, place.clone(), |Subject { container, owner, .. }| {
             offers(container, owner.map(Arc::as_ref), &place)
@@ -183,19 +183,23 @@ impl Offers {
 }
 
 /// What a container offers. `owner` is the one whose network it lives in.
-fn offers(container: &Container, owner: Result<&Container, &NoNetwork>, place: &Place) -> Offered {
+fn offers(
+    container: &Container,
+    owner: Result<&Container, &NoNetwork>,
+    place: &EngineHost,
+) -> Offered {
     let mut offered = Offered::default();
     let metadata = Metadata::of(container);
     if container.is_restarting || metadata.is_empty() {
         return offered;
     }
     let stay = match (place, owner) {
-        (Place::Here(_), Ok(owner)) => stay(container, owner),
+        (EngineHost::Here(_), Ok(owner)) => stay(container, owner),
         _ => Stay::default(),
     };
     let on_host = owner.is_ok_and(|owner| owner.network == Network::Host);
     let mut visible: BTreeSet<ContainerPort> = match (place, owner) {
-        (Place::There(_), Ok(owner)) if !on_host => owner.published.keys().copied().collect(),
+        (EngineHost::There(_), Ok(owner)) if !on_host => owner.published.keys().copied().collect(),
         _ => container.exposed.clone(),
     };
     // As registrator does it: with several ports, a name that is not a port's own gets the port behind it.
@@ -247,7 +251,7 @@ fn offers(container: &Container, owner: Result<&Container, &NoNetwork>, place: &
     if let (true, false, Some(name)) = (visible.is_empty(), ignored, plain_name) {
         let reason = match (owner, place) {
             (Err(reason), _) => reason.to_string(),
-            (Ok(_), Place::There(_)) if !on_host => {
+            (Ok(_), EngineHost::There(_)) if !on_host => {
                 "SERVICE_NAME, but no published TCP port".to_owned()
             }
             _ => "SERVICE_NAME, but no TCP port: expected an exposed one, or SERVICE_<port>_NAME"
@@ -283,11 +287,11 @@ fn stay(container: &Container, owner: &Container) -> Stay {
 }
 
 /// Where a port in the network of `owner` can be reached.
-fn endpoint(owner: &Container, port: Port, place: &Place) -> Result<Endpoint, String> {
+fn endpoint(owner: &Container, port: Port, place: &EngineHost) -> Result<Endpoint, String> {
     let at = |address| Endpoint(SocketAddr::new(address, port.get()));
     let host = match place {
-        Place::Here(standpoint) => return standpoint.address_of(owner).map(at),
-        Place::There(host) => *host,
+        EngineHost::Here(standpoint) => return standpoint.address_of(owner).map(at),
+        EngineHost::There(host) => *host,
     };
     if owner.network == Network::Host {
         return Ok(at(host));
