@@ -43,6 +43,12 @@ fresh() {
 first_minute=$(cat <<'SCRIPT'
 set -eu
 mount -t proc proc /proc
+# What the root has, except what dpkg and the programs that make users write for themselves.
+files() {
+    find / -xdev \( -path /proc -o -path /sys -o -path /tmp \) -prune -o -print |
+        grep -vE '^/(package.deb|embassy.log|purged.log|etc/(passwd|group|shadow|gshadow|subuid|subgid)-)$|^/var/(lib/dpkg|log|cache)/' | sort
+}
+before=$(files)
 begun=$(date +%s%N)
 dpkg --install /package.deb >/dev/null
 printf '[[service]]\nname = "web"\nendpoints = ["127.0.0.1:8080"]\n' >/etc/embassy.toml
@@ -61,10 +67,16 @@ embassy doctor --redirect -provider=static -services="web;80" -discovery=file://
 kill "$embassy" "$served"
 wait "$embassy" || { echo "embassy did not end well: $?"; exit 1; }
 getent passwd embassy >/dev/null || { echo 'no user'; exit 1; }
-dpkg --purge embassy >/dev/null 2>&1
-for left in /usr/bin/embassy /etc/default/embassy /var/lib/embassy; do
-    [ ! -e "$left" ] || { echo "purge left $left"; exit 1; }
-done
+[ -e /var/lib/embassy ] || { echo 'it kept no state'; exit 1; }
+dpkg --purge embassy >/purged.log 2>&1 || { cat /purged.log; exit 1; }
+# The file with the services is the one that the user wrote.
+after=$(files | grep -v '^/etc/embassy.toml$')
+[ "$before" = "$after" ] || {
+    echo 'purge left, or took away:'
+    echo "$before" >/tmp/before
+    echo "$after" | diff /tmp/before - || true
+    exit 1
+}
 ! getent passwd embassy >/dev/null || { echo 'purge left the user'; exit 1; }
 echo "installed and served in $(( (ended - begun) / 1000000 )) ms"
 SCRIPT
