@@ -331,7 +331,7 @@ impl Tables {
         }
         let place = service.place;
         let states = upstream.rotation.endpoints();
-        let now: Vec<usize> = states.iter().map(|state| address(state)).collect();
+        let now: Vec<usize> = states.iter().map(address).collect();
         let turn = self.programs.turns.get(&place.index, 0)?;
         let order = turns::succeed(&service.order, service.base, turn, &now);
         let before = service.order.clone();

@@ -532,3 +532,67 @@ fn least_connections_counts_those_of_both_paths() -> Result<()> {
         Ok(())
     })
 }
+
+/// A real engine's container in both families, and its next run, which has another control group.
+#[test]
+fn a_container_of_docker_keeps_to_its_families_and_its_next_run_is_known_again() -> Result<()> {
+    let host = Host::builder().ipv6(true).start()?;
+    let four = web(&host, "four")?;
+    let six = host.web("six").start()?;
+    offer_at(&host, "six", &format!("[{}]:80", six.ip6()?))?;
+    let app = host
+        .client("app")
+        .env("BACKEND_FOUR", "/services/four;80")
+        .env("BACKEND_SIX", "/services/six;81")
+        .start()?;
+    let embassy = host.embassy(["--dnat", ETCD, "--path=kernel"])?;
+    embassy.wait_ready(READY)?;
+    // Of each port, the route of the endpoint's family takes the kernel path, and the other one does not.
+    let are = |what: &str| {
+        testbed::eventually(WAIT, what, || {
+            let routes = embassy.admin("/v1/routes?consumer=app")?.json()?;
+            let all = routes["items"].as_array().context("no list")?;
+            let mut paths: Vec<_> = all
+                .iter()
+                .map(|route| {
+                    let is_six = route["address"].as_str().is_some_and(|it| it.contains(':'));
+                    let reason = route["path_reason"].as_str().unwrap_or_default().to_owned();
+                    (route["port"].as_u64().unwrap_or_default(), is_six, reason)
+                })
+                .collect();
+            paths.sort();
+            let expected = [
+                (80, false, "possible"),
+                (80, true, "family"),
+                (81, false, "family"),
+                (81, true, "possible"),
+            ];
+            let expected = expected.map(|(port, is_six, reason)| (port, is_six, reason.to_owned()));
+            ensure!(paths == expected, "{paths:?}");
+            Ok(())
+        })
+    };
+    let peer = |url: &str| {
+        app.exec(["curl", "-sf", "-o", "/dev/null", "-w", "%{remote_ip}", "--max-time", "10", url])
+    };
+    for run in ["the paths of the first run", "those of the next one"] {
+        are(run)?;
+        for (vip, port, name) in [("172.17.0.1", 80, "four"), ("[fd00:d0c::1]", 81, "six")] {
+            let answers = app.get(format!("{vip}:{port}")).times(20).run()?;
+            assert_eq!((answers.from(name), answers.failed()), (20, 0), "{answers:?}");
+            let url = format!("http://{vip}:{port}/");
+            assert_eq!(
+                format!("[{}]", peer(&url)?.trim()).replace("[172.17.0.1]", "172.17.0.1"),
+                vip
+            );
+        }
+        // The other family goes through the proxy.
+        reaches(&app, "[fd00:d0c::1]:80", "four")?;
+        reaches(&app, "172.17.0.1:81", "six")?;
+        host.docker(["restart", "--time=1", "app"])?;
+    }
+    // What the kernel counted of a run is not lost with it.
+    counts(&embassy, "embassy_connections_started_total", 88)?;
+    drop(four);
+    Ok(())
+}
