@@ -13,7 +13,7 @@ RUN command -v nft >/dev/null && command -v iptables >/dev/null && command -v se
 COPY embassy /usr/bin/embassy
 # embassy hands the capability down to iptables when it starts it. The nft program only names a rule of others that drops captured
 # connections. Without the capability the container starts too. Root without capabilities may write what belongs to its group.
-RUN setcap cap_net_admin+p /usr/bin/embassy \
+RUN setcap cap_net_admin,cap_bpf+p /usr/bin/embassy \
     && mkdir -p /var/lib/embassy && chown 59990:0 /var/lib/embassy && chmod 770 /var/lib/embassy
 USER 59990:59990
 ENTRYPOINT ["/usr/bin/embassy"]

@@ -24,6 +24,7 @@ SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || 
 export SOURCE_DATE_EPOCH
 
 look() {
+    has clang || fail 'clang is missing, of the package clang (compiles the programs of the kernel path, with libbpf-dev)'
     has protoc || fail 'protoc is missing, of the package protobuf-compiler (builds the etcd client)'
     [ -d "$(rustc --print sysroot)/lib/rustlib/$target/lib" ] \
         || fail "this Rust has no library for $target: rustup target add $target"
@@ -132,7 +133,8 @@ image() {
         # Root without capabilities may write what belongs to its group.
         chown 59990:0 "$root/var/lib/embassy"
         chmod 770 "$root/var/lib/embassy"
-        setcap cap_net_admin+p "$root/usr/bin/embassy"
+        # BPF for the kernel path: a container that is not given it starts without.
+        setcap cap_net_admin,cap_bpf+p "$root/usr/bin/embassy"
         tar --sort=name --numeric-owner --mtime="@$SOURCE_DATE_EPOCH" --xattrs --xattrs-include='security.capability' \
             -C "$root" -czf "$out/image.tar.gz" .
         say "image: docker build -t embassy -f Dockerfile $out"

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use futures_util::FutureExt;
 use tokio::{
-    sync::Notify,
+    sync::{Notify, watch},
     task::JoinHandle,
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
@@ -24,11 +24,14 @@ use crate::{
         Provider as ProviderChoice,
     },
     control::{Control, Limits, Settings, Waiting},
+    descriptor::PathChoice,
     discovery,
     docker::follow::Follower,
     events::Events,
+    kernel::{self, KernelPath},
     limits,
     memory::{self, Memory},
+    path::Paths,
     privileges,
     provider::{
         Lookup, Provider, bindings,
@@ -51,6 +54,7 @@ pub struct App {
     pub admin_address: Option<String>,
     proxy: Proxy,
     capture: Option<Capture>,
+    kernel: Option<KernelPath>,
     admin: Option<Admin>,
     control: JoinHandle<()>,
     checks: JoinHandle<()>,
@@ -156,8 +160,32 @@ impl App {
                 Some((backend, counts, readiness.wait_for(Part::Capture)))
             }
         };
+        // Without a capture nobody would serve what the kernel leaves to the proxy.
+        let kernel = match config.capture {
+            CaptureMode::None => None,
+            CaptureMode::Dnat | CaptureMode::Redirect => {
+                let settings = kernel::Settings {
+                    default: config.path,
+                    is_limited: matches!(
+                        config.max_connections_per_consumer,
+                        ConsumerLimit::Most(_)
+                    ),
+                    log: config.connection_log,
+                    mark,
+                    events: events.clone(),
+                    figures: proxy.figures(),
+                };
+                let started = KernelPath::start(settings, tables.clone());
+                Some(started.context("cannot start the thread of the kernel path")?)
+            }
+        };
+        let paths = match &kernel {
+            Some(kernel) => kernel.paths(),
+            None => watch::channel(Paths::new(PathChoice::Proxy)).1,
+        };
         let metrics = Metrics {
             tables: tables.clone(),
+            paths: paths.clone(),
             build_times,
             sources: sources.clone(),
             refused,
@@ -169,6 +197,7 @@ impl App {
             readiness: readiness.clone(),
             metrics: Arc::new(metrics.registry()),
             tables: tables.clone(),
+            paths,
             sources,
             figures: proxy.figures(),
             capture: capturing.as_ref().map(|(_, counts, _)| counts.clone()),
@@ -207,6 +236,7 @@ impl App {
             admin_address: admin.as_ref().map(|admin| admin.address.clone()),
             proxy,
             capture,
+            kernel,
             admin,
             control: tokio::spawn(control.run()),
             checks,
@@ -232,6 +262,7 @@ impl App {
                 Err(error) => anyhow!(error).context("the control task"),
             },
             () = self.proxy.failed() => anyhow!("a part of the data path ended"),
+            () = kernel_failed(&mut self.kernel) => anyhow!("the thread of the kernel path ended"),
             end = capture_failed(&mut self.capture) => anyhow!("the capture task ended: {end}"),
             _ = &mut self.checks => anyhow!("the check task ended"),
             _ = &mut self.memory => anyhow!("the memory watch task ended"),
@@ -247,6 +278,10 @@ impl App {
         // This guard is never done: a load balancer that asks /readyz should send new connections elsewhere.
         let _draining = self.readiness.wait_for(Part::Draining);
         self.said.abort();
+        if let Some(kernel) = self.kernel.take() {
+            let late = "programs of the kernel path end with embassy";
+            in_time(kernel.stop(), late, Instant::now() + STEP, hurry.clone()).await;
+        }
         let live = self.proxy.live();
         if live > 0 {
             info!(live, drain_s = self.drain.as_secs_f64(), "waiting for connections to end");
@@ -374,6 +409,13 @@ async fn in_time<T>(
     }
     warn!("gave up waiting: {otherwise}");
     None
+}
+
+async fn kernel_failed(kernel: &mut Option<KernelPath>) {
+    match kernel {
+        Some(kernel) => kernel.failed().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn capture_failed(capture: &mut Option<Capture>) -> String {

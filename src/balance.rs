@@ -22,8 +22,10 @@ use crate::{
 #[derive(Debug)]
 #[repr(C)]
 pub struct EndpointState {
-    /// Connections that are being opened or are open.
+    /// Connections through the proxy that are being opened or are open.
     active: AtomicU32,
+    /// Those of consumers whose connections do not go through the proxy, as they were counted last.
+    beside: AtomicU32,
     /// Failures since the last success.
     failures: AtomicU32,
     /// Drained via the API: gets no new connections.
@@ -77,6 +79,7 @@ impl EndpointState {
     pub fn new(endpoint: Endpoint) -> Self {
         Self {
             active: AtomicU32::new(0),
+            beside: AtomicU32::new(0),
             failures: AtomicU32::new(0),
             drained: AtomicBool::new(false),
             silent: AtomicBool::new(false),
@@ -93,8 +96,35 @@ impl EndpointState {
         }
     }
 
+    /// Connections that are being opened or are open.
     pub fn active(&self) -> u32 {
+        self.active_here().saturating_add(self.beside.load(Relaxed))
+    }
+
+    /// Those that go through the proxy.
+    pub fn active_here(&self) -> u32 {
         self.active.load(Relaxed)
+    }
+
+    /// So many connections do not go through the proxy now.
+    pub fn has_beside(&self, connections: u32) {
+        // A cache line that all picks read: it is left alone while nothing changes.
+        if self.beside.load(Relaxed) != connections {
+            self.beside.store(connections, Relaxed);
+        }
+    }
+
+    /// Counts failed attempts that say nothing new.
+    pub fn failed_again(&self, times: u64) {
+        self.failed.fetch_add(times, Relaxed);
+    }
+
+    /// A connection to it opened that is no consumer's: its failures are forgotten. Returns whether there were any.
+    pub fn proved(&self) -> bool {
+        let back = self.failures.swap(0, Relaxed) != 0;
+        let spoke = self.silent.swap(false, Relaxed);
+        self.aside_until.store(0, Relaxed);
+        back || spoke
     }
 
     /// Ejections since the start.

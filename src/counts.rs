@@ -97,6 +97,15 @@ impl Histogram {
         self.micros.fetch_add(micros, Relaxed);
     }
 
+    /// Adds what was counted elsewhere.
+    pub fn add(&self, counted: &Distribution) {
+        for (bucket, more) in self.buckets.iter().zip(counted.buckets).filter(|(_, more)| *more > 0)
+        {
+            bucket.fetch_add(more, Relaxed);
+        }
+        self.micros.fetch_add(counted.micros, Relaxed);
+    }
+
     pub fn read(&self) -> Distribution {
         Distribution {
             buckets: std::array::from_fn(|n| self.buckets.get(n).map_or(0, |b| b.load(Relaxed))),

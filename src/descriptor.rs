@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
 use crate::{
     model::{NotAPort, Port, Protocol, ServiceName, Tags},
-    word::worded,
+    word::{Word, worded},
 };
 
 /// A parsed descriptor: one service on one port, and how to treat its connections.
@@ -32,6 +32,8 @@ pub struct Descriptor {
     /// `user-timeout=`: how long what was sent to the endpoint may stay unacknowledged; 0: as long as the kernel retransmits.
     /// If absent, the command line's `--user-timeout`.
     pub user_timeout: Option<Duration>,
+    /// `path=`: which way its connections take; if absent, the command line's `--path`.
+    pub path: Option<PathChoice>,
 }
 
 /// A time as `user-timeout=` and `--user-timeout` take it: 0, or 5 s to a day. In less than that a connection may be
@@ -49,6 +51,16 @@ worded! {
         RoundRobin = "rr",
         /// the endpoint with the fewest open connections, over all routes
         LeastConnections = "leastconn",
+    }
+}
+
+worded! {
+    /// Which path a binding's connections are to take.
+    pub enum PathChoice {
+        /// through embassy
+        Proxy = "proxy",
+        /// from the consumer to the endpoint, if the kernel can choose the endpoint
+        Kernel = "kernel",
     }
 }
 
@@ -155,7 +167,7 @@ impl DescriptorError {
 /// Bytes of a descriptor. The longest one that anybody needs is far shorter.
 pub const LONGEST: usize = 1024;
 
-const OPTIONS: &str = "expected one of lb, drain, dc, via, check, proxy, user-timeout";
+const OPTIONS: &str = "expected one of lb, drain, dc, via, check, proxy, user-timeout, path";
 
 impl FromStr for Descriptor {
     type Err = DescriptorError;
@@ -180,6 +192,7 @@ impl FromStr for Descriptor {
             check: None,
             proxy: None,
             user_timeout: None,
+            path: None,
         };
         let mut seen = Vec::new();
         for field in fields {
@@ -254,6 +267,10 @@ impl Descriptor {
                     wrong("user-timeout", "0 or a whole number of seconds from 5 to 86400")
                 })?);
             }
+            "path" => {
+                self.path =
+                    Some(PathChoice::of(value).ok_or_else(|| wrong("path", "proxy or kernel"))?);
+            }
             _ => return Err(DescriptorError::UnknownOption(key.to_owned())),
         }
         Ok(())
@@ -290,8 +307,12 @@ impl fmt::Display for Descriptor {
             Some(ProxyProtocol::V2) => f.write_str(";proxy=v2")?,
         }
         match self.user_timeout {
+            None => {}
+            Some(time) => write!(f, ";user-timeout={}", time.as_secs())?,
+        }
+        match self.path {
             None => Ok(()),
-            Some(time) => write!(f, ";user-timeout={}", time.as_secs()),
+            Some(path) => write!(f, ";path={path}"),
         }
     }
 }
@@ -416,9 +437,10 @@ mod tests {
 
     #[test]
     fn every_option_is_read() {
-        let text = "db[eu];5432;lb=leastconn;drain=30;dc=dc-2;via=consul;check=tcp;proxy=v2;user-timeout=60";
+        let text = "db[eu];5432;lb=leastconn;drain=30;dc=dc-2;via=consul;check=tcp;proxy=v2;user-timeout=60;path=kernel";
         let descriptor = parse(text).expect(text);
         assert_eq!(descriptor.user_timeout, Some(Duration::from_secs(60)));
+        assert_eq!(descriptor.path, Some(PathChoice::Kernel));
         assert_eq!(descriptor.balance, Some(Balance::LeastConnections));
         assert_eq!(descriptor.drain, EndpointDrain::After(Duration::from_secs(30)));
         assert_eq!(descriptor.dc.as_deref(), Some("dc-2"));
@@ -484,7 +506,7 @@ mod tests {
             ("foo;80;lb", "option \"lb\": expected <key>=<value>"),
             (
                 "foo;80;weight=1",
-                "unknown option \"weight\": expected one of lb, drain, dc, via, check, proxy, user-timeout",
+                "unknown option \"weight\": expected one of lb, drain, dc, via, check, proxy, user-timeout, path",
             ),
             ("foo;80;lb=rr;lb=rr", "option lb is given twice"),
             ("foo;80;lb=random", "lb=\"random\": expected rr or leastconn"),
@@ -559,12 +581,25 @@ mod tests {
             (label(), label()),
             prop::option::of(Just(Check::Tcp)),
             prop::option::of(prop_oneof![Just(ProxyProtocol::V1), Just(ProxyProtocol::V2)]),
-            prop::option::of(
-                prop_oneof![Just(0_u64), 5..=86_400_u64].prop_map(Duration::from_secs),
+            (
+                prop::option::of(
+                    prop_oneof![Just(0_u64), 5..=86_400_u64].prop_map(Duration::from_secs),
+                ),
+                prop::option::of(prop::sample::select(PathChoice::ALL)),
             ),
         )
             .prop_map(
-                |(service, tags, port, balance, drain, (dc, via), check, proxy, user_timeout)| {
+                |(
+                    service,
+                    tags,
+                    port,
+                    balance,
+                    drain,
+                    (dc, via),
+                    check,
+                    proxy,
+                    (user_timeout, path),
+                )| {
                     Descriptor {
                         service: ServiceName::new(&service)
                             .expect("the strategy makes valid names"),
@@ -578,6 +613,7 @@ mod tests {
                         check,
                         proxy,
                         user_timeout,
+                        path,
                     }
                 },
             )

@@ -15,6 +15,8 @@ worded! {
         ConsumerReset = "consumer_reset",
         /// The endpoint reset, or did not answer.
         EndpointReset = "endpoint_reset",
+        /// One of the two reset: on the kernel path it is not known which.
+        Reset = "reset",
         /// The consumer stopped, or lost this route.
         RouteGone = "route_gone",
         /// The endpoint was deregistered, and the binding has `drain=kill` or a drain time; or its active check failed, and the
@@ -62,6 +64,7 @@ impl Outcome {
                 | Self::ResetAfterClose
                 | Self::ConsumerReset
                 | Self::EndpointReset
+                | Self::Reset
                 | Self::RouteGone
                 | Self::EndpointGone
                 | Self::LocalReset
@@ -82,8 +85,13 @@ pub struct Tally([AtomicU64; Outcome::ALL.len()]);
 
 impl Tally {
     pub fn count(&self, outcome: Outcome) {
+        self.add(outcome, 1);
+    }
+
+    /// Counts so many.
+    pub fn add(&self, outcome: Outcome, times: u64) {
         if let Some(count) = self.0.get(outcome as usize) {
-            count.fetch_add(1, Relaxed);
+            count.fetch_add(times, Relaxed);
         }
     }
 

@@ -28,6 +28,15 @@ pub fn take_up_net_admin() {
     let _ = set_dumpable_behavior(DumpableBehavior::Dumpable);
 }
 
+/// Takes the capabilities up, where they are permitted, that bpf(2) wants: for this thread alone. CAP_SYS_ADMIN stands for CAP_BPF
+/// where the container engine does not know that one.
+pub fn take_up_bpf() {
+    let Ok(mut sets) = capabilities(None) else { return };
+    let wanted = CapabilitySet::BPF | CapabilitySet::NET_ADMIN | CapabilitySet::SYS_ADMIN;
+    sets.effective |= sets.permitted & wanted;
+    let _ = set_capabilities(None, sets);
+}
+
 /// Whether this process may write rules.
 pub fn has_net_admin() -> bool {
     capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_ADMIN))

@@ -37,6 +37,11 @@ look() {
     need nft nftables 'the firewall that we use'
     need cc 'gcc libc6-dev' 'links Rust programs'
     need protoc protobuf-compiler 'builds the etcd v3 client'
+    need clang clang 'compiles the programs of the kernel path'
+    if ! [ -e /usr/include/bpf/bpf_helpers.h ]; then
+        say 'missing: bpf/bpf_helpers.h (compiles the programs of the kernel path), of the package libbpf-dev'
+        missing="$missing libbpf-dev"
+    fi
     if ! [ -e /usr/include/google/protobuf/descriptor.proto ] && ! [ -e /usr/local/include/google/protobuf/descriptor.proto ]; then
         say 'missing: google/protobuf/descriptor.proto (builds the etcd v3 client), of the package libprotobuf-dev'
         missing="$missing libprotobuf-dev"

@@ -18,6 +18,7 @@ use crate::{
     discovery::Endpoints,
     events::Events,
     judgement::{CaptureReading, Load, Situation, SourceReading, SourceState, Used},
+    path::Paths,
     provider::{Listing, fixed},
     proxy::Figures,
     readiness::Readiness,
@@ -32,6 +33,8 @@ pub struct Feeds {
     pub readiness: Readiness,
     pub metrics: Arc<Registry>,
     pub tables: watch::Receiver<Arc<Table>>,
+    /// Which path each route takes.
+    pub paths: watch::Receiver<Paths>,
     pub sources: watch::Receiver<Sources>,
     pub figures: Figures,
     /// `None` if the user's own rules capture.
@@ -114,6 +117,7 @@ impl Feeds {
             now: figures.now(),
             here: here(&table, &listing, &self.constants.own),
             table,
+            paths: self.paths.borrow().clone(),
             listing,
             astray: Default::default(),
         }

@@ -57,6 +57,8 @@ pub(super) fn route(route: &Route, situation: &Situation) -> api::Route {
         origin: route.binding.origin.to_string(),
         query: query(&route.written_query()),
         balance: route.balance,
+        path: situation.paths.of(&route.key).path(),
+        path_reason: situation.paths.of(&route.key),
         state: health.state,
         verdict: health.state.verdict(),
         endpoints: health.endpoints,

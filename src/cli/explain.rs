@@ -11,7 +11,7 @@ use super::{
     table::{age, printable},
 };
 use crate::{
-    admin::api::{self, Verdict},
+    admin::api::{self, PathReason, Verdict},
     model::Port,
 };
 
@@ -85,6 +85,10 @@ fn write(out: &mut String, explain: &api::Explain) -> std::fmt::Result {
     writeln!(out, "captured   {captured}")?;
     if !explain.dial.is_empty() {
         writeln!(out, "dials      {}", printable(&explain.dial.join(" or ")))?;
+    }
+    for route in explain.routes.iter().filter(|one| one.path_reason != PathReason::NotAsked) {
+        let (path, why) = (route.path, route.path_reason.line());
+        writeln!(out, "path       {path}, from {}: {why}", printable(&route.address))?;
     }
     for route in &explain.routes {
         if let Some(error) = &route.figures.last_error {

@@ -12,7 +12,7 @@ use super::{
     table::{Columns, age, bytes, connect, printable},
 };
 use crate::{
-    admin::api::{Endpoint, EndpointHealth, Figures, Route, RouteState},
+    admin::api::{Endpoint, EndpointHealth, Figures, PathReason, Route, RouteState},
     config::UsageError,
     word::Word,
 };
@@ -191,20 +191,15 @@ pub(super) fn usable(route: &Route) -> String {
 }
 
 fn routes(all: &[Route]) -> Columns {
-    let mut table = Columns::new(&[
-        "CONSUMER",
-        "ADDRESS",
-        "PORT>",
-        "SERVICE",
-        "STATE",
-        "ENDPOINTS>",
-        "ACTIVE>",
-        "STARTED>",
-        "ERRORS>",
-        "UP>",
-        "DOWN>",
-        "CONNECT>",
-    ]);
+    // On a host where nobody asked for the kernel path, there is only one.
+    let has_paths = all.iter().any(|route| route.path_reason != PathReason::NotAsked);
+    let named = ["CONSUMER", "ADDRESS", "PORT>", "SERVICE", "STATE"].into_iter();
+    let path = has_paths.then_some("PATH");
+    let columns: Vec<_> = named
+        .chain(path)
+        .chain(["ENDPOINTS>", "ACTIVE>", "STARTED>", "ERRORS>", "UP>", "DOWN>", "CONNECT>"])
+        .collect();
+    let mut table = Columns::new(&columns);
     for route in all {
         let named = [
             route.consumer.clone(),
@@ -212,9 +207,10 @@ fn routes(all: &[Route]) -> Columns {
             route.port.to_string(),
             route.query.name.clone(),
             route.state.to_string(),
-            usable(route),
         ];
-        table.row(named.into_iter().chain(figures(&route.figures, route.figures.errors)));
+        let path = has_paths.then(|| route.path.to_string());
+        let counted = figures(&route.figures, route.figures.errors);
+        table.row(named.into_iter().chain(path).chain([usable(route)]).chain(counted));
     }
     table
 }

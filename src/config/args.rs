@@ -165,6 +165,18 @@ pub(crate) struct Args {
     )]
     pub(super) lb: Option<String>,
 
+    /// Path of the connections of descriptors without path=: "proxy", through embassy; "kernel", from the container to the endpoint,
+    /// which the kernel chooses inside connect(). That costs nothing per byte, but a connect that fails is not tried again.
+    /// What the kernel cannot do goes through embassy. Needs the capability BPF [default: proxy]
+    #[arg(
+        long,
+        help_heading = TRAFFIC,
+        value_name = "PATH",
+        hide_possible_values = true,
+        value_parser = Offers(&["proxy", "kernel"])
+    )]
+    pub(super) path: Option<String>,
+
     /// How long a connection from an unknown container may wait while embassy asks Docker. 0: do not wait; a container that
     /// connects immediately after its start is then refused [default: 2s]
     #[arg(long, help_heading = TRAFFIC, value_name = "TIME")]

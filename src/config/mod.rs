@@ -8,7 +8,7 @@ use clap::{
 };
 
 use crate::{
-    descriptor::{Balance, Descriptor},
+    descriptor::{Balance, Descriptor, PathChoice},
     discovery::Discoveries,
     docker::Engine,
     model::{NotAPort, Port, Vip},
@@ -59,6 +59,8 @@ pub struct Config {
     pub guard: Guard,
     /// Where a descriptor has no `lb=`.
     pub balance: Balance,
+    /// Where a descriptor has no `path=`.
+    pub path: PathChoice,
     /// How long the first connection of an unknown container may wait. 0: not at all.
     pub hold: Duration,
     /// How long what was sent to an endpoint may stay unacknowledged; 0: as long as the kernel retransmits.

@@ -47,6 +47,7 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
         ignored.extend(args.capture.as_ref().map(|_| "--capture (needs --dnat or --redirect)"));
         ignored.extend(args.firewall.as_ref().map(|_| "--firewall (needs --dnat or --redirect)"));
         ignored.extend(args.guard.as_ref().map(|_| "--guard (needs --dnat or --redirect)"));
+        ignored.extend(args.path.as_ref().map(|_| "--path (needs --dnat or --redirect)"));
     }
     Ok(Config {
         provider,
@@ -78,6 +79,7 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
         guard: flag("--guard", args.guard).or("vip").one_of()?,
         firewall: flag("--firewall", args.firewall).or("auto").one_of()?,
         balance: flag("--lb", args.lb).or("rr").one_of()?,
+        path: flag("--path", args.path).or("proxy").one_of()?,
         hold: flag("--hold", args.hold).or("2s").read(duration, DURATION)?,
         user_timeout: flag("--user-timeout", args.user_timeout).or("30s").read(
             |text| duration(text).and_then(user_timeout),

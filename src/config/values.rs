@@ -6,7 +6,10 @@ use clap::{ValueEnum, builder::PossibleValue};
 use ipnet::IpNet;
 
 use super::{Admin, CaptureScope, ConnectionLog, ConsumerLimit};
-use crate::{descriptor::Balance, model::Vip};
+use crate::{
+    descriptor::{Balance, PathChoice},
+    model::Vip,
+};
 
 pub(super) const BOOLEAN: &str = "true or false";
 
@@ -162,7 +165,7 @@ macro_rules! value_enum {
     )*};
 }
 
-value_enum!(Balance, CaptureScope);
+value_enum!(Balance, CaptureScope, PathChoice);
 
 pub(super) fn one_of<T: ValueEnum>(text: &str) -> Option<T> {
     T::from_str(text, false).ok()

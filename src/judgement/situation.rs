@@ -15,6 +15,7 @@ use crate::{
     discovery::Query,
     limits::FEW,
     model::{ConsumerId, Millis, Vip},
+    path::Paths,
     provider::Listing,
     readiness::Part,
     table::Table,
@@ -25,6 +26,8 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct Situation {
     pub table: Arc<Table>,
+    /// Which path each route takes.
+    pub paths: Paths,
     /// The consumers and their bindings.
     pub listing: Arc<Listing>,
     pub provider: SourceReading,

@@ -228,6 +228,7 @@ impl Setting {
         let barrier = Barrier { chain: "chain INPUT".into(), remedy: "open it".into() };
         Situation {
             table: Arc::new(table),
+            paths: crate::path::Paths::new(crate::descriptor::PathChoice::Proxy),
             listing: Arc::new(listing),
             provider: SourceReading::of("provider".into(), &listed, None, vec![], now),
             queries: HashMap::from([(query(), of_query)]),

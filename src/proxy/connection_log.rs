@@ -36,7 +36,8 @@ pub(super) fn refused(
     );
 }
 
-fn wanted(which: ConnectionLog, outcome: Outcome) -> bool {
+/// Whether a connection is one of those that are logged.
+pub(crate) fn wanted(which: ConnectionLog, outcome: Outcome) -> bool {
     match which {
         ConnectionLog::Off => false,
         ConnectionLog::Errors => outcome.is_error(),

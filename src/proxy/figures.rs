@@ -12,9 +12,13 @@ use tokio::{
 
 use super::{
     observed::{Ask, LiveConnection},
-    shared::{Shared, WorkerCounts},
+    shared::Shared,
 };
-use crate::{counts::Distribution, model::Millis, outcome::Outcome};
+use crate::{
+    counts::{ConnectionCounts, Distribution},
+    model::Millis,
+    outcome::Outcome,
+};
 
 /// A reader of the figures; it outlives the proxy. Clones share it.
 #[derive(Debug, Clone)]
@@ -64,30 +68,34 @@ impl Figures {
 
     /// Whether a captured connection has arrived since the start, with a route or without.
     pub fn has_captured(&self) -> bool {
-        use Outcome::{DirectDial, NoOriginalDestination};
-        let captured = |outcome: &&Outcome| !matches!(outcome, DirectDial | NoOriginalDestination);
-        self.started() > 0
+        use Outcome::{DirectDial, EndpointsUnreachable, NoOriginalDestination};
+        // Those that have other ends were started, here or beside the proxy.
+        let captured = |outcome: &&Outcome| {
+            outcome.is_refusal()
+                && !matches!(outcome, DirectDial | NoOriginalDestination | EndpointsUnreachable)
+        };
+        self.shared.counts.iter().any(|counts| counts.0.started.load(Relaxed) > 0)
             || Outcome::ALL.iter().filter(captured).any(|outcome| self.ended(*outcome) > 0)
     }
 
     /// Connections that were accepted for a route, since the start.
     pub fn started(&self) -> u64 {
-        self.shared.counts.iter().map(|counts| counts.0.started.load(Relaxed)).sum()
+        self.shared.all_counts().map(|counts| counts.started.load(Relaxed)).sum()
     }
 
     /// Bytes from consumers to endpoints, and back, since the start; of live connections, as of the last
     /// [`Figures::refresh`].
     pub fn bytes(&self) -> (u64, u64) {
-        let of = |WorkerCounts(counts): &WorkerCounts| {
+        let of = |counts: &ConnectionCounts| {
             (counts.bytes_up.load(Relaxed), counts.bytes_down.load(Relaxed))
         };
-        self.shared.counts.iter().map(of).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+        self.shared.all_counts().map(of).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
     }
 
     /// How long it took from accepting a connection until its endpoint's was open.
     pub fn connect(&self) -> Distribution {
         let mut sum = Distribution::default();
-        self.shared.counts.iter().for_each(|counts| sum.add(&counts.0.connect.read()));
+        self.shared.all_counts().for_each(|counts| sum.add(&counts.connect.read()));
         sum
     }
 
@@ -96,9 +104,31 @@ impl Figures {
         self.shared.now()
     }
 
-    /// Has the bytes of live connections counted up to now.
+    /// Has the bytes of live connections counted up to now, and what does not go through the proxy.
     pub async fn refresh(&self) {
+        let also = self.shared.also_asked.get().and_then(|also| {
+            let (answer, answered) = oneshot::channel();
+            also.send(answer).ok().map(|()| answered)
+        });
         self.ask(Ask::Bytes).await;
+        if let Some(answered) = also {
+            let _ = timeout(Self::PATIENCE, answered).await;
+        }
+    }
+
+    /// Who counts connections that do not go through the proxy is asked to do so at each [`Figures::refresh`]. The first one stays.
+    pub(crate) fn also_asks(&self, who: UnboundedSender<oneshot::Sender<()>>) {
+        let _ = self.shared.also_asked.set(who);
+    }
+
+    /// The counts of connections that do not go through the proxy; part of all sums.
+    pub(crate) fn beside(&self) -> &ConnectionCounts {
+        &self.shared.beside.0
+    }
+
+    /// So many connections ended that did not go through the proxy.
+    pub(crate) fn ended_beside(&self, outcome: Outcome, times: u64) {
+        self.shared.tally.add(outcome, times);
     }
 
     /// All live connections, in no particular order.

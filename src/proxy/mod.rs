@@ -44,6 +44,7 @@ pub(crate) mod testing;
 mod worker;
 
 pub use captured::Destinations;
+pub(crate) use connection_log::wanted;
 pub use failed_checks::FailedChecks;
 pub use figures::Figures;
 use observed::Ask;

@@ -4,13 +4,13 @@ use std::{
     collections::{HashMap, hash_map::Entry},
     net::IpAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     time::Instant,
 };
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc::UnboundedSender, oneshot};
 
 use super::settings::ProxySettings;
 use crate::{
@@ -27,6 +27,10 @@ pub(super) struct Shared {
     pub settings: ProxySettings,
     pub tally: Tally,
     pub counts: Box<[WorkerCounts]>,
+    /// The counts of connections that do not go through the proxy.
+    pub beside: WorkerCounts,
+    /// Who else is asked to count up to now.
+    pub also_asked: OnceLock<UnboundedSender<oneshot::Sender<()>>>,
     /// Connections that are open, or being opened.
     pub live: AtomicUsize,
     holds_of_unknown: Mutex<Holds>,
@@ -41,7 +45,9 @@ impl Shared {
     pub(super) fn new(settings: ProxySettings) -> Self {
         Self {
             counts: (0..settings.workers.max(1)).map(|_| WorkerCounts::default()).collect(),
+            beside: WorkerCounts::default(),
             settings,
+            also_asked: OnceLock::new(),
             tally: Tally::default(),
             live: AtomicUsize::new(0),
             holds_of_unknown: Mutex::default(),
@@ -49,6 +55,11 @@ impl Shared {
             start: Instant::now(),
             broken: Notify::new(),
         }
+    }
+
+    /// The counts of all workers, and of connections that no worker has.
+    pub(super) fn all_counts(&self) -> impl Iterator<Item = &ConnectionCounts> {
+        self.counts.iter().chain([&self.beside]).map(|counts| &counts.0)
     }
 
     pub(super) fn now(&self) -> Millis {

@@ -175,6 +175,11 @@ impl Container {
         Ok(command)
     }
 
+    /// The folder of a light container among the control groups of version 2.
+    pub fn control_group(&self) -> Result<std::path::PathBuf> {
+        self.light.as_ref().context("it is no light container")?.control_group(&self.host)
+    }
+
     /// All it wrote to stdout and stderr.
     pub fn log(&self) -> Result<String> {
         if let Some(light) = &self.light {

@@ -194,7 +194,7 @@ END",
             let pid = numbers.and_then(|numbers| numbers.split_whitespace().nth(1)?.parse().ok());
             Ok((Pid::from_raw(init).context("no number")?, pid.context("no number in the host")?))
         })?;
-        let group = control_groups()?.join(host.cgroup()).join(&self.id);
+        let group = self.control_group(host)?;
         fs::create_dir_all(&group).with_context(|| format!("make {}", group.display()))?;
         // It may have ended already; then it is for the engine to say so.
         let _ = fs::write(group.join("cgroup.procs"), init.as_raw_pid().to_string());
@@ -240,12 +240,21 @@ END",
         Ok(address(run.as_ref().with_context(|| format!("{} does not run", self.name))?.part))
     }
 
-    /// A command that runs in its namespaces.
+    /// A command that runs in its namespaces and in its control group, as `docker exec` has it.
     pub(crate) fn exec_command(&self, host: &Host) -> Result<Command> {
         let mut command = host.command("nsenter");
         command.arg(format!("--target={}", self.pid()?)).args(["--net", "--mount", "--pid", "--"]);
+        let group = self.control_group(host)?.join("cgroup.procs");
+        // 0 is the one who writes.
+        let enter = format!("echo 0 > {}; exec \"$@\"", group.display());
+        command.args(["sh", "-ec", &enter, "sh"]);
         self.surround(&mut command)?;
         Ok(command)
+    }
+
+    /// Its folder among the machine's control groups of version 2.
+    pub(crate) fn control_group(&self, host: &Host) -> Result<PathBuf> {
+        Ok(control_groups()?.join(host.cgroup()).join(&self.id))
     }
 
     /// All that its first process, of every run, wrote.

@@ -7,13 +7,24 @@ use crate::{READY, WAIT};
 
 #[test]
 fn thirty_requests_over_three_endpoints_are_ten_each() -> Result<()> {
+    thirty_requests("proxy")
+}
+
+/// The same with real containers in their real control groups.
+#[test]
+fn thirty_requests_beside_the_proxy_are_ten_each() -> Result<()> {
+    thirty_requests("kernel")
+}
+
+fn thirty_requests(path: &str) -> Result<()> {
     let host = Host::start()?;
     let etcd = host.etcd()?;
     for name in ["web-1", "web-2", "web-3"] {
         let web = host.web(name).start()?;
         etcd.v3().put(&format!("/services/web/80/{name}"), &format!("{}:80", web.ip()?))?;
     }
-    let embassy = host.embassy(["--dnat", "-discovery=etcd://127.0.0.1:2379"])?;
+    let embassy =
+        host.embassy(["--dnat", "-discovery=etcd://127.0.0.1:2379", &format!("--path={path}")])?;
     embassy.wait_ready(READY)?;
 
     let app = host.client("app").env("BACKEND_WEB", "/services/web/80;8080").start()?;
@@ -22,6 +33,8 @@ fn thirty_requests_over_three_endpoints_are_ten_each() -> Result<()> {
         anyhow::ensure!(answers.answered() == 1, "{answers:?}");
         Ok(())
     })?;
+    let routes = embassy.admin("/v1/routes")?.json()?;
+    assert_eq!(routes["items"][0]["path"], path, "{routes}");
     app.exec(["curl", "-sf", "http://172.17.0.1:8080"])?;
 
     let answers = app.get("172.17.0.1:8080").times(30).run()?;

@@ -16,6 +16,7 @@ pub use crate::{
     events::Change,
     judgement::{BindingState, EndpointHealth, RouteState, SourceState, Subject, Verdict},
     outcome::Outcome,
+    path::{Path, PathReason},
     proxy::ConnectionState,
     readiness::Part,
 };
@@ -255,6 +256,10 @@ pub struct Route {
     pub origin: String,
     pub query: Query,
     pub balance: Balance,
+    /// The path that its connections take.
+    pub path: Path,
+    /// Why they take this path.
+    pub path_reason: PathReason,
     pub state: RouteState,
     /// The meaning of the state.
     pub verdict: Verdict,

@@ -13,7 +13,7 @@ use utoipa::{
 
 use super::{
     Balance, BindingState, CaptureMode, CaptureScope, Change, Check, ConnectionState,
-    EndpointHealth, Outcome, Part, RouteState, SourceState, Subject, Verdict,
+    EndpointHealth, Outcome, Part, Path, PathReason, RouteState, SourceState, Subject, Verdict,
 };
 use crate::word::Word;
 
@@ -57,6 +57,8 @@ wire!(
     EndpointHealth,
     Outcome,
     Part,
+    Path,
+    PathReason,
     RouteState,
     SourceState,
     Subject,

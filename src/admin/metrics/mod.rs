@@ -22,6 +22,7 @@ use crate::{
     judgement::{self, SourceState},
     log,
     outcome::Outcome,
+    path::Paths,
     provider::Limit,
     proxy::Figures,
     report::Refused,
@@ -41,6 +42,7 @@ pub(super) use text::{Format, write_aside};
 #[derive(Debug)]
 pub struct Metrics {
     pub tables: watch::Receiver<Arc<Table>>,
+    pub paths: watch::Receiver<Paths>,
     pub build_times: Arc<Histogram>,
     pub sources: watch::Receiver<Sources>,
     pub refused: Arc<Refused>,
@@ -70,7 +72,7 @@ impl Collector for Metrics {
         self.table(&mut out)?;
         self.connections(&mut out)?;
         let table = self.tables.borrow().clone();
-        traffic::routes(&mut out, &table)?;
+        traffic::routes(&mut out, &table, &self.paths.borrow().clone())?;
         traffic::endpoints(&mut out, &table, self.figures.now())?;
         self.sources(&mut out)?;
         out.counter(

@@ -16,6 +16,7 @@ use crate::{
     judgement::{self, Verdict},
     model::Millis,
     outcome::Outcome,
+    path::{Path, Paths},
     table::{Route, Table},
 };
 
@@ -38,7 +39,7 @@ impl Port<'_> {
     }
 }
 
-pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table) -> fmt::Result {
+pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table, paths: &Paths) -> fmt::Result {
     let mut ports: BTreeMap<_, Port<'_>> = BTreeMap::new();
     for route in table.routes() {
         let (consumer, port) = (&*route.consumer_name, route.key.port.get());
@@ -48,6 +49,16 @@ pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table) -> fmt::Result {
     }
     let ports: Vec<_> = ports.into_values().map(|port| (port.labels(), port)).collect();
 
+    let mut by_path = out.gauges(
+        "route_path",
+        "Always 1; the path that the connections of a consumer's port take",
+        None,
+    )?;
+    for (labels, port) in &ports {
+        let is_kernel = |route: &&Route| paths.of(&route.key).path() == Path::Kernel;
+        let path = if port.routes.iter().any(is_kernel) { Path::Kernel } else { Path::Proxy };
+        by_path.gauge(&With(labels, ("path", path.as_str())), 1.0)?;
+    }
     let mut started =
         out.counters("route_connections_started", "Connections accepted for a consumer's port")?;
     for (labels, port) in &ports {

@@ -27,12 +27,15 @@ use crate::{
         rules::{Hook, Part},
     },
     config::{CaptureMode, Config, Provider},
+    descriptor::PathChoice,
     discovery::{Discoveries, Watches},
     docker::{
         self,
         obstacle::{self, Obstacle},
     },
+    kernel,
     memory::{Memory, Use},
+    privileges,
     source::ResyncRequests,
     tls::Weakness,
 };
@@ -81,6 +84,8 @@ pub(super) struct HostFacts {
     pub(super) memory: Option<Use>,
     /// The capabilities of the running proxy, or else of this process, as bits (man 7 capabilities).
     pub(super) capabilities: u64,
+    /// Whether the kernel path works, for this process. `None`: it is not asked for by `--path`.
+    pub(super) kernel_path: Option<Result<(), String>>,
     /// The connections that the settings leave without protection.
     pub(super) weaknesses: Vec<Weakness>,
     /// The findings of the embassy at --admin.
@@ -208,9 +213,22 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
             .and_then(|pid| capabilities(&pid.to_string()))
             .or_else(|| capabilities("self"))
             .unwrap_or_default(),
+        kernel_path: kernel_path(config).await,
         weaknesses: config.weaknesses(),
         told: told.unwrap_or_default(),
     }
+}
+
+/// Whether the kernel path works, if these flags ask for it.
+async fn kernel_path(config: &Config) -> Option<Result<(), String>> {
+    if config.path == PathChoice::Proxy || config.capture == CaptureMode::None {
+        return None;
+    }
+    let tried = tokio::task::spawn_blocking(|| {
+        privileges::take_up_bpf();
+        kernel::try_out()
+    });
+    Some(tried.await.unwrap_or_else(|error| Err(error.to_string())))
 }
 
 /// The obstacles for captured connections that can be read of others' rules.

@@ -31,6 +31,7 @@ pub(super) fn findings(facts: &HostFacts, dials: &[Dial]) -> Vec<Finding> {
     } else {
         all.push(capabilities(facts));
         all.extend(firewall(facts));
+        all.extend(kernel_path(facts));
     }
     all.extend(rules(facts));
     all.extend(leftovers(facts));
@@ -100,6 +101,19 @@ fn discoveries(facts: &HostFacts) -> impl Iterator<Item = Finding> {
             "discovery",
             format!("{name}: {error}"),
             "start it, or correct -discovery and its token or certificates",
+        ),
+    })
+}
+
+fn kernel_path(facts: &HostFacts) -> Option<Finding> {
+    Some(match facts.kernel_path.as_ref()? {
+        Ok(()) => {
+            ok("kernel path", "the kernel loads its programs, and they redirect a connection")
+        }
+        Err(error) => warn(
+            "kernel path",
+            format!("not available, connections go through the proxy: {error}"),
+            "correct this and start embassy again, or start it with --path=proxy",
         ),
     })
 }
@@ -564,6 +578,7 @@ mod tests {
             descriptors: Some(20_000),
             memory: Some(Use { used: 20 << 20, limit: 512 << 20 }),
             capabilities: u64::MAX,
+            kernel_path: None,
             weaknesses: Vec::new(),
             told: Vec::new(),
         }
@@ -670,7 +685,7 @@ mod tests {
         use Level::{Fail, Warn};
         let vips = |list: &[&str]| Some(list.iter().map(|vip| vip.parse().unwrap()).collect());
         type Change = Box<dyn FnOnce(&mut HostFacts)>;
-        let cases: [(&str, Level, Change); 33] = [
+        let cases: [(&str, Level, Change); 34] = [
             ("leftover", Warn, Box::new(|f| f.leads = Ok(vec![lead(9999)]))),
             ("leftover", Warn, Box::new(|f| f.leads = Ok(vec![lead(3232)]))),
             (
@@ -694,6 +709,11 @@ mod tests {
                 "protection",
                 Warn,
                 Box::new(|f| f.weaknesses = vec![Weakness { what: "a token".into(), fix: "TLS" }]),
+            ),
+            (
+                "kernel path",
+                Warn,
+                Box::new(|f| f.kernel_path = Some(Err("bpf(2) is not permitted".into()))),
             ),
             ("port", Fail, Box::new(|f| f.listener = Listener::Other("nginx".into()))),
             ("capability", Fail, Box::new(|f| f.capabilities = !NET_ADMIN)),

@@ -417,6 +417,8 @@ mod tests {
                 datacentre: None,
             },
             balance: crate::descriptor::Balance::RoundRobin,
+            path: crate::admin::api::Path::Proxy,
+            path_reason: crate::admin::api::PathReason::NotAsked,
             state: RouteState::Ok,
             verdict: Verdict::Ok,
             endpoints: 3,

@@ -1,0 +1,578 @@
+//! Follows tables, and what the kernel counted and met: what is written is the rest of what `path` decides.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{mpsc::UnboundedSender, watch},
+    time::timeout,
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    Settings,
+    cgroup::{Cgroup, Hierarchy},
+    layout::{Counted, End, Live, Record, mark},
+    programs::{Sizes, Unavailable},
+    tables::{Counting, Tables, WriteError, Written},
+};
+use crate::{
+    balance::EndpointState,
+    counts::ConnectionCounts,
+    descriptor::PathChoice,
+    discovery::Query,
+    events::Event,
+    log::CONNECTION,
+    model::{ConsumerId, Endpoint, Vip},
+    outcome::Outcome,
+    path::{Facts, PathReason, Paths, decide},
+    proxy::{probe, wanted},
+    table::{Changes, Route, RouteKey, Table},
+};
+
+/// The result of a probe: the address of the endpoint's state, and the error.
+pub(super) type Probed = (usize, Result<(), String>);
+
+#[derive(Debug)]
+pub(super) struct Core {
+    settings: Settings,
+    kernel: Kernel,
+    hierarchy: Option<Hierarchy>,
+    table: Arc<Table>,
+    /// Routes of each consumer that do not ask for the proxy path.
+    routes: HashMap<ConsumerId, BTreeSet<RouteKey>>,
+    /// The same routes, by what they ask for.
+    by_query: HashMap<Arc<Query>, BTreeSet<RouteKey>>,
+    identities: HashMap<ConsumerId, Cgroup>,
+    /// Routes of consumers whose control group was not found.
+    unidentified: HashSet<RouteKey>,
+    looked: Instant,
+    paths: Paths,
+    /// Whether `paths` differs from what was published.
+    is_news: bool,
+    sender: watch::Sender<Paths>,
+    probes: UnboundedSender<Probed>,
+    /// Turns when they were looked at last.
+    turns: Vec<u64>,
+    lost: u64,
+}
+
+/// What became of the programs: nothing is loaded before a route needs it.
+#[derive(Debug)]
+enum Kernel {
+    NotAsked,
+    Ready(Box<Tables>),
+    Unavailable,
+}
+
+/// How often a control group that was not found is looked for.
+const AGAIN: Duration = Duration::from_secs(1);
+/// How long a probe of an endpoint may take.
+const PROBE: Duration = Duration::from_secs(2);
+
+impl Core {
+    pub(super) fn new(
+        settings: Settings,
+        sender: watch::Sender<Paths>,
+        probes: UnboundedSender<Probed>,
+    ) -> Self {
+        Self {
+            paths: Paths::new(settings.default),
+            is_news: false,
+            sender,
+            settings,
+            kernel: Kernel::NotAsked,
+            hierarchy: None,
+            table: Arc::default(),
+            routes: HashMap::new(),
+            by_query: HashMap::new(),
+            identities: HashMap::new(),
+            unidentified: HashSet::new(),
+            looked: Instant::now(),
+            probes,
+            turns: Vec::new(),
+            lost: 0,
+        }
+    }
+
+    /// Whether anything is written that has to be looked after.
+    pub(super) fn is_loaded(&self) -> bool {
+        matches!(self.kernel, Kernel::Ready(_))
+    }
+
+    /// Takes a table over: what differs from the one before is written.
+    pub(super) fn take(&mut self, table: Arc<Table>) {
+        let before = std::mem::replace(&mut self.table, table.clone());
+        let between;
+        let changes = if before.version + 1 == table.version {
+            table.changes()
+        } else {
+            between = Changes::between(&before, &table);
+            &between
+        };
+        // Taken away first: another consumer's entries must not be there for longer than the table has them.
+        for route in &changes.removed {
+            self.remove(route);
+        }
+        // A route that continues has the same binding; so of those that ask for the proxy path nothing has to be remembered.
+        let default = self.settings.default;
+        let asks = |route: &&Arc<Route>| {
+            route.binding.descriptor.path.unwrap_or(default) != PathChoice::Proxy
+        };
+        let mut orphans = BTreeSet::new();
+        for route in &changes.removed {
+            let same_port = |key: &&RouteKey| key.port == route.key.port;
+            let left = self.routes.get(&route.consumer);
+            orphans.extend(left.into_iter().flatten().filter(same_port).copied());
+        }
+        for route in changes.added.iter().chain(&changes.updated).filter(asks) {
+            self.routes.entry(route.consumer.clone()).or_default().insert(route.key);
+            self.by_query.entry(route.query.clone()).or_default().insert(route.key);
+            self.set(route);
+        }
+        // Other endpoints may be of another kind, so the path is decided anew.
+        let answered = changes.upstreams.iter().filter_map(|one| self.by_query.get(&one.query));
+        let answered = answered.flatten().filter_map(|key| table.route(key));
+        // Another address of the same container takes over what the removed one had.
+        let orphans = orphans.iter().filter_map(|key| table.route(key));
+        let all = table.routes().filter(|route| changes.places && asks(route));
+        let others: Vec<_> = answered.chain(orphans).chain(all).cloned().collect();
+        for route in &others {
+            self.set(route);
+        }
+        self.publish();
+    }
+
+    /// Shows which paths the routes take, if any takes another one.
+    fn publish(&mut self) {
+        if std::mem::take(&mut self.is_news) {
+            self.sender.send_replace(self.paths.clone());
+        }
+    }
+
+    fn remove(&mut self, route: &Route) {
+        self.is_news |= self.paths.forget(&route.key);
+        self.unidentified.remove(&route.key);
+        if let Kernel::Ready(tables) = &mut self.kernel {
+            tables.uninstall(&route.key);
+        }
+        if let Some(routes) = self.routes.get_mut(&route.consumer) {
+            routes.remove(&route.key);
+            if routes.is_empty() {
+                self.routes.remove(&route.consumer);
+                self.identities.remove(&route.consumer);
+            }
+        }
+        if let Some(routes) = self.by_query.get_mut(&route.query) {
+            routes.remove(&route.key);
+            if routes.is_empty() {
+                self.by_query.remove(&route.query);
+            }
+        }
+    }
+
+    fn set(&mut self, route: &Arc<Route>) {
+        let reason = self.decide(route);
+        let is_news = self.paths.set(route.key, reason);
+        self.is_news |= is_news;
+        self.unidentified.remove(&route.key);
+        match reason {
+            PathReason::NoIdentity => drop(self.unidentified.insert(route.key)),
+            PathReason::Possible => {}
+            _ => {
+                if let Kernel::Ready(tables) = &mut self.kernel {
+                    tables.uninstall(&route.key);
+                }
+            }
+        }
+        if is_news {
+            let (consumer, port) = (&route.consumer_name, route.key.port);
+            debug!(%consumer, %port, path = %reason.path(), reason = reason.line(), "path of a route");
+        }
+    }
+
+    /// Which path a route takes; if it is the kernel's, it does from now on.
+    fn decide(&mut self, route: &Arc<Route>) -> PathReason {
+        let states = self.table.endpoints_of(route);
+        let endpoints: Vec<Endpoint> = states.iter().map(|state| state.endpoint).collect();
+        let is_ipv4 = route.key.source.to_canonical().is_ipv4();
+        let facts = Facts {
+            default: self.settings.default,
+            is_available: !matches!(self.kernel, Kernel::Unavailable),
+            is_container: route.consumer != ConsumerId::Local,
+            is_limited: self.settings.is_limited,
+            is_ipv4,
+            endpoints: &endpoints,
+        };
+        match decide(&route.binding.descriptor, facts) {
+            PathReason::Possible => {}
+            reason => return reason,
+        }
+        if !self.is_ready() {
+            return PathReason::Unavailable;
+        }
+        let is_of_family = |vip: &&Vip| vip.0.to_canonical().is_ipv4() == is_ipv4;
+        let vips: Vec<Vip> = self.table.vips().iter().filter(is_of_family).copied().collect();
+        let identity = self.identity(route);
+        let Some(upstream) = self.table.upstream(&route.query).cloned() else {
+            return PathReason::Unavailable;
+        };
+        let Kernel::Ready(tables) = &mut self.kernel else { return PathReason::Unavailable };
+        let reason = match identity {
+            _ if vips.is_empty() => PathReason::NoVip,
+            None => PathReason::NoIdentity,
+            Some(cgroup) => match tables.install(route, &upstream, cgroup, &vips) {
+                Ok(()) => return PathReason::Possible,
+                Err(error) => {
+                    let (consumer, port) = (&route.consumer_name, route.key.port);
+                    match error {
+                        WriteError::Full => {
+                            debug!(%consumer, %port, "the kernel's tables are full")
+                        }
+                        WriteError::Map(error) => {
+                            warn!(%consumer, %port, %error, "cannot write a route into the kernel's tables; its connections go through the proxy");
+                        }
+                    }
+                    PathReason::Full
+                }
+            },
+        };
+        tables.uninstall(&route.key);
+        reason
+    }
+
+    /// Whether the programs are there; the first who asks has them loaded.
+    fn is_ready(&mut self) -> bool {
+        if let Kernel::NotAsked = self.kernel {
+            let start = Instant::now();
+            self.kernel = match self.load() {
+                Ok(tables) => {
+                    let ms = start.elapsed().as_millis() as u64;
+                    info!(ms, "the kernel path is ready");
+                    Kernel::Ready(Box::new(tables))
+                }
+                Err(error) => {
+                    warn!(%error, "the kernel path is not available; all connections go through the proxy");
+                    Kernel::Unavailable
+                }
+            };
+        }
+        self.is_loaded()
+    }
+
+    fn load(&mut self) -> Result<Tables, Unavailable> {
+        let hierarchy = Hierarchy::find().ok_or(Unavailable::NoHierarchy)?;
+        let tables = Tables::load(Sizes::DEFAULT, &hierarchy)?;
+        self.hierarchy = Some(hierarchy);
+        Ok(tables)
+    }
+
+    fn identity(&mut self, route: &Route) -> Option<Cgroup> {
+        if let Some(cgroup) = self.identities.get(&route.consumer) {
+            return Some(*cgroup);
+        }
+        let id = match &route.consumer {
+            ConsumerId::Container { id, .. } => id,
+            ConsumerId::Local => return None,
+        };
+        // Its own run's end comes first; the other is that of the container whose network it uses.
+        let cgroup = self.hierarchy.as_ref()?.of_container(id.as_str(), route.ends.first())?;
+        self.identities.insert(route.consumer.clone(), cgroup);
+        Some(cgroup)
+    }
+
+    /// Looks after what is written: reads what the kernel recorded, shares failures with the proxy, tells the kernel of the proxy's.
+    pub(super) fn look(&mut self) {
+        if !self.unidentified.is_empty() && self.looked.elapsed() >= AGAIN {
+            self.looked = Instant::now();
+            for key in self.unidentified.clone() {
+                if let Some(route) = self.table.route(&key).cloned() {
+                    self.set(&route);
+                }
+            }
+            self.publish();
+        }
+        let Kernel::Ready(tables) = &mut self.kernel else { return };
+        let ended = read_records(tables, &self.settings);
+        let turns = tables.turns();
+        // Nothing was opened nor ended since: then nothing has to be read, except where an answer is waited for.
+        let is_busy = ended || turns != self.turns;
+        self.turns = turns;
+        let now = Instant::now();
+        let mut probed = Vec::new();
+        let Tables { programs, by_state, .. } = &mut **tables;
+        for (address, written) in by_state {
+            let is_read = is_busy || written.failed_at != 0 || written.waits;
+            if is_read {
+                read_endpoint(written, programs, &self.settings);
+            }
+            if should_probe(written, now, &self.settings) {
+                written.is_probed = true;
+                probed.push((*address, written.counting.of.endpoint));
+            }
+            tell(written, programs, &self.settings);
+        }
+        if tables.has_old() {
+            read_routes(tables.old_routes.iter_mut(), &tables.programs, &self.settings);
+            for written in &mut tables.old_endpoints {
+                read_endpoint(written, &mut tables.programs, &self.settings);
+            }
+            tables.clear_up();
+        }
+        let lost = tables.programs.notes().get(super::layout::RECORDS_LOST).copied().unwrap_or(0);
+        if lost != self.lost {
+            warn!(
+                records = lost - self.lost,
+                "connections ended faster than their records are read; the connection log lacks them, the counts do not"
+            );
+            self.lost = lost;
+        }
+        for (address, endpoint) in probed {
+            let (mark, answers) = (self.settings.mark, self.probes.clone());
+            tokio::spawn(async move {
+                let result = match timeout(PROBE, probe(endpoint, mark)).await {
+                    Ok(result) => result.map_err(|error| error.to_string()),
+                    Err(_) => Err("no answer in 2 s".to_owned()),
+                };
+                // Nobody waits for it at the end.
+                let _ = answers.send((address, result));
+            });
+        }
+    }
+
+    /// A probe has ended.
+    pub(super) fn probed(&mut self, (address, result): Probed) {
+        let Kernel::Ready(tables) = &mut self.kernel else { return };
+        let Tables { programs, by_state, .. } = &mut **tables;
+        let Some(written) = by_state.get_mut(&address) else { return };
+        written.is_probed = false;
+        match result {
+            Ok(()) => {
+                let (state, query) = (&written.counting.of, &written.query);
+                let endpoint = state.endpoint;
+                if state.proved() {
+                    info!(%endpoint, service = %query, "endpoint is back");
+                    self.settings
+                        .events
+                        .report(|| Event::EndpointBack { query: query.clone(), endpoint });
+                }
+                forgive(written, programs);
+            }
+            Err(error) => {
+                written.probe_after = Some(Instant::now() + AGAIN);
+                failed(written, &error, &self.settings);
+            }
+        }
+        tell(written, programs, &self.settings);
+    }
+
+    /// Adds all that the kernel counted to the counts that the metrics and the API show.
+    pub(super) fn count(&mut self) {
+        let Kernel::Ready(tables) = &mut self.kernel else { return };
+        let Tables { programs, by_state, old_endpoints, .. } = &mut **tables;
+        for written in by_state.values_mut().chain(old_endpoints) {
+            read_endpoint(written, programs, &self.settings);
+        }
+        tables.count_routes(|counting, programs| read_route(counting, programs, &self.settings));
+    }
+}
+
+/// Reads what the kernel counted of routes.
+fn read_routes<'a>(
+    routes: impl Iterator<Item = &'a mut Counting<Arc<Route>>>,
+    programs: &super::programs::Programs,
+    settings: &Settings,
+) {
+    routes.for_each(|counting| read_route(counting, programs, settings));
+}
+
+fn read_route(
+    counting: &mut Counting<Arc<Route>>,
+    programs: &super::programs::Programs,
+    settings: &Settings,
+) {
+    let Ok(bytes) = programs.route_counts.get(&counting.place.index, 0) else { return };
+    let now = Counted::read(&bytes);
+    let more = now.since(&counting.read);
+    if more == Counted::default() {
+        return;
+    }
+    counting.read = now;
+    let counts = &counting.of.counts;
+    let all = settings.figures.beside();
+    for counts in [&**counts, all] {
+        counts.started.fetch_add(more.started, std::sync::atomic::Ordering::Relaxed);
+        counts.bytes(more.bytes_up, more.bytes_down);
+        counts.connect.add(&more.connect);
+    }
+    if more.failed > 0 {
+        counts.last_error.set(settings.figures.now(), "a connect to an endpoint failed");
+    }
+    for (outcome, times) in outcomes(&more) {
+        counts.ended.add(outcome, times);
+        settings.figures.ended_beside(outcome, times);
+    }
+}
+
+/// How connections ended, in the words of the log and the metrics.
+fn outcomes(counted: &Counted) -> [(Outcome, u64); 4] {
+    [
+        (Outcome::Closed, counted.closed),
+        (Outcome::Reset, counted.reset),
+        (Outcome::ResetAfterClose, counted.reset_after_close),
+        (Outcome::EndpointsUnreachable, counted.failed),
+    ]
+}
+
+/// Reads what the kernel counted of an endpoint, and whether a connect to it failed.
+fn read_endpoint(
+    written: &mut Written,
+    programs: &mut super::programs::Programs,
+    settings: &Settings,
+) {
+    let index = written.counting.place.index;
+    let state = written.counting.of.clone();
+    if let Ok(bytes) = programs.lives.get(&index, 0) {
+        let live = Live::read(&bytes);
+        state.has_beside(u32::try_from(live.active).unwrap_or(u32::MAX));
+        written.waits = live.waiting > 0;
+    }
+    if let Ok(bytes) = programs.endpoint_counts.get(&index, 0) {
+        let now = Counted::read(&bytes);
+        let more = now.since(&written.counting.read);
+        written.counting.read = now;
+        add(&state.counts, &more);
+        let failed_at = programs.failures.get(&index, 0).unwrap_or_default();
+        let is_news = failed_at != 0 && failed_at != written.failed_at;
+        written.failed_at = failed_at;
+        // An application that gave up looks as if there were no way to the endpoint: only a probe ejects it then.
+        let is_certain = is_news && failed_at & 1 == 1;
+        if is_certain {
+            failed(written, "a consumer's connect failed", settings);
+        }
+        state.failed_again(more.failed.saturating_sub(u64::from(is_certain)));
+    }
+}
+
+/// Of an endpoint only connections that opened are counted.
+fn add(counts: &ConnectionCounts, more: &Counted) {
+    counts.started.fetch_add(more.opened, std::sync::atomic::Ordering::Relaxed);
+    counts.bytes(more.bytes_up, more.bytes_down);
+    counts.connect.add(&more.connect);
+    outcomes(more).iter().filter(|(outcome, _)| !outcome.is_refusal()).for_each(
+        |(outcome, times)| {
+            counts.ended.add(*outcome, *times);
+        },
+    );
+}
+
+/// An endpoint failed: all routes skip it for a while, those on the proxy path too. The only one stays in use there.
+fn failed(written: &Written, error: &str, settings: &Settings) {
+    let state: &EndpointState = &written.counting.of;
+    let (endpoint, service, now) = (state.endpoint, &written.query, settings.figures.now());
+    if written.is_only {
+        if state.timed_out_alone() {
+            warn!(%endpoint, %service, "the only endpoint does not answer; it stays in use");
+        }
+        return;
+    }
+    let Some(time) = state.failed(now, now) else { return };
+    let seconds = time.as_secs_f64();
+    if state.failures() == 1 {
+        info!(%endpoint, %service, error, seconds, "endpoint ejected");
+    } else {
+        debug!(%endpoint, %service, error, seconds, "endpoint ejected again");
+    }
+    settings.events.report(|| Event::EndpointEjected {
+        query: service.clone(),
+        endpoint,
+        error: error.to_owned(),
+        time,
+    });
+}
+
+/// Whether the last that is known of an endpoint is a failure, on either path. A consumer's connect would find out whether that is
+/// over, and is not tried again; so embassy finds out.
+fn is_doubted(written: &Written) -> bool {
+    let state = &written.counting.of;
+    written.failed_at != 0 || state.failures() != 0 || state.is_silent()
+}
+
+fn should_probe(written: &Written, now: Instant, settings: &Settings) -> bool {
+    is_doubted(written)
+        && !written.is_probed
+        && !written.counting.of.is_ejected(settings.figures.now())
+        && written.probe_after.is_none_or(|after| now >= after)
+}
+
+/// Has the kernel use an endpoint again.
+fn forgive(written: &mut Written, programs: &mut super::programs::Programs) {
+    if programs.failures.set(written.counting.place.index, 0, 0).is_ok() {
+        (written.failed_at, written.probe_after) = (0, None);
+    }
+}
+
+/// Tells the kernel whether an endpoint is to be used, and how busy the proxy makes it.
+fn tell(written: &mut Written, programs: &mut super::programs::Programs, settings: &Settings) {
+    let state = &written.counting.of;
+    let is_out =
+        state.is_drained() || state.is_ejected(settings.figures.now()) || is_doubted(written);
+    let now = (is_out, state.active_here());
+    if written.mark != now
+        && programs.marks.set(written.counting.place.index, mark(now.0, now.1), 0).is_ok()
+    {
+        written.mark = now;
+    }
+}
+
+/// Reads the connections that have ended, and logs them. Whether there were any.
+fn read_records(tables: &mut Tables, settings: &Settings) -> bool {
+    let mut any = false;
+    while let Some(bytes) = tables.programs.records.next() {
+        any = true;
+        let Some(record) = Record::read(&bytes) else { continue };
+        drop(bytes);
+        let outcome = match record.end {
+            End::Closed => Outcome::Closed,
+            End::Reset => Outcome::Reset,
+            End::ResetAfterClose => Outcome::ResetAfterClose,
+            End::Failed => Outcome::EndpointsUnreachable,
+        };
+        if !wanted(settings.log, outcome) {
+            continue;
+        }
+        let Some(route) = tables.route_of.get(&record.route) else { continue };
+        let endpoint = tables.endpoint_of.get(&record.endpoint);
+        info!(
+            target: CONNECTION,
+            consumer = %route.consumer_name,
+            consumer_id = %route.consumer,
+            service = %route.query.service,
+            endpoint = endpoint.map(|state| state.endpoint.to_string()),
+            source = %canonical(record.local),
+            destination = %canonical(record.vip),
+            bytes_up = record.bytes_up,
+            bytes_down = record.bytes_down,
+            connect_ms = record.connect.map(milliseconds),
+            total_ms = milliseconds(record.lasted),
+            tries = 1,
+            retries = 0,
+            path = "kernel",
+            outcome = outcome.as_str(),
+            "connection"
+        );
+    }
+    any
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+fn milliseconds(nanoseconds: u64) -> f64 {
+    (nanoseconds / 1_000) as f64 / 1e3
+}

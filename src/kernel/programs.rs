@@ -1,0 +1,225 @@
+//! The programs and maps in the kernel. They end with this: nothing is pinned, so nothing stays when embassy is killed.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "opens one folder of the kernel's, on a thread that serves nothing else"
+)]
+
+use std::{fmt, fs::File, io};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{Array, HashMap, MapData, MapError, RingBuf},
+    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, SockOps},
+};
+
+use super::{
+    cgroup::Hierarchy,
+    layout::{
+        CountsBytes, EndpointBytes, KeyBytes, LiveBytes, MarkBytes, NOTES, RouteBytes, SetBytes,
+    },
+};
+
+/// How many there is room for. The kernel takes the memory of all at once.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sizes {
+    pub(super) routes: u32,
+    pub(super) services: u32,
+    pub(super) endpoints: u32,
+}
+
+impl Sizes {
+    /// A set that is replaced is not used again at once.
+    fn sets(self) -> u32 {
+        self.services * 2
+    }
+
+    pub(super) const DEFAULT: Self = Self { routes: 32_768, services: 4_096, endpoints: 16_384 };
+}
+
+/// Why the kernel path cannot be used on this host.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unavailable {
+    #[error(
+        "the root of the host's control groups (cgroup2) is not visible: in a container, add -v /sys/fs/cgroup:/host/cgroup:ro"
+    )]
+    NoHierarchy,
+    #[error(
+        "bpf(2) is not permitted: embassy needs the capabilities BPF and NET_ADMIN (Docker before 23: SYS_ADMIN and NET_ADMIN)"
+    )]
+    NotPermitted,
+    #[error(
+        "another program holds the root of the control groups alone: bpftool cgroup tree names it"
+    )]
+    Held,
+    #[error("the kernel does not load {program} (Linux 5.12 and later do, on arm64 5.18): {error}")]
+    Load { program: &'static str, error: String },
+    #[error("the kernel has no maps for it: {0}")]
+    Maps(String),
+    #[error("cannot attach {program}: {error}")]
+    Attach { program: &'static str, error: String },
+    #[error("a connection to a VIP of its own was not redirected: {0}")]
+    Test(String),
+}
+
+/// An error with what caused it.
+fn whole(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        // The verifier's whole log is no use to a reader of one line.
+        let cause_text = cause.to_string();
+        let line = cause_text.lines().next().unwrap_or_default();
+        if !text.contains(line) {
+            text = format!("{text}: {line}");
+        }
+        next = cause.source();
+    }
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+/// The number of the first system error among the causes.
+fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let mut next = Some(error);
+    while let Some(cause) = next {
+        if let Some(error) = cause.downcast_ref::<io::Error>() {
+            return error.raw_os_error();
+        }
+        next = cause.source();
+    }
+    None
+}
+
+fn is_refused(error: &(dyn std::error::Error + 'static)) -> bool {
+    matches!(errno(error), Some(libc::EPERM | libc::EACCES))
+}
+
+/// The maps that user space reads and writes, and the programs.
+pub(super) struct Programs {
+    pub(super) routes: HashMap<MapData, KeyBytes, u32>,
+    pub(super) route_table: Array<MapData, RouteBytes>,
+    pub(super) route_counts: Array<MapData, CountsBytes>,
+    pub(super) services: Array<MapData, u64>,
+    pub(super) turns: Array<MapData, u64>,
+    pub(super) sets: Array<MapData, SetBytes>,
+    pub(super) endpoints: Array<MapData, EndpointBytes>,
+    pub(super) marks: Array<MapData, MarkBytes>,
+    pub(super) lives: Array<MapData, LiveBytes>,
+    pub(super) failures: Array<MapData, u64>,
+    pub(super) endpoint_counts: Array<MapData, CountsBytes>,
+    pub(super) levels: Array<MapData, u32>,
+    pub(super) notes: Array<MapData, u64>,
+    pub(super) records: RingBuf<MapData>,
+    /// Attached as long as this is held.
+    _programs: Ebpf,
+}
+
+impl fmt::Debug for Programs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Programs").finish_non_exhaustive()
+    }
+}
+
+/// getpeername before connect: an application must not see another address than the one that it dialled.
+const SOCK_ADDR: [&str; 4] = ["getpeername4", "getpeername6", "connect4", "connect6"];
+const SOCK_OPS: &str = "sock_ops";
+
+impl Programs {
+    /// Loads the programs and attaches them at the root of the control groups: so a container that starts is covered before its
+    /// first connection. Sockets of other programs find no entry.
+    pub(super) fn load(sizes: Sizes, hierarchy: &Hierarchy) -> Result<Self, Unavailable> {
+        static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/connect.o"));
+        let mut loader = EbpfLoader::new();
+        for (map, entries) in [
+            ("routes", sizes.routes),
+            ("route_table", sizes.routes),
+            ("route_counts", sizes.routes),
+            ("services", sizes.services),
+            ("turns", sizes.services),
+            ("sets", sizes.sets()),
+            ("endpoints", sizes.endpoints),
+            ("marks", sizes.endpoints),
+            ("lives", sizes.endpoints),
+            ("failures", sizes.endpoints),
+            ("endpoint_counts", sizes.endpoints),
+        ] {
+            loader.map_max_entries(map, entries);
+        }
+        let mut programs =
+            loader.load(OBJECT).map_err(|error: EbpfError| match is_refused(&error) {
+                true => Unavailable::NotPermitted,
+                false => Unavailable::Maps(whole(&error)),
+            })?;
+        for program in SOCK_ADDR {
+            load(program, sock_addr(&mut programs, program)?.load())?;
+        }
+        load(SOCK_OPS, sock_ops(&mut programs)?.load())?;
+        let root = File::open(hierarchy.root()).map_err(|_| Unavailable::NoHierarchy)?;
+        // Links take no other mode, and are ones of many all the same. What counts comes first, then what redirects.
+        const MODE: CgroupAttachMode = CgroupAttachMode::Single;
+        attach(SOCK_OPS, sock_ops(&mut programs)?.attach(&root, MODE))?;
+        for program in SOCK_ADDR {
+            attach(program, sock_addr(&mut programs, program)?.attach(&root, MODE))?;
+        }
+        Self::with(programs).map_err(|error| Unavailable::Maps(whole(&error)))
+    }
+
+    fn with(mut programs: Ebpf) -> Result<Self, MapError> {
+        let mut take = |name: &str| {
+            let missing = || MapError::InvalidName { name: name.to_owned() };
+            programs.take_map(name).ok_or_else(missing)
+        };
+        Ok(Self {
+            routes: take("routes")?.try_into()?,
+            route_table: take("route_table")?.try_into()?,
+            route_counts: take("route_counts")?.try_into()?,
+            services: take("services")?.try_into()?,
+            turns: take("turns")?.try_into()?,
+            sets: take("sets")?.try_into()?,
+            endpoints: take("endpoints")?.try_into()?,
+            marks: take("marks")?.try_into()?,
+            lives: take("lives")?.try_into()?,
+            failures: take("failures")?.try_into()?,
+            endpoint_counts: take("endpoint_counts")?.try_into()?,
+            levels: take("levels")?.try_into()?,
+            notes: take("notes")?.try_into()?,
+            records: take("records")?.try_into()?,
+            _programs: programs,
+        })
+    }
+
+    /// How often each kind of doubt or loss came up.
+    pub(super) fn notes(&self) -> [u64; NOTES] {
+        std::array::from_fn(|n| self.notes.get(&(n as u32), 0).unwrap_or_default())
+    }
+}
+
+fn sock_addr<'a>(
+    programs: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut CgroupSockAddr, Unavailable> {
+    let missing = || Unavailable::Load { program: name, error: "it is not there".to_owned() };
+    let program = programs.program_mut(name).ok_or_else(missing)?;
+    program.try_into().map_err(|_: ProgramError| missing())
+}
+
+fn sock_ops(programs: &mut Ebpf) -> Result<&mut SockOps, Unavailable> {
+    let missing = || Unavailable::Load { program: SOCK_OPS, error: "it is not there".to_owned() };
+    let program = programs.program_mut(SOCK_OPS).ok_or_else(missing)?;
+    program.try_into().map_err(|_: ProgramError| missing())
+}
+
+fn load(program: &'static str, done: Result<(), ProgramError>) -> Result<(), Unavailable> {
+    done.map_err(|error| match errno(&error) {
+        Some(libc::EPERM) => Unavailable::NotPermitted,
+        _ => Unavailable::Load { program, error: whole(&error) },
+    })
+}
+
+fn attach<T>(program: &'static str, done: Result<T, ProgramError>) -> Result<(), Unavailable> {
+    done.map(drop).map_err(|error| match errno(&error) {
+        // Who may load may attach: somebody else's program stands there, and wants no other beside it.
+        Some(libc::EPERM) => Unavailable::Held,
+        _ => Unavailable::Attach { program, error: whole(&error) },
+    })
+}

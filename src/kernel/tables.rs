@@ -1,0 +1,492 @@
+//! What embassy has written into the kernel's maps, and how a change is written: a program never meets half of one.
+//!
+//! Everything that a program follows is written before the word that leads to it, and is given to another only after a grace period.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use aya::maps::MapError;
+use rustix::{
+    thread::{MembarrierCommand, membarrier},
+    time::{ClockId, clock_gettime},
+};
+
+use super::{
+    cgroup::{Cgroup, Hierarchy},
+    layout::{self, Counted, Key, Place},
+    places::Places,
+    programs::{Programs, Sizes, Unavailable},
+    turns,
+};
+use crate::{
+    balance::EndpointState,
+    descriptor::Balance,
+    discovery::Query,
+    model::{Port, Vip},
+    table::{Route, RouteKey, RouteNumber, Upstream},
+};
+
+/// Depths of control groups that the programs look at: `LEVELS` of connect.c.
+const LEVELS: usize = 4;
+
+/// There is no place, or the kernel took no more.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum WriteError {
+    #[error("there is no place left")]
+    Full,
+    #[error(transparent)]
+    Map(#[from] MapError),
+}
+
+#[derive(Debug)]
+pub(super) struct Tables {
+    pub(super) programs: Programs,
+    routes: Places,
+    services: Places,
+    sets: Places,
+    endpoints: Places,
+    by_query: HashMap<Arc<Query>, Service>,
+    /// By the address of its state, which is held.
+    pub(super) by_state: HashMap<usize, Written>,
+    installed: HashMap<RouteKey, Installed>,
+    /// Which route an entry counts for.
+    keys: HashMap<Key, RouteKey>,
+    /// Routes and endpoints that are not used any more, with connections that are open.
+    pub(super) old_routes: Vec<Counting<Arc<Route>>>,
+    pub(super) old_endpoints: Vec<Written>,
+    /// Whose the places are, of those that are gone too.
+    pub(super) route_of: HashMap<Place, Arc<Route>>,
+    pub(super) endpoint_of: HashMap<Place, Arc<EndpointState>>,
+    levels: BTreeSet<u32>,
+}
+
+/// What is counted, and how much of it was read.
+#[derive(Debug)]
+pub(super) struct Counting<T> {
+    pub(super) place: Place,
+    pub(super) of: T,
+    pub(super) read: Counted,
+}
+
+/// A route that has entries.
+#[derive(Debug)]
+struct Installed {
+    number: RouteNumber,
+    balance: Balance,
+    query: Arc<Query>,
+    cgroup: Cgroup,
+    vips: Vec<Vip>,
+    entries: Vec<Entry>,
+}
+
+/// What sends connections to one VIP. Its place in the table of routes says by which key it is found, so each VIP has one.
+#[derive(Debug)]
+struct Entry {
+    key: Key,
+    counting: Counting<Arc<Route>>,
+}
+
+#[derive(Debug)]
+struct Service {
+    place: Place,
+    set: Place,
+    /// By the addresses of their states.
+    order: Vec<usize>,
+    base: u64,
+    /// `None` before the first set.
+    upstream: Option<Arc<Upstream>>,
+    routes: usize,
+}
+
+/// An endpoint in the kernel's tables.
+#[derive(Debug)]
+pub(super) struct Written {
+    pub(super) counting: Counting<Arc<EndpointState>>,
+    /// A query that asks for it, for messages.
+    pub(super) query: Arc<Query>,
+    /// Services that have it.
+    services: usize,
+    /// Whether it is a service's only one.
+    pub(super) is_only: bool,
+    /// What the kernel was told last: whether it is out, and the proxy's connections to it.
+    pub(super) mark: (bool, u32),
+    /// The failure that was seen last; 0: none.
+    pub(super) failed_at: u64,
+    /// Whether a connection waits for the answer to its SYN.
+    pub(super) waits: bool,
+    pub(super) is_probed: bool,
+    pub(super) probe_after: Option<Instant>,
+}
+
+/// Waits until every program has ended that runs now. False if that cannot be had (a kernel with `nohz_full`).
+fn grace() -> bool {
+    // Programs at control groups run inside an RCU read side, and this waits for all of them.
+    membarrier(MembarrierCommand::Global).is_ok()
+}
+
+fn nanoseconds() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+impl Tables {
+    /// Loads and attaches the programs, and tries them.
+    pub(super) fn load(sizes: Sizes, hierarchy: &Hierarchy) -> Result<Self, Unavailable> {
+        let mut tables = Self {
+            programs: Programs::load(sizes, hierarchy)?,
+            routes: Places::new(sizes.routes),
+            services: Places::new(sizes.services),
+            sets: Places::new(sizes.services * 2),
+            endpoints: Places::new(sizes.endpoints),
+            by_query: HashMap::new(),
+            by_state: HashMap::new(),
+            installed: HashMap::new(),
+            keys: HashMap::new(),
+            old_routes: Vec::new(),
+            old_endpoints: Vec::new(),
+            route_of: HashMap::new(),
+            endpoint_of: HashMap::new(),
+            levels: BTreeSet::new(),
+        };
+        tables.test(hierarchy)?;
+        Ok(tables)
+    }
+
+    /// Connects to a VIP that exists for this alone. That the programs are attached does not show that they are at the root of all
+    /// control groups, nor that they do what they should.
+    fn test(&mut self, hierarchy: &Hierarchy) -> Result<(), Unavailable> {
+        const PATIENCE: Duration = Duration::from_secs(5);
+        let failed = |error: &dyn std::fmt::Display| Unavailable::Test(error.to_string());
+        let root = hierarchy.root_id().ok_or(Unavailable::NoHierarchy)?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|e| failed(&e))?;
+        let endpoint = listener.local_addr().map_err(|e| failed(&e))?;
+        // Nobody else dials it meanwhile: every process is below the root.
+        let vip = Ipv4Addr::new(127, 91, fastrand::u8(..), fastrand::u8(1..255));
+        let port = Port::new(fastrand::u16(1..)).ok_or_else(|| failed(&"no port"))?;
+        let key = Key { cgroup: root, vip: vip.into(), port };
+        self.lay_trial(&key, endpoint).map_err(|error| Unavailable::Maps(error.to_string()))?;
+        let end = (|| {
+            let stream = TcpStream::connect_timeout(&(vip, port.get()).into(), PATIENCE)?;
+            let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
+            listener.set_nonblocking(true)?;
+            let (_, accepted) = listener.accept()?;
+            match (accepted == local, peer == SocketAddr::from((vip, port.get()))) {
+                (true, true) => Ok(()),
+                (true, false) => Err(io::Error::other("getpeername does not show the VIP")),
+                (false, _) => Err(io::Error::other("another connection arrived")),
+            }
+        })();
+        let removed = self
+            .programs
+            .routes
+            .remove(&key.bytes())
+            .and_then(|()| self.programs.levels.set(0, 0, 0));
+        end.map_err(|error: io::Error| failed(&error))?;
+        removed.map_err(|error| Unavailable::Maps(error.to_string()))
+    }
+
+    /// The places of the trial stay its own: nothing of it is found by anybody else.
+    fn lay_trial(&mut self, key: &Key, to: SocketAddr) -> Result<(), WriteError> {
+        let now = Instant::now();
+        let endpoint = self.endpoints.take(now, grace).ok_or(WriteError::Full)?;
+        let bytes = layout::endpoint(&crate::model::Endpoint(to), endpoint.generation, 0);
+        self.programs.endpoints.set(endpoint.index, bytes, 0)?;
+        let service = self.services.take(now, grace).ok_or(WriteError::Full)?;
+        let set = self.sets.take(now, grace).ok_or(WriteError::Full)?;
+        let bytes = layout::set(service.index, set.generation, 0, &[endpoint.index]);
+        self.programs.sets.set(set.index, bytes, 0)?;
+        self.programs.services.set(service.index, layout::current(set), 0)?;
+        let route = self.routes.take(now, grace).ok_or(WriteError::Full)?;
+        let bytes = layout::route(key, service.index, route.generation, false);
+        self.programs.route_table.set(route.index, bytes, 0)?;
+        // The root's depth is 0.
+        self.programs.levels.set(0, 1, 0)?;
+        self.programs.routes.insert(key.bytes(), route.index, 0)?;
+        Ok(())
+    }
+
+    /// Has what is counted of all entries read, of those of routes that are gone too.
+    pub(super) fn count_routes(&mut self, read: impl Fn(&mut Counting<Arc<Route>>, &Programs)) {
+        let entries = self.installed.values_mut().flat_map(|installed| &mut installed.entries);
+        let all = entries.map(|entry| &mut entry.counting).chain(&mut self.old_routes);
+        all.for_each(|counting| read(counting, &self.programs));
+    }
+
+    /// Whose turn it is, of each service.
+    pub(super) fn turns(&self) -> Vec<u64> {
+        let places = self.by_query.values().map(|service| service.place.index);
+        places.map(|index| self.programs.turns.get(&index, 0).unwrap_or_default()).collect()
+    }
+
+    /// Whether anything was installed that is not.
+    pub(super) fn has_old(&self) -> bool {
+        !self.old_routes.is_empty() || !self.old_endpoints.is_empty()
+    }
+
+    /// Sends a route's connections to its endpoints from now on: those of the processes in `cgroup` to `vips`.
+    pub(super) fn install(
+        &mut self,
+        route: &Arc<Route>,
+        upstream: &Arc<Upstream>,
+        cgroup: Cgroup,
+        vips: &[Vip],
+    ) -> Result<(), WriteError> {
+        let query = &upstream.query;
+        if let Some(installed) = self.installed.get_mut(&route.key)
+            && installed.number == route.number
+            && installed.balance == route.balance
+            && installed.query == *query
+            && installed.cgroup == cgroup
+            && installed.vips == vips
+        {
+            for Entry { counting, .. } in &mut installed.entries {
+                counting.of = route.clone();
+                self.route_of.insert(counting.place, route.clone());
+            }
+            return self.update(upstream);
+        }
+        self.uninstall(&route.key);
+        self.use_level(cgroup.level)?;
+        let service = self.join(upstream)?;
+        let installed = Installed {
+            number: route.number,
+            balance: route.balance,
+            query: query.clone(),
+            cgroup,
+            vips: vips.to_vec(),
+            entries: Vec::new(),
+        };
+        self.installed.insert(route.key, installed);
+        let done = vips.iter().try_for_each(|vip| {
+            let key = Key { cgroup: cgroup.id, vip: vip.0, port: route.key.port };
+            // Another address of the same container may have it already; its route counts then.
+            if self.keys.contains_key(&key) { Ok(()) } else { self.enter(route, key, service) }
+        });
+        if done.is_err() {
+            self.uninstall(&route.key);
+        }
+        done
+    }
+
+    fn enter(&mut self, route: &Arc<Route>, key: Key, service: u32) -> Result<(), WriteError> {
+        let place = self.routes.take(Instant::now(), grace).ok_or(WriteError::Full)?;
+        let counting = Counting { place, of: route.clone(), read: Counted::default() };
+        let Some(installed) = self.installed.get_mut(&route.key) else { return Ok(()) };
+        installed.entries.push(Entry { key, counting });
+        self.route_of.insert(place, route.clone());
+        self.keys.insert(key, route.key);
+        let least = route.balance == Balance::LeastConnections;
+        let bytes = layout::route(&key, service, place.generation, least);
+        self.programs.route_table.set(place.index, bytes, 0)?;
+        self.programs.route_counts.set(place.index, [0; 200], 0)?;
+        self.programs.routes.insert(key.bytes(), place.index, 0)?;
+        Ok(())
+    }
+
+    /// Leaves a route's connections to the proxy from now on. Returns whether it had entries.
+    pub(super) fn uninstall(&mut self, key: &RouteKey) -> bool {
+        let Some(installed) = self.installed.remove(key) else { return false };
+        for Entry { key, counting } in installed.entries {
+            self.keys.remove(&key);
+            // It is not there if it could not be written.
+            let _ = self.programs.routes.remove(&key.bytes());
+            self.old_routes.push(counting);
+        }
+        self.leave(&installed.query);
+        true
+    }
+
+    /// The place of an upstream's service, which one route more has.
+    fn join(&mut self, upstream: &Arc<Upstream>) -> Result<u32, WriteError> {
+        if let Some(service) = self.by_query.get_mut(&upstream.query) {
+            service.routes += 1;
+            let index = service.place.index;
+            let done = self.update(upstream);
+            if done.is_err() {
+                self.leave(&upstream.query);
+            }
+            return done.map(|()| index);
+        }
+        let place = self.services.take(Instant::now(), grace).ok_or(WriteError::Full)?;
+        let none = Place { index: 0, generation: 0 };
+        let service =
+            Service { place, set: none, order: Vec::new(), base: 0, upstream: None, routes: 1 };
+        self.by_query.insert(upstream.query.clone(), service);
+        let done = self.update(upstream);
+        if done.is_err() {
+            self.leave(&upstream.query);
+        }
+        done.map(|()| place.index)
+    }
+
+    /// Takes over a service's endpoints, in one step.
+    fn update(&mut self, upstream: &Arc<Upstream>) -> Result<(), WriteError> {
+        let Some(service) = self.by_query.get(&upstream.query) else { return Ok(()) };
+        if service.upstream.as_ref().is_some_and(|before| Arc::ptr_eq(before, upstream)) {
+            return Ok(());
+        }
+        let place = service.place;
+        let states = upstream.rotation.endpoints();
+        let now: Vec<usize> = states.iter().map(address).collect();
+        let turn = self.programs.turns.get(&place.index, 0)?;
+        let order = turns::succeed(&service.order, service.base, turn, &now);
+        let before = service.order.clone();
+        let since = if before.is_empty() { 0 } else { nanoseconds() };
+        let new: Vec<_> = states.iter().filter(|state| !before.contains(&address(state))).collect();
+        let mut written = Vec::new();
+        let done = new.iter().try_for_each(|state| {
+            self.write_endpoint(state, &upstream.query, since)?;
+            written.push(address(state));
+            Ok(())
+        });
+        let set = match done.and_then(|()| self.write_set(place.index, turn, &order)) {
+            Ok(set) => set,
+            Err(error) => {
+                // The set that is in use stays as it is.
+                written.into_iter().for_each(|one| self.let_go(one));
+                return Err(error);
+            }
+        };
+        if let Some(service) = self.by_query.get_mut(&upstream.query) {
+            let old = std::mem::replace(&mut service.set, set);
+            if old.generation != 0 {
+                self.sets.give_back(old, Instant::now());
+            }
+            (service.order, service.base) = (order, turn);
+            service.upstream = Some(upstream.clone());
+        }
+        for gone in before.iter().filter(|one| !now.contains(one)) {
+            self.let_go(*gone);
+        }
+        let is_only = now.len() == 1;
+        for one in now {
+            if let Some(written) = self.by_state.get_mut(&one) {
+                written.is_only = is_only;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a set where no program looks, and then leads the service to it.
+    fn write_set(&mut self, service: u32, base: u64, order: &[usize]) -> Result<Place, WriteError> {
+        let set = self.sets.take(Instant::now(), grace).ok_or(WriteError::Full)?;
+        let places = order.iter().filter_map(|one| self.by_state.get(one));
+        let places: Vec<_> = places.map(|one| one.counting.place.index).collect();
+        let bytes = layout::set(service, set.generation, base, &places);
+        let done = self.programs.sets.set(set.index, bytes, 0);
+        match done.and_then(|()| self.programs.services.set(service, layout::current(set), 0)) {
+            Ok(()) => Ok(set),
+            Err(error) => {
+                self.sets.give_back(set, Instant::now());
+                Err(error.into())
+            }
+        }
+    }
+
+    fn write_endpoint(
+        &mut self,
+        state: &Arc<EndpointState>,
+        query: &Arc<Query>,
+        since: u64,
+    ) -> Result<(), WriteError> {
+        if let Some(written) = self.by_state.get_mut(&address(state)) {
+            written.services += 1;
+            return Ok(());
+        }
+        let place = self.endpoints.take(Instant::now(), grace).ok_or(WriteError::Full)?;
+        let bytes = layout::endpoint(&state.endpoint, place.generation, since);
+        self.programs.endpoints.set(place.index, bytes, 0)?;
+        self.programs.lives.set(place.index, [0; 32], 0)?;
+        self.programs.failures.set(place.index, 0, 0)?;
+        self.programs.endpoint_counts.set(place.index, [0; 200], 0)?;
+        // Out, until it is known that it is not.
+        self.programs.marks.set(place.index, layout::mark(true, 0), 0)?;
+        let written = Written {
+            counting: Counting { place, of: state.clone(), read: Counted::default() },
+            query: query.clone(),
+            services: 1,
+            is_only: false,
+            mark: (true, 0),
+            failed_at: 0,
+            waits: false,
+            is_probed: false,
+            probe_after: None,
+        };
+        self.endpoint_of.insert(place, state.clone());
+        self.by_state.insert(address(state), written);
+        Ok(())
+    }
+
+    /// One service less has an endpoint.
+    fn let_go(&mut self, state: usize) {
+        let Some(written) = self.by_state.get_mut(&state) else { return };
+        written.services -= 1;
+        if written.services == 0
+            && let Some(written) = self.by_state.remove(&state)
+        {
+            self.old_endpoints.push(written);
+        }
+    }
+
+    /// One route less has a service.
+    fn leave(&mut self, query: &Query) {
+        let Some(service) = self.by_query.get_mut(query) else { return };
+        service.routes -= 1;
+        if service.routes > 0 {
+            return;
+        }
+        if let Some(service) = self.by_query.remove(query) {
+            // No set has the generation 0. If it cannot be written, nothing leads here all the same.
+            let _ = self.programs.services.set(service.place.index, 0, 0);
+            self.services.give_back(service.place, Instant::now());
+            if service.set.generation != 0 {
+                self.sets.give_back(service.set, Instant::now());
+            }
+            service.order.into_iter().for_each(|one| self.let_go(one));
+        }
+    }
+
+    /// Has the programs look at control groups of this depth, for processes below those of their containers. If there are too many
+    /// depths, only processes in the containers' own control groups are found; those of others go through the proxy.
+    fn use_level(&mut self, level: u32) -> Result<(), WriteError> {
+        if self.levels.len() < LEVELS && self.levels.insert(level) {
+            self.programs.levels.set(self.levels.len() as u32 - 1, level + 1, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the places back of routes and endpoints that are gone and have no connection any more.
+    pub(super) fn clear_up(&mut self) {
+        let now = Instant::now();
+        let Self { old_routes, routes, route_of, .. } = self;
+        old_routes.retain(|one| {
+            let is_used = one.read.active() > 0;
+            if !is_used {
+                route_of.remove(&one.place);
+                routes.give_back(one.place, now);
+            }
+            is_used
+        });
+        let Self { old_endpoints, endpoints, endpoint_of, programs, .. } = self;
+        old_endpoints.retain(|one| {
+            let place = one.counting.place;
+            let live = programs.lives.get(&place.index, 0);
+            let is_used = live.is_ok_and(|live| layout::Live::read(&live).active > 0);
+            if !is_used {
+                endpoint_of.remove(&place);
+                endpoints.give_back(place, now);
+            }
+            is_used
+        });
+    }
+}
+
+/// By what a state is found: it is held as long as it is in use.
+fn address(state: &Arc<EndpointState>) -> usize {
+    Arc::as_ptr(state).addr()
+}
