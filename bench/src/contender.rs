@@ -31,16 +31,19 @@ pub(crate) enum Contender {
     Nginx,
     Envoy,
     Embassy,
+    /// The same process, by a binding that asks for the kernel path.
+    EmbassyKernel,
 }
 
 impl Contender {
-    pub(crate) const ALL: [Contender; 6] = [
+    pub(crate) const ALL: [Contender; 7] = [
         Contender::Direct,
         Contender::Dnat,
         Contender::Haproxy,
         Contender::Nginx,
         Contender::Envoy,
         Contender::Embassy,
+        Contender::EmbassyKernel,
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -51,17 +54,18 @@ impl Contender {
             Self::Nginx => "nginx",
             Self::Envoy => "Envoy",
             Self::Embassy => "embassy",
+            Self::EmbassyKernel => "embassy, kernel path",
         }
     }
 
     /// Whether a process does the work.
     pub(crate) fn is_proxy(self) -> bool {
-        !matches!(self, Self::Direct | Self::Dnat)
+        !matches!(self, Self::Direct | Self::Dnat | Self::EmbassyKernel)
     }
 
     /// Whether the benchmark writes its capture rule.
     pub(crate) fn is_captured(self) -> bool {
-        !matches!(self, Self::Direct | Self::Embassy)
+        !matches!(self, Self::Direct | Self::Embassy | Self::EmbassyKernel)
     }
 
     /// The port that clients dial.
@@ -75,7 +79,11 @@ impl Contender {
 
     /// The port that it listens on.
     pub(crate) fn listens(self) -> u16 {
-        if self == Self::Embassy { 9999 } else { 10_000 + self.port() }
+        if matches!(self, Self::Embassy | Self::EmbassyKernel) {
+            9999
+        } else {
+            10_000 + self.port()
+        }
     }
 
     /// Its binary; `None` where it is missing, or where there is none.
@@ -85,7 +93,7 @@ impl Contender {
             Self::Haproxy => sid().join("usr/sbin/haproxy"),
             Self::Nginx => sid().join("usr/sbin/nginx"),
             Self::Envoy => cache().join("envoy"),
-            Self::Embassy => testbed::embassy_program().ok()?,
+            Self::Embassy | Self::EmbassyKernel => testbed::embassy_program().ok()?,
         };
         path.is_file().then_some(path)
     }
@@ -100,7 +108,7 @@ impl Contender {
             }
             Self::Haproxy => chrooted(&["haproxy", "-v"]),
             Self::Nginx => chrooted(&["nginx", "-v"]),
-            Self::Envoy | Self::Embassy => {
+            Self::Envoy | Self::Embassy | Self::EmbassyKernel => {
                 let mut command = Command::new(self.program().context("it is missing")?);
                 command.arg("--version");
                 command
@@ -124,14 +132,19 @@ impl Contender {
             Self::Direct => site.endpoints.clone(),
             _ => vec![SocketAddr::from((VIP, self.port()))],
         };
-        let mut process = None;
-        if self.is_proxy() {
-            let group = Group::new(&site.host, self.name())?;
-            let mut command = group.command(&site.host);
-            self.words(site, &mut command)?;
-            process = Some((site.host.spawn(self.name(), command)?, group));
+        let (mut process, mut group) = (None, None);
+        // One process serves both paths, and is started by whichever comes first.
+        let runs = if self == Self::EmbassyKernel { Self::Embassy } else { self };
+        if runs.is_proxy() {
+            let of_process = Group::new(&site.host, runs.name())?;
+            if of_process.is_empty() {
+                let mut command = of_process.command(&site.host);
+                runs.words(site, &mut command)?;
+                process = Some(site.host.spawn(runs.name(), command)?);
+            }
+            group = Some(of_process);
         }
-        let started = Started { contender: self, process, targets };
+        let started = Started { contender: self, process, group, targets };
         eventually(Duration::from_secs(30), &format!("{} to serve", self.name()), || {
             let once = Load { kind: Kind::Idle, connections: 1, rate: 0.0 };
             let done = site
@@ -141,6 +154,13 @@ impl Contender {
             ensure!(done.units == 1, "it does not");
             Ok(())
         })?;
+        if self == Self::EmbassyKernel {
+            eventually(Duration::from_secs(30), "the kernel path", || {
+                let scraped = site.host.http("GET", "http://127.0.0.1:9990/metrics", "")?.ok()?;
+                ensure!(scraped.contains("path=\"kernel\""), "no route takes it");
+                Ok(())
+            })?;
+        }
         Ok(started)
     }
 
@@ -149,7 +169,7 @@ impl Contender {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let listen = self.listens();
         match self {
-            Self::Direct | Self::Dnat => {}
+            Self::Direct | Self::Dnat | Self::EmbassyKernel => {}
             Self::Haproxy => {
                 let servers = lines(site, |n, endpoint| format!("  server s{n} {endpoint}"));
                 let config = format!(

@@ -65,6 +65,11 @@ impl Group {
         command
     }
 
+    /// Whether no process is in it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.read("cgroup.procs").is_none_or(|processes| processes.trim().is_empty())
+    }
+
     /// Processor time used so far.
     pub(crate) fn cpu(&self) -> Result<Duration> {
         if let Some(text) = self.read("cpuacct.usage") {

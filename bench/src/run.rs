@@ -103,7 +103,7 @@ pub(crate) fn one(name: &str, kind: &str) -> Result<()> {
     };
     let site = Site::open(&[contender])?;
     let started = contender.start(&site)?;
-    if let Some((process, _)) = &started.process {
+    if let Some(process) = &started.process {
         println!("process {}", process.pid());
     }
     let time = Duration::from_secs_f64(setting("SECONDS", 2.0)?);
@@ -204,7 +204,7 @@ fn memory(contenders: &[Contender], rounds: usize, samples: &mut Samples) -> Res
             ] {
                 samples.entry((figure, contender)).or_default().push(value);
             }
-            if let Some((process, _)) = &started.process {
+            if let Some(process) = &started.process {
                 process.kill()?;
             }
         }

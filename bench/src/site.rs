@@ -70,6 +70,10 @@ impl Site {
             let container = host.container(name).image(IMAGE).arg("--entrypoint=").arg(&limit);
             container
                 .env("BACKEND_BENCH", &format!("bench;{}", Contender::Embassy.port()))
+                .env(
+                    "BACKEND_KERNEL",
+                    &format!("bench;{};path=kernel", Contender::EmbassyKernel.port()),
+                )
                 .cmd(["sleep", "1000000"])
                 .start()
         };
@@ -231,13 +235,15 @@ impl Running {
 #[derive(Debug)]
 pub(crate) struct Started {
     pub(crate) contender: Contender,
-    /// `None` where the kernel does the work.
-    pub(crate) process: Option<(Process, Group)>,
+    /// `None` where the kernel does the work, or another contender's process.
+    pub(crate) process: Option<Process>,
+    /// What the contender's own processor time is counted by.
+    pub(crate) group: Option<Group>,
     pub(crate) targets: Vec<SocketAddr>,
 }
 
 impl Started {
     pub(crate) fn group(&self) -> Option<&Group> {
-        self.process.as_ref().map(|(_, group)| group)
+        self.group.as_ref()
     }
 }

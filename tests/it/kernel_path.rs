@@ -596,3 +596,28 @@ fn a_container_of_docker_keeps_to_its_families_and_its_next_run_is_known_again()
     drop(four);
     Ok(())
 }
+
+/// Nothing answers any more, not even with a refusal: who dials it then waits in vain, and those that come later must not.
+#[test]
+fn an_endpoint_whose_network_is_gone_costs_those_that_dialled_it_at_that_moment() -> Result<()> {
+    const AT_ONCE: usize = 4;
+    for (path, most) in [("kernel", AT_ONCE), ("proxy", 0)] {
+        let (_host, webs, app) = three()?;
+        let embassy = app.host().embassy(["--dnat", ETCD, &format!("--path={path}")])?;
+        embassy.wait_ready(READY)?;
+        reaches(&app, "172.17.0.1:80", "web-1")
+            .or_else(|_| reaches(&app, "172.17.0.1:80", "web-2"))
+            .or_else(|_| reaches(&app, "172.17.0.1:80", "web-3"))?;
+        let reason = if path == "kernel" { "possible" } else { "not_asked" };
+        takes(&embassy, "app", 80, path, reason)?;
+        let answers = app.get("172.17.0.1:80").times(30).run()?;
+        assert_eq!((answers.failed(), answers.from("web-3")), (0, 10), "{answers:?}");
+        // The registry goes on naming it.
+        webs[2].kill()?;
+        let answers = app.get("172.17.0.1:80").times(400).at_once(AT_ONCE).run()?;
+        ensure!(answers.failed() <= most, "{path}: {answers:?}");
+        assert_eq!(answers.answered() + answers.failed(), 400, "{answers:?}");
+        assert_eq!(answers.from("web-3"), 0, "{answers:?}");
+    }
+    Ok(())
+}
