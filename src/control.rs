@@ -1,7 +1,7 @@
 //! The control task: queries the services of all bindings, and publishes a table after each change.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
@@ -111,6 +111,8 @@ pub struct Control {
     /// How long each table took, from the wake of this task until it was published.
     build_times: Arc<Histogram>,
     sources: watch::Sender<Sources>,
+    /// The queries that are asked for. As there may be ten thousand, the list is made again only if others are.
+    queries: Arc<[(Query, Answers<Endpoints>)]>,
     report: Report,
     waiting: (Option<Guard>, Option<Guard>),
     /// The time until which the first table waits for first answers.
@@ -138,9 +140,10 @@ impl Control {
         for probe in &probes {
             watches.ask(probe);
         }
+        let queries: Arc<[_]> = watches.answers().into();
         let sources = Sources {
             provider: provider.clone(),
-            queries: watches.answers().into(),
+            queries: queries.clone(),
             in_use: Arc::default(),
             listing: None,
         };
@@ -160,6 +163,7 @@ impl Control {
             replaced: Vec::new(),
             build_times: Arc::default(),
             sources: watch::channel(sources).0,
+            queries,
             waiting: (Some(waiting.listing), Some(waiting.answers)),
             gateways: Gateways::default(),
             bounds: discoveries.bounds(settings.listeners.clone()),
@@ -229,12 +233,18 @@ impl Control {
     fn follow(&mut self, now: Instant) -> Option<Instant> {
         let news = self.news();
         let probed = self.end_probes();
+        if probed {
+            self.note_queries();
+        }
         let (listing, listed_anew) = self.listing()?;
         self.listed();
         let consumers: Vec<_> = listing.consumers.iter().filter(|c| !c.has_ended()).collect();
         let mut heard = self.demand(&consumers, now);
         // Both sides have an effect.
-        let asked_others = self.follow_probes() | probed | !heard.is_empty();
+        let asked_others = self.follow_probes() | !heard.is_empty();
+        if asked_others {
+            self.note_queries();
+        }
         heard.extend(news);
         let changed = listed_anew || !heard.is_empty();
         heard.extend(self.hold.restless().cloned());
@@ -253,7 +263,7 @@ impl Control {
                 self.keep(&listing);
             }
         }
-        if self.hold.in_use_has_changed() || listed_anew || asked_others {
+        if self.hold.in_use_has_changed() || listed_anew || probed || asked_others {
             self.show(listing);
         }
         wake
@@ -349,6 +359,10 @@ impl Control {
         !done.is_empty()
     }
 
+    fn note_queries(&mut self) {
+        self.queries = self.watches.answers().into();
+    }
+
     /// The queries that have an answer or an error.
     fn news(&mut self) -> Vec<Query> {
         let mut heard = Vec::new();
@@ -415,21 +429,24 @@ impl Control {
     }
 
     /// Reports that no address is captured, or that connections of consumers with new routes cannot arrive at any of them.
-    fn report_addresses(&mut self, table: &Table, listing: &Listing, consumers: &[&Arc<Consumer>]) {
+    fn report_addresses(&mut self, table: &Table, listing: &Listing) {
         if self.settings.capture == CaptureMode::None || table.changes().added.is_empty() {
             return;
         }
         let addresses: BTreeSet<_> =
             table.vips().iter().map(|vip| vip.0).chain(self.settings.own.iter().copied()).collect();
-        let new: HashSet<_> = table.changes().added.iter().map(|route| &route.consumer).collect();
-        let consumers = consumers.iter().filter(|consumer| new.contains(&consumer.id));
-        let gateways = consumers.clone().flat_map(|consumer| &consumer.gateways);
+        let mut new = BTreeMap::new();
+        for route in &table.changes().added {
+            new.entry(&route.consumer).or_insert_with(|| table.owner(route));
+        }
+        let consumers = || new.values().copied().flatten();
+        let gateways = consumers().flat_map(|consumer| &consumer.gateways);
         let here = fixed::here(addresses.iter().chain(gateways).copied());
         let around = Surroundings { here: &here, networks: &listing.networks };
         let is_elsewhere = |one: &Consumer| {
             addresses.iter().all(|address| one.reach(*address, around) == Reach::Elsewhere)
         };
-        let astray = consumers.map(|one| &***one).find(|one| is_elsewhere(one));
+        let astray = consumers().map(|one| &**one).find(|one| is_elsewhere(one));
         self.report.addresses(&addresses, astray);
     }
 
@@ -448,7 +465,7 @@ impl Control {
 
     /// Publishes the state of the sources.
     fn show(&self, listing: Arc<Listing>) {
-        let queries = self.watches.answers().into();
+        let queries = self.queries.clone();
         let provider = self.provider.clone();
         let in_use = Arc::new(self.hold.in_use().clone());
         self.sources.send_replace(Sources { provider, queries, in_use, listing: Some(listing) });
@@ -484,7 +501,7 @@ impl Control {
         let query = |binding: &Binding| query_of(binding, discoveries, own_port);
         let Some(table) = before.next(&inputs, query) else { return false };
         self.report.table(&table);
-        self.report_addresses(&table, listing, consumers);
+        self.report_addresses(&table, listing);
         self.replaced.push(self.tables.send_replace(Arc::new(table)));
         self.build_times.observe(now.elapsed());
         true
@@ -617,6 +634,43 @@ mod tests {
         assert!(table.routes().all(|route| route.key.port.get() == 80));
         let counted = control.report.refused().routes.load(std::sync::atomic::Ordering::Relaxed);
         assert_eq!(counted, 2);
+    }
+
+    #[tokio::test]
+    async fn the_queries_that_are_shown_are_those_that_are_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("services.toml");
+        std::fs::write(&file, "[[service]]\nname = \"redis\"\nendpoints = [\"10.0.0.1:1\"]\n")
+            .unwrap();
+        let (mut control, publish) = control(format!("file://{}", file.display()));
+        // The discovery answers before the provider does.
+        let answers = async {
+            while !control.probes.is_empty() {
+                control.step(Instant::now());
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), answers).await.unwrap();
+        let mut after = |consumers: &[&Listing]| {
+            let all = consumers.iter().flat_map(|listing| &listing.consumers).cloned();
+            publish.publish(Listing { consumers: all.collect(), ..Listing::default() });
+            control.step(Instant::now());
+            let shown = control.sources.borrow().queries.clone();
+            let asked = control.watches.answers();
+            let names = |all: &[(Query, Answers<Endpoints>)]| {
+                all.iter().map(|(query, _)| query.to_string()).collect::<Vec<_>>()
+            };
+            assert_eq!(names(&shown), names(&asked));
+            shown
+        };
+        let of = |text: &str| fixed::listing("lo", &[text.parse().unwrap()]).unwrap();
+        let (one, same, other) = (of("redis;80"), of("redis;81"), of("web;80"));
+        assert_eq!(after(&[]).len(), 0);
+        let shown = after(&[&one]);
+        assert_eq!(shown.len(), 1);
+        assert!(Arc::ptr_eq(&shown, &after(&[&one, &same])), "nobody asks for anything else");
+        assert_eq!(after(&[&one, &other]).len(), 2);
+        assert_eq!(after(&[&other]).len(), 1);
     }
 
     /// A consumer that asks restarts while the registry loses its data.

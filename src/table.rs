@@ -268,6 +268,12 @@ impl Table {
         self.unrouted.values()
     }
 
+    /// The consumer whose route this is. That of each route of this table is there.
+    pub fn owner(&self, route: &Route) -> Option<&Arc<Consumer>> {
+        let claims = self.built_from.claims.get(&route.key.source)?;
+        claims.iter().find(|consumer| consumer.id == route.consumer)
+    }
+
     /// The answer to a query. That of each route of this table is there.
     pub fn upstream(&self, query: &Query) -> Option<&Arc<Upstream>> {
         self.upstreams.get(query).map(|in_use| &in_use.upstream)

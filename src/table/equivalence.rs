@@ -200,6 +200,7 @@ proptest! {
                 prop_assert_eq!(routes.count(), in_use.routes);
             }
             for route in next.routes() {
+                prop_assert!(next.owner(route).is_some());
                 let service = build::service_of(&route.query);
                 for state in next.endpoints_of(route) {
                     let shared = next.states.get(&(service.clone(), state.endpoint)).unwrap();
