@@ -19,7 +19,8 @@ fn host_and_embassy() -> Result<(Host, Embassy)> {
     for name in ["red", "blue"] {
         host.web(name).label("SERVICE_80_NAME", name).start()?;
     }
-    let embassy = host.embassy(["--dnat", "-discovery=docker://"])?;
+    // Engines take their time on a busy machine; nobody is to be refused for that here.
+    let embassy = host.embassy(["--dnat", "-discovery=docker://", "--hold=8s"])?;
     embassy.wait_ready(READY)?;
     Ok((host, embassy))
 }

@@ -127,6 +127,40 @@ fn the_engine_is_asked_by_get_alone() -> Result<()> {
     says(&embassy, &["new route"])
 }
 
+/// Docker gives a new volume the owner and mode that the folder has in the image. Root without DAC_OVERRIDE may write only what belongs
+/// to it or its group.
+#[test]
+fn the_state_is_kept_in_a_named_volume_by_the_images_user_and_by_root_without_capabilities()
+-> Result<()> {
+    let (host, app) = host()?;
+    image(&host)?;
+    for (name, user) in [("own", None), ("root", Some("--user=0:0"))] {
+        let volume = format!("--volume=state-{name}:/var/lib/embassy");
+        let start = |n: usize| {
+            let embassy = bare(&host, &format!("{name}-{n}"))?.args(user).arg(&volume);
+            embassy.arg("--cap-add=NET_ADMIN").cmd(["--dnat", ETCD, "--firewall=nft"]).start()
+        };
+        let first = start(1)?;
+        reaches(&app, "172.17.0.1:80", "web").with_context(|| first.log().unwrap_or_default())?;
+        let kept = || host.docker(["run", "--rm", &volume, "testbed", "ls", "/var/lib/embassy"]);
+        testbed::eventually(WAIT, "the table in the volume", || {
+            let kept = kept()?;
+            ensure!(kept.lines().any(|file| file == "table-9999"), "{kept:?}");
+            Ok(())
+        })?;
+        first.remove()?;
+        // Another container with the same volume goes on with it, also while nothing answers.
+        host.etcd_daemon().stop()?;
+        let second = start(2)?;
+        reaches(&app, "172.17.0.1:80", "web").with_context(|| second.log().unwrap_or_default())?;
+        let log = second.log()?;
+        ensure!(!log.contains("state file"), "{log}");
+        second.remove()?;
+        host.etcd_daemon().start()?;
+    }
+    Ok(())
+}
+
 /// A host with a service in etcd and a consumer that asks for it.
 fn host() -> Result<(Host, Container)> {
     let host = Host::start()?;
