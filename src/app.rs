@@ -9,14 +9,14 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use futures_util::FutureExt;
 use tokio::{
-    sync::Notify,
+    sync::{Notify, watch},
     task::JoinHandle,
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 use tracing::{debug, info, warn};
 
 use crate::{
-    admin::{Admin, Constants, Feeds, metrics::Metrics},
+    admin::{Admin, Constants, Feeds, Listening, metrics::Metrics},
     capture::{self, Backend, Capture, CaptureCounts, Lock, rules},
     check,
     config::{
@@ -40,7 +40,14 @@ use crate::{
     resolve,
     source::ResyncRequests,
     state::{self, Keeper, Origin},
+    table::Table,
+    takeover::Door,
 };
+
+mod takeover;
+
+pub use takeover::Event;
+use takeover::Predecessor;
 
 /// A running embassy.
 #[derive(Debug)]
@@ -51,7 +58,14 @@ pub struct App {
     pub admin_address: Option<String>,
     proxy: Proxy,
     capture: Option<Capture>,
+    capture_counts: Option<Arc<CaptureCounts>>,
     admin: Option<Admin>,
+    /// The listening socket's address, as the operator gave it.
+    admin_at: String,
+    /// The published tables.
+    tables: watch::Receiver<Arc<Table>>,
+    /// Where another process asks to take over.
+    door: Option<Door>,
     control: JoinHandle<()>,
     checks: JoinHandle<()>,
     memory: JoinHandle<()>,
@@ -67,9 +81,13 @@ impl App {
     /// Starts all parts. A source that is down is not an error: embassy is only not ready.
     pub async fn start(config: Config) -> Result<Self> {
         let started = std::time::Instant::now();
+        let before = Predecessor::find(&config).await?;
+        // Who is found is asked for everything once this process has learned what it needs.
         let lock = match config.capture {
-            CaptureMode::None => None,
-            CaptureMode::Dnat | CaptureMode::Redirect => remove_leftovers().await?,
+            CaptureMode::Dnat | CaptureMode::Redirect if before.is_none() => {
+                remove_leftovers().await?
+            }
+            CaptureMode::None | CaptureMode::Dnat | CaptureMode::Redirect => None,
         };
         let readiness = Readiness::default();
         let waiting = Waiting {
@@ -90,6 +108,9 @@ impl App {
             learn(&config, &rules, &lookup, &resync, refused.clone(), events.clone(), waiting)?;
         let kept = Arc::<state::Counts>::default();
         let keeper = remember(&config, &mut control, kept.clone());
+        if before.is_some() {
+            control.takes_over();
+        }
         let (tables, sources) = (control.tables(), control.sources());
         let build_times = control.build_times();
 
@@ -103,6 +124,25 @@ impl App {
             memory.await;
             std::future::pending().await
         });
+        let mut capturing = match config.capture {
+            CaptureMode::None => {
+                tokio::spawn(look_for_own_rules(config.port.get()));
+                None
+            }
+            CaptureMode::Dnat | CaptureMode::Redirect => {
+                let backend = Backend::open(config.firewall, &rules).await;
+                let backend = backend.context(match privileges::has_net_admin() {
+                    true => "no firewall is available",
+                    false => {
+                        "embassy lacks the capability NET_ADMIN: start its container with --cap-add NET_ADMIN \
+                         (Compose: cap_add: [NET_ADMIN])"
+                    }
+                })?;
+                let counts = Arc::<CaptureCounts>::default();
+                Some((backend, counts, readiness.wait_for(Part::Capture)))
+            }
+        };
+        let firewall = takeover::firewall(capturing.as_ref().map(|(backend, ..)| backend));
         let proxy = ProxySettings {
             port: Some(config.port),
             workers: std::thread::available_parallelism().map_or(1, usize::from),
@@ -132,30 +172,35 @@ impl App {
             log: config.connection_log,
             events: events.clone(),
         };
-        let proxy = Proxy::start(proxy, &tables)
-            .with_context(|| format!("cannot listen on port {} (--port)", config.port))?;
+        let (proxy, control, mut taken) = match before {
+            None => {
+                let proxy = Proxy::start(proxy, &tables)
+                    .with_context(|| format!("cannot listen on port {} (--port)", config.port))?;
+                (proxy, Err(control), None)
+            }
+            Some(before) => {
+                // The other process serves meanwhile.
+                let control = tokio::spawn(control.run());
+                let capturing = capturing.as_mut().map(|(backend, counts, _)| (backend, &**counts));
+                let taking = before.take_over(&config, proxy, tables.clone(), capturing);
+                match taking.await {
+                    Ok(Some((proxy, taken))) => (proxy, Ok(control), Some(taken)),
+                    Ok(None) => {
+                        // It has handed nothing over: what it had has gone with it.
+                        [control, checks, memory].iter().for_each(JoinHandle::abort);
+                        let config = Config { takeover: false, ..config };
+                        return Self::start_after(config).await;
+                    }
+                    Err(error) => {
+                        return Err(error.context("takeover failed; the running embassy continues"));
+                    }
+                }
+            }
+        };
         let addresses =
             proxy.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         info!(addresses, "proxy listens");
 
-        let capturing = match config.capture {
-            CaptureMode::None => {
-                tokio::spawn(look_for_own_rules(config.port.get()));
-                None
-            }
-            CaptureMode::Dnat | CaptureMode::Redirect => {
-                let backend = Backend::open(config.firewall, &rules).await;
-                let backend = backend.context(match privileges::has_net_admin() {
-                    true => "no firewall is available",
-                    false => {
-                        "embassy lacks the capability NET_ADMIN: start its container with --cap-add NET_ADMIN \
-                         (Compose: cap_add: [NET_ADMIN])"
-                    }
-                })?;
-                let counts = Arc::<CaptureCounts>::default();
-                Some((backend, counts, readiness.wait_for(Part::Capture)))
-            }
-        };
         let metrics = Metrics {
             tables: tables.clone(),
             build_times,
@@ -184,31 +229,54 @@ impl App {
             }),
         };
         let said = tokio::spawn(feeds.clone().log_readiness());
-        let admin = match &config.admin {
-            Some(at) => {
-                let admin = Admin::start(at, config.admin_token_file.clone(), feeds)
-                    .await
-                    .with_context(|| format!("cannot listen at {at} (--admin)"))?;
+        let (inherited, door) = match &mut taken {
+            Some(taken) => (taken.admin(&config), taken.door()),
+            None => (None, None),
+        };
+        let listening = match &config.admin {
+            Some(at) => Some(
+                Listening::open(at, inherited)
+                    .with_context(|| format!("cannot listen at {at} (--admin)"))?,
+            ),
+            None => None,
+        };
+        let lock = match (&capturing, &mut taken) {
+            (None, _) => None,
+            (Some(_), None) => {
+                Some(lock.context("cannot check whether another embassy captures here")?)
+            }
+            (Some(_), Some(taken)) => Some(taken.lock().await?),
+        };
+        let door = takeover::open_door(&config, firewall, door);
+        if let Some(taken) = &taken {
+            taken.commit().await?;
+            proxy.go_on().await;
+            taken.tell();
+        }
+        let admin = match listening {
+            Some(listening) => {
+                let admin = Admin::start(listening, config.admin_token_file.clone(), feeds)?;
                 info!(address = admin.address, "admin API listens");
                 Some(admin)
             }
             None => None,
         };
+        let capture_counts = capturing.as_ref().map(|(_, counts, _)| counts.clone());
         // The capture comes last: nothing after it can fail, so an embassy that cannot start leaves no rules.
-        let capture = match capturing {
-            Some((backend, counts, ready)) => {
-                let lock = lock.context("cannot check whether another embassy captures here")?;
-                Some(Capture::start(lock, backend, rules, tables, counts, ready, events))
-            }
-            None => None,
-        };
+        let capture = capturing.zip(lock).map(|((backend, counts, ready), lock)| {
+            Capture::start(lock, backend, rules, tables.clone(), counts, ready, events)
+        });
         Ok(Self {
             proxy_addresses: proxy.addresses.clone(),
             admin_address: admin.as_ref().map(|admin| admin.address.clone()),
             proxy,
             capture,
             admin,
-            control: tokio::spawn(control.run()),
+            admin_at: takeover::admin_address(config.admin.as_ref()),
+            tables,
+            door,
+            capture_counts,
+            control: control.unwrap_or_else(|control| tokio::spawn(control.run())),
             checks,
             memory,
             said,
@@ -219,23 +287,23 @@ impl App {
         })
     }
 
+    /// Starts after another process that has just died: the kernel takes a moment to give back what it had.
+    async fn start_after(config: Config) -> Result<Self> {
+        let end = Instant::now() + 2 * MOMENT;
+        loop {
+            match Box::pin(Self::start(config.clone())).await {
+                Err(error) if Instant::now() < end => {
+                    debug!(error = format!("{error:#}"), "cannot start yet");
+                    sleep(MOMENT / 50).await;
+                }
+                started => return started,
+            }
+        }
+    }
+
     /// Requests a re-read of every source.
     pub fn resync(&self) {
         self.resync.request();
-    }
-
-    /// Waits until a part ends that should never end. Cancel-safe.
-    pub async fn failed(&mut self) -> anyhow::Error {
-        tokio::select! {
-            end = &mut self.control => match end {
-                Ok(()) => anyhow!("the control task ended"),
-                Err(error) => anyhow!(error).context("the control task"),
-            },
-            () = self.proxy.failed() => anyhow!("a part of the data path ended"),
-            end = capture_failed(&mut self.capture) => anyhow!("the capture task ended: {end}"),
-            _ = &mut self.checks => anyhow!("the check task ended"),
-            _ = &mut self.memory => anyhow!("the memory watch task ended"),
-        }
     }
 
     /// Stops everything. The connections that are open get `--drain` to end, and new ones are served until then: nobody else
@@ -247,6 +315,8 @@ impl App {
         // This guard is never done: a load balancer that asks /readyz should send new connections elsewhere.
         let _draining = self.readiness.wait_for(Part::Draining);
         self.said.abort();
+        // Nobody is answered there any more.
+        drop(self.door.take());
         let live = self.proxy.live();
         if live > 0 {
             info!(live, drain_s = self.drain.as_secs_f64(), "waiting for connections to end");
@@ -257,8 +327,8 @@ impl App {
                 tokio::select! { _ = drained => {}, () = hurry.clone() => {} }
                 MOMENT.min(self.drain)
             }
-            // It is not known whether new connections are still served.
-            Stopping::Failed => self.drain,
+            // It is not known whether new connections are still served, or another process serves them.
+            Stopping::Failed | Stopping::HandedOver => self.drain,
         };
         // Kept until the end: live connections need it.
         let _remains = match self.capture {
@@ -347,6 +417,8 @@ pub enum Stopping {
     Asked,
     /// A part has failed.
     Failed,
+    /// Another process has taken over.
+    HandedOver,
 }
 
 /// The time for connections that are younger than the shutdown, and of steps that hang after a second signal.
