@@ -16,7 +16,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use crate::{
-    admin::{Admin, Constants, Feeds, metrics::Metrics},
+    admin::{Admin, Constants, Feeds, Listening, metrics::Metrics},
     capture::{self, Backend, Capture, CaptureCounts, Lock, rules},
     check,
     config::{
@@ -43,7 +43,14 @@ use crate::{
     resolve,
     source::ResyncRequests,
     state::{self, Keeper, Origin},
+    table::Table,
+    takeover::Door,
 };
+
+mod takeover;
+
+pub use takeover::Event;
+use takeover::Predecessor;
 
 /// A running embassy.
 #[derive(Debug)]
@@ -55,7 +62,14 @@ pub struct App {
     proxy: Proxy,
     capture: Option<Capture>,
     kernel: Option<KernelPath>,
+    capture_counts: Option<Arc<CaptureCounts>>,
     admin: Option<Admin>,
+    /// The listening socket's address, as the operator gave it.
+    admin_at: String,
+    /// The published tables.
+    tables: watch::Receiver<Arc<Table>>,
+    /// Where another process asks to take over.
+    door: Option<Door>,
     control: JoinHandle<()>,
     checks: JoinHandle<()>,
     memory: JoinHandle<()>,
@@ -71,9 +85,13 @@ impl App {
     /// Starts all parts. A source that is down is not an error: embassy is only not ready.
     pub async fn start(config: Config) -> Result<Self> {
         let started = std::time::Instant::now();
+        let before = Predecessor::find(&config).await?;
+        // Who is found is asked for everything once this process has learned what it needs.
         let lock = match config.capture {
-            CaptureMode::None => None,
-            CaptureMode::Dnat | CaptureMode::Redirect => remove_leftovers().await?,
+            CaptureMode::Dnat | CaptureMode::Redirect if before.is_none() => {
+                remove_leftovers().await?
+            }
+            CaptureMode::None | CaptureMode::Dnat | CaptureMode::Redirect => None,
         };
         let readiness = Readiness::default();
         let waiting = Waiting {
@@ -94,6 +112,9 @@ impl App {
             learn(&config, &rules, &lookup, &resync, refused.clone(), events.clone(), waiting)?;
         let kept = Arc::<state::Counts>::default();
         let keeper = remember(&config, &mut control, kept.clone());
+        if before.is_some() {
+            control.takes_over();
+        }
         let (tables, sources) = (control.tables(), control.sources());
         let build_times = control.build_times();
 
@@ -107,6 +128,25 @@ impl App {
             memory.await;
             std::future::pending().await
         });
+        let mut capturing = match config.capture {
+            CaptureMode::None => {
+                tokio::spawn(look_for_own_rules(config.port.get()));
+                None
+            }
+            CaptureMode::Dnat | CaptureMode::Redirect => {
+                let backend = Backend::open(config.firewall, &rules).await;
+                let backend = backend.context(match privileges::has_net_admin() {
+                    true => "no firewall is available",
+                    false => {
+                        "embassy lacks the capability NET_ADMIN: start its container with --cap-add NET_ADMIN \
+                         (Compose: cap_add: [NET_ADMIN])"
+                    }
+                })?;
+                let counts = Arc::<CaptureCounts>::default();
+                Some((backend, counts, readiness.wait_for(Part::Capture)))
+            }
+        };
+        let firewall = takeover::firewall(capturing.as_ref().map(|(backend, ..)| backend));
         let proxy = ProxySettings {
             port: Some(config.port),
             workers: std::thread::available_parallelism().map_or(1, usize::from),
@@ -136,30 +176,35 @@ impl App {
             log: config.connection_log,
             events: events.clone(),
         };
-        let proxy = Proxy::start(proxy, &tables)
-            .with_context(|| format!("cannot listen on port {} (--port)", config.port))?;
+        let (proxy, control, mut taken) = match before {
+            None => {
+                let proxy = Proxy::start(proxy, &tables)
+                    .with_context(|| format!("cannot listen on port {} (--port)", config.port))?;
+                (proxy, Err(control), None)
+            }
+            Some(before) => {
+                // The other process serves meanwhile.
+                let control = tokio::spawn(control.run());
+                let capturing = capturing.as_mut().map(|(backend, counts, _)| (backend, &**counts));
+                let taking = before.take_over(&config, proxy, tables.clone(), capturing);
+                match taking.await {
+                    Ok(Some((proxy, taken))) => (proxy, Ok(control), Some(taken)),
+                    Ok(None) => {
+                        // It has handed nothing over: what it had has gone with it.
+                        [control, checks, memory].iter().for_each(JoinHandle::abort);
+                        let config = Config { takeover: false, ..config };
+                        return Self::start_after(config).await;
+                    }
+                    Err(error) => {
+                        return Err(error.context("takeover failed; the running embassy continues"));
+                    }
+                }
+            }
+        };
         let addresses =
             proxy.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         info!(addresses, "proxy listens");
 
-        let capturing = match config.capture {
-            CaptureMode::None => {
-                tokio::spawn(look_for_own_rules(config.port.get()));
-                None
-            }
-            CaptureMode::Dnat | CaptureMode::Redirect => {
-                let backend = Backend::open(config.firewall, &rules).await;
-                let backend = backend.context(match privileges::has_net_admin() {
-                    true => "no firewall is available",
-                    false => {
-                        "embassy lacks the capability NET_ADMIN: start its container with --cap-add NET_ADMIN \
-                         (Compose: cap_add: [NET_ADMIN])"
-                    }
-                })?;
-                let counts = Arc::<CaptureCounts>::default();
-                Some((backend, counts, readiness.wait_for(Part::Capture)))
-            }
-        };
         // Without a capture nobody would serve what the kernel leaves to the proxy.
         let kernel = match config.capture {
             CaptureMode::None => None,
@@ -213,24 +258,43 @@ impl App {
             }),
         };
         let said = tokio::spawn(feeds.clone().log_readiness());
-        let admin = match &config.admin {
-            Some(at) => {
-                let admin = Admin::start(at, config.admin_token_file.clone(), feeds)
-                    .await
-                    .with_context(|| format!("cannot listen at {at} (--admin)"))?;
+        let (inherited, door) = match &mut taken {
+            Some(taken) => (taken.admin(&config), taken.door()),
+            None => (None, None),
+        };
+        let listening = match &config.admin {
+            Some(at) => Some(
+                Listening::open(at, inherited)
+                    .with_context(|| format!("cannot listen at {at} (--admin)"))?,
+            ),
+            None => None,
+        };
+        let lock = match (&capturing, &mut taken) {
+            (None, _) => None,
+            (Some(_), None) => {
+                Some(lock.context("cannot check whether another embassy captures here")?)
+            }
+            (Some(_), Some(taken)) => Some(taken.lock().await?),
+        };
+        let door = takeover::open_door(&config, firewall, door);
+        if let Some(taken) = &taken {
+            taken.commit().await?;
+            proxy.go_on().await;
+            taken.tell();
+        }
+        let admin = match listening {
+            Some(listening) => {
+                let admin = Admin::start(listening, config.admin_token_file.clone(), feeds)?;
                 info!(address = admin.address, "admin API listens");
                 Some(admin)
             }
             None => None,
         };
+        let capture_counts = capturing.as_ref().map(|(_, counts, _)| counts.clone());
         // The capture comes last: nothing after it can fail, so an embassy that cannot start leaves no rules.
-        let capture = match capturing {
-            Some((backend, counts, ready)) => {
-                let lock = lock.context("cannot check whether another embassy captures here")?;
-                Some(Capture::start(lock, backend, rules, tables, counts, ready, events))
-            }
-            None => None,
-        };
+        let capture = capturing.zip(lock).map(|((backend, counts, ready), lock)| {
+            Capture::start(lock, backend, rules, tables.clone(), counts, ready, events)
+        });
         Ok(Self {
             proxy_addresses: proxy.addresses.clone(),
             admin_address: admin.as_ref().map(|admin| admin.address.clone()),
@@ -238,7 +302,11 @@ impl App {
             capture,
             kernel,
             admin,
-            control: tokio::spawn(control.run()),
+            admin_at: takeover::admin_address(config.admin.as_ref()),
+            tables,
+            door,
+            capture_counts,
+            control: control.unwrap_or_else(|control| tokio::spawn(control.run())),
             checks,
             memory,
             said,
@@ -249,24 +317,23 @@ impl App {
         })
     }
 
+    /// Starts after another process that has just died: the kernel takes a moment to give back what it had.
+    async fn start_after(config: Config) -> Result<Self> {
+        let end = Instant::now() + 2 * MOMENT;
+        loop {
+            match Box::pin(Self::start(config.clone())).await {
+                Err(error) if Instant::now() < end => {
+                    debug!(error = format!("{error:#}"), "cannot start yet");
+                    sleep(MOMENT / 50).await;
+                }
+                started => return started,
+            }
+        }
+    }
+
     /// Requests a re-read of every source.
     pub fn resync(&self) {
         self.resync.request();
-    }
-
-    /// Waits until a part ends that should never end. Cancel-safe.
-    pub async fn failed(&mut self) -> anyhow::Error {
-        tokio::select! {
-            end = &mut self.control => match end {
-                Ok(()) => anyhow!("the control task ended"),
-                Err(error) => anyhow!(error).context("the control task"),
-            },
-            () = self.proxy.failed() => anyhow!("a part of the data path ended"),
-            () = kernel_failed(&mut self.kernel) => anyhow!("the thread of the kernel path ended"),
-            end = capture_failed(&mut self.capture) => anyhow!("the capture task ended: {end}"),
-            _ = &mut self.checks => anyhow!("the check task ended"),
-            _ = &mut self.memory => anyhow!("the memory watch task ended"),
-        }
     }
 
     /// Stops everything. The connections that are open get `--drain` to end, and new ones are served until then: nobody else
@@ -278,6 +345,8 @@ impl App {
         // This guard is never done: a load balancer that asks /readyz should send new connections elsewhere.
         let _draining = self.readiness.wait_for(Part::Draining);
         self.said.abort();
+        // Nobody is answered there any more.
+        drop(self.door.take());
         if let Some(kernel) = self.kernel.take() {
             let late = "programs of the kernel path end with embassy";
             in_time(kernel.stop(), late, Instant::now() + STEP, hurry.clone()).await;
@@ -292,8 +361,8 @@ impl App {
                 tokio::select! { _ = drained => {}, () = hurry.clone() => {} }
                 MOMENT.min(self.drain)
             }
-            // It is not known whether new connections are still served.
-            Stopping::Failed => self.drain,
+            // It is not known whether new connections are still served, or another process serves them.
+            Stopping::Failed | Stopping::HandedOver => self.drain,
         };
         // Kept until the end: live connections need it.
         let _remains = match self.capture {
@@ -382,6 +451,8 @@ pub enum Stopping {
     Asked,
     /// A part has failed.
     Failed,
+    /// Another process has taken over.
+    HandedOver,
 }
 
 /// The time for connections that are younger than the shutdown, and of steps that hang after a second signal.

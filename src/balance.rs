@@ -13,6 +13,7 @@ use crate::{
     counts::ConnectionCounts,
     descriptor::Balance,
     model::{Endpoint, Millis},
+    takeover::message,
 };
 
 /// The state of one endpoint of one service. All routes to it share it, from table to table.
@@ -330,6 +331,52 @@ impl EndpointState {
         (u64::from(self.active()) + 1) * 1_000_000 / share.clamp(100, 1_000)
     }
 
+    /// What is held against it and what is known of it, for the process that takes over: that one has another clock.
+    pub fn known(&self, now: Millis) -> message::EndpointState {
+        let rest = |until: &AtomicU64| until.load(Relaxed).saturating_sub(now.0);
+        let seen = self.seen.load(Relaxed);
+        message::EndpointState {
+            failures: self.failures(),
+            silent: self.is_silent(),
+            drained: self.is_drained(),
+            failed_checks: self.failed_checks.load(Relaxed),
+            check_fails: self.check() == Checked::Fails,
+            check_passes: self.check() == Checked::Passes,
+            seen_for: (seen != 0).then(|| now.0.saturating_sub(seen)),
+            ejected_for: rest(&self.ejected_until),
+            probed_for: rest(&self.probed_until),
+            aside_for: self.was_set_aside().then(|| rest(&self.aside_until)),
+            ejections: self.ejections(),
+            failed: self.failed_tries(),
+        }
+    }
+
+    /// Takes over what the process before this one knew.
+    pub fn inherit(&self, known: &message::EndpointState, now: Millis) {
+        // No time of these is longer: a wrong one must not put an endpoint aside for years.
+        let until = |rest: u64| now.0 + rest.min(Self::LONGEST_EJECTION);
+        self.failures.store(known.failures, Relaxed);
+        self.silent.store(known.silent, Relaxed);
+        self.drained.store(known.drained, Relaxed);
+        self.failed_checks.store(known.failed_checks, Relaxed);
+        let checked = match (known.check_fails, known.check_passes) {
+            (true, _) => Checked::Fails,
+            (false, true) => Checked::Passes,
+            (false, false) => Checked::Not,
+        };
+        self.checked.store(checked as u8, Relaxed);
+        if let Some(age) = known.seen_for {
+            // This clock may have begun later than its slow start, which is then over.
+            let seen = now.0.saturating_sub(age).max(1);
+            self.seen.store(seen, Relaxed);
+        }
+        self.ejected_until.store(until(known.ejected_for), Relaxed);
+        self.probed_until.store(until(known.probed_for), Relaxed);
+        self.aside_until.store(known.aside_for.map_or(0, until), Relaxed);
+        self.ejections.fetch_add(known.ejections, Relaxed);
+        self.failed.fetch_add(known.failed, Relaxed);
+    }
+
     /// Counts a connection until the lease is dropped.
     pub fn lease(self: &Arc<Self>) -> Lease {
         self.active.fetch_add(1, Relaxed);
@@ -386,6 +433,18 @@ impl Rotation {
 
     pub fn endpoints(&self) -> &[Arc<EndpointState>] {
         &self.order
+    }
+
+    /// The endpoint whose turn it is, whatever is held against it.
+    pub fn turn(&self) -> Option<Endpoint> {
+        self.order.get(self.index(self.position.load(Relaxed))).map(|state| state.endpoint)
+    }
+
+    /// Makes it this endpoint's turn, if it is among these.
+    pub fn give_turn(&self, to: Endpoint) {
+        if let Some(turn) = self.order.iter().position(|state| state.endpoint == to) {
+            self.position.store(self.base.wrapping_add(turn as u64), Relaxed);
+        }
     }
 
     /// The endpoint that the next connection would get, if it came now: never one of `excluded`. Does not change the rotation.
@@ -507,6 +566,54 @@ mod tests {
     use super::*;
 
     const NOW: Millis = Millis(10_000);
+
+    /// Another process has another clock, and the same knowledge.
+    #[test]
+    fn what_is_known_of_an_endpoint_is_taken_over() {
+        let endpoint = Endpoint(([10, 0, 0, 1], 80).into());
+        let (before, after) = (EndpointState::new(endpoint), EndpointState::new(endpoint));
+        before.load(NOW);
+        assert!(before.failed(NOW, NOW).is_some());
+        before.drain(true);
+        before.set_aside(Millis(10_250));
+        let later = Millis(10_100);
+        let known = before.known(later);
+        let here = Millis(50);
+        after.inherit(&known, here);
+        assert_eq!(after.ejected_for(here), before.ejected_for(later));
+        assert_eq!((after.ejections(), after.failed_tries(), after.failures()), (1, 1, 1));
+        assert!(after.is_drained() && after.is_aside(Millis(199)) && !after.is_aside(Millis(200)));
+        assert!(!after.is_ejected(Millis(950)) && after.is_ejected(Millis(949)));
+        // What is not so is not taken over either.
+        let fresh = EndpointState::new(endpoint);
+        fresh.inherit(&EndpointState::new(endpoint).known(NOW), here);
+        assert!(fresh.is_trusted() && !fresh.is_drained() && !fresh.was_set_aside());
+        fresh
+            .inherit(&message::EndpointState { ejected_for: u64::MAX, failures: 1, ..known }, here);
+        let longest = Duration::from_millis(EndpointState::LONGEST_EJECTION);
+        assert_eq!(fresh.ejected_for(here), Some(longest));
+    }
+
+    #[test]
+    fn the_turn_is_taken_over() {
+        let states = |last: u8| {
+            let endpoint = |n| Endpoint(([10, 0, 0, n], 80).into());
+            (1..=last).map(move |n| Arc::new(EndpointState::new(endpoint(n))))
+        };
+        let before = Rotation::new(states(3));
+        for _ in 0..4 {
+            before.pick(Balance::RoundRobin, NOW, &[]).unwrap();
+        }
+        let turn = before.turn().unwrap();
+        let after = Rotation::new(states(2));
+        after.give_turn(turn);
+        assert_eq!(after.turn(), Some(turn));
+        let picked = after.pick(Balance::RoundRobin, NOW, &[]).map(|state| state.endpoint);
+        assert_eq!(picked, Some(turn));
+        after.give_turn(Endpoint(([10, 0, 0, 9], 80).into()));
+        assert_ne!(after.turn(), Some(turn), "one that is not there gets none");
+        assert_eq!(Rotation::new(states(0)).turn(), None);
+    }
 
     fn state(n: u16) -> Arc<EndpointState> {
         Arc::new(EndpointState::new(endpoint(n)))

@@ -183,6 +183,11 @@ impl Control {
         self.keeper = Some(keeper);
     }
 
+    /// Connections were captured before, by the process that this one takes over from. To be called before anybody has a table.
+    pub fn takes_over(&mut self) {
+        self.tables.send_replace(Arc::new(Table::of_successor()));
+    }
+
     /// Notified if this task should run again.
     pub fn bell(&self) -> Arc<Notify> {
         self.bell.clone()

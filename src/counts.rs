@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{model::Millis, outcome::Tally};
+use crate::{model::Millis, outcome::Tally, takeover::message};
 
 /// The counters of one route, one endpoint or one worker.
 #[derive(Debug, Default)]
@@ -46,6 +46,28 @@ impl ConnectionCounts {
         if down != 0 {
             self.bytes_down.fetch_add(down, Relaxed);
         }
+    }
+
+    /// All of it but the last error, for the process that takes over.
+    pub fn totals(&self) -> message::Counts {
+        let connect = self.connect.read();
+        message::Counts {
+            started: self.started.load(Relaxed),
+            ended: self.ended.totals(),
+            bytes: [self.bytes_up.load(Relaxed), self.bytes_down.load(Relaxed)],
+            connect: connect.buckets.to_vec(),
+            connect_micros: connect.micros,
+            retries: self.retries.load(Relaxed),
+        }
+    }
+
+    /// Adds what the process before this one counted.
+    pub fn add(&self, before: &message::Counts) {
+        self.started.fetch_add(before.started, Relaxed);
+        self.ended.add(&before.ended);
+        self.bytes(before.bytes[0], before.bytes[1]);
+        self.connect.add_all(&before.connect, before.connect_micros);
+        self.retries.fetch_add(before.retries, Relaxed);
     }
 
     /// Connections that started and have not ended.
@@ -99,11 +121,17 @@ impl Histogram {
 
     /// Adds what was counted elsewhere.
     pub fn add(&self, counted: &Distribution) {
-        for (bucket, more) in self.buckets.iter().zip(counted.buckets).filter(|(_, more)| *more > 0)
-        {
-            bucket.fetch_add(more, Relaxed);
+        self.add_all(&counted.buckets, counted.micros);
+    }
+
+    /// Adds what another process counted.
+    fn add_all(&self, buckets: &[u64], micros: u64) {
+        // One with other buckets had other bounds.
+        if buckets.len() == BUCKETS {
+            let pairs = self.buckets.iter().zip(buckets).filter(|(_, more)| **more > 0);
+            pairs.for_each(|(mine, more)| drop(mine.fetch_add(*more, Relaxed)));
+            self.micros.fetch_add(micros, Relaxed);
         }
-        self.micros.fetch_add(counted.micros, Relaxed);
     }
 
     pub fn read(&self) -> Distribution {
@@ -217,6 +245,26 @@ mod tests {
         sum.add(&of(&[40, 40]));
         assert_eq!(sum.since(&earlier), of(&[40, 40]));
         assert_eq!(earlier.since(&sum), Distribution::default(), "never below nothing");
+    }
+
+    #[test]
+    fn what_another_process_counted_is_added() {
+        let (before, after) = (ConnectionCounts::default(), ConnectionCounts::default());
+        for (n, counts) in [&before, &after].into_iter().enumerate() {
+            counts.start();
+            counts.ended.count(Outcome::ALL[n]);
+            counts.bytes(3, 4);
+            counts.connect.observe(Duration::from_millis(2));
+            counts.retry();
+        }
+        after.add(&before.totals());
+        let sum = after.totals();
+        assert_eq!((sum.started, sum.bytes, sum.retries), (2, [6, 8], 2));
+        assert_eq!((after.ended.sum(), after.connect.read().count()), (2, 2));
+        assert_eq!(sum.connect_micros, 4_000);
+        let unknown = [("vanished".to_owned(), 7)].into();
+        after.add(&message::Counts { ended: unknown, connect: vec![1], ..Default::default() });
+        assert_eq!(after.totals(), sum, "what this version does not know it does not count");
     }
 
     #[test]

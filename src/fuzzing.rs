@@ -15,14 +15,14 @@ use crate::{
     },
     docker::follow,
     provider::{bindings::bindings, docker::Listings},
-    registry, state,
+    registry, state, takeover,
 };
 
 /// Reads its input, and panics if that shows a bug.
 pub type Target = fn(&[u8]);
 
 /// Every target, by its name; `fuzz/seeds/<name>/` holds inputs to start from.
-pub const TARGETS: [(&str, Target); 13] = [
+pub const TARGETS: [(&str, Target); 14] = [
     ("descriptor", descriptor),
     ("variables", variables),
     ("command_line", command_line),
@@ -36,6 +36,7 @@ pub const TARGETS: [(&str, Target); 13] = [
     ("iptables", iptables::fuzz),
     ("input_chains", input::fuzz),
     ("netlink", netlink::fuzz),
+    ("takeover", takeover::message::fuzz),
 ];
 
 /// What is accepted means the same when it is written out and read again.

@@ -38,6 +38,8 @@ pub mod limits;
 pub mod memory;
 pub mod privileges;
 pub mod signals;
+mod unix_socket;
+pub mod takeover;
 pub mod outcome;
 pub mod counts;
 pub mod balance;

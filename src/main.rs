@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use embassy::{
-    app::{App, Stopping},
+    app::{App, Event, Stopping},
     cli,
     config::{Config, Instance},
     log, privileges,
@@ -87,21 +87,24 @@ async fn serve(config: Config) -> Result<()> {
         info!("embassy has stopped before it was started");
         return Ok(());
     };
-    let failure = loop {
+    let (stopping, failure) = loop {
         tokio::select! {
-            () = signals.stop.recv() => break None,
+            () = signals.stop.recv() => break (Stopping::Asked, None),
             _ = signals.hangup.recv() => {
                 info!("resync requested via SIGHUP");
                 app.resync();
             }
-            error = app.failed() => break Some(error),
+            event = app.event() => match event {
+                Event::Failed(error) => break (Stopping::Failed, Some(error)),
+                Event::Takeover(asker) => match app.hand_over(asker).await {
+                    Ok(true) => break (Stopping::HandedOver, None),
+                    Ok(false) => {}
+                    Err(error) => break (Stopping::Failed, Some(error)),
+                },
+            },
         }
     };
     info!("embassy is shutting down; a second signal stops it at once");
-    let stopping = match failure {
-        None => Stopping::Asked,
-        Some(_) => Stopping::Failed,
-    };
     app.stop(stopping, signals.stop.recv()).await?;
     info!("embassy has stopped");
     failure.map_or(Ok(()), Err)

@@ -1,8 +1,11 @@
 //! How a connection ended: the log field, the metric label and the API value are all this.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
 
-use crate::word::worded;
+use crate::word::{Word, worded};
 
 worded! {
     /// How a connection ended. Each accepted connection has exactly one outcome.
@@ -107,6 +110,22 @@ impl Tally {
     /// The sum over the outcomes that are errors.
     pub fn errors(&self) -> u64 {
         self.iter().filter(|(outcome, _)| outcome.is_error()).map(|(_, count)| count).sum()
+    }
+
+    /// Each outcome that occurred by its word, for the process that takes over.
+    pub fn totals(&self) -> BTreeMap<String, u64> {
+        self.iter().map(|(outcome, count)| (outcome.as_str().to_owned(), count)).collect()
+    }
+
+    /// Adds what the process before this one counted.
+    pub fn add(&self, before: &BTreeMap<String, u64>) {
+        for (word, more) in before {
+            if let Some(count) =
+                <Outcome as Word>::of(word).and_then(|one| self.0.get(one as usize))
+            {
+                count.fetch_add(*more, Relaxed);
+            }
+        }
     }
 
     /// Each outcome that occurred, with its number of connections.

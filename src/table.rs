@@ -26,6 +26,7 @@ mod build;
 mod changes;
 #[cfg(test)]
 mod equivalence;
+mod inherit;
 
 pub use changes::Changes;
 
@@ -63,7 +64,7 @@ pub struct Route {
     pub query: Arc<Query>,
     pub balance: Balance,
     /// Since when this owner has it: an older connection may be from the address's former owner. `None` for routes of the first
-    /// table, because nothing was captured before it.
+    /// table, if nothing was captured before it.
     pub born: Option<Instant>,
     /// What is counted of its connections, for as long as the route continues.
     pub counts: Arc<ConnectionCounts>,
@@ -184,6 +185,8 @@ pub struct Table {
     states: CowMap<(ServiceKey, Endpoint), EndpointInUse>,
     live: CowMap<ConsumerId, Arc<AtomicUsize>>,
     changes: Changes,
+    /// Whether connections were captured before the first table.
+    takes_over: bool,
     /// Route numbers that were given.
     numbers: u64,
     built_from: BuiltFrom,
@@ -221,6 +224,11 @@ struct EndpointInUse {
 type UnroutedKey = (ConsumerId, Arc<str>, u16, Option<RouteKey>);
 
 impl Table {
+    /// The empty table of a process that takes over from another one, which has captured connections before the next table.
+    pub fn of_successor() -> Self {
+        Self { takes_over: true, ..Self::default() }
+    }
+
     pub fn route(&self, key: &RouteKey) -> Option<&Arc<Route>> {
         self.routes.get(key)
     }
@@ -466,6 +474,53 @@ mod tests {
         let third = next(&second, &[b], &endpoints).unwrap();
         assert_eq!(born(&third), born(&second));
         assert!(next(&third, &[a], &endpoints).is_some_and(|table| born(&table) > born(&third)));
+    }
+
+    #[test]
+    fn a_first_table_is_young_where_connections_were_captured_before() {
+        let a = consumer("a", "172.17.0.2", &["redis;6379"]);
+        let first = next(&Table::of_successor(), std::slice::from_ref(&a), &answers(&[])).unwrap();
+        assert!(first.route(&key("172.17.0.2", 6379)).unwrap().born.is_some());
+    }
+
+    #[test]
+    fn counts_states_and_turns_are_inherited_by_the_same_routes_and_no_others() {
+        let endpoints = answers(&[("redis", &["10.0.0.1:1", "10.0.0.2:1"])]);
+        let consumers = [
+            consumer("a", "172.17.0.2", &["redis;6379", "redis;80"]),
+            consumer("b", "172.17.0.3", &["redis;6379"]),
+        ];
+        let before = next(&Table::default(), &consumers, &endpoints).unwrap();
+        let route = |table: &Table, source, port| table.route(&key(source, port)).unwrap().clone();
+        for one in before.routes() {
+            one.counts.start();
+        }
+        let upstream = route(&before, "172.17.0.2", 6379).upstream.clone();
+        let picked = upstream.rotation.pick(Balance::RoundRobin, Millis(5), &[]).unwrap();
+        picked.failed(Millis(5), Millis(5)).unwrap();
+        picked.counts.start();
+        let turn = upstream.rotation.turn();
+
+        // The second container has another run, and a binding has changed.
+        let mut later = consumers;
+        later[1].id =
+            ConsumerId::Container { id: ContainerId::new("id-of-b"), started_at: "t1".into() };
+        later[0].bindings[1].descriptor = "redis;80;lb=leastconn".parse().unwrap();
+        let after = next(&Table::of_successor(), &later, &endpoints).unwrap();
+        before
+            .figures(Millis(10), Instant::now())
+            .for_each(|figures| after.inherit(&figures, Millis(1)));
+        let started = |source, port| {
+            let route = route(&after, source, port);
+            route.counts.started.load(std::sync::atomic::Ordering::Relaxed)
+        };
+        assert_eq!(started("172.17.0.2", 6379), 1);
+        assert_eq!((started("172.17.0.2", 80), started("172.17.0.3", 6379)), (0, 0));
+        let upstream = &route(&after, "172.17.0.2", 6379).upstream;
+        assert_eq!(upstream.rotation.turn(), turn);
+        let state = after.state(&upstream.query, picked.endpoint).unwrap();
+        assert_eq!((state.opened(), state.failures(), state.ejections()), (1, 1, 1));
+        assert_eq!(state.ejected_for(Millis(1)), picked.ejected_for(Millis(10)));
     }
 
     #[test]

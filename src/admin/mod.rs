@@ -1,11 +1,20 @@
 //! The admin API, for people and programs. Most calls only read; the few that change something need access rights.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+    sync::Arc,
+};
 
 use axum::{Router, routing::get};
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinHandle};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::Semaphore,
+    task::JoinHandle,
+};
 
-use crate::config;
+use crate::{config, unix_socket};
 use access::Access;
 use context::Context;
 pub use context::{Constants, Feeds};
@@ -27,7 +36,6 @@ mod probes;
 mod ready;
 mod refusal;
 mod serve;
-mod socket;
 mod v1;
 mod view;
 
@@ -38,16 +46,63 @@ pub struct Admin {
     pub address: String,
     tasks: [JoinHandle<()>; 2],
     /// The socket's file, if it is a Unix socket.
-    _file: Option<socket::File>,
+    file: Option<unix_socket::File>,
+    /// A duplicate of the listening socket.
+    socket: OwnedFd,
+}
+
+/// A listening socket that nobody serves yet.
+#[derive(Debug)]
+pub struct Listening {
+    socket: OwnedFd,
+    listener: Listener,
+}
+
+#[derive(Debug)]
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf, unix_socket::File),
+}
+
+impl Listening {
+    /// Listens. `inherited`: by the socket of another process that listens at the same address.
+    pub fn open(at: &config::Admin, inherited: Option<OwnedFd>) -> io::Result<Self> {
+        match at {
+            config::Admin::Tcp(address) => {
+                let listener = match inherited {
+                    Some(socket) => std::net::TcpListener::from(socket),
+                    None => std::net::TcpListener::bind(address)?,
+                };
+                listener.set_nonblocking(true)?;
+                let listener = TcpListener::from_std(listener)?;
+                let socket = listener.as_fd().try_clone_to_owned()?;
+                Ok(Self { socket, listener: Listener::Tcp(listener) })
+            }
+            config::Admin::Unix(path) => {
+                let (listener, file) = match inherited {
+                    Some(socket) => {
+                        let listener = std::os::unix::net::UnixListener::from(socket);
+                        listener.set_nonblocking(true)?;
+                        let file = unix_socket::File::inherited(path);
+                        (UnixListener::from_std(listener)?, file)
+                    }
+                    None => unix_socket::listen(path)?,
+                };
+                let socket = listener.as_fd().try_clone_to_owned()?;
+                Ok(Self { socket, listener: Listener::Unix(listener, path.clone(), file) })
+            }
+        }
+    }
 }
 
 impl Admin {
-    /// Starts to listen. `token_file` has the token that changes over TCP need.
-    pub async fn start(
-        at: &config::Admin,
+    /// Starts to serve. `token_file` has the token that changes over TCP need.
+    pub fn start(
+        listening: Listening,
         token_file: Option<PathBuf>,
         feeds: Feeds,
     ) -> io::Result<Self> {
+        let Listening { socket, listener } = listening;
         let (history, sampling) = History::start(feeds.figures.clone());
         let context = |access: Access| Context {
             feeds,
@@ -57,22 +112,32 @@ impl Admin {
             scrapes: Arc::new(Semaphore::new(1)),
             readers: Arc::new(Semaphore::new(probes::READERS)),
         };
-        match at {
-            config::Admin::Tcp(address) => {
-                let listener = TcpListener::bind(address).await?;
+        match listener {
+            Listener::Tcp(listener) => {
                 let bound = listener.local_addr()?;
                 if bound.ip().is_unspecified() {
                     tracing::warn!(address = %bound, "the admin API is reachable from every network; bind it to 127.0.0.1 or to an address in a trusted network");
                 }
                 let tasks = [serving(listener, context(Access::tcp(bound, token_file))), sampling];
-                Ok(Self { address: format!("http://{bound}"), tasks, _file: None })
+                Ok(Self { address: format!("http://{bound}"), tasks, file: None, socket })
             }
-            config::Admin::Unix(path) => {
-                let (listener, file) = socket::listen(path)?;
+            Listener::Unix(listener, path, file) => {
                 let tasks = [serving(listener, context(Access::unix())), sampling];
                 let address = format!("unix://{}", path.display());
-                Ok(Self { address, tasks, _file: Some(file) })
+                Ok(Self { address, tasks, file: Some(file), socket })
             }
+        }
+    }
+
+    /// The listening socket, for another process.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Ends this API. Its listening socket is another process's.
+    pub fn leave(mut self) {
+        if let Some(file) = &mut self.file {
+            file.leave();
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Who writes our rules, behind one interface: whole or as changes, checked, and removed.
 
+use std::os::fd::{BorrowedFd, OwnedFd};
+
 use super::{
     CaptureError, Firewall,
     change::Change,
@@ -58,6 +60,26 @@ impl Backend {
             Self::Iptables(_) => Firewall::Iptables,
             #[cfg(test)]
             Self::Fake(_) => Firewall::Nft,
+        }
+    }
+
+    /// What to hand over to the process after this one, so that what the kernel removes with its owner stays.
+    pub(super) fn owner(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Nft(nft) => nft.owner(),
+            Self::Iptables(iptables) => iptables.owner(),
+            #[cfg(test)]
+            Self::Fake(_) => None,
+        }
+    }
+
+    /// Goes on with the rules of the process before this one, which had the same port: what it handed over.
+    pub fn adopt(&mut self, owner: OwnedFd, port: u16) -> Result<(), CaptureError> {
+        match self {
+            Self::Nft(nft) => nft.adopt(owner),
+            Self::Iptables(iptables) => iptables.adopt(owner, port),
+            #[cfg(test)]
+            Self::Fake(_) => Ok(()),
         }
     }
 

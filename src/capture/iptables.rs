@@ -4,6 +4,7 @@
 use std::{
     fmt::{self, Write},
     net::IpAddr,
+    os::fd::{BorrowedFd, OwnedFd},
 };
 
 use ipnet::IpNet;
@@ -96,6 +97,21 @@ impl Iptables {
     /// Where connections are counted and refused.
     fn counting(&mut self) -> Option<&mut Kernel> {
         self.kernel.as_mut().or(self.beside.as_mut())
+    }
+
+    /// What to hand over to the process after this one.
+    pub(super) fn owner(&self) -> Option<BorrowedFd<'_>> {
+        self.kernel.as_ref().or(self.beside.as_ref()).map(Kernel::owner)
+    }
+
+    /// Goes on with the counts of the process before this one, which had the same port.
+    pub(super) fn adopt(&mut self, owner: OwnedFd, port: u16) -> Result<(), CaptureError> {
+        if let Some(kernel) = self.counting()
+            && kernel.adopt(owner)?
+        {
+            self.counted = Some(port);
+        }
+        Ok(())
     }
 
     pub(super) fn stands(&self) -> bool {

@@ -7,7 +7,7 @@
 use std::{
     io,
     os::{
-        fd::OwnedFd,
+        fd::{AsFd, BorrowedFd, OwnedFd},
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixDatagram},
     },
@@ -25,7 +25,7 @@ use rustix::{
 #[derive(Debug)]
 pub struct Lock {
     /// `None`: this kernel has no packet log.
-    _held: Option<OwnedFd>,
+    held: Option<OwnedFd>,
 }
 
 /// The group. Any number that no program is known to use.
@@ -37,7 +37,7 @@ impl Lock {
     /// For tests that write no rules.
     #[cfg(test)]
     pub(super) fn of_nobody() -> Self {
-        Self { _held: None }
+        Self { held: None }
     }
 
     /// Whether an embassy captures here, one whose process cannot be seen included. Changes nothing. False without the right to
@@ -53,22 +53,32 @@ impl Lock {
             Ok(socket) => socket,
             // Not even the netlink of which the packet log is a part.
             Err(Errno::PROTONOSUPPORT | Errno::AFNOSUPPORT) => {
-                return Ok(Some(Self { _held: None }));
+                return Ok(Some(Self { held: None }));
             }
             Err(error) => return Err(error.into()),
         };
         match Group::ask(&socket, GROUP, Group::BIND)? {
-            Ok(()) => Ok(Some(Self { _held: Some(socket) })),
+            Ok(()) => Ok(Some(Self { held: Some(socket) })),
             Err(Errno::PERM) if Group::is_taken(&socket, GROUP)? => Ok(None),
             // No such subsystem.
             Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::PROTONOSUPPORT) => {
                 tracing::debug!(
                     "this kernel has no packet log, so embassy cannot see whether another one captures"
                 );
-                Ok(Some(Self { _held: None }))
+                Ok(Some(Self { held: None }))
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// The lock of the process before this one, which has handed its socket over.
+    pub fn inherited(socket: OwnedFd) -> Self {
+        Self { held: Some(socket) }
+    }
+
+    /// What to hand over to the process after this one.
+    pub(super) fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.held.as_ref().map(AsFd::as_fd)
     }
 
     /// Held by an embassy that needs a table of this name to the end of its connections. `None` where another holds it. The name
@@ -76,7 +86,7 @@ impl Lock {
     pub(super) fn of_table(name: &str) -> io::Result<Option<Self>> {
         let name = SocketAddr::from_abstract_name(format!("embassy/{name}"))?;
         match UnixDatagram::bind_addr(&name) {
-            Ok(socket) => Ok(Some(Self { _held: Some(socket.into()) })),
+            Ok(socket) => Ok(Some(Self { held: Some(socket.into()) })),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(None),
             Err(error) => Err(error),
         }
@@ -167,7 +177,7 @@ mod tests {
         let one = apart(move || {
             assert!(!Lock::is_held());
             let lock = Lock::take().unwrap().unwrap();
-            assert!(lock._held.is_some(), "this kernel has a packet log");
+            assert!(lock.held.is_some(), "this kernel has a packet log");
             assert!(Lock::is_held() && Lock::take().unwrap().is_none());
             is_taken.send(()).unwrap();
             others_done.recv().unwrap();

@@ -3,6 +3,7 @@
 
 use std::{
     fmt,
+    os::fd::BorrowedFd,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -19,6 +20,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     config::FirewallChoice, counts::Histogram, events::Events, readiness::Guard, table::Table,
+    takeover::message::ProcessFigures,
 };
 
 mod arrivals;
@@ -213,6 +215,28 @@ impl CaptureCounts {
         self.standing.subscribe()
     }
 
+    /// What was counted, for the process after this one.
+    pub fn totals(&self, figures: &mut ProcessFigures) {
+        figures.restored = self.restored.iter().map(|count| count.load(Relaxed)).collect();
+        let counts = self.turned_away.counts.iter();
+        figures.turned_away =
+            counts.map(|(sum, last)| (sum.load(Relaxed), last.load(Relaxed))).collect();
+        figures.write_failures = self.failed.load(Relaxed);
+    }
+
+    /// Adds what the process before this one counted.
+    pub fn inherit(&self, figures: &ProcessFigures) {
+        for (mine, theirs) in self.restored.iter().zip(&figures.restored) {
+            mine.fetch_add(*theirs, Relaxed);
+        }
+        // The kernel's counts may go on.
+        for (mine, (sum, last)) in self.turned_away.counts.iter().zip(&figures.turned_away) {
+            mine.0.fetch_add(*sum, Relaxed);
+            mine.1.store(*last, Relaxed);
+        }
+        self.failed.fetch_add(figures.write_failures, Relaxed);
+    }
+
     /// How often the rules were restored after this change.
     pub fn restored(&self, change: Change) -> u64 {
         self.restored.get(change as usize).map_or(0, |count| count.load(Relaxed))
@@ -227,6 +251,24 @@ pub struct Capture {
     /// What came of the task, where its end was noticed.
     ended: Option<Result<Backend, JoinError>>,
     lock: Lock,
+    follows: Follows,
+}
+
+/// What the rules follow.
+#[derive(Debug, Clone)]
+struct Follows {
+    settings: RuleSettings,
+    tables: watch::Receiver<Arc<Table>>,
+    counts: Arc<CaptureCounts>,
+    events: Events,
+}
+
+/// A capture whose rules stand and follow nothing, so that another process can go on with them.
+#[derive(Debug)]
+pub struct Suspended {
+    backend: Backend,
+    lock: Lock,
+    follows: Follows,
 }
 
 impl Capture {
@@ -241,10 +283,26 @@ impl Capture {
         ready: Guard,
         events: Events,
     ) -> Self {
+        let follows = Follows { settings, tables, counts, events };
+        Self::follow(lock, backend, follows, Some(ready))
+    }
+
+    fn follow(lock: Lock, backend: Backend, follows: Follows, ready: Option<Guard>) -> Self {
         let (stop, stopped) = oneshot::channel();
+        let Follows { settings, tables, counts, events } = follows.clone();
         let reconciler = Reconciler::new(backend, settings, counts, ready, events);
         let task = tokio::spawn(reconciler.run(tables, stopped));
-        Self { stop, task, ended: None, lock }
+        Self { stop, task, ended: None, lock, follows }
+    }
+
+    /// Leaves the rules as they are. An error if what kept them has failed.
+    pub async fn suspend(self) -> Result<Suspended, JoinError> {
+        let _ = self.stop.send(());
+        let backend = match self.ended {
+            Some(end) => end,
+            None => self.task.await,
+        };
+        Ok(Suspended { backend: backend?, lock: self.lock, follows: self.follows })
     }
 
     /// Waits for the end of what keeps the rules, which should go on.
@@ -267,6 +325,7 @@ impl Capture {
             Some(end) => end,
             None => self.task.await,
         };
+        self.follows.counts.stand(|standing| standing.in_place = false);
         let remains = match end {
             Ok(backend) => {
                 let firewall = backend.firewall();
@@ -287,6 +346,18 @@ impl Capture {
         };
         drop(self.lock);
         remains
+    }
+}
+
+impl Suspended {
+    /// What the process after this one needs so that the rules stay: the socket that owns them, and the lock's.
+    pub fn sockets(&self) -> (Option<BorrowedFd<'_>>, Option<BorrowedFd<'_>>) {
+        (self.backend.owner(), self.lock.socket())
+    }
+
+    /// Has the rules follow the tables again.
+    pub fn resume(self) -> Capture {
+        Capture::follow(self.lock, self.backend, self.follows, None)
     }
 }
 

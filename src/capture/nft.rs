@@ -4,6 +4,7 @@
 use std::{
     collections::HashSet,
     net::IpAddr,
+    os::fd::{BorrowedFd, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -88,6 +89,19 @@ impl Nft {
 
     pub(super) fn is_owned(&self) -> bool {
         self.owned
+    }
+
+    /// What to hand over to the process after this one, so that the table stays.
+    pub(super) fn owner(&self) -> Option<BorrowedFd<'_>> {
+        self.owned.then(|| self.socket.descriptor())
+    }
+
+    /// Goes on with the table of the process before this one. The rules that stand are replaced in one transaction.
+    pub(super) fn adopt(&mut self, owner: OwnedFd) -> Result<(), CaptureError> {
+        self.socket.adopt(owner);
+        self.seen = self.socket.generation()?;
+        self.others = true;
+        Ok(())
     }
 
     fn table(&self) -> Table<'static> {

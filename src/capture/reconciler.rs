@@ -108,7 +108,7 @@ impl Reconciler {
         backend: Backend,
         settings: RuleSettings,
         counts: Arc<CaptureCounts>,
-        ready: Guard,
+        ready: Option<Guard>,
         events: Events,
     ) -> Self {
         let mut new = Self {
@@ -122,7 +122,7 @@ impl Reconciler {
             damage: None,
             shadowed: BTreeSet::new(),
             failing: false,
-            ready: Some(ready),
+            ready,
             priority: PRIORITY,
             surroundings: Surroundings { may_have_changed: true, ..Surroundings::default() },
             guarding: Guarding::default(),
@@ -185,7 +185,6 @@ impl Reconciler {
                 self.learn(listings, took, &table).await;
             }
         }
-        self.counts.stand(|standing| standing.in_place = false);
         self.backend
     }
 

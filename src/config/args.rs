@@ -193,6 +193,11 @@ pub(crate) struct Args {
     #[arg(long, help_heading = TRAFFIC, value_name = "TIME")]
     pub(super) drain: Option<String>,
 
+    /// Take over from the embassy that runs in this network namespace with the same --port and --state-dir: listeners, rules,
+    /// counters and open connections; it then ends. Without a running one this is a usual start [default: false]
+    #[arg(long, help_heading = TRAFFIC, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(super) takeover: Option<String>,
+
     /// Maximum number of open connections, at least 1. Further ones are reset and counted [default: from the descriptor and
     /// memory limits]
     #[arg(long, help_heading = TRAFFIC, value_name = "NUMBER")]

@@ -45,6 +45,8 @@ pub struct Config {
     pub resync: Duration,
     /// How long the last endpoints outlive a valid empty answer. 0: not at all.
     pub empty_hold: Duration,
+    /// Whether to take over from the embassy that runs here, if there is one.
+    pub takeover: bool,
     /// Where the last table is kept. `None`: nowhere.
     pub state_dir: Option<PathBuf>,
     /// A kept table that is older is not used.

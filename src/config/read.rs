@@ -63,6 +63,7 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
             format_args!("{DURATION}, and at least 1s"),
         )?,
         empty_hold: flag("--empty-hold", args.empty_hold).or("30s").read(duration, DURATION)?,
+        takeover: switch("--takeover", args.takeover, "false")?,
         state_dir: flag("--state-dir", args.state_dir)
             .or("/var/lib/embassy")
             .read(unless_off(path), "the path of a folder, or off")?,

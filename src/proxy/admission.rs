@@ -45,7 +45,15 @@ impl Worker {
             while let Some(end) = self.shortage.get().filter(|end| *end > Instant::now()) {
                 self.pause_until(end).await;
             }
-            match listener.accept().await {
+            let accepted = tokio::select! {
+                biased;
+                () = self.frozen.begun() => {
+                    self.frozen.over().await;
+                    continue;
+                }
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
                 Ok((stream, peer)) => {
                     backoff.reset();
                     self.recognise(stream, peer, port);
@@ -99,7 +107,7 @@ impl Worker {
             && !settings.lookup.was_nobodys(&source)
         {
             let since = Since { doubts: settings.lookup.doubts(), route: None };
-            return self.hold_while(Waiting::Unknown, captured, |ticket| {
+            return self.hold_while(Waiting::Unknown, captured, socket, |ticket, socket| {
                 wait(ticket, socket, captured, since)
             });
         }
@@ -111,13 +119,14 @@ impl Worker {
         self: &Rc<Self>,
         waiting: Waiting,
         captured: Captured,
-        task: impl FnOnce(HeldTicket) -> T,
+        socket: Socket,
+        task: impl FnOnce(HeldTicket, Socket) -> T,
     ) {
         let Captured { source, destination, .. } = captured;
         match HoldPermit::of(&self.shared, waiting, source.0.ip()) {
             Some(permit) => {
-                let ticket = self.hold(captured, permit);
-                self.run(ticket.place(), task(ticket));
+                let ticket = self.hold(captured, socket.duplicate().ok(), permit);
+                self.run(ticket.place(), task(ticket, socket));
             }
             None => self.refuse(source, Some(destination), None, Outcome::TooManyHeld),
         }
@@ -170,15 +179,17 @@ impl Worker {
                 Sign::Unconfirmed => Waiting::Known,
             };
             let since = Since { doubts, route: Some(route) };
-            return self
-                .hold_while(waiting, captured, |ticket| wait(ticket, socket, captured, since));
+            return self.hold_while(waiting, captured, socket, |ticket, socket| {
+                wait(ticket, socket, captured, since)
+            });
         }
         match owner::doubt(&route, self.pause.get(), now) {
             None => {}
+            Some(_) if self.shared.is_inherited(&route) => {}
             // It may have waited until a moment ago to become known, and is served like those that do so here.
             Some(Doubt::New) if !owner::has_hung_up(&socket.stream) => {}
             Some(_) => {
-                return self.hold_while(Waiting::Known, captured, |ticket| {
+                return self.hold_while(Waiting::Known, captured, socket, |ticket, socket| {
                     identify(ticket, socket, captured, route, now)
                 });
             }
@@ -188,12 +199,20 @@ impl Worker {
         }
     }
 
+    /// Holds a connection that another process held: it may be older than the route that its address has now.
+    pub(super) fn hold_again(self: &Rc<Self>, socket: Socket, captured: Captured) {
+        let since = Since { doubts: self.settings().lookup.doubts(), route: None };
+        self.hold_while(Waiting::Unknown, captured, socket, |ticket, socket| {
+            wait(ticket, socket, captured, since)
+        });
+    }
+
     fn route_of(&self, captured: &Captured) -> Result<Arc<Route>, Outcome> {
         captured.route(&self.table.borrow(), &self.settings().destinations)
     }
 
     /// Gives a connection its task. It has its place already: the task may be aborted before it runs for the first time.
-    fn run(&self, place: Place, task: impl Future<Output = ()> + 'static) {
+    pub(super) fn run(&self, place: Place, task: impl Future<Output = ()> + 'static) {
         let task = spawn_local(task).abort_handle();
         self.connections.borrow_mut().set_task(place, task);
     }
@@ -636,8 +655,9 @@ mod tests {
         let (_client, socket, captured) = opened(false, dials_itself).await;
         let (source, port) = (captured.source.0.ip(), captured.destination.0.port());
         let since = Since { doubts: 0, route: None };
-        worker
-            .hold_while(Waiting::Unknown, captured, |ticket| wait(ticket, socket, captured, since));
+        worker.hold_while(Waiting::Unknown, captured, socket, |ticket, socket| {
+            wait(ticket, socket, captured, since)
+        });
         tokio::task::yield_now().await;
         assert_eq!(worker.shared.held(), 1);
         let known = [newcomer(source, port, is_shown)];

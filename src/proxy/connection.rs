@@ -2,6 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
+use tokio::net::TcpStream;
+
 use super::{
     connect::connect,
     relay::{Broken, Ended, Side, relay},
@@ -13,7 +15,7 @@ use crate::{balance::Lease, outcome::Outcome};
 /// Serves a connection until it ends or is parked.
 pub(super) async fn serve(ticket: Ticket, mut consumer: Socket) {
     // In a box that is given back before the relay begins: a future keeps the room of all that it ever awaits.
-    let connected = Box::pin(connect(&ticket, &consumer.stream)).await;
+    let connected = Box::pin(connect_or_stand_still(&ticket, &consumer)).await;
     match connected {
         Ok((stream, lease)) => {
             let mut endpoint = Socket::new(stream);
@@ -21,6 +23,24 @@ pub(super) async fn serve(ticket: Ticket, mut consumer: Socket) {
             end.take_effect(ticket, lease);
         }
         Err(outcome) => ticket.end(outcome),
+    }
+}
+
+/// Connects, from the start again after the worker stood still: another process may have got the consumer's socket meanwhile, and if
+/// not, nothing of the consumer was read.
+async fn connect_or_stand_still(
+    ticket: &Ticket,
+    consumer: &Socket,
+) -> Result<(TcpStream, Lease), Outcome> {
+    let frozen = &ticket.worker().frozen;
+    loop {
+        tokio::select! {
+            biased;
+            () = frozen.begun() => {}
+            connected = connect(ticket, &consumer.stream) => return connected,
+        }
+        frozen.lay_out(ticket.place(), consumer);
+        frozen.over().await;
     }
 }
 
@@ -70,6 +90,17 @@ async fn pass_on(ticket: &Ticket, consumer: &mut Socket, endpoint: &mut Socket) 
                 }
                 // It keeps its task.
                 Err(error) => tracing::debug!(%error, "cannot park connection"),
+            },
+            Ok(Ended::Suspended) => match (consumer.duplicate(), endpoint.duplicate()) {
+                (Ok(to_consumer), Ok(to_endpoint)) => {
+                    consumer.leave_to_duplicate();
+                    endpoint.leave_to_duplicate();
+                    return TaskEnd::Parked(to_consumer, to_endpoint);
+                }
+                // It keeps its task, and goes on here.
+                (Err(error), _) | (_, Err(error)) => {
+                    tracing::debug!(%error, "cannot suspend connection");
+                }
             },
             Ok(Ended::Finished) => {
                 consumer.finished = true;

@@ -36,6 +36,8 @@ pub(super) struct Connection {
     task: Option<AbortHandle>,
     /// Why its task was aborted.
     pub ending: Option<Outcome>,
+    /// Another process has it: its end here is no end.
+    pub handed_over: bool,
 }
 
 #[derive(Debug)]
@@ -52,6 +54,8 @@ pub(super) enum State {
 pub(super) struct Held {
     pub captured: Captured,
     pub accepted: Instant,
+    /// The same socket as its task has, for a process that takes over; `None` if that could not be had.
+    pub socket: Option<OwnedFd>,
     _permit: HoldPermit,
 }
 
@@ -71,8 +75,8 @@ pub(super) struct Live {
     pub requests: Requests,
 }
 
-/// A connection without a task. Nothing of it waits to be passed on, and neither side has finished. Dropping it resets
-/// both sides.
+/// A connection without a task. Nothing of it waits to be passed on, and neither side has finished, unless it stands still for a
+/// takeover. Dropping it resets both sides.
 #[derive(Debug)]
 pub(super) struct Parked {
     pub record: Record,
@@ -86,14 +90,14 @@ pub(super) struct Parked {
 const _: () = assert!(size_of::<Connection>() <= 240);
 
 impl Held {
-    pub(super) fn new(captured: Captured, permit: HoldPermit) -> Self {
-        Self { captured, accepted: Instant::now(), _permit: permit }
+    pub(super) fn new(captured: Captured, socket: Option<OwnedFd>, permit: HoldPermit) -> Self {
+        Self { captured, accepted: Instant::now(), socket, _permit: permit }
     }
 }
 
 impl Connection {
     fn new(id: Id, state: State) -> Self {
-        Self { id, state, deadline: None, task: None, ending: None }
+        Self { id, state, deadline: None, task: None, ending: None, handed_over: false }
     }
 
     /// What it did; `None` while it has no route.
@@ -175,6 +179,14 @@ impl Connections {
         }
     }
 
+    /// A place for a parked connection of another process.
+    pub(super) fn adopt(&mut self, parked: Parked) -> Place {
+        let route = parked.record.route.number;
+        let place = self.insert(State::Parked(parked));
+        self.route_lists.push_back(self.of_route.entry(route).or_default(), place);
+        place
+    }
+
     /// A parked connection goes on with a task, which is given by [`Connections::set_task`]. `None` if none is parked
     /// there.
     pub(super) fn resume(&mut self, place: Place) -> Option<(Parked, Rc<Live>)> {
@@ -211,6 +223,14 @@ impl Connections {
             task.abort();
         }
         None
+    }
+
+    /// Lets go of a connection that another process has. A parked one is taken out; the task of any other is aborted, and
+    /// [removes](Connections::remove) it when that takes effect.
+    pub(super) fn let_go(&mut self, place: Place) -> Option<Connection> {
+        self.all.get_mut(place.get())?.handed_over = true;
+        // That it is handed over says how it ends.
+        self.end(place, Outcome::Shutdown)
     }
 
     /// Takes a connection out.

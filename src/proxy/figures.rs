@@ -61,6 +61,11 @@ impl Figures {
         self.shared.settings.memory_short.get()
     }
 
+    /// Takeovers from one process to the next since these counts began.
+    pub fn takeovers(&self) -> u64 {
+        self.shared.takeovers.load(Relaxed)
+    }
+
     /// Connections that ended so, since the start.
     pub fn ended(&self, outcome: Outcome) -> u64 {
         self.shared.tally.get(outcome)

@@ -29,13 +29,14 @@ impl Worker {
     pub(super) async fn park_idle(self: Rc<Self>) {
         loop {
             tokio::time::sleep(LOOK).await;
+            self.frozen.over().await;
             if self.parked_since_trim.get() >= MANY {
                 self.parked_since_trim.set(0);
                 // It takes milliseconds, which a worker's connections should not wait. There is nothing to wait for.
                 drop(spawn_blocking(give_memory_back));
             }
             self.connections.borrow_mut().begin_round();
-            while self.look() {
+            while !self.frozen.is() && self.look() {
                 yield_now().await;
             }
         }
@@ -69,7 +70,10 @@ impl Worker {
     /// Gives the parked connections to which something happened a task again, as they wake.
     pub(super) async fn resume_woken(self: Rc<Self>) {
         loop {
+            self.frozen.over().await;
             match self.idle_set.woken().await {
+                // The set tells of them again.
+                Ok(_) if self.frozen.is() => {}
                 Ok(all) => all.into_iter().for_each(|place| self.resume(place)),
                 Err(error) => {
                     tracing::warn!(%error, "cannot watch parked connections; retrying");
@@ -79,11 +83,14 @@ impl Worker {
         }
     }
 
-    fn resume(self: &Rc<Self>, place: Place) {
+    pub(super) fn resume(self: &Rc<Self>, place: Place) {
         // Where both of its sockets had something to tell, the second finds it running.
         let Some((parked, live)) = self.connections.borrow_mut().resume(place) else { return };
         let Parked { lease, consumer, endpoint, .. } = parked;
         self.idle_set.remove([&consumer, &endpoint]);
+        if let Some(held) = self.frozen.suspended.borrow_mut().remove(&place) {
+            live.requests.resume(held);
+        }
         let ticket = Ticket::resumed(self, place, live);
         match Socket::resumed(consumer).and_then(|one| Ok((one, Socket::resumed(endpoint)?))) {
             Ok((consumer, endpoint)) => {

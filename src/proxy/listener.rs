@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
@@ -41,6 +42,27 @@ pub(super) fn open(
         sets.push(set);
     }
     Ok(sets)
+}
+
+/// The listeners of another process, for so many workers. That process may have had fewer or more.
+pub(super) fn inherited(
+    sets: Vec<Vec<OwnedFd>>,
+    workers: usize,
+    user_timeout: Duration,
+) -> io::Result<Vec<Vec<std::net::TcpListener>>> {
+    let mut mine: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
+    for (n, set) in sets.into_iter().enumerate() {
+        let Some(of_worker) = mine.get_mut(n % workers) else { continue };
+        for listener in set {
+            let listener = std::net::TcpListener::from(listener);
+            Patience::with_consumers(user_timeout).apply(&SockRef::from(&listener))?;
+            of_worker.push(listener);
+        }
+    }
+    if mine.iter().all(Vec::is_empty) {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "the other process has no listener"));
+    }
+    Ok(mine)
 }
 
 fn listen(address: SocketAddr, user_timeout: Duration) -> io::Result<std::net::TcpListener> {

@@ -4,6 +4,7 @@
 use std::{
     io,
     net::SocketAddr,
+    os::fd::OwnedFd,
     sync::{Arc, atomic::Ordering::Relaxed, mpsc},
     thread::JoinHandle,
 };
@@ -24,6 +25,8 @@ mod connection_log;
 mod connections;
 mod failed_checks;
 mod figures;
+mod frozen;
+mod handover;
 mod idle;
 mod idle_set;
 mod listener;
@@ -39,6 +42,7 @@ mod socket;
 #[cfg(test)]
 mod standstill;
 mod sweep;
+mod takeover;
 #[cfg(test)]
 pub(crate) mod testing;
 mod worker;
@@ -53,6 +57,7 @@ use run::Phase;
 pub use settings::ProxySettings;
 use shared::Shared;
 pub(crate) use socket::{Lack, probe};
+pub use takeover::{HandedOver, TakeoverError};
 
 /// The running data path.
 #[derive(Debug)]
@@ -81,7 +86,29 @@ impl Proxy {
             settings.workers.max(1),
             settings.user_timeout,
         )?;
-        let addresses = match sets.first() {
+        Self::with(settings, tables, sets, false)
+    }
+
+    /// Starts the workers with the listeners of another process. They stand still until [`Proxy::go_on`].
+    pub fn continuing(
+        settings: ProxySettings,
+        tables: &watch::Receiver<Arc<Table>>,
+        sets: Vec<Vec<OwnedFd>>,
+    ) -> io::Result<Self> {
+        let sets = listener::inherited(sets, settings.workers.max(1), settings.user_timeout)?;
+        let proxy = Self::with(settings, tables, sets, true)?;
+        // Until this process commits.
+        proxy.shared.handed_over.store(true, Relaxed);
+        Ok(proxy)
+    }
+
+    fn with(
+        settings: ProxySettings,
+        tables: &watch::Receiver<Arc<Table>>,
+        sets: Vec<Vec<std::net::TcpListener>>,
+        begins_frozen: bool,
+    ) -> io::Result<Self> {
+        let addresses = match sets.iter().find(|set| !set.is_empty()) {
             Some(set) => {
                 set.iter().map(|listener| listener.local_addr()).collect::<io::Result<_>>()?
             }
@@ -110,7 +137,8 @@ impl Proxy {
                 // The receiver waits for this.
                 let _ = started.send(result);
                 runtime.map_or(Ok(()), |rt| {
-                    rt.block_on(run::run(shared, n, listeners, tables, phases, asks, open))
+                    let lives = (shared, n, begins_frozen);
+                    rt.block_on(run::run(lives, listeners, tables, phases, asks, open))
                 })
             };
             proxy

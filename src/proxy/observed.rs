@@ -1,6 +1,6 @@
 //! A worker's answers about its live connections: by message, so that it shares no lock with the reader.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{net::SocketAddr, os::fd::OwnedFd, rc::Rc, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, oneshot},
@@ -9,6 +9,7 @@ use tokio::{
 
 use super::{
     connections::{Connection, Held, Parked, Running, State},
+    handover::{Exported, Inherited},
     lists::Place,
     worker::Worker,
 };
@@ -25,6 +26,18 @@ pub(super) enum Ask {
     Bytes(oneshot::Sender<()>),
     /// For its live connections.
     Connections(oneshot::Sender<Vec<LiveConnection>>),
+    /// For duplicates of its listeners.
+    Listeners(oneshot::Sender<Vec<OwnedFd>>),
+    /// To stand still.
+    Freeze(oneshot::Sender<()>),
+    /// To go on.
+    Thaw(oneshot::Sender<()>),
+    /// For some of the connections of a worker that stands still, from this place on, and where the next ones begin.
+    Export(usize, oneshot::Sender<(Vec<Exported>, Option<usize>)>),
+    /// To let go of connections that another process has.
+    LetGo(Vec<Place>, oneshot::Sender<()>),
+    /// To take connections of another process, while standing still. Which of them it took.
+    Adopt(Vec<Inherited>, oneshot::Sender<Vec<bool>>),
 }
 
 /// A connection that was accepted, and has not ended.
@@ -113,6 +126,29 @@ impl Worker {
                     let mut live = Vec::new();
                     self.visit(|one| live.push(LiveConnection::of(self.n, one))).await;
                     let _ = answer.send(live);
+                }
+                Ask::Listeners(answer) => {
+                    let _ = answer.send(self.duplicate_listeners());
+                }
+                // Of these the requester waits for the answer, and an end of it ends the process.
+                Ask::Freeze(answer) => {
+                    self.freeze().await;
+                    let _ = answer.send(());
+                }
+                Ask::Thaw(answer) => {
+                    self.thaw();
+                    let _ = answer.send(());
+                }
+                Ask::Export(from, answer) => {
+                    let _ = answer.send(self.export(from));
+                }
+                Ask::LetGo(places, answer) => {
+                    self.let_go_of(places).await;
+                    let _ = answer.send(());
+                }
+                Ask::Adopt(connections, answer) => {
+                    let taken = connections.into_iter().map(|one| self.adopt(one)).collect();
+                    let _ = answer.send(taken);
                 }
             }
         }

@@ -29,7 +29,10 @@ use crate::{
 
 /// How long a connection may lie in the kernel's queue without that a lack of something, known to us, kept it there: an
 /// overloaded or halted machine.
-const DELAY: Duration = Duration::from_secs(5);
+pub(super) const DELAY: Duration = Duration::from_secs(5);
+
+/// How often sockets are looked for until all are found.
+const LOOKS: usize = 3;
 
 /// A time in which no connection was accepted.
 #[derive(Debug, Clone, Copy)]
@@ -156,7 +159,14 @@ fn owned(runs: &[RunEnd], mut sockets: HashSet<Pair>) -> HashSet<Pair> {
     // All of them share one network: the last is the one whose it is.
     let found = seen.next().and_then(|owner| {
         process::look(owner, |pid| {
-            let found = sockets_of(pid, &mut sockets);
+            // The kernel lists its sockets page by page, and passes over one whose neighbours come and go meanwhile.
+            let mut found = HashSet::new();
+            for _ in 0..LOOKS {
+                found.extend(sockets_of(pid, &mut sockets));
+                if sockets.is_empty() {
+                    break;
+                }
+            }
             // The others are asked before the owner is asked again.
             seen.all(|run| process::look(run, |_| ()).is_some()).then_some(found)
         })?

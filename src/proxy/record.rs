@@ -39,7 +39,8 @@ pub(super) struct Record {
     pub local: Cell<Option<Local>>,
     pub tries: Cell<u8>,
     pub moved: Moved,
-    counted: Moved,
+    /// Of those, the bytes that were added to the counters.
+    pub counted: Moved,
 }
 
 impl Record {

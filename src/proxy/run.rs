@@ -1,6 +1,11 @@
 //! The life of a worker's thread.
 
-use std::{io, net::TcpListener, rc::Rc, sync::Arc};
+use std::{
+    io,
+    net::TcpListener,
+    rc::Rc,
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
 
 use tokio::{
     sync::{mpsc, watch},
@@ -22,11 +27,10 @@ pub(super) enum Phase {
     Ended,
 }
 
-/// Runs a worker until it gets the order to end and its connections are gone. It lets go of `older` when the connections have
+/// Runs a worker, by its number and whether it stands still at first, until it gets the order to end and its connections are gone. It lets go of `older` when the connections have
 /// ended that were open at the order to leave.
 pub(super) async fn run(
-    shared: Arc<Shared>,
-    n: usize,
+    (shared, n, begins_frozen): (Arc<Shared>, usize, bool),
     listeners: Vec<TcpListener>,
     mut tables: watch::Receiver<Arc<Table>>,
     mut phase: watch::Receiver<Phase>,
@@ -34,8 +38,12 @@ pub(super) async fn run(
     older: mpsc::Sender<()>,
 ) -> io::Result<()> {
     let worker = Worker::new(shared, n, tables.borrow_and_update().clone())?;
+    if begins_frozen {
+        worker.frozen.begin();
+    }
     let listeners = listeners.into_iter().map(|listener| adopt(listener).map(Rc::new));
     let listeners = listeners.collect::<io::Result<Vec<_>>>()?;
+    worker.listeners.replace(listeners.iter().map(Rc::downgrade).collect());
     let mut accepting = JoinSet::new();
     for listener in &listeners {
         accepting.spawn_local(worker.clone().accept(listener.clone()));
@@ -54,7 +62,10 @@ pub(super) async fn run(
         _ = others.join_next() => break_off(&worker),
     }
     drop(accepting);
-    listeners.iter().for_each(|listener| worker.accept_queued(listener));
+    // What waits in the queues is the process's that has the listeners now.
+    if !worker.shared.handed_over.load(Relaxed) {
+        listeners.iter().for_each(|listener| worker.accept_queued(listener));
+    }
     drop(listeners);
     tokio::select! {
         () = worker.all_ended() => {}

@@ -1,11 +1,11 @@
 //! State that the workers share: counters and limits.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, HashSet, hash_map::Entry},
     net::IpAddr,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Instant,
 };
@@ -18,7 +18,7 @@ use crate::{
     limits::FEW,
     model::Millis,
     outcome::{Outcome, Tally},
-    table::Route,
+    table::{Route, RouteNumber},
 };
 
 /// What the workers share.
@@ -39,6 +39,12 @@ pub(super) struct Shared {
     pub start: Instant,
     /// Notified when a worker, or a part of one, has ended.
     pub broken: Notify,
+    /// Takeovers that these counts have seen.
+    pub takeovers: AtomicU64,
+    /// Routes whose owners had them in the process before this one: connections that were captured before this table are theirs.
+    pub inherited: RwLock<HashSet<RouteNumber>>,
+    /// Whether the listeners are another process's.
+    pub handed_over: AtomicBool,
 }
 
 impl Shared {
@@ -54,6 +60,9 @@ impl Shared {
             holds_of_known: Mutex::default(),
             start: Instant::now(),
             broken: Notify::new(),
+            takeovers: AtomicU64::new(0),
+            inherited: RwLock::default(),
+            handed_over: AtomicBool::new(false),
         }
     }
 
@@ -107,6 +116,11 @@ impl Shared {
     /// How many connections wait.
     pub(super) fn held(&self) -> usize {
         self.holds(Waiting::Unknown).held + self.holds(Waiting::Known).held
+    }
+
+    /// Whether the owner of a route had it in the process before this one. It is asked only while there is a doubt.
+    pub(super) fn is_inherited(&self, route: &Route) -> bool {
+        self.inherited.read().unwrap_or_else(PoisonError::into_inner).contains(&route.number)
     }
 
     pub(super) fn count_out(&self, route: &Route) {

@@ -1,6 +1,7 @@
 //! Sockets of both sides: how they are set up and closed, and what it says when a call on one fails.
 
 use std::{
+    cell::Cell,
     io,
     os::fd::{AsFd, OwnedFd},
     time::Duration,
@@ -179,9 +180,32 @@ impl Socket {
     }
 }
 
+thread_local! {
+    /// Whether the sockets that are dropped belong to another process.
+    static HANDED_OVER: Cell<bool> = const { Cell::new(false) };
+}
+
+/// While it lives, sockets that this thread drops are left as they are: another process has them, and an option of a socket is
+/// of all who have it.
+#[derive(Debug)]
+pub(super) struct HandedOver(());
+
+impl HandedOver {
+    pub(super) fn begin() -> Self {
+        HANDED_OVER.set(true);
+        Self(())
+    }
+}
+
+impl Drop for HandedOver {
+    fn drop(&mut self) {
+        HANDED_OVER.set(false);
+    }
+}
+
 impl Drop for Socket {
     fn drop(&mut self) {
-        if !self.finished {
+        if !self.finished && !HANDED_OVER.get() {
             reset_on_close(&self.stream);
         }
     }

@@ -61,6 +61,11 @@ impl Worker {
         let mut sweep = Sweep::default();
         let mut failed_checks = self.settings().failed_checks.listen();
         loop {
+            if self.frozen.is() {
+                self.frozen.over().await;
+                // Others may have come meanwhile, by another process's table.
+                self.note_all(&mut sweep);
+            }
             // Its sender is one of our own settings.
             if failed_checks.has_changed().unwrap_or(false) {
                 failed_checks.mark_unchanged();

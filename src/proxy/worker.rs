@@ -6,13 +6,14 @@ use std::{
     collections::HashMap,
     io,
     net::{IpAddr, SocketAddr},
-    os::fd::OwnedFd,
-    rc::Rc,
+    os::fd::{AsFd, OwnedFd},
+    rc::{Rc, Weak},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use tokio::{
+    net::TcpListener,
     sync::Notify,
     time::{sleep_until, timeout_at},
 };
@@ -21,6 +22,7 @@ use super::{
     captured::Captured,
     connection_log,
     connections::{Connection, Connections, Held, Live, Parked, State},
+    frozen::Frozen,
     idle_set::IdleSet,
     lists::Place,
     owner::{Looks, Pause},
@@ -62,6 +64,10 @@ pub(super) struct Worker {
     pub(super) checked: RefCell<HashMap<IpAddr, u64>>,
     /// Asks the kernel whose connections are.
     pub(super) looks: Rc<Looks>,
+    /// Whether it stands still, for a takeover.
+    pub(super) frozen: Frozen,
+    /// While it accepts from them.
+    pub(super) listeners: RefCell<Vec<Weak<TcpListener>>>,
 }
 
 impl Worker {
@@ -83,6 +89,8 @@ impl Worker {
             pause: Cell::default(),
             checked: RefCell::default(),
             looks: Rc::default(),
+            frozen: Frozen::default(),
+            listeners: RefCell::default(),
         }))
     }
 
@@ -122,8 +130,13 @@ impl Worker {
     }
 
     /// A place for a connection that waits until its owner is known.
-    pub(super) fn hold(self: &Rc<Self>, captured: Captured, permit: HoldPermit) -> HeldTicket {
-        let place = self.connections.borrow_mut().hold(Held::new(captured, permit));
+    pub(super) fn hold(
+        self: &Rc<Self>,
+        captured: Captured,
+        socket: Option<OwnedFd>,
+        permit: HoldPermit,
+    ) -> HeldTicket {
+        let place = self.connections.borrow_mut().hold(Held::new(captured, socket, permit));
         HeldTicket(Claim::new(self, place))
     }
 
@@ -205,8 +218,25 @@ impl Worker {
         }
     }
 
+    /// Lets go of a connection that another process has.
+    pub(super) fn let_go(&self, place: Place) {
+        let parked = self.connections.borrow_mut().let_go(place);
+        if let Some(connection) = parked {
+            if let State::Parked(Parked { consumer, endpoint, .. }) = &connection.state {
+                self.idle_set.remove([consumer, endpoint]);
+            }
+            self.account(&connection, Outcome::Shutdown);
+        }
+    }
+
     /// Counts and logs a connection that has ended, and has no place any more.
     fn account(&self, connection: &Connection, outcome: Outcome) {
+        if connection.handed_over {
+            if let Some(record) = connection.record() {
+                self.shared.count_out(&record.route);
+            }
+            return self.ring();
+        }
         let outcome = connection.ending.unwrap_or(outcome);
         match &connection.state {
             State::Held(Held { captured: Captured { source, destination, .. }, .. }) => {
@@ -245,6 +275,13 @@ impl Worker {
     /// What this worker counts for itself.
     fn counts(&self) -> Option<&ConnectionCounts> {
         self.shared.counts.get(self.n).map(|counts| &counts.0)
+    }
+
+    /// Its listeners, for another process.
+    pub(super) fn duplicate_listeners(&self) -> Vec<OwnedFd> {
+        let listeners = self.listeners.borrow();
+        let all = listeners.iter().filter_map(Weak::upgrade);
+        all.filter_map(|listener| listener.as_fd().try_clone_to_owned().ok()).collect()
     }
 
     /// Adds what a connection moved since the last time.
@@ -404,6 +441,9 @@ impl Ticket {
     pub(super) fn park(mut self, (consumer, endpoint): (OwnedFd, OwnedFd), lease: Lease) {
         self.claim.is_ours = false;
         let worker = self.worker();
+        if let Some(held) = self.requests().take_suspended() {
+            worker.frozen.suspended.borrow_mut().insert(self.place(), held);
+        }
         worker.parked_since_trim.update(|count| count + 1);
         worker.connections.borrow_mut().park(self.place(), lease, consumer, endpoint);
     }

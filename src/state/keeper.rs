@@ -73,6 +73,11 @@ impl Keeper {
         self.snapshots.clone()
     }
 
+    /// Ends at once: another process keeps the table from now on.
+    pub fn abandon(self) {
+        self.task.abort();
+    }
+
     /// Writes what is not written yet, and ends. Every other sender must be gone.
     pub async fn stop(self) {
         drop(self.snapshots);

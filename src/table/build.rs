@@ -39,6 +39,7 @@ pub(super) fn next(
         states: prev.states.clone(),
         live: prev.live.clone(),
         changes: Changes::default(),
+        takes_over: prev.takes_over,
         numbers: prev.numbers,
         built_from: prev.built_from.clone(),
     };
@@ -302,7 +303,10 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
             live_of_consumer,
             born: match &before {
                 Some(before) => before.born,
-                None => (self.prev.version > 0).then_some(self.inputs.now),
+                None => {
+                    let is_first = self.prev.version == 0 && !self.prev.takes_over;
+                    (!is_first).then_some(self.inputs.now)
+                }
             },
             ends: consumer.ends.clone(),
         };

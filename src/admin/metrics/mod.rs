@@ -76,6 +76,11 @@ impl Collector for Metrics {
         traffic::endpoints(&mut out, &table, self.figures.now())?;
         self.sources(&mut out)?;
         out.counter(
+            "takeovers",
+            "Times a new embassy took over from the running one without losing connections; counters continue",
+            self.figures.takeovers(),
+        )?;
+        out.counter(
             "state_written",
             "Times the table was saved to disk",
             self.state.written.load(Relaxed),

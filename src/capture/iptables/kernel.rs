@@ -2,7 +2,11 @@
 //! does not know, which the `nft` program added, is shown by `iptables-save` as if it were empty. Nothing is hidden here, no
 //! program is started, and the sets of others are not read.
 
-use std::{collections::HashMap, fmt::Write};
+use std::{
+    collections::HashMap,
+    fmt::Write,
+    os::fd::{BorrowedFd, OwnedFd},
+};
 
 use rustix::io::Errno;
 
@@ -40,6 +44,19 @@ impl Kernel {
         let mut socket = Socket::open()?;
         let seen = socket.generation()?;
         Ok(Self { socket, seen, written: HashMap::new() })
+    }
+
+    /// What to hand over to the process after this one, so that the table of the counts stays.
+    pub(super) fn owner(&self) -> BorrowedFd<'_> {
+        self.socket.descriptor()
+    }
+
+    /// Goes on with the socket of the process before this one. Whether it has a table of counts.
+    pub(super) fn adopt(&mut self, owner: OwnedFd) -> Result<bool, NetlinkError> {
+        self.socket.adopt(owner);
+        self.seen = self.socket.generation()?;
+        let tables = netlink::tables(&mut self.socket)?;
+        Ok(tables.iter().any(|table| table.name == COUNTS.name))
     }
 
     /// Whether anybody changed anything since the last call.

@@ -3,7 +3,10 @@
 //!
 //! The kernel works while we send, so that every call is short and its answer is there when it returns: nothing waits.
 
-use std::{io, os::fd::OwnedFd};
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
 use rustix::{
     io::Errno,
@@ -100,6 +103,16 @@ impl Socket {
         let _ = sockopt::set_socket_send_buffer_size_force(&socket, KERNEL_BUFFER);
         let _ = sockopt::set_socket_recv_buffer_size_force(&socket, KERNEL_BUFFER);
         Ok(Self { socket, buffer: vec![0; READ].into() })
+    }
+
+    /// The descriptor, which makes who has it an owner of its tables too.
+    pub(in crate::capture) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Goes on with the socket of another process, which does not use it any more.
+    pub(in crate::capture) fn adopt(&mut self, socket: OwnedFd) {
+        self.socket = socket;
     }
 
     /// As where the right to have large buffers is missing.

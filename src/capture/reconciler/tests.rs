@@ -70,7 +70,7 @@ fn reconciler() -> (Reconciler, Arc<Mutex<State>>) {
 
 fn reconciler_of(backend: Backend) -> Reconciler {
     let ready = Readiness::default().wait_for(Part::Capture);
-    Reconciler::new(backend, fake::settings(), Arc::default(), ready, Events::default())
+    Reconciler::new(backend, fake::settings(), Arc::default(), Some(ready), Events::default())
 }
 
 /// The keys that are captured.

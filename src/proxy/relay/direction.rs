@@ -63,6 +63,19 @@ enum Unwritten {
     },
 }
 
+/// A direction that stands still: what another one needs to go on with it, in this process or in the one that takes over.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(in crate::proxy) struct Suspended {
+    /// Bytes that were read and not written yet.
+    pub bytes: Vec<u8>,
+    /// The end was read.
+    pub finished: bool,
+    /// The end was passed on.
+    pub told: bool,
+    /// The last bytes may be the goodbye of a program that speaks TLS.
+    pub goodbye: bool,
+}
+
 /// What was read last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Reads {
@@ -94,6 +107,45 @@ impl<'a> Direction<'a> {
             finished_reading: false,
             told: false,
             may_wait: true,
+        }
+    }
+
+    /// Goes on where another direction was suspended.
+    pub(super) fn resume(&mut self, suspended: Suspended) {
+        let Suspended { bytes, finished, told, goodbye } = suspended;
+        if !bytes.is_empty() {
+            self.unwritten = Unwritten::Bytes { bytes: bytes.into(), written: 0 };
+        }
+        (self.finished_reading, self.told) = (finished, told);
+        if goodbye {
+            self.reads = Reads::Goodbye;
+        }
+    }
+
+    /// Stands still. What was read and not written yet goes along; what was queued is sent before, as far as the other side takes it.
+    pub(super) fn suspend(&mut self) -> Suspended {
+        self.buffers.send_now();
+        let bytes = match std::mem::replace(&mut self.unwritten, Unwritten::Nothing) {
+            Unwritten::Nothing => Vec::new(),
+            Unwritten::Queued(number) => {
+                // That it could not be sent shows again when it is tried again.
+                let unsent = self.buffers.batch.borrow_mut().take_unsent(number);
+                let bytes = unsent.map(|unsent| unsent.bytes.into_vec()).unwrap_or_default();
+                self.moved.set(self.moved.get().saturating_sub(bytes.len() as u64));
+                bytes
+            }
+            Unwritten::Bytes { bytes, written } => bytes.get(written..).unwrap_or_default().into(),
+            Unwritten::Piped { pipe, bytes } => {
+                let content = pipe.drain(bytes);
+                self.buffers.pipes.borrow_mut().give_back(pipe);
+                content
+            }
+        };
+        Suspended {
+            bytes,
+            finished: self.finished_reading,
+            told: self.told,
+            goodbye: self.has_said_goodbye(),
         }
     }
 

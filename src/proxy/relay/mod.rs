@@ -20,6 +20,7 @@ mod tests;
 
 pub(super) use buffers::RelayBuffers;
 use direction::Direction;
+pub(super) use direction::Suspended;
 pub(super) use end::{Broken, Side};
 use end::{End, broken, has_sent_end};
 pub(super) use pipe::PIPES;
@@ -47,6 +48,8 @@ pub(super) enum Ended {
     Finished,
     /// It was asked to stop while idle: neither side has finished, and all bytes that were read are written.
     Idle,
+    /// It was asked to stand still. What it held is in its [`Requests`].
+    Suspended,
 }
 
 /// A request to a relay that has run for a while.
@@ -56,6 +59,8 @@ pub(super) enum Request {
     Watch,
     /// Stop if idle, so that the connection can be parked.
     Park,
+    /// Stop at once, so that another relay can go on.
+    Suspend,
 }
 
 /// Passes requests to a running relay.
@@ -65,6 +70,8 @@ pub(super) struct Requests {
     task: RefCell<Option<Waker>>,
     /// The timeouts of the endpoint's socket, until they are set.
     patience: Cell<Option<Patience>>,
+    /// What a relay held that stands still, up and down.
+    suspended: RefCell<Option<Box<[Suspended; 2]>>>,
 }
 
 impl Requests {
@@ -74,6 +81,16 @@ impl Requests {
             self.asked.set(Some(request));
             task.wake();
         }
+    }
+
+    /// Has the next relay go on with what another one held.
+    pub(super) fn resume(&self, suspended: Box<[Suspended; 2]>) {
+        self.suspended.replace(Some(suspended));
+    }
+
+    /// What the relay held that was suspended.
+    pub(super) fn take_suspended(&self) -> Option<Box<[Suspended; 2]>> {
+        self.suspended.take()
     }
 
     /// Sets the timeouts that [`Request::Watch`] applies to the endpoint's socket.
@@ -92,7 +109,7 @@ impl Requests {
     /// memory of a task that has ended.
     fn next(&self, cx: &Context<'_>) -> Option<Request> {
         let asked = self.asked.take();
-        if asked != Some(Request::Park) {
+        if !matches!(asked, Some(Request::Park | Request::Suspend)) {
             self.task.borrow_mut().get_or_insert_with(|| cx.waker().clone());
         }
         asked
@@ -111,6 +128,11 @@ pub(super) async fn relay(
     let endpoint = End { side: Side::Endpoint, socket: endpoint };
     let mut up = Direction::new(consumer, endpoint, &moved.up, buffers);
     let mut down = Direction::new(endpoint, consumer, &moved.down, buffers);
+    if let Some(suspended) = requests.take_suspended() {
+        let [of_up, of_down] = *suspended;
+        up.resume(of_up);
+        down.resume(of_down);
+    }
     let mut end = tokio::select! {
         biased;
         end = poll_fn(|cx| {
@@ -125,10 +147,16 @@ pub(super) async fn relay(
             if asked.is_some() {
                 requests.watch(endpoint.socket);
             }
-            if asked == Some(Request::Park) && up.is_idle() && down.is_idle() {
-                Poll::Ready(Ok(Ended::Idle))
-            } else {
-                Poll::Pending
+            match asked {
+                Some(Request::Park) if up.is_idle() && down.is_idle() => {
+                    Poll::Ready(Ok(Ended::Idle))
+                }
+                Some(Request::Suspend) => {
+                    let held = Box::new([up.suspend(), down.suspend()]);
+                    requests.suspended.replace(Some(held));
+                    Poll::Ready(Ok(Ended::Suspended))
+                }
+                _ => Poll::Pending,
             }
         }) => end,
         // A direction that waits to write does not read, and neither does one that has finished. Without these two, the reset of the

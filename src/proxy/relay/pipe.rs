@@ -29,6 +29,21 @@ impl Pipe {
         }
         Ok(Self { read, write })
     }
+
+    /// Takes out the `count` bytes that are in it.
+    pub(super) fn drain(&self, count: usize) -> Vec<u8> {
+        let mut content = vec![0; count];
+        let mut read = 0;
+        while let Some(rest) = content.get_mut(read..).filter(|rest| !rest.is_empty()) {
+            match rustix::io::read(&self.read, rest) {
+                Err(rustix::io::Errno::INTR) => {}
+                Ok(0) | Err(_) => break,
+                Ok(more) => read += more,
+            }
+        }
+        content.truncate(read);
+        content
+    }
 }
 
 /// A worker's pipes.

@@ -16,6 +16,7 @@ mod limits;
 mod load;
 mod refusals;
 mod routes;
+mod takeover;
 mod transfer;
 mod workers;
 

@@ -16,6 +16,7 @@ use crate::proxy::socket::Socket;
 mod bytes;
 mod ends;
 mod sharing;
+mod suspended;
 
 /// Far more than any of this takes, on a machine that is busy.
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -72,12 +73,14 @@ impl Relayed {
         let asked = requests.clone();
         let end = spawn_local(async move {
             let (mut consumer, mut endpoint) = (Socket::new(to_consumer), Socket::new(to_endpoint));
-            let end = in_turns(
-                relay(&consumer.stream, &endpoint.stream, &buffers, &counted, &asked),
-                &counted,
-                &buffers,
-            )
-            .await;
+            let end = loop {
+                let relay = relay(&consumer.stream, &endpoint.stream, &buffers, &counted, &asked);
+                match in_turns(relay, &counted, &buffers).await {
+                    // Another relay goes on, as in another process.
+                    Ok(Ended::Suspended) => {}
+                    end => break end,
+                }
+            };
             consumer.finished = end.is_ok();
             endpoint.finished = end.is_ok();
             end

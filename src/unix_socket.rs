@@ -1,4 +1,4 @@
-//! The Unix socket: its file mode grants access.
+//! Unix sockets that listen at a path: the mode of the file grants access.
 
 #![expect(clippy::disallowed_methods, reason = "only at the start, and at the end")]
 
@@ -20,14 +20,14 @@ const BACKLOG: i32 = 128;
 
 /// The file of a socket that we created. It is removed on drop, unless another file has replaced it.
 #[derive(Debug)]
-pub(super) struct File {
+pub(crate) struct File {
     path: PathBuf,
     /// The file's identity.
     identity: Option<Identity>,
 }
 
 /// Listens at `path`. Replaces the socket that a killed embassy left.
-pub(super) fn listen(path: &Path) -> io::Result<(UnixListener, File)> {
+pub(crate) fn listen(path: &Path) -> io::Result<(UnixListener, File)> {
     if is_leftover(path) {
         fs::remove_file(path)?;
     }
@@ -38,6 +38,18 @@ pub(super) fn listen(path: &Path) -> io::Result<(UnixListener, File)> {
     socket.listen(BACKLOG)?;
     let file = File { path: path.to_owned(), identity: identity(path) };
     Ok((UnixListener::from_std(std::os::unix::net::UnixListener::from(socket))?, file))
+}
+
+impl File {
+    /// The file of a socket that another process created and handed over.
+    pub(crate) fn inherited(path: &Path) -> Self {
+        Self { path: path.to_owned(), identity: identity(path) }
+    }
+
+    /// Leaves the file: the socket is another process's now.
+    pub(crate) fn leave(&mut self) {
+        self.identity = None;
+    }
 }
 
 /// Whether this is a socket without a listener. Other connect errors do not prove that: the queue may be full, or we may

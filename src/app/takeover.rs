@@ -1,0 +1,469 @@
+//! A new embassy takes over from the running one: both sides. docs/decisions/0008 says who asks whom, and what each failure leaves.
+
+use std::{
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, anyhow, bail};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
+use tracing::{info, warn};
+
+use super::{App, capture_failed, kernel_failed};
+use crate::{
+    capture::{self, Backend, CaptureCounts, Lock},
+    config::{self, Config},
+    proxy::{HandedOver, Proxy, ProxySettings, TakeoverError},
+    table::Table,
+    takeover::{
+        self, Asker, Channel, ChannelError, Door, Life, knock,
+        message::{Figures, Handle, Hello, Message, VERSION},
+    },
+};
+
+/// How long the new process may take to learn what it needs for its first table. The running one serves meanwhile.
+const LEARN: Duration = Duration::from_secs(60);
+/// How long connections may stand still, at most. Then the running process continues.
+const STANDSTILL: Duration = Duration::from_secs(5);
+
+/// What happens to a running embassy, besides signals.
+#[derive(Debug)]
+pub enum Event {
+    /// A part has ended that never should.
+    Failed(anyhow::Error),
+    /// Another process asks to take over.
+    Takeover(Asker),
+}
+
+/// The embassy that runs before this one.
+#[derive(Debug)]
+pub(super) struct Predecessor {
+    channel: Channel,
+    hello: Hello,
+    life: Life,
+}
+
+/// What the process before this one handed over, besides its connections.
+#[derive(Debug)]
+pub(super) struct Taken {
+    predecessor: Predecessor,
+    /// Whether it has died: then nobody is asked.
+    died: bool,
+    since: Instant,
+    connections: usize,
+    lock: Option<OwnedFd>,
+    admin: Option<(String, OwnedFd)>,
+    door: Option<OwnedFd>,
+}
+
+/// The path of the socket by which another process takes over. Host namespaces have their own, and so has each port.
+fn door_path(config: &Config) -> Option<PathBuf> {
+    let (_, namespace) = takeover::namespace();
+    Some(config.state_dir.as_ref()?.join(format!("takeover-{}-{namespace}", config.port)))
+}
+
+fn hello(config: &Config, firewall: String) -> Hello {
+    Hello {
+        version: VERSION,
+        program: env!("CARGO_PKG_VERSION").to_owned(),
+        namespace: takeover::namespace(),
+        port: config.port.get(),
+        firewall,
+        descriptors: 0,
+    }
+}
+
+/// The address of the admin API in one form, whatever the version.
+pub(super) fn admin_address(admin: Option<&config::Admin>) -> String {
+    match admin {
+        Some(config::Admin::Tcp(address)) => address.to_string(),
+        Some(config::Admin::Unix(path)) => format!("unix://{}", path.display()),
+        None => String::new(),
+    }
+}
+
+/// Listens for the process after this one. Without it embassy works, and cannot be taken over.
+pub(super) fn open_door(
+    config: &Config,
+    firewall: String,
+    inherited: Option<OwnedFd>,
+) -> Option<Door> {
+    let path = door_path(config)?;
+    let hello = hello(config, firewall);
+    let folder = || match path.parent() {
+        Some(folder) => std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder),
+        None => Ok(()),
+    };
+    let door = match inherited {
+        Some(listener) => Door::inherited(listener, &path, hello),
+        None => folder().and_then(|()| Door::open(&path, hello)),
+    };
+    door.inspect_err(|error| {
+        warn!(path = %path.display(), %error, "cannot listen for a takeover; a new embassy cannot take over from this one");
+    })
+    .ok()
+}
+
+impl Predecessor {
+    /// Greets the running embassy, if this one is to take over. `None`: there is none.
+    pub(super) async fn find(config: &Config) -> Result<Option<Self>> {
+        let Some(path) = door_path(config).filter(|_| config.takeover) else { return Ok(None) };
+        let found = knock(&path, hello(config, String::new())).await;
+        let found = found.with_context(|| {
+            format!("cannot ask the running embassy for a takeover at {}", path.display())
+        })?;
+        let Some((channel, hello, life)) = found else { return Ok(None) };
+        if hello.namespace != takeover::namespace() {
+            bail!("the embassy at {} runs in another network namespace", path.display());
+        }
+        if hello.port != config.port.get() {
+            bail!("the running embassy has port {}: expected {} (--port)", hello.port, config.port);
+        }
+        takeover::step("greeted");
+        Ok(Some(Self { channel, hello, life }))
+    }
+
+    /// Learns what is needed, and then gets everything: this process may commit. `None`: the other one died before it handed anything
+    /// over. On an error it continues.
+    pub(super) async fn take_over(
+        mut self,
+        config: &Config,
+        settings: ProxySettings,
+        mut tables: watch::Receiver<Arc<Table>>,
+        mut capturing: Option<(&mut Backend, &CaptureCounts)>,
+    ) -> Result<Option<(Proxy, Taken)>> {
+        let firewall = firewall(capturing.as_ref().map(|(backend, _)| &**backend));
+        if firewall != self.hello.firewall {
+            let word = |word: &str| if word.is_empty() { "nothing" } else { word }.to_owned();
+            bail!(
+                "the running embassy writes its rules by {}, and this one by {}: restart embassy to change that",
+                word(&self.hello.firewall),
+                word(&firewall)
+            );
+        }
+        let learned = async { tables.wait_for(|table| table.version > 0).await.map(drop) };
+        tokio::select! {
+            learned = timeout(LEARN, learned) => learned
+                .with_context(|| format!("no source has answered within {LEARN:?}, and there is no saved table"))??,
+            received = self.channel.receive() => {
+                if matches!(received, Ok(Some(_))) {
+                    bail!(ChannelError::Unexpected("something"));
+                }
+                return match self.life.is_over().await {
+                    true => Ok(None),
+                    false => Err(ChannelError::Closed.into()),
+                };
+            }
+        }
+        takeover::step("learned");
+        let since = Instant::now();
+        self.channel.send(&Message::Freeze, &[], &[]).await?;
+        takeover::step("freeze sent");
+        let (mut listeners, mut rules) = (Vec::new(), None);
+        let mut taken = Taken {
+            predecessor: self,
+            died: false,
+            since,
+            connections: 0,
+            lock: None,
+            admin: None,
+            door: None,
+        };
+        let mut settings = Some(settings);
+        let mut proxy = None::<Proxy>;
+        loop {
+            let received = taken.receive().await?;
+            // Handles come first: whatever comes then, or if nothing does, the data path is made of them.
+            if !matches!(received, Some((Message::Handle(_), ..)))
+                && let Some(settings) = settings.take()
+            {
+                if listeners.is_empty() && received.is_none() {
+                    return Ok(None);
+                }
+                if let (Some(owner), Some((backend, _))) = (rules.take(), &mut capturing) {
+                    backend.adopt(owner, config.port.get())?;
+                }
+                let listeners = std::mem::take(&mut listeners);
+                proxy = Some(Proxy::continuing(settings, &tables, listeners)?);
+                takeover::step("handles taken");
+            }
+            let Some(proxy) = &proxy else {
+                if let Some((Message::Handle(handle), _, descriptors)) = received {
+                    taken.keep(handle, descriptors, &mut listeners, &mut rules);
+                }
+                continue;
+            };
+            match received {
+                Some((Message::Figures(figures), ..)) => {
+                    let counts = capturing.as_ref().map(|(_, counts)| *counts);
+                    inherit(&figures, proxy, &tables, counts);
+                }
+                Some((Message::Connections { list }, bytes, sockets)) => {
+                    let answer = proxy.adopt(list, bytes, sockets).await?;
+                    taken.connections += answer.iter().filter(|taken| **taken).count();
+                    let answer = Message::Taken { taken: answer };
+                    // Where it fails, the other process has ended, which is seen next.
+                    let _ = taken.predecessor.channel.send(&answer, &[], &[]).await;
+                    takeover::step("connections taken");
+                }
+                Some((Message::End, ..)) | None => break,
+                Some(_) => bail!(ChannelError::Unexpected("something")),
+            }
+        }
+        match proxy {
+            Some(proxy) => Ok(Some((proxy, taken))),
+            None => Err(ChannelError::Closed.into()),
+        }
+    }
+}
+
+impl Taken {
+    /// The next message; `None` if the other process has died.
+    async fn receive(&mut self) -> Result<Option<takeover::Received>> {
+        let Self { predecessor: Predecessor { channel, life, .. }, died, .. } = self;
+        let received = timeout(STANDSTILL, channel.receive());
+        match received.await.map_err(|_| ChannelError::Silent)? {
+            Ok(Some(received)) => Ok(Some(received)),
+            Ok(None) | Err(ChannelError::Io(_)) if life.is_over().await => {
+                *died = true;
+                Ok(None)
+            }
+            Ok(None) => Err(ChannelError::Closed.into()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Keeps what a newer process does not hand over in vain; what is not known is closed.
+    fn keep(
+        &mut self,
+        handle: Handle,
+        descriptors: Vec<OwnedFd>,
+        listeners: &mut Vec<Vec<OwnedFd>>,
+        rules: &mut Option<OwnedFd>,
+    ) {
+        if handle.of == Handle::PROXY {
+            return listeners.push(descriptors);
+        }
+        let Some(descriptor) = descriptors.into_iter().next() else { return };
+        match handle.of.as_str() {
+            Handle::RULES => *rules = Some(descriptor),
+            Handle::LOCK => self.lock = Some(descriptor),
+            Handle::ADMIN => self.admin = Some((handle.address, descriptor)),
+            Handle::DOOR => self.door = Some(descriptor),
+            _ => {}
+        }
+    }
+
+    /// The admin listener, if this process is to listen at the same address.
+    pub(super) fn admin(&mut self, config: &Config) -> Option<OwnedFd> {
+        let (address, listener) = self.admin.take()?;
+        (address == admin_address(config.admin.as_ref())).then_some(listener)
+    }
+
+    pub(super) fn door(&mut self) -> Option<OwnedFd> {
+        self.door.take()
+    }
+
+    /// The right to capture.
+    pub(super) async fn lock(&mut self) -> Result<Lock> {
+        if let Some(socket) = self.lock.take() {
+            return Ok(Lock::inherited(socket));
+        }
+        // The other process had none, or has died before it handed it over. The kernel takes a moment to end it.
+        let end = Instant::now() + Duration::from_secs(2);
+        loop {
+            match Lock::take()? {
+                Some(lock) => return Ok(lock),
+                None if Instant::now() < end => sleep(Duration::from_millis(20)).await,
+                None => bail!("another embassy captures in this network namespace"),
+            }
+        }
+    }
+
+    /// From here on this process serves, and the other one does not.
+    pub(super) async fn commit(&self) -> Result<()> {
+        if self.died {
+            return Ok(());
+        }
+        takeover::step("before commit");
+        let Predecessor { channel, life, .. } = &self.predecessor;
+        match channel.send(&Message::Commit, &[], &[]).await {
+            Ok(()) => Ok(()),
+            Err(_) if life.is_over().await => Ok(()),
+            Err(error) => Err(anyhow::Error::from(error)
+                .context("takeover failed; the running embassy continues")),
+        }
+    }
+
+    /// Logs what was taken over, once connections go on.
+    pub(super) fn tell(&self) {
+        let Self { predecessor, died, since, connections, .. } = self;
+        let pause_ms = (since.elapsed().as_secs_f64() * 1e3).round();
+        let from = &predecessor.hello.program;
+        info!(from, connections, pause_ms, died, "took over from the running embassy");
+    }
+}
+
+/// Who writes the rules; empty: nobody.
+pub(super) fn firewall(backend: Option<&Backend>) -> String {
+    backend.map(|backend| backend.firewall().to_string()).unwrap_or_default()
+}
+
+fn inherit(
+    figures: &Figures,
+    proxy: &Proxy,
+    tables: &watch::Receiver<Arc<Table>>,
+    capture: Option<&CaptureCounts>,
+) {
+    if let Some(process) = &figures.process {
+        proxy.inherit(process);
+        if let Some(capture) = capture {
+            capture.inherit(process);
+        }
+    }
+    let table = tables.borrow().clone();
+    table.inherit(figures, proxy.figures().now());
+    proxy.inherit_routes(figures, &table);
+}
+
+impl App {
+    /// Waits for the next event. Cancel-safe.
+    pub async fn event(&mut self) -> Event {
+        let asked = async {
+            match &mut self.door {
+                Some(door) => door.asked().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            end = &mut self.control => Event::Failed(match end {
+                Ok(()) => anyhow!("the control task ended"),
+                Err(error) => anyhow!(error).context("the control task"),
+            }),
+            () = self.proxy.failed() => Event::Failed(anyhow!("a part of the data path ended")),
+            () = kernel_failed(&mut self.kernel) => {
+                Event::Failed(anyhow!("the thread of the kernel path ended"))
+            }
+            end = capture_failed(&mut self.capture) => {
+                Event::Failed(anyhow!("the capture task ended: {end}"))
+            }
+            _ = &mut self.checks => Event::Failed(anyhow!("the check task ended")),
+            _ = &mut self.memory => Event::Failed(anyhow!("the memory watch task ended")),
+            asker = asked => Event::Takeover(asker),
+        }
+    }
+
+    /// Hands everything over to another process. Whether that serves now: else this one does.
+    pub async fn hand_over(&mut self, (mut channel, hello): Asker) -> Result<bool> {
+        let since = Instant::now();
+        let capture = match self.capture.take() {
+            Some(capture) => Some(capture.suspend().await.context("the capture task")?),
+            None => None,
+        };
+        let offered = timeout(STANDSTILL, self.offer(&mut channel, &hello, capture.as_ref())).await;
+        let (handed_over, error) = match offered {
+            Ok(Ok(handed_over)) => {
+                let rest = STANDSTILL.saturating_sub(since.elapsed());
+                let error = match timeout(rest, channel.receive()).await {
+                    Ok(Ok(Some((Message::Commit, ..)))) => None,
+                    Ok(Ok(Some(_))) => Some(ChannelError::Unexpected("something").into()),
+                    Ok(Ok(None)) => Some(ChannelError::Closed.into()),
+                    Ok(Err(error)) => Some(error.into()),
+                    Err(_) => Some(ChannelError::Silent.into()),
+                };
+                (Some(handed_over), error)
+            }
+            Ok(Err(error)) => (None, Some(error)),
+            Err(_) => (None, Some(ChannelError::Silent.into())),
+        };
+        let has_committed = error.is_none() || channel.end().await;
+        match handed_over.filter(|_| has_committed) {
+            Some(handed_over) => {
+                let connections = handed_over.count();
+                self.leave(handed_over).await;
+                let pause_ms = (since.elapsed().as_secs_f64() * 1e3).round();
+                let (to, left) = (hello.program, self.proxy.live());
+                info!(to, connections, left, pause_ms, "handed over to another embassy");
+                Ok(true)
+            }
+            None => {
+                self.proxy.thaw().await;
+                self.capture = capture.map(capture::Suspended::resume);
+                let error: TakeoverError = error.unwrap_or(ChannelError::Closed.into());
+                warn!(%error, "another embassy failed to take over; this one continues");
+                Ok(false)
+            }
+        }
+    }
+
+    /// Stands still, and sends everything.
+    async fn offer(
+        &self,
+        channel: &mut Channel,
+        hello: &Hello,
+        capture: Option<&capture::Suspended>,
+    ) -> Result<HandedOver, TakeoverError> {
+        self.proxy.freeze().await?;
+        takeover::step("frozen");
+        self.proxy.hand_over_listeners(channel).await?;
+        takeover::step("listeners sent");
+        let (rules, lock) = capture.map(capture::Suspended::sockets).unwrap_or_default();
+        let admin = self.admin.as_ref().map(|admin| admin.socket());
+        for (of, socket) in [(Handle::RULES, rules), (Handle::LOCK, lock), (Handle::ADMIN, admin)] {
+            let Some(socket) = socket else { continue };
+            let address = if of == Handle::ADMIN { self.admin_at.clone() } else { String::new() };
+            let handle = Handle { of: of.to_owned(), address, descriptors: 1 };
+            channel.send(&Message::Handle(handle), &[], &[socket.as_fd()]).await?;
+        }
+        if let Some(door) = &self.door {
+            door.hand_over(channel).await?;
+        }
+        takeover::step("handles sent");
+        // One that speaks otherwise gets the handles alone, and this process drains the rest.
+        let handed_over = if hello.version == VERSION {
+            let mut process = self.proxy.totals();
+            if let Some(counts) = &self.capture_counts {
+                counts.totals(&mut process);
+            }
+            let process = Figures { process: Some(process), ..Figures::default() };
+            let now = self.proxy.figures().now();
+            let table = self.tables.borrow().clone();
+            let of_table = table.figures(now, std::time::Instant::now());
+            for mut figures in std::iter::once(process).chain(of_table) {
+                self.proxy.tell_inherited(&mut figures, &table);
+                channel.send(&Message::Figures(Box::new(figures)), &[], &[]).await?;
+            }
+            takeover::step("figures sent");
+            self.proxy.hand_over_connections(channel).await?
+        } else {
+            HandedOver::default()
+        };
+        takeover::step("connections sent");
+        channel.send(&Message::End, &[], &[]).await?;
+        takeover::step("end sent");
+        Ok(handed_over)
+    }
+
+    /// Lets go of everything that another process has now.
+    async fn leave(&mut self, handed_over: HandedOver) {
+        self.proxy.let_go(handed_over).await;
+        self.said.abort();
+        if let Some(admin) = self.admin.take() {
+            admin.leave();
+        }
+        if let Some(door) = self.door.take() {
+            door.leave();
+        }
+        if let Some(keeper) = self.keeper.take() {
+            keeper.abandon();
+        }
+    }
+}

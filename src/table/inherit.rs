@@ -1,0 +1,139 @@
+//! What of a table lives on in the process that takes over: counts, what is held against endpoints, and whose turn it is. Pure.
+
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Instant};
+
+use super::{Route, ServiceKey, Table, build::service_of};
+use crate::{
+    balance::EndpointState,
+    discovery::Query,
+    model::{ConsumerId, Endpoint, Millis, Port},
+    takeover::message::{EndpointFigures, Figures, Owner, RouteFigures, Service, Turn},
+};
+
+/// Routes, endpoints or turns of a message.
+const AT_A_TIME: usize = 500;
+
+impl Route {
+    /// Whose it is, for another process.
+    pub fn owner(&self) -> Owner {
+        let container = match &self.consumer {
+            ConsumerId::Container { id, started_at } => {
+                Some((id.as_str().to_owned(), started_at.to_string()))
+            }
+            ConsumerId::Local => None,
+        };
+        Owner { container, binding: self.binding.descriptor.to_string() }
+    }
+
+    /// Whether it is the route that another process has of this owner.
+    pub fn is_of(&self, owner: &Owner) -> bool {
+        let is_consumer = match (&self.consumer, &owner.container) {
+            (ConsumerId::Container { id, started_at }, Some((its_id, its_start))) => {
+                id.as_str() == its_id && **started_at == **its_start
+            }
+            (ConsumerId::Local, None) => true,
+            _ => false,
+        };
+        is_consumer && self.binding.descriptor.to_string() == owner.binding
+    }
+}
+
+impl Table {
+    /// The endpoint's state, if the service has the endpoint.
+    pub fn state(&self, query: &Query, endpoint: Endpoint) -> Option<&Arc<EndpointState>> {
+        self.states.get(&(service_of(query), endpoint)).map(|shared| &shared.state)
+    }
+
+    /// The route of a source address and port, if it is that of this owner.
+    pub fn route_of(&self, key: SocketAddr, owner: &Owner) -> Option<&Arc<Route>> {
+        let key = super::RouteKey::tcp(key.ip(), Port::new(key.port())?);
+        self.route(&key).filter(|route| route.is_of(owner))
+    }
+
+    /// What [`Table::inherit`] takes over, in parts: as it is now, by both clocks.
+    pub fn figures(&self, now: Millis, at: Instant) -> impl Iterator<Item = Figures> {
+        let routes: Vec<_> = self
+            .routes()
+            .map(|route| RouteFigures {
+                key: SocketAddr::new(route.key.source, route.key.port.get()),
+                owner: route.owner(),
+                counts: route.counts.totals(),
+                age: route.born.map(|born| at.saturating_duration_since(born).as_millis() as u64),
+            })
+            .collect();
+        let endpoints: Vec<_> = self
+            .endpoints()
+            .map(|(service, state)| EndpointFigures {
+                service: named(service),
+                endpoint: state.endpoint.0,
+                counts: state.counts.totals(),
+                state: state.known(now),
+            })
+            .collect();
+        let turns: Vec<_> = self
+            .upstreams()
+            .filter_map(|upstream| {
+                let query = &upstream.query;
+                Some(Turn {
+                    service: named(&service_of(query)),
+                    tags: query.tags.iter().map(str::to_owned).collect(),
+                    port: query.port.map(Port::get),
+                    endpoint: upstream.rotation.turn()?.0,
+                })
+            })
+            .collect();
+        let parts = |length: usize| length.div_ceil(AT_A_TIME);
+        let count = parts(routes.len()).max(parts(endpoints.len())).max(parts(turns.len()));
+        (0..count).map(move |n| Figures {
+            process: None,
+            routes: part(&routes, n),
+            endpoints: part(&endpoints, n),
+            turns: part(&turns, n),
+        })
+    }
+
+    /// Takes over what another process counted and knew, as far as it is about what is here.
+    pub fn inherit(&self, figures: &Figures, now: Millis) {
+        for RouteFigures { key, owner, counts, .. } in &figures.routes {
+            if let Some(route) = self.route_of(*key, owner) {
+                route.counts.add(counts);
+            }
+        }
+        if figures.endpoints.is_empty() && figures.turns.is_empty() {
+            return;
+        }
+        let here =
+            self.endpoints().map(|(service, state)| ((named(service), state.endpoint.0), state));
+        let here: BTreeMap<_, _> = here.collect();
+        for EndpointFigures { service, endpoint, counts, state } in &figures.endpoints {
+            if let Some(found) = here.get(&(service.clone(), *endpoint)) {
+                found.counts.add(counts);
+                found.inherit(state, now);
+            }
+        }
+        for upstream in self.upstreams() {
+            let query = &upstream.query;
+            let service = named(&service_of(query));
+            let is_its = |turn: &&Turn| {
+                turn.service == service
+                    && turn.port == query.port.map(Port::get)
+                    && query.tags.iter().eq(turn.tags.iter().map(String::as_str))
+            };
+            if let Some(turn) = figures.turns.iter().find(is_its) {
+                upstream.rotation.give_turn(Endpoint(turn.endpoint));
+            }
+        }
+    }
+}
+
+fn named((via, dc, service): &ServiceKey) -> Service {
+    Service {
+        via: via.to_string(),
+        dc: dc.as_ref().map(ToString::to_string),
+        service: service.to_string(),
+    }
+}
+
+fn part<T: Clone>(all: &[T], n: usize) -> Vec<T> {
+    all.iter().skip(n * AT_A_TIME).take(AT_A_TIME).cloned().collect()
+}

@@ -1,0 +1,222 @@
+//! Where a takeover is asked for.
+
+use std::{
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::Path,
+    time::Duration,
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    pipe::{PipeFlags, pipe_with},
+    process::geteuid,
+};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+
+use super::{
+    channel::{Channel, ChannelError},
+    message::{Handle, Hello, Message},
+};
+use crate::unix_socket;
+
+/// How long the other process may take for an answer that it has at once.
+const ANSWER: Duration = Duration::from_secs(10);
+/// How long a new process may take to learn what it needs, before it asks the old one to stand still.
+const LEARN: Duration = Duration::from_secs(120);
+/// New processes that learn at a time: more are of no use to anybody.
+const LEARNERS: usize = 4;
+
+/// A process that has asked this one to stand still, and what it said of itself.
+pub type Asker = (Channel, Hello);
+
+/// Listens for a process that wants to take over. Dropping it removes the socket's file.
+#[derive(Debug)]
+pub struct Door {
+    listener: UnixListener,
+    file: unix_socket::File,
+    hello: Hello,
+    /// Both ends of a pipe to which nothing is ever written: it shows the death of this process.
+    life: (OwnedFd, OwnedFd),
+    learners: JoinSet<Option<Asker>>,
+}
+
+impl Door {
+    /// Listens at `path`. Must be called within a runtime.
+    pub fn open(path: &Path, hello: Hello) -> io::Result<Self> {
+        let (listener, file) = unix_socket::listen(path)?;
+        Self::with(listener, file, hello)
+    }
+
+    /// Goes on with the listener of the process before this one.
+    pub fn inherited(listener: OwnedFd, path: &Path, hello: Hello) -> io::Result<Self> {
+        let listener = std::os::unix::net::UnixListener::from(listener);
+        listener.set_nonblocking(true)?;
+        let listener = UnixListener::from_std(listener)?;
+        Self::with(listener, unix_socket::File::inherited(path), hello)
+    }
+
+    fn with(listener: UnixListener, file: unix_socket::File, hello: Hello) -> io::Result<Self> {
+        let life = pipe_with(PipeFlags::CLOEXEC)?;
+        Ok(Self { listener, file, hello, life, learners: JoinSet::new() })
+    }
+
+    /// Waits for a process that asks this one to stand still. Cancel-safe.
+    pub async fn asked(&mut self) -> Asker {
+        loop {
+            tokio::select! {
+                accepted = self.listener.accept(), if self.learners.len() < LEARNERS => {
+                    match accepted {
+                        Ok((stream, _)) => self.greet(Channel::new(stream)),
+                        Err(error) => {
+                            tracing::debug!(%error, "cannot accept a takeover");
+                            sleep(Duration::from_millis(500)).await;
+                        }
+                    }
+                }
+                Some(learner) = self.learners.join_next() => {
+                    if let Ok(Some(asker)) = learner {
+                        return asker;
+                    }
+                }
+            }
+        }
+    }
+
+    fn greet(&mut self, mut channel: Channel) {
+        let hello = Hello { descriptors: 1, ..self.hello.clone() };
+        let Ok(life) = self.life.0.try_clone() else { return };
+        self.learners.spawn(async move {
+            if !is_trusted(&channel) {
+                tracing::warn!(
+                    user = channel.peer_user().ok(),
+                    "takeover refused: only root and the user of embassy may ask for one"
+                );
+                return None;
+            }
+            let heard = timeout(ANSWER, channel.receive()).await;
+            let Ok(Ok(Some((Message::Hello(its), ..)))) = heard else { return None };
+            channel.send(&Message::Hello(hello), &[], &[life.as_fd()]).await.ok()?;
+            match timeout(LEARN, channel.receive()).await {
+                Ok(Ok(Some((Message::Freeze, ..)))) => Some((channel, its)),
+                // It was not fit, or has ended.
+                _ => None,
+            }
+        });
+    }
+
+    /// Hands the listener over.
+    pub async fn hand_over(&self, channel: &Channel) -> Result<(), ChannelError> {
+        let handle = Handle { of: Handle::DOOR.to_owned(), descriptors: 1, ..Handle::default() };
+        channel.send(&Message::Handle(handle), &[], &[self.listener.as_fd()]).await
+    }
+
+    /// It is another process's from now on.
+    pub fn leave(mut self) {
+        self.file.leave();
+    }
+}
+
+/// Whether the other process has the rights of this one.
+fn is_trusted(channel: &Channel) -> bool {
+    channel.peer_user().is_ok_and(|user| user == 0 || user == geteuid().as_raw())
+}
+
+/// Shows whether the other process lives.
+#[derive(Debug)]
+pub struct Life(OwnedFd);
+
+impl Life {
+    /// Whether it has died. A process that ends closes its descriptors one after the other, which takes a moment.
+    pub async fn is_over(&self) -> bool {
+        const MOMENT: Duration = Duration::from_millis(20);
+        for _ in 0..50 {
+            let mut polled = [PollFd::new(&self.0, PollFlags::IN)];
+            let looked = poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+            if looked.is_ok() && polled.iter().any(|one| one.revents().contains(PollFlags::HUP)) {
+                return true;
+            }
+            sleep(MOMENT).await;
+        }
+        false
+    }
+}
+
+/// Greets the running embassy. `None`: there is none that can be taken over.
+pub async fn knock(
+    path: &Path,
+    hello: Hello,
+) -> Result<Option<(Channel, Hello, Life)>, ChannelError> {
+    let stream = match UnixStream::connect(path).await {
+        Ok(stream) => stream,
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            return Ok(None);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let mut channel = Channel::new(stream);
+    if !is_trusted(&channel) {
+        let why = "the socket belongs to a process of another user";
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why).into());
+    }
+    channel.send(&Message::Hello(hello), &[], &[]).await?;
+    match timeout(ANSWER, channel.receive()).await.map_err(|_| ChannelError::Silent)?? {
+        Some((Message::Hello(hello), _, life)) => {
+            let life = life.into_iter().next().ok_or(ChannelError::Descriptors)?;
+            Ok(Some((channel, hello, Life(life))))
+        }
+        Some(_) => Err(ChannelError::Unexpected("something else than hello")),
+        None => Err(ChannelError::Closed),
+    }
+}
+
+/// The network namespace of this process: device and inode.
+pub fn namespace() -> (u64, u64) {
+    #[expect(clippy::disallowed_methods, reason = "a file of the kernel, which needs no disk")]
+    let found = std::fs::metadata("/proc/self/ns/net");
+    found.map(|found| (found.dev(), found.ino())).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_asks_is_greeted_and_its_death_and_ours_are_told_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("takeover");
+        let hello = |program: &str| Hello { program: program.into(), ..Hello::default() };
+        assert!(knock(&path, hello("new")).await.unwrap().is_none(), "there is nobody");
+        let mut door = Door::open(&path, hello("old")).unwrap();
+        // One that greets and then does nothing is in nobody's way.
+        let idle = async { knock(&path, hello("idle")).await.unwrap().unwrap() };
+        let asking = async {
+            let idle = idle.await;
+            let (channel, hello, life) = knock(&path, hello("new")).await.unwrap().unwrap();
+            assert_eq!((hello.program.as_str(), hello.descriptors), ("old", 1));
+            channel.send(&Message::Freeze, &[], &[]).await.unwrap();
+            (idle, channel, life)
+        };
+        let ((channel, its), (_idle, mut asker, life)) = tokio::join!(door.asked(), asking);
+        assert_eq!(its.program, "new");
+        drop(channel);
+        assert!(asker.receive().await.unwrap().is_none());
+        assert!(!life.is_over().await, "it has only let go of this one");
+        door.leave();
+        assert!(path.exists(), "the file is another's now");
+        assert!(life.is_over().await);
+        assert!(knock(&path, hello("new")).await.unwrap().is_none(), "nobody listens");
+    }
+}
