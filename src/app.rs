@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use futures_util::FutureExt;
 use tokio::{
-    sync::Notify,
+    sync::{Notify, watch},
     task::JoinHandle,
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
@@ -17,7 +17,7 @@ use tracing::{debug, info, warn};
 
 use crate::{
     admin::{Admin, Constants, Feeds, metrics::Metrics},
-    capture::{self, Backend, Capture, CaptureCounts, Lock, rules},
+    capture::{self, Backend, Capture, CaptureCounts, Lock, OwnRules, own_rules, rules},
     check,
     config::{
         self, CaptureMode, CaptureScope, Config, ConsumerLimit, Instance,
@@ -25,7 +25,7 @@ use crate::{
     },
     control::{Control, Limits, Settings, Waiting},
     discovery,
-    docker::follow::Follower,
+    docker::{self, follow::Follower},
     events::Events,
     limits,
     memory::{self, Memory},
@@ -57,6 +57,8 @@ pub struct App {
     memory: JoinHandle<()>,
     /// Logs whether embassy is ready.
     said: JoinHandle<()>,
+    /// Follows the user's own rules, without `--dnat` and `--redirect`.
+    own_rules: JoinHandle<()>,
     keeper: Option<Keeper>,
     readiness: Readiness,
     resync: ResyncRequests,
@@ -139,22 +141,38 @@ impl App {
         info!(addresses, "proxy listens");
 
         let capturing = match config.capture {
-            CaptureMode::None => {
-                tokio::spawn(look_for_own_rules(config.port.get()));
-                None
-            }
+            CaptureMode::None => None,
             CaptureMode::Dnat | CaptureMode::Redirect => {
                 let backend = Backend::open(config.firewall, &rules).await;
                 let backend = backend.context(match privileges::has_net_admin() {
                     true => "no firewall is available",
-                    false => {
+                    false if docker::obstacle::is_in_container() => {
                         "embassy lacks the capability NET_ADMIN: start its container with --cap-add NET_ADMIN \
                          (Compose: cap_add: [NET_ADMIN])"
+                    }
+                    false => {
+                        "embassy lacks the capability NET_ADMIN: run it as root, or give it the capability \
+                         (systemd: AmbientCapabilities=CAP_NET_ADMIN in the unit)"
                     }
                 })?;
                 let counts = Arc::<CaptureCounts>::default();
                 Some((backend, counts, readiness.wait_for(Part::Capture)))
             }
+        };
+        let (looked, own_rules) = watch::channel(OwnRules::default());
+        let own_rules_followed = match config.capture {
+            CaptureMode::None => {
+                let (figures, ready) = (proxy.figures(), readiness.wait_for(Part::Capture));
+                let captured = move || figures.captured();
+                tokio::spawn(own_rules::follow(
+                    config.port.get(),
+                    captured,
+                    looked,
+                    resync.subscribe(),
+                    ready,
+                ))
+            }
+            CaptureMode::Dnat | CaptureMode::Redirect => tokio::spawn(async {}),
         };
         let metrics = Metrics {
             tables: tables.clone(),
@@ -172,6 +190,7 @@ impl App {
             sources,
             figures: proxy.figures(),
             capture: capturing.as_ref().map(|(_, counts, _)| counts.clone()),
+            own_rules,
             events: events.clone(),
             resync: resync.clone(),
             constants: Arc::new(Constants {
@@ -179,8 +198,16 @@ impl App {
                 listeners: proxy.addresses.clone(),
                 mode: config.capture,
                 scope: config.capture_scope,
+                hold: config.hold,
                 instance: Instance::of(&config),
                 own: rules.own.clone(),
+                servers: {
+                    let all = config.discoveries.names().flat_map(|name| {
+                        let servers = config.discoveries.servers_of(name);
+                        servers.into_iter().map(|server| (name.clone(), server))
+                    });
+                    all.filter_map(|(name, server)| Some((name, server.parse().ok()?))).collect()
+                },
             }),
         };
         let said = tokio::spawn(feeds.clone().log_readiness());
@@ -212,6 +239,7 @@ impl App {
             checks,
             memory,
             said,
+            own_rules: own_rules_followed,
             keeper,
             readiness,
             resync,
@@ -247,6 +275,7 @@ impl App {
         // This guard is never done: a load balancer that asks /readyz should send new connections elsewhere.
         let _draining = self.readiness.wait_for(Part::Draining);
         self.said.abort();
+        self.own_rules.abort();
         let live = self.proxy.live();
         if live > 0 {
             info!(live, drain_s = self.drain.as_secs_f64(), "waiting for connections to end");
@@ -319,24 +348,6 @@ async fn remove_leftovers() -> Result<Option<Lock>> {
             debug!(%error, "cannot check whether another embassy captures here");
             Ok(None)
         }
-    }
-}
-
-/// Logs whether rules of the user's own lead to embassy's port: without `--dnat` and `--redirect` nothing else does.
-async fn look_for_own_rules(port: u16) {
-    match capture::leads::read().await {
-        Ok(leads) => match leads.iter().find(|lead| lead.port == port) {
-            Some(lead) => info!(port, rule = lead.rule, "your own rules capture"),
-            None => warn!(
-                port,
-                "no rule leads to embassy's port: nothing is captured; start it with --dnat or --redirect, or add a rule"
-            ),
-        },
-        Err(error) => warn!(
-            port,
-            error,
-            "neither --dnat nor --redirect is set: only your own rules can capture, and embassy cannot read them"
-        ),
     }
 }
 

@@ -132,6 +132,19 @@ pub enum UnroutedReason {
     Contested { key: RouteKey },
 }
 
+impl UnroutedReason {
+    /// What to do about it.
+    pub fn fix(&self) -> &'static str {
+        match self {
+            Self::Discovery(error) => error.fix(),
+            Self::Taken { .. } => "declare another port in one of the two",
+            Self::Contested { .. } => {
+                "remove one of the two containers; if one has ended already, docker ps -a shows when Docker has noticed it"
+            }
+        }
+    }
+}
+
 /// What a table is built from, besides the one before it.
 ///
 /// Building one costs what differs from the inputs of the one before: what is shared with them is known to be the same.

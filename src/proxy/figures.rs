@@ -62,12 +62,15 @@ impl Figures {
         self.shared.tally.get(outcome)
     }
 
-    /// Whether a captured connection has arrived since the start, with a route or without.
-    pub fn has_captured(&self) -> bool {
+    /// Captured connections that have arrived since the start, with a route or without; no connection that ends changes it. A
+    /// refused one may count twice.
+    pub fn captured(&self) -> u64 {
         use Outcome::{DirectDial, NoOriginalDestination};
-        let captured = |outcome: &&Outcome| !matches!(outcome, DirectDial | NoOriginalDestination);
-        self.started() > 0
-            || Outcome::ALL.iter().filter(captured).any(|outcome| self.ended(*outcome) > 0)
+        let arrived = |outcome: &&Outcome| {
+            outcome.is_refusal() && !matches!(outcome, DirectDial | NoOriginalDestination)
+        };
+        let refused = Outcome::ALL.iter().filter(arrived).map(|outcome| self.ended(*outcome));
+        self.started() + refused.sum::<u64>()
     }
 
     /// Connections that were accepted for a route, since the start.

@@ -57,7 +57,8 @@ fn one_capability(firewall: &str) -> Result<()> {
     // next one does not.
     testbed::eventually(WAIT, "no thread to pass the capability on", || {
         for task in host.run("ls", [format!("/proc/{}/task", embassy.pid()?)])?.split_whitespace() {
-            let status = host.run("cat", [format!("/proc/{}/task/{task}/status", embassy.pid()?)])?;
+            let status =
+                host.run("cat", [format!("/proc/{}/task/{task}/status", embassy.pid()?)])?;
             ensure!(status.contains("CapAmb:\t0000000000000000\n"), "{status}");
             ensure!(status.contains("CapInh:\t0000000000000000\n"), "{status}");
         }
