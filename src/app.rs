@@ -17,7 +17,7 @@ use tracing::{debug, info, warn};
 
 use crate::{
     admin::{Admin, Constants, Feeds, Listening, metrics::Metrics},
-    capture::{self, Backend, Capture, CaptureCounts, Lock, rules},
+    capture::{self, Backend, Capture, CaptureCounts, Lock, OwnRules, own_rules, rules},
     check,
     config::{
         self, CaptureMode, CaptureScope, Config, ConsumerLimit, Instance,
@@ -26,7 +26,7 @@ use crate::{
     control::{Control, Limits, Settings, Waiting},
     descriptor::PathChoice,
     discovery,
-    docker::follow::Follower,
+    docker::{self, follow::Follower},
     events::Events,
     kernel::{self, KernelPath},
     limits,
@@ -75,6 +75,8 @@ pub struct App {
     memory: JoinHandle<()>,
     /// Logs whether embassy is ready.
     said: JoinHandle<()>,
+    /// Follows the user's own rules, without `--dnat` and `--redirect`.
+    own_rules: JoinHandle<()>,
     keeper: Option<Keeper>,
     readiness: Readiness,
     resync: ResyncRequests,
@@ -129,17 +131,18 @@ impl App {
             std::future::pending().await
         });
         let mut capturing = match config.capture {
-            CaptureMode::None => {
-                tokio::spawn(look_for_own_rules(config.port.get()));
-                None
-            }
+            CaptureMode::None => None,
             CaptureMode::Dnat | CaptureMode::Redirect => {
                 let backend = Backend::open(config.firewall, &rules).await;
                 let backend = backend.context(match privileges::has_net_admin() {
                     true => "no firewall is available",
-                    false => {
+                    false if docker::obstacle::is_in_container() => {
                         "embassy lacks the capability NET_ADMIN: start its container with --cap-add NET_ADMIN \
                          (Compose: cap_add: [NET_ADMIN])"
+                    }
+                    false => {
+                        "embassy lacks the capability NET_ADMIN: run it as root, or give it the capability \
+                         (systemd: AmbientCapabilities=CAP_NET_ADMIN in the unit)"
                     }
                 })?;
                 let counts = Arc::<CaptureCounts>::default();
@@ -205,6 +208,21 @@ impl App {
             proxy.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         info!(addresses, "proxy listens");
 
+        let (looked, own_rules) = watch::channel(OwnRules::default());
+        let own_rules_followed = match config.capture {
+            CaptureMode::None => {
+                let (figures, ready) = (proxy.figures(), readiness.wait_for(Part::Capture));
+                let captured = move || figures.captured();
+                tokio::spawn(own_rules::follow(
+                    config.port.get(),
+                    captured,
+                    looked,
+                    resync.subscribe(),
+                    ready,
+                ))
+            }
+            CaptureMode::Dnat | CaptureMode::Redirect => tokio::spawn(async {}),
+        };
         // Without a capture nobody would serve what the kernel leaves to the proxy.
         let kernel = match config.capture {
             CaptureMode::None => None,
@@ -246,6 +264,7 @@ impl App {
             sources,
             figures: proxy.figures(),
             capture: capturing.as_ref().map(|(_, counts, _)| counts.clone()),
+            own_rules,
             events: events.clone(),
             resync: resync.clone(),
             constants: Arc::new(Constants {
@@ -253,8 +272,16 @@ impl App {
                 listeners: proxy.addresses.clone(),
                 mode: config.capture,
                 scope: config.capture_scope,
+                hold: config.hold,
                 instance: Instance::of(&config),
                 own: rules.own.clone(),
+                servers: {
+                    let all = config.discoveries.names().flat_map(|name| {
+                        let servers = config.discoveries.servers_of(name);
+                        servers.into_iter().map(|server| (name.clone(), server))
+                    });
+                    all.filter_map(|(name, server)| Some((name, server.parse().ok()?))).collect()
+                },
             }),
         };
         let said = tokio::spawn(feeds.clone().log_readiness());
@@ -310,6 +337,7 @@ impl App {
             checks,
             memory,
             said,
+            own_rules: own_rules_followed,
             keeper,
             readiness,
             resync,
@@ -345,6 +373,7 @@ impl App {
         // This guard is never done: a load balancer that asks /readyz should send new connections elsewhere.
         let _draining = self.readiness.wait_for(Part::Draining);
         self.said.abort();
+        self.own_rules.abort();
         // Nobody is answered there any more.
         drop(self.door.take());
         if let Some(kernel) = self.kernel.take() {
@@ -423,24 +452,6 @@ async fn remove_leftovers() -> Result<Option<Lock>> {
             debug!(%error, "cannot check whether another embassy captures here");
             Ok(None)
         }
-    }
-}
-
-/// Logs whether rules of the user's own lead to embassy's port: without `--dnat` and `--redirect` nothing else does.
-async fn look_for_own_rules(port: u16) {
-    match capture::leads::read().await {
-        Ok(leads) => match leads.iter().find(|lead| lead.port == port) {
-            Some(lead) => info!(port, rule = lead.rule, "your own rules capture"),
-            None => warn!(
-                port,
-                "no rule leads to embassy's port: nothing is captured; start it with --dnat or --redirect, or add a rule"
-            ),
-        },
-        Err(error) => warn!(
-            port,
-            error,
-            "neither --dnat nor --redirect is set: only your own rules can capture, and embassy cannot read them"
-        ),
     }
 }
 

@@ -64,7 +64,7 @@ impl ConnectionCounts {
     /// Adds what the process before this one counted.
     pub fn add(&self, before: &message::Counts) {
         self.started.fetch_add(before.started, Relaxed);
-        self.ended.add(&before.ended);
+        self.ended.add_all(&before.ended);
         self.bytes(before.bytes[0], before.bytes[1]);
         self.connect.add_all(&before.connect, before.connect_micros);
         self.retries.fetch_add(before.retries, Relaxed);
@@ -128,8 +128,9 @@ impl Histogram {
     fn add_all(&self, buckets: &[u64], micros: u64) {
         // One with other buckets had other bounds.
         if buckets.len() == BUCKETS {
-            let pairs = self.buckets.iter().zip(buckets).filter(|(_, more)| **more > 0);
-            pairs.for_each(|(mine, more)| drop(mine.fetch_add(*more, Relaxed)));
+            for (mine, more) in self.buckets.iter().zip(buckets).filter(|(_, more)| **more > 0) {
+                mine.fetch_add(*more, Relaxed);
+            }
             self.micros.fetch_add(micros, Relaxed);
         }
     }

@@ -19,6 +19,7 @@ pub mod word;
 pub mod cow_map;
 pub mod identity;
 pub mod text;
+mod remedy;
 mod json;
 mod body;
 pub mod model;

@@ -118,12 +118,10 @@ impl Tally {
     }
 
     /// Adds what the process before this one counted.
-    pub fn add(&self, before: &BTreeMap<String, u64>) {
+    pub fn add_all(&self, before: &BTreeMap<String, u64>) {
         for (word, more) in before {
-            if let Some(count) =
-                <Outcome as Word>::of(word).and_then(|one| self.0.get(one as usize))
-            {
-                count.fetch_add(*more, Relaxed);
+            if let Some(outcome) = <Outcome as Word>::of(word) {
+                self.add(outcome, *more);
             }
         }
     }

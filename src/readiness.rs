@@ -72,7 +72,7 @@ impl Guard {
             since.map(|since| since.elapsed().as_secs_f64() * 1e3).unwrap_or_default().round();
         let waiting_for: Vec<_> = pending.iter().map(|part| part.as_str()).collect();
         let waiting_for = (!waiting_for.is_empty()).then(|| waiting_for.join(", "));
-        info!(part = %self.part, took_ms, waiting_for, "component ready");
+        info!(part = %self.part, took_ms, waiting_for, "part of the start is done");
     }
 }
 

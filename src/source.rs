@@ -33,6 +33,8 @@ pub struct Known<T> {
     pub changed: Option<Instant>,
     /// The current error. `None` while the source answers, and before the first attempt.
     pub error: Option<Arc<str>>,
+    /// What to do about the error, if the source knows it better than its text says.
+    pub fix: Option<Arc<str>>,
     /// Whether the error is that the source works, and refuses this query alone.
     pub refused: bool,
     /// Failed sessions since the start.
@@ -50,6 +52,7 @@ impl<T> Default for Known<T> {
             confirmed: None,
             changed: None,
             error: None,
+            fix: None,
             refused: false,
             failures: 0,
             answers: 0,
@@ -84,6 +87,7 @@ pub struct SourceError {
     /// The pause that the source requested.
     pause: Duration,
     refused: bool,
+    fix: Option<Arc<str>>,
 }
 
 impl SourceError {
@@ -94,12 +98,17 @@ impl SourceError {
 
     pub fn new(reason: impl fmt::Display) -> Self {
         let reason = shortened(&reason.to_string(), Self::LONGEST).into_owned();
-        Self { reason, pause: Duration::ZERO, refused: false }
+        Self { reason, pause: Duration::ZERO, refused: false, fix: None }
     }
 
     /// The same, if the source works and refuses this query alone.
     pub fn refused(self) -> Self {
         Self { refused: true, ..self }
+    }
+
+    /// The same, with what to do about it.
+    pub fn fixed_by(self, fix: impl Into<Arc<str>>) -> Self {
+        Self { fix: Some(fix.into()), ..self }
     }
 
     /// The same, with the pause that the source requested.
@@ -204,14 +213,17 @@ impl<T: PartialEq> Publisher<T> {
             is_lost = known.error.is_none();
             is_known = known.value.is_some();
             known.error = Some(error.to_string().into());
+            known.fix.clone_from(&error.fix);
             known.refused = error.refused;
             known.failures += 1;
         });
         match self.name.as_deref().filter(|_| is_lost) {
             Some(source) if is_known => {
-                warn!(source, %error, "source does not answer; its last data stays in use");
+                warn!(source, %error, fix = error.fix.as_deref(), "source does not answer; its last data stays in use");
             }
-            Some(source) => warn!(source, %error, "source has not answered yet; retrying"),
+            Some(source) => {
+                warn!(source, %error, fix = error.fix.as_deref(), "source has not answered yet; retrying");
+            }
             None => {}
         }
         self.bell.notify_one();

@@ -137,6 +137,19 @@ pub enum UnroutedReason {
     Contested { key: RouteKey },
 }
 
+impl UnroutedReason {
+    /// What to do about it.
+    pub fn fix(&self) -> &'static str {
+        match self {
+            Self::Discovery(error) => error.fix(),
+            Self::Taken { .. } => "declare another port in one of the two",
+            Self::Contested { .. } => {
+                "remove one of the two containers; if one has ended already, docker ps -a shows when Docker has noticed it"
+            }
+        }
+    }
+}
+
 /// What a table is built from, besides the one before it.
 ///
 /// Building one costs what differs from the inputs of the one before: what is shared with them is known to be the same.
@@ -495,7 +508,8 @@ mod tests {
         for one in before.routes() {
             one.counts.start();
         }
-        let upstream = route(&before, "172.17.0.2", 6379).upstream.clone();
+        let query = route(&before, "172.17.0.2", 6379).query.clone();
+        let upstream = before.upstream(&query).unwrap();
         let picked = upstream.rotation.pick(Balance::RoundRobin, Millis(5), &[]).unwrap();
         picked.failed(Millis(5), Millis(5)).unwrap();
         picked.counts.start();
@@ -516,7 +530,7 @@ mod tests {
         };
         assert_eq!(started("172.17.0.2", 6379), 1);
         assert_eq!((started("172.17.0.2", 80), started("172.17.0.3", 6379)), (0, 0));
-        let upstream = &route(&after, "172.17.0.2", 6379).upstream;
+        let upstream = after.upstream(&query).unwrap();
         assert_eq!(upstream.rotation.turn(), turn);
         let state = after.state(&upstream.query, picked.endpoint).unwrap();
         assert_eq!((state.opened(), state.failures(), state.ejections()), (1, 1, 1));

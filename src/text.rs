@@ -52,6 +52,42 @@ pub(crate) fn odd(text: &str) -> Option<String> {
     wrong.map(|pair| format!("{:?} in {text:?}", pair.join(" ")))
 }
 
+/// Why a text that says what to do leaves the reader alone: it does not begin with what to do, or names nothing. For tests.
+#[cfg(test)]
+pub(crate) fn vague(fix: &str) -> Option<String> {
+    let verbs = "add allow ask close connect correct create declare deregister do end except find give install leave let list lower make mount \
+        move name open put raise register remove renew report restart restore run say see set split start stop take try unset use wait write";
+    let starts = ["if ", "in a container, ", "this port speaks "];
+    let first = fix.split([' ', ',', ';', ':']).next().unwrap_or_default();
+    let begins = verbs.split_whitespace().any(|verb| verb == first)
+        || starts.iter().any(|start| fix.starts_with(start));
+    if !begins {
+        return Some(format!("{fix:?} begins with {first:?}, which is nothing to do"));
+    }
+    let empty = [
+        "the reason names",
+        "what that says",
+        "the reason of each",
+        "the lists",
+        "does not change",
+        "that it exists",
+        "can be reached",
+        "as appropriate",
+        "as needed",
+        "the registry and -discovery",
+        "the engine and -docker",
+        "its log for the reason",
+        "see the log;",
+        "see its log",
+        "see embassy explain",
+        "properly",
+        "the settings",
+    ];
+    let found = empty.iter().find(|words| fix.contains(**words));
+    let short = (fix.split(' ').count() < 3).then_some(&"");
+    found.or(short).map(|words| format!("{words:?} in {fix:?} names nothing"))
+}
+
 /// The parameters of a URI whose values are no secrets.
 const OPEN: [&str; 4] = ["dc", "near", "tag", "token-file"];
 

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use prometheus_client::registry::Registry;
@@ -12,7 +12,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::{access::Access, history::History};
 use crate::{
-    capture,
+    capture::{self, OwnRules},
     config::{CaptureMode, CaptureScope, Instance},
     control::Sources,
     discovery::Endpoints,
@@ -39,6 +39,8 @@ pub struct Feeds {
     pub figures: Figures,
     /// `None` if the user's own rules capture.
     pub capture: Option<Arc<capture::CaptureCounts>>,
+    /// What is known of those.
+    pub own_rules: watch::Receiver<OwnRules>,
     pub events: Events,
     /// Requests a resync of every source.
     pub resync: ResyncRequests,
@@ -53,9 +55,13 @@ pub struct Constants {
     pub listeners: Vec<SocketAddr>,
     pub mode: CaptureMode,
     pub scope: CaptureScope,
+    /// `--hold`
+    pub hold: Duration,
     pub instance: Instance,
     /// With `--redirect`: embassy's own addresses, which capture like VIPs.
     pub own: Vec<IpAddr>,
+    /// The servers of each discovery that are given by address.
+    pub servers: Vec<(Arc<str>, SocketAddr)>,
 }
 
 /// The state of a handler.
@@ -86,7 +92,12 @@ impl Feeds {
             let problem = known.value.iter().find_map(|value| value.problem.as_deref());
             let problem = problem.filter(|_| !query.is_probe());
             let answer = known.value.as_deref();
+            let fix = match self.led_back(&query.via) {
+                Some(fix) if known.error.is_some() => fix,
+                _ => reading.fix.clone(),
+            };
             let reading = SourceReading {
+                fix,
                 problem: problem.map(Into::into),
                 more_skipped: answer.map_or(0, |answer| answer.rejected.more()),
                 left_out: answer.map_or(0, |answer| answer.left_out),
@@ -104,7 +115,8 @@ impl Feeds {
                 scope: self.constants.scope,
                 standing: self.capture.as_ref().map(|counts| counts.standing()).unwrap_or_default(),
                 own: self.constants.own.clone(),
-                has_captured: figures.has_captured(),
+                own_rules: self.own_rules.borrow().clone(),
+                captured: figures.captured(),
             },
             pending: self.readiness.waiting(),
             load: Load {
@@ -113,6 +125,7 @@ impl Feeds {
                 limit_of_consumer: figures.limit_of_consumer(),
                 memory_short: figures.memory_short(),
             },
+            hold: self.constants.hold,
             own_port: self.constants.listeners.first().map_or(0, SocketAddr::port),
             now: figures.now(),
             here: here(&table, &listing, &self.constants.own),
@@ -121,6 +134,20 @@ impl Feeds {
             listing,
             astray: Default::default(),
         }
+    }
+}
+
+impl Feeds {
+    /// What to do if a rule of the user's own leads embassy's connections to a server of this discovery back to embassy.
+    fn led_back(&self, via: &str) -> Option<String> {
+        let rules = self.own_rules.borrow();
+        let servers = self.constants.servers.iter().filter(|(of, _)| **of == *via);
+        servers.into_iter().find_map(|(_, server)| {
+            let rule = &rules.lead_of_own(*server)?.rule;
+            Some(format!(
+                "except embassy's user from the rule that leads embassy's own connections to {server} back to it (-m owner ! --uid-owner <user>): {rule}"
+            ))
+        })
     }
 }
 

@@ -49,7 +49,8 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
             }
         }
     }
-    let captured = consumers.iter().map(|one| situation.captured(&one.id, !routes.is_empty()));
+    let captured =
+        consumers.iter().map(|one| situation.captured(&one.id, port, !routes.is_empty()));
     api::Explain {
         consumer: wanted.to_owned(),
         port,

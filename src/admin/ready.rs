@@ -1,6 +1,6 @@
 //! Logs when embassy becomes ready, and when it is not ready any more: by the judgement of `/readyz` and `embassy status`.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use tokio::{
     sync::watch::{self, error::RecvError},
@@ -46,7 +46,9 @@ impl Feeds {
     pub async fn log_readiness(self) {
         let (mut tables, mut parts) = (self.tables.clone(), self.readiness.changes());
         let mut rules = self.capture.as_ref().map(|counts| counts.changes());
+        let mut own_rules = self.own_rules.clone();
         let mut was_ready = None;
+        let mut passed_by = BTreeSet::new();
         loop {
             let situation = self.situation();
             if situation.is_draining() {
@@ -64,10 +66,21 @@ impl Feeds {
                 }
                 None => {}
             }
+            // If nothing is captured, that is why embassy is not ready.
+            let passed_by_now = match situation.awaited().is_empty() {
+                true => situation.passed_by_ports(),
+                false => BTreeSet::new(),
+            };
+            let new: Vec<_> = passed_by_now.difference(&passed_by).copied().collect();
+            if !new.is_empty() {
+                warn!(ports = ?new, "your own rules do not take connections to these ports: they are not captured");
+            }
+            passed_by = passed_by_now;
             let changed = tokio::select! {
                 changed = tables.changed() => changed,
                 changed = parts.changed() => changed,
                 changed = any(&mut rules) => changed,
+                Ok(()) = own_rules.changed() => Ok(()),
                 () = sleep(LOOK) => Ok(()),
             };
             if changed.is_err() {

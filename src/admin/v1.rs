@@ -145,7 +145,12 @@ fn capture(feeds: &Feeds, situation: &Situation) -> api::Capture {
         failures: counts
             .map_or(0, |counts| counts.failed.load(std::sync::atomic::Ordering::Relaxed)),
         error: standing.error.clone(),
-        barriers: standing.barriers.iter().map(Barrier::to_string).collect(),
+        barriers: standing
+            .barriers
+            .iter()
+            .chain(&standing.behind)
+            .map(Barrier::to_string)
+            .collect(),
     }
 }
 

@@ -8,6 +8,8 @@ pub(super) struct Arrivals {
     /// Of those that arrived by then, those that never passed.
     lost: u64,
     dropped: bool,
+    /// None passed since the first of those that were lost last.
+    none_passes: bool,
     /// Some passed and none was lost, since the last doubt.
     passing: bool,
 }
@@ -22,6 +24,7 @@ impl Arrivals {
         match (before, counts) {
             (Some(before), Some(now)) => {
                 let lost = missing(before).min(missing(now));
+                self.none_passes = now.1 == before.1 && (self.none_passes || !self.dropped);
                 if lost > self.lost {
                     (self.dropped, self.passing) = (true, false);
                 } else if now.1 > before.1 && missing(now) <= self.lost {
@@ -55,6 +58,11 @@ impl Arrivals {
     /// The same, by the counts that it was given last.
     pub(super) fn dropped(&self) -> bool {
         self.dropped
+    }
+
+    /// Whether they are dropped, and none has passed since that began.
+    pub(super) fn none_passes(&self) -> bool {
+        self.dropped && self.none_passes
     }
 }
 
@@ -114,6 +122,27 @@ mod tests {
         assert!(passes(&mut arrivals, (9, 8)));
         arrivals.doubt(None);
         assert!(!arrivals.pass() && !arrivals.dropped());
+    }
+
+    #[test]
+    fn whether_all_or_some_are_dropped_is_known() {
+        let mut arrivals = Arrivals::default();
+        let mut told = |counts| {
+            arrivals.are_dropped(Some(counts));
+            (arrivals.dropped(), arrivals.none_passes())
+        };
+        assert_eq!(told((4, 4)), (false, false));
+        // Others passed at the same time.
+        assert_eq!(told((7, 5)), (false, false));
+        assert_eq!(told((8, 6)), (true, false));
+        assert_eq!(told((9, 6)), (true, false));
+        assert_eq!(told((12, 10)), (false, false), "they pass");
+        // From now on none.
+        assert_eq!(told((14, 10)), (false, false), "they may be on their way");
+        assert_eq!(told((15, 10)), (true, true));
+        assert_eq!(told((15, 10)), (true, true));
+        assert_eq!(told((17, 11)), (true, false), "one has passed");
+        assert_eq!(told((17, 11)), (true, false));
     }
 
     #[test]

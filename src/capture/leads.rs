@@ -1,8 +1,17 @@
 //! Rules of other programs that lead connections to a port of this host: rules of the user's own, or what is left of them.
 
-use std::net::IpAddr;
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+};
 
-use super::program::{Program, ProgramError};
+use ipnet::IpNet;
+
+use super::{
+    program::{Program, ProgramError},
+    rules::Hook,
+};
 
 /// A rule that leads connections to a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,7 +22,76 @@ pub struct Lead {
     pub removal: String,
     /// `None`: this host.
     pub address: Option<IpAddr>,
-    pub port: u16,
+    /// The ports that it may lead to: one, if that can be read.
+    pub to: Ports,
+    /// The ports of the connections that it may take. Conditions other than these and `destination` are not read.
+    pub from: Ports,
+    /// Where they are made to. `None`: anywhere, or it cannot be read.
+    pub destination: Option<IpNet>,
+    /// Where the kernel looks at it. `None`: that cannot be read.
+    pub hook: Option<Hook>,
+}
+
+impl Lead {
+    /// The port that it leads to, if that is one.
+    pub fn port(&self) -> Option<u16> {
+        self.to.only()
+    }
+
+    /// Whether it may lead to a port of a host with these addresses.
+    pub fn may_lead_to(&self, port: u16, local: &BTreeSet<IpAddr>) -> bool {
+        self.to.contains(port) && self.address.is_none_or(|address| local.contains(&address))
+    }
+
+    /// Whether it takes embassy's own connections to this server, as far as can be read: unless it spares some user's.
+    pub fn takes_own(&self, server: SocketAddr) -> bool {
+        let spares = ["owner", "skuid", "skgid", "mark", "cgroup", "! "];
+        self.may_take(server.port(), Hook::Output)
+            && self.destination.is_none_or(|net| net.contains(&server.ip()))
+            && !spares.iter().any(|word| self.rule.contains(word))
+    }
+
+    /// Whether it may take connections to a port, which pass this hook.
+    pub fn may_take(&self, port: u16, hook: Hook) -> bool {
+        self.from.contains(port) && self.hook.is_none_or(|of| of == hook)
+    }
+}
+
+/// Ports, as a rule names them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ports(Vec<RangeInclusive<u16>>);
+
+impl Ports {
+    /// Each port: there is no condition, or it cannot be read.
+    pub fn all() -> Self {
+        Self(vec![0..=u16::MAX])
+    }
+
+    pub fn one(port: u16) -> Self {
+        Self(vec![port..=port])
+    }
+
+    pub fn contains(&self, port: u16) -> bool {
+        self.0.iter().any(|range| range.contains(&port))
+    }
+
+    /// The port, if there is one only.
+    fn only(&self) -> Option<u16> {
+        match self.0.as_slice() {
+            [range] if range.start() == range.end() => Some(*range.start()),
+            _ => None,
+        }
+    }
+
+    /// `80`, `80:90` or `80-90`, several of them with commas; all if it is anything else.
+    fn read(text: &str) -> Self {
+        let range = |text: &str| {
+            let text = text.trim();
+            let (first, last) = text.split_once([':', '-']).unwrap_or((text, text));
+            Some(first.parse().ok()?..=last.parse().ok()?)
+        };
+        text.split(',').map(range).collect::<Option<_>>().map_or_else(Self::all, Self)
+    }
 }
 
 /// All such rules, except those of embassy. Only reads. The error says why they cannot be read.
@@ -57,16 +135,25 @@ pub fn in_iptables(saved: &str, program: &str) -> Vec<Lead> {
         if after("-p").is_some_and(|protocol| protocol != "tcp") {
             return None;
         }
-        let (address, port) = match after("-j")? {
-            "REDIRECT" => (None, after("--to-ports")?.parse().ok()?),
+        let (address, to) = match after("-j")? {
+            "REDIRECT" => (None, Ports::read(after("--to-ports")?)),
             "DNAT" => target(after("--to-destination")?)?,
             _ => return None,
         };
+        let is_negated = ["--dport", "--dports"].iter().any(|of| rule.contains(&format!("! {of}")));
+        let from = after("--dport").or_else(|| after("--dports")).filter(|_| !is_negated);
         Some(Lead {
             rule: format!("{program} -t nat -A {rule}"),
             removal: format!("{program} -t nat -D {rule}"),
             address,
-            port,
+            to,
+            from: from.map_or_else(Ports::all, Ports::read),
+            destination: after("-d").filter(|_| !rule.contains("! -d ")).and_then(network),
+            hook: match rule.split(' ').next()? {
+                "PREROUTING" => Some(Hook::Prerouting),
+                "OUTPUT" => Some(Hook::Output),
+                _ => None,
+            },
         })
     };
     saved.lines().filter_map(lead).collect()
@@ -74,7 +161,7 @@ pub fn in_iptables(saved: &str, program: &str) -> Vec<Lead> {
 
 /// The rules in the text of `nft list ruleset`, except in tables that `shown` names.
 pub fn in_nft(ruleset: &str, shown: &[&str]) -> Vec<Lead> {
-    let (mut table, mut chain) = ("", "");
+    let (mut table, mut chain, mut hook) = ("", "", None);
     let mut leads = Vec::new();
     for line in ruleset.lines().map(str::trim) {
         let named =
@@ -82,34 +169,67 @@ pub fn in_nft(ruleset: &str, shown: &[&str]) -> Vec<Lead> {
         if let Some(name) = named("table ") {
             table = name;
         } else if let Some(name) = named("chain ") {
-            chain = name;
+            (chain, hook) = (name, None);
+        } else if line.starts_with("type nat ") {
+            hook = [Hook::Prerouting, Hook::Output]
+                .into_iter()
+                .find(|hook| line.contains(&format!(" hook {} ", hook.nft())));
         }
         let is_ours =
             table.split(' ').nth(1).is_some_and(|name| name.starts_with(super::rules::NAME));
-        if is_ours || shown.contains(&table) || line.contains("udp") {
+        let is_udp = line.contains("udp") && !line.contains("tcp");
+        if is_ours || shown.contains(&table) || is_udp {
             continue;
         }
         let translation = ["redirect to ", "dnat to ", "dnat ip to ", "dnat ip6 to "];
-        let to = translation.iter().find_map(|word| line.split_once(word)).map(|(_, to)| to);
-        let Some((address, port)) = to.and_then(|to| target(to.split(' ').next()?)) else {
+        let Some((asks, to)) = translation.iter().find_map(|word| line.split_once(word)) else {
             continue;
         };
+        let Some((address, to)) = to.split(' ').next().and_then(target) else { continue };
         leads.push(Lead {
             rule: format!("nft add rule {table} {chain} {line}"),
             removal: format!("nft -a list chain {table} {chain}, then nft delete rule {table} {chain} handle <number>"),
             address,
-            port,
+            to,
+            from: asks.split_once("dport ").map_or_else(Ports::all, |(_, ports)| asked(ports)),
+            destination: ["ip daddr ", "ip6 daddr "]
+                .iter()
+                .find_map(|word| asks.split_once(word))
+                .and_then(|(_, rest)| network(rest.split(' ').next()?)),
+            hook,
         });
     }
     leads
 }
 
-/// `:port`, `address:port` or `[address]:port`. `None` without a port, or with a range of ports.
-fn target(text: &str) -> Option<(Option<IpAddr>, u16)> {
-    let (address, port) = text.rsplit_once(':')?;
-    let address = address.trim_matches(['[', ']']);
-    let address = if address.is_empty() { None } else { Some(address.parse().ok()?) };
-    Some((address, port.parse().ok()?))
+/// An address, or a network.
+fn network(text: &str) -> Option<IpNet> {
+    text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+}
+
+/// The ports after `dport`, in the words of nft.
+fn asked(text: &str) -> Ports {
+    let text = text.trim_start();
+    match text.strip_prefix('{').and_then(|set| set.split_once('}')) {
+        Some((set, _)) => Ports::read(set),
+        None => Ports::read(text.split(' ').next().unwrap_or_default()),
+    }
+}
+
+/// `:port`, `address:port` or `[address]:port`, or with a range of ports. `None` for an address without a port, which leaves
+/// the port as it was. What cannot be read, such as a map, may be anything.
+fn target(text: &str) -> Option<(Option<IpAddr>, Ports)> {
+    let bare = |text: &str| text.trim_matches(['[', ']']).parse::<IpAddr>();
+    if bare(text).is_ok() || text.contains('-') && !text.contains(':') {
+        return None;
+    }
+    let unknown = || Some((None, Ports::all()));
+    let Some((address, port)) = text.rsplit_once(':') else { return unknown() };
+    match (address, bare(address)) {
+        ("", _) => Some((None, Ports::read(port))),
+        (_, Ok(address)) => Some((Some(address), Ports::read(port))),
+        (_, Err(_)) => unknown(),
+    }
 }
 
 #[cfg(test)]
@@ -118,7 +238,120 @@ mod tests {
 
     fn found(leads: &[Lead]) -> Vec<(String, u16)> {
         let address = |lead: &Lead| lead.address.map_or(String::new(), |a| a.to_string());
-        leads.iter().map(|lead| (address(lead), lead.port)).collect()
+        leads.iter().map(|lead| (address(lead), lead.port().unwrap_or(0))).collect()
+    }
+
+    const HERE: &str = "172.17.0.1";
+
+    /// Of these ports, those that it may take for port 9999 of this host, from containers and from this host itself.
+    fn taken(leads: &[Lead]) -> Vec<String> {
+        let local = [HERE.parse().unwrap()].into();
+        let of = |lead: &Lead| {
+            let takes =
+                |port: u16, hook| lead.may_lead_to(9999, &local) && lead.may_take(port, hook);
+            [79, 80, 81, 92, 443]
+                .into_iter()
+                .map(|port| match (takes(port, Hook::Prerouting), takes(port, Hook::Output)) {
+                    (true, true) => format!("{port} "),
+                    (true, false) => format!("{port}c "),
+                    (false, true) => format!("{port}h "),
+                    (false, false) => String::new(),
+                })
+                .collect::<String>()
+        };
+        leads.iter().map(|lead| of(lead).trim_end().to_owned()).collect()
+    }
+
+    #[test]
+    fn which_connections_a_rule_of_iptables_takes_is_read_and_what_cannot_be_read_may_be_any() {
+        for (rule, expected) in [
+            ("PREROUTING -p tcp -j REDIRECT --to-ports 9999", "79c 80c 81c 92c 443c"),
+            ("PREROUTING -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999", "80c"),
+            ("OUTPUT -p tcp -m tcp --dport 80:92 -j REDIRECT --to-ports 9999", "80h 81h 92h"),
+            (
+                "PREROUTING -p tcp -m multiport --dports 79,90:95 -j REDIRECT --to-ports 9999",
+                "79c 92c",
+            ),
+            (
+                "PREROUTING -p tcp -m tcp ! --dport 80 -j REDIRECT --to-ports 9999",
+                "79c 80c 81c 92c 443c",
+            ),
+            ("MINE -p tcp -m tcp --dport 443 -j REDIRECT --to-ports 9000-9999", "443"),
+            ("PREROUTING -p tcp -j DNAT --to-destination 172.17.0.1:9999", "79c 80c 81c 92c 443c"),
+            // To a container that publishes this port, or to another port.
+            (
+                "DOCKER ! -i docker0 -p tcp -m tcp --dport 9999 -j DNAT --to-destination 172.17.0.2:9999",
+                "",
+            ),
+            ("PREROUTING -p tcp -j REDIRECT --to-ports 9998", ""),
+        ] {
+            let leads = in_iptables(&format!("-A {rule}\n"), "iptables");
+            assert_eq!(taken(&leads), [expected], "{rule}");
+        }
+        // The port stays as it was.
+        assert!(
+            in_iptables("-A PREROUTING -p tcp -j DNAT --to-destination 1.2.3.4\n", "iptables")
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn whether_a_rule_takes_embassys_own_connections_is_known_by_where_they_go() {
+        let takes = |rule: &str, server: &str| {
+            in_iptables(&format!("-A {rule} -j REDIRECT --to-ports 9999\n"), "iptables")[0]
+                .takes_own(server.parse().unwrap())
+        };
+        let consul = "172.17.0.1:8500";
+        assert!(takes("OUTPUT -d 172.17.0.1/32 -p tcp", consul));
+        assert!(takes("OUTPUT -d 172.17.0.0/16 -p tcp -m tcp --dport 8500", consul));
+        assert!(takes("OUTPUT -p tcp", "[fd00::1]:2379"));
+        for other in [
+            "PREROUTING -d 172.17.0.1/32 -p tcp",
+            "OUTPUT -d 172.17.0.2/32 -p tcp",
+            "OUTPUT -d 172.17.0.1/32 -p tcp -m tcp --dport 80",
+            "OUTPUT -d 172.17.0.1/32 -p tcp -m owner ! --uid-owner 65532",
+        ] {
+            assert!(!takes(other, consul), "{other}");
+        }
+        let nft = |asks: &str| {
+            let chain = "table ip mine {\nchain out {\ntype nat hook output priority -100; policy accept;\n";
+            in_nft(&format!("{chain}{asks} redirect to :9999\n}}\n}}\n"), &[])[0]
+                .takes_own(consul.parse().unwrap())
+        };
+        assert!(nft("ip daddr 172.17.0.1 tcp dport 8500") && nft("meta l4proto tcp"));
+        assert!(
+            !nft("ip daddr 172.17.0.2 tcp dport 8500") && !nft("meta skuid != 7 meta l4proto tcp")
+        );
+    }
+
+    #[test]
+    fn which_connections_a_rule_of_nft_takes_is_read_and_what_cannot_be_read_may_be_any() {
+        let chain = "table ip mine {\n\tchain pre {\n\t\ttype nat hook prerouting priority dstnat; policy accept;\n";
+        let all = "79c 80c 81c 92c 443c";
+        for (rule, expected) in [
+            ("meta l4proto tcp redirect to :9999", all),
+            (
+                "ip daddr 1.2.3.4 tcp dport { 80, 81, 90-95 } counter redirect to :9999",
+                "80c 81c 92c",
+            ),
+            ("tcp dport 80 redirect to :9999", "80c"),
+            ("meta l4proto { tcp, udp } th dport 80-81 redirect to :9999", "80c 81c"),
+            ("tcp dport @ports redirect to :9999", all),
+            ("tcp dport != 80 redirect to :9999", all),
+            ("meta l4proto tcp redirect to :tcp dport map @m", all),
+            ("ip protocol tcp dnat to tcp dport map { 80 : 1.2.3.4 . 9999 }", all),
+            ("tcp dport 443 dnat to 172.17.0.1:9000-9999", "443c"),
+            ("tcp dport 443 dnat ip to 172.17.0.2:9999", ""),
+        ] {
+            let leads = in_nft(&format!("{chain}\t\t{rule}\n\t}}\n}}\n"), &[]);
+            assert_eq!(taken(&leads), [expected], "{rule}");
+        }
+        // Of a chain that another one jumps to, it is not known where it is looked at.
+        let jumped = "table ip mine {\n\tchain x {\n\t\ttcp dport 80 redirect to :9999\n\t}\n}\n";
+        assert_eq!(taken(&in_nft(jumped, &[])), ["80"]);
+        let output =
+            chain.replace("prerouting", "output") + "\t\ttcp dport 80 redirect to :9999\n\t}\n}\n";
+        assert_eq!(taken(&in_nft(&output, &[])), ["80h"]);
     }
 
     #[test]
@@ -134,7 +367,7 @@ mod tests {
             -A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE\n\
             -A EMBASSY -p tcp -j REDIRECT --to-ports 9999\nCOMMIT\n";
         let leads = in_iptables(saved, "iptables");
-        let expected = [("", 3232), ("10.0.0.5", 3232), ("", 9999), ("172.17.0.2", 80)];
+        let expected = [("", 3232), ("10.0.0.5", 3232), ("", 9999), ("", 0), ("172.17.0.2", 80)];
         let expected: Vec<_> = expected.iter().map(|(a, p)| ((*a).to_owned(), *p)).collect();
         assert_eq!(found(&leads), expected);
         assert_eq!(

@@ -2,7 +2,9 @@
 //! changes the firewall, and only objects with our name.
 
 use std::{
+    collections::BTreeSet,
     fmt,
+    net::SocketAddr,
     os::fd::BorrowedFd,
     sync::{
         Arc,
@@ -38,6 +40,7 @@ pub mod leads;
 mod lock;
 pub(crate) mod netlink;
 mod nft;
+pub mod own_rules;
 pub mod place;
 mod program;
 mod reconciler;
@@ -49,6 +52,7 @@ pub use change::Change;
 pub use error::CaptureError;
 pub use interface::named as interface_name;
 pub use lock::Lock;
+pub use own_rules::OwnRules;
 use reconciler::Reconciler;
 use rules::{Hook, RuleSettings, Rules};
 
@@ -196,8 +200,26 @@ pub struct Standing {
     pub restored: Option<(Instant, String)>,
     /// The optional parts of the rules that the firewall cannot do, and why.
     pub lacks: Vec<(rules::Part, String)>,
-    /// Obstacles for captured connections.
+    /// Chains on this host's input that may drop captured connections.
     pub barriers: Vec<input::Barrier>,
+    /// Whether they do, by count.
+    pub drops: Drops,
+    /// Addresses of registries and engines that are excepted from the capture, though this host's own consumer declared their port.
+    pub shadowed: BTreeSet<SocketAddr>,
+    /// A chain that may take connections before our rules do.
+    pub behind: Option<input::Barrier>,
+}
+
+/// Whether captured connections are dropped on this host's input, by the counts before and after others' rules.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Drops {
+    /// None was lost, or none has come.
+    #[default]
+    NotCounted,
+    /// Some were lost.
+    Some,
+    /// Some were lost and none has passed since, and a rule that can be read says that all are dropped.
+    All,
 }
 
 impl CaptureCounts {

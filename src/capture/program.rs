@@ -105,6 +105,16 @@ pub(super) fn time_of_programs() -> Duration {
         .unwrap_or_default()
 }
 
+/// How long others' rules are not read after it took this much of a processor to read them: however large they are, and however
+/// often they change, it costs one hundredth of a processor at most.
+pub(super) fn rest(took: Duration) -> Duration {
+    const REST: u32 = 100;
+    READ.max(took.saturating_mul(REST))
+}
+
+/// Minimum interval for reading other programs' rules, which starts programs.
+pub(super) const READ: Duration = Duration::from_secs(5);
+
 fn time_in(stat: &str) -> Option<Duration> {
     // In USER_HZ, which is 100 on every machine that Linux runs on today.
     const TICK: Duration = Duration::from_millis(10);

@@ -15,14 +15,14 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use super::{
-    CaptureCounts, CaptureError, Change, Firewall, TurnedAway,
+    CaptureCounts, CaptureError, Change, Drops, Firewall, TurnedAway,
     arrivals::Arrivals,
     backend::Backend,
     input::{self, Barrier, Captured, Listings},
     interface,
     nft::Offender,
     place::First,
-    program::time_of_programs,
+    program::{READ, rest, time_of_programs},
     rules::{Optional, PRIORITY, Part, Places, RuleChanges, RuleSettings, Rules},
 };
 use crate::{
@@ -84,8 +84,9 @@ struct Surroundings {
     suspect: Option<Barrier>,
     /// Why `--notrack` is refused, as last logged.
     tracked_for: Option<String>,
-    /// The obstacles for captured connections, as last logged.
+    /// The obstacles for captured connections, as last logged, and whether it was known that they are in the way.
     barriers: Vec<Barrier>,
+    drops: Drops,
     /// The chains that stay before our rules, as last logged.
     behind: Option<Barrier>,
     arrivals: Arrivals,
@@ -97,11 +98,6 @@ const CHECK: Duration = Duration::from_secs(1);
 const REDUCE: Duration = Duration::from_secs(15);
 /// The same, whether one no longer is: after another program changed something.
 const COME_BACK: Duration = Duration::from_secs(60);
-/// Minimum interval for reading other programs' rules, which starts programs.
-const READ: Duration = Duration::from_secs(5);
-/// The same, as a multiple of the processor time that it took: however large they are, and however often they change, it costs one hundredth
-/// of a processor at most.
-const REST: u32 = 100;
 
 impl Reconciler {
     pub(super) fn new(
@@ -351,7 +347,8 @@ impl Reconciler {
         if let Some((change, missing)) = self.damage.take() {
             self.restored(change, missing);
         }
-        for server in places.shadowed(table) {
+        let shadowed: BTreeSet<_> = places.shadowed(table).collect();
+        for server in shadowed.iter().copied() {
             if self.shadowed.insert(server) {
                 warn!(%server, "binding not captured: its address is that of a registry or engine embassy connects to");
             }
@@ -361,6 +358,7 @@ impl Reconciler {
             standing.firewall = Some(firewall);
             standing.in_place = torn.is_none();
             standing.guards = guards;
+            standing.shadowed = shadowed;
             standing.error = None;
         });
         self.applied = Some((table.clone(), places));
@@ -587,21 +585,38 @@ impl Reconciler {
         }
     }
 
-    /// Logs the obstacles for captured connections when they change.
-    fn tell_barriers(&mut self, behind_now: Option<Barrier>) {
-        let mut found = self.obstacles();
-        found.extend(behind_now);
-        let Surroundings { barriers, behind, .. } = &self.surroundings;
-        let new =
-            |barrier: &&Barrier| !barriers.contains(barrier) && Some(*barrier) != behind.as_ref();
-        for Barrier { chain, remedy } in found.iter().filter(new) {
-            warn!(chain, remedy, "captured connections may be dropped on this host");
+    /// Whether connections are dropped, by what is counted.
+    fn drops(&self) -> Drops {
+        let Surroundings { readable, arrivals, .. } = &self.surroundings;
+        match (arrivals.dropped(), arrivals.none_passes() && !readable.is_empty()) {
+            (false, _) => Drops::NotCounted,
+            (true, false) => Drops::Some,
+            (true, true) => Drops::All,
+        }
+    }
+
+    /// Logs the obstacles for captured connections when they change, and when it is proved that they are in the way.
+    fn tell_barriers(&mut self, behind: Option<Barrier>) {
+        let (found, drops) = (self.obstacles(), self.drops());
+        let before = std::mem::replace(&mut self.surroundings.drops, drops);
+        let barriers = &self.surroundings.barriers;
+        let is_proved = before == Drops::NotCounted && drops != Drops::NotCounted;
+        for barrier @ Barrier { chain, remedy } in &found {
+            if drops == Drops::NotCounted && !barriers.contains(barrier) {
+                warn!(chain, remedy, "captured connections may be dropped on this host");
+            } else if is_proved || drops != Drops::NotCounted && !barriers.contains(barrier) {
+                warn!(chain, remedy, "captured connections are dropped on this host");
+            }
         }
         for Barrier { chain, .. } in barriers.iter().filter(|barrier| !found.contains(barrier)) {
             info!(chain, "chain no longer drops captured connections");
         }
-        self.counts.barriers.store(found.len() as u64, Relaxed);
-        self.counts.stand(|standing| standing.barriers.clone_from(&found));
+        self.counts.barriers.store((found.len() + usize::from(behind.is_some())) as u64, Relaxed);
+        self.counts.stand(|standing| {
+            standing.barriers.clone_from(&found);
+            standing.drops = drops;
+            standing.behind = behind;
+        });
         self.surroundings.barriers = found;
     }
 
@@ -654,11 +669,6 @@ impl Reconciler {
             self.surroundings.tracked_for = obstacle;
         }
     }
-}
-
-/// How long others' rules are not read after it took this much of a processor to read them.
-fn rest(took: Duration) -> Duration {
-    READ.max(took.saturating_mul(REST))
 }
 
 /// All rules of a table, with these places.

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 
 use crate::{
     config::{CaptureScope, Guard},
-    model::{Port, Protocol},
+    model::{ConsumerId, Port, Protocol},
     table::{Changes, Route, RouteKey, Table},
     wiring::{Arrival, Interface, Wiring},
 };
@@ -407,6 +407,14 @@ pub enum Hook {
 }
 
 impl Hook {
+    /// Where a consumer's connections can be captured.
+    pub fn of(consumer: &ConsumerId) -> Self {
+        match consumer {
+            ConsumerId::Local => Self::Output,
+            ConsumerId::Container { .. } => Self::Prerouting,
+        }
+    }
+
     /// nft's word for it, and the name of our chain that translates there.
     pub(super) fn nft(self) -> &'static str {
         match self {

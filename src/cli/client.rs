@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::table::printable;
 use crate::{
-    admin::api::{Error, Page},
+    admin::api::{Error, Explain, Page},
     config::Admin,
     source::SourceError,
     tls,
@@ -101,6 +101,16 @@ impl Client {
                 return Ok(all);
             }
         }
+    }
+
+    /// Why nobody is known by this name, ID or address: the sentence that `embassy explain` begins with. `None` if somebody is.
+    pub(super) async fn unknown(&self, consumer: &str) -> Result<Option<String>> {
+        const CAUSES: [&str; 3] = ["no_consumer", "declares_nothing", "invalid"];
+        let explain: Explain =
+            self.get("/v1/explain", &[("consumer", consumer), ("port", "1")]).await?;
+        let mut findings = explain.findings.into_iter().filter(|_| explain.consumers.is_empty());
+        let finding = findings.find(|one| CAUSES.contains(&&*one.cause));
+        Ok(finding.map(|one| printable(&one.text)))
     }
 
     fn nobody(&self, error: &reqwest::Error) -> anyhow::Error {

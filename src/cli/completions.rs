@@ -1,9 +1,10 @@
 //! Shell completions and manual pages, generated from the definition of the command line.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 
 use super::{Answer, command, commands};
+use crate::config::UsageError;
 
 /// Print shell completions
 #[derive(Debug, clap::Args)]
@@ -42,13 +43,26 @@ pub(super) struct Man {
 }
 
 impl Man {
+    /// Refuses a page that there is not.
+    pub(super) fn check(&self) -> Result<(), UsageError> {
+        let commands = commands();
+        match &self.command {
+            Some(name) if commands.find_subcommand(name).is_none() => {
+                let pages: Vec<_> =
+                    commands.get_subcommands().map(clap::Command::get_name).collect();
+                Err(UsageError::new(format_args!(
+                    "<COMMAND> {name:?}: expected nothing, for the page of the proxy, or one of {}",
+                    pages.join(", ")
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn run(self) -> Result<Answer> {
         let page = match &self.command {
             None => command(),
-            Some(name) => match commands().find_subcommand(name) {
-                Some(found) => found.clone(),
-                None => bail!("no such command: {name:?}; `embassy --help` lists them"),
-            },
+            Some(name) => commands().find_subcommand(name).cloned().unwrap_or_else(command),
         };
         let mut out = Vec::new();
         clap_mangen::Man::new(page).render(&mut out).context("the manual page")?;

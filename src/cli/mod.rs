@@ -206,7 +206,10 @@ impl Command {
             Self::Wait(wait) => runtime.block_on(wait.run()),
             Self::Cleanup(cleanup) => runtime.block_on(cleanup.run()),
             Self::Completions(completions) => completions.run(),
-            Self::Man(man) => man.run(),
+            Self::Man(man) => {
+                man.check()?;
+                man.run()
+            }
         })
     }
 }

@@ -14,7 +14,10 @@ use tokio::{sync::watch, time::timeout};
 use super::{Answer, table::Columns, table::printable};
 use crate::{
     app,
-    capture::{self, Script, conntrack, leads, rules::RuleSettings},
+    capture::{
+        self, OwnRules, Script, conntrack,
+        rules::{Hook, RuleSettings},
+    },
     config::{Args, CaptureMode, Config, UsageError},
     control::{Sources, Waiting},
     discovery::{Endpoints, Query},
@@ -50,6 +53,8 @@ struct Shown {
     vips: Vec<String>,
     /// Without `--dnat` and `--redirect`: rules of the user's own that lead to embassy's port; null if they cannot be read.
     own_rules: Option<Vec<String>>,
+    /// The ports of routes that none of these rules takes.
+    passed_by: BTreeSet<u16>,
     routes: Vec<Planned>,
     /// The bindings without a route.
     skipped: Vec<Skipped>,
@@ -104,6 +109,14 @@ impl Plan {
                 (Some(firewall.to_string()), scripts)
             }
         };
+        let own_rules = match config.capture {
+            CaptureMode::None => OwnRules::read(rules.port).await,
+            CaptureMode::Dnat | CaptureMode::Redirect => OwnRules::Unread,
+        };
+        let passes = |route: &&Arc<Route>| {
+            own_rules.pass_by(route.key.port.get(), Hook::of(&route.consumer))
+        };
+        let passed_by = table.routes().filter(passes).map(|route| route.key.port.get()).collect();
         let settings = conntrack::asked(&config.conntrack);
         let shown = Shown {
             capture: match config.capture {
@@ -119,12 +132,15 @@ impl Plan {
                 all.iter().map(ToString::to_string).collect()
             },
             own_rules: match config.capture {
-                CaptureMode::None => leads::read().await.ok().map(|leads| {
-                    let leads = leads.into_iter().filter(|lead| lead.port == rules.port);
-                    leads.map(|lead| lead.rule).collect()
-                }),
+                CaptureMode::None => match &own_rules {
+                    OwnRules::Read { leads, .. } => {
+                        Some(leads.iter().map(|lead| lead.rule.clone()).collect())
+                    }
+                    OwnRules::Unread | OwnRules::Unreadable(_) => None,
+                },
                 CaptureMode::Dnat | CaptureMode::Redirect => Some(Vec::new()),
             },
+            passed_by,
             routes: routes(&table, &sources),
             skipped: skipped(&table, &sources),
             settings: settings.map(|(path, value)| Setting { path, value }).collect(),
@@ -272,6 +288,9 @@ impl Shown {
                 Some(rules) => {
                     writeln!(out, "Your own rules that lead to embassy's port:")?;
                     rules.iter().try_for_each(|rule| writeln!(out, "{}", printable(rule)))?;
+                    for port in &self.passed_by {
+                        writeln!(out, "None of them takes connections to port {port}.")?;
+                    }
                 }
             }
         }

@@ -31,7 +31,7 @@ pub(super) struct Ps {
     #[arg(long, short, value_name = "FIGURE", default_value = "name")]
     sort: Sort,
 
-    /// Only routes of this consumer: name or ID prefix. Cannot be combined with --endpoints: endpoints do not belong to a
+    /// Only routes of this consumer: name or ID prefix. Exit 1 if there is no such consumer. Cannot be combined with --endpoints: endpoints do not belong to a
     /// consumer
     #[arg(long, value_name = "CONSUMER")]
     consumer: Option<String>,
@@ -112,12 +112,16 @@ impl Ps {
             all.sort_by_key(|endpoint| {
                 Reverse(self.sort.key(&endpoint.figures, endpoint.health.failed_tries))
             });
-            return self.answer(&all, note, endpoints);
+            return self.answer(&all, note, None, endpoints);
         }
         let of = |route: &Route| route.query.service.clone();
         let (mut all, note) = self.listed(&client, "/v1/routes", of).await?;
         all.sort_by_key(|route| Reverse(self.sort.key(&route.figures, 0)));
-        self.answer(&all, note, routes)
+        let unknown = match &self.consumer {
+            Some(consumer) if all.is_empty() => client.unknown(consumer).await?,
+            _ => None,
+        };
+        self.answer(&all, note, unknown, routes)
     }
 
     /// The matching entries, and a note on how the service was found. With --json a service's name is always the full name.
@@ -162,10 +166,15 @@ impl Ps {
         &self,
         all: &[T],
         note: Option<String>,
+        unknown: Option<String>,
         table: impl Fn(&[T]) -> Columns,
     ) -> Result<Answer> {
         if self.asked.json {
-            return Answer::json(&all, true);
+            return Answer::json(&all, unknown.is_none());
+        }
+        // Nothing is listed because nobody has this name: that is no "yes".
+        if let Some(unknown) = unknown {
+            return Ok(Answer::new(unknown + "\n", false));
         }
         let asked = [&self.consumer, &self.service, &self.state, &self.text];
         let text = match (all.is_empty(), note) {

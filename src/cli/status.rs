@@ -64,7 +64,15 @@ fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
     let by =
         capture.firewall.as_deref().map_or(String::new(), |one| format!(" by {}", printable(one)));
     match (capture.mode, capture.in_place) {
-        (api::CaptureMode::None, _) => writeln!(out, "capture      by your own rules")?,
+        (api::CaptureMode::None, _) => writeln!(
+            out,
+            "capture      {}",
+            match status.verdicts.capture {
+                Verdict::Ok => "by your own rules",
+                Verdict::Degraded => "by your own rules, as far as they go (see above)",
+                Verdict::Broken => "nothing is captured by your own rules (see above)",
+            }
+        )?,
         (mode, true) => writeln!(out, "capture      {mode}{by}, in place")?,
         (mode, false) => writeln!(out, "capture      {mode}{by}, not in place")?,
     }

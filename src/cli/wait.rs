@@ -22,7 +22,7 @@ use crate::{
 /// Wait until these services have routes with endpoints; exit 1 on timeout
 ///
 /// A service is ready when it has a route with an endpoint that is not known to fail, and embassy's rules are in place. An endpoint to
-/// which nobody has connected yet counts, unless the binding says check=tcp. With rules of your own, embassy cannot know whether they capture.
+/// which nobody has connected yet counts, unless the binding says check=tcp. With rules of your own, one of them has to take the connections, as far as embassy can read them.
 #[derive(Debug, clap::Args)]
 pub(super) struct Wait {
     #[command(flatten)]
@@ -144,7 +144,14 @@ async fn why(client: &Client, route: &api::Route) -> Result<String> {
 
 /// No container asks for it: names the services that containers ask for, because the name may be misspelt.
 async fn nobody_asks(client: &Client, service: &str, consumer: Option<&str>) -> Result<String> {
-    let some: api::Page<api::Route> = client.get("/v1/routes", &[("limit", "100")]).await?;
+    if let Some(consumer) = consumer
+        && let Some(unknown) = client.unknown(consumer).await?
+    {
+        return Ok(unknown);
+    }
+    let of = consumer.map(|consumer| ("consumer", consumer));
+    let asked: Vec<_> = [("limit", "100")].into_iter().chain(of).collect();
+    let some: api::Page<api::Route> = client.get("/v1/routes", &asked).await?;
     let query = |route: &api::Route| match route.query.tags.join(",") {
         tags if tags.is_empty() => printable(&route.query.service),
         tags => printable(&format!("{}[{tags}]", route.query.service)),
@@ -152,12 +159,13 @@ async fn nobody_asks(client: &Client, service: &str, consumer: Option<&str>) -> 
     let names: BTreeSet<_> = some.items.iter().map(query).collect();
     let names = names.into_iter().take(NAMED).collect::<Vec<_>>().join(", ");
     let service = printable(service);
-    if let Some(consumer) = consumer {
-        return Ok(format!("{} does not ask for {service}, or is not there", printable(consumer)));
-    }
-    Ok(match names.is_empty() {
-        true => format!("no container asks for {service}"),
-        false => format!("no container asks for {service}; containers ask for {names}"),
+    Ok(match (consumer.map(printable), names.is_empty()) {
+        (Some(consumer), true) => format!("{consumer} does not ask for {service}"),
+        (Some(consumer), false) => {
+            format!("{consumer} does not ask for {service}; it asks for {names}")
+        }
+        (None, true) => format!("no container asks for {service}"),
+        (None, false) => format!("no container asks for {service}; containers ask for {names}"),
     })
 }
 

@@ -108,7 +108,7 @@ pub(crate) struct Args {
     #[arg(long, help_heading = CONSUMERS, value_name = "NAME")]
     pub(super) interface: Option<String>,
 
-    /// Where endpoints come from: consul://, consuls://, etcd://, etcd2://, etcd3://, docker://, file://path or
+    /// Where endpoints come from: consul://, consuls://, etcd://, etcd2://, etcd3://, docker://, file:///path or
     /// dns://resolver. May be repeated: then a descriptor selects one with via=<scheme>, and the first is used by
     /// default [default: consul:// with CONSUL_HTTP_ADDR, else consul://127.0.0.1:8500] [env: DISCOVERY]
     #[arg(long, help_heading = DISCOVERY, value_name = "URI")]

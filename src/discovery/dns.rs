@@ -243,7 +243,12 @@ impl<'a> Session<'a> {
     const AT_A_TIME: usize = 8;
 
     fn new(server: SocketAddr, query: &Query, answers: &'a Memory) -> Result<Self, SourceError> {
-        let service = query.service.as_str();
+        // The client answers for the domain `invalid` itself, whether or not there is a server. DNS servers know `test` as well (RFC 6761,
+        // section 6.2).
+        let service = match query.is_probe() {
+            true => "embassy.test",
+            false => query.service.as_str(),
+        };
         let mut name = Name::from_ascii(service).map_err(|error| {
             SourceError::caused(format_args!("{service:?} is not a name of DNS"), &error)
         })?;

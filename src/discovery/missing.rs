@@ -30,7 +30,17 @@ pub(super) fn no_such_service<'a>(
     name: &str,
     names: impl Iterator<Item = &'a String>,
 ) -> String {
-    let near: Vec<_> = nearest(name, names, &mut { WORK }).into_iter().map(excerpt).collect();
+    with_near(fact, &near(name, names.map(String::as_str)))
+}
+
+/// The names that may have been meant, the nearest first. `names` are in an order that stays: of very many, only the first are compared.
+pub(crate) fn near<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    nearest(name, names, &mut { WORK })
+}
+
+/// The fact, and the names that may have been meant.
+pub(super) fn with_near(fact: &str, near: &[&str]) -> String {
+    let near: Vec<_> = near.iter().map(|name| excerpt(name)).collect();
     match near.is_empty() {
         true => fact.to_owned(),
         false => format!("{fact}; near: {}", near.join(", ")),
@@ -97,11 +107,7 @@ fn excerpts<'a>(mut tags: impl Iterator<Item = &'a str>) -> String {
 }
 
 /// The names that may have been meant, as far as `work` suffices, which is used up.
-fn nearest<'a>(
-    name: &str,
-    names: impl Iterator<Item = &'a String>,
-    work: &mut usize,
-) -> Vec<&'a str> {
+fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a str>, work: &mut usize) -> Vec<&'a str> {
     if name.len() > LONGEST {
         return Vec::new();
     }
@@ -126,7 +132,7 @@ fn nearest<'a>(
             } else {
                 distance(wanted.as_bytes(), lower.as_bytes(), few, work)
             };
-        near.extend(distance.map(|distance| (distance, other.as_str())));
+        near.extend(distance.map(|distance| (distance, other)));
     }
     near.sort_unstable();
     near.into_iter().take(NAMED).map(|(_, other)| other).collect()
@@ -258,7 +264,7 @@ mod tests {
     fn a_thousand_names_are_compared_and_hostile_ones_cost_no_more_than_a_bound() {
         let left = |wanted: &str, names: &[String]| {
             let mut work = WORK;
-            let near = nearest(wanted, names.iter(), &mut work).len();
+            let near = nearest(wanted, names.iter().map(String::as_str), &mut work).len();
             (near, work)
         };
         let mut names: Vec<_> = (0..2000).map(|i| format!("team-{i:04}/backend")).collect();
@@ -268,7 +274,7 @@ mod tests {
         // As near as can be, and as long: each costs the most.
         let hostile: Vec<_> = (0..100_000).map(|i| format!("{i:06}{}", "x".repeat(122))).collect();
         let seen = std::cell::Cell::new(0);
-        let counted = hostile.iter().inspect(|_| seen.set(seen.get() + 1));
+        let counted = hostile.iter().map(String::as_str).inspect(|_| seen.set(seen.get() + 1));
         let mut work = WORK;
         nearest(&format!("{}yyyyyy", "x".repeat(122)), counted, &mut work);
         assert_eq!(work, 0);

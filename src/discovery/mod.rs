@@ -25,7 +25,7 @@ pub mod dns;
 pub mod docker;
 pub mod etcd;
 pub mod file;
-mod missing;
+pub(crate) mod missing;
 mod options;
 
 mod uri;
@@ -271,6 +271,26 @@ pub enum CannotAsk {
     OwnPort(Port),
 }
 
+impl CannotAsk {
+    /// What to do about it.
+    pub fn fix(&self) -> &'static str {
+        match self {
+            Self::Unknown { .. } => {
+                "name one of the configured discoveries in via=, or add the one that it names with -discovery"
+            }
+            Self::Datacentre { .. } => {
+                "remove dc= from the descriptor, or ask Consul: via=consul in the descriptor, and -discovery=consul://..."
+            }
+            Self::Tags { .. } => {
+                "remove the tags from the descriptor, or ask a discovery that has tags: via= in the descriptor"
+            }
+            Self::OwnPort(_) => {
+                "declare another port in the descriptor, or start embassy with another --port"
+            }
+        }
+    }
+}
+
 /// Every configured discovery, by name.
 #[derive(Debug, Clone)]
 pub struct Discoveries {
@@ -348,6 +368,11 @@ impl Discoveries {
     /// `host:port` of every server that any discovery asks over TCP.
     pub fn servers(&self) -> Vec<String> {
         self.by_name.values().flat_map(Discovery::servers).collect()
+    }
+
+    /// The servers of one of them, as `host:port`.
+    pub fn servers_of(&self, name: &str) -> Vec<String> {
+        self.by_name.get(name).map(Discovery::servers).unwrap_or_default()
     }
 
     /// How descriptors name them.

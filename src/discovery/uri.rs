@@ -16,6 +16,7 @@ use super::{
     docker::Docker,
     etcd::{Api, Etcd},
     file::File,
+    missing,
 };
 use crate::{
     docker::{Address, Engine},
@@ -117,10 +118,12 @@ pub(super) fn parse(text: &str, settings: &Options) -> Result<Parsed, UriError> 
         "dns" => ("dns", dns(rest).map(Discovery::Dns)),
         "marathon" => return Err(UriError::new(text, "marathon is not supported")),
         _ => {
-            return Err(UriError::new(
-                text,
-                "expected consul://, consuls://, etcd://, etcd2://, etcd3://, docker://, file:// or dns://",
-            ));
+            let expected = "expected consul://, consuls://, etcd://, etcd2://, etcd3://, docker://, file:// or dns://";
+            let reason = match meant(text) {
+                Some(meant) => format!("{expected}; did you mean {meant}?"),
+                None => expected.to_owned(),
+            };
+            return Err(UriError::new(text, reason));
         }
     };
     match discovery {
@@ -128,6 +131,50 @@ pub(super) fn parse(text: &str, settings: &Options) -> Result<Parsed, UriError> 
         // The reason repeats parts of the text, which may be parts of a password.
         Err(_) if rest.contains('@') => Err(UriError::new(text, USER)),
         Err(reason) => Err(UriError::new(text, reason)),
+    }
+}
+
+/// What may have been meant by a text without a known scheme. `None` if that is not clear, or if a password may be in it.
+fn meant(text: &str) -> Option<String> {
+    const SCHEMES: [&str; 8] =
+        ["consul", "consuls", "etcd", "etcd2", "etcd3", "docker", "file", "dns"];
+    if text.contains(['@', '?']) || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return None;
+    }
+    let is_port = |address: &str, port: &str| address.trim_end_matches('/').ends_with(port);
+    // An address alone: the port says whose it is.
+    let by_port = |address: &str| match address {
+        _ if is_port(address, ":2379") || is_port(address, ":4001") => Some("etcd"),
+        _ if is_port(address, ":8500") => Some("consul"),
+        _ if is_port(address, ":8501") => Some("consuls"),
+        _ if is_port(address, ":2375") || is_port(address, ":2376") => Some("docker"),
+        _ => None,
+    };
+    let (scheme, rest) = match text.split_once("://") {
+        Some((scheme, rest)) => (scheme.to_ascii_lowercase(), rest),
+        None => match text.split_once([':', '/']) {
+            Some((scheme, rest)) if SCHEMES.contains(&&*scheme.to_ascii_lowercase()) => {
+                (scheme.to_ascii_lowercase(), rest)
+            }
+            Some(("unix", rest)) => ("unix".to_owned(), rest),
+            _ if text.starts_with('/') => ("file".to_owned(), text),
+            _ => (String::new(), text),
+        },
+    };
+    let address = rest.trim_matches('/');
+    match &*scheme {
+        "file" | "unix" => {
+            let scheme = if scheme == "file" { "file" } else { "docker" };
+            Some(format!("{scheme}:///{address}"))
+        }
+        known if SCHEMES.contains(&known) => Some(format!("{known}://{address}")),
+        "https" if by_port(address) == Some("consul") => Some(format!("consuls://{address}")),
+        "" | "http" | "https" | "tcp" => Some(format!("{}://{address}", by_port(address)?)),
+        // One that is written wrongly.
+        other => {
+            let near = missing::near(other, SCHEMES.into_iter()).into_iter().next()?;
+            Some(format!("{near}://{rest}"))
+        }
     }
 }
 
@@ -217,10 +264,17 @@ fn docker(rest: &str, settings: &Options) -> Result<Docker, String> {
     }
 }
 
-/// The whole rest is the path, absolute or relative.
+/// The whole rest is the path: absolute, a name, or relative with a dot at its start.
 fn file(rest: &str) -> Result<File, String> {
     match rest {
-        "" => Err("no path: expected file:///absolute/path or file://relative/path".to_owned()),
+        "" => Err("no path: expected file:///absolute/path or file://name".to_owned()),
+        // Who writes two slashes for a path from the root on means another file than embassy would read.
+        path if path.contains('/') && !path.starts_with(['/', '.']) => {
+            let absolute = path.strip_prefix("localhost/").unwrap_or(path);
+            Err(format!(
+                "the path {path:?} is relative: expected file:///{absolute}, or file://./{path} for one below the folder in which embassy was started"
+            ))
+        }
         path => Ok(File::new(path.into())),
     }
 }
@@ -256,7 +310,9 @@ fn split(rest: &str) -> Result<(&str, &str), String> {
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
     match path {
         "" => Ok((authority, query)),
-        path => Err(format!("unexpected path {path:?} after the address")),
+        path => Err(format!(
+            "unexpected path {path:?} after the address {authority:?}: expected none; a service or a branch stands in the descriptor"
+        )),
     }
 }
 
@@ -378,6 +434,8 @@ mod tests {
             ("docker:///run/other.sock", "docker"),
             ("file:///etc/services.toml", "file"),
             ("file://services.toml", "file"),
+            ("file://./folder/services.toml", "file"),
+            ("file://../services.toml", "file"),
             ("dns://10.0.0.1", "dns"),
             ("dns://[fd00::1]:5353", "dns"),
         ] {
@@ -541,13 +599,41 @@ mod tests {
     #[test]
     fn each_wrong_uri_has_its_reason() {
         const SCHEMES: &str = "expected consul://, consuls://, etcd://, etcd2://, etcd3://, docker://, file:// or dns://";
+        let meant = |uri: &str| format!("{SCHEMES}; did you mean {uri}?");
         const HOST: &str = "expected host, host:port or [ipv6]:port";
         const LOOPBACK: &str = "loopback= has another value: expected loopback=allow";
         for (text, reason) in [
             ("", SCHEMES.to_owned()),
-            ("127.0.0.1:8500", SCHEMES.to_owned()),
+            ("127.0.0.1:8500", meant("consul://127.0.0.1:8500")),
+            ("127.0.0.1:2379", meant("etcd://127.0.0.1:2379")),
+            ("127.0.0.1", SCHEMES.to_owned()),
             ("zk://h", SCHEMES.to_owned()),
-            ("Consul://h", SCHEMES.to_owned()),
+            ("Consul://h", meant("consul://h")),
+            ("consul:127.0.0.1:8500", meant("consul://127.0.0.1:8500")),
+            ("consul//127.0.0.1:8500", meant("consul://127.0.0.1:8500")),
+            ("consul:/127.0.0.1:8500", meant("consul://127.0.0.1:8500")),
+            ("etcd:127.0.0.1:2379", meant("etcd://127.0.0.1:2379")),
+            ("http://127.0.0.1:8500", meant("consul://127.0.0.1:8500")),
+            ("http://127.0.0.1:8500/", meant("consul://127.0.0.1:8500")),
+            ("https://c.example:8501", meant("consuls://c.example:8501")),
+            ("http://e.example:2379", meant("etcd://e.example:2379")),
+            ("http://h", SCHEMES.to_owned()),
+            ("consol://h:8500", meant("consul://h:8500")),
+            ("unix:///var/run/docker.sock", meant("docker:///var/run/docker.sock")),
+            ("unix:/var/run/docker.sock", meant("docker:///var/run/docker.sock")),
+            ("tcp://10.0.0.1:2375", meant("docker://10.0.0.1:2375")),
+            ("/etc/services.toml", meant("file:///etc/services.toml")),
+            ("file:/etc/services.toml", meant("file:///etc/services.toml")),
+            (
+                "file://tmp/x",
+                "the path \"tmp/x\" is relative: expected file:///tmp/x, or file://./tmp/x for one below the folder in which embassy was started"
+                    .to_owned(),
+            ),
+            (
+                "file://localhost/etc/x",
+                "the path \"localhost/etc/x\" is relative: expected file:///etc/x, or file://./localhost/etc/x for one below the folder in which embassy was started"
+                    .to_owned(),
+            ),
             ("marathon://h:8080", "marathon is not supported".to_owned()),
             ("consul", format!("\"\": {HOST}")),
             ("consul://h:0", format!("\"h:0\": {HOST}")),
@@ -557,7 +643,11 @@ mod tests {
             ("consul://[::g]", format!("\"[::g]\": {HOST}")),
             ("consul://a b", format!("\"a b\": {HOST}")),
             ("consul://1.2.3.4.5", "\"1.2.3.4.5\": invalid IPv4 address".to_owned()),
-            ("consul://h/v1", "unexpected path \"v1\" after the address".to_owned()),
+            (
+                "consul://h:8500/v1",
+                "unexpected path \"v1\" after the address \"h:8500\": expected none; a service or a branch stands in the descriptor"
+                    .to_owned(),
+            ),
             (
                 "consul://h?token=x",
                 "unknown parameter \"token\": expected dc, loopback, near, ns, partition, tag or token-file"
@@ -574,12 +664,16 @@ mod tests {
                 "etcd://a,etcd2://b",
                 "\"etcd2://b\": expected etcd:// or no scheme before each member".to_owned(),
             ),
-            ("etcd://a/b,c", "unexpected path \"b\" after the address".to_owned()),
+            (
+                "etcd://a/b,c",
+                "unexpected path \"b\" after the address \"a\": expected none; a service or a branch stands in the descriptor"
+                    .to_owned(),
+            ),
             ("etcd://a?dc=b", "unknown parameter \"dc\": expected loopback".to_owned()),
             ("docker://h", "\"h\" has no port: expected host:port or /path/of.sock".to_owned()),
             (
                 "file://",
-                "no path: expected file:///absolute/path or file://relative/path".to_owned(),
+                "no path: expected file:///absolute/path or file://name".to_owned(),
             ),
             ("dns://ns.example", "resolver \"ns.example\": expected an IP address".to_owned()),
             ("dns://", format!("\"\": {HOST}")),

@@ -24,7 +24,7 @@ use super::{
     containers::Containers,
     links::{LinkChange, Links},
     lookup::Lookup,
-    obstacle,
+    obstacle::{self, Obstacle},
     process::{self, Processes},
     read::{self, Notice},
 };
@@ -141,7 +141,9 @@ impl Source for EngineSource {
         // so it is read beside the listing, however long that takes.
         let connected = self.beside(Client::connect(&engine)).await;
         let (client, since) = connected.map_err(|error| match obstacle::of(&engine) {
-            Some(obstacle) => SourceError::new(format_args!("{engine}: {obstacle}")),
+            Some(Obstacle { what, fix }) => {
+                SourceError::new(format_args!("{engine}: {what}")).fixed_by(fix)
+            }
             None => error,
         })?;
         let host = self.beside(client.host()).await?;

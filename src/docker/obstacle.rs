@@ -59,8 +59,40 @@ struct Facts<'a> {
     user: u32,
     groups: &'a [u32],
     in_container: bool,
+    names: &'a Names,
     /// SELinux confines this process.
     is_confined: bool,
+}
+
+/// The names of this process's user and of the socket's group, or their numbers.
+#[derive(Debug, Default)]
+struct Names {
+    user: String,
+    group: String,
+}
+
+/// Whether this process is in a container: Docker and podman say so by a file, others by the control group.
+pub(crate) fn is_in_container() -> bool {
+    let by_file = ["/.dockerenv", "/run/.containerenv"].iter().any(|at| Path::new(at).exists());
+    by_file || is_of_container(&fs::read_to_string("/proc/self/cgroup").unwrap_or_default())
+}
+
+/// By the text of `/proc/self/cgroup`.
+fn is_of_container(groups: &str) -> bool {
+    let engines = ["docker", "libpod", "kubepods", "containerd", "cri-o", "lxc"];
+    let paths = groups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
+    // The engine's own group is `docker.service`.
+    let mut parts =
+        paths.flat_map(|path| path.split('/')).filter(|part| !part.ends_with(".service"));
+    parts.any(|part| engines.iter().any(|engine| part.starts_with(engine)))
+}
+
+/// The name with this number in a file like `/etc/passwd`, or the number.
+fn name_of(file: &str, number: u32) -> String {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let is_it = |line: &&str| line.split(':').nth(2) == Some(&*number.to_string());
+    let name = text.lines().find(is_it).and_then(|line| line.split(':').next());
+    name.map_or_else(|| number.to_string(), str::to_owned)
 }
 
 /// Why this engine's socket cannot be connected to. `None` if it can, or if the cause is not known. It waits for nobody.
@@ -87,7 +119,14 @@ pub(crate) fn of(engine: &Engine) -> Option<Obstacle> {
         mounted: mounted(&mounts, &without_links(path)),
         user: geteuid().as_raw(),
         groups: &groups,
-        in_container: ["/.dockerenv", "/run/.containerenv"].iter().any(|at| Path::new(at).exists()),
+        in_container: is_in_container(),
+        names: &Names {
+            user: name_of("/etc/passwd", geteuid().as_raw()),
+            group: match there {
+                There::Socket { group, .. } => name_of("/etc/group", group),
+                There::Nothing | There::Folder | There::Other => String::new(),
+            },
+        },
         is_confined: label.contains(":container_t:"),
     })
 }
@@ -121,13 +160,20 @@ fn mounted(mounts: &str, path: &Path) -> Mounted {
 }
 
 fn judge(facts: &Facts<'_>) -> Option<Obstacle> {
-    let Facts { path, error, there, mounted, user, groups, in_container, is_confined } = *facts;
+    let Facts { path, error, there, mounted, user, groups, in_container, names, is_confined } =
+        *facts;
     let folder = path.parent().unwrap_or(Path::new("/")).display();
     let path = path.display();
     let (what, fix) = match (there, error) {
-        (There::Folder, _) => (
+        (There::Folder, _) if in_container => (
             format!("{path} is a folder: Docker makes one if the socket to mount is not there"),
             "remove the folder on the host, start the engine, and create embassy's container again"
+                .to_owned(),
+        ),
+        (There::Folder, _) => (
+            format!("{path} is a folder, and not a socket"),
+            "set the socket's path with -docker or DOCKER_HOST; if Docker made this folder because a container was to mount the socket \
+             before the engine ran, remove it and start the engine again"
                 .to_owned(),
         ),
         (There::Other, _) => {
@@ -155,17 +201,29 @@ fn judge(facts: &Facts<'_>) -> Option<Obstacle> {
                     "start it with --security-opt label=disable".to_owned(),
                 ),
                 (true, false) => return None,
-                (false, _) if mode & 0o020 != 0 => (
-                    format!(
-                        "{path} belongs to group {group}, and embassy (user {user}) is not in it"
-                    ),
-                    format!(
-                        "start its container with --group-add {group} (Compose: group_add: [\"{group}\"])"
-                    ),
-                ),
+                (false, _) if mode & 0o020 != 0 => {
+                    let Names { user: user_name, group: group_name } = names;
+                    (
+                        format!(
+                            "{path} belongs to group {group}, and embassy (user {user}) is not in it"
+                        ),
+                        match in_container {
+                            true => format!(
+                                "start its container with --group-add {group} (Compose: group_add: [\"{group}\"])"
+                            ),
+                            false => format!(
+                                "add its user to the group and start embassy again: usermod -aG {group_name} {user_name} (systemd: \
+                                 SupplementaryGroups={group_name} in the unit)"
+                            ),
+                        },
+                    )
+                }
                 (false, _) => (
                     format!("{path} belongs to user {owner} alone, and embassy is user {user}"),
-                    format!("start its container with --user {owner}"),
+                    match in_container {
+                        true => format!("start its container with --user {owner}"),
+                        false => format!("start embassy as user {owner} (systemd: User={owner} in the unit)"),
+                    },
                 ),
             }
         }
@@ -204,9 +262,12 @@ mod tests {
             user: 65532,
             groups: &[65532],
             in_container: true,
+            names: NAMES,
             is_confined: false,
         }
     }
+
+    static NAMES: &Names = &Names { user: String::new(), group: String::new() };
 
     fn told(facts: Facts<'_>) -> String {
         judge(&facts).map_or(String::new(), |obstacle| obstacle.to_string())
@@ -242,6 +303,57 @@ mod tests {
         assert!(told(missing()).ends_with("-v /var/run/docker.sock:/var/run/docker.sock"));
         assert!(told(Facts { in_container: false, ..missing() }).contains("start the engine"));
         assert_eq!(told(facts(io::ErrorKind::WouldBlock, socket)), "");
+    }
+
+    /// What to do to a container is of no use on a plain host, and the other way round.
+    #[test]
+    fn the_advice_fits_where_embassy_runs() {
+        use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
+        let socket = |mode| There::Socket { owner: 1000, group: 999, mode };
+        let names = Names { user: "embassy".to_owned(), group: "docker".to_owned() };
+        let of_container = ["container", "--group-add", "--user", "mount", "-v "];
+        let mut given = Vec::new();
+        for (error, there) in [
+            (PermissionDenied, socket(0o140_660)),
+            (PermissionDenied, socket(0o140_600)),
+            (NotFound, There::Nothing),
+            (ConnectionRefused, socket(0o140_660)),
+        ] {
+            let fix = |in_container| {
+                let facts = Facts {
+                    in_container,
+                    mounted: Mounted::No,
+                    names: &names,
+                    ..facts(error, there)
+                };
+                judge(&facts).unwrap().fix
+            };
+            let (inside, outside) = (fix(true), fix(false));
+            let is_of_container = |fix: &str| of_container.iter().any(|word| fix.contains(word));
+            assert!(!is_of_container(&outside), "{outside}");
+            assert!(is_of_container(&inside) || inside == outside, "{inside}");
+            given.push(outside);
+        }
+        assert!(given[0].contains("usermod -aG docker embassy"), "{given:?}");
+        assert!(given[0].contains("SupplementaryGroups=docker"), "{given:?}");
+    }
+
+    #[test]
+    fn a_container_is_known_by_its_control_group() {
+        for (groups, expected) in [
+            ("0::/docker/0123456789ab\n", true),
+            ("12:memory:/docker/0123\n0::/system.slice\n", true),
+            ("0::/system.slice/docker-0123456789ab.scope\n", true),
+            ("0::/machine.slice/libpod-0123.scope/container\n", true),
+            ("0::/kubepods.slice/kubepods-pod1.slice/cri-containerd-2.scope\n", true),
+            ("0::/system.slice/embassy.service\n", false),
+            ("0::/system.slice/docker.service\n", false),
+            ("0::/user.slice/user-1000.slice/session-2.scope\n", false),
+            ("0::/\n", false),
+            ("", false),
+        ] {
+            assert_eq!(is_of_container(groups), expected, "{groups}");
+        }
     }
 
     #[test]

@@ -53,6 +53,7 @@ impl<'a> BindingFate<'a> {
             Self::Declared { refused: None, .. } => BindingState::Routed,
             Self::Declared { routes, .. } if !routes.is_empty() => BindingState::Partly,
             Self::Declared { .. } => BindingState::Unrouted,
+            Self::Invalid(problem) if problem.overruled => BindingState::Overruled,
             Self::Invalid(_) => BindingState::Invalid,
         }
     }
@@ -93,14 +94,16 @@ impl<'a> BindingFate<'a> {
         let binding = format!("{} {}", self.consumer(), self.origin()).trim_end().to_owned();
         self.reasons().into_iter().map(move |reason| {
             let binding = binding.clone();
+            let fix = reason.fix().unwrap_or("run embassy doctor where embassy runs");
             match state {
                 BindingState::Invalid if **self.origin() == *NETWORK => {
                     Cause::Unidentified { consumer: self.consumer().clone(), reason }
                 }
                 BindingState::Invalid => Cause::Invalid { binding, reason },
-                BindingState::Partly => Cause::Partly { binding, reason },
+                BindingState::Overruled => Cause::Overruled { binding, reason },
+                BindingState::Partly => Cause::Partly { binding, reason, fix },
                 BindingState::Routed | BindingState::Unrouted => {
-                    Cause::Unrouted { binding, reason }
+                    Cause::Unrouted { binding, reason, fix }
                 }
             }
         })
@@ -117,6 +120,10 @@ impl Situation {
                 continue;
             }
             let reason: Reason = format!("it is beyond {} ({most})", limit.flag()).as_str().into();
+            let reason = reason.fixed_by(match limit {
+                Limit::Bindings => "remove bindings, or raise --max-bindings-per-consumer",
+                Limit::Services => "remove bindings, or raise --max-services",
+            });
             all.extend(consumer.bindings.iter().map(|binding| BindingFate::Declared {
                 consumer,
                 binding,
@@ -153,7 +160,8 @@ impl Situation {
         for unrouted in self.table.unrouted() {
             let reasons =
                 refused.entry((&unrouted.consumer, &unrouted.origin, unrouted.port)).or_default();
-            reasons.push(unrouted.reason.to_string().as_str().into());
+            let reason: Reason = unrouted.reason.to_string().as_str().into();
+            reasons.push(reason.fixed_by(unrouted.reason.fix()));
         }
         let alive = self.listing.consumers.iter().filter(|consumer| !consumer.has_ended());
         let mut all = Vec::new();
@@ -165,7 +173,7 @@ impl Situation {
                 let refused =
                     refused.get(&(&consumer.id, origin, port)).cloned().unwrap_or_default();
                 let refused = Reasons::of(refused).or_else(|| {
-                    routes.is_empty().then(|| Reasons(vec![no_route(&consumer.sources).into()]))
+                    routes.is_empty().then(|| Reasons(vec![no_route(&consumer.sources)]))
                 });
                 all.push(BindingFate::Declared { consumer, binding, routes, refused });
             }
@@ -200,9 +208,11 @@ impl Situation {
 }
 
 /// Why a binding without a stated reason has no route.
-fn no_route(addresses: &[IpAddr]) -> &'static str {
+fn no_route(addresses: &[IpAddr]) -> Reason {
     match addresses {
-        [] => "the container has no address, as with --network none",
-        _ => "it is not in the table yet",
+        [] => Reason::from("the container has no address, as with --network none").fixed_by(
+            "connect the container to a bridge network: docker network connect bridge <container>",
+        ),
+        _ => Reason::from("it is not in the table yet").fixed_by("ask again in a second"),
     }
 }

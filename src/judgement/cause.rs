@@ -1,9 +1,15 @@
 //! All causes: their subject, severity, text and fix.
 
-use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use super::states::{Reason, RouteState, Subject, Verdict};
 use crate::{
+    capture::rules::Hook,
     discovery::{Endpoints as Answer, Query, Refusal},
     limits::FEW,
     model::Endpoint,
@@ -32,6 +38,9 @@ macro_rules! causes {
         /// Why something is in its state.
         #[derive(Debug, Clone)]
         pub enum Cause { $($name { $($field: $type),* },)* }
+
+        #[cfg(test)]
+        const FIXES: &[(&str, &str)] = &[$(($word, $fix)),*];
 
         impl Cause {
             pub fn about(&self) -> Subject {
@@ -62,37 +71,61 @@ use Verdict::{Broken, Degraded, Ok};
 causes! {
     Process, Broken, Draining {} "draining",
         "embassy is shutting down.",
-        "start it again";
+        "start embassy again; if nobody stopped it on purpose, the log of its supervisor says who did (docker events, journalctl -u embassy)";
     Process, meanwhile.verdict(), ProviderAwaited { meanwhile: Meanwhile } "provider_awaited",
         "The provider has not answered yet: {meanwhile}.",
-        "check the engine and -docker";
+        "run embassy doctor where embassy runs: it tries the engine's socket, its rights and -docker";
     Process, meanwhile.verdict(), DiscoveryAwaited { sources: Named, meanwhile: Meanwhile } "discovery_awaited",
         "Not every discovery has answered yet{sources}: {meanwhile}.",
-        "check the registry and -discovery";
+        "start or correct the sources that are down: the findings on sources have the error of each, and what to do";
 
     Capture, Broken, RulesFail { error: Reason } "rules_fail",
         "The rules cannot be written ({error}): connections are not captured.",
-        "run embassy doctor; embassy tries again by itself";
+        "run embassy doctor --dnat where embassy runs: it names the right, the program or the part of the kernel that is missing; embassy tries again by itself";
     Capture, Broken, RulesMissing {} "rules_missing",
         "The rules are not in place: connections are not captured.",
-        "wait some seconds; if this does not change, see the log";
+        "wait 5 s: embassy writes them again; if they stay away, its log says why (cannot write the firewall rules)";
     Capture, Broken, NoVip {} "no_vip",
         "There is no VIP: nothing is captured.",
-        "set one with --proxy-ip";
+        "set --proxy-ip to the address to which consumers connect, such as docker0's (172.17.0.1)";
     Capture, Broken, NeedsRedirect {} "needs_redirect",
         "The host's own connections are captured only with --redirect: this consumer's connections are not captured.",
         "start embassy with --redirect";
     Capture, Broken, Elsewhere { addresses: List<IpAddr> } "elsewhere",
         "Connections to {addresses} do not arrive here: no interface of embassy's network namespace has such an address.",
-        "start embassy's container with --net=host; if embassy runs on the host, correct --proxy-ip or leave it out";
+        "start embassy's container with --net=host, or with --redirect (consumers then connect to its own address); if embassy runs on the host, correct --proxy-ip or leave it out";
     Capture, Degraded, DeadVip { addresses: List<IpAddr> } "dead_vip",
         "Connections to {addresses} do not arrive here, those to other VIPs do: no interface of embassy's network namespace has such an address.",
         "correct --proxy-ip (PROXY_IP), or leave it out";
-    Capture, Degraded, NothingCaptured { port: u16 } "nothing_captured",
-        "Neither --dnat nor --redirect is set, and no connection has been captured since the start: only your own rules can lead connections to port {port}.",
-        "start embassy with --dnat, or add a rule; embassy doctor says whether one leads to the port";
+    Capture, Broken, NoOwnRule { port: u16, hook: OwnHook } "no_own_rule",
+        "Neither --dnat nor --redirect is set, and no rule of this host leads to embassy's port {port}: nothing is captured.",
+        "start embassy with {hook}, or add a rule: {hook:#} -j REDIRECT --to-ports {port}";
+    Capture, Ok, OwnRule { rule: String } "own_rule",
+        "A rule of your own leads these connections to embassy, if its other conditions fit: {rule}.",
+        "";
+    Capture, Broken, PassedBy { ports: List<u16>, port: u16, hook: OwnHook } "passed_by",
+        "Neither --dnat nor --redirect is set, and your own rules to embassy's port {port} do not take connections to {ports}: these are not captured.",
+        "start embassy with {hook}, or add a rule: {hook:#} --dport <one of {ports}> -j REDIRECT --to-ports {port}";
+    Capture, Degraded, SomePassedBy { ports: List<u16>, port: u16 } "some_passed_by",
+        "Your own rules to embassy's port {port} do not take all connections to {ports}: these are not captured, others are.",
+        "run embassy explain <container> <port>, which shows the rule that is missing; or start embassy with --dnat (in a container of its own: --redirect)";
+    Capture, Degraded, NothingCaptured { port: u16, reason: Because } "nothing_captured",
+        "Neither --dnat nor --redirect is set, no connection has been captured since the start, and embassy cannot know whether a rule leads to its port {port}: it cannot read them{reason}.",
+        "start embassy with --dnat (in a container of its own: --redirect), which needs NET_ADMIN; or run embassy doctor as root, which reads your own rules";
     Capture, Degraded, Barrier { chain: String, remedy: String } "barrier",
         "A firewall may drop captured connections, which then time out: {chain}.",
+        "{remedy}";
+    Capture, Degraded, DropsSome { chain: String, remedy: String } "drops_some",
+        "A firewall of this host drops captured connections, which then time out: {chain}. embassy counts connections that arrive and do not pass it.",
+        "{remedy}";
+    Capture, Broken, DropsAll { chain: String, remedy: String } "drops_all",
+        "A firewall of this host drops all captured connections, which then time out: {chain}. embassy counts connections that arrive, and none that passes it.",
+        "{remedy}";
+    Capture, *verdict, Shadowed { servers: List<SocketAddr>, verdict: Verdict } "shadowed",
+        "Connections of this host to {servers} are not captured, though it declares the port: embassy itself connects to a registry or an engine there.",
+        "declare another port for the service, or give the registry an address or port that no consumer declares";
+    Capture, Degraded, Behind { chain: String, remedy: String } "behind",
+        "Another program may take connections before embassy's rules do: {chain}.",
         "{remedy}";
     Capture, Degraded, Lacking { loss: &'static str, reason: String, fix: &'static str } "firewall_lacks",
         "{loss}: the firewall cannot do it ({reason}).",
@@ -105,46 +138,46 @@ causes! {
         "in a container, run embassy with --pid=host and --net=host; take NET_RAW and NET_ADMIN from containers that you do not trust";
     Capture, Degraded, CutOff { consumer: Arc<str>, vips: List<IpAddr> } "cut_off",
         "No network of {consumer} has a gateway on this host or contains a VIP ({vips}): its connections may not reach embassy.",
-        "connect it to a bridge network too";
+        "connect it to a bridge network too: docker network connect bridge <container>";
 
-    Sources, used.verdict(), SourceDown { source: String, error: Reason, used: Used } "source_down",
+    Sources, used.verdict(), SourceDown { source: String, error: Reason, used: Used, fix: String } "source_down",
         "{source} does not answer ({error}); {used}.",
-        "check that it exists and can be reached from here; if the error is an answer of it, correct what that says";
+        "{fix}";
     Sources, Broken, SourceAwaited { source: String } "source_awaited",
         "{source} has not answered yet.",
-        "check that it runs and can be reached from here";
+        "wait up to 10 s: then it has answered, or its error is known and shown here";
     Sources, Degraded, Held { source: String, left: Seconds } "held",
         "{source} reports no endpoints, or lost most of them at once; the last ones stay in use for {left} more.",
-        "check that its instances are registered and pass their checks";
+        "register its instances again, or make their checks pass, within this time; if they ended on purpose, do nothing";
     Sources, Degraded, Unwell { source: String, reason: Reason } "unwell",
         "{source}: {reason}.",
-        "check the service, its tags and its health checks in the registry";
+        "correct the name or the tags in the consumer's variable, or register an instance that has them and passes its checks";
     Sources, Ok, Skipped { source: String, entry: String } "entry_skipped",
         "An entry of {source} was skipped: {entry}.",
-        "correct the entry in the registry";
+        "give the entry an IP address and a port in the registry, in a form that the README has under Discovery, or remove it";
 
     Sources, Ok, MoreSkipped { source: String, count: usize } "more_entries_skipped",
         "{count} more entries of {source} were skipped.",
-        "correct the entries in the registry";
+        "give the entries an IP address and a port in the registry, in a form that the README has under Discovery, or remove them";
     Sources, Degraded, LeftOut { source: String, count: usize } "endpoints_left_out",
         "{count} endpoints of {source} are not used: a service may have {MOST_ENDPOINTS}.",
         "split the service, or ask for some of it by tags";
 
     Bindings, Broken, Invalid { binding: String, reason: Reason } "invalid",
         "{binding} was skipped: {reason}.",
-        "correct the variable or label";
+        "write it as <service>[<tag>,<tag>];<port>[;<option>=<value>], or set it to nothing to switch it off, and create the container again";
     Bindings, Broken, Unidentified { consumer: Arc<str>, reason: Reason } "invalid",
         "{consumer} cannot be served: {reason}.",
-        "connect the container to a bridge network";
-    Bindings, Broken, Unrouted { binding: String, reason: Reason } "unrouted",
+        "connect the container to a bridge network (docker network connect bridge <container>): --network host and none have no address of their own";
+    Bindings, Broken, Unrouted { binding: String, reason: Reason, fix: &'static str } "unrouted",
         "{binding} has no route: {reason}.",
-        "correct what the reason names";
-    Bindings, Degraded, Partly { binding: String, reason: Reason } "partly_routed",
+        "{fix}";
+    Bindings, Degraded, Partly { binding: String, reason: Reason, fix: &'static str } "partly_routed",
         "{binding} has only some of its routes: {reason}.",
-        "correct what the reason names";
+        "{fix}";
     Bindings, Degraded, Overruled { binding: String, reason: Reason } "overruled",
         "{binding} is not used: {reason}.",
-        "give it another port, or remove one of the two";
+        "correct it, give it another port, or remove one of the two";
     Bindings, Degraded, TooManyBindings { consumer: Arc<str>, bindings: usize, most: usize } "too_many_bindings",
         "{bindings} bindings of {consumer} get no route: a consumer may have {most} (--max-bindings-per-consumer).",
         "remove bindings, or raise --max-bindings-per-consumer";
@@ -157,47 +190,47 @@ causes! {
     Bindings, Broken, DeclaresNothing { address: String } "declares_nothing",
         "{address} is a container without bindings: embassy does not capture its connections.",
         "create it with a variable BACKEND_NAME='<service>;<port>'";
-    Bindings, Broken, NoConsumer { wanted: String } "no_consumer",
-        "No running container with a binding has the name, ID or address {wanted:?}. If the container runs, it has no variable that starts with -prefix (default BACKEND_) and no label embassy.backend.<name>: embassy does not capture its connections.",
-        "docker ps lists all containers; embassy ps lists those with a binding";
+    Bindings, Broken, NoConsumer { wanted: String, near: Near } "no_consumer",
+        "No running container with a binding has the name, ID or address {wanted:?}{near}. If the container runs, it has no variable that starts with -prefix (default BACKEND_) and no label embassy.backend.<name>: embassy does not capture its connections.",
+        "run docker ps, which lists all containers, and embassy ps, which lists those with a binding; then correct the name or declare a binding";
 
     Routes, Ok, GoesTo { consumer: Arc<str>, port: u16, service: String, endpoint: Endpoint } "goes_to",
         "The next connection of {consumer} to port {port} goes to {endpoint}, for {service}.",
         "";
     Routes, Broken, AllEjected { service: String, next: Endpoint } "all_ejected",
         "All endpoints of {service} failed recently. embassy tries all of them; the next is {next}.",
-        "start an instance of the service, and check that this host reaches it";
+        "start an instance of the service; if one runs, let connections from this host to its address and port pass (try: nc -vz <address> <port>)";
     Routes, Broken, NoEndpoint { service: String, why: Because } "no_endpoint",
         "{service} has no endpoint{why}: connections are reset.",
-        "check that it is registered under this name, with these tags, and healthy";
+        "register an instance under this name and with these tags, and make it pass its checks; or correct the name in the consumer's variable";
     Routes, Broken, AllRefused { service: String } "all_refused",
         "No endpoint of {service} may be used: connections are reset.",
-        "see the reason of each";
+        "register its instances with addresses that consumers reach, or allow those networks with --endpoints; the findings on its endpoints have each reason";
     Routes, Broken, AllDrained { service: String } "all_drained",
         "All endpoints of {service} are drained: connections are reset.",
         "end the drain of one (PUT /v1/endpoints/drain), or start another";
     Routes, Broken, AllCircular { service: String } "all_circular",
         "No endpoint of {service} can be used, because each has the dialled address itself (circular): connections are reset.",
         "register the service with an address that is not the VIP";
-    Routes, Broken, NotAnswered { service: String } "waiting",
-        "{service} has not answered yet: connections are reset.",
-        "check the registry and -discovery";
+    Routes, Broken, NotAnswered { service: String, error: Because, meanwhile: HeldFor, fix: String } "waiting",
+        "{service} has not answered yet{error}: {meanwhile}.",
+        "{fix}";
     Routes, state.verdict(), ManyRoutes { state: RouteState, are: String, some: String } "routes",
         "{are} {state}: {some}.",
-        "embassy explain <container> <port> says why";
+        "run embassy explain <container> <port>, which says why and what to do";
 
     Endpoints, Degraded, Ejected { endpoint: Endpoint, left: Seconds, failures: String, error: Because, ejections: String } "ejected",
         "{endpoint} is skipped for {left} more, after {failures} in a row{error}; it was ejected {ejections} so far.",
-        "check that it listens and can be reached from this host";
+        "start the instance at {endpoint}, or let connections from this host to it pass (try: nc -vz); embassy tries it again by itself";
     Endpoints, Degraded, CannotReach { endpoint: Endpoint, error: Because } "cannot_reach",
         "This host cannot open a connection to {endpoint}{error}; it is used only if there is no other.",
         "give this host a route to it and an address of its kind (IPv4 or IPv6), or deregister it";
     Endpoints, Degraded, Probing { endpoint: Endpoint, error: Because } "probing",
         "{endpoint} failed{error}; the next connection tries it.",
-        "check that it listens and can be reached from this host";
+        "start the instance at {endpoint}, or let connections from this host to it pass (try: nc -vz); embassy tries it again by itself";
     Endpoints, Degraded, Unhealthy { endpoint: Endpoint } "unhealthy",
         "{endpoint}: its active check fails.",
-        "check that it listens and can be reached from this host";
+        "start the instance at {endpoint}, or let connections from this host to it pass (try: nc -vz); embassy tries it again by itself";
     Endpoints, Ok, Drained { endpoint: Endpoint } "drained",
         "{endpoint} is drained: it gets no new connections.",
         "end the drain with PUT /v1/endpoints/drain";
@@ -209,17 +242,17 @@ causes! {
         "{fix}";
     Endpoints, Degraded, ManyEndpoints { are: String, some: String } "endpoints",
         "{are} ejected, probing or unhealthy: {some}.",
-        "embassy ps --endpoints shows the last error of each";
+        "run embassy ps --endpoints, which shows the last error of each";
 
     Connections, Broken, MemoryShort {} "memory_short",
         "New connections are refused (memory_short): the memory limit of the control group is nearly reached.",
         "raise the limit: --memory of docker, MemoryMax= of systemd";
     Connections, Broken, TooManyConnections { are: String } "too_many_connections",
         "New connections are refused (too_many_connections): {are} open, which is the limit (--max-connections).",
-        "raise --max-connections, or the descriptor limit";
+        "raise --max-connections, or the descriptor limit (LimitNOFILE= of systemd, --ulimit nofile= of docker)";
     Connections, Broken, TooManyOfConsumer { consumer: Arc<str>, live: String } "too_many_of_consumer",
         "New connections are refused (too_many_of_consumer): {consumer} has {live} open, which is its limit now (--max-connections-per-consumer).",
-        "check whether the consumer closes its connections, or raise the limit";
+        "find out why the consumer does not close its connections (embassy ps --sort active), or raise --max-connections-per-consumer";
 
     Host, Degraded, ConntrackFills { used: u64, limit: u64 } "conntrack",
         "{used} of {limit} connection tracking entries are in use.",
@@ -236,10 +269,14 @@ causes! {
 
     *subject, *verdict, More { subject: Subject, verdict: Verdict, count: usize } "more",
         "And {count} more.",
-        "see the lists of the API";
+        "run embassy ps, or ask the API for the whole list: /v1/routes, /v1/endpoints, /v1/bindings and /v1/sources";
 }
 
 impl Cause {
+    /// What to do about each cause, as it is written in the table above. For tests.
+    #[cfg(test)]
+    pub(super) const FIXES: &[(&str, &str)] = FIXES;
+
     /// The endpoints that must not be used, and why.
     pub(super) fn refused(query: &Query, upstream: &Upstream) -> impl Iterator<Item = Self> {
         upstream.refused.iter().map(|(endpoint, reason)| Self::Refused {
@@ -315,6 +352,38 @@ impl fmt::Display for Meanwhile {
     }
 }
 
+/// Where rules of the user's own have to look at a connection: as the flag that makes embassy write them, and `{:#}` as a command of
+/// iptables.
+#[derive(Debug, Clone, Copy)]
+pub struct OwnHook {
+    pub hook: Hook,
+    /// An address that the rule may take.
+    pub vip: Option<IpAddr>,
+}
+
+impl fmt::Display for OwnHook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (flag, chain) = match self.hook {
+            Hook::Output => ("--redirect", "OUTPUT"),
+            Hook::Prerouting | Hook::Input => {
+                ("--dnat (in a container of its own: --redirect)", "PREROUTING")
+            }
+        };
+        match f.alternate() {
+            true => {
+                let program = if self.vip.is_some_and(|vip| vip.is_ipv6()) {
+                    "ip6tables"
+                } else {
+                    "iptables"
+                };
+                let vip = self.vip.map_or_else(|| "<VIP>".to_owned(), |vip| vip.to_string());
+                write!(f, "{program} -t nat -I {chain} -p tcp -d {vip}")
+            }
+            false => f.write_str(flag),
+        }
+    }
+}
+
 /// What happens to connections to a port that is not declared. `None`: the user's own rules capture.
 #[derive(Debug, Clone, Copy)]
 pub struct NotDeclaredMeans(pub Option<bool>);
@@ -353,6 +422,36 @@ pub struct Because(pub Option<Reason>);
 impl fmt::Display for Because {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.as_ref().map_or(std::result::Result::Ok(()), |error| write!(f, " ({error})"))
+    }
+}
+
+/// The names that may have been meant, if there are any.
+#[derive(Debug, Clone)]
+pub struct Near(pub Vec<Arc<str>>);
+
+impl fmt::Display for Near {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_slice() {
+            [] => std::result::Result::Ok(()),
+            names => write!(f, "; near: {}", names.join(", ")),
+        }
+    }
+}
+
+/// What happens to connections until discovery has answered, with this `--hold`.
+#[derive(Debug, Clone, Copy)]
+pub struct HeldFor(pub Duration);
+
+impl fmt::Display for HeldFor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.is_zero() {
+            true => f.write_str("connections are reset"),
+            false => write!(
+                f,
+                "connections wait for its answer for up to {} s (--hold), and are reset then",
+                self.0.as_secs_f64()
+            ),
+        }
     }
 }
 

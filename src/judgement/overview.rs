@@ -2,11 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
+    sync::Arc,
     time::Duration,
 };
 
 use super::{
-    cause::{Cause, List, Meanwhile, Named, Used},
+    cause::{Because, Cause, List, Meanwhile, Named, Used},
     host::HostUse,
     route::endpoint,
     situation::Situation,
@@ -14,9 +15,10 @@ use super::{
     states::{EndpointHealth, RouteState, SourceState, Subject, Verdict},
 };
 use crate::{
-    capture::{input::Barrier, rules},
+    capture::{Drops, OwnRules, Standing, input::Barrier, rules},
     consumer::Reach,
     counts::numbered,
+    model::ConsumerId,
     readiness::Part,
     table::Route,
 };
@@ -79,9 +81,11 @@ impl Situation {
         let mut awaited: Vec<_> = pending.collect();
         // The rules were in place before and are not now, or no connection can arrive. A shutdown removes the rules on
         // purpose.
-        let lost = self.captures()
-            && !self.is_draining()
-            && (!self.capture.standing.in_place || self.captures_nobody());
+        let rules = match self.captures() {
+            true => self.capture.standing.in_place && !self.all_are_dropped(),
+            false => !self.no_own_rule(),
+        };
+        let lost = !self.is_draining() && (!rules || self.captures_nobody());
         if lost && !awaited.iter().any(|awaited| awaited.part == Part::Capture) {
             awaited.insert(0, Awaited { part: Part::Capture, since: None, sources: Vec::new() });
         }
@@ -98,8 +102,7 @@ impl Situation {
         let mut routes = self.table.routes().peekable();
         routes.peek().is_some()
             && routes.all(|route| {
-                !self.captures_for(&route.consumer)
-                    || self.reach(&route.consumer) == Reach::Elsewhere
+                self.captured(&route.consumer, route.key.port.get(), true) == Some(false)
             })
     }
 
@@ -148,8 +151,15 @@ impl Situation {
     }
 
     pub(super) fn barriers(&self) -> impl Iterator<Item = Cause> {
-        let barriers = self.capture.standing.barriers.iter().cloned();
-        barriers.map(|Barrier { chain, remedy }| Cause::Barrier { chain, remedy })
+        let Standing { barriers, drops, behind, .. } = &self.capture.standing;
+        let cause = |Barrier { chain, remedy }: Barrier| match drops {
+            Drops::NotCounted => Cause::Barrier { chain, remedy },
+            Drops::Some => Cause::DropsSome { chain, remedy },
+            Drops::All => Cause::DropsAll { chain, remedy },
+        };
+        let behind = behind.iter().cloned();
+        let behind = behind.map(|Barrier { chain, remedy }| Cause::Behind { chain, remedy });
+        barriers.iter().cloned().map(cause).chain(behind)
     }
 
     /// All findings.
@@ -193,9 +203,7 @@ impl Situation {
 
     fn of_capture(&self) -> Vec<Cause> {
         if !self.captures() {
-            let nothing = self.may_capture_nothing() && self.table.routes().len() > 0;
-            let cause = nothing.then_some(Cause::NothingCaptured { port: self.own_port });
-            return cause.into_iter().collect();
+            return self.of_own_rules();
         }
         let standing = &self.capture.standing;
         let mut causes = Vec::new();
@@ -229,7 +237,22 @@ impl Situation {
             let dead: Vec<_> = self.addresses().filter(|address| self.is_dead(*address)).collect();
             causes.extend((!dead.is_empty()).then_some(Cause::DeadVip { addresses: List(dead) }));
         }
+        let nobody = self.captures_nobody();
+        if !standing.shadowed.is_empty() {
+            let shadows = self.table.routes().filter_map(|route| self.shadow(route));
+            // Others of its ports may be captured.
+            let verdict = if nobody { Verdict::Broken } else { Verdict::Degraded };
+            causes.extend(shadows.max_by_key(Cause::verdict).map(|cause| match cause {
+                Cause::Shadowed { servers, .. } => Cause::Shadowed { servers, verdict },
+                cause => cause,
+            }));
+        }
         causes.extend(self.barriers());
+        // Such as for this host's own connections without --redirect.
+        let is_told = causes.iter().any(|cause| cause.verdict() == Verdict::Broken);
+        if nobody && !is_told && standing.in_place {
+            causes.extend(self.table.routes().find_map(|route| self.not_captured(route)));
+        }
         let wiring = self.table.wiring();
         if standing.guards
             && let Some((address, consumer)) = wiring.first_unbound()
@@ -241,6 +264,45 @@ impl Situation {
             });
         }
         causes
+    }
+
+    /// Without `--dnat` and `--redirect`.
+    fn of_own_rules(&self) -> Vec<Cause> {
+        let consumer = self.table.routes().next().map(|route| &route.consumer);
+        if self.no_own_rule() {
+            let of = consumer.cloned().unwrap_or(ConsumerId::Local);
+            return vec![self.passed_by(Vec::new(), &of)];
+        }
+        let Some(consumer) = consumer else { return Vec::new() };
+        let ports = self.passed_by_ports();
+        if ports.is_empty() {
+            return self.nothing_captured().into_iter().collect();
+        }
+        let named = ports.into_iter().take(NAMED).collect();
+        vec![match self.captures_nobody() {
+            true => self.passed_by(named, consumer),
+            false => Cause::SomePassedBy { ports: List(named), port: self.own_port },
+        }]
+    }
+
+    /// The ports of routes that the user's own rules pass by.
+    pub fn passed_by_ports(&self) -> BTreeSet<u16> {
+        if self.captures() {
+            return BTreeSet::new();
+        }
+        let passes =
+            |route: &&Arc<Route>| self.own_rules_pass_by(&route.consumer, route.key.port.get());
+        self.table.routes().filter(passes).map(|route| route.key.port.get()).collect()
+    }
+
+    /// It is not known whether anything captures.
+    pub(super) fn nothing_captured(&self) -> Option<Cause> {
+        let reason = match &self.capture.own_rules {
+            OwnRules::Unreadable(reason) => Because(Some((&**reason).into())),
+            OwnRules::Unread | OwnRules::Read { .. } => Because(None),
+        };
+        let port = self.own_port;
+        self.may_capture_nothing().then_some(Cause::NothingCaptured { port, reason })
     }
 
     fn sources(&self, overview: &mut Overview) -> Vec<Cause> {

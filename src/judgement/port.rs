@@ -1,10 +1,10 @@
 //! Explains one port of a consumer.
 
-use std::{cmp::Reverse, sync::Arc};
+use std::{cmp::Reverse, collections::BTreeSet, sync::Arc};
 
 use super::{
     binding::BindingFate,
-    cause::{Because, Cause, List, NotDeclaredMeans, Seconds, Used},
+    cause::{Because, Cause, HeldFor, List, Near, NotDeclaredMeans, Seconds, Used},
     overview::{NAMED, bounded},
     route::endpoint,
     situation::Situation,
@@ -12,8 +12,10 @@ use super::{
     states::{EndpointHealth, Subject, Verdict},
 };
 use crate::{
+    capture::rules::Hook,
     consumer::{Consumer, Reach},
     counts::numbered,
+    discovery::missing,
     provider::Problem,
     table::{Route, Upstream},
 };
@@ -73,7 +75,7 @@ impl Situation {
         let mut causes = Vec::new();
         // Several routes may have the same cause.
         for route in routes {
-            if let Some(cause) = self.not_captured(&route.consumer) {
+            if let Some(cause) = self.not_captured(route) {
                 causes.push(cause);
                 break;
             }
@@ -85,9 +87,9 @@ impl Situation {
             first
         });
         causes.extend(self.limits(of_each.copied()));
-        if self.may_capture_nothing() {
-            causes.push(Cause::NothingCaptured { port: self.own_port });
-        }
+        causes.extend(routes.iter().find_map(|route| self.shadow(route)));
+        causes.extend(self.nothing_captured());
+        causes.extend(routes.iter().find_map(|route| self.own_rule(route)));
         for consumer in consumers.iter().filter(|one| self.reach(&one.id) == Reach::Unknown) {
             let vips = List(self.addresses().collect());
             causes.push(Cause::CutOff { consumer: consumer.name.clone(), vips });
@@ -114,6 +116,13 @@ impl Situation {
         lost.map(cause).collect()
     }
 
+    /// The user's own rule that takes the connections of a route.
+    fn own_rule(&self, route: &Route) -> Option<Cause> {
+        let rules = Some(&self.capture.own_rules).filter(|_| !self.captures())?;
+        let lead = rules.lead_of(route.key.port.get(), Hook::of(&route.consumer))?;
+        Some(Cause::OwnRule { rule: lead.rule.clone() })
+    }
+
     /// The causes of a route's service.
     fn of_service(&self, route: &Route) -> Vec<Cause> {
         let Some(upstream) = self.table.upstream(&route.query) else { return Vec::new() };
@@ -123,7 +132,16 @@ impl Situation {
         let mut causes = Vec::new();
         if health.active + health.probing + health.ejected == 0 {
             causes.push(match () {
-                () if !upstream.answered => Cause::NotAnswered { service },
+                () if !upstream.answered => {
+                    let reading = self.queries.get(&upstream.query);
+                    let error = Because(reading.and_then(|reading| reading.error.clone()));
+                    let fix = reading.map(|reading| reading.fix.clone());
+                    let fix = fix.filter(|fix| !fix.is_empty()).unwrap_or_else(|| {
+                        "wait up to 10 s: then it has answered, or its error is known and shown here"
+                            .to_owned()
+                    });
+                    Cause::NotAnswered { service, error, meanwhile: HeldFor(self.hold), fix }
+                }
                 () if health.circular > 0 => Cause::AllCircular { service },
                 () if !upstream.refused.is_empty() && upstream.rotation.endpoints().is_empty() => {
                     Cause::AllRefused { service }
@@ -137,9 +155,11 @@ impl Situation {
             });
         } else if let Some(endpoint) = next {
             let (consumer, port) = (route.consumer_name.clone(), route.key.port.get());
-            causes.push(match health.hopeful() {
-                0 => Cause::AllEjected { service, next: endpoint },
-                _ => Cause::GoesTo { consumer, port, service, endpoint },
+            causes.extend(match health.hopeful() {
+                0 => Some(Cause::AllEjected { service, next: endpoint }),
+                // A connection that is not captured, or refused, goes nowhere.
+                _ if health.state.verdict() == Verdict::Broken => None,
+                _ => Some(Cause::GoesTo { consumer, port, service, endpoint }),
             });
         }
         if let Some(reading) = self.queries.get(&upstream.query) {
@@ -177,6 +197,16 @@ impl Situation {
         upstream.rotation.endpoints().iter().filter_map(of_one).collect()
     }
 
+    /// The consumers whose names are nearly this one.
+    fn near(&self, wanted: &str) -> Vec<Arc<str>> {
+        let alive = self.listing.consumers.iter().filter(|one| !one.has_ended());
+        let names: BTreeSet<_> = alive
+            .map(|one| &*one.name)
+            .chain(self.listing.invalid.iter().map(|one| &*one.name))
+            .collect();
+        missing::near(wanted, names.into_iter()).into_iter().map(Arc::from).collect()
+    }
+
     /// Why a port has no route.
     fn without_route(&self, wanted: &str, port: u16, consumers: &[&Consumer]) -> Vec<Cause> {
         if consumers.is_empty() {
@@ -193,7 +223,10 @@ impl Situation {
             if causes.is_empty() && self.provider.used != Used::Nothing {
                 causes.push(match is_known {
                     true => Cause::DeclaresNothing { address: wanted.to_owned() },
-                    false => Cause::NoConsumer { wanted: wanted.to_owned() },
+                    false => {
+                        let near = Near(self.near(wanted));
+                        Cause::NoConsumer { wanted: wanted.to_owned(), near }
+                    }
                 });
             }
             return causes;
@@ -225,7 +258,7 @@ impl Situation {
                     port,
                     declared: List(declared),
                     follows: NotDeclaredMeans(
-                        consumers.first().and_then(|first| self.captured(&first.id, false)),
+                        consumers.first().and_then(|first| self.captured(&first.id, port, false)),
                     ),
                 },
             );

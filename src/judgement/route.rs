@@ -3,12 +3,13 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::{
-    cause::{Cause, List},
+    cause::{Cause, List, OwnHook},
     situation::Situation,
-    states::{EndpointHealth, RouteState},
+    states::{EndpointHealth, RouteState, Verdict},
 };
 use crate::{
     balance::{Checked, EndpointState},
+    capture::rules::Hook,
     config::CaptureMode,
     consumer::Reach,
     counts::numbered,
@@ -92,9 +93,10 @@ impl Situation {
                 })
         };
         let hindered = || {
-            !self.capture.standing.barriers.is_empty()
+            self.barriers().next().is_some()
                 || self.may_capture_nothing()
                 || self.reach(&route.consumer) != Reach::Arrives
+                || !self.shadowed(&route.consumer, route.key.port.get()).0.is_empty()
         };
         if health.active + health.ejected + health.probing == 0 {
             match self.table.upstream(&route.query).is_some_and(|upstream| upstream.answered) {
@@ -103,7 +105,7 @@ impl Situation {
             }
         } else if health.hopeful() == 0 {
             RouteState::Ejected
-        } else if self.captured(&route.consumer, true) == Some(false) {
+        } else if self.captured(&route.consumer, route.key.port.get(), true) == Some(false) {
             RouteState::NotCaptured
         } else if self.is_draining() || self.limits([route]).next().is_some() {
             RouteState::Refused
@@ -149,10 +151,14 @@ impl Situation {
         Some(rotation.peek(route.balance, self.now, &circular)?.endpoint)
     }
 
-    /// Why a connection to a VIP does not reach embassy, if it should.
-    pub(super) fn not_captured(&self, consumer: &ConsumerId) -> Option<Cause> {
-        if self.captured(consumer, true) != Some(false) {
+    /// Why the connections of a route do not reach embassy, if they should.
+    pub(super) fn not_captured(&self, route: &Route) -> Option<Cause> {
+        let (consumer, port) = (&route.consumer, route.key.port.get());
+        if self.captured(consumer, port, true) != Some(false) {
             return None;
+        }
+        if !self.captures() {
+            return Some(self.passed_by(vec![port], consumer));
         }
         let standing = &self.capture.standing;
         Some(match &standing.error {
@@ -164,7 +170,27 @@ impl Situation {
             None if self.reach(consumer) == Reach::Elsewhere => {
                 Cause::Elsewhere { addresses: List(self.addresses().collect()) }
             }
+            None if standing.in_place && self.shadowed(consumer, port).1 => return None,
+            // Said of the firewall itself.
+            None if standing.in_place && self.all_are_dropped() => return None,
             None => Cause::RulesMissing {},
         })
+    }
+
+    /// That a server which embassy itself asks has the address and port that this host's own consumer dials.
+    pub(super) fn shadow(&self, route: &Route) -> Option<Cause> {
+        let (servers, all) = self.shadowed(&route.consumer, route.key.port.get());
+        let verdict = if all { Verdict::Broken } else { Verdict::Degraded };
+        (!servers.is_empty()).then_some(Cause::Shadowed { servers: List(servers), verdict })
+    }
+
+    /// The user's own rules do not lead connections of such a consumer to these ports here.
+    pub(super) fn passed_by(&self, ports: Vec<u16>, consumer: &ConsumerId) -> Cause {
+        let vip = self.table.vips().iter().map(|vip| vip.0).next();
+        let (port, hook) = (self.own_port, OwnHook { hook: Hook::of(consumer), vip });
+        match self.no_own_rule() {
+            true => Cause::NoOwnRule { port, hook },
+            false => Cause::PassedBy { ports: List(ports), port, hook },
+        }
     }
 }

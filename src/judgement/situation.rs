@@ -2,14 +2,14 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use super::source::SourceReading;
 use crate::{
-    capture::Standing,
+    capture::{Drops, OwnRules, Standing, rules::Hook},
     config::{CaptureMode, CaptureScope},
     consumer::{Consumer, Reach, Surroundings},
     discovery::Query,
@@ -40,6 +40,8 @@ pub struct Situation {
     pub now: Millis,
     /// embassy's own port.
     pub own_port: u16,
+    /// `--hold`
+    pub hold: Duration,
     /// The addresses of this network namespace, among the VIPs and the gateways of consumers.
     pub here: BTreeSet<IpAddr>,
     /// Consumers whose connections may not arrive in this network namespace; computed on first use.
@@ -54,8 +56,10 @@ pub struct CaptureReading {
     pub standing: Standing,
     /// With `--redirect`: embassy's own addresses, which capture like VIPs.
     pub own: Vec<IpAddr>,
-    /// Whether any captured connection has arrived since the start.
-    pub has_captured: bool,
+    /// Without `--dnat` and `--redirect`: what is known of the user's own rules.
+    pub own_rules: OwnRules,
+    /// Captured connections that have arrived since the start.
+    pub captured: u64,
 }
 
 /// Open connections, and their limits.
@@ -106,7 +110,7 @@ impl Situation {
         match best.unwrap_or(Reach::Unknown) {
             reach if self.captures() => reach,
             // Rules of the user's own may capture other addresses.
-            _ if self.capture.has_captured => Reach::Arrives,
+            _ if self.has_captured() => Reach::Arrives,
             _ => Reach::Unknown,
         }
     }
@@ -133,6 +137,24 @@ impl Situation {
         vips.iter().map(|vip| vip.0).chain(own)
     }
 
+    /// The servers that embassy itself asks, to which connections of this host's own consumer to a port are not captured: and whether
+    /// there is no other VIP.
+    pub(super) fn shadowed(&self, consumer: &ConsumerId, port: u16) -> (Vec<SocketAddr>, bool) {
+        if *consumer != ConsumerId::Local {
+            return (Vec::new(), false);
+        }
+        let vips = || self.table.vips().iter().map(|vip| SocketAddr::new(vip.0, port));
+        let shadowed: Vec<_> =
+            vips().filter(|vip| self.capture.standing.shadowed.contains(vip)).collect();
+        let all = !shadowed.is_empty() && shadowed.len() == vips().count();
+        (shadowed, all)
+    }
+
+    /// Whether another firewall is known to drop all captured connections.
+    pub(super) fn all_are_dropped(&self) -> bool {
+        self.captures() && self.capture.standing.drops == Drops::All
+    }
+
     /// Whether embassy itself captures.
     pub fn captures(&self) -> bool {
         self.capture.mode != CaptureMode::None
@@ -143,8 +165,6 @@ impl Situation {
         self.pending.iter().any(|(part, _)| *part == Part::Draining)
     }
 
-    /// Whether it is not known that anything captures: without `--dnat` and `--redirect`, only a connection that arrives shows
-    /// that rules of the user's own lead here.
     /// Whether there is an address on which a consumer's connections are captured: of what this host sends, those to VIPs only.
     pub(super) fn captures_for(&self, consumer: &ConsumerId) -> bool {
         match consumer {
@@ -153,8 +173,35 @@ impl Situation {
         }
     }
 
+    /// Whether any captured connection has arrived.
+    pub(super) fn has_captured(&self) -> bool {
+        self.capture.captured > 0
+    }
+
+    /// Whether it is not known that anything captures: without `--dnat` and `--redirect`, and without the right to read the rules, only
+    /// a connection that arrives shows that rules of the user's own lead here.
     pub(super) fn may_capture_nothing(&self) -> bool {
-        !self.captures() && !self.capture.has_captured
+        let is_unknown = !matches!(self.capture.own_rules, OwnRules::Read { .. });
+        !self.captures() && is_unknown && !self.has_captured()
+    }
+
+    /// Whether no rule of the user's own leads to embassy, as far as that can be read: a connection that arrives later proves
+    /// that one does.
+    pub(super) fn no_own_rule(&self) -> bool {
+        let OwnRules::Read { captured, .. } = &self.capture.own_rules else { return false };
+        !self.captures()
+            && self.capture.own_rules.lead_nowhere()
+            && self.capture.captured <= *captured
+    }
+
+    /// Whether the user's own rules are known to pass by the connections of a consumer to a port.
+    pub(super) fn own_rules_pass_by(&self, consumer: &ConsumerId, port: u16) -> bool {
+        let rules = &self.capture.own_rules;
+        match self.captures() {
+            true => false,
+            false if rules.lead_nowhere() => self.no_own_rule(),
+            false => rules.pass_by(port, Hook::of(consumer)),
+        }
     }
 
     /// The addresses that a consumer can connect to: those in its own networks first.
@@ -171,18 +218,20 @@ impl Situation {
         [near, others].concat()
     }
 
-    /// Whether a connection of `consumer` to a VIP is captured, to a declared port or to another one. `None`: the user's own
-    /// rules decide.
-    pub fn captured(&self, consumer: &ConsumerId, declared: bool) -> Option<bool> {
+    /// Whether a connection of `consumer` to this port of a VIP is captured, to a declared port or to another one. `None`: the
+    /// user's own rules decide.
+    pub fn captured(&self, consumer: &ConsumerId, port: u16, declared: bool) -> Option<bool> {
         if !self.captures() {
-            return None;
+            return self.own_rules_pass_by(consumer, port).then_some(false);
         }
         let from_here = *consumer == ConsumerId::Local;
         let reaches_a_hook = !from_here || self.capture.mode == CaptureMode::Redirect;
         let scope = declared || (self.capture.scope == CaptureScope::All && !from_here);
         let stands = self.capture.standing.in_place && self.captures_for(consumer);
         let arrives = self.reach(consumer) != Reach::Elsewhere;
-        Some(stands && arrives && scope && reaches_a_hook)
+        let is_spared = declared && self.shadowed(consumer, port).1;
+        let is_dropped = self.all_are_dropped() || is_spared;
+        Some(stands && arrives && scope && reaches_a_hook && !is_dropped)
     }
 }
 

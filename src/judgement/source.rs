@@ -6,7 +6,7 @@ use super::{
     cause::{Cause, Seconds, Used},
     states::{Reason, SourceState, Verdict},
 };
-use crate::{control::InUse, source::Known};
+use crate::{control::InUse, remedy, source::Known};
 
 /// Whether a source answers.
 pub fn source<T>(known: &Known<T>) -> SourceState {
@@ -23,6 +23,8 @@ pub struct SourceReading {
     pub name: String,
     pub state: SourceState,
     pub error: Option<Reason>,
+    /// What to do about the error.
+    pub fix: String,
     pub used: Used,
     /// If it reports no endpoints, or few of many: remaining time for which the last ones stay in use.
     pub held: Option<Duration>,
@@ -45,8 +47,14 @@ impl SourceReading {
         now: Instant,
     ) -> Self {
         let since = |at: Instant| now.saturating_duration_since(at);
+        let fix = match (&known.fix, &known.error) {
+            (Some(fix), Some(_)) => fix.to_string(),
+            (None, Some(error)) => remedy::of(&name, error).to_owned(),
+            (_, None) => String::new(),
+        };
         Self {
             name,
+            fix,
             state: source(known),
             error: known.error.as_deref().map(Reason::from),
             used: match (known.confirmed, in_use) {
@@ -83,7 +91,8 @@ impl SourceReading {
             SourceState::Waiting => causes.push(Cause::SourceAwaited { source: name() }),
             SourceState::Down => {
                 let error = self.error.clone().unwrap_or_else(|| "".into());
-                causes.push(Cause::SourceDown { source: name(), error, used: self.used });
+                let fix = self.fix.clone();
+                causes.push(Cause::SourceDown { source: name(), error, used: self.used, fix });
             }
         }
         causes.extend(self.held.map(|left| Cause::Held { source: name(), left: Seconds(left) }));

@@ -59,7 +59,7 @@ worded! {
         Ejected = "ejected",
         /// it is refused: there is no usable endpoint
         NoEndpoint = "no_endpoint",
-        /// it is refused: discovery has not answered yet
+        /// it is held for --hold and then refused: discovery has not answered yet
         Waiting = "waiting",
         /// it does not reach embassy: it is not captured, or does not arrive in embassy's network namespace
         NotCaptured = "not_captured",
@@ -85,6 +85,8 @@ worded! {
         Partly = "partly",
         /// it has no route
         Unrouted = "unrouted",
+        /// another binding of the same consumer has its port
+        Overruled = "overruled",
         /// it does not parse
         Invalid = "invalid",
     }
@@ -97,31 +99,47 @@ impl Verdict {
     }
 }
 
-/// A reason, in the words of its origin. Never empty.
+/// A reason, in the words of its origin, and what to do about it, if that is known of this reason. Never empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reason(Arc<str>);
+pub struct Reason {
+    text: Arc<str>,
+    fix: Option<&'static str>,
+}
 
 impl From<&str> for Reason {
     fn from(text: &str) -> Self {
-        match text.trim() {
-            "" => Self("no reason was given".into()),
-            text => Self(text.into()),
-        }
+        let text = match text.trim() {
+            "" => "no reason was given",
+            text => text,
+        };
+        Self { text: text.into(), fix: None }
+    }
+}
+
+impl Reason {
+    /// The same, with what to do about it.
+    pub(super) fn fixed_by(self, fix: &'static str) -> Self {
+        Self { fix: Some(fix), ..self }
+    }
+
+    pub(super) fn fix(&self) -> Option<&'static str> {
+        self.fix
     }
 }
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 
 impl EndpointHealth {
     pub fn verdict(self) -> Verdict {
         match self {
-            Self::Active => Verdict::Ok,
-            Self::Probing | Self::Drained => Verdict::Degraded,
-            Self::Ejected | Self::Unhealthy => Verdict::Broken,
+            // Somebody has drained it on purpose.
+            Self::Active | Self::Drained => Verdict::Ok,
+            // One endpoint is no service: if all of them fail, the route says so.
+            Self::Probing | Self::Ejected | Self::Unhealthy => Verdict::Degraded,
         }
     }
 }
@@ -144,7 +162,7 @@ impl BindingState {
     pub fn verdict(self) -> Verdict {
         match self {
             Self::Routed => Verdict::Ok,
-            Self::Partly => Verdict::Degraded,
+            Self::Partly | Self::Overruled => Verdict::Degraded,
             Self::Unrouted | Self::Invalid => Verdict::Broken,
         }
     }

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    capture::{Standing, input::Barrier, rules},
+    capture::{Drops, OwnRules, Standing, input::Barrier, rules},
     config::{CaptureMode, CaptureScope},
     consumer::{Binding, Consumer},
     control::InUse,
@@ -77,6 +77,10 @@ pub(crate) struct Setting {
     rules_error: bool,
     vips: bool,
     barrier: bool,
+    drops: Drops,
+    behind: bool,
+    /// A registry has the address and port that are dialled.
+    shadowed: bool,
     consumer: Consumer,
     /// `None`: no answer.
     endpoints: Option<Vec<Is>>,
@@ -101,6 +105,7 @@ pub(crate) struct Setting {
     /// With `--redirect`: whether embassy has an address in the consumer's network.
     own: bool,
     has_captured: bool,
+    own_rules: OwnRules,
 }
 
 /// In which all is well.
@@ -111,6 +116,9 @@ pub(crate) fn well() -> Setting {
         rules_error: false,
         vips: true,
         barrier: false,
+        drops: Drops::NotCounted,
+        behind: false,
+        shadowed: false,
         consumer: app(),
         endpoints: Some(vec![Is::Active]),
         source_fails: false,
@@ -129,6 +137,19 @@ pub(crate) fn well() -> Setting {
         named: true,
         own: false,
         has_captured: true,
+        own_rules: OwnRules::Unread,
+    }
+}
+
+/// These ports are led to embassy's by rules of the user's own, which were read when so many connections had been captured.
+fn own_rules(ports: &[u16], captured: u64) -> OwnRules {
+    let rule = |port: &u16| {
+        format!("-A PREROUTING -p tcp -m tcp --dport {port} -j REDIRECT --to-ports 9999\n")
+    };
+    let text: String = ports.iter().map(rule).collect();
+    match OwnRules::among(crate::capture::leads::in_iptables(&text, "iptables"), 9999) {
+        OwnRules::Read { leads, .. } => OwnRules::Read { leads, captured },
+        unread => unread,
     }
 }
 
@@ -212,6 +233,7 @@ impl Setting {
             origin: "BACKEND_X".into(),
             port: None,
             reason: String::new(),
+            overruled: false,
         };
         let listing = Listing {
             consumers: vec![consumer],
@@ -225,7 +247,10 @@ impl Setting {
             error: self.provider_fails.then(|| "no socket".into()),
             ..Known::default()
         };
-        let barrier = Barrier { chain: "chain INPUT".into(), remedy: "open it".into() };
+        let barrier = || Barrier {
+            chain: "chain INPUT".into(),
+            remedy: "iptables -I INPUT -j ACCEPT".into(),
+        };
         Situation {
             table: Arc::new(table),
             paths: crate::path::Paths::new(crate::descriptor::PathChoice::Proxy),
@@ -233,6 +258,7 @@ impl Setting {
             provider: SourceReading::of("provider".into(), &listed, None, vec![], now),
             queries: HashMap::from([(query(), of_query)]),
             own_port: 9999,
+            hold: Duration::from_millis(1500),
             here: [(self.vip_is_here, "172.17.0.1"), (self.own, "172.17.0.9")]
                 .into_iter()
                 .filter(|(is_here, _)| *is_here)
@@ -244,11 +270,19 @@ impl Setting {
                 standing: Standing {
                     in_place: self.in_place,
                     error: (self.rules_error && !self.in_place).then(|| "no nft".into()),
-                    barriers: self.barrier.then_some(barrier).into_iter().collect(),
+                    barriers: self.barrier.then(barrier).into_iter().collect(),
+                    drops: self.drops,
+                    behind: self.behind.then(barrier),
+                    shadowed: self
+                        .shadowed
+                        .then(|| "172.17.0.1:80".parse().unwrap())
+                        .into_iter()
+                        .collect(),
                     ..Standing::default()
                 },
                 own: self.own.then(|| "172.17.0.9".parse().unwrap()).into_iter().collect(),
-                has_captured: self.has_captured,
+                own_rules: self.own_rules.clone(),
+                captured: self.has_captured.into(),
             },
             pending: self.pending.iter().map(|part| (*part, Duration::from_secs(1))).collect(),
             load: Load {
@@ -271,6 +305,20 @@ fn cut_off(setting: &mut Setting) {
 
 fn routes(situation: &Situation) -> Vec<&Route> {
     situation.table.routes().map(|route| &**route).collect()
+}
+
+/// This host's own consumer declares the port of a registry on a VIP, which may be the only one.
+fn local_shadow(setting: &mut Setting, other_vip: bool) -> (CaptureMode, bool) {
+    setting.consumer.id = ConsumerId::Local;
+    setting.dead_vip = other_vip;
+    (CaptureMode::Redirect, true)
+}
+
+/// Neither `--dnat` nor `--redirect`, and these rules.
+fn with_own_rules(has_captured: bool, rules: OwnRules) -> impl FnOnce(&mut Setting) {
+    move |s| {
+        (s.mode, s.has_captured, s.own_rules) = (CaptureMode::None, has_captured, rules);
+    }
 }
 
 /// What is said of the port of the consumer.
@@ -304,6 +352,11 @@ fn cases() -> Vec<(&'static str, RouteState, Change)> {
         ("source_down", Degraded, Box::new(|s| s.provider_fails = true)),
         ("held", Degraded, Box::new(|s| s.held = true)),
         ("barrier", Degraded, Box::new(|s| s.barrier = true)),
+        ("drops_some", Degraded, Box::new(|s| (s.barrier, s.drops) = (true, Drops::Some))),
+        ("drops_all", NotCaptured, Box::new(|s| (s.barrier, s.drops) = (true, Drops::All))),
+        ("behind", Degraded, Box::new(|s| s.behind = true)),
+        ("shadowed", NotCaptured, Box::new(|s| (s.mode, s.shadowed) = local_shadow(s, false))),
+        ("shadowed", Degraded, Box::new(|s| (s.mode, s.shadowed) = local_shadow(s, true))),
         ("cut_off", Degraded, Box::new(cut_off)),
         // embassy in a container without --net=host, or an address that docker0 had in former times.
         ("elsewhere", NotCaptured, Box::new(|s| s.vip_is_here = false)),
@@ -320,6 +373,22 @@ fn cases() -> Vec<(&'static str, RouteState, Change)> {
             Degraded,
             Box::new(|s| (s.mode, s.has_captured) = (CaptureMode::None, false)),
         ),
+        (
+            "nothing_captured",
+            Degraded,
+            Box::new(|s| {
+                (s.mode, s.has_captured) = (CaptureMode::None, false);
+                s.own_rules = OwnRules::Unreadable("no right".into());
+            }),
+        ),
+        ("no_own_rule", NotCaptured, Box::new(with_own_rules(false, own_rules(&[], 0)))),
+        // They were removed.
+        ("no_own_rule", NotCaptured, Box::new(with_own_rules(true, own_rules(&[], 1)))),
+        ("passed_by", NotCaptured, Box::new(with_own_rules(false, own_rules(&[81], 0)))),
+        ("passed_by", NotCaptured, Box::new(with_own_rules(true, own_rules(&[81], 0)))),
+        ("goes_to", Ok, Box::new(with_own_rules(false, own_rules(&[81, 80], 0)))),
+        // A connection arrives by a rule that cannot be seen.
+        ("goes_to", Ok, Box::new(with_own_rules(true, own_rules(&[], 0)))),
         // Rules of one's own may capture any address.
         ("goes_to", Ok, Box::new(|s| (s.mode, s.vip_is_here) = (CaptureMode::None, false))),
         ("goes_to", Ok, Box::new(|s| (s.mode, s.vips) = (CaptureMode::None, false))),
@@ -380,6 +449,23 @@ fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
     assert_eq!(states.len(), RouteState::ALL.len(), "every state is met");
 }
 
+/// The list of endpoints and the findings on them have one word for the same.
+#[test]
+fn an_endpoint_is_as_bad_in_the_list_as_in_the_findings() {
+    for is in [Is::Ejected, Is::OutOfReach, Is::Probing, Is::Unhealthy, Is::Drained] {
+        let situation = Setting::of(|s| s.endpoints = Some(vec![Is::Active, is])).situation();
+        let of_endpoints = explained(&situation, 80);
+        let mut of_endpoints = of_endpoints.iter().filter(|one| one.about() == Subject::Endpoints);
+        let told = of_endpoints.next().unwrap().verdict();
+        let listed = situation.table.endpoints().map(|(_, state)| endpoint(state, situation.now));
+        let listed = Verdict::worst(listed.map(EndpointHealth::verdict));
+        assert_eq!(told, listed, "{is:?}");
+        assert!(of_endpoints.next().is_none());
+        let overview = situation.overview(&HostUse::default());
+        assert_eq!(overview.verdicts()[&Subject::Endpoints], listed, "{is:?}");
+    }
+}
+
 /// In words that are true of one as of many, with no part that is empty, and no time that says nothing.
 #[test]
 fn no_sentence_is_odd_whatever_is_wrong() {
@@ -419,6 +505,56 @@ fn no_sentence_is_odd_whatever_is_wrong() {
     assert!(words.len() > 30 && said > 200, "{said} sentences of {words:?}");
 }
 
+/// Each says what to do, and none only where to look for it.
+#[test]
+fn no_remedy_is_vague_whatever_is_wrong() {
+    let dynamic = |fix: &str| fix.starts_with('{') && fix.ends_with('}');
+    for (cause, fix) in Cause::FIXES.iter().filter(|(_, fix)| !fix.is_empty() && !dynamic(fix)) {
+        assert_eq!(crate::text::vague(fix), None, "{cause}");
+    }
+    for part in [
+        rules::Part::Hold,
+        rules::Part::Notrack,
+        rules::Part::Ipv6,
+        rules::Part::Count,
+        rules::Part::Guard,
+        rules::Part::Refusal,
+    ] {
+        assert_eq!(crate::text::vague(part.fix()), None, "{part:?}");
+    }
+    use crate::{discovery::CannotAsk, table::UnroutedReason};
+    let via: Arc<str> = "x".into();
+    let key = routes(&well().situation())[0].key;
+    for reason in [
+        CannotAsk::Unknown { via: via.clone(), configured: "y".into() }.into(),
+        CannotAsk::Datacentre { dc: via.clone(), via: via.clone() }.into(),
+        CannotAsk::Tags { tags: Default::default(), via: via.clone() }.into(),
+        CannotAsk::OwnPort(key.port).into(),
+        UnroutedReason::Taken { key, winner: via },
+        UnroutedReason::Contested { key },
+    ] {
+        assert_eq!(crate::text::vague(reason.fix()), None, "{reason}");
+    }
+    assert!(crate::text::vague("correct what the reason names").is_some());
+    assert!(crate::text::vague("maybe the network").is_some() && crate::text::vague("").is_some());
+}
+
+#[test]
+fn what_is_held_before_it_is_reset_is_called_so() {
+    let text = |hold: u64| {
+        let mut situation = Setting::of(|s| s.endpoints = None).situation();
+        situation.hold = Duration::from_millis(hold);
+        explained(&situation, 80)[0].finding().text
+    };
+    let held = "connections wait for its answer for up to 1.5 s (--hold), and are reset then.";
+    assert_eq!(text(1500), format!("consul web has not answered yet: {held}"));
+    // The first line has the error too: it is all that `embassy wait` shows.
+    let fails = Setting::of(|s| (s.endpoints, s.source_fails) = (None, true)).situation();
+    let first = explained(&fails, 80)[0].finding();
+    assert!(first.text.starts_with("consul web has not answered yet (refused): "), "{first:?}");
+    assert_eq!(text(0), "consul web has not answered yet: connections are reset.");
+}
+
 #[test]
 fn nothing_is_wrong_where_nothing_is() {
     let situation = well().situation();
@@ -452,6 +588,59 @@ fn a_consumer_dials_what_it_reaches() {
     assert_eq!(dials(local), ["172.17.0.1"]);
 }
 
+/// Without a rule that leads here embassy is not ready, whether or not there is a consumer yet; with one for some ports it is.
+#[test]
+fn rules_of_ones_own_that_lead_nowhere_are_seen_everywhere() {
+    let of = |rules: OwnRules, two: bool| {
+        let situation = Setting::of(|s| {
+            with_own_rules(true, rules)(s);
+            let descriptor = "web;81".parse().unwrap();
+            let other = Binding { origin: "BACKEND_Z".into(), descriptor };
+            s.consumer.bindings.extend(two.then_some(other));
+        })
+        .situation();
+        let overview = situation.overview(&HostUse::default());
+        let capture = overview.verdicts()[&Subject::Capture];
+        let waits = !situation.awaited().is_empty();
+        (words(&overview.causes)[0], capture, waits)
+    };
+    assert_eq!(of(own_rules(&[], 1), false), ("no_own_rule", Verdict::Broken, true));
+    assert_eq!(of(own_rules(&[82], 1), true), ("passed_by", Verdict::Broken, true));
+    let some = of(own_rules(&[80], 1), true);
+    assert_eq!((some.1, some.2), (Verdict::Degraded, false));
+    let situation = Setting::of(with_own_rules(false, own_rules(&[80], 0))).situation();
+    let overview = situation.overview(&HostUse::default());
+    assert_eq!((overview.verdict(), situation.awaited()), (Verdict::Ok, vec![]));
+    // The rule is shown.
+    let explained = explained(&situation, 80);
+    let rule = explained.iter().find(|cause| cause.finding().cause == "own_rule").unwrap();
+    assert!(rule.finding().text.contains("--dport 80 -j REDIRECT"), "{rule:?}");
+    let mut nobody = Setting::of(with_own_rules(false, own_rules(&[], 0))).situation();
+    (nobody.table, nobody.listing) = Default::default();
+    assert_eq!(nobody.awaited().len(), 1);
+}
+
+/// Not by any rule, and said as that: the host's own connections without `--redirect`, and a port of a registry.
+#[test]
+fn an_embassy_that_captures_nobody_is_not_ready_whatever_the_reason() {
+    let of = |change: &dyn Fn(&mut Setting)| {
+        let situation = Setting::of(change).situation();
+        let overview = situation.overview(&HostUse::default());
+        let waits: Vec<_> = situation.awaited().iter().map(|awaited| awaited.part).collect();
+        (words(&overview.causes)[0], overview.verdicts()[&Subject::Capture], waits)
+    };
+    let broken = |cause| (cause, Verdict::Broken, vec![Part::Capture]);
+    assert_eq!(of(&|s| s.consumer.id = ConsumerId::Local), broken("needs_redirect"));
+    assert_eq!(of(&|s| (s.mode, s.shadowed) = local_shadow(s, false)), broken("shadowed"));
+    // Another port is captured.
+    let (first, capture, waits) = of(&|s| {
+        (s.mode, s.shadowed) = local_shadow(s, false);
+        let descriptor = "web;81".parse().unwrap();
+        s.consumer.bindings.push(Binding { origin: "BACKEND_Z".into(), descriptor });
+    });
+    assert_eq!((first, capture, waits), ("routes", Verdict::Degraded, vec![]));
+}
+
 /// The port has a route, and another variable asked for it in vain.
 #[test]
 fn who_lost_a_port_is_told_where_the_port_is_asked_for() {
@@ -462,6 +651,7 @@ fn who_lost_a_port_is_told_where_the_port_is_asked_for() {
         origin: "BACKEND_Z".into(),
         port,
         reason: format!("port 1: {} already declares it", "BACKEND_A"),
+        overruled: port.is_some(),
     };
     let mut causes = |problems: Vec<Problem>, asked: u16| {
         Arc::make_mut(&mut situation.listing).problems = problems;
@@ -600,6 +790,9 @@ fn a_port_without_a_route_says_why() {
     let finding = causes[0].finding();
     assert_eq!((finding.cause, finding.verdict), ("unrouted", Verdict::Broken));
     assert!(finding.text.contains("--network none"), "{finding:?}");
+
+    let near = well().situation().of_port("ap", 80, &[], &[])[0].finding().text;
+    assert!(near.contains("address \"ap\"; near: app."), "{near}");
 
     let situation = Setting::of(|s| s.problem = true).situation();
     let said = |wanted: &str| situation.of_port(wanted, 80, &[], &[])[0].finding();
@@ -745,11 +938,21 @@ fn any_setting() -> impl Strategy<Value = Setting> {
     ];
     let mode =
         prop_oneof![Just(CaptureMode::None), Just(CaptureMode::Dnat), Just(CaptureMode::Redirect)];
-    let capture = (mode, any::<[bool; 4]>(), any::<[bool; 6]>());
+    let own_rules = prop_oneof![
+        Just(OwnRules::Unread),
+        Just(OwnRules::Unreadable("no right".into())),
+        Just(own_rules(&[], 0)),
+        Just(own_rules(&[], 1)),
+        Just(own_rules(&[80], 1)),
+        Just(own_rules(&[81], 1)),
+    ];
+    let drops = prop_oneof![Just(Drops::NotCounted), Just(Drops::Some), Just(Drops::All)];
+    let capture = (mode, any::<[bool; 5]>(), any::<[bool; 6]>(), own_rules, drops);
     let sources = (proptest::option::of(prop::collection::vec(is, 0..4)), any::<[bool; 5]>());
     let load = (0..70usize, 0..70usize, proptest::option::of(0..70usize), any::<(bool, bool)>());
     (capture, sources, load).prop_map(|(capture, sources, load)| {
-        let (mode, [in_place, rules_error, vips, barrier], places) = capture;
+        let (mode, [in_place, rules_error, vips, barrier, behind], places, own_rules, drops) =
+            capture;
         let [local, gateways, near, vip_is_here, own, has_captured] = places;
         let (endpoints, [source_fails, held, provider_fails, problem, skipped]) = sources;
         let (live, limit, limit_of_consumer, (memory_short, draining)) = load;
@@ -770,6 +973,9 @@ fn any_setting() -> impl Strategy<Value = Setting> {
             rules_error: rules_error && mode != CaptureMode::None,
             vips,
             barrier: barrier && mode != CaptureMode::None,
+            drops: if barrier && mode != CaptureMode::None { drops } else { Drops::NotCounted },
+            behind: behind && mode != CaptureMode::None,
+            shadowed: behind && mode == CaptureMode::Redirect,
             consumer,
             endpoints,
             source_fails,
@@ -788,6 +994,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
             named: true,
             own: own && mode == CaptureMode::Redirect,
             has_captured,
+            own_rules,
         }
     })
 }

@@ -119,6 +119,7 @@ const STATES: [(&[&str], &[&str]); 9] = [
     (
         &[
             "captured connections may be dropped on this host",
+            "captured connections are dropped on this host",
             "chain no longer drops captured connections",
         ],
         &["chain"],

@@ -41,19 +41,20 @@ pub fn bindings<'a>(
         if text.is_empty() {
             continue;
         }
-        let mut problem = |port, reason: String| {
+        let mut problem = |port, reason: String, overruled| {
             problems.push(Problem {
                 consumer: consumer.clone(),
                 origin: name.into(),
                 port,
                 reason,
+                overruled,
             });
         };
         let descriptor: Descriptor = match text.parse() {
             Ok(descriptor) => descriptor,
             Err(_) if is_variable && links.iter().any(|link| is_of(link, name)) => continue,
             Err(error) => {
-                problem(None, error.without_value());
+                problem(port_of(text), error.without_value(), false);
                 continue;
             }
         };
@@ -66,7 +67,7 @@ pub fn bindings<'a>(
             Entry::Occupied(taken) => {
                 let port = descriptor.port;
                 let reason = format!("port {port}: {} already declares it", taken.get().1.origin);
-                problem(Some(port), reason);
+                problem(Some(port), reason, true);
             }
         }
     }
@@ -78,9 +79,18 @@ pub fn bindings<'a>(
             origin: "and".into(),
             port: None,
             reason,
+            overruled: false,
         });
     }
     (by_port.into_values().map(|(_, binding)| binding).collect(), problems)
+}
+
+/// The port of a descriptor of which only an option is wrong.
+fn port_of(text: &str) -> Option<Port> {
+    let text = crate::text::bare(text);
+    let (end, _) = text.match_indices(';').nth(1)?;
+    let descriptor: Descriptor = text.get(..end)?.parse().ok()?;
+    Some(descriptor.port)
 }
 
 /// Problems of one consumer that are told of; of further ones only the number.
@@ -132,6 +142,25 @@ mod tests {
                 "app: BACKEND_A: the service name has the character ' ': expected only A-Z a-z 0-9 / . _ * @ -"
             ]
         );
+    }
+
+    /// What is wrong in an option is wrong of its port.
+    #[test]
+    fn a_variable_that_fails_only_in_an_option_has_a_port() {
+        for (text, port) in [
+            ("web;80;lb=fast", Some(80)),
+            ("web[a,b];80/tcp;nosuch=1", Some(80)),
+            ("'web;80;lb=fast'", Some(80)),
+            ("web;80;lb=rr;drain=never", Some(80)),
+            ("web;99999;lb=fast", None),
+            ("we b;80;lb=fast", None),
+            ("web;lb=fast", None),
+            ("web;", None),
+        ] {
+            let env = format!("BACKEND_A={text}");
+            let (_, problems) = bindings(&"app".into(), "BACKEND_", [&*env], std::iter::empty());
+            assert_eq!(problems[0].port.map(Port::get), port, "{text}");
+        }
     }
 
     #[test]

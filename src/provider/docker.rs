@@ -488,7 +488,8 @@ impl Asking {
             Err(reason) => reason.to_string(),
         };
         let (consumer, origin) = (container.name.clone(), NETWORK.into());
-        asking.no_network = Some(Problem { consumer, origin, port: None, reason });
+        asking.no_network =
+            Some(Problem { consumer, origin, port: None, reason, overruled: false });
         asking
     }
 }
@@ -505,7 +506,7 @@ fn declared(container: &Container, prefix: &str) -> (Vec<Binding>, Vec<Problem>)
             container.unread,
             LARGEST_DECLARED >> 10
         );
-        problems.push(Problem { consumer, origin, port: None, reason });
+        problems.push(Problem { consumer, origin, port: None, reason, overruled: false });
     }
     (bindings, problems)
 }

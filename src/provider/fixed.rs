@@ -53,6 +53,7 @@ pub fn listing(interface: &str, services: &[Descriptor]) -> Result<Listing, Inte
                     descriptor.to_string(),
                     first.descriptor
                 ),
+                overruled: true,
             }),
         }
     }

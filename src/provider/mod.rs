@@ -104,6 +104,8 @@ pub struct Problem {
     /// The port that it declares, if that is known.
     pub port: Option<Port>,
     pub reason: String,
+    /// Nothing is wrong with it: another binding of the consumer has its port.
+    pub overruled: bool,
 }
 
 /// The configured provider.

@@ -71,16 +71,15 @@ impl Figures {
         self.shared.tally.get(outcome)
     }
 
-    /// Whether a captured connection has arrived since the start, with a route or without.
-    pub fn has_captured(&self) -> bool {
-        use Outcome::{DirectDial, EndpointsUnreachable, NoOriginalDestination};
-        // Those that have other ends were started, here or beside the proxy.
-        let captured = |outcome: &&Outcome| {
-            outcome.is_refusal()
-                && !matches!(outcome, DirectDial | NoOriginalDestination | EndpointsUnreachable)
+    /// Captured connections that have arrived since the start, with a route or without; no connection that ends changes it. A
+    /// refused one may count twice.
+    pub fn captured(&self) -> u64 {
+        use Outcome::{DirectDial, NoOriginalDestination};
+        let arrived = |outcome: &&Outcome| {
+            outcome.is_refusal() && !matches!(outcome, DirectDial | NoOriginalDestination)
         };
-        self.shared.counts.iter().any(|counts| counts.0.started.load(Relaxed) > 0)
-            || Outcome::ALL.iter().filter(captured).any(|outcome| self.ended(*outcome) > 0)
+        let refused = Outcome::ALL.iter().filter(arrived).map(|outcome| self.ended(*outcome));
+        self.started() + refused.sum::<u64>()
     }
 
     /// Connections that were accepted for a route, since the start.

@@ -243,7 +243,7 @@ impl Worker {
     }
 
     fn endpoint(&self, route: &Route, endpoint: Endpoint) -> Arc<EndpointState> {
-        let found = self.table.borrow().state(&route.upstream.query, endpoint).cloned();
+        let found = self.table.borrow().state(&route.query, endpoint).cloned();
         // One that the service does not have any more: its connections may stay.
         found.unwrap_or_else(|| Arc::new(EndpointState::new(endpoint)))
     }
@@ -499,7 +499,7 @@ mod tests {
                 let source = SOURCE.parse::<SocketAddr>().unwrap().ip();
                 let route = route(&worker.table.borrow(), source, 6379).unwrap();
                 let bytes_up = route.counts.bytes_up.load(Relaxed);
-                let state = route.upstream.rotation.endpoints()[0].clone();
+                let state = worker.table.borrow().endpoints_of(&route)[0].clone();
                 let ended = state.counts.ended.sum();
                 (route.live_of_consumer.load(Relaxed), state.active(), ended, bytes_up)
             };

@@ -143,7 +143,7 @@ impl Proxy {
 
     /// Adds the counts of the process before this one.
     pub fn inherit(&self, before: &ProcessFigures) {
-        self.shared.tally.add(&before.outcomes);
+        self.shared.tally.add_all(&before.outcomes);
         if let Some(counts) = self.shared.counts.first() {
             counts.0.add(&before.counts);
         }

@@ -100,7 +100,11 @@ async fn pass_on<T: Clone, U: PartialEq>(
             }
         }
         if let Some(error) = known.error.filter(|_| known.failures != failures) {
-            publish.fail(&SourceError::new(error));
+            let error = SourceError::new(error);
+            publish.fail(&match known.fix {
+                Some(fix) => error.fixed_by(fix),
+                None => error,
+            });
             failures = known.failures;
         }
         if source.changed().await.is_err() {

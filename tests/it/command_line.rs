@@ -90,6 +90,16 @@ fn a_shell_reads_the_completions_and_man_the_manual() -> Result<()> {
 }
 
 #[test]
+fn a_manual_page_that_there_is_not_is_a_wrong_command_line_with_those_that_there_are() -> Result<()>
+{
+    let output = embassy(&["man", "nosuch"], &[])?;
+    let said = String::from_utf8(output.stderr)?;
+    assert_eq!((output.status.code(), &*output.stdout), (Some(2), &b""[..]), "{said}");
+    assert!(said.contains("\"nosuch\"") && said.contains("status, ps, explain"), "{said}");
+    Ok(())
+}
+
+#[test]
 fn help_and_version_go_to_stdout() -> Result<()> {
     for (word, beginning) in [
         ("-help", "Connects the containers of this host to the services they need."),

@@ -168,6 +168,31 @@ fn the_documents_tell_of_every_state() -> Result<()> {
     for word in all {
         ensure!(states.contains(&format!("`{word}`")), "{word}");
     }
+    // Each row has the verdict of the code, and there is no row of a state that there is not.
+    fn verdicts<T: Word + Copy>(of: &str, verdict: impl Fn(T) -> api::Verdict) -> Vec<[String; 3]> {
+        let row = |word: &T| [of.to_owned(), word.as_str().to_owned(), verdict(*word).to_string()];
+        T::ALL.iter().map(row).collect()
+    }
+    let mut expected = verdicts("route", api::RouteState::verdict);
+    expected.extend(verdicts("endpoint", api::EndpointHealth::verdict));
+    expected.extend(verdicts("binding", api::BindingState::verdict));
+    let mut told = Vec::new();
+    let mut of = "";
+    for row in states.lines().filter(|line| line.starts_with("| ")) {
+        let cells: Vec<_> = row.split('|').map(str::trim).collect();
+        of = if cells[1].is_empty() { of } else { cells[1] };
+        let words = |cell: &str| -> Vec<String> {
+            cell.split(',').map(|word| word.trim().trim_matches('`').to_owned()).collect()
+        };
+        for state in
+            words(cells[2]).into_iter().filter(|_| ["route", "endpoint", "binding"].contains(&of))
+        {
+            told.push([of.to_owned(), state, words(cells[3]).concat()]);
+        }
+    }
+    told.sort();
+    expected.sort();
+    assert_eq!(told, expected, "left: docs/operations.md, right: the code");
     let (_, readyz) = operations.split_once("`GET /readyz`").context("no /readyz")?;
     let (readyz, _) = readyz.split_once('\n').context("no line behind it")?;
     for part in words::<api::Part>() {

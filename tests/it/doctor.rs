@@ -144,10 +144,10 @@ fn an_embassy_whose_rules_are_gone_is_found() -> Result<()> {
     host.etcd()?;
     // It runs, and does not capture.
     let embassy = host.embassy([ETCD])?;
-    embassy.wait_ready(READY)?;
+    says(&embassy, &["no rule leads to embassy's port"])?;
     let all = doctor(&host, &[])?;
     let [rules, flags] = &all[..] else { panic!("{all:#?}") };
-    assert!(rules.starts_with("fail rules: an embassy runs, but its rules are missing"), "{rules}");
+    assert!(rules.starts_with("fail capture: Neither --dnat nor --redirect is set"), "{rules}");
     assert!(flags.contains("Different: --dnat or --redirect."), "{flags}");
     embassy.terminate()?;
     assert!(embassy.wait(WAIT)?.success());

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
+use embassy::admin::api;
 use testbed::{Container, Embassy, Host};
 
 use crate::{
@@ -379,8 +380,21 @@ fn dropped(firewall: &str, close: &str, said: &str) -> Result<()> {
         ensure!(outcome == *expected, "{target}: {outcome}");
         anyhow::Ok(())
     };
-    closed("172.17.0.1:80", "timeout")?;
     says(&embassy, &["captured connections may be dropped on this host", said])?;
+    let status = || -> Result<api::Status> {
+        Ok(serde_json::from_str(&embassy.admin("/v1/status")?.ok()?)?)
+    };
+    let first = |status: &api::Status| status.findings.first().map(|one| one.cause.clone());
+    assert_eq!(first(&status()?).as_deref(), Some("barrier"), "nothing has come yet");
+    closed("172.17.0.1:80", "timeout")?;
+    testbed::eventually(WAIT * 2, "it to be proved", || {
+        let status = status()?;
+        ensure!(first(&status).as_deref() == Some("drops_all") && !status.ready, "{status:#?}");
+        ensure!(status.routes_broken > 0, "{status:#?}");
+        Ok(())
+    })?;
+    says(&embassy, &["captured connections are dropped on this host", said])?;
+    says(&embassy, &["embassy is not ready", "drops all captured connections"])?;
 
     let log = embassy.log();
     let remedy = log.lines().find_map(|line| line.split_once("remedy=\"")?.1.split_once('"'));
@@ -392,7 +406,7 @@ fn dropped(firewall: &str, close: &str, said: &str) -> Result<()> {
     closed("172.17.0.1:9999", "refused")?;
     says(&embassy, &["chain no longer drops captured connections", said])?;
     assert_eq!(metric(&embassy, "embassy_capture_barriers")?, 0);
-    Ok(())
+    embassy.wait_ready(WAIT)
 }
 
 #[test]
@@ -452,7 +466,10 @@ fn lost(firewall: &str) -> Result<()> {
         Ok(())
     })?;
     let what = "chain inet strict in of nft has the rule";
-    says(&embassy, &["captured connections may be dropped on this host", what])?;
+    says(&embassy, &["captured connections are dropped on this host", what])?;
+    assert!(!embassy.log().contains("may be dropped"), "it is known");
+    // Which of them is a guess of embassy's.
+    assert_eq!(embassy.admin("/readyz")?.status, 200);
     host.run("nft", ["delete table inet strict"])?;
     testbed::eventually(WAIT * 2, "the end of it to be told", || {
         ensure!(app.get("172.17.0.1:80").run()?.from("web") == 1, "not reached");

@@ -194,9 +194,14 @@ fn that_nothing_captures_is_said_until_something_does() -> Result<()> {
     let command = |words: &[&str]| day.host.embassy_command([words, &[&day.discovery]].concat());
     let plain = |words: &[&str]| day.host.embassy_command(words);
     let embassy = day.embassy(&[], &[])?;
-    embassy.wait_ready(READY)?;
     says(&embassy, &["no rule leads to embassy's port"])?;
-    explains(plain, "80", Verdict::Degraded, "nothing_captured")?;
+    let told = explains(plain, "80", Verdict::Broken, "no_own_rule")?;
+    assert!(told.findings[0].fix.as_ref().is_some_and(|fix| fix.contains("--dnat")), "{told:#?}");
+    assert_eq!((told.captured, told.routes[0].state), (Some(false), RouteState::NotCaptured));
+    not_ready(plain)?;
+    says(&embassy, &["embassy is not ready", "no rule of this host leads to embassy's port 9999"])?;
+    assert!(!embassy.log().contains("embassy is ready"), "{}", embassy.log());
+    assert_eq!(embassy.admin("/readyz")?.status, 503);
     let (plan, _) = said(command(&["plan"])?)?;
     assert!(plan.contains("No rule leads to embassy's port"), "{plan}");
     let found = doctor(command(&["doctor"])?)?;
@@ -208,6 +213,10 @@ fn that_nothing_captures_is_said_until_something_does() -> Result<()> {
     day.host.run("ip", ["addr", "add", &format!("{OLD_VIP}/32"), "dev", "docker0"])?;
     let (plan, _) = said(command(&["plan"])?)?;
     assert!(plan.contains("Your own rules that lead to embassy's port"), "{plan}");
+    // It is noticed before anybody connects.
+    says(&embassy, &["your own rules lead to embassy's port", "REDIRECT --to-ports 9999"])?;
+    embassy.wait_ready(READY)?;
+    explains(plain, "80", Verdict::Ok, "goes_to")?;
     reaches(&day.app, format!("{OLD_VIP}:80"), "web")?;
     explains(plain, "80", Verdict::Ok, "goes_to")?;
     let found = doctor(command(&["doctor"])?)?;
@@ -215,10 +224,29 @@ fn that_nothing_captures_is_said_until_something_does() -> Result<()> {
         ["firewall ", "leftover ", "capture "].iter().any(|check| one.starts_with(check))
     };
     assert!(!found.iter().any(is_wrong), "{found:#?}");
+
+    // It is removed, and another one takes one of the two ports.
+    day.host.run("iptables", rule.replace("-I", "-D").split(' '))?;
+    explains(plain, "80", Verdict::Broken, "no_own_rule")?;
+    not_ready(plain)?;
+    ends(&day.app, format!("{OLD_VIP}:80"), "refused")?;
+    let of_81 = rule.replace("-d", "--dport 81 -d");
+    day.host.run("iptables", of_81.split(' '))?;
+    explains(plain, "80", Verdict::Broken, "passed_by")?;
+    let (routes, _) = read::<Vec<api::Route>>(plain(&["ps"])?)?;
+    let states: Vec<_> = routes.iter().map(|route| (route.port, route.state)).collect();
+    assert_eq!(states, [(80, RouteState::NotCaptured), (81, RouteState::Ok)]);
+    embassy.wait_ready(READY)?;
+    says(&embassy, &["your own rules do not take connections to these ports", "[80]"])?;
+    let (text, yes) = said(plain(&["wait", "web", "--timeout=0"])?)?;
+    assert!(!yes && text.contains("do not take connections to 80"), "{text}");
+    day.host.run("iptables", of_81.replace("-I", "-D").split(' '))?;
+    day.host.run("iptables", rule.split(' '))?;
+    explains(plain, "80", Verdict::Ok, "goes_to")?;
     embassy.kill()?;
 
     let embassy = day.embassy(&[], &[])?;
-    says(&embassy, &["your own rules capture", "REDIRECT --to-ports 9999"])?;
+    says(&embassy, &["your own rules lead to embassy's port", "REDIRECT --to-ports 9999"])?;
     assert!(!embassy.log().contains("no VIP"), "{}", embassy.log());
     embassy.kill()?;
     // What is left of them is found, and named with the command that deletes it.
@@ -418,6 +446,56 @@ fn tags_are_shown_as_their_user_wrote_them() -> Result<()> {
     }
     let sources = embassy.admin("/v1/sources")?.json()?;
     ensure!(sources["total"] == 2, "the provider, and one query: {sources:#}");
+    Ok(())
+}
+
+/// The same sentence by each command that takes a consumer.
+#[test]
+fn a_consumer_that_is_not_known_is_called_so_with_names_that_are_near() -> Result<()> {
+    let day = Day::begins()?;
+    let embassy = day.embassy(&["--dnat"], &[])?;
+    embassy.wait_ready(READY)?;
+    for (name, near) in [("apq", "; near: app."), ("nosuch", "\"nosuch\". If")] {
+        for words in [
+            &["ps", "--consumer", name][..],
+            &["explain", name, "80"],
+            &["wait", "web", "--consumer", name, "--timeout=0"],
+        ] {
+            let (text, yes) = said(day.host.embassy_command(words)?)?;
+            let known = "No running container with a binding has the name, ID or address";
+            ensure!(!yes && text.contains(known) && text.contains(near), "{words:?}: {text}");
+        }
+    }
+    // One that is known and has nothing of this kind is another thing.
+    let (text, yes) =
+        said(day.host.embassy_command(["ps", "--consumer=app", "--state=waiting"])?)?;
+    ensure!(yes && text.contains("no entry matches"), "{text}");
+    let wait = ["wait", "nosuch", "--consumer=app", "--timeout=0"];
+    let (text, yes) = said(day.host.embassy_command(wait)?)?;
+    ensure!(!yes && text.contains("app does not ask for nosuch; it asks for dead, web"), "{text}");
+    Ok(())
+}
+
+/// What is wrong in an option of a variable is said of its port, and of no other.
+#[test]
+fn a_variable_with_a_wrong_option_is_explained_at_its_port() -> Result<()> {
+    let day = Day::begins()?;
+    let app =
+        day.host.client("wrong").env("BACKEND_WEB", "web;80").env("BACKEND_B", "web;81;lb=fast");
+    let _app = app.start()?;
+    let embassy = day.embassy(&["--dnat"], &[])?;
+    embassy.wait_ready(READY)?;
+    let explained = |port: &str| said(day.host.embassy_command(["explain", "wrong", port])?);
+    let (text, yes) = explained("81")?;
+    ensure!(!yes && text.contains("BACKEND_B was skipped") && text.contains("fix: "), "{text}");
+    ensure!(!text.contains("not declared"), "{text}");
+    let (text, yes) = explained("82")?;
+    ensure!(
+        !yes && text.contains("Port 82 is not declared") && !text.contains("skipped"),
+        "{text}"
+    );
+    let (text, yes) = explained("80")?;
+    ensure!(yes && !text.contains("BACKEND_B"), "{text}");
     Ok(())
 }
 

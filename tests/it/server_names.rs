@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use testbed::{Host, eventually};
 
-use crate::READY;
+use crate::{READY, support::own_rules};
 
 const WAIT: Duration = Duration::from_secs(60);
 
@@ -23,6 +23,7 @@ fn registries_are_found_by_their_names() -> Result<()> {
         .arg("--address=/registry-by-dns.test/127.0.0.1");
     dns.arg("--local=/unknown.test/");
     let dns = host.spawn("dns", dns)?;
+    own_rules(&host)?;
     let embassy = host.embassy([
         "-provider=static",
         "-services=web;80;via=consul,/services/db;81;via=etcd",

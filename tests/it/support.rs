@@ -27,6 +27,16 @@ pub(crate) fn web(host: &Host, name: &str) -> Result<Container> {
     Ok(web)
 }
 
+/// Rules of the user's own that lead to embassy's port: without `--dnat` and `--redirect` it is not ready before. They take nothing
+/// that a test dials.
+pub(crate) fn own_rules(host: &Host) -> Result<()> {
+    for chain in ["PREROUTING", "OUTPUT"] {
+        let rule = format!("-t nat -A {chain} -p tcp -d 192.0.2.1 -j REDIRECT --to-ports 9999");
+        host.run("iptables", rule.split(' '))?;
+    }
+    Ok(())
+}
+
 /// Waits until requests from `consumer` to `target` are answered by `name`.
 pub(crate) fn reaches(consumer: &Container, target: impl Display, name: &str) -> Result<()> {
     let what = format!("{} to reach {name} at {target}", consumer.name());

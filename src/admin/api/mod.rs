@@ -458,7 +458,7 @@ pub struct Explain {
     pub bindings: Vec<Binding>,
     /// The routes: one for each address of the consumer.
     pub routes: Vec<Route>,
-    /// Whether connections to this port of a VIP are captured; null if the user's own rules decide.
+    /// Whether connections to this port of a VIP are captured; null if the user's own rules decide. False if none of those takes them.
     pub captured: Option<bool>,
     /// The addresses to connect to, as `address:port`: the VIPs, and with `--redirect` embassy's own addresses, as far as the
     /// consumers reach them; those in their own networks first.

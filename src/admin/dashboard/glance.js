@@ -18,7 +18,7 @@ function tiles(s) {
   fill($("tiles"), [
     tile(s, "process", "Ready", s.ready ? "yes" : "no",
       wrong(s, "process") || (s.waiting_for.length ? "waits for " + s.waiting_for.map(w => w.part).join(", ") : "up for " + time(s.uptime_seconds))),
-    tile(s, "capture", "Capture", cap.mode === "none" ? "your rules" : cap.in_place ? "in place" : "not in place",
+    tile(s, "capture", "Capture", cap.mode === "none" ? (s.verdicts.capture === "broken" ? "nothing captured" : "your rules") : cap.in_place ? "in place" : "not in place",
       wrong(s, "capture") || (cap.mode === "none" ? "no rules of embassy" : said(cap.firewall, cap.mode, cap.scope, restored && "restored " + numbered(restored, "time")))),
     tile(s, "sources", "Sources", count(up) + " of " + count(s.sources) + " up",
       said(s.sources_down && count(s.sources_down) + " down", s.sources_waiting && count(s.sources_waiting) + " not answered yet") || "all answer",

@@ -35,7 +35,7 @@ const lists = {
     explains: c => c.consumer && [c.source.replace(/:\d+$/, "").replace(/^\[|\]$/g, ""), /\d+$/.exec(c.destination)[0], c.consumer],
   },
   bindings: {
-    title: "Bindings", states: ["problem", "routed", "partly", "unrouted", "invalid"],
+    title: "Bindings", states: ["problem", "routed", "partly", "unrouted", "overruled", "invalid"],
     none: "No running container has a binding.",
     key: b => [b.consumer_id, b.consumer, b.origin, b.port],
     columns: [["Consumer", "name", b => b.consumer], ["Declared by", "name", b => b.origin || "–"], ["Port", "number", b => b.port || "–"],

@@ -5,7 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
     sync::Arc,
     time::Duration,
@@ -35,7 +35,7 @@ use crate::{
     },
     kernel,
     memory::{Memory, Use},
-    privileges,
+    privileges, remedy, resolve,
     source::ResyncRequests,
     tls::Weakness,
 };
@@ -49,7 +49,9 @@ pub(super) struct HostFacts {
     /// How to fix that the engine does not answer, if that is known.
     pub(super) engine_fix: Option<String>,
     /// Each discovery, with its error if it does not answer.
-    pub(super) discoveries: Vec<(Arc<str>, Result<(), String>)>,
+    pub(super) discoveries: Vec<(Arc<str>, Result<(), Unanswered>)>,
+    /// The addresses of the servers of each discovery.
+    pub(super) servers: Vec<(Arc<str>, SocketAddr)>,
     /// The backend that a start would use.
     pub(super) firewall: Result<Firewall, String>,
     /// The optional parts of the rules that it cannot do, and why.
@@ -90,6 +92,21 @@ pub(super) struct HostFacts {
     pub(super) weaknesses: Vec<Weakness>,
     /// The findings of the embassy at --admin.
     pub(super) told: Vec<api::Finding>,
+}
+
+/// Why a discovery does not answer, and what to do about it.
+#[derive(Debug)]
+pub(super) struct Unanswered {
+    pub(super) error: String,
+    pub(super) fix: String,
+}
+
+impl Unanswered {
+    /// `fix`: what the source itself says.
+    pub(super) fn of(name: &str, error: &str, fix: Option<&str>) -> Self {
+        let fix = fix.unwrap_or_else(|| remedy::of(name, error)).to_owned();
+        Self { error: error.to_owned(), fix }
+    }
 }
 
 /// The engine's address and versions.
@@ -186,6 +203,7 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         engine,
         engine_fix,
         discoveries: discoveries(&config.discoveries).await,
+        servers: servers(&config.discoveries).await,
         firewall,
         lacks,
         places,
@@ -341,7 +359,7 @@ fn way_back(routes: &str, ranges: &[IpNet], own: &str) -> Option<String> {
 }
 
 /// Queries each for a service that does not exist: an empty result is an answer.
-async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), String>)> {
+async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), Unanswered>)> {
     let bell = Arc::<Notify>::default();
     let resync = ResyncRequests::new(Duration::from_secs(120));
     let mut watches = Watches::new(discoveries.clone(), resync, bell.clone());
@@ -365,12 +383,28 @@ async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), Str
         let answer = match known {
             // A login may be allowed to read some services only.
             Some(known) if known.value.is_some() || known.refused => Ok(()),
-            Some(known) => Err(known.error.as_deref().unwrap_or("no answer").to_owned()),
-            None => Err("cannot be queried".to_owned()),
+            Some(known) => {
+                let error = known.error.as_deref().unwrap_or("no answer");
+                Err(Unanswered::of(&name, error, known.fix.as_deref()))
+            }
+            None => Err(Unanswered::of(&name, "no answer", None)),
         };
         (name, answer)
     };
     names.into_iter().map(answer).collect()
+}
+
+/// The addresses of the servers of each discovery, as far as their names can be looked up.
+async fn servers(discoveries: &Discoveries) -> Vec<(Arc<str>, SocketAddr)> {
+    let mut all = Vec::new();
+    for name in discoveries.names() {
+        for server in discoveries.servers_of(name) {
+            let found = timeout(PATIENCE, resolve::server(&server)).await;
+            let found = found.ok().and_then(Result::ok).unwrap_or_default();
+            all.extend(found.into_iter().map(|server| (name.clone(), server)));
+        }
+    }
+    all
 }
 
 /// The program that listens on `port`, by the kernel's socket lists.
@@ -444,7 +478,17 @@ fn number(path: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::future::join_all;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
     use super::*;
+    use crate::{
+        discovery::{ConsulSettings, EtcdSettings, Options},
+        docker::Engine,
+    };
 
     #[test]
     fn a_listener_is_found_by_its_port() {
@@ -455,6 +499,103 @@ mod tests {
         // A connected socket does not listen.
         assert_eq!(listening(list, 9999), None);
         assert_eq!(listening("", 1), None);
+    }
+
+    /// A server that answers each connection with this.
+    async fn answers(with: &'static str) -> u16 {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let _ = stream.read(&mut [0; 4096]).await;
+                    let _ = stream.write_all(with.as_bytes()).await;
+                });
+            }
+        });
+        port
+    }
+
+    fn options() -> Options {
+        Options {
+            healthy_only: true,
+            docker: Engine::parse("unix:///nowhere", None).unwrap(),
+            consul: ConsulSettings::default(),
+            etcd: EtcdSettings::default(),
+        }
+    }
+
+    /// By the errors that clients really give.
+    #[tokio::test]
+    async fn each_way_in_which_a_registry_fails_has_its_own_remedy() {
+        fn http(status: &str, body: &str) -> &'static str {
+            let length = body.len();
+            format!(
+                "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+            )
+            .leak()
+        }
+        const SSH: &str = "SSH-2.0-OpenSSH_9.2p1\r\n";
+        let to_https =
+            || http("400 Bad Request", "Client sent an HTTP request to an HTTPS server.\n");
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        fs::write(path("wrong.toml"), "[[service\n").unwrap();
+        let [missing, wrong, is_folder] =
+            ["missing.toml", "wrong.toml", ""].map(|name| format!("file://{}", path(name)));
+        // `P` is the port; without an answer nobody listens there.
+        let cases = [
+            ("consul://127.0.0.1:P", None, "start Consul"),
+            ("consul://127.0.0.1:P", Some(SSH), "something else than Consul"),
+            ("consul://127.0.0.1:P", Some(http("404 Not Found", "")), "something else than Consul"),
+            ("consul://127.0.0.1:P", Some(http("200 OK", "[]")), "something else than Consul"),
+            (
+                "consul://127.0.0.1:P",
+                Some(http("403 Forbidden", "Permission denied")),
+                "service:read",
+            ),
+            (
+                "consul://127.0.0.1:P",
+                Some(http("403 Forbidden", "ACL not found")),
+                "a token that Consul knows",
+            ),
+            ("consul://127.0.0.1:P", Some(to_https()), "consuls:// instead"),
+            ("consuls://127.0.0.1:P", Some(http("200 OK", "[]")), "consul:// instead"),
+            (
+                "consul://127.0.0.1:P",
+                Some(http("500 Internal Server Error", "No cluster leader")),
+                "quorum",
+            ),
+            ("etcd://127.0.0.1:P", None, "start etcd"),
+            ("etcd3://127.0.0.1:P", None, "start etcd"),
+            ("etcd://127.0.0.1:P", Some(SSH), "something else than etcd"),
+            ("etcd3://127.0.0.1:P", Some(SSH), "something else than etcd"),
+            ("etcd://127.0.0.1:P", Some(to_https()), "-etcd-cacert"),
+            ("docker://127.0.0.1:P", None, "start the engine"),
+            ("docker://127.0.0.1:P", Some(SSH), "something else than a Docker engine"),
+            ("docker://127.0.0.1:P", Some(http("403 Forbidden", "")), "allow GET"),
+            ("dns://127.0.0.1:P", None, "DNS server"),
+            (missing.as_str(), None, "create the file"),
+            (is_folder.as_str(), None, "name a file"),
+            (wrong.as_str(), None, "at the line"),
+        ];
+        let told = cases.map(|(uri, answer, words)| async move {
+            let port = match answer {
+                Some(answer) => answers(answer).await,
+                None => {
+                    // Free a moment ago.
+                    let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
+                    free.local_addr().unwrap().port()
+                }
+            };
+            let uri = uri.replace(":P", &format!(":{port}"));
+            let configured = Discoveries::parse(std::slice::from_ref(&uri), &options()).unwrap();
+            let (_, answer) = discoveries(&configured).await.remove(0);
+            let Unanswered { error, fix } = answer.expect_err(&uri);
+            (!fix.contains(words)).then(|| format!("{uri}: {error}: {fix:?}, expected {words:?}"))
+        });
+        let wrong: Vec<_> = join_all(told).await.into_iter().flatten().collect();
+        assert!(wrong.is_empty(), "{wrong:#?}");
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! Judges the facts. Pure.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use super::{
     super::table::bytes,
     Finding, Level,
-    collect::{EngineFacts, HostFacts, Listener, Network},
+    collect::{EngineFacts, HostFacts, Listener, Network, Unanswered},
     dial::{Dial, Failed},
 };
 use crate::{
@@ -16,6 +16,8 @@ use crate::{
     judgement::{self, CONNECTIONS_FEW},
     limits,
     memory::{NEAR, Use},
+    remedy,
+    report::PROVIDER,
     tls::Weakness,
 };
 
@@ -87,9 +89,7 @@ fn engine(facts: &HostFacts) -> Option<Finding> {
         Err(error) => fail(
             check,
             error.as_str(),
-            facts.engine_fix.as_deref().unwrap_or(
-                "start the engine, mount its socket into embassy's container, or set its address with -docker or DOCKER_HOST",
-            ),
+            facts.engine_fix.as_deref().unwrap_or_else(|| remedy::of(PROVIDER, error)),
         ),
     })
 }
@@ -97,11 +97,16 @@ fn engine(facts: &HostFacts) -> Option<Finding> {
 fn discoveries(facts: &HostFacts) -> impl Iterator<Item = Finding> {
     facts.discoveries.iter().map(|(name, answer)| match answer {
         Ok(()) => ok("discovery", format!("{name} answers")),
-        Err(error) => fail(
+        Err(Unanswered { error, .. }) if let Some((server, rule)) = led_back(facts, name) => fail(
             "discovery",
-            format!("{name}: {error}"),
-            "start it, or correct -discovery and its token or certificates",
+            format!(
+                "{name}: {error}. A rule leads embassy's own connections to {server} back to embassy: {rule}"
+            ),
+            "except embassy's user from this rule (iptables: -m owner ! --uid-owner <user>), or give the registry an address that it does not match",
         ),
+        Err(Unanswered { error, fix }) => {
+            fail("discovery", format!("{name}: {error}"), fix.as_str())
+        }
     })
 }
 
@@ -113,9 +118,21 @@ fn kernel_path(facts: &HostFacts) -> Option<Finding> {
         Err(error) => warn(
             "kernel path",
             format!("not available, connections go through the proxy: {error}"),
-            "correct this and start embassy again, or start it with --path=proxy",
+            "give embassy what the error names and start it again, or start it with --path=proxy: then nothing is tried",
         ),
     })
+}
+
+/// The server of a discovery to which embassy's own connections are captured, and by which rule.
+fn led_back<'a>(facts: &'a HostFacts, name: &str) -> Option<(SocketAddr, &'a str)> {
+    let servers = facts.servers.iter().filter(|(of, _)| **of == *name).map(|(_, server)| *server);
+    let leads = || {
+        let leads = facts.leads.iter().flatten();
+        leads.filter(|lead| lead.may_lead_to(facts.port, &facts.local))
+    };
+    servers
+        .into_iter()
+        .find_map(|server| Some((server, &*leads().find(|lead| lead.takes_own(server))?.rule)))
 }
 
 fn weaknesses(facts: &HostFacts) -> impl Iterator<Item = Finding> {
@@ -140,8 +157,8 @@ fn port(facts: &HostFacts) -> Finding {
 
 fn taken(facts: &HostFacts, who: &str) -> Finding {
     let port = facts.port;
-    let mut leads = facts.leads.iter().flatten().filter(|lead| is_here(lead, facts));
-    let led = match leads.find(|lead| lead.port == port) {
+    let mut leads = facts.leads.iter().flatten();
+    let led = match leads.find(|lead| lead.may_lead_to(port, &facts.local)) {
         Some(lead) => format!(", and gets the connections that a rule leads there: {}", lead.rule),
         None => String::new(),
     };
@@ -190,6 +207,9 @@ fn firewall(facts: &HostFacts) -> Vec<Finding> {
     }
 }
 
+/// The causes of an embassy that was started without `--dnat` and `--redirect`.
+const OF_OWN_RULES: [&str; 4] = ["no_own_rule", "passed_by", "some_passed_by", "nothing_captured"];
+
 /// Whether anything captures without `--dnat` and `--redirect`.
 fn own_rules(facts: &HostFacts) -> Finding {
     let (check, port) = ("firewall", facts.port);
@@ -197,7 +217,7 @@ fn own_rules(facts: &HostFacts) -> Finding {
         _ if facts.capturing => {
             ok(check, "the embassy that runs here captures by rules of its own")
         }
-        Ok(leads) => match leads.iter().find(|lead| lead.port == port) {
+        Ok(leads) => match leads.iter().find(|lead| lead.may_lead_to(port, &facts.local)) {
             Some(lead) => ok(check, format!("your own rule leads to port {port}: {}", lead.rule)),
             None => fail(
                 check,
@@ -228,8 +248,9 @@ fn leftovers(facts: &HostFacts) -> Vec<Finding> {
     let captures = facts.capture != CaptureMode::None;
     let leads = facts.leads.iter().flatten().filter(|lead| is_here(lead, facts));
     let finding = |lead: &Lead| {
-        let Lead { rule, removal, port, .. } = lead;
-        let what = match (*port == facts.port, facts.listening.contains(port)) {
+        let Lead { rule, removal, .. } = lead;
+        let port = lead.port()?;
+        let what = match (port == facts.port, facts.listening.contains(&port)) {
             (true, _) if captures => {
                 format!(
                     "embassy did not write this rule to its port, which captures undeclared ports too: {rule}"
@@ -306,25 +327,31 @@ fn rules(facts: &HostFacts) -> Vec<Finding> {
         .told
         .iter()
         .any(|told| told.about == Subject::Process && told.verdict == Verdict::Broken);
+    // Nor is it the rules' fault if it was started without the flag that writes them.
+    let writes_none = facts.told.iter().any(|told| OF_OWN_RULES.contains(&&*told.cause));
     if all.is_empty()
         && !facts.running.is_empty()
         && facts.capture != CaptureMode::None
         && !is_not_yet
+        && !writes_none
     {
         all.push(fail(
             check,
             "an embassy runs, but its rules are missing",
-            "see its log for the reason; it may run without --dnat and --redirect",
+            "run embassy status, which shows why they cannot be written; if it was started without --dnat and --redirect, add the flag",
         ));
     }
     all
 }
 
+/// The causes of an embassy that counts what this host's input drops.
+const OF_INPUT: [&str; 3] = ["barrier", "drops_some", "drops_all"];
+
 /// Whether another firewall drops captured connections, which arrive on this host.
 fn input(facts: &HostFacts) -> Vec<Finding> {
     let check = "input";
     match &facts.barriers {
-        None if facts.told.iter().any(|finding| finding.cause == "barrier") => Vec::new(),
+        None if facts.told.iter().any(|finding| OF_INPUT.contains(&&*finding.cause)) => Vec::new(),
         None => vec![ok(check, "the running embassy saw no firewall drop captured connections")],
         Some(Ok(barriers)) if barriers.is_empty() => {
             vec![ok(check, "no firewall drops captured connections")]
@@ -354,7 +381,7 @@ fn arrival(dial: &Dial, port: u16) -> Finding {
             format!(
                 "a connection of {consumer} to {to} is refused: no rule captures it, or a firewall rejects it"
             ),
-            "see embassy explain, and the firewall rules for the interface of this network",
+            "run embassy explain for it; if that says that all is well, let TCP from the interface of this network pass where a firewall rejects it",
         ),
         Err(Failed::Silence) => fail(
             check,
@@ -368,7 +395,7 @@ fn arrival(dial: &Dial, port: u16) -> Finding {
         Err(Failed::Other(error)) => fail(
             check,
             format!("{consumer} cannot connect to {to}: {error}"),
-            "correct the routes inside the container",
+            "correct the routes inside the container (ip route): the VIP has to lead to the gateway of its network",
         ),
     }
 }
@@ -519,8 +546,15 @@ fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
             .chain(&facts.places_of_output)
             .any(|(_, place)| matches!(place, Place::Behind(who) if text.contains(who)))
     };
-    let others = facts.told.iter().filter(move |finding| {
-        finding.about != Subject::Host && !(finding.cause == "barrier" && is_behind(&finding.text))
+    let others = facts.told.iter().filter(move |finding| match &*finding.cause {
+        "behind" => !is_behind(&finding.text),
+        // The discovery was asked here too.
+        "source_down" => !facts.discoveries.iter().any(|(name, answer)| {
+            answer.is_err() && finding.text.split(' ').next() == Some(&**name)
+        }),
+        // Said of the rules, which were read here too.
+        "no_own_rule" | "nothing_captured" => facts.capture != CaptureMode::None,
+        _ => finding.about != Subject::Host,
     });
     others.map(|finding| {
         let level = match finding.verdict {
@@ -536,7 +570,10 @@ fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{admin::api, capture::Firewall};
+    use crate::{
+        admin::api,
+        capture::{Firewall, leads::Ports, rules::Hook},
+    };
 
     fn network() -> Network {
         Network {
@@ -560,6 +597,7 @@ mod tests {
             })),
             engine_fix: None,
             discoveries: vec![("consul".into(), Ok(()))],
+            servers: vec![("consul".into(), "172.17.0.1:8500".parse().unwrap())],
             firewall: Ok(Firewall::Nft),
             places: vec![(Firewall::Nft, Place::First), (Firewall::Iptables, Place::Absent)],
             barriers: Some(Ok(Vec::new())),
@@ -587,7 +625,15 @@ mod tests {
     /// A rule of another program.
     fn lead(port: u16) -> Lead {
         let rule = "iptables -t nat -A PREROUTING".to_owned();
-        Lead { rule, removal: "iptables -t nat -D PREROUTING".to_owned(), address: None, port }
+        Lead {
+            rule,
+            removal: "iptables -t nat -D PREROUTING".to_owned(),
+            address: None,
+            to: Ports::one(port),
+            from: Ports::all(),
+            destination: None,
+            hook: Some(Hook::Prerouting),
+        }
     }
 
     /// Neither --dnat nor --redirect, and these rules.
@@ -608,7 +654,9 @@ mod tests {
         change(&mut facts);
         let findings = findings(&facts, &[]).into_iter().filter(|f| f.level != Level::Ok);
         let told = findings.inspect(|finding| {
-            assert!(finding.fix.as_ref().is_some_and(|fix| !fix.is_empty()), "{finding:?}");
+            let fix = finding.fix.as_deref().unwrap_or_default();
+            let is_command = finding.check == "input" || finding.check == "capture";
+            assert!(is_command || crate::text::vague(fix).is_none(), "{finding:?}");
             assert_eq!(crate::text::odd(&finding.what), None);
         });
         told.map(|finding| (finding.check, finding.level)).collect()
@@ -703,12 +751,16 @@ mod tests {
             (
                 "discovery",
                 Fail,
-                Box::new(|f| f.discoveries.push(("etcd".into(), Err("down".into())))),
+                Box::new(|f| {
+                    f.discoveries.push(("etcd".into(), Err(Unanswered::of("etcd", "down", None))));
+                }),
             ),
             (
                 "protection",
                 Warn,
-                Box::new(|f| f.weaknesses = vec![Weakness { what: "a token".into(), fix: "TLS" }]),
+                Box::new(|f| {
+                    f.weaknesses = vec![Weakness { what: "a token".into(), fix: "use TLS there" }]
+                }),
             ),
             (
                 "kernel path",
@@ -789,6 +841,32 @@ mod tests {
         }
     }
 
+    /// It is on a VIP, and a rule of the user's own takes what the host sends there.
+    #[test]
+    fn a_registry_to_which_embassys_own_connections_are_captured_is_found_with_the_rule() {
+        let output = |rule: &str| Lead {
+            rule: rule.to_owned(),
+            hook: Some(Hook::Output),
+            destination: Some("172.17.0.1/32".parse().unwrap()),
+            ..lead(9999)
+        };
+        let captured = |rule: &'static str| {
+            move |facts: &mut HostFacts| {
+                facts.capture = CaptureMode::None;
+                facts.capturing = false;
+                facts.places.clear();
+                facts.leads = Ok(vec![output(rule)]);
+                facts.discoveries[0].1 = Err(Unanswered::of("consul", "connection reset", None));
+            }
+        };
+        let text = said("discovery", captured("iptables -t nat -A OUTPUT -j REDIRECT"));
+        assert!(text.contains("back to embassy: iptables -t nat -A OUTPUT"), "{text}");
+        assert!(text.contains("172.17.0.1:8500"), "{text}");
+        let spared = said("discovery", captured("-m owner ! --uid-owner 7 -j REDIRECT"));
+        assert!(!spared.contains("back to embassy"), "{spared}");
+        assert_eq!(found(captured("iptables -t nat -A OUTPUT")), [("discovery", Level::Fail)]);
+    }
+
     #[test]
     fn a_running_embassy_says_itself_what_drops_its_connections() {
         assert_eq!(found(|facts| facts.barriers = None), []);
@@ -809,6 +887,7 @@ mod tests {
             told(facts);
             let chain = "nft's chain ip a b, priority -150";
             facts.places[0].1 = Place::Behind(chain.into());
+            facts.told[0].cause = "behind".into();
             facts.told[0].text = format!("{chain}, comes before our rules.");
         };
         assert_eq!(found(behind), [("rules", Level::Warn)]);
@@ -826,7 +905,7 @@ mod tests {
                 verdict: Verdict::Broken,
                 cause: "provider_awaited".into(),
                 text: "The provider has not answered yet.".into(),
-                fix: Some("check the engine".into()),
+                fix: Some("run embassy doctor where embassy runs".into()),
             }];
         };
         assert_eq!(found(waits), [("process", Level::Fail)]);

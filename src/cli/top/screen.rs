@@ -222,10 +222,11 @@ impl Screen {
         };
         let ready = judged(ready, status.verdict);
         let captured = match (capture.mode, capture.in_place) {
-            (CaptureMode::None, _) if status.verdicts.capture > Verdict::Ok => {
-                "nothing captured yet".to_owned()
-            }
-            (CaptureMode::None, _) => "your own rules capture".to_owned(),
+            (CaptureMode::None, _) => match status.verdicts.capture {
+                Verdict::Ok => "your own rules capture".to_owned(),
+                Verdict::Degraded => "your own rules capture not all, or are not known".to_owned(),
+                Verdict::Broken => "nothing is captured".to_owned(),
+            },
             (mode, true) => format!("{mode} in place"),
             (mode, false) => format!("{mode} not in place"),
         };

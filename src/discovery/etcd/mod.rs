@@ -137,9 +137,17 @@ impl EtcdSource {
         let looking = async {
             for (name, above) in self.branch.levels().into_iter().take(Self::LEVELS) {
                 let names = self.etcd.client.names_below(&above).await?;
-                let problem = missing::no_such_service(value::NO_ENTRY, &name, names.iter());
-                if problem != value::NO_ENTRY {
-                    return Some(problem);
+                let near = missing::near(&name, names.iter().map(String::as_str));
+                // A folder of other things was not meant.
+                let mut meant = Vec::new();
+                for name in near {
+                    let values = self.etcd.client.some_values(&Branch::new(name)).await?;
+                    if values.iter().any(|value| value::is_entry(value)) {
+                        meant.push(name);
+                    }
+                }
+                if !meant.is_empty() {
+                    return Some(missing::with_near(value::NO_ENTRY, &meant));
                 }
                 if !names.is_empty() {
                     break;

@@ -44,6 +44,11 @@ pub(super) fn endpoints(tree: &Tree, tags: &Tags) -> Endpoints {
     Endpoints { problem: problem.map(Into::into), ..Endpoints::new(list, rejected) }
 }
 
+/// Whether a value is an endpoint.
+pub(super) fn is_entry(value: &[u8]) -> bool {
+    parse(value).is_ok()
+}
+
 /// The problem of a branch without any entry.
 pub(super) const NO_ENTRY: &str = "there is no entry at or below this branch";
 

@@ -137,6 +137,15 @@ impl EtcdClient {
         Some(keys.iter().filter_map(name).collect())
     }
 
+    /// Some of the values of a branch in the v3 store, if they may be read.
+    pub(crate) async fn some_values(&self, branch: &Branch) -> Option<Vec<Vec<u8>>> {
+        let mut values = Vec::new();
+        for range in branch.ranges() {
+            values.extend(self.connection(&range.start).await.ok()?.values(&range).await?);
+        }
+        Some(values)
+    }
+
     /// The connection to a member's v3 store, opened if there is none. It is asked about `key`.
     async fn connection(&self, key: &str) -> Result<Arc<v3::Connection>, SourceError> {
         self.connection

@@ -179,6 +179,15 @@ impl Connection {
         Some(keys.filter_map(|key| String::from_utf8(key).ok()).collect())
     }
 
+    /// The values of the first keys in a range.
+    pub(super) async fn values(&self, KeyRange { start, end }: &KeyRange) -> Option<Vec<Vec<u8>>> {
+        const SOME: i64 = 20;
+        let options = GetOptions::new().with_range(end.as_str()).with_limit(SOME);
+        let mut kv = self.client.kv_client().max_decoding_message_size(LARGEST);
+        let mut answer = within(ANSWER, kv.get(start.as_str(), Some(options))).await.ok()?;
+        Some(answer.take_kvs().into_iter().map(|pair| pair.into_key_value().1).collect())
+    }
+
     /// Watches the ranges from `revision` on.
     async fn watch(&self, ranges: &[KeyRange], revision: i64) -> BranchWatch {
         let stream = {

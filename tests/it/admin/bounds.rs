@@ -1,5 +1,5 @@
 use super::*;
-use crate::support::metric;
+use crate::support::{metric, own_rules};
 
 /// Opens connections to the API that say nothing, tells when they are open, and when the first of them is closed.
 const IDLE: &str = "
@@ -156,6 +156,7 @@ fn scrapes_that_are_not_read_take_their_own_places_and_free_them() -> Result<()>
     let services = format!("-services={}", services.join(","));
     let discovery = format!("-discovery=file://{}", file.display());
     let many = "--max-bindings-per-consumer=4000";
+    own_rules(&host)?;
     let embassy = host.embassy(["-provider=static", &services, &discovery, many])?;
     embassy.wait_ready(READY)?;
     let mut python = host.command("/usr/bin/python3");

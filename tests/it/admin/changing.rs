@@ -1,5 +1,5 @@
 use super::*;
-use crate::capture::NFT_SHARED;
+use crate::{capture::NFT_SHARED, support::own_rules};
 
 /// A call by the socket: its status and body.
 fn call(host: &Host, words: &[&str]) -> Result<(String, String)> {
@@ -122,6 +122,7 @@ fn the_log_level_changes_while_it_runs_and_back() -> Result<()> {
     host.etcd()?;
     std::fs::write(host.dir().join("token"), "secret\n")?;
     let token = format!("--admin-token-file={}", host.dir().join("token").display());
+    own_rules(&host)?;
     for by_socket in [true, false] {
         let admin = if by_socket { "--admin=unix:///run/embassy.sock" } else { &token };
         let embassy =

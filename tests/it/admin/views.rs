@@ -1,6 +1,7 @@
 use embassy::admin::api::{BindingState, Outcome, RouteState, SourceState, Verdict};
 
 use super::*;
+use crate::support::own_rules;
 
 #[test]
 fn it_tells_where_connections_go_and_what_they_moved() -> Result<()> {
@@ -251,6 +252,7 @@ fn it_explains_what_stands_in_the_way_whatever_the_service() -> Result<()> {
     embassy.kill()?;
 
     // Under rules of the user's own the endpoint that is dialled itself gets nothing, and its neighbour all.
+    own_rules(&host)?;
     let embassy = host.embassy([ETCD, "--endpoints=172.16.0.0/12,172.17.0.1"])?;
     embassy.wait_ready(READY)?;
     let circular: api::Explain = get(&embassy, "/v1/explain?consumer=app&port=84")?;

@@ -453,6 +453,9 @@ async fn a_branch_without_endpoints_says_why_and_what_may_have_been_meant() {
     let mut v3 = etcd.v3().await;
     let tagged = r#"{"ipaddress":"10.0.0.1","port":80,"tags":["prod"]}"#;
     v3.put("/services/frontend_http/a", tagged, None).await.unwrap();
+    // Folders of other things, though their names are as near.
+    v3.put("/services/frontend_http-settings/timeout", "30s", None).await.unwrap();
+    v3.put("/services/redis-backup/last/time", "2015-01-01", None).await.unwrap();
     for (descriptor, expected) in [
         ("/services/frontend_http;80", ""),
         (

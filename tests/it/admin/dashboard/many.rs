@@ -1,6 +1,7 @@
 //! Thousands of routes, with traffic.
 
 use super::*;
+use crate::support::own_rules;
 
 /// How often and how long the page does not draw, while somebody looks at it.
 const WATCH: &str = "(window.seen = {task: 0, gap: 0, frames: 0}, \
@@ -102,6 +103,7 @@ fn ten_thousand_routes_are_a_page_at_a_time() -> Result<()> {
     std::fs::write(host.dir().join("services.toml"), contents)?;
     let file = format!("-discovery=file://{}", host.dir().join("services.toml").display());
     let many = "--max-bindings-per-consumer=2500";
+    own_rules(&host)?;
     let embassy = host.embassy(["-provider=static", &services, &file, many])?;
     embassy.wait_ready(READY)?;
     let status: api::Status = get(&embassy, "/v1/status")?;

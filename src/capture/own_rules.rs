@@ -1,0 +1,206 @@
+//! The user's own rules: without `--dnat` and `--redirect` only they capture. They are read, and never changed.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::watch,
+    time::{MissedTickBehavior, interval, sleep},
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    input,
+    leads::{self, Lead},
+    netlink::{Generation, Socket},
+    program::{rest, time_of_programs},
+    rules::Hook,
+};
+use crate::{privileges, provider::fixed, readiness::Guard, source::Resync};
+
+/// What is known of the user's own rules.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum OwnRules {
+    /// They were not read yet.
+    #[default]
+    Unread,
+    /// They cannot be read, for this reason.
+    Unreadable(Arc<str>),
+    /// Those that may lead to embassy's port. All others matter to nobody.
+    Read {
+        leads: Arc<[Lead]>,
+        /// Captured connections that had arrived by then.
+        captured: u64,
+    },
+}
+
+impl OwnRules {
+    /// Whether they were read, and none of them leads to embassy's port.
+    pub fn lead_nowhere(&self) -> bool {
+        matches!(self, Self::Read { leads, .. } if leads.is_empty())
+    }
+
+    /// Whether they were read, and none of them takes connections to this port, which pass this hook.
+    pub fn pass_by(&self, port: u16, hook: Hook) -> bool {
+        match self {
+            Self::Read { leads, .. } => !leads.iter().any(|lead| lead.may_take(port, hook)),
+            Self::Unread | Self::Unreadable(_) => false,
+        }
+    }
+
+    /// The first that takes such connections.
+    pub fn lead_of(&self, port: u16, hook: Hook) -> Option<&Lead> {
+        match self {
+            Self::Read { leads, .. } => leads.iter().find(|lead| lead.may_take(port, hook)),
+            Self::Unread | Self::Unreadable(_) => None,
+        }
+    }
+
+    /// The first that takes embassy's own connections to this server.
+    pub fn lead_of_own(&self, server: SocketAddr) -> Option<&Lead> {
+        match self {
+            Self::Read { leads, .. } => leads.iter().find(|lead| lead.takes_own(server)),
+            Self::Unread | Self::Unreadable(_) => None,
+        }
+    }
+
+    /// Reads them, for a command.
+    pub async fn read(port: u16) -> Self {
+        if !privileges::has_net_admin() {
+            return Self::Unreadable(NO_RIGHT.into());
+        }
+        match leads::read().await {
+            Ok(leads) => Self::among(leads, port),
+            Err(error) => Self::Unreadable(error.into()),
+        }
+    }
+
+    /// Those of all rules that may lead to a port of this host.
+    pub fn among(leads: Vec<Lead>, port: u16) -> Self {
+        let local = fixed::here(leads.iter().filter_map(|lead| lead.address));
+        let ours = leads.into_iter().filter(|lead| lead.may_lead_to(port, &local));
+        Self::Read { leads: ours.collect(), captured: 0 }
+    }
+}
+
+const NO_RIGHT: &str = "that needs the capability NET_ADMIN";
+
+/// Poll interval for changes by other programs: one short call.
+const CHECK: Duration = Duration::from_secs(1);
+
+/// Reads the rules at start, and again after somebody changed something. `captured` says how many captured connections have
+/// arrived since the start. `ready` is done once they were read.
+pub async fn follow(
+    port: u16,
+    captured: impl Fn() -> u64,
+    rules: watch::Sender<OwnRules>,
+    mut resync: Resync,
+    ready: Guard,
+) {
+    let mut ready = Some(ready);
+    let mut kernel = Socket::open().ok();
+    let mut generation = || kernel.as_mut().and_then(|kernel| kernel.generation().ok());
+    loop {
+        // What changes while they are read is read again.
+        let seen = generation();
+        let (start, before) = (Instant::now(), time_of_programs());
+        let mut read = OwnRules::read(port).await;
+        let took = match &read {
+            OwnRules::Read { .. } => time_of_programs().saturating_sub(before),
+            OwnRules::Unread | OwnRules::Unreadable(_) => start.elapsed(),
+        };
+        if let OwnRules::Read { captured: until, .. } = &mut read {
+            *until = captured();
+        }
+        tell(port, &rules.borrow(), &read);
+        rules.send_replace(read);
+        if let Some(ready) = ready.take() {
+            ready.done();
+        }
+        sleep(rest(took)).await;
+        changed(&mut generation, seen, &mut resync).await;
+        debug!(port, "reading the user's own rules again");
+    }
+}
+
+/// Waits until the rules may be other ones. No program is started for that.
+async fn changed(
+    generation: &mut impl FnMut() -> Option<Generation>,
+    seen: Option<Generation>,
+    resync: &mut Resync,
+) {
+    let mut check = interval(CHECK);
+    check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = check.tick() => if generation() != seen { return },
+            () = resync.due() => {
+                // The kernel does not say when those of the older iptables change. Without the right, nothing is to be seen.
+                if (seen.is_none() || input::has_legacy_iptables()) && privileges::has_net_admin() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Logs what is new.
+fn tell(port: u16, before: &OwnRules, now: &OwnRules) {
+    let rules_of = |rules: &OwnRules| match rules {
+        OwnRules::Read { leads, .. } => Some(leads.clone()),
+        OwnRules::Unread | OwnRules::Unreadable(_) => None,
+    };
+    match now {
+        OwnRules::Read { leads, .. } if rules_of(before).as_ref() == Some(leads) => {}
+        OwnRules::Read { leads, .. } => match leads.first() {
+            Some(Lead { rule, .. }) => {
+                info!(port, rules = leads.len(), rule, "your own rules lead to embassy's port");
+            }
+            None => warn!(
+                port,
+                "no rule leads to embassy's port: nothing is captured; start it with --dnat or --redirect, or add a rule"
+            ),
+        },
+        OwnRules::Unreadable(_) if before == now => {}
+        OwnRules::Unreadable(error) => warn!(
+            port,
+            %error,
+            "neither --dnat nor --redirect is set: only your own rules can capture, and embassy cannot read them"
+        ),
+        OwnRules::Unread => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::leads::in_iptables;
+
+    #[test]
+    fn each_port_and_each_way_has_its_rule() {
+        let rules = |text: &str| OwnRules::among(in_iptables(text, "iptables"), 9999);
+        let to = "-j REDIRECT --to-ports 9999";
+        let of_80 = rules(&format!("-A PREROUTING -p tcp -m tcp --dport 80 {to}\n"));
+        let passes = |rules: &OwnRules| {
+            [(80, Hook::Prerouting), (81, Hook::Prerouting), (80, Hook::Output)]
+                .map(|(port, hook)| rules.pass_by(port, hook))
+        };
+        assert_eq!((passes(&of_80), of_80.lead_nowhere()), ([false, true, true], false));
+        let lead = of_80.lead_of(80, Hook::Prerouting).unwrap();
+        assert!(lead.rule.starts_with("iptables -t nat -A PREROUTING"), "{lead:?}");
+        assert_eq!(of_80.lead_of(81, Hook::Prerouting), None);
+        // To another port, or to a container's.
+        let others = rules(
+            "-A PREROUTING -p tcp -j REDIRECT --to-ports 9998\n\
+             -A DOCKER -p tcp -m tcp --dport 9999 -j DNAT --to-destination 192.0.2.7:9999\n",
+        );
+        assert_eq!((passes(&others), others.lead_nowhere()), ([true; 3], true));
+        // What is not known is no reason.
+        for unknown in [OwnRules::Unread, OwnRules::Unreadable("no".into())] {
+            assert_eq!((passes(&unknown), unknown.lead_nowhere()), ([false; 3], false));
+        }
+    }
+}

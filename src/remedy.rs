@@ -1,0 +1,657 @@
+//! What to do about the error of a source: by what failed, and by what the source is. Pure.
+//!
+//! The errors are text, because libraries and servers write them: what is compared are the words that only one fault has.
+
+/// What a source is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Consul,
+    Etcd,
+    /// A Docker engine, as provider or as discovery.
+    Engine,
+    File,
+    Dns,
+}
+
+impl Kind {
+    #[cfg(test)]
+    const ALL: [Self; 5] = [Self::Consul, Self::Etcd, Self::Engine, Self::File, Self::Dns];
+
+    /// By the name of a source: that of its discovery is its first word.
+    pub(crate) fn of(name: &str) -> Self {
+        let kinds = [
+            ("consul", Self::Consul),
+            ("etcd", Self::Etcd),
+            ("file", Self::File),
+            ("dns", Self::Dns),
+        ];
+        let kind = kinds.iter().find(|(scheme, _)| name.starts_with(scheme));
+        kind.map_or(Self::Engine, |(_, kind)| *kind)
+    }
+}
+
+/// What failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    /// Its name has no address.
+    NoAddress,
+    /// Names cannot be looked up at all.
+    NoResolver,
+    Refused,
+    Unreachable,
+    /// Its certificate is not signed by a CA that is trusted.
+    UnknownAuthority,
+    /// Its certificate is for another name, or its time is over.
+    OtherName,
+    Expired,
+    /// It wants a certificate of ours, or does not take it.
+    ClientCertificate,
+    /// TLS was spoken to a port without.
+    NoTls,
+    /// A port with TLS was asked without.
+    NeedsTls,
+    /// Something else answers there.
+    OtherProtocol,
+    /// What is asked for does not exist there.
+    NotFound,
+    /// It wants a login or a token, or another one.
+    NoLogin,
+    /// The login or token may not do this.
+    Denied,
+    NoLeader,
+    NoDatacentre,
+    /// This etcd has no v2 API.
+    NoV2,
+    TooMany,
+    Late,
+    /// It ended the connection.
+    Ended,
+    TooLong,
+    MissingFile,
+    IsFolder,
+    NoRight,
+    NotToml,
+    NotAName,
+    ServerFailed,
+    EmptyToken,
+    Own,
+    Unknown,
+}
+
+/// The words of faults, in lower case. The first that fits counts: those that stand beside others come first.
+const WORDS: &[(Fault, &[&str])] = &[
+    (Fault::Own, &["a fault of embassy's own"]),
+    (Fault::EmptyToken, &["is empty", "has a character that tokens cannot have"]),
+    (Fault::NoResolver, &["/etc/resolv.conf"]),
+    (Fault::NoAddress, &["has no address", "cannot resolve"]),
+    (
+        Fault::NeedsTls,
+        &["http request to an https server", "http request was sent to https port", "speaks https"],
+    ),
+    (
+        Fault::UnknownAuthority,
+        &[
+            "unknownissuer",
+            "unknown issuer",
+            "not trusted",
+            "self-signed",
+            "self signed",
+            "badsignature",
+            "causedasendentity",
+        ],
+    ),
+    (Fault::OtherName, &["notvalidforname", "not valid for name", "not valid for any names"]),
+    (
+        Fault::Expired,
+        &[
+            "certificate: expired",
+            "certificate expired",
+            "notvalidyet",
+            "not valid yet",
+            "not valid after",
+        ],
+    ),
+    (
+        Fault::ClientCertificate,
+        &[
+            "certificaterequired",
+            "certificate required",
+            "certificateunknown",
+            "badcertificate",
+            "bad certificate",
+            "unknownca",
+            "unknown ca",
+            "client certificate",
+        ],
+    ),
+    (
+        Fault::NoTls,
+        &[
+            "invalidcontenttype",
+            "corrupt message",
+            "wrong version number",
+            "http response to https client",
+        ],
+    ),
+    (Fault::NoDatacentre, &["no path to datacenter"]),
+    (Fault::NoLeader, &["no leader", "no cluster leader", "leader", "raft"]),
+    (Fault::NoV2, &["no v2 api"]),
+    (
+        Fault::NoLogin,
+        &[
+            "401 unauthorized",
+            "user name is empty",
+            "username is empty",
+            "invalid user name",
+            "invalid username",
+            "authentication failed",
+            "invalid auth token",
+            "acl not found",
+            "unauthenticated",
+            "insufficient credentials",
+        ],
+    ),
+    (
+        Fault::Denied,
+        &[
+            "403 forbidden",
+            "permission denied: ",
+            "etcdserver: permission denied",
+            "may not read",
+            "rpc error",
+        ],
+    ),
+    (Fault::TooMany, &["429", "too many requests", "503 service unavailable"]),
+    (
+        Fault::OtherProtocol,
+        &[
+            "is this consul",
+            "is this etcd",
+            "invalid http version",
+            "cannot parse the answer",
+            "invalid http status",
+            "http2 error",
+            "frame with invalid size",
+            "invalid header",
+            "h2 protocol error",
+            "invalid http",
+        ],
+    ),
+    (
+        Fault::NotFound,
+        &[
+            "404 not found",
+            "405 method",
+            "400 bad request",
+            "301 moved",
+            "302 found",
+            "307 temporary",
+            "308 permanent",
+        ],
+    ),
+    (
+        Fault::ServerFailed,
+        &[
+            "server failure",
+            "servfail",
+            "query refused",
+            "not implemented",
+            "500 internal",
+            "502 bad gateway",
+            "504 gateway",
+            "format error",
+            "form error",
+        ],
+    ),
+    (Fault::NotAName, &["is not a name of dns"]),
+    (Fault::Unreachable, &["no route to host", "unreachable", "address family not supported"]),
+    (Fault::Refused, &["connection refused"]),
+    (Fault::TooLong, &["longer than"]),
+    (Fault::MissingFile, &["no such file", "no path was found"]),
+    (
+        Fault::IsFolder,
+        &["expected a regular file", "is a directory", "is a folder", "not a regular file"],
+    ),
+    (Fault::NoRight, &["permission denied", "operation not permitted"]),
+    (
+        Fault::NotToml,
+        &["toml parse error", "expected", "unknown field", "missing field", "invalid type"],
+    ),
+    (
+        Fault::Late,
+        &[
+            "timed out",
+            "no complete answer within",
+            "no answer within",
+            "not read within",
+            "deadline",
+            "no answer",
+            "timeout",
+        ],
+    ),
+    (
+        Fault::Ended,
+        &[
+            "connection reset",
+            "connection closed",
+            "broken pipe",
+            "eof",
+            "the stream ended",
+            "the events ended",
+            "end of file",
+            "ended without",
+            "incomplete message",
+            "error reading",
+            "transport error",
+            "channel closed",
+            "has ended",
+            "connection error",
+        ],
+    ),
+];
+
+impl Fault {
+    fn of(error: &str) -> Self {
+        let error = error.to_lowercase();
+        let fits = |words: &[&str]| words.iter().any(|word| error.contains(word));
+        WORDS.iter().find(|(_, words)| fits(words)).map_or(Self::Unknown, |(fault, _)| *fault)
+    }
+}
+
+/// What to do about the error of a source of this name.
+pub(crate) fn of(source: &str, error: &str) -> &'static str {
+    fix(Kind::of(source), Fault::of(error))
+}
+
+#[expect(clippy::too_many_lines, reason = "a table")]
+fn fix(kind: Kind, fault: Fault) -> &'static str {
+    use Kind::{Consul, Dns, Engine, Etcd, File};
+    match (fault, kind) {
+        (Fault::Own, _) => "report this line of the log; embassy starts the source again by itself",
+
+        (Fault::NoAddress, Engine) => {
+            "correct the host's name in -docker (DOCKER_HOST), or give its address instead"
+        }
+        (Fault::NoAddress, _) => {
+            "correct the host's name in -discovery, or give its address instead: only /etc/hosts and DNS are asked, not mDNS or LDAP"
+        }
+        (Fault::NoResolver, _) => {
+            "give the server's address instead of its name, or make /etc/resolv.conf readable where embassy runs"
+        }
+
+        (Fault::Refused, Consul) => {
+            "start Consul, or correct the port in -discovery (Consul's HTTP port is 8500, HTTPS 8501): in a container without --net=host, 127.0.0.1 is the container itself"
+        }
+        (Fault::Refused, Etcd) => {
+            "start etcd, or correct the port in -discovery (etcd's client port is 2379) and --listen-client-urls of etcd: in a container without --net=host, 127.0.0.1 is the container itself"
+        }
+        (Fault::Refused, Engine) => {
+            "start the engine, or set its address with -docker (DOCKER_HOST): dockerd listens on TCP only if it was started with -H tcp://..."
+        }
+        (Fault::Refused, Dns) => {
+            "start the DNS server, or correct the port in -discovery (Consul's DNS port is 8600): dns://<address>:<port>"
+        }
+
+        (Fault::Unreachable, _) => {
+            "give this host a route to that address, and an address of its kind (IPv4 or IPv6); or correct the address"
+        }
+
+        (Fault::UnknownAuthority, Consul) => {
+            "set CONSUL_CACERT to the file of the CA that signed Consul's certificate, and mount it if embassy runs in a container"
+        }
+        (Fault::UnknownAuthority, Etcd) => {
+            "set -etcd-cacert to the file of the CA that signed etcd's certificate, and mount it if embassy runs in a container"
+        }
+        (Fault::UnknownAuthority, Engine) => {
+            "put the CA that signed the engine's certificate into ca.pem in DOCKER_CERT_PATH"
+        }
+        (Fault::OtherName, Consul) => {
+            "use a name in -discovery that is in Consul's certificate, or set CONSUL_TLS_SERVER_NAME to one that is"
+        }
+        (Fault::OtherName, _) => {
+            "connect by a name or address that is in the server's certificate, or have it issued with this one"
+        }
+        (Fault::Expired, _) => {
+            "renew the server's certificate, and check the clocks of both hosts (date)"
+        }
+        (Fault::ClientCertificate, Consul) => {
+            "set CONSUL_CLIENT_CERT and CONSUL_CLIENT_KEY to a certificate that Consul's CA has signed and that is still valid"
+        }
+        (Fault::ClientCertificate, Etcd) => {
+            "set -etcd-cert and -etcd-keycert to a certificate that etcd's --trusted-ca-file has signed and that is still valid"
+        }
+        (Fault::ClientCertificate, _) => {
+            "put cert.pem and key.pem, signed by the CA that the engine trusts (--tlscacert), into DOCKER_CERT_PATH, and set DOCKER_TLS_VERIFY=1"
+        }
+
+        (Fault::NoTls, Consul) => {
+            "this port speaks no TLS: use consul:// instead of consuls:// (and no CONSUL_HTTP_SSL), or Consul's HTTPS port, 8501"
+        }
+        (Fault::NoTls, Etcd) => {
+            "this port speaks no TLS: leave -etcd-cert, -etcd-keycert and -etcd-cacert out, or start etcd with --cert-file and --key-file"
+        }
+        (Fault::NoTls, _) => {
+            "this port speaks no TLS: unset DOCKER_TLS_VERIFY, or use the engine's port with TLS (usually 2376)"
+        }
+        (Fault::NeedsTls, Consul) => {
+            "this port speaks TLS: use consuls:// instead of consul://, or Consul's HTTP port, 8500"
+        }
+        (Fault::NeedsTls, Etcd) => {
+            "this port speaks TLS: set -etcd-cacert, and -etcd-cert and -etcd-keycert if etcd wants a certificate"
+        }
+        (Fault::NeedsTls, _) => {
+            "this port speaks TLS: set DOCKER_TLS_VERIFY=1, and DOCKER_CERT_PATH to the folder of the certificates"
+        }
+
+        (Fault::OtherProtocol | Fault::NotFound, Consul) => {
+            "correct host and port in -discovery: something else than Consul's HTTP API answers there (its port is 8500; 8300 to 8302 and 8600 are others of Consul)"
+        }
+        (Fault::OtherProtocol | Fault::NotFound, Etcd) => {
+            "correct host and port in -discovery: something else than etcd's client API answers there (its port is 2379; 2380 is for other members)"
+        }
+        (Fault::OtherProtocol | Fault::NotFound, Engine) => {
+            "correct -docker (DOCKER_HOST): something else than a Docker engine answers there; if it is a proxy of the engine, allow GET of /_ping, /events, /containers and /networks"
+        }
+
+        (Fault::NoLogin, Consul) => {
+            "set CONSUL_HTTP_TOKEN or CONSUL_HTTP_TOKEN_FILE to a token that Consul knows (consul acl token read -self)"
+        }
+        (Fault::NoLogin, Etcd) => {
+            "set ETCD_USERNAME and ETCD_PASSWORD to a user that etcd knows (etcdctl user list)"
+        }
+        (Fault::NoLogin, _) => {
+            "give the credentials that the engine's proxy wants, or connect to the engine itself with -docker"
+        }
+        (Fault::Denied, Consul) => {
+            "give the token of CONSUL_HTTP_TOKEN a policy with service:read and node:read for what the containers ask for"
+        }
+        (Fault::Denied, Etcd) => {
+            "give the user of ETCD_USERNAME a role that may read the branch (etcdctl role grant-permission --prefix=true <role> read <branch>); if authentication is on, a user has to be set"
+        }
+        (Fault::Denied, Engine) => {
+            "allow GET of /_ping, /events, /containers and /networks in the proxy of the engine"
+        }
+
+        (Fault::NoLeader, Consul) => {
+            "restore the quorum of the Consul servers (consul operator raft list-peers); embassy goes on with what it knows until then"
+        }
+        (Fault::NoLeader, _) => {
+            "restore the quorum of the etcd members (etcdctl endpoint status --cluster); embassy goes on with what it knows until then"
+        }
+        (Fault::NoDatacentre, _) => {
+            "correct dc= in the descriptor or ?dc= in -discovery: consul catalog datacenters lists those that Consul knows"
+        }
+        (Fault::NoV2, _) => {
+            "use etcd:// or etcd3:// instead of etcd2://, or start etcd (up to 3.5) with --enable-v2"
+        }
+        (Fault::TooMany, Consul) => {
+            "raise limits.http_max_conns_per_client of the Consul agent (default 200), which all clients on this host share"
+        }
+        (Fault::TooMany, Etcd) => {
+            "lower the load on etcd, or restore its quorum (etcdctl endpoint status --cluster); embassy asks again by itself"
+        }
+        (Fault::TooMany, _) => {
+            "raise the limit of the proxy before the engine, or connect to the engine itself with -docker"
+        }
+
+        (Fault::Late, Engine) => {
+            "find out why the engine hangs (docker ps hangs too), and restart it; if it is on another host, let TCP to its port pass the firewalls"
+        }
+        (Fault::Late, File) => "move the file to a file system that answers: this one hangs",
+        (Fault::Late, Dns) => {
+            "let UDP and TCP to the DNS server's port pass the firewalls between here and there, or correct the address in -discovery"
+        }
+        (Fault::Late, _) => {
+            "let TCP to its port pass the firewalls between here and there, or correct the address in -discovery; if it is reachable, it hangs or is overloaded: restart it"
+        }
+        (Fault::Ended, Consul) => {
+            "correct host and port in -discovery if something else than Consul answers there (its port is 8500); use consuls:// if it speaks TLS (8501); else the log of the Consul agent says why it ends connections"
+        }
+        (Fault::Ended, Etcd) => {
+            "correct host and port in -discovery if something else than etcd answers there (its port is 2379); set -etcd-cacert if it speaks TLS; else the log of etcd says why it ends connections"
+        }
+        (Fault::Ended, Engine) => {
+            "see the log of the engine (journalctl -u docker) for why it ends connections; if it speaks TLS, set DOCKER_TLS_VERIFY=1"
+        }
+
+        (Fault::TooLong, File) => "split the file: 4 MiB are read at most",
+        (Fault::TooLong, _) => {
+            "make the answer smaller: fewer services, instances or keys in one list, see the limits in docs/operations/sources.md"
+        }
+        (Fault::MissingFile, File) => {
+            "create the file, or correct the path in -discovery (file:///etc/embassy/services.toml has three slashes); mount its folder if embassy runs in a container"
+        }
+        (Fault::IsFolder, _) => {
+            "name a file in -discovery, not a folder: file:///etc/embassy/services.toml"
+        }
+        (Fault::NoRight, File) => {
+            "let embassy's user read the file and its folders (chmod, chown): the image runs as user 65532"
+        }
+        (Fault::NotToml | Fault::OtherProtocol, File) => {
+            "correct the file at the line that the error names: [[service]] with name and endpoints, as in the README under Discovery"
+        }
+        (Fault::MissingFile | Fault::NoRight, Engine) => {
+            "mount the engine's socket or certificates where embassy looks for them, and let embassy's user read them (--group-add, DOCKER_CERT_PATH)"
+        }
+        (Fault::MissingFile | Fault::NoRight, Consul) => {
+            "mount the file that the error names into embassy's container, and let embassy's user read it (CONSUL_CACERT, CONSUL_CLIENT_CERT, CONSUL_CLIENT_KEY, ?token-file=)"
+        }
+        (Fault::MissingFile | Fault::NoRight, _) => {
+            "mount the file that the error names into embassy's container, and let embassy's user read it (-etcd-cacert, -etcd-cert, -etcd-keycert)"
+        }
+        (Fault::EmptyToken, _) => {
+            "write the token alone into CONSUL_HTTP_TOKEN or the token file, as consul acl token create prints it (SecretID)"
+        }
+
+        (Fault::NotAName, _) => {
+            "declare a name that DNS knows, such as web.service.consul, in the descriptor"
+        }
+        (Fault::ServerFailed | Fault::NotFound | Fault::OtherProtocol, Dns) => {
+            "ask that server by hand (dig @<server> -p <port> <name> SRV), and correct its zone or forwarding; or name another server in -discovery"
+        }
+        (Fault::ServerFailed, Consul) => {
+            "see the log of the Consul agent for this error; embassy asks again by itself"
+        }
+        (Fault::ServerFailed, Etcd) => {
+            "see the log of etcd for this error (etcdctl endpoint health); embassy asks again by itself"
+        }
+        (Fault::ServerFailed, _) => {
+            "see the log of the engine for this error (journalctl -u docker); embassy asks again by itself"
+        }
+
+        (_, Consul) => {
+            "try it where embassy runs: curl <address of -discovery>/v1/status/leader has to print an address"
+        }
+        (_, Etcd) => {
+            "try it where embassy runs: etcdctl --endpoints=<address of -discovery> endpoint health has to say that it is healthy"
+        }
+        (_, Engine) => {
+            "try it where embassy runs: docker -H <address of -docker> info has to answer; embassy doctor checks the socket and its rights"
+        }
+        (_, File) => {
+            "try it where embassy runs: cat <path of -discovery> has to print the services"
+        }
+        (_, Dns) => "try it where embassy runs: dig @<server> -p <port> <name> SRV has to answer",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Errors as sources give them, and words that only the right advice has.
+    #[test]
+    fn each_error_has_a_remedy_of_its_own() {
+        for (source, error, words) in [
+            (
+                "consul web",
+                "GET http://127.0.0.1:8500/v1/health/service/web: error sending request: client error (Connect): tcp connect error: Connection refused (os error 111)",
+                "start Consul",
+            ),
+            (
+                "consul",
+                "GET http://c:8500/v1: error sending request: client error (Connect): dns error: \"c\" has no address in DNS",
+                "name in -discovery",
+            ),
+            (
+                "consul",
+                "GET https://c:8501/v1: error sending request: client error (Connect): invalid peer certificate: UnknownIssuer",
+                "CONSUL_CACERT",
+            ),
+            (
+                "consul",
+                "GET https://c:8501/v1: error sending request: client error (Connect): invalid peer certificate: certificate not valid for name \"c\"; certificate is only valid for DnsName(\"d\")",
+                "CONSUL_TLS_SERVER_NAME",
+            ),
+            (
+                "consul",
+                "GET https://c:8501/v1: error sending request: client error (SendRequest): connection error: received fatal alert: CertificateRequired",
+                "CONSUL_CLIENT_CERT",
+            ),
+            (
+                "consul",
+                "GET https://c:8500/v1: error sending request: client error (Connect): received corrupt message of type InvalidContentType",
+                "consul:// instead",
+            ),
+            (
+                "consul",
+                "GET http://c:8501/v1: 400 Bad Request \"Client sent an HTTP request to an HTTPS server.\"",
+                "consuls:// instead",
+            ),
+            ("consul", "GET http://c:8500/v1: 403 Forbidden \"Permission denied\"", "service:read"),
+            (
+                "consul",
+                "GET http://c:8500/v1: 403 Forbidden \"ACL not found\"",
+                "a token that Consul knows",
+            ),
+            (
+                "consul web",
+                "GET http://c:8500/v1: the token may not read the service or its nodes",
+                "service:read",
+            ),
+            (
+                "consul",
+                "GET http://c:8500/v1: 500 Internal Server Error \"No cluster leader\"",
+                "quorum of the Consul",
+            ),
+            (
+                "consul web in eu",
+                "GET http://c:8500/v1: 500 Internal Server Error \"No path to datacenter\"",
+                "dc=",
+            ),
+            (
+                "consul",
+                "GET http://c:8500/v1: 429 Too Many Requests \"\"",
+                "http_max_conns_per_client",
+            ),
+            (
+                "consul",
+                "GET http://c:22/v1: error sending request: client error (SendRequest): invalid HTTP version parsed",
+                "something else than Consul",
+            ),
+            (
+                "consul",
+                "GET http://c:80/v1: 404 Not Found \"<html>\"",
+                "something else than Consul",
+            ),
+            (
+                "consul",
+                "GET http://c:80/v1: the answer has no X-Consul-Index: is this Consul?",
+                "something else than Consul",
+            ),
+            ("consul", "GET http://c:8500/v1: no complete answer within 10 s", "firewalls"),
+            ("consul", "token file /t: No such file or directory (os error 2)", "?token-file="),
+            ("consul", "CONSUL_HTTP_TOKEN is empty", "SecretID"),
+            (
+                "etcd /services/web",
+                "GET http://127.0.0.1:2379/version: error sending request: client error (Connect): tcp connect error: Connection refused (os error 111)",
+                "start etcd",
+            ),
+            (
+                "etcd",
+                "etcd v3 at https://e:2379: connect: transport error: invalid peer certificate: UnknownIssuer",
+                "-etcd-cacert",
+            ),
+            (
+                "etcd",
+                "etcd v3 at http://e:2379: range \"/s\": etcdserver: permission denied",
+                "grant-permission",
+            ),
+            (
+                "etcd",
+                "etcd v3 at http://e:2379: connect: etcdserver: authentication failed, invalid user ID or password",
+                "ETCD_PASSWORD",
+            ),
+            (
+                "etcd",
+                "GET http://e:2379/v2/keys/s: 401 Unauthorized \"Insufficient credentials\"",
+                "ETCD_USERNAME",
+            ),
+            (
+                "etcd",
+                "etcd v3 at http://e:2379: watch: etcdserver: no leader",
+                "quorum of the etcd",
+            ),
+            (
+                "etcd2 /s",
+                "GET http://e:2379/v2/keys: this etcd has no v2 API: expected one with --enable-v2",
+                "--enable-v2",
+            ),
+            (
+                "etcd",
+                "-etcd-cacert /ca.pem: No such file or directory (os error 2)",
+                "mount the file",
+            ),
+            (
+                "provider",
+                "tcp://d:2375: a ping of tcp://d:2375: error sending request: tcp connect error: Connection refused (os error 111)",
+                "start the engine",
+            ),
+            (
+                "provider",
+                "a ping of tcp://d:2375: 403 Forbidden: no (a proxy of the engine has to allow GET of /_ping)",
+                "allow GET",
+            ),
+            (
+                "docker web",
+                "a ping of tcp://d:2376: error sending request: client error (Connect): received corrupt message of type InvalidContentType",
+                "DOCKER_TLS_VERIFY",
+            ),
+            ("docker web", "the containers of unix:///d.sock: no answer within 10 s", "docker ps"),
+            ("file web", "/etc/s.toml: No such file or directory (os error 2)", "create the file"),
+            (
+                "file web",
+                "watch /etc/none: No path was found. about [\"/etc/none\"]",
+                "create the file",
+            ),
+            ("file web", "/etc: Is a directory (os error 21)", "name a file"),
+            ("file web", "/etc/s.toml: Permission denied (os error 13)", "let embassy's user read"),
+            ("file web", "/etc/s.toml: TOML parse error at line 1, column 1", "at the line"),
+            ("file web", "/etc/s.toml: longer than 4194304 bytes", "split the file"),
+            (
+                "dns web.service.consul port 80",
+                "SRV of web.service.consul from 127.0.0.1:8600: Connection refused",
+                "start the DNS server",
+            ),
+            ("dns web port 80", "SRV of web from 127.0.0.1:53: Server Failure", "dig"),
+            ("dns web port 80", "SRV of web from 10.0.0.1:53: request timed out", "UDP"),
+            (
+                "dns -- port 80",
+                "\"--\" is not a name of DNS: label is malformed",
+                "a name that DNS knows",
+            ),
+        ] {
+            assert!(of(source, error).contains(words), "{source}: {error}: {}", of(source, error));
+        }
+    }
+
+    #[test]
+    fn every_remedy_says_what_to_do() {
+        let faults = WORDS.iter().map(|(fault, _)| *fault).chain([Fault::Unknown]);
+        for fault in faults {
+            for kind in Kind::ALL {
+                assert_eq!(crate::text::vague(fix(kind, fault)), None, "{kind:?} {fault:?}");
+            }
+        }
+    }
+}
