@@ -250,7 +250,7 @@ mod tests {
     use std::{
         io::{Read, Write},
         net::{Ipv4Addr, TcpListener, TcpStream},
-        os::fd::AsFd,
+        os::{fd::AsFd, unix::net::UnixStream},
         sync::{
             Arc,
             atomic::{AtomicUsize, Ordering::Relaxed},
@@ -277,7 +277,7 @@ mod tests {
         (dialled, accepted)
     }
 
-    fn queue(batch: &mut Batch, to: &TcpStream, message: &[u8], woken: &Arc<Woken>) -> u64 {
+    fn queue(batch: &mut Batch, to: &impl AsFd, message: &[u8], woken: &Arc<Woken>) -> u64 {
         batch.room(message.len()).copy_from_slice(message);
         batch.queue(to.as_fd(), message.len(), &woken.clone().into())
     }
@@ -318,27 +318,22 @@ mod tests {
         });
     }
 
-    /// Writes until the socket takes nothing any more: for a moment, because the kernel may still be moving bytes to the other end.
-    fn fill(socket: &mut TcpStream) {
-        let mut quiet = 0;
-        while quiet < 20 {
-            quiet += 1;
-            for size in [64 * 1024, 1] {
-                while socket.write(&[0; 64 * 1024][..size]).is_ok() {
-                    quiet = 0;
-                }
-            }
-            std::thread::sleep(std::time::Duration::from_millis(5));
+    /// A socket that takes nothing any more, and its other end. One of TCP could: the kernel goes on moving bytes to the other end.
+    fn full() -> (UnixStream, UnixStream) {
+        let (end, mut full) = UnixStream::pair().unwrap();
+        full.set_nonblocking(true).unwrap();
+        for size in [64 * 1024, 1] {
+            while full.write(&[0; 64 * 1024][..size]).is_ok() {}
         }
+        (end, full)
     }
 
     #[test]
     fn what_cannot_be_sent_comes_back_and_holds_up_nobody() {
         in_both_ways(|mut batch| {
             let woken = Arc::<Woken>::default();
-            let ((_full_end, mut full), (gone_end, gone), (mut well_end, well)) =
-                (connection(), connection(), connection());
-            fill(&mut full);
+            let ((_full_end, full), (gone_end, gone), (mut well_end, well)) =
+                (full(), connection(), connection());
             drop(gone_end);
             // The first one is answered by a reset.
             while (&gone).write(&[0]).is_ok() {
