@@ -42,6 +42,8 @@ python3 "$out/page_to_png.py" http://127.0.0.1:9990/ mobile-api "$out/dashboard.
 tmux -L pictures capture-pane -e -p -t top >"$work/top.txt"
 tmux -L pictures kill-server
 python3 "$out/terminal_to_svg.py" 'embassy top' <"$work/top.txt" >"$out/top.svg"
+# The end of a host does not end what is frozen.
+docker unpause catalog-3 >/dev/null
 kill "$embassy"
 wait "$embassy" || true
 rm -rf "$work"
