@@ -61,9 +61,10 @@ fn what_means_no_route_is_reset_and_counted_and_leaks_nothing() -> Result<()> {
         assert!(!answers.failures.contains_key("read: timeout"), "{reason}: {answers:?}");
         assert_eq!(ended(&embassy, reason)?, 501, "{reason}");
     }
+    // A leak would be one for each of 500. What has nothing to do with them may come and go: a connection to the registry.
     let leaked = || {
         let now = self::descriptors(&embassy)?;
-        ensure!(now <= descriptors, "{descriptors} before, {now} after");
+        ensure!(now <= descriptors + 5, "{descriptors} before, {now} after");
         Ok(())
     };
     testbed::eventually(WAIT, "as few descriptors as before", leaked)?;
