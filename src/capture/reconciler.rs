@@ -641,7 +641,10 @@ impl Reconciler {
         {
             warn!(chain, remedy, "another program may take connections before our rules do");
         }
-        self.surroundings.behind.clone_from(&behind);
+        let before = std::mem::replace(&mut self.surroundings.behind, behind.clone());
+        if let Some(Barrier { chain, .. }) = before.filter(|_| behind.is_none()) {
+            info!(chain, "no other program's rules come before ours any more");
+        }
         behind
     }
 

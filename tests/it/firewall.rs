@@ -208,7 +208,7 @@ fn with_iptables_a_program_that_comes_before_our_rules_is_told() -> Result<()> {
     ensure!(embassy.admin("/v1/status")?.ok()?.contains("ip above pre"), "the status says it too");
     host.run("nft", ["delete table ip above"])?;
     reaches(&app, "172.17.0.1:80", "web")?;
-    says(&embassy, &["chain no longer drops captured connections", "ip above pre"])
+    says(&embassy, &["no other program's rules come before ours any more", "ip above pre"])
 }
 
 fn vanish(firewall: &str, blows: &[Blow<'_>]) -> Result<()> {
