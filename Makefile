@@ -13,13 +13,16 @@ NEXTEST := $(shell command -v cargo-nextest 2>/dev/null)
 DISCOVERY ?= docker
 ONCE ?=
 
-.PHONY: help setup build test engines registry-figures lint fuzz soak demo figures scale bench bench-setup bench-soak shell dist dist-try clean
+.PHONY: help setup build-setup build test engines registry-figures lint fuzz soak demo figures scale bench bench-setup bench-soak shell dist dist-try clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 setup: ## install the Debian packages that tests and demo need; prints them with the reason
 	@testbed/setup.sh
+
+build-setup: ## install only the Debian packages that build a release
+	@testbed/setup.sh build
 
 build: setup ## build embassy and the testbed
 	cargo build --workspace --bins
@@ -81,10 +84,10 @@ bench-soak: bench-setup ## run embassy alone at full rate for MINUTES=10; fails 
 shell: build ## open a shell in a separate Docker host
 	target/debug/testbed shell
 
-dist: setup ## make a release in target/dist: static binary, manual pages, completions, tarball, Debian package, root of the image
+dist: build-setup ## make a release in target/dist: static binary, manual pages, completions, tarball, Debian package, root of the image
 	dist/package.sh
 
-dist-try: dist ## install the Debian package in fresh roots of Debian, and serve a first request; prints the seconds
+dist-try: setup dist ## install the Debian package in fresh roots of Debian, and serve a first request; prints the seconds
 	dist/try.sh
 
 clean: ## remove build output and downloads, and what killed hosts left

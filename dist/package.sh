@@ -70,10 +70,18 @@ archive() {
     tar --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$SOURCE_DATE_EPOCH" "$@"
 }
 
+# documents FOLDER: README.md and all that it links to, at the same places, so that the links lead somewhere.
+documents() {
+    for file in *.md dist/embassy.service testbed/README.md $(find docs -type f ! -name '*.sh' ! -name '*.py'); do
+        install -Dm644 "$file" "$1/$file"
+    done
+}
+
 tarball() {
     root=$(mktemp -d)
     mkdir "$root/$name"
-    cp -r "$out/embassy" "$out/embassy.service" "$out/embassy.default" "$out/man" "$out/completions" README.md CHANGELOG.md LICENSE "$root/$name/"
+    cp -r "$out/embassy" "$out/embassy.service" "$out/embassy.default" "$out/man" "$out/completions" LICENSE "$root/$name/"
+    documents "$root/$name"
     archive -C "$root" -czf "$out/$name.tar.gz" "$name"
     rm -rf "$root"
     say "tarball: $out/$name.tar.gz"
@@ -98,9 +106,7 @@ debian() {
     printf 'embassy (%s) unstable; urgency=medium\n\n  * CHANGELOG.md has what changed.\n\n -- %s  %s\n' "$version" \
         "$(sed -n 's/^Maintainer: //p' dist/debian/control)" "$(date -Rud "@$SOURCE_DATE_EPOCH")" >"$documents/changelog"
     gzip -9n "$documents/changelog"
-    install -Dm644 CHANGELOG.md "$documents/CHANGELOG.md"
-    gzip -9n "$documents/CHANGELOG.md"
-    install -Dm644 README.md "$documents/README.md"
+    documents "$documents"
     mkdir "$root/DEBIAN"
     sed -e "s/@VERSION@/$version/" -e "s/@ARCHITECTURE@/$architecture/" \
         -e "s/@SIZE@/$(du -sk "$root/usr" | cut -f1)/" dist/debian/control >"$root/DEBIAN/control"

@@ -4,7 +4,8 @@
 #
 #   testbed/engines.sh [docker20|docker26|docker28|podman4|podman5]...
 #
-# An engine that cannot be fetched is said, and is no failure, except if none of those that were asked for is there.
+# An engine that cannot be fetched is said, and is no failure, except if none of those that were asked for is there (exit code 3). A name
+# that is no engine's is said first, and is exit code 2 after the others are fetched.
 set -eu
 export LC_ALL=C
 
@@ -15,13 +16,13 @@ all='docker20 docker26 docker28 podman4 podman5'
 say() { echo "engines: $*"; }
 fail() { echo "engines: $*" >&2; exit 1; }
 
-# suite ENGINE: the release of Debian that has it
+# suite ENGINE: the release of Debian that has it; fails if there is no such engine
 suite() {
     case $1 in
         docker20 | podman4) echo bookworm ;;
         docker26) echo trixie ;;
         docker28 | podman5) echo sid ;;
-        *) fail "$1: no such engine; expected one of: $all" ;;
+        *) return 1 ;;
     esac
 }
 
@@ -53,6 +54,21 @@ version() {
     esac
 }
 
+# fits ENGINE: whether it is the version that its name says. An unstable release has whatever is new that day.
+fits() {
+    case $1 in
+        docker*) package=docker.io ;;
+        podman*) package=podman ;;
+    esac
+    found=$(chroot "$cache/$(suite "$1")" dpkg-query --show --showformat '${source:Upstream-Version}' "$package")
+    [ "${found%%.*}" = "${1#"${1%%[0-9]*}"}" ]
+}
+
+wrong=
+for engine in ${*:-$all}; do
+    suite "$engine" >/dev/null || wrong="$wrong $engine"
+done
+[ -z "$wrong" ] || say "no such engine:$wrong; expected some of: $all" >&2
 [ "$(id -u)" = 0 ] || fail 'run this as root: it makes roots of Debian'
 mkdir -p "$cache"
 # Two runs at the same time: one fetches, the other waits.
@@ -60,13 +76,19 @@ exec 9>"$cache/gate"
 flock 9
 there=0
 for engine in ${*:-$all}; do
-    suite=$(suite "$engine")
+    suite=$(suite "$engine") || continue
     if [ ! -d "$cache/$suite" ] && { ! command -v debootstrap >/dev/null || ! fetch "$suite"; }; then
         say "$engine: NOT THERE (package debootstrap and a Debian mirror are needed)"
+        continue
+    fi
+    if ! fits "$engine"; then
+        say "$engine: NOT THERE ($suite has ${found:-no such package})"
+        rm -f "$cache/$engine"
         continue
     fi
     ln -sfnT "$suite" "$cache/$engine"
     say "$engine: $(version "$engine")"
     there=$((there + 1))
 done
-[ "$there" -gt 0 ] || fail 'no engine is there'
+[ -z "$wrong" ] || exit 2
+[ "$there" -gt 0 ] || { say 'no engine is there' >&2; exit 3; }

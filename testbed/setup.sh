@@ -1,5 +1,7 @@
 #!/bin/sh
 # Installs what the testbed needs, and says what and why. Does nothing where nothing is missing.
+#
+#   testbed/setup.sh [build]      build: only what builds a release
 set -eu
 export LC_ALL=C
 
@@ -7,6 +9,7 @@ repository=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 cache=${TESTBED_CACHE:-$repository/.testbed/cache}
 missing=
 work=
+only=${1-}
 
 say() { echo "setup: $*"; }
 fail() { echo "setup: $*" >&2; exit 1; }
@@ -28,14 +31,13 @@ need_python() {
 }
 
 look() {
-    need dockerd docker.io 'the Docker engine of a host'
-    need docker docker.io 'its command line'
-    need etcd etcd-server 'service discovery, v2 and v3'
-    need etcdctl etcd-client 'writes to etcd v3'
-    need openssl openssl 'certificates that the tests make'
-    need iptables iptables 'the firewall that Docker uses'
-    need nft nftables 'the firewall that we use'
+    look_for_build
+    [ "$only" = build ] || look_for_tests
+}
+
+look_for_build() {
     need cc 'gcc libc6-dev' 'links Rust programs'
+    need strip binutils 'takes what is for debuggers out of a release'
     need protoc protobuf-compiler 'builds the etcd v3 client'
     need clang clang 'compiles the programs of the kernel path'
     if ! [ -e /usr/include/bpf/bpf_helpers.h ]; then
@@ -46,6 +48,17 @@ look() {
         say 'missing: google/protobuf/descriptor.proto (builds the etcd v3 client), of the package libprotobuf-dev'
         missing="$missing libprotobuf-dev"
     fi
+    need setcap libcap2-bin 'gives programs in an image a capability'
+}
+
+look_for_tests() {
+    need dockerd docker.io 'the Docker engine of a host'
+    need docker docker.io 'its command line'
+    need etcd etcd-server 'service discovery, v2 and v3'
+    need etcdctl etcd-client 'writes to etcd v3'
+    need openssl openssl 'certificates that the tests make'
+    need iptables iptables 'the firewall that Docker uses'
+    need nft nftables 'the firewall that we use'
     need busybox busybox-static 'what container images are made of'
     need ip iproute2 'network interfaces of a host'
     need conntrack conntrack 'connection tracking, as tests look at it'
@@ -61,7 +74,6 @@ look() {
     need dnsmasq dnsmasq-base 'service discovery by DNS'
     need faketime faketime 'shows one process a clock that jumps'
     need strace strace 'makes the disk slow for one process'
-    need setcap libcap2-bin 'gives programs in an image a capability'
     need sysctl procps 'kernel settings inside a host'
     need debootstrap debootstrap 'fetches other engines (make engines)'
     need nsenter util-linux 'enters the namespaces of a host'
@@ -93,7 +105,8 @@ install_packages() {
     # shellcheck disable=SC2086
     set -- $missing
     say "installing from Debian: $*"
-    say 'their services are not started now; if they should not start at boot either: systemctl disable docker etcd haproxy nginx'
+    [ "$only" = build ] ||
+        say 'their services are not started now; if they should not start at boot either: systemctl disable docker etcd haproxy nginx'
     apt-get update -q
     DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"
     [ -z "${guard-}" ] || rm -f "$guard"
@@ -152,6 +165,10 @@ fetch_consul() {
     say "consul: $("$cache/consul/usr/bin/consul" version | head -n 1)"
 }
 
+case $only in
+    '' | build) ;;
+    *) fail "$only: expected nothing, or build" ;;
+esac
 look
 if [ -n "$missing" ]; then
     has apt-get || fail "this is no Debian: install what is missing with your own tools, and run this again"
@@ -160,7 +177,9 @@ if [ -n "$missing" ]; then
     look
     [ -z "$missing" ] || fail "still missing:$missing"
 fi
-has dpkg-deb || has consul || fail 'missing: consul (service discovery); put it on PATH'
-fetch_consul
-has cargo-nextest || say 'cargo-nextest is not here: tests run by plain cargo test'
+if [ "$only" != build ]; then
+    has dpkg-deb || has consul || fail 'missing: consul (service discovery); put it on PATH'
+    fetch_consul
+    has cargo-nextest || say 'cargo-nextest is not here: tests run by plain cargo test'
+fi
 say 'all is there'

@@ -4,7 +4,8 @@
 #
 #   testbed/test-engines.sh [ENGINE]...
 #
-# Fails if a test fails. An engine that cannot be fetched is said at the end, and is no failure: that is the mirror's doing.
+# Fails if a test fails, or a name is no engine's. An engine that cannot be fetched is said at the end, and is no failure: that is the
+# mirror's doing.
 set -eu
 cd "$(dirname "$0")/.."
 cache=${TESTBED_CACHE:-$PWD/.testbed/cache}/engines
@@ -13,7 +14,10 @@ export TESTBED_SHOW_LOGS=1
 # Not podman4: of eight runs with it two had a test that failed, and why is not known.
 engines=${*:-docker26 docker28 podman5}
 # shellcheck disable=SC2086
-testbed/engines.sh $engines || true
+testbed/engines.sh $engines || {
+    code=$?
+    [ "$code" = 3 ] || exit "$code"
+}
 failed= ran= missing=
 for engine in $engines; do
     if [ ! -d "$cache/$engine" ]; then
@@ -29,5 +33,5 @@ for engine in $engines; do
     ran="$ran $engine"
 done
 echo "engines: tests ran with:${ran:- none}"
-[ -z "$missing" ] || echo "engines: NOT RUN, because they could not be fetched:$missing"
+[ -z "$missing" ] || echo "engines: NOT RUN, because they are not there (see above):$missing"
 [ -z "$failed" ] || { echo "engines: FAILED with:$failed" >&2; exit 1; }

@@ -202,7 +202,7 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         capture: config.capture,
         engine,
         engine_fix,
-        discoveries: discoveries(&config.discoveries).await,
+        discoveries: discoveries(&config.discoveries, PATIENCE).await,
         servers: servers(&config.discoveries).await,
         firewall,
         lacks,
@@ -359,7 +359,10 @@ fn way_back(routes: &str, ranges: &[IpNet], own: &str) -> Option<String> {
 }
 
 /// Queries each for a service that does not exist: an empty result is an answer.
-async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), Unanswered>)> {
+async fn discoveries(
+    discoveries: &Discoveries,
+    patience: Duration,
+) -> Vec<(Arc<str>, Result<(), Unanswered>)> {
     let bell = Arc::<Notify>::default();
     let resync = ResyncRequests::new(Duration::from_secs(120));
     let mut watches = Watches::new(discoveries.clone(), resync, bell.clone());
@@ -376,7 +379,7 @@ async fn discoveries(discoveries: &Discoveries) -> Vec<(Arc<str>, Result<(), Una
         }
     };
     // Discoveries that did not answer by then are reported as such.
-    let _ = timeout(PATIENCE, answered).await;
+    let _ = timeout(patience, answered).await;
     let known = watches.known();
     let answer = |name: Arc<str>| {
         let known = known.iter().find(|(query, _)| query.via == name).map(|(_, known)| known);
@@ -481,7 +484,7 @@ mod tests {
     use futures_util::future::join_all;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
-        net::TcpListener,
+        net::{TcpListener, TcpSocket},
     };
 
     use super::*;
@@ -543,7 +546,7 @@ mod tests {
         fs::write(path("wrong.toml"), "[[service\n").unwrap();
         let [missing, wrong, is_folder] =
             ["missing.toml", "wrong.toml", ""].map(|name| format!("file://{}", path(name)));
-        // `P` is the port; without an answer nobody listens there.
+        // `P` is the port; without an answer no program listens there.
         let cases = [
             ("consul://127.0.0.1:P", None, "start Consul"),
             ("consul://127.0.0.1:P", Some(SSH), "something else than Consul"),
@@ -580,17 +583,21 @@ mod tests {
             (wrong.as_str(), None, "at the line"),
         ];
         let told = cases.map(|(uri, answer, words)| async move {
+            // Bound, and no listener: no other program gets the port meanwhile, and connections are refused.
+            let taken = TcpSocket::new_v4().unwrap();
             let port = match answer {
                 Some(answer) => answers(answer).await,
                 None => {
-                    // Free a moment ago.
-                    let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
-                    free.local_addr().unwrap().port()
+                    taken.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+                    taken.local_addr().unwrap().port()
                 }
             };
             let uri = uri.replace(":P", &format!(":{port}"));
             let configured = Discoveries::parse(std::slice::from_ref(&uri), &options()).unwrap();
-            let (_, answer) = discoveries(&configured).await.remove(0);
+            // A busy machine may be slow; each case ends with an error, which ends the wait.
+            let patience = Duration::from_secs(60);
+            let (_, answer) = discoveries(&configured, patience).await.remove(0);
+            drop(taken);
             let Unanswered { error, fix } = answer.expect_err(&uri);
             (!fix.contains(words)).then(|| format!("{uri}: {error}: {fix:?}, expected {words:?}"))
         });
