@@ -107,11 +107,11 @@ impl EndpointState {
         self.active.load(Relaxed)
     }
 
-    /// So many connections do not go through the proxy now.
-    pub fn has_beside(&self, connections: u32) {
+    /// Of the connections that do not go through the proxy, one part that is counted apart was `before` and is `now`.
+    pub fn has_beside(&self, before: u32, now: u32) {
         // A cache line that all picks read: it is left alone while nothing changes.
-        if self.beside.load(Relaxed) != connections {
-            self.beside.store(connections, Relaxed);
+        if before != now {
+            self.beside.fetch_add(now.wrapping_sub(before), Relaxed);
         }
     }
 
@@ -566,6 +566,19 @@ mod tests {
     use super::*;
 
     const NOW: Millis = Millis(10_000);
+
+    #[test]
+    fn parts_that_are_counted_apart_add_up() {
+        let state = EndpointState::new(Endpoint(([10, 0, 0, 1], 80).into()));
+        state.has_beside(0, 3);
+        state.has_beside(0, 2);
+        assert_eq!(state.active(), 5);
+        state.has_beside(3, 1);
+        state.has_beside(2, 2);
+        assert_eq!(state.active(), 3);
+        state.has_beside(1, 0);
+        assert_eq!((state.active(), state.active_here()), (2, 0));
+    }
 
     /// Another process has another clock, and the same knowledge.
     #[test]

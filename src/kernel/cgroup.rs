@@ -47,7 +47,13 @@ impl Hierarchy {
     }
 
     /// The control group of a container's run. Its first process shows it; if that is not visible, its name has the container's ID.
-    pub(super) fn of_container(&self, id: &str, run: Option<&RunEnd>) -> Option<Cgroup> {
+    /// `everywhere`: if it is not at a usual place, all control groups are read. That is slow on a large host.
+    pub(super) fn of_container(
+        &self,
+        id: &str,
+        run: Option<&RunEnd>,
+        everywhere: bool,
+    ) -> Option<Cgroup> {
         let shown = run.and_then(|run| {
             let group = process::look(run, |pid| {
                 let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
@@ -55,22 +61,22 @@ impl Hierarchy {
             });
             group.flatten()
         });
-        shown.or_else(|| self.by_name(id))
+        let found = shown.or_else(|| self.by_usual_name(id));
+        if everywhere { found.or_else(|| self.search(id)) } else { found }
     }
 
-    /// Where engines usually put containers, and then wherever a folder has the ID in its name.
-    fn by_name(&self, id: &str) -> Option<Cgroup> {
+    /// Where engines usually put containers.
+    fn by_usual_name(&self, id: &str) -> Option<Cgroup> {
         let usual = [
             format!("docker/{id}"),
             format!("system.slice/docker-{id}.scope"),
             format!("machine.slice/libpod-{id}.scope"),
             format!("libpod_parent/libpod-{id}"),
         ];
-        let found = usual.iter().find_map(|path| self.read(Path::new(path)));
-        found.or_else(|| self.search(id))
+        usual.iter().find_map(|path| self.read(Path::new(path)))
     }
 
-    /// Looks level by level, and into no container: it could name a folder as it likes.
+    /// Wherever a folder has the ID in its name. Looks level by level, and into no container: it could name a folder as it likes.
     fn search(&self, id: &str) -> Option<Cgroup> {
         const DEEPEST: usize = 6;
         const MOST: usize = 20_000;
@@ -183,9 +189,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (other, hierarchy) = ("f".repeat(64), Hierarchy(folder.path().to_owned()));
         fs::create_dir_all(folder.path().join(format!("a/docker-{other}.scope/{ID}"))).unwrap();
-        assert_eq!(hierarchy.by_name(ID), None);
+        let by_name = |everywhere| hierarchy.of_container(ID, None, everywhere);
+        assert_eq!(by_name(true), None);
         fs::create_dir_all(folder.path().join(format!("a/b/docker-{ID}.scope"))).unwrap();
-        let found = hierarchy.by_name(ID).unwrap();
+        assert_eq!(by_name(false), None, "no usual place");
+        let found = by_name(true).unwrap();
         let inode =
             fs::metadata(folder.path().join(format!("a/b/docker-{ID}.scope"))).unwrap().ino();
         assert_eq!(found, Cgroup { id: inode, level: 3 });

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
+    io,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -15,8 +16,9 @@ use tracing::{debug, info, warn};
 
 use super::{
     Settings,
+    again::Again,
     cgroup::{Cgroup, Hierarchy},
-    layout::{Counted, End, Live, Record, mark},
+    layout::{Counted, End, Live, Place, Record, mark},
     programs::{Sizes, Unavailable},
     tables::{Counting, Tables, WriteError, Written},
 };
@@ -30,12 +32,18 @@ use crate::{
     model::{ConsumerId, Endpoint, Vip},
     outcome::Outcome,
     path::{Facts, PathReason, Paths, decide},
-    proxy::{probe, wanted},
+    proxy::{Lack, probe, wanted},
     table::{Changes, Route, RouteKey, Table},
 };
 
-/// The result of a probe: the address of the endpoint's state, and the error.
-pub(super) type Probed = (usize, Result<(), String>);
+/// The result of a probe.
+#[derive(Debug)]
+pub(super) struct Probed {
+    /// The address of the endpoint's state, which may be another's by now.
+    state: usize,
+    place: Place,
+    result: io::Result<()>,
+}
 
 #[derive(Debug)]
 pub(super) struct Core {
@@ -48,9 +56,11 @@ pub(super) struct Core {
     /// The same routes, by what they ask for.
     by_query: HashMap<Arc<Query>, BTreeSet<RouteKey>>,
     identities: HashMap<ConsumerId, Cgroup>,
-    /// Routes of consumers whose control group was not found.
-    unidentified: HashSet<RouteKey>,
-    looked: Instant,
+    /// Consumers whose control group was not found, with routes that need it.
+    unidentified: HashMap<ConsumerId, Miss>,
+    /// Routes for which there was no room, and when to try again.
+    full: HashSet<RouteKey>,
+    room: Option<Again>,
     paths: Paths,
     /// Whether `paths` differs from what was published.
     is_news: bool,
@@ -61,6 +71,13 @@ pub(super) struct Core {
     lost: u64,
 }
 
+/// When a control group that was not found is looked for again: where it usually is soon, and everywhere seldom.
+#[derive(Debug)]
+struct Miss {
+    looked: Instant,
+    everywhere: Again,
+}
+
 /// What became of the programs: nothing is loaded before a route needs it.
 #[derive(Debug)]
 enum Kernel {
@@ -69,7 +86,7 @@ enum Kernel {
     Unavailable,
 }
 
-/// How often a control group that was not found is looked for.
+/// How often a control group that was not found is looked for at the usual places.
 const AGAIN: Duration = Duration::from_secs(1);
 /// How long a probe of an endpoint may take.
 const PROBE: Duration = Duration::from_secs(2);
@@ -91,8 +108,9 @@ impl Core {
             routes: HashMap::new(),
             by_query: HashMap::new(),
             identities: HashMap::new(),
-            unidentified: HashSet::new(),
-            looked: Instant::now(),
+            unidentified: HashMap::new(),
+            full: HashSet::new(),
+            room: None,
             probes,
             turns: Vec::new(),
             lost: 0,
@@ -139,7 +157,7 @@ impl Core {
         let answered = answered.flatten().filter_map(|key| table.route(key));
         // Another address of the same container takes over what the removed one had.
         let orphans = orphans.iter().filter_map(|key| table.route(key));
-        let all = table.routes().filter(|route| changes.places && asks(route));
+        let all = changes.places.then(|| table.routes()).into_iter().flatten().filter(asks);
         let others: Vec<_> = answered.chain(orphans).chain(all).cloned().collect();
         for route in &others {
             self.set(route);
@@ -156,7 +174,7 @@ impl Core {
 
     fn remove(&mut self, route: &Route) {
         self.is_news |= self.paths.forget(&route.key);
-        self.unidentified.remove(&route.key);
+        self.full.remove(&route.key);
         if let Kernel::Ready(tables) = &mut self.kernel {
             tables.uninstall(&route.key);
         }
@@ -165,6 +183,7 @@ impl Core {
             if routes.is_empty() {
                 self.routes.remove(&route.consumer);
                 self.identities.remove(&route.consumer);
+                self.unidentified.remove(&route.consumer);
             }
         }
         if let Some(routes) = self.by_query.get_mut(&route.query) {
@@ -179,10 +198,10 @@ impl Core {
         let reason = self.decide(route);
         let is_news = self.paths.set(route.key, reason);
         self.is_news |= is_news;
-        self.unidentified.remove(&route.key);
+        self.full.remove(&route.key);
         match reason {
-            PathReason::NoIdentity => drop(self.unidentified.insert(route.key)),
-            PathReason::Possible => {}
+            PathReason::Full => drop(self.full.insert(route.key)),
+            PathReason::NoIdentity | PathReason::Possible => {}
             _ => {
                 if let Kernel::Ready(tables) = &mut self.kernel {
                     tables.uninstall(&route.key);
@@ -279,23 +298,72 @@ impl Core {
             ConsumerId::Container { id, .. } => id,
             ConsumerId::Local => return None,
         };
+        let now = Instant::now();
+        let everywhere = match self.unidentified.get_mut(&route.consumer) {
+            // Another route of it has just asked.
+            Some(miss) if now < miss.looked + AGAIN => return None,
+            Some(miss) => {
+                miss.looked = now;
+                miss.everywhere.is_due(now)
+            }
+            None => true,
+        };
         // Its own run's end comes first; the other is that of the container whose network it uses.
-        let cgroup = self.hierarchy.as_ref()?.of_container(id.as_str(), route.ends.first())?;
+        let (id, run) = (id.as_str(), route.ends.first());
+        let Some(cgroup) = self.hierarchy.as_ref()?.of_container(id, run, everywhere) else {
+            let miss = || Miss { looked: now, everywhere: Again::new(now) };
+            self.unidentified.entry(route.consumer.clone()).or_insert_with(miss);
+            return None;
+        };
+        self.unidentified.remove(&route.consumer);
         self.identities.insert(route.consumer.clone(), cgroup);
         Some(cgroup)
     }
 
+    /// Looks for the control groups that were not found. What is found is taken over for all routes of its consumer.
+    fn look_for_identities(&mut self) {
+        let now = Instant::now();
+        let due = self.unidentified.iter().filter(|(_, miss)| now >= miss.looked + AGAIN);
+        let due: Vec<_> = due.map(|(consumer, _)| consumer.clone()).collect();
+        for consumer in due {
+            let keys = self.routes.get(&consumer).cloned().unwrap_or_default();
+            let table = self.table.clone();
+            let routes: Vec<_> = keys.iter().filter_map(|key| table.route(key)).collect();
+            if routes.first().is_some_and(|route| self.identity(route).is_some()) {
+                routes.into_iter().for_each(|route| self.set(route));
+            }
+        }
+    }
+
+    /// Tries the routes again for which there was no room, if any was given back.
+    fn try_full(&mut self) {
+        let Kernel::Ready(tables) = &mut self.kernel else { return };
+        if self.full.is_empty() {
+            (tables.has_room, self.room) = (false, None);
+            return;
+        }
+        let now = Instant::now();
+        let again = self.room.get_or_insert_with(|| Again::new(now));
+        if !tables.has_room || !again.is_due(now) {
+            return;
+        }
+        tables.has_room = false;
+        let before = self.full.len();
+        for key in self.full.clone() {
+            if let Some(route) = self.table.route(&key).cloned() {
+                self.set(&route);
+            }
+        }
+        if self.full.len() < before {
+            self.room = None;
+        }
+    }
+
     /// Looks after what is written: reads what the kernel recorded, shares failures with the proxy, tells the kernel of the proxy's.
     pub(super) fn look(&mut self) {
-        if !self.unidentified.is_empty() && self.looked.elapsed() >= AGAIN {
-            self.looked = Instant::now();
-            for key in self.unidentified.clone() {
-                if let Some(route) = self.table.route(&key).cloned() {
-                    self.set(&route);
-                }
-            }
-            self.publish();
-        }
+        self.look_for_identities();
+        self.try_full();
+        self.publish();
         let Kernel::Ready(tables) = &mut self.kernel else { return };
         let ended = read_records(tables, &self.settings);
         let turns = tables.turns();
@@ -308,20 +376,27 @@ impl Core {
         for (address, written) in by_state {
             let is_read = is_busy || written.failed_at != 0 || written.waits;
             if is_read {
-                read_endpoint(written, programs, &self.settings);
+                read_endpoint(written, programs);
             }
             if should_probe(written, now, &self.settings) {
                 written.is_probed = true;
-                probed.push((*address, written.counting.of.endpoint));
+                probed.push((*address, written.counting.place, written.counting.of.endpoint));
             }
             tell(written, programs, &self.settings);
         }
         if tables.has_old() {
             read_routes(tables.old_routes.iter_mut(), &tables.programs, &self.settings);
             for written in &mut tables.old_endpoints {
-                read_endpoint(written, &mut tables.programs, &self.settings);
+                read_endpoint(written, &tables.programs);
             }
-            tables.clear_up();
+            let (routes, endpoints) = tables.clear_up();
+            for mut counting in routes {
+                read_route(&mut counting, &tables.programs, &self.settings);
+            }
+            for mut written in endpoints {
+                read_endpoint(&mut written, &tables.programs);
+                written.counting.of.has_beside(written.active, 0);
+            }
         }
         let lost = tables.programs.notes().get(super::layout::RECORDS_LOST).copied().unwrap_or(0);
         if lost != self.lost {
@@ -331,29 +406,32 @@ impl Core {
             );
             self.lost = lost;
         }
-        for (address, endpoint) in probed {
+        for (state, place, endpoint) in probed {
             let (mark, answers) = (self.settings.mark, self.probes.clone());
             tokio::spawn(async move {
-                let result = match timeout(PROBE, probe(endpoint, mark)).await {
-                    Ok(result) => result.map_err(|error| error.to_string()),
-                    Err(_) => Err("no answer in 2 s".to_owned()),
-                };
+                let result = timeout(PROBE, probe(endpoint, mark)).await.unwrap_or_else(|_| {
+                    Err(io::Error::new(io::ErrorKind::TimedOut, "no answer in 2 s"))
+                });
                 // Nobody waits for it at the end.
-                let _ = answers.send((address, result));
+                let _ = answers.send(Probed { state, place, result });
             });
         }
     }
 
     /// A probe has ended.
-    pub(super) fn probed(&mut self, (address, result): Probed) {
+    pub(super) fn probed(&mut self, Probed { state, place, result }: Probed) {
         let Kernel::Ready(tables) = &mut self.kernel else { return };
         let Tables { programs, by_state, .. } = &mut **tables;
-        let Some(written) = by_state.get_mut(&address) else { return };
+        let Some(written) = by_state.get_mut(&state) else { return };
+        // Freed meanwhile, and another endpoint is there now: the result is not its own.
+        if written.counting.place != place {
+            return;
+        }
         written.is_probed = false;
+        let (endpoint, mark) = (written.counting.of.endpoint, self.settings.mark);
         match result {
             Ok(()) => {
                 let (state, query) = (&written.counting.of, &written.query);
-                let endpoint = state.endpoint;
                 if state.proved() {
                     info!(%endpoint, service = %query, "endpoint is back");
                     self.settings
@@ -364,7 +442,10 @@ impl Core {
             }
             Err(error) => {
                 written.probe_after = Some(Instant::now() + AGAIN);
-                failed(written, &error, &self.settings);
+                // What this host lacks says nothing about the endpoint.
+                if Lack::of(&error, endpoint, mark).is_none() {
+                    failed(written, &error.to_string(), &self.settings);
+                }
             }
         }
         tell(written, programs, &self.settings);
@@ -375,7 +456,7 @@ impl Core {
         let Kernel::Ready(tables) = &mut self.kernel else { return };
         let Tables { programs, by_state, old_endpoints, .. } = &mut **tables;
         for written in by_state.values_mut().chain(old_endpoints) {
-            read_endpoint(written, programs, &self.settings);
+            read_endpoint(written, programs);
         }
         tables.count_routes(|counting, programs| read_route(counting, programs, &self.settings));
     }
@@ -428,17 +509,16 @@ fn outcomes(counted: &Counted) -> [(Outcome, u64); 4] {
     ]
 }
 
-/// Reads what the kernel counted of an endpoint, and whether a connect to it failed.
-fn read_endpoint(
-    written: &mut Written,
-    programs: &mut super::programs::Programs,
-    settings: &Settings,
-) {
+/// Reads what the kernel counted of an endpoint, and whether a connect to it failed. Consumers' failures alone eject nothing: a consumer can
+/// make its own connects fail. embassy's probe decides.
+fn read_endpoint(written: &mut Written, programs: &super::programs::Programs) {
     let index = written.counting.place.index;
     let state = written.counting.of.clone();
     if let Ok(bytes) = programs.lives.get(&index, 0) {
         let live = Live::read(&bytes);
-        state.has_beside(u32::try_from(live.active).unwrap_or(u32::MAX));
+        let active = u32::try_from(live.active).unwrap_or(u32::MAX);
+        state.has_beside(written.active, active);
+        written.active = active;
         written.waits = live.waiting > 0;
     }
     if let Ok(bytes) = programs.endpoint_counts.get(&index, 0) {
@@ -446,15 +526,8 @@ fn read_endpoint(
         let more = now.since(&written.counting.read);
         written.counting.read = now;
         add(&state.counts, &more);
-        let failed_at = programs.failures.get(&index, 0).unwrap_or_default();
-        let is_news = failed_at != 0 && failed_at != written.failed_at;
-        written.failed_at = failed_at;
-        // An application that gave up looks as if there were no way to the endpoint: only a probe ejects it then.
-        let is_certain = is_news && failed_at & 1 == 1;
-        if is_certain {
-            failed(written, "a consumer's connect failed", settings);
-        }
-        state.failed_again(more.failed.saturating_sub(u64::from(is_certain)));
+        written.failed_at = programs.failures.get(&index, 0).unwrap_or_default();
+        state.failed_again(more.failed);
     }
 }
 

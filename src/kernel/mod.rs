@@ -17,6 +17,7 @@ use crate::{
     proxy::Figures, table::Table,
 };
 
+mod again;
 mod cgroup;
 mod follow;
 mod layout;

@@ -63,6 +63,8 @@ pub(super) struct Tables {
     pub(super) route_of: HashMap<Place, Arc<Route>>,
     pub(super) endpoint_of: HashMap<Place, Arc<EndpointState>>,
     levels: BTreeSet<u32>,
+    /// Whether a place was given back since this was looked at last.
+    pub(super) has_room: bool,
 }
 
 /// What is counted, and how much of it was read.
@@ -115,6 +117,8 @@ pub(super) struct Written {
     pub(super) is_only: bool,
     /// What the kernel was told last: whether it is out, and the proxy's connections to it.
     pub(super) mark: (bool, u32),
+    /// Connections that were open when they were counted last: this part of the state's number is this place's.
+    pub(super) active: u32,
     /// The failure that was seen last; 0: none.
     pub(super) failed_at: u64,
     /// Whether a connection waits for the answer to its SYN.
@@ -152,6 +156,7 @@ impl Tables {
             route_of: HashMap::new(),
             endpoint_of: HashMap::new(),
             levels: BTreeSet::new(),
+            has_room: false,
         };
         tables.test(hierarchy)?;
         Ok(tables)
@@ -248,11 +253,17 @@ impl Tables {
                 counting.of = route.clone();
                 self.route_of.insert(counting.place, route.clone());
             }
-            return self.update(upstream);
+            self.update(upstream)?;
+            let Some(service) = self.by_query.get(query).map(|service| service.place.index) else {
+                return Ok(());
+            };
+            // Another address of the same container may have had these keys until now.
+            return self.enter_free(route, cgroup, vips, service);
         }
-        self.uninstall(&route.key);
         self.use_level(cgroup.level)?;
+        // Joined first: endpoints of both services keep their places, and so the counts of their connections.
         let service = self.join(upstream)?;
+        self.uninstall(&route.key);
         let installed = Installed {
             number: route.number,
             balance: route.balance,
@@ -262,15 +273,23 @@ impl Tables {
             entries: Vec::new(),
         };
         self.installed.insert(route.key, installed);
-        let done = vips.iter().try_for_each(|vip| {
-            let key = Key { cgroup: cgroup.id, vip: vip.0, port: route.key.port };
-            // Another address of the same container may have it already; its route counts then.
-            if self.keys.contains_key(&key) { Ok(()) } else { self.enter(route, key, service) }
-        });
+        let done = self.enter_free(route, cgroup, vips, service);
         if done.is_err() {
             self.uninstall(&route.key);
         }
         done
+    }
+
+    /// Writes the entries of a route that no other route has.
+    fn enter_free(
+        &mut self,
+        route: &Arc<Route>,
+        cgroup: Cgroup,
+        vips: &[Vip],
+        service: u32,
+    ) -> Result<(), WriteError> {
+        let keys = free_keys(&self.keys, cgroup, route.key.port, vips);
+        keys.into_iter().try_for_each(|key| self.enter(route, key, service))
     }
 
     fn enter(&mut self, route: &Arc<Route>, key: Key, service: u32) -> Result<(), WriteError> {
@@ -412,6 +431,7 @@ impl Tables {
             services: 1,
             is_only: false,
             mark: (true, 0),
+            active: 0,
             failed_at: 0,
             waits: false,
             is_probed: false,
@@ -443,6 +463,7 @@ impl Tables {
         if let Some(service) = self.by_query.remove(query) {
             // No set has the generation 0. If it cannot be written, nothing leads here all the same.
             let _ = self.programs.services.set(service.place.index, 0, 0);
+            self.has_room = true;
             self.services.give_back(service.place, Instant::now());
             if service.set.generation != 0 {
                 self.sets.give_back(service.set, Instant::now());
@@ -460,33 +481,54 @@ impl Tables {
         Ok(())
     }
 
-    /// Gives the places back of routes and endpoints that are gone and have no connection any more.
-    pub(super) fn clear_up(&mut self) {
+    /// Gives the places back of routes and endpoints that are gone and had no connection when they were read last. They are returned: what
+    /// was counted at the end has to be read once more.
+    pub(super) fn clear_up(&mut self) -> (Vec<Counting<Arc<Route>>>, Vec<Written>) {
         let now = Instant::now();
-        let Self { old_routes, routes, route_of, .. } = self;
-        old_routes.retain(|one| {
-            let is_used = one.read.active() > 0;
-            if !is_used {
-                route_of.remove(&one.place);
-                routes.give_back(one.place, now);
-            }
-            is_used
-        });
-        let Self { old_endpoints, endpoints, endpoint_of, programs, .. } = self;
-        old_endpoints.retain(|one| {
-            let place = one.counting.place;
-            let live = programs.lives.get(&place.index, 0);
-            let is_used = live.is_ok_and(|live| layout::Live::read(&live).active > 0);
-            if !is_used {
-                endpoint_of.remove(&place);
-                endpoints.give_back(place, now);
-            }
-            is_used
-        });
+        let routes: Vec<_> = self.old_routes.extract_if(.., |one| one.read.active() == 0).collect();
+        for one in &routes {
+            self.route_of.remove(&one.place);
+            self.routes.give_back(one.place, now);
+        }
+        let endpoints: Vec<_> = self.old_endpoints.extract_if(.., |one| one.active == 0).collect();
+        for one in &endpoints {
+            self.endpoint_of.remove(&one.counting.place);
+            self.endpoints.give_back(one.counting.place, now);
+        }
+        self.has_room |= !routes.is_empty() || !endpoints.is_empty();
+        (routes, endpoints)
     }
+}
+
+/// The keys of a route that no route has. Another address of the same container may have them; its route counts then.
+fn free_keys(taken: &HashMap<Key, RouteKey>, cgroup: Cgroup, port: Port, vips: &[Vip]) -> Vec<Key> {
+    let keys = vips.iter().map(|vip| Key { cgroup: cgroup.id, vip: vip.0, port });
+    keys.filter(|key| !taken.contains_key(key)).collect()
 }
 
 /// By what a state is found: it is held as long as it is in use.
 fn address(state: &Arc<EndpointState>) -> usize {
     Arc::as_ptr(state).addr()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_route_takes_the_keys_that_another_address_of_its_container_gave_up() {
+        let (cgroup, port) = (Cgroup { id: 7, level: 2 }, Port::new(80).unwrap());
+        let vips = [1, 2].map(|n| Vip([172, 17, 0, n].into()));
+        let key = |n: u8| Key { cgroup: 7, vip: [172, 17, 0, n].into(), port };
+        let first = RouteKey::tcp([10, 0, 0, 1].into(), port);
+        let mut taken: HashMap<_, _> = [(key(1), first), (key(2), first)].into();
+        assert_eq!(free_keys(&taken, cgroup, port, &vips), []);
+        taken.remove(&key(2));
+        assert_eq!(free_keys(&taken, cgroup, port, &vips), [key(2)]);
+        taken.clear();
+        assert_eq!(free_keys(&taken, cgroup, port, &vips), [key(1), key(2)]);
+        let other = Cgroup { id: 8, level: 2 };
+        taken.insert(key(1), first);
+        assert_eq!(free_keys(&taken, other, port, &vips).len(), 2, "another container's");
+    }
 }

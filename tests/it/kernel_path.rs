@@ -239,6 +239,23 @@ fn an_address_that_is_anothers_now_leads_nowhere_by_the_kernel() -> Result<()> {
     Ok(())
 }
 
+/// Its entry must go with its route, and not only because its control group ends with its process.
+#[test]
+fn a_process_that_lives_on_after_its_container_is_gone_reaches_nothing() -> Result<()> {
+    let host = Host::light()?;
+    web(&host, "web")?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD, "--path=kernel"])?;
+    embassy.wait_ready(READY)?;
+    takes(&embassy, "app", 80, "kernel", "possible")?;
+    reaches(&app, "172.17.0.1:80", "web")?;
+    let engine = host.fake_engine().context("a light host")?;
+    engine.has_not(app.id());
+    engine.tells("die", app.id());
+    // Captured as a stranger's, and not redirected any more.
+    ends(&app, "172.17.0.1:80", "reset")
+}
+
 #[test]
 fn an_endpoint_that_dies_costs_one_connection_and_comes_back_when_it_is_proved() -> Result<()> {
     let (host, webs, app) = three()?;

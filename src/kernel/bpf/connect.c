@@ -482,13 +482,14 @@ static __always_inline void observe(struct counts *counts, __u64 micros)
 	__sync_fetch_and_add(&counts->opened, 1);
 }
 
-// The lowest bit says whether the endpoint has failed for certain.
-static __always_inline void set_failed(struct peer *peer, __u64 now, bool certain)
+// The kernel skips the endpoint from now on. A consumer can make its own connects fail, so user space probes the endpoint before it ejects
+// it.
+static __always_inline void set_failed(struct peer *peer, __u64 now)
 {
 	__u32 index = peer->endpoint;
 	__u64 *failed = bpf_map_lookup_elem(&failures, &index);
 	if (failed)
-		*failed = (now & ~1ULL) | certain;
+		*failed = now;
 }
 
 // The endpoint's counts, if its place was not given to another since.
@@ -515,6 +516,11 @@ static __always_inline struct counts *counts_of_route(struct peer *peer)
 
 static __always_inline void count_end(struct counts *counts, __u32 outcome, __u64 up, __u64 down)
 {
+	// First: once a connection is counted as ended, its counts may be read for the last time.
+	if (up)
+		__sync_fetch_and_add(&counts->bytes_up, up);
+	if (down)
+		__sync_fetch_and_add(&counts->bytes_down, down);
 	if (outcome == FAILED)
 		__sync_fetch_and_add(&counts->failed, 1);
 	else if (outcome == RESET)
@@ -523,10 +529,6 @@ static __always_inline void count_end(struct counts *counts, __u32 outcome, __u6
 		__sync_fetch_and_add(&counts->reset_after_close, 1);
 	else
 		__sync_fetch_and_add(&counts->closed, 1);
-	if (up)
-		__sync_fetch_and_add(&counts->bytes_up, up);
-	if (down)
-		__sync_fetch_and_add(&counts->bytes_down, down);
 }
 
 static __always_inline void connecting(struct bpf_sock_ops *ctx, struct peer *peer, __u64 now)
@@ -537,18 +539,22 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, struct peer *pe
 	if (peer->state != CHOSEN)
 		return;
 	peer->state = CONNECTING;
-	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG);
+	// The flags are of all programs at this socket. Ours stay: another program may have set the same.
+	__u32 flags = ctx->bpf_sock_ops_cb_flags;
+	bpf_sock_ops_cb_flags_set(ctx, flags | BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG);
 	if (live) {
 		__sync_fetch_and_add(&live->active, 1);
-		if (__sync_fetch_and_add(&live->waiting, 1) == 0)
+		// Written first: with an old time the endpoint would look late at once.
+		if (!live->waiting)
 			live->waiting_since = now;
+		__sync_fetch_and_add(&live->waiting, 1);
 		__sync_fetch_and_add(&counts->started, 1);
 	}
 	if (of_route)
 		__sync_fetch_and_add(&of_route->started, 1);
 }
 
-static __always_inline void opened(struct bpf_sock_ops *ctx, struct peer *peer, __u64 now)
+static __always_inline void opened(struct peer *peer, __u64 now)
 {
 	struct counts *counts = 0;
 	struct live *live = live_of(peer, &counts);
@@ -556,8 +562,6 @@ static __always_inline void opened(struct bpf_sock_ops *ctx, struct peer *peer, 
 	__u64 took = now - peer->start;
 	peer->state = OPEN;
 	peer->took = took ? took : 1;
-	// Only the answer to the SYN was waited for.
-	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
 	if (live) {
 		__sync_fetch_and_add(&live->waiting, -1);
 		// Others that wait are not late: it answers.
@@ -588,14 +592,14 @@ static __always_inline void ended(struct bpf_sock_ops *ctx, struct peer *peer, _
 	up = up > more_up ? up - more_up : 0;
 	down = down > more_down ? down - more_down : 0;
 	if (live) {
-		__sync_fetch_and_add(&live->active, -1);
 		if (outcome == FAILED) {
 			__sync_fetch_and_add(&live->waiting, -1);
-			// Refused: the other side has sent something. Otherwise the application gave up, or there is no way there: user space
-			// finds out which.
-			set_failed(peer, now, ctx->segs_in > 0);
+			// Refused, no way there, or the application gave up: user space finds out which.
+			set_failed(peer, now);
 		}
 		count_end(counts, outcome, up, down);
+		// Last: an endpoint without connections may be removed.
+		__sync_fetch_and_add(&live->active, -1);
 	}
 	if (of_route)
 		count_end(of_route, outcome, up, down);
@@ -662,11 +666,11 @@ int sock_ops(struct bpf_sock_ops *ctx)
 			struct counts *counts = 0;
 			struct live *live = live_of(peer, &counts);
 			if (live)
-				set_failed(peer, now, true);
+				set_failed(peer, now);
 		}
 	} else if (ctx->args[1] == BPF_TCP_ESTABLISHED) {
 		if (peer->state == CONNECTING)
-			opened(ctx, peer, now);
+			opened(peer, now);
 	} else if (ctx->args[1] == BPF_TCP_CLOSE) {
 		// A socket that is used again says that it is closed before it connects.
 		if (peer->state == CONNECTING || peer->state == OPEN)
