@@ -2,7 +2,11 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    sync::Arc,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -44,7 +48,7 @@ use crate::{
     source::ResyncRequests,
     state::{self, Keeper, Origin},
     table::Table,
-    takeover::Door,
+    takeover::{Alive, Door},
 };
 
 mod takeover;
@@ -70,6 +74,8 @@ pub struct App {
     tables: watch::Receiver<Arc<Table>>,
     /// Where another process asks to take over.
     door: Option<Door>,
+    /// Kept after the door was left.
+    alive: Option<Alive>,
     control: JoinHandle<()>,
     checks: JoinHandle<()>,
     memory: JoinHandle<()>,
@@ -84,8 +90,28 @@ pub struct App {
 }
 
 impl App {
-    /// Starts all parts. A source that is down is not an error: embassy is only not ready.
-    pub async fn start(config: Config) -> Result<Self> {
+    /// Starts all parts, unless `stop` completes before: then `None`. A source that is down is not an error: embassy is only not
+    /// ready.
+    ///
+    /// Once this process has taken over from another, nobody else serves: then it starts in any case. Also whether `stop` has
+    /// completed.
+    pub async fn start_unless(
+        config: Config,
+        stop: impl Future<Output = ()>,
+    ) -> Result<Option<(Self, bool)>> {
+        let committed = AtomicBool::new(false);
+        let mut start = pin!(Self::start(config, &committed));
+        tokio::select! {
+            app = &mut start => return Ok(Some((app?, false))),
+            () = stop => {}
+        }
+        match committed.load(Relaxed) {
+            true => Ok(Some((start.await?, true))),
+            false => Ok(None),
+        }
+    }
+
+    async fn start(config: Config, committed: &AtomicBool) -> Result<Self> {
         let started = std::time::Instant::now();
         let before = Predecessor::find(&config).await?;
         // Who is found is asked for everything once this process has learned what it needs.
@@ -196,7 +222,7 @@ impl App {
                         // It has handed nothing over: what it had has gone with it.
                         [control, checks, memory].iter().for_each(JoinHandle::abort);
                         let config = Config { takeover: false, ..config };
-                        return Self::start_after(config).await;
+                        return Self::start_after(config, committed).await;
                     }
                     Err(error) => {
                         return Err(error.context("takeover failed; the running embassy continues"));
@@ -289,7 +315,7 @@ impl App {
             Some(taken) => (taken.admin(&config), taken.door()),
             None => (None, None),
         };
-        let listening = match &config.admin {
+        let mut listening = match &config.admin {
             Some(at) => Some(
                 Listening::open(at, inherited)
                     .with_context(|| format!("cannot listen at {at} (--admin)"))?,
@@ -303,9 +329,11 @@ impl App {
             }
             (Some(_), Some(taken)) => Some(taken.lock().await?),
         };
-        let door = takeover::open_door(&config, firewall, door);
+        let mut door = takeover::open_door(&config, firewall, door);
         if let Some(taken) = &taken {
-            taken.commit().await?;
+            taken.commit(committed).await?;
+            listening.iter_mut().for_each(Listening::claim);
+            door.iter_mut().for_each(Door::claim);
             proxy.go_on().await;
             taken.tell();
         }
@@ -332,6 +360,7 @@ impl App {
             admin_at: takeover::admin_address(config.admin.as_ref()),
             tables,
             door,
+            alive: None,
             capture_counts,
             control: control.unwrap_or_else(|control| tokio::spawn(control.run())),
             checks,
@@ -346,10 +375,10 @@ impl App {
     }
 
     /// Starts after another process that has just died: the kernel takes a moment to give back what it had.
-    async fn start_after(config: Config) -> Result<Self> {
+    async fn start_after(config: Config, committed: &AtomicBool) -> Result<Self> {
         let end = Instant::now() + 2 * MOMENT;
         loop {
-            match Box::pin(Self::start(config.clone())).await {
+            match Box::pin(Self::start(config.clone(), committed)).await {
                 Err(error) if Instant::now() < end => {
                     debug!(error = format!("{error:#}"), "cannot start yet");
                     sleep(MOMENT / 50).await;
@@ -374,8 +403,8 @@ impl App {
         let _draining = self.readiness.wait_for(Part::Draining);
         self.said.abort();
         self.own_rules.abort();
-        // Nobody is answered there any more.
-        drop(self.door.take());
+        // Nobody is answered there any more. Who was greeted sees this process live until all of this has ended.
+        let _alive = self.door.take().map(Door::close).or(self.alive.take());
         if let Some(kernel) = self.kernel.take() {
             let late = "programs of the kernel path end with embassy";
             in_time(kernel.stop(), late, Instant::now() + STEP, hurry.clone()).await;

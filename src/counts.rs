@@ -28,6 +28,8 @@ pub struct ConnectionCounts {
     /// Further attempts after an endpoint failed.
     pub retries: AtomicU64,
     pub last_error: LastError,
+    /// Connections that the process before this one counted as started, and that this one does not have: it does not see their end.
+    elsewhere: AtomicU64,
 }
 
 impl ConnectionCounts {
@@ -70,10 +72,25 @@ impl ConnectionCounts {
         self.retries.fetch_add(before.retries, Relaxed);
     }
 
-    /// Connections that started and have not ended.
+    /// Adds what the process before this one counted. Of its connections that had not ended then, each that this process takes is to
+    /// be told by [`ConnectionCounts::adopt`].
+    pub fn inherit(&self, before: &message::Counts) {
+        let ended = before.ended.values().fold(0_u64, |sum, count| sum.saturating_add(*count));
+        self.elsewhere.fetch_add(before.started.saturating_sub(ended), Relaxed);
+        self.add(before);
+    }
+
+    /// This process has one of the connections of the process before it.
+    pub fn adopt(&self) {
+        let one_less = |count: u64| count.checked_sub(1);
+        let _ = self.elsewhere.fetch_update(Relaxed, Relaxed, one_less);
+    }
+
+    /// Connections of this process that started and have not ended.
     pub fn active(&self) -> u64 {
         // Read first: a connection that ends meanwhile has started before.
         let ended = self.ended.sum();
+        let ended = ended.saturating_add(self.elsewhere.load(Relaxed));
         self.started.load(Relaxed).saturating_sub(ended)
     }
 }
@@ -246,6 +263,23 @@ mod tests {
         sum.add(&of(&[40, 40]));
         assert_eq!(sum.since(&earlier), of(&[40, 40]));
         assert_eq!(earlier.since(&sum), Distribution::default(), "never below nothing");
+    }
+
+    #[test]
+    fn a_connection_that_stays_elsewhere_is_not_active_here() {
+        let (before, after) = (ConnectionCounts::default(), ConnectionCounts::default());
+        (0..5).for_each(|_| before.start());
+        before.ended.count(Outcome::Closed);
+        assert_eq!(before.active(), 4);
+        after.inherit(&before.totals());
+        (0..3).for_each(|_| after.adopt());
+        after.start();
+        assert_eq!((after.active(), after.started.load(Relaxed)), (4, 6));
+        (0..4).for_each(|_| after.ended.count(Outcome::Closed));
+        assert_eq!(after.active(), 0);
+        after.adopt();
+        after.adopt();
+        assert_eq!(after.active(), 1, "never below nothing");
     }
 
     #[test]

@@ -78,16 +78,16 @@ async fn serve(config: Config) -> Result<()> {
     for Weakness { what, fix } in config.weaknesses() {
         warn!(what, fix, "a connection is not protected");
     }
-    let app = tokio::select! {
-        app = App::start(config) => Some(app?),
-        () = signals.stop.recv() => None,
-    };
-    let Some(mut app) = app else {
+    let started = App::start_unless(config, signals.stop.recv()).await?;
+    let Some((mut app, is_asked_to_stop)) = started else {
         // No rules were written: they are the last step of a start.
         info!("embassy has stopped before it was started");
         return Ok(());
     };
     let (stopping, failure) = loop {
+        if is_asked_to_stop {
+            break (Stopping::Asked, None);
+        }
         tokio::select! {
             () = signals.stop.recv() => break (Stopping::Asked, None),
             _ = signals.hangup.recv() => {

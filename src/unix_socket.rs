@@ -41,9 +41,15 @@ pub(crate) fn listen(path: &Path) -> io::Result<(UnixListener, File)> {
 }
 
 impl File {
-    /// The file of a socket that another process created and handed over.
+    /// The file of a socket that another process created and hands over. It is that process's until [`File::claim`]: dropping this
+    /// leaves it.
     pub(crate) fn inherited(path: &Path) -> Self {
-        Self { path: path.to_owned(), identity: identity(path) }
+        Self { path: path.to_owned(), identity: None }
+    }
+
+    /// The file is this process's now.
+    pub(crate) fn claim(&mut self) {
+        self.identity = identity(&self.path);
     }
 
     /// Leaves the file: the socket is another process's now.
@@ -101,6 +107,21 @@ mod tests {
         fs::write(&path, "not a socket").unwrap();
         assert!(listen(&path).is_err());
         assert!(path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_file_of_another_process_goes_only_once_it_is_ours() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let (_listener, mut file) = listen(&path).unwrap();
+        drop(File::inherited(&path));
+        assert!(path.exists(), "the other process serves there");
+        let mut inherited = File::inherited(&path);
+        file.leave();
+        drop(file);
+        inherited.claim();
+        drop(inherited);
+        assert!(!path.exists());
     }
 
     #[tokio::test]

@@ -95,6 +95,15 @@ impl Listening {
     }
 }
 
+impl Listening {
+    /// The address is this process's now, if another one handed the socket over.
+    pub fn claim(&mut self) {
+        if let Listener::Unix(_, _, file) = &mut self.listener {
+            file.claim();
+        }
+    }
+}
+
 impl Admin {
     /// Starts to serve. `token_file` has the token that changes over TCP need.
     pub fn start(

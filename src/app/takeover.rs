@@ -6,7 +6,10 @@ use std::{
         unix::fs::DirBuilderExt,
     },
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -24,7 +27,7 @@ use crate::{
     proxy::{HandedOver, Proxy, ProxySettings, TakeoverError},
     table::Table,
     takeover::{
-        self, Asker, Channel, ChannelError, Door, Life, knock,
+        self, Asker, Channel, ChannelError, Door, Life, is_answered, knock,
         message::{Figures, Handle, Hello, Message, VERSION},
     },
 };
@@ -157,7 +160,7 @@ impl Predecessor {
                 if matches!(received, Ok(Some(_))) {
                     bail!(ChannelError::Unexpected("something"));
                 }
-                return match self.life.is_over().await {
+                return match self.has_ended(config).await {
                     true => Ok(None),
                     false => Err(ChannelError::Closed.into()),
                 };
@@ -225,6 +228,23 @@ impl Predecessor {
     }
 }
 
+impl Predecessor {
+    /// Whether the other process, which answers no more, has ended. One that is stopping drains its connections before.
+    async fn has_ended(&self, config: &Config) -> bool {
+        let end = Instant::now() + LEARN;
+        let path = door_path(config).unwrap_or_default();
+        loop {
+            if self.life.is_over().await {
+                return true;
+            }
+            // One that listens there is not stopping, or is another one that has taken over.
+            if Instant::now() >= end || is_answered(&path).await {
+                return false;
+            }
+        }
+    }
+}
+
 impl Taken {
     /// The next message; `None` if the other process has died.
     async fn receive(&mut self) -> Result<Option<takeover::Received>> {
@@ -288,8 +308,9 @@ impl Taken {
         }
     }
 
-    /// From here on this process serves, and the other one does not.
-    pub(super) async fn commit(&self) -> Result<()> {
+    /// From here on this process serves, and the other one does not. `committed` is set before.
+    pub(super) async fn commit(&self, committed: &AtomicBool) -> Result<()> {
+        committed.store(true, Relaxed);
         if self.died {
             return Ok(());
         }
@@ -363,6 +384,8 @@ impl App {
 
     /// Hands everything over to another process. Whether that serves now: else this one does.
     pub async fn hand_over(&mut self, (mut channel, hello): Asker) -> Result<bool> {
+        // Also what the kernel path has counted since it was asked last.
+        self.proxy.figures().refresh().await;
         let since = Instant::now();
         let capture = match self.capture.take() {
             Some(capture) => Some(capture.suspend().await.context("the capture task")?),
@@ -460,7 +483,7 @@ impl App {
             admin.leave();
         }
         if let Some(door) = self.door.take() {
-            door.leave();
+            self.alive = Some(door.leave());
         }
         if let Some(keeper) = self.keeper.take() {
             keeper.abandon();

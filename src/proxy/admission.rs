@@ -202,9 +202,10 @@ impl Worker {
     /// Holds a connection that another process held: it may be older than the route that its address has now.
     pub(super) fn hold_again(self: &Rc<Self>, socket: Socket, captured: Captured) {
         let since = Since { doubts: self.settings().lookup.doubts(), route: None };
-        self.hold_while(Waiting::Unknown, captured, socket, |ticket, socket| {
-            wait(ticket, socket, captured, since)
-        });
+        let source = captured.source.0.ip();
+        let permit = HoldPermit::of_adopted(&self.shared, Waiting::Unknown, source);
+        let ticket = self.hold(captured, socket.duplicate().ok(), permit);
+        self.run(ticket.place(), wait(ticket, socket, captured, since));
     }
 
     fn route_of(&self, captured: &Captured) -> Result<Arc<Route>, Outcome> {
@@ -257,6 +258,8 @@ async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, since: Sin
                 let is_its = since.route.as_ref().is_some_and(|one| one.number == route.number);
                 let is_certain = match doubt {
                     _ if owner::shows_sockets(&route) => false,
+                    // It was captured when the process before this one had the same route, and may have been held there.
+                    Some(_) if worker.shared.is_inherited(&route) => true,
                     Some(Doubt::Waited) => false,
                     None if is_its => true,
                     _ => !owner::has_hung_up(&socket.stream),

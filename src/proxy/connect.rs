@@ -7,8 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::net::{RecvFlags, recv};
 use socket2::SockRef;
-use tokio::{io::AsyncWriteExt, net::TcpStream, task::yield_now};
+use tokio::{
+    io::{AsyncWriteExt, Interest},
+    net::TcpStream,
+    task::yield_now,
+};
 
 use super::{
     announce,
@@ -99,7 +104,7 @@ pub(super) async fn connect(
     let Captured { source, destination, .. } = record.captured;
     let mut announcement = route.binding.descriptor.proxy.map(|version| Announcement {
         header: announce::header(version, route, source, destination),
-        bytes: Vec::new(),
+        sent: 0,
     });
     let mut excluded = Excluded::new(match settings.destinations {
         // If the user's own rules capture the host's own connections too, this connection would come back to embassy.
@@ -159,7 +164,7 @@ pub(super) async fn connect(
         let lack = opened.as_ref().err().and_then(|e| Lack::of(e, state.endpoint, settings.mark));
         match (opened, lack) {
             (Ok(stream), _) => {
-                let sent = announcement.map_or(0, |announcement| announcement.bytes.len());
+                let sent = announcement.map_or(0, |announcement| announcement.sent);
                 record.moved.up.set(sent as u64);
                 if state.succeeded(begun.elapsed()) {
                     back(worker, route, &state);
@@ -217,21 +222,30 @@ pub(super) async fn connect(
 /// The PROXY protocol header, if the binding wants it, and the consumer's first bytes.
 struct Announcement {
     header: Vec<u8>,
-    /// The consumer's first bytes: read once, and sent to whichever endpoint takes them.
-    bytes: Vec<u8>,
+    /// How many of the consumer's first bytes were sent with it.
+    sent: usize,
 }
 
 impl Announcement {
     /// The header, and what the consumer has sent by now: a request then comes in one segment with it. Nothing is waited
-    /// for, because the endpoint may be the first to speak.
+    /// for, because the endpoint may be the first to speak. Until the endpoint has taken the consumer's bytes they stay in the
+    /// consumer's socket: for the next try, or for a process that takes over meanwhile.
     async fn send(&mut self, consumer: &TcpStream, endpoint: &mut TcpStream) -> io::Result<()> {
-        if self.bytes.is_empty() {
-            let mut bytes = [0; 4096];
-            // The end of what the consumer sends, or an error, is the relay's to meet.
-            let count = consumer.try_read(&mut bytes).unwrap_or(0);
-            self.bytes.extend(bytes.iter().take(count));
+        let mut bytes = vec![0; 4096];
+        let peek = || {
+            let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+            Ok(recv(consumer, bytes.as_mut_slice(), flags)?.0)
+        };
+        // The end of what the consumer sends, or an error, is the relay's to meet.
+        let count = consumer.try_io(Interest::READABLE, peek).unwrap_or(0);
+        bytes.truncate(count);
+        endpoint.write_all(&[&self.header[..], &bytes].concat()).await?;
+        // Nothing is waited for from here to the relay. A consumer that has been reset meanwhile is the relay's to meet too.
+        if count > 0 {
+            let _ = consumer.try_read(&mut bytes);
         }
-        endpoint.write_all(&[&self.header[..], &self.bytes].concat()).await
+        self.sent = count;
+        Ok(())
     }
 }
 
@@ -347,6 +361,7 @@ mod tests {
     use std::{net::SocketAddr, rc::Rc};
 
     use tokio::{
+        io::AsyncReadExt,
         net::{TcpListener, TcpSocket},
         task::{JoinHandle, spawn_local},
         time::sleep,
@@ -399,6 +414,31 @@ mod tests {
                 }
             })
         }
+    }
+
+    #[test]
+    fn the_consumers_bytes_stay_in_its_socket_until_an_endpoint_has_taken_them() {
+        run(async {
+            let (mut client, consumer) = connection().await;
+            client.write_all(b"early").await.unwrap();
+            consumer.readable().await.unwrap();
+            let mut announcement = Announcement { header: b"header ".to_vec(), sent: 0 };
+            let (mut endpoint, _server) = connection().await;
+            endpoint.shutdown().await.unwrap();
+            announcement.send(&consumer, &mut endpoint).await.unwrap_err();
+            let (mut endpoint, mut server) = connection().await;
+            announcement.send(&consumer, &mut endpoint).await.unwrap();
+            assert_eq!(announcement.sent, 5);
+            client.write_all(b" and late").await.unwrap();
+            drop(client);
+            let (mut consumer, mut rest) = (consumer, String::new());
+            consumer.read_to_string(&mut rest).await.unwrap();
+            assert_eq!(rest, " and late");
+            drop(endpoint);
+            rest.clear();
+            server.read_to_string(&mut rest).await.unwrap();
+            assert_eq!(rest, "header early");
+        });
     }
 
     /// How many connections wait in a listener's queue (man 5 proc, `/proc/net/tcp`).

@@ -181,9 +181,8 @@ impl Connections {
 
     /// A place for a parked connection of another process.
     pub(super) fn adopt(&mut self, parked: Parked) -> Place {
-        let route = parked.record.route.number;
         let place = self.insert(State::Parked(parked));
-        self.route_lists.push_back(self.of_route.entry(route).or_default(), place);
+        self.enter_route(place);
         place
     }
 
@@ -357,6 +356,12 @@ impl Connections {
 
     /// A connection has got its route, and runs.
     fn enter_lists(&mut self, place: Place) {
+        self.enter_route(place);
+        self.running_list.push_back(&mut self.running, place);
+    }
+
+    /// A connection has its route.
+    fn enter_route(&mut self, place: Place) {
         let Some(record) = self.all.get(place.get()).and_then(Connection::record) else { return };
         let route = &record.route;
         let list = self.of_route.entry(route.number).or_default();
@@ -364,7 +369,6 @@ impl Connections {
             self.ending_with_endpoint.entry(route.query.clone()).or_default().insert(route.number);
         }
         self.route_lists.push_back(list, place);
-        self.running_list.push_back(&mut self.running, place);
     }
 
     fn leave_lists(&mut self, place: Place) {

@@ -10,7 +10,6 @@ use std::{
 };
 
 use tokio::{
-    net::TcpStream,
     task::yield_now,
     time::{sleep, timeout},
 };
@@ -102,7 +101,7 @@ impl Worker {
             match waiting {
                 Adopted::Connecting(place, live, consumer) => {
                     let ticket = Ticket::resumed(self, place, live);
-                    match adopted(consumer) {
+                    match Socket::resumed(consumer) {
                         Ok(consumer) => self.run(place, serve(ticket, consumer)),
                         Err(error) => {
                             tracing::debug!(%error, "cannot go on with a connection");
@@ -110,7 +109,7 @@ impl Worker {
                         }
                     }
                 }
-                Adopted::Held(captured, consumer) => match adopted(consumer) {
+                Adopted::Held(captured, consumer) => match Socket::resumed(consumer) {
                     Ok(consumer) => self.hold_again(consumer, captured),
                     Err(error) => tracing::debug!(%error, "cannot go on with a held connection"),
                 },
@@ -181,7 +180,7 @@ impl Worker {
         }
     }
 
-    /// Takes a connection of another process, if it has the route here that it had there, and there may be one more.
+    /// Takes a connection of another process, if it has the route here that it had there. It is open already: no limit refuses it.
     pub(super) fn adopt(&self, inherited: Inherited) -> bool {
         self.try_adopt(inherited).is_some()
     }
@@ -199,18 +198,19 @@ impl Worker {
             return Some(());
         }
         let route = self.route_of_owner(&connection)?;
+        let to = match connection.stage {
+            Stage::Open => Some((sockets.next()?, connection.endpoint?)),
+            Stage::Held | Stage::Connecting => None,
+        };
         // What it counts beyond being open was counted by the other process.
-        self.shared.count_in(&route).ok()?;
+        self.shared.count_in_adopted(&route);
+        route.counts.adopt();
         let record = record(&connection, captured, route.clone());
-        if connection.stage == Stage::Connecting {
+        let Some((endpoint, to)) = to else {
             let live = Rc::new(Live { record, requests: Requests::default() });
             let place = self.connections.borrow_mut().start(live.clone());
             self.frozen.adopted.borrow_mut().push(Adopted::Connecting(place, live, consumer));
             return Some(());
-        }
-        let (Some(endpoint), Some(to)) = (sockets.next(), connection.endpoint) else {
-            self.shared.count_out(&route);
-            return None;
         };
         let state = self.endpoint(&route, Endpoint(to));
         record.endpoint.replace(Some(state.clone()));
@@ -247,11 +247,6 @@ impl Worker {
         // One that the service does not have any more: its connections may stay.
         found.unwrap_or_else(|| Arc::new(EndpointState::new(endpoint)))
     }
-}
-
-/// A socket of another process, in this one's runtime.
-fn adopted(socket: OwnedFd) -> std::io::Result<Socket> {
-    Ok(Socket::new(TcpStream::from_std(socket.into())?))
 }
 
 fn of_captured(stage: Stage, captured: &Captured, accepted: Instant) -> Connection {
@@ -329,7 +324,7 @@ mod tests {
 
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
-        net::TcpListener,
+        net::{TcpListener, TcpStream},
         task::spawn_local,
     };
 

@@ -1,6 +1,6 @@
 //! A worker's answers about its live connections: by message, so that it shares no lock with the reader.
 
-use std::{net::SocketAddr, os::fd::OwnedFd, rc::Rc, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, os::fd::OwnedFd, rc::Rc, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, oneshot},
@@ -27,7 +27,7 @@ pub(super) enum Ask {
     /// For its live connections.
     Connections(oneshot::Sender<Vec<LiveConnection>>),
     /// For duplicates of its listeners.
-    Listeners(oneshot::Sender<Vec<OwnedFd>>),
+    Listeners(oneshot::Sender<io::Result<Vec<OwnedFd>>>),
     /// To stand still.
     Freeze(oneshot::Sender<()>),
     /// To go on.

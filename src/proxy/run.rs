@@ -58,7 +58,8 @@ pub(super) async fn run(
     tokio::select! {
         () = serve(&worker, &mut phase, older) => {}
         // None of them ever ends, unless it panics.
-        _ = accepting.join_next() => break_off(&worker),
+        // A worker without a listener has no such task.
+        Some(_) = accepting.join_next() => break_off(&worker),
         _ = others.join_next() => break_off(&worker),
     }
     drop(accepting);
@@ -106,7 +107,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::proxy::{Proxy, testing::settings};
+    use crate::proxy::{Proxy, listener, settings::ProxySettings, testing::settings};
 
     #[tokio::test]
     async fn a_part_of_a_worker_that_ends_is_noticed() {
@@ -119,5 +120,21 @@ mod tests {
         drop(tables);
         timeout(Duration::from_secs(60), proxy.failed()).await.unwrap();
         timeout(Duration::from_secs(60), proxy.ended()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_process_with_more_or_fewer_workers_continues_with_the_listeners_of_another() {
+        for (before, workers) in [(1, 3), (3, 1)] {
+            let (_tables, receiver) = watch::channel(Arc::new(Table::default()));
+            let sets = listener::open(0, before, Duration::ZERO).unwrap();
+            let sets = sets.into_iter().map(|set| set.into_iter().map(Into::into).collect());
+            let settings = ProxySettings { workers, ..settings() };
+            let mut proxy = Proxy::continuing(settings, &receiver, sets.collect()).unwrap();
+            proxy.go_on().await;
+            let failed = timeout(Duration::from_millis(50), proxy.failed()).await;
+            assert!(failed.is_err(), "{workers} workers, and listeners of {before}");
+            proxy.drain();
+            timeout(Duration::from_secs(60), proxy.ended()).await.unwrap();
+        }
     }
 }

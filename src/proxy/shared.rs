@@ -93,6 +93,12 @@ impl Shared {
         Ok(())
     }
 
+    /// Counts a live connection that another process had. It is open already, so no limit refuses it.
+    pub(super) fn count_in_adopted(&self, route: &Route) {
+        route.live_of_consumer.fetch_add(1, Relaxed);
+        self.live.fetch_add(1, Relaxed);
+    }
+
     /// Connections that one consumer may have open now.
     pub(super) fn limit_of_consumer(&self) -> usize {
         self.settings.max_connections_per_consumer.with(self.free(), self.settings.max_connections)
@@ -170,10 +176,14 @@ impl Holds {
         let free = most.saturating_sub(self.held);
         let may = free > 0 && count < (3 * free.saturating_sub(most / 4)).max(1);
         if may {
-            self.held += 1;
-            self.of_source.insert(source, count + 1);
+            self.add(source);
         }
         may
+    }
+
+    fn add(&mut self, source: IpAddr) {
+        self.held += 1;
+        *self.of_source.entry(source).or_default() += 1;
     }
 
     fn one_less(&mut self, source: IpAddr) {
@@ -201,6 +211,12 @@ impl HoldPermit {
         let most = waiting.most(shared.free());
         let may = shared.holds(waiting).one_more(source, most);
         may.then(|| Self { shared: shared.clone(), waiting, source })
+    }
+
+    /// For a connection that another process held: no limit refuses it.
+    pub(super) fn of_adopted(shared: &Arc<Shared>, waiting: Waiting, source: IpAddr) -> Self {
+        shared.holds(waiting).add(source);
+        Self { shared: shared.clone(), waiting, source }
     }
 }
 
@@ -236,6 +252,24 @@ mod tests {
         assert_eq!(shared.count_in(route), Err(Outcome::MemoryShort));
         shared.settings.memory_short.look(Use { used: 50, limit: 100 });
         assert_eq!(shared.count_in(route), Ok(()));
+    }
+
+    #[test]
+    fn no_limit_refuses_what_another_process_had() {
+        let (shared, table) = (Arc::new(shared(2, 1)), table());
+        let route = table.routes().next().unwrap();
+        (0..5).for_each(|_| shared.count_in_adopted(route));
+        assert_eq!((shared.live.load(Relaxed), shared.free()), (5, 0));
+        assert_eq!(shared.count_in(route), Err(Outcome::TooManyConnections));
+        (0..5).for_each(|_| shared.count_out(route));
+        assert_eq!(shared.count_in(route), Ok(()));
+        let source = route.key.source;
+        let adopt = |_| HoldPermit::of_adopted(&shared, Waiting::Unknown, source);
+        let adopted: Vec<_> = (0..300).map(adopt).collect();
+        assert_eq!(shared.held(), 300);
+        assert!(HoldPermit::of(&shared, Waiting::Unknown, source).is_none());
+        drop(adopted);
+        assert_eq!(shared.held(), 0);
     }
 
     #[test]

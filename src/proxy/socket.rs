@@ -172,7 +172,7 @@ impl Socket {
         self.finished = true;
     }
 
-    /// Back in the runtime, after [`Socket::leave_to_duplicate`].
+    /// Back in the runtime, after [`Socket::leave_to_duplicate`] in this process or in another one that had the socket.
     pub(super) fn resumed(socket: OwnedFd) -> io::Result<Self> {
         let stream = TcpStream::from_std(socket.into())?;
         SockRef::from(&stream).set_linger(None)?;

@@ -246,11 +246,13 @@ mod tests {
         consumer::Consumer,
         model::Endpoint,
         proxy::{
+            handover::Inherited,
             shared::Shared,
             testing::{captured, consumer, route, run, settings, table_after},
             worker::Ticket,
         },
         table::Route,
+        takeover::message::{Connection as Handed, Stage},
     };
 
     const CONSUMERS: u8 = 4;
@@ -308,6 +310,32 @@ mod tests {
             }
         }
 
+        /// A connection of the consumer's that another process had. Whether it was taken.
+        fn adopt(&self, n: u8) -> bool {
+            let table = self.worker.table.borrow().clone();
+            let Some(route) = route(&table, source(n), 80) else { return false };
+            let endpoints = table.endpoints_of(&route);
+            let Some(state) = endpoints.get(usize::from(n) % endpoints.len().max(1)) else {
+                return false;
+            };
+            let connection = Handed {
+                stage: Stage::Open,
+                source: (source(n), 1).into(),
+                destination: (source(n), 80).into(),
+                age: 0,
+                owner: route.owner(),
+                endpoint: Some(state.endpoint.0),
+                local: None,
+                connect: None,
+                tries: 1,
+                moved: [0; 2],
+                counted: [0; 2],
+                directions: None,
+            };
+            let sockets = [(); 2].map(|()| File::open("/dev/null").unwrap().into()).into();
+            self.worker.adopt(Inherited { connection, bytes: Vec::new(), sockets })
+        }
+
         /// Has the tasks end that were aborted.
         fn tasks_end(&self) {
             let all = self.worker.connections.borrow();
@@ -339,6 +367,7 @@ mod tests {
         /// Tables, of which the worker sees the last.
         Publish(Vec<(u8, u8)>),
         Open(u8, bool),
+        Adopt(u8),
         Turn,
         TasksEnd,
     }
@@ -349,6 +378,7 @@ mod tests {
             prop::collection::vec(table, 1..3).prop_map(Step::Publish),
             (0..CONSUMERS, any::<bool>()).prop_map(|(n, parked)| Step::Open(n, parked)),
             (0..CONSUMERS, any::<bool>()).prop_map(|(n, parked)| Step::Open(n, parked)),
+            (0..CONSUMERS).prop_map(Step::Adopt),
             Just(Step::Turn),
             Just(Step::TasksEnd),
         ]
@@ -366,7 +396,7 @@ mod tests {
                 let drain = if kill { "kill" } else { "keep" };
                 let mut driven = Driven::new(drain);
                 let mut newest = driven.worker.table.borrow().clone();
-                let mut opened = 0;
+                let (mut opened, mut adopted) = (0, 0);
                 for step in steps {
                     match step {
                         Step::Publish(tables) => {
@@ -380,6 +410,7 @@ mod tests {
                             driven.open(n, parked);
                             opened = driven.worker.shared.counts[0].0.started.load(Relaxed);
                         }
+                        Step::Adopt(n) => adopted += u64::from(driven.adopt(n)),
                         Step::Turn => drop(driven.worker.turn(&mut driven.sweep)),
                         Step::TasksEnd => driven.tasks_end(),
                     }
@@ -393,7 +424,7 @@ mod tests {
                     assert!(all.iter().all(|(_, one)| one.record().is_none_or(stays)));
                 }
                 let gone = driven.ended(Outcome::RouteGone) + driven.ended(Outcome::EndpointGone);
-                assert_eq!(opened, live.len() as u64 + gone);
+                assert_eq!(opened + adopted, live.len() as u64 + gone);
                 assert!(kill || driven.ended(Outcome::EndpointGone) == 0);
                 let route = live.first().filter(|_| kill);
                 let all = driven.worker.connections.borrow();

@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    io,
     os::fd::{AsFd, OwnedFd},
     sync::{PoisonError, atomic::Ordering::Relaxed},
     time::Duration,
@@ -32,6 +33,8 @@ pub enum TakeoverError {
     Channel(#[from] ChannelError),
     #[error("a worker has ended")]
     Worker,
+    #[error("cannot duplicate a listener (descriptor limit?): {0}")]
+    Listener(#[source] io::Error),
 }
 
 /// The connections that another process took, of each worker.
@@ -60,6 +63,7 @@ impl Proxy {
     /// Hands over the listeners, those of one worker after the other's.
     pub async fn hand_over_listeners(&self, channel: &Channel) -> Result<(), TakeoverError> {
         for set in self.ask_all(Ask::Listeners).await? {
+            let set = set.map_err(TakeoverError::Listener)?;
             let of = Handle::PROXY.to_owned();
             let descriptors = set.len() as u32;
             let handle = Handle { of, descriptors, ..Handle::default() };
@@ -132,7 +136,7 @@ impl Proxy {
     /// The counts of the whole process, for another one.
     pub fn totals(&self) -> ProcessFigures {
         let sum = ConnectionCounts::default();
-        self.shared.counts.iter().for_each(|counts| sum.add(&counts.0.totals()));
+        self.shared.all_counts().for_each(|counts| sum.add(&counts.totals()));
         ProcessFigures {
             outcomes: self.shared.tally.totals(),
             counts: sum.totals(),

@@ -278,10 +278,10 @@ impl Worker {
     }
 
     /// Its listeners, for another process.
-    pub(super) fn duplicate_listeners(&self) -> Vec<OwnedFd> {
+    pub(super) fn duplicate_listeners(&self) -> io::Result<Vec<OwnedFd>> {
         let listeners = self.listeners.borrow();
         let all = listeners.iter().filter_map(Weak::upgrade);
-        all.filter_map(|listener| listener.as_fd().try_clone_to_owned().ok()).collect()
+        all.map(|listener| listener.as_fd().try_clone_to_owned()).collect()
     }
 
     /// Adds what a connection moved since the last time.

@@ -96,7 +96,7 @@ impl Table {
     pub fn inherit(&self, figures: &Figures, now: Millis) {
         for RouteFigures { key, owner, counts, .. } in &figures.routes {
             if let Some(route) = self.route_of(*key, owner) {
-                route.counts.add(counts);
+                route.counts.inherit(counts);
             }
         }
         if figures.endpoints.is_empty() && figures.turns.is_empty() {

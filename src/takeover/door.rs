@@ -43,10 +43,13 @@ pub struct Door {
     listener: UnixListener,
     file: unix_socket::File,
     hello: Hello,
-    /// Both ends of a pipe to which nothing is ever written: it shows the death of this process.
-    life: (OwnedFd, OwnedFd),
+    alive: Alive,
     learners: JoinSet<Option<Asker>>,
 }
+
+/// Both ends of a pipe to which nothing is ever written: as long as it lives, this process does for those that were greeted.
+#[derive(Debug)]
+pub struct Alive((OwnedFd, OwnedFd));
 
 impl Door {
     /// Listens at `path`. Must be called within a runtime.
@@ -55,7 +58,7 @@ impl Door {
         Self::with(listener, file, hello)
     }
 
-    /// Goes on with the listener of the process before this one.
+    /// Goes on with the listener of the process before this one. Its file is that process's until [`Door::claim`].
     pub fn inherited(listener: OwnedFd, path: &Path, hello: Hello) -> io::Result<Self> {
         let listener = std::os::unix::net::UnixListener::from(listener);
         listener.set_nonblocking(true)?;
@@ -64,8 +67,8 @@ impl Door {
     }
 
     fn with(listener: UnixListener, file: unix_socket::File, hello: Hello) -> io::Result<Self> {
-        let life = pipe_with(PipeFlags::CLOEXEC)?;
-        Ok(Self { listener, file, hello, life, learners: JoinSet::new() })
+        let alive = Alive(pipe_with(PipeFlags::CLOEXEC)?);
+        Ok(Self { listener, file, hello, alive, learners: JoinSet::new() })
     }
 
     /// Waits for a process that asks this one to stand still. Cancel-safe.
@@ -92,7 +95,7 @@ impl Door {
 
     fn greet(&mut self, mut channel: Channel) {
         let hello = Hello { descriptors: 1, ..self.hello.clone() };
-        let Ok(life) = self.life.0.try_clone() else { return };
+        let Ok(life) = self.alive.0.0.try_clone() else { return };
         self.learners.spawn(async move {
             if !is_trusted(&channel) {
                 tracing::warn!(
@@ -118,9 +121,20 @@ impl Door {
         channel.send(&Message::Handle(handle), &[], &[self.listener.as_fd()]).await
     }
 
-    /// It is another process's from now on.
-    pub fn leave(mut self) {
+    /// The listener is this process's now, if another one handed it over.
+    pub fn claim(&mut self) {
+        self.file.claim();
+    }
+
+    /// It is another process's from now on. To be dropped when this process ends.
+    pub fn leave(mut self) -> Alive {
         self.file.leave();
+        self.close()
+    }
+
+    /// Nobody is answered any more. To be dropped when this process ends.
+    pub fn close(self) -> Alive {
+        self.alive
     }
 }
 
@@ -147,6 +161,11 @@ impl Life {
         }
         false
     }
+}
+
+/// Whether a process listens at `path`.
+pub async fn is_answered(path: &Path) -> bool {
+    UnixStream::connect(path).await.is_ok()
 }
 
 /// Greets the running embassy. `None`: there is none that can be taken over.
@@ -213,10 +232,16 @@ mod tests {
         assert_eq!(its.program, "new");
         drop(channel);
         assert!(asker.receive().await.unwrap().is_none());
-        assert!(!life.is_over().await, "it has only let go of this one");
-        door.leave();
+        let alive = door.leave();
         assert!(path.exists(), "the file is another's now");
+        assert!(!life.is_over().await, "it has only let go of the listener, and of this one");
+        drop(alive);
         assert!(life.is_over().await);
         assert!(knock(&path, hello("new")).await.unwrap().is_none(), "nobody listens");
+        assert!(!is_answered(&path).await);
+        let door = Door::open(&path, hello("old")).unwrap();
+        assert!(is_answered(&path).await);
+        let _alive = door.close();
+        assert!(!path.exists());
     }
 }

@@ -8,5 +8,5 @@ pub mod message;
 mod step;
 
 pub use channel::{Channel, ChannelError, Received};
-pub use door::{Asker, Door, Life, knock, namespace};
+pub use door::{Alive, Asker, Door, Life, is_answered, knock, namespace};
 pub use step::step;
