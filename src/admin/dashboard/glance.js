@@ -21,7 +21,7 @@ function tiles(s) {
     tile(s, "capture", "Capture", cap.mode === "none" ? (s.verdicts.capture === "broken" ? "nothing captured" : "your rules") : cap.in_place ? "in place" : "not in place",
       wrong(s, "capture") || (cap.mode === "none" ? "no rules of embassy" : said(cap.firewall, cap.mode, cap.scope, restored && "restored " + numbered(restored, "time")))),
     tile(s, "sources", "Sources", count(up) + " of " + count(s.sources) + " up",
-      said(s.sources_down && count(s.sources_down) + " down", s.sources_waiting && count(s.sources_waiting) + " not answered yet") || "all answer",
+      said(s.sources_down && count(s.sources_down) + " down", s.sources_waiting && count(s.sources_waiting) + " not answered yet") || wrong(s, "sources") || "all answer",
       "#sources" + (s.sources_down ? "?state=down" : s.sources_waiting ? "?state=waiting" : "")),
     tile(s, "bindings", "Problems", count(s.problems), s.problems ? "bindings without all their routes" : "every binding has its routes",
       "#bindings" + (s.problems ? "?state=problem" : "")),
