@@ -81,7 +81,9 @@ enum Fault {
 /// The words of faults, in lower case. The first that fits counts: those that stand beside others come first.
 const WORDS: &[(Fault, &[&str])] = &[
     (Fault::Own, &["a fault of embassy's own"]),
-    (Fault::EmptyToken, &["is empty", "has a character that tokens cannot have"]),
+    // Such an error repeats the line of the file.
+    (Fault::NotToml, &["toml parse error"]),
+    (Fault::EmptyToken, &["has a character that tokens cannot have"]),
     (Fault::NoResolver, &["/etc/resolv.conf"]),
     (Fault::NoAddress, &["has no address", "cannot resolve"]),
     (
@@ -134,7 +136,7 @@ const WORDS: &[(Fault, &[&str])] = &[
         ],
     ),
     (Fault::NoDatacentre, &["no path to datacenter"]),
-    (Fault::NoLeader, &["no leader", "no cluster leader", "leader", "raft"]),
+    (Fault::NoLeader, &["leader", "leadership", "raft"]),
     (Fault::NoV2, &["no v2 api"]),
     (
         Fault::NoLogin,
@@ -157,11 +159,11 @@ const WORDS: &[(Fault, &[&str])] = &[
             "403 forbidden",
             "permission denied: ",
             "etcdserver: permission denied",
+            "rpc error making call: permission denied",
             "may not read",
-            "rpc error",
         ],
     ),
-    (Fault::TooMany, &["429", "too many requests", "503 service unavailable"]),
+    (Fault::TooMany, &["http status code 429", "too many requests", "503 service unavailable"]),
     (
         Fault::OtherProtocol,
         &[
@@ -213,10 +215,7 @@ const WORDS: &[(Fault, &[&str])] = &[
         &["expected a regular file", "is a directory", "is a folder", "not a regular file"],
     ),
     (Fault::NoRight, &["permission denied", "operation not permitted"]),
-    (
-        Fault::NotToml,
-        &["toml parse error", "expected", "unknown field", "missing field", "invalid type"],
-    ),
+    (Fault::NotToml, &["expected", "unknown field", "missing field", "invalid type"]),
     (
         Fault::Late,
         &[
@@ -234,6 +233,7 @@ const WORDS: &[(Fault, &[&str])] = &[
         &[
             "connection reset",
             "connection closed",
+            "peer closed connection",
             "broken pipe",
             "eof",
             "the stream ended",
@@ -248,19 +248,82 @@ const WORDS: &[(Fault, &[&str])] = &[
             "connection error",
         ],
     ),
+    // What a server says to be empty is no token.
+    (Fault::EmptyToken, &["is empty"]),
 ];
 
 impl Fault {
-    fn of(error: &str) -> Self {
-        let error = error.to_lowercase();
-        let fits = |words: &[&str]| words.iter().any(|word| error.contains(word));
+    fn of(kind: Kind, error: &str) -> Self {
+        let error = without_names(kind, error).to_lowercase();
+        let fits = |words: &[&str]| words.iter().any(|words| says(&error, words));
         WORDS.iter().find(|(_, words)| fits(words)).map_or(Self::Unknown, |(fault, _)| *fault)
     }
 }
 
+/// An error without what it only names: addresses, the paths of files, the names that DNS was asked for, and all that is in quotation
+/// marks. Such names may hold any word. What a server answered is in quotation marks too, after its status, and stays.
+fn without_names(kind: Kind, error: &str) -> String {
+    let error = match error.split_once(": ") {
+        Some((what, reason)) if kind == Kind::Dns && what.contains(" from ") => reason,
+        _ => error,
+    };
+    let is_name = |word: &str| word.contains("://") || kind == Kind::File && word.starts_with('/');
+    let bare = |word| match is_name(word) {
+        true if word.ends_with(':') => ":",
+        true => "",
+        false => word,
+    };
+    let text = error.split(' ').map(bare).collect::<Vec<_>>().join(" ");
+    let mut kept = String::with_capacity(text.len());
+    let mut rest = text.as_str();
+    while let Some((before, quoted)) = rest.split_once('"') {
+        kept.push_str(before);
+        let phrase = before.rsplit(": ").next().unwrap_or_default();
+        let status = phrase.split(' ').find(|word| !word.is_empty()).unwrap_or_default();
+        if status.len() == 3 && status.parse::<u16>().is_ok() {
+            kept.push_str(quoted);
+            return kept;
+        }
+        rest = match end_of_quoted(quoted) {
+            Some(end) => quoted.get(end + 1..).unwrap_or_default(),
+            None => quoted,
+        };
+    }
+    kept + rest
+}
+
+/// The place of the quotation mark that ends a quoted text, as `{:?}` writes it.
+fn end_of_quoted(text: &str) -> Option<usize> {
+    let mut is_escaped = false;
+    text.bytes().position(|byte| {
+        let is_end = byte == b'"' && !is_escaped;
+        is_escaped = byte == b'\\' && !is_escaped;
+        is_end
+    })
+}
+
+/// Whether these words stand in a text, and not as parts of longer ones.
+fn says(text: &str, words: &str) -> bool {
+    let is_part = |c: char| c.is_alphanumeric() || "-_/".contains(c);
+    let begins_word = words.starts_with(char::is_alphanumeric);
+    let ends_word = words.ends_with(char::is_alphanumeric);
+    text.match_indices(words).any(|(at, _)| {
+        let before = text.get(..at).and_then(|before| before.chars().next_back());
+        let mut after = text.get(at + words.len()..).unwrap_or_default().chars();
+        let goes_on = match after.next() {
+            // A name goes on after a dot, a sentence does not.
+            Some('.') => after.next().is_some_and(is_part),
+            next => next.is_some_and(is_part),
+        };
+        let is_begun = before.is_some_and(|c| is_part(c) || c == '.');
+        !(begins_word && is_begun || ends_word && goes_on)
+    })
+}
+
 /// What to do about the error of a source of this name.
 pub(crate) fn of(source: &str, error: &str) -> &'static str {
-    fix(Kind::of(source), Fault::of(error))
+    let kind = Kind::of(source);
+    fix(kind, Fault::of(kind, error))
 }
 
 #[expect(clippy::too_many_lines, reason = "a table")]
@@ -425,10 +488,10 @@ fn fix(kind: Kind, fault: Fault) -> &'static str {
             "name a file in -discovery, not a folder: file:///etc/embassy/services.toml"
         }
         (Fault::NoRight, File) => {
-            "let embassy's user read the file and its folders (chmod, chown): the image runs as user 65532"
+            "let embassy's user read the file and its folders (chmod, chown): the image runs as user 59990 unless --user names another"
         }
         (Fault::NotToml | Fault::OtherProtocol, File) => {
-            "correct the file at the line that the error names: [[service]] with name and endpoints, as in the README under Discovery"
+            "correct the file at the line that the error names: [[service]] with name and endpoints, as in docs/reference.md under Discovery"
         }
         (Fault::MissingFile | Fault::NoRight, Engine) => {
             "mount the engine's socket or certificates where embassy looks for them, and let embassy's user read them (--group-add, DOCKER_CERT_PATH)"
@@ -439,7 +502,7 @@ fn fix(kind: Kind, fault: Fault) -> &'static str {
         (Fault::MissingFile | Fault::NoRight, _) => {
             "mount the file that the error names into embassy's container, and let embassy's user read it (-etcd-cacert, -etcd-cert, -etcd-keycert)"
         }
-        (Fault::EmptyToken, _) => {
+        (Fault::EmptyToken, Consul) => {
             "write the token alone into CONSUL_HTTP_TOKEN or the token file, as consul acl token create prints it (SecretID)"
         }
 
@@ -642,6 +705,90 @@ mod tests {
             ),
         ] {
             assert!(of(source, error).contains(words), "{source}: {error}: {}", of(source, error));
+        }
+    }
+
+    /// A service, a host or a file may have any name.
+    #[test]
+    fn the_words_of_a_fault_in_a_name_are_none() {
+        const REFUSED: &str =
+            "client error (Connect): tcp connect error: Connection refused (os error 111)";
+        let refused = |url: &str| format!("GET {url}: error sending request: {REFUSED}");
+        let service = |name: &str| refused(&format!("http://c:8500/v1/health/service/{name}"));
+        for (source, error, words) in [
+            ("consul leader", service("leader"), "start Consul"),
+            ("consul", refused("http://c:8500/v1/status/leader?wait=429s"), "start Consul"),
+            ("consul raft", service("raft-eof"), "start Consul"),
+            ("consul", refused("http://leader:8500/v1"), "start Consul"),
+            (
+                "consul timeout",
+                "GET http://c:8500/v1/health/service/timeout: 500 Internal Server Error \"rpc error making call: No cluster leader\"".to_owned(),
+                "quorum of the Consul",
+            ),
+            (
+                "consul",
+                "GET http://c:8500/v1: 500 Internal Server Error \"rpc error getting client: failed to get conn: EOF\"".to_owned(),
+                "log of the Consul agent",
+            ),
+            (
+                "consul",
+                "GET http://c:8500/v1: 500 Internal Server Error \"rpc error making call: Permission denied\"".to_owned(),
+                "service:read",
+            ),
+            (
+                "consul",
+                "GET http://c:8500/v1: 500 Internal Server Error \"leadership lost while committing log\"".to_owned(),
+                "quorum of the Consul",
+            ),
+            (
+                "consul",
+                "GET https://c:8501/v1: error sending request: connection error: peer closed connection without sending TLS close_notify: https://docs.rs/rustls/latest/rustls/manual/_03_howto/index.html#unexpected-eof".to_owned(),
+                of("consul", "GET http://c:8500/v1: error sending request: connection reset"),
+            ),
+            (
+                "consul",
+                "GET http://leader:8500/v1: error sending request: client error (Connect): dns error: \"leader.eof\" has no address in DNS".to_owned(),
+                "name in -discovery",
+            ),
+            (
+                "etcd",
+                "etcd v3 at http://e:2379: range \"/s\": etcdserver: user name is empty".to_owned(),
+                "ETCD_USERNAME",
+            ),
+            (
+                "etcd /leader",
+                "etcd v3 at http://raft:2379: range \"/leader/\\\"raft\": etcdserver: permission denied".to_owned(),
+                "grant-permission",
+            ),
+            (
+                "etcd",
+                "etcd v3 at http://e:2379: range \"/raft\": etcdserver: leader changed".to_owned(),
+                "quorum of the etcd",
+            ),
+            (
+                "provider",
+                "container 0429eof3429 of tcp://d:2375: 500 Internal Server Error: rpc error: code = Unknown".to_owned(),
+                "log of the engine",
+            ),
+            (
+                "docker leader",
+                format!("container leader of unix:///run/429/eof.sock: {REFUSED}").replace("leader of", "a of"),
+                "start the engine",
+            ),
+            ("file leader", "/etc/leader/429: Permission denied (os error 13)".to_owned(), "embassy's user"),
+            (
+                "file web",
+                "/etc/s.toml: TOML parse error at line 3, column 1\n3 | leader = \"is empty\"\nunknown field `leader`".to_owned(),
+                "at the line",
+            ),
+            (
+                "dns leader port 80",
+                "SRV of leader from 127.0.0.1:53: Connection refused".to_owned(),
+                "start the DNS server",
+            ),
+            ("dns eof port 80", "SRV of eof from 127.0.0.1:429: Server Failure".to_owned(), "dig"),
+        ] {
+            assert!(of(source, &error).contains(words), "{source}: {error}: {}", of(source, &error));
         }
     }
 

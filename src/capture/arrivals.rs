@@ -8,8 +8,9 @@ pub(super) struct Arrivals {
     /// Of those that arrived by then, those that never passed.
     lost: u64,
     dropped: bool,
-    /// None passed since the first of those that were lost last.
-    none_passes: bool,
+    /// Some passed since others' rules were last found changed, and some were lost.
+    passed_since: bool,
+    lost_since: bool,
     /// Some passed and none was lost, since the last doubt.
     passing: bool,
 }
@@ -24,15 +25,20 @@ impl Arrivals {
         match (before, counts) {
             (Some(before), Some(now)) => {
                 let lost = missing(before).min(missing(now));
-                self.none_passes = now.1 == before.1 && (self.none_passes || !self.dropped);
+                self.passed_since |= now.1 > before.1;
                 if lost > self.lost {
-                    (self.dropped, self.passing) = (true, false);
+                    (self.dropped, self.passing, self.lost_since) = (true, false, true);
                 } else if now.1 > before.1 && missing(now) <= self.lost {
                     (self.dropped, self.passing) = (false, true);
                 }
                 self.lost = lost;
             }
-            _ => *self = Self { dropped: self.dropped && counts.is_some(), ..Self::default() },
+            // That says nothing of others' rules.
+            _ => {
+                let Self { passed_since, lost_since, .. } = *self;
+                let dropped = self.dropped && counts.is_some();
+                *self = Self { dropped, passed_since, lost_since, ..Self::default() };
+            }
         }
         self.before = counts;
         self.dropped
@@ -47,7 +53,7 @@ impl Arrivals {
     /// Others have new rules: what passed before says nothing of them. `counts`: what they are now.
     pub(super) fn doubt(&mut self, counts: Option<(u64, u64)>) {
         self.are_dropped(counts);
-        self.passing = false;
+        (self.passing, self.passed_since, self.lost_since) = (false, false, false);
     }
 
     /// Whether it is known that captured connections pass.
@@ -60,9 +66,10 @@ impl Arrivals {
         self.dropped
     }
 
-    /// Whether they are dropped, and none has passed since that began.
+    /// Whether some were dropped since others' rules were last found changed, and none has passed since: one consumer that others'
+    /// rules turn away says nothing of those whose connections passed.
     pub(super) fn none_passes(&self) -> bool {
-        self.dropped && self.none_passes
+        self.dropped && self.lost_since && !self.passed_since
     }
 }
 
@@ -125,24 +132,33 @@ mod tests {
     }
 
     #[test]
-    fn whether_all_or_some_are_dropped_is_known() {
+    fn all_are_dropped_only_if_none_passed_since_others_changed_their_rules() {
         let mut arrivals = Arrivals::default();
-        let mut told = |counts| {
+        let told = |arrivals: &mut Arrivals, counts| {
             arrivals.are_dropped(Some(counts));
             (arrivals.dropped(), arrivals.none_passes())
         };
-        assert_eq!(told((4, 4)), (false, false));
-        // Others passed at the same time.
-        assert_eq!(told((7, 5)), (false, false));
-        assert_eq!(told((8, 6)), (true, false));
-        assert_eq!(told((9, 6)), (true, false));
-        assert_eq!(told((12, 10)), (false, false), "they pass");
-        // From now on none.
-        assert_eq!(told((14, 10)), (false, false), "they may be on their way");
-        assert_eq!(told((15, 10)), (true, true));
-        assert_eq!(told((15, 10)), (true, true));
-        assert_eq!(told((17, 11)), (true, false), "one has passed");
-        assert_eq!(told((17, 11)), (true, false));
+        assert_eq!(told(&mut arrivals, (4, 4)), (false, false));
+        assert_eq!(told(&mut arrivals, (5, 5)), (false, false));
+        // One consumer alone is turned away, while no other one connects.
+        assert_eq!(told(&mut arrivals, (7, 5)), (false, false), "they may be on their way");
+        assert_eq!(told(&mut arrivals, (8, 5)), (true, false));
+        assert_eq!(told(&mut arrivals, (9, 5)), (true, false));
+        assert_eq!(told(&mut arrivals, (9, 5)), (true, false));
+        assert_eq!(told(&mut arrivals, (13, 9)), (false, false), "others pass");
+        // Those that were lost before the change say nothing of it.
+        assert_eq!(told(&mut arrivals, (14, 9)), (false, false));
+        assert_eq!(told(&mut arrivals, (14, 9)), (true, false));
+        arrivals.doubt(Some((14, 9)));
+        assert_eq!(told(&mut arrivals, (14, 9)), (true, false));
+        assert_eq!(told(&mut arrivals, (16, 9)), (true, false), "they may be on their way");
+        assert_eq!(told(&mut arrivals, (16, 9)), (true, true));
+        assert_eq!(told(&mut arrivals, (18, 10)), (true, false), "one has passed");
+        assert_eq!(told(&mut arrivals, (19, 10)), (true, false));
+        assert_eq!(told(&mut arrivals, (19, 10)), (true, false), "it did, since the rules are so");
+        // The counts begin again, and the rules are the same.
+        assert_eq!(told(&mut arrivals, (2, 0)), (true, false));
+        assert_eq!(told(&mut arrivals, (2, 0)), (true, false));
     }
 
     #[test]

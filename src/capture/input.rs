@@ -10,6 +10,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
+    net::IpAddr,
 };
 
 use super::{
@@ -55,7 +56,7 @@ pub struct Captured {
 
 impl Captured {
     /// Those that arrive at these addresses of this host.
-    pub fn at(port: u16, vips: &BTreeSet<std::net::IpAddr>) -> Self {
+    pub fn at(port: u16, vips: &BTreeSet<IpAddr>) -> Self {
         let all = if_addrs::get_if_addrs().unwrap_or_default();
         let bridges = all.into_iter().filter(|interface| vips.contains(&interface.ip()));
         Self { port, bridges: bridges.map(|interface| interface.name).collect() }
@@ -113,6 +114,19 @@ impl Listings {
         self.tables(captured).iter().flat_map(|table| table.barriers(captured.port)).collect()
     }
 
+    /// Whether chains that can be read stop captured connections to addresses of each family that these have.
+    pub(super) fn bar_all(&self, captured: &Captured, addresses: &BTreeSet<IpAddr>) -> bool {
+        let (mut v4, mut v6) = (false, false);
+        for table in self.tables(captured) {
+            if table.barriers(captured.port).next().is_some() {
+                let family = table.name.split(' ').next().unwrap_or_default();
+                v4 |= family != "ip6";
+                v6 |= family != "ip";
+            }
+        }
+        addresses.iter().all(|address| if address.is_ipv4() { v4 } else { v6 })
+    }
+
     /// The rule that probably drops captured connections, which are known to be dropped although no chain has to be in their way.
     pub(super) fn suspect(&self, captured: &Captured) -> Barrier {
         let tables = self.tables(captured);
@@ -156,9 +170,10 @@ impl Listings {
 }
 
 /// Where the kernel names the tables of the older iptables.
-const LEGACY_TABLES: [&str; 2] = ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"];
+pub(super) const LEGACY_TABLES: [&str; 2] =
+    ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"];
 
-fn legacy_tables(names: &str) -> String {
+pub(super) fn legacy_tables(names: &str) -> String {
     std::fs::read_to_string(names).unwrap_or_default()
 }
 
@@ -417,12 +432,7 @@ fn nft_tables<'a>(ruleset: &'a str, captured: &Captured) -> Vec<Table<'a>> {
     // Bridges and devices have an input of their own, which is before the connection is translated.
     tables.retain(|table| ["ip ", "ip6 ", "inet "].iter().any(|of| table.name.starts_with(of)));
     // Ours refuse only what is not captured. The program may show the owner behind the name.
-    tables.retain(|table| {
-        let mut words = table.name.split(' ');
-        let (family, name) = (words.next(), words.next().unwrap_or_default());
-        let is_ours = name == NAME || name == COUNTS || name.starts_with(DRAINING);
-        !(family == Some("inet") && is_ours)
-    });
+    tables.retain(|table| !is_ours(table.name));
     for table in tables.iter_mut().filter(|table| table.program().is_some()) {
         // As iptables itself writes it.
         for chain in table.chains.values_mut().filter(|chain| chain.policy == "drop") {
@@ -432,8 +442,16 @@ fn nft_tables<'a>(ruleset: &'a str, captured: &Captured) -> Vec<Table<'a>> {
     tables
 }
 
+/// Whether a table is one of embassy's, by its family and name, whatever follows these.
+pub(super) fn is_ours(table: &str) -> bool {
+    let mut words = table.split(' ');
+    let (family, name) = (words.next(), words.next().unwrap_or_default());
+    let is_ours = name == NAME || name == COUNTS || name.starts_with(DRAINING);
+    family == Some("inet") && is_ours
+}
+
 /// The words of a rule. What is in quotation marks is one, and so is a list in braces.
-fn words(rule: &str) -> Vec<&str> {
+pub(super) fn words(rule: &str) -> Vec<&str> {
     let mut words = Vec::new();
     let mut rest = rule.trim_start();
     while let Some(first) = rest.chars().next() {

@@ -28,9 +28,9 @@ mod kernel;
 use kernel::{Entry, Kernel};
 
 /// What arrives.
-const PREROUTING: Entry = Entry { name: "PREROUTING", chain: "EMBASSY" };
+const PREROUTING: Entry = Entry { name: "PREROUTING", chain: super::rules::CHAINS[0] };
 /// The host's own connections.
-const OUTPUT: Entry = Entry { name: "OUTPUT", chain: "EMBASSY_OUTPUT" };
+const OUTPUT: Entry = Entry { name: "OUTPUT", chain: super::rules::CHAINS[1] };
 
 const ENTRIES: [Entry; 2] = [PREROUTING, OUTPUT];
 

@@ -9,8 +9,10 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
+    input::{self, LEGACY_TABLES, words},
+    nft,
     program::{Program, ProgramError},
-    rules::Hook,
+    rules::{CHAINS, Hook},
 };
 
 /// A rule that leads connections to a port.
@@ -94,62 +96,160 @@ impl Ports {
     }
 }
 
-/// All such rules, except those of embassy. Only reads. The error says why they cannot be read.
+/// All such rules, except those of embassy. Only reads. The error says why they cannot be read, or not all of them.
 pub async fn read() -> Result<Vec<Lead>, String> {
     let mut leads = Vec::new();
     let mut shown = Vec::new();
-    let (mut missing, mut denied) = (0, None);
-    let programs = [("iptables", "iptables-save"), ("ip6tables", "ip6tables-save")];
-    for (program, save) in programs {
-        match Program(save).run(&["-t", "nat"], "").await {
-            Ok(saved) => {
-                leads.extend(in_iptables(&saved, program));
-                // A table that iptables cannot show is read from nft.
-                if saved.contains("*nat") {
-                    shown.push(if program == "iptables" { "ip nat" } else { "ip6 nat" });
-                }
-            }
-            Err(error) if error.is_missing() => missing += 1,
+    let mut missing = 0;
+    for (Names { program, save, legacy, legacy_save, table }, names) in
+        NAMES.into_iter().zip(LEGACY_TABLES)
+    {
+        let nat = ["-t", "nat"];
+        let saved = Program(save).run(&nat, "").await;
+        // Afterwards, because the older iptables makes its table if it is asked for it.
+        let is_old = input::legacy_tables(names).lines().any(|name| name == "nat");
+        let old = match is_old {
+            true => Some(Program(legacy_save).run(&nat, "").await),
+            false => None,
+        };
+        missing += usize::from(saved.as_ref().is_err_and(ProgramError::is_missing));
+        let saved = match saved {
+            Err(error) if error.is_missing() => None,
             // A kernel without IPv6 has no rules for it.
-            Err(_) if program == "ip6tables" => {}
-            Err(error) => denied = Some(error),
-        }
+            Err(_) if table == "ip6 nat" && !is_old => None,
+            saved => Some(saved.map_err(|error| error.to_string())?),
+        };
+        let old = match old {
+            // There is one program only, which is the older one.
+            Some(Err(error)) if error.is_missing() => match &saved {
+                Some(_) if !is_of_nft(save).await => saved.clone(),
+                _ => {
+                    let what = "the older iptables has a table nat here";
+                    return Err(format!("{what}, and {legacy_save} is not installed"));
+                }
+            },
+            Some(old) => Some(old.map_err(|error| error.to_string())?),
+            None => None,
+        };
+        let (found, is_shown) = both(saved.as_deref(), old.as_deref(), program, legacy);
+        leads.extend(found);
+        // A table that iptables cannot show is read from nft.
+        shown.extend(is_shown.then_some(table));
     }
     match Program("nft").run(&["-s", "-t", "list", "ruleset"], "").await {
         Ok(ruleset) => leads.extend(in_nft(&ruleset, &shown)),
-        Err(error) if error.is_missing() => missing += 1,
-        Err(error) => denied = Some(error),
+        Err(error) if error.is_missing() && missing == NAMES.len() => {
+            return Err("neither nft nor iptables is installed".to_owned());
+        }
+        Err(error) if error.is_missing() => {
+            let chains = match nft::base_chains() {
+                // A kernel without nf_tables has no rules of it.
+                Err(error) if error.is_missing() => Vec::new(),
+                chains => chains.map_err(|error| format!("nft is not installed, and {error}"))?,
+            };
+            let names = chains.iter().filter(|chain| chain.kind == "nat");
+            if let Some(chain) = unseen(names.map(|chain| &*chain.name), &shown) {
+                return Err(format!(
+                    "nft is not installed, which shows the rules of chain {chain}"
+                ));
+            }
+        }
+        Err(error) => return Err(error.to_string()),
     }
-    match denied.as_ref().map(ProgramError::to_string) {
-        Some(error) => Err(error),
-        None if missing > programs.len() => Err("neither nft nor iptables is installed".to_owned()),
-        None => Ok(leads),
+    Ok(leads)
+}
+
+/// The programs of iptables for a family of addresses, and the table of nft that the newer one writes.
+struct Names {
+    program: &'static str,
+    save: &'static str,
+    legacy: &'static str,
+    legacy_save: &'static str,
+    table: &'static str,
+}
+
+const NAMES: [Names; 2] = [
+    Names {
+        program: "iptables",
+        save: "iptables-save",
+        legacy: "iptables-legacy",
+        legacy_save: "iptables-legacy-save",
+        table: "ip nat",
+    },
+    Names {
+        program: "ip6tables",
+        save: "ip6tables-save",
+        legacy: "ip6tables-legacy",
+        legacy_save: "ip6tables-legacy-save",
+        table: "ip6 nat",
+    },
+];
+
+/// Whether a program of iptables writes rules of nf_tables; one that does not say so is the older one.
+async fn is_of_nft(save: &'static str) -> bool {
+    Program(save).run(&["-V"], "").await.is_ok_and(|version| version.contains("nf_tables"))
+}
+
+/// The rules that iptables shows, and those that the older one does, by the programs of these names; and whether those of its
+/// table in nft are among them. Often both programs are the same one.
+fn both(saved: Option<&str>, old: Option<&str>, program: &str, legacy: &str) -> (Vec<Lead>, bool) {
+    let of = |text: Option<&str>, program| in_iptables(text.unwrap_or_default(), program);
+    let mut leads = of(saved, program);
+    if old.is_some() && (saved.is_none() || of(old, program) != leads) {
+        leads.extend(of(old, legacy));
+    } else if old.is_some() {
+        return (leads, false);
     }
+    (leads, saved.is_some_and(|saved| saved.contains("*nat")))
+}
+
+/// The first of these chains, by family, table and name, that no program showed.
+fn unseen<'a>(mut chains: impl Iterator<Item = &'a str>, shown: &[&str]) -> Option<&'a str> {
+    let is_shown = |chain: &str| {
+        shown
+            .iter()
+            .any(|table| chain.strip_prefix(table).is_some_and(|name| name.starts_with(' ')))
+    };
+    chains.find(|chain| !input::is_ours(chain) && !is_shown(chain))
 }
 
 /// The rules in the text of `iptables-save -t nat`.
 pub fn in_iptables(saved: &str, program: &str) -> Vec<Lead> {
     let lead = |line: &str| {
-        let rule = line.strip_prefix("-A ").filter(|rule| !rule.starts_with("EMBASSY"))?;
-        let after = |name: &str| rule.split_once(&format!(" {name} "))?.1.split(' ').next();
-        if after("-p").is_some_and(|protocol| protocol != "tcp") {
+        let rule = line.strip_prefix("-A ")?;
+        let words = words(rule);
+        let (chain, words) = words.split_first()?;
+        if CHAINS.contains(chain) {
             return None;
+        }
+        // The word after that of this name, and whether the condition is negated.
+        let said = |name: &str| {
+            let at = words.iter().position(|word| *word == name)?;
+            let is_negated = at.checked_sub(1).and_then(|at| words.get(at)) == Some(&"!");
+            Some((*words.get(at + 1)?, is_negated))
+        };
+        let after =
+            |name: &str| said(name).filter(|(_, is_negated)| !is_negated).map(|(word, _)| word);
+        match said("-p") {
+            Some(("tcp", true)) => return None,
+            Some((protocol, false)) if !matches!(protocol, "tcp" | "6" | "all") => return None,
+            _ => {}
         }
         let (address, to) = match after("-j")? {
             "REDIRECT" => (None, Ports::read(after("--to-ports")?)),
             "DNAT" => target(after("--to-destination")?)?,
             _ => return None,
         };
-        let is_negated = ["--dport", "--dports"].iter().any(|of| rule.contains(&format!("! {of}")));
-        let from = after("--dport").or_else(|| after("--dports")).filter(|_| !is_negated);
         Some(Lead {
             rule: format!("{program} -t nat -A {rule}"),
             removal: format!("{program} -t nat -D {rule}"),
             address,
             to,
-            from: from.map_or_else(Ports::all, Ports::read),
-            destination: after("-d").filter(|_| !rule.contains("! -d ")).and_then(network),
-            hook: match rule.split(' ').next()? {
+            from: after("--dport")
+                .or_else(|| after("--dports"))
+                .map_or_else(Ports::all, Ports::read),
+            destination: after("-d").and_then(network),
+            hook: match *chain {
                 "PREROUTING" => Some(Hook::Prerouting),
                 "OUTPUT" => Some(Hook::Output),
                 _ => None,
@@ -175,17 +275,11 @@ pub fn in_nft(ruleset: &str, shown: &[&str]) -> Vec<Lead> {
                 .into_iter()
                 .find(|hook| line.contains(&format!(" hook {} ", hook.nft())));
         }
-        let is_ours =
-            table.split(' ').nth(1).is_some_and(|name| name.starts_with(super::rules::NAME));
         let is_udp = line.contains("udp") && !line.contains("tcp");
-        if is_ours || shown.contains(&table) || is_udp {
+        if input::is_ours(table) || shown.contains(&table) || is_udp {
             continue;
         }
-        let translation = ["redirect to ", "dnat to ", "dnat ip to ", "dnat ip6 to "];
-        let Some((asks, to)) = translation.iter().find_map(|word| line.split_once(word)) else {
-            continue;
-        };
-        let Some((address, to)) = to.split(' ').next().and_then(target) else { continue };
+        let Some((asks, (address, to))) = translation(line) else { continue };
         leads.push(Lead {
             rule: format!("nft add rule {table} {chain} {line}"),
             removal: format!("nft -a list chain {table} {chain}, then nft delete rule {table} {chain} handle <number>"),
@@ -200,6 +294,40 @@ pub fn in_nft(ruleset: &str, shown: &[&str]) -> Vec<Lead> {
         });
     }
     leads
+}
+
+/// What a rule of nft asks for, and where it leads. `None` if it translates no destination, or leaves the port as it was. What
+/// cannot be read may lead to any port of this host.
+fn translation(line: &str) -> Option<(&str, (Option<IpAddr>, Ports))> {
+    let unknown = (None, Ports::all());
+    // As rules are shown that iptables wrote and nft does not know.
+    for target in ["xt target \"REDIRECT\"", "xt target \"DNAT\"", "# xt_REDIRECT", "# xt_DNAT"] {
+        if let Some((asks, _)) = line.split_once(target) {
+            return Some((asks, unknown));
+        }
+    }
+    let words = words(line);
+    let at = words.iter().position(|word| matches!(*word, "dnat" | "redirect"))?;
+    let (asks, _) = line.split_once(words.get(at)?)?;
+    let rest = words.get(at + 1..).unwrap_or_default();
+    let to = rest.iter().position(|word| *word == "to");
+    let (how, to) = match to {
+        Some(to) => (rest.get(..to).unwrap_or_default(), rest.get(to + 1..).unwrap_or_default()),
+        // To the same port of this host.
+        None => return None,
+    };
+    let target = match (how, to) {
+        // An address and a port, together.
+        (_, [address, ".", port, more @ ..]) if !more.contains(&"map") => {
+            match address.parse::<IpAddr>() {
+                Ok(address) => (Some(address), Ports::read(port)),
+                Err(_) => unknown,
+            }
+        }
+        ([] | ["ip" | "ip6"], [first, ..]) => target(first)?,
+        _ => unknown,
+    };
+    Some((asks, target))
 }
 
 /// An address, or a network.
@@ -288,6 +416,18 @@ mod tests {
             let leads = in_iptables(&format!("-A {rule}\n"), "iptables");
             assert_eq!(taken(&leads), [expected], "{rule}");
         }
+        // A negated protocol, and a comment that looks like a target.
+        for (rule, expected) in [
+            ("OUTPUT ! -p udp -j DNAT --to-destination 172.17.0.1:9999", "79h 80h 81h 92h 443h"),
+            (
+                "OUTPUT -p tcp -m comment --comment \"a -j b\" -m tcp --dport 80 -j REDIRECT --to-ports 9999",
+                "80h",
+            ),
+            ("EMBASSY_MINE -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999", "80"),
+        ] {
+            let leads = in_iptables(&format!("-A {rule}\n"), "iptables");
+            assert_eq!(taken(&leads), [expected], "{rule}");
+        }
         // The port stays as it was.
         assert!(
             in_iptables("-A PREROUTING -p tcp -j DNAT --to-destination 1.2.3.4\n", "iptables")
@@ -342,6 +482,14 @@ mod tests {
             ("ip protocol tcp dnat to tcp dport map { 80 : 1.2.3.4 . 9999 }", all),
             ("tcp dport 443 dnat to 172.17.0.1:9000-9999", "443c"),
             ("tcp dport 443 dnat ip to 172.17.0.2:9999", ""),
+            ("dnat ip addr . port to ip daddr . tcp dport map @m", all),
+            ("tcp dport 80 dnat ip addr . port to 172.17.0.1 . 9999", "80c"),
+            ("tcp dport 80 dnat ip addr . port to 172.17.0.2 . 9999", ""),
+            ("tcp dport 80 dnat ip to tcp dport map { 80 : 172.17.0.1 . 9999 }", "80c"),
+            ("tcp dport 80 dnat ip prefix to ip daddr map @m", "80c"),
+            ("tcp dport 80 xt target \"DNAT\"", "80c"),
+            ("tcp dport 80 counter packets 0 bytes 0 # xt_REDIRECT", "80c"),
+            ("tcp dport 80 dnat to 172.17.0.1:9999 comment \"my dnat to it\"", "80c"),
         ] {
             let leads = in_nft(&format!("{chain}\t\t{rule}\n\t}}\n}}\n"), &[]);
             assert_eq!(taken(&leads), [expected], "{rule}");
@@ -380,6 +528,41 @@ mod tests {
     }
 
     #[test]
+    fn rules_of_both_iptables_are_found_each_once() {
+        let rule = |port: u16| {
+            format!("*nat\n-A PREROUTING -p tcp -j REDIRECT --to-ports {port}\nCOMMIT\n")
+        };
+        let (one, two, none) = (rule(1), rule(2), "*nat\nCOMMIT\n".to_owned());
+        let of = |saved: Option<&String>, old: Option<&String>| {
+            let (saved, old) = (saved.map(|text| &**text), old.map(|text| &**text));
+            let (leads, is_shown) = both(saved, old, "iptables", "iptables-legacy");
+            let told = leads.iter().map(|lead| {
+                format!("{} {}", lead.rule.split(' ').next().unwrap(), lead.port().unwrap())
+            });
+            (told.collect::<Vec<_>>().join(", "), is_shown)
+        };
+        let told = |text: &str, is_shown| (text.to_owned(), is_shown);
+        assert_eq!(of(Some(&one), None), told("iptables 1", true));
+        assert_eq!(of(None, None), told("", false));
+        assert_eq!(of(Some(&one), Some(&two)), told("iptables 1, iptables-legacy 2", true));
+        assert_eq!(of(Some(&none), Some(&two)), told("iptables-legacy 2", true));
+        assert_eq!(of(None, Some(&two)), told("iptables-legacy 2", false));
+        // The older program is the only one: a table of the same name in nft is another one.
+        assert_eq!(of(Some(&one), Some(&one)), told("iptables 1", false));
+    }
+
+    #[test]
+    fn a_chain_that_no_program_shows_is_known() {
+        let unseen = |chains: &[&'static str]| unseen(chains.iter().copied(), &["ip nat"]);
+        let known = ["ip nat PREROUTING", "inet embassy prerouting", "inet embassy_draining_7 out"];
+        assert_eq!(unseen(&known), None);
+        for other in ["inet mine pre", "ip nat2 PREROUTING", "ip embassy pre", "inet embassy_x pre"]
+        {
+            assert_eq!(unseen(&[known[0], other, known[1]]), Some(other));
+        }
+    }
+
+    #[test]
     fn rules_of_nft_are_found_once() {
         let ruleset = "table ip nat {\n\tchain PREROUTING {\n\
             \t\ttype nat hook prerouting priority dstnat; policy accept;\n\
@@ -389,8 +572,10 @@ mod tests {
             \t\tip6 daddr fd00::1 dnat ip6 to [fd00::2]:3233 comment \"x\"\n\
             \t\tudp dport 53 redirect to :53\n\
             \t\ttcp dport 80 accept\n\t}\n}\n\
+            table ip embassy_redirect {\n\tchain pre {\n\t\ttcp dport 80 redirect to :3234\n\t}\n}\n\
             table inet embassy {\n\tchain declared {\n\t\tredirect to :9999\n\t}\n}\n";
-        let others = [("172.17.0.1".to_owned(), 3232), ("fd00::2".to_owned(), 3233)];
+        let others = [("172.17.0.1", 3232), ("fd00::2", 3233), ("", 3234)]
+            .map(|(address, port)| (address.to_owned(), port));
         assert_eq!(found(&in_nft(ruleset, &["ip nat"])), others);
         let all = in_nft(ruleset, &[]);
         assert_eq!(found(&all), [&[(String::new(), 9999)], &others[..]].concat());

@@ -218,7 +218,8 @@ pub enum Drops {
     NotCounted,
     /// Some were lost.
     Some,
-    /// Some were lost and none has passed since, and a rule that can be read says that all are dropped.
+    /// Some were lost and none has passed since others' rules were last found changed, and rules that can be read say that all of
+    /// each family of addresses are dropped.
     All,
 }
 

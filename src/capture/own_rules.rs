@@ -32,7 +32,7 @@ pub enum OwnRules {
     /// Those that may lead to embassy's port. All others matter to nobody.
     Read {
         leads: Arc<[Lead]>,
-        /// Captured connections that had arrived by then.
+        /// Captured connections that had arrived when they were first read as they are.
         captured: u64,
     },
 }
@@ -84,6 +84,17 @@ impl OwnRules {
         let ours = leads.into_iter().filter(|lead| lead.may_lead_to(port, &local));
         Self::Read { leads: ours.collect(), captured: 0 }
     }
+
+    /// So many captured connections have arrived by now. If the rules are those that were there before, what arrived since those
+    /// were read still proves that something captures.
+    fn count_from(&mut self, now: u64, before: &Self) {
+        if let Self::Read { leads, captured } = self {
+            *captured = match before {
+                Self::Read { leads: old, captured } if old == leads => *captured,
+                Self::Read { .. } | Self::Unread | Self::Unreadable(_) => now,
+            };
+        }
+    }
 }
 
 const NO_RIGHT: &str = "that needs the capability NET_ADMIN";
@@ -112,9 +123,7 @@ pub async fn follow(
             OwnRules::Read { .. } => time_of_programs().saturating_sub(before),
             OwnRules::Unread | OwnRules::Unreadable(_) => start.elapsed(),
         };
-        if let OwnRules::Read { captured: until, .. } = &mut read {
-            *until = captured();
-        }
+        read.count_from(captured(), &rules.borrow());
         tell(port, &rules.borrow(), &read);
         rules.send_replace(read);
         if let Some(ready) = ready.take() {
@@ -178,6 +187,29 @@ fn tell(port: u16, before: &OwnRules, now: &OwnRules) {
 mod tests {
     use super::*;
     use crate::capture::leads::in_iptables;
+
+    #[test]
+    fn what_arrived_proves_that_something_captures_until_the_rules_are_other_ones() {
+        let of = |to: u16| {
+            let rule = format!("-A PREROUTING -p tcp -j REDIRECT --to-ports {to}\n");
+            OwnRules::among(in_iptables(&rule, "iptables"), 9999)
+        };
+        let read = |to, now, before: &OwnRules| {
+            let mut rules = of(to);
+            rules.count_from(now, before);
+            let OwnRules::Read { captured, .. } = &rules else { unreachable!() };
+            (*captured, rules)
+        };
+        let (captured, first) = read(1, 3, &OwnRules::Unread);
+        assert_eq!(captured, 3);
+        // Read again, as after any change of another program.
+        let (captured, second) = read(1, 8, &first);
+        assert_eq!(captured, 3);
+        let (captured, third) = read(9999, 9, &second);
+        assert_eq!(captured, 9);
+        assert_eq!(read(1, 12, &third).0, 12);
+        assert_eq!(read(1, 12, &OwnRules::Unreadable("no".into())).0, 12);
+    }
 
     #[test]
     fn each_port_and_each_way_has_its_rule() {

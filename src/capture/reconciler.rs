@@ -81,6 +81,8 @@ struct Surroundings {
     reading: JoinSet<(Listings, Duration)>,
     /// By what was read last: the chains that seem to drop captured connections, and the rule that does if none of them seems to.
     readable: Vec<Barrier>,
+    /// Whether there is such a chain for each family of addresses in which connections are captured.
+    bar_all: bool,
     suspect: Option<Barrier>,
     /// Why `--notrack` is refused, as last logged.
     tracked_for: Option<String>,
@@ -552,6 +554,7 @@ impl Reconciler {
         let captured = Captured::at(self.settings.port, &vips);
         let readable = listings.barriers(&captured);
         let before = std::mem::replace(&mut self.surroundings.readable, readable);
+        self.surroundings.bar_all = listings.bar_all(&captured, &vips);
         let is_over = before.iter().any(|barrier| !self.surroundings.readable.contains(barrier));
         // The rule that was probably the reason is not what it was.
         let suspect = Some(listings.suspect(&captured));
@@ -587,8 +590,9 @@ impl Reconciler {
 
     /// Whether connections are dropped, by what is counted.
     fn drops(&self) -> Drops {
-        let Surroundings { readable, arrivals, .. } = &self.surroundings;
-        match (arrivals.dropped(), arrivals.none_passes() && !readable.is_empty()) {
+        let Surroundings { readable, bar_all, arrivals, .. } = &self.surroundings;
+        let all_are = *bar_all && !readable.is_empty() && arrivals.none_passes();
+        match (arrivals.dropped(), all_are) {
             (false, _) => Drops::NotCounted,
             (true, false) => Drops::Some,
             (true, true) => Drops::All,

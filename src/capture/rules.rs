@@ -18,6 +18,9 @@ use crate::{
 /// The name of all our objects in the firewall.
 pub const NAME: &str = "embassy";
 
+/// Our chains in iptables, which PREROUTING and OUTPUT lead to.
+pub(super) const CHAINS: [&str; 2] = ["EMBASSY", "EMBASSY_OUTPUT"];
+
 /// The name of the table of iptables' captures that counts and refuses.
 pub(super) const COUNTS: &str = "embassy_counts";
 

@@ -115,6 +115,12 @@ impl Containers {
         if *self.others != others {
             (self.others, self.changed) = (Arc::new(others), true);
         }
+        // Where the engine tells the addresses, nobody looks at the process any more, and what it showed would stay for ever.
+        let told =
+            self.running.values().filter(|one| one.shown().is_some() && !self.is_hidden(one));
+        for container in told.map(|one| one.at(None)).collect::<Vec<_>>() {
+            self.put(container);
+        }
     }
 
     /// The interfaces of our own network namespace.
@@ -523,7 +529,10 @@ impl Containers {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::container::samples::*, *};
+    use super::{
+        super::container::{Bridge, samples::*},
+        *,
+    };
     use crate::model::Process;
 
     fn listed(names: &[&str]) -> Vec<Listed> {
@@ -892,6 +901,30 @@ mod tests {
         found(&mut containers, ticket, &none);
         containers.shown(&id("a"), None);
         assert_eq!(known(&containers), [at("a", &[])]);
+    }
+
+    #[test]
+    fn what_a_process_showed_goes_when_the_network_list_says_that_the_engine_told_enough() {
+        let shown = Attachment {
+            name: SHOWN.into(),
+            addresses: vec!["10.1.0.2".parse().unwrap()],
+            gateways: vec![],
+            mac: None,
+        };
+        let bridges = |ids: &[&str]| {
+            ids.iter().map(|id| (NetworkId::from(*id), Bridge::default())).collect::<Bridges>()
+        };
+        let mut containers = with(&[container("a", on(&[("n", "10.2.0.2", "10.2.0.1")]))]);
+        containers.networks(bridges(&["other"]), OtherNetworks::default());
+        containers.shown(&id("a"), Some(shown));
+        assert_eq!(known(&containers), [at("a", &["10.1.0.2", "10.2.0.2"])]);
+        let before = containers.inventory();
+        containers.networks(bridges(&["other", "another"]), OtherNetworks::default());
+        assert_eq!(known(&containers), [at("a", &["10.1.0.2", "10.2.0.2"])]);
+        // Its network is listed now.
+        containers.networks(bridges(&["other", "n"]), OtherNetworks::default());
+        assert_eq!(known(&containers), [at("a", &["10.2.0.2"])]);
+        assert!(before.containers[0].left.has_ended() && containers.take_change());
     }
 
     /// It would keep an address that is another's by now, and the doubt about that would be over.

@@ -154,11 +154,11 @@ causes! {
         "correct the name or the tags in the consumer's variable, or register an instance that has them and passes its checks";
     Sources, Ok, Skipped { source: String, entry: String } "entry_skipped",
         "An entry of {source} was skipped: {entry}.",
-        "give the entry an IP address and a port in the registry, in a form that the README has under Discovery, or remove it";
+        "give the entry an IP address and a port in the registry, in a form that docs/reference.md has under Discovery, or remove it";
 
     Sources, Ok, MoreSkipped { source: String, count: usize } "more_entries_skipped",
         "{count} more entries of {source} were skipped.",
-        "give the entries an IP address and a port in the registry, in a form that the README has under Discovery, or remove them";
+        "give the entries an IP address and a port in the registry, in a form that docs/reference.md has under Discovery, or remove them";
     Sources, Degraded, LeftOut { source: String, count: usize } "endpoints_left_out",
         "{count} endpoints of {source} are not used: a service may have {MOST_ENDPOINTS}.",
         "split the service, or ask for some of it by tags";
