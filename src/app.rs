@@ -337,6 +337,7 @@ impl App {
             proxy.go_on().await;
             taken.tell();
         }
+        keeper.iter().for_each(Keeper::begin);
         let admin = match listening {
             Some(listening) => {
                 let admin = Admin::start(listening, config.admin_token_file.clone(), feeds)?;
@@ -612,7 +613,7 @@ pub(crate) async fn rules(config: &Config) -> Result<rules::RuleSettings, Interf
     })
 }
 
-/// Loads the saved table of an earlier run, and starts saving the tables of this one.
+/// Loads the saved table of an earlier run. The tables of this one are saved once the keeper has begun.
 fn remember(config: &Config, control: &mut Control, counts: Arc<state::Counts>) -> Option<Keeper> {
     // One file for each port, so that two embassies on a host do not overwrite each other's.
     let path = config.state_dir.as_ref()?.join(format!("table-{}", config.port));
@@ -622,7 +623,7 @@ fn remember(config: &Config, control: &mut Control, counts: Arc<state::Counts>) 
     };
     let origin = Origin::here(provider, &config.discoveries);
     let restored = state::restore(&path, &origin, config.state_max_age, &control.bell());
-    let keeper = Keeper::start(path, origin, counts);
+    let keeper = Keeper::new(path, origin, counts);
     control.remember(restored, keeper.snapshots());
     Some(keeper)
 }

@@ -411,6 +411,10 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
         }
         declared(out, rules, v6, OUTPUT)?;
         jump(out, now, OUTPUT, &format!("-m mark ! --mark {MARK:#x} "))?;
+    } else if rules_of(now, OUTPUT).any(is_jump) {
+        // Of a process with --redirect, from which this one has taken over.
+        start(out, OUTPUT)?;
+        rules_of(now, OUTPUT).filter(|line| is_jump(line)).try_for_each(|line| delete(out, line))?;
     }
     writeln!(out, "COMMIT")
 }
@@ -584,6 +588,21 @@ COMMIT
         let moved = script(&rules, false, second);
         assert_eq!(moved.matches("-D PREROUTING -j EMBASSY\n").count(), 2);
         assert_eq!(moved.matches("-I PREROUTING 1 -j EMBASSY\n").count(), 1);
+    }
+
+    #[test]
+    fn without_redirect_nothing_of_it_stays() {
+        let rules = example(false, CaptureScope::Declared);
+        let before = script(&example(true, CaptureScope::Declared), false, DOCKERS);
+        let (chain, name) = (OUTPUT.chain, OUTPUT.name);
+        let jump = before.lines().find_map(|line| line.strip_prefix(&format!("-I {name} 1 ")));
+        let jump = jump.unwrap();
+        let now = format!("*nat\n-A {chain} -j RETURN\n-A {name} {jump}\nCOMMIT\n");
+        let script = script(&rules, false, &now);
+        assert!(script.contains(&format!(":{chain} - [0:0]\n")), "{script}");
+        assert!(script.contains(&format!("-D {name} {jump}\n")), "{script}");
+        assert!(!script.contains(&format!("-A {chain}")), "{script}");
+        assert!(!super::script(&rules, false, DOCKERS).contains(name));
     }
 
     #[test]

@@ -210,6 +210,19 @@ pub struct Standing {
     pub behind: Option<input::Barrier>,
 }
 
+impl Standing {
+    /// The firewall cannot do an optional part of the rules. Whether that is new.
+    fn lack(&mut self, part: rules::Part, reason: &str) -> bool {
+        let known = self.lacks.iter_mut().find(|(one, _)| *one == part);
+        let is_new = known.is_none();
+        match known {
+            Some((_, before)) => reason.clone_into(before),
+            None => self.lacks.push((part, reason.to_owned())),
+        }
+        is_new
+    }
+}
+
 /// Whether captured connections are dropped on this host's input, by the counts before and after others' rules.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Drops {

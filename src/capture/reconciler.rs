@@ -132,16 +132,20 @@ impl Reconciler {
         new
     }
 
-    /// Logs the optional parts of the rules that fell away.
+    /// Logs the optional parts of the rules that fell away, except those that had before: a takeover that fails begins this anew.
     fn tell_lacks(&self, lacks: Vec<(Part, String)>) {
-        for (part, reason) in &lacks {
+        let mut new = Vec::new();
+        self.counts.stand(|standing| {
+            let is_new = |(part, reason): &(Part, String)| standing.lack(*part, reason);
+            new = lacks.into_iter().filter(is_new).collect();
+        });
+        for (part, reason) in &new {
             warn!(
                 loss = part.loss(),
                 reason,
                 "the firewall cannot do an optional part of the rules; capturing without it"
             );
         }
-        self.counts.stand(|standing| standing.lacks.extend(lacks));
     }
 
     /// Runs until it is stopped, or there are no more tables. The rules stay. Returns the backend, which can remove them.

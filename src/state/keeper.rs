@@ -45,9 +45,10 @@ pub struct Counts {
     pub failed: AtomicU64,
 }
 
-/// Writes the last snapshot that it was given.
+/// Writes the last snapshot that it was given, once it has begun.
 #[derive(Debug)]
 pub struct Keeper {
+    begun: watch::Sender<bool>,
     snapshots: watch::Sender<Option<Snapshot>>,
     task: JoinHandle<()>,
 }
@@ -62,10 +63,22 @@ impl Keeper {
     /// How long an end waits for the last write.
     const LAST: Duration = Duration::from_secs(2);
 
-    /// Starts saving tables to the file at `path`. Creates its folder if needed.
-    pub fn start(path: PathBuf, origin: Origin, counts: Arc<Counts>) -> Self {
+    /// Saves tables to the file at `path` from [`Keeper::begin`] on. Creates its folder if needed.
+    pub fn new(path: PathBuf, origin: Origin, counts: Arc<Counts>) -> Self {
         let (snapshots, changes) = watch::channel(None);
-        Self { snapshots, task: tokio::spawn(run(File { path, origin }, changes, counts)) }
+        let (begun, mut begins) = watch::channel(false);
+        let task = async move {
+            // Until then another process may have the file.
+            if begins.wait_for(|begun| *begun).await.is_ok() {
+                run(File { path, origin }, changes, counts).await;
+            }
+        };
+        Self { begun, snapshots, task: tokio::spawn(task) }
+    }
+
+    /// The file is this process's from now on.
+    pub fn begin(&self) {
+        self.begun.send_replace(true);
     }
 
     /// The channel for the data to save.
@@ -80,7 +93,7 @@ impl Keeper {
 
     /// Writes what is not written yet, and ends. Every other sender must be gone.
     pub async fn stop(self) {
-        drop(self.snapshots);
+        drop((self.snapshots, self.begun));
         if timeout(Self::LAST, self.task).await.is_err() {
             warn!("the state file may be out of date: its disk is slow");
         }
@@ -276,6 +289,7 @@ mod tests {
     /// Unlike `Keeper::stop` it waits for a slow disk.
     async fn ended(keeper: Keeper) {
         drop(keeper.snapshots);
+        keeper.begun.send_replace(true);
         keeper.task.await.unwrap();
     }
 
@@ -290,7 +304,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a/b/table");
         let counts = Arc::<Counts>::default();
-        let keeper = Keeper::start(path.clone(), Origin::default(), counts.clone());
+        let keeper = Keeper::new(path.clone(), Origin::default(), counts.clone());
         let snapshots = keeper.snapshots();
         snapshots.send_replace(Some(snapshot("10.0.0.1:1")));
         snapshots.send_replace(Some(snapshot("10.0.0.2:1")));
@@ -303,12 +317,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn nothing_is_written_before_the_file_is_ours() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table");
+        let keeper = Keeper::new(path.clone(), Origin::default(), Arc::default());
+        keeper.snapshots().send_replace(Some(snapshot("10.0.0.1:1")));
+        keeper.stop().await;
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
     async fn nothing_is_written_through_what_lies_there() {
         let folder = tempfile::tempdir().unwrap();
         let (path, elsewhere) = (folder.path().join("table"), folder.path().join("elsewhere"));
         fs::write(&elsewhere, "mine").unwrap();
         std::os::unix::fs::symlink(&elsewhere, folder.path().join("table.new")).unwrap();
-        let keeper = Keeper::start(path.clone(), Origin::default(), Arc::default());
+        let keeper = Keeper::new(path.clone(), Origin::default(), Arc::default());
         keeper.snapshots().send_replace(Some(snapshot("10.0.0.1:1")));
         ended(keeper).await;
         assert_eq!(fs::read_to_string(&elsewhere).unwrap(), "mine");
@@ -351,7 +375,8 @@ mod tests {
         let path = folder.path().join("table");
         fs::create_dir(&path).unwrap(); // a rename over it fails
         let counts = Arc::<Counts>::default();
-        let keeper = Keeper::start(path.clone(), Origin::default(), counts.clone());
+        let keeper = Keeper::new(path.clone(), Origin::default(), counts.clone());
+        keeper.begin();
         keeper.snapshots().send_replace(Some(snapshot("10.0.0.1:1")));
         while counts.failed.load(Relaxed) < 2 {
             tokio::time::sleep(Duration::from_secs(1)).await;

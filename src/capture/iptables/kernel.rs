@@ -118,7 +118,7 @@ impl Kernel {
         }
     }
 
-    /// Notes which rule is which line of the script. Returns the jumps that are one too many.
+    /// Notes which rule is which line of the script. Returns the jumps that are one too many, or that the script only deletes.
     fn note<'a>(
         &mut self,
         v6: bool,
@@ -138,9 +138,14 @@ impl Kernel {
             let lines = of(entry.chain).zip(lines);
             self.written.extend(lines.map(|(rule, line)| ((v6, rule.handle), line.to_owned())));
             let mut jumps = of(entry.name).filter(|rule| rule.leads_to(entry.chain));
-            let Some(first) = jumps.next() else { continue };
             let start = format!("-I {} 1 ", entry.name);
             let jump = script.lines().find_map(|line| line.strip_prefix(&start));
+            let deletion = format!("-D {} ", entry.name);
+            if jump.is_none() && script.lines().any(|line| line.starts_with(&deletion)) {
+                stale.extend(jumps);
+                continue;
+            }
+            let Some(first) = jumps.next() else { continue };
             let jump = jump.map(|jump| format!("-A {} {jump}", entry.name));
             let jump = jump.or_else(|| mine.get(&(v6, first.handle)).cloned());
             self.written.extend(jump.map(|jump| ((v6, first.handle), jump)));

@@ -310,7 +310,7 @@ fn whoever_asks_and_does_not_commit_changes_nothing() -> Result<()> {
 fn a_process_of_another_version_gets_the_listeners_and_the_rest_is_drained() -> Result<()> {
     let state = State::new()?;
     let flag = state.flag();
-    let path = Path::with(&[&flag, "--drain=3s"], &ROLES)?;
+    let path = Path::with(&[&flag, "--drain=1h"], &ROLES)?;
     let idle = OpenConnections::open(&path.app, "idle", &vip(1001), 5)?;
     assert_eq!(idle.greetings()?["hello from joe"], 5);
     let live = path.app.live("live", vip(80))?;
@@ -326,9 +326,10 @@ fn a_process_of_another_version_gets_the_listeners_and_the_rest_is_drained() -> 
         anyhow::Ok(peer)
     })?
     .with_context(|| path.embassy.log())?;
-    // It serves no new ones, and the old ones until the drain is over.
+    // It serves no new ones, and the old ones until the drain is over or a signal comes.
     assert_eq!(live.stop()?.failed(), 0);
     assert_eq!(idle.ended()?, []);
+    path.embassy.terminate()?;
     assert!(path.embassy.wait(WAIT)?.success());
     testbed::eventually(WAIT, "the connections to end with it", || {
         ensure!(idle.ended()?.len() == 5);
