@@ -414,7 +414,9 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
     } else if rules_of(now, OUTPUT).any(is_jump) {
         // Of a process with --redirect, from which this one has taken over.
         start(out, OUTPUT)?;
-        rules_of(now, OUTPUT).filter(|line| is_jump(line)).try_for_each(|line| delete(out, line))?;
+        rules_of(now, OUTPUT)
+            .filter(|line| is_jump(line))
+            .try_for_each(|line| delete(out, line))?;
     }
     writeln!(out, "COMMIT")
 }
