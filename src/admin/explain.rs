@@ -32,12 +32,11 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
     routes.sort_by_key(|route| route.key);
     let causes = situation.of_port(wanted, port, &consumers, &routes);
     let bindings = situation.bindings(is_one);
-    let of_port = bindings.iter().filter(|binding| match binding.port() {
-        Some(of) => of == port,
-        None => {
-            let consumer = binding.consumer();
-            **consumer == *wanted || consumers.iter().any(|one| one.name == *consumer)
-        }
+    // Those that do not parse are known by their consumer's name alone, and may be of this port if they show none.
+    let of_port = bindings.iter().filter(|binding| {
+        let consumer = binding.consumer();
+        let is_its = **consumer == *wanted || consumers.iter().any(|one| one.name == *consumer);
+        is_its && binding.port().is_none_or(|of| of == port)
     });
     let mut dial: Vec<SocketAddr> = Vec::new();
     // Without a route there is no address to connect to.

@@ -234,15 +234,14 @@ impl Situation {
         let is_one = |consumer: &Consumer| consumers.iter().any(|one| one.id == consumer.id);
         let bindings = self.bindings(is_one);
         let named = |name: &Arc<str>| consumers.iter().any(|consumer| consumer.name == *name);
-        let of_port = bindings.iter().filter(|binding| match binding.port() {
-            Some(of) => of == port,
-            None => named(binding.consumer()),
+        let of_port = bindings.iter().filter(|binding| {
+            named(binding.consumer()) && binding.port().is_none_or(|of| of == port)
         });
         // What does not parse may be what was to declare the port. If there is more than one, that is only details.
         let mut causes: Vec<_> =
             of_port.flat_map(|binding| binding.causes().collect::<Vec<_>>()).collect();
         let place = if causes.len() > 1 { 0 } else { causes.len() };
-        if !bindings.iter().any(|binding| binding.port() == Some(port)) {
+        if !bindings.iter().any(|one| named(one.consumer()) && one.port() == Some(port)) {
             let ports = |consumer: &&Consumer| {
                 consumer.bindings.iter().map(|b| b.descriptor.port.get()).collect::<Vec<_>>()
             };

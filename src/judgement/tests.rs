@@ -672,6 +672,11 @@ fn who_lost_a_port_is_told_where_the_port_is_asked_for() {
     // Of a port that nobody declares, one that does not parse may be the cause; of several, it is not known which.
     assert_eq!(causes(vec![lost(None)], 7)[0], "invalid");
     assert_eq!(causes(vec![lost(None), lost(None)], 7)[0], "not_declared");
+    // Another container's is nothing to it.
+    for of in [None, crate::model::Port::new(7)] {
+        let others = Problem { consumer: "another".into(), overruled: false, ..lost(of) };
+        assert_eq!(causes(vec![others], 7), ["not_declared"]);
+    }
 }
 
 /// Of what a host sends, connections to VIPs are captured: to its own addresses it may connect, and nothing captures that.
