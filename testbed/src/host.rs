@@ -149,7 +149,8 @@ impl Host {
         Ok(Process::spawn(name, self.dir(), command)?.shown())
     }
 
-    /// An HTTP request from inside the host. Any status is an `Ok`; an error means that no answer came within 10 s.
+    /// An HTTP request from inside the host. Any status is an `Ok`; an error means that nothing came for 10 s, or not
+    /// all within two minutes.
     pub fn http(&self, method: &str, url: &str, body: &str) -> Result<Response> {
         let mut command = self.command("curl");
         command.args([
@@ -157,7 +158,11 @@ impl Host {
             "--show-error",
             "--globoff",
             "--max-time",
+            "120",
+            "--speed-time",
             "10",
+            "--speed-limit",
+            "1",
             "--request",
             method,
         ]);
