@@ -152,7 +152,7 @@ impl Core {
             self.by_query.entry(route.query.clone()).or_default().insert(route.key);
             self.set(route);
         }
-        // Other endpoints may be of another kind, so the path is decided anew.
+        // Other endpoints may be of another kind, so the path is decided again.
         let answered = changes.upstreams.iter().filter_map(|one| self.by_query.get(&one.query));
         let answered = answered.flatten().filter_map(|key| table.route(key));
         // Another address of the same container takes over what the removed one had.

@@ -45,7 +45,7 @@ impl Places {
         }
         let index = self.free.pop_front()?;
         let generation = self.generations.get_mut(index as usize)?;
-        // 0 is nobody's: it is what an empty table has.
+        // 0 is never given: an empty table has it.
         *generation = generation.checked_add(1).unwrap_or(1);
         Some(Place { index, generation: *generation })
     }

@@ -219,7 +219,7 @@ mod tests {
         let hello = |program: &str| Hello { program: program.into(), ..Hello::default() };
         assert!(knock(&path, hello("new")).await.unwrap().is_none(), "there is nobody");
         let mut door = Door::open(&path, hello("old")).unwrap();
-        // One that greets and then does nothing is in nobody's way.
+        // A process that greets and then does nothing blocks no other.
         let idle = async { knock(&path, hello("idle")).await.unwrap().unwrap() };
         let asking = async {
             let idle = idle.await;
