@@ -388,9 +388,13 @@ impl EngineSource {
         let (here, ours) = (self.containers.interfaces(), process::ours());
         for one in hidden {
             let shown = process::shown(&one.id, one.pid, &here, &ours);
-            // One that has just ended shows nothing: that is its end, and not that it has no address.
+            // One that ends, or has just ended, shows nothing: that is its end, and not that it has no address.
             let is_watched = one.run.process().is_some();
-            if shown.is_none() && is_watched && process::look(&one.run, |_| ()).is_none() {
+            let ends = || {
+                let seen = process::look(&one.run, process::has_network);
+                !seen.unwrap_or_default()
+            };
+            if shown.is_none() && is_watched && ends() {
                 continue;
             }
             if shown.is_some() {

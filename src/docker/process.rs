@@ -211,6 +211,11 @@ pub(crate) fn shown(
     is_seen.then(|| Attachment { name: SHOWN.into(), addresses, gateways, mac: None })
 }
 
+/// Whether a process has a network namespace: one that ends has none for a moment, before its end is news.
+pub(crate) fn has_network(pid: i32) -> bool {
+    addresses(pid).is_ok()
+}
+
 /// Whether a process's network namespace has one of these addresses. That of a container of a virtual machine or a sandbox may
 /// have none of its own.
 pub(crate) fn shows(pid: i32, addresses: impl IntoIterator<Item = IpAddr>) -> bool {
@@ -402,6 +407,7 @@ fd000d0c000000000000000000000002 05 40 00 80     eth0
         assert_eq!(shown(&id, own(), &Interfaces::new(), &ours()), None);
         assert_eq!(shown(&id, 0, &Interfaces::new(), &ours()), None);
         assert_eq!(shown(&id, former(), &Interfaces::new(), &ours()), None);
+        assert!(has_network(own()) && !has_network(former()));
     }
 
     #[test]
