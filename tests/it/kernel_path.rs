@@ -11,8 +11,23 @@ use crate::{
     support::{ETCD, counts, ends, metric, offer, offer_at, reaches, says, web},
 };
 
-/// Turns that endpoints may miss on a busy host: one whose answer to a SYN is late is passed over.
-const PASSED_OVER: usize = 4;
+/// Tries in which each endpoint must once get exactly its share: on a busy host an answer to a SYN may be late, which costs an
+/// endpoint its turn, but not each time.
+const TRIES: u64 = 4;
+
+/// Dials until each of the three got exactly its share of `each`. Returns how many connections that took.
+fn evenly(app: &Container, each: usize, at_once: usize) -> Result<u64> {
+    let mut seen = Vec::new();
+    for n in 1..=TRIES {
+        let answers = app.get("172.17.0.1:80").times(3 * each).at_once(at_once).run()?;
+        assert_eq!(answers.failed(), 0, "{answers:?}");
+        if ["web-1", "web-2", "web-3"].iter().all(|name| answers.from(name) == each) {
+            return Ok(n * 3 * each as u64);
+        }
+        seen.push(answers);
+    }
+    anyhow::bail!("never {each} each: {seen:?}")
+}
 
 /// Waits until a consumer's connections to a port take a path.
 fn takes(embassy: &Embassy, consumer: &str, port: u16, path: &str, reason: &str) -> Result<()> {
@@ -74,11 +89,7 @@ fn the_kernel_spreads_connections_evenly_and_they_show_the_vip() -> Result<()> {
     takes(&embassy, "app", 80, "kernel", "possible")?;
     takes(&embassy, "other", 80, "proxy", "not_asked")?;
 
-    let answers = app.get("172.17.0.1:80").times(300).at_once(4).run()?;
-    assert_eq!(answers.failed(), 0, "{answers:?}");
-    for name in ["web-1", "web-2", "web-3"] {
-        ensure!(answers.from(name).abs_diff(100) <= PASSED_OVER, "{answers:?}");
-    }
+    let all = evenly(&app, 100, 4)? + 1;
     let said = python(
         &app,
         &format!("{DIAL}\nprint(json.dumps(dial(socket.AF_INET, ('172.17.0.1', 80))))"),
@@ -88,15 +99,15 @@ fn the_kernel_spreads_connections_evenly_and_they_show_the_vip() -> Result<()> {
     let series = |name: &str| {
         format!("embassy_route_{name}{{consumer=\"app\",service=\"/services/web\",port=\"80\"")
     };
-    counts(&embassy, &format!("{},outcome=\"closed\"}}", series("connections_total")), 301)?;
-    assert_eq!(metric(&embassy, &format!("{}}}", series("connections_started_total")))?, 301);
+    counts(&embassy, &format!("{},outcome=\"closed\"}}", series("connections_total")), all)?;
+    assert_eq!(metric(&embassy, &format!("{}}}", series("connections_started_total")))?, all);
     let active = format!("{}}} 0", series("connections_active"));
     ensure!(embassy.admin("/metrics")?.ok()?.contains(&active), "no {active}");
     let scraped = embassy.admin("/metrics")?.ok()?;
     let path = format!("{},path=\"kernel\"}} 1", series("path"));
     ensure!(scraped.contains(&path), "no {path} in {scraped}");
     let down = metric(&embassy, &format!("{},direction=\"down\"}}", series("bytes_total")))?;
-    ensure!(down > 301 * 5, "{down} bytes");
+    ensure!(down > all * 5, "{down} bytes");
     let shown = host.run(embassy_program()?.to_str().context("a path")?, ["ps"])?;
     ensure!(
         shown.contains("PATH") && shown.contains("kernel") && shown.contains("proxy"),
@@ -495,9 +506,8 @@ fn clients_that_dial_at_once_during_a_hundred_changes_are_spread_evenly() -> Res
     // What embassy refuses changes the answer, and the set is written again with the same endpoints.
     let off =
         |got: &[usize]| got.iter().max().zip(got.iter().min()).map(|(most, least)| most - least);
-    // On a busy host an answer may be late, which costs an endpoint its turn: not each time.
     let mut seen = Vec::new();
-    for _ in 0..4 {
+    for _ in 0..TRIES {
         let got = spread_during_changes(&embassy, &app, "/services/web/refused", "127.0.0.1:80")?;
         ensure!(got.iter().sum::<usize>() == 1_800, "{got:?}");
         seen.push(got);
@@ -639,9 +649,7 @@ fn an_endpoint_whose_network_is_gone_costs_those_that_dialled_it_at_that_moment(
             .or_else(|_| reaches(&app, "172.17.0.1:80", "web-3"))?;
         let reason = if path == "kernel" { "possible" } else { "not_asked" };
         takes(&embassy, "app", 80, path, reason)?;
-        let answers = app.get("172.17.0.1:80").times(30).run()?;
-        assert_eq!(answers.failed(), 0, "{answers:?}");
-        ensure!(answers.from("web-3").abs_diff(10) <= PASSED_OVER, "{answers:?}");
+        evenly(&app, 10, 1)?;
         // The registry goes on naming it.
         webs[2].kill()?;
         let answers = app.get("172.17.0.1:80").times(400).at_once(AT_ONCE).run()?;
