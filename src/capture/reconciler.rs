@@ -132,7 +132,7 @@ impl Reconciler {
         new
     }
 
-    /// Logs the optional parts of the rules that are missing, except those that were missing before: a takeover that fails begins this anew.
+    /// Logs the optional parts of the rules that are missing, except those that were missing before: a takeover that fails starts this again.
     fn tell_lacks(&self, lacks: Vec<(Part, String)>) {
         let mut new = Vec::new();
         self.counts.stand(|standing| {
