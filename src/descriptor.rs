@@ -104,8 +104,8 @@ pub enum DescriptorError {
     TooLong,
     #[error("no port: expected <service>;<port>")]
     NoPort,
-    #[error("no port: expected <service>;<port>, with a semicolon in place of the colon")]
-    Colon,
+    #[error(transparent)]
+    Mistake(#[from] Mistake),
     #[error("no service name before the {0:?}")]
     NoService(char),
     #[error(
@@ -134,6 +134,57 @@ pub enum DescriptorError {
     OptionValue { key: &'static str, value: String, expected: &'static str },
 }
 
+/// A common mistake, with a sentence of its own, which repeats nothing of the value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Mistake {
+    #[error("no port: expected <service>;<port>, with a semicolon in place of the {0}")]
+    Separator(&'static str),
+    #[error("no port after the semicolon: expected <service>;<port>")]
+    PortMissing,
+    #[error("white space before or after the port: expected <service>;<port> without it")]
+    WhiteSpace,
+    #[error("service and port are in the wrong order: expected <service>;<port>")]
+    Order,
+    #[error("more than one port: expected one; declare each port in a variable of its own")]
+    SeveralPorts,
+    #[error("the port is above 65535: expected a number from 1 to 65535")]
+    PortTooHigh,
+}
+
+impl Mistake {
+    /// What may have been meant by a port that is none.
+    fn in_port(service: &str, port: &str) -> Option<Self> {
+        let is_port = |text: &str| text.parse::<Port>().is_ok();
+        let bare = port.trim();
+        let first = bare.split('/').next().unwrap_or_default();
+        let mut parts = bare.split([',', '-', ' ']).map(str::trim).filter(|part| !part.is_empty());
+        Some(match () {
+            () if bare.is_empty() => Self::PortMissing,
+            () if bare != port && is_port(first) => Self::WhiteSpace,
+            () if is_port(service) && ServiceName::new(bare).is_some() && !is_port(first) => {
+                Self::Order
+            }
+            () if parts.clone().count() > 1 && parts.all(is_port) => Self::SeveralPorts,
+            () if !first.is_empty() && first.bytes().all(|byte| byte.is_ascii_digit()) => {
+                // 0 and 007 are no such mistake.
+                return (first.trim_start_matches('0').len() > 4).then_some(Self::PortTooHigh);
+            }
+            () => return None,
+        })
+    }
+
+    /// What stands in place of the semicolon, in a text without one.
+    fn in_separator(text: &str) -> Option<Self> {
+        let separators = [(':', "colon"), (' ', "space"), (',', "comma"), ('=', "equals sign")];
+        separators.into_iter().find_map(|(separator, name)| {
+            let (service, port) = text.rsplit_once(separator)?;
+            let is_one =
+                ServiceName::new(service.trim_end()).is_some() && port_and_protocol(port).is_ok();
+            is_one.then_some(Self::Separator(name))
+        })
+    }
+}
+
 impl DescriptorError {
     /// The same without any part of the value: a variable such as `BACKEND_URL` may hold a password.
     pub fn without_value(&self) -> String {
@@ -141,7 +192,7 @@ impl DescriptorError {
             // Nothing of the value, but for one character.
             Self::TooLong
             | Self::NoPort
-            | Self::Colon
+            | Self::Mistake(_)
             | Self::NoService(_)
             | Self::TagsNotClosed => self.to_string(),
             Self::Service { character, .. } => format!(
@@ -179,7 +230,14 @@ impl FromStr for Descriptor {
         }
         let (service, tags, rest) = service_and_tags(text)?;
         let mut fields = rest.split(';');
-        let (port, protocol) = port_and_protocol(fields.next().unwrap_or_default())?;
+        let port = fields.next().unwrap_or_default();
+        let (port, protocol) = port_and_protocol(port).map_err(|error| {
+            let mistake = Mistake::in_port(&service.to_string(), port);
+            match error {
+                DescriptorError::Port(_) => mistake.map_or(error, DescriptorError::Mistake),
+                error => error,
+            }
+        })?;
         let mut descriptor = Self {
             service,
             tags,
@@ -196,9 +254,11 @@ impl FromStr for Descriptor {
         };
         let mut seen = Vec::new();
         for field in fields {
-            let (key, value) = field
-                .split_once('=')
-                .ok_or_else(|| DescriptorError::OptionForm(field.to_owned()))?;
+            let (key, value) =
+                field.split_once('=').ok_or_else(|| match field.parse::<Port>() {
+                    Ok(_) => Mistake::SeveralPorts.into(),
+                    Err(_) => DescriptorError::OptionForm(field.to_owned()),
+                })?;
             if seen.contains(&key) {
                 return Err(DescriptorError::RepeatedOption(key.to_owned()));
             }
@@ -359,21 +419,14 @@ fn service_and_tags(text: &str) -> Result<(ServiceName, Tags, &str), DescriptorE
     match rest.strip_prefix(';') {
         Some(rest) => Ok((service, tags, rest)),
         None if rest.is_empty() => Err(DescriptorError::NoPort),
-        None if rest.starts_with(':') => Err(DescriptorError::Colon),
+        None if rest.starts_with(':') => Err(Mistake::Separator("colon").into()),
         None => Err(DescriptorError::AfterTags(rest.to_owned())),
     }
 }
 
 /// Why there is no port: `web:80` is what other programs take.
 fn no_port(text: &str) -> DescriptorError {
-    match text.rsplit_once(':') {
-        Some((service, port))
-            if ServiceName::new(service).is_some() && port_and_protocol(port).is_ok() =>
-        {
-            DescriptorError::Colon
-        }
-        _ => DescriptorError::NoPort,
-    }
+    Mistake::in_separator(text).map_or(DescriptorError::NoPort, DescriptorError::Mistake)
 }
 
 /// A port, and the protocol that may follow it: `6379`, `6379/tcp`.
@@ -488,11 +541,9 @@ mod tests {
                 "foo[[a];80",
                 "tag \"[a\" has the character '[': expected none of white space , ; [ ]",
             ),
-            ("foo;", "port \"\" is not a number from 1 to 65535"),
             ("foo;0", "port \"0\" is not a number from 1 to 65535"),
-            ("foo;65536", "port \"65536\" is not a number from 1 to 65535"),
-            ("foo;99999", "port \"99999\" is not a number from 1 to 65535"),
-            ("foo;80 ", "port \"80 \" is not a number from 1 to 65535"),
+            ("foo;00", "port \"00\" is not a number from 1 to 65535"),
+            ("foo;80a", "port \"80a\" is not a number from 1 to 65535"),
             ("foo;http", "port \"http\" is not a number from 1 to 65535"),
             ("foo;80;", "option \"\": expected <key>=<value>"),
             (
@@ -532,9 +583,49 @@ mod tests {
     }
 
     #[test]
+    fn each_common_mistake_has_a_sentence_that_repeats_nothing_of_the_value() {
+        use Mistake::{Order, PortMissing, PortTooHigh, Separator, SeveralPorts, WhiteSpace};
+        for (text, expected) in [
+            ("web; 8080", WhiteSpace),
+            ("web;8080 ", WhiteSpace),
+            ("web[a]; 8080/tcp", WhiteSpace),
+            ("web; 8080;lb=rr", WhiteSpace),
+            ("8080;web", Order),
+            ("8080;redis.master", Order),
+            ("web;8080,8081", SeveralPorts),
+            ("web;8080, 8081", SeveralPorts),
+            ("web;8080-8090", SeveralPorts),
+            ("web;8080;8081", SeveralPorts),
+            ("web;80800", PortTooHigh),
+            ("web;65536", PortTooHigh),
+            ("web;99999999999999999999/tcp", PortTooHigh),
+            ("web;", PortMissing),
+            ("web; ", PortMissing),
+            ("web[a];;lb=rr", PortMissing),
+            ("web:8080", Separator("colon")),
+            ("web[a]:8080", Separator("colon")),
+            ("web 8080", Separator("space")),
+            ("web,8080", Separator("comma")),
+            ("web=8080", Separator("equals sign")),
+        ] {
+            let error = parse(text).expect_err(text);
+            assert_eq!(error, DescriptorError::Mistake(expected), "{text}");
+            assert_eq!(error.without_value(), error.to_string());
+        }
+        // What is no such mistake keeps its own reason.
+        for other in ["web;http", "hunter2", "web;80,b", "web 80 90", "0;web;"] {
+            let error = parse(other).expect_err(other);
+            assert!(!matches!(error, DescriptorError::Mistake(_)), "{other}: {error}");
+        }
+    }
+
+    #[test]
     fn a_reason_without_the_value_has_no_part_of_it() {
         for text in [
             "postgres://joe:hunter2@h/db",
+            "8080;hunter2",
+            "hunter2:80",
+            "hunter2;80,81",
             "hunter2",
             "hunter2;",
             "a;hunter2",

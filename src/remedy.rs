@@ -37,6 +37,8 @@ enum Fault {
     NoAddress,
     /// Names cannot be looked up at all.
     NoResolver,
+    /// The servers that look up names do not answer.
+    SilentResolver,
     Refused,
     Unreachable,
     /// Its certificate is not signed by a CA that is trusted.
@@ -85,6 +87,10 @@ const WORDS: &[(Fault, &[&str])] = &[
     (Fault::NotToml, &["toml parse error"]),
     (Fault::EmptyToken, &["has a character that tokens cannot have"]),
     (Fault::NoResolver, &["/etc/resolv.conf"]),
+    (
+        Fault::SilentResolver,
+        &["no answer from the dns servers", "with the dns servers of this host"],
+    ),
     (Fault::NoAddress, &["has no address", "cannot resolve"]),
     (
         Fault::NeedsTls,
@@ -340,6 +346,10 @@ fn fix(kind: Kind, fault: Fault) -> &'static str {
         }
         (Fault::NoResolver, _) => {
             "give the server's address instead of its name, or make /etc/resolv.conf readable where embassy runs"
+        }
+
+        (Fault::SilentResolver, _) => {
+            "start the DNS servers that the error names, let UDP and TCP to their port 53 pass the firewalls, or correct /etc/resolv.conf where embassy runs; or give the server's address instead of its name"
         }
 
         (Fault::Refused, Consul) => {

@@ -13,52 +13,68 @@ use std::{
 
 use futures_util::FutureExt;
 use hickory_resolver::{
-    ResolverBuilder, TokioResolver,
-    config::{LookupIpStrategy, ResolverConfig},
-    net::{DnsError, NetError, runtime::TokioRuntimeProvider},
+    TokioResolver,
+    config::{LookupIpStrategy, ResolverConfig, ResolverOpts},
+    net::{DnsError, NetError},
+    system_conf::read_system_conf,
 };
 use hyper_util::client::legacy::connect::{HttpConnector, dns::Name};
 use reqwest::dns::{Addrs, Resolve, Resolving};
+use tokio::time::timeout;
 use tower_service::Service;
 
 /// How long one DNS server has for an answer, twice.
 const ANSWER: Duration = Duration::from_secs(2);
 
-type Builder = ResolverBuilder<TokioRuntimeProvider>;
+/// How long all of them have together, whatever their number and that of the search domains. It is less than any wait for an answer of
+/// the server whose name this is: else a silent DNS server would look like a silent registry.
+const ALL: Duration = Duration::from_secs(4);
+
+type Configured = Result<(ResolverConfig, ResolverOpts), NetError>;
 
 /// The addresses of a server by its name, or the address that the name is; at least one. IPv4 comes first: an address of the
 /// other family may exist in DNS only.
 pub async fn addresses(host: &str) -> io::Result<Vec<IpAddr>> {
     // Read again each time: servers are connected to rarely, and a laptop's DNS servers change.
-    addresses_by(host, TokioResolver::builder_tokio()).await
+    addresses_by(host, read_system_conf()).await
 }
 
 /// The same as `configured` by resolv.conf, or why it cannot be read.
-async fn addresses_by(
-    host: &str,
-    configured: Result<Builder, NetError>,
-) -> io::Result<Vec<IpAddr>> {
+async fn addresses_by(host: &str, configured: Configured) -> io::Result<Vec<IpAddr>> {
     if let Ok(address) = host.trim_matches(['[', ']']).parse() {
         return Ok(vec![address]);
     }
-    let fail = |error: NetError| {
-        io::Error::other(match error {
-            NetError::Dns(DnsError::NoRecordsFound(_)) => format!("{host:?} has no address in DNS"),
-            error => format!("cannot resolve {host:?}: {error}"),
-        })
-    };
-    let (mut builder, without) = match configured {
-        Ok(builder) => (builder, None),
+    let (config, mut options, without) = match configured {
+        Ok((config, options)) => (config, options, None),
         // The hosts file does not need it.
         Err(error) => {
             let nowhere = ResolverConfig::from_parts(None, vec![], vec![]);
-            (TokioResolver::builder_with_config(nowhere, Default::default()), Some(error))
+            (nowhere, ResolverOpts::default(), Some(error))
         }
     };
-    let options = builder.options_mut();
+    let servers: Vec<_> =
+        config.name_servers().iter().map(|server| server.ip.to_string()).collect();
+    let servers = servers.join(", ");
+    let fail = |error: NetError| {
+        io::Error::other(match error {
+            NetError::Dns(DnsError::NoRecordsFound(_)) => format!("{host:?} has no address in DNS"),
+            NetError::Timeout => format!(
+                "cannot resolve {host:?}: no answer from the DNS servers of this host ({servers})"
+            ),
+            error => format!(
+                "cannot resolve {host:?} with the DNS servers of this host ({servers}): {error}"
+            ),
+        })
+    };
     options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
     options.timeout = ANSWER;
-    let found = builder.build().map_err(fail)?.lookup_ip(host).await;
+    let mut builder = TokioResolver::builder_with_config(config, Default::default());
+    *builder.options_mut() = options;
+    let resolver = builder.build().map_err(fail)?;
+    let found = match timeout(ALL, resolver.lookup_ip(host)).await {
+        Ok(found) => found,
+        Err(_) => Err(NetError::Timeout),
+    };
     let found = found.map_err(|error| match &without {
         None => fail(error),
         Some(reason) => io::Error::other(format!(
@@ -121,6 +137,8 @@ pub fn connector() -> HttpConnector<Resolver> {
 
 #[cfg(test)]
 mod tests {
+    use hickory_resolver::config::NameServerConfig;
+
     use super::*;
 
     #[tokio::test]
@@ -148,6 +166,23 @@ mod tests {
         let expected =
             "\"consul.example\": it is not in the hosts file, and /etc/resolv.conf cannot";
         assert!(error.contains(expected), "{error}");
+    }
+
+    #[tokio::test]
+    async fn dns_servers_that_do_not_answer_are_named_before_anybody_gives_up_on_the_registry() {
+        // It takes questions, and answers none.
+        let silent = tokio::net::UdpSocket::bind("127.0.0.53:0").await.unwrap();
+        let mut server = NameServerConfig::udp(silent.local_addr().unwrap().ip());
+        server.connections[0].port = silent.local_addr().unwrap().port();
+        let search = ["a.test.", "b.test.", "c.test."].map(|name| name.parse().unwrap()).to_vec();
+        let config = ResolverConfig::from_parts(None, search, vec![server]);
+        let error = addresses_by("consul", Ok((config, ResolverOpts::default()))).await;
+        let error = error.unwrap_err().to_string();
+        let expected =
+            "cannot resolve \"consul\": no answer from the DNS servers of this host (127.0.0.53)";
+        assert_eq!(error, expected);
+        let fix = crate::remedy::of("consul", &format!("error sending request: {error}"));
+        assert!(fix.contains("DNS servers that the error names"), "{fix}");
     }
 
     #[tokio::test]

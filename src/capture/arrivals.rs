@@ -17,21 +17,29 @@ pub(super) struct Arrivals {
 
 impl Arrivals {
     /// Whether others' rules drop captured connections, by what `counts` says now: how many came, and how many passed. What came
-    /// a moment ago may just be on its way: it is lost once it is missing twice.
+    /// a moment ago may just be on its way: it is lost once it is missing twice. One that is lost is a proof. The opposite is proved
+    /// once some pass, and none more is missing than before.
     pub(super) fn are_dropped(&mut self, counts: Option<(u64, u64)>) -> bool {
         let missing = |(came, passed): (u64, u64)| came.saturating_sub(passed);
         // Smaller counts are those of chains that were made again.
         let before = self.before.filter(|before| counts.is_some_and(|now| now.1 >= before.1));
         match (before, counts) {
             (Some(before), Some(now)) => {
+                let passes = now.1 > before.1;
+                self.passed_since |= passes;
                 let lost = missing(before).min(missing(now));
-                self.passed_since |= now.1 > before.1;
-                if lost > self.lost {
-                    (self.dropped, self.passing, self.lost_since) = (true, false, true);
-                } else if now.1 > before.1 && missing(now) <= self.lost {
+                if self.dropped && passes && missing(now) <= missing(before) {
+                    // Those that were missing at the last look came before those that pass.
                     (self.dropped, self.passing) = (false, true);
+                    self.lost = missing(now);
+                } else {
+                    if lost > self.lost {
+                        (self.dropped, self.passing, self.lost_since) = (true, false, true);
+                    } else if passes && missing(now) <= self.lost {
+                        (self.dropped, self.passing) = (false, true);
+                    }
+                    self.lost = lost;
                 }
-                self.lost = lost;
             }
             // That says nothing of others' rules.
             _ => {
@@ -44,8 +52,10 @@ impl Arrivals {
         self.dropped
     }
 
-    /// A rule that dropped connections was removed: the connections that are missing now were dropped by it.
-    pub(super) fn forgive(&mut self) {
+    /// A rule that dropped connections was removed: the connections that are missing now were dropped by it. `counts`: what they are
+    /// now. Those of the last look would not do: what was dropped since would look like a drop by the rules that are left.
+    pub(super) fn forgive(&mut self, counts: Option<(u64, u64)>) {
+        self.before = counts.or(self.before);
         self.lost = self.before.map_or(0, |(came, passed)| came.saturating_sub(passed));
         self.dropped = false;
     }
@@ -103,12 +113,34 @@ mod tests {
         assert!(!told(&mut arrivals, (0, 0)));
         assert!(!told(&mut arrivals, (7, 5)));
         // Before it was noticed that they are missing twice.
-        arrivals.forgive();
+        arrivals.forgive(Some((7, 5)));
         assert!(!told(&mut arrivals, (7, 5)));
         assert!(!told(&mut arrivals, (9, 7)));
         // Another rule drops others.
         assert!(!told(&mut arrivals, (10, 7)));
         assert!(told(&mut arrivals, (10, 7)));
+        // Two more were dropped since the last look, before that rule was removed too.
+        arrivals.forgive(Some((12, 7)));
+        assert!(!told(&mut arrivals, (12, 7)));
+        assert!(!told(&mut arrivals, (12, 7)));
+        assert!(!told(&mut arrivals, (13, 8)));
+    }
+
+    #[test]
+    fn the_first_that_is_lost_is_believed_and_so_is_the_first_that_passes() {
+        let mut arrivals = Arrivals::default();
+        let mut told = |counts| arrivals.are_dropped(Some(counts));
+        assert!(!told((4, 4)));
+        assert!(!told((5, 4)), "it may be on its way");
+        assert!(told((5, 4)));
+        // Sent again by the same consumer, and then the firewall is opened.
+        assert!(told((8, 4)));
+        assert!(!told((9, 5)), "it passed after all that are missing");
+        assert!(!told((9, 5)));
+        assert!(!told((10, 6)));
+        // Of two consumers one is turned away: each loss is said.
+        assert!(!told((12, 7)));
+        assert!(told((14, 9)));
     }
 
     #[test]

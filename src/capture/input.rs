@@ -34,6 +34,18 @@ impl fmt::Display for Barrier {
 }
 
 impl Barrier {
+    /// The most likely one of those that may drop connections to `port`.
+    pub(super) fn suspected(suspects: &[Self], port: u16) -> Self {
+        match suspects {
+            [] => Self::unknown(port),
+            [one] => one.clone(),
+            [Self { chain, remedy }, more @ ..] => {
+                let chain = format!("{chain}, or one of {} others that drop", more.len());
+                Self { chain, remedy: remedy.clone() }
+            }
+        }
+    }
+
     /// Connections to `port` are dropped, but no readable rule shows where.
     fn unknown(port: u16) -> Self {
         Self {
@@ -127,20 +139,14 @@ impl Listings {
         addresses.iter().all(|address| if address.is_ipv4() { v4 } else { v6 })
     }
 
-    /// The rule that probably drops captured connections, which are known to be dropped although no chain has to be in their way.
-    pub(super) fn suspect(&self, captured: &Captured) -> Barrier {
+    /// The rules that may drop captured connections, if these are known to be dropped although no chain has to be in their way: the most
+    /// likely one first.
+    pub(super) fn suspects(&self, captured: &Captured) -> Vec<Barrier> {
         let tables = self.tables(captured);
         let mut suspects: Vec<_> =
             tables.iter().flat_map(|table| table.suspects(captured.port)).collect();
         suspects.sort_by_key(|(likelihood, _)| std::cmp::Reverse(*likelihood));
-        let more = suspects.len().saturating_sub(1);
-        match suspects.into_iter().next() {
-            None => Barrier::unknown(captured.port),
-            Some((_, barrier)) if more == 0 => barrier,
-            Some((_, Barrier { chain, remedy })) => {
-                Barrier { chain: format!("{chain}, or one of {more} others that drop"), remedy }
-            }
-        }
+        suspects.into_iter().map(|(_, barrier)| barrier).collect()
     }
 
     /// A chain that lets in only what it knows: answers to untracked connections it may know by their state alone, which they
@@ -783,7 +789,8 @@ mod tests {
             let filters = [Ok(String::new()), Ok(String::new())];
             let listings = Listings { nft: Ok(ruleset), filters };
             assert_eq!(listings.barriers(&captured()), []);
-            assert_eq!(listings.suspect(&captured()), Barrier::unknown(9999));
+            let suspects = listings.suspects(&captured());
+            assert_eq!(Barrier::suspected(&suspects, 9999), Barrier::unknown(9999));
         }
     }
 
@@ -840,7 +847,8 @@ mod tests {
                  \tchain elsewhere {{\n\t\tdrop\n\t}}\n}}\n"
             );
             let filters = [Ok(String::new()), Ok(String::new())];
-            Listings { nft: Ok(ruleset), filters }.suspect(&captured())
+            let listings = Listings { nft: Ok(ruleset), filters };
+            Barrier::suspected(&listings.suspects(&captured()), 9999)
         };
         let one = of("ip saddr 10.0.0.0/8 tcp dport 22 drop\n\t\tip saddr 172.16.0.0/12 drop");
         assert_eq!(

@@ -72,8 +72,6 @@ struct Guarding {
 /// The rules of other programs that matter to us.
 #[derive(Default)]
 struct Surroundings {
-    /// When the counts were looked at last.
-    looked: Option<Instant>,
     /// When others' rules may be read again, and whether they may have changed since they were.
     rest: Option<Instant>,
     may_have_changed: bool,
@@ -83,7 +81,7 @@ struct Surroundings {
     readable: Vec<Barrier>,
     /// Whether there is such a chain for each family of addresses in which connections are captured.
     bar_all: bool,
-    suspect: Option<Barrier>,
+    suspects: Vec<Barrier>,
     /// Why `--notrack` is refused, as last logged.
     tracked_for: Option<String>,
     /// The obstacles for captured connections, as last logged, and whether it was known that they are in the way.
@@ -437,10 +435,7 @@ impl Reconciler {
     /// Looks for obstacles in the rules of other programs. Programs are started only if others changed something, or if connections
     /// are lost and nobody knows why.
     fn look_around(&mut self) {
-        if self.surroundings.looked.is_some_and(|last| last.elapsed() < READ) {
-            return;
-        }
-        self.surroundings.looked = Some(Instant::now());
+        // Two short calls.
         let (arrivals, were_dropped) = (self.arrivals(), self.surroundings.arrivals.dropped());
         let dropped = self.surroundings.arrivals.are_dropped(arrivals);
         // The kernel does not tell when those change.
@@ -557,18 +552,20 @@ impl Reconciler {
         let vips = Places::of(table, &self.settings).vips;
         let captured = Captured::at(self.settings.port, &vips);
         let readable = listings.barriers(&captured);
+        let suspects = listings.suspects(&captured);
         let before = std::mem::replace(&mut self.surroundings.readable, readable);
         self.surroundings.bar_all = listings.bar_all(&captured, &vips);
-        let is_over = before.iter().any(|barrier| !self.surroundings.readable.contains(barrier));
-        // The rule that was probably the reason is not what it was.
-        let suspect = Some(listings.suspect(&captured));
-        let is_other = self.surroundings.suspect.is_some() && self.surroundings.suspect != suspect;
-        self.surroundings.suspect = suspect;
-        if is_over || is_other {
-            self.surroundings.arrivals.forgive();
+        let suspected = std::mem::replace(&mut self.surroundings.suspects, suspects);
+        let Surroundings { readable, suspects, .. } = &self.surroundings;
+        // One that is gone may have been the reason. One that has come says nothing of what was lost before.
+        let is_gone = before.iter().any(|barrier| !readable.contains(barrier))
+            || suspected.iter().any(|barrier| !suspects.contains(barrier));
+        let has_changed = before != *readable;
+        let counts = self.arrivals();
+        if is_gone {
+            self.surroundings.arrivals.forgive(counts);
         }
-        if before != self.surroundings.readable {
-            let counts = self.arrivals();
+        if has_changed {
             self.surroundings.arrivals.doubt(counts);
         }
         let before = self.surroundings.tracked_for.clone();
@@ -583,9 +580,13 @@ impl Reconciler {
 
     /// The obstacles for captured connections, by what can be read of others' rules and by what is counted.
     fn obstacles(&self) -> Vec<Barrier> {
-        let Surroundings { readable, suspect, arrivals, .. } = &self.surroundings;
+        let Surroundings { readable, suspects, arrivals, rest, .. } = &self.surroundings;
         match readable.as_slice() {
-            [] if arrivals.dropped() => suspect.iter().cloned().collect(),
+            // Before others' rules were read, nothing can be said of them.
+            [] if arrivals.dropped() && rest.is_some() => {
+                vec![Barrier::suspected(suspects, self.settings.port)]
+            }
+            [] if arrivals.dropped() => Vec::new(),
             // Whatever the rules look like, connections pass them.
             _ if arrivals.pass() => Vec::new(),
             readable => readable.to_vec(),

@@ -436,7 +436,7 @@ b'",
         ("-provider static -services ''", "--services \"\": no port: expected <service>;<port>"),
         (
             "-provider static -services 'web;99999'",
-            "--services \"web;99999\": port \"99999\" is not a number from 1 to 65535",
+            "--services \"web;99999\": the port is above 65535: expected a number from 1 to 65535",
         ),
         (
             "-provider static -services 'web;80;via=etcd'",
