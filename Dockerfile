@@ -12,5 +12,5 @@ ADD image.tar.gz /
 # The user's ID is embassy's own: as nobody (65534) it could be stopped, and its files read, by whatever else runs as nobody on the host.
 USER 59990:59990
 ENTRYPOINT ["/usr/bin/embassy"]
-# Other flags replace this one: with a list of flags, --dnat has to be in it.
-CMD ["--dnat"]
+# Other flags replace these: with a list of flags, --dnat has to be in it. --takeover: a second container takes over from the first one.
+CMD ["--dnat", "--takeover"]

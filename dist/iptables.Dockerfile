@@ -17,4 +17,4 @@ RUN setcap cap_net_admin,cap_bpf+p /usr/bin/embassy \
     && mkdir -p /var/lib/embassy && chown 59990:0 /var/lib/embassy && chmod 770 /var/lib/embassy
 USER 59990:59990
 ENTRYPOINT ["/usr/bin/embassy"]
-CMD ["--dnat"]
+CMD ["--dnat", "--takeover"]

@@ -15,7 +15,7 @@ use futures_util::FutureExt;
 use tokio::{
     sync::{Notify, watch},
     task::JoinHandle,
-    time::{Instant, sleep, sleep_until, timeout, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout_at},
 };
 use tracing::{debug, info, warn};
 
@@ -47,6 +47,7 @@ use crate::{
     resolve,
     source::ResyncRequests,
     state::{self, Keeper, Origin},
+    supervisor::{State, Supervisor},
     table::Table,
     takeover::{Alive, Door},
 };
@@ -54,7 +55,7 @@ use crate::{
 mod takeover;
 
 pub use takeover::Event;
-use takeover::Predecessor;
+use takeover::Found;
 
 /// A running embassy.
 #[derive(Debug)]
@@ -81,10 +82,12 @@ pub struct App {
     memory: JoinHandle<()>,
     /// Logs whether embassy is ready.
     said: JoinHandle<()>,
+    supervisor: Supervisor,
+    /// Tell the supervisor whether embassy is ready, and that it lives.
+    supervised: [JoinHandle<()>; 2],
     /// Follows the user's own rules, without `--dnat` and `--redirect`.
     own_rules: JoinHandle<()>,
     keeper: Option<Keeper>,
-    readiness: Readiness,
     resync: ResyncRequests,
     drain: Duration,
 }
@@ -97,10 +100,11 @@ impl App {
     /// completed.
     pub async fn start_unless(
         config: Config,
+        supervisor: Supervisor,
         stop: impl Future<Output = ()>,
     ) -> Result<Option<(Self, bool)>> {
         let committed = AtomicBool::new(false);
-        let mut start = pin!(Self::start(config, &committed));
+        let mut start = pin!(Self::start(config, supervisor, &committed));
         tokio::select! {
             app = &mut start => return Ok(Some((app?, false))),
             () = stop => {}
@@ -111,9 +115,13 @@ impl App {
         }
     }
 
-    async fn start(config: Config, committed: &AtomicBool) -> Result<Self> {
+    async fn start(config: Config, supervisor: Supervisor, committed: &AtomicBool) -> Result<Self> {
         let started = std::time::Instant::now();
-        let before = Predecessor::find(&config).await?;
+        let before = match Found::find(&config, &supervisor).await? {
+            Found::Nobody => None,
+            Found::Ended => return Self::start_after(config, supervisor, committed).await,
+            Found::Running(before) => Some(before),
+        };
         // Who is found is asked for everything once this process has learned what it needs.
         let lock = match config.capture {
             CaptureMode::Dnat | CaptureMode::Redirect if before.is_none() => {
@@ -222,7 +230,7 @@ impl App {
                         // It has handed nothing over: what it had has gone with it.
                         [control, checks, memory].iter().for_each(JoinHandle::abort);
                         let config = Config { takeover: false, ..config };
-                        return Self::start_after(config, committed).await;
+                        return Self::start_after(config, supervisor, committed).await;
                     }
                     Err(error) => {
                         return Err(error.context("takeover failed; the running embassy continues"));
@@ -310,11 +318,9 @@ impl App {
                 },
             }),
         };
-        let said = tokio::spawn(feeds.clone().log_readiness());
-        let (inherited, door) = match &mut taken {
-            Some(taken) => (taken.admin(&config), taken.door()),
-            None => (None, None),
-        };
+        let (ready, is_ready) = watch::channel(false);
+        let said = tokio::spawn(feeds.clone().log_readiness(ready));
+        let inherited = taken.as_mut().and_then(|taken| taken.admin(&config));
         let mut listening = match &config.admin {
             Some(at) => Some(
                 Listening::open(at, inherited)
@@ -329,14 +335,21 @@ impl App {
             }
             (Some(_), Some(taken)) => Some(taken.lock().await?),
         };
-        let mut door = takeover::open_door(&config, firewall, door);
+        let mut door = takeover::open_door(&config, firewall, taken.as_mut());
         if let Some(taken) = &taken {
             taken.commit(committed).await?;
             listening.iter_mut().for_each(Listening::claim);
             door.iter_mut().for_each(Door::claim);
             proxy.go_on().await;
             taken.tell();
+            taken.note(&config);
+            supervisor.tell(State::Main).await;
         }
+        let figures = proxy.figures();
+        let supervised = [
+            tokio::spawn(supervisor.clone().follow(is_ready)),
+            tokio::spawn(supervisor.clone().watch(async move || figures.turns().await)),
+        ];
         keeper.iter().for_each(Keeper::begin);
         let admin = match listening {
             Some(listening) => {
@@ -367,19 +380,24 @@ impl App {
             checks,
             memory,
             said,
+            supervisor,
+            supervised,
             own_rules: own_rules_followed,
             keeper,
-            readiness,
             resync,
             drain: config.drain,
         })
     }
 
     /// Starts after another process that has just died: the kernel takes a moment to give back what it had.
-    async fn start_after(config: Config, committed: &AtomicBool) -> Result<Self> {
+    async fn start_after(
+        config: Config,
+        supervisor: Supervisor,
+        committed: &AtomicBool,
+    ) -> Result<Self> {
         let end = Instant::now() + 2 * MOMENT;
         loop {
-            match Box::pin(Self::start(config.clone(), committed)).await {
+            match Box::pin(Self::start(config.clone(), supervisor.clone(), committed)).await {
                 Err(error) if Instant::now() < end => {
                     debug!(error = format!("{error:#}"), "cannot start yet");
                     sleep(MOMENT / 50).await;
@@ -398,14 +416,15 @@ impl App {
     /// would serve them. Then the rules go, and the connections that are younger get a moment to end.
     ///
     /// Each of the three has a limit. When `hurry` completes, it ends within a moment.
-    pub async fn stop(mut self, why: Stopping, hurry: impl Future<Output = ()>) -> Result<()> {
+    pub async fn stop(mut self, mut why: Stopping, hurry: impl Future<Output = ()>) -> Result<()> {
         let hurry = hurry.shared();
-        // This guard is never done: a load balancer that asks /readyz should send new connections elsewhere.
-        let _draining = self.readiness.wait_for(Part::Draining);
         self.said.abort();
         self.own_rules.abort();
-        // Nobody is answered there any more. Who was greeted sees this process live until all of this has ended.
-        let _alive = self.door.take().map(Door::close).or(self.alive.take());
+        // A load balancer that asks /readyz sends new connections elsewhere, and the address is free for the next process.
+        drop(self.admin.take());
+        if why != Stopping::HandedOver {
+            self.supervisor.tell(State::Stopping).await;
+        }
         if let Some(kernel) = self.kernel.take() {
             let late = "programs of the kernel path end with embassy";
             in_time(kernel.stop(), late, Instant::now() + STEP, hurry.clone()).await;
@@ -414,12 +433,13 @@ impl App {
         if live > 0 {
             info!(live, drain_s = self.drain.as_secs_f64(), "waiting for connections to end");
         }
+        if why == Stopping::Asked && self.drain_or_hand_over(hurry.clone()).await {
+            why = Stopping::HandedOver;
+        }
+        // Nobody is answered there any more. Who was greeted sees this process live until all of this has ended.
+        let _alive = self.door.take().map(Door::close).or(self.alive.take());
         let rest = match why {
-            Stopping::Asked => {
-                let drained = timeout(self.drain, self.proxy.leave());
-                tokio::select! { _ = drained => {}, () = hurry.clone() => {} }
-                MOMENT.min(self.drain)
-            }
+            Stopping::Asked => MOMENT.min(self.drain),
             // It is not known whether new connections are still served, or another process serves them.
             Stopping::Failed | Stopping::HandedOver => self.drain,
         };
@@ -445,6 +465,7 @@ impl App {
         self.checks.abort();
         self.memory.abort();
         self.control.abort();
+        self.supervised.iter().for_each(JoinHandle::abort);
         let last = Instant::now() + STEP;
         let keep = async {
             // Until the task has ended, it may send more tables to the keeper. It was cancelled above, so its error is ignored.
@@ -459,9 +480,44 @@ impl App {
             in_time(keep, "the state file may be out of date", last, hurry.clone()),
             in_time(self.proxy.end(), "connections may be left", last, hurry),
         );
-        drop(self.admin);
         // It is not an error that something was not waited for.
         ended.unwrap_or(Ok(())).context("the data path")
+    }
+}
+
+impl App {
+    /// Waits until the open connections have ended or their time is over. New ones are served, and a process that asks meanwhile takes over.
+    /// Whether one has.
+    async fn drain_or_hand_over(&mut self, hurry: impl Future<Output = ()> + Clone) -> bool {
+        let end = Instant::now() + self.drain;
+        loop {
+            let asked = async {
+                match &mut self.door {
+                    Some(door) => door.asked().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let asker = tokio::select! {
+                drained = timeout_at(end, self.proxy.leave()) => {
+                    if drained.is_err() {
+                        let live = self.proxy.live();
+                        warn!(live, "drain time is over; resetting the open connections");
+                    }
+                    return false;
+                }
+                () = hurry.clone() => return false,
+                asker = asked => asker,
+            };
+            match self.hand_over(asker).await {
+                Ok(true) => return true,
+                Ok(false) => {}
+                // The rules are to be removed anyhow.
+                Err(error) => {
+                    warn!(error = format!("{error:#}"), "cannot hand over");
+                    return false;
+                }
+            }
+        }
     }
 }
 

@@ -117,11 +117,15 @@ pub struct Control {
     waiting: (Option<Guard>, Option<Guard>),
     /// The time until which the first table waits for first answers.
     patience: Option<Instant>,
+    most_patience: Duration,
     gateways: Gateways,
 }
 
 /// How long a service without an answer may delay all others at the start.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// The same while another process serves, which knows it: long enough that a source that hangs has failed, and what was saved of it is
+/// used.
+const PATIENCE_OF_SUCCESSOR: Duration = Duration::from_secs(40);
 /// When to look again whether nobody reads the replaced tables any more.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -173,6 +177,7 @@ impl Control {
             bell,
             report,
             patience: None,
+            most_patience: PATIENCE,
         }
     }
 
@@ -186,6 +191,7 @@ impl Control {
     /// Connections were captured before, by the process that this one takes over from. To be called before anybody has a table.
     pub fn takes_over(&mut self) {
         self.tables.send_replace(Arc::new(Table::of_successor()));
+        self.most_patience = PATIENCE_OF_SUCCESSOR;
     }
 
     /// Notified if this task should run again.
@@ -257,7 +263,7 @@ impl Control {
 
         // Nothing is captured before the first table. A short wait gives its routes endpoints.
         let first = self.tables.borrow().version == 0;
-        let patience = *self.patience.get_or_insert(now + PATIENCE);
+        let patience = *self.patience.get_or_insert(now + self.most_patience);
         if first && !self.unheard.is_empty() && now < patience {
             wake = Some(wake.map_or(patience, |wake| wake.min(patience)));
         } else {
@@ -611,6 +617,22 @@ mod tests {
         assert_eq!(snapshot.confirmed.get(&query), Some(&now));
         let table = control.tables.borrow();
         assert!(table.upstreams().all(|upstream| !upstream.answered), "it is not used");
+    }
+
+    /// The process before this one has them, and serves meanwhile.
+    #[tokio::test]
+    async fn who_takes_over_waits_longer_for_endpoints() {
+        let registry = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let (mut control, publish) =
+            control(format!("consul://{}", registry.local_addr().unwrap()));
+        control.takes_over();
+        publish.publish(asking());
+        let now = Instant::now();
+        assert_eq!(control.step(now), Some(now + PATIENCE_OF_SUCCESSOR));
+        control.step(now + PATIENCE);
+        assert_eq!(control.tables.borrow().version, 0);
+        control.step(now + PATIENCE_OF_SUCCESSOR);
+        assert_eq!(control.tables.borrow().version, 1);
     }
 
     /// The limits stand before all that follows: what is asked, the table, and what is saved and shown.

@@ -39,6 +39,8 @@ pub mod limits;
 pub mod memory;
 pub mod privileges;
 pub mod signals;
+pub mod supervisor;
+pub mod successor;
 mod unix_socket;
 pub mod takeover;
 pub mod outcome;

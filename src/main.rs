@@ -14,6 +14,8 @@ use embassy::{
     config::{Config, Instance},
     log, privileges,
     signals::Signals,
+    successor::{self, Successor},
+    supervisor::{State, Supervisor},
     tls::Weakness,
 };
 use tracing::{error, info, warn};
@@ -28,6 +30,12 @@ fn main() -> ExitCode {
         }
     }));
     privileges::take_up_net_admin();
+    let mut typed = env::args_os();
+    let (program, typed) = (typed.next(), typed.collect::<Vec<_>>());
+    if let Some(code) = successor::start_for_another(&typed) {
+        return code;
+    }
+    let successor = Successor::new(program, typed);
     let words = env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
     let words: Vec<_> = words.collect();
     let variable = |name: &str| env::var(name).ok();
@@ -45,7 +53,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match run(config) {
+    match run(config, successor, Supervisor::of(&variable)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{error:#}");
@@ -55,16 +63,16 @@ fn main() -> ExitCode {
 }
 
 /// The control plane has this thread; the data path makes its own.
-fn run(config: Config) -> Result<()> {
+fn run(config: Config, successor: Successor, supervisor: Supervisor) -> Result<()> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
-    let end = runtime.block_on(serve(config));
+    let end = runtime.block_on(serve(config, successor, supervisor));
     // A thread that waits for a disk that hangs is not waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     end
 }
 
-async fn serve(config: Config) -> Result<()> {
+async fn serve(config: Config, mut successor: Successor, supervisor: Supervisor) -> Result<()> {
     let mut signals = Signals::catch().context("cannot catch signals")?;
     let Instance { host, engine, discoveries, consumer } = Instance::of(&config);
     let discoveries = discoveries.join(" ");
@@ -78,7 +86,7 @@ async fn serve(config: Config) -> Result<()> {
     for Weakness { what, fix } in config.weaknesses() {
         warn!(what, fix, "a connection is not protected");
     }
-    let started = App::start_unless(config, signals.stop.recv()).await?;
+    let started = App::start_unless(config, supervisor.clone(), signals.stop.recv()).await?;
     let Some((mut app, is_asked_to_stop)) = started else {
         // No rules were written: they are the last step of a start.
         info!("embassy has stopped before it was started");
@@ -94,16 +102,41 @@ async fn serve(config: Config) -> Result<()> {
                 info!("resync requested via SIGHUP");
                 app.resync();
             }
+            _ = signals.upgrade.recv() => {
+                let program = successor.program().display().to_string();
+                info!(program, "upgrade requested via SIGUSR2: a new process is to take over");
+                supervisor.tell(State::Reloading).await;
+                if let Err(error) = successor.start(&supervisor).await {
+                    warn!(%error, "no new process is started; this one continues");
+                    supervisor.tell(State::ReloadFailed).await;
+                }
+            }
+            () = successor.ended() => {
+                warn!("the new process has not taken over; this one continues");
+                supervisor.tell(State::ReloadFailed).await;
+            }
             event = app.event() => match event {
                 Event::Failed(error) => break (Stopping::Failed, Some(error)),
-                Event::Takeover(asker) => match app.hand_over(asker).await {
-                    Ok(true) => break (Stopping::HandedOver, None),
-                    Ok(false) => {}
-                    Err(error) => break (Stopping::Failed, Some(error)),
-                },
+                Event::Takeover(asker) => {
+                    let process = asker.0.peer_process();
+                    match app.hand_over(asker).await {
+                        Ok(true) => {
+                            // Before this one ends: the supervisor would take that for the end of embassy.
+                            if let Some(process) = process.filter(|one| successor.is(Some(*one))) {
+                                supervisor.tell(State::MainIs(process)).await;
+                            }
+                            break (Stopping::HandedOver, None);
+                        }
+                        Ok(false) => {}
+                        Err(error) => break (Stopping::Failed, Some(error)),
+                    }
+                }
             },
         }
     };
+    if stopping != Stopping::HandedOver {
+        successor.end();
+    }
     info!("embassy is shutting down; a second signal stops it at once");
     app.stop(stopping, signals.stop.recv()).await?;
     info!("embassy has stopped");

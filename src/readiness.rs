@@ -18,8 +18,6 @@ worded! {
         Capture = "capture",
         /// a first answer of each discovery
         Discovery = "discovery",
-        /// embassy is shutting down, and will not be ready again
-        Draining = "draining",
         /// the provider's first full answer
         Listing = "listing",
     }

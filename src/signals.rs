@@ -13,9 +13,8 @@ const STOP: [i32; 5] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGXCP
 ///
 /// SIGPIPE is not among them because the standard library ignores it. The signals of a fault (SIGSEGV, SIGABRT and others) and
 /// those of job control keep their meaning.
-const IGNORED: [i32; 8] = [
+const IGNORED: [i32; 7] = [
     libc::SIGUSR1,
-    libc::SIGUSR2,
     libc::SIGALRM,
     libc::SIGVTALRM,
     libc::SIGPROF,
@@ -29,6 +28,8 @@ const IGNORED: [i32; 8] = [
 pub struct Signals {
     pub stop: Stop,
     pub hangup: Signal,
+    /// Asks for a new process that takes over.
+    pub upgrade: Signal,
     /// Handlers that nobody listens to. SIG_IGN would be inherited by `nft` and `iptables`.
     _ignored: Vec<Signal>,
 }
@@ -46,7 +47,12 @@ impl Signals {
         let mut ignored: Vec<_> = all(&IGNORED)?;
         // The C library keeps the first ones for itself: they cannot be caught, and nobody sends them.
         ignored.extend((32..=libc::SIGRTMAX()).filter_map(|number| catch(number).ok()));
-        Ok(Self { stop: Stop(all(&STOP)?), hangup: catch(libc::SIGHUP)?, _ignored: ignored })
+        Ok(Self {
+            stop: Stop(all(&STOP)?),
+            hangup: catch(libc::SIGHUP)?,
+            upgrade: catch(libc::SIGUSR2)?,
+            _ignored: ignored,
+        })
     }
 }
 

@@ -74,6 +74,7 @@ look_for_tests() {
     need dnsmasq dnsmasq-base 'service discovery by DNS'
     need faketime faketime 'shows one process a clock that jumps'
     need strace strace 'makes the disk slow for one process'
+    need systemctl systemd 'runs the unit, in namespaces of its own'
     need sysctl procps 'kernel settings inside a host'
     need debootstrap debootstrap 'fetches other engines (make engines)'
     need nsenter util-linux 'enters the namespaces of a host'

@@ -42,8 +42,8 @@ fn news(was_ready: Option<bool>, situation: &Situation) -> Option<News> {
 }
 
 impl Feeds {
-    /// Logs whether embassy is ready, whenever that changes, until it is shutting down.
-    pub async fn log_readiness(self) {
+    /// Logs whether embassy is ready, and sends it, whenever that changes.
+    pub async fn log_readiness(self, ready: watch::Sender<bool>) {
         let (mut tables, mut parts) = (self.tables.clone(), self.readiness.changes());
         let mut rules = self.capture.as_ref().map(|counts| counts.changes());
         let mut own_rules = self.own_rules.clone();
@@ -51,9 +51,6 @@ impl Feeds {
         let mut passed_by = BTreeSet::new();
         loop {
             let situation = self.situation();
-            if situation.is_draining() {
-                return;
-            }
             match news(was_ready, &situation) {
                 Some(News::Ready) => {
                     was_ready = Some(true);
@@ -66,8 +63,10 @@ impl Feeds {
                 }
                 None => {}
             }
+            let is_ready = situation.awaited().is_empty();
+            ready.send_if_modified(|was| std::mem::replace(was, is_ready) != is_ready);
             // If nothing is captured, that is why embassy is not ready.
-            let passed_by_now = match situation.awaited().is_empty() {
+            let passed_by_now = match is_ready {
                 true => situation.passed_by_ports(),
                 false => BTreeSet::new(),
             };

@@ -5,7 +5,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::fs::DirBuilderExt,
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -16,19 +16,23 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use tokio::{
     sync::watch,
+    task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{App, capture_failed, kernel_failed};
 use crate::{
     capture::{self, Backend, CaptureCounts, Lock},
     config::{self, Config},
     proxy::{HandedOver, Proxy, ProxySettings, TakeoverError},
+    state::Keeper,
+    supervisor::{State, Supervisor},
     table::Table,
     takeover::{
         self, Asker, Channel, ChannelError, Door, Life, is_answered, knock,
-        message::{Figures, Handle, Hello, Message, VERSION},
+        message::{Figures, Handle, Hello, Message},
+        succession,
     },
 };
 
@@ -44,6 +48,15 @@ pub enum Event {
     Failed(anyhow::Error),
     /// Another process asks to take over.
     Takeover(Asker),
+}
+
+/// What ran when this process started.
+#[derive(Debug)]
+pub(super) enum Found {
+    Nobody,
+    /// One that had taken over from the container of this process. It has ended since.
+    Ended,
+    Running(Box<Predecessor>),
 }
 
 /// The embassy that runs before this one.
@@ -73,13 +86,26 @@ fn door_path(config: &Config) -> Option<PathBuf> {
     Some(config.state_dir.as_ref()?.join(format!("takeover-{}-{namespace}", config.port)))
 }
 
-fn hello(config: &Config, firewall: String) -> Hello {
+/// The file with those that were taken over from.
+fn succession_path(config: &Config) -> Option<PathBuf> {
+    Some(config.state_dir.as_ref()?.join(format!("superseded-{}", config.port)))
+}
+
+/// Those that were taken over from, once this process has. `last`: the one that it takes over from.
+fn before(config: &Config, last: Option<&str>) -> Vec<String> {
+    let known = succession_path(config).map(|path| succession::read(&path));
+    succession::before(known.unwrap_or_default(), &succession::root(), last)
+}
+
+fn hello(config: &Config, firewall: String, before: Vec<String>) -> Hello {
     Hello {
-        version: VERSION,
+        version: takeover::version(),
         program: env!("CARGO_PKG_VERSION").to_owned(),
         namespace: takeover::namespace(),
         port: config.port.get(),
         firewall,
+        root: succession::root(),
+        before,
         descriptors: 0,
     }
 }
@@ -97,10 +123,12 @@ pub(super) fn admin_address(admin: Option<&config::Admin>) -> String {
 pub(super) fn open_door(
     config: &Config,
     firewall: String,
-    inherited: Option<OwnedFd>,
+    taken: Option<&mut Taken>,
 ) -> Option<Door> {
     let path = door_path(config)?;
-    let hello = hello(config, firewall);
+    let last = taken.as_ref().map(|taken| taken.predecessor.hello.root.as_str());
+    let hello = hello(config, firewall, before(config, last));
+    let inherited = taken.and_then(|taken| taken.door.take());
     let folder = || match path.parent() {
         Some(folder) => std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder),
         None => Ok(()),
@@ -115,15 +143,46 @@ pub(super) fn open_door(
     .ok()
 }
 
+impl Found {
+    /// Greets the running embassy, if this one is to take over. If that one has taken over from the container of this process, waits until
+    /// there is none.
+    pub(super) async fn find(config: &Config, supervisor: &Supervisor) -> Result<Self> {
+        let Some(path) = door_path(config).filter(|_| config.takeover) else {
+            return Ok(Self::Nobody);
+        };
+        let mut stands_by = false;
+        loop {
+            let found = knock(&path, hello(config, String::new(), Vec::new())).await;
+            let found = found.with_context(|| {
+                format!("cannot ask the running embassy for a takeover at {}", path.display())
+            })?;
+            let Some((channel, hello, life)) = found else {
+                return Ok(if stands_by { Self::Ended } else { Self::Nobody });
+            };
+            if !succession::is_succeeded(&succession::root(), &hello) {
+                let found = Predecessor { channel, hello, life };
+                found.fits(config, &path)?;
+                return Ok(Self::Running(Box::new(found)));
+            }
+            // Few can ask at a time.
+            drop(channel);
+            if !std::mem::replace(&mut stands_by, true) {
+                let version = hello.program;
+                info!(
+                    version,
+                    "another embassy has taken over from this container; waiting until it ends"
+                );
+                supervisor.tell(State::StandsBy).await;
+            }
+            life.over().await.context("cannot wait for the running embassy")?;
+        }
+    }
+}
+
 impl Predecessor {
-    /// Greets the running embassy, if this one is to take over. `None`: there is none.
-    pub(super) async fn find(config: &Config) -> Result<Option<Self>> {
-        let Some(path) = door_path(config).filter(|_| config.takeover) else { return Ok(None) };
-        let found = knock(&path, hello(config, String::new())).await;
-        let found = found.with_context(|| {
-            format!("cannot ask the running embassy for a takeover at {}", path.display())
-        })?;
-        let Some((channel, hello, life)) = found else { return Ok(None) };
+    /// An error if this process cannot take over from it.
+    fn fits(&self, config: &Config, path: &Path) -> Result<()> {
+        let hello = &self.hello;
         if hello.namespace != takeover::namespace() {
             bail!("the embassy at {} runs in another network namespace", path.display());
         }
@@ -131,7 +190,7 @@ impl Predecessor {
             bail!("the running embassy has port {}: expected {} (--port)", hello.port, config.port);
         }
         takeover::step("greeted");
-        Ok(Some(Self { channel, hello, life }))
+        Ok(())
     }
 
     /// Learns what is needed, and then gets everything: this process may commit. `None`: the other one died before it handed anything
@@ -288,10 +347,6 @@ impl Taken {
         (address == admin_address(config.admin.as_ref())).then_some(listener)
     }
 
-    pub(super) fn door(&mut self) -> Option<OwnedFd> {
-        self.door.take()
-    }
-
     /// The right to capture.
     pub(super) async fn lock(&mut self) -> Result<Lock> {
         if let Some(socket) = self.lock.take() {
@@ -322,6 +377,18 @@ impl Taken {
             Err(error) => Err(anyhow::Error::from(error)
                 .context("takeover failed; the running embassy continues")),
         }
+    }
+
+    /// Writes down who was taken over from, so that it does not take over in turn after this host was restarted.
+    pub(super) fn note(&self, config: &Config) {
+        let Some(path) = succession_path(config) else { return };
+        let before = before(config, Some(&self.predecessor.hello.root));
+        tokio::task::spawn_blocking(move || {
+            // What cannot be written there is logged with the saved table.
+            if let Err(error) = succession::write(path, &before) {
+                debug!(%error, "cannot write down who was taken over from");
+            }
+        });
     }
 
     /// Logs what was taken over, once connections go on.
@@ -386,6 +453,9 @@ impl App {
     pub async fn hand_over(&mut self, (mut channel, hello): Asker) -> Result<bool> {
         // Also what the kernel path has counted since it was asked last.
         self.proxy.figures().refresh().await;
+        if let Some(keeper) = &self.keeper {
+            keeper.release().await;
+        }
         let since = Instant::now();
         let capture = match self.capture.take() {
             Some(capture) => Some(capture.suspend().await.context("the capture task")?),
@@ -420,6 +490,7 @@ impl App {
             None => {
                 self.proxy.thaw().await;
                 self.capture = capture.map(capture::Suspended::resume);
+                self.keeper.iter().for_each(Keeper::reclaim);
                 let error: TakeoverError = error.unwrap_or(ChannelError::Closed.into());
                 warn!(%error, "another embassy failed to take over; this one continues");
                 Ok(false)
@@ -451,7 +522,7 @@ impl App {
         }
         takeover::step("handles sent");
         // One that speaks otherwise gets the handles alone, and this process drains the rest.
-        let handed_over = if hello.version == VERSION {
+        let handed_over = if hello.version == takeover::version() {
             let mut process = self.proxy.totals();
             if let Some(counts) = &self.capture_counts {
                 counts.totals(&mut process);
@@ -479,6 +550,7 @@ impl App {
     async fn leave(&mut self, handed_over: HandedOver) {
         self.proxy.let_go(handed_over).await;
         self.said.abort();
+        self.supervised.iter().for_each(JoinHandle::abort);
         if let Some(admin) = self.admin.take() {
             admin.leave();
         }

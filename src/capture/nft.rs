@@ -126,7 +126,8 @@ impl Nft {
             let replaced = netlink::load(self.table(), rules, &there);
             match replaced.iter().try_for_each(|batch| self.apply(batch)) {
                 Ok(()) => return self.stands_as(rules),
-                // More than the socket takes at once. In several batches there is a moment in which nothing is captured.
+                // More than the socket takes at once, without the right to a larger buffer (in a user namespace). In several batches
+                // there is a moment in which nothing is captured.
                 Err(error) if error.errno() == Some(Errno::MSGSIZE) => self
                     .apply(&netlink::delete(self.table(), &there))
                     .map_err(|error| owned_by_another(error, &old))?,

@@ -69,9 +69,6 @@ use Subject::{Bindings, Capture, Connections, Endpoints, Host, Process, Routes, 
 use Verdict::{Broken, Degraded, Ok};
 
 causes! {
-    Process, Broken, Draining {} "draining",
-        "embassy is shutting down.",
-        "start embassy again; if nobody stopped it on purpose, the log of its supervisor says who did (docker events, journalctl -u embassy)";
     Process, meanwhile.verdict(), ProviderAwaited { meanwhile: Meanwhile } "provider_awaited",
         "The provider has not answered yet: {meanwhile}.",
         "run embassy doctor where embassy runs: it tries the engine's socket, its rights and -docker";

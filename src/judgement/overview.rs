@@ -71,7 +71,7 @@ impl Situation {
         let sources = |part| match part {
             Part::Listing => vec![self.provider.name.clone()],
             Part::Discovery => self.unanswered(),
-            Part::Capture | Part::Draining => Vec::new(),
+            Part::Capture => Vec::new(),
         };
         let pending = self.pending.iter().map(|(part, since)| Awaited {
             part: *part,
@@ -85,7 +85,7 @@ impl Situation {
             true => self.capture.standing.in_place && !self.all_are_dropped(),
             false => !self.no_own_rule(),
         };
-        let lost = !self.is_draining() && (!rules || self.captures_nobody());
+        let lost = !rules || self.captures_nobody();
         if lost && !awaited.iter().any(|awaited| awaited.part == Part::Capture) {
             awaited.insert(0, Awaited { part: Part::Capture, since: None, sources: Vec::new() });
         }
@@ -124,14 +124,13 @@ impl Situation {
         names
     }
 
-    /// The causes of the process: embassy is shutting down, or waits for first answers. Missing rules are causes of the capture.
+    /// The causes of the process: it waits for first answers. Missing rules are causes of the capture.
     pub(super) fn of_process(&self) -> Vec<Cause> {
         let meanwhile = match self.table.version {
             0 => Meanwhile::DoesNot,
             _ => Meanwhile::Serves,
         };
         let cause = |awaited: Awaited| match awaited.part {
-            Part::Draining => Some(Cause::Draining {}),
             // It is not known yet what to ask.
             Part::Discovery if awaited.sources.is_empty() && self.awaits(Part::Listing) => None,
             Part::Listing => Some(Cause::ProviderAwaited { meanwhile }),
@@ -166,9 +165,7 @@ impl Situation {
     pub fn overview(&self, host: &HostUse) -> Overview {
         let mut overview = Overview::default();
         let mut causes = self.of_process();
-        if !self.is_draining() {
-            causes.extend(self.of_capture());
-        }
+        causes.extend(self.of_capture());
         let sources = self.sources(&mut overview);
         causes.extend(bounded(Subject::Sources, sources));
         // All other bindings have no problem in the table, and there may be many.

@@ -60,9 +60,7 @@ impl Situation {
     /// The causes that affect all connections.
     fn of_everybody(&self) -> Vec<Cause> {
         let mut causes = Vec::new();
-        if self.is_draining() {
-            causes.push(Cause::Draining {});
-        } else if self.table.version == 0 {
+        if self.table.version == 0 {
             causes.extend(self.of_process());
         }
         if self.provider.is_lost() {

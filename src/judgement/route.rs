@@ -107,7 +107,7 @@ impl Situation {
             RouteState::Ejected
         } else if self.captured(&route.consumer, route.key.port.get(), true) == Some(false) {
             RouteState::NotCaptured
-        } else if self.is_draining() || self.limits([route]).next().is_some() {
+        } else if self.limits([route]).next().is_some() {
             RouteState::Refused
         } else if health.ejected + health.probing + health.circular > 0 || lost() || hindered() {
             RouteState::Degraded

@@ -160,11 +160,6 @@ impl Situation {
         self.capture.mode != CaptureMode::None
     }
 
-    /// Whether embassy is shutting down.
-    pub fn is_draining(&self) -> bool {
-        self.pending.iter().any(|(part, _)| *part == Part::Draining)
-    }
-
     /// Whether there is an address on which a consumer's connections are captured: of what this host sends, those to VIPs only.
     pub(super) fn captures_for(&self, consumer: &ConsumerId) -> bool {
         match consumer {

@@ -63,7 +63,7 @@ worded! {
         Waiting = "waiting",
         /// it does not reach embassy: it is not captured, or does not arrive in embassy's network namespace
         NotCaptured = "not_captured",
-        /// it is refused: a limit was reached, or embassy is shutting down
+        /// it is refused: a limit was reached
         Refused = "refused",
     }
 

@@ -422,7 +422,6 @@ fn cases() -> Vec<(&'static str, RouteState, Change)> {
         ("rules_fail", NotCaptured, Box::new(|s| (s.in_place, s.rules_error) = (false, true))),
         ("no_vip", NotCaptured, Box::new(|s| s.vips = false)),
         ("needs_redirect", NotCaptured, Box::new(|s| s.consumer.id = ConsumerId::Local)),
-        ("draining", Refused, Box::new(|s| s.pending = vec![Part::Draining])),
         ("too_many_connections", Refused, Box::new(|s| s.limit = 0)),
         (
             "too_many_of_consumer",
@@ -861,9 +860,6 @@ fn embassy_is_ready_while_nothing_is_awaited_and_its_rules_stand() {
     // Told once, however it is known.
     let both = Setting::of(|s| (s.in_place, s.pending) = (false, vec![Part::Capture]));
     assert_eq!(parts(both), [(Part::Capture, vec![])]);
-    // Who shuts down takes the rules away.
-    let draining = Setting::of(|s| (s.in_place, s.pending) = (false, vec![Part::Draining]));
-    assert_eq!(parts(draining), [(Part::Draining, vec![])]);
     assert_eq!(parts(Setting::of(|s| (s.mode, s.in_place) = (CaptureMode::None, false))), []);
     let awaited = Setting::of(|s| {
         s.endpoints = None;
@@ -960,7 +956,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
             capture;
         let [local, gateways, near, vip_is_here, own, has_captured] = places;
         let (endpoints, [source_fails, held, provider_fails, problem, skipped]) = sources;
-        let (live, limit, limit_of_consumer, (memory_short, draining)) = load;
+        let (live, limit, limit_of_consumer, (memory_short, awaits)) = load;
         let mut consumer = app();
         if local {
             consumer.id = ConsumerId::Local;
@@ -987,7 +983,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
             held,
             kept: false,
             provider_fails,
-            pending: draining.then_some(Part::Draining).into_iter().collect(),
+            pending: awaits.then_some(Part::Discovery).into_iter().collect(),
             live,
             limit,
             limit_of_consumer,

@@ -135,6 +135,11 @@ impl Connections {
         (self.mark, self.marked) = (self.next_id, self.all.len());
     }
 
+    /// Whether a connection was open when [`Connections::mark`] was called.
+    pub(super) fn is_marked(&self, connection: &Connection) -> bool {
+        connection.id < self.mark
+    }
+
     /// The number of marked connections that are still open.
     pub(super) fn marked(&self) -> usize {
         self.marked

@@ -36,6 +36,16 @@ impl Figures {
         Self { shared, asks }
     }
 
+    /// Waits until every worker has had a turn. One that stands still lets this wait; one that has ended does not.
+    pub async fn turns(&self) {
+        let turns = self.asks.iter().map(|worker| {
+            let (answer, answered) = oneshot::channel();
+            let _ = worker.send(Ask::Turn(answer));
+            answered
+        });
+        futures_util::future::join_all(turns).await;
+    }
+
     /// Connections that are open, or being opened.
     pub fn live(&self) -> usize {
         self.shared.live.load(Relaxed)

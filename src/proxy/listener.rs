@@ -59,8 +59,18 @@ pub(super) fn inherited(
             of_worker.push(listener);
         }
     }
-    if mine.iter().all(Vec::is_empty) {
+    let given = mine.iter().filter(|set| !set.is_empty()).count();
+    if given == 0 {
         return Err(io::Error::new(io::ErrorKind::NotFound, "the other process has no listener"));
+    }
+    // A worker without any shares those of another: a new listener would have a queue of its own before this process serves, and may be
+    // refused to another user.
+    for n in given..workers {
+        let of_another = mine.get(n % given).into_iter().flatten();
+        let shared = of_another.map(std::net::TcpListener::try_clone).collect::<io::Result<_>>()?;
+        if let Some(of_worker) = mine.get_mut(n) {
+            *of_worker = shared;
+        }
     }
     Ok(mine)
 }

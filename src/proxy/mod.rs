@@ -159,14 +159,14 @@ impl Proxy {
         Figures::new(self.shared.clone(), self.asks.clone().into())
     }
 
-    /// Waits until the connections have ended that are open now. New ones are served. To be called once.
+    /// Waits until the connections have ended that were open at the first call. New ones are served. Cancel-safe.
     pub async fn leave(&mut self) {
         self.enter(Phase::Leaving);
         // Nothing is ever sent.
         let _ = self.older.recv().await;
     }
 
-    /// Stops accepting, after what waits to be accepted. Live connections go on.
+    /// Stops accepting, after what waits to be accepted. Live connections go on, except those that [`Proxy::leave`] has waited for.
     pub fn drain(&self) {
         self.enter(Phase::Draining);
     }

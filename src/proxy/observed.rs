@@ -22,6 +22,8 @@ use crate::{
 /// A question to a worker.
 #[derive(Debug)]
 pub(super) enum Ask {
+    /// Whether it has its turns.
+    Turn(oneshot::Sender<()>),
     /// To count the bytes of live connections up to now.
     Bytes(oneshot::Sender<()>),
     /// For its live connections.
@@ -114,6 +116,9 @@ impl Worker {
     pub(super) async fn answer(self: Rc<Self>, mut asks: mpsc::UnboundedReceiver<Ask>) {
         while let Some(ask) = asks.recv().await {
             match ask {
+                Ask::Turn(answer) => {
+                    let _ = answer.send(());
+                }
                 // The requester may have given up.
                 Ask::Bytes(answer) if answer.is_closed() => {}
                 Ask::Connections(answer) if answer.is_closed() => {}

@@ -58,8 +58,7 @@ pub(super) async fn run(
     tokio::select! {
         () = serve(&worker, &mut phase, older) => {}
         // None of them ever ends, unless it panics.
-        // A worker without a listener has no such task.
-        Some(_) = accepting.join_next() => break_off(&worker),
+        _ = accepting.join_next() => break_off(&worker),
         _ = others.join_next() => break_off(&worker),
     }
     drop(accepting);
@@ -79,12 +78,20 @@ pub(super) async fn run(
 }
 
 /// Waits for the order to stop accepting.
-async fn serve(worker: &Worker, phase: &mut watch::Receiver<Phase>, older: mpsc::Sender<()>) {
+async fn serve(worker: &Rc<Worker>, phase: &mut watch::Receiver<Phase>, older: mpsc::Sender<()>) {
     // The sender lives as long as the proxy: if it is gone, the proxy has ended, and this ends too.
-    let _ = phase.wait_for(|phase| *phase >= Phase::Leaving).await;
-    tokio::select! {
-        () = worker.present_ones_ended() => drop(older),
-        _ = phase.wait_for(|phase| *phase >= Phase::Draining) => return,
+    let entered = phase.wait_for(|phase| *phase >= Phase::Leaving).await.map(|phase| *phase);
+    if entered.is_ok_and(|phase| phase == Phase::Leaving) {
+        tokio::select! {
+            () = worker.present_ones_ended() => drop(older),
+            // They have had their time, unless another process has it now.
+            _ = phase.wait_for(|phase| *phase >= Phase::Draining) => {
+                if !worker.shared.handed_over.load(Relaxed) {
+                    worker.end_present_ones();
+                }
+                return;
+            }
+        }
     }
     let _ = phase.wait_for(|phase| *phase >= Phase::Draining).await;
 }
@@ -133,6 +140,25 @@ mod tests {
             proxy.go_on().await;
             let failed = timeout(Duration::from_millis(50), proxy.failed()).await;
             assert!(failed.is_err(), "{workers} workers, and listeners of {before}");
+            // Each of them accepts.
+            let sets = proxy.ask_all(crate::proxy::observed::Ask::Listeners).await.unwrap();
+            let of_workers: Vec<_> = sets.into_iter().map(|set| set.unwrap().len()).collect();
+            assert!(
+                of_workers.len() == workers && of_workers.iter().all(|n| *n > 0),
+                "{of_workers:?}"
+            );
+            // As a table would let them in: here they are refused, by whoever accepts them.
+            let port = proxy.addresses[0].port();
+            for _ in 0..20 {
+                // The reset may be quicker than the answer.
+                let _ = tokio::net::TcpStream::connect(("127.0.0.1", port)).await;
+            }
+            let refused = async {
+                while proxy.shared.tally.sum() < 20 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            timeout(Duration::from_secs(60), refused).await.unwrap();
             proxy.drain();
             timeout(Duration::from_secs(60), proxy.ended()).await.unwrap();
         }

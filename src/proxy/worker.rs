@@ -218,6 +218,15 @@ impl Worker {
         }
     }
 
+    /// Resets the connections that [`Worker::present_ones_ended`] waits for.
+    pub(super) fn end_present_ones(&self) {
+        let all = self.connections.borrow();
+        let places = all.iter().filter(|(_, one)| all.is_marked(one)).map(|(place, _)| place);
+        let places: Vec<_> = places.collect();
+        drop(all);
+        places.into_iter().for_each(|place| self.end(place, Outcome::Shutdown));
+    }
+
     /// Lets go of a connection that another process has.
     pub(super) fn let_go(&self, place: Place) {
         let parked = self.connections.borrow_mut().let_go(place);

@@ -8,8 +8,8 @@ use std::{
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        Arc, Mutex, PoisonError, TryLockError,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -18,7 +18,7 @@ use rustix::process::geteuid;
 use tokio::{
     sync::watch,
     task::JoinHandle,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tracing::{info, warn};
 
@@ -50,6 +50,7 @@ pub struct Counts {
 pub struct Keeper {
     begun: watch::Sender<bool>,
     snapshots: watch::Sender<Option<Snapshot>>,
+    file: Arc<File>,
     task: JoinHandle<()>,
 }
 
@@ -60,6 +61,8 @@ impl Keeper {
     const REFRESH: Duration = Duration::from_secs(5 * 60);
     /// After a write that failed.
     const RETRY: Duration = Duration::from_secs(10);
+    /// How long [`Keeper::release`] waits for a step of a write: a call that changes a folder.
+    const STEP: Duration = Duration::from_millis(200);
     /// How long an end waits for the last write.
     const LAST: Duration = Duration::from_secs(2);
 
@@ -67,13 +70,15 @@ impl Keeper {
     pub fn new(path: PathBuf, origin: Origin, counts: Arc<Counts>) -> Self {
         let (snapshots, changes) = watch::channel(None);
         let (begun, mut begins) = watch::channel(false);
+        let file = Arc::new(File { path, origin, ours: Ours::default() });
+        let of_task = file.clone();
         let task = async move {
             // Until then another process may have the file.
             if begins.wait_for(|begun| *begun).await.is_ok() {
-                run(File { path, origin }, changes, counts).await;
+                run(of_task, changes, counts).await;
             }
         };
-        Self { begun, snapshots, task: tokio::spawn(task) }
+        Self { begun, snapshots, file, task: tokio::spawn(task) }
     }
 
     /// The file is this process's from now on.
@@ -84,6 +89,25 @@ impl Keeper {
     /// The channel for the data to save.
     pub fn snapshots(&self) -> watch::Sender<Option<Snapshot>> {
         self.snapshots.clone()
+    }
+
+    /// Leaves the file alone from now on, because another process may have it: a write that is under way does not reach it either. That
+    /// is waited for, but not for long: a disk may hang.
+    pub async fn release(&self) {
+        self.file.ours.released.store(true, Relaxed);
+        let passed = async {
+            while matches!(self.file.ours.step.try_lock(), Err(TryLockError::WouldBlock)) {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let _ = timeout(Self::STEP, passed).await;
+    }
+
+    /// The file is this process's again.
+    pub fn reclaim(&self) {
+        self.file.ours.released.store(false, Relaxed);
+        // What was not written meanwhile.
+        self.snapshots.send_modify(|_| {});
     }
 
     /// Ends at once: another process keeps the table from now on.
@@ -100,8 +124,7 @@ impl Keeper {
     }
 }
 
-async fn run(file: File, mut changes: watch::Receiver<Option<Snapshot>>, counts: Arc<Counts>) {
-    let file = Arc::new(file);
+async fn run(file: Arc<File>, mut changes: watch::Receiver<Option<Snapshot>>, counts: Arc<Counts>) {
     let mut kept: Option<Written> = None;
     let mut failing = false;
     let mut next = Instant::now() + Keeper::REFRESH;
@@ -174,9 +197,30 @@ fn rendered(document: &Document) -> io::Result<Vec<u8>> {
 /// What stands in the file, and since when.
 type Written = (Document, Instant);
 
+#[derive(Debug)]
 struct File {
     path: PathBuf,
     origin: Origin,
+    ours: Ours,
+}
+
+/// Whether the file is this process's.
+#[derive(Debug, Default)]
+struct Ours {
+    released: AtomicBool,
+    /// Held by each step that others see.
+    step: Mutex<()>,
+}
+
+impl Ours {
+    /// Does such a step, unless the file is another process's.
+    fn step<T>(&self, step: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let _held = self.step.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.released.load(Relaxed) {
+            false => step(),
+            true => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
 }
 
 impl File {
@@ -225,6 +269,7 @@ impl File {
         }
         match self.write(&document) {
             Ok(()) => (Some((document, Instant::now())), Ok(true)),
+            Err(_) if self.ours.released.load(Relaxed) => (before, Ok(false)),
             Err(error) => (before, Err(self.explained(error))),
         }
     }
@@ -254,20 +299,23 @@ impl File {
         let mut new = self.path.as_os_str().to_owned();
         new.push(".new");
         let new = PathBuf::from(new);
-        // What lies there is of a write that was cut off, or another's: nothing is written through it.
-        let _ = fs::remove_file(&new);
         let mut options = OpenOptions::new();
         options.write(true).create_new(true).mode(0o600);
-        let written = options.open(&new).and_then(|mut file| {
-            file.write_all(&rendered(document)?)?;
+        let mut file = self.ours.step(|| {
+            // What lies there is of a write that was cut off, or another's: nothing is written through it.
+            let _ = fs::remove_file(&new);
+            options.open(&new)
+        })?;
+        let written = rendered(document).and_then(|bytes| {
+            file.write_all(&bytes)?;
             file.sync_all()
         });
         if let Err(error) = written {
             // Half a file would only take room on a full disk.
-            let _ = fs::remove_file(&new);
+            let _ = self.ours.step(|| fs::remove_file(&new));
             return Err(error);
         }
-        fs::rename(&new, &self.path)?;
+        self.ours.step(|| fs::rename(&new, &self.path))?;
         fs::File::open(folder)?.sync_all()
     }
 }
@@ -284,6 +332,10 @@ mod tests {
             endpoints: [(query, Arc::new(answer))].into_iter().collect(),
             ..Snapshot::default()
         }
+    }
+
+    fn file(path: PathBuf) -> File {
+        File { path, origin: Origin::default(), ours: Ours::default() }
     }
 
     /// Unlike `Keeper::stop` it waits for a slow disk.
@@ -326,6 +378,53 @@ mod tests {
         assert!(!path.exists());
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_write_does_not_reach_a_file_that_was_released() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table");
+        let counts = Arc::<Counts>::default();
+        let keeper = Keeper::new(path.clone(), Origin::default(), counts.clone());
+        keeper.begin();
+        keeper.release().await;
+        // As of a write that is under way, and of one that begins.
+        let document = keeper.file.document(&snapshot("10.0.0.1:1"));
+        assert!(keeper.file.write(&document).is_err());
+        keeper.snapshots().send_replace(Some(snapshot("10.0.0.2:1")));
+        sleep(Keeper::DEBOUNCE * 3).await;
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert_eq!(counts.failed.load(Relaxed), 0, "it is no failure");
+        // What was left out is written once the other process has failed.
+        keeper.reclaim();
+        while counts.written.load(Relaxed) == 0 {
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert_eq!(endpoints(&path), ["10.0.0.2:1"]);
+    }
+
+    #[tokio::test]
+    async fn a_step_that_has_begun_is_waited_for() {
+        let keeper = Keeper::new("table".into(), Origin::default(), Arc::default());
+        let file = keeper.file.clone();
+        let (begun, begins) = std::sync::mpsc::channel();
+        let done = Arc::<AtomicBool>::default();
+        let is_done = done.clone();
+        let step = std::thread::spawn(move || {
+            file.ours.step(|| {
+                begun.send(()).unwrap();
+                std::thread::sleep(Duration::from_millis(20));
+                is_done.store(true, Relaxed);
+                Ok(())
+            })
+        });
+        begins.recv().unwrap();
+        keeper.release().await;
+        assert!(done.load(Relaxed));
+        step.join().unwrap().unwrap();
+        // A disk that hangs does not hold it up.
+        let _held = keeper.file.ours.step.lock().unwrap();
+        keeper.release().await;
+    }
+
     #[tokio::test]
     async fn nothing_is_written_through_what_lies_there() {
         let folder = tempfile::tempdir().unwrap();
@@ -345,7 +444,7 @@ mod tests {
     #[test]
     fn who_may_write_is_said_if_embassy_may_not() {
         let folder = tempfile::tempdir().unwrap();
-        let file = File { path: folder.path().join("new/table"), origin: Origin::default() };
+        let file = file(folder.path().join("new/table"));
         let denied = file.explained(io::ErrorKind::PermissionDenied.into()).to_string();
         let (own, place) = (geteuid().as_raw(), folder.path().display());
         let expected = format!("{place} belongs to user {own} and has mode 7");
@@ -357,7 +456,7 @@ mod tests {
     #[tokio::test]
     async fn what_a_discovery_does_not_confirm_keeps_its_age() {
         let mut snapshot = snapshot("10.0.0.1:1");
-        let file = File { path: "table".into(), origin: Origin::default() };
+        let file = file("table".into());
         let age = |snapshot: &Snapshot| {
             let document = file.document(snapshot);
             document.written - document.answers.values().next().unwrap().confirmed

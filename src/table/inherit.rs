@@ -1,12 +1,12 @@
 //! What of a table lives on in the process that takes over: counts, what is held against endpoints, and whose turn it is. Pure.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Instant};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use super::{Route, ServiceKey, Table, build::service_of};
 use crate::{
     balance::EndpointState,
     discovery::Query,
-    model::{ConsumerId, Endpoint, Millis, Port},
+    model::{ConsumerId, Endpoint, Millis, Port, ServiceName, Tags},
     takeover::message::{EndpointFigures, Figures, Owner, RouteFigures, Service, Turn},
 };
 
@@ -99,27 +99,15 @@ impl Table {
                 route.counts.inherit(counts);
             }
         }
-        if figures.endpoints.is_empty() && figures.turns.is_empty() {
-            return;
-        }
-        let here =
-            self.endpoints().map(|(service, state)| ((named(service), state.endpoint.0), state));
-        let here: BTreeMap<_, _> = here.collect();
         for EndpointFigures { service, endpoint, counts, state } in &figures.endpoints {
-            if let Some(found) = here.get(&(service.clone(), *endpoint)) {
-                found.counts.add(counts);
-                found.inherit(state, now);
+            let key = service_named(service).map(|service| (service, Endpoint(*endpoint)));
+            if let Some(found) = key.and_then(|key| self.states.get(&key)) {
+                found.state.counts.add(counts);
+                found.state.inherit(state, now);
             }
         }
-        for upstream in self.upstreams() {
-            let query = &upstream.query;
-            let service = named(&service_of(query));
-            let is_its = |turn: &&Turn| {
-                turn.service == service
-                    && turn.port == query.port.map(Port::get)
-                    && query.tags.iter().eq(turn.tags.iter().map(String::as_str))
-            };
-            if let Some(turn) = figures.turns.iter().find(is_its) {
+        for turn in &figures.turns {
+            if let Some(upstream) = query_of(turn).and_then(|query| self.upstream(&query)) {
                 upstream.rotation.give_turn(Endpoint(turn.endpoint));
             }
         }
@@ -132,6 +120,20 @@ fn named((via, dc, service): &ServiceKey) -> Service {
         dc: dc.as_ref().map(ToString::to_string),
         service: service.to_string(),
     }
+}
+
+/// The service of a name that another process gave.
+fn service_named(Service { via, dc, service }: &Service) -> Option<ServiceKey> {
+    let dc = dc.as_deref().map(Into::into);
+    Some((via.as_str().into(), dc, ServiceName::new(service)?))
+}
+
+/// The query whose turn it is.
+fn query_of(turn: &Turn) -> Option<Query> {
+    let (via, dc, service) = service_named(&turn.service)?;
+    let tags = Tags::new(turn.tags.iter().map(String::as_str));
+    let port = turn.port.map(|port| Port::new(port).ok_or(())).transpose().ok()?;
+    Some(Query { via, service, tags, dc, port })
 }
 
 fn part<T: Clone>(all: &[T], n: usize) -> Vec<T> {

@@ -56,6 +56,12 @@ impl Channel {
         Ok(self.stream.peer_cred()?.uid())
     }
 
+    /// The number of the other process, if it has one here: it may be in a container of its own.
+    pub fn peer_process(&self) -> Option<u32> {
+        let process = self.stream.peer_cred().ok()?.pid()?;
+        u32::try_from(process).ok().filter(|process| *process > 0)
+    }
+
     /// Sends a message, the bytes behind it, and its descriptors. Once this returns, the kernel has all of it for the other process.
     pub async fn send(
         &self,

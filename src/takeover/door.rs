@@ -16,7 +16,7 @@ use rustix::{
     process::geteuid,
 };
 use tokio::{
-    net::{UnixListener, UnixStream},
+    net::{UnixListener, UnixStream, unix::pipe},
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -148,6 +148,12 @@ fn is_trusted(channel: &Channel) -> bool {
 pub struct Life(OwnedFd);
 
 impl Life {
+    /// Waits until it has died.
+    pub async fn over(&self) -> io::Result<()> {
+        // Nothing is ever written: the end is all that can be read.
+        pipe::Receiver::from_owned_fd(self.0.try_clone()?)?.readable().await
+    }
+
     /// Whether it has died. A process that ends closes its descriptors one after the other, which takes a moment.
     pub async fn is_over(&self) -> bool {
         const MOMENT: Duration = Duration::from_millis(20);
@@ -235,8 +241,10 @@ mod tests {
         let alive = door.leave();
         assert!(path.exists(), "the file is another's now");
         assert!(!life.is_over().await, "it has only let go of the listener, and of this one");
+        assert!(timeout(Duration::from_millis(50), life.over()).await.is_err());
         drop(alive);
         assert!(life.is_over().await);
+        timeout(Duration::from_secs(60), life.over()).await.unwrap().unwrap();
         assert!(knock(&path, hello("new")).await.unwrap().is_none(), "nobody listens");
         assert!(!is_answered(&path).await);
         let door = Door::open(&path, hello("old")).unwrap();

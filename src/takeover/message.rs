@@ -58,6 +58,10 @@ pub struct Hello {
     pub port: u16,
     /// Who writes the rules; empty: nobody.
     pub firewall: String,
+    /// The root file system: see [`succession`](super::succession).
+    pub root: String,
+    /// Those of the processes that were taken over from, before this one.
+    pub before: Vec<String>,
     pub descriptors: u32,
 }
 
@@ -397,7 +401,18 @@ mod tests {
         prop_oneof![
             hello.prop_map(|(version, program, namespace, port, firewall)| {
                 let descriptors = u32::from(port % 2);
-                Message::Hello(Hello { version, program, namespace, port, firewall, descriptors })
+                let (root, before) =
+                    (program.clone(), vec![firewall.clone(); descriptors as usize]);
+                Message::Hello(Hello {
+                    version,
+                    program,
+                    namespace,
+                    port,
+                    firewall,
+                    root,
+                    before,
+                    descriptors,
+                })
             }),
             any::<(String, String)>().prop_map(|(of, address)| {
                 Message::Handle(Handle { of, address, descriptors: 2 })

@@ -6,7 +6,8 @@ mod channel;
 mod door;
 pub mod message;
 mod step;
+pub mod succession;
 
 pub use channel::{Channel, ChannelError, Received};
 pub use door::{Alive, Asker, Door, Life, is_answered, knock, namespace};
-pub use step::step;
+pub use step::{step, version};

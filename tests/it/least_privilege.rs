@@ -162,7 +162,7 @@ fn the_state_is_kept_in_a_named_volume_by_the_images_user_and_by_root_without_ca
 }
 
 /// A host with a service in etcd and a consumer that asks for it.
-fn host() -> Result<(Host, Container)> {
+pub(crate) fn host() -> Result<(Host, Container)> {
     let host = Host::start()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
@@ -170,7 +170,7 @@ fn host() -> Result<(Host, Container)> {
 }
 
 /// Builds the image with iptables on a base that was made here.
-fn image(host: &Host) -> Result<()> {
+pub(crate) fn image(host: &Host) -> Result<()> {
     let programs = ["nft", "iptables", "iptables-save", "iptables-restore", "setcap"];
     let paths = programs.map(|name| output(std::process::Command::new("which").arg(name)));
     let paths = paths.into_iter().collect::<Result<Vec<_>>>()?;
@@ -187,7 +187,7 @@ fn image(host: &Host) -> Result<()> {
 }
 
 /// The image's container on the host's network, with nothing that it is not given.
-fn bare(host: &Host, name: &str) -> Result<ContainerBuilder> {
+pub(crate) fn bare(host: &Host, name: &str) -> Result<ContainerBuilder> {
     let group = host.run("stat", ["-c", "%g", "/var/run/docker.sock"])?;
     let container = host.container(name).image("embassy").network("host").args([
         "--cap-drop=ALL",

@@ -42,6 +42,9 @@ mod server_names;
 mod state;
 mod soak;
 mod support;
+mod upgrade;
+mod upgrade_in_docker;
+mod upgrade_under_systemd;
 
 use std::time::Duration;
 

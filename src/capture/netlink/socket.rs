@@ -83,6 +83,8 @@ impl NetlinkError {
 pub(in crate::capture) struct Socket {
     socket: OwnedFd,
     buffer: Box<[u8]>,
+    #[cfg(test)]
+    is_narrow: bool,
 }
 
 /// An error repeats the message that had it, which may be this long.
@@ -102,7 +104,12 @@ impl Socket {
         // Needs the right that everything else here needs too; the first use says so.
         let _ = sockopt::set_socket_send_buffer_size_force(&socket, KERNEL_BUFFER);
         let _ = sockopt::set_socket_recv_buffer_size_force(&socket, KERNEL_BUFFER);
-        Ok(Self { socket, buffer: vec![0; READ].into() })
+        Ok(Self {
+            socket,
+            buffer: vec![0; READ].into(),
+            #[cfg(test)]
+            is_narrow: false,
+        })
     }
 
     /// The descriptor, which makes who has it an owner of its tables too.
@@ -115,10 +122,17 @@ impl Socket {
         self.socket = socket;
     }
 
-    /// As where the right to have large buffers is missing.
+    /// As where a batch is larger than the buffer.
     #[cfg(test)]
-    pub(in crate::capture) fn narrow(&self) {
+    pub(in crate::capture) fn shrink(&self) {
         sockopt::set_socket_send_buffer_size(&self.socket, 106_496).unwrap();
+    }
+
+    /// As where the right to have large buffers is missing, too.
+    #[cfg(test)]
+    pub(in crate::capture) fn narrow(&mut self) {
+        self.shrink();
+        self.is_narrow = true;
     }
 
     /// The number of the last change by anybody.
@@ -208,9 +222,22 @@ impl Socket {
     }
 
     fn send(&mut self, messages: &Messages) -> Result<(), NetlinkError> {
-        send(&self.socket, messages.bytes(), SendFlags::empty())
-            .map(drop)
-            .map_err(NetlinkError::of("cannot be asked"))
+        let bytes = messages.bytes();
+        let mut sent = send(&self.socket, bytes, SendFlags::empty());
+        // The kernel takes a batch whole or not at all. The size is only a limit: a socket takes no memory while nothing is sent.
+        if sent == Err(Errno::MSGSIZE) && self.grow(bytes.len()) {
+            sent = send(&self.socket, bytes, SendFlags::empty());
+        }
+        sent.map(drop).map_err(NetlinkError::of("cannot be asked"))
+    }
+
+    /// Makes room for a batch of this size. Whether that is allowed.
+    fn grow(&self, size: usize) -> bool {
+        #[cfg(test)]
+        if self.is_narrow {
+            return false;
+        }
+        sockopt::set_socket_send_buffer_size_force(&self.socket, size).is_ok()
     }
 
     fn receive(&mut self) -> Result<&[u8], NetlinkError> {
