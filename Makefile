@@ -57,7 +57,7 @@ fuzz: setup ## fuzz all parsers of outside input with libFuzzer, MINUTES=1 per t
 soak: build ## random load and failures for MINUTES=30; SEED=1 repeats a run; prints requests, failures, memory
 	MINUTES=$(or $(MINUTES),30) SEED=$(or $(SEED),1) cargo test --test it soak -- --ignored --nocapture
 
-demo: build ## start three endpoints, two consumers and embassy; DISCOVERY=docker|consul|etcd, ONCE=1 to exit by itself
+demo: build ## start three endpoints, three consumers and embassy; DISCOVERY=docker|consul|etcd, ONCE=1 to exit by itself
 	target/debug/testbed demo --discovery $(DISCOVERY) $(if $(ONCE),--once)
 
 figures: build ## print figures of a release build: sizes, memory, delay of a change, cost of a scrape

@@ -33,6 +33,8 @@ pub struct EndpointState {
     drained: AtomicBool,
     /// It was the only endpoint when a connect attempt timed out, and has accepted none since.
     silent: AtomicBool,
+    /// A connection to it opened that is no consumer's.
+    reached: AtomicBool,
     /// The result of active checks: a number of [`Checked`].
     checked: AtomicU8,
     /// When a pick by least connections first saw it; 0 before.
@@ -84,6 +86,7 @@ impl EndpointState {
             failures: AtomicU32::new(0),
             drained: AtomicBool::new(false),
             silent: AtomicBool::new(false),
+            reached: AtomicBool::new(false),
             checked: AtomicU8::new(Checked::Not as u8),
             seen: AtomicU64::new(0),
             endpoint,
@@ -125,6 +128,7 @@ impl EndpointState {
         let back = self.failures.swap(0, Relaxed) != 0;
         let spoke = self.silent.swap(false, Relaxed);
         self.aside_until.store(0, Relaxed);
+        self.reached.store(true, Relaxed);
         back || spoke
     }
 
@@ -244,6 +248,7 @@ impl EndpointState {
             self.failures.store(0, Relaxed);
             self.silent.store(false, Relaxed);
             self.aside_until.store(0, Relaxed);
+            self.reached.store(true, Relaxed);
             Checked::Passes
         } else if self.failed_checks.fetch_add(1, Relaxed) + 1 >= Self::FALL {
             Checked::Fails
@@ -277,6 +282,12 @@ impl EndpointState {
     /// Whether it has no failures, no failed check, and can be reached from this host, as far as is known.
     pub fn is_trusted(&self) -> bool {
         self.failures.load(Relaxed) == 0 && self.check() != Checked::Fails && !self.was_set_aside()
+    }
+
+    /// Whether the last that is known of it is a connection that opened: a consumer's, or embassy's own.
+    pub fn is_proved(&self) -> bool {
+        let opened = || self.reached.load(Relaxed) || self.opened() > 0;
+        self.is_trusted() && !self.is_silent() && opened()
     }
 
     /// Whether it is skipped while there is another.
@@ -578,6 +589,31 @@ mod tests {
         assert_eq!(state.active(), 3);
         state.has_beside(1, 0);
         assert_eq!((state.active(), state.active_here()), (2, 0));
+    }
+
+    #[test]
+    fn an_endpoint_is_proved_by_its_last_connection() {
+        let state = EndpointState::new(Endpoint(([10, 0, 0, 1], 80).into()));
+        assert!(!state.is_proved(), "there was none");
+        state.succeeded(Duration::ZERO);
+        assert!(state.is_proved());
+        state.failed(NOW, NOW);
+        assert!(!state.is_proved());
+        assert!(state.proved() && state.is_proved());
+        state.timed_out_alone();
+        assert!(!state.is_proved());
+        state.succeeded(Duration::ZERO);
+        state.checked(false);
+        state.checked(false);
+        assert!(!state.is_proved(), "its check fails");
+        state.checked(true);
+        assert!(state.is_proved());
+        state.set_aside(NOW);
+        assert!(!state.is_proved());
+        let others = [EndpointState::new(state.endpoint), EndpointState::new(state.endpoint)];
+        others[0].proved();
+        others[1].checked(true);
+        assert!(others.iter().all(EndpointState::is_proved));
     }
 
     /// Another process has another clock, and the same knowledge.

@@ -61,6 +61,8 @@ worded! {
         Proxy = "proxy",
         /// from the consumer to the endpoint, if the kernel can choose the endpoint
         Kernel = "kernel",
+        /// the same, while every endpoint is proved and can be reached from the consumer's own network
+        Auto = "auto",
     }
 }
 
@@ -328,8 +330,9 @@ impl Descriptor {
                 })?);
             }
             "path" => {
-                self.path =
-                    Some(PathChoice::of(value).ok_or_else(|| wrong("path", "proxy or kernel"))?);
+                self.path = Some(
+                    PathChoice::of(value).ok_or_else(|| wrong("path", "proxy, kernel or auto"))?,
+                );
             }
             _ => return Err(DescriptorError::UnknownOption(key.to_owned())),
         }

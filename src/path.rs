@@ -3,7 +3,15 @@
 //! On the *proxy path* a NAT rule captures a connection, and the proxy carries its bytes. On the *kernel path* the VIP becomes an
 //! endpoint inside the consumer's `connect()`, and embassy sees none of its bytes.
 
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use ipnet::IpNet;
+
 use crate::{
+    consumer::Consumer,
     cow_map::CowMap,
     descriptor::{Descriptor, EndpointDrain, PathChoice},
     model::Endpoint,
@@ -24,6 +32,8 @@ worded! {
     pub enum PathReason {
         /// The kernel path was asked for, and nothing is in its way.
         Possible = "possible",
+        /// path=auto, and every endpoint is proved and can be reached from the consumer's own network.
+        Proved = "proved",
         /// The proxy path was asked for, or is the default.
         NotAsked = "not_asked",
         /// The kernel path is not available on this host: embassy's log says why.
@@ -46,12 +56,22 @@ worded! {
         Loopback = "loopback",
         /// An endpoint is not of the family (IPv4 or IPv6) of the consumer's address.
         Family = "family",
+        /// path=auto, and an endpoint is in another of the engine's networks than the consumer.
+        Isolated = "isolated",
+        /// path=auto, and it is not known whether an endpoint can be reached from the consumer's own network: embassy cannot connect from there.
+        Untried = "untried",
+        /// path=auto, and a connect from the consumer's own network to an endpoint failed.
+        NotReached = "not_reached",
+        /// path=auto, and connects from the consumer's own network to all endpoints are being tried.
+        Trying = "trying",
         /// The control group of the consumer's container was not found.
         NoIdentity = "no_identity",
         /// No VIP is of the family (IPv4 or IPv6) of the consumer's address.
         NoVip = "no_vip",
         /// The kernel's tables are full.
         Full = "full",
+        /// path=auto, and the last connect to an endpoint failed, its check fails, or none was made yet.
+        Unproved = "unproved",
     }
 }
 
@@ -59,9 +79,15 @@ impl PathReason {
     /// The path that it leads to.
     pub fn path(self) -> Path {
         match self {
-            Self::Possible => Path::Kernel,
+            Self::Possible | Self::Proved => Path::Kernel,
             _ => Path::Proxy,
         }
+    }
+
+    /// Whether the route stands in the kernel's tables. Those of a service in doubt do, and their connections are left to the
+    /// proxy: so one word decides for all of them.
+    pub fn has_entries(self) -> bool {
+        matches!(self, Self::Possible | Self::Proved | Self::Unproved)
     }
 
     /// The reason as one line.
@@ -86,6 +112,19 @@ impl Paths {
 
     pub fn of(&self, key: &RouteKey) -> PathReason {
         self.reasons.get(key).copied().unwrap_or(PathReason::NotAsked)
+    }
+
+    /// How many of so many routes there are for each reason.
+    pub fn counts(&self, routes: usize) -> BTreeMap<PathReason, u64> {
+        let mut counts = BTreeMap::new();
+        for reason in self.reasons.values() {
+            *counts.entry(*reason).or_default() += 1;
+        }
+        let unasked = routes.saturating_sub(self.reasons.len());
+        if unasked > 0 {
+            counts.insert(PathReason::NotAsked, unasked as u64);
+        }
+        counts
     }
 
     /// Whether any route was asked to take another path than the proxy's.
@@ -128,7 +167,8 @@ pub struct Facts<'a> {
     pub endpoints: &'a [Endpoint],
 }
 
-/// The path as far as it does not depend on the host at the moment: what is left is `NoIdentity`, `NoVip` and `Full`.
+/// The path as far as it does not depend on the host at the moment: what is left is `NoIdentity`, `NoVip` and `Full`, and for `auto`
+/// what [`caution`] says.
 pub fn decide(descriptor: &Descriptor, facts: Facts<'_>) -> PathReason {
     let first = [
         (descriptor.path.unwrap_or(facts.default) == PathChoice::Proxy, PathReason::NotAsked),
@@ -144,6 +184,73 @@ pub fn decide(descriptor: &Descriptor, facts: Facts<'_>) -> PathReason {
         (facts.endpoints.iter().any(|one| is_ipv4(one) != facts.is_ipv4), PathReason::Family),
     ];
     first.iter().find(|(applies, _)| *applies).map_or(PathReason::Possible, |(_, reason)| *reason)
+}
+
+/// What `auto` asks of an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Candidate {
+    /// Whether the last connect to it opened, by either path, and no check of it fails.
+    pub is_proved: bool,
+    pub reach: Reach,
+}
+
+/// Whether an endpoint can be reached from a consumer's own network, as far as embassy knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// A connect from there opened; or embassy cannot try it, and the networks leave no doubt.
+    Reached,
+    /// Another network of the engine has it: Docker drops what goes from one to another.
+    Isolated,
+    /// embassy cannot try it.
+    Untried,
+    Trying,
+    /// A connect from there failed.
+    Failed,
+}
+
+/// What `auto` adds to [`decide`]: the kernel path only if nothing is lost but the retry of a connection that is being opened while an
+/// endpoint dies.
+pub fn caution(candidates: &[Candidate]) -> PathReason {
+    let any = |reach| candidates.iter().any(|one| one.reach == reach);
+    let first = [
+        (any(Reach::Isolated), PathReason::Isolated),
+        (any(Reach::Untried), PathReason::Untried),
+        (any(Reach::Failed), PathReason::NotReached),
+        (any(Reach::Trying), PathReason::Trying),
+        (candidates.iter().any(|one| !one.is_proved), PathReason::Unproved),
+    ];
+    first.iter().find(|(applies, _)| *applies).map_or(PathReason::Proved, |(_, reason)| *reason)
+}
+
+/// Where an endpoint is, seen from a consumer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nearness {
+    /// Both are in one network, and what is in it is not kept apart.
+    Near,
+    /// In a network of the engine in which the consumer is not.
+    Isolated,
+    /// Routes, firewalls and other hosts decide.
+    Beyond,
+}
+
+/// By the engine's networks alone. `apart`: those whose containers do not reach each other.
+pub fn nearness(
+    endpoint: Endpoint,
+    consumer: &Consumer,
+    networks: &BTreeSet<IpNet>,
+    apart: &BTreeSet<IpNet>,
+) -> Nearness {
+    let ip = endpoint.0.ip().to_canonical();
+    let is_own =
+        |network: &IpNet| consumer.sources.iter().any(|own: &IpAddr| network.contains(own));
+    let around: Vec<_> = networks.iter().filter(|network| network.contains(&ip)).collect();
+    match around.iter().find(|network| is_own(network)) {
+        // A gateway is the host itself: its firewall decides.
+        Some(own) if apart.contains(*own) || consumer.gateways.contains(&ip) => Nearness::Beyond,
+        Some(_) => Nearness::Near,
+        None if around.is_empty() => Nearness::Beyond,
+        None => Nearness::Isolated,
+    }
 }
 
 /// Whether it would be the consumer itself.
@@ -199,6 +306,7 @@ mod tests {
         let unasked = Facts { default: PathChoice::Proxy, ..good };
         assert_eq!(of("web;80", unasked), PathReason::NotAsked);
         assert_eq!(of("web;80;path=kernel", unasked), PathReason::Possible);
+        assert_eq!(of("web;80;path=auto", unasked), PathReason::Possible);
         for (facts, reason) in [
             (Facts { is_available: false, ..good }, PathReason::Unavailable),
             (Facts { is_container: false, ..good }, PathReason::NoContainer),
@@ -231,12 +339,98 @@ mod tests {
         );
     }
 
+    const GOOD: Candidate = Candidate { is_proved: true, reach: Reach::Reached };
+
+    #[test]
+    fn each_line_of_auto_decides_alone_and_one_endpoint_is_enough() {
+        assert_eq!(caution(&[GOOD, GOOD]), PathReason::Proved);
+        for (reach, reason) in [
+            (Reach::Isolated, PathReason::Isolated),
+            (Reach::Untried, PathReason::Untried),
+            (Reach::Failed, PathReason::NotReached),
+            (Reach::Trying, PathReason::Trying),
+        ] {
+            let bad = Candidate { reach, ..GOOD };
+            assert_eq!(caution(&[GOOD, bad, GOOD]), reason);
+            // What can be proved by a connection is said last.
+            assert_eq!(caution(&[Candidate { is_proved: false, ..bad }]), reason);
+        }
+        let unproved = Candidate { is_proved: false, ..GOOD };
+        assert_eq!(caution(&[GOOD, unproved]), PathReason::Unproved);
+    }
+
+    #[test]
+    fn an_endpoint_is_near_in_a_shared_network_alone() {
+        let consumer = |sources: &[&str]| Consumer {
+            id: crate::model::ConsumerId::Local,
+            name: "app".into(),
+            namespace: "app".into(),
+            sources: sources.iter().map(|one| one.parse().unwrap()).collect(),
+            arrivals: Vec::new(),
+            gateways: vec!["172.17.0.1".parse().unwrap()],
+            bindings: Vec::new(),
+            ends: Vec::new(),
+        };
+        let nets = |all: &[&str]| all.iter().map(|one| one.parse().unwrap()).collect();
+        let networks: BTreeSet<IpNet> =
+            nets(&["172.17.0.0/16", "172.18.0.0/16", "172.19.0.0/16", "fd00::/64"]);
+        let apart = nets(&["172.19.0.0/16"]);
+        let app = consumer(&["172.17.0.2", "172.19.0.2", "fd00::2"]);
+        for (endpoint, expected) in [
+            ("172.17.0.9:80", Nearness::Near),
+            ("[::ffff:172.17.0.9]:80", Nearness::Near),
+            ("[fd00::9]:80", Nearness::Near),
+            ("172.18.0.9:80", Nearness::Isolated),
+            ("172.19.0.9:80", Nearness::Beyond),
+            ("172.17.0.1:80", Nearness::Beyond),
+            ("10.0.0.1:80", Nearness::Beyond),
+        ] {
+            let endpoint = Endpoint(endpoint.parse().unwrap());
+            assert_eq!(nearness(endpoint, &app, &networks, &apart), expected, "{endpoint}");
+        }
+        let none = nearness(endpoints(&["172.17.0.9:80"])[0], &app, &BTreeSet::new(), &apart);
+        assert_eq!(none, Nearness::Beyond, "the engine's networks are not known");
+    }
+
+    #[test]
+    fn routes_are_counted_by_reason() {
+        let mut paths = Paths::new(PathChoice::Auto);
+        let key = |n| RouteKey::tcp([10, 0, 0, n].into(), crate::model::Port::new(80).unwrap());
+        for (n, reason) in
+            [(1, PathReason::Proved), (2, PathReason::Unproved), (3, PathReason::Proved)]
+        {
+            assert!(paths.set(key(n), reason));
+        }
+        let expected =
+            [(PathReason::Proved, 2), (PathReason::NotAsked, 2), (PathReason::Unproved, 1)];
+        assert_eq!(paths.counts(5), expected.into());
+        paths.set(key(2), PathReason::NotAsked);
+        assert_eq!(paths.counts(2), [(PathReason::Proved, 2)].into());
+    }
+
     proptest! {
+        #[test]
+        fn auto_takes_the_kernel_path_only_if_every_endpoint_is_proved_and_reached(
+            list in prop::collection::vec((any::<bool>(), 0..5_usize), 1..9),
+        ) {
+            const ALL: [Reach; 5] =
+                [Reach::Reached, Reach::Isolated, Reach::Untried, Reach::Trying, Reach::Failed];
+            let candidates: Vec<_> = list
+                .iter()
+                .map(|(is_proved, n)| Candidate { is_proved: *is_proved, reach: ALL[*n] })
+                .collect();
+            let reason = caution(&candidates);
+            prop_assert_eq!(reason == PathReason::Proved, candidates.iter().all(|one| *one == GOOD));
+            prop_assert_eq!(reason.path() == Path::Kernel, reason == PathReason::Proved);
+            let are_reached = candidates.iter().all(|one| one.reach == Reach::Reached);
+            prop_assert_eq!(reason.has_entries(), are_reached, "else no word may let them pass");
+        }
+
         /// Whatever else is so: what nobody asked for does not happen, and a loopback endpoint is never dialled by a consumer.
         #[test]
         fn nobody_gets_the_kernel_path_unasked_nor_its_own_loopback(
             default in prop::sample::select(PathChoice::ALL),
-            path in prop::sample::select(vec!["", ";path=proxy", ";path=kernel"]),
+            path in prop::sample::select(vec!["", ";path=proxy", ";path=kernel", ";path=auto"]),
             option in prop::sample::select(vec!["", ";proxy=v1", ";drain=kill", ";drain=9", ";user-timeout=9", ";lb=leastconn"]),
             (is_available, is_container, is_limited, is_ipv4) in any::<(bool, bool, bool, bool)>(),
             list in prop::collection::vec(prop::sample::select(vec!["10.0.0.1:80", "127.0.0.1:80", "[::1]:80", "[fd00::1]:80"]), 0..70),
@@ -245,7 +439,8 @@ mod tests {
             let facts = Facts { default, is_available, is_container, is_limited, is_ipv4, endpoints: &list };
             let reason = of(&format!("web;80{path}{option}"), facts);
             if reason.path() == Path::Kernel {
-                prop_assert!(path == ";path=kernel" || path.is_empty() && default == PathChoice::Kernel);
+                let is_asked = matches!(path, ";path=kernel" | ";path=auto");
+                prop_assert!(is_asked || path.is_empty() && default != PathChoice::Proxy);
                 prop_assert!(is_available && is_container && !is_limited);
                 prop_assert!(!list.is_empty() && list.len() <= MOST_ENDPOINTS);
                 prop_assert!(list.iter().all(|one| !one.0.ip().is_loopback() && one.0.is_ipv4() == is_ipv4));

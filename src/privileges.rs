@@ -37,6 +37,15 @@ pub fn take_up_bpf() {
     let _ = set_capabilities(None, sets);
 }
 
+/// Takes the capabilities up, where they are permitted, that it takes to enter a container's network: for this thread alone. The
+/// process's files below /proc are its own (CAP_SYS_PTRACE), and a namespace is entered by an administrator (CAP_SYS_ADMIN).
+pub fn take_up_entering() {
+    let Ok(mut sets) = capabilities(None) else { return };
+    let wanted = CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::NET_ADMIN;
+    sets.effective |= sets.permitted & wanted;
+    let _ = set_capabilities(None, sets);
+}
+
 /// Whether this process may write rules.
 pub fn has_net_admin() -> bool {
     capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_ADMIN))

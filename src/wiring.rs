@@ -118,6 +118,8 @@ pub struct Wiring {
     pub segments: BTreeSet<(Interface, IpNet)>,
     /// Those of which the interface is not known.
     pub loose: BTreeSet<IpNet>,
+    /// Those whose containers do not reach each other.
+    pub apart: BTreeSet<IpNet>,
     /// This host's own addresses on those interfaces.
     pub gateways: BTreeSet<IpAddr>,
     /// The ports of those bridges.

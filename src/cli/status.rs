@@ -1,6 +1,6 @@
 //! `embassy status`: the state and the problems of the running embassy.
 
-use std::fmt::Write;
+use std::{collections::BTreeMap, fmt::Write};
 
 use anyhow::Result;
 
@@ -11,7 +11,7 @@ use super::{
     table::{self, age, bytes, printable},
 };
 use crate::{
-    admin::api::{self, Verdict},
+    admin::api::{self, Path, PathReason, Verdict},
     counts::numbered,
 };
 
@@ -97,6 +97,9 @@ fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
         0 => writeln!(out)?,
         without => writeln!(out, ", {without} without endpoint")?,
     }
+    if status.paths.keys().any(|reason| *reason != PathReason::NotAsked) {
+        writeln!(out, "paths        {}", paths(&status.paths))?;
+    }
     write!(out, "endpoints    {}", status.endpoints)?;
     if status.endpoints_ejected > 0 {
         write!(out, ", {} ejected", status.endpoints_ejected)?;
@@ -139,6 +142,18 @@ fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
     Ok(())
 }
 
+/// `kernel 3 (proved 3), proxy 2 (header 1, unproved 1)`
+pub(super) fn paths(counts: &BTreeMap<PathReason, u64>) -> String {
+    let of = |path: &Path| {
+        let here = counts.iter().filter(|(reason, _)| reason.path() == *path);
+        let why: Vec<_> = here.clone().map(|(reason, n)| format!("{reason} {n}")).collect();
+        let sum: u64 = here.map(|(_, n)| n).sum();
+        (sum > 0).then(|| format!("{path} {sum} ({})", why.join(", ")))
+    };
+    let all: Vec<_> = [Path::Kernel, Path::Proxy].iter().filter_map(of).collect();
+    all.join(", ")
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -178,6 +193,7 @@ pub(super) mod tests {
             table_version: 3,
             consumers: 1,
             routes: 2,
+            paths: [(PathReason::NotAsked, 2)].into(),
             routes_without_endpoint: 0,
             routes_degraded: 0,
             routes_broken: 0,
@@ -224,6 +240,20 @@ pub(super) mod tests {
                 started_seconds: None,
             },
         }
+    }
+
+    #[test]
+    fn paths_are_listed_where_one_was_asked_for() {
+        assert!(!text(&status()).contains("paths "));
+        let paths = [
+            (PathReason::Possible, 1),
+            (PathReason::Proved, 2),
+            (PathReason::Header, 1),
+            (PathReason::Unproved, 3),
+        ];
+        let said = text(&api::Status { paths: paths.into(), ..status() });
+        let line = "paths        kernel 3 (possible 1, proved 2), proxy 4 (header 1, unproved 3)\n";
+        assert!(said.contains(line), "{said}");
     }
 
     #[test]

@@ -167,13 +167,14 @@ pub(crate) struct Args {
 
     /// Path of the connections of descriptors without path=: "proxy", through embassy; "kernel", from the container to the endpoint,
     /// which the kernel chooses inside connect(). That costs nothing per byte, but a connect that fails is not tried again.
-    /// What the kernel cannot do goes through embassy. Needs the capability BPF [default: proxy]
+    /// "auto": as kernel while all endpoints of the service are proved, else through embassy. What the kernel cannot do goes
+    /// through embassy. Needs the capability BPF; auto also uses SYS_ADMIN and SYS_PTRACE [default: proxy]
     #[arg(
         long,
         help_heading = TRAFFIC,
         value_name = "PATH",
         hide_possible_values = true,
-        value_parser = Offers(&["proxy", "kernel"])
+        value_parser = Offers(&["proxy", "kernel", "auto"])
     )]
     pub(super) path: Option<String>,
 

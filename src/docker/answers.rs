@@ -147,6 +147,8 @@ impl From<PodmanNetwork> for Network {
 /// The options that name a bridge, and the interface that a macvlan or ipvlan is made of.
 pub(crate) const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
 pub(crate) const PARENT: &str = "parent";
+/// Whether containers of a bridge network reach each other.
+pub(crate) const TOGETHER: &str = "com.docker.network.bridge.enable_icc";
 
 /// One of `GET /networks`
 #[derive(Debug, Clone, Default, Deserialize)]

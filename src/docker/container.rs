@@ -64,6 +64,8 @@ pub struct Bridge {
     pub ranges: Vec<IpNet>,
     /// The gateway's interface.
     pub interface: Arc<str>,
+    /// Its containers do not reach each other.
+    pub is_apart: bool,
 }
 
 /// A running container, as its inspection showed it.

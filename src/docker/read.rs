@@ -365,7 +365,8 @@ pub(super) fn networks(networks: Vec<answers::Network>) -> (Bridges, OtherNetwor
             // The default name by the engine's driver.
             let interface = named.or_else(|| Some(format!("br-{}", id.get(..12)?)));
             let interface = interface.unwrap_or_default().into();
-            bridges.insert(id.into(), Bridge { ranges, interface });
+            let is_apart = options.get(answers::TOGETHER).is_some_and(|word| word == "false");
+            bridges.insert(id.into(), Bridge { ranges, interface, is_apart });
         } else {
             let parent = options.remove(answers::PARENT).unwrap_or_default().into();
             let other = OtherNetwork { driver: driver.into(), ranges, parent };
@@ -535,8 +536,11 @@ mod tests {
         let listed: Vec<_> = listed.into_iter().map(answers::Network::from).collect();
         assert_eq!(listed[0].gateways(), ["10.88.0.1".parse::<IpAddr>().unwrap()]);
         let (bridges, others) = networks(listed);
-        let bridge =
-            Bridge { ranges: vec!["10.88.0.0/16".parse().unwrap()], interface: "podman0".into() };
+        let bridge = Bridge {
+            ranges: vec!["10.88.0.0/16".parse().unwrap()],
+            interface: "podman0".into(),
+            is_apart: false,
+        };
         assert_eq!(bridges, [("2f25".into(), bridge)].into());
         assert_eq!((&*others["lan"].driver, &*others["lan"].parent), ("macvlan", "eth1"));
     }

@@ -18,9 +18,11 @@ use super::{
     Settings,
     again::Again,
     cgroup::{Cgroup, Hierarchy},
-    layout::{Counted, End, Live, Place, Record, mark},
+    inside,
+    layout::{Counted, End, Live, Place, Record, Usage, mark},
     programs::{Sizes, Unavailable},
-    tables::{Counting, Tables, WriteError, Written},
+    proofs::{Proofs, Tried},
+    tables::{Counting, Tables, Way, WriteError, Written, nanoseconds},
 };
 use crate::{
     balance::EndpointState,
@@ -31,18 +33,23 @@ use crate::{
     log::CONNECTION,
     model::{ConsumerId, Endpoint, Vip},
     outcome::Outcome,
-    path::{Facts, PathReason, Paths, decide},
-    proxy::{Lack, probe, wanted},
+    path::{Candidate, Facts, PathReason, Paths, caution, decide, nearness},
+    proxy::{Lack, connect_unseen, probe, unseen_socket, wanted},
     table::{Changes, Route, RouteKey, Table},
 };
 
-/// The result of a probe.
+/// What embassy's own connects to endpoints found out.
 #[derive(Debug)]
-pub(super) struct Probed {
-    /// The address of the endpoint's state, which may be another's by now.
-    state: usize,
-    place: Place,
-    result: io::Result<()>,
+pub(super) enum Answer {
+    /// From this host.
+    Probed {
+        /// The address of the endpoint's state, which may be another's by now.
+        state: usize,
+        place: Place,
+        result: io::Result<()>,
+    },
+    /// From a consumer's own network.
+    Tried { consumer: ConsumerId, endpoint: Endpoint, how: Tried },
 }
 
 #[derive(Debug)]
@@ -61,11 +68,15 @@ pub(super) struct Core {
     /// Routes for which there was no room, and when to try again.
     full: HashSet<RouteKey>,
     room: Option<Again>,
+    /// What can be reached from the consumers of cautious routes.
+    proofs: Proofs,
+    /// Whether the log has it that embassy cannot connect from consumers' networks.
+    is_barred: bool,
     paths: Paths,
     /// Whether `paths` differs from what was published.
     is_news: bool,
     sender: watch::Sender<Paths>,
-    probes: UnboundedSender<Probed>,
+    answers: UnboundedSender<Answer>,
     /// Turns when they were looked at last.
     turns: Vec<u64>,
     lost: u64,
@@ -95,7 +106,7 @@ impl Core {
     pub(super) fn new(
         settings: Settings,
         sender: watch::Sender<Paths>,
-        probes: UnboundedSender<Probed>,
+        answers: UnboundedSender<Answer>,
     ) -> Self {
         Self {
             paths: Paths::new(settings.default),
@@ -111,7 +122,9 @@ impl Core {
             unidentified: HashMap::new(),
             full: HashSet::new(),
             room: None,
-            probes,
+            proofs: Proofs::default(),
+            is_barred: false,
+            answers,
             turns: Vec::new(),
             lost: 0,
         }
@@ -162,7 +175,24 @@ impl Core {
         for route in &others {
             self.set(route);
         }
+        // An endpoint that is not used any more may be another's when it comes back.
+        for route in changes.removed.iter().chain(&others) {
+            self.forget_unused(&route.consumer);
+        }
         self.publish();
+    }
+
+    fn forget_unused(&mut self, consumer: &ConsumerId) {
+        if !self.proofs.has(consumer) {
+            return;
+        }
+        let keys = self.routes.get(consumer).into_iter().flatten();
+        let routes = keys.filter_map(|key| self.table.route(key));
+        let used: HashSet<Endpoint> = routes
+            .flat_map(|route| self.table.endpoints_of(route))
+            .map(|state| state.endpoint)
+            .collect();
+        self.proofs.keep(consumer, |endpoint| used.contains(&endpoint));
     }
 
     /// Shows which paths the routes take, if any takes another one.
@@ -184,6 +214,7 @@ impl Core {
                 self.routes.remove(&route.consumer);
                 self.identities.remove(&route.consumer);
                 self.unidentified.remove(&route.consumer);
+                self.proofs.forget(&route.consumer);
             }
         }
         if let Some(routes) = self.by_query.get_mut(&route.query) {
@@ -201,7 +232,8 @@ impl Core {
         self.full.remove(&route.key);
         match reason {
             PathReason::Full => drop(self.full.insert(route.key)),
-            PathReason::NoIdentity | PathReason::Possible => {}
+            PathReason::NoIdentity => {}
+            _ if reason.has_entries() => {}
             _ => {
                 if let Kernel::Ready(tables) = &mut self.kernel {
                     tables.uninstall(&route.key);
@@ -234,6 +266,14 @@ impl Core {
         if !self.is_ready() {
             return PathReason::Unavailable;
         }
+        let is_cautious = self.choice(route) == PathChoice::Auto;
+        let granted = match is_cautious {
+            true => self.weigh(route),
+            false => PathReason::Possible,
+        };
+        if !granted.has_entries() {
+            return granted;
+        }
         let is_of_family = |vip: &&Vip| vip.0.to_canonical().is_ipv4() == is_ipv4;
         let vips: Vec<Vip> = self.table.vips().iter().filter(is_of_family).copied().collect();
         let identity = self.identity(route);
@@ -244,24 +284,91 @@ impl Core {
         let reason = match identity {
             _ if vips.is_empty() => PathReason::NoVip,
             None => PathReason::NoIdentity,
-            Some(cgroup) => match tables.install(route, &upstream, cgroup, &vips) {
-                Ok(()) => return PathReason::Possible,
-                Err(error) => {
-                    let (consumer, port) = (&route.consumer_name, route.key.port);
-                    match error {
-                        WriteError::Full => {
-                            debug!(%consumer, %port, "the kernel's tables are full")
+            Some(cgroup) => {
+                match tables.install(route, &upstream, Way { cgroup, vips, is_cautious }) {
+                    Ok(()) => return granted,
+                    Err(error) => {
+                        let (consumer, port) = (&route.consumer_name, route.key.port);
+                        match error {
+                            WriteError::Full => {
+                                debug!(%consumer, %port, "the kernel's tables are full")
+                            }
+                            WriteError::Map(error) => {
+                                warn!(%consumer, %port, %error, "cannot write a route into the kernel's tables; its connections go through the proxy");
+                            }
                         }
-                        WriteError::Map(error) => {
-                            warn!(%consumer, %port, %error, "cannot write a route into the kernel's tables; its connections go through the proxy");
-                        }
+                        PathReason::Full
                     }
-                    PathReason::Full
                 }
-            },
+            }
         };
         tables.uninstall(&route.key);
         reason
+    }
+
+    fn choice(&self, route: &Route) -> PathChoice {
+        route.binding.descriptor.path.unwrap_or(self.settings.default)
+    }
+
+    /// What speaks against the kernel path for a cautious route.
+    fn weigh(&mut self, route: &Route) -> PathReason {
+        let (table, Kernel::Ready(tables)) = (self.table.clone(), &self.kernel) else {
+            return PathReason::Unavailable;
+        };
+        let Some(consumer) = table.owner(route) else { return PathReason::Unavailable };
+        let candidates = table.endpoints_of(route).iter().map(|state| {
+            let near = nearness(state.endpoint, consumer, table.networks(), &table.wiring().apart);
+            let reach = self.proofs.reach(&route.consumer, state.endpoint, near);
+            // Nobody gets to a drained one.
+            let is_proved = state.is_drained() || state.is_proved() && !tables.has_failed(state);
+            Candidate { is_proved, reach }
+        });
+        caution(&candidates.collect::<Vec<_>>())
+    }
+
+    /// Connects to endpoints from consumers' networks, as far as that is due. Nothing is sent, and the endpoints' applications see nothing
+    /// of it.
+    fn try_reach(&mut self) {
+        let now = Instant::now();
+        let mut turned: Vec<ConsumerId> = self.proofs.due(now);
+        while let Some((consumer, endpoints)) = self.proofs.take_queued() {
+            let keys = self.routes.get(&consumer).into_iter().flatten();
+            let route = keys.filter_map(|key| self.table.route(key)).next();
+            let run = route.and_then(|route| route.ends.first());
+            let socket = |endpoint: &Endpoint| unseen_socket(*endpoint, None);
+            let work = || endpoints.iter().map(socket).collect::<Vec<_>>();
+            let Some(sockets) = run.and_then(|run| inside::within(run, work)) else {
+                for endpoint in endpoints {
+                    self.proofs.ended(&consumer, endpoint, Tried::Barred, now);
+                }
+                if !std::mem::replace(&mut self.is_barred, true) {
+                    info!(
+                        "cannot connect from a container's network to prove the kernel path; its networks decide"
+                    );
+                }
+                turned.push(consumer);
+                continue;
+            };
+            for (endpoint, socket) in endpoints.into_iter().zip(sockets) {
+                let (consumer, answers) = (consumer.clone(), self.answers.clone());
+                tokio::spawn(async move {
+                    let connect = async { connect_unseen(socket?, endpoint).await };
+                    let how = match timeout(PROBE, connect).await {
+                        Ok(Ok(())) => Tried::Reached,
+                        Ok(Err(_)) | Err(_) => Tried::Failed,
+                    };
+                    let _ = answers.send(Answer::Tried { consumer, endpoint, how });
+                });
+            }
+        }
+        turned.iter().for_each(|consumer| self.set_all_of(consumer));
+    }
+
+    /// Decides again for all routes of a consumer.
+    fn set_all_of(&mut self, consumer: &ConsumerId) {
+        let keys = self.routes.get(consumer).cloned().unwrap_or_default();
+        let table = self.table.clone();
+        keys.iter().filter_map(|key| table.route(key)).for_each(|route| self.set(route));
     }
 
     /// Whether the programs are there; the first who asks has them loaded.
@@ -363,12 +470,17 @@ impl Core {
     pub(super) fn look(&mut self) {
         self.look_for_identities();
         self.try_full();
+        self.look_at_kernel();
+        self.try_reach();
         self.publish();
+    }
+
+    fn look_at_kernel(&mut self) {
         let Kernel::Ready(tables) = &mut self.kernel else { return };
-        let ended = read_records(tables, &self.settings);
+        let Records { any, failed } = read_records(tables, &self.settings);
         let turns = tables.turns();
         // Nothing was opened nor ended since: then nothing has to be read, except where an answer is waited for.
-        let is_busy = ended || turns != self.turns;
+        let is_busy = any || turns != self.turns;
         self.turns = turns;
         let now = Instant::now();
         let mut probed = Vec::new();
@@ -384,6 +496,11 @@ impl Core {
             }
             tell(written, programs, &self.settings);
         }
+        let turned = tables.weigh(is_busy, |written| {
+            let state = &written.counting.of;
+            let is_proved = state.is_proved() && written.failed_at == 0 && !written.is_late;
+            is_proved || state.is_drained()
+        });
         if tables.has_old() {
             read_routes(tables.old_routes.iter_mut(), &tables.programs, &self.settings);
             for written in &mut tables.old_endpoints {
@@ -407,19 +524,39 @@ impl Core {
             self.lost = lost;
         }
         for (state, place, endpoint) in probed {
-            let (mark, answers) = (self.settings.mark, self.probes.clone());
+            let (mark, answers) = (self.settings.mark, self.answers.clone());
             tokio::spawn(async move {
                 let result = timeout(PROBE, probe(endpoint, mark)).await.unwrap_or_else(|_| {
                     Err(io::Error::new(io::ErrorKind::TimedOut, "no answer in 2 s"))
                 });
                 // Nobody waits for it at the end.
-                let _ = answers.send(Probed { state, place, result });
+                let _ = answers.send(Answer::Probed { state, place, result });
             });
+        }
+        // A failure of the consumer's own takes back that it reaches the endpoint.
+        let failed = failed.into_iter().filter(|(c, e)| self.proofs.doubt(c, *e, now));
+        let doubted: BTreeSet<ConsumerId> = failed.map(|(consumer, _)| consumer).collect();
+        doubted.iter().for_each(|consumer| self.set_all_of(consumer));
+        let keys = turned.iter().filter_map(|query| self.by_query.get(query)).flatten();
+        let turned: Vec<_> = keys.filter_map(|key| self.table.route(key)).cloned().collect();
+        turned.iter().for_each(|route| self.set(route));
+    }
+
+    /// A connect of embassy's own has ended.
+    pub(super) fn answered(&mut self, answer: Answer) {
+        match answer {
+            Answer::Probed { state, place, result } => self.probed(state, place, result),
+            Answer::Tried { consumer, endpoint, how } => {
+                if self.proofs.ended(&consumer, endpoint, how, Instant::now()) {
+                    self.set_all_of(&consumer);
+                }
+                self.try_reach();
+                self.publish();
+            }
         }
     }
 
-    /// A probe has ended.
-    pub(super) fn probed(&mut self, Probed { state, place, result }: Probed) {
+    fn probed(&mut self, state: usize, place: Place, result: io::Result<()>) {
         let Kernel::Ready(tables) = &mut self.kernel else { return };
         let Tables { programs, by_state, .. } = &mut **tables;
         let Some(written) = by_state.get_mut(&state) else { return };
@@ -520,6 +657,7 @@ fn read_endpoint(written: &mut Written, programs: &super::programs::Programs) {
         state.has_beside(written.active, active);
         written.active = active;
         written.waits = live.waiting > 0;
+        written.is_late = live.is_late(nanoseconds());
     }
     if let Ok(bytes) = programs.endpoint_counts.get(&index, 0) {
         let now = Counted::read(&bytes);
@@ -576,7 +714,9 @@ fn is_doubted(written: &Written) -> bool {
 }
 
 fn should_probe(written: &Written, now: Instant, settings: &Settings) -> bool {
-    is_doubted(written)
+    let state = &written.counting.of;
+    let lacks_proof = written.needs_proof && !state.is_proved() && !state.is_drained();
+    (is_doubted(written) || lacks_proof)
         && !written.is_probed
         && !written.counting.of.is_ejected(settings.figures.now())
         && written.probe_after.is_none_or(|after| now >= after)
@@ -592,9 +732,14 @@ fn forgive(written: &mut Written, programs: &mut super::programs::Programs) {
 /// Tells the kernel whether an endpoint is to be used, and how busy the proxy makes it.
 fn tell(written: &mut Written, programs: &mut super::programs::Programs, settings: &Settings) {
     let state = &written.counting.of;
-    let is_out =
-        state.is_drained() || state.is_ejected(settings.figures.now()) || is_doubted(written);
-    let now = (is_out, state.active_here());
+    let usage = if state.is_drained() {
+        Usage::Drained
+    } else if state.is_ejected(settings.figures.now()) || is_doubted(written) {
+        Usage::Out
+    } else {
+        Usage::Used
+    };
+    let now = (usage, state.active_here());
     if written.mark != now
         && programs.marks.set(written.counting.place.index, mark(now.0, now.1), 0).is_ok()
     {
@@ -602,24 +747,38 @@ fn tell(written: &mut Written, programs: &mut super::programs::Programs, setting
     }
 }
 
-/// Reads the connections that have ended, and logs them. Whether there were any.
-fn read_records(tables: &mut Tables, settings: &Settings) -> bool {
-    let mut any = false;
+/// What the kernel recorded.
+struct Records {
+    any: bool,
+    /// Connects that failed or wait in vain.
+    failed: Vec<(ConsumerId, Endpoint)>,
+}
+
+/// Reads the connections that have ended, and logs them.
+fn read_records(tables: &mut Tables, settings: &Settings) -> Records {
+    let mut read = Records { any: false, failed: Vec::new() };
     while let Some(bytes) = tables.programs.records.next() {
-        any = true;
+        read.any = true;
         let Some(record) = Record::read(&bytes) else { continue };
         drop(bytes);
+        let route = tables.route_of.get(&record.route);
+        let endpoint = tables.endpoint_of.get(&record.endpoint);
+        if matches!(record.end, End::Failed | End::Unanswered)
+            && let (Some(route), Some(state)) = (route, endpoint)
+        {
+            read.failed.push((route.consumer.clone(), state.endpoint));
+        }
         let outcome = match record.end {
             End::Closed => Outcome::Closed,
             End::Reset => Outcome::Reset,
             End::ResetAfterClose => Outcome::ResetAfterClose,
             End::Failed => Outcome::EndpointsUnreachable,
+            End::Unanswered => continue,
         };
         if !wanted(settings.log, outcome) {
             continue;
         }
-        let Some(route) = tables.route_of.get(&record.route) else { continue };
-        let endpoint = tables.endpoint_of.get(&record.endpoint);
+        let Some(route) = route else { continue };
         info!(
             target: CONNECTION,
             consumer = %route.consumer_name,
@@ -639,7 +798,7 @@ fn read_records(tables: &mut Tables, settings: &Settings) -> bool {
             "connection"
         );
     }
-    any
+    read
 }
 
 fn canonical(address: SocketAddr) -> SocketAddr {

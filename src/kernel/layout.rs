@@ -103,29 +103,38 @@ impl Key {
     }
 }
 
+/// `is_cautious`: while its service is in doubt, its connections are left to the proxy.
 pub(super) fn route(
     key: &Key,
     service: u32,
     generation: u32,
     least_connections: bool,
+    is_cautious: bool,
 ) -> RouteBytes {
     Writer::new()
         .put(&key.bytes())
         .put(&service.to_ne_bytes())
         .put(&generation.to_ne_bytes())
         .put(&u32::from(least_connections).to_ne_bytes())
+        .put(&u32::from(is_cautious).to_ne_bytes())
         .bytes
 }
 
-/// Endpoints beyond [`MOST_ENDPOINTS`] are left out.
-pub(super) fn set(service: u32, generation: u32, base: u64, endpoints: &[u32]) -> SetBytes {
+/// Endpoints beyond [`MOST_ENDPOINTS`] are left out. So many of them as `stay`, the first, were in the set before.
+pub(super) fn set(
+    service: u32,
+    generation: u32,
+    base: u64,
+    endpoints: &[u32],
+    stay: u32,
+) -> SetBytes {
     let endpoints = endpoints.get(..MOST_ENDPOINTS).unwrap_or(endpoints);
     let head = Writer::new()
         .put(&service.to_ne_bytes())
         .put(&generation.to_ne_bytes())
         .put(&base.to_ne_bytes())
         .put(&(endpoints.len() as u32).to_ne_bytes())
-        .put(&[0; 4]);
+        .put(&stay.to_ne_bytes());
     endpoints.iter().fold(head, |set, index| set.put(&index.to_ne_bytes())).bytes
 }
 
@@ -145,8 +154,17 @@ pub(super) fn endpoint(endpoint: &Endpoint, generation: u32, since: u64) -> Endp
         .bytes
 }
 
-pub(super) fn mark(is_out: bool, active: u32) -> MarkBytes {
-    Writer::new().put(&u32::from(is_out).to_ne_bytes()).put(&active.to_ne_bytes()).bytes
+/// Whether an endpoint is to be used: `IS_OUT` and `IS_DRAINED` of connect.c.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Usage {
+    Used = 0,
+    /// Something is held against it.
+    Out = 1,
+    Drained = 2,
+}
+
+pub(super) fn mark(usage: Usage, active: u32) -> MarkBytes {
+    Writer::new().put(&(usage as u32).to_ne_bytes()).put(&active.to_ne_bytes()).bytes
 }
 
 /// What the kernel knows of an endpoint.
@@ -156,12 +174,28 @@ pub(super) struct Live {
     pub(super) active: u64,
     /// Those of them that wait for the answer to their SYN.
     pub(super) waiting: u64,
+    /// Since when at the longest, in nanoseconds of CLOCK_MONOTONIC.
+    waiting_since: u64,
+    /// How long a connect usually takes, in nanoseconds.
+    usual: u64,
 }
 
 impl Live {
     pub(super) fn read(bytes: &LiveBytes) -> Self {
         let mut reader = Reader(bytes);
-        Self { active: reader.u64(), waiting: reader.u64() }
+        Self {
+            active: reader.u64(),
+            waiting: reader.u64(),
+            waiting_since: reader.u64(),
+            usual: reader.u64(),
+        }
+    }
+
+    /// Whether an answer is late, as the kernel's program judges it: `load_of` in connect.c.
+    pub(super) fn is_late(&self, now: u64) -> bool {
+        const PATIENCE: u64 = 20_000_000;
+        let patience = self.usual.saturating_mul(4).max(PATIENCE);
+        self.waiting > 0 && now > self.waiting_since.saturating_add(patience)
     }
 }
 
@@ -228,6 +262,8 @@ pub(super) enum End {
     Reset,
     ResetAfterClose,
     Failed,
+    /// It has not ended: its SYN was not answered for a second.
+    Unanswered,
 }
 
 /// A connection that has ended. Times are in nanoseconds.
@@ -270,6 +306,7 @@ impl Record {
                 1 => End::Reset,
                 2 => End::ResetAfterClose,
                 3 => End::Failed,
+                4 => End::Unanswered,
                 _ => return None,
             },
         })
@@ -277,7 +314,7 @@ impl Record {
 }
 
 /// Why connections were left to the proxy, and what was lost: `enum note` of connect.c.
-pub(super) const NOTES: usize = 5;
+pub(super) const NOTES: usize = 6;
 pub(super) const RECORDS_LOST: usize = 4;
 
 #[cfg(test)]
@@ -302,12 +339,25 @@ mod tests {
     #[test]
     fn a_set_has_its_places_after_its_head_and_no_more_than_there_is_room_for() {
         let places: Vec<_> = (100..300).collect();
-        let bytes = set(1, 2, 3, &places);
+        let bytes = set(1, 2, 3, &places, 7);
         assert_eq!(bytes[..4], 1_u32.to_ne_bytes());
         assert_eq!(bytes[16..20], (MOST_ENDPOINTS as u32).to_ne_bytes());
+        assert_eq!(bytes[20..24], 7_u32.to_ne_bytes());
         assert_eq!(bytes[24..28], 100_u32.to_ne_bytes());
         assert_eq!(bytes[bytes.len() - 4..], (99 + MOST_ENDPOINTS as u32).to_ne_bytes());
         assert_eq!(current(Place { index: 5, generation: 9 }), 9 << 32 | 5);
+    }
+
+    #[test]
+    fn an_answer_is_late_after_four_times_the_usual_time_and_at_least_20_ms() {
+        const MS: u64 = 1_000_000;
+        let live = |waiting, usual| Live { active: 1, waiting, waiting_since: 100 * MS, usual };
+        for (usual, patience) in [(0, 20), (1, 20), (5, 20), (6, 24), (50, 200)] {
+            let last = (100 + patience) * MS;
+            assert!(!live(1, usual * MS).is_late(last), "{usual}");
+            assert!(live(1, usual * MS).is_late(last + 1), "{usual}");
+            assert!(!live(0, usual * MS).is_late(u64::MAX), "nobody waits");
+        }
     }
 
     proptest! {

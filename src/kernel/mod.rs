@@ -20,9 +20,11 @@ use crate::{
 mod again;
 mod cgroup;
 mod follow;
+mod inside;
 mod layout;
 mod places;
 mod programs;
+mod proofs;
 mod tables;
 mod turns;
 
@@ -113,8 +115,8 @@ async fn run(
 ) {
     let (ask, mut asks) = mpsc::unbounded_channel::<oneshot::Sender<()>>();
     settings.figures.also_asks(ask);
-    let (probes, mut probed) = mpsc::unbounded_channel();
-    let mut core = Core::new(settings, paths, probes);
+    let (answers, mut answered) = mpsc::unbounded_channel();
+    let mut core = Core::new(settings, paths, answers);
     let mut looks = interval(LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -129,7 +131,7 @@ async fn run(
                 core.look();
             }
             _ = looks.tick(), if core.is_loaded() => core.look(),
-            Some(result) = probed.recv() => core.probed(result),
+            Some(answer) = answered.recv() => core.answered(answer),
             Some(answer) = asks.recv() => {
                 core.count();
                 let _ = answer.send(());

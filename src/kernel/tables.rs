@@ -18,7 +18,7 @@ use rustix::{
 
 use super::{
     cgroup::{Cgroup, Hierarchy},
-    layout::{self, Counted, Key, Place},
+    layout::{self, Counted, Key, Place, Usage},
     places::Places,
     programs::{Programs, Sizes, Unavailable},
     turns,
@@ -81,9 +81,17 @@ struct Installed {
     number: RouteNumber,
     balance: Balance,
     query: Arc<Query>,
-    cgroup: Cgroup,
-    vips: Vec<Vip>,
+    way: Way,
     entries: Vec<Entry>,
+}
+
+/// Whose connections are meant, and where they are dialled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Way {
+    pub(super) cgroup: Cgroup,
+    pub(super) vips: Vec<Vip>,
+    /// While an endpoint of the service is in doubt, they are left to the proxy.
+    pub(super) is_cautious: bool,
 }
 
 /// What sends connections to one VIP. Its place in the table of routes says by which key it is found, so each VIP has one.
@@ -103,6 +111,10 @@ struct Service {
     /// `None` before the first set.
     upstream: Option<Arc<Upstream>>,
     routes: usize,
+    /// Those of them that are cautious.
+    cautious: usize,
+    /// What the programs were told: whether an endpoint is in doubt.
+    is_doubted: bool,
 }
 
 /// An endpoint in the kernel's tables.
@@ -115,14 +127,18 @@ pub(super) struct Written {
     services: usize,
     /// Whether it is a service's only one.
     pub(super) is_only: bool,
-    /// What the kernel was told last: whether it is out, and the proxy's connections to it.
-    pub(super) mark: (bool, u32),
+    /// What the kernel was told last: whether it is used, and the proxy's connections to it.
+    pub(super) mark: (Usage, u32),
     /// Connections that were open when they were counted last: this part of the state's number is this place's.
     pub(super) active: u32,
     /// The failure that was seen last; 0: none.
     pub(super) failed_at: u64,
     /// Whether a connection waits for the answer to its SYN.
     pub(super) waits: bool,
+    /// Whether that answer is late.
+    pub(super) is_late: bool,
+    /// Whether a cautious route needs it proved.
+    pub(super) needs_proof: bool,
     pub(super) is_probed: bool,
     pub(super) probe_after: Option<Instant>,
 }
@@ -133,7 +149,8 @@ fn grace() -> bool {
     membarrier(MembarrierCommand::Global).is_ok()
 }
 
-fn nanoseconds() -> u64 {
+/// The clock of the programs.
+pub(super) fn nanoseconds() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
@@ -203,11 +220,11 @@ impl Tables {
         self.programs.endpoints.set(endpoint.index, bytes, 0)?;
         let service = self.services.take(now, grace).ok_or(WriteError::Full)?;
         let set = self.sets.take(now, grace).ok_or(WriteError::Full)?;
-        let bytes = layout::set(service.index, set.generation, 0, &[endpoint.index]);
+        let bytes = layout::set(service.index, set.generation, 0, &[endpoint.index], 0);
         self.programs.sets.set(set.index, bytes, 0)?;
         self.programs.services.set(service.index, layout::current(set), 0)?;
         let route = self.routes.take(now, grace).ok_or(WriteError::Full)?;
-        let bytes = layout::route(key, service.index, route.generation, false);
+        let bytes = layout::route(key, service.index, route.generation, false, false);
         self.programs.route_table.set(route.index, bytes, 0)?;
         // The root's depth is 0.
         self.programs.levels.set(0, 1, 0)?;
@@ -228,26 +245,64 @@ impl Tables {
         places.map(|index| self.programs.turns.get(&index, 0).unwrap_or_default()).collect()
     }
 
+    /// Tells the programs of each service with cautious routes whether one of its endpoints is in doubt. Returns what they ask for whose
+    /// path is another one now. `is_busy`: whether the programs may have found a doubt themselves.
+    pub(super) fn weigh(
+        &mut self,
+        is_busy: bool,
+        is_trusted: impl Fn(&Written) -> bool,
+    ) -> Vec<Arc<Query>> {
+        let mut turned = Vec::new();
+        for (query, service) in &mut self.by_query {
+            if service.cautious == 0 {
+                continue;
+            }
+            let mut are_trusted = true;
+            for one in &service.order {
+                if let Some(written) = self.by_state.get_mut(one) {
+                    written.needs_proof = true;
+                    are_trusted &= is_trusted(written);
+                }
+            }
+            let (doubts, index) = (&mut self.programs.doubts, service.place.index);
+            let is_news = are_trusted == service.is_doubted;
+            // What the programs found is over if all endpoints are proved since.
+            let is_stale =
+                || are_trusted && is_busy && doubts.get(&index, 0).is_ok_and(|doubt| doubt != 0);
+            if (is_news || is_stale()) && doubts.set(index, u64::from(!are_trusted), 0).is_ok() {
+                service.is_doubted = !are_trusted;
+                if is_news {
+                    turned.push(query.clone());
+                }
+            }
+        }
+        turned
+    }
+
+    /// Whether a connect to an endpoint failed, or is late, and it was not proved since.
+    pub(super) fn has_failed(&self, state: &Arc<EndpointState>) -> bool {
+        let written = self.by_state.get(&address(state));
+        written.is_some_and(|written| written.failed_at != 0 || written.is_late)
+    }
+
     /// Whether anything was installed that is not.
     pub(super) fn has_old(&self) -> bool {
         !self.old_routes.is_empty() || !self.old_endpoints.is_empty()
     }
 
-    /// Sends a route's connections to its endpoints from now on: those of the processes in `cgroup` to `vips`.
+    /// Sends a route's connections to its endpoints from now on.
     pub(super) fn install(
         &mut self,
         route: &Arc<Route>,
         upstream: &Arc<Upstream>,
-        cgroup: Cgroup,
-        vips: &[Vip],
+        way: Way,
     ) -> Result<(), WriteError> {
         let query = &upstream.query;
         if let Some(installed) = self.installed.get_mut(&route.key)
             && installed.number == route.number
             && installed.balance == route.balance
             && installed.query == *query
-            && installed.cgroup == cgroup
-            && installed.vips == vips
+            && installed.way == way
         {
             for Entry { counting, .. } in &mut installed.entries {
                 counting.of = route.clone();
@@ -258,22 +313,21 @@ impl Tables {
                 return Ok(());
             };
             // Another address of the same container may have had these keys until now.
-            return self.enter_free(route, cgroup, vips, service);
+            return self.enter_free(route, &way, service);
         }
-        self.use_level(cgroup.level)?;
+        self.use_level(way.cgroup.level)?;
         // Joined first: endpoints of both services keep their places, and so the counts of their connections.
-        let service = self.join(upstream)?;
+        let service = self.join(upstream, way.is_cautious)?;
         self.uninstall(&route.key);
         let installed = Installed {
             number: route.number,
             balance: route.balance,
             query: query.clone(),
-            cgroup,
-            vips: vips.to_vec(),
+            way: way.clone(),
             entries: Vec::new(),
         };
         self.installed.insert(route.key, installed);
-        let done = self.enter_free(route, cgroup, vips, service);
+        let done = self.enter_free(route, &way, service);
         if done.is_err() {
             self.uninstall(&route.key);
         }
@@ -284,15 +338,20 @@ impl Tables {
     fn enter_free(
         &mut self,
         route: &Arc<Route>,
-        cgroup: Cgroup,
-        vips: &[Vip],
+        way: &Way,
         service: u32,
     ) -> Result<(), WriteError> {
-        let keys = free_keys(&self.keys, cgroup, route.key.port, vips);
-        keys.into_iter().try_for_each(|key| self.enter(route, key, service))
+        let keys = free_keys(&self.keys, way.cgroup, route.key.port, &way.vips);
+        keys.into_iter().try_for_each(|key| self.enter(route, key, service, way.is_cautious))
     }
 
-    fn enter(&mut self, route: &Arc<Route>, key: Key, service: u32) -> Result<(), WriteError> {
+    fn enter(
+        &mut self,
+        route: &Arc<Route>,
+        key: Key,
+        service: u32,
+        is_cautious: bool,
+    ) -> Result<(), WriteError> {
         let place = self.routes.take(Instant::now(), grace).ok_or(WriteError::Full)?;
         let counting = Counting { place, of: route.clone(), read: Counted::default() };
         let Some(installed) = self.installed.get_mut(&route.key) else { return Ok(()) };
@@ -300,7 +359,7 @@ impl Tables {
         self.route_of.insert(place, route.clone());
         self.keys.insert(key, route.key);
         let least = route.balance == Balance::LeastConnections;
-        let bytes = layout::route(&key, service, place.generation, least);
+        let bytes = layout::route(&key, service, place.generation, least, is_cautious);
         self.programs.route_table.set(place.index, bytes, 0)?;
         self.programs.route_counts.set(place.index, [0; 200], 0)?;
         self.programs.routes.insert(key.bytes(), place.index, 0)?;
@@ -316,31 +375,42 @@ impl Tables {
             let _ = self.programs.routes.remove(&key.bytes());
             self.old_routes.push(counting);
         }
-        self.leave(&installed.query);
+        self.leave(&installed.query, installed.way.is_cautious);
         true
     }
 
     /// The place of an upstream's service, which one route more has.
-    fn join(&mut self, upstream: &Arc<Upstream>) -> Result<u32, WriteError> {
-        if let Some(service) = self.by_query.get_mut(&upstream.query) {
-            service.routes += 1;
-            let index = service.place.index;
-            let done = self.update(upstream);
-            if done.is_err() {
-                self.leave(&upstream.query);
+    fn join(&mut self, upstream: &Arc<Upstream>, is_cautious: bool) -> Result<u32, WriteError> {
+        if !self.by_query.contains_key(&upstream.query) {
+            let place = self.services.take(Instant::now(), grace).ok_or(WriteError::Full)?;
+            // In doubt, until it is known that it is not.
+            if let Err(error) = self.programs.doubts.set(place.index, 1, 0) {
+                self.services.give_back(place, Instant::now());
+                return Err(error.into());
             }
-            return done.map(|()| index);
+            let service = Service {
+                place,
+                set: Place { index: 0, generation: 0 },
+                order: Vec::new(),
+                base: 0,
+                upstream: None,
+                routes: 0,
+                cautious: 0,
+                is_doubted: true,
+            };
+            self.by_query.insert(upstream.query.clone(), service);
         }
-        let place = self.services.take(Instant::now(), grace).ok_or(WriteError::Full)?;
-        let none = Place { index: 0, generation: 0 };
-        let service =
-            Service { place, set: none, order: Vec::new(), base: 0, upstream: None, routes: 1 };
-        self.by_query.insert(upstream.query.clone(), service);
+        let Some(service) = self.by_query.get_mut(&upstream.query) else {
+            return Err(WriteError::Full);
+        };
+        service.routes += 1;
+        service.cautious += usize::from(is_cautious);
+        let index = service.place.index;
         let done = self.update(upstream);
         if done.is_err() {
-            self.leave(&upstream.query);
+            self.leave(&upstream.query, is_cautious);
         }
-        done.map(|()| place.index)
+        done.map(|()| index)
     }
 
     /// Takes over a service's endpoints, in one step.
@@ -349,11 +419,9 @@ impl Tables {
         if service.upstream.as_ref().is_some_and(|before| Arc::ptr_eq(before, upstream)) {
             return Ok(());
         }
-        let place = service.place;
+        let (place, base) = (service.place, service.base);
         let states = upstream.rotation.endpoints();
         let now: Vec<usize> = states.iter().map(address).collect();
-        let turn = self.programs.turns.get(&place.index, 0)?;
-        let order = turns::succeed(&service.order, service.base, turn, &now);
         let before = service.order.clone();
         let since = if before.is_empty() { 0 } else { nanoseconds() };
         let new: Vec<_> = states.iter().filter(|state| !before.contains(&address(state))).collect();
@@ -363,8 +431,16 @@ impl Tables {
             written.push(address(state));
             Ok(())
         });
-        let set = match done.and_then(|()| self.write_set(place.index, turn, &order)) {
-            Ok(set) => set,
+        // Read last: what is drawn until the set is in use goes by the old order, of which the new one is the rest.
+        let laid = done.and_then(|()| {
+            let turn = self.programs.turns.get(&place.index, 0)?;
+            let order = turns::succeed(&before, base, turn, &now);
+            let stay = order.iter().filter(|one| before.contains(one)).count() as u32;
+            let set = self.write_set(place.index, turn, &order, stay)?;
+            Ok((set, turn, order))
+        });
+        let (set, turn, order) = match laid {
+            Ok(laid) => laid,
             Err(error) => {
                 // The set that is in use stays as it is.
                 written.into_iter().for_each(|one| self.let_go(one));
@@ -392,11 +468,17 @@ impl Tables {
     }
 
     /// Writes a set where no program looks, and then leads the service to it.
-    fn write_set(&mut self, service: u32, base: u64, order: &[usize]) -> Result<Place, WriteError> {
+    fn write_set(
+        &mut self,
+        service: u32,
+        base: u64,
+        order: &[usize],
+        stay: u32,
+    ) -> Result<Place, WriteError> {
         let set = self.sets.take(Instant::now(), grace).ok_or(WriteError::Full)?;
         let places = order.iter().filter_map(|one| self.by_state.get(one));
         let places: Vec<_> = places.map(|one| one.counting.place.index).collect();
-        let bytes = layout::set(service, set.generation, base, &places);
+        let bytes = layout::set(service, set.generation, base, &places, stay);
         let done = self.programs.sets.set(set.index, bytes, 0);
         match done.and_then(|()| self.programs.services.set(service, layout::current(set), 0)) {
             Ok(()) => Ok(set),
@@ -424,16 +506,18 @@ impl Tables {
         self.programs.failures.set(place.index, 0, 0)?;
         self.programs.endpoint_counts.set(place.index, [0; 200], 0)?;
         // Out, until it is known that it is not.
-        self.programs.marks.set(place.index, layout::mark(true, 0), 0)?;
+        self.programs.marks.set(place.index, layout::mark(Usage::Out, 0), 0)?;
         let written = Written {
             counting: Counting { place, of: state.clone(), read: Counted::default() },
             query: query.clone(),
             services: 1,
             is_only: false,
-            mark: (true, 0),
+            mark: (Usage::Out, 0),
             active: 0,
             failed_at: 0,
             waits: false,
+            is_late: false,
+            needs_proof: false,
             is_probed: false,
             probe_after: None,
         };
@@ -454,9 +538,10 @@ impl Tables {
     }
 
     /// One route less has a service.
-    fn leave(&mut self, query: &Query) {
+    fn leave(&mut self, query: &Query, is_cautious: bool) {
         let Some(service) = self.by_query.get_mut(query) else { return };
         service.routes -= 1;
+        service.cautious -= usize::from(is_cautious);
         if service.routes > 0 {
             return;
         }

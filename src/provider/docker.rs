@@ -309,6 +309,9 @@ fn interfaces(inventory: &Inventory) -> BTreeMap<NetworkId, Interface> {
 fn segments(inventory: &Inventory, interfaces: &BTreeMap<NetworkId, Interface>) -> Wiring {
     let mut wiring = Wiring::default();
     for (network, bridge) in &*inventory.bridges {
+        if bridge.is_apart {
+            wiring.apart.extend(bridge.ranges.iter().copied());
+        }
         match interfaces.get(network) {
             Some(interface) => {
                 wiring.segments.extend(bridge.ranges.iter().map(|range| (*interface, *range)));
@@ -572,7 +575,7 @@ mod tests {
         ]);
         let ranges = vec!["172.17.0.0/16".parse().unwrap()];
         let bridges = [
-            ("bridge".into(), Bridge { ranges, interface: "docker0".into() }),
+            ("bridge".into(), Bridge { ranges, interface: "docker0".into(), is_apart: false }),
             ("bridge6".into(), Bridge::default()),
         ];
         let all =
@@ -607,6 +610,7 @@ mod tests {
         let bridge = |interface: &str, range: &str| Bridge {
             ranges: vec![range.parse().unwrap()],
             interface: interface.into(),
+            is_apart: false,
         };
         let here = [
             ("podman1", "10.89.0.1"),
@@ -636,6 +640,7 @@ mod tests {
         let bridge = |interface: &str, range: &str| Bridge {
             ranges: vec![range.parse().unwrap()],
             interface: interface.into(),
+            is_apart: false,
         };
         let bridges = [
             ("bridge".into(), bridge("docker0", "172.17.0.0/16")),
@@ -866,7 +871,7 @@ mod tests {
             let mut same: HashMap<_, Arc<Container>> = HashMap::new();
             for (world, is_here) in worlds {
                 let ranges = vec!["172.17.0.0/16".parse().unwrap()];
-                let bridge = |interface: &str| Bridge { ranges: ranges.clone(), interface: interface.into() };
+                let bridge = |interface: &str| Bridge { ranges: ranges.clone(), interface: interface.into(), is_apart: false };
                 let bridges = [("bridge".into(), bridge("docker0")), ("loose".into(), bridge("br-loose"))];
                 let here = [("docker0".into(), vec!["172.17.0.1".parse().unwrap()])];
                 let containers = world.into_iter().enumerate().filter_map(|(name, one)| {

@@ -56,7 +56,7 @@ pub use observed::{ConnectionState, LiveConnection};
 use run::Phase;
 pub use settings::ProxySettings;
 use shared::Shared;
-pub(crate) use socket::{Lack, probe};
+pub(crate) use socket::{Lack, connect_unseen, probe, unseen_socket};
 pub use takeover::{HandedOver, TakeoverError};
 
 /// The running data path.

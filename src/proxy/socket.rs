@@ -74,12 +74,22 @@ pub(super) async fn dial(endpoint: Endpoint, mark: Option<u32>) -> io::Result<Tc
 /// reset in place of its last packet. An application counts connections that say nothing as attacks (MariaDB blocks their
 /// source), or logs each.
 pub(crate) async fn probe(endpoint: Endpoint, mark: Option<u32>) -> io::Result<()> {
+    connect_unseen(unseen_socket(endpoint, mark)?, endpoint).await
+}
+
+/// A socket for [`connect_unseen`]. It belongs to the network namespace of the thread that makes it.
+pub(crate) fn unseen_socket(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpSocket> {
     let socket = for_endpoint(endpoint, mark)?;
     let options = SockRef::from(&socket);
     // The kernel waits a moment for data to send with the last packet of the handshake (man 7 tcp: TCP_QUICKACK), and
     // closing with a linger of zero sends a reset instead.
     options.set_tcp_quickack(false)?;
     options.set_linger(Some(Duration::ZERO))?;
+    Ok(socket)
+}
+
+/// The connection of [`probe`].
+pub(crate) async fn connect_unseen(socket: TcpSocket, endpoint: Endpoint) -> io::Result<()> {
     socket.connect(endpoint.0).await.map(drop)
 }
 

@@ -209,6 +209,17 @@ fn the_documents_tell_of_every_state() -> Result<()> {
     for part in words::<api::Part>() {
         ensure!(readyz.contains(&format!("`{part}`")), "{part}");
     }
+    let (_, path) = operations.split_once("## The kernel path\n").context("no section on it")?;
+    let (path, _) = path.split_once("\n## ").context("no section behind it")?;
+    let lines = path.lines().filter(|line| line.starts_with("- `"));
+    let told: BTreeSet<&str> =
+        lines.flat_map(|line| line.split(':').next().unwrap_or_default().split('`')).collect();
+    let reasons: BTreeSet<&str> = words::<api::PathReason>().collect();
+    let unknown: Vec<_> =
+        told.difference(&reasons).filter(|one| !matches!(one.trim(), "-" | "," | "")).collect();
+    ensure!(unknown.is_empty(), "no such reasons: {unknown:?}");
+    let missing: Vec<_> = reasons.difference(&told).collect();
+    ensure!(missing.is_empty(), "missing reasons: {missing:?}");
     Ok(())
 }
 

@@ -16,7 +16,7 @@ use crate::{
 const TRIES: u64 = 4;
 
 /// Dials until each of the three got exactly its share of `each`. Returns how many connections that took.
-fn evenly(app: &Container, each: usize, at_once: usize) -> Result<u64> {
+pub(crate) fn evenly(app: &Container, each: usize, at_once: usize) -> Result<u64> {
     let mut seen = Vec::new();
     for n in 1..=TRIES {
         let answers = app.get("172.17.0.1:80").times(3 * each).at_once(at_once).run()?;
@@ -30,7 +30,13 @@ fn evenly(app: &Container, each: usize, at_once: usize) -> Result<u64> {
 }
 
 /// Waits until a consumer's connections to a port take a path.
-fn takes(embassy: &Embassy, consumer: &str, port: u16, path: &str, reason: &str) -> Result<()> {
+pub(crate) fn takes(
+    embassy: &Embassy,
+    consumer: &str,
+    port: u16,
+    path: &str,
+    reason: &str,
+) -> Result<()> {
     testbed::eventually(WAIT, &format!("{consumer} to take the path {path} to {port}"), || {
         let routes = embassy.admin(&format!("/v1/routes?consumer={consumer}"))?.json()?;
         let all = routes["items"].as_array().context("no list")?;
@@ -41,13 +47,13 @@ fn takes(embassy: &Embassy, consumer: &str, port: u16, path: &str, reason: &str)
 }
 
 /// A program in Python, run in a container; what it prints is JSON.
-fn python(app: &Container, program: &str) -> Result<Value> {
+pub(crate) fn python(app: &Container, program: &str) -> Result<Value> {
     let said = app.exec(["python3", "-c", program])?;
     serde_json::from_str(&said).with_context(|| format!("not JSON: {said:?}"))
 }
 
 /// A host with three endpoints of one service, and a consumer of it.
-fn three() -> Result<(Host, Vec<Container>, Container)> {
+pub(crate) fn three() -> Result<(Host, Vec<Container>, Container)> {
     let host = Host::light()?;
     let mut webs = Vec::new();
     for name in ["web-1", "web-2", "web-3"] {
@@ -364,7 +370,11 @@ fn what_the_kernel_cannot_do_goes_through_the_proxy_and_says_why() -> Result<()>
 }
 
 /// embassy as another user, with these capabilities alone.
-fn with_capabilities(host: &Host, capabilities: &str, flags: &[&str]) -> Result<Embassy> {
+pub(crate) fn with_capabilities(
+    host: &Host,
+    capabilities: &str,
+    flags: &[&str],
+) -> Result<Embassy> {
     let sets = format!("-all,{capabilities}");
     let mut command = host.command("setpriv");
     command.args(["--reuid=59990", "--regid=59990", "--clear-groups"]);

@@ -3,6 +3,7 @@ mod admin_input;
 mod agreement;
 mod announce;
 mod asking;
+mod auto;
 mod bounds;
 mod capture;
 mod command_line;

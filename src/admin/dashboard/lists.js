@@ -3,13 +3,15 @@
 // Long names wrap at the ends of their parts.
 const broken = text => make("span", {}, ...text.split(/(?<=[\/.,])(?=.)/).flatMap((part, n) => n ? [make("wbr", {}), part] : [part]));
 const service = q => q.service + (q.tags.length ? " [" + q.tags.join(", ") + "]" : "");
+// Why it is the proxy, where the other path was asked for.
+const pathOf = r => r.path + (r.path_reason === "not_asked" || r.path === "kernel" ? "" : " (" + r.path_reason.replaceAll("_", " ") + ")");
 const lists = {
   routes: {
     title: "Routes", states: ["ok", "degraded", "ejected", "no_endpoint", "waiting", "not_captured", "refused"],
     none: "No running container has a binding yet.",
     key: r => [r.consumer_id, r.address, r.port],
     columns: [["Consumer", "name", r => r.consumer], ["Address", "", r => r.address], ["Port", "number", r => r.port],
-      ["Service", "name", r => service(r.query)], ["State", "", r => state(r.state, r.verdict)],
+      ["Service", "name", r => service(r.query)], ["State", "", r => state(r.state, r.verdict)], ["Path", "", pathOf],
       ["Endpoints", "number", r => r.usable + " of " + r.endpoints],
       ["Active", "number", r => count(r.active)], ["Connections", "number", r => count(r.started)], ["Errors", "number", r => count(r.errors)],
       ["p99", "number", r => time(r.connect.p99_seconds)], ["Up", "number", r => bytes(r.bytes_up)], ["Down", "number", r => bytes(r.bytes_down)],

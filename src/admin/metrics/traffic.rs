@@ -40,6 +40,14 @@ impl Port<'_> {
 }
 
 pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table, paths: &Paths) -> fmt::Result {
+    let counts = paths.counts(table.routes().len());
+    let mut by_reason =
+        out.gauges("routes_by_path", "Routes by the path of their connections, and why", None)?;
+    for (reason, count) in counts {
+        let path = reason.path().as_str();
+        let labels = Labels::new([("path", path), ("reason", reason.as_str())]);
+        by_reason.gauge(&labels, count as f64)?;
+    }
     let mut ports: BTreeMap<_, Port<'_>> = BTreeMap::new();
     for route in table.routes() {
         let (consumer, port) = (&*route.consumer_name, route.key.port.get());

@@ -375,6 +375,7 @@ fn from(interfaces: &[(&str, &str)], inspections: Vec<Value>) -> Vec<String> {
     let bridge = |interface: &str, range: &str| Bridge {
         ranges: vec![range.parse().unwrap()],
         interface: interface.into(),
+        is_apart: false,
     };
     let other = |driver: &str, range: &str| OtherNetwork {
         driver: driver.into(),

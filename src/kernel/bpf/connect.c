@@ -22,8 +22,13 @@
 #define TURNS 4
 // A power of two; 11 are used.
 #define BUCKETS 16
-// More than any load.
-#define UNUSABLE (1LL << 56)
+// More than any load: of an endpoint that gets no connection,
+#define UNUSABLE (1LL << 54)
+// and of one that does not answer.
+#define SUSPECT (1LL << 55)
+// Values of `out`.
+#define IS_OUT 1
+#define IS_DRAINED 2
 
 // The user space loader sets the number of entries of each map of its kind.
 #define ANY 1
@@ -43,15 +48,18 @@ struct route {
 	__u32 service;
 	__u32 generation;
 	__u32 least_connections;
-	__u32 zero;
+	// While an endpoint of its service is in doubt, its connections are left to the proxy.
+	__u32 cautious;
 };
 
 struct set {
 	__u32 service;
 	__u32 generation;
+	// The turn of the first.
 	__u64 base;
 	__u32 length;
-	__u32 zero;
+	// So many of them, the first, were in the set before.
+	__u32 stay;
 	__u32 endpoint[ENDPOINTS_OF_A_SERVICE];
 };
 
@@ -66,7 +74,7 @@ struct endpoint {
 
 // What user space knows of an endpoint.
 struct mark {
-	// Drained, ejected, or its check fails.
+	// 0: it is used. IS_OUT: ejected, or its check fails. IS_DRAINED: nobody is to use it, and nothing is held against it.
 	__u32 out;
 	// Connections of the proxy to it.
 	__u32 active;
@@ -122,9 +130,11 @@ enum outcome {
 	RESET,
 	RESET_AFTER_CLOSE,
 	FAILED,
+	// It has not ended: the SYN was not answered for a second.
+	UNANSWERED,
 };
 
-// Of a connection that has ended.
+// Of a connection that has ended, or that waits in vain.
 struct record {
 	__u32 route;
 	__u32 route_generation;
@@ -150,6 +160,7 @@ enum note {
 	NOTE_NONE_USABLE,
 	NOTE_NO_MEMORY,
 	NOTE_RECORD_LOST,
+	NOTE_DOUBTED,
 	NOTES,
 };
 
@@ -175,6 +186,8 @@ ARRAY(route_counts, struct counts);
 ARRAY(services, __u64);
 // Whose turn it is. It outlives the sets.
 ARRAY(turns, __u64);
+// Whether an endpoint of a service is in doubt; 0: all are proved. Set here at once, and cleared by user space alone.
+ARRAY(doubts, __u64);
 ARRAY(sets, struct set);
 ARRAY(endpoints, struct endpoint);
 ARRAY(marks, struct mark);
@@ -258,7 +271,7 @@ static __always_inline bool is_mapped(const __u32 address[4])
 }
 
 // How busy an endpoint would be with one more connection, in thousandths of one, as EndpointState::load in src/balance.rs; UNUSABLE
-// if this connection must not go there. The verifier looks at a function that is not static once, and not for each way to its
+// or SUSPECT if this connection must not go there. The verifier looks at a function that is not static once, and not for each way to its
 // call: inside the loops below there would be too many.
 __noinline __u64 load_of(__u32 index, __u32 only_mapped, __u64 now)
 {
@@ -266,7 +279,13 @@ __noinline __u64 load_of(__u32 index, __u32 only_mapped, __u64 now)
 	struct mark *mark = bpf_map_lookup_elem(&marks, &index);
 	struct live *live = bpf_map_lookup_elem(&lives, &index);
 	__u64 *failed = bpf_map_lookup_elem(&failures, &index);
-	if (!endpoint || !mark || !live || !failed || mark->out || *failed)
+	if (!endpoint || !mark || !live || !failed)
+		return UNUSABLE;
+	if (mark->out == IS_DRAINED)
+		return UNUSABLE;
+	if (*failed)
+		return SUSPECT;
+	if (mark->out)
 		return UNUSABLE;
 	if (only_mapped && !is_mapped(endpoint->address))
 		return UNUSABLE;
@@ -276,7 +295,7 @@ __noinline __u64 load_of(__u32 index, __u32 only_mapped, __u64 now)
 		if (live->usual * 4 > patience)
 			patience = live->usual * 4;
 		if (now > live->waiting_since + patience)
-			return UNUSABLE;
+			return SUSPECT;
 	}
 	__u64 share = 1000;
 	if (endpoint->since && now > endpoint->since) {
@@ -289,14 +308,44 @@ __noinline __u64 load_of(__u32 index, __u32 only_mapped, __u64 now)
 	return (live->active + mark->active + 1) * 1000000 / share;
 }
 
+// Where in a set's order a turn is. Turns go on from set to set: one that was drawn before this set was made is counted back from its
+// first, among those that were in the set before. Not static, as `load_of`.
+__noinline __u32 place_of(__u64 turn, __u64 base, __u32 length, __u32 stay)
+{
+	__u64 ahead = turn - base;
+	if (!length)
+		return 0;
+	if ((__s64)ahead >= 0)
+		return ahead % length;
+	if (!stay || stay > length)
+		stay = length;
+	return stay - 1 - (-ahead - 1) % stay;
+}
+
+static __always_inline void set_doubt(__u32 service, __u64 now)
+{
+	__u64 *doubt = bpf_map_lookup_elem(&doubts, &service);
+	if (doubt)
+		*doubt = now;
+}
+
 // The endpoint for this connection. Null: it is left to the proxy.
 static __always_inline struct endpoint *choose(const struct route *route, bool only_mapped, __u32 *index)
 {
 	__u32 service = route->service;
+	__u32 cautious = route->cautious;
 	__u64 *current = bpf_map_lookup_elem(&services, &service);
 	__u64 *turn = bpf_map_lookup_elem(&turns, &service);
-	if (!current || !turn)
+	__u64 *doubt = bpf_map_lookup_elem(&doubts, &service);
+	if (!current || !turn || !doubt)
 		return 0;
+	if (cautious && *(volatile __u64 *)doubt) {
+		note(NOTE_DOUBTED);
+		return 0;
+	}
+	// Drawn before it is known which set is current: so a turn after a change of sets is one of the new set, and no turn is an
+	// endpoint's of both.
+	__u64 drawn = __sync_fetch_and_add(turn, 1);
 	__u64 now_current = *(volatile __u64 *)current;
 	__u32 slot = now_current;
 	__u32 generation = now_current >> 32;
@@ -315,18 +364,26 @@ static __always_inline struct endpoint *choose(const struct route *route, bool o
 		// The load, and below it how many turns later it is: equal loads are taken in turn. Without branches, because to the
 		// verifier each would be another way to go on.
 		__s64 least = UNUSABLE << 6;
-		__u64 first = __sync_fetch_and_add(turn, 1) - set->base;
+		__u64 all = 0;
+		__u64 first = place_of(drawn, set->base, length, set->stay);
 		for (__u32 n = 0; n < ENDPOINTS_OF_A_SERVICE; n++) {
 			if (n >= length)
 				break;
 			__u64 i = (first + n) % length;
 			asm volatile("" : "+r"(i));
 			i &= ENDPOINTS_OF_A_SERVICE - 1;
-			__s64 more = (__s64)(load_of(set->endpoint[i], only_mapped, now) << 6 | n) - least;
+			__u64 load = load_of(set->endpoint[i], only_mapped, now);
+			all |= load;
+			__s64 more = (__s64)(load << 6 | n) - least;
 			asm volatile("" : "+r"(more));
 			least += more & (more >> 63);
 		}
-		if (least >> 6 == UNUSABLE) {
+		if (cautious && (all & SUSPECT)) {
+			set_doubt(service, now);
+			note(NOTE_DOUBTED);
+			return 0;
+		}
+		if (least >> 6 >= UNUSABLE) {
 			note(NOTE_NONE_USABLE);
 			return 0;
 		}
@@ -336,13 +393,22 @@ static __always_inline struct endpoint *choose(const struct route *route, bool o
 		*index = set->endpoint[i];
 		return bpf_map_lookup_elem(&endpoints, index);
 	}
+	// Unrolled: to the verifier, which follows what a processor may guess, a loop of a process without CAP_PERFMON has no end.
+#pragma unroll
 	for (__u32 n = 0; n < TURNS; n++) {
-		__u64 i = (__sync_fetch_and_add(turn, 1) - set->base) % length;
+		__u64 i = place_of(drawn, set->base, length, set->stay);
 		asm volatile("" : "+r"(i));
 		i &= ENDPOINTS_OF_A_SERVICE - 1;
 		*index = set->endpoint[i];
-		if (load_of(*index, only_mapped, now) != UNUSABLE)
+		__u64 load = load_of(*index, only_mapped, now);
+		if (load < UNUSABLE)
 			return bpf_map_lookup_elem(&endpoints, index);
+		if (cautious && (load & SUSPECT)) {
+			set_doubt(service, now);
+			note(NOTE_DOUBTED);
+			return 0;
+		}
+		drawn = __sync_fetch_and_add(turn, 1);
 	}
 	note(NOTE_NONE_USABLE);
 	return 0;
@@ -482,14 +548,18 @@ static __always_inline void observe(struct counts *counts, __u64 micros)
 	__sync_fetch_and_add(&counts->opened, 1);
 }
 
-// The kernel skips the endpoint from now on. A consumer can make its own connects fail, so user space probes the endpoint before it ejects
-// it.
+// The kernel skips the endpoint from now on, and cautious routes leave all connections of its service to the proxy. A consumer can make
+// its own connects fail, so user space probes the endpoint before it ejects it.
 static __always_inline void set_failed(struct peer *peer, __u64 now)
 {
 	__u32 index = peer->endpoint;
 	__u64 *failed = bpf_map_lookup_elem(&failures, &index);
 	if (failed)
 		*failed = now;
+	index = peer->route;
+	struct route *route = bpf_map_lookup_elem(&route_table, &index);
+	if (route && route->generation == peer->route_generation)
+		set_doubt(route->service, now);
 }
 
 // The endpoint's counts, if its place was not given to another since.
@@ -573,37 +643,8 @@ static __always_inline void opened(struct peer *peer, __u64 now)
 		observe(of_route, took / 1000);
 }
 
-static __always_inline void ended(struct bpf_sock_ops *ctx, struct peer *peer, __u32 before, __u64 now)
+static __always_inline void write_record(struct bpf_sock_ops *ctx, struct peer *peer, __u32 outcome, __u64 up, __u64 down, __u64 now)
 {
-	struct counts *counts = 0;
-	struct live *live = live_of(peer, &counts);
-	struct counts *of_route = counts_of_route(peer);
-	__u64 up = ctx->bytes_acked, down = ctx->bytes_received;
-	__u32 outcome = CLOSED;
-	if (peer->state == CONNECTING)
-		outcome = FAILED;
-	else if (before == BPF_TCP_ESTABLISHED)
-		outcome = RESET;
-	else if (before == BPF_TCP_CLOSE_WAIT || before == BPF_TCP_FIN_WAIT1)
-		outcome = RESET_AFTER_CLOSE;
-	// The kernel counts a SYN and a FIN as a byte each.
-	__u64 more_up = outcome == CLOSED ? 2 : 1;
-	__u64 more_down = outcome == CLOSED || before == BPF_TCP_CLOSE_WAIT ? 1 : 0;
-	up = up > more_up ? up - more_up : 0;
-	down = down > more_down ? down - more_down : 0;
-	if (live) {
-		if (outcome == FAILED) {
-			__sync_fetch_and_add(&live->waiting, -1);
-			// Refused, no way there, or the application gave up: user space finds out which.
-			set_failed(peer, now);
-		}
-		count_end(counts, outcome, up, down);
-		// Last: an endpoint without connections may be removed.
-		__sync_fetch_and_add(&live->active, -1);
-	}
-	if (of_route)
-		count_end(of_route, outcome, up, down);
-	peer->state = NOT_OURS;
 	// Who reads it looks now and then: to wake it would cost each connection more than all the rest.
 	struct record *record = bpf_ringbuf_reserve(&records, sizeof(struct record), 0);
 	if (!record) {
@@ -645,6 +686,40 @@ static __always_inline void ended(struct bpf_sock_ops *ctx, struct peer *peer, _
 	bpf_ringbuf_submit(record, BPF_RB_NO_WAKEUP);
 }
 
+static __always_inline void ended(struct bpf_sock_ops *ctx, struct peer *peer, __u32 before, __u64 now)
+{
+	struct counts *counts = 0;
+	struct live *live = live_of(peer, &counts);
+	struct counts *of_route = counts_of_route(peer);
+	__u64 up = ctx->bytes_acked, down = ctx->bytes_received;
+	__u32 outcome = CLOSED;
+	if (peer->state == CONNECTING)
+		outcome = FAILED;
+	else if (before == BPF_TCP_ESTABLISHED)
+		outcome = RESET;
+	else if (before == BPF_TCP_CLOSE_WAIT || before == BPF_TCP_FIN_WAIT1)
+		outcome = RESET_AFTER_CLOSE;
+	// The kernel counts a SYN and a FIN as a byte each.
+	__u64 more_up = outcome == CLOSED ? 2 : 1;
+	__u64 more_down = outcome == CLOSED || before == BPF_TCP_CLOSE_WAIT ? 1 : 0;
+	up = up > more_up ? up - more_up : 0;
+	down = down > more_down ? down - more_down : 0;
+	if (live) {
+		if (outcome == FAILED) {
+			__sync_fetch_and_add(&live->waiting, -1);
+			// Refused, no way there, or the application gave up: user space finds out which.
+			set_failed(peer, now);
+		}
+		count_end(counts, outcome, up, down);
+		// Last: an endpoint without connections may be removed.
+		__sync_fetch_and_add(&live->active, -1);
+	}
+	if (of_route)
+		count_end(of_route, outcome, up, down);
+	peer->state = NOT_OURS;
+	write_record(ctx, peer, outcome, up, down, now);
+}
+
 SEC("sockops")
 int sock_ops(struct bpf_sock_ops *ctx)
 {
@@ -665,8 +740,10 @@ int sock_ops(struct bpf_sock_ops *ctx)
 		if (peer->state == CONNECTING) {
 			struct counts *counts = 0;
 			struct live *live = live_of(peer, &counts);
-			if (live)
+			if (live) {
 				set_failed(peer, now);
+				write_record(ctx, peer, UNANSWERED, 0, 0, now);
+			}
 		}
 	} else if (ctx->args[1] == BPF_TCP_ESTABLISHED) {
 		if (peer->state == CONNECTING)

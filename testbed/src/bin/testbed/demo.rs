@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use testbed::{Answers, Container, Embassy, Host, eventually};
+use testbed::{Answers, Container, Embassy, Host, embassy_program, eventually};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 /// Where both consumers dial: docker0 of the host.
@@ -36,12 +36,15 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
     demo.endpoint("shop-2", "shop")?;
     demo.endpoint("blog-1", "blog")?;
 
-    say("Two consumers that use the same port for different services.");
-    let alice = demo.consumer("alice", "BACKEND_SHOP", "shop")?;
-    let bob = demo.consumer("bob", "BACKEND_BLOG", "blog")?;
+    say(
+        "Two consumers that use the same port for different services, and one that asks for the kernel path.",
+    );
+    let alice = demo.consumer("alice", "BACKEND_SHOP", "shop;80")?;
+    let bob = demo.consumer("bob", "BACKEND_BLOG", "blog;80")?;
+    let carol = demo.consumer("carol", "BACKEND_SHOP", "shop;80;path=auto")?;
 
     let embassy = demo.embassy()?;
-    demo.show(&embassy, &shop, &alice, &bob)
+    demo.show(&embassy, &shop, [&alice, &bob, &carol])
         .with_context(|| format!("the demo failed; embassy wrote\n{}", embassy.log()))?;
     if once {
         return demo.end(&embassy);
@@ -62,14 +65,19 @@ impl Demo<'_> {
         &self,
         embassy: &Embassy,
         shop: &Container,
-        alice: &Container,
-        bob: &Container,
+        [alice, bob, carol]: [&Container; 3],
     ) -> Result<()> {
         embassy.wait_ready(DEADLINE)?;
 
-        say(&format!("Both dial {VIP}, 30 times."));
+        say(&format!("All dial {VIP}, 30 times."));
         spread(alice, &["shop-1", "shop-2"])?;
         spread(bob, &["blog-1"])?;
+        spread(carol, &["shop-1", "shop-2"])?;
+
+        say(
+            "Carol's connections do not go through embassy, where the host lets the kernel do that: embassy ps",
+        );
+        self.list(embassy)?;
 
         say("A third shop opens.");
         self.endpoint("shop-3", "shop")?;
@@ -79,7 +87,23 @@ impl Demo<'_> {
         shop.kill()?;
         self.deregister("shop-1", "shop")?;
         spread(alice, &["shop-2", "shop-3"])?;
+        spread(carol, &["shop-2", "shop-3"])?;
         spread(bob, &["blog-1"])
+    }
+
+    /// What `embassy ps` says, once it is known which path carol's connections take.
+    fn list(&self, embassy: &Embassy) -> Result<()> {
+        let program = embassy_program()?;
+        let program = program.to_str().context("a path that is text")?;
+        let listed = eventually(DEADLINE, "the path of carol's connections", || {
+            let listed = self.host.run(program, ["ps"])?;
+            let takes = |line: &str| line.contains("carol") && line.contains("kernel");
+            let cannot = embassy.log().contains("the kernel path is not available");
+            ensure!(cannot || listed.lines().any(takes), "embassy ps says\n{listed}");
+            Ok(listed)
+        })?;
+        listed.lines().for_each(|line| println!("  {line}"));
+        Ok(())
     }
 
     fn endpoint(&self, name: &str, service: &str) -> Result<Container> {
@@ -112,8 +136,8 @@ impl Demo<'_> {
         }
     }
 
-    fn consumer(&self, name: &str, variable: &str, service: &str) -> Result<Container> {
-        let descriptor = format!("{};80", self.discovery.name_of(service));
+    fn consumer(&self, name: &str, variable: &str, descriptor: &str) -> Result<Container> {
+        let descriptor = self.discovery.name_of(descriptor);
         println!("  {name} with {variable}='{descriptor}'");
         self.host.client(name).env(variable, &descriptor).start()
     }
