@@ -42,6 +42,7 @@ mod server_names;
 mod state;
 mod soak;
 mod support;
+mod udp;
 
 use std::time::Duration;
 

@@ -64,9 +64,12 @@ struct endpoint {
 	__u64 since;
 };
 
+// A bit of `out`: it gets nothing new at all, not even if there is no other.
+#define OUT_DRAINED 2
+
 // What user space knows of an endpoint.
 struct mark {
-	// Drained, ejected, or its check fails.
+	// Not 0: drained, ejected, or its check fails.
 	__u32 out;
 	// Connections of the proxy to it.
 	__u32 active;
@@ -93,6 +96,9 @@ struct counts {
 	__u64 bytes_down;
 	__u64 micros;
 	__u64 bucket[BUCKETS];
+	// Of UDP.
+	__u64 datagrams_up;
+	__u64 datagrams_down;
 };
 
 enum state {
@@ -678,6 +684,3 @@ int sock_ops(struct bpf_sock_ops *ctx)
 	}
 	return 1;
 }
-
-// No helper is used that needs a GPL-compatible licence.
-char _license[] SEC("license") = "Apache-2.0";
