@@ -465,6 +465,278 @@ print("last", json.dumps([ask(s, VIP), ask_connected(connected())]), flush=True)
     Ok(())
 }
 
+/// A socket may be handed to another container, and may be used by many threads.
+#[test]
+fn who_sends_decides_whatever_socket_it_has_and_however_many_threads_send() -> Result<()> {
+    let host = Host::light()?;
+    let mut all = Vec::new();
+    for name in ["red", "green", "blue"] {
+        let at = host.client(name).start()?;
+        all.push(serve(&at, 5353)?);
+        offer_at(&host, name, &format!("{}:5353", at.ip()?))?;
+    }
+    let app = host
+        .client("app")
+        .env("BACKEND_R", "/services/red;53/udp")
+        .env("BACKEND_G", "/services/green;54/udp")
+        .env("BACKEND_B", "/services/blue;55/udp")
+        .start()?;
+    let other = host.client("other").env("BACKEND_X", "/services/blue;53/udp").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    for port in [53, 54, 55] {
+        takes(&embassy, "app", port, "kernel", "possible")?;
+    }
+    takes(&embassy, "other", 53, "kernel", "possible")?;
+    let path = host.dir().join("handed");
+    let gives = app.spawn(
+        "gives",
+        [
+            "python3",
+            "-uc",
+            &format!(
+                r#"{CLIENT}
+at = socket.socket(socket.AF_UNIX)
+at.bind("{path}")
+at.listen()
+s = unconnected()
+print("before", json.dumps(ask(s, VIP)), flush=True)
+conn = at.accept()[0]
+socket.send_fds(conn, [b"x"], [s.fileno()])
+conn.recv(1)
+print("after", json.dumps(ask(s, VIP)), flush=True)
+"#,
+                path = path.display()
+            ),
+        ],
+    )?;
+    testbed::eventually(WAIT, "a first answer", || {
+        ensure!(gives.log().contains("before [\"red\""), "{}", gives.log());
+        Ok(())
+    })?;
+    let said = python(
+        &other,
+        &format!(
+            r#"
+conn = socket.socket(socket.AF_UNIX)
+conn.connect("{path}")
+_, fds, _, _ = socket.recv_fds(conn, 1, 1)
+s = socket.socket(fileno=fds[0])
+s.settimeout(5)
+all = [ask(s, VIP), ask(s, VIP)]
+conn.send(b"x")
+print(json.dumps(all))
+"#,
+            path = path.display()
+        ),
+    )?;
+    let blue = json!(["blue", ["172.17.0.1", 53]]);
+    assert_eq!(said, json!([blue, blue]));
+    testbed::eventually(WAIT, "an answer to the first owner", || {
+        ensure!(gives.log().contains("after [\"red\", [\"172.17.0.1\", 53]]"), "{}", gives.log());
+        Ok(())
+    })?;
+
+    let before = metric(&embassy, "embassy_connections_started_total")?;
+    let said = python(
+        &app,
+        r#"
+import threading
+expected = {53: b"red", 54: b"green", 55: b"blue"}
+wrong, right = [], []
+for _ in range(20):
+    s = unconnected()
+    start = threading.Barrier(6)
+    def send(n):
+        start.wait()
+        for k in range(5):
+            try:
+                s.sendto(b"x", ("172.17.0.1", 53 + (n + k) % 3))
+            except OSError as e:
+                wrong.append(str(e))
+    threads = [threading.Thread(target=send, args=(n,)) for n in range(6)]
+    [t.start() for t in threads]
+    for _ in range(30):
+        text, who = s.recvfrom(99)
+        (right if text.split(b" ")[0] == expected.get(who[1]) and who[0] == "172.17.0.1" else wrong).append(str([text, who]))
+    [t.join() for t in threads]
+    s.close()
+print(json.dumps([wrong, len(right)]))
+"#,
+    )?;
+    assert_eq!(said, json!([[], 600]));
+    // Each flow that began has ended, and no place was missed.
+    let flows = metric(&embassy, "embassy_connections_started_total")? - before;
+    ensure!((60..=120).contains(&flows), "{flows}");
+    for (service, port) in [("red", 53), ("green", 54), ("blue", 55)] {
+        let active = format!("{}}} 0", of_route("connections_active", service, port));
+        ensure!(embassy.admin("/metrics")?.ok()?.contains(&active), "no {active}");
+    }
+    assert_eq!(metric(&embassy, "embassy_udp_events_total{event=\"no_place\"}")?, 0);
+    Ok(())
+}
+
+#[test]
+fn a_drained_endpoint_is_left_by_the_next_datagram_and_an_ejected_one_is_the_last_resort()
+-> Result<()> {
+    let host = Host::light()?;
+    let servers = servers(&host, &["one", "two"])?;
+    let app = host.client("app").env("BACKEND_ECHO", "/services/echo;53/udp;check=tcp").start()?;
+    let token = host.dir().join("token");
+    std::fs::write(&token, "secret")?;
+    let embassy =
+        host.embassy(["--dnat", ETCD, &format!("--admin-token-file={}", token.display())])?;
+    embassy.wait_ready(READY)?;
+    takes(&embassy, "app", 53, "kernel", "possible")?;
+    let drain = |n: usize, drained: bool| {
+        let body = format!(
+            r#"{{"service":"/services/echo","endpoint":"{}:5353","drained":{drained}}}"#,
+            servers[n].0.ip()?
+        );
+        host.run(
+            "curl",
+            [
+                "-sSf",
+                "-X",
+                "PUT",
+                "-H",
+                "Authorization: Bearer secret",
+                "-H",
+                "Content-Type: application/json",
+                "--data",
+                &body,
+                "http://127.0.0.1:9990/v1/endpoints/drain",
+            ],
+        )
+    };
+    // Nothing listens on TCP: both are unhealthy, and both are used.
+    testbed::eventually(WAIT, "the checks to fail", || {
+        let endpoints = embassy.admin("/v1/endpoints")?.json()?;
+        let all = endpoints["items"].as_array().context("no list")?;
+        ensure!(all.iter().all(|one| one["state"] == "unhealthy"), "{endpoints}");
+        Ok(())
+    })?;
+    let ask = "print(json.dumps(sorted(ask(unconnected(), VIP)[0] for _ in range(4))))";
+    testbed::eventually(WAIT, "both to be used", || {
+        let said = python(&app, ask)?;
+        ensure!(said == json!(["one", "one", "two", "two"]), "{said}");
+        Ok(())
+    })?;
+    drain(0, true)?;
+    testbed::eventually(WAIT, "the other one to be used alone", || {
+        let said = python(&app, ask)?;
+        ensure!(said == json!(["two", "two", "two", "two"]), "{said}");
+        Ok(())
+    })?;
+    let client = app.spawn(
+        "asks",
+        [
+            "python3",
+            "-uc",
+            &format!(
+                r#"{CLIENT}
+s = unconnected()
+while True:
+    print("said", ask(s, VIP)[0], flush=True)
+    time.sleep(0.05)
+"#
+            ),
+        ],
+    )?;
+    let last = |expected: &str| {
+        testbed::eventually(WAIT, &format!("{expected} to answer"), || {
+            let log = client.log();
+            let last = log.lines().filter_map(|line| line.strip_prefix("said ")).next_back();
+            ensure!(last == Some(expected), "{last:?}");
+            Ok(())
+        })
+    };
+    last("two")?;
+    drain(0, false)?;
+    drain(1, true)?;
+    last("one")?;
+    drain(0, true)?;
+    last("ECONNREFUSED")
+}
+
+/// Both families, with a real engine.
+#[test]
+fn a_container_of_docker_reaches_by_each_family_the_endpoints_of_it() -> Result<()> {
+    let host = Host::builder().ipv6(true).start()?;
+    let four = host.client("four").start()?;
+    let six = host.client("six").start()?;
+    let mut running = Vec::new();
+    for (at, family) in [(&four, "AF_INET"), (&six, "AF_INET6")] {
+        let mut command = at.command("python3")?;
+        command.args(["-uc", &SERVER.replace("AF_INET", family), at.name(), "5353"]);
+        running.push(host.spawn(&format!("{}-serves", at.name()), command)?);
+    }
+    for server in &running {
+        testbed::eventually(WAIT, "a server", || {
+            ensure!(server.log().contains("up"), "{}", server.log());
+            Ok(())
+        })?;
+    }
+    offer_at(&host, "mixed", &format!("{}:5353", four.ip()?))?;
+    offer_at(&host, "mixed", &format!("[{}]:5353", six.ip6()?))?;
+    offer_at(&host, "four", &format!("{}:5353", four.ip()?))?;
+    let app = host
+        .client("app")
+        .env("BACKEND_MIXED", "/services/mixed;53/udp")
+        .env("BACKEND_FOUR", "/services/four;54/udp")
+        .start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    testbed::eventually(WAIT, "the paths", || {
+        let routes = embassy.admin("/v1/routes?consumer=app")?.json()?;
+        let all = routes["items"].as_array().context("no list")?;
+        let mut paths: Vec<_> = all
+            .iter()
+            .map(|route| {
+                let is_six = route["address"].as_str().is_some_and(|it| it.contains(':'));
+                let word = |name: &str| route[name].as_str().unwrap_or_default().to_owned();
+                (route["port"].as_u64(), is_six, word("path_reason"), word("state"))
+            })
+            .collect();
+        paths.sort();
+        let expected = [
+            (53, false, "possible", "ok"),
+            (53, true, "possible", "ok"),
+            (54, false, "possible", "ok"),
+            (54, true, "family", "degraded"),
+        ];
+        let expected = expected.map(|(port, is_six, reason, state)| {
+            (Some(port), is_six, reason.to_owned(), state.to_owned())
+        });
+        ensure!(paths == expected, "{paths:?}");
+        Ok(())
+    })?;
+    // The image has no Python: a process of the host joins the container's network and control group.
+    let (pid, program) = (
+        app.pid()?,
+        format!(
+            r#"{CLIENT}
+six = socket.AF_INET6
+to = ("fd00:d0c::1", 53)
+all = {{"four": [ask(unconnected(), VIP) for _ in range(3)] + [ask_connected(connected()) for _ in range(3)],
+       "six": [ask(unconnected(six), to) for _ in range(3)] + [ask_connected(connected(to, six)) for _ in range(3)],
+       "mapped": [ask(unconnected(six), ("::ffff:172.17.0.1", 53)), ask_connected(connected(("::ffff:172.17.0.1", 53), six))]}}
+print(json.dumps(all))
+"#
+        ),
+    );
+    let join = format!(
+        "echo 0 > /sys/fs/cgroup/unified$(sed -n 's/^0:://p' /proc/{pid}/cgroup)/cgroup.procs; exec nsenter --target={pid} --net -- "$@""
+    );
+    let said = host.run("sh", ["-ec", &join, "sh", "python3", "-c", &program])?;
+    let said: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
+    let of = |name: &str, vip: &str, times: usize| json!(vec![json!([name, [vip, 53]]); times]);
+    assert_eq!(said["four"], of("four", "172.17.0.1", 6), "{said}");
+    assert_eq!(said["six"], of("six", "fd00:d0c::1", 6), "{said}");
+    assert_eq!(said["mapped"], of("four", "::ffff:172.17.0.1", 2), "{said}");
+    Ok(())
+}
+
 /// embassy as another user, with these capabilities alone.
 fn with_capabilities(host: &Host, capabilities: &str) -> Result<Embassy> {
     let sets = format!("-all,{capabilities}");
@@ -600,5 +872,56 @@ fn real_resolvers_get_their_answers_and_follow_the_servers() -> Result<()> {
             ensure!(said.contains("192.0.2.2") && !said.contains("192.0.2.1\n"), "{name}: {said}");
         }
     }
+    Ok(())
+}
+
+/// What a call costs: `cargo test --test it figures_of_udp -- --ignored --nocapture`.
+#[test]
+#[ignore = "figures, no test"]
+fn figures_of_udp() -> Result<()> {
+    let host = Host::light()?;
+    let at = host.client("sink").start()?;
+    // It never reads: what does not fit is dropped.
+    let sink = at.spawn(
+        "sink",
+        [
+            "python3",
+            "-uc",
+            "import socket, time\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('', 5353)); print('up'); time.sleep(1000)",
+        ],
+    )?;
+    testbed::eventually(WAIT, "a sink", || {
+        ensure!(sink.log().contains("up"), "{}", sink.log());
+        Ok(())
+    })?;
+    offer_at(&host, "echo", &format!("{}:5353", at.ip()?))?;
+    let app = host.client("app").env("BACKEND_ECHO", "/services/echo;53/udp").start()?;
+    let measure = |to: &str| -> Result<Value> {
+        python(
+            &app,
+            &format!(
+                r#"
+to = {to}
+def costs(call, n=100000):
+    start = time.process_time()
+    for _ in range(n):
+        call()
+    return round((time.process_time() - start) / n * 1e6, 2)
+s = unconnected()
+c = unconnected()
+all = [[costs(lambda: s.sendto(b"x", to)), costs(lambda: c.connect(to))] for _ in range(5)]
+print(json.dumps([sorted(one[k] for one in all)[2] for k in (0, 1)]))
+"#
+            ),
+        )
+    };
+    let direct = format!("({:?}, 5353)", at.ip()?.to_string());
+    println!("us of CPU time, sendto() and connect(), medians of 5 times 100,000:");
+    println!("  no program attached, to the endpoint: {}", measure(&direct)?);
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    takes(&embassy, "app", 53, "kernel", "possible")?;
+    println!("  attached, to the endpoint (no route): {}", measure(&direct)?);
+    println!("  attached, to the VIP:                 {}", measure("VIP")?);
     Ok(())
 }
