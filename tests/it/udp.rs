@@ -726,7 +726,7 @@ print(json.dumps(all))
         ),
     );
     let join = format!(
-        "echo 0 > /sys/fs/cgroup/unified$(sed -n 's/^0:://p' /proc/{pid}/cgroup)/cgroup.procs; exec nsenter --target={pid} --net -- "$@""
+        "echo 0 > /sys/fs/cgroup/unified$(sed -n 's/^0:://p' /proc/{pid}/cgroup)/cgroup.procs; exec nsenter --target={pid} --net -- \"$@\""
     );
     let said = host.run("sh", ["-ec", &join, "sh", "python3", "-c", &program])?;
     let said: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
@@ -923,5 +923,39 @@ print(json.dumps([sorted(one[k] for one in all)[2] for k in (0, 1)]))
     takes(&embassy, "app", 53, "kernel", "possible")?;
     println!("  attached, to the endpoint (no route): {}", measure(&direct)?);
     println!("  attached, to the VIP:                 {}", measure("VIP")?);
+    Ok(())
+}
+
+/// As long as something is sent or received, the choice stays: `cargo test --test it after_a_minute -- --ignored`.
+#[test]
+#[ignore = "takes more than a minute"]
+fn after_a_minute_of_silence_the_next_datagram_is_a_new_choice() -> Result<()> {
+    let host = Host::light()?;
+    let _servers = servers(&host, &["one", "two"])?;
+    let app = host.client("app").env("BACKEND_ECHO", "/services/echo;53/udp").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    takes(&embassy, "app", 53, "kernel", "possible")?;
+    let said = python(
+        &app,
+        r#"
+silent, busy = unconnected(), unconnected()
+all = [ask(silent, VIP)[0], ask(busy, VIP)[0]]
+for _ in range(62):
+    time.sleep(1)
+    kept = ask(busy, VIP)[0] == all[1]
+    if not kept:
+        break
+# The turn is the same as at the start, so that of the silent one is the next one's.
+all += [kept, ask(unconnected(), VIP)[0], ask(silent, VIP)[0]]
+print(json.dumps(all))
+"#,
+    )?;
+    let (first, second) = (&said[0], &said[1]);
+    assert_ne!(first, second, "{said}");
+    assert_eq!(said, json!([first, second, true, first, second]), "a new choice, in turn");
+    let ended = format!("{},outcome=\"closed\"}}", of_route("connections_total", "echo", 53));
+    counts(&embassy, &ended, 4)?;
+    assert_eq!(metric(&embassy, "embassy_udp_events_total{event=\"evicted\"}")?, 0);
     Ok(())
 }
