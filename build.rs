@@ -6,16 +6,17 @@ use std::{
     process::{Command, exit},
 };
 
-const SOURCE: &str = "src/kernel/bpf/connect.c";
+const FOLDER: &str = "src/kernel/bpf";
+const SOURCE: &str = "src/kernel/bpf/programs.c";
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed={SOURCE}");
+    println!("cargo::rerun-if-changed={FOLDER}");
     println!("cargo::rerun-if-env-changed=CLANG");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let arch = env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets the target's architecture");
     let clang = env::var_os("CLANG").unwrap_or_else(|| "clang".into());
-    let object = out.join("connect.o");
+    let object = out.join("programs.o");
     let mut command = Command::new(&clang);
     // -g for the types of the maps (BTF). Only v4 needs more than Linux 5.15.
     command.args(["-target", "bpf", "-mcpu=v2", "-O2", "-g", "-Wall", "-Werror"]);

@@ -28,7 +28,6 @@ use crate::{
         Provider as ProviderChoice,
     },
     control::{Control, Limits, Settings, Waiting},
-    descriptor::PathChoice,
     discovery,
     docker::{self, follow::Follower},
     events::Events,
@@ -257,6 +256,7 @@ impl App {
             }
             CaptureMode::Dnat | CaptureMode::Redirect => tokio::spawn(async {}),
         };
+        let udp = Arc::new(kernel::UdpCounts::default());
         // Without a capture nobody would serve what the kernel leaves to the proxy.
         let kernel = match config.capture {
             CaptureMode::None => None,
@@ -270,6 +270,7 @@ impl App {
                     log: config.connection_log,
                     mark,
                     events: events.clone(),
+                    udp: udp.clone(),
                     figures: proxy.figures(),
                 };
                 let started = KernelPath::start(settings, tables.clone());
@@ -278,7 +279,7 @@ impl App {
         };
         let paths = match &kernel {
             Some(kernel) => kernel.paths(),
-            None => watch::channel(Paths::new(PathChoice::Proxy)).1,
+            None => watch::channel(Paths::without_capture()).1,
         };
         let metrics = Metrics {
             tables: tables.clone(),
@@ -287,6 +288,7 @@ impl App {
             sources: sources.clone(),
             refused,
             figures: proxy.figures(),
+            udp,
             capture: capturing.as_ref().map(|(_, counts, _)| counts.clone()),
             state: kept,
         };

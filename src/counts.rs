@@ -23,6 +23,9 @@ pub struct ConnectionCounts {
     pub bytes_up: AtomicU64,
     /// Bytes from endpoints to consumers.
     pub bytes_down: AtomicU64,
+    /// Datagrams of UDP, as far as the kernel's programs see them.
+    pub datagrams_up: AtomicU64,
+    pub datagrams_down: AtomicU64,
     /// Connect times. Their count is the number of opened connections.
     pub connect: Histogram,
     /// Further attempts after an endpoint failed.
@@ -50,6 +53,15 @@ impl ConnectionCounts {
         }
     }
 
+    pub fn datagrams(&self, up: u64, down: u64) {
+        if up != 0 {
+            self.datagrams_up.fetch_add(up, Relaxed);
+        }
+        if down != 0 {
+            self.datagrams_down.fetch_add(down, Relaxed);
+        }
+    }
+
     /// All of it but the last error, for the process that takes over.
     pub fn totals(&self) -> message::Counts {
         let connect = self.connect.read();
@@ -57,6 +69,7 @@ impl ConnectionCounts {
             started: self.started.load(Relaxed),
             ended: self.ended.totals(),
             bytes: [self.bytes_up.load(Relaxed), self.bytes_down.load(Relaxed)],
+            datagrams: [self.datagrams_up.load(Relaxed), self.datagrams_down.load(Relaxed)],
             connect: connect.buckets.to_vec(),
             connect_micros: connect.micros,
             retries: self.retries.load(Relaxed),
@@ -68,6 +81,7 @@ impl ConnectionCounts {
         self.started.fetch_add(before.started, Relaxed);
         self.ended.add_all(&before.ended);
         self.bytes(before.bytes[0], before.bytes[1]);
+        self.datagrams(before.datagrams[0], before.datagrams[1]);
         self.connect.add_all(&before.connect, before.connect_micros);
         self.retries.fetch_add(before.retries, Relaxed);
     }

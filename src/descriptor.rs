@@ -3,7 +3,7 @@
 use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
 use crate::{
-    model::{NotAPort, Port, Protocol, ServiceName, Tags},
+    model::{NotAPort, Port, Protocol, ServiceName, Tags, port_of},
     word::{Word, worded},
 };
 
@@ -15,7 +15,7 @@ pub struct Descriptor {
     pub tags: Tags,
     /// The port that the consumer dials.
     pub port: Port,
-    /// What follows the port: `/tcp`, or nothing, which means the same.
+    /// What follows the port: `/udp`, or `/tcp` or nothing, which mean the same.
     pub protocol: Protocol,
     /// `lb=`; if absent, the command line's `--lb`.
     pub balance: Option<Balance>,
@@ -124,7 +124,7 @@ pub enum DescriptorError {
     Tag { tag: String, character: char },
     #[error(transparent)]
     Port(#[from] NotAPort),
-    #[error("protocol {0:?}: expected tcp, the only one that is routed")]
+    #[error("protocol {0:?}: expected tcp or udp")]
     Protocol(String),
     #[error("option {0:?}: expected <key>=<value>")]
     OptionForm(String),
@@ -134,6 +134,8 @@ pub enum DescriptorError {
     RepeatedOption(String),
     #[error("{key}={value:?}: expected {expected}")]
     OptionValue { key: &'static str, value: String, expected: &'static str },
+    #[error("{option}: cannot be used with /udp: {why}")]
+    NotWithUdp { option: &'static str, why: &'static str },
 }
 
 /// A common mistake, with a sentence of its own, which repeats nothing of the value.
@@ -206,13 +208,13 @@ impl DescriptorError {
                 "a tag has the character {character:?}: expected none of white space , ; [ ]"
             ),
             Self::Port(_) => "the port is not a number from 1 to 65535".to_owned(),
-            Self::Protocol(_) => {
-                "the protocol after the port: expected tcp, the only one that is routed".to_owned()
-            }
+            Self::Protocol(_) => "the protocol after the port: expected tcp or udp".to_owned(),
             Self::OptionForm(_) => "text after the port: expected <key>=<value>".to_owned(),
             Self::UnknownOption(_) => format!("an unknown option: {OPTIONS}"),
             Self::RepeatedOption(key) => format!("option {key} is given twice"),
             Self::OptionValue { key, expected, .. } => format!("{key}: expected {expected}"),
+            // Nothing of the value but the names of our own options.
+            Self::NotWithUdp { .. } => self.to_string(),
         }
     }
 }
@@ -267,11 +269,36 @@ impl FromStr for Descriptor {
             descriptor.set(key, value)?;
             seen.push(key);
         }
-        Ok(descriptor)
+        match protocol {
+            Protocol::Tcp => Ok(descriptor),
+            Protocol::Udp => descriptor.without_connections(),
+        }
     }
 }
 
 impl Descriptor {
+    /// Refuses what only a connection can have.
+    fn without_connections(self) -> Result<Self, DescriptorError> {
+        let refused = [
+            (self.proxy.is_some(), "proxy=", "a datagram has no PROXY protocol header"),
+            (self.user_timeout.is_some(), "user-timeout=", "UDP acknowledges nothing"),
+            (
+                self.drain != EndpointDrain::Keep,
+                "drain= other than keep",
+                "UDP has no connections to reset",
+            ),
+            (
+                self.path == Some(PathChoice::Proxy),
+                "path=proxy",
+                "UDP takes the kernel path only; remove the option",
+            ),
+        ];
+        match refused.into_iter().find(|(is_there, ..)| *is_there) {
+            Some((_, option, why)) => Err(DescriptorError::NotWithUdp { option, why }),
+            None => Ok(self),
+        }
+    }
+
     fn set(&mut self, key: &str, value: &str) -> Result<(), DescriptorError> {
         let wrong =
             |key, expected| DescriptorError::OptionValue { key, value: value.to_owned(), expected };
@@ -343,7 +370,7 @@ impl Descriptor {
 impl fmt::Display for Descriptor {
     /// The canonical text: it parses to the same descriptor.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{};{}", self.service, self.tags, self.port)?;
+        write!(f, "{}{};{}", self.service, self.tags, port_of(self.port, self.protocol))?;
         match self.balance {
             None => {}
             Some(Balance::RoundRobin) => f.write_str(";lb=rr")?,
@@ -432,12 +459,14 @@ fn no_port(text: &str) -> DescriptorError {
     Mistake::in_separator(text).map_or(DescriptorError::NoPort, DescriptorError::Mistake)
 }
 
-/// A port, and the protocol that may follow it: `6379`, `6379/tcp`.
+/// A port, and the protocol that may follow it: `6379`, `6379/tcp`, `53/udp`.
 fn port_and_protocol(text: &str) -> Result<(Port, Protocol), DescriptorError> {
     match text.split_once('/') {
         None => Ok((text.parse()?, Protocol::Tcp)),
-        Some((port, "tcp")) => Ok((port.parse()?, Protocol::Tcp)),
-        Some((_, protocol)) => Err(DescriptorError::Protocol(protocol.to_owned())),
+        Some((port, protocol)) => match Protocol::of(protocol) {
+            Some(protocol) => Ok((port.parse()?, protocol)),
+            None => Err(DescriptorError::Protocol(protocol.to_owned())),
+        },
     }
 }
 
@@ -484,6 +513,7 @@ mod tests {
             ("name[prod,app1];80", "name", 80),
             ("a*b@c_d-e;65535", "a*b@c_d-e", 65535),
             ("redis.master;6379/tcp", "redis.master", 6379),
+            ("dns[eu];53/udp", "dns", 53),
         ] {
             let descriptor = parse(text).expect(text);
             assert_eq!(descriptor.service.as_str(), service);
@@ -504,6 +534,46 @@ mod tests {
         assert_eq!(descriptor.check, Some(Check::Tcp));
         assert_eq!(descriptor.proxy, Some(ProxyProtocol::V2));
         assert_eq!(descriptor.to_string(), text);
+    }
+
+    #[test]
+    fn udp_is_another_protocol_on_the_same_port_and_takes_no_option_of_connections() {
+        let protocol = |text: &str| parse(text).expect(text).protocol;
+        assert_eq!(protocol("dns;53"), Protocol::Tcp);
+        assert_eq!(protocol("dns;53/tcp"), Protocol::Tcp);
+        assert_eq!(protocol("dns;53/udp"), Protocol::Udp);
+        for good in
+            ["dns[a];53/udp;lb=leastconn;dc=d;via=consul;check=tcp;path=kernel", "dns;53/udp"]
+        {
+            assert_eq!(parse(good).expect(good).to_string(), good);
+        }
+        assert_eq!(parse("dns;53/udp;drain=keep").expect("keep").to_string(), "dns;53/udp");
+        for (option, said) in [
+            (
+                "proxy=v2",
+                "proxy=: cannot be used with /udp: a datagram has no PROXY protocol header",
+            ),
+            ("user-timeout=9", "user-timeout=: cannot be used with /udp: UDP acknowledges nothing"),
+            (
+                "drain=kill",
+                "drain= other than keep: cannot be used with /udp: UDP has no connections to reset",
+            ),
+            (
+                "drain=9",
+                "drain= other than keep: cannot be used with /udp: UDP has no connections to reset",
+            ),
+            (
+                "path=proxy",
+                "path=proxy: cannot be used with /udp: UDP takes the kernel path only; remove the option",
+            ),
+        ] {
+            let error = parse(&format!("dns;53/udp;{option}")).expect_err(option);
+            assert_eq!((error.to_string(), error.without_value()), (said.into(), said.into()));
+            assert!(parse(&format!("dns;53/tcp;{option}")).is_ok(), "{option}");
+        }
+        for text in ["dns;53/sctp", "dns;53/UDP", "dns;53/", "dns;53/udp/tcp", "dns;/udp"] {
+            assert!(parse(text).is_err(), "{text}");
+        }
     }
 
     /// Whole messages are compared: they are what a user reads in the log.
@@ -680,6 +750,7 @@ mod tests {
                     prop_oneof![Just(0_u64), 5..=86_400_u64].prop_map(Duration::from_secs),
                 ),
                 prop::option::of(prop::sample::select(PathChoice::ALL)),
+                prop::sample::select(Protocol::ALL),
             ),
         )
             .prop_map(
@@ -692,14 +763,14 @@ mod tests {
                     (dc, via),
                     check,
                     proxy,
-                    (user_timeout, path),
+                    (user_timeout, path, protocol),
                 )| {
-                    Descriptor {
+                    let descriptor = Descriptor {
                         service: ServiceName::new(&service)
                             .expect("the strategy makes valid names"),
                         tags: Tags::new(tags.iter().map(String::as_str)),
                         port: Port::new(port).expect("the strategy starts at 1"),
-                        protocol: Protocol::Tcp,
+                        protocol,
                         balance,
                         drain,
                         dc,
@@ -708,6 +779,16 @@ mod tests {
                         proxy,
                         user_timeout,
                         path,
+                    };
+                    match protocol {
+                        Protocol::Tcp => descriptor,
+                        Protocol::Udp => Descriptor {
+                            drain: EndpointDrain::Keep,
+                            proxy: None,
+                            user_timeout: None,
+                            path: descriptor.path.filter(|path| *path != PathChoice::Proxy),
+                            ..descriptor
+                        },
                     }
                 },
             )

@@ -52,9 +52,11 @@ fn variables(input: &[u8]) {
     let text = String::from_utf8_lossy(input);
     let labels = text.lines().filter_map(|line| line.split_once('='));
     let (bindings, _) = bindings(&"app".into(), "BACKEND_", text.lines(), labels);
-    let mut ports: Vec<_> = bindings.iter().map(|binding| binding.descriptor.port).collect();
+    let port =
+        |binding: &crate::consumer::Binding| (binding.descriptor.port, binding.descriptor.protocol);
+    let mut ports: Vec<_> = bindings.iter().map(port).collect();
     ports.dedup();
-    assert_eq!(ports.len(), bindings.len(), "one binding for each port");
+    assert_eq!(ports.len(), bindings.len(), "one binding for each port of a protocol");
 }
 
 /// The lines are what an engine answers and tells. What is made of a change is what is made of all at once.

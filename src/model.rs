@@ -17,7 +17,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A TCP port that something can listen on: 1 to 65535.
+use crate::word::worded;
+
+/// A port that something can listen on: 1 to 65535.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Port(NonZeroU16);
 
@@ -59,18 +61,21 @@ impl FromStr for Port {
     }
 }
 
-/// What carries a consumer's connections. Only TCP has routes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Protocol {
-    #[default]
-    Tcp,
+worded! {
+    /// The transport protocol of a binding.
+    pub enum Protocol {
+        /// connections, on the proxy path or on the kernel path
+        Tcp = "tcp",
+        /// datagrams, on the kernel path only
+        Udp = "udp",
+    }
 }
 
-impl fmt::Display for Protocol {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Tcp => "tcp",
-        })
+/// A port as users write it: `53/udp`; of TCP the number alone.
+pub fn port_of(port: impl fmt::Display, protocol: Protocol) -> String {
+    match protocol {
+        Protocol::Tcp => port.to_string(),
+        Protocol::Udp => format!("{port}/udp"),
     }
 }
 

@@ -14,7 +14,7 @@ use crate::{
     consumer::Consumer,
     cow_map::CowMap,
     descriptor::{Descriptor, EndpointDrain, PathChoice},
-    model::Endpoint,
+    model::{Endpoint, Protocol},
     table::RouteKey,
     word::worded,
 };
@@ -26,6 +26,8 @@ worded! {
         Proxy = "proxy",
         /// from the consumer to the endpoint; the kernel chooses the endpoint
         Kernel = "kernel",
+        /// nowhere: a binding of UDP that the kernel path does not take; there is no other
+        None = "none",
     }
 
     /// Why a route's connections take their path. The first that applies, in this order, from `not_asked` on.
@@ -72,11 +74,15 @@ worded! {
         Full = "full",
         /// path=auto, and the last connect to an endpoint failed, its check fails, or none was made yet.
         Unproved = "unproved",
+        /// The kernel path has not looked at the binding yet. Only of UDP.
+        Pending = "pending",
+        /// embassy runs without --dnat and --redirect, so there is no kernel path. Only of UDP.
+        NoCapture = "no_capture",
     }
 }
 
 impl PathReason {
-    /// The path that it leads to.
+    /// The path that it leads to, of TCP.
     pub fn path(self) -> Path {
         match self {
             Self::Possible | Self::Proved => Path::Kernel,
@@ -102,16 +108,34 @@ pub struct Paths {
     default: PathChoice,
     /// Those of routes that were not asked to take another path than the proxy's are left out.
     reasons: CowMap<RouteKey, PathReason>,
+    /// That of a route of UDP that is left out.
+    unknown_udp: PathReason,
 }
 
 impl Paths {
     /// Before any route is known.
     pub fn new(default: PathChoice) -> Self {
-        Self { default, reasons: CowMap::default() }
+        Self { default, reasons: CowMap::default(), unknown_udp: PathReason::Pending }
+    }
+
+    /// Where embassy captures nothing, there is no kernel path either.
+    pub fn without_capture() -> Self {
+        Self { unknown_udp: PathReason::NoCapture, ..Self::new(PathChoice::Proxy) }
     }
 
     pub fn of(&self, key: &RouteKey) -> PathReason {
-        self.reasons.get(key).copied().unwrap_or(PathReason::NotAsked)
+        self.reasons.get(key).copied().unwrap_or(match key.protocol {
+            Protocol::Tcp => PathReason::NotAsked,
+            Protocol::Udp => self.unknown_udp,
+        })
+    }
+
+    /// The path that a route's connections or datagrams take.
+    pub fn path(&self, key: &RouteKey) -> Path {
+        match (self.of(key).path(), key.protocol) {
+            (Path::Proxy, Protocol::Udp) => Path::None,
+            (path, _) => path,
+        }
     }
 
     /// How many of so many routes there are for each reason.
@@ -167,9 +191,17 @@ pub struct Facts<'a> {
     pub endpoints: &'a [Endpoint],
 }
 
+/// Whether a binding asks for another path than the proxy's. One of UDP always does.
+pub fn asks(descriptor: &Descriptor, default: PathChoice) -> bool {
+    descriptor.protocol == Protocol::Udp || descriptor.path.unwrap_or(default) != PathChoice::Proxy
+}
+
 /// The path as far as it does not depend on the host at the moment: what is left is `NoIdentity`, `NoVip` and `Full`, and for `auto`
 /// what [`caution`] says.
 pub fn decide(descriptor: &Descriptor, facts: Facts<'_>) -> PathReason {
+    if descriptor.protocol == Protocol::Udp {
+        return decide_udp(facts);
+    }
     let first = [
         (descriptor.path.unwrap_or(facts.default) == PathChoice::Proxy, PathReason::NotAsked),
         (!facts.is_available, PathReason::Unavailable),
@@ -251,6 +283,20 @@ pub fn nearness(
         None if around.is_empty() => Nearness::Beyond,
         None => Nearness::Isolated,
     }
+}
+
+/// The same of UDP. Without an endpoint the kernel refuses; of endpoints of both families it uses those of the consumer's.
+fn decide_udp(facts: Facts<'_>) -> PathReason {
+    let all = facts.endpoints;
+    let is_foreign = |one: &Endpoint| is_ipv4(one) != facts.is_ipv4;
+    let first = [
+        (!facts.is_available, PathReason::Unavailable),
+        (!facts.is_container, PathReason::NoContainer),
+        (all.len() > MOST_ENDPOINTS, PathReason::TooManyEndpoints),
+        (all.iter().any(is_own), PathReason::Loopback),
+        (!all.is_empty() && all.iter().all(is_foreign), PathReason::Family),
+    ];
+    first.iter().find(|(applies, _)| *applies).map_or(PathReason::Possible, |(_, reason)| *reason)
 }
 
 /// Whether it would be the consumer itself.
@@ -406,6 +452,49 @@ mod tests {
         assert_eq!(paths.counts(5), expected.into());
         paths.set(key(2), PathReason::NotAsked);
         assert_eq!(paths.counts(2), [(PathReason::Proved, 2)].into());
+    }
+
+    #[test]
+    fn udp_takes_the_kernel_path_or_none_whatever_the_default_is() {
+        let good = endpoints(&["10.0.0.1:53", "10.0.0.2:53"]);
+        let good = Facts { default: PathChoice::Proxy, ..facts(&good) };
+        assert_eq!(of("dns;53/udp", good), PathReason::Possible);
+        assert_eq!(of("dns;53", good), PathReason::NotAsked);
+        // What only connections have a limit or a refusal for.
+        assert_eq!(of("dns;53/udp", Facts { is_limited: true, ..good }), PathReason::Possible);
+        assert_eq!(of("dns;53/udp", Facts { endpoints: &[], ..good }), PathReason::Possible);
+        let mixed = endpoints(&["10.0.0.1:53", "[fd00::1]:53"]);
+        for is_ipv4 in [true, false] {
+            let facts = Facts { is_ipv4, endpoints: &mixed, ..good };
+            assert_eq!(of("dns;53/udp", facts), PathReason::Possible);
+        }
+        for (facts, reason) in [
+            (Facts { is_available: false, ..good }, PathReason::Unavailable),
+            (Facts { is_container: false, ..good }, PathReason::NoContainer),
+            (Facts { is_ipv4: false, ..good }, PathReason::Family),
+            (
+                Facts { endpoints: &endpoints(&["10.0.0.1:53"; 65]), ..good },
+                PathReason::TooManyEndpoints,
+            ),
+            (
+                Facts { endpoints: &endpoints(&["10.0.0.1:53", "127.0.0.1:53"]), ..good },
+                PathReason::Loopback,
+            ),
+        ] {
+            assert_eq!(of("dns;53/udp", facts), reason);
+        }
+        let (source, port) = ([10, 0, 0, 9].into(), crate::model::Port::new(53).unwrap());
+        let tcp = RouteKey::tcp(source, port);
+        let udp = RouteKey { protocol: Protocol::Udp, ..tcp };
+        let mut paths = Paths::new(PathChoice::Proxy);
+        assert_eq!((paths.of(&udp), paths.path(&udp)), (PathReason::Pending, Path::None));
+        assert_eq!((paths.of(&tcp), paths.path(&tcp)), (PathReason::NotAsked, Path::Proxy));
+        assert!(paths.set(udp, PathReason::Possible));
+        assert_eq!((paths.path(&udp), paths.path(&tcp)), (Path::Kernel, Path::Proxy));
+        assert!(paths.set(udp, PathReason::Full));
+        assert_eq!(paths.path(&udp), Path::None);
+        let paths = Paths::without_capture();
+        assert_eq!((paths.of(&udp), paths.of(&tcp)), (PathReason::NoCapture, PathReason::NotAsked));
     }
 
     proptest! {

@@ -18,7 +18,7 @@ use crate::{
     cow_map::CowMap,
     descriptor::Balance,
     discovery::{Bounds, CannotAsk, Endpoints, Query, Refusal},
-    model::{ConsumerId, Endpoint, Port, Protocol, RunEnd, ServiceName, Vip},
+    model::{ConsumerId, Endpoint, Port, Protocol, RunEnd, ServiceName, Vip, port_of},
     wiring::{Arrival, Wiring},
 };
 
@@ -30,7 +30,7 @@ mod inherit;
 
 pub use changes::Changes;
 
-/// The facts of a captured connection: its source address and its original port.
+/// The facts of a captured connection: its source address, its original port and its protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RouteKey {
     pub source: IpAddr,
@@ -46,7 +46,7 @@ impl RouteKey {
 
 impl fmt::Display for RouteKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} port {}", self.source, self.port)
+        write!(f, "{} port {}", self.source, port_of(self.port, self.protocol))
     }
 }
 
@@ -121,6 +121,7 @@ pub struct Unrouted {
     pub origin: Arc<str>,
     /// Several bindings may have one origin: those of `-services`.
     pub port: Port,
+    pub protocol: Protocol,
     pub reason: UnroutedReason,
 }
 
@@ -233,8 +234,8 @@ struct EndpointInUse {
     upstreams: usize,
 }
 
-/// The consumer, the variable or label, and the missing route, if it is about one.
-type UnroutedKey = (ConsumerId, Arc<str>, u16, Option<RouteKey>);
+/// The consumer, the variable or label, its port, and the missing route, if it is about one.
+type UnroutedKey = (ConsumerId, Arc<str>, (u16, Protocol), Option<RouteKey>);
 
 impl Table {
     /// The empty table of a process that takes over from another one, which has captured connections before the next table.
@@ -500,7 +501,7 @@ mod tests {
     fn counts_states_and_turns_are_inherited_by_the_same_routes_and_no_others() {
         let endpoints = answers(&[("redis", &["10.0.0.1:1", "10.0.0.2:1"])]);
         let consumers = [
-            consumer("a", "172.17.0.2", &["redis;6379", "redis;80"]),
+            consumer("a", "172.17.0.2", &["redis;6379", "redis;80", "redis;6379/udp"]),
             consumer("b", "172.17.0.3", &["redis;6379"]),
         ];
         let before = next(&Table::default(), &consumers, &endpoints).unwrap();
@@ -508,6 +509,8 @@ mod tests {
         for one in before.routes() {
             one.counts.start();
         }
+        let udp = RouteKey { protocol: Protocol::Udp, ..key("172.17.0.2", 6379) };
+        before.route(&udp).unwrap().counts.datagrams(3, 4);
         let query = route(&before, "172.17.0.2", 6379).query.clone();
         let upstream = before.upstream(&query).unwrap();
         let picked = upstream.rotation.pick(Balance::RoundRobin, Millis(5), &[]).unwrap();
@@ -530,6 +533,9 @@ mod tests {
         };
         assert_eq!(started("172.17.0.2", 6379), 1);
         assert_eq!((started("172.17.0.2", 80), started("172.17.0.3", 6379)), (0, 0));
+        let of_udp = after.route(&udp).unwrap().counts.totals();
+        assert_eq!((of_udp.started, of_udp.datagrams), (1, [3, 4]));
+        assert_eq!(route(&after, "172.17.0.2", 6379).counts.totals().datagrams, [0, 0]);
         let upstream = after.upstream(&query).unwrap();
         assert_eq!(upstream.rotation.turn(), turn);
         let state = after.state(&upstream.query, picked.endpoint).unwrap();

@@ -72,6 +72,7 @@ look_for_tests() {
     need_python prometheus_client 'reads a scrape as OpenMetrics'
     need_python jsonschema 'compares the answers of the API with its description'
     need dnsmasq dnsmasq-base 'service discovery by DNS'
+    need dig bind9-dnsutils 'asks a DNS server by UDP'
     need faketime faketime 'shows one process a clock that jumps'
     need strace strace 'makes the disk slow for one process'
     need systemctl systemd 'runs the unit, in namespaces of its own'

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     consumer::Consumer,
     judgement::{Cause, Situation, SourceReading, Verdict},
+    model::Protocol,
     table::Route,
 };
 
@@ -48,8 +49,15 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
             }
         }
     }
-    let captured =
-        consumers.iter().map(|one| situation.captured(&one.id, port, !routes.is_empty()));
+    // Rules capture TCP. If there is only UDP, its path decides.
+    let udp = routes.iter().all(|route| route.key.protocol == Protocol::Udp);
+    let captured: Vec<_> = match udp && !routes.is_empty() {
+        true => routes.iter().map(|route| situation.is_captured(route)).collect(),
+        false => {
+            let declared = !routes.is_empty();
+            consumers.iter().map(|one| situation.captured(&one.id, port, declared)).collect()
+        }
+    };
     api::Explain {
         consumer: wanted.to_owned(),
         port,
@@ -59,7 +67,10 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
         bindings: of_port.map(view::binding).collect(),
         routes: routes.iter().map(|route| view::route(route, &situation)).collect(),
         // No consumer matches: the answer is the same as for a container with other bindings.
-        captured: captured.max().unwrap_or_else(|| situation.captures().then_some(false)),
+        captured: captured
+            .into_iter()
+            .max()
+            .unwrap_or_else(|| situation.captures().then_some(false)),
         dial: dial.iter().map(ToString::to_string).collect(),
         services: Situation::one_of_each_service(&routes)
             .into_iter()

@@ -25,6 +25,7 @@ use crate::{
         self, Awaited, BindingState, EndpointHealth, RouteState, Situation, SourceState, Subject,
         Verdict,
     },
+    model::port_of,
     outcome::Outcome,
 };
 
@@ -167,7 +168,8 @@ pub(super) async fn routes(
     let situation = context.feeds.situation();
     let mut all: Vec<_> = situation.table.routes().collect();
     all.sort_by(|a, b| {
-        let key = |route: &crate::table::Route| (route.key.port, route.key.source);
+        let key =
+            |route: &crate::table::Route| (route.key.port, route.key.protocol, route.key.source);
         (&a.consumer_name, &a.consumer, key(a)).cmp(&(&b.consumer_name, &b.consumer, key(b)))
     });
     let searches = wanted.q.is_some();
@@ -177,7 +179,7 @@ pub(super) async fn routes(
             let texts = if searches {
                 vec![
                     route.key.source.to_string(),
-                    route.key.port.to_string(),
+                    port_of(route.key.port, route.key.protocol),
                     route.written_query().to_string(),
                     route.binding.origin.to_string(),
                 ]

@@ -319,6 +319,8 @@ impl Declared {
     fn of(route: &Arc<Route>) -> Option<Self> {
         match route.key.protocol {
             Protocol::Tcp => Some(Self { key: route.key, arrival: route.arrival }),
+            // Only the kernel path has it; no rule leads it to the proxy.
+            Protocol::Udp => None,
         }
     }
 }

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     admin::api::{self, PathReason, Verdict},
-    model::Port,
+    model::{Port, Protocol},
 };
 
 /// Explain why a consumer's connections to a port go where they go; exit 1 if the next one would be refused
@@ -88,7 +88,11 @@ fn write(out: &mut String, explain: &api::Explain) -> std::fmt::Result {
     }
     for route in explain.routes.iter().filter(|one| one.path_reason != PathReason::NotAsked) {
         let (path, why) = (route.path, route.path_reason.line());
-        writeln!(out, "path       {path}, from {}: {why}", printable(&route.address))?;
+        let at = match route.protocol {
+            Protocol::Tcp => String::new(),
+            Protocol::Udp => "UDP ".to_owned(),
+        };
+        writeln!(out, "path       {path}, {at}from {}: {why}", printable(&route.address))?;
     }
     for route in &explain.routes {
         if let Some(error) = &route.figures.last_error {
@@ -204,6 +208,7 @@ mod tests {
             verdict: Verdict::Broken,
             reasons: reasons.iter().map(ToString::to_string).collect(),
             port: Some(80),
+            protocol: None,
             service: service.map(str::to_owned),
             query: None,
             addresses: vec![],

@@ -22,6 +22,7 @@ use crate::{
     control::{Sources, Waiting},
     discovery::{Endpoints, Query},
     events::Events,
+    model::Protocol,
     provider::{Beyond, Lookup},
     readiness::{Part, Readiness},
     source::{Known, ResyncRequests},
@@ -70,6 +71,7 @@ struct Planned {
     consumer_id: String,
     source: String,
     port: u16,
+    protocol: &'static str,
     origin: String,
     service: String,
     endpoints: Vec<String>,
@@ -116,7 +118,8 @@ impl Plan {
         let passes = |route: &&Arc<Route>| {
             own_rules.pass_by(route.key.port.get(), Hook::of(&route.consumer))
         };
-        let passed_by = table.routes().filter(passes).map(|route| route.key.port.get()).collect();
+        let tcp = table.routes().filter(|route| route.key.protocol == Protocol::Tcp);
+        let passed_by = tcp.filter(passes).map(|route| route.key.port.get()).collect();
         let settings = conntrack::asked(&config.conntrack);
         let shown = Shown {
             capture: match config.capture {
@@ -206,6 +209,7 @@ fn routes(table: &Table, sources: &Sources) -> Vec<Planned> {
         consumer_id: route.consumer.full().to_owned(),
         source: route.key.source.to_string(),
         port: route.key.port.get(),
+        protocol: route.key.protocol.as_str(),
         origin: route.binding.origin.to_string(),
         service: route.written_query().to_string(),
         endpoints: {
@@ -259,7 +263,11 @@ impl Shown {
                 (None, []) => "none".to_owned(),
                 (_, endpoints) => endpoints.join(" "),
             };
-            let (port, service) = (route.port.to_string(), route.service.clone());
+            let service = route.service.clone();
+            let port = match route.protocol {
+                "udp" => format!("{}/udp", route.port),
+                _ => route.port.to_string(),
+            };
             routes.row([route.consumer.clone(), route.source.clone(), port, service, endpoints]);
         }
         match routes.is_empty() {

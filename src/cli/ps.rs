@@ -14,6 +14,7 @@ use super::{
 use crate::{
     admin::api::{Endpoint, EndpointHealth, Figures, PathReason, Route, RouteState},
     config::UsageError,
+    model::{Protocol, port_of},
     word::Word,
 };
 
@@ -213,12 +214,18 @@ fn routes(all: &[Route]) -> Columns {
         let named = [
             route.consumer.clone(),
             route.address.clone(),
-            route.port.to_string(),
+            port_of(route.port, route.protocol),
             route.query.name.clone(),
             route.state.to_string(),
         ];
         let path = has_paths.then(|| route.path.to_string());
-        let counted = figures(&route.figures, route.figures.errors);
+        let mut counted = figures(&route.figures, route.figures.errors);
+        if route.protocol == Protocol::Udp {
+            // Its bytes are not counted.
+            let [.., up, down, _] = &mut counted;
+            *up = format!("{} dg", route.figures.datagrams_up);
+            *down = format!("{} dg", route.figures.datagrams_down);
+        }
         table.row(named.into_iter().chain(path).chain([usable(route)]).chain(counted));
     }
     table

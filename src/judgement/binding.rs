@@ -13,9 +13,9 @@ use super::{
 };
 use crate::{
     consumer::{Binding, Consumer},
-    model::{ConsumerId, Port},
+    model::{ConsumerId, Port, Protocol},
     provider::{Beyond, Limit, NETWORK, Problem},
-    table::{Route, RouteKey},
+    table::{Route, RouteKey, Unrouted},
 };
 
 /// Why a binding lacks some or all of its routes: at least one reason.
@@ -78,6 +78,14 @@ impl<'a> BindingFate<'a> {
         match self {
             Self::Declared { binding, .. } => &binding.origin,
             Self::Invalid(problem) => &problem.origin,
+        }
+    }
+
+    /// `None`: the descriptor does not parse.
+    pub fn protocol(&self) -> Option<Protocol> {
+        match self {
+            Self::Declared { binding, .. } => Some(binding.descriptor.protocol),
+            Self::Invalid(_) => None,
         }
     }
 
@@ -156,10 +164,10 @@ impl Situation {
 
     /// Without those beyond a limit.
     pub(super) fn used_bindings(&self, wanted: impl Fn(&Consumer) -> bool) -> Vec<BindingFate<'_>> {
-        let mut refused: HashMap<(&ConsumerId, &str, Port), Vec<Reason>> = HashMap::new();
+        let mut refused: HashMap<(&ConsumerId, &str, Port, Protocol), Vec<Reason>> = HashMap::new();
         for unrouted in self.table.unrouted() {
-            let reasons =
-                refused.entry((&unrouted.consumer, &unrouted.origin, unrouted.port)).or_default();
+            let Unrouted { consumer, origin, port, protocol, .. } = unrouted;
+            let reasons = refused.entry((consumer, origin, *port, *protocol)).or_default();
             let reason: Reason = unrouted.reason.to_string().as_str().into();
             reasons.push(reason.fixed_by(unrouted.reason.fix()));
         }
@@ -169,9 +177,9 @@ impl Situation {
             for binding in &consumer.bindings {
                 let origin = &*binding.origin;
                 let routes = self.routes_of(consumer, binding);
-                let port = binding.descriptor.port;
-                let refused =
-                    refused.get(&(&consumer.id, origin, port)).cloned().unwrap_or_default();
+                let (port, protocol) = (binding.descriptor.port, binding.descriptor.protocol);
+                let key = (&consumer.id, origin, port, protocol);
+                let refused = refused.get(&key).cloned().unwrap_or_default();
                 let refused = Reasons::of(refused).or_else(|| {
                     routes.is_empty().then(|| Reasons(vec![no_route(&consumer.sources)]))
                 });
@@ -186,7 +194,8 @@ impl Situation {
 
 fn sort(all: &mut [BindingFate<'_>]) {
     all.sort_by(|a, b| {
-        (a.consumer(), a.origin(), a.port()).cmp(&(b.consumer(), b.origin(), b.port()))
+        let key = |one: &BindingFate<'_>| (one.port(), one.protocol());
+        (a.consumer(), a.origin(), key(a)).cmp(&(b.consumer(), b.origin(), key(b)))
     });
 }
 

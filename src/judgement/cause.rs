@@ -191,9 +191,12 @@ causes! {
         "No running container with a binding has the name, ID or address {wanted:?}{near}. If the container runs, it has no variable that starts with -prefix (default BACKEND_) and no label embassy.backend.<name>: embassy does not capture its connections.",
         "run docker ps, which lists all containers, and embassy ps, which lists those with a binding; then correct the name or declare a binding";
 
-    Routes, Ok, GoesTo { consumer: Arc<str>, port: u16, service: String, endpoint: Endpoint } "goes_to",
+    Routes, Ok, GoesTo { consumer: Arc<str>, port: String, service: String, endpoint: Endpoint } "goes_to",
         "The next connection of {consumer} to port {port} goes to {endpoint}, for {service}.",
         "";
+    Routes, *verdict, NoPath { consumer: Arc<str>, port: String, address: IpAddr, why: &'static str, fix: &'static str, verdict: Verdict } "no_path",
+        "Port {port} of {consumer} is not served from {address}: UDP takes the kernel path only. {why}",
+        "{fix}";
     Routes, Broken, AllEjected { service: String, next: Endpoint } "all_ejected",
         "All endpoints of {service} failed recently. embassy tries all of them; the next is {next}.",
         "start an instance of the service; if one runs, let connections from this host to its address and port pass (try: nc -vz <address> <port>)";

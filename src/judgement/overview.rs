@@ -18,7 +18,7 @@ use crate::{
     capture::{Drops, OwnRules, Standing, input::Barrier, rules},
     consumer::Reach,
     counts::numbered,
-    model::ConsumerId,
+    model::{ConsumerId, Protocol, port_of},
     readiness::Part,
     table::Route,
 };
@@ -99,11 +99,24 @@ impl Situation {
 
     /// Whether there are routes, and no connection for any of them can arrive.
     fn captures_nobody(&self) -> bool {
-        let mut routes = self.table.routes().peekable();
-        routes.peek().is_some()
-            && routes.all(|route| {
-                self.captured(&route.consumer, route.key.port.get(), true) == Some(false)
-            })
+        // No rule captures UDP: whether it is served is no part of being ready.
+        let mut routes = self.tcp_routes().peekable();
+        routes.peek().is_some() && routes.all(|route| self.is_captured(route) == Some(false))
+    }
+
+    /// The bindings of UDP that the kernel path does not take: each once.
+    fn without_path(&self) -> Vec<Cause> {
+        let mut seen = BTreeSet::new();
+        let udp = self.table.routes().filter(|route| route.key.protocol == Protocol::Udp);
+        let causes = udp.filter_map(|route| {
+            let cause = self.not_captured(route)?;
+            seen.insert((&route.consumer, route.key.port)).then_some(cause)
+        });
+        causes.collect()
+    }
+
+    fn tcp_routes(&self) -> impl Iterator<Item = &Arc<Route>> {
+        self.table.routes().filter(|route| route.key.protocol == Protocol::Tcp)
     }
 
     /// The queries that keep embassy from being ready: their discovery has not answered, or was not asked yet.
@@ -181,6 +194,7 @@ impl Situation {
         causes
             .extend(bounded(Subject::Bindings, bindings.iter().flat_map(|b| b.causes()).collect()));
         causes.extend(self.routes(&mut overview));
+        causes.extend(bounded(Subject::Routes, self.without_path()));
         causes.extend(self.endpoints(&mut overview));
         let refused =
             self.table.upstreams().flat_map(|upstream| Cause::refused(&upstream.query, upstream));
@@ -248,7 +262,7 @@ impl Situation {
         // Such as for this host's own connections without --redirect.
         let is_told = causes.iter().any(|cause| cause.verdict() == Verdict::Broken);
         if nobody && !is_told && standing.in_place {
-            causes.extend(self.table.routes().find_map(|route| self.not_captured(route)));
+            causes.extend(self.tcp_routes().find_map(|route| self.not_captured(route)));
         }
         let wiring = self.table.wiring();
         if standing.guards
@@ -265,7 +279,7 @@ impl Situation {
 
     /// Without `--dnat` and `--redirect`.
     fn of_own_rules(&self) -> Vec<Cause> {
-        let consumer = self.table.routes().next().map(|route| &route.consumer);
+        let consumer = self.tcp_routes().next().map(|route| &route.consumer);
         if self.no_own_rule() {
             let of = consumer.cloned().unwrap_or(ConsumerId::Local);
             return vec![self.passed_by(Vec::new(), &of)];
@@ -289,7 +303,7 @@ impl Situation {
         }
         let passes =
             |route: &&Arc<Route>| self.own_rules_pass_by(&route.consumer, route.key.port.get());
-        self.table.routes().filter(passes).map(|route| route.key.port.get()).collect()
+        self.tcp_routes().filter(passes).map(|route| route.key.port.get()).collect()
     }
 
     /// It is not known whether anything captures.
@@ -326,7 +340,8 @@ impl Situation {
             }
             let is_full = some.len() >= FEW_NAMED;
             let same = some.iter_mut().find(|(other, _)| {
-                other.key.port == route.key.port && other.consumer == route.consumer
+                let of = |route: &Route| (route.key.port, route.key.protocol);
+                of(other) == of(route) && other.consumer == route.consumer
             });
             match same {
                 Some((_, count)) => *count += 1,
@@ -335,7 +350,8 @@ impl Situation {
             }
         }
         let name = |(route, count): &(&Route, usize)| {
-            let (port, query) = (route.key.port, route.written_query());
+            let port = port_of(route.key.port, route.key.protocol);
+            let query = route.written_query();
             let at = match count {
                 1 => String::new(),
                 count => format!(" at {count} addresses"),

@@ -16,6 +16,7 @@ use crate::{
     consumer::{Consumer, Reach},
     counts::numbered,
     discovery::missing,
+    model::{Protocol, port_of},
     provider::Problem,
     table::{Route, Upstream},
 };
@@ -44,12 +45,12 @@ impl Situation {
         causes
     }
 
-    /// One route for each service and balancing algorithm.
+    /// One route for each service, balancing algorithm and protocol.
     pub fn one_of_each_service<'a>(routes: &[&'a Route]) -> Vec<&'a Route> {
         let mut chosen: Vec<&Route> = Vec::new();
         for route in routes {
-            let same =
-                |other: &&Route| (&other.query, other.balance) == (&route.query, route.balance);
+            let of = |route: &Route| (route.query.clone(), route.balance, route.key.protocol);
+            let same = |other: &&Route| of(other) == of(route);
             if !chosen.iter().any(same) {
                 chosen.push(route);
             }
@@ -71,13 +72,26 @@ impl Situation {
 
     fn of_routes(&self, consumers: &[&Consumer], routes: &[&Route]) -> Vec<Cause> {
         let mut causes = Vec::new();
+        let (tcp, udp): (Vec<&Route>, Vec<_>) =
+            routes.iter().partition(|route| route.key.protocol == Protocol::Tcp);
         // Several routes may have the same cause.
-        for route in routes {
-            if let Some(cause) = self.not_captured(route) {
-                causes.push(cause);
-                break;
-            }
+        for of_protocol in [&tcp, &udp] {
+            let all = of_protocol.iter().filter_map(|route| self.not_captured(route));
+            causes.extend(all.max_by_key(Cause::verdict));
         }
+        if !tcp.is_empty() {
+            causes.extend(self.of_captured(consumers, &tcp));
+        }
+        for route in Self::one_of_each_service(routes) {
+            causes.extend(self.of_service(route));
+        }
+        causes.extend(self.overruled(consumers, routes));
+        causes
+    }
+
+    /// The causes for what rules capture.
+    fn of_captured(&self, consumers: &[&Consumer], routes: &[&Route]) -> Vec<Cause> {
+        let mut causes = Vec::new();
         let mut told = Vec::new();
         let of_each = routes.iter().filter(|route| {
             let first = !told.contains(&&route.consumer);
@@ -93,10 +107,6 @@ impl Situation {
             causes.push(Cause::CutOff { consumer: consumer.name.clone(), vips });
         }
         causes.extend(self.barriers());
-        for route in Self::one_of_each_service(routes) {
-            causes.extend(self.of_service(route));
-        }
-        causes.extend(self.overruled(consumers, routes));
         causes
     }
 
@@ -152,7 +162,8 @@ impl Situation {
                 }
             });
         } else if let Some(endpoint) = next {
-            let (consumer, port) = (route.consumer_name.clone(), route.key.port.get());
+            let consumer = route.consumer_name.clone();
+            let port = port_of(route.key.port, route.key.protocol);
             causes.extend(match health.hopeful() {
                 0 => Some(Cause::AllEjected { service, next: endpoint }),
                 // A connection that is not captured, or refused, goes nowhere.

@@ -13,9 +13,34 @@ use crate::{
     config::CaptureMode,
     consumer::Reach,
     counts::numbered,
-    model::{ConsumerId, Endpoint, Millis},
-    table::Route,
+    model::{ConsumerId, Endpoint, Millis, Protocol, port_of},
+    path::{Path, PathReason},
+    table::{Route, RouteKey},
 };
+
+/// What to do about a binding of UDP that the kernel path does not take.
+fn without_path(reason: PathReason) -> &'static str {
+    match reason {
+        PathReason::NoContainer => "declare it in a container: this host's own UDP is not served",
+        PathReason::TooManyEndpoints => {
+            "ask for fewer endpoints by tags: the kernel's table of one service holds 64"
+        }
+        PathReason::Loopback => "register the service at an address that the container can reach",
+        PathReason::Family => {
+            "register an endpoint of the family (IPv4 or IPv6) of the consumer's address"
+        }
+        PathReason::NoIdentity => {
+            "show embassy the host's control groups (in a container: -v /sys/fs/cgroup:/host/cgroup:ro, --pid=host); it looks again by itself"
+        }
+        PathReason::NoVip => "name a VIP of this family with --proxy-ip",
+        PathReason::Full => "remove bindings: embassy tries again when there is room",
+        PathReason::Pending => "ask again in a second",
+        PathReason::NoCapture => "start embassy with --dnat or --redirect",
+        _ => {
+            "run embassy doctor with the proxy's flags and --path=kernel, which says what is missing"
+        }
+    }
+}
 
 /// The health of an endpoint.
 pub fn endpoint(state: &EndpointState, now: Millis) -> EndpointHealth {
@@ -84,7 +109,24 @@ impl Situation {
         health
     }
 
+    /// Whether the connections or datagrams of a route are captured. `None`: the user's own rules decide.
+    pub fn is_captured(&self, route: &Route) -> Option<bool> {
+        match route.key.protocol {
+            Protocol::Tcp => self.captured(&route.consumer, route.key.port.get(), true),
+            Protocol::Udp => Some(self.paths.path(&route.key) == Path::Kernel),
+        }
+    }
+
+    /// Whether the consumer's datagrams to this port are captured from another of its addresses, such as that of the other family.
+    fn is_served_otherwise(&self, route: &Route) -> bool {
+        let owner = self.table.owner(route).into_iter();
+        let keys = owner.flat_map(|consumer| &consumer.sources);
+        let mut keys = keys.map(|source| RouteKey { source: *source, ..route.key });
+        keys.any(|key| self.paths.path(&key) == Path::Kernel)
+    }
+
     fn route_state(&self, route: &Route, health: &RouteHealth) -> RouteState {
+        let is_tcp = route.key.protocol == Protocol::Tcp;
         let lost = || {
             let query = self.queries.get(&route.query);
             self.provider.is_lost()
@@ -92,6 +134,7 @@ impl Situation {
                     query.is_lost() || query.held.is_some() || query.problem.is_some()
                 })
         };
+        // Of what the rules capture; no rule concerns UDP.
         let hindered = || {
             self.barriers().next().is_some()
                 || self.may_capture_nothing()
@@ -105,11 +148,17 @@ impl Situation {
             }
         } else if health.hopeful() == 0 {
             RouteState::Ejected
-        } else if self.captured(&route.consumer, route.key.port.get(), true) == Some(false) {
-            RouteState::NotCaptured
-        } else if self.limits([route]).next().is_some() {
+        } else if self.is_captured(route) == Some(false) {
+            match !is_tcp && self.is_served_otherwise(route) {
+                true => RouteState::Degraded,
+                false => RouteState::NotCaptured,
+            }
+        } else if is_tcp && self.limits([route]).next().is_some() {
             RouteState::Refused
-        } else if health.ejected + health.probing + health.circular > 0 || lost() || hindered() {
+        } else if health.ejected + health.probing + health.circular > 0
+            || lost()
+            || (is_tcp && hindered())
+        {
             RouteState::Degraded
         } else {
             RouteState::Ok
@@ -154,8 +203,22 @@ impl Situation {
     /// Why the connections of a route do not reach embassy, if they should.
     pub(super) fn not_captured(&self, route: &Route) -> Option<Cause> {
         let (consumer, port) = (&route.consumer, route.key.port.get());
-        if self.captured(consumer, port, true) != Some(false) {
+        if self.is_captured(route) != Some(false) {
             return None;
+        }
+        if route.key.protocol == Protocol::Udp {
+            let reason = self.paths.of(&route.key);
+            return Some(Cause::NoPath {
+                consumer: route.consumer_name.clone(),
+                port: port_of(port, route.key.protocol),
+                address: route.key.source,
+                why: reason.line(),
+                fix: without_path(reason),
+                verdict: match self.is_served_otherwise(route) {
+                    true => Verdict::Degraded,
+                    false => Verdict::Broken,
+                },
+            });
         }
         if !self.captures() {
             return Some(self.passed_by(vec![port], consumer));

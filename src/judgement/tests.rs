@@ -1030,3 +1030,88 @@ proptest! {
         }
     }
 }
+
+/// Of UDP: no rule captures it, and only the kernel path serves it.
+#[test]
+fn a_binding_of_udp_is_served_by_the_kernel_path_or_says_why_not() {
+    use crate::path::{PathReason, Paths};
+    let binding =
+        Binding { origin: "BACKEND_DNS".into(), descriptor: "web;53/udp".parse().unwrap() };
+    let setting = Setting::of(|s| s.consumer.bindings = vec![binding.clone()]);
+    let state = |situation: &Situation| situation.route(routes(situation)[0]).state;
+    // What is wrong with the rules does not concern it.
+    let mut situation = Setting { in_place: false, barrier: true, ..setting.clone() }.situation();
+    let key = routes(&situation)[0].key;
+    situation.paths.set(key, PathReason::Possible);
+    assert_eq!(state(&situation), RouteState::Ok);
+    let mut situation = setting.situation();
+    assert_eq!(state(&situation), RouteState::NotCaptured, "nobody has decided yet");
+    for reason in PathReason::ALL {
+        situation.paths.set(key, *reason);
+        let expected = match reason {
+            PathReason::Possible => RouteState::Ok,
+            _ => RouteState::NotCaptured,
+        };
+        assert_eq!(state(&situation), expected, "{reason}");
+        let causes = explained(&situation, 53);
+        let said = causes.iter().find(|cause| matches!(cause, Cause::NoPath { .. }));
+        assert_eq!(said.is_some(), *reason != PathReason::Possible, "{reason}");
+        let overview = situation.overview(&HostUse::default());
+        let said = overview.causes.iter().any(|cause| matches!(cause, Cause::NoPath { .. }));
+        assert_eq!(said, *reason != PathReason::Possible, "{reason}");
+        assert!(situation.awaited().is_empty(), "embassy is ready without it");
+    }
+    let said = explained(&situation, 53)[0].finding();
+    assert_eq!((said.cause, said.verdict), ("no_path", Verdict::Broken));
+    assert!(
+        said.text.starts_with("Port 53/udp of app is not served from 172.17.0.2: "),
+        "{}",
+        said.text
+    );
+    situation.paths = Paths::without_capture();
+    let said = explained(&situation, 53)[0].finding();
+    assert_eq!(said.fix.as_deref(), Some("start embassy with --dnat or --redirect"));
+
+    // Of two families one may be without an endpoint: that is no failure.
+    let mut both = setting.clone();
+    both.consumer.sources.push("fd00::2".parse().unwrap());
+    let mut situation = both.situation();
+    let mut keys: Vec<_> = routes(&situation).iter().map(|route| route.key).collect();
+    keys.sort();
+    situation.paths.set(keys[0], PathReason::Possible);
+    situation.paths.set(keys[1], PathReason::Family);
+    let states = keys.iter().map(|key| situation.route(situation.table.route(key).unwrap()).state);
+    assert_eq!(states.collect::<Vec<_>>(), [RouteState::Ok, RouteState::Degraded]);
+    situation.paths.set(keys[0], PathReason::Unavailable);
+    let state = situation.route(situation.table.route(&keys[1]).unwrap()).state;
+    assert_eq!(state, RouteState::NotCaptured);
+}
+
+/// The same port of TCP and of UDP are two bindings.
+#[test]
+fn a_port_of_both_protocols_has_two_routes_and_only_that_of_tcp_is_captured() {
+    use crate::path::PathReason;
+    let binding = |text: &str| Binding {
+        origin: format!("BACKEND_{text}").into(),
+        descriptor: text.parse().unwrap(),
+    };
+    let bindings = vec![binding("web;53"), binding("web;53/udp")];
+    let mut situation = Setting::of(|s| s.consumer.bindings = bindings.clone()).situation();
+    assert_eq!(situation.table.routes().len(), 2);
+    let states = |situation: &Situation| -> Vec<_> {
+        let mut all = routes(situation);
+        all.sort_by_key(|route| route.key);
+        all.into_iter().map(|route| situation.route(route).state).collect()
+    };
+    assert_eq!(states(&situation), [RouteState::Ok, RouteState::NotCaptured]);
+    let fates = situation.bindings(|_| true);
+    assert!(fates.iter().all(|fate| fate.state() == BindingState::Routed), "{fates:?}");
+    let mut keys: Vec<_> = routes(&situation).iter().map(|route| route.key).collect();
+    keys.sort();
+    situation.paths.set(keys[1], PathReason::Possible);
+    assert_eq!(states(&situation), [RouteState::Ok, RouteState::Ok]);
+    let without_rules = Setting { in_place: false, ..well() };
+    let without_rules =
+        Setting { consumer: Consumer { bindings, ..app() }, ..without_rules }.situation();
+    assert_eq!(states(&without_rules), [RouteState::NotCaptured, RouteState::NotCaptured]);
+}

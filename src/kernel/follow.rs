@@ -31,9 +31,9 @@ use crate::{
     discovery::Query,
     events::Event,
     log::CONNECTION,
-    model::{ConsumerId, Endpoint, Vip},
+    model::{ConsumerId, Endpoint, Protocol, Vip},
     outcome::Outcome,
-    path::{Candidate, Facts, PathReason, Paths, caution, decide, nearness},
+    path::{Candidate, Facts, PathReason, Paths, asks, caution, decide, nearness},
     proxy::{Lack, connect_unseen, probe, unseen_socket, wanted},
     table::{Changes, Route, RouteKey, Table},
 };
@@ -57,6 +57,8 @@ pub(super) struct Core {
     settings: Settings,
     kernel: Kernel,
     hierarchy: Option<Hierarchy>,
+    /// Whether the kernel takes UDP. `None`: no route asked for it yet.
+    udp: Option<bool>,
     table: Arc<Table>,
     /// Routes of each consumer that do not ask for the proxy path.
     routes: HashMap<ConsumerId, BTreeSet<RouteKey>>,
@@ -115,6 +117,7 @@ impl Core {
             settings,
             kernel: Kernel::NotAsked,
             hierarchy: None,
+            udp: None,
             table: Arc::default(),
             routes: HashMap::new(),
             by_query: HashMap::new(),
@@ -151,9 +154,7 @@ impl Core {
         }
         // A route that continues has the same binding; so of those that ask for the proxy path nothing has to be remembered.
         let default = self.settings.default;
-        let asks = |route: &&Arc<Route>| {
-            route.binding.descriptor.path.unwrap_or(default) != PathChoice::Proxy
-        };
+        let asks = |route: &&Arc<Route>| asks(&route.binding.descriptor, default);
         let mut orphans = BTreeSet::new();
         for route in &changes.removed {
             let same_port = |key: &&RouteKey| key.port == route.key.port;
@@ -242,7 +243,10 @@ impl Core {
         }
         if is_news {
             let (consumer, port) = (&route.consumer_name, route.key.port);
-            debug!(%consumer, %port, path = %reason.path(), reason = reason.line(), "path of a route");
+            debug!(%consumer, %port, path = %self.paths.path(&route.key), reason = reason.line(), "path of a route");
+            if route.key.protocol == Protocol::Udp && reason != PathReason::Possible {
+                warn!(%consumer, %port, address = %route.key.source, reason = reason.line(), "UDP binding is not served: it takes the kernel path only");
+            }
         }
     }
 
@@ -263,10 +267,11 @@ impl Core {
             PathReason::Possible => {}
             reason => return reason,
         }
-        if !self.is_ready() {
+        let is_tcp = route.key.protocol == Protocol::Tcp;
+        if !self.is_ready() || !is_tcp && !self.has_udp() {
             return PathReason::Unavailable;
         }
-        let is_cautious = self.choice(route) == PathChoice::Auto;
+        let is_cautious = is_tcp && self.choice(route) == PathChoice::Auto;
         let granted = match is_cautious {
             true => self.weigh(route),
             false => PathReason::Possible,
@@ -388,6 +393,21 @@ impl Core {
             };
         }
         self.is_loaded()
+    }
+
+    /// Whether the programs for UDP are there; the first who asks has them loaded.
+    fn has_udp(&mut self) -> bool {
+        let (Kernel::Ready(tables), Some(hierarchy)) = (&mut self.kernel, &self.hierarchy) else {
+            return false;
+        };
+        let loaded = *self.udp.get_or_insert_with(|| match tables.load_udp(hierarchy) {
+            Ok(()) => true,
+            Err(error) => {
+                warn!(%error, "the kernel path takes no UDP; bindings of UDP are not served");
+                false
+            }
+        });
+        loaded
     }
 
     fn load(&mut self) -> Result<Tables, Unavailable> {
@@ -596,6 +616,7 @@ impl Core {
             read_endpoint(written, programs);
         }
         tables.count_routes(|counting, programs| read_route(counting, programs, &self.settings));
+        self.settings.udp.set(&tables.programs.udp_notes());
     }
 }
 
@@ -625,24 +646,30 @@ fn read_route(
     for counts in [&**counts, all] {
         counts.started.fetch_add(more.started, std::sync::atomic::Ordering::Relaxed);
         counts.bytes(more.bytes_up, more.bytes_down);
+        counts.datagrams(more.datagrams_up, more.datagrams_down);
         counts.connect.add(&more.connect);
     }
+    // A connect of TCP failed at an endpoint; a call of UDP only if there is none.
+    let (failed, error) = match counting.of.key.protocol {
+        Protocol::Tcp => (Outcome::EndpointsUnreachable, "a connect to an endpoint failed"),
+        Protocol::Udp => (Outcome::NoEndpoint, "there was no endpoint to use"),
+    };
     if more.failed > 0 {
-        counts.last_error.set(settings.figures.now(), "a connect to an endpoint failed");
+        counts.last_error.set(settings.figures.now(), error);
     }
-    for (outcome, times) in outcomes(&more) {
+    for (outcome, times) in outcomes(&more, failed) {
         counts.ended.add(outcome, times);
         settings.figures.ended_beside(outcome, times);
     }
 }
 
 /// How connections ended, in the words of the log and the metrics.
-fn outcomes(counted: &Counted) -> [(Outcome, u64); 4] {
+fn outcomes(counted: &Counted, failed: Outcome) -> [(Outcome, u64); 4] {
     [
         (Outcome::Closed, counted.closed),
         (Outcome::Reset, counted.reset),
         (Outcome::ResetAfterClose, counted.reset_after_close),
-        (Outcome::EndpointsUnreachable, counted.failed),
+        (failed, counted.failed),
     ]
 }
 
@@ -673,8 +700,10 @@ fn read_endpoint(written: &mut Written, programs: &super::programs::Programs) {
 fn add(counts: &ConnectionCounts, more: &Counted) {
     counts.started.fetch_add(more.opened, std::sync::atomic::Ordering::Relaxed);
     counts.bytes(more.bytes_up, more.bytes_down);
+    counts.datagrams(more.datagrams_up, more.datagrams_down);
     counts.connect.add(&more.connect);
-    outcomes(more).iter().filter(|(outcome, _)| !outcome.is_refusal()).for_each(
+    let failed = Outcome::EndpointsUnreachable;
+    outcomes(more, failed).iter().filter(|(outcome, _)| !outcome.is_refusal()).for_each(
         |(outcome, times)| {
             counts.ended.add(*outcome, *times);
         },
@@ -779,6 +808,26 @@ fn read_records(tables: &mut Tables, settings: &Settings) -> Records {
             continue;
         }
         let Some(route) = route else { continue };
+        let endpoint = tables.endpoint_of.get(&record.endpoint);
+        if route.key.protocol == Protocol::Udp {
+            info!(
+                target: CONNECTION,
+                consumer = %route.consumer_name,
+                consumer_id = %route.consumer,
+                service = %route.query.service,
+                endpoint = endpoint.map(|state| state.endpoint.to_string()),
+                source = %SocketAddr::new(route.key.source, record.local.port()),
+                destination = %canonical(record.vip),
+                datagrams_up = record.bytes_up,
+                datagrams_down = record.bytes_down,
+                total_ms = milliseconds(record.lasted),
+                path = "kernel",
+                protocol = "udp",
+                outcome = outcome.as_str(),
+                "connection"
+            );
+            continue;
+        }
         info!(
             target: CONNECTION,
             consumer = %route.consumer_name,

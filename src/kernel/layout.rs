@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use crate::{
     counts::Distribution,
-    model::{Endpoint, Port},
+    model::{Endpoint, Port, Protocol},
     path::MOST_ENDPOINTS,
 };
 
@@ -14,7 +14,7 @@ pub(super) type SetBytes = [u8; 24 + 4 * MOST_ENDPOINTS];
 pub(super) type EndpointBytes = [u8; 32];
 pub(super) type MarkBytes = [u8; 8];
 pub(super) type LiveBytes = [u8; 32];
-pub(super) type CountsBytes = [u8; 200];
+pub(super) type CountsBytes = [u8; 216];
 pub(super) const RECORD: usize = 96;
 
 /// A place in the kernel's tables, and which of its owners this one is: 1 for the first.
@@ -31,10 +31,16 @@ pub(super) struct Key {
     pub(super) cgroup: u64,
     pub(super) vip: IpAddr,
     pub(super) port: Port,
+    pub(super) protocol: Protocol,
 }
 
-/// IPPROTO_TCP
-const TCP: u8 = 6;
+/// The protocol's number (IPPROTO_TCP, IPPROTO_UDP).
+fn number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => 6,
+        Protocol::Udp => 17,
+    }
+}
 
 /// Writes fields one after the other.
 struct Writer<const N: usize> {
@@ -98,7 +104,7 @@ impl Key {
             .put(&self.cgroup.to_ne_bytes())
             .put(&octets(self.vip))
             .put(&self.port.get().to_be_bytes())
-            .put(&[TCP])
+            .put(&[number(self.protocol)])
             .bytes
     }
 }
@@ -199,6 +205,9 @@ impl Live {
     }
 }
 
+/// `BUCKETS` of connect.c.
+const BUCKETS: usize = 16;
+
 /// What the kernel counted of a route or an endpoint since its place was given to it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Counted {
@@ -211,6 +220,8 @@ pub(super) struct Counted {
     pub(super) bytes_up: u64,
     pub(super) bytes_down: u64,
     pub(super) connect: Distribution,
+    pub(super) datagrams_up: u64,
+    pub(super) datagrams_down: u64,
 }
 
 impl Counted {
@@ -227,8 +238,14 @@ impl Counted {
             bytes_down: reader.u64(),
             connect: Distribution {
                 micros: reader.u64(),
-                buckets: std::array::from_fn(|_| reader.u64()),
+                // There is room for more of them than there are.
+                buckets: {
+                    let all: [u64; BUCKETS] = std::array::from_fn(|_| reader.u64());
+                    std::array::from_fn(|n| all.get(n).copied().unwrap_or_default())
+                },
             },
+            datagrams_up: reader.u64(),
+            datagrams_down: reader.u64(),
         }
     }
 
@@ -251,6 +268,8 @@ impl Counted {
             bytes_up: less(self.bytes_up, earlier.bytes_up),
             bytes_down: less(self.bytes_down, earlier.bytes_down),
             connect: self.connect.since(&earlier.connect),
+            datagrams_up: less(self.datagrams_up, earlier.datagrams_up),
+            datagrams_down: less(self.datagrams_down, earlier.datagrams_down),
         }
     }
 }
@@ -266,7 +285,7 @@ pub(super) enum End {
     Unanswered,
 }
 
-/// A connection that has ended. Times are in nanoseconds.
+/// A connection, or a flow of UDP, that has ended. Times are in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Record {
     pub(super) route: Place,
@@ -274,9 +293,11 @@ pub(super) struct Record {
     pub(super) lasted: u64,
     /// `None`: it was never open.
     pub(super) connect: Option<u64>,
+    /// Of UDP: datagrams.
     pub(super) bytes_up: u64,
     pub(super) bytes_down: u64,
     pub(super) vip: SocketAddr,
+    /// Of UDP without an address.
     pub(super) local: SocketAddr,
     pub(super) end: End,
 }
@@ -325,7 +346,8 @@ mod tests {
 
     #[test]
     fn an_ipv4_address_is_written_as_a_mapped_one_and_ports_in_network_order() {
-        let key = Key { cgroup: 7, vip: [172, 17, 0, 1].into(), port: Port::new(258).unwrap() };
+        let (vip, port) = ([172, 17, 0, 1].into(), Port::new(258).unwrap());
+        let key = Key { cgroup: 7, vip, port, protocol: Protocol::Tcp };
         let mut expected = [0; 32];
         expected[..8].copy_from_slice(&7_u64.to_ne_bytes());
         expected[18..20].fill(0xff);
@@ -334,6 +356,20 @@ mod tests {
         assert_eq!(key.bytes(), expected);
         let mapped = Key { vip: "::ffff:172.17.0.1".parse().unwrap(), ..key };
         assert_eq!(mapped.bytes(), expected);
+        expected[26] = 17;
+        assert_eq!(Key { protocol: Protocol::Udp, ..key }.bytes(), expected);
+    }
+
+    #[test]
+    fn counts_are_read_where_the_kernel_writes_them() {
+        let mut bytes = [0; 216];
+        for (n, field) in bytes.chunks_mut(8).enumerate() {
+            field.copy_from_slice(&(n as u64 + 1).to_ne_bytes());
+        }
+        let counted = Counted::read(&bytes);
+        assert_eq!((counted.started, counted.bytes_down), (1, 8));
+        assert_eq!((counted.connect.micros, counted.connect.buckets[0]), (9, 10));
+        assert_eq!((counted.datagrams_up, counted.datagrams_down), (26, 27));
     }
 
     #[test]

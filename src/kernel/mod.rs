@@ -4,7 +4,14 @@
 //! A third reader of the table, beside the capture and the proxy. It runs on a thread of its own: its calls wait for the kernel. Nothing
 //! is loaded before a route asks for it.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -14,7 +21,7 @@ use tracing::info;
 
 use crate::{
     config::ConnectionLog, descriptor::PathChoice, events::Events, path::Paths, privileges,
-    proxy::Figures, table::Table,
+    proxy::Figures, table::Table, word::worded,
 };
 
 mod again;
@@ -34,6 +41,34 @@ use follow::Core;
 /// it, and how long its record of ended connections must hold.
 const LOOK: Duration = Duration::from_millis(100);
 
+worded! {
+    /// What happened to flows of UDP, in the order of `enum udp_note` in bpf/udp.c.
+    pub enum UdpNote {
+        /// a call failed: the service had no endpoint to use
+        NoEndpoint = "no_endpoint",
+        /// a call failed: there was no memory for the socket's flows, or other threads changed them at the same time
+        NoPlace = "no_place",
+        /// a socket talks to more than 8 services within a minute: the flow that was idle for longest ended
+        Evicted = "evicted",
+        /// one endpoint serves two ports or VIPs of one socket: its answers bear the one that was sent to last
+        Shared = "shared",
+    }
+}
+
+/// How often each happened.
+#[derive(Debug, Default)]
+pub struct UdpCounts([AtomicU64; UdpNote::ALL.len()]);
+
+impl UdpCounts {
+    pub fn get(&self, note: UdpNote) -> u64 {
+        self.0.get(note as usize).map_or(0, |count| count.load(Relaxed))
+    }
+
+    fn set(&self, counts: &[u64; UdpNote::ALL.len()]) {
+        self.0.iter().zip(counts).for_each(|(count, now)| count.store(*now, Relaxed));
+    }
+}
+
 /// The settings of the kernel path.
 #[derive(Debug)]
 pub struct Settings {
@@ -46,6 +81,8 @@ pub struct Settings {
     /// The mark of our own connections to endpoints.
     pub mark: Option<u32>,
     pub events: Events,
+    /// Where what happened to flows of UDP is counted.
+    pub udp: Arc<UdpCounts>,
     /// The clock of ejections, and the sums that the counts are added to.
     pub figures: Figures,
 }
@@ -103,8 +140,11 @@ impl KernelPath {
 pub fn try_out() -> Result<(), String> {
     let few = programs::Sizes { routes: 8, services: 8, endpoints: 8 };
     let hierarchy = cgroup::Hierarchy::find().ok_or(programs::Unavailable::NoHierarchy);
-    let tried = hierarchy.and_then(|hierarchy| tables::Tables::load(few, &hierarchy));
-    tried.map(drop).map_err(|error| error.to_string())
+    let tried = hierarchy.and_then(|hierarchy| {
+        let mut tables = tables::Tables::load(few, &hierarchy)?;
+        tables.load_udp(&hierarchy)
+    });
+    tried.map_err(|error| error.to_string())
 }
 
 async fn run(

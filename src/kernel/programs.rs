@@ -10,10 +10,15 @@ use std::{fmt, fs::File, io};
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, HashMap, MapData, MapError, RingBuf},
-    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, SockOps},
+    programs::{
+        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, ProgramType, SockOps,
+        cgroup_sock::CgroupSockLink, cgroup_sock_addr::CgroupSockAddrLink,
+    },
+    sys::{BpfHelper, is_helper_supported},
 };
 
 use super::{
+    UdpNote,
     cgroup::Hierarchy,
     layout::{
         CountsBytes, EndpointBytes, KeyBytes, LiveBytes, MarkBytes, NOTES, RouteBytes, SetBytes,
@@ -110,9 +115,21 @@ pub(super) struct Programs {
     pub(super) endpoint_counts: Array<MapData, CountsBytes>,
     pub(super) levels: Array<MapData, u32>,
     pub(super) notes: Array<MapData, u64>,
+    udp_notes: Array<MapData, u64>,
     pub(super) records: RingBuf<MapData>,
-    /// Attached as long as this is held.
-    _programs: Ebpf,
+    udp: Option<UdpLinks>,
+    /// Attached as long as this is held, those for UDP excepted.
+    programs: Ebpf,
+}
+
+/// The programs for UDP are attached as long as this is held. What redirects is detached first: while it does, an answer must not show
+/// another address than the VIP.
+#[derive(Debug)]
+#[expect(dead_code, reason = "held, and dropped in this order")]
+struct UdpLinks {
+    redirecting: Vec<CgroupSockAddrLink>,
+    showing: Vec<CgroupSockAddrLink>,
+    ends: CgroupSockLink,
 }
 
 impl fmt::Debug for Programs {
@@ -124,13 +141,34 @@ impl fmt::Debug for Programs {
 /// getpeername before connect: an application must not see another address than the one that it dialled.
 const SOCK_ADDR: [&str; 4] = ["getpeername4", "getpeername6", "connect4", "connect6"];
 const SOCK_OPS: &str = "sock_ops";
+/// Of UDP: what shows the VIP, and what redirects.
+const UDP_SHOWING: [&str; 4] =
+    ["udp_recvmsg4", "udp_recvmsg6", "udp_getpeername4", "udp_getpeername6"];
+const UDP_REDIRECTING: [&str; 4] = ["udp_sendmsg4", "udp_sendmsg6", "udp_connect4", "udp_connect6"];
+const UDP_RELEASE: &str = "udp_release";
+
+/// Links take no other mode, and are ones of many all the same.
+const MODE: CgroupAttachMode = CgroupAttachMode::Single;
 
 impl Programs {
     /// Loads the programs and attaches them at the root of the control groups: so a container that starts is covered before its
     /// first connection. Sockets of other programs find no entry.
     pub(super) fn load(sizes: Sizes, hierarchy: &Hierarchy) -> Result<Self, Unavailable> {
-        static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/connect.o"));
+        // Without it (Linux before 5.18) an application gets EPERM where there is no endpoint for UDP.
+        let helper = BpfHelper::BPF_FUNC_set_retval;
+        let has_set_retval = is_helper_supported(ProgramType::CgroupSockAddr, helper);
+        Self::load_for(sizes, hierarchy, has_set_retval.unwrap_or(false))
+    }
+
+    fn load_for(
+        sizes: Sizes,
+        hierarchy: &Hierarchy,
+        has_set_retval: bool,
+    ) -> Result<Self, Unavailable> {
+        static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/programs.o"));
         let mut loader = EbpfLoader::new();
+        let has_set_retval = u32::from(has_set_retval);
+        loader.override_global("has_set_retval", &has_set_retval, true);
         for (map, entries) in [
             ("routes", sizes.routes),
             ("route_table", sizes.routes),
@@ -157,8 +195,7 @@ impl Programs {
         }
         load(SOCK_OPS, sock_ops(&mut programs)?.load())?;
         let root = File::open(hierarchy.root()).map_err(|_| Unavailable::NoHierarchy)?;
-        // Links take no other mode, and are ones of many all the same. What counts comes first, then what redirects.
-        const MODE: CgroupAttachMode = CgroupAttachMode::Single;
+        // What counts comes first, then what redirects.
         attach(SOCK_OPS, sock_ops(&mut programs)?.attach(&root, MODE))?;
         for program in SOCK_ADDR {
             attach(program, sock_addr(&mut programs, program)?.attach(&root, MODE))?;
@@ -186,9 +223,45 @@ impl Programs {
             endpoint_counts: take("endpoint_counts")?.try_into()?,
             levels: take("levels")?.try_into()?,
             notes: take("notes")?.try_into()?,
+            udp_notes: take("udp_notes")?.try_into()?,
             records: take("records")?.try_into()?,
-            _programs: programs,
+            udp: None,
+            programs,
         })
+    }
+
+    /// Loads and attaches the programs for UDP as well.
+    pub(super) fn load_udp(&mut self, hierarchy: &Hierarchy) -> Result<(), Unavailable> {
+        let programs = &mut self.programs;
+        for program in UDP_SHOWING.iter().chain(&UDP_REDIRECTING) {
+            load(program, sock_addr(programs, program)?.load())?;
+        }
+        load(UDP_RELEASE, sock(programs, UDP_RELEASE)?.load())?;
+        let root = File::open(hierarchy.root()).map_err(|_| Unavailable::NoHierarchy)?;
+        let release = sock(programs, UDP_RELEASE)?;
+        let link = release.attach(&root, MODE).and_then(|link| release.take_link(link));
+        let ends = attached(UDP_RELEASE, link)?;
+        let mut attach_all = |names: &[&'static str]| {
+            let one = |name: &&'static str| {
+                let program = sock_addr(programs, name)?;
+                let link = program.attach(&root, MODE).and_then(|link| program.take_link(link));
+                attached(name, link)
+            };
+            names.iter().map(one).collect::<Result<Vec<_>, _>>()
+        };
+        let showing = attach_all(&UDP_SHOWING)?;
+        let redirecting = attach_all(&UDP_REDIRECTING)?;
+        self.udp = Some(UdpLinks { redirecting, showing, ends });
+        Ok(())
+    }
+
+    pub(super) fn detach_udp(&mut self) {
+        self.udp = None;
+    }
+
+    /// How often each thing happened to flows of UDP.
+    pub(super) fn udp_notes(&self) -> [u64; UdpNote::ALL.len()] {
+        std::array::from_fn(|n| self.udp_notes.get(&(n as u32), 0).unwrap_or_default())
     }
 
     /// How often each kind of doubt or loss came up.
@@ -201,6 +274,12 @@ fn sock_addr<'a>(
     programs: &'a mut Ebpf,
     name: &'static str,
 ) -> Result<&'a mut CgroupSockAddr, Unavailable> {
+    let missing = || Unavailable::Load { program: name, error: "it is not there".to_owned() };
+    let program = programs.program_mut(name).ok_or_else(missing)?;
+    program.try_into().map_err(|_: ProgramError| missing())
+}
+
+fn sock<'a>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut CgroupSock, Unavailable> {
     let missing = || Unavailable::Load { program: name, error: "it is not there".to_owned() };
     let program = programs.program_mut(name).ok_or_else(missing)?;
     program.try_into().map_err(|_: ProgramError| missing())
@@ -220,9 +299,29 @@ fn load(program: &'static str, done: Result<(), ProgramError>) -> Result<(), Una
 }
 
 fn attach<T>(program: &'static str, done: Result<T, ProgramError>) -> Result<(), Unavailable> {
-    done.map(drop).map_err(|error| match errno(&error) {
+    attached(program, done).map(drop)
+}
+
+fn attached<T>(program: &'static str, done: Result<T, ProgramError>) -> Result<T, Unavailable> {
+    done.map_err(|error| match errno(&error) {
         // Who may load may attach: somebody else's program stands there, and wants no other beside it.
         Some(libc::EPERM) => Unavailable::Held,
         _ => Unavailable::Attach { program, error: whole(&error) },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Linux before 5.18 has no bpf_set_retval: there the verifier must not meet it. Needs root.
+    #[test]
+    fn the_programs_load_with_and_without_the_helper_that_sets_an_error() {
+        let few = Sizes { routes: 8, services: 8, endpoints: 8 };
+        let Some(hierarchy) = Hierarchy::find() else { return };
+        for has_set_retval in [false, true] {
+            let mut programs = Programs::load_for(few, &hierarchy, has_set_retval).unwrap();
+            programs.load_udp(&hierarchy).unwrap();
+        }
+    }
 }

@@ -5,7 +5,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     io,
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -27,9 +27,12 @@ use crate::{
     balance::EndpointState,
     descriptor::Balance,
     discovery::Query,
-    model::{Port, Vip},
+    model::{Port, Protocol, Vip},
     table::{Route, RouteKey, RouteNumber, Upstream},
 };
+
+/// How long a trial may take.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Depths of control groups that the programs look at: `LEVELS` of connect.c.
 const LEVELS: usize = 4;
@@ -179,41 +182,95 @@ impl Tables {
         Ok(tables)
     }
 
+    /// Loads, attaches and tries the programs for UDP.
+    pub(super) fn load_udp(&mut self, hierarchy: &Hierarchy) -> Result<(), Unavailable> {
+        self.programs.load_udp(hierarchy)?;
+        let tested = self.test_udp(hierarchy);
+        if tested.is_err() {
+            self.programs.detach_udp();
+        }
+        tested
+    }
+
+    /// Sends a datagram to a VIP that exists for this alone, and has it answered.
+    fn test_udp(&mut self, hierarchy: &Hierarchy) -> Result<(), Unavailable> {
+        let socket = || {
+            let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+            socket.set_read_timeout(Some(PATIENCE))?;
+            Ok(socket)
+        };
+        let failed = |error: io::Error| Unavailable::Test(error.to_string());
+        let server = socket().map_err(failed)?;
+        let endpoint = server.local_addr().map_err(failed)?;
+        self.try_out(hierarchy, Protocol::Udp, endpoint, |vip| {
+            let (client, mut text) = (socket()?, [0; 16]);
+            client.send_to(b"to", vip)?;
+            let (_, from) = server.recv_from(&mut text)?;
+            if from != client.local_addr()? {
+                return Err(io::Error::other("another datagram arrived"));
+            }
+            server.send_to(b"from", from)?;
+            let (_, from) = client.recv_from(&mut text)?;
+            client.connect(vip)?;
+            match from == vip && client.peer_addr()? == vip {
+                true => Ok(()),
+                false => Err(io::Error::other("an answer does not show the VIP")),
+            }
+        })
+    }
+
     /// Connects to a VIP that exists for this alone. That the programs are attached does not show that they are at the root of all
     /// control groups, nor that they do what they should.
     fn test(&mut self, hierarchy: &Hierarchy) -> Result<(), Unavailable> {
-        const PATIENCE: Duration = Duration::from_secs(5);
-        let failed = |error: &dyn std::fmt::Display| Unavailable::Test(error.to_string());
-        let root = hierarchy.root_id().ok_or(Unavailable::NoHierarchy)?;
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|e| failed(&e))?;
-        let endpoint = listener.local_addr().map_err(|e| failed(&e))?;
-        // Nobody else dials it meanwhile: every process is below the root.
-        let vip = Ipv4Addr::new(127, 91, fastrand::u8(..), fastrand::u8(1..255));
-        let port = Port::new(fastrand::u16(1..)).ok_or_else(|| failed(&"no port"))?;
-        let key = Key { cgroup: root, vip: vip.into(), port };
-        self.lay_trial(&key, endpoint).map_err(|error| Unavailable::Maps(error.to_string()))?;
-        let end = (|| {
-            let stream = TcpStream::connect_timeout(&(vip, port.get()).into(), PATIENCE)?;
+        let failed = |error: io::Error| Unavailable::Test(error.to_string());
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed)?;
+        let endpoint = listener.local_addr().map_err(failed)?;
+        self.try_out(hierarchy, Protocol::Tcp, endpoint, |vip| {
+            let stream = TcpStream::connect_timeout(&vip, PATIENCE)?;
             let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
             listener.set_nonblocking(true)?;
             let (_, accepted) = listener.accept()?;
-            match (accepted == local, peer == SocketAddr::from((vip, port.get()))) {
+            match (accepted == local, peer == vip) {
                 (true, true) => Ok(()),
                 (true, false) => Err(io::Error::other("getpeername does not show the VIP")),
                 (false, _) => Err(io::Error::other("another connection arrived")),
             }
-        })();
+        })
+    }
+
+    /// Has a VIP lead to an endpoint while `attempt` runs.
+    fn try_out(
+        &mut self,
+        hierarchy: &Hierarchy,
+        protocol: Protocol,
+        endpoint: SocketAddr,
+        attempt: impl FnOnce(SocketAddr) -> io::Result<()>,
+    ) -> Result<(), Unavailable> {
+        let failed = |error: &dyn std::fmt::Display| Unavailable::Test(error.to_string());
+        let root = hierarchy.root_id().ok_or(Unavailable::NoHierarchy)?;
+        // Every level is in use, by programs that were tried already: what is loaded later does the same.
+        let level = self.levels.len() as u32;
+        if level as usize >= LEVELS {
+            return Ok(());
+        }
+        // Nobody else dials it meanwhile: every process is below the root.
+        let vip = Ipv4Addr::new(127, 91, fastrand::u8(..), fastrand::u8(1..255));
+        let port = Port::new(fastrand::u16(1..)).ok_or_else(|| failed(&"no port"))?;
+        let key = Key { cgroup: root, vip: vip.into(), port, protocol };
+        self.lay_trial(&key, endpoint, level)
+            .map_err(|error| Unavailable::Maps(error.to_string()))?;
+        let end = attempt((vip, port.get()).into());
         let removed = self
             .programs
             .routes
             .remove(&key.bytes())
-            .and_then(|()| self.programs.levels.set(0, 0, 0));
-        end.map_err(|error: io::Error| failed(&error))?;
+            .and_then(|()| self.programs.levels.set(level, 0, 0));
+        end.map_err(|error| failed(&error))?;
         removed.map_err(|error| Unavailable::Maps(error.to_string()))
     }
 
     /// The places of the trial stay its own: nothing of it is found by anybody else.
-    fn lay_trial(&mut self, key: &Key, to: SocketAddr) -> Result<(), WriteError> {
+    fn lay_trial(&mut self, key: &Key, to: SocketAddr, level: u32) -> Result<(), WriteError> {
         let now = Instant::now();
         let endpoint = self.endpoints.take(now, grace).ok_or(WriteError::Full)?;
         let bytes = layout::endpoint(&crate::model::Endpoint(to), endpoint.generation, 0);
@@ -227,7 +284,7 @@ impl Tables {
         let bytes = layout::route(key, service.index, route.generation, false, false);
         self.programs.route_table.set(route.index, bytes, 0)?;
         // The root's depth is 0.
-        self.programs.levels.set(0, 1, 0)?;
+        self.programs.levels.set(level, 1, 0)?;
         self.programs.routes.insert(key.bytes(), route.index, 0)?;
         Ok(())
     }
@@ -341,7 +398,7 @@ impl Tables {
         way: &Way,
         service: u32,
     ) -> Result<(), WriteError> {
-        let keys = free_keys(&self.keys, way.cgroup, route.key.port, &way.vips);
+        let keys = free_keys(&self.keys, way.cgroup, route.key, &way.vips);
         keys.into_iter().try_for_each(|key| self.enter(route, key, service, way.is_cautious))
     }
 
@@ -361,7 +418,7 @@ impl Tables {
         let least = route.balance == Balance::LeastConnections;
         let bytes = layout::route(&key, service, place.generation, least, is_cautious);
         self.programs.route_table.set(place.index, bytes, 0)?;
-        self.programs.route_counts.set(place.index, [0; 200], 0)?;
+        self.programs.route_counts.set(place.index, [0; 216], 0)?;
         self.programs.routes.insert(key.bytes(), place.index, 0)?;
         Ok(())
     }
@@ -504,7 +561,7 @@ impl Tables {
         self.programs.endpoints.set(place.index, bytes, 0)?;
         self.programs.lives.set(place.index, [0; 32], 0)?;
         self.programs.failures.set(place.index, 0, 0)?;
-        self.programs.endpoint_counts.set(place.index, [0; 200], 0)?;
+        self.programs.endpoint_counts.set(place.index, [0; 216], 0)?;
         // Out, until it is known that it is not.
         self.programs.marks.set(place.index, layout::mark(Usage::Out, 0), 0)?;
         let written = Written {
@@ -586,8 +643,13 @@ impl Tables {
 }
 
 /// The keys of a route that no route has. Another address of the same container may have them; its route counts then.
-fn free_keys(taken: &HashMap<Key, RouteKey>, cgroup: Cgroup, port: Port, vips: &[Vip]) -> Vec<Key> {
-    let keys = vips.iter().map(|vip| Key { cgroup: cgroup.id, vip: vip.0, port });
+fn free_keys(
+    taken: &HashMap<Key, RouteKey>,
+    cgroup: Cgroup,
+    RouteKey { port, protocol, .. }: RouteKey,
+    vips: &[Vip],
+) -> Vec<Key> {
+    let keys = vips.iter().map(|vip| Key { cgroup: cgroup.id, vip: vip.0, port, protocol });
     keys.filter(|key| !taken.contains_key(key)).collect()
 }
 
@@ -604,16 +666,19 @@ mod tests {
     fn a_route_takes_the_keys_that_another_address_of_its_container_gave_up() {
         let (cgroup, port) = (Cgroup { id: 7, level: 2 }, Port::new(80).unwrap());
         let vips = [1, 2].map(|n| Vip([172, 17, 0, n].into()));
-        let key = |n: u8| Key { cgroup: 7, vip: [172, 17, 0, n].into(), port };
+        let protocol = Protocol::Tcp;
+        let key = |n: u8| Key { cgroup: 7, vip: [172, 17, 0, n].into(), port, protocol };
         let first = RouteKey::tcp([10, 0, 0, 1].into(), port);
         let mut taken: HashMap<_, _> = [(key(1), first), (key(2), first)].into();
-        assert_eq!(free_keys(&taken, cgroup, port, &vips), []);
+        assert_eq!(free_keys(&taken, cgroup, first, &vips), []);
         taken.remove(&key(2));
-        assert_eq!(free_keys(&taken, cgroup, port, &vips), [key(2)]);
+        assert_eq!(free_keys(&taken, cgroup, first, &vips), [key(2)]);
         taken.clear();
-        assert_eq!(free_keys(&taken, cgroup, port, &vips), [key(1), key(2)]);
+        assert_eq!(free_keys(&taken, cgroup, first, &vips), [key(1), key(2)]);
         let other = Cgroup { id: 8, level: 2 };
         taken.insert(key(1), first);
-        assert_eq!(free_keys(&taken, other, port, &vips).len(), 2, "another container's");
+        assert_eq!(free_keys(&taken, other, first, &vips).len(), 2, "another container's");
+        let udp = RouteKey { protocol: Protocol::Udp, ..first };
+        assert_eq!(free_keys(&taken, cgroup, udp, &vips).len(), 2, "another protocol's");
     }
 }

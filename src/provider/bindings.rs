@@ -9,7 +9,7 @@ use super::Problem;
 use crate::{
     consumer::Binding,
     descriptor::Descriptor,
-    model::Port,
+    model::{Port, Protocol, port_of},
     text::{bare, is_of_link},
 };
 
@@ -18,7 +18,7 @@ pub const LABEL: &str = "embassy.backend.";
 
 /// The bindings that `consumer` declares, by port, and the problems.
 ///
-/// On one port a variable wins over a label, and of two variables (or two labels) the alphabetically first.
+/// On one port of one protocol a variable wins over a label, and of two variables (or two labels) the alphabetically first.
 pub fn bindings<'a>(
     consumer: &Arc<str>,
     prefix: &str,
@@ -32,7 +32,7 @@ pub fn bindings<'a>(
     let labels: BTreeMap<_, _> = labels.map(|(name, value)| (name, bare(value))).collect();
     let links: Vec<_> = variables.iter().filter_map(|(name, value)| link(name, value)).collect();
 
-    let mut by_port: BTreeMap<Port, (bool, Binding)> = BTreeMap::new();
+    let mut by_port: BTreeMap<(Port, Protocol), (bool, Binding)> = BTreeMap::new();
     let mut problems = Vec::new();
     let variables = variables.into_iter().map(|declared| (true, declared));
     let labels = labels.into_iter().map(|declared| (false, declared));
@@ -54,20 +54,20 @@ pub fn bindings<'a>(
             Ok(descriptor) => descriptor,
             Err(_) if is_variable && links.iter().any(|link| is_of(link, name)) => continue,
             Err(error) => {
-                problem(port_of(text), error.without_value(), false);
+                problem(port_in(text), error.without_value(), false);
                 continue;
             }
         };
-        match by_port.entry(descriptor.port) {
+        match by_port.entry((descriptor.port, descriptor.protocol)) {
             Entry::Vacant(vacant) => {
                 vacant.insert((is_variable, Binding { origin: name.into(), descriptor }));
             }
             // A variable overrides the image's label on purpose; this is not a problem.
             Entry::Occupied(taken) if taken.get().0 != is_variable => {}
             Entry::Occupied(taken) => {
-                let port = descriptor.port;
+                let port = port_of(descriptor.port, descriptor.protocol);
                 let reason = format!("port {port}: {} already declares it", taken.get().1.origin);
-                problem(Some(port), reason, true);
+                problem(Some(descriptor.port), reason, true);
             }
         }
     }
@@ -86,7 +86,7 @@ pub fn bindings<'a>(
 }
 
 /// The port of a descriptor of which only an option is wrong.
-fn port_of(text: &str) -> Option<Port> {
+fn port_in(text: &str) -> Option<Port> {
     let text = crate::text::bare(text);
     let (end, _) = text.match_indices(';').nth(1)?;
     let descriptor: Descriptor = text.get(..end)?.parse().ok()?;
@@ -152,6 +152,7 @@ mod tests {
             ("web[a,b];80/tcp;nosuch=1", Some(80)),
             ("'web;80;lb=fast'", Some(80)),
             ("web;80;lb=rr;drain=never", Some(80)),
+            ("web;53/udp;proxy=v1", Some(53)),
             ("web;99999;lb=fast", None),
             ("we b;80;lb=fast", None),
             ("web;lb=fast", None),
@@ -208,6 +209,18 @@ mod tests {
         assert_eq!(problems, ["app: BACKEND_REDIS: no port: expected <service>;<port>"]);
         // Without the link they are somebody's mistakes.
         assert_eq!(read(&env[1..7], &[]).1.len(), 6);
+    }
+
+    #[test]
+    fn a_port_of_tcp_and_the_same_of_udp_are_two() {
+        let env = ["BACKEND_B=b;53/udp", "BACKEND_A=a;53", "BACKEND_C=c;53/udp"];
+        let labels = [("embassy.backend.d", "d;53/udp"), ("embassy.backend.e", "e;54/udp")];
+        let (bindings, problems) = read(&env, &labels);
+        assert_eq!(
+            bindings,
+            ["BACKEND_A=a;53", "BACKEND_B=b;53/udp", "embassy.backend.e=e;54/udp"]
+        );
+        assert_eq!(problems, ["app: BACKEND_C: port 53/udp: BACKEND_B already declares it"]);
     }
 
     #[test]

@@ -40,7 +40,11 @@ pub fn listing(interface: &str, services: &[Descriptor]) -> Result<Listing, Inte
     let mut bindings: Vec<Binding> = Vec::new();
     let mut problems = Vec::new();
     for descriptor in services {
-        match bindings.iter().find(|first| first.descriptor.port == descriptor.port) {
+        let has_port = |first: &&Binding| {
+            let of = |one: &Descriptor| (one.port, one.protocol);
+            of(&first.descriptor) == of(descriptor)
+        };
+        match bindings.iter().find(has_port) {
             None => {
                 bindings.push(Binding { origin: origin.clone(), descriptor: descriptor.clone() })
             }
@@ -146,10 +150,10 @@ mod tests {
 
     #[test]
     fn of_two_services_on_one_port_the_first_wins_and_the_other_is_reported_once() {
-        let services = ["a;80", "b;80", "c;81"].map(|text| text.parse().unwrap());
+        let services = ["a;80", "b;80", "c;81", "d;80/udp"].map(|text| text.parse().unwrap());
         let listing = listing("lo", &services).unwrap();
         let bound = listing.consumers[0].bindings.iter().map(|b| b.descriptor.to_string());
-        assert_eq!(bound.collect::<Vec<_>>(), ["a;80", "c;81"]);
+        assert_eq!(bound.collect::<Vec<_>>(), ["a;80", "c;81", "d;80/udp"]);
         let said: Vec<_> = listing.problems.iter().map(|p| p.reason.as_str()).collect();
         assert_eq!(said, ["\"b;80\": \"a;80\" already has the port"]);
     }

@@ -17,7 +17,7 @@ use crate::{
     consumer::{Binding, Consumer},
     discovery::{CannotAsk, Endpoints, Query, Refusal},
     identity::gone_and_new,
-    model::{ConsumerId, Endpoint, Vip},
+    model::{ConsumerId, Endpoint, Protocol, Vip},
 };
 
 /// The table that follows `prev`; `None` if nothing differs.
@@ -397,16 +397,17 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
             consumer_name: consumer.name.clone(),
             origin: binding.origin.clone(),
             port: binding.descriptor.port,
+            protocol: binding.descriptor.protocol,
             reason,
         };
-        let port = binding.descriptor.port.get();
+        let port = (binding.descriptor.port.get(), binding.descriptor.protocol);
         let key = (consumer.id.clone(), binding.origin.clone(), port, key);
         Arc::make_mut(&mut self.next.unrouted).insert(key, unrouted);
     }
 
     /// Removes the recorded reasons of a consumer's bindings, for these routes.
     fn forget_unrouted(&mut self, consumer: &ConsumerId, meant: impl Fn(Option<RouteKey>) -> bool) {
-        let first: UnroutedKey = (consumer.clone(), "".into(), 0, None);
+        let first: UnroutedKey = (consumer.clone(), "".into(), (0, Protocol::Tcp), None);
         let of_consumer = self.next.unrouted.range(first..);
         let of_consumer = of_consumer.take_while(|((id, ..), _)| id == consumer);
         let said: Vec<_> =

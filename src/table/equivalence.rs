@@ -73,7 +73,14 @@ impl Asker {
     fn consumer(&self) -> Consumer {
         let binding = |(port, service): &(u8, u8)| Binding {
             origin: format!("BACKEND_{port}").into(),
-            descriptor: format!("s{service};{}", 1 + u16::from(*port)).parse().unwrap(),
+            // The same numbers of both protocols.
+            descriptor: format!(
+                "s{service};{}/{}",
+                1 + port / 2,
+                ["tcp", "udp"][usize::from(port % 2)]
+            )
+            .parse()
+            .unwrap(),
         };
         Consumer {
             id: if self.local {

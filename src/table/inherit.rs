@@ -6,7 +6,7 @@ use super::{Route, ServiceKey, Table, build::service_of};
 use crate::{
     balance::EndpointState,
     discovery::Query,
-    model::{ConsumerId, Endpoint, Millis, Port, ServiceName, Tags},
+    model::{ConsumerId, Endpoint, Millis, Port, Protocol, ServiceName, Tags},
     takeover::message::{EndpointFigures, Figures, Owner, RouteFigures, Service, Turn},
 };
 
@@ -44,10 +44,13 @@ impl Table {
         self.states.get(&(service_of(query), endpoint)).map(|shared| &shared.state)
     }
 
-    /// The route of a source address and port, if it is that of this owner.
+    /// The route of a source address and port, if it is that of this owner. The owner's binding says of which protocol.
     pub fn route_of(&self, key: SocketAddr, owner: &Owner) -> Option<&Arc<Route>> {
-        let key = super::RouteKey::tcp(key.ip(), Port::new(key.port())?);
-        self.route(&key).filter(|route| route.is_of(owner))
+        let (source, port) = (key.ip(), Port::new(key.port())?);
+        Protocol::ALL.iter().find_map(|&protocol| {
+            let route = self.route(&super::RouteKey { source, port, protocol })?;
+            route.is_of(owner).then_some(route)
+        })
     }
 
     /// What [`Table::inherit`] takes over, in parts: as it is now, by both clocks.

@@ -119,6 +119,7 @@ pub struct Counts {
     pub started: u64,
     pub ended: BTreeMap<String, u64>,
     pub bytes: [u64; 2],
+    pub datagrams: [u64; 2],
     pub connect: Vec<u64>,
     pub connect_micros: u64,
     pub retries: u64,

@@ -29,7 +29,9 @@ fn host() -> Result<(Host, Embassy)> {
         let server = host.server(name, server).env("SERVICE_6379_NAME", "redis");
         server.start()?;
     }
-    let app = host.client("app").env("BACKEND_REDIS", "redis;6379").start()?;
+    let app = host.client("app").env("BACKEND_REDIS", "redis;6379");
+    // There are metrics of UDP only where a binding asks for it.
+    let app = app.env("BACKEND_UDP", "redis;6379/udp").start()?;
     host.run("sh", ["-c", "mkdir -p /etc/embassy && echo secret > /etc/embassy/token"])?;
     // There are metrics of a limit only where there is one.
     let group = Group::new(&host, 1 << 30)?;

@@ -103,7 +103,9 @@ fn the_kernel_spreads_connections_evenly_and_they_show_the_vip() -> Result<()> {
     assert_eq!(said[1], serde_json::json!(["172.17.0.1", 80]), "{said}");
     // None of it went through the proxy, and all of it is counted.
     let series = |name: &str| {
-        format!("embassy_route_{name}{{consumer=\"app\",service=\"/services/web\",port=\"80\"")
+        format!(
+            "embassy_route_{name}{{consumer=\"app\",service=\"/services/web\",port=\"80\",protocol=\"tcp\""
+        )
     };
     counts(&embassy, &format!("{},outcome=\"closed\"}}", series("connections_total")), all)?;
     assert_eq!(metric(&embassy, &format!("{}}}", series("connections_started_total")))?, all);
@@ -213,7 +215,7 @@ print(json.dumps(all))
     assert_eq!(said["undeclared"][0], "ECONNREFUSED", "{said}");
     let series = |outcome: &str| {
         format!(
-            "embassy_route_connections_total{{consumer=\"app\",service=\"/services/web\",port=\"80\",outcome=\"{outcome}\"}}"
+            "embassy_route_connections_total{{consumer=\"app\",service=\"/services/web\",port=\"80\",protocol=\"tcp\",outcome=\"{outcome}\"}}"
         )
     };
     counts(&embassy, &series("reset"), 1)?;

@@ -43,6 +43,7 @@ mod server_names;
 mod state;
 mod soak;
 mod support;
+mod udp;
 mod upgrade;
 mod upgrade_in_docker;
 mod upgrade_under_systemd;

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::Change;
-use crate::{discovery::Query, events, table::Route};
+use crate::{discovery::Query, events, model::Protocol, table::Route};
 
 /// A change.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -20,6 +20,7 @@ pub enum Event {
         address: String,
         /// The declared port.
         port: u16,
+        protocol: Protocol,
         /// The service's name.
         service: String,
         /// The discovery query: a name of `/v1/sources`.
@@ -35,6 +36,7 @@ pub enum Event {
         address: String,
         /// The declared port.
         port: u16,
+        protocol: Protocol,
         /// The service's name.
         service: String,
         /// The discovery query.
@@ -112,14 +114,22 @@ impl From<&events::Event> for Event {
         let named = |query: &Query| (query.service.to_string(), query.to_string());
         match event {
             E::RouteAdded(route) => {
-                let (consumer, consumer_id, address, port) = of(route);
+                let (consumer, consumer_id, address, (port, protocol)) = of(route);
                 let (service, query) = named(&route.written_query());
-                Self::RouteAdded { consumer, consumer_id, address, port, service, query }
+                Self::RouteAdded { consumer, consumer_id, address, port, protocol, service, query }
             }
             E::RouteRemoved(route) => {
-                let (consumer, consumer_id, address, port) = of(route);
+                let (consumer, consumer_id, address, (port, protocol)) = of(route);
                 let (service, query) = named(&route.written_query());
-                Self::RouteRemoved { consumer, consumer_id, address, port, service, query }
+                Self::RouteRemoved {
+                    consumer,
+                    consumer_id,
+                    address,
+                    port,
+                    protocol,
+                    service,
+                    query,
+                }
             }
             E::EndpointsChanged { query, endpoints } => {
                 let (service, query) = named(query);
@@ -153,12 +163,12 @@ impl From<&events::Event> for Event {
     }
 }
 
-/// The consumer, its ID, its source address, and the declared port.
-fn of(route: &Route) -> (String, String, String, u16) {
+/// The consumer, its ID, its source address, and the declared port with its protocol.
+fn of(route: &Route) -> (String, String, String, (u16, Protocol)) {
     (
         route.consumer_name.to_string(),
         route.consumer.full().to_owned(),
         route.key.source.to_string(),
-        route.key.port.get(),
+        (route.key.port.get(), route.key.protocol),
     )
 }

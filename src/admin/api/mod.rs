@@ -15,6 +15,7 @@ pub use crate::{
     descriptor::Balance,
     events::Change,
     judgement::{BindingState, EndpointHealth, RouteState, SourceState, Subject, Verdict},
+    model::Protocol,
     outcome::Outcome,
     path::{Path, PathReason},
     proxy::ConnectionState,
@@ -254,6 +255,7 @@ pub struct Route {
     pub address: String,
     /// The declared port.
     pub port: u16,
+    pub protocol: Protocol,
     /// The variable or label that declared it.
     pub origin: String,
     pub query: Query,
@@ -309,6 +311,10 @@ pub struct Figures {
     pub bytes_up: u64,
     /// Bytes from endpoints to consumers.
     pub bytes_down: u64,
+    /// UDP: datagrams from consumers to endpoints. Sends on a connected socket are not seen.
+    pub datagrams_up: u64,
+    /// UDP: datagrams from endpoints to consumers. Those whose receiver does not ask for the sender's address are not seen.
+    pub datagrams_down: u64,
     /// For a route: time from accepting a connection until its endpoint connection was open. For an endpoint: connect time.
     pub connect: Latency,
     /// Further attempts after an endpoint failed; for an endpoint always 0.
@@ -369,6 +375,8 @@ pub struct Binding {
     pub reasons: Vec<String>,
     /// The port; null if the descriptor does not parse.
     pub port: Option<u16>,
+    /// The protocol; null if the descriptor does not parse.
+    pub protocol: Option<Protocol>,
     /// The declared service; null if the descriptor does not parse.
     pub service: Option<String>,
     /// The discovery query; null if the descriptor does not parse, or names a discovery that is not configured.

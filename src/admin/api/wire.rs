@@ -13,7 +13,8 @@ use utoipa::{
 
 use super::{
     Balance, BindingState, CaptureMode, CaptureScope, Change, Check, ConnectionState,
-    EndpointHealth, Outcome, Part, Path, PathReason, RouteState, SourceState, Subject, Verdict,
+    EndpointHealth, Outcome, Part, Path, PathReason, Protocol, RouteState, SourceState, Subject,
+    Verdict,
 };
 use crate::word::Word;
 
@@ -59,6 +60,7 @@ wire!(
     Part,
     Path,
     PathReason,
+    Protocol,
     RouteState,
     SourceState,
     Subject,

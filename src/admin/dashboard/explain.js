@@ -15,8 +15,8 @@ const outcomes = ended => Object.entries(ended).map(([name, n]) => count(n) + " 
 
 const BINDINGS = [["Consumer", "name", b => b.consumer], ["Declared by", "name", b => b.origin || "–"], ["Asks for", "name", b => b.query ? b.query.name : "–"], ["State", "", b => state(b.state, b.verdict)],
   ["Addresses", "name", b => b.addresses.join(", ") || "–"], ["Why", "long", b => b.reasons.join("; ")]];
-const ROUTES = [["Address", "", r => r.address], ["Path", "", pathOf], ["Active", "number", r => count(r.active)], ["Connections", "number", r => count(r.started)], ["Retries", "number", r => count(r.retries)],
-  ["p50", "number", r => time(r.connect.p50_seconds)], ["p99", "number", r => time(r.connect.p99_seconds)], ["Up", "number", r => bytes(r.bytes_up)], ["Down", "number", r => bytes(r.bytes_down)],
+const ROUTES = [["Address", "", r => r.address], ["Protocol", "", r => r.protocol], ["Path", "", pathOf], ["Active", "number", r => count(r.active)], ["Connections", "number", r => count(r.started)], ["Retries", "number", r => count(r.retries)],
+  ["p50", "number", r => time(r.connect.p50_seconds)], ["p99", "number", r => time(r.connect.p99_seconds)], ["Up", "number", r => carried(r, "up")], ["Down", "number", r => carried(r, "down")],
   ["Ended", "long", r => outcomes(r.ended)], ["Last error", "long", r => problem(r.last_error)]];
 const endpoints = next => [["Endpoint", "", e => e.endpoint === next ? make("span", {}, e.endpoint, " ", make("span", {class: "next"}, "next")) : e.endpoint],
   ["State", "", e => e.ejected_for_seconds ? make("span", {}, state(e.state, e.verdict), " " + Math.ceil(e.ejected_for_seconds) + " s more") : state(e.state, e.verdict)],

@@ -5,16 +5,20 @@ const broken = text => make("span", {}, ...text.split(/(?<=[\/.,])(?=.)/).flatMa
 const service = q => q.service + (q.tags.length ? " [" + q.tags.join(", ") + "]" : "");
 // Why it is the proxy, where the other path was asked for.
 const pathOf = r => r.path + (r.path_reason === "not_asked" || r.path === "kernel" ? "" : " (" + r.path_reason.replaceAll("_", " ") + ")");
+// 53/udp; of TCP the number alone.
+const portOf = of => of.protocol === "udp" ? of.port + "/udp" : of.port;
+// Of UDP datagrams are counted, and no bytes.
+const carried = (r, way) => r.protocol === "udp" ? count(r["datagrams_" + way]) + " dg" : bytes(r["bytes_" + way]);
 const lists = {
   routes: {
     title: "Routes", states: ["ok", "degraded", "ejected", "no_endpoint", "waiting", "not_captured", "refused"],
     none: "No running container has a binding yet.",
-    key: r => [r.consumer_id, r.address, r.port],
-    columns: [["Consumer", "name", r => r.consumer], ["Address", "", r => r.address], ["Port", "number", r => r.port],
+    key: r => [r.consumer_id, r.address, r.port, r.protocol],
+    columns: [["Consumer", "name", r => r.consumer], ["Address", "", r => r.address], ["Port", "number", r => portOf(r)],
       ["Service", "name", r => service(r.query)], ["State", "", r => state(r.state, r.verdict)], ["Path", "", pathOf],
       ["Endpoints", "number", r => r.usable + " of " + r.endpoints],
       ["Active", "number", r => count(r.active)], ["Connections", "number", r => count(r.started)], ["Errors", "number", r => count(r.errors)],
-      ["p99", "number", r => time(r.connect.p99_seconds)], ["Up", "number", r => bytes(r.bytes_up)], ["Down", "number", r => bytes(r.bytes_down)],
+      ["p99", "number", r => time(r.connect.p99_seconds)], ["Up", "number", r => carried(r, "up")], ["Down", "number", r => carried(r, "down")],
       ["Last error", "long", r => problem(r.last_error)]],
     explains: r => [r.address, r.port, r.consumer],
   },
@@ -39,8 +43,8 @@ const lists = {
   bindings: {
     title: "Bindings", states: ["problem", "routed", "partly", "unrouted", "overruled", "invalid"],
     none: "No running container has a binding.",
-    key: b => [b.consumer_id, b.consumer, b.origin, b.port],
-    columns: [["Consumer", "name", b => b.consumer], ["Declared by", "name", b => b.origin || "–"], ["Port", "number", b => b.port || "–"],
+    key: b => [b.consumer_id, b.consumer, b.origin, b.port, b.protocol],
+    columns: [["Consumer", "name", b => b.consumer], ["Declared by", "name", b => b.origin || "–"], ["Port", "number", b => b.port ? portOf(b) : "–"],
       ["Service", "name", b => b.query ? service(b.query) : "–"], ["State", "", b => state(b.state, b.verdict)], ["Addresses", "name", b => b.addresses.join(", ") || "–"],
       ["Why", "long", b => b.reasons.join("; ")]],
     explains: b => b.port && b.consumer_id && [b.consumer_id, b.port, b.consumer],

@@ -20,6 +20,7 @@ use crate::{
     control::Sources,
     counts::Histogram,
     judgement::{self, SourceState},
+    kernel::{UdpCounts, UdpNote},
     log,
     outcome::Outcome,
     path::Paths,
@@ -47,6 +48,7 @@ pub struct Metrics {
     pub sources: watch::Receiver<Sources>,
     pub refused: Arc<Refused>,
     pub figures: Figures,
+    pub udp: Arc<UdpCounts>,
     pub state: Arc<state::Counts>,
     pub capture: Option<Arc<capture::CaptureCounts>>,
 }
@@ -74,6 +76,10 @@ impl Collector for Metrics {
         let table = self.tables.borrow().clone();
         traffic::routes(&mut out, &table, &self.paths.borrow().clone())?;
         traffic::endpoints(&mut out, &table, self.figures.now())?;
+        let mut udp = out.counters("udp_events", "What happened to flows of UDP, by event")?;
+        for event in UdpNote::ALL {
+            udp.counter(&[("event", event.as_str())], self.udp.get(*event))?;
+        }
         self.sources(&mut out)?;
         out.counter(
             "takeovers",

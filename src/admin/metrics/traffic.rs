@@ -14,7 +14,7 @@ use crate::{
     balance::EndpointState,
     counts::{BOUNDS, ConnectionCounts, Distribution},
     judgement::{self, Verdict},
-    model::Millis,
+    model::{Millis, Protocol},
     outcome::Outcome,
     path::{Path, Paths},
     table::{Route, Table},
@@ -25,13 +25,19 @@ struct Port<'a> {
     consumer: &'a str,
     service: &'a str,
     port: u16,
+    protocol: Protocol,
     routes: Vec<&'a Route>,
 }
 
 impl Port<'_> {
     fn labels(&self) -> Labels {
         let port = self.port.to_string();
-        Labels::new([("consumer", self.consumer), ("service", self.service), ("port", &port)])
+        Labels::new([
+            ("consumer", self.consumer),
+            ("service", self.service),
+            ("port", &port),
+            ("protocol", self.protocol.as_str()),
+        ])
     }
 
     fn sum(&self, of: impl Fn(&ConnectionCounts) -> u64) -> u64 {
@@ -51,9 +57,10 @@ pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table, paths: &Paths) -
     let mut ports: BTreeMap<_, Port<'_>> = BTreeMap::new();
     for route in table.routes() {
         let (consumer, port) = (&*route.consumer_name, route.key.port.get());
-        let service = route.query.service.as_str();
-        let of_port = || Port { consumer, service, port, routes: Vec::new() };
-        ports.entry((consumer, service, port)).or_insert_with(of_port).routes.push(route);
+        let (service, protocol) = (route.query.service.as_str(), route.key.protocol);
+        let of_port = || Port { consumer, service, port, protocol, routes: Vec::new() };
+        let key = (consumer, service, port, protocol);
+        ports.entry(key).or_insert_with(of_port).routes.push(route);
     }
     let ports: Vec<_> = ports.into_values().map(|port| (port.labels(), port)).collect();
 
@@ -63,8 +70,9 @@ pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table, paths: &Paths) -
         None,
     )?;
     for (labels, port) in &ports {
-        let is_kernel = |route: &&Route| paths.of(&route.key).path() == Path::Kernel;
-        let path = if port.routes.iter().any(is_kernel) { Path::Kernel } else { Path::Proxy };
+        let mut taken = port.routes.iter().map(|route| paths.path(&route.key));
+        let is_kernel = taken.clone().any(|path| path == Path::Kernel);
+        let path = if is_kernel { Path::Kernel } else { taken.next().unwrap_or(Path::Proxy) };
         by_path.gauge(&With(labels, ("path", path.as_str())), 1.0)?;
     }
     let mut started =
@@ -96,6 +104,18 @@ pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table, paths: &Paths) -
             labels,
             port.sum(|c| c.bytes_up.load(Relaxed)),
             port.sum(|c| c.bytes_down.load(Relaxed)),
+        )?;
+    }
+    let mut datagrams = out.counters(
+        "route_datagrams",
+        "Datagrams of a consumer's UDP port that the kernel's programs saw, by direction: up is from the consumer",
+    )?;
+    for (labels, port) in ports.iter().filter(|(_, port)| port.protocol == Protocol::Udp) {
+        directions(
+            &mut datagrams,
+            labels,
+            port.sum(|c| c.datagrams_up.load(Relaxed)),
+            port.sum(|c| c.datagrams_down.load(Relaxed)),
         )?;
     }
     let mut retries = out.counters(

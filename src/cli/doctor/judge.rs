@@ -117,7 +117,9 @@ fn kernel_path(facts: &HostFacts) -> Option<Finding> {
         }
         Err(error) => warn(
             "kernel path",
-            format!("not available, connections go through the proxy: {error}"),
+            format!(
+                "not available: connections go through the proxy, and bindings of UDP are not served: {error}"
+            ),
             "give embassy what the error names and start it again, or start it with --path=proxy: then nothing is tried",
         ),
     })

@@ -23,6 +23,7 @@ use super::{
 use crate::{
     admin::api::{CaptureMode, Endpoint, Figures, Route, Verdict},
     counts::numbered,
+    model::port_of,
 };
 
 /// The effect of a key.
@@ -280,7 +281,7 @@ impl Screen {
         let row = |With { entry, rates }: &With<Route>| {
             let named = [
                 entry.consumer.clone(),
-                format!("{}:{}", entry.address, entry.port),
+                format!("{}:{}", entry.address, port_of(entry.port, entry.protocol)),
                 entry.query.name.clone(),
                 entry.state.to_string(),
                 usable(entry),
@@ -401,6 +402,7 @@ mod tests {
     use crate::{
         admin::api::{Latency, Query, RouteState},
         cli::status::tests::status,
+        model::Protocol,
     };
 
     fn route(consumer: &str, active: u64, started: u64) -> Route {
@@ -409,6 +411,7 @@ mod tests {
             consumer_id: format!("id-of-{consumer}"),
             address: "172.17.0.2".into(),
             port: 6379,
+            protocol: Protocol::Tcp,
             origin: "BACKEND_REDIS".into(),
             query: Query {
                 name: "consul redis".into(),
@@ -434,6 +437,8 @@ mod tests {
                 errors: 0,
                 bytes_up: 0,
                 bytes_down: started * 1000,
+                datagrams_up: 0,
+                datagrams_down: 0,
                 connect: Latency {
                     count: 0,
                     sum_seconds: 0.0,

@@ -101,6 +101,9 @@ struct counts {
 	__u64 bytes_down;
 	__u64 micros;
 	__u64 bucket[BUCKETS];
+	// Of UDP.
+	__u64 datagrams_up;
+	__u64 datagrams_down;
 };
 
 enum state {
@@ -755,6 +758,3 @@ int sock_ops(struct bpf_sock_ops *ctx)
 	}
 	return 1;
 }
-
-// No helper is used that needs a GPL-compatible licence.
-char _license[] SEC("license") = "Apache-2.0";

@@ -33,7 +33,7 @@ fn a_scrape_is_valid_in_both_forms_and_ends_with_what_it_tells_of() -> Result<()
     let answers = app.get("172.17.0.1:80").times(10).run()?;
     ensure!(answers.answered() == 10, "{answers:?}");
 
-    let route = r#"consumer="app",service="/services/blue",port="80""#;
+    let route = r#"consumer="app",service="/services/blue",port="80",protocol="tcp""#;
     let closed = format!("embassy_route_connections_total{{{route},outcome=\"closed\"}}");
     counts(&embassy, &closed, 11)?;
     let started = metric(&embassy, &format!("embassy_route_connections_started_total{{{route}}}"))?;
