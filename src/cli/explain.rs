@@ -123,7 +123,11 @@ fn write_service(out: &mut String, service: &api::ExplainService) -> std::fmt::R
 fn of_binding(binding: &api::Binding) -> String {
     let query = binding.query.as_ref().map(|query| query.name.as_str());
     let asked = query.or(binding.service.as_deref()).unwrap_or_default();
-    let words = [binding.origin.as_str(), asked];
+    let over = match binding.protocol {
+        Some(Protocol::Udp) => "over UDP",
+        Some(Protocol::Tcp) | None => "",
+    };
+    let words = [binding.origin.as_str(), asked, over];
     let words: Vec<_> = words.into_iter().filter(|word| !word.is_empty()).collect();
     let declared = if words.is_empty() { "nothing".to_owned() } else { words.join(" ") };
     let why = binding.reasons.iter().map(|reason| format!("; {reason}"));

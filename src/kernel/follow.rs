@@ -400,14 +400,13 @@ impl Core {
         let (Kernel::Ready(tables), Some(hierarchy)) = (&mut self.kernel, &self.hierarchy) else {
             return false;
         };
-        let loaded = *self.udp.get_or_insert_with(|| match tables.load_udp(hierarchy) {
+        *self.udp.get_or_insert_with(|| match tables.load_udp(hierarchy) {
             Ok(()) => true,
             Err(error) => {
                 warn!(%error, "the kernel path takes no UDP; bindings of UDP are not served");
                 false
             }
-        });
-        loaded
+        })
     }
 
     fn load(&mut self) -> Result<Tables, Unavailable> {

@@ -239,8 +239,11 @@ s, c = unconnected(), connected()
 for n in range(100):
     while not os.path.exists("{dir}/ask-%d" % n):
         time.sleep(0.01)
-    if n == 2:
-        c.connect(VIP)
+    if n == 2 or n == 5:
+        try:
+            c.connect(VIP)
+        except OSError as e:
+            print("failed", n, errno.errorcode[e.errno], flush=True)
     print("said", n, json.dumps([ask(s, VIP), ask_connected(c)]), flush=True)
 "#,
                 dir = host.dir().display()
@@ -284,6 +287,9 @@ for n in range(100):
     has_endpoints(&embassy, "app", 53, 0)?;
     let said = asks(5)?;
     assert_eq!(said[0][0], "ECONNREFUSED", "{said}");
+    // A connect() that fails leaves the socket as it was.
+    ensure!(client.log().contains("failed 5 ECONNREFUSED"), "{}", client.log());
+    assert_eq!((of(&said, 1), &said[1][1]), (of(&first, 0), &vip), "{said}");
     let said = python(
         &app,
         r#"
@@ -302,9 +308,9 @@ print(json.dumps(all))
     assert_eq!(said, json!([["ECONNREFUSED", null], "ECONNREFUSED", true]));
     let refused =
         format!("{},outcome=\"no_endpoint\"}}", of_route("connections_total", "echo", 53));
-    counts(&embassy, &refused, 3)?;
-    assert_eq!(metric(&embassy, &refused)?, 3);
-    assert!(metric(&embassy, "embassy_udp_events_total{event=\"no_endpoint\"}")? == 3);
+    counts(&embassy, &refused, 4)?;
+    assert_eq!(metric(&embassy, &refused)?, 4);
+    assert_eq!(metric(&embassy, "embassy_udp_events_total{event=\"no_endpoint\"}")?, 4);
     let route = takes(&embassy, "app", 53, "kernel", "possible")?;
     assert_eq!(route["state"], "no_endpoint", "{route}");
     offer_at(&host, "echo", &format!("{}:5353", gone.0.ip()?))?;

@@ -469,15 +469,16 @@ static __always_inline int route_datagram(struct bpf_sock_addr *ctx, struct key 
 	__u32 route_index = 0;
 	__u64 now = bpf_ktime_get_ns();
 	__u32 is_ipv4 = is_mapped(key->vip);
-	if (connects) {
-		struct flows *before = bpf_sk_storage_get(&flows_of, ctx->sk, 0, 0);
-		if (before)
-			disconnect(before, now);
-	}
 	key->protocol = IPPROTO_UDP;
 	struct route *route = find_route(key, &route_index);
-	if (!route)
+	if (!route) {
+		if (connects) {
+			struct flows *before = bpf_sk_storage_get(&flows_of, ctx->sk, 0, 0);
+			if (before)
+				disconnect(before, now);
+		}
 		return LEFT_ALONE;
+	}
 	__u32 route_generation = route->generation;
 	__u32 service = route->service;
 	__u32 least_connections = route->least_connections;
@@ -490,12 +491,12 @@ static __always_inline int route_datagram(struct bpf_sock_addr *ctx, struct key 
 		__u32 found = find_flow(flows, key);
 		if (found < FLOWS) {
 			struct flow *flow = flow_at(flows, found);
-			__u64 word = 0;
+			__u64 known = 0;
 			// A socket may be in the hands of another consumer now: it has its own routes.
 			if (flow->route == route_index && flow->route_generation == route_generation && now < flow->last + IDLE)
-				word = still(service, flow->set, flow->endpoint, is_ipv4);
-			if (word) {
-				flow->set = word;
+				known = still(service, flow->set, flow->endpoint, is_ipv4);
+			if (known) {
+				flow->set = known;
 				flow->local_port = ctx->sk->src_port;
 				count_datagram(flow, true, now);
 				copy_address(key->vip, flow->address);
@@ -506,6 +507,11 @@ static __always_inline int route_datagram(struct bpf_sock_addr *ctx, struct key 
 				flow->state = FREE;
 		}
 	}
+	// Read before the choice: if the set is replaced meanwhile, the next datagram looks whether the new one has the endpoint.
+	__u64 *current = bpf_map_lookup_elem(&services, &service);
+	if (!current)
+		return refuse(UDP_NO_ENDPOINT, route_index, route_generation);
+	__u64 word = *(volatile __u64 *)current;
 	struct endpoint *endpoint;
 	__u32 endpoint_index;
 #pragma unroll
@@ -519,12 +525,14 @@ static __always_inline int route_datagram(struct bpf_sock_addr *ctx, struct key 
 	}
 	udp_note(UDP_SHARED);
 chosen:;
-	__u64 *current = bpf_map_lookup_elem(&services, &service);
 	struct live *live = bpf_map_lookup_elem(&lives, &endpoint_index);
 	struct counts *of_endpoint = bpf_map_lookup_elem(&endpoint_counts, &endpoint_index);
 	struct counts *of_route = bpf_map_lookup_elem(&route_counts, &route_index);
-	if (!current || !live || !of_endpoint || !of_route)
+	if (!live || !of_endpoint || !of_route)
 		return REFUSED;
+	// Only now: a connect() that fails leaves the socket connected as it was.
+	if (connects)
+		disconnect(flows, now);
 	struct flow *flow;
 #pragma unroll
 	for (__u32 n = 0; n < ATTEMPTS; n++) {
@@ -543,7 +551,7 @@ claimed:
 	flow->route_generation = route_generation;
 	flow->endpoint = endpoint_index;
 	flow->endpoint_generation = endpoint->generation;
-	flow->set = *(volatile __u64 *)current;
+	flow->set = word;
 	flow->start = now;
 	flow->last = now;
 	flow->sent = now;
