@@ -170,7 +170,7 @@ fn host() -> Result<(Host, Container)> {
 }
 
 /// Builds the image with iptables on a base that was made here.
-fn image(host: &Host) -> Result<()> {
+pub(crate) fn image(host: &Host) -> Result<()> {
     let programs = ["nft", "iptables", "iptables-save", "iptables-restore", "setcap"];
     let paths = programs.map(|name| output(std::process::Command::new("which").arg(name)));
     let paths = paths.into_iter().collect::<Result<Vec<_>>>()?;
