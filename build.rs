@@ -20,8 +20,12 @@ fn main() {
     let mut command = Command::new(&clang);
     // -g for the types of the maps (BTF). Only v4 needs more than Linux 5.15.
     command.args(["-target", "bpf", "-mcpu=v2", "-O2", "-g", "-Wall", "-Werror"]);
-    // Debian has the kernel's headers of an architecture in a folder of its own.
-    command.arg("-idirafter").arg(format!("/usr/include/{arch}-linux-gnu"));
+    // Debian has the kernel's headers of an architecture in a folder of its own: that of this machine, and that of its cross compiler.
+    for folder in
+        [format!("/usr/include/{arch}-linux-gnu"), format!("/usr/{arch}-linux-gnu/include")]
+    {
+        command.arg("-idirafter").arg(folder);
+    }
     // The same bytes wherever they are built.
     command
         .arg(format!("-ffile-prefix-map={}=.", env::var("CARGO_MANIFEST_DIR").unwrap_or_default()));

@@ -10,7 +10,9 @@ say() { echo "dist: $*"; }
 fail() { echo "dist: $*" >&2; exit 1; }
 has() { command -v "$1" >/dev/null 2>&1; }
 
-target=${TARGET:-$(rustc -vV | sed -n 's/^host: //p')}
+host=$(rustc -vV | sed -n 's/^host: //p')
+target=${TARGET:-$host}
+processor=${target%%-*}
 case $target in
     x86_64-*-linux-gnu) architecture=amd64 ;;
     aarch64-*-linux-gnu) architecture=arm64 ;;
@@ -28,11 +30,15 @@ look() {
     has protoc || fail 'protoc is missing, of the package protobuf-compiler (builds the etcd client)'
     [ -d "$(rustc --print sysroot)/lib/rustlib/$target/lib" ] \
         || fail "this Rust has no library for $target: rustup target add $target"
-    if [ "$target" != "$(rustc -vV | sed -n 's/^host: //p')" ]; then
-        cross=${target%%-*}-linux-gnu-gcc
-        has "$cross" || fail "$cross is missing, of the package gcc-${target%%-*}-linux-gnu (links for $target)"
+    if [ "$target" != "$host" ]; then
+        cross=$processor-linux-gnu-gcc
+        has "$cross" || fail "$cross is missing, of the package gcc-$processor-linux-gnu (links for $target)"
+        [ -e "/usr/$processor-linux-gnu/lib/libc.a" ] \
+            || fail "/usr/$processor-linux-gnu/lib/libc.a is missing, of the package libc6-dev-$architecture-cross (the C library for $target)"
+        for emulator in "qemu-$processor-static" "qemu-$processor" ''; do ! has "$emulator" || break; done
+        [ -n "$emulator" ] || fail "qemu-$processor is missing, of the package qemu-user-static (runs the binary, which writes its manual pages)"
         variable=$(echo "$target" | tr 'a-z-' 'A-Z_')
-        STRIP=${target%%-*}-linux-gnu-strip
+        STRIP=$processor-linux-gnu-strip
         export "CARGO_TARGET_${variable}_LINKER=$cross" "CC_$(echo "$target" | tr - _)=$cross"
     fi
 }
@@ -51,18 +57,16 @@ build() {
     say "binary: $(stat -c %s "$out/embassy") bytes, static"
 }
 
-# What describes the command line is made by the binary itself; of another processor by one that runs here.
+# What describes the command line is written by the binary itself.
 describe() {
-    runs=$out/embassy
-    "$runs" --version >/dev/null 2>&1 || runs=target/release/embassy
-    [ -x "$runs" ] || fail "manual pages are made by the binary, and none runs here: cargo build --release"
-    "$runs" man >"$out/man/embassy.1"
-    for command in $("$runs" --help | sed -n '/^Commands:/,/^$/s/^  \([a-z][a-z]*\) .*/\1/p'); do
-        "$runs" man "$command" >"$out/man/embassy-$command.1"
+    embassy() { ${emulator-} "$out/embassy" "$@"; }
+    embassy man >"$out/man/embassy.1"
+    for command in $(embassy --help | sed -n '/^Commands:/,/^$/s/^  \([a-z][a-z]*\) .*/\1/p'); do
+        embassy man "$command" >"$out/man/embassy-$command.1"
     done
-    "$runs" completions bash >"$out/completions/embassy.bash"
-    "$runs" completions zsh >"$out/completions/_embassy"
-    "$runs" completions fish >"$out/completions/embassy.fish"
+    embassy completions bash >"$out/completions/embassy.bash"
+    embassy completions zsh >"$out/completions/_embassy"
+    embassy completions fish >"$out/completions/embassy.fish"
 }
 
 # Everything under one name, with owners and times that depend on nothing.
@@ -72,7 +76,7 @@ archive() {
 
 # documents FOLDER: README.md and all that it links to, at the same places, so that the links lead somewhere.
 documents() {
-    for file in *.md dist/embassy.service testbed/README.md $(find docs -type f ! -name '*.sh' ! -name '*.py'); do
+    for file in *.md dist/embassy.service dist/compose.yaml testbed/README.md $(find docs -type f ! -name '*.sh' ! -name '*.py'); do
         install -Dm644 "$file" "$1/$file"
     done
 }

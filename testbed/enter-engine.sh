@@ -56,6 +56,8 @@ if [ ! -e $base/holder ]; then
         mount -t proc proc proc
         mount --rbind /sys sys
         mount --rbind /dev dev
+        # podman keeps its locks here: with one for all hosts they would share them, and never give them back.
+        mount -t tmpfs testbed dev/shm
         echo "$hierarchies" | while read -r type place options; do
             if [ -n "$type" ]; then umount ./$place; mount -t $type -o $options testbed ./$place; fi
         done

@@ -54,6 +54,7 @@ look_for_build() {
 look_for_tests() {
     need dockerd docker.io 'the Docker engine of a host'
     need docker docker.io 'its command line'
+    need docker-compose docker-compose 'runs the example for compose'
     need etcd etcd-server 'service discovery, v2 and v3'
     need etcdctl etcd-client 'writes to etcd v3'
     need openssl openssl 'certificates that the tests make'

@@ -11,8 +11,7 @@ cd "$(dirname "$0")/.."
 cache=${TESTBED_CACHE:-$PWD/.testbed/cache}/engines
 export TESTBED_SHOW_LOGS=1
 
-# Not podman4: of eight runs with it two had a test that failed, and why is not known.
-engines=${*:-docker26 docker28 podman5}
+engines=${*:-docker26 docker28 podman4 podman5}
 # shellcheck disable=SC2086
 testbed/engines.sh $engines || {
     code=$?

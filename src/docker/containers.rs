@@ -188,6 +188,7 @@ impl Containers {
                 self.doubtful.remove(&id);
                 self.inspections.forget(&id);
                 self.seen(&id);
+                self.no_longer_awaited(&id);
                 return;
             }
             Notice::Left(id, network) => {
@@ -291,9 +292,11 @@ impl Containers {
             Found::NotRunning => {
                 self.doubtful.remove(&id);
                 self.remove(&id);
+                self.no_longer_awaited(&id);
                 None
             }
             Found::Unknown => {
+                self.no_longer_awaited(&id);
                 self.inspections.failed(id);
                 None
             }
@@ -406,7 +409,7 @@ impl Containers {
 
     pub(super) fn inventory(&self) -> Inventory {
         Inventory {
-            containers: self.running.values().cloned().collect(),
+            containers: self.running.values().filter(|one| !self.awaits(one)).cloned().collect(),
             bridges: self.bridges.clone(),
             others: self.others.clone(),
             here: self.here.clone(),
@@ -415,6 +418,21 @@ impl Containers {
             ended: self.ended,
             confirmed: self.confirmed,
         }
+    }
+
+    /// Whether a container shares the network of one that is still to be inspected. It is not known yet then, as if it were to be
+    /// inspected itself: those of a pod start together, and their inspections come back in any order.
+    fn awaits(&self, container: &Container) -> bool {
+        let Network::Of(target) = &container.network else { return false };
+        let target = ContainerId::new(target);
+        !self.running.contains_key(&target) && self.inspections.is_to_come(&target)
+    }
+
+    /// No inspection of a container is to come, and none has found it.
+    fn no_longer_awaited(&mut self, id: &ContainerId) {
+        let shares =
+            |one: &Arc<Container>| matches!(&one.network, Network::Of(of) if *of == id.as_str());
+        self.changed |= self.running.values().any(shares);
     }
 
     /// Whether all of the last list have been inspected, so that nothing is left of what was known before it.
@@ -599,6 +617,39 @@ mod tests {
         found(&mut containers, ticket, &a);
         assert_eq!(known(&containers), []);
         assert_eq!(containers.next(), None);
+    }
+
+    #[test]
+    fn who_shares_the_network_of_one_that_is_to_be_inspected_is_known_after_it() {
+        let infra = container("infra", bridge("172.17.0.2"));
+        let member = container("member", Network::Of("infra".into()));
+        let started = || {
+            let mut containers = Containers::default();
+            containers.hear(Notice::Changed(id("infra")));
+            containers.hear(Notice::Changed(id("member")));
+            let of_infra = next(&mut containers, "infra");
+            let of_member = next(&mut containers, "member");
+            found(&mut containers, of_member, &member);
+            assert_eq!(known(&containers), [], "nothing is wrong with it");
+            containers.take_change();
+            (containers, of_infra)
+        };
+        let (mut containers, ticket) = started();
+        found(&mut containers, ticket, &infra);
+        assert!(containers.take_change());
+        assert_eq!(known(&containers), [at("infra", &["172.17.0.2"]), at("member", &[])]);
+
+        // If it is not there, that is wrong with the other one.
+        for found in [Found::NotRunning, Found::Unknown] {
+            let (mut containers, ticket) = started();
+            containers.inspected(ticket, found);
+            assert!(containers.take_change());
+            assert_eq!(known(&containers), [at("member", &[])]);
+        }
+        let (mut containers, _) = started();
+        containers.hear(Notice::Destroyed(id("infra")));
+        assert!(containers.take_change());
+        assert_eq!(known(&containers), [at("member", &[])]);
     }
 
     #[test]

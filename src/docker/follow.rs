@@ -179,6 +179,10 @@ impl Source for EngineSource {
             // What has arrived together costs one inspection of each container, not of each event.
             while let Some(event) = heard.take() {
                 let event = event.unwrap_or_else(|| Err(SourceError::new("the events ended")))?;
+                // Podman before 5.4 tells of no new network: the first container on it is made before its interface is.
+                if client.is_podman() && read::is_of_a_new_container(&event) {
+                    self.containers.list_networks();
+                }
                 if let Some(notice) = read::notice(&event) {
                     if matches!(notice, Notice::Changed(_)) {
                         lookup.forget();

@@ -130,6 +130,11 @@ impl Inspections {
         self.under_way.contains_key(id)
     }
 
+    /// Whether one is wanted or under way.
+    pub(super) fn is_to_come(&self, id: &ContainerId) -> bool {
+        self.queued.contains_key(id) || self.under_way.contains_key(id)
+    }
+
     fn number(&mut self) -> u64 {
         self.last_number += 1;
         self.last_number

@@ -92,6 +92,11 @@ pub(super) fn notice(event: &Event) -> Option<Notice> {
     }
 }
 
+/// Whether a container was made, which does not run yet.
+pub(super) fn is_of_a_new_container(event: &Event) -> bool {
+    (event.kind.as_deref(), event.action.as_deref()) == (Some("container"), Some("create"))
+}
+
 /// The number of a signal, by its name (`SIGTERM`, `TERM`) or its number. Only those are known by name with which containers
 /// are asked to stop.
 fn signal(text: &str) -> Option<i32> {

@@ -551,6 +551,31 @@ async fn podman_is_asked_for_networks_in_its_own_form_and_else_in_dockers() {
     }
 }
 
+/// podman before 5.4 tells of no new network. A container's first act may be to dial its gateway.
+#[tokio::test]
+async fn podmans_networks_are_listed_again_when_a_container_is_made() {
+    let is_listed = |known: &Known<Listing>, range: &str| {
+        let networks = known.value.iter().flat_map(|listing| &listing.networks);
+        networks.into_iter().any(|network| network.to_string() == range)
+    };
+    let engine = FakeEngine::start();
+    engine.is_podman();
+    let network = |name: &str, n: u8| {
+        let network = serde_json::json!({
+            "name": name, "id": name, "driver": "bridge", "network_interface": format!("podman{n}"),
+            "subnets": [{"subnet": format!("10.{n}.0.0/16"), "gateway": format!("10.{n}.0.1")}]
+        });
+        engine.has_network(name, network);
+    };
+    network("own", 91);
+    let mut answers = followed(&engine);
+    until(&mut answers, |known| is_listed(known, "10.91.0.0/16")).await;
+    network("new", 92);
+    engine.tells("create", "one");
+    until(&mut answers, |known| is_listed(known, "10.92.0.0/16")).await;
+    assert_eq!(engine.asked(&path("one")), 0, "it does not run yet");
+}
+
 /// No event told that a container lost its address, and the next one to have it is there.
 #[tokio::test]
 async fn an_address_that_a_newer_container_claims_is_nobodys_until_both_were_inspected() {

@@ -8,6 +8,7 @@ mod bounds;
 mod capture;
 mod command_line;
 mod commands;
+mod compose;
 mod connection_log;
 mod consumers;
 mod data_path;
