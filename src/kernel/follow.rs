@@ -29,6 +29,7 @@ use crate::{
     discovery::Query,
     events::Event,
     log::CONNECTION,
+    memory,
     model::{ConsumerId, Endpoint, Vip},
     outcome::Outcome,
     path::{Facts, PathReason, Paths, decide},
@@ -272,6 +273,8 @@ impl Core {
                 Ok(tables) => {
                     let ms = start.elapsed().as_millis() as u64;
                     info!(ms, "the kernel path is ready");
+                    // Of the programs as they are written only the kernel's copy is needed from now on.
+                    memory::give_back();
                     Kernel::Ready(Box::new(tables))
                 }
                 Err(error) => {
