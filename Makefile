@@ -40,7 +40,7 @@ endif
 engines: build ## run the tests that every engine has to pass with Docker 26 and 28 and podman 5; ENGINES="podman4"
 	testbed/test-engines.sh $(ENGINES)
 
-registry-figures: setup ## what 300 services cost a real etcd and Consul; MINUTES=4
+registry-figures: setup ## what 300 services cost a real etcd (v3 and v2) and Consul; MINUTES=4
 	cargo test --test it what_many_services_cost_a_registry -- --ignored --nocapture
 
 lint: setup ## check format, clippy, and dependencies if cargo-deny is installed

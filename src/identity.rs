@@ -4,16 +4,9 @@ use std::{collections::HashSet, sync::Arc};
 
 /// Those of `before` that are not in `now`, and those of `now` that were not in `before`. Neither has anything twice.
 pub fn gone_and_new<T>(before: &[Arc<T>], now: &[&Arc<T>]) -> (Vec<Arc<T>>, Vec<Arc<T>>) {
-    // Most often all are the same, in the same order, or but for one.
-    let same = |pairs: &mut dyn Iterator<Item = (&Arc<T>, &&Arc<T>)>| {
-        pairs.take_while(|(one, other)| Arc::ptr_eq(one, other)).count()
-    };
-    let first = same(&mut before.iter().zip(now));
-    let before = before.get(first..).unwrap_or_default();
-    let now = now.get(first..).unwrap_or_default();
-    let last = same(&mut before.iter().rev().zip(now.iter().rev()));
-    let before = before.get(..before.len() - last).unwrap_or_default();
-    let now = now.get(..now.len() - last).unwrap_or_default();
+    let (first, last) = same_at_the_ends(before, now);
+    let before = before.get(first..before.len() - last).unwrap_or_default();
+    let now = now.get(first..now.len() - last).unwrap_or_default();
     let old: HashSet<_> = before.iter().map(Arc::as_ptr).collect();
     let current: HashSet<_> = now.iter().map(|one| Arc::as_ptr(one)).collect();
     let gone = before.iter().filter(|one| !current.contains(&Arc::as_ptr(one))).cloned();
@@ -21,14 +14,48 @@ pub fn gone_and_new<T>(before: &[Arc<T>], now: &[&Arc<T>]) -> (Vec<Arc<T>>, Vec<
     (gone.collect(), new.map(|&one| one.clone()).collect())
 }
 
+/// The same, and makes `list` the list of now. What is the same at both ends is left alone: each entry lies somewhere else in memory, and
+/// there may be ten thousand.
+pub fn follow<T>(list: &mut Vec<Arc<T>>, now: &[&Arc<T>]) -> (Vec<Arc<T>>, Vec<Arc<T>>) {
+    let found = gone_and_new(list, now);
+    let (first, last) = same_at_the_ends(list, now);
+    let others = now.get(first..now.len() - last).unwrap_or_default();
+    list.splice(first..list.len() - last, others.iter().map(|&one| one.clone()));
+    found
+}
+
+/// How many are the same from the first on, and of the rest from the last on: most often all, or all but one.
+fn same_at_the_ends<T>(before: &[Arc<T>], now: &[&Arc<T>]) -> (usize, usize) {
+    let is_same = |(one, other): &(&Arc<T>, &&Arc<T>)| Arc::ptr_eq(one, other);
+    let first = before.iter().zip(now).take_while(is_same).count();
+    let left = before.len().min(now.len()) - first;
+    let last = before.iter().rev().zip(now.iter().rev()).take(left).take_while(is_same).count();
+    (first, last)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What came and went, which does not depend on how it is asked.
+    fn gone_and_new<T: PartialEq + std::fmt::Debug>(
+        before: &[Arc<T>],
+        now: &[&Arc<T>],
+    ) -> (Vec<Arc<T>>, Vec<Arc<T>>) {
+        let mut list = before.to_vec();
+        let found = super::gone_and_new(before, now);
+        assert_eq!(follow(&mut list, now), found);
+        assert!(list.len() == now.len() && list.iter().zip(now).all(|(a, b)| Arc::ptr_eq(a, b)));
+        found
+    }
 
     #[test]
     fn the_same_in_another_place_neither_came_nor_went() {
         let [a, b, c, d] = ["a", "b", "c", "d"].map(Arc::new);
         let before = [a.clone(), b.clone(), c.clone()];
+        assert_eq!(gone_and_new(&before, &[&a, &b, &c, &d]), (vec![], vec![d.clone()]));
+        assert_eq!(gone_and_new(&before, &[]), (before.to_vec(), vec![]));
+        assert_eq!(gone_and_new(&[], &[&a, &b, &c]), (vec![], before.to_vec()));
         assert_eq!(gone_and_new(&before, &[&a, &b, &c]), (vec![], vec![]));
         assert_eq!(gone_and_new(&before, &[&a, &d, &c, &b]), (vec![], vec![d.clone()]));
         assert_eq!(gone_and_new(&before, &[&a, &d, &c]), (vec![b.clone()], vec![d.clone()]));

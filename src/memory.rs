@@ -1,4 +1,5 @@
-//! The memory limit of the control group that a process is in, and the use. At the limit the kernel kills processes.
+//! The memory limit of the control group that a process is in, and the use. At the limit the kernel kills processes. And how memory is
+//! given back.
 
 #![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
 
@@ -91,6 +92,17 @@ impl Memory {
 
     fn uses(&self) -> impl Iterator<Item = Use> {
         self.0.iter().filter_map(Group::usage)
+    }
+}
+
+/// Gives what was freed back to the kernel: by itself the allocator keeps all that lies below anything still in use. It takes
+/// milliseconds, in which a thread that allocates may have to wait.
+pub(crate) fn give_back() {
+    // SAFETY: it takes no pointers, and any thread may call it at any time (man 3 malloc_trim: MT-Safe).
+    #[cfg(target_env = "gnu")]
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

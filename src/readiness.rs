@@ -53,6 +53,11 @@ impl Readiness {
         self.0.borrow().iter().map(|(part, since)| (*part, since.elapsed())).collect()
     }
 
+    /// Whether embassy waits for a part.
+    pub fn awaits(&self, part: Part) -> bool {
+        self.0.borrow().contains_key(&part)
+    }
+
     /// Changes when a part does.
     pub fn changes(&self) -> watch::Receiver<BTreeMap<Part, Instant>> {
         self.0.subscribe()

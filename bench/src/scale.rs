@@ -108,8 +108,9 @@ impl Simulation {
     fn measure(mut self) -> Result<String> {
         let start_cpu = self.cpu()?;
         let at_start = Stages::read(&self.embassy)?;
+        let before = self.cpu()?;
         let endpoint = self.endpoint_changes()?;
-        let cpu = (self.cpu()? - start_cpu) / CHANGES as f64;
+        let cpu = (self.cpu()? - before) / CHANGES as f64;
         let after_endpoints = Stages::read(&self.embassy)?;
         let (came, went) = self.consumers_change()?;
         let after_consumers = Stages::read(&self.embassy)?;

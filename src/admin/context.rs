@@ -21,7 +21,7 @@ use crate::{
     path::Paths,
     provider::{Listing, fixed},
     proxy::Figures,
-    readiness::Readiness,
+    readiness::{Part, Readiness},
     report::PROVIDER,
     source::{Known, ResyncRequests},
     table::Table,
@@ -81,10 +81,21 @@ pub(super) struct Context {
 impl Feeds {
     /// Everything that is judged, at this moment.
     pub(super) fn situation(&self) -> Situation {
+        self.read(true)
+    }
+
+    /// What readiness is judged by. It is asked for often, and there may be ten thousand queries: they are read only while embassy
+    /// waits for answers.
+    pub(super) fn readiness(&self) -> Situation {
+        self.read(self.readiness.awaits(Part::Discovery))
+    }
+
+    fn read(&self, with_queries: bool) -> Situation {
         let sources = self.sources.borrow().clone();
         let now = Instant::now();
         let listing = sources.listing.clone().unwrap_or_default();
-        let queries = sources.queries.iter().map(|(query, answers)| {
+        let wanted = if with_queries { &sources.queries[..] } else { &[] };
+        let queries = wanted.iter().map(|(query, answers)| {
             let known = answers.borrow();
             let in_use = sources.in_use.get(query);
             let skipped = skipped_entries(&known);

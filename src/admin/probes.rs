@@ -53,7 +53,7 @@ pub(super) async fn readyz(
         true => awaited.sources.clone(),
         false => Vec::new(),
     };
-    let awaited = context.feeds.situation().awaited();
+    let awaited = context.feeds.readiness().awaited();
     let ready = awaited.is_empty();
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let answer = api::Ready {

@@ -8,7 +8,7 @@ use std::{
 use crate::{
     consumer::{Binding, Consumer},
     discovery::Query,
-    identity::gone_and_new,
+    identity::follow,
 };
 
 /// The queries that are needed now.
@@ -42,7 +42,7 @@ impl Demand {
         consumers: &[&Arc<Consumer>],
         query: impl Fn(&Binding) -> Option<Query>,
     ) -> DemandChange {
-        let (gone, new) = gone_and_new(&self.consumers, consumers);
+        let (gone, new) = follow(&mut self.consumers, consumers);
         if gone.is_empty() && new.is_empty() {
             return DemandChange::default();
         }
@@ -69,7 +69,6 @@ impl Demand {
                 }
             }
         }
-        self.consumers = consumers.iter().map(|&consumer| consumer.clone()).collect();
         change
     }
 }

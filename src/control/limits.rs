@@ -8,7 +8,7 @@ use std::{
 use crate::{
     consumer::{Binding, Consumer},
     discovery::Query,
-    identity::gone_and_new,
+    identity::follow,
     model::ConsumerId,
     provider::{Beyond, Limit, Listing},
 };
@@ -56,10 +56,9 @@ impl Limited {
         query: impl Fn(&Binding) -> Option<Query>,
     ) -> Arc<Listing> {
         let now: Vec<_> = listing.consumers.iter().collect();
-        let (gone, new) = gone_and_new(&self.consumers, &now);
+        let (gone, new) = follow(&mut self.consumers, &now);
         if !gone.is_empty() || !new.is_empty() {
             self.change(gone, new, query);
-            self.consumers = listing.consumers.clone();
         }
         if self.cut.is_empty() {
             return listing.clone();

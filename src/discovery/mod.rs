@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use futures_util::FutureExt;
 use ipnet::IpNet;
 
 use crate::{
@@ -243,15 +244,18 @@ impl Discovery {
         }
     }
 
-    /// Follows `query`; never returns.
+    /// Follows `query`; never returns. Each kind has a box of its own: there may be ten thousand queries, and one future for all
+    /// kinds would have the size of the largest.
     async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: &ResyncRequests) {
         let (name, schedule) = (query.to_string(), resync.subscribe());
         match self {
-            Self::Consul(consul) => follow(&name, consul.source(query), publish, schedule).await,
-            Self::Etcd(etcd) => follow(&name, etcd.source(query), publish, schedule).await,
-            Self::Docker(docker) => docker.watch(query, publish, resync).await,
-            Self::File(file) => file.watch(query, publish, resync).await,
-            Self::Dns(dns) => follow(&name, dns.source(query), publish, schedule).await,
+            Self::Consul(consul) => {
+                follow(&name, consul.source(query), publish, schedule).boxed().await
+            }
+            Self::Etcd(etcd) => follow(&name, etcd.source(query), publish, schedule).boxed().await,
+            Self::Docker(docker) => docker.watch(query, publish, resync).boxed().await,
+            Self::File(file) => file.watch(query, publish, resync).boxed().await,
+            Self::Dns(dns) => follow(&name, dns.source(query), publish, schedule).boxed().await,
         }
     }
 }

@@ -50,7 +50,15 @@ impl<C: PartialEq, T> PerContainer<C, T> {
         let follow = |container: &Arc<Container>| {
             let is_it = |made: &Made<T>| Arc::ptr_eq(&made.container, container);
             while all.next_if(|made| !is_it(made) && made.container.id < container.id).is_some() {}
-            let before = all.next_if(|made| is_it(made) || made.container.id == container.id);
+            let mut before = all.next_if(|made| is_it(made) || made.container.id == container.id);
+            // That its network is its own depends on the container alone. It is not looked at: each lies somewhere else in memory.
+            let is_settled = |made: &mut Made<T>| {
+                let is_its_own = |owner: &Arc<Container>| Arc::ptr_eq(owner, container);
+                is_it(made) && made.owner.as_ref().is_ok_and(is_its_own)
+            };
+            if same && let Some(made) = before.take_if(is_settled) {
+                return made;
+            }
             let owner = inventory.namespace(container);
             if let Some(made) = before.as_ref()
                 && same

@@ -763,6 +763,27 @@ fn bindings_of_one_origin_have_their_own_reasons() {
     }
 }
 
+/// Then they need not be read for it.
+#[test]
+fn readiness_depends_on_queries_only_while_their_first_answers_are_awaited() {
+    let judged = |situation: &Situation| {
+        let causes = words(&situation.why_not_ready());
+        (situation.awaited(), causes, situation.passed_by_ports())
+    };
+    let mut not_ready = 0;
+    for (_, _, change) in cases() {
+        let mut situation = Setting::of(change).situation();
+        if situation.pending.iter().any(|(part, _)| *part == Part::Discovery) {
+            continue;
+        }
+        let before = judged(&situation);
+        not_ready += usize::from(!before.0.is_empty());
+        situation.queries.clear();
+        assert_eq!(judged(&situation), before);
+    }
+    assert!(not_ready > 5, "{not_ready}");
+}
+
 #[test]
 fn what_only_follows_from_a_provider_that_is_awaited_is_not_said() {
     let mut situation = Setting::of(|s| {

@@ -31,6 +31,7 @@ use crate::{
     discovery::Query,
     events::Event,
     log::CONNECTION,
+    memory,
     model::{ConsumerId, Endpoint, Protocol, Vip},
     outcome::Outcome,
     path::{Candidate, Facts, PathReason, Paths, asks, caution, decide, nearness},
@@ -384,6 +385,8 @@ impl Core {
                 Ok(tables) => {
                     let ms = start.elapsed().as_millis() as u64;
                     info!(ms, "the kernel path is ready");
+                    // Of the programs as they are written only the kernel's copy is needed from now on.
+                    memory::give_back();
                     Kernel::Ready(Box::new(tables))
                 }
                 Err(error) => {

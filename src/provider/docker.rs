@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    mem,
     net::IpAddr,
     sync::Arc,
 };
@@ -18,7 +19,7 @@ use crate::{
         per_container::{PerContainer, Subject},
         read::{LARGEST_DECLARED, MOST_DECLARED},
     },
-    identity::gone_and_new,
+    identity::follow,
     model::{ConsumerId, ContainerId},
     wiring::{Arrival, Interface, Owner, Plug, Wiring},
 };
@@ -92,7 +93,8 @@ type Outclaimed = BTreeSet<(ContainerId, IpAddr)>;
 /// The bindings of a container.
 #[derive(Debug)]
 struct Asking {
-    bindings: Vec<Binding>,
+    /// Of a consumer, they are its own.
+    without_consumer: Vec<Binding>,
     problems: Vec<Problem>,
     /// `None` if it has no bindings, or its network is unknown.
     consumer: Option<Arc<Consumer>>,
@@ -155,7 +157,7 @@ impl Listings {
                 continue;
             }
             cables.push(&asking.cables);
-            if asking.bindings.is_empty() && !asking.problems.is_empty() {
+            if !asking.problems.is_empty() && asking.bindings().is_empty() {
                 let (name, id) = (container.name.clone(), container.id.clone());
                 let addresses = container.addresses().collect();
                 listing.invalid.push(Invalid { name, id, addresses });
@@ -207,7 +209,7 @@ impl Listings {
 impl AddressClaims {
     /// Follows the containers that run.
     fn follow(&mut self, now: &[&Arc<OwnAddresses>]) {
-        let (gone, new) = gone_and_new(&self.cables, now);
+        let (gone, new) = follow(&mut self.cables, now);
         if gone.is_empty() && new.is_empty() {
             return;
         }
@@ -226,7 +228,6 @@ impl AddressClaims {
         for (address, _) in gone.iter().chain(&new).flat_map(|cables| &cables.all) {
             self.settle(*address);
         }
-        self.cables = now.iter().map(|&cables| cables.clone()).collect();
     }
 
     /// What follows from the claims on an address.
@@ -453,11 +454,18 @@ fn claim(bridges: &Bridges, network: &NetworkId, end: &Attachment) -> Certainty 
 }
 
 impl Asking {
+    fn bindings(&self) -> &[Binding] {
+        match &self.consumer {
+            Some(consumer) => &consumer.bindings,
+            None => &self.without_consumer,
+        }
+    }
+
     fn of(subject: Subject<'_, Self>, prefix: &str, common: &Common) -> Self {
         let Subject { container, owner, before } = subject;
         let (bindings, problems) = match before {
             Some((was, asking)) if Arc::ptr_eq(was, container) => {
-                (asking.bindings.clone(), asking.problems.clone())
+                (asking.bindings().to_vec(), asking.problems.clone())
             }
             _ => declared(container, prefix),
         };
@@ -467,14 +475,16 @@ impl Asking {
         let before_cables = before.map(|(_, asking)| &asking.cables);
         let same = before_cables.filter(|before| ***before == cables);
         let cables = same.cloned().unwrap_or_else(|| cables.into());
-        let mut asking = Self { bindings, problems, consumer: None, no_network: None, cables };
-        if asking.bindings.is_empty() {
+        let mut asking =
+            Self { without_consumer: bindings, problems, consumer: None, no_network: None, cables };
+        if asking.without_consumer.is_empty() {
             return asking;
         }
         let reason = match owner {
             Ok(owner) if owner.network == Network::Host => NET_HOST.to_owned(),
             Ok(owner) => {
-                let consumer = consumer(container, owner, common, asking.bindings.clone());
+                let bindings = mem::take(&mut asking.without_consumer);
+                let consumer = consumer(container, owner, common, bindings);
                 let has_address = !consumer.sources.is_empty();
                 let before = before.and_then(|(_, asking)| asking.consumer.as_ref());
                 let same = before.filter(|before| before.is_same_as(&consumer));

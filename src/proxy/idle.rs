@@ -12,7 +12,7 @@ use super::{
     socket::Socket,
     worker::{Ticket, Worker},
 };
-use crate::outcome::Outcome;
+use crate::{memory, outcome::Outcome};
 
 /// A connection that moves nothing between two looks is parked.
 const LOOK: Duration = Duration::from_secs(1);
@@ -33,7 +33,7 @@ impl Worker {
             if self.parked_since_trim.get() >= MANY {
                 self.parked_since_trim.set(0);
                 // It takes milliseconds, which a worker's connections should not wait. There is nothing to wait for.
-                drop(spawn_blocking(give_memory_back));
+                drop(spawn_blocking(memory::give_back));
             }
             self.connections.borrow_mut().begin_round();
             while !self.frozen.is() && self.look() {
@@ -104,16 +104,6 @@ impl Worker {
                 ticket.end(Outcome::LocalReset);
             }
         }
-    }
-}
-
-/// What was freed, to the kernel: by itself the allocator keeps all that lies below anything still in use.
-fn give_memory_back() {
-    // SAFETY: it takes no pointers, and any thread may call it at any time (man 3 malloc_trim: MT-Safe).
-    #[cfg(target_env = "gnu")]
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::malloc_trim(0);
     }
 }
 

@@ -82,7 +82,7 @@ pub(super) fn table_after(
 }
 
 /// One consumer with one route.
-pub(super) fn table() -> Table {
+pub(crate) fn table() -> Table {
     table_of(ConsumerId::Local)
 }
 

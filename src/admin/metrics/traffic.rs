@@ -127,14 +127,27 @@ pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table, paths: &Paths) -
     }
     let mut connect = out.histograms(
         "route_connect",
-        "Time from accepting a connection of a consumer's port until its endpoint connection was open",
+        "Time from accepting a connection of a consumer's port until its endpoint connection was open; no series for a port without such a connection",
     )?;
     for (labels, port) in &ports {
         let mut sum = Distribution::default();
         port.routes.iter().for_each(|route| sum.add(&route.counts.connect.read()));
-        histogram(&mut connect.encode_family(labels)?, &sum)?;
+        connect_times(&mut connect, labels, &sum)?;
     }
     Ok(())
+}
+
+/// Writes the connect times of a route or an endpoint. One without a connection has none: on a host with many routes most are idle, and
+/// their histograms would be the larger part of a scrape.
+fn connect_times(
+    family: &mut MetricEncoder<'_>,
+    labels: &Labels,
+    read: &Distribution,
+) -> fmt::Result {
+    match read.count() {
+        0 => Ok(()),
+        _ => histogram(&mut family.encode_family(labels)?, read),
+    }
 }
 
 pub(super) fn endpoints(out: &mut Families<'_, '_>, table: &Table, now: Millis) -> fmt::Result {
@@ -207,10 +220,7 @@ pub(super) fn endpoints(out: &mut Families<'_, '_>, table: &Table, now: Millis) 
         "Connect time to an endpoint; no series for an endpoint without a connection",
     )?;
     for (labels, state) in &all {
-        let read = state.counts.connect.read();
-        if read.count() > 0 {
-            histogram(&mut connect.encode_family(labels)?, &read)?;
-        }
+        connect_times(&mut connect, labels, &state.counts.connect.read())?;
     }
     Ok(())
 }
@@ -310,6 +320,37 @@ mod tests {
     };
 
     use super::*;
+
+    /// Writes the metrics of a table's routes.
+    #[derive(Debug)]
+    struct Routes(std::sync::Arc<Table>);
+
+    impl prometheus_client::collector::Collector for Routes {
+        fn encode(
+            &self,
+            mut encoder: prometheus_client::encoding::DescriptorEncoder<'_>,
+        ) -> fmt::Result {
+            let paths = Paths::new(crate::descriptor::PathChoice::Proxy);
+            routes(&mut Families(&mut encoder), &self.0, &paths)
+        }
+    }
+
+    #[test]
+    fn a_port_has_connect_times_once_a_connection_has_opened() {
+        let table = std::sync::Arc::new(crate::proxy::testing::table());
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Routes(table.clone())));
+        let written = || {
+            let mut text = String::new();
+            encode(&mut text, &registry).unwrap();
+            let lines = |name: &str| text.lines().filter(|line| line.starts_with(name)).count();
+            (lines("route_connect_seconds"), lines("route_connections_started_total{"))
+        };
+        assert_eq!(written(), (0, 1));
+        let route = table.routes().next().unwrap();
+        route.counts.connect.observe(std::time::Duration::from_millis(1));
+        assert_eq!(written(), (BOUNDS.len() + 3, 1), "buckets, sum and count");
+    }
 
     /// Labels as the library itself writes them.
     #[derive(Debug, Clone, PartialEq, Eq, Hash)]

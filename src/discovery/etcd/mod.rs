@@ -69,13 +69,13 @@ impl Source for EtcdSource {
         resync: &mut Resync,
     ) -> Result<(), SourceError> {
         let this = &*self;
-        let mut stores = this.stores().await?;
+        let mut stores = this.stores().boxed().await?;
         let (mut is_new, mut next) = (false, Instant::now());
         // An answer without entries, while its reason is looked for. One with entries does not wait for that.
         let mut reasonless: Option<(Endpoints, BoxFuture<'_, Option<String>>)> = None;
         loop {
             if is_new && Instant::now() >= next {
-                let (endpoints, took) = this.read(stores.tree()).await;
+                let (endpoints, took) = this.read(stores.tree()).boxed().await;
                 is_new = false;
                 // A branch in which something changes all the time has a tenth of the time, and the others the rest.
                 next = Instant::now() + SHARE * took;
@@ -264,6 +264,32 @@ pub(super) fn branch(service: &ServiceName) -> ServiceName {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        discovery::{Discoveries, Discovery, Options},
+        docker::Engine,
+        source::{ResyncRequests, follow},
+    };
+
+    /// There may be ten thousand of them, and each waits nearly all the time.
+    #[test]
+    fn a_branch_is_followed_by_a_small_future() {
+        let settings = Options {
+            healthy_only: true,
+            docker: Engine::parse("unix:///nonexistent", None).unwrap(),
+            consul: Default::default(),
+            etcd: Default::default(),
+        };
+        let uri = "etcd://127.0.0.1:1".to_owned();
+        let discoveries = Discoveries::parse(&[uri], &settings).unwrap();
+        let query = discoveries.query(&"/a;80".parse().unwrap()).unwrap();
+        let Some(Discovery::Etcd(etcd)) = discoveries.by_name.get(&query.via).cloned() else {
+            panic!("it is etcd")
+        };
+        let (publish, _answers) = Publisher::new(Default::default());
+        let resync = ResyncRequests::new(Duration::from_secs(60)).subscribe();
+        let size = size_of_val(&follow("a", etcd.source(query), publish, resync));
+        assert!(size <= 4_096, "{size} bytes");
+    }
 
     #[test]
     fn a_branch_with_slashes_at_its_end_is_no_other() {

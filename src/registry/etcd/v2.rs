@@ -87,27 +87,29 @@ impl Follower {
     }
 
     /// Reads the branch; from then on, waits for the next change or confirmation. Cancel-safe.
+    ///
+    /// There may be ten thousand that wait. What is done now and then is in a box, which is given back.
     pub(crate) async fn next(&mut self) -> Result<Step, SourceError> {
         loop {
             let Some(wait) = self.wait.filter(|_| !self.read_again) else {
                 self.asking.leave_answered();
                 self.asking.pace().await;
-                return self.read(true).await;
+                return self.read(true).boxed().await;
             };
             let (etcd, path) = (self.etcd.clone(), self.path.clone());
             let ask = |turn| poll(etcd, path, wait, turn).boxed();
             let polled = tokio::select! {
                 polled = self.asking.held(&self.etcd.http, ask) => polled,
                 () = sleep_until(self.confirm_at) => {
-                    self.etcd.has_leader().await?;
+                    self.etcd.has_leader().boxed().await?;
                     self.confirm_at = Instant::now() + CONFIRMED;
                     return Ok(Step::Confirmed);
                 }
             };
             let step = match polled {
                 None => {
-                    self.etcd.has_leader().await?;
-                    Some(self.read(false).await?)
+                    self.etcd.has_leader().boxed().await?;
+                    Some(self.read(false).boxed().await?)
                 }
                 Some(answer) => {
                     self.asking.answered(false);

@@ -277,20 +277,22 @@ impl Follower {
     }
 
     /// Reads the branch; from then on, waits for the next change or confirmation. Cancel-safe.
+    ///
+    /// There may be ten thousand that wait. What is done now and then is in a box, which is given back.
     pub(crate) async fn next(&mut self) -> Result<Step, SourceError> {
         loop {
             match &mut self.state {
                 State::Unread => {
                     sleep_until(self.read_at).await;
                     let key = self.ranges.first().map_or("", |range| &range.start);
-                    let connection = self.etcd.connection(key).await?;
+                    let connection = self.etcd.connection(key).boxed().await?;
                     self.read(&connection).await?;
                     self.state = State::Read(connection);
                     return Ok(Step::Read);
                 }
                 State::Read(connection) => {
                     let Reading { ranges, revision, .. } = &self.reading;
-                    let watch = connection.watch(ranges, revision.saturating_add(1)).await;
+                    let watch = connection.watch(ranges, revision.saturating_add(1)).boxed().await;
                     self.state = State::Watching(connection.clone(), watch);
                 }
                 State::Watching(connection, _) if self.read_again => {
@@ -318,7 +320,7 @@ impl Follower {
                         return Err(fault(&connection.member, "watch", reason));
                     }
                     News::Lost(reason) => {
-                        self.etcd.lost(connection).await;
+                        self.etcd.lost(connection).boxed().await;
                         return Err(fault(&connection.member, "watch", reason));
                     }
                 },
@@ -327,13 +329,13 @@ impl Follower {
     }
 
     async fn read(&mut self, connection: &Arc<Connection>) -> Result<(), SourceError> {
-        match connection.read(&self.ranges).await {
+        match connection.read(&self.ranges).boxed().await {
             Ok(reading) => {
                 (self.reading, self.read_again) = (reading, false);
                 Ok(())
             }
             Err(Fault { error, lost: true }) => {
-                self.etcd.lost(connection).await;
+                self.etcd.lost(connection).boxed().await;
                 Err(error)
             }
             Err(Fault { error, lost: false }) => Err(error.refused()),

@@ -25,7 +25,7 @@ const RESYNC: Duration = Duration::from_secs(120);
 #[ignore = "it takes minutes, and prints figures"]
 async fn what_many_services_cost_a_registry() {
     let minutes = env::var("MINUTES").map_or(4, |text| text.parse().expect("MINUTES: a number"));
-    tokio::join!(etcd(minutes), consul(minutes));
+    tokio::join!(etcd(minutes), etcd_v2(minutes), consul(minutes));
 }
 
 async fn etcd(minutes: u32) {
@@ -61,6 +61,14 @@ async fn etcd(minutes: u32) {
     drop(watches);
 }
 
+async fn etcd_v2(minutes: u32) {
+    let etcd = Etcd::both().await;
+    for n in 0..SERVICES {
+        etcd.v2_set(&format!("/services/s{n}/a"), "10.0.0.1:80").await;
+    }
+    asked_by_http("etcd v2", "etcd2", &etcd.address(), etcd.pid(), "/services/s", minutes).await;
+}
+
 async fn consul(minutes: u32) {
     let consul = Consul::start().await;
     for n in 0..SERVICES {
@@ -68,16 +76,28 @@ async fn consul(minutes: u32) {
             serde_json::json!({ "Name": format!("s{n}"), "Address": "10.0.0.1", "Port": 80 });
         consul.put("/v1/agent/service/register", service).await;
     }
-    let gate = Gate::before(&consul.address()).await;
+    asked_by_http("Consul", "consul", &consul.address(), consul.pid(), "s", minutes).await;
+}
+
+/// Follows the services of a registry that is asked by HTTP/1.1, and prints what that costs it.
+async fn asked_by_http(
+    name: &str,
+    scheme: &str,
+    address: &str,
+    pid: u32,
+    prefix: &str,
+    minutes: u32,
+) {
+    let gate = Gate::before(address).await;
     let start = Instant::now();
-    let watches = follow(&format!("consul://{}", gate.address()), &settings(), "s").await;
-    println!("Consul: {SERVICES} services answered {:.1?} after the start", start.elapsed());
-    let before = (gate.requests(), gate.opened(), cpu(consul.pid()));
+    let watches = follow(&format!("{scheme}://{}", gate.address()), &settings(), prefix).await;
+    println!("{name}: {SERVICES} services answered {:.1?} after the start", start.elapsed());
+    let before = (gate.requests(), gate.opened(), cpu(pid));
     tokio::time::sleep(minutes * Duration::from_secs(60)).await;
-    let after = (gate.requests(), gate.opened(), cpu(consul.pid()));
+    let after = (gate.requests(), gate.opened(), cpu(pid));
     let minute = f64::from(minutes);
     println!(
-        "Consul: {} connections; each minute {:.1} opened, {:.0} requests, {:.2} s of processor time",
+        "{name}: {} connections; each minute {:.1} opened, {:.0} requests, {:.2} s of processor time",
         gate.open_now(),
         (after.1 - before.1) as f64 / minute,
         (after.0 - before.0) as f64 / minute,
