@@ -149,6 +149,8 @@ __noinline __u32 pick(__u32 service, __u32 least_connections, __u32 is_ipv4)
 	__u64 *turn = bpf_map_lookup_elem(&turns, &service);
 	if (!current || !turn)
 		return NO_ENDPOINT;
+	// Drawn before the set is read, as in `choose`.
+	__u64 drawn = __sync_fetch_and_add(turn, 1);
 	struct set *set = set_of(service, *(volatile __u64 *)current);
 	// It was replaced just now.
 	if (!set)
@@ -159,19 +161,19 @@ __noinline __u32 pick(__u32 service, __u32 least_connections, __u32 is_ipv4)
 	if (!length)
 		return NO_ENDPOINT;
 	__u64 now = bpf_ktime_get_ns();
-	__u64 first = __sync_fetch_and_add(turn, 1) - set->base;
 	if (!least_connections) {
 #pragma unroll
 		for (__u32 n = 0; n < TURNS; n++) {
-			__u64 i = first % length;
+			__u64 i = place_of(drawn, set->base, length, set->stay);
 			asm volatile("" : "+r"(i));
 			i &= ENDPOINTS_OF_A_SERVICE - 1;
 			__u32 index = set->endpoint[i];
 			if (load_of_flow(index, is_ipv4, now) < LAST_RESORT)
 				return index;
-			first = __sync_fetch_and_add(turn, 1) - set->base;
+			drawn = __sync_fetch_and_add(turn, 1);
 		}
 	}
+	__u64 first = place_of(drawn, set->base, length, set->stay);
 	// The least load, and of equal ones the first in turn. Without branches: see `choose`.
 	__s64 least = UNUSABLE << 6;
 #pragma unroll
