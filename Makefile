@@ -37,7 +37,7 @@ else
 	cargo test --workspace -- --test-threads=2
 endif
 
-engines: build ## run the tests that every engine has to pass with Docker 26 and 28 and podman 5; ENGINES="podman4"
+engines: build ## run the tests that every engine has to pass with Docker 26 and 28 and podman 4 and 5; ENGINES="podman4"
 	testbed/test-engines.sh $(ENGINES)
 
 registry-figures: setup ## what 300 services cost a real etcd (v3 and v2) and Consul; MINUTES=4
@@ -87,8 +87,12 @@ shell: build ## open a shell in a separate Docker host
 dist: build-setup ## make a release in target/dist: static binary, manual pages, completions, tarball, Debian package, root of the image
 	dist/package.sh
 
-dist-try: setup dist ## install the Debian package in fresh roots of Debian, and serve a first request; prints the seconds
+dist-try: build dist ## install the Debian package in fresh roots of Debian, and serve a first request; try the image with three engines
 	dist/try.sh
+	target/debug/testbed shell -- dist/try-image.sh
+	testbed/engines.sh docker26 podman5
+	ENGINE=docker26 target/debug/testbed shell -- dist/try-image.sh
+	ENGINE=podman5 target/debug/testbed shell -- dist/try-image.sh
 
 clean: ## remove build output and downloads, and what killed hosts left
 	@if [ -x target/debug/testbed ]; then target/debug/testbed sweep; fi
