@@ -1,19 +1,15 @@
 //! Logs when embassy becomes ready, and when it is not ready any more: by the judgement of `/readyz` and `embassy status`.
 
-use std::{collections::BTreeSet, mem, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use tokio::{
     sync::watch::{self, error::RecvError},
-    task::spawn_blocking,
     time::sleep,
 };
 use tracing::{info, warn};
 
 use super::context::Feeds;
-use crate::{
-    judgement::{Situation, Verdict},
-    memory,
-};
+use crate::judgement::{Situation, Verdict};
 
 /// Longest time between two looks: an address of this host may go without any other change.
 const LOOK: Duration = Duration::from_secs(5);
@@ -51,7 +47,7 @@ impl Feeds {
         let (mut tables, mut parts) = (self.tables.clone(), self.readiness.changes());
         let mut rules = self.capture.as_ref().map(|counts| counts.changes());
         let mut own_rules = self.own_rules.clone();
-        let (mut was_ready, mut has_started) = (None, false);
+        let mut was_ready = None;
         let mut passed_by = BTreeSet::new();
         loop {
             let situation = self.readiness();
@@ -60,10 +56,6 @@ impl Feeds {
                     was_ready = Some(true);
                     let took_ms = (self.constants.started.elapsed().as_secs_f64() * 1e3).round();
                     info!(took_ms, "embassy is ready");
-                    if !mem::replace(&mut has_started, true) {
-                        // What the start needed is not needed again.
-                        drop(spawn_blocking(memory::give_back));
-                    }
                 }
                 Some(News::NotReady { waiting_for, reason }) => {
                     was_ready = Some(false);
