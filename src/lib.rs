@@ -40,6 +40,7 @@ pub mod memory;
 pub mod privileges;
 pub mod signals;
 mod unix_socket;
+pub mod listening;
 pub mod takeover;
 pub mod outcome;
 pub mod counts;

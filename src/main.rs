@@ -66,7 +66,7 @@ fn run(config: Config) -> Result<()> {
 
 async fn serve(config: Config) -> Result<()> {
     let mut signals = Signals::catch().context("cannot catch signals")?;
-    let Instance { host, engine, discoveries, consumer } = Instance::of(&config);
+    let Instance { host, engine, discoveries, consumer, .. } = Instance::of(&config);
     let discoveries = discoveries.join(" ");
     info!(
         version = env!("CARGO_PKG_VERSION"),

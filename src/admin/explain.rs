@@ -41,15 +41,17 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
     let mut dial: Vec<SocketAddr> = Vec::new();
     // Without a route there is no address to connect to.
     for consumer in consumers.iter().filter(|_| !routes.is_empty()) {
-        for vip in situation.dials(consumer) {
+        for vip in situation.dials_at(consumer, port) {
             let vip = SocketAddr::new(vip, port);
             if !dial.contains(&vip) {
                 dial.push(vip);
             }
         }
     }
-    let captured =
-        consumers.iter().map(|one| situation.captured(&one.id, port, !routes.is_empty()));
+    let captured: Vec<_> = match routes.is_empty() {
+        true => consumers.iter().map(|one| situation.captured(&one.id, port, false)).collect(),
+        false => routes.iter().map(|route| situation.is_captured(route)).collect(),
+    };
     api::Explain {
         consumer: wanted.to_owned(),
         port,
@@ -59,7 +61,10 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
         bindings: of_port.map(view::binding).collect(),
         routes: routes.iter().map(|route| view::route(route, &situation)).collect(),
         // No consumer matches: the answer is the same as for a container with other bindings.
-        captured: captured.max().unwrap_or_else(|| situation.captures().then_some(false)),
+        captured: captured
+            .into_iter()
+            .max()
+            .unwrap_or_else(|| situation.captures().then_some(false)),
         dial: dial.iter().map(ToString::to_string).collect(),
         services: Situation::one_of_each_service(&routes)
             .into_iter()

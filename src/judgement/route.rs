@@ -93,6 +93,9 @@ impl Situation {
                 })
         };
         let hindered = || {
+            if self.is_by_kernel(route) {
+                return false;
+            }
             self.barriers().next().is_some()
                 || self.may_capture_nothing()
                 || self.reach(&route.consumer) != Reach::Arrives
@@ -105,7 +108,7 @@ impl Situation {
             }
         } else if health.hopeful() == 0 {
             RouteState::Ejected
-        } else if self.captured(&route.consumer, route.key.port.get(), true) == Some(false) {
+        } else if self.is_captured(route) == Some(false) {
             RouteState::NotCaptured
         } else if self.is_draining() || self.limits([route]).next().is_some() {
             RouteState::Refused
@@ -154,7 +157,7 @@ impl Situation {
     /// Why the connections of a route do not reach embassy, if they should.
     pub(super) fn not_captured(&self, route: &Route) -> Option<Cause> {
         let (consumer, port) = (&route.consumer, route.key.port.get());
-        if self.captured(consumer, port, true) != Some(false) {
+        if self.is_captured(route) != Some(false) {
             return None;
         }
         if !self.captures() {
@@ -179,7 +182,10 @@ impl Situation {
 
     /// That a server which embassy itself asks has the address and port that this host's own consumer dials.
     pub(super) fn shadow(&self, route: &Route) -> Option<Cause> {
-        let (servers, all) = self.shadowed(&route.consumer, route.key.port.get());
+        let (servers, all) = match self.is_by_kernel(route) {
+            true => (Vec::new(), false),
+            false => self.shadowed(&route.consumer, route.key.port.get()),
+        };
         let verdict = if all { Verdict::Broken } else { Verdict::Degraded };
         (!servers.is_empty()).then_some(Cause::Shadowed { servers: List(servers), verdict })
     }
@@ -187,8 +193,15 @@ impl Situation {
     /// The user's own rules do not lead connections of such a consumer to these ports here.
     pub(super) fn passed_by(&self, ports: Vec<u16>, consumer: &ConsumerId) -> Cause {
         let vip = self.table.vips().iter().map(|vip| vip.0).next();
-        let (port, hook) = (self.own_port, OwnHook { hook: Hook::of(consumer), vip });
+        let hook = OwnHook { hook: Hook::of(consumer), vip, apart: self.is_apart() };
+        let port = self.own_port;
+        let transparent = ports
+            .iter()
+            .find_map(|port| self.capture.own_rules.transparent_lead_of(*port, hook.hook));
         match self.no_own_rule() {
+            _ if let Some(lead) = transparent => {
+                Cause::Transparent { rule: lead.rule.clone(), port }
+            }
             true => Cause::NoOwnRule { port, hook },
             false => Cause::PassedBy { ports: List(ports), port, hook },
         }
