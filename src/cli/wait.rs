@@ -1,6 +1,7 @@
 //! `embassy wait`: waits until a service can be used, for health checks and start order.
 
 use std::{
+    cell::Cell,
     collections::BTreeSet,
     io,
     time::{Duration, Instant},
@@ -13,7 +14,7 @@ use tokio::time::timeout;
 
 use super::{
     Answer,
-    client::{Asked, Client},
+    client::{Asked, Client, PATIENCE},
     table::printable,
 };
 use crate::{
@@ -101,15 +102,29 @@ impl Wait {
         let (reason, unknown) = loop {
             // A stopped embassy, or a host that drops packets, must not extend the wait.
             let left = self.timeout.saturating_sub(start.elapsed());
-            let left = if self.timeout.is_zero() { LOOK + PROBE } else { left };
-            let (reason, probed) = match timeout(left, self.look(&client)).await {
+            let left = if self.timeout.is_zero() { PATIENCE + PROBE } else { left };
+            // The service whose endpoints are tried: embassy has answered then.
+            let tried = Cell::new(None);
+            let (reason, probed) = match timeout(left, self.look(&client, &tried)).await {
                 Ok(Ok(Found::Ready { unknown })) => break (None, unknown),
                 Ok(Ok(Found::NotReady { reason, probed })) => (reason, probed),
                 // It may start later.
                 Ok(Err(error)) => (format!("{error:#}"), false),
                 // The end of the wait, and not the end of embassy's time.
                 Err(_) if left < LOOK && last.is_some() => (last.take().unwrap_or_default(), false),
-                Err(_) => (client.silent(left).to_string(), false),
+                Err(_) => match tried.take() {
+                    Some(service) => {
+                        let seconds = (left.as_secs_f64() * 10.0).round() / 10.0;
+                        let service = printable(service);
+                        (
+                            format!(
+                                "no endpoint of {service} accepted a connection within {seconds} s"
+                            ),
+                            true,
+                        )
+                    }
+                    None => (client.silent(left).to_string(), false),
+                },
             };
             let pause = if probed { PROBE_PAUSE } else { PAUSE };
             if start.elapsed() + pause > self.timeout {
@@ -134,7 +149,7 @@ impl Wait {
         Ok(Answer::new(text, ready))
     }
 
-    async fn look(&self, client: &Client) -> Result<Found> {
+    async fn look<'a>(&'a self, client: &Client, tried: &Cell<Option<&'a str>>) -> Result<Found> {
         let status: api::Status = client.get("/v1/status", &[]).await?;
         // Problems of the process affect all connections. Those of the capture make the routes that need it broken.
         let everybodys = status.findings.iter().find(|finding| {
@@ -166,9 +181,11 @@ impl Wait {
                     Some(route) => why(client, route).await?,
                 }));
             };
+            tried.set(probes.then_some(service.as_str()));
             if probes && let Err(reason) = accepts(client, works).await? {
                 return Ok(Found::NotReady { reason, probed: true });
             }
+            tried.set(None);
         }
         Ok(Found::Ready { unknown })
     }

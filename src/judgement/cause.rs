@@ -91,9 +91,9 @@ causes! {
     Capture, Broken, NeedsRedirect {} "needs_redirect",
         "The host's own connections are captured only with --redirect: this consumer's connections are not captured.",
         "start embassy with --redirect";
-    Capture, Broken, Elsewhere { addresses: List<IpAddr> } "elsewhere",
+    Capture, Broken, Elsewhere { addresses: List<IpAddr>, fix: &'static str } "elsewhere",
         "Connections to {addresses} do not arrive here: no interface of embassy's network namespace has such an address.",
-        "start embassy's container with --net=host, or with --redirect (consumers then connect to its own address); if embassy runs on the host, correct --proxy-ip or leave it out";
+        "{fix}";
     Capture, Degraded, DeadVip { addresses: List<IpAddr> } "dead_vip",
         "Connections to {addresses} do not arrive here, those to other VIPs do: no interface of embassy's network namespace has such an address.",
         "correct --proxy-ip (PROXY_IP), or leave it out";

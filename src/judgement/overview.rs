@@ -237,7 +237,7 @@ impl Situation {
             !self.is_by_kernel(route) && self.reach(&route.consumer) == Reach::Elsewhere
         };
         if self.table.routes().any(is_astray) {
-            causes.push(Cause::Elsewhere { addresses: List(self.addresses().collect()) });
+            causes.push(self.elsewhere());
         } else if self.table.has_named_vips() {
             let dead: Vec<_> = self.addresses().filter(|address| self.is_dead(*address)).collect();
             causes.extend((!dead.is_empty()).then_some(Cause::DeadVip { addresses: List(dead) }));

@@ -170,14 +170,25 @@ impl Situation {
                 Cause::NeedsRedirect {}
             }
             None if !self.captures_for(consumer) => Cause::NoVip {},
-            None if self.reach(consumer) == Reach::Elsewhere => {
-                Cause::Elsewhere { addresses: List(self.addresses().collect()) }
-            }
+            None if self.reach(consumer) == Reach::Elsewhere => self.elsewhere(),
             None if standing.in_place && self.shadowed(consumer, port).1 => return None,
             // Said of the firewall itself.
             None if standing.in_place && self.all_are_dropped() => return None,
             None => Cause::RulesMissing {},
         })
+    }
+
+    /// That connections to the VIPs do not arrive in this network namespace.
+    pub(super) fn elsewhere(&self) -> Cause {
+        let fix = match self.is_apart() {
+            Some(false) => {
+                "correct --proxy-ip (PROXY_IP), or leave it out: then docker0's address and the gateways of the consumers' networks are the VIPs"
+            }
+            Some(true) | None => {
+                "start embassy's container with --net=host, or with --redirect (consumers then connect to its own address); if embassy runs on the host, correct --proxy-ip or leave it out"
+            }
+        };
+        Cause::Elsewhere { addresses: List(self.addresses().collect()), fix }
     }
 
     /// That a server which embassy itself asks has the address and port that this host's own consumer dials.

@@ -20,5 +20,10 @@ pub(super) use socket::{Generation, Socket};
 pub use translations::By;
 pub(super) use translations::{Conditions, PortRanges, Translation, translations};
 pub(super) use wire::Messages;
+
+/// Reads `input` as what the kernel answers.
 #[cfg(any(test, fuzzing))]
-pub(crate) use wire::fuzz;
+pub(crate) fn fuzz(input: &[u8]) {
+    wire::fuzz(input);
+    translations::fuzz(input);
+}

@@ -9,6 +9,8 @@ use std::{
 
 use ipnet::IpNet;
 
+#[cfg(any(test, fuzzing))]
+use super::wire::answers;
 use super::{
     super::rules::Hook,
     dump::{
@@ -120,12 +122,8 @@ pub(in crate::capture) fn translations(
                 else {
                     return;
                 };
-                let mut reading = Reading::new(family == family::IPV6);
-                let read =
-                    rule.list(EXPRESSIONS).try_for_each(|expression| reading.read(expression));
-                if let (Ok(()), Some(end), Some(handle)) =
-                    (read, reading.end.take(), rule.long(HANDLE))
-                {
+                let read = read_rule(rule, family == family::IPV6);
+                if let (Some((end, reading)), Some(handle)) = (read, rule.long(HANDLE)) {
                     let hook = hooks.get(&format!("{table} {chain}")).copied();
                     found.push((family, table, chain.to_owned(), handle, hook, end, reading));
                 }
@@ -157,6 +155,28 @@ pub(in crate::capture) fn translations(
         });
     }
     Ok(all)
+}
+
+/// Where a rule leads, and what it asks for. `None`: it leads nowhere else, or is not for TCP.
+fn read_rule(rule: Parsed<'_>, v6: bool) -> Option<(End, Reading)> {
+    let mut reading = Reading::new(v6);
+    rule.list(EXPRESSIONS).try_for_each(|expression| reading.read(expression)).ok()?;
+    reading.end.take().map(|end| (end, reading))
+}
+
+/// Reads `input` as answers with rules, of each family.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(input: &[u8]) {
+    for answer in answers(input) {
+        for v6 in [false, true] {
+            let _ = read_rule(answer.attributes(), v6);
+        }
+    }
+    // As what extensions of iptables were given, which is not parsed as attributes.
+    let _ = (tcp_match(input), multiport(input), network(input, Some(input), false));
+    for (v6, revision) in [(false, Some(0)), (true, Some(1))] {
+        let _ = (nat_range(input, v6), tproxy(input, revision, v6));
+    }
 }
 
 /// The ports in an anonymous set.
