@@ -1,7 +1,9 @@
 //! Starts and stops all parts, in order.
 
 use std::{
+    io,
     net::{Ipv4Addr, SocketAddr},
+    os::fd::OwnedFd,
     pin::pin,
     sync::{
         Arc,
@@ -33,7 +35,9 @@ use crate::{
     events::Events,
     kernel::{self, KernelPath},
     limits,
+    listening::{self, Listener},
     memory::{self, Memory},
+    model::Port,
     path::Paths,
     privileges,
     provider::{
@@ -124,7 +128,7 @@ impl App {
         // Who is found is asked for everything once this process has learned what it needs.
         let lock = match config.capture {
             CaptureMode::Dnat | CaptureMode::Redirect if before.is_none() => {
-                remove_leftovers().await?
+                remove_leftovers(config.port).await?
             }
             CaptureMode::None | CaptureMode::Dnat | CaptureMode::Redirect => None,
         };
@@ -212,10 +216,18 @@ impl App {
             log: config.connection_log,
             events: events.clone(),
         };
+        // If the address is in use, nothing was started that would have to end.
+        let early = match (&config.admin, &before) {
+            (Some(at), None) => Some(open_admin(at, None)?),
+            _ => None,
+        };
         let (proxy, control, mut taken) = match before {
             None => {
-                let proxy = Proxy::start(proxy, &tables)
-                    .with_context(|| format!("cannot listen on port {} (--port)", config.port))?;
+                let proxy = Proxy::start(proxy, &tables).map_err(|error| {
+                    let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), config.port.get());
+                    let what = format!("cannot listen on port {} (--port)", config.port);
+                    in_use(error, &what, || listening::at(any))
+                })?;
                 (proxy, Err(control), None)
             }
             Some(before) => {
@@ -323,12 +335,9 @@ impl App {
         let (ready, is_ready) = watch::channel(false);
         let said = tokio::spawn(feeds.clone().log_readiness(ready));
         let inherited = taken.as_mut().and_then(|taken| taken.admin(&config));
-        let mut listening = match &config.admin {
-            Some(at) => Some(
-                Listening::open(at, inherited)
-                    .with_context(|| format!("cannot listen at {at} (--admin)"))?,
-            ),
-            None => None,
+        let mut listening = match (early, &config.admin) {
+            (None, Some(at)) => Some(open_admin(at, inherited)?),
+            (early, _) => early,
         };
         let lock = match (&capturing, &mut taken) {
             (None, _) => None,
@@ -523,18 +532,45 @@ impl App {
     }
 }
 
+/// The admin API's socket, or that of the process before this one.
+fn open_admin(at: &config::Admin, inherited: Option<OwnedFd>) -> Result<Listening> {
+    Listening::open(at, inherited).map_err(|error| {
+        in_use(error, &format!("cannot listen at {at} (--admin)"), || match at {
+            config::Admin::Tcp(address) => listening::at(*address),
+            config::Admin::Unix(path) => listening::at_path(path),
+        })
+    })
+}
+
+/// That embassy cannot listen, and, if another program does, which one.
+fn in_use(error: io::Error, what: &str, who: impl FnOnce() -> Listener) -> anyhow::Error {
+    let who = match error.kind() {
+        io::ErrorKind::AddrInUse => who().already(),
+        _ => String::new(),
+    };
+    anyhow::Error::from(error).context(format!("{what}{who}"))
+}
+
 /// Removes the rules that a killed embassy left, before anything else can fail: they lead containers' connections, and the
 /// passwords in them, to whichever program has the port now. Returns the right to capture here; `None` if that cannot be had,
 /// as without NET_ADMIN. An error if another embassy has it.
-async fn remove_leftovers() -> Result<Option<Lock>> {
+async fn remove_leftovers(port: Port) -> Result<Option<Lock>> {
     match Lock::take() {
         Ok(Some(lock)) => {
             capture::cleanup().await;
             Ok(Some(lock))
         }
-        Ok(None) => Err(anyhow!(
-            "another embassy captures in this network namespace: one serves all its containers"
-        )),
+        Ok(None) => {
+            // As a rule it listens at the same port.
+            let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port.get());
+            let who = match listening::at(any) {
+                Listener::Process(holder) => format!(" ({holder} listens at port {port})"),
+                Listener::Nobody | Listener::Hidden => String::new(),
+            };
+            Err(anyhow!(
+                "another embassy captures in this network namespace{who}: one serves all its containers; stop it first, or take over from it with --takeover"
+            ))
+        }
         Err(error) => {
             // What opens the firewall says what is missing.
             debug!(%error, "cannot check whether another embassy captures here");

@@ -42,6 +42,7 @@ pub mod signals;
 pub mod supervisor;
 pub mod successor;
 mod unix_socket;
+pub mod listening;
 pub mod takeover;
 pub mod outcome;
 pub mod counts;

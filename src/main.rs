@@ -74,7 +74,7 @@ fn run(config: Config, successor: Successor, supervisor: Supervisor) -> Result<(
 
 async fn serve(config: Config, mut successor: Successor, supervisor: Supervisor) -> Result<()> {
     let mut signals = Signals::catch().context("cannot catch signals")?;
-    let Instance { host, engine, discoveries, consumer } = Instance::of(&config);
+    let Instance { host, engine, discoveries, consumer, .. } = Instance::of(&config);
     let discoveries = discoveries.join(" ");
     info!(
         version = env!("CARGO_PKG_VERSION"),

@@ -24,11 +24,11 @@ use tokio::time::timeout;
 use tower_service::Service;
 
 /// How long one DNS server has for an answer, twice.
-const ANSWER: Duration = Duration::from_secs(2);
+const ANSWER: Duration = Duration::from_secs(1);
 
-/// How long all of them have together, whatever their number and that of the search domains. It is less than any wait for an answer of
-/// the server whose name this is: else a silent DNS server would look like a silent registry.
-const ALL: Duration = Duration::from_secs(4);
+/// How long all of them have together, whatever their number and that of the search domains. It is less than clients of registries and
+/// engines wait for a connection (3 s), names included: else a silent DNS server would look like a silent registry.
+const ALL: Duration = Duration::from_millis(2500);
 
 type Configured = Result<(ResolverConfig, ResolverOpts), NetError>;
 

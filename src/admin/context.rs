@@ -13,7 +13,7 @@ use tokio::sync::{Semaphore, watch};
 use super::{access::Access, history::History};
 use crate::{
     capture::{self, OwnRules},
-    config::{CaptureMode, CaptureScope, Instance},
+    config::{CaptureMode, CaptureScope, FORGOT_STATIC, Instance},
     control::Sources,
     discovery::Endpoints,
     events::Events,
@@ -119,7 +119,13 @@ impl Feeds {
         let figures = &self.figures;
         let table = self.tables.borrow().clone();
         Situation {
-            provider: provider(&sources, now),
+            provider: {
+                let reading = provider(&sources, now);
+                match self.constants.instance.forgot_static && reading.error.is_some() {
+                    true => SourceReading { fix: FORGOT_STATIC.to_owned(), ..reading },
+                    false => reading,
+                }
+            },
             queries: queries.collect(),
             capture: CaptureReading {
                 mode: self.constants.mode,

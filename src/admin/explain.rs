@@ -42,7 +42,7 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
     let mut dial: Vec<SocketAddr> = Vec::new();
     // Without a route there is no address to connect to.
     for consumer in consumers.iter().filter(|_| !routes.is_empty()) {
-        for vip in situation.dials(consumer) {
+        for vip in situation.dials_at(consumer, port) {
             let vip = SocketAddr::new(vip, port);
             if !dial.contains(&vip) {
                 dial.push(vip);
@@ -50,13 +50,11 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
         }
     }
     // Rules capture TCP. If there is only UDP, its path decides.
-    let udp = routes.iter().all(|route| route.key.protocol == Protocol::Udp);
-    let captured: Vec<_> = match udp && !routes.is_empty() {
-        true => routes.iter().map(|route| situation.is_captured(route)).collect(),
-        false => {
-            let declared = !routes.is_empty();
-            consumers.iter().map(|one| situation.captured(&one.id, port, declared)).collect()
-        }
+    let tcp: Vec<_> = routes.iter().filter(|route| route.key.protocol == Protocol::Tcp).collect();
+    let captured: Vec<_> = match (tcp.is_empty(), routes.is_empty()) {
+        (_, true) => consumers.iter().map(|one| situation.captured(&one.id, port, false)).collect(),
+        (true, _) => routes.iter().map(|route| situation.is_captured(route)).collect(),
+        (false, _) => tcp.iter().map(|route| situation.is_captured(route)).collect(),
     };
     api::Explain {
         consumer: wanted.to_owned(),

@@ -10,18 +10,21 @@ use ipnet::IpNet;
 
 use super::{
     input::{self, LEGACY_TABLES, words},
-    nft,
-    program::{Program, ProgramError},
+    netlink::{self, Conditions, NetlinkError, PortRanges, Socket, Translation},
+    program::Program,
     rules::{CHAINS, Hook},
 };
+
+pub use super::netlink::By;
 
 /// A rule that leads connections to a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lead {
-    /// The rule, as its own program shows it.
+    /// The rule, as its own program shows it; with `...` for conditions that cannot be read.
     pub rule: String,
     /// How to delete it.
     pub removal: String,
+    pub by: By,
     /// `None`: this host.
     pub address: Option<IpAddr>,
     /// The ports that it may lead to: one, if that can be read.
@@ -32,6 +35,10 @@ pub struct Lead {
     pub destination: Option<IpNet>,
     /// Where the kernel looks at it. `None`: that cannot be read.
     pub hook: Option<Hook>,
+    /// Whether it has conditions that are not read.
+    pub more: bool,
+    /// Whether it may spare connections of some users.
+    pub spares: bool,
 }
 
 impl Lead {
@@ -47,10 +54,9 @@ impl Lead {
 
     /// Whether it takes embassy's own connections to this server, as far as can be read: unless it spares some user's.
     pub fn takes_own(&self, server: SocketAddr) -> bool {
-        let spares = ["owner", "skuid", "skgid", "mark", "cgroup", "! "];
         self.may_take(server.port(), Hook::Output)
             && self.destination.is_none_or(|net| net.contains(&server.ip()))
-            && !spares.iter().any(|word| self.rule.contains(word))
+            && !self.spares
     }
 
     /// Whether it may take connections to a port, which pass this hook.
@@ -94,127 +100,181 @@ impl Ports {
         };
         text.split(',').map(range).collect::<Option<_>>().map_or_else(Self::all, Self)
     }
+
+    /// The first and last port of each range with this between them, and commas. `None` for all ports.
+    fn written(&self, between: char) -> Option<String> {
+        let range = |range: &RangeInclusive<u16>| match (range.start(), range.end()) {
+            (first, last) if first == last => first.to_string(),
+            (first, last) => format!("{first}{between}{last}"),
+        };
+        let is_all = self.contains(0) && self.contains(u16::MAX);
+        (!is_all).then(|| self.0.iter().map(range).collect::<Vec<_>>().join(","))
+    }
 }
 
-/// All such rules, except those of embassy. Only reads. The error says why they cannot be read, or not all of them.
-pub async fn read() -> Result<Vec<Lead>, String> {
-    let mut leads = Vec::new();
-    let mut shown = Vec::new();
-    let mut missing = 0;
-    for (Names { program, save, legacy, legacy_save, table }, names) in
-        NAMES.into_iter().zip(LEGACY_TABLES)
-    {
-        let nat = ["-t", "nat"];
-        let saved = Program(save).run(&nat, "").await;
-        // Afterwards, because the older iptables makes its table if it is asked for it.
-        let is_old = input::legacy_tables(names).lines().any(|name| name == "nat");
-        let old = match is_old {
-            true => Some(Program(legacy_save).run(&nat, "").await),
-            false => None,
-        };
-        missing += usize::from(saved.as_ref().is_err_and(ProgramError::is_missing));
-        let saved = match saved {
-            Err(error) if error.is_missing() => None,
-            // A kernel without IPv6 has no rules for it.
-            Err(_) if table == "ip6 nat" && !is_old => None,
-            saved => Some(saved.map_err(|error| error.to_string())?),
-        };
-        let old = match old {
-            // There is one program only, which is the older one.
-            Some(Err(error)) if error.is_missing() => match &saved {
-                Some(_) if !is_of_nft(save).await => saved.clone(),
-                _ => {
-                    let what = "the older iptables has a table nat here";
-                    return Err(format!("{what}, and {legacy_save} is not installed"));
-                }
-            },
-            Some(old) => Some(old.map_err(|error| error.to_string())?),
-            None => None,
-        };
-        let (found, is_shown) = both(saved.as_deref(), old.as_deref(), program, legacy);
-        leads.extend(found);
-        // A table that iptables cannot show is read from nft.
-        shown.extend(is_shown.then_some(table));
+impl From<PortRanges> for Ports {
+    fn from(PortRanges(ranges): PortRanges) -> Self {
+        Self(ranges)
     }
-    match Program("nft").run(&["-s", "-t", "list", "ruleset"], "").await {
-        Ok(ruleset) => leads.extend(in_nft(&ruleset, &shown)),
-        Err(error) if error.is_missing() && missing == NAMES.len() => {
-            return Err("neither nft nor iptables is installed".to_owned());
-        }
-        Err(error) if error.is_missing() => {
-            let chains = match nft::base_chains() {
-                // A kernel without nf_tables has no rules of it.
-                Err(error) if error.is_missing() => Vec::new(),
-                chains => chains.map_err(|error| format!("nft is not installed, and {error}"))?,
-            };
-            let names = chains.iter().filter(|chain| chain.kind == "nat");
-            if let Some(chain) = unseen(names.map(|chain| &*chain.name), &shown) {
-                return Err(format!(
-                    "nft is not installed, which shows the rules of chain {chain}"
-                ));
+}
+
+/// All such rules, except those of embassy. Only reads. Those of nf_tables are read from the kernel; only the older iptables needs its
+/// program. The error says why they cannot be read, or not all of them.
+pub async fn read() -> Result<Vec<Lead>, String> {
+    let mut leads = match in_kernel() {
+        Ok(leads) => leads,
+        // A kernel without nf_tables has no rules of it.
+        Err(error) if error.is_missing() => Vec::new(),
+        Err(error) => return Err(error.to_string()),
+    };
+    for (programs, names) in OLDER.into_iter().zip(LEGACY_TABLES) {
+        let tables = input::legacy_tables(names);
+        for table in ["nat", "mangle"] {
+            if tables.lines().any(|name| name == table) {
+                leads.extend(older(programs, table).await?);
             }
         }
-        Err(error) => return Err(error.to_string()),
     }
     Ok(leads)
 }
 
-/// The programs of iptables for a family of addresses, and the table of nft that the newer one writes.
-struct Names {
-    program: &'static str,
-    save: &'static str,
-    legacy: &'static str,
-    legacy_save: &'static str,
-    table: &'static str,
+/// The rules of nf_tables, those of the newer iptables among them.
+fn in_kernel() -> Result<Vec<Lead>, NetlinkError> {
+    let is_ours = |table: &str, chain: &str| {
+        input::is_ours(table) || is_of_iptables(table) && CHAINS.contains(&chain)
+    };
+    let all = netlink::translations(&mut Socket::open()?, is_ours)?;
+    Ok(all.into_iter().map(in_nf_tables).collect())
 }
 
-const NAMES: [Names; 2] = [
-    Names {
-        program: "iptables",
-        save: "iptables-save",
-        legacy: "iptables-legacy",
-        legacy_save: "iptables-legacy-save",
-        table: "ip nat",
-    },
-    Names {
-        program: "ip6tables",
-        save: "ip6tables-save",
-        legacy: "ip6tables-legacy",
-        legacy_save: "ip6tables-legacy-save",
-        table: "ip6 nat",
-    },
+/// The programs of the older iptables, each with the name that it has where it is the only one.
+const OLDER: [[(&str, &str); 2]; 2] = [
+    [("iptables-legacy-save", "iptables-legacy"), ("iptables-save", "iptables")],
+    [("ip6tables-legacy-save", "ip6tables-legacy"), ("ip6tables-save", "ip6tables")],
 ];
+
+/// The rules in a table of the older iptables.
+async fn older(
+    programs: [(&'static str, &str); 2],
+    table: &'static str,
+) -> Result<Vec<Lead>, String> {
+    for (save, program) in programs {
+        let is_older = save.contains("legacy") || !is_of_nft(save).await;
+        match Program(save).run(&["-t", table], "").await {
+            Ok(saved) if is_older => return Ok(in_iptables(&saved, table, program)),
+            Err(error) if is_older && !error.is_missing() => return Err(error.to_string()),
+            Ok(_) | Err(_) => {}
+        }
+    }
+    let [(save, _), _] = programs;
+    Err(format!("the older iptables has a table {table} here, and {save} is not installed"))
+}
 
 /// Whether a program of iptables writes rules of nf_tables; one that does not say so is the older one.
 async fn is_of_nft(save: &'static str) -> bool {
     Program(save).run(&["-V"], "").await.is_ok_and(|version| version.contains("nf_tables"))
 }
 
-/// The rules that iptables shows, and those that the older one does, by the programs of these names; and whether those of its
-/// table in nft are among them. Often both programs are the same one.
-fn both(saved: Option<&str>, old: Option<&str>, program: &str, legacy: &str) -> (Vec<Lead>, bool) {
-    let of = |text: Option<&str>, program| in_iptables(text.unwrap_or_default(), program);
-    let mut leads = of(saved, program);
-    if old.is_some() && (saved.is_none() || of(old, program) != leads) {
-        leads.extend(of(old, legacy));
-    } else if old.is_some() {
-        return (leads, false);
-    }
-    (leads, saved.is_some_and(|saved| saved.contains("*nat")))
+/// Whether a table of nf_tables, by family and name, is one that iptables writes.
+fn is_of_iptables(table: &str) -> bool {
+    let names = table.split_once(' ');
+    names.is_some_and(|(family, name)| {
+        ["ip", "ip6"].contains(&family) && ["nat", "mangle"].contains(&name)
+    })
 }
 
-/// The first of these chains, by family, table and name, that no program showed.
-fn unseen<'a>(mut chains: impl Iterator<Item = &'a str>, shown: &[&str]) -> Option<&'a str> {
-    let is_shown = |chain: &str| {
-        shown
-            .iter()
-            .any(|table| chain.strip_prefix(table).is_some_and(|name| name.starts_with(' ')))
+/// A rule of nf_tables, in the words of the program that wrote it.
+fn in_nf_tables(rule: Translation) -> Lead {
+    let Translation { table, chain, handle, hook, by, of_iptables, address, to, conditions } = rule;
+    let Conditions { ports, destination, more, spares } = conditions;
+    let (to, from) = (Ports::from(to), Ports::from(ports));
+    let place = format!("{table} {chain}");
+    let by_handle = format!("nft delete rule {place} handle {handle}");
+    let (rule, removal) = match table.split_once(' ') {
+        Some((family, name)) if of_iptables => {
+            let program = if family == "ip6" { "ip6tables" } else { "iptables" };
+            let text = as_iptables(by, address, &to, &from, destination, more);
+            let is_whole = !more && to.only().is_some();
+            let rule = format!("{program} -t {name} -A {chain} {text}");
+            let removal = format!("{program} -t {name} -D {chain} {text}");
+            (rule, if is_whole { removal } else { by_handle })
+        }
+        _ => {
+            let text = as_nft(by, address, &to, &from, destination, more);
+            (format!("nft rule {place} {text} (handle {handle})"), by_handle)
+        }
     };
-    chains.find(|chain| !input::is_ours(chain) && !is_shown(chain))
+    Lead { rule, removal, by, address, to, from, destination, hook, more, spares }
 }
 
-/// The rules in the text of `iptables-save -t nat`.
-pub fn in_iptables(saved: &str, program: &str) -> Vec<Lead> {
+fn as_iptables(
+    by: By,
+    address: Option<IpAddr>,
+    to: &Ports,
+    from: &Ports,
+    destination: Option<IpNet>,
+    more: bool,
+) -> String {
+    let mut words = Vec::new();
+    words.extend(destination.map(|net| format!("-d {net}")));
+    words.push("-p tcp".to_owned());
+    words.extend(from.written(':').map(|ports| match ports.contains(',') {
+        true => format!("-m multiport --dports {ports}"),
+        false => format!("-m tcp --dport {ports}"),
+    }));
+    words.extend(more.then(|| "...".to_owned()));
+    let ports = to.written('-').unwrap_or_else(|| "...".to_owned());
+    words.push(match (by, address) {
+        (By::Redirect, _) => format!("-j REDIRECT --to-ports {ports}"),
+        (By::Dnat, Some(address)) => format!("-j DNAT --to-destination {}:{ports}", host(address)),
+        (By::Dnat, None) => format!("-j DNAT --to-destination :{ports}"),
+        (By::Tproxy, Some(address)) => format!("-j TPROXY --on-port {ports} --on-ip {address}"),
+        (By::Tproxy, None) => format!("-j TPROXY --on-port {ports}"),
+    });
+    words.join(" ")
+}
+
+fn as_nft(
+    by: By,
+    address: Option<IpAddr>,
+    to: &Ports,
+    from: &Ports,
+    destination: Option<IpNet>,
+    more: bool,
+) -> String {
+    let mut words = Vec::new();
+    words.extend(destination.map(|net| {
+        let family = if net.addr().is_ipv6() { "ip6" } else { "ip" };
+        match net.prefix_len() == net.max_prefix_len() {
+            true => format!("{family} daddr {}", net.addr()),
+            false => format!("{family} daddr {net}"),
+        }
+    }));
+    words.extend(from.written('-').map(|ports| match ports.contains(',') {
+        true => format!("tcp dport {{ {} }}", ports.replace(',', ", ")),
+        false => format!("tcp dport {ports}"),
+    }));
+    words.extend(more.then(|| "...".to_owned()));
+    let ports = to.written('-').unwrap_or_else(|| "...".to_owned());
+    let address = address.map(host).unwrap_or_default();
+    words.push(match by {
+        By::Redirect => format!("redirect to :{ports}"),
+        By::Dnat => format!("dnat to {address}:{ports}"),
+        By::Tproxy => format!("tproxy to {address}:{ports}"),
+    });
+    words.join(" ")
+}
+
+/// An address before a port.
+fn host(address: IpAddr) -> String {
+    match address {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => format!("[{address}]"),
+    }
+}
+
+/// The rules in the text of `iptables-save -t <table>`.
+pub fn in_iptables(saved: &str, table: &str, program: &str) -> Vec<Lead> {
     let lead = |line: &str| {
         let rule = line.strip_prefix("-A ")?;
         let words = words(rule);
@@ -235,14 +295,23 @@ pub fn in_iptables(saved: &str, program: &str) -> Vec<Lead> {
             Some((protocol, false)) if !matches!(protocol, "tcp" | "6" | "all") => return None,
             _ => {}
         }
-        let (address, to) = match after("-j")? {
-            "REDIRECT" => (None, Ports::read(after("--to-ports")?)),
-            "DNAT" => target(after("--to-destination")?)?,
+        let (by, (address, to)) = match after("-j")? {
+            "REDIRECT" => (By::Redirect, (None, Ports::read(after("--to-ports")?))),
+            "DNAT" => (By::Dnat, target(after("--to-destination")?)?),
+            "TPROXY" => {
+                let address = after("--on-ip").and_then(|address| address.parse::<IpAddr>().ok());
+                let address = address.filter(|address| !address.is_unspecified());
+                (By::Tproxy, (address, Ports::read(after("--on-port")?)))
+            }
             _ => return None,
         };
+        const READ: [&str; 8] = ["-p", "-d", "--dport", "--dports", "-m", "-j", "--comment", "!"];
+        let conditions = words.iter().take_while(|word| **word != "-j");
+        let conditions: Vec<_> = conditions.filter(|word| word.starts_with(['-', '!'])).collect();
         Some(Lead {
-            rule: format!("{program} -t nat -A {rule}"),
-            removal: format!("{program} -t nat -D {rule}"),
+            rule: format!("{program} -t {table} -A {rule}"),
+            removal: format!("{program} -t {table} -D {rule}"),
+            by,
             address,
             to,
             from: after("--dport")
@@ -254,94 +323,16 @@ pub fn in_iptables(saved: &str, program: &str) -> Vec<Lead> {
                 "OUTPUT" => Some(Hook::Output),
                 _ => None,
             },
+            more: conditions.iter().any(|word| !READ.contains(*word) || **word == "!"),
+            spares: ["owner", "mark", "cgroup", "!"].iter().any(|word| words.contains(word)),
         })
     };
     saved.lines().filter_map(lead).collect()
 }
 
-/// The rules in the text of `nft list ruleset`, except in tables that `shown` names.
-pub fn in_nft(ruleset: &str, shown: &[&str]) -> Vec<Lead> {
-    let (mut table, mut chain, mut hook) = ("", "", None);
-    let mut leads = Vec::new();
-    for line in ruleset.lines().map(str::trim) {
-        let named =
-            |name: &str| line.strip_prefix(name).map(|rest| rest.trim_end_matches(['{', ' ']));
-        if let Some(name) = named("table ") {
-            table = name;
-        } else if let Some(name) = named("chain ") {
-            (chain, hook) = (name, None);
-        } else if line.starts_with("type nat ") {
-            hook = [Hook::Prerouting, Hook::Output]
-                .into_iter()
-                .find(|hook| line.contains(&format!(" hook {} ", hook.nft())));
-        }
-        let is_udp = line.contains("udp") && !line.contains("tcp");
-        if input::is_ours(table) || shown.contains(&table) || is_udp {
-            continue;
-        }
-        let Some((asks, (address, to))) = translation(line) else { continue };
-        leads.push(Lead {
-            rule: format!("nft add rule {table} {chain} {line}"),
-            removal: format!("nft -a list chain {table} {chain}, then nft delete rule {table} {chain} handle <number>"),
-            address,
-            to,
-            from: asks.split_once("dport ").map_or_else(Ports::all, |(_, ports)| asked(ports)),
-            destination: ["ip daddr ", "ip6 daddr "]
-                .iter()
-                .find_map(|word| asks.split_once(word))
-                .and_then(|(_, rest)| network(rest.split(' ').next()?)),
-            hook,
-        });
-    }
-    leads
-}
-
-/// What a rule of nft asks for, and where it leads. `None` if it translates no destination, or leaves the port as it was. What
-/// cannot be read may lead to any port of this host.
-fn translation(line: &str) -> Option<(&str, (Option<IpAddr>, Ports))> {
-    let unknown = (None, Ports::all());
-    // As rules are shown that iptables wrote and nft does not know.
-    for target in ["xt target \"REDIRECT\"", "xt target \"DNAT\"", "# xt_REDIRECT", "# xt_DNAT"] {
-        if let Some((asks, _)) = line.split_once(target) {
-            return Some((asks, unknown));
-        }
-    }
-    let words = words(line);
-    let at = words.iter().position(|word| matches!(*word, "dnat" | "redirect"))?;
-    let (asks, _) = line.split_once(words.get(at)?)?;
-    let rest = words.get(at + 1..).unwrap_or_default();
-    let to = rest.iter().position(|word| *word == "to");
-    let (how, to) = match to {
-        Some(to) => (rest.get(..to).unwrap_or_default(), rest.get(to + 1..).unwrap_or_default()),
-        // To the same port of this host.
-        None => return None,
-    };
-    let target = match (how, to) {
-        // An address and a port, together.
-        (_, [address, ".", port, more @ ..]) if !more.contains(&"map") => {
-            match address.parse::<IpAddr>() {
-                Ok(address) => (Some(address), Ports::read(port)),
-                Err(_) => unknown,
-            }
-        }
-        ([] | ["ip" | "ip6"], [first, ..]) => target(first)?,
-        _ => unknown,
-    };
-    Some((asks, target))
-}
-
 /// An address, or a network.
 fn network(text: &str) -> Option<IpNet> {
     text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
-}
-
-/// The ports after `dport`, in the words of nft.
-fn asked(text: &str) -> Ports {
-    let text = text.trim_start();
-    match text.strip_prefix('{').and_then(|set| set.split_once('}')) {
-        Some((set, _)) => Ports::read(set),
-        None => Ports::read(text.split(' ').next().unwrap_or_default()),
-    }
 }
 
 /// `:port`, `address:port` or `[address]:port`, or with a range of ports. `None` for an address without a port, which leaves
@@ -363,6 +354,7 @@ fn target(text: &str) -> Option<(Option<IpAddr>, Ports)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::capture::nft::tests::{enter_a_namespace_of_its_own, nft};
 
     fn found(leads: &[Lead]) -> Vec<(String, u16)> {
         let address = |lead: &Lead| lead.address.map_or(String::new(), |a| a.to_string());
@@ -413,7 +405,7 @@ mod tests {
             ),
             ("PREROUTING -p tcp -j REDIRECT --to-ports 9998", ""),
         ] {
-            let leads = in_iptables(&format!("-A {rule}\n"), "iptables");
+            let leads = in_iptables(&format!("-A {rule}\n"), "nat", "iptables");
             assert_eq!(taken(&leads), [expected], "{rule}");
         }
         // A negated protocol, and a comment that looks like a target.
@@ -425,48 +417,85 @@ mod tests {
             ),
             ("EMBASSY_MINE -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999", "80"),
         ] {
-            let leads = in_iptables(&format!("-A {rule}\n"), "iptables");
+            let leads = in_iptables(&format!("-A {rule}\n"), "nat", "iptables");
             assert_eq!(taken(&leads), [expected], "{rule}");
         }
         // The port stays as it was.
         assert!(
-            in_iptables("-A PREROUTING -p tcp -j DNAT --to-destination 1.2.3.4\n", "iptables")
-                .is_empty()
+            in_iptables(
+                "-A PREROUTING -p tcp -j DNAT --to-destination 1.2.3.4\n",
+                "nat",
+                "iptables"
+            )
+            .is_empty()
         );
     }
 
     #[test]
     fn whether_a_rule_takes_embassys_own_connections_is_known_by_where_they_go() {
-        let takes = |rule: &str, server: &str| {
-            in_iptables(&format!("-A {rule} -j REDIRECT --to-ports 9999\n"), "iptables")[0]
-                .takes_own(server.parse().unwrap())
+        enter_a_namespace_of_its_own();
+        let takes = |lead: &Lead, server: &str| lead.takes_own(server.parse().unwrap());
+        let old = |rule: &str, server: &str| {
+            let text = format!("-A {rule} -j REDIRECT --to-ports 9999\n");
+            takes(&in_iptables(&text, "nat", "iptables")[0], server)
+        };
+        let new = |rule: &str, server: &str| {
+            iptables(&format!("-t nat -A {rule} -j REDIRECT --to-ports 9999"));
+            let leads = in_kernel().unwrap();
+            iptables("-t nat -F");
+            takes(&leads[0], server)
         };
         let consul = "172.17.0.1:8500";
-        assert!(takes("OUTPUT -d 172.17.0.1/32 -p tcp", consul));
-        assert!(takes("OUTPUT -d 172.17.0.0/16 -p tcp -m tcp --dport 8500", consul));
-        assert!(takes("OUTPUT -p tcp", "[fd00::1]:2379"));
-        for other in [
-            "PREROUTING -d 172.17.0.1/32 -p tcp",
-            "OUTPUT -d 172.17.0.2/32 -p tcp",
-            "OUTPUT -d 172.17.0.1/32 -p tcp -m tcp --dport 80",
-            "OUTPUT -d 172.17.0.1/32 -p tcp -m owner ! --uid-owner 65532",
-        ] {
-            assert!(!takes(other, consul), "{other}");
+        for takes in [&old as &dyn Fn(&str, &str) -> bool, &new] {
+            assert!(takes("OUTPUT -d 172.17.0.1/32 -p tcp", consul));
+            assert!(takes("OUTPUT -d 172.17.0.0/16 -p tcp -m tcp --dport 8500", consul));
+            assert!(takes("OUTPUT -d 172.16.0.0/12 -p tcp -m tcp --dport 8500", consul));
+            for other in [
+                "PREROUTING -d 172.17.0.1/32 -p tcp",
+                "OUTPUT -d 172.17.0.2/32 -p tcp",
+                "OUTPUT -d 172.18.0.0/16 -p tcp",
+                "OUTPUT -d 172.17.0.1/32 -p tcp -m tcp --dport 80",
+                "OUTPUT -d 172.17.0.1/32 -p tcp -m owner ! --uid-owner 65532",
+            ] {
+                assert!(!takes(other, consul), "{other}");
+            }
         }
-        let nft = |asks: &str| {
-            let chain = "table ip mine {\nchain out {\ntype nat hook output priority -100; policy accept;\n";
-            in_nft(&format!("{chain}{asks} redirect to :9999\n}}\n}}\n"), &[])[0]
-                .takes_own(consul.parse().unwrap())
-        };
+        let nft =
+            |asks: &str| takes(&of_nft("output", &format!("{asks} redirect to :9999"))[0], consul);
         assert!(nft("ip daddr 172.17.0.1 tcp dport 8500") && nft("meta l4proto tcp"));
-        assert!(
-            !nft("ip daddr 172.17.0.2 tcp dport 8500") && !nft("meta skuid != 7 meta l4proto tcp")
+        assert!(!nft("ip daddr 172.17.0.2 tcp dport 8500"));
+        assert!(!nft("meta skuid != 7 meta l4proto tcp"));
+        assert!(old("OUTPUT -p tcp", "[fd00::1]:2379"));
+    }
+
+    fn iptables(words: &str) {
+        let output = std::process::Command::new("iptables-nft").args(words.split(' ')).output();
+        let output = output.expect("iptables");
+        assert!(output.status.success(), "{words}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// The leads of one rule in a chain at this hook, as the kernel has it.
+    fn of_nft(hook: &str, rule: &str) -> Vec<Lead> {
+        of_chain(&format!("type nat hook {hook} priority -100; policy accept;"), rule)
+    }
+
+    fn of_chain(chain: &str, rule: &str) -> Vec<Lead> {
+        let text = format!(
+            "table ip mine {{\nset ports {{ type inet_service; elements = {{ 80 }}; }}\n\
+             map m {{ type inet_service : inet_service; elements = {{ 80 : 9999 }}; }}\n\
+             chain x {{\n{chain}\n{rule}\n}}\n}}\n"
         );
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        nft(&format!("-f {}", file.path().display())).unwrap();
+        let leads = in_kernel().unwrap();
+        nft("delete table ip mine").unwrap();
+        leads
     }
 
     #[test]
     fn which_connections_a_rule_of_nft_takes_is_read_and_what_cannot_be_read_may_be_any() {
-        let chain = "table ip mine {\n\tchain pre {\n\t\ttype nat hook prerouting priority dstnat; policy accept;\n";
+        enter_a_namespace_of_its_own();
         let all = "79c 80c 81c 92c 443c";
         for (rule, expected) in [
             ("meta l4proto tcp redirect to :9999", all),
@@ -474,36 +503,106 @@ mod tests {
                 "ip daddr 1.2.3.4 tcp dport { 80, 81, 90-95 } counter redirect to :9999",
                 "80c 81c 92c",
             ),
+            ("tcp dport { 80, 443 } redirect to :9999", "80c 443c"),
+            ("tcp dport != { 80, 443 } redirect to :9999", "79c 81c 92c"),
             ("tcp dport 80 redirect to :9999", "80c"),
+            ("tcp dport > 80 redirect to :9999", "81c 92c 443c"),
             ("meta l4proto { tcp, udp } th dport 80-81 redirect to :9999", "80c 81c"),
             ("tcp dport @ports redirect to :9999", all),
-            ("tcp dport != 80 redirect to :9999", all),
+            ("ip daddr . tcp dport { 1.2.3.4 . 80 } redirect to :9999", all),
+            ("tcp dport != 80 redirect to :9999", "79c 81c 92c 443c"),
+            ("tcp dport != 80-81 redirect to :9999", "79c 92c 443c"),
             ("meta l4proto tcp redirect to :tcp dport map @m", all),
-            ("ip protocol tcp dnat to tcp dport map { 80 : 1.2.3.4 . 9999 }", all),
             ("tcp dport 443 dnat to 172.17.0.1:9000-9999", "443c"),
-            ("tcp dport 443 dnat ip to 172.17.0.2:9999", ""),
-            ("dnat ip addr . port to ip daddr . tcp dport map @m", all),
-            ("tcp dport 80 dnat ip addr . port to 172.17.0.1 . 9999", "80c"),
-            ("tcp dport 80 dnat ip addr . port to 172.17.0.2 . 9999", ""),
-            ("tcp dport 80 dnat ip to tcp dport map { 80 : 172.17.0.1 . 9999 }", "80c"),
-            ("tcp dport 80 dnat ip prefix to ip daddr map @m", "80c"),
-            ("tcp dport 80 xt target \"DNAT\"", "80c"),
-            ("tcp dport 80 counter packets 0 bytes 0 # xt_REDIRECT", "80c"),
-            ("tcp dport 80 dnat to 172.17.0.1:9999 comment \"my dnat to it\"", "80c"),
+            ("tcp dport 443 dnat to 172.17.0.2:9999", ""),
+            ("tcp dport 80 dnat to 172.17.0.1:9999", "80c"),
+            (
+                "meta l4proto tcp dnat ip addr . port to ip daddr . tcp dport map { 1.2.3.4 . 80 : 172.17.0.1 . 9999 }",
+                all,
+            ),
+            ("tcp dport 80 redirect to :9999 comment \"my dnat to it\"", "80c"),
         ] {
-            let leads = in_nft(&format!("{chain}\t\t{rule}\n\t}}\n}}\n"), &[]);
-            assert_eq!(taken(&leads), [expected], "{rule}");
+            assert_eq!(taken(&of_nft("prerouting", rule)), [expected], "{rule}");
+        }
+        // For another protocol, and where the port stays as it was.
+        for rule in [
+            "udp dport 80 redirect to :9999",
+            "tcp dport 80 dnat to 172.17.0.1",
+            "tcp dport 80 redirect",
+        ] {
+            assert!(of_nft("prerouting", rule).is_empty(), "{rule}");
         }
         // Of a chain that another one jumps to, it is not known where it is looked at.
-        let jumped = "table ip mine {\n\tchain x {\n\t\ttcp dport 80 redirect to :9999\n\t}\n}\n";
-        assert_eq!(taken(&in_nft(jumped, &[])), ["80"]);
-        let output =
-            chain.replace("prerouting", "output") + "\t\ttcp dport 80 redirect to :9999\n\t}\n}\n";
-        assert_eq!(taken(&in_nft(&output, &[])), ["80h"]);
+        assert_eq!(taken(&of_chain("", "tcp dport 80 redirect to :9999")), ["80"]);
+        assert_eq!(taken(&of_nft("output", "tcp dport 80 redirect to :9999")), ["80h"]);
+        // A transparent proxy.
+        let tproxy = "tcp dport 80 tproxy to :9999 meta mark set 1";
+        let leads = of_chain("type filter hook prerouting priority -150; policy accept;", tproxy);
+        assert_eq!((taken(&leads), leads[0].by), (vec!["80c".to_owned()], By::Tproxy));
+        assert!(!leads[0].more);
+    }
+
+    /// The same rules as the text of the older iptables has them, but for what only one of the two shows.
+    #[test]
+    fn rules_of_the_newer_iptables_are_read_from_the_kernel_and_can_be_deleted() {
+        enter_a_namespace_of_its_own();
+        for rule in [
+            "PREROUTING -d 172.17.42.1/32 -p tcp -j REDIRECT --to-ports 3232",
+            "PREROUTING -d 172.17.0.0/16 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999",
+            "OUTPUT -p tcp -m tcp --dport 80:92 -j REDIRECT --to-ports 9999",
+            "PREROUTING -p tcp -m multiport --dports 79,90:95 -j REDIRECT --to-ports 9999",
+            "PREROUTING -p tcp -m tcp --dport 443 -j DNAT --to-destination 172.17.0.1:9999",
+        ] {
+            iptables(&format!("-t nat -A {rule}"));
+            let read = in_kernel().unwrap();
+            let text = in_iptables(&format!("-A {rule}\n"), "nat", "iptables");
+            assert_eq!(read, text, "{rule}");
+            // The command deletes it.
+            iptables(read[0].removal.strip_prefix("iptables ").unwrap());
+            assert_eq!(in_kernel().unwrap(), [], "{rule}");
+        }
+        for (rule, expected) in [
+            (
+                "PREROUTING -p tcp -m tcp ! --dport 80 -j REDIRECT --to-ports 9999",
+                "79c 81c 92c 443c",
+            ),
+            (
+                "OUTPUT -p tcp -m comment --comment a-j-b -m tcp --dport 80 -j REDIRECT --to-ports 9999",
+                "80h",
+            ),
+            ("PREROUTING -i docker0 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999", "80c"),
+        ] {
+            iptables(&format!("-t nat -A {rule}"));
+            assert_eq!(taken(&in_kernel().unwrap()), [expected], "{rule}");
+            iptables("-t nat -F");
+        }
+        // A condition that is not read: it is said, and the rule is deleted by its number.
+        iptables(
+            "-t nat -A PREROUTING -i docker0 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999",
+        );
+        let read = in_kernel().unwrap();
+        assert_eq!(
+            read[0].rule,
+            "iptables -t nat -A PREROUTING -p tcp -m tcp --dport 80 ... -j REDIRECT --to-ports 9999"
+        );
+        nft(read[0].removal.strip_prefix("nft ").unwrap()).unwrap();
+        for of_others in [
+            "-t nat -A PREROUTING -p udp -j REDIRECT --to-ports 53",
+            "-t nat -A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE",
+            "-t nat -N EMBASSY",
+            "-t nat -A EMBASSY -p tcp -j REDIRECT --to-ports 9999",
+            "-t nat -A PREROUTING -p tcp -j DNAT --to-destination 1.2.3.4",
+        ] {
+            iptables(of_others);
+        }
+        assert_eq!(in_kernel().unwrap(), []);
+        iptables("-t mangle -A PREROUTING -p tcp --dport 80 -j TPROXY --on-port 9999");
+        let read = in_kernel().unwrap();
+        assert_eq!((taken(&read), read[0].by), (vec!["80c".to_owned()], By::Tproxy), "{read:?}");
     }
 
     #[test]
-    fn rules_of_iptables_are_found_and_can_be_deleted() {
+    fn rules_of_the_older_iptables_are_found_and_can_be_deleted() {
         let saved = "*nat\n:PREROUTING ACCEPT [0:0]\n:DOCKER - [0:0]\n:EMBASSY - [0:0]\n\
             -A PREROUTING -j EMBASSY\n\
             -A PREROUTING -d 172.17.42.1/32 -p tcp -j REDIRECT --to-ports 3232\n\
@@ -514,7 +613,7 @@ mod tests {
             -A DOCKER ! -i docker0 -p tcp --dport 80 -j DNAT --to-destination 172.17.0.2:80\n\
             -A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE\n\
             -A EMBASSY -p tcp -j REDIRECT --to-ports 9999\nCOMMIT\n";
-        let leads = in_iptables(saved, "iptables");
+        let leads = in_iptables(saved, "nat", "iptables");
         let expected = [("", 3232), ("10.0.0.5", 3232), ("", 9999), ("", 0), ("172.17.0.2", 80)];
         let expected: Vec<_> = expected.iter().map(|(a, p)| ((*a).to_owned(), *p)).collect();
         assert_eq!(found(&leads), expected);
@@ -522,63 +621,9 @@ mod tests {
             leads[2].removal,
             "iptables -t nat -D OUTPUT -p tcp -m comment --comment \"a b\" -j REDIRECT --to-ports 9999"
         );
-        assert!(
-            in_iptables("# table `nat' is incompatible, use 'nft' tool.\n", "iptables").is_empty()
-        );
-    }
-
-    #[test]
-    fn rules_of_both_iptables_are_found_each_once() {
-        let rule = |port: u16| {
-            format!("*nat\n-A PREROUTING -p tcp -j REDIRECT --to-ports {port}\nCOMMIT\n")
-        };
-        let (one, two, none) = (rule(1), rule(2), "*nat\nCOMMIT\n".to_owned());
-        let of = |saved: Option<&String>, old: Option<&String>| {
-            let (saved, old) = (saved.map(|text| &**text), old.map(|text| &**text));
-            let (leads, is_shown) = both(saved, old, "iptables", "iptables-legacy");
-            let told = leads.iter().map(|lead| {
-                format!("{} {}", lead.rule.split(' ').next().unwrap(), lead.port().unwrap())
-            });
-            (told.collect::<Vec<_>>().join(", "), is_shown)
-        };
-        let told = |text: &str, is_shown| (text.to_owned(), is_shown);
-        assert_eq!(of(Some(&one), None), told("iptables 1", true));
-        assert_eq!(of(None, None), told("", false));
-        assert_eq!(of(Some(&one), Some(&two)), told("iptables 1, iptables-legacy 2", true));
-        assert_eq!(of(Some(&none), Some(&two)), told("iptables-legacy 2", true));
-        assert_eq!(of(None, Some(&two)), told("iptables-legacy 2", false));
-        // The older program is the only one: a table of the same name in nft is another one.
-        assert_eq!(of(Some(&one), Some(&one)), told("iptables 1", false));
-    }
-
-    #[test]
-    fn a_chain_that_no_program_shows_is_known() {
-        let unseen = |chains: &[&'static str]| unseen(chains.iter().copied(), &["ip nat"]);
-        let known = ["ip nat PREROUTING", "inet embassy prerouting", "inet embassy_draining_7 out"];
-        assert_eq!(unseen(&known), None);
-        for other in ["inet mine pre", "ip nat2 PREROUTING", "ip embassy pre", "inet embassy_x pre"]
-        {
-            assert_eq!(unseen(&[known[0], other, known[1]]), Some(other));
-        }
-    }
-
-    #[test]
-    fn rules_of_nft_are_found_once() {
-        let ruleset = "table ip nat {\n\tchain PREROUTING {\n\
-            \t\ttype nat hook prerouting priority dstnat; policy accept;\n\
-            \t\tip daddr 172.17.42.1 tcp dport 80 counter redirect to :9999\n\t}\n}\n\
-            table inet mine {\n\tchain pre {\n\
-            \t\tip daddr 172.17.42.1 dnat ip to 172.17.0.1:3232\n\
-            \t\tip6 daddr fd00::1 dnat ip6 to [fd00::2]:3233 comment \"x\"\n\
-            \t\tudp dport 53 redirect to :53\n\
-            \t\ttcp dport 80 accept\n\t}\n}\n\
-            table ip embassy_redirect {\n\tchain pre {\n\t\ttcp dport 80 redirect to :3234\n\t}\n}\n\
-            table inet embassy {\n\tchain declared {\n\t\tredirect to :9999\n\t}\n}\n";
-        let others = [("172.17.0.1", 3232), ("fd00::2", 3233), ("", 3234)]
-            .map(|(address, port)| (address.to_owned(), port));
-        assert_eq!(found(&in_nft(ruleset, &["ip nat"])), others);
-        let all = in_nft(ruleset, &[]);
-        assert_eq!(found(&all), [&[(String::new(), 9999)], &others[..]].concat());
-        assert!(all[0].rule.starts_with("nft add rule ip nat PREROUTING ip daddr 172.17.42.1"));
+        let mangle = "*mangle\n-A PREROUTING -p tcp -m tcp --dport 80 -j TPROXY --on-port 9999 --on-ip 0.0.0.0 --tproxy-mark 0x0/0x0\nCOMMIT\n";
+        let tproxy = &in_iptables(mangle, "mangle", "iptables-legacy")[0];
+        assert_eq!((tproxy.by, tproxy.address, tproxy.port()), (By::Tproxy, None, Some(9999)));
+        assert!(tproxy.rule.starts_with("iptables-legacy -t mangle -A PREROUTING"), "{tproxy:?}");
     }
 }

@@ -1,11 +1,9 @@
 //! The user's own rules: without `--dnat` and `--redirect` only they capture. They are read, and never changed.
 
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use ipnet::IpNet;
+use rustix::time::{ClockId, clock_gettime};
 use tokio::{
     sync::watch,
     time::{MissedTickBehavior, interval, sleep},
@@ -14,7 +12,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     input,
-    leads::{self, Lead},
+    leads::{self, By, Lead},
     netlink::{Generation, Socket},
     program::{rest, time_of_programs},
     rules::Hook,
@@ -32,6 +30,8 @@ pub enum OwnRules {
     /// Those that may lead to embassy's port. All others matter to nobody.
     Read {
         leads: Arc<[Lead]>,
+        /// Those of them that lead there by TPROXY, whose connections embassy does not get.
+        transparent: Arc<[Lead]>,
         /// Captured connections that had arrived when they were first read as they are.
         captured: u64,
     },
@@ -43,11 +43,24 @@ impl OwnRules {
         matches!(self, Self::Read { leads, .. } if leads.is_empty())
     }
 
-    /// Whether they were read, and none of them takes connections to this port, which pass this hook.
+    /// Whether they were read, and none of them takes connections to this port, which pass this hook, or one takes them away.
     pub fn pass_by(&self, port: u16, hook: Hook) -> bool {
         match self {
-            Self::Read { leads, .. } => !leads.iter().any(|lead| lead.may_take(port, hook)),
+            Self::Read { leads, .. } => {
+                !leads.iter().any(|lead| lead.may_take(port, hook))
+                    || self.transparent_lead_of(port, hook).is_some()
+            }
             Self::Unread | Self::Unreadable(_) => false,
+        }
+    }
+
+    /// The TPROXY rule that takes such connections, if it asks for nothing else: it comes before all that translates.
+    pub fn transparent_lead_of(&self, port: u16, hook: Hook) -> Option<&Lead> {
+        match self {
+            Self::Read { transparent, .. } => {
+                transparent.iter().find(|lead| lead.may_take(port, hook) && !lead.more)
+            }
+            Self::Unread | Self::Unreadable(_) => None,
         }
     }
 
@@ -57,6 +70,14 @@ impl OwnRules {
             Self::Read { leads, .. } => leads.iter().find(|lead| lead.may_take(port, hook)),
             Self::Unread | Self::Unreadable(_) => None,
         }
+    }
+
+    /// The addresses to which connections to this port may be made so that one takes them. `None`: any, or it is not known.
+    pub fn destinations_of(&self, port: u16, hook: Hook) -> Option<Vec<IpNet>> {
+        let Self::Read { leads, .. } = self else { return None };
+        let mut takes = leads.iter().filter(|lead| lead.may_take(port, hook)).peekable();
+        takes.peek()?;
+        takes.map(|lead| lead.destination).collect()
     }
 
     /// The first that takes embassy's own connections to this server.
@@ -82,15 +103,16 @@ impl OwnRules {
     pub fn among(leads: Vec<Lead>, port: u16) -> Self {
         let local = fixed::here(leads.iter().filter_map(|lead| lead.address));
         let ours = leads.into_iter().filter(|lead| lead.may_lead_to(port, &local));
-        Self::Read { leads: ours.collect(), captured: 0 }
+        let (transparent, leads): (Vec<_>, Vec<_>) = ours.partition(|lead| lead.by == By::Tproxy);
+        Self::Read { leads: leads.into(), transparent: transparent.into(), captured: 0 }
     }
 
     /// So many captured connections have arrived by now. If the rules are those that were there before, what arrived since those
     /// were read still proves that something captures.
     fn count_from(&mut self, now: u64, before: &Self) {
-        if let Self::Read { leads, captured } = self {
+        if let Self::Read { leads, captured, .. } = self {
             *captured = match before {
-                Self::Read { leads: old, captured } if old == leads => *captured,
+                Self::Read { leads: old, captured, .. } if old == leads => *captured,
                 Self::Read { .. } | Self::Unread | Self::Unreadable(_) => now,
             };
         }
@@ -117,11 +139,12 @@ pub async fn follow(
     loop {
         // What changes while they are read is read again.
         let seen = generation();
-        let (start, before) = (Instant::now(), time_of_programs());
+        let before = (own_time(), time_of_programs());
         let mut read = OwnRules::read(port).await;
-        let took = match &read {
-            OwnRules::Read { .. } => time_of_programs().saturating_sub(before),
-            OwnRules::Unread | OwnRules::Unreadable(_) => start.elapsed(),
+        let took = match input::has_legacy_iptables() {
+            true => time_of_programs().saturating_sub(before.1),
+            // Without a program it is read in one go, on one thread.
+            false => own_time().saturating_sub(before.0),
         };
         read.count_from(captured(), &rules.borrow());
         tell(port, &rules.borrow(), &read);
@@ -129,9 +152,24 @@ pub async fn follow(
         if let Some(ready) = ready.take() {
             ready.done();
         }
-        sleep(rest(took)).await;
+        sleep(pause_after(took)).await;
         changed(&mut generation, seen, &mut resync).await;
         debug!(port, "reading the user's own rules again");
+    }
+}
+
+/// The processor time of this thread.
+fn own_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec.try_into().unwrap_or(0))
+}
+
+/// Pause before they are read again. No program is started, but for the older iptables.
+fn pause_after(took: Duration) -> Duration {
+    match input::has_legacy_iptables() {
+        true => rest(took),
+        // However large others' rules are, and however often they change, it costs one hundredth of a processor at most.
+        false => took.saturating_mul(100),
     }
 }
 
@@ -158,6 +196,20 @@ async fn changed(
 
 /// Logs what is new.
 fn tell(port: u16, before: &OwnRules, now: &OwnRules) {
+    let transparent = |rules: &OwnRules| match rules {
+        OwnRules::Read { transparent, .. } => transparent.clone(),
+        OwnRules::Unread | OwnRules::Unreadable(_) => Arc::default(),
+    };
+    let transparent_now = transparent(now);
+    if let Some(Lead { rule, .. }) = transparent_now.first()
+        && transparent(before) != transparent_now
+    {
+        warn!(
+            port,
+            rule,
+            "a TPROXY rule leads to embassy's port: embassy does not get these connections; use REDIRECT or DNAT in the table nat"
+        );
+    }
     let rules_of = |rules: &OwnRules| match rules {
         OwnRules::Read { leads, .. } => Some(leads.clone()),
         OwnRules::Unread | OwnRules::Unreadable(_) => None,
@@ -192,7 +244,7 @@ mod tests {
     fn what_arrived_proves_that_something_captures_until_the_rules_are_other_ones() {
         let of = |to: u16| {
             let rule = format!("-A PREROUTING -p tcp -j REDIRECT --to-ports {to}\n");
-            OwnRules::among(in_iptables(&rule, "iptables"), 9999)
+            OwnRules::among(in_iptables(&rule, "nat", "iptables"), 9999)
         };
         let read = |to, now, before: &OwnRules| {
             let mut rules = of(to);
@@ -213,7 +265,7 @@ mod tests {
 
     #[test]
     fn each_port_and_each_way_has_its_rule() {
-        let rules = |text: &str| OwnRules::among(in_iptables(text, "iptables"), 9999);
+        let rules = |text: &str| OwnRules::among(in_iptables(text, "nat", "iptables"), 9999);
         let to = "-j REDIRECT --to-ports 9999";
         let of_80 = rules(&format!("-A PREROUTING -p tcp -m tcp --dport 80 {to}\n"));
         let passes = |rules: &OwnRules| {
@@ -224,12 +276,37 @@ mod tests {
         let lead = of_80.lead_of(80, Hook::Prerouting).unwrap();
         assert!(lead.rule.starts_with("iptables -t nat -A PREROUTING"), "{lead:?}");
         assert_eq!(of_80.lead_of(81, Hook::Prerouting), None);
+        let destinations = |words: &str| {
+            let all = rules(words).destinations_of(80, Hook::Prerouting);
+            all.map(|all| all.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
+        };
+        let one = "-A PREROUTING -d 172.17.42.1/32 -p tcp -j REDIRECT --to-ports 9999\n";
+        let two = "-A PREROUTING -d 10.0.0.0/8 -p tcp -j REDIRECT --to-ports 9999\n";
+        let other = "-A PREROUTING -p tcp -m tcp --dport 81 -j REDIRECT --to-ports 9999\n";
+        let any = "-A PREROUTING -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999\n";
+        assert_eq!(
+            destinations(&[one, two, other].concat()).as_deref(),
+            Some("172.17.42.1/32 10.0.0.0/8")
+        );
+        assert_eq!((destinations(&[one, any].concat()), destinations(other)), (None, None));
         // To another port, or to a container's.
         let others = rules(
             "-A PREROUTING -p tcp -j REDIRECT --to-ports 9998\n\
              -A DOCKER -p tcp -m tcp --dport 9999 -j DNAT --to-destination 192.0.2.7:9999\n",
         );
         assert_eq!((passes(&others), others.lead_nowhere()), ([true; 3], true));
+        // A transparent proxy takes them before, unless it asks for something that is not read.
+        let with_tproxy = |asks: &str| {
+            let text = format!("-A PREROUTING -p tcp -m tcp --dport 80 {to}\n");
+            let tproxy =
+                format!("-A PREROUTING -p tcp {asks}-m tcp --dport 80 -j TPROXY --on-port 9999\n");
+            let all =
+                [in_iptables(&text, "nat", "iptables"), in_iptables(&tproxy, "mangle", "iptables")];
+            OwnRules::among(all.concat(), 9999)
+        };
+        assert_eq!(passes(&with_tproxy("")), [true; 3]);
+        assert_eq!(passes(&with_tproxy("-i eth0 ")), [false, true, true]);
+        assert!(!with_tproxy("").lead_nowhere());
         // What is not known is no reason.
         for unknown in [OwnRules::Unread, OwnRules::Unreadable("no".into())] {
             assert_eq!((passes(&unknown), unknown.lead_nowhere()), ([false; 3], false));

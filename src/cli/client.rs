@@ -10,6 +10,7 @@ use super::table::printable;
 use crate::{
     admin::api::{Error, Explain, Page},
     config::Admin,
+    listening::{self, Holder, Listener},
     source::SourceError,
     tls,
 };
@@ -40,14 +41,23 @@ pub(super) struct Client {
     base: Url,
 }
 
-/// Timeout of a request: a local embassy answers immediately.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long an embassy may say nothing: a local one answers immediately. A long answer may take longer, as long as more of it comes.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Who listens at the API's address gives no answer. The text says who that is, and what to do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what}; {fix}")]
+pub(super) struct Silent {
+    pub(super) what: String,
+    pub(super) fix: String,
+}
 
 impl Client {
     pub(super) fn new(at: Admin) -> Result<Self> {
         tls::install_provider();
         // TLS is not used: this also works in an image without CA certificates.
-        let http = reqwest::Client::builder().timeout(PATIENCE).no_proxy().tls_certs_only([]);
+        let http = reqwest::Client::builder().connect_timeout(PATIENCE).read_timeout(PATIENCE);
+        let http = http.no_proxy().tls_certs_only([]);
         let (http, base) = match &at {
             Admin::Tcp(address) => (http, format!("http://{address}")),
             // The name is ignored: the client connects to the socket.
@@ -67,9 +77,9 @@ impl Client {
         if !query.is_empty() {
             url.query_pairs_mut().extend_pairs(query);
         }
-        let answer = self.http.get(url).send().await.map_err(|error| self.nobody(&error))?;
+        let answer = self.http.get(url).send().await.map_err(|error| self.failed(&error))?;
         let status = answer.status();
-        let body = answer.bytes().await.map_err(|error| self.nobody(&error))?;
+        let body = answer.bytes().await.map_err(|error| self.failed(&error))?;
         if !status.is_success() {
             match serde_json::from_slice::<Error>(&body) {
                 Ok(Error { error }) => bail!("{}", printable(&error)),
@@ -113,7 +123,28 @@ impl Client {
         Ok(finding.map(|one| printable(&one.text)))
     }
 
-    fn nobody(&self, error: &reqwest::Error) -> anyhow::Error {
+    pub(super) fn at(&self) -> &Admin {
+        &self.at
+    }
+
+    /// Who listens at the API's address, if it is one of this network namespace.
+    pub(super) fn listener(&self) -> Listener {
+        match &self.at {
+            Admin::Tcp(address) => listening::at(*address),
+            Admin::Unix(path) => listening::at_path(path),
+        }
+    }
+
+    /// That there was no answer for so long.
+    pub(super) fn silent(&self, time: Duration) -> Silent {
+        silence(&self.listener(), &self.at, time)
+    }
+
+    fn failed(&self, error: &reqwest::Error) -> anyhow::Error {
+        // The kernel takes a connection for a process that does not, until the queue is full.
+        if error.is_timeout() && (!error.is_connect() || self.listener() != Listener::Nobody) {
+            return self.silent(PATIENCE).into();
+        }
         // The whole chain of errors: the cause is at its end.
         let reason = SourceError::caused("no embassy answers", error).to_string();
         let reason = printable(&reason);
@@ -124,7 +155,74 @@ impl Client {
     }
 }
 
+/// What is said of one that gives no answer.
+fn silence(listener: &Listener, at: &Admin, time: Duration) -> Silent {
+    let time = (time.as_secs_f64() * 10.0).round() / 10.0;
+    let listens = |who: &str| format!("{who} listens at {at} and does not answer within {time} s");
+    match listener {
+        Listener::Nobody => Silent {
+            what: format!("{at} does not answer within {time} s"),
+            fix: "set the address of an embassy that runs with --admin or EMBASSY_ADMIN".to_owned(),
+        },
+        Listener::Hidden => Silent {
+            what: listens("a program that is not visible from here"),
+            fix: "run this command as root on the host: it then shows the program, and whether it is stopped"
+                .to_owned(),
+        },
+        Listener::Process(holder) => {
+            let Holder { pid, name, is_stopped } = holder;
+            let what = listens(&holder.to_string());
+            match is_stopped {
+                true => Silent {
+                    what: format!("{what}, because it is stopped"),
+                    fix: format!("continue it: kill -CONT {pid}"),
+                },
+                false if name == "embassy" => Silent {
+                    what,
+                    fix: format!("find out whether it or this host is overloaded, or restart it: top -p {pid}"),
+                },
+                false => Silent {
+                    what,
+                    fix: "if it is no embassy, set the address of the one that runs with --admin or EMBASSY_ADMIN"
+                        .to_owned(),
+                },
+            }
+        }
+    }
+}
+
 /// The pairs that have a value.
 pub(super) fn given<'a>(pairs: &[(&'a str, Option<&'a str>)]) -> Vec<(&'a str, &'a str)> {
     pairs.iter().filter_map(|(name, value)| Some((*name, (*value)?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_gives_no_answer_is_named_with_what_to_do() {
+        let at = "127.0.0.1:9990".parse().unwrap();
+        let holder = |name: &str, is_stopped| {
+            Listener::Process(Holder { pid: 7, name: name.to_owned(), is_stopped })
+        };
+        for (listener, begins, ends) in [
+            (
+                holder("embassy", true),
+                "embassy (process 7) listens at 127.0.0.1:9990 and does not answer within 5 s, because it is stopped; continue",
+                "kill -CONT 7",
+            ),
+            (holder("embassy", false), "embassy (process 7) listens", "top -p 7"),
+            (holder("nginx", false), "nginx (process 7) listens", "EMBASSY_ADMIN"),
+            (
+                Listener::Hidden,
+                "a program that is not visible from here listens",
+                "whether it is stopped",
+            ),
+            (Listener::Nobody, "127.0.0.1:9990 does not answer within 5 s", "EMBASSY_ADMIN"),
+        ] {
+            let text = silence(&listener, &at, PATIENCE).to_string();
+            assert!(text.starts_with(begins) && text.ends_with(ends), "{text}");
+        }
+    }
 }

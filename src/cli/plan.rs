@@ -288,7 +288,7 @@ impl Shown {
             match self.own_rules.as_deref() {
                 None => writeln!(
                     out,
-                    "It is not known whether your own rules lead to embassy's port: they cannot be read."
+                    "It cannot be known whether your own rules lead to embassy's port: they cannot be read."
                 )?,
                 Some([]) => {
                     writeln!(out, "No rule leads to embassy's port: nothing would be captured.")?

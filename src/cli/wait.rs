@@ -1,28 +1,37 @@
 //! `embassy wait`: waits until a service can be used, for health checks and start order.
 
 use std::{
+    cell::Cell,
     collections::BTreeSet,
+    io,
     time::{Duration, Instant},
 };
 
 use anyhow::Result;
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use serde::Serialize;
 use tokio::time::timeout;
 
 use super::{
     Answer,
-    client::{Asked, Client},
+    client::{Asked, Client, PATIENCE},
     table::printable,
 };
 use crate::{
-    admin::api::{self, Subject, Verdict},
+    admin::api::{self, EndpointHealth, Subject, Verdict},
     config,
+    counts::numbered,
+    listening::Listener,
+    model::Endpoint,
+    proxy::probe,
 };
 
-/// Wait until these services have routes with endpoints; exit 1 on timeout
+/// Wait until these services can be used; exit 1 on timeout
 ///
-/// A service is ready when it has a route with an endpoint that is not known to fail, and embassy's rules are in place. An endpoint to
-/// which nobody has connected yet counts, unless the binding says check=tcp. With rules of your own, one of them has to take the connections, as far as embassy can read them.
+/// A service is ready when it has a route whose connections arrive, and an endpoint of it accepts a connection now: this command opens one
+/// and ends it before the application sees it. If embassy runs in another network namespace, the endpoints are not tried, and an endpoint that is not known to
+/// fail counts. With rules of your own, one of them has to take the connections, if embassy can read them. What is not known is printed, and does not keep a service from
+/// being ready.
 #[derive(Debug, clap::Args)]
 pub(super) struct Wait {
     #[command(flatten)]
@@ -36,6 +45,10 @@ pub(super) struct Wait {
     #[arg(long, value_name = "CONSUMER")]
     consumer: Option<String>,
 
+    /// Do not connect to endpoints: one that is not known to fail counts, even if nobody has connected to it yet
+    #[arg(long)]
+    no_probe: bool,
+
     /// Services, as in the descriptor; with tags, only bindings that ask for exactly these tags
     #[arg(value_name = "SERVICE", required = true)]
     services: Vec<String>,
@@ -43,8 +56,14 @@ pub(super) struct Wait {
 
 /// Poll interval.
 const PAUSE: Duration = Duration::from_millis(200);
+/// Minimum interval between two tries of the same endpoints.
+const PROBE_PAUSE: Duration = Duration::from_secs(1);
 /// Timeout of one poll.
 const LOOK: Duration = Duration::from_secs(1);
+/// Timeout of a connection to an endpoint. The kernel sends a lost SYN again after a second.
+const PROBE: Duration = Duration::from_secs(2);
+/// Maximum number of endpoints of a service that are tried at a time.
+const PROBED: usize = 16;
 
 #[derive(Debug, Serialize)]
 struct Waited {
@@ -52,50 +71,101 @@ struct Waited {
     seconds: f64,
     /// Why it is not ready.
     reason: Option<String>,
+    /// What could not be found out, though it is ready.
+    unknown: Vec<String>,
+}
+
+/// The result of one poll.
+enum Found {
+    Ready {
+        /// What could not be found out.
+        unknown: Vec<String>,
+    },
+    NotReady {
+        reason: String,
+        /// Whether endpoints were tried: they are not tried all the time.
+        probed: bool,
+    },
+}
+
+impl Found {
+    fn not_yet(reason: String) -> Self {
+        Self::NotReady { reason, probed: false }
+    }
 }
 
 impl Wait {
     pub(super) async fn run(self) -> Result<Answer> {
         let client = self.asked.client()?;
         let start = Instant::now();
-        let reason = loop {
+        let mut last: Option<String> = None;
+        let (reason, unknown) = loop {
             // A stopped embassy, or a host that drops packets, must not extend the wait.
             let left = self.timeout.saturating_sub(start.elapsed());
-            let left = if self.timeout.is_zero() { LOOK } else { left };
-            let reason = match timeout(left, self.missing(&client)).await {
-                Ok(Ok(None)) => break None,
-                Ok(Ok(Some(reason))) => reason,
+            let left = if self.timeout.is_zero() { PATIENCE + PROBE } else { left };
+            // The service whose endpoints are tried: embassy has answered then.
+            let tried = Cell::new(None);
+            let (reason, probed) = match timeout(left, self.look(&client, &tried)).await {
+                Ok(Ok(Found::Ready { unknown })) => break (None, unknown),
+                Ok(Ok(Found::NotReady { reason, probed })) => (reason, probed),
                 // It may start later.
-                Ok(Err(error)) => format!("{error:#}"),
-                Err(_) => "embassy does not answer in time".to_owned(),
+                Ok(Err(error)) => (format!("{error:#}"), false),
+                // The end of the wait, and not the end of embassy's time.
+                Err(_) if left < LOOK && last.is_some() => (last.take().unwrap_or_default(), false),
+                Err(_) => match tried.take() {
+                    Some(service) => {
+                        let seconds = (left.as_secs_f64() * 10.0).round() / 10.0;
+                        let service = printable(service);
+                        (
+                            format!(
+                                "no endpoint of {service} accepted a connection within {seconds} s"
+                            ),
+                            true,
+                        )
+                    }
+                    None => (client.silent(left).to_string(), false),
+                },
             };
-            if start.elapsed() + PAUSE > self.timeout {
-                break Some(reason);
+            let pause = if probed { PROBE_PAUSE } else { PAUSE };
+            if start.elapsed() + pause > self.timeout {
+                break (Some(reason), Vec::new());
             }
-            tokio::time::sleep(PAUSE).await;
+            last = Some(reason);
+            tokio::time::sleep(pause).await;
         };
         let ready = reason.is_none();
         if self.asked.json {
             let seconds = start.elapsed().as_secs_f64();
-            return Answer::json(&Waited { ready, seconds, reason }, ready);
+            return Answer::json(&Waited { ready, seconds, reason, unknown }, ready);
         }
         let text = match reason {
-            None => format!("{}: ready\n", printable(&self.services.join(", "))),
+            None => {
+                let unknown: String =
+                    unknown.iter().map(|what| format!("not known: {what}\n")).collect();
+                format!("{}: ready\n{unknown}", printable(&self.services.join(", ")))
+            }
             Some(reason) => format!("not ready: {reason}\n"),
         };
         Ok(Answer::new(text, ready))
     }
 
-    /// The reason why it is not ready. `None`: it is ready.
-    async fn missing(&self, client: &Client) -> Result<Option<String>> {
+    async fn look<'a>(&'a self, client: &Client, tried: &Cell<Option<&'a str>>) -> Result<Found> {
         let status: api::Status = client.get("/v1/status", &[]).await?;
-        // Problems that affect all connections.
+        // Problems of the process affect all connections. Those of the capture make the routes that need it broken.
         let everybodys = status.findings.iter().find(|finding| {
-            finding.verdict == Verdict::Broken
-                && matches!(finding.about, Subject::Process | Subject::Capture)
+            finding.verdict == Verdict::Broken && finding.about == Subject::Process
         });
         if let Some(finding) = everybodys {
-            return Ok(Some(printable(&finding.text)));
+            return Ok(Found::not_yet(printable(&finding.text)));
+        }
+        let captures = status.findings.iter().filter(|finding| finding.cause == "nothing_captured");
+        let mut unknown: Vec<_> = captures.map(|finding| printable(&finding.text)).collect();
+        let probes = !self.no_probe && client.listener() != Listener::Nobody;
+        if !self.no_probe && !probes {
+            let at = client.at();
+            unknown.push(format!(
+                "whether the endpoints accept connections: they were not tried, because the embassy at {at} runs in another network namespace"
+            ));
         }
         for service in &self.services {
             let consumer = self.consumer.as_deref().map(|consumer| ("consumer", consumer));
@@ -104,14 +174,20 @@ impl Wait {
             let mut routes: Vec<api::Route> = client.all("/v1/routes", &query).await?;
             let tags_of = |route: &api::Route| route.query.tags.iter().cloned().collect();
             routes.retain(|route| tags.as_ref().is_none_or(|tags| *tags == tags_of(route)));
-            if !routes.iter().any(|route| route.verdict != Verdict::Broken) {
-                return Ok(Some(match routes.first() {
+            let works = routes.iter().find(|route| route.verdict != Verdict::Broken);
+            let Some(works) = works else {
+                return Ok(Found::not_yet(match routes.first() {
                     None => self.no_route(client, service).await?,
                     Some(route) => why(client, route).await?,
                 }));
+            };
+            tried.set(probes.then_some(service.as_str()));
+            if probes && let Err(reason) = accepts(client, works).await? {
+                return Ok(Found::NotReady { reason, probed: true });
             }
+            tried.set(None);
         }
-        Ok(None)
+        Ok(Found::Ready { unknown })
     }
 
     /// Why there is no route to a service: its binding has none, or no binding asks for it.
@@ -133,11 +209,54 @@ impl Wait {
     }
 }
 
-/// Why a route's connections are refused.
-async fn why(client: &Client, route: &api::Route) -> Result<String> {
+/// Whether an endpoint of a route accepts a connection now, or else why none does.
+async fn accepts(client: &Client, route: &api::Route) -> Result<Result<(), String>> {
+    let explain = explained(client, route).await?;
+    let of_route = explain.services.iter().filter(|service| service.query == route.query);
+    let endpoints = of_route.flat_map(|service| &service.endpoints);
+    let endpoints = endpoints.filter(|endpoint| endpoint.health.state != EndpointHealth::Drained);
+    let mut endpoints: Vec<_> = endpoints.collect();
+    // Those that are used and well come first.
+    endpoints.sort_by_key(|one| (one.health.verdict, one.figures.started == 0));
+    let mut tries: FuturesUnordered<_> =
+        endpoints.iter().take(PROBED).map(|endpoint| accepts_at(&endpoint.endpoint)).collect();
+    let mut first = None;
+    while let Some((at, result)) = tries.next().await {
+        match result {
+            Ok(()) => return Ok(Ok(())),
+            Err(error) => first = first.or(Some(format!("{at}: {error}"))),
+        }
+    }
+    let name = &route.query.name;
+    Ok(first.map_or(Ok(()), |first| {
+        let tried = numbered(endpoints.len().min(PROBED), "endpoint", "endpoints");
+        Err(printable(&format!(
+            "no endpoint of {name} accepts connections ({tried} tried; {first}): start an instance, or let connections from this host to it pass"
+        )))
+    }))
+}
+
+/// Opens a connection that the application does not see.
+async fn accepts_at(endpoint: &str) -> (&str, io::Result<()>) {
+    let result = match endpoint.parse() {
+        Ok(address) => match timeout(PROBE, probe(Endpoint(address), None)).await {
+            Ok(result) => result,
+            Err(_) => Err(io::Error::other(format!("no answer within {} s", PROBE.as_secs()))),
+        },
+        Err(_) => Err(io::Error::other("not an address")),
+    };
+    (endpoint, result)
+}
+
+async fn explained(client: &Client, route: &api::Route) -> Result<api::Explain> {
     let port = route.port.to_string();
     let asked = [("consumer", route.address.as_str()), ("port", port.as_str())];
-    let explain: api::Explain = client.get("/v1/explain", &asked).await?;
+    client.get("/v1/explain", &asked).await
+}
+
+/// Why a route's connections are refused.
+async fn why(client: &Client, route: &api::Route) -> Result<String> {
+    let explain = explained(client, route).await?;
     let text = explain.findings.first().map_or("", |first| &first.text);
     Ok(printable(&format!("{} is {}: {text}", route.query.name, route.state)))
 }

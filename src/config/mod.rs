@@ -122,6 +122,13 @@ impl ConsumerLimit {
     }
 }
 
+impl Config {
+    /// Whether `-services` is given without `-provider=static`.
+    pub fn forgot_static(&self) -> bool {
+        self.ignored.iter().any(|flag| flag.starts_with("--services "))
+    }
+}
+
 /// Which embassy this is, for people.
 #[derive(Debug, Clone)]
 pub struct Instance {
@@ -133,7 +140,12 @@ pub struct Instance {
     pub discoveries: Vec<String>,
     /// The one consumer of the static provider.
     pub consumer: Option<&'static str>,
+    /// Whether `-services` is given, which the engine's provider does not read.
+    pub forgot_static: bool,
 }
+
+/// What to do if the engine does not answer, and `-services` is given.
+pub const FORGOT_STATIC: &str = "start embassy with -provider=static: -services is given, and without it embassy asks a Docker engine for containers and does not read -services";
 
 impl Instance {
     pub fn of(config: &Config) -> Self {
@@ -143,7 +155,7 @@ impl Instance {
             Provider::Static(_) => (None, Some(LOCAL)),
         };
         let discoveries = config.discoveries.uris().values().cloned().collect();
-        Self { host, engine, discoveries, consumer }
+        Self { host, engine, discoveries, consumer, forgot_static: config.forgot_static() }
     }
 }
 

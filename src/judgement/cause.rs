@@ -88,9 +88,9 @@ causes! {
     Capture, Broken, NeedsRedirect {} "needs_redirect",
         "The host's own connections are captured only with --redirect: this consumer's connections are not captured.",
         "start embassy with --redirect";
-    Capture, Broken, Elsewhere { addresses: List<IpAddr> } "elsewhere",
+    Capture, Broken, Elsewhere { addresses: List<IpAddr>, fix: &'static str } "elsewhere",
         "Connections to {addresses} do not arrive here: no interface of embassy's network namespace has such an address.",
-        "start embassy's container with --net=host, or with --redirect (consumers then connect to its own address); if embassy runs on the host, correct --proxy-ip or leave it out";
+        "{fix}";
     Capture, Degraded, DeadVip { addresses: List<IpAddr> } "dead_vip",
         "Connections to {addresses} do not arrive here, those to other VIPs do: no interface of embassy's network namespace has such an address.",
         "correct --proxy-ip (PROXY_IP), or leave it out";
@@ -103,19 +103,22 @@ causes! {
     Capture, Broken, PassedBy { ports: List<u16>, port: u16, hook: OwnHook } "passed_by",
         "Neither --dnat nor --redirect is set, and your own rules to embassy's port {port} do not take connections to {ports}: these are not captured.",
         "start embassy with {hook}, or add a rule: {hook:#} --dport <one of {ports}> -j REDIRECT --to-ports {port}";
+    Capture, Broken, Transparent { rule: String, port: u16 } "tproxy",
+        "A TPROXY rule leads connections to embassy's port {port}. embassy does not understand TPROXY, so the kernel drops them: {rule}.",
+        "write it as -j REDIRECT --to-ports {port} in the table nat, or remove it and start embassy with --dnat";
     Capture, Degraded, SomePassedBy { ports: List<u16>, port: u16 } "some_passed_by",
         "Your own rules to embassy's port {port} do not take all connections to {ports}: these are not captured, others are.",
         "run embassy explain <container> <port>, which shows the rule that is missing; or start embassy with --dnat (in a container of its own: --redirect)";
     Capture, Degraded, NothingCaptured { port: u16, reason: Because } "nothing_captured",
-        "Neither --dnat nor --redirect is set, no connection has been captured since the start, and embassy cannot know whether a rule leads to its port {port}: it cannot read them{reason}.",
-        "start embassy with --dnat (in a container of its own: --redirect), which needs NET_ADMIN; or run embassy doctor as root, which reads your own rules";
+        "Neither --dnat nor --redirect is set, no connection has been captured since the start, and it cannot be known whether a rule leads to embassy's port {port}: embassy cannot read the rules{reason}.",
+        "give embassy the capability NET_ADMIN (docker: --cap-add NET_ADMIN), or what the reason in parentheses says is missing: then it reads your own rules, or writes its own with --dnat (in a container of its own: --redirect); or run embassy doctor as root, which reads them";
     Capture, Degraded, Barrier { chain: String, remedy: String } "barrier",
         "A firewall may drop captured connections, which then time out: {chain}.",
         "{remedy}";
     Capture, Degraded, DropsSome { chain: String, remedy: String } "drops_some",
         "A firewall of this host drops captured connections, which then time out: {chain}. embassy counts connections that arrive and do not pass it.",
         "{remedy}";
-    Capture, Broken, DropsAll { chain: String, remedy: String } "drops_all",
+    Capture, *verdict, DropsAll { chain: String, remedy: String, verdict: Verdict } "drops_all",
         "A firewall of this host drops all captured connections, which then time out: {chain}. embassy counts connections that arrive, and none that passes it.",
         "{remedy}";
     Capture, *verdict, Shadowed { servers: List<SocketAddr>, verdict: Verdict } "shadowed",
@@ -130,12 +133,12 @@ causes! {
     Capture, Ok, GuardLacks { loss: &'static str, reason: String, fix: &'static str } "guard_lacks",
         "{loss}: the firewall cannot do it ({reason}).",
         "{fix}";
-    Capture, Ok, Unguarded { addresses: String, address: IpAddr, consumer: Arc<str> } "unguarded",
+    Capture, Ok, Unguarded { addresses: String, address: IpAddr, consumer: Arc<str>, fix: &'static str } "unguarded",
         "The guard does not know the bridge ports of {addresses}, such as {address} of {consumer}: another container on the same bridge can use such an address.",
-        "in a container, run embassy with --pid=host and --net=host; take NET_RAW and NET_ADMIN from containers that you do not trust";
-    Capture, Degraded, CutOff { consumer: Arc<str>, vips: List<IpAddr> } "cut_off",
+        "{fix}";
+    Capture, Degraded, CutOff { consumer: Arc<str>, vips: List<IpAddr>, fix: &'static str } "cut_off",
         "No network of {consumer} has a gateway on this host or contains a VIP ({vips}): its connections may not reach embassy.",
-        "connect it to a bridge network too: docker network connect bridge <container>";
+        "{fix}";
 
     Sources, used.verdict(), SourceDown { source: String, error: Reason, used: Used, fix: String } "source_down",
         "{source} does not answer ({error}); {used}.",
@@ -359,6 +362,8 @@ pub struct OwnHook {
     pub hook: Hook,
     /// An address that the rule may take.
     pub vip: Option<IpAddr>,
+    /// Whether embassy runs in a container of its own, without the consumers' gateways, if that is known.
+    pub apart: Option<bool>,
 }
 
 impl fmt::Display for OwnHook {
@@ -366,7 +371,14 @@ impl fmt::Display for OwnHook {
         let (flag, chain) = match self.hook {
             Hook::Output => ("--redirect", "OUTPUT"),
             Hook::Prerouting | Hook::Input => {
-                ("--dnat (in a container of its own: --redirect)", "PREROUTING")
+                let flag = match self.apart {
+                    Some(true) => {
+                        "--redirect (it runs in a container of its own: consumers then connect to its own address)"
+                    }
+                    Some(false) => "--dnat",
+                    None => "--dnat (in a container of its own: --redirect)",
+                };
+                (flag, "PREROUTING")
             }
         };
         match f.alternate() {
@@ -377,7 +389,12 @@ impl fmt::Display for OwnHook {
                     "iptables"
                 };
                 let vip = self.vip.map_or_else(|| "<VIP>".to_owned(), |vip| vip.to_string());
-                write!(f, "{program} -t nat -I {chain} -p tcp -d {vip}")
+                write!(f, "{program} -t nat -I {chain} -p tcp")?;
+                match (self.hook, self.apart) {
+                    // Consumers connect to an address of embassy's own.
+                    (Hook::Prerouting | Hook::Input, Some(true)) => Result::Ok(()),
+                    _ => write!(f, " -d {vip}"),
+                }
             }
             false => f.write_str(flag),
         }

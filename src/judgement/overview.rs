@@ -82,7 +82,10 @@ impl Situation {
         // The rules were in place before and are not now, or no connection can arrive. A shutdown removes the rules on
         // purpose.
         let rules = match self.captures() {
-            true => self.capture.standing.in_place && !self.all_are_dropped(),
+            true => {
+                let drops_all = self.all_are_dropped() && self.needs_rules();
+                self.capture.standing.in_place && !drops_all
+            }
             false => !self.no_own_rule(),
         };
         let lost = !rules || self.captures_nobody();
@@ -164,10 +167,12 @@ impl Situation {
 
     pub(super) fn barriers(&self) -> impl Iterator<Item = Cause> {
         let Standing { barriers, drops, behind, .. } = &self.capture.standing;
-        let cause = |Barrier { chain, remedy }: Barrier| match drops {
+        // Routes on the kernel path do not pass a firewall's input.
+        let all = if self.needs_rules() { Verdict::Broken } else { Verdict::Degraded };
+        let cause = move |Barrier { chain, remedy }: Barrier| match drops {
             Drops::NotCounted => Cause::Barrier { chain, remedy },
             Drops::Some => Cause::DropsSome { chain, remedy },
-            Drops::All => Cause::DropsAll { chain, remedy },
+            Drops::All => Cause::DropsAll { chain, remedy, verdict: all },
         };
         let behind = behind.iter().cloned();
         let behind = behind.map(|Barrier { chain, remedy }| Cause::Behind { chain, remedy });
@@ -242,8 +247,11 @@ impl Situation {
                 _ => Cause::Lacking { loss, reason, fix },
             }
         }));
-        if self.table.routes().any(|route| self.reach(&route.consumer) == Reach::Elsewhere) {
-            causes.push(Cause::Elsewhere { addresses: List(self.addresses().collect()) });
+        let is_astray = |route: &Arc<Route>| {
+            !self.is_by_kernel(route) && self.reach(&route.consumer) == Reach::Elsewhere
+        };
+        if self.table.routes().any(is_astray) {
+            causes.push(self.elsewhere());
         } else if self.table.has_named_vips() {
             let dead: Vec<_> = self.addresses().filter(|address| self.is_dead(*address)).collect();
             causes.extend((!dead.is_empty()).then_some(Cause::DeadVip { addresses: List(dead) }));
@@ -272,6 +280,14 @@ impl Situation {
                 addresses: numbered(wiring.unbound.len(), "address", "addresses"),
                 address: *address,
                 consumer: consumer.clone(),
+                fix: match self.is_apart() {
+                    Some(true) => {
+                        "take NET_RAW and NET_ADMIN from containers that you do not trust: in a container of its own embassy sees no bridge ports, and cannot guard addresses"
+                    }
+                    Some(false) | None => {
+                        "in a container, run embassy with --pid=host and --net=host; take NET_RAW and NET_ADMIN from containers that you do not trust"
+                    }
+                },
             });
         }
         causes
@@ -282,17 +298,20 @@ impl Situation {
         let consumer = self.tcp_routes().next().map(|route| &route.consumer);
         if self.no_own_rule() {
             let of = consumer.cloned().unwrap_or(ConsumerId::Local);
-            return vec![self.passed_by(Vec::new(), &of)];
+            return vec![self.passed_by(self.passed_by_ports().into_iter().collect(), &of)];
         }
         let Some(consumer) = consumer else { return Vec::new() };
         let ports = self.passed_by_ports();
         if ports.is_empty() {
             return self.nothing_captured().into_iter().collect();
         }
-        let named = ports.into_iter().take(NAMED).collect();
+        let named: Vec<_> = ports.into_iter().take(NAMED).collect();
         vec![match self.captures_nobody() {
             true => self.passed_by(named, consumer),
-            false => Cause::SomePassedBy { ports: List(named), port: self.own_port },
+            false => match self.passed_by(named.clone(), consumer) {
+                cause @ Cause::Transparent { .. } => cause,
+                _ => Cause::SomePassedBy { ports: List(named), port: self.own_port },
+            },
         }]
     }
 

@@ -102,11 +102,25 @@ impl Situation {
         causes.extend(routes.iter().find_map(|route| self.shadow(route)));
         causes.extend(self.nothing_captured());
         causes.extend(routes.iter().find_map(|route| self.own_rule(route)));
-        for consumer in consumers.iter().filter(|one| self.reach(&one.id) == Reach::Unknown) {
+        let by_rules: Vec<_> = routes.iter().filter(|route| !self.is_by_kernel(route)).collect();
+        let is_one = |one: &Consumer| by_rules.iter().any(|route| route.consumer == one.id);
+        for consumer in
+            consumers.iter().filter(|one| is_one(one) && self.reach(&one.id) == Reach::Unknown)
+        {
             let vips = List(self.addresses().collect());
-            causes.push(Cause::CutOff { consumer: consumer.name.clone(), vips });
+            let fix = match self.is_apart() {
+                Some(true) => {
+                    "let it connect to embassy's container instead: by --link, or by its name on a network that both are on"
+                }
+                Some(false) | None => {
+                    "connect it to a bridge network too: docker network connect bridge <container>"
+                }
+            };
+            causes.push(Cause::CutOff { consumer: consumer.name.clone(), vips, fix });
         }
-        causes.extend(self.barriers());
+        if !by_rules.is_empty() {
+            causes.extend(self.barriers());
+        }
         causes
     }
 

@@ -109,14 +109,6 @@ impl Situation {
         health
     }
 
-    /// Whether the connections or datagrams of a route are captured. `None`: the user's own rules decide.
-    pub fn is_captured(&self, route: &Route) -> Option<bool> {
-        match route.key.protocol {
-            Protocol::Tcp => self.captured(&route.consumer, route.key.port.get(), true),
-            Protocol::Udp => Some(self.paths.path(&route.key) == Path::Kernel),
-        }
-    }
-
     /// Whether the consumer's datagrams to this port are captured from another of its addresses, such as that of the other family.
     fn is_served_otherwise(&self, route: &Route) -> bool {
         let owner = self.table.owner(route).into_iter();
@@ -136,6 +128,9 @@ impl Situation {
         };
         // Of what the rules capture; no rule concerns UDP.
         let hindered = || {
+            if self.is_by_kernel(route) {
+                return false;
+            }
             self.barriers().next().is_some()
                 || self.may_capture_nothing()
                 || self.reach(&route.consumer) != Reach::Arrives
@@ -230,9 +225,7 @@ impl Situation {
                 Cause::NeedsRedirect {}
             }
             None if !self.captures_for(consumer) => Cause::NoVip {},
-            None if self.reach(consumer) == Reach::Elsewhere => {
-                Cause::Elsewhere { addresses: List(self.addresses().collect()) }
-            }
+            None if self.reach(consumer) == Reach::Elsewhere => self.elsewhere(),
             None if standing.in_place && self.shadowed(consumer, port).1 => return None,
             // Said of the firewall itself.
             None if standing.in_place && self.all_are_dropped() => return None,
@@ -240,9 +233,25 @@ impl Situation {
         })
     }
 
+    /// That connections to the VIPs do not arrive in this network namespace.
+    pub(super) fn elsewhere(&self) -> Cause {
+        let fix = match self.is_apart() {
+            Some(false) => {
+                "correct --proxy-ip (PROXY_IP), or leave it out: then docker0's address and the gateways of the consumers' networks are the VIPs"
+            }
+            Some(true) | None => {
+                "start embassy's container with --net=host, or with --redirect (consumers then connect to its own address); if embassy runs on the host, correct --proxy-ip or leave it out"
+            }
+        };
+        Cause::Elsewhere { addresses: List(self.addresses().collect()), fix }
+    }
+
     /// That a server which embassy itself asks has the address and port that this host's own consumer dials.
     pub(super) fn shadow(&self, route: &Route) -> Option<Cause> {
-        let (servers, all) = self.shadowed(&route.consumer, route.key.port.get());
+        let (servers, all) = match self.is_by_kernel(route) {
+            true => (Vec::new(), false),
+            false => self.shadowed(&route.consumer, route.key.port.get()),
+        };
         let verdict = if all { Verdict::Broken } else { Verdict::Degraded };
         (!servers.is_empty()).then_some(Cause::Shadowed { servers: List(servers), verdict })
     }
@@ -250,8 +259,15 @@ impl Situation {
     /// The user's own rules do not lead connections of such a consumer to these ports here.
     pub(super) fn passed_by(&self, ports: Vec<u16>, consumer: &ConsumerId) -> Cause {
         let vip = self.table.vips().iter().map(|vip| vip.0).next();
-        let (port, hook) = (self.own_port, OwnHook { hook: Hook::of(consumer), vip });
+        let hook = OwnHook { hook: Hook::of(consumer), vip, apart: self.is_apart() };
+        let port = self.own_port;
+        let transparent = ports
+            .iter()
+            .find_map(|port| self.capture.own_rules.transparent_lead_of(*port, hook.hook));
         match self.no_own_rule() {
+            _ if let Some(lead) = transparent => {
+                Cause::Transparent { rule: lead.rule.clone(), port }
+            }
             true => Cause::NoOwnRule { port, hook },
             false => Cause::PassedBy { ports: List(ports), port, hook },
         }

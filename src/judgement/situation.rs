@@ -7,6 +7,8 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
+
 use super::source::SourceReading;
 use crate::{
     capture::{Drops, OwnRules, Standing, rules::Hook},
@@ -15,10 +17,10 @@ use crate::{
     discovery::Query,
     limits::FEW,
     model::{ConsumerId, Millis, Vip},
-    path::Paths,
+    path::{Path, Paths},
     provider::Listing,
     readiness::Part,
-    table::Table,
+    table::{Route, Table},
     wiring::Arrival,
 };
 
@@ -155,6 +157,26 @@ impl Situation {
         self.captures() && self.capture.standing.drops == Drops::All
     }
 
+    /// Whether no rule takes part in a route's connections: the kernel leads them from the consumer to the endpoint.
+    pub(super) fn is_by_kernel(&self, route: &Route) -> bool {
+        self.paths.path(&route.key) == Path::Kernel
+    }
+
+    /// Whether any route, also one that comes later, needs the rules.
+    pub(super) fn needs_rules(&self) -> bool {
+        let mut routes = self.table.routes().peekable();
+        routes.peek().is_none() || routes.any(|route| self.paths.path(&route.key) == Path::Proxy)
+    }
+
+    /// Whether embassy runs in a network namespace of its own, beside its consumers': none of the gateways of their networks is here.
+    /// `None`: no consumer's network has a gateway.
+    pub(super) fn is_apart(&self) -> Option<bool> {
+        let consumers = self.listing.consumers.iter();
+        let mut gateways = consumers.flat_map(|consumer| &consumer.gateways).peekable();
+        gateways.peek()?;
+        Some(!gateways.any(|gateway| self.here.contains(gateway)))
+    }
+
     /// Whether embassy itself captures.
     pub fn captures(&self) -> bool {
         self.capture.mode != CaptureMode::None
@@ -211,6 +233,36 @@ impl Situation {
         let is_near = |address: &IpAddr| consumer.is_near(*address, &self.listing.networks);
         let (near, others): (Vec<_>, Vec<_>) = reached.partition(is_near);
         [near, others].concat()
+    }
+
+    /// The same, for one port: with the user's own rules, those that a rule takes, as far as that can be read.
+    pub fn dials_at(&self, consumer: &Consumer, port: u16) -> Vec<IpAddr> {
+        let vips = self.dials(consumer);
+        let rules = Some(&self.capture.own_rules).filter(|_| !self.captures());
+        let Some(taken) =
+            rules.and_then(|rules| rules.destinations_of(port, Hook::of(&consumer.id)))
+        else {
+            return vips;
+        };
+        let (within, _): (Vec<_>, Vec<_>) =
+            vips.into_iter().partition(|vip| taken.iter().any(|net| net.contains(vip)));
+        match within.is_empty() {
+            false => within,
+            // Any destination counts. A network is no address that could be named.
+            true => {
+                let single = taken.iter().filter(|net| net.prefix_len() == net.max_prefix_len());
+                single.map(IpNet::addr).collect()
+            }
+        }
+    }
+
+    /// Whether the connections or datagrams of this route go where the route says. `None`: the user's own rules decide.
+    pub fn is_captured(&self, route: &Route) -> Option<bool> {
+        match self.paths.path(&route.key) {
+            Path::Kernel => Some(true),
+            Path::None => Some(false),
+            Path::Proxy => self.captured(&route.consumer, route.key.port.get(), true),
+        }
     }
 
     /// Whether a connection of `consumer` to this port of a VIP is captured, to a declared port or to another one. `None`: the

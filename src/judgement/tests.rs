@@ -12,10 +12,11 @@ use crate::{
     config::{CaptureMode, CaptureScope},
     consumer::{Binding, Consumer},
     control::InUse,
-    descriptor::Balance,
+    descriptor::{Balance, PathChoice},
     discovery::{Endpoints, Query},
     memory::Use,
     model::{ConsumerId, ContainerId, Endpoint, Millis, ServiceName, Vip},
+    path::{PathReason, Paths},
     provider::{Listing, Problem},
     readiness::Part,
     source::Known,
@@ -106,6 +107,8 @@ pub(crate) struct Setting {
     own: bool,
     has_captured: bool,
     own_rules: OwnRules,
+    /// Whether the routes take the kernel path.
+    by_kernel: bool,
 }
 
 /// In which all is well.
@@ -138,6 +141,7 @@ pub(crate) fn well() -> Setting {
         own: false,
         has_captured: true,
         own_rules: OwnRules::Unread,
+        by_kernel: false,
     }
 }
 
@@ -147,10 +151,22 @@ fn own_rules(ports: &[u16], captured: u64) -> OwnRules {
         format!("-A PREROUTING -p tcp -m tcp --dport {port} -j REDIRECT --to-ports 9999\n")
     };
     let text: String = ports.iter().map(rule).collect();
-    match OwnRules::among(crate::capture::leads::in_iptables(&text, "iptables"), 9999) {
-        OwnRules::Read { leads, .. } => OwnRules::Read { leads, captured },
+    match OwnRules::among(crate::capture::leads::in_iptables(&text, "nat", "iptables"), 9999) {
+        OwnRules::Read { leads, transparent, .. } => {
+            OwnRules::Read { leads, transparent, captured }
+        }
         unread => unread,
     }
+}
+
+/// A rule for port 80, and before it one of TPROXY for this port.
+fn with_tproxy(port: u16) -> OwnRules {
+    let in_iptables = crate::capture::leads::in_iptables;
+    let rule = "-A PREROUTING -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 9999\n";
+    let tproxy = format!("-A PREROUTING -p tcp -m tcp --dport {port} -j TPROXY --on-port 9999\n");
+    let mut leads = in_iptables(rule, "nat", "iptables");
+    leads.extend(in_iptables(&tproxy, "mangle", "iptables"));
+    OwnRules::among(leads, 9999)
 }
 
 fn address(n: usize, is: Is) -> Endpoint {
@@ -251,9 +267,13 @@ impl Setting {
             chain: "chain INPUT".into(),
             remedy: "iptables -I INPUT -j ACCEPT".into(),
         };
+        let mut paths = Paths::new(PathChoice::Proxy);
+        for route in table.routes().filter(|_| self.by_kernel) {
+            paths.set(route.key, PathReason::Possible);
+        }
         Situation {
             table: Arc::new(table),
-            paths: crate::path::Paths::new(crate::descriptor::PathChoice::Proxy),
+            paths,
             listing: Arc::new(listing),
             provider: SourceReading::of("provider".into(), &listed, None, vec![], now),
             queries: HashMap::from([(query(), of_query)]),
@@ -387,6 +407,12 @@ fn cases() -> Vec<(&'static str, RouteState, Change)> {
         ("passed_by", NotCaptured, Box::new(with_own_rules(false, own_rules(&[81], 0)))),
         ("passed_by", NotCaptured, Box::new(with_own_rules(true, own_rules(&[81], 0)))),
         ("goes_to", Ok, Box::new(with_own_rules(false, own_rules(&[81, 80], 0)))),
+        ("tproxy", NotCaptured, Box::new(with_own_rules(true, with_tproxy(80)))),
+        ("goes_to", Ok, Box::new(with_own_rules(true, with_tproxy(81)))),
+        // On the kernel path no rule and no firewall's input is passed, and no address of this host is needed.
+        ("goes_to", Ok, Box::new(|s| (s.by_kernel, s.barrier, s.drops) = (true, true, Drops::All))),
+        ("goes_to", Ok, Box::new(|s| (s.by_kernel, s.in_place) = (true, false))),
+        ("goes_to", Ok, Box::new(|s| (s.by_kernel, s.vip_is_here) = (true, false))),
         // A connection arrives by a rule that cannot be seen.
         ("goes_to", Ok, Box::new(with_own_rules(true, own_rules(&[], 0)))),
         // Rules of one's own may capture any address.
@@ -605,6 +631,13 @@ fn rules_of_ones_own_that_lead_nowhere_are_seen_everywhere() {
     };
     assert_eq!(of(own_rules(&[], 1), false), ("no_own_rule", Verdict::Broken, true));
     assert_eq!(of(own_rules(&[82], 1), true), ("passed_by", Verdict::Broken, true));
+    let only_tproxy = match with_tproxy(80) {
+        OwnRules::Read { transparent, captured, .. } => {
+            OwnRules::Read { leads: Arc::default(), transparent, captured: captured + 1 }
+        }
+        unread => unread,
+    };
+    assert_eq!(of(only_tproxy, false), ("tproxy", Verdict::Broken, true));
     let some = of(own_rules(&[80], 1), true);
     assert_eq!((some.1, some.2), (Verdict::Degraded, false));
     let situation = Setting::of(with_own_rules(false, own_rules(&[80], 0))).situation();
@@ -617,6 +650,61 @@ fn rules_of_ones_own_that_lead_nowhere_are_seen_everywhere() {
     let mut nobody = Setting::of(with_own_rules(false, own_rules(&[], 0))).situation();
     (nobody.table, nobody.listing) = Default::default();
     assert_eq!(nobody.awaited().len(), 1);
+}
+
+/// What drops all captured connections is no failure of routes that the kernel leads past it. Those that it does not are broken.
+#[test]
+fn a_firewall_that_drops_what_is_captured_breaks_only_routes_through_the_proxy() {
+    let of = |by_kernel: bool| {
+        let setting = Setting::of(|s| {
+            (s.by_kernel, s.barrier, s.drops) = (by_kernel, true, Drops::All);
+        });
+        let situation = setting.situation();
+        let overview = situation.overview(&HostUse::default());
+        let waits = !situation.awaited().is_empty();
+        let captured = situation.is_captured(routes(&situation)[0]);
+        (words(&overview.causes)[0], overview.verdict(), waits, captured)
+    };
+    assert_eq!(of(true), ("drops_all", Verdict::Degraded, false, Some(true)));
+    assert_eq!(of(false), ("drops_all", Verdict::Broken, true, Some(false)));
+    let mut mixed = Setting::of(|s| {
+        (s.by_kernel, s.barrier, s.drops) = (true, true, Drops::All);
+        let descriptor = "web;81".parse().unwrap();
+        s.consumer.bindings.push(Binding { origin: "BACKEND_Z".into(), descriptor });
+    })
+    .situation();
+    let key = routes(&mixed).iter().find(|route| route.key.port.get() == 81).unwrap().key;
+    mixed.paths.set(key, PathReason::NotAsked);
+    let states: BTreeSet<_> =
+        routes(&mixed).iter().map(|one| (one.key.port.get(), mixed.route(one).state)).collect();
+    assert_eq!(states, [(80, RouteState::Ok), (81, RouteState::NotCaptured)].into());
+    assert_eq!(mixed.overview(&HostUse::default()).verdict(), Verdict::Broken);
+}
+
+/// The flag that was forgotten, where it is known where embassy runs.
+#[test]
+fn without_a_flag_that_captures_the_one_is_named_that_fits() {
+    let fix = |gateway_is_here: bool, gateways: bool| {
+        let situation = Setting::of(|s| {
+            with_own_rules(false, own_rules(&[], 0))(s);
+            s.vip_is_here = gateway_is_here;
+            if !gateways {
+                s.consumer.gateways.clear();
+            }
+        })
+        .situation();
+        explained(&situation, 80)[0].finding().fix.unwrap()
+    };
+    assert!(
+        fix(true, true).starts_with("start embassy with --dnat, or add"),
+        "{}",
+        fix(true, true)
+    );
+    let apart = fix(false, true);
+    assert!(apart.starts_with("start embassy with --redirect (it runs in a container"), "{apart}");
+    assert!(apart.ends_with("-I PREROUTING -p tcp -j REDIRECT --to-ports 9999"), "{apart}");
+    let unknown = fix(true, false);
+    assert!(unknown.contains("--dnat (in a container of its own: --redirect)"), "{unknown}");
 }
 
 /// Not by any rule, and said as that: the host's own connections without `--redirect`, and a port of a registry.
@@ -967,17 +1055,20 @@ fn any_setting() -> impl Strategy<Value = Setting> {
         Just(own_rules(&[], 1)),
         Just(own_rules(&[80], 1)),
         Just(own_rules(&[81], 1)),
+        Just(with_tproxy(80)),
+        Just(with_tproxy(81)),
     ];
     let drops = prop_oneof![Just(Drops::NotCounted), Just(Drops::Some), Just(Drops::All)];
     let capture = (mode, any::<[bool; 5]>(), any::<[bool; 6]>(), own_rules, drops);
     let sources = (proptest::option::of(prop::collection::vec(is, 0..4)), any::<[bool; 5]>());
-    let load = (0..70usize, 0..70usize, proptest::option::of(0..70usize), any::<(bool, bool)>());
+    let load =
+        (0..70usize, 0..70usize, proptest::option::of(0..70usize), any::<(bool, bool, bool)>());
     (capture, sources, load).prop_map(|(capture, sources, load)| {
         let (mode, [in_place, rules_error, vips, barrier, behind], places, own_rules, drops) =
             capture;
         let [local, gateways, near, vip_is_here, own, has_captured] = places;
         let (endpoints, [source_fails, held, provider_fails, problem, skipped]) = sources;
-        let (live, limit, limit_of_consumer, (memory_short, awaits)) = load;
+        let (live, limit, limit_of_consumer, (memory_short, awaits, by_kernel)) = load;
         let mut consumer = app();
         if local {
             consumer.id = ConsumerId::Local;
@@ -1017,6 +1108,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
             own: own && mode == CaptureMode::Redirect,
             has_captured,
             own_rules,
+            by_kernel: by_kernel && mode != CaptureMode::None && !local,
         }
     })
 }

@@ -14,7 +14,7 @@ use testbed::{Host, embassy_program};
 use crate::{
     READY, WAIT,
     commands::{json, run},
-    support::{ETCD, ends, offer, offer_at, reaches, says, web},
+    support::{ETCD, ends, offer, offer_at, reaches, says, sum, web},
 };
 
 /// The lines that a command prints, in words; and its exit code.
@@ -158,7 +158,43 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     // One that is stopped holds nobody up for longer than they wait.
     embassy.signal(rustix::process::Signal::STOP)?;
     let (text, code) = run(&host, &["wait", "/services/web", "--timeout=1s"])?;
-    assert_eq!((&*text, code), ("not ready: embassy does not answer in time\n", Some(1)));
+    assert!(text.starts_with("not ready: embassy (process "), "{text}");
+    assert!(text.contains("does not answer within 1 s, because it is stopped"), "{text}");
+    assert_eq!(code, Some(1));
+    Ok(())
+}
+
+/// Nobody has connected to it, so embassy knows nothing bad of it.
+#[test]
+fn a_service_is_waited_for_until_an_endpoint_accepts_connections() -> Result<()> {
+    let host = Host::light()?;
+    let web = web(&host, "web")?;
+    offer_at(&host, "dead", &format!("{}:81", web.ip()?))?;
+    let app = host.client("app").env("BACKEND_WEB", "/services/web;80");
+    let _app = app.env("BACKEND_DEAD", "/services/dead;81").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    let (text, code) = run(&host, &["wait", "/services/web", "--timeout=0"])?;
+    assert_eq!((text.as_str(), code), ("/services/web: ready\n", Some(0)));
+    let dead = ["wait", "/services/web", "/services/dead", "--timeout=0"];
+    let (text, code) = run(&host, &dead)?;
+    let said =
+        "not ready: no endpoint of etcd /services/dead accepts connections (1 endpoint tried; ";
+    assert!(text.starts_with(said) && text.contains("refused"), "{text}");
+    assert_eq!(code, Some(1));
+    let (text, code) = run(&host, &[&dead[..], &["--no-probe"]].concat())?;
+    assert_eq!((text.as_str(), code), ("/services/web, /services/dead: ready\n", Some(0)));
+    // The application has seen none of it.
+    assert_eq!(sum(&embassy, "embassy_connections_total")?, 0);
+    // It comes to life.
+    let mut wait = host.embassy_command(["wait", "/services/dead"])?.spawn()?;
+    let _late = host.spawn("late", {
+        let mut command = host.command("nsenter");
+        command.args(["-t", &web.pid()?.to_string(), "-n"]).arg(testbed::testbed_program()?);
+        command.args(["peer", "http", "--name", "late", "--port", "81"]);
+        command
+    })?;
+    assert!(wait.wait()?.success());
     Ok(())
 }
 

@@ -183,6 +183,68 @@ fn the_embassy_that_runs_is_judged_and_one_that_cannot_be_seen_is_not_missed() -
     one(&redirect()?, "warn rules: nft's")
 }
 
+/// As by SIGSTOP, or a host that is out of memory: the kernel takes connections for it.
+#[test]
+fn an_embassy_that_gives_no_answer_is_a_failure_and_its_process_is_named() -> Result<()> {
+    let host = Host::light()?;
+    web(&host, "web")?;
+    let _app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
+    let embassy = host.embassy(["--dnat", ETCD])?;
+    embassy.wait_ready(READY)?;
+    assert_eq!(doctor(&host, &[])?, [""; 0]);
+    embassy.signal(rustix::process::Signal::STOP)?;
+    let asked = ["status", "ps", "explain app 80", "wait /services/web --timeout=8s"];
+    let asked = asked.map(|words| {
+        let mut command = host.embassy_command(words.split(' '))?;
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+        anyhow::Ok((words, command.spawn()?))
+    });
+    let all = doctor(&host, &[])?;
+    let expected = [
+        ("fail embassy: process ", "is stopped"),
+        (
+            "fail admin: embassy (process ",
+            "listens at 127.0.0.1:9990 and does not answer within 5 s",
+        ),
+    ];
+    for (begins, says) in expected {
+        let is_said = |one: &String| one.starts_with(begins) && one.contains(says);
+        ensure!(all.iter().any(is_said), "{begins:?} {says:?} in {all:#?}");
+    }
+    for asked in asked {
+        let (words, child) = asked?;
+        let output = child.wait_with_output()?;
+        let text = String::from_utf8([output.stdout, output.stderr].concat())?;
+        let said = ["embassy (process ", "does not answer within ", "stopped", "kill -CONT "];
+        ensure!(said.iter().all(|part| text.contains(part)), "{words}: {text}");
+        ensure!(output.status.code() == Some(1), "{words}: {text}");
+    }
+    let text = host.embassy_command(["doctor", "--dnat", ETCD])?.output()?.stdout;
+    let text = String::from_utf8(text)?;
+    ensure!(text.contains("skip  dial") && !text.contains("All is well"), "{text}");
+    embassy.signal(rustix::process::Signal::CONT)?;
+    assert_eq!(doctor(&host, &[])?, [""; 0]);
+    embassy.kill()?;
+
+    // Another program has the address of the API, or nobody can have it.
+    let _other = host.spawn("other", {
+        let mut command = host.command(testbed::testbed_program()?);
+        command.args(["peer", "http", "--name", "other", "--port", "9990"]);
+        command
+    })?;
+    testbed::eventually(WAIT, "the other program to be found", || {
+        one(&doctor(&host, &[])?, "fail admin: testbed (process ")
+    })?;
+    one(
+        &doctor(&host, &["--admin=192.0.2.7:9990"])?,
+        "fail admin: embassy cannot listen at 192.0.2.7:9990 (--admin): no interface",
+    )?;
+    one(
+        &doctor(&host, &["--admin=unix:///no/such/folder"])?,
+        "fail admin: embassy cannot listen at unix:///no/such/folder (--admin): there is no folder",
+    )
+}
+
 #[test]
 fn without_flags_it_goes_by_those_of_the_embassy_that_runs() -> Result<()> {
     let host = Host::light()?;

@@ -10,7 +10,7 @@ use testbed::{Container, Embassy, Host, embassy_program};
 
 use crate::{
     READY, WAIT,
-    support::{ends, reaches, says},
+    support::{ends, reaches, says, without_programs},
 };
 
 /// docker0's address in 2015.
@@ -216,7 +216,8 @@ fn that_nothing_captures_is_said_until_something_does() -> Result<()> {
     // It is noticed before anybody connects.
     says(&embassy, &["your own rules lead to embassy's port", "REDIRECT --to-ports 9999"])?;
     embassy.wait_ready(READY)?;
-    explains(plain, "80", Verdict::Ok, "goes_to")?;
+    let told = explains(plain, "80", Verdict::Ok, "goes_to")?;
+    assert_eq!(told.dial, [format!("{OLD_VIP}:80")], "the rule takes no connections to the VIP");
     reaches(&day.app, format!("{OLD_VIP}:80"), "web")?;
     explains(plain, "80", Verdict::Ok, "goes_to")?;
     let found = doctor(command(&["doctor"])?)?;
@@ -254,6 +255,53 @@ fn that_nothing_captures_is_said_until_something_does() -> Result<()> {
     assert!(found.len() == 1 && found[0].starts_with("leftover "), "{found:#?}");
     let (text, _) = said(command(&["doctor", "--dnat"])?)?;
     assert!(text.contains("iptables -t nat -D PREROUTING -d 172.17.42.1/32"), "{text}");
+    Ok(())
+}
+
+/// The rules of nf_tables are read from the kernel, those of the newer iptables among them. With TPROXY connections do not reach embassy.
+#[test]
+fn rules_of_ones_own_are_read_where_no_program_is_installed() -> Result<()> {
+    let day = Day::begins()?;
+    let plain = |words: &[&str]| day.host.embassy_command(words);
+    let rule =
+        format!("-t nat -I PREROUTING -p tcp -d {VIP} --dport 80 -j REDIRECT --to-ports 9999");
+    day.host.run("iptables", rule.split(' '))?;
+    let mut command = without_programs(&day.host)?;
+    command.args([&*day.discovery, "--state-dir=off"]);
+    let embassy = day.host.embassy_from(command)?;
+    says(&embassy, &["your own rules lead to embassy's port", "--dport 80 -j REDIRECT"])?;
+    embassy.wait_ready(READY)?;
+    explains(plain, "80", Verdict::Ok, "goes_to")?;
+    explains(plain, "81", Verdict::Broken, "passed_by")?;
+    let (text, yes) = said(plain(&["wait", "web", "--consumer=app", "--timeout=0"])?)?;
+    assert!(yes && !text.contains("not known"), "{text}");
+    day.host.run("iptables", rule.replace("-I", "-D").split(' '))?;
+    explains(plain, "80", Verdict::Broken, "no_own_rule")?;
+    day.host.run("iptables", rule.split(' '))?;
+    explains(plain, "80", Verdict::Ok, "goes_to")?;
+    let tproxy = "-t mangle -A PREROUTING -p tcp --dport 80 -j TPROXY --on-port 9999";
+    day.host.run("iptables", tproxy.split(' '))?;
+    says(&embassy, &["a TPROXY rule leads to embassy's port"])?;
+    explains(plain, "80", Verdict::Broken, "tproxy")?;
+    Ok(())
+}
+
+/// README's second way, and one flag less: an engine is asked, which is not there.
+#[test]
+fn services_that_nobody_reads_are_named_as_the_reason_that_an_engine_is_asked() -> Result<()> {
+    let host = Host::light()?;
+    let flags = ["--redirect", "-services=web;80", "-discovery=etcd://127.0.0.1:2379"];
+    let more = ["--proxy-ip=172.17.0.1", "--state-dir=off", "-docker=unix:///no/such.sock"];
+    let _embassy = host.embassy([&flags[..], &more].concat())?;
+    testbed::eventually(WAIT, "the forgotten flag to be named", || {
+        let (status, _) = read::<api::Status>(host.embassy_command(["status"])?)?;
+        let fixes = status.findings.iter().filter_map(|finding| finding.fix.as_deref());
+        let named = fixes.filter(|fix| fix.contains("-provider=static")).count();
+        ensure!(named == 1, "{status:#?}");
+        Ok(())
+    })?;
+    let (text, _) = said(host.embassy_command(["doctor"])?)?;
+    ensure!(text.contains("fix: start embassy with -provider=static"), "{text}");
     Ok(())
 }
 

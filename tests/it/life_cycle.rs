@@ -441,7 +441,7 @@ fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
     };
     let fixed = ["-provider=static", "-services=web;80", "--admin=off", "-p=9998"];
     let cases = [
-        (command(&["--admin=off"])?, 1, "cannot listen on port 9999 (--port)"),
+        (command(&["--admin=off"])?, 1, "cannot listen on port 9999 (--port): embassy (process "),
         (
             command(&["--dnat", "--admin=off"])?,
             1,
@@ -452,7 +452,7 @@ fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
             1,
             "another embassy captures in this network namespace",
         ),
-        (command(&["-p=9998"])?, 1, "cannot listen at 127.0.0.1:9990 (--admin)"),
+        (command(&["-p=9998"])?, 1, "cannot listen at 127.0.0.1:9990 (--admin): embassy (process "),
         (
             command(&["--admin=unix:///no/such/folder", "-p=9998"])?,
             1,

@@ -109,9 +109,9 @@ pub(in crate::capture) fn counted(
 }
 
 /// A rule's attributes.
-const CHAIN: u16 = 2;
-const HANDLE: u16 = 3;
-const EXPRESSIONS: u16 = 4;
+pub(super) const CHAIN: u16 = 2;
+pub(super) const HANDLE: u16 = 3;
+pub(super) const EXPRESSIONS: u16 = 4;
 
 fn rules(
     socket: &mut Socket,
@@ -178,8 +178,8 @@ pub(in crate::capture) fn shared_table(
 }
 
 /// The attributes of an expression.
-const EXPRESSION: u16 = 1;
-const EXPRESSION_DATA: u16 = 2;
+pub(super) const EXPRESSION: u16 = 1;
+pub(super) const EXPRESSION_DATA: u16 = 2;
 
 /// The chain that an expression jumps or goes to.
 fn target(expression: Parsed<'_>) -> Option<String> {
@@ -206,7 +206,7 @@ fn comment(expression: Parsed<'_>) -> Option<String> {
 }
 
 /// A table that is not there has nothing.
-fn none_if_missing(dumped: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
+pub(super) fn none_if_missing(dumped: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
     match dumped {
         Err(error) if error.errno() == Some(Errno::NOENT) => Ok(()),
         dumped => dumped,
@@ -238,12 +238,22 @@ fn elements(
     socket: &mut Socket,
     table: Table<'_>,
     set: Set,
+    each: impl FnMut(Bound),
+) -> Result<(), NetlinkError> {
+    elements_of(socket, family_of(set.home()), table.name, &set.to_string(), each)
+}
+
+/// The elements of any set. A set that is not there has none.
+pub(super) fn elements_of(
+    socket: &mut Socket,
+    family: u8,
+    table: &str,
+    set: &str,
     mut each: impl FnMut(Bound),
 ) -> Result<(), NetlinkError> {
     let select = |to: &mut super::wire::Attributes<'_>| {
-        to.text(1, table.name).text(2, &set.to_string());
+        to.text(1, table).text(2, set);
     };
-    let family = family_of(set.home());
     let dumped = socket.dump(Kind::GET_ELEMENTS, family, select, |elements| {
         for element in elements.attributes().list(3) {
             let key = element.nested(ELEMENT_KEY).get(VALUE).unwrap_or_default().to_vec();

@@ -5,6 +5,7 @@ mod dump;
 mod encode;
 mod expression;
 mod socket;
+mod translations;
 mod wire;
 
 pub(super) use dump::{
@@ -16,6 +17,13 @@ pub(super) use encode::{
 };
 pub(crate) use socket::NetlinkError;
 pub(super) use socket::{Generation, Socket};
+pub use translations::By;
+pub(super) use translations::{Conditions, PortRanges, Translation, translations};
 pub(super) use wire::Messages;
+
+/// Reads `input` as what the kernel answers.
 #[cfg(any(test, fuzzing))]
-pub(crate) use wire::fuzz;
+pub(crate) fn fuzz(input: &[u8]) {
+    wire::fuzz(input);
+    translations::fuzz(input);
+}

@@ -6,7 +6,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -15,7 +14,10 @@ use ipnet::{IpNet, Ipv4Net};
 use rustix::process::{Resource, getrlimit};
 use tokio::{sync::Notify, time::timeout};
 
-use super::super::{client::Client, running};
+use super::super::{
+    client::{Client, Silent},
+    running,
+};
 use crate::{
     admin::api,
     app,
@@ -26,7 +28,7 @@ use crate::{
         place,
         rules::{Hook, Part},
     },
-    config::{CaptureMode, Config, Provider},
+    config::{Admin, CaptureMode, Config, FORGOT_STATIC, Provider},
     descriptor::PathChoice,
     discovery::{Discoveries, Watches},
     docker::{
@@ -34,8 +36,11 @@ use crate::{
         obstacle::{self, Obstacle},
     },
     kernel,
+    listening::{self, Listener},
     memory::{Memory, Use},
-    privileges, remedy, resolve,
+    privileges,
+    provider::fixed,
+    remedy, resolve,
     source::ResyncRequests,
     tls::Weakness,
 };
@@ -71,8 +76,12 @@ pub(super) struct HostFacts {
     pub(super) running: Vec<u32>,
     /// Whether an embassy captures here, even if its process is not visible.
     pub(super) capturing: bool,
+    /// Those of them that are stopped, as by SIGSTOP.
+    pub(super) stopped: Vec<u32>,
     pub(super) port: u16,
     pub(super) listener: Listener,
+    /// `None`: there is to be no API.
+    pub(super) admin: Option<AdminFacts>,
     /// Addresses of this host.
     pub(super) local: BTreeSet<IpAddr>,
     /// The VIPs of --proxy-ip.
@@ -117,15 +126,24 @@ pub(super) struct EngineFacts {
     pub(super) api: String,
 }
 
-/// The program that listens on the proxy's port.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Listener {
-    Nobody,
-    Proxy(u32),
-    /// Its name and process.
-    Other(String),
-    /// A program that is not visible from here.
-    Hidden,
+/// The admin API's address.
+#[derive(Debug)]
+pub(super) struct AdminFacts {
+    pub(super) at: String,
+    pub(super) answer: ApiAnswer,
+    pub(super) listener: Listener,
+    /// Why nobody can listen there.
+    pub(super) error: Option<String>,
+}
+
+/// What comes of a question to the admin API.
+#[derive(Debug)]
+pub(super) enum ApiAnswer {
+    Answers,
+    /// Somebody listens there, and says nothing.
+    Silent(Silent),
+    /// The error.
+    Fails(String),
 }
 
 /// A bridge network of the engine.
@@ -171,6 +189,10 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         }
         None => (engine, None),
     };
+    let engine_fix = match &engine {
+        Some(Err(_)) if config.forgot_static() => Some(FORGOT_STATIC.to_owned()),
+        _ => engine_fix,
+    };
     let (mut places, mut places_of_output) = (Vec::new(), Vec::new());
     for firewall in [Firewall::Nft, Firewall::Iptables] {
         // A backend that is not installed has no rules of embassy.
@@ -185,7 +207,7 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         }
     }
     let running: Vec<_> = running::proxies().iter().map(|proxy| proxy.pid).collect();
-    let told = told(config).await;
+    let (admin, told) = admin(config).await;
     let capturing = Lock::is_held();
     let barriers = match told {
         Some(_) if capturing => None,
@@ -211,9 +233,11 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         capturing,
         barriers,
         leads,
-        listening: listening_ports(),
+        listening: listening::ports(),
         port: config.port.get(),
-        listener: listener(config.port.get(), &running),
+        listener: listening::at((Ipv4Addr::UNSPECIFIED, config.port.get()).into()),
+        stopped: running.iter().copied().filter(|pid| listening::is_stopped(*pid)).collect(),
+        admin,
         running: running.clone(),
         local: interfaces.keys().copied().collect(),
         vips: config.vips.as_ref().map(|vips| vips.iter().map(|vip| vip.0).collect()),
@@ -263,16 +287,6 @@ async fn barriers(
         Some(error) => Err(error.to_string()),
         None => Ok(listings.barriers(&Captured { port: config.port.get(), bridges })),
     }
-}
-
-/// The findings of a running embassy. `None` if none answers, or if there is no API.
-async fn told(config: &Config) -> Option<Vec<api::Finding>> {
-    let client = config.admin.clone().and_then(|at| Client::new(at).ok())?;
-    let status = client.get::<api::Status>("/v1/status", &[]);
-    let findings = timeout(PATIENCE, status).await.ok()?.ok()?.findings;
-    // Who is not guarded is served, and this host may be the reason that they are not.
-    let tells = |one: &api::Finding| one.verdict > api::Verdict::Ok || one.cause == "unguarded";
-    Some(findings.into_iter().filter(tells).collect())
 }
 
 /// The backend that a start with these flags would use.
@@ -410,53 +424,43 @@ async fn servers(discoveries: &Discoveries) -> Vec<(Arc<str>, SocketAddr)> {
     all
 }
 
-/// The program that listens on `port`, by the kernel's socket lists.
-fn listener(port: u16, running: &[u32]) -> Listener {
-    let lists = ["/proc/net/tcp", "/proc/net/tcp6"].map(fs::read_to_string);
-    let Some(inode) = lists.into_iter().flatten().find_map(|list| listening(&list, port)) else {
-        return Listener::Nobody;
+/// What the admin API's address is like.
+async fn admin(config: &Config) -> (Option<AdminFacts>, Option<Vec<api::Finding>>) {
+    let Some(at) = config.admin.clone() else { return (None, None) };
+    let (told, answer) = match Client::new(at.clone()) {
+        Err(error) => (None, ApiAnswer::Fails(format!("{error:#}"))),
+        Ok(client) => told(&client).await,
     };
-    let socket = format!("socket:[{inode}]");
-    let has = |pid: &u32| {
-        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        descriptors
-            .map(|fd| fs::read_link(fd.path()))
-            .any(|to| to.is_ok_and(|to| to == Path::new(&socket)))
-    };
-    if let Some(pid) = running.iter().find(|pid| has(pid)) {
-        return Listener::Proxy(*pid);
-    }
-    let all = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let mut pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    match pids.find(has) {
-        Some(pid) => {
-            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            Listener::Other(format!("{} (process {pid})", name.trim()))
+    let (found, error) = match &at {
+        Admin::Tcp(address) => {
+            let is_missing =
+                fixed::here([address.ip()]).is_empty() && !address.ip().is_unspecified();
+            let error = is_missing.then(|| "no interface of this host has this address".to_owned());
+            (listening::at(*address), error)
         }
-        None => Listener::Hidden,
-    }
+        Admin::Unix(path) => {
+            let folder = path.parent().filter(|folder| !folder.is_dir());
+            let error = folder.map(|folder| format!("there is no folder {}", folder.display()));
+            (listening::at_path(path), error)
+        }
+    };
+    (Some(AdminFacts { at: at.to_string(), answer, listener: found, error }), told)
 }
 
-/// The ports on which a program listens for TCP.
-fn listening_ports() -> BTreeSet<u16> {
-    let lists = ["/proc/net/tcp", "/proc/net/tcp6"].map(fs::read_to_string);
-    let lists = lists.into_iter().flatten();
-    lists.flat_map(|list| list.lines().skip(1).filter_map(listens).collect::<Vec<_>>()).collect()
-}
-
-/// The port, if this line of `/proc/net/tcp` is about a socket that listens.
-fn listens(line: &str) -> Option<u16> {
-    let fields: Vec<_> = line.split_whitespace().collect();
-    let (_, hex) = fields.get(1)?.rsplit_once(':')?;
-    // 0A is TCP_LISTEN (include/net/tcp_states.h).
-    (*fields.get(3)? == "0A").then(|| u16::from_str_radix(hex, 16).ok())?
-}
-
-/// The inode of the socket that listens on `port`, in the text of `/proc/net/tcp`.
-fn listening(list: &str, port: u16) -> Option<u64> {
-    list.lines().skip(1).find_map(|line| {
-        (listens(line)? == port).then(|| line.split_whitespace().nth(9)?.parse().ok())?
-    })
+/// The findings of a running embassy, if one answers.
+async fn told(client: &Client) -> (Option<Vec<api::Finding>>, ApiAnswer) {
+    let status = client.get::<api::Status>("/v1/status", &[]);
+    let findings = match timeout(PATIENCE + Duration::from_secs(1), status).await {
+        Ok(Ok(status)) => status.findings,
+        Ok(Err(error)) => match error.downcast::<Silent>() {
+            Ok(silent) => return (None, ApiAnswer::Silent(silent)),
+            Err(error) => return (None, ApiAnswer::Fails(format!("{error:#}"))),
+        },
+        Err(_) => return (None, ApiAnswer::Silent(client.silent(PATIENCE))),
+    };
+    // Who is not guarded is served, and this host may be the reason that they are not.
+    let tells = |one: &api::Finding| one.verdict > api::Verdict::Ok || one.cause == "unguarded";
+    (Some(findings.into_iter().filter(tells).collect()), ApiAnswer::Answers)
 }
 
 fn capabilities(process: &str) -> Option<u64> {
@@ -492,17 +496,6 @@ mod tests {
         discovery::{ConsulSettings, EtcdSettings, Options},
         docker::Engine,
     };
-
-    #[test]
-    fn a_listener_is_found_by_its_port() {
-        let list = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
-            \x20  0: 0100007F:2706 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1\n\
-            \x20  1: 0100007F:270F 0100007F:9C40 01 00000000:00000000 00:00000000 00000000     0        0 4712 1\n";
-        assert_eq!(listening(list, 9990), Some(4711));
-        // A connected socket does not listen.
-        assert_eq!(listening(list, 9999), None);
-        assert_eq!(listening("", 1), None);
-    }
 
     /// A server that answers each connection with this.
     async fn answers(with: &'static str) -> u16 {

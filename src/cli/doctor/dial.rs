@@ -17,7 +17,7 @@ use tokio::{sync::oneshot, time::timeout};
 
 use super::{
     super::client::Client,
-    collect::{Network, PATIENCE},
+    collect::{AdminFacts, ApiAnswer, HostFacts, PATIENCE},
 };
 use crate::{admin::api, config::Config, docker, model::Endpoint, proxy::probe};
 
@@ -41,42 +41,114 @@ pub(super) enum Failed {
 /// How long a connection is waited for. The kernel sends a lost packet again after a second.
 const LIMIT: Duration = Duration::from_secs(3);
 
-/// One connection for each network that has a consumer. None, if that is not allowed: it needs the capability SYS_ADMIN, and visible
-/// processes.
-pub(super) async fn dials(config: &Config, networks: &[Network]) -> Vec<Dial> {
-    let asking = async {
-        let client = config.admin.clone().and_then(|at| Client::new(at).ok())?;
-        let status: api::Status = client.get("/v1/status", &[]).await.ok()?;
-        let routes = client.all::<api::Route>("/v1/routes", &[]).await.ok()?;
-        let (engine, _) = docker::client::Client::connect(&config.docker).await.ok()?;
-        let mut found = Vec::new();
-        for network in networks {
-            let address = |route: &api::Route| route.address.parse::<IpAddr>().ok();
-            let is_in = |route: &&api::Route| {
-                address(route).is_some_and(|one| network.ranges.iter().any(|r| r.contains(&one)))
-            };
-            let Some((vip, _)) = &network.own else { continue };
-            let is_vip = status.vips.iter().any(|one| one.parse() == Ok(*vip));
-            let same_family = |route: &&api::Route| {
-                address(route).is_some_and(|one| one.is_ipv4() == vip.is_ipv4())
-            };
-            let route = routes.iter().filter(is_in).find(same_family).filter(|_| is_vip);
-            if let Some(route) = route
-                && let Some(pid) = engine.process(&route.consumer_id).await
-            {
-                let to = SocketAddr::new(*vip, route.port);
-                found.push((route.consumer.clone(), to, pid));
+/// What was tried.
+#[derive(Debug, Default)]
+pub(super) struct Dials {
+    pub(super) tried: Vec<Dial>,
+    /// Why some of it was not, or all.
+    pub(super) not_tried: Option<NotTried>,
+}
+
+/// Why a connection was not begun, and what to do about it.
+#[derive(Debug)]
+pub(super) struct NotTried {
+    pub(super) why: String,
+    pub(super) fix: &'static str,
+}
+
+impl NotTried {
+    fn new(why: impl Into<String>, fix: &'static str) -> Self {
+        Self { why: why.into(), fix }
+    }
+}
+
+/// A consumer's name, where it connects to, and its process.
+type Wanted = (String, SocketAddr, i32);
+
+/// One connection for each network that has a consumer. It needs the capability SYS_ADMIN, and visible processes.
+pub(super) async fn dials(config: &Config, facts: &HostFacts) -> Dials {
+    const AS_ROOT: &str =
+        "run doctor as root on the host, or in embassy's container with docker exec --privileged";
+    let wanted = match timeout(PATIENCE, wanted(config, facts)).await {
+        Ok(Ok(wanted)) => wanted,
+        Ok(Err(not_tried)) => return Dials { tried: Vec::new(), not_tried: Some(not_tried) },
+        Err(_) => {
+            let why =
+                format!("embassy and the engine did not answer within {} s", PATIENCE.as_secs());
+            let fix = "run doctor again when this host is less busy";
+            return Dials { tried: Vec::new(), not_tried: Some(NotTried::new(why, fix)) };
+        }
+    };
+    // All at once: each may take its whole time.
+    let dials = wanted.into_iter().map(|(consumer, to, pid)| async move {
+        let result = dial(pid, to).await;
+        (consumer, to, result)
+    });
+    let (mut tried, mut not_tried) = (Vec::new(), None);
+    for (consumer, to, result) in join_all(dials).await {
+        match result {
+            Some(result) => tried.push(Dial { consumer, to, result }),
+            None => {
+                let why = format!(
+                    "the network of {consumer} cannot be entered from here, which needs SYS_ADMIN and visible processes"
+                );
+                not_tried = Some(NotTried::new(why, AS_ROOT));
             }
         }
-        Some(found)
+    }
+    Dials { tried, not_tried }
+}
+
+/// One consumer of each network that has any.
+async fn wanted(config: &Config, facts: &HostFacts) -> Result<Vec<Wanted>, NotTried> {
+    let unknown = "so it is not known which containers connect where";
+    let no_api = |why: String| {
+        NotTried::new(
+            why,
+            "give doctor the --admin of the embassy that captures here, and see to it that it answers",
+        )
     };
-    let found = timeout(PATIENCE, asking).await.ok().flatten().unwrap_or_default();
-    // All at once: each may take its whole time.
-    let dials = found.into_iter().map(|(consumer, to, pid)| async move {
-        let result = dial(pid, to).await?;
-        Some(Dial { consumer, to, result })
-    });
-    join_all(dials).await.into_iter().flatten().collect()
+    let client = match &facts.admin {
+        None => return Err(no_api(format!("there is no admin API (--admin=off), {unknown}"))),
+        Some(AdminFacts { answer: ApiAnswer::Answers, .. }) => {
+            config.admin.clone().and_then(|at| Client::new(at).ok())
+        }
+        Some(AdminFacts { at, .. }) => {
+            return Err(no_api(format!("no embassy answers at {at}, {unknown}")));
+        }
+    };
+    let client = client.ok_or_else(|| no_api(format!("there is no admin API, {unknown}")))?;
+    let failed = |error: anyhow::Error| no_api(format!("{error:#}, {unknown}"));
+    let status: api::Status = client.get("/v1/status", &[]).await.map_err(failed)?;
+    let routes = client.all::<api::Route>("/v1/routes", &[]).await.map_err(failed)?;
+    let mut found = Vec::new();
+    let mut consumers = Vec::new();
+    for network in &facts.networks {
+        let address = |route: &api::Route| route.address.parse::<IpAddr>().ok();
+        let is_in = |route: &&api::Route| {
+            address(route).is_some_and(|one| network.ranges.iter().any(|r| r.contains(&one)))
+        };
+        let Some((vip, _)) = &network.own else { continue };
+        let is_vip = status.vips.iter().any(|one| one.parse() == Ok(*vip));
+        let same_family =
+            |route: &&api::Route| address(route).is_some_and(|one| one.is_ipv4() == vip.is_ipv4());
+        let route = routes.iter().filter(is_in).find(same_family).filter(|_| is_vip);
+        consumers.extend(route.map(|route| (route, SocketAddr::new(*vip, route.port))));
+    }
+    if consumers.is_empty() {
+        return Ok(found);
+    }
+    let engine = docker::client::Client::connect(&config.docker).await;
+    let Ok((engine, _)) = engine else {
+        let fix = "see the failure of the engine";
+        return Err(NotTried::new("the engine does not answer, which knows their processes", fix));
+    };
+    for (route, to) in consumers {
+        if let Some(pid) = engine.process(&route.consumer_id).await {
+            found.push((route.consumer.clone(), to, pid));
+        }
+    }
+    Ok(found)
 }
 
 /// Begins a connection in a process's network. `None` if that network may not be entered.

@@ -20,6 +20,8 @@ mod collect;
 mod dial;
 mod judge;
 
+use dial::Dials;
+
 /// Check this host for problems and say how to fix them (takes the proxy's flags; without any, those of the embassy that runs)
 #[derive(Debug, clap::Args)]
 pub(super) struct Doctor {
@@ -36,6 +38,8 @@ pub(super) struct Doctor {
 #[serde(rename_all = "lowercase")]
 enum Level {
     Ok,
+    /// It could not be checked.
+    Skipped,
     /// It works, but perhaps not for long or not for all containers.
     Warn,
     /// It does not work.
@@ -49,7 +53,7 @@ struct Finding {
     level: Level,
     /// The fact, and its consequence.
     what: String,
-    /// How to fix it. `None` if there is no problem.
+    /// How to fix it, or how to have it checked. `None` if there is no problem.
     fix: Option<String>,
 }
 
@@ -138,8 +142,8 @@ impl Doctor {
     ) -> Result<Answer> {
         let facts = collect::facts(&config).await;
         let dials = match facts.capturing {
-            true => dial::dials(&config, &facts.networks).await,
-            false => Vec::new(),
+            true => dial::dials(&config, &facts).await,
+            false => Dials::default(),
         };
         let mut findings = judge::findings(&facts, &dials);
         if let Some(finding) = running.and_then(Running::finding) {
@@ -159,6 +163,7 @@ fn text(findings: &[Finding]) -> String {
     for Finding { check, level, what, fix } in findings {
         let level = match level {
             Level::Ok => "ok  ",
+            Level::Skipped => "skip",
             Level::Warn => "warn",
             Level::Fail => "FAIL",
         };
@@ -170,11 +175,16 @@ fn text(findings: &[Finding]) -> String {
     }
     let count = |level| findings.iter().filter(|finding| finding.level == level).count();
     let (warnings, failures) = (count(Level::Warn), count(Level::Fail));
+    let skipped = match count(Level::Skipped) {
+        0 => String::new(),
+        skipped => format!(" {} skipped.", numbered(skipped, "check was", "checks were")),
+    };
     let _ = match (warnings, failures) {
-        (0, 0) => writeln!(out, "\nAll is well."),
+        (0, 0) if skipped.is_empty() => writeln!(out, "\nAll is well."),
+        (0, 0) => writeln!(out, "\nNo problem was found.{skipped}"),
         _ => writeln!(
             out,
-            "\n{} failed, {}.",
+            "\n{} failed, {}.{skipped}",
             numbered(failures, "check", "checks"),
             numbered(warnings, "warning", "warnings")
         ),

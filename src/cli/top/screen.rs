@@ -225,7 +225,9 @@ impl Screen {
         let captured = match (capture.mode, capture.in_place) {
             (CaptureMode::None, _) => match status.verdicts.capture {
                 Verdict::Ok => "your own rules capture".to_owned(),
-                Verdict::Degraded => "your own rules capture not all, or are not known".to_owned(),
+                Verdict::Degraded => {
+                    "your own rules capture not all, or it cannot be known".to_owned()
+                }
                 Verdict::Broken => "nothing is captured".to_owned(),
             },
             (mode, true) => format!("{mode} in place"),
