@@ -119,7 +119,7 @@ async fn serve(config: Config, mut successor: Successor, supervisor: Supervisor)
                 Event::Failed(error) => break (Stopping::Failed, Some(error)),
                 Event::Takeover(asker) => {
                     let process = asker.0.peer_process();
-                    match app.hand_over(asker).await {
+                    match app.hand_over(*asker).await {
                         Ok(true) => {
                             // Before this one ends: the supervisor would take that for the end of embassy.
                             if let Some(process) = process.filter(|one| successor.is(Some(*one))) {

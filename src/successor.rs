@@ -140,7 +140,7 @@ impl Successor {
 pub fn start_for_another(words: &[OsString]) -> Option<ExitCode> {
     let (word, rest) = words.split_first()?;
     let (program, words) = rest.split_first().filter(|_| word == WORD)?;
-    Some(match launch(program, words).and_then(|process| say(process)) {
+    Some(match launch(program, words).and_then(say) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(program, &error);

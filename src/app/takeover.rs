@@ -47,7 +47,7 @@ pub enum Event {
     /// A part has ended that never should.
     Failed(anyhow::Error),
     /// Another process asks to take over.
-    Takeover(Asker),
+    Takeover(Box<Asker>),
 }
 
 /// What ran when this process started.
@@ -174,7 +174,11 @@ impl Found {
                 );
                 supervisor.tell(State::StandsBy).await;
             }
-            life.over().await.context("cannot wait for the running embassy")?;
+            tokio::select! {
+                over = life.over() => over.context("cannot wait for the running embassy")?,
+                // A supervisor that has a watchdog ends what does not say that it lives.
+                () = supervisor.clone().watch(async || ()) => {}
+            }
         }
     }
 }
@@ -445,7 +449,7 @@ impl App {
             }
             _ = &mut self.checks => Event::Failed(anyhow!("the check task ended")),
             _ = &mut self.memory => Event::Failed(anyhow!("the memory watch task ended")),
-            asker = asked => Event::Takeover(asker),
+            asker = asked => Event::Takeover(Box::new(asker)),
         }
     }
 

@@ -78,22 +78,15 @@ impl Proxy {
         &self,
         channel: &mut Channel,
     ) -> Result<HandedOver, TakeoverError> {
-        let mut all: Vec<_> = (0..self.asks.len()).map(|_| Vec::new()).collect();
-        // While the other process takes some, the next ones are on their way to it.
-        let mut offered = None;
+        let mut all = Vec::new();
         for n in 0..self.asks.len() {
-            let mut next = Some(0);
+            let (mut taken, mut next) = (Vec::new(), Some(0));
             while let Some(from) = next {
                 let (exported, after) = self.ask(n, |answer| Ask::Export(from, answer)).await?;
                 next = after;
-                let sent = offer(channel, n, exported).await?;
-                if let Some(before) = std::mem::replace(&mut offered, sent) {
-                    take(channel, before, &mut all).await?;
-                }
+                taken.extend(offer(channel, exported).await?);
             }
-        }
-        if let Some(last) = offered {
-            take(channel, last, &mut all).await?;
+            all.push(taken);
         }
         Ok(HandedOver(all))
     }
@@ -132,12 +125,8 @@ impl Proxy {
             }
         }
         let mut taken = vec![false; count];
-        let asked = shares
-            .into_iter()
-            .enumerate()
-            .map(|(n, share)| self.ask(n, |answer| Ask::Adopt(share, answer)));
-        let answers = futures_util::future::try_join_all(asked).await?;
-        for (n, of_worker) in answers.into_iter().enumerate() {
+        for (n, share) in shares.into_iter().enumerate() {
+            let of_worker = self.ask(n, |answer| Ask::Adopt(share, answer)).await?;
             let places = taken.iter_mut().skip(n).step_by(workers);
             places.zip(of_worker).for_each(|(place, is_taken)| *place = is_taken);
         }
@@ -213,42 +202,23 @@ impl Proxy {
     }
 }
 
-/// Connections of a worker that were offered to the other process.
-struct Offered {
-    worker: usize,
-    places: Vec<Place>,
-}
-
-/// Offers connections to the other process. `None`: there are none.
+/// Offers connections to the other process. Those that it takes.
 async fn offer(
-    channel: &Channel,
-    worker: usize,
+    channel: &mut Channel,
     exported: Vec<Exported>,
-) -> Result<Option<Offered>, TakeoverError> {
+) -> Result<Vec<Place>, TakeoverError> {
     if exported.is_empty() {
-        return Ok(None);
+        return Ok(Vec::new());
     }
     let bytes: Vec<_> = exported.iter().flat_map(|one| one.bytes.iter().copied()).collect();
     let sockets = exported.iter().flat_map(|one| &one.sockets);
     let sockets: Vec<_> = sockets.map(AsFd::as_fd).collect();
     let list = exported.iter().map(|one| one.connection.clone()).collect();
     channel.send(&Message::Connections { list }, &bytes, &sockets).await?;
-    Ok(Some(Offered { worker, places: exported.iter().map(|one| one.place).collect() }))
-}
-
-/// Learns which of the connections that were offered the other process takes.
-async fn take(
-    channel: &mut Channel,
-    Offered { worker, places }: Offered,
-    all: &mut [Vec<Place>],
-) -> Result<(), TakeoverError> {
     match channel.receive().await?.ok_or(ChannelError::Closed)? {
-        (Message::Taken { taken }, ..) if taken.len() == places.len() => {
-            let taken = places.into_iter().zip(taken).filter(|(_, taken)| *taken);
-            if let Some(of_worker) = all.get_mut(worker) {
-                of_worker.extend(taken.map(|(place, _)| place));
-            }
-            Ok(())
+        (Message::Taken { taken }, ..) if taken.len() == exported.len() => {
+            let taken = exported.iter().zip(taken).filter(|(_, taken)| *taken);
+            Ok(taken.map(|(one, _)| one.place).collect())
         }
         _ => Err(ChannelError::Unexpected("something else than which connections it takes").into()),
     }

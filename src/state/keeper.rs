@@ -421,8 +421,20 @@ mod tests {
         assert!(done.load(Relaxed));
         step.join().unwrap().unwrap();
         // A disk that hangs does not hold it up.
-        let _held = keeper.file.ours.step.lock().unwrap();
+        let file = keeper.file.clone();
+        let (begun, begins) = std::sync::mpsc::channel();
+        let (end, ends) = std::sync::mpsc::channel();
+        let hangs = std::thread::spawn(move || {
+            file.ours.released.store(false, Relaxed);
+            file.ours.step(|| {
+                begun.send(()).unwrap();
+                ends.recv().map_err(io::Error::other)
+            })
+        });
+        begins.recv().unwrap();
         keeper.release().await;
+        end.send(()).unwrap();
+        hangs.join().unwrap().unwrap();
     }
 
     #[tokio::test]
