@@ -5,11 +5,16 @@
     reason = "opens one folder of the kernel's, on a thread that serves nothing else"
 )]
 
-use std::{fmt, fs::File, io};
+use std::{
+    fmt,
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd},
+};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{Array, HashMap, MapData, MapError, RingBuf},
+    maps::{Array, HashMap, Map, MapData, MapError, RingBuf},
     programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, SockOps},
 };
 
@@ -34,8 +39,23 @@ impl Sizes {
         self.services * 2
     }
 
-    pub(super) const DEFAULT: Self = Self { routes: 32_768, services: 4_096, endpoints: 16_384 };
+    /// For twice as many entries and endpoints as there are, and for all services that there may be.
+    pub(super) fn fitting(entries: usize, most_services: usize, endpoints: usize) -> Self {
+        const MOST: u32 = 1 << 20;
+        let room = |n: usize, least: u32, most: u32| {
+            let n = u32::try_from(n).unwrap_or(most).min(most);
+            n.next_power_of_two().clamp(least, most)
+        };
+        Self {
+            routes: room(entries.saturating_mul(2), 32_768, MOST),
+            services: room(most_services, 64, MOST / 16),
+            endpoints: room(endpoints.saturating_mul(2), 16_384, MOST / 4),
+        }
+    }
 }
+
+/// Connections that are ended at a time: each leaves the map when it has ended.
+const DOOMED: u32 = 65_536;
 
 /// Why the kernel path cannot be used on this host.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +130,9 @@ pub(super) struct Programs {
     pub(super) endpoint_counts: Array<MapData, CountsBytes>,
     pub(super) levels: Array<MapData, u32>,
     pub(super) notes: Array<MapData, u64>,
+    pub(super) doomed: HashMap<MapData, u64, u32>,
+    /// What is stored for sockets.
+    peers: MapData,
     pub(super) records: RingBuf<MapData>,
     /// Attached as long as this is held.
     _programs: Ebpf,
@@ -147,6 +170,7 @@ impl Programs {
         ] {
             loader.map_max_entries(map, entries);
         }
+        loader.map_max_entries("doomed", DOOMED);
         let mut programs =
             loader.load(OBJECT).map_err(|error: EbpfError| match is_refused(&error) {
                 true => Unavailable::NotPermitted,
@@ -186,9 +210,19 @@ impl Programs {
             endpoint_counts: take("endpoint_counts")?.try_into()?,
             levels: take("levels")?.try_into()?,
             notes: take("notes")?.try_into()?,
+            doomed: take("doomed")?.try_into()?,
+            peers: match take("peers")? {
+                Map::SkStorage(peers) => peers,
+                _ => return Err(MapError::InvalidName { name: "peers".to_owned() }),
+            },
             records: take("records")?.try_into()?,
             _programs: programs,
         })
+    }
+
+    /// The map of what is stored for sockets, to ask for it.
+    pub(super) fn peers(&self) -> BorrowedFd<'_> {
+        self.peers.fd().as_fd()
     }
 
     /// How often each kind of doubt or loss came up.
@@ -225,4 +259,22 @@ fn attach<T>(program: &'static str, done: Result<T, ProgramError>) -> Result<(),
         Some(libc::EPERM) => Unavailable::Held,
         _ => Unavailable::Attach { program, error: whole(&error) },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_room_for_twice_what_there_is_and_not_without_end() {
+        let of = |entries, services, endpoints| {
+            let Sizes { routes, services, endpoints } =
+                Sizes::fitting(entries, services, endpoints);
+            [routes, services, endpoints]
+        };
+        assert_eq!(of(0, 4_096, 0), [32_768, 4_096, 16_384]);
+        assert_eq!(of(100_000, 5_000, 20_000), [262_144, 8_192, 65_536]);
+        assert_eq!(of(1, 1, 1), [32_768, 64, 16_384]);
+        assert_eq!(of(usize::MAX, usize::MAX, usize::MAX), [1 << 20, 1 << 16, 1 << 18]);
+    }
 }

@@ -3,8 +3,8 @@
 //! Everything that a program follows is written before the word that leads to it, and is given to another only after a grace period.
 
 use std::{
-    collections::{BTreeSet, HashMap},
-    io,
+    collections::{BTreeSet, HashMap, HashSet},
+    io::{self, Read},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     sync::Arc,
     time::{Duration, Instant},
@@ -15,10 +15,13 @@ use rustix::{
     thread::{MembarrierCommand, membarrier},
     time::{ClockId, clock_gettime},
 };
+use tracing::debug;
 
 use super::{
     cgroup::{Cgroup, Hierarchy},
-    layout::{self, Counted, Key, Place, Usage},
+    diag::Open,
+    ends::end_here,
+    layout::{self, Counted, Gone, Key, Place, Usage},
     places::Places,
     programs::{Programs, Sizes, Unavailable},
     turns,
@@ -65,6 +68,8 @@ pub(super) struct Tables {
     levels: BTreeSet<u32>,
     /// Whether a place was given back since this was looked at last.
     pub(super) has_room: bool,
+    /// Whether the kernel ends connections on request.
+    pub(super) can_reset: bool,
 }
 
 /// What is counted, and how much of it was read.
@@ -174,6 +179,7 @@ impl Tables {
             endpoint_of: HashMap::new(),
             levels: BTreeSet::new(),
             has_room: false,
+            can_reset: false,
         };
         tables.test(hierarchy)?;
         Ok(tables)
@@ -196,7 +202,8 @@ impl Tables {
             let stream = TcpStream::connect_timeout(&(vip, port.get()).into(), PATIENCE)?;
             let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
             listener.set_nonblocking(true)?;
-            let (_, accepted) = listener.accept()?;
+            let (_kept, accepted) = listener.accept()?;
+            self.can_reset = self.resets(&stream, endpoint);
             match (accepted == local, peer == SocketAddr::from((vip, port.get()))) {
                 (true, true) => Ok(()),
                 (true, false) => Err(io::Error::other("getpeername does not show the VIP")),
@@ -210,6 +217,25 @@ impl Tables {
             .and_then(|()| self.programs.levels.set(0, 0, 0));
         end.map_err(|error: io::Error| failed(&error))?;
         removed.map_err(|error| Unavailable::Maps(error.to_string()))
+    }
+
+    /// Whether the kernel ends a connection that was redirected to an endpoint: not if it was built without CONFIG_INET_DIAG_DESTROY.
+    fn resets(&mut self, mut stream: &TcpStream, endpoint: SocketAddr) -> bool {
+        let is_it = |open: &Open| open.peer.endpoint.0 == endpoint;
+        let ended = end_here(&mut self.programs, Gone::Route, is_it);
+        debug!(?ended, "tried to end a connection");
+        // Without a wait: it has ended by now, or it never will.
+        let read = stream.set_nonblocking(true).and_then(|()| stream.read(&mut [0]));
+        let is_aborted = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionAborted;
+        matches!(ended, Ok(1)) && read.as_ref().is_err_and(is_aborted)
+    }
+
+    /// The places of a route: those that it has, and those that it had.
+    pub(super) fn places_of(&self, key: &RouteKey, number: RouteNumber) -> HashSet<Place> {
+        let installed = self.installed.get(key).filter(|one| one.number == number);
+        let now = installed.into_iter().flat_map(|one| &one.entries);
+        let before = self.old_routes.iter().filter(|one| one.of.number == number);
+        now.map(|entry| entry.counting.place).chain(before.map(|one| one.place)).collect()
     }
 
     /// The places of the trial stay its own: nothing of it is found by anybody else.
@@ -361,7 +387,7 @@ impl Tables {
         let least = route.balance == Balance::LeastConnections;
         let bytes = layout::route(&key, service, place.generation, least, is_cautious);
         self.programs.route_table.set(place.index, bytes, 0)?;
-        self.programs.route_counts.set(place.index, [0; 200], 0)?;
+        self.programs.route_counts.set(place.index, layout::NO_COUNTS, 0)?;
         self.programs.routes.insert(key.bytes(), place.index, 0)?;
         Ok(())
     }
@@ -504,7 +530,7 @@ impl Tables {
         self.programs.endpoints.set(place.index, bytes, 0)?;
         self.programs.lives.set(place.index, [0; 32], 0)?;
         self.programs.failures.set(place.index, 0, 0)?;
-        self.programs.endpoint_counts.set(place.index, [0; 200], 0)?;
+        self.programs.endpoint_counts.set(place.index, layout::NO_COUNTS, 0)?;
         // Out, until it is known that it is not.
         self.programs.marks.set(place.index, layout::mark(Usage::Out, 0), 0)?;
         let written = Written {
@@ -599,6 +625,43 @@ fn address(state: &Arc<EndpointState>) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// `cargo test --lib figures_of_many_routes -- --ignored --nocapture`, as root.
+    #[test]
+    #[ignore = "it measures"]
+    fn figures_of_many_routes() {
+        const CONNECTS: u32 = 5_000;
+        let hierarchy = Hierarchy::find().unwrap();
+        let sizes = Sizes { routes: 262_144, services: 64, endpoints: 64 };
+        let mut tables = Tables::load(sizes, &hierarchy).unwrap();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let endpoint = listener.local_addr().unwrap();
+        std::thread::spawn(move || listener.incoming().for_each(drop));
+        let vip = Ipv4Addr::new(127, 92, 1, 1);
+        let port = Port::new(80).unwrap();
+        let key = Key { cgroup: hierarchy.root_id().unwrap(), vip: vip.into(), port };
+        tables.lay_trial(&key, endpoint).unwrap();
+        let connect = |to: SocketAddr| {
+            let start = Instant::now();
+            for _ in 0..CONNECTS {
+                let stream = TcpStream::connect(to).unwrap();
+                socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+            }
+            start.elapsed() / CONNECTS
+        };
+        let other = |n: u32| Key { cgroup: 1 << 40 | u64::from(n), ..key };
+        for _ in 0..5 {
+            let mut line = format!("direct {:?}", connect(endpoint));
+            for routes in [10, 100_000] {
+                (0..routes).for_each(|n| {
+                    tables.programs.routes.insert(other(n).bytes(), n, 0).unwrap();
+                });
+                line += &format!(", {routes} routes {:?}", connect((vip, 80).into()));
+                (0..routes).for_each(|n| tables.programs.routes.remove(&other(n).bytes()).unwrap());
+            }
+            println!("a connect and a reset: {line}");
+        }
+    }
 
     #[test]
     fn a_route_takes_the_keys_that_another_address_of_its_container_gave_up() {

@@ -4,7 +4,7 @@ use std::{thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use testbed::{Container, Embassy, Host, embassy_program};
+use testbed::{Container, Host, embassy_program};
 
 use crate::{
     READY, WAIT,
