@@ -626,43 +626,6 @@ fn address(state: &Arc<EndpointState>) -> usize {
 mod tests {
     use super::*;
 
-    /// `cargo test --lib figures_of_many_routes -- --ignored --nocapture`, as root.
-    #[test]
-    #[ignore = "it measures"]
-    fn figures_of_many_routes() {
-        const CONNECTS: u32 = 5_000;
-        let hierarchy = Hierarchy::find().unwrap();
-        let sizes = Sizes { routes: 262_144, services: 64, endpoints: 64 };
-        let mut tables = Tables::load(sizes, &hierarchy).unwrap();
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let endpoint = listener.local_addr().unwrap();
-        std::thread::spawn(move || listener.incoming().for_each(drop));
-        let vip = Ipv4Addr::new(127, 92, 1, 1);
-        let port = Port::new(80).unwrap();
-        let key = Key { cgroup: hierarchy.root_id().unwrap(), vip: vip.into(), port };
-        tables.lay_trial(&key, endpoint).unwrap();
-        let connect = |to: SocketAddr| {
-            let start = Instant::now();
-            for _ in 0..CONNECTS {
-                let stream = TcpStream::connect(to).unwrap();
-                socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
-            }
-            start.elapsed() / CONNECTS
-        };
-        let other = |n: u32| Key { cgroup: 1 << 40 | u64::from(n), ..key };
-        for _ in 0..5 {
-            let mut line = format!("direct {:?}", connect(endpoint));
-            for routes in [10, 100_000] {
-                (0..routes).for_each(|n| {
-                    tables.programs.routes.insert(other(n).bytes(), n, 0).unwrap();
-                });
-                line += &format!(", {routes} routes {:?}", connect((vip, 80).into()));
-                (0..routes).for_each(|n| tables.programs.routes.remove(&other(n).bytes()).unwrap());
-            }
-            println!("a connect and a reset: {line}");
-        }
-    }
-
     #[test]
     fn a_route_takes_the_keys_that_another_address_of_its_container_gave_up() {
         let (cgroup, port) = (Cgroup { id: 7, level: 2 }, Port::new(80).unwrap());
