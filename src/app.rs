@@ -279,6 +279,7 @@ impl App {
                         config.max_connections_per_consumer,
                         ConsumerLimit::Most(_)
                     ),
+                    max_services: config.max_services,
                     log: config.connection_log,
                     mark,
                     events: events.clone(),

@@ -46,7 +46,7 @@ worded! {
         Header = "header",
         /// The binding has user-timeout=: only the proxy's connections have this timeout.
         UserTimeout = "user_timeout",
-        /// The binding has drain=kill or a drain time: embassy can reset only the proxy's connections.
+        /// The binding has drain=kill or a drain time, and embassy cannot reset connections in the consumer's network.
         Drain = "drain",
         /// --max-connections-per-consumer is a number: only the proxy refuses further connections.
         Limit = "limit",
@@ -184,6 +184,8 @@ pub struct Facts<'a> {
     pub is_available: bool,
     /// Whether the consumer is a container.
     pub is_container: bool,
+    /// Whether embassy can reset connections in the consumer's network.
+    pub can_reset: bool,
     /// Whether `--max-connections-per-consumer` is a number.
     pub is_limited: bool,
     /// Whether the route's source address is of IPv4.
@@ -208,7 +210,7 @@ pub fn decide(descriptor: &Descriptor, facts: Facts<'_>) -> PathReason {
         (!facts.is_container, PathReason::NoContainer),
         (descriptor.proxy.is_some(), PathReason::Header),
         (descriptor.user_timeout.is_some(), PathReason::UserTimeout),
-        (descriptor.drain != EndpointDrain::Keep, PathReason::Drain),
+        (descriptor.drain != EndpointDrain::Keep && !facts.can_reset, PathReason::Drain),
         (facts.is_limited, PathReason::Limit),
         (facts.endpoints.is_empty(), PathReason::NoEndpoint),
         (facts.endpoints.len() > MOST_ENDPOINTS, PathReason::TooManyEndpoints),
@@ -324,6 +326,7 @@ mod tests {
             default: PathChoice::Kernel,
             is_available: true,
             is_container: true,
+            can_reset: false,
             is_limited: false,
             is_ipv4: true,
             endpoints,
@@ -349,6 +352,9 @@ mod tests {
         ] {
             assert_eq!(of(descriptor, good), reason, "{descriptor}");
         }
+        let able = Facts { can_reset: true, ..good };
+        assert_eq!(of("web;80;drain=kill", able), PathReason::Possible);
+        assert_eq!(of("web;80;drain=5;proxy=v1", able), PathReason::Header);
         let unasked = Facts { default: PathChoice::Proxy, ..good };
         assert_eq!(of("web;80", unasked), PathReason::NotAsked);
         assert_eq!(of("web;80;path=kernel", unasked), PathReason::Possible);
@@ -521,11 +527,11 @@ mod tests {
             default in prop::sample::select(PathChoice::ALL),
             path in prop::sample::select(vec!["", ";path=proxy", ";path=kernel", ";path=auto"]),
             option in prop::sample::select(vec!["", ";proxy=v1", ";drain=kill", ";drain=9", ";user-timeout=9", ";lb=leastconn"]),
-            (is_available, is_container, is_limited, is_ipv4) in any::<(bool, bool, bool, bool)>(),
+            (is_available, is_container, can_reset, is_limited, is_ipv4) in any::<(bool, bool, bool, bool, bool)>(),
             list in prop::collection::vec(prop::sample::select(vec!["10.0.0.1:80", "127.0.0.1:80", "[::1]:80", "[fd00::1]:80"]), 0..70),
         ) {
             let list = endpoints(&list);
-            let facts = Facts { default, is_available, is_container, is_limited, is_ipv4, endpoints: &list };
+            let facts = Facts { default, is_available, is_container, can_reset, is_limited, is_ipv4, endpoints: &list };
             let reason = of(&format!("web;80{path}{option}"), facts);
             if reason.path() == Path::Kernel {
                 let is_asked = matches!(path, ";path=kernel" | ";path=auto");
@@ -533,7 +539,8 @@ mod tests {
                 prop_assert!(is_available && is_container && !is_limited);
                 prop_assert!(!list.is_empty() && list.len() <= MOST_ENDPOINTS);
                 prop_assert!(list.iter().all(|one| !one.0.ip().is_loopback() && one.0.is_ipv4() == is_ipv4));
-                prop_assert!(matches!(option, "" | ";lb=leastconn"));
+                let drains = matches!(option, ";drain=kill" | ";drain=9");
+                prop_assert!(matches!(option, "" | ";lb=leastconn") || drains && can_reset);
             } else {
                 prop_assert_ne!(reason, PathReason::Possible);
             }

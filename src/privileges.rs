@@ -37,11 +37,14 @@ pub fn take_up_bpf() {
     let _ = set_capabilities(None, sets);
 }
 
-/// Takes the capabilities up, where they are permitted, that it takes to enter a container's network: for this thread alone. The
+/// Takes the capabilities up, where they are permitted, that it takes to enter a container's network and to end sockets there: for this
+/// thread alone. The
 /// process's files below /proc are its own (CAP_SYS_PTRACE), and a namespace is entered by an administrator (CAP_SYS_ADMIN).
 pub fn take_up_entering() {
     let Ok(mut sets) = capabilities(None) else { return };
-    let wanted = CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::NET_ADMIN;
+    let enter = CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE;
+    // Ending a socket, and asking what the programs of the kernel path stored for it.
+    let wanted = enter | CapabilitySet::NET_ADMIN | CapabilitySet::BPF;
     sets.effective |= sets.permitted & wanted;
     let _ = set_capabilities(None, sets);
 }

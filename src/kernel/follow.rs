@@ -18,16 +18,17 @@ use super::{
     Settings,
     again::Again,
     cgroup::{Cgroup, Hierarchy},
+    ends::{self, Ending},
     inside,
-    layout::{Counted, End, Live, Place, Record, Usage, mark},
+    layout::{Counted, End, Gone, Live, Place, Record, Usage, mark},
     programs::{Sizes, Unavailable},
     proofs::{Proofs, Tried},
     tables::{Counting, Tables, Way, WriteError, Written, nanoseconds},
 };
 use crate::{
-    balance::EndpointState,
+    balance::{Checked, EndpointState},
     counts::ConnectionCounts,
-    descriptor::PathChoice,
+    descriptor::{Check, Descriptor, EndpointDrain, PathChoice},
     discovery::Query,
     events::Event,
     log::CONNECTION,
@@ -36,7 +37,7 @@ use crate::{
     outcome::Outcome,
     path::{Candidate, Facts, PathReason, Paths, asks, caution, decide, nearness},
     proxy::{Lack, connect_unseen, probe, unseen_socket, wanted},
-    table::{Changes, Route, RouteKey, Table},
+    table::{Changes, Route, RouteKey, Table, Upstream},
 };
 
 /// What embassy's own connects to endpoints found out.
@@ -71,10 +72,18 @@ pub(super) struct Core {
     /// Routes for which there was no room, and when to try again.
     full: HashSet<RouteKey>,
     room: Option<Again>,
+    /// Whether the log has it that there was no room.
+    was_full: bool,
     /// What can be reached from the consumers of cautious routes.
     proofs: Proofs,
     /// Whether the log has it that embassy cannot connect from consumers' networks.
     is_barred: bool,
+    /// Whether a consumer's network can be entered, to reset connections there.
+    entered: HashMap<ConsumerId, bool>,
+    /// Connections that are to be reset.
+    endings: Vec<Ending>,
+    /// Routes that lose their connections to an endpoint whose check fails, and those endpoints.
+    failing: HashMap<RouteKey, HashSet<Endpoint>>,
     paths: Paths,
     /// Whether `paths` differs from what was published.
     is_news: bool,
@@ -126,8 +135,12 @@ impl Core {
             unidentified: HashMap::new(),
             full: HashSet::new(),
             room: None,
+            was_full: false,
             proofs: Proofs::default(),
             is_barred: false,
+            entered: HashMap::new(),
+            endings: Vec::new(),
+            failing: HashMap::new(),
             answers,
             turns: Vec::new(),
             lost: 0,
@@ -152,6 +165,9 @@ impl Core {
         // Taken away first: another consumer's entries must not be there for longer than the table has them.
         for route in &changes.removed {
             self.remove(route);
+        }
+        for upstream in &changes.upstreams {
+            self.drain(&before, upstream);
         }
         // A route that continues has the same binding; so of those that ask for the proxy path nothing has to be remembered.
         let default = self.settings.default;
@@ -184,6 +200,87 @@ impl Core {
         self.publish();
     }
 
+    /// Connections to endpoints that a service does not have any more are to be reset, if their bindings say so.
+    fn drain(&mut self, before: &Table, upstream: &Upstream) {
+        let had = before.upstream(&upstream.query).map_or(&[][..], |one| one.rotation.endpoints());
+        let has = upstream.rotation.endpoints();
+        let is_gone =
+            |state: &&Arc<EndpointState>| has.iter().all(|one| one.endpoint != state.endpoint);
+        let gone: Vec<Endpoint> = had.iter().filter(is_gone).map(|state| state.endpoint).collect();
+        let keys = self.by_query.get(&upstream.query).into_iter().flatten();
+        for route in keys.filter_map(|key| self.table.route(key)).filter(|_| !gone.is_empty()) {
+            let after = match route.binding.descriptor.drain {
+                EndpointDrain::Keep => continue,
+                EndpointDrain::Kill => Duration::ZERO,
+                EndpointDrain::After(time) => time,
+            };
+            let at = Instant::now() + after;
+            let all = gone.iter().filter_map(|endpoint| ending(route, Some(*endpoint), at));
+            self.endings.extend(all);
+        }
+    }
+
+    /// Connections to endpoints whose check fails are to be reset, if their bindings say so.
+    fn drain_failing(&mut self) {
+        for (key, known) in &mut self.failing {
+            let Some(route) = self.table.route(key) else { continue };
+            let states = self.table.endpoints_of(route).iter();
+            let failing = states.filter(|state| state.check() == Checked::Fails);
+            let now: HashSet<Endpoint> = failing.map(|state| state.endpoint).collect();
+            let new = now.difference(known);
+            let new = new.filter_map(|one| ending(route, Some(*one), Instant::now()));
+            self.endings.extend(new);
+            *known = now;
+        }
+    }
+
+    /// Resets what is due of the connections that are to be reset: of some routes at a time.
+    fn reset_due(&mut self) {
+        const MOST: usize = 32;
+        let now = Instant::now();
+        let due = self.endings.extract_if(.., |one| one.at <= now).take(MOST);
+        for ending in due.collect::<Vec<_>>() {
+            // It may be back.
+            let states = self.table.route(&ending.key).filter(|one| one.number == ending.route);
+            let states = states.map_or(&[][..], |route| self.table.endpoints_of(route));
+            let mut is_back = states.iter().filter(|one| Some(one.endpoint) == ending.endpoint);
+            if is_back.any(|state| state.check() != Checked::Fails) {
+                continue;
+            }
+            let Kernel::Ready(tables) = &mut self.kernel else { return };
+            let places = tables.places_of(&ending.key, ending.route);
+            if places.is_empty() {
+                continue;
+            }
+            let is_meant = |open: &super::diag::Open| {
+                let to = ending.endpoint.is_none_or(|endpoint| endpoint == open.peer.endpoint);
+                to && places.contains(&open.peer.route)
+            };
+            let (route, why) = (&ending.key, ending.why());
+            match ends::end(&ending.run, &mut tables.programs, why, is_meant) {
+                // A container that has ended has no connections either.
+                None => {}
+                Some(Ok(connections)) => debug!(%route, connections, ?why, "connections reset"),
+                Some(Err(error)) => {
+                    warn!(%route, %error, "cannot reset connections of the kernel path; they stay open")
+                }
+            }
+        }
+    }
+
+    /// Whether embassy can reset connections in the network of a route's consumer.
+    fn can_reset(&mut self, route: &Route) -> bool {
+        if !self.is_ready() || !matches!(&self.kernel, Kernel::Ready(tables) if tables.can_reset) {
+            return false;
+        }
+        if let Some(can) = self.entered.get(&route.consumer) {
+            return *can;
+        }
+        let can = route.ends.first().is_some_and(|run| inside::within(run, || ()).is_some());
+        self.entered.insert(route.consumer.clone(), can);
+        can
+    }
+
     fn forget_unused(&mut self, consumer: &ConsumerId) {
         if !self.proofs.has(consumer) {
             return;
@@ -207,7 +304,11 @@ impl Core {
     fn remove(&mut self, route: &Route) {
         self.is_news |= self.paths.forget(&route.key);
         self.full.remove(&route.key);
+        self.failing.remove(&route.key);
         if let Kernel::Ready(tables) = &mut self.kernel {
+            if tables.can_reset && !tables.places_of(&route.key, route.number).is_empty() {
+                self.endings.extend(ending(route, None, Instant::now()));
+            }
             tables.uninstall(&route.key);
         }
         if let Some(routes) = self.routes.get_mut(&route.consumer) {
@@ -217,6 +318,7 @@ impl Core {
                 self.identities.remove(&route.consumer);
                 self.unidentified.remove(&route.consumer);
                 self.proofs.forget(&route.consumer);
+                self.entered.remove(&route.consumer);
             }
         }
         if let Some(routes) = self.by_query.get_mut(&route.query) {
@@ -231,9 +333,21 @@ impl Core {
         let reason = self.decide(route);
         let is_news = self.paths.set(route.key, reason);
         self.is_news |= is_news;
+        // Another path may be taken later, and these connections stay.
+        let Descriptor { drain, check, .. } = &route.binding.descriptor;
+        if reason.has_entries() && (drain, check) == (&EndpointDrain::Kill, &Some(Check::Tcp)) {
+            self.failing.entry(route.key).or_default();
+        }
         self.full.remove(&route.key);
         match reason {
-            PathReason::Full => drop(self.full.insert(route.key)),
+            PathReason::Full => {
+                self.full.insert(route.key);
+                if !std::mem::replace(&mut self.was_full, true) {
+                    warn!(
+                        "the kernel's tables are full; further routes go through the proxy until a restart makes room"
+                    );
+                }
+            }
             PathReason::NoIdentity => {}
             _ if reason.has_entries() => {}
             _ => {
@@ -256,9 +370,13 @@ impl Core {
         let states = self.table.endpoints_of(route);
         let endpoints: Vec<Endpoint> = states.iter().map(|state| state.endpoint).collect();
         let is_ipv4 = route.key.source.to_canonical().is_ipv4();
+        let drains = self.choice(route) != PathChoice::Proxy
+            && route.binding.descriptor.drain != EndpointDrain::Keep;
+        let can_reset = drains && self.can_reset(route);
         let facts = Facts {
             default: self.settings.default,
             is_available: !matches!(self.kernel, Kernel::Unavailable),
+            can_reset,
             is_container: route.consumer != ConsumerId::Local,
             is_limited: self.settings.is_limited,
             is_ipv4,
@@ -414,7 +532,12 @@ impl Core {
 
     fn load(&mut self) -> Result<Tables, Unavailable> {
         let hierarchy = Hierarchy::find().ok_or(Unavailable::NoHierarchy)?;
-        let tables = Tables::load(Sizes::DEFAULT, &hierarchy)?;
+        let table = &self.table;
+        let asking =
+            table.routes().filter(|route| asks(&route.binding.descriptor, self.settings.default));
+        let entries = asking.count() * table.vips().len();
+        let sizes = Sizes::fitting(entries, self.settings.max_services, table.endpoints().len());
+        let tables = Tables::load(sizes, &hierarchy)?;
         self.hierarchy = Some(hierarchy);
         Ok(tables)
     }
@@ -493,6 +616,8 @@ impl Core {
         self.look_for_identities();
         self.try_full();
         self.look_at_kernel();
+        self.drain_failing();
+        self.reset_due();
         self.try_reach();
         self.publish();
     }
@@ -622,6 +747,13 @@ impl Core {
     }
 }
 
+/// The end of a route's connections. `None`: its consumer has no process.
+fn ending(route: &Route, endpoint: Option<Endpoint>, at: Instant) -> Option<Ending> {
+    let run = route.ends.first().filter(|run| !run.has_ended())?.clone();
+    let (key, number) = (route.key, route.number);
+    Some(Ending { route: number, key, run, endpoint, at })
+}
+
 /// Reads what the kernel counted of routes.
 fn read_routes<'a>(
     routes: impl Iterator<Item = &'a mut Counting<Arc<Route>>>,
@@ -666,8 +798,10 @@ fn read_route(
 }
 
 /// How connections ended, in the words of the log and the metrics.
-fn outcomes(counted: &Counted, failed: Outcome) -> [(Outcome, u64); 4] {
+fn outcomes(counted: &Counted, failed: Outcome) -> [(Outcome, u64); 6] {
     [
+        (Outcome::RouteGone, counted.route_gone),
+        (Outcome::EndpointGone, counted.endpoint_gone),
         (Outcome::Closed, counted.closed),
         (Outcome::Reset, counted.reset),
         (Outcome::ResetAfterClose, counted.reset_after_close),
@@ -805,6 +939,8 @@ fn read_records(tables: &mut Tables, settings: &Settings) -> Records {
             End::ResetAfterClose => Outcome::ResetAfterClose,
             End::Failed => Outcome::EndpointsUnreachable,
             End::Unanswered => continue,
+            End::Gone(Gone::Route) => Outcome::RouteGone,
+            End::Gone(Gone::Endpoint) => Outcome::EndpointGone,
         };
         if !wanted(settings.log, outcome) {
             continue;

@@ -14,7 +14,10 @@ pub(super) type SetBytes = [u8; 24 + 4 * MOST_ENDPOINTS];
 pub(super) type EndpointBytes = [u8; 32];
 pub(super) type MarkBytes = [u8; 8];
 pub(super) type LiveBytes = [u8; 32];
-pub(super) type CountsBytes = [u8; 216];
+pub(super) type CountsBytes = [u8; 232];
+pub(super) const NO_COUNTS: CountsBytes = [0; 232];
+/// `struct peer`: what is stored for a socket.
+pub(super) const PEER: usize = 72;
 pub(super) const RECORD: usize = 96;
 
 /// A place in the kernel's tables, and which of its owners this one is: 1 for the first.
@@ -217,6 +220,8 @@ pub(super) struct Counted {
     pub(super) closed: u64,
     pub(super) reset: u64,
     pub(super) reset_after_close: u64,
+    pub(super) route_gone: u64,
+    pub(super) endpoint_gone: u64,
     pub(super) bytes_up: u64,
     pub(super) bytes_down: u64,
     pub(super) connect: Distribution,
@@ -234,6 +239,8 @@ impl Counted {
             closed: reader.u64(),
             reset: reader.u64(),
             reset_after_close: reader.u64(),
+            route_gone: reader.u64(),
+            endpoint_gone: reader.u64(),
             bytes_up: reader.u64(),
             bytes_down: reader.u64(),
             connect: Distribution {
@@ -251,7 +258,8 @@ impl Counted {
 
     /// Connections that have not ended.
     pub(super) fn active(&self) -> u64 {
-        let ended = self.failed + self.closed + self.reset + self.reset_after_close;
+        let gone = self.route_gone + self.endpoint_gone;
+        let ended = self.failed + self.closed + self.reset + self.reset_after_close + gone;
         self.started.saturating_sub(ended)
     }
 
@@ -265,6 +273,8 @@ impl Counted {
             closed: less(self.closed, earlier.closed),
             reset: less(self.reset, earlier.reset),
             reset_after_close: less(self.reset_after_close, earlier.reset_after_close),
+            route_gone: less(self.route_gone, earlier.route_gone),
+            endpoint_gone: less(self.endpoint_gone, earlier.endpoint_gone),
             bytes_up: less(self.bytes_up, earlier.bytes_up),
             bytes_down: less(self.bytes_down, earlier.bytes_down),
             connect: self.connect.since(&earlier.connect),
@@ -283,6 +293,15 @@ pub(super) enum End {
     Failed,
     /// It has not ended: its SYN was not answered for a second.
     Unanswered,
+    /// embassy ended it.
+    Gone(Gone),
+}
+
+/// Why embassy ends a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Gone {
+    Route = 5,
+    Endpoint = 6,
 }
 
 /// A connection, or a flow of UDP, that has ended. Times are in nanoseconds.
@@ -328,9 +347,33 @@ impl Record {
                 2 => End::ResetAfterClose,
                 3 => End::Failed,
                 4 => End::Unanswered,
+                5 => End::Gone(Gone::Route),
+                6 => End::Gone(Gone::Endpoint),
                 _ => return None,
             },
         })
+    }
+}
+
+/// What is stored for a socket that took this way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Peer {
+    pub(super) endpoint: Endpoint,
+    pub(super) route: Place,
+    /// Whether it is being opened or is open.
+    pub(super) is_live: bool,
+}
+
+impl Peer {
+    /// `None` if it is not one.
+    pub(super) fn read(bytes: &[u8]) -> Option<Self> {
+        let mut reader = Reader(bytes.get(..PEER)?);
+        let (_vip, address) = (reader.address(), reader.address());
+        let (_vip_port, port) = (reader.u16(), u16::from_be_bytes(reader.take()));
+        // `enum state`: CONNECTING and OPEN.
+        let is_live = matches!(reader.u32(), 2 | 3);
+        let route = Place { index: reader.u32(), generation: reader.u32() };
+        Some(Self { endpoint: Endpoint(SocketAddr::new(address, port)), route, is_live })
     }
 }
 
@@ -362,14 +405,14 @@ mod tests {
 
     #[test]
     fn counts_are_read_where_the_kernel_writes_them() {
-        let mut bytes = [0; 216];
+        let mut bytes = [0; 232];
         for (n, field) in bytes.chunks_mut(8).enumerate() {
             field.copy_from_slice(&(n as u64 + 1).to_ne_bytes());
         }
         let counted = Counted::read(&bytes);
-        assert_eq!((counted.started, counted.bytes_down), (1, 8));
-        assert_eq!((counted.connect.micros, counted.connect.buckets[0]), (9, 10));
-        assert_eq!((counted.datagrams_up, counted.datagrams_down), (26, 27));
+        assert_eq!((counted.started, counted.bytes_down), (1, 10));
+        assert_eq!((counted.connect.micros, counted.connect.buckets[0]), (11, 12));
+        assert_eq!((counted.datagrams_up, counted.datagrams_down), (28, 29));
     }
 
     #[test]

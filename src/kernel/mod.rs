@@ -26,6 +26,8 @@ use crate::{
 
 mod again;
 mod cgroup;
+mod diag;
+mod ends;
 mod follow;
 mod inside;
 mod layout;
@@ -76,6 +78,8 @@ pub struct Settings {
     pub default: PathChoice,
     /// Whether `--max-connections-per-consumer` is a number.
     pub is_limited: bool,
+    /// `--max-services`
+    pub max_services: usize,
     /// Which connections are logged when they end.
     pub log: ConnectionLog,
     /// The mark of our own connections to endpoints.

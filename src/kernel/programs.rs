@@ -5,11 +5,16 @@
     reason = "opens one folder of the kernel's, on a thread that serves nothing else"
 )]
 
-use std::{fmt, fs::File, io};
+use std::{
+    fmt,
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd},
+};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{Array, HashMap, MapData, MapError, RingBuf},
+    maps::{Array, HashMap, Map, MapData, MapError, RingBuf},
     programs::{
         CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, ProgramType, SockOps,
         cgroup_sock::CgroupSockLink, cgroup_sock_addr::CgroupSockAddrLink,
@@ -39,8 +44,23 @@ impl Sizes {
         self.services * 2
     }
 
-    pub(super) const DEFAULT: Self = Self { routes: 32_768, services: 4_096, endpoints: 16_384 };
+    /// For twice as many entries and endpoints as there are, and for all services that there may be.
+    pub(super) fn fitting(entries: usize, most_services: usize, endpoints: usize) -> Self {
+        const MOST: u32 = 1 << 20;
+        let room = |n: usize, least: u32, most: u32| {
+            let n = u32::try_from(n).unwrap_or(most).min(most);
+            n.next_power_of_two().clamp(least, most)
+        };
+        Self {
+            routes: room(entries.saturating_mul(2), 32_768, MOST),
+            services: room(most_services, 64, MOST / 16),
+            endpoints: room(endpoints.saturating_mul(2), 16_384, MOST / 4),
+        }
+    }
 }
+
+/// Connections that are ended at a time: each leaves the map when it has ended.
+const DOOMED: u32 = 65_536;
 
 /// Why the kernel path cannot be used on this host.
 #[derive(Debug, thiserror::Error)]
@@ -116,6 +136,9 @@ pub(super) struct Programs {
     pub(super) levels: Array<MapData, u32>,
     pub(super) notes: Array<MapData, u64>,
     udp_notes: Array<MapData, u64>,
+    pub(super) doomed: HashMap<MapData, u64, u32>,
+    /// What is stored for sockets.
+    peers: MapData,
     pub(super) records: RingBuf<MapData>,
     udp: Option<UdpLinks>,
     /// Attached as long as this is held, those for UDP excepted.
@@ -185,6 +208,7 @@ impl Programs {
         ] {
             loader.map_max_entries(map, entries);
         }
+        loader.map_max_entries("doomed", DOOMED);
         let mut programs =
             loader.load(OBJECT).map_err(|error: EbpfError| match is_refused(&error) {
                 true => Unavailable::NotPermitted,
@@ -224,6 +248,11 @@ impl Programs {
             levels: take("levels")?.try_into()?,
             notes: take("notes")?.try_into()?,
             udp_notes: take("udp_notes")?.try_into()?,
+            doomed: take("doomed")?.try_into()?,
+            peers: match take("peers")? {
+                Map::SkStorage(peers) => peers,
+                _ => return Err(MapError::InvalidName { name: "peers".to_owned() }),
+            },
             records: take("records")?.try_into()?,
             udp: None,
             programs,
@@ -262,6 +291,11 @@ impl Programs {
     /// How often each thing happened to flows of UDP.
     pub(super) fn udp_notes(&self) -> [u64; UdpNote::ALL.len()] {
         std::array::from_fn(|n| self.udp_notes.get(&(n as u32), 0).unwrap_or_default())
+    }
+
+    /// The map of what is stored for sockets, to ask for it.
+    pub(super) fn peers(&self) -> BorrowedFd<'_> {
+        self.peers.fd().as_fd()
     }
 
     /// How often each kind of doubt or loss came up.
@@ -323,5 +357,18 @@ mod tests {
             let mut programs = Programs::load_for(few, &hierarchy, has_set_retval).unwrap();
             programs.load_udp(&hierarchy).unwrap();
         }
+    }
+
+    #[test]
+    fn there_is_room_for_twice_what_there_is_and_not_without_end() {
+        let of = |entries, services, endpoints| {
+            let Sizes { routes, services, endpoints } =
+                Sizes::fitting(entries, services, endpoints);
+            [routes, services, endpoints]
+        };
+        assert_eq!(of(0, 4_096, 0), [32_768, 4_096, 16_384]);
+        assert_eq!(of(100_000, 5_000, 20_000), [262_144, 8_192, 65_536]);
+        assert_eq!(of(1, 1, 1), [32_768, 64, 16_384]);
+        assert_eq!(of(usize::MAX, usize::MAX, usize::MAX), [1 << 20, 1 << 16, 1 << 18]);
     }
 }

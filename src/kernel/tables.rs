@@ -3,8 +3,8 @@
 //! Everything that a program follows is written before the word that leads to it, and is given to another only after a grace period.
 
 use std::{
-    collections::{BTreeSet, HashMap},
-    io,
+    collections::{BTreeSet, HashMap, HashSet},
+    io::{self, Read},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::Arc,
     time::{Duration, Instant},
@@ -15,10 +15,13 @@ use rustix::{
     thread::{MembarrierCommand, membarrier},
     time::{ClockId, clock_gettime},
 };
+use tracing::debug;
 
 use super::{
     cgroup::{Cgroup, Hierarchy},
-    layout::{self, Counted, Key, Place, Usage},
+    diag::Open,
+    ends::end_here,
+    layout::{self, Counted, Gone, Key, Place, Usage},
     places::Places,
     programs::{Programs, Sizes, Unavailable},
     turns,
@@ -68,6 +71,8 @@ pub(super) struct Tables {
     levels: BTreeSet<u32>,
     /// Whether a place was given back since this was looked at last.
     pub(super) has_room: bool,
+    /// Whether the kernel ends connections on request.
+    pub(super) can_reset: bool,
 }
 
 /// What is counted, and how much of it was read.
@@ -177,6 +182,7 @@ impl Tables {
             endpoint_of: HashMap::new(),
             levels: BTreeSet::new(),
             has_room: false,
+            can_reset: false,
         };
         tables.test(hierarchy)?;
         Ok(tables)
@@ -202,7 +208,7 @@ impl Tables {
         let failed = |error: io::Error| Unavailable::Test(error.to_string());
         let server = socket().map_err(failed)?;
         let endpoint = server.local_addr().map_err(failed)?;
-        self.try_out(hierarchy, Protocol::Udp, endpoint, |vip| {
+        self.try_out(hierarchy, Protocol::Udp, endpoint, |_, vip| {
             let (client, mut text) = (socket()?, [0; 16]);
             client.send_to(b"to", vip)?;
             let (_, from) = server.recv_from(&mut text)?;
@@ -225,11 +231,12 @@ impl Tables {
         let failed = |error: io::Error| Unavailable::Test(error.to_string());
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed)?;
         let endpoint = listener.local_addr().map_err(failed)?;
-        self.try_out(hierarchy, Protocol::Tcp, endpoint, |vip| {
+        self.try_out(hierarchy, Protocol::Tcp, endpoint, |tables, vip| {
             let stream = TcpStream::connect_timeout(&vip, PATIENCE)?;
             let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
             listener.set_nonblocking(true)?;
-            let (_, accepted) = listener.accept()?;
+            let (_kept, accepted) = listener.accept()?;
+            tables.can_reset = tables.resets(&stream, endpoint);
             match (accepted == local, peer == vip) {
                 (true, true) => Ok(()),
                 (true, false) => Err(io::Error::other("getpeername does not show the VIP")),
@@ -244,7 +251,7 @@ impl Tables {
         hierarchy: &Hierarchy,
         protocol: Protocol,
         endpoint: SocketAddr,
-        attempt: impl FnOnce(SocketAddr) -> io::Result<()>,
+        attempt: impl FnOnce(&mut Self, SocketAddr) -> io::Result<()>,
     ) -> Result<(), Unavailable> {
         let failed = |error: &dyn std::fmt::Display| Unavailable::Test(error.to_string());
         let root = hierarchy.root_id().ok_or(Unavailable::NoHierarchy)?;
@@ -259,7 +266,7 @@ impl Tables {
         let key = Key { cgroup: root, vip: vip.into(), port, protocol };
         self.lay_trial(&key, endpoint, level)
             .map_err(|error| Unavailable::Maps(error.to_string()))?;
-        let end = attempt((vip, port.get()).into());
+        let end = attempt(self, (vip, port.get()).into());
         let removed = self
             .programs
             .routes
@@ -267,6 +274,25 @@ impl Tables {
             .and_then(|()| self.programs.levels.set(level, 0, 0));
         end.map_err(|error| failed(&error))?;
         removed.map_err(|error| Unavailable::Maps(error.to_string()))
+    }
+
+    /// Whether the kernel ends a connection that was redirected to an endpoint: not if it was built without CONFIG_INET_DIAG_DESTROY.
+    fn resets(&mut self, mut stream: &TcpStream, endpoint: SocketAddr) -> bool {
+        let is_it = |open: &Open| open.peer.endpoint.0 == endpoint;
+        let ended = end_here(&mut self.programs, Gone::Route, is_it);
+        debug!(?ended, "tried to end a connection");
+        // Without a wait: it has ended by now, or it never will.
+        let read = stream.set_nonblocking(true).and_then(|()| stream.read(&mut [0]));
+        let is_aborted = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionAborted;
+        matches!(ended, Ok(1)) && read.as_ref().is_err_and(is_aborted)
+    }
+
+    /// The places of a route: those that it has, and those that it had.
+    pub(super) fn places_of(&self, key: &RouteKey, number: RouteNumber) -> HashSet<Place> {
+        let installed = self.installed.get(key).filter(|one| one.number == number);
+        let now = installed.into_iter().flat_map(|one| &one.entries);
+        let before = self.old_routes.iter().filter(|one| one.of.number == number);
+        now.map(|entry| entry.counting.place).chain(before.map(|one| one.place)).collect()
     }
 
     /// The places of the trial stay its own: nothing of it is found by anybody else.
@@ -418,7 +444,7 @@ impl Tables {
         let least = route.balance == Balance::LeastConnections;
         let bytes = layout::route(&key, service, place.generation, least, is_cautious);
         self.programs.route_table.set(place.index, bytes, 0)?;
-        self.programs.route_counts.set(place.index, [0; 216], 0)?;
+        self.programs.route_counts.set(place.index, layout::NO_COUNTS, 0)?;
         self.programs.routes.insert(key.bytes(), place.index, 0)?;
         Ok(())
     }
@@ -561,7 +587,7 @@ impl Tables {
         self.programs.endpoints.set(place.index, bytes, 0)?;
         self.programs.lives.set(place.index, [0; 32], 0)?;
         self.programs.failures.set(place.index, 0, 0)?;
-        self.programs.endpoint_counts.set(place.index, [0; 216], 0)?;
+        self.programs.endpoint_counts.set(place.index, layout::NO_COUNTS, 0)?;
         // Out, until it is known that it is not.
         self.programs.marks.set(place.index, layout::mark(Usage::Out, 0), 0)?;
         let written = Written {

@@ -38,6 +38,13 @@ fn an_address_that_changes_hands_never_reaches_its_former_owners_service() -> Re
     change_hands(|host| host.embassy(FLAGS))
 }
 
+/// The same where the kernel path is taken as soon as all is proved. From the second network Docker drops what goes to the endpoints, so
+/// these connections go through the proxy.
+#[test]
+fn nor_does_it_on_the_kernel_path() -> Result<()> {
+    change_hands(|host| host.embassy(FLAGS.into_iter().chain(["--path=auto"])))
+}
+
 /// As in a container without `--pid=host`: ends are known by the engine's word alone.
 #[test]
 fn nor_does_it_where_the_containers_processes_cannot_be_seen() -> Result<()> {

@@ -30,6 +30,7 @@ mod least_privilege;
 mod guard;
 mod held;
 mod identity;
+mod kernel_ends;
 mod kernel_path;
 mod led_astray;
 mod life_cycle;

@@ -7,6 +7,25 @@ use testbed::{Container, Embassy, Host, embassy_program};
 
 use crate::WAIT;
 
+/// The same test once for each of these paths (`--path`).
+macro_rules! on_each_path {
+    ($($(#[doc = $about:literal])* fn $name:ident($path:ident: $($on:ident)|+) $body:block)*) => {$(
+        $(#[doc = $about])*
+        mod $name {
+            use super::*;
+
+            fn run($path: &str) -> Result<()> $body
+
+            $(#[test]
+            fn $on() -> Result<()> {
+                run(stringify!($on))
+            })+
+        }
+    )*};
+}
+
+pub(crate) use on_each_path;
+
 /// Where [`offer`] registers services.
 pub(crate) const ETCD: &str = "-discovery=etcd://127.0.0.1:2379";
 

@@ -97,6 +97,8 @@ struct counts {
 	__u64 closed;
 	__u64 reset;
 	__u64 reset_after_close;
+	__u64 route_gone;
+	__u64 endpoint_gone;
 	__u64 bytes_up;
 	__u64 bytes_down;
 	__u64 micros;
@@ -135,6 +137,9 @@ enum outcome {
 	FAILED,
 	// It has not ended: the SYN was not answered for a second.
 	UNANSWERED,
+	// User space ended it, and said so in `doomed`.
+	ROUTE_GONE,
+	ENDPOINT_GONE,
 };
 
 // Of a connection that has ended, or that waits in vain.
@@ -219,6 +224,15 @@ struct {
 	__type(key, int);
 	__type(value, struct peer);
 } peers SEC(".maps");
+
+// The cookies of sockets that user space ends, and the outcome.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, ANY);
+	__type(key, __u64);
+	__type(value, __u32);
+} doomed SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -600,6 +614,10 @@ static __always_inline void count_end(struct counts *counts, __u32 outcome, __u6
 		__sync_fetch_and_add(&counts->reset, 1);
 	else if (outcome == RESET_AFTER_CLOSE)
 		__sync_fetch_and_add(&counts->reset_after_close, 1);
+	else if (outcome == ROUTE_GONE)
+		__sync_fetch_and_add(&counts->route_gone, 1);
+	else if (outcome == ENDPOINT_GONE)
+		__sync_fetch_and_add(&counts->endpoint_gone, 1);
 	else
 		__sync_fetch_and_add(&counts->closed, 1);
 }
@@ -707,12 +725,18 @@ static __always_inline void ended(struct bpf_sock_ops *ctx, struct peer *peer, _
 	__u64 more_down = outcome == CLOSED || before == BPF_TCP_CLOSE_WAIT ? 1 : 0;
 	up = up > more_up ? up - more_up : 0;
 	down = down > more_down ? down - more_down : 0;
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	__u32 *why = bpf_map_lookup_elem(&doomed, &cookie);
+	if (why) {
+		outcome = *why;
+		bpf_map_delete_elem(&doomed, &cookie);
+	}
 	if (live) {
-		if (outcome == FAILED) {
+		if (peer->state == CONNECTING)
 			__sync_fetch_and_add(&live->waiting, -1);
-			// Refused, no way there, or the application gave up: user space finds out which.
+		// Refused, no way there, or the application gave up: user space finds out which.
+		if (outcome == FAILED)
 			set_failed(peer, now);
-		}
 		count_end(counts, outcome, up, down);
 		// Last: an endpoint without connections may be removed.
 		__sync_fetch_and_add(&live->active, -1);

@@ -8,7 +8,7 @@ use testbed::{Container, Embassy, Host};
 use super::{VIP, meets, unharmed};
 use crate::{
     READY, WAIT,
-    support::{ETCD, metric, offer, says, sum},
+    support::{ETCD, metric, offer, on_each_path, says, sum},
 };
 
 const REQUESTS: usize = 10_000;
@@ -21,7 +21,7 @@ struct Scene {
     embassy: Embassy,
 }
 
-fn scene(options: &str) -> Result<Scene> {
+fn scene(options: &str, path: &str) -> Result<Scene> {
     let host = Host::light()?;
     let webs = [host.web("web-1").start()?, host.web("web-2").start()?];
     webs.iter().try_for_each(|web| offer(&host, "web", web.ip()?))?;
@@ -29,7 +29,7 @@ fn scene(options: &str) -> Result<Scene> {
     offer(&host, "web", third.ip()?)?;
     let app = host.client("app").env("BACKEND_WEB", &format!("/services/web;80{options}"));
     let app = app.start()?;
-    let embassy = host.embassy(["--dnat", ETCD])?;
+    let embassy = host.embassy(["--dnat", ETCD, &format!("--path={path}")])?;
     Ok(Scene { webs, third, app, embassy })
 }
 
@@ -56,86 +56,83 @@ fn few_met_it(embassy: &Embassy) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn no_request_of_ten_thousand_fails_while_one_endpoint_of_three_refuses() -> Result<()> {
-    let Scene { app, embassy, .. } = scene("")?;
-    embassy.wait_ready(READY)?;
-    meets(&app, "web-1")?;
-    let answers = app.get(VIP).times(REQUESTS).at_once(8).run()?;
-    unharmed("1 of 3 endpoints refuses", &answers, None)?;
-    few_met_it(&embassy)
-}
-
-#[test]
-fn no_request_of_ten_thousand_fails_and_few_meet_the_one_endpoint_of_three_that_is_silent()
--> Result<()> {
-    let Scene { third, app, embassy, .. } = scene("")?;
-    black_hole(&third, true)?;
-    embassy.wait_ready(READY)?;
-    meets(&app, "web-1")?;
-    let answers = app.get(VIP).times(REQUESTS).at_once(8).run()?;
-    unharmed("1 of 3 endpoints is silent", &answers, None)?;
-    few_met_it(&embassy)
-}
-
-/// One that fails at once has always the fewest connections, and so has one that never answers.
-#[test]
-fn least_connections_do_not_lead_to_an_endpoint_that_refuses_or_is_silent() -> Result<()> {
-    const FEWER: usize = 3_000;
-    for silent in [false, true] {
-        let Scene { third, app, embassy, .. } = scene(";lb=leastconn")?;
-        if silent {
-            black_hole(&third, true)?;
-        }
+on_each_path! {
+    fn no_request_of_ten_thousand_fails_while_one_endpoint_of_three_refuses(path: proxy | auto) {
+        let Scene { app, embassy, .. } = scene("", path)?;
         embassy.wait_ready(READY)?;
         meets(&app, "web-1")?;
-        let answers = app.get(VIP).times(FEWER).at_once(8).run()?;
-        let what = if silent { "is silent" } else { "refuses" };
-        unharmed(&format!("1 of 3 endpoints {what}, lb=leastconn"), &answers, None)?;
-        few_met_it(&embassy)?;
-        for name in ["web-1", "web-2"] {
-            ensure!(answers.from(name) > FEWER / 10, "{answers:?}");
-        }
+        let answers = app.get(VIP).times(REQUESTS).at_once(8).run()?;
+        unharmed("1 of 3 endpoints refuses", &answers, None)?;
+        few_met_it(&embassy)
     }
-    Ok(())
-}
 
-#[test]
-fn with_a_check_no_connection_has_to_find_out() -> Result<()> {
-    let Scene { webs, third, app, embassy } = scene(";check=tcp")?;
-    let endpoint = format!("endpoint={}:80", third.ip()?);
-    // Nobody has dialled yet.
-    says(&embassy, &["endpoint check fails", &endpoint])?;
-    let passes = |name: &str| says(&embassy, &["endpoint check passes", name]);
-    passes("etcd /services/web")?;
-    embassy.wait_ready(READY)?;
-    let answers = app.get(VIP).times(300).run()?;
-    unharmed("1 of 3 endpoints refuses, check=tcp", &answers, None)?;
-    ensure!(!embassy.log().contains("cannot connect to endpoint"), "{}", embassy.log());
+    fn no_request_of_ten_thousand_fails_and_few_meet_the_one_endpoint_of_three_that_is_silent(path: proxy | auto) {
+        let Scene { third, app, embassy, .. } = scene("", path)?;
+        black_hole(&third, true)?;
+        embassy.wait_ready(READY)?;
+        meets(&app, "web-1")?;
+        let answers = app.get(VIP).times(REQUESTS).at_once(8).run()?;
+        unharmed("1 of 3 endpoints is silent", &answers, None)?;
+        few_met_it(&embassy)
+    }
 
-    // It comes, and is used.
-    third.exec(["sh", "-c", "testbed peer http --name third >/dev/null 2>&1 &"])?;
-    passes(&endpoint)?;
-    meets(&app, "third")?;
-    black_hole(&third, true)?;
-    testbed::eventually(WAIT, "a second failure", || {
-        let log = embassy.log();
-        let fails =
-            log.lines().filter(|l| l.contains("endpoint check fails") && l.contains(&endpoint));
-        ensure!(fails.count() == 2, "{log}");
+    /// One that fails at once has always the fewest connections, and so has one that never answers.
+    fn least_connections_do_not_lead_to_an_endpoint_that_refuses_or_is_silent(path: proxy | auto) {
+        const FEWER: usize = 3_000;
+        for silent in [false, true] {
+            let Scene { third, app, embassy, .. } = scene(";lb=leastconn", path)?;
+            if silent {
+                black_hole(&third, true)?;
+            }
+            embassy.wait_ready(READY)?;
+            meets(&app, "web-1")?;
+            let answers = app.get(VIP).times(FEWER).at_once(8).run()?;
+            let what = if silent { "is silent" } else { "refuses" };
+            unharmed(&format!("1 of 3 endpoints {what}, lb=leastconn"), &answers, None)?;
+            few_met_it(&embassy)?;
+            for name in ["web-1", "web-2"] {
+                ensure!(answers.from(name) > FEWER / 10, "{answers:?}");
+            }
+        }
         Ok(())
-    })?;
-    let answers = app.get(VIP).times(300).run()?;
-    unharmed("1 of 3 endpoints is silent, check=tcp", &answers, None)?;
-    assert_eq!(answers.from("third"), 0);
+    }
 
-    // Where all fail, all are tried.
-    webs.iter().try_for_each(Container::kill)?;
-    black_hole(&third, false)?;
-    let start = Instant::now();
-    meets(&app, "third")?;
-    println!("the only endpoint left was used after {:?}", start.elapsed());
-    Ok(())
+    fn with_a_check_no_connection_has_to_find_out(path: proxy | auto) {
+        let Scene { webs, third, app, embassy } = scene(";check=tcp", path)?;
+        let endpoint = format!("endpoint={}:80", third.ip()?);
+        // Nobody has dialled yet.
+        says(&embassy, &["endpoint check fails", &endpoint])?;
+        let passes = |name: &str| says(&embassy, &["endpoint check passes", name]);
+        passes("etcd /services/web")?;
+        embassy.wait_ready(READY)?;
+        let answers = app.get(VIP).times(300).run()?;
+        unharmed("1 of 3 endpoints refuses, check=tcp", &answers, None)?;
+        ensure!(!embassy.log().contains("cannot connect to endpoint"), "{}", embassy.log());
+
+        // It comes, and is used.
+        third.exec(["sh", "-c", "testbed peer http --name third >/dev/null 2>&1 &"])?;
+        passes(&endpoint)?;
+        meets(&app, "third")?;
+        black_hole(&third, true)?;
+        testbed::eventually(WAIT, "a second failure", || {
+            let log = embassy.log();
+            let fails =
+                log.lines().filter(|l| l.contains("endpoint check fails") && l.contains(&endpoint));
+            ensure!(fails.count() == 2, "{log}");
+            Ok(())
+        })?;
+        let answers = app.get(VIP).times(300).run()?;
+        unharmed("1 of 3 endpoints is silent, check=tcp", &answers, None)?;
+        assert_eq!(answers.from("third"), 0);
+
+        // Where all fail, all are tried.
+        webs.iter().try_for_each(Container::kill)?;
+        black_hole(&third, false)?;
+        let start = Instant::now();
+        meets(&app, "third")?;
+        println!("the only endpoint left was used after {:?}", start.elapsed());
+        Ok(())
+    }
 }
 
 /// A connect that loses a packet is slow, and no more: with one endpoint, and where the others of several are down.
@@ -176,42 +173,45 @@ fn a_lost_packet_of_a_connect_is_no_failure() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn an_endpoint_whose_check_fails_loses_its_connections_with_drain_kill() -> Result<()> {
-    let host = Host::light()?;
-    let server = host.server("server", ["greet", "--name", "server"]).start()?;
-    offer(&host, "db", server.ip()?)?;
-    let app = host.client("app").env("BACKEND_A", "/services/db;81;check=tcp;drain=kill");
-    let app = app.env("BACKEND_B", "/services/db;82;check=tcp");
-    let app = app.env("BACKEND_C", "/services/db;83;drain=kill").start()?;
-    let embassy = host.embassy(["--dnat", ETCD])?;
-    embassy.wait_ready(READY)?;
-    let hold = |port: u16| -> Result<_> {
-        let target = format!("172.17.0.1:{port}");
-        let held = app.spawn(&port.to_string(), ["testbed", "peer", "hold", &target, "-n", "3"])?;
-        testbed::eventually(WAIT, "the greetings", || {
-            ensure!(held.log().contains("\"hello from server\":3"), "{}", held.log());
+on_each_path! {
+    fn an_endpoint_whose_check_fails_loses_its_connections_with_drain_kill(path: proxy | kernel) {
+        let host = Host::light()?;
+        let server = host.server("server", ["greet", "--name", "server"]).start()?;
+        offer(&host, "db", server.ip()?)?;
+        let app = host.client("app").env("BACKEND_A", "/services/db;81;check=tcp;drain=kill");
+        let app = app.env("BACKEND_B", "/services/db;82;check=tcp");
+        let app = app.env("BACKEND_C", "/services/db;83;drain=kill").start()?;
+        let embassy = host.embassy(["--dnat", ETCD, &format!("--path={path}")])?;
+        embassy.wait_ready(READY)?;
+        let hold = |port: u16| -> Result<_> {
+            let target = format!("172.17.0.1:{port}");
+            let held = app.spawn(&port.to_string(), ["testbed", "peer", "hold", &target, "-n", "3"])?;
+            testbed::eventually(WAIT, "the greetings", || {
+                ensure!(held.log().contains("\"hello from server\":3"), "{}", held.log());
+                Ok(())
+            })?;
+            Ok(held)
+        };
+        let (killed, kept, unasked) = (hold(81)?, hold(82)?, hold(83)?);
+        let start = Instant::now();
+        black_hole(&server, true)?;
+        testbed::eventually(WAIT, "the connections to be reset", || {
+            // The proxy resets them; the kernel path's are aborted on the spot.
+            let log = killed.log();
+            let are_cut = |line: &&str| line.contains("\"ended\":\"reset\"") || line.contains("abort");
+            let reset = log.lines().filter(are_cut).count();
+            ensure!(reset == 3, "{reset} of 3: {}", killed.log());
             Ok(())
         })?;
-        Ok(held)
-    };
-    let (killed, kept, unasked) = (hold(81)?, hold(82)?, hold(83)?);
-    let start = Instant::now();
-    black_hole(&server, true)?;
-    testbed::eventually(WAIT, "the connections to be reset", || {
-        let reset =
-            killed.log().lines().filter(|line| line.contains("\"ended\":\"reset\"")).count();
-        ensure!(reset == 3, "{reset} of 3: {}", killed.log());
+        println!("clients of a silent server were cut off after {:?}", start.elapsed());
+        says(&embassy, &["endpoint check fails", &format!("{}:80", server.ip()?)])?;
+        for held in [kept, unasked] {
+            ensure!(!held.log().contains("ended"), "{}", held.log());
+        }
+        let gone = metric(&embassy, "embassy_connections_total{outcome=\"endpoint_gone\"}")?;
+        assert_eq!(gone, 3);
         Ok(())
-    })?;
-    println!("clients of a silent server were cut off after {:?}", start.elapsed());
-    says(&embassy, &["endpoint check fails", &format!("{}:80", server.ip()?)])?;
-    for held in [kept, unasked] {
-        ensure!(!held.log().contains("ended"), "{}", held.log());
     }
-    let gone = metric(&embassy, "embassy_connections_total{outcome=\"endpoint_gone\"}")?;
-    assert_eq!(gone, 3);
-    Ok(())
 }
 
 #[test]
