@@ -22,7 +22,7 @@ use crate::{
     config,
     counts::numbered,
     listening::Listener,
-    model::Endpoint,
+    model::{Endpoint, Protocol},
     proxy::probe,
 };
 
@@ -211,6 +211,10 @@ impl Wait {
 
 /// Whether an endpoint of a route accepts a connection now, or else why none does.
 async fn accepts(client: &Client, route: &api::Route) -> Result<Result<(), String>> {
+    // A datagram that nobody asked for has no answer.
+    if route.protocol == Protocol::Udp {
+        return Ok(Ok(()));
+    }
     let explain = explained(client, route).await?;
     let of_route = explain.services.iter().filter(|service| service.query == route.query);
     let endpoints = of_route.flat_map(|service| &service.endpoints);
