@@ -72,13 +72,13 @@ pub struct App {
     kernel: Option<KernelPath>,
     capture_counts: Option<Arc<CaptureCounts>>,
     admin: Option<Admin>,
-    /// The listening socket's address, as the operator gave it.
+    /// The address of the listening socket, as the operator gave it.
     admin_at: String,
     /// The published tables.
     tables: watch::Receiver<Arc<Table>>,
-    /// Where another process asks to take over.
+    /// Where another process can ask to take over.
     door: Option<Door>,
-    /// Kept after the door was left.
+    /// Kept after the door was closed.
     alive: Option<Alive>,
     control: JoinHandle<()>,
     checks: JoinHandle<()>,
@@ -96,11 +96,11 @@ pub struct App {
 }
 
 impl App {
-    /// Starts all parts, unless `stop` completes before: then `None`. A source that is down is not an error: embassy is only not
-    /// ready.
+    /// Starts all parts, unless `stop` completes before: then `None`. A source that is down is not an error, but embassy is
+    /// not ready then.
     ///
-    /// Once this process has taken over from another, nobody else serves: then it starts in any case. Also whether `stop` has
-    /// completed.
+    /// Once this process has taken over from another one, no other process serves, so it starts in any case. Also returns
+    /// whether `stop` has completed.
     pub async fn start_unless(
         config: Config,
         supervisor: Supervisor,
@@ -162,7 +162,7 @@ impl App {
         let checks = check::run(tables.clone(), mark, events.clone(), failed_checks.clone());
         let checks = tokio::spawn(checks);
         let memory = memory.watch(memory_short.clone());
-        // Without a memory limit it ends at once.
+        // Without a memory limit the task ends at once.
         let memory = tokio::spawn(async move {
             memory.await;
             std::future::pending().await
@@ -202,7 +202,7 @@ impl App {
                 &config.provider,
                 config.max_connections_per_consumer,
             ) {
-                // There are no others to leave room for.
+                // The static provider has only one consumer.
                 (ProviderChoice::Static(_), ConsumerLimit::Share) => ConsumerLimit::NONE,
                 (_, limit) => limit,
             },
@@ -238,7 +238,7 @@ impl App {
                 match taking.await {
                     Ok(Some((proxy, taken))) => (proxy, Ok(control), Some(taken)),
                     Ok(None) => {
-                        // It has handed nothing over: what it had has gone with it.
+                        // The other process has died before it handed anything over.
                         [control, checks, memory].iter().for_each(JoinHandle::abort);
                         let config = Config { takeover: false, ..config };
                         return Self::start_after(config, supervisor, committed).await;
@@ -459,7 +459,8 @@ impl App {
         let _remains = match self.capture {
             Some(capture) => {
                 let late = "rules may be left; embassy cleanup removes them";
-                // A time of its own, which no drain uses up: rules that stay lead nowhere.
+                // A separate time limit, so that a drain cannot use it up: rules that stay redirect to a port without a
+                // listener.
                 in_time(capture.stop(), late, Instant::now() + STEP, hurry.clone()).await
             }
             None => None,
@@ -480,7 +481,8 @@ impl App {
         self.supervised.iter().for_each(JoinHandle::abort);
         let last = Instant::now() + STEP;
         let keep = async {
-            // Until the task has ended, it may send more tables to the keeper. It was cancelled above, so its error is ignored.
+            // Until the task has ended, it may send more tables to the keeper. It was cancelled above, so its error is
+            // ignored.
             if !self.control.is_finished() {
                 let _ = self.control.await;
             }
@@ -573,7 +575,7 @@ async fn remove_leftovers(port: Port) -> Result<Option<Lock>> {
             ))
         }
         Err(error) => {
-            // What opens the firewall says what is missing.
+            // The code that opens the firewall reports what is missing.
             debug!(%error, "cannot check whether another embassy captures here");
             Ok(None)
         }
@@ -583,7 +585,7 @@ async fn remove_leftovers(port: Port) -> Result<Option<Lock>> {
 /// Why embassy stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stopping {
-    /// A signal asked for it.
+    /// A signal requested it.
     Asked,
     /// A part has failed.
     Failed,
@@ -591,14 +593,15 @@ pub enum Stopping {
     HandedOver,
 }
 
-/// The time for connections that are younger than the shutdown, and of steps that hang after a second signal.
+/// Time limit for connections that are younger than the shutdown, and for steps that hang after a second signal.
 const MOMENT: Duration = Duration::from_secs(1);
 
-/// The time of a step of the shutdown that should be over at once: firewall programs wait for one another's lock, and a disk may
-/// be slow.
+/// Time limit of a step of the shutdown that is normally immediate: firewall programs wait for each other's lock, and a
+/// disk may be slow.
 const STEP: Duration = Duration::from_secs(5);
 
-/// Waits for a step of the shutdown until `end`, but at most a moment after `hurry`. `otherwise` is the consequence of giving up.
+/// Waits for a step of the shutdown until `end`, but at most a moment after `hurry`. `otherwise`: the consequence of giving
+/// up.
 async fn in_time<T>(
     part: impl Future<Output = T>,
     otherwise: &str,
@@ -632,8 +635,8 @@ async fn capture_failed(capture: &mut Option<Capture>) -> String {
     }
 }
 
-/// The control task, not yet running: it makes tables from the provider and the discoveries, and changes nothing on the
-/// host. Must be called within a runtime.
+/// Creates the control task, without running it. It builds tables from the provider and the discoveries, and changes
+/// nothing on the host. Must be called within a runtime.
 pub(crate) fn learn(
     config: &Config,
     rules: &rules::RuleSettings,
@@ -663,7 +666,7 @@ pub(crate) fn learn(
         own_port: config.port,
         capture: config.capture,
         own: rules.own.clone(),
-        // Where all is captured, to be a VIP takes what is the host's own away.
+        // If all ports are captured, additional VIPs would make the host's own services unreachable.
         strangers: !config.hold.is_zero() && config.capture_scope == CaptureScope::Declared,
         balance: config.balance,
         empty_hold: config.empty_hold,
@@ -677,7 +680,7 @@ pub(crate) fn learn(
     Ok(Control::new(settings, discoveries, listing, bell, waiting, Report::new(refused, events)))
 }
 
-/// Where embassy listens.
+/// The addresses on which embassy listens.
 fn listeners(config: &Config) -> Vec<SocketAddr> {
     let proxy = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), config.port.get());
     let admin = match &config.admin {
@@ -687,7 +690,7 @@ fn listeners(config: &Config) -> Vec<SocketAddr> {
     [proxy].into_iter().chain(admin).collect()
 }
 
-/// The settings of the rules, besides the table.
+/// The settings of the rules. The rest comes from the table.
 pub(crate) async fn rules(config: &Config) -> Result<rules::RuleSettings, InterfaceError> {
     let redirect = config.capture == CaptureMode::Redirect;
     let captures = config.capture != CaptureMode::None;
@@ -708,9 +711,9 @@ pub(crate) async fn rules(config: &Config) -> Result<rules::RuleSettings, Interf
     })
 }
 
-/// Loads the saved table of an earlier run. The tables of this one are saved once the keeper has begun.
+/// Loads the saved table of an earlier run. This run's tables are saved once the keeper has begun.
 fn remember(config: &Config, control: &mut Control, counts: Arc<state::Counts>) -> Option<Keeper> {
-    // One file for each port, so that two embassies on a host do not overwrite each other's.
+    // One file per port, so that two embassies on a host do not overwrite each other's file.
     let path = config.state_dir.as_ref()?.join(format!("table-{}", config.port));
     let provider = match &config.provider {
         ProviderChoice::Docker => format!("{} {}", config.docker, config.prefix),
@@ -723,7 +726,7 @@ fn remember(config: &Config, control: &mut Control, counts: Arc<state::Counts>) 
     Some(keeper)
 }
 
-/// The addresses of servers given as `host:port`. A server that does not resolve is logged and skipped.
+/// The addresses of servers given as `host:port`. A server that cannot be resolved is logged and skipped.
 async fn resolved(servers: impl Iterator<Item = String>) -> Vec<SocketAddr> {
     const LIMIT: Duration = Duration::from_secs(2);
     let mut addresses = Vec::new();

@@ -1,4 +1,4 @@
-//! Picks endpoints. Pure: the time comes in as an argument.
+//! Picks endpoints. Pure: the time is an argument.
 
 use std::{
     collections::BTreeMap,
@@ -18,20 +18,20 @@ use crate::{
 
 /// The state of one endpoint of one service. All routes to it share it, from table to table.
 ///
-/// What a pick reads comes first, next to the reference count that it adds to: with many endpoints a pick is as slow as the
-/// memory that it waits for.
+/// The fields that a pick reads come first, next to the reference count, which it also changes. With many endpoints the
+/// speed of a pick depends on how much memory it reads.
 #[derive(Debug)]
 #[repr(C)]
 pub struct EndpointState {
     /// Connections through the proxy that are being opened or are open.
     active: AtomicU32,
-    /// Those of consumers whose connections do not go through the proxy, as they were counted last.
+    /// Connections that bypass the proxy (kernel path), as last counted.
     beside: AtomicU32,
     /// Failures since the last success.
     failures: AtomicU32,
     /// Drained via the API: gets no new connections.
     drained: AtomicBool,
-    /// It was the only endpoint when a connect attempt timed out, and has accepted none since.
+    /// It was the only endpoint when a connect attempt timed out, and has accepted no connection since.
     silent: AtomicBool,
     /// A connection to it opened that is no consumer's.
     reached: AtomicBool,
@@ -40,11 +40,12 @@ pub struct EndpointState {
     /// When a pick by least connections first saw it; 0 before.
     seen: AtomicU64,
     pub endpoint: Endpoint,
-    /// It is not picked before this time. Valid only while `failures` is not 0.
+    /// The time until which it is not picked. Valid only while `failures` is not 0.
     ejected_until: AtomicU64,
-    /// A connection probes it until then.
+    /// The time until which one connection probes it.
     probed_until: AtomicU64,
-    /// It is picked only if no other can be, before this time; 0: no attempt failed because of this host since the last success.
+    /// The time until which it is picked only if no other endpoint can be. 0: since the last success, no attempt failed
+    /// because of this host.
     aside_until: AtomicU64,
     /// Active checks that failed since the last success.
     failed_checks: AtomicU32,
@@ -56,7 +57,7 @@ pub struct EndpointState {
     pub counts: ConnectionCounts,
 }
 
-/// The result of active checks of an endpoint.
+/// The result of an endpoint's active checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Checked {
@@ -67,16 +68,16 @@ pub enum Checked {
 }
 
 impl EndpointState {
-    /// The first ejection, doubled with each further failure.
+    /// Ejection times in ms. The first one, doubled with each further failure up to the longest one.
     const SHORTEST_EJECTION: u64 = 1_000;
     const LONGEST_EJECTION: u64 = 60_000;
-    /// How long one connection may probe an ejected endpoint before another may try: longer than an attempt takes while there
-    /// is another endpoint.
+    /// Time in ms for which one connection probes an ejected endpoint before another one may. Longer than a connect attempt
+    /// takes while another endpoint is left.
     const PROBE: u64 = 2_000;
-    /// Active checks that fail in a row before the endpoint does.
+    /// Number of active checks that must fail in a row until the endpoint counts as failing.
     const FALL: u32 = 2;
-    /// Slow start with least connections: in this time the share of a new endpoint grows from a tenth to the full share.
-    /// Otherwise a cold endpoint would get all new connections.
+    /// Slow start with least connections, in ms: during this time the share of a new endpoint grows from a tenth to the
+    /// full share. Otherwise a cold endpoint would get all new connections.
     pub const SLOW_START: u64 = 10_000;
 
     pub fn new(endpoint: Endpoint) -> Self {
@@ -105,25 +106,27 @@ impl EndpointState {
         self.active_here().saturating_add(self.beside.load(Relaxed))
     }
 
-    /// Those that go through the proxy.
+    /// Connections through the proxy that are being opened or are open.
     pub fn active_here(&self) -> u32 {
         self.active.load(Relaxed)
     }
 
-    /// Of the connections that do not go through the proxy, one part that is counted apart was `before` and is `now`.
+    /// Updates the number of connections that bypass the proxy: one of its parts, counted separately, was `before` and is
+    /// `now`.
     pub fn has_beside(&self, before: u32, now: u32) {
-        // A cache line that all picks read: it is left alone while nothing changes.
+        // All picks read this cache line, so it is not written if nothing changes.
         if before != now {
             self.beside.fetch_add(now.wrapping_sub(before), Relaxed);
         }
     }
 
-    /// Counts failed attempts that say nothing new.
+    /// Counts failed attempts that do not change the state.
     pub fn failed_again(&self, times: u64) {
         self.failed.fetch_add(times, Relaxed);
     }
 
-    /// A connection to it opened that is no consumer's: its failures are forgotten. Returns whether there were any.
+    /// A connection that is not a consumer's was opened: the endpoint's failures are forgotten. Returns whether there were
+    /// any.
     pub fn proved(&self) -> bool {
         let back = self.failures.swap(0, Relaxed) != 0;
         let spoke = self.silent.swap(false, Relaxed);
@@ -142,12 +145,12 @@ impl EndpointState {
         self.failed.load(Relaxed)
     }
 
-    /// Failures in a row; failures of attempts from before an ejection's end count once.
+    /// Failures in a row. Attempts that began before an ejection ended count as one failure.
     pub fn failures(&self) -> u32 {
         self.failures.load(Relaxed)
     }
 
-    /// Drains it (no new connections; open ones stay), or ends the drain.
+    /// Starts a drain (no new connections, open ones stay) or ends it.
     pub fn drain(&self, drained: bool) {
         self.drained.store(drained, Relaxed);
     }
@@ -156,26 +159,25 @@ impl EndpointState {
         self.drained.load(Relaxed)
     }
 
-    /// The remaining time for which it is skipped. `None` if it is not ejected.
+    /// How much longer it is skipped. `None` if it has no failures.
     pub fn ejected_for(&self, now: Millis) -> Option<Duration> {
         let until = self.ejected_until.load(Relaxed);
         let left = Duration::from_millis(until.saturating_sub(now.0));
         (self.failures() != 0).then_some(left)
     }
 
-    /// Whether its last attempt failed, and its ejection is not over for longer than the longest ejection takes: the next
-    /// attempt would probably fail too.
+    /// Whether its last attempt failed, and its ejection ended less than the longest ejection time ago or has not ended:
+    /// the next attempt would probably fail too.
     pub fn has_just_failed(&self, now: Millis) -> bool {
         let until = self.ejected_until.load(Relaxed);
         self.failures() != 0 && now.0 < until.saturating_add(Self::LONGEST_EJECTION)
     }
 
-    /// A connection opened, in this time: the endpoint's failures are forgotten. Returns whether there were
-    /// any.
+    /// A connection was opened, in the time `took`: the endpoint's failures are forgotten. Returns whether there were any.
     pub fn succeeded(&self, took: Duration) -> bool {
         self.counts.start();
         self.counts.connect.observe(took);
-        // Most endpoints never fail: read first, and leave the cache line alone.
+        // Most endpoints never fail: the value is only read then, so that the cache line is not written.
         let back = self.failures.load(Relaxed) != 0 || self.is_silent();
         if self.was_set_aside() {
             self.aside_until.store(0, Relaxed);
@@ -187,20 +189,20 @@ impl EndpointState {
         back
     }
 
-    /// A connect attempt timed out, and there is no other endpoint: nothing would be gained if routes skipped this one, and
-    /// one with other endpoints may share it. Returns whether the one before did not.
+    /// A connect attempt timed out, and there is no other endpoint. Skipping it would gain nothing, and it may be shared by
+    /// a route that has other endpoints. Returns whether the previous attempt did not end so.
     pub fn timed_out_alone(&self) -> bool {
         self.failed.fetch_add(1, Relaxed);
         !self.silent.swap(true, Relaxed)
     }
 
-    /// Whether the last attempt timed out, and it is used nevertheless.
+    /// Whether the last attempt timed out, and the endpoint is used nevertheless.
     pub fn is_silent(&self) -> bool {
         self.silent.load(Relaxed)
     }
 
-    /// A connect attempt failed because of this host, which says nothing of the endpoint: until then it is picked only if no
-    /// other can be. Returns whether the attempt before did not fail so.
+    /// A connect attempt failed because of this host, which says nothing about the endpoint. Before `until` it is picked
+    /// only if no other endpoint can be. Returns whether the previous attempt did not fail so.
     pub fn set_aside(&self, until: Millis) -> bool {
         self.aside_until.swap(until.0.max(1), Relaxed) == 0
     }
@@ -210,21 +212,21 @@ impl EndpointState {
         self.aside_until.load(Relaxed) != 0
     }
 
-    /// Whether it is picked only if no other can be, because of this host.
+    /// Whether it is now picked only if no other endpoint can be, because an attempt failed because of this host.
     pub fn is_aside(&self, now: Millis) -> bool {
         now.0 < self.aside_until.load(Relaxed)
     }
 
-    /// Connections opened to it since the start.
+    /// The number of connections opened to it since the start.
     pub fn opened(&self) -> u64 {
         self.counts.started.load(Relaxed)
     }
 
     /// A connect attempt that started at `start` failed: all routes skip the endpoint for a while. Returns for how long, if
-    /// this ejected it.
+    /// this failure ejected it.
     ///
-    /// Many attempts may fail at the same time for one reason. It counts once: attempts from before the ejection's end show
-    /// nothing new.
+    /// Many attempts may fail at the same time for one reason. This counts once: attempts that started before the
+    /// ejection's end show nothing new.
     pub fn failed(&self, start: Millis, now: Millis) -> Option<Duration> {
         self.failed.fetch_add(1, Relaxed);
         let until = self.ejected_until.load(Relaxed);
@@ -273,13 +275,13 @@ impl EndpointState {
         }
     }
 
-    /// Whether a connection that excludes these endpoints may go here at all. An ejected endpoint may be used: if all are ejected, all are
-    /// tried.
+    /// Whether a connection with these `excluded` endpoints may use it at all. This includes an ejected endpoint: if all
+    /// are ejected, all are tried.
     fn is_choice(&self, excluded: &[Endpoint]) -> bool {
         !excluded.contains(&self.endpoint) && !self.is_drained()
     }
 
-    /// Whether it has no failures, no failed check, and can be reached from this host, as far as is known.
+    /// Whether, as far as is known, it has no failures and no failed check, and this host can reach it.
     pub fn is_trusted(&self) -> bool {
         self.failures.load(Relaxed) == 0 && self.check() != Checked::Fails && !self.was_set_aside()
     }
@@ -290,7 +292,7 @@ impl EndpointState {
         self.is_trusted() && !self.is_silent() && opened()
     }
 
-    /// Whether it is skipped while there is another.
+    /// Whether it is skipped as long as there is another endpoint.
     pub fn is_ejected(&self, now: Millis) -> bool {
         if self.check() == Checked::Fails || self.is_aside(now) {
             return true;
@@ -299,8 +301,8 @@ impl EndpointState {
             && (now.0 < self.ejected_until.load(Relaxed) || now.0 < self.probed_until.load(Relaxed))
     }
 
-    /// Whether a connection may go here now. If an endpoint's ejection ended, only one caller gets `true`: its
-    /// connection is the probe, and the others wait for its result.
+    /// Whether a connection may use it now. After an ejection, only one caller gets `true`: its connection is the probe,
+    /// and the others wait for its result.
     fn admit(&self, now: Millis) -> bool {
         if self.check() == Checked::Fails || self.is_aside(now) {
             return false;
@@ -317,7 +319,8 @@ impl EndpointState {
                 .is_ok()
     }
 
-    /// How busy it would be with one more connection, in thousandths of one: during its slow start each counts for more.
+    /// Its load with one more connection, in thousandths of a connection. During its slow start each connection counts
+    /// more.
     fn load(&self, now: Millis) -> u64 {
         // The first pick that sees the endpoint stores the time; 0 means not seen. Later picks only read it.
         let seen = match self.seen.load(Relaxed) {
@@ -330,19 +333,19 @@ impl EndpointState {
         self.load_if_seen_at(seen, now)
     }
 
-    /// The same, without recording that it was seen.
+    /// Like `load`, but without recording that it was seen.
     fn load_at_a_glance(&self, now: Millis) -> u64 {
         self.load_if_seen_at(self.seen.load(Relaxed), now)
     }
 
-    /// The time when it was first seen; now if that is 0.
+    /// `load` for an endpoint that was first seen at `seen`. 0 means now.
     fn load_if_seen_at(&self, seen: u64, now: Millis) -> u64 {
         let age = if seen == 0 { 0 } else { now.0.saturating_sub(seen) };
         let share = age.saturating_mul(1_000) / Self::SLOW_START;
         (u64::from(self.active()) + 1) * 1_000_000 / share.clamp(100, 1_000)
     }
 
-    /// What is held against it and what is known of it, for the process that takes over: that one has another clock.
+    /// Its state for the process that takes over. Times are relative, because that process has another clock.
     pub fn known(&self, now: Millis) -> message::EndpointState {
         let rest = |until: &AtomicU64| until.load(Relaxed).saturating_sub(now.0);
         let seen = self.seen.load(Relaxed);
@@ -362,9 +365,9 @@ impl EndpointState {
         }
     }
 
-    /// Takes over what the process before this one knew.
+    /// Takes over the state from the previous process.
     pub fn inherit(&self, known: &message::EndpointState, now: Millis) {
-        // No time of these is longer: a wrong one must not put an endpoint aside for years.
+        // None of these times is longer. A wrong time must not exclude an endpoint for years.
         let until = |rest: u64| now.0 + rest.min(Self::LONGEST_EJECTION);
         self.failures.store(known.failures, Relaxed);
         self.silent.store(known.silent, Relaxed);
@@ -377,7 +380,7 @@ impl EndpointState {
         };
         self.checked.store(checked as u8, Relaxed);
         if let Some(age) = known.seen_for {
-            // This clock may have begun later than its slow start, which is then over.
+            // This clock may have started after the endpoint's slow start, which is over then.
             let seen = now.0.saturating_sub(age).max(1);
             self.seen.store(seen, Relaxed);
         }
@@ -388,14 +391,14 @@ impl EndpointState {
         self.failed.fetch_add(known.failed, Relaxed);
     }
 
-    /// Counts a connection until the lease is dropped.
+    /// Counts a connection until the returned lease is dropped.
     pub fn lease(self: &Arc<Self>) -> Lease {
         self.active.fetch_add(1, Relaxed);
         Lease(self.clone())
     }
 }
 
-/// While it is held, the connection counts as open.
+/// The connection counts as open until this is dropped.
 #[derive(Debug)]
 pub struct Lease(Arc<EndpointState>);
 
@@ -413,9 +416,8 @@ impl Drop for Lease {
 
 /// The endpoints of a service in balancing order.
 ///
-/// The position is shared with the rotations before and after this one. A new rotation starts with the
-/// endpoint whose turn it was, so a change of endpoints does not change the order, and a concurrent pick may use either
-/// rotation.
+/// The position is shared with the previous and the next rotation. A new rotation starts with the endpoint that was next,
+/// so a change of endpoints does not change the order, and concurrent picks may use either rotation.
 #[derive(Debug)]
 pub struct Rotation {
     position: Arc<AtomicU64>,
@@ -429,7 +431,7 @@ impl Rotation {
         Self { position: Arc::default(), base: 0, order: order.into_iter().collect() }
     }
 
-    /// The rotation of `endpoints` that takes over from this one: those that stay keep their turns, new ones come last.
+    /// The next rotation, with `endpoints`: those that stay keep their turns, new ones come last.
     pub fn succeed(&self, endpoints: impl IntoIterator<Item = Arc<EndpointState>>) -> Self {
         let base = self.position.load(Relaxed);
         let turn = self.index(base);
@@ -446,19 +448,19 @@ impl Rotation {
         &self.order
     }
 
-    /// The endpoint whose turn it is, whatever is held against it.
+    /// The endpoint that is next, even if it is ejected or drained.
     pub fn turn(&self) -> Option<Endpoint> {
         self.order.get(self.index(self.position.load(Relaxed))).map(|state| state.endpoint)
     }
 
-    /// Makes it this endpoint's turn, if it is among these.
+    /// Makes this endpoint the next one, if the rotation has it.
     pub fn give_turn(&self, to: Endpoint) {
         if let Some(turn) = self.order.iter().position(|state| state.endpoint == to) {
             self.position.store(self.base.wrapping_add(turn as u64), Relaxed);
         }
     }
 
-    /// The endpoint that the next connection would get, if it came now: never one of `excluded`. Does not change the rotation.
+    /// The endpoint that the next connection would get now. Never one of `excluded`. Does not change the rotation.
     pub fn peek(
         &self,
         balance: Balance,
@@ -479,18 +481,18 @@ impl Rotation {
         }
     }
 
-    /// Whether a connection that is being opened to one endpoint, and excludes these, has another to try. An ejected one is: it may
-    /// be up again.
+    /// Whether a connection that is being opened to `to`, with these `excluded` endpoints, has another endpoint to try. An
+    /// ejected one counts: it may be up again.
     pub fn has_alternative(&self, to: &EndpointState, now: Millis, excluded: &[Endpoint]) -> bool {
         self.others(to, now, excluded).next().is_some()
     }
 
-    /// Whether an endpoint is among these, and not drained.
+    /// Whether the rotation has this endpoint, and it is not drained.
     pub fn offers(&self, one: &EndpointState) -> bool {
         self.order.iter().any(|state| state.endpoint == one.endpoint && !state.is_drained())
     }
 
-    /// The others to which connections may go that exclude these, except those that this host cannot reach.
+    /// The other endpoints for a connection with these `excluded` ones, except those that this host cannot reach.
     fn others<'a>(
         &'a self,
         of: &'a EndpointState,
@@ -498,19 +500,19 @@ impl Rotation {
         excluded: &'a [Endpoint],
     ) -> impl Iterator<Item = &'a Arc<EndpointState>> {
         let is_other = move |state: &&Arc<EndpointState>| {
-            // What costs little comes first: there may be many of those, and each is one of the excluded.
+            // The cheap conditions come first: there may be many endpoints, and `excluded` is a list.
             state.endpoint != of.endpoint && !state.is_aside(now) && state.is_choice(excluded)
         };
         self.order.iter().filter(is_other)
     }
 
-    /// Whether an endpoint of this service is left out because of `excluded`.
+    /// Whether an endpoint of this rotation is in `excluded`.
     pub fn has_any_of(&self, excluded: &[Endpoint]) -> bool {
         self.order.iter().any(|state| excluded.contains(&state.endpoint))
     }
 
-    /// The endpoint for the next connection, or for its next try: never one of `excluded` nor a drained one, and not an
-    /// ejected one while there is another. `None` if no other endpoint is left.
+    /// The endpoint for the next connection, or for its next attempt. Never one of `excluded`, never a drained one, and an
+    /// ejected one only if there is no other. `None` if no endpoint is left.
     pub fn pick(
         &self,
         balance: Balance,
@@ -520,7 +522,7 @@ impl Rotation {
         let fresh = |state: &&Arc<EndpointState>| state.is_choice(excluded);
         match balance {
             Balance::RoundRobin => {
-                // A turn that cannot be taken is passed on by drawing again, so the others stay even among themselves.
+                // If an endpoint cannot be used, its turn passes on by another draw, so that the others keep equal shares.
                 let mut last_resort = None;
                 for _ in 0..self.order.len() {
                     let Some(state) = self.draw().filter(fresh) else { continue };
@@ -529,13 +531,13 @@ impl Rotation {
                     }
                     last_resort.get_or_insert(state);
                 }
-                // One draw more than there are turns: if all are ejected, each still has its turn. Concurrent draws
-                // may have taken every turn of an endpoint that is left.
+                // One draw more than there are endpoints: if all are ejected, each still gets its turn. Concurrent draws
+                // may have taken all turns of the endpoint that is left.
                 let next = self.draw().filter(fresh).or(last_resort);
                 next.or_else(|| self.order.iter().find(fresh))
             }
             Balance::LeastConnections => {
-                // Equal counts are taken in turn.
+                // Endpoints with equal counts are used in turn.
                 let (later, sooner) =
                     self.order.split_at(self.index(self.position.fetch_add(1, Relaxed)));
                 let fewest = |usable: &dyn Fn(&EndpointState) -> bool| {
@@ -559,7 +561,7 @@ impl Rotation {
     fn index(&self, position: u64) -> usize {
         match self.order.len() {
             0 => 0,
-            // A remainder of a usize fits one.
+            // The remainder of a division by a usize fits into a usize.
             len => (position.wrapping_sub(self.base) % len as u64) as usize,
         }
     }
@@ -616,7 +618,7 @@ mod tests {
         assert!(others.iter().all(EndpointState::is_proved));
     }
 
-    /// Another process has another clock, and the same knowledge.
+    /// The other process has another clock, but the same state.
     #[test]
     fn what_is_known_of_an_endpoint_is_taken_over() {
         let endpoint = Endpoint(([10, 0, 0, 1], 80).into());
@@ -633,7 +635,7 @@ mod tests {
         assert_eq!((after.ejections(), after.failed_tries(), after.failures()), (1, 1, 1));
         assert!(after.is_drained() && after.is_aside(Millis(199)) && !after.is_aside(Millis(200)));
         assert!(!after.is_ejected(Millis(950)) && after.is_ejected(Millis(949)));
-        // What is not so is not taken over either.
+        // A state without failures is taken over too.
         let fresh = EndpointState::new(endpoint);
         fresh.inherit(&EndpointState::new(endpoint).known(NOW), here);
         assert!(fresh.is_trusted() && !fresh.is_drained() && !fresh.was_set_aside());
@@ -807,10 +809,10 @@ mod tests {
         }
         assert!(state.is_ejected(Millis(NOW.0 + 999)));
         assert!(!state.is_ejected(Millis(NOW.0 + 1_000)));
-        // One of them lasted until the ejection was over.
+        // One of the attempts lasted until the ejection was over.
         state.failed(NOW, Millis(NOW.0 + 2_000));
         assert!(!state.is_ejected(Millis(NOW.0 + 2_000)));
-        // The probe fails: that is the second failure.
+        // The probe fails: this is the second failure.
         assert!(state.admit(Millis(NOW.0 + 2_000)));
         state.failed(Millis(NOW.0 + 2_000), Millis(NOW.0 + 3_000));
         assert!(state.is_ejected(Millis(NOW.0 + 4_999)));
@@ -835,7 +837,7 @@ mod tests {
     }
 
     proptest! {
-        /// What is shown as next is what the next connection gets.
+        /// The next connection gets the endpoint that a peek shows.
         #[test]
         fn a_peek_sees_what_a_pick_takes(
             endpoints in prop::collection::vec((0..4u32, 0..6u8, 0..20_000u64), 0..6),
@@ -870,7 +872,7 @@ mod tests {
     }
 
     proptest! {
-        /// A try is short while any other endpoint is left that was not tried, an ejected one too: it may be up.
+        /// An attempt is short as long as any endpoint is left that was not tried, even an ejected one: it may be up.
         #[test]
         fn every_endpoint_that_is_left_is_an_alternative(
             kinds in prop::collection::vec(0..5u8, 1..6), tried in prop::collection::vec(1..7u16, 0..4)
@@ -923,7 +925,7 @@ mod tests {
             assert!(two.checked(false));
             assert!(!two.checked(false));
             assert_eq!((one.check(), two.check()), (Checked::Not, Checked::Fails));
-            // Nothing but a check that passes, or the end of the checks, ends it.
+            // Only a passing check or the end of the checks ends this state.
             two.succeeded(Duration::from_millis(1));
             let picked = |now| {
                 let picks = (0..6).map(|_| rotation.pick(balance, now, &[]).unwrap());
@@ -950,7 +952,7 @@ mod tests {
             rotation.endpoints()[0].drain(true);
             let ports: BTreeSet<_> = (0..6).map(|_| pick(&rotation, balance)).collect();
             assert_eq!(ports, BTreeSet::from([2]));
-            // Not even as the last resort.
+            // A drained endpoint is not even used as the last resort.
             rotation.endpoints()[1].drain(true);
             assert!(rotation.pick(balance, NOW, &[]).is_none());
             assert!(rotation.peek(balance, NOW, &[]).is_none());
@@ -996,7 +998,7 @@ mod tests {
     }
 
     proptest! {
-        /// Looking tells what the next connection gets, and changes nothing.
+        /// A peek shows what the next connection gets, and changes nothing.
         #[test]
         fn what_is_seen_is_what_is_picked(
             len in 1u16..6, failed in prop::collection::vec(0u16..6, 0..6), picks in 0usize..20
@@ -1014,8 +1016,8 @@ mod tests {
             }
         }
 
-        /// However busy the others are and however fast connections come, a new endpoint is given no more than its
-        /// growing share, and at the end of its slow start as many as the others.
+        /// However busy the others are and however fast connections come, a new endpoint gets no more than its growing
+        /// share, and as many as the others at the end of its slow start.
         #[test]
         fn a_new_endpoint_is_taken_up_slowly(
             busy in prop::collection::vec(0usize..50, 1..5), pauses in prop::collection::vec(0u64..200, 1..300)
@@ -1035,7 +1037,7 @@ mod tests {
                 if picked.endpoint == new.endpoint {
                     let share = ((now.0 - start.0) * 1_000 / EndpointState::SLOW_START).clamp(100, 1_000);
                     let least = old.endpoints().iter().map(|state| state.active() + 1).min().unwrap();
-                    // In thousandths, and one for what the divisions leave.
+                    // In thousandths. One is added for what the divisions round off.
                     prop_assert!(u64::from(new.active()) * 1_000 <= (u64::from(least) * share) + 1_000);
                 }
                 now.0 += pause;
@@ -1048,7 +1050,7 @@ mod tests {
             prop_assert!(most.zip(least).is_some_and(|(most, least)| most - least <= 1));
         }
 
-        /// Whatever comes and goes, those that stay through it all are picked equally often, within one round.
+        /// However endpoints come and go, those that stay are picked equally often, within one round.
         #[test]
         fn round_robin_stays_even_across_endpoint_changes(
             changes in prop::collection::vec((prop::collection::btree_set(10u16..20, 0..6), 0usize..20), 1..12)

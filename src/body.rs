@@ -1,4 +1,5 @@
-//! The bodies of answers, and files: bounded in size, few large ones at a time, and what is large is parsed where nobody waits.
+//! The bodies of answers, and files: limited in size. Only a few large ones are read at a time, and large ones are parsed
+//! on threads on which no task waits.
 
 #![expect(clippy::disallowed_methods, reason = "a thread of its own reads the file")]
 
@@ -16,12 +17,12 @@ use tokio::{
     time::Instant,
 };
 
-/// Bytes that any number of answers may have at a time.
+/// Maximum size of an answer that needs no place, in bytes.
 const SMALL: usize = 256 << 10;
-/// Bytes that are parsed at once: some milliseconds' work, whatever they are.
+/// Maximum number of bytes that are parsed immediately, which takes at most some milliseconds.
 const QUICK: usize = 64 << 10;
 
-/// Places for the large answers of one peer, and threads to parse them: no peer takes those of another. Clones share them.
+/// Places for the large answers of one peer, and threads to parse them. Each peer has its own. Clones share them.
 #[derive(Debug, Clone)]
 pub(crate) struct Places {
     bodies: Arc<Semaphore>,
@@ -36,28 +37,28 @@ impl Default for Places {
 }
 
 impl Places {
-    /// Large answers at a time. Others wait, and the peer with them.
+    /// Number of large answers at a time. Others wait, and so does the peer.
     const AT_A_TIME: usize = 3;
-    /// Of them, those that are parsed at a time: one that takes long does not hold up the next.
+    /// Number of them that are parsed at a time, so that a slow one does not delay the next.
     const THREADS: usize = 2;
 }
 
-/// What was read of an answer.
+/// The part of an answer that was read so far.
 #[derive(Debug, Default)]
 pub(crate) struct Body {
     bytes: Vec<u8>,
-    /// If it is large.
+    /// Set if it is large.
     place: Option<OwnedSemaphorePermit>,
 }
 
-/// An answer is longer than it may be.
+/// An answer is longer than allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the answer is longer than {0} bytes")]
 pub(crate) struct TooLong(pub(crate) usize);
 
 impl Body {
-    /// Takes a piece in, as long as there are at most `largest` bytes. Says how long it waited for a place, which is no fault of
-    /// who answers.
+    /// Adds a piece, as long as there are at most `largest` bytes. Returns how long it waited for a place, for which the
+    /// peer is not to blame.
     pub(crate) async fn add(
         &mut self,
         piece: &[u8],
@@ -71,7 +72,7 @@ impl Body {
         }
         if length > SMALL && self.place.is_none() {
             let start = Instant::now();
-            // It is never closed.
+            // The semaphore is never closed.
             self.place = places.bodies.clone().acquire_owned().await.ok();
             waited = start.elapsed();
         }
@@ -83,7 +84,7 @@ impl Body {
         &self.bytes
     }
 
-    /// What `parse` makes of it. A large one is parsed on another thread.
+    /// The result of `parse`. A large answer is parsed on another thread.
     pub(crate) async fn parsed<T: Send + 'static>(
         self,
         places: &Places,
@@ -95,7 +96,7 @@ impl Body {
 
 #[cfg(test)]
 impl Places {
-    /// Places for further large answers.
+    /// Number of further large answers for which there is a place.
     pub(crate) fn free(&self) -> usize {
         self.bodies.available_permits()
     }
@@ -105,13 +106,13 @@ impl Places {
     }
 }
 
-/// Whether a work on so many bytes would hold up all others here.
+/// Whether work on this many bytes would delay other tasks.
 pub(crate) fn is_large(bytes: usize) -> bool {
     bytes > QUICK
 }
 
 impl Places {
-    /// Does a work on so many bytes of the peer's: at once, or on another thread if it would hold up all others here.
+    /// Does work on this many bytes of the peer's: immediately, or on another thread if it would delay other tasks.
     pub(crate) async fn aside<T: Send + 'static>(
         &self,
         bytes: usize,
@@ -120,10 +121,10 @@ impl Places {
         if !is_large(bytes) {
             return work();
         }
-        // It is never closed.
+        // The semaphore is never closed.
         let place = self.threads.clone().acquire_owned().await;
         let work = move || {
-            // Also held for one whose asker is gone.
+            // Held even if the caller is gone.
             let _place = place;
             work()
         };
@@ -131,17 +132,17 @@ impl Places {
             Ok(done) => done,
             Err(error) => match error.try_into_panic() {
                 Ok(panic) => resume_unwind(panic),
-                // The runtime ends.
+                // The runtime is shutting down.
                 Err(_) => std::future::pending().await,
             },
         }
     }
 }
 
-/// Reads a regular file of text of at most `largest` bytes. It blocks its thread.
+/// Reads a regular text file of at most `largest` bytes. Blocks the thread.
 pub(crate) fn file(path: &Path, largest: usize) -> Result<String> {
     let wrong = |reason: String| Err(Error::new(ErrorKind::InvalidInput, reason));
-    // To open a pipe would wait for its writer.
+    // Opening a pipe would wait for its writer.
     if !fs::metadata(path)?.is_file() {
         return wrong("expected a regular file".to_owned());
     }
@@ -195,7 +196,7 @@ mod tests {
         let on = |bytes| places.aside(bytes, || std::thread::current().id());
         assert_eq!(on(QUICK).await, here);
         assert_ne!(on(QUICK + 1).await, here);
-        // So many at a time of a peer; another peer's does not wait for them.
+        // This many at a time for a peer. Another peer does not wait for them.
         let busy: Vec<_> = (0..Places::THREADS)
             .map(|_| {
                 let (places, (go, wait)) = (places.clone(), std::sync::mpsc::channel::<()>());

@@ -1,8 +1,8 @@
-//! `check=tcp`: connects to endpoints at intervals; one that does not accept is used only if none does.
+//! `check=tcp`: connects to endpoints at intervals. An endpoint that does not accept is used only if none does.
 //!
-//! One task checks an endpoint for all routes, as long as a binding has a check. After two failures in a row the check fails;
-//! after one success it passes, and the endpoint's failed connections are forgotten too. A consumer's connection that opened
-//! proves as much as a probe, which is then left out.
+//! One task checks an endpoint for all routes, as long as a binding has a check. After two failures in a row the check
+//! fails. After one success it passes, and the endpoint's failed connections are forgotten too. A consumer's connection
+//! that was opened proves as much as a probe, so the probe is then left out.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,14 +27,15 @@ use crate::{
     table::{Changes, Route, Table},
 };
 
-/// Interval of checks of an endpoint, from start to start, varied by a tenth, so that many hosts do not check at the same time.
+/// Interval between the starts of an endpoint's checks. It varies by 10 %, so that many hosts do not check at the same
+/// time.
 pub const INTERVAL: Duration = Duration::from_secs(2);
 /// Connect timeout. The kernel sends a lost SYN again after a second.
 pub const TIMEOUT: Duration = Duration::from_secs(2);
 /// Maximum number of concurrent checks.
 const AT_A_TIME: usize = 128;
 
-/// Checks the endpoints of each table; never returns. `mark` keeps our own connections from being captured.
+/// Checks the endpoints of each table. Never returns. `mark` keeps our own connections from being captured.
 pub async fn run(
     mut tables: watch::Receiver<Arc<Table>>,
     mark: Option<u32>,
@@ -67,13 +68,13 @@ pub async fn run(
 /// The queries of the routes that have checks, in the last table.
 #[derive(Debug, Default)]
 struct CheckedQueries {
-    /// The version of that table; 0 before the first.
+    /// The version of this table. 0 before the first.
     seen: u64,
     queries: HashSet<Arc<Query>>,
 }
 
 impl CheckedQueries {
-    /// Follows a table. Whether it may have other endpoints to check: on most hosts few routes have checks.
+    /// Updates the queries. Returns whether there may be other endpoints to check: on most hosts few routes have checks.
     fn follow(&mut self, table: &Table) -> bool {
         let Changes { added, removed, upstreams, .. } = table.changes();
         let has_missed = std::mem::replace(&mut self.seen, table.version) + 1 != table.version;
@@ -97,7 +98,8 @@ impl CheckedQueries {
     }
 }
 
-/// An endpoint that is checked until this is dropped. Holding its state keeps its identity from becoming another's.
+/// An endpoint that is checked until this is dropped. Holding its state ensures that no other endpoint gets the same
+/// identity (its address in memory).
 struct RunningCheck {
     state: Arc<EndpointState>,
     task: AbortHandle,
@@ -117,7 +119,7 @@ async fn check(
     mark: Option<u32>,
     (events, failed): (Events, FailedChecks),
 ) {
-    // The endpoints of one table are not all checked at the same moment.
+    // Spreads the checks of a table's endpoints over time.
     sleep(INTERVAL.mul_f64(fastrand::f64())).await;
     let mut opened = state.opened();
     let mut lacked = None;
@@ -127,7 +129,7 @@ async fn check(
         let result = if opened != before && state.failures() == 0 && !state.is_silent() {
             Ok(())
         } else {
-            // It is never closed.
+            // The semaphore is never closed.
             let permit = permits.acquire().await;
             let result = timeout(TIMEOUT, probe(state.endpoint, mark)).await;
             drop(permit);
@@ -147,7 +149,7 @@ async fn check(
                     events.report(|| Event::EndpointBack { query: query.clone(), endpoint });
                 }
             }
-            // Its result stays as it was.
+            // The result stays as it was.
             Err(error) if lacking.is_some() => {
                 if is_news {
                     warn!(%endpoint, service = %query, %error, "cannot check endpoint");
@@ -177,7 +179,7 @@ mod tests {
         table::Inputs,
     };
 
-    /// Consumers with these descriptors, each with an address of its own, and one service.
+    /// A table with consumers with these descriptors, each with another address, and one service.
     fn table(before: &Table, descriptors: &[&str], endpoint: Endpoint) -> Option<Table> {
         let consumer = |(n, text): (usize, &&str)| {
             Arc::new(Consumer {
@@ -246,7 +248,7 @@ mod tests {
         timeout(deadline, until(Checked::Passes)).await.expect("it passes");
         drop(listener);
         timeout(deadline, until(Checked::Fails)).await.expect("it fails");
-        // Connections met the same, and ejected it.
+        // Connections failed too, and ejected it.
         state.failed(Millis(0), Millis(1)).unwrap();
         let _again = TcpListener::bind(endpoint.0).await.unwrap();
         timeout(deadline, until(Checked::Passes)).await.expect("it passes again");
@@ -262,7 +264,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_endpoint_to_which_connections_open_is_not_probed() {
-        // Nobody listens there: a probe would fail.
+        // No program listens there: a probe would fail.
         let endpoint = Endpoint("127.0.0.1:1".parse().unwrap());
         let asked = table(&Table::default(), &["web;80;check=tcp"], endpoint).unwrap();
         let state = asked.upstreams().next().unwrap().rotation.endpoints()[0].clone();

@@ -16,22 +16,23 @@ pub struct Consumer {
     pub id: ConsumerId,
     /// The container's name, for messages.
     pub name: Arc<str>,
-    /// The network namespace it lives in: the container that made it, or `local`. Consumers that share one share its
-    /// addresses.
+    /// The network namespace in which it lives: the container that created it, or `local`. Consumers that share one share
+    /// its addresses.
     pub namespace: Arc<str>,
-    /// All its source addresses. Sorted, without repeats.
+    /// All its source addresses. Sorted, without duplicates.
     pub sources: Vec<IpAddr>,
-    /// By which interfaces connections from these addresses count; those that are not in it: by any. Sorted by address.
+    /// The interfaces on which connections from these addresses are accepted. For an address that is missing here: all
+    /// interfaces. Sorted by address.
     pub arrivals: Vec<(IpAddr, Arrival)>,
     /// The gateways of its bridge networks: VIPs, unless the user set some.
     pub gateways: Vec<IpAddr>,
     pub bindings: Vec<Binding>,
-    /// The end of its run, and of the run that its network namespace belongs to.
+    /// The end of its run, and of the run that owns its network namespace.
     pub ends: Vec<RunEnd>,
 }
 
 impl Consumer {
-    /// By which interfaces connections from one of its addresses count.
+    /// The interfaces on which connections from one of its addresses are accepted.
     pub fn arrival(&self, source: &IpAddr) -> Arrival {
         let found = self.arrivals.binary_search_by(|(address, _)| address.cmp(source));
         found.ok().and_then(|at| self.arrivals.get(at)).map(|(_, by)| *by).unwrap_or_default()
@@ -42,9 +43,9 @@ impl Consumer {
         self.ends.iter().any(RunEnd::has_ended)
     }
 
-    /// Whether the other is equal, and ends by the same ends.
+    /// Whether the other is equal, and has the same ends.
     pub fn is_same_as(&self, other: &Self) -> bool {
-        // Equal consumers have as many ends.
+        // Equal consumers have the same number of ends.
         self == other && self.ends.iter().zip(&other.ends).all(|(one, other)| one.is(other))
     }
 }
@@ -53,16 +54,16 @@ impl Consumer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reach {
     Arrives,
-    /// Routes of other hosts decide.
+    /// Depends on routes of other hosts.
     Unknown,
-    /// Another network namespace, or nobody, has the address.
+    /// Another network namespace has the address, or none has.
     Elsewhere,
 }
 
 /// embassy's network namespace and the engine's networks.
 #[derive(Debug, Clone, Copy)]
 pub struct Surroundings<'a> {
-    /// The addresses of this network namespace, among the VIPs and the gateways of consumers.
+    /// Those of the VIPs and of the consumers' gateways that are addresses of this network namespace.
     pub here: &'a BTreeSet<IpAddr>,
     /// The engine's bridge networks.
     pub networks: &'a BTreeSet<IpNet>,
@@ -76,7 +77,7 @@ impl Consumer {
         }
         let is_here = around.here.contains(&address);
         let is_near = self.is_near(address, around.networks);
-        // What is outside its networks it sends to its gateway, which captures it whatever the address is.
+        // Connections to addresses outside of its networks go to its gateway, which captures them for any address.
         let via_gateway = || self.gateways.iter().any(|gateway| around.here.contains(gateway));
         let is_known = || around.networks.iter().any(|network| network.contains(&address));
         match (is_here, is_near) {
@@ -97,7 +98,7 @@ impl Consumer {
     }
 }
 
-/// A binding: a consumer asks for a service on a port.
+/// A binding: a consumer declares a service on a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Binding {
     /// The variable or label that declared it, for messages.
@@ -135,18 +136,18 @@ mod tests {
         let away = consumer(&["192.168.1.5"], &[]);
         let host: &[&str] = &["172.17.0.1", "172.18.0.1", "fd00::1"];
         for (who, address, here, expected) in [
-            // embassy on the host.
+            // embassy runs on the host.
             (&app, "172.17.0.1", host, Arrives),
             (&app, "172.18.0.1", host, Arrives),
             (&app, "10.9.9.9", host, Arrives),
             (&six, "fd00::1", host, Arrives),
-            // The address of docker0 in former times: nobody in the network has it.
+            // A former address of docker0, which no host in the network has.
             (&app, "172.17.42.1", host, Elsewhere),
-            // A network without a gateway reaches what is in it, and nothing else.
+            // A network without a gateway reaches only its own addresses.
             (&shut, "172.18.0.1", host, Arrives),
             (&shut, "172.17.0.1", host, Unknown),
             (&away, "172.17.0.1", host, Unknown),
-            // embassy in a container of its own: the gateways are the host's.
+            // embassy runs in its own container: the gateways are the host's.
             (&app, "172.17.0.1", &["172.17.0.9"], Elsewhere),
             (&app, "172.18.0.1", &["172.17.0.9"], Elsewhere),
             (&app, "172.17.0.9", &["172.17.0.9"], Arrives),

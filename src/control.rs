@@ -1,4 +1,4 @@
-//! The control task: queries the services of all bindings, and publishes a table after each change.
+//! The control task: follows the queries of all bindings, and publishes a table after each change.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -44,38 +44,38 @@ pub struct Settings {
     /// embassy's own port, which no binding can have.
     pub own_port: Port,
     pub capture: CaptureMode,
-    /// With `--redirect`: embassy's own addresses, which capture like VIPs.
+    /// With `--redirect`: embassy's own addresses, which are captured like VIPs.
     pub own: Vec<IpAddr>,
-    /// Whether a container that is not known yet may wait for that: then the gateways of all bridge networks are VIPs, where
-    /// the user named none, as it may be the first of its network.
+    /// Whether connections of unknown containers may wait. Then the gateways of all bridge networks are VIPs, unless the
+    /// user set the VIPs, because an unknown container may be the first one of its network.
     pub strangers: bool,
     /// The balance of bindings without lb=.
     pub balance: Balance,
     /// How long the last endpoints stay in use after a valid empty answer.
     pub empty_hold: Duration,
-    /// Where embassy itself listens.
+    /// The addresses on which embassy itself listens.
     pub listeners: Vec<SocketAddr>,
     pub limits: Limits,
     pub resync: ResyncRequests,
 }
 
-/// The parts for which readiness waits.
+/// The parts that delay readiness.
 #[derive(Debug)]
 pub struct Waiting {
-    /// The provider's first full listing.
+    /// Done after the provider's first full listing.
     pub listing: Guard,
-    /// The first answer to every query of that listing, and of every discovery.
+    /// Done after the first answer to every query of that listing, and the first answer of every discovery.
     pub answers: Guard,
 }
 
-/// The state of the sources, for the metrics.
+/// The state of the sources, for metrics and the API.
 #[derive(Debug, Clone)]
 pub struct Sources {
     pub provider: Answers<Listing>,
     pub queries: Arc<[(Query, Answers<Endpoints>)]>,
-    /// The endpoints in use of a query, if they are not its last answer.
+    /// The endpoints in use, for each query where they are not the last answer.
     pub in_use: Arc<HashMap<Query, InUse>>,
-    /// The listing of the table: the provider's last one, or the saved one. `None` before the first.
+    /// The listing that the table uses: the provider's last one, or the saved one. `None` before the first.
     pub listing: Option<Arc<Listing>>,
 }
 
@@ -90,14 +90,14 @@ pub struct Control {
     demand: Demand,
     /// The state of each followed query.
     known: HashMap<Query, Known<Endpoints>>,
-    /// Queries without an answer or an error so far.
+    /// Queries that have neither an answer nor an error yet.
     unheard: HashSet<Query>,
-    /// One for each discovery that has not answered anything yet, to ask it while no binding does: embassy is not ready before
-    /// each has answered.
+    /// A query for each discovery that has not answered yet. It is used if no binding has one: embassy is ready only after
+    /// each discovery has answered.
     probes: BTreeSet<Query>,
     hold: EmptyHold,
     limited: Limited,
-    /// The provider's listing, or the saved one, and what of it is in use.
+    /// The provider's listing, or the saved one; and the part of it that is used.
     given: Option<Arc<Listing>>,
     listing: Option<Arc<Listing>>,
     /// The saved consumers, until the provider answers.
@@ -105,17 +105,17 @@ pub struct Control {
     /// The writer of the state file.
     keeper: Option<watch::Sender<Option<Snapshot>>>,
     tables: watch::Sender<Arc<Table>>,
-    /// Tables that were replaced, and that others may still read. They are freed here: of a large one that takes milliseconds, in
-    /// which a worker's connections would stand still.
+    /// Replaced tables that other tasks may still read. They are freed here: freeing a large table takes milliseconds,
+    /// during which a worker's connections would wait.
     replaced: Vec<Arc<Table>>,
-    /// How long each table took, from the wake of this task until it was published.
+    /// The time from this task's wake-up until a table was published, for each table.
     build_times: Arc<Histogram>,
     sources: watch::Sender<Sources>,
-    /// The queries that are asked for. As there may be ten thousand, the list is made again only if others are.
+    /// The followed queries. There may be ten thousand, so the list is rebuilt only if they change.
     queries: Arc<[(Query, Answers<Endpoints>)]>,
     report: Report,
     waiting: (Option<Guard>, Option<Guard>),
-    /// The time until which the first table waits for first answers.
+    /// The time until which the first table waits for the first answers.
     patience: Option<Instant>,
     most_patience: Duration,
     gateways: Gateways,
@@ -130,7 +130,7 @@ const PATIENCE_OF_SUCCESSOR: Duration = Duration::from_secs(40);
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 impl Control {
-    /// `bell` is the one that `provider` rings.
+    /// `bell` must be the one that `provider` rings.
     pub fn new(
         settings: Settings,
         discoveries: Discoveries,
@@ -188,23 +188,24 @@ impl Control {
         self.keeper = Some(keeper);
     }
 
-    /// Connections were captured before, by the process that this one takes over from. To be called before anybody has a table.
+    /// Notes that the process from which this one takes over has captured connections. Must be called before any table is
+    /// read.
     pub fn takes_over(&mut self) {
         self.tables.send_replace(Arc::new(Table::of_successor()));
         self.most_patience = PATIENCE_OF_SUCCESSOR;
     }
 
-    /// Notified if this task should run again.
+    /// To be notified when this task should run again.
     pub fn bell(&self) -> Arc<Notify> {
         self.bell.clone()
     }
 
-    /// The published tables. The first is empty and has version 0.
+    /// The published tables. The first one is empty and has version 0.
     pub fn tables(&self) -> watch::Receiver<Arc<Table>> {
         self.tables.subscribe()
     }
 
-    /// How long each table took, from the wake of the control task until it was published.
+    /// The time from the control task's wake-up until a table was published, for each table.
     pub fn build_times(&self) -> Arc<Histogram> {
         self.build_times.clone()
     }
@@ -214,7 +215,7 @@ impl Control {
         self.sources.subscribe()
     }
 
-    /// Follows the sources; never returns.
+    /// Follows the sources. Never returns.
     pub async fn run(mut self) {
         loop {
             let wake = self.step(Instant::now());
@@ -233,7 +234,7 @@ impl Control {
 
     /// Publishes the current table. Returns when to run again if nothing else happens.
     ///
-    /// The cost depends on the changes only: a host may have ten thousand consumers and a hundred thousand endpoints.
+    /// The cost depends only on the changes: a host may have ten thousand consumers and a hundred thousand endpoints.
     fn step(&mut self, now: Instant) -> Option<Instant> {
         self.replaced.retain(|table| Arc::strong_count(table) > 1);
         let wake = self.follow(now);
@@ -251,7 +252,7 @@ impl Control {
         self.listed();
         let consumers: Vec<_> = listing.consumers.iter().filter(|c| !c.has_ended()).collect();
         let mut heard = self.demand(&consumers, now);
-        // Both sides have an effect.
+        // Not `||`: both sides have an effect.
         let asked_others = self.follow_probes() | !heard.is_empty();
         if asked_others {
             self.note_queries();
@@ -317,7 +318,7 @@ impl Control {
         }
         for query in &new {
             self.watches.ask(query);
-            // It may still be followed, for a consumer that restarts.
+            // The query may still be followed, for a consumer that restarts.
             match self.known.get(query) {
                 Some(known) => self.report.source(Some(query), known),
                 None => drop(self.unheard.insert(query.clone())),
@@ -330,7 +331,7 @@ impl Control {
         new.into_iter().chain(gone).collect()
     }
 
-    /// Has each discovery that has not answered anything followed by its probe, while no binding needs another query of it. Returns
+    /// Follows the probe of each discovery that has not answered yet, as long as no binding has a query for it. Returns
     /// whether this changed.
     fn follow_probes(&mut self) -> bool {
         let mut changed = false;
@@ -347,8 +348,8 @@ impl Control {
         changed
     }
 
-    /// Ends the first queries of the discoveries that have answered anything, even that this query is refused: a login may be
-    /// allowed to read some services only. Returns whether there were any.
+    /// Ends the probes of discoveries that have answered. A refusal of the query is an answer too: a login may only have
+    /// the right to read some services. Returns whether there were any.
     fn end_probes(&mut self) -> bool {
         if self.probes.is_empty() {
             return false;
@@ -374,7 +375,7 @@ impl Control {
         self.queries = self.watches.answers().into();
     }
 
-    /// The queries that have an answer or an error.
+    /// The queries that got an answer or an error.
     fn news(&mut self) -> Vec<Query> {
         let mut heard = Vec::new();
         for (query, known) in self.watches.news() {
@@ -393,7 +394,7 @@ impl Control {
         heard
     }
 
-    /// Decides which endpoints of these queries to use. Returns when to run again if nothing else happens.
+    /// Chooses the endpoints to use for these queries. Returns when to run again if nothing else happens.
     fn settle(&mut self, queries: &BTreeSet<Query>, now: Instant) -> Option<Instant> {
         let mut wake: Option<Instant> = None;
         for query in queries {
@@ -409,7 +410,7 @@ impl Control {
         wake
     }
 
-    /// The provider has answered, whatever its bindings still wait for.
+    /// Completes the readiness of the provider once it has answered, even if its bindings still wait.
     fn listed(&mut self) {
         if self.provider.borrow().value.is_some()
             && let Some(listing) = self.waiting.0.take()
@@ -418,7 +419,7 @@ impl Control {
         }
     }
 
-    /// Completes the readiness of the discoveries, if each has answered.
+    /// Completes the readiness of the discoveries once each has answered.
     fn ready(&mut self) {
         if self.waiting.1.is_some()
             && self.unheard.is_empty()
@@ -430,8 +431,8 @@ impl Control {
         }
     }
 
-    /// Whether each discovery that is asked has answered something: one query that it refuses for ever is no discovery that
-    /// is down.
+    /// Whether each queried discovery has answered at least one query. A discovery that always refuses one query is not
+    /// down.
     fn each_discovery_answers(&self) -> bool {
         let answers = |query: &&Query| self.known.get(*query).is_some_and(|k| k.value.is_some());
         let answering: HashSet<_> =
@@ -439,7 +440,8 @@ impl Control {
         self.demand.queries().all(|query| answering.contains(&query.via))
     }
 
-    /// Reports that no address is captured, or that connections of consumers with new routes cannot arrive at any of them.
+    /// Reports that no address is captured, or that connections of consumers with new routes cannot reach any captured
+    /// address.
     fn report_addresses(&mut self, table: &Table, listing: &Listing) {
         if self.settings.capture == CaptureMode::None || table.changes().added.is_empty() {
             return;
@@ -482,7 +484,7 @@ impl Control {
         self.sources.send_replace(Sources { provider, queries, in_use, listing: Some(listing) });
     }
 
-    /// Publishes the table of the current data, if it changed.
+    /// Publishes a table from the current data, if it differs from the last one.
     fn publish(
         &mut self,
         listing: &Arc<Listing>,
@@ -536,7 +538,7 @@ mod tests {
     use super::*;
     use crate::readiness::Part;
 
-    /// It asks the discovery of this URI, and those whom the publisher lists are the consumers.
+    /// A control task with the discovery at this URI. The publisher lists the consumers.
     fn control(uri: String) -> (Control, crate::source::Publisher<Listing>) {
         let nobody = crate::docker::Engine::parse("unix:///nonexistent", None).unwrap();
         let from = crate::discovery::Options {
@@ -590,10 +592,10 @@ mod tests {
         assert_eq!((table.strong_count(), wake), (0, None));
     }
 
-    /// The run before knew it, and this one may end before the registry answers.
+    /// The previous run knew the service's endpoints, and this run may end before the registry answers.
     #[tokio::test]
     async fn what_was_kept_of_a_service_that_is_waited_for_is_kept_on() {
-        // It takes connections and says nothing.
+        // It accepts connections and never answers.
         let registry = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let uri = format!("consul://{}", registry.local_addr().unwrap());
         let (mut control, publish) = control(uri);
@@ -635,7 +637,7 @@ mod tests {
         assert_eq!(control.tables.borrow().version, 1);
     }
 
-    /// The limits stand before all that follows: what is asked, the table, and what is saved and shown.
+    /// The limits apply before everything else: queries, the table, and what is saved and shown.
     #[tokio::test]
     async fn what_is_beyond_a_limit_is_asked_of_nobody_and_not_kept() {
         let (mut control, publish) = control("consul://127.0.0.1:1".to_owned());
@@ -700,7 +702,7 @@ mod tests {
         assert_eq!(after(&[&other]).len(), 1);
     }
 
-    /// A consumer that asks restarts while the registry loses its data.
+    /// A consumer with bindings restarts while the registry loses its data.
     #[tokio::test]
     async fn what_is_held_outlives_that_nobody_asks_for_it() {
         let folder = tempfile::tempdir().unwrap();

@@ -17,9 +17,9 @@ use crate::{model::Millis, outcome::Tally, takeover::message};
 pub struct ConnectionCounts {
     /// Connections started: for a route, the accepted ones.
     pub started: AtomicU64,
-    /// Outcomes. For an endpoint, only of opened connections.
+    /// Outcomes. For an endpoint, only those of opened connections.
     pub ended: Tally,
-    /// Bytes from consumers to endpoints. Those of a live connection are added when the figures are read, and when it ends.
+    /// Bytes from consumers to endpoints. Those of an open connection are added when the figures are read, and at its end.
     pub bytes_up: AtomicU64,
     /// Bytes from endpoints to consumers.
     pub bytes_down: AtomicU64,
@@ -31,7 +31,8 @@ pub struct ConnectionCounts {
     /// Further attempts after an endpoint failed.
     pub retries: AtomicU64,
     pub last_error: LastError,
-    /// Connections that the process before this one counted as started, and that this one does not have: it does not see their end.
+    /// Connections that the previous process counted as started, and that this process does not have: it does not see their
+    /// end.
     elsewhere: AtomicU64,
 }
 
@@ -62,7 +63,7 @@ impl ConnectionCounts {
         }
     }
 
-    /// All of it but the last error, for the process that takes over.
+    /// Everything except the last error, for the process that takes over.
     pub fn totals(&self) -> message::Counts {
         let connect = self.connect.read();
         message::Counts {
@@ -76,7 +77,7 @@ impl ConnectionCounts {
         }
     }
 
-    /// Adds what the process before this one counted.
+    /// Adds the counts of the previous process.
     pub fn add(&self, before: &message::Counts) {
         self.started.fetch_add(before.started, Relaxed);
         self.ended.add_all(&before.ended);
@@ -86,15 +87,15 @@ impl ConnectionCounts {
         self.retries.fetch_add(before.retries, Relaxed);
     }
 
-    /// Adds what the process before this one counted. Of its connections that had not ended then, each that this process takes is to
-    /// be told by [`ConnectionCounts::adopt`].
+    /// Adds the counts of the previous process. For each of its open connections that this process takes over,
+    /// [`ConnectionCounts::adopt`] must be called.
     pub fn inherit(&self, before: &message::Counts) {
         let ended = before.ended.values().fold(0_u64, |sum, count| sum.saturating_add(*count));
         self.elsewhere.fetch_add(before.started.saturating_sub(ended), Relaxed);
         self.add(before);
     }
 
-    /// This process has one of the connections of the process before it.
+    /// Counts that this process has taken over one of the previous process's connections.
     pub fn adopt(&self) {
         let one_less = |count: u64| count.checked_sub(1);
         let _ = self.elsewhere.fetch_update(Relaxed, Relaxed, one_less);
@@ -102,7 +103,7 @@ impl ConnectionCounts {
 
     /// Connections of this process that started and have not ended.
     pub fn active(&self) -> u64 {
-        // Read first: a connection that ends meanwhile has started before.
+        // Read first, because a connection that ends meanwhile has started before.
         let ended = self.ended.sum();
         let ended = ended.saturating_add(self.elsewhere.load(Relaxed));
         self.started.load(Relaxed).saturating_sub(ended)
@@ -131,13 +132,13 @@ pub struct Histogram {
     micros: AtomicU64,
 }
 
-/// The upper bounds of the buckets but the last, which has none: microseconds. From a neighbour on the same bridge to the
-/// second that a try may take, and the five that all tries may.
+/// The upper bounds of all buckets except the last, which has none, in microseconds. They range from a neighbour on the
+/// same bridge to the timeouts of one attempt (1 s) and of all attempts (5 s).
 pub const BOUNDS: [u64; BUCKETS - 1] =
     [250, 500, 1_000, 2_500, 10_000, 50_000, 250_000, 1_000_000, 2_500_000, 5_000_000];
 const BUCKETS: usize = 11;
 
-/// The highest bucket bound, in seconds: a quantile of this value may be higher.
+/// The highest bucket bound in seconds. A quantile with this value may in fact be higher.
 pub const LONGEST: f64 = 5.0;
 
 impl Histogram {
@@ -150,14 +151,14 @@ impl Histogram {
         self.micros.fetch_add(micros, Relaxed);
     }
 
-    /// Adds what was counted elsewhere.
+    /// Adds the counts of another histogram.
     pub fn add(&self, counted: &Distribution) {
         self.add_all(&counted.buckets, counted.micros);
     }
 
-    /// Adds what another process counted.
+    /// Adds the counts of another process.
     fn add_all(&self, buckets: &[u64], micros: u64) {
-        // One with other buckets had other bounds.
+        // Another number of buckets means other bounds.
         if buckets.len() == BUCKETS {
             for (mine, more) in self.buckets.iter().zip(buckets).filter(|(_, more)| **more > 0) {
                 mine.fetch_add(*more, Relaxed);
@@ -174,10 +175,10 @@ impl Histogram {
     }
 }
 
-/// A histogram as it was read.
+/// The values of a histogram when it was read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Distribution {
-    /// How many fell into each bucket, not cumulated.
+    /// The number of durations in each bucket, not cumulative.
     pub buckets: [u64; BUCKETS],
     /// The sum of all durations, in microseconds.
     pub micros: u64,
@@ -192,13 +193,13 @@ impl Distribution {
         self.micros as f64 / 1e6
     }
 
-    /// Adds what another counted.
+    /// Adds the counts of another distribution.
     pub fn add(&mut self, other: &Self) {
         self.buckets.iter_mut().zip(other.buckets).for_each(|(mine, theirs)| *mine += theirs);
         self.micros += other.micros;
     }
 
-    /// What was counted since `earlier`.
+    /// The counts since `earlier`.
     pub fn since(&self, earlier: &Self) -> Self {
         let mut since = *self;
         since
@@ -210,8 +211,8 @@ impl Distribution {
         since
     }
 
-    /// The duration, in seconds, that this part of all stayed below, `part` between 0 and 1: interpolated within its
-    /// bucket, as Prometheus does, and the largest bound if it is above. `None` if nothing was counted.
+    /// A quantile in seconds, `part` between 0 and 1. Interpolated within its bucket, as in Prometheus. The largest bound
+    /// if it is above that. `None` if nothing was counted.
     pub fn quantile(&self, part: f64) -> Option<f64> {
         let count = self.count();
         if count == 0 {

@@ -1,5 +1,5 @@
-//! A map whose copies share what they have in common: the cost of a copy does not depend on its size, to change a copy costs
-//! a small part of it, and what differs between two copies is found without looking at the rest.
+//! A map whose copies share their common parts: the cost of a copy does not depend on its size, changing a copy costs a
+//! small part of its size, and the differences between two copies are found without looking at the rest.
 
 use std::{
     borrow::Borrow,
@@ -10,10 +10,10 @@ use std::{
 
 use hashbrown::{HashTable, hash_table::Entry};
 
-/// The entries are spread over so many parts: with 100,000 entries a change copies some 400 of them.
+/// Number of parts over which the entries are spread: with 100,000 entries a change copies some 400 of them.
 const PARTS: usize = 256;
 
-/// One for the process, so that a key lies in the same part of every map.
+/// One per process, so that a key is in the same part of every map.
 static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
 
 type Part<K, V> = HashTable<(K, V)>;
@@ -33,7 +33,7 @@ impl<K, V> CowMap<K, V> {
         self.len == 0
     }
 
-    /// All entries, in no order.
+    /// All entries, not sorted.
     pub fn iter(&self) -> Iter<'_, K, V> {
         Iter { parts: self.parts.iter(), part: None, left: self.len }
     }
@@ -63,7 +63,7 @@ impl<K: Hash + Eq, V> CowMap<K, V> {
         self.get(key).is_some()
     }
 
-    /// The keys whose entries differ from those of `before`, or that only one of the two has; `same` compares values.
+    /// The keys whose entries differ from those of `before`, or that only one of the maps has. `same` compares values.
     pub fn differing_keys<'a>(
         &'a self,
         before: &'a Self,
@@ -88,7 +88,7 @@ impl<K: Hash + Eq, V> CowMap<K, V> {
 }
 
 impl<K: Hash + Eq + Clone, V: Clone> CowMap<K, V> {
-    /// Sets an entry. What it was before.
+    /// Sets an entry. Returns its previous value.
     pub fn insert(&mut self, key: K, value: V) -> Option<V> {
         let hash = HASHER.hash_one(&key);
         let part = self.part_mut(hash)?;
@@ -102,12 +102,12 @@ impl<K: Hash + Eq + Clone, V: Clone> CowMap<K, V> {
         }
     }
 
-    /// Takes an entry out.
+    /// Removes an entry. Returns its value.
     pub fn remove<Q: Hash + Eq + ?Sized>(&mut self, key: &Q) -> Option<V>
     where
         K: Borrow<Q>,
     {
-        // A part is copied only if that changes something.
+        // A part is copied only if the removal changes it.
         self.get(key)?;
         let hash = HASHER.hash_one(key);
         let entry =
@@ -117,7 +117,7 @@ impl<K: Hash + Eq + Clone, V: Clone> CowMap<K, V> {
         Some(value)
     }
 
-    /// An entry, to change it in place.
+    /// An entry, to be changed in place.
     pub fn get_mut<Q: Hash + Eq + ?Sized>(&mut self, key: &Q) -> Option<&mut V>
     where
         K: Borrow<Q>,
@@ -129,20 +129,20 @@ impl<K: Hash + Eq + Clone, V: Clone> CowMap<K, V> {
             .map(|(_, value)| value)
     }
 
-    /// Always there: a hash has a part.
+    /// Always `Some`: every hash has a part.
     fn part_mut(&mut self, hash: u64) -> Option<&mut Part<K, V>> {
         self.parts.get_mut(part_of(hash)).map(Arc::make_mut)
     }
 }
 
-/// By bits of the hash that a part does not use to place its entries.
+/// Uses bits of the hash that are not used to place entries within a part.
 fn part_of(hash: u64) -> usize {
     (hash >> 40) as usize % PARTS
 }
 
 impl<K, V> Default for CowMap<K, V> {
     fn default() -> Self {
-        // All share one until they hold something.
+        // All parts are the same empty one until they have entries.
         let empty = Arc::new(Part::new());
         Self { parts: (0..PARTS).map(|_| empty.clone()).collect(), len: 0 }
     }

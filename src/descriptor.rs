@@ -1,4 +1,4 @@
-//! What a consumer writes to ask for a service: `<service>[<tag>,<tag>...];<port>[;<key>=<value>...]`. Pure.
+//! The text with which a consumer asks for a service: `<service>[<tag>,<tag>...];<port>[;<key>=<value>...]`. Pure.
 
 use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
@@ -27,17 +27,17 @@ pub struct Descriptor {
     pub via: Option<Arc<str>>,
     /// `check=tcp`: probe the endpoints actively.
     pub check: Option<Check>,
-    /// `proxy=`: announce the consumer to the endpoint by the PROXY protocol.
+    /// `proxy=`: announce the consumer to the endpoint with the PROXY protocol.
     pub proxy: Option<ProxyProtocol>,
-    /// `user-timeout=`: how long what was sent to the endpoint may stay unacknowledged; 0: as long as the kernel retransmits.
+    /// `user-timeout=`: how long data sent to the endpoint may stay unacknowledged. 0: as long as the kernel retransmits.
     /// If absent, the command line's `--user-timeout`.
     pub user_timeout: Option<Duration>,
-    /// `path=`: which way its connections take; if absent, the command line's `--path`.
+    /// `path=`: the path of its connections. If absent, the command line's `--path`.
     pub path: Option<PathChoice>,
 }
 
-/// A time as `user-timeout=` and `--user-timeout` take it: 0, or 5 s to a day. In less than that a connection may be
-/// opened (TCP_USER_TIMEOUT counts from the first SYN), and keepalive has no room.
+/// Checks a time for `user-timeout=` and `--user-timeout`: 0, or 5 s to a day. `None` for others. A shorter time may be
+/// over while a connection is opened (TCP_USER_TIMEOUT counts from the first SYN), and leaves no room for keepalive.
 pub fn user_timeout(time: Duration) -> Option<Duration> {
     const LEAST: Duration = Duration::from_secs(5);
     const MOST: Duration = Duration::from_secs(24 * 60 * 60);
@@ -73,19 +73,19 @@ impl Default for Balance {
     }
 }
 
-/// What happens to the live connections of an endpoint that goes away.
+/// What happens to the open connections of an endpoint that is removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum EndpointDrain {
-    /// They live until one side ends them.
+    /// They stay open until one side ends them.
     #[default]
     Keep,
     /// They are reset at once.
     Kill,
-    /// They are reset after this long: whole seconds, at least one.
+    /// They are reset after this time: whole seconds, at least one.
     After(Duration),
 }
 
-/// How an endpoint is probed.
+/// How endpoints are probed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Check {
     /// A TCP connection that opens.
@@ -99,7 +99,7 @@ pub enum ProxyProtocol {
     V2,
 }
 
-/// Why a descriptor was refused. Each names the part, its value and what was expected.
+/// Why a descriptor is invalid. Each error names the part, its value and what was expected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DescriptorError {
     #[error("longer than {LONGEST} bytes")]
@@ -190,10 +190,10 @@ impl Mistake {
 }
 
 impl DescriptorError {
-    /// The same without any part of the value: a variable such as `BACKEND_URL` may hold a password.
+    /// The error text without any part of the value: a variable such as `BACKEND_URL` may contain a password.
     pub fn without_value(&self) -> String {
         match self {
-            // Nothing of the value, but for one character.
+            // These contain nothing of the value, except one character.
             Self::TooLong
             | Self::NoPort
             | Self::Mistake(_)
@@ -219,7 +219,7 @@ impl DescriptorError {
     }
 }
 
-/// Bytes of a descriptor. The longest one that anybody needs is far shorter.
+/// Maximum length of a descriptor in bytes. Real ones are far shorter.
 pub const LONGEST: usize = 1024;
 
 const OPTIONS: &str = "expected one of lb, drain, dc, via, check, proxy, user-timeout, path";
@@ -227,7 +227,7 @@ const OPTIONS: &str = "expected one of lb, drain, dc, via, check, proxy, user-ti
 impl FromStr for Descriptor {
     type Err = DescriptorError;
 
-    /// The whole text must match; nothing is trimmed.
+    /// The whole text must match. Nothing is trimmed.
     fn from_str(text: &str) -> Result<Self, DescriptorError> {
         if text.len() > LONGEST {
             return Err(DescriptorError::TooLong);
@@ -368,7 +368,7 @@ impl Descriptor {
 }
 
 impl fmt::Display for Descriptor {
-    /// The canonical text: it parses to the same descriptor.
+    /// The canonical text. It parses to the same descriptor.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{};{}", self.service, self.tags, port_of(self.port, self.protocol))?;
         match self.balance {
@@ -407,7 +407,7 @@ impl fmt::Display for Descriptor {
     }
 }
 
-/// Splits a list of descriptors at its commas; those inside brackets belong to a tag list.
+/// Splits a list of descriptors at its commas, except those inside brackets, which belong to a list of tags.
 ///
 /// ```
 /// let parts: Vec<_> = embassy::descriptor::split_list("web;80,db[prod,eu];5432").collect();
@@ -425,7 +425,7 @@ pub fn split_list(list: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// The service, its tags, and what follows the first `;` behind them.
+/// The service, its tags, and the text after the first `;` behind them.
 fn service_and_tags(text: &str) -> Result<(ServiceName, Tags, &str), DescriptorError> {
     let end = text.find(['[', ';']).ok_or_else(|| no_port(text))?;
     let (name, rest) = text.split_at(end);
@@ -454,7 +454,7 @@ fn service_and_tags(text: &str) -> Result<(ServiceName, Tags, &str), DescriptorE
     }
 }
 
-/// Why there is no port: `web:80` is what other programs take.
+/// Why there is no port. `web:80` is the form of other programs.
 fn no_port(text: &str) -> DescriptorError {
     Mistake::in_separator(text).map_or(DescriptorError::NoPort, DescriptorError::Mistake)
 }
@@ -488,7 +488,7 @@ fn whole_number(text: &str) -> Option<u32> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
-/// A name as Consul allows it for datacentres, and as our schemes are written.
+/// A name as Consul allows it for datacentres, and as the names of discoveries are written.
 fn label(text: &str) -> Option<Arc<str>> {
     let valid = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
     (!text.is_empty() && text.bytes().all(valid)).then(|| text.into())

@@ -1,4 +1,4 @@
-//! A Docker engine: its address, and what follows it. Shared by the provider and by the discovery of the same name.
+//! A Docker engine: its address, and the code that follows it. The docker provider and the docker discovery share it.
 
 use std::{fmt, path::PathBuf};
 
@@ -21,7 +21,7 @@ pub(crate) mod read;
 #[cfg(test)]
 mod sessions;
 
-/// Where an engine listens.
+/// The address on which an engine listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     /// `unix:///path`
@@ -34,7 +34,7 @@ pub enum Address {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Engine {
     pub address: Address,
-    /// The folder of `key.pem`, `cert.pem` and `ca.pem`: `DOCKER_CERT_PATH`, if `DOCKER_TLS_VERIFY` is set.
+    /// The folder with `key.pem`, `cert.pem` and `ca.pem`: `DOCKER_CERT_PATH`, if `DOCKER_TLS_VERIFY` is set.
     pub certificates: Option<PathBuf>,
 }
 
@@ -49,7 +49,7 @@ impl Engine {
         let (scheme, rest) = text.split_once("://").ok_or_else(wrong)?;
         let address = match scheme {
             "unix" if rest.starts_with('/') => Address::Unix(rest.into()),
-            // No user: the address is shown in many places.
+            // A user name is refused: the address is shown in many places.
             "tcp" | "http" | "https"
                 if !rest.contains('@') && !rest.trim_end_matches('/').is_empty() =>
             {
@@ -60,7 +60,7 @@ impl Engine {
         Ok(Self { address, certificates })
     }
 
-    /// What is not protected of the connections to it.
+    /// How connections to it are unprotected. `None`: they are protected.
     pub fn weakness(&self) -> Option<Weakness> {
         let Address::Tcp(address) = &self.address else { return None };
         let host = address.rsplit_once(':').map_or(&**address, |(host, _)| host);
@@ -73,7 +73,7 @@ impl Engine {
         })
     }
 
-    /// `host:port` of an engine that is reached over TCP.
+    /// `host:port`, if the engine is reached via TCP.
     pub fn server(&self) -> Option<String> {
         match &self.address {
             Address::Unix(_) => None,

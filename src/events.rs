@@ -30,7 +30,7 @@ pub enum Event {
     SourceLost { source: String, error: Arc<str> },
     /// A source answers again.
     SourceBack { source: String },
-    /// Another program removed or changed our rules, and embassy restored them. The first missing rule.
+    /// Another program removed or changed our rules, and embassy restored them. `missing`: the first missing rule.
     CaptureRestored { change: Change, missing: String },
     /// The subscriber was too slow and missed this number of changes.
     Missed { changes: u64 },
@@ -51,7 +51,7 @@ worded! {
 }
 
 impl Event {
-    /// Bytes in memory, near enough. A list may have ten thousand endpoints.
+    /// Approximate size in memory, in bytes. A list may have ten thousand endpoints.
     fn size(&self) -> usize {
         let more = match self {
             Self::EndpointsChanged { endpoints, .. } => size_of_val(endpoints.as_slice()),
@@ -67,25 +67,25 @@ impl Event {
 #[derive(Debug, Clone, Default)]
 pub struct Events(watch::Sender<Queue>);
 
-/// The last changes, for all subscribers together.
+/// The last changes, shared by all subscribers.
 #[derive(Debug, Default)]
 struct Queue {
     events: VecDeque<Arc<Event>>,
     bytes: usize,
-    /// Changes that were there before.
+    /// Number of removed earlier changes.
     gone: u64,
 }
 
 impl Queue {
-    /// Maximum length; a slower subscriber misses the oldest changes.
+    /// Maximum number of changes. A slower subscriber misses the oldest ones.
     const LENGTH: usize = 1024;
-    /// Maximum size: fifty of the longest lists of endpoints.
+    /// Maximum size in bytes: fifty of the longest lists of endpoints.
     const BYTES: usize = 16 << 20;
 
     fn push(&mut self, event: Event) {
         self.bytes += event.size();
         self.events.push_back(Arc::new(event));
-        // The newest stays, whatever its size.
+        // The newest change stays, whatever its size.
         while self.events.len() > Self::LENGTH || self.bytes > Self::BYTES && self.events.len() > 1
         {
             let Some(oldest) = self.events.pop_front() else { break };
@@ -94,12 +94,12 @@ impl Queue {
         }
     }
 
-    /// The number that the next change gets.
+    /// The number of the next change.
     fn end(&self) -> u64 {
         self.gone + self.events.len() as u64
     }
 
-    /// The change of this number, or that it is missed; `None` if there is none yet.
+    /// The change with this number, or `Missed`. `None` if it has not happened yet.
     fn get(&self, number: u64) -> Option<Arc<Event>> {
         match number.checked_sub(self.gone) {
             None => Some(Arc::new(Event::Missed { changes: self.gone - number })),
@@ -114,12 +114,12 @@ impl Events {
         if self.0.receiver_count() > 0 {
             self.0.send_modify(|queue| queue.push(event()));
         } else if !self.0.borrow().events.is_empty() {
-            // What the last subscriber did not need any more.
+            // Removes what the last subscriber no longer needs.
             self.0.send_replace(Queue::default());
         }
     }
 
-    /// The changes from now on.
+    /// Subscribes to the changes from now on.
     pub fn listen(&self) -> Listener {
         let queue = self.0.subscribe();
         let next = queue.borrow().end();
@@ -135,7 +135,7 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// The next change; `None` once there will be none. Cancel-safe.
+    /// The next change. `None` if there will be no more. Cancel-safe.
     pub async fn next(&mut self) -> Option<Arc<Event>> {
         let queue = self.queue.wait_for(|queue| queue.end() > self.next).await.ok()?;
         let event = queue.get(self.next)?;

@@ -1,6 +1,6 @@
-//! What comes from outside, read from any bytes whatever: nothing may panic, and what is read must make sense.
+//! Parses any bytes as input from outside: nothing may panic, and parsed values must be consistent.
 //!
-//! `make fuzz` runs each target under libFuzzer (see `fuzz/`); the test below is a slice of it on every run of the tests.
+//! `make fuzz` runs each target under libFuzzer (see `fuzz/`). The test below does a little of it with every test run.
 
 use std::{collections::HashMap, net::IpAddr};
 
@@ -18,10 +18,10 @@ use crate::{
     registry, state, takeover,
 };
 
-/// Reads its input, and panics if that shows a bug.
+/// Parses its input, and panics if that shows a bug.
 pub type Target = fn(&[u8]);
 
-/// Every target, by its name; `fuzz/seeds/<name>/` holds inputs to start from.
+/// All targets, by name. `fuzz/seeds/<name>/` contains initial inputs.
 pub const TARGETS: [(&str, Target); 14] = [
     ("descriptor", descriptor),
     ("variables", variables),
@@ -39,7 +39,7 @@ pub const TARGETS: [(&str, Target); 14] = [
     ("takeover", takeover::message::fuzz),
 ];
 
-/// What is accepted means the same when it is written out and read again.
+/// An accepted descriptor is the same when it is written and parsed again.
 fn descriptor(input: &[u8]) {
     let text = String::from_utf8_lossy(input);
     if let Ok(descriptor) = text.parse::<Descriptor>() {
@@ -47,7 +47,7 @@ fn descriptor(input: &[u8]) {
     }
 }
 
-/// The lines are a container's variables, and its labels.
+/// The lines are a container's variables, and also its labels.
 fn variables(input: &[u8]) {
     let text = String::from_utf8_lossy(input);
     let labels = text.lines().filter_map(|line| line.split_once('='));
@@ -59,7 +59,7 @@ fn variables(input: &[u8]) {
     assert_eq!(ports.len(), bindings.len(), "one binding for each port of a protocol");
 }
 
-/// The lines are what an engine answers and tells. What is made of a change is what is made of all at once.
+/// The lines are an engine's answers and events. Deriving step by step gives the same as deriving at once.
 fn docker(input: &[u8]) {
     let new = || Listings::new("BACKEND_".to_owned());
     let (mut listings, mut made) = (new(), [Made::default(), Made::default()]);
@@ -73,7 +73,7 @@ fn docker(input: &[u8]) {
     });
 }
 
-/// Lines that begin with a dash are words of the command line, others with `=` in them are variables.
+/// Lines that begin with a dash are arguments, other lines with `=` are variables.
 fn command_line(input: &[u8]) {
     let text = String::from_utf8_lossy(input);
     let (words, others): (Vec<_>, Vec<_>) = text.lines().partition(|line| line.starts_with('-'));
@@ -95,7 +95,7 @@ mod tests {
 
     use super::*;
 
-    /// For all targets together, in seconds: `FUZZ_SECONDS` for more. libFuzzer is cleverer, and takes its time.
+    /// Total time for all targets, in seconds. `FUZZ_SECONDS` sets another. libFuzzer finds more, but takes longer.
     const TIME: u32 = 3;
 
     #[test]
@@ -103,7 +103,7 @@ mod tests {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds");
         let seconds = std::env::var("FUZZ_SECONDS").map_or(TIME, |text| text.parse().unwrap());
         let time = Duration::from_secs(seconds.into()) / TARGETS.len() as u32;
-        // One after the other: other tests run beside this one.
+        // One after the other, because other tests run at the same time.
         for (name, target) in TARGETS {
             let seeds = fs::read_dir(folder.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
             let seeds: Vec<_> = seeds.map(|seed| fs::read(seed.unwrap().path()).unwrap()).collect();
@@ -128,7 +128,7 @@ mod tests {
         inputs
     }
 
-    /// A seed with a few changes; the same for the same number.
+    /// A seed with a few changes. The same number gives the same changes.
     fn mutated(seeds: &[Vec<u8>], number: u64) -> Vec<u8> {
         let mut random = fastrand::Rng::with_seed(number);
         let mut input = random.choice(seeds).cloned().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! What came and what went between two lists, by identity: what did not change is the very same in both.
+//! The differences between two lists, by identity: unchanged elements are the same `Arc` in both.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -61,7 +61,7 @@ mod tests {
         assert_eq!(gone_and_new(&before, &[&a, &d, &c]), (vec![b.clone()], vec![d.clone()]));
         assert_eq!(gone_and_new(&before, &[&a, &c]), (vec![b.clone()], vec![]));
         assert_eq!(gone_and_new(&before, &[&c]), (vec![a, b], vec![]));
-        // Equal, and yet another.
+        // Equal, but not the same.
         let other = Arc::new("c");
         assert_eq!(gone_and_new(std::slice::from_ref(&c), &[&other]), (vec![c], vec![other]));
     }

@@ -1,5 +1,5 @@
-//! JSON that others wrote, read without more memory than it is worth. Five million empty objects are 15 MB of text, and parsed they
-//! are hundreds. Pure.
+//! Parses JSON from outside without excessive memory: five million empty objects are 15 MB of text, but hundreds of MB when
+//! parsed. Pure.
 
 use std::{collections::HashMap, fmt, hash::Hash, marker::PhantomData, ops::Deref};
 
@@ -9,7 +9,8 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-/// Calls `take` with each element of a list, one after another: none is kept. An element that `take` refuses ends it.
+/// Calls `take` with each element of a list, one after the other, without keeping them. Ends at the first element that
+/// `take` refuses.
 pub(crate) fn each<'a>(
     json: &'a [u8],
     take: impl FnMut(&'a RawValue) -> Result<(), serde_json::Error>,
@@ -46,7 +47,7 @@ impl<'de, F: FnMut(&'de RawValue) -> Result<(), serde_json::Error>> Visitor<'de>
     }
 }
 
-/// A list of at most `N` elements; a longer one is an error, before more of it is in memory.
+/// A list of at most `N` elements. A longer one is an error, before further elements are in memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Most<T, const N: usize>(Vec<T>);
 
@@ -98,7 +99,7 @@ impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for Most<T, N> {
     }
 }
 
-/// The same of an object's fields.
+/// The same for the fields of an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MostFields<K: Hash + Eq, V, const N: usize>(HashMap<K, V>);
 
@@ -168,7 +169,7 @@ where
     }
 }
 
-/// An error without its place in a text that nobody has.
+/// The text of an error, without a position in a text that the reader does not have.
 pub(crate) fn reason(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let cut = text.rsplit_once(" at line ").map(|(reason, _)| reason.to_owned());

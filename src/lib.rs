@@ -1,6 +1,6 @@
 //! Connects containers to the services they need. ARCHITECTURE.md is the map.
 
-// Nothing from outside can panic the process, and nothing is locked while something is waited for.
+// Nothing from outside may panic the process, and no lock is held across an await.
 #![cfg_attr(
     not(test),
     warn(

@@ -1,25 +1,25 @@
-//! The limits that the kernel sets on this process: how many connections they allow.
+//! The limits that the kernel sets for this process, and how many connections they allow.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{info, warn};
 
-/// Descriptors for everything but connections, at least: listeners, the log, pipes to splice through, and the sources, whose
-/// clients take a fixed number however many services are asked for.
+/// Minimum number of descriptors for everything except connections: listeners, the log, pipes for splice, and the sources,
+/// whose clients use a fixed number for any number of services.
 const RESERVE: u64 = 512;
-/// And at least one in so many: each container has one (its process is watched).
+/// And at least one descriptor in this many: each container uses one (its process is watched).
 const RESERVED_SHARE: u64 = 32;
-/// Descriptors of a connection: one to each side.
+/// Descriptors per connection: one for each side.
 const PER_CONNECTION: u64 = 2;
 
-/// Memory of a connection that idles, ours and the kernel's, in bytes. One that moves much takes more: how much is in use is
-/// watched as well ([`Memory::watch`](crate::memory::Memory::watch)).
+/// Memory of an idle connection, ours and the kernel's, in bytes. A busy one uses more, so the memory in use is watched as
+/// well ([`Memory::watch`](crate::memory::Memory::watch)).
 const BYTES_PER_CONNECTION: u64 = 16 << 10;
 
-/// This many connections are accepted even if memory is nearly used up: they are not what fills it.
+/// This many connections are accepted even if memory is nearly used up: they cannot be the cause.
 pub const FEW: usize = 64;
 
-/// Raises the descriptor limit to its maximum. Returns the maximum number of connections: the requested one, bounded by
-/// descriptors and by `memory`, the number of bytes still available.
+/// Raises the descriptor limit to its maximum. Returns the maximum number of connections: the requested number, limited by
+/// descriptors and by `memory`, the available bytes.
 pub fn connections(asked: Option<usize>, memory: Option<u64>) -> usize {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum

@@ -1,4 +1,4 @@
-//! The log: to stderr, without ever blocking its writers.
+//! The log: lines to stderr, which never block the threads that log.
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -18,7 +18,7 @@ use crate::config::LogFormat;
 
 mod fold;
 
-/// Length of each queue for a slow stderr; further lines are dropped.
+/// Length of each queue for a slow stderr. Further lines are dropped.
 const QUEUE: usize = 16 * 1024;
 
 /// The running log. Queued lines are written when it is dropped.
@@ -31,8 +31,8 @@ pub struct Log {
 
 /// Starts the log of this process. Must be called once.
 ///
-/// `filter` is `RUST_LOG`, and overrides `verbosity`: 0 logs what an operator needs, 1 and up what was done and why, 4 and up
-/// everything of embassy, 7 and up the libraries too. A filter that does not parse is an error.
+/// `filter` is `RUST_LOG`, and overrides `verbosity`: 0 logs what an operator needs, 1 and up what was done and why, 4 and
+/// up everything from embassy, 7 and up the libraries too. A filter that does not parse is an error.
 pub fn start(format: LogFormat, verbosity: u8, filter: Option<&str>) -> Result<Log, LevelError> {
     let text = filter.map_or_else(|| verbosity.to_string(), str::to_owned);
     let parsed = match filter {
@@ -96,14 +96,14 @@ pub fn level() -> Option<String> {
     LEVEL.get().map(|level| level.text.lock().unwrap_or_else(PoisonError::into_inner).clone())
 }
 
-/// Lines that were dropped since the start because the reader of stderr is too slow.
+/// Number of lines dropped since the start because the reader of stderr is too slow.
 pub fn dropped() -> u64 {
     DROPPED.get().map_or(0, |all| all.iter().map(|queue| queue.dropped_lines() as u64).sum())
 }
 
 static DROPPED: OnceLock<[ErrorCounter; 2]> = OnceLock::new();
 
-/// There is one log in a process, as `tracing` has it.
+/// There is only one log per process, as `tracing` requires.
 static LEVEL: OnceLock<Level> = OnceLock::new();
 
 struct Level {
@@ -121,8 +121,8 @@ fn directives(verbosity: u8) -> &'static str {
     }
 }
 
-/// Whether every directive names a level, or at least something that logs. `RUST_LOG` takes a lone word for the name of a
-/// module: a misspelt level would silence everything, and say that all is well.
+/// Whether every directive names a level, or at least a module that logs. `RUST_LOG` takes a single word for a module's
+/// name: a misspelt level would silently disable all messages.
 fn is_meant(directives: &str) -> bool {
     directives.split(',').map(str::trim).all(|directive| {
         let module = directive.split("::").next().unwrap_or_default();
@@ -132,7 +132,8 @@ fn is_meant(directives: &str) -> bool {
     })
 }
 
-/// What is logged by these directives: besides, `--connection-log` alone says which connections are, whatever the level.
+/// The filter for these directives. The connection log is not affected: only `--connection-log` decides which connections
+/// are logged.
 fn parse(directives: &str) -> Result<EnvFilter, LevelError> {
     let unreadable = || LevelError::Unreadable(directives.to_owned());
     let filter = EnvFilter::builder().with_default_directive(LevelFilter::WARN.into());
@@ -141,7 +142,7 @@ fn parse(directives: &str) -> Result<EnvFilter, LevelError> {
     Ok(filter.add_directive(connections))
 }
 
-/// A queue of lines that are written to stderr by a thread of its own.
+/// A queue of lines that a separate thread writes to stderr.
 fn queue() -> (NonBlocking, WorkerGuard) {
     let queue = NonBlockingBuilder::default().buffered_lines_limit(QUEUE).lossy(true);
     queue.finish(std::io::stderr())
@@ -150,7 +151,7 @@ fn queue() -> (NonBlocking, WorkerGuard) {
 /// The target of the connection log's lines.
 pub const CONNECTION: &str = "connection";
 
-/// Two queues: many lines of the connection log must not displace lines about problems.
+/// Two queues, so that many lines of the connection log do not displace lines about problems.
 #[derive(Debug)]
 struct Writers {
     rest: NonBlocking,

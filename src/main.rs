@@ -1,4 +1,4 @@
-//! embassy: words become a command, or a Config and an App. No logic here.
+//! embassy: the arguments become a command, or a Config and an App. No logic here.
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
@@ -21,7 +21,7 @@ use embassy::{
 use tracing::{error, info, warn};
 
 fn main() -> ExitCode {
-    // A panic's text may hold words from outside: it is one line, like every other.
+    // The text of a panic may contain text from outside: it is put on one line, like every other message.
     panic::set_hook(Box::new(|panic| {
         cli::complain(panic.to_string().replace('\n', " "));
         let trace = Backtrace::capture();
@@ -88,7 +88,7 @@ async fn serve(config: Config, mut successor: Successor, supervisor: Supervisor)
     }
     let started = App::start_unless(config, supervisor.clone(), signals.stop.recv()).await?;
     let Some((mut app, is_asked_to_stop)) = started else {
-        // No rules were written: they are the last step of a start.
+        // No rules were written, because they are the last step of a start.
         info!("embassy has stopped before it was started");
         return Ok(());
     };

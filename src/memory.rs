@@ -15,45 +15,46 @@ use std::{
 
 use tracing::{info, warn};
 
-/// The control groups that bound a process: its own and those above it, as far as they can be seen from here.
+/// The control groups that limit a process: its own and those above it, as far as they are visible.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Memory(Vec<Group>);
 
-/// How much of a limit is in use, in bytes.
+/// Used bytes, and the limit in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Use {
-    /// Without reclaimable memory: the page cache.
+    /// Without reclaimable memory, which is the page cache.
     pub used: u64,
     pub limit: u64,
 }
 
 impl Use {
-    /// Whether so many of a hundred parts are used.
+    /// Whether at least this percentage is used.
     pub fn reaches(self, percent: u64) -> bool {
         self.used / percent >= self.limit / 100
     }
 }
 
-/// From here on new connections are refused: the kernel kills at 100, and others of the group want some too.
+/// Percentage from which new connections are refused: at 100 the kernel kills, and other processes of the group need memory
+/// too.
 pub const NEAR: u64 = 90;
-/// Below this they are accepted again.
+/// Percentage below which they are accepted again.
 const FAR: u64 = 85;
 /// Poll interval. Many new connections may use a tenth of a small limit in less than a second.
 const LOOK: Duration = Duration::from_millis(200);
 
 impl Memory {
-    /// Of the process that asks.
+    /// The control groups of this process.
     pub fn of_this_process() -> Self {
         Self::of("self")
     }
 
-    /// Of another, by its number as it is in `/proc` here.
+    /// The control groups of another process, by its ID in this `/proc`.
     pub fn of_process(pid: u32) -> Self {
         Self::of(&pid.to_string())
     }
 
     fn of(process: &str) -> Self {
-        // If they cannot be read, there is no known limit.
+        // If they cannot be read, no limit is known.
         let groups = fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap_or_default();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         Self(
@@ -65,24 +66,24 @@ impl Memory {
         )
     }
 
-    /// Of the group that is nearest to its limit. `None`: there is no limit.
+    /// The use of the group that is nearest to its limit. `None`: there is no limit.
     pub fn tightest(&self) -> Option<Use> {
         let share = |r#use: &Use| (u128::from(r#use.used) << 64) / u128::from(r#use.limit.max(1));
         self.uses().max_by_key(share)
     }
 
-    /// How many bytes more may be used before connections are refused. `None`: there is no limit.
+    /// The number of bytes that may still be used before connections are refused. `None`: there is no limit.
     pub fn room(&self) -> Option<u64> {
         self.uses().map(|Use { used, limit }| (limit / 100 * NEAR).saturating_sub(used)).min()
     }
 
-    /// Keeps `short` true while memory is nearly used up. Returns at once if there is no limit.
+    /// Keeps `short` up to date. Returns at once if there is no limit.
     pub async fn watch(self, short: Arc<Short>) {
         if self.tightest().is_none() {
             return;
         }
         loop {
-            // A limit may be changed, and be taken away.
+            // A limit may be changed or removed.
             if let Some(now) = self.tightest() {
                 short.look(now);
             }
@@ -146,13 +147,13 @@ impl Group {
         let stat = read("memory.stat")?;
         let (limit, used, kept) = match self.version {
             Version::V1 => {
-                // Without a limit it is the greatest number of pages that there can be.
+                // Without a limit the value is the largest possible number of pages.
                 let limit = number("memory.limit_in_bytes").filter(|limit| *limit < 1 << 60);
                 let kept = sum(&stat, &["total_active_file", "total_inactive_file"]);
                 (limit?, number("memory.usage_in_bytes")?, kept)
             }
             Version::V2 => {
-                // Above `memory.high` the kernel slows the group down so much that it might as well stand still.
+                // Above `memory.high` the kernel slows the group down so much that it hardly runs.
                 let limits = ["memory.max", "memory.high"].into_iter().filter_map(number);
                 let kept = sum(&stat, &["active_file", "inactive_file", "slab_reclaimable"]);
                 (limits.min()?, number("memory.current")?, kept)
@@ -168,17 +169,17 @@ fn sum(stat: &str, names: &[&str]) -> u64 {
     lines.filter(|(name, _)| names.contains(name)).filter_map(|(_, n)| n.parse::<u64>().ok()).sum()
 }
 
-/// A hierarchy of control groups that may know of memory.
+/// A hierarchy of control groups that may have memory limits.
 #[derive(Debug)]
 struct Mount<'a> {
-    /// Which part of the hierarchy is here.
+    /// The part of the hierarchy that is mounted here.
     root: &'a Path,
     at: &'a Path,
     version: Version,
 }
 
 impl<'a> Mount<'a> {
-    /// A line of `mountinfo` (man 5 proc_pid_mountinfo).
+    /// Parses a line of `mountinfo` (man 5 proc_pid_mountinfo).
     fn read(line: &'a str) -> Option<Self> {
         let (mount, filesystem) = line.split_once(" - ")?;
         let mut mount = mount.split(' ').skip(3);
@@ -194,7 +195,7 @@ impl<'a> Mount<'a> {
         Some(Self { root, at, version })
     }
 
-    /// The group that `/proc/<pid>/cgroup` names, and those above it, up to the one that is mounted.
+    /// The group in `/proc/<pid>/cgroup`, and those above it, up to the mounted one.
     fn groups(&self, cgroup: &str) -> Vec<Group> {
         let of_this = |line: &'_ str| {
             let (number, rest) = line.split_once(':')?;
@@ -206,7 +207,7 @@ impl<'a> Mount<'a> {
             is_this.then(|| PathBuf::from(path))
         };
         let Some(path) = cgroup.lines().find_map(of_this) else { return Vec::new() };
-        // In a container, only its own group may be mounted, under another name than outside.
+        // In a container, only its own group may be mounted, with another name than outside.
         let below = path.strip_prefix(self.root).unwrap_or(Path::new(""));
         let group = |below: &Path| Group { dir: self.at.join(below), version: self.version };
         below.ancestors().map(group).collect()
@@ -246,7 +247,7 @@ mod tests {
             40 30 0:30 /docker/abc /sys/fs/cgroup/memory ro shared:5 - cgroup cgroup rw,memory\n\
             41 30 0:31 /docker/abc /sys/fs/cgroup/cpu ro - cgroup cgroup rw,cpu,cpuacct\n";
         assert_eq!(groups(cgroup, mounts), ["V1 /sys/fs/cgroup/memory/"]);
-        // Named otherwise than what is mounted: that is what there is.
+        // The name differs from the mounted one: the mounted group is used.
         assert_eq!(groups("0::/../other\n", &V2.replace(" / ", " /own ")), ["V2 /sys/fs/cgroup/"]);
         assert!(groups("", mounts).is_empty() && groups(cgroup, "nonsense\n - \n").is_empty());
     }

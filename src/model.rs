@@ -1,4 +1,4 @@
-//! The vocabulary: newtypes, so that an address in one role cannot be passed in another.
+//! The vocabulary, as newtypes, so that an address cannot be passed in the wrong role.
 
 use std::{
     cmp::Ordering,
@@ -24,7 +24,7 @@ use crate::word::worded;
 pub struct Port(NonZeroU16);
 
 impl Port {
-    /// `None` for 0, which is no port.
+    /// `None` for 0, which is not a port.
     pub const fn new(port: u16) -> Option<Self> {
         match NonZeroU16::new(port) {
             Some(port) => Some(Self(port)),
@@ -52,7 +52,7 @@ impl fmt::Debug for Port {
 impl FromStr for Port {
     type Err = NotAPort;
 
-    /// Decimal digits only: no sign, no space, as a port is written in a URI (RFC 3986, 3.2.3).
+    /// Accepts decimal digits only, no sign and no space, as in the port of a URI (RFC 3986, 3.2.3).
     fn from_str(text: &str) -> Result<Self, NotAPort> {
         if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit()) {
             return Err(NotAPort(text.to_owned()));
@@ -79,12 +79,12 @@ pub fn port_of(port: impl fmt::Display, protocol: Protocol) -> String {
     }
 }
 
-/// A moment of a process's monotonic clock, in milliseconds since its start.
+/// A time of a process's monotonic clock, in milliseconds since its start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Millis(pub u64);
 
 impl Millis {
-    /// The moment that comes this much later.
+    /// This time plus `time`.
     pub fn after(self, time: Duration) -> Self {
         Self(self.0.saturating_add(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)))
     }
@@ -95,7 +95,7 @@ impl Millis {
 #[error("port {0:?} is not a number from 1 to 65535")]
 pub struct NotAPort(pub String);
 
-/// The full ID that the engine gave a container. It is never reused, unlike the container's address and name.
+/// The full ID that the engine gave a container. Unlike the container's address and name, it is never reused.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ContainerId(Arc<str>);
 
@@ -122,10 +122,10 @@ impl fmt::Debug for ContainerId {
     }
 }
 
-/// The identity of a consumer. Two runs of one container are two consumers: the routes of the first ended with it.
+/// The identity of a consumer. Two runs of one container are two consumers: the routes of the first run ended with it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ConsumerId {
-    /// A container, and the moment its current run started as the engine wrote it (`State.StartedAt`).
+    /// A container, and the start of its current run as the engine wrote it (`State.StartedAt`).
     Container { id: ContainerId, started_at: Arc<str> },
     /// This host or network namespace itself: the static provider.
     Local,
@@ -150,8 +150,8 @@ impl fmt::Display for ConsumerId {
     }
 }
 
-/// The end of a container's run, to wait for. Clones share it. All are equal, because it is not part of a container's
-/// identity.
+/// Allows to wait for the end of a container's run. Clones share their state. All values are equal, because the end is not
+/// part of a container's identity.
 #[derive(Debug, Clone, Default)]
 pub struct RunEnd(Arc<Run>);
 
@@ -164,11 +164,11 @@ struct Run {
     addresses: Mutex<Option<ReadAddresses>>,
 }
 
-/// The addresses in a run's network.
+/// The addresses in the network of a run.
 #[derive(Debug)]
 struct ReadAddresses {
     all: BTreeSet<IpAddr>,
-    /// How many interfaces of this host had gone when they were read.
+    /// How many interfaces had disappeared from this host when the addresses were read.
     moves: u64,
     at: Instant,
 }
@@ -182,47 +182,49 @@ impl RunEnd {
         self.0.ended.load(Relaxed)
     }
 
-    /// Whether the two are of the same run.
+    /// Whether both belong to the same run.
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Its first process was seen. The first word on it stands.
+    /// Records the run's first process. Later calls change nothing.
     pub fn is_that_of(&self, process: Process) {
         self.0.process.get_or_init(|| process);
     }
 
-    /// Its first process, if it was seen.
+    /// The run's first process, if it was seen.
     pub fn process(&self) -> Option<Process> {
         self.0.process.get().copied()
     }
 
-    /// The pidfd of its first process. The first one stands.
+    /// Records the pidfd of the run's first process. Later calls change nothing.
     pub fn is_held_by(&self, descriptor: Arc<OwnedFd>) {
         self.0.descriptor.get_or_init(|| descriptor);
     }
 
-    /// The pidfd of its first process, if it was seen.
+    /// The pidfd of the run's first process, if it was seen.
     pub fn descriptor(&self) -> Option<&Arc<OwnedFd>> {
         self.0.descriptor.get()
     }
 
-    /// The kernel shows the container's address in the network of its process, as it does not of a sandbox's.
+    /// Records that the kernel shows the container's address in its process's network. For a sandbox with its own network
+    /// it does not.
     pub fn shows_network(&self) {
         self.0.network_shown.store(true, Relaxed);
     }
 
-    /// Whether what the kernel shows of its network can be relied on.
+    /// Whether the kernel's view of the container's network can be relied on.
     pub fn has_shown_network(&self) -> bool {
         self.0.network_shown.load(Relaxed)
     }
 
-    /// For so long an address that its network did not have is not looked for again.
+    /// An address that was missing in the network is not looked up again for this long.
     pub const WITHOUT_ADDRESS: Duration = Duration::from_millis(100);
 
-    /// Whether its network has an address, after so many interfaces of this host have gone. `read` reads the addresses: once for
-    /// each that goes, for all who ask about an address that is there. An interface gets its address only after it has come, so
-    /// one that is not there is looked for again, at most once in [`Self::WITHOUT_ADDRESS`]. `None` if it cannot be read.
+    /// Whether its network has an address, when `moves` interfaces have disappeared from this host. `read` reads the
+    /// addresses. For an address that is there it is called once per disappeared interface, for all callers. An interface
+    /// gets its address after it appears, so a missing address is looked up again, at most once in
+    /// [`Self::WITHOUT_ADDRESS`]. `None` if the addresses cannot be read.
     pub fn has_address(
         &self,
         address: IpAddr,
@@ -246,13 +248,13 @@ impl RunEnd {
     }
 }
 
-/// What an endpoint that is a container of this host hangs on: with it the address goes, and may be another's at once. Equal
-/// are those that are the same.
+/// The container runs on which an endpoint on this host depends. When one of them ends, the endpoint's address may
+/// immediately belong to another container. Equal values have the same runs.
 #[derive(Debug, Clone, Default)]
 pub struct Stay {
-    /// The run of the container, and that of the one whose network it lives in, if that is another.
+    /// The run of the container, and the run of the container that owns its network, if that is another one.
     pub runs: Vec<(ContainerId, RunEnd)>,
-    /// Comes when one of them leaves its address, or is known to have ended by another's word than its process's.
+    /// Ends when one of these containers leaves its address, or when another source than its process reports its end.
     pub left: Vec<RunEnd>,
 }
 
@@ -275,8 +277,8 @@ impl PartialEq for Stay {
 
 impl Eq for Stay {}
 
-/// A process, by its number and by when it started, in clock ticks since the boot (man 5 proc, `/proc/pid/stat`). Until
-/// the next boot the two together are never another's.
+/// A process, identified by its ID and its start time in clock ticks since boot (man 5 proc, `/proc/pid/stat`). The pair is
+/// unique until the next boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Process {
     pub pid: i32,
@@ -296,7 +298,7 @@ impl Eq for RunEnd {}
 pub struct ServiceName(Arc<str>);
 
 impl ServiceName {
-    /// `None` if the text is empty or holds another character.
+    /// `None` if the text is empty or contains another character.
     pub fn new(name: &str) -> Option<Self> {
         let valid = |b: u8| b.is_ascii_alphanumeric() || b"/._*@-".contains(&b);
         (!name.is_empty() && name.bytes().all(valid)).then(|| Self(name.into()))
@@ -313,11 +315,11 @@ impl fmt::Display for ServiceName {
     }
 }
 
-/// The tags that an endpoint must have, all of them: a set, shown in the order in which its user wrote it. Equal sets are equal,
-/// whatever their order.
+/// The tags that an endpoint must have, all of them. They are shown in the order in which the user wrote them. The order
+/// does not matter for equality.
 #[derive(Debug, Clone, Default)]
 pub struct Tags {
-    /// Without repeats.
+    /// Without duplicates.
     written: Vec<Arc<str>>,
     sorted: Vec<Arc<str>>,
 }
@@ -344,14 +346,14 @@ impl Tags {
         self.written.iter().map(AsRef::as_ref)
     }
 
-    /// Whether an endpoint with the tags `carried` has all of these.
+    /// Whether the tags `carried` by an endpoint include all of these.
     pub fn all_in<S: AsRef<str>>(&self, carried: &[S]) -> bool {
         self.iter().all(|wanted| carried.iter().any(|tag| tag.as_ref() == wanted))
     }
 }
 
 impl fmt::Display for Tags {
-    /// `[tag,tag]`, or nothing if there are none.
+    /// `[tag,tag]`, or nothing if there are no tags.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, tag) in self.iter().enumerate() {
             write!(f, "{}{tag}", if i == 0 { "[" } else { "," })?;
@@ -416,7 +418,7 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// An address whose traffic is captured.
+/// A virtual IP: an address on which traffic is captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Vip(pub IpAddr);
 
@@ -441,7 +443,7 @@ mod tests {
         }
     }
 
-    /// An interface moves into a container first, and gets its address then.
+    /// An interface first moves into a container, and then gets its address.
     #[test]
     fn an_address_that_a_network_does_not_have_yet_is_looked_for_again_and_not_too_often() {
         let (run, start) = (RunEnd::default(), Instant::now());

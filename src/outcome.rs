@@ -75,8 +75,8 @@ impl Outcome {
         )
     }
 
-    /// Whether this is an error for the operator: refused, or broken by the endpoint or by a lack of this host's. An end by the
-    /// consumer, or one that embassy was asked for, is not an error.
+    /// Whether this is an error for the operator: refused, or broken by the endpoint or by missing resources of this host.
+    /// An end by the consumer, or one that was requested, is not an error.
     pub fn is_error(self) -> bool {
         self.is_refusal() || matches!(self, Self::EndpointReset | Self::LocalReset)
     }
@@ -91,7 +91,7 @@ impl Tally {
         self.add(outcome, 1);
     }
 
-    /// Counts so many.
+    /// Counts this many connections.
     pub fn add(&self, outcome: Outcome, times: u64) {
         if let Some(count) = self.0.get(outcome as usize) {
             count.fetch_add(times, Relaxed);
@@ -112,12 +112,12 @@ impl Tally {
         self.iter().filter(|(outcome, _)| outcome.is_error()).map(|(_, count)| count).sum()
     }
 
-    /// Each outcome that occurred by its word, for the process that takes over.
+    /// The number for each outcome that occurred, by its word, for the process that takes over.
     pub fn totals(&self) -> BTreeMap<String, u64> {
         self.iter().map(|(outcome, count)| (outcome.as_str().to_owned(), count)).collect()
     }
 
-    /// Adds what the process before this one counted.
+    /// Adds the counts of the previous process.
     pub fn add_all(&self, before: &BTreeMap<String, u64>) {
         for (word, more) in before {
             if let Some(outcome) = <Outcome as Word>::of(word) {

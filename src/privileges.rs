@@ -1,8 +1,8 @@
 //! The one capability that embassy needs if it does not run as root.
 //!
-//! The image's program has CAP_NET_ADMIN as a permitted file capability: a program that had it effective could not even start
-//! in a container that is not given it. What it has ends with it, and `nft` and `iptables`, which it starts, would have
-//! none. So it is in the ambient set (man 7 capabilities) of the thread that starts such a program, while that starts.
+//! The image's program has CAP_NET_ADMIN as a permitted file capability: if it were effective, the program could not even
+//! start in a container without it. This capability is not passed on to `nft` and `iptables`, which embassy starts. So it
+//! is put into the ambient set (man 7 capabilities) of the thread that starts such a program, while it starts it.
 
 use rustix::{
     io,
@@ -13,23 +13,23 @@ use rustix::{
     },
 };
 
-/// Takes CAP_NET_ADMIN up, where it is permitted, for this thread and those that it makes. Where that fails, what needs it
-/// fails too, and says so.
+/// Makes CAP_NET_ADMIN effective, if it is permitted, for this thread and the threads that it starts. If that fails, the
+/// code that needs it fails too, and reports it.
 pub fn take_up_net_admin() {
     let Ok(mut sets) = capabilities(None) else { return };
     if sets.permitted.contains(CapabilitySet::NET_ADMIN) {
         sets.effective |= CapabilitySet::NET_ADMIN;
         let _ = set_capabilities(None, sets);
-        // A supervisor may hand it over in the ambient set, which all threads would have.
+        // A supervisor may pass it in the ambient set, which all threads would inherit.
         let _ = configure_capability_in_ambient_set(CapabilitySet::NET_ADMIN, false);
     }
-    // A program with file capabilities shows its files below /proc to root alone. `embassy doctor`, which has the same user and the same
-    // capability, may look at them (man 2 ptrace, PTRACE_MODE_READ), and nobody who has less.
+    // The files below /proc of a program with file capabilities belong to root. With this, `embassy doctor`, which has the
+    // same user and the same capability, may read them (man 2 ptrace, PTRACE_MODE_READ), but no process with fewer rights.
     let _ = set_dumpable_behavior(DumpableBehavior::Dumpable);
 }
 
-/// Takes the capabilities up, where they are permitted, that bpf(2) wants: for this thread alone. CAP_SYS_ADMIN stands for CAP_BPF
-/// where the container engine does not know that one.
+/// Makes the capabilities for bpf(2) effective, if they are permitted, for this thread only. CAP_SYS_ADMIN replaces CAP_BPF
+/// for container engines that do not know that one.
 pub fn take_up_bpf() {
     let Ok(mut sets) = capabilities(None) else { return };
     let wanted = CapabilitySet::BPF | CapabilitySet::NET_ADMIN | CapabilitySet::SYS_ADMIN;
@@ -54,22 +54,23 @@ pub fn has_net_admin() -> bool {
     capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_ADMIN))
 }
 
-/// Whether this process may take up CAP_NET_ADMIN.
+/// Whether CAP_NET_ADMIN is permitted for this process.
 pub fn is_permitted() -> bool {
     capabilities(None).is_ok_and(|sets| sets.permitted.contains(CapabilitySet::NET_ADMIN))
 }
 
-/// Starts a program, which gets CAP_NET_ADMIN if this process has it. `spawn` must not return before the program has started,
-/// and start it from this thread. Where it cannot be handed down, the program is started without, and says what it lacks.
+/// Starts a program, which gets CAP_NET_ADMIN if this process has it. `spawn` must start it from this thread, and must not
+/// return before it has started. If the capability cannot be passed on, the program is started without it, and reports what
+/// is missing.
 pub fn hand_down<T>(spawn: impl FnOnce() -> T) -> T {
     let _handed_down = HandedDown::new(CapabilitySet::NET_ADMIN);
     spawn()
 }
 
-/// A capability that programs get which this thread starts.
+/// A capability that is passed on to programs that this thread starts.
 struct HandedDown {
     capability: CapabilitySet,
-    /// Of this thread, before.
+    /// The previous capability sets of this thread.
     sets: CapabilitySets,
 }
 
@@ -80,7 +81,7 @@ impl HandedDown {
             return Ok(None);
         }
         let handed_down = Self { capability, sets };
-        // What is ambient has to be inheritable.
+        // An ambient capability must be inheritable.
         let inheritable = sets.inheritable | capability;
         set_capabilities(None, CapabilitySets { inheritable, ..sets })?;
         configure_capability_in_ambient_set(capability, true)?;

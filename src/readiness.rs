@@ -43,12 +43,12 @@ impl Readiness {
         Guard { readiness: self.clone(), part }
     }
 
-    /// The parts that are not ready. None: embassy is.
+    /// The parts that are not ready. If there are none, all parts are ready.
     pub fn pending(&self) -> Vec<Part> {
         self.0.borrow().keys().copied().collect()
     }
 
-    /// The same, with the time since embassy waits for each.
+    /// The same, with the time since embassy waits for each part.
     pub fn waiting(&self) -> Vec<(Part, Duration)> {
         self.0.borrow().iter().map(|(part, since)| (*part, since.elapsed())).collect()
     }
@@ -58,15 +58,15 @@ impl Readiness {
         self.0.borrow().contains_key(&part)
     }
 
-    /// Changes when a part does.
+    /// Changes when a part becomes ready or not ready.
     pub fn changes(&self) -> watch::Receiver<BTreeMap<Part, Instant>> {
         self.0.subscribe()
     }
 }
 
 impl Guard {
-    /// The part is ready. A guard that is merely dropped never is: its part has failed. Whether embassy is ready takes more
-    /// than its parts, and is decided elsewhere (`judgement`).
+    /// The part is ready. If a guard is only dropped, its part has failed and never becomes ready. Whether embassy is ready
+    /// depends on more than its parts, and is decided elsewhere (`judgement`).
     pub fn done(self) {
         let mut since = None;
         self.readiness.0.send_modify(|parts| since = parts.remove(&self.part));

@@ -1,8 +1,9 @@
-//! What to do about the error of a source: by what failed, and by what the source is. Pure.
+//! The fix for the error of a source, from what failed and from the kind of source. Pure.
 //!
-//! The errors are text, because libraries and servers write them: what is compared are the words that only one fault has.
+//! Errors are texts, because libraries and servers create them. They are recognised by words that occur with only one
+//! fault.
 
-/// What a source is.
+/// The kind of a source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Consul,
@@ -17,7 +18,7 @@ impl Kind {
     #[cfg(test)]
     const ALL: [Self; 5] = [Self::Consul, Self::Etcd, Self::Engine, Self::File, Self::Dns];
 
-    /// By the name of a source: that of its discovery is its first word.
+    /// From the name of a source, whose first word is the name of its discovery.
     pub(crate) fn of(name: &str) -> Self {
         let kinds = [
             ("consul", Self::Consul),
@@ -33,32 +34,32 @@ impl Kind {
 /// What failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
-    /// Its name has no address.
+    /// The server's name has no address.
     NoAddress,
-    /// Names cannot be looked up at all.
+    /// Names cannot be resolved at all.
     NoResolver,
     /// The servers that look up names do not answer.
     SilentResolver,
     Refused,
     Unreachable,
-    /// Its certificate is not signed by a CA that is trusted.
+    /// The certificate is not signed by a trusted CA.
     UnknownAuthority,
-    /// Its certificate is for another name, or its time is over.
+    /// The certificate is for another name, or has expired.
     OtherName,
     Expired,
-    /// It wants a certificate of ours, or does not take it.
+    /// The server wants a client certificate, or does not accept ours.
     ClientCertificate,
-    /// TLS was spoken to a port without.
+    /// TLS was used on a port without TLS.
     NoTls,
-    /// A port with TLS was asked without.
+    /// A port with TLS was used without TLS.
     NeedsTls,
-    /// Something else answers there.
+    /// Another kind of server answers there.
     OtherProtocol,
-    /// What is asked for does not exist there.
+    /// The requested object does not exist there.
     NotFound,
-    /// It wants a login or a token, or another one.
+    /// The server wants a login or a token, or another one.
     NoLogin,
-    /// The login or token may not do this.
+    /// The login or token has no permission for this.
     Denied,
     NoLeader,
     NoDatacentre,
@@ -66,7 +67,7 @@ enum Fault {
     NoV2,
     TooMany,
     Late,
-    /// It ended the connection.
+    /// The server closed the connection.
     Ended,
     TooLong,
     MissingFile,
@@ -80,10 +81,10 @@ enum Fault {
     Unknown,
 }
 
-/// The words of faults, in lower case. The first that fits counts: those that stand beside others come first.
+/// The words of each fault, in lower case. The first match counts, so words that occur together with others come first.
 const WORDS: &[(Fault, &[&str])] = &[
     (Fault::Own, &["a fault of embassy's own"]),
-    // Such an error repeats the line of the file.
+    // Such an error repeats a line of the file.
     (Fault::NotToml, &["toml parse error"]),
     (Fault::EmptyToken, &["has a character that tokens cannot have"]),
     (Fault::NoResolver, &["/etc/resolv.conf"]),
@@ -254,7 +255,7 @@ const WORDS: &[(Fault, &[&str])] = &[
             "connection error",
         ],
     ),
-    // What a server says to be empty is no token.
+    // An empty value reported by a server is not about the token.
     (Fault::EmptyToken, &["is empty"]),
 ];
 
@@ -266,8 +267,8 @@ impl Fault {
     }
 }
 
-/// An error without what it only names: addresses, the paths of files, the names that DNS was asked for, and all that is in quotation
-/// marks. Such names may hold any word. What a server answered is in quotation marks too, after its status, and stays.
+/// An error without the names in it: addresses, paths of files, names in DNS questions, and all quoted texts. Such names
+/// may contain any words. A server's answer is quoted too, after its status, and is kept.
 fn without_names(kind: Kind, error: &str) -> String {
     let error = match error.split_once(": ") {
         Some((what, reason)) if kind == Kind::Dns && what.contains(" from ") => reason,
@@ -298,7 +299,7 @@ fn without_names(kind: Kind, error: &str) -> String {
     kept + rest
 }
 
-/// The place of the quotation mark that ends a quoted text, as `{:?}` writes it.
+/// The position of the quotation mark that ends a text quoted by `{:?}`.
 fn end_of_quoted(text: &str) -> Option<usize> {
     let mut is_escaped = false;
     text.bytes().position(|byte| {
@@ -308,7 +309,7 @@ fn end_of_quoted(text: &str) -> Option<usize> {
     })
 }
 
-/// Whether these words stand in a text, and not as parts of longer ones.
+/// Whether a text contains these words, not as parts of longer ones.
 fn says(text: &str, words: &str) -> bool {
     let is_part = |c: char| c.is_alphanumeric() || "-_/".contains(c);
     let begins_word = words.starts_with(char::is_alphanumeric);
@@ -317,7 +318,7 @@ fn says(text: &str, words: &str) -> bool {
         let before = text.get(..at).and_then(|before| before.chars().next_back());
         let mut after = text.get(at + words.len()..).unwrap_or_default().chars();
         let goes_on = match after.next() {
-            // A name goes on after a dot, a sentence does not.
+            // A name continues after a dot, a sentence does not.
             Some('.') => after.next().is_some_and(is_part),
             next => next.is_some_and(is_part),
         };
@@ -326,7 +327,7 @@ fn says(text: &str, words: &str) -> bool {
     })
 }
 
-/// What to do about the error of a source of this name.
+/// The fix for the error of the source with this name.
 pub(crate) fn of(source: &str, error: &str) -> &'static str {
     let kind = Kind::of(source);
     fix(kind, Fault::of(kind, error))
@@ -552,7 +553,7 @@ fn fix(kind: Kind, fault: Fault) -> &'static str {
 mod tests {
     use super::*;
 
-    /// Errors as sources give them, and words that only the right advice has.
+    /// Errors as sources report them, with words that only the right fix contains.
     #[test]
     fn each_error_has_a_remedy_of_its_own() {
         for (source, error, words) in [

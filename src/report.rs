@@ -1,4 +1,4 @@
-//! Logs and counts problems once, when they appear: a re-read does not repeat them.
+//! Logs and counts problems once, when they appear. Reading a source again does not repeat them.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -44,23 +44,23 @@ pub struct Report {
     unrouted: BTreeSet<String>,
     /// Skipped entries of an answer: their keys and reasons.
     rejected: HashMap<Query, Rejections>,
-    /// Services with more endpoints than are used.
+    /// Services with more endpoints than the limit.
     crowded: BTreeSet<Query>,
-    /// Consumers of whom bindings are not used because of a limit, by its flag; one for all if it is no limit of a consumer's.
+    /// Each exceeded limit with the consumer that exceeds it. A limit for all consumers appears only once.
     beyond: BTreeSet<(Limit, Arc<str>)>,
-    /// Those bindings.
+    /// The number of bindings that are beyond a limit.
     beyond_count: usize,
-    /// Endpoints that must not be used, of each service.
+    /// Endpoints that must not be used, for each query.
     barred: HashMap<Query, Vec<(Endpoint, Refusal)>>,
-    /// The endpoints in use, and whether they are held though the last answer has none, or few of them.
+    /// The endpoints in use, and whether they are held because the last answer has none, or few of them.
     used: HashMap<Query, (Arc<Endpoints>, bool)>,
-    /// What is wrong with the last answer of each query.
+    /// The problem of the last answer to each query.
     unwell: HashMap<Query, Arc<str>>,
     /// Sources that do not answer. `None`: the provider.
     lost: BTreeSet<Option<Query>>,
-    /// Whether no address was captured at the last look.
+    /// Whether no address was captured at the last check.
     has_no_address: bool,
-    /// Whether it was logged that connections of a consumer do not arrive.
+    /// Whether it was logged that connections of a consumer cannot arrive.
     is_elsewhere: bool,
 }
 
@@ -89,7 +89,7 @@ impl Report {
         &self.refused
     }
 
-    /// A source that does not answer, or answers again. `None`: the provider.
+    /// Reports a source that does not answer, or answers again. `None`: the provider.
     pub(crate) fn source<T>(&mut self, of: Option<&Query>, known: &Known<T>) {
         let name = || of.map_or_else(|| PROVIDER.to_owned(), Query::to_string);
         if let Some(error) = &known.error {
@@ -101,7 +101,7 @@ impl Report {
         }
     }
 
-    /// Forgets a query that is no longer followed; otherwise the memory for old queries would grow without bound.
+    /// Forgets a query that is no longer followed. Otherwise memory use would grow without bound.
     pub(crate) fn nobody_asks(&mut self, query: &Query) {
         self.lost.remove(&Some(query.clone()));
         self.rejected.remove(query);
@@ -121,7 +121,7 @@ impl Report {
         self.beyond(&listing.beyond);
     }
 
-    /// Logs what is not used because of a limit: once for each consumer, and once for a limit of all.
+    /// Logs what is not used because of a limit: once per consumer, and once for a limit that all consumers share.
     fn beyond(&mut self, beyond: &[Beyond]) {
         let mut now = BTreeSet::new();
         for Beyond { limit, most, consumer } in beyond {
@@ -153,7 +153,7 @@ impl Report {
         (self.beyond, self.beyond_count) = (now, count);
     }
 
-    /// `used` are the endpoints in use: after an empty answer, the last ones for a while.
+    /// `used`: the endpoints in use. After an empty answer these are the previous ones, for a while.
     pub(crate) fn endpoints(
         &mut self,
         query: &Query,
@@ -252,7 +252,7 @@ impl Report {
         next.changes().upstreams.iter().for_each(|upstream| self.barred(upstream));
     }
 
-    /// `addresses` are those that are captured; connections of `astray` do not arrive at any of them.
+    /// `addresses` are the captured addresses. Connections of `astray` arrive at none of them.
     pub(crate) fn addresses(&mut self, addresses: &BTreeSet<IpAddr>, astray: Option<&Consumer>) {
         let had_none = std::mem::replace(&mut self.has_no_address, addresses.is_empty());
         if addresses.is_empty() {
@@ -271,7 +271,7 @@ impl Report {
 impl Report {
     /// Logs endpoints that must not be used, once each.
     fn barred(&mut self, upstream: &Upstream) {
-        // Nearly always.
+        // Nearly always the case.
         if upstream.refused.is_empty() && self.barred.is_empty() {
             return;
         }
@@ -279,7 +279,7 @@ impl Report {
         if before.map_or(&[][..], Vec::as_slice) == upstream.refused {
             return;
         }
-        // Sorted, as the answer is.
+        // Sorted like the answer.
         let is_new = |one: &&(Endpoint, Refusal)| {
             before.is_none_or(|all| all.binary_search_by_key(&one.0, |(other, _)| *other).is_err())
         };
@@ -296,7 +296,7 @@ impl Report {
     }
 }
 
-/// Endpoints of one service that are logged at a time.
+/// Maximum number of endpoints of a service in one log line.
 const NAMED: usize = 20;
 
 /// The first endpoints of a list, and the number of the rest.
@@ -336,7 +336,7 @@ mod tests {
             }
         }
         assert_eq!(report.lost, BTreeSet::from([None, Some(query(99))]));
-        // The same query, whose tags another consumer wrote in another order.
+        // The same query. Another consumer wrote its tags in another order.
         let of = |tags: [&str; 2]| Query { tags: Tags::new(tags), ..query(0) };
         report.source(Some(&of(["b", "a"])), &lost);
         report.nobody_asks(&of(["a", "b"]));

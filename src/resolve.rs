@@ -1,7 +1,8 @@
-//! The addresses of servers that embassy itself talks to: what the hosts file and the DNS servers of resolv.conf say.
+//! The addresses of servers to which embassy itself connects: from the hosts file and the DNS servers of resolv.conf.
 //!
-//! The C library is not asked. Its name service modules are files of the host, which a static program cannot load, and an image
-//! without a system has none. So `nsswitch.conf` has no meaning here: names that only mDNS, LDAP or libvirt knows are not found.
+//! The C library is not used. Its name service modules are files of the host, which a static program cannot load, and an
+//! image without a system has none. So `nsswitch.conf` has no effect here: names that only mDNS, LDAP or libvirt knows are
+//! not found.
 
 use std::{
     io,
@@ -100,7 +101,7 @@ pub async fn server(server: &str) -> io::Result<Vec<SocketAddr>> {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Resolver;
 
-/// An HTTP client puts the port in.
+/// The addresses with port 0, which an HTTP client replaces.
 async fn of_any_port(name: String) -> io::Result<std::vec::IntoIter<SocketAddr>> {
     let found = addresses(&name).await?;
     Ok(found.into_iter().map(|address| SocketAddr::new(address, 0)).collect::<Vec<_>>().into_iter())
@@ -127,7 +128,7 @@ impl Service<Name> for Resolver {
     }
 }
 
-/// Opens the connections of an HTTP/2 channel, with or without TLS above them.
+/// Opens the connections of an HTTP/2 channel, which may use TLS on top.
 pub fn connector() -> HttpConnector<Resolver> {
     let mut connector = HttpConnector::new_with_resolver(Resolver);
     connector.enforce_http(false);

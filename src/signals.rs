@@ -1,5 +1,5 @@
-//! The signals of this process. All that can be caught are caught: a signal that ended embassy at once would leave the rules
-//! behind.
+//! The signals of this process. All that can be caught are caught, because a signal that ends embassy at once would leave
+//! the rules behind.
 
 use std::{future::poll_fn, io, task::Poll};
 
@@ -45,7 +45,7 @@ impl Signals {
         let all =
             |numbers: &[i32]| numbers.iter().map(|one| catch(*one)).collect::<io::Result<_>>();
         let mut ignored: Vec<_> = all(&IGNORED)?;
-        // The C library keeps the first ones for itself: they cannot be caught, and nobody sends them.
+        // The C library uses the first ones itself: they cannot be caught, and no program sends them.
         ignored.extend((32..=libc::SIGRTMAX()).filter_map(|number| catch(number).ok()));
         Ok(Self {
             stop: Stop(all(&STOP)?),
@@ -57,7 +57,7 @@ impl Signals {
 }
 
 impl Stop {
-    /// Waits for the next of them. Cancel-safe.
+    /// Waits for the next of these signals. Cancel-safe.
     pub async fn recv(&mut self) {
         poll_fn(|context| {
             // All are polled: only a signal that was polled wakes this task.

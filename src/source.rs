@@ -1,4 +1,4 @@
-//! The loop of every source: subscribe, list, follow, and after a failure log it, wait, and start again. It never gives up,
+//! The loop of every source: subscribe, list and follow. After a failure: log it, wait, and start again. It never gives up,
 //! and a failure never removes the last data.
 
 use std::{
@@ -22,7 +22,7 @@ mod shared;
 pub use resync::{Resync, ResyncRequests};
 pub use shared::Shared;
 
-/// The state of a source: its last full answer, the age of that, and the current error.
+/// The state of a source: its last full answer, the answer's age, and the current error.
 #[derive(Debug, Clone)]
 pub struct Known<T> {
     /// The last full answer. `None` until the first.
@@ -33,9 +33,9 @@ pub struct Known<T> {
     pub changed: Option<Instant>,
     /// The current error. `None` while the source answers, and before the first attempt.
     pub error: Option<Arc<str>>,
-    /// What to do about the error, if the source knows it better than its text says.
+    /// The fix for the error, if the source knows it better than the error's text shows.
     pub fix: Option<Arc<str>>,
-    /// Whether the error is that the source works, and refuses this query alone.
+    /// Whether the source works, and refuses only this query.
     pub refused: bool,
     /// Failed sessions since the start.
     pub failures: u64,
@@ -63,18 +63,18 @@ impl<T> Default for Known<T> {
 
 /// A source that can be followed.
 pub trait Source: Send {
-    /// Its **full** answer: the differences are computed in one place, by the reader.
+    /// The source's **full** answer. The reader computes the differences.
     type Item: PartialEq + Send + Sync;
 
     /// One session: subscribe, then list and publish, then publish again after each change, and list again whenever
-    /// `resync` is due. It runs until it fails, and may be dropped at any await. Returning `Ok` asks for a new session.
+    /// `resync` is due. It runs until it fails, and may be dropped at any await. Returning `Ok` requests a new session.
     fn session(
         &mut self,
         publish: &Publisher<Self::Item>,
         resync: &mut Resync,
     ) -> impl Future<Output = Result<(), SourceError>> + Send;
 
-    /// What it does while it waits for the next session after one that failed. May be dropped at any await.
+    /// Runs between a failed session and the next one. May be dropped at any await.
     fn between(&mut self) -> impl Future<Output = Infallible> + Send {
         pending()
     }
@@ -91,9 +91,9 @@ pub struct SourceError {
 }
 
 impl SourceError {
-    /// A longer pause is cut to this, because only a new attempt shows that the source is back.
+    /// Longer pauses are cut to this, because only a new attempt shows that the source is back.
     const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-    /// Bytes of the reason: it may repeat what a peer has sent.
+    /// Maximum length of the reason in bytes. It may repeat what a peer has sent.
     const LONGEST: usize = 2 << 10;
 
     pub fn new(reason: impl fmt::Display) -> Self {
@@ -101,17 +101,17 @@ impl SourceError {
         Self { reason, pause: Duration::ZERO, refused: false, fix: None }
     }
 
-    /// The same, if the source works and refuses this query alone.
+    /// Marks the error as a refusal of only this query by a working source.
     pub fn refused(self) -> Self {
         Self { refused: true, ..self }
     }
 
-    /// The same, with what to do about it.
+    /// Adds a fix.
     pub fn fixed_by(self, fix: impl Into<Arc<str>>) -> Self {
         Self { fix: Some(fix.into()), ..self }
     }
 
-    /// The same, with the pause that the source requested.
+    /// Adds the pause that the source requested.
     pub fn after(self, pause: Duration) -> Self {
         Self { pause: pause.min(Self::LONGEST_PAUSE), ..self }
     }
@@ -122,7 +122,7 @@ impl SourceError {
         let mut cause = error.source();
         while let Some(error) = cause {
             let link = error.to_string();
-            // Many libraries repeat their cause in their own text.
+            // Many libraries repeat the cause in their own text.
             if !text.contains(&link) {
                 text.push_str(": ");
                 text.push_str(&link);
@@ -143,9 +143,9 @@ impl fmt::Display for SourceError {
 #[derive(Debug)]
 pub struct Publisher<T> {
     slot: watch::Sender<Known<T>>,
-    /// The source's name in the log, if it is followed itself and not derived from another.
+    /// The source's name in the log. `None` if it is derived from another source, which logs itself.
     name: Option<Arc<str>>,
-    /// Notified after each change that matters to a reader.
+    /// Notified after each change that matters to the reader.
     bell: Arc<Notify>,
 }
 
@@ -153,7 +153,7 @@ pub struct Publisher<T> {
 pub type Answers<T> = watch::Receiver<Known<T>>;
 
 impl<T: PartialEq> Publisher<T> {
-    /// A slot that holds nothing yet, and rings `bell`.
+    /// An empty slot that rings `bell`.
     pub fn new(bell: Arc<Notify>) -> (Self, Answers<T>) {
         let (slot, answers) = watch::channel(Known::default());
         (Self { slot, name: None, bell }, answers)
@@ -181,7 +181,7 @@ impl<T: PartialEq> Publisher<T> {
         changed
     }
 
-    /// What a session rings when a reader should look again for a reason that no answer tells.
+    /// The bell, for a session to notify the reader of something that is not in an answer.
     pub fn bell(&self) -> Arc<Notify> {
         self.bell.clone()
     }
@@ -206,7 +206,7 @@ impl<T: PartialEq> Publisher<T> {
         }
     }
 
-    /// Both ends of a failure are logged here, however short it is or what lies between two of them.
+    /// The start and the end of a failure are logged here, however short it is and whatever happens in between.
     fn fail(&self, error: &SourceError) {
         let (mut is_lost, mut is_known) = (false, false);
         self.slot.send_modify(|known| {
@@ -234,7 +234,7 @@ impl<T: PartialEq> Publisher<T> {
     }
 }
 
-/// Follows `source`; never returns. `name` is its name in the log.
+/// Follows `source`. Never returns. `name` is its name in the log.
 pub async fn follow<S: Source>(
     name: &str,
     mut source: S,
@@ -274,19 +274,19 @@ pub async fn follow<S: Source>(
     }
 }
 
-/// How long a session may take to its first answer, however short `-resync` is: an engine that is stuck with one of its
-/// containers is waited for before the rest is an answer.
+/// Timeout of a session's first answer, if `-resync` is shorter: an engine that hangs for one container may delay its first
+/// answer.
 const FIRST_ANSWER: Duration = Duration::from_secs(30);
 
-/// One session of `source`, until it ends, panics, or has given no answer for as long as `-resync`.
+/// Runs one session of `source`, until it ends, panics, or has given no answer for as long as `-resync`.
 async fn session<S: Source>(
     source: &mut S,
     publish: &Publisher<S::Item>,
     resync: &mut Resync,
 ) -> Result<(), SourceError> {
     let (answers_before, limit) = (publish.answers(), resync.every().max(FIRST_ANSWER));
-    // A fault of ours in one source takes neither the others along nor this one for good: what a session leaves behind
-    // is what any session that is dropped may leave.
+    // A bug in one source must neither stop the others nor this one forever. A session that panicked leaves the same state
+    // as one that was dropped.
     let session = AssertUnwindSafe(source.session(publish, resync)).catch_unwind();
     let mut session = std::pin::pin!(session.map(|end| end.unwrap_or_else(panicked)));
     match tokio::time::timeout(limit, &mut session).await {
@@ -312,10 +312,10 @@ pub(crate) struct Backoff {
 impl Backoff {
     const FIRST: Duration = Duration::from_millis(100);
     const LONGEST: Duration = Duration::from_secs(5);
-    /// A session that lasted this long was not a failing start.
+    /// A session that lasted this long counts as a successful start.
     const SETTLED: Duration = Duration::from_secs(10);
 
-    /// The next pause; `random` in `0..1` places it between half of its length and the whole.
+    /// The next pause. `random` in `0..1` selects a value between half of its length and the full length.
     pub(crate) fn next(&mut self, random: f64) -> Duration {
         let doubled = Self::FIRST.saturating_mul(1 << self.attempts.min(16));
         self.attempts = self.attempts.saturating_add(1);
@@ -350,7 +350,7 @@ mod tests {
         ResyncRequests::new(Duration::from_secs(seconds)).subscribe()
     }
 
-    /// Plays a script: each session publishes its values and ends as it says.
+    /// Plays a script: each session publishes its values and ends as listed.
     struct Script(VecDeque<(Vec<u32>, Result<(), SourceError>)>);
 
     impl Source for Script {
@@ -398,7 +398,7 @@ mod tests {
         let writer = lines.clone();
         let log =
             tracing_subscriber::fmt().with_ansi(false).without_time().with_writer(move || {
-                // One write for each line.
+                // One write per line.
                 std::io::LineWriter::new(Lines(writer.clone()))
             });
         let _log = tracing::subscriber::set_default(log.finish());
@@ -439,7 +439,7 @@ mod tests {
         }
     }
 
-    /// Its first session panics, once it has published.
+    /// Its first session panics after it has published.
     struct Faulty(bool);
 
     impl Source for Faulty {

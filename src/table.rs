@@ -1,5 +1,5 @@
-//! Bindings and endpoints become the table of routes. Pure: a table is built from the previous one, which keeps counts and
-//! turns, and never changes after it is published.
+//! Builds the table of routes from bindings and endpoints. Pure. A table is built from the previous one, from which it
+//! takes over counts and balancing positions. It never changes after it is published.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -50,67 +50,67 @@ impl fmt::Display for RouteKey {
     }
 }
 
-/// One owner's route, for as long as it asks for the same: other endpoints leave it as it is. Never used twice.
+/// Identifies one owner's route as long as the owner asks for the same. Changed endpoints do not change it. Never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RouteNumber(u64);
 
-/// Where a consumer's connections on one port go.
+/// The route of a consumer's connections on one port.
 ///
-/// What every new connection reads comes first, next to the reference count that it adds to.
+/// The fields that every new connection reads come first, next to the reference count, which it also changes.
 #[derive(Debug)]
 #[repr(C)]
 pub struct Route {
-    /// Finds its [upstream](Table::upstream): that of the first who asked the same.
+    /// The key of its [upstream](Table::upstream). All routes with an equal query share this value.
     pub query: Arc<Query>,
     pub balance: Balance,
-    /// Since when this owner has it: an older connection may be from the address's former owner. `None` for routes of the first
-    /// table, if nothing was captured before it.
+    /// When this owner got the route: an older connection may come from the address's former owner. `None` for routes of
+    /// the first table, if no connection was captured before it.
     pub born: Option<Instant>,
-    /// What is counted of its connections, for as long as the route continues.
+    /// The counts of its connections, as long as the route continues.
     pub counts: Arc<ConnectionCounts>,
-    /// The consumer's live connections, over all of its routes.
+    /// The number of the consumer's open connections, over all its routes.
     pub live_of_consumer: Arc<AtomicUsize>,
     pub key: RouteKey,
-    /// By which interfaces connections of this source count.
+    /// The interfaces on which connections from this source are accepted.
     pub arrival: Arrival,
     pub number: RouteNumber,
-    /// The owner. A route belongs to a run of a container, never to an address.
+    /// The owner. A route belongs to one run of a container, never to an address.
     pub consumer: ConsumerId,
     pub consumer_name: Arc<str>,
     pub binding: Binding,
-    /// The ends of the owner's run and of its network's.
+    /// The ends of the owner's run and of the run that owns its network.
     pub ends: Vec<RunEnd>,
 }
 
 impl Route {
-    /// What its consumer asks for, as the consumer wrote it.
+    /// The query as the consumer wrote it.
     pub fn written_query(&self) -> Query {
         Query { tags: self.binding.descriptor.tags.clone(), ..Query::clone(&self.query) }
     }
 
-    /// Whether `other` is this route, perhaps with another name of its consumer.
+    /// Whether `other` is the same route, perhaps with a changed consumer name.
     fn continues(&self, other: &Route) -> bool {
         self.number == other.number
     }
 }
 
-/// The answer to a query, with the state of its endpoints: one for all routes that ask the same.
+/// The answer to a query, with the state of its endpoints. All routes with an equal query share it.
 ///
-/// A route names its query and does not hold the answer: so another answer changes one entry of a table, however many routes lead
-/// to it.
+/// A route refers to its query and does not contain the answer. So a changed answer changes one entry of a table, however
+/// many routes refer to it.
 #[derive(Debug)]
 #[repr(C)]
 pub struct Upstream {
-    // First, as in a route.
+    // First, for the same reason as in a route.
     pub rotation: Rotation,
     pub query: Arc<Query>,
-    /// Whether discovery has answered; until then that there are no endpoints means nothing.
+    /// Whether discovery has answered. Before that, an empty list of endpoints means nothing.
     pub answered: bool,
-    /// Endpoints of the answer that are not used, and why. Sorted.
+    /// Endpoints of the answer that must not be used, and why. Sorted.
     pub refused: Vec<(Endpoint, Refusal)>,
 }
 
-/// Discovery, datacentre and service: endpoints of one service are the same endpoint for all tags.
+/// Discovery, datacentre and service. An endpoint of a service has one state, whatever tags are asked for.
 pub type ServiceKey = (Arc<str>, Option<Arc<str>>, ServiceName);
 
 /// A binding that has no route, and why.
@@ -119,7 +119,7 @@ pub struct Unrouted {
     pub consumer: ConsumerId,
     pub consumer_name: Arc<str>,
     pub origin: Arc<str>,
-    /// Several bindings may have one origin: those of `-services`.
+    /// Needed because several bindings may have the same origin: those of `-services`.
     pub port: Port,
     pub protocol: Protocol,
     pub reason: UnroutedReason,
@@ -151,19 +151,19 @@ impl UnroutedReason {
     }
 }
 
-/// What a table is built from, besides the one before it.
+/// The inputs from which the next table is built, besides the previous table.
 ///
-/// Building one costs what differs from the inputs of the one before: what is shared with them is known to be the same.
+/// The cost depends on what differs from the previous inputs: shared values are known to be equal.
 #[derive(Debug)]
 pub struct Inputs<'a> {
     pub consumers: &'a [&'a Arc<Consumer>],
-    /// The addresses of all containers, of those that ask for nothing too.
+    /// The addresses of all containers, including those without bindings.
     pub known: &'a Arc<BTreeSet<IpAddr>>,
     /// Addresses without an owner, because more than one container claims them.
     pub contested: &'a BTreeSet<IpAddr>,
-    /// Where a container that is not known yet may have its address.
+    /// The networks in which an unknown container may have its address.
     pub networks: &'a BTreeSet<IpNet>,
-    /// So many doubts about whose an address is are cleared up.
+    /// The number of doubts about the owner of an address that are resolved.
     pub confirmed: u64,
     /// How networks and addresses are connected to this host.
     pub wiring: &'a Arc<Wiring>,
@@ -173,20 +173,21 @@ pub struct Inputs<'a> {
     pub vips: &'a [Vip],
     /// Whether the gateways of the consumers' networks are VIPs too.
     pub gateways_are_vips: bool,
-    /// For bindings that name no balance.
+    /// The balance of bindings that set none.
     pub balance: Balance,
-    /// Where endpoints may be. Always the same.
+    /// The networks in which endpoints may be. Never changes.
     pub bounds: &'a Bounds,
-    /// When this is known.
+    /// The time at which the table is built.
     pub now: Instant,
 }
 
-/// Everything the data path and the capture need to know.
+/// All data that the data path and the capture need.
 #[derive(Debug, Default)]
 pub struct Table {
     /// Counts published tables from 1; 0 is the empty table before the first.
     pub version: u64,
-    /// So many doubts about whose an address is are cleared up ([`Lookup::is_in_doubt`](crate::docker::follow::Lookup::is_in_doubt)).
+    /// The number of doubts about the owner of an address that are resolved
+    /// ([`Lookup::is_in_doubt`](crate::docker::follow::Lookup::is_in_doubt)).
     pub confirmed: u64,
     routes: CowMap<RouteKey, Arc<Route>>,
     /// The addresses of all known containers.
@@ -201,16 +202,16 @@ pub struct Table {
     changes: Changes,
     /// Whether connections were captured before the first table.
     takes_over: bool,
-    /// Route numbers that were given.
+    /// The number of route numbers in use so far.
     numbers: u64,
     built_from: BuiltFrom,
 }
 
-/// What a table was built from, to be compared with what the next one is.
+/// The inputs of a table, to be compared with those of the next one.
 #[derive(Debug, Clone, Default)]
 struct BuiltFrom {
     consumers: Arc<[Arc<Consumer>]>,
-    /// Who claims an address, in the order in which they win its ports.
+    /// The consumers that claim an address, in the order in which they win its ports.
     claims: CowMap<IpAddr, Vec<Arc<Consumer>>>,
     known: Arc<BTreeSet<IpAddr>>,
     contested: BTreeSet<IpAddr>,
@@ -220,14 +221,14 @@ struct BuiltFrom {
     balance: Balance,
 }
 
-/// An upstream, and how many routes lead to it: never none.
+/// An upstream, and the number of routes that refer to it. Never 0.
 #[derive(Debug, Clone)]
 struct UpstreamInUse {
     upstream: Arc<Upstream>,
     routes: usize,
 }
 
-/// An endpoint's state, and how many upstreams have it: never none.
+/// An endpoint's state, and the number of upstreams that have it. Never 0.
 #[derive(Debug, Clone)]
 struct EndpointInUse {
     state: Arc<EndpointState>,
@@ -238,7 +239,7 @@ struct EndpointInUse {
 type UnroutedKey = (ConsumerId, Arc<str>, (u16, Protocol), Option<RouteKey>);
 
 impl Table {
-    /// The empty table of a process that takes over from another one, which has captured connections before the next table.
+    /// The empty table of a process that takes over from another one: connections were captured before its next table.
     pub fn of_successor() -> Self {
         Self { takes_over: true, ..Self::default() }
     }
@@ -251,7 +252,7 @@ impl Table {
         self.routes.values()
     }
 
-    /// Whether the user named the VIPs. Else those are VIPs that are there.
+    /// Whether the user set the VIPs. Otherwise only VIPs that exist on this host are in the table.
     pub fn has_named_vips(&self) -> bool {
         !self.built_from.gateways_are_vips
     }
@@ -265,7 +266,7 @@ impl Table {
         &self.known
     }
 
-    /// Where a container that is not known yet may have its address.
+    /// The networks in which an unknown container may have its address.
     pub fn networks(&self) -> &BTreeSet<IpNet> {
         &self.networks
     }
@@ -275,12 +276,12 @@ impl Table {
         &self.wiring
     }
 
-    /// Whether this may be the address of a container that is not known yet.
+    /// Whether this may be the address of an unknown container.
     pub fn may_become_known(&self, source: &IpAddr) -> bool {
         !self.known.contains(source) && self.networks.iter().any(|network| network.contains(source))
     }
 
-    /// What differs from the table whose version is one less.
+    /// The differences from the table whose version is one less.
     pub fn changes(&self) -> &Changes {
         &self.changes
     }
@@ -290,18 +291,18 @@ impl Table {
         self.unrouted.values()
     }
 
-    /// The consumer whose route this is. That of each route of this table is there.
+    /// The consumer that owns a route. Always `Some` for the routes of this table.
     pub fn owner(&self, route: &Route) -> Option<&Arc<Consumer>> {
         let claims = self.built_from.claims.get(&route.key.source)?;
         claims.iter().find(|consumer| consumer.id == route.consumer)
     }
 
-    /// The answer to a query. That of each route of this table is there.
+    /// The answer to a query. Always `Some` for the queries of this table's routes.
     pub fn upstream(&self, query: &Query) -> Option<&Arc<Upstream>> {
         self.upstreams.get(query).map(|in_use| &in_use.upstream)
     }
 
-    /// The endpoints that a route has in this table.
+    /// The endpoints of a route in this table.
     pub fn endpoints_of(&self, route: &Route) -> &[Arc<EndpointState>] {
         self.upstream(&route.query).map_or(&[], |upstream| upstream.rotation.endpoints())
     }
@@ -315,14 +316,14 @@ impl Table {
         self.states.iter().map(|((service, _), shared)| (service, &shared.state))
     }
 
-    /// Whether a connection that was opened by `route` still belongs here. Other endpoints do not matter; another owner
-    /// or another service does.
+    /// Whether a connection opened by `route` is still valid. Changed endpoints do not matter. A changed owner or service
+    /// does.
     pub fn has(&self, route: &Route) -> bool {
         self.routes.get(&route.key).is_some_and(|now| now.continues(route))
     }
 
-    /// The table that follows this one. `query` says what to ask for a binding; it must be the same for equal bindings.
-    /// `None` if nothing differs.
+    /// The next table. `query` returns the query of a binding; it must return equal queries for equal bindings. `None` if
+    /// nothing differs.
     pub fn next(
         &self,
         inputs: &Inputs<'_>,
@@ -483,7 +484,7 @@ mod tests {
         assert_eq!(born(&first), None);
         let second = next(&first, std::slice::from_ref(&b), &answers(&[])).unwrap();
         assert!(born(&second).is_some());
-        // Other endpoints make it no younger.
+        // Changed endpoints do not change its age.
         let endpoints = answers(&[("redis", &["10.0.0.1:1"])]);
         let third = next(&second, &[b], &endpoints).unwrap();
         assert_eq!(born(&third), born(&second));
@@ -518,7 +519,7 @@ mod tests {
         picked.counts.start();
         let turn = upstream.rotation.turn();
 
-        // The second container has another run, and a binding has changed.
+        // The second container has a new run, and a binding has changed.
         let mut later = consumers;
         later[1].id =
             ConsumerId::Container { id: ContainerId::new("id-of-b"), started_at: "t1".into() };

@@ -1,9 +1,9 @@
-//! Text that others wrote: what of it was meant, and what of it may be shown. Pure.
+//! Text from outside: its intended value, and how it may be shown. Pure.
 
 use std::{borrow::Cow, fmt::Write, net::SocketAddr};
 
-/// A variable's or label's value as it was meant. An env file leaves white space, a carriage return and a pair of quotes around
-/// the whole value in it, because `docker run --env-file` takes them literally.
+/// The intended value of a variable or label. With an env file, white space, a carriage return and a pair of quotes around
+/// the value stay in it, because `docker run --env-file` takes them literally.
 pub fn bare(value: &str) -> &str {
     let value = value.trim();
     let unquoted = |quote| value.strip_prefix(quote)?.strip_suffix(quote);
@@ -16,7 +16,7 @@ pub fn is_of_link(value: &str) -> bool {
     matches!(protocol, "tcp" | "udp" | "sctp") && address.parse::<SocketAddr>().is_ok()
 }
 
-/// What is odd in a sentence that is made for people: an empty part, a wrong plural, a time that says nothing. For tests.
+/// What is wrong in a sentence for people: an empty part, a wrong plural, a meaningless time. For tests.
 #[cfg(test)]
 pub(crate) fn odd(text: &str) -> Option<String> {
     let pieces = [
@@ -29,7 +29,7 @@ pub(crate) fn odd(text: &str) -> Option<String> {
     if text.ends_with(": ") || text.ends_with(':') || text.trim() != text {
         return Some(format!("an end that is missing in {text:?}"));
     }
-    // Of things that are counted, beside the words that are the same for one and many.
+    // Nouns that are counted and differ between singular and plural.
     let nouns = [
         "route",
         "endpoint",
@@ -52,7 +52,7 @@ pub(crate) fn odd(text: &str) -> Option<String> {
     wrong.map(|pair| format!("{:?} in {text:?}", pair.join(" ")))
 }
 
-/// Why a text that says what to do leaves the reader alone: it does not begin with what to do, or names nothing. For tests.
+/// Why a text with a fix does not help the reader: it does not begin with an action, or names nothing. For tests.
 #[cfg(test)]
 pub(crate) fn vague(fix: &str) -> Option<String> {
     let verbs = "add allow ask close connect continue correct create declare deregister do end except find give install leave let list lower make mount \
@@ -88,21 +88,21 @@ pub(crate) fn vague(fix: &str) -> Option<String> {
     found.or(short).map(|words| format!("{words:?} in {fix:?} names nothing"))
 }
 
-/// The parameters of a URI whose values are no secrets.
+/// The parameters of a URI whose values are not secret.
 const OPEN: [&str; 4] = ["dc", "near", "tag", "token-file"];
 
-/// A value as an error may repeat it: what may be a password or a token is hidden.
+/// A value as an error may repeat it: anything that may be a password or a token is hidden.
 pub fn without_secrets(text: &str) -> String {
     let (scheme, rest) = match text.split_once("://") {
         Some((scheme, rest)) => (format!("{scheme}://"), rest),
         None => (String::new(), text),
     };
-    // The last @ ends the user and the password, either of which may hold more of them, and question marks.
+    // The last @ ends the user name and the password, which may themselves contain @ and question marks.
     let (user, rest) = match rest.rsplit_once('@') {
         Some((_, rest)) => ("(hidden)@", rest),
         None => ("", rest),
     };
-    // Unless it stands in a parameter.
+    // The @ may be in a parameter.
     if !user.is_empty() && text.contains('?') {
         return scheme + "(hidden)";
     }
@@ -120,35 +120,35 @@ pub fn without_secrets(text: &str) -> String {
     format!("{scheme}{user}{address}{parameters}")
 }
 
-/// Whether a character can make a line look like something else: it ends the line, moves the cursor, is obeyed by a terminal,
-/// changes the direction of what follows it, or cannot be seen.
+/// Whether a character can make a line look like something else: it ends the line, moves the cursor, is interpreted by a
+/// terminal, changes the direction of the text after it, or is invisible.
 pub fn is_deceptive(c: char) -> bool {
     c.is_control()
         || matches!(c,
             // Line and paragraph separator.
             '\u{2028}' | '\u{2029}'
-            // Marks of direction (Unicode Standard Annex 9).
+            // Directional marks (Unicode Standard Annex 9).
             | '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
-            // Without a width: soft hyphen, joiners, fillers, word joiner and what follows it, byte order mark, variation
-            // selectors, annotations, tags.
+            // Characters without a width: soft hyphen, joiners, fillers, word joiner and what follows it, byte order mark,
+            // variation selectors, annotations, tags.
             | '\u{00ad}' | '\u{034f}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}' | '\u{180b}'..='\u{180f}'
             | '\u{200b}'..='\u{200d}' | '\u{2060}'..='\u{2065}' | '\u{206a}'..='\u{206f}' | '\u{3164}' | '\u{feff}'
             | '\u{fe00}'..='\u{fe0f}' | '\u{ffa0}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e0fff}')
 }
 
-/// A text of one line as it may be shown to a person: what is deceptive is written as Rust writes it, such as `\n` and
-/// `\u{202e}`.
+/// A text of one line as it may be shown to people: deceptive characters are escaped as in Rust, such as `
+/// ` and `\u{202e}`.
 pub fn visible(text: &str) -> Cow<'_, str> {
     written_out(text, is_deceptive)
 }
 
-/// The same of a text whose line breaks and tabs are meant.
+/// The same for a text that may contain line breaks and tabs.
 pub fn visible_lines(text: &str) -> Cow<'_, str> {
     written_out(text, |c| !matches!(c, '\n' | '\t') && is_deceptive(c))
 }
 
-/// The same of a whole JSON document, which stays one: characters below 32 stand only between its values, and all others that
-/// are deceptive only in its strings.
+/// The same for a whole JSON document, which stays valid: characters below 32 occur only between its values, and all other
+/// deceptive ones only in its strings.
 pub fn visible_json(json: &str) -> Cow<'_, str> {
     let is_hidden = |c: char| c >= ' ' && is_deceptive(c);
     replaced(json, is_hidden, |out, c| {
@@ -159,7 +159,7 @@ pub fn visible_json(json: &str) -> Cow<'_, str> {
     })
 }
 
-/// The same of a piece of metrics, where only whole lines end with a line break, and a backslash in a label is written twice.
+/// The same for a piece of metrics. There, line breaks only end lines, and a backslash in a label is doubled.
 pub fn visible_label(text: &str) -> Cow<'_, str> {
     let is_hidden = |c: char| c != '\n' && is_deceptive(c);
     replaced(text, is_hidden, |out, c| {
@@ -182,7 +182,7 @@ fn replaced(
     is_hidden: impl Fn(char) -> bool,
     mut write: impl FnMut(&mut String, char),
 ) -> Cow<'_, str> {
-    // Nearly always, and of much text.
+    // Nearly always the case, and for long texts.
     if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
         return text.into();
     }
@@ -200,7 +200,7 @@ fn replaced(
     out.into()
 }
 
-/// A text of at most `most` bytes; of a longer one its beginning, and how much is missing.
+/// A text cut to at most `most` bytes, with the number of missing bytes if it was cut.
 pub fn shortened(text: &str, most: usize) -> Cow<'_, str> {
     if text.len() <= most {
         return text.into();
@@ -213,7 +213,7 @@ pub fn shortened(text: &str, most: usize) -> Cow<'_, str> {
 mod tests {
     use super::*;
 
-    /// One of each kind.
+    /// One character of each kind.
     const DECEPTIVE: &str = "a\n\r\t\0\u{1b}[2J\u{7f}\u{85}\u{9b}1m\u{202e}\u{2066}\u{200f}\u{61c}\u{200b}\u{feff}\u{2028}\u{2029}\u{e0041}b";
 
     #[test]
@@ -260,7 +260,7 @@ mod tests {
             ("'a\"", "'a\""),
             ("\"a", "\"a"),
             ("a'b'", "a'b'"),
-            // One pair.
+            // Only one pair is removed.
             ("''a''", "'a'"),
         ] {
             assert_eq!(bare(value), meant, "{value:?}");

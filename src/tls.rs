@@ -1,4 +1,4 @@
-//! TLS towards the registries and engines: which files a client needs, how a server is verified, and the one crypto provider.
+//! TLS to registries and engines: the files of a client, the verification of servers, and the crypto provider.
 
 #![expect(
     clippy::disallowed_methods,
@@ -27,21 +27,21 @@ use reqwest::{ClientBuilder, Identity};
 
 use crate::source::SourceError;
 
-/// Makes ring the crypto provider of this process. To be called before any TLS client is built, as often as one likes.
+/// Makes ring the crypto provider of this process. Must be called before any TLS client is built. May be called repeatedly.
 pub fn install_provider() {
-    // An error says that there is a provider already, which is all that is wanted.
+    // An error means that there is already a provider, which is enough.
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-/// What a client shows and whom it trusts. The files are read again for a new connection after a failure, so that renewed ones
-/// are used.
+/// A client's certificate, and the CAs that it trusts. The files are read again for a new connection after a failure, so
+/// that renewed ones are used.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ClientTls {
-    /// The only trusted CAs, a file or a folder of files; if absent, the system's CAs are trusted.
+    /// The only trusted CAs, as a file or a folder of files. If absent, the system's CAs are trusted.
     pub ca: Option<PathBuf>,
     /// The client's certificate chain and its key.
     pub identity: Option<(PathBuf, PathBuf)>,
-    /// What the user calls the authorities, the certificate and the key.
+    /// The user's names for the CAs, the certificate and the key.
     names: [&'static str; 3],
 }
 
@@ -53,8 +53,7 @@ pub(crate) struct Pem {
 }
 
 impl ClientTls {
-    /// A certificate is of no use without its key, nor a key without its certificate: the error calls them by the
-    /// `names` under which the user gave them.
+    /// A certificate needs its key and the other way round. The error uses the `names` by which the user sets them.
     pub fn new(
         ca: Option<PathBuf>,
         certificate: Option<PathBuf>,
@@ -78,7 +77,8 @@ impl ClientTls {
         self.ca.is_none() && self.identity.is_none()
     }
 
-    /// Sets up a client of HTTP/1.1: whom it trusts, and what it shows. `verify`: whether it checks the server's certificate at all.
+    /// Configures an HTTP/1.1 client: the CAs that it trusts, and its certificate. `verify`: whether it checks the server's
+    /// certificate at all.
     pub(crate) fn prepare(
         &self,
         builder: ClientBuilder,
@@ -89,7 +89,7 @@ impl ClientTls {
             config.alpn_protocols = vec![b"http/1.1".to_vec()];
             return Ok(builder.tls_backend_preconfigured(config));
         }
-        // The system's CAs are trusted, or any.
+        // Trusts the system's CAs, or any certificate.
         let mut builder = builder.tls_danger_accept_invalid_certs(!verify);
         if let Some((certificate, key)) = pem.identity {
             let identity = Identity::from_pem(&[certificate, b"\n".to_vec(), key].concat());
@@ -120,7 +120,7 @@ impl ClientTls {
 }
 
 impl Pem {
-    /// A client that trusts only the CAs of this; `None` if there are none.
+    /// A client configuration that trusts only these CAs. `None` if there are none.
     pub(crate) fn config(&self) -> Result<Option<ClientConfig>, SourceError> {
         let Some(verifier) = self.verifier()? else { return Ok(None) };
         let wrong = |what: &str, error: &dyn std::error::Error| SourceError::caused(what, error);
@@ -144,7 +144,7 @@ impl Pem {
         Ok(Some(config))
     }
 
-    /// What verifies a server by the CAs of this; `None` if there are none.
+    /// A verifier that trusts only these CAs. `None` if there are none.
     pub(crate) fn verifier(&self) -> Result<Option<Arc<dyn ServerCertVerifier>>, SourceError> {
         let Some(ca) = &self.ca else { return Ok(None) };
         let authorities: Vec<_> = CertificateDer::pem_slice_iter(ca)
@@ -166,8 +166,8 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
 
-/// Verifies as usual, and accepts one thing more: a server's certificate that is itself one of the trusted CAs, which is what
-/// `openssl req -x509` makes. OpenSSL and Go accept it too.
+/// Verifies as usual, but also accepts a server's certificate that is itself one of the trusted CAs. `openssl req -x509`
+/// creates such certificates, and OpenSSL and Go accept them too.
 #[derive(Debug)]
 struct Verifier {
     usual: Arc<WebPkiServerVerifier>,
@@ -185,7 +185,7 @@ impl ServerCertVerifier for Verifier {
     ) -> Result<ServerCertVerified, Error> {
         let verified = self.usual.verify_server_cert(certificate, intermediates, name, ocsp, now);
         match &verified {
-            // The period of validity was found good before that. The name is looked at after it.
+            // The validity period was checked before this error. The name is checked below.
             Err(Error::InvalidCertificate(CertificateError::Other(reason)))
                 if reason.to_string() == "CaUsedAsEndEntity"
                     && self.authorities.iter().any(|authority| authority == certificate) =>
@@ -220,7 +220,7 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-/// The contents of a file, or of all files of a folder.
+/// The contents of a file, or of all files in a folder.
 fn read_all(path: &Path) -> io::Result<Vec<u8>> {
     if !path.is_dir() {
         return fs::read(path);
@@ -237,12 +237,12 @@ fn read_all(path: &Path) -> io::Result<Vec<u8>> {
 /// A connection that the settings leave without protection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Weakness {
-    /// Which one, and what may happen.
+    /// The connection, and the consequence.
     pub what: String,
     pub fix: &'static str,
 }
 
-/// Whether what is sent to a host stays on this one.
+/// Whether data sent to a host stays on this host.
 pub(crate) fn is_loopback(host: &str) -> bool {
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     let address = host.parse::<std::net::IpAddr>();
@@ -280,7 +280,7 @@ mod tests {
         );
     }
 
-    /// A certificate that is its own CA, as OpenSSL makes it, for the name `registry.test` and for 30 days.
+    /// A self-signed certificate, as OpenSSL creates it, for the name `registry.test` and for 30 days.
     fn self_signed(folder: &Path, name: &str) -> Vec<u8> {
         let file = folder.join(format!("{name}.pem"));
         let status = std::process::Command::new("openssl")
@@ -310,7 +310,7 @@ mod tests {
         assert_eq!(verify(&one, &one, "registry.test", 0), Ok(()));
         let both = [other.clone(), one.clone()].concat();
         assert_eq!(verify(&both, &one, "registry.test", 1), Ok(()));
-        // Of the same name, and another.
+        // Another certificate of the same name.
         assert!(verify(&other, &one, "registry.test", 0).is_err());
         // For another name, and at another time.
         assert!(matches!(
@@ -337,7 +337,7 @@ mod tests {
         let mut lines: Vec<_> = pem.ca.as_deref().unwrap().split(|byte| *byte == b'\n').collect();
         lines.sort();
         assert_eq!(lines, [&b""[..], b"one", b"two"]);
-        // Nothing in it is a certificate.
+        // It contains no certificate.
         let error = pem.verifier().err().map(|e| e.to_string());
         assert_eq!(error.as_deref(), Some("the CA file has no certificate in PEM format"));
     }

@@ -1,4 +1,4 @@
-//! Unix sockets that listen at a path: the mode of the file grants access.
+//! Unix sockets that listen at a path. The mode of the file grants access.
 
 #![expect(clippy::disallowed_methods, reason = "only at the start, and at the end")]
 
@@ -12,7 +12,7 @@ use rustix::fs::{Mode, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::UnixListener;
 
-/// Access to this socket is as much as embassy's own rights, so only its user and root have it. The operator may set
+/// Access to this socket gives as much as embassy's own rights, so only its user and root have it. The operator may set
 /// another mode or group.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 /// Length of the accept queue.
@@ -41,18 +41,18 @@ pub(crate) fn listen(path: &Path) -> io::Result<(UnixListener, File)> {
 }
 
 impl File {
-    /// The file of a socket that another process created and hands over. It is that process's until [`File::claim`]: dropping this
-    /// leaves it.
+    /// The file of a socket that another process created and hands over. It belongs to that process until [`File::claim`]:
+    /// dropping this value leaves it.
     pub(crate) fn inherited(path: &Path) -> Self {
         Self { path: path.to_owned(), identity: None }
     }
 
-    /// The file is this process's now.
+    /// Makes the file this process's own.
     pub(crate) fn claim(&mut self) {
         self.identity = identity(&self.path);
     }
 
-    /// Leaves the file: the socket is another process's now.
+    /// Leaves the file, because the socket now belongs to another process.
     pub(crate) fn leave(&mut self) {
         self.identity = None;
     }
@@ -97,7 +97,7 @@ mod tests {
         let (listener, file) = listen(&path).unwrap();
         assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o600);
         assert_eq!(listen(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse, "it is in use");
-        // As after a kill: the file stays, and nobody listens.
+        // As after a kill: the file stays, without a listener.
         drop(listener);
         let (_second, second_file) = listen(&path).unwrap();
         drop(file);

@@ -1,4 +1,4 @@
-//! By which interface, and by which port of a bridge, connections from an address arrive at this host. Pure.
+//! The interface, and the bridge port, on which connections from an address arrive at this host. Pure.
 
 use std::{collections::BTreeSet, fmt, net::IpAddr, sync::Arc};
 
@@ -11,10 +11,10 @@ use crate::cow_map::CowMap;
 pub struct Interface([u8; Self::BYTES]);
 
 impl Interface {
-    /// With the zeros that fill it (IFNAMSIZ).
+    /// Length with the zeros at the end (IFNAMSIZ).
     pub const BYTES: usize = 16;
 
-    /// `None` if a rule cannot name it: what is empty, too long, or has characters that firewall programs read as something else.
+    /// `None` if a rule cannot name it: it is empty, too long, or has characters that firewall programs interpret.
     pub fn new(name: &str) -> Option<Self> {
         let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.@".contains(&byte);
         if name.is_empty() || name.len() >= Self::BYTES || !name.bytes().all(is_plain) {
@@ -25,7 +25,7 @@ impl Interface {
         Some(Self(bytes))
     }
 
-    /// As the kernel compares it.
+    /// The bytes as the kernel compares them.
     pub fn bytes(&self) -> &[u8; Self::BYTES] {
         &self.0
     }
@@ -34,7 +34,7 @@ impl Interface {
 impl fmt::Display for Interface {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let end = self.0.iter().position(|byte| *byte == 0).unwrap_or(Self::BYTES);
-        // It was text.
+        // The bytes were made from text.
         f.write_str(str::from_utf8(self.0.get(..end).unwrap_or_default()).unwrap_or_default())
     }
 }
@@ -45,15 +45,16 @@ impl fmt::Debug for Interface {
     }
 }
 
-/// By which interfaces connections from an address count.
+/// The interfaces on which connections from an address are accepted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Arrival {
-    /// By any: it is not known by which they arrive.
+    /// Any interface: it is not known on which one they arrive.
     #[default]
     Anywhere,
-    /// By this one alone.
+    /// Only this interface.
     By(Interface),
-    /// By none of the engine's bridges, and on none of their addresses: the network is another kind, such as macvlan.
+    /// Any interface except the engine's bridges, and only to addresses that are not on these bridges: the network is of
+    /// another kind, such as macvlan.
     Outside,
 }
 
@@ -88,24 +89,25 @@ impl std::str::FromStr for Mac {
     }
 }
 
-/// This host's end of a container's cable: an interface whose other end is in the container's network namespace.
+/// This host's end of a container's veth pair: the other end is in the container's network namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Plug {
-    /// The kernel's number of it. Not used twice while the host runs.
+    /// The kernel's interface number. Never reused while the host runs.
     pub index: u32,
-    /// The interface by which its packets arrive: its bridge, or itself if it is in none. `None` if a rule cannot name it.
+    /// The interface on which its packets arrive: its bridge, or itself if it is in no bridge. `None` if a rule cannot name
+    /// it.
     pub interface: Option<Interface>,
     /// It is a port of a bridge.
     pub is_port: bool,
 }
 
-/// The container that an address belongs to, and the ports of bridges that lead to this container and to no other.
+/// The container that owns an address, and the bridge ports that lead to this container only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Owner {
     pub name: Arc<str>,
-    /// Numbers of interfaces. Sorted, and never empty.
+    /// Interface numbers. Sorted, never empty.
     pub ports: Vec<u32>,
-    /// The Ethernet address that it has there, if the engine says it.
+    /// The Ethernet address of this address, if the engine reports it.
     pub mac: Option<Mac>,
 }
 
@@ -131,7 +133,7 @@ pub struct Wiring {
 }
 
 impl Wiring {
-    /// Those owners of each that the other does not have, or not the same.
+    /// The owners that only `before` has, and those that only `now` has. A changed owner is in both.
     pub fn other_owners(before: &Self, now: &Self) -> (Self, Self) {
         let differing = now.owners.differing_keys(&before.owners, Arc::eq);
         let only = |these: &Self| {
@@ -148,7 +150,7 @@ impl Wiring {
         self.unbound.iter().min_by_key(|(address, _)| **address)
     }
 
-    /// What concerns these ports: the owners on them, and all ports.
+    /// The part that concerns these ports: the owners on them, and all ports.
     pub fn on_ports(&self, ports: &BTreeSet<u32>) -> Self {
         let is_on = |(_, owner): &(&IpAddr, &Arc<Owner>)| {
             owner.ports.iter().any(|port| ports.contains(port))

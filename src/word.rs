@@ -1,14 +1,14 @@
-//! Closed sets whose members have one word each: what logs, metrics and the API write for a state, an outcome or a cause is
-//! said in one place, and compared as a value.
+//! Enums whose values have one word each: the words that logs, metrics and the API write for a state, an outcome or a cause
+//! are defined in one place, and compared as values.
 
 use std::fmt;
 
-/// A member of a closed set.
+/// A value of such an enum.
 pub trait Word: Copy + Eq + Ord + fmt::Debug + 'static {
     const ALL: &'static [Self];
-    /// The set's name.
+    /// The enum's name.
     const SET: &'static str;
-    /// What the set is.
+    /// What the enum describes.
     const ABOUT: &'static str;
 
     fn as_str(self) -> &'static str;
@@ -16,12 +16,12 @@ pub trait Word: Copy + Eq + Ord + fmt::Debug + 'static {
     /// What the word means.
     fn meaning(self) -> &'static str;
 
-    /// The member with this word.
+    /// The value with this word.
     fn of(text: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|word| word.as_str() == text)
     }
 
-    /// Every word, for a message that says what was expected.
+    /// All words, for a message that says what was expected.
     fn expected() -> String {
         Self::ALL.iter().map(|word| word.as_str()).collect::<Vec<_>>().join(", ")
     }

@@ -1,5 +1,5 @@
-//! The order of the modules is the direction in which data flows, and nothing flows back: a module of the library uses
-//! only those that stand before it in `src/lib.rs`, and the files of one folder do not use one another in circles.
+//! The modules are ordered in the direction in which data flows: a module of the library uses only those before it in
+//! `src/lib.rs`, and the files of one folder do not use one another in circles.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A file without its tests and comments.
+/// The code of a file, without tests and comments.
 fn code(path: &Path) -> String {
     let text = fs::read_to_string(path).expect("a source file can be read");
     let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
@@ -15,7 +15,7 @@ fn code(path: &Path) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// The modules that a file declares, those of tests left out.
+/// The modules that a file declares, except those of tests.
 fn declared(code: &str) -> Vec<String> {
     let mut modules = Vec::new();
     let mut before = "";
@@ -73,14 +73,14 @@ fn first_name(path: &str) -> Option<String> {
     (end > 0).then(|| path[..end].to_owned())
 }
 
-/// The file of a module, and the folder of those below it.
+/// The file of a module, and the folder of its submodules.
 fn place(folder: &Path, name: &str) -> (PathBuf, PathBuf) {
     let below = folder.join(name);
     let file = below.join("mod.rs");
     if file.exists() { (file, below) } else { (folder.join(format!("{name}.rs")), below) }
 }
 
-/// The code of a module and of all below it, with paths from the inside made paths from `crate`.
+/// The code of a module and all its submodules. Relative paths are turned into paths from `crate`.
 fn whole(file: &Path, folder: &Path) -> String {
     let mut all = code(file);
     for name in declared(&all) {
@@ -114,7 +114,7 @@ fn the_files_of_a_folder_use_one_another_in_no_circle() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// Looks for circles among the modules that `parent` declares, and below them.
+/// Looks for circles among the modules that `parent` declares, and among their submodules.
 fn look(folder: &Path, parent: &str, path: &str, wrong: &mut Vec<String>) {
     let siblings = declared(parent);
     let mut uses: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
@@ -211,7 +211,7 @@ fn what_is_pure_reads_no_clock_and_touches_nothing() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// The crates of `Cargo.lock` that are there more than once, and the versions of each.
+/// The crates that are in `Cargo.lock` more than once, with their versions.
 fn repeated() -> BTreeMap<String, Vec<String>> {
     let lock = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock"));
     let mut versions: BTreeMap<String, Vec<String>> = BTreeMap::new();

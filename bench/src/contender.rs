@@ -1,4 +1,5 @@
-//! Who is compared, and how each is set up: as its own documents advise for speed, with as many threads as there are cores.
+//! The programs that are compared. Each is configured as its own documents recommend for speed, with as many threads as
+//! there are cores.
 
 use std::{
     fs,
@@ -23,15 +24,15 @@ pub(crate) const VIP: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 1);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Contender {
-    /// Clients dial the endpoints themselves.
+    /// Clients connect to the endpoints themselves.
     Direct,
-    /// The kernel translates addresses, and nobody relays.
+    /// The kernel translates addresses. There is no relay.
     Dnat,
     Haproxy,
     Nginx,
     Envoy,
     Embassy,
-    /// The same process, by a binding that asks for the kernel path.
+    /// The same process, with a binding that uses the kernel path.
     EmbassyKernel,
 }
 
@@ -58,7 +59,7 @@ impl Contender {
         }
     }
 
-    /// Whether a process does the work.
+    /// Whether a process relays the connections.
     pub(crate) fn is_proxy(self) -> bool {
         !matches!(self, Self::Direct | Self::Dnat | Self::EmbassyKernel)
     }
@@ -68,7 +69,7 @@ impl Contender {
         !matches!(self, Self::Direct | Self::Embassy | Self::EmbassyKernel)
     }
 
-    /// The port that clients dial.
+    /// The port to which clients connect.
     pub(crate) fn port(self) -> u16 {
         match self {
             // Only the address is translated.
@@ -77,7 +78,7 @@ impl Contender {
         }
     }
 
-    /// The port that it listens on.
+    /// The port on which it listens.
     pub(crate) fn listens(self) -> u16 {
         if matches!(self, Self::Embassy | Self::EmbassyKernel) {
             9999
@@ -86,7 +87,7 @@ impl Contender {
         }
     }
 
-    /// Its binary; `None` where it is missing, or where there is none.
+    /// Its program. `None` if it is missing, or there is none.
     pub(crate) fn program(self) -> Option<PathBuf> {
         let path = match self {
             Self::Direct | Self::Dnat => return None,
@@ -98,7 +99,7 @@ impl Contender {
         path.is_file().then_some(path)
     }
 
-    /// What it says of its version, on one line.
+    /// Its version, on one line.
     pub(crate) fn version(self) -> Result<String> {
         let mut command = match self {
             Self::Direct | Self::Dnat => {
@@ -119,7 +120,7 @@ impl Contender {
         let text = String::from_utf8_lossy(&text);
         let line =
             text.lines().find(|line| line.chars().any(|c| c.is_ascii_digit())).unwrap_or_default();
-        // Envoy says more than its version.
+        // Envoy prints more than its version.
         let version = line.split('/').find(|part| {
             part.split('.').count() == 3 && part.split('.').all(|n| n.parse::<u32>().is_ok())
         });
@@ -133,7 +134,7 @@ impl Contender {
             _ => vec![SocketAddr::from((VIP, self.port()))],
         };
         let (mut process, mut group) = (None, None);
-        // One process serves both paths, and is started by whichever comes first.
+        // One process serves both paths. Whichever comes first starts it.
         let runs = if self == Self::EmbassyKernel { Self::Embassy } else { self };
         if runs.is_proxy() {
             let of_process = Group::new(&site.host, runs.name())?;
@@ -164,7 +165,7 @@ impl Contender {
         Ok(started)
     }
 
-    /// Its command line, and its configuration on disk.
+    /// Builds its command line, and writes its configuration to disk.
     fn words(self, site: &Site, command: &mut Command) -> Result<()> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let listen = self.listens();
@@ -260,7 +261,7 @@ fn lines(site: &Site, line: impl Fn(usize, SocketAddr) -> String) -> String {
     site.endpoints.iter().enumerate().map(|(n, &endpoint)| line(n, endpoint) + "\n").collect()
 }
 
-/// Where bench/setup.sh puts what it fetches.
+/// The folder for what bench/setup.sh downloads.
 fn cache() -> PathBuf {
     let default = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../.testbed/cache");
     std::env::var_os("TESTBED_CACHE").map_or_else(default, PathBuf::from).join("bench")
@@ -270,7 +271,7 @@ fn sid() -> PathBuf {
     cache().join("sid")
 }
 
-/// Writes a file in there, and says how it is called from there.
+/// Writes a file into that root, and returns its path inside.
 fn in_sid(name: &str, text: &str) -> Result<String> {
     let file = format!("/etc/bench-{name}");
     fs::write(sid().join(&file[1..]), text).with_context(|| format!("write {file}"))?;

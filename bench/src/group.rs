@@ -1,4 +1,4 @@
-//! Control groups: they count the processor time and the kernel memory of what runs in them, and of nothing else.
+//! Control groups: they count the CPU time and the kernel memory of the processes in them.
 
 use std::{
     collections::BTreeSet,
@@ -11,14 +11,14 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use testbed::{Container, Host};
 
-/// One group, in every hierarchy that the machine has (v1, v2 or both).
+/// A group in every hierarchy of the machine (v1, v2 or both).
 #[derive(Debug)]
 pub(crate) struct Group {
     folders: Vec<PathBuf>,
 }
 
 impl Group {
-    /// A new one beside the host's containers; it goes with the host.
+    /// Creates a group next to those of the host's containers. It is removed with the host.
     pub(crate) fn new(host: &Host, name: &str) -> Result<Self> {
         let group = Self::at(&host.cgroup(), name)?;
         for folder in &group.folders {
@@ -27,17 +27,17 @@ impl Group {
         Ok(group)
     }
 
-    /// A container's.
+    /// The group of a container.
     pub(crate) fn of(host: &Host, container: &Container) -> Result<Self> {
         Self::at(&host.cgroup(), container.id())
     }
 
-    /// In words that [`Group::named`] understands.
+    /// Its name, for [`Group::named`].
     pub(crate) fn name(&self) -> String {
         self.folders.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(" ")
     }
 
-    /// One that exists.
+    /// A group that exists, by its name.
     pub(crate) fn named(name: &str) -> Self {
         Self { folders: name.split(' ').map(PathBuf::from).collect() }
     }
@@ -56,7 +56,7 @@ impl Group {
         Ok(Self { folders: folders.into_iter().collect() })
     }
 
-    /// A command that runs in this group, inside the host, with as many descriptors as may be had.
+    /// A command that runs in this group, inside the host, with the maximum number of descriptors.
     pub(crate) fn command(&self, host: &Host) -> Command {
         const ENTER: &str = "ulimit -n \"$(ulimit -H -n)\"; \
             for group in $CONTROL_GROUPS; do echo 0 >\"$group/cgroup.procs\"; done; exec \"$@\"";
@@ -70,7 +70,7 @@ impl Group {
         self.read("cgroup.procs").is_none_or(|processes| processes.trim().is_empty())
     }
 
-    /// Processor time used so far.
+    /// CPU time used so far.
     pub(crate) fn cpu(&self) -> Result<Duration> {
         if let Some(text) = self.read("cpuacct.usage") {
             return Ok(Duration::from_nanos(text.trim().parse()?));
@@ -80,11 +80,11 @@ impl Group {
         Ok(Duration::from_micros(used.context("no usage_usec in cpu.stat")?.parse()?))
     }
 
-    /// Bytes that its processes have mapped and touched.
+    /// Resident memory of its processes, in bytes.
     pub(crate) fn resident(&self) -> Result<u64> {
         let mut kib = 0;
         for pid in self.read("cgroup.procs").unwrap_or_default().split_whitespace() {
-            // One that has ended has nothing.
+            // A process that has ended uses none.
             let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
             let of_process = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
             kib += of_process
@@ -93,7 +93,7 @@ impl Group {
         Ok(kib * 1024)
     }
 
-    /// Bytes that the kernel holds for its processes: sockets, descriptors, what waits to be read or sent.
+    /// Kernel memory of its processes, in bytes: sockets, descriptors, unread and unsent data.
     pub(crate) fn kernel(&self) -> Result<u64> {
         if let Some(text) = self.read("memory.kmem.usage_in_bytes") {
             return Ok(text.trim().parse()?);

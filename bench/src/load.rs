@@ -1,4 +1,4 @@
-//! The client: plain threads, one for each connection at a time.
+//! The client: plain threads, one for each parallel connection.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -17,18 +17,19 @@ use serde::{Deserialize, Serialize};
 use crate::group::Group;
 use crate::serve::{ANSWER, ANSWER_AND_CLOSE, BULK, MESSAGE};
 
-/// What a client does.
+/// The kind of load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Connects, asks once, and reads to the end, again and again.
+    /// Connects, sends one request, and reads to the end, again and again.
     Connect,
-    /// Asks on connections that stay, each as soon as it was answered.
+    /// Sends requests on persistent connections, each immediately after the previous answer.
     Request,
-    /// The same at a fixed rate over all connections, whatever the answers take: time counts from when a request was due.
+    /// Sends requests at a fixed rate over all connections. A request's time counts from when it was due, even if earlier
+    /// answers were late.
     Paced,
-    /// Reads as fast as it can.
+    /// Reads as fast as possible.
     Bulk,
-    /// Opens all connections, asks once on each, and holds them for the time.
+    /// Opens all connections, sends one request on each, and holds them for the time.
     Idle,
 }
 
@@ -46,24 +47,24 @@ impl Kind {
     }
 }
 
-/// What was done within the time.
+/// The results within the measured time.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Done {
-    /// Seconds.
+    /// The measured time in seconds.
     pub(crate) time: f64,
-    /// Connections, or requests.
+    /// The number of connections, or of requests.
     pub(crate) units: u64,
     pub(crate) bytes: u64,
     pub(crate) failures: u64,
-    /// Microseconds that units took.
+    /// Duration of a unit in microseconds, median and 99th percentile.
     pub(crate) p50: f64,
     pub(crate) p99: f64,
-    /// Seconds of processor time that each of the groups in [`COUNTED`] used meanwhile.
+    /// CPU time in seconds that each of the groups in [`COUNTED`] used meanwhile.
     pub(crate) cpu: Vec<f64>,
 }
 
-/// The variable that names the control groups whose processor time is counted, separated by commas. It is read here, at the very
-/// moments between which work is counted: where all processors are busy, whoever is told of them hears it late.
+/// The variable with the control groups whose CPU time is counted, separated by commas. The client reads them exactly at
+/// the start and end of the measured time: if all processors are busy, another process would be notified late.
 pub(crate) const COUNTED: &str = "COUNTED_GROUPS";
 
 fn counted() -> Result<Vec<f64>> {
@@ -72,12 +73,12 @@ fn counted() -> Result<Vec<f64>> {
     groups.map(|name| Ok(Group::named(name).cpu()?.as_secs_f64())).collect()
 }
 
-/// Printed where the measured time begins.
+/// Printed at the start of the measured time.
 pub(crate) const BEGIN: &str = "begin";
 
-/// Everything has started by then, and caches are warm.
+/// Time until everything has started, and caches are warm.
 const WARM_UP: Duration = Duration::from_millis(400);
-/// A request that takes this long has failed.
+/// Timeout of a request.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone)]
@@ -86,13 +87,13 @@ struct Plan {
     targets: Vec<SocketAddr>,
     connections: usize,
     time: Duration,
-    /// Requests per second of all connections together.
+    /// Requests per second, over all connections.
     rate: f64,
     /// Whether the time ends with the standard input.
     until_told: bool,
 }
 
-/// The last word of a plan that ends with the standard input: the time is only how long it lasts at the most.
+/// The last word of a plan that ends with the standard input. The time is then only a maximum.
 pub(crate) const UNTIL_TOLD: &str = "until-told";
 
 /// Prints [`BEGIN`], then [`Done`] as JSON.
@@ -163,7 +164,7 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Waits while it lasts.
+    /// Waits for the measured time.
     fn sleep(&self) {
         if !self.until_told {
             return thread::sleep(self.time);
@@ -182,10 +183,10 @@ impl Plan {
     }
 }
 
-/// What one client did while it was measured.
+/// The results of one client within the measured time.
 #[derive(Debug, Default)]
 struct Part {
-    /// Nanoseconds of each unit.
+    /// Duration of each unit in nanoseconds.
     took: Vec<u64>,
     bytes: u64,
     failures: u64,
@@ -239,7 +240,7 @@ fn open(target: SocketAddr) -> std::io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// One connection with one request; the endpoint ends it.
+/// One connection with one request. The endpoint ends it.
 fn once(target: SocketAddr) -> std::io::Result<u64> {
     let mut stream = open(target)?;
     let mut buffer = [ANSWER_AND_CLOSE; MESSAGE];
@@ -251,7 +252,7 @@ fn once(target: SocketAddr) -> std::io::Result<u64> {
     }
 }
 
-/// One request on the connection that is kept.
+/// One request on a persistent connection.
 fn ask(
     kept: &mut Option<TcpStream>,
     target: SocketAddr,
@@ -312,7 +313,7 @@ fn hold(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// Microseconds, of nanoseconds that are sorted.
+/// A quantile in microseconds, of sorted nanoseconds.
 fn quantile(sorted: &[u64], part: f64) -> f64 {
     let at = (sorted.len() as f64 * part) as usize;
     sorted.get(at.min(sorted.len().saturating_sub(1))).map_or(0.0, |&ns| ns as f64 / 1000.0)

@@ -1,4 +1,4 @@
-//! Measures embassy side by side with other proxies: `make bench`. bench/README.md says what is measured, and how.
+//! Compares embassy with other proxies: `make bench`. bench/README.md describes what is measured, and how.
 
 mod contender;
 mod group;

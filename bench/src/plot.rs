@@ -1,4 +1,4 @@
-//! Bars as SVG: the median, and a line from the least to the most.
+//! Bars as SVG: the median, and a line from the lowest to the highest value.
 
 use std::fmt::Write;
 
@@ -10,7 +10,7 @@ const VALUES: f64 = 90.0;
 const ROW: f64 = 26.0;
 const HEAD: f64 = 36.0;
 
-/// One bar for each contender. `emphasised` is the one drawn in colour.
+/// One bar for each contender. `emphasised` is drawn in colour.
 pub(crate) fn bars(title: &str, unit: &str, rows: &[(&str, Summary)], emphasised: &str) -> String {
     let most = rows.iter().map(|(_, summary)| summary.most).fold(f64::MIN_POSITIVE, f64::max);
     let length = |value: f64| (value.max(0.0) / most * (WIDTH - NAMES - VALUES)).max(1.0);
@@ -42,7 +42,7 @@ pub(crate) fn bars(title: &str, unit: &str, rows: &[(&str, Summary)], emphasised
     out + "</svg>\n"
 }
 
-/// Three digits or so: rounds differ by more.
+/// About three digits: the difference between rounds is larger.
 pub(crate) fn number(value: f64) -> String {
     match value.abs() {
         v if v >= 1000.0 => {

@@ -1,4 +1,4 @@
-//! The figures as a document: a table, ratios, plots, and what they were measured with.
+//! The figures as a document: a table, ratios, plots, and the conditions of the measurement.
 
 use std::{fmt::Write, fs, path::Path, time::Duration};
 
@@ -11,7 +11,7 @@ use crate::{
     summary::Summary,
 };
 
-/// How it was measured.
+/// The conditions of the measurement.
 #[derive(Debug)]
 pub(crate) struct Setting {
     pub(crate) rounds: usize,
@@ -26,7 +26,7 @@ pub(crate) struct Report {
     plots: Vec<(&'static str, String)>,
 }
 
-/// Rows of the table: what, and its unit.
+/// Rows of the table: the figure, its name and its unit.
 const ROWS: [(Figure, &str); 20] = [
     (Figure::Connections, "new connections per second"),
     (Figure::CpuPerConnection, "CPU of the proxy per connection, µs"),
@@ -50,7 +50,7 @@ const ROWS: [(Figure, &str); 20] = [
     (Figure::Binary, "binary, MiB"),
 ];
 
-/// Those that are drawn.
+/// The figures that are drawn.
 const PLOTS: [(Figure, &str, &str, &str); 7] = [
     (
         Figure::CpuPerConnection,
@@ -71,7 +71,7 @@ const PLOTS: [(Figure, &str, &str, &str); 7] = [
     (Figure::ResidentPerIdle, "idle", "Resident memory per idle connection", "KiB, less is better"),
 ];
 
-/// What is to be reached on the kernel path: its figure divided by the other's.
+/// The targets of the kernel path: its figure divided by the other contender's.
 const KERNEL_TARGETS: [(Figure, Contender, Goal); 5] = [
     (Figure::Connections, Contender::Direct, Goal::AtLeast(0.95)),
     (Figure::WholePerConnection, Contender::Direct, Goal::AtMost(1.0 / 0.95)),
@@ -80,7 +80,7 @@ const KERNEL_TARGETS: [(Figure, Contender, Goal); 5] = [
     (Figure::Bulk, Contender::Direct, Goal::AtLeast(0.97)),
 ];
 
-/// The same of the proxy.
+/// The targets of the proxy.
 const TARGETS: [(Figure, Contender, Goal); 12] = [
     (Figure::CpuPerConnection, Contender::Haproxy, Goal::AtMost(0.90)),
     (Figure::CpuPerConnection, Contender::Nginx, Goal::AtMost(1.0)),
@@ -185,7 +185,7 @@ impl Report {
         Ok(Self { text: out.trim_end().to_owned() + "\n", plots })
     }
 
-    /// Into docs/, and to the terminal.
+    /// Writes the report into docs/, and to the terminal.
     pub(crate) fn write(&self) -> Result<()> {
         let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
         let folder = docs.join("benchmarks");
@@ -200,7 +200,8 @@ impl Report {
     }
 }
 
-/// The kernel works for everybody: who has no process has no processor time of its own.
+/// Whether a figure is meaningless for a contender because the kernel does its work: without a process there is no CPU time
+/// of its own.
 fn of_kernel(figure: Figure, contender: Contender) -> bool {
     !contender.is_proxy()
         && contender != Contender::EmbassyKernel

@@ -1,5 +1,5 @@
-//! The rounds: in each, every contender does every kind of work, one after the other, so that whatever else the machine
-//! does hits all of them alike.
+//! The rounds. In each, every contender does every kind of work, one after the other, so that other work of the machine
+//! affects all of them equally.
 
 use std::{collections::BTreeMap, env, str::FromStr, time::Duration};
 
@@ -12,7 +12,7 @@ use crate::{
     site::{Client, Lasts, Load, Measured, Running, Site, Started},
 };
 
-/// What is measured, as a row of the report.
+/// A measured value, which is a row of the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Figure {
     Connections,
@@ -38,25 +38,25 @@ pub(crate) enum Figure {
     Failures,
 }
 
-/// All values of a figure of a contender, one for each round.
+/// All values of each figure of each contender, one per round.
 pub(crate) type Samples = BTreeMap<(Figure, Contender), Vec<f64>>;
 
-/// Connections that idle while memory is measured.
+/// Number of idle connections while memory is measured.
 pub(crate) const IDLE: usize = 5_000;
-/// How long they idle before that: what is given back after a while is given back by then.
+/// How long they idle before the measurement: memory that is released after a while is released by then.
 const IDLE_TIME: Duration = Duration::from_secs(4);
 
 pub(crate) const CONNECT: Load = Load { kind: Kind::Connect, connections: 16, rate: 0.0 };
 pub(crate) const REQUEST: Load = Load { kind: Kind::Request, connections: 32, rate: 0.0 };
 const BULK: Load = Load { kind: Kind::Bulk, connections: 4, rate: 0.0 };
 const ONE: Load = Load { kind: Kind::Request, connections: 1, rate: 0.0 };
-/// A small load, of which it is asked what its neighbours do to it.
+/// A small load, to measure how neighbours affect it.
 pub(crate) const SMALL: Load = Load { kind: Kind::Paced, connections: 8, rate: 1_000.0 };
 const FLOOD: Load = Load { kind: Kind::Connect, connections: 64, rate: 0.0 };
-/// The part of HAProxy's own maximum at which latency under load is measured.
+/// The fraction of HAProxy's own maximum at which latency under load is measured.
 const PACE: f64 = 0.7;
 
-/// A value of the environment.
+/// A setting from the environment.
 pub(crate) fn setting<T: FromStr>(name: &str, default: T) -> Result<T> {
     match env::var(name) {
         Err(_) => Ok(default),
@@ -84,7 +84,7 @@ pub(crate) fn run() -> Result<()> {
     Report::new(&setting, &contenders, &samples)?.write()
 }
 
-/// One contender, one kind of work, for a profiler to look at.
+/// Runs one contender with one kind of work, for a profiler.
 pub(crate) fn one(name: &str, kind: &str) -> Result<()> {
     let contender = Contender::ALL.into_iter().find(|c| c.name().eq_ignore_ascii_case(name));
     let contender = contender.with_context(|| format!("{name:?} is no contender"))?;
@@ -135,11 +135,11 @@ pub(crate) fn one(name: &str, kind: &str) -> Result<()> {
     Ok(())
 }
 
-/// Who disturbs a small load: which client, with what. Another consumer: in one control group the kernel would have both share what the
-/// group gets, and the faster the bulk, the longer the small requests of its own client would wait.
+/// The neighbours of a small load: the client and its load. It is another consumer: within one control group the kernel
+/// would divide the group's share, and the faster the bulk, the longer the small requests of the same client would wait.
 const BESIDE: [(Client, Load); 2] = [(Client::Second, BULK), (Client::Second, FLOOD)];
 
-/// Measures a load, beside a neighbour that is there the whole time, and what that one did.
+/// Measures a load next to a neighbour that is active the whole time. Returns the neighbour's results too.
 fn beside(
     site: &Site,
     started: &Started,
@@ -149,8 +149,8 @@ fn beside(
 ) -> Result<(Measured, Option<Done>)> {
     for _ in 0..ATTEMPTS {
         let measured = site.start(Client::First, load, started, Lasts::For(time))?;
-        // Second, while the first is warming up: where all processors are busy with bulk, it can take a minute until another process
-        // has begun.
+        // Started second, while the first one warms up: if all processors are busy with bulk, it can take a minute until
+        // another process starts.
         let neighbour = neighbour
             .map(|(client, load)| site.start(client, load, started, Lasts::UntilTold(LONGEST)))
             .transpose()?;
@@ -164,7 +164,7 @@ fn beside(
     bail!("{ATTEMPTS} times the neighbour had ended before the measured load did")
 }
 
-/// A neighbour is told to end before.
+/// Maximum time of a neighbour, which is normally ended before.
 const LONGEST: Duration = Duration::from_secs(20);
 const ATTEMPTS: usize = 5;
 
@@ -176,7 +176,7 @@ fn units_per_second(done: &Done) -> f64 {
     done.units as f64 / done.time
 }
 
-/// What each holds when it has just started, and for connections that idle. On a host of its own, with fresh processes.
+/// Measures the memory of each after its start, and for idle connections. On a separate host, with new processes.
 fn memory(contenders: &[Contender], rounds: usize, samples: &mut Samples) -> Result<()> {
     let site = Site::open(contenders)?;
     for round in 1..=rounds {
@@ -212,7 +212,7 @@ fn memory(contenders: &[Contender], rounds: usize, samples: &mut Samples) -> Res
     Ok(())
 }
 
-/// Everything else. Returns the rate of the paced load.
+/// Measures everything else. Returns the rate of the paced load.
 fn speed(
     contenders: &[Contender],
     rounds: usize,
@@ -228,7 +228,7 @@ fn speed(
     println!("the paced load is {rate} requests a second");
     for round in 1..=rounds {
         for n in 0..started.len() {
-            // Another one begins each round.
+            // Another one comes first in each round.
             let started = &started[(n + round) % started.len()];
             println!("speed, round {round} of {rounds}: {}", started.contender.name());
             one_round(&site, started, rate, time, samples)
@@ -275,7 +275,7 @@ fn one_round(
     add(Figure::P99, one.p99);
     add(Figure::P99Paced, measure(Load { rate, ..REQUEST_PACED }, None)?.0.done.p99);
 
-    // What a neighbour did is a figure, too: one that is held up disturbs nobody.
+    // The neighbour's speed is a figure too: a neighbour that is slowed down disturbs less.
     let [bulk, flood] = BESIDE;
     let (small, disturbed) = measure(SMALL, Some(bulk))?;
     add(Figure::P99BesideBulk, small.done.p99);

@@ -1,6 +1,6 @@
-//! A host of ten thousand consumers that has no container: an engine that only says that they run, a real etcd with their
-//! services, and the real program between them. `bench scale` prints what a start, a change, memory and a scrape cost, for
-//! hosts of growing size.
+//! Simulates a host of ten thousand consumers without containers: an engine that only reports them, a real etcd with their
+//! services, and the real embassy. `bench scale` prints what a start, a change, memory and a scrape cost, for hosts of
+//! increasing size.
 
 use std::{
     fmt::Write as _,
@@ -15,17 +15,17 @@ use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 use testbed::{Embassy, FakeEngine, Host, eventually};
 
-/// Bindings of each consumer, and endpoints of each service; there are as many services as consumers.
+/// Number of bindings of each consumer, and of endpoints of each service. There are as many services as consumers.
 const BINDINGS: usize = 10;
 const ENDPOINTS: usize = 10;
-/// Changes of each kind that are measured.
+/// Number of changes of each kind that are measured.
 const CHANGES: usize = 20;
-/// How long the largest host may take for anything.
+/// Timeout of anything on the largest host.
 const LONG: Duration = Duration::from_secs(600);
-/// The VIP, and where the endpoints are that answer.
+/// The VIP, and the addresses of the endpoints that answer.
 const VIP: &str = "172.17.0.1";
 const SERVERS: [(&str, &str); 2] = [("10.99.0.1:7001", "a"), ("10.99.0.1:7002", "b")];
-/// The service whose endpoints change, and the port on which everybody asks for it.
+/// The service whose endpoints change, and the port on which all consumers declare it.
 const PROBED: &str = "/scale/probed";
 const PORT: u16 = 6000;
 
@@ -43,7 +43,7 @@ const HEADER: &str = "\
 | consumers | routes | endpoints | start s | CPU s | endpoint changed ms | consumer came ms | consumer went ms | table ms | rules ms | CPU ms a change | resident MiB | scrape ms | scrape MB |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|";
 
-/// A host, its engine that is none, and embassy.
+/// A host with a fake engine, and embassy.
 struct Simulation {
     consumers: usize,
     embassy: Embassy,
@@ -94,7 +94,7 @@ impl Simulation {
         });
         let socket = format!("-docker=unix://{}", engine.socket().display());
         let begun = Instant::now();
-        // Without the hold, which would have a consumer that went wait until it is over.
+        // Without the hold, because a removed consumer's connections would wait for its end.
         let etcd = "-discovery=etcd://127.0.0.1:2379";
         let flags =
             ["--dnat", "--hold=0", "--state-dir=off", "--max-services=100000", etcd, &socket];
@@ -104,7 +104,7 @@ impl Simulation {
         Ok(Self { consumers, embassy, engine, host, place, _servers: servers, started_in, runtime })
     }
 
-    /// A row of the table.
+    /// Measures a row of the table.
     fn measure(mut self) -> Result<String> {
         let start_cpu = self.cpu()?;
         let at_start = Stages::read(&self.embassy)?;
@@ -143,7 +143,7 @@ impl Simulation {
         Ok(row)
     }
 
-    /// How long after a write to etcd a new connection reaches the other endpoint, in milliseconds.
+    /// The time from a write to etcd until a new connection reaches the other endpoint, in ms.
     fn endpoint_changes(&self) -> Result<Vec<f64>> {
         let mut follower = self.follow(0)?;
         let mut times = Vec::new();
@@ -164,7 +164,7 @@ impl Simulation {
         Ok(times)
     }
 
-    /// How long after the engine says so a consumer that came is served, and one that went is not, in milliseconds.
+    /// The time from the engine's event until a new consumer is served, and until a removed one is not served, in ms.
     fn consumers_change(&self) -> Result<(Vec<f64>, Vec<f64>)> {
         let n = self.consumers;
         let mut follower = self.follow(n)?;
@@ -188,7 +188,7 @@ impl Simulation {
         Ok((came, went))
     }
 
-    /// A client that dials from a consumer's address, again and again.
+    /// A client that connects from a consumer's address, again and again.
     fn follow(&self, consumer: usize) -> Result<Follower> {
         let program = std::env::current_exe().context("find the running program")?;
         let pid = self.host.run("pgrep", ["-f", "^sleep 3600"])?;
@@ -200,7 +200,7 @@ impl Simulation {
         Ok(Follower { child, said })
     }
 
-    /// Seconds of processor time that embassy has used.
+    /// CPU time of embassy in seconds.
     fn cpu(&self) -> Result<f64> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.embassy.pid()))?;
         let fields: Vec<_> =
@@ -216,7 +216,7 @@ impl Simulation {
         Ok(kib / 1024.0)
     }
 
-    /// Milliseconds and bytes of a scrape: the median of five.
+    /// Duration in ms and size in bytes of a scrape: the median of five.
     fn scrape(&self) -> Result<(f64, usize)> {
         let (mut times, mut size) = (Vec::new(), 0);
         for _ in 0..5 {
@@ -232,7 +232,7 @@ impl Simulation {
     }
 }
 
-/// What the stages of all changes took so far, by embassy's own metrics.
+/// The total time of each stage of all changes so far, from embassy's own metrics.
 struct Stages {
     table: Total,
     rules: Total,
@@ -261,20 +261,20 @@ struct Total {
 }
 
 impl Total {
-    /// Milliseconds of each one since then.
+    /// Mean duration in ms since `before`.
     fn mean_since(&self, before: &Self) -> f64 {
         (self.seconds - before.seconds) * 1e3 / (self.count - before.count).max(1.0)
     }
 }
 
-/// The client in the consumers' place, seen from here.
+/// The client in the consumers' namespace.
 struct Follower {
     child: Child,
     said: BufReader<std::process::ChildStdout>,
 }
 
 impl Follower {
-    /// Waits until the client meets this; the moment, in milliseconds.
+    /// Waits until the client meets this. Returns the time in ms.
     fn until(&mut self, met: &str) -> Result<f64> {
         loop {
             let mut line = String::new();
@@ -293,18 +293,18 @@ impl Follower {
     }
 }
 
-/// `bench scale-serve ADDRESS TEXT`: says the text to everybody who connects.
+/// `bench scale-serve ADDRESS TEXT`: sends the text on every connection.
 pub(crate) fn serve(address: &str, text: &str) -> Result<()> {
     let listener = TcpListener::bind(address).with_context(|| format!("listen at {address}"))?;
     for client in listener.incoming() {
-        // A client that has left again is none.
+        // A client that has already gone is ignored.
         let _ = client.and_then(|mut client| client.write_all(text.as_bytes()));
     }
     Ok(())
 }
 
-/// `bench scale-put`: writes each line of its input into etcd, as the only endpoint of the service that is probed. By etcd's
-/// JSON gateway (etcd.io/docs/v3.4/dev-guide/api_grpc_gateway), on one connection.
+/// `bench scale-put`: writes each line of its input into etcd, as the only endpoint of the probed service. Uses etcd's JSON
+/// gateway (etcd.io/docs/v3.4/dev-guide/api_grpc_gateway) on one connection.
 pub(crate) fn put() -> Result<()> {
     let etcd = TcpStream::connect("127.0.0.1:2379").context("etcd")?;
     etcd.set_nodelay(true)?;
@@ -330,7 +330,7 @@ pub(crate) fn put() -> Result<()> {
     Ok(())
 }
 
-/// RFC 4648, section 4.
+/// Base64 (RFC 4648, section 4).
 fn base64(bytes: &[u8]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::new();
@@ -345,8 +345,8 @@ fn base64(bytes: &[u8]) -> String {
     text
 }
 
-/// `bench scale-follow TARGET SOURCE`: dials again and again, and prints what it met, and when, whenever that is another
-/// thing than before. Ends with who reads it, and after ten minutes at the latest.
+/// `bench scale-follow TARGET SOURCE`: connects again and again, and prints what it met, with the time, whenever this
+/// changes. Ends with its reader, and after ten minutes at the latest.
 pub(crate) fn follow(target: &str, source: &str) -> Result<()> {
     let target: SocketAddr = target.parse().context("TARGET: an address and a port")?;
     let source: IpAddr = source.parse().context("SOURCE: an address")?;
@@ -383,7 +383,7 @@ fn dial(target: SocketAddr, source: IpAddr) -> String {
     connect().unwrap_or_else(|_| "refused".to_owned())
 }
 
-/// A moment of the machine's monotonic clock, in milliseconds: the same for all processes.
+/// The machine's monotonic clock in ms, the same for all processes.
 fn now() -> f64 {
     let time = clock_gettime(ClockId::Monotonic);
     time.tv_sec as f64 * 1e3 + time.tv_nsec as f64 / 1e6
@@ -394,7 +394,7 @@ fn fill(host: &Host, services: usize) -> Result<()> {
     host.etcd()?.v3().put(&format!("{PROBED}/one"), SERVERS[0].0)?;
     let keys = (0..services).flat_map(|service| (0..ENDPOINTS).map(move |n| (service, n)));
     let keys: Vec<_> = keys.collect();
-    // As many operations as etcd takes in one transaction.
+    // As many operations as etcd accepts in one transaction.
     for batch in keys.chunks(128) {
         let mut script = "\n".to_owned();
         for (service, n) in batch {
@@ -411,7 +411,7 @@ fn fill(host: &Host, services: usize) -> Result<()> {
     Ok(())
 }
 
-/// The address of a consumer; the last one is that of who comes and goes.
+/// The address of a consumer. The last one is that of the consumer that is added and removed.
 fn address(n: usize) -> Ipv4Addr {
     Ipv4Addr::from(0xac11_0002 + u32::try_from(n).unwrap_or(0))
 }
@@ -420,7 +420,7 @@ fn id(n: usize) -> String {
     format!("{n:064x}")
 }
 
-/// A container that asks for the service that is probed, and for some of the others.
+/// A container with a binding for the probed service, and for some others.
 fn container(n: usize, consumers: usize) -> Value {
     let others = (1..BINDINGS).map(|b| {
         let service = (n * BINDINGS + b) % consumers;
@@ -440,7 +440,7 @@ fn container(n: usize, consumers: usize) -> Value {
     })
 }
 
-/// `median (least to most)`, in milliseconds.
+/// `median (lowest to highest)`, in ms.
 fn spread(mut times: Vec<f64>) -> String {
     let middle = median(&mut times);
     let (least, most) = (times.first().copied(), times.last().copied());

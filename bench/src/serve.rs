@@ -1,4 +1,5 @@
-//! The endpoint: answers messages, all on one thread so that it costs little beside what is measured, or sends without end.
+//! The endpoint: answers messages, all on one thread so that it costs little compared with what is measured, or sends
+//! endlessly.
 
 use std::{io::Write, net::Ipv4Addr};
 
@@ -8,27 +9,27 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-/// Where endpoints listen.
+/// The port on which endpoints listen.
 pub(crate) const PORT: u16 = 7000;
 
-/// Every message and every answer has this size.
+/// The size of every message and every answer in bytes.
 pub(crate) const MESSAGE: usize = 64;
 
-/// The first byte of a message says what is wanted.
+/// The first byte of a message selects the answer. This one: one answer.
 pub(crate) const ANSWER: u8 = b'a';
-/// An answer, and the end of the connection.
+/// One answer, and the end of the connection.
 pub(crate) const ANSWER_AND_CLOSE: u8 = b'c';
-/// Bytes until the client is gone.
+/// Bytes until the client has gone.
 pub(crate) const BULK: u8 = b'b';
 
-/// Serves for ever.
+/// Serves forever.
 pub(crate) fn run() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     runtime.block_on(async {
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)).await;
         let listener = listener.with_context(|| format!("listen on port {PORT}"))?;
         loop {
-            // An error here is one connection's: it was reset while it waited.
+            // The error is of one connection: it was reset while it waited.
             if let Ok((stream, _)) = listener.accept().await {
                 tokio::spawn(serve(stream));
             }
@@ -36,14 +37,14 @@ pub(crate) fn run() -> Result<()> {
     })
 }
 
-/// Until the client ends it, or breaks it.
+/// Serves a connection until the client ends or resets it.
 async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let mut message = [0; MESSAGE];
     loop {
         stream.read_exact(&mut message).await?;
         match message[0] {
-            // On a thread of its own: what is measured beside it must not wait for its turn here.
+            // On a separate thread: what is measured beside it must not wait for its turn here.
             BULK => return tokio::task::spawn_blocking(|| flood(stream)).await?,
             ANSWER_AND_CLOSE => return stream.write_all(&message).await,
             _ => stream.write_all(&message).await?,
@@ -51,7 +52,7 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
     }
 }
 
-/// Until the client is gone.
+/// Sends until the client has gone.
 fn flood(stream: TcpStream) -> std::io::Result<()> {
     let mut stream = stream.into_std()?;
     stream.set_nonblocking(false)?;

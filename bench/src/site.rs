@@ -1,4 +1,4 @@
-//! The Docker host that all of it runs on: two clients, two endpoints, and the capture of those who bring none.
+//! The Docker host for all measurements: two clients, two endpoints, and the capture rules for contenders that bring none.
 
 use std::{
     io::{BufRead, BufReader},
@@ -18,12 +18,12 @@ use crate::{
     serve,
 };
 
-/// What clients and endpoints run.
+/// The image of clients and endpoints.
 const IMAGE: &str = "bench";
 
-/// The same on every machine, and the one that every namespace may choose. Between containers of one host nothing is lost,
-/// and it does what Linux' default (cubic) does. A machine's own choice may pace what is sent (BBR), with a timer for nearly
-/// every packet: then it is timers that are measured.
+/// The same on every machine, and one that every namespace may choose. Between containers of one host nothing is lost, and
+/// it behaves as Linux' default (cubic). A machine's own choice may pace what is sent (BBR), with a timer for nearly every
+/// packet: then timers would be measured.
 const CONGESTION: &str = "net.ipv4.tcp_congestion_control=reno";
 
 pub(crate) struct Site {
@@ -33,29 +33,29 @@ pub(crate) struct Site {
     groups: Vec<Group>,
 }
 
-/// Which of the clients. The second one is the neighbour that disturbs the first.
+/// One of the clients. The second one is the neighbour that disturbs the first one.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Client {
     First,
     Second,
 }
 
-/// One client's work.
+/// The load of one client.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Load {
     pub(crate) kind: Kind,
     pub(crate) connections: usize,
-    /// Requests per second, where the kind has a rate.
+    /// Requests per second, if the kind has a rate.
     pub(crate) rate: f64,
 }
 
-/// What work cost, and what came of it.
+/// The results and the cost of a load.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Measured {
     pub(crate) done: Done,
-    /// The contender's processor time.
+    /// The contender's CPU time.
     pub(crate) own: Duration,
-    /// That of clients and endpoints too.
+    /// CPU time including clients and endpoints.
     pub(crate) whole: Duration,
 }
 
@@ -86,20 +86,20 @@ impl Site {
         let groups =
             servers.iter().chain(&clients).map(|c| Group::of(&host, c)).collect::<Result<_>>()?;
         host.run("sysctl", ["-qw", CONGESTION])?;
-        // Thousands of connections a second would fill connection tracking's table, and then nobody gets through.
+        // Thousands of connections per second would fill the connection tracking table, and then no connection works.
         host.run("sysctl", ["-qw", "net.netfilter.nf_conntrack_tcp_timeout_time_wait=1"])?;
         for container in servers.iter().chain(&clients) {
             let mut command = container.command("sysctl")?;
             testbed::output(command.args([
                 "-qw",
                 CONGESTION,
-                // Ports of one client to one address run out within seconds otherwise.
+                // Otherwise the ports of one client to one address run out within seconds.
                 "net.ipv4.tcp_tw_reuse=1",
                 "net.ipv4.ip_local_port_range=1024 65535",
             ]))?;
         }
         for server in &servers {
-            // Only now: a socket keeps what it was made with.
+            // Only now, because a socket keeps the settings from its creation.
             host.docker(["exec", "--detach", server.id(), "bench", "serve"])?;
         }
         host.run("sysctl", ["-qw", "net.ipv4.ip_local_port_range=20000 65535"])?;
@@ -108,7 +108,7 @@ impl Site {
         Ok(site)
     }
 
-    /// The rules of everybody but embassy, which writes its own: of the same form, and at the same place.
+    /// The rules for all contenders except embassy, which writes its own: of the same form, and at the same place.
     fn capture(&self, contenders: &[Contender]) -> Result<()> {
         let sources = self.clients.iter().map(Container::ip).collect::<Result<Vec<Ipv4Addr>>>()?;
         let mut rules = String::new();
@@ -139,7 +139,7 @@ impl Site {
         self.host.run("nft", ["-f", &file.display().to_string()]).map(drop)
     }
 
-    /// Starts work by way of a contender, and does not wait for it.
+    /// Starts a load through a contender, without waiting for it.
     pub(crate) fn start(
         &self,
         client: Client,
@@ -148,7 +148,7 @@ impl Site {
         lasts: Lasts,
     ) -> Result<Running> {
         let targets: Vec<_> = by.targets.iter().map(SocketAddr::to_string).collect();
-        // In the container's network and control group, and where it can see what the groups have used.
+        // In the container's network and control group, in a place from which it can read the groups' usage.
         let client = client as usize;
         let mut command = self.groups[self.endpoints.len() + client].command(&self.host);
         command.args(["nsenter", "--net", "--target", &self.clients[client].pid()?.to_string()]);
@@ -174,24 +174,24 @@ impl Site {
     }
 }
 
-/// How long work is done.
+/// How long a load lasts.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Lasts {
     For(Duration),
-    /// [`Running::tell`] ends it, if it has not lasted so long by then.
+    /// Until [`Running::tell`], but at most this long.
     UntilTold(Duration),
 }
 
-/// A client at work.
+/// A running client.
 pub(crate) struct Running {
     child: Child,
     lines: BufReader<std::process::ChildStdout>,
-    /// Whether the first of the groups that are counted is a proxy's.
+    /// Whether the first counted group is a proxy's.
     of_proxy: bool,
 }
 
 impl Running {
-    /// Waits until the measured time begins.
+    /// Waits for the start of the measured time.
     pub(crate) fn begun(mut self) -> Result<Self> {
         match self.line()? {
             line if line == BEGIN => Ok(self),
@@ -199,7 +199,7 @@ impl Running {
         }
     }
 
-    /// Waits for the end of one that has begun.
+    /// Waits for the end. The measured time must have started.
     pub(crate) fn wait(mut self) -> Result<Done> {
         let line = self.line()?;
         let done =
@@ -208,7 +208,7 @@ impl Running {
         Ok(done)
     }
 
-    /// The whole work, and what it took.
+    /// Waits for the end. Returns the results and the cost.
     pub(crate) fn measure(self) -> Result<Measured> {
         let of_proxy = self.of_proxy;
         let done = self.begun()?.wait()?;
@@ -217,7 +217,7 @@ impl Running {
         Ok(Measured { done, own: Duration::from_secs_f64(own), whole })
     }
 
-    /// Ends work that lasts until it is told.
+    /// Ends a load that lasts until it is told.
     pub(crate) fn tell(self) -> Result<Done> {
         let mut running = self.begun()?;
         drop(running.child.stdin.take());
@@ -231,13 +231,13 @@ impl Running {
     }
 }
 
-/// A contender that runs.
+/// A running contender.
 #[derive(Debug)]
 pub(crate) struct Started {
     pub(crate) contender: Contender,
-    /// `None` where the kernel does the work, or another contender's process.
+    /// `None` if the kernel does the work, or another contender's process.
     pub(crate) process: Option<Process>,
-    /// What the contender's own processor time is counted by.
+    /// The group that counts the contender's own CPU time.
     pub(crate) group: Option<Group>,
     pub(crate) targets: Vec<SocketAddr>,
 }

@@ -10,7 +10,7 @@ use crate::{
     site::{Client, Lasts, Site},
 };
 
-/// Growth between the first minute and the end that is still called none.
+/// Growth between the first minute and the end that is tolerated, in bytes.
 const SLACK: u64 = 2 * 1024 * 1024;
 
 pub(crate) fn run() -> Result<()> {

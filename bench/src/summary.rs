@@ -1,6 +1,6 @@
-//! What rounds amount to.
+//! Summarises rounds.
 
-/// The median of several rounds, with the least and the most.
+/// The median of several rounds, with the lowest and the highest value.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Summary {
     pub(crate) median: f64,
@@ -9,7 +9,7 @@ pub(crate) struct Summary {
 }
 
 impl Summary {
-    /// `None` where there is nothing.
+    /// `None` if there are no values.
     pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut sorted: Vec<f64> = values.into_iter().collect();
         sorted.sort_by(f64::total_cmp);

@@ -1,9 +1,9 @@
 //! Access control of the API: reading and changing.
 //!
-//! Every client that reaches the listener may read, except web pages in a browser. A page can make its own host name resolve
-//! to this listener (DNS rebinding), so the request's Host header must name this listener. A page of another origin cannot read
-//! an answer, but it can cause work and measure times, so what a browser says of such a page's request is refused. Changes need the Unix socket,
-//! whose file mode grants access, or the token.
+//! Every client that reaches the listener may read, except web pages in a browser. A page can make its own host name
+//! resolve to this listener (DNS rebinding), so the request's Host header must name this listener. A page of another origin
+//! cannot read an answer, but it can cause work and measure times, so requests that a browser marks as coming from such a
+//! page are refused. Changes need the Unix socket, whose file mode grants access, or the token.
 
 #![expect(clippy::disallowed_methods, reason = "a thread of its own reads the token file")]
 
@@ -50,7 +50,7 @@ impl Access {
         Self::Tcp { bound, token_file, name }
     }
 
-    /// Whether a request with this Host header is meant for this listener.
+    /// Whether a request with this Host header is for this listener.
     fn is_named(&self, host: &str) -> bool {
         let Self::Tcp { bound, name, .. } = self else { return true };
         let host = without_port(host);
@@ -66,13 +66,13 @@ impl Access {
         }
     }
 
-    /// Whether a request is meant for this listener, and does not come from a web page of another origin.
+    /// Whether a request is for this listener, and does not come from a web page of another origin.
     pub(super) fn is_own(&self, headers: &HeaderMap) -> bool {
         self.is_named(text(headers, header::HOST.as_str())) && self.foreign(headers).is_none()
     }
 
-    /// The header by which a browser says that a page of another origin makes this request. Without such a header, other programs
-    /// ask, or embassy's own page.
+    /// The header by which a browser says that a page of another origin makes this request. `None` for requests of other
+    /// programs and of embassy's own page.
     fn foreign(&self, headers: &HeaderMap) -> Option<String> {
         // Browsers cannot connect to a Unix socket.
         let Self::Tcp { .. } = self else { return None };
@@ -143,7 +143,7 @@ pub(super) async fn check(
         };
     let headers = response.headers_mut();
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    // No page of another origin may embed an answer, or keep hold of the dashboard's window.
+    // A page of another origin can neither embed an answer nor keep a reference to the dashboard's window.
     for (name, value) in [
         ("cross-origin-resource-policy", "same-origin"),
         ("cross-origin-opener-policy", "same-origin"),
@@ -181,7 +181,8 @@ async fn refusal(
     None
 }
 
-/// How a browser says which site's page makes a request, for what, and what it does with the answer (w3.org/TR/fetch-metadata).
+/// Headers in which a browser names the site whose page makes a request, its mode and its destination
+/// (w3.org/TR/fetch-metadata).
 const SITE: &str = "sec-fetch-site";
 const MODE: &str = "sec-fetch-mode";
 const DESTINATION: &str = "sec-fetch-dest";
@@ -191,31 +192,31 @@ fn is_probe(path: &str) -> bool {
     matches!(path, "/healthz" | "/readyz")
 }
 
-/// Whether the dashboard is opened by a link on another page, which cannot read it then.
+/// Whether a link on another page opens the dashboard. That page cannot read it.
 fn is_link(path: &str, method: &Method, headers: &HeaderMap) -> bool {
     let opens = text(headers, MODE) == "navigate" && text(headers, DESTINATION) == "document";
     path == "/" && *method == Method::GET && opens
 }
 
-/// A header as text, or nothing.
+/// A header as text. Empty if it is missing.
 fn text<'a>(headers: &'a HeaderMap, name: &str) -> &'a str {
     headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
 }
 
-/// Reads of the token file at a time: a file system that hangs keeps one thread for each.
+/// Limits concurrent reads of the token file: a hanging file system keeps one thread for each.
 static READS: Semaphore = Semaphore::const_new(2);
-/// How long a read may take.
+/// Timeout of a read.
 const READ: Duration = Duration::from_secs(1);
-/// The size of the longest token.
+/// Maximum length of a token in bytes.
 const LONGEST: u64 = 4096;
 
-/// The contents of the token file, read by a thread of its own: a file on a network that is down must not stop the API.
+/// The contents of the token file, read by a separate thread: a network file system that is down must not stop the API.
 async fn read_token(file: PathBuf) -> Option<String> {
     let reading = async {
         let turn = READS.acquire().await.ok()?;
         let read = move || {
             let _turn = turn;
-            // To open a pipe would wait for its writer.
+            // Opening a pipe would wait for its writer.
             fs::metadata(&file).ok().filter(|file| file.is_file())?;
             let mut token = String::new();
             fs::File::open(&file).ok()?.take(LONGEST).read_to_string(&mut token).ok()?;
@@ -309,7 +310,7 @@ mod tests {
         ] {
             assert!(!refused(&tcp, "/v1/status", own).await, "{own:?}");
         }
-        // A link on another page opens the dashboard, and nothing else.
+        // A link on another page can open the dashboard, and no other path.
         assert!(!refused(&tcp, "/", &link).await);
         assert!(refused(&tcp, "/v1/status", &link).await);
     }
@@ -338,7 +339,7 @@ mod tests {
         assert!(!access.may_change(&HeaderMap::new()).await);
     }
 
-    /// A pipe that nobody writes to, which takes the reader for ever.
+    /// A pipe without a writer, which blocks the reader forever.
     #[tokio::test]
     async fn a_token_file_that_hangs_is_no_token() {
         let folder = tempfile::tempdir().unwrap();

@@ -33,13 +33,13 @@ pub struct Feeds {
     pub readiness: Readiness,
     pub metrics: Arc<Registry>,
     pub tables: watch::Receiver<Arc<Table>>,
-    /// Which path each route takes.
+    /// The path of each route.
     pub paths: watch::Receiver<Paths>,
     pub sources: watch::Receiver<Sources>,
     pub figures: Figures,
     /// `None` if the user's own rules capture.
     pub capture: Option<Arc<capture::CaptureCounts>>,
-    /// What is known of those.
+    /// The user's own rules, as far as they are known.
     pub own_rules: watch::Receiver<OwnRules>,
     pub events: Events,
     /// Requests a resync of every source.
@@ -58,7 +58,7 @@ pub struct Constants {
     /// `--hold`
     pub hold: Duration,
     pub instance: Instance,
-    /// With `--redirect`: embassy's own addresses, which capture like VIPs.
+    /// With `--redirect`: embassy's own addresses, which are captured like VIPs.
     pub own: Vec<IpAddr>,
     /// The servers of each discovery that are given by address.
     pub servers: Vec<(Arc<str>, SocketAddr)>,
@@ -79,7 +79,7 @@ pub(super) struct Context {
 }
 
 impl Feeds {
-    /// Everything that is judged, at this moment.
+    /// All facts from which states are decided, as of now.
     pub(super) fn situation(&self) -> Situation {
         self.read(true)
     }
@@ -155,7 +155,8 @@ impl Feeds {
 }
 
 impl Feeds {
-    /// What to do if a rule of the user's own leads embassy's connections to a server of this discovery back to embassy.
+    /// The fix if one of the user's rules redirects embassy's own connections to a server of this discovery back to
+    /// embassy.
     fn led_back(&self, via: &str) -> Option<String> {
         let rules = self.own_rules.borrow();
         let servers = self.constants.servers.iter().filter(|(of, _)| **of == *via);
@@ -181,7 +182,7 @@ fn provider(sources: &Sources, now: Instant) -> SourceReading {
     let skipped = problems.map(|p| format!("{} {}: {}", p.consumer, p.origin, p.reason));
     let skipped = skipped.collect();
     let mut reading = SourceReading::of(PROVIDER.to_owned(), &known, None, skipped, now);
-    // The table was made from saved data.
+    // The table was built from saved data.
     if reading.state == SourceState::Down && known.value.is_none() && sources.listing.is_some() {
         reading.used = Used::Kept(None);
     }

@@ -5,14 +5,14 @@ use std::sync::LazyLock;
 use axum::{http::header, response::IntoResponse};
 use ring::digest::{SHA256, digest};
 
-/// What the style element contains.
+/// The content of the style element.
 macro_rules! style {
     () => {
         concat!("\n", include_str!("dashboard/style.css"))
     };
 }
 
-/// What the script element contains.
+/// The content of the script element.
 macro_rules! script {
     () => {
         concat!(
@@ -38,8 +38,8 @@ const PAGE: &str = concat!(
     "</script>\n</body>\n</html>\n",
 );
 
-/// Only this style and this script are used: text that got into the page by a fault of ours is not run
-/// (w3.org/TR/CSP3, "script-src").
+/// Only this style and this script may be used: text that gets into the page by a bug of ours is not run (w3.org/TR/CSP3,
+/// "script-src").
 static POLICY: LazyLock<String> = LazyLock::new(|| {
     format!(
         "default-src 'none'; style-src {}; script-src {}; connect-src 'self'; img-src data:; base-uri 'none'; \
@@ -58,12 +58,12 @@ pub(super) async fn dashboard() -> impl IntoResponse {
     (headers, PAGE)
 }
 
-/// An element's content, as a policy names it.
+/// The hash of an element's content, as a content security policy has it.
 fn source(content: &str) -> String {
     format!("'sha256-{}'", base64(digest(&SHA256, content.as_bytes()).as_ref()))
 }
 
-/// RFC 4648, section 4.
+/// Base64 (RFC 4648, section 4).
 fn base64(bytes: &[u8]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::new();

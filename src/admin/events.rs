@@ -1,4 +1,4 @@
-//! What changes, as it happens: server-sent events (html.spec.whatwg.org/multipage/server-sent-events.html).
+//! Streams changes as server-sent events (html.spec.whatwg.org/multipage/server-sent-events.html).
 
 use std::convert::Infallible;
 
@@ -55,7 +55,7 @@ impl Listener {
         }
         let event = self.events.next().await?;
         self.missed = matches!(*event, Event::Missed { .. });
-        // An event has only text and numbers, so serializing it cannot fail.
+        // An event contains only text and numbers, so serializing it cannot fail.
         let event = serde_json::to_string(&api::Event::from(&*event)).ok()?;
         let event = sse::Event::default().data(visible_json(&event));
         Some((Ok(event), self))

@@ -1,4 +1,4 @@
-//! Where a consumer's connections to a port go, and why.
+//! Explains where a consumer's connections to a port go, and why.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -33,7 +33,7 @@ pub(super) fn explain(feeds: &Feeds, wanted: &str, port: u16) -> api::Explain {
     routes.sort_by_key(|route| route.key);
     let causes = situation.of_port(wanted, port, &consumers, &routes);
     let bindings = situation.bindings(is_one);
-    // Those that do not parse are known by their consumer's name alone, and may be of this port if they show none.
+    // Invalid descriptors are known only by their consumer's name. They may be for this port if they contain no port.
     let of_port = bindings.iter().filter(|binding| {
         let consumer = binding.consumer();
         let is_its = **consumer == *wanted || consumers.iter().any(|one| one.name == *consumer);

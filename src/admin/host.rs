@@ -1,4 +1,4 @@
-//! The host's resources, as far as the process uses them, from `/proc`. A value that cannot be read is `None`.
+//! The host's resources that the process uses, from `/proc`. A value that cannot be read is `None`.
 
 #![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
 
@@ -38,7 +38,7 @@ pub(super) fn host() -> api::Host {
     }
 }
 
-/// Use and limit of connection tracking.
+/// The use and limits of the resources that are judged.
 pub(super) fn in_use(host: &api::Host) -> HostUse {
     let of = |used: Option<u64>, limit: Option<u64>| {
         used.zip(limit).map(|(used, limit)| Use { used, limit })
@@ -50,8 +50,8 @@ pub(super) fn in_use(host: &api::Host) -> HostUse {
     }
 }
 
-/// Open descriptors. Since Linux 6.2 the size of the directory is their number (Documentation/filesystems/proc.rst, 3.1);
-/// before, it is 0, and they are counted.
+/// The number of open descriptors. Since Linux 6.2 it is the size of the directory (Documentation/filesystems/proc.rst,
+/// 3.1). Before, the size is 0, and the entries are counted.
 fn descriptors() -> Option<u64> {
     const ALL: &str = "/proc/self/fd";
     match fs::metadata(ALL).ok()?.len() {
@@ -65,13 +65,13 @@ fn number(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
-/// The second field of `statm`, in pages (man 5 proc).
+/// The resident memory: the second field of `statm`, in pages (man 5 proc).
 fn resident(statm: &str) -> Option<u64> {
     let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
     Some(pages * page_size() as u64)
 }
 
-/// Fields 14 and 15 of `stat`, in ticks. The name, field 2, may hold spaces and parentheses.
+/// The CPU time: fields 14 and 15 of `stat`, in ticks. Field 2, the name, may contain spaces and parentheses.
 fn cpu(stat: &str) -> Option<f64> {
     let (_, rest) = stat.rsplit_once(") ")?;
     let mut fields = rest.split_whitespace().skip(11);
@@ -82,7 +82,7 @@ fn cpu(stat: &str) -> Option<f64> {
     Some(view::seconds(time))
 }
 
-/// Field 22 of `stat`, in ticks since the `btime` of `/proc/stat`.
+/// The start time: field 22 of `stat`, in ticks since the `btime` of `/proc/stat`.
 fn started(stat: &str, boot: &str) -> Option<f64> {
     let (_, rest) = stat.rsplit_once(") ")?;
     let ticks: u64 = rest.split_whitespace().nth(19)?.parse().ok()?;

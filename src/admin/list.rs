@@ -1,4 +1,4 @@
-//! Lists: filtered, in a stable order, one page at a time.
+//! Lists: filtered, in a stable order, and in pages.
 
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -65,7 +65,7 @@ impl Wanted {
         S::of(text).map(Some).ok_or_else(wrong)
     }
 
-    /// Refuses the filter `consumer` for a list whose entries do not belong to a consumer.
+    /// Refuses the filter `consumer` for a list whose entries belong to no consumer.
     pub(super) fn of_nobody(&self, list: &str) -> Result<(), Refusal> {
         match self.consumer {
             None => Ok(()),

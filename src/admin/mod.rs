@@ -51,7 +51,7 @@ pub struct Admin {
     socket: OwnedFd,
 }
 
-/// A listening socket that nobody serves yet.
+/// A listening socket that is not served yet.
 #[derive(Debug)]
 pub struct Listening {
     socket: OwnedFd,
@@ -65,7 +65,7 @@ enum Listener {
 }
 
 impl Listening {
-    /// Listens. `inherited`: by the socket of another process that listens at the same address.
+    /// Listens. `inherited`: the socket of another process that listens at the same address.
     pub fn open(at: &config::Admin, inherited: Option<OwnedFd>) -> io::Result<Self> {
         match at {
             config::Admin::Tcp(address) => {
@@ -96,7 +96,7 @@ impl Listening {
 }
 
 impl Listening {
-    /// The address is this process's now, if another one handed the socket over.
+    /// Makes the address this process's own, if another process handed the socket over.
     pub fn claim(&mut self) {
         if let Listener::Unix(_, _, file) = &mut self.listener {
             file.claim();
@@ -105,7 +105,7 @@ impl Listening {
 }
 
 impl Admin {
-    /// Starts to serve. `token_file` has the token that changes over TCP need.
+    /// Starts to serve. `token_file` contains the token that changes via TCP need.
     pub fn start(
         listening: Listening,
         token_file: Option<PathBuf>,
@@ -138,12 +138,12 @@ impl Admin {
         }
     }
 
-    /// The listening socket, for another process.
+    /// The listening socket, to hand over to another process.
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
-    /// Ends this API. Its listening socket is another process's.
+    /// Ends this API. Its listening socket now belongs to another process.
     pub fn leave(mut self) {
         if let Some(file) = &mut self.file {
             file.leave();
@@ -157,7 +157,7 @@ impl Drop for Admin {
     }
 }
 
-/// Serves all calls, and beyond the limit of connections those for health checks.
+/// Serves all calls. Beyond the connection limit, serves only those for health checks.
 fn serving(
     listener: impl serve::Listener + Send + Sync + 'static,
     context: Context,

@@ -36,7 +36,7 @@ use super::{changes, events, probes, v1};
 )]
 struct Description;
 
-/// The token that changes over TCP need.
+/// The token that changes via TCP need.
 struct Token;
 
 impl Modify for Token {
@@ -46,7 +46,7 @@ impl Modify for Token {
         components.add_security_scheme("token", bearer);
         for item in description.paths.paths.values_mut() {
             for call in [&mut item.put, &mut item.post].into_iter().flatten() {
-                // Either of them: over the Unix socket no token is needed.
+                // Either is enough: on the Unix socket no token is needed.
                 let none = SecurityRequirement::default();
                 let token = SecurityRequirement::new("token", [""; 0]);
                 call.security = Some(vec![token, none]);

@@ -48,7 +48,7 @@ pub(super) async fn readyz(
     State(context): State<Context>,
     headers: HeaderMap,
 ) -> impl IntoResponse {
-    // Everybody may know whether, and not everybody what it waits for.
+    // Every client may know whether embassy is ready, but not every client for which sources it waits.
     let names = |awaited: &Awaited| match context.access.is_own(&headers) {
         true => awaited.sources.clone(),
         false => Vec::new(),

@@ -1,4 +1,4 @@
-//! Logs when embassy becomes ready, and when it is not ready any more: by the judgement of `/readyz` and `embassy status`.
+//! Logs when embassy becomes ready, and when it is no longer ready, by the same decision as `/readyz` and `embassy status`.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -11,20 +11,21 @@ use tracing::{info, warn};
 use super::context::Feeds;
 use crate::judgement::{Situation, Verdict};
 
-/// Longest time between two looks: an address of this host may go without any other change.
+/// Maximum time between two checks: an address of this host may disappear without any other change.
 const LOOK: Duration = Duration::from_secs(5);
-/// Pause before a look after a change: while embassy is ready, and while it is not. What is lost for less than a second is
+/// Pause between a change and the next check: while embassy is ready, and while it is not. A loss of less than a second is
 /// logged by the part that restores it.
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_millis(50)];
 
-/// What is to be logged.
+/// A change to log.
 #[derive(Debug, PartialEq, Eq)]
 enum News {
     Ready,
     NotReady { waiting_for: String, reason: String },
 }
 
-/// The news, if readiness is not what was logged last. Parts of the start that are awaited are logged as they become ready.
+/// The change to log, if readiness differs from what was logged last. At the start, each part is logged when it becomes
+/// ready.
 fn news(was_ready: Option<bool>, situation: &Situation) -> Option<News> {
     let awaited = situation.awaited();
     match (awaited.is_empty(), was_ready) {
@@ -114,7 +115,7 @@ mod tests {
         assert_eq!(news(None, &ready), Some(News::Ready));
         assert_eq!(news(Some(false), &ready), Some(News::Ready));
         assert_eq!(news(Some(true), &ready), None);
-        // The start: each part that becomes ready is logged by itself.
+        // The start: each part that becomes ready is logged separately.
         let starts = Setting::of(|s| s.pending = vec![Part::Capture]).situation();
         assert_eq!(news(None, &starts), None);
         // All parts are ready, and no connection arrives.

@@ -40,14 +40,14 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// A response in JSON, whose strings hold nothing that a terminal would obey: they are escaped in the JSON.
+/// Escapes all characters in a JSON response that a terminal would interpret.
 pub(super) async fn visible(response: Response) -> Response {
     let kind = response.headers().get(header::CONTENT_TYPE);
     if kind.is_none_or(|kind| kind != "application/json") {
         return response;
     }
     let (head, body) = response.into_parts();
-    // It is in memory as a whole.
+    // The response is in memory as a whole.
     let Ok(body) = axum::body::to_bytes(body, usize::MAX).await else {
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     };

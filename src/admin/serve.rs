@@ -25,7 +25,7 @@ use tokio::{
 
 /// Maximum number of connections, besides the reserved ones.
 const CONNECTIONS: usize = 128;
-/// Connections beyond these, which are for one probe each; further ones wait in the kernel's queue.
+/// Number of further connections, for one health check each. All others wait in the kernel's queue.
 const RESERVED: usize = 32;
 /// Timeout for reading the head of a request.
 const HEADER: Duration = Duration::from_secs(10);
@@ -43,20 +43,20 @@ pub(super) trait Listener {
     fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
 }
 
-/// A connection that can be given up.
+/// A connection that can be aborted.
 pub(super) trait Abort {
-    /// What the peer has not read is dropped with the connection.
+    /// Discards the data that the peer has not read.
     fn abort(&self) {}
 }
 
 impl Abort for tokio::net::TcpStream {
     fn abort(&self) {
-        // Otherwise the kernel keeps megabytes for a peer that does not read them. It may be closed already.
+        // Otherwise the kernel keeps megabytes for a peer that does not read. An error means that it is already closed.
         let _ = SockRef::from(self).set_linger(Some(Duration::ZERO));
     }
 }
 
-/// The kernel keeps what is unread with the peer's socket.
+/// The kernel keeps unread data with the peer's socket.
 impl Abort for tokio::net::UnixStream {}
 
 impl Listener for TcpListener {
@@ -77,8 +77,8 @@ impl Listener for UnixListener {
     }
 }
 
-/// Serves until it is dropped; this closes all connections. While [`CONNECTIONS`] are open, `probes` answers: nobody can keep
-/// health checks out by holding connections.
+/// Serves until it is dropped, which closes all connections. While [`CONNECTIONS`] are open, only `probes` answers, so that
+/// clients cannot block health checks by holding connections.
 pub(super) async fn serve(listener: impl Listener, router: Router, probes: Router) {
     let mut http = Builder::new(hyper_util::rt::TokioExecutor::new()).http1_only();
     http.http1().timer(TokioTimer::new()).header_read_timeout(HEADER);
@@ -88,7 +88,7 @@ pub(super) async fn serve(listener: impl Listener, router: Router, probes: Route
     let reserved = Arc::new(Semaphore::new(RESERVED));
     let mut running = JoinSet::new();
     loop {
-        // The semaphores are never closed. A reserved place is free again within [`PROBE`].
+        // The semaphores are never closed. A reserved slot becomes free within [`PROBE`].
         let Ok(spare) = reserved.clone().acquire_owned().await else { return };
         let stream = match listener.accept().await {
             Ok(stream) => stream,
@@ -212,7 +212,7 @@ mod tests {
         }
     }
 
-    /// Both are as large as their reader takes: a scrape of a great table, and the stream of events.
+    /// Both answers are as long as the client reads: a scrape of a large table, and the stream of events.
     #[tokio::test(start_paused = true)]
     async fn readers_that_never_read_keep_nobody_out_for_good() {
         let endless = || async {
@@ -237,20 +237,20 @@ mod tests {
         for _ in 0..CONNECTIONS {
             all.push(request("/endless").await);
         }
-        // The time of this test goes by only while all wait.
+        // The clock of this test advances only while all tasks wait.
         let start = tokio::time::Instant::now();
         let answer = async |path| {
             let mut said = String::new();
             request(path).await.read_to_string(&mut said).await.unwrap();
             said.lines().next().unwrap_or_default().to_owned()
         };
-        // More often than there are places for probes.
+        // More often than there are slots for health checks.
         for _ in 0..RESERVED * 2 {
             assert_eq!(answer("/healthz").await, "HTTP/1.1 200 OK");
         }
         assert_eq!(answer("/other").await, "HTTP/1.1 503 Service Unavailable");
         assert!(start.elapsed() < Duration::from_secs(1), "nobody was let go yet");
-        // Who says nothing holds none of them for long.
+        // A client that sends nothing does not hold a slot for long.
         let silent: Vec<_> = (0..RESERVED)
             .map(|_| {
                 let (client, server) = duplex(1024);

@@ -24,7 +24,7 @@ use crate::{
 };
 
 pub(super) fn seconds(time: Duration) -> f64 {
-    // Whole microseconds: more digits would only seem exact.
+    // Whole microseconds: further digits have no meaning.
     (time.as_secs_f64() * 1e6).round() / 1e6
 }
 
@@ -214,7 +214,7 @@ pub(super) fn binding(fate: &BindingFate<'_>) -> api::Binding {
     }
 }
 
-/// How connections from an address must arrive.
+/// The interface on which connections from an address must arrive, as text.
 fn arrival(consumer: &Consumer, source: &IpAddr, situation: &Situation) -> String {
     let by = match consumer.arrival(source) {
         Arrival::By(interface) => format!("{source} by {interface}"),

@@ -1,17 +1,17 @@
-//! Whether captured connections are dropped on this host behind our rules, by two counts: at the beginning of its input and at
-//! the end. Pure.
+//! Finds out whether this host drops captured connections after our rules, by two counters: one at the start of the INPUT
+//! hook, one at its end. Pure.
 
-/// The counts, as they were read last.
+/// The counters as last read, and what they show.
 #[derive(Debug, Default)]
 pub(super) struct Arrivals {
     before: Option<(u64, u64)>,
-    /// Of those that arrived by then, those that never passed.
+    /// Of the connections counted in `before`, the number that never passed.
     lost: u64,
     dropped: bool,
-    /// Some passed since others' rules were last found changed, and some were lost.
+    /// Since the last change of other programs' rules: whether connections passed, and whether any were lost.
     passed_since: bool,
     lost_since: bool,
-    /// Some passed and none was lost, since the last doubt.
+    /// Connections passed and none was lost since the last doubt.
     passing: bool,
 }
 
@@ -41,7 +41,7 @@ impl Arrivals {
                     self.lost = lost;
                 }
             }
-            // That says nothing of others' rules.
+            // Without two counts to compare, nothing is known about other programs' rules.
             _ => {
                 let Self { passed_since, lost_since, .. } = *self;
                 let dropped = self.dropped && counts.is_some();
@@ -60,7 +60,7 @@ impl Arrivals {
         self.dropped = false;
     }
 
-    /// Others have new rules: what passed before says nothing of them. `counts`: what they are now.
+    /// Other programs changed their rules, so that earlier counts prove nothing about them. `counts`: the current counts.
     pub(super) fn doubt(&mut self, counts: Option<(u64, u64)>) {
         self.are_dropped(counts);
         (self.passing, self.passed_since, self.lost_since) = (false, false, false);
@@ -71,13 +71,13 @@ impl Arrivals {
         self.passing
     }
 
-    /// The same, by the counts that it was given last.
+    /// The last result of [`Self::are_dropped`].
     pub(super) fn dropped(&self) -> bool {
         self.dropped
     }
 
-    /// Whether some were dropped since others' rules were last found changed, and none has passed since: one consumer that others'
-    /// rules turn away says nothing of those whose connections passed.
+    /// Whether connections were dropped since the last change of other programs' rules, and none has passed since. If only
+    /// one consumer's connections are dropped, those of others still pass.
     pub(super) fn none_passes(&self) -> bool {
         self.dropped && self.lost_since && !self.passed_since
     }
@@ -92,16 +92,16 @@ mod tests {
         let mut arrivals = Arrivals::default();
         let mut told = |counts| arrivals.are_dropped(Some(counts));
         assert!(!told((0, 0)));
-        // One is on its way, and has passed at the next look.
+        // One is on its way, and has passed at the next read.
         assert!(!told((5, 4)));
         assert!(!told((5, 5)));
-        // Two that are lost.
+        // Two are lost.
         assert!(!told((7, 5)));
         assert!(told((7, 5)));
         assert!(told((7, 5)), "nothing has shown that it is better");
         assert!(told((9, 5)));
         assert!(told((9, 5)));
-        // Others pass.
+        // Other connections pass.
         assert!(!told((12, 8)));
         assert!(!told((12, 8)));
     }
@@ -116,7 +116,7 @@ mod tests {
         arrivals.forgive(Some((7, 5)));
         assert!(!told(&mut arrivals, (7, 5)));
         assert!(!told(&mut arrivals, (9, 7)));
-        // Another rule drops others.
+        // Another rule drops other connections.
         assert!(!told(&mut arrivals, (10, 7)));
         assert!(told(&mut arrivals, (10, 7)));
         // Two more were dropped since the last look, before that rule was removed too.
@@ -172,13 +172,13 @@ mod tests {
         };
         assert_eq!(told(&mut arrivals, (4, 4)), (false, false));
         assert_eq!(told(&mut arrivals, (5, 5)), (false, false));
-        // One consumer alone is turned away, while no other one connects.
+        // One consumer's connections are dropped, and no other consumer connects.
         assert_eq!(told(&mut arrivals, (7, 5)), (false, false), "they may be on their way");
         assert_eq!(told(&mut arrivals, (8, 5)), (true, false));
         assert_eq!(told(&mut arrivals, (9, 5)), (true, false));
         assert_eq!(told(&mut arrivals, (9, 5)), (true, false));
         assert_eq!(told(&mut arrivals, (13, 9)), (false, false), "others pass");
-        // Those that were lost before the change say nothing of it.
+        // Connections lost before the change prove nothing about the new rules.
         assert_eq!(told(&mut arrivals, (14, 9)), (false, false));
         assert_eq!(told(&mut arrivals, (14, 9)), (true, false));
         arrivals.doubt(Some((14, 9)));
@@ -188,7 +188,7 @@ mod tests {
         assert_eq!(told(&mut arrivals, (18, 10)), (true, false), "one has passed");
         assert_eq!(told(&mut arrivals, (19, 10)), (true, false));
         assert_eq!(told(&mut arrivals, (19, 10)), (true, false), "it did, since the rules are so");
-        // The counts begin again, and the rules are the same.
+        // The counters start from zero, and the rules are the same.
         assert_eq!(told(&mut arrivals, (2, 0)), (true, false));
         assert_eq!(told(&mut arrivals, (2, 0)), (true, false));
     }

@@ -1,4 +1,4 @@
-//! Who writes our rules, behind one interface: whole or as changes, checked, and removed.
+//! One interface to both writers of our rules: write them, change them, check them, remove them.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::config::FirewallChoice;
 
-/// The writer of our rules. The rules stay until they are changed through this writer, or by other programs.
+/// The writer of our rules. The rules stay until this writer or another program changes them.
 #[derive(Debug)]
 pub enum Backend {
     Nft(Box<Nft>),
@@ -23,8 +23,7 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// The chosen backend; for `auto`, nf_tables if the kernel has it. An error if it does not work. Nothing is
-    /// changed.
+    /// Opens the chosen backend; for `auto`, nf_tables if the kernel has it. An error if it does not work. Changes nothing.
     pub async fn open(
         choice: FirewallChoice,
         settings: &RuleSettings,
@@ -63,7 +62,7 @@ impl Backend {
         }
     }
 
-    /// What to hand over to the process after this one, so that what the kernel removes with its owner stays.
+    /// The descriptor to hand over to the next process, so that the kernel keeps the objects that belong to it.
     pub(super) fn owner(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Nft(nft) => nft.owner(),
@@ -73,7 +72,7 @@ impl Backend {
         }
     }
 
-    /// Goes on with the rules of the process before this one, which had the same port: what it handed over.
+    /// Continues with the rules of the previous process, by the descriptor that it handed over. It had the same port.
     pub fn adopt(&mut self, owner: OwnedFd, port: u16) -> Result<(), CaptureError> {
         match self {
             Self::Nft(nft) => nft.adopt(owner),
@@ -83,7 +82,8 @@ impl Backend {
         }
     }
 
-    /// The optional parts of the rules that this kernel cannot do, each with what it lacks. Others show only when rules are written.
+    /// The optional parts of the rules that this kernel does not support, each with what is missing. That others are
+    /// missing may only show when rules are written.
     pub fn lacks(&self) -> &[(Part, String)] {
         match self {
             Self::Nft(nft) => nft.lacks(),
@@ -93,11 +93,11 @@ impl Backend {
         }
     }
 
-    /// Whether the rules may be refused because of this part although [`Self::lacks`] does not have it.
+    /// Whether the rules may be refused because of this part, although [`Self::lacks`] does not list it.
     pub(super) fn may_refuse(&self, part: Part) -> bool {
         match self {
             Self::Nft(_) => false,
-            // They write no rules for the others.
+            // With iptables, the other parts have no rules.
             Self::Iptables(_) => matches!(part, Part::Hold | Part::Ipv6),
             #[cfg(test)]
             Self::Fake(_) => true,
@@ -114,7 +114,7 @@ impl Backend {
         }
     }
 
-    /// Whether rules stand that were written by [`Self::load`] and not found damaged.
+    /// Whether our rules were written by [`Self::load`] and not found damaged.
     pub(super) fn stands(&self) -> bool {
         match self {
             Self::Nft(nft) => nft.stands(),
@@ -124,7 +124,7 @@ impl Backend {
         }
     }
 
-    /// Replaces all rules. Returns what other programs changed since; `None`: nothing.
+    /// Replaces all rules. Returns what other programs changed in them meanwhile; `None`: nothing.
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         match self {
             Self::Nft(nft) => nft.load(rules).await,
@@ -134,8 +134,7 @@ impl Backend {
         }
     }
 
-    /// Makes of the rules that stand those that `rules` gives, from which they differ by `changes`. After an error they have to be
-    /// loaded.
+    /// Changes the current rules to `rules`; `changes` are the differences. After an error all rules must be loaded again.
     pub(super) async fn apply(
         &mut self,
         changes: &RuleChanges,
@@ -149,10 +148,10 @@ impl Backend {
         }
     }
 
-    /// The same rules, with chains at another priority. Where they have none, nothing.
+    /// The same rules, with chains at another priority. Does nothing if the chains have no priority.
     pub(super) fn move_to(&mut self, rules: &Rules) -> Result<(), CaptureError> {
         match self {
-            // What others changed meanwhile, the next check finds: it does not stand then.
+            // If other programs changed something meanwhile, the next check finds that the rules do not stand.
             Self::Nft(nft) => nft.move_to(rules).map(drop),
             Self::Iptables(_) => Ok(()),
             #[cfg(test)]
@@ -184,7 +183,7 @@ impl Backend {
         }
     }
 
-    /// The chains that the kernel calls, ours and others'. None if there is no nf_tables.
+    /// The base chains, ours and other programs'. Empty if there is no nf_tables.
     pub(super) fn base_chains(&mut self) -> Result<Vec<BaseChain>, CaptureError> {
         match self {
             Self::Nft(nft) => nft.base_chains(),
@@ -194,7 +193,8 @@ impl Backend {
         }
     }
 
-    /// How many captured connections came to this host's input, and how many passed it; `None` if that is not counted.
+    /// The numbers of captured connections that reached this host's input, and of those that passed it. `None` if that is
+    /// not counted.
     pub(super) fn arrivals(&mut self) -> Result<Option<(u64, u64)>, CaptureError> {
         match self {
             Self::Nft(nft) => nft.arrivals(),
@@ -204,8 +204,8 @@ impl Backend {
         }
     }
 
-    /// How many connections to our port were refused because nothing captured them, and how many frames the guard dropped; `None` if
-    /// that is not counted.
+    /// The numbers of connections to our port that were refused because no rule captured them, and of frames that the guard
+    /// dropped. `None` if that is not counted.
     pub(super) fn turned_away(&mut self) -> Result<[Option<u64>; 2], CaptureError> {
         match self {
             Self::Nft(nft) => Ok([nft.refused()?, nft.dropped()?]),
@@ -215,7 +215,7 @@ impl Backend {
         }
     }
 
-    /// The ports from which the guard dropped frames.
+    /// The bridge ports from which the guard dropped frames.
     pub(super) fn offenders(&mut self) -> Result<Vec<Offender>, CaptureError> {
         match self {
             Self::Nft(nft) => nft.offenders(),
@@ -225,7 +225,7 @@ impl Backend {
         }
     }
 
-    /// Captures nothing any more. Whether anything did before.
+    /// Ends the capture. Returns whether anything was captured before.
     pub(super) async fn remove(self) -> Result<(bool, Remains), CaptureError> {
         match self {
             Self::Nft(nft) => {
@@ -242,6 +242,6 @@ impl Backend {
     }
 }
 
-/// To be kept until the last captured connection has ended: while it is, the kernel goes on translating their packets.
+/// To be kept until the last captured connection has ended: as long as it exists, the kernel translates their packets.
 #[derive(Debug, Default)]
 pub struct Remains(#[allow(dead_code, reason = "it is there to be dropped")] Option<Box<Draining>>);

@@ -1,18 +1,18 @@
-//! What others did to our rules. Pure.
+//! What other programs did to our rules. Pure.
 
 use std::collections::HashSet;
 
 pub use crate::events::Change;
 
 impl Change {
-    /// The change from `before` to `now`, which are not the same, and what is missing, as text.
+    /// The change from `before` to `now`, which differ, and what is missing, as text.
     pub(super) fn of(before: &str, now: Option<&str>) -> (Self, String) {
         let Some(now) = now else { return (Self::Vanished, "all of them".to_owned()) };
         let present: HashSet<_> = now.lines().collect();
         let mut lost = before.lines().filter(|line| !present.contains(line));
         let Some(first) = lost.next() else { return (Self::Added, "nothing".to_owned()) };
         let all = std::iter::once(first).chain(lost);
-        // A line that begins with a number is a jump to our chain, and the number its place.
+        // A line that begins with a number is a jump to our chain. The number is its position.
         let elsewhere: HashSet<_> = now.lines().filter_map(placed).collect();
         let (moved, gone): (Vec<_>, Vec<_>) =
             all.partition(|line| placed(line).is_some_and(|rule| elsewhere.contains(rule)));
@@ -29,7 +29,7 @@ impl Change {
     }
 }
 
-/// The rule of a line that begins with its place.
+/// The rule in a line that begins with its position.
 fn placed(line: &str) -> Option<&str> {
     let (place, rule) = line.split_once(' ')?;
     (!place.is_empty() && place.bytes().all(|byte| byte.is_ascii_digit())).then_some(rule)

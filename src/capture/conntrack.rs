@@ -1,4 +1,4 @@
-//! The settings of connection tracking that the original's entry script took from the environment.
+//! The settings of connection tracking that the original's start script took from the environment.
 
 #![expect(clippy::disallowed_methods, reason = "only at the start, and files of the kernel")]
 
@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use crate::config::Conntrack;
 
-/// Makes the settings that were asked for. One that cannot be made is reported, and embassy works without it.
+/// Applies the requested settings. A failure is logged, and embassy continues without it.
 pub fn apply(settings: &Conntrack) {
     for (path, value) in asked(settings) {
         match fs::write(Path::new(path), value.to_string()) {
@@ -18,7 +18,7 @@ pub fn apply(settings: &Conntrack) {
     }
 }
 
-/// The files of the kernel that are to hold another value.
+/// The kernel files to write, with their values.
 pub fn asked(settings: &Conntrack) -> impl Iterator<Item = (&'static str, u32)> {
     [
         ("/proc/sys/net/netfilter/nf_conntrack_max", settings.max_connections),

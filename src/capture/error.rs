@@ -1,4 +1,4 @@
-//! Why the firewall does not do what was asked.
+//! Errors of the firewall.
 
 use rustix::io::Errno;
 
@@ -11,7 +11,7 @@ pub enum CaptureError {
     Program(#[from] ProgramError),
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
-    /// The kernel's nf_tables is there, and too old or built without a part.
+    /// The kernel has nf_tables, but is too old or was built without a part that we need.
     #[error("this kernel's nf_tables has no {0}")]
     Lacks(String),
     /// Another program's socket owns a table of our name.
@@ -24,12 +24,12 @@ pub enum CaptureError {
 }
 
 impl CaptureError {
-    /// Whether a change found that what it was to change is not there.
+    /// Whether a change failed because the object to change does not exist.
     pub(super) fn is_of_what_is_gone(&self) -> bool {
         matches!(self, Self::Netlink(error) if error.errno() == Some(Errno::NOENT))
     }
 
-    /// Whether the program is not installed, or the kernel has no nf_tables: then there are no rules either.
+    /// Whether the program is not installed, or the kernel has no nf_tables. Then there are no rules either.
     pub(super) fn is_missing(&self) -> bool {
         match self {
             Self::Program(error) => error.is_missing(),

@@ -11,27 +11,27 @@ use super::{
 };
 use crate::config::{CaptureScope, Guard};
 
-/// What it was given, and what it is to say.
+/// Records what it was given. Its fields set what it answers.
 #[derive(Debug, Default)]
 pub struct Fake {
     pub(super) stands: bool,
-    /// Others changed something.
+    /// Another program changed something.
     pub(super) others: bool,
     pub(super) state: Arc<Mutex<State>>,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct State {
-    /// The keys that are captured.
+    /// The captured keys.
     pub(super) declared: BTreeSet<Declared>,
     pub(super) loads: usize,
     pub(super) changes: usize,
-    /// The next writes fail.
+    /// The number of next writes that fail.
     pub(super) failures: usize,
-    /// What others did, to be found once.
+    /// The damage by other programs, to be reported once.
     pub(super) damage: Option<(Change, String)>,
     pub(super) removed: bool,
-    /// What this firewall cannot do.
+    /// The parts that this firewall does not support.
     pub(super) lacks: Optional,
 }
 

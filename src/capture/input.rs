@@ -1,9 +1,10 @@
-//! What would stop captured connections behind our rules: they go on to this host's INPUT, and a firewall that drops there
-//! what it does not know drops them too. It is recognised, not repaired: those rules are others'.
+//! Finds rules that would stop captured connections after our rules. A captured connection goes on to this host's INPUT, so
+//! a firewall that drops unknown traffic there drops it too. embassy reports such rules and does not change them: they
+//! belong to others.
 //!
-//! Rules of others are not worked out to their end. A rule that accepts our port, or translated connections, or everything from a
-//! bridge of containers lets us in, whatever else it asks for. A rule drops us only if it asks for nothing that a captured
-//! connection may not have. Whether connections are dropped where traffic flows, `arrivals` counts.
+//! The rules are not evaluated completely. A rule that accepts our port, translated connections, or everything from a
+//! container bridge is taken as letting us in, whatever its other conditions are. A rule counts as dropping us only if it
+//! has no condition that a captured connection may not meet. Whether connections really are dropped, `arrivals` counts.
 
 #![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
 
@@ -23,7 +24,7 @@ use super::{
 pub struct Barrier {
     /// The chain, as its own program names it, and what it does.
     pub chain: String,
-    /// A command that lets captured connections, and nothing else, pass.
+    /// A command that lets captured connections pass, and no others.
     pub remedy: String,
 }
 
@@ -57,24 +58,24 @@ impl Barrier {
     }
 }
 
-/// Which connections are captured.
+/// Describes the captured connections.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Captured {
     /// The port that they are redirected to.
     pub port: u16,
-    /// The interfaces by which consumers' connections arrive.
+    /// The interfaces on which consumers' connections arrive.
     pub bridges: BTreeSet<String>,
 }
 
 impl Captured {
-    /// Those that arrive at these addresses of this host.
+    /// The connections that arrive at these addresses of this host.
     pub fn at(port: u16, vips: &BTreeSet<IpAddr>) -> Self {
         let all = if_addrs::get_if_addrs().unwrap_or_default();
         let bridges = all.into_iter().filter(|interface| vips.contains(&interface.ip()));
         Self { port, bridges: bridges.map(|interface| interface.name).collect() }
     }
 
-    /// Whether an interface, or a pattern of some, is one of containers.
+    /// Whether an interface, or a pattern for interfaces, matches a container interface.
     fn come_by(&self, interface: &str) -> bool {
         let interface = interface.trim_matches(['"', ',']);
         match interface.strip_suffix(['*', '+']) {
@@ -87,9 +88,9 @@ impl Captured {
 /// The rules of this host's firewalls. A program that is not installed has none.
 #[derive(Debug)]
 pub struct Listings {
-    /// What sets hold is not in it: large sets of others would take seconds.
+    /// Without the elements of sets: other programs' large sets would take seconds.
     nft: Result<String, ProgramError>,
-    /// Of iptables, for IPv4 and IPv6, where nft does not show it.
+    /// iptables' rules for IPv4 and IPv6, if nft does not show them.
     filters: [Result<String, ProgramError>; 2],
 }
 
@@ -106,7 +107,7 @@ impl Listings {
                     saved => saved,
                 }
             }
-            // It reads the elements of all sets, which nft can leave out.
+            // This program reads the elements of all sets. nft can leave them out.
             _ if is_hidden => run(program, Program(program).saved("filter")).await,
             _ => Ok(String::new()),
         };
@@ -121,12 +122,12 @@ impl Listings {
         self.filters.iter().chain([&self.nft]).find_map(|listing| listing.as_ref().err())
     }
 
-    /// The obstacles for captured connections, as far as they can be read.
+    /// The obstacles to captured connections, as far as the rules can be read.
     pub fn barriers(&self, captured: &Captured) -> Vec<Barrier> {
         self.tables(captured).iter().flat_map(|table| table.barriers(captured.port)).collect()
     }
 
-    /// Whether chains that can be read stop captured connections to addresses of each family that these have.
+    /// Whether readable chains stop captured connections in each family that `addresses` has.
     pub(super) fn bar_all(&self, captured: &Captured, addresses: &BTreeSet<IpAddr>) -> bool {
         let (mut v4, mut v6) = (false, false);
         for table in self.tables(captured) {
@@ -149,13 +150,13 @@ impl Listings {
         suspects.into_iter().map(|(_, barrier)| barrier).collect()
     }
 
-    /// A chain that lets in only what it knows: answers to untracked connections it may know by their state alone, which they
-    /// have not. `None` if there is no such chain.
+    /// A chain that accepts only what it knows. It may recognise the answers to untracked connections only by their
+    /// connection state, which they do not have. `None` if there is no such chain.
     pub(super) fn closed(&self) -> Option<String> {
         let mut tables = self.tables(&Captured::default());
         for table in &mut tables {
             for rule in table.chains.values_mut().flat_map(|chain| &mut chain.rules) {
-                // What is let in by its port, interface or state is not such an answer.
+                // Rules that accept by port, interface or state do not accept such an answer.
                 let is_special =
                     rule.port.is_some() || rule.bridge.is_some() || rule.text.contains("state");
                 rule.more |= is_special || rule.translated;
@@ -175,7 +176,7 @@ impl Listings {
     }
 }
 
-/// Where the kernel names the tables of the older iptables.
+/// The kernel's files with the names of the older iptables' tables.
 pub(super) const LEGACY_TABLES: [&str; 2] =
     ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"];
 
@@ -183,12 +184,13 @@ pub(super) fn legacy_tables(names: &str) -> String {
     std::fs::read_to_string(names).unwrap_or_default()
 }
 
-/// Whether rules of the older iptables are in use here. The kernel does not tell when those change, and nft does not show them.
+/// Whether rules of the older iptables are in use here. The kernel does not report their changes, and nft does not show
+/// them.
 pub(super) fn has_legacy_iptables() -> bool {
     LEGACY_TABLES.iter().any(|names| !legacy_tables(names).trim().is_empty())
 }
 
-/// What a program lists. One that is not installed has no rules.
+/// The listing that a program prints. A program that is not installed has no rules.
 async fn run(
     program: &'static str,
     listing: impl Future<Output = Result<String, ProgramError>>,
@@ -201,7 +203,7 @@ async fn run(
     }
 }
 
-/// A table, as it is listed.
+/// A table, as listed.
 #[derive(Debug, Default)]
 struct Table<'a> {
     /// Family and name.
@@ -211,25 +213,25 @@ struct Table<'a> {
 
 #[derive(Debug, Default)]
 struct Chain<'a> {
-    /// It is called by the kernel's input hook.
+    /// The kernel's input hook calls it.
     is_input: bool,
-    /// The word of its policy.
+    /// Its policy, as one word.
     policy: &'a str,
     rules: Vec<Rule<'a>>,
 }
 
-/// A rule, as far as it concerns captured connections.
+/// The parts of a rule that concern captured connections.
 #[derive(Debug, Default)]
 struct Rule<'a> {
     text: &'a str,
     end: End<'a>,
-    /// Whether it is for our port, if it names ports or a protocol that is not TCP.
+    /// Whether it matches our port. `None` if it has no condition about ports or protocols.
     port: Option<bool>,
-    /// Whether it is for a bridge of containers, if it names interfaces.
+    /// Whether it matches a container bridge. `None` if it names no interfaces.
     bridge: Option<bool>,
-    /// It is for translated connections.
+    /// It matches translated connections.
     translated: bool,
-    /// It asks for something that not every captured connection has.
+    /// It has a condition that not every captured connection meets.
     more: bool,
 }
 
@@ -240,34 +242,34 @@ enum End<'a> {
     Drop,
     Return,
     To(&'a str),
-    /// It goes on with the next rule.
+    /// The packet goes on to the next rule.
     #[default]
     Next,
 }
 
-/// What becomes of captured connections in a chain.
+/// What happens to captured connections in a chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Fate<'a> {
-    /// A rule is there to let them in, or some of them.
+    /// A rule lets in at least some of them.
     LetIn,
     /// All connections are accepted.
     Accepted,
-    /// In this chain, by this rule.
+    /// They are dropped in this chain, by this rule.
     Dropped(&'a str, &'a str),
-    /// They come to its end.
+    /// They reach the chain's end.
     Through,
 }
 
-/// How many chains deep the kernel jumps (NFT_JUMP_STACK_SIZE).
+/// How deeply the kernel nests jumps (NFT_JUMP_STACK_SIZE).
 const DEPTH: usize = 16;
 
 impl Rule<'_> {
-    /// Whether it takes every captured connection.
+    /// Whether it matches every captured connection.
     fn takes_all(&self) -> bool {
         !self.more && self.bridge.is_none() && self.port != Some(false)
     }
 
-    /// Whether connections such as the captured ones are what it is for.
+    /// Whether it names what captured connections have: a translated destination, our port, or a bridge they arrive on.
     fn is_for_us(&self) -> bool {
         self.translated
             || self.port == Some(true)
@@ -301,7 +303,7 @@ impl<'a> Table<'a> {
         last.is_some_and(|last| last.text == rule)
     }
 
-    /// Rules that drop some connections that come to the input hook, and how likely it is that they drop captured ones.
+    /// Rules that drop some of the connections at the input hook, each with a rank: how likely it drops captured ones.
     fn suspects(&self, port: u16) -> Vec<(u8, Barrier)> {
         let mut all = Vec::new();
         for (input, _) in self.chains.iter().filter(|(_, chain)| chain.is_input) {
@@ -318,7 +320,7 @@ impl<'a> Table<'a> {
         all
     }
 
-    /// A chain, and those that it leads to, each once.
+    /// A chain, and all chains that it leads to, each once.
     fn reachable(&self, chain: &'a str) -> BTreeSet<&'a str> {
         let mut found = BTreeSet::new();
         let mut open = vec![chain];
@@ -334,14 +336,14 @@ impl<'a> Table<'a> {
         found
     }
 
-    /// `known`: the fates in chains that were looked at.
+    /// `known`: the results for chains that were already visited.
     fn fate(&self, name: &str, depth: usize, known: &mut BTreeMap<&'a str, Fate<'a>>) -> Fate<'a> {
         let found = self.chains.get_key_value(name).filter(|_| depth > 0);
         let Some((name, chain)) = found else { return Fate::Through };
         if let Some(fate) = known.get(name) {
             return fate.clone();
         }
-        // The kernel has no circles, but a text may.
+        // The kernel has no loops, but a text may have some.
         known.insert(name, Fate::Through);
         let fate = self.fate_of(name, chain, depth, known);
         known.insert(name, fate.clone());
@@ -360,7 +362,7 @@ impl<'a> Table<'a> {
                 End::Next => continue,
                 End::Accept => Fate::Accepted,
                 End::Drop => Fate::Dropped(name, rule.text),
-                // The rules of the chain that leads here go on.
+                // The rules of the calling chain follow.
                 End::Return if rule.takes_all() => return Fate::Through,
                 End::Return => continue,
                 End::To(next) => self.fate(next, depth - 1, known),
@@ -368,7 +370,7 @@ impl<'a> Table<'a> {
             match fate {
                 Fate::LetIn => return Fate::LetIn,
                 Fate::Accepted if rule.is_for_us() => return Fate::LetIn,
-                // A bridge of containers has a chain of its own: its owner has decided about such connections.
+                // A chain for a container bridge: its owner has decided about such connections.
                 Fate::Through if rule.bridge == Some(true) && rule.port.is_none() => {
                     return Fate::LetIn;
                 }
@@ -379,7 +381,7 @@ impl<'a> Table<'a> {
         Fate::Through
     }
 
-    /// Whether a chain is one of iptables' own: only its program may write there.
+    /// The program that owns the table, if it is one of iptables': only that program may write there.
     fn program(&self) -> Option<&'static str> {
         match self.name {
             "ip filter" if self.chains.contains_key("INPUT") => Some("iptables"),
@@ -435,12 +437,12 @@ fn nft_tables<'a>(ruleset: &'a str, captured: &Captured) -> Vec<Table<'a>> {
             }
         }
     }
-    // Bridges and devices have an input of their own, which is before the connection is translated.
+    // Bridges and devices have input hooks of their own, which packets pass before they are translated.
     tables.retain(|table| ["ip ", "ip6 ", "inet "].iter().any(|of| table.name.starts_with(of)));
-    // Ours refuse only what is not captured. The program may show the owner behind the name.
+    // Our tables refuse only what was not captured. The program may show the owner behind the name.
     tables.retain(|table| !is_ours(table.name));
     for table in tables.iter_mut().filter(|table| table.program().is_some()) {
-        // As iptables itself writes it.
+        // iptables itself writes it in capitals.
         for chain in table.chains.values_mut().filter(|chain| chain.policy == "drop") {
             chain.policy = "DROP";
         }
@@ -448,7 +450,7 @@ fn nft_tables<'a>(ruleset: &'a str, captured: &Captured) -> Vec<Table<'a>> {
     tables
 }
 
-/// Whether a table is one of embassy's, by its family and name, whatever follows these.
+/// Whether a table is one of embassy's, by its family and name. Text may follow the name.
 pub(super) fn is_ours(table: &str) -> bool {
     let mut words = table.split(' ');
     let (family, name) = (words.next(), words.next().unwrap_or_default());
@@ -456,7 +458,7 @@ pub(super) fn is_ours(table: &str) -> bool {
     family == Some("inet") && is_ours
 }
 
-/// The words of a rule. What is in quotation marks is one, and so is a list in braces.
+/// The words of a rule. A quoted text is one word, and so is a list in braces.
 pub(super) fn words(rule: &str) -> Vec<&str> {
     let mut words = Vec::new();
     let mut rest = rule.trim_start();
@@ -493,7 +495,7 @@ fn nft_rule<'a>(text: &'a str, captured: &Captured) -> Rule<'a> {
                 rest
             }
             ["tcp" | "th", "dport", ports, rest @ ..] if *ports != "!=" => {
-                // What a named set holds was not read: it is believed to let us in.
+                // The content of a named set was not read. It is assumed to contain our port.
                 let is_ours = ports.starts_with('@') || has_port(ports, '-', captured.port);
                 rule.port = Some(is_ours);
                 rule.more |= ports.starts_with('@');
@@ -554,7 +556,7 @@ fn iptables_table<'a>(saved: &'a str, name: &'a str, captured: &Captured) -> Opt
     }
     let chains: BTreeSet<_> = table.chains.keys().copied().collect();
     for rule in table.chains.values_mut().flat_map(|chain| &mut chain.rules) {
-        // What leads to no chain is done by an extension, such as LOG.
+        // If no chain has the target's name, the target is an extension, such as LOG.
         if matches!(rule.end, End::To(target) if !chains.contains(target)) {
             rule.end = End::Next;
         }
@@ -598,7 +600,7 @@ fn iptables_rule<'a>(text: &'a str, captured: &Captured) -> Rule<'a> {
                 };
                 return rule;
             }
-            // Inverted, whatever it asks for.
+            // A negated condition, whatever it is.
             ["!", _, _, rest @ ..] | [_, rest @ ..] => {
                 rule.more = true;
                 rest
@@ -607,7 +609,7 @@ fn iptables_rule<'a>(text: &'a str, captured: &Captured) -> Rule<'a> {
     }
 }
 
-/// Whether a list of ports and ranges has this one.
+/// Whether a list of ports and ranges contains this port.
 fn has_port(list: &str, range: char, port: u16) -> bool {
     let pieces = list.split(|c: char| !c.is_ascii_digit() && c != range);
     pieces.filter(|piece| !piece.is_empty()).any(|piece| {
@@ -671,7 +673,7 @@ mod tests {
             "-A FORWARD -i docker0 -j ACCEPT",
             "-A elsewhere -p tcp -m tcp --dport 9999 -j ACCEPT",
             "-A INPUT -j refuse\n-A INPUT -p tcp -m tcp --dport 9999 -j ACCEPT",
-            // Chains that lead in a circle.
+            // Chains in a loop.
             "-A INPUT -j elsewhere\n-A elsewhere -j INPUT",
         ] {
             assert!(iptables(closed), "{closed}");
@@ -772,7 +774,7 @@ mod tests {
             "jump more\n\t}\n\tchain more {\n\t\ttcp dport 9999 accept",
             "accept",
             "ct state new log prefix \"drop all \" accept",
-            // What it holds was not read.
+            // The content of the set was not read.
             "tcp dport @open accept",
         ] {
             assert_eq!(nft(open), [], "{open}");

@@ -1,4 +1,4 @@
-//! The names of interfaces, for people.
+//! Names of interfaces, for messages.
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
 

@@ -1,5 +1,6 @@
-//! iptables: a chain in the `nat` table for each hook, jumped to once from there, replaced in one transaction a family. The
-//! programs write the rules. Where they write to nf_tables, the rules are read there (`kernel`).
+//! The iptables backend. It has a chain in the `nat` table for each hook, with one jump to it, and replaces it in one
+//! transaction per family. The iptables programs write the rules. If they write to nf_tables, the rules are read from there
+//! (`kernel`).
 
 use std::{
     fmt::{self, Write},
@@ -27,20 +28,20 @@ mod kernel;
 
 use kernel::{Entry, Kernel};
 
-/// What arrives.
+/// The hook for arriving packets.
 const PREROUTING: Entry = Entry { name: "PREROUTING", chain: super::rules::CHAINS[0] };
-/// The host's own connections.
+/// The hook for the host's own connections.
 const OUTPUT: Entry = Entry { name: "OUTPUT", chain: super::rules::CHAINS[1] };
 
 const ENTRIES: [Entry; 2] = [PREROUTING, OUTPUT];
 
-/// The comment by which the original program's startup script marked its rules.
+/// The comment with which the original program's start script marked its rules.
 const ANCESTOR: &str = "embassy_redirection";
 
-/// Adds to what is there, in one transaction.
+/// Adds to the existing rules, in one transaction.
 const RESTORE: [&str; 2] = ["--wait=5", "--noflush"];
 
-/// One address family's programs.
+/// The programs of one address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Family {
     v6: bool,
@@ -56,11 +57,12 @@ const FAMILIES: [Family; 2] = [
 /// The writer of our chains.
 #[derive(Debug)]
 pub struct Iptables {
-    /// Reads the rules, if the programs write to nf_tables. With the older `legacy` programs only their own listing tells.
+    /// Reads the rules, if the programs write to nf_tables. Rules of the older `legacy` programs are shown only by these
+    /// programs.
     kernel: Option<Kernel>,
-    /// The same where the programs do not write there, if the kernel has it: for what is counted and refused.
+    /// nf_tables, if the kernel has it and the programs do not write there: used only to count and to refuse connections.
     beside: Option<Kernel>,
-    /// Right after they were written.
+    /// Our rules as listed right after they were written.
     listed: Option<String>,
     /// The port for which connections are counted and refused.
     counted: Option<u16>,
@@ -89,22 +91,22 @@ impl Iptables {
         Ok(Self { kernel, beside, listed: None, counted: None, lacks })
     }
 
-    /// The optional parts that it cannot do, each with what it lacks.
+    /// The optional parts that it cannot do, each with what is missing.
     pub(super) fn lacks(&self) -> &[(Part, String)] {
         &self.lacks
     }
 
-    /// Where connections are counted and refused.
+    /// The nf_tables connection that counts and refuses, if there is one.
     fn counting(&mut self) -> Option<&mut Kernel> {
         self.kernel.as_mut().or(self.beside.as_mut())
     }
 
-    /// What to hand over to the process after this one.
+    /// The descriptor to hand over to the next process.
     pub(super) fn owner(&self) -> Option<BorrowedFd<'_>> {
         self.kernel.as_ref().or(self.beside.as_ref()).map(Kernel::owner)
     }
 
-    /// Goes on with the counts of the process before this one, which had the same port.
+    /// Continues with the counts of the previous process, which had the same port.
     pub(super) fn adopt(&mut self, owner: OwnedFd, port: u16) -> Result<(), CaptureError> {
         if let Some(kernel) = self.counting()
             && kernel.adopt(owner)?
@@ -118,15 +120,15 @@ impl Iptables {
         self.listed.is_some()
     }
 
-    /// Replaces the chains' rules with `rules`, and puts the jumps before all other rules. Returns what other programs changed
-    /// since; `None`: nothing.
+    /// Replaces the chains' rules with `rules`, and puts the jumps before all other rules. Returns what other programs
+    /// changed meanwhile; `None`: nothing.
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         self.listed = None;
         let written = self.apply(rules).await?;
         let port = rules.shape.port;
         let is_counted = self.counted == Some(port);
         if let Some(kernel) = self.counting().filter(|_| !is_counted) {
-            // Without it, rules of others that drop are found only by reading them.
+            // Without the counts, rules of other programs that drop connections are found only by reading them.
             match kernel.count(&rules.shape) {
                 Ok(()) => self.counted = Some(port),
                 Err(error) => {
@@ -175,7 +177,7 @@ impl Iptables {
     pub(super) async fn damage(&mut self) -> Result<Option<(Change, String)>, CaptureError> {
         let Some(before) = self.listed.take() else { return Ok(None) };
         let now = self.installed().await;
-        // What cannot be read says nothing of what is there.
+        // If the rules cannot be read, nothing is known about them.
         if now.as_ref().is_ok_and(|now| now.as_deref().unwrap_or_default() != before) {
             return Ok(Some(Change::of(&before, now?.as_deref())));
         }
@@ -183,7 +185,7 @@ impl Iptables {
         now.map(|_| None)
     }
 
-    /// Replaces the chains' rules with `rules`. Returns the number of lines that [`Self::installed`] has of them.
+    /// Replaces the chains' rules with `rules`. Returns how many lines [`Self::installed`] has for them.
     async fn apply(&mut self, rules: &Rules) -> Result<usize, CaptureError> {
         let mut written = 0;
         for family in FAMILIES.into_iter().filter(|family| !family.v6 || rules.shape.v6) {
@@ -193,7 +195,7 @@ impl Iptables {
                 Err(_) if family.v6 && !uses_v6(rules) => continue,
                 Err(error) => return Err(error),
             };
-            // Merely writing would make the chains that every table has.
+            // Writing would create the chains that every table has, even without rules.
             if family.v6 && !uses_v6(rules) && ours(&lines).is_empty() {
                 continue;
             }
@@ -211,7 +213,7 @@ impl Iptables {
         Ok(written)
     }
 
-    /// Our rules as the kernel has them, and whether each jump comes first; `None` if there are none.
+    /// Our rules as the kernel has them, and the position of each jump. `None` if there are none.
     async fn installed(&mut self) -> Result<Option<String>, CaptureError> {
         let mut all = String::new();
         for family in FAMILIES {
@@ -238,15 +240,15 @@ fn is_nf_tables(version: String) -> bool {
     version.contains("nf_tables")
 }
 
-/// What [`Kernel::settle`] deletes by handle.
+/// Removes the deletions from a script. [`Kernel::settle`] deletes by handle instead.
 fn without_deletions(script: &str) -> String {
     script.split_inclusive('\n').filter(|line| !line.starts_with("-D ")).collect()
 }
 
-/// What others have changed since so many lines were written, by what is there; `None`: nothing.
+/// What other programs changed since `written` lines were written, by the current listing. `None`: nothing.
 fn torn(listed: Option<&str>, written: usize) -> Option<Change> {
     let lines = || listed.unwrap_or_default().lines();
-    // Each jump was put first.
+    // Each jump was written at the first position.
     let is_first = |line: &str| line.starts_with("-A ") || line.starts_with("0 ");
     match lines().count() {
         0 if written > 0 => Some(Change::Vanished),
@@ -256,7 +258,7 @@ fn torn(listed: Option<&str>, written: usize) -> Option<Change> {
     }
 }
 
-/// The place of our rules at `hook`, before which chains of nft's may come. It only reads.
+/// The position of our rules at `hook`. nft chains may come before iptables. Only reads.
 pub(super) async fn place(chains: &[BaseChain], hook: Hook) -> Result<Place, CaptureError> {
     let entry = match hook {
         Hook::Prerouting => PREROUTING,
@@ -269,14 +271,14 @@ pub(super) async fn place(chains: &[BaseChain], hook: Hook) -> Result<Place, Cap
         return Ok(place_in(&v4.nat().await?, entry, earlier));
     }
     let place = place_in(&Kernel::open()?.saved(false, &ENTRIES)?, entry, earlier.clone());
-    // The program shows the rule that comes first as people know it, if it can show the table.
+    // The program shows the first rule in a form that people know, if it can show the table.
     match v4.nat().await.map(|saved| place_in(&saved, entry, earlier)) {
         Ok(Place::Behind(what)) if matches!(place, Place::Behind(_)) => Ok(Place::Behind(what)),
         _ => Ok(place),
     }
 }
 
-/// In what `iptables-save` says; `earlier` comes before iptables.
+/// The position in the text of `iptables-save`. `earlier` is a chain that comes before iptables.
 fn place_in(saved: &str, entry: Entry, earlier: Option<String>) -> Place {
     let Some(first) = rules_of(saved, entry).next() else { return Place::Absent };
     if !rules_of(saved, entry).any(is_jump) {
@@ -312,12 +314,12 @@ pub(super) async fn remove() -> Result<bool, CaptureError> {
         Err(error) if error.is_missing() => (false, None),
         Err(error) => (false, Some(CaptureError::from(error))),
     };
-    // The older programs' rules are not in nf_tables.
+    // The rules of the older programs are not in nf_tables.
     let [v4, _] = FAMILIES;
     let is_legacy = match v4.save.run(&["--version"], "").await {
         Ok(version) => !is_nf_tables(version),
         Err(error) => {
-            // Without the program there are no rules that only it shows.
+            // Without the program there are no rules that only the program shows.
             first_error = first_error.or((!found).then_some(error.into()));
             false
         }
@@ -355,11 +357,12 @@ fn uses_v6(rules: &Rules) -> bool {
         && places.vips.union(&places.own).any(IpAddr::is_ipv6)
         && (shape.scope == CaptureScope::All
             || declared.iter().any(|one| one.key.source.is_ipv6())
-            // Even the very first container with an IPv6 address may dial before it is known.
+            // Even the first container with an IPv6 address may connect before it is known.
             || shape.unknown && strangers(rules).any(|(_, network)| network.addr().is_ipv6()))
 }
 
-/// One transaction: the chains with all their rules, and the jumps if they are not first already. `now` is what `iptables-save` says.
+/// One transaction: the chains with all their rules, and the jumps if they are not first already. `now` is the text of
+/// `iptables-save`.
 fn script(rules: &Rules, v6: bool, now: &str) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.
@@ -391,7 +394,7 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
         for (by, network) in strangers(rules).filter(|(_, net)| net.addr().is_ipv6() == v6) {
             for vip in rules.places.vips.iter().filter(of_family) {
                 let stranger = format!("-A {chain} -s {network} -d {vip} {by}-p tcp");
-                // What listens on this host stays reachable for those who may turn out to be no consumers.
+                // Services of this host stay reachable for unknown containers, which may turn out to be no consumers.
                 writeln!(out, "{stranger} -m socket --nowildcard -j RETURN")?;
                 writeln!(out, "{stranger} {to}")?;
             }
@@ -412,7 +415,7 @@ fn render(rules: &Rules, v6: bool, now: &str, out: &mut String) -> fmt::Result {
         declared(out, rules, v6, OUTPUT)?;
         jump(out, now, OUTPUT, &format!("-m mark ! --mark {MARK:#x} "))?;
     } else if rules_of(now, OUTPUT).any(is_jump) {
-        // Of a process with --redirect, from which this one has taken over.
+        // The jump was written by a process with --redirect, from which this process took over.
         start(out, OUTPUT)?;
         rules_of(now, OUTPUT)
             .filter(|line| is_jump(line))
@@ -429,13 +432,13 @@ fn strangers(rules: &Rules) -> impl Iterator<Item = (String, IpNet)> {
     segments.chain(loose)
 }
 
-/// Makes the chain, or empties it: so does declaring a chain of the user's (man 8 iptables-restore, --noflush).
+/// Creates the chain, or empties it: declaring a user-defined chain does both (man 8 iptables-restore, --noflush).
 fn start(out: &mut String, entry: Entry) -> fmt::Result {
     writeln!(out, ":{} - [0:0]", entry.chain)
 }
 
 fn declared(out: &mut String, rules: &Rules, v6: bool, entry: Entry) -> fmt::Result {
-    // An own address, and the interface, count for what arrives.
+    // Own addresses and the interface matter only for arriving packets.
     let arrives = entry == PREROUTING;
     let own = arrives.then_some(&rules.places.own).into_iter().flatten();
     for destination in rules.places.vips.iter().chain(own).filter(|address| address.is_ipv6() == v6)
@@ -460,7 +463,7 @@ fn declared(out: &mut String, rules: &Rules, v6: bool, entry: Entry) -> fmt::Res
     Ok(())
 }
 
-/// The only jump to our chain, before all other rules.
+/// Makes the jump to our chain the only one, before all other rules.
 fn jump(out: &mut String, now: &str, entry: Entry, matched: &str) -> fmt::Result {
     let present: Vec<_> = rules_of(now, entry).filter(|line| is_jump(line)).collect();
     let wanted = format!("{matched}-j {}", entry.chain);
@@ -474,7 +477,7 @@ fn jump(out: &mut String, now: &str, entry: Entry, matched: &str) -> fmt::Result
     writeln!(out, "-I {} 1 {wanted}", entry.name)
 }
 
-/// One transaction that removes all our rules; `None` if there are none.
+/// One transaction that removes all our rules. `None` if there are none.
 fn removal(now: &str) -> Option<String> {
     let mut out = String::from("*nat\n");
     for line in rules_in(now).filter(|line| is_jump(line) || is_ancestors(line)) {
@@ -492,7 +495,7 @@ fn removal(now: &str) -> Option<String> {
     Some(out)
 }
 
-/// What is ours in `iptables-save`'s text, with each jump's place.
+/// Our rules in the text of `iptables-save`, with the position of each jump.
 fn ours(now: &str) -> String {
     let mut out = String::new();
     for entry in ENTRIES {
@@ -541,7 +544,7 @@ pub(crate) fn fuzz(input: &[u8]) {
     let listing = String::from_utf8_lossy(input);
     let _ = ours(&listing);
     let Some(script) = removal(&listing) else { return };
-    // Removes only our own rules and those of the original program.
+    // It removes only our own rules and those of the original program.
     for line in script.lines().filter(|line| line.starts_with('-')) {
         let own = ENTRIES.iter().any(|entry| line.ends_with(&format!(" {}", entry.chain)));
         assert!(own || line.contains(ANCESTOR), "{line}");
@@ -614,7 +617,7 @@ COMMIT
             "-A EMBASSY -d 172.17.0.1 -i docker0 -p tcp -j REDIRECT --to-ports 9999\n",
             "-A EMBASSY -d 172.17.0.1 -i br-x -p tcp -j REDIRECT --to-ports 9999\n",
             "-A EMBASSY -s 172.17.0.2 -d 10.1.2.3 -i docker0 -p tcp -m tcp --dport 80 -j",
-            // An address of another kind of network counts on what is no bridge's.
+            // An address on another kind of network is captured only at VIPs that are on no bridge.
             "-A EMBASSY -s 192.168.1.5 -d 10.1.2.3 -p tcp -m tcp --dport 80 -j",
         ] {
             assert!(script.contains(all), "{script}");
@@ -622,7 +625,7 @@ COMMIT
         assert!(!script.contains("-A EMBASSY -s 192.168.1.5 -d 172."), "{script}");
         assert!(!script.contains("-d 10.1.2.3 -i docker0 -p tcp -j"), "{script}");
         assert!(!script.contains("-d 10.1.2.3 -p tcp -j"), "{script}");
-        // What others send to this host's own address is the host's, unless no bridge is known.
+        // Connections of others to this host's own address are the host's, unless no bridge is known.
         assert!(!script.contains("-d 172.17.0.1 -p tcp -j"), "{script}");
         let mut rules = example(true, CaptureScope::All);
         rules.places.everywhere = ["172.17.0.1".parse().unwrap()].into();
@@ -632,7 +635,7 @@ COMMIT
 
     #[test]
     fn what_is_sent_from_here_is_captured_on_declared_ports_only() {
-        // The match for listening sockets works on what arrives alone: the kernel refuses it in a chain of OUTPUT's.
+        // The match for listening sockets works only for arriving packets: the kernel refuses it in a chain of OUTPUT.
         let script = script(&with_unknown(example(true, CaptureScope::All)), false, DOCKERS);
         let (_, output) = script.split_once(":EMBASSY_OUTPUT - [0:0]\n").unwrap();
         let expected = "\
@@ -700,7 +703,7 @@ COMMIT
         assert_eq!(of(&[dockers, jump]), Place::Behind("rule \"-j DOCKER\"".to_owned()));
         let earlier = place_in(jump, PREROUTING, Some("another".to_owned()));
         assert_eq!(earlier, Place::Behind("another".to_owned()));
-        // The host's own connections have a place of their own.
+        // The host's own connections have their own position.
         let sent = "-A OUTPUT -p tcp -j DOCKER\n-A OUTPUT -j EMBASSY_OUTPUT\n";
         assert_eq!(place_in(jump, OUTPUT, None), Place::Absent);
         let behind = Place::Behind("rule \"-p tcp -j DOCKER\"".to_owned());

@@ -1,5 +1,5 @@
-//! Our nf_tables table: its sets, its chains and what they hold, as a description that is written to the kernel as messages
-//! and shown to people in the language of the `nft` program. Pure.
+//! Our nf_tables tables as a description: their sets, their chains and the content of both. It is written to the kernel as
+//! messages, and shown to people in the language of the `nft` program. Pure.
 
 use std::{
     fmt,
@@ -14,7 +14,7 @@ use crate::{
     wiring::{Arrival, Interface, Mac, Wiring},
 };
 
-/// Which of our tables: that of IP, or that of bridges, for the guard.
+/// One of our tables: `inet embassy`, or `bridge embassy` for the guard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Home {
     Inet,
@@ -32,12 +32,12 @@ impl Home {
     }
 }
 
-/// The tables of rules of this shape.
+/// The tables that rules of this shape have.
 pub(super) fn homes(shape: &Shape) -> &'static [Home] {
     if shape.guard == Guard::Off { &[Home::Inet] } else { &Home::ALL }
 }
 
-/// An address family. It begins an expression, and ends the names of its sets.
+/// An address family. Its text is the start of an nft expression, and its number the suffix of the names of its sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Family {
     V4,
@@ -66,18 +66,18 @@ impl Family {
     }
 }
 
-/// What a set is for.
+/// The purpose of a set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Members {
     Vips,
     Own,
     /// VIPs and own addresses that are on none of the engine's bridges.
     Outer,
-    /// VIPs of which everything is captured.
+    /// VIPs of which every TCP port is captured, by whichever interface connections arrive.
     Everywhere,
     /// The interfaces of the engine's bridges.
     Bridges,
-    /// What is captured by its interface, whatever its interface, by none of the bridges, and of what this host sends.
+    /// Routes: captured on one interface; on every interface; on every interface except the bridges; if this host sends it.
     Declared,
     Anywhere,
     Outside,
@@ -85,23 +85,24 @@ pub(super) enum Members {
     Spared,
     Known,
     Networks,
-    /// The same with their interfaces.
+    /// The same networks with their interfaces.
     Segments,
     Near,
-    /// Of the guard: the addresses that are captured; addresses that containers own, and by which ports they may come in.
+    /// For the guard: the captured addresses; the addresses that containers own; the bridge ports on which these addresses
+    /// may arrive.
     Targets,
     Owned,
     Ports,
-    /// The ports of the engine's bridges; those of which the Ethernet address is known, and that address.
+    /// The ports of the engine's bridges; those whose Ethernet address is known; and these Ethernet addresses.
     Guarded,
     Sealed,
     Macs,
-    /// What the kernel notes: which port used which address, and which port sent what no container sends.
+    /// Noted by the kernel: which port used which address, and which port sent a frame that no container sends.
     Forgers,
     Offenders,
 }
 
-/// What the elements of a set are.
+/// The type of a set's elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Key {
     Address,
@@ -119,7 +120,7 @@ pub(super) enum Key {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Set {
     pub(super) members: Members,
-    /// `None`: there are no addresses in it.
+    /// `None`: the elements contain no addresses.
     pub(super) family: Option<Family>,
 }
 
@@ -168,7 +169,7 @@ impl Set {
         }
     }
 
-    /// Whether the guard drops what is in it, unless what [`Set::lets_pass`] says otherwise.
+    /// Whether the guard drops what this set contains, unless [`Set::lets_pass`] allows it.
     pub(super) fn binds(self) -> bool {
         matches!(self.members, Members::Owned | Members::Sealed)
     }
@@ -177,7 +178,7 @@ impl Set {
         matches!(self.members, Members::Ports | Members::Macs)
     }
 
-    /// Whether the kernel fills it, from packets.
+    /// Whether the kernel adds the elements, from packets.
     pub(super) fn is_noted(self) -> bool {
         matches!(self.members, Members::Forgers | Members::Offenders)
     }
@@ -218,7 +219,7 @@ impl fmt::Display for Set {
 pub(super) enum Element {
     Address(IpAddr),
     AddressPort(IpAddr, u16),
-    /// The first address and the last.
+    /// The first and the last address.
     Range(IpAddr, IpAddr),
     Interface(Interface),
     InterfaceAddressPort(Interface, IpAddr, u16),
@@ -230,14 +231,14 @@ pub(super) enum Element {
 }
 
 impl Element {
-    /// What a route is captured by, in one of the sets for it: the one place that knows what a rule matches of a connection.
+    /// The element of a route in this set. `None`: the route is not in it. This function alone decides what a rule matches.
     fn of_route(Declared { key, arrival }: &Declared, members: Members) -> Option<Self> {
         let (source, port) = (key.source, key.port.get());
         match (members, arrival) {
             (Members::Declared, Arrival::By(interface)) => {
                 Some(Self::InterfaceAddressPort(*interface, source, port))
             }
-            // What this host sends has no interface by which it came.
+            // Connections from this host have no interface on which they arrived.
             (Members::Anywhere, Arrival::Anywhere)
             | (Members::Outside, Arrival::Outside)
             | (Members::Sent, _) => Some(Self::AddressPort(source, port)),
@@ -245,7 +246,7 @@ impl Element {
         }
     }
 
-    /// `None`: there is no address in it.
+    /// `None`: the element contains no address.
     fn family(&self) -> Option<Family> {
         match self {
             Self::Address(address)
@@ -259,7 +260,7 @@ impl Element {
     }
 }
 
-/// A range as the program writes it.
+/// A range in the form of the `nft` program.
 fn range(f: &mut fmt::Formatter<'_>, first: &IpAddr, last: &IpAddr) -> fmt::Result {
     let net = IpNet::new(*first, 0).ok().and_then(|any| {
         let lengths = 0..=any.max_prefix_len();
@@ -298,34 +299,34 @@ impl fmt::Display for Element {
 /// A part of a rule: what it matches or does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Term {
-    /// The address is in the set of this family.
+    /// The address is in the set of this family; and the opposite.
     Address(Side, Family, Members),
     AddressNot(Side, Family, Members),
-    /// The address and the TCP port that is dialled are.
+    /// The address together with the TCP destination port is in the set.
     AddressPort(Side, Family, Members),
-    /// The interface by which it came in, its source, and that port are.
+    /// The arrival interface, the source address and the TCP destination port are in the set.
     InterfaceAddressPort(Family, Members),
-    /// The interface by which it came in, and its source, are.
+    /// The arrival interface and the source address are in the set.
     InterfaceAddress(Family, Members),
-    /// The interface by which it came in is not.
+    /// The arrival interface is not in the set; and the opposite.
     InterfaceNot(Members),
     Interface(Members),
-    /// Of bridges: what the frame carries (an EtherType).
+    /// Bridges: the frame has this EtherType.
     Carries(u16),
-    /// The port by which it came in is in the set.
+    /// The port on which the frame arrived is in the set.
     Port(Members),
-    /// The port and an address that the frame claims for its sender are not.
+    /// The arrival port together with the sender's address in this field is not in the set.
     PortNot(SenderField, Members),
-    /// An address that the frame claims for its sender is.
+    /// The sender's address in this field is in the set.
     Claimed(SenderField, Members),
-    /// ICMPv6, whatever it is; and a neighbour advertisement (RFC 4861, 4.4).
+    /// Any ICMPv6; a neighbour advertisement (RFC 4861, 4.4).
     Icmp6,
     Advertisement,
-    /// The port is noted, with the source or alone.
+    /// Note the arrival port with the source address; note the port alone.
     NoteSource(Family),
     NotePort,
     Drop,
-    /// The connection is answered by a reset.
+    /// Answer the connection by a reset.
     Reject,
     Tcp,
     Dport(u16),
@@ -336,9 +337,9 @@ pub(super) enum Term {
     NotTranslated,
     MetaMark(u32),
     SocketMark(u32),
-    /// The packet goes out by (or came in by) another interface than loopback.
+    /// The packet leaves by (or arrived on) another interface than loopback.
     NotLoopback(Direction),
-    /// A socket of this host listens or is connected there: on all addresses (`true`), or on this one.
+    /// A socket of this host listens or is connected there: on all addresses (`true`), or on this address.
     Socket(bool),
     Counter,
     Accept,
@@ -348,21 +349,21 @@ pub(super) enum Term {
     Notrack,
 }
 
-/// Where a frame says whose it is.
+/// The field of a frame with the sender's address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SenderField {
-    /// The source of IP.
+    /// The source address of IP.
     Source(Family),
-    /// The sender of ARP.
+    /// The sender of an ARP message.
     Arp,
     /// The target of a neighbour advertisement.
     Target,
-    /// The source of Ethernet.
+    /// The Ethernet source address.
     Mac,
 }
 
 impl SenderField {
-    /// Its set, of those of the same name.
+    /// The set of this purpose for this field.
     pub(super) fn set(self, members: Members) -> Set {
         match self {
             Self::Source(family) => Set::of(members, family),
@@ -373,17 +374,17 @@ impl SenderField {
     }
 }
 
-/// What frames carry (include/uapi/linux/if_ether.h).
+/// EtherTypes of frames with a VLAN tag (include/uapi/linux/if_ether.h).
 pub(super) const VLAN: [u16; 2] = [0x8100, 0x88a8];
 
-/// Which of a packet's interfaces.
+/// The input or the output interface of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Direction {
     In,
     Out,
 }
 
-/// Which of a packet's addresses.
+/// The source or the destination address of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
     Source,
@@ -399,7 +400,7 @@ impl fmt::Display for Side {
     }
 }
 
-/// Where in a packet's way the kernel calls a chain.
+/// The hook and the priority at which the kernel calls a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Base {
     pub(super) kind: BaseKind,
@@ -427,19 +428,19 @@ impl BaseKind {
 pub(super) struct Chain {
     pub(super) home: Home,
     pub(super) name: &'static str,
-    /// `None`: others jump to it.
+    /// `None`: the kernel does not call the chain, other chains jump to it.
     pub(super) base: Option<Base>,
     pub(super) rules: Vec<Vec<Term>>,
 }
 
-/// Two chains for captured connections that arrive on this host: before and after all other chains of that hook.
+/// Two chains that count captured connections that arrive on this host: before and after all other chains of the hook.
 pub(super) const ARRIVING: &str = "arriving";
 pub(super) const ARRIVED: &str = "arrived";
-/// That refuses connections to our port that were not captured.
+/// The chain that refuses connections to our port that were not captured.
 pub(super) const DIRECT: &str = "direct";
-/// Those of the guard that drop, each with a count.
+/// The guard's chains that drop, each with a counter.
 pub(super) const DROPPING: [&str; 3] = ["spoofed4", "spoofed6", "offending"];
-/// How many ports and addresses the kernel notes at most, and for how long, in milliseconds.
+/// The maximum number of noted ports and addresses, and the lifetime of a note in ms.
 pub(super) const NOTED: u32 = 1024;
 pub(super) const NOTED_FOR: u64 = 3_600_000;
 
@@ -488,12 +489,12 @@ pub(super) fn sets(shape: &Shape) -> impl Iterator<Item = Set> + use<> {
         .chain(without_family.map(|(members, _)| Set::without_family(members)))
 }
 
-/// The families that are captured.
+/// The address families that are captured.
 fn families(shape: &Shape) -> &'static [Family] {
     if shape.v6 { &Family::ALL } else { &[Family::V4] }
 }
 
-/// What a set of these rules holds. Sorted.
+/// The elements of a set, sorted.
 pub(super) fn elements(set: Set, rules: &Rules) -> Vec<Element> {
     match set.home() {
         Home::Bridge if set.members != Members::Targets => of_wiring(set, &rules.wiring),
@@ -519,10 +520,10 @@ fn of_family(family: Option<Family>, all: impl Iterator<Item = Element>) -> Vec<
     all.filter(|element| element.family() == family).collect()
 }
 
-/// What a set of the guard holds. Sorted.
+/// The elements of one of the guard's sets, sorted.
 fn of_wiring(set: Set, wiring: &Wiring) -> Vec<Element> {
     let owners = || wiring.owners.iter();
-    // Two addresses of a container are on the same port as a rule, and have the same Ethernet address there.
+    // Two addresses of a container are usually on the same port, with the same Ethernet address.
     let sealed = || {
         let macs = owners().filter_map(|(_, owner)| Some((owner.mac?, owner)));
         macs.flat_map(|(mac, owner)| owner.ports.iter().map(move |port| (*port, mac)))
@@ -574,7 +575,7 @@ fn in_places(set: Set, places: &Places) -> Vec<Element> {
     }
 }
 
-/// The ranges of each interface, for which the same is true.
+/// The ranges of each interface. The ranges of one interface neither overlap nor touch.
 fn segments(
     family: Option<Family>,
     all: &std::collections::BTreeSet<(Interface, IpNet)>,
@@ -588,12 +589,12 @@ fn segments(
         });
         ranges.collect::<Vec<_>>()
     };
-    // They are sorted by their interface.
+    // The elements are sorted by interface.
     let all: Vec<_> = all.iter().collect();
     all.chunk_by(|(one, _), (other, _)| one == other).flat_map(of_one).collect()
 }
 
-/// Ranges that neither overlap nor touch: the kernel's sets of ranges hold no others.
+/// Ranges that neither overlap nor touch: the kernel's sets of ranges accept no others.
 fn ranges<'a>(family: Option<Family>, nets: impl Iterator<Item = &'a IpNet>) -> Vec<Element> {
     let nets = nets.filter(|net| Some(Family::of(&net.addr())) == family);
     let mut bounds: Vec<_> = nets.map(|net| (net.network(), net.broadcast())).collect();
@@ -616,7 +617,7 @@ pub(super) fn after(address: IpAddr) -> Option<IpAddr> {
     }
 }
 
-/// What changes in a set.
+/// The changes of a set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Edit {
     pub(super) set: Set,
@@ -624,7 +625,7 @@ pub(super) struct Edit {
     pub(super) added: Vec<Element>,
 }
 
-/// What the first has alone, and what the second has. Both are sorted.
+/// The elements that only `before` has, and those that only `now` has. Both are sorted.
 fn differences(before: &[Element], now: &[Element]) -> (Vec<Element>, Vec<Element>) {
     let only = |these: &[Element], others: &[Element]| {
         these.iter().filter(|one| others.binary_search(one).is_err()).copied().collect()
@@ -632,11 +633,11 @@ fn differences(before: &[Element], now: &[Element]) -> (Vec<Element>, Vec<Elemen
     (only(before, now), only(now, before))
 }
 
-/// What `changes` change in each set that they touch.
+/// The edits of each set that `changes` affect.
 pub(super) fn edits(changes: &RuleChanges, shape: &Shape) -> Vec<Edit> {
-    // Of thousands of addresses, one has another port.
+    // Usually one of thousands of addresses changes its port: only the differences are compared.
     let owners = changes.wiring.as_ref().map(|(before, now)| Wiring::other_owners(before, now));
-    // Another address may be on the same port.
+    // Another address may still be on the same port.
     let on_ports = changes.wiring.as_ref().zip(owners.as_ref());
     let on_ports = on_ports.map(|((before, now), (gone, new))| {
         let owners = gone.owners.values().chain(new.owners.values());
@@ -652,7 +653,7 @@ pub(super) fn edits(changes: &RuleChanges, shape: &Shape) -> Vec<Edit> {
                     all.sort();
                     all
                 };
-                // One that only came by another interface is sent as before.
+                // If only the arrival interface changed, the element for sent connections stays the same.
                 differences(&keys(&changes.declared_removed), &keys(&changes.declared_added))
             }
             Members::Known => {
@@ -697,7 +698,7 @@ pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
 
     let mut chains = Vec::new();
     if shape.unknown {
-        // What listens on this host stays reachable for those who may turn out to be no consumers.
+        // Services of this host stay reachable for unknown containers, which may turn out to be no consumers.
         let rules = [
             vec![Term::Socket(false), Term::Accept],
             vec![Term::Socket(true), Term::Accept],
@@ -732,7 +733,7 @@ pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
             rules.push(vec![everywhere, Term::Tcp, redirect]);
         }
         if shape.unknown {
-            // An address that is known counts where it is known to be, and is no stranger's elsewhere.
+            // A known address matches only on its own interface. On other interfaces it is not treated as unknown.
             let stranger = Term::AddressNot(Source, family, Known);
             let segment = Term::InterfaceAddress(family, Segments);
             rules.push(vec![vip, segment, stranger, Term::Jump("unknown")]);
@@ -755,9 +756,9 @@ pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
         chains.push(chain("output", Some(nat(Hook::Output)), rules));
     }
     if shape.notrack {
-        // Our own connections pass connection tracking by. What comes back is known by the socket that it belongs to: others
-        // on this host may have connections to the same endpoints, translated ones even. A connection to an address of this
-        // host itself stays tracked: the engine may translate it, as it does to reach a published port.
+        // Our own connections bypass connection tracking. Answers are recognised by their socket: other programs on this
+        // host may have connections to the same endpoints, even translated ones. A connection to an address of this host
+        // stays tracked: the engine may translate it, as it does to reach a published port.
         for (name, hook, side, away, mark) in [
             (
                 "untracked_out",
@@ -792,17 +793,17 @@ pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
     chains
 }
 
-/// Refuses connections to our listener that were not captured, from wherever they come. Those without connection tracking the
-/// proxy refuses itself.
+/// Refuses connections to our listener that were not captured, from anywhere. The proxy itself refuses those without
+/// connection tracking.
 pub(super) fn refusing(port: u16) -> Chain {
     let base = Base { kind: BaseKind::Filter, hook: Hook::Input, priority: FIRST };
     let rule = vec![Term::Dport(port), Term::NotTranslated, Term::Counter, Term::Reject];
     Chain { home: Home::Inet, name: DIRECT, base: Some(base), rules: vec![rule] }
 }
 
-/// Drops frames at the ports of bridges whose sender uses an address that is another container's.
+/// Drops frames on bridge ports if the sender uses an address of another container.
 ///
-/// Whole packets are matched, not only those that open a connection: the flags of TCP may stand in a later fragment.
+/// All packets are matched, not only those that open a connection: the TCP flags may be in a later fragment.
 fn guard(shape: &Shape) -> Vec<Chain> {
     use Members::{Guarded, Macs, Owned, Ports, Sealed, Targets};
     use Side::{Destination, Source};
@@ -817,13 +818,13 @@ fn guard(shape: &Shape) -> Vec<Chain> {
         Family::V6 => spoofed6,
     };
     let families = families(shape);
-    // The note may fail where there are too many; the drop may not.
+    // Adding the note may fail if there are too many. The drop must not fail.
     let note = |family| vec![vec![Term::NoteSource(family)], drop.clone()];
     let mut chains: Vec<_> =
         families.iter().map(|&family| chain(spoofed(family), None, note(family))).collect();
     chains.push(chain(offending, None, vec![vec![Term::NotePort], drop.clone()]));
     let offends = Term::Jump(offending);
-    // Behind two tags, the kernel finds the packet that these rules do not see. One is taken off before.
+    // Behind two VLAN tags the kernel finds a packet that these rules do not see. The kernel removes one tag before.
     let mut rules: Vec<_> =
         VLAN.map(|tag| vec![Term::Carries(tag), Term::Port(Guarded), offends]).to_vec();
     for &family in families {
@@ -838,7 +839,7 @@ fn guard(shape: &Shape) -> Vec<Chain> {
         let both = |claim| [Term::Claimed(claim, Owned), Term::PortNot(claim, Ports), offends];
         rules.push(both(SenderField::Arp).to_vec());
         if shape.v6 {
-            // What asks for neighbours names the sender as well.
+            // Neighbour solicitations name the sender as well.
             rules.push([&[Term::Icmp6][..], &both(SenderField::Source(Family::V6))].concat());
             rules.push([&[Term::Advertisement][..], &both(SenderField::Target)].concat());
         }
@@ -854,16 +855,17 @@ pub(super) fn counting(port: u16) -> [Chain; 2] {
     [(ARRIVING, FIRST), (ARRIVED, LAST)].map(|(name, priority)| watch(name, priority, port))
 }
 
-/// Counts captured connections on their way to our listener. If the first of two such chains counts more than the last,
-/// a rule between them drops. The rule matches the connection state, which also keeps connection tracking on.
+/// Counts captured connections on their way to our listener. If the first of these two chains counts more than the last
+/// one, a rule between them drops connections. The rule matches the connection state, which also keeps connection tracking
+/// on.
 pub(super) fn watch(name: &'static str, priority: i32, port: u16) -> Chain {
     let base = Base { kind: BaseKind::Filter, hook: Hook::Input, priority };
     let rule = vec![Term::Dport(port), Term::Translated, Term::Syn, Term::Counter];
     Chain { home: Home::Inet, name, base: Some(base), rules: vec![rule] }
 }
 
-/// What keeps live connections translated once nothing is captured any more: chains without a rule that translates. Without
-/// any, the kernel would switch translation off, and connection tracking with it.
+/// Chains that keep live connections translated after the capture has ended. None of their rules translates. Without any
+/// such chain, the kernel would switch off translation, and connection tracking with it.
 pub(super) fn remains(shape: &Shape) -> Vec<Chain> {
     let hooks = [Some(Hook::Prerouting), shape.redirect.then_some(Hook::Output)];
     let nat = |hook: Hook| {

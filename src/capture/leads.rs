@@ -1,4 +1,4 @@
-//! Rules of other programs that lead connections to a port of this host: rules of the user's own, or what is left of them.
+//! Reads rules of other programs that redirect connections to a port of this host: the user's own rules, or leftovers.
 
 use std::{
     collections::BTreeSet,
@@ -42,35 +42,36 @@ pub struct Lead {
 }
 
 impl Lead {
-    /// The port that it leads to, if that is one.
+    /// The port to which it redirects. `None`: several are possible.
     pub fn port(&self) -> Option<u16> {
         self.to.only()
     }
 
-    /// Whether it may lead to a port of a host with these addresses.
+    /// Whether it may redirect to this port of a host with these addresses.
     pub fn may_lead_to(&self, port: u16, local: &BTreeSet<IpAddr>) -> bool {
         self.to.contains(port) && self.address.is_none_or(|address| local.contains(&address))
     }
 
-    /// Whether it takes embassy's own connections to this server, as far as can be read: unless it spares some user's.
+    /// Whether it matches embassy's own connections to this server, as far as its conditions can be read. A rule that
+    /// excepts a user, a mark or a control group is taken as not matching.
     pub fn takes_own(&self, server: SocketAddr) -> bool {
         self.may_take(server.port(), Hook::Output)
             && self.destination.is_none_or(|net| net.contains(&server.ip()))
             && !self.spares
     }
 
-    /// Whether it may take connections to a port, which pass this hook.
+    /// Whether it may match connections to a port that pass this hook.
     pub fn may_take(&self, port: u16, hook: Hook) -> bool {
         self.from.contains(port) && self.hook.is_none_or(|of| of == hook)
     }
 }
 
-/// Ports, as a rule names them.
+/// Ports in a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ports(Vec<RangeInclusive<u16>>);
 
 impl Ports {
-    /// Each port: there is no condition, or it cannot be read.
+    /// All ports: there is no condition, or it cannot be read.
     pub fn all() -> Self {
         Self(vec![0..=u16::MAX])
     }
@@ -83,7 +84,7 @@ impl Ports {
         self.0.iter().any(|range| range.contains(&port))
     }
 
-    /// The port, if there is one only.
+    /// The port, if there is only one.
     fn only(&self) -> Option<u16> {
         match self.0.as_slice() {
             [range] if range.start() == range.end() => Some(*range.start()),
@@ -91,7 +92,7 @@ impl Ports {
         }
     }
 
-    /// `80`, `80:90` or `80-90`, several of them with commas; all if it is anything else.
+    /// Reads `80`, `80:90` or `80-90`, or several of them separated by commas. Anything else counts as all ports.
     fn read(text: &str) -> Self {
         let range = |text: &str| {
             let text = text.trim();
@@ -170,7 +171,7 @@ async fn older(
     Err(format!("the older iptables has a table {table} here, and {save} is not installed"))
 }
 
-/// Whether a program of iptables writes rules of nf_tables; one that does not say so is the older one.
+/// Whether an iptables program writes to nf_tables. If its version does not say so, it is the older one.
 async fn is_of_nft(save: &'static str) -> bool {
     Program(save).run(&["-V"], "").await.is_ok_and(|version| version.contains("nf_tables"))
 }
@@ -282,7 +283,7 @@ pub fn in_iptables(saved: &str, table: &str, program: &str) -> Vec<Lead> {
         if CHAINS.contains(chain) {
             return None;
         }
-        // The word after that of this name, and whether the condition is negated.
+        // The word after the one named `name`, and whether the condition is negated.
         let said = |name: &str| {
             let at = words.iter().position(|word| *word == name)?;
             let is_negated = at.checked_sub(1).and_then(|at| words.get(at)) == Some(&"!");
@@ -335,8 +336,8 @@ fn network(text: &str) -> Option<IpNet> {
     text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
 }
 
-/// `:port`, `address:port` or `[address]:port`, or with a range of ports. `None` for an address without a port, which leaves
-/// the port as it was. What cannot be read, such as a map, may be anything.
+/// Reads `:port`, `address:port` or `[address]:port`, also with a range of ports. `None` for an address without a port: the
+/// port stays the same. What cannot be read, such as a map, counts as any port.
 fn target(text: &str) -> Option<(Option<IpAddr>, Ports)> {
     let bare = |text: &str| text.trim_matches(['[', ']']).parse::<IpAddr>();
     if bare(text).is_ok() || text.contains('-') && !text.contains(':') {
@@ -363,7 +364,7 @@ mod tests {
 
     const HERE: &str = "172.17.0.1";
 
-    /// Of these ports, those that it may take for port 9999 of this host, from containers and from this host itself.
+    /// Which of some ports the rules may redirect to port 9999 of this host: from containers (c) and from this host (h).
     fn taken(leads: &[Lead]) -> Vec<String> {
         let local = [HERE.parse().unwrap()].into();
         let of = |lead: &Lead| {
@@ -398,7 +399,7 @@ mod tests {
             ),
             ("MINE -p tcp -m tcp --dport 443 -j REDIRECT --to-ports 9000-9999", "443"),
             ("PREROUTING -p tcp -j DNAT --to-destination 172.17.0.1:9999", "79c 80c 81c 92c 443c"),
-            // To a container that publishes this port, or to another port.
+            // Redirects to a container that publishes this port, and to another port.
             (
                 "DOCKER ! -i docker0 -p tcp -m tcp --dport 9999 -j DNAT --to-destination 172.17.0.2:9999",
                 "",
@@ -420,7 +421,7 @@ mod tests {
             let leads = in_iptables(&format!("-A {rule}\n"), "nat", "iptables");
             assert_eq!(taken(&leads), [expected], "{rule}");
         }
-        // The port stays as it was.
+        // The port stays the same.
         assert!(
             in_iptables(
                 "-A PREROUTING -p tcp -j DNAT --to-destination 1.2.3.4\n",

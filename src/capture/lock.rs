@@ -1,8 +1,9 @@
-//! One embassy captures in a network namespace: two would each put their own rules in place of the other's, for ever.
+//! Ensures that only one embassy captures in a network namespace: two would replace each other's rules forever.
 //!
-//! The lock is a group of the kernel's packet log (NFLOG), to which no packet is sent. The kernel keeps the groups of each network
-//! namespace apart, gives each to one socket at a time, only if that has NET_ADMIN there, and takes it back when the process ends,
-//! however it does. So it needs no file system, and nobody can take it who could not remove our rules.
+//! The lock is a group of the kernel's packet log (NFLOG), to which no packet is sent. Each network namespace has its own
+//! groups. The kernel gives a group to one socket at a time, only if the socket has NET_ADMIN there, and takes it back when
+//! the process ends, for whatever reason. So the lock needs no file system, and a program that could not remove our rules
+//! cannot take it.
 
 use std::{
     io,
@@ -21,37 +22,37 @@ use rustix::{
     },
 };
 
-/// Held while this embassy is the one that captures.
+/// Held as long as this embassy captures.
 #[derive(Debug)]
 pub struct Lock {
     /// `None`: this kernel has no packet log.
     held: Option<OwnedFd>,
 }
 
-/// The group. Any number that no program is known to use.
+/// The group. No program is known to use this number.
 const GROUP: u16 = 0xE3BA;
-/// Another one, which shows whether the first is refused because it is taken.
+/// A second group, which shows whether the first one is refused because it is taken.
 const OTHER: u16 = 0xE3BB;
 
 impl Lock {
-    /// For tests that write no rules.
+    /// A lock without a group, for tests that write no rules.
     #[cfg(test)]
     pub(super) fn of_nobody() -> Self {
         Self { held: None }
     }
 
-    /// Whether an embassy captures here, one whose process cannot be seen included. Changes nothing. False without the right to
-    /// know it, which is NET_ADMIN.
+    /// Whether an embassy captures here, even if its process is not visible. Changes nothing. False without NET_ADMIN,
+    /// which is needed to find out.
     pub fn is_held() -> bool {
         let is_held = || Ok::<_, io::Error>(Group::is_taken(&open()?, GROUP)?);
         is_held().unwrap_or_default()
     }
 
-    /// `None` if another embassy captures.
+    /// Takes the lock. `None` if another embassy captures.
     pub fn take() -> io::Result<Option<Self>> {
         let socket = match open() {
             Ok(socket) => socket,
-            // Not even the netlink of which the packet log is a part.
+            // The kernel has no nfnetlink, of which the packet log is a part.
             Err(Errno::PROTONOSUPPORT | Errno::AFNOSUPPORT) => {
                 return Ok(Some(Self { held: None }));
             }
@@ -71,18 +72,18 @@ impl Lock {
         }
     }
 
-    /// The lock of the process before this one, which has handed its socket over.
+    /// The lock of the previous process, which handed over its socket.
     pub fn inherited(socket: OwnedFd) -> Self {
         Self { held: Some(socket) }
     }
 
-    /// What to hand over to the process after this one.
+    /// The socket to hand over to the next process.
     pub(super) fn socket(&self) -> Option<BorrowedFd<'_>> {
         self.held.as_ref().map(AsFd::as_fd)
     }
 
-    /// Held by an embassy that needs a table of this name to the end of its connections. `None` where another holds it. The name
-    /// cannot be guessed, so nobody takes it first (man 7 unix, "Abstract sockets").
+    /// Held by an embassy that needs a table of this name until its connections have ended. `None` if another process holds
+    /// it. The name cannot be guessed, so that no other program can take it first (man 7 unix, "Abstract sockets").
     pub(super) fn of_table(name: &str) -> io::Result<Option<Self>> {
         let name = SocketAddr::from_abstract_name(format!("embassy/{name}"))?;
         match UnixDatagram::bind_addr(&name) {
@@ -107,15 +108,15 @@ impl Group {
     /// `NFULA_CFG_TIMEOUT`: only its holder can set that.
     const TIMEOUT: (u16, &[u8]) = (4, &[0, 0, 0, 100]);
 
-    /// Whether a socket has it that is not this one.
+    /// Whether another socket than this one holds the group.
     fn is_taken(socket: &OwnedFd, group: u16) -> Result<bool, Errno> {
-        // One that nobody has does not exist (ENODEV). Without NET_ADMIN, both are refused.
+        // If nobody holds a group, it does not exist (ENODEV). Without NET_ADMIN, both groups are refused.
         let is_refused =
             |group| Ok::<_, Errno>(Self::ask(socket, group, Self::TIMEOUT)? == Err(Errno::PERM));
         Ok(is_refused(group)? && !is_refused(OTHER)?)
     }
 
-    /// What the kernel says to a request with one attribute.
+    /// The kernel's answer to a request with one attribute.
     fn ask(
         socket: &OwnedFd,
         group: u16,
@@ -124,7 +125,7 @@ impl Group {
         send(socket, &Self::request(group, attribute, value), SendFlags::empty())?;
         let mut answer = [0; 1024];
         let (read, _) = recv(socket, &mut answer[..], RecvFlags::empty())?;
-        // NLMSG_ERROR: the header, and then the error's number, which is 0 where all is well.
+        // NLMSG_ERROR: the header, and then the error number, 0 on success.
         let number = answer.get(..read).and_then(|answer| answer.get(16..20)?.try_into().ok());
         let number = number.map(i32::from_ne_bytes).ok_or(Errno::BADMSG)?;
         Ok(match number {
@@ -162,7 +163,7 @@ mod tests {
 
     use super::{super::nft::tests::enter_a_namespace_of_its_own, *};
 
-    /// On a thread in a network namespace of its own.
+    /// Runs a test on a thread in its own network namespace.
     fn apart(test: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
         std::thread::spawn(|| {
             enter_a_namespace_of_its_own();
@@ -199,7 +200,7 @@ mod tests {
     #[test]
     fn who_could_not_remove_the_rules_cannot_have_the_lock() {
         apart(|| {
-            // The name that was the lock once.
+            // An earlier version used this name as the lock.
             let name = SocketAddr::from_abstract_name("embassy/capture").unwrap();
             let _squatter = UnixDatagram::bind_addr(&name).unwrap();
             let mut sets = capabilities(None).unwrap();
@@ -211,7 +212,7 @@ mod tests {
             assert!(!Lock::is_held());
             set_capabilities(None, all).unwrap();
             let _lock = Lock::take().unwrap().unwrap();
-            // What cannot be known is not taken for another embassy.
+            // If the holder cannot be determined, no other embassy is assumed.
             set_capabilities(None, sets).unwrap();
             assert!(Lock::take().is_err() && !Lock::is_held());
         })

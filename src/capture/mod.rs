@@ -1,5 +1,5 @@
-//! Makes the kernel's rules match the table: consumers' connections to a VIP are redirected to our listener. Only this module
-//! changes the firewall, and only objects with our name.
+//! Makes the kernel's rules match the table: consumers' connections to a VIP are redirected to our listener. Only this
+//! module changes the firewall, and it changes only objects with our name.
 
 use std::{
     collections::BTreeSet,
@@ -56,7 +56,7 @@ pub use own_rules::OwnRules;
 use reconciler::Reconciler;
 use rules::{Hook, RuleSettings, Rules};
 
-/// Who writes the rules.
+/// The firewall that has the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Firewall {
     Nft,
@@ -72,8 +72,8 @@ impl fmt::Display for Firewall {
     }
 }
 
-/// Removes the rules of an earlier run, of any backend, and of the original program. A backend that is
-/// not installed has left nothing; every other error is reported, and the rest still done.
+/// Removes the rules of an earlier run, for both backends, and those of the original program. A backend that is not
+/// installed has none. Every other error is logged, and the rest is removed nevertheless.
 pub async fn cleanup() {
     for (firewall, removed) in remove_leftovers().await {
         report(firewall, removed);
@@ -88,7 +88,7 @@ fn report(firewall: Firewall, removed: Result<bool, CaptureError>) {
     }
 }
 
-/// The same, for who wants to know: whether there was anything of either backend.
+/// Like [`cleanup`], but returns for each backend whether it had any rules.
 pub async fn remove_leftovers() -> [(Firewall, Result<bool, CaptureError>); 2] {
     let none_if_missing = |removed: Result<bool, CaptureError>| match removed {
         Err(error) if error.is_missing() => {
@@ -103,7 +103,7 @@ pub async fn remove_leftovers() -> [(Firewall, Result<bool, CaptureError>); 2] {
     ]
 }
 
-/// Rules as a program takes them on its standard input.
+/// Rules as the standard input of a program.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Script {
     /// The program and its arguments.
@@ -111,8 +111,8 @@ pub struct Script {
     pub text: String,
 }
 
-/// The rules that a start would write on a host without rules of embassy. Only reads. With nft these are shown as a script,
-/// although embassy starts no program.
+/// The rules that a start would write on a host without rules of embassy. Only reads. For nft they are shown as a script,
+/// although embassy does not start the program.
 pub async fn plan(
     choice: FirewallChoice,
     settings: &RuleSettings,
@@ -130,18 +130,18 @@ pub async fn plan(
     Ok((backend.firewall(), scripts))
 }
 
-/// What the capture did and found, for the metrics.
+/// What the capture did and found. For metrics.
 #[derive(Debug, Default)]
 pub struct CaptureCounts {
-    /// How often the rules were restored, by [`Change::ALL`].
+    /// How often the rules were restored, in the order of [`Change::ALL`].
     restored: [AtomicU64; Change::ALL.len()],
-    /// Attempts that failed.
+    /// Failed attempts to write or check the rules.
     pub failed: AtomicU64,
-    /// Chains of others that may stop what is captured, now.
+    /// The current number of other programs' chains that may stop captured connections.
     pub barriers: AtomicU64,
-    /// What the rules turned away, by [`TurnedAway::ALL`].
+    /// The number of what the rules turned away, in the order of [`TurnedAway::ALL`].
     pub turned_away: TurnedAwayCounts,
-    /// The addresses that are bound to ports of bridges, and those on bridges that are not, now.
+    /// The current numbers of addresses that are bound to bridge ports, and of addresses on bridges that are not.
     pub bound: AtomicU64,
     pub unbound: AtomicU64,
     /// How long each write of the rules, or of changes to them, took.
@@ -149,10 +149,10 @@ pub struct CaptureCounts {
     standing: watch::Sender<Standing>,
 }
 
-/// What the rules turn away.
+/// A reason for which the rules turn something away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TurnedAway {
-    /// Connections to our own port that nothing captured.
+    /// Connections to our own port that no rule captured.
     Direct,
     /// Frames whose sender used an address of another container.
     Spoofed,
@@ -162,19 +162,19 @@ impl TurnedAway {
     pub const ALL: [Self; 2] = [Self::Direct, Self::Spoofed];
 }
 
-/// How much the rules turned away since the start. The kernel's counts begin again when rules are written.
+/// What the rules have turned away since embassy's start. The kernel's counters start from zero when rules are written.
 #[derive(Debug, Default)]
 pub struct TurnedAwayCounts {
-    /// The sum, and the kernel's count as it was read last.
+    /// The sum, and the kernel's counter as last read.
     counts: [(AtomicU64, AtomicU64); TurnedAway::ALL.len()],
 }
 
 impl TurnedAwayCounts {
-    /// The kernel's count is this now. Whether there is more.
+    /// Adds what the kernel's counter, now at `now`, shows. Returns whether it increased.
     fn read(&self, what: TurnedAway, now: u64) -> bool {
         let Some((sum, last)) = self.counts.get(what as usize) else { return false };
         let before = last.swap(now, Relaxed);
-        // A smaller count has begun again.
+        // A smaller value means that the counter started from zero.
         let more = now.checked_sub(before).unwrap_or(now);
         sum.fetch_add(more, Relaxed);
         more > 0
@@ -185,33 +185,33 @@ impl TurnedAwayCounts {
     }
 }
 
-/// How the rules stand.
+/// The state of the rules.
 #[derive(Debug, Clone, Default)]
 pub struct Standing {
-    /// Who wrote them. `None` before the first.
+    /// The firewall that has them. `None` before they were first written.
     pub firewall: Option<Firewall>,
-    /// Whether they are as they should be.
+    /// Whether the rules are as they should be.
     pub in_place: bool,
-    /// Whether addresses are bound to ports of bridges.
+    /// Whether addresses are bound to bridge ports.
     pub guards: bool,
-    /// Why they cannot be written.
+    /// Why the rules cannot be written.
     pub error: Option<String>,
     /// When the rules were last restored, and what was missing.
     pub restored: Option<(Instant, String)>,
-    /// The optional parts of the rules that the firewall cannot do, and why.
+    /// The optional parts of the rules that the firewall does not support, and why.
     pub lacks: Vec<(rules::Part, String)>,
-    /// Chains on this host's input that may drop captured connections.
+    /// Chains of this host's input that may drop captured connections.
     pub barriers: Vec<input::Barrier>,
-    /// Whether they do, by count.
+    /// Whether connections really are dropped, by the counters.
     pub drops: Drops,
-    /// Addresses of registries and engines that are excepted from the capture, though this host's own consumer declared their port.
+    /// Addresses of registries and engines that are not captured, although a consumer on this host declared their port.
     pub shadowed: BTreeSet<SocketAddr>,
-    /// A chain that may take connections before our rules do.
+    /// A chain that may translate connections before our rules do.
     pub behind: Option<input::Barrier>,
 }
 
 impl Standing {
-    /// The firewall cannot do an optional part of the rules. Whether that is new.
+    /// Notes that the firewall does not support an optional part. Returns whether that is new.
     fn lack(&mut self, part: rules::Part, reason: &str) -> bool {
         let known = self.lacks.iter_mut().find(|(one, _)| *one == part);
         let is_new = known.is_none();
@@ -223,21 +223,21 @@ impl Standing {
     }
 }
 
-/// Whether captured connections are dropped on this host's input, by the counts before and after others' rules.
+/// Whether captured connections are dropped on this host's input, by the counters before and after other programs' rules.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Drops {
-    /// None was lost, or none has come.
+    /// No connection was lost, or none has arrived.
     #[default]
     NotCounted,
-    /// Some were lost.
+    /// Some connections were lost.
     Some,
-    /// Some were lost and none has passed since others' rules were last found changed, and rules that can be read say that all of
-    /// each family of addresses are dropped.
+    /// Since other programs' rules last changed, some connections were lost and none has passed; and readable rules drop
+    /// all connections of each address family.
     All,
 }
 
 impl CaptureCounts {
-    /// How the rules stand now.
+    /// The current state of the rules.
     pub fn standing(&self) -> Standing {
         self.standing.borrow().clone()
     }
@@ -246,12 +246,12 @@ impl CaptureCounts {
         self.standing.send_modify(change);
     }
 
-    /// Changes when the rules stand in another way.
+    /// Notified when the state of the rules changes.
     pub fn changes(&self) -> watch::Receiver<Standing> {
         self.standing.subscribe()
     }
 
-    /// What was counted, for the process after this one.
+    /// Writes the counts for the next process.
     pub fn totals(&self, figures: &mut ProcessFigures) {
         figures.restored = self.restored.iter().map(|count| count.load(Relaxed)).collect();
         let counts = self.turned_away.counts.iter();
@@ -260,12 +260,12 @@ impl CaptureCounts {
         figures.write_failures = self.failed.load(Relaxed);
     }
 
-    /// Adds what the process before this one counted.
+    /// Adds the counts of the previous process.
     pub fn inherit(&self, figures: &ProcessFigures) {
         for (mine, theirs) in self.restored.iter().zip(&figures.restored) {
             mine.fetch_add(*theirs, Relaxed);
         }
-        // The kernel's counts may go on.
+        // The kernel's counters may continue.
         for (mine, (sum, last)) in self.turned_away.counts.iter().zip(&figures.turned_away) {
             mine.0.fetch_add(*sum, Relaxed);
             mine.1.store(*last, Relaxed);
@@ -273,7 +273,7 @@ impl CaptureCounts {
         self.failed.fetch_add(figures.write_failures, Relaxed);
     }
 
-    /// How often the rules were restored after this change.
+    /// How often the rules were restored after this kind of change.
     pub fn restored(&self, change: Change) -> u64 {
         self.restored.get(change as usize).map_or(0, |count| count.load(Relaxed))
     }
@@ -284,13 +284,13 @@ impl CaptureCounts {
 pub struct Capture {
     stop: oneshot::Sender<()>,
     task: JoinHandle<Backend>,
-    /// What came of the task, where its end was noticed.
+    /// The result of the task, once its end was noticed.
     ended: Option<Result<Backend, JoinError>>,
     lock: Lock,
     follows: Follows,
 }
 
-/// What the rules follow.
+/// What determines the rules.
 #[derive(Debug, Clone)]
 struct Follows {
     settings: RuleSettings,
@@ -299,7 +299,7 @@ struct Follows {
     events: Events,
 }
 
-/// A capture whose rules stand and follow nothing, so that another process can go on with them.
+/// A capture whose rules are in place but do not follow the table, so that another process can continue with them.
 #[derive(Debug)]
 pub struct Suspended {
     backend: Backend,
@@ -309,7 +309,7 @@ pub struct Suspended {
 
 impl Capture {
     /// Starts the task that keeps the kernel's rules equal to the table. Nothing is captured before the first table.
-    /// `ready` is dropped once the first rules stand.
+    /// `ready` is dropped once the first rules are written.
     pub fn start(
         lock: Lock,
         backend: Backend,
@@ -331,7 +331,7 @@ impl Capture {
         Self { stop, task, ended: None, lock, follows }
     }
 
-    /// Leaves the rules as they are. An error if what kept them has failed.
+    /// Stops the task and leaves the rules in place. An error if the task has failed.
     pub async fn suspend(self) -> Result<Suspended, JoinError> {
         let _ = self.stop.send(());
         let backend = match self.ended {
@@ -341,10 +341,10 @@ impl Capture {
         Ok(Suspended { backend: backend?, lock: self.lock, follows: self.follows })
     }
 
-    /// Waits for the end of what keeps the rules, which should go on.
+    /// Waits until the task that keeps the rules ends, which is a failure. Returns its reason.
     pub async fn failed(&mut self) -> String {
         if self.ended.is_none() {
-            // Its rules stay until they are removed: live connections need them.
+            // The rules stay until they are removed: live connections need them.
             self.ended = Some((&mut self.task).await);
         }
         match &self.ended {
@@ -353,8 +353,8 @@ impl Capture {
         }
     }
 
-    /// Removes the rules. Then another embassy may capture here. What is given back is to be kept until the last
-    /// captured connection has ended.
+    /// Removes the rules. Then another embassy may capture here. The returned value must be kept until the last captured
+    /// connection has ended.
     pub async fn stop(self) -> Remains {
         let _ = self.stop.send(());
         let end = match self.ended {
@@ -375,7 +375,7 @@ impl Capture {
             }
             Err(error) => {
                 error!(%error, "the capture failed");
-                // Nobody is left who knows what it wrote.
+                // No process knows any more what the task wrote.
                 cleanup().await;
                 Remains::default()
             }
@@ -386,23 +386,23 @@ impl Capture {
 }
 
 impl Suspended {
-    /// What the process after this one needs so that the rules stay: the socket that owns them, and the lock's.
+    /// The sockets that the next process needs to keep the rules: the one that owns them, and the lock's.
     pub fn sockets(&self) -> (Option<BorrowedFd<'_>>, Option<BorrowedFd<'_>>) {
         (self.backend.owner(), self.lock.socket())
     }
 
-    /// Has the rules follow the tables again.
+    /// Lets the rules follow the table again.
     pub fn resume(self) -> Capture {
         Capture::follow(self.lock, self.backend, self.follows, None)
     }
 }
 
-/// The place of our rules that translate at `hook`, in `firewall`. Only reads.
+/// The position of our translating rules at `hook`, in `firewall`. Only reads.
 pub async fn place_of(firewall: Firewall, hook: Hook) -> Result<place::Place, CaptureError> {
     let chains = nft::base_chains();
     match firewall {
         Firewall::Nft => Ok(place::in_nft(&chains?, hook)),
-        // Where there is no nf_tables, there are no chains of its.
+        // Without nf_tables there are no nf_tables chains.
         Firewall::Iptables => iptables::place(&chains.unwrap_or_default(), hook).await,
     }
 }
@@ -414,7 +414,7 @@ mod tests {
     use super::*;
     use crate::readiness::{Part, Readiness};
 
-    /// A capture, and what its firewall was given.
+    /// A capture, and a record of what its firewall was given.
     fn capture(tables: watch::Receiver<Arc<Table>>) -> (Capture, Arc<Mutex<fake::State>>) {
         let ready = Readiness::default().wait_for(Part::Capture);
         let fake = fake::Fake::default();
@@ -436,7 +436,7 @@ mod tests {
         let counts = TurnedAwayCounts::default();
         let read = |now| counts.read(TurnedAway::Spoofed, now);
         assert!(!read(0) && read(3) && !read(3) && read(5));
-        // Rules were written: two more since.
+        // Rules were written, so the counter started from zero: two more.
         assert!(read(2) && !read(0) && read(1));
         assert_eq!((counts.get(TurnedAway::Spoofed), counts.get(TurnedAway::Direct)), (8, 0));
     }

@@ -1,5 +1,6 @@
-//! nftables: one table, `inet embassy`, which belongs to our netlink socket if the kernel supports that (Linux 5.12): no other
-//! program can change it, and the kernel removes it when this process ends for any reason.
+//! nftables: the table `inet embassy`, and `bridge embassy` for the guard. They belong to our netlink socket if the kernel
+//! supports that (Linux 5.12): no other program can change them, and the kernel removes them when this process ends, for
+//! whatever reason.
 
 use std::{
     collections::HashSet,
@@ -21,31 +22,31 @@ use super::{
     rules::{DRAINING, NAME, Optional, Part, RuleChanges, Rules, Shape},
 };
 
-/// The writer of our table.
+/// The writer of our tables.
 #[derive(Debug)]
 pub struct Nft {
     socket: Socket,
-    /// Whether the table belongs to the socket.
+    /// Whether the tables belong to the socket.
     owned: bool,
     lacks: Vec<(Part, String)>,
     written: Option<Written>,
-    /// The last known generation, by us or by another program.
+    /// The last known generation, whether we or another program caused it.
     seen: Generation,
-    /// Another program changed something that was not checked yet.
+    /// Another program changed something, which was not checked yet.
     others: bool,
 }
 
-/// A port of a bridge from which the guard dropped frames.
+/// A bridge port from which the guard dropped frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Offender {
     /// The number of the interface.
     pub(super) port: u32,
-    /// The address that was used, which is another container's. `None`: it sent what no container sends.
+    /// The address that was used, which belongs to another container. `None`: a frame that no container sends.
     pub(super) address: Option<IpAddr>,
 }
 
 impl Offender {
-    /// By a key of the kernel's notes.
+    /// From a key of the kernel's notes.
     fn of(key: &[u8]) -> Option<Self> {
         let (port, address) = key.split_first_chunk()?;
         let address = match address.len() {
@@ -62,13 +63,13 @@ impl Offender {
 #[derive(Debug)]
 struct Written {
     shape: Shape,
-    /// The listing right after it was written, if other programs can change it.
+    /// The listing right after the rules were written, if other programs can change them.
     listing: Option<Listing>,
 }
 
 impl Nft {
-    /// An error if the kernel cannot do what rules of this shape need, without the parts that they can do without. It changes
-    /// nothing. `shared`: other programs can change the table.
+    /// Opens the socket. An error if the kernel does not support what rules of this shape need, not counting their optional
+    /// parts. Changes nothing. `shared`: other programs can change the tables.
     pub(super) fn open(shape: &Shape, shared: bool) -> Result<Self, CaptureError> {
         let mut socket = Socket::open()?;
         let seen = socket.generation()?;
@@ -82,7 +83,7 @@ impl Nft {
         Ok(Self { socket, owned, lacks, written: None, seen, others: true })
     }
 
-    /// The optional parts that this kernel cannot do, each with what it lacks.
+    /// The optional parts that this kernel does not support, each with what is missing.
     pub(super) fn lacks(&self) -> &[(Part, String)] {
         &self.lacks
     }
@@ -91,12 +92,12 @@ impl Nft {
         self.owned
     }
 
-    /// What to hand over to the process after this one, so that the table stays.
+    /// The descriptor to hand over to the next process, so that the kernel keeps the tables.
     pub(super) fn owner(&self) -> Option<BorrowedFd<'_>> {
         self.owned.then(|| self.socket.descriptor())
     }
 
-    /// Goes on with the table of the process before this one. The rules that stand are replaced in one transaction.
+    /// Continues with the tables of the previous process. The rules in them are replaced in one transaction.
     pub(super) fn adopt(&mut self, owner: OwnedFd) -> Result<(), CaptureError> {
         self.socket.adopt(owner);
         self.seen = self.socket.generation()?;
@@ -110,13 +111,13 @@ impl Nft {
 
     fn apply(&mut self, batch: &Messages) -> Result<(), NetlinkError> {
         let generation = self.socket.apply(batch)?;
-        // Our batch is one change; further ones are by other programs.
+        // Our batch is one generation. Any further generation comes from another program.
         self.others |= !generation.follows(self.seen);
         self.seen = generation;
         Ok(())
     }
 
-    /// Replaces the table's content. Returns what other programs changed since; `None`: nothing.
+    /// Replaces the tables' content. Returns what other programs changed meanwhile; `None`: nothing.
     pub(super) async fn load(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         self.written = None;
         let old = netlink::tables(&mut self.socket)?;
@@ -136,13 +137,14 @@ impl Nft {
         }
         for batch in netlink::load(self.table(), rules, &[]) {
             self.apply(&batch)?;
-            // A large load takes the kernel tens of milliseconds, and this thread has other work.
+            // A large batch takes the kernel tens of milliseconds, and this thread has other work.
             tokio::task::yield_now().await;
         }
         self.stands_as(rules)
     }
 
-    /// Called after everything was written. Lists a table that other programs can change, and returns what they changed already.
+    /// Called after everything was written. Lists tables that other programs can change, and returns what they have already
+    /// changed.
     fn stands_as(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         let table = self.table();
         let mut torn = None;
@@ -166,7 +168,7 @@ impl Nft {
         Ok(torn)
     }
 
-    /// Whether everything was written, so that [`Self::change`] can be used.
+    /// Whether the rules were written completely, so that [`Self::change`] can be used.
     pub(super) fn stands(&self) -> bool {
         self.written.is_some()
     }
@@ -182,7 +184,7 @@ impl Nft {
         Ok(())
     }
 
-    /// Changes the priority of our chains. Returns what other programs changed since; `None`: nothing.
+    /// Changes the priority of our chains. Returns what other programs changed meanwhile; `None`: nothing.
     pub(super) fn move_to(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
         let Some(Written { shape, .. }) = self.written.take() else { return Ok(None) };
         self.apply(&netlink::other_chains(self.table(), &shape, &rules.shape))?;
@@ -197,7 +199,8 @@ impl Nft {
         Ok(changed)
     }
 
-    /// What other programs changed in our table, and what is missing, as text. `None`: nothing, as always if it belongs to us.
+    /// What other programs changed in our tables, and what is missing, as text. `None`: nothing, always if the tables
+    /// belong to us.
     pub(super) fn damage(
         &mut self,
         rules: &Rules,
@@ -211,7 +214,7 @@ impl Nft {
         Ok(found)
     }
 
-    /// Chains that the kernel calls for IP, ours and others'.
+    /// The base chains for IP, ours and other programs'.
     pub(super) fn base_chains(&mut self) -> Result<Vec<BaseChain>, CaptureError> {
         Ok(netlink::base_chains(&mut self.socket)?)
     }
@@ -238,7 +241,7 @@ impl Nft {
         Ok(sum)
     }
 
-    /// Who sent them, as far as the kernel noted it.
+    /// The senders of these frames, as far as the kernel noted them.
     pub(super) fn offenders(&mut self) -> Result<Vec<Offender>, CaptureError> {
         let table = Table { name: NAME, owned: false };
         let mut found = Vec::new();
@@ -258,8 +261,8 @@ impl Nft {
         Ok(netlink::counted(&mut self.socket, table, home, chain)?)
     }
 
-    /// Ends the capture. The returned value keeps live connections translated until it is dropped, and leaves our table's name
-    /// to the next embassy.
+    /// Ends the capture. The returned value keeps live connections translated until it is dropped. The name of our table is
+    /// free for the next embassy.
     pub(super) fn remove(mut self) -> Result<(bool, Draining), CaptureError> {
         let Some(Written { shape, .. }) = self.written.take() else {
             let found = self.delete_what_is_there()?;
@@ -267,12 +270,12 @@ impl Nft {
         };
         let name = unused_name(DRAINING);
         let draining = Table { name: &name, owned: self.owned };
-        // Without the lock, the next embassy takes the table for a leftover.
+        // Without the lock, the next embassy would remove the table as a leftover.
         let kept = (!self.owned).then(|| (Lock::of_table(&name).ok().flatten(), name.clone()));
         let remains = layout::remains(&shape);
         let homes = layout::homes(&shape);
         match self.apply(&netlink::replace(self.table(), homes, draining, &remains)) {
-            // Another program has already removed a table, and perhaps not both.
+            // Another program has already removed one of the tables, perhaps not both.
             Err(error) if error.errno() == Some(Errno::NOENT) => {
                 let found = self.delete_what_is_there()?;
                 Ok((found, Draining { nft: self, name: None }))
@@ -284,7 +287,7 @@ impl Nft {
 }
 
 impl Nft {
-    /// Deletes our tables, if there are any. Whether there were.
+    /// Deletes our tables. Returns whether there were any.
     fn delete_what_is_there(&mut self) -> Result<bool, CaptureError> {
         let there = netlink::tables(&mut self.socket)?.into_iter();
         let there: Vec<_> =
@@ -296,7 +299,7 @@ impl Nft {
     }
 }
 
-/// A table name that is unique. A process ID would not be: each container may have its own process 1.
+/// A unique table name. A process ID would not be unique: each container may have its own process 1.
 fn unused_name(start: &str) -> String {
     format!("{start}{:08x}", fastrand::u32(..))
 }
@@ -305,22 +308,23 @@ fn unused_name(start: &str) -> String {
 #[derive(Debug)]
 pub(super) struct Draining {
     nft: Nft,
-    /// Of its table, where that does not go with the socket; and what shows that somebody needs it.
+    /// The name of its table, if the kernel does not remove it with the socket; and the lock that shows that the table is
+    /// in use.
     name: Option<(Option<Lock>, String)>,
 }
 
 impl Drop for Draining {
     fn drop(&mut self) {
         if let Some((_, name)) = &self.name {
-            // Chains without rules that translate: left behind, they do no harm.
+            // If this fails, the chains that stay do no harm: they have no rules that translate.
             let table = Table { name, owned: false };
             let _ = self.nft.socket.apply(&netlink::delete(table, &[Home::Inet]));
         }
     }
 }
 
-/// What this kernel refuses of our rules, by a batch that applies nothing. `None`: it has no tables with an
-/// owner, as those of `owned` are.
+/// What this kernel refuses of our rules, found out by a batch that applies nothing. `None`: `owned` is set, and the kernel
+/// does not support tables with an owner.
 fn refused(
     socket: &mut Socket,
     shape: &Shape,
@@ -330,7 +334,7 @@ fn refused(
     let question = netlink::question(Table { name: &name, owned }, shape);
     let (_, refused) = socket.attempt(&question.messages)?;
     let refused: HashSet<_> = refused.iter().map(|refusal| refusal.message).collect();
-    // The first is the table of IP.
+    // The first message creates the table of IP.
     let first = question.needs.first().map(|(message, _)| *message);
     if owned && first.is_some_and(|table| refused.contains(&table)) {
         return Ok(None);
@@ -346,10 +350,10 @@ fn needs(shape: &Shape) -> HashSet<String> {
     question.needs.into_iter().map(|(_, what)| what).collect()
 }
 
-/// What this kernel lacks to refuse direct connections where iptables captures; `None`: nothing. It changes nothing.
+/// What this kernel lacks to refuse direct connections if iptables captures. `None`: nothing. Changes nothing.
 pub(super) fn lack_of_refusal(shape: &Shape) -> Option<String> {
     let asked = Socket::open().map_err(CaptureError::from).and_then(|mut socket| {
-        // A table that stays after this process would refuse for others.
+        // Asks for a table with an owner: a table that outlives this process would refuse other programs' connections.
         refused(&mut socket, shape, true)
     });
     match asked {
@@ -363,8 +367,8 @@ pub(super) fn lack_of_refusal(shape: &Shape) -> Option<String> {
     }
 }
 
-/// The fewest parts without which nothing of this is refused, each with the first of it that is. An error if even without all of
-/// them something is, which it names. Pure.
+/// The smallest set of parts without which nothing in `refused` is needed. Each part comes with the first thing refused
+/// because of it. An error that names what is refused if that is not enough even without all optional parts. Pure.
 fn lacking(shape: &Shape, refused: &[String]) -> Result<Vec<(Part, String)>, String> {
     let needs = |lacks: Optional| needs(&shape.without(lacks));
     let first_of = |needs: &HashSet<String>| refused.iter().find(|what| needs.contains(*what));
@@ -377,7 +381,7 @@ fn lacking(shape: &Shape, refused: &[String]) -> Result<Vec<(Part, String)>, Str
         let least = needs(choices.last().copied().unwrap_or_default());
         return Err(first_of(&least).cloned().unwrap_or_default());
     };
-    // What is refused because of a part is what goes with it.
+    // What is refused because of a part: what the part needs and the rest does not.
     let because = |part| {
         let others = fewest.parts().filter(|other| *other != part);
         let with_it = needs(others.fold(Optional::default(), Optional::with));
@@ -396,7 +400,7 @@ fn owned_by_another(error: NetlinkError, old: &[TableName]) -> CaptureError {
     }
 }
 
-/// How our table differs from what was listed right after it was written.
+/// How our tables differ from their listing right after they were written.
 fn compare(before: &Listing, now: &Listing) -> Option<(Change, String)> {
     let (then, rules): (HashSet<_>, HashSet<_>) =
         (before.rules.iter().collect(), now.rules.iter().collect());
@@ -417,11 +421,11 @@ fn compare(before: &Listing, now: &Listing) -> Option<(Change, String)> {
     }
 }
 
-/// How long one that is ending may take: its table goes a moment after everything else of it.
+/// How long to wait for an ending embassy: the kernel removes its table a moment after the process's other resources.
 const ENDING: Duration = Duration::from_secs(1);
 
-/// Takes away what an embassy has left that ended without its rules going with it: one before tables had owners, or on a
-/// kernel without. Whether there was anything.
+/// Removes the tables that an earlier embassy has left: one from before tables had owners, or on a kernel without owners.
+/// Returns whether there were any.
 pub(super) async fn remove_leftovers() -> Result<bool, CaptureError> {
     let mut socket = Socket::open()?;
     let start = Instant::now();
@@ -441,12 +445,12 @@ fn remove_tables(socket: &mut Socket) -> Result<bool, CaptureError> {
         match owner {
             _ if name != NAME && !name.starts_with(DRAINING) => {}
             Some(owner) if name == NAME => return Err(CaptureError::Owned { name, owner }),
-            // It goes with the embassy that drains.
+            // The kernel removes it when the embassy that drains ends.
             Some(_) => {}
             None if name != NAME && matches!(Lock::of_table(&name), Ok(None)) => {}
             None => {
                 match socket.apply(&netlink::delete(Table { name: &name, owned: false }, &[home])) {
-                    // Another program was faster.
+                    // Another program has already removed it.
                     Err(error) if error.errno() == Some(Errno::NOENT) => {}
                     removed => {
                         removed?;
@@ -459,7 +463,7 @@ fn remove_tables(socket: &mut Socket) -> Result<bool, CaptureError> {
     Ok(found)
 }
 
-/// The chains that the kernel calls, for a caller that keeps no rules.
+/// The base chains, for a caller that has no rules.
 pub(super) fn base_chains() -> Result<Vec<BaseChain>, CaptureError> {
     Ok(netlink::base_chains(&mut Socket::open()?)?)
 }

@@ -1,4 +1,5 @@
-//! The user's own rules: without `--dnat` and `--redirect` only they capture. They are read, and never changed.
+//! The user's own rules. Without `--dnat` and `--redirect`, only they capture connections. embassy reads them and never
+//! changes them.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -38,7 +39,7 @@ pub enum OwnRules {
 }
 
 impl OwnRules {
-    /// Whether they were read, and none of them leads to embassy's port.
+    /// Whether the rules were read, and none of them leads to embassy's port.
     pub fn lead_nowhere(&self) -> bool {
         matches!(self, Self::Read { leads, .. } if leads.is_empty())
     }
@@ -64,7 +65,7 @@ impl OwnRules {
         }
     }
 
-    /// The first that takes such connections.
+    /// The first rule that matches such connections.
     pub fn lead_of(&self, port: u16, hook: Hook) -> Option<&Lead> {
         match self {
             Self::Read { leads, .. } => leads.iter().find(|lead| lead.may_take(port, hook)),
@@ -80,7 +81,7 @@ impl OwnRules {
         takes.map(|lead| lead.destination).collect()
     }
 
-    /// The first that takes embassy's own connections to this server.
+    /// The first rule that matches embassy's own connections to this server.
     pub fn lead_of_own(&self, server: SocketAddr) -> Option<&Lead> {
         match self {
             Self::Read { leads, .. } => leads.iter().find(|lead| lead.takes_own(server)),
@@ -88,7 +89,7 @@ impl OwnRules {
         }
     }
 
-    /// Reads them, for a command.
+    /// Reads the rules.
     pub async fn read(port: u16) -> Self {
         if !privileges::has_net_admin() {
             return Self::Unreadable(NO_RIGHT.into());
@@ -99,7 +100,7 @@ impl OwnRules {
         }
     }
 
-    /// Those of all rules that may lead to a port of this host.
+    /// Selects the rules that may lead to this port of this host.
     pub fn among(leads: Vec<Lead>, port: u16) -> Self {
         let local = fixed::here(leads.iter().filter_map(|lead| lead.address));
         let ours = leads.into_iter().filter(|lead| lead.may_lead_to(port, &local));
@@ -107,8 +108,8 @@ impl OwnRules {
         Self::Read { leads: leads.into(), transparent: transparent.into(), captured: 0 }
     }
 
-    /// So many captured connections have arrived by now. If the rules are those that were there before, what arrived since those
-    /// were read still proves that something captures.
+    /// Sets the count of captured connections, now at `now`. If the rules are the same as before, the earlier count stays:
+    /// connections since then still prove that a rule captures.
     fn count_from(&mut self, now: u64, before: &Self) {
         if let Self::Read { leads, captured, .. } = self {
             *captured = match before {
@@ -124,8 +125,8 @@ const NO_RIGHT: &str = "that needs the capability NET_ADMIN";
 /// Poll interval for changes by other programs: one short call.
 const CHECK: Duration = Duration::from_secs(1);
 
-/// Reads the rules at start, and again after somebody changed something. `captured` says how many captured connections have
-/// arrived since the start. `ready` is done once they were read.
+/// Reads the rules at the start, and again whenever the firewall changed. `captured` returns the number of captured
+/// connections since the start. `ready` is dropped once the rules were read.
 pub async fn follow(
     port: u16,
     captured: impl Fn() -> u64,
@@ -137,7 +138,7 @@ pub async fn follow(
     let mut kernel = Socket::open().ok();
     let mut generation = || kernel.as_mut().and_then(|kernel| kernel.generation().ok());
     loop {
-        // What changes while they are read is read again.
+        // A change during reading leads to another read.
         let seen = generation();
         let before = (own_time(), time_of_programs());
         let mut read = OwnRules::read(port).await;
@@ -173,7 +174,7 @@ fn pause_after(took: Duration) -> Duration {
     }
 }
 
-/// Waits until the rules may be other ones. No program is started for that.
+/// Waits until the rules may have changed. Starts no program.
 async fn changed(
     generation: &mut impl FnMut() -> Option<Generation>,
     seen: Option<Generation>,
@@ -185,7 +186,7 @@ async fn changed(
         tokio::select! {
             _ = check.tick() => if generation() != seen { return },
             () = resync.due() => {
-                // The kernel does not say when those of the older iptables change. Without the right, nothing is to be seen.
+                // The kernel does not report changes of the older iptables' rules. Without NET_ADMIN nothing can be read.
                 if (seen.is_none() || input::has_legacy_iptables()) && privileges::has_net_admin() {
                     return;
                 }
@@ -194,7 +195,7 @@ async fn changed(
     }
 }
 
-/// Logs what is new.
+/// Logs what changed.
 fn tell(port: u16, before: &OwnRules, now: &OwnRules) {
     let transparent = |rules: &OwnRules| match rules {
         OwnRules::Read { transparent, .. } => transparent.clone(),
@@ -254,7 +255,7 @@ mod tests {
         };
         let (captured, first) = read(1, 3, &OwnRules::Unread);
         assert_eq!(captured, 3);
-        // Read again, as after any change of another program.
+        // Read again, as after any change by another program.
         let (captured, second) = read(1, 8, &first);
         assert_eq!(captured, 3);
         let (captured, third) = read(9999, 9, &second);

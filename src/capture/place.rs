@@ -1,4 +1,4 @@
-//! Where our rules stand among those of others: who translates a connection's destination first wins it.
+//! The position of our rules among those of other programs: the first rule that translates a connection's destination wins.
 
 use std::fmt;
 
@@ -8,29 +8,29 @@ use super::{
     rules::{DRAINING, Hook, NAME},
 };
 
-/// Where our rules stand now.
+/// The position of our rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
-    /// There are none.
+    /// There are no rules of ours.
     Absent,
-    /// No others come before them.
+    /// No other rules come before ours.
     First,
-    /// This comes before them.
+    /// This rule or chain comes before ours.
     Behind(String),
 }
 
-/// The chain of others that translates first.
+/// The first chain of other programs that translates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct First {
     name: String,
     priority: i32,
 }
 
-/// The lowest priority that a chain which translates can have: connection tracking is at -200.
+/// The lowest priority that a translating chain can have: connection tracking is at -200.
 const LOWEST: i32 = -199;
 
 impl First {
-    /// `None` if no other program translates arriving or, with `redirect`, sent connections.
+    /// The first chain. `None` if no other program translates arriving connections or, with `redirect`, sent ones.
     pub(super) fn among(chains: &[BaseChain], redirect: bool) -> Option<Self> {
         let hooks: &[_] =
             if redirect { &[Hook::Prerouting, Hook::Output] } else { &[Hook::Prerouting] };
@@ -41,17 +41,18 @@ impl First {
         Some(Self { name: first.name.clone(), priority: first.priority })
     }
 
-    /// The priority that puts our chains, now at `ours`, before it. `None` if they are before it, or cannot be.
+    /// The priority that puts our chains, now at `ours`, before it. `None` if they already are, or if that is impossible.
     pub(super) fn place_before(&self, ours: i32) -> Option<i32> {
-        // Of two with the same priority the later one is called first, whichever that is.
+        // The kernel calls the later one of two chains with the same priority first. The order is unknown, so equal is not
+        // enough.
         (self.priority <= ours && ours > LOWEST).then(|| (self.priority - 1).max(LOWEST))
     }
 
-    /// Whether it stays before our chains at their lowest priority.
+    /// Whether it stays before our chains even at their lowest priority.
     pub(super) fn stays_before(&self, firewall: Firewall, ours: i32) -> bool {
         match firewall {
             Firewall::Nft => self.priority <= ours && ours == LOWEST,
-            // The priorities of iptables' chains are fixed.
+            // iptables' chains have fixed priorities.
             Firewall::Iptables => self.priority < DSTNAT,
         }
     }
@@ -78,7 +79,7 @@ pub(super) fn in_nft(chains: &[BaseChain], hook: Hook) -> Place {
     }
 }
 
-/// A chain of nft's that translates before iptables does.
+/// An nft chain that translates before iptables does.
 pub(super) fn before_iptables(chains: &[BaseChain], hook: Hook) -> Option<String> {
     let first = translating(chains, hook).min_by_key(|chain| chain.priority)?;
     (first.priority < DSTNAT).then(|| described(first))
@@ -92,7 +93,7 @@ fn named(name: &str, priority: i32) -> String {
     format!("nft's chain {name}, priority {priority}")
 }
 
-/// Every chain that translates at `hook`, except for those of an embassy that has ended its capture.
+/// Every chain that translates at `hook`, except those of an embassy that has ended its capture.
 fn translating(chains: &[BaseChain], hook: Hook) -> impl Iterator<Item = &BaseChain> {
     let draining = format!("inet {}", DRAINING);
     chains.iter().filter(move |chain| {
@@ -125,7 +126,7 @@ mod tests {
         assert_eq!(in_nft(&chains(&[dockers, ours]), Hook::Prerouting), Place::First);
         let behind = Place::Behind("nft's chain inet other pre, priority -150".to_owned());
         assert_eq!(in_nft(&chains(&[ours, ("inet other pre", -150)]), Hook::Prerouting), behind);
-        // What filters translates nothing, and what is left of an embassy that drains is empty.
+        // A filter chain translates nothing, and the chains of an embassy that drains are empty.
         let mut others =
             chains(&[ours, ("inet x a", -150), ("inet embassy_draining_7 prerouting", -150)]);
         others[1].kind = "filter".to_owned();
@@ -144,13 +145,13 @@ mod tests {
         assert_eq!((other.place_before(-110), other.place_before(-161)), (Some(-161), None));
         assert!(other.stays_before(Firewall::Iptables, -110));
         assert!(!other.stays_before(Firewall::Nft, -161));
-        // Of two with one priority the later one is called first.
+        // The kernel calls the later one of two chains with the same priority first.
         let same = first(&[ours, ("ip x a", -110)], false).unwrap();
         assert_eq!(same.place_before(-110), Some(-111));
         let lowest = first(&[("ip x a", -199)], false).unwrap();
         assert_eq!((lowest.place_before(-110), lowest.place_before(-199)), (Some(-199), None));
         assert!(lowest.stays_before(Firewall::Nft, -199));
-        // The host's own connections are translated elsewhere.
+        // Connections from this host are translated at another hook.
         let out = at(Hook::Output, &all);
         assert_eq!(First::among(&out, false), None);
         assert_eq!(First::among(&out, true), Some(other));

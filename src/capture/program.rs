@@ -1,4 +1,4 @@
-//! Running `nft` and `iptables`, as Docker and Kubernetes do.
+//! Runs `nft` and `iptables`, as Docker and Kubernetes do.
 
 #![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
 
@@ -8,14 +8,14 @@ use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
 
 use crate::privileges;
 
-/// A program of this host. It is looked for in [`PATH`] only.
+/// A program of this host. It is searched in [`PATH`] only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Program(pub &'static str);
 
-/// Where programs are: a directory that is in embassy's own PATH may belong to somebody else.
+/// The search path. Directories in embassy's own PATH may belong to another user.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Why a program did not do what was asked.
+/// Why a program failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
     #[error("cannot run {program}: {error}")]
@@ -25,7 +25,7 @@ pub enum ProgramError {
     Failed { program: &'static str, args: String, stderr: String },
     #[error("{program} {args}: no answer within {} s", Program::TIME.as_secs())]
     Silent { program: &'static str, args: String },
-    /// The `nft` program added something to a table that iptables cannot show.
+    /// The `nft` program added a rule to the table that iptables cannot show.
     #[error(
         "{program} cannot show table {table}: iptables does not know one of its rules, which another program wrote (nft -a list table ip {table})"
     )]
@@ -39,41 +39,41 @@ impl ProgramError {
 }
 
 impl Program {
-    /// More than any lock that the programs wait for.
+    /// Timeout. Longer than any lock that the programs wait for.
     const TIME: Duration = Duration::from_secs(10);
 
-    /// What `iptables-save` prints of a table.
+    /// The output of `iptables-save` for a table.
     pub(super) async fn saved(self, table: &'static str) -> Result<String, ProgramError> {
         let text = self.run(&["-t", table], "").await?;
-        // Such a table is shown as a comment alone, and the program says that it has done well.
+        // The program shows such a table only as a comment, and exits with 0.
         match text.lines().any(|line| line.starts_with('#') && line.contains("is incompatible")) {
             true => Err(ProgramError::Unlisted { program: self.0, table }),
             false => Ok(text),
         }
     }
 
-    /// What it prints, given `input`.
+    /// Runs the program with `input`. Returns its output.
     pub(super) async fn run(self, args: &[&str], input: &str) -> Result<String, ProgramError> {
         let Self(program) = self;
         let start = |error| ProgramError::Start { program, error };
         let mut command = Command::new(program);
         command
             .args(args)
-            // A variable of embassy's must not change what the program does, and may hold a token.
+            // embassy's environment must not change what the program does, and may contain a token.
             .env_clear()
             .env("PATH", PATH)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
-            // A Ctrl-C at the terminal must end embassy, not the program that removes our rules.
+            // Ctrl-C in the terminal must end embassy, but not the program that removes our rules.
             .process_group(0);
         let mut child = privileges::hand_down(|| command.spawn()).map_err(start)?;
         let stdin = child.stdin.take();
         let talk = async {
             let write = async {
                 if let Some(mut stdin) = stdin {
-                    // A program that fails early does not read to the end; what it says about that is the better error.
+                    // A program that fails early does not read all its input. Its own message is the better error.
                     let _ = stdin.write_all(input.as_bytes()).await;
                 }
             };
@@ -97,7 +97,7 @@ impl Program {
     }
 }
 
-/// The processor time of all programs that this process has started and that have ended (man 5 proc_pid_stat).
+/// The processor time of all programs that this process started and that have ended (man 5 proc_pid_stat).
 pub(super) fn time_of_programs() -> Duration {
     std::fs::read_to_string("/proc/self/stat")
         .ok()
@@ -105,8 +105,8 @@ pub(super) fn time_of_programs() -> Duration {
         .unwrap_or_default()
 }
 
-/// How long others' rules are not read after it took this much of a processor to read them: however large they are, and however
-/// often they change, it costs one hundredth of a processor at most.
+/// The pause before other programs' rules are read again, if reading them took `took` of processor time. It limits the cost
+/// to 1 % of a processor, however large the rules are and however often they change.
 pub(super) fn rest(took: Duration) -> Duration {
     const REST: u32 = 100;
     READ.max(took.saturating_mul(REST))
@@ -116,9 +116,9 @@ pub(super) fn rest(took: Duration) -> Duration {
 pub(super) const READ: Duration = Duration::from_secs(5);
 
 fn time_in(stat: &str) -> Option<Duration> {
-    // In USER_HZ, which is 100 on every machine that Linux runs on today.
+    // USER_HZ is 100 on all machines on which Linux runs today.
     const TICK: Duration = Duration::from_millis(10);
-    // The name, in parentheses, may hold anything; cutime and cstime are the 16th and 17th field.
+    // The process name, in parentheses, may contain anything. cutime and cstime are the 16th and 17th field.
     let (_, rest) = stat.rsplit_once(") ")?;
     let mut fields = rest.split(' ').skip(13).map(str::parse::<u32>);
     let (user, system) = (fields.next()?.ok()?, fields.next()?.ok()?);

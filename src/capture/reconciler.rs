@@ -1,4 +1,4 @@
-//! Makes the kernel's rules match the table, and keeps them so.
+//! Keeps the kernel's rules equal to the table.
 
 use std::{
     collections::BTreeSet,
@@ -32,17 +32,17 @@ use crate::{
     wiring::Wiring,
 };
 
-/// Follows the tables, and changes of the firewall by other programs.
+/// Follows the table and the changes that other programs make to the firewall.
 pub(super) struct Reconciler {
     backend: Backend,
     settings: RuleSettings,
-    /// The parts that fell away because rules with them were refused, not because the kernel said so before.
+    /// The optional parts that were left out because the kernel refused the rules with them, without saying so before.
     refused: Optional,
-    /// When rules without them were last tried.
+    /// When rules without some parts were last tried.
     reduced: Option<Instant>,
     counts: Arc<CaptureCounts>,
     events: Events,
-    /// The table of the current rules, and their places.
+    /// The table and the places of the current rules.
     applied: Option<(Arc<Table>, Places)>,
     /// Why the rules are being restored: the change by other programs, and what was missing.
     damage: Option<(Change, String)>,
@@ -60,9 +60,9 @@ pub(super) struct Reconciler {
 /// What the guard did, as last read and logged.
 #[derive(Default)]
 struct Guarding {
-    /// When the counts were looked at last.
+    /// When the counters were last read.
     looked: Option<Instant>,
-    /// Who was logged, as long as the kernel remembers it: at most as many as it does.
+    /// The offenders that were logged, as long as the kernel remembers them. The kernel limits their number.
     told: BTreeSet<Offender>,
     /// Whether addresses were unbound at the last look, and whether that was logged.
     unbound: bool,
@@ -96,7 +96,8 @@ struct Surroundings {
 const CHECK: Duration = Duration::from_secs(1);
 /// Minimum interval between two attempts to find out which part of the rules is refused.
 const REDUCE: Duration = Duration::from_secs(15);
-/// The same, whether one no longer is: after another program changed something.
+/// Minimum interval between two attempts to find out whether a part is accepted again. Only after another program changed
+/// something.
 const COME_BACK: Duration = Duration::from_secs(60);
 
 impl Reconciler {
@@ -169,7 +170,7 @@ impl Reconciler {
                 continue;
             }
             let mut done = Ok(());
-            // A check may be the first to see a new table.
+            // The check may come before the notification of a new table.
             if self.applied.as_ref().is_none_or(|(applied, _)| applied.version != table.version) {
                 done = self.follow(&table).await;
             }
@@ -188,7 +189,7 @@ impl Reconciler {
         self.backend
     }
 
-    /// Logs and counts a failure, and its end.
+    /// Logs and counts a failure, and logs its end.
     fn note(&mut self, done: Result<(), CaptureError>) {
         match done {
             Ok(()) if self.failing => {
@@ -224,7 +225,7 @@ impl Reconciler {
         let changes = changes.with_places(&places, &now);
         if !changes.is_empty() {
             let start = Instant::now();
-            // They are written whole, which would put back unsaid what others took away.
+            // All rules are written at once, which would silently restore what other programs removed.
             if self.backend.firewall() == Firewall::Iptables && self.backend.others_changed()? {
                 self.surroundings.may_have_changed = true;
                 let rules = || whole(&before, &self.settings, &places, self.priority);
@@ -273,7 +274,7 @@ impl Reconciler {
         Ok(())
     }
 
-    /// Writes all rules except an optional part, if that is the reason why they are refused.
+    /// Writes all rules. If an optional part is the reason why they are refused, writes them without it.
     async fn load_reduced(
         &mut self,
         table: &Table,
@@ -284,7 +285,8 @@ impl Reconciler {
             return Err(error);
         }
         self.reduced = Some(Instant::now());
-        // A part is the reason only if the rules fail again, and then do not without it: not if something else was in the way.
+        // A part is the reason only if the rules fail again with it and work without it. Otherwise the cause was something
+        // else.
         let error = match self.backend.load(rules).await {
             Ok(torn) => return Ok((rules.places.clone(), torn)),
             Err(error) => error,
@@ -311,7 +313,7 @@ impl Reconciler {
         Err(error)
     }
 
-    /// Writes all rules with the parts that were refused, in case that they no longer are.
+    /// Writes all rules including the parts that were refused, in case they are accepted now.
     async fn load_refused(&mut self, table: &Arc<Table>) -> Result<(), CaptureError> {
         let before = self.settings.lacks;
         self.settings.lacks = before.without(self.refused);
@@ -336,7 +338,7 @@ impl Reconciler {
         places
     }
 
-    /// Called after rules were written. `torn`: other programs changed them meanwhile.
+    /// Called after rules were written. `torn`: what other programs changed meanwhile.
     fn written(
         &mut self,
         table: &Arc<Table>,
@@ -379,7 +381,7 @@ impl Reconciler {
         }
     }
 
-    /// Others changed our rules. They are about to be written again.
+    /// Called if other programs changed our rules, before they are written again.
     fn damaged(&mut self, change: Change, missing: String) {
         let firewall = self.backend.firewall();
         self.counts.stand(|standing| standing.in_place = false);
@@ -432,13 +434,13 @@ impl Reconciler {
         Ok(First::among(&self.backend.base_chains()?, self.settings.redirect))
     }
 
-    /// Looks for obstacles in the rules of other programs. Programs are started only if others changed something, or if connections
-    /// are lost and nobody knows why.
+    /// Looks for obstacles in the rules of other programs. Starts programs only if other programs changed something, or if
+    /// connections are lost for an unknown reason.
     fn look_around(&mut self) {
         // Two short calls.
         let (arrivals, were_dropped) = (self.arrivals(), self.surroundings.arrivals.dropped());
         let dropped = self.surroundings.arrivals.are_dropped(arrivals);
-        // The kernel does not tell when those change.
+        // The kernel does not report changes of the older iptables' rules.
         let unseen = input::has_legacy_iptables()
             && (self.settings.notrack || dropped || !self.surroundings.barriers.is_empty());
         let changed = self.surroundings.may_have_changed || unseen || dropped && !were_dropped;
@@ -449,7 +451,7 @@ impl Reconciler {
             self.surroundings.reading.spawn(async {
                 let (start, before) = (Instant::now(), time_of_programs());
                 let listings = Listings::read().await;
-                // One that gave no answer was ended, and its time is not known yet.
+                // A program that timed out was killed, and its processor time is not known yet.
                 let took = match listings.error() {
                     Some(_) => start.elapsed(),
                     None => time_of_programs().saturating_sub(before),
@@ -460,8 +462,8 @@ impl Reconciler {
         self.tell_barriers(self.surroundings.behind.clone());
     }
 
-    /// Reads what the guard and our port's own rule turned away. Only if the guard dropped more since, the kernel is asked whose
-    /// frames those were.
+    /// Reads what the guard and the rule for our own port turned away. Asks for the senders only if the guard dropped more
+    /// frames since.
     fn look_at_guard(&mut self, table: &Table) {
         if self.guarding.looked.is_some_and(|last| last.elapsed() < READ) {
             return;
@@ -489,7 +491,7 @@ impl Reconciler {
         self.counts
             .bound
             .store(if guards { table.wiring().owners.len() as u64 } else { 0 }, Relaxed);
-        // For a moment after its start, a container's port is not known.
+        // A container's port is unknown for a moment after its start.
         let is_unbound = guards && !unbound.is_empty();
         let lasts = std::mem::replace(&mut self.guarding.unbound, is_unbound) && is_unbound;
         if lasts
@@ -505,11 +507,11 @@ impl Reconciler {
         }
     }
 
-    /// Logs each port that used an address of another container, and each that sent what no container sends, once.
+    /// Logs once each port that used an address of another container, and each that sent a frame that no container sends.
     fn tell_offenders(&mut self, offenders: Vec<Offender>, wiring: &Wiring) {
         let offenders: BTreeSet<_> = offenders.into_iter().collect();
         let new: Vec<_> = offenders.difference(&self.guarding.told).collect();
-        // One that tries the address of each neighbour is one line.
+        // A port that uses the addresses of many neighbours is logged as one line.
         let is_same = |a: &&Offender, b: &&Offender| {
             (a.port, a.address.is_some()) == (b.port, b.address.is_some())
         };
@@ -543,7 +545,7 @@ impl Reconciler {
         })
     }
 
-    /// Others' rules were read, which took so much of a processor.
+    /// Called after other programs' rules were read. `took`: the processor time for it.
     async fn learn(&mut self, listings: Listings, took: Duration, table: &Arc<Table>) {
         self.surroundings.rest = Some(Instant::now() + rest(took));
         if let Some(error) = listings.error() {
@@ -578,7 +580,7 @@ impl Reconciler {
         }
     }
 
-    /// The obstacles for captured connections, by what can be read of others' rules and by what is counted.
+    /// The obstacles to captured connections, from readable rules and from the counters.
     fn obstacles(&self) -> Vec<Barrier> {
         let Surroundings { readable, suspects, arrivals, rest, .. } = &self.surroundings;
         match readable.as_slice() {
@@ -593,7 +595,7 @@ impl Reconciler {
         }
     }
 
-    /// Whether connections are dropped, by what is counted.
+    /// Whether connections are dropped, by the counters.
     fn drops(&self) -> Drops {
         let Surroundings { readable, bar_all, arrivals, .. } = &self.surroundings;
         let all_are = *bar_all && !readable.is_empty() && arrivals.none_passes();
@@ -604,7 +606,7 @@ impl Reconciler {
         }
     }
 
-    /// Logs the obstacles for captured connections when they change, and when it is proved that they are in the way.
+    /// Logs the obstacles to captured connections when they change, and when the counters prove that they drop.
     fn tell_barriers(&mut self, behind: Option<Barrier>) {
         let (found, drops) = (self.obstacles(), self.drops());
         let before = std::mem::replace(&mut self.surroundings.drops, drops);
@@ -629,7 +631,7 @@ impl Reconciler {
         self.surroundings.barriers = found;
     }
 
-    /// The rules of other programs before ours that we cannot move before; a change is logged.
+    /// The chain of other programs that translates before ours and stays before it. Logs changes.
     fn behind(&mut self) -> Option<Barrier> {
         let firewall = self.backend.firewall();
         let first = self.first_of_others().unwrap_or_else(|error| {
@@ -657,7 +659,7 @@ impl Reconciler {
         behind
     }
 
-    /// Whether our own connections may bypass connection tracking; a change is logged.
+    /// Decides whether our own connections may bypass connection tracking. Logs changes.
     fn judge_notrack(&mut self, listings: &Listings) {
         if !self.settings.notrack {
             return;

@@ -1,4 +1,4 @@
-//! The rules, independent of the backend. Pure.
+//! The rules, independent of the firewall backend. Pure.
 
 use std::{
     collections::BTreeSet,
@@ -18,26 +18,26 @@ use crate::{
 /// The name of all our objects in the firewall.
 pub const NAME: &str = "embassy";
 
-/// Our chains in iptables, which PREROUTING and OUTPUT lead to.
+/// Our chains in iptables, to which PREROUTING and OUTPUT jump.
 pub(super) const CHAINS: [&str; 2] = ["EMBASSY", "EMBASSY_OUTPUT"];
 
-/// The name of the table of iptables' captures that counts and refuses.
+/// The nf_tables table that counts and refuses connections if iptables captures.
 pub(super) const COUNTS: &str = "embassy_counts";
 
-/// The prefix of the name of a table that keeps live connections translated while they drain.
+/// Name prefix of the table that keeps live connections translated while they drain.
 pub(super) const DRAINING: &str = "embassy_draining_";
 
 /// The mark of our own connections to endpoints (man 7 socket, SO_MARK), so that `--redirect` does not capture them.
 /// Its value spells "em"; the lower half is left to others, such as Kubernetes, which masquerades packets with 0x4000.
 pub const MARK: u32 = 0x656d_0000;
 
-/// The settings of the rules, besides the table.
+/// The settings of the rules. The rest comes from the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RuleSettings {
-    /// Also capture the host's own connections to a VIP, and connections that arrive for `own`.
+    /// Also captures the host's own connections to a VIP, and connections that arrive for `own`.
     pub redirect: bool,
     pub scope: CaptureScope,
-    /// How addresses are bound to the ports of bridges.
+    /// How addresses are bound to bridge ports.
     pub guard: Guard,
     /// Our listener's port.
     pub port: u16,
@@ -47,19 +47,19 @@ pub struct RuleSettings {
     pub servers: Vec<SocketAddr>,
     /// Whether unknown containers are captured too.
     pub hold: bool,
-    /// Whether connections to endpoints on this host's own networks go untracked.
+    /// Whether connections to endpoints on this host's own networks bypass connection tracking.
     pub notrack: bool,
-    /// The optional parts that this host's firewall cannot do.
+    /// The optional parts that this host's firewall does not support.
     pub lacks: Optional,
 }
 
 impl RuleSettings {
-    /// Whether unknown containers need rules of their own: with the scope `all`, all containers are captured anyway.
+    /// Whether unknown containers need their own rules. With the scope `all`, all containers are captured anyway.
     pub fn captures_unknown(&self) -> bool {
         self.hold && self.scope == CaptureScope::Declared && !self.lacks.has(Part::Hold)
     }
 
-    /// Whether addresses are bound to ports.
+    /// Whether addresses are bound to bridge ports.
     pub fn guards(&self) -> bool {
         self.guard != Guard::Off && !self.lacks.has(Part::Guard)
     }
@@ -69,27 +69,28 @@ impl RuleSettings {
     }
 }
 
-/// A part of the rules without which the rest still captures.
+/// An optional part of the rules: without it, the rest still captures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
-    /// The capture of unknown containers, for `--hold`.
+    /// Captures unknown containers, for `--hold`.
     Hold,
     Notrack,
     Ipv6,
-    /// The count of captured connections that others' rules drop.
+    /// Counts captured connections that other programs' rules drop.
     Count,
-    /// The addresses of containers are bound to the ports of their bridges.
+    /// Binds containers' addresses to the ports of their bridges.
     Guard,
-    /// Connections to our port that were not captured are refused.
+    /// Refuses connections to our port that were not captured.
     Refusal,
 }
 
 impl Part {
-    /// What goes first is missed least, where it is not clear which of two is lacking.
+    /// In order of importance, the least important first: that one is left out if it is unclear which of two is not
+    /// supported.
     pub const ALL: [Self; 6] =
         [Self::Count, Self::Refusal, Self::Notrack, Self::Guard, Self::Hold, Self::Ipv6];
 
-    /// What users lose without it.
+    /// The consequence for users if this part is missing.
     pub fn loss(self) -> &'static str {
         match self {
             Self::Hold => {
@@ -127,7 +128,7 @@ impl Part {
     }
 }
 
-/// Some optional parts.
+/// A set of optional parts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Optional(u8);
 
@@ -148,7 +149,7 @@ impl Optional {
         Part::ALL.into_iter().filter(move |part| self.has(*part))
     }
 
-    /// Every choice of parts except none of them, the smallest first.
+    /// Every non-empty set of parts, the smallest sets first.
     pub fn choices() -> Vec<Self> {
         let mut all: Vec<_> = (1..1 << Part::ALL.len()).map(Self).collect();
         all.sort_by_key(|choice| choice.0.count_ones());
@@ -167,7 +168,7 @@ impl Optional {
     }
 }
 
-/// The set of chains. Only the priority can change.
+/// What determines the set of chains. Only the priority can change during a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     pub redirect: bool,
@@ -179,7 +180,7 @@ pub struct Shape {
     pub v6: bool,
     /// Whether captured connections are counted on their way to our listener.
     pub counted: bool,
-    /// How addresses are bound to the ports of bridges.
+    /// How addresses are bound to bridge ports.
     pub guard: Guard,
     /// Whether connections to our listener that were not captured are refused.
     pub refusing: bool,
@@ -187,7 +188,8 @@ pub struct Shape {
     pub priority: i32,
 }
 
-/// Before Docker's own chains at -100 (dstnat): a container that publishes a port must not win it from a route.
+/// Priority of our chains. They come before Docker's chains at -100 (dstnat), so that a route wins against a published
+/// port.
 pub const PRIORITY: i32 = -110;
 
 impl Shape {
@@ -223,29 +225,30 @@ impl Shape {
     }
 }
 
-/// Addresses that are captured besides the declared ports, and exempt addresses: a few that seldom change.
+/// Addresses that are captured besides the declared ports, and exempt addresses. There are few, and they seldom change.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Places {
     pub vips: BTreeSet<IpAddr>,
     /// Addresses that are captured on declared ports only, with any scope: the host's own services listen there too.
     pub own: BTreeSet<IpAddr>,
-    /// Those of both that are on none of the engine's bridges: only there do connections of its other networks count.
+    /// VIPs and own addresses that are on none of the engine's bridges. Only there, connections from its other networks are
+    /// captured.
     pub outer: BTreeSet<IpAddr>,
-    /// With the scope `all`: the VIPs of which everything is captured, by whatever interface it comes. None where the interfaces of
-    /// the engine's bridges are known.
+    /// With the scope `all`: the VIPs that are captured on every interface. Empty if the interfaces of the engine's bridges
+    /// are known.
     pub everywhere: BTreeSet<IpAddr>,
     /// The interfaces of the engine's bridges.
     pub bridges: BTreeSet<Interface>,
     /// Servers on a VIP to which embassy connects: connections from this host to them are not captured, even if a binding
     /// declares the port. Otherwise embassy's own request to a registry would wait for the registry's answer.
     pub spared: BTreeSet<SocketAddr>,
-    /// The networks in which an unknown container may have its address, whose interface is not known.
+    /// The networks of unknown containers whose interface is not known.
     pub networks: BTreeSet<IpNet>,
-    /// The same, each with the interface by which its containers' connections arrive.
+    /// The networks of unknown containers, each with the interface on which their connections arrive.
     pub segments: BTreeSet<(Interface, IpNet)>,
-    /// Networks to whose members our own connections are not tracked. These are bridges of this host: packets to them have the
-    /// bridge's own address and are not translated. Packets to other destinations may need translation, and so connection
-    /// tracking.
+    /// Networks to whose members our own connections are not tracked. These are bridges of this host: packets to them have
+    /// the bridge's own address and are not translated. Packets to other destinations may need translation, which needs
+    /// connection tracking.
     pub untracked: BTreeSet<IpNet>,
 }
 
@@ -271,7 +274,7 @@ impl Places {
             bridges: wiring.interfaces.clone(),
             own,
             vips,
-            // One that embassy knows by an engine that does not say how it is connected counts by its addresses alone.
+            // Some engines do not say how a network is connected. Then only the addresses are checked.
             networks: match unknown {
                 true => table.networks().iter().filter(|net| !wired(net)).copied().collect(),
                 false => BTreeSet::new(),
@@ -284,9 +287,10 @@ impl Places {
         }
     }
 
-    /// The exempt servers whose port a consumer on this host declared: it reaches them instead of the service.
+    /// The exempt servers whose port a consumer on this host declared. This consumer reaches the server instead of the
+    /// service.
     pub fn shadowed(&self, table: &Table) -> impl Iterator<Item = SocketAddr> {
-        // A host's connection to its own address has this address as its source.
+        // A connection from a host to its own address has this address as its source.
         let declares = |server: &SocketAddr| {
             Port::new(server.port())
                 .is_some_and(|port| table.route(&RouteKey::tcp(server.ip(), port)).is_some())
@@ -300,15 +304,15 @@ impl Places {
 pub struct Rules {
     pub shape: Shape,
     pub places: Places,
-    /// Which consumer is captured on which port.
+    /// The consumers' addresses and ports that are captured.
     pub declared: BTreeSet<Declared>,
-    /// Addresses of known containers, which are captured on declared ports only.
+    /// Addresses of known containers. These are captured on declared ports only.
     pub known: BTreeSet<IpAddr>,
-    /// Which addresses are bound to which ports of bridges, for the guard.
+    /// The bridge ports to which addresses are bound, for the guard.
     pub wiring: Arc<Wiring>,
 }
 
-/// What a route is captured by.
+/// How a route is matched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Declared {
     pub key: RouteKey,
@@ -344,7 +348,7 @@ impl Rules {
     }
 }
 
-/// The differences to the previous rules.
+/// The differences from the previous rules.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuleChanges {
     pub declared_added: Vec<Declared>,
@@ -353,12 +357,12 @@ pub struct RuleChanges {
     pub known_removed: Vec<IpAddr>,
     /// The values before and now, if they differ.
     pub places: Option<Box<(Places, Places)>>,
-    /// How addresses are bound to ports before and now, if that differs.
+    /// The bindings of addresses to bridge ports before and now, if they differ.
     pub wiring: Option<(Arc<Wiring>, Arc<Wiring>)>,
 }
 
 impl RuleChanges {
-    /// From the rules of one table to those of another, by what changed between the two.
+    /// The differences between the rules of two tables, from the changes between the tables.
     pub fn of(changes: &Changes, settings: &RuleSettings) -> Self {
         let moved = || changes.moved.iter();
         let keys = |routes: &mut dyn Iterator<Item = &Arc<Route>>| {
@@ -368,7 +372,7 @@ impl RuleChanges {
         };
         let added = keys(&mut changes.added.iter().chain(moved().map(|(_, now)| now)));
         let removed = keys(&mut changes.removed.iter().chain(moved().map(|(before, _)| before)));
-        // If an address and port changed their owner, the rule stays the same. Both lists are sorted.
+        // If an address and port changed owner, the rule stays the same. Both lists are sorted.
         let is_not_in = |others: &[Declared], key: &Declared| others.binary_search(key).is_err();
         let mut found = Self {
             declared_added: added.iter().filter(|key| is_not_in(&removed, key)).copied().collect(),
@@ -389,7 +393,7 @@ impl RuleChanges {
         found
     }
 
-    /// The same, with other places.
+    /// The same with changed places.
     pub fn with_places(mut self, before: &Places, now: &Places) -> Self {
         self.places = (before != now).then(|| Box::new((before.clone(), now.clone())));
         self
@@ -400,7 +404,7 @@ impl RuleChanges {
     }
 }
 
-/// Where in a packet's way the kernel calls chains.
+/// The points at which the kernel calls chains for a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hook {
     /// Arriving packets.
@@ -412,7 +416,7 @@ pub enum Hook {
 }
 
 impl Hook {
-    /// Where a consumer's connections can be captured.
+    /// The hook at which this consumer's connections can be captured.
     pub fn of(consumer: &ConsumerId) -> Self {
         match consumer {
             ConsumerId::Local => Self::Output,
@@ -420,7 +424,7 @@ impl Hook {
         }
     }
 
-    /// nft's word for it, and the name of our chain that translates there.
+    /// nft's name of the hook, also the name of our chain that translates there.
     pub(super) fn nft(self) -> &'static str {
         match self {
             Self::Prerouting => "prerouting",
@@ -435,7 +439,7 @@ pub(super) mod tests {
     use super::*;
     use crate::wiring::{Mac, Owner};
 
-    /// The same if unknown containers are captured too.
+    /// The same rules, but unknown containers are captured too.
     pub(in crate::capture) fn with_unknown(mut rules: Rules) -> Rules {
         rules.shape.unknown = true;
         rules.places.networks =
@@ -447,7 +451,7 @@ pub(super) mod tests {
         rules
     }
 
-    /// The same if our own connections to near endpoints are not tracked.
+    /// The same rules, but our own connections to near endpoints are not tracked.
     pub(in crate::capture) fn with_untracked(mut rules: Rules) -> Rules {
         rules.shape.notrack = true;
         rules.places.untracked = ["172.17.0.0/16".parse().unwrap()].into();
@@ -463,7 +467,7 @@ pub(super) mod tests {
         Declared { key, arrival }
     }
 
-    /// The same if addresses are bound to ports of bridges.
+    /// The same rules, but addresses are bound to bridge ports.
     pub(in crate::capture) fn with_guard(mut rules: Rules, guard: Guard) -> Rules {
         rules.shape.guard = guard;
         let owner = |name: &str, ports: &[u32], mac: Option<[u8; 6]>| {
@@ -485,7 +489,7 @@ pub(super) mod tests {
         rules
     }
 
-    /// Three consumers, both families, a VIP of each.
+    /// Three consumers, both families, one VIP each.
     pub(in crate::capture) fn example(redirect: bool, scope: CaptureScope) -> Rules {
         let address = |text: &str| text.parse::<IpAddr>().unwrap();
         let docker0 = Arrival::By(interface("docker0"));

@@ -10,7 +10,8 @@ use super::{
     rules::{NAME, Rules},
 };
 
-/// The table. `owned`: it belongs to our process. That is a comment here: a table that belonged to the program would go with it.
+/// The tables as text. `owned`: they belong to our process. The text says so in a comment: a table that belonged to the
+/// `nft` program would be removed when the program ends.
 pub(super) fn of(rules: &Rules, owned: bool) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.

@@ -66,7 +66,7 @@ impl Client {
         Ok(Self { http: http.build().context("a client")?, base: base.parse()?, at })
     }
 
-    /// The answer to a `GET`. An error has the address that does not answer, or the API's error text.
+    /// The answer to a `GET`. The error names the address that does not answer, or contains the API's error text.
     pub(super) async fn get<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -113,7 +113,8 @@ impl Client {
         }
     }
 
-    /// Why nobody is known by this name, ID or address: the sentence that `embassy explain` begins with. `None` if somebody is.
+    /// Why no consumer has this name, ID or address: the sentence with which `embassy explain` begins. `None` if there is
+    /// one.
     pub(super) async fn unknown(&self, consumer: &str) -> Result<Option<String>> {
         const CAUSES: [&str; 3] = ["no_consumer", "declares_nothing", "invalid"];
         let explain: Explain =

@@ -43,7 +43,7 @@ pub(super) struct Man {
 }
 
 impl Man {
-    /// Refuses a page that there is not.
+    /// Refuses a page that does not exist.
     pub(super) fn check(&self) -> Result<(), UsageError> {
         let commands = commands();
         match &self.command {

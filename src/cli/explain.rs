@@ -119,7 +119,7 @@ fn write_service(out: &mut String, service: &api::ExplainService) -> std::fmt::R
     Ok(())
 }
 
-/// Where a binding is declared, what it asks for, and its state. A descriptor that does not parse asks for nothing.
+/// A binding's origin, its query, and its state. An invalid descriptor has no query.
 fn of_binding(binding: &api::Binding) -> String {
     let query = binding.query.as_ref().map(|query| query.name.as_str());
     let asked = query.or(binding.service.as_deref()).unwrap_or_default();
@@ -134,7 +134,7 @@ fn of_binding(binding: &api::Binding) -> String {
     format!("{declared}: {}{}", binding.state, why.collect::<String>())
 }
 
-/// What is known of a source, and since when. What it has not done is not mentioned.
+/// A source's state, and since when. Events that have not happened are not mentioned.
 fn of_source(source: &api::Source) -> String {
     let api::Source { name, state, .. } = source;
     let changed = source.changed_seconds.map(|ago| format!(", changed {} ago", age(ago)));

@@ -13,7 +13,7 @@ pub(super) fn word(verdict: Verdict) -> &'static str {
     }
 }
 
-/// Each finding on a line of its own, and its fix below.
+/// Writes each finding on its own line, with its fix below.
 pub(super) fn write<'a>(
     out: &mut String,
     findings: impl IntoIterator<Item = &'a Finding>,
@@ -25,7 +25,7 @@ pub(super) fn write<'a>(
     Ok(())
 }
 
-/// The fix, if there is a problem.
+/// Writes the fix, if there is a problem.
 pub(super) fn write_fix(out: &mut String, finding: &Finding) -> std::fmt::Result {
     match finding.fix.as_deref().filter(|_| finding.verdict > Verdict::Ok) {
         Some(fix) => writeln!(out, "            fix: {}", printable(fix)),

@@ -88,13 +88,13 @@ pub fn run(words: &[String], env: &dyn Fn(&str) -> Option<String>) -> Option<Exi
     Some(told(&stop))
 }
 
-/// Prints why nothing is run: help to stdout, errors to stderr.
+/// Prints help to stdout, or an error to stderr, instead of running a command.
 pub fn told(stop: &Stop) -> ExitCode {
     match stop {
         Stop::Help => print(&help()),
         Stop::Print(text) => print(text),
         Stop::Usage(error) => {
-            // One line, whatever was typed.
+            // One line, whatever the user typed.
             complain(visible(&error.to_string()));
             return ExitCode::from(2);
         }
@@ -348,7 +348,7 @@ mod tests {
             at("status", "x"),
             "EMBASSY_ADMIN \"x\": expected <ip>:<port> such as 127.0.0.1:9990, or unix:///path"
         );
-        // It has no use for it.
+        // This command does not use it.
         assert!(at("cleanup", "x").contains("Cleanup"));
         let Ok(Command::Plan(plan)) = parsed("plan") else { panic!() };
         let config = plan.config(&|name| (name == "EMBASSY_ADMIN").then(|| "off".to_owned()));

@@ -54,7 +54,7 @@ struct Shown {
     vips: Vec<String>,
     /// Without `--dnat` and `--redirect`: rules of the user's own that lead to embassy's port; null if they cannot be read.
     own_rules: Option<Vec<String>>,
-    /// The ports of routes that none of these rules takes.
+    /// The ports of routes that none of these rules matches.
     passed_by: BTreeSet<u16>,
     routes: Vec<Planned>,
     /// The bindings without a route.

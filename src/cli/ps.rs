@@ -173,7 +173,7 @@ impl Ps {
         if self.asked.json {
             return Answer::json(&all, unknown.is_none());
         }
-        // Nothing is listed because nobody has this name: that is no "yes".
+        // Nothing is listed because no consumer has this name: the exit code is 1.
         if let Some(unknown) = unknown {
             return Ok(Answer::new(unknown + "\n", false));
         }
@@ -195,13 +195,13 @@ fn is_word<T: Word>(text: &str) -> bool {
     T::of(text).is_some()
 }
 
-/// The usable endpoints of a route, and all of them.
+/// The numbers of a route's usable endpoints and of all its endpoints.
 pub(super) fn usable(route: &Route) -> String {
     format!("{}/{}", route.usable, route.endpoints)
 }
 
 fn routes(all: &[Route]) -> Columns {
-    // On a host where nobody asked for the kernel path, there is only one.
+    // If no binding uses the kernel path, all routes have the same path.
     let has_paths = all.iter().any(|route| route.path_reason != PathReason::NotAsked);
     let named = ["CONSUMER", "ADDRESS", "PORT>", "SERVICE", "STATE"].into_iter();
     let path = has_paths.then_some("PATH");

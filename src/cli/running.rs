@@ -1,4 +1,4 @@
-//! Finds the embassies that run in this network namespace, by `/proc`.
+//! Finds the embassies that run in this network namespace, via `/proc`.
 
 #![expect(clippy::disallowed_methods, reason = "a command, which serves nobody")]
 
@@ -38,10 +38,10 @@ pub(super) fn proxies() -> Vec<Proxy> {
         .collect()
 }
 
-/// Whether nobody else can have started it: it runs as root or as this process's user, or may write rules. Any user of the host can
-/// call a program `embassy`, and doctor reads what its flags name.
+/// Whether it can be trusted: it runs as root or as this process's user, or it may write rules. Any user of the host can name
+/// a program `embassy`, and doctor reads the files that its flags name.
 fn is_trusted(process: &Path) -> bool {
-    // Of capabilities(7).
+    // The number of the capability (man 7 capabilities).
     const NET_ADMIN: u32 = 12;
     let status = fs::read_to_string(process.join("status")).unwrap_or_default();
     let field = |name: &str| {
@@ -59,7 +59,7 @@ fn namespace(process: &Path) -> std::io::Result<PathBuf> {
     fs::read_link(process.join("ns/net"))
 }
 
-/// How a running proxy was started: the words after the program's name, and its environment. `None` if that is not visible.
+/// The words after the program's name, and the environment of a running proxy. `None` if they are not visible.
 pub(super) struct Start {
     pub(super) words: Vec<String>,
     variables: BTreeMap<String, String>,
@@ -81,7 +81,7 @@ impl Start {
     }
 }
 
-/// The name of the process's program file, also if the file was replaced since.
+/// The name of the process's program file, even if the file was replaced since.
 fn program(process: &Path) -> Option<String> {
     let path = fs::read_link(process.join("exe")).ok()?;
     let name = path.file_name()?.to_str()?;

@@ -58,7 +58,7 @@ impl fmt::Display for Columns {
     }
 }
 
-/// Text from outside, for example a registry's error, on one line and without what a terminal would obey.
+/// Text from outside, for example a registry's error, on one line and without characters that a terminal would interpret.
 pub(super) fn printable(text: &str) -> String {
     visible(text).into_owned()
 }
@@ -75,7 +75,7 @@ pub(super) fn bytes(count: u64) -> String {
     format!("{count} B")
 }
 
-/// `<1 ms`, `850 ms`, `12 s`, `3 min`, `5 h`, `2 d`: with the precision that is useful for an age.
+/// An age with useful precision: `<1 ms`, `850 ms`, `12 s`, `3 min`, `5 h`, `2 d`.
 pub(super) fn age(seconds: f64) -> String {
     match seconds {
         s if s < 1e-3 => "<1 ms".to_owned(),

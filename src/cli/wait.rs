@@ -265,7 +265,7 @@ async fn why(client: &Client, route: &api::Route) -> Result<String> {
     Ok(printable(&format!("{} is {}: {text}", route.query.name, route.state)))
 }
 
-/// No container asks for it: names the services that containers ask for, because the name may be misspelt.
+/// No container asks for the service. Names the services that containers ask for, because the name may be misspelt.
 async fn nobody_asks(client: &Client, service: &str, consumer: Option<&str>) -> Result<String> {
     if let Some(consumer) = consumer
         && let Some(unknown) = client.unknown(consumer).await?
@@ -303,7 +303,7 @@ fn with_tags(service: &str) -> (&str, Option<BTreeSet<String>>) {
     }
 }
 
-/// Whether a binding that asks for `service` is one of those that are waited for as `wanted`.
+/// Whether a binding for `service` matches the requested service `wanted`.
 fn is_asked(wanted: &str, service: &str) -> bool {
     let (name, tags) = with_tags(wanted);
     let (other, carried) = with_tags(service);

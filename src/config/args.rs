@@ -248,7 +248,7 @@ pub(crate) struct Args {
     pub(super) glog: Glog,
 }
 
-/// Flags of the logging library of the original, which its users' scripts may still give.
+/// Flags of the original's logging library, which its users' scripts may still use.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
 pub(crate) struct Glog {
@@ -291,13 +291,13 @@ impl Args {
     /// Whether any flag was given.
     pub(crate) fn is_given(&self) -> bool {
         let none = Self::try_parse_from(["embassy"]);
-        // All of them are text: they are the same if they look the same.
+        // All values are text, so they are equal if their debug output is.
         none.is_ok_and(|none| format!("{none:?}") != format!("{self:?}"))
     }
 }
 
 impl Glog {
-    /// Those that were given.
+    /// The flags that were given.
     pub(super) fn given(&self) -> impl Iterator<Item = &'static str> {
         [
             ("--logtostderr", &self.logtostderr),

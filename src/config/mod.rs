@@ -1,4 +1,4 @@
-//! The command line and the environment: the typed text (`Args`) becomes typed values (`Config`) once, here.
+//! The command line and the environment. Here the typed text (`Args`) is converted once into typed values (`Config`).
 
 use std::{error::Error, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
@@ -29,59 +29,59 @@ mod words;
 #[cfg(test)]
 mod tests;
 
-/// What one run of embassy is asked to do.
+/// The settings of one run of embassy.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub provider: Provider,
     /// The engine whose containers are the consumers.
     pub docker: Engine,
-    /// How the names of the variables begin that are bindings. Literal, not empty.
+    /// Prefix of the names of the variables that declare bindings. Literal, not empty.
     pub prefix: String,
-    /// Its address is a consumer address of the static provider.
+    /// The interface whose address is a consumer address of the static provider.
     pub interface: String,
     /// Where endpoints come from.
     pub discoveries: Discoveries,
-    /// Between full re-reads of every source. At least a second.
+    /// Interval between full re-reads of every source. At least a second.
     pub resync: Duration,
-    /// How long the last endpoints outlive a valid empty answer. 0: not at all.
+    /// How long the last endpoints stay in use after a valid empty answer. 0: not at all.
     pub empty_hold: Duration,
     /// Whether to take over from the embassy that runs here, if there is one.
     pub takeover: bool,
-    /// Where the last table is kept. `None`: nowhere.
+    /// The directory for the saved table. `None`: it is not saved.
     pub state_dir: Option<PathBuf>,
-    /// A kept table that is older is not used.
+    /// A saved table that is older is not used.
     pub state_max_age: Duration,
-    /// Where the proxy listens.
+    /// The proxy's port.
     pub port: Port,
-    /// `None`: docker0's address and the gateways of the bridge networks that have a consumer. Sorted, without repeats.
+    /// `None`: docker0's address and the gateways of the bridge networks that have a consumer. Sorted, without duplicates.
     pub vips: Option<Vec<Vip>>,
     pub capture: CaptureMode,
     pub capture_scope: CaptureScope,
     pub firewall: FirewallChoice,
     pub guard: Guard,
-    /// Where a descriptor has no `lb=`.
+    /// For descriptors without `lb=`.
     pub balance: Balance,
-    /// Where a descriptor has no `path=`.
+    /// For descriptors without `path=`.
     pub path: PathChoice,
     /// How long the first connection of an unknown container may wait. 0: not at all.
     pub hold: Duration,
-    /// How long what was sent to an endpoint may stay unacknowledged; 0: as long as the kernel retransmits.
+    /// How long data sent to an endpoint may stay unacknowledged. 0: as long as the kernel retransmits.
     pub user_timeout: Duration,
-    /// How long a termination waits for live connections.
+    /// How long a shutdown waits for open connections.
     pub drain: Duration,
-    /// `None`: by the limits of descriptors and memory. At least 1.
+    /// `None`: from the limits for descriptors and memory. At least 1.
     pub max_connections: Option<usize>,
     pub max_connections_per_consumer: ConsumerLimit,
-    /// Bindings of one consumer. At least 1.
+    /// Maximum number of bindings of one consumer. At least 1.
     pub max_bindings_per_consumer: usize,
-    /// Different services of all consumers. At least 1.
+    /// Maximum number of different services of all consumers. At least 1.
     pub max_services: usize,
     /// No connection tracking between proxy and endpoints.
     pub notrack: bool,
     pub conntrack: Conntrack,
-    /// Where the admin API listens. `None`: nowhere.
+    /// The address of the admin API. `None`: there is no API.
     pub admin: Option<Admin>,
-    /// File with the token for changes through the admin API over TCP. `None`: no changes over TCP.
+    /// File with the token for changes via the admin API over TCP. `None`: no changes over TCP.
     pub admin_token_file: Option<PathBuf>,
     pub connection_log: ConnectionLog,
     pub log_format: LogFormat,
@@ -89,14 +89,15 @@ pub struct Config {
     pub verbosity: u8,
     /// `RUST_LOG`
     pub log_filter: Option<String>,
-    /// Flags that were given and mean nothing in this run: to be named in one warning.
+    /// Flags that were given but have no effect in this run. They are named in one warning.
     pub ignored: Vec<&'static str>,
 }
 
-/// How many connections one consumer may have open.
+/// Maximum number of open connections of one consumer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConsumerLimit {
-    /// Three times as many as are still free, so that there is room for others, and more of it the fewer want it.
+    /// Three times as many as are still free, so that there is room for others. The fewer consumers use their share, the
+    /// larger it is.
     Share,
     /// At least 1.
     Most(usize),
@@ -105,12 +106,12 @@ pub enum ConsumerLimit {
 impl ConsumerLimit {
     pub const NONE: Self = Self::Most(usize::MAX);
 
-    /// A consumer with fewer connections than this has its share.
+    /// A consumer with fewer connections than this is always allowed another one, if any is free.
     const FEW: usize = 16;
-    /// One in so many is kept for those consumers.
+    /// One connection in this many is kept for those consumers.
     const RESERVED_SHARE: usize = 16;
 
-    /// The number, where `free` connections of `all` that may be open are not.
+    /// The limit if `free` of `all` possible connections are not open.
     pub fn with(self, free: usize, all: usize) -> usize {
         match self {
             Self::Share => {
@@ -129,16 +130,16 @@ impl Config {
     }
 }
 
-/// Which embassy this is, for people.
+/// Identifies this embassy for people.
 #[derive(Debug, Clone)]
 pub struct Instance {
     /// The host's name.
     pub host: String,
     /// The engine whose containers are the consumers, if they are.
     pub engine: Option<String>,
-    /// The URIs of the discoveries. There are no secrets in them.
+    /// The URIs of the discoveries. They contain no secrets.
     pub discoveries: Vec<String>,
-    /// The one consumer of the static provider.
+    /// The only consumer of the static provider.
     pub consumer: Option<&'static str>,
     /// Whether `-services` is given, which the engine's provider does not read.
     pub forgot_static: bool,
@@ -159,12 +160,12 @@ impl Instance {
     }
 }
 
-/// Where bindings come from.
+/// The source of bindings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Provider {
     /// The environment and labels of the engine's containers.
     Docker,
-    /// `-services`. At least one.
+    /// `-services`, at least one.
     Static(Vec<Descriptor>),
 }
 
@@ -212,7 +213,7 @@ pub enum FirewallChoice {
     Iptables,
 }
 
-/// Where the admin API listens.
+/// The address of the admin API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Admin {
     Tcp(SocketAddr),
@@ -241,32 +242,32 @@ impl fmt::Display for Admin {
     }
 }
 
-/// Which connections are logged when they end.
+/// The connections that are logged at their end.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ConnectionLog {
     Off,
-    /// Those that failed.
+    /// Those with an error.
     Errors,
     All,
-    /// This part of them, between 0 and 1, both excluded.
+    /// A random fraction of them, between 0 and 1 exclusively.
     Fraction(f64),
 }
 
-/// How a line of the log looks.
+/// The format of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     Text,
     Json,
 }
 
-/// Settings of the kernel's connection tracking to make at start: `IPTABLES_TRACK_*`. `None`: left alone. At least 1.
+/// Settings of the kernel's connection tracking to apply at start: `IPTABLES_TRACK_*`. `None`: not changed. At least 1.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Conntrack {
     /// `nf_conntrack_max`
     pub max_connections: Option<u32>,
-    /// `nf_conntrack_tcp_timeout_time_wait`, seconds
+    /// `nf_conntrack_tcp_timeout_time_wait`, in seconds
     pub timeout: Option<u32>,
-    /// Buckets.
+    /// Number of hash buckets.
     pub hashsize: Option<u32>,
 }
 
@@ -275,13 +276,13 @@ pub struct Conntrack {
 pub enum Stop {
     /// The proxy's `--help`, which lists the commands too.
     Help,
-    /// The requested text: to stdout, exit 0.
+    /// The requested text, for stdout, with exit code 0.
     Print(String),
-    /// To stderr, exit 2.
+    /// An error, for stderr, with exit code 2.
     Usage(UsageError),
 }
 
-/// One line that names the flag or variable, its value, and what it takes.
+/// One line that names the flag or variable, its value, and what is expected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct UsageError(String);
@@ -299,8 +300,8 @@ impl From<UsageError> for Stop {
 }
 
 impl Config {
-    /// Reads the words behind the program's name, and from `env` what they leave open. A variable that is set to
-    /// nothing counts as unset.
+    /// Parses the arguments after the program's name. Settings without a flag come from `env`. An empty variable counts as
+    /// unset.
     pub fn parse(
         words: impl IntoIterator<Item = String>,
         env: &dyn Fn(&str) -> Option<String>,
@@ -315,19 +316,20 @@ impl Config {
             .and_then(|matches| Args::from_arg_matches(&matches))
             .map_err(|error| match error.kind() {
                 ErrorKind::DisplayHelp => Stop::Help,
-                // The word that is left over is the value of the flag that was taken for one.
+                // The remaining word is the value of a flag that was itself taken for a value.
                 ErrorKind::UnknownArgument => taken.unwrap_or_else(|| stop(error)),
                 _ => stop(error),
             })?;
         Ok(Self::of(args, env)?)
     }
 
-    /// From words that were read already.
+    /// From arguments that were already parsed.
     pub(crate) fn of(args: Args, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, UsageError> {
         read::config(args, &read::Environment(env))
     }
 
-    /// Where a command finds the running embassy's API if its own flag does not say so: `EMBASSY_ADMIN`, else the default.
+    /// The address of the running embassy's API for a command without an own flag for it: `EMBASSY_ADMIN`, otherwise the
+    /// default.
     pub(crate) fn admin_of_command(
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Admin, UsageError> {
@@ -347,7 +349,7 @@ impl Config {
         all
     }
 
-    /// The flags that decide what is captured, where, and who is asked, and that mean something else in `other`.
+    /// The flags about the capture and the sources that have another meaning in `other`.
     pub(crate) fn differences(&self, other: &Self) -> Vec<&'static str> {
         let firewall = [self.firewall, other.firewall];
         // "auto" may be any of the others.
@@ -376,7 +378,8 @@ impl Config {
     }
 }
 
-/// As in `-v --state-dir off`: every flag but a boolean takes the next word, even if it is a flag.
+/// An error for commands such as `-v --state-dir off`: every flag except booleans takes the next word, even if it is a
+/// flag.
 fn taken_for_a_value(words: &[String], command: &Command) -> Option<Stop> {
     let is_flag = |word: &str| {
         let name = word.trim_start_matches('-');
@@ -392,7 +395,7 @@ fn next_word(flag: &str, word: &str) -> String {
     format!("{word:?} is the next word, which {flag} takes as its value")
 }
 
-/// The output of clap; an error on one line.
+/// clap's output. An error is put on one line.
 pub(crate) fn stop(error: clap::Error) -> Stop {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),
@@ -400,7 +403,7 @@ pub(crate) fn stop(error: clap::Error) -> Stop {
         _ => None,
     };
     let word = context(ContextKind::InvalidArg).unwrap_or_default();
-    // Of `--flag <VALUE>` the flag.
+    // The flag in `--flag <VALUE>`.
     let word = word.split(' ').next().unwrap_or_default();
     let line = match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
@@ -425,13 +428,13 @@ pub(crate) fn stop(error: clap::Error) -> Stop {
             };
             format!("{word} {:?}: expected {expected}", without_secrets(value))
         }
-        // `--help=x` and the like.
+        // `--help=x` and similar.
         _ => format!("{}: expected no value", word.escape_debug()),
     };
     UsageError(line).into()
 }
 
-/// What a reader expects, in its own words.
+/// What a parser expects, in its own words.
 fn expected(error: &(dyn Error + 'static)) -> String {
     match error.downcast_ref() {
         Some(NotAPort(_)) => "a port from 1 to 65535".to_owned(),

@@ -1,4 +1,4 @@
-//! Parses the settings: each comes from its flag, else its variable, else its default, and is parsed once.
+//! Parses the settings. Each comes from its flag, otherwise its variable, otherwise its default, and is parsed once.
 
 use std::{fmt, path::PathBuf, time::Duration};
 
@@ -19,7 +19,7 @@ use crate::{
 pub(super) const ADMIN_VARIABLE: &str = "EMBASSY_ADMIN";
 const ADMIN_DEFAULT: &str = "127.0.0.1:9990";
 
-/// Where a command finds the API if its own flag does not say so.
+/// The API's address for a command without an own flag for it.
 pub(super) fn admin_of_command(env: &Environment<'_>) -> Result<Admin, UsageError> {
     env.setting(ADMIN_VARIABLE).or(ADMIN_DEFAULT).read(admin, NotAnAdmin)
 }
@@ -125,7 +125,7 @@ pub(super) fn config(args: Args, env: &Environment<'_>) -> Result<Config, UsageE
     })
 }
 
-/// The provider, and the flag that it has no use for.
+/// The provider, and the flag that has no effect with it.
 fn provider(
     name: Option<String>,
     services: Option<String>,
@@ -174,7 +174,7 @@ fn capture(dnat: Option<String>, redirect: Option<String>) -> Result<CaptureMode
     }
 }
 
-/// TLS as the docker command has it: asked for by any `DOCKER_TLS_VERIFY`, and only over TCP.
+/// TLS as in the docker command: enabled by any value of `DOCKER_TLS_VERIFY`, and only with TCP.
 fn engine(uri: Option<String>, env: &Environment<'_>) -> Result<Engine, UsageError> {
     let certificates = env.text("DOCKER_TLS_VERIFY").and_then(|_| {
         let folder = env.text("DOCKER_CERT_PATH").map(PathBuf::from);
@@ -192,7 +192,7 @@ fn discoveries(
     settings: &Options,
 ) -> Result<Discoveries, UsageError> {
     let (name, uris) = if uris.is_empty() {
-        // The address is that of CONSUL_HTTP_ADDR, else 127.0.0.1:8500.
+        // The address comes from CONSUL_HTTP_ADDR, otherwise it is 127.0.0.1:8500.
         let one = flag("--discovery", None).or_env(env, "DISCOVERY").or("consul://");
         (one.name, vec![one.text])
     } else {
@@ -245,7 +245,7 @@ pub(super) fn etcd(
     })
 }
 
-/// Two settings that mean nothing without each other.
+/// Checks that two settings are given together or not at all.
 fn both<T>(a: (&str, &Option<T>), b: (&str, &Option<T>)) -> Result<(), UsageError> {
     let (given, missing) = match (a.1, b.1) {
         (Some(_), None) => (a.0, b.0),
@@ -255,7 +255,7 @@ fn both<T>(a: (&str, &Option<T>), b: (&str, &Option<T>)) -> Result<(), UsageErro
     Err(UsageError::new(format_args!("{given}: expected {missing} as well")))
 }
 
-/// The environment; an empty variable counts as unset, and so does one that belongs to a link.
+/// The environment. An empty variable counts as unset, and so does one that a link created.
 pub(super) struct Environment<'a>(pub &'a dyn Fn(&str) -> Option<String>);
 
 impl Environment<'_> {
@@ -279,7 +279,7 @@ fn switch(name: &'static str, text: Option<String>, default: &str) -> Result<boo
     flag(name, text).or(default).read(boolean, BOOLEAN)
 }
 
-/// A setting that may not have been given.
+/// A setting that may not be given.
 struct Open {
     name: &'static str,
     text: Option<String>,
@@ -328,7 +328,7 @@ impl Setting {
 
     fn expected(&self, expected: impl fmt::Display) -> UsageError {
         let (name, text) = (self.name, without_secrets(&self.text));
-        // As in `-v --dnat`: every flag but a boolean takes the next word.
+        // For commands such as `-v --dnat`: every flag except booleans takes the next word.
         let hint = match text.starts_with("--") && name.starts_with("--") {
             true => format!("; {}", next_word(name, &text)),
             false => String::new(),

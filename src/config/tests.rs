@@ -1,11 +1,11 @@
-//! Whole command lines, and what they come to.
+//! Whole command lines, and the resulting settings.
 
 use std::collections::HashMap;
 
 use super::*;
 use crate::discovery::{ConsulSettings, EtcdSettings, Secret};
 
-/// Splits as a shell does where nothing but single quotes is special.
+/// Splits like a shell, with single quotes as the only special characters.
 fn shell(line: &str) -> Vec<String> {
     let mut words = vec![];
     let mut word = None::<String>;
@@ -47,7 +47,7 @@ fn services(config: &Config) -> Vec<String> {
     }
 }
 
-/// The configured discoveries, as the refusal of another one lists them.
+/// The configured discoveries, as listed by the error for an unknown one.
 fn names(config: &Config) -> String {
     let descriptor = "web;80;via=-".parse().unwrap();
     let refusal = config.discoveries.query(&descriptor).unwrap_err().to_string();
@@ -58,7 +58,7 @@ fn vips(config: &Config) -> Option<Vec<String>> {
     config.vips.as_ref().map(|vips| vips.iter().map(ToString::to_string).collect())
 }
 
-/// Equal texts mean equal settings: every field shows itself.
+/// Equal texts mean equal settings: every field is in the debug output.
 fn shown(config: &Config) -> String {
     format!("{config:#?}")
 }
@@ -153,7 +153,7 @@ fn with_the_users_own_rules_as_the_original_was_run() {
     }
 }
 
-/// Every flag and alias: each of these lines means the same.
+/// Every flag and alias: all of these lines have the same meaning.
 #[test]
 fn every_flag_in_every_style() {
     for (names, value) in [
@@ -192,7 +192,7 @@ fn every_flag_in_every_style() {
         for name in names.split(' ') {
             let written = ["-N=V", "-N V", "--N=V", "--N V"];
             for line in written.map(|style| style.replace('N', name).replace('V', value)) {
-                // What some flags need beside them; a flag that is given twice means its last value.
+                // What some flags need in addition. If a flag is given twice, its last value counts.
                 let beside = match name {
                     "provider" => "-services web;80",
                     "services" => "-provider static",
@@ -261,7 +261,7 @@ fn flag_then_environment_then_default() {
     assert_eq!(shown(&parse_with("", &unset).unwrap()), shown(&parse("")));
 }
 
-/// As for every Consul tool; what is said to embassy itself goes before it.
+/// As for every Consul tool. embassy's own settings have priority.
 #[test]
 fn consul_is_where_its_own_variable_says() {
     let addr = ("CONSUL_HTTP_ADDR", "https://consul.example:8501");
@@ -583,7 +583,7 @@ fn a_secret_in_a_wrong_value_is_not_repeated() {
                 Err(Stop::Usage(error)) => {
                     assert!(!error.to_string().contains("S3CRET"), "{line}: {error}");
                 }
-                // Without the static provider nobody reads it.
+                // Without the static provider it has no effect.
                 Ok(_) => assert_eq!(flag, "-services"),
                 other => panic!("{line}: {other:?}"),
             }
@@ -621,7 +621,7 @@ fn a_links_variable_is_not_ours() {
     for value in ["tcp://10.0.0.5:80", "tcp://[fd00::5]:80\r"] {
         assert_eq!(parse_with("", &[("PROXY_PORT", value)]).unwrap().port, parse("").port);
     }
-    // What is meant for embassy has the same form here.
+    // A value that is meant for embassy has the same form here.
     let docker = parse_with("", &[("DOCKER_HOST", "tcp://10.0.0.5:2375")]).unwrap().docker;
     assert_eq!(docker.to_string(), "tcp://10.0.0.5:2375");
     assert_eq!(
@@ -641,7 +641,7 @@ fn help_and_version_are_printed() {
     }
 }
 
-/// What `--help` says is the default: giving it changes nothing.
+/// The defaults in `--help` are correct: giving them changes nothing.
 #[test]
 fn the_defaults_that_help_tells_are_true() {
     let mut told = 0;
@@ -653,7 +653,7 @@ fn the_defaults_that_help_tells_are_true() {
             continue; // in words: no value means it
         }
         let flag = arg.get_long().unwrap();
-        // Without --dnat, flags of its rules are named as flags without effect.
+        // Without --dnat, flags about its rules are reported as flags without effect.
         let given = parse(&format!("--dnat --{flag}={default}"));
         assert_eq!(shown(&given), shown(&parse("--dnat")), "--{flag}");
         told += 1;
@@ -710,7 +710,7 @@ fn each_connection_without_protection_is_named_and_no_secret_is() {
             &user,
             &["ETCD_PASSWORD is sent to 10.0.0.5, 10.0.0.6 without TLS"],
         ),
-        // The discovery is the provider's engine, and named once.
+        // The discovery is the provider's engine, and is named once.
         ("-docker=tcp://10.0.0.5:2375 -discovery=docker://", &[], &["the Docker engine at tcp"]),
         ("-docker=tcp://10.0.0.5:2375 -provider=static -services=a;1", &[], &[]),
         ("-discovery=docker://10.0.0.5:2375", &[], &["the Docker engine at tcp"]),

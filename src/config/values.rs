@@ -1,4 +1,4 @@
-//! Parsers of typed values. Each returns `None` for invalid text; the constant next to it says what it expects.
+//! Parsers of typed values. Each returns `None` for invalid text. The constant next to it says what is expected.
 
 use std::{net::IpAddr, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
@@ -13,7 +13,7 @@ use crate::{
 
 pub(super) const BOOLEAN: &str = "true or false";
 
-/// As Go's `strconv.ParseBool`, for flags and for Consul's variables.
+/// Like Go's `strconv.ParseBool`. For flags and Consul's variables.
 pub(super) fn boolean(text: &str) -> Option<bool> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
@@ -25,7 +25,7 @@ pub(super) fn boolean(text: &str) -> Option<bool> {
 pub(super) const DURATION: &str =
     "a time such as 500ms, 10s, 2m or 1h, or a number of seconds, up to 8760h";
 
-/// A year: far beyond any use, and far below where clocks overflow.
+/// A year: far longer than useful, and far below an overflow of clocks.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 pub(super) fn duration(text: &str) -> Option<Duration> {
@@ -43,7 +43,7 @@ pub(super) fn duration(text: &str) -> Option<Duration> {
     (duration <= LONGEST).then_some(duration)
 }
 
-/// The same, for a command's own flag.
+/// Like `duration`, for a command's own flag.
 pub(crate) fn typed_duration(text: &str) -> Result<Duration, &'static str> {
     duration(text).ok_or(DURATION)
 }
@@ -62,7 +62,7 @@ pub(super) fn consumer_limit(text: &str) -> Option<ConsumerLimit> {
     }
 }
 
-/// Decimal digits only: no sign, no space.
+/// A number in decimal digits only, without sign or space.
 pub(super) fn number<T: FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?
 }
@@ -77,7 +77,7 @@ pub(super) fn path(text: &str) -> Option<PathBuf> {
     (!text.is_empty()).then(|| text.into())
 }
 
-/// What stands beside `off`, or `None` if `off` stands.
+/// `Some(None)` for `off`, otherwise the result of `read`.
 pub(super) fn unless_off<T>(
     read: impl FnOnce(&str) -> Option<T>,
 ) -> impl FnOnce(&str) -> Option<Option<T>> {
@@ -86,7 +86,7 @@ pub(super) fn unless_off<T>(
 
 pub(super) const NETWORKS: &str = "networks such as 10.0.0.0/8 or 2001:db8::/32, comma separated";
 
-/// A bare address is a network of one.
+/// An address without a prefix length is a network of one address.
 pub(super) fn networks(text: &str) -> Option<Arc<[IpNet]>> {
     let network = |text: &str| {
         let text = text.trim();
@@ -111,7 +111,7 @@ pub(super) fn vips(text: &str) -> Option<Vec<Vip>> {
 
 pub(super) const INTERFACE: &str = "the name of a network interface, up to 15 characters";
 
-/// As the kernel's `dev_valid_name`.
+/// The same check as the kernel's `dev_valid_name`.
 pub(super) fn interface(text: &str) -> Option<String> {
     let valid = matches!(text.len(), 1..=15)
         && !matches!(text, "." | "..")
@@ -150,7 +150,7 @@ pub(super) fn connection_log(text: &str) -> Option<ConnectionLog> {
     }
 }
 
-/// Closed sets that have words of their own, as clap takes them.
+/// Implements clap's `ValueEnum` for enums that have words.
 macro_rules! value_enum {
     ($($set:ty),*) => {$(
         impl ValueEnum for $set {
@@ -171,13 +171,13 @@ pub(super) fn one_of<T: ValueEnum>(text: &str) -> Option<T> {
     T::from_str(text, false).ok()
 }
 
-/// `a`, `a or b`, `a, b or c`: what `one_of` takes.
+/// The words that `one_of` accepts, as `a`, `a or b` or `a, b or c`.
 pub(super) fn names<T: ValueEnum>() -> String {
     let values = T::value_variants().iter().filter_map(ValueEnum::to_possible_value);
     list(&values.map(|value| value.get_name().to_owned()).collect::<Vec<_>>())
 }
 
-/// `a`, `a or b`, `a, b or c`.
+/// `a`, `a or b` or `a, b or c`.
 pub(super) fn list(names: &[String]) -> String {
     match names.split_last() {
         Some((last, others)) if !others.is_empty() => format!("{} or {last}", others.join(", ")),

@@ -1,13 +1,13 @@
-//! Go's way to write flags, made into the one that clap reads.
+//! Converts flags in Go's style to the form that clap parses.
 
 use clap::{Arg, Command};
 
-/// Rewrites `-flag v`, `-flag=v`, `--flag v` and every alias into `--flag=v`, and `-flag` of a boolean into `--flag`.
+/// Rewrites `-flag v`, `-flag=v`, `--flag v` and every alias as `--flag=v`, and `-flag` of a boolean as `--flag`.
 ///
-/// As Go's `flag` package has it: one dash or two are the same; a boolean takes its value only behind `=`; every other
-/// flag takes the next word, even if it looks like a flag; `--` ends the flags. A flag at the end that misses its value
-/// becomes `--flag=`, so that its reader says what it takes. Words that `command` does not know pass unchanged, with two
-/// dashes, and are left for clap to refuse.
+/// As in Go's `flag` package: one dash or two are the same; a boolean takes its value only after `=`; every other flag
+/// takes the next word, even if it looks like a flag; `--` ends the flags. A flag at the end without a value becomes
+/// `--flag=`, so that its parser reports what is expected. Words that `command` does not know stay as they are, with two
+/// dashes, and clap refuses them.
 pub(crate) fn words(typed: impl IntoIterator<Item = String>, command: &Command) -> Vec<String> {
     let mut typed = typed.into_iter();
     let mut words = Vec::new();
@@ -48,7 +48,7 @@ fn is_called(arg: &Arg, name: &str) -> bool {
         || arg.get_all_aliases().is_some_and(|all| all.contains(&name))
 }
 
-/// Booleans are declared to clap as flags whose value stands only behind `=`; `--help` and `--version` take none.
+/// Booleans are declared in clap as flags whose value is only accepted after `=`. `--help` and `--version` take none.
 fn takes_next_word(arg: &Arg) -> bool {
     arg.get_action().takes_values() && !arg.is_require_equals_set()
 }

@@ -35,7 +35,7 @@ impl Demand {
         self.asked.keys()
     }
 
-    /// Sets the current consumers. `query` returns the query of a binding, if there is one; equal bindings must have equal
+    /// Sets the current consumers. `query` returns the query of a binding, if it has one. Equal bindings must have equal
     /// queries.
     pub(super) fn update(
         &mut self,
@@ -60,7 +60,7 @@ impl Demand {
                 }
             }
         }
-        // New ones first: a query that moves from one binding to another is then needed all the time.
+        // New ones first, so that a query that moves from one binding to another is always needed.
         for query in queries(&gone) {
             if let Entry::Occupied(mut count) = self.asked.entry(query) {
                 *count.get_mut() -= 1;
@@ -126,7 +126,7 @@ mod tests {
         assert_eq!(update(&[&one]), (texts(&["db", "web"]), vec![]));
         assert_eq!(update(&[&two, &one]), (vec![], vec![]));
         assert_eq!(update(&[&two]), (vec![], texts(&["db"])));
-        // A restart: another consumer that asks the same.
+        // A restart: another consumer with the same binding.
         assert_eq!(update(&[&consumer(&["web"])]), (vec![], vec![]));
         assert_eq!(update(&[]), (vec![], texts(&["web"])));
     }

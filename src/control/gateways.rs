@@ -1,4 +1,4 @@
-//! The VIPs that come with interfaces.
+//! The VIPs that are addresses of interfaces.
 
 use std::{
     sync::Arc,
@@ -12,21 +12,23 @@ use crate::{
     provider::{Listing, fixed},
 };
 
-/// The VIPs of interfaces, from the last listing.
+/// The VIPs of interfaces, as last listed.
 #[derive(Debug, Default)]
 pub(super) struct Gateways {
     vips: Vec<Vip>,
-    /// The provider listing, and the time, of the last listing of interfaces.
+    /// The provider's listing at the last listing of interfaces, and its time.
     seen: Option<(Arc<Listing>, Instant)>,
-    /// When to look again, as it was too early for it. A bridge may have come, or have another address, since the last look.
+    /// When to list the interfaces again, if it was too early for it. A bridge may have appeared or changed its address
+    /// since.
     pub(super) look_again: Option<Instant>,
 }
 
 impl Gateways {
-    /// Minimum interval for one provider listing: with thousands of interfaces, listing them takes longer than everything else.
+    /// Minimum interval for the same provider listing: with thousands of interfaces, listing them takes longer than
+    /// everything else.
     const PAUSE: Duration = Duration::from_secs(1);
 
-    /// The addresses of docker0, and of this host in all bridge networks if unknown containers are captured.
+    /// The addresses of docker0. If unknown containers are captured: also this host's addresses in all bridge networks.
     pub(super) fn seen(
         &mut self,
         listing: &Arc<Listing>,
@@ -42,7 +44,7 @@ impl Gateways {
         vips
     }
 
-    /// The addresses of docker0; the previous ones if they cannot be listed now.
+    /// The addresses of docker0. If they cannot be listed now, the previous ones.
     fn docker0(&mut self, listing: &Arc<Listing>, now: Instant) -> Vec<Vip> {
         let is_fresh = |(seen, at): &&(Arc<Listing>, Instant)| {
             seen.bridges == listing.bridges && now.saturating_duration_since(*at) < Self::PAUSE
@@ -77,7 +79,7 @@ mod tests {
         assert_eq!(look_again(&listing, 600), Some(Gateways::PAUSE));
         assert_eq!(look_again(&listing, 1000), None, "it is made");
         assert_eq!(look_again(&listing, 1100), Some(2 * Gateways::PAUSE));
-        // Other bridges are looked for at once.
+        // Other bridges lead to a new listing at once.
         assert_eq!(look_again(&Arc::new(Listing::default()), 1200), None);
     }
 }

@@ -1,4 +1,4 @@
-//! The endpoints in use if their source reports none or does not answer.
+//! Decides which endpoints to use if their source reports none or does not answer.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -14,17 +14,17 @@ use crate::{
     state::Kept,
 };
 
-/// Endpoints in use that are not their source's last answer.
+/// Why the endpoints in use are not their source's last answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InUse {
-    /// The source reports none, or few of many: the last ones stay in use until this time.
+    /// The source reports none, or few of many. The last endpoints stay in use until this time.
     Held { until: Instant },
-    /// The source has not answered since the start: saved endpoints, confirmed at this time.
+    /// The source has not answered since the start. Saved endpoints are in use. They were confirmed at this time.
     Kept { confirmed: Instant },
 }
 
-/// Keeps the last endpoints of a service for a while after a valid answer without any, or with few of many: a registry that
-/// lost its data, or most of its members, gives the same answer until it is filled again.
+/// Keeps the last endpoints of a service for a while after a valid answer with none, or with few of many. A registry that
+/// lost its data, or most of its members, gives such an answer until it is filled again.
 #[derive(Debug)]
 pub(super) struct EmptyHold {
     hold: Duration,
@@ -34,11 +34,11 @@ pub(super) struct EmptyHold {
     pub(super) kept: HashMap<Query, Kept>,
     /// The time since which a query's answer has no endpoints, or few of many.
     short_since: HashMap<Query, Instant>,
-    /// Those that time, or the end of a container, may change without an answer.
+    /// Queries whose endpoints may change without an answer: after some time, or when a container ends.
     restless: HashSet<Query>,
-    /// When what is used was last known to be so, of those whose source does not answer.
+    /// For queries whose source does not answer: when their endpoints were last known to be correct.
     confirmed: CowMap<Query, Instant>,
-    /// What is in use without being its source's answer, and whether that is other than when it was last asked for.
+    /// Queries whose endpoints in use are not the last answer, and whether this changed since it was last asked.
     in_use: HashMap<Query, InUse>,
     in_use_is_new: bool,
 }
@@ -62,28 +62,28 @@ impl EmptyHold {
         &self.used
     }
 
-    /// When what is used was last known to be so, of those whose source does not answer.
+    /// For queries whose source does not answer: when their endpoints were last known to be correct.
     pub(super) fn confirmed(&self) -> &CowMap<Query, Instant> {
         &self.confirmed
     }
 
-    /// What is in use without being its source's answer.
+    /// Queries whose endpoints in use are not the last answer.
     pub(super) fn in_use(&self) -> &HashMap<Query, InUse> {
         &self.in_use
     }
 
-    /// Whether that has changed since the last call.
+    /// Whether [`Self::in_use`] has changed since the last call.
     pub(super) fn in_use_has_changed(&mut self) -> bool {
         std::mem::take(&mut self.in_use_is_new)
     }
 
-    /// Those of which the endpoints to use may be others now though nothing was answered: to be settled again.
+    /// Queries whose endpoints may have changed without an answer. They must be settled again.
     pub(super) fn restless(&self) -> impl Iterator<Item = &Query> {
         self.restless.iter().chain(self.kept.keys())
     }
 
-    /// Settles which endpoints of a query to use now that this is known of it: nothing, before its first word and
-    /// where nobody follows it any more. When that ends without any other change.
+    /// Decides which endpoints of a query to use. `known`: the query's state; `None` before its first answer or error, and
+    /// if it is no longer followed. Returns when the decision ends even if nothing else changes.
     pub(super) fn settle(
         &mut self,
         query: &Query,
@@ -146,22 +146,22 @@ impl EmptyHold {
         now: Instant,
     ) -> (Option<Arc<Endpoints>>, Option<Instant>) {
         let Some(value) = &known.value else {
-            // A source that has not failed is waited for.
+            // Saved endpoints are used only after an error. Before that, the source's answer is awaited.
             let kept = self.kept.get(query).filter(|_| known.error.is_some());
             return (kept.map(|kept| kept.endpoints.living()), kept.map(|kept| kept.until));
         };
         let kept = self.kept.remove(query).map(|kept| kept.endpoints);
-        // A container that is gone is nothing to hold: its address may be another's.
+        // Endpoints of ended containers are not kept: their addresses may belong to other containers.
         let last = self.used.get(query).or(kept.as_ref()).map(Endpoints::living);
         let last_count = last.as_ref().map_or(0, |last| last.list.len());
         if !value.list.is_empty() && !is_collapse(last_count, value.list.len()) {
             self.short_since.remove(query);
             return (Some(value.living()), None);
         }
-        // Since when, not since the last change: what is rejected may go on changing in a list of nothing.
+        // Measured from the first such answer: the rejected entries of an empty answer may keep changing.
         let since = known.changed.unwrap_or(now);
         let end = *self.short_since.entry(query.clone()).or_insert(since) + self.hold;
-        // A check that fails is the registry's word on that one instance, and no sign that the registry is in trouble.
+        // A failing check is a statement of the registry about one instance, and no sign of a problem of the registry.
         let last =
             last.map(|last| if value.list.is_empty() { last } else { without(last, &value.unfit) });
         let holds_any =
@@ -169,7 +169,7 @@ impl EmptyHold {
         match last.filter(|last| now < end && holds_any(last)) {
             Some(last) => (Some(both(last, &value.living())), Some(end)),
             None => {
-                // What comes next is another loss, with a time of its own.
+                // The next loss gets the full time again.
                 if !value.list.is_empty() {
                     self.short_since.remove(query);
                 }
@@ -178,8 +178,8 @@ impl EmptyHold {
         }
     }
 
-    /// What an earlier run knew of those that are still waited for, as nothing was heard of them: it is not used, and must not
-    /// be lost by a run that ends before they answer.
+    /// Saved endpoints of queries that have neither an answer nor an error yet. They are not used, but must be saved again
+    /// in case this run ends before the source answers.
     pub(super) fn awaited<'a>(
         &'a self,
         unheard: &'a HashSet<Query>,
@@ -188,7 +188,7 @@ impl EmptyHold {
     }
 }
 
-/// Whether a list lost most of its endpoints at once. Of a few endpoints, most may well go together.
+/// Whether a list lost most of its endpoints at once. A small list may lose most of its endpoints normally.
 fn is_collapse(before: usize, now: usize) -> bool {
     const MANY: usize = 5;
     before >= MANY && now < before.div_ceil(2)
@@ -204,7 +204,7 @@ fn without(held: Arc<Endpoints>, unfit: &BTreeSet<Endpoint>) -> Arc<Endpoints> {
     Arc::new(held)
 }
 
-/// The endpoints that are held, and those of the last answer.
+/// The held endpoints, together with those of the last answer.
 fn both(held: Arc<Endpoints>, answer: &Arc<Endpoints>) -> Arc<Endpoints> {
     let says_no_more = answer.list.iter().all(|endpoint| held.list.binary_search(endpoint).is_ok())
         && (answer.list.is_empty()
@@ -278,23 +278,23 @@ mod tests {
         };
         let mut hold = new();
         assert_eq!(settle(&mut hold, &hosts(0..132), 0, 0), (132, None));
-        // One is left, and a new one comes: all of them are used.
+        // One endpoint is left, then two others appear: all are used.
         assert_eq!(settle(&mut hold, &hosts(0..1), 10, 10), (132, Some(second(40))));
         assert_eq!(settle(&mut hold, &hosts(200..202), 20, 20), (134, Some(second(40))));
         assert_eq!(settle(&mut hold, &hosts(200..202), 20, 39), (134, Some(second(40))));
-        // It was true.
+        // The loss was real.
         assert_eq!(settle(&mut hold, &hosts(200..202), 20, 40), (2, None));
-        // The next loss has its whole time, whenever it comes.
+        // The next loss gets the full time, whenever it happens.
         assert_eq!(settle(&mut hold, &[], 500, 500), (2, Some(second(530))));
 
-        // It was not: the members that come back end it, and the next loss is another.
+        // The loss was not real: the returning members end the hold, and the next loss is another one.
         let mut hold = new();
         settle(&mut hold, &hosts(0..100), 0, 0);
         assert_eq!(settle(&mut hold, &hosts(0..1), 10, 10), (100, Some(second(40))));
         assert_eq!(settle(&mut hold, &hosts(0..99), 20, 20), (99, None));
         assert_eq!(settle(&mut hold, &[], 30, 30), (99, Some(second(60))));
 
-        // Half of many, or most of a few, and as many others.
+        // Half of many; most of a few; most of five, which is held; and as many others instead.
         for (before, after, used) in [(10, 0..5, 5), (4, 0..1, 1), (5, 0..2, 5), (10, 50..60, 10)] {
             let mut hold = new();
             settle(&mut hold, &hosts(0..before), 0, 0);
@@ -305,7 +305,7 @@ mod tests {
         assert_eq!(settle(&mut hold, &hosts(0..1), 1, 1), (1, None));
     }
 
-    /// A registry that names an instance and says that its check fails is not one that lost it.
+    /// If a registry lists an instance with a failing check, it has not lost the instance.
     #[test]
     fn an_instance_whose_check_fails_is_not_held_while_another_passes() {
         let start = Instant::now();
@@ -323,14 +323,14 @@ mod tests {
             (hold.used().get(&query()).unwrap().list.clone(), wake.is_some())
         };
         assert_eq!(settle(hosts(0..10), vec![], 0), (hosts(0..10), false));
-        // Nine fail, and one is left.
+        // Nine checks fail, one endpoint is left.
         assert_eq!(settle(hosts(0..1), hosts(1..10), 1), (hosts(0..1), false));
         assert_eq!(settle(hosts(0..10), vec![], 2), (hosts(0..10), false));
-        // Four fail, and five are missing: those may be there.
+        // Four checks fail, and five endpoints are missing: only the missing ones may still exist.
         let held = [hosts(0..1), hosts(5..10)].concat();
         assert_eq!(settle(hosts(0..1), hosts(1..5), 3), (held, true));
         assert_eq!(settle(hosts(0..10), vec![], 4), (hosts(0..10), false));
-        // None passes: all of them are better than none.
+        // No check passes: using all endpoints is better than using none.
         assert_eq!(settle(vec![], hosts(0..10), 5), (hosts(0..10), true));
     }
 
@@ -407,12 +407,12 @@ mod tests {
             let unheard = unheard.iter().cloned().collect();
             hold.awaited(&unheard).map(|(_, kept)| kept.endpoints.list.len()).sum::<usize>()
         };
-        // The others are among those in use.
+        // The query's endpoints are in use, so it is not awaited.
         assert_eq!(awaited(&hold, &[]), 0);
         hold.settle(&query(), None, start);
         assert!(hold.used().is_empty());
         assert_eq!(awaited(&hold, &[query()]), 1);
-        // For as long as it may be used, and no longer.
+        // They are saved until their time is over.
         hold.settle(&query(), None, until);
         assert_eq!(awaited(&hold, &[query()]), 0);
     }
@@ -431,7 +431,7 @@ mod tests {
         assert_eq!(confirmed(failed()), Some(start));
         let later = start + Duration::from_secs(1);
         assert_eq!(confirmed(Known { confirmed: Some(later), ..failed() }), Some(later));
-        // What answers is as it says, whenever that is written.
+        // A source that answers is up to date, so no time of confirmation is kept.
         assert_eq!(confirmed(known(&["10.0.0.1:1"], start)), None);
     }
 
@@ -442,7 +442,7 @@ mod tests {
         hold.settle(&query(), Some(&known(&["10.0.0.1:1"], start)), start);
         let wake = hold.settle(&query(), Some(&known(&[], start)), start);
         assert_eq!((hold.used().get(&query()).unwrap().list.len(), wake), (0, None));
-        // It is no longer followed.
+        // The query is no longer followed.
         hold.settle(&query(), None, start);
         assert!(hold.used().is_empty());
     }

@@ -1,4 +1,5 @@
-//! The limits on what consumers may ask for. Pure: a listing goes in, and the part of it that is used comes out, with what is beyond.
+//! The limits for what consumers may ask for. Pure: takes a listing, returns the part that is used and what is beyond the
+//! limits.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -13,28 +14,30 @@ use crate::{
     provider::{Beyond, Limit, Listing},
 };
 
-/// How much may be asked for.
+/// The limits.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Bindings of one consumer: the first ones by port (of the static provider: as they were given).
+    /// Maximum number of bindings of one consumer. The first ones by port are used; with the static provider, the first
+    /// ones in the given order.
     pub bindings_per_consumer: usize,
-    /// Different services of this host, each with its tags and datacentre: those that were asked for first.
+    /// Maximum number of different services of this host, each with its tags and datacentre. Those that were asked for
+    /// first are used.
     pub services: usize,
 }
 
-/// Applies the limits to one listing after another. A binding that is used stays so, whatever comes after it.
+/// Applies the limits to one listing after another. A binding that is used stays in use, whatever comes later.
 #[derive(Debug)]
 pub(super) struct Limited {
     limits: Limits,
-    /// The consumers of the last listing, as they were given.
+    /// The consumers of the last listing, as given.
     consumers: Vec<Arc<Consumer>>,
-    /// The bindings in use, by what they ask for.
+    /// The number of used bindings for each query.
     asked: HashMap<Query, usize>,
-    /// Those of the consumers that are not used whole.
+    /// The consumers of which only a part is used.
     cut: BTreeMap<ConsumerId, Cut>,
 }
 
-/// A consumer that is not used whole.
+/// A consumer of which only a part is used.
 #[derive(Debug)]
 struct Cut {
     whole: Arc<Consumer>,
@@ -47,9 +50,10 @@ impl Limited {
         Self { limits, consumers: Vec::new(), asked: HashMap::new(), cut: BTreeMap::new() }
     }
 
-    /// What of a listing is used: the same one, if it is used whole. `query` says what a binding asks for, if it can be asked.
+    /// The part of a listing that is used. The same value if all of it is used. `query` returns the query of a binding, if
+    /// it has one.
     ///
-    /// The cost depends on the consumers that came and went, and on those that are not used whole.
+    /// The cost depends on the consumers that were added or removed, and on those that are only partly used.
     pub(super) fn of(
         &mut self,
         listing: &Arc<Listing>,
@@ -82,7 +86,7 @@ impl Limited {
     ) {
         let had: HashMap<_, _> =
             gone.into_iter().map(|one| (one.id.clone(), self.release(&one, &query))).collect();
-        // What is another state of the same run goes on with what it had, before anybody else gets it.
+        // A changed consumer of the same run keeps what it had, before others get anything.
         let (going_on, mut others): (Vec<_>, Vec<_>) =
             new.into_iter().partition(|one| had.contains_key(&one.id));
         let going_on: Vec<_> = going_on
@@ -101,7 +105,8 @@ impl Limited {
             kept.iter().for_each(|one| self.take(one));
             self.admit(consumer, &kept.into_iter().collect(), &query);
         }
-        // Then those who wait, and then those who come; of each the ones that started first.
+        // Then the consumers that wait for services, then the new ones. In both groups, those that started earlier come
+        // first.
         let waits = |cut: &&Cut| cut.beyond.iter().any(|one| one.limit == Limit::Services);
         let mut waiting: Vec<_> =
             self.cut.values().filter(waits).map(|cut| cut.whole.clone()).collect();
@@ -110,7 +115,7 @@ impl Limited {
             let before = self.cut.get(&consumer.id).map(|cut| cut.used.clone());
             let had = self.release(&consumer, &query);
             self.admit(consumer.clone(), &had, &query);
-            // What did not change is the same, so that nothing is built of it again.
+            // An unchanged consumer stays the same value, so that nothing is rebuilt from it.
             if let (Some(cut), Some(before)) = (self.cut.get_mut(&consumer.id), before)
                 && cut.used.bindings == before.bindings
             {
@@ -136,7 +141,7 @@ impl Limited {
         }
     }
 
-    /// Gives up what a consumer uses, and says what that was.
+    /// Releases what a consumer uses. Returns the queries that it used.
     fn release(
         &mut self,
         consumer: &Arc<Consumer>,
@@ -149,7 +154,7 @@ impl Limited {
         used.into_iter().collect()
     }
 
-    /// Uses as much of a consumer as there is room for; first of all what it `had`.
+    /// Uses as much of a consumer as the limits allow. The queries that it `had` come first.
     fn admit(
         &mut self,
         whole: Arc<Consumer>,
@@ -178,7 +183,7 @@ impl Limited {
                     used.push(binding);
                 }
                 Some(_) => beyond.push(binding),
-                // It has no route, and needs no watch.
+                // Such a binding has no route and needs no watch.
                 None => used.push(binding),
             }
         }
@@ -202,7 +207,7 @@ impl Limited {
     }
 }
 
-/// By the start of its run.
+/// Orders consumers by the start of their run.
 fn key(consumer: &Consumer) -> (&str, &ConsumerId) {
     match &consumer.id {
         ConsumerId::Container { started_at, .. } => (started_at, &consumer.id),
@@ -290,7 +295,7 @@ mod tests {
             panic!("{:?}", listing.beyond)
         };
         assert_eq!(consumer.bindings[..], greedy.bindings[2..]);
-        // It gives nothing up, and takes nothing, when others change.
+        // Changes of other consumers neither take anything from it nor give it more.
         let again = limited.of(&self::listing(&[&greedy]), query);
         assert!(Arc::ptr_eq(&again.consumers[0], &listing.consumers[0]));
     }
@@ -300,24 +305,25 @@ mod tests {
         let mut limited = limited(256, 2);
         let first = consumer("2", &texts(&["x", "nowhere"]));
         assert_eq!(of(&mut limited, &[&first]), ["2: x nowhere"]);
-        // One that is listed before it, and started before it, comes after it.
+        // A consumer that was listed later and started earlier gets what is left.
         let greedy = consumer("1", &texts(&["y", "z", "x"]));
         let after = ["1: y x", "2: x nowhere", "services 1: z"];
         assert_eq!(of(&mut limited, &[&greedy, &first]), after);
         let third = consumer("3", &texts(&["v", "y"]));
         let after = ["1: y x", "2: x nowhere", "3: y", "services 1: z", "services 3: v"];
         assert_eq!(of(&mut limited, &[&greedy, &first, &third]), after);
-        // It is the same run in another state.
+        // The same run with another name.
         let moved = Arc::new(Consumer { name: "moved".into(), ..Consumer::clone(&greedy) });
         let after = ["moved: y x", "2: x nowhere", "3: y", "services moved: z", "services 3: v"];
         assert_eq!(of(&mut limited, &[&moved, &first, &third]), after);
-        // Nobody asks for x and y by then: who waits longest is first.
+        // No other consumer asks for x and y any more: the one that waits longest comes first.
         assert_eq!(of(&mut limited, &[&third]), ["3: v y"]);
         assert!(limited.cut.is_empty());
     }
 
     proptest! {
-        /// Whatever consumers come and go, the limits hold, nothing is forgotten, what was used is used, and room is not left empty.
+        /// However consumers come and go, the limits hold, no binding is lost, used bindings stay in use, and free room is
+        /// used.
         #[test]
         fn the_limits_hold(steps in prop::collection::vec(
             prop::collection::btree_map(0..6usize, prop::collection::vec(0..8usize, 0..5), 0..6), 1..8))

@@ -1,4 +1,4 @@
-//! What an entry of a registry must say to be an endpoint: an IP address that can be dialled, and a port.
+//! Checks that an entry of a registry is a usable endpoint: the IP address of one host, and a port.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -6,12 +6,12 @@ pub(super) use crate::registry::excerpt;
 
 use crate::model::{Endpoint, Port};
 
-/// The endpoint at `address` (an IP address, IPv6 without brackets) and `port`, or what was expected instead.
+/// The endpoint at `address` (an IP address, IPv6 without brackets) and `port`. The error says what was expected.
 pub(super) fn endpoint(address: &str, port: &str) -> Result<Endpoint, String> {
     let ip: IpAddr = address
         .parse()
         .map_err(|_| format!("address {:?}: expected an IP address", excerpt(address)))?;
-    // An IPv4 address in IPv6 clothes is one endpoint with its plain form.
+    // An IPv4-mapped IPv6 address is the same endpoint as its IPv4 address.
     let ip = ip.to_canonical();
     if ip.is_unspecified() || ip.is_multicast() {
         return Err(format!("address {ip}: expected the address of one host"));
@@ -21,7 +21,7 @@ pub(super) fn endpoint(address: &str, port: &str) -> Result<Endpoint, String> {
     Ok(Endpoint(SocketAddr::new(ip, port.get())))
 }
 
-/// The endpoint that `text` says as `1.2.3.4:80` or `[::1]:80`.
+/// Parses `1.2.3.4:80` or `[::1]:80`.
 pub(super) fn host_and_port(text: &str) -> Result<Endpoint, String> {
     let wrong = || format!("{:?}: expected address:port, IPv6 in brackets", excerpt(text));
     let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;

@@ -1,5 +1,5 @@
-//! Where the endpoints of a discovery may be. A registry decides to whom embassy connects, from the host: it must not be able
-//! to lead consumers to what only this host can reach. Pure.
+//! Where the endpoints of a discovery may be. A registry decides to which addresses embassy connects from the host. It must
+//! not be able to lead consumers to services that only this host can reach. Pure.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,13 +15,13 @@ use crate::model::{Endpoint, Vip};
 /// Where the endpoints of one discovery may be.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Allowed {
-    /// Wherever it says: a file of this host, and containers of this host.
+    /// Any address: the source is a file of this host, or containers of this host.
     #[default]
     Anywhere,
     Within {
-        /// `--endpoints`. `None`: any but the special ones.
+        /// `--endpoints`. `None`: all addresses except special ones.
         networks: Option<Arc<[IpNet]>>,
-        /// `?loopback=allow` of the discovery's URI.
+        /// Whether the discovery's URI has `?loopback=allow`.
         loopback: bool,
     },
 }
@@ -29,27 +29,27 @@ pub enum Allowed {
 /// Where the endpoints of all discoveries may be.
 #[derive(Debug, Clone, Default)]
 pub struct Bounds {
-    /// By the discovery's name. One that is missing may name any address.
+    /// By the discovery's name. A discovery that is missing here may name any address.
     pub allowed: BTreeMap<Arc<str>, Allowed>,
-    /// Where embassy itself listens. An unspecified address stands for all addresses of this host.
+    /// The addresses on which embassy itself listens. An unspecified address stands for all addresses of this host.
     pub own: Vec<SocketAddr>,
 }
 
 impl Bounds {
-    /// Why an endpoint of this discovery must not be used. `None`: it may.
+    /// Why an endpoint of this discovery must not be used. `None`: it may be used.
     pub fn refusal(&self, via: &str, endpoint: Endpoint, vips: &BTreeSet<Vip>) -> Option<Refusal> {
         self.allowed.get(via)?.refusal(endpoint, Here { vips, own: &self.own })
     }
 }
 
-/// Addresses of this host that no endpoint may have.
+/// Addresses of this host that endpoints must not have.
 #[derive(Debug, Clone, Copy)]
 struct Here<'a> {
     vips: &'a BTreeSet<Vip>,
     own: &'a [SocketAddr],
 }
 
-/// Why an endpoint is not used.
+/// Why an endpoint must not be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     Unspecified,
@@ -107,7 +107,8 @@ impl Allowed {
             let outside = networks.is_some_and(|all| !all.iter().any(|net| listed(&net)));
             return outside.then_some(Refusal::Outside);
         };
-        // A special address is only allowed by a network that means it: 0.0.0.0/0 does not mean 127.0.0.1.
+        // A special address is only allowed by a network that consists of such addresses: 0.0.0.0/0 does not allow
+        // 127.0.0.1.
         let means = |net: &&IpNet| match special {
             Refusal::Loopback | Refusal::LinkLocal => {
                 let bounds = [net.network(), net.broadcast()];
@@ -124,11 +125,11 @@ impl Allowed {
     }
 }
 
-/// What is special about an address, if it is none that an instance has.
+/// Why no instance of a service can have this address. `None`: it can.
 fn special(address: IpAddr, vips: &BTreeSet<Vip>) -> Option<Refusal> {
     let (unspecified, multicast, loopback, link_local) = match address {
         IpAddr::V4(v4) => (
-            // "This network", RFC 1122 section 3.2.1.3: Linux connects to itself.
+            // "This network" (RFC 1122, section 3.2.1.3): Linux then connects to the host itself.
             v4.octets().first() == Some(&0),
             v4.is_multicast() || v4.is_broadcast(),
             v4.is_loopback(),
@@ -150,8 +151,8 @@ fn special(address: IpAddr, vips: &BTreeSet<Vip>) -> Option<Refusal> {
     }
 }
 
-/// Metadata services: of most clouds, of AWS over IPv6, of Alibaba, of Oracle. They give credentials to every program that asks from
-/// the host.
+/// Metadata services: of most clouds, of AWS via IPv6, of Alibaba, of Oracle. They give credentials to every program on the
+/// host.
 const METADATA: [IpAddr; 4] = [
     IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)),
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0x0ec2, 0, 0, 0, 0, 0, 0x0254)),

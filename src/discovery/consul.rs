@@ -36,18 +36,18 @@ pub(super) struct Asked {
     pub(super) dc: Option<String>,
     /// `token-file=`
     pub(super) token_file: Option<PathBuf>,
-    /// `near=`: passed on. Consul sorts its answer by it; connections are spread evenly all the same.
+    /// `near=`: passed on to Consul, which sorts its answer by it. Connections are spread evenly nevertheless.
     pub(super) near: Option<String>,
-    /// `ns=`, else `CONSUL_NAMESPACE`
+    /// `ns=`, otherwise `CONSUL_NAMESPACE`
     pub(super) namespace: Option<String>,
-    /// `partition=`, else `CONSUL_PARTITION`
+    /// `partition=`, otherwise `CONSUL_PARTITION`
     pub(super) partition: Option<String>,
-    /// `tag=`: what every endpoint must carry, beside the descriptor's tags.
+    /// `tag=`: tags that every endpoint must have, besides the descriptor's tags.
     pub(super) tags: Vec<String>,
 }
 
 impl Consul {
-    /// The agent at `base`, whose scheme says whether TLS is used.
+    /// The agent at `base`. The scheme decides whether TLS is used.
     pub(super) fn new(base: Url, asked: Asked, settings: &Options) -> Result<Self, String> {
         let token_file = asked.token_file.clone();
         let client = ConsulClient::new(base, token_file, &settings.consul)?;
@@ -65,7 +65,7 @@ impl Consul {
 pub struct ConsulSource {
     consul: Consul,
     query: Query,
-    /// The URI's and the descriptor's.
+    /// The tags of the URI and of the descriptor.
     tags: Tags,
 }
 
@@ -96,10 +96,10 @@ impl Source for ConsulSource {
 }
 
 impl ConsulSource {
-    /// How long a list without instances waits for the reason.
+    /// How long an empty list waits for its reason.
     const REASON: Duration = Duration::from_secs(2);
 
-    /// The URL of a path, where the service is.
+    /// The URL of a path, with the parameters that say where the service is.
     fn at<'a>(&self, path: impl IntoIterator<Item = &'a str>) -> Url {
         let mut url = self.consul.client.url(path);
         let asked = &self.consul.asked;
@@ -115,7 +115,7 @@ impl ConsulSource {
         url
     }
 
-    /// Why there is no instance, if Consul can tell: a wrong name, or a wrong tag.
+    /// Why there is no instance, if Consul shows it: a wrong name, or a wrong tag.
     async fn why_none(&self) -> Option<Arc<str>> {
         let asking = self.consul.client.services(self.at(["catalog", "services"]));
         let services = timeout(Self::REASON, asking).await.ok()?.ok()?;
@@ -139,9 +139,9 @@ impl ConsulSource {
         url
     }
 
-    /// The endpoints, and how long it took to read them, without the wait for a thread.
+    /// The endpoints, and the time it took to read them, without waiting for a thread.
     async fn read(&self, answer: HttpAnswer) -> Result<(Endpoints, Duration), SourceError> {
-        // What a token may not read is left out without an error: that is no answer to what there is.
+        // Consul silently leaves out what a token may not read. Such a list is incomplete, and not a valid answer.
         let hidden = answer.headers.get("X-Consul-Results-Filtered-By-ACLs");
         let is_hidden = hidden.is_some_and(|value| value == "true");
         let refused = answer.fault("the token may not read the service or its nodes");
@@ -164,8 +164,8 @@ impl ConsulSource {
     }
 }
 
-/// The instances with `tags`, each entry judged by itself. With `healthy_only` those that pass all their checks; where there
-/// are none, those that are in warning, because Consul's warning says that an instance still works.
+/// The instances with `tags`. Each entry is checked independently. With `healthy_only`: those that pass all their checks,
+/// or if there are none, those with a warning, because an instance with a warning still works.
 fn endpoints(body: &[u8], tags: &Tags, healthy_only: bool) -> Result<Endpoints, serde_json::Error> {
     let mut instances = Instances::default();
     json::each(body, |entry| {
@@ -187,7 +187,7 @@ struct Instances {
 impl Instances {
     fn add(&mut self, entry: &str, tags: &Tags, healthy_only: bool) {
         match serde_json::from_str::<Entry>(entry) {
-            // Older servers heed one tag only.
+            // Older servers filter by one tag only.
             Ok(entry) if !tags.all_in(entry.service.tags.as_deref().unwrap_or_default()) => {}
             Ok(entry) => {
                 let checks = entry.checks.as_deref().unwrap_or_default();
@@ -200,7 +200,7 @@ impl Instances {
                 let address = Some(address).filter(|a| !a.is_empty()).unwrap_or(node.address);
                 match address::endpoint(&address, &port.to_string()) {
                     Ok(endpoint) if health == Health::Critical => self.critical.push(endpoint),
-                    // What is not used is not judged.
+                    // Critical instances are not used, so they are not reported as invalid.
                     Err(_) if health == Health::Critical => {}
                     Ok(endpoint) if health == Health::Warning => self.warning.push(endpoint),
                     Ok(endpoint) => self.passing.push(endpoint),
@@ -230,14 +230,14 @@ impl Instances {
             list = std::mem::take(&mut warning);
         }
         let endpoints = Endpoints::new(list, rejected);
-        // Two instances may have one address.
+        // Two instances may have the same address.
         let is_used = |one: &Endpoint| endpoints.list.binary_search(one).is_ok();
         let unfit = critical.into_iter().chain(warning).filter(|one| !is_used(one)).collect();
         Endpoints { problem, unfit, ..endpoints }
     }
 }
 
-/// An entry that is otherwise wrong.
+/// The parts of an invalid entry that identify it.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Named {
@@ -250,9 +250,9 @@ struct NamedService {
     id: Option<String>,
 }
 
-/// Why there is no instance of a service; `None` if these names and tags do not tell.
+/// Why a service has no instance. `None` if these names and tags do not show it.
 fn why_none(name: &str, tags: &Tags, services: &Services) -> Option<String> {
-    // Consul itself is a service.
+    // Consul itself is always listed as a service.
     if services.is_empty() {
         let fact = "Consul shows no service at all: the token may not read any (it needs service:read and node:read)";
         return Some(fact.to_owned());
@@ -264,7 +264,7 @@ fn why_none(name: &str, tags: &Tags, services: &Services) -> Option<String> {
     if tags.is_empty() {
         return None;
     }
-    // Tags that are named.
+    // Maximum number of tags that are listed.
     const NAMED: usize = 3;
     let wanted: Vec<_> = tags.iter().map(excerpt).collect();
     let some: Vec<_> = carried.iter().take(NAMED).map(|tag| excerpt(tag)).collect();
@@ -276,12 +276,12 @@ fn why_none(name: &str, tags: &Tags, services: &Services) -> Option<String> {
     ))
 }
 
-/// How well an instance is: the worst of its checks.
+/// The health of an instance: the state of its worst check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Health {
     Passing,
     Warning,
-    /// Also in maintenance, which is a check that is critical.
+    /// Also in maintenance, which is a critical check.
     Critical,
 }
 
@@ -294,7 +294,7 @@ struct Unhealthy {
 }
 
 impl Unhealthy {
-    /// Checks that are named.
+    /// Maximum number of checks that are listed.
     const NAMED: usize = 3;
 
     fn add(&mut self, check: &Check) {
@@ -305,7 +305,7 @@ impl Unhealthy {
         }
     }
 
-    /// The problem if no instance passes, and so many in warning are used.
+    /// The problem if no instance passes, and `used` instances with a warning are used.
     fn problem(&self, used: usize) -> Arc<str> {
         let checks: Vec<_> = self.checks.iter().map(String::as_str).collect();
         let consequence =
@@ -319,7 +319,7 @@ impl Unhealthy {
     }
 }
 
-/// What is read of an entry of the answer.
+/// The parts of an entry that are read.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase", expecting = "an object with Node and Service")]
 struct Entry {
@@ -328,7 +328,7 @@ struct Entry {
     checks: Option<Most<Check, MOST>>,
 }
 
-/// Checks and tags of an instance; one with more is skipped.
+/// Maximum number of checks or tags of an instance. An instance with more is skipped.
 const MOST: usize = 1000;
 
 #[derive(Deserialize)]
@@ -364,7 +364,7 @@ struct Node {
 struct Service {
     #[serde(rename = "ID")]
     id: String,
-    /// Empty if it is the node's.
+    /// Empty if it equals the node's address.
     #[serde(default)]
     address: String,
     port: i64,
@@ -392,7 +392,7 @@ mod tests {
         endpoints.list.iter().map(ToString::to_string).collect()
     }
 
-    /// Two instances as Consul 1.8.7 answers, without what is not read.
+    /// Two instances as Consul 1.8.7 answers, without fields that are not read.
     fn two() -> Vec<Value> {
         vec![
             json!({
@@ -506,7 +506,7 @@ mod tests {
         assert_eq!(of(&[], true), (vec![], None));
         let every = ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80"];
         assert_eq!(of(&all, false), (texts(&every), None));
-        // What is not used is not judged.
+        // Entries that are not used are not reported.
         let nameless = json!({
             "Node": { "Node": "n", "Address": "db.example" },
             "Service": { "ID": "i", "Port": 80 }, "Checks": [{ "Status": "critical" }],
@@ -515,7 +515,7 @@ mod tests {
         assert_eq!(unused.rejected.count(), 0);
     }
 
-    /// Empty objects, an instance with endless tags, and one that is good.
+    /// Empty objects, an instance with very many tags, and a valid one.
     #[test]
     fn what_is_written_in_bulk_is_counted_and_not_kept() {
         let many = "{},".repeat(300_000);
@@ -529,7 +529,7 @@ mod tests {
         assert_eq!(list(&endpoints), ["10.0.0.1:80"]);
         assert_eq!(endpoints.rejected.count(), 300_001);
         assert_eq!(endpoints.rejected.iter().count(), Rejections::MOST);
-        // A place is a string, however long.
+        // An entry is identified by a text, which may be long.
         let long = format!(r#"[{{"Service":{{"ID":"{}"}}}}]"#, "x".repeat(1 << 20));
         let endpoints = super::endpoints(long.as_bytes(), &Tags::default(), true).unwrap();
         assert!(endpoints.rejected.iter().all(|entry| entry.what.len() < 1000));
@@ -569,7 +569,7 @@ mod tests {
         ] {
             assert_eq!(of(name, tags).as_deref(), Some(expected), "{name}");
         }
-        // Its last instance went meanwhile; and a token that sees nothing.
+        // The last instance went away meanwhile. Then a token that may read nothing.
         assert_eq!(of("mysql", &[]), None);
         let nothing = why_none("mysql", &Tags::default(), &Services::new()).unwrap();
         assert!(nothing.contains("the token may not read any"), "{nothing}");

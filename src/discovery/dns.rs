@@ -1,17 +1,17 @@
-//! `dns://resolver[:port]`: a service is a name, its endpoints are what its records say.
+//! `dns://resolver[:port]`: a service is a name, and its endpoints come from the name's records.
 //!
-//! SRV records are asked for first: their targets and ports are the endpoints. Of several priorities the lowest number
-//! that has an address counts, as RFC 2782 has it; weights do not. A name without SRV records is taken for a host: its A
-//! and AAAA records are the endpoints, on the port that the descriptor names.
+//! SRV records are asked for first: their targets and ports are the endpoints. Only the lowest priority number with an
+//! address is used (RFC 2782). Weights are ignored. A name without SRV records is a host: its A and AAAA records are the
+//! endpoints, with the port of the descriptor.
 //!
-//! Names are always whole: no search list, no hosts file. DNS tells nothing of changes, so a name is asked for again when
-//! its records' time to live is over. It has no tags either: a descriptor that wants some is refused.
+//! Names are always absolute: no search list and no hosts file is used. DNS does not announce changes, so a name is asked
+//! for again when the TTL of its records is over. DNS has no tags: a descriptor with tags is refused.
 //!
-//! A name that does not exist, or has no such records, is a valid empty answer. A server that does not answer, or answers
-//! that it failed, is an error. But many servers fail for one type of records only, such as AAAA or SRV: as long as another
-//! type says where the service is, the failure is reported beside the endpoints. What a failed question had for an answer
-//! before stays in use. If the question for SRV records fails at the start, it is asked some times more before the name is taken
-//! for a host: the port that the descriptor names may be another service's.
+//! A name that does not exist, or has no such records, is a valid empty answer. A server that does not answer, or reports a
+//! failure, is an error. But many servers fail only for one type of records, such as AAAA or SRV: as long as another type
+//! gives endpoints, the failure is reported beside them. If a question fails, the last answer to it stays in use. If the
+//! question for SRV records fails at the start, it is repeated some times before the name is taken as a host, because the
+//! port of the descriptor may belong to another service.
 
 use std::{
     collections::HashMap,
@@ -43,15 +43,15 @@ mod records;
 #[derive(Debug, Clone)]
 pub struct Dns {
     pub(super) resolver: SocketAddr,
-    /// `hold=`: how long an endpoint stays in use that answers leave out.
+    /// `hold=`: how long an endpoint stays in use after answers do not contain it any more.
     pub(super) hold: Duration,
 }
 
 impl Dns {
-    /// The hold if the URI does not say it.
+    /// The default of `hold=`.
     pub(super) const HOLD: Duration = Duration::from_secs(30);
 
-    /// `resolver`: the only server that is asked, by UDP, and by TCP if an answer is truncated.
+    /// `resolver`: the only server that is asked, via UDP, and via TCP if an answer is truncated.
     pub fn new(resolver: SocketAddr, hold: Duration) -> Self {
         Self { resolver, hold }
     }
@@ -71,11 +71,12 @@ pub struct DnsSource {
     query: Query,
     used: Hold,
     answers: Memory,
-    /// How often it was not known whether the name has SRV records. It is not asked again after [`SURE`].
+    /// How often it was unknown so far whether the name has SRV records. From [`SURE`] times on, the name is then taken as a
+    /// host.
     unsure: u8,
 }
 
-/// How often a question for SRV records may fail before the name is taken for a host.
+/// How often a question for SRV records may fail before the name is taken as a host.
 const SURE: u8 = 3;
 
 impl Source for DnsSource {
@@ -109,7 +110,7 @@ impl Source for DnsSource {
             let (list, goes) = used.settle(found.priority, found.list, *hold, now);
             let problem = found.problem.map(Into::into);
             publish.publish(Endpoints { problem, ..Endpoints::new(list, found.rejected) });
-            // Not before a second is over, however many are about to go.
+            // Not sooner than a second, even if endpoints are due to be removed.
             let goes = goes.map(|at| at.saturating_duration_since(now).max(LEAST));
             let pause = goes.into_iter().fold(found.ttl.bounded(), Duration::min);
             tokio::select! {
@@ -120,10 +121,10 @@ impl Source for DnsSource {
     }
 }
 
-/// The least time between two questions.
+/// Minimum interval between two questions.
 const LEAST: Duration = Duration::from_secs(1);
 
-/// The last answer of use to each question.
+/// The last useful answer to each question.
 #[derive(Debug, Default)]
 struct Memory(Mutex<HashMap<(Name, RecordType), Remembered>>);
 
@@ -146,7 +147,7 @@ impl Memory {
         }
     }
 
-    /// The last answer to a question that failed.
+    /// The last useful answer to a question that failed now.
     fn last(&self, name: &Name, kind: RecordType) -> Option<Answer> {
         let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let remembered = memory.get_mut(&(name.clone(), kind))?;
@@ -154,7 +155,7 @@ impl Memory {
         Some(remembered.answer.clone())
     }
 
-    /// Forgets the answers to questions that are asked no more: targets change.
+    /// Forgets the answers to questions that are no longer asked: SRV targets change.
     fn forget_unasked(&self) {
         let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         memory.retain(|_, remembered| std::mem::take(&mut remembered.asked));
@@ -166,7 +167,7 @@ impl Memory {
 struct Failure {
     what: String,
     reason: String,
-    /// The server works: it has answered that it does not answer this.
+    /// The server works: it answered that it will not answer this question.
     responded: bool,
     for_good: bool,
 }
@@ -184,11 +185,11 @@ impl From<Failure> for Rejected {
     }
 }
 
-/// What questions had for an answer, and those of them that failed.
+/// The answers to one or several questions, and the questions that failed.
 struct Found {
     answer: Answer,
     failures: Vec<Failure>,
-    /// Whether any question was answered now.
+    /// Whether any question was answered now, not from memory.
     answered: bool,
 }
 
@@ -206,23 +207,23 @@ impl Found {
         }
     }
 
-    /// Whether it says where a host is, or that there is no such host.
+    /// Whether it has a host's addresses, or shows that there is no such host.
     fn is_known(&self) -> bool {
         self.answer.is_of_use() || self.answer.no_such_name
     }
 }
 
-/// All that was found out.
+/// The result of a resolution.
 #[derive(Default)]
 struct Resolved {
-    /// Of the SRV records that are used.
+    /// The priority of the SRV records that are used.
     priority: Option<u16>,
     list: Vec<Endpoint>,
     rejected: Vec<Rejected>,
     /// Why the list is empty.
     problem: Option<String>,
     ttl: Ttl,
-    /// The name is taken for a host, because the question for SRV records failed, perhaps for a moment.
+    /// The name is taken as a host only because the question for SRV records failed, which may be temporary.
     may_have_services: bool,
 }
 
@@ -230,21 +231,21 @@ struct Session<'a> {
     client: Client,
     answers: &'a Memory,
     name: Name,
-    /// Of a host without SRV records.
+    /// The port to use for a host without SRV records.
     port: String,
 }
 
 impl<'a> Session<'a> {
-    /// Everything that one answer takes: two questions one after the other, and one for each target.
+    /// Timeout of a whole resolution: two questions one after the other, and one for each target.
     const WHOLE: Duration = Duration::from_secs(20);
-    /// Targets of one priority that are looked up.
+    /// Maximum number of targets of one priority that are looked up.
     const MOST_TARGETS: usize = 256;
-    /// Targets that are looked up at a time.
+    /// Maximum number of targets that are looked up at the same time.
     const AT_A_TIME: usize = 8;
 
     fn new(server: SocketAddr, query: &Query, answers: &'a Memory) -> Result<Self, SourceError> {
-        // The client answers for the domain `invalid` itself, whether or not there is a server. DNS servers know `test` as well (RFC 6761,
-        // section 6.2).
+        // The client itself answers questions for the domain `invalid`, whether there is a server or not. DNS servers also
+        // know `test` (RFC 6761, section 6.2).
         let service = match query.is_probe() {
             true => "embassy.test",
             false => query.service.as_str(),
@@ -265,7 +266,7 @@ impl<'a> Session<'a> {
             let addresses = self.addresses(&self.name).await;
             let known = addresses.is_known();
             let host = services.and(addresses);
-            // A server that answers nothing at all is down, whatever it said before.
+            // A server that answers nothing is down, whatever it answered before.
             if let Some(failure) = host.failures.first().filter(|_| !known || !host.answered) {
                 return Err(failure.clone());
             }
@@ -300,7 +301,7 @@ impl<'a> Session<'a> {
         let (mut open, mut answered) = (None, services.answered);
         for group in targets.chunk_by(|a, b| a.priority == b.priority) {
             resolved.priority = group.first().map(|target| target.priority);
-            // The root as a host says that the service is decidedly not there.
+            // A root target says that the service is decidedly not available (RFC 2782).
             let mut hosts = group.to_vec();
             hosts.retain(|target| !target.host.is_root());
             if hosts.len() > Self::MOST_TARGETS {
@@ -356,7 +357,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// The addresses of a target: those that came with the answer that names it, else those that it has.
+    /// The addresses of a target: those that came with the SRV answer, otherwise those that are looked up.
     async fn target(&self, services: &Answer, target: Target) -> (Target, Found) {
         let glue = services.glue(&target.host);
         let found = if glue.addresses().is_empty() {
@@ -372,7 +373,7 @@ impl<'a> Session<'a> {
             self.lookup(name, RecordType::A),
             self.lookup(name, RecordType::AAAA)
         );
-        // A name that does not exist has no addresses of the other family either, whatever it had.
+        // A name that does not exist has no addresses of the other family either, whatever was remembered.
         if v4.answer.no_such_name && !v6.answered {
             v6.answer = Answer::none(None);
         }
@@ -382,7 +383,7 @@ impl<'a> Session<'a> {
         v4.and(v6)
     }
 
-    /// The answer to a question; if it fails, the last one of use.
+    /// The answer to a question. If the question fails, the last useful answer.
     async fn lookup(&self, name: &Name, kind: RecordType) -> Found {
         match self.client.ask(name, kind).await {
             Ok(answer) => {
@@ -412,7 +413,7 @@ pub(crate) fn fuzz(input: &[u8]) {
     let _ = Answer::none(None).and(answer).ttl.bounded();
 }
 
-/// A host's endpoints, and those of its addresses that can be none.
+/// A host's endpoints, and its addresses that are not usable.
 fn endpoints(answer: &Answer, host: &Name, port: &str) -> (Vec<Endpoint>, Vec<Rejected>) {
     let mut list = Vec::new();
     let mut rejected = Vec::new();

@@ -1,7 +1,7 @@
-//! `docker://`: the containers of an engine are the registry.
+//! `docker://`: uses the containers of an engine as the registry.
 //!
-//! Read as [registrator](https://gliderlabs.github.io/registrator/latest/user/services/) reads them, from the
-//! environment and the labels of a running container (a label wins):
+//! Variables and labels of running containers are read as
+//! [registrator](https://gliderlabs.github.io/registrator/latest/user/services/) reads them (a label wins):
 //!
 //! | name | meaning |
 //! |---|---|
@@ -10,17 +10,17 @@
 //! | `SERVICE_TAGS`, `SERVICE_<port>_TAGS` | tags, comma separated; `\,` is a comma |
 //! | `SERVICE_IGNORE`, `SERVICE_<port>_IGNORE` | with any value: not a service |
 //!
-//! Unlike with registrator, a container without a name of these is not a service: its image's name makes it none.
+//! Unlike with registrator, a container without such a name is not a service: its image's name is not used.
 //!
-//! Where the endpoint is, depends on the engine. The containers of an engine on this host (the consumers' own, or one
-//! behind a Unix socket) need to publish nothing. They are reached at their address on the first by name of those of
-//! their networks that lead there: the bridge networks, or, if embassy runs in a container itself, the networks of that
-//! container. Those on the host's network are reached at 127.0.0.1, and from inside a container at its gateway. The
-//! containers of any other engine are reached at the host of its URI, on the ports they publish.
-//! `--network=container:<other>` is followed.
+//! The address of the endpoint depends on the engine. The containers of an engine on this host (the consumers' own engine,
+//! or one behind a Unix socket) need not publish ports. They are reached at their address on one of their networks: of
+//! those that can be reached from here, the first by name. These are the bridge networks or, if embassy itself runs in a
+//! container, the networks of that container. Containers on the host's network are reached at 127.0.0.1, and from inside a
+//! container at its gateway. The containers of any other engine are reached at the host of its URI, on the ports they
+//! publish. `--network=container:<other>` is followed.
 //!
-//! A container that is paused, or that was sent its stop signal, is an endpoint only if there is no other; with `-filter`
-//! one whose HEALTHCHECK does not pass (yet) is none.
+//! A container that is paused, or was sent its stop signal, is used only if there is no other. With `-filter`, one whose
+//! HEALTHCHECK does not pass, or not yet, is not used.
 
 use self::offers::Offers;
 use crate::{
@@ -38,18 +38,18 @@ mod tests;
 
 pub use metadata::PREFIX;
 
-/// The services of one engine's containers. However many queries there are, the engine is asked once.
+/// The services of one engine's containers. The engine is asked once, however many queries there are.
 #[derive(Debug, Clone)]
 pub struct Docker {
     follower: Follower,
     healthy_only: bool,
-    /// The engine is the one whose containers are the consumers.
+    /// Whether the containers of this engine are the consumers.
     own: bool,
     offers: Shared<Offers>,
 }
 
 impl Docker {
-    /// `own`: the engine is the one whose containers are the consumers, so that their addresses can be reached.
+    /// `own`: the containers of this engine are the consumers, so their addresses can be reached.
     pub fn new(engine: Engine, healthy_only: bool, own: bool) -> Self {
         let (name, prefixes) = (format!("docker discovery {engine}"), vec![PREFIX.to_owned()]);
         let follower = Follower::new(&name, engine, prefixes, Default::default());
@@ -60,19 +60,19 @@ impl Docker {
         self.follower.engine()
     }
 
-    /// Has the engine followed by `follower`, if that follows the same one. It has to read what begins with [`PREFIX`].
+    /// Uses `follower` if it follows the same engine. It must read the names that begin with [`PREFIX`].
     pub(super) fn share(&mut self, follower: &Follower) {
         if self.engine() == follower.engine() {
             self.follower = follower.clone();
         }
     }
 
-    /// Whether its containers are on this host, at their own addresses.
+    /// Whether its containers are on this host, reachable at their own addresses.
     pub fn is_here(&self) -> bool {
         self.own || matches!(self.engine().address, Address::Unix(_))
     }
 
-    /// Follows `query`; never returns.
+    /// Follows `query`. Never returns.
     pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: &ResyncRequests) {
         let (follower, is_here) = (self.follower.clone(), self.is_here());
         let (resync, bell) = (resync.clone(), publish.bell());

@@ -14,8 +14,8 @@
 //! ]
 //! ```
 //!
-//! A service may stand more than once. What is wrong with one entry leaves the others as they are; a file that cannot be
-//! read at all, or says nothing, leaves everything as it was. `service = []` says that there are none.
+//! A service may appear more than once. An invalid entry does not affect the others. A file that cannot be read, or is
+//! empty, changes nothing. `service = []` means that there are no services.
 
 use std::{
     path::{Path, PathBuf},
@@ -43,7 +43,7 @@ use crate::{
 
 pub(crate) mod catalogue;
 
-/// A file of services. However many queries there are, it is watched and read once.
+/// A file of services. It is watched and read once, however many queries there are.
 #[derive(Debug, Clone)]
 pub struct File {
     path: PathBuf,
@@ -56,7 +56,7 @@ impl File {
         Self { path, catalogue: Shared::default() }
     }
 
-    /// Follows `query`; never returns.
+    /// Follows `query`. Never returns.
     pub async fn watch(self, query: Query, publish: Publisher<Endpoints>, resync: &ResyncRequests) {
         let (path, resync) = (self.path, resync.subscribe());
         let start = |publish| async move {
@@ -71,7 +71,7 @@ impl File {
 /// The source behind a `File`.
 struct Contents {
     path: PathBuf,
-    /// Whether the last log message was that it cannot be watched.
+    /// Whether the last log message was that it is polled.
     is_polled: bool,
 }
 
@@ -105,10 +105,10 @@ impl Source for Contents {
 }
 
 impl Contents {
-    /// How often a file is read that cannot be watched.
+    /// Poll interval of a file that cannot be watched.
     const POLL: Duration = Duration::from_secs(2);
 
-    /// Watches what there is to watch now. If an inotify limit is reached, nothing is watched.
+    /// Watches the paths that exist now. If an inotify limit is reached, nothing is watched.
     fn watch(&self, watch: &mut Option<Watch>) -> Result<(), Unwatched> {
         let mut running = watch.take().map_or_else(Watch::new, Ok)?;
         running.add(&self.path)?;
@@ -116,7 +116,7 @@ impl Contents {
         Ok(())
     }
 
-    /// Says that it is polled, when that becomes otherwise.
+    /// Logs when polling begins.
     fn tell(&mut self, error: Option<&Unwatched>) {
         let file = self.path.display();
         match error {
@@ -132,9 +132,9 @@ impl Contents {
         }
     }
 
-    /// Bytes of the largest file that is read: far more than any list of services. Parsed it takes many times as much.
+    /// Maximum size of the file in bytes: far more than any list of services. The parsed form takes many times as much.
     const LARGEST: usize = 4 << 20;
-    /// Only a file system that hangs takes this long.
+    /// Timeout for reading. Only a hanging file system takes so long.
     const READ: Duration = Duration::from_secs(10);
 
     async fn read(&self) -> Result<Catalogue, SourceError> {
@@ -155,24 +155,24 @@ impl Contents {
     }
 }
 
-/// Waits for changes of a file by any way in which files change: in place, by a rename over it (itself or a folder that
-/// its links lead through, as Kubernetes swaps a ConfigMap), by removal.
+/// Waits for changes of a file, however it changes: in place, by a rename over it (or over a folder to which its links
+/// lead, as Kubernetes replaces a ConfigMap), or by removal.
 struct Watch {
     watcher: RecommendedWatcher,
     changed: Arc<Notify>,
 }
 
 impl Watch {
-    /// A file is read when it has not changed for this long: many programs write one in several steps.
+    /// A file is read when it has not changed for this long: many programs write a file in several steps.
     const QUIET: Duration = Duration::from_millis(50);
-    /// A folder in which something changes all the time is no reason to wait longer than this.
+    /// Maximum wait if something in the folder changes all the time.
     const PATIENCE: Duration = Duration::from_secs(1);
 
     fn new() -> Result<Self, Unwatched> {
         let changed = Arc::new(Notify::new());
         let notify = changed.clone();
         let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-            // Events that got lost may have been anything.
+            // Events may have been lost, so an error counts as a change.
             if event.is_ok_and(|event| is_only_a_look(&event.kind)) {
                 return;
             }
@@ -182,8 +182,8 @@ impl Watch {
         Ok(Self { watcher, changed })
     }
 
-    /// Watches the file, the folder that holds it, and the folder that holds what its links lead to. To be called again
-    /// after each change: they may be others by then.
+    /// Watches the file, its folder, and the folder to which its links lead. Must be called again after each change,
+    /// because they may have changed.
     fn add(&mut self, path: &Path) -> Result<(), Unwatched> {
         let folder = match path.parent() {
             Some(folder) if folder != Path::new("") => folder,
@@ -194,7 +194,7 @@ impl Watch {
             .map_err(|error| Unwatched::by(format_args!("watch {}", folder.display()), &error))?;
         let real = path.canonicalize().ok();
         for more in [Some(path), real.as_deref().and_then(Path::parent)].into_iter().flatten() {
-            // Where it is missing, the folder tells when it comes.
+            // If it is missing, the folder's watch reports when it appears.
             let _ = self.watcher.watch(more, RecursiveMode::NonRecursive);
         }
         Ok(())
@@ -211,7 +211,7 @@ impl Watch {
 
 /// Why a file is not watched.
 enum Unwatched {
-    /// The kernel's room for watches is used up (man 7 inotify, "/proc interfaces"), or ours for descriptors.
+    /// A limit for watches is reached (man 7 inotify, "/proc interfaces"), or our limit for descriptors.
     NoRoom(SourceError),
     Other(SourceError),
 }
@@ -231,7 +231,7 @@ impl Unwatched {
     }
 }
 
-/// What does not change a file: our own reading among it, which would never end otherwise.
+/// Whether an event does not change the file. Our own reads are such events, and would cause an endless loop.
 fn is_only_a_look(kind: &EventKind) -> bool {
     matches!(kind, EventKind::Access(access) if *access != AccessKind::Close(AccessMode::Write))
 }

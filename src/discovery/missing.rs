@@ -1,10 +1,10 @@
-//! Why a query has no endpoints, in one sentence without its full stop: there is no such service, or none of its entries has the
-//! tags, is healthy, or can be used. The same words for every source. Pure.
+//! Why a query has no endpoints, as one sentence without a full stop: there is no such service, or none of its entries has
+//! the tags, is healthy, or can be used. All sources use the same words. Pure.
 
 use super::{Rejected, Rejections, address::excerpt};
 use crate::model::Tags;
 
-/// What a source calls its entries: one, and several.
+/// A source's word for its entries: singular and plural.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Noun(pub(super) &'static str, pub(super) &'static str);
 
@@ -13,18 +13,18 @@ pub(super) const CONTAINER: Noun = Noun("container", "containers");
 pub(super) const ENDPOINT: Noun = Noun("endpoint", "endpoints");
 pub(super) const TARGET: Noun = Noun("target", "targets");
 
-/// Names, or lists of tags, that are given.
+/// Maximum number of names, or lists of tags, that are listed.
 const NAMED: usize = 3;
-/// Tags of a list that are given.
+/// Maximum number of tags of one list that are listed.
 const TAGS: usize = 10;
-/// Longer names are not compared.
+/// Maximum length of names that are compared.
 const LONGEST: usize = 128;
-/// Characters that are compared for one name that is missing, each as often as it is looked at: those of some thousand names. A
-/// change of one container may be a reason to do it for each binding of the host, where all others wait.
+/// Maximum number of comparisons of characters for one missing name. This is enough for some thousand names. The change of
+/// one container may cause this for each binding of the host, and everything else waits.
 const WORK: usize = 200_000;
 
-/// No entry has this name. `fact` says so in the words of the source, `names` are those that it has, in an order that stays: of very
-/// many, only the first are compared.
+/// No entry has this name. `fact` says so in the source's words. `names` are the existing names, in a stable order: if
+/// there are very many, only the first ones are compared.
 pub(super) fn no_such_service<'a>(
     fact: &str,
     name: &str,
@@ -33,12 +33,13 @@ pub(super) fn no_such_service<'a>(
     with_near(fact, &near(name, names.map(String::as_str)))
 }
 
-/// The names that may have been meant, the nearest first. `names` are in an order that stays: of very many, only the first are compared.
+/// Similar names, the most similar ones first. `names` are in a stable order: if there are very many, only the first ones
+/// are compared.
 pub(crate) fn near<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     nearest(name, names, &mut { WORK })
 }
 
-/// The fact, and the names that may have been meant.
+/// The fact, followed by the similar names.
 pub(super) fn with_near(fact: &str, near: &[&str]) -> String {
     let near: Vec<_> = near.iter().map(|name| excerpt(name)).collect();
     match near.is_empty() {
@@ -47,7 +48,7 @@ pub(super) fn with_near(fact: &str, near: &[&str]) -> String {
     }
 }
 
-/// Entries have the name, and none of them has all tags. `carried` are the tags of each.
+/// Some entries have the name, but none of them has all tags. `carried`: the tags of each.
 pub(super) fn no_such_tags<'a>(
     Noun(one, many): Noun,
     tags: &Tags,
@@ -80,7 +81,7 @@ pub(super) fn no_such_tags<'a>(
     }
 }
 
-/// Entries have the name and the tags, and none of them is healthy. `test` is what they do not pass.
+/// Some entries have the name and the tags, but none of them is healthy. `test`: what they do not pass.
 pub(super) fn none_healthy(Noun(one, many): Noun, count: usize, test: &str) -> String {
     match count {
         1 => format!("its one {one} does not pass its {test}"),
@@ -88,7 +89,7 @@ pub(super) fn none_healthy(Noun(one, many): Noun, count: usize, test: &str) -> S
     }
 }
 
-/// Entries have the name and the tags, and each was skipped; `None` if none was.
+/// Some entries have the name and the tags, but each was skipped. `None` if none was.
 pub(super) fn all_skipped(Noun(one, many): Noun, skipped: &Rejections) -> Option<String> {
     let Rejected { what, reason } = skipped.iter().next()?;
     Some(match skipped.count() {
@@ -97,7 +98,7 @@ pub(super) fn all_skipped(Noun(one, many): Noun, skipped: &Rejections) -> Option
     })
 }
 
-/// `[tag,tag]`, each shortened, and the first ones of many.
+/// `[tag,tag]`, with each tag shortened, and only the first tags of many.
 fn excerpts<'a>(mut tags: impl Iterator<Item = &'a str>) -> String {
     let mut some: Vec<_> = tags.by_ref().take(TAGS).map(excerpt).collect();
     if tags.next().is_some() {
@@ -106,7 +107,7 @@ fn excerpts<'a>(mut tags: impl Iterator<Item = &'a str>) -> String {
     format!("[{}]", some.join(","))
 }
 
-/// The names that may have been meant, as far as `work` suffices, which is used up.
+/// Similar names, as far as `work` is enough. `work` is reduced.
 fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a str>, work: &mut usize) -> Vec<&'a str> {
     if name.len() > LONGEST {
         return Vec::new();
@@ -138,15 +139,15 @@ fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a str>, work: &mut usiz
     near.into_iter().take(NAMED).map(|(_, other)| other).collect()
 }
 
-/// How many characters have to be put in, taken away, replaced, or swapped with the next one, to make one text the other; `None`
-/// if more than `most`. Only what can still be so near is looked at.
+/// The edit distance: how many characters must be inserted, removed, replaced, or swapped with the next one to turn one
+/// text into the other. `None` if it is more than `most`.
 fn distance(one: &[u8], other: &[u8], most: usize, work: &mut usize) -> Option<usize> {
     if one.len().abs_diff(other.len()) > most {
         return None;
     }
     let far = most + 1;
     let at = |row: &[usize], i: usize| row.get(i).copied().unwrap_or(far);
-    // The rows have only their middle: in all that is beside it, more than `most` were put in or taken away.
+    // Only the middle of each row is computed: outside of it, more than `most` characters were inserted or removed.
     let mut above: (usize, Vec<usize>) = (0, Vec::new());
     let mut row: (usize, Vec<usize>) = (0, (0..=most.min(other.len())).collect());
     let cell = |(first, row): &(usize, Vec<usize>), i: usize| {
@@ -176,7 +177,7 @@ fn distance(one: &[u8], other: &[u8], most: usize, work: &mut usize) -> Option<u
             next.1.push(least.min(far));
         }
         *work = work.saturating_sub(next.1.len());
-        // A swap passes over one row, and nothing over two.
+        // A swap refers to the second-last row, and nothing to earlier ones.
         let least = next.1.iter().chain(&row.1).min().copied().unwrap_or(far);
         if least > most {
             return None;
@@ -271,7 +272,7 @@ mod tests {
         names.push("zookeeper".to_owned());
         let (near, work) = left("zokeeper", &names);
         assert!(near == 1 && work > WORK / 2, "{near} {work}");
-        // As near as can be, and as long: each costs the most.
+        // All are as similar and as long as possible, so that each costs the most.
         let hostile: Vec<_> = (0..100_000).map(|i| format!("{i:06}{}", "x".repeat(122))).collect();
         let seen = std::cell::Cell::new(0);
         let counted = hostile.iter().map(String::as_str).inspect(|_| seen.set(seen.get() + 1));
@@ -279,7 +280,7 @@ mod tests {
         nearest(&format!("{}yyyyyy", "x".repeat(122)), counted, &mut work);
         assert_eq!(work, 0);
         assert!(seen.get() < 10_000, "{}", seen.get());
-        // Nor do those that are too long to be compared.
+        // Names that are too long to be compared cost nothing either.
         let long = vec!["x".repeat(LONGEST + 1); 100_000];
         assert_eq!(left("x", &long), (0, 0));
     }
@@ -292,7 +293,7 @@ mod tests {
         assert_eq!(text, format!("its one entry does not carry [a]; {carried}"));
     }
 
-    /// The distance by its definition.
+    /// The distance, computed by its definition.
     fn full(one: &[u8], other: &[u8]) -> usize {
         let ([.., a], [.., b]) = (one, other) else { return one.len().max(other.len()) };
         let (before_one, before_other) = (&one[..one.len() - 1], &other[..other.len() - 1]);

@@ -1,4 +1,4 @@
-//! The discoveries: each query of a binding becomes a watch, and each watch returns the current endpoints.
+//! The discoveries. Each query of a binding gets a watch, and each watch provides the current endpoints.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -46,24 +46,24 @@ pub struct Query {
     pub service: ServiceName,
     pub tags: Tags,
     pub dc: Option<Arc<str>>,
-    /// The descriptor's port, only if the discovery needs it: A and AAAA records in DNS have none.
+    /// The descriptor's port, only if the discovery needs it: A and AAAA records in DNS contain no port.
     pub port: Option<Port>,
 }
 
 impl Query {
-    /// Asks a discovery for nothing but an answer.
+    /// A query that only tests whether a discovery answers.
     fn probe(via: &Arc<str>) -> Option<Self> {
         let (service, tags) = (ServiceName::new(PROBE)?, Tags::default());
         Some(Self { via: via.clone(), service, tags, dc: None, port: Port::new(1) })
     }
 
-    /// Whether it asks for nothing but an answer: that there is no such service is none of its problems.
+    /// Whether it only tests whether the discovery answers. That the service does not exist is then no problem.
     pub fn is_probe(&self) -> bool {
         self.service.as_str() == PROBE
     }
 }
 
-/// The service of [`Query::probe`]: no registry has it (RFC 6761, section 6.4).
+/// The service of [`Query::probe`]. No registry has it (RFC 6761, section 6.4).
 const PROBE: &str = "embassy.invalid";
 
 impl fmt::Display for Query {
@@ -82,37 +82,37 @@ impl fmt::Display for Query {
     }
 }
 
-/// A discovery's full answer to a query.
+/// A discovery's complete answer to a query.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Endpoints {
-    /// Sorted, without repeats; at most [`Endpoints::MOST`].
+    /// Sorted, without duplicates. At most [`Endpoints::MOST`].
     pub list: Vec<Endpoint>,
-    /// How many there are beyond those.
+    /// The number of further endpoints.
     pub left_out: usize,
-    /// The entries that do not parse.
+    /// The entries that were skipped because they are invalid.
     pub rejected: Rejections,
-    /// The runs of those that are containers of this host.
+    /// The runs of those endpoints that are containers of this host.
     pub stays: BTreeMap<Endpoint, Stay>,
-    /// Instances that the source names and that are not to be used while there is another: their check fails, or they are
-    /// stopping.
+    /// Instances in the source that must not be used as long as there is another: their check fails, or they are stopping.
     pub unfit: BTreeSet<Endpoint>,
-    /// Why there are none, or no better ones, in one sentence without its full stop. `None` if nothing is wrong.
+    /// Why there are no endpoints, or no better ones, as one sentence without a full stop. `None` if nothing is wrong.
     pub problem: Option<Arc<str>>,
 }
 
 impl Endpoints {
-    /// Endpoints that one service may have. The first by address are used, so that the same answer means the same ones.
+    /// Maximum number of endpoints of one service. The first by address are used, so that the same answer gives the same
+    /// ones.
     pub const MOST: usize = 10_000;
 
     pub fn new(list: impl IntoIterator<Item = Endpoint>, rejected: impl Into<Rejections>) -> Self {
-        // A registry may return another order each time; that is not a change.
+        // A registry may return another order each time. That is not a change.
         let list: BTreeSet<_> = list.into_iter().collect();
         let left_out = list.len().saturating_sub(Self::MOST);
         let list = list.into_iter().take(Self::MOST).collect();
         Self { list, left_out, rejected: rejected.into(), ..Self::default() }
     }
 
-    /// Without those whose container is known to be gone: their addresses may be others' by now.
+    /// Without endpoints whose container is known to be gone: their addresses may belong to others by now.
     pub fn living(self: &Arc<Self>) -> Arc<Self> {
         if !self.stays.values().any(Stay::is_over) {
             return self.clone();
@@ -124,8 +124,8 @@ impl Endpoints {
     }
 }
 
-/// Skipped entries: the first of them by their places, and the number of the rest. A writer of a registry can write a
-/// million of them.
+/// Skipped entries: the first ones by their places, and the number of the others. A user with write access to a registry
+/// can write a million of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rejections {
     /// Sorted.
@@ -134,9 +134,9 @@ pub struct Rejections {
 }
 
 impl Rejections {
-    /// Entries that are kept.
+    /// Maximum number of entries that are kept.
     pub const MOST: usize = 100;
-    /// Bytes of a place and of a reason.
+    /// Maximum length of a place and of a reason, in bytes.
     const LONGEST: usize = 300;
 
     pub fn of(entries: impl IntoIterator<Item = Rejected>) -> Self {
@@ -166,12 +166,12 @@ impl Rejections {
         self.kept.iter()
     }
 
-    /// How many there are beyond those that are kept.
+    /// The number of entries that are not kept.
     pub fn more(&self) -> usize {
         self.more
     }
 
-    /// All of them, those that are not kept too.
+    /// The number of all entries, including those that are not kept.
     pub fn count(&self) -> usize {
         self.kept.len() + self.more
     }
@@ -192,7 +192,7 @@ impl From<Vec<Rejected>> for Rejections {
     }
 }
 
-/// A skipped entry; it does not affect the others.
+/// A skipped entry. It does not affect the others.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rejected {
     /// Its place: a key, a service ID, a record.
@@ -212,7 +212,7 @@ pub enum Discovery {
 }
 
 impl Discovery {
-    /// Where its endpoints may be.
+    /// The addresses that its endpoints may have.
     fn allowed(&self, loopback: bool) -> Allowed {
         match self {
             Self::File(_) => Allowed::Anywhere,
@@ -221,7 +221,7 @@ impl Discovery {
         }
     }
 
-    /// What is not protected of the connections to it.
+    /// How connections to it are unprotected.
     fn weaknesses(&self) -> Vec<Weakness> {
         match self {
             Self::Consul(consul) => consul.client.weaknesses(),
@@ -231,7 +231,7 @@ impl Discovery {
         }
     }
 
-    /// `host:port` of every server that is asked over TCP.
+    /// `host:port` of every server that is asked via TCP.
     fn servers(&self) -> Vec<String> {
         let of =
             |url: &url::Url| Some(format!("{}:{}", url.host_str()?, url.port_or_known_default()?));
@@ -299,11 +299,11 @@ impl CannotAsk {
 #[derive(Debug, Clone)]
 pub struct Discoveries {
     by_name: BTreeMap<Arc<str>, Discovery>,
-    /// As they were given, and completed by the environment. There are no secrets in them.
+    /// The URIs as given, completed from the environment. They contain no secrets.
     uris: BTreeMap<Arc<str>, String>,
-    /// Where the endpoints of each may be.
+    /// The addresses that the endpoints of each may have.
     allowed: BTreeMap<Arc<str>, Allowed>,
-    /// Used if a descriptor names none.
+    /// Used if a descriptor does not name a discovery.
     default: Arc<str>,
 }
 
@@ -330,7 +330,7 @@ impl Discoveries {
         Ok(Self { by_name, uris: uris_by_name, allowed, default })
     }
 
-    /// Has an engine followed by `follower` that is followed by that already.
+    /// Uses `follower` for a discovery of the same engine.
     pub fn share(&mut self, follower: &Follower) {
         for discovery in self.by_name.values_mut() {
             if let Discovery::Docker(docker) = discovery {
@@ -339,12 +339,12 @@ impl Discoveries {
         }
     }
 
-    /// Whether what a discovery answers are containers of this host, at their own addresses.
+    /// Whether the endpoints of this discovery are containers of this host, at their own addresses.
     pub fn is_of_containers_here(&self, via: &str) -> bool {
         matches!(self.by_name.get(via), Some(Discovery::Docker(docker)) if docker.is_here())
     }
 
-    /// The same, with the endpoints of registries in these networks only (`--endpoints`).
+    /// Restricts the endpoints of registries to these networks (`--endpoints`).
     pub fn within(mut self, only: &Arc<[IpNet]>) -> Self {
         for allowed in self.allowed.values_mut() {
             if let Allowed::Within { networks, .. } = allowed {
@@ -354,42 +354,42 @@ impl Discoveries {
         self
     }
 
-    /// Where the endpoints of each may be. `own`: where embassy itself listens.
+    /// The addresses that the endpoints of each discovery may have. `own`: the addresses on which embassy listens.
     pub fn bounds(&self, own: Vec<SocketAddr>) -> Bounds {
         Bounds { allowed: self.allowed.clone(), own }
     }
 
-    /// The URI of each, by its name.
+    /// The URIs, by the discoveries' names.
     pub fn uris(&self) -> &BTreeMap<Arc<str>, String> {
         &self.uris
     }
 
-    /// What is not protected of the connections to any of them.
+    /// How connections to any of them are unprotected.
     pub fn weaknesses(&self) -> Vec<Weakness> {
         self.by_name.values().flat_map(Discovery::weaknesses).collect()
     }
 
-    /// `host:port` of every server that any discovery asks over TCP.
+    /// `host:port` of every server that any discovery asks via TCP.
     pub fn servers(&self) -> Vec<String> {
         self.by_name.values().flat_map(Discovery::servers).collect()
     }
 
-    /// The servers of one of them, as `host:port`.
+    /// The servers of one discovery, as `host:port`.
     pub fn servers_of(&self, name: &str) -> Vec<String> {
         self.by_name.get(name).map(Discovery::servers).unwrap_or_default()
     }
 
-    /// How descriptors name them.
+    /// The names by which descriptors refer to them.
     pub fn names(&self) -> impl Iterator<Item = &Arc<str>> {
         self.by_name.keys()
     }
 
-    /// A query for each that asks for nothing but an answer.
+    /// A probe for each discovery.
     pub fn probes(&self) -> impl Iterator<Item = Query> {
         self.by_name.keys().filter_map(Query::probe)
     }
 
-    /// What to ask for a descriptor, and of whom.
+    /// The query of a descriptor.
     pub fn query(&self, descriptor: &Descriptor) -> Result<Query, CannotAsk> {
         let via = descriptor.via.as_ref().unwrap_or(&self.default);
         let (via, discovery) =
@@ -397,7 +397,7 @@ impl Discoveries {
                 via: via.clone(),
                 configured: self.by_name.keys().map(AsRef::as_ref).collect::<Vec<_>>().join(", "),
             })?;
-        // To leave them out would be to ask for something else.
+        // Ignoring the datacentre would be a query for something else.
         if let Some(dc) = &descriptor.dc
             && !matches!(discovery, Discovery::Consul(_))
         {

@@ -5,12 +5,12 @@ use crate::{
     registry::{ConsulSettings, EtcdSettings},
 };
 
-/// What the URIs do not say and the discoveries need: flags and the environment, already read.
+/// What the discoveries need besides their URIs: flags and the environment, already parsed.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// `-filter`: only endpoints that pass their health checks.
     pub healthy_only: bool,
-    /// `-docker`: the engine that a bare `docker://` means.
+    /// `-docker`: the engine of a bare `docker://`.
     pub docker: Engine,
     pub consul: ConsulSettings,
     pub etcd: EtcdSettings,

@@ -39,17 +39,17 @@ impl UriError {
 
 const USER: &str = "no user may stand in the address: credentials come from the environment";
 
-/// What a URI says.
+/// The content of a URI.
 pub(super) struct Parsed {
-    /// What `via=` calls it.
+    /// The name for `via=`.
     pub name: Arc<str>,
     pub discovery: Discovery,
-    /// Its endpoints may have loopback addresses.
+    /// Whether its endpoints may have loopback addresses.
     pub loopback: bool,
 }
 
-/// The whole URI: what a `consul://` URI leaves out is said by the environment. So it names what is asked, whatever the
-/// environment is next time.
+/// Completes a `consul://` URI from the environment. The result names the server that is asked, even if the environment is
+/// different later.
 pub(super) fn complete(text: &str, consul: &ConsulSettings) -> Result<String, UriError> {
     let Some((scheme @ ("consul" | "consuls"), rest)) = text.split_once("://") else {
         return Ok(text.to_owned());
@@ -76,7 +76,7 @@ pub(super) fn complete(text: &str, consul: &ConsulSettings) -> Result<String, Ur
     Ok(format!("{scheme}://{authority}{mark}{}", pairs.join("&")))
 }
 
-/// The address of a `consul://` URI without one, and its scheme.
+/// The address for a `consul://` URI without one, from the environment, and its scheme.
 fn consul_address<'a>(
     scheme: &'a str,
     consul: &ConsulSettings,
@@ -88,7 +88,7 @@ fn consul_address<'a>(
         None => (scheme, address.as_str()),
         Some(_) => ("", ""),
     };
-    // Without a port it is that of the protocol, as for every Consul tool.
+    // The default port is the protocol's, as in all Consul tools.
     let port = if consul.tls || scheme == "consuls" { 443 } else { 80 };
     let read = Authority::parse(authority.trim_end_matches('/')).map_err(|_| {
         format!(
@@ -102,7 +102,7 @@ fn consul_address<'a>(
 pub(super) fn parse(text: &str, settings: &Options) -> Result<Parsed, UriError> {
     let (scheme, rest) = text.split_once("://").unwrap_or((text, ""));
     let (rest, loopback) = match scheme {
-        // Its path may have any characters.
+        // The path of a file may contain any characters.
         "file" => (rest.to_owned(), false),
         _ => without_loopback(rest).map_err(|reason| UriError::new(text, reason))?,
     };
@@ -134,7 +134,7 @@ pub(super) fn parse(text: &str, settings: &Options) -> Result<Parsed, UriError> 
     }
 }
 
-/// What may have been meant by a text without a known scheme. `None` if that is not clear, or if a password may be in it.
+/// A suggestion for a text without a known scheme. `None` if there is no clear one, or if the text may contain a password.
 fn meant(text: &str) -> Option<String> {
     const SCHEMES: [&str; 8] =
         ["consul", "consuls", "etcd", "etcd2", "etcd3", "docker", "file", "dns"];
@@ -142,7 +142,7 @@ fn meant(text: &str) -> Option<String> {
         return None;
     }
     let is_port = |address: &str, port: &str| address.trim_end_matches('/').ends_with(port);
-    // An address alone: the port says whose it is.
+    // Only an address: the port suggests the registry.
     let by_port = |address: &str| match address {
         _ if is_port(address, ":2379") || is_port(address, ":4001") => Some("etcd"),
         _ if is_port(address, ":8500") => Some("consul"),
@@ -170,7 +170,7 @@ fn meant(text: &str) -> Option<String> {
         known if SCHEMES.contains(&known) => Some(format!("{known}://{address}")),
         "https" if by_port(address) == Some("consul") => Some(format!("consuls://{address}")),
         "" | "http" | "https" | "tcp" => Some(format!("{}://{address}", by_port(address)?)),
-        // One that is written wrongly.
+        // A misspelled scheme.
         other => {
             let near = missing::near(other, SCHEMES.into_iter()).into_iter().next()?;
             Some(format!("{near}://{rest}"))
@@ -178,7 +178,8 @@ fn meant(text: &str) -> Option<String> {
     }
 }
 
-/// What follows `scheme://` without the parameter that every registry takes, and whether that was there.
+/// Removes the parameter that is common to all registries from the part after `scheme://`. Also returns whether it was
+/// there.
 fn without_loopback(rest: &str) -> Result<(String, bool), String> {
     let Some((authority, query)) = rest.split_once('?') else {
         return Ok((rest.to_owned(), false));
@@ -211,7 +212,7 @@ fn consul(rest: &str, tls: bool, settings: &Options) -> Result<Consul, String> {
                 asked.tags.push(value);
                 false
             }
-            // It may be a token.
+            // The name may be a token, so it is not repeated.
             _ if is_empty => return Err(format!("a parameter without a value: {PARAMETERS}")),
             _ => return Err(format!("unknown parameter {name:?}: {PARAMETERS}")),
         };
@@ -225,7 +226,7 @@ fn consul(rest: &str, tls: bool, settings: &Options) -> Result<Consul, String> {
     Consul::new(base(tls, authority, 8500)?, asked, settings)
 }
 
-/// Each member may repeat the scheme, as the original wrote it.
+/// Each member may have the scheme again, as the original allowed.
 fn etcd(scheme: &str, rest: &str, api: Api, settings: &Options) -> Result<Etcd, String> {
     let (members, query) = rest.split_once('?').unwrap_or((rest, ""));
     no_parameters(query)?;
@@ -264,11 +265,11 @@ fn docker(rest: &str, settings: &Options) -> Result<Docker, String> {
     }
 }
 
-/// The whole rest is the path: absolute, a name, or relative with a dot at its start.
+/// The whole rest is the path: absolute, a plain name, or relative with a dot at its start.
 fn file(rest: &str) -> Result<File, String> {
     match rest {
         "" => Err("no path: expected file:///absolute/path or file://name".to_owned()),
-        // Who writes two slashes for a path from the root on means another file than embassy would read.
+        // A path after two slashes without a dot is ambiguous: the user probably means an absolute path.
         path if path.contains('/') && !path.starts_with(['/', '.']) => {
             let absolute = path.strip_prefix("localhost/").unwrap_or(path);
             Err(format!(
@@ -286,7 +287,7 @@ fn dns(rest: &str) -> Result<Dns, String> {
         if name != "hold" {
             return Err(format!("unknown parameter {name:?}: expected hold or loopback"));
         }
-        // A day: who wants to keep an address for longer has no use for DNS.
+        // At most a day: whoever keeps addresses longer does not need DNS.
         let seconds = value.strip_suffix('s').unwrap_or(&value).parse().ok();
         let seconds = seconds.filter(|seconds| *seconds <= 24 * 60 * 60);
         let wrong = || format!("hold={value}: expected seconds from 0 to 86400");
@@ -304,7 +305,7 @@ fn dns(rest: &str) -> Result<Dns, String> {
     Ok(Dns::new(SocketAddr::new(ip, port.unwrap_or(53)), hold.unwrap_or(Dns::HOLD)))
 }
 
-/// The authority and the query of what follows `scheme://`.
+/// Splits the part after `scheme://` into authority and query.
 fn split(rest: &str) -> Result<(&str, &str), String> {
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
@@ -487,7 +488,7 @@ mod tests {
         }
         let asked = consul("consul://h?dc=a&loopback=allow&near=b", &settings()).asked;
         assert_eq!((asked.dc.as_deref(), asked.near.as_deref()), (Some("a"), Some("b")));
-        // A file's name.
+        // This is a part of the file's name.
         assert!(!loopback("file://a?loopback=allow"));
     }
 
@@ -546,7 +547,7 @@ mod tests {
         let secret = with(Some("http://user:s3cret@h:8500"), None);
         let error = complete("consul://", &secret).unwrap_err().to_string();
         assert!(!error.contains("s3cret"), "{error}");
-        // An address that is given is not looked for.
+        // The environment is not used if the URI has an address.
         let unused = with(Some("unix:///run/consul.sock"), None);
         assert_eq!(complete("consul://a", &unused).as_deref(), Ok("consul://a"));
     }

@@ -1,4 +1,4 @@
-//! One watch for each query, for as long as it is asked for and a while longer.
+//! One watch per query, as long as a binding needs the query and a while longer.
 
 use std::{
     collections::{BTreeMap, HashSet, VecDeque},
@@ -11,7 +11,7 @@ use tokio::{sync::Notify, task::AbortHandle};
 use super::{Discoveries, Endpoints, Query};
 use crate::source::{Answers, Known, Publisher, ResyncRequests};
 
-/// The watches that are asked for, and those that were a short while ago.
+/// The watches that bindings need, and those that they needed recently.
 #[derive(Debug)]
 pub struct Watches {
     discoveries: Discoveries,
@@ -19,7 +19,7 @@ pub struct Watches {
     /// Notified when any answer changes.
     bell: Arc<Notify>,
     running: BTreeMap<Query, Watch>,
-    /// Queries without a binding, and since when; the oldest first.
+    /// Queries without a binding, each with the time since when. The oldest come first.
     lingering: VecDeque<(Instant, Query)>,
 }
 
@@ -27,11 +27,11 @@ pub struct Watches {
 struct Watch {
     answers: Answers<Endpoints>,
     task: AbortHandle,
-    /// The last reported state, see [`told`].
+    /// The last reported state (see [`told`]).
     told: (u64, u64, bool),
 }
 
-/// The state whose change is reported: the answer, or the failure. A confirmation of the same answer is not a change.
+/// The state whose change is reported: the answer or the failure. Confirming the same answer is not a change.
 fn told(known: &Known<Endpoints>) -> (u64, u64, bool) {
     (known.changes, known.failures, known.error.is_some())
 }
@@ -43,10 +43,10 @@ impl Drop for Watch {
 }
 
 impl Watches {
-    /// How long a query without a binding is followed: a consumer that restarts must not lose the endpoints of its service,
-    /// especially while the registry is down.
+    /// How long a query without a binding is still followed: a consumer that restarts must not lose the endpoints of its
+    /// service, especially while the registry is down.
     const LINGER: Duration = Duration::from_secs(10 * 60);
-    /// How many such watches there are at most; the oldest go first.
+    /// Maximum number of such watches. The oldest ones end first.
     const LINGERING: usize = 256;
 
     pub fn new(discoveries: Discoveries, resync: ResyncRequests, bell: Arc<Notify>) -> Self {
@@ -68,7 +68,7 @@ impl Watches {
         self.running.insert(query.clone(), watch);
     }
 
-    /// A query has no binding any more.
+    /// Notes that a query has no binding any more.
     pub fn leave(&mut self, query: &Query, now: Instant) {
         if self.running.contains_key(query) && !self.lingers(query) {
             self.lingering.push_back((now, query.clone()));
@@ -80,13 +80,13 @@ impl Watches {
         self.running.contains_key(query)
     }
 
-    /// Ends a query at once.
+    /// Stops following a query.
     pub fn end(&mut self, query: &Query) {
         self.lingering.retain(|(_, lingering)| lingering != query);
         self.running.remove(query);
     }
 
-    /// Ends the queries that had no binding for a while, and returns them.
+    /// Ends the queries that have had no binding for a while. Returns them.
     pub fn end_unasked(&mut self, now: Instant) -> Vec<Query> {
         let mut ended = Vec::new();
         while let Some((since, _)) = self.lingering.front()
@@ -100,7 +100,7 @@ impl Watches {
         ended
     }
 
-    /// What became known since the last call, of everything that is followed, whether it is asked for or lingers.
+    /// The states that changed since the last call, of all followed queries.
     pub fn news(&mut self) -> Vec<(Query, Known<Endpoints>)> {
         let mut news = Vec::new();
         for (query, watch) in &mut self.running {
@@ -116,12 +116,12 @@ impl Watches {
         news
     }
 
-    /// The current state of all queries in use.
+    /// The current state of all queries with a binding.
     pub fn known(&self) -> BTreeMap<Query, Known<Endpoints>> {
         self.asked().map(|(query, watch)| (query.clone(), watch.answers.borrow().clone())).collect()
     }
 
-    /// Where what is known of it will be found from now on.
+    /// The receivers of the answers to all queries with a binding.
     pub fn answers(&self) -> Vec<(Query, Answers<Endpoints>)> {
         self.asked().map(|(query, watch)| (query.clone(), watch.answers.clone())).collect()
     }
@@ -168,12 +168,12 @@ mod tests {
             watches.leave(query, start + Duration::from_millis(n as u64));
             watches.leave(query, start + Duration::from_secs(1));
         }
-        // The oldest go.
+        // The oldest ones end.
         assert_eq!(watches.end_unasked(start), all[1..10]);
         assert_eq!(watches.end_unasked(start), []);
         assert_eq!(watches.known().into_keys().collect::<Vec<_>>(), all[..1]);
         assert_eq!(watches.running.len(), 1 + Watches::LINGERING);
-        // Asked for again, it does not linger.
+        // A query with a binding again is not ended.
         watches.ask(&all[10]);
         let late = start + Watches::LINGER + Duration::from_secs(1);
         assert_eq!(watches.end_unasked(late), all[11..]);
@@ -190,7 +190,7 @@ mod tests {
             format!("[[service]]\nname = \"{name}\"\nendpoints = [\"10.0.0.1:{port}\"]\n")
         };
         let write = |text: String| {
-            // At once: a file of which a part is written is an error.
+            // By a rename: a partly written file is an error.
             std::fs::write(folder.path().join("new"), text).unwrap();
             std::fs::rename(folder.path().join("new"), &file).unwrap();
         };

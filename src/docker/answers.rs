@@ -1,6 +1,6 @@
-//! What an engine answers and tells: the fields that are read here, as engines from 20.10 to 29 and podman fill them. Pure.
+//! An engine's answers and events: the fields that are read here, as engines from 20.10 to 29 and podman fill them. Pure.
 //!
-//! Words such as a container's status are left out on purpose: an engine may have one that is not known yet.
+//! Texts such as a container's status are not enums on purpose: an engine may use a value that is not known yet.
 
 use std::collections::HashMap;
 
@@ -8,16 +8,16 @@ use serde::{Deserialize, de::IgnoredAny};
 
 use crate::json::{Most, MostFields};
 
-/// Variables, labels and ports of one container; the inspection of one with more fails.
+/// Maximum number of variables, labels or ports of one container. The inspection of a container with more fails.
 const MOST: usize = 1 << 17;
-/// Networks of one container.
+/// Maximum number of networks of one container.
 const MOST_NETWORKS: usize = 1000;
 
 /// `GET /containers/<id>/json`
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Inspection {
-    /// Who asks knows it.
+    /// The caller knows the ID.
     #[cfg(any(test, fuzzing))]
     pub(crate) id: Option<String>,
     pub(crate) name: Option<String>,
@@ -31,7 +31,7 @@ pub(crate) struct Inspection {
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct State {
     pub(crate) running: Option<bool>,
-    /// A word, of which only those are read that podman has for a container that is being stopped.
+    /// Only read for the values that podman uses for a container that is being stopped.
     pub(crate) status: Option<String>,
     pub(crate) paused: Option<bool>,
     pub(crate) restarting: Option<bool>,
@@ -74,7 +74,7 @@ pub(crate) enum StopSignal {
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct NetworkSettings {
     pub(crate) ports: Option<MostFields<String, Option<Most<PortBinding, MOST_NETWORKS>>, MOST>>,
-    /// By the network's name.
+    /// The key is the network's name.
     pub(crate) networks: Option<MostFields<String, NetworkEnd, MOST_NETWORKS>>,
 }
 
@@ -85,7 +85,7 @@ pub(crate) struct PortBinding {
     pub(crate) host_port: Option<String>,
 }
 
-/// A container's end of a network. An engine leaves an address that does not exist empty.
+/// A container's end of a network. The engine leaves missing addresses empty.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct NetworkEnd {
@@ -101,7 +101,7 @@ pub(crate) struct NetworkEnd {
     pub(crate) ipv6_gateway: Option<String>,
 }
 
-/// One of `GET /containers/json`
+/// An element of `GET /containers/json`
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Summary {
@@ -110,13 +110,14 @@ pub(crate) struct Summary {
     pub(crate) network_settings: Option<NetworkSettings>,
 }
 
-/// One of podman's own list of networks. Its list in Docker's form waits for containers that are about to start.
+/// An element of podman's own list of networks. Podman's list in Docker's form waits for containers that are about to
+/// start.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub(crate) struct PodmanNetwork {
     pub(crate) id: Option<String>,
     pub(crate) name: Option<String>,
     pub(crate) driver: Option<String>,
-    /// The bridge; of a macvlan, its parent.
+    /// The bridge. For a macvlan, its parent interface.
     pub(crate) network_interface: Option<String>,
     pub(crate) internal: Option<bool>,
     pub(crate) subnets: Option<Most<Range, MOST_NETWORKS>>,
@@ -144,13 +145,13 @@ impl From<PodmanNetwork> for Network {
     }
 }
 
-/// The options that name a bridge, and the interface that a macvlan or ipvlan is made of.
+/// Options of networks: the name of a bridge, and the parent interface of a macvlan or ipvlan.
 pub(crate) const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
 pub(crate) const PARENT: &str = "parent";
 /// Whether containers of a bridge network reach each other.
 pub(crate) const TOGETHER: &str = "com.docker.network.bridge.enable_icc";
 
-/// One of `GET /networks`
+/// An element of `GET /networks`
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Network {
@@ -178,7 +179,7 @@ pub(crate) struct Range {
     pub(crate) gateway: Option<String>,
 }
 
-/// One of `GET /events`
+/// An element of `GET /events`
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Event {
@@ -196,7 +197,7 @@ pub(crate) struct Actor {
     pub(crate) attributes: Option<Attributes>,
 }
 
-/// Those that are read. All labels of the container stand beside them.
+/// The attributes that are read. The engine also sends all labels of the container among them.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub(crate) struct Attributes {
     pub(crate) container: Option<String>,
@@ -212,7 +213,7 @@ pub(crate) struct Version {
     pub(crate) api_version: Option<String>,
 }
 
-/// The body of an answer that is an error.
+/// The body of an error answer.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub(crate) struct Fault {
     pub(crate) message: String,

@@ -1,6 +1,6 @@
-//! A client of an engine for one session. It sends only GET requests; each has a timeout for the complete answer, and a limit
-//! on its size. An engine behind a proxy that filters has to allow `/_ping`, `/events`, `/containers/json`,
-//! `/containers/<id>/json` and `/networks`; nothing else is needed. Podman is asked for `/libpod/networks/json` first.
+//! A client of an engine for one session. It sends only GET requests. Each request has a timeout for the complete answer,
+//! and a limit for its size. A filtering proxy in front of the engine must allow `/_ping`, `/events`, `/containers/json`,
+//! `/containers/<id>/json` and `/networks`, and nothing else. Podman is first asked for `/libpod/networks/json`.
 
 use std::{
     fmt,
@@ -30,16 +30,17 @@ use crate::{
 
 /// Interval and timeout of pings to a quiet engine.
 pub(super) const PING: Duration = Duration::from_secs(5);
-/// What a request may take whose answer others wait for.
+/// Timeout of a request if others wait for its answer.
 const ANSWER: Duration = Duration::from_secs(10);
-/// The same for the networks: a swarm manager without quorum takes 20 s, and nothing else waits for them.
+/// Timeout of the list of networks: a swarm manager without quorum takes 20 s, and nothing else waits for it.
 const SLOW_ANSWER: Duration = Duration::from_secs(60);
 const CONNECT: Duration = Duration::from_secs(3);
-/// Maximum size of a list of containers, which has all of their labels: ten thousand with long ones fit.
+/// Maximum size of a list of containers, in bytes. It contains all their labels: enough for ten thousand containers with
+/// long labels.
 const LARGEST_LIST: usize = 128 << 20;
-/// Maximum size of any other answer, and of an event, which also has all labels of its container.
+/// Maximum size of any other answer, in bytes, and of an event, which contains all labels of its container.
 const LARGEST: usize = 16 << 20;
-/// The newest version of the API whose answers are known to be read rightly.
+/// The newest API version whose answers were checked.
 const NEWEST: (u32, u32) = (1, 52);
 
 #[derive(Debug)]
@@ -48,13 +49,13 @@ pub(crate) struct Client {
     http: reqwest::Client,
     /// `http://host/v1.41`
     base: String,
-    /// The same of podman's own API.
+    /// The base URL of podman's own API.
     podman: String,
     is_podman: bool,
     places: Places,
 }
 
-/// Why a request has no answer.
+/// Why a request has no usable answer.
 #[derive(Debug, thiserror::Error)]
 enum Unanswered {
     #[error("{}{}", .0, said(.1))]
@@ -78,7 +79,7 @@ impl From<reqwest::Error> for Unanswered {
 }
 
 impl Unanswered {
-    /// Whether it is the engine's word that there is no such thing. Podman says so with the status 500.
+    /// Whether the engine says that the object does not exist. Podman answers this with status 500.
     fn is_absence(&self) -> bool {
         match self {
             Self::Refused(StatusCode::NOT_FOUND, _) => true,
@@ -94,9 +95,9 @@ fn said(message: &str) -> String {
 }
 
 impl Client {
-    /// Connects, and says when that was by the engine's own clock, as [`Client::events`] takes it.
+    /// Connects. Also returns the time by the engine's clock, in the form that [`Client::events`] needs.
     ///
-    /// The client speaks the newest version that both sides know: no fixed version fits the engines from 20.10 to 29.
+    /// The client uses the newest version that both sides know: no single version works with all engines from 20.10 to 29.
     pub(crate) async fn connect(engine: &Engine) -> Result<(Self, String), SourceError> {
         let (http, base) = engine.http()?;
         let mut client = Self {
@@ -118,7 +119,7 @@ impl Client {
         let (version, since, is_podman) =
             answer.map_err(|error| client.failed("a ping", &error))?;
         client.is_podman = is_podman;
-        // An engine that does not say its version gets requests without one, and answers as it likes best.
+        // If the engine does not report its version, requests name none, and the engine chooses one.
         if let Some((major, minor)) = version.map(|version| version.min(NEWEST)) {
             client.base.push_str(&format!("/v{major}.{minor}"));
         }
@@ -130,8 +131,8 @@ impl Client {
         self.is_podman
     }
 
-    /// The events of containers and networks from `since` on. An engine replays only a few of the events before the
-    /// subscription. The stream ends with an error, and with nothing else.
+    /// The events of containers and networks since `since`. An engine replays only a few of the events from before the
+    /// subscription. The stream ends only with an error.
     pub(super) fn events(
         &self,
         since: &str,
@@ -152,7 +153,8 @@ impl Client {
         })
     }
 
-    /// The next event of a stream, which is opened where it is not, with the stream and what is left of its last piece.
+    /// The next event of a stream, with the stream and the unread rest of its last piece. Opens the stream if it is not
+    /// open.
     async fn next_event(
         &self,
         path: &str,
@@ -176,7 +178,7 @@ impl Client {
         }
     }
 
-    /// The running containers. Podman has no filter for those that are being stopped: it is asked for all.
+    /// The running containers. Podman has no filter for those that are being stopped, so all containers are listed.
     pub(super) async fn list(&self) -> Result<Vec<Listed>, SourceError> {
         let filters = serde_json::json!({"status": ["running", "paused"]}).to_string();
         let (key, value) = match self.is_podman {
@@ -191,8 +193,8 @@ impl Client {
     }
 
     pub(crate) async fn networks(&self) -> Result<Vec<answers::Network>, SourceError> {
-        // Podman's list in Docker's form waits for containers that are about to start, and their first act may be to dial. A proxy of
-        // the engine may refuse the other.
+        // Podman's list in Docker's form waits for containers that are about to start, and these may connect immediately. A
+        // proxy in front of the engine may refuse the other form.
         if self.is_podman {
             let url = format!("{}/networks/json", self.podman);
             let parse = |json: &[u8]| serde_json::from_slice::<Vec<answers::PodmanNetwork>>(json);
@@ -216,7 +218,7 @@ impl Client {
         let found = timeout(ANSWER, addresses(name)).await;
         let found = found.map_err(|_| self.error("the host", Unanswered::Late(ANSWER)))?;
         let found = found.map_err(|error| self.error("the host", error))?;
-        // IPv4 if there is a choice, which comes first: every published port is published there.
+        // The first address is IPv4 if there is a choice: every published port is published on IPv4.
         let address = found.first().ok_or_else(|| self.error("the host", "it has no address"))?;
         Ok(Some(*address))
     }
@@ -228,7 +230,7 @@ impl Client {
         prefixes: &[String],
     ) -> Result<(Ticket, Found), SourceError> {
         let id = ticket.id.as_str();
-        // An engine may hang on one container and serve all others.
+        // The engine may hang for one container and answer for all others.
         let found = match self.get(&format!("/containers/{id}/json"), ANSWER).await {
             Ok(answer) => read::found(&ticket.id, answer, prefixes),
             Err(error) if error.is_absence() => Found::NotRunning,
@@ -243,7 +245,7 @@ impl Client {
         Ok((ticket, found))
     }
 
-    /// The first process of a container that runs, as the engine numbers it.
+    /// The process ID of a running container's first process, in the engine's PID namespace.
     pub(crate) async fn process(&self, id: &str) -> Option<i32> {
         let answer: answers::Inspection =
             self.get(&format!("/containers/{id}/json"), ANSWER).await.ok()?;
@@ -263,7 +265,7 @@ impl Client {
         self.ask(path, limit, LARGEST, |json| serde_json::from_slice(json)).await
     }
 
-    /// What `parse` makes of an answer of at most `largest` bytes.
+    /// The result of `parse` for an answer of at most `largest` bytes.
     async fn ask<T: Send + 'static>(
         &self,
         path: &str,
@@ -287,13 +289,13 @@ impl Client {
         loop {
             let piece = timeout_at(end, response.chunk()).await;
             let Some(piece) = piece.map_err(|_| Unanswered::Late(limit))?? else { break };
-            // The waits for a place, and below for a thread, are no fault of the engine's.
+            // Waiting for a place here, and for a thread below, does not count against the engine's timeout.
             end += body.add(&piece, largest, &self.places).await?;
         }
         Ok(body.parsed(&self.places, parse).await?)
     }
 
-    /// Asks, and waits for the head of an answer that is no error.
+    /// Sends a request, and waits for the head of an answer. An error status is an error.
     async fn open(&self, path: &str) -> Result<Response, Unanswered> {
         self.open_at(format!("{}{path}", self.base)).await
     }
@@ -330,7 +332,7 @@ impl Client {
 }
 
 impl Engine {
-    /// An HTTP client for it, and what its URLs start with. Proxies of the environment are not used.
+    /// An HTTP client for it, and the base of its URLs. Proxies set in the environment are not used.
     fn http(&self) -> Result<(reqwest::Client, String), SourceError> {
         tls::install_provider();
         let builder = reqwest::Client::builder()
@@ -366,11 +368,11 @@ async fn within<T>(
     timeout(limit, asking).await.unwrap_or(Err(Unanswered::Late(limit)))
 }
 
-/// What was read of a stream of lines.
+/// The bytes read from a stream of lines.
 #[derive(Debug, Default)]
 struct Lines {
     bytes: Vec<u8>,
-    /// So many of them have no end of a line.
+    /// The number of bytes that were searched and contain no end of line.
     seen: usize,
 }
 
@@ -396,11 +398,11 @@ impl Lines {
     }
 }
 
-/// As much of an error's body as is read, and as a log line should hold.
+/// Maximum length of an error's body that is read, and of its part in a log line, in bytes.
 const LONGEST_MESSAGE: usize = 16 << 10;
 const LONGEST_IN_LOG: usize = 300;
 
-/// What the body of an error says, in one line: an engine writes JSON, and a proxy before it perhaps a page.
+/// The message of an error's body, on one line. An engine sends JSON. A proxy in front of it may send a page.
 fn message(body: &[u8]) -> String {
     let text = match serde_json::from_slice::<answers::Fault>(body) {
         Ok(fault) => fault.message,
@@ -419,14 +421,14 @@ fn version(text: &str) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// The time of an answer's `Date`, in the format of the events' `since`. It is cut to seconds, so events of the second before
-/// may come again.
+/// The time in an answer's `Date`, in the format of the events' `since`. It is cut to seconds, so events of the second
+/// before may be repeated.
 pub(super) fn since(date: &str) -> Option<String> {
     let time = OffsetDateTime::parse(date, &Rfc2822).ok()?;
     Some(time.unix_timestamp().to_string())
 }
 
-/// The same of this host's clock, for an answer without a date.
+/// This host's time in the same format, for an answer without a date.
 fn now() -> String {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().to_string()
 }

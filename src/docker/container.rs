@@ -13,20 +13,21 @@ use crate::{
     wiring::{Interface, Mac, Plug},
 };
 
-/// A network's ID. [`SHOWN`] is none that an engine gives.
+/// A network's ID. [`SHOWN`] is never the ID of a real network.
 pub type NetworkId = Arc<str>;
 
-/// In place of a network's ID: the addresses that a container's process shows, and that its engine does not tell. Another program
-/// gave them, as CNI, pipework and a DHCP client do, or the engine itself, so that a container of a swarm reaches its host.
+/// Used in place of a network's ID for addresses that a container's process shows and its engine does not report. Another
+/// program set them, such as CNI, pipework or a DHCP client, or the engine did, so that a swarm's container can reach its
+/// host.
 pub(crate) const SHOWN: &str = "";
 
-/// Everything that runs on an engine at one time. What did not change is the same `Arc` as in the one before, and those
-/// that are made of the same are equal.
+/// Everything that runs on an engine at one time. Unchanged parts are the same `Arc` as in the previous inventory, and
+/// equal inputs give equal inventories.
 #[derive(Debug, Clone, Default)]
 pub struct Inventory {
-    /// By ID.
+    /// Sorted by ID.
     pub containers: Vec<Arc<Container>>,
-    /// The networks that the `bridge` driver made.
+    /// The networks of the `bridge` driver.
     pub bridges: Arc<Bridges>,
     /// The other networks.
     pub others: Arc<OtherNetworks>,
@@ -38,31 +39,32 @@ pub struct Inventory {
     pub host: Option<IpAddr>,
     /// Number of runs whose process has ended since the start. Such a container stays until the engine reports its end too.
     pub ended: u64,
-    /// Of the times that a container came and may have got another's address, so many are cleared up: everything here is newer.
+    /// The number of resolved doubts: times when a container appeared that may have got another one's address. Everything
+    /// here is newer.
     pub confirmed: u64,
 }
 
 pub type Bridges = BTreeMap<NetworkId, Bridge>;
 pub type OtherNetworks = BTreeMap<NetworkId, OtherNetwork>;
-/// The bridge of each port; of those that rules can name.
+/// The bridge of each port. Only bridges that rules can name.
 pub type BridgePorts = BTreeMap<u32, Interface>;
-/// Their addresses, by name; no loopback and no link-local ones.
+/// The addresses of interfaces, by the interface's name, without loopback and link-local addresses.
 pub type Interfaces = BTreeMap<Arc<str>, Vec<IpAddr>>;
 
-/// A network that is no bridge of the engine's host.
+/// A network that is not a bridge of the engine's host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct OtherNetwork {
     pub driver: Arc<str>,
     pub ranges: Vec<IpNet>,
-    /// The host's interface that it is made of, if it is one of `macvlan` or `ipvlan`.
+    /// For `macvlan` and `ipvlan`: the host's interface under it.
     pub parent: Arc<str>,
 }
 
-/// A network whose gateway is on the engine's host.
+/// A network whose gateway is an address of the engine's host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Bridge {
     pub ranges: Vec<IpNet>,
-    /// The gateway's interface.
+    /// The interface with the gateway's address.
     pub interface: Arc<str>,
     /// Its containers do not reach each other.
     pub is_apart: bool,
@@ -75,43 +77,43 @@ pub struct Container {
     pub name: Arc<str>,
     /// `State.StartedAt`
     pub started_at: Arc<str>,
-    /// Its first process, as the engine numbers it; 0 if it does not say.
+    /// The process ID of its first process, in the engine's PID namespace. 0 if the engine does not report it.
     pub pid: i32,
-    /// The end of this run, if its process is visible. A run keeps it as long as it is known.
+    /// The end of this run, if its process is visible. The same value as long as the run is known.
     pub run: RunEnd,
-    /// Ends when the container, by the engine's word, cannot be reached any more as it could: it has gone, is
-    /// between two runs, or has another address.
+    /// Ends when the engine reports that the container can no longer be reached as before: it is gone, is between two runs,
+    /// or has another address.
     pub left: RunEnd,
     pub network: Network,
-    /// This host's ends of its network namespace's cables; none if its process cannot be seen. Sorted.
+    /// This host's ends of the veth pairs of its network namespace. Empty if its process is not visible. Sorted.
     pub plugs: Vec<Plug>,
-    /// `NAME=value`; only those that a follower needs.
+    /// `NAME=value`, only those that a reader of this follower needs.
     pub variables: Vec<String>,
     pub labels: BTreeMap<String, String>,
-    /// Further ones that are not read, because there are too many.
+    /// The number of further variables and labels that are not read because there are too many.
     pub unread: usize,
     pub exposed: BTreeSet<ContainerPort>,
     pub published: BTreeMap<ContainerPort, Vec<SocketAddr>>,
-    /// The signal that asks it to stop.
+    /// The number of the signal that asks it to stop.
     pub stop_signal: i32,
-    /// That signal was sent to this run.
+    /// This signal was sent to the current run.
     pub is_stopping: bool,
-    /// The kernel accepts connections, and no process answers them until it goes on.
+    /// While it is paused, the kernel accepts connections, but no process answers them.
     pub is_paused: bool,
     /// It is between two runs.
     pub is_restarting: bool,
-    /// Its HEALTHCHECK passes, or it has none.
+    /// Its HEALTHCHECK passes, or it has no HEALTHCHECK.
     pub is_healthy: bool,
 }
 
-/// Where a container's addresses come from.
+/// The network namespace of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Network {
     /// Its own namespace, attached to these networks.
     Own(BTreeMap<NetworkId, Attachment>),
-    /// The namespace of another container, by ID or name: `net=container:X`.
+    /// The namespace of another container, by that one's ID or name: `net=container:X`.
     Of(String),
-    /// The host's: `net=host`.
+    /// The host's namespace: `net=host`.
     Host,
 }
 
@@ -126,14 +128,14 @@ pub struct Attachment {
     pub mac: Option<Mac>,
 }
 
-/// A port inside a container. TCP is the only protocol that is proxied, but registrator counts the others as well.
+/// A port inside a container. Only TCP is proxied, but registrator counts other protocols as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ContainerPort {
     pub number: Port,
     pub tcp: bool,
 }
 
-/// Why the network of a container with `net=container:X` cannot be known.
+/// Why the network of a container with `net=container:X` is unknown.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoNetwork {
     #[error("net=container:{0}: that container does not run")]
@@ -144,8 +146,8 @@ pub enum NoNetwork {
     Circle,
 }
 
-/// The bridge network that a container's end is on, if it is on one. Podman up to 5.3 puts the network's name where its ID
-/// should be; the gateway shows which one it is then.
+/// The bridge network of a container's end, if there is one. Podman up to 5.3 reports the network's name instead of its ID.
+/// Then the gateway identifies the network.
 pub(crate) fn bridge_of<'a>(
     bridges: &'a Bridges,
     network: &NetworkId,
@@ -158,13 +160,13 @@ pub(crate) fn bridge_of<'a>(
 }
 
 impl Inventory {
-    /// The container whose network namespace this one lives in: itself, or at the end of `net=container:` references.
+    /// The container that owns this one's network namespace: itself, or the end of a chain of `net=container:` references.
     pub fn namespace<'a>(
         &'a self,
         container: &'a Arc<Container>,
     ) -> Result<&'a Arc<Container>, NoNetwork> {
         let mut owner = container;
-        // A namespace made of itself cannot be had from an engine; a bound costs nothing.
+        // An engine does not create loops of references, but a bound costs nothing.
         for _ in 0..=self.containers.len() {
             let Network::Of(target) = &owner.network else { return Ok(owner) };
             let found = self.find(target).ok_or_else(|| NoNetwork::Gone(target.clone()))?;
@@ -176,7 +178,7 @@ impl Inventory {
         Err(NoNetwork::Circle)
     }
 
-    /// By ID or name.
+    /// The container with this ID or name.
     fn find(&self, target: &str) -> Option<&Arc<Container>> {
         match self.containers.binary_search_by(|container| container.id.as_str().cmp(target)) {
             Ok(at) => self.containers.get(at),
@@ -199,23 +201,23 @@ impl PartialEq for Inventory {
 }
 
 impl Container {
-    /// Every address on a network of its own.
+    /// All addresses on its own networks.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.attachments().flat_map(|(_, attachment)| &attachment.addresses).copied()
     }
 
-    /// Those addresses that the engine gave it.
+    /// The addresses that the engine gave it.
     pub(super) fn given(&self) -> impl Iterator<Item = IpAddr> {
         let given = self.attachments().filter(|(network, _)| ***network != *SHOWN);
         given.flat_map(|(_, attachment)| &attachment.addresses).copied()
     }
 
-    /// Whether it has a network namespace of its own, and the engine gave it no address there.
+    /// Whether it has its own network namespace, and the engine gave it no address there.
     pub(super) fn is_unaddressed(&self) -> bool {
         matches!(self.network, Network::Own(_)) && self.given().next().is_none()
     }
 
-    /// The same container, where its process shows it.
+    /// The same container with `shown` as the attachment that its process shows.
     pub(super) fn at(&self, shown: Option<Attachment>) -> Self {
         let mut container = self.clone();
         if let Network::Own(attachments) = &mut container.network {
@@ -227,12 +229,12 @@ impl Container {
         container
     }
 
-    /// Where its process shows it.
+    /// The attachment that its process shows, if any.
     pub(super) fn shown(&self) -> Option<&Attachment> {
         self.attachments().find(|(network, _)| ***network == *SHOWN).map(|(_, shown)| shown)
     }
 
-    /// The networks that its own namespace is attached to.
+    /// The networks to which its own namespace is attached.
     pub fn attachments(&self) -> impl Iterator<Item = (&NetworkId, &Attachment)> {
         let own = match &self.network {
             Network::Own(attachments) => Some(attachments),
@@ -241,7 +243,7 @@ impl Container {
         own.into_iter().flatten()
     }
 
-    /// Whether it can be reached wherever it could be in another state of the same container.
+    /// Whether it can be reached at all addresses at which it could be reached in an earlier state.
     pub(super) fn is_reached_as(&self, before: &Self) -> bool {
         let kind = std::mem::discriminant(&self.network) == std::mem::discriminant(&before.network);
         kind && self.started_at == before.started_at
@@ -249,7 +251,7 @@ impl Container {
             && self.is_restarting == before.is_restarting
     }
 
-    /// Whether this run started after another. The kernel's word on their processes goes before the wall clock's.
+    /// Whether this run started after another. The kernel's start times are preferred over the wall clock's.
     fn is_later_than(&self, other: &Self) -> bool {
         match (self.run.process(), other.run.process()) {
             (Some(this), Some(other)) => this.started > other.started,
@@ -258,8 +260,8 @@ impl Container {
     }
 }
 
-/// Whether one of the engine's moments is later than another. They are RFC 3339 in UTC with trailing zeros cut off, so
-/// text order is time order once the `Z` is gone.
+/// Whether one of the engine's times is later than another. They are RFC 3339 in UTC without trailing zeros. So the text
+/// order is the time order once the `Z` is removed.
 fn later(a: &str, b: &str) -> bool {
     a.trim_end_matches('Z') > b.trim_end_matches('Z')
 }
@@ -273,7 +275,7 @@ pub(crate) mod samples {
         ContainerId::new(name)
     }
 
-    /// It asks for `a` on port 80.
+    /// A container with the binding of `a` to port 80.
     pub(crate) fn container(name: &str, network: Network) -> Container {
         Container {
             id: id(name),
@@ -301,7 +303,7 @@ pub(crate) mod samples {
         on(&[("bridge", address, "172.17.0.1")])
     }
 
-    /// Each with its ID, which is its name, an address and a gateway.
+    /// Networks whose ID equals their name, each with an address and a gateway.
     pub(crate) fn on(networks: &[(&str, &str, &str)]) -> Network {
         let attachment = |name: &str, address: &str, gateway: &str| Attachment {
             name: name.into(),
@@ -340,7 +342,7 @@ mod tests {
             let all = inventory([at("a", late, owner, bridge("172.17.0.2")), sharer]);
             all.namespace(&all.containers[1]).is_ok()
         };
-        // The clock was set back between the two.
+        // The clock was set back between the two starts.
         assert!(is_served(Some(10), Some(20)));
         assert!(!is_served(Some(20), Some(10)));
         assert!(!is_served(Some(10), None));

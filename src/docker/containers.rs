@@ -1,8 +1,8 @@
 //! The known state of an engine's running containers. Pure: lists, events and inspections go in, an inventory comes out.
 //!
-//! An answer takes time, and what happens meanwhile makes it stale. So each inspection has a ticket, and every event about
-//! the container makes it void: a container that died while it was being inspected stays dead. In the same way a list is
-//! ignored for a container that had an event while the list was requested.
+//! An answer takes time, and may be outdated by what happens meanwhile. So each inspection has a ticket, and every event
+//! about the container makes the ticket void: a container that died during its inspection stays dead. In the same way, a
+//! list is ignored for a container that had an event while the list was requested.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -21,33 +21,34 @@ use super::{
 };
 use crate::{model::ContainerId, wiring::Plug};
 
-/// A requested list.
+/// Whether a list was requested and is awaited.
 #[derive(Debug, Default)]
 enum AwaitedList {
     #[default]
     None,
-    /// The first of a session: events since the request override the list, but not older knowledge.
+    /// The first one of a session: events since the request override the list, but not older knowledge.
     First(Vec<Notice>),
-    /// A later one: for these containers newer facts arrived since the request.
+    /// A later one: newer facts about these containers arrived since the request.
     Again(BTreeSet<ContainerId>),
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Containers {
     running: BTreeMap<ContainerId, Arc<Container>>,
-    /// Those of them that are known to be at an address: more than one if all but one have lost it unheard.
+    /// The running containers that are known to have an address. If there are several, all but one have lost it without an
+    /// event.
     claims: HashMap<IpAddr, BTreeSet<ContainerId>>,
-    /// Those that an event ended and whose inspection is not back: the end may be that of a run before.
+    /// Containers that ended by an event and whose inspection is not finished: the event may be about an earlier run.
     doubtful: HashMap<ContainerId, Arc<Container>>,
     inspections: Inspections,
-    /// What the last list named and no inspection has found yet.
+    /// Containers of the last list that were not inspected since.
     listed: HashSet<ContainerId>,
-    /// Whether that was ever nothing.
+    /// Whether `listed` was ever empty after a list.
     complete: bool,
     list: AwaitedList,
-    /// While a look is awaited: containers of which newer facts arrived since it was requested.
+    /// While a look is awaited: containers about which newer facts arrived since it was requested.
     newer_than_look: Option<BTreeSet<ContainerId>>,
-    /// So many doubts about addresses a list has cleared up.
+    /// The number of doubts about addresses that a list has resolved.
     confirmed: u64,
     bridges: Arc<Bridges>,
     others: Arc<OtherNetworks>,
@@ -57,26 +58,26 @@ pub(super) struct Containers {
     networks_changed: bool,
     host: Option<IpAddr>,
     ended: u64,
-    /// Whether all this is another than it was when it was last asked for.
+    /// Whether anything changed since this was last asked.
     changed: bool,
 }
 
 impl Containers {
-    /// A session starts with a list; answers to requests of the previous session are ignored.
+    /// Starts a session. It begins with a list. Answers to requests of the previous session are ignored.
     pub(super) fn begin(&mut self) {
         self.inspections = self.inspections.restarted();
         self.newer_than_look = None;
         self.list = AwaitedList::First(Vec::new());
     }
 
-    /// A list is requested within a session.
+    /// Notes that a list is requested within a session.
     pub(super) fn list_again(&mut self) {
         self.list = AwaitedList::Again(BTreeSet::new());
     }
 
-    /// All containers that run, as an engine lists them; each is inspected now, those that are not known yet first. Until
-    /// then its last known state stays, except for addresses that the list does not have: without an event for it, they
-    /// may belong to another container now.
+    /// Takes the list of all running containers. Each one is inspected now, unknown ones first. Until then its last known
+    /// state stays, except addresses that the list does not have: without an event about it, they may belong to another
+    /// container now.
     pub(super) fn relist(&mut self, list: Vec<Listed>) {
         let (meanwhile, newer) = match mem::take(&mut self.list) {
             AwaitedList::None => Default::default(),
@@ -115,7 +116,7 @@ impl Containers {
         if *self.others != others {
             (self.others, self.changed) = (Arc::new(others), true);
         }
-        // Where the engine tells the addresses, nobody looks at the process any more, and what it showed would stay for ever.
+        // If the engine reports the addresses, the process is no longer looked at, and what it showed would stay forever.
         let told =
             self.running.values().filter(|one| one.shown().is_some() && !self.is_hidden(one));
         for container in told.map(|one| one.at(None)).collect::<Vec<_>>() {
@@ -123,14 +124,14 @@ impl Containers {
         }
     }
 
-    /// The interfaces of our own network namespace.
+    /// Sets the interfaces of our own network namespace.
     pub(super) fn here(&mut self, here: Interfaces) {
         if *self.here != here {
             (self.here, self.changed) = (Arc::new(here), true);
         }
     }
 
-    /// The networks are to be listed, or listed again.
+    /// Notes that the networks must be listed.
     pub(super) fn list_networks(&mut self) {
         self.networks_changed = true;
     }
@@ -140,24 +141,24 @@ impl Containers {
         self.here.clone()
     }
 
-    /// Whether the networks are to be listed again.
+    /// Whether the networks must be listed. Resets this.
     pub(super) fn take_networks_change(&mut self) -> bool {
         mem::take(&mut self.networks_changed)
     }
 
-    /// The address of the engine's host.
+    /// Sets the address of the engine's host.
     pub(super) fn host(&mut self, host: Option<IpAddr>) {
         self.changed |= self.host != host;
         self.host = host;
     }
 
-    /// Whether more events came before the first list than can be kept until then.
+    /// Whether too many events came before the first list to keep them.
     pub(super) fn is_flooded(&self) -> bool {
         const MOST: usize = 65_536;
         matches!(&self.list, AwaitedList::First(meanwhile) if meanwhile.len() > MOST)
     }
 
-    /// Applies an event. What it removes is gone at once; an inspection reports the rest.
+    /// Applies an event. A removal takes effect immediately. Everything else needs an inspection.
     pub(super) fn hear(&mut self, notice: Notice) {
         if let AwaitedList::First(meanwhile) = &mut self.list {
             meanwhile.push(notice);
@@ -168,15 +169,15 @@ impl Containers {
             && self.inspections.is_full()
             && !named(id)
         {
-            // The next list has it, if there is such a container.
+            // If the container exists, the next list has it.
             return;
         }
         let id = match notice {
             Notice::Changed(id) => id,
-            // The inspection finds nothing, except if the stream replayed the end of an earlier run.
+            // The inspection will find nothing, unless the stream replayed the end of an earlier run.
             Notice::Ended(id) => {
                 if let Some(container) = self.remove(&id) {
-                    // A signal before this end was for a run before, if this one goes on.
+                    // If this run continues, an earlier signal was for the previous run.
                     let unasked = Container { is_stopping: false, ..Container::clone(&container) };
                     self.doubtful.insert(id.clone(), unasked.into());
                 }
@@ -208,14 +209,14 @@ impl Containers {
         self.inspections.want(id, Urgency::Event);
     }
 
-    /// A look is requested.
+    /// Notes that a look is requested.
     pub(super) fn begin_look(&mut self) {
         self.newer_than_look = Some(BTreeSet::new());
     }
 
-    /// The containers that run now, looked at because an unknown one has dialled, or because addresses are in doubt. Requests an
-    /// inspection of those that are not known, and of those that are known to be elsewhere: an event may have been lost. It
-    /// clears up so many doubts: what the list does not give to a container is not its any more.
+    /// Takes a list of the running containers that was requested because an unknown address connected, or because addresses
+    /// are in doubt. Requests inspections of unknown containers, and of those that are known with other addresses: an event
+    /// may have been lost. Resolves `doubts` doubts: a container loses the addresses that the list does not give it.
     pub(super) fn look_at(&mut self, list: Vec<Listed>, doubts: u64) {
         let newer = self.newer_than_look.take().unwrap_or_default();
         let takes_away = doubts > self.confirmed;
@@ -246,7 +247,7 @@ impl Containers {
         }
     }
 
-    /// Whether everything is known of all containers that were listed or told of: no inspection is wanted or under way.
+    /// Whether all listed or reported containers are known: no inspection is wanted or running.
     pub(super) fn knows_all(&self) -> bool {
         self.inspections.are_done(|id| self.running.contains_key(id))
     }
@@ -261,13 +262,13 @@ impl Containers {
         self.inspections.retry();
     }
 
-    /// An inspection to be made now.
+    /// The next inspection to make now, if there is one.
     pub(super) fn next(&mut self) -> Option<Ticket> {
         self.inspections.next()
     }
 
-    /// What an inspection found; it means nothing where the ticket is void. The container, if its run is one that was not
-    /// known.
+    /// Takes the result of an inspection. It is ignored if the ticket is void. Returns the container if its run was not
+    /// known before.
     pub(super) fn inspected(&mut self, ticket: Ticket, found: Found) -> Option<&Arc<Container>> {
         let id = self.inspections.answered(ticket)?;
         self.seen(&id);
@@ -278,7 +279,7 @@ impl Containers {
                 let is_new = before.is_none();
                 if let Some(before) = before {
                     container.run = before.run.clone();
-                    // Docker's inspections do not tell these.
+                    // Docker's inspections do not report these.
                     container.is_stopping |= before.is_stopping;
                     container.plugs.clone_from(&before.plugs);
                     if self.is_hidden(&container) && self.is_hidden(&before) {
@@ -303,7 +304,7 @@ impl Containers {
         }
     }
 
-    /// Where a container's cables end on this host.
+    /// Sets this host's ends of a container's veth pairs.
     pub(super) fn plugged(&mut self, id: &ContainerId, plugs: Vec<Plug>) {
         if let Some(before) = self.running.get(id).filter(|one| one.plugs != plugs) {
             let container = Container { plugs, ..Container::clone(before) };
@@ -311,21 +312,21 @@ impl Containers {
         }
     }
 
-    /// The ports of the bridges of our own network namespace.
+    /// Sets the ports of the bridges of our own network namespace.
     pub(super) fn ports(&mut self, ports: BridgePorts) {
         if *self.ports != ports {
             (self.ports, self.changed) = (Arc::new(ports), true);
         }
     }
 
-    /// Those with a network namespace of their own whose process is seen.
+    /// Containers with their own network namespace whose process is visible.
     pub(super) fn with_cables(&self) -> impl Iterator<Item = &Arc<Container>> {
         let has_cables =
             |one: &&Arc<Container>| matches!(one.network, Network::Own(_)) && !one.run.has_ended();
         self.running.values().filter(has_cables).filter(|one| one.run.process().is_some())
     }
 
-    /// A container's process shows that it is here.
+    /// Sets the addresses that a container's process shows.
     pub(super) fn shown(&mut self, id: &ContainerId, shown: Option<Attachment>) {
         if let Some(container) = self.running.get(id).filter(|one| self.is_hidden(one)) {
             let shown = shown.and_then(|mut shown| {
@@ -337,13 +338,14 @@ impl Containers {
         }
     }
 
-    /// Those that may be at addresses that the engine does not tell.
+    /// Containers that may have addresses that the engine does not report.
     pub(super) fn hidden(&self) -> impl Iterator<Item = &Arc<Container>> {
         self.running.values().filter(|container| self.is_hidden(container))
     }
 
-    /// Whether a container may be at addresses that the engine does not tell: it gave it none, or none on a network that leads to this
-    /// host. From an overlay network Docker leads to the host by another one, which no inspection names.
+    /// Whether a container may have addresses that the engine does not report: it has none from the engine, or none on a
+    /// network that leads to this host. From an overlay network, Docker connects containers to the host by another network,
+    /// which no inspection names.
     pub(super) fn is_hidden(&self, container: &Container) -> bool {
         if container.is_unaddressed() {
             return true;
@@ -353,51 +355,51 @@ impl Containers {
             bridge_of(&self.bridges, network, end).is_some()
                 || matches!(other, Some("macvlan" | "ipvlan"))
         };
-        // Without a bridge nothing is known of the networks yet.
+        // As long as no bridge is known, the networks are unknown.
         let mut given = container.attachments().filter(|(network, _)| ***network != *SHOWN);
         matches!(container.network, Network::Own(_))
             && !self.bridges.is_empty()
             && !given.any(leads_here)
     }
 
-    /// The one with this ID or name. That by its ID costs little, however many there are.
+    /// The container with this ID or name. The lookup by ID is cheap, however many containers there are.
     pub(super) fn named(&self, target: &str) -> Option<&Arc<Container>> {
         let by_id = self.running.get(&ContainerId::new(target));
         by_id.or_else(|| self.running.values().find(|one| *one.name == *target))
     }
 
-    /// The one with this ID.
+    /// The container with this ID.
     pub(super) fn running(&self, id: &ContainerId) -> Option<&Arc<Container>> {
         self.running.get(id)
     }
 
-    /// A run's process has ended.
+    /// Counts the end of a run's process.
     pub(super) fn run_has_ended(&mut self) {
         self.ended += 1;
         self.changed = true;
     }
 
-    /// Whether any has an address from the engine that its process does not show, because the process is not visible, or because
-    /// it is a sandbox.
+    /// Whether any container has an address from the engine that its process does not show, because the process is not
+    /// visible or is a sandbox.
     pub(super) fn are_any_unshown(&self) -> bool {
         let is_unshown =
             |one: &Arc<Container>| !one.run.has_shown_network() && one.given().next().is_some();
         self.running.values().any(is_unshown)
     }
 
-    /// Those whose process is not watched.
+    /// Containers whose process is not watched.
     pub(super) fn unwatched(&self) -> impl Iterator<Item = &Container> {
         let running = self.running.values().map(Arc::as_ref);
         running.filter(|container| container.pid > 0 && container.run.process().is_none())
     }
 
-    /// Whether what is known is of this session, and of every container: once all of the first list have been inspected, or
-    /// have ended.
+    /// Whether everything is known: all containers of the first list have been inspected or have ended, and the current
+    /// session has a list.
     pub(super) fn is_complete(&self) -> bool {
         self.complete && self.is_listed()
     }
 
-    /// Whether the first list of the session has come.
+    /// Whether the first list of the session has arrived.
     fn is_listed(&self) -> bool {
         !matches!(self.list, AwaitedList::First(_))
     }
@@ -435,19 +437,19 @@ impl Containers {
         self.changed |= self.running.values().any(shares);
     }
 
-    /// Whether all of the last list have been inspected, so that nothing is left of what was known before it.
+    /// Whether all containers of the last list have been inspected, so that no older knowledge is left.
     #[cfg(test)]
     pub(super) fn is_fresh(&self) -> bool {
         self.is_listed() && self.listed.is_empty()
     }
 
-    /// Whether what is known of a container is of a time since the last list.
+    /// Whether the knowledge about a container is newer than the last list.
     #[cfg(test)]
     pub(super) fn is_fresh_about(&self, id: &ContainerId) -> bool {
         self.is_listed() && !self.listed.contains(id)
     }
 
-    /// A signal was sent to a container.
+    /// Notes that a signal was sent to a container.
     fn signalled(&mut self, id: &ContainerId, signal: i32) {
         if let Some(before) = self.running.get(id)
             && before.stop_signal == signal
@@ -464,7 +466,7 @@ impl Containers {
         }
     }
 
-    /// A container as it is now. What hangs on where it was ends, unless it still is there.
+    /// Sets the state of a container. Ends its earlier `left`, unless it can still be reached as before.
     fn put(&mut self, mut container: Container) {
         match self.running.get(&container.id) {
             Some(before) if **before == container => return,
@@ -478,7 +480,7 @@ impl Containers {
         self.drop_claims(&id);
         for address in container.addresses() {
             let claimants = self.claims.entry(address).or_default();
-            // All but one of them have lost it, and no event told of that: only inspections show who has it.
+            // All but one of them have lost the address, without an event. Only inspections show which one has it.
             for other in claimants.iter().filter(|other| **other != id) {
                 self.inspections.want(other.clone(), Urgency::Event);
             }
@@ -488,7 +490,7 @@ impl Containers {
         self.changed = true;
     }
 
-    /// Nobody knows any more where a container is.
+    /// Removes a container's claims on its addresses.
     fn drop_claims(&mut self, id: &ContainerId) {
         let Some(container) = self.running.get(id) else { return };
         for address in container.addresses() {
@@ -501,8 +503,8 @@ impl Containers {
         }
     }
 
-    /// What the engine said of a container may be newer than the list that is on its way. What the kernel shows says nothing of the
-    /// addresses that a list takes away.
+    /// Notes that the engine reported something about a container that may be newer than a requested list. Not to be called
+    /// for what the kernel shows, which says nothing about the addresses that a list removes.
     fn is_newer(&mut self, id: &ContainerId) {
         if let AwaitedList::Again(newer) = &mut self.list {
             newer.insert(id.clone());
@@ -520,7 +522,7 @@ impl Containers {
         Some(container)
     }
 
-    /// Takes away those addresses that the engine gave to a container and that are not among these.
+    /// Removes the addresses that the engine gave to a container and that are not in `given`.
     fn keep_given(&mut self, id: &ContainerId, given: &BTreeSet<IpAddr>) {
         self.detach(id, |network, attachment| {
             if **network != *SHOWN {
@@ -530,7 +532,7 @@ impl Containers {
         });
     }
 
-    /// Takes away those attachments, and what of them, that `keep` does not leave.
+    /// Removes the attachments, or parts of them, that `keep` does not leave.
     fn detach(&mut self, id: &ContainerId, keep: impl FnMut(&NetworkId, &mut Attachment) -> bool) {
         let Some(before) = self.running.get(id) else { return };
         let Network::Own(attachments) = &before.network else { return };
@@ -566,7 +568,7 @@ mod tests {
         containers
     }
 
-    /// An inspection of one that something happened to.
+    /// An inspection of a container that has changed.
     fn look(containers: &mut Containers, name: &str) -> Ticket {
         containers.hear(Notice::Changed(id(name)));
         next(containers, name)
@@ -582,13 +584,13 @@ mod tests {
         containers.inspected(ticket, running(container));
     }
 
-    /// An answer says nothing of ends.
+    /// An inspection's result contains no ends.
     fn running(container: &Container) -> Found {
         let (run, left) = Default::default();
         Found::Running(Box::new(Container { run, left, ..container.clone() }))
     }
 
-    /// Who is known, at which addresses.
+    /// The known containers with their addresses.
     fn known(containers: &Containers) -> Vec<(String, Vec<String>)> {
         let of = |container: &Arc<Container>| {
             let addresses = container.addresses().map(|address| address.to_string());
@@ -678,7 +680,7 @@ mod tests {
         let now = containers.inventory().containers.remove(0);
         before.run.mark_ended();
         assert!(now.run.has_ended() && before.left.has_ended() && !now.left.has_ended());
-        // Another run has another.
+        // Another run has another end.
         let again = Container { started_at: "2026-01-01T00:00:01Z".into(), ..a };
         let ticket = look(&mut containers, "a");
         assert!(containers.inspected(ticket, running(&again)).is_some());
@@ -757,7 +759,7 @@ mod tests {
         let c = next(&mut containers, "c");
         containers.inspected(c, Found::Unknown);
         assert!(containers.is_complete());
-        // A later one changes what is known, bit by bit.
+        // A later list changes the known state step by step.
         containers.relist(listed(&["d"]));
         assert!(containers.is_complete());
 
@@ -779,7 +781,7 @@ mod tests {
         found(&mut containers, old, &container("a", bridge("172.17.0.9")));
         let c = next(&mut containers, "c");
         assert!(containers.is_fresh_about(&id("gone")), "who is not known yet is looked at first");
-        // Connected to a network meanwhile: the inspection of the list is void, and a later one counts.
+        // Connected to a network meanwhile: the inspection from the list is void, and a later one counts.
         let a = next(&mut containers, "a");
         containers.hear(Notice::Changed(id("a")));
         containers.inspected(a, Found::NotRunning);
@@ -791,7 +793,7 @@ mod tests {
         assert!(!containers.is_fresh());
         found(&mut containers, again, &container("a", bridge("172.17.0.5")));
         assert!(containers.is_fresh());
-        // What the engine cannot say is as it was.
+        // If the inspection fails, the container stays as it was.
         assert_eq!(known(&containers), [at("a", &["172.17.0.5"]), at("b", &["172.17.0.3"])]);
     }
 
@@ -835,7 +837,7 @@ mod tests {
         containers.relist(vec![says("172.18.0.2")]);
         assert_eq!(known(&containers), [at("a", &["172.18.0.2"])]);
         assert!(before.containers[0].left.has_ended());
-        // What it gives besides is the inspection's to tell.
+        // A new address in a list only counts after an inspection.
         containers.relist(vec![says("172.17.0.9")]);
         assert_eq!(known(&containers), [at("a", &[])]);
     }
@@ -905,12 +907,12 @@ mod tests {
         let ticket = look(&mut containers, "a");
         found(&mut containers, ticket, &a);
         assert!(is_stopping(&containers));
-        // The stream replayed the signal and the end of the run before.
+        // The stream replayed the signal and the end of the previous run.
         containers.hear(Notice::Ended(id("a")));
         let ticket = next(&mut containers, "a");
         found(&mut containers, ticket, &a);
         assert!(!is_stopping(&containers));
-        // Another run was sent no signal.
+        // The next run has received no signal.
         containers.hear(Notice::Signalled(id("a"), 3));
         let again = Container { started_at: "2026-01-01T00:00:01Z".into(), ..a };
         let ticket = look(&mut containers, "a");
@@ -934,7 +936,7 @@ mod tests {
             containers.shown(&id(name), Some(at_address("10.1.0.2")));
         }
         assert_eq!(known(&containers), [at("a", &["10.1.0.2"]), at("b", &["172.17.0.3"])]);
-        // Neither an inspection nor a list says anything of it.
+        // Neither an inspection nor a list contains it.
         let before = containers.inventory();
         let ticket = look(&mut containers, "a");
         found(&mut containers, ticket, &none);
@@ -944,7 +946,7 @@ mod tests {
         containers.shown(&id("a"), Some(at_address("10.1.0.3")));
         assert!(before.containers[0].left.has_ended());
         assert_eq!(known(&containers), [at("a", &["10.1.0.3"])]);
-        // The engine knows more by now.
+        // Now the engine reports an address.
         let ticket = next(&mut containers, "a");
         found(&mut containers, ticket, &container("a", bridge("172.17.0.2")));
         assert_eq!(known(&containers), [at("a", &["172.17.0.2"])]);
@@ -978,7 +980,8 @@ mod tests {
         assert!(before.containers[0].left.has_ended() && containers.take_change());
     }
 
-    /// It would keep an address that is another's by now, and the doubt about that would be over.
+    /// Otherwise it would keep an address that belongs to another container by now, and the doubt about it would count as
+    /// resolved.
     #[test]
     fn what_the_kernel_shows_of_a_container_does_not_outdate_a_list_that_is_on_its_way() {
         let list = || vec![Listed { id: id("a"), addresses: Some(BTreeSet::new()) }];
@@ -1000,7 +1003,7 @@ mod tests {
             containers.relist(list());
             assert_eq!(known(&containers), [at("a", &[])]);
         }
-        // The engine's own word does.
+        // An answer of the engine does.
         let mut containers = with(std::slice::from_ref(&a));
         let ticket = look(&mut containers, "a");
         containers.begin_look();
@@ -1016,7 +1019,7 @@ mod tests {
         let ticket = look(&mut containers, "b");
         found(&mut containers, ticket, &b);
         let ticket = next(&mut containers, "a");
-        // Both have it: that is no reason to look for ever.
+        // Both have the address: this must not lead to endless inspections.
         found(&mut containers, ticket, &a);
         assert_eq!(containers.next(), None);
         containers.hear(Notice::Ended(id("b")));

@@ -1,4 +1,4 @@
-//! The one source that follows an engine; bindings and services are derived from it.
+//! The one source that follows an engine. Bindings and services are derived from it.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -33,14 +33,14 @@ use crate::{
     source::{Publisher, Resync, ResyncRequests, Shared, Source, SourceError, follow},
 };
 
-/// Follows an engine for all its readers: the first one starts it, and the last one ends it. It sends only GET requests
-/// and changes nothing. Clones share it.
+/// Follows an engine for all its readers: the first reader starts it, the end of the last one stops it. It sends only GET
+/// requests and changes nothing. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Follower {
-    /// Its name in the log.
+    /// The engine's name in the log.
     name: Arc<str>,
     engine: Arc<Engine>,
-    /// Prefixes of the variables and labels that readers need.
+    /// Prefixes of the variable and label names that readers need.
     prefixes: Arc<[String]>,
     lookup: Lookup,
     inventory: Shared<Inventory>,
@@ -61,8 +61,8 @@ impl Follower {
         &self.engine
     }
 
-    /// Publishes for ever what `answer` makes of what the engine has, and passes failures on. The `bell` of the first who
-    /// asks is rung when a container's process ends, whether the engine can be reached or not.
+    /// Publishes what `answer` makes of each inventory, and passes failures on. Never returns. The first caller's `bell` is
+    /// rung when a container's process ends, even if the engine cannot be reached.
     pub async fn derive<U: PartialEq>(
         &self,
         resync: &ResyncRequests,
@@ -92,13 +92,13 @@ impl Follower {
     }
 }
 
-/// How long the first answer waits for the networks: without them the gateways that consumers dial are not known.
+/// How long the first answer waits for the networks: without them the gateways to which consumers connect are not known.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The pause after the networks could not be listed.
+/// Pause after the networks could not be listed.
 const NETWORKS_PAUSE: Duration = Duration::from_secs(30);
 
-/// The source behind a [`Follower`]. What it knows outlives a session: an engine that cannot say how one container is does
-/// not make us forget it.
+/// The source behind a [`Follower`]. Its knowledge outlives a session: if the engine cannot inspect a container, the
+/// container's last state is kept.
 struct EngineSource {
     engine: Arc<Engine>,
     prefixes: Arc<[String]>,
@@ -106,17 +106,18 @@ struct EngineSource {
     bell: Arc<Notify>,
     containers: Containers,
     processes: Processes,
-    /// The network namespace of each container whose process was seen: the kernel's number, and the process.
+    /// The network namespace of each container whose process was seen: the process, and the kernel's number of the
+    /// namespace.
     namespaces: HashMap<ContainerId, (Process, i32)>,
-    /// Whether the networks were listed, or could not be.
+    /// Whether the networks were listed, or listing them failed.
     knows_networks: bool,
-    /// Whether the log message that processes are not visible was written.
+    /// Whether it was logged that processes are not visible.
     said: bool,
-    /// Read between sessions too: an address may move while the engine is away.
+    /// Also read between sessions: an address may move while the engine is away.
     links: Links,
-    /// Whether an interface is gone for good since the last doubt: an address may be free for another container.
+    /// Whether an interface was deleted since the last doubt: its address may be free for another container.
     has_lost_one: bool,
-    /// Whether a container may have got an address, and that was not looked into.
+    /// Whether a container may have got an address, which was not checked yet.
     has_come: bool,
 }
 
@@ -132,13 +133,13 @@ impl Source for EngineSource {
             (self.engine.clone(), self.prefixes.clone(), self.lookup.clone());
         lookup.give_up_doubts();
         if !self.links.are_watched() {
-            // Nobody listened before.
+            // Earlier changes were not received.
             self.links = Links::open();
             self.has_lost_one = true;
             lookup.moved();
         }
-        // The stream opens when it is first read. An engine replays a few of the events since this moment, and no more:
-        // so it is read beside the listing, however long that takes.
+        // The stream opens when it is first read. An engine replays only a few of the events since `since`. So the stream
+        // is read beside the listing, however long that takes.
         let connected = self.beside(Client::connect(&engine)).await;
         let (client, since) = connected.map_err(|error| match obstacle::of(&engine) {
             Some(Obstacle { what, fix }) => {
@@ -148,7 +149,7 @@ impl Source for EngineSource {
         })?;
         let host = self.beside(client.host()).await?;
         self.containers.host(host);
-        // What the engine could not be asked about while it was away.
+        // While the engine was away, it could not be asked about this.
         self.doubt();
         self.stand();
         let mut events = pin!(client.events(&since, &read::ACTIONS));
@@ -156,8 +157,8 @@ impl Source for EngineSource {
         self.containers.begin();
         self.containers.list_networks();
 
-        // No answer is waited for elsewhere than in the loop: an event is applied when it comes, and what does not depend on
-        // an answer that is slow does not wait for it.
+        // Answers are awaited only in the loop: events are applied when they arrive, and slow answers delay nothing that
+        // does not depend on them.
         let (mut lists, mut networks) = (FuturesUnordered::new(), FuturesUnordered::new());
         let (mut inspections, mut looks) = (FuturesUnordered::new(), FuturesUnordered::new());
         let mut pings = FuturesUnordered::new();
@@ -169,14 +170,14 @@ impl Source for EngineSource {
         self.plug(None);
         let mut cables = PendingChanges::default();
         let mut next_look = Instant::now();
-        // A look is over once the containers that it listed are inspected.
+        // A look is over when the containers that it listed are inspected.
         let mut is_looking = false;
         let mut next_networks = Instant::now();
         let patience = Instant::now() + PATIENCE;
         let mut ping = interval(PING);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            // What has arrived together costs one inspection of each container, not of each event.
+            // Events that arrived together cause one inspection per container, not one per event.
             while let Some(event) = heard.take() {
                 let event = event.unwrap_or_else(|| Err(SourceError::new("the events ended")))?;
                 // Podman before 5.4 tells of no new network: the first container on it is made before its interface is.
@@ -207,14 +208,14 @@ impl Source for EngineSource {
                 inspections.push(client.inspect(ticket, &prefixes));
             }
             if is_looking && self.containers.knows_all() {
-                // An engine lists a container only a moment after its first process has started. Docker tells of it before that
-                // and holds its inspection back until then; podman does not.
+                // An engine lists a container only a moment after its first process has started. Docker reports it earlier,
+                // and delays the answer to its inspection until then. Podman does not.
                 let is_certain = !client.is_podman();
                 let is_known = |address: &_| self.containers.has_address(address);
                 next_look = lookup.is_over(is_certain, is_known);
                 is_looking = false;
             }
-            // One at a time, so that the last answer is the newest.
+            // One request at a time, so that the last answer is the newest.
             if networks.is_empty()
                 && Instant::now() >= next_networks
                 && self.containers.take_networks_change()
@@ -223,7 +224,7 @@ impl Source for EngineSource {
             }
             tokio::select! {
                 event = events.next() => heard = Some(event),
-                // Its address is not its any more: that is published before the engine's word comes.
+                // The container has lost its address. This is published before the engine reports it.
                 () = ended.notified() => self.containers.run_has_ended(),
                 () = resync.due(), if lists.is_empty() => {
                     self.containers.list_again();
@@ -266,14 +267,14 @@ impl Source for EngineSource {
                     let (ticket, found) = answer?;
                     let id = ticket.id.clone();
                     let new = self.containers.inspected(ticket, found).cloned();
-                    // One that was started without a network may have been connected to one since.
+                    // A container that was started without a network may have been connected to one since.
                     let one = self.containers.running(&id).filter(|one| !one.run.has_shown_network());
                     if let Some(one) = one {
                         watch(&mut self.processes, one, &self.bell);
                     }
                     if let Some(new) = new {
                         self.plug_one(&new);
-                        // Its own, or of the one whose network it joins.
+                        // Its own namespace, or that of the container whose network it joins.
                         let target = match &new.network {
                             Network::Of(target) => target.clone(),
                             _ => id.as_str().to_owned(),
@@ -302,7 +303,7 @@ impl Source for EngineSource {
                 Some((running, doubts)) = looks.next() => {
                     is_looking = true;
                     self.containers.look_at(running?, doubts);
-                    // Events that were told before the list was are older than it.
+                    // Events that were sent before the list are older than it.
                     heard = events.next().now_or_never();
                     self.show(self.containers.hidden().cloned().collect());
                 }
@@ -321,8 +322,8 @@ impl Source for EngineSource {
     }
 }
 
-/// Changes of the cables that are not published yet. The start of a container makes several, and each answer costs a pass over all
-/// containers.
+/// Changes of veth pairs that are not published yet. The start of a container causes several, and each publication takes a
+/// pass over all containers.
 #[derive(Debug, Default)]
 struct PendingChanges {
     bridges: bool,
@@ -331,7 +332,7 @@ struct PendingChanges {
 }
 
 impl PendingChanges {
-    /// How long others are waited for after the first.
+    /// How long to wait for further changes after the first one.
     const PAUSE: Duration = Duration::from_millis(20);
 
     fn add(&mut self, change: LinkChange) {
@@ -342,7 +343,7 @@ impl PendingChanges {
         }
     }
 
-    /// Waits until they are to be published. For ever if there are none.
+    /// Waits until the changes are due. Never returns if there are none.
     async fn settled(&self) {
         match self.first {
             Some(first) => sleep_until((first + Self::PAUSE).into()).await,
@@ -352,7 +353,7 @@ impl PendingChanges {
 }
 
 impl EngineSource {
-    /// Reads what changes of the interfaces while an answer is awaited.
+    /// Awaits `answer`, and reads changes of interfaces meanwhile.
     async fn beside<T>(&mut self, answer: impl Future<Output = T>) -> T {
         let mut answer = pin!(answer);
         loop {
@@ -372,8 +373,8 @@ impl EngineSource {
         self.has_come |= change.came;
     }
 
-    /// Has the engine say who has which address, if one may have moved unseen. Where processes show who has which address, nobody
-    /// need be asked.
+    /// Asks the engine who has which address, if an address may have moved without an event. Not needed if the containers'
+    /// processes show their addresses.
     fn doubt(&mut self) {
         let has_come = mem::take(&mut self.has_come);
         if has_come && self.has_lost_one && self.containers.are_any_unshown() {
@@ -382,7 +383,7 @@ impl EngineSource {
         }
     }
 
-    /// Looks where those of these containers are that may be at addresses that the engine does not tell.
+    /// Looks up the addresses of those of these containers that may have some that the engine does not report.
     fn show(&mut self, containers: Vec<Arc<Container>>) {
         let hidden: Vec<_> =
             containers.into_iter().filter(|one| self.containers.is_hidden(one)).collect();
@@ -392,7 +393,7 @@ impl EngineSource {
         let (here, ours) = (self.containers.interfaces(), process::ours());
         for one in hidden {
             let shown = process::shown(&one.id, one.pid, &here, &ours);
-            // One that ends, or has just ended, shows nothing: that is its end, and not that it has no address.
+            // A process that ends, or has just ended, shows no address. This must not be taken as having none.
             let is_watched = one.run.process().is_some();
             let ends = || {
                 let seen = process::look(&one.run, process::has_network);
@@ -408,7 +409,7 @@ impl EngineSource {
         }
     }
 
-    /// Finds where the cables of these network namespaces end, and of those containers for which it is not known.
+    /// Finds this host's ends of the veth pairs of these network namespaces, and of containers for which they are unknown.
     fn plug(&mut self, touched: Option<&BTreeSet<i32>>) {
         let all: Vec<_> = self.containers.with_cables().cloned().collect();
         self.namespaces.retain(|id, _| all.binary_search_by(|one| one.id.cmp(id)).is_ok());
@@ -425,7 +426,7 @@ impl EngineSource {
         }
     }
 
-    /// Finds where the cables of a container end.
+    /// Finds this host's ends of a container's veth pairs.
     fn plug_one(&mut self, one: &Container) {
         let Some(process) = one.run.process() else { return };
         let known = self.namespaces.get(&one.id).filter(|(of, _)| *of == process);
@@ -439,7 +440,7 @@ impl EngineSource {
         }
     }
 
-    /// Looks where embassy itself stands.
+    /// Reads the interfaces of embassy's own network namespace.
     fn stand(&mut self) {
         match if_addrs::get_if_addrs() {
             Ok(all) => {
@@ -454,7 +455,7 @@ impl EngineSource {
         }
     }
 
-    /// Watches the processes that could not be watched so far.
+    /// Tries again to watch the processes that could not be watched so far.
     fn watch(&mut self) {
         for one in self.containers.unwatched() {
             watch(&mut self.processes, one, &self.bell);
@@ -469,7 +470,7 @@ impl EngineSource {
     }
 }
 
-/// Watches a container's process, and notes whether its network can be looked at.
+/// Watches a container's process, and notes whether the kernel shows its network.
 fn watch(processes: &mut Processes, one: &Container, bell: &Arc<Notify>) {
     processes.watch(&one.id, one.pid, &one.run, bell.clone());
     if process::look(&one.run, |pid| process::shows(pid, one.given())) == Some(true) {
@@ -477,7 +478,7 @@ fn watch(processes: &mut Processes, one: &Container, bell: &Arc<Notify>) {
     }
 }
 
-/// Reads each line of `input` as the inspection of a container, as an event, as a list and as a moment.
+/// Reads each line of `input` as an inspection, as an event, as a list and as a time.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(input: &[u8], mut derive: impl FnMut(Inventory)) {
     use super::answers;

@@ -1,18 +1,18 @@
-//! Which containers are to be inspected: each by one request at a time, and never so many that an engine is kept busy.
-//! Pure.
+//! Decides which containers to inspect: one request at a time for each container, and limited in total, so that the engine
+//! is not overloaded. Pure.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::model::ContainerId;
 
-/// Why a container is inspected: first the first.
+/// Why a container is inspected. The first one is the most urgent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Urgency {
-    /// An event or a dial asks for it: it does not wait for a long list.
+    /// After an event or a connection. It does not wait for a long list.
     Event,
-    /// A list has it, and it is unknown.
+    /// A list contains it, and it is unknown.
     New,
-    /// A list has it.
+    /// A list contains it, and it is known.
     Known,
 }
 
@@ -28,7 +28,7 @@ pub(super) struct Inspections {
     queue: BTreeMap<(Urgency, u64), ContainerId>,
     queued: HashMap<ContainerId, (Urgency, u64)>,
     under_way: HashMap<ContainerId, UnderWay>,
-    /// Those of which the engine could not say how they are.
+    /// Containers whose inspection failed.
     failed: BTreeSet<ContainerId>,
     last_number: u64,
 }
@@ -36,23 +36,23 @@ pub(super) struct Inspections {
 #[derive(Debug)]
 struct UnderWay {
     number: u64,
-    /// Something happened to the container since: it is inspected again when the answer is there.
+    /// Something happened to the container since. It is inspected again after the answer.
     void: bool,
 }
 
 impl Inspections {
-    /// Under way at a time, while a list is gone through, and at all.
+    /// Maximum number of running inspections: of those from lists, and in total.
     const LISTED: usize = 8;
     const AT_ALL: usize = 16;
-    /// Waiting.
+    /// Maximum number of waiting inspections.
     const MOST: usize = 65_536;
 
-    /// None, and no ticket of those before is valid.
+    /// Removes all inspections and makes all earlier tickets void.
     pub(super) fn restarted(&self) -> Self {
         Self { last_number: self.last_number, ..Self::default() }
     }
 
-    /// A container is to be inspected. What is under way for it is void.
+    /// Requests the inspection of a container. A running one becomes void.
     pub(super) fn want(&mut self, id: ContainerId, urgency: Urgency) {
         self.failed.remove(&id);
         if let Some(under_way) = self.under_way.get_mut(&id) {
@@ -70,7 +70,7 @@ impl Inspections {
         self.queued.insert(id, place);
     }
 
-    /// One that is to be asked for now.
+    /// The next inspection to make now.
     pub(super) fn next(&mut self) -> Option<Ticket> {
         let (&place, _) = self.queue.first_key_value()?;
         let limit = if place.0 == Urgency::Event { Self::AT_ALL } else { Self::LISTED };
@@ -84,7 +84,7 @@ impl Inspections {
         Some(Ticket { id, number })
     }
 
-    /// An answer arrived. Returns its container, if the ticket is still valid.
+    /// Takes an answer. Returns its container, if the ticket is still valid.
     pub(super) fn answered(&mut self, Ticket { id, number }: Ticket) -> Option<ContainerId> {
         let is_void = self.under_way.get(&id).filter(|asked| asked.number == number)?.void;
         self.under_way.remove(&id);
@@ -95,19 +95,19 @@ impl Inspections {
         Some(id)
     }
 
-    /// The engine could not say how a container is.
+    /// Notes that the inspection of a container failed.
     pub(super) fn failed(&mut self, id: ContainerId) {
         self.failed.insert(id);
     }
 
-    /// Those are inspected again of which the engine could not say how they are.
+    /// Requests again the inspections that failed.
     pub(super) fn retry(&mut self) {
         for id in std::mem::take(&mut self.failed) {
             self.want(id, Urgency::Known);
         }
     }
 
-    /// A container is no more.
+    /// Forgets a container that no longer exists.
     pub(super) fn forget(&mut self, id: &ContainerId) {
         if let Some(place) = self.queued.remove(id) {
             self.queue.remove(&place);
@@ -116,12 +116,12 @@ impl Inspections {
         self.failed.remove(id);
     }
 
-    /// Whether none is wanted or under way, and none failed but of those that are known otherwise.
+    /// Whether no inspection is wanted or running, and the containers whose inspection failed are known otherwise.
     pub(super) fn are_done(&self, is_known: impl Fn(&ContainerId) -> bool) -> bool {
         self.queue.is_empty() && self.under_way.is_empty() && self.failed.iter().all(is_known)
     }
 
-    /// Whether so many wait that no unknown container is added: an engine could name others without end.
+    /// Whether too many inspections wait to add an unknown container: an engine could report new ones without end.
     pub(super) fn is_full(&self) -> bool {
         self.queued.len() >= Self::MOST
     }

@@ -1,6 +1,6 @@
-//! Random interleavings of what an engine does, what it tells, and when its answers arrive: at no moment may a connection
-//! reach a service that its container did not ask for, nor an endpoint that is another's, and in the end each container
-//! reaches its own.
+//! Random interleavings of an engine's actions, its events, and the arrival of its answers. At no time may a connection
+//! reach a service that its container did not ask for, nor an endpoint of another container. In the end each container
+//! reaches its own services.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -29,7 +29,7 @@ use crate::{
     table::{Inputs, Route, RouteKey, Table},
 };
 
-/// Containers 0 to 3 have networks of their own; 4 lives in the network of 0, and 5 in that of 4.
+/// Containers 0 to 3 have their own networks. 4 uses the network of 0, and 5 the network of 4.
 const OWN: usize = 4;
 const ALL: usize = 6;
 const NETWORKS: usize = 3;
@@ -41,25 +41,25 @@ enum Step {
     /// Removed, and created again with another ID.
     Destroy(usize),
     Rename(usize),
-    /// Paused, or no more.
+    /// Pauses it, or unpauses it.
     Pause(usize),
     Connect(usize, usize),
     Disconnect(usize, usize),
-    /// The engine reads what is so now, for one of the inspections under way,
+    /// The engine reads the current state for one of the running inspections.
     Read(usize),
-    /// and an answer that it read earlier arrives.
+    /// An answer that the engine has read arrives.
     Arrive(usize),
     /// The stream of events breaks.
     Lose,
-    /// A new session: subscribed, and so many events of before replayed. A list is asked for,
+    /// A new session: the stream is open, this number of earlier events is replayed, and a list is requested.
     Subscribe(usize),
-    /// and is there at once.
+    /// The stream breaks, a new session starts as with `Subscribe`, and its list arrives immediately.
     Relist(usize),
-    /// A list is asked for within a session,
+    /// A list is requested within a session.
     ListAgain,
-    /// read by the engine,
+    /// The engine reads the list.
     ReadList,
-    /// and here.
+    /// The list arrives.
     ArriveList,
 }
 
@@ -83,7 +83,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// A container as it is.
+/// The real state of a container.
 #[derive(Debug, Default)]
 struct Real {
     generation: u32,
@@ -91,7 +91,7 @@ struct Real {
     started: Option<u64>,
     end: RunEnd,
     is_paused: bool,
-    /// The run whose network it joined, by whom and when that started.
+    /// The run whose network it joined: its container and start.
     joined: Option<(usize, u64)>,
     /// Its addresses, by network.
     addresses: BTreeMap<usize, IpAddr>,
@@ -99,7 +99,7 @@ struct Real {
 
 #[derive(Debug, Default)]
 struct Engine {
-    /// Whether the kernel reports the end of a run, as it does if the containers' processes are visible.
+    /// Whether the kernel reports the end of a run, as if the containers' processes were visible.
     sees_processes: bool,
     clock: u64,
     containers: [Real; ALL],
@@ -124,7 +124,7 @@ impl Engine {
         listed.collect()
     }
 
-    /// Whose network a container lives in: its own, or that of the run which it joined.
+    /// The container that owns this one's network: itself, or the run that it joined.
     fn owner(&self, who: usize) -> Option<usize> {
         let started = self.containers[who].started?;
         let Some(target) = target(who) else { return Some(who) };
@@ -145,8 +145,8 @@ impl Engine {
         owner.is_some_and(|owner| self.containers[owner].addresses.values().any(|a| *a == source))
     }
 
-    /// Where what a container offers is: at the first network's address, if it is on one. Nobody else offers it, so it does
-    /// not matter whether it is paused.
+    /// The address at which a container offers its service: the one on its first network, if it has any. No other container
+    /// offers this service, so it does not matter whether it is paused.
     fn endpoint(&self, who: usize) -> Option<IpAddr> {
         let owner = self.owner(who)?;
         self.containers[owner].addresses.values().next().copied()
@@ -205,7 +205,8 @@ impl Engine {
         }
     }
 
-    /// It gets the lowest free address, so that addresses change hands as often as can be.
+    /// Connects a container to a network. It gets the lowest free address, so that addresses change owners as often as
+    /// possible.
     fn connect(&mut self, who: usize, network: usize) {
         if self.containers[who].addresses.contains_key(&network) {
             return;
@@ -220,7 +221,7 @@ impl Engine {
         self.tell("network", "connect", &name(network), Some(&id));
     }
 
-    /// Whether it was on that network.
+    /// Disconnects a container from a network. Returns whether it was connected.
     fn disconnect(&mut self, who: usize, network: usize) -> bool {
         let was = self.containers[who].addresses.remove(&network).is_some();
         if was {
@@ -284,7 +285,7 @@ fn target(who: usize) -> Option<usize> {
     [None, None, None, None, Some(0), Some(4)][who]
 }
 
-/// One that all ask for, and one of its own: those who share a network cannot hide each other there.
+/// One port that all containers ask for, and one of its own: containers that share a network cannot hide each other there.
 fn ports(who: usize) -> [u16; 2] {
     [80, 8000 + who as u16]
 }
@@ -298,7 +299,7 @@ fn name(network: usize) -> String {
     format!("n{network}")
 }
 
-/// The follower, with its engine in hand, and what is made of what it publishes.
+/// The follower with its engine, and what is derived from its inventory.
 #[derive(Default)]
 struct World {
     engine: Engine,
@@ -306,18 +307,18 @@ struct World {
     published: Inventory,
     listing: Listing,
     listings: Option<Listings>,
-    /// The last table: the next one is made of it.
+    /// The last table, from which the next one is built.
     last: Table,
     made: Made,
-    /// Every answer that was given, as long as it has a living endpoint: who asked may still use it.
+    /// Every answer that was given, as long as one of its endpoints lives: its reader may still use it.
     answers: Vec<(ContainerId, Arc<Endpoints>)>,
     /// Events that were sent and applied.
     applied: usize,
-    /// The stream is broken,
+    /// The stream is broken.
     lost: bool,
-    /// or no list has come since.
+    /// No list has arrived since the stream broke.
     unlisted: bool,
-    /// Whether one who runs has left a network since the stream broke: nobody can know who has the address now.
+    /// Whether a running container has left a network since the stream broke: nobody can know who has the address now.
     left_unheard: bool,
     read: VecDeque<(Ticket, Found)>,
     asked: Vec<Ticket>,
@@ -415,7 +416,7 @@ impl World {
         Ok(())
     }
 
-    /// Those that are known as they are.
+    /// The containers whose known state equals their real state.
     fn truly_known(&self) -> BTreeSet<usize> {
         let known = self.containers.inventory().containers;
         let is_so = |who: usize| {
@@ -463,7 +464,7 @@ impl World {
         }
     }
 
-    /// What each connection that could be made now would reach, and where.
+    /// Checks, for each connection that could be made now, which endpoint it would reach.
     fn check(&mut self) -> Result<(), TestCaseError> {
         if let Some(table) = self.next_table() {
             self.last = table;
@@ -505,10 +506,10 @@ impl World {
         self.are_right(&[id.as_str(), namespace])
     }
 
-    /// Whether what is known of a container, and of the one whose network it lives in, has to be so. While events are lost
-    /// nobody can know who left a network nor, where processes cannot be seen, who ended. From the list on, that of a
-    /// container of its own network is known; of one in another's network only once both have been inspected, as a list
-    /// does not tell one run of theirs from the next.
+    /// Whether the known state of a container, and of the one that owns its network, must be correct. While events are
+    /// lost, it is unknown which containers left a network and, if processes are not visible, which ones ended. After a
+    /// list, containers with their own network are known. A container in another one's network is known only once both were
+    /// inspected, because a list does not distinguish their runs.
     fn are_right(&self, runs: &[&str]) -> bool {
         let is_fresh = |id: &&str| self.containers.is_fresh_about(&ContainerId::new(id));
         match self.engine.sees_processes {
@@ -543,7 +544,7 @@ impl World {
         self.last.next(&inputs, query)
     }
 
-    /// All that is under way arrives.
+    /// Lets all running requests finish.
     fn settle(&mut self) -> Result<(), TestCaseError> {
         self.step(Step::Subscribe(0))?;
         self.step(Step::ReadList)?;
@@ -588,8 +589,7 @@ proptest! {
     }
 }
 
-/// What the change of one container costs on a host of many:
-/// `cargo test --release --lib one_of_many -- --nocapture`
+/// The cost of the change of one container on a host with many: `cargo test --release --lib one_of_many -- --nocapture`
 #[test]
 fn one_of_many_changes_and_one_is_derived() {
     const MANY: u32 = 10_000;

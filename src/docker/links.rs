@@ -1,5 +1,6 @@
-//! What the kernel tells of the interfaces of our own network namespace: it comes before the engine's word, and also from an
-//! engine that says nothing. And where the cables of containers end here, which nobody inside a container can forge.
+//! Reads the changes of interfaces in our own network namespace from the kernel. They arrive before the engine's events,
+//! and also if the engine is silent. Also finds this host's ends of the containers' veth pairs, which cannot be forged from
+//! inside a container.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,20 +23,21 @@ use tracing::debug;
 use super::{container::BridgePorts, process};
 use crate::wiring::{Interface, Plug};
 
-/// What changed.
+/// Describes what changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct LinkChange {
-    /// An interface has an address more or less: a network's bridge came or went.
+    /// An interface got or lost an address: a network's bridge may have come or gone.
     pub(super) addresses: bool,
-    /// An interface is gone, perhaps to another network namespace: a container may have left a network.
+    /// An interface disappeared, perhaps into another network namespace: a container may have left a network.
     pub(super) gone: bool,
-    /// An interface is gone for good: an address may be free for another container.
+    /// An interface was deleted: an address may be free for another container.
     pub(super) deleted: bool,
-    /// There is a new interface of a kind that containers have: a container may have got an address.
+    /// A new interface of a kind that containers have: a container may have got an address.
     pub(super) came: bool,
-    /// The network namespaces to which a cable from here came, went or was moved; the kernel's numbers of them in ours.
+    /// The network namespaces for which an interface with its other end there was added, removed or moved. By their number
+    /// in our namespace.
     pub(super) namespaces: BTreeSet<i32>,
-    /// A bridge has other ports, or another name.
+    /// A bridge has other ports or another name.
     pub(super) bridges: bool,
 }
 
@@ -43,22 +45,22 @@ pub(super) struct LinkChange {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Link {
     name: Option<Interface>,
-    /// The number of the bridge that it is a port of.
+    /// The number of the bridge of which it is a port.
     master: Option<u32>,
-    /// The namespace in which its other end is, if it is in another than ours.
+    /// The number of the namespace with its other end, if that is not ours.
     namespace: Option<i32>,
 }
 
-/// All interfaces.
+/// All interfaces of this namespace.
 #[derive(Debug, Default)]
 struct Cables {
-    /// By number.
+    /// By their number.
     links: BTreeMap<u32, Link>,
-    /// The numbers of those whose other end is in another namespace.
+    /// For each other namespace: the numbers of the interfaces whose other end is there.
     leading_to: BTreeMap<i32, BTreeSet<u32>>,
 }
 
-/// A netlink socket (man 7 rtnetlink) on which the changes arrive, and one for questions.
+/// A netlink socket (man 7 rtnetlink) that receives the changes, and one for requests.
 #[derive(Debug, Default)]
 pub(super) struct Links {
     socket: Option<AsyncFd<Arc<OwnedFd>>>,
@@ -71,7 +73,7 @@ const MESSAGE: usize = 64 << 10;
 /// `RTMGRP_LINK`, `RTMGRP_IPV4_IFADDR` and `RTMGRP_IPV6_IFADDR` (linux/rtnetlink.h).
 const GROUPS: u32 = 0x1 | 0x10 | 0x100;
 
-/// The kinds of messages (linux/rtnetlink.h, linux/netlink.h).
+/// Types of messages (linux/rtnetlink.h, linux/netlink.h).
 mod kind {
     pub(super) const ERROR: u16 = 2;
     pub(super) const DONE: u16 = 3;
@@ -84,11 +86,11 @@ mod kind {
     pub(super) const GET_NAMESPACE: u16 = 90;
 }
 
-/// Of every message: length, kind, flags, sequence number, port.
+/// Length of a message's header: length, type, flags, sequence number, port.
 const HEADER: usize = 16;
 
 impl Links {
-    /// Without the socket there is no news of this kind, and the engine's events have to do.
+    /// Opens the sockets. Without them no changes arrive, and only the engine's events are used.
     pub(super) fn open() -> Self {
         let socket = socket(SocketFlags::NONBLOCK).and_then(|socket| {
             bind(&socket, &SocketAddrNetlink::new(0, GROUPS))?;
@@ -100,7 +102,7 @@ impl Links {
         let asking = socket.is_ok().then(|| self::socket(SocketFlags::empty()).ok()).flatten();
         let (buffer, cables) = (vec![0; MESSAGE].into(), Cables::default());
         let mut links = Self { socket: socket.ok(), asking, buffer, cables };
-        // After it is watched, so that no change is missed.
+        // After the subscription, so that no change is missed.
         links.list();
         links
     }
@@ -127,9 +129,9 @@ impl Links {
         }
     }
 
-    /// The number of the network namespace that a process lives in, if a cable leads there.
+    /// The number of a process's network namespace, if an interface has its other end there.
     pub(super) fn namespace_of(&mut self, pid: i32) -> Option<i32> {
-        // Of an rtgenmsg, and of the answer (linux/net_namespace.h).
+        // The sizes and attributes of an rtgenmsg, and of the answer (linux/net_namespace.h).
         const BODY: usize = 4;
         const NUMBER: u16 = 1;
         const PID: u16 = 2;
@@ -143,11 +145,11 @@ impl Links {
                 found = number.and_then(number_in).map(i32::from_ne_bytes);
             }
         });
-        // None has one below 0.
+        // A namespace without a number has a negative value.
         asked.ok().and(found).filter(|number| *number >= 0)
     }
 
-    /// Sends a request and hands on its answers. The kernel answers while we send: nothing waits.
+    /// Sends a request and passes its answers on. The kernel answers during the send call, so nothing waits.
     fn ask(
         &mut self,
         request: u16,
@@ -162,7 +164,7 @@ impl Links {
         message.extend([request, REQUEST | flags].map(u16::to_ne_bytes).concat());
         message.extend([0; 8]);
         message.extend(body);
-        // What an earlier request has left is not the answer to this one.
+        // Discards what an earlier request has left.
         while recv(socket, &mut self.buffer[..], RecvFlags::DONTWAIT).is_ok() {}
         send(socket, &message, SendFlags::empty())?;
         loop {
@@ -180,7 +182,7 @@ impl Links {
         }
     }
 
-    /// Where the cables of a namespace end here.
+    /// This host's ends of a namespace's veth pairs.
     pub(super) fn plugs(&self, namespace: i32) -> Vec<Plug> {
         self.cables.plugs(namespace)
     }
@@ -207,7 +209,7 @@ impl Links {
                         }
                     }
                     Err(Errno::INTR) => {}
-                    // Messages were lost: whatever they said.
+                    // Messages were lost. Their content is unknown.
                     Err(Errno::NOBUFS) => lost = true,
                     Err(error) => {
                         debug!(%error, "cannot read what changed of the interfaces");
@@ -240,17 +242,18 @@ impl Links {
 
 fn socket(flags: SocketFlags) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | flags;
-    // Netlink's first protocol, NETLINK_ROUTE, is the default.
+    // Protocol 0 of netlink, NETLINK_ROUTE, is the default.
     Ok(socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?)
 }
 
 impl LinkChange {
     /// Reads an `ifaddrmsg` or an `ifinfomsg`.
     fn take(&mut self, kind: u16, message: &[u8]) {
-        // RT_SCOPE_LINK; the scope is the fourth byte of an ifaddrmsg.
+        // RT_SCOPE_LINK. The scope is the fourth byte of an ifaddrmsg.
         const SCOPE_LINK: u8 = 253;
         const SCOPE: usize = HEADER + 3;
-        // Attributes come after the 16 bytes of an ifinfomsg, whose last four say which flags changed: all, if it is new.
+        // Attributes follow the 16 bytes of an ifinfomsg. Its last four bytes are the changed flags: all are set for a new
+        // interface.
         const INFO: usize = HEADER + 16;
         const CHANGED_FLAGS: usize = HEADER + 12;
         // IFLA_LINKINFO, IFLA_NEW_NETNSID and IFLA_INFO_KIND (linux/if_link.h).
@@ -270,24 +273,24 @@ impl LinkChange {
             }
             _ => {}
         }
-        // Each new interface gets an address of its link's, which says nothing of networks.
+        // Each new interface gets a link-local address, which says nothing about networks.
         self.addresses |= [kind::NEW_ADDRESS, kind::DELETED_ADDRESS].contains(&kind)
             && message.get(SCOPE) != Some(&SCOPE_LINK);
     }
 }
 
-/// The kinds of interfaces that engines give to containers.
+/// The kinds of interfaces that engines create for containers.
 const OF_CONTAINERS: [&[u8]; 3] = [b"veth", b"macvlan", b"ipvlan"];
 
 impl Cables {
-    /// Reads a message on an interface, and notes whose it is.
+    /// Reads a message about an interface, and notes the affected namespaces.
     fn take(&mut self, kind: u16, message: &[u8], change: &mut LinkChange) {
-        // An ifinfomsg, and attributes of an interface (linux/if_link.h).
+        // The length of an ifinfomsg, and attributes of an interface (linux/if_link.h).
         const BODY: usize = 16;
         const NAME: u16 = 3;
         const MASTER: u16 = 10;
         const NAMESPACE: u16 = 37;
-        // Bridges tell of their ports too, in a family of their own and with fewer attributes.
+        // Bridges send messages about their ports too, in their own family and with fewer attributes.
         if ![kind::NEW_LINK, kind::DELETED_LINK].contains(&kind) || message.get(HEADER) != Some(&0)
         {
             return;
@@ -322,7 +325,7 @@ impl Cables {
         let both = || before.iter().chain(&now);
         change.namespaces.extend(both().filter_map(|link| link.namespace));
         change.bridges |= both().any(|link| link.master.is_some());
-        // By a bridge's name all its ports are known.
+        // All ports of a bridge are identified by the bridge's name.
         if before.map(|link| link.name) != now.map(|link| link.name) {
             let ports = self.links.values().filter(|port| port.master == Some(index));
             let before = change.namespaces.len();
@@ -355,7 +358,7 @@ impl Cables {
     }
 }
 
-/// The kind of each message, and the message. One that is cut short ends them.
+/// The type and the bytes of each message. Ends at the first one that is cut short.
 fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = number(bytes, 0).map(u32::from_ne_bytes)?;
@@ -365,7 +368,7 @@ fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// The value of an attribute; the attributes begin at `start`.
+/// The value of an attribute. The attributes begin at `start`.
 fn attribute(message: &[u8], start: usize, wanted: u16) -> Option<&[u8]> {
     const HEADER: usize = 4;
     const TYPE: u16 = 0x3fff;
@@ -453,7 +456,7 @@ mod tests {
         assert_eq!(read(&[link(17, u32::MAX, b"veth\0", false)]), deleted);
     }
 
-    /// A message on an interface: its number, its name, its bridge and the namespace of its other end.
+    /// A message about an interface, with its number, its name, its bridge and the namespace of its other end.
     fn link(kind: u16, index: u32, name: &str, master: u32, namespace: i32) -> Vec<u8> {
         let mut body = vec![0; 4];
         body.extend(index.to_ne_bytes());
@@ -492,7 +495,7 @@ mod tests {
         };
         let at = |index, name: &str, is_port| (index, Some(name.to_owned()), is_port);
         let (nothing, zero) = (BTreeSet::new(), BTreeSet::from([0]));
-        // The port of a bridge, and a cable without one.
+        // First a veth pair on a bridge, then one without a bridge.
         let bridges = [link(16, 2, "docker0", 0, -1), link(16, 3, "br-x", 0, -1)];
         assert_eq!(take(&bridges), (nothing.clone(), false, vec![], vec![]));
         let cable = link(16, 7, "veth7", 2, 0);
@@ -506,7 +509,7 @@ mod tests {
         let (touched, bridge, first, second) = take(&[link(16, 8, "veth8", 0, 1)]);
         assert_eq!((touched, bridge), ([1].into(), false));
         assert_eq!((&first, &second), (&docker0, &other));
-        // Moved to another bridge by hand; then that bridge is renamed; then the cable is gone.
+        // It is moved to another bridge by hand. Then that bridge is renamed. Then the interface is deleted.
         let br_x = vec![at(7, "br-x", true)];
         let moved = take(&[link(16, 7, "veth7", 3, 0)]);
         assert_eq!(moved, (zero.clone(), true, br_x, other.clone()));
@@ -514,7 +517,7 @@ mod tests {
         assert_eq!(renamed, (zero.clone(), true, vec![at(7, "br-y", true)], other.clone()));
         let gone = take(&[link(17, 7, "veth7", 3, 0)]);
         assert_eq!(gone, (zero, true, vec![], other.clone()));
-        // What a bridge says of its ports has not all attributes.
+        // A bridge's message about its port lacks some attributes.
         let mut of_bridge = link(17, 8, "veth8", 0, -1);
         of_bridge[16] = 7;
         assert_eq!(take(&[of_bridge]), (nothing, false, vec![], other));
@@ -527,7 +530,7 @@ mod tests {
         let mut links = Links::open();
         let names = links.cables.links.values().filter_map(|link| link.name);
         assert!(names.map(|name| name.to_string()).any(|name| name == "lo"));
-        // No cable leads to our own namespace, and none to that of nobody.
+        // No interface has its other end in our own namespace, or in that of a process that does not exist.
         let own = i32::try_from(std::process::id()).unwrap();
         assert_eq!((links.namespace_of(own), links.namespace_of(i32::MAX)), (None, None));
     }

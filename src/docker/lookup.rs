@@ -1,4 +1,4 @@
-//! Between a follower and those who accept connections: who dials from an address that nobody is known to have.
+//! Between a follower and the listeners: finds out which container connects from an unknown address.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,29 +15,29 @@ use tokio::{
     time::sleep_until,
 };
 
-/// Asks a follower to look for unknown containers, after a connection from an unknown address, and hears if there is none. The
-/// follower also tells when a known container may have lost its address. Clones share it.
+/// Asks a follower to look for unknown containers after a connection from an unknown address, and reports if there is none.
+/// The follower also reports when a known container may have lost its address. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Lookup(Arc<LookupState>);
 
 #[derive(Debug)]
 struct LookupState {
-    /// Like [`MEMORY`].
+    /// See [`MEMORY`].
     memory: Duration,
     asked: Notify,
-    /// Counts the looks that are over.
+    /// Counts the finished looks.
     over: watch::Sender<u64>,
     strangers: Mutex<Strangers>,
     moves: AtomicU64,
     doubts: AtomicU64,
-    /// So many doubts were given up without an answer.
+    /// The number of doubts that were given up without an answer.
     given_up: AtomicU64,
 }
 
-/// How long it is remembered that nobody has an address, unless the engine tells of something new; and the interval between two
-/// looks that find nobody, so that strangers do not load the engine.
+/// How long it is remembered that no container has an address, unless the engine reports something new. Also the interval
+/// between two looks that find nothing, so that unknown addresses do not load the engine.
 const MEMORY: Duration = Duration::from_secs(1);
-/// Minimum interval between a look that found everybody and the next.
+/// Minimum interval after a look that found all requested addresses.
 const PAUSE: Duration = Duration::from_millis(50);
 
 impl Default for LookupState {
@@ -55,24 +55,24 @@ impl Default for LookupState {
 }
 
 impl Lookup {
-    /// Remembers for so long that nobody has an address.
+    /// Like the default, with another [`MEMORY`].
     #[cfg(test)]
     pub(crate) fn that_remembers(memory: Duration) -> Self {
         Self(Arc::new(LookupState { memory, ..LookupState::default() }))
     }
 
-    /// Requests a look for who has an address. Several requests before it are one.
+    /// Requests a look for the container with this address. Requests that arrive before the look starts share it.
     pub fn ask(&self, address: IpAddr) {
         self.strangers().ask(address);
         self.0.asked.notify_one();
     }
 
-    /// Whether a look that began after `dialled` found that nobody has this address.
+    /// Whether a look that began after `dialled` found that no container has this address.
     pub fn is_nobodys(&self, address: &IpAddr, dialled: Instant) -> bool {
         self.strangers().is_nobodys(address, dialled)
     }
 
-    /// Whether it was found a moment ago that nobody has this address.
+    /// Whether it was recently found that no container has this address.
     pub fn was_nobodys(&self, address: &IpAddr) -> bool {
         self.strangers().is_remembered(address, Instant::now(), self.0.memory)
     }
@@ -82,34 +82,35 @@ impl Lookup {
         self.0.over.subscribe()
     }
 
-    /// How often an interface of this host went away: with each, a container may have left a network, whether the engine
-    /// tells of it or not.
+    /// How often an interface of this host disappeared. Each time, a container may have left a network, whether the engine
+    /// reports it or not.
     pub fn moves(&self) -> u64 {
         self.0.moves.load(Relaxed)
     }
 
-    /// An interface went away.
+    /// Notes that an interface disappeared.
     pub(crate) fn moved(&self) {
         self.0.moves.fetch_add(1, Relaxed);
     }
 
-    /// How often a container came that may have got another's address.
+    /// How often a container appeared that may have got another one's address.
     pub fn doubts(&self) -> u64 {
         self.0.doubts.load(Relaxed)
     }
 
-    /// A container came that may have got another's address, whether the engine told of that or not. Requests a look.
+    /// Notes that a container appeared that may have got another one's address, whether the engine reported it or not.
+    /// Requests a look.
     pub(crate) fn doubt(&self) {
         self.0.doubts.fetch_add(1, Relaxed);
         self.0.asked.notify_one();
     }
 
-    /// Whether the engine has not cleared up so many `doubts`, of which it has cleared up `confirmed`, and may still do so.
+    /// Whether not all of the first `doubts` doubts are resolved, of which `confirmed` are, and the engine may still do it.
     pub fn is_in_doubt(&self, doubts: u64, confirmed: u64) -> bool {
         doubts > confirmed && doubts > self.0.given_up.load(Relaxed)
     }
 
-    /// An engine that does not answer confirms nothing: what was known stays in use.
+    /// Gives the doubts up, because the engine does not answer: what was known stays in use.
     pub(crate) fn give_up_doubts(&self) {
         self.0.given_up.store(self.doubts(), Relaxed);
         self.0.over.send_modify(|over| *over = over.wrapping_add(1));
@@ -121,14 +122,14 @@ impl Lookup {
         self.0.asked.notified().await;
     }
 
-    /// A look begins: it is for all that asked so far. When the next one may begin, unless this one is over before.
+    /// Starts a look for all requests so far. Returns when the next one may begin, if this one does not end earlier.
     pub(crate) fn begins(&self) -> Instant {
         let now = Instant::now();
         self.strangers().begins(now);
         now + self.0.memory
     }
 
-    /// A look is over. When the next one may begin. `is_certain`: who is not known now does not exist.
+    /// Ends a look. Returns when the next one may begin. `is_certain`: a container that is unknown now does not exist.
     pub(crate) fn is_over(&self, is_certain: bool, is_known: impl Fn(&IpAddr) -> bool) -> Instant {
         let now = Instant::now();
         let found_all = self.strangers().is_over(now, self.0.memory, is_certain, is_known);
@@ -136,31 +137,32 @@ impl Lookup {
         now + if found_all { PAUSE } else { self.0.memory }
     }
 
-    /// The engine tells of something new: a container may have come.
+    /// Called if the engine reports something new: a container may have appeared.
     pub(crate) fn forget(&self) {
         self.strangers().forget();
     }
 
     fn strangers(&self) -> MutexGuard<'_, Strangers> {
-        // Each change leaves it whole.
+        // Every change leaves the value consistent, so a poisoned lock is harmless.
         self.0.strangers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The addresses that were asked for. Pure.
+/// The requested addresses. Pure.
 #[derive(Debug, Default)]
 struct Strangers {
-    /// Those that no look is for yet.
+    /// Addresses for which no look has started.
     asked: HashSet<IpAddr>,
-    /// Those that the look is for that has begun and is not over.
+    /// Addresses for which the current look was started.
     sought: HashSet<IpAddr>,
     begun: Option<Instant>,
-    /// Those that nobody has, and when the look began that found that.
+    /// Addresses that no container has, and the start of the look that found this.
     nobodys: HashMap<IpAddr, Instant>,
 }
 
 impl Strangers {
-    /// Addresses in each of the collections. Those beyond are looked for as well, but nobody hears that it was in vain.
+    /// Maximum number of addresses in each collection. Further ones are looked for too, but it is not reported if nothing
+    /// is found.
     const MOST: usize = 4_096;
 
     fn ask(&mut self, address: IpAddr) {
@@ -177,7 +179,7 @@ impl Strangers {
         self.begun = Some(now);
     }
 
-    /// Whether every address that it was for is somebody's.
+    /// Ends a look. Returns whether every requested address has a container.
     fn is_over(
         &mut self,
         now: Instant,

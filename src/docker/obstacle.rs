@@ -1,4 +1,5 @@
-//! Why an engine's socket cannot be used, by the option that was forgotten: an error of `connect` names only the symptom.
+//! Finds out why an engine's socket cannot be used, and which option is missing: an error of `connect` names only the
+//! symptom.
 
 #![expect(
     clippy::disallowed_methods,
@@ -29,7 +30,7 @@ impl fmt::Display for Obstacle {
     }
 }
 
-/// What is there at the socket's path.
+/// What is at the socket's path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum There {
     Nothing,
@@ -38,18 +39,18 @@ enum There {
     Other,
 }
 
-/// How the path came to be there.
+/// Whether the path is a mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mounted {
-    /// It is not a mount of its own.
+    /// It is not a mount.
     No,
-    /// A file was mounted there, and is still where it was mounted from.
+    /// It is a mounted file, which still exists at its source.
     File,
-    /// The same, and it was removed there: a new one is seen only by a new mount.
+    /// It is a mounted file that was removed at its source. A new file there becomes visible only by a new mount.
     RemovedFile,
 }
 
-/// What [`judge`] goes by.
+/// The inputs of [`judge`].
 #[derive(Debug)]
 struct Facts<'a> {
     path: &'a Path,
@@ -64,20 +65,20 @@ struct Facts<'a> {
     is_confined: bool,
 }
 
-/// The names of this process's user and of the socket's group, or their numbers.
+/// The names of this process's user and of the socket's group. Their numbers if they have no names.
 #[derive(Debug, Default)]
 struct Names {
     user: String,
     group: String,
 }
 
-/// Whether this process is in a container: Docker and podman say so by a file, others by the control group.
+/// Whether this process is in a container. Docker and podman show it by a file, other engines by the control group.
 pub(crate) fn is_in_container() -> bool {
     let by_file = ["/.dockerenv", "/run/.containerenv"].iter().any(|at| Path::new(at).exists());
     by_file || is_of_container(&fs::read_to_string("/proc/self/cgroup").unwrap_or_default())
 }
 
-/// By the text of `/proc/self/cgroup`.
+/// Decides by the text of `/proc/self/cgroup`.
 fn is_of_container(groups: &str) -> bool {
     let engines = ["docker", "libpod", "kubepods", "containerd", "cri-o", "lxc"];
     let paths = groups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
@@ -87,7 +88,7 @@ fn is_of_container(groups: &str) -> bool {
     parts.any(|part| engines.iter().any(|engine| part.starts_with(engine)))
 }
 
-/// The name with this number in a file like `/etc/passwd`, or the number.
+/// The name with this number in a file like `/etc/passwd`. The number if there is none.
 fn name_of(file: &str, number: u32) -> String {
     let text = fs::read_to_string(file).unwrap_or_default();
     let is_it = |line: &&str| line.split(':').nth(2) == Some(&*number.to_string());
@@ -95,7 +96,7 @@ fn name_of(file: &str, number: u32) -> String {
     name.map_or_else(|| number.to_string(), str::to_owned)
 }
 
-/// Why this engine's socket cannot be connected to. `None` if it can, or if the cause is not known. It waits for nobody.
+/// Why this engine's socket cannot be connected to. `None` if it can, or if the cause is unknown. Does not block.
 pub(crate) fn of(engine: &Engine) -> Option<Obstacle> {
     let Address::Unix(path) = &engine.address else { return None };
     let error = connect(path).err()?.kind();
@@ -131,22 +132,23 @@ pub(crate) fn of(engine: &Engine) -> Option<Obstacle> {
     })
 }
 
-/// An engine that hangs does not take the connection, which is no obstacle of ours.
+/// An engine that hangs does not accept the connection. This is not an obstacle.
 fn connect(path: &Path) -> io::Result<()> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     socket.connect(&SockAddr::unix(path)?)
 }
 
-/// The path without links: `/var/run` is one on most systems. The socket itself may be gone.
+/// The path without symbolic links: `/var/run` is one on most systems. The socket itself may be gone.
 fn without_links(path: &Path) -> PathBuf {
     let whole = || Some(fs::canonicalize(path.parent()?).ok()?.join(path.file_name()?));
     whole().unwrap_or_else(|| path.to_owned())
 }
 
-/// By the text of `/proc/self/mountinfo` (man 5 proc_pid_mountinfo). The kernel adds `//deleted` to a root that was removed.
+/// Decides by the text of `/proc/self/mountinfo` (man 5 proc_pid_mountinfo). The kernel appends `//deleted` to a removed
+/// root.
 fn mounted(mounts: &str, path: &Path) -> Mounted {
-    // The last mount covers those before it.
+    // The last mount hides earlier ones.
     let root = mounts.lines().rev().find_map(|line| {
         let mut fields = line.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);
@@ -188,7 +190,7 @@ fn judge(facts: &Facts<'_>) -> Option<Obstacle> {
             "start the engine, or set its address with -docker or DOCKER_HOST".to_owned(),
         ),
         (There::Socket { owner, group, mode }, io::ErrorKind::PermissionDenied) => {
-            // To connect takes the right to write (man 7 unix).
+            // Connecting needs the right to write (man 7 unix).
             let may = user == 0
                 || match () {
                     () if user == owner => mode & 0o200 != 0,
@@ -283,7 +285,7 @@ mod tests {
             "/var/run/docker.sock belongs to group 999, and embassy (user 65532) is not in it: start its container with \
              --group-add 999 (Compose: group_add: [\"999\"])"
         );
-        // It is in the group: something else forbids it, or nothing that is known here.
+        // It is in the group: something else forbids the access, or the cause is unknown.
         let member = || Facts { groups: &[65532, 999], ..denied() };
         assert_eq!(told(member()), "");
         for confined in [member(), Facts { user: 0, ..denied() }] {
@@ -305,7 +307,7 @@ mod tests {
         assert_eq!(told(facts(io::ErrorKind::WouldBlock, socket)), "");
     }
 
-    /// What to do to a container is of no use on a plain host, and the other way round.
+    /// Advice for a container is useless on a plain host, and the other way round.
     #[test]
     fn the_advice_fits_where_embassy_runs() {
         use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};

@@ -1,11 +1,11 @@
-//! What is made of containers, one by one. Pure.
+//! Derives a value from each container, one by one. Pure.
 
 use std::{mem, sync::Arc};
 
 use super::container::{Container, Inventory, NoNetwork};
 
-/// What was made of each container of an inventory; it is made again only where the container is another, or what it hangs
-/// on: the container whose network it lives in, and `C`, which is the same for all.
+/// The values derived from the containers of an inventory. A value is derived again only if its container changed, or what
+/// it depends on: the container that owns its network namespace, and `C`, which is common to all.
 #[derive(Debug)]
 pub(crate) struct PerContainer<C, T> {
     common: Option<C>,
@@ -19,13 +19,13 @@ struct Made<T> {
     what: T,
 }
 
-/// A container of which something is to be made.
+/// A container from which a value is to be derived.
 #[derive(Debug)]
 pub(crate) struct Subject<'a, T> {
     pub(crate) container: &'a Arc<Container>,
-    /// The one whose network namespace it lives in, often itself.
+    /// The container that owns its network namespace. Often itself.
     pub(crate) owner: Result<&'a Arc<Container>, &'a NoNetwork>,
-    /// The container as it was before, and what was made of it then.
+    /// The previous state of the container, and the value derived from it.
     pub(crate) before: Option<(&'a Arc<Container>, &'a T)>,
 }
 
@@ -36,7 +36,7 @@ impl<C, T> Default for PerContainer<C, T> {
 }
 
 impl<C: PartialEq, T> PerContainer<C, T> {
-    /// Follows an inventory.
+    /// Updates the values for a new inventory.
     pub(crate) fn update(
         &mut self,
         inventory: &Inventory,
@@ -45,7 +45,7 @@ impl<C: PartialEq, T> PerContainer<C, T> {
     ) -> impl Iterator<Item = (&Arc<Container>, &T)> {
         let same = self.common.as_ref() == Some(&common);
         self.common = Some(common);
-        // Both are in order.
+        // Both are sorted.
         let mut all = mem::take(&mut self.made).into_iter().peekable();
         let follow = |container: &Arc<Container>| {
             let is_it = |made: &Made<T>| Arc::ptr_eq(&made.container, container);

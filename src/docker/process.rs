@@ -1,5 +1,5 @@
 //! A container's first process. The kernel reports its end at once, before its address can be reused. The engine's event
-//! comes later, or not at all if the engine hangs.
+//! comes later, or never if the engine hangs.
 
 #![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
 
@@ -28,16 +28,16 @@ use crate::model::{ContainerId, Process, RunEnd};
 /// The processes of one engine's containers.
 #[derive(Debug, Default)]
 pub(crate) struct Processes {
-    /// Whether one of them was ever seen. Then all of them can be: they are numbered alike.
+    /// Whether one of them was ever visible. Then all of them are, because they are in the same PID namespace.
     seen: bool,
-    /// Whether the log message about a missing control group was written.
+    /// Whether the message about a missing control group was logged.
     said: bool,
-    /// Notified when one has ended.
+    /// Notified when a process has ended.
     ended: Arc<Notify>,
 }
 
 impl Processes {
-    /// Whether one of them was ever seen.
+    /// Whether one of them was ever visible.
     pub(crate) fn are_seen(&self) -> bool {
         self.seen
     }
@@ -47,10 +47,10 @@ impl Processes {
         self.ended.clone()
     }
 
-    /// Reports the end of the run with this process, independent of the engine. Must be called again while the process could
-    /// not be watched, because the cause may be temporary.
+    /// Watches the process of a run, and reports the run's end independently of the engine. Must be called again while the
+    /// process cannot be watched, because the cause may be temporary.
     ///
-    /// Without visible processes it reports nothing: the engine is on another host, or this is another PID namespace. Then
+    /// If processes are not visible, it reports nothing: the engine is on another host, or in another PID namespace. Then
     /// only the engine's events report ends.
     pub(crate) fn watch(&mut self, id: &ContainerId, pid: i32, end: &RunEnd, bell: Arc<Notify>) {
         if end.has_ended() || end.process().is_some() {
@@ -87,8 +87,8 @@ pub(crate) enum Unseen {
     Failed(#[from] io::Error),
 }
 
-/// A process that is held by its pidfd. That does not keep its number from becoming another's after its end, so whatever is read
-/// by the number counts only if the pidfd says afterwards that the process still lives.
+/// A process that is held by its pidfd. Its process ID may be reused after its end. So data read by the process ID counts
+/// only if the pidfd shows afterwards that the process is still alive.
 #[derive(Debug)]
 pub(crate) struct Held {
     pub(crate) process: Process,
@@ -97,7 +97,7 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// The first process of a container, by its number.
+    /// Opens the first process of a container, by its process ID.
     pub(crate) fn open(id: &ContainerId, pid: i32) -> Result<Self, Unseen> {
         let number =
             Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
@@ -110,7 +110,7 @@ impl Held {
             text => Ok(text?),
         };
         let (group, stat) = (of("cgroup")?, of("stat")?);
-        // A process that has ended, and was not waited for yet, has left its control groups.
+        // A process that has ended and was not waited for has already left its control groups.
         if has_ended(&descriptor)? {
             return Err(Unseen::Gone);
         }
@@ -123,13 +123,13 @@ impl Held {
         Ok(Self { process: Process { pid, started }, descriptor, end })
     }
 
-    /// What `look` reads by the process's number. An error if the process has ended.
+    /// What `look` reads by the process ID. An error if the process has ended.
     pub(crate) fn look<T>(&self, look: impl FnOnce(i32) -> T) -> Result<T, Unseen> {
         let found = look(self.process.pid);
         if has_ended(&self.descriptor)? { Err(Unseen::Gone) } else { Ok(found) }
     }
 
-    /// Says so, and rings, when it ends.
+    /// Marks the run's end when the process ends, and rings the bells.
     pub(crate) fn follow(self, end: &RunEnd, bells: Vec<Arc<Notify>>) {
         end.is_held_by(self.descriptor);
         end.is_that_of(self.process);
@@ -143,8 +143,8 @@ impl Held {
     }
 }
 
-/// What `look` reads by the number of a run's first process. `None` if the process was not seen or has ended: the number may be
-/// another process's. Asks the kernel, because the news of an end takes a moment.
+/// What `look` reads by the process ID of a run's first process. `None` if the process was not seen or has ended: the
+/// process ID may belong to another process. Asks the kernel, because the notification of an end takes a moment.
 pub(crate) fn look<T>(run: &RunEnd, look: impl FnOnce(i32) -> T) -> Option<T> {
     let (process, descriptor) = (run.process()?, run.descriptor()?);
     let found = look(process.pid);
@@ -152,7 +152,7 @@ pub(crate) fn look<T>(run: &RunEnd, look: impl FnOnce(i32) -> T) -> Option<T> {
     lives.then_some(found)
 }
 
-/// As that of a container whose first process is this one.
+/// A run whose first process is this one.
 #[cfg(test)]
 pub(crate) fn run_of_this_process() -> RunEnd {
     run_of(std::process::id())
@@ -172,7 +172,8 @@ fn has_ended(process: &OwnedFd) -> io::Result<bool> {
     Ok(poll(&mut wanted, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))? > 0)
 }
 
-/// Field 22 of `/proc/pid/stat`. The second is the program's name in parentheses, which may hold anything.
+/// The start time: field 22 of `/proc/pid/stat`. The second field is the program's name in parentheses, which may contain
+/// anything.
 fn started(stat: &str) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
@@ -183,8 +184,8 @@ pub(crate) fn ours() -> BTreeSet<IpAddr> {
     pid.and_then(|pid| addresses(pid).ok()).unwrap_or_default()
 }
 
-/// Where the network of a container's first process is: the addresses that others can dial it at, and its default gateway, if
-/// that is one of `own`. `None` if there is no such address, or if the process cannot be seen, or lives in our own network.
+/// The network of a container's first process: the addresses to which others can connect, and the default gateway if it is
+/// one of `own`. `None` if there is no such address, if the process is not visible, or if it uses our own network.
 pub(crate) fn shown(
     id: &ContainerId,
     pid: i32,
@@ -192,7 +193,7 @@ pub(crate) fn shown(
     ours: &BTreeSet<IpAddr>,
 ) -> Option<Attachment> {
     let addresses = (pid > 0).then(|| addresses(pid))?.ok()?;
-    // To compare the namespaces themselves would need rights that embassy does not have as a user of its own.
+    // Comparing the namespaces themselves would need rights that embassy does not have as another user.
     if addresses == *ours {
         return None;
     }
@@ -201,29 +202,29 @@ pub(crate) fn shown(
         IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
         IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
     });
-    // A container may give itself any address, also one of this host: an engine inside it has a docker0 of its own.
+    // A container may set any address, even one of this host: an engine inside it has its own docker0.
     let addresses: Vec<_> = addresses.filter(|address| !is_own(address)).collect();
     let routes = read(&format!("/proc/{pid}/net/route")).unwrap_or_default();
     let gateways = default_gateways(&routes).map(IpAddr::from).filter(is_own).collect();
-    // Read last: the number was not another container's by then.
+    // Read last: it shows that the process ID did not belong to another container by then.
     let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
     let is_seen = group.contains(id.as_str()) && !addresses.is_empty();
     is_seen.then(|| Attachment { name: SHOWN.into(), addresses, gateways, mac: None })
 }
 
-/// Whether a process has a network namespace: one that ends has none for a moment, before its end is news.
+/// Whether a process has a network namespace. A process that ends has none for a moment before its end is reported.
 pub(crate) fn has_network(pid: i32) -> bool {
     addresses(pid).is_ok()
 }
 
-/// Whether a process's network namespace has one of these addresses. That of a container of a virtual machine or a sandbox may
-/// have none of its own.
+/// Whether a process's network namespace has one of these addresses. The process of a virtual machine or a sandbox may have
+/// none of them.
 pub(crate) fn shows(pid: i32, addresses: impl IntoIterator<Item = IpAddr>) -> bool {
     self::addresses(pid).is_ok_and(|shown| addresses.into_iter().any(|one| shown.contains(&one)))
 }
 
-/// The gateways of the default routes in a `/proc/net/route`: the second column is the destination, the third the gateway, in
-/// the machine's own order of bytes.
+/// The gateways of the default routes in a `/proc/net/route`. The second column is the destination, the third the gateway,
+/// in the machine's own byte order.
 fn default_gateways(routes: &str) -> impl Iterator<Item = Ipv4Addr> + '_ {
     routes.lines().skip(1).filter_map(|line| {
         let mut fields = line.split_whitespace().skip(1);
@@ -233,8 +234,8 @@ fn default_gateways(routes: &str) -> impl Iterator<Item = Ipv4Addr> + '_ {
     })
 }
 
-/// The addresses that a process's network namespace has. Of tens of thousands only some: an address that is left out counts as one
-/// that it does not have.
+/// The addresses of a process's network namespace. If there are tens of thousands, only some: an omitted address counts as
+/// missing.
 pub(crate) fn addresses(pid: i32) -> io::Result<BTreeSet<IpAddr>> {
     let v4 = read(&format!("/proc/{pid}/net/fib_trie"))?;
     // The file does not exist if the kernel has no IPv6.
@@ -242,7 +243,7 @@ pub(crate) fn addresses(pid: i32) -> io::Result<BTreeSet<IpAddr>> {
     Ok(local_v4(&v4).map(IpAddr::from).chain(local_v6(&v6).map(IpAddr::from)).collect())
 }
 
-/// The beginning of a file about a network namespace, in which a container may set up as much as it likes.
+/// The start of a file about a network namespace. A container may make such a file as long as it likes.
 fn read(path: &str) -> io::Result<String> {
     const LONGEST: u64 = 2 << 20;
     let mut text = String::new();
@@ -250,7 +251,7 @@ fn read(path: &str) -> io::Result<String> {
     Ok(text)
 }
 
-/// The local addresses in a `fib_trie`: each stands on the line before one that says `host LOCAL`.
+/// The local addresses in a `fib_trie`: each is on the line before one that says `host LOCAL`.
 fn local_v4(trie: &str) -> impl Iterator<Item = Ipv4Addr> + '_ {
     trie.lines().zip(trie.lines().skip(1)).filter_map(|(line, next)| {
         let address = line.trim_start().strip_prefix("|-- ")?;
@@ -258,7 +259,7 @@ fn local_v4(trie: &str) -> impl Iterator<Item = Ipv4Addr> + '_ {
     })
 }
 
-/// The addresses in an `if_inet6`: the first word of each line, in 32 hexadecimal digits.
+/// The addresses in an `if_inet6`: the first word of each line, 32 hexadecimal digits.
 fn local_v6(table: &str) -> impl Iterator<Item = Ipv6Addr> + '_ {
     let first = |line: &str| u128::from_str_radix(line.split_whitespace().next()?, 16).ok();
     table.lines().filter_map(first).map(Ipv6Addr::from)
@@ -269,8 +270,8 @@ fn local_v6(table: &str) -> impl Iterator<Item = Ipv6Addr> + '_ {
     reason = "tokio cannot know that a type keeps its descriptor open and the same"
 )]
 pub(super) fn register(descriptor: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
-    // SAFETY: an OwnedFd is one descriptor, and keeps it open, until it is dropped, which it is not before the last Arc of it;
-    // AsyncFd drops its own after it has been taken from epoll.
+    // SAFETY: an OwnedFd is one descriptor and keeps it open until it is dropped, which does not happen before the last Arc
+    // is dropped. AsyncFd drops its Arc after it has removed the descriptor from epoll.
     Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
 }
 
@@ -282,7 +283,7 @@ mod tests {
         i32::try_from(std::process::id()).unwrap()
     }
 
-    /// The number of a process that has ended.
+    /// The process ID of a process that has ended.
     fn former() -> i32 {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         child.wait().unwrap();
@@ -298,7 +299,7 @@ mod tests {
             processes.watch(&id, pid, &end, bell.clone());
             end
         };
-        // Where none was seen, none can be missed.
+        // If no process was ever visible, a missing one means nothing.
         assert!(!watch(&mut processes, former()).has_ended());
         processes.seen = true;
         assert!(watch(&mut processes, former()).has_ended());
@@ -328,7 +329,7 @@ mod tests {
             std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
         let run = run_of(child.id());
         assert_eq!(look(&run, |pid| pid), i32::try_from(child.id()).ok());
-        // It ends while it is looked at, and another may have its number.
+        // It ends while it is looked at, and another process may get its ID.
         let found = look(&run, |_| {
             child.kill().unwrap();
             child.wait().unwrap();

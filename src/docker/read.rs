@@ -1,4 +1,4 @@
-//! An engine's answers and events, as they are meant here. Pure.
+//! Converts an engine's answers and events to the types used here. Pure.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,7 +21,7 @@ use crate::{
     text::shortened,
 };
 
-/// The filter of the event stream: containers and networks. Podman says `died` and `remove`.
+/// The filter of the event stream: actions of containers and networks. Podman says `died` and `remove`.
 pub(super) const ACTIONS: [&str; 13] = [
     "start",
     "rename",
@@ -38,29 +38,30 @@ pub(super) const ACTIONS: [&str; 13] = [
     "disconnect",
 ];
 
-/// What an event says.
+/// The meaning of an event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Notice {
-    /// A container changed: an inspection shows how.
+    /// A container changed. An inspection shows how.
     Changed(ContainerId),
-    /// A signal was sent to a container. Its own stop signal says that it is to end.
+    /// A signal was sent to a container. If it is the container's stop signal, the container is to end.
     Signalled(ContainerId, i32),
     /// A run ended.
     Ended(ContainerId),
     /// A container was removed.
     Destroyed(ContainerId),
-    /// A container left a network, of which this is the ID or the name.
+    /// A container left this network, given by ID or name.
     Left(ContainerId, Arc<str>),
-    /// There is a network more or less.
+    /// A network was created or removed.
     Networks,
 }
 
-/// The events that matter here.
+/// The meaning of an event. `None` if it does not matter here.
 pub(super) fn notice(event: &Event) -> Option<Notice> {
     let actor = event.actor.as_ref()?;
     let subject = actor.id.as_deref()?;
     let attributes = actor.attributes.as_ref();
-    // The container and the network: podman has them the other way round, and the network by its name, or up to 4 not at all.
+    // The container and the network. Podman has them in the opposite places and gives the network's name; podman up to 4
+    // gives no network.
     let attached = || {
         let all = attributes?;
         Some(match all.container.as_deref() {
@@ -97,8 +98,8 @@ pub(super) fn is_of_a_new_container(event: &Event) -> bool {
     (event.kind.as_deref(), event.action.as_deref()) == (Some("container"), Some("create"))
 }
 
-/// The number of a signal, by its name (`SIGTERM`, `TERM`) or its number. Only those are known by name with which containers
-/// are asked to stop.
+/// The number of a signal, from its name (`SIGTERM`, `TERM`) or its number. Knows only the names of signals that are used
+/// to stop containers.
 fn signal(text: &str) -> Option<i32> {
     let text = text.trim();
     if let Ok(number) = text.parse() {
@@ -121,17 +122,17 @@ fn signal(text: &str) -> Option<i32> {
     if let Some((_, number)) = known.iter().find(|(known, _)| *known == name) {
         return Some(*number);
     }
-    // The first of the real-time signals that a C library leaves to programs: systemd stops by SIGRTMIN+3.
+    // The first real-time signal that a C library leaves to programs. systemd stops on SIGRTMIN+3.
     const FIRST: i32 = 34;
     let after = name.strip_prefix("RTMIN")?;
     if after.is_empty() { Some(FIRST) } else { FIRST.checked_add(after.parse().ok()?) }
 }
 
-/// A running container, as a list has it.
+/// A running container in a list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Listed {
     pub(super) id: ContainerId,
-    /// All its addresses; `None` if the list does not say.
+    /// All its addresses. `None` if the list does not contain them.
     pub(super) addresses: Option<BTreeSet<IpAddr>>,
 }
 
@@ -144,10 +145,10 @@ pub(super) enum Found {
     Unknown,
 }
 
-/// Containers of one engine.
+/// Maximum number of containers of one engine.
 const MOST_LISTED: usize = 65_536;
 
-/// What a list says of the containers in it: `GET /containers/json`. It has all of their labels, which are not kept.
+/// The containers of a list (`GET /containers/json`). The list has all their labels, which are not kept.
 pub(super) fn list(json: &[u8]) -> Result<Vec<Listed>, serde_json::Error> {
     let mut all = Vec::new();
     json::each(json, |container| {
@@ -162,7 +163,7 @@ pub(super) fn list(json: &[u8]) -> Result<Vec<Listed>, serde_json::Error> {
     Ok(all)
 }
 
-/// The words for a container that does not run: podman's list has all.
+/// The states of containers that do not run. Podman's list includes such containers.
 const NOT_RUNNING: [&str; 7] =
     ["configured", "created", "dead", "exited", "initialized", "removing", "stopped"];
 
@@ -181,16 +182,16 @@ fn addresses(end: &NetworkEnd) -> impl Iterator<Item = IpAddr> {
     both.into_iter().filter_map(|text| text.as_deref()?.parse().ok())
 }
 
-/// SIGTERM, with which a container is stopped if it does not say otherwise.
+/// SIGTERM, the default stop signal of a container.
 const TERM: i32 = 15;
 
-/// What an inspection found. Of a container's variables and labels those are kept whose
-/// names begin with one of `prefixes`: the others may be large, and secret.
+/// The result of an inspection. Only variables and labels whose names begin with one of `prefixes` are kept: the others may
+/// be large, and secret.
 pub(super) fn found(id: &ContainerId, answer: Inspection, prefixes: &[String]) -> Found {
     container(id, answer, prefixes).map_or(Found::NotRunning, |one| Found::Running(one.into()))
 }
 
-/// What an inspection says of a container; `None` if it does not run.
+/// The container of an inspection. `None` if it does not run.
 pub(crate) fn container(
     id: &ContainerId,
     answer: Inspection,
@@ -245,17 +246,18 @@ pub(crate) fn container(
     })
 }
 
-/// Whether podman has sent a container its stop signal, and it has not ended yet. It then says that the container does not run.
+/// Whether podman has sent a container its stop signal, and the container has not ended. Podman then reports it as not
+/// running.
 fn is_being_stopped(state: &answers::State) -> bool {
     let is_alive = state.pid.is_some_and(|pid| pid > 0);
     let word = state.status.as_deref();
     state.running == Some(false) && is_alive && matches!(word, Some("stopping" | "running"))
 }
 
-/// Bytes of a name, an ID or a moment; engines give far shorter ones.
+/// Maximum length of a name, an ID or a time, in bytes. Engines use far shorter ones.
 const LONGEST_NAME: usize = 300;
 
-/// The variables and labels that are read of a container.
+/// The variables and labels of a container that are kept.
 #[derive(Default)]
 struct Declared {
     variables: Vec<String>,
@@ -263,12 +265,12 @@ struct Declared {
     unread: usize,
 }
 
-/// Variables and labels of one container that are kept: of each so many, and of both so many bytes. An image may have a hundred
-/// thousand, or long ones.
+/// Limits for one container: the number of kept variables, and of kept labels, and the bytes of both together. An image may
+/// have a hundred thousand, or long ones.
 pub(crate) const MOST_DECLARED: usize = 1024;
 pub(crate) const LARGEST_DECLARED: usize = 256 << 10;
 
-/// Those whose names are wanted: the first by name, variables before labels.
+/// The wanted variables and labels. If there are too many, the first ones by name, variables before labels.
 fn declared(
     variables: impl Iterator<Item = String>,
     labels: impl Iterator<Item = (String, String)>,
@@ -283,7 +285,7 @@ fn declared(
         room -= if fits { bytes } else { 0 };
         fits
     };
-    // Their order means something, unless there are too many.
+    // Their order matters, unless there are too many.
     if variables.len() > MOST_DECLARED {
         variables.sort_unstable();
         variables.truncate(MOST_DECLARED);
@@ -296,10 +298,10 @@ fn declared(
     Declared { variables, labels: labels.into_iter().collect(), unread }
 }
 
-/// Exposed ports of a container that are kept, of each protocol. An image may expose all.
+/// Maximum number of a container's exposed ports that are kept, for each protocol. An image may expose all ports.
 pub(crate) const MOST_EXPOSED: usize = 4096;
 
-/// The first of each protocol: many UDP ports do not take the place of one TCP port.
+/// The first ports of each protocol, so that many UDP ports do not displace a TCP port.
 fn first_ports(all: BTreeSet<ContainerPort>) -> BTreeSet<ContainerPort> {
     if all.len() <= MOST_EXPOSED {
         return all;
@@ -347,7 +349,7 @@ impl ContainerPort {
     }
 }
 
-/// An engine without IPv6 leaves the address empty: every IPv4 address.
+/// The address of a published port. An engine without IPv6 leaves it empty, which means every IPv4 address.
 fn bound_address(binding: &PortBinding) -> Option<SocketAddr> {
     let port = binding.host_port.as_deref()?.parse::<Port>().ok()?;
     let address = match binding.host_ip.as_deref() {
@@ -357,7 +359,7 @@ fn bound_address(binding: &PortBinding) -> Option<SocketAddr> {
     Some(SocketAddr::new(address, port.get()))
 }
 
-/// The networks whose gateways are on the engine's host, and the others.
+/// Separates the networks whose gateways are on the engine's host from the others.
 pub(super) fn networks(networks: Vec<answers::Network>) -> (Bridges, OtherNetworks) {
     let (mut bridges, mut others) = (Bridges::new(), OtherNetworks::new());
     for network in networks {
@@ -367,7 +369,7 @@ pub(super) fn networks(networks: Vec<answers::Network>) -> (Bridges, OtherNetwor
         let driver = network.driver.unwrap_or_default();
         if driver == "bridge" {
             let named = options.remove(answers::BRIDGE_NAME);
-            // The default name by the engine's driver.
+            // The default name that the engine's driver uses.
             let interface = named.or_else(|| Some(format!("br-{}", id.get(..12)?)));
             let interface = interface.unwrap_or_default().into();
             let is_apart = options.get(answers::TOGETHER).is_some_and(|word| word == "false");
@@ -375,7 +377,7 @@ pub(super) fn networks(networks: Vec<answers::Network>) -> (Bridges, OtherNetwor
         } else {
             let parent = options.remove(answers::PARENT).unwrap_or_default().into();
             let other = OtherNetwork { driver: driver.into(), ranges, parent };
-            // Podman up to 5.3 says the name of a container's network instead of its ID.
+            // Podman up to 5.3 reports the name of a container's network instead of its ID.
             others.extend(network.name.map(|name| (name.into(), other.clone())));
             others.insert(id.into(), other);
         }
@@ -387,7 +389,7 @@ pub(super) fn networks(networks: Vec<answers::Network>) -> (Bridges, OtherNetwor
 mod tests {
     use super::*;
 
-    /// An engine's answer, from a file that also names its origin.
+    /// An engine's answer, from a file that also names its source.
     fn answer(file: &str) -> Inspection {
         let mut file: serde_json::Value = serde_json::from_str(file).unwrap();
         serde_json::from_value(file["answer"].take()).unwrap()
@@ -438,7 +440,7 @@ mod tests {
         assert_eq!(ends, expected);
     }
 
-    /// An image with 20,000 labels, as anybody may build one.
+    /// An image with 20,000 labels, which anybody may build.
     #[test]
     fn of_endless_labels_the_same_first_ones_are_read_and_the_rest_is_counted() {
         let with = |config: serde_json::Value| {
@@ -455,12 +457,12 @@ mod tests {
         assert_eq!(container.labels.keys().next_back().unwrap(), "embassy.backend.01023");
         assert_eq!(container.variables.last().unwrap(), "BACKEND_1023=web;80");
         assert_eq!(container.unread, 22_000 - 2048);
-        // Not the number, but the size.
+        // Limited not by the number but by the size.
         let long = |n: usize| (format!("embassy.backend.{n:05}"), "x".repeat(100 << 10));
         let labels: std::collections::HashMap<_, _> = (0..10).map(long).collect();
         let container = with(serde_json::json!({"Labels": labels})).unwrap();
         assert_eq!((container.labels.len(), container.unread), (2, 8));
-        // What nobody reads is no concern.
+        // Labels that are not read do not count.
         let labels: std::collections::HashMap<_, _> =
             (0..20_000).map(|n| (format!("other.{n}"), "x")).collect();
         let container = with(serde_json::json!({"Labels": labels})).unwrap();
@@ -501,7 +503,8 @@ mod tests {
         assert_eq!(read(Inspection::default()), None);
     }
 
-    /// As podman 4.3, 5.4 and 5.8 answer for one that was sent its stop signal, for one that is about to start, and for one that ended.
+    /// As podman 4.3, 5.4 and 5.8 answer for a container that was sent its stop signal, one that is about to start, and one
+    /// that ended.
     #[test]
     fn a_container_runs_until_it_has_ended_whatever_podman_says() {
         let with = |state: serde_json::Value| {
@@ -550,7 +553,7 @@ mod tests {
         assert_eq!((&*others["lan"].driver, &*others["lan"].parent), ("macvlan", "eth1"));
     }
 
-    /// What follows from each event, in a word.
+    /// The meaning of each event, as a word.
     fn effects(file: &str) -> Vec<&'static str> {
         let mut file: serde_json::Value = serde_json::from_str(file).unwrap();
         let events: Vec<Event> = serde_json::from_value(file["events"].take()).unwrap();
@@ -571,7 +574,8 @@ mod tests {
     fn events_of_engines_from_20_10_to_29_have_the_same_effect() {
         let old = effects(include_str!("fixtures/events-20.10.json"));
         assert_eq!(old, effects(include_str!("fixtures/events-29.json")));
-        // Two networks and the start; a network left, told twice; a kill, and the end; the last network left; destroyed.
+        // Two networks and the start; a network left, reported twice; a kill, and the end; the last network left;
+        // destroyed.
         let expected = "changed changed changed left left killed ended left destroyed";
         assert_eq!(old, expected.split(' ').collect::<Vec<_>>());
     }
@@ -600,7 +604,7 @@ mod tests {
         assert_eq!(all, [3, 3, 15, 15, 15]);
     }
 
-    /// As podman up to 5.3 answers: a network's name stands where its ID should be.
+    /// As podman up to 5.3 answers: with a network's name instead of its ID.
     #[test]
     fn a_network_is_found_by_its_gateway_where_its_id_is_none() {
         let listed = serde_json::json!([

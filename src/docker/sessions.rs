@@ -1,5 +1,4 @@
-//! Sessions with an engine that answers slowly, wrongly or not at all, and what the provider and the discovery make of
-//! them.
+//! Sessions with an engine that answers slowly, wrongly or not at all: what the provider and the discovery report then.
 
 use std::{
     net::IpAddr,
@@ -18,7 +17,7 @@ use crate::{
     source::{Answers, Known, ResyncRequests},
 };
 
-/// Longer than everything that is waited for on the way.
+/// Longer than all waits in these tests.
 const SOON: Duration = Duration::from_secs(60);
 
 /// The provider and the discovery of one engine.
@@ -43,7 +42,7 @@ impl Followed {
         Self { consumers, watches, lookup, resync }
     }
 
-    /// What is known of a service; it is asked for from now on.
+    /// The state of a service, which is followed from now on.
     fn service(&mut self, name: &str) -> Answers<Endpoints> {
         let query = query(name);
         self.watches.ask(&query);
@@ -52,7 +51,7 @@ impl Followed {
     }
 }
 
-/// How embassy reaches it.
+/// The engine as embassy reaches it.
 fn of(engine: &FakeEngine) -> Engine {
     Engine { address: Address::Unix(engine.socket()), certificates: None }
 }
@@ -90,7 +89,7 @@ async fn eventually(holds: impl Fn() -> bool) {
     tokio::time::timeout(SOON, waiting).await.expect("it to come");
 }
 
-/// Who is known, and whether at this address.
+/// Whether a consumer is known with exactly this address.
 fn has(known: &Known<Listing>, name: &str, address: Option<&str>) -> bool {
     let sources: Vec<IpAddr> = address.iter().map(|text| text.parse().unwrap()).collect();
     let consumers = known.value.iter().flat_map(|listing| &listing.consumers);
@@ -253,7 +252,7 @@ async fn what_is_read_again_changes_nothing_where_nothing_changed() {
         assert_eq!(engine.asked("/containers/json"), again);
         assert_eq!(engine.asked("/networks"), again);
     }
-    // What starts is seen, so all that was asked before is answered.
+    // The new container is seen, so all earlier requests were answered.
     engine.has("new", "172.17.1.2");
     engine.tells("start", "new");
     let now = until(&mut followed.consumers, |known| has(known, "new", Some("172.17.1.2"))).await;
@@ -294,7 +293,7 @@ async fn one_who_starts_while_a_list_is_on_its_way_stays() {
     engine.has("two", "172.17.0.3");
     engine.tells("start", "two");
     until(&mut followed.consumers, |known| has(known, "two", Some("172.17.0.3"))).await;
-    // The list that comes now is of the time before it.
+    // The list that arrives now is from before.
     engine.answers("/containers/json", None);
     eventually(|| engine.asked(&path("two")) == 2).await;
     engine.has("three", "172.17.0.4");
@@ -348,7 +347,7 @@ async fn an_inspection_that_hangs_costs_its_own_container_alone() {
     engine.tells("start", "two");
     until(&mut two, |known| at(known, "172.17.0.4:80")).await;
     assert_eq!(engine.asked(&path("one")), 2);
-    // What happens meanwhile is looked at once that is given up.
+    // What happens during the inspection is looked at after its timeout.
     engine.answers(&path("one"), Mood::Stalls);
     engine.tells("rename", "one");
     eventually(|| engine.asked(&path("one")) == 3).await;
@@ -382,7 +381,7 @@ async fn who_has_ended_by_the_engines_word_or_the_kernels_is_no_endpoint() {
     engine.has("one", "172.17.0.2");
     let mut followed = Followed::of(&engine);
     let [mut one, mut two] = ["one", "two"].map(|name| followed.service(name));
-    // The kernel's word needs no session.
+    // An end reported by the kernel needs no session.
     let known = until(&mut one, |known| at(known, "172.17.0.2:80")).await;
     known.value.iter().flat_map(|value| value.stays.values()).next().unwrap().runs[0]
         .1
@@ -463,7 +462,7 @@ async fn who_was_removed_is_gone_in_whatever_words_the_engine_says_so() {
     let mut answers = followed(&engine);
     until(&mut answers, |known| has(known, "two", Some("172.17.0.3"))).await;
     engine.answers(&path("one"), Mood::HasNone);
-    // No event told of its end.
+    // No event reported its end.
     engine.tells("rename", "one");
     let known = until(&mut answers, |known| {
         known.value.as_ref().is_some_and(|listing| listing.consumers.len() == 1)
@@ -493,7 +492,8 @@ async fn a_network_that_is_left_is_understood_as_podman_tells_it() {
     until(&mut answers, |known| !has(known, "two", Some("172.17.0.3"))).await;
 }
 
-/// podman tells of a stop signal neither by an event nor by a filter of its list, and says that such a container does not run.
+/// Podman reports a stop signal neither by an event nor by a filter of its list, and says that such a container does not
+/// run.
 #[tokio::test]
 async fn a_container_that_podman_stops_stays_until_it_has_ended() {
     let engine = FakeEngine::start();
@@ -527,7 +527,7 @@ async fn a_container_that_podman_stops_stays_until_it_has_ended() {
     assert_eq!(engine.asked("/containers/made/json"), 0);
 }
 
-/// podman's list of networks in Docker's form waits for containers that are about to start.
+/// Podman's list of networks in Docker's form waits for containers that are about to start.
 #[tokio::test]
 async fn podman_is_asked_for_networks_in_its_own_form_and_else_in_dockers() {
     for (mood, range) in [(None, "10.91.0.0/16"), (Some(Mood::Forbids), "172.17.0.0/16")] {
@@ -576,7 +576,7 @@ async fn podmans_networks_are_listed_again_when_a_container_is_made() {
     assert_eq!(engine.asked(&path("one")), 0, "it does not run yet");
 }
 
-/// No event told that a container lost its address, and the next one to have it is there.
+/// No event reported that a container lost its address, and the next container has it already.
 #[tokio::test]
 async fn an_address_that_a_newer_container_claims_is_nobodys_until_both_were_inspected() {
     let engine = FakeEngine::start();
@@ -640,7 +640,7 @@ async fn what_is_in_doubt_and_not_confirmed_by_a_list_is_nobodys_before_anybody_
     assert_eq!(engine.asked(&path("two")), 1, "it is where it was known to be");
 }
 
-/// What was known stays in use, as it does while an engine is down.
+/// What was known stays in use, as while an engine is down.
 #[tokio::test]
 async fn an_engine_that_does_not_answer_leaves_nobody_in_doubt() {
     let engine = FakeEngine::start();
@@ -655,7 +655,7 @@ async fn an_engine_that_does_not_answer_leaves_nobody_in_doubt() {
     assert!(has(&followed.consumers.borrow(), "one", Some("172.17.0.2")));
 }
 
-/// The containers of podman go on, and others start, while its service is stopped.
+/// Podman's containers continue, and others start, while its service is stopped.
 #[test]
 fn an_interface_that_goes_while_the_engine_is_away_is_noticed() {
     in_own_network(
@@ -693,7 +693,7 @@ async fn one_who_moves_while_a_look_is_on_its_way_keeps_the_newer_address() {
     engine.has("one", "172.17.0.9");
     engine.tells("start", "one");
     let now = until(&mut followed.consumers, |known| has(known, "one", Some("172.17.0.9"))).await;
-    // The list that comes now is of the time before.
+    // The list that arrives now is from before.
     engine.answers("/containers/json", None);
     let confirmed = |known: &Known<Listing>| known.value.as_ref().unwrap().confirmed == 1;
     let known = until(&mut followed.consumers, confirmed).await;
@@ -722,7 +722,7 @@ async fn strangers_cost_the_engine_no_more_than_a_list_a_second_and_are_told_tha
     assert!(!followed.lookup.was_nobodys(&"172.17.0.2".parse().unwrap()));
 }
 
-/// Docker tells of a network that a container is connected to, starts it, and says that it runs.
+/// Docker reports that a container is connected to a network, starts it, and reports its start.
 #[tokio::test]
 async fn one_that_starts_is_not_taken_for_nobody() {
     let engine = FakeEngine::start();
@@ -735,7 +735,7 @@ async fn one_that_starts_is_not_taken_for_nobody() {
     let (address, dialled) = ("172.17.0.3".parse().unwrap(), Instant::now());
     followed.lookup.ask(address);
     eventually(|| engine.asked("/containers/json") == 2).await;
-    // Not to wait for something: this is how long it would take to be wrong.
+    // This does not wait for something: a wrong result would appear within this time.
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert!(!followed.lookup.is_nobodys(&address, dialled));
     engine.has("two", "172.17.0.3");

@@ -96,7 +96,7 @@ impl<'a> BindingFate<'a> {
         }
     }
 
-    /// Its problems: one cause for each reason.
+    /// One cause for each reason why it lacks routes.
     pub fn causes(&self) -> impl Iterator<Item = Cause> + use<'_, 'a> {
         let state = self.state();
         let binding = format!("{} {}", self.consumer(), self.origin()).trim_end().to_owned();
@@ -119,8 +119,8 @@ impl<'a> BindingFate<'a> {
 }
 
 impl Situation {
-    /// The bindings of the consumers that `wanted` selects, those beyond a limit too, and the descriptors that do not parse; sorted
-    /// by consumer and origin.
+    /// The bindings of the consumers that `wanted` selects, including those beyond a limit, and the descriptors that do not
+    /// parse. Sorted by consumer and origin.
     pub fn bindings(&self, wanted: impl Fn(&Consumer) -> bool) -> Vec<BindingFate<'_>> {
         let mut all = self.used_bindings(&wanted);
         for Beyond { limit, most, consumer } in &self.listing.beyond {
@@ -143,7 +143,8 @@ impl Situation {
         all
     }
 
-    /// What is not used because of a limit: one cause for each consumer, or for all.
+    /// The bindings that are not used because of a limit: one cause for each consumer, or one for a limit that all
+    /// consumers share.
     pub(super) fn beyond(&self) -> Vec<Cause> {
         let of = |limit| {
             let all = self.listing.beyond.iter();
@@ -162,7 +163,7 @@ impl Situation {
         causes
     }
 
-    /// Without those beyond a limit.
+    /// Like `bindings`, without those beyond a limit.
     pub(super) fn used_bindings(&self, wanted: impl Fn(&Consumer) -> bool) -> Vec<BindingFate<'_>> {
         let mut refused: HashMap<(&ConsumerId, &str, Port, Protocol), Vec<Reason>> = HashMap::new();
         for unrouted in self.table.unrouted() {
@@ -203,7 +204,7 @@ impl Situation {
     /// The routes of a binding, sorted by address.
     fn routes_of(&self, consumer: &Consumer, binding: &Binding) -> Vec<&Route> {
         let (port, protocol) = (binding.descriptor.port, binding.descriptor.protocol);
-        // The host's own connections to a VIP may have the VIP as source address.
+        // A connection from the host to a VIP may have the VIP as its source address.
         let vips = self.table.vips().iter().map(|vip| vip.0);
         let vips = vips.filter(|_| consumer.id == ConsumerId::Local);
         let addresses: BTreeSet<_> = consumer.sources.iter().copied().chain(vips).collect();

@@ -16,7 +16,7 @@ use crate::{
     table::Upstream,
 };
 
-/// Endpoints of one service.
+/// Maximum number of endpoints of one service.
 const MOST_ENDPOINTS: usize = Answer::MOST;
 
 /// A cause as text.
@@ -276,7 +276,7 @@ causes! {
 }
 
 impl Cause {
-    /// What to do about each cause, as it is written in the table above. For tests.
+    /// The fix of each cause, as written in the table above. For tests.
     #[cfg(test)]
     pub(super) const FIXES: &[(&str, &str)] = FIXES;
 
@@ -302,7 +302,7 @@ pub enum Used {
 }
 
 impl Used {
-    /// How bad it is if the source does not answer.
+    /// The severity if the source does not answer.
     pub(super) fn verdict(self) -> Verdict {
         match self {
             Self::Answer(_) | Self::Kept(_) => Degraded,
@@ -355,12 +355,12 @@ impl fmt::Display for Meanwhile {
     }
 }
 
-/// Where rules of the user's own have to look at a connection: as the flag that makes embassy write them, and `{:#}` as a command of
-/// iptables.
+/// The hook at which the user's own rules must match a connection. Displayed as the flag with which embassy writes such a
+/// rule, and with `{:#}` as an iptables command.
 #[derive(Debug, Clone, Copy)]
 pub struct OwnHook {
     pub hook: Hook,
-    /// An address that the rule may take.
+    /// An address that the rule may match.
     pub vip: Option<IpAddr>,
     /// Whether embassy runs in a container of its own, without the consumers' gateways, if that is known.
     pub apart: Option<bool>,
@@ -442,7 +442,7 @@ impl fmt::Display for Because {
     }
 }
 
-/// The names that may have been meant, if there are any.
+/// Similar names, if there are any.
 #[derive(Debug, Clone)]
 pub struct Near(pub Vec<Arc<str>>);
 

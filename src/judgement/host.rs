@@ -3,7 +3,7 @@
 use super::{cause::Cause, states::Verdict};
 use crate::memory::{NEAR, Use};
 
-/// A lower limit of connections than this is a finding.
+/// A lower connection limit than this is reported.
 pub const CONNECTIONS_FEW: usize = 1000;
 
 /// Use and limit of a resource.

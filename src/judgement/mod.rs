@@ -1,6 +1,5 @@
-//! Decides the state of each route, source, the capture, this host and the process. This is the only place that decides it:
-//! the API returns the decision, the commands and the dashboard show it. Pure: the facts and the time come in as a
-//! [`Situation`].
+//! Decides the state of each route, source, the capture, this host and the process. Only this module decides it: the API
+//! returns the decision, the commands and the dashboard show it. Pure: the facts and the time are given as a [`Situation`].
 
 mod binding;
 mod cause;

@@ -23,7 +23,7 @@ use crate::{
     table::Route,
 };
 
-/// Maximum number of entries named of a list; the rest are only counted.
+/// Maximum number of entries of a list that are named. Further ones are only counted.
 pub(super) const NAMED: usize = 20;
 
 /// A part that is not ready.
@@ -44,7 +44,7 @@ pub struct Overview {
     pub routes: BTreeMap<RouteState, usize>,
     pub endpoints: BTreeMap<EndpointHealth, usize>,
     pub sources: BTreeMap<SourceState, usize>,
-    /// Bindings without all of their routes, and descriptors that do not parse.
+    /// The number of bindings without all of their routes, including descriptors that do not parse.
     pub problems: usize,
 }
 
@@ -79,8 +79,7 @@ impl Situation {
             sources: sources(*part),
         });
         let mut awaited: Vec<_> = pending.collect();
-        // The rules were in place before and are not now, or no connection can arrive. A shutdown removes the rules on
-        // purpose.
+        // The rules were in place and are not now, or no connection can arrive. A shutdown removes the rules on purpose.
         let rules = match self.captures() {
             true => {
                 let drops_all = self.all_are_dropped() && self.needs_rules();
@@ -122,7 +121,7 @@ impl Situation {
         self.table.routes().filter(|route| route.key.protocol == Protocol::Tcp)
     }
 
-    /// The queries that keep embassy from being ready: their discovery has not answered, or was not asked yet.
+    /// The queries that keep embassy from being ready: their discovery has not answered or was not asked yet.
     fn unanswered(&self) -> Vec<String> {
         let answering: BTreeSet<_> = self
             .queries
@@ -156,7 +155,7 @@ impl Situation {
             Part::Capture => None,
         };
         let mut awaited = self.awaited();
-        // What to ask follows from the listing.
+        // The queries follow from the listing.
         awaited.sort_by_key(|awaited| awaited.part != Part::Listing);
         awaited.into_iter().filter_map(cause).collect()
     }
@@ -186,7 +185,7 @@ impl Situation {
         causes.extend(self.of_capture());
         let sources = self.sources(&mut overview);
         causes.extend(bounded(Subject::Sources, sources));
-        // All other bindings have no problem in the table, and there may be many.
+        // All other bindings have no problem in the table, and there may be many of them.
         let refused: HashSet<_> =
             self.table.unrouted().map(|unrouted| &unrouted.consumer).collect();
         let bindings =
@@ -227,7 +226,7 @@ impl Situation {
             Some(error) if !standing.in_place => {
                 causes.push(Cause::RulesFail { error: error.as_str().into() });
             }
-            // Before the first table there is nothing to write.
+            // Before the first table there are no rules to write.
             _ if self.table.version == 0 => {}
             _ if !standing.in_place => causes.push(Cause::RulesMissing {}),
             _ => {}
@@ -240,7 +239,8 @@ impl Situation {
         causes.extend(lacks.map(|(part, reason)| {
             let (loss, reason, fix) = (part.loss(), reason.clone(), part.fix());
             match part {
-                // Who uses iptables has none, and is served as before. What the kernel does not refuse, the proxy resets.
+                // With iptables there is no guard, and consumers are served as before. The proxy resets connections that
+                // the kernel does not refuse.
                 rules::Part::Guard | rules::Part::Refusal => {
                     Cause::GuardLacks { loss, reason, fix }
                 }
@@ -259,7 +259,7 @@ impl Situation {
         let nobody = self.captures_nobody();
         if !standing.shadowed.is_empty() {
             let shadows = self.table.routes().filter_map(|route| self.shadow(route));
-            // Others of its ports may be captured.
+            // Other ports of the consumer may be captured.
             let verdict = if nobody { Verdict::Broken } else { Verdict::Degraded };
             causes.extend(shadows.max_by_key(Cause::verdict).map(|cause| match cause {
                 Cause::Shadowed { servers, .. } => Cause::Shadowed { servers, verdict },
@@ -267,7 +267,7 @@ impl Situation {
             }));
         }
         causes.extend(self.barriers());
-        // Such as for this host's own connections without --redirect.
+        // For example this host's own connections without --redirect.
         let is_told = causes.iter().any(|cause| cause.verdict() == Verdict::Broken);
         if nobody && !is_told && standing.in_place {
             causes.extend(self.tcp_routes().find_map(|route| self.not_captured(route)));
@@ -293,7 +293,7 @@ impl Situation {
         causes
     }
 
-    /// Without `--dnat` and `--redirect`.
+    /// The causes without `--dnat` and `--redirect`.
     fn of_own_rules(&self) -> Vec<Cause> {
         let consumer = self.tcp_routes().next().map(|route| &route.consumer);
         if self.no_own_rule() {
@@ -315,7 +315,7 @@ impl Situation {
         }]
     }
 
-    /// The ports of routes that the user's own rules pass by.
+    /// The ports of routes that none of the user's own rules matches.
     pub fn passed_by_ports(&self) -> BTreeSet<u16> {
         if self.captures() {
             return BTreeSet::new();
@@ -325,7 +325,7 @@ impl Situation {
         self.tcp_routes().filter(passes).map(|route| route.key.port.get()).collect()
     }
 
-    /// It is not known whether anything captures.
+    /// Whether it is unknown if any rule captures, as a cause.
     pub(super) fn nothing_captured(&self) -> Option<Cause> {
         let reason = match &self.capture.own_rules {
             OwnRules::Unreadable(reason) => Because(Some((&**reason).into())),
@@ -348,7 +348,7 @@ impl Situation {
     }
 
     fn routes(&self, overview: &mut Overview) -> Vec<Cause> {
-        // Each with the number of its routes: a consumer has one for each of its addresses.
+        // Each with the number of its routes: a consumer has one route per address.
         let mut named: BTreeMap<RouteState, Vec<(&Route, usize)>> = BTreeMap::new();
         for route in self.table.routes() {
             let state = self.route(route).state;

@@ -22,8 +22,8 @@ use crate::{
 };
 
 impl Situation {
-    /// The causes for these consumers' connections to a port, by its `routes`: the worst first. Without a problem: where they
-    /// go. `wanted` is the text by which the consumers were requested.
+    /// The causes for these consumers' connections to a port, according to its `routes`, the worst first. Without a
+    /// problem: where the connections go. `wanted` is the text by which the user asked for the consumers.
     pub fn of_port(
         &self,
         wanted: &str,
@@ -124,7 +124,7 @@ impl Situation {
         causes
     }
 
-    /// The declarations of these consumers that lost the port of these routes to others.
+    /// The declarations of these consumers that lost the port of these routes to other bindings.
     fn overruled(&self, consumers: &[&Consumer], routes: &[&Route]) -> Vec<Cause> {
         let Some(port) = routes.first().map(|route| route.key.port) else { return Vec::new() };
         let is_one = |name: &Arc<str>| consumers.iter().any(|consumer| consumer.name == *name);
@@ -138,7 +138,7 @@ impl Situation {
         lost.map(cause).collect()
     }
 
-    /// The user's own rule that takes the connections of a route.
+    /// The user's own rule that matches the connections of a route.
     fn own_rule(&self, route: &Route) -> Option<Cause> {
         let rules = Some(&self.capture.own_rules).filter(|_| !self.captures())?;
         let lead = rules.lead_of(route.key.port.get(), Hook::of(&route.consumer))?;
@@ -180,7 +180,7 @@ impl Situation {
             let port = port_of(route.key.port, route.key.protocol);
             causes.extend(match health.hopeful() {
                 0 => Some(Cause::AllEjected { service, next: endpoint }),
-                // A connection that is not captured, or refused, goes nowhere.
+                // A connection that is refused or not captured reaches no endpoint.
                 _ if health.state.verdict() == Verdict::Broken => None,
                 _ => Some(Cause::GoesTo { consumer, port, service, endpoint }),
             });
@@ -220,7 +220,7 @@ impl Situation {
         upstream.rotation.endpoints().iter().filter_map(of_one).collect()
     }
 
-    /// The consumers whose names are nearly this one.
+    /// The consumers with similar names.
     fn near(&self, wanted: &str) -> Vec<Arc<str>> {
         let alive = self.listing.consumers.iter().filter(|one| !one.has_ended());
         let names: BTreeSet<_> = alive
@@ -242,7 +242,7 @@ impl Situation {
             let mut causes: Vec<_> = skipped
                 .flat_map(|p| BindingFate::Invalid(p).causes().collect::<Vec<_>>())
                 .collect();
-            // If there are skipped descriptors, they are the cause. Without a listing nothing is known of anybody.
+            // Skipped descriptors, if there are any, are the cause. Without a listing nothing is known about consumers.
             if causes.is_empty() && self.provider.used != Used::Nothing {
                 causes.push(match is_known {
                     true => Cause::DeclaresNothing { address: wanted.to_owned() },
@@ -260,7 +260,8 @@ impl Situation {
         let of_port = bindings.iter().filter(|binding| {
             named(binding.consumer()) && binding.port().is_none_or(|of| of == port)
         });
-        // What does not parse may be what was to declare the port. If there is more than one, that is only details.
+        // An invalid descriptor may be the one that was meant to declare the port. If there are several, this is unclear,
+        // so they are only details.
         let mut causes: Vec<_> =
             of_port.flat_map(|binding| binding.causes().collect::<Vec<_>>()).collect();
         let place = if causes.len() > 1 { 0 } else { causes.len() };

@@ -1,4 +1,4 @@
-//! Routes and endpoints: where the next connection goes, and its obstacles.
+//! Routes and endpoints: the endpoint of the next connection, and what prevents it.
 
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -66,14 +66,14 @@ pub struct RouteHealth {
     pub ejected: usize,
     pub probing: usize,
     pub drained: usize,
-    /// Endpoints that are the dialled address itself.
+    /// Endpoints whose address is the dialled address itself.
     pub circular: usize,
-    /// Of `probing`: those that failed a moment ago.
+    /// The part of `probing` that failed recently.
     pub(super) just_failed: usize,
 }
 
 impl RouteHealth {
-    /// Endpoints of which it is not known that they fail.
+    /// The number of endpoints that are not known to fail.
     pub(super) fn hopeful(&self) -> usize {
         self.active + self.probing - self.just_failed
     }
@@ -179,8 +179,8 @@ impl Situation {
         memory.into_iter().chain(full).chain(of_consumer)
     }
 
-    /// Whether an endpoint is the dialled address itself. With the user's own rules a connection to it would come back to
-    /// embassy, so it gets none.
+    /// Whether an endpoint's address is the dialled address itself. With the user's own rules a connection to it would
+    /// return to embassy, so it gets no connections.
     pub(super) fn is_circular(&self, route: &Route, endpoint: &Endpoint) -> bool {
         self.capture.mode == CaptureMode::None
             && endpoint.0.port() == route.key.port.get()
@@ -227,7 +227,7 @@ impl Situation {
             None if !self.captures_for(consumer) => Cause::NoVip {},
             None if self.reach(consumer) == Reach::Elsewhere => self.elsewhere(),
             None if standing.in_place && self.shadowed(consumer, port).1 => return None,
-            // Said of the firewall itself.
+            // This is a cause about the firewall.
             None if standing.in_place && self.all_are_dropped() => return None,
             None => Cause::RulesMissing {},
         })
@@ -246,7 +246,7 @@ impl Situation {
         Cause::Elsewhere { addresses: List(self.addresses().collect()), fix }
     }
 
-    /// That a server which embassy itself asks has the address and port that this host's own consumer dials.
+    /// Reports that a registry or engine has the address and port to which this host's own consumer connects.
     pub(super) fn shadow(&self, route: &Route) -> Option<Cause> {
         let (servers, all) = match self.is_by_kernel(route) {
             true => (Vec::new(), false),
@@ -256,7 +256,7 @@ impl Situation {
         (!servers.is_empty()).then_some(Cause::Shadowed { servers: List(servers), verdict })
     }
 
-    /// The user's own rules do not lead connections of such a consumer to these ports here.
+    /// The cause that the user's own rules do not match a consumer's connections to these ports.
     pub(super) fn passed_by(&self, ports: Vec<u16>, consumer: &ConsumerId) -> Cause {
         let vip = self.table.vips().iter().map(|vip| vip.0).next();
         let hook = OwnHook { hook: Hook::of(consumer), vip, apart: self.is_apart() };

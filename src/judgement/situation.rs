@@ -1,4 +1,4 @@
-//! The facts that are judged, at one moment.
+//! The facts at one moment, from which the states are decided.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -28,7 +28,7 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct Situation {
     pub table: Arc<Table>,
-    /// Which path each route takes.
+    /// The path of each route.
     pub paths: Paths,
     /// The consumers and their bindings.
     pub listing: Arc<Listing>,
@@ -38,15 +38,15 @@ pub struct Situation {
     /// The parts that are not ready, and the time since embassy waits for them.
     pub pending: Vec<(Part, Duration)>,
     pub load: Load,
-    /// The current time, by the clock of the endpoints' states.
+    /// The current time, by the clock that endpoints' states use.
     pub now: Millis,
     /// embassy's own port.
     pub own_port: u16,
     /// `--hold`
     pub hold: Duration,
-    /// The addresses of this network namespace, among the VIPs and the gateways of consumers.
+    /// Those of the VIPs and of the consumers' gateways that are addresses of this network namespace.
     pub here: BTreeSet<IpAddr>,
-    /// Consumers whose connections may not arrive in this network namespace; computed on first use.
+    /// Consumers whose connections may not arrive in this network namespace. Computed on first use.
     pub astray: OnceLock<HashMap<ConsumerId, Reach>>,
 }
 
@@ -56,11 +56,11 @@ pub struct CaptureReading {
     pub mode: CaptureMode,
     pub scope: CaptureScope,
     pub standing: Standing,
-    /// With `--redirect`: embassy's own addresses, which capture like VIPs.
+    /// With `--redirect`: embassy's own addresses, which are captured like VIPs.
     pub own: Vec<IpAddr>,
-    /// Without `--dnat` and `--redirect`: what is known of the user's own rules.
+    /// Without `--dnat` and `--redirect`: the user's own rules, as far as they are known.
     pub own_rules: OwnRules,
-    /// Captured connections that have arrived since the start.
+    /// The number of captured connections that have arrived since the start.
     pub captured: u64,
 }
 
@@ -111,18 +111,19 @@ impl Situation {
         }
         match best.unwrap_or(Reach::Unknown) {
             reach if self.captures() => reach,
-            // Rules of the user's own may capture other addresses.
+            // The user's own rules may capture other addresses.
             _ if self.has_captured() => Reach::Arrives,
             _ => Reach::Unknown,
         }
     }
 
-    /// Whether connections to an address arrive from no consumer, and do not arrive from one in whose network it is.
+    /// Whether connections to an address arrive from no consumer, and fail to arrive from at least one consumer in its
+    /// network.
     pub(super) fn is_dead(&self, address: IpAddr) -> bool {
         let speaking =
             || self.listing.consumers.iter().filter(|one| speaks(one, &address, &self.table));
         let reach = |consumer: &Arc<Consumer>| consumer.reach(address, self.surroundings());
-        // The first two nearly always decide.
+        // The first two conditions nearly always decide.
         !self.here.contains(&address)
             && !speaking().any(|one| reach(one) == Reach::Arrives)
             && speaking().any(|one| reach(one) == Reach::Elsewhere)
@@ -139,8 +140,8 @@ impl Situation {
         vips.iter().map(|vip| vip.0).chain(own)
     }
 
-    /// The servers that embassy itself asks, to which connections of this host's own consumer to a port are not captured: and whether
-    /// there is no other VIP.
+    /// The servers of registries and engines for which connections of this host's own consumer to a port are not captured;
+    /// and whether there is no other VIP.
     pub(super) fn shadowed(&self, consumer: &ConsumerId, port: u16) -> (Vec<SocketAddr>, bool) {
         if *consumer != ConsumerId::Local {
             return (Vec::new(), false);
@@ -152,7 +153,7 @@ impl Situation {
         (shadowed, all)
     }
 
-    /// Whether another firewall is known to drop all captured connections.
+    /// Whether it is known that another firewall drops all captured connections.
     pub(super) fn all_are_dropped(&self) -> bool {
         self.captures() && self.capture.standing.drops == Drops::All
     }
@@ -182,7 +183,7 @@ impl Situation {
         self.capture.mode != CaptureMode::None
     }
 
-    /// Whether there is an address on which a consumer's connections are captured: of what this host sends, those to VIPs only.
+    /// Whether any address is captured for a consumer. For this host's own connections only VIPs count.
     pub(super) fn captures_for(&self, consumer: &ConsumerId) -> bool {
         match consumer {
             ConsumerId::Local => self.table.vips().iter().next().is_some(),
@@ -195,15 +196,15 @@ impl Situation {
         self.capture.captured > 0
     }
 
-    /// Whether it is not known that anything captures: without `--dnat` and `--redirect`, and without the right to read the rules, only
-    /// a connection that arrives shows that rules of the user's own lead here.
+    /// Whether it is unknown if anything captures: without `--dnat` and `--redirect`, and without the right to read the
+    /// rules, only an arriving connection shows that the user's own rules lead to embassy.
     pub(super) fn may_capture_nothing(&self) -> bool {
         let is_unknown = !matches!(self.capture.own_rules, OwnRules::Read { .. });
         !self.captures() && is_unknown && !self.has_captured()
     }
 
-    /// Whether no rule of the user's own leads to embassy, as far as that can be read: a connection that arrives later proves
-    /// that one does.
+    /// Whether no rule of the user leads to embassy, as far as rules can be read. A connection that arrives after they were
+    /// read proves that one does.
     pub(super) fn no_own_rule(&self) -> bool {
         let OwnRules::Read { captured, .. } = &self.capture.own_rules else { return false };
         !self.captures()
@@ -211,7 +212,7 @@ impl Situation {
             && self.capture.captured <= *captured
     }
 
-    /// Whether the user's own rules are known to pass by the connections of a consumer to a port.
+    /// Whether it is known that the user's own rules do not match a consumer's connections to a port.
     pub(super) fn own_rules_pass_by(&self, consumer: &ConsumerId, port: u16) -> bool {
         let rules = &self.capture.own_rules;
         match self.captures() {
@@ -221,7 +222,7 @@ impl Situation {
         }
     }
 
-    /// The addresses that a consumer can connect to: those in its own networks first.
+    /// The addresses to which a consumer can connect, those in its own networks first.
     pub fn dials(&self, consumer: &Consumer) -> Vec<IpAddr> {
         let is_local = consumer.id == ConsumerId::Local;
         let reached = self.addresses().filter(|address| {
@@ -265,8 +266,8 @@ impl Situation {
         }
     }
 
-    /// Whether a connection of `consumer` to this port of a VIP is captured, to a declared port or to another one. `None`: the
-    /// user's own rules decide.
+    /// Whether a connection of `consumer` to this port of a VIP is captured. `declared`: whether the port is declared.
+    /// `None`: the user's own rules decide.
     pub fn captured(&self, consumer: &ConsumerId, port: u16, declared: bool) -> Option<bool> {
         if !self.captures() {
             return self.own_rules_pass_by(consumer, port).then_some(false);
@@ -282,8 +283,8 @@ impl Situation {
     }
 }
 
-/// Whether the consumer has an address of the same family that counts there: those of other networks than bridges do not on an
-/// address of a bridge.
+/// Whether the consumer has an address of the same family whose connections to `address` are captured. On the address of a
+/// bridge, only addresses of bridge networks are.
 fn speaks(consumer: &Consumer, address: &IpAddr, table: &Table) -> bool {
     let is_bridges = table.wiring().gateways.contains(address);
     consumer.sources.iter().any(|own| {

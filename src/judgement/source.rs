@@ -30,9 +30,9 @@ pub struct SourceReading {
     pub held: Option<Duration>,
     /// Entries that were skipped, each with its reason.
     pub skipped: Vec<String>,
-    /// Number of further ones.
+    /// Number of further skipped entries.
     pub more_skipped: usize,
-    /// Endpoints that are not used, because there are too many.
+    /// Number of endpoints that are not used because there are too many.
     pub left_out: usize,
     /// Why it reports no endpoints, or no better ones.
     pub problem: Option<Reason>,

@@ -99,7 +99,7 @@ impl Verdict {
     }
 }
 
-/// A reason, in the words of its origin, and what to do about it, if that is known of this reason. Never empty.
+/// A reason, in the words of its origin, with a fix if one is known. Never empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reason {
     text: Arc<str>,
@@ -117,7 +117,7 @@ impl From<&str> for Reason {
 }
 
 impl Reason {
-    /// The same, with what to do about it.
+    /// The same with a fix.
     pub(super) fn fixed_by(self, fix: &'static str) -> Self {
         Self { fix: Some(fix), ..self }
     }
@@ -136,9 +136,9 @@ impl fmt::Display for Reason {
 impl EndpointHealth {
     pub fn verdict(self) -> Verdict {
         match self {
-            // Somebody has drained it on purpose.
+            // A drain is intended.
             Self::Active | Self::Drained => Verdict::Ok,
-            // One endpoint is no service: if all of them fail, the route says so.
+            // One failing endpoint is not yet a failing service. If all of them fail, the route reports it.
             Self::Probing | Self::Ejected | Self::Unhealthy => Verdict::Degraded,
         }
     }

@@ -52,7 +52,7 @@ fn app() -> Consumer {
     }
 }
 
-/// How one endpoint is.
+/// The state of an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Is {
     Active,
@@ -60,17 +60,17 @@ enum Is {
     /// This host has no route to it.
     OutOfReach,
     Probing,
-    /// It timed out as the only one, and stays in use.
+    /// It timed out as the only endpoint, and stays in use.
     Silent,
     Unhealthy,
     Drained,
-    /// The very address that is dialled.
+    /// Its address is the dialled address itself.
     Dialled,
-    /// Its ejection is over, and it failed a moment ago.
+    /// Its ejection is over, and it failed recently.
     JustFailed,
 }
 
-/// One consumer that asks for one service.
+/// One consumer with a binding for one service.
 #[derive(Debug, Clone)]
 pub(crate) struct Setting {
     pub(crate) mode: CaptureMode,
@@ -80,14 +80,14 @@ pub(crate) struct Setting {
     barrier: bool,
     drops: Drops,
     behind: bool,
-    /// A registry has the address and port that are dialled.
+    /// A registry has the dialled address and port.
     shadowed: bool,
     consumer: Consumer,
     /// `None`: no answer.
     endpoints: Option<Vec<Is>>,
     source_fails: bool,
     held: bool,
-    /// Nothing was answered, and data that an earlier run saved is in use.
+    /// No source has answered, and data saved by an earlier run is in use.
     kept: bool,
     provider_fails: bool,
     pub(crate) pending: Vec<Part>,
@@ -99,9 +99,9 @@ pub(crate) struct Setting {
     skipped: bool,
     /// Whether the VIP is an address of this network namespace.
     pub(crate) vip_is_here: bool,
-    /// Whether there is a second VIP, which is an address of nobody in the consumer's network.
+    /// Whether there is a second VIP, which no host in the consumer's network has.
     dead_vip: bool,
-    /// Whether the user named the VIPs.
+    /// Whether the user set the VIPs.
     named: bool,
     /// With `--redirect`: whether embassy has an address in the consumer's network.
     own: bool,
@@ -111,7 +111,7 @@ pub(crate) struct Setting {
     by_kernel: bool,
 }
 
-/// In which all is well.
+/// A setting without problems.
 pub(crate) fn well() -> Setting {
     Setting {
         mode: CaptureMode::Dnat,
@@ -145,7 +145,7 @@ pub(crate) fn well() -> Setting {
     }
 }
 
-/// These ports are led to embassy's by rules of the user's own, which were read when so many connections had been captured.
+/// Rules of the user for these ports that lead to embassy's port. They were read when `captured` connections had arrived.
 fn own_rules(ports: &[u16], captured: u64) -> OwnRules {
     let rule = |port: &u16| {
         format!("-A PREROUTING -p tcp -m tcp --dport {port} -j REDIRECT --to-ports 9999\n")
@@ -317,7 +317,7 @@ impl Setting {
     }
 }
 
-/// On no network of this host.
+/// Puts the consumer on no network of this host.
 fn cut_off(setting: &mut Setting) {
     setting.consumer.gateways.clear();
     setting.consumer.sources = vec!["192.168.1.5".parse().unwrap()];
@@ -327,7 +327,7 @@ fn routes(situation: &Situation) -> Vec<&Route> {
     situation.table.routes().map(|route| &**route).collect()
 }
 
-/// This host's own consumer declares the port of a registry on a VIP, which may be the only one.
+/// This host's own consumer declares the port of a registry on a VIP. `other_vip`: there is another VIP.
 fn local_shadow(setting: &mut Setting, other_vip: bool) -> (CaptureMode, bool) {
     setting.consumer.id = ConsumerId::Local;
     setting.dead_vip = other_vip;
@@ -341,7 +341,7 @@ fn with_own_rules(has_captured: bool, rules: OwnRules) -> impl FnOnce(&mut Setti
     }
 }
 
-/// What is said of the port of the consumer.
+/// The causes for a port of the consumer.
 fn explained(situation: &Situation, port: u16) -> Vec<Cause> {
     let consumers: Vec<_> = situation.listing.consumers.iter().map(|one| &**one).collect();
     let of_port = routes(situation).into_iter().filter(|route| route.key.port.get() == port);
@@ -354,7 +354,7 @@ fn words(causes: &[Cause]) -> Vec<&'static str> {
 
 type Change = Box<dyn FnOnce(&mut Setting)>;
 
-/// What may be wrong, by the word of its cause, and the state of the route then.
+/// The possible problems: the word of the cause, the state of the route, and the change that leads to it.
 fn cases() -> Vec<(&'static str, RouteState, Change)> {
     use RouteState::{Degraded, Ejected, NoEndpoint, NotCaptured, Ok, Refused, Waiting};
     let endpoints = |list: &'static [Is]| move |s: &mut Setting| s.endpoints = Some(list.to_vec());
@@ -378,9 +378,9 @@ fn cases() -> Vec<(&'static str, RouteState, Change)> {
         ("shadowed", NotCaptured, Box::new(|s| (s.mode, s.shadowed) = local_shadow(s, false))),
         ("shadowed", Degraded, Box::new(|s| (s.mode, s.shadowed) = local_shadow(s, true))),
         ("cut_off", Degraded, Box::new(cut_off)),
-        // embassy in a container without --net=host, or an address that docker0 had in former times.
+        // embassy in a container without --net=host, or with a former address of docker0.
         ("elsewhere", NotCaptured, Box::new(|s| s.vip_is_here = false)),
-        // The same, with --redirect: it dials embassy's own address.
+        // The same with --redirect: the consumer connects to embassy's own address.
         (
             "goes_to",
             Ok,
@@ -402,7 +402,7 @@ fn cases() -> Vec<(&'static str, RouteState, Change)> {
             }),
         ),
         ("no_own_rule", NotCaptured, Box::new(with_own_rules(false, own_rules(&[], 0)))),
-        // They were removed.
+        // The rules were removed.
         ("no_own_rule", NotCaptured, Box::new(with_own_rules(true, own_rules(&[], 1)))),
         ("passed_by", NotCaptured, Box::new(with_own_rules(false, own_rules(&[81], 0)))),
         ("passed_by", NotCaptured, Box::new(with_own_rules(true, own_rules(&[81], 0)))),
@@ -474,7 +474,7 @@ fn each_thing_that_is_wrong_has_its_state_and_its_cause() {
     assert_eq!(states.len(), RouteState::ALL.len(), "every state is met");
 }
 
-/// The list of endpoints and the findings on them have one word for the same.
+/// The list of endpoints and the findings about them use the same words.
 #[test]
 fn an_endpoint_is_as_bad_in_the_list_as_in_the_findings() {
     for is in [Is::Ejected, Is::OutOfReach, Is::Probing, Is::Unhealthy, Is::Drained] {
@@ -491,7 +491,7 @@ fn an_endpoint_is_as_bad_in_the_list_as_in_the_findings() {
     }
 }
 
-/// In words that are true of one as of many, with no part that is empty, and no time that says nothing.
+/// Sentences are correct for one and for many, have no empty part, and no meaningless time.
 #[test]
 fn no_sentence_is_odd_whatever_is_wrong() {
     let host = HostUse {
@@ -512,7 +512,7 @@ fn no_sentence_is_odd_whatever_is_wrong() {
     for change in cases().into_iter().map(|(_, _, change)| change).chain(more) {
         let setting = Setting::of(change);
         let mut situation = setting.situation();
-        // What is in use for no time any more, and what was never heard of.
+        // A hold that has ended, and a source without any data.
         for query in situation.queries.values_mut() {
             query.held = query.held.map(|_| Duration::ZERO);
         }
@@ -530,7 +530,7 @@ fn no_sentence_is_odd_whatever_is_wrong() {
     assert!(words.len() > 30 && said > 200, "{said} sentences of {words:?}");
 }
 
-/// Each says what to do, and none only where to look for it.
+/// Each fix says what to do, not only where to look for it.
 #[test]
 fn no_remedy_is_vague_whatever_is_wrong() {
     let dynamic = |fix: &str| fix.starts_with('{') && fix.ends_with('}');
@@ -573,7 +573,7 @@ fn what_is_held_before_it_is_reset_is_called_so() {
     };
     let held = "connections wait for its answer for up to 1.5 s (--hold), and are reset then.";
     assert_eq!(text(1500), format!("consul web has not answered yet: {held}"));
-    // The first line has the error too: it is all that `embassy wait` shows.
+    // The first line contains the error too, because `embassy wait` shows only this line.
     let fails = Setting::of(|s| (s.endpoints, s.source_fails) = (None, true)).situation();
     let first = explained(&fails, 80)[0].finding();
     assert!(first.text.starts_with("consul web has not answered yet (refused): "), "{first:?}");
@@ -599,7 +599,7 @@ fn a_consumer_dials_what_it_reaches() {
     assert_eq!(dials(|_| {}), ["172.17.0.1"]);
     let redirect = |s: &mut Setting| (s.mode, s.own) = (CaptureMode::Redirect, true);
     assert_eq!(dials(redirect), ["172.17.0.1", "172.17.0.9"]);
-    // In a container of its own: the gateway is the host's.
+    // In its own container: the gateway is the host's address.
     let inside = |s: &mut Setting| {
         (s.mode, s.own, s.vip_is_here) = (CaptureMode::Redirect, true, false);
     };
@@ -613,7 +613,8 @@ fn a_consumer_dials_what_it_reaches() {
     assert_eq!(dials(local), ["172.17.0.1"]);
 }
 
-/// Without a rule that leads here embassy is not ready, whether or not there is a consumer yet; with one for some ports it is.
+/// Without a rule that leads to embassy, it is not ready, whether there is a consumer or not. With a rule for some ports,
+/// it is.
 #[test]
 fn rules_of_ones_own_that_lead_nowhere_are_seen_everywhere() {
     let of = |rules: OwnRules, two: bool| {
@@ -707,7 +708,8 @@ fn without_a_flag_that_captures_the_one_is_named_that_fits() {
     assert!(unknown.contains("--dnat (in a container of its own: --redirect)"), "{unknown}");
 }
 
-/// Not by any rule, and said as that: the host's own connections without `--redirect`, and a port of a registry.
+/// Connections are not captured, and the reason is reported: the host's own connections without `--redirect`, and a
+/// registry's port.
 #[test]
 fn an_embassy_that_captures_nobody_is_not_ready_whatever_the_reason() {
     let of = |change: &dyn Fn(&mut Setting)| {
@@ -728,7 +730,7 @@ fn an_embassy_that_captures_nobody_is_not_ready_whatever_the_reason() {
     assert_eq!((first, capture, waits), ("routes", Verdict::Degraded, vec![]));
 }
 
-/// The port has a route, and another variable asked for it in vain.
+/// The port has a route, and another variable declared it too but lost.
 #[test]
 fn who_lost_a_port_is_told_where_the_port_is_asked_for() {
     let mut situation = well().situation();
@@ -756,17 +758,17 @@ fn who_lost_a_port_is_told_where_the_port_is_asked_for() {
         !causes(vec![lost(crate::model::Port::new(9))], port.get())
             .contains(&"overruled".to_owned())
     );
-    // Of a port that nobody declares, one that does not parse may be the cause; of several, it is not known which.
+    // If no binding declares the port, one invalid descriptor may be the cause. With several, it is unclear which.
     assert_eq!(causes(vec![lost(None)], 7)[0], "invalid");
     assert_eq!(causes(vec![lost(None), lost(None)], 7)[0], "not_declared");
-    // Another container's is nothing to it.
+    // The problem of another container is not a cause.
     for of in [None, crate::model::Port::new(7)] {
         let others = Problem { consumer: "another".into(), overruled: false, ..lost(of) };
         assert_eq!(causes(vec![others], 7), ["not_declared"]);
     }
 }
 
-/// Of what a host sends, connections to VIPs are captured: to its own addresses it may connect, and nothing captures that.
+/// Of a host's own connections, those to VIPs are captured. Those to embassy's own addresses are not.
 #[test]
 fn the_local_consumer_needs_a_vip_though_embassy_has_addresses() {
     let of = |vips, local: bool| {
@@ -793,14 +795,15 @@ fn a_vip_that_nobody_has_is_found_though_another_one_works() {
     let finding = overview.causes[0].finding();
     assert!(finding.text.contains("172.17.42.1") && !finding.text.contains("172.17.0.1"));
     assert_eq!(situation.awaited(), [], "the other one works");
-    // Where none works, that is said of both.
+    // If no VIP works, both are reported.
     let none = Setting::of(|s| (s.dead_vip, s.vip_is_here) = (true, false)).situation();
     let causes = words(&none.overview(&HostUse::default()).causes);
     assert!(causes.contains(&"elsewhere") && !causes.contains(&"dead_vip"), "{causes:?}");
-    // Nobody has to correct what nobody named: a linked container's gateways are the host's, not embassy's.
+    // VIPs that the user did not set need no correction: the gateways of a linked container are the host's addresses, not
+    // embassy's.
     let unnamed = Setting::of(|s| (s.dead_vip, s.named) = (true, false)).situation();
     assert_eq!(words(&unnamed.overview(&HostUse::default()).causes), [""; 0]);
-    // From elsewhere it is reached via the gateway, whichever host has it.
+    // From another network the VIP is reached via the gateway, whichever host has it.
     let away = Setting::of(|s| {
         s.dead_vip = true;
         s.consumer.sources = vec!["172.18.0.2".parse().unwrap()];
@@ -981,7 +984,7 @@ fn embassy_is_ready_while_nothing_is_awaited_and_its_rules_stand() {
             (Part::Listing, vec!["provider".to_owned()])
         ]
     );
-    // A source that fails later is no reason.
+    // A source that fails later is not a reason.
     assert_eq!(parts(Setting::of(|s| s.source_fails = true)), []);
 }
 
@@ -1081,7 +1084,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
         }
         Setting {
             mode,
-            // Whose rules are the user's own has none that could stand or be barred.
+            // With the user's own rules, embassy has no rules that could be in place or blocked.
             in_place: in_place && mode != CaptureMode::None,
             rules_error: rules_error && mode != CaptureMode::None,
             vips,
@@ -1114,7 +1117,7 @@ fn any_setting() -> impl Strategy<Value = Setting> {
 }
 
 proptest! {
-    /// The lists, the explanation, the overview and readiness cannot contradict each other.
+    /// The lists, the explanation, the overview and readiness agree with each other.
     #[test]
     fn everybody_is_told_the_same(setting in any_setting()) {
         let situation = setting.situation();
@@ -1130,10 +1133,10 @@ proptest! {
         prop_assert_eq!(overview.verdicts()[&Subject::Routes], listed);
         let all: Verdict = overview.verdicts().into_values().max().unwrap();
         prop_assert_eq!(all, overview.verdict());
-        // Who is not ready says so.
+        // If embassy is not ready, there is a finding.
         prop_assert!(situation.awaited().is_empty() || overview.verdict() > Verdict::Ok);
 
-        // A finding that something is wrong says what to do.
+        // A finding with a problem has a fix.
         for cause in causes.iter().chain(&overview.causes) {
             let finding = cause.finding();
             prop_assert_eq!(finding.verdict, cause.verdict());

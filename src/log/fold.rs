@@ -1,5 +1,6 @@
-//! What reaches the log. A repeated warning is written once and then counted: a log full of repetitions hides everything else. So
-//! is what comes too often about one thing, whatever it says. Each line is bounded, and shows what is deceptive in it.
+//! Limits the log. A repeated warning is written once and then counted, because a log full of repetitions hides everything
+//! else. Lines are also counted if there are too many about one thing, whatever they say. Each line is limited in length,
+//! and deceptive characters are shown escaped.
 
 use std::{
     borrow::Cow,
@@ -28,34 +29,34 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-/// How long a repeated warning is only counted before the count is logged.
+/// How long a repeated warning is only counted, until the count is logged.
 const WINDOW: Duration = Duration::from_secs(60);
-/// How long a state has to last before it is logged, if the log last said otherwise.
+/// How long a state must last before it is logged, if the log's last line about it says otherwise.
 const SETTLED: Duration = Duration::from_secs(2);
-/// Poll interval for counts that are due.
+/// Poll interval for due counts.
 const LOOK: Duration = Duration::from_secs(2);
-/// Maximum number of different warnings that are remembered; further ones are always written.
+/// Maximum number of different warnings that are remembered. Further ones are always written.
 const REMEMBERED: usize = 1024;
-/// Lines of one kind about one thing within a [`WINDOW`]; further ones are counted. As many as a consumer may have bindings, and
-/// some.
+/// Maximum number of lines of one kind about one thing within a [`WINDOW`]. Further ones are counted. Slightly more than
+/// the maximum number of a consumer's bindings.
 const OF_ONE: u32 = 300;
-/// Maximum number of things and kinds whose lines are counted; those of further ones are always written.
+/// Maximum number of things and kinds whose lines are counted. Lines about further ones are always written.
 const CROWDS: usize = 16 * 1024;
-/// Bytes of a line. With the lines that may wait for stderr this bounds the log's memory.
+/// Maximum length of a line in bytes. Together with the length of the queues this limits the log's memory.
 const LONGEST: usize = 4 << 10;
-/// Bytes of a field, where a line is compared with others, or is too long.
+/// Maximum length of a field in bytes, for comparing lines and in lines that are too long.
 const LONGEST_FIELD: usize = 512;
 
 /// The counts. Logs the pending ones when it is dropped.
 #[derive(Debug, Default)]
 pub(super) struct Fold {
     seen: Arc<Mutex<Seen>>,
-    /// Its end ends the thread.
+    /// Dropping it ends the thread.
     teller: Mutex<Option<Sender<()>>>,
 }
 
 impl Fold {
-    /// Starts logging the counts when they are due.
+    /// Starts to log counts when they are due.
     pub(super) fn tell(&self) {
         let (alive, ended) = channel::<()>();
         let seen = self.seen.clone();
@@ -85,8 +86,8 @@ fn lock(seen: &Mutex<Seen>) -> std::sync::MutexGuard<'_, Seen> {
     seen.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Messages that each end the state that another one of them began, and the fields that say whose state it is. What flaps is
-/// counted, but the last line about it has to be true.
+/// Groups of messages, each of which ends the state that another of its group began; and the fields that identify the
+/// subject. Changes back and forth are counted, but the last line about a subject must be true.
 const STATES: [(&[&str], &[&str]); 9] = [
     (
         &[
@@ -137,18 +138,18 @@ const STATES: [(&[&str], &[&str]); 9] = [
     ),
 ];
 
-/// Messages that are always written: each comes with a change of endpoints, and the change back (`service endpoints changed`) is
-/// always written too.
+/// Messages that are always written: each comes with a change of endpoints, and the change back (`service endpoints
+/// changed`) is always written too.
 const NEVER_FOLDED: [&str; 2] = [
     "service has no endpoints; the last ones stay in use for --empty-hold",
     "service has no endpoints; connections are reset",
 ];
 
-/// The fields that say what a line is about: the first of them that it has.
+/// The fields that name the subject of a line. The first one that the line has is used.
 const SUBJECTS: [&str; 6] = ["consumer", "service", "source", "id", "file", "endpoint"];
 
-/// Messages of one kind: of those that are counted the last one is logged, whichever it is, so that what the log says last is
-/// true. All others are of a kind of their own.
+/// Messages of one kind. Of the counted ones the last is logged, whichever it is, so that the log's last line is true. Each
+/// other message is its own kind.
 const KINDS: [&[&str]; 2] = [
     &[
         "service endpoints changed",
@@ -159,7 +160,7 @@ const KINDS: [&[&str]; 2] = [
     &["new route", "route gone"],
 ];
 
-/// The target of lines with a count, which are not counted themselves.
+/// The target of lines with a count. They are not counted themselves.
 const TARGET: &str = "embassy::log";
 
 fn tell(repeated: Vec<Repeated>) {
@@ -181,7 +182,7 @@ impl Folded<()> {
         Self { seen: fold.seen.clone(), format, lines: () }
     }
 
-    /// `lines` writes the lines that are not omitted, in the format that was named.
+    /// `lines` writes the lines that are not omitted, in this format.
     pub(super) fn then<F>(self, lines: F) -> Folded<F> {
         Folded { seen: self.seen, format: self.format, lines }
     }
@@ -216,7 +217,7 @@ where
                 return Ok(());
             }
         }
-        // All that is logged passes here, from wherever it comes.
+        // All log lines pass here, from whatever module.
         let mut line = String::new();
         self.lines.format_event(context, Writer::new(&mut line), event)?;
         let line = line.strip_suffix('\n').unwrap_or(&line);
@@ -228,7 +229,7 @@ where
     }
 }
 
-/// An object that stays one: where it is too long, each of its texts is cut.
+/// Shortens a line in JSON so that it stays valid: each of its texts is cut.
 fn shortened_json(line: &str) -> Cow<'_, str> {
     if line.len() <= LONGEST {
         return line.into();
@@ -244,7 +245,7 @@ fn shortened_json(line: &str) -> Cow<'_, str> {
     serde_json::Value::from(object).to_string().into()
 }
 
-/// An event in words: its message, and its fields behind it.
+/// An event as text: its message, followed by its fields.
 #[derive(Debug, Clone, Default)]
 struct Text {
     message: String,
@@ -257,7 +258,7 @@ impl Text {
         fields.fold(self.message.clone(), |line, field| line + &field)
     }
 
-    /// The kind of the line and the thing that it is about, if it is about one.
+    /// The line's kind and its subject. `None` if it has no subject.
     fn crowd(&self) -> Option<String> {
         let named = |subject| self.fields.iter().find(|(name, _)| *name == subject);
         let (name, value) = SUBJECTS.into_iter().find_map(named)?;
@@ -266,7 +267,8 @@ impl Text {
         Some(format!("{} {name}={value}", kind.unwrap_or(&message)))
     }
 
-    /// Whose state it is about, if it is about one: the same for all messages about it.
+    /// A key for the subject whose state it reports: the same for all messages about this state. `None` if it reports no
+    /// state.
     fn state(&self) -> Option<String> {
         let message = self.message.as_str();
         let (messages, subject) = STATES.iter().find(|(all, _)| all.contains(&message))?;
@@ -283,7 +285,7 @@ impl Visit for Text {
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         let mut text = String::new();
-        // The error is that it is cut.
+        // The only possible error is that the text was cut.
         let _ = write!(Cut(&mut text), "{value:?}");
         match field.name() {
             "message" => self.message = text,
@@ -292,7 +294,7 @@ impl Visit for Text {
     }
 }
 
-/// Takes the beginning of what is written.
+/// Takes the start of what is written.
 struct Cut<'a>(&'a mut String);
 
 impl Write for Cut<'_> {
@@ -307,17 +309,17 @@ impl Write for Cut<'_> {
 struct Seen {
     /// Warnings and states that were written, with the number of repetitions.
     repeats: HashMap<String, Count>,
-    /// What was written about each thing, by the kind of line and the thing.
+    /// What was written about each subject, by kind and subject.
     crowds: HashMap<String, Crowd>,
 }
 
-/// Lines of one kind about one thing.
+/// Lines of one kind about one subject.
 #[derive(Debug)]
 struct Crowd {
-    /// When the first of this window was written.
+    /// When the first line of this window was written.
     since: Instant,
     written: u32,
-    /// Those that were not written since, the last of them, and when it came.
+    /// The number of lines that were not written since, the last of them, and its time.
     more: u64,
     last: Text,
     came: Instant,
@@ -325,13 +327,13 @@ struct Crowd {
 
 #[derive(Debug)]
 struct Count {
-    /// When it was written, or its count was logged.
+    /// When it was written, or its count was last logged.
     since: Instant,
     times: u64,
-    /// The last of them, and when it came.
+    /// The last repetition, and its time.
     last: Text,
     came: Instant,
-    /// The messages of a state that were written. The last one is what the log says now.
+    /// The messages of a state that were written. The last one is what the log currently says.
     written: Vec<String>,
 }
 
@@ -344,7 +346,7 @@ struct Repeated {
 }
 
 impl Seen {
-    /// Whether to write it; otherwise it is counted.
+    /// Whether to write it. Otherwise it is counted.
     fn is_news(&mut self, text: Text, state: Option<String>, now: Instant) -> bool {
         let key = state.unwrap_or_else(|| text.line());
         if let Some(count) = self.repeats.get_mut(&key) {
@@ -365,7 +367,7 @@ impl Seen {
         true
     }
 
-    /// Whether to write one line more about its thing; otherwise it is counted.
+    /// Whether another line about its subject may be written. Otherwise it is counted.
     fn has_room(&mut self, text: Text, now: Instant) -> bool {
         let Some(key) = text.crowd() else { return true };
         if self.crowds.len() >= CROWDS && !self.crowds.contains_key(&key) {
@@ -373,7 +375,7 @@ impl Seen {
         }
         let new = || Crowd { since: now, written: 0, more: 0, last: Text::default(), came: now };
         let crowd = self.crowds.entry(key).or_insert_with(new);
-        // What was counted is logged first.
+        // Counted lines are logged first.
         if crowd.more == 0 && crowd.is_over(now) {
             (crowd.since, crowd.written) = (now, 0);
         }
@@ -386,8 +388,8 @@ impl Seen {
         false
     }
 
-    /// The lines that were repeated within their time, which starts again, and states that the log does not show. Others are
-    /// forgotten, and the next one is written.
+    /// Lines that were repeated within their window, which starts again, and states that the log does not show. Others are
+    /// forgotten, so that their next line is written.
     fn due(&mut self, now: Instant) -> Vec<Repeated> {
         let over = |count: &Count| now.saturating_duration_since(count.since) >= WINDOW;
         let is_hidden = |count: &Count| {
@@ -418,7 +420,7 @@ impl Crowd {
         now.saturating_duration_since(self.since) >= WINDOW
     }
 
-    /// Whether it is time to log what was counted: no more comes, or the time is over.
+    /// Whether the counted lines may be logged: no more arrive, or the window is over.
     fn may_be_told(&self, now: Instant) -> bool {
         self.is_over(now) || now.saturating_duration_since(self.came) >= SETTLED
     }
@@ -451,7 +453,7 @@ mod tests {
 
     use super::*;
 
-    /// What was written.
+    /// The written output.
     #[derive(Debug, Clone, Default)]
     struct Out(Arc<Mutex<Vec<u8>>>);
 
@@ -527,9 +529,9 @@ mod tests {
         let told = seen.due(after(5));
         let [Repeated { text, times: 1, .. }] = &told[..] else { panic!("{told:?}") };
         assert!(text.starts_with(LOST) && text.contains("source=a"), "{text}");
-        // Nothing new: nothing is said.
+        // No change, so nothing is logged.
         assert_eq!(seen.due(after(50)), []);
-        // It flaps, and ends as the log has it: that may wait.
+        // It changes back and forth, and ends as the log says: this may wait.
         let mut news = |message, seconds| {
             let (text, state) = state(message, "a");
             seen.is_news(text, state, after(seconds))
@@ -539,14 +541,14 @@ mod tests {
         let told = seen.due(after(66));
         let [Repeated { text, times: 2, .. }] = &told[..] else { panic!("{told:?}") };
         assert!(text.starts_with(LOST), "{text}");
-        // After a while it is another story.
+        // After a while it is written again.
         assert_eq!(seen.due(after(200)), []);
         let (text, state) = state(BACK, "a");
         assert!(seen.is_news(text, state, after(201)));
     }
 
     proptest::proptest! {
-        /// Whatever comes and whenever it is looked, once a state has lasted the log ends with it.
+        /// Whatever lines arrive and whenever counts are checked: once a state has lasted, the log ends with it.
         #[test]
         fn the_log_ends_with_the_state_that_lasts(steps in proptest::collection::vec((0..3usize, 0..40_000u64), 1..40)) {
             let messages = STATES[0].0;
@@ -589,7 +591,7 @@ mod tests {
         assert_eq!(seen.due(after(59)), []);
         let told = Repeated { text: "a".into(), times: 2, since: Duration::from_secs(60) };
         assert_eq!(seen.due(after(60)), [told]);
-        // `b` did not come again: the next one is news. `a` did, and is still the same story.
+        // `b` was not repeated, so the next one is written. `a` was, and is still only counted.
         assert!(is_news(seen, "b", after(61)));
         assert!(!is_news(seen, "a", after(61)));
         assert_eq!(seen.all(after(62)).len(), 1);
@@ -598,7 +600,7 @@ mod tests {
         assert!(is_news(seen, "a", after(201)));
     }
 
-    /// A service whose endpoints change a thousand times a second, with another beside it.
+    /// A service whose endpoints change a thousand times per second, next to another one.
     #[test]
     fn one_thing_does_not_fill_the_log_and_the_last_line_about_it_is_true() {
         let start = Instant::now();
@@ -619,24 +621,24 @@ mod tests {
             assert_eq!(seen.due(now), [], "{n}");
         }
         assert_eq!(written, OF_ONE as usize);
-        // Nothing is written before what was counted.
+        // Nothing is written before the counted lines.
         let now = start + Duration::from_secs(11);
         assert!(!seen.has_room(line(changed, "a", 7), now));
         let told = seen.due(now + SETTLED);
         let [Repeated { text: said, times: 9701, .. }] = &told[..] else { panic!("{told:?}") };
         assert_eq!(*said, format!("{changed} service=a endpoints=7"));
-        // After a while there is room again, and nothing is kept of what is quiet.
+        // After a while there is room again, and nothing about quiet subjects is kept.
         let late = start + WINDOW + WINDOW;
         assert_eq!(seen.due(late), []);
         assert!(seen.crowds.is_empty());
         assert!(seen.has_room(line(changed, "a", 1), late));
-        // What is about nothing is always written.
+        // Lines without a subject are always written.
         for _ in 0..1000 {
             assert!(seen.has_room(text("the capture failed"), late));
         }
     }
 
-    /// What is written of a field with these characters, in both formats.
+    /// How a field with these characters is written, in both formats.
     #[test]
     fn no_line_is_forged_and_none_is_endless() {
         const NAME: &str = "app\nWARN forged\u{1b}[2J\u{202e}\u{9b}31m\u{2028}\u{200b}\r\u{85}";

@@ -1,4 +1,4 @@
-//! A container's variables and labels become its bindings. Pure.
+//! Reads a container's bindings from its variables and labels. Pure.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -37,7 +37,7 @@ pub fn bindings<'a>(
     let variables = variables.into_iter().map(|declared| (true, declared));
     let labels = labels.into_iter().map(|declared| (false, declared));
     for (is_variable, (name, text)) in variables.chain(labels) {
-        // Compose's way to switch a variable off.
+        // An empty value is Compose's way to disable a variable.
         if text.is_empty() {
             continue;
         }
@@ -62,7 +62,7 @@ pub fn bindings<'a>(
             Entry::Vacant(vacant) => {
                 vacant.insert((is_variable, Binding { origin: name.into(), descriptor }));
             }
-            // A variable overrides the image's label on purpose; this is not a problem.
+            // A variable overrides the image's label on purpose. This is not a problem.
             Entry::Occupied(taken) if taken.get().0 != is_variable => {}
             Entry::Occupied(taken) => {
                 let port = port_of(descriptor.port, descriptor.protocol);
@@ -93,15 +93,15 @@ fn port_in(text: &str) -> Option<Port> {
     Some(descriptor.port)
 }
 
-/// Problems of one consumer that are told of; of further ones only the number.
+/// Maximum number of problems of one consumer that are listed. Of the others only the number is reported.
 const MOST_PROBLEMS: usize = 100;
 
-/// The alias of the link, or the service of Kubernetes, that this variable belongs to.
+/// The alias of the link, or the Kubernetes service, to which this variable belongs.
 fn link<'a>(name: &'a str, value: &str) -> Option<&'a str> {
     name.strip_suffix("_PORT").filter(|_| is_of_link(value))
 }
 
-/// Whether a variable is one of those that a link or a service of this name brings along.
+/// Whether a variable is one of those that a link or a service of this name creates.
 fn is_of(link: &str, name: &str) -> bool {
     let rest = name.strip_prefix(link).unwrap_or_default();
     matches!(rest, "_PORT" | "_NAME")
@@ -144,7 +144,7 @@ mod tests {
         );
     }
 
-    /// What is wrong in an option is wrong of its port.
+    /// A mistake in an option is reported with the descriptor's port.
     #[test]
     fn a_variable_that_fails_only_in_an_option_has_a_port() {
         for (text, port) in [
@@ -200,14 +200,14 @@ mod tests {
             "BACKEND_ENV_PATH=/bin",
             "BACKEND_SERVICE_HOST=10.0.0.5",
             "BACKEND_SERVICE_PORT_HTTP=80",
-            // Ours, whatever the link is called.
+            // These are ours, whatever the link's name is.
             "BACKEND_PORT_REDIS=redis;6379",
             "BACKEND_REDIS=redis",
         ];
         let (bindings, problems) = read(&env, &[]);
         assert_eq!(bindings, ["BACKEND_PORT_REDIS=redis;6379"]);
         assert_eq!(problems, ["app: BACKEND_REDIS: no port: expected <service>;<port>"]);
-        // Without the link they are somebody's mistakes.
+        // Without the link, they are the user's mistakes.
         assert_eq!(read(&env[1..7], &[]).1.len(), 6);
     }
 

@@ -1,4 +1,4 @@
-//! The docker provider: the bindings in containers' environments and labels. Pure.
+//! The docker provider: the bindings in containers' variables and labels. Pure.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -24,23 +24,24 @@ use crate::{
     wiring::{Arrival, Interface, Owner, Plug, Wiring},
 };
 
-/// Makes listings of inventories. A consumer that did not change is the same `Arc` as in the listing before.
+/// Derives listings from inventories. An unchanged consumer is the same `Arc` as in the previous listing.
 #[derive(Debug)]
 pub(crate) struct Listings {
     prefix: String,
     asking: PerContainer<Common, Asking>,
-    /// Whether a container has an address that another one could have a surer claim on.
+    /// For each container: whether it has an address on which another container could have a stronger claim.
     unsure: PerContainer<Arc<Bridges>, bool>,
     addresses: AddressClaims,
-    /// The ports of all bridges, and those of the engine's bridges among them.
+    /// The ports of all bridges, the engine's bridges, and the ports of the latter. Kept as long as the inputs are the
+    /// same.
     ports: (Arc<BridgePorts>, BTreeSet<Interface>, Arc<BTreeSet<u32>>),
     wiring: Arc<Wiring>,
 }
 
-/// Which containers have which addresses, and what follows from that. It costs what changes.
+/// Which containers have which addresses, and what follows from it. The cost depends on the changes.
 #[derive(Debug, Default)]
 struct AddressClaims {
-    /// Of the containers that run, in their order.
+    /// The addresses of the running containers, sorted by container.
     cables: Vec<Arc<OwnAddresses>>,
     of_address: HashMap<IpAddr, Vec<Arc<OwnAddresses>>>,
     known: Arc<BTreeSet<IpAddr>>,
@@ -49,21 +50,21 @@ struct AddressClaims {
     unbound: CowMap<IpAddr, Arc<str>>,
 }
 
-/// The addresses of a container's own, and how they are connected to this host.
+/// A container's own addresses, and how they are connected to this host.
 #[derive(Debug, PartialEq, Eq)]
 struct OwnAddresses {
     name: Arc<str>,
-    /// Sorted, and each once.
+    /// Sorted, without duplicates.
     all: Vec<(IpAddr, Cable)>,
 }
 
-/// What the bindings of all containers depend on.
+/// The inputs that are common to the bindings of all containers.
 #[derive(Debug, Clone, PartialEq)]
 struct Common {
     bridges: Arc<Bridges>,
     others: Arc<OtherNetworks>,
     outclaimed: Outclaimed,
-    /// The interfaces of bridge networks in our own network namespace, where they are known.
+    /// The interfaces of bridge networks in our own network namespace, if known.
     interfaces: BTreeMap<NetworkId, Interface>,
 }
 
@@ -76,18 +77,19 @@ const NO_ADDRESS: &str = "no address: Docker gave it none (--network none), and 
 const ON_OVERLAY: &str = "no address by which it reaches this host: it is on an overlay network, and embassy sees no other address in \
     its network (in a container, run embassy with --pid=host)";
 
-/// How sure it is that connections from an address are a container's: of two that claim it, the surer one has it.
+/// How certain it is that connections from an address come from a container. Of two claims on an address, the more certain
+/// one wins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Certainty {
-    /// Its process shows the address, and any program may have set it.
+    /// Its process shows the address. Any program may have set it.
     Shown,
-    /// The engine gave it on a network whose gateway is not on this host, such as macvlan or overlay.
+    /// The engine assigned it on a network whose gateway is not on this host, such as macvlan or overlay.
     Elsewhere,
-    /// The engine gave it on a bridge of this host.
+    /// The engine assigned it on a bridge of this host.
     OnBridge,
 }
 
-/// Addresses of containers on which another container has a surer claim.
+/// Addresses of containers on which another container has a stronger claim.
 type Outclaimed = BTreeSet<(ContainerId, IpAddr)>;
 
 /// The bindings of a container.
@@ -99,16 +101,16 @@ struct Asking {
     /// `None` if it has no bindings, or its network is unknown.
     consumer: Option<Arc<Consumer>>,
     no_network: Option<Problem>,
-    /// The same as before, as long as they are equal.
+    /// The same value as before, as long as it is equal.
     cables: Arc<OwnAddresses>,
 }
 
 /// How an address of a container is connected to this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Cable {
-    /// On a bridge, by ports that are the container's alone.
+    /// On a bridge, on ports that belong to this container only.
     Bound(Arc<Owner>),
-    /// On a bridge, by ports that are not known.
+    /// On a bridge, on unknown ports.
     Unbound,
     Other,
 }
@@ -125,7 +127,7 @@ impl Listings {
         }
     }
 
-    /// All consumers.
+    /// The listing for an inventory.
     pub(crate) fn of(&mut self, inventory: &Inventory) -> Listing {
         let bridges = inventory.bridges.values();
         let names = bridges.clone().map(|bridge| bridge.interface.clone());
@@ -179,7 +181,8 @@ impl Listings {
         listing
     }
 
-    /// Whether a container may have a surer claim on an address than another. Most often all are on bridges.
+    /// Whether any container may have a stronger claim on an address than another. Usually all are on bridges, and none
+    /// has.
     fn may_be_outclaimed(&mut self, inventory: &Inventory) -> bool {
         let bridges = &inventory.bridges;
         let is_unsure = |(network, end): (&NetworkId, &Attachment)| {
@@ -207,7 +210,7 @@ impl Listings {
 }
 
 impl AddressClaims {
-    /// Follows the containers that run.
+    /// Updates the claims for the running containers.
     fn follow(&mut self, now: &[&Arc<OwnAddresses>]) {
         let (gone, new) = follow(&mut self.cables, now);
         if gone.is_empty() && new.is_empty() {
@@ -230,10 +233,10 @@ impl AddressClaims {
         }
     }
 
-    /// What follows from the claims on an address.
+    /// Updates what follows from the claims on an address.
     fn settle(&mut self, address: IpAddr) {
         let claims = self.of_address.get(&address).map_or(&[][..], Vec::as_slice);
-        // A connection from a contested one waits until it is known whose it is. Until then nobody is shut out.
+        // A connection from a contested address waits until its owner is known. Until then the guard blocks nobody.
         let (only, is_contested) = match claims {
             [] => (None, false),
             [only] => (Some(only), false),
@@ -271,16 +274,16 @@ impl OwnAddresses {
     }
 }
 
-/// The addresses of this host in its bridge networks, which no container has. The interfaces are not needed: podman does not say
-/// how they are called.
+/// This host's addresses in its bridge networks, which no container has. The interfaces' names are not needed: podman does
+/// not report them.
 fn gateways(inventory: &Inventory, known: &BTreeSet<IpAddr>) -> BTreeSet<IpAddr> {
     let ranges = || inventory.bridges.values().flat_map(|bridge| &bridge.ranges);
     let own = inventory.here.values().flatten().copied();
     own.filter(|own| ranges().any(|range| range.contains(own)) && !known.contains(own)).collect()
 }
 
-/// The interface of each bridge network in our own network namespace: that of its name, or one that has an address in it. A network
-/// that has none here is the network of another namespace, or embassy lives in a container of it.
+/// The interface of each bridge network in our own network namespace: the one with its name, or the one with an address in
+/// it. A network without an interface here belongs to another namespace, or embassy runs in one of its containers.
 fn interfaces(inventory: &Inventory) -> BTreeMap<NetworkId, Interface> {
     let is_containers = |address: &IpAddr| {
         inventory.containers.iter().any(|one| one.addresses().any(|of_it| of_it == *address))
@@ -295,7 +298,7 @@ fn interfaces(inventory: &Inventory) -> BTreeMap<NetworkId, Interface> {
         }
         match inside[..] {
             [(only, own)] if !is_containers(own) => Interface::new(only),
-            // Its bridge may have no address.
+            // The bridge may have no address.
             [] if inventory.here.contains_key(&bridge.interface) => {
                 Interface::new(&bridge.interface)
             }
@@ -330,9 +333,9 @@ fn segments(inventory: &Inventory, interfaces: &BTreeMap<NetworkId, Interface>) 
 }
 
 impl Common {
-    /// How an address on a network arrives at this host.
+    /// The interfaces on which connections from an address on a network arrive at this host.
     fn arrival(&self, owner: &Container, network: &NetworkId, end: &Attachment) -> Arrival {
-        // Of networks of others, the kernel shows where their cables end.
+        // For networks of other programs, the kernel shows this host's ends of their veth pairs.
         let shown = || {
             let mut all: Vec<_> = owner.plugs.iter().map(|plug| plug.interface).collect();
             all.dedup();
@@ -346,7 +349,7 @@ impl Common {
         }
         if let Some((id, _)) = bridge_of(&self.bridges, network, end) {
             let Some(interface) = self.interfaces.get(id) else { return Arrival::Anywhere };
-            // Its cable was moved by hand, or just now: then it is in doubt.
+            // If its veth pair was moved to another bridge, by hand or just now, the interface is in doubt.
             let is_there = owner.plugs.is_empty()
                 || owner.plugs.iter().any(|plug| plug.interface == Some(*interface));
             return if is_there { Arrival::By(*interface) } else { Arrival::Anywhere };
@@ -358,7 +361,7 @@ impl Common {
         }
     }
 
-    /// The addresses of a container, and how they are connected.
+    /// A container's addresses, and how they are connected.
     fn cables(&self, owner: &Container) -> Vec<(IpAddr, Arrival, Cable)> {
         let addresses = addresses(owner, &self.outclaimed);
         let mut cables: Vec<(IpAddr, Arrival, Cable)> = Vec::new();
@@ -387,7 +390,7 @@ impl Common {
             cables.extend(its.map(|address| (*address, arrival, cable.clone())));
         }
         cables.sort_by_key(|(address, ..)| *address);
-        // On two networks with the same addresses it may come by either.
+        // If two networks contain the same address, its connections may arrive on either.
         cables.dedup_by(|(other, ..), (address, arrival, cable)| {
             let same = other == address;
             if same {
@@ -399,11 +402,11 @@ impl Common {
     }
 }
 
-/// The drivers of networks that are not bridges of this host: their containers are on the network of a parent interface, or on one
-/// that reaches over several hosts.
+/// The drivers of networks that are not bridges of this host: their containers are on the network of a parent interface, or
+/// on a network that spans several hosts.
 const OF_OTHER_HOSTS: [&str; 3] = ["macvlan", "ipvlan", "overlay"];
 
-/// The addresses of a container that no other container has a surer claim on.
+/// A container's addresses on which no other container has a stronger claim.
 fn addresses(container: &Container, outclaimed: &Outclaimed) -> BTreeSet<IpAddr> {
     let is_its = |address: &IpAddr| {
         outclaimed.is_empty() || !outclaimed.contains(&(container.id.clone(), *address))
@@ -524,14 +527,14 @@ fn declared(container: &Container, prefix: &str) -> (Vec<Binding>, Vec<Problem>)
     (bindings, problems)
 }
 
-/// `owner` is the container whose network this one lives in.
+/// `owner` is the container that owns this one's network.
 fn consumer(
     container: &Container,
     owner: &Container,
     common: &Common,
     bindings: Vec<Binding>,
 ) -> Consumer {
-    // A gateway that a process shows is one of this host's addresses.
+    // A gateway that a process shows is an address of this host.
     let on_bridges = owner.attachments().filter(|(network, end)| {
         ***network == *SHOWN || bridge_of(&common.bridges, network, end).is_some()
     });
@@ -601,7 +604,7 @@ mod tests {
         assert_eq!(gateways(&listing), ["172.17.0.1", "fd00::1"]);
         assert_eq!(listing.networks, ["172.17.0.0/16".parse().unwrap()].into());
         assert_eq!(listing.bridges, ["docker0".into()].into());
-        // The networks change, and the container does not.
+        // The networks change, but the container does not.
         let listing = listings.of(&Inventory { bridges: Arc::default(), ..all });
         assert_eq!(gateways(&listing), [""; 0]);
     }
@@ -626,7 +629,7 @@ mod tests {
             ("podman1", "10.89.0.1"),
             ("docker0", "172.17.0.1"),
             ("elsewhere", "10.1.0.1"),
-            // Embassy runs in a container.
+            // embassy runs in a container.
             ("eth0", "172.17.0.2"),
         ];
         let here = here.map(|(name, at)| (name.into(), vec![at.parse().unwrap()]));
@@ -654,7 +657,7 @@ mod tests {
         };
         let bridges = [
             ("bridge".into(), bridge("docker0", "172.17.0.0/16")),
-            // Podman does not say how it is called; and the network of a bridge in another namespace.
+            // Podman does not report the bridge's name. The other network's bridge is in another namespace.
             ("podman".into(), bridge("", "10.88.0.0/16")),
             ("away".into(), bridge("br-away", "10.99.0.0/16")),
         ];
@@ -721,7 +724,7 @@ mod tests {
         assert_eq!(loose.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.99.0.0/16"]);
         assert_eq!(texts(gateways), ["10.88.0.1", "172.17.0.1"]);
         assert_eq!(**ports, [7, 12, 13, 20].into(), "those of other bridges are others'");
-        // Whose the contested address is will be known.
+        // The contested address has no owner until this is resolved.
         let mut owned: Vec<_> =
             owners.iter().map(|(at, owner)| (at.to_string(), &owner.ports[..])).collect();
         owned.sort();
@@ -729,7 +732,7 @@ mod tests {
         assert_eq!(owned, expected);
         let unbound: BTreeSet<_> = unbound.values().map(|name| &**name).collect();
         assert_eq!(unbound, ["away", "unseen", "moved"].into());
-        // Embassy lives in a container of the network: its interface is not the bridge.
+        // embassy runs in a container of the network: its interface is not the bridge.
         let here = [("eth0".into(), vec!["172.17.0.2".parse().unwrap()])];
         let inside = Inventory { here: Arc::new(here.into()), ..inventory };
         let listing = Listings::new("BACKEND_".to_owned()).of(&inside);
@@ -738,7 +741,7 @@ mod tests {
         assert_eq!(first.arrival(&first.sources[0]), Arrival::Anywhere);
     }
 
-    /// A swarm's container reaches this host by an address that no inspection tells, but its process shows.
+    /// A swarm's container reaches this host from an address that no inspection reports, but its process shows.
     #[test]
     fn a_container_on_an_overlay_alone_is_reported_until_it_shows_how_it_gets_here() {
         let overlay = OtherNetwork { driver: "overlay".into(), ..OtherNetwork::default() };
@@ -788,7 +791,7 @@ mod tests {
         for same in [&shown, &overlay, &bridge] {
             assert_eq!(of(&[same, same]).0.contested.len(), 1);
         }
-        // With the surest run its claim ends.
+        // The claim ends with the run that had the strongest claim.
         all.containers[2].run.mark_ended();
         let listing = Listings::new("BACKEND_".to_owned()).of(&all);
         assert_eq!(at(&listing), (Some("b".to_owned()), false));
@@ -832,7 +835,7 @@ mod tests {
         assert_eq!(same(&|now| now.containers[0] = ill.clone().into()), [true; 3]);
         let moved = Container { network: bridge("172.17.0.9"), ..a.clone() };
         assert_eq!(same(&|now| now.containers[0] = moved.clone().into()), [false, true, false]);
-        // The same in all that is shown, but another run of it.
+        // Another run, which is otherwise the same.
         let again = Container { run: Default::default(), ..a };
         assert_eq!(same(&|now| now.containers[0] = again.clone().into()), [false, true, false]);
     }
@@ -851,7 +854,7 @@ mod tests {
         assert_eq!(listing.consumers.len(), 1);
     }
 
-    /// A container on a bridge, on a network of several hosts, or as its process shows it; `None` if it is not there.
+    /// A container on a bridge, on a network of several hosts, or as its process shows it. `None`: no container.
     fn some_container() -> impl Strategy<Value = Option<(u8, u8, u8, bool)>> {
         prop::option::weighted(0.8, (0..4_u8, 0..4_u8, 0..4_u8, prop::bool::weighted(0.2)))
     }
@@ -898,7 +901,7 @@ mod tests {
                 let at_once = Listings::new("BACKEND_".to_owned()).of(&inventory);
                 let follows = listings.of(&inventory);
                 prop_assert_eq!(&follows, &at_once);
-                // And what at once is: an address is its only claimant's.
+                // The listing that is derived at once is correct: an address belongs to its only claimant.
                 let mut claims: BTreeMap<IpAddr, BTreeSet<&str>> = BTreeMap::new();
                 let common = outclaimed(&inventory);
                 for one in inventory.containers.iter().filter(|one| !one.run.has_ended()) {

@@ -1,4 +1,4 @@
-//! The static provider: the bindings come from the command line, and the consumer is this host or network namespace.
+//! The static provider: bindings come from the command line, and the consumer is this host or network namespace.
 
 #![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
 
@@ -20,7 +20,7 @@ use crate::{
 /// The name of the static provider's consumer.
 pub const LOCAL: &str = "local";
 
-/// Why the static provider cannot say who its consumer is.
+/// Why the static provider cannot determine its consumer's addresses.
 #[derive(Debug, thiserror::Error)]
 pub enum InterfaceError {
     #[error("cannot list the interfaces: {0}")]
@@ -29,8 +29,8 @@ pub enum InterfaceError {
     Missing { name: String, present: String },
 }
 
-/// The local consumer of `services`, and what of them cannot be done. Its connections come from the addresses of
-/// `interface`, or from loopback.
+/// The local consumer of `services`, and the problems in them. Its connections come from the addresses of `interface`, or
+/// from loopback.
 pub fn listing(interface: &str, services: &[Descriptor]) -> Result<Listing, InterfaceError> {
     let mut sources = addresses(interface)?;
     sources.extend([IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)]);
@@ -74,7 +74,7 @@ pub fn listing(interface: &str, services: &[Descriptor]) -> Result<Listing, Inte
     Ok(Listing { consumers: vec![Arc::new(consumer)], problems, ..Listing::default() })
 }
 
-/// The addresses of an interface that other hosts can name: no link-local IPv6, which means nothing without its link.
+/// The addresses of an interface that other hosts can use: no link-local IPv6, which is valid only on its link.
 fn addresses(interface: &str) -> Result<Vec<IpAddr>, InterfaceError> {
     let all = if_addrs::get_if_addrs()?;
     let found: Vec<_> =
@@ -91,30 +91,30 @@ fn addresses(interface: &str) -> Result<Vec<IpAddr>, InterfaceError> {
     Ok(found)
 }
 
-/// The same of an interface that may be missing: then there are none.
+/// The addresses of an interface. None if it does not exist.
 pub fn addresses_of(interface: &str) -> io::Result<Vec<IpAddr>> {
     let all = if_addrs::get_if_addrs()?;
     let found = all.iter().filter(|i| !i.is_link_local() && i.name == interface);
     Ok(found.map(|i| i.ip()).collect())
 }
 
-/// All addresses of this network namespace that other hosts can name.
+/// All addresses of this network namespace that other hosts can use.
 pub fn own_addresses() -> Result<Vec<IpAddr>, InterfaceError> {
     let all = if_addrs::get_if_addrs()?;
     let found = all.iter().filter(|i| !i.is_loopback() && !i.is_link_local());
     Ok(found.map(|i| i.ip()).collect())
 }
 
-/// Those of `addresses` that this network namespace has. One that cannot be checked counts as here.
+/// Those of `addresses` that this network namespace has. An address that cannot be checked counts as present.
 ///
-/// A socket can be bound to them only; this costs the same however many interfaces there are.
+/// Checks by binding a socket, which costs the same however many interfaces there are.
 pub fn here(addresses: impl IntoIterator<Item = IpAddr>) -> BTreeSet<IpAddr> {
     let listed = LazyCell::new(|| fs::read_to_string("/proc/net/if_inet6").unwrap_or_default());
     let is_here = |address: &IpAddr| match (UdpSocket::bind((*address, 0)), address) {
         (Ok(_), _) => true,
         (Err(error), _) if error.kind() != io::ErrorKind::AddrNotAvailable => true,
         (Err(_), IpAddr::V4(_)) => false,
-        // For its first seconds, while its link is asked for a duplicate, nothing can be bound to it.
+        // During duplicate detection, in its first seconds, no socket can be bound to the address.
         (Err(_), IpAddr::V6(address)) => listed.contains(&format!("{:032x}", u128::from(*address))),
     };
     addresses.into_iter().collect::<BTreeSet<_>>().into_iter().filter(is_here).collect()
@@ -127,7 +127,7 @@ mod tests {
     #[test]
     fn an_address_that_no_interface_has_is_not_here() {
         let addresses = ["127.0.0.1", "127.0.0.1", "192.0.2.1"].map(|text| text.parse().unwrap());
-        // A host may let programs bind to any address; then nothing is known.
+        // A host may allow to bind to any address. Then nothing can be checked.
         let any = std::fs::read_to_string("/proc/sys/net/ipv4/ip_nonlocal_bind").unwrap();
         let expected = if any.trim() == "0" { &addresses[..1] } else { &addresses[1..] };
         assert_eq!(here(addresses), expected.iter().copied().collect());

@@ -25,20 +25,21 @@ pub struct Listing {
     pub consumers: Vec<Arc<Consumer>>,
     /// All known addresses of containers, including containers without bindings.
     pub known: Arc<BTreeSet<IpAddr>>,
-    /// Addresses that more than one container claims: all but one of them have ended, and it is not known yet which.
+    /// Addresses that more than one container claims: all but one of them have lost it, and it is not known yet which one
+    /// has it.
     pub contested: BTreeSet<IpAddr>,
-    /// The networks in which a container that is not known yet may have its address.
+    /// The networks in which an unknown container may have its address.
     pub networks: BTreeSet<IpNet>,
     /// The addresses of this host in those networks.
     pub gateways: BTreeSet<IpAddr>,
     /// How those networks and the known addresses are connected to this host.
     pub wiring: Arc<Wiring>,
-    /// The interfaces that those networks' gateways are on.
+    /// The interfaces with these networks' gateways.
     pub bridges: BTreeSet<Arc<str>>,
-    /// So many doubts about whose an address is are cleared up ([`Lookup::is_in_doubt`]).
+    /// The number of doubts about the owner of an address that are resolved ([`Lookup::is_in_doubt`]).
     pub confirmed: u64,
     pub problems: Vec<Problem>,
-    /// Containers that declare bindings of which none is valid.
+    /// Containers that declare bindings, none of which is valid.
     pub invalid: Vec<Invalid>,
     /// Bindings that are not used because of a limit.
     pub beyond: Vec<Beyond>,
@@ -48,14 +49,14 @@ pub struct Listing {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Beyond {
     pub limit: Limit,
-    /// The limit's number.
+    /// The limit's value.
     pub most: usize,
-    /// The consumer with these bindings alone.
+    /// The consumer with only these bindings.
     pub consumer: Arc<Consumer>,
 }
 
 worded! {
-    /// What limits the bindings of consumers.
+    /// The limits for consumers' bindings.
     pub enum Limit {
         /// `--max-bindings-per-consumer`
         Bindings = "bindings_per_consumer",
@@ -73,25 +74,25 @@ impl Limit {
     }
 }
 
-/// A container that would be a consumer if its declarations were valid. It may be asked about.
+/// A container that would be a consumer if its declarations were valid. Users may ask about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Invalid {
-    /// As in its problems.
+    /// The same name as in its problems.
     pub name: Arc<str>,
     pub id: ContainerId,
     pub addresses: Vec<IpAddr>,
 }
 
 impl Invalid {
-    /// Whether it is meant by the start of its ID or by an address.
+    /// Whether `wanted` is the start of its ID or one of its addresses.
     pub fn is_called(&self, wanted: &str) -> bool {
-        // Shorter text is more likely a name.
+        // A shorter text is more likely a name.
         (wanted.len() >= 4 && self.id.as_str().starts_with(wanted))
             || wanted.parse().is_ok_and(|address| self.addresses.contains(&address))
     }
 }
 
-/// The origin of the problem that a container cannot be told by an address of its own.
+/// The origin of the problem that a container has no address by which it can be identified.
 pub const NETWORK: &str = "network";
 
 /// A declaration of a consumer that is invalid. Its other bindings work.
@@ -101,18 +102,18 @@ pub struct Problem {
     pub consumer: Arc<str>,
     /// The variable or label, if the problem is in one.
     pub origin: Arc<str>,
-    /// The port that it declares, if that is known.
+    /// The port that it declares, if known.
     pub port: Option<Port>,
     pub reason: String,
-    /// Nothing is wrong with it: another binding of the consumer has its port.
+    /// Nothing is wrong with it, but another binding of the consumer has its port.
     pub overruled: bool,
 }
 
 /// The configured provider.
 #[derive(Debug)]
 pub enum Provider {
-    /// The containers of an engine, and what the names of their variables begin with. The follower has to read those, and the
-    /// labels that begin with [`bindings::LABEL`].
+    /// The containers of an engine, and the prefix of the names of their variables. The follower must read these variables,
+    /// and the labels that begin with [`bindings::LABEL`].
     Docker {
         follower: Follower,
         prefix: String,
@@ -121,7 +122,7 @@ pub enum Provider {
 }
 
 impl Provider {
-    /// Starts following it; `bell` rings at every change.
+    /// Starts to follow it. `bell` rings at every change.
     pub fn start(self, resync: &ResyncRequests, bell: Arc<Notify>) -> Answers<Listing> {
         let (publish, answers) = Publisher::new(bell);
         match self {

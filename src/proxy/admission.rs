@@ -1,4 +1,4 @@
-//! Admission: an accepted connection gets its route or is reset. It waits while its owner is not known or not certain.
+//! Admission: an accepted connection gets its route or is reset. It waits while its owner is unknown or uncertain.
 
 use std::{
     collections::BTreeSet,
@@ -39,7 +39,7 @@ impl Worker {
     pub(super) async fn accept(self: Rc<Self>, listener: Rc<TcpListener>) {
         let mut backoff = AcceptBackoff::default();
         let mut in_a_row = 0;
-        // A listener without an address has no port to connect to.
+        // A listener without an address has no port to which clients could connect.
         let port = listener.local_addr().map_or(0, |address| address.port());
         loop {
             while let Some(end) = self.shortage.get().filter(|end| *end > Instant::now()) {
@@ -72,7 +72,7 @@ impl Worker {
         }
     }
 
-    /// Accepts what waits in a listener's queue, which closing the listener would reset.
+    /// Accepts the connections in a listener's queue, which would be reset when the listener is closed.
     pub(super) fn accept_queued(self: &Rc<Self>, listener: &TcpListener) {
         let port = listener.local_addr().map_or(0, |address| address.port());
         for (stream, peer) in listener::queued(listener) {
@@ -94,7 +94,7 @@ impl Worker {
         }
     }
 
-    /// Starts a connection that has a route; any other is reset at once, except one that may soon have one.
+    /// Starts a connection that has a route. Any other is reset at once, except one that may get a route soon.
     fn let_in(self: &Rc<Self>, socket: Socket, captured: Captured) {
         let outcome = match self.route_of(&captured) {
             Ok(route) => return self.let_in_to(socket, captured, route),
@@ -114,7 +114,8 @@ impl Worker {
         self.refuse(captured.source, Some(captured.destination), None, outcome);
     }
 
-    /// Holds a connection while a task finds out whose it is. Refuses it if too many of its kind and its source are held.
+    /// Holds a connection while a task finds out its owner. Refuses it if too many of this kind, or from its source, are
+    /// held.
     fn hold_while<T: Future<Output = ()> + 'static>(
         self: &Rc<Self>,
         waiting: Waiting,
@@ -132,9 +133,10 @@ impl Worker {
         }
     }
 
-    /// What shows that a route's owner may have lost the address without an event: the next one to have it may have opened this.
-    /// That costs a look at the owner's network after an interface of this host has gone, and nothing otherwise. `doubts`: how many
-    /// there were when the connection was accepted. Those that came later are of addresses that others got later.
+    /// The sign that a route's owner may have lost the address without an event. The address's next owner may then have
+    /// opened this connection. After an interface of this host has disappeared, this costs a look at the owner's network,
+    /// otherwise nothing. `doubts`: their number when the connection was accepted. Later doubts are about addresses that
+    /// changed owner later.
     fn may_have_lost(&self, route: &Route, source: IpAddr, doubts: u64) -> Option<Sign> {
         const MOST: usize = 100_000;
         if route.consumer == ConsumerId::Local {
@@ -142,7 +144,7 @@ impl Worker {
         }
         let lookup = &self.settings().lookup;
         let Some(owner) = owner::shown(route) else {
-            // Its process shows nothing: the engine has to confirm who has which address.
+            // The owner's process does not show its addresses: the engine must confirm them.
             let confirmed = self.table.borrow().confirmed;
             return lookup.is_in_doubt(doubts, confirmed).then_some(Sign::Unconfirmed);
         };
@@ -152,7 +154,7 @@ impl Worker {
         }
         let read =
             || process::look(owner, process::addresses).unwrap_or_else(|| Ok(BTreeSet::new()));
-        // One that has ended has no address.
+        // An owner that has ended has no address.
         if owner.has_address(source, moves, Instant::now(), read) == Some(false) {
             return Some(Sign::Lost);
         }
@@ -164,7 +166,7 @@ impl Worker {
         None
     }
 
-    /// Starts a connection, unless it may be one that the address's former owner opened.
+    /// Starts a connection, unless the address's former owner may have opened it.
     pub(super) fn let_in_to(
         self: &Rc<Self>,
         socket: Socket,
@@ -186,7 +188,7 @@ impl Worker {
         match owner::doubt(&route, self.pause.get(), now) {
             None => {}
             Some(_) if self.shared.is_inherited(&route) => {}
-            // It may have waited until a moment ago to become known, and is served like those that do so here.
+            // It may have been held until its route appeared, and is treated like connections that were held here.
             Some(Doubt::New) if !owner::has_hung_up(&socket.stream) => {}
             Some(_) => {
                 return self.hold_while(Waiting::Known, captured, socket, |ticket, socket| {
@@ -199,7 +201,7 @@ impl Worker {
         }
     }
 
-    /// Holds a connection that another process held: it may be older than the route that its address has now.
+    /// Holds a connection that another process held. It may be older than the current route of its address.
     pub(super) fn hold_again(self: &Rc<Self>, socket: Socket, captured: Captured) {
         let since = Since { doubts: self.settings().lookup.doubts(), route: None };
         let source = captured.source.0.ip();
@@ -212,32 +214,32 @@ impl Worker {
         captured.route(&self.table.borrow(), &self.settings().destinations)
     }
 
-    /// Gives a connection its task. It has its place already: the task may be aborted before it runs for the first time.
+    /// Gives a connection its task. The connection already has its place: the task may be aborted before it first runs.
     pub(super) fn run(&self, place: Place, task: impl Future<Output = ()> + 'static) {
         let task = spawn_local(task).abort_handle();
         self.connections.borrow_mut().set_task(place, task);
     }
 }
 
-/// What shows that a route's owner may have lost its address.
+/// A sign that a route's owner may have lost its address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sign {
-    /// The owner's network does not have it any more.
+    /// The owner's network does not have the address any more.
     Lost,
-    /// A container came that may have got it, and the engine has not said yet who has which address.
+    /// A container that may have got it has appeared, and the engine has not yet said who has which address.
     Unconfirmed,
 }
 
-/// How things were when a connection was accepted that waits.
+/// The situation when a waiting connection was accepted.
 #[derive(Debug)]
 struct Since {
-    /// How many doubts about addresses there were.
+    /// The number of doubts about addresses.
     doubts: u64,
-    /// The route that its address had.
+    /// The route of its address.
     route: Option<Arc<Route>>,
 }
 
-/// Waits until the container is known: its first connection may arrive before the engine's event.
+/// Waits until the container is known: its first connection may arrive before the engine's event about it.
 async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, since: Since) {
     let (worker, accepted) = (ticket.worker().clone(), Instant::now());
     let deadline = accepted + worker.settings().hold;
@@ -245,20 +247,20 @@ async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, since: Sin
     let mut looks = lookup.looks();
     lookup.ask(source);
     loop {
-        // Looked up before the first wait too: the table may have come since this connection was accepted.
+        // Looked up before the first wait too: the table may have changed since this connection was accepted.
         let route = worker.route_of(&captured);
         let sign =
             route.as_ref().ok().and_then(|route| worker.may_have_lost(route, source, since.doubts));
         match route {
             Ok(_) if sign.is_some() => {}
-            // The first to get the address need not be the one who dialled.
+            // The first container to get the address need not be the one that opened the connection.
             Ok(route) => {
                 let doubt = owner::doubt(&route, worker.pause.get(), accepted);
-                // It had this route when it was accepted, and is confirmed to have it still.
+                // The address had this route when the connection was accepted, and it is confirmed that it still has it.
                 let is_its = since.route.as_ref().is_some_and(|one| one.number == route.number);
                 let is_certain = match doubt {
                     _ if owner::shows_sockets(&route) => false,
-                    // It was captured when the process before this one had the same route, and may have been held there.
+                    // It was captured while the previous process had the same route, and may have been held there.
                     Some(_) if worker.shared.is_inherited(&route) => true,
                     Some(Doubt::Waited) => false,
                     None if is_its => true,
@@ -269,14 +271,14 @@ async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, since: Sin
                 }
                 return identify(ticket, socket, captured, route, accepted).await;
             }
-            // The engine was asked since, and knows nobody there.
+            // Since this connection was accepted, the engine was asked, and no container has the address.
             Err(Outcome::UnknownConsumer) if !lookup.is_nobodys(&source, accepted) => {}
             Err(outcome) => return ticket.end(outcome),
         }
         let waits_on = tokio::select! {
             is_another = worker.another_table(deadline) => is_another,
             _ = looks.changed() => true,
-            // Its interface may get the address yet, and nothing tells of that.
+            // The owner's network may still get the address, and no event reports that.
             () = pause(sign) => true,
         };
         if !waits_on {
@@ -285,7 +287,7 @@ async fn wait(ticket: HeldTicket, socket: Socket, captured: Captured, since: Sin
     }
 }
 
-/// Waits until an address that its owner's network does not have is worth another look.
+/// Waits until it is worth looking again for an address that the owner's network does not have.
 async fn pause(sign: Option<Sign>) {
     match sign {
         Some(Sign::Lost) => sleep(RunEnd::WITHOUT_ADDRESS).await,
@@ -302,7 +304,7 @@ async fn identify(
     accepted: Instant,
 ) {
     let worker = ticket.worker().clone();
-    // The table may be another by then.
+    // The table may have changed meanwhile.
     if worker.looks.are_owners(&route, &captured).await && worker.table.borrow().has(&route) {
         return start_held(ticket, socket, captured, route, accepted).await;
     }
@@ -321,7 +323,7 @@ async fn start_held(
     }
 }
 
-/// A connection is not admitted by a route of the address's next owner.
+/// Tests that a route of the address's next owner does not admit a connection of the former owner.
 #[cfg(test)]
 mod tests {
     use std::{
@@ -351,7 +353,7 @@ mod tests {
         table::Table,
     };
 
-    /// A worker whose table has one container's route, which came at `born`. The container's first process is this one.
+    /// A worker whose table has one container's route, which appeared at `born`. The container's first process is this one.
     fn worker(born: Instant) -> (Rc<Worker>, Arc<Route>) {
         let id = ConsumerId::Container { id: ContainerId::new("b"), started_at: "t".into() };
         let table = Arc::new(table_of(id));
@@ -375,8 +377,8 @@ mod tests {
         (worker, route)
     }
 
-    /// A connection that has sent something, and perhaps ended its direction, as it is accepted. Its other end belongs to
-    /// the container, or is gone.
+    /// An accepted connection that has sent something, and has perhaps ended its direction. Its other end belongs to the
+    /// container (`owners`), or is gone.
     async fn opened(ends: bool, owners: bool) -> (std::net::TcpStream, Socket, Captured) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let dialled = listener.local_addr().unwrap();
@@ -428,15 +430,15 @@ mod tests {
         let test = async {
             let now = Instant::now();
             let ago = |seconds| now.checked_sub(Duration::from_secs(seconds)).unwrap();
-            // The route was this owner's long before the queue stood still, or there was no queue.
+            // The owner had the route long before the pause in accepting, or there was no pause.
             assert!(is_let_in(ago(60), Some(ago(20)), true, false).await);
             assert!(is_let_in(ago(60), None, true, false).await);
-            // It came while the queue stood still: only who is certainly its owner.
+            // The route appeared during the pause: only connections that certainly belong to its owner are served.
             for ends in [false, true] {
                 assert!(!is_let_in(ago(10), Some(ago(20)), ends, false).await, "ends: {ends}");
                 assert!(is_let_in(ago(10), Some(ago(20)), ends, true).await, "ends: {ends}");
             }
-            // It has only just come: who may be gone already is doubted, who is not is served.
+            // The route has only just appeared: a connection whose peer may be gone is doubted, others are served.
             assert!(is_let_in(now, None, false, false).await);
             assert!(!is_let_in(now, None, true, false).await);
             assert!(is_let_in(now, None, true, true).await);
@@ -444,7 +446,7 @@ mod tests {
         tokio::task::LocalSet::new().run_until(test).await;
     }
 
-    /// The engine told of nothing; an interface that has gone is the only sign.
+    /// The engine reported nothing. An interface that disappeared is the only sign.
     #[test]
     fn an_address_that_its_owner_has_lost_is_waited_for_and_never_served_as_the_owners() {
         run(async {
@@ -477,7 +479,7 @@ mod tests {
             let _first = dial("172.17.0.2:1").await;
             assert_eq!(started(), 1, "no interface has gone");
             lookup.moved();
-            // This test's own network, as the owner's, has the one address and not the other.
+            // This test's own network, which is the owner's, has the one address and not the other.
             let _own = dial("127.0.0.1:2").await;
             assert_eq!(started(), 2);
             let _lost = dial("172.17.0.2:3").await;
@@ -486,7 +488,7 @@ mod tests {
                 connections.iter().filter(|(_, one)| matches!(one.state, State::Held(_))).count()
             };
             assert_eq!((started(), waiting()), (2, 1));
-            // A table in which nothing changed for it is none to be served by.
+            // A table without a change for this address does not end the wait.
             let other = consumer("other", "172.17.0.77".parse().unwrap(), "redis;6379");
             let before = worker.table.borrow().clone();
             let next = table_after(&before, &[owner, other.clone()], &[]).unwrap();
@@ -506,7 +508,7 @@ mod tests {
             };
             tokio::time::timeout(Duration::from_secs(60), served).await.unwrap();
             assert_eq!((started(), waiting()), (2, 0), "by its own route");
-            // A sandbox never showed the address in its network.
+            // A sandbox never shows its address in its process's network.
             let (_, sandboxed) = self::worker(long_ago);
             let (_client, accepted) = connection().await;
             let captured = captured("172.17.0.5:4".parse().unwrap(), VIP.parse().unwrap());
@@ -517,7 +519,8 @@ mod tests {
         });
     }
 
-    /// No process is visible, and a container came after an interface had gone. Only the engine can say whose the address is.
+    /// No process is visible, and a container appeared after an interface disappeared. Only the engine can say who has the
+    /// address.
     #[test]
     fn an_address_that_may_have_a_newer_owner_is_served_once_the_engine_has_confirmed_it() {
         run(async {
@@ -535,7 +538,7 @@ mod tests {
                 let (client, accepted) = connection().await;
                 let captured = captured("172.17.0.2:1".parse().unwrap(), VIP.parse().unwrap());
                 worker.let_in(Socket::new(accepted), captured);
-                // What waits has had its turn.
+                // Tasks that wait have had their turn.
                 tokio::task::yield_now().await;
                 client
             };
@@ -549,7 +552,7 @@ mod tests {
             lookup.doubt();
             let _doubted = dial().await;
             assert_eq!((started(&former), waiting()), (1, 1));
-            // A table that confirms nothing serves nobody.
+            // A table that confirms nothing ends no wait.
             let other = consumer("other", "172.17.0.77".parse().unwrap(), "redis;6379");
             let before = worker.table.borrow().clone();
             let next = table_after(&before, &[of("former"), other.clone()], &[]).unwrap();
@@ -557,7 +560,7 @@ mod tests {
             tokio::task::yield_now().await;
             tokio::task::yield_now().await;
             assert_eq!((started(&former), waiting()), (1, 1));
-            // It clears that doubt up while there is a newer one, and the address is another's.
+            // The engine resolves this doubt while there is a newer one, and the address belongs to another container.
             let doubts = lookup.doubts();
             lookup.doubt();
             let before = worker.table.borrow().clone();
@@ -577,7 +580,7 @@ mod tests {
         });
     }
 
-    /// Where no process is visible, nobody can be asked whose a connection is.
+    /// If no process is visible, the owner of a connection cannot be determined.
     #[test]
     fn a_half_closed_connection_of_a_known_container_is_served_once_the_doubt_is_over() {
         let served = async |is_confirmed: bool| {
@@ -616,7 +619,7 @@ mod tests {
         });
     }
 
-    /// An interface comes into a container before its address does: what was read in between is not the last word.
+    /// An interface moves into a container before it gets its address: addresses that were read in between are not final.
     #[test]
     fn a_container_whose_network_gets_the_address_a_moment_later_is_served() {
         run(async {
@@ -641,7 +644,7 @@ mod tests {
         });
     }
 
-    /// A container that runs in this test's network, at this address, and asks for what is dialled.
+    /// A container that runs in this test's network, at this address, with a binding for the dialled port.
     fn newcomer(source: IpAddr, port: u16, is_shown: bool) -> Arc<Consumer> {
         let run = process::run_of_this_process();
         if is_shown {
@@ -651,7 +654,7 @@ mod tests {
         Arc::new(Consumer { ends: vec![run], ..Consumer::clone(&newcomer) })
     }
 
-    /// How often a connection that was held is served when a container gets its address: 0 or 1.
+    /// How many held connections are served when a container gets its address: 0 or 1.
     async fn served_by_newcomer(dials_itself: bool, is_shown: bool) -> u64 {
         let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };
         let worker = Worker::new(Arc::new(Shared::new(held)), 0, Arc::new(table())).unwrap();
@@ -679,7 +682,7 @@ mod tests {
         run(async {
             assert_eq!(served_by_newcomer(true, true).await, 1);
             assert_eq!(served_by_newcomer(false, true).await, 0, "another dialled");
-            // Of a sandbox, and of one whose process is not visible, the kernel does not show whose connections they are.
+            // For a sandbox, and for a process that is not visible, the kernel does not show the owners of connections.
             assert_eq!(served_by_newcomer(true, false).await, 1);
             assert_eq!(served_by_newcomer(false, false).await, 1);
         });
@@ -707,7 +710,7 @@ mod tests {
             };
             let _first = dial(STRANGER).await;
             lookup.begins();
-            // The look has begun: it may have come since.
+            // The look has already begun: the container may have appeared since.
             let _later = dial(STRANGER).await;
             let _other = dial("172.17.0.10").await;
             assert_eq!((worker.shared.held(), refused()), (3, 0));
@@ -766,10 +769,11 @@ mod tests {
         });
     }
 
-    /// As many as one source may have.
+    /// The maximum for one source.
     const HELD: usize = 144;
 
-    /// A worker that holds as many connections of an unknown container's as it may, and the ends of those that it was offered.
+    /// A worker that holds as many connections of an unknown container as it may, and the other ends of all that were
+    /// offered.
     async fn crowded() -> (Rc<Worker>, Vec<TcpStream>) {
         const MORE: usize = 44;
         let held = ProxySettings { hold: Duration::from_secs(60), ..settings() };

@@ -8,25 +8,25 @@ use crate::{
     table::Route,
 };
 
-/// Type-length-values of version 2, in the range that is free for custom use (2.2.7, PP2_TYPE_MIN_CUSTOM).
+/// Types of version 2's type-length-values, in the range for custom use (2.2.7, PP2_TYPE_MIN_CUSTOM).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Tlv {
     /// The consumer's name.
     ConsumerName = 0xE0,
-    /// The container's full ID; `local` for the static provider's consumer.
+    /// The container's full ID, or `local` for the static provider's consumer.
     ConsumerId = 0xE1,
     /// The service's name in discovery.
     Service = 0xE2,
 }
 
 const SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
-/// Version 2, a connection that is relayed for another.
+/// Version 2, and the command for a relayed connection (PROXY).
 const PROXY: u8 = 0x21;
 const TCP_OVER_IPV4: u8 = 0x11;
 const TCP_OVER_IPV6: u8 = 0x21;
 
-/// What is sent ahead of a connection's bytes.
+/// The bytes that are sent before a connection's data.
 pub(super) fn header(
     version: ProxyProtocol,
     route: &Route,
@@ -62,7 +62,7 @@ fn v2(source: SocketAddr, destination: SocketAddr, tlvs: &[(Tlv, &str)]) -> Vec<
             TCP_OVER_IPV4
         }
         (from, to) => {
-            // Both ends of one connection are of one family; a mapped address says the same in the other's form.
+            // Both ends of a connection must have the same family: an IPv4 address is mapped to IPv6.
             body.extend(ipv6(from).octets());
             body.extend(ipv6(to).octets());
             TCP_OVER_IPV6
@@ -71,7 +71,7 @@ fn v2(source: SocketAddr, destination: SocketAddr, tlvs: &[(Tlv, &str)]) -> Vec<
     body.extend(source.port().to_be_bytes());
     body.extend(destination.port().to_be_bytes());
     for (kind, value) in tlvs {
-        // Names are far shorter than a length can say; a longer one is cut, not the connection.
+        // Names are far shorter than the maximum length. A longer name is cut.
         let length = u16::try_from(value.len()).unwrap_or(u16::MAX).min(LONGEST);
         body.push(*kind as u8);
         body.extend(length.to_be_bytes());
@@ -86,7 +86,7 @@ fn v2(source: SocketAddr, destination: SocketAddr, tlvs: &[(Tlv, &str)]) -> Vec<
     header
 }
 
-/// Bytes of one value, at most: Docker's names and Consul's services are shorter.
+/// Maximum length of a value in bytes. Docker's names and Consul's services are shorter.
 const LONGEST: u16 = 1024;
 
 fn ipv6(address: IpAddr) -> std::net::Ipv6Addr {

@@ -15,10 +15,10 @@ use crate::{
     table::{Route, RouteKey, Table},
 };
 
-/// Which original destinations count as VIPs, besides those in the table.
+/// The original destinations that count as VIPs, besides those in the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Destinations {
-    /// Any: the user's own rules decide what is captured.
+    /// All addresses: the user's own rules decide what is captured.
     Any,
     /// The VIPs, and these addresses of this host.
     VipsAnd(Vec<IpAddr>),
@@ -29,7 +29,7 @@ pub enum Destinations {
 pub(super) struct Captured {
     pub source: SourceAddress,
     pub destination: OriginalDestination,
-    /// Whether it arrived where it was sent: nothing captured it.
+    /// Whether the connection was made to our listener itself, and was not captured.
     pub is_direct: bool,
 }
 
@@ -38,8 +38,8 @@ impl Captured {
     pub(super) fn of(stream: &TcpStream, peer: SocketAddr, port: u16) -> Result<Self, Outcome> {
         let destination =
             original_destination(stream, peer).map_err(|_| Outcome::NoOriginalDestination)?;
-        // Connection tracking knows uncaptured connections too: their destination is the listener itself. With any other
-        // port the listener's address need not be asked for.
+        // Connection tracking also knows connections that were not captured: their destination is the listener itself. If
+        // the port differs, the listener's address need not be read.
         let is_direct = destination.port() == port
             && stream.local_addr().map_err(|_| Outcome::ConsumerReset)? == destination;
         let (source, destination) = (SourceAddress(peer), OriginalDestination(destination));

@@ -29,32 +29,33 @@ use crate::{
     table::{Route, Upstream},
 };
 
-/// Maximum number of distinct endpoints tried.
+/// Maximum number of different endpoints tried.
 const TRIES: usize = 3;
-/// Maximum number of tries that were none, of endpoints of which that was known before: if all are so, a connection does not go
-/// through all of them.
+/// Maximum number of attempts that this host could not make, for endpoints for which this was known before. So if all
+/// endpoints are like that, a connection does not go through all of them.
 const VAIN: usize = 16;
-/// Timeout of an attempt while there is another endpoint to try. The kernel sends a lost SYN again after as long, so giving up
-/// then makes one lost packet a failure.
+/// Timeout of an attempt while there is another endpoint to try. The kernel resends a lost SYN after the same time, so one
+/// lost packet makes the attempt fail.
 const TRY: Duration = Duration::from_secs(1);
 
-/// How long an endpoint is used only if no other can be, after this host had no route to it, or no source port free.
+/// How long an endpoint is used only if no other can be: after this host had no route to it, or no free source port.
 const WITHOUT_ROUTE: Duration = Duration::from_secs(60);
 const WITHOUT_PORTS: Duration = Duration::from_millis(250);
-/// The first and the longest pause before a source port is looked for again. The kernel may go through all of them each time.
+/// The first and the longest pause before a free source port is looked for again. The kernel may search through all ports
+/// each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_millis(800);
 
-/// Endpoints that a connection does not go to: perhaps one from the start, those that it has tried, and those to which this host
-/// could not open a connection.
+/// Endpoints that a connection must not use: perhaps one from the start, those that it has tried, and those to which this
+/// host could not open a connection.
 struct Excluded {
     all: Vec<Endpoint>,
     from_start: usize,
-    /// Those that were at fault themselves, or may be.
+    /// The number of those that failed, or may have failed, by themselves.
     tried: usize,
-    /// Those that this host could not reach, as was known.
+    /// The number of those that this host could not reach, which was known before.
     vain: usize,
-    /// Those to which all source ports were in use.
+    /// Those for which all source ports were in use.
     starved: Vec<Endpoint>,
 }
 
@@ -73,17 +74,17 @@ impl Excluded {
         self.tried += 1;
     }
 
-    /// The last try was none: this host could not make it.
+    /// The last attempt does not count: this host could not make it.
     fn was_no_try(&mut self) {
         self.tried = self.tried.saturating_sub(1);
     }
 
-    /// Those that no try may go to.
+    /// Endpoints that no attempt may use.
     fn always(&self) -> &[Endpoint] {
         self.all.get(..self.from_start).unwrap_or_default()
     }
 
-    /// Admits those again to which no source port was free. Whether there are any.
+    /// Allows the endpoints again for which no source port was free. Returns whether there were any.
     fn readmit_starved(&mut self) -> bool {
         let starved = std::mem::take(&mut self.starved);
         self.vain = 0;
@@ -92,14 +93,14 @@ impl Excluded {
     }
 }
 
-/// A connection to one of the route's endpoints, counted. No byte of the consumer's is consumed before.
+/// Opens a counted connection to one of the route's endpoints. Does not read any byte of the consumer before.
 pub(super) async fn connect(
     ticket: &Ticket,
     consumer: &TcpStream,
 ) -> Result<(TcpStream, Lease), Outcome> {
     let (worker, record) = (ticket.worker(), ticket.record());
     let (settings, route) = (worker.settings(), &record.route);
-    // Not from the accept: it may have been held since.
+    // Not from the accept: the connection may have been held since.
     let deadline = Instant::now() + settings.connect;
     let Captured { source, destination, .. } = record.captured;
     let mut announcement = route.binding.descriptor.proxy.map(|version| Announcement {
@@ -107,7 +108,7 @@ pub(super) async fn connect(
         sent: 0,
     });
     let mut excluded = Excluded::new(match settings.destinations {
-        // If the user's own rules capture the host's own connections too, this connection would come back to embassy.
+        // If the user's own rules also capture the host's own connections, this connection would return to embassy.
         Destinations::Any => Some(Endpoint(destination.0)),
         Destinations::VipsAnd(_) => None,
     });
@@ -115,14 +116,14 @@ pub(super) async fn connect(
     let (mut lacking, mut slow) = (None, None::<Arc<EndpointState>>);
     let mut pause = FIRST_PAUSE;
     while Instant::now() < deadline {
-        // A failed try takes time: there may be other endpoints by now.
+        // A failed attempt takes time, and the endpoints may have changed meanwhile.
         let upstream = worker.upstream(route).ok_or(Outcome::RouteGone)?;
         let start = worker.now();
         let pick = || upstream.rotation.pick(route.balance, start, &excluded.all);
         let may_pick = excluded.may_try_more() && excluded.vain < VAIN;
         let next = if may_pick { pick().cloned() } else { None };
         let is_first_try = next.is_some();
-        // If the others have failed, there is time left for one that was only slow.
+        // If the others have failed, the rest of the time is used for an endpoint that was only slow.
         let again = || slow.take().filter(|state| upstream.rotation.offers(state));
         let Some(state) = next.or_else(again) else {
             if excluded.may_try_more()
@@ -132,7 +133,7 @@ pub(super) async fn connect(
                 continue;
             }
             if excluded.may_try_more() && excluded.readmit_starved() {
-                // Ports come free when connections end. Another endpoint may come too.
+                // Ports become free when connections end. There may also be a new endpoint.
                 worker.another_table(deadline.min(Instant::now() + pause)).await;
                 pause = (2 * pause).min(LONGEST_PAUSE);
                 continue;
@@ -192,11 +193,11 @@ pub(super) async fn connect(
                 if lack == Lack::Ports {
                     excluded.starved.push(state.endpoint);
                 }
-                // If others failed by themselves, the connection would have failed too had there been a route.
+                // If others failed by themselves, the connection would have failed even with a route.
                 if lack == Lack::Ports || excluded.tried == 0 {
                     lacking = Some((error, lack));
                 }
-                // It took no time, and there may be many of them: other connections have their turn.
+                // The attempt took no time, and there may be many: other connections get their turn.
                 yield_now().await;
             }
             (Err(error), None) => {
@@ -219,28 +220,29 @@ pub(super) async fn connect(
     })
 }
 
-/// The PROXY protocol header, if the binding wants it, and the consumer's first bytes.
+/// The PROXY protocol header, if the binding uses it, and the consumer's first bytes.
 struct Announcement {
     header: Vec<u8>,
-    /// How many of the consumer's first bytes were sent with it.
+    /// The number of the consumer's first bytes that were sent with it.
     sent: usize,
 }
 
 impl Announcement {
-    /// The header, and what the consumer has sent by now: a request then comes in one segment with it. Nothing is waited
-    /// for, because the endpoint may be the first to speak. Until the endpoint has taken the consumer's bytes they stay in the
-    /// consumer's socket: for the next try, or for a process that takes over meanwhile.
+    /// Sends the header with the bytes that the consumer has already sent, so that a request arrives in the same segment.
+    /// Does not wait for such bytes, because the endpoint may have to send first. Until the endpoint has accepted these
+    /// bytes, they stay in the consumer's socket: for the next attempt, or for a process that takes over meanwhile.
     async fn send(&mut self, consumer: &TcpStream, endpoint: &mut TcpStream) -> io::Result<()> {
         let mut bytes = vec![0; 4096];
         let peek = || {
             let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
             Ok(recv(consumer, bytes.as_mut_slice(), flags)?.0)
         };
-        // The end of what the consumer sends, or an error, is the relay's to meet.
+        // The end of the consumer's data, or an error, is left to the relay.
         let count = consumer.try_io(Interest::READABLE, peek).unwrap_or(0);
         bytes.truncate(count);
         endpoint.write_all(&[&self.header[..], &bytes].concat()).await?;
-        // Nothing is waited for from here to the relay. A consumer that has been reset meanwhile is the relay's to meet too.
+        // There is no wait between here and the relay. If the consumer has been reset meanwhile, the relay notices that
+        // too.
         if count > 0 {
             let _ = consumer.try_read(&mut bytes);
         }
@@ -249,18 +251,18 @@ impl Announcement {
     }
 }
 
-/// The timeouts towards the endpoint. If the binding has its own, the consumer's socket is given them too.
+/// The timeouts towards the endpoint. If the binding has its own, they are set for the consumer's socket too.
 fn patience(route: &Route, default: Duration, consumer: &TcpStream) -> Patience {
     let of_binding = route.binding.descriptor.user_timeout;
     if let Some(time) = of_binding {
-        // It fails only on a socket that has no connection any more, which the relay notices.
+        // Fails only on a socket that is no longer connected, which the relay notices.
         let _ = Patience::with_consumers(time).apply(&SockRef::from(consumer));
     }
     Patience::with_endpoints(of_binding.unwrap_or(default))
 }
 
-/// Waits for an attempt: until `deadline`, but only [`TRY`] while there is another endpoint to try, or as soon as there is one.
-/// For one that failed before, that may be one that was tried already and was only slow.
+/// Waits for an attempt until `deadline`, but only [`TRY`] as long as, or as soon as, there is another endpoint to try. For
+/// an endpoint that has failed before, this may also be one that was already tried and was only slow.
 async fn in_time<T>(
     worker: &Worker,
     route: &Route,
@@ -293,8 +295,7 @@ async fn in_time<T>(
     }
 }
 
-/// Logs a failed connect attempt, and has the endpoint skipped for a while. That of the only endpoint is not skipped because it
-/// was slow.
+/// Logs a failed connect attempt, and ejects the endpoint. The only endpoint is not ejected for a timeout.
 fn failed(
     worker: &Worker,
     route: &Route,
@@ -336,8 +337,8 @@ fn failed(
     });
 }
 
-/// Has an endpoint used only if no other can be, for a while: this host could not open a connection to it. No packet was sent, so
-/// another attempt costs little.
+/// Marks an endpoint to be used only if no other can be, for a while: this host could not open a connection to it. No
+/// packet was sent, so another attempt costs little.
 fn set_aside(worker: &Worker, route: &Route, state: &EndpointState, lack: Lack, error: &io::Error) {
     let (endpoint, service, now) = (state.endpoint, &route.query, worker.now());
     state.counts.last_error.set(now, error.to_string());
@@ -381,7 +382,7 @@ mod tests {
         ([172, 17, 1, 1], 1).into()
     }
 
-    /// A listener whose queue is full: SYNs are dropped until somebody accepts, as they are when a network loses them.
+    /// A listener with a full queue: SYNs are dropped until the queue is accepted, as if a network lost them.
     struct Full {
         listener: TcpListener,
         endpoint: Endpoint,
@@ -395,7 +396,7 @@ mod tests {
             let listener = socket.listen(1).unwrap();
             let address = listener.local_addr().unwrap();
             let mut waiting = Vec::new();
-            // One more than the backlog says may wait.
+            // The queue takes one more than the backlog.
             for _ in 0..2 {
                 waiting.push(TcpStream::connect(address).await.unwrap());
             }
@@ -405,7 +406,7 @@ mod tests {
             Self { listener, endpoint: Endpoint(address), _waiting: waiting }
         }
 
-        /// Accepts everything from now on.
+        /// From now on accepts everything.
         fn open(self) -> JoinHandle<()> {
             spawn_local(async move {
                 let mut accepted = Vec::new();
@@ -441,7 +442,7 @@ mod tests {
         });
     }
 
-    /// How many connections wait in a listener's queue (man 5 proc, `/proc/net/tcp`).
+    /// The number of connections in a listener's queue (man 5 proc, `/proc/net/tcp`).
     fn queued(port: u16) -> usize {
         const LISTENS: &str = "0A";
         let list = std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap();
@@ -502,12 +503,12 @@ mod tests {
         states.find(|state| state.endpoint == endpoint).unwrap().clone()
     }
 
-    /// An address where nobody listens.
+    /// An address at which no program listens.
     fn refusing() -> Endpoint {
         Endpoint("127.0.0.1:1".parse().unwrap())
     }
 
-    /// Waits until a try of the connection has been made, and has had its second.
+    /// Waits until one attempt of the connection was made and timed out.
     async fn a_try_is_over() {
         sleep(TRY + TRY / 2).await;
     }
@@ -548,7 +549,7 @@ mod tests {
             let full = Full::new().await;
             let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let other_endpoint = Endpoint(other.local_addr().unwrap());
-            // Each is the first of one of two connections.
+            // Each endpoint comes first for one of the two connections.
             let (worker, connected) = opening(&[full.endpoint, other_endpoint]);
             assert_eq!(connected.await.unwrap(), Ok(other_endpoint));
             let ticket = ticket(&worker);
@@ -578,7 +579,7 @@ mod tests {
         }
     }
 
-    /// Nobody knows that it is up again until somebody tries.
+    /// It may be up again, which only an attempt can show.
     #[test]
     fn an_ejected_endpoint_is_tried_when_the_other_has_not_answered_for_a_second() {
         run(async {
@@ -596,7 +597,7 @@ mod tests {
         });
     }
 
-    /// Another that is ejected and silent does not use up the time of one that was only slow.
+    /// An ejected endpoint that is silent too does not use up the time of an endpoint that was only slow.
     #[test]
     fn one_that_was_slow_is_tried_again_when_an_ejected_one_does_not_answer_either() {
         run(async {
@@ -615,12 +616,12 @@ mod tests {
         });
     }
 
-    /// A network with the loopback interface alone has no route to this.
+    /// A network with only the loopback interface has no route to this.
     fn nowhere(port: u16) -> Endpoint {
         Endpoint(SocketAddr::from(([10, 9, 9, 9], port)))
     }
 
-    /// They are passed over, however many there are: so are those of IPv6 where there is none.
+    /// They are passed over, however many there are, like IPv6 endpoints on a host without IPv6.
     #[test]
     fn endpoints_that_this_host_cannot_reach_count_as_no_tries_and_are_not_ejected() {
         in_own_network(
@@ -649,7 +650,7 @@ mod tests {
         );
     }
 
-    /// A connection goes through those once of which it is not known yet, and the next ones through a few.
+    /// A connection tries once each endpoint that is not yet known to be unreachable. Later connections try only a few.
     #[test]
     fn of_many_endpoints_that_this_host_cannot_reach_a_few_are_tried_and_others_have_their_turn() {
         in_own_network(
@@ -700,7 +701,7 @@ mod tests {
         );
     }
 
-    /// Ports come free when other connections end; a direct connection would have failed at once.
+    /// Ports become free when other connections end. A direct connection would have failed at once.
     #[test]
     fn source_ports_to_the_only_endpoint_are_waited_for_and_another_endpoint_is_used_at_once() {
         in_own_network(
@@ -736,7 +737,7 @@ mod tests {
                     for (_client, consumer) in &pairs {
                         let (stream, lease) = connect(&ticket(&both), consumer).await.unwrap();
                         assert_eq!(lease.state().endpoint, other);
-                        // Towards each endpoint there are two ports.
+                        // Two ports are available for each endpoint.
                         stream.set_zero_linger().unwrap();
                         kept.push(lease);
                     }
@@ -778,7 +779,7 @@ mod tests {
         });
     }
 
-    /// A binding may have other timeouts than the rest, or none; then both of its sides have.
+    /// A binding may have other timeouts than the default, or none. They apply to both of its sides.
     #[test]
     fn a_binding_may_have_a_user_timeout_of_its_own() {
         run(async {

@@ -1,4 +1,4 @@
-//! The connection log: a line for each connection when it ends.
+//! The connection log: a line for each connection at its end.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -13,7 +13,7 @@ use crate::{
     table::Route,
 };
 
-/// Logs a connection that was refused before it was one of a route's.
+/// Logs a connection that was refused before it had a route.
 pub(super) fn refused(
     which: ConnectionLog,
     outcome: Outcome,
@@ -36,7 +36,7 @@ pub(super) fn refused(
     );
 }
 
-/// Whether a connection is one of those that are logged.
+/// Whether a connection is to be logged.
 pub(crate) fn wanted(which: ConnectionLog, outcome: Outcome) -> bool {
     match which {
         ConnectionLog::Off => false,
@@ -46,7 +46,7 @@ pub(crate) fn wanted(which: ConnectionLog, outcome: Outcome) -> bool {
     }
 }
 
-/// Logs an ended connection, if it is one of those that are logged.
+/// Logs an ended connection, if it is to be logged.
 pub(super) fn ended(which: ConnectionLog, outcome: Outcome, record: &Record) {
     if !wanted(which, outcome) {
         return;
@@ -71,7 +71,8 @@ pub(super) fn ended(which: ConnectionLog, outcome: Outcome, record: &Record) {
     );
 }
 
-/// With its fraction: most connections within a host are opened in less than one. A number in JSON too, which a `u128` is not.
+/// With a fraction: most connections within a host are opened in less than 1 ms. A number in JSON too, which a `u128` is
+/// not.
 fn milliseconds(time: Duration) -> f64 {
     time.as_micros() as f64 / 1e3
 }

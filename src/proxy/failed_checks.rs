@@ -1,8 +1,8 @@
-//! How the workers hear that the active check of an endpoint has failed.
+//! Notifies the workers that the active check of an endpoint has failed.
 
 use tokio::sync::watch;
 
-/// Wakes all workers: which endpoint it is, they see for themselves.
+/// Wakes all workers. They find out themselves which endpoint it is.
 #[derive(Debug, Clone, Default)]
 pub struct FailedChecks(watch::Sender<()>);
 

@@ -20,16 +20,16 @@ use crate::{
     outcome::Outcome,
 };
 
-/// A reader of the figures; it outlives the proxy. Clones share it.
+/// A reader of the figures. It outlives the proxy. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Figures {
     shared: Arc<Shared>,
-    /// Where each worker is asked what it has.
+    /// The request channel of each worker.
     asks: Arc<[UnboundedSender<Ask>]>,
 }
 
 impl Figures {
-    /// How long to wait for a worker: one that is busy for longer must not hold up who asks.
+    /// How long to wait for a worker: a worker that is busy for longer must not delay the reader.
     const PATIENCE: Duration = Duration::from_secs(1);
 
     pub(super) fn new(shared: Arc<Shared>, asks: Arc<[UnboundedSender<Ask>]>) -> Self {
@@ -51,17 +51,17 @@ impl Figures {
         self.shared.live.load(Relaxed)
     }
 
-    /// Connections that wait for their container to become known.
+    /// Connections that wait until their container is known.
     pub fn held(&self) -> usize {
         self.shared.held()
     }
 
-    /// Connections that may be open at a time.
+    /// Maximum number of open connections.
     pub fn limit(&self) -> usize {
         self.shared.settings.max_connections
     }
 
-    /// Connections of one consumer that may be open now. `None`: no limit.
+    /// The current maximum number of open connections of one consumer. `None`: no limit.
     pub fn limit_of_consumer(&self) -> Option<usize> {
         Some(self.shared.limit_of_consumer()).filter(|limit| *limit < usize::MAX)
     }
@@ -71,18 +71,18 @@ impl Figures {
         self.shared.settings.memory_short.get()
     }
 
-    /// Takeovers from one process to the next since these counts began.
+    /// Takeovers between processes since these counts began.
     pub fn takeovers(&self) -> u64 {
         self.shared.takeovers.load(Relaxed)
     }
 
-    /// Connections that ended so, since the start.
+    /// Connections with this outcome, since the start.
     pub fn ended(&self, outcome: Outcome) -> u64 {
         self.shared.tally.get(outcome)
     }
 
-    /// Captured connections that have arrived since the start, with a route or without; no connection that ends changes it. A
-    /// refused one may count twice.
+    /// Captured connections that have arrived since the start, with or without a route. Never decreases. A refused one may
+    /// count twice.
     pub fn captured(&self) -> u64 {
         use Outcome::{DirectDial, NoOriginalDestination};
         let arrived = |outcome: &&Outcome| {
@@ -92,12 +92,12 @@ impl Figures {
         self.started() + refused.sum::<u64>()
     }
 
-    /// Connections that were accepted for a route, since the start.
+    /// Connections accepted for a route, since the start.
     pub fn started(&self) -> u64 {
         self.shared.all_counts().map(|counts| counts.started.load(Relaxed)).sum()
     }
 
-    /// Bytes from consumers to endpoints, and back, since the start; of live connections, as of the last
+    /// Bytes from consumers to endpoints, and back, since the start. For open connections as of the last
     /// [`Figures::refresh`].
     pub fn bytes(&self) -> (u64, u64) {
         let of = |counts: &ConnectionCounts| {
@@ -106,19 +106,19 @@ impl Figures {
         self.shared.all_counts().map(of).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
     }
 
-    /// How long it took from accepting a connection until its endpoint's was open.
+    /// The time from accepting a connection until its endpoint connection was open.
     pub fn connect(&self) -> Distribution {
         let mut sum = Distribution::default();
         self.shared.all_counts().for_each(|counts| sum.add(&counts.connect.read()));
         sum
     }
 
-    /// The data path's clock, by which ejections and errors are dated.
+    /// The data path's clock, which dates ejections and errors.
     pub fn now(&self) -> Millis {
         self.shared.now()
     }
 
-    /// Has the bytes of live connections counted up to now, and what does not go through the proxy.
+    /// Updates the counts of the bytes of open connections, and of connections that bypass the proxy.
     pub async fn refresh(&self) {
         let also = self.shared.also_asked.get().and_then(|also| {
             let (answer, answered) = oneshot::channel();
@@ -130,34 +130,35 @@ impl Figures {
         }
     }
 
-    /// Who counts connections that do not go through the proxy is asked to do so at each [`Figures::refresh`]. The first one stays.
+    /// Registers a task that counts connections that bypass the proxy. It is asked at each [`Figures::refresh`]. Later
+    /// calls change nothing.
     pub(crate) fn also_asks(&self, who: UnboundedSender<oneshot::Sender<()>>) {
         let _ = self.shared.also_asked.set(who);
     }
 
-    /// The counts of connections that do not go through the proxy; part of all sums.
+    /// The counts of connections that bypass the proxy. They are included in all sums.
     pub(crate) fn beside(&self) -> &ConnectionCounts {
         &self.shared.beside.0
     }
 
-    /// So many connections ended that did not go through the proxy.
+    /// Counts ended connections that bypassed the proxy.
     pub(crate) fn ended_beside(&self, outcome: Outcome, times: u64) {
         self.shared.tally.add(outcome, times);
     }
 
-    /// All live connections, in no particular order.
+    /// All open connections, not sorted.
     pub async fn connections(&self) -> Vec<LiveConnection> {
         self.ask(Ask::Connections).await.into_iter().flatten().collect()
     }
 
-    /// The answers of all workers that answer.
+    /// The answers of all workers that answer in time.
     async fn ask<T>(&self, ask: impl Fn(oneshot::Sender<T>) -> Ask) -> Vec<T> {
         let asked = self.asks.iter().filter_map(|worker| {
             let (answer, answered) = oneshot::channel();
             worker.send(ask(answer)).ok().map(|()| answered)
         });
         let mut answers = Vec::new();
-        // All are asked before the first is waited for.
+        // All workers are asked before the first answer is awaited.
         for answered in asked.collect::<Vec<_>>() {
             if let Ok(Ok(answer)) = timeout(Self::PATIENCE, answered).await {
                 answers.push(answer);

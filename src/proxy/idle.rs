@@ -1,4 +1,4 @@
-//! Idle connections lose their task, and get a new one when something happens.
+//! Idle connections are parked: they lose their task, and get a new one when something happens.
 
 use std::{rc::Rc, time::Duration};
 
@@ -14,18 +14,18 @@ use super::{
 };
 use crate::{memory, outcome::Outcome};
 
-/// A connection that moves nothing between two looks is parked.
+/// A connection that moves no bytes between two looks is parked.
 const LOOK: Duration = Duration::from_secs(1);
-/// Connections that are looked at before others get their turn.
+/// Number of connections that are looked at before other tasks get their turn.
 const TURN: usize = 256;
-/// Connections that are asked for something before others get their turn: each takes some ten system calls.
+/// Number of connections that are asked to park before other tasks get their turn: each needs some ten system calls.
 const ASKED: usize = 16;
 
-/// After this many connections were parked, the memory of their tasks is given back: 1 MB and more.
+/// After this many connections were parked, the memory of their tasks is given back: 1 MB or more.
 const MANY: usize = 512;
 
 impl Worker {
-    /// Asks the connections that have been idle for a while to be parked, again and again.
+    /// Repeatedly asks the connections that have been idle for a while to park.
     pub(super) async fn park_idle(self: Rc<Self>) {
         loop {
             tokio::time::sleep(LOOK).await;
@@ -42,13 +42,13 @@ impl Worker {
         }
     }
 
-    /// Looks at some running connections. Whether there are more.
+    /// Looks at some running connections. Returns whether there are more.
     fn look(&self) -> bool {
         let mut connections = self.connections.borrow_mut();
         let mut asked = 0;
         for _ in 0..TURN {
             let Some(running) = connections.next_running() else {
-                // Most may be parked, or gone, after a rush.
+                // After many connections, most may be parked or gone.
                 connections.shrink();
                 return false;
             };
@@ -67,12 +67,12 @@ impl Worker {
         true
     }
 
-    /// Gives the parked connections to which something happened a task again, as they wake.
+    /// Gives parked connections a task again when something happens to them.
     pub(super) async fn resume_woken(self: Rc<Self>) {
         loop {
             self.frozen.over().await;
             match self.idle_set.woken().await {
-                // The set tells of them again.
+                // The set will report them again.
                 Ok(_) if self.frozen.is() => {}
                 Ok(all) => all.into_iter().for_each(|place| self.resume(place)),
                 Err(error) => {
@@ -84,7 +84,7 @@ impl Worker {
     }
 
     pub(super) fn resume(self: &Rc<Self>, place: Place) {
-        // Where both of its sockets had something to tell, the second finds it running.
+        // If something happened to both of its sockets, the second report finds it running.
         let Some((parked, live)) = self.connections.borrow_mut().resume(place) else { return };
         let Parked { lease, consumer, endpoint, .. } = parked;
         self.idle_set.remove([&consumer, &endpoint]);
@@ -137,14 +137,14 @@ mod tests {
         table::Table,
     };
 
-    /// A worker with one connection: what consumer and endpoint have of it.
+    /// A worker with one connection, and the consumer's and the endpoint's ends of it.
     struct Idle {
         worker: Rc<Worker>,
         consumer: TcpStream,
         endpoint: TcpStream,
     }
 
-    /// A worker, and a connection of its that is open as far as the counts know.
+    /// A worker, and one of its connections, which counts as open.
     fn opened(endpoint: Endpoint) -> (Rc<Worker>, Ticket, crate::balance::Lease) {
         let worker = Worker::new(Arc::new(shared(1, 1)), 0, Arc::new(table())).unwrap();
         let route = worker.table.borrow().routes().next().unwrap().clone();
@@ -158,7 +158,7 @@ mod tests {
     }
 
     impl Idle {
-        /// Parked, after a byte each way.
+        /// A parked connection, after a byte in each direction.
         async fn new() -> Self {
             let idle = Self::running().await;
             idle.park().await;
@@ -181,7 +181,7 @@ mod tests {
             idle
         }
 
-        /// A byte each way.
+        /// Sends a byte in each direction.
         async fn passes(&mut self) {
             let Self { consumer, endpoint, .. } = self;
             consumer.write_all(b"x").await.unwrap();
@@ -195,7 +195,7 @@ mod tests {
             all.iter().all(|(_, one)| matches!(one.state, State::Parked(_)))
         }
 
-        /// Looks at it as often as it takes until it is parked.
+        /// Looks at it until it is parked.
         async fn park(&self) {
             while !self.is_parked() {
                 self.look().await;
@@ -227,7 +227,7 @@ mod tests {
                 idle.passes().await;
                 idle.park().await;
             }
-            // The endpoint may be the one that speaks, and either may be the one that ends.
+            // The endpoint may be the one that sends, and either side may be the one that ends.
             idle.endpoint.write_all(b"late").await.unwrap();
             idle.endpoint.shutdown().await.unwrap();
             let mut said = String::new();
@@ -256,7 +256,7 @@ mod tests {
         });
     }
 
-    /// As PostgreSQL does over TLS.
+    /// As PostgreSQL does with TLS.
     #[test]
     fn a_reset_after_an_end_is_no_error() {
         run(async {
@@ -311,7 +311,7 @@ mod tests {
             || {
                 run(async {
                     let mut idle = Idle::running().await;
-                    // No descriptor can be had: the first free one is the first that is not allowed.
+                    // No descriptor can be opened: the limit is the first free number.
                     let limit = getrlimit(Resource::Nofile);
                     let free = File::open("/dev/null").unwrap().as_raw_fd().try_into().unwrap();
                     setrlimit(Resource::Nofile, Rlimit { current: Some(free), ..limit }).unwrap();
@@ -333,7 +333,7 @@ mod tests {
     fn a_connection_that_cannot_go_on_is_reset_and_accounted_for() {
         run(async {
             let (worker, ticket, lease) = opened(Endpoint(([127, 0, 0, 1], 1).into()));
-            // No runtime can wait for a file.
+            // The runtime cannot wait for a file.
             let file = || open("/proc/self/exe", OFlags::NONBLOCK, Mode::empty()).unwrap();
             let place = ticket.place();
             ticket.park((file(), file()), lease);

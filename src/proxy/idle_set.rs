@@ -1,5 +1,5 @@
-//! Watches the sockets of parked connections: one epoll set for all of them. A running connection costs a task, and
-//! with each socket what the runtime keeps of it: some 2 KB. In the set a socket costs embassy no memory.
+//! Watches the sockets of parked connections, with one epoll set for all of them. A running connection costs a task, and
+//! what the runtime keeps for each socket: some 2 KB. In the set a socket costs embassy no memory.
 
 use std::{
     io,
@@ -15,20 +15,20 @@ use super::lists::Place;
 pub(super) struct IdleSet(AsyncFd<OwnedFd>);
 
 impl IdleSet {
-    /// To be made inside the worker's runtime.
+    /// Must be called inside the worker's runtime.
     pub(super) fn new() -> io::Result<Self> {
         let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        // SAFETY: `AsyncFd` needs a descriptor that stays open and is this one for as long as it has it. It owns it, and
-        // nothing here hands it out but borrowed.
+        // SAFETY: `AsyncFd` needs a descriptor that stays open and does not change as long as `AsyncFd` has it. It owns
+        // this one, and nothing here gives it out except borrowed.
         #[allow(unsafe_code)]
         let set = unsafe { AsyncFd::register_with_interest(set, Interest::READABLE) }?;
         Ok(Self(set))
     }
 
-    /// Watches both sockets of a connection. What has happened to them since they were looked at last is noticed too: the
-    /// set tells of a socket's state, not of its changes.
+    /// Watches both sockets of a connection. Events since the last look are noticed too, because the set is
+    /// level-triggered.
     ///
-    /// An error if the kernel does not take more (fs.epoll.max_user_watches); then neither is watched.
+    /// An error if the kernel accepts no more (fs.epoll.max_user_watches). Then neither socket is watched.
     pub(super) fn add(&self, place: Place, sockets: [&OwnedFd; 2]) -> io::Result<()> {
         let [first, second] = sockets;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
@@ -44,8 +44,8 @@ impl IdleSet {
         sockets.into_iter().for_each(|socket| self.forget(socket));
     }
 
-    /// Waits until something happened to some connections: their places. One with two sockets that have something to tell
-    /// is there twice.
+    /// Waits until something happens to some connections. Returns their places. If something happened to both sockets of a
+    /// connection, it is returned twice.
     pub(super) async fn woken(&self) -> io::Result<Vec<Place>> {
         self.0
             .async_io(Interest::READABLE, |set| {
@@ -63,7 +63,7 @@ impl IdleSet {
     }
 
     fn forget(&self, socket: &OwnedFd) {
-        // It fails only if the socket is not in the set.
+        // Fails only if the socket is not in the set.
         let _ = epoll::delete(self.0.as_fd(), socket);
     }
 }

@@ -1,4 +1,4 @@
-//! The one TCP port: a listener of each family for each worker.
+//! The one TCP port: each worker has a listener for each address family.
 
 use std::{
     io,
@@ -13,19 +13,20 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::socket::Patience;
 
-/// Connections that wait to be accepted, at most; the kernel's somaxconn bounds it too.
+/// Maximum number of connections that wait to be accepted. The kernel's somaxconn limits it too.
 const BACKLOG: i32 = 4096;
 
-/// Opens `workers` listeners of each family on one port; port 0 lets the kernel choose. A host without IPv6 gets IPv4
-/// alone. IPv4 connections never arrive at the IPv6 listener: their original destination could not be asked there.
+/// Opens `workers` listeners of each family on one port. With port 0 the kernel chooses. A host without IPv6 gets only
+/// IPv4. IPv4 connections never arrive at the IPv6 listener, because their original destination could not be read there.
 ///
-/// An error if anybody else listens on the port, another embassy among them.
+/// An error if another process listens on the port, including another embassy.
 pub(super) fn open(
     port: u16,
     workers: usize,
     user_timeout: Duration,
 ) -> io::Result<Vec<Vec<std::net::TcpListener>>> {
-    // What the workers share (SO_REUSEPORT), a second embassy could join, and half of the connections would go there.
+    // A second embassy could join a port that is shared between the workers (SO_REUSEPORT), and would get half of the
+    // connections.
     drop(socket((Ipv4Addr::UNSPECIFIED, port).into(), false)?);
     let mut sets = Vec::with_capacity(workers);
     let mut port = port;
@@ -44,7 +45,7 @@ pub(super) fn open(
     Ok(sets)
 }
 
-/// The listeners of another process, for so many workers. That process may have had fewer or more.
+/// The listeners of another process, for this number of workers. That process may have had fewer or more.
 pub(super) fn inherited(
     sets: Vec<Vec<OwnedFd>>,
     workers: usize,
@@ -77,7 +78,7 @@ pub(super) fn inherited(
 
 fn listen(address: SocketAddr, user_timeout: Duration) -> io::Result<std::net::TcpListener> {
     let socket = socket(address, true)?;
-    // Accepted sockets inherit these on Linux: some calls fewer for each connection.
+    // Accepted sockets inherit these options on Linux, which saves some calls per connection.
     socket.set_tcp_nodelay(true)?;
     Patience::with_consumers(user_timeout).apply(&SockRef::from(&socket))?;
     socket.set_nonblocking(true)?;
@@ -90,14 +91,14 @@ fn socket(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
-    // A restart must not wait for the last connections of the run before it.
+    // A restart must not wait for the last connections of the previous run.
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(shared)?;
     socket.bind(&address.into())?;
     Ok(socket)
 }
 
-/// Pause of a listener after a failed accept, to avoid a busy loop.
+/// The pause of a listener after a failed accept, which avoids a busy loop.
 #[derive(Debug, Default)]
 pub(super) struct AcceptBackoff {
     failures: u32,
@@ -105,11 +106,11 @@ pub(super) struct AcceptBackoff {
 }
 
 impl AcceptBackoff {
-    /// Connections end and are accepted while descriptors are short: failures come often, and mean the same.
+    /// While descriptors are short, connections end and others are accepted, so failures are frequent and mean the same.
     const SAY_AGAIN: Duration = Duration::from_secs(10);
 
-    /// `None`: that connection is gone, the next one may be had at once. Any other error may stay: trying at once again would
-    /// take all of a processor.
+    /// `None`: only this connection is gone, and the next can be accepted at once. Other errors may last, so trying again
+    /// at once would use a whole processor.
     pub(super) fn after(&mut self, error: &io::Error) -> Option<Duration> {
         if is_of_one_connection(error) {
             return None;
@@ -128,8 +129,8 @@ impl AcceptBackoff {
     }
 }
 
-/// Whether an accept failed because of an error of the connection itself, which is off the queue then (man 2 accept, "Error
-/// handling").
+/// Whether an accept failed because of an error of the connection itself, which is then no longer in the queue (man 2
+/// accept, "Error handling").
 fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
@@ -153,7 +154,7 @@ pub(super) fn adopt(listener: std::net::TcpListener) -> io::Result<TcpListener> 
     TcpListener::from_std(listener)
 }
 
-/// What waits in a listener's queue now. It asks the kernel, because the runtime may not have heard of it yet.
+/// The connections in a listener's queue now. Asks the kernel, because the runtime may not have been notified yet.
 pub(super) fn queued(listener: &TcpListener) -> impl Iterator<Item = (TcpStream, SocketAddr)> {
     let accept = move || -> io::Result<_> {
         let (socket, peer) = SockRef::from(listener).accept()?;
@@ -161,9 +162,9 @@ pub(super) fn queued(listener: &TcpListener) -> impl Iterator<Item = (TcpStream,
         let peer = peer.as_socket().ok_or(io::ErrorKind::Unsupported)?;
         Ok((TcpStream::from_std(socket.into())?, peer))
     };
-    // Bounded: others may go on dialling the port itself.
+    // Limited, because clients may keep connecting to the port itself.
     let tries = std::iter::repeat_with(accept).take(BACKLOG as usize);
-    // A connection that is gone already is not the end of the queue.
+    // A connection that is already gone does not end the queue.
     tries
         .filter(|accepted| !accepted.as_ref().is_err_and(is_of_one_connection))
         .map_while(Result::ok)

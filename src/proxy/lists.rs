@@ -1,11 +1,11 @@
-//! Lists through the places of a slab: being in one costs no allocation, and leaving it no search. Pure.
+//! Linked lists through the places of a slab: membership costs no allocation, and removal needs no search. Pure.
 
 /// A place in a worker's slab of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Place(u32);
 
 impl Place {
-    /// A slab has fewer than 2^32 places: each connection needs descriptors, of which a process has fewer.
+    /// A slab has fewer than 2^32 places: each connection needs descriptors, and a process has fewer than that.
     pub(super) fn new(place: usize) -> Self {
         Self(u32::try_from(place).unwrap_or(u32::MAX))
     }
@@ -15,7 +15,7 @@ impl Place {
     }
 }
 
-/// The ends of one list.
+/// The first and the last place of a list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct List {
     pub first: Place,
@@ -28,12 +28,12 @@ struct Neighbours {
     after: Option<Place>,
 }
 
-/// What lies before and after each place, in lists of one kind: a place is in one of them at a time.
+/// The neighbours of each place, in lists of one kind. A place is in one list at a time.
 #[derive(Debug, Default)]
 pub(super) struct Lists(Vec<Neighbours>);
 
 impl Lists {
-    /// Puts a place that is in no list at the end of one.
+    /// Appends a place that is in no list.
     pub(super) fn push_back(&mut self, list: &mut Option<List>, place: Place) {
         if self.0.len() <= place.get() {
             self.0.resize_with(place.get() + 1, Neighbours::default);
@@ -47,7 +47,7 @@ impl Lists {
         *list = Some(List { first, last: place });
     }
 
-    /// Takes a place out of the list that it is in.
+    /// Removes a place from its list.
     pub(super) fn remove(&mut self, list: &mut Option<List>, place: Place) {
         let Some(List { first, last }) = *list else { return };
         let Neighbours { before, after } = std::mem::take(self.at(place));
@@ -62,7 +62,7 @@ impl Lists {
         *list = first.zip(last).map(|(first, last)| List { first, last });
     }
 
-    /// The places of a list, from the first on.
+    /// The places of a list, starting with the first.
     pub(super) fn iter(&self, list: Option<List>) -> impl Iterator<Item = Place> + '_ {
         let after = |place: &Place| self.0.get(place.get()).and_then(|neighbours| neighbours.after);
         std::iter::successors(list.map(|list| list.first), after)

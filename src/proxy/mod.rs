@@ -1,5 +1,5 @@
-//! The data path: what was captured comes in, and is relayed to an endpoint of its route. It reads the table and waits
-//! for nothing but its sockets and its timers.
+//! The data path: captured connections are accepted, and relayed to an endpoint of their route. It reads the table, and
+//! waits only for its sockets and timers.
 
 use std::{
     io,
@@ -65,18 +65,18 @@ pub struct Proxy {
     shared: Arc<Shared>,
     phase: watch::Sender<Phase>,
     threads: Vec<JoinHandle<io::Result<()>>>,
-    /// Where each worker is asked what it has.
+    /// The request channel of each worker.
     asks: Vec<UnboundedSender<Ask>>,
-    /// Closed when every worker has let go of its sender: when all have ended.
+    /// Closed when all workers have ended, because each has dropped its sender.
     workers: tokio::sync::mpsc::Receiver<()>,
-    /// Closed when every worker has let go of its sender: see [`Proxy::leave`].
+    /// Closed when all workers have dropped their senders (see [`Proxy::leave`]).
     older: tokio::sync::mpsc::Receiver<()>,
     /// The addresses of its listeners.
     pub addresses: Vec<SocketAddr>,
 }
 
 impl Proxy {
-    /// Opens the listeners and starts the workers. From now on connections are accepted.
+    /// Opens the listeners and starts the workers, which accept connections at once.
     pub fn start(
         settings: ProxySettings,
         tables: &watch::Receiver<Arc<Table>>,
@@ -89,7 +89,7 @@ impl Proxy {
         Self::with(settings, tables, sets, false)
     }
 
-    /// Starts the workers with the listeners of another process. They stand still until [`Proxy::go_on`].
+    /// Starts the workers with the listeners of another process. They are frozen until [`Proxy::go_on`].
     pub fn continuing(
         settings: ProxySettings,
         tables: &watch::Receiver<Arc<Table>>,
@@ -97,7 +97,7 @@ impl Proxy {
     ) -> io::Result<Self> {
         let sets = listener::inherited(sets, settings.workers.max(1), settings.user_timeout)?;
         let proxy = Self::with(settings, tables, sets, true)?;
-        // Until this process commits.
+        // Until this process commits the takeover.
         proxy.shared.handed_over.store(true, Relaxed);
         Ok(proxy)
     }
@@ -154,7 +154,7 @@ impl Proxy {
         self.shared.live.load(Relaxed)
     }
 
-    /// A reader of the counts of how connections ended; it outlives the proxy.
+    /// A reader of the counts, which outlives the proxy.
     pub fn figures(&self) -> Figures {
         Figures::new(self.shared.clone(), self.asks.clone().into())
     }
@@ -179,18 +179,18 @@ impl Proxy {
         });
     }
 
-    /// Waits until every worker has ended: after [`Proxy::drain`], when its last connection did.
+    /// Waits until all workers have ended: after [`Proxy::drain`], when the last connection has ended.
     pub async fn ended(&mut self) {
         // Nothing is ever sent.
         let _ = self.workers.recv().await;
     }
 
-    /// Waits until a worker, or a part of one, has ended that should go on.
+    /// Waits until a worker, or a part of one, ends unexpectedly.
     pub async fn failed(&self) {
         self.shared.broken.notified().await;
     }
 
-    /// Resets what is left, and waits for the workers to end.
+    /// Resets all remaining connections, and waits for the workers to end.
     pub async fn end(mut self) -> io::Result<()> {
         self.phase.send_replace(Phase::Ended);
         self.ended().await;
@@ -208,7 +208,7 @@ struct Alive {
 }
 
 impl Drop for Alive {
-    /// Sent however the thread ends. At an orderly end there is no receiver.
+    /// Sent whenever the thread ends. At an orderly end there is no receiver.
     fn drop(&mut self) {
         self.shared.broken.notify_one();
     }

@@ -1,4 +1,5 @@
-//! A worker's answers about its live connections: by message, so that it shares no lock with the reader.
+//! A worker's answers about its open connections. They are sent as messages, so that the worker shares no lock with the
+//! reader.
 
 use std::{io, net::SocketAddr, os::fd::OwnedFd, rc::Rc, sync::Arc, time::Duration};
 
@@ -42,23 +43,23 @@ pub(super) enum Ask {
     Adopt(Vec<Inherited>, oneshot::Sender<Vec<bool>>),
 }
 
-/// A connection that was accepted, and has not ended.
+/// A connection that was accepted and has not ended.
 #[derive(Debug, Clone)]
 pub struct LiveConnection {
-    /// Which worker's it is, and which of its connections: unique since the start.
+    /// The worker's number, and the number of its connection: unique since the start.
     pub id: (usize, u64),
     pub state: ConnectionState,
-    /// `None` while it is held.
+    /// `None` while the connection is held.
     pub route: Option<Arc<Route>>,
     pub source: SourceAddress,
     pub destination: OriginalDestination,
-    /// Where it goes, or is about to.
+    /// The endpoint that it uses or tries.
     pub endpoint: Option<Endpoint>,
-    /// Our own address of the connection to the endpoint; `None` before it is open.
+    /// Our own address of the connection to the endpoint. `None` before it is open.
     pub local: Option<SocketAddr>,
-    /// Since it was accepted.
+    /// The time since it was accepted.
     pub age: Duration,
-    /// From accepting it until its endpoint's was open; `None` before that.
+    /// The time from accepting it until its endpoint connection was open. `None` before.
     pub connect: Option<Duration>,
     pub tries: u8,
     pub bytes_up: u64,
@@ -112,7 +113,7 @@ impl LiveConnection {
 }
 
 impl Worker {
-    /// Answers requests; never returns.
+    /// Answers requests. Never returns.
     pub(super) async fn answer(self: Rc<Self>, mut asks: mpsc::UnboundedReceiver<Ask>) {
         while let Some(ask) = asks.recv().await {
             match ask {
@@ -135,7 +136,7 @@ impl Worker {
                 Ask::Listeners(answer) => {
                     let _ = answer.send(self.duplicate_listeners());
                 }
-                // Of these the requester waits for the answer, and an end of it ends the process.
+                // The requester waits for these answers, and if one fails, the process ends.
                 Ask::Freeze(answer) => {
                     self.freeze().await;
                     let _ = answer.send(());
@@ -159,8 +160,8 @@ impl Worker {
         }
     }
 
-    /// Looks at every connection that there is from now until the end of this, once: each stays at its place. Some at a
-    /// time, so that what is relayed does not wait for thousands.
+    /// Looks once at every connection that exists from the start to the end of this call: each keeps its place. Works in
+    /// parts, so that relaying does not wait for thousands of connections.
     async fn visit(&self, mut look: impl FnMut(&Connection)) {
         const TURN: usize = 256;
         let mut place = 0;

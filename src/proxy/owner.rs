@@ -1,9 +1,9 @@
-//! The owner of a connection that may be older than its route. It may have waited, unaccepted, while its container ended and
-//! another got the address: what it sends is not for that one's services.
+//! The owner of a connection that may be older than its route. It may have waited, unaccepted, while its container ended
+//! and another one got the address. Its data is not for the services of the other one.
 //!
-//! Where that can be, the kernel is asked: a connection is the owner's if the other end of it is a socket in the owner's
-//! network namespace. It is there until well after a container has ended its direction, or closed. The kernel goes through all
-//! sockets of the machine for that, so it is asked on a thread of its own.
+//! If that is possible, the kernel is asked: a connection belongs to the owner if its other end is a socket in the owner's
+//! network namespace. That socket exists until well after a container has ended its direction, or closed. The kernel
+//! searches all sockets of the machine for this, so a separate thread asks it.
 
 #![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
 
@@ -27,14 +27,14 @@ use crate::{
     table::Route,
 };
 
-/// How long a connection may lie in the kernel's queue without that a lack of something, known to us, kept it there: an
-/// overloaded or halted machine.
+/// How long a connection may wait in the kernel's queue without a reason known to us, such as missing descriptors: because
+/// the machine is overloaded or was stopped.
 pub(super) const DELAY: Duration = Duration::from_secs(5);
 
 /// How often sockets are looked for until all are found.
 const LOOKS: usize = 3;
 
-/// A time in which no connection was accepted.
+/// A time during which no connection was accepted.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pause {
     start: Instant,
@@ -42,8 +42,8 @@ pub(super) struct Pause {
 }
 
 impl Pause {
-    /// The pause that has just ended and began at `start`, joined to one that was over shortly before: what waited in that
-    /// may wait still.
+    /// The pause that began at `start` and ends now. It is joined with a pause that ended shortly before, because
+    /// connections that waited in that one may still wait.
     pub(super) fn ended(before: Option<Self>, start: Instant) -> Self {
         let end = Instant::now();
         let before = before.filter(|before| before.end + DELAY >= start);
@@ -54,15 +54,15 @@ impl Pause {
 /// Why a connection may be older than its route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Doubt {
-    /// The route appeared while no connection was accepted, or after that.
+    /// The route appeared during a pause in accepting, or later, while connections from that time may still wait.
     Waited,
-    /// The route has only just come.
+    /// The route has only just appeared.
     New,
 }
 
-/// Why a connection that is accepted now may be older than `route`. No call of the system's is made for most.
+/// Why a connection that is accepted now may be older than `route`. Makes no system calls.
 pub(super) fn doubt(route: &Route, pause: Option<Pause>, now: Instant) -> Option<Doubt> {
-    // This host's own addresses do not change hands.
+    // This host's own addresses do not change owners.
     let born = route.born.filter(|_| route.consumer != ConsumerId::Local)?;
     match pause {
         Some(pause) if pause.end + DELAY > now && born + DELAY > pause.start => Some(Doubt::Waited),
@@ -70,14 +70,14 @@ pub(super) fn doubt(route: &Route, pause: Option<Pause>, now: Instant) -> Option
     }
 }
 
-/// The owner of a route, if its process shows the owner's addresses: it is visible, and no sandbox.
+/// The owner of a route, if its process shows the owner's addresses: it is visible, and not a sandbox.
 pub(super) fn shown(route: &Route) -> Option<&RunEnd> {
-    // The last is the one whose network namespace it is.
+    // The last one owns the network namespace.
     route.ends.last().filter(|owner| owner.has_shown_network() && owner.process().is_some())
 }
 
-/// Whether the peer has ended its direction or is gone, as the kernel knows it: the runtime knows nothing yet of a socket
-/// that it has only just got.
+/// Whether the peer has ended its direction or is gone. Asks the kernel, because the runtime knows nothing yet about a new
+/// socket.
 pub(super) fn has_hung_up(stream: &TcpStream) -> bool {
     let mut sockets = [PollFd::new(stream, PollFlags::RDHUP)];
     let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
@@ -86,21 +86,22 @@ pub(super) fn has_hung_up(stream: &TcpStream) -> bool {
         .map_or(true, |_| sockets[0].revents().intersects(gone))
 }
 
-/// Whether the kernel shows which sockets the owner of a route has. It does not if its process is not visible, nor of a sandbox
-/// with a network of its own.
+/// Whether the kernel shows the sockets of a route's owner. It does not if the owner's process is not visible, or is a
+/// sandbox with its own network.
 pub(super) fn shows_sockets(route: &Route) -> bool {
     let owner = route.ends.last();
     owner.is_some_and(|owner| owner.has_shown_network() && owner.process().is_some())
 }
 
-/// Looks for the sockets of routes' owners, for one worker: one look at a time, for all connections that wait for the same owner.
+/// Looks for the sockets of routes' owners, for one worker. One look at a time serves all connections that wait for the
+/// same owner.
 #[derive(Debug, Default)]
 pub(super) struct Looks {
     waiting: RefCell<Vec<Question>>,
     is_looking: Cell<bool>,
 }
 
-/// Whether a socket is in the network of these runs.
+/// The question whether a socket is in the network of these runs.
 #[derive(Debug)]
 struct Question {
     runs: Vec<RunEnd>,
@@ -108,19 +109,19 @@ struct Question {
     answer: oneshot::Sender<bool>,
 }
 
-/// The addresses of a socket: its own, and that of the other end.
+/// The addresses of a socket: its own, and the peer's.
 type Pair = (SocketAddr, SocketAddr);
 
 impl Looks {
-    /// Whether the other end of a connection is certainly a socket of the route's owner, or of one that shares its network.
-    /// Never if processes are not visible.
+    /// Whether the other end of a connection is certainly a socket of the route's owner, or of a container that shares its
+    /// network. Always false if processes are not visible.
     pub(super) async fn are_owners(self: &Rc<Self>, route: &Route, captured: &Captured) -> bool {
         let socket = (captured.source.0, captured.destination.0);
         let (answer, answered) = oneshot::channel();
         self.waiting.borrow_mut().push(Question { runs: route.ends.clone(), socket, answer });
         if !self.is_looking.replace(true) {
             let looks = self.clone();
-            // Apart from the connection that asks, whose task may be aborted.
+            // Separate from the connection that asks, because that one's task may be aborted.
             spawn_local(async move { looks.look().await });
         }
         answered.await.unwrap_or(false)
@@ -130,18 +131,18 @@ impl Looks {
         while let Some(questions) = self.next() {
             let runs = questions.first().map(|one| one.runs.clone()).unwrap_or_default();
             let sockets: HashSet<_> = questions.iter().map(|one| one.socket).collect();
-            // It takes the kernel up to a microsecond for each socket, and this thread has other work.
+            // This takes the kernel up to a microsecond per socket, and this thread has other work.
             let look = move || owned(&runs, sockets);
             let owned = tokio::task::spawn_blocking(look).await.unwrap_or_default();
             for Question { socket, answer, .. } in questions {
-                // A connection that has ended meanwhile waits no more.
+                // A connection that has ended meanwhile does not wait any more.
                 let _ = answer.send(owned.contains(&socket));
             }
         }
         self.is_looking.set(false);
     }
 
-    /// All questions about the owner that was asked for first.
+    /// All questions about the owner of the oldest question.
     fn next(&self) -> Option<Vec<Question>> {
         let mut waiting = self.waiting.borrow_mut();
         waiting.retain(|one| !one.answer.is_closed());
@@ -153,13 +154,13 @@ impl Looks {
     }
 }
 
-/// Those of these sockets that are in the network of these runs, all of which go on.
+/// The sockets that are in the network of these runs. Empty unless all of the runs continue.
 fn owned(runs: &[RunEnd], mut sockets: HashSet<Pair>) -> HashSet<Pair> {
     let mut seen = runs.iter().rev().filter(|run| run.process().is_some());
-    // All of them share one network: the last is the one whose it is.
+    // All of them share one network. The last one owns it.
     let found = seen.next().and_then(|owner| {
         process::look(owner, |pid| {
-            // The kernel lists its sockets page by page, and passes over one whose neighbours come and go meanwhile.
+            // The kernel lists sockets page by page, and skips some if their neighbours change meanwhile.
             let mut found = HashSet::new();
             for _ in 0..LOOKS {
                 found.extend(sockets_of(pid, &mut sockets));
@@ -167,16 +168,16 @@ fn owned(runs: &[RunEnd], mut sockets: HashSet<Pair>) -> HashSet<Pair> {
                     break;
                 }
             }
-            // The others are asked before the owner is asked again.
+            // The others are checked before the owner is checked again.
             seen.all(|run| process::look(run, |_| ()).is_some()).then_some(found)
         })?
     });
     found.filter(|_| !runs.iter().any(RunEnd::has_ended)).unwrap_or_default()
 }
 
-/// Those of the `wanted` sockets that are in a process's network.
+/// The `wanted` sockets that are in a process's network.
 fn sockets_of(pid: i32, wanted: &mut HashSet<Pair>) -> HashSet<Pair> {
-    // Of each list: 30 MB of text. A look lasts no longer because a namespace has more.
+    // Maximum number of lines per list (30 MB of text), so that a namespace with more does not make a look longer.
     const MOST: usize = 200_000;
     let mut found = HashSet::new();
     for list in ["tcp", "tcp6"] {
@@ -196,7 +197,7 @@ fn sockets_of(pid: i32, wanted: &mut HashSet<Pair>) -> HashSet<Pair> {
     found
 }
 
-/// The addresses of a socket in a line of `/proc/net/tcp` or `tcp6`, unless it is still dialling.
+/// The addresses of a socket in a line of `/proc/net/tcp` or `tcp6`. `None` if it is still connecting.
 fn socket(line: &str) -> Option<(SocketAddr, SocketAddr)> {
     // TCP_SYN_SENT (include/net/tcp_states.h).
     const DIALLING: &str = "02";
@@ -206,7 +207,7 @@ fn socket(line: &str) -> Option<(SocketAddr, SocketAddr)> {
     Some((address(local)?, address(remote)?))
 }
 
-/// An address as the kernel writes it: words of 32 bits in hexadecimal digits, each in the machine's own order of bytes.
+/// Parses an address as the kernel writes it: words of 32 bits in hexadecimal digits, each in the machine's byte order.
 fn address(text: &str) -> Option<SocketAddr> {
     let (address, port) = text.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
@@ -221,7 +222,7 @@ fn address(text: &str) -> Option<SocketAddr> {
             for (n, part) in bytes.chunks_exact_mut(4).enumerate() {
                 part.copy_from_slice(&word(n)?);
             }
-            // A socket of IPv6 may have a connection of IPv4.
+            // An IPv6 socket may have an IPv4 connection.
             Ipv6Addr::from(bytes).to_canonical()
         }
         _ => return None,

@@ -1,4 +1,4 @@
-//! What one connection of a route did: for the counts, the log and the API, however it ends.
+//! The data of one connection of a route: for the counts, the log and the API, however it ends.
 
 use std::{
     cell::{Cell, RefCell},
@@ -31,15 +31,15 @@ pub(super) struct Record {
     pub route: Arc<Route>,
     pub captured: Captured,
     pub accepted: Instant,
-    /// Where it goes, or is about to; `None` before the first try.
+    /// The endpoint that it uses or tries. `None` before the first attempt.
     pub endpoint: RefCell<Option<Arc<EndpointState>>>,
-    /// From accepting it until its endpoint's was open; `None` before that.
+    /// The time from accepting it until its endpoint connection was open. `None` before.
     pub connect: Cell<Option<Duration>>,
-    /// Our own address and port of the connection to the endpoint, which are all that the endpoint sees of it.
+    /// Our own address and port of the connection to the endpoint. The endpoint sees only these.
     pub local: Cell<Option<Local>>,
     pub tries: Cell<u8>,
     pub moved: Moved,
-    /// Of those, the bytes that were added to the counters.
+    /// The part of `moved` that was added to the counters.
     pub counted: Moved,
 }
 
@@ -58,15 +58,16 @@ impl Record {
         }
     }
 
-    /// The endpoint that took the connection.
+    /// The endpoint that accepted the connection.
     pub(super) fn connected_to(&self) -> Option<Arc<EndpointState>> {
         self.connect.get().and_then(|_| self.endpoint.borrow().clone())
     }
 
-    /// Bytes that it moved up and down since this was called last.
+    /// The bytes that it moved up and down since the last call.
     pub(super) fn moved_since(&self) -> (u64, u64) {
         let since = |moved: &Cell<u64>, counted: &Cell<u64>| {
-            // What is queued counts as moved until it turns out that it cannot be: no count goes down for that, it waits.
+            // Queued bytes count as moved until it turns out that they cannot be sent. Counts never decrease, so they wait
+            // for that.
             let now = moved.get().max(counted.get());
             now - counted.replace(now)
         };

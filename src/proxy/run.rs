@@ -19,16 +19,16 @@ use crate::{outcome::Outcome, table::Table};
 pub(super) enum Phase {
     /// Accepting and relaying.
     Serving,
-    /// The same, until the connections that are open when it begins have ended.
+    /// The same, until the connections that are open at its start have ended.
     Leaving,
-    /// Relaying only. What waits in the listeners' queues is accepted before.
+    /// Only relaying. Queued connections are accepted before.
     Draining,
-    /// What is left is reset.
+    /// Remaining connections are reset.
     Ended,
 }
 
-/// Runs a worker, by its number and whether it stands still at first, until it gets the order to end and its connections are gone. It lets go of `older` when the connections have
-/// ended that were open at the order to leave.
+/// Runs a worker, given by its number and whether it is frozen at first, until it is told to end and its connections are
+/// gone. Drops `older` when the connections have ended that were open at the order to leave.
 pub(super) async fn run(
     (shared, n, begins_frozen): (Arc<Shared>, usize, bool),
     listeners: Vec<TcpListener>,
@@ -62,7 +62,7 @@ pub(super) async fn run(
         _ = others.join_next() => break_off(&worker),
     }
     drop(accepting);
-    // What waits in the queues is the process's that has the listeners now.
+    // Queued connections are left to the process that has the listeners now.
     if !worker.shared.handed_over.load(Relaxed) {
         listeners.iter().for_each(|listener| worker.accept_queued(listener));
     }
@@ -100,8 +100,8 @@ async fn send_queued(worker: Rc<Worker>) {
     worker.buffers.send_queued().await;
 }
 
-/// Ends the whole proxy, because this worker cannot continue: a share of all new connections goes to this worker, and they
-/// would not be answered.
+/// Ends the whole proxy, because this worker cannot continue: it would still get a share of all new connections, and not
+/// answer them.
 fn break_off(worker: &Worker) {
     tracing::error!(worker = worker.n, "a part of the data path has ended");
     worker.shared.broken.notify_one();
@@ -123,7 +123,7 @@ mod tests {
         drop(receiver);
         let failed = timeout(Duration::from_millis(50), proxy.failed()).await;
         assert!(failed.is_err(), "nothing has ended");
-        // The task that follows the tables ends, and every other goes on.
+        // The task that follows the tables ends, and all others continue.
         drop(tables);
         timeout(Duration::from_secs(60), proxy.failed()).await.unwrap();
         timeout(Duration::from_secs(60), proxy.ended()).await.unwrap();

@@ -27,23 +27,24 @@ pub(super) struct Shared {
     pub settings: ProxySettings,
     pub tally: Tally,
     pub counts: Box<[WorkerCounts]>,
-    /// The counts of connections that do not go through the proxy.
+    /// The counts of connections that bypass the proxy.
     pub beside: WorkerCounts,
-    /// Who else is asked to count up to now.
+    /// A task that is also asked to update its counts.
     pub also_asked: OnceLock<UnboundedSender<oneshot::Sender<()>>>,
     /// Connections that are open, or being opened.
     pub live: AtomicUsize,
     holds_of_unknown: Mutex<Holds>,
     holds_of_known: Mutex<Holds>,
-    /// When the clock of ejections started.
+    /// The start of the clock for ejections.
     pub start: Instant,
     /// Notified when a worker, or a part of one, has ended.
     pub broken: Notify,
-    /// Takeovers that these counts have seen.
+    /// Number of takeovers since these counts began.
     pub takeovers: AtomicU64,
-    /// Routes whose owners had them in the process before this one: connections that were captured before this table are theirs.
+    /// Routes that their owners already had in the previous process: connections that were captured before this table
+    /// belong to them.
     pub inherited: RwLock<HashSet<RouteNumber>>,
-    /// Whether the listeners are another process's.
+    /// Whether another process has the listeners now.
     pub handed_over: AtomicBool,
 }
 
@@ -66,7 +67,7 @@ impl Shared {
         }
     }
 
-    /// The counts of all workers, and of connections that no worker has.
+    /// The counts of all workers, and of connections that bypass the proxy.
     pub(super) fn all_counts(&self) -> impl Iterator<Item = &ConnectionCounts> {
         self.counts.iter().chain([&self.beside]).map(|counts| &counts.0)
     }
@@ -75,7 +76,7 @@ impl Shared {
         Millis(u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX))
     }
 
-    /// Counts one more live connection of the route's consumer, if there may be one more.
+    /// Counts another open connection of the route's consumer, unless a limit is reached.
     pub(super) fn count_in(&self, route: &Route) -> Result<(), Outcome> {
         if self.settings.memory_short.get() && self.live.load(Relaxed) >= FEW {
             return Err(Outcome::MemoryShort);
@@ -93,38 +94,38 @@ impl Shared {
         Ok(())
     }
 
-    /// Counts a live connection that another process had. It is open already, so no limit refuses it.
+    /// Counts an open connection that another process had. No limit refuses it, because it is already open.
     pub(super) fn count_in_adopted(&self, route: &Route) {
         route.live_of_consumer.fetch_add(1, Relaxed);
         self.live.fetch_add(1, Relaxed);
     }
 
-    /// Connections that one consumer may have open now.
+    /// The current maximum number of open connections of one consumer.
     pub(super) fn limit_of_consumer(&self) -> usize {
         self.settings.max_connections_per_consumer.with(self.free(), self.settings.max_connections)
     }
 
-    /// Connections that may still be opened.
+    /// The number of connections that may still be opened.
     fn free(&self) -> usize {
         self.settings.max_connections.saturating_sub(self.live.load(Relaxed))
     }
 
-    /// Connections that wait until their owner is known. Only who holds one or lets it go takes the lock, for a moment.
+    /// Connections that wait until their owner is known. The lock is held only to count one in or out.
     fn holds(&self, waiting: Waiting) -> MutexGuard<'_, Holds> {
         let holds = match waiting {
             Waiting::Unknown => &self.holds_of_unknown,
             Waiting::Known => &self.holds_of_known,
         };
-        // Each change is whole, whatever panics elsewhere.
+        // Every change leaves the value consistent, so a poisoned lock is harmless.
         holds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many connections wait.
+    /// The number of waiting connections.
     pub(super) fn held(&self) -> usize {
         self.holds(Waiting::Unknown).held + self.holds(Waiting::Known).held
     }
 
-    /// Whether the owner of a route had it in the process before this one. It is asked only while there is a doubt.
+    /// Whether the owner of a route already had it in the previous process. Called only in case of a doubt.
     pub(super) fn is_inherited(&self, route: &Route) -> bool {
         self.inherited.read().unwrap_or_else(PoisonError::into_inner).contains(&route.number)
     }
@@ -135,31 +136,31 @@ impl Shared {
     }
 }
 
-/// What a worker counts for itself, in cache lines of its own: the others need not wait for it.
+/// The counts of one worker, in separate cache lines, so that workers do not slow each other down.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub(super) struct WorkerCounts(pub ConnectionCounts);
 
-/// Connections that wait until their owner is known, over all workers.
+/// Connections that wait until their owner is known, of all workers.
 #[derive(Debug, Default)]
 pub(super) struct Holds {
     pub(super) held: usize,
-    /// Of each source; none of them is 0.
+    /// The number for each source. Never 0.
     of_source: HashMap<IpAddr, usize>,
 }
 
 /// Why a connection waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Waiting {
-    /// Nobody is known to have its address.
+    /// No container is known to have its address.
     Unknown,
-    /// It is not certain that the container that is known to have its address opened it.
+    /// It is not certain that the container with its address opened it.
     Known,
 }
 
 impl Waiting {
-    /// Limits the descriptors that connections that wait can use: those from unknown addresses have their own, and the others those
-    /// of connections that may still be opened.
+    /// Maximum number of waiting connections, to limit their descriptors. Connections from unknown addresses have a
+    /// separate limit. The others may use descriptors of connections that may still be opened.
     fn most(self, free: usize) -> usize {
         match self {
             Self::Unknown => 256,
@@ -169,8 +170,8 @@ impl Waiting {
 }
 
 impl Holds {
-    /// Counts one more of a source. It may have three times as many as are still free, less a quarter kept for sources that have
-    /// none: so however many it wants, there is room for others.
+    /// Counts another connection of a source. A source may have three times as many as are still free, not counting a
+    /// quarter that is kept for sources that have none. So however many it opens, there is room for others.
     fn one_more(&mut self, source: IpAddr, most: usize) -> bool {
         let count = self.of_source.get(&source).copied().unwrap_or_default();
         let free = most.saturating_sub(self.held);
@@ -197,7 +198,7 @@ impl Holds {
     }
 }
 
-/// Allows a connection to be held, and counts it.
+/// The permission to hold a connection, which counts it.
 #[derive(Debug)]
 pub(super) struct HoldPermit {
     shared: Arc<Shared>,
@@ -206,14 +207,14 @@ pub(super) struct HoldPermit {
 }
 
 impl HoldPermit {
-    /// For a connection whose owner is not certain. `None` if enough of its kind and its source are held.
+    /// For a connection whose owner is uncertain. `None` if too many of its kind, or from its source, are held.
     pub(super) fn of(shared: &Arc<Shared>, waiting: Waiting, source: IpAddr) -> Option<Self> {
         let most = waiting.most(shared.free());
         let may = shared.holds(waiting).one_more(source, most);
         may.then(|| Self { shared: shared.clone(), waiting, source })
     }
 
-    /// For a connection that another process held: no limit refuses it.
+    /// For a connection that another process held. No limit refuses it.
     pub(super) fn of_adopted(shared: &Arc<Shared>, waiting: Waiting, source: IpAddr) -> Self {
         shared.holds(waiting).add(source);
         Self { shared: shared.clone(), waiting, source }
@@ -226,7 +227,7 @@ impl Drop for HoldPermit {
     }
 }
 
-/// Counts one more, if there may be one more.
+/// Counts one more, unless the limit is reached.
 fn one_more(count: &AtomicUsize, most: usize) -> bool {
     let more = |count| (count < most).then_some(count + 1);
     count.fetch_update(Relaxed, Relaxed, more).is_ok()
@@ -294,11 +295,11 @@ mod tests {
         let third = fill(2);
         assert!((16..100).contains(&third), "{third}");
         assert!(shared.free() > 50, "for those who have fewer than 16");
-        // Who had more than its share keeps it, and gets more only when there is room.
+        // A consumer with more than its share keeps its connections, and gets more only when there is room.
         assert_eq!(shared.count_in(&route(0)), Err(Outcome::TooManyOfConsumer));
         (0..first).for_each(|_| shared.count_out(&route(0)));
         assert!(fill(1) > 100);
-        // Where all are in use, that is the reason.
+        // If all connections are in use, that is the reason.
         shared.live.fetch_add(shared.free(), Relaxed);
         assert_eq!(shared.count_in(&route(0)), Err(Outcome::TooManyConnections));
     }
@@ -315,7 +316,7 @@ mod tests {
         assert_eq!((first.len(), shared.held()), (144, 144));
         let second = hold(2, 10_000);
         assert!((30..64).contains(&second.len()), "{}", second.len());
-        // However many come, there is a place for one who has none.
+        // However many there are, a source without connections gets a place.
         let others: Vec<_> = (10..60).map(|n| hold(n, 10_000)).collect();
         assert!(others.iter().all(|held| !held.is_empty()));
         assert!(shared.held() < 256);

@@ -1,4 +1,4 @@
-//! Sockets of both sides: how they are set up and closed, and what it says when a call on one fails.
+//! Sockets of both sides: their setup and closing, and the meaning of their errors.
 
 use std::{
     cell::Cell,
@@ -13,18 +13,19 @@ use tokio::net::{TcpSocket, TcpStream};
 
 use crate::model::Endpoint;
 
-/// How soon a silent peer is noticed. Zero: keepalive alone, within two minutes, and what is sent is retransmitted for as
-/// long as the kernel does that.
+/// How soon a silent peer is noticed. Zero: only by keepalive, within two minutes, and data is retransmitted as long as the
+/// kernel does it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Patience(Duration);
 
 impl Patience {
-    /// The first keepalive probe comes before this time, and each restarts the 60 s after which connection tracking forgets
-    /// a half-closed connection (nf_conntrack_tcp_timeout_close_wait) and its address translation with it.
+    /// The first keepalive probe is sent before this time. Each probe restarts the 60 s after which connection tracking
+    /// forgets a half-closed connection (nf_conntrack_tcp_timeout_close_wait), and its address translation with it.
     const FIRST_PROBE: Duration = Duration::from_secs(45);
     const NEXT_PROBE: Duration = Duration::from_secs(15);
     const PROBES: u32 = 4;
-    /// A paused consumer keeps its window closed, and for the kernel that is silence too: a minute must not end it.
+    /// A paused consumer keeps its window closed, which the kernel treats as silence too. A pause of a minute must not end
+    /// the connection.
     const OF_CONSUMERS: Duration = Duration::from_secs(120);
 
     pub(super) fn with_endpoints(user_timeout: Duration) -> Self {
@@ -49,9 +50,9 @@ impl Patience {
         TcpKeepalive::new().with_time(first).with_interval(next).with_retries(Self::PROBES)
     }
 
-    /// When the first keepalive probe comes, and each after it; in whole seconds, as the kernel takes them. With a user timeout
-    /// the kernel ignores their number, and gives up after that time if any is unanswered (man 7 tcp). So some must fit in:
-    /// one lost packet must not end a connection.
+    /// The time until the first keepalive probe, and between later ones, in whole seconds as the kernel needs it. With a
+    /// user timeout the kernel ignores the number of probes, and gives up after the timeout if any probe is unanswered (man
+    /// 7 tcp). So several must fit into the timeout: one lost packet must not end a connection.
     fn probes(self) -> (Duration, Duration) {
         let Self(time) = self;
         if time.is_zero() {
@@ -70,9 +71,9 @@ pub(super) async fn dial(endpoint: Endpoint, mark: Option<u32>) -> io::Result<Tc
     socket.connect(endpoint.0).await
 }
 
-/// Whether an endpoint accepts connections, without a connection that its application sees: the handshake is answered with a
-/// reset in place of its last packet. An application counts connections that say nothing as attacks (MariaDB blocks their
-/// source), or logs each.
+/// Checks whether an endpoint accepts connections, without a connection that its application sees: the last packet of the
+/// handshake is replaced by a reset. Some applications count connections without data as attacks (MariaDB blocks their
+/// source), or log each.
 pub(crate) async fn probe(endpoint: Endpoint, mark: Option<u32>) -> io::Result<()> {
     connect_unseen(unseen_socket(endpoint, mark)?, endpoint).await
 }
@@ -81,8 +82,8 @@ pub(crate) async fn probe(endpoint: Endpoint, mark: Option<u32>) -> io::Result<(
 pub(crate) fn unseen_socket(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpSocket> {
     let socket = for_endpoint(endpoint, mark)?;
     let options = SockRef::from(&socket);
-    // The kernel waits a moment for data to send with the last packet of the handshake (man 7 tcp: TCP_QUICKACK), and
-    // closing with a linger of zero sends a reset instead.
+    // The kernel waits a moment for data to send with the last packet of the handshake (man 7 tcp: TCP_QUICKACK). Closing
+    // with a linger of zero sends a reset instead.
     options.set_tcp_quickack(false)?;
     options.set_linger(Some(Duration::ZERO))?;
     Ok(socket)
@@ -104,7 +105,7 @@ fn for_endpoint(endpoint: Endpoint, mark: Option<u32>) -> io::Result<TcpSocket> 
 /// What this host lacks to open a connection. It says nothing about the endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Lack {
-    /// Something that other connections have, and give back when they end.
+    /// Resources that other connections use, and release when they end.
     Resources,
     /// All source ports to this endpoint are in use.
     Ports,
@@ -113,14 +114,14 @@ pub(crate) enum Lack {
 }
 
 impl Lack {
-    /// What was lacking, if a connect failed because of this host.
+    /// What was missing, if a connect failed because of this host.
     pub(crate) fn of(error: &io::Error, endpoint: Endpoint, mark: Option<u32>) -> Option<Self> {
         if is_shortage(error) {
             return Some(Self::Resources);
         }
         match Errno::from_io_error(error)? {
             Errno::AFNOSUPPORT | Errno::PERM | Errno::ACCESS | Errno::INVAL => Some(Self::Route),
-            // A router may say so too, of a network behind it.
+            // A router may report this too, for a network behind it.
             Errno::NETUNREACH | Errno::HOSTUNREACH | Errno::NETDOWN => {
                 (!has_route(endpoint, mark)).then_some(Self::Route)
             }
@@ -130,7 +131,7 @@ impl Lack {
         }
     }
 
-    /// What to do about it, if that is known.
+    /// The fix, if known.
     pub(super) fn remedy(self) -> Option<&'static str> {
         (self == Self::Ports).then_some(
             "if all source ports to this endpoint are in use: widen net.ipv4.ip_local_port_range, set \
@@ -139,18 +140,18 @@ impl Lack {
     }
 }
 
-/// Whether this host has a route to an endpoint, and an address for it. UDP's connect sends nothing.
+/// Whether this host has a route to an endpoint, and an address for it. Uses UDP, whose connect sends nothing.
 fn has_route(endpoint: Endpoint, mark: Option<u32>) -> bool {
     let look = || {
         let socket = Socket2::new(Domain::for_address(endpoint.0), Type::DGRAM, None)?;
         mark.map_or(Ok(()), |mark| socket.set_mark(mark))?;
         socket.connect(&endpoint.0.into())
     };
-    // Without any descriptor left the question is open.
+    // Without a free descriptor this is unknown.
     look().map_or_else(|error| is_shortage(&error), |()| true)
 }
 
-/// Whether a call failed because something ran out that other connections have, and give back when they end.
+/// Whether a call failed because of missing resources that other connections use, and release when they end.
 fn is_shortage(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
@@ -158,8 +159,8 @@ fn is_shortage(error: &io::Error) -> bool {
     )
 }
 
-/// A socket that is reset when dropped, unless its relay finished: the peer of a broken connection must not take its end
-/// for a whole one.
+/// A socket that is reset on drop, unless its relay finished: the peer of a broken connection must not take its end for a
+/// regular one.
 #[derive(Debug)]
 pub(super) struct Socket {
     pub(super) stream: TcpStream,
@@ -171,18 +172,19 @@ impl Socket {
         Self { stream, finished: false }
     }
 
-    /// The same socket, unknown to the runtime.
+    /// A duplicate of the socket that the runtime does not know.
     pub(super) fn duplicate(&self) -> io::Result<OwnedFd> {
         self.stream.as_fd().try_clone_to_owned()
     }
 
-    /// Leaves the connection to its duplicate: closing that one resets it from now on, and dropping this does nothing.
+    /// Leaves the connection to its duplicate: closing the duplicate resets the connection from now on, and dropping this
+    /// value does nothing.
     pub(super) fn leave_to_duplicate(&mut self) {
         reset_on_close(&self.stream);
         self.finished = true;
     }
 
-    /// Back in the runtime, after [`Socket::leave_to_duplicate`] in this process or in another one that had the socket.
+    /// Returns a socket to the runtime after [`Socket::leave_to_duplicate`], which may have happened in another process.
     pub(super) fn resumed(socket: OwnedFd) -> io::Result<Self> {
         let stream = TcpStream::from_std(socket.into())?;
         SockRef::from(&stream).set_linger(None)?;
@@ -191,12 +193,12 @@ impl Socket {
 }
 
 thread_local! {
-    /// Whether the sockets that are dropped belong to another process.
+    /// Whether dropped sockets belong to another process.
     static HANDED_OVER: Cell<bool> = const { Cell::new(false) };
 }
 
-/// While it lives, sockets that this thread drops are left as they are: another process has them, and an option of a socket is
-/// of all who have it.
+/// As long as it exists, sockets that this thread drops are left unchanged: another process has them, and socket options
+/// are shared.
 #[derive(Debug)]
 pub(super) struct HandedOver(());
 
@@ -221,9 +223,9 @@ impl Drop for Socket {
     }
 }
 
-/// Makes closing the socket a reset.
+/// Makes closing the socket send a reset.
 fn reset_on_close(stream: &TcpStream) {
-    // It fails only on a socket that has no connection any more.
+    // Fails only on a socket that is no longer connected.
     let _ = stream.set_zero_linger();
 }
 
@@ -261,7 +263,7 @@ pub(super) mod tests {
         assert_eq!(consumers(Duration::ZERO).0, Duration::ZERO);
     }
 
-    /// The application's side counts what it gets to see.
+    /// The application's side counts the connections that it sees.
     #[tokio::test]
     async fn a_probe_finds_out_without_being_seen() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -275,7 +277,7 @@ pub(super) mod tests {
         while listener.accept().await.unwrap().1 != dialled.local_addr().unwrap() {
             seen += 1;
         }
-        // The kernel waits for 200 ms, which a busy machine may miss now and then.
+        // The kernel waits for 200 ms, which a busy machine may sometimes miss.
         assert!(seen < 10, "{seen} of 20");
         drop(listener);
         assert_eq!(
@@ -294,7 +296,7 @@ pub(super) mod tests {
         assert_eq!(lack(Errno::NETUNREACH), None, "a router says so");
         assert_eq!(lack(Errno::CONNREFUSED), None);
         assert_eq!(Lack::of(&io::ErrorKind::TimedOut.into(), here, None), None);
-        // A broadcast address needs a permission of its own, also for UDP.
+        // A broadcast address needs a special permission, also for UDP.
         let nowhere = Endpoint("255.255.255.255:1".parse().unwrap());
         assert_eq!(Lack::of(&Errno::NETUNREACH.into(), nowhere, None), Some(Lack::Route));
     }

@@ -1,8 +1,8 @@
-//! How long a worker with thousands of connections stands still: the longest time that a task which is ready has to wait.
+//! Measures how long a worker with thousands of connections is blocked: the longest time that a ready task has to wait.
 //!
 //!     cargo test --release --lib standstill -- --ignored --nocapture
 //!
-//! On a machine that has other work, put `chrt -f 10` ahead of it: what is measured is time on the clock.
+//! On a machine with other work, put `chrt -f 10` before it, because wall time is measured.
 
 use std::{
     cell::Cell,
@@ -49,7 +49,7 @@ fn standstill() {
     }
 }
 
-/// The other ends of all connections: a process has descriptors for its own only.
+/// The other ends of all connections, in another process, because the descriptors of one process are not enough.
 fn peers(proxy: SocketAddr) {
     let listener = std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
     println!("port {}", listener.local_addr().unwrap().port());
@@ -59,7 +59,7 @@ fn peers(proxy: SocketAddr) {
     });
     let dialled: Vec<_> = (0..LIVE).map(|_| std::net::TcpStream::connect(proxy).unwrap()).collect();
     let accepted = accepting.join().unwrap();
-    // Until the process that measures ends, or has had enough.
+    // Until the measuring process ends, or needs no more.
     let _ = std::io::stdin().read_line(&mut String::new());
     drop((dialled, accepted));
     std::process::exit(0);
@@ -160,7 +160,7 @@ impl Measured {
         assert_eq!(self.worker.shared.tally.get(Outcome::EndpointGone), (before - left) as u64);
     }
 
-    /// Connections to the endpoint of this number.
+    /// The number of connections to the endpoint with this number.
     fn to(&self, n: usize) -> usize {
         let is = |address: SocketAddr| address.ip() == IpAddr::from([127, 0, 0, n as u8 + 1]);
         let all = self.worker.connections.borrow();
@@ -173,7 +173,7 @@ impl Measured {
         self.tables.send_replace(Arc::new(next.unwrap()));
     }
 
-    /// Publishes a table, and measures until so many connections are left.
+    /// Publishes a table, and measures until this many connections are left.
     async fn publish(&self, what: &str, left: usize) {
         self.send();
         self.during(what, || self.worker.shared.live.load(Relaxed) == left).await;
@@ -181,7 +181,7 @@ impl Measured {
     }
 
     async fn during(&self, what: &str, done: impl Fn() -> bool) {
-        // What the preparation took does not count.
+        // The preparation does not count.
         yield_now().await;
         yield_now().await;
         self.longest.set(Duration::ZERO);
@@ -190,7 +190,7 @@ impl Measured {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         let took = start.elapsed();
-        // It may go on without that it shows.
+        // Work may continue without being visible.
         tokio::time::sleep(Duration::from_millis(100)).await;
         let micros = |time: Duration| time.as_micros();
         println!(

@@ -1,17 +1,18 @@
-//! The effect of a new table on open connections: those of a removed route are reset. If a route's endpoints changed, those
-//! to a removed endpoint are reset, if their binding says so. So are those to an endpoint whose active check fails.
+//! The effect of a new table on open connections: those of a removed route are reset. If a route's endpoints changed,
+//! connections to a removed endpoint are reset if their binding says so. So are connections to an endpoint whose active
+//! check fails.
 //!
-//! No connection outlives its route, because at every moment the route of each one that is not ending is in the worker's
-//! table, or in what is still to be swept:
+//! No connection outlives its route, because at any time the route of each connection that is not ending is in the worker's
+//! table, or among the pending checks:
 //!
-//! - A connection starts by a route of the table that the worker has, in one step with the look at that table.
-//! - A table is taken over in one step with noting what it changes. A worker that has missed a table, or is too far behind,
-//!   notes every route that has connections.
-//! - A route is taken off what is to be swept only when its connections are ending, or the table has it.
+//! - A connection starts with a route of the worker's table, in one step with the lookup in that table.
+//! - A table is taken over in one step with noting its changes. A worker that has missed a table, or is too far behind,
+//!   notes all routes that have connections.
+//! - A route is removed from the pending checks only when its connections are ending, or the table has it.
 //!
-//! The current table decides, independent of the change, so the order and the number of checks of a route do not
-//! matter. There may be thousands of connections to check and to reset, and each reset is some system calls: so it is
-//! done in turns, between which all others get theirs.
+//! The current table decides, independent of the change, so the order and the number of checks of a route do not matter.
+//! There may be thousands of connections to check and to reset, and each reset takes some system calls: so this is done in
+//! parts, and other tasks get their turn in between.
 
 use std::{
     collections::VecDeque,
@@ -38,35 +39,36 @@ use crate::{
 /// The pending checks, in this order.
 #[derive(Debug, Default)]
 struct Sweep {
-    /// Connections of routes that the table has, to endpoints that it may not have.
+    /// Connections whose routes are in the table, but whose endpoints may not be.
     connections: Vec<(Place, Id)>,
     /// Routes whose connections must be checked.
     routes: Vec<RouteNumber>,
-    /// Tables whose changes must be checked, and how many of each were checked.
+    /// Tables whose changes must be checked, and how many changes of each were checked.
     tables: VecDeque<(Arc<Table>, usize)>,
 }
 
-/// A turn's share of the thread's time.
+/// Maximum time of a turn.
 const TURN: Duration = Duration::from_micros(200);
-/// Connections that a turn ends, at the most: closing two sockets takes some 20 us, and those that run do so after it.
+/// Maximum number of connections that a turn ends: closing two sockets takes some 20 us, and running connections do so
+/// after the turn.
 const ENDS: usize = 8;
-/// Removed routes of a table that are looked at in one go.
+/// Number of removed routes of a table that are checked at once.
 const ROUTES: usize = 64;
-/// Tables that may be behind. Keeping more would cost more than looking at all connections.
+/// Maximum number of pending tables. Keeping more would cost more than checking all connections.
 const BEHIND: usize = 4;
 
 impl Worker {
-    /// Takes over each table as it is published, and ends the connections that do not belong to it.
+    /// Takes over each table when it is published, and ends the connections that do not belong to it.
     pub(super) async fn follow(self: Rc<Self>, mut tables: watch::Receiver<Arc<Table>>) {
         let mut sweep = Sweep::default();
         let mut failed_checks = self.settings().failed_checks.listen();
         loop {
             if self.frozen.is() {
                 self.frozen.over().await;
-                // Others may have come meanwhile, by another process's table.
+                // Meanwhile connections may have been added, with another process's table.
                 self.note_all(&mut sweep);
             }
-            // Its sender is one of our own settings.
+            // Its sender is part of our own settings.
             if failed_checks.has_changed().unwrap_or(false) {
                 failed_checks.mark_unchanged();
                 self.note_all(&mut sweep);
@@ -99,7 +101,7 @@ impl Worker {
         }
     }
 
-    /// Takes a table over, and notes what is to be swept for it.
+    /// Takes a table over, and notes its checks.
     fn note(&self, table: Arc<Table>, sweep: &mut Sweep) {
         let before = self.take_over(table.clone());
         if table.version == before.version + 1 && sweep.tables.len() < BEHIND {
@@ -115,7 +117,7 @@ impl Worker {
         sweep.routes = self.connections.borrow().routes().collect();
     }
 
-    /// Looks at some of what is to be swept, and at deadlines. Whether there is more.
+    /// Does some of the pending checks, and checks deadlines. Returns whether there are more.
     fn turn(&self, sweep: &mut Sweep) -> bool {
         let (now, mut ends) = (Instant::now(), 0);
         loop {
@@ -148,8 +150,8 @@ impl Worker {
         }
     }
 
-    /// Ends one connection of a route that is gone, and leaves the route for the others; or notes the connections of one
-    /// that is there, if they may have to end. Whether one was ended.
+    /// For a removed route: ends one of its connections, and keeps the route for the others. For an existing route: notes
+    /// its connections if they may have to end. Returns whether a connection was ended.
     fn sweep_route(&self, number: RouteNumber, sweep: &mut Sweep) -> bool {
         let all = self.connections.borrow();
         let Some(first) = all.of_route(number).next() else { return false };
@@ -167,10 +169,10 @@ impl Worker {
         false
     }
 
-    /// Ends a connection whose endpoint went away, or sets its deadline. Whether it was ended.
+    /// Ends a connection whose endpoint was removed, or sets its deadline. Returns whether it was ended.
     fn look_at(&self, place: Place, id: Id, now: Instant) -> bool {
         let mut all = self.connections.borrow_mut();
-        // It may have ended meanwhile, and its place be another's.
+        // It may have ended meanwhile, and another connection may have its place.
         let connection = all.get(place).filter(|one| one.id == id && one.ending.is_none());
         let Some(record) = connection.and_then(Connection::record) else { return false };
         let outcome = match decide(record, &self.table.borrow()) {
@@ -193,11 +195,11 @@ impl Worker {
     }
 }
 
-/// What a table means for a connection.
+/// The consequence of a table for a connection.
 #[derive(Debug, PartialEq, Eq)]
 enum Decision {
     Stays,
-    /// It may stay so long after its endpoint.
+    /// How long it may stay after its endpoint was removed.
     EndpointGone {
         stays: Duration,
     },
@@ -215,7 +217,7 @@ fn decide(record: &Record, table: &Table) -> Decision {
         EndpointDrain::Kill => Duration::ZERO,
         EndpointDrain::After(time) => *time,
     };
-    // Another binding's check is no reason for this one.
+    // The check of another binding does not affect this one.
     if (drain, check) == (&EndpointDrain::Kill, &Some(Check::Tcp))
         && record.connected_to().is_some_and(|state| state.check() == Checked::Fails)
     {
@@ -224,7 +226,7 @@ fn decide(record: &Record, table: &Table) -> Decision {
     let endpoint = record.endpoint.borrow();
     let is =
         |state: &Arc<EndpointState>| Some(state.endpoint) == endpoint.as_ref().map(|e| e.endpoint);
-    // Without an endpoint it will get one that there is.
+    // A connection without an endpoint will get an existing one.
     if endpoint.is_none() || table.endpoints_of(now).iter().any(is) {
         Decision::Stays
     } else {
@@ -265,7 +267,7 @@ mod tests {
         Endpoint(([10, 0, 0, n], 80).into())
     }
 
-    /// The table after another, with those of the consumers and endpoints whose bits are set.
+    /// The next table, with the consumers and endpoints whose bits are set.
     fn next(before: &Table, drain: &str, consumers: u8, endpoints: u8) -> Option<Table> {
         let descriptor = format!("redis;80;drain={drain}");
         let has = |bits: u8| move |n: &u8| bits & (1 << n) != 0;
@@ -276,7 +278,7 @@ mod tests {
         table_after(before, &consumers, &endpoints)
     }
 
-    /// A worker whose connections have no tasks but this.
+    /// A worker whose connections have no tasks: the test drives them.
     struct Driven {
         worker: Rc<Worker>,
         sweep: Sweep,
@@ -291,7 +293,7 @@ mod tests {
             Self { worker, sweep: Sweep::default(), running: RefCell::default() }
         }
 
-        /// A connection of the consumer's, as it would be accepted now, to an endpoint that there is now.
+        /// Opens a connection of the consumer, as if it were accepted now, to an endpoint that exists now.
         fn open(&self, n: u8, parked: bool) {
             let table = self.worker.table.borrow().clone();
             let Some(route) = route(&table, source(n), 80) else { return };
@@ -310,7 +312,7 @@ mod tests {
             }
         }
 
-        /// A connection of the consumer's that another process had. Whether it was taken.
+        /// Takes over a connection of the consumer from another process. Returns whether it was taken.
         fn adopt(&self, n: u8) -> bool {
             let table = self.worker.table.borrow().clone();
             let Some(route) = route(&table, source(n), 80) else { return false };
@@ -336,7 +338,7 @@ mod tests {
             self.worker.adopt(Inherited { connection, bytes: Vec::new(), sockets })
         }
 
-        /// Has the tasks end that were aborted.
+        /// Lets the aborted tasks end.
         fn tasks_end(&self) {
             let all = self.worker.connections.borrow();
             let is_ending = |ticket: &mut Ticket| {
@@ -364,7 +366,7 @@ mod tests {
 
     #[derive(Debug, Clone)]
     enum Step {
-        /// Tables, of which the worker sees the last.
+        /// Tables, of which the worker sees only the last.
         Publish(Vec<(u8, u8)>),
         Open(u8, bool),
         Adopt(u8),
@@ -385,8 +387,8 @@ mod tests {
     }
 
     proptest! {
-        /// However tables, turns and new connections are mixed: those whose route has gone are reset, also if it came
-        /// back as another, those to an endpoint that has gone too, and no others.
+        /// In any order of tables, turns and new connections: those whose route was removed are reset, even if it was added
+        /// again as another route, and so are those to a removed endpoint, and no others.
         #[test]
         fn no_connection_outlives_its_route(
             kill in any::<bool>(),
@@ -474,7 +476,7 @@ mod tests {
                 let states = driven.worker.table.borrow().endpoints_of(&route).to_vec();
                 // It listens from its first turn on.
                 yield_now().await;
-                // The check of the first consumer's endpoint fails, that of the second's does not.
+                // The check of the first consumer's endpoint fails, the check of the second's does not.
                 states[0].checked(false);
                 states[0].checked(false);
                 states[1].checked(true);

@@ -1,4 +1,4 @@
-//! What the data path's unit tests are made of.
+//! Helpers for the data path's unit tests.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -47,7 +47,7 @@ pub(super) fn consumer_of(
     })
 }
 
-/// The table after another: of these consumers, all of whose services have these endpoints. `None` if nothing differs.
+/// The next table with these consumers. All of their services have these endpoints. `None` if nothing differs.
 pub(super) fn table_after(
     before: &Table,
     consumers: &[Arc<Consumer>],
@@ -96,7 +96,7 @@ pub(super) fn route(table: &Table, source: IpAddr, port: u16) -> Option<Arc<Rout
     table.route(&RouteKey::tcp(source, Port::new(port)?)).cloned()
 }
 
-/// What `source` sent to `destination`, and was captured.
+/// A captured connection from `source` to `destination`.
 pub(super) fn captured(source: SocketAddr, destination: SocketAddr) -> Captured {
     let (source, destination) = (SourceAddress(source), OriginalDestination(destination));
     Captured { source, destination, is_direct: false }
@@ -122,7 +122,7 @@ pub(super) fn settings() -> ProxySettings {
     }
 }
 
-/// Of one worker, with these limits of connections.
+/// The shared state of one worker, with these connection limits.
 pub(super) fn shared(most: usize, of_consumer: usize) -> Shared {
     Shared::new(ProxySettings {
         max_connections: most,
@@ -131,14 +131,14 @@ pub(super) fn shared(most: usize, of_consumer: usize) -> Shared {
     })
 }
 
-/// The two ends of a connection: who dialled, and who accepted.
+/// The two ends of a connection: the connecting one, and the accepting one.
 pub(super) async fn connection() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     (dialled, listener.accept().await.unwrap().0)
 }
 
-/// Runs a test as a worker's thread does.
+/// Runs a test like a worker's thread.
 pub(super) fn run(test: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let test = async { tokio::time::timeout(Duration::from_secs(60), test).await };
@@ -146,12 +146,12 @@ pub(super) fn run(test: impl Future<Output = ()>) {
     end.expect("it does not hang");
 }
 
-/// Runs a test in a process of its own, because it changes what all of a process share. `name` is the test's.
+/// Runs a test in a separate process, because it changes state of the whole process. `name` is the test's name.
 pub(super) fn in_own_process(name: &str, test: impl FnOnce()) {
     alone(name, &[], test);
 }
 
-/// The same in a network of its own, which has nothing but the loopback interface.
+/// Runs a test in a separate process and network, which has only the loopback interface.
 pub(crate) fn in_own_network(name: &str, test: impl FnOnce()) {
     let up = "ip link set lo up; exec \"$0\" \"$@\"";
     alone(name, &["unshare", "--net", "--", "sh", "-euc", up], test);

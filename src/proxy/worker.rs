@@ -1,5 +1,5 @@
-//! One worker: a thread with a runtime, listeners and connections of its own. Workers share nothing but counters. Here is
-//! what all of its tasks use, and how a connection gets its place, moves on and ends.
+//! A worker: a thread with its own runtime, listeners and connections. Workers share only counters. This file has what all
+//! tasks of a worker use, and how a connection gets its place, changes its state and ends.
 
 use std::{
     cell::{Cell, RefCell},
@@ -43,35 +43,36 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Worker {
     pub(super) shared: Arc<Shared>,
-    /// Which of the workers it is.
+    /// The worker's number.
     pub(super) n: usize,
     pub(super) table: RefCell<Arc<Table>>,
     pub(super) buffers: RelayBuffers,
     pub(super) connections: RefCell<Connections>,
-    /// Tells when something happens to a parked connection.
+    /// Reports when something happens to a parked connection.
     pub(super) idle_set: IdleSet,
-    /// Connections that were parked since memory was given back.
+    /// Number of connections parked since memory was given back.
     pub(super) parked_since_trim: Cell<usize>,
-    /// Notified when a connection has ended, if it may have been the last, or the last of those that are marked.
+    /// Notified when a connection has ended that may have been the last one, or the last of the marked ones.
     ended: Notify,
     /// Notified when a new table is in use.
     taken_over: Notify,
-    /// No connection is accepted before this time: the free descriptors belong to the accepted ones.
+    /// No connection is accepted before this time: the free descriptors are for connections that were already accepted.
     pub(super) shortage: Cell<Option<Instant>>,
     /// The last pause in accepting.
     pub(super) pause: Cell<Option<Pause>>,
-    /// Addresses that their owners still had after so many interfaces of this host had gone. No more than there are sources.
+    /// Addresses that their owners still had, each with the number of interfaces that had disappeared at that check.
+    /// Limited by the number of sources.
     pub(super) checked: RefCell<HashMap<IpAddr, u64>>,
-    /// Asks the kernel whose connections are.
+    /// Asks the kernel for the owners of connections.
     pub(super) looks: Rc<Looks>,
-    /// Whether it stands still, for a takeover.
+    /// Whether it is frozen for a takeover.
     pub(super) frozen: Frozen,
-    /// While it accepts from them.
+    /// The listeners from which it accepts.
     pub(super) listeners: RefCell<Vec<Weak<TcpListener>>>,
 }
 
 impl Worker {
-    /// Inside its runtime.
+    /// Must be called inside the worker's runtime.
     pub(super) fn new(shared: Arc<Shared>, n: usize, table: Arc<Table>) -> io::Result<Rc<Self>> {
         let ProxySettings { splice, workers, .. } = shared.settings;
         let pipes = if splice { (PIPES / workers.max(1)).max(1) } else { 0 };
@@ -102,34 +103,35 @@ impl Worker {
         self.shared.now()
     }
 
-    /// Has new connections, and new tries of those that are being connected, use another table. The one before.
+    /// Sets the table for new connections, and for further attempts of connections that are being opened. Returns the
+    /// previous table.
     pub(super) fn take_over(&self, table: Arc<Table>) -> Arc<Table> {
         let before = self.table.replace(table);
         self.taken_over.notify_waiters();
         before
     }
 
-    /// Waits for the next table, until `deadline`. Whether there is one.
+    /// Waits for the next table, until `deadline`. Returns whether there is one.
     pub(super) async fn another_table(&self, deadline: Instant) -> bool {
         timeout_at(deadline.into(), self.taken_over.notified()).await.is_ok()
     }
 
-    /// The endpoints that a route has now. `None` if no route asks for the same any more, this one neither: then the connection is
-    /// about to be reset.
+    /// The current endpoints of a route. `None` if no route has this query any more, not even this one: then the connection
+    /// is about to be reset.
     pub(super) fn upstream(&self, route: &Route) -> Option<Arc<Upstream>> {
         self.table.borrow().upstream(&route.query).cloned()
     }
 
-    /// Waits a moment for resources that ending connections free. Accepts no connection meanwhile.
+    /// Waits a moment for resources that ending connections release. No connection is accepted meanwhile.
     pub(super) async fn wait_out_shortage(&self) {
         const MOMENT: Duration = Duration::from_millis(50);
         let end = Instant::now() + MOMENT;
-        // A little longer than those who wait for it.
+        // Slightly longer than the wait, so that waiting connections come first.
         self.shortage.set(Some(end + MOMENT));
         sleep_until(end.into()).await;
     }
 
-    /// A place for a connection that waits until its owner is known.
+    /// Creates a place for a connection that waits until its owner is known.
     pub(super) fn hold(
         self: &Rc<Self>,
         captured: Captured,
@@ -140,7 +142,7 @@ impl Worker {
         HeldTicket(Claim::new(self, place))
     }
 
-    /// A place for a connection of a route, unless there are too many.
+    /// Creates a place for a connection of a route, unless a limit is reached.
     pub(super) fn start(
         self: &Rc<Self>,
         captured: Captured,
@@ -183,9 +185,9 @@ impl Worker {
         tracing::debug!(%source, ?destination, outcome = outcome.as_str(), "connection refused by embassy");
     }
 
-    /// Ends a connection, unless it is ending already.
+    /// Ends a connection, unless it is already ending.
     pub(super) fn end(&self, place: Place, outcome: Outcome) {
-        // A parked one has none, and is gone at once.
+        // A parked connection has no task, and is gone at once.
         let parked = self.connections.borrow_mut().end(place, outcome);
         if let Some(connection) = parked {
             if let State::Parked(Parked { consumer, endpoint, .. }) = &connection.state {
@@ -195,7 +197,7 @@ impl Worker {
         }
     }
 
-    /// Ends all connections of a kind at once.
+    /// Ends all connections that `which` selects.
     pub(super) fn end_all(&self, outcome: Outcome, which: impl Fn(&Connection) -> bool) {
         let all = self.connections.borrow();
         let places = all.iter().filter(|(_, one)| which(one)).map(|(place, _)| place);
@@ -210,7 +212,7 @@ impl Worker {
         }
     }
 
-    /// Waits until all connections have ended that are open now.
+    /// Waits until all connections that are open now have ended.
     pub(super) async fn present_ones_ended(&self) {
         self.connections.borrow_mut().mark();
         while self.connections.borrow().marked() > 0 {
@@ -227,7 +229,7 @@ impl Worker {
         places.into_iter().for_each(|place| self.end(place, Outcome::Shutdown));
     }
 
-    /// Lets go of a connection that another process has.
+    /// Releases a connection that another process has taken over.
     pub(super) fn let_go(&self, place: Place) {
         let parked = self.connections.borrow_mut().let_go(place);
         if let Some(connection) = parked {
@@ -238,7 +240,7 @@ impl Worker {
         }
     }
 
-    /// Counts and logs a connection that has ended, and has no place any more.
+    /// Counts and logs a connection that has ended and has no place any more.
     fn account(&self, connection: &Connection, outcome: Outcome) {
         if connection.handed_over {
             if let Some(record) = connection.record() {
@@ -263,7 +265,7 @@ impl Worker {
         route.counts.ended.count(outcome);
         match record.connected_to() {
             Some(endpoint) => endpoint.counts.ended.count(outcome),
-            // That none could be reached has been said, with the reason.
+            // If no endpoint could be reached, the error was already set, with its reason.
             None if outcome == Outcome::NoEndpoint => {
                 route.counts.last_error.set(self.now(), outcome.as_str());
             }
@@ -275,25 +277,25 @@ impl Worker {
     }
 
     fn ring(&self) {
-        // Of an empty worker none is marked.
+        // Without marked connections, which includes an empty worker.
         if self.connections.borrow().marked() == 0 {
             self.ended.notify_one();
         }
     }
 
-    /// What this worker counts for itself.
+    /// The counts of this worker.
     fn counts(&self) -> Option<&ConnectionCounts> {
         self.shared.counts.get(self.n).map(|counts| &counts.0)
     }
 
-    /// Its listeners, for another process.
+    /// Duplicates of its listeners, for another process.
     pub(super) fn duplicate_listeners(&self) -> io::Result<Vec<OwnedFd>> {
         let listeners = self.listeners.borrow();
         let all = listeners.iter().filter_map(Weak::upgrade);
         all.map(|listener| listener.as_fd().try_clone_to_owned()).collect()
     }
 
-    /// Adds what a connection moved since the last time.
+    /// Counts the bytes that a connection moved since the last call.
     pub(super) fn count_bytes(&self, record: &Record) {
         let (up, down) = record.moved_since();
         if (up, down) == (0, 0) {
@@ -309,13 +311,13 @@ impl Worker {
     }
 }
 
-/// What a task has of its connection's place. Dropping it removes the connection and accounts for it, however it ends,
-/// including an abort. Only a parked one stays.
+/// A task's claim on its connection's place. Dropping it removes the connection and accounts for it, however it ends,
+/// including an abort. Only a parked connection keeps its place.
 #[derive(Debug)]
 struct Claim {
     worker: Rc<Worker>,
     place: Place,
-    /// Whether the place is still this task's.
+    /// Whether this task still has the place.
     is_ours: bool,
     outcome: Outcome,
 }
@@ -339,7 +341,7 @@ impl Drop for Claim {
     }
 }
 
-/// A held connection, as its task has it. Dropping it accounts for the connection.
+/// A held connection, from its task's view. Dropping it accounts for the connection.
 #[derive(Debug)]
 pub(super) struct HeldTicket(Claim);
 
@@ -352,7 +354,7 @@ impl HeldTicket {
         self.0.place
     }
 
-    /// The connection becomes one of a route's, unless there are too many.
+    /// Turns the connection into one of a route, unless a limit is reached.
     pub(super) fn start(
         mut self,
         captured: Captured,
@@ -365,7 +367,7 @@ impl HeldTicket {
                 worker.connections.borrow_mut().start_held(self.0.place, live.clone());
                 Some(Ticket { claim: self.0, live })
             }
-            // It has been accounted for as the route's.
+            // It was accounted for as a connection of the route.
             None => {
                 self.0.remove();
                 worker.ring();
@@ -379,7 +381,7 @@ impl HeldTicket {
     }
 }
 
-/// A running connection, as its task has it. Dropping it accounts for the connection.
+/// A running connection, from its task's view. Dropping it accounts for the connection.
 #[derive(Debug)]
 pub(super) struct Ticket {
     claim: Claim,
@@ -387,7 +389,7 @@ pub(super) struct Ticket {
 }
 
 impl Ticket {
-    /// Of a connection that was parked and is to run again.
+    /// For a parked connection that runs again.
     pub(super) fn resumed(worker: &Rc<Worker>, place: Place, live: Rc<Live>) -> Self {
         Self { claim: Claim::new(worker, place), live }
     }
@@ -408,7 +410,7 @@ impl Ticket {
         self.claim.place
     }
 
-    /// Records the endpoint that is tried, and counts the attempt.
+    /// Records the endpoint of an attempt, and counts the attempt.
     pub(super) fn connecting(&self, endpoint: &Arc<EndpointState>) {
         let record = self.record();
         record.endpoint.replace(Some(endpoint.clone()));
@@ -418,7 +420,7 @@ impl Ticket {
         record.tries.set(record.tries.get().saturating_add(1));
     }
 
-    /// Counts that the endpoint took the connection, which has this address of ours.
+    /// Counts that the endpoint accepted the connection. `local`: our own address of it.
     pub(super) fn connected(&self, local: Option<SocketAddr>) {
         let record = self.record();
         record.local.set(local.map(Into::into));
@@ -434,8 +436,8 @@ impl Ticket {
         self.claim.outcome = outcome;
     }
 
-    /// Whether the connection can go on without a task: its sockets, unknown to the runtime, and watched for what happens
-    /// to them.
+    /// Prepares the connection to continue without a task: its sockets are removed from the runtime and watched. Returns
+    /// them if this works.
     pub(super) fn watch(
         &self,
         consumer: &Socket,

@@ -1,7 +1,7 @@
-//! Consul: its HTTP API, and blocking queries on it (developer.hashicorp.com/consul/api-docs/features/blocking).
+//! Consul: its HTTP API and blocking queries (developer.hashicorp.com/consul/api-docs/features/blocking).
 //!
-//! Reads are of the default consistency, never `stale`: a server that lags may answer with an older index and an older
-//! list, and what `stale` would buy, an answer without a leader, is what keeping the last answer gives us anyway.
+//! Reads use the default consistency, never `stale`: a server that lags may return an older index and an older list. The
+//! advantage of `stale`, an answer without a leader, is not needed, because we keep the last answer anyway.
 
 use std::{
     collections::BTreeMap,
@@ -27,14 +27,14 @@ use crate::{
     tls::{ClientTls, Weakness, is_loopback},
 };
 
-/// How long the server may hold a query while nothing changes. It bounds how long a server that hangs goes unnoticed.
+/// How long the server may hold a query while nothing changes. This limits how long a hanging server goes unnoticed.
 const WAIT: Duration = Duration::from_secs(30);
 
-/// How old an answer may be that many ask for.
+/// Maximum age of an answer that several tasks share.
 const RECENT: Duration = Duration::from_secs(60);
-/// Bytes of such an answer, which is kept.
+/// Maximum size of such an answer that is kept, in bytes.
 const LARGEST_KEPT: usize = 1 << 20;
-/// Bytes of a token file.
+/// Maximum size of a token file, in bytes.
 const LARGEST_TOKEN: usize = 16 << 10;
 
 /// The client of one Consul agent or server.
@@ -47,11 +47,11 @@ pub(crate) struct ConsulClient {
     logs_in: bool,
     /// Whether the server's certificate is verified.
     verifies: bool,
-    /// For many who ask the same.
+    /// For tasks that ask the same.
     services: Recent<(Url, Arc<Services>)>,
 }
 
-/// The names of all services, each with the tags that any of its instances carries.
+/// The names of all services, each with the tags that any of its instances has.
 pub(crate) type Services = BTreeMap<String, Vec<String>>;
 
 #[derive(Debug)]
@@ -62,7 +62,7 @@ enum Token {
 }
 
 impl ConsulClient {
-    /// The agent at `base`, whose scheme says whether TLS is used. A `token_file` wins over that of the settings.
+    /// The agent at `base`. The scheme decides whether TLS is used. `token_file` is preferred to the one in the settings.
     pub(crate) fn new(
         base: Url,
         token_file: Option<PathBuf>,
@@ -78,7 +78,7 @@ impl ConsulClient {
             settings.key.clone(),
             [ca_name, "CONSUL_CLIENT_CERT", "CONSUL_CLIENT_KEY"],
         )?;
-        // A file wins over a token, as in Consul's own tools.
+        // A file is preferred to a token, as in Consul's own tools.
         let token = match (token_file.or_else(|| settings.token_file.clone()), &settings.token) {
             (Some(file), _) => Token::File(file),
             (None, Some(token)) => Token::Text(token.clone()),
@@ -96,7 +96,7 @@ impl ConsulClient {
         Ok(Self { base, http, token, logs_in, verifies, services: Recent::default() })
     }
 
-    /// What is not protected of the connections to it.
+    /// How connections to it are unprotected.
     pub(crate) fn weaknesses(&self) -> Vec<Weakness> {
         let (host, encrypts) =
             (self.base.host_str().unwrap_or_default(), self.base.scheme() == "https");
@@ -138,8 +138,8 @@ impl ConsulClient {
         url
     }
 
-    /// All services, as `url` lists them: at most [`RECENT`] old, if it was the last that was asked for here. However many want to
-    /// know, the list is parsed once.
+    /// All services, as `url` lists them. At most [`RECENT`] old if it is the last requested URL. The list is parsed once
+    /// for all callers.
     pub(crate) async fn services(&self, url: Url) -> Result<Arc<Services>, SourceError> {
         let ask = async || {
             let answer = self.ask(&url, None).await?;
@@ -158,7 +158,8 @@ impl ConsulClient {
         BlockingQuery { consul: self, url, index: 0, asking: Asking::new(), body: 0 }
     }
 
-    /// Asks for what there is; with a turn and an index, once it is past that or the wait is over.
+    /// Asks for the current state. With a turn and an index: waits until the state is newer than the index, or the wait is
+    /// over.
     async fn ask(
         &self,
         url: &Url,
@@ -172,21 +173,21 @@ impl ConsulClient {
                 url.query_pairs_mut()
                     .append_pair("index", &index.to_string())
                     .append_pair("wait", &format!("{}ms", WAIT.as_millis()));
-                // The server adds up to a sixteenth of the wait, so that many clients do not come back at once.
+                // The server adds up to a sixteenth of the wait, so that many clients do not return at the same time.
                 self.http.get_held(&url, headers, WAIT + WAIT / 16, &turn).await?
             }
         };
         if answer.status != 200 {
             return Err(answer.refusal());
         }
-        // During an election a server may answer from what it has, which need not be all.
+        // During an election a server may answer from an incomplete state.
         if answer.headers.get("X-Consul-KnownLeader").is_some_and(|known| known == "false") {
             return Err(answer.fault("Consul has no leader, so the list may not be complete"));
         }
         Ok(answer)
     }
 
-    /// The token as it is now: a file is read for each question, as agents renew it.
+    /// The current token: a file is read for each request, because agents renew it.
     async fn headers(&self) -> Result<HeaderMap, SourceError> {
         let (text, from) = match &self.token {
             Token::None => return Ok(HeaderMap::new()),
@@ -210,19 +211,19 @@ impl ConsulClient {
     }
 }
 
-/// A query that Consul answers again when its answer may be another.
+/// A query that Consul answers again when its answer may have changed.
 pub(crate) struct BlockingQuery {
     consul: Arc<ConsulClient>,
     url: Url,
-    /// What to wait on; 0 to read what there is.
+    /// The index to wait for. 0: read the current state.
     index: u64,
     asking: Asking<Result<HttpAnswer, SourceError>>,
-    /// Hash of the last answer, to see whether the next one differs.
+    /// Hash of the last answer, to detect a change.
     body: u64,
 }
 
 impl BlockingQuery {
-    /// The next answer, whether it is another than the last or not. Cancel-safe.
+    /// The next answer, whether it differs from the last or not. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Result<HttpAnswer, SourceError> {
         loop {
             if self.index == 0 {
@@ -239,7 +240,8 @@ impl BlockingQuery {
                 Some(answer) => {
                     let answer = answer?;
                     self.take(&answer)?;
-                    // An index that went backwards: older than what was read meanwhile, or of a server that was restored.
+                    // An index that decreased: the answer is older than what was read meanwhile, or the server was
+                    // restored.
                     if self.index > 0 {
                         return Ok(answer);
                     }
@@ -248,13 +250,13 @@ impl BlockingQuery {
         }
     }
 
-    /// Leaves the others a share of the time: the next question waits for as long as a change may be late, or for longer if the
-    /// last answer took long to read.
+    /// Leaves time for other tasks: the next request waits for the acceptable delay of a change, or longer if reading the
+    /// last answer took long.
     pub(crate) fn took(&mut self, time: Duration) {
         self.asking.took(time);
     }
 
-    /// Makes the next answer the current state. A query that is held goes on, unless its answer has begun.
+    /// Makes the next answer the current state. A held query continues, unless its answer has begun.
     pub(crate) fn read_again(&mut self) {
         self.index = 0;
     }
@@ -279,8 +281,8 @@ impl fmt::Debug for BlockingQuery {
     }
 }
 
-/// The index to wait on after a request with `last` returned `next`: at least 1, and from the start if it went backwards,
-/// as after a restore of the server.
+/// The index to wait for, after a request with `last` returned `next`. At least 1; 0 if the index decreased, as after a
+/// restore of the server.
 fn next_index(last: u64, next: u64) -> u64 {
     if next < last { 0 } else { next.max(1) }
 }

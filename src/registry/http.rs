@@ -1,4 +1,4 @@
-//! HTTP requests to a registry, with limits on time and size, without redirects, and with a fixed maximum number of
+//! HTTP requests to a registry, with limits for time and size, without redirects, and with a fixed maximum number of
 //! connections for any number of requests.
 
 use std::{
@@ -37,33 +37,33 @@ use crate::{
 pub(super) const ANSWER: Duration = Duration::from_secs(10);
 /// Connect timeout.
 pub(super) const CONNECT: Duration = Duration::from_secs(3);
-/// Maximum size of a body: ten thousand instances with their checks fit.
+/// Maximum size of a body in bytes: enough for ten thousand instances with their checks.
 const LARGEST: usize = 32 << 20;
 
 /// The client of one registry.
 ///
-/// HTTP/1.1 has one request at a time on a connection, so a request that the server holds until a change (a long poll) needs
-/// its own connection. By default Consul lets one address have 200 (`limits.http_max_conns_per_client`), all of its
-/// other clients on this host included, and turns the next away. So at most [`Http::LONG_POLLS`] are held at a time, and
-/// everything else shares [`Http::READS`] connections.
+/// HTTP/1.1 allows one request at a time on a connection, so a request that the server holds until a change (a long poll)
+/// needs its own connection. By default Consul allows 200 connections per address (`limits.http_max_conns_per_client`),
+/// including all its other clients on this host, and refuses further ones. So at most [`Http::LONG_POLLS`] are held at a
+/// time, and all other requests share [`Http::READS`] connections.
 #[derive(Debug)]
 pub(super) struct Http {
-    /// For the log.
+    /// The registry's name in the log.
     name: &'static str,
     tls: ClientTls,
     verify: bool,
     /// Name and password.
     user: Option<(String, Option<Secret>)>,
-    /// The server's name in TLS, if it is not that of its URL.
+    /// The server's name in its certificate, if it is not the host of the URL.
     server_name: Option<ServerName>,
     client: Reused<Made>,
     long_polls: Arc<Semaphore>,
     reads: Semaphore,
-    /// For answers of more than a few bytes: with all long polls together they could be gigabytes.
+    /// Limits answers of more than a few bytes: all long polls together could take gigabytes.
     places: Places,
-    /// How many of those were answered.
+    /// The number of answered requests.
     answered: AtomicU64,
-    /// Whether it was said that there are more questions than long polls.
+    /// Whether it was logged that there are more queries than long polls.
     crowded: AtomicBool,
 }
 
@@ -73,17 +73,17 @@ struct Made {
     at: Instant,
 }
 
-/// A server that is asked under another name than its address.
+/// A server whose certificate has another name than its address.
 #[derive(Debug, Clone)]
 struct ServerName {
     name: String,
-    /// Where it is.
+    /// Its address.
     host: String,
-    /// The same with its port, as HTTP says it.
+    /// Its address with the port, for the HTTP header.
     header: HeaderValue,
 }
 
-/// The only name that is asked for is that of the server.
+/// Resolves only the server's name.
 impl Resolve for ServerName {
     fn resolve(&self, _: Name) -> Resolving {
         let host = self.host.clone();
@@ -94,7 +94,7 @@ impl Resolve for ServerName {
     }
 }
 
-/// The right to one long poll.
+/// The permission for one long poll.
 #[derive(Debug)]
 pub(super) struct LongPoll {
     _permit: OwnedSemaphorePermit,
@@ -102,7 +102,7 @@ pub(super) struct LongPoll {
 }
 
 impl LongPoll {
-    /// The answer has begun.
+    /// Notes that the answer has begun.
     pub(super) fn answered(&self) {
         self.answered.store(true, Relaxed);
     }
@@ -111,11 +111,11 @@ impl LongPoll {
 impl Http {
     const LONG_POLLS: usize = 100;
     const READS: usize = 4;
-    /// How long an idle connection is kept: from one re-read to the next at the default `-resync`.
+    /// How long an idle connection is kept: at the default `-resync`, from one re-read to the next.
     const IDLE: Duration = Duration::from_secs(300);
-    /// Tells a connection on which nothing happens from one that is gone.
+    /// Keepalive, to distinguish an idle connection from a dead one.
     const KEEPALIVE: Duration = Duration::from_secs(15);
-    /// A connection that failed may have failed by its certificates. They are read again, but not more often than this.
+    /// If a connection fails, the certificates may be the cause, so they are read again. This is the minimum interval.
     const RENEWAL: Duration = Duration::from_secs(1);
 
     pub(super) fn new(
@@ -139,7 +139,7 @@ impl Http {
         }
     }
 
-    /// The same, of a server whose certificate is for `name`, whatever the host of `base` is called.
+    /// The same client, for a server whose certificate is for `name` instead of the host of `base`.
     pub(super) fn under_the_name(self, base: &Url, name: &str) -> Result<Self, String> {
         let host = base.host_str().unwrap_or_default();
         let mut renamed = base.clone();
@@ -154,7 +154,7 @@ impl Http {
         Ok(Self { server_name, ..self })
     }
 
-    /// Sends a request and reads the complete answer, with a timeout that only a hanging server reaches.
+    /// Sends a request and reads the complete answer. Only a hanging server reaches the timeout.
     pub(super) async fn get(
         &self,
         url: &Url,
@@ -163,8 +163,8 @@ impl Http {
         self.in_turn(url, self.read(url, headers, ANSWER, None)).await
     }
 
-    /// Asks once it is this question's turn, with a limit of its own on the time. As long as others are answered it waits: that there are many is no fault of the
-    /// server's.
+    /// Runs a request when it is its turn, with its own timeout. The wait for its turn is not limited as long as other
+    /// requests are answered: the server is not to blame for their number.
     async fn in_turn<T>(
         &self,
         url: &Url,
@@ -184,7 +184,7 @@ impl Http {
         Ok(answer)
     }
 
-    /// The same, of a server that may hold its answer back for as long as `held`.
+    /// Like `get`, for a request that the server may hold for up to `held`.
     pub(super) async fn get_held(
         &self,
         url: &Url,
@@ -218,13 +218,13 @@ impl Http {
         HttpAnswer { url, status, headers, body, places }
     }
 
-    /// For work on what was answered.
+    /// The places for work on answers.
     pub(super) fn places(&self) -> &Places {
         &self.places
     }
 
-    /// Reads a body to its end, which is to come within `limit` from `start` on. The waits for a place do not count: it is the
-    /// others that take long.
+    /// Reads a body to its end, which must arrive within `limit` after `start`. Waiting for a place does not count, because
+    /// other tasks cause it.
     pub(super) async fn rest(
         &self,
         url: &Url,
@@ -241,7 +241,7 @@ impl Http {
         }
     }
 
-    /// Takes in a piece of a body. Says how long it waited for a place.
+    /// Adds a piece to a body. Returns how long it waited for a place.
     pub(super) async fn add(
         &self,
         url: &Url,
@@ -251,7 +251,7 @@ impl Http {
         body.add(piece, LARGEST, &self.places).await.map_err(|error| fault(url, error))
     }
 
-    /// Asks, and waits for the head of the answer, however long it takes.
+    /// Sends a request, and waits for the head of the answer without a timeout.
     pub(super) async fn open(
         &self,
         url: &Url,
@@ -261,7 +261,7 @@ impl Http {
         let made = self.client.get(self.make(secure)).await?;
         let mut asked = url.clone();
         if let Some(server) = self.server_name.as_ref().filter(|_| secure) {
-            // The name was tried on this URL's base.
+            // `under_the_name` has checked that this URL accepts the name.
             let _ = asked.set_host(Some(&server.name));
             headers.insert(HOST, server.header.clone());
         }
@@ -280,8 +280,8 @@ impl Http {
         }
     }
 
-    /// Redirects are not followed, as they would carry the token to wherever they point, and proxies of the environment are
-    /// not asked: a registry is part of the same network.
+    /// Redirects are not followed, because they would carry the token to any server. Proxies of the environment are not
+    /// used: a registry is part of the same network.
     async fn make(&self, secure: bool) -> Result<Made, SourceError> {
         tls::install_provider();
         let builder = Client::builder()
@@ -299,7 +299,7 @@ impl Http {
         let builder = if secure {
             self.tls.prepare(builder, self.verify)?
         } else {
-            // Without TLS no CA certificates are needed, so the system may have none.
+            // Without TLS no CA certificates are needed, and the system may have none.
             builder.tls_certs_only([])
         };
         let client =
@@ -332,20 +332,20 @@ fn late(url: &Url, limit: Duration) -> SourceError {
     fault(url, format_args!("no complete answer within {} s", limit.as_secs_f32()))
 }
 
-/// The error that a connection is.
+/// The error for a failed connection.
 pub(super) fn broken(url: &Url, error: reqwest::Error) -> SourceError {
     SourceError::caused(format_args!("GET {url}"), &error.without_url())
 }
 
-/// The error in the answer to a request.
+/// An error about the answer to a request.
 pub(super) fn fault(url: &Url, reason: impl std::fmt::Display) -> SourceError {
     SourceError::new(format_args!("GET {url}: {reason}"))
 }
 
-/// Bytes of a body that an error is made of.
+/// Maximum length of the part of a body that is put into an error, in bytes.
 const EXCERPT: usize = 1 << 10;
 
-/// A whole answer.
+/// A complete answer.
 #[derive(Debug)]
 pub(crate) struct HttpAnswer {
     pub(crate) url: Url,
@@ -360,12 +360,12 @@ impl HttpAnswer {
         fault(&self.url, reason)
     }
 
-    /// The error that the status and the body's first words are.
+    /// The error for a bad status, with the start of the body.
     pub(super) fn refusal(&self) -> SourceError {
         let text = self.body();
         let text = String::from_utf8_lossy(text.get(..EXCERPT).unwrap_or(text));
         let fault = self.fault(format_args!("{} {:?}", self.status, excerpt(text.trim())));
-        // A date may stand there as well (RFC 9110, 10.2.3), which our own pauses have to do for.
+        // The header may also be a date (RFC 9110, 10.2.3). Then our own pauses are used.
         match self.number("Retry-After") {
             Some(seconds) => fault.after(Duration::from_secs(seconds)),
             None => fault,
@@ -376,7 +376,7 @@ impl HttpAnswer {
         self.body.bytes()
     }
 
-    /// What `parse` makes of the body; a large one is parsed on another thread.
+    /// The result of `parse` for the body. A large body is parsed on another thread.
     pub(crate) async fn parsed<T: Send + 'static>(
         self,
         parse: impl FnOnce(&[u8]) -> Result<T, serde_json::Error> + Send + 'static,
@@ -385,7 +385,7 @@ impl HttpAnswer {
         self.body.parsed(&self.places, parse).await.map_err(wrong)
     }
 
-    /// A header that is a number.
+    /// A header's value, if it is a number.
     pub(super) fn number(&self, header: &str) -> Option<u64> {
         number(&self.headers, header)
     }
@@ -395,16 +395,16 @@ pub(super) fn number(headers: &HeaderMap, header: &str) -> Option<u64> {
     headers.get(header)?.to_str().ok()?.parse().ok()
 }
 
-/// A header of the name `name` that no log shows.
+/// A header with this name that no log shows.
 pub(super) fn secret_header(name: &'static str, mut value: HeaderValue) -> HeaderMap {
     value.set_sensitive(true);
     HeaderMap::from_iter([(reqwest::header::HeaderName::from_static(name), value)])
 }
 
-/// One question that is asked for ever: held by the server if there is a long poll left, and every few seconds if not.
+/// A query that is asked again and again: as a long poll if one is free, otherwise every few seconds.
 pub(super) struct Asking<T> {
     held: Option<BoxFuture<'static, T>>,
-    /// What is held is being answered.
+    /// The answer to the long poll has begun.
     answered: Arc<AtomicBool>,
     last: Option<Instant>,
     distance: Duration,
@@ -416,9 +416,9 @@ impl<T> Asking<T> {
     const POLL: Duration = Duration::from_secs(5);
     /// Minimum interval between requests: a server that always answers at once must not cause a busy loop.
     const IDLE: Duration = Duration::from_millis(100);
-    /// How much longer than an answer takes to read the next one is away.
+    /// The pause before the next request, as a multiple of the time that reading the answer takes.
     const SHARE: u32 = 10;
-    /// The same after a change: too short to be noticed.
+    /// The pause after a change: too short to be noticed.
     const NEWS: Duration = Duration::from_millis(5);
 
     pub(super) fn new() -> Self {
@@ -427,12 +427,12 @@ impl<T> Asking<T> {
         Self { held: None, answered, last: None, distance: Self::NEWS, poll_at }
     }
 
-    /// The last answer took this long to read: it is not asked for again so soon that nothing else is done here.
+    /// Notes how long reading the last answer took. The next request waits long enough for other work.
     pub(super) fn took(&mut self, time: Duration) {
         self.distance = self.distance.max(Self::SHARE * time).min(Self::POLL);
     }
 
-    /// Waits until it is time for the next question.
+    /// Waits until the next request is due.
     pub(super) async fn pace(&mut self) {
         if let Some(last) = self.last {
             sleep_until(last + self.distance).await;
@@ -440,16 +440,16 @@ impl<T> Asking<T> {
         self.last = Some(Instant::now());
     }
 
-    /// Reports each answer, and whether it was a change.
+    /// Notes an answer, and whether it was a change.
     pub(super) fn answered(&mut self, news: bool) {
         self.distance = if news { Self::NEWS } else { Self::IDLE };
-        // Those that began together do not go on so.
+        // Random, so that queries that started together do not stay synchronous.
         self.poll_at = Instant::now() + Self::POLL.mul_f64(0.8 + 0.4 * fastrand::f64());
     }
 
-    /// The answer to the question that is held, or else to `ask`, once there is a long poll for it: who waits longest is
-    /// next. `None` if there is none in time, and what there is should be read instead. May be dropped while it waits: the
-    /// question stays held.
+    /// The answer to the current long poll. If there is none, sends `ask` as soon as a long poll is free; the longest
+    /// waiting query comes first. `None` if none is free in time: the current state should be read instead. Cancel-safe:
+    /// the long poll stays held.
     pub(super) async fn held(
         &mut self,
         http: &Http,
@@ -481,8 +481,8 @@ impl<T> Asking<T> {
         self.held.is_some()
     }
 
-    /// Cancels the long poll if its answer has begun: before something else is asked, as nobody reads on meanwhile, and it may have
-    /// a place that the answer to the other question waits for.
+    /// Cancels the long poll if its answer has begun. Must be called before another request: nobody reads the answer
+    /// meanwhile, and it may occupy a place for which the other answer waits.
     pub(super) fn leave_answered(&mut self) {
         if self.answered.load(Relaxed) {
             self.give_up();
@@ -519,11 +519,11 @@ mod tests {
         let hangs = || http.in_turn(&url, pending());
         let all = join_all((0..100).map(|_| hangs())).await;
         assert!(all.iter().all(Result::is_err));
-        // The questions whose turn it was, and then those whose turn it became at the end of them.
+        // The requests whose turn it was time out, and then those that follow them.
         assert!(start.elapsed() < 3 * ANSWER, "{:?}", start.elapsed());
     }
 
-    /// A server that sends the begin of a body of `size` bytes to each, and the rest after a word.
+    /// A server that sends the start of a body of `size` bytes to each client, and the rest after a signal.
     async fn slow(size: usize) -> (Url, tokio::sync::watch::Sender<bool>) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/", listener.local_addr().unwrap()).parse().unwrap();
@@ -559,7 +559,7 @@ mod tests {
         let begin = async {
             while http.places.free() > 0 {
                 for asking in &mut all {
-                    // Dropped while it waits, as where a re-read is due.
+                    // Dropped while it waits, as if a re-read is due.
                     let _ = timeout(Duration::from_millis(5), asking.held(&http, ask)).await;
                 }
             }

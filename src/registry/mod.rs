@@ -1,8 +1,8 @@
-//! The registries: one client for each, shared by everything that asks it. Connections, logins and the choice of a member are
-//! the client's. Nothing of discovery stands here: what is followed are the answers of Consul and the keys of etcd.
+//! The registries. Each has one client, shared by everything that asks it. The client manages connections, logins and the
+//! choice of a member. Nothing here is specific to discovery: what is followed are answers of Consul and keys of etcd.
 //!
-//! Everything that can be followed has the same shape: `next` waits for the next answer or step and may be dropped while it
-//! waits; `read_again` has the next one be a full read, on the connections that there are.
+//! All followers have the same interface: `next` waits for the next answer or step and is cancel-safe. `read_again` makes
+//! the next step a full read, on the existing connections.
 
 pub mod consul;
 pub mod etcd;
@@ -13,7 +13,7 @@ mod settings;
 pub(crate) use http::HttpAnswer;
 pub use settings::{ConsulSettings, EtcdSettings, Secret};
 
-/// As much of a wrong value as a log line should hold.
+/// Shortens an invalid value for a log line.
 pub(crate) fn excerpt(text: &str) -> String {
     const LONGEST: usize = 60;
     match text.char_indices().nth(LONGEST) {

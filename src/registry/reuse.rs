@@ -1,4 +1,4 @@
-//! Values that many tasks share, so that one of them gets it for all.
+//! Values that many tasks share: one task gets them for all.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -6,13 +6,14 @@ use tokio::{sync::Mutex, time::Instant};
 
 use crate::source::{Backoff, SourceError};
 
-/// One thing that many use, such as a connection. The first one who needs it makes it, and the next one after it was lost.
-/// While it cannot be made, all get the same error at once, and one of them tries again after each pause.
+/// A value that many tasks use, such as a connection. The first task that needs it creates it, and again the first one
+/// after it was lost. While it cannot be created, all tasks get the same error immediately, and one of them tries again
+/// after each pause.
 pub(super) struct Reused<T>(Mutex<Slot<T>>);
 
 struct Slot<T> {
     made: Option<Arc<T>>,
-    /// Why it could not be created, and until when it is not tried again.
+    /// Why it could not be created, and when the next attempt is allowed.
     failed: Option<(SourceError, Instant)>,
     backoff: Backoff,
 }
@@ -24,7 +25,7 @@ impl<T> Default for Reused<T> {
 }
 
 impl<T> Reused<T> {
-    /// The thing, made by `make` if there is none.
+    /// The value. Created by `make` if there is none.
     pub(super) async fn get(
         &self,
         make: impl Future<Output = Result<T, SourceError>>,
@@ -53,7 +54,7 @@ impl<T> Reused<T> {
         }
     }
 
-    /// Has the next one who needs it make another, if this is still the one in use: many lose it at the same time.
+    /// Discards the value if it is still the current one: many tasks lose the same one at the same time.
     pub(super) async fn lost(&self, lost: &Arc<T>) {
         let made = &mut self.0.lock().await.made;
         if made.as_ref().is_some_and(|made| Arc::ptr_eq(made, lost)) {
@@ -68,10 +69,10 @@ impl<T> fmt::Debug for Reused<T> {
     }
 }
 
-/// How long it is remembered that a question had no answer.
+/// How long a failed question is remembered.
 const FAILED: Duration = Duration::from_millis(500);
 
-/// The answer to a question that many have: while it is recent, it is not asked again.
+/// The answer to a question that many tasks ask. It is not asked again while the answer is recent.
 #[derive(Debug)]
 pub(super) struct Recent<T>(Mutex<Option<(Instant, Result<T, SourceError>)>>);
 
@@ -82,7 +83,7 @@ impl<T> Default for Recent<T> {
 }
 
 impl<T: Clone> Recent<T> {
-    /// The answer, at most `age` old. One that failed is shared only by those who ask at the same time.
+    /// The answer, at most `age` old. A failure is only shared by tasks that ask at the same time.
     pub(super) async fn get(
         &self,
         age: Duration,
@@ -120,7 +121,7 @@ mod tests {
         let all = join_all((0..300).map(|_| get())).await;
         assert!(all.iter().all(|one| one.as_deref() == Ok(&0)));
         let first = get().await.unwrap();
-        // Many lose the same one: it is lost once.
+        // If many report the same loss, it counts once.
         reused.lost(&first).await;
         reused.lost(&first).await;
         assert_eq!(get().await.as_deref(), Ok(&1));
@@ -144,7 +145,7 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let tries = tries.load(Relaxed);
-        // 0.05, 0.1, 0.2, ... 2.5 s apart.
+        // The attempts are 0.05, 0.1, 0.2, ... 2.5 s apart.
         assert!((20..=40).contains(&tries), "{tries} tries");
     }
 

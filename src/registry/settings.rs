@@ -5,7 +5,7 @@ use std::{fmt, path::PathBuf};
 /// `CONSUL_HTTP_*`, as every Consul tool reads them (developer.hashicorp.com/consul/commands#environment-variables).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConsulSettings {
-    /// `CONSUL_HTTP_ADDR`, as it was given: where a URI without an address leads.
+    /// `CONSUL_HTTP_ADDR`, as given: the address for a URI without one.
     pub address: Option<String>,
     /// `CONSUL_NAMESPACE`
     pub namespace: Option<String>,
@@ -19,11 +19,11 @@ pub struct ConsulSettings {
     pub tls: bool,
     /// `CONSUL_HTTP_SSL_VERIFY`
     pub tls_verify: bool,
-    /// `CONSUL_TLS_SERVER_NAME`: the name in the server's certificate, in place of the address.
+    /// `CONSUL_TLS_SERVER_NAME`: the name in the server's certificate, if it is not the address.
     pub server_name: Option<String>,
     /// `CONSUL_CACERT`
     pub ca: Option<PathBuf>,
-    /// `CONSUL_CAPATH`: a folder of authorities, used if there is no `ca`.
+    /// `CONSUL_CAPATH`: a folder of CA certificates, used if `ca` is not set.
     pub ca_path: Option<PathBuf>,
     /// `CONSUL_CLIENT_CERT`
     pub certificate: Option<PathBuf>,
@@ -34,7 +34,7 @@ pub struct ConsulSettings {
 }
 
 impl Default for ConsulSettings {
-    /// What an empty environment means.
+    /// The settings of an empty environment.
     fn default() -> Self {
         Self {
             address: None,
@@ -67,7 +67,7 @@ pub struct EtcdSettings {
     pub user: Option<(String, Secret)>,
 }
 
-/// Text that must not show in a log.
+/// Text that must not appear in a log.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 

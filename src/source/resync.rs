@@ -1,4 +1,4 @@
-//! When a source re-reads everything, independent of events.
+//! The schedule for a source to re-read everything, independent of events.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use tracing::debug;
 pub struct ResyncRequests {
     /// `-resync`
     every: Duration,
-    /// Counts the requests, so that a source that is busy misses none.
+    /// Counts the requests, so that a busy source misses none.
     requests: watch::Sender<u64>,
 }
 
@@ -58,8 +58,8 @@ impl Resync {
         self.restart();
     }
 
-    /// Everything is read now: the next time is `-resync` from here, give or take a tenth, so that sources and hosts that
-    /// started together do not ask together.
+    /// Called when everything is read. The next time is after `-resync`, varied by 10 %, so that sources and hosts that
+    /// started together do not stay synchronous.
     pub(super) fn restart(&mut self) {
         self.requests.mark_unchanged();
         self.at = Instant::now() + self.every.mul_f64(0.9 + 0.2 * fastrand::f64());
@@ -93,7 +93,7 @@ mod tests {
             assert!((89.9..=110.1).contains(&passed), "{passed}");
         }
         let start = Instant::now();
-        // Requested while nobody waits, and twice: one re-read answers both.
+        // Requested twice while nothing waits: one re-read is enough for both.
         requests.request();
         requests.request();
         resync.due().await;

@@ -1,4 +1,4 @@
-//! One source behind many: an engine or a file that is followed once, however many queries it answers.
+//! One source with many readers: an engine or a file is followed once, however many queries use it.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -9,11 +9,11 @@ use tokio::task::AbortHandle;
 
 use super::{Answers, Publisher, SourceError, panicked};
 
-/// A source that its readers share. The first one starts it, and with the last one it ends. Clones share it.
+/// A source that its readers share. The first reader starts it, and the end of the last one stops it. Clones share it.
 #[derive(Debug)]
 pub struct Shared<T>(Arc<Mutex<Weak<Running<T>>>>);
 
-/// A followed source; dropped, it ends.
+/// A followed source. Dropping it stops it.
 #[derive(Debug)]
 struct Running<T> {
     answers: Answers<T>,
@@ -21,7 +21,7 @@ struct Running<T> {
 }
 
 impl<T: Clone + PartialEq + Send + Sync + 'static> Shared<T> {
-    /// Publishes what `answer` derives from each answer of the source, and passes its failures on; never returns. `start`
+    /// Publishes what `answer` derives from each answer of the source, and passes its failures on. Never returns. `start`
     /// creates the task that follows the source, if there is none yet.
     pub async fn derive<F, U>(
         &self,
@@ -40,10 +40,10 @@ impl<T: Clone + PartialEq + Send + Sync + 'static> Shared<T> {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        // A panic elsewhere leaves the reference whole.
+        // A panic elsewhere leaves the reference intact.
         let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         slot.upgrade().unwrap_or_else(|| {
-            // No task waits for this bell: the readers get every change through `answers`.
+            // No task waits for this bell: readers get every change through `answers`.
             let (publish, answers) = Publisher::new(Arc::default());
             let task = tokio::spawn(start(publish));
             let running = Arc::new(Running { answers, task: task.abort_handle() });

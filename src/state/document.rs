@@ -1,4 +1,4 @@
-//! The bytes of a state file, and what they say. Pure.
+//! The format of a state file. Pure.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -16,7 +16,7 @@ use crate::{
 const MAGIC: &str = "embassy state";
 const FORMAT: u32 = 1;
 
-/// Why bytes are no state file that can be used.
+/// Why bytes are not a usable state file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Damage {
     #[error("not a state file: expected \"{MAGIC} {FORMAT} <checksum>\" on its first line")]
@@ -29,7 +29,7 @@ pub enum Damage {
     Content(String),
 }
 
-/// Reads a state file. Any bytes whatsoever may be given.
+/// Parses a state file. Any bytes may be given.
 pub fn parse(bytes: &[u8]) -> Result<Document, Damage> {
     let end = bytes.iter().position(|&byte| byte == b'\n').ok_or(Damage::NotOurs)?;
     let (head, body) = bytes.split_at(end);
@@ -59,7 +59,7 @@ fn checksum(body: &[u8]) -> String {
     digest(&SHA256, body).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A document as JSON has it.
+/// The JSON form of a document.
 #[derive(Serialize, Deserialize)]
 struct Written {
     written: u64,
@@ -93,7 +93,7 @@ struct WrittenAnswer {
     dc: Option<Arc<str>>,
     port: Option<u16>,
     confirmed: u64,
-    /// Each with its container's runs, if it is a container of this host.
+    /// Each with the runs of its container, if it is a container of this host.
     endpoints: Vec<(SocketAddr, Vec<WrittenRun>)>,
 }
 
@@ -210,13 +210,13 @@ impl WrittenAnswer {
     }
 }
 
-/// A whole ID: an empty one would be found in the name of any control group.
+/// Checks that the ID is complete: an empty one would be found in the name of any control group.
 fn id(text: &str) -> Result<ContainerId, String> {
     let whole = text.len() >= 12 && text.bytes().all(|byte| byte.is_ascii_alphanumeric());
     if whole { Ok(ContainerId::new(text)) } else { Err(format!("container ID {text:?}")) }
 }
 
-/// Reads `input` as a file, and as what stands in one with the right checksum.
+/// Reads `input` as a file, and as the content of one with the right checksum.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(input: &[u8]) {
     let _ = parse(input);

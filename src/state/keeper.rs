@@ -1,4 +1,4 @@
-//! Keeps the table on disk: soon after each change, whole or not at all.
+//! Saves the table to disk soon after each change, completely or not at all.
 
 #![expect(clippy::disallowed_methods, reason = "runs on a thread of its own")]
 
@@ -34,11 +34,11 @@ use crate::{
 pub struct Snapshot {
     pub listing: Arc<Listing>,
     pub endpoints: CowMap<Query, Arc<Endpoints>>,
-    /// When that was last known to be so, of those whose discovery does not answer.
+    /// For queries whose discovery does not answer: when their endpoints were last known to be correct.
     pub confirmed: CowMap<Query, std::time::Instant>,
 }
 
-/// How keeping the table went since the start, for the metrics.
+/// Counts of writes since the start. For metrics.
 #[derive(Debug, Default)]
 pub struct Counts {
     pub written: AtomicU64,
@@ -73,7 +73,7 @@ impl Keeper {
         let file = Arc::new(File { path, origin, ours: Ours::default() });
         let of_task = file.clone();
         let task = async move {
-            // Until then another process may have the file.
+            // Before that, another process may use the file.
             if begins.wait_for(|begun| *begun).await.is_ok() {
                 run(of_task, changes, counts).await;
             }
@@ -81,7 +81,7 @@ impl Keeper {
         Self { begun, snapshots, file, task: tokio::spawn(task) }
     }
 
-    /// The file is this process's from now on.
+    /// Starts writing: the file belongs to this process from now on.
     pub fn begin(&self) {
         self.begun.send_replace(true);
     }
@@ -110,12 +110,12 @@ impl Keeper {
         self.snapshots.send_modify(|_| {});
     }
 
-    /// Ends at once: another process keeps the table from now on.
+    /// Ends at once, because another process saves the table from now on.
     pub fn abandon(self) {
         self.task.abort();
     }
 
-    /// Writes what is not written yet, and ends. Every other sender must be gone.
+    /// Writes what was not written yet, and ends. All other senders must be gone.
     pub async fn stop(self) {
         drop((self.snapshots, self.begun));
         if timeout(Self::LAST, self.task).await.is_err() {
@@ -134,7 +134,7 @@ async fn run(file: Arc<File>, mut changes: watch::Receiver<Option<Snapshot>>, co
             () = sleep_until(next) => false,
         };
         if !ended {
-            // Changes come in swarms. None that comes now is missed: it is read below.
+            // Changes often come together. None is missed during the pause, because the latest state is read below.
             let pause = if failing { Keeper::RETRY } else { Keeper::DEBOUNCE };
             tokio::select! {
                 () = sleep_until(Instant::now() + pause) => {}
@@ -176,13 +176,13 @@ async fn run(file: Arc<File>, mut changes: watch::Receiver<Option<Snapshot>>, co
     }
 }
 
-/// Waits until all senders are gone; changes wait.
+/// Waits until all senders are gone. Pending changes stay.
 async fn closed(changes: &mut watch::Receiver<Option<Snapshot>>) {
     let mut copy = changes.clone();
     while copy.changed().await.is_ok() {}
 }
 
-/// A file that is larger is not read.
+/// Renders a document. An error if it is larger than what is read.
 fn rendered(document: &Document) -> io::Result<Vec<u8>> {
     let bytes = render(document)?;
     match bytes.len() as u64 > LARGEST {
@@ -194,7 +194,7 @@ fn rendered(document: &Document) -> io::Result<Vec<u8>> {
     }
 }
 
-/// What stands in the file, and since when.
+/// The content of the file, and when it was written.
 type Written = (Document, Instant);
 
 #[derive(Debug)]
@@ -248,7 +248,7 @@ impl File {
         }
     }
 
-    /// Writes the data to save, except if the file has it already. Returns the file's content, and whether it was written.
+    /// Writes the data to save, unless the file already has it. Returns the file's content, and whether it was written.
     fn keep(
         &self,
         snapshot: &Snapshot,
@@ -274,7 +274,8 @@ impl File {
         }
     }
 
-    /// A write that was denied: who may write there, and who embassy is. Without capabilities, root may not either.
+    /// Adds to an error of a denied write who may write there, and as which user embassy runs. Without capabilities, even
+    /// root may not.
     fn explained(&self, error: io::Error) -> io::Error {
         let folder =
             self.path.ancestors().skip(1).find_map(|at| Some((at, fs::metadata(at).ok()?)));
@@ -292,7 +293,7 @@ impl File {
         }
     }
 
-    /// A reader finds the file as it was or as it is to be, whenever this ends.
+    /// A reader finds either the old or the new file, even if this is interrupted.
     fn write(&self, document: &Document) -> io::Result<()> {
         let folder = self.path.parent().unwrap_or(Path::new("."));
         DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
@@ -338,7 +339,7 @@ mod tests {
         File { path, origin: Origin::default(), ours: Ours::default() }
     }
 
-    /// Unlike `Keeper::stop` it waits for a slow disk.
+    /// Unlike `Keeper::stop`, it waits for a slow disk.
     async fn ended(keeper: Keeper) {
         drop(keeper.snapshots);
         keeper.begun.send_replace(true);

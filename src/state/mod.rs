@@ -1,7 +1,7 @@
 //! The last table, saved to disk for a start while the sources are down: the consumers, their bindings, and the endpoints.
 //!
-//! The file is one line, `embassy state <format> <SHA-256 of the rest, in hex>`, and a JSON document. Its content is
-//! not trusted: consumers are served only if the kernel shows that they are still the same runs at the same addresses.
+//! The file is one line, `embassy state <format> <SHA-256 of the rest, in hex>`, followed by a JSON document. Its content
+//! is not trusted: consumers are served only if the kernel shows that they are still the same runs at the same addresses.
 //! Endpoints are used until their discovery answers.
 
 #![expect(clippy::disallowed_methods, reason = "reads files of the kernel, which need no disk")]
@@ -29,7 +29,7 @@ pub use document::{Damage, parse};
 pub use keeper::{Counts, Keeper, Snapshot};
 pub use restore::{Kept, Restored, restore};
 
-/// Bytes of the largest file that is written and read.
+/// Maximum size in bytes of a file that is written or read.
 const LARGEST: u64 = 64 << 20;
 
 /// The content of a state file.
@@ -53,22 +53,22 @@ pub struct KeptAnswer {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeptEndpoint {
     pub endpoint: Endpoint,
-    /// The container and the one that its network belongs to, with their first processes, if it is one of this host.
+    /// If it is a container of this host: the container, and the one that owns its network, with their first processes.
     pub runs: Vec<(ContainerId, Process)>,
 }
 
-/// The origin of a table: a table of another origin is not used.
+/// The origin of a table. A table of another origin is not used.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Origin {
-    /// `/etc/machine-id`; empty if there is none.
+    /// `/etc/machine-id`. Empty if there is none.
     pub machine: String,
     /// `/proc/sys/kernel/random/boot_id`: a boot ends all runs of containers.
     pub boot: String,
-    /// The engine's address and the prefix of the variables; empty with the static provider.
+    /// The engine's address and the prefix of the variables. Empty with the static provider.
     pub provider: String,
     /// The URI of each discovery, by its name.
     pub discoveries: BTreeMap<Arc<str>, String>,
-    /// Those of them whose endpoints are containers of this host. It is not written.
+    /// The discoveries whose endpoints are containers of this host. Not saved.
     pub of_containers: BTreeSet<Arc<str>>,
 }
 
@@ -76,12 +76,12 @@ pub struct Origin {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeptConsumer {
     pub id: ContainerId,
-    /// The moment its run started as the engine wrote it.
+    /// The start of its run as the engine wrote it.
     pub started_at: Arc<str>,
     pub name: Arc<str>,
     /// Its first process.
     pub process: Process,
-    /// The container that its network namespace belongs to, often itself, and that one's first process.
+    /// The container that owns its network namespace, often itself, and that container's first process.
     pub namespace: ContainerId,
     pub namespace_process: Process,
     pub sources: Vec<IpAddr>,
@@ -107,7 +107,7 @@ impl Origin {
 }
 
 impl KeptEndpoint {
-    /// `None` if its container has ended. What cannot be known again by its process has no runs.
+    /// `None` if its container has ended. Without runs if it cannot be recognised by its process.
     fn of(endpoint: Endpoint, answer: &Endpoints) -> Option<Self> {
         let Some(stay) = answer.stays.get(&endpoint) else {
             return Some(Self { endpoint, runs: Vec::new() });
@@ -119,7 +119,7 @@ impl KeptEndpoint {
 }
 
 impl KeptConsumer {
-    /// `None` for whom it would be of no use: one who has ended, whose process cannot be seen, or who is no container.
+    /// `None` if saving it is useless: it has ended, its process is not visible, or it is not a container.
     fn of(consumer: &Consumer) -> Option<Self> {
         let ConsumerId::Container { id, started_at } = &consumer.id else { return None };
         if consumer.has_ended() {
@@ -152,12 +152,13 @@ pub enum Unfit {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Fit {
     pub consumers: Vec<KeptConsumer>,
-    /// Those whose endpoints are containers of this host are to be known again by their runs.
+    /// Endpoints that are containers of this host must still be recognised by their runs.
     pub answers: BTreeMap<Query, KeptAnswer>,
 }
 
 impl Document {
-    /// What of it may be used `here`, at `now` in seconds of Unix time. If the clock was set back, nothing counts as too old.
+    /// The part of it that may be used `here`, at `now` in seconds of Unix time. If the clock was set back, nothing counts
+    /// as too old.
     pub fn fit(self, here: &Origin, now: u64, max_age: Duration) -> Result<Fit, Unfit> {
         let Origin { machine, boot, provider, discoveries, of_containers: _ } = self.origin;
         let same_boot = boot == here.boot && !boot.is_empty();
@@ -177,7 +178,7 @@ impl Document {
             .map(|(name, _)| name)
             .collect();
         let mut answers = self.answers;
-        // A boot ends every container, and addresses are assigned again.
+        // A reboot ends every container, and addresses are assigned again.
         answers.retain(|query, answer| {
             same.contains(&query.via)
                 && (same_boot || !here.of_containers.contains(&query.via))
@@ -269,7 +270,7 @@ pub(crate) mod tests {
     fn after_a_boot_no_consumer_is_the_same_and_on_another_machine_nothing_is() {
         assert_eq!(fit(|here| here.boot = "other".into(), 0), Ok((0, 1)));
         assert_eq!(fit(|here| here.machine = "other".into(), 0), Err(Unfit::Foreign));
-        // Without an identity of the machine the boot is one.
+        // If the machine has no ID, the boot ID is used.
         assert_eq!(fit(|here| here.machine.clear(), 0), Ok((1, 1)));
         let other_boot = |here: &mut Origin| {
             here.machine.clear();

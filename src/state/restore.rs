@@ -1,4 +1,4 @@
-//! What a start takes over from the embassy before it.
+//! What a start takes over from the previous embassy.
 
 #![expect(clippy::disallowed_methods, reason = "only at the start, before anything is served")]
 
@@ -21,7 +21,7 @@ use crate::{
     provider::Listing,
 };
 
-/// The data that is used until the sources answer.
+/// The data to use until the sources answer.
 #[derive(Debug, Default)]
 pub struct Restored {
     /// `None` if no consumer is left.
@@ -29,18 +29,18 @@ pub struct Restored {
     pub endpoints: HashMap<Query, Kept>,
 }
 
-/// What an earlier run knew of a service.
+/// The endpoints of a service that an earlier run knew.
 #[derive(Debug, Clone)]
 pub struct Kept {
     pub endpoints: Arc<Endpoints>,
-    /// When its discovery last said so.
+    /// When its discovery last confirmed them.
     pub confirmed: Instant,
-    /// Until when it may be used.
+    /// Until when they may be used.
     pub until: Instant,
 }
 
-/// Reads the file at `path`, and takes over what still holds `here`. A file that cannot be used is set aside and said;
-/// none is no complaint. `bell` rings when a container's run ends.
+/// Reads the file at `path`, and takes over what is still valid `here`. A file that cannot be used is set aside, which is
+/// logged. A missing file is normal. `bell` rings when a container's run ends.
 pub fn restore(path: &Path, here: &Origin, max_age: Duration, bell: &Arc<Notify>) -> Restored {
     let bytes = match read(path) {
         Ok(bytes) => bytes,
@@ -93,7 +93,7 @@ fn resume(
         let kept = Kept {
             endpoints: Arc::new(answer),
             confirmed: at.checked_sub(age).unwrap_or(at),
-            // An age beyond what a clock can count is none.
+            // An age that a clock cannot represent means no limit.
             until: at
                 .checked_add(max_age.saturating_sub(age))
                 .unwrap_or(at + Duration::from_secs(u32::MAX.into())),
@@ -111,7 +111,7 @@ fn resume(
     Restored { listing: (!listing.consumers.is_empty()).then(|| Arc::new(listing)), endpoints }
 }
 
-/// An answer, without the endpoints that are containers of this host and are not as they were.
+/// An answer, without the endpoints of this host's containers that have changed.
 fn living(
     query: &Query,
     kept: Vec<KeptEndpoint>,
@@ -137,7 +137,7 @@ fn living(
 /// Reads a file that only this user or root can have written.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
     let wrong = |reason| Err(io::Error::new(ErrorKind::InvalidInput, reason));
-    // To open a pipe would wait for its writer.
+    // Opening a pipe would wait for its writer.
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let about = file.metadata()?;
@@ -225,7 +225,7 @@ mod tests {
         assert_eq!(kept.endpoints.list.len(), 2);
         assert!(path.exists());
 
-        // Nor is one an endpoint.
+        // It is not an endpoint any more either.
         let of_containers = ["consul".into()].into();
         let here = Origin { of_containers, ..document().origin };
         let restored = restore(&path, &here, Duration::MAX, &Arc::default());

@@ -1,4 +1,4 @@
-//! A consumer that an earlier embassy knew, and an endpoint's container: known again by their processes.
+//! Recognises a consumer, or an endpoint's container, of an earlier embassy by its process.
 
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
@@ -11,8 +11,8 @@ use crate::{
     model::{ConsumerId, ContainerId, Process, RunEnd, Stay},
 };
 
-/// The consumer that an earlier embassy knew, if it is still the same run, with those of its addresses that its network
-/// still has. Else why not.
+/// The consumer that an earlier embassy knew, if it is still the same run. It keeps the addresses that its network still
+/// has. The error says why it is not the same.
 pub(super) fn resume(kept: KeptConsumer, bell: &Arc<Notify>) -> Result<Consumer, String> {
     let own = open(&kept.id, kept.process)?;
     let namespace = open(&kept.namespace, kept.namespace_process)?;
@@ -34,7 +34,8 @@ pub(super) fn resume(kept: KeptConsumer, bell: &Arc<Notify>) -> Result<Consumer,
     })
 }
 
-/// What an endpoint at `address` hangs on, if all these runs go on and their network still has the address. Else why not.
+/// The runs on which an endpoint at `address` depends, if all of them continue and their network still has the address. The
+/// error says why not.
 pub(super) fn resume_stay(
     runs: Vec<(ContainerId, Process)>,
     address: IpAddr,
@@ -53,7 +54,7 @@ pub(super) fn resume_stay(
     Ok(Stay { runs: runs.collect(), left: Vec::new() })
 }
 
-/// The process as it was kept.
+/// Opens a process, and checks that it is the saved one.
 fn open(id: &ContainerId, was: Process) -> Result<Held, String> {
     let held = Held::open(id, was.pid)
         .map_err(|error| format!("process {} of container {id}: {error}", was.pid))?;
@@ -63,7 +64,7 @@ fn open(id: &ContainerId, was: Process) -> Result<Held, String> {
     }
 }
 
-/// The addresses in a process's network, if it lives.
+/// The addresses in a process's network. An error if the process has ended.
 fn addresses_of(process: &Held) -> Result<BTreeSet<IpAddr>, String> {
     let found = process.look(addresses).map_err(|error| error.to_string())?;
     found.map_err(|error| format!("its addresses: {error}"))

@@ -1,5 +1,5 @@
-//! Builds the next table. The cost depends on the changes: unchanged consumers and answers are skipped, with everything that
-//! was derived from them.
+//! Builds the next table. The cost depends on the changes: unchanged consumers and answers are skipped, with everything
+//! derived from them.
 
 use std::{
     borrow::Cow,
@@ -20,7 +20,7 @@ use crate::{
     model::{ConsumerId, Endpoint, Protocol, Vip},
 };
 
-/// The table that follows `prev`; `None` if nothing differs.
+/// The table after `prev`. `None` if nothing differs.
 pub(super) fn next(
     prev: &Table,
     inputs: &Inputs<'_>,
@@ -77,7 +77,7 @@ impl People {
         }
         let (mut gone, mut new) = gone_and_new(&before.consumers, now);
         if before.vips != inputs.vips {
-            // Their addresses are among the local consumer's.
+            // The VIPs are source addresses of the local consumer, so it has changed.
             let local = now.iter().filter(|consumer| consumer.id == ConsumerId::Local);
             let staying = local.filter(|local| !new.iter().any(|new| Arc::ptr_eq(new, local)));
             let staying: Vec<_> = staying.map(|&local| local.clone()).collect();
@@ -89,7 +89,7 @@ impl People {
 }
 
 impl Table {
-    /// The known containers and their addresses.
+    /// Takes over the known containers and their addresses.
     fn take_in(&mut self, inputs: &Inputs<'_>, people: &People) {
         let from = &mut self.built_from;
         let others = !people.gone.is_empty() || !people.new.is_empty();
@@ -106,7 +106,7 @@ impl Table {
             || from.contested != *inputs.contested
         {
             let sources = inputs.consumers.iter().flat_map(|one| sources(one, inputs.vips));
-            // Whose a contested address is will be known: a connection from it may wait for that.
+            // The owner of a contested address will become known. A connection from it may wait for that.
             let is_unknown = |source: &IpAddr| {
                 !inputs.known.contains(source) && !inputs.contested.contains(source)
             };
@@ -128,21 +128,21 @@ struct Builder<'a, Q> {
     inputs: &'a Inputs<'a>,
     query: Q,
     next: Table,
-    /// Addresses whose routes may have changed.
+    /// Keys whose routes may have changed.
     touched: BTreeSet<RouteKey>,
-    /// Queries whose upstreams are new or others. No query is here twice.
+    /// Queries whose upstreams are new or changed. No query is in it twice.
     answered: Vec<Arc<Query>>,
-    /// Upstreams that one route less leads to, and endpoints that these services had and have no more. They are let go last: what
-    /// was given up may have been taken up again meanwhile.
+    /// Upstreams that lost one route, and endpoints that these services no longer have. They are removed last, because
+    /// another route or upstream may use them again meanwhile.
     left: Vec<Arc<Query>>,
     without: Vec<(ServiceKey, Endpoint)>,
 }
 
 impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
-    /// Upstreams whose endpoints changed.
+    /// Updates the upstreams whose endpoints changed.
     fn answers(&mut self) {
         let (now, before) = (self.inputs.endpoints, &self.prev.built_from.endpoints);
-        // Other VIPs may refuse other endpoints.
+        // Changed VIPs may exclude other endpoints.
         let in_use: Vec<_> = if self.next.vips == self.prev.vips {
             let differing = now.differing_keys(before, Arc::ptr_eq).into_iter();
             differing.filter_map(|query| self.next.upstreams.get(query)).cloned().collect()
@@ -209,19 +209,19 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         if claimants.is_empty() {
             claims.remove(&source);
         } else {
-            // The order decides who wins a port within a network namespace: the same for the same containers.
+            // The order decides who wins a port within a network namespace. It must be the same for the same containers.
             claimants.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
             claims.insert(source, claimants);
         }
     }
 
-    /// The routes of an address, from those who claim it.
+    /// Updates the routes of an address, from the consumers that claim it.
     fn address(&mut self, source: IpAddr) {
         let claims = |table: &Table| table.built_from.claims.get(&source).cloned();
         let before = claims(self.prev).unwrap_or_default();
         let now = claims(&self.next).unwrap_or_default();
-        // An address has one owner at a time: if more than one network namespace claims it, all but one have lost
-        // it, and it is not known yet which.
+        // An address has one owner at a time. If several network namespaces claim it, all but one have lost it, and it is
+        // not known yet which.
         let namespaces: BTreeSet<_> = now.iter().map(|consumer| &consumer.namespace).collect();
         let contested = namespaces.len() > 1 || self.inputs.contested.contains(&source);
         let mut left: BTreeSet<_> =
@@ -242,7 +242,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
                 left.remove(&key);
                 self.route(key, consumer, binding, query);
             } else if let Some(winner) = self.next.routes.get(&key) {
-                // A consumer with the same address because it shares the network namespace.
+                // Another consumer has the same address, because both share a network namespace.
                 let winner = winner.consumer_name.clone();
                 let reason = UnroutedReason::Taken { key, winner };
                 self.unrouted(consumer, binding, Some(key), reason);
@@ -256,7 +256,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         }
     }
 
-    /// Sets a route; an unchanged one is kept.
+    /// Sets a route. An unchanged route is kept.
     fn route(&mut self, key: RouteKey, consumer: &Arc<Consumer>, binding: &Binding, query: Query) {
         let before = self.next.routes.get(&key).cloned();
         let query = match &before {
@@ -314,7 +314,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         self.touched.insert(key);
     }
 
-    /// Has one route more lead to the upstream of a query. The query as that upstream has it.
+    /// Adds a route to the upstream of a query. Returns the query that the upstream has.
     fn lead(&mut self, query: Query) -> Arc<Query> {
         if let Some(in_use) = self.next.upstreams.get_mut(&query) {
             in_use.routes += 1;
@@ -327,7 +327,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         query
     }
 
-    /// The upstream of a query; kept if its endpoints did not change.
+    /// The upstream of a query. It is kept if its endpoints did not change.
     fn upstream(&mut self, query: &Arc<Query>, before: Option<&Arc<Upstream>>) -> Arc<Upstream> {
         let answer = self.inputs.endpoints.get(query).cloned();
         let endpoints = answer.as_deref().map_or(&[][..], |answer: &Endpoints| &answer.list);
@@ -353,7 +353,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         Arc::new(Upstream { query: query.clone(), rotation, answered, refused })
     }
 
-    /// The endpoints to use, and those that must not be.
+    /// The endpoints to use, and those that must not be used.
     fn sorted_out<'e>(
         &self,
         query: &Query,
@@ -373,7 +373,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         (used.into(), refused)
     }
 
-    /// The state of an endpoint, which one upstream more has.
+    /// The state of an endpoint, for one more upstream.
     fn state(&mut self, query: &Query, endpoint: Endpoint) -> Arc<EndpointState> {
         let key = (service_of(query), endpoint);
         if let Some(shared) = self.next.states.get_mut(&key) {
@@ -405,7 +405,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         Arc::make_mut(&mut self.next.unrouted).insert(key, unrouted);
     }
 
-    /// Removes the recorded reasons of a consumer's bindings, for these routes.
+    /// Removes the recorded reasons of a consumer's bindings, for the routes that `meant` selects.
     fn forget_unrouted(&mut self, consumer: &ConsumerId, meant: impl Fn(Option<RouteKey>) -> bool) {
         let first: UnroutedKey = (consumer.clone(), "".into(), (0, Protocol::Tcp), None);
         let of_consumer = self.next.unrouted.range(first..);
@@ -472,15 +472,15 @@ pub(super) fn service_of(query: &Query) -> ServiceKey {
     (query.via.clone(), query.dc.clone(), query.service.clone())
 }
 
-/// The source addresses of a consumer. A host's connection to one of its own addresses has this address as its source too, so
-/// for the local consumer the VIPs count as well.
+/// The source addresses of a consumer. A connection from a host to one of its own addresses has this address as its source,
+/// so the VIPs count for the local consumer as well.
 fn sources<'a>(consumer: &'a Consumer, vips: &'a [Vip]) -> impl Iterator<Item = IpAddr> + 'a {
     let own = if consumer.id == ConsumerId::Local { vips } else { &[] };
     let known = |vip: &&Vip| !consumer.sources.contains(&vip.0);
     consumer.sources.iter().copied().chain(own.iter().filter(known).map(|vip| vip.0))
 }
 
-/// An answer's list is sorted and has no repeats.
+/// Whether a rotation has exactly these endpoints. The list of an answer is sorted and has no duplicates.
 fn same_endpoints(rotation: &Rotation, endpoints: &[Endpoint]) -> bool {
     let before = rotation.endpoints();
     before.len() == endpoints.len()

@@ -1,32 +1,32 @@
-//! What one table has and another has not.
+//! The differences between two tables.
 
 use std::{net::IpAddr, sync::Arc};
 
 use super::{Route, Table, Upstream, UpstreamInUse};
 use crate::{discovery::Query, wiring::Wiring};
 
-/// What a table has that the one before it had not, and the other way round. Of routes, each list is sorted by key.
+/// The differences between a table and the previous one. Lists of routes are sorted by key.
 #[derive(Debug, Default)]
 pub struct Changes {
     pub added: Vec<Arc<Route>>,
     pub removed: Vec<Arc<Route>>,
-    /// Routes that go on, with another name of their consumer, balance or way of arrival.
+    /// Routes that continue, with a changed consumer name, balance or arrival interface.
     pub updated: Vec<Arc<Route>>,
-    /// Answers that are new, or have other endpoints. In no order.
+    /// Answers that are new or have changed endpoints. Not sorted.
     pub upstreams: Vec<Arc<Upstream>>,
-    /// Addresses that became known as a container's, or ceased to be. Sorted.
+    /// Addresses that became known as a container's, and addresses that no longer are. Sorted.
     pub known_added: Vec<IpAddr>,
     pub known_removed: Vec<IpAddr>,
-    /// Routes that go on, and whose connections come by another interface: before, and now.
+    /// Routes that continue with another arrival interface: before, and now.
     pub moved: Vec<(Arc<Route>, Arc<Route>)>,
-    /// Whether the VIPs or the networks are others.
+    /// Whether the VIPs or the networks changed.
     pub places: bool,
-    /// How networks and addresses are connected, before and now, if that differs.
+    /// How networks and addresses are connected to this host, before and now. `None` if it is the same.
     pub wiring: Option<(Arc<Wiring>, Arc<Wiring>)>,
 }
 
 impl Changes {
-    /// What `next` has and `before` has not, and the other way round: for a reader that has missed the tables between.
+    /// The differences between any two tables: for a reader that missed the tables between them.
     pub fn between(before: &Table, next: &Table) -> Self {
         let mut changes = Self::default();
         for key in next.routes.differing_keys(&before.routes, Arc::ptr_eq) {
@@ -40,7 +40,7 @@ impl Changes {
         changes
     }
 
-    /// One query's answer, before and now.
+    /// Adds the difference in the answer to one query.
     pub(super) fn of_upstream(&mut self, before: &Table, next: &Table, query: &Query) {
         let (before, now) = (before.upstreams.get(query), next.upstreams.get(query));
         if let Some(now) = now
@@ -50,7 +50,7 @@ impl Changes {
         }
     }
 
-    /// One key's route, before and now.
+    /// Adds the difference in the route of one key.
     pub(super) fn of_route(&mut self, before: Option<&Arc<Route>>, now: Option<&Arc<Route>>) {
         match (before, now) {
             (Some(before), Some(now)) if Arc::ptr_eq(before, now) => {}

@@ -1,4 +1,4 @@
-//! A table that was built step by step is the one that is built at once, and its changes are what differs.
+//! Tests that a table built step by step equals the table built at once, and that its changes are the differences.
 
 use std::collections::HashMap;
 
@@ -7,11 +7,11 @@ use proptest::prelude::*;
 use super::*;
 use crate::model::ContainerId;
 
-/// What the tables are made of, in numbers.
+/// The inputs of a table, as numbers.
 #[derive(Debug, Clone, Default)]
 struct World {
     consumers: Vec<Asker>,
-    /// For each service, the endpoints that were answered.
+    /// The answered endpoints of each service.
     answers: BTreeMap<u8, BTreeSet<u8>>,
     contested: BTreeSet<u8>,
     vips: BTreeSet<u8>,
@@ -102,7 +102,8 @@ impl Asker {
     }
 }
 
-/// What stays the same from one world to the next is the very same, as the sources have it, or equal at the least.
+/// Creates the inputs of tables. A value that stays the same from one world to the next is shared or equal, as with real
+/// sources.
 #[derive(Default)]
 struct Sources {
     consumers: HashMap<String, Arc<Consumer>>,
@@ -159,7 +160,7 @@ impl Sources {
     }
 }
 
-/// All that a table says, but for what lives on in it.
+/// Everything that a table contains, except state that is carried on from earlier tables.
 fn says(table: &Table) -> impl PartialEq + std::fmt::Debug + use<> {
     let endpoints = |upstream: &Upstream| {
         let states = upstream.rotation.endpoints().iter();
@@ -200,7 +201,7 @@ proptest! {
             };
             prop_assert_eq!(says(&next), says(&fresh));
             prop_assert!(table.version == 0 || before != says(&fresh), "nothing differs");
-            // Each route has its upstream, each upstream its routes, and each endpoint is one state.
+            // Each route has its upstream, each upstream the right number of routes, and each endpoint one state.
             for (query, in_use) in next.upstreams.iter() {
                 prop_assert!(Arc::ptr_eq(query, &in_use.upstream.query));
                 let routes = next.routes().filter(|route| Arc::ptr_eq(&route.query, query));
@@ -214,7 +215,7 @@ proptest! {
                     prop_assert!(Arc::ptr_eq(&shared.state, state));
                 }
             }
-            // What lives on is the same.
+            // State that is carried on is the same.
             for route in next.routes() {
                 let Some(old) = table.route(&route.key) else { continue };
                 let goes_on = old.consumer == route.consumer && old.binding == route.binding;

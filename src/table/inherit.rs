@@ -1,4 +1,4 @@
-//! What of a table lives on in the process that takes over: counts, what is held against endpoints, and whose turn it is. Pure.
+//! What a takeover carries over from a table: counts, the failures of endpoints, and balancing positions. Pure.
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
@@ -10,11 +10,11 @@ use crate::{
     takeover::message::{EndpointFigures, Figures, Owner, RouteFigures, Service, Turn},
 };
 
-/// Routes, endpoints or turns of a message.
+/// Maximum number of routes, endpoints or turns in a message.
 const AT_A_TIME: usize = 500;
 
 impl Route {
-    /// Whose it is, for another process.
+    /// The route's owner, in a form for another process.
     pub fn owner(&self) -> Owner {
         let container = match &self.consumer {
             ConsumerId::Container { id, started_at } => {
@@ -25,7 +25,7 @@ impl Route {
         Owner { container, binding: self.binding.descriptor.to_string() }
     }
 
-    /// Whether it is the route that another process has of this owner.
+    /// Whether this owner, as another process names it, owns the route.
     pub fn is_of(&self, owner: &Owner) -> bool {
         let is_consumer = match (&self.consumer, &owner.container) {
             (ConsumerId::Container { id, started_at }, Some((its_id, its_start))) => {
@@ -53,7 +53,7 @@ impl Table {
         })
     }
 
-    /// What [`Table::inherit`] takes over, in parts: as it is now, by both clocks.
+    /// The figures for [`Table::inherit`], in parts. `now` and `at` are the same moment by two clocks.
     pub fn figures(&self, now: Millis, at: Instant) -> impl Iterator<Item = Figures> {
         let routes: Vec<_> = self
             .routes()
@@ -95,7 +95,7 @@ impl Table {
         })
     }
 
-    /// Takes over what another process counted and knew, as far as it is about what is here.
+    /// Takes over the counts and state of another process, for the routes and endpoints that exist here.
     pub fn inherit(&self, figures: &Figures, now: Millis) {
         for RouteFigures { key, owner, counts, .. } in &figures.routes {
             if let Some(route) = self.route_of(*key, owner) {

@@ -14,7 +14,7 @@ use crate::host::{Host, Response};
 use crate::image::{cache_dir, which};
 use crate::space::Space;
 
-/// The one agent of a datacentre of its own: node `testbed`, with the host's address.
+/// The only agent of its own datacentre: node `testbed`, with the host's address.
 #[derive(Debug, Clone)]
 pub struct Consul {
     host: Host,
@@ -35,7 +35,7 @@ pub(crate) fn daemon(space: &Arc<Space>, extra: &[OsString]) -> Daemon {
     })
 }
 
-/// The Consul program: `$CONSUL_BIN`, else what is on PATH, else what the set-up has fetched.
+/// The Consul program: `$CONSUL_BIN`, otherwise the one on PATH, otherwise the one that the setup has downloaded.
 pub fn consul_program() -> PathBuf {
     let set = std::env::var_os("CONSUL_BIN").map(PathBuf::from);
     let fetched = || cache_dir().join("consul/usr/bin/consul");
@@ -77,8 +77,8 @@ impl Consul {
         self.put(&format!("/v1/agent/maintenance?enable={on}"), &Value::Null)
     }
 
-    /// Addresses of the instances that pass all their checks, as `address:port`, sorted; a service without an address
-    /// has that of its node.
+    /// Addresses of the instances that pass all their checks, as `address:port`, sorted. A service without an address has
+    /// that of its node.
     pub fn passing(&self, name: &str) -> Result<Vec<String>> {
         let list = self.get(&format!("/v1/health/service/{name}?passing"))?;
         let entries = list.as_array().with_context(|| format!("Consul says {list}"))?;
@@ -113,7 +113,7 @@ impl Consul {
     }
 }
 
-/// An instance that is to be registered.
+/// An instance to register.
 #[derive(Debug, Clone)]
 #[must_use = "it is registered by register()"]
 pub struct Registration<'a> {
@@ -122,7 +122,7 @@ pub struct Registration<'a> {
 }
 
 impl Registration<'_> {
-    /// Its own address. Without one it has the node's.
+    /// Sets its own address. Without one it has the node's address.
     pub fn address(mut self, address: impl std::fmt::Display) -> Self {
         self.body["Address"] = address.to_string().into();
         self
@@ -140,19 +140,19 @@ impl Registration<'_> {
         self
     }
 
-    /// A check that has this status until [`Consul::set_check`] gives it another.
+    /// Adds a check that has this status until [`Consul::set_check`] changes it.
     pub fn check(mut self, status: &str) -> Self {
         self.body["Check"] = json!({ "TTL": "24h", "Status": status });
         self
     }
 
-    /// A check that the agent makes itself, as the API describes it: `{"TCP": "172.17.0.2:80", "Interval": "1s"}`.
+    /// Adds a check that the agent runs itself, in the form of the API: `{"TCP": "172.17.0.2:80", "Interval": "1s"}`.
     pub fn active_check(mut self, check: Value) -> Self {
         self.body["Check"] = check;
         self
     }
 
-    /// Registers it, or replaces the one of the same ID.
+    /// Registers it. Replaces an instance with the same ID.
     pub fn register(self) -> Result<()> {
         self.consul.put("/v1/agent/service/register", &self.body)
     }

@@ -13,7 +13,7 @@ use crate::image;
 use crate::light::LightContainer;
 use crate::process::Process;
 
-/// A container that is to be.
+/// A container to start.
 #[derive(Debug, Clone)]
 #[must_use = "it is made by start()"]
 pub struct ContainerBuilder {
@@ -35,14 +35,14 @@ impl ContainerBuilder {
         }
     }
 
-    /// Another image, with the image's own command.
+    /// Sets another image, with the image's own command.
     pub fn image(mut self, image: &str) -> Self {
         self.image = image.to_owned();
         self.cmd.clear();
         self
     }
 
-    /// What it runs.
+    /// Sets its command.
     pub fn cmd<I: IntoIterator<Item: Into<OsString>>>(mut self, cmd: I) -> Self {
         self.cmd = cmd.into_iter().map(Into::into).collect();
         self
@@ -58,12 +58,12 @@ impl ContainerBuilder {
         self.arg(format!("--label={name}={value}"))
     }
 
-    /// A network by name, or `host`, or `container:<other>`.
+    /// Sets its network: a name, or `host`, or `container:<other>`.
     pub fn network(self, name: &str) -> Self {
         self.arg(format!("--network={name}"))
     }
 
-    /// Any other argument of `docker run`, one word.
+    /// Adds any other argument of `docker run`.
     pub fn arg(mut self, arg: impl Into<OsString>) -> Self {
         self.args.push(arg.into());
         self
@@ -75,7 +75,7 @@ impl ContainerBuilder {
         self
     }
 
-    /// Runs it. It stays until it is removed or the host ends; dropping the handle does nothing to it.
+    /// Starts it. It stays until it is removed or the host ends. Dropping the handle does nothing.
     pub fn start(self) -> Result<Container> {
         if self.host.light_engine().is_some() {
             ensure!(self.image == image::BASE, "a light host has no images: {}", self.image);
@@ -100,17 +100,17 @@ pub struct Container {
     host: Host,
     name: String,
     id: String,
-    /// On a light host.
+    /// Set on a light host.
     light: Option<Arc<LightContainer>>,
 }
 
 impl Container {
-    /// The 64 hexadecimal digits.
+    /// Its ID, 64 hexadecimal digits.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// The host that it is on.
+    /// Its host.
     pub fn host(&self) -> &Host {
         &self.host
     }
@@ -120,7 +120,7 @@ impl Container {
         &self.name
     }
 
-    /// Its first process, as seen inside the host.
+    /// The ID of its first process, as seen inside the host.
     pub fn pid(&self) -> Result<u32> {
         if let Some(light) = &self.light {
             return light.pid();
@@ -152,13 +152,13 @@ impl Container {
         self.address("{{range .NetworkSettings.Networks}}{{.GlobalIPv6Address}} {{end}}")
     }
 
-    /// Runs a command in the container (`docker exec`) and returns what it wrote to stdout.
+    /// Runs a command in the container (`docker exec`). Returns its stdout.
     pub fn exec<I: IntoIterator<Item: AsRef<OsStr>>>(&self, cmd: I) -> Result<String> {
         output(&mut self.exec_command(cmd)?)
     }
 
-    /// Starts a command in the container and lets it run, logged as `<container>-<name>`. Killing the process ends
-    /// only the `docker exec`: what it started lives on as long as the container does.
+    /// Starts a command in the container, with its log as `<container>-<name>`. Killing the process only ends `docker
+    /// exec`: what it started in the container continues.
     pub fn spawn<I: IntoIterator<Item: AsRef<OsStr>>>(
         &self,
         name: &str,
@@ -167,7 +167,7 @@ impl Container {
         self.host.spawn(&format!("{}-{name}", self.name), self.exec_command(cmd)?)
     }
 
-    /// A command that runs a program of the machine in the container's network alone: for tools that the image lacks.
+    /// A command that runs a program of the machine only in the container's network: for tools that are not in the image.
     /// It is not in the container's control group.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
         let mut command = self.host.command("nsenter");
@@ -175,12 +175,12 @@ impl Container {
         Ok(command)
     }
 
-    /// The folder of a light container among the control groups of version 2.
+    /// The folder of a light container in the control groups of version 2.
     pub fn control_group(&self) -> Result<std::path::PathBuf> {
         self.light.as_ref().context("it is no light container")?.control_group(&self.host)
     }
 
-    /// All it wrote to stdout and stderr.
+    /// Everything that it wrote to stdout and stderr.
     pub fn log(&self) -> Result<String> {
         if let Some(light) = &self.light {
             return Ok(light.log(&self.host));

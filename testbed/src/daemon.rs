@@ -1,4 +1,4 @@
-//! A program of the host that a test may stop, kill and start again.
+//! A program of the host that a test can stop, kill and start again.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -44,7 +44,7 @@ impl Daemon {
         Self { space, name, program: program.into(), args, probe, state: Mutex::default() }
     }
 
-    /// Starts it and waits until it answers; nothing if it runs already.
+    /// Starts it and waits until it answers. Does nothing if it already runs.
     pub fn start(&self) -> Result<()> {
         let mut state = self.state();
         state.used = true;
@@ -58,7 +58,7 @@ impl Daemon {
         let process = Process::spawn(self.name, self.space.dir(), command)?;
         let what = format!("{} to answer", self.name);
         let answers = eventually(START_DEADLINE, &what, || match process.exited()? {
-            // No use to wait for a program that has ended.
+            // The program has ended, so waiting is useless.
             Some(status) => Ok(Err(anyhow::anyhow!("{} ended with {status}", self.name))),
             None => (self.probe)(&self.space).map(Ok),
         });
@@ -69,13 +69,13 @@ impl Daemon {
         Ok(())
     }
 
-    /// Starts it unless it ever was: what a test has stopped stays so.
+    /// Starts it, unless it was started before: if a test has stopped it, it stays stopped.
     pub(crate) fn start_at_first_use(&self) -> Result<()> {
         let used = self.state().used;
         if used { Ok(()) } else { self.start() }
     }
 
-    /// Ends it in an orderly way (SIGTERM) and waits for that; nothing if it does not run.
+    /// Stops it with SIGTERM, and waits for its end. Does nothing if it does not run.
     pub fn stop(&self) -> Result<()> {
         if let Some(process) = self.state().process.take()
             && process.exited()?.is_none()
@@ -86,7 +86,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// Ends it at once (SIGKILL); nothing if it does not run.
+    /// Kills it (SIGKILL). Does nothing if it does not run.
     pub fn kill(&self) -> Result<()> {
         self.state().process.take().map_or(Ok(()), |process| process.kill())
     }
@@ -97,17 +97,17 @@ impl Daemon {
         self.start()
     }
 
-    /// Freezes it (SIGSTOP): its sockets stay open, and nobody answers on them.
+    /// Freezes it (SIGSTOP): its sockets stay open, but do not answer.
     pub fn pause(&self) -> Result<()> {
         self.signal(Signal::STOP)
     }
 
-    /// Lets it go on (SIGCONT) after [`pause`](Self::pause).
+    /// Continues it (SIGCONT) after [`pause`](Self::pause).
     pub fn resume(&self) -> Result<()> {
         self.signal(Signal::CONT)
     }
 
-    /// All it ever wrote to stdout and stderr.
+    /// Everything that it has ever written to stdout and stderr.
     pub fn log(&self) -> String {
         let path = self.space.dir().join(format!("{}.log", self.name));
         std::fs::read_to_string(path).unwrap_or_default()

@@ -17,7 +17,7 @@ use crate::exec::output;
 use crate::host::Host;
 use crate::space::{Space, plain};
 
-/// The folder of containers' control groups, of one host alone.
+/// The folder of the containers' control groups. Each host has its own.
 pub(crate) fn cgroup(space: &Space) -> String {
     format!("testbed-{}", space.number())
 }
@@ -26,8 +26,8 @@ pub(crate) fn socket(space: &Space) -> PathBuf {
     space.dir().join("docker.sock")
 }
 
-/// dockerd with everything at its usual places: /run is the host's own. Only images and containers move there from
-/// /var/lib, and one more socket lies where the outside can reach it. Or podman's service, which takes no further arguments.
+/// dockerd with everything at its usual places: /run belongs to the host. Only images and containers are moved there from
+/// /var/lib, and an additional socket can be reached from outside. Or podman's service, which takes no further arguments.
 pub(crate) fn daemon(
     space: &Arc<Space>,
     engine: Option<&Engine>,
@@ -95,8 +95,8 @@ impl Network {
         ))
     }
 
-    /// The host's IPv4 address on it. The interface is asked if the engine does not say, as Docker does not of a gateway that
-    /// nobody chose. podman makes the interface with the first container.
+    /// The host's IPv4 address on it. Read from the interface if the engine does not report it: Docker does not report a
+    /// gateway that no user chose. podman creates the interface with the first container.
     pub fn gateway(&self) -> Result<Ipv4Addr> {
         let format = "{{range .IPAM.Config}}{{.Gateway}} {{end}}";
         let said = self.host.docker(["network", "inspect", "--format", format, &self.name])?;
@@ -110,7 +110,7 @@ impl Network {
         address.with_context(|| format!("network {} has no IPv4 address: {shown:?}", self.name))
     }
 
-    /// Removes it. Its containers must have left.
+    /// Removes it. No container may be connected to it.
     pub fn remove(&self) -> Result<()> {
         self.host.docker(["network", "rm", &self.name]).map(drop)
     }
@@ -120,28 +120,28 @@ impl Host {
     /// A `docker` command that talks to the host's engine.
     pub fn docker_command<I: IntoIterator<Item: AsRef<OsStr>>>(&self, args: I) -> Command {
         let mut command = plain("docker");
-        // Not the user's logins, contexts and proxies.
+        // Without the user's logins, contexts and proxies.
         command.env("DOCKER_CONFIG", self.dir().join("docker-config"));
         command.arg("--host").arg(self.docker_url()).args(args);
         command
     }
 
-    /// Runs `docker` and returns what it wrote to stdout.
+    /// Runs `docker`. Returns its stdout.
     pub fn docker<I: IntoIterator<Item: AsRef<OsStr>>>(&self, args: I) -> Result<String> {
         output(&mut self.docker_command(args))
     }
 
-    /// The engine's address; it is the same inside the host and outside. Inside, `/var/run/docker.sock` serves as well.
+    /// The engine's address, the same inside and outside of the host. Inside, `/var/run/docker.sock` works too.
     pub fn docker_url(&self) -> String {
         format!("unix://{}", socket(self.space()).display())
     }
 
-    /// The control group that holds the host's containers, each under its ID, in every hierarchy of the machine.
+    /// The control group with the host's containers, each under its ID, in every hierarchy of the machine.
     pub fn cgroup(&self) -> String {
         cgroup(self.space())
     }
 
-    /// Makes a user-defined bridge network. `args` go to `docker network create`.
+    /// Creates a user-defined bridge network. `args` are passed to `docker network create`.
     pub fn network<I: IntoIterator<Item: AsRef<OsStr>>>(
         &self,
         name: &str,

@@ -14,14 +14,14 @@ use crate::poll::eventually;
 use crate::process::Process;
 use crate::space::program_near;
 
-/// An embassy that runs on the host. It is a [`Process`], and is killed when it is dropped.
+/// An embassy that runs on the host. It is a [`Process`], and is killed on drop.
 #[derive(Debug)]
 pub struct Embassy {
     host: Host,
     process: Process,
 }
 
-/// The program itself: `$EMBASSY_BIN`, else the one that Cargo built beside the running one.
+/// The program: `$EMBASSY_BIN`, otherwise the one that Cargo built next to the running one.
 pub fn embassy_program() -> Result<PathBuf> {
     program_near("embassy", "EMBASSY_BIN")
 }
@@ -32,25 +32,25 @@ impl Host {
         self.embassy_from(self.embassy_command(args)?)
     }
 
-    /// The command that [`Host::embassy`] starts, to give it further variables.
+    /// The command of [`Host::embassy`], to which further variables can be added.
     pub fn embassy_command<I: IntoIterator<Item: AsRef<OsStr>>>(&self, args: I) -> Result<Command> {
         let mut command = self.command(embassy_program()?);
         command.env("DOCKER_HOST", self.docker_url()).args(args);
         Ok(command)
     }
 
-    /// Starts embassy by a command of [`Host::embassy_command`].
+    /// Starts embassy with a command of [`Host::embassy_command`].
     pub fn embassy_from(&self, command: Command) -> Result<Embassy> {
         Ok(Embassy { host: self.clone(), process: self.spawn("embassy", command)? })
     }
 }
 
 impl Embassy {
-    /// Waits until `/readyz` of the admin API, at its default address, says 200.
+    /// Waits until `/readyz` of the admin API, at its default address, answers 200.
     pub fn wait_ready(&self, deadline: Duration) -> Result<()> {
         let ready = eventually(deadline, "embassy to be ready", || {
             if let Some(status) = self.process.exited()? {
-                // No use to wait for a program that has ended.
+                // The program has ended, so waiting is useless.
                 return Ok(Err(anyhow::anyhow!("embassy ended with {status}")));
             }
             self.admin("/readyz")?.ok().map(|_| Ok(()))
@@ -65,7 +65,7 @@ impl Embassy {
         self.host.http("GET", &format!("http://127.0.0.1:9990{path}"), "")
     }
 
-    /// Asks it to end (SIGTERM); [`Process::wait`] waits for that.
+    /// Asks it to end (SIGTERM). [`Process::wait`] waits for the end.
     pub fn terminate(&self) -> Result<()> {
         self.process.signal(Signal::TERM)
     }

@@ -1,4 +1,4 @@
-//! Which engine a host has: this machine's, or one that `engines.sh` has put into the cache.
+//! The engine of a host: this machine's, or one that `engines.sh` has put into the cache.
 
 use std::ffi::OsString;
 use std::fs;
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use crate::image::cache_dir;
 use crate::space::Space;
 
-/// What podman has in place of arguments: containers on the default network get the addresses that they get of Docker.
+/// podman's configuration instead of arguments: containers on the default network get the same addresses as with Docker.
 const PODMAN: &str = r#"
 [network]
 default_subnet = "172.17.0.0/16"
@@ -19,7 +19,7 @@ cgroup_manager = "cgroupfs"
 events_logger = "file"
 "#;
 
-/// An engine of the cache.
+/// An engine in the cache.
 #[derive(Debug, Clone)]
 pub(crate) struct Engine {
     name: String,
@@ -27,7 +27,7 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    /// The one that the variable `ENGINE` names; `None` if this machine's is meant.
+    /// The engine that the variable `ENGINE` names. `None`: this machine's.
     pub(crate) fn chosen() -> Result<Option<Self>> {
         let name = match std::env::var("ENGINE") {
             Ok(name) if !name.is_empty() => name,
@@ -52,7 +52,7 @@ impl Engine {
         self.name.starts_with("podman")
     }
 
-    /// The arguments of `sh` that run a program of this engine inside a host.
+    /// The arguments for `sh` to run a program of this engine inside a host.
     fn enter(&self, space: &Space, group: &str, words: Vec<OsString>) -> Vec<OsString> {
         let mut all = vec![concat!(env!("CARGO_MANIFEST_DIR"), "/enter-engine.sh").into()];
         all.push(self.root.clone().into());
@@ -62,13 +62,13 @@ impl Engine {
         all
     }
 
-    /// dockerd. It is told by an argument where its control groups belong.
+    /// dockerd. The place of its control groups is set by an argument.
     pub(crate) fn dockerd(&self, space: &Space, args: Vec<OsString>) -> Vec<OsString> {
         let words = std::iter::once("dockerd".into()).chain(args);
         self.enter(space, "", words.collect())
     }
 
-    /// podman's service, which answers as Docker does. No argument tells it where its control groups belong.
+    /// podman's service, which answers like Docker. The place of its control groups cannot be set by an argument.
     pub(crate) fn podman(
         &self,
         space: &Space,

@@ -10,7 +10,7 @@ use crate::exec::output;
 use crate::host::Host;
 use crate::space::Space;
 
-/// The API version 2 and version 3 key spaces are apart: what is put into one is not seen in the other.
+/// The key spaces of API versions 2 and 3 are separate: a key in one is not visible in the other.
 #[derive(Debug, Clone)]
 pub struct Etcd {
     host: Host,
@@ -22,7 +22,7 @@ pub(crate) fn daemon(space: &Arc<Space>, extra: &[std::ffi::OsString]) -> Daemon
         "--data-dir=/run/testbed/etcd",
         "--listen-client-urls=http://0.0.0.0:2379",
         "--advertise-client-urls=http://127.0.0.1:2379",
-        // Plain, whatever TLS and authentication the clients must use.
+        // Without TLS and authentication, whatever clients must use.
         "--listen-metrics-urls=http://127.0.0.1:2381",
     ]
     .map(Into::into)
@@ -60,12 +60,12 @@ impl Etcd {
     }
 }
 
-/// Keys by `/v2/keys`.
+/// Access to keys via `/v2/keys`.
 #[derive(Debug)]
 pub struct EtcdV2<'a>(&'a Host);
 
 impl EtcdV2<'_> {
-    /// Sets a key; folders above it are made.
+    /// Sets a key. Creates folders above it.
     pub fn put(&self, key: &str, value: &str) -> Result<()> {
         self.ask("PUT", key, &[("value", value)]).map(drop)
     }
@@ -75,7 +75,7 @@ impl EtcdV2<'_> {
         self.ask("PUT", key, &[("value", value), ("ttl", &seconds.to_string())]).map(drop)
     }
 
-    /// Makes an empty folder.
+    /// Creates an empty folder.
     pub fn mkdir(&self, key: &str) -> Result<()> {
         self.ask("PUT", key, &[("dir", "true")]).map(drop)
     }
@@ -85,12 +85,12 @@ impl EtcdV2<'_> {
         self.ask("DELETE", key, &[]).map(drop)
     }
 
-    /// Removes a folder and all below it.
+    /// Removes a folder and everything below it.
     pub fn delete_all(&self, key: &str) -> Result<()> {
         self.ask("DELETE", &format!("{key}?recursive=true"), &[]).map(drop)
     }
 
-    /// The `node` at a key, with all below it.
+    /// The `node` at a key, with everything below it.
     pub fn get(&self, key: &str) -> Result<Value> {
         let mut answer = self.ask("GET", &format!("{key}?recursive=true"), &[])?;
         Ok(answer["node"].take())
@@ -105,7 +105,7 @@ impl EtcdV2<'_> {
     }
 }
 
-/// Keys by `etcdctl`.
+/// Access to keys via `etcdctl`.
 #[derive(Debug)]
 pub struct EtcdV3<'a>(&'a Host);
 
@@ -115,7 +115,7 @@ impl EtcdV3<'_> {
         self.ctl(&["put", "--", key, value]).map(drop)
     }
 
-    /// Sets a key under a new lease of `seconds`, and returns the lease's ID.
+    /// Sets a key with a new lease of `seconds`. Returns the lease's ID.
     pub fn put_for(&self, key: &str, value: &str, seconds: u32) -> Result<String> {
         let said = self.ctl(&["lease", "grant", &seconds.to_string()])?;
         // "lease 694d5765fc71500b granted with TTL(5s)"
@@ -125,7 +125,7 @@ impl EtcdV3<'_> {
         Ok(lease.to_owned())
     }
 
-    /// Ends a lease, and its keys with it.
+    /// Ends a lease, which removes its keys.
     pub fn revoke(&self, lease: &str) -> Result<()> {
         self.ctl(&["lease", "revoke", lease]).map(drop)
     }
@@ -135,7 +135,7 @@ impl EtcdV3<'_> {
         self.ctl(&["del", "--", key]).map(drop)
     }
 
-    /// Removes every key that starts so.
+    /// Removes all keys with this prefix.
     pub fn delete_all(&self, prefix: &str) -> Result<()> {
         self.ctl(&["del", "--prefix", "--", prefix]).map(drop)
     }
@@ -145,7 +145,7 @@ impl EtcdV3<'_> {
         self.ctl(&["get", "--print-value-only", "--", key])
     }
 
-    /// Forgets every revision before the present one: a watch from an older one then fails.
+    /// Removes all revisions before the current one. A watch from an older one then fails.
     pub fn compact(&self) -> Result<()> {
         let status: Value =
             serde_json::from_str(&self.ctl(&["endpoint", "status", "--write-out=json"])?)?;

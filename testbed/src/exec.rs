@@ -4,8 +4,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-/// Runs `command` and returns what it wrote to stdout, without the line end. A status other than 0 is an error that
-/// carries what it wrote to stderr.
+/// Runs `command`. Returns its stdout without the line end. A status other than 0 is an error that contains its stderr.
 pub fn output(command: &mut Command) -> Result<String> {
     let words = describe(command);
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("run {words}"))?;

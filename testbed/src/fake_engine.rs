@@ -1,5 +1,5 @@
-//! An engine without containers, for tests of who follows one: it has the containers that it is told of, and answers as
-//! it is told to. It needs neither root nor a host.
+//! An engine without containers, to test its followers: it reports the containers that it is given, and answers as
+//! configured. It needs neither root nor a host.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,32 +15,32 @@ use tokio::{
     sync::broadcast,
 };
 
-/// How a request is answered, where not rightly.
+/// A wrong answer to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mood {
-    /// It says that something went wrong.
+    /// It reports an error.
     Fails,
-    /// It says what is no JSON.
+    /// Its answer is not JSON.
     Garbage,
-    /// A proxy before it refuses the request with a page.
+    /// A proxy in front of it refuses the request with a page.
     Forbids,
-    /// It has no such container, and says so as podman does.
+    /// It has no such container, and says so like podman.
     HasNone,
-    /// It says nothing at all,
+    /// It does not answer.
     Hangs,
-    /// or the head of an answer alone.
+    /// It sends only the head of an answer.
     Stalls,
-    /// It says what was so when it was asked, once the mood is over.
+    /// It sends the state at the time of the request, once the mood is over.
     Waits,
-    /// It says what is so then, as of a container that it is about to start.
+    /// It sends the state at the end of the mood, as for a container that is about to start.
     Starts,
 }
 
-/// An engine without containers. Ends with this.
+/// An engine without containers. It ends when this is dropped.
 #[derive(Debug)]
 pub struct FakeEngine {
     socket: PathBuf,
-    /// Where the socket is, if nobody gave it a place.
+    /// The folder of the socket, if no path was given.
     _folder: Option<tempfile::TempDir>,
     state: Arc<Mutex<State>>,
     /// `None` ends the streams.
@@ -50,7 +50,7 @@ pub struct FakeEngine {
 #[derive(Debug, Default)]
 struct State {
     containers: BTreeMap<String, Value>,
-    /// Besides the default one.
+    /// Networks other than the default one.
     networks: BTreeMap<String, Value>,
     moods: HashMap<String, Mood>,
     /// The path of each request.
@@ -62,7 +62,7 @@ struct State {
 }
 
 impl FakeEngine {
-    /// Starts it. To be called within a runtime, with which it ends.
+    /// Starts it. Must be called within a runtime, and ends with it.
     pub fn start() -> Self {
         let folder = tempfile::tempdir().expect("a folder can be made");
         let socket = folder.path().join("docker.sock");
@@ -70,7 +70,7 @@ impl FakeEngine {
         Self { _folder: Some(folder), ..engine }
     }
 
-    /// The same with a place for its socket.
+    /// Starts it with its socket at this path.
     pub fn start_at(socket: PathBuf) -> std::io::Result<Self> {
         let listener = UnixListener::bind(&socket)?;
         let (state, events) = (Arc::<Mutex<State>>::default(), broadcast::Sender::new(1000));
@@ -83,7 +83,7 @@ impl FakeEngine {
         Ok(Self { socket, _folder: None, state, events })
     }
 
-    /// Where it answers: a Unix socket.
+    /// The path of its Unix socket.
     pub fn socket(&self) -> PathBuf {
         self.socket.clone()
     }
@@ -92,7 +92,8 @@ impl FakeEngine {
         self.state.lock().expect("nobody panics with it")
     }
 
-    /// A container runs, or is another than it was; nobody is told. It asks for `web`, and offers a service of its name.
+    /// Adds a running container or changes it, without an event. It has a binding for `web`, and offers a service of its
+    /// own name.
     pub fn has(&self, id: &str, address: &str) {
         let network = json!({"bridge": {
             "NetworkID": "n", "IPAddress": address, "GlobalIPv6Address": "", "Gateway": "172.17.0.1"
@@ -108,27 +109,27 @@ impl FakeEngine {
         self.insert(id, container);
     }
 
-    /// A container runs, or is another than it was, as an inspection shows it; nobody is told.
+    /// Adds a running container or changes it, as an inspection shows it, without an event.
     pub fn insert(&self, id: &str, container: Value) {
         self.state().containers.insert(id.to_owned(), container);
     }
 
-    /// It says that it is podman.
+    /// Makes it answer as podman.
     pub fn is_podman(&self) {
         self.state().is_podman = true;
     }
 
-    /// There is a network besides the default one, as a list shows it; nobody is told.
+    /// Adds a network, as a list shows it, without an event.
     pub fn has_network(&self, id: &str, network: Value) {
         self.state().networks.insert(id.to_owned(), network);
     }
 
-    /// A container is gone; nobody is told.
+    /// Removes a container, without an event.
     pub fn has_not(&self, id: &str) {
         self.state().containers.remove(id);
     }
 
-    /// What ends in this is answered so from now on.
+    /// Sets the mood for requests whose path ends in `path`.
     pub fn answers(&self, path: &str, mood: impl Into<Option<Mood>>) {
         match mood.into() {
             Some(mood) => self.state().moods.insert(path.to_owned(), mood),
@@ -136,17 +137,17 @@ impl FakeEngine {
         };
     }
 
-    /// Whether it loses its events from now on.
+    /// Sets whether its events are lost.
     pub fn loses_events(&self, mute: bool) {
         self.state().mute = mute;
     }
 
-    /// Tells of something that happened to a container.
+    /// Sends an event about a container.
     pub fn tells(&self, action: &str, id: &str) {
         self.tells_of(json!({"Type": "container", "Action": action, "Actor": {"ID": id}}));
     }
 
-    /// Tells that a container is connected to the default network, as before it starts.
+    /// Sends the event that a container is connected to the default network, which precedes its start.
     pub fn connects(&self, id: &str) {
         self.tells_of(json!({
             "Type": "network",
@@ -155,7 +156,7 @@ impl FakeEngine {
         }));
     }
 
-    /// Tells of anything, as the stream has it.
+    /// Sends any event.
     pub fn tells_of(&self, event: Value) {
         if !self.state().mute {
             let _ = self.events.send(Some(event));
@@ -167,17 +168,17 @@ impl FakeEngine {
         let _ = self.events.send(None);
     }
 
-    /// How many streams of events are read now.
+    /// The number of event streams that are read now.
     pub fn streams(&self) -> usize {
         self.state().streams
     }
 
-    /// The paths that it was asked for.
+    /// The paths of all requests.
     pub fn requests(&self) -> Vec<String> {
         self.state().asked.clone()
     }
 
-    /// How often it was asked for what ends in this.
+    /// The number of requests whose path ends in `path`.
     pub fn asked(&self, path: &str) -> usize {
         self.state().asked.iter().filter(|asked| asked.ends_with(path)).count()
     }
@@ -254,7 +255,7 @@ async fn serve(
     client.shutdown().await
 }
 
-/// Writes the events until they are lost, or nobody reads them.
+/// Writes events until they are lost, or the client has gone.
 async fn stream(
     client: &mut UnixStream,
     mut events: broadcast::Receiver<Option<Value>>,

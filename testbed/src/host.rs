@@ -1,4 +1,4 @@
-//! The host itself.
+//! The host.
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
@@ -18,8 +18,8 @@ use crate::process::Process;
 use crate::space::Space;
 use crate::{consul, docker, etcd};
 
-/// A Docker host of its own. Handles are cheap to clone; the host, with everything in it, ends with the last of them
-/// (a [`Container`](crate::Container) holds one too).
+/// A separate Docker host. Handles are cheap to clone. The host, with everything in it, ends with the last handle. (A
+/// [`Container`](crate::Container) contains a handle too.)
 #[derive(Debug, Clone)]
 pub struct Host {
     inner: Arc<Inner>,
@@ -37,7 +37,7 @@ pub(crate) struct Inner {
     space: Arc<Space>,
 }
 
-/// How a host is to be; see [`Host::builder`].
+/// The configuration of a host (see [`Host::builder`]).
 #[derive(Debug, Default)]
 pub struct HostBuilder {
     docker_args: Vec<OsString>,
@@ -54,12 +54,12 @@ impl HostBuilder {
         self
     }
 
-    /// Whether containers on the default bridge get an IPv6 address too, of `fd00:d0c::/64`.
+    /// Sets whether containers on the default bridge get an IPv6 address of `fd00:d0c::/64` too.
     pub fn ipv6(self, wanted: bool) -> Self {
         if wanted { self.docker_args(["--ipv6", "--fixed-cidr-v6=fd00:d0c::/64"]) } else { self }
     }
 
-    /// Further arguments for etcd; they win over ours.
+    /// Further arguments for etcd. They override ours.
     pub fn etcd_args<I: IntoIterator<Item: Into<OsString>>>(mut self, args: I) -> Self {
         self.etcd_args.extend(args.into_iter().map(Into::into));
         self
@@ -71,19 +71,19 @@ impl HostBuilder {
         self
     }
 
-    /// Leaves dockerd down, and the host without docker0, until [`Daemon::start`] of [`Host::docker_daemon`].
+    /// Does not start dockerd, so that the host has no docker0, until [`Daemon::start`] of [`Host::docker_daemon`].
     pub fn without_docker(mut self) -> Self {
         self.without_docker = true;
         self
     }
 
-    /// Without dockerd, and with containers that are namespaces alone; see [`Host::light`].
+    /// Without dockerd, with containers that are only namespaces (see [`Host::light`]).
     pub fn light(mut self) -> Self {
         self.light = true;
         self.without_docker()
     }
 
-    /// Makes the host, and waits until its Docker engine answers.
+    /// Creates the host, and waits until its Docker engine answers.
     pub fn start(self) -> Result<Host> {
         let engine = if self.light { None } else { Engine::chosen()? };
         let space = Arc::new(Space::open()?);
@@ -112,19 +112,20 @@ impl HostBuilder {
 }
 
 impl Host {
-    /// A host with a Docker engine of default settings.
+    /// A host with a Docker engine with default settings.
     pub fn start() -> Result<Self> {
         Self::builder().start()
     }
 
-    /// A host without dockerd, for what needs containers and no engine: they are network and process namespaces on a
-    /// bridge `docker0`, run programs of the machine, and are announced by a [`FakeEngine`](crate::FakeEngine). Host and
-    /// containers start in a fraction of the time. Images, further networks and `docker` itself are not to be had there.
+    /// A host without dockerd, for tests that need containers but no engine. Its containers are network and process
+    /// namespaces on a bridge `docker0`, run programs of the machine, and are reported by a
+    /// [`FakeEngine`](crate::FakeEngine). Host and containers start in a fraction of the time. Images, further networks and
+    /// `docker` itself are not available.
     pub fn light() -> Result<Self> {
         Self::builder().light().start()
     }
 
-    /// A host that needs other settings.
+    /// A host with other settings.
     pub fn builder() -> HostBuilder {
         HostBuilder::default()
     }
@@ -134,7 +135,7 @@ impl Host {
         self.space().command(program)
     }
 
-    /// Runs a program inside the host and returns what it wrote to stdout; the error carries its stderr.
+    /// Runs a program inside the host. Returns its stdout. An error contains its stderr.
     pub fn run<I: IntoIterator<Item: AsRef<OsStr>>>(
         &self,
         program: &str,
@@ -143,14 +144,14 @@ impl Host {
         output(self.command(program).args(args))
     }
 
-    /// Starts a command and lets it run, with its output in the file `<name>.log` of [`Host::dir`]. The command may
-    /// come from [`Host::command`] or any other.
+    /// Starts a command in the background, with its output in the file `<name>.log` of [`Host::dir`]. The command may come
+    /// from [`Host::command`] or be any other.
     pub fn spawn(&self, name: &str, command: Command) -> Result<Process> {
         Ok(Process::spawn(name, self.dir(), command)?.shown())
     }
 
-    /// An HTTP request from inside the host. Any status is an `Ok`; an error means that nothing came for 10 s, or not
-    /// all within two minutes.
+    /// An HTTP request from inside the host. Any status is `Ok`. An error means that nothing arrived for 10 s, or not
+    /// everything within two minutes.
     pub fn http(&self, method: &str, url: &str, body: &str) -> Result<Response> {
         let mut command = self.command("curl");
         command.args([
@@ -173,7 +174,7 @@ impl Host {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().context("start curl")?;
         if let Some(mut stdin) = child.stdin.take() {
-            // curl may end without having read it; then its own status says why.
+            // curl may end without having read it. Then its own status shows the reason.
             let _ = stdin.write_all(body.as_bytes());
         }
         let output = child.wait_with_output().context("wait for curl")?;
@@ -185,7 +186,7 @@ impl Host {
         Ok(Response { status, body: body.to_owned() })
     }
 
-    /// A container of any image; by default one that idles, from the image with the testbed program, busybox and curl.
+    /// A container of any image. By default one that idles, from the image with the testbed program, busybox and curl.
     pub fn container(&self, name: &str) -> ContainerBuilder {
         ContainerBuilder::new(self, name)
     }
@@ -195,7 +196,7 @@ impl Host {
         &self.inner.docker
     }
 
-    /// The engine that the variable `ENGINE` names, such as `podman5`; `None` if it is this machine's.
+    /// The engine that the variable `ENGINE` names, such as `podman5`. `None`: this machine's.
     pub fn engine(&self) -> Option<&str> {
         self.inner.engine.as_ref().map(Engine::name)
     }
@@ -215,7 +216,7 @@ impl Host {
         &self.inner.consul
     }
 
-    /// A folder with the same path inside and outside, for logs and files that both must see. It goes with the host.
+    /// A folder with the same path inside and outside, for logs and files that both need. It is removed with the host.
     pub fn dir(&self) -> &Path {
         self.space().dir()
     }

@@ -1,4 +1,4 @@
-//! Images, made without a registry.
+//! Images, built without a registry.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -16,12 +16,12 @@ use crate::exec::output;
 use crate::host::Host;
 use crate::space::testbed_program;
 
-/// The image that every container has by default: busybox, curl and the testbed program.
+/// The default image of containers: busybox, curl and the testbed program.
 pub(crate) const BASE: &str = "testbed";
 
 impl Host {
-    /// Makes an image of busybox and `programs`, with the shared libraries that they need, and `files` (or folders) at
-    /// the paths that they have on this machine. Programs come to /usr/bin; the first is the entry point.
+    /// Builds an image of busybox and `programs`, with the shared libraries that they need, and `files` (or folders) at the
+    /// same paths as on this machine. Programs are put into /usr/bin. The first one is the entry point.
     pub fn image_with(
         &self,
         name: &str,
@@ -39,7 +39,7 @@ impl Host {
         output(self.docker_command(["import", "--change", &entry]).arg(tar).arg(name)).map(drop)
     }
 
-    /// Loads the image `testbed`; the first container that needs it does the same.
+    /// Loads the image `testbed`. The first container that needs it does this too.
     pub fn load_image(&self) -> Result<()> {
         // Held to the end, so that a second thread waits for the image instead of loading it again.
         let mut loaded =
@@ -53,7 +53,7 @@ impl Host {
     }
 }
 
-/// Where things are kept from run to run: `$TESTBED_CACHE`, else `.testbed/cache` in the repository.
+/// The folder for what is kept between runs: `$TESTBED_CACHE`, otherwise `.testbed/cache` in the repository.
 pub(crate) fn cache_dir() -> PathBuf {
     match std::env::var_os("TESTBED_CACHE") {
         Some(dir) => dir.into(),
@@ -61,7 +61,7 @@ pub(crate) fn cache_dir() -> PathBuf {
     }
 }
 
-/// A root file system, made once for each content.
+/// A root file system, built once for each content.
 fn tarball(programs: &[PathBuf], files: &[PathBuf]) -> Result<PathBuf> {
     let busybox = which("busybox")?;
     let mut hash = DefaultHasher::new();
@@ -74,7 +74,7 @@ fn tarball(programs: &[PathBuf], files: &[PathBuf]) -> Result<PathBuf> {
         return Ok(path);
     }
     fs::create_dir_all(&cache).with_context(|| format!("make {}", cache.display()))?;
-    // Tests that start at the same time all come here: one makes it, the others wait.
+    // Tests that start at the same time all get here: one builds the file, the others wait.
     let gate = File::create(cache.join("gate")).context("make the gate of the cache")?;
     gate.lock().context("lock the cache")?;
     if path.exists() {
@@ -152,7 +152,7 @@ fn fill(root: &Path, busybox: &Path, programs: &[PathBuf], files: &[PathBuf]) ->
     Ok(())
 }
 
-/// Debug information is most of a debug build, and nobody debugs in there.
+/// Copies a program without debug information, which is most of a debug build.
 fn copy_stripped(from: &Path, to: &Path) -> Result<()> {
     if output(Command::new("strip").arg("-o").arg(to).arg(from)).is_err() {
         fs::copy(from, to).with_context(|| format!("copy {}", from.display()))?;
@@ -160,7 +160,7 @@ fn copy_stripped(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Shared libraries, loader included; none for a static program, a script or a folder.
+/// The shared libraries of a program, including the loader. Empty for a static program, a script or a folder.
 fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {
     let output = Command::new("ldd").env("LC_ALL", "C").arg(program).output().context("run ldd")?;
     let text = String::from_utf8_lossy(&output.stdout);
@@ -183,7 +183,7 @@ fn hash_file(hash: &mut DefaultHasher, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Each build of the testbed makes an image; those of other days are of no use.
+/// Each build of the testbed creates an image. Those of earlier days are not needed.
 fn forget_old(cache: &Path) -> Result<()> {
     for entry in fs::read_dir(cache)? {
         let entry = entry?;
@@ -195,7 +195,7 @@ fn forget_old(cache: &Path) -> Result<()> {
                 .is_ok_and(|age| age > Duration::from_secs(24 * 3600))
         });
         if is_ours && is_old {
-            // Somebody else may have removed it.
+            // Another process may have removed it.
             let _ = fs::remove_file(entry.path());
         }
     }

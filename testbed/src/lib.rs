@@ -1,9 +1,9 @@
-//! A hermetic Docker host: for integration tests, for the demo and the benchmark, and for trying things by hand.
+//! A separate Docker host: for integration tests, for the demo and the benchmark, and for manual experiments.
 //!
-//! [`Host::start`] gives a Docker engine of its own inside fresh network, mount and process namespaces, within about
-//! a second. Its containers, bridges, firewall rules and files exist only there. Several hosts run side by side, and
-//! neither the machine's own Docker nor its firewall is touched. A host ends when the last handle to it is dropped,
-//! and also when the process that started it panics, is interrupted or is killed.
+//! [`Host::start`] starts a separate Docker engine inside new network, mount and process namespaces, within about a second.
+//! Its containers, bridges, firewall rules and files exist only there. Several hosts can run at the same time, and neither
+//! the machine's own Docker nor its firewall is changed. A host ends when its last handle is dropped, and also when the
+//! process that started it panics, is interrupted or is killed.
 //!
 //! ```no_run
 //! # fn main() -> anyhow::Result<()> {
@@ -19,7 +19,7 @@
 //! # }
 //! ```
 //!
-//! It needs root, and what `testbed/setup.sh` installs. All calls block; each is meant to be followed by `?`.
+//! It needs root, and what `testbed/setup.sh` installs. All calls block. Each is intended to be followed by `?`.
 
 mod consul;
 mod container;
@@ -53,5 +53,5 @@ pub use process::Process;
 pub use rustix::process::Signal;
 pub use space::testbed_program;
 
-/// Address of the host's `eth0`: the one that a registry would give for ports published on this Docker host.
+/// Address of the host's `eth0`, which a registry would contain for ports published on this Docker host.
 pub const HOST_ADDRESS: &str = "192.168.13.90";

@@ -1,6 +1,6 @@
-//! Containers without an engine: network and process namespaces on a bridge of the host's, and a [`FakeEngine`] that says
-//! that they run. A light host starts in a fraction of the time that dockerd takes, and so do its containers. What an
-//! engine itself does can be seen only with a real one.
+//! Containers without an engine: network and process namespaces on a bridge of the host, and a [`FakeEngine`] that reports
+//! them as running. A light host starts in a fraction of the time that dockerd takes, and so do its containers. The
+//! behaviour of a real engine can only be tested with one.
 
 use std::{
     collections::{BTreeMap, BTreeSet, hash_map::DefaultHasher},
@@ -28,23 +28,23 @@ use crate::{
     space::testbed_program,
 };
 
-/// How long a namespace may take to come or go.
+/// Timeout for creating or removing a namespace.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// What a light host has in place of dockerd.
+/// Replaces dockerd on a light host.
 #[derive(Debug)]
 pub(crate) struct LightEngine {
     engine: FakeEngine,
-    /// All that ever ran: a container outlives its handles.
+    /// All containers that ever ran: a container outlives its handles.
     containers: Mutex<Vec<Arc<LightContainer>>>,
-    /// The last part of each address that a container has.
+    /// The last byte of each address in use.
     addresses: Mutex<BTreeSet<u8>>,
-    /// Where the engine runs. Last, because fields are dropped in this order.
+    /// The runtime of the engine. Last, because fields are dropped in this order.
     _runtime: Runtime,
 }
 
 impl LightEngine {
-    /// Starts it, with its socket here.
+    /// Starts it, with its socket at this path.
     pub(crate) fn start(socket: PathBuf) -> Result<Self> {
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let engine = runtime.block_on(async { FakeEngine::start_at(socket) })?;
@@ -56,7 +56,7 @@ impl LightEngine {
         &self.engine
     }
 
-    /// The lowest address that nobody has, as an engine gives it.
+    /// Takes the lowest free address, as an engine does.
     fn take_address(&self) -> Result<u8> {
         let mut taken = self.addresses();
         let free = (2..u8::MAX).find(|part| !taken.contains(part)).context("no address is free")?;
@@ -73,12 +73,13 @@ impl LightEngine {
     }
 }
 
-/// The bridge that an engine would make. Its own address stays, whichever container comes or goes.
+/// Creates the bridge that an engine would create. Its Ethernet address is fixed, so it does not change with the
+/// containers.
 pub(crate) const BRIDGE: &str = "ip link add docker0 address 02:42:00:00:00:01 type bridge
     ip addr add 172.17.0.1/16 dev docker0
     ip link set docker0 up";
 
-/// A container that no engine made.
+/// A container without an engine.
 #[derive(Debug)]
 pub(crate) struct LightContainer {
     name: String,
@@ -87,26 +88,26 @@ pub(crate) struct LightContainer {
     variables: BTreeMap<String, String>,
     labels: BTreeMap<String, String>,
     exposed: Vec<String>,
-    /// The engine says that it gave it no address, as with `--network=none`. It has one nevertheless, as if another program
-    /// had given it.
+    /// The engine reports no address for it, as with `--network=none`. It has one nevertheless, as if another program had
+    /// set it.
     is_unaddressed: bool,
     run: Mutex<Option<Run>>,
 }
 
-/// A container that runs.
+/// The run of a container.
 #[derive(Debug)]
 struct Run {
     process: Process,
-    /// The first process, as seen from outside the host,
+    /// The first process, as seen from outside the host.
     init: Pid,
-    /// and from inside.
+    /// The first process, as seen inside the host.
     pid: u32,
-    /// The last part of its address.
+    /// The last byte of its address.
     part: u8,
 }
 
 impl LightContainer {
-    /// Makes and starts it. `args` are those of `docker run`.
+    /// Creates and starts it. `args` are those of `docker run`.
     pub(crate) fn run_on(
         host: &Host,
         name: &str,
@@ -114,7 +115,7 @@ impl LightContainer {
         command: Vec<OsString>,
     ) -> Result<Arc<Self>> {
         let mut containers = engine(host)?.containers();
-        // Of two with one name, each has an ID of its own.
+        // Two containers with the same name have different IDs.
         let mut hash = DefaultHasher::new();
         (name, containers.len()).hash(&mut hash);
         let id = format!("{:016x}", hash.finish()).repeat(4);
@@ -149,13 +150,13 @@ impl LightContainer {
         &self.id
     }
 
-    /// Its network first, then its first process, then the engine's word.
+    /// Starts its network first, then its first process, then reports it.
     pub(crate) fn start(&self, host: &Host) -> Result<()> {
         let mut run = self.running();
         ensure!(run.is_none(), "{} runs already", self.name);
         let engine = engine(host)?;
         let part = engine.take_address()?;
-        // As Docker does, which holds the container's inspection back until it has started.
+        // Like Docker, which delays the answer to a container's inspection until it has started.
         let inspection = format!("/containers/{}/json", self.id);
         engine.engine.answers(&inspection, crate::fake_engine::Mood::Starts);
         engine.engine.connects(&self.id);
@@ -190,13 +191,13 @@ END",
             let init: i32 = children.trim_end().parse().context("no child yet")?;
             let status = fs::read_to_string(format!("/proc/{init}/status"))?;
             let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
-            // Here, in the host, in the container.
+            // The process IDs here, in the host, and in the container.
             let pid = numbers.and_then(|numbers| numbers.split_whitespace().nth(1)?.parse().ok());
             Ok((Pid::from_raw(init).context("no number")?, pid.context("no number in the host")?))
         })?;
         let group = self.control_group(host)?;
         fs::create_dir_all(&group).with_context(|| format!("make {}", group.display()))?;
-        // It may have ended already; then it is for the engine to say so.
+        // It may have ended already. Then the engine reports the end.
         let _ = fs::write(group.join("cgroup.procs"), init.as_raw_pid().to_string());
         *run = Some(Run { process, init, pid, part });
         engine.engine.insert(&self.id, self.inspection(pid, part)?);
@@ -205,7 +206,7 @@ END",
         Ok(())
     }
 
-    /// Ends all that runs in it. The engine tells it then, as a real one does.
+    /// Ends everything that runs in it. The engine reports it afterwards, like a real one.
     pub(crate) fn kill(&self, host: &Host) -> Result<()> {
         let run = self.running().take().with_context(|| format!("{} does not run", self.name))?;
         // It may have ended by itself.
@@ -220,7 +221,7 @@ END",
         Ok(())
     }
 
-    /// Ends it, if it runs, for good.
+    /// Ends it, if it runs, and removes it.
     pub(crate) fn remove(&self, host: &Host) -> Result<()> {
         if self.running().is_some() {
             self.kill(host)?;
@@ -229,7 +230,7 @@ END",
         Ok(())
     }
 
-    /// Its first process, as seen inside the host.
+    /// The ID of its first process, as seen inside the host.
     pub(crate) fn pid(&self) -> Result<u32> {
         let run = self.running();
         Ok(run.as_ref().with_context(|| format!("{} does not run", self.name))?.pid)
@@ -240,24 +241,24 @@ END",
         Ok(address(run.as_ref().with_context(|| format!("{} does not run", self.name))?.part))
     }
 
-    /// A command that runs in its namespaces and in its control group, as `docker exec` has it.
+    /// A command that runs in its namespaces and in its control group, as with `docker exec`.
     pub(crate) fn exec_command(&self, host: &Host) -> Result<Command> {
         let mut command = host.command("nsenter");
         command.arg(format!("--target={}", self.pid()?)).args(["--net", "--mount", "--pid", "--"]);
         let group = self.control_group(host)?.join("cgroup.procs");
-        // 0 is the one who writes.
+        // 0 is the writing process.
         let enter = format!("echo 0 > {}; exec \"$@\"", group.display());
         command.args(["sh", "-ec", &enter, "sh"]);
         self.surround(&mut command)?;
         Ok(command)
     }
 
-    /// Its folder among the machine's control groups of version 2.
+    /// Its folder in the machine's control groups of version 2.
     pub(crate) fn control_group(&self, host: &Host) -> Result<PathBuf> {
         Ok(control_groups()?.join(host.cgroup()).join(&self.id))
     }
 
-    /// All that its first process, of every run, wrote.
+    /// Everything that its first process has written, in all runs.
     pub(crate) fn log(&self, host: &Host) -> String {
         let path = host.dir().join(format!("{}.log", self.log_name()));
         fs::read_to_string(path).unwrap_or_default()
@@ -267,7 +268,7 @@ END",
         format!("container-{}", self.name)
     }
 
-    /// Its variables, and `testbed` among the programs.
+    /// Sets its variables, and puts `testbed` on the PATH.
     fn surround(&self, command: &mut Command) -> Result<()> {
         let program = testbed_program()?;
         let mut path = program.parent().unwrap_or(Path::new("/")).as_os_str().as_bytes().to_vec();
@@ -276,7 +277,7 @@ END",
         Ok(())
     }
 
-    /// What an engine answers.
+    /// The engine's inspection of it.
     fn inspection(&self, pid: u32, part: u8) -> Result<Value> {
         let env: Vec<_> = self.variables.iter().map(|(k, v)| format!("{k}={v}")).collect();
         let exposed: BTreeMap<_, _> = self.exposed.iter().map(|port| (port, json!({}))).collect();
@@ -307,13 +308,14 @@ END",
 }
 
 impl Host {
-    /// Whether the engine of a light host tells nobody of what happens, from now on.
+    /// Sets whether the events of a light host's engine are lost.
     pub fn loses_events(&self, mute: bool) -> Result<()> {
         engine(self)?.engine.loses_events(mute);
         Ok(())
     }
 
-    /// Whether the engine of a light host lists its containers as they are now, and only once this ends.
+    /// Sets whether the engine of a light host delays its lists: they have the state at the request, and are sent when this
+    /// ends.
     pub fn delays_lists(&self, delays: bool) -> Result<()> {
         let mood = delays.then_some(Mood::Waits);
         engine(self)?.engine.answers("/containers/json", mood);
@@ -325,7 +327,7 @@ fn engine(host: &Host) -> Result<&LightEngine> {
     host.light_engine().context("the host has a real engine")
 }
 
-/// As it is made.
+/// The Ethernet address of a container.
 fn mac(part: u8) -> String {
     format!("02:42:ac:11:00:{part:02x}")
 }
@@ -334,7 +336,7 @@ fn address(part: u8) -> Ipv4Addr {
     Ipv4Addr::new(172, 17, 0, part)
 }
 
-/// Where the machine's control groups of version 2 are: one hierarchy is enough to know a container's process by.
+/// The folder of the machine's control groups of version 2. One hierarchy is enough to identify a container's process.
 fn control_groups() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("read /proc/self/mounts")?;
     let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());

@@ -1,4 +1,4 @@
-//! The servers and clients that run in containers: `testbed peer ...`, seen from a test.
+//! The servers and clients that run in containers (`testbed peer ...`), as tests use them.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,7 +14,7 @@ use crate::process::Process;
 use crate::space::testbed_program;
 
 impl Host {
-    /// A container that idles: one to dial from.
+    /// A container that idles, from which a test can connect.
     pub fn client(&self, name: &str) -> ContainerBuilder {
         self.container(name)
     }
@@ -31,7 +31,7 @@ impl Host {
 }
 
 impl Container {
-    /// Requests to a URL, or to `host:port`, from this container. Run with [`Get::run`].
+    /// Requests to a URL, or to `host:port`, from this container. [`Get::run`] sends them.
     pub fn get(&self, target: impl std::fmt::Display) -> Get<'_> {
         let target = target.to_string();
         Get {
@@ -44,13 +44,13 @@ impl Container {
         }
     }
 
-    /// Starts requests to a URL, or to `host:port`, four at a time with a pause of 5 ms after each, that go on until
-    /// [`Traffic::stop`]. `name` is that of its log, and of no other traffic of the host.
+    /// Starts requests to a URL, or to `host:port`, four at a time with a pause of 5 ms after each, until
+    /// [`Traffic::stop`]. `name` is the name of its log, and must be unique on the host.
     pub fn traffic(&self, name: &str, target: impl std::fmt::Display) -> Result<Traffic> {
         self.requests(name, &target.to_string(), &["-c", "4", "--pause-ms", "5"])
     }
 
-    /// The same by one connection, which is to live as long as the traffic does: its end is a request that fails.
+    /// The same on one connection, which must live as long as the traffic: its end counts as a failed request.
     pub fn live(&self, name: &str, target: impl std::fmt::Display) -> Result<Traffic> {
         self.requests(name, &target.to_string(), &["--keep-alive", "--pause-ms", "20"])
     }
@@ -63,7 +63,7 @@ impl Container {
         Ok(Traffic { process: host.spawn(name, command)?, end })
     }
 
-    /// Connects to `host:port`, waits up to 1 s for what comes, and says what happened.
+    /// Connects to `host:port`, waits up to 1 s for data, and returns what happened.
     pub fn probe(&self, target: impl std::fmt::Display) -> Result<Probe> {
         let said = self.peer(["probe", &target.to_string()])?;
         let outcome = said["outcome"].as_str().with_context(|| format!("a probe says {said}"))?;
@@ -71,14 +71,14 @@ impl Container {
         Ok(Probe { outcome: outcome.to_owned(), after: Duration::from_millis(ms) })
     }
 
-    /// Runs `testbed peer <words>` in this container and returns the JSON that it prints.
+    /// Runs `testbed peer <words>` in this container. Returns the JSON that it prints.
     pub fn peer<const N: usize>(&self, words: [&str; N]) -> Result<Value> {
         let said = self.exec(["testbed", "peer"].into_iter().chain(words))?;
         serde_json::from_str(&said).with_context(|| format!("not JSON: {said:?}"))
     }
 }
 
-/// Requests that a container is to make.
+/// Requests to send from a container.
 #[derive(Debug, Clone)]
 #[must_use = "nothing is sent before run()"]
 pub struct Get<'a> {
@@ -91,32 +91,32 @@ pub struct Get<'a> {
 }
 
 impl Get<'_> {
-    /// How many requests in all. Default 1.
+    /// The number of requests. Default 1.
     pub fn times(mut self, times: usize) -> Self {
         self.times = times;
         self
     }
 
-    /// How many at the same time. Default 1.
+    /// The number of parallel requests. Default 1.
     pub fn at_once(mut self, at_once: usize) -> Self {
         self.at_once = at_once;
         self
     }
 
-    /// One connection for many requests, as many connections as [`at_once`](Self::at_once) says. Without it each
-    /// request has a connection of its own.
+    /// Uses a connection for many requests, with as many connections as [`at_once`](Self::at_once). Without this, each
+    /// request has its own connection.
     pub fn keep_alive(mut self) -> Self {
         self.keep_alive = true;
         self
     }
 
-    /// How long a connect or a read may take. Default 10 s.
+    /// Timeout of a connect or a read. Default 10 s.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// Makes the requests. A request that fails is counted, not an error.
+    /// Sends the requests. A failed request is counted, and is not an error.
     pub fn run(self) -> Result<Answers> {
         let (times, at_once) = (self.times.to_string(), self.at_once.to_string());
         let timeout = self.timeout.as_millis().to_string();
@@ -129,20 +129,20 @@ impl Get<'_> {
     }
 }
 
-/// Requests that go on while a test does something else. They come from a container's network, and need neither its
-/// engine nor itself.
+/// Requests that continue while a test does something else. They come from a container's network, and need neither its
+/// engine nor its processes.
 #[derive(Debug)]
 pub struct Traffic {
     process: Process,
-    /// When this file is there, they end.
+    /// The requests end when this file exists.
     end: PathBuf,
 }
 
 impl Traffic {
-    /// How long the requests that are under way may take once they are to end.
+    /// Timeout for running requests at the end.
     const LAST: Duration = Duration::from_secs(60);
 
-    /// Ends it, and says what came back.
+    /// Ends the requests. Returns the results.
     pub fn stop(self) -> Result<Answers> {
         File::create(&self.end).with_context(|| format!("make {}", self.end.display()))?;
         self.process.wait(Self::LAST)?;
@@ -150,21 +150,21 @@ impl Traffic {
     }
 }
 
-/// What came back to a [`Get`].
+/// The results of a [`Get`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answers {
-    /// How many answers of status 200 had this body. A body of more than 200 bytes is named by its size.
+    /// The number of answers with status 200, by body. A body of more than 200 bytes is named by its size.
     pub by_body: BTreeMap<String, usize>,
-    /// How many requests failed for this reason, such as `connect: refused`, `read: reset` or `status 503`.
+    /// The number of failed requests, by reason, such as `connect: refused`, `read: reset` or `status 503`.
     pub failures: BTreeMap<String, usize>,
-    /// The longest that a request took, connect included.
+    /// The longest duration of a request, including its connect.
     pub slowest: Duration,
-    /// How many took longer than half a second.
+    /// The number of requests that took longer than half a second.
     pub slow: usize,
 }
 
 impl Answers {
-    /// What `testbed peer get` wrote.
+    /// Parses the output of `testbed peer get`.
     pub fn read(said: &str) -> Result<Self> {
         let said: Value =
             serde_json::from_str(said).with_context(|| format!("not JSON: {said:?}"))?;
@@ -176,29 +176,29 @@ impl Answers {
         })
     }
 
-    /// How many had exactly this body.
+    /// The number of answers with exactly this body.
     pub fn from(&self, body: &str) -> usize {
         self.by_body.get(body).copied().unwrap_or_default()
     }
 
-    /// How many were answered.
+    /// The number of answers.
     pub fn answered(&self) -> usize {
         self.by_body.values().sum()
     }
 
-    /// How many failed.
+    /// The number of failures.
     pub fn failed(&self) -> usize {
         self.failures.values().sum()
     }
 }
 
-/// What became of a connection.
+/// The result of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Probe {
-    /// `refused`, `unreachable` or `timeout` if there was none; else what happened within a second to the connection:
-    /// `data`, `closed`, `reset`, or `open` if nothing did.
+    /// `refused`, `unreachable` or `timeout` if there was no connection. Otherwise what happened to the connection within a
+    /// second: `data`, `closed`, `reset`, or `open` if nothing happened.
     pub outcome: String,
-    /// From the start to the outcome.
+    /// The time from the start to the outcome.
     pub after: Duration,
 }
 

@@ -6,8 +6,8 @@ use anyhow::{Context, Result};
 
 const INTERVAL: Duration = Duration::from_millis(25);
 
-/// Calls `attempt` until it returns `Ok`, and returns that. After `deadline` the error says what was awaited and why
-/// the last attempt failed.
+/// Calls `attempt` until it returns `Ok`, and returns its value. After `deadline` it returns an error that says what was
+/// awaited and why the last attempt failed.
 ///
 /// ```
 /// # use std::time::Duration;

@@ -12,18 +12,18 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::exec::describe;
 
-/// A running program whose output goes to a file. It is killed when this is dropped.
+/// A running program whose output goes to a file. It is killed on drop.
 #[derive(Debug)]
 pub struct Process {
     name: String,
     log: PathBuf,
-    /// The program itself. It is a child of `child` where that is nsenter: entering a process namespace takes a fork.
+    /// The program. If `child` is nsenter, the program is its child: entering a process namespace needs a fork.
     pid: Pid,
     child: Mutex<Child>,
     shown: bool,
 }
 
-/// What a failed test shows of a program's log.
+/// Number of lines of a program's log that a failed test shows.
 const SHOWN_LINES: usize = 60;
 
 impl Process {
@@ -35,7 +35,7 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(file.try_clone().context("share the log")?)
             .stderr(file)
-            // A Ctrl-C at the terminal is meant for the one who started the host.
+            // Ctrl-C in the terminal is for the program that started the host.
             .process_group(0)
             .spawn()
             .with_context(|| format!("start {}", describe(&command)))?;
@@ -48,13 +48,13 @@ impl Process {
         Ok(Self { name: name.to_owned(), log, pid, child: Mutex::new(child), shown: false })
     }
 
-    /// A failed test shows its log: the daemons of a host talk too much for that.
+    /// A failed test shows this log. The logs of a host's daemons are too long for that.
     pub(crate) fn shown(mut self) -> Self {
         self.shown = true;
         self
     }
 
-    /// The program's process, as seen from outside the host.
+    /// The ID of the program's process, as seen from outside the host.
     pub fn pid(&self) -> u32 {
         self.pid.as_raw_pid().unsigned_abs()
     }
@@ -72,7 +72,7 @@ impl Process {
         kill_process(self.pid, signal).with_context(|| format!("signal {}", self.name))
     }
 
-    /// Waits for the end. An error if it does not come within `deadline`.
+    /// Waits for the end. An error if it does not end within `deadline`.
     pub fn wait(&self, deadline: Duration) -> Result<ExitStatus> {
         let start = Instant::now();
         loop {
@@ -100,16 +100,16 @@ impl Process {
         child.try_wait().with_context(|| format!("wait for {}", self.name))
     }
 
-    /// Kills it and waits until it is gone; nothing if it has ended already.
+    /// Kills it and waits until it is gone. Does nothing if it has already ended.
     pub fn kill(&self) -> Result<()> {
         if self.exited()?.is_none() {
-            // It may have ended just now, and `wait` tells.
+            // It may just have ended, which `wait` shows.
             let _ = kill_process(self.pid, Signal::KILL);
         }
         self.wait(Duration::from_secs(10)).map(drop)
     }
 
-    /// All it wrote so far to stdout and stderr.
+    /// Everything that it has written to stdout and stderr so far.
     pub fn log(&self) -> String {
         fs::read(&self.log)
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
@@ -129,18 +129,18 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // A test that returns an error does not panic. With the variable all is shown, and the test runner keeps it for
-        // the tests that fail.
+        // A test that returns an error does not panic. With the variable all logs are shown, and the test runner keeps them
+        // for failed tests.
         let wanted = std::thread::panicking() || std::env::var_os("TESTBED_SHOW_LOGS").is_some();
         if self.shown && wanted {
             eprintln!("--- end of the log of {}\n{}\n---", self.name, self.log_tail());
         }
-        // Where it cannot be killed, the end of the host's namespaces does it.
+        // If it cannot be killed, the end of the host's namespaces kills it.
         let _ = self.kill();
     }
 }
 
-/// The child of nsenter, which comes a moment after nsenter itself.
+/// The child of nsenter, which appears a moment after nsenter itself.
 fn forked_by(nsenter: &mut Child) -> Result<Pid> {
     let children = format!("/proc/{0}/task/{0}/children", nsenter.id());
     let start = Instant::now();
@@ -152,7 +152,7 @@ fn forked_by(nsenter: &mut Child) -> Result<Pid> {
             return Ok(pid);
         }
         if nsenter.try_wait()?.is_some() || start.elapsed() > Duration::from_secs(10) {
-            // Ended before it could be seen: whatever it had to say is in its status and log.
+            // It has ended before it could be seen. Its status and log show why.
             return Ok(Pid::from_child(nsenter));
         }
         std::thread::sleep(Duration::from_millis(1));
@@ -161,6 +161,6 @@ fn forked_by(nsenter: &mut Child) -> Result<Pid> {
 
 fn is_stopped(child: &Child) -> bool {
     let stat = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
-    // The state follows the name, which is in parentheses and may itself hold some.
+    // The state follows the name, which is in parentheses and may itself contain some.
     stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
 }

@@ -1,4 +1,4 @@
-//! The namespaces that a host lives in, and the life line that ends them.
+//! The namespaces of a host, and the process that removes them.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
@@ -8,16 +8,17 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// Namespaces with one init process; dropping it ends every process inside, and removes what was made for it.
+/// Namespaces with one init process. Dropping it ends every process inside, and removes what was created for it.
 #[derive(Debug)]
 pub(crate) struct Space {
-    /// `testbed keep`. It outlives us for a moment: when the pipe to its stdin closes, for whatever reason, it clears up.
+    /// `testbed keep`. It outlives this process for a moment: when the pipe to its stdin closes, for whatever reason, it
+    /// cleans up.
     keeper: Child,
     init: u32,
     dir: PathBuf,
 }
 
-/// Variables of the user's session that would lead a tool away from the host.
+/// Variables of the user's session that would make a tool use something outside of the host.
 const FOREIGN_VARIABLES: [&str; 11] = [
     "http_proxy",
     "https_proxy",
@@ -44,7 +45,7 @@ impl Space {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
-            // A Ctrl-C at the terminal must not reach it: it has to clear up after us.
+            // Ctrl-C in the terminal must not reach it: it must clean up after us.
             .process_group(0)
             .spawn()
             .with_context(|| format!("start {}", program.display()))?;
@@ -70,17 +71,17 @@ impl Space {
         }
     }
 
-    /// A folder with the same path inside and outside; it goes with the host.
+    /// A folder with the same path inside and outside. It is removed with the host.
     pub(crate) fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The init process, as seen from outside.
+    /// The ID of the init process, as seen from outside.
     pub(crate) fn init(&self) -> u32 {
         self.init
     }
 
-    /// A number that no other living host on this machine has.
+    /// A number that no other running host on this machine has.
     pub(crate) fn number(&self) -> &str {
         self.dir.file_name().and_then(OsStr::to_str).unwrap_or_default()
     }
@@ -100,7 +101,7 @@ impl Drop for Space {
     }
 }
 
-/// A command free of the user's proxies and Docker settings.
+/// A command without the user's proxy and Docker settings.
 pub(crate) fn plain(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     for variable in FOREIGN_VARIABLES {
@@ -109,12 +110,12 @@ pub(crate) fn plain(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// The `testbed` program: it holds the namespaces, and is what the containers run.
+/// The `testbed` program: it keeps the namespaces, and runs in the containers.
 pub fn testbed_program() -> Result<PathBuf> {
     program_near("testbed", "TESTBED_BIN")
 }
 
-/// The path that `variable` gives, else a program of this build.
+/// The path in `variable`, otherwise a program of this build.
 pub(crate) fn program_near(name: &str, variable: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
         return Ok(path.into());
@@ -132,6 +133,6 @@ pub(crate) fn program_near(name: &str, variable: &str) -> Result<PathBuf> {
 
 fn end(keeper: &mut Child) {
     drop(keeper.stdin.take());
-    // The only error is that it has been waited for already.
+    // The only possible error is that it has already been waited for.
     let _ = keeper.wait();
 }

@@ -1,4 +1,4 @@
-//! Whatever is sent to the admin API, it lives, and gives nothing away to a browser's other pages.
+//! Whatever is sent to the admin API, it stays alive, and reveals nothing to other pages in a browser.
 
 use std::{
     io::{Read, Write},
@@ -15,7 +15,7 @@ use crate::{
     support::{ETCD, reaches, web},
 };
 
-/// What is asked in earnest, to start from.
+/// Valid requests, from which mutations are made.
 const REQUESTS: [&str; 12] = [
     "GET /metrics HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\n\r\n",
     "GET /readyz HTTP/1.1\r\nConnection: close\r\nHost: 127.0.0.1:9990\r\nAccept: */*\r\n\r\n",
@@ -31,7 +31,7 @@ const REQUESTS: [&str; 12] = [
     "GET / HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
 ];
 
-/// How long mutations of them are sent: `FUZZ_SECONDS`, else 5 s.
+/// How long mutations are sent: `FUZZ_SECONDS`, 5 s by default.
 fn time() -> Result<Duration> {
     let wanted = std::env::var("FUZZ_SECONDS").ok();
     let seconds = wanted.map_or(Ok(5), |text| text.parse().context("FUZZ_SECONDS takes a number"));
@@ -50,7 +50,7 @@ fn start(host: &Host) -> Result<(Embassy, PathBuf)> {
     Ok((embassy, path))
 }
 
-/// An endpoint, at the address that is drained, and who asks for it.
+/// An endpoint, at the address that the requests drain, and its consumer.
 fn web_and_app(host: &Host) -> Result<Container> {
     let web = web(host, "web")?;
     ensure!(web.ip()?.octets() == [172, 17, 0, 2], "the first container has the first address");
@@ -63,13 +63,13 @@ fn no_bytes_end_it() -> Result<()> {
     let app = web_and_app(&host)?;
     let (embassy, path) = start(&host)?;
     reaches(&app, "172.17.0.1:80", "web")?;
-    // None of them is a call that does not exist, or a body that is not understood: mutations of those reach nothing.
+    // All of these requests succeed: mutations of a request that fails would test little.
     for request in REQUESTS {
         let answer = ask(&path, request.as_bytes())?;
         ensure!(answer.starts_with("HTTP/1.1 200"), "{request}: {answer}");
     }
     let (time, start) = (time()?, Instant::now());
-    // Most of the time goes by with waiting for answers that do not come.
+    // Most of the time is spent waiting for answers that do not come.
     let send = || -> Result<usize> {
         let mut sent = 0;
         while start.elapsed() < time {
@@ -77,7 +77,7 @@ fn no_bytes_end_it() -> Result<()> {
             let request = mutated(number);
             let answer = ask(&path, &request)
                 .with_context(|| format!("mutation {number}: {}", request.escape_ascii()))?;
-            // A server's error is a fault of ours, whatever was sent.
+            // A server error is a bug of ours, whatever was sent.
             let wrong = answer.starts_with("HTTP/1.1 5") && !answer.starts_with("HTTP/1.1 503");
             ensure!(!wrong, "mutation {number}: {}: {answer}", request.escape_ascii());
             sent += 1;
@@ -114,7 +114,7 @@ fn what_is_too_large_is_refused() -> Result<()> {
         let shown = &answer[..answer.len().min(60)];
         ensure!(!answer.starts_with("HTTP/1.1 2"), "{}: {shown}", &request[..20]);
     }
-    // Of what was sent, 32 MiB, nothing is kept.
+    // Nothing is kept of the 32 MiB that were sent.
     let grown = resident(&embassy)?.saturating_sub(before);
     ensure!(grown < 16 * 1024, "{grown} KiB more than before");
     ensure!(ask(&path, REQUESTS[1].as_bytes())?.starts_with("HTTP/1.1 200"));
@@ -132,21 +132,23 @@ fn a_page_of_elsewhere_may_not_read_it() -> Result<()> {
         host.run("curl", [&args[..], more].concat()).map(|answer| answer.to_lowercase())
     };
     let url = "http://127.0.0.1:9990/metrics";
-    // Without this header a browser lets no page of another origin read the answer, nor send more than a simple request.
+    // Without this header, a browser neither lets a page of another origin read the answer, nor lets it send more than a
+    // simple request.
     for method in ["GET", "OPTIONS", "POST", "PUT", "DELETE"] {
         let asks = ["-H", "Origin: http://evil.example", "-X", method, url];
         let answer = curl(&[&asks[..], &["-H", "Access-Control-Request-Method: PUT"]].concat())?;
         ensure!(!answer.contains("access-control-allow"), "{method}: {answer}");
         ensure!(method == "GET" || !answer.starts_with("http/1.1 2"), "{method}: {answer}");
     }
-    // A name that its owner makes lead here would make that page one of ours: only our own names are answered.
+    // The owner of a name can let it resolve to this host, which would make the page one of ours. So only our own names are
+    // answered.
     let answer = curl(&["-H", "Host: evil.example", "http://127.0.0.1:9990/v1/status"])?;
     ensure!(!answer.starts_with("http/1.1 2"), "{answer}");
     ensure!(embassy.exited()?.is_none());
     Ok(())
 }
 
-/// A request with a few changes; the same for the same number.
+/// A request with a few changes. The same number gives the same changes.
 fn mutated(number: u64) -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(number);
     let mut request = random.choice(REQUESTS).unwrap_or_default().as_bytes().to_vec();
@@ -165,20 +167,20 @@ fn mutated(number: u64) -> Vec<u8> {
     request
 }
 
-/// What comes back until the connection ends, or for a moment; it may be nothing.
+/// What is received until the connection ends, or for a moment. It may be empty.
 fn ask(path: &Path, request: &[u8]) -> Result<String> {
     let mut connection = UnixStream::connect(path)?;
     connection.set_read_timeout(Some(Duration::from_millis(300)))?;
     connection.set_write_timeout(Some(WAIT))?;
-    // It may hang up before it has read everything.
+    // The server may close the connection before it has read everything.
     let _ = connection.write_all(request);
     let mut answer = Vec::new();
-    // The end, a reset, or silence.
+    // The end, a reset, or a timeout.
     let _ = connection.read_to_end(&mut answer);
     Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
-/// KiB.
+/// Resident memory in KiB.
 fn resident(embassy: &Embassy) -> Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", embassy.pid()))?;
     let value = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;

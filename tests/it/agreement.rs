@@ -1,4 +1,4 @@
-//! Whoever is asked about a host, says the same of it: `status`, `explain`, `ps`, `wait`, `doctor`, `/readyz` and the API.
+//! All ways to ask about a host say the same: `status`, `explain`, `ps`, `wait`, `doctor`, `/readyz` and the API.
 
 use anyhow::{Context, Result, ensure};
 use embassy::admin::api::{self, Subject, Verdict};
@@ -11,18 +11,18 @@ use crate::{
     support::{ETCD, offer, offer_at, reaches, web},
 };
 
-/// A port of a consumer, and how it should be.
+/// A port of a consumer, and its expected state.
 struct Expected {
     consumer: &'static str,
     port: u16,
-    /// As a container asks for it, and `wait` with it.
+    /// The service in the form that a container and `wait` use.
     service: &'static str,
     verdict: Verdict,
-    /// What the first finding of the explanation is.
+    /// The cause of the explanation's first finding.
     cause: &'static str,
-    /// What the finding of the status is about.
+    /// The subject of the status's finding.
     about: Subject,
-    /// Whether there is a route at all.
+    /// Whether there is a route.
     routed: bool,
 }
 
@@ -31,13 +31,13 @@ fn expected(port: u16, service: &'static str, verdict: Verdict, cause: &'static 
     Expected { consumer: "app", port, service, verdict, cause, about, routed: true }
 }
 
-/// What a command prints for machines, and its exit code.
+/// A command's JSON output, and its exit code.
 fn read<T: DeserializeOwned>(host: &Host, words: &[&str]) -> Result<(T, Option<i32>)> {
     let (text, code) = run(host, &[words, &["--json"]].concat())?;
     Ok((serde_json::from_str(&text).with_context(|| format!("{words:?}: {text}"))?, code))
 }
 
-/// Whether everybody says of a port what is expected.
+/// Checks that all ways to ask about a port give the expected answer.
 fn all_say(host: &Host, expected: &Expected) -> Result<()> {
     let &Expected { consumer, port, service, verdict, cause, about, routed } = expected;
     let works = verdict != Verdict::Broken;
@@ -70,7 +70,7 @@ fn all_say(host: &Host, expected: &Expected) -> Result<()> {
     Ok(())
 }
 
-/// Whether everybody says that embassy is ready, or that it is not.
+/// Checks that all ways to ask say that embassy is ready, or that it is not.
 fn ready(host: &Host, embassy: &Embassy, ready: bool) -> Result<()> {
     let answer = embassy.admin("/readyz")?;
     let (status, code) = read::<api::Status>(host, &["status"])?;
@@ -83,7 +83,7 @@ fn ready(host: &Host, embassy: &Embassy, ready: bool) -> Result<()> {
 fn everybody_says_the_same_of_a_port() -> Result<()> {
     let host = Host::start()?;
     let blue = web(&host, "web")?;
-    // Nobody listens there, which a check finds out for good.
+    // No program listens there, which a check finds out for certain.
     offer_at(&host, "dead", &format!("{}:81", blue.ip()?))?;
     offer(&host, "gone", blue.ip()?)?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80");
@@ -126,21 +126,21 @@ fn everybody_says_the_same_of_a_port() -> Result<()> {
         true,
     )?;
 
-    // The registry has lost one: what is held is used, and everybody says so.
+    // The registry has lost one endpoint: the held one is used, and everything reports it.
     host.etcd()?.v3().delete(&format!("/services/gone/{}:80", blue.ip()?))?;
     say(&[expected(82, "/services/gone", Verdict::Degraded, "held")], true)?;
 
-    // It is away: what was known stays in use, and embassy stays ready.
+    // The registry is down: what was known stays in use, and embassy stays ready.
     host.etcd_daemon().kill()?;
     let lost = || expected(80, "/services/web", Verdict::Degraded, "source_down");
     say(&[lost()], true)?;
     host.etcd_daemon().start()?;
     say(&[expected(80, "/services/web", Verdict::Ok, "goes_to")], true)?;
 
-    // The rules cannot be written any more: nobody is served, and embassy is not ready.
+    // The rules cannot be written any more: no consumer is served, and embassy is not ready.
     let program = host.run("sh", ["-c", "readlink -f \"$(command -v iptables)\""])?;
     host.run("mount", ["--bind", "/bin/false", program.trim()])?;
-    // Nothing is written while nothing is missing.
+    // Nothing is written as long as nothing is missing.
     host.run("nft", ["flush", "chain", "ip", "nat", "EMBASSY"])?;
     let failing = Expected {
         about: Subject::Capture,

@@ -1,4 +1,4 @@
-//! The PROXY protocol towards endpoints: an echo server shows what it was sent, HAProxy and nginx what they understood.
+//! The PROXY protocol towards endpoints: an echo server shows what it received, HAProxy and nginx what they understood.
 
 use std::{fs, process::Command};
 
@@ -59,7 +59,7 @@ fn haproxy_and_nginx_understand_it() -> Result<()> {
     let mut bound = Vec::new();
     let mut port = 7000;
     for receiver in &receivers {
-        // An endpoint of the other family hears of the consumer's own all the same.
+        // An endpoint of the other address family gets the consumer's address too.
         for address in ["172.17.0.1", "[fd00:d0c::1]"] {
             for version in ["v1", "v2"] {
                 port += 1;
@@ -97,13 +97,13 @@ fn haproxy_and_nginx_understand_it() -> Result<()> {
     Ok(())
 }
 
-/// A web server that expects the header, and answers what it understood.
+/// A web server that expects the header, and answers with what it understood.
 struct Receiver {
     name: &'static str,
     port: u16,
-    /// Whether it is new enough to tell the type-length-values too.
+    /// Whether its version can show the type-length-values too.
     tells_values: bool,
-    /// It runs as long as this lives.
+    /// It runs until this is dropped.
     _process: Process,
 }
 

@@ -1,4 +1,4 @@
-//! The commands that ask an embassy that runs.
+//! The commands that ask a running embassy.
 
 use std::{
     io::{Read, Write},
@@ -17,7 +17,7 @@ use crate::{
     support::{ETCD, ends, offer, offer_at, reaches, says, sum, web},
 };
 
-/// The lines that a command prints, in words; and its exit code.
+/// The lines that a command prints, split into words, and its exit code.
 fn rows(host: &Host, words: &[&str]) -> Result<(Vec<Vec<String>>, Option<i32>)> {
     let (text, code) = run(host, words)?;
     let row = |line: &str| line.split_whitespace().map(str::to_owned).collect();
@@ -52,7 +52,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
         )
     );
 
-    // What is, and what is wrong.
+    // The state and the problems.
     let (text, code) = run(&host, &["status"])?;
     assert_eq!(code, Some(0), "{text}");
     for part in
@@ -62,7 +62,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     }
     assert_eq!(json(&host, &["status"])?["ready"], true);
 
-    // One command from symptom to cause.
+    // One command leads from the symptom to the cause.
     for (consumer, port, code, beginning) in [
         ("app", "80", 0, "ok: The next connection of app to port 80 goes to "),
         ("app", "81", 1, "BROKEN: etcd /services/late has no endpoint"),
@@ -82,7 +82,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
         ("embassy: <PORT> \"0\": expected a port from 1 to 65535\n", Some(2))
     );
 
-    // Who holds most connections.
+    // The consumers with most connections.
     reaches(&app, "172.17.0.1:80", "web")?;
     let mut held = Vec::new();
     for n in 0..3 {
@@ -98,7 +98,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     assert_eq!((only.len(), only[1][5].as_str()), (2, "no_endpoint"), "{only:?}");
     assert_eq!(json(&host, &["ps", "hold"])?.as_array().map(Vec::len), Some(1));
 
-    // An endpoint that gets nothing, and why. The other one was there first, and may be drawn before it.
+    // An endpoint that gets no connections, and why. The other endpoint was there first, and may be next.
     offer_at(&host, "web", "192.168.13.77:80")?;
     testbed::eventually(WAIT, "the dead endpoint to be skipped", || {
         reaches(&app, "172.17.0.1:80", "web")?;
@@ -111,7 +111,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     assert!(text.contains("192.168.13.77:80 is skipped for "), "{text}");
     assert_eq!(code, Some(0), "{text}");
 
-    // What no list can have, what nobody has, and a part of a name.
+    // A state that no list has, a service that does not exist, and a part of a name.
     let late = "/services/late";
     for (words, code, part) in [
         (&["ps", "--state=typo"][..], 2, "--state \"typo\": expected one of ok, degraded, "),
@@ -141,7 +141,7 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
     }
     let (rows, _) = rows(&host, &["ps", "--endpoints", "--service=/services/web"])?;
     let column = rows[0].iter().position(|name| name == "EJECTIONS").context("no column")?;
-    // Behind the service, which is two words, and before a state that is two where it is ejected.
+    // The column comes after the service, which is two words, and before a state, which is two words if it is ejected.
     let dead = rows.iter().find(|row| row.contains(&"192.168.13.77:80".to_owned()));
     let dead = dead.context("no such endpoint")?;
     assert!(
@@ -149,13 +149,13 @@ fn routes_are_listed_explained_and_waited_for() -> Result<()> {
         "{rows:?}"
     );
 
-    // Something comes while it is waited for.
+    // An endpoint appears during the wait.
     ends(&app, "172.17.0.1:81", "reset")?;
     let mut wait = host.embassy_command(["wait", "/services/late", "--consumer=app"])?.spawn()?;
     offer(&host, "late", hang.ip()?)?;
     assert!(wait.wait()?.success());
 
-    // One that is stopped holds nobody up for longer than they wait.
+    // A stopped embassy does not delay a command beyond its timeout.
     embassy.signal(rustix::process::Signal::STOP)?;
     let (text, code) = run(&host, &["wait", "/services/web", "--timeout=1s"])?;
     assert!(text.starts_with("not ready: embassy (process "), "{text}");
@@ -226,7 +226,7 @@ fn the_live_screen_comes_and_gives_the_terminal_back() -> Result<()> {
     let (text, code) = run(&host, &["top"])?;
     assert!(code == Some(1) && text.contains("top needs a terminal"), "{text}");
 
-    // By its key, and by a signal.
+    // Ended by its key, and by a signal.
     for by_key in [true, false] {
         let mut terminal = Terminal::start(&host)?;
         let pid = terminal.shows("pid ")?;
@@ -239,14 +239,14 @@ fn the_live_screen_comes_and_gives_the_terminal_back() -> Result<()> {
             .collect();
         terminal.shows("/services/web")?;
         if by_key {
-            // The other list, which is asked for when it is to be shown.
+            // The other list, which is read when it is to be shown.
             terminal.keys.write_all(b"e")?;
             terminal.shows(&format!("{}:80", web.ip()?))?;
             terminal.keys.write_all(b"q")?;
         } else {
             host.run("kill", [pid])?;
         }
-        // The alternate screen was entered, and is left.
+        // The alternate screen was entered and left.
         let all = terminal.shows("\u{1b}[?1049l")?;
         assert!(all.contains("\u{1b}[?1049h"), "{all:?}");
         assert!(terminal.child.wait()?.success());
@@ -254,7 +254,7 @@ fn the_live_screen_comes_and_gives_the_terminal_back() -> Result<()> {
     Ok(())
 }
 
-/// `embassy top` in a terminal of its own.
+/// `embassy top` in its own terminal.
 struct Terminal {
     child: Child,
     keys: std::process::ChildStdin,
@@ -284,7 +284,7 @@ impl Terminal {
         Ok(Self { child, keys, screen, seen: Vec::new() })
     }
 
-    /// Waits until all that was written so far has `part`, and returns it.
+    /// Waits until the whole output so far contains `part`. Returns the output.
     fn shows(&mut self, part: &str) -> Result<String> {
         loop {
             let text = String::from_utf8_lossy(&self.seen).into_owned();
@@ -299,13 +299,13 @@ impl Terminal {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        // It has ended, where all went well.
+        // It has already ended if the test succeeded.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// What is printed for machines is what the API says.
+/// The JSON output of commands is that of the API.
 #[test]
 fn json_is_the_apis_own() -> Result<()> {
     let host = Host::light()?;
@@ -338,7 +338,7 @@ fn a_container_whose_bindings_are_all_wrong_is_told_why_however_it_is_called() -
         ensure!(first.starts_with("BROKEN: ") && first.contains("BACKEND_A"), "{wanted}: {text}");
         ensure!(code == Some(1) && !text.contains("without bindings"), "{wanted}: {text}");
     }
-    // One that asks for nothing is something else.
+    // A container without bindings is reported differently.
     let (text, _) = run(&host, &["explain", &other.ip()?.to_string(), "80"])?;
     ensure!(text.contains("is a container without bindings"), "{text}");
     Ok(())

@@ -1,4 +1,4 @@
-//! What one container, or one registry, can do to all others by sheer size or by the characters in its names: nothing.
+//! One container, or one registry, cannot affect the others, by its size or by the characters in its names.
 
 use std::{
     collections::HashMap,
@@ -27,21 +27,21 @@ use crate::{
     support::{ETCD, reaches, says, web},
 };
 
-/// A Consul that says what it is told to.
+/// A fake Consul with configurable answers.
 struct FakeConsul {
     answers: Arc<Mutex<HashMap<String, Answer>>>,
 }
 
 #[derive(Clone)]
 enum Answer {
-    /// This list, with this index.
+    /// This list with this index.
     List(u64, Arc<str>),
-    /// One of these lists after the other, at once.
+    /// These lists alternately, immediately.
     Busy(Arc<[String; 2]>, Arc<AtomicU64>),
     Error(Arc<str>),
 }
 
-/// Until a million entries were read by a program without optimisation, on a machine that is busy.
+/// Until an unoptimised program has read a million entries on a busy machine.
 const SLOW: Duration = Duration::from_secs(120);
 /// How long a query is held.
 const HELD: Duration = Duration::from_secs(5);
@@ -49,18 +49,18 @@ const HELD: Duration = Duration::from_secs(5);
 impl FakeConsul {
     const DISCOVERY: &str = "-discovery=consul://127.0.0.1:8500";
 
-    /// Listens at port 8500 of the host's loopback.
+    /// Listens on port 8500 of the host's loopback.
     fn start(host: &Host) -> Result<Self> {
         let network = File::open(format!("/proc/{}/ns/net", host.init_pid()))?;
         let bind = move || -> Result<TcpListener> {
-            // This thread's alone, and it ends here.
+            // Affects only this thread, which ends here.
             move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))?;
             Ok(TcpListener::bind("127.0.0.1:8500")?)
         };
         let listener = thread::spawn(bind).join().expect("it does not panic")?;
         let answers = Arc::<Mutex<HashMap<_, _>>>::default();
         let known = answers.clone();
-        // They end with the test's process.
+        // The threads end with the test's process.
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let answers = known.clone();
@@ -75,7 +75,7 @@ impl FakeConsul {
     }
 }
 
-/// Answers requests until the client has gone.
+/// Answers requests until the client closes the connection.
 fn serve(mut stream: TcpStream, answers: &Mutex<HashMap<String, Answer>>) -> Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     loop {
@@ -125,7 +125,7 @@ fn list(instances: impl IntoIterator<Item = String>) -> Arc<str> {
     format!("[{}]", instances.into_iter().collect::<Vec<_>>().join(",")).into()
 }
 
-/// MiB that are resident, and the most that ever were.
+/// Resident memory in MiB: now, and the peak.
 fn resident(embassy: &Embassy) -> Result<(u64, u64)> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", embassy.pid()))?;
     let value = |name| -> Result<u64> {
@@ -135,7 +135,7 @@ fn resident(embassy: &Embassy) -> Result<(u64, u64)> {
     Ok((value("VmRSS:")?, value("VmHWM:")?))
 }
 
-/// A sample of the metrics.
+/// The value of a metric.
 fn gauge(embassy: &Embassy, series: &str) -> Result<u64> {
     let text = embassy.admin("/metrics")?.ok()?;
     let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
@@ -168,7 +168,7 @@ fn an_image_with_20_000_labels_costs_what_256_bindings_cost() -> Result<()> {
     );
     ensure!(most < before + 64, "{most} MiB, and {before} before");
 
-    // It has what it may have, and is told what it has not.
+    // It has the bindings within the limit, and the others are explained.
     reaches(&greedy, "172.17.0.1:256", "web")?;
     let (text, code) = run(&host, &["explain", "greedy", "257"])?;
     ensure!(text.contains("it is beyond --max-bindings-per-consumer (256)"), "{text}");
@@ -181,12 +181,12 @@ fn an_image_with_20_000_labels_costs_what_256_bindings_cost() -> Result<()> {
     let (doctor, _) = run(&host, &["doctor", "--dnat", ETCD])?;
     ensure!(doctor.contains("768 bindings of greedy"), "{doctor}");
 
-    // One line for each binding that is used, and few more; and the lines of the others are there.
+    // About one line for each used binding, and the lines of other consumers are there.
     let log = embassy.log();
     let of_greedy = log.lines().filter(|line| line.contains("greedy")).count();
     ensure!((257..300).contains(&of_greedy), "{of_greedy} lines: {log}");
     says(&embassy, &["new route", "consumer=late"])?;
-    // All of it goes with it.
+    // Everything about it disappears with it.
     greedy.kill()?;
     eventually(WAIT, "the limit not to be reached", || {
         ensure!(gauge(&embassy, beyond)? == 0);
@@ -194,7 +194,7 @@ fn an_image_with_20_000_labels_costs_what_256_bindings_cost() -> Result<()> {
     })
 }
 
-/// Services in use stay, and who waits is served when there is room.
+/// Used services stay in use, and waiting ones are served when there is room.
 #[test]
 fn more_services_than_a_host_may_use_are_reported_once() -> Result<()> {
     let host = Host::light()?;
@@ -224,7 +224,7 @@ fn more_services_than_a_host_may_use_are_reported_once() -> Result<()> {
     Ok(())
 }
 
-/// A service of 200,000 instances, one of a million empty objects, and one that is another each time it is asked.
+/// A service with 200,000 instances, one with a million empty objects, and one that changes with each query.
 #[test]
 fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
     let host = Host::light()?;
@@ -265,7 +265,7 @@ fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
         })?;
     }
 
-    // News of another service, again and again.
+    // Changes of another service, again and again.
     let mut slowest = Duration::ZERO;
     for n in 0..10 {
         let (target, name) = if n % 2 == 0 { (&two, "two") } else { (&one, "one") };
@@ -281,9 +281,9 @@ fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
         asked.load(Relaxed)
     );
     ensure!(most < before + 256, "{most} MiB, and {before} before");
-    // Far less, and yet not more than is promised: 5 s. A machine of which the tests take all may need a moment more.
+    // Usually far less. The documented limit is 5 s, but a machine that is fully used by tests may need longer.
     ensure!(slowest < Duration::from_secs(15), "news of others took {slowest:?}");
-    // Lines of others are there, and those of the busy one have an end.
+    // The lines of others are there, and those of the busy service are limited.
     let log = embassy.log();
     let of = |service: &str| {
         log.lines()
@@ -305,7 +305,7 @@ fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
     Ok(())
 }
 
-/// An engine's list of 128 MiB and more, an event without an end, and answers of nonsense: the last data stays in use.
+/// An engine's list of more than 128 MiB, an endless event, and invalid answers: the last data stays in use.
 #[test]
 fn what_is_longer_than_it_may_be_is_an_error_of_its_source_alone() -> Result<()> {
     let host = Host::light()?;
@@ -318,17 +318,17 @@ fn what_is_longer_than_it_may_be_is_an_error_of_its_source_alone() -> Result<()>
     let embassy = host.embassy(["--dnat", FakeConsul::DISCOVERY])?;
     says(&embassy, &["source has not answered yet", "consul long", "longer than 33554432 bytes"])?;
     reaches(&app, "172.17.0.1:80", "web")?;
-    // A descriptor has an end too.
+    // The length of a descriptor is limited too.
     let long = format!("{};80", "x".repeat(2000));
     let _odd = host.client("odd").env("BACKEND_LONG", &long).start()?;
     says(&embassy, &["binding skipped", "consumer=odd", "longer than 1024 bytes"])?;
     Ok(())
 }
 
-/// What forges a line, a colour or a direction where it is shown as it is.
+/// Characters that forge a line, a colour or a text direction where they are shown unescaped.
 const EVIL: &str = "x\n2026-01-01T00:00:00Z  WARN forged\r\u{1b}[2J\u{9b}31m\u{85}\u{202e}\u{2066}\u{200f}\u{61c}\u{200b}\u{2028}\u{2029}\u{feff}\u{7f}";
 
-/// Fails if a text has any of it.
+/// Fails if a text contains any of these.
 fn is_clean(what: &str, text: &str) -> Result<()> {
     let found = text.chars().find(|c| !"\n\t".contains(*c) && is_deceptive(*c));
     ensure!(found.is_none(), "{what}: {found:?} in {text:?}");
@@ -337,7 +337,7 @@ fn is_clean(what: &str, text: &str) -> Result<()> {
     Ok(())
 }
 
-/// Containers and a registry whose every word is evil.
+/// Containers and a registry whose texts all contain these characters.
 pub(crate) fn evil(host: &Host, embassy_args: &[&str]) -> Result<(Embassy, FakeEngine, Runtime)> {
     let consul = FakeConsul::start(host)?;
     let quoted = Value::from(EVIL).to_string();

@@ -1,4 +1,4 @@
-//! The firewall, by either backend: what is captured and what is not, whose rules are touched, and what is left.
+//! The firewall, with each backend: what is captured and what is not, which rules are changed, and what is left.
 
 use anyhow::{Result, ensure};
 use testbed::{HOST_ADDRESS, Host, Signal};
@@ -22,7 +22,7 @@ fn dnat_by_iptables() -> Result<()> {
     dnat(IPTABLES)
 }
 
-/// Only the declared ports of consumers, on every VIP; and at the end everybody else's rules are as they were.
+/// Only the declared ports of consumers are captured, on every VIP. At the end, all other rules are unchanged.
 fn dnat(firewall: &str) -> Result<()> {
     let host = Host::builder().ipv6(true).start()?;
     strangers_rules(&host)?;
@@ -55,13 +55,13 @@ fn dnat(firewall: &str) -> Result<()> {
     {
         reaches(&app, format!("{vip}:80"), "web")?;
     }
-    // Docker's own rule for a published port does not win over a route, and stays as it is for all others.
+    // A route wins over Docker's own rule for a published port, which still works for all others.
     reaches(&app, "172.17.0.1:8080", "web")?;
     reaches(&bystander, "172.17.0.1:8080", "published")?;
-    // The host's own services: on another port, and for others on this one.
+    // The host's own services: on another port, and for others on this port.
     reaches(&app, "172.17.0.1:7000", "host")?;
     reaches(&bystander, "172.17.0.1:80", "host")?;
-    // Another destination than a VIP is none of our business.
+    // Connections to other addresses than VIPs are not captured.
     let served = metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?;
     reaches(&app, "192.168.13.90:80", "host")?;
     assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?, served);
@@ -88,7 +88,7 @@ fn all_by_iptables() -> Result<()> {
     all(IPTABLES)
 }
 
-/// With `--capture=all` everything that is sent to a VIP is ours, and what we do not know is reset and counted.
+/// With `--capture=all`, all connections to a VIP are captured. Those without a route are reset and counted.
 fn all(firewall: &str) -> Result<()> {
     let host = Host::start()?;
     web(&host, "web")?;
@@ -97,7 +97,7 @@ fn all(firewall: &str) -> Result<()> {
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     let mut embassy = host.embassy_command(["--dnat", ETCD, firewall, "--capture=all"])?;
     embassy.env("IPTABLES_TRACK_TIMEOUT", "77");
-    // These two are of the whole machine: the kernel does not let a namespace change them.
+    // These two settings are machine-wide: the kernel does not let a namespace change them.
     embassy
         .env("IPTABLES_TRACK_MAX_CONNECTIONS", "1000000")
         .env("IPTABLES_TRACK_HASHSIZE", "100000");
@@ -127,8 +127,8 @@ fn redirect_by_iptables() -> Result<()> {
     redirect(IPTABLES)
 }
 
-/// What the host sends itself is captured; what embassy sends to an endpoint is not, though the endpoint listens on a VIP's
-/// address, on the very port that is captured.
+/// The host's own connections are captured. embassy's connections to an endpoint are not, even if the endpoint listens on
+/// the VIP's address and the captured port.
 fn redirect(firewall: &str) -> Result<()> {
     let host = Host::builder().ipv6(true).start()?;
     let web = host
@@ -154,21 +154,22 @@ fn redirect(firewall: &str) -> Result<()> {
         served += 1;
         counts(&embassy, r#"embassy_connections_total{outcome="closed"}"#, served)?;
     }
-    // One connection each: none went round through us again.
+    // One connection each: none returned to embassy.
     assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?, served);
     assert!(host.http("GET", "http://172.17.0.1:82/", "").is_err());
     counts(&embassy, r#"embassy_connections_total{outcome="no_endpoint"}"#, 1)?;
-    // From elsewhere too, as with --dnat; but another's address is another's.
+    // Connections from containers are captured too, as with --dnat, but not those to other addresses.
     assert_eq!(host.http("GET", &format!("http://{}/", web.ip()?), "")?.ok()?, "web");
     assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?, served);
-    // So is what the host sends to an own address that is no VIP: who listens there answers, or the kernel refuses.
+    // Neither are the host's connections to an own address that is not a VIP: a local program answers, or the kernel
+    // refuses.
     assert!(host.http("GET", &format!("http://{HOST_ADDRESS}:82/"), "").is_err());
     assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="no_endpoint"}"#)?, 1);
     embassy.terminate()?;
     assert!(embassy.wait(WAIT)?.success());
     assert_eq!(rules(&host)?, before);
 
-    // Our own questions to a registry on a VIP are not captured either, though a binding has its very port.
+    // embassy's own requests to a registry on a VIP are not captured either, even if a binding has exactly this port.
     let services = "-services=/services/web;83,/services/web;2379";
     let etcd = "-discovery=etcd://172.17.0.1:2379";
     let embassy =
@@ -181,8 +182,8 @@ fn redirect(firewall: &str) -> Result<()> {
     assert!(embassy.wait(WAIT)?.success());
     assert_eq!(rules(&host)?, before);
 
-    // Containers reach our own address as well, as where they are linked to us. A discovery on a VIP's address can be
-    // asked, though all that arrives there is captured.
+    // Containers also reach embassy's own address, as linked containers do. A discovery at a VIP's address can be asked,
+    // although everything that arrives there is captured.
     let app = host.client("app").env("BACKEND_WEB", "/services/web;82").start()?;
     let _own = host.spawn("own", {
         let mut command = host.command(testbed::testbed_program()?);
@@ -195,7 +196,7 @@ fn redirect(firewall: &str) -> Result<()> {
         embassy.wait_ready(READY)?;
         reaches(&app, "172.17.0.1:82", "web")?;
         reaches(&app, format!("{HOST_ADDRESS}:82"), "web")?;
-        // What nobody asked for stays the host's: on all its addresses, or on those that are no VIP.
+        // Ports that no consumer declared stay the host's: on all its addresses, or on those that are no VIPs.
         reaches(&app, format!("{HOST_ADDRESS}:7000"), "own")?;
         if scope == "--capture=declared" {
             reaches(&app, "172.17.0.1:7000", "own")?;
@@ -230,12 +231,12 @@ fn leftovers_go_at_the_start_and_auto_is_nft() -> Result<()> {
     let now = rules(&host)?;
     assert!(now.contains("table inet embassy") && !now.contains(":EMBASSY "), "{now}");
     reaches(&app, "172.17.0.1:80", "web")?;
-    // The other way to stop.
+    // The other signal that stops it.
     embassy.signal(Signal::INT)?;
     assert!(embassy.wait(WAIT)?.success());
     assert_eq!(rules(&host)?, before);
 
-    // One that is killed leaves nothing: the kernel takes the rules away.
+    // A killed embassy leaves nothing: the kernel removes the rules.
     let embassy = host.embassy(["--dnat", ETCD])?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;
@@ -262,7 +263,7 @@ fn nothing_is_captured_before_the_first_listing() -> Result<()> {
     says(&embassy, &["capturing", "firewall=nft", "owned=true"])
 }
 
-/// Rules and tables of others, in all the places where ours are.
+/// Rules and tables of other programs, in all the places where ours are.
 pub(crate) fn strangers_rules(host: &Host) -> Result<()> {
     let script = "
         nft add table inet stranger
@@ -278,7 +279,7 @@ pub(crate) fn strangers_rules(host: &Host) -> Result<()> {
     host.run("sh", ["-ec", script]).map(drop)
 }
 
-/// Every rule of the host, without counters and the moment when it was listed.
+/// All rules of the host, without counters and times.
 pub(crate) fn rules(host: &Host) -> Result<String> {
     let list = |words: &[&str]| host.run(words[0], &words[1..]);
     let nft = list(&["nft", "-s", "list", "ruleset"])?;
@@ -289,14 +290,14 @@ pub(crate) fn rules(host: &Host) -> Result<String> {
     Ok([nft.as_str()].into_iter().chain(saved).collect::<Vec<_>>().join("\n").trim().to_owned())
 }
 
-/// Without the flags of tables: nft 1.0.6 prints whatever lies in its memory for `owner`.
+/// Without the flags of tables: nft 1.0.6 prints uninitialised memory for `owner`.
 fn without_flags(listing: &str) -> String {
     let kept = listing.lines().filter(|line| !line.is_empty() && !line.starts_with("\tflags "));
     let kept = kept.map(|line| line.split(" # progname").next().unwrap_or(line));
     kept.collect::<Vec<_>>().join("\n")
 }
 
-/// Our own rules alone.
+/// Only our own rules.
 pub(crate) fn ours(host: &Host, firewall: &str) -> Result<String> {
     if firewall != IPTABLES {
         return Ok(without_flags(&host.run("nft", ["-s", "list", "table", "inet", "embassy"])?));

@@ -1,4 +1,4 @@
-//! The program's own words: what it prints where, and how it exits.
+//! The command line: what is printed where, and the exit codes.
 
 use std::process::{Command, Output};
 
@@ -58,7 +58,7 @@ fn a_shell_reads_the_completions_and_man_the_manual() -> Result<()> {
         let text = String::from_utf8(output.stdout)?;
         assert!(text.contains(part), "{words:?}: {text}");
     }
-    // A shell offers what a flag takes.
+    // Completions offer the values of a flag.
     let text = String::from_utf8(embassy(&["completions", "bash"], &[])?.stdout)?;
     for words in [
         "declared all",
@@ -81,7 +81,7 @@ fn a_shell_reads_the_completions_and_man_the_manual() -> Result<()> {
         let page = String::from_utf8(embassy(&["man", name], &[])?.stdout)?;
         ensure!(page.contains(&format!(".TH embassy-{name} 1")), "{name}: {page}");
     }
-    // A syntax error would be told here.
+    // A syntax error would be reported here.
     let bash = "source <(\"$0\" completions bash) && complete -p embassy";
     let output = Command::new("bash").args(["-c", bash, env!("CARGO_BIN_EXE_embassy")]).output()?;
     assert!(output.status.success(), "{output:?}");

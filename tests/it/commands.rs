@@ -1,4 +1,4 @@
-//! The commands beside the proxy, on a host.
+//! The commands besides the proxy, on a host.
 
 use std::{io::Write, process::Stdio};
 
@@ -12,14 +12,14 @@ use crate::{
     support::{ETCD, reaches, web},
 };
 
-/// What a command prints, and its exit code.
+/// The output of a command, and its exit code.
 pub(crate) fn run(host: &Host, words: &[&str]) -> Result<(String, Option<i32>)> {
     let output = host.embassy_command(words)?.output().context("run embassy")?;
     let both = [output.stdout, output.stderr].concat();
     Ok((String::from_utf8(both)?, output.status.code()))
 }
 
-/// The same with `--json`, where it goes well.
+/// The JSON output of a command that succeeds.
 pub(crate) fn json(host: &Host, words: &[&str]) -> Result<Value> {
     let (text, code) = run(host, &[words, &["--json"]].concat())?;
     ensure!(code == Some(0), "{code:?}: {text}");
@@ -38,7 +38,7 @@ fn cleanup_leaves_nothing_of_ours_and_all_that_is_others() -> Result<()> {
         embassy.wait_ready(READY)?;
         let running = rules(&host)?;
         assert_ne!(running, before);
-        // What a running embassy captures is not taken from it by mistake.
+        // The rules of a running embassy are not removed by mistake.
         let (text, code) = run(&host, &["cleanup"])?;
         assert_eq!(code, Some(1), "{text}");
         assert!(
@@ -50,7 +50,7 @@ fn cleanup_leaves_nothing_of_ours_and_all_that_is_others() -> Result<()> {
         embassy.kill()?;
         let (text, code) = run(&host, &["cleanup"])?;
         let removed = match name {
-            // The kernel was quicker.
+            // The kernel has already removed them.
             "" => "no embassy rules found\n".to_owned(),
             name => format!("removed our rules of {name}\n"),
         };
@@ -59,7 +59,7 @@ fn cleanup_leaves_nothing_of_ours_and_all_that_is_others() -> Result<()> {
         assert_eq!(json(&host, &["cleanup"])?["removed"], serde_json::json!([]));
         assert_eq!(rules(&host)?, before);
     }
-    // What a process owns, only its end takes away; the rest is put back.
+    // Rules that belong to a process are only removed by its end. The others are restored.
     for (firewall, told, code) in [
         (NFT, "cannot remove our rules: nft: table inet embassy belongs to another process", 1),
         (NFT_SHARED, "removed our rules of nft\n", 0),
@@ -118,7 +118,7 @@ fn the_plan_touches_nothing_and_is_what_a_start_installs() -> Result<()> {
         assert_eq!(run(&host, &["cleanup"])?.1, Some(0));
         assert_eq!(rules(&host)?, before);
     }
-    // Without the engine there is nothing to plan for.
+    // Without the engine there is nothing to plan.
     host.docker_daemon().kill()?;
     let (text, code) = run(&host, &["plan", "--dnat", ETCD])?;
     assert_eq!(code, Some(1), "{text}");
@@ -126,7 +126,7 @@ fn the_plan_touches_nothing_and_is_what_a_start_installs() -> Result<()> {
     Ok(())
 }
 
-/// Gives the text of a planned script to its program.
+/// Passes the text of a planned script to its program.
 fn give(host: &Host, script: &Value) -> Result<()> {
     let words = script["command"].as_str().context("no command")?;
     let mut command = host.command("sh");

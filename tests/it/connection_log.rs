@@ -1,4 +1,4 @@
-//! Which connections are logged, whatever else is.
+//! Which connections are logged, independent of the log level.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -9,7 +9,7 @@ use crate::{
     support::{ETCD, counts, metric, reaches, web},
 };
 
-/// The lines of connections so far.
+/// The log lines of connections so far.
 fn lines(embassy: &Embassy) -> Vec<Value> {
     let log = embassy.log();
     let all = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
@@ -35,7 +35,7 @@ fn errors_are_those_that_somebody_should_look_at_whatever_the_level() -> Result<
         lines(&embassy).into_iter().next().context("none yet")
     })?;
     assert_eq!((&line["outcome"], &line["consumer"]), (&"no_endpoint".into(), &"app".into()));
-    // That embassy ends a connection is nothing that anybody should look at.
+    // A connection that embassy ends is not an error.
     embassy.terminate()?;
     assert!(embassy.wait(WAIT)?.success());
     let outcomes: Vec<_> = lines(&embassy).iter().map(|line| line["outcome"].clone()).collect();
@@ -73,7 +73,7 @@ fn a_flood_of_connections_does_not_cost_the_line_that_says_what_is_wrong() -> Re
     let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
-    // Opened for both, the pipe is there without a reader; it holds 64 KiB, and nobody reads it yet.
+    // Opened for reading and writing, the pipe exists without a reader. It holds 64 KiB, and nothing reads it yet.
     let script = "mkfifo /run/stalled; exec \"$0\" \"$@\" 2<>/run/stalled";
     let mut stalled = host.command("sh");
     stalled.args(["-c", script]).arg(testbed::embassy_program()?);

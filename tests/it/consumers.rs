@@ -1,5 +1,5 @@
-//! Who asks for what, as a real engine tells it: containers come and go, change their networks, share them, and write
-//! nonsense into their environment.
+//! Consumers and bindings as a real engine reports them: containers come and go, change their networks, share them, and
+//! have invalid declarations.
 
 use std::{fs, path::Path, process::Command, thread};
 
@@ -13,7 +13,7 @@ use crate::{
 
 const VIP: &str = "172.17.0.1:80";
 
-/// A host with two services, `red` and `blue`, and an embassy that is ready.
+/// A host with two services, `red` and `blue`, and a ready embassy.
 fn host_and_embassy() -> Result<(Host, Embassy)> {
     let host = Host::builder().ipv6(true).start()?;
     web(&host, "red")?;
@@ -41,7 +41,7 @@ fn a_container_is_served_while_it_runs_wherever_it_is() -> Result<()> {
     let early = host.client("early").env("BACKEND_RED", "/services/red;80").start()?;
     let embassy = host.embassy(["--dnat", ETCD])?;
     embassy.wait_ready(READY)?;
-    // It ran before us; both of its addresses are its own.
+    // It ran before embassy. Both of its addresses work.
     reaches(&early, VIP, "red")?;
     reaches(&early, "[fd00:d0c::1]:80", "red")?;
     routes(&embassy, 2)?;
@@ -77,7 +77,7 @@ fn a_container_is_served_while_it_runs_wherever_it_is() -> Result<()> {
     reaches(&app, "[fd00:83::1]:80", "red")?;
     app.disconnect(more.name())?;
     routes(&embassy, 1)?;
-    // None of this was the connection's own route.
+    // None of this affected the connection's own route.
     assert_eq!((metric(&embassy, gone)?, held.exited()?), (before, None));
     app.connect(more.name())?;
     app.disconnect(net.name())?;
@@ -103,7 +103,7 @@ fn a_shared_network_belongs_to_all_who_share_it() -> Result<()> {
     host.docker(["rename", "owner", "other-name"])?;
     reaches(&third, "172.17.0.1:81", "blue")?;
 
-    // Its network went with its run; those who shared it have none until they are restarted.
+    // Its network ended with its run. Containers that shared it have none until they are restarted.
     host.docker(["restart", "other-name"])?;
     says(&embassy, &["binding skipped", "consumer=side", "restarted since"])?;
     says(&embassy, &["binding skipped", "consumer=third", "restarted since"])?;
@@ -147,11 +147,11 @@ fn what_cannot_be_read_is_reported_and_hides_nothing() -> Result<()> {
     says(&embassy, &["binding skipped", "consumer=app", "BACKEND_WRONG", "the character ' '"])?;
     says(&embassy, &["binding skipped", "consumer=app", "BACKEND_PORT", "1 to 65535"])?;
     says(&embassy, &["binding skipped", "consumer=app", "embassy.backend.wrong", "no port"])?;
-    // What it is may be a password.
+    // An invalid value may be a password.
     for value in ["foo bar", "99999", "nothing"] {
         assert!(!embassy.log().contains(value), "{value}");
     }
-    // Not the label that a variable overrides: that is what the variable is for.
+    // A label that a variable overrides is not counted, because this is intended.
     counts(&embassy, r#"embassy_skipped_total{what="binding"}"#, 4)?;
     assert_eq!(metric(&embassy, r#"embassy_skipped_total{what="binding"}"#)?, 4);
 
@@ -160,7 +160,7 @@ fn what_cannot_be_read_is_reported_and_hides_nothing() -> Result<()> {
     let embassy = host.embassy(["--dnat", ETCD, "-prefix=ASK_"])?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:84", "blue")?;
-    // Now no variable hides this label.
+    // Now no variable overrides this label.
     reaches(&app, VIP, "blue")
 }
 
@@ -168,7 +168,7 @@ fn what_cannot_be_read_is_reported_and_hides_nothing() -> Result<()> {
 fn a_recycled_address_never_reaches_its_former_owners_service() -> Result<()> {
     let (host, embassy) = host_and_embassy()?;
     let (host, net) = (&host, &host.network("net", ["--subnet=10.82.0.0/24"])?);
-    // Twenty times: five for each of four addresses, which keep the engine and us busy at the same time.
+    // Twenty times: five for each of four addresses, so that the engine and embassy are busy at the same time.
     thread::scope(|scope| {
         let lanes: Vec<_> = (2..6)
             .map(|n| scope.spawn(move || (0..5).try_for_each(|_| recycle(host, net, n))))
@@ -190,7 +190,7 @@ fn recycle(host: &Host, net: &Network, n: u8) -> Result<()> {
     let a = same("former").env("BACKEND_RED", "/services/red;80").start()?;
     reaches(&a, VIP, "red")?;
     a.kill()?;
-    // It dials from its first moment on, before anybody can have inspected it.
+    // It connects from the start, before it can have been inspected.
     let words = format!("testbed peer get {VIP} -n 100; exec testbed peer idle");
     let b = same("latter")
         .env("BACKEND_BLUE", "/services/blue;80")
@@ -234,7 +234,7 @@ fn an_engine_that_is_killed_takes_nobody_along() -> Result<()> {
     )?;
     counts(&embassy, "embassy_source_failures_total{source=\"provider\"}", 2)?;
     assert_eq!(testbed::output(&mut curl)?, "red");
-    // This one ends behind the engine's back, and has another run when it comes back.
+    // This container ends while the engine is down, and has another run after the engine is back.
     host.run("kill", ["-KILL", &first_run.to_string()])?;
     host.docker_daemon().start()?;
     let late = host.client("late").env("BACKEND_RED", "/services/red;80").start()?;
@@ -248,7 +248,7 @@ fn an_engine_that_is_killed_takes_nobody_along() -> Result<()> {
     reaches(&again, "172.17.0.1:81", "red")?;
     says(&embassy, &["source is back", "provider"])?;
 
-    // An engine that hangs has not gone, and is noticed all the same.
+    // A hanging engine still accepts connections, and is noticed nevertheless.
     let lost = metric(&embassy, r#"embassy_source_failures_total{source="provider"}"#)?;
     host.docker_daemon().pause()?;
     counts(&embassy, r#"embassy_source_failures_total{source="provider"}"#, lost + 1)?;
@@ -285,7 +285,7 @@ fn an_engine_is_reached_by_tls() -> Result<()> {
     embassy.env("DOCKER_TLS_VERIFY", "1").env("DOCKER_CERT_PATH", folder.path());
     followed(&host, host.embassy_from(embassy)?)?;
 
-    // Without our certificate the engine says no, and we say so.
+    // Without our certificate the engine refuses, which is logged.
     let embassy = host.embassy(["-docker=tcp://127.0.0.1:2376", ETCD])?;
     says(&embassy, &["source has not answered yet", "tcp://127.0.0.1:2376"])
 }
@@ -297,8 +297,8 @@ fn followed(host: &Host, embassy: Embassy) -> Result<()> {
     reaches(&app, VIP, "red")
 }
 
-/// A CA, what it signed for a client, and a certificate for an engine on 127.0.0.1 that is its own CA, as OpenSSL makes it if
-/// nothing else is asked for; named as the docker command names them.
+/// A CA, a client certificate signed by it, and a self-signed certificate for an engine on 127.0.0.1, as OpenSSL creates it
+/// by default. The files are named as the docker command expects them.
 fn certificates(folder: &Path) -> Result<()> {
     fs::write(folder.join("client.ext"), "extendedKeyUsage=clientAuth\n")?;
     let script = "
@@ -325,10 +325,10 @@ fn the_end_of_a_container_needs_no_news_from_the_engine() -> Result<()> {
     reaches(&app, VIP, "red")?;
     routes(&embassy, 2)?;
 
-    // An engine that hangs tells nothing, but the kernel does.
+    // A hanging engine sends no event, but the kernel reports the end.
     let pid = app.inspect("{{.State.Pid}}")?;
     host.docker_daemon().pause()?;
-    // Longer than a ping takes, so that no session with the engine is left.
+    // Longer than a ping's timeout, so that no session with the engine is left.
     counts(&embassy, "embassy_source_failures_total{source=\"provider\"}", 1)?;
     host.run("kill", ["-KILL", &pid])?;
     routes(&embassy, 0)?;

@@ -27,7 +27,7 @@ use crate::{
     process::{Process, free_ports},
 };
 
-/// dnsmasq with the zone `test` and nothing above it.
+/// dnsmasq with the zone `test` and no upstream server.
 struct Dnsmasq {
     port: u16,
     folder: TempDir,
@@ -42,7 +42,7 @@ impl Dnsmasq {
         Ok(dnsmasq)
     }
 
-    /// With other records, at the same address.
+    /// Restarts it with other records, at the same address.
     fn restart(&mut self, records: &[&str]) {
         self.stop();
         let mut command = Command::new("/usr/sbin/dnsmasq");
@@ -50,7 +50,7 @@ impl Dnsmasq {
             .args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"])
             .args(["--pid-file=", "--user=root", "--log-facility=-"])
             .args(["--listen-address=127.0.0.1", "--bind-interfaces"])
-            // So that a change is due after a second, and 512 bytes are the most that UDP takes.
+            // Short times to live, so that a change is seen after a second; and at most 512 bytes via UDP.
             .args(["--local=/test/", "--local-ttl=1", "--edns-packet-max=512"])
             .arg(format!("--port={}", self.port))
             .args(records);
@@ -61,7 +61,7 @@ impl Dnsmasq {
         self.process = None;
     }
 
-    /// Without a hold: what the server says last is what there is.
+    /// Without a hold: only the server's last answer counts.
     fn follow(&self, descriptor: &str) -> Followed {
         Followed::new(&format!("dns://127.0.0.1:{}?hold=0", self.port), descriptor)
     }
@@ -80,7 +80,7 @@ async fn services_and_their_targets_are_followed() -> Result<()> {
     let web = dns.follow("_web._tcp.test;80");
     web.sees(&["10.0.0.1:8080", "10.0.0.2:8081", "[fd00::2]:8081"]).await;
 
-    // The best priority has no address left: the next one counts.
+    // The best priority has no address left: the next one is used.
     dns.restart(&[
         "--srv-host=_web._tcp.test,a.test,8080,1,1",
         "--srv-host=_web._tcp.test,c.test,8082,2,1",
@@ -92,7 +92,7 @@ async fn services_and_their_targets_are_followed() -> Result<()> {
     dns.restart(&[]);
     let known = web.sees(&[]).await;
     assert_eq!(problem(&known), "the name does not exist in DNS (NXDOMAIN)");
-    // The name is there, and says nothing of where it is.
+    // The name exists, but has no records with addresses.
     dns.restart(&["--txt-record=_web._tcp.test,hello"]);
     web.until("another reason", |known| problem(known) == "the name has no SRV, A or AAAA records")
         .await;
@@ -163,7 +163,7 @@ async fn silence_and_garbage_are_errors() -> Result<()> {
             let mut question = [0; 512];
             while let Ok((_, client)) = socket.recv_from(&mut question).await {
                 if let Some(garbage) = garbage {
-                    // The question's ID, so that it passes for an answer.
+                    // The question's ID, so that it looks like an answer.
                     let answer = [&question[..2], garbage].concat();
                     let _ = socket.send_to(&answer, client).await;
                 }
@@ -175,19 +175,19 @@ async fn silence_and_garbage_are_errors() -> Result<()> {
     Ok(())
 }
 
-/// What a server answers to one question.
+/// A server's answer to one question.
 #[derive(Clone)]
 enum Reply {
     Records(Vec<RData>),
     Code(ResponseCode),
-    /// The same, without the question.
+    /// A response code, without repeating the question.
     BareCode(ResponseCode),
     Silence,
 }
 
 use Reply::{BareCode, Code, Records, Silence};
 
-/// A server that answers by UDP as it is told for each name, type, and whether EDNS is used. Records live for a second.
+/// A server that answers via UDP as configured for each name, type, and whether EDNS is used. Records live for a second.
 struct Fake {
     port: u16,
     rules: Arc<Mutex<Rules>>,
@@ -219,7 +219,7 @@ impl Fake {
         Ok(Self { port, rules })
     }
 
-    /// Answers in another way from now on.
+    /// Changes the answers.
     fn answers(&self, rules: impl FnMut(&str, RecordType, bool) -> Reply + Send + 'static) {
         *self.rules.lock().unwrap() = Box::new(rules);
     }
@@ -260,7 +260,7 @@ fn srv(priority: u16, port: u16, host: &str) -> RData {
     RData::SRV(SRV::new(priority, 1, port, Name::from_ascii(host).unwrap()))
 }
 
-/// Half of the home routers and load balancers know A records and nothing else.
+/// Many home routers and load balancers know only A records.
 #[tokio::test]
 async fn an_error_for_one_type_of_records_does_not_spoil_the_others() -> Result<()> {
     futures_util::future::try_join_all([
@@ -273,7 +273,7 @@ async fn an_error_for_one_type_of_records_does_not_spoil_the_others() -> Result<
     Ok(())
 }
 
-/// Everything else is answered by `error`.
+/// All other questions are answered by `error`.
 async fn one_type_is_enough(error: Reply) -> Result<()> {
     let failing = error.clone();
     let fake = Fake::start(move |name, kind, _| match kind {
@@ -286,10 +286,10 @@ async fn one_type_is_enough(error: Reply) -> Result<()> {
     let rejected = known.value.iter().flat_map(|value| &value.rejected);
     let what: Vec<_> = rejected.map(|rejected| rejected.what.clone()).collect();
     assert_eq!(what, ["AAAA of db.test.", "SRV of db.test."], "what failed is told");
-    // Where no type says anything, it is not known that there is nothing.
+    // If no type gives records, it is unknown whether there are any.
     let known = fake.follow("other.test;80", 0).fails("SRV of other.test. from").await;
     assert_eq!(list(&known), None);
-    // A server that says so works; one that says nothing may be down.
+    // A server that reports an error works. One that does not answer may be down.
     assert_eq!(known.refused, !matches!(error, Silence));
 
     // Only A fails.
@@ -302,7 +302,7 @@ async fn one_type_is_enough(error: Reply) -> Result<()> {
     Ok(())
 }
 
-/// The port that the descriptor names may be another service's.
+/// The descriptor's port may be another service's port.
 #[tokio::test]
 async fn a_name_is_taken_for_a_host_only_if_srv_fails_again_and_again() -> Result<()> {
     let asked = std::sync::atomic::AtomicUsize::new(0);
@@ -349,7 +349,7 @@ async fn what_fails_for_a_while_keeps_its_last_records() -> Result<()> {
     Ok(())
 }
 
-/// Its ports would be others: where SRV records were known once, an error does not make the name a host.
+/// Its ports would be wrong: if SRV records were known once, an error does not turn the name into a host.
 #[tokio::test]
 async fn a_service_whose_srv_records_fail_is_no_host() -> Result<()> {
     let good = |name: &str, kind, _| match (name, kind) {
@@ -362,7 +362,7 @@ async fn a_service_whose_srv_records_fail_is_no_host() -> Result<()> {
     let fake = Fake::start(good).await?;
     let web = fake.follow("web.test;80", 0);
     web.sees(&["10.0.0.1:8080", "10.0.0.2:8081"]).await;
-    // With one of the targets, which keeps its last address.
+    // One of the targets fails too, and keeps its last address.
     fake.answers(move |name, kind, edns| match (name, kind) {
         ("web.test.", RecordType::SRV) | ("two.", _) => Code(ResponseCode::ServFail),
         ("one.", RecordType::A) => Records(vec![a(3)]),
@@ -370,7 +370,7 @@ async fn a_service_whose_srv_records_fail_is_no_host() -> Result<()> {
     });
     let known = web.sees(&["10.0.0.2:8081", "10.0.0.3:8080"]).await;
     assert_eq!(known.failures, 0);
-    // One target of two that was never known is missing, and told.
+    // Of two targets, one that was never known is missing, and this is reported.
     fake.answers(move |name, kind, edns| match (name, kind) {
         ("two.", _) => Code(ResponseCode::ServFail),
         _ => good(name, kind, edns),
@@ -406,7 +406,7 @@ async fn a_server_without_edns_is_asked_again_without() -> Result<()> {
     Ok(())
 }
 
-/// Three of ten each time, as Consul's DNS and Route 53 answer.
+/// Three of ten in each answer, as Consul's DNS and Route 53 do.
 #[tokio::test]
 async fn a_list_of_which_a_part_is_shown_each_time_does_not_flap() -> Result<()> {
     let turn = Arc::new(AtomicUsize::new(0));
@@ -427,7 +427,7 @@ async fn a_list_of_which_a_part_is_shown_each_time_does_not_flap() -> Result<()>
     web.until("five more answers", |_| turn.load(Relaxed) > seen + 5).await;
     assert_eq!(web.sees(&all).await.changes, changes, "it is the same list");
 
-    // One that stays away is gone after its time, and the others are not.
+    // An endpoint that stays away is removed after its time, the others are not.
     let web = fake.follow("web.test;80", 2);
     fake.answers(|_, kind, _| match kind {
         RecordType::A => Records(vec![a(1), a(2)]),

@@ -17,7 +17,7 @@ use crate::{
     support::{ends, reaches},
 };
 
-/// A bare `docker://` beside a host's engine.
+/// A bare `docker://` for a host's engine.
 fn discoveries(host: &Host, healthy_only: bool) -> Discoveries {
     let docker = Engine::parse(&host.docker_url(), None).expect("the URL of an engine");
     let settings = Options { healthy_only, docker, ..settings() };
@@ -51,13 +51,13 @@ async fn containers_are_followed() -> Result<()> {
     two.remove()?;
     web.sees(&["172.17.0.2:80"]).await;
 
-    // The first network by name is the one that counts.
+    // The first network by name is used.
     host.network("a-net", ["--subnet=10.7.0.0/24"])?;
     one.connect("a-net")?;
     web.sees(&["10.7.0.2:80"]).await;
     one.disconnect("bridge")?;
     one.disconnect("a-net")?;
-    // It is gone at once, and why is known as soon as it was looked at.
+    // It is removed at once. The reason is known after the inspection.
     web.sees(&[]).await;
     let known = web.until("the reason", |known| !rejected(known).is_empty()).await;
     assert_eq!(rejected(&known), ["container one:80: no address: it is on no network"]);
@@ -98,7 +98,7 @@ async fn losing_the_engine_takes_nothing_away() -> Result<()> {
     host.docker_daemon().kill()?;
     let known = web.fails(&host.docker_url()).await;
     assert_eq!(list(&known).unwrap(), ["172.17.0.2:80"]);
-    // Who asks only now gets what was known.
+    // A later query gets what was already known.
     let late = Followed::of(&docker, "web;80");
     let known = late.fails(&host.docker_url()).await;
     assert_eq!(list(&known).unwrap(), ["172.17.0.2:80"]);
@@ -117,7 +117,7 @@ async fn an_engine_that_hangs_is_noticed() -> Result<()> {
     let web = Followed::of(&discoveries(&host, true), "web;80");
     web.sees(&[]).await;
     host.docker_daemon().pause()?;
-    // By the ping, or by whatever else it was asked when it stopped.
+    // Noticed by the ping, or by another request that was running.
     web.fails("of unix://").await;
     host.docker_daemon().resume()?;
     host.web("one").env("SERVICE_80_NAME", "web").start()?;
@@ -153,7 +153,7 @@ async fn what_starts_during_the_listing_is_seen() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_engine_is_used_by_its_published_ports() -> Result<()> {
     let host = Host::start()?;
-    // The engine's socket, as an address of loopback.
+    // The engine's socket, made available at a loopback address.
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let uri = format!("docker://{}", listener.local_addr()?);
     let socket = host.docker_url().trim_start_matches("unix://").to_owned();
@@ -185,7 +185,7 @@ fn a_single_host_needs_no_registry() -> Result<()> {
     for name in ["web-1", "web-2"] {
         host.web(name).env("SERVICE_80_NAME", "web").start()?;
     }
-    // On the host's own network, on a port that it names itself.
+    // On the host's own network, on a port that it declares itself.
     let words = ["http", "--name", "web-3", "--port", "8081"];
     let third = host.server("web-3", words).network("host").env("SERVICE_8081_NAME", "web");
     third.start()?;
@@ -200,7 +200,7 @@ fn a_single_host_needs_no_registry() -> Result<()> {
         );
         Ok(())
     })?;
-    // Provider and discovery follow the engine together.
+    // Provider and discovery share one follower of the engine.
     let listeners = host.docker(["info", "--format={{.NEventsListener}}"])?;
     assert_eq!(listeners.trim(), "1");
     let descriptors = std::fs::read_dir(format!("/proc/{}/fd", embassy.pid()))?;
@@ -210,8 +210,8 @@ fn a_single_host_needs_no_registry() -> Result<()> {
     Ok(())
 }
 
-/// The first network by name is a macvlan: the kernel keeps what is made of an interface apart from the host, so embassy reaches
-/// no container there, and connections from there do not arrive.
+/// The first network by name is a macvlan: the kernel isolates it from the host, so embassy reaches no container there, and
+/// connections from there do not arrive.
 #[test]
 fn a_container_on_a_macvlan_and_on_a_bridge_is_used_and_served_on_the_bridge() -> Result<()> {
     let host = Host::start()?;
@@ -229,7 +229,7 @@ fn a_container_on_a_macvlan_and_on_a_bridge_is_used_and_served_on_the_bridge() -
     reaches(&app, "172.17.0.1:80", "web")?;
     let answers = app.get("172.17.0.1:80").times(10).run()?;
     anyhow::ensure!(answers.from("web") == 10, "{answers:?}");
-    // There is no way to it, and the reason is told.
+    // It cannot be reached, and the reason is reported.
     let explained = embassy.admin("/v1/explain?consumer=app&port=81")?.ok()?;
     anyhow::ensure!(
         explained.contains("not reachable from this host on its networks (a-lan)"),

@@ -1,4 +1,4 @@
-//! `file://`, changed in every way in which files change.
+//! `file://`, changed in all the ways in which files change.
 
 use std::{fs, os::unix::fs::symlink, path::Path};
 
@@ -25,7 +25,7 @@ async fn every_way_to_change_a_file_is_seen() -> Result<()> {
     // Rewritten in place.
     fs::write(&path, web("10.0.0.2:80"))?;
     followed.sees(&["10.0.0.2:80"]).await;
-    // Replaced at once, as careful programs do it; and again, when it is another file.
+    // Replaced by a rename, as careful programs do; and again, when it is another file.
     for address in ["10.0.0.3:80", "10.0.0.4:80"] {
         let other = folder.path().join("services.toml.new");
         fs::write(&other, web(address))?;
@@ -81,7 +81,7 @@ async fn what_a_link_leads_to_is_watched() -> Result<()> {
     Ok(())
 }
 
-/// The room for watches is a user's, so a process of its own has none, in a user namespace of its own.
+/// The limit for watches is per user, so another process has none, in its own user namespace.
 #[tokio::test]
 async fn a_file_that_cannot_be_watched_is_read_again_and_again() {
     for limit in ["max_inotify_instances", "max_inotify_watches"] {
@@ -137,7 +137,7 @@ async fn a_broken_or_missing_file_takes_nothing_away() -> Result<()> {
     let known = followed.fails("No such file").await;
     assert_eq!(list(&known).unwrap(), ["10.0.0.1:80"]);
 
-    // One wrong entry is no broken file.
+    // One invalid entry does not make the file invalid.
     fs::write(&path, web("10.0.0.2:80\", \"h:80"))?;
     let known = followed.sees(&["10.0.0.2:80"]).await;
     let reason = "service 1 (web), endpoint 2: address \"h\": expected an IP address";

@@ -1,4 +1,4 @@
-//! What the documents say is so: every command in them runs, and they tell of everything there is.
+//! The documents are correct: every command in them runs, and they are complete.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,7 +21,7 @@ fn docs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("docs")
 }
 
-/// The host that the documents speak of: `app` asks for redis, of which there are two.
+/// The host that the documents describe: `app` uses redis, which has two instances.
 fn host() -> Result<(Host, Embassy)> {
     let host = Host::start()?;
     for name in ["redis-1", "redis-2"] {
@@ -33,7 +33,7 @@ fn host() -> Result<(Host, Embassy)> {
     // There are metrics of UDP only where a binding asks for it.
     let app = app.env("BACKEND_UDP", "redis;6379/udp").start()?;
     host.run("sh", ["-c", "mkdir -p /etc/embassy && echo secret > /etc/embassy/token"])?;
-    // There are metrics of a limit only where there is one.
+    // Metrics about a limit exist only if there is a limit.
     let group = Group::new(&host, 1 << 30)?;
     let embassy = group.embassy(
         &host,
@@ -50,7 +50,7 @@ fn reaches_one(app: &testbed::Container) -> Result<()> {
         .or_else(|_| reaches(app, "172.17.0.1:6379", "redis-2"))
 }
 
-/// A block that is marked to be run, and whether it is to fail.
+/// The blocks that are marked to be run, and whether each must fail.
 fn blocks(text: &str) -> Vec<(String, bool)> {
     let mut blocks = Vec::new();
     let mut rest = text;
@@ -87,20 +87,20 @@ fn every_command_of_the_documents_runs() -> Result<()> {
     Ok(())
 }
 
-/// The indented commands of README.md and of the reference: several lines where a line ends with a backslash.
+/// The indented commands of README.md and of the reference. A backslash at the end of a line continues it.
 fn readme() -> Result<Vec<String>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let texts = ["README.md", "docs/reference.md"].map(|file| fs::read_to_string(root.join(file)));
     let text = texts.into_iter().collect::<Result<String, _>>()?.replace("\\\n", " ");
     let lines = text.lines().filter_map(|line| line.strip_prefix("    "));
-    // Tests are root already.
+    // Tests already run as root.
     let lines = lines.map(|line| line.strip_prefix("sudo ").unwrap_or(line));
     let programs = ["make", "docker", "embassy", "iptables", "curl"];
     let is_command = |line: &&str| programs.contains(&line.split(' ').next().unwrap_or_default());
     Ok(lines.filter(is_command).map(str::to_owned).collect())
 }
 
-/// The image nginx is not here: one that also serves port 80 and has curl takes its place.
+/// The image nginx is not available: an image that also serves port 80 and has curl replaces it.
 fn with_image_of_testbed(line: String) -> String {
     if let Some(run) = line.strip_suffix(" nginx") {
         return format!("{run} --expose=80 testbed testbed peer http --name web --port 80");
@@ -116,22 +116,22 @@ fn every_command_of_the_readme_runs_or_has_flags_that_embassy_takes() -> Result<
     let folder = program.parent().context("a folder")?.display().to_string();
     let (mut ran, mut read) = (0, 0);
     for line in readme()? {
-        // An embassy in a container is another test's (`least_privilege`); its commands are those of any other.
+        // An embassy in a container is tested elsewhere (`least_privilege`). Its commands are the same.
         let line = line.strip_prefix("docker exec embassy ").unwrap_or(&line).to_owned();
         let line = with_image_of_testbed(line);
         let first = line.split(' ').next().unwrap_or_default();
         match first {
-            // They build all of this anew; the demo and the tests are what they start.
+            // They build everything again. The demo and the tests are started by them.
             "make" => continue,
-            // A rule of the user's own, as the tests of `--redirect` have it.
+            // A user's own rule, as in the tests of `--redirect`.
             "iptables" => continue,
-            // The application's image is the reader's.
+            // The image is the reader's application.
             "docker" if line.contains(" my-app") => continue,
-            // It shows a screen until it is left.
+            // It shows a screen until it is ended.
             "embassy" if line == "embassy top" => continue,
             _ => {}
         }
-        // It would need an image of embassy, or captures from inside a container: that its flags are right is seen here.
+        // It would need an image of embassy, or captures inside a container. Here only its flags are checked.
         let proxy = match first {
             "docker" => line.rsplit_once(" embassy --").map(|(_, flags)| flags),
             "embassy" => line.strip_prefix("embassy --"),
@@ -181,7 +181,7 @@ fn the_documents_tell_of_every_state() -> Result<()> {
     for word in all {
         ensure!(states.contains(&format!("`{word}`")), "{word}");
     }
-    // Each row has the verdict of the code, and there is no row of a state that there is not.
+    // Each row has the verdict of the code, and no row has a state that does not exist.
     fn verdicts<T: Word + Copy>(of: &str, verdict: impl Fn(T) -> api::Verdict) -> Vec<[String; 3]> {
         let row = |word: &T| [of.to_owned(), word.as_str().to_owned(), verdict(*word).to_string()];
         T::ALL.iter().map(row).collect()
@@ -231,7 +231,7 @@ fn the_documents_tell_of_every_metric_and_every_outcome_and_of_no_other() -> Res
     let scraped = embassy.admin("/metrics")?.ok()?;
     let samples = scraped.lines().filter(|line| !line.starts_with('#'));
     let there = names(&samples.collect::<Vec<_>>().join("\n"));
-    // A histogram is told by its own name.
+    // A histogram is documented by its base name.
     let base = |name: &String| {
         let parts = ["_bucket", "_sum", "_count"];
         parts.iter().find_map(|part| name.strip_suffix(part)).unwrap_or(name).to_owned()
@@ -257,7 +257,7 @@ fn the_documents_tell_of_every_metric_and_every_outcome_and_of_no_other() -> Res
     Ok(())
 }
 
-/// The outcomes that expressions name, selector by selector.
+/// The outcomes in expressions, by selector.
 fn outcomes(text: &str) -> Vec<BTreeSet<&str>> {
     let selectors = ["outcome=\"", "outcome=~\""].into_iter();
     let selected = selectors.flat_map(|start| text.split(start).skip(1));
@@ -270,13 +270,13 @@ fn prometheus_takes_the_rules_and_the_dashboard_is_json() -> Result<()> {
     let output = Command::new("promtool").args(["check", "rules"]).arg(&rules).output();
     let output = output.context("run promtool, of Debian's package prometheus")?;
     assert!(output.status.success(), "{output:?}");
-    // Each comes when it should, and none on a host that is well.
+    // Each alert fires when it should, and none on a healthy host.
     let mut promtool = Command::new("promtool");
     promtool.args(["test", "rules", "embassy.test.yml"]).current_dir(docs().join("prometheus"));
     let output = promtool.output()?;
     assert!(output.status.success(), "{output:?}");
     let tested = fs::read_to_string(docs().join("prometheus/embassy.test.yml"))?;
-    // Every alert is explained, and nothing is explained that there is not.
+    // All alerts are explained, and no others.
     let (rules, operations) =
         (fs::read_to_string(rules)?, fs::read_to_string(docs().join("operations.md"))?);
     let alerts: BTreeSet<_> =
@@ -290,7 +290,7 @@ fn prometheus_takes_the_rules_and_the_dashboard_is_json() -> Result<()> {
         assert!(tested.contains(&format!("alertname=\"{alert}\"")), "{alert} has no test");
     }
     assert_eq!(told, alerts.into_iter().map(str::to_owned).collect());
-    // What is an error is an alert, and on the dashboard; what is none is not.
+    // All outcomes that are errors are in the alerts and on the dashboard, and no others.
     let errors = Outcome::ALL.iter().filter(|outcome| outcome.is_error());
     let errors: BTreeSet<_> = errors.map(|outcome| outcome.as_str()).collect();
     assert_eq!(outcomes(&rules).into_iter().flatten().collect::<BTreeSet<_>>(), errors);
@@ -303,7 +303,7 @@ fn prometheus_takes_the_rules_and_the_dashboard_is_json() -> Result<()> {
     let named = expressions.iter().flat_map(|expression| outcomes(expression));
     let lists: Vec<_> = named.filter(|list| list.len() > 1).collect();
     assert!(lists.len() >= 2 && lists.iter().all(|list| *list == errors), "{lists:?}");
-    // Prometheus reads them as they are, with an interval in the place of Grafana's.
+    // Prometheus can parse them, with an interval instead of Grafana's variable.
     for expression in expressions {
         let expression = expression.replace("$__rate_interval", "5m").replace("$instance", ".*");
         let rule = format!("groups: [{{name: a, rules: [{{record: a, expr: '{expression}'}}]}}]");
@@ -315,14 +315,14 @@ fn prometheus_takes_the_rules_and_the_dashboard_is_json() -> Result<()> {
     Ok(())
 }
 
-/// A line of the log, as the code says it.
+/// A log line in the code.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Line {
     message: String,
     fields: BTreeSet<String>,
 }
 
-/// What is in the parentheses that `text` begins behind, and the arguments there.
+/// The arguments in the parentheses after which `text` begins.
 fn arguments(text: &str) -> Vec<String> {
     let (mut depth, mut quoted, mut escaped) = (0, false, false);
     let mut all = vec![String::new()];
@@ -346,7 +346,7 @@ fn arguments(text: &str) -> Vec<String> {
     all.filter(|argument| !argument.is_empty()).collect()
 }
 
-/// Every line that `-v 0` may write, by the code that writes it.
+/// Every line that `-v 0` may log, from the code that writes it.
 fn lines() -> Result<Vec<Line>> {
     let mut lines = Vec::new();
     let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
@@ -378,12 +378,12 @@ fn lines() -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-/// What stands between backticks.
+/// The texts between backticks.
 fn quoted(cell: &str) -> BTreeSet<String> {
     cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
-/// The text with `...` for what is put in.
+/// The text with `...` instead of inserted values.
 fn without_values(message: &str) -> String {
     let mut out = String::new();
     let mut rest = message;
@@ -407,7 +407,7 @@ fn the_documents_tell_of_every_line_of_the_log_with_its_fields() -> Result<()> {
     for Line { message, fields } in lines()? {
         match message.as_str() {
             "connection" | "refused" => of_connections.extend(fields),
-            // Why embassy ends: whatever went wrong.
+            // Why embassy ends: any error.
             "{error:#}" => {}
             _ => {
                 let all: &mut BTreeSet<_> = written.entry(without_values(&message)).or_default();

@@ -1,4 +1,4 @@
-//! `embassy doctor` on hosts that are really broken.
+//! `embassy doctor` on hosts with real problems.
 
 use std::process::Command;
 
@@ -12,7 +12,7 @@ use crate::{
     support::{ETCD, counts, says, sum, web, without_programs},
 };
 
-/// What is not well, as `check: what`, from a command that ends in embassy's own words.
+/// The problems, as `check: what`. The last arguments of `command` are embassy's.
 fn found(mut command: Command) -> Result<Vec<String>> {
     let output = command.arg("--json").output().context("run embassy doctor")?;
     let text = String::from_utf8(output.stdout)?;
@@ -36,7 +36,7 @@ fn doctor(host: &Host, flags: &[&str]) -> Result<Vec<String>> {
     found(host.embassy_command([&["doctor", "--dnat", ETCD], flags].concat())?)
 }
 
-/// Of a host that has this one fault.
+/// Checks that this is the only problem.
 fn one(found: &[String], beginning: &str) -> Result<()> {
     ensure!(found.len() == 1 && found[0].starts_with(beginning), "{beginning:?} in {found:#?}");
     Ok(())
@@ -62,7 +62,7 @@ fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
     host.run("nft", ["add table ip early"])?;
     let chain = "add chain ip early pre { type nat hook prerouting priority -150 ; }";
     host.run("nft", [chain])?;
-    // embassy moves its rules before the new one first.
+    // embassy first moves its rules before the new chain.
     testbed::eventually(WAIT, "the chain to be all that is found", || {
         one(&doctor(&host, &[])?, "warn rules: nft's chain ip early pre")
     })?;
@@ -111,7 +111,8 @@ fn a_host_that_is_well_and_what_is_broken_of_it() -> Result<()> {
     one(&doctor(&host, &["--proxy-ip=172.17.0.1"])?, "fail vip: network shut is internal")
 }
 
-/// Nobody has connected, so the running embassy has counted nothing: doctor begins a connection in the container's own network.
+/// No container has connected, so the running embassy has counted nothing: doctor starts a connection in the container's
+/// own network.
 #[test]
 fn connections_that_do_not_arrive_are_found_on_a_quiet_host() -> Result<()> {
     let host = Host::light()?;
@@ -122,7 +123,7 @@ fn connections_that_do_not_arrive_are_found_on_a_quiet_host() -> Result<()> {
     let said = host.embassy_command(["doctor", "--dnat", ETCD])?.output()?;
     let said = String::from_utf8(said.stdout)?;
     ensure!(said.contains("a connection of app to 172.17.0.1:80 arrives"), "{said}");
-    // A bridge's own rules, which no list of INPUT shows.
+    // A bridge's own rules, which no listing of INPUT shows.
     for rule in [
         "add table bridge strict",
         "add chain bridge strict in { type filter hook input priority 0; }",
@@ -133,7 +134,7 @@ fn connections_that_do_not_arrive_are_found_on_a_quiet_host() -> Result<()> {
     one(&doctor(&host, &[])?, "fail dial: a connection of app to 172.17.0.1:80 gets no answer")?;
     host.run("nft", ["delete", "table", "bridge", "strict"])?;
     assert_eq!(doctor(&host, &[])?, [""; 0]);
-    // No application has seen any of it.
+    // No application has noticed it.
     assert_eq!(sum(&embassy, "embassy_connections_total")?, 0);
     Ok(())
 }
@@ -142,7 +143,7 @@ fn connections_that_do_not_arrive_are_found_on_a_quiet_host() -> Result<()> {
 fn an_embassy_whose_rules_are_gone_is_found() -> Result<()> {
     let host = Host::light()?;
     host.etcd()?;
-    // It runs, and does not capture.
+    // It runs but does not capture.
     let embassy = host.embassy([ETCD])?;
     says(&embassy, &["no rule leads to embassy's port"])?;
     let all = doctor(&host, &[])?;
@@ -164,16 +165,16 @@ fn the_embassy_that_runs_is_judged_and_one_that_cannot_be_seen_is_not_missed() -
     let embassy = host.embassy_from(limited)?;
     embassy.wait_ready(READY)?;
     one(&doctor(&host, &[])?, "warn descriptors: 1000 descriptors allow 244 connections")?;
-    // As from a container beside it: its rules are no leftovers, and its port is its own.
+    // As from another container: the rules are not reported as leftovers, and the port as embassy's.
     let mut hidden = host.command("unshare");
     hidden.args(["--pid", "--fork", "--mount-proc"]).arg(embassy_program()?);
     hidden.args(["doctor", "--dnat", ETCD, &format!("-docker={}", host.docker_url())]);
     assert_eq!(found(hidden)?, [""; 0]);
     embassy.kill()?;
-    // The kernel has taken its rules away.
+    // The kernel has removed its rules.
     assert_eq!(doctor(&host, &[])?, [""; 0]);
 
-    // What this host sends has others before it, too.
+    // The host's own connections may meet other rules first, too.
     let embassy = host.embassy(["--redirect", ETCD, IPTABLES])?;
     embassy.wait_ready(READY)?;
     let redirect = || found(host.embassy_command(["doctor", "--redirect", ETCD])?);
@@ -270,7 +271,7 @@ fn without_flags_it_goes_by_those_of_the_embassy_that_runs() -> Result<()> {
     ensure!(of(&all, "discovery") == ["etcd answers"], "{all:#?}");
     ensure!(of(&all, "port")[0].starts_with("embassy listens on 9998"), "{all:#?}");
     ensure!(of(&all, "docker").iter().all(|what| what.contains(&host.docker_url())), "{all:#?}");
-    // Flags of its own count, and those that differ are named.
+    // Its own flags are used, and those that differ are listed.
     let url = format!("-docker={}", host.docker_url());
     let words = ["doctor", "--dnat", "-discovery=etcd://127.0.0.1:2379", &url];
     let own = findings(&[&words[..], &["-p=9997"]].concat())?;
@@ -300,7 +301,7 @@ fn the_option_of_docker_run_that_was_forgotten_is_named() -> Result<()> {
     assert_eq!(embassy.wait(WAIT)?.code(), Some(1));
     says(&embassy, &["embassy lacks the capability NET_ADMIN", "--cap-add NET_ADMIN"])?;
 
-    // Another user may reach the socket, and not use it.
+    // Another user can find the socket, but not use it.
     for folder in std::path::Path::new(socket).ancestors().skip(1) {
         let folder = folder.to_str().context("a path of text")?;
         if folder.starts_with(host.dir().to_str().context("a path of text")?) {

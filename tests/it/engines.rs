@@ -1,5 +1,5 @@
-//! What every engine has to do for its containers to be served. `ENGINE=podman5` (and others, see testbed/README.md) runs these with another
-//! engine than this machine's; `make engines` runs them with each.
+//! What works with every engine. `ENGINE=podman5` (and others, see testbed/README.md) runs these tests with another engine
+//! than this machine's. `make engines` runs them with each.
 
 use std::thread;
 
@@ -13,13 +13,13 @@ use crate::{
 
 const VIP: &str = "172.17.0.1:80";
 
-/// A host with two services, `red` and `blue`, offered by its containers, and an embassy that is ready.
+/// A host with two services, `red` and `blue`, which its containers offer, and a ready embassy.
 fn host_and_embassy() -> Result<(Host, Embassy)> {
     let host = Host::start()?;
     for name in ["red", "blue"] {
         host.web(name).label("SERVICE_80_NAME", name).start()?;
     }
-    // Engines take their time on a busy machine; nobody is to be refused for that here.
+    // Engines are slow on a busy machine, and no connection must be refused because of that.
     let flags = ["--dnat", "-discovery=docker://", "--hold=8s", "--log-format=json"];
     let embassy = host.embassy(flags)?;
     embassy.wait_ready(READY)?;
@@ -34,7 +34,7 @@ fn routes(embassy: &Embassy, expected: u64) -> Result<()> {
     })
 }
 
-/// Nothing that embassy says of the engine, or of what the engine says, is a warning or an error. A slow machine is none of its doing.
+/// Fails if embassy logs a warning or an error about the engine or its answers. Messages about a slow machine are allowed.
 fn complains_not(embassy: &Embassy) -> Result<()> {
     let log = embassy.log();
     let complaints: Vec<_> = log.lines().filter(|line| is_complaint(line)).collect();
@@ -42,10 +42,10 @@ fn complains_not(embassy: &Embassy) -> Result<()> {
     Ok(())
 }
 
-/// Whether a line of the log (JSON) is a warning or an error of the modules that read the engine, of a source, of which there is only the
-/// engine, or of what a container asks for or offers.
+/// Whether a log line (JSON) is a warning or an error: from the modules that read the engine, about a source (the engine is
+/// the only one), or about what a container declares or offers.
 fn is_complaint(line: &str) -> bool {
-    // A panic is no JSON.
+    // A panic is not JSON.
     let Ok(line) = serde_json::from_str::<serde_json::Value>(line) else { return true };
     let of_engine = ["embassy::docker", "embassy::provider", "embassy::discovery"];
     let of_containers = ["binding ", "discovery entry "];
@@ -106,7 +106,7 @@ fn thirty_requests_over_three_endpoints_are_ten_each_on_every_network() -> Resul
         for name in names {
             ensure!(answers.from(name) == 10, "{}: {answers:?}", consumer.name());
         }
-        // Who did not ask for it does not get it.
+        // A container that did not declare it cannot reach it.
         ends(&consumer, format!("{vip}:8081"), "refused")?;
     }
     complains_not(&embassy)
@@ -165,7 +165,7 @@ fn recycle(host: &Host, net: &Network, n: u8) -> Result<()> {
     reaches(&a, &vip, "red")?;
     a.kill()?;
     a.remove()?;
-    // It dials from its first moment on, before anybody can have inspected it.
+    // It connects from the start, before it can have been inspected.
     let words = format!("testbed peer get {vip} -n 100; exec testbed peer idle");
     let b = same("latter").env("BACKEND_BLUE", "blue;80").cmd(["sh", "-c", &words]).start()?;
     reaches(&b, &vip, "blue")?;
@@ -203,7 +203,7 @@ fn a_container_is_served_while_it_runs_and_where_it_is() -> Result<()> {
     reaches(&app, "10.82.0.1:80", "red")?;
     app.remove()?;
     routes(&embassy, 0)?;
-    // One that is gone before it can be inspected.
+    // Containers that are gone before they can be inspected.
     for n in 0..5 {
         host.docker(["run", "--rm", "--name", &format!("short-{n}"), "testbed", "true"])?;
     }
@@ -216,7 +216,7 @@ fn an_endpoint_that_is_asked_to_stop_gets_no_new_connections() -> Result<()> {
     host.web("stays").label("SERVICE_80_NAME", "web").start()?;
     let app = host.client("app").env("BACKEND_WEB", "web;80").start()?;
     reaches(&app, VIP, "stays")?;
-    // It goes on answering until it is killed.
+    // It keeps answering until it is killed.
     let words = "trap '' TERM; testbed peer http --name stops & wait";
     let stops = host
         .container("stops")
@@ -228,7 +228,7 @@ fn an_endpoint_that_is_asked_to_stop_gets_no_new_connections() -> Result<()> {
     let mut stop = host.docker_command(["stop", "--timeout=30", stops.name()]);
     let mut stop = stop.spawn()?;
     if host.is_podman() {
-        // No event tells of it, but a list does.
+        // No event reports it, but a list does.
         testbed::eventually(WAIT, "the stop signal", || {
             let state = stops.inspect("{{.State.Running}} {{.State.Pid}}")?;
             ensure!(state.starts_with("false ") && !state.ends_with(" 0"), "{state}");
@@ -267,7 +267,7 @@ fn a_consumer_that_is_asked_to_stop_is_served_until_it_has_ended() -> Result<()>
         ensure!(pending.is_ok() && stop.try_wait()?.is_none(), "{pending:?}");
         Ok(())
     })?;
-    // Every list, and what is looked at because a stranger dials, finds it there.
+    // Every list, and every look after an unknown address connects, finds it there.
     for _ in 0..2 {
         embassy.signal(testbed::Signal::HUP)?;
         let late = host.client("late").env("BACKEND_RED", "red;80").start()?;
@@ -294,7 +294,7 @@ fn an_engine_of_a_host_takes_no_locks_of_this_machine() -> Result<()> {
     Ok(())
 }
 
-/// The containers of a pod share the network of one more container, which nobody named.
+/// The containers of a pod share the network of an additional container, which no user created.
 #[test]
 fn a_pods_containers_are_served() -> Result<()> {
     let (host, embassy) = host_and_embassy()?;
@@ -332,7 +332,7 @@ fn a_pods_containers_are_served() -> Result<()> {
     complains_not(&embassy)
 }
 
-/// A container on an overlay network reaches its host by another network, which no inspection of it names.
+/// A container on an overlay network reaches its host via another network, which no inspection names.
 #[test]
 fn a_container_on_a_swarms_overlay_network_is_served_also_at_its_first_act() -> Result<()> {
     let (host, embassy) = host_and_embassy()?;
@@ -340,7 +340,7 @@ fn a_container_on_a_swarms_overlay_network_is_served_also_at_its_first_act() -> 
         println!("not run: this engine has no swarm");
         return Ok(());
     }
-    // An overlay network is made of it.
+    // An overlay network needs it.
     let vxlan = ["link", "add", "vx", "type", "vxlan", "id", "1", "dstport", "4789"];
     if let Err(error) = host.run("ip", vxlan) {
         println!("not run: this kernel has no vxlan: {error:#}");

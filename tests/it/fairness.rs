@@ -1,4 +1,4 @@
-//! What one consumer can take from others: figures, which are printed and not asserted, because they are the machine's.
+//! How much one consumer can affect others. Prints figures and asserts nothing, because the figures depend on the machine.
 //!
 //! `cargo test --test it fairness:: -- --ignored --nocapture --test-threads 1`
 
@@ -16,7 +16,7 @@ use crate::{
 const WEB: &str = "172.17.0.1:80";
 const OTHER: &str = "172.17.0.1:81";
 
-/// A host with a neighbour and a greedy consumer, who dials the server `other` at [`OTHER`].
+/// A host with a neighbour and a greedy consumer, which connects to the server `other` at [`OTHER`].
 struct Place {
     neighbour: Container,
     greedy: Container,
@@ -39,8 +39,8 @@ impl Place {
         Ok(Self { neighbour, greedy, embassy, host })
     }
 
-    /// How long the neighbour's requests take, each on a connection of its own, in milliseconds: half, 99 of 100, the slowest; and
-    /// how many fail.
+    /// The duration of the neighbour's requests in ms, each on its own connection: median, 99th percentile and maximum; and
+    /// the number of failures.
     fn neighbours(&self) -> Result<String> {
         const REQUESTS: usize = 400;
         let words = format!(
@@ -128,7 +128,7 @@ fn memory_of_slow_readers() -> Result<()> {
     Ok(())
 }
 
-/// With `EMBASSY_BIN`, of another embassy.
+/// `EMBASSY_BIN` selects another embassy.
 #[test]
 #[ignore = "prints figures"]
 fn first_acts() -> Result<()> {
@@ -159,14 +159,15 @@ fn resident(embassy: &Embassy) -> Result<u64> {
     Ok(value.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
 }
 
-/// Of all namespaces.
+/// TCP memory of all namespaces, in pages.
 fn tcp_pages(host: &Host) -> Result<u64> {
     let text = host.run("cat", ["/proc/net/sockstat"])?;
     let tcp = text.lines().find_map(|line| line.strip_prefix("TCP: ")).context("TCP")?;
     Ok(tcp.rsplit(' ').next().unwrap_or_default().parse()?)
 }
 
-/// Bytes that the sockets of the host's own namespace hold, which are embassy's: received and not read, to be sent, and reserved.
+/// Bytes in the sockets of the host's own namespace, which are embassy's: received and not read, waiting to be sent, and
+/// reserved.
 fn sockets(host: &Host) -> Result<[u64; 3]> {
     let text = host.run("ss", ["--tcp", "--memory", "--numeric"])?;
     let mut sums = [0; 3];

@@ -1,4 +1,5 @@
-//! Others at work on the firewall: flushes, reloads, restarts, rules above ours, and rules that would stop what we capture.
+//! Other programs change the firewall: flushes, reloads, restarts, rules before ours, and rules that would drop captured
+//! connections.
 
 use std::time::Instant;
 
@@ -14,7 +15,7 @@ use crate::{
     },
 };
 
-/// What somebody does, and what embassy calls it.
+/// A command that changes the firewall, and embassy's word for the change.
 type Blow<'a> = (&'a [&'a str], &'a str);
 
 #[test]
@@ -44,7 +45,7 @@ fn others_cannot_take_the_rules_of_a_running_embassy() -> Result<()> {
         let answers = app.get("172.17.0.1:80").times(5).run()?;
         assert_eq!(answers.from("web"), 5, "{words}: {answers:?}");
     }
-    // It goes on changing what is its own.
+    // embassy keeps changing its own rules.
     let second = host.client("second").env("BACKEND_WEB", "/services/web;81").start()?;
     reaches(&second, "172.17.0.1:81", "web")?;
     second.remove()?;
@@ -72,12 +73,12 @@ fn an_idle_embassy_starts_no_program_by_iptables() -> Result<()> {
     idle(IPTABLES)
 }
 
-/// Among rules of others.
+/// embassy, idle among rules of other programs.
 fn idle(firewall: &str) -> Result<()> {
     let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
-    // Every program that embassy may start, told when it is.
+    // Wrappers for every program that embassy may start. They log each start.
     let told = "mkdir -p /run/bin; for name in nft iptables-save ip6tables-save iptables-restore \
                 ip6tables-restore; do printf '#!/bin/sh\necho %s \"$*\" >> /run/started\nexec %s \"$@\"\n' \
                 $name SBIN/$name > /run/bin/$name; chmod +x /run/bin/$name; done";
@@ -88,7 +89,7 @@ fn idle(firewall: &str) -> Result<()> {
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;
     let started = || anyhow::Ok(host.run("cat", ["/run/started"])?.lines().count());
-    // As long as it takes until twice is nothing new, the rules were looked at since the start.
+    // Until two looks in a row show no start, because the rules were read since the start.
     let mut before = 0;
     let idle = std::time::Duration::from_secs(12);
     testbed::eventually(WAIT * 3, "nothing to be started", || {
@@ -98,14 +99,14 @@ fn idle(firewall: &str) -> Result<()> {
         ensure!(is_same && started()? == now, "{now} programs");
         Ok(())
     })?;
-    // But what others do is looked at.
+    // Changes by other programs are read.
     host.run("nft", ["add table inet another"])?;
     testbed::eventually(WAIT, "a program to be started", || {
         ensure!(started()? > before, "{before}");
         Ok(())
     })?;
     assert_eq!(restored(&embassy)?, 0);
-    // What sets of others hold is never read: there may be hundreds of thousands of elements.
+    // The elements of other programs' sets are never read: there may be hundreds of thousands.
     let started = host.run("cat", ["/run/started"])?;
     let of_nft = |line: &&str| line.starts_with("nft ");
     ensure!(started.lines().any(|line| of_nft(&line)), "{started}");
@@ -134,7 +135,8 @@ fn rules_that_vanish_from_nft_are_back() -> Result<()> {
 
 #[test]
 fn rules_that_vanish_from_iptables_are_back() -> Result<()> {
-    // As firewalld and iptables-persistent reload: the whole table in one go, without what they do not know.
+    // As firewalld and iptables-persistent reload: they replace the whole table at once, without rules that they do not
+    // know.
     let reload = "iptables-restore < /run/before";
     let above = ["iptables", "-t", "nat", "-I", "PREROUTING", "-p", "tcp", "-j", "ACCEPT"];
     vanish(
@@ -151,7 +153,7 @@ fn rules_that_vanish_from_iptables_are_back() -> Result<()> {
     )
 }
 
-/// A program that leads connections to port 80 elsewhere, before whoever comes at -100 or a little earlier.
+/// A program that redirects connections to port 80, before all chains at priority -100 or slightly earlier.
 const ABOVE: &str = "add table ip above
     add chain ip above pre { type nat hook prerouting priority -150; }
     add rule ip above pre tcp dport 80 redirect to :1";
@@ -177,13 +179,13 @@ fn with_nft_our_rules_go_before_a_program_that_comes_before_them() -> Result<()>
         start.elapsed()
     );
     says(&embassy, &["come before ours; moving ours before them", "ip above pre, priority -150"])?;
-    // Theirs are left alone, and there is nothing to do any more.
+    // The other rules are untouched, and nothing more is to do.
     let rules = host.run("nft", ["list", "table", "ip", "above"])?;
     ensure!(rules.contains("redirect to :1"), "{rules}");
     host.run("nft", ["delete table ip above"])?;
     reaches(&app, "172.17.0.1:80", "web")?;
     assert_eq!((restored(&embassy)?, metric(&embassy, "embassy_capture_barriers")?), (1, 0));
-    // One that starts below them goes before them at once.
+    // An embassy that starts after them moves before them immediately.
     insert_above(&host)?;
     embassy.kill()?;
     let next = host.embassy(["--dnat", ETCD, NFT])?;
@@ -215,7 +217,7 @@ fn vanish(firewall: &str, blows: &[Blow<'_>]) -> Result<()> {
     let host = Host::start()?;
     web(&host, "web")?;
     let mut app = host.client("app").env("BACKEND_WEB", "/services/web;80");
-    // As many that their order in the kernel is not the order in which they were written.
+    // So many that the kernel's order is not the order in which they were written.
     for port in 1000..1200 {
         app = app.env(&format!("BACKEND_{port}"), &format!("/services/web;{port}"));
     }
@@ -248,9 +250,9 @@ fn vanish(firewall: &str, blows: &[Blow<'_>]) -> Result<()> {
         says(&embassy, &["another program changed our rules", &format!("change={change:?}")])?;
     }
     says(&embassy, &["another program changed our rules", "missing=\"all of them\""])?;
-    // What does not touch ours is none of our business.
+    // Changes that do not affect our rules are ignored.
     host.run("iptables", ["-F"])?;
-    // And only then: rules that nobody touched are left alone.
+    // Rules are restored only then: untouched rules stay untouched.
     assert_eq!(restored(&embassy)?, blows.len() as u64);
     Ok(())
 }
@@ -265,7 +267,7 @@ fn a_restart_of_the_engine_leaves_all_rules_right_by_iptables() -> Result<()> {
     restart(IPTABLES)
 }
 
-/// dockerd makes its chains anew when it starts, and puts its own jump where it likes.
+/// dockerd creates its chains again when it starts, and inserts its jump at any position.
 fn restart(firewall: &str) -> Result<()> {
     let host = Host::builder().docker_args(["--live-restore"]).start()?;
     strangers_rules(&host)?;
@@ -278,7 +280,7 @@ fn restart(firewall: &str) -> Result<()> {
         .env("BACKEND_WEB_TOO", "/services/web;8080")
         .start()?;
     host.docker_daemon().restart()?;
-    // What a restart makes of the rules of everybody else, without us.
+    // What a restart does to all other rules, without embassy.
     let before = rules(&host)?;
     let embassy = host.embassy(["--dnat", ETCD, firewall])?;
     embassy.wait_ready(READY)?;
@@ -321,7 +323,7 @@ fn a_chain_that_input_leads_to_and_that_drops_is_told_by_iptables() -> Result<()
     dropped(IPTABLES, HOST_FIREWALL, "chain host-fw-refuse of iptables ends with")
 }
 
-/// As NixOS has it: INPUT has no policy and no last rule that drops.
+/// As on NixOS: INPUT has neither a policy nor a last rule that drops.
 const HOST_FIREWALL: &str = "iptables -N host-fw
         iptables -N host-fw-refuse
         iptables -A host-fw-refuse -m comment --comment refused -j DROP
@@ -336,7 +338,7 @@ fn a_firewall_that_seems_closed_and_lets_connections_in_is_told_until_they_pass(
     let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
-    // What lets the containers in is their address, which is more than embassy reads of a rule.
+    // The rule that lets the containers in matches their address, which embassy does not evaluate.
     for rule in [
         "add table inet strict",
         "add chain inet strict in { type filter hook input priority 0; policy drop; }",
@@ -402,7 +404,7 @@ fn dropped(firewall: &str, close: &str, said: &str) -> Result<()> {
     host.run("sh", ["-ec", remedy])?;
     reaches(&app, "172.17.0.1:80", "web")?;
     closed("172.17.0.1:7000", "timeout")?;
-    // That is refused by our own rule, before theirs.
+    // Our own rule refuses this connection, before theirs.
     closed("172.17.0.1:9999", "refused")?;
     says(&embassy, &["chain no longer drops captured connections", said])?;
     assert_eq!(metric(&embassy, "embassy_capture_barriers")?, 0);
@@ -414,7 +416,7 @@ fn a_program_that_crashes_hides_only_its_own_rules() -> Result<()> {
     let host = Host::start()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
-    // As an nft of another version does, beside some sets.
+    // As an nft of another version does with some sets.
     let crash = "mkdir -p /run/bin; printf '#!/bin/sh\nkill -SEGV $$\n' > /run/bin/nft; chmod +x /run/bin/nft";
     host.run("sh", ["-ec", crash])?;
     let mut command = with_programs(&host, "/run/bin")?;
@@ -450,7 +452,8 @@ fn lost(firewall: &str) -> Result<()> {
     let embassy = host.embassy(["--dnat", ETCD, firewall])?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;
-    // No end of a chain, and no policy: it is counted that connections are lost, and the rule is the only one that drops any.
+    // Neither the end of a chain nor a policy drops: the counters show that connections are lost, and this is the only rule
+    // that drops any.
     for rule in [
         "add table inet strict",
         "add chain inet strict in { type filter hook input priority 0; policy accept; }",
@@ -466,7 +469,7 @@ fn lost(firewall: &str) -> Result<()> {
     let what = "chain inet strict in of nft has the rule";
     says(&embassy, &["captured connections are dropped on this host", what])?;
     assert!(!embassy.log().contains("may be dropped"), "it is known");
-    // Which of them is a guess of embassy's.
+    // embassy can only guess which rule it is.
     assert_eq!(embassy.admin("/readyz")?.status, 200);
     host.run("nft", ["delete table inet strict"])?;
     testbed::eventually(WAIT * 2, "the end of it to be told", || {
@@ -480,7 +483,7 @@ fn lost(firewall: &str) -> Result<()> {
 #[test]
 fn live_connections_outlive_the_rules_where_nobody_else_translates() -> Result<()> {
     for firewall in [NFT, NFT_SHARED] {
-        // The engine writes no rules of its own: with ours, the last that translate would go.
+        // The engine writes no rules of its own, so ours are the only ones that translate.
         let host = Host::builder().docker_args(["--iptables=false"]).start()?;
         let echo = host.server("echo", ["echo"]).start()?;
         offer(&host, "echo", echo.ip()?)?;
@@ -531,7 +534,7 @@ fn of_two_embassies_one_captures() -> Result<()> {
     says(&second, &["another embassy captures in this network namespace"])?;
     assert_eq!(restored(&first)?, 0);
 
-    // One that waits for its last connections serves until they have ended. Then it is the next one's turn.
+    // An embassy that waits for its last connections serves until they have ended. Then the next one may capture.
     first.terminate()?;
     let second = host.embassy(["--dnat", ETCD, "-p=9998", "--admin=off"])?;
     assert_eq!(second.wait(WAIT)?.code(), Some(1));
@@ -541,7 +544,7 @@ fn of_two_embassies_one_captures() -> Result<()> {
     assert!(first.wait(WAIT)?.success());
     let next = host.embassy(["--dnat", ETCD, "--admin=off"])?;
     reaches(&app, "172.17.0.1:80", "web")?;
-    // One that was killed does not stand in the way either.
+    // A killed embassy does not block the next one either.
     next.kill()?;
     let _last = host.embassy(["--dnat", ETCD, "--admin=off"])?;
     reaches(&app, "172.17.0.1:80", "web")
@@ -561,7 +564,7 @@ fn another_embassy_is_found_although_it_shares_nothing_but_the_network() -> Resu
         command.args(flags).env("DOCKER_HOST", host.docker_url());
         anyhow::Ok(command)
     };
-    // As another user the engine's socket is closed to it, and it is the one nevertheless.
+    // As another user it cannot use the engine's socket, but it is the embassy that captures.
     let first = host.embassy_from(apart(&["-p=9998", "--admin=off", "--firewall=iptables"])?)?;
     says(&first, &["proxy listens", "9998"])?;
     let second = host.embassy(["--dnat", ETCD])?;
@@ -593,7 +596,7 @@ fn rules_of_a_killed_embassy_go_although_another_program_has_its_port() -> Resul
             command.args(["peer", "http", "--name", "thief", "--port", "9999"]);
             command
         })?;
-        // This is what must not last.
+        // This must not last.
         reaches(&app, "172.17.0.1:80", "thief")?;
         let doctor = host.embassy_command(["doctor", "--dnat", ETCD])?.output()?;
         let doctor = String::from_utf8_lossy(&doctor.stdout).into_owned();
@@ -620,16 +623,16 @@ fn rules_of_a_killed_embassy_go_although_another_program_has_its_port() -> Resul
     Ok(())
 }
 
-/// A connection that lasts.
+/// A connection that stays open.
 fn hold(app: &Container, embassy: &Embassy) -> Result<testbed::Process> {
     let held = app.spawn("held", ["testbed", "peer", "hold", "172.17.0.1:80", "-n", "1"])?;
     counts(embassy, "embassy_connections_active", 1)?;
     Ok(held)
 }
 
-/// The rules of everybody else, in their order.
+/// All rules except ours, in their order.
 fn without_ours(rules: &str) -> String {
-    // Until a line that closes a block of ours.
+    // The line that ends one of our blocks, while inside it.
     let mut ours = None;
     let kept = rules.lines().filter(|line| {
         if line.starts_with("table inet embassy ") || line.starts_with("table bridge embassy ") {
@@ -642,13 +645,13 @@ fn without_ours(rules: &str) -> String {
         if ours.is_some_and(|end| *line == end) {
             ours = None;
         }
-        // A base chain without rules is nothing: listing makes some.
+        // A base chain without rules is ignored, because listing creates some.
         !skip && (line.starts_with("-A ") || line.starts_with("\t\t") && !line.contains("\ttype "))
     });
     kept.collect::<Vec<_>>().join("\n")
 }
 
-/// dockerd puts its rules in another order at times.
+/// dockerd sometimes writes its rules in another order.
 fn sorted(rules: &str) -> Vec<&str> {
     let mut lines: Vec<_> = rules.lines().collect();
     lines.sort();

@@ -1,4 +1,4 @@
-//! What a host's firewall cannot show, or cannot do: embassy works with the rest of it.
+//! A host's firewall cannot show or do something: embassy works with the rest of it.
 
 use std::{path::Path, process::Command};
 
@@ -14,20 +14,20 @@ use crate::{
     },
 };
 
-/// embassy with the programs of a directory in place of others of the same names.
+/// embassy with the programs of a directory instead of the usual ones.
 fn embassy_with_programs(host: &Host, programs: &Path, args: &[&str]) -> Result<Embassy> {
     let mut command = with_programs(host, programs.display())?;
     command.args(args);
     host.embassy_from(command)
 }
 
-/// The lines of a family's `nat` table that name a chain of ours: its rules, its chain, and each jump to it.
+/// The lines of a family's `nat` table that name one of our chains: its rules, the chain itself, and each jump to it.
 fn ours(host: &Host, family: &str) -> Result<Vec<String>> {
     let table = host.run("nft", ["-s", "list", "table", family, "nat"])?;
     Ok(table.lines().filter(|line| line.contains("EMBASSY")).map(str::to_owned).collect())
 }
 
-/// Makes `iptables-save -t nat` show nothing: it prints a comment, and says that it has done well.
+/// Makes `iptables-save -t nat` show nothing: it prints a comment and exits with 0.
 fn hide_the_table(host: &Host) -> Result<()> {
     let masquerade = ["-t", "nat", "-A", "POSTROUTING", "-s", "10.0.0.0/8", "-j", "MASQUERADE"];
     host.run("iptables", masquerade)?;
@@ -46,7 +46,7 @@ fn a_table_that_iptables_cannot_show_gets_each_rule_once_and_loses_each_at_the_e
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;
     hide_the_table(&host)?;
-    // Another table of ours is written meanwhile, and what somebody takes away is put back, once each.
+    // More of our rules are written meanwhile, and removed rules are restored, once each.
     let second = host.client("second").env("BACKEND_WEB", "/services/web;81").start()?;
     reaches(&second, "172.17.0.1:81", "web")?;
     reaches(&app, "172.17.0.1:80", "web")?;
@@ -70,7 +70,7 @@ fn a_table_that_iptables_cannot_show_gets_each_rule_once_and_loses_each_at_the_e
     ensure!(others.contains("masquerade") && others.contains("tcp dport 1 accept"), "{others}");
     ends(&app, "172.17.0.1:80", "refused")?;
 
-    // One that was killed leaves them: the next takes them over, and `cleanup` takes them away.
+    // A killed embassy leaves its rules: the next one takes them over, and `cleanup` removes them.
     for _ in 0..2 {
         let embassy = host.embassy(["--dnat", ETCD, IPTABLES])?;
         embassy.wait_ready(READY)?;
@@ -126,7 +126,7 @@ fn the_older_iptables_is_read_by_its_own_listing() -> Result<()> {
     Ok(())
 }
 
-/// The part that fell away, as the log, the status and readiness have it.
+/// Checks that the log, the status and readiness report the missing part.
 fn works_without(embassy: &Embassy, loss: &str) -> Result<()> {
     embassy.wait_ready(READY)?;
     let message = "the firewall cannot do an optional part of the rules; capturing without it";
@@ -155,7 +155,7 @@ fn without_the_socket_match_all_but_strangers_are_captured_by_iptables() -> Resu
             std::fs::copy(file.path(), matches.join(file.file_name()))?;
         }
     }
-    // The programs that embassy starts get no variable of its own, such as XTABLES_LIBDIR.
+    // Programs that embassy starts do not get its environment, such as XTABLES_LIBDIR.
     let mounts = format!("mount --bind {} {libraries}", matches.display());
     let mut command = with_mounts(&host, &mounts)?;
     command.args(["--dnat", ETCD, IPTABLES, "--guard=off"]);
@@ -215,7 +215,8 @@ fn without_nat_for_ipv6_the_consumers_ipv4_is_captured_by_iptables() -> Result<(
 fn an_endpoint_that_the_host_translates_is_reached_with_notrack() -> Result<()> {
     let host = Host::light()?;
     let web = host.web("web").start()?;
-    // A port that the engine publishes: packets to this address of the host go on to the container, by connection tracking.
+    // A port that the engine publishes: packets to this address of the host are forwarded to the container by connection
+    // tracking.
     host.run("ip", ["addr", "add", "172.17.0.200/16", "dev", "docker0"])?;
     let to = format!("{}:80", web.ip()?);
     let publish =
@@ -223,7 +224,7 @@ fn an_endpoint_that_the_host_translates_is_reached_with_notrack() -> Result<()> 
     host.run("iptables", [&publish[..], &["-j", "DNAT", "--to-destination", &to]].concat())?;
     offer_at(&host, "web", "172.17.0.200:8080")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
-    // An address of docker0 is a VIP, which no endpoint has unless it is listed.
+    // An address of docker0 is a VIP, which an endpoint may only have if it is listed.
     let listed = "--endpoints=172.17.0.200";
     let embassy = host.embassy(["--dnat", "--firewall=nft", "--notrack", ETCD, listed])?;
     embassy.wait_ready(READY)?;

@@ -1,11 +1,11 @@
-//! A container's very first act is to dial: that may be quicker than the engine's news of it.
+//! A container connects as its first act, which may be before the engine reports it.
 
 use anyhow::{Context, Result, ensure};
 use testbed::Host;
 
 use crate::{READY, support::restored};
 
-/// How many containers are started. Each dials at once, once. `RUNS=200` makes it minutes.
+/// The number of containers to start. Each connects once, immediately. `RUNS=200` takes minutes.
 fn runs() -> Result<usize> {
     let wanted = std::env::var("RUNS").ok();
     wanted.map_or(Ok(20), |text| text.parse().context("RUNS takes a number"))
@@ -24,7 +24,7 @@ fn a_container_whose_first_act_is_to_dial_is_served_by_iptables() -> Result<()> 
 fn first_act(firewall: &str) -> Result<()> {
     let host = Host::start()?;
     host.web("web").label("SERVICE_80_NAME", "web").start()?;
-    // The host's own server on the VIP, which anybody may dial who did not ask for another on that port.
+    // The host's own server on the VIP: containers that did not declare its port reach it.
     let _own = host.spawn("own", {
         let mut command = host.command(testbed::testbed_program()?);
         command.args(["peer", "http", "--name", "own", "--port", "8000"]);
@@ -40,7 +40,7 @@ fn first_act(firewall: &str) -> Result<()> {
         testbed::output(&mut docker)
     };
     for n in 0..runs()? {
-        // It says all it has to say and ends its direction, before anybody can know it: as `printf ... | nc -N` does.
+        // It sends everything and ends its direction before it can be known, as `printf ... | nc -N` does.
         let mut docker = host.docker_command(["run", "--rm", "-e", "BACKEND_SINK=sink;8082"]);
         docker.args(["testbed", "testbed", "peer", "send", "172.17.0.1:8082", "--bytes", "10"]);
         let said: serde_json::Value = serde_json::from_str(&testbed::output(&mut docker)?)?;
@@ -52,7 +52,7 @@ fn first_act(firewall: &str) -> Result<()> {
     let said = run("BACKEND_WEB=web;8080", "http://172.17.0.1:8000/")?;
     ensure!(said.trim() == "own", "the host's own server: {said:?}");
 
-    // Nobody asked for this port: reset, as soon as the container is known.
+    // The container did not declare this port: reset as soon as the container is known.
     let refused = run("BACKEND_WEB=web;8080", "http://172.17.0.1:8081/");
     ensure!(refused.is_err(), "{refused:?}");
     ensure!(restored(&embassy)? == 0, "nobody touched our rules");
@@ -93,7 +93,8 @@ fn a_published_port_is_reached_by_iptables_whoever_holds_it() -> Result<()> {
     published("iptables")
 }
 
-/// Without its userland proxy too, the engine holds the ports that it publishes: a stranger's dial is Docker's to lead on.
+/// Even without its userland proxy, the engine reserves the ports that it publishes: an unknown container's connection to
+/// one is Docker's.
 fn published(firewall: &str) -> Result<()> {
     let host = Host::builder().docker_args(["--userland-proxy=false"]).start()?;
     host.web("published").arg("--publish=8080:80").start()?;

@@ -1,5 +1,5 @@
-//! What goes wrong on the first day: an option that was forgotten, an address of another time, a registry that is not
-//! there. embassy says so at once, and every command says the same.
+//! Problems of the first day: a forgotten option, an outdated address, a missing registry. embassy reports them at once,
+//! and all commands say the same.
 
 use std::{fs, path::Path, process::Command};
 
@@ -17,7 +17,7 @@ use crate::{
 const OLD_VIP: &str = "172.17.42.1";
 const VIP: &str = "172.17.0.1";
 
-/// A light host with a service `web` in a file, and a consumer that asks for it on port 80.
+/// A light host with a service `web` in a file, and a consumer that declares it on port 80.
 struct Day {
     host: Host,
     app: Container,
@@ -33,7 +33,7 @@ impl Day {
             format!("[[service]]\nname = \"{name}\"\nendpoints = [\"{endpoint}\"]\n")
         };
         let ip = web.ip()?;
-        // Nobody listens on port 81.
+        // No program listens on port 81.
         let services = service("web", &format!("{ip}:80")) + &service("dead", &format!("{ip}:81"));
         fs::write(&file, services)?;
         let app = host.client("app").env("BACKEND_WEB", "web;80").env("BACKEND_DEAD", "dead;81");
@@ -47,7 +47,7 @@ impl Day {
         self.host.embassy_from(command)
     }
 
-    /// A command of embassy, in a container's network.
+    /// A command of embassy in a container's network.
     fn inside(&self, container: &Container, words: &[&str]) -> Result<Command> {
         let mut command = container.command(embassy_program()?)?;
         command.args(words).env("DOCKER_HOST", self.host.docker_url()).env("PROXY_IP", OLD_VIP);
@@ -55,7 +55,7 @@ impl Day {
     }
 }
 
-/// What a command prints, and whether it says yes.
+/// The output of a command, and whether it succeeds.
 fn said(mut command: Command) -> Result<(String, bool)> {
     let output = command.output()?;
     let text = String::from_utf8([output.stdout, output.stderr].concat())?;
@@ -70,7 +70,7 @@ fn read<T: DeserializeOwned>(mut command: Command) -> Result<(T, bool)> {
     Ok((serde_json::from_str(&text).context(text)?, yes))
 }
 
-/// Waits until the explanation of a port of `app` begins with this cause, and everybody agrees.
+/// Waits until the explanation of a port of `app` begins with this cause, and all other reports agree.
 fn explains(
     command: impl Fn(&[&str]) -> Result<Command>,
     port: &str,
@@ -125,7 +125,7 @@ fn a_container_without_the_hosts_network_says_that_nothing_arrives() -> Result<(
     not_ready(inside)?;
     let log = process.log();
     assert!(log.contains("connections do not arrive here"), "{log}");
-    // As /readyz has it, though every part of the start is ready.
+    // The same as /readyz, although every part of the start is ready.
     testbed::eventually(WAIT, "the log to say that it is not ready", || {
         let log = process.log();
         ensure!(
@@ -137,7 +137,7 @@ fn a_container_without_the_hosts_network_says_that_nothing_arrives() -> Result<(
     assert!(!process.log().contains("embassy is ready"), "{}", process.log());
     let found = doctor(inside(&["doctor", "--dnat", &day.discovery])?)?;
     assert!(found.iter().any(|one| one.starts_with("vip ")), "{found:#?}");
-    // It is true.
+    // This is true.
     ends(&day.app, format!("{VIP}:80"), "refused")?;
     ends(&day.app, format!("{}:80", proxy.ip()?), "refused")
 }
@@ -150,7 +150,7 @@ fn an_address_that_docker0_had_once_is_no_address() -> Result<()> {
     explains(command, "80", Verdict::Broken, "elsewhere")?;
     not_ready(command)?;
     says(&embassy, &["connections do not arrive here", OLD_VIP, "--proxy-ip"])?;
-    // With an address of this host beside it, there is a way.
+    // With an additional address of this host, connections arrive.
     embassy.kill()?;
     let both = format!("{OLD_VIP},{VIP}");
     let embassy = day.embassy(&["--dnat"], &[("PROXY_IP", &both)])?;
@@ -158,10 +158,10 @@ fn an_address_that_docker0_had_once_is_no_address() -> Result<()> {
     let explain = explains(command, "80", Verdict::Ok, "goes_to")?;
     assert_eq!(explain.dial, [format!("{VIP}:80")]);
     reaches(&day.app, format!("{VIP}:80"), "web")?;
-    // All runs write one log.
+    // All runs write to the same log.
     let said = embassy.log().matches("connections do not arrive here").count();
     assert_eq!(said, 1, "{}", embassy.log());
-    // An address outside of the container's networks comes by its gateway.
+    // An address outside of the container's networks is reached via its gateway.
     embassy.kill()?;
     let embassy = day.embassy(&["--dnat", "--proxy-ip=10.9.9.9"], &[])?;
     embassy.wait_ready(READY)?;
@@ -207,13 +207,13 @@ fn that_nothing_captures_is_said_until_something_does() -> Result<()> {
     let found = doctor(command(&["doctor"])?)?;
     assert!(found.iter().any(|one| one.starts_with("firewall ")), "{found:#?}");
 
-    // A rule of one's own, for an address that is no VIP of embassy's.
+    // A user's own rule, for an address that is not a VIP of embassy.
     let rule = format!("-t nat -I PREROUTING -p tcp -d {OLD_VIP} -j REDIRECT --to-ports 9999");
     day.host.run("iptables", rule.split(' '))?;
     day.host.run("ip", ["addr", "add", &format!("{OLD_VIP}/32"), "dev", "docker0"])?;
     let (plan, _) = said(command(&["plan"])?)?;
     assert!(plan.contains("Your own rules that lead to embassy's port"), "{plan}");
-    // It is noticed before anybody connects.
+    // It is noticed before any connection.
     says(&embassy, &["your own rules lead to embassy's port", "REDIRECT --to-ports 9999"])?;
     embassy.wait_ready(READY)?;
     let told = explains(plain, "80", Verdict::Ok, "goes_to")?;
@@ -226,7 +226,7 @@ fn that_nothing_captures_is_said_until_something_does() -> Result<()> {
     };
     assert!(!found.iter().any(is_wrong), "{found:#?}");
 
-    // It is removed, and another one takes one of the two ports.
+    // The rule is removed, and another one matches one of the two ports.
     day.host.run("iptables", rule.replace("-I", "-D").split(' '))?;
     explains(plain, "80", Verdict::Broken, "no_own_rule")?;
     not_ready(plain)?;
@@ -250,7 +250,7 @@ fn that_nothing_captures_is_said_until_something_does() -> Result<()> {
     says(&embassy, &["your own rules lead to embassy's port", "REDIRECT --to-ports 9999"])?;
     assert!(!embassy.log().contains("no VIP"), "{}", embassy.log());
     embassy.kill()?;
-    // What is left of them is found, and named with the command that deletes it.
+    // Leftover rules are found, and reported with the command that deletes them.
     let found = doctor(command(&["doctor", "--dnat"])?)?;
     assert!(found.len() == 1 && found[0].starts_with("leftover "), "{found:#?}");
     let (text, _) = said(command(&["doctor", "--dnat"])?)?;
@@ -327,7 +327,7 @@ fn a_dead_registry_is_missed_before_anybody_needs_it() -> Result<()> {
     };
     waits_for(&["consul", "file"])?;
     says(&embassy, &["source has not answered yet", "source=\"consul\""])?;
-    // One that answers is waited for no more, whatever the others do.
+    // A discovery that has answered is not waited for any more, whatever the others do.
     fs::write(&file, "service = []")?;
     waits_for(&["consul"])?;
     let app = host.client("app").env("BACKEND_WEB", "web;80;via=consul").start()?;
@@ -337,7 +337,7 @@ fn a_dead_registry_is_missed_before_anybody_needs_it() -> Result<()> {
     waits_for(&["consul"])?;
     embassy.kill()?;
 
-    // Nothing is asked of one that has answered.
+    // A discovery that has answered is not queried any more.
     let embassy = host.embassy(["--dnat", &late])?;
     embassy.wait_ready(READY)?;
     testbed::eventually(WAIT, "no source but the provider", || {
@@ -389,7 +389,7 @@ fn a_service_whose_only_endpoint_refuses_is_broken_also_between_two_tries() -> R
     Ok(())
 }
 
-/// embassy as root with no other capabilities than these.
+/// embassy as root with only these capabilities.
 fn as_root_with(host: &Host, capabilities: &str, flags: &[&str]) -> Result<Embassy> {
     let mut command = host.command("setpriv");
     command.args([&format!("--bounding-set=-all,{capabilities}"), "--inh-caps=-all"]);
@@ -398,7 +398,7 @@ fn as_root_with(host: &Host, capabilities: &str, flags: &[&str]) -> Result<Embas
     host.embassy_from(command)
 }
 
-/// The user of embassy's image and package.
+/// The user ID in embassy's image and package.
 const USER: u32 = 59990;
 const GROUP: u32 = 4242;
 
@@ -419,7 +419,7 @@ fn the_unit_of_systemd_has_flags_that_embassy_takes_and_rights_that_it_needs() -
     };
     assert_ne!(setting("User")?, "root");
     let day = Day::begins()?;
-    // As Docker's socket is: of root and a group.
+    // As Docker's socket: owned by root and a group.
     let socket = day.host.docker_url().trim_start_matches("unix://").to_owned();
     day.host.run("chgrp", [&GROUP.to_string(), &socket])?;
     day.host.run("chmod", ["660", &socket])?;
@@ -461,7 +461,7 @@ fn a_state_directory_of_another_user_is_named_with_its_owner() -> Result<()> {
     let embassy = as_root_with(&day.host, "+net_admin", &["--dnat", &day.discovery, &state])?;
     let named = format!("{} belongs to user 65534", folder.display());
     says(&embassy, &["cannot write the state file", &named, "embassy runs as user 0"])?;
-    // It serves all the same.
+    // It serves nevertheless.
     reaches(&day.app, format!("{VIP}:80"), "web")
 }
 
@@ -486,7 +486,7 @@ fn tags_are_shown_as_their_user_wrote_them() -> Result<()> {
             ensure!(!text.contains(other), "{words:?}: {text}");
         }
         says(&embassy, &["new route", &format!("consumer={name} "), asked])?;
-        // They are a set all the same.
+        // They are a set: the order does not matter.
         for wanted in ["web[prod,eu]", "web[eu,prod]"] {
             let (text, yes) = of(&["wait", wanted, "--consumer", name, "--timeout=10s"])?;
             ensure!(yes, "{text}");
@@ -497,7 +497,7 @@ fn tags_are_shown_as_their_user_wrote_them() -> Result<()> {
     Ok(())
 }
 
-/// The same sentence by each command that takes a consumer.
+/// Every command that takes a consumer says the same sentence.
 #[test]
 fn a_consumer_that_is_not_known_is_called_so_with_names_that_are_near() -> Result<()> {
     let day = Day::begins()?;
@@ -514,7 +514,7 @@ fn a_consumer_that_is_not_known_is_called_so_with_names_that_are_near() -> Resul
             ensure!(!yes && text.contains(known) && text.contains(near), "{words:?}: {text}");
         }
     }
-    // One that is known and has nothing of this kind is another thing.
+    // A known consumer without matching entries is reported differently.
     let (text, yes) =
         said(day.host.embassy_command(["ps", "--consumer=app", "--state=waiting"])?)?;
     ensure!(yes && text.contains("no entry matches"), "{text}");
@@ -524,7 +524,7 @@ fn a_consumer_that_is_not_known_is_called_so_with_names_that_are_near() -> Resul
     Ok(())
 }
 
-/// What is wrong in an option of a variable is said of its port, and of no other.
+/// A mistake in a variable's option is reported for its port only.
 #[test]
 fn a_variable_with_a_wrong_option_is_explained_at_its_port() -> Result<()> {
     let day = Day::begins()?;
@@ -560,7 +560,7 @@ fn a_service_without_endpoints_says_which_of_three_things_is_wrong() -> Result<(
     ] {
         let (text, yes) = said(day.host.embassy_command(["explain", "wrong", port])?)?;
         ensure!(!yes && text.contains(reason), "{text}");
-        // The first line names it too, which is all that `wait` shows.
+        // The first line contains it too, because `wait` shows only this line.
         let (_, short) = reason.trim_end_matches('.').split_once(": ").context("a reason")?;
         let first = text.lines().next().unwrap_or_default();
         ensure!(first.contains(&format!("has no endpoint ({short})")), "{text}");
@@ -575,7 +575,7 @@ fn a_service_without_endpoints_says_which_of_three_things_is_wrong() -> Result<(
 #[test]
 fn what_is_not_protected_is_said_once_at_the_start_and_by_doctor() -> Result<()> {
     let day = Day::begins()?;
-    // Nobody has this address.
+    // No host has this address.
     let flags = ["--dnat", "-discovery=consul://172.17.0.250:8500"];
     let secrets = [("CONSUL_HTTP_TOKEN", "S3CRET")];
     let embassy = day.embassy(&flags, &secrets)?;

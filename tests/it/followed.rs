@@ -1,4 +1,4 @@
-//! A descriptor whose discovery is followed, as embassy does it.
+//! Follows the discovery of a descriptor as embassy does.
 
 use std::{
     sync::Arc,
@@ -13,11 +13,11 @@ use embassy::{
     source::{Known, ResyncRequests},
 };
 
-/// How long anything may take that is to happen soon: long enough for the busiest machine, and for all that is waited
-/// for before a server that hangs is given up.
+/// Timeout for everything that should happen soon: long enough for a busy machine, and for all timeouts after which a
+/// hanging server is given up.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
-/// What an empty command line and environment mean.
+/// The settings for an empty command line and environment.
 pub(crate) fn settings() -> Options {
     Options {
         healthy_only: true,
@@ -27,7 +27,7 @@ pub(crate) fn settings() -> Options {
     }
 }
 
-/// A descriptor that is followed, as embassy does.
+/// A descriptor that is followed as embassy does.
 pub(crate) struct Followed {
     watches: Watches,
     query: Query,
@@ -51,7 +51,7 @@ impl Followed {
     }
 
     pub(crate) fn of(discoveries: &Discoveries, descriptor: &str) -> Self {
-        // No resync comes to the rescue within a test: what is seen is seen by following.
+        // No resync happens within a test: changes are seen only by following.
         Self::read_again_by(discoveries, descriptor, &ResyncRequests::new(10 * SOON))
     }
 
@@ -71,7 +71,7 @@ impl Followed {
         self.watches.known().remove(&self.query).expect("the one that is demanded")
     }
 
-    /// Waits until what is known is as wanted.
+    /// Waits until the state is as wanted.
     pub(crate) async fn until(
         &self,
         wanted: &str,
@@ -88,7 +88,7 @@ impl Followed {
         }
     }
 
-    /// Waits until just these are the endpoints, and nothing is wrong.
+    /// Waits until exactly these are the endpoints, without an error.
     pub(crate) async fn sees(&self, endpoints: &[&str]) -> Known<Endpoints> {
         self.until(&format!("endpoints {endpoints:?}"), |known| {
             known.error.is_none() && list(known).is_some_and(|list| list == endpoints)
@@ -96,7 +96,7 @@ impl Followed {
         .await
     }
 
-    /// Waits until an error is shown that holds `text`.
+    /// Waits until there is an error that contains `text`.
     pub(crate) async fn fails(&self, text: &str) -> Known<Endpoints> {
         self.until(&format!("an error with {text:?}"), |known| {
             known.error.as_ref().is_some_and(|error| error.contains(text))
@@ -105,12 +105,12 @@ impl Followed {
     }
 }
 
-/// The endpoints that are in use.
+/// The endpoints in use.
 pub(crate) fn list(known: &Known<Endpoints>) -> Option<Vec<String>> {
     Some(known.value.as_ref()?.list.iter().map(ToString::to_string).collect())
 }
 
-/// What was rejected beside them.
+/// The rejected entries.
 pub(crate) fn rejected(known: &Known<Endpoints>) -> Vec<String> {
     let rejected = known.value.iter().flat_map(|answer| &answer.rejected);
     rejected.map(|entry| format!("{}: {}", entry.what, entry.reason)).collect()

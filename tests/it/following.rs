@@ -1,4 +1,4 @@
-//! What a registry says is what a consumer reaches: registrations, changes and removals, in each of the three registries.
+//! A consumer reaches what the registry contains: registrations, changes and removals, in each of the three registries.
 
 use anyhow::{Result, ensure};
 use testbed::{Answers, Consul, Container, Etcd, Host, eventually};
@@ -7,14 +7,14 @@ use crate::{READY, WAIT, commands::run, support::says};
 
 const VIP: &str = "172.17.0.1:80";
 
-/// A registry of instances of one service.
+/// A registry with instances of one service.
 trait Registry {
-    /// The instance `name` is at `address`, port 80, from now on.
+    /// Registers the instance `name` at `address`, port 80. Replaces its earlier address.
     fn register(&self, name: &str, address: &str) -> Result<()>;
     fn remove(&self, name: &str) -> Result<()>;
 }
 
-/// What registrator writes: plain `host:port`.
+/// What registrator writes: a plain `host:port`.
 struct Plain<'a>(&'a Etcd);
 
 impl Registry for Plain<'_> {
@@ -27,7 +27,7 @@ impl Registry for Plain<'_> {
     }
 }
 
-/// What service-registrar writes: a document of text in a tree of host ports.
+/// What service-registrar writes: a JSON document in a tree of host ports.
 struct Documents<'a>(&'a Etcd);
 
 fn document(address: &str) -> String {
@@ -51,7 +51,7 @@ impl Registry for Documents<'_> {
 
 impl Registry for Consul {
     fn register(&self, name: &str, address: &str) -> Result<()> {
-        // The node's address is 127.0.0.1, where nobody serves it.
+        // The node's address is 127.0.0.1, where nothing serves it.
         self.service(name, "web").address(address).port(80).register()
     }
 
@@ -106,7 +106,7 @@ fn follow(host: &Host, registry: &dyn Registry, discovery: &str, descriptor: &st
     registry.register("b", &third)?;
     only("web-3")?;
 
-    // The last one goes: connections are reset at once, and come back with the next.
+    // The last instance is removed: connections are reset at once. They work again with the next instance.
     registry.remove("b")?;
     eventually(WAIT, "no endpoint", || {
         let answers = app.get(VIP).run()?;
@@ -119,7 +119,7 @@ fn follow(host: &Host, registry: &dyn Registry, discovery: &str, descriptor: &st
     only("web-1")
 }
 
-/// Requests from `app`, each on a connection of its own, while `change` is made.
+/// Requests from `app`, each on its own connection, during `change`.
 fn under_load(app: &Container, change: impl FnOnce() -> Result<()>) -> Result<Answers> {
     std::thread::scope(|scope| {
         let load = scope.spawn(|| app.get(VIP).times(3000).at_once(4).run());
@@ -160,7 +160,7 @@ fn only_instances_that_pass_their_checks_are_used() -> Result<()> {
     spread(5, 5, "both after maintenance")
 }
 
-/// What is wrong in the registry is in the log, in `status`, in `explain` and in `ps`.
+/// A problem in the registry is in the log, in `status`, in `explain` and in `ps`.
 #[test]
 fn what_a_registry_lacks_is_said_everywhere() -> Result<()> {
     let host = Host::light()?;
@@ -179,7 +179,7 @@ fn what_a_registry_lacks_is_said_everywhere() -> Result<()> {
     let embassy =
         host.embassy(["--dnat", "-discovery=consul://127.0.0.1:8500", "--empty-hold=0"])?;
     embassy.wait_ready(READY)?;
-    // The only instance is in warning, and is used.
+    // The only instance has a warning, and is used.
     crate::support::reaches(&app, VIP, "web")?;
 
     let warning = r#"consul web: 0 of 1 registered instances pass their checks ("Service 'web' check" is warning); 1 in warning used instead."#;
@@ -200,7 +200,7 @@ fn what_a_registry_lacks_is_said_everywhere() -> Result<()> {
     ensure!(state("consul frnt").contains("no_endpoint"), "{routes}");
     says(&embassy, &["service has a problem in its registry", "consul web", "is warning"])?;
 
-    // It is over, and said to be.
+    // The end of the problem is reported.
     consul.set_check("web-1", "passing")?;
     says(&embassy, &["service has no problem in its registry any more", "consul web"])?;
     let (status, _) = run(&host, &["status"])?;
@@ -208,7 +208,7 @@ fn what_a_registry_lacks_is_said_everywhere() -> Result<()> {
     Ok(())
 }
 
-/// Each watch is a query that Consul holds, on a connection of its own.
+/// Each watch is a query that Consul holds, on its own connection.
 #[test]
 fn however_many_consumers_ask_for_a_service_it_is_watched_once() -> Result<()> {
     let host = Host::light()?;
@@ -217,10 +217,10 @@ fn however_many_consumers_ask_for_a_service_it_is_watched_once() -> Result<()> {
     let app = |name: &str, binding: &str| host.client(name).env("BACKEND_WEB", binding).start();
     let same = ["one", "two", "three"].map(|name| app(name, "web;80"));
     let same: Vec<_> = same.into_iter().collect::<Result<_>>()?;
-    // A re-read would take a connection for itself.
+    // A re-read would use another connection.
     let embassy = host.embassy(["--dnat", "-discovery=consul://127.0.0.1:8500", "-resync=3600"])?;
     embassy.wait_ready(READY)?;
-    // Who is connected to port 8500, by what the kernel lists: 01 is TCP_ESTABLISHED.
+    // Connections to port 8500 in the kernel's list. 01 is TCP_ESTABLISHED.
     let watches = |expected: usize| {
         eventually(WAIT, &format!("{expected} held queries"), || {
             let list = host.run("cat", ["/proc/net/tcp"])?;
@@ -233,7 +233,7 @@ fn however_many_consumers_ask_for_a_service_it_is_watched_once() -> Result<()> {
         crate::support::reaches(app, VIP, "web")?;
     }
     watches(1)?;
-    // Other tags or another datacentre are another question, and again one for all who ask it.
+    // Other tags or another datacentre are another query, again one for all consumers.
     let others = ["four", "five"].map(|name| app(name, "web[a];80"));
     for app in others {
         crate::support::reaches(&app?, VIP, "web")?;

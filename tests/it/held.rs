@@ -1,4 +1,4 @@
-//! Connections that are held until it is known whose they are.
+//! Connections that are held until their container is known.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use crate::{
 };
 
 const VIP: &str = "172.17.0.1:80";
-/// Longer than all that is waited for.
+/// Longer than all timeouts of these tests.
 const HOLD: &str = "--hold=10m";
 
-/// A host whose engine can be made to answer slowly.
+/// A host with an engine that can be made to answer slowly.
 fn host() -> Result<(Host, Embassy)> {
     let host = Host::light()?;
     web(&host, "web")?;
@@ -44,7 +44,7 @@ fn refused(embassy: &Embassy, outcome: &str) -> Result<u64> {
 fn the_container_that_gets_an_address_is_not_served_what_another_dialled_from_it() -> Result<()> {
     let (host, embassy) = host()?;
     let thief = host.client("thief").start()?;
-    // The engine gives the lowest free one next.
+    // The engine assigns the lowest free address next.
     let next = format!("172.17.0.{}", thief.ip()?.octets()[3] + 1);
     moves(&thief, &next)?;
     engine(&host)?.answers("/containers/json", Mood::Hangs);
@@ -53,7 +53,7 @@ fn the_container_that_gets_an_address_is_not_served_what_another_dialled_from_it
     counts(&embassy, "embassy_connections_held", 1)?;
     assert_eq!(stolen.exited()?, None, "it waits");
 
-    // Its address becomes another's, who asks for that service.
+    // Its address goes to another container, which declared that service.
     testbed::output(thief.command("ip")?.args(["link", "set", "eth0", "down"]))?;
     let owner = host.client("owner").env("BACKEND_WEB", "/services/web;80").start()?;
     assert_eq!(owner.ip()?.to_string(), next);
@@ -93,12 +93,12 @@ fn a_stranger_waits_only_for_the_engines_word() -> Result<()> {
     let (host, embassy) = host()?;
     let stranger = host.client("stranger").start()?;
     moves(&stranger, "172.17.200.1")?;
-    // The hold is longer than a probe's patience: so this is the engine's word.
+    // The hold is longer than the probe's timeout, so the reset follows from the engine's answer.
     let probe = ["probe", VIP, "--timeout-ms", "60000", "--wait-ms", "60000"];
     assert_eq!(stranger.peer(probe)?["outcome"], "reset");
     assert_eq!(refused(&embassy, "unknown_consumer")?, 1);
 
-    // However many it dials, the engine is asked little, and others' first act is served.
+    // However often it connects, the engine gets few requests, and other containers' first connections are served.
     let lists = || anyhow::Ok(engine(&host)?.asked("/containers/json"));
     let (before, start) = (lists()?, std::time::Instant::now());
     let flood = stranger.get(VIP).times(3_000).at_once(300).timeout(Duration::from_secs(60));

@@ -1,7 +1,7 @@
-//! An address changes hands, over and over: no connection reaches what the address's former owner asked for.
+//! An address changes owners, again and again: no connection reaches a service that the former owner declared.
 //!
-//! The figures are printed; `REUSES=2100 cargo test --test it identity -- --nocapture` is a long run,
-//! of about 15 minutes: nextest would end it after three.
+//! The figures are printed. `REUSES=2100 cargo test --test it identity -- --nocapture` is a long run of about 15 minutes:
+//! nextest would end it after three.
 
 use std::{
     collections::BTreeMap,
@@ -22,12 +22,12 @@ use crate::{
 };
 
 const VIP: &str = "172.17.0.1:80";
-/// Addresses that change hands side by side.
+/// The number of addresses that change owners in parallel.
 const LANES: usize = 4;
-/// Requests of a container, from its first moment on.
+/// The number of a container's requests, from its start on.
 const REQUESTS: usize = 20;
 
-/// How often an address changes hands in all.
+/// How often an address changes owners in total.
 fn reuses() -> Result<usize> {
     let wanted = std::env::var("REUSES").ok();
     wanted.map_or(Ok(40), |text| text.parse().context("REUSES takes a number"))
@@ -45,13 +45,13 @@ fn nor_does_it_on_the_kernel_path() -> Result<()> {
     change_hands(|host| host.embassy(FLAGS.into_iter().chain(["--path=auto"])))
 }
 
-/// As in a container without `--pid=host`: ends are known by the engine's word alone.
+/// As in a container without `--pid=host`: only the engine's events report ends.
 #[test]
 fn nor_does_it_where_the_containers_processes_cannot_be_seen() -> Result<()> {
     change_hands(blind)
 }
 
-/// An embassy that cannot see the processes of containers.
+/// An embassy that cannot see the containers' processes.
 fn blind(host: &Host) -> Result<Embassy> {
     let mut command = host.command("unshare");
     command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
@@ -62,8 +62,8 @@ fn blind(host: &Host) -> Result<Embassy> {
     Ok(embassy)
 }
 
-/// The engine tells of neither the end of the one nor the start of the other, and no process is visible: what happens to the
-/// interfaces of this host is the only sign.
+/// The engine reports neither the end of the first container nor the start of the second, and no process is visible.
+/// Changes of this host's interfaces are the only sign.
 #[test]
 fn nor_does_it_where_events_are_lost_and_processes_cannot_be_seen() -> Result<()> {
     let host = Host::light()?;
@@ -80,7 +80,7 @@ fn nor_does_it_where_events_are_lost_and_processes_cannot_be_seen() -> Result<()
         let address = first.ip()?;
         first.kill()?;
         let second = host.client(&format!("second-{n}")).env("BACKEND_X", "/services/blue;80");
-        // The engine takes its time to say who is where.
+        // The engine is slow to list the containers.
         host.delays_lists(true)?;
         let second = second.start()?;
         ensure!(second.ip()? == address, "the address was given again");
@@ -96,7 +96,7 @@ fn nor_does_it_where_events_are_lost_and_processes_cannot_be_seen() -> Result<()
             dial.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
         ensure!(answers.from("blue") == 1, "run {n}: {answers:?}");
-        // Who is known since stays served.
+        // The container is known now, and stays served.
         reaches(&second, VIP, "blue")?;
         host.loses_events(false)?;
         second.remove()?;
@@ -104,7 +104,7 @@ fn nor_does_it_where_events_are_lost_and_processes_cannot_be_seen() -> Result<()
     Ok(())
 }
 
-/// Looking at a container may take a while on a busy machine; nobody is to be refused for that here.
+/// Inspecting a container may take a while on a busy machine, and no connection must be refused because of that.
 const FLAGS: [&str; 3] = ["--dnat", "--hold=20s", ETCD];
 
 fn change_hands(start: impl FnOnce(&Host) -> Result<Embassy>) -> Result<()> {
@@ -150,7 +150,7 @@ fn change_hands(start: impl FnOnce(&Host) -> Result<Embassy>) -> Result<()> {
     Ok(())
 }
 
-/// One address, and two containers that have it in turn.
+/// One address, and two containers that use it in turn.
 struct Lane<'a> {
     host: &'a Host,
     out: &'a Path,
@@ -173,7 +173,7 @@ impl Lane<'_> {
                 ensure!(said.lines().count() == runs, "{said:?}");
                 Ok(())
             })?;
-            // Now and then the former owner is removed only here, while the next one is served.
+            // Sometimes the former owner is removed only here, while the next one is served.
             if turn % 5 == 4
                 && let Some(former) = containers[1 - at].take()
             {
@@ -186,7 +186,7 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// What `docker start` and `docker kill` do, without a program for each: they are most of what a long run does.
+    /// Like `docker start` and `docker kill`, without starting a program for each: these calls are most of a long run.
     fn engine(&self, container: &Container, what: &str) -> Result<()> {
         let url = self.host.docker_url();
         let mut stream = UnixStream::connect(url.trim_start_matches("unix://"))?;
@@ -199,7 +199,7 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// It dials from its first moment on, before anybody can have looked at it.
+    /// It connects from its start on, before it can have been inspected.
     fn first(&self, role: &str) -> Result<Container> {
         let words = format!(
             "testbed peer get {VIP} -n {REQUESTS} --timeout-ms 30000 >> /out/{role}-{}; exec testbed peer idle",
@@ -213,15 +213,15 @@ impl Lane<'_> {
     }
 }
 
-/// What the containers of one role and address wrote, by whole lines.
+/// What the containers of one role and address wrote, complete lines only.
 fn said(out: &Path, role: &str, n: usize) -> Result<String> {
     let mut text = fs::read_to_string(out.join(format!("{role}-{n}"))).unwrap_or_default();
     text.truncate(text.rfind('\n').map_or(0, |end| end + 1));
     Ok(text)
 }
 
-/// An engine that is restarted without `--live-restore`, as by default, starts its containers anew, in any order: their
-/// addresses change hands while nobody can be asked about them.
+/// An engine that is restarted without `--live-restore`, which is the default, starts its containers again in any order.
+/// Their addresses change owners while the engine cannot be asked.
 #[test]
 fn a_restart_of_the_engine_that_deals_the_addresses_anew_crosses_nobody() -> Result<()> {
     const SERVICES: usize = 4;
@@ -242,12 +242,12 @@ fn a_restart_of_the_engine_that_deals_the_addresses_anew_crosses_nobody() -> Res
             app.args(["--restart=always".to_owned(), format!("--volume={}:/out", out.display())]);
         app.cmd(["sh", "-c", &words]).start()?;
     }
-    // How often each asked for its own was answered by it, and by another.
+    // For each container: how many answers came from its own service, and how many from another.
     let answers = || -> Result<Vec<(usize, usize)>> {
         let of_one = |n: usize| {
             let text = fs::read_to_string(out.join(n.to_string())).unwrap_or_default();
             let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-            // A container that is killed may leave half a line.
+            // A killed container may leave half a line.
             let answers = whole.lines().filter_map(|line| Answers::read(line).ok());
             let (mut right, mut crossed) = (0, 0);
             for answers in answers {

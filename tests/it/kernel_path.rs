@@ -1,4 +1,4 @@
-//! Connections that do not go through embassy: inside `connect()` the VIP becomes an endpoint.
+//! Connections that bypass embassy: inside `connect()`, the VIP is replaced by an endpoint.
 
 use std::thread;
 
@@ -65,7 +65,7 @@ pub(crate) fn three() -> Result<(Host, Vec<Container>, Container)> {
     Ok((host, webs, app))
 }
 
-/// How long a connect to a name takes to fail, if it does, and what getpeername says otherwise.
+/// How long a failing connect takes, or what getpeername returns after a successful one.
 const DIAL: &str = r#"
 import errno, json, socket, sys
 def dial(family, address):
@@ -101,7 +101,7 @@ fn the_kernel_spreads_connections_evenly_and_they_show_the_vip() -> Result<()> {
         &format!("{DIAL}\nprint(json.dumps(dial(socket.AF_INET, ('172.17.0.1', 80))))"),
     )?;
     assert_eq!(said[1], serde_json::json!(["172.17.0.1", 80]), "{said}");
-    // None of it went through the proxy, and all of it is counted.
+    // No connection went through the proxy, and all are counted.
     let series = |name: &str| {
         format!(
             "embassy_route_{name}{{consumer=\"app\",service=\"/services/web\",port=\"80\",protocol=\"tcp\""
@@ -219,7 +219,7 @@ print(json.dumps(all))
         )
     };
     counts(&embassy, &series("reset"), 1)?;
-    // Those that only connected have closed without a word; all went beside the proxy.
+    // Those that only connected closed without sending. All bypassed the proxy.
     let ended = |embassy: &Embassy| {
         Ok::<_, anyhow::Error>(
             metric(embassy, &series("closed"))?
@@ -261,7 +261,7 @@ fn an_address_that_is_anothers_now_leads_nowhere_by_the_kernel() -> Result<()> {
     Ok(())
 }
 
-/// Its entry must go with its route, and not only because its control group ends with its process.
+/// Its entry must be removed with its route, and not only because its control group ends with its process.
 #[test]
 fn a_process_that_lives_on_after_its_container_is_gone_reaches_nothing() -> Result<()> {
     let host = Host::light()?;
@@ -274,7 +274,7 @@ fn a_process_that_lives_on_after_its_container_is_gone_reaches_nothing() -> Resu
     let engine = host.fake_engine().context("a light host")?;
     engine.has_not(app.id());
     engine.tells("die", app.id());
-    // Captured as a stranger's, and not redirected any more.
+    // Captured as an unknown container's, and no longer redirected.
     ends(&app, "172.17.0.1:80", "reset")
 }
 
@@ -287,7 +287,7 @@ fn an_endpoint_that_dies_costs_one_connection_and_comes_back_when_it_is_proved()
     takes(&embassy, "app", 80, "kernel", "possible")?;
     let answers = app.get("172.17.0.1:80").times(30).run()?;
     assert_eq!(answers.failed(), 0, "{answers:?}");
-    // Its process alone: the container's network stays, and refuses.
+    // Only its process stops: the container's network stays, and refuses.
     let address = webs[2].ip()?.to_string();
     host.run("kill", ["-STOP", &webs[2].pid()?.to_string()])?;
     host.run("nsenter", ["-t", &webs[2].pid()?.to_string(), "-n", "nft", "add table inet t; add chain inet t i { type filter hook input priority 0; }; add rule inet t i tcp dport 80 reject with tcp reset"])?;
@@ -298,7 +298,7 @@ fn an_endpoint_that_dies_costs_one_connection_and_comes_back_when_it_is_proved()
         "embassy_endpoint_ejections_total{{discovery=\"etcd\",service=\"/services/web\",endpoint=\"{address}:80\"}}"
     );
     counts(&embassy, &series, 1)?;
-    // The proxy path knows it too: it has nothing to try again.
+    // The proxy path knows the failure too: it does not need to retry.
     let answers = other.get("172.17.0.1:80").times(20).run()?;
     assert_eq!((answers.failed(), answers.from("web-3")), (0, 0), "{answers:?}");
     host.run("nsenter", ["-t", &webs[2].pid()?.to_string(), "-n", "nft", "delete table inet t"])?;
@@ -425,7 +425,7 @@ fn nothing_is_loaded_while_nobody_asks_for_it() -> Result<()> {
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;
     ensure!(!embassy.log().contains("kernel path"), "{}", embassy.log());
-    // One binding asks: it alone takes the other path.
+    // One binding asks for the kernel path: only this binding uses it.
     let asks = host.client("asks").env("BACKEND_WEB", "/services/web;80;path=kernel").start()?;
     takes(&embassy, "asks", 80, "kernel", "possible")?;
     takes(&embassy, "app", 80, "proxy", "not_asked")?;
@@ -485,7 +485,8 @@ print("alive" if ask() else "dead", flush=True)
     Ok(())
 }
 
-/// How 20 clients that dial at once are spread over the three endpoints, while a key in etcd comes and goes 100 times.
+/// How the connections of 20 parallel clients are spread over the three endpoints, while a key in etcd is added and removed
+/// 100 times.
 fn spread_during_changes(
     embassy: &Embassy,
     app: &Container,
@@ -515,7 +516,7 @@ fn clients_that_dial_at_once_during_a_hundred_changes_are_spread_evenly() -> Res
     let embassy = host.embassy(["--dnat", ETCD, "--path=kernel"])?;
     embassy.wait_ready(READY)?;
     takes(&embassy, "app", 80, "kernel", "possible")?;
-    // What embassy refuses changes the answer, and the set is written again with the same endpoints.
+    // An endpoint that embassy refuses changes the answer, so the set is written again with the same endpoints.
     let off =
         |got: &[usize]| got.iter().max().zip(got.iter().min()).map(|(most, least)| most - least);
     let mut seen = Vec::new();
@@ -528,7 +529,7 @@ fn clients_that_dial_at_once_during_a_hundred_changes_are_spread_evenly() -> Res
         }
     }
     ensure!(seen.iter().any(|got| off(got) <= Some(1)), "{seen:?}");
-    // With other endpoints, who dials at that moment may take a turn of the old or of the new order.
+    // With changed endpoints, a connection at that moment may use a turn of the old or of the new order.
     let fourth = format!("{}:80", host.web("web-4").start()?.ip()?);
     let got = spread_during_changes(&embassy, &app, "/services/web/fourth", &fourth)?;
     ensure!(off(&got) <= Some(20), "{got:?}");
@@ -575,7 +576,7 @@ fn least_connections_counts_those_of_both_paths() -> Result<()> {
         ensure!(active == [13, 14] || active == [14, 13], "{active:?}");
         Ok(())
     })?;
-    // Its routes go first, and what is open then ends later.
+    // Its routes are removed first, and open connections end later.
     kernel.remove()?;
     testbed::eventually(WAIT, "10 connections", || {
         let active = active(&embassy)?;
@@ -584,7 +585,7 @@ fn least_connections_counts_those_of_both_paths() -> Result<()> {
     })
 }
 
-/// A real engine's container in both families, and its next run, which has another control group.
+/// A container of a real engine with both families, and its next run, which has another control group.
 #[test]
 fn a_container_of_docker_keeps_to_its_families_and_its_next_run_is_known_again() -> Result<()> {
     let host = Host::builder().ipv6(true).start()?;
@@ -598,7 +599,7 @@ fn a_container_of_docker_keeps_to_its_families_and_its_next_run_is_known_again()
         .start()?;
     let embassy = host.embassy(["--dnat", ETCD, "--path=kernel"])?;
     embassy.wait_ready(READY)?;
-    // Of each port, the route of the endpoint's family takes the kernel path, and the other one does not.
+    // For each port, the route of the endpoint's family uses the kernel path, and the other one does not.
     let are = |what: &str| {
         testbed::eventually(WAIT, what, || {
             let routes = embassy.admin("/v1/routes?consumer=app")?.json()?;
@@ -642,13 +643,13 @@ fn a_container_of_docker_keeps_to_its_families_and_its_next_run_is_known_again()
         reaches(&app, "172.17.0.1:81", "six")?;
         host.docker(["restart", "--time=1", "app"])?;
     }
-    // What the kernel counted of a run is not lost with it.
+    // What the kernel counted for a run is not lost with the run.
     counts(&embassy, "embassy_connections_started_total", 88)?;
     drop(four);
     Ok(())
 }
 
-/// Nothing answers any more, not even with a refusal: who dials it then waits in vain, and those that come later must not.
+/// Nothing answers, not even a refusal: connections that are being made then fail, but later ones must not.
 #[test]
 fn an_endpoint_whose_network_is_gone_costs_those_that_dialled_it_at_that_moment() -> Result<()> {
     const AT_ONCE: usize = 4;
@@ -662,7 +663,7 @@ fn an_endpoint_whose_network_is_gone_costs_those_that_dialled_it_at_that_moment(
         let reason = if path == "kernel" { "possible" } else { "not_asked" };
         takes(&embassy, "app", 80, path, reason)?;
         evenly(&app, 10, 1)?;
-        // The registry goes on naming it.
+        // The registry still contains it.
         webs[2].kill()?;
         let answers = app.get("172.17.0.1:80").times(400).at_once(AT_ONCE).run()?;
         ensure!(answers.failed() <= most, "{path}: {answers:?}");

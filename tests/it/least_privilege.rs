@@ -1,5 +1,5 @@
-//! As little as embassy needs: no root, one capability where it writes rules, none where it does not, and of the engine
-//! nothing but GET calls.
+//! embassy with minimal rights: no root, one capability if it writes rules, none if it does not, and only GET requests to
+//! the engine.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -34,15 +34,15 @@ fn one_capability(firewall: &str) -> Result<()> {
         .cmd(["--dnat", ETCD, firewall])
         .start()?;
     reaches(&app, "172.17.0.1:80", "web").with_context(|| embassy.log().unwrap_or_default())?;
-    // Its commands are in there with it.
+    // Its commands are in the container too.
     let said = embassy.exec(["embassy", "status"])?;
     ensure!(said.contains("ready: embassy") && said.contains(", in place"), "{said}");
     let said = embassy.exec(["embassy", "explain", "app", "80"])?;
     ensure!(said.starts_with("ok: ") && said.contains("dials      172.17.0.1:80"), "{said}");
-    // Without flags doctor takes those of the process, which it may look at.
+    // Without flags doctor uses those of the process, which it can see.
     let said = embassy.exec(["embassy", "doctor"])?;
     ensure!(said.contains("checked with the flags") && said.contains(firewall), "{said}");
-    // It is what it says: another user, one capability, and nothing that it could get more by.
+    // It runs as another user, with one capability, and with no way to gain more.
     let status = host.run("cat", [format!("/proc/{}/status", embassy.pid()?)])?;
     let field = |name: &str| {
         let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -53,8 +53,8 @@ fn one_capability(firewall: &str) -> Result<()> {
     for set in ["CapPrm", "CapEff", "CapBnd"] {
         assert_eq!(field(set)?, net_admin, "{set}");
     }
-    // Programs get it only from the thread that starts them, while it does: a look may fall into that moment, and the
-    // next one does not.
+    // Programs get it only from the thread that starts them, while it starts them. A look may happen in that moment, but
+    // the next one does not.
     testbed::eventually(WAIT, "no thread to pass the capability on", || {
         for task in host.run("ls", [format!("/proc/{}/task", embassy.pid()?)])?.split_whitespace() {
             let status =
@@ -81,7 +81,7 @@ fn with_a_rule_of_ones_own_it_needs_no_capability() -> Result<()> {
     reaches(&app, "172.17.0.1:80", "web").with_context(|| embassy.log().unwrap_or_default())?;
     embassy.stop()?;
 
-    // And where it does need it, it says so and ends.
+    // If it needs the capability, it reports that and ends.
     let embassy = bare(&host, "no-capability")?.cmd(["--dnat", ETCD]).start()?;
     testbed::eventually(WAIT, "embassy to end", || {
         let code = embassy.inspect("{{.State.ExitCode}} {{.State.Running}}")?;
@@ -105,7 +105,7 @@ fn the_engine_is_asked_by_get_alone() -> Result<()> {
     let embassy = host.embassy_from(command)?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;
-    // Containers and networks that come and go, a first dial, and the sources read again.
+    // Containers and networks are added and removed, a container connects as its first act, and the sources are read again.
     let net = host.network("net", [""; 0])?;
     let second = host.client("second").network(net.name()).env("BACKEND_WEB", "web;80").start()?;
     reaches(&second, "172.17.0.1:80", "web")?;
@@ -127,8 +127,8 @@ fn the_engine_is_asked_by_get_alone() -> Result<()> {
     says(&embassy, &["new route"])
 }
 
-/// Docker gives a new volume the owner and mode that the folder has in the image. Root without DAC_OVERRIDE may write only what belongs
-/// to it or its group.
+/// Docker gives a new volume the owner and mode of the folder in the image. Root without DAC_OVERRIDE may write only files
+/// that belong to it or its group.
 #[test]
 fn the_state_is_kept_in_a_named_volume_by_the_images_user_and_by_root_without_capabilities()
 -> Result<()> {
@@ -149,7 +149,7 @@ fn the_state_is_kept_in_a_named_volume_by_the_images_user_and_by_root_without_ca
             Ok(())
         })?;
         first.remove()?;
-        // Another container with the same volume goes on with it, also while nothing answers.
+        // Another container with the same volume continues with it, even while nothing answers.
         host.etcd_daemon().stop()?;
         let second = start(2)?;
         reaches(&app, "172.17.0.1:80", "web").with_context(|| second.log().unwrap_or_default())?;
@@ -198,8 +198,8 @@ pub(crate) fn bare(host: &Host, name: &str) -> Result<ContainerBuilder> {
     Ok(container.arg(format!("--group-add={group}")))
 }
 
-/// A socket that lets GET requests pass to the engine and refuses all others, as socket proxies do. It writes down what
-/// was asked.
+/// A socket that passes GET requests on to the engine and refuses all others, as socket proxies do. It records the
+/// requests.
 struct Gate {
     path: String,
     asked: Arc<Mutex<Vec<String>>>,
@@ -212,7 +212,7 @@ impl Gate {
         let engine = host.docker_url().trim_start_matches("unix://").to_owned();
         let asked = Arc::<Mutex<Vec<String>>>::default();
         let gate = Self { path: path.display().to_string(), asked: asked.clone() };
-        // They end with the test's process.
+        // The threads end with the test's process.
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let (engine, asked) = (engine.clone(), asked.clone());
@@ -222,13 +222,13 @@ impl Gate {
         Ok(gate)
     }
 
-    /// The first line of every request.
+    /// The first lines of all requests.
     fn asked(&self) -> Vec<String> {
         self.asked.lock().map(|asked| asked.clone()).unwrap_or_default()
     }
 }
 
-/// Passes one connection's requests on. A GET has no body: what comes is heads alone.
+/// Passes the requests of one connection on. A GET has no body, so only heads arrive.
 fn pass(mut client: UnixStream, engine: &str, asked: &Mutex<Vec<String>>) -> std::io::Result<()> {
     let mut server = UnixStream::connect(engine)?;
     let (mut answers, mut back) = (server.try_clone()?, client.try_clone()?);

@@ -1,4 +1,4 @@
-//! A registry that gives addresses which only this host can reach.
+//! A registry that contains addresses which only this host can reach.
 
 use anyhow::{Result, ensure};
 use testbed::{Embassy, Host};
@@ -11,7 +11,7 @@ use crate::{
 
 const VIP: &str = "172.17.0.1:80";
 
-/// Endpoints that must not be used: each could only be reached from the host.
+/// Endpoints that must not be used: only the host could reach them.
 const FORBIDDEN: [&str; 7] = [
     "127.0.0.1:7070",
     "[::ffff:127.0.0.1]:7070",
@@ -21,7 +21,7 @@ const FORBIDDEN: [&str; 7] = [
     "172.17.0.1:7070",
     "172.17.0.1:9999",
 ];
-/// 127.0.0.1 stands there in two forms, and 0.0.0.0 is not taken for an endpoint at all.
+/// 127.0.0.1 is listed in two forms, and 0.0.0.0 is not accepted as an endpoint at all.
 const REFUSED: u64 = FORBIDDEN.len() as u64 - 2;
 
 /// Waits until embassy has a route, and refuses this many endpoints.
@@ -36,7 +36,7 @@ fn refuses(embassy: &Embassy, count: u64) -> Result<()> {
 #[test]
 fn a_registry_cannot_lead_consumers_to_what_only_the_host_reaches() -> Result<()> {
     let host = Host::light()?;
-    // On every address of the host, also on those that are refused.
+    // On all addresses of the host, including refused ones.
     let mut secret = host.command(testbed::embassy_program()?.with_file_name("testbed"));
     secret.args(["peer", "http", "--port", "7070", "--name", "secret"]);
     let _secret = host.spawn("secret", secret)?;
@@ -96,7 +96,7 @@ fn what_is_refused_can_be_allowed_and_the_rest_narrowed() -> Result<()> {
     says(&embassy, &["endpoint refused", "/services/web", "--endpoints"])
 }
 
-/// Two services whose endpoints are each other's VIP and port, and one that is its own.
+/// Two services whose endpoints are each other's VIP and port, and one whose endpoint is its own.
 #[test]
 fn services_that_lead_to_each_others_vip_do_not_loop() -> Result<()> {
     let host = Host::light()?;
@@ -104,7 +104,7 @@ fn services_that_lead_to_each_others_vip_do_not_loop() -> Result<()> {
     offer_at(&host, "b", "172.17.0.1:81")?;
     let app = host.client("app").env("BACKEND_A", "/services/a;81");
     let app = app.env("BACKEND_B", "/services/b;82").start()?;
-    // The first refuses VIPs; the others allow this one, and capture what the host sends too.
+    // The first refuses VIPs. The others allow this one, and capture the host's own connections too.
     for flags in [
         &["--dnat"][..],
         &["--dnat", "--endpoints=172.17.0.1"],
@@ -119,7 +119,7 @@ fn services_that_lead_to_each_others_vip_do_not_loop() -> Result<()> {
                 assert_eq!(probe.outcome, "reset", "{probe:?}");
             }
         }
-        // Each of the ten was one connection, and led to no further one.
+        // Each of the ten was one connection, and caused no further one.
         let started = metric(&embassy, "embassy_connections_started_total")?;
         assert_eq!(started, 10, "{}", embassy.log());
     }

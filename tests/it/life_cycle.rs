@@ -1,4 +1,4 @@
-//! From the start to the end: what is waited for, what is said, and in which order things go.
+//! From the start to the end: what is waited for, what is logged, and in which order things stop.
 
 use std::process::Command;
 
@@ -16,7 +16,7 @@ use crate::{
     },
 };
 
-/// Waits until `/readyz` says that just these parts are not ready.
+/// Waits until `/readyz` names exactly these parts as not ready.
 fn waits_for(embassy: &Embassy, parts: &[&str]) -> Result<()> {
     testbed::eventually(READY, &format!("/readyz to name {parts:?}"), || {
         let answer = embassy.admin("/readyz")?;
@@ -44,7 +44,7 @@ fn it_starts_while_everything_is_down_and_is_ready_when_all_is_up() -> Result<()
     says(&embassy, &["source has not answered yet", "docker"])?;
 
     host.docker_daemon().start()?;
-    // With what there is, it does what it can: there is no endpoint yet.
+    // It does what is possible: there is no endpoint yet.
     waits_for(&embassy, &["discovery"])?;
     let awaited: Value = serde_json::from_str(&embassy.admin("/readyz")?.body)?;
     assert_eq!(awaited["sources"], json!(["consul web", "etcd /services/web"]));
@@ -56,7 +56,7 @@ fn it_starts_while_everything_is_down_and_is_ready_when_all_is_up() -> Result<()
     reaches(&app, "172.17.0.1:80", "web")?;
     waits_for(&embassy, &["discovery"])?;
 
-    // It is up, and says nothing: that is not an answer. An etcd that is frozen might have answered before.
+    // A server that accepts connections and never answers. A frozen etcd might have answered before.
     let silent = host.spawn("silent", {
         let mut command = host.command(testbed::testbed_program()?);
         command.args(["peer", "hang", "--port", "2379"]);
@@ -69,7 +69,7 @@ fn it_starts_while_everything_is_down_and_is_ready_when_all_is_up() -> Result<()
     waits_for(&embassy, &[])?;
     reaches(&app, "172.17.0.1:81", "web")?;
 
-    // Ready once is ready: what fails later is no news for whoever started it.
+    // Once ready, embassy stays ready when sources fail later.
     host.etcd_daemon().kill()?;
     host.consul_daemon().kill()?;
     counts(&embassy, r#"embassy_source_failures_total{source="consul web"}"#, 1)?;
@@ -94,7 +94,7 @@ fn one_silent_discovery_does_not_hold_up_the_other() -> Result<()> {
 #[test]
 fn it_stops_in_order() -> Result<()> {
     let host = Host::light()?;
-    // Five seconds of it, once the connection's buffers are full.
+    // Five seconds of data, once the connection's buffers are full.
     let slow =
         host.server("slow", ["source", "--bytes", "5000000", "--rate", "1000000"]).start()?;
     offer(&host, "slow", slow.ip()?)?;
@@ -124,7 +124,7 @@ fn it_stops_in_order() -> Result<()> {
         })
     };
 
-    // A live connection gets its time, and every byte; then nothing is left.
+    // An open connection gets its time, and all its bytes. Then nothing is left.
     let embassy = start("--drain=60s")?;
     let held = dial(&embassy, "slow", "172.17.0.1:80")?;
     embassy.terminate()?;
@@ -135,14 +135,14 @@ fn it_stops_in_order() -> Result<()> {
     ends(&app, "172.17.0.1:80", "refused")?;
     ends(&app, "172.17.0.1:9999", "refused")?;
 
-    // One that does not end is reset when the time is over.
+    // A connection that does not end is reset after the drain time.
     let embassy = start("--drain=1s")?;
     let held = dial(&embassy, "hang-1", "172.17.0.1:81")?;
     embassy.terminate()?;
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
     assert!(!held.wait(WAIT)?.success(), "a reset is an error, not an end");
 
-    // And at once, where a second signal says so.
+    // It is reset at once after a second signal.
     let embassy = start("--drain=1h")?;
     let held = dial(&embassy, "hang-2", "172.17.0.1:81")?;
     embassy.terminate()?;
@@ -176,7 +176,7 @@ fn until_the_drain_is_over_new_connections_are_served_and_none_is_refused() -> R
             host.embassy(["--dnat", ETCD, firewall, "--drain=1h", "--connection-log=all"])?;
         embassy.wait_ready(READY)?;
         reaches(&app, "172.17.0.1:80", "web")?;
-        // One as a pool keeps it: it never ends by itself.
+        // As in a connection pool: it never ends by itself.
         let target = format!("172.17.0.1:{port}");
         let pooled = app.spawn("pooled", ["testbed", "peer", "recv", &target])?;
         counts(&embassy, "embassy_connections_active", 1)?;
@@ -184,11 +184,11 @@ fn until_the_drain_is_over_new_connections_are_served_and_none_is_refused() -> R
         says(&embassy, &["waiting for connections to end", "live=1"])?;
         let answers = app.get("172.17.0.1:80").times(30).run()?;
         ensure!(answers.from("web") == 30 && answers.failed() == 0, "{answers:?}");
-        // A container that starts meanwhile is no exception.
+        // A container that starts meanwhile is served too.
         let late = host.client("late").env("BACKEND_WEB", "/services/web;80").start()?;
         reaches(&late, "172.17.0.1:80", "web")?;
         assert_eq!(embassy.exited()?, None);
-        // Younger ones do not hold up the end.
+        // Younger connections do not delay the end.
         let young =
             app.spawn(&format!("young-{name}"), ["testbed", "peer", "recv", "172.17.0.1:81"])?;
         testbed::eventually(WAIT, "the younger one to be open", || {
@@ -212,7 +212,7 @@ fn until_the_drain_is_over_new_connections_are_served_and_none_is_refused() -> R
     Ok(())
 }
 
-/// No rule of embassy's is there.
+/// Checks that no rule of embassy is left.
 fn nothing_is_left(host: &Host) -> Result<()> {
     for (program, args) in [("iptables-save", vec![]), ("nft", vec!["list", "ruleset"])] {
         let rules = host.run(program, args)?.to_lowercase();
@@ -226,7 +226,7 @@ fn no_signal_that_can_be_caught_leaves_rules_behind() -> Result<()> {
     let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
-    // Rules that do not go with the process.
+    // Rules that do not disappear with the process.
     let start = || {
         let embassy = host.embassy(["--dnat", ETCD, IPTABLES])?;
         embassy.wait_ready(READY)?;
@@ -299,7 +299,7 @@ fn a_stop_during_the_start_leaves_nothing() -> Result<()> {
     host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     for moment in ["embassy starts", "proxy listens", "admin API listens", "initial routing table"]
     {
-        // With a log of its own.
+        // With a separate log.
         let embassy = host.spawn(moment, host.embassy_command(["--dnat", ETCD])?)?;
         testbed::eventually(WAIT, &format!("{moment:?} in the log"), || {
             let log = embassy.log();
@@ -321,9 +321,9 @@ fn a_disk_that_hangs_does_not_hold_up_the_end() -> Result<()> {
     let embassy = host.embassy(["--dnat", ETCD, "--state-dir=/run/state"])?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "web")?;
-    // From now on whatever is written takes a minute to reach the disk.
+    // From now on each fsync takes a minute.
     let pid = embassy.pid().to_string();
-    // Not inside the host, whose processes have other numbers there.
+    // Not inside the host, whose processes have other IDs there.
     let mut slow = Command::new("strace");
     slow.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=fsync"]);
     slow.args(["-e", "inject=fsync:delay_enter=60000000", "-p", &pid]);
@@ -338,7 +338,7 @@ fn a_disk_that_hangs_does_not_hold_up_the_end() -> Result<()> {
     embassy.terminate()?;
     says(&embassy, &["the state file may be out of date"])?;
     says(&embassy, &["embassy has stopped"])?;
-    // Whoever is traced ends only when its tracer lets it.
+    // A traced process ends only when its tracer lets it.
     drop(slow);
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
     Ok(())
@@ -381,7 +381,7 @@ fn a_firewall_that_hangs_holds_up_neither_the_end_nor_a_second_signal() -> Resul
     Ok(())
 }
 
-/// Another program has the lock for a moment, just when a drain has used up its time.
+/// Another program holds the lock for a moment, just when a drain's time is over.
 #[test]
 fn a_drain_leaves_the_removal_of_the_rules_its_time() -> Result<()> {
     let (host, app) = hanging()?;
@@ -398,7 +398,7 @@ fn a_drain_leaves_the_removal_of_the_rules_its_time() -> Result<()> {
     testbed::eventually(WAIT, "the removal to wait", || {
         host.run("test", ["-e", "/run/hangs"]).map(drop)
     })?;
-    // Not to wait for something: so long does the other program have the lock.
+    // This does not wait for something: the other program holds the lock this long.
     std::thread::sleep(std::time::Duration::from_secs(2));
     host.run("rm", ["/run/hang"])?;
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
@@ -411,7 +411,7 @@ fn a_firewall_that_hangs_does_not_hold_up_a_stop_during_the_start() -> Result<()
     let (host, _app) = hanging()?;
     host.run("touch", ["/run/hang"])?;
     let embassy = with_hanging(&host, &[])?;
-    // What an earlier one left is removed before anything else.
+    // Leftovers of an earlier embassy are removed before anything else.
     says(&embassy, &["embassy starts"])?;
     embassy.terminate()?;
     says(&embassy, &["embassy has stopped before it was started"])?;
@@ -484,17 +484,17 @@ fn it_ends_with_a_clear_line_where_it_cannot_start() -> Result<()> {
         }
     }
 
-    // None of them harmed the one that runs.
+    // None of them affected the running embassy.
     assert_eq!(restored(&first)?, 0);
     reaches(&app, "172.17.0.1:80", "web")?;
-    // Where nobody needs its address, a missing interface is no error; nor is a host without Consul.
+    // A missing interface is not an error if its address is not needed. Neither is a host without Consul.
     let other = host.embassy(["-interface=nosuch0", "-p=9998", "--admin=off"])?;
     says(&other, &["proxy listens", "9998"])?;
     assert_eq!(other.exited()?, None);
     Ok(())
 }
 
-/// What a run of embassy says until it ends by itself, and its exit code.
+/// What an embassy logs until it ends by itself, and its exit code.
 fn outcome(host: &Host, command: Command) -> Result<(String, Option<i32>)> {
     let log = |embassy: &Embassy| embassy.log();
     let before = std::fs::read(host.dir().join("embassy.log")).map_or(0, |log| log.len());
@@ -514,7 +514,7 @@ fn the_admin_api_can_be_elsewhere_or_nowhere() -> Result<()> {
     embassy.terminate()?;
     embassy.wait(WAIT)?;
 
-    // Twice: a socket file outlives the one who made it.
+    // Twice: a socket file outlives the process that created it.
     for _ in 0..2 {
         let embassy = host.embassy(["--dnat", ETCD, "--admin=unix:///run/embassy.sock"])?;
         testbed::eventually(READY, "an answer by the socket", || {

@@ -1,4 +1,4 @@
-//! What embassy says, to people and to machines.
+//! Log messages, for people and for programs.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
@@ -9,7 +9,7 @@ use crate::{
     support::{ETCD, ends, offer, reaches, says, web},
 };
 
-/// The lines that are there so far, each an object.
+/// The log lines so far, each a JSON object.
 fn lines(embassy: &Embassy) -> Result<Vec<Map<String, Value>>> {
     let log = embassy.log();
     let line = |text| serde_json::from_str(text).with_context(|| format!("{text:?}"));
@@ -57,7 +57,7 @@ fn machines_read_every_change_and_true_numbers() -> Result<()> {
     tells(&embassy, "binding skipped", &[("consumer", "app"), ("origin", "BACKEND_WRONG")])?;
     tells(&embassy, "new route", &[("consumer", "app"), service])?;
     tells(&embassy, "service endpoints changed", &[service, endpoints])?;
-    // Discovery says that there is none: first the last ones are kept, and then they are not.
+    // Discovery reports no endpoints: at first the last ones are kept, later they are not.
     host.etcd()?.v3().delete(&format!("/services/web/{endpoint}"))?;
     tells(&embassy, "the last ones stay in use", &[service, endpoints])?;
     tells(&embassy, "service has no endpoints; connections are reset", &[service])?;
@@ -79,7 +79,7 @@ fn machines_read_every_change_and_true_numbers() -> Result<()> {
     for line in lines(&embassy)? {
         for (field, value) in &line {
             let Value::String(text) = value else { continue };
-            // Neither a number in quotes nor a value as Rust shows it.
+            // Neither a quoted number nor a value in Rust's syntax.
             let number = text.parse::<f64>().is_ok();
             ensure!(!number && !text.contains("Some("), "{field}={value} in {line:?}");
         }

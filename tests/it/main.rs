@@ -52,7 +52,7 @@ mod upgrade_under_systemd;
 
 use std::time::Duration;
 
-/// Until embassy is ready: a start with every source up.
+/// Timeout until embassy is ready, with all sources up.
 const READY: Duration = Duration::from_secs(30);
-/// Until something that should happen at once has happened, on a machine that is busy.
+/// Timeout for something that should happen at once, on a busy machine.
 const WAIT: Duration = Duration::from_secs(20);

@@ -1,4 +1,4 @@
-//! The main job: a consumer asks in its environment, dials a VIP, and reaches what it asked for.
+//! The main job: a consumer declares a service in its environment, connects to a VIP, and reaches the service.
 
 use anyhow::Result;
 use testbed::Host;
@@ -10,7 +10,7 @@ fn thirty_requests_over_three_endpoints_are_ten_each() -> Result<()> {
     thirty_requests("proxy")
 }
 
-/// The same with real containers in their real control groups.
+/// The same with real containers in real control groups.
 #[test]
 fn thirty_requests_beside_the_proxy_are_ten_each() -> Result<()> {
     thirty_requests("kernel")

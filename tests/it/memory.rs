@@ -1,4 +1,4 @@
-//! The memory that embassy's control group allows runs out.
+//! The memory limit of embassy's control group is reached.
 
 use std::{fs, path::PathBuf};
 
@@ -12,7 +12,7 @@ use crate::{
 
 const VIP: &str = "172.17.0.1:80";
 
-/// A control group with a limit of memory. The host removes it when it goes.
+/// A control group with a memory limit. The host removes it at its end.
 pub(crate) struct Group(PathBuf);
 
 impl Group {
@@ -29,13 +29,13 @@ impl Group {
         Ok(Self(group))
     }
 
-    /// What comes before a command that is to run in it.
+    /// The words before a command that is to run in the group.
     fn enter(&self) -> [String; 3] {
         let words = format!("echo $$ >{}/cgroup.procs && exec \"$@\"", self.0.display());
         ["-c".to_owned(), words, "sh".to_owned()]
     }
 
-    /// embassy in it.
+    /// embassy in this group.
     pub(crate) fn embassy(&self, host: &Host, args: &[&str]) -> Result<Embassy> {
         let mut limited = host.command("sh");
         limited.env("DOCKER_HOST", host.docker_url());
@@ -43,7 +43,7 @@ impl Group {
         host.embassy_from(limited)
     }
 
-    /// How often the kernel killed somebody of it.
+    /// How often the kernel killed a process of the group.
     fn kills(&self) -> Result<u64> {
         let text = ["memory.oom_control", "memory.events"]
             .iter()
@@ -62,21 +62,21 @@ struct Place {
 }
 
 impl Place {
-    /// With so many bytes for embassy.
+    /// `limit`: bytes for embassy.
     fn new(limit: u64) -> Result<Self> {
         let host = Host::light()?;
         let server = host.server("greet", ["greet", "--name", "joe"]).start()?;
         offer(&host, "greet", server.ip()?)?;
         let app = host.client("app").env("BACKEND_GREET", "/services/greet;80").start()?;
         let group = Group::new(&host, limit)?;
-        // One consumer may have all that memory allows.
+        // One consumer may use all connections that memory allows.
         let flags = ["--dnat", ETCD, "--max-connections-per-consumer=100000"];
         let embassy = group.embassy(&host, &flags)?;
         embassy.wait_ready(READY)?;
         Ok(Self { app, group, embassy, host })
     }
 
-    /// Opens connections with so many bytes on their way on each. How many were greeted, and how many reset.
+    /// Opens connections with this many bytes in flight on each. Returns how many were greeted, and how many were reset.
     fn hold(&self, app: &Container, count: usize, bytes: usize) -> Result<(u64, u64)> {
         let (count, bytes) = (count.to_string(), bytes.to_string());
         let words = ["testbed", "peer", "hold", VIP, "-n", &count, "--fill", &bytes];
@@ -87,7 +87,7 @@ impl Place {
             Ok(serde_json::from_str::<serde_json::Value>(whole)?)
         })?;
         let count = |value: &serde_json::Value| value.as_u64().unwrap_or_default();
-        // It ends, and what it started in the container does not.
+        // This process ends, but the one that it started in the container does not.
         Ok((count(&said["greetings"]["hello from joe"]), count(&said["failures"]["reset"])))
     }
 
@@ -129,7 +129,7 @@ fn more_connections_than_memory_can_hold_are_refused_and_nobody_is_killed() -> R
     Ok(())
 }
 
-/// Somebody else in the group uses it up: what is left is the same for embassy, whoever it was.
+/// Another process in the group uses the memory. For embassy only the rest counts.
 #[test]
 fn near_the_limit_new_connections_are_refused_until_there_is_memory_again() -> Result<()> {
     const LIMIT: u64 = 64 << 20;
@@ -139,7 +139,7 @@ fn near_the_limit_new_connections_are_refused_until_there_is_memory_again() -> R
     assert_eq!(metric(&place.embassy, "embassy_memory_limit_bytes")?, LIMIT);
     assert_eq!(metric(&place.embassy, "embassy_memory_short")?, 0);
 
-    // A file in memory belongs to the group of whoever wrote it.
+    // A file in memory belongs to the group of the process that wrote it.
     let rest = LIMIT * 95 / 100 - metric(&place.embassy, "embassy_memory_used_bytes")?;
     let write = format!("head -c {rest} /dev/zero >/run/rest");
     place

@@ -1,4 +1,4 @@
-//! The three ways to run embassy, with the command lines of its ancestor's documentation; only addresses are other ones.
+//! The three ways to run embassy, with the command lines of the original's documentation. Only addresses differ.
 
 use std::fs;
 
@@ -7,10 +7,10 @@ use testbed::{Container, HOST_ADDRESS, Host, embassy_program};
 
 use crate::{READY, WAIT, support::reaches};
 
-/// The address that docker0 had in those days.
+/// docker0's address in former times.
 const PROXY_IP: &str = "172.17.42.1";
 
-/// A host whose Consul knows three services, each of one web server that answers with the service's name.
+/// A host whose Consul has three services, each with one web server that answers with the service's name.
 fn host() -> Result<Host> {
     let host = Host::builder().docker_args([format!("--bip={PROXY_IP}/16")]).start()?;
     let consul = host.consul()?;
@@ -67,7 +67,7 @@ fn on_the_docker_host_with_a_rule_of_ones_own() -> Result<()> {
         reaches(&app, format!("{PROXY_IP}:6379"), "redis-in-etcd")?;
         embassy.terminate()?;
         embassy.wait(WAIT)?;
-        // The rule is theirs: it is still there to be deleted.
+        // The rule is the user's: it is still there to be deleted.
         iptables("-D", rule)?;
     }
     Ok(())
@@ -107,7 +107,7 @@ fn inside_the_container_along_with_the_service() -> Result<()> {
 #[test]
 fn in_a_container_that_others_are_linked_to() -> Result<()> {
     let host = host()?;
-    // No program of a firewall's is in there, and none is needed.
+    // The image contains no firewall program, and needs none.
     host.image_with("embassy", &[embassy_program()?], &[])?;
     let discovery = format!("-discovery=consul://{HOST_ADDRESS}:8500");
     let embassy = host
@@ -127,7 +127,7 @@ fn in_a_container_that_others_are_linked_to() -> Result<()> {
     let served = reaches(&app, "proxy:80", "frontend_http");
     served.with_context(|| embassy.log().unwrap_or_default())?;
     reaches(&app, embassy.ip()?, "frontend_http")?;
-    // On a second network it is dialled at its address there, whichever of the two is eth0.
+    // On a second network it is reached at its address there, whichever of the two is eth0.
     let back = host.network("back", ["--subnet=10.84.0.0/24"])?;
     embassy.connect(back.name())?;
     host.docker(["restart", "embassy"])?;
@@ -140,7 +140,7 @@ fn in_a_container_that_others_are_linked_to() -> Result<()> {
     Ok(())
 }
 
-/// A network namespace whose interfaces have IPv6 addresses alone, loopback's too.
+/// A network namespace whose interfaces, including loopback, have only IPv6 addresses.
 #[test]
 fn on_a_host_without_ipv4() -> Result<()> {
     const VIP: &str = "fd00:99::1";

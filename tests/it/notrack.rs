@@ -1,4 +1,4 @@
-//! `--notrack`: connection tracking never hears of the connections between proxy and endpoints, and of all others it does.
+//! `--notrack`: connections between proxy and endpoints are not tracked, all others are.
 
 use anyhow::{Result, ensure};
 use testbed::{Container, Embassy, Host};
@@ -31,7 +31,7 @@ impl Site {
         Ok(embassy)
     }
 
-    /// Entries of connection tracking for connections from the host itself to the endpoint.
+    /// Number of connection tracking entries for connections from the host itself to the endpoint.
     fn tracked(&self) -> Result<usize> {
         let entry = format!("src=172.17.0.1 dst={} ", self.web.ip()?);
         let table = self.host.run("conntrack", ["-L"])?;
@@ -46,7 +46,7 @@ fn our_connections_to_endpoints_are_not_tracked_and_those_of_others_are() -> Res
     let before = site.tracked()?;
     let answers = site.app.get(VIP).times(50).at_once(5).run()?;
     assert_eq!((answers.from("web"), site.tracked()?), (50, before));
-    // Somebody else on the host talks to the same endpoint.
+    // Another program on the host connects to the same endpoint.
     site.host.run("curl", ["-s", "-m", "10", &format!("http://{}/", site.web.ip()?)])?;
     assert_eq!(site.tracked()?, before + 1);
     embassy.terminate()?;
@@ -73,7 +73,7 @@ fn where_input_lets_in_only_what_it_knows_connections_are_tracked() -> Result<()
     says(&embassy, &["--notrack is refused", "inet strict in"])?;
     let answers = site.app.get(VIP).times(10).run()?;
     assert_eq!(answers.from("web"), 10);
-    // The firewall is opened: it is in effect by itself.
+    // The firewall is opened: `--notrack` takes effect without a restart.
     site.host.run("nft", ["delete", "table", "inet", "strict"])?;
     says(&embassy, &["--notrack is in effect again"])?;
     testbed::eventually(WAIT, "a request that is not tracked", || {
@@ -84,8 +84,8 @@ fn where_input_lets_in_only_what_it_knows_connections_are_tracked() -> Result<()
     })
 }
 
-/// Without its own proxy, dockerd translates connections to a published port, and holds the port with a socket that nobody
-/// accepts from: a connection that is not tracked would be taken by that, and hang.
+/// Without its own proxy, dockerd translates connections to a published port, and reserves the port with a socket on which
+/// nothing accepts. An untracked connection would reach this socket and hang.
 #[test]
 fn a_published_port_that_dockerd_translates_is_reached_at_the_gateway() -> Result<()> {
     let host = Host::builder().docker_args(["--userland-proxy=false"]).start()?;

@@ -1,4 +1,4 @@
-//! Servers on loopback, beside the hosts of the testbed.
+//! Servers on loopback, outside of the testbed's hosts.
 
 use std::{
     fs,
@@ -9,11 +9,11 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// A server's process: killed when this is dropped.
+/// A server's process. Killed on drop.
 pub(crate) struct Process(Child);
 
 impl Process {
-    /// Starts it, with what it says in the file `log`.
+    /// Starts it, with its output in the file `log`.
     pub(crate) fn start(command: &mut Command, log: &Path) -> Self {
         let file = fs::File::options().create(true).append(true).open(log).expect("a log file");
         let stderr = file.try_clone().expect("a second handle of the log file");
@@ -37,7 +37,7 @@ impl Drop for Process {
     }
 }
 
-/// Ports on which nobody listens now.
+/// Ports on which no program listens now.
 pub(crate) fn free_ports<const N: usize>() -> [u16; N] {
     let listeners = [(); N]
         .map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port on loopback"));

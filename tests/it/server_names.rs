@@ -15,7 +15,7 @@ fn registries_are_found_by_their_names() -> Result<()> {
     host.consul()?.service("web-1", "web").address("10.9.0.1").port(80).register()?;
     host.etcd()?.v3().put("/services/db/one", "10.9.0.2:81")?;
     host.run("sh", ["-euc", "echo 127.0.0.1 registry-by-file.test >> /etc/hosts"])?;
-    // Of the other family there is only an error, as from many routers.
+    // For the other family there is only an error, as from many routers.
     let mut dns = host.command("/usr/sbin/dnsmasq");
     dns.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"])
         .args(["--pid-file=", "--user=root", "--log-facility=-", "--log-queries"])

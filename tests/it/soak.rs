@@ -1,5 +1,6 @@
-//! Half an hour of everything at once: containers that come and go or are killed, endpoints that come and go, connections that
-//! stay, and faults of both registries, the engine and the firewall, at random from a seed that repeats them. `make soak` runs it and prints the figures.
+//! Half an hour of everything at once: containers that come and go or are killed, endpoints that come and go, connections
+//! that stay, and faults of both registries, the engine and the firewall. They are random, from a seed that repeats them.
+//! `make soak` runs it and prints the figures.
 
 use std::{
     collections::BTreeMap,
@@ -20,14 +21,14 @@ use crate::{
     support::{ETCD, counts, metric, offer, reaches},
 };
 
-/// What every consumer dials; `a` and `b` mean different services by it.
+/// The address that every consumer uses. `a` and `b` declare different services for it.
 const TARGET: &str = "172.17.0.1:80";
 const SERVICES: [&str; 2] = ["a", "b"];
-/// In which of them its endpoints are: `b` is in Consul, every other service in etcd.
+/// The service with endpoints in Consul is `b`. Every other service is in etcd.
 const IN_CONSUL: &str = "b";
-/// Connections that idle all the time.
+/// Number of connections that are always idle.
 const IDLE: u64 = 50;
-/// Endpoints of each service.
+/// Number of endpoints of each service.
 const ENDPOINTS: usize = 3;
 
 #[test]
@@ -92,8 +93,8 @@ fn soak() -> Result<()> {
     );
     println!("at the start: {before:?}; at the end: {after:?}");
     ensure!(totals.failures.is_empty(), "failures that no fault explains");
-    // Rules are back within 5 s, and an endpoint that was killed is known by what its connections meet. Within that time a
-    // connection fails at once, as fast as the load goes.
+    // Rules are restored within 5 s. A killed endpoint is noticed by failing connections. Within that time connections fail
+    // at once, as fast as the load allows.
     ensure!(
         totals.longest_excuse < Duration::from_secs(10),
         "a fault lasted {:?}",
@@ -114,22 +115,22 @@ struct World {
     embassy: Embassy,
     /// By service.
     endpoints: BTreeMap<&'static str, Vec<Container>>,
-    /// Consumers that stay, and what they ask for.
+    /// Consumers that stay, and their services.
     consumers: Vec<(Container, &'static str)>,
-    /// One whose endpoints nobody touches, and whose connections last.
+    /// A consumer whose endpoints are never touched, and whose connections stay open.
     steady: Container,
 }
 
-/// What is done to the world.
+/// An action of the test.
 #[derive(Debug, Clone, Copy)]
 enum Deed {
-    /// An endpoint leaves the registry, stops, starts again and comes back.
+    /// An endpoint is deregistered, stops, starts again and is registered again.
     Replace,
-    /// The same without a word to the registry before.
+    /// The same without deregistering it before.
     Kill,
-    /// The registry forgets a service for a moment.
+    /// The registry loses a service for a moment.
     Empty,
-    /// A new container asks for one of the services as its first act, and goes.
+    /// A new container connects to one of the services as its first act, and ends.
     Newcomer,
     /// A container is killed while it has connections.
     KillConsumer,
@@ -190,14 +191,14 @@ impl World {
                 ensure!(answers.answered() == 1 && only(&answers.by_body, service), "{answers:?}");
                 Ok(())
             })?;
-            // What the first connections of all take once is no leak.
+            // What the very first connections use once is not a leak.
             app.get(TARGET).times(2_000).at_once(16).run()?;
         }
         world.settle()?;
         Ok(world)
     }
 
-    /// One that is used all the time, and those that idle.
+    /// One connection in constant use, and the idle ones.
     fn hold_connections(&self) -> Result<(Traffic, Process)> {
         let live = self.steady.live("live", TARGET)?;
         let mut hold = self.steady.command(testbed::testbed_program()?)?;
@@ -216,7 +217,7 @@ impl World {
         })
     }
 
-    /// Requests without a pause. The engine may be away: it is not asked.
+    /// Requests without a pause. The engine is not asked, because it may be down.
     fn load(
         &self,
         (app, service): &(Container, &'static str),
@@ -228,7 +229,7 @@ impl World {
             let start = Instant::now();
             let mut get = self.host.command("nsenter");
             get.arg(&target).args(["--net", "--"]).arg(testbed::testbed_program()?);
-            // Few at a time: a fault excuses those of a whole batch.
+            // Few at a time: a fault excuses a whole batch.
             get.args(["peer", "get", TARGET, "-n", "40", "-c", "4"]);
             let said = testbed::output(&mut get)?;
             ledger.add(start, service, &said)?;
@@ -257,7 +258,7 @@ impl World {
             Deed::Replace => {
                 let address = endpoint.ip()?.to_string();
                 deregister(&self.host, service, endpoint.name(), &address)?;
-                // Until embassy has heard of it, and connections that were under way have ended.
+                // Until embassy has noticed it, and connections that were being made have ended.
                 std::thread::sleep(Duration::from_secs(2));
                 endpoint.stop()?;
                 std::thread::sleep(pause);
@@ -305,12 +306,12 @@ impl World {
             Deed::FreezeRegistry => self.freeze(self.registry(service), pause),
             Deed::RestartRegistry => {
                 self.away(self.registry(service), pause)?;
-                // Consul has lost what was registered.
+                // Consul has lost its registrations.
                 if service == IN_CONSUL { self.fill(service) } else { Ok(()) }
             }
             Deed::RestartEngine => self.away(self.host.docker_daemon(), pause),
             Deed::FreezeEngine => self.freeze(self.host.docker_daemon(), pause),
-            // It leaves our table alone: nobody is excused.
+            // It does not change our table, so failures are not excused.
             Deed::FlushFirewall => {
                 self.host.run("iptables", ["-t", "nat", "-F", "PREROUTING"]).map(drop)
             }
@@ -338,7 +339,7 @@ impl World {
         self.endpoints[service].iter().try_for_each(|each| register(&self.host, service, each))
     }
 
-    /// With whatever address it has now.
+    /// Registers it with its current address.
     fn bring_back(&self, service: &str, endpoint: &Container) -> Result<()> {
         endpoint.start()?;
         let address = endpoint.ip()?;
@@ -348,7 +349,7 @@ impl World {
         register(&self.host, service, endpoint)
     }
 
-    /// Everything up, and known to be.
+    /// Checks that everything works, and waits until it is known to.
     fn mend(&self) -> Result<()> {
         for (app, service) in &self.consumers {
             for endpoint in &self.endpoints[service] {
@@ -359,7 +360,7 @@ impl World {
     }
 }
 
-/// What a consumer of a service declares.
+/// A consumer's declaration of a service.
 fn binding(service: &str) -> String {
     if service == IN_CONSUL {
         format!("{service};80;via=consul")
@@ -385,12 +386,12 @@ fn deregister(host: &Host, service: &str, name: &str, address: &str) -> Result<(
     }
 }
 
-/// Whether only endpoints of `service` answered: their names begin with its.
+/// Whether only endpoints of `service` answered. Their names begin with its name.
 fn only(answers: &BTreeMap<String, usize>, service: &str) -> bool {
     answers.keys().all(|name| name.starts_with(service))
 }
 
-/// What became of all requests.
+/// The results of all requests.
 #[derive(Debug, Default)]
 struct Ledger(Mutex<Totals>);
 
@@ -400,15 +401,15 @@ struct Totals {
     newcomers: u64,
     killed: u64,
     failures: BTreeMap<String, u64>,
-    /// Failures of batches that ran while something was done that connections cannot survive.
+    /// Failures of batches during an action that connections cannot survive.
     excused: BTreeMap<String, u64>,
     slowest: Duration,
-    /// Since when such a thing is being done.
+    /// The start of the current action of this kind.
     excuse: Option<Instant>,
     excuses: u64,
     excuse_time: Duration,
     longest_excuse: Duration,
-    /// The last one ended then.
+    /// The end of the last such action.
     last_excuse: Option<Instant>,
 }
 
@@ -421,7 +422,7 @@ impl Ledger {
         Ok(self.lock()?.clone())
     }
 
-    /// Adds what a batch since `start` says. A wrong answer is never excused.
+    /// Adds the result of a batch that began at `start`. A wrong answer is never excused.
     fn add(&self, start: Instant, service: &str, said: &str) -> Result<()> {
         let said: Value = serde_json::from_str(said).with_context(|| format!("{said:?}"))?;
         let counts = |field: &str| -> BTreeMap<String, u64> {
@@ -448,7 +449,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// Until it is dropped, failures are those of the fault.
+    /// Until it is dropped, failures count as caused by the fault.
     fn excuse(&self) -> Excuse<'_> {
         if let Ok(mut totals) = self.0.lock() {
             totals.excuse = Some(Instant::now());
@@ -471,7 +472,7 @@ impl Drop for Excuse<'_> {
     }
 }
 
-/// What embassy uses.
+/// The resources that embassy uses.
 #[derive(Debug)]
 struct Size {
     resident_kib: u64,

@@ -1,4 +1,4 @@
-//! The last table, kept on disk: a start while everything is down serves who still runs, and nobody else.
+//! The saved table: a start while everything is down serves containers that still run, and no others.
 
 use std::process::Command;
 
@@ -14,7 +14,7 @@ const CONSUL: &str = "-discovery=consul://127.0.0.1:8500";
 const FILE: &str = "/var/lib/embassy/table-9999";
 const VIP: &str = "172.17.0.1:80";
 
-/// Waits until the kept table has all these words.
+/// Waits until the saved table contains all these words.
 fn keeps(host: &Host, words: &[&str]) -> Result<()> {
     testbed::eventually(WAIT, &format!("the kept table to have {words:?}"), || {
         let text = host.run("cat", [FILE])?;
@@ -23,7 +23,7 @@ fn keeps(host: &Host, words: &[&str]) -> Result<()> {
     })
 }
 
-/// A request that needs no help of the engine's.
+/// A request that does not use the engine.
 fn curl(app: &Container) -> Result<Command> {
     let mut curl = app.command("curl")?;
     curl.args(["--silent", "--fail", "--max-time", "5", "http://172.17.0.1/"]);
@@ -60,7 +60,7 @@ fn who_still_runs_is_served_after_a_start_while_everything_is_down() -> Result<(
     keeps(&host, &[stays.id(), ends.id(), moves.id(), sides.id(), &endpoint])?;
     embassy.kill()?;
 
-    // Nobody looks while one changes its address, and while one ends the engine does not either.
+    // One changes its address while embassy is not running, and one ends while the engine is not running either.
     moves.connect(net.name())?;
     moves.disconnect("bridge")?;
     let (ended, mut curl) = (ends.pid()?, curl(&stays)?);
@@ -94,11 +94,11 @@ fn who_still_runs_is_served_after_a_start_while_everything_is_down() -> Result<(
             "other addresses",
         ],
     )?;
-    // One of `stays`, and one of who shares its address.
+    // One route of `stays`, and one of the container that shares its address.
     ensure!(metric(&embassy, "embassy_routes")? == 2, "{}", embassy.log());
     waits_for(&embassy, "listing")?;
     waits_for(&embassy, "discovery")?;
-    // What is in use is what is told.
+    // The API reports the data in use.
     let explain = embassy.admin("/v1/explain?consumer=sides&port=80")?.json()?;
     ensure!(explain["verdict"] == "degraded", "{explain:#}");
     ensure!(explain["consumers"][0]["id"] == sides.id(), "{explain:#}");
@@ -109,10 +109,10 @@ fn who_still_runs_is_served_after_a_start_while_everything_is_down() -> Result<(
     let bindings = embassy.admin("/v1/bindings?state=routed")?.json()?;
     let of: Vec<_> =
         bindings["items"].as_array().into_iter().flatten().map(|b| &b["consumer"]).collect();
-    // One name, one port, and the other is told why not.
+    // One name and one port. The reason is given for the other one.
     ensure!(of == ["sides", "sides"], "{bindings:#}");
 
-    // All come back, and who was served still is.
+    // Everything comes back, and served containers are still served.
     host.docker_daemon().start()?;
     let traffic = stays.traffic("traffic", VIP)?;
     host.consul_daemon().start()?;
@@ -157,7 +157,7 @@ fn containers_that_were_endpoints_are_used_after_such_a_start_as_far_as_they_run
     for _ in 0..6 {
         ensure!(testbed::output(&mut curl)? == "stays", "{}", embassy.log());
     }
-    // One that ends now is no endpoint any more, though nobody can be asked.
+    // A container that ends now is no longer an endpoint, although nothing can be asked.
     host.run("kill", ["-KILL", &last.to_string()])?;
     testbed::eventually(WAIT, "no endpoint", || {
         let endpoints = embassy.admin("/v1/endpoints")?.ok()?;
@@ -177,7 +177,7 @@ fn what_is_damaged_or_of_another_machine_is_set_aside() -> Result<()> {
     let embassy = run()?;
     embassy.wait_ready(READY)?;
     keeps(&host, &[app.id()])?;
-    // What came last is written at an orderly end.
+    // The last changes are written at an orderly end.
     app.remove()?;
     counts(&embassy, "embassy_table_version", 2)?;
     embassy.terminate()?;

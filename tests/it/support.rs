@@ -1,4 +1,4 @@
-//! What tests of a whole host have in common.
+//! Helpers for tests of a whole host.
 
 use std::{fmt::Display, net::IpAddr, process::Command, thread, time::Duration};
 
@@ -26,7 +26,7 @@ macro_rules! on_each_path {
 
 pub(crate) use on_each_path;
 
-/// Where [`offer`] registers services.
+/// The discovery in which [`offer`] registers services.
 pub(crate) const ETCD: &str = "-discovery=etcd://127.0.0.1:2379";
 
 /// Registers one endpoint of `/services/<service>` in etcd.
@@ -34,7 +34,7 @@ pub(crate) fn offer(host: &Host, service: &str, address: impl Into<IpAddr>) -> R
     offer_at(host, service, &std::net::SocketAddr::new(address.into(), 80).to_string())
 }
 
-/// The same with another port than 80.
+/// The same with any port.
 pub(crate) fn offer_at(host: &Host, service: &str, endpoint: &str) -> Result<()> {
     host.etcd()?.v3().put(&format!("/services/{service}/{endpoint}"), endpoint)
 }
@@ -46,8 +46,8 @@ pub(crate) fn web(host: &Host, name: &str) -> Result<Container> {
     Ok(web)
 }
 
-/// Rules of the user's own that lead to embassy's port: without `--dnat` and `--redirect` it is not ready before. They take nothing
-/// that a test dials.
+/// User rules that lead to embassy's port: without `--dnat` and `--redirect` it is only ready with some. They match no
+/// connection of a test.
 pub(crate) fn own_rules(host: &Host) -> Result<()> {
     for chain in ["PREROUTING", "OUTPUT"] {
         let rule = format!("-t nat -A {chain} -p tcp -d 192.0.2.1 -j REDIRECT --to-ports 9999");
@@ -66,7 +66,7 @@ pub(crate) fn reaches(consumer: &Container, target: impl Display, name: &str) ->
     })
 }
 
-/// Waits until connections from `consumer` to `target` end so; see [`testbed::Probe`].
+/// Waits until connections from `consumer` to `target` have this outcome (see [`testbed::Probe`]).
 pub(crate) fn ends(consumer: &Container, target: impl Display, outcome: &str) -> Result<()> {
     let what = format!("{} at {target} to be {outcome}", consumer.name());
     testbed::eventually(WAIT, &what, || {
@@ -76,11 +76,11 @@ pub(crate) fn ends(consumer: &Container, target: impl Display, outcome: &str) ->
     })
 }
 
-/// Where the programs of `/usr/sbin` are for an embassy of [`with_programs`].
+/// The directory in which an embassy of [`with_programs`] finds the programs of `/usr/sbin`.
 pub(crate) const SBIN: &str = "/run/sbin.real";
 
-/// embassy with the programs of a directory in place of those in `/usr/sbin`. It looks for programs nowhere else, and only it
-/// sees these.
+/// embassy with the programs of a directory instead of those in `/usr/sbin`, the only place where it looks for programs.
+/// Other processes do not see them.
 pub(crate) fn with_programs(host: &Host, programs: impl Display) -> Result<Command> {
     let mounts = format!(
         "mkdir -p {SBIN} /run/sbin; mount --bind /usr/sbin {SBIN}; ln -sf {SBIN}/* /run/sbin; \
@@ -94,7 +94,7 @@ pub(crate) fn without_programs(host: &Host) -> Result<Command> {
     with_mounts(host, "mount -t tmpfs none /usr/sbin")
 }
 
-/// embassy in a mount namespace of its own, after this script.
+/// embassy in its own mount namespace, after this script.
 pub(crate) fn with_mounts(host: &Host, script: &str) -> Result<Command> {
     let mut command = host.command("unshare");
     command.args(["--mount", "sh", "-ec", &format!("{script}; exec \"$@\""), "sh"]);
@@ -102,19 +102,19 @@ pub(crate) fn with_mounts(host: &Host, script: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// A sample of embassy's metrics, by its name and labels as they are written; 0 where it is not there.
+/// A metric of embassy, by its name and labels as written. 0 if it does not exist.
 pub(crate) fn metric(embassy: &Embassy, series: &str) -> Result<u64> {
     let text = embassy.admin("/metrics")?.ok()?;
     let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
     Ok(value.map_or(Ok(0), str::parse)?)
 }
 
-/// How often embassy put its rules back, whatever had happened to them.
+/// How often embassy restored its rules, for any reason.
 pub(crate) fn restored(embassy: &Embassy) -> Result<u64> {
     sum(embassy, "embassy_capture_restored_total")
 }
 
-/// A counter over all its labels.
+/// The sum of a counter over all its labels.
 pub(crate) fn sum(embassy: &Embassy, name: &str) -> Result<u64> {
     let text = embassy.admin("/metrics")?.ok()?;
     let samples = text.lines().filter_map(|line| {
@@ -124,7 +124,7 @@ pub(crate) fn sum(embassy: &Embassy, name: &str) -> Result<u64> {
     Ok(samples.map(str::parse::<u64>).sum::<Result<u64, _>>()?)
 }
 
-/// Waits until a sample has at least this value.
+/// Waits until a metric has at least this value.
 pub(crate) fn counts(embassy: &Embassy, series: &str, at_least: u64) -> Result<()> {
     testbed::eventually(WAIT, &format!("{series} to be {at_least}"), || {
         let value = metric(embassy, series)?;
@@ -133,7 +133,7 @@ pub(crate) fn counts(embassy: &Embassy, series: &str, at_least: u64) -> Result<(
     })
 }
 
-/// Waits until embassy's log has these words on one line.
+/// Waits until embassy's log contains these words on one line.
 pub(crate) fn says(embassy: &Embassy, words: &[&str]) -> Result<()> {
     testbed::eventually(WAIT, &format!("the log to say {words:?}"), || {
         let log = embassy.log();
@@ -143,12 +143,12 @@ pub(crate) fn says(embassy: &Embassy, words: &[&str]) -> Result<()> {
     })
 }
 
-/// Whether embassy waits instead of asking again and again. A busy machine gives both less: so it is compared with a
-/// program that does nothing else, at the same time.
+/// Checks that embassy waits instead of looping. On a busy machine processes get less CPU time, so it is compared with a
+/// busy loop at the same time.
 pub(crate) fn spins_not(embassy: &Embassy) -> Result<()> {
     let mut spinner = Command::new("sh").args(["-c", "while :; do :; done"]).spawn()?;
     let before = cpu_seconds(embassy.pid())?;
-    // Not to wait for something: this is how long the processor is watched.
+    // This does not wait for something: CPU time is measured this long.
     thread::sleep(Duration::from_secs(2));
     let used = cpu_seconds(embassy.pid()).map(|now| now - before);
     let spun = cpu_seconds(spinner.id());
@@ -159,13 +159,13 @@ pub(crate) fn spins_not(embassy: &Embassy) -> Result<()> {
     Ok(())
 }
 
-/// Of user and system, so far.
+/// User and system CPU time so far.
 fn cpu_seconds(pid: u32) -> Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name, in parentheses, may hold spaces; utime and stime are the 14th and 15th field (man 5 proc_pid_stat).
+    // The name, in parentheses, may contain spaces. utime and stime are the 14th and 15th field (man 5 proc_pid_stat).
     let (_, rest) = stat.rsplit_once(") ").context("a name")?;
     let fields: Vec<f64> =
         rest.split(' ').skip(11).take(2).map(str::parse).collect::<Result<_, _>>()?;
-    // In USER_HZ, which is 100 on every machine that Linux runs on today.
+    // USER_HZ is 100 on all machines on which Linux runs today.
     Ok(fields.iter().sum::<f64>() / 100.0)
 }

@@ -1,4 +1,4 @@
-//! What changes, as the API tells it.
+//! Changes, as the API reports them.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;

@@ -1,4 +1,4 @@
-//! Closed sets as the API has them: each member is its word.
+//! Enumerations in the API: each value is a word.
 
 use std::borrow::Cow;
 

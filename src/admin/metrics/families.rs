@@ -1,4 +1,4 @@
-//! Families of metrics, written one after another.
+//! Writes families of metrics, one after another.
 
 use std::fmt;
 
@@ -12,7 +12,7 @@ use prometheus_client::{
 pub(super) struct Families<'a, 'b>(pub(super) &'a mut DescriptorEncoder<'b>);
 
 impl Families<'_, '_> {
-    /// A single gauge; nothing if there is no value.
+    /// A single gauge. Not written if there is no value.
     pub(super) fn gauge(&mut self, name: &str, help: &str, value: Option<u64>) -> fmt::Result {
         match value {
             Some(value) => {

@@ -254,9 +254,9 @@ pub(super) fn histogram(metric: &mut MetricEncoder<'_>, read: &Distribution) -> 
     metric.encode_histogram::<NoLabelSet>(read.sum_seconds(), read.count(), &buckets, None)
 }
 
-/// Labels that many series share: rendered once, and written as one piece.
+/// Labels that many series share. They are rendered once and written as one piece.
 struct Labels {
-    /// `a="x",b="y",c`: without the last value's quotes, which the library adds.
+    /// `a="x",b="y",c`: without the quotes of the last value, which the library adds.
     head: String,
     last: String,
 }
@@ -301,7 +301,7 @@ fn escape(out: &mut String, value: &str) {
     }
 }
 
-/// Labels, and one more.
+/// Labels with an additional one.
 struct With<'a, L>(&'a L, (&'a str, &'a str));
 
 impl<L: EncodeLabelSet> EncodeLabelSet for With<'_, L> {
@@ -352,7 +352,7 @@ mod tests {
         assert_eq!(written(), (BOUNDS.len() + 3, 1), "buckets, sum and count");
     }
 
-    /// Labels as the library itself writes them.
+    /// Labels as the library itself would write them.
     #[derive(Debug, Clone, PartialEq, Eq, Hash)]
     struct Plain([(&'static str, &'static str); 3]);
 

@@ -1,6 +1,6 @@
-//! The rules of iptables as nf_tables has them, where the iptables programs write to it. A table with one statement that iptables
-//! does not know, which the `nft` program added, is shown by `iptables-save` as if it were empty. Nothing is hidden here, no
-//! program is started, and the sets of others are not read.
+//! Reads iptables' rules from nf_tables, if the iptables programs write there. `iptables-save` shows a table as empty if
+//! the `nft` program added one statement that iptables does not know. In nf_tables nothing is hidden, no program is
+//! started, and other programs' sets are not read.
 
 use std::{
     collections::HashMap,
@@ -16,27 +16,27 @@ use super::super::{
     rules::{self, Shape},
 };
 
-/// A chain that every table has, and ours that it jumps to.
+/// A chain that every table has, and our chain to which it jumps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) name: &'static str,
     pub(super) chain: &'static str,
 }
 
-/// Reads rules, and deletes some, by the kernel's numbers of them.
+/// Reads and deletes rules, by the kernel's handles.
 #[derive(Debug)]
 pub(super) struct Kernel {
     socket: Socket,
     seen: Generation,
-    /// The rules that we wrote, by family (whether it is IPv6) and handle, as `iptables-save` shows them.
+    /// The rules that we wrote, as `iptables-save` shows them, by family (whether it is IPv6) and handle.
     written: HashMap<(bool, u64), String>,
 }
 
-/// The table of the counts, which also refuses. A kernel that cannot have it belong to this process has none: it would be left
-/// behind.
+/// The table that counts and refuses. It is created only if the kernel can make it belong to this process: otherwise it
+/// would be left behind.
 const COUNTS: Table<'_> = Table { name: rules::COUNTS, owned: true };
 
-/// How often what others change at the same time is read again.
+/// How often a listing is repeated if other programs change something meanwhile.
 const TRIES: usize = 5;
 
 impl Kernel {
@@ -46,12 +46,12 @@ impl Kernel {
         Ok(Self { socket, seen, written: HashMap::new() })
     }
 
-    /// What to hand over to the process after this one, so that the table of the counts stays.
+    /// The descriptor to hand over to the next process, so that the kernel keeps the table of counts.
     pub(super) fn owner(&self) -> BorrowedFd<'_> {
         self.socket.descriptor()
     }
 
-    /// Goes on with the socket of the process before this one. Whether it has a table of counts.
+    /// Continues with the socket of the previous process. Returns whether that has a table of counts.
     pub(super) fn adopt(&mut self, owner: OwnedFd) -> Result<bool, NetlinkError> {
         self.socket.adopt(owner);
         self.seen = self.socket.generation()?;
@@ -59,14 +59,14 @@ impl Kernel {
         Ok(tables.iter().any(|table| table.name == COUNTS.name))
     }
 
-    /// Whether anybody changed anything since the last call.
+    /// Whether any program changed nf_tables since the last call.
     pub(super) fn has_changed(&mut self) -> Result<bool, NetlinkError> {
         let now = self.socket.generation()?;
         Ok(std::mem::replace(&mut self.seen, now) != now)
     }
 
-    /// Makes a table that counts captured connections before and after all rules of others, and refuses those to our port that are
-    /// not captured. It goes when this is dropped.
+    /// Creates a table that counts captured connections before and after all rules of other programs, and refuses
+    /// connections to our port that were not captured. The kernel removes the table when this value is dropped.
     pub(super) fn count(&mut self, shape: &Shape) -> Result<(), NetlinkError> {
         let counting = shape.counted.then(|| layout::counting(shape.port));
         let refusing = shape.refusing.then(|| layout::refusing(shape.port));
@@ -77,7 +77,7 @@ impl Kernel {
         self.socket.apply(&netlink::add(COUNTS, &chains)).map(drop)
     }
 
-    /// How many came, and how many passed the rules of others.
+    /// The number of connections that arrived, and the number that passed other programs' rules.
     pub(super) fn counts(&mut self) -> Result<Option<(u64, u64)>, NetlinkError> {
         let mut count = |chain| netlink::counted(&mut self.socket, COUNTS, Home::Inet, chain);
         Ok(count(layout::ARRIVING)?.zip(count(layout::ARRIVED)?))
@@ -88,15 +88,15 @@ impl Kernel {
         netlink::counted(&mut self.socket, COUNTS, Home::Inet, layout::DIRECT)
     }
 
-    /// The `nat` table in the form of `iptables-save`. A rule that we did not write is only its handle and, if it leads to a chain
-    /// of ours, that.
+    /// The `nat` table in the form of `iptables-save`. A rule that we did not write is shown only as its handle and, if it
+    /// leads to one of our chains, that chain.
     pub(super) fn saved(&mut self, v6: bool, entries: &[Entry]) -> Result<String, NetlinkError> {
         let (chains, rules) = netlink::shared_table(&mut self.socket, nat(v6))?;
         Ok(text(&chains, &rules, entries, |handle| self.written.get(&(v6, handle))))
     }
 
-    /// Notes the rules that `script` made, and deletes every jump to a chain of ours except the first of each entry. The script
-    /// cannot: iptables finds a rule only by its text.
+    /// Notes the rules that `script` wrote, and deletes every jump to our chains except the first one of each entry. The
+    /// script cannot do this: iptables finds a rule only by its text.
     pub(super) fn settle(
         &mut self,
         v6: bool,
@@ -118,7 +118,8 @@ impl Kernel {
         }
     }
 
-    /// Notes which rule is which line of the script. Returns the jumps that are one too many, or that the script only deletes.
+    /// Notes which rule comes from which line of the script. Returns the jumps that are duplicates, or that the script only
+    /// deletes.
     fn note<'a>(
         &mut self,
         v6: bool,
@@ -154,7 +155,7 @@ impl Kernel {
         stale
     }
 
-    /// Deletes our chains, every jump to them, and rules with this comment. Returns whether there was anything.
+    /// Deletes our chains, every jump to them, and rules with this comment. Returns whether there were any.
     pub(super) fn remove(
         &mut self,
         entries: &[Entry],
@@ -173,7 +174,7 @@ impl Kernel {
         first_error.map_or(Ok(found), Err)
     }
 
-    /// Until nothing is found: what others change at the same time may hide a rule from one listing.
+    /// Repeats until nothing is found: changes by other programs may hide a rule from one listing.
     fn remove_from(
         &mut self,
         v6: bool,
@@ -198,7 +199,7 @@ impl Kernel {
             let rules = rules.iter().map(|rule| (rule.chain.as_str(), rule.handle));
             match self.socket.apply(&nat(v6).prune(rules, &ours)) {
                 Ok(_) => found = true,
-                // Another program was faster with one of them.
+                // Another program has already deleted one of them.
                 Err(error) if error.errno() == Some(Errno::NOENT) => missed = Some(error),
                 Err(error) => return Err(error),
             }

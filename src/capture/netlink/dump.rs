@@ -1,4 +1,4 @@
-//! What the kernel has, as far as we ask for it.
+//! Reads from the kernel the nf_tables objects that we need.
 
 use rustix::io::Errno;
 
@@ -15,16 +15,16 @@ use super::{
     wire::{Kind, Parsed, VALUE, family},
 };
 
-/// A table of a family that ours may be of.
+/// A table, in a family that our tables may have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::capture) struct TableName {
     pub(in crate::capture) home: Home,
     pub(in crate::capture) name: String,
-    /// The port of the socket that it belongs to: as a rule the number of a process.
+    /// The netlink port of the socket that owns it, usually a process ID. `None`: it has no owner.
     pub(in crate::capture) owner: Option<u32>,
 }
 
-/// The tables of the families that ours are of.
+/// The tables of the families that our tables have.
 pub(in crate::capture) fn tables(socket: &mut Socket) -> Result<Vec<TableName>, NetlinkError> {
     const NAME: u16 = 1;
     const OWNER: u16 = 7;
@@ -44,7 +44,7 @@ pub(in crate::capture) fn tables(socket: &mut Socket) -> Result<Vec<TableName>, 
     Ok(found)
 }
 
-/// A chain that the kernel calls.
+/// A chain that the kernel calls (a base chain).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::capture) struct BaseChain {
     /// Family, table and chain, as the `nft` program names them.
@@ -55,7 +55,7 @@ pub(in crate::capture) struct BaseChain {
     pub(in crate::capture) priority: i32,
 }
 
-/// Every chain that the kernel calls for IP, at a hook that concerns us.
+/// Every base chain for IP at a hook that concerns us.
 pub(in crate::capture) fn base_chains(socket: &mut Socket) -> Result<Vec<BaseChain>, NetlinkError> {
     const TABLE: u16 = 1;
     const NAME: u16 = 3;
@@ -136,16 +136,16 @@ fn rules(
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::capture) struct SharedRule {
     pub(in crate::capture) chain: String,
-    /// The kernel's number of it, unique in its table: a rule never changes.
+    /// The kernel's number of the rule, unique in its table. A rule never changes.
     pub(in crate::capture) handle: u64,
-    /// The chain that it leads to.
+    /// The chain that the rule jumps or goes to.
     pub(in crate::capture) target: Option<String>,
-    /// Its comment, as iptables writes it.
+    /// The rule's comment, as iptables writes it.
     pub(in crate::capture) comment: Option<String>,
 }
 
-/// The chains and the rules of a table that iptables writes to, the rules in their order: all of them, also those that iptables
-/// itself cannot show. None if there is no such table.
+/// All chains and rules of a table that iptables writes to, the rules in their order, including those that iptables itself
+/// cannot show. `None` if there is no such table.
 pub(in crate::capture) fn shared_table(
     socket: &mut Socket,
     table: IptablesTable,
@@ -213,17 +213,17 @@ pub(super) fn none_if_missing(dumped: Result<(), NetlinkError>) -> Result<(), Ne
     }
 }
 
-/// A table as the kernel has it, to be compared with the same at another time.
+/// The content of our tables at one time, to be compared with the content at another time.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(in crate::capture) struct Listing {
-    /// The table and chain of each rule, and the number that the kernel gave it: a rule never changes.
+    /// The table and chain of each rule, and the kernel's number of the rule. A rule never changes.
     pub(in crate::capture) rules: Vec<(Home, String, u64)>,
-    /// Elements that should be there and are not, and the other way round.
+    /// The numbers of elements that should be there and are not, and of elements that should not be there.
     pub(in crate::capture) missing: usize,
     pub(in crate::capture) added: usize,
 }
 
-/// What the kernel has noted in a set: the keys.
+/// The keys that the kernel has noted in a set.
 pub(in crate::capture) fn noted(
     socket: &mut Socket,
     table: Table<'_>,
@@ -265,7 +265,7 @@ pub(super) fn elements_of(
     none_if_missing(dumped)
 }
 
-/// Compares the tables with `rules`, if other programs can change it. Reads every element.
+/// Compares the tables with `rules`. Needed only if other programs can change the tables. Reads every element.
 pub(in crate::capture) fn list(
     socket: &mut Socket,
     table: Table<'_>,

@@ -1,4 +1,4 @@
-//! Our table as messages. Pure.
+//! Encodes our tables as messages. Pure.
 
 use std::net::IpAddr;
 
@@ -12,24 +12,26 @@ use super::{
     wire::{Attributes, Kind, Messages, VALUE, family, flags},
 };
 
-/// Names the tables of the commands that follow, one in each family that is used.
+/// The name of our tables, one in each family that is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::capture) struct Table<'a> {
     pub(in crate::capture) name: &'a str,
-    /// It belongs to the socket that makes it: others cannot change it, and it goes with the socket (NFT_TABLE_F_OWNER).
+    /// The table belongs to the socket that creates it (NFT_TABLE_F_OWNER): other programs cannot change it, and the kernel
+    /// removes it with the socket.
     pub(in crate::capture) owned: bool,
 }
 
-/// How many elements a batch holds: some milliseconds of the kernel's time, and less than its buffer.
+/// Elements per batch. This takes the kernel some milliseconds, and fits into its buffer.
 const BATCH: usize = 5_000;
-/// How many elements a message holds: its list has at most 64 KiB.
+/// Elements per message: a list of elements has at most 64 KiB.
 const MESSAGE: usize = 500;
 
-/// The attribute of every object that names its table.
+/// The attribute of every object that names the object's table.
 const TABLE: u16 = 1;
 
-/// All tables, in batches to be applied in this order. What captures is in the last: a table that is half there captures
-/// nothing. `replace`: where there are some of this name, whose place they take in one batch, so that no packet finds none.
+/// All tables, as batches to be applied in this order. The chains that capture are in the last batch, so that a
+/// half-written table captures nothing. `replace`: the families in which tables of this name exist. They are replaced in
+/// one batch, so that every packet finds the rules.
 pub(in crate::capture) fn load(table: Table<'_>, rules: &Rules, replace: &[Home]) -> Vec<Messages> {
     let most = if replace.is_empty() { BATCH / MESSAGE } else { usize::MAX };
     let all: Vec<_> = sets(&rules.shape).map(|set| (set, elements(set, rules))).collect();
@@ -59,7 +61,7 @@ pub(in crate::capture) fn load(table: Table<'_>, rules: &Rules, replace: &[Home]
     }
 }
 
-/// Other elements, all or nothing for each batch.
+/// Changes elements. Each batch is applied completely or not at all.
 pub(in crate::capture) fn edit(table: Table<'_>, edits: &[Edit]) -> Vec<Messages> {
     let all = steps(edits);
     let batch = |parts: &[(Kind, Set, &[Element])]| {
@@ -72,8 +74,8 @@ pub(in crate::capture) fn edit(table: Table<'_>, edits: &[Edit]) -> Vec<Messages
     all.chunks(BATCH / MESSAGE).map(batch).collect()
 }
 
-/// Edits in an order of which each part may stand alone for a moment: less is captured, never more, and the guard binds less, so that
-/// it shuts no owner out. What an address is bound to is there before the address is, and as long.
+/// Orders the edits so that each intermediate state is safe: it captures less, never more, and the guard binds less, so
+/// that it blocks no owner. The ports of an address are added before the address, and removed after it.
 fn steps(edits: &[Edit]) -> Vec<(Kind, Set, &[Element])> {
     let parts = |kind, of: fn(&Edit) -> &[Element], wanted: fn(&Edit) -> bool| {
         let edits = edits.iter().filter(move |edit| wanted(edit));
@@ -90,16 +92,16 @@ fn steps(edits: &[Edit]) -> Vec<(Kind, Set, &[Element])> {
         .collect()
 }
 
-/// The same chains with another priority: made new in one batch, so that no packet finds none.
+/// The same chains with another priority, replaced in one batch, so that every packet finds the rules.
 pub(in crate::capture) fn other_chains(table: Table<'_>, before: &Shape, now: &Shape) -> Messages {
     Messages::batch(|batch| {
-        // The rules of all chains: only then are they free to go.
+        // The rules of all chains: a chain can be deleted only if no rule refers to it.
         batch.add(Kind::DELETE_RULE, 0, family::INET, |rule| {
             rule.text(TABLE, table.name);
         });
-        // The guard's stay where they are.
+        // The guard's chains keep their priority.
         let of_ip = |shape| chains(shape).into_iter().filter(|chain| chain.home == Home::Inet);
-        // Those that are jumped to come first, and go last.
+        // Chains that others jump to are added first and deleted last.
         for chain in of_ip(before).collect::<Vec<_>>().iter().rev() {
             batch.add(Kind::DELETE_CHAIN, 0, family::INET, |to| {
                 to.text(TABLE, table.name).text(CHAIN_NAME, chain.name);
@@ -109,7 +111,7 @@ pub(in crate::capture) fn other_chains(table: Table<'_>, before: &Shape, now: &S
     })
 }
 
-/// A new table with these chains alone.
+/// Creates a table with only these chains.
 pub(in crate::capture) fn add(table: Table<'_>, chains: &[Chain]) -> Messages {
     Messages::batch(|batch| {
         table.add(batch, Home::Inet);
@@ -117,7 +119,7 @@ pub(in crate::capture) fn add(table: Table<'_>, chains: &[Chain]) -> Messages {
     })
 }
 
-/// Takes the place of our tables: another one with these chains alone.
+/// Replaces our tables by another table with only these chains.
 pub(in crate::capture) fn replace(
     old: Table<'_>,
     homes: &[Home],
@@ -177,15 +179,15 @@ impl IptablesTable {
     }
 }
 
-/// What a kernel is asked, to learn whether it has all that our rules need.
+/// A batch that asks the kernel whether it supports all that our rules need.
 #[derive(Debug)]
 pub(in crate::capture) struct Question {
     pub(in crate::capture) messages: Messages,
-    /// Which message asks for what, for people. The last one asks for nothing: it fails, so that nothing is applied.
+    /// What each message needs, as text for people. The last message needs nothing: it fails, so that nothing is applied.
     pub(in crate::capture) needs: Vec<(u32, String)>,
 }
 
-/// A table with every kind of set, chain and term that `rules` has. Its name must not be in use.
+/// Creates a table with every kind of set, chain and term that rules of this shape have. Its name must not be in use.
 pub(in crate::capture) fn question(table: Table<'_>, shape: &Shape) -> Question {
     let mut needs = Vec::new();
     let messages = Messages::batch(|batch| {
@@ -220,7 +222,7 @@ pub(in crate::capture) fn question(table: Table<'_>, shape: &Shape) -> Question 
     Question { messages, needs }
 }
 
-/// What tells the guard's objects from others of the same name.
+/// Distinguishes the guard's objects from others of the same name.
 fn of_bridges(home: Home) -> &'static str {
     match home {
         Home::Inet => "",
@@ -236,7 +238,7 @@ pub(super) fn family_of(home: Home) -> u8 {
     }
 }
 
-/// Attributes of chains, beside that of their table.
+/// Attributes of chains, besides their table.
 const CHAIN_NAME: u16 = 3;
 
 impl Table<'_> {
@@ -253,14 +255,15 @@ impl Table<'_> {
         });
     }
 
-    /// Without user data that versions of the program have in different forms: older ones end by SIGSEGV on what newer ones write.
-    /// All of them write the order of bytes, by which they show numbers and names of interfaces.
+    /// Without user data whose form differs between versions of the `nft` program: older ones crash (SIGSEGV) on what newer
+    /// ones write. All versions write the byte order, which they use to show numbers and names of interfaces.
     fn add_set(self, batch: &mut Messages, set: Set) {
         const INTERVAL: u32 = 4;
         const TIMEOUT: u32 = 16;
         const EVALUATED: u32 = 32;
         const CONCATENATED: u32 = 128;
-        // The program's numbers of its types, by which it prints elements; each part of a concatenation takes six bits.
+        // The `nft` program's numbers of its types, which it uses to print elements. Each part of a concatenation takes six
+        // bits.
         const ETHER: (u32, u32) = (9, 6);
         const INET_SERVICE: (u32, u32) = (13, 2);
         const INDEX: (u32, u32) = (20, 4);
@@ -287,7 +290,7 @@ impl Table<'_> {
         // Each part of a key fills words of four bytes.
         let words = |length: u32| if parts.len() > 1 { length.next_multiple_of(4) } else { length };
         let length = parts.iter().map(|(_, length)| words(*length)).sum();
-        // The kernel wants a number for each set of a batch, which it does not keep.
+        // The kernel wants an ID for each set of a batch. It does not keep the ID.
         let id = batch.next();
         batch.add(Kind::NEW_SET, flags::CREATE, family_of(set.home()), |to| {
             to.text(TABLE, self.name).text(2, &set.to_string());
@@ -341,7 +344,7 @@ impl Table<'_> {
                 to.nested(4, |to| {
                     to.number(1, hook_number(hook)).bytes(2, &priority.to_be_bytes());
                 });
-                // Who passes goes on to others' chains (NF_ACCEPT).
+                // Packets that pass go on to other programs' chains (NF_ACCEPT).
                 to.number(5, 1).text(7, BaseKind::nft(kind));
             }
         });
@@ -368,8 +371,8 @@ pub(super) fn hook_number(hook: Hook) -> u32 {
     }
 }
 
-/// An element in the kernel's form: a range is its first address and the first address after it, or if it is a part of a
-/// concatenation, the first key and the last.
+/// An element as the kernel stores it. A range is its first address and the first address after it; if the range is part of
+/// a concatenation, it is the first key and the last key.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Bound {
     pub(super) key: Vec<u8>,
@@ -441,7 +444,7 @@ mod tests {
     use super::*;
     use crate::capture::layout::{Family, Members};
 
-    /// One address comes with its port, one goes, and one gets another port.
+    /// One address is added with its port, one is removed, and one gets another port.
     #[test]
     fn the_guard_shuts_nobody_out_between_two_parts_of_an_edit() {
         let set = |members| Set { members, family: Some(Family::V4) };

@@ -1,5 +1,5 @@
-//! The parts of a rule as the kernel's expressions: each loads something of a packet into registers, compares it, or does
-//! something. Pure.
+//! Encodes the parts of a rule as the kernel's expressions. An expression loads a part of a packet into registers, compares
+//! it, or does something. Pure.
 
 use super::{
     super::layout::{Direction, Family, Home, Members, SenderField, Set, Side, Term},
@@ -11,35 +11,35 @@ use super::{
 pub(super) struct Expressions<'a, 'b> {
     list: &'a mut Attributes<'b>,
     home: Home,
-    /// The expressions that were checked already.
+    /// The address family and the protocol that the rule has already checked.
     family: Option<Family>,
     protocol: Option<u8>,
 }
 
-/// Of transport protocols (IANA).
+/// Numbers of transport protocols (IANA).
 const TCP: u8 = 6;
 const ICMP6: u8 = 58;
 
-/// The first register: 16 bytes; and the same and those after it, of four bytes each.
+/// The first 16-byte register, and the first of the 4-byte registers, which occupy the same place.
 const REGISTER: u32 = 1;
 const REGISTER_OF_WORDS: u32 = 8;
 
-/// Where a payload is counted from (enum nft_payload_bases).
+/// The header from which an offset is counted (enum nft_payload_bases).
 const LINK: u32 = 0;
 const NETWORK: u32 = 1;
 const TRANSPORT: u32 = 2;
 
-/// What a frame carries (include/uapi/linux/if_ether.h).
+/// EtherTypes (include/uapi/linux/if_ether.h).
 const IPV4: u16 = 0x0800;
 const ARP: u16 = 0x0806;
 const IPV6: u16 = 0x86dd;
 
-/// The interface by which a packet came in: its number, and its name (enum nft_meta_keys).
+/// The interface on which a packet arrived: its number, and its name (enum nft_meta_keys).
 const INTERFACE: u32 = 4;
 const INTERFACE_NAME: u32 = 6;
 const WORDS_OF_A_NAME: u32 = 4;
 
-/// How many registers of four bytes an address fills.
+/// Number of 4-byte registers that an address takes.
 fn words(family: Family) -> u32 {
     match family {
         Family::V4 => 1,
@@ -47,7 +47,7 @@ fn words(family: Family) -> u32 {
     }
 }
 
-/// The kernel's numbers of what a verdict says.
+/// The kernel's numbers of verdicts.
 const ACCEPT: i32 = 1;
 const DROP: i32 = 0;
 const JUMP: i32 = -3;
@@ -64,7 +64,7 @@ impl<'a, 'b> Expressions<'a, 'b> {
         });
     }
 
-    /// Adds what a part of a rule matches or does, and what has to be asked before.
+    /// Adds what a part of a rule matches or does, and the checks that it needs before.
     pub(super) fn term(&mut self, term: Term) {
         match term {
             Term::Address(side, family, members) => {
@@ -168,7 +168,7 @@ impl<'a, 'b> Expressions<'a, 'b> {
             }
             Term::NotLoopback(direction) => {
                 const OUT: u32 = 5;
-                // In every network namespace (include/net/flow.h, LOOPBACK_IFINDEX).
+                // The same number in every network namespace (include/net/flow.h, LOOPBACK_IFINDEX).
                 const LOOPBACK: u32 = 1;
                 self.meta(match direction {
                     Direction::In => INTERFACE,
@@ -228,7 +228,7 @@ impl<'a, 'b> Expressions<'a, 'b> {
                 self.meta(NFPROTO);
                 self.compare(true, &[family::IPV6]);
             }
-            // As the kernel goes on: it has taken off a tag, which the frame itself still shows.
+            // The protocol that the kernel sees after it has removed a VLAN tag. The frame itself still shows the tag.
             (Home::Bridge, Family::V4) => self.carries(IPV4),
             (Home::Bridge, Family::V6) => self.carries(IPV6),
         }
@@ -278,7 +278,7 @@ impl<'a, 'b> Expressions<'a, 'b> {
         match claim {
             SenderField::Source(family) => self.address(Side::Source, family, register),
             SenderField::Arp => {
-                // Of Ethernet and IPv4 (RFC 826): any other has another length, and Linux ignores it.
+                // ARP for Ethernet and IPv4 (RFC 826). All other ARP has another length, and Linux ignores it.
                 if register == REGISTER {
                     self.carries(ARP);
                 }
@@ -289,7 +289,7 @@ impl<'a, 'b> Expressions<'a, 'b> {
         }
     }
 
-    /// Notes what the registers hold, for a time.
+    /// Adds the content of the registers to a set, with a timeout.
     fn note(&mut self, set: Set) {
         const UPDATE: u32 = 1;
         self.expression("dynset", |note| {

@@ -1,5 +1,5 @@
-//! nf_tables without a program: messages on a netlink socket. No program is started, nothing of others is read to change what is
-//! ours, and the table belongs to a descriptor (docs/decisions/0005-nf-tables-by-netlink.md).
+//! Writes nf_tables without a program, by messages on a netlink socket. No program is started, other programs' objects are
+//! not read to change ours, and our table belongs to a descriptor (docs/decisions/0005-nf-tables-by-netlink.md).
 
 mod dump;
 mod encode;

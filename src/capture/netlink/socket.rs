@@ -1,7 +1,7 @@
-//! A netlink socket to nf_tables. It is the owner of the tables that were made through it with the owner flag: the kernel
-//! removes them when the last descriptor of it is closed, however the process ends.
+//! A netlink socket to nf_tables. It owns the tables that were created through it with the owner flag: the kernel removes
+//! them when the socket's last descriptor is closed, for whatever reason the process ends.
 //!
-//! The kernel works while we send, so that every call is short and its answer is there when it returns: nothing waits.
+//! The kernel works during the send call, so the answer is there when the call returns. No call waits for long.
 
 use std::{
     io,
@@ -29,12 +29,12 @@ impl Generation {
     }
 }
 
-/// Why the kernel's nf_tables did not do what was asked.
+/// Why the kernel's nf_tables did not do what was requested.
 #[derive(Debug, thiserror::Error)]
 pub enum NetlinkError {
     #[error("nf_tables {doing}: {error}")]
     Io { doing: &'static str, error: io::Error },
-    /// A batch was refused, and nothing of it applied.
+    /// The kernel refused a batch, and applied no part of it.
     #[error("nf_tables refused {}", refusals(.0))]
     Refused(Vec<Refusal>),
 }
@@ -42,7 +42,7 @@ pub enum NetlinkError {
 /// A message of a batch that the kernel refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Refusal {
-    /// The number of the message in its batch, from 1; 0: the batch itself.
+    /// The position of the message in its batch, from 1. 0 is the batch itself.
     pub(in crate::capture) message: u32,
     pub(in crate::capture) error: Errno,
 }
@@ -78,7 +78,6 @@ impl NetlinkError {
     }
 }
 
-/// The socket.
 #[derive(Debug)]
 pub(in crate::capture) struct Socket {
     socket: OwnedFd,
@@ -87,9 +86,9 @@ pub(in crate::capture) struct Socket {
     is_narrow: bool,
 }
 
-/// An error repeats the message that had it, which may be this long.
+/// Size of the read buffer. An error repeats the message that caused it, which may be this long.
 const READ: usize = 128 << 10;
-/// A batch has to fit, and the errors of one.
+/// Size of the kernel's socket buffers. A batch must fit, and so must its errors.
 const KERNEL_BUFFER: usize = 4 << 20;
 
 impl Socket {
@@ -101,7 +100,7 @@ impl Socket {
             Some(netlink::NETFILTER),
         )
         .map_err(NetlinkError::of("cannot be reached"))?;
-        // Needs the right that everything else here needs too; the first use says so.
+        // Needs NET_ADMIN, as all other requests here. The first request reports if it is missing.
         let _ = sockopt::set_socket_send_buffer_size_force(&socket, KERNEL_BUFFER);
         let _ = sockopt::set_socket_recv_buffer_size_force(&socket, KERNEL_BUFFER);
         Ok(Self {
@@ -112,12 +111,12 @@ impl Socket {
         })
     }
 
-    /// The descriptor, which makes who has it an owner of its tables too.
+    /// The socket's descriptor. A process that has a copy of it is an owner of the tables too.
     pub(in crate::capture) fn descriptor(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
-    /// Goes on with the socket of another process, which does not use it any more.
+    /// Continues with the socket of another process, which does not use it any more.
     pub(in crate::capture) fn adopt(&mut self, socket: OwnedFd) {
         self.socket = socket;
     }
@@ -135,13 +134,13 @@ impl Socket {
         self.is_narrow = true;
     }
 
-    /// The number of the last change by anybody.
+    /// The current generation, whichever program made it.
     pub(in crate::capture) fn generation(&mut self) -> Result<Generation, NetlinkError> {
         self.forget();
         self.generation_behind(|_| {})
     }
 
-    /// Applies all of a batch or nothing, and says which generation that made.
+    /// Applies the whole batch or nothing. Returns the generation that this created.
     pub(in crate::capture) fn apply(
         &mut self,
         batch: &Messages,
@@ -152,8 +151,8 @@ impl Socket {
         }
     }
 
-    /// The same, with every message that was refused. The kernel answers a batch with its errors alone: a question that is
-    /// sent behind it has its answer behind them.
+    /// Like `apply`, but returns every message that was refused. The kernel answers a batch only with its errors. So a
+    /// question is sent behind the batch: the errors have all arrived when its answer arrives.
     pub(in crate::capture) fn attempt(
         &mut self,
         batch: &Messages,
@@ -168,7 +167,7 @@ impl Socket {
         Ok((generation, refused))
     }
 
-    /// Asks for the generation, and hands what was answered before to `earlier`.
+    /// Asks for the generation. Passes answers that arrive before it to `earlier`.
     fn generation_behind(
         &mut self,
         mut earlier: impl FnMut(Answer<'_>),
@@ -192,7 +191,7 @@ impl Socket {
         generation.ok_or_else(|| NetlinkError::of("gave no answer")(Errno::NOMSG))
     }
 
-    /// Hands every object of a kind to `each`. `select` narrows them. An error if there is nothing of that name.
+    /// Passes every object of a kind to `each`. `select` restricts them. An error if the named object does not exist.
     pub(super) fn dump(
         &mut self,
         kind: Kind,
@@ -216,7 +215,8 @@ impl Socket {
         }
     }
 
-    /// Drops what an earlier request that failed midway has left: it is not the answer to the next one.
+    /// Discards what an earlier failed request has left in the socket, so that it is not taken for the answer to the next
+    /// one.
     fn forget(&mut self) {
         while recv(&self.socket, &mut self.buffer[..], RecvFlags::DONTWAIT).is_ok() {}
     }

@@ -1,9 +1,9 @@
 //! The bytes of nf_tables' netlink messages (include/uapi/linux/netfilter/nf_tables.h, nfnetlink.h, netlink.h). Pure.
 //!
 //! A message is a header of 16 bytes, four bytes of nfnetlink (family, version, resource), and attributes: length, type,
-//! value, padded to four bytes. Numbers within attributes are big-endian, those of headers are the machine's own.
+//! value, padded to four bytes. Numbers within attributes are big-endian. Those in headers have the machine's byte order.
 
-/// What a message does: the kernel's number of it, within its subsystem.
+/// The type of a message: the kernel's number of it, with that of its subsystem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Kind(u16);
 
@@ -30,7 +30,7 @@ impl Kind {
     pub(super) const DELETE_ELEMENTS: Self = nftables(14);
     pub(super) const NEW_GENERATION: Self = nftables(15);
     pub(super) const GET_GENERATION: Self = nftables(16);
-    /// The kernel's answers that are not nf_tables' own (NLMSG_ERROR, NLMSG_DONE).
+    /// Answers that are common to all netlink subsystems (NLMSG_ERROR, NLMSG_DONE).
     pub(super) const ERROR: Self = Self(2);
     pub(super) const DONE: Self = Self(3);
 }
@@ -52,34 +52,35 @@ pub(super) mod family {
     pub(in crate::capture::netlink) const IPV6: u8 = 10;
 }
 
-/// Of every message: length, type, flags, sequence number, port.
+/// Length of a message's header: length, type, flags, sequence number, port.
 const HEADER: usize = 16;
-/// Of an attribute: length and type.
+/// Length of an attribute's header: length and type.
 const ATTRIBUTE: usize = 4;
-/// What marks an attribute that holds attributes (NLA_F_NESTED).
+/// Marks an attribute that contains attributes (NLA_F_NESTED).
 const NESTED: u16 = 0x8000;
-/// The bits of an attribute's type that are its type (NLA_TYPE_MASK).
+/// The bits of the type field that hold the type (NLA_TYPE_MASK).
 const TYPE: u16 = 0x3fff;
 
 const fn padded(length: usize) -> usize {
     length.next_multiple_of(4)
 }
 
-/// Messages, one after the other.
+/// Messages, in the order in which they are sent.
 #[derive(Debug, Default)]
 pub(in crate::capture) struct Messages {
     bytes: Vec<u8>,
-    /// The sequence number of the next.
+    /// The sequence number of the next message.
     next: u32,
 }
 
-/// The sequence number of a request that is no batch. The messages of a batch count from 0: their answers are others.
+/// The sequence number of a request that is not a batch. The messages of a batch count from 0, so their answers can be
+/// distinguished.
 pub(super) const REQUEST: u32 = u32::MAX;
 
 impl Messages {
-    /// A batch: all of what `fill` writes is applied, or nothing is.
+    /// A batch. The kernel applies all that `fill` writes, or nothing.
     pub(super) fn batch(fill: impl FnOnce(&mut Self)) -> Self {
-        // The resource of a batch is the subsystem that it is for.
+        // The resource of a batch is the number of the subsystem.
         const NFTABLES: u16 = 10;
         let mut batch = Self::default();
         batch.message(Kind::BATCH_BEGIN, flags::REQUEST, family::ALL, NFTABLES, |_| {});
@@ -88,7 +89,7 @@ impl Messages {
         batch
     }
 
-    /// One request that changes nothing.
+    /// A single request that changes nothing.
     pub(super) fn request(
         kind: Kind,
         flags: u16,
@@ -188,14 +189,14 @@ impl Attributes<'_> {
     }
 }
 
-/// A message of the kernel's.
+/// A message from the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Answer<'a> {
     pub(super) kind: Kind,
-    /// Of the request that it answers.
+    /// The sequence number of the request that it answers.
     pub(super) sequence: u32,
     pub(super) family: u8,
-    /// An error's number and the request that had it, or attributes.
+    /// An error: its number and the request. Otherwise: attributes.
     body: &'a [u8],
 }
 
@@ -205,19 +206,19 @@ impl<'a> Answer<'a> {
         Parsed(self.body.get(4..).unwrap_or_default())
     }
 
-    /// The number of an error (0: none), or of the end of a dump.
+    /// The error number (0: no error), also at the end of a dump.
     pub(super) fn error(self) -> i32 {
         let number = self.body.first_chunk().map_or(0, |bytes| i32::from_ne_bytes(*bytes));
         number.saturating_neg()
     }
 }
 
-/// Writes a length where its place was left.
+/// Writes a length into the bytes that were reserved for it.
 fn put<const N: usize>(bytes: &mut [u8], at: usize, value: [u8; N]) {
     bytes.iter_mut().skip(at).zip(value).for_each(|(byte, value)| *byte = value);
 }
 
-/// The messages that one read has given. One that is cut short is left out, and ends them.
+/// The messages in the bytes of one read. Ends at the first message that is cut short.
 pub(super) fn answers(mut bytes: &[u8]) -> impl Iterator<Item = Answer<'_>> {
     std::iter::from_fn(move || {
         let header: &[u8; HEADER] = bytes.first_chunk()?;
@@ -237,7 +238,7 @@ pub(super) fn answers(mut bytes: &[u8]) -> impl Iterator<Item = Answer<'_>> {
 pub(super) struct Parsed<'a>(&'a [u8]);
 
 impl<'a> Parsed<'a> {
-    /// Each type and value, up to the first that is cut short.
+    /// The type and value of each attribute. Ends at the first one that is cut short.
     pub(super) fn all(self) -> impl Iterator<Item = (u16, &'a [u8])> {
         let mut bytes = self.0;
         std::iter::from_fn(move || {
@@ -271,7 +272,7 @@ impl<'a> Parsed<'a> {
         self.get(kind)?.try_into().ok().map(u64::from_be_bytes)
     }
 
-    /// A text without what ends it.
+    /// A text without its terminating zero bytes.
     pub(super) fn text(self, kind: u16) -> Option<&'a str> {
         std::str::from_utf8(self.get(kind)?).ok().map(|text| text.trim_end_matches('\0'))
     }
@@ -311,7 +312,7 @@ mod tests {
             .chunks(4)
             .map(|word| u32::from_ne_bytes(word.try_into().unwrap()))
             .collect();
-        // Length, flags and type, sequence, port; family and resource.
+        // Header: length, flags and type, sequence number, port. Then family and resource.
         assert_eq!(words[..4], [20, 0x1_0010, 0, 0]);
         assert_eq!(batch.bytes()[16..20], [0, 0, 0, 10]);
         assert_eq!(words[5..9], [20 + 12 + 8, 0x0401_0a00, 1, 0]);
@@ -321,7 +322,7 @@ mod tests {
         assert_eq!(batch.bytes().len(), 20 + 40 + 20);
     }
 
-    /// What was written, as it is read.
+    /// Attributes as a tree, to compare what was written with what is read.
     #[derive(Debug, Clone, PartialEq)]
     enum Tree {
         Bytes(Vec<u8>),

@@ -21,7 +21,7 @@ use crate::{
     wiring::{Arrival, Owner, Wiring},
 };
 
-/// Moves this thread into a network namespace of its own.
+/// Moves this thread into its own network namespace.
 pub(in crate::capture) fn enter_a_namespace_of_its_own() {
     let mut other = Command::new("unshare")
         .args(["--net", "cat"])
@@ -52,13 +52,13 @@ pub(in crate::capture) fn nft(words: &str) -> Result<String, String> {
     }
 }
 
-/// Without what versions of the program write in different ways.
+/// Removes what different versions of the `nft` program write differently.
 fn plain(listing: &str) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     let all = listing.lines().map(str::trim);
     for line in all.filter(|line| !line.is_empty() && !line.starts_with('#')) {
         match lines.last_mut() {
-            // Elements go on in the next line.
+            // Elements continue on the next line.
             Some(last) if last.ends_with(',') => {
                 last.push(' ');
                 last.push_str(line);
@@ -77,7 +77,7 @@ fn plain(listing: &str) -> Vec<String> {
             .replace("counter packets 0 bytes 0", "counter")
             .replace("priority filter;", "priority 0;");
     }
-    // Older ones print whatever they find for the flags of a table, and newer ones who owns it.
+    // Older versions print undefined flags of a table, and newer ones print the owner.
     let known = ["flags interval", "flags dynamic,timeout"];
     lines.retain(|line| !line.starts_with("flags ") || known.contains(&line.as_str()));
     for line in lines.iter_mut().filter(|line| line.starts_with("table ")) {
@@ -89,7 +89,7 @@ fn plain(listing: &str) -> Vec<String> {
 
 /// Both tables as the program lists them.
 fn told() -> String {
-    // Another test's may end meanwhile; ours are those of this namespace.
+    // Tables of another test may vanish meanwhile. Ours are in this namespace.
     nft("-y -s list ruleset").unwrap()
 }
 
@@ -106,7 +106,7 @@ fn shapes() -> Vec<Rules> {
     all
 }
 
-/// Waits until a socket that was closed is: a program that another test is just starting may have a copy of it.
+/// Waits until a closed socket is really closed: a program that another test is starting may still have a copy of it.
 fn closed(left: &str) {
     let end = Instant::now() + Duration::from_secs(30);
     while nft("list ruleset").unwrap().contains(left) {
@@ -126,19 +126,18 @@ async fn what_is_written_is_what_its_text_says() {
         assert!(own.is_owned());
         own.load(&rules).await.unwrap();
         assert_eq!(plain(&told()), plain(&text::of(&rules, true)));
-        // It goes with its socket.
+        // The kernel removes the table with its socket.
         drop(own);
         closed("table");
     }
-    // The text is one that the program takes.
-    // But for one rule of the full guard, which older ones can only show.
+    // The program accepts the text. Exception: a rule of the full guard, which older versions can only show.
     let rules = with_guard(with_unknown(example(true, CaptureScope::Declared)), Guard::Vip);
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), text::of(&rules, false)).unwrap();
     nft(&format!("-f {}", file.path().display())).unwrap();
     let table = Table { name: NAME, owned: false };
     let listing = netlink::list(&mut Socket::open().unwrap(), table, &rules).unwrap();
-    // It marks where no range is as well, at the lowest address.
+    // The set also has a mark that no range is there, at the lowest address.
     assert_eq!((listing.missing, listing.added), (0, 2));
 }
 
@@ -169,7 +168,7 @@ async fn a_table_of_ours_is_nobody_elses() {
     }
     assert_eq!(listed(), before);
     assert_eq!(own.damage(&rules).unwrap(), None);
-    // A second of us says whose it is.
+    // A second embassy reports the owner.
     let mut second = Nft::open(&rules.shape, false).unwrap();
     let error = second.load(&rules).await.unwrap_err();
     assert!(matches!(error, CaptureError::Owned { .. }), "{error}");
@@ -213,7 +212,7 @@ async fn what_others_do_to_a_shared_table_is_found_and_put_right() {
         shared.load(&rules).await.unwrap();
         assert_eq!(listed(), before);
     }
-    // One that was killed leaves it, and the next takes it away.
+    // A killed embassy leaves its table, and the next embassy removes it.
     drop(shared);
     assert!(remove_leftovers().await.unwrap());
     assert!(!remove_leftovers().await.unwrap());
@@ -245,7 +244,7 @@ async fn changes_make_the_rules_that_loading_makes() {
                 key: RouteKey::tcp(source, port),
                 arrival: by[usize::from(round % 3 == 1) + usize::from(round % 5 == 1)],
             };
-            // A route comes by one way at a time.
+            // A route has one arrival interface at a time.
             let others: Vec<_> =
                 next.declared.iter().filter(|one| one.key == key.key).copied().collect();
             next.declared.retain(|one| one.key != key.key);
@@ -258,7 +257,7 @@ async fn changes_make_the_rules_that_loading_makes() {
             if !next.places.vips.remove(&net) {
                 next.places.vips.insert(net);
             }
-            // Addresses and networks that touch one another and overlap.
+            // Addresses and networks that touch or overlap.
             let length = if net.is_ipv6() { 126 } else { 30 } + u8::from(round % 5 == 0);
             let net = ipnet::IpNet::new(net, length).unwrap().trunc();
             for nets in [&mut next.places.networks, &mut next.places.untracked] {
@@ -307,7 +306,7 @@ async fn changes_make_the_rules_that_loading_makes() {
     let changed = plain(&told());
     shared.load(&rules).await.unwrap();
     assert_eq!(plain(&told()), changed);
-    // What cannot be changed says so, and is loaded again.
+    // A change that is impossible is an error, and the rules are loaded again.
     nft("flush set inet embassy declared4").unwrap();
     let gone = RuleChanges {
         declared_removed: rules.declared.iter().copied().collect(),
@@ -318,7 +317,7 @@ async fn changes_make_the_rules_that_loading_makes() {
     assert!(!shared.stands());
 }
 
-/// Rules of so many consumers.
+/// Rules of this many consumers.
 fn many(consumers: u32) -> Rules {
     let mut rules = with_unknown(example(false, CaptureScope::Declared));
     let source = |n| Ipv4Addr::from_bits(0x0a00_0000 + n).into();
@@ -362,7 +361,7 @@ async fn a_large_table_takes_the_place_of_another_without_a_gap() {
 async fn a_table_that_is_too_large_for_one_batch_is_written_in_several() {
     enter_a_namespace_of_its_own();
     let rules = many(12_000);
-    // Read by others, to see all of it; and as where the buffer cannot be made larger, in a user namespace.
+    // The table is shared, so that all of it is read; and the buffer cannot be enlarged, as in a user namespace.
     let mut shared = Nft::open(&rules.shape, true).unwrap();
     shared.socket.narrow();
     for _ in 0..2 {
@@ -401,20 +400,20 @@ async fn chains_move_and_make_place() {
         nft_of.load(&rules).await.unwrap();
         assert_eq!(plain(&listed()), moved);
 
-        // While live connections drain, translation stays on, and the name is the next one's.
+        // While live connections drain, translation stays on, and the next embassy can use the name.
         let (found, draining) = nft_of.remove().unwrap();
         assert!(found);
         let left = nft("list ruleset").unwrap();
         assert!(left.contains("type nat hook prerouting") && left.contains("ct status dnat"));
         assert!(!left.contains("redirect") && !left.contains("inet embassy {"), "{left}");
         let mut next = Nft::open(&rules.shape, shared).unwrap();
-        // What still drains is no leftover.
+        // A table that still drains is not a leftover.
         assert!(!remove_leftovers().await.unwrap());
         assert_eq!(nft("list ruleset").unwrap(), left);
         next.load(&rules).await.unwrap();
         drop(draining);
         assert_eq!(plain(&listed()), moved);
-        // An object that is already gone cannot be removed; this is not an error.
+        // Removing an object that is already gone is not an error.
         if shared {
             nft("flush ruleset").unwrap();
             assert!(!next.remove().unwrap().0);
@@ -434,7 +433,7 @@ async fn a_kernel_that_lacks_something_is_asked_and_nothing_stands() {
         assert_eq!(refused(&mut socket, &rules.shape, true).unwrap(), Some(Vec::new()));
         assert_eq!(Nft::open(&rules.shape, false).unwrap().lacks(), []);
     }
-    // No kernel lets a chain translate before connection tracking.
+    // No kernel allows a chain to translate before connection tracking.
     let mut shape = example(false, CaptureScope::Declared).shape;
     shape.priority = -300;
     let error = Nft::open(&shape, false).unwrap_err();
@@ -443,7 +442,7 @@ async fn a_kernel_that_lacks_something_is_asked_and_nothing_stands() {
     assert_eq!(nft("list ruleset").unwrap(), "");
 }
 
-/// All that rules of this shape need, of what has one of these words in it.
+/// What rules of this shape need, restricted to entries with one of these words.
 fn with_words(shape: &Shape, words: &[&str]) -> Vec<String> {
     let question = netlink::question(Table { name: NAME, owned: false }, shape);
     let needs = question.needs.into_iter().map(|(_, what)| what);
@@ -457,13 +456,13 @@ fn each_optional_part_falls_away_alone() {
     let rules = with_guard(rules, Guard::Full);
     for (words, expected) in [
         (&[][..], &[][..]),
-        // Before Linux 5.10, and without nft_socket.
+        // Linux before 5.10, and without nft_socket.
         (&["socket wildcard"], &[Hold]),
         (&["socket "], &[Notrack, Hold]),
         (&["notrack"], &[Notrack]),
         (&["counter"], &[Count, Refusal, Part::Guard]),
         (&["reject"], &[Refusal]),
-        // No tables for bridges, and no notes in sets.
+        // No bridge tables, and no sets that packets fill.
         (&["tables for bridges", "of the guard", "@guarded", "meta protocol"], &[Part::Guard]),
         (&["update @"], &[Part::Guard]),
         (&["ip6 "], &[Ipv6]),
@@ -483,11 +482,11 @@ fn each_optional_part_falls_away_alone() {
         for (part, why) in &lacking {
             assert!(refused.contains(why), "{part:?}: {why}");
         }
-        // What is left needs nothing of it.
+        // The remaining rules do not need it.
         let lacks = lacking.iter().fold(Optional::default(), |lacks, (part, _)| lacks.with(*part));
         assert_eq!(with_words(&rules.shape.without(lacks), words), [""; 0], "{words:?}");
     }
-    // Nothing can do without these.
+    // These are required.
     for word in ["the set declared4", "redirect", "the chain prerouting"] {
         let refused = with_words(&rules.shape, &[word, "socket"]);
         let what = lacking(&rules.shape, &refused).unwrap_err();
@@ -522,7 +521,7 @@ async fn rules_without_each_optional_part_are_written_as_their_text_says() {
         assert_eq!(plain(&told()), plain(&text::of(&rules, true)));
         let expected = (!lacks.has(Part::Count)).then_some((0, 0));
         assert_eq!(own.arrivals().unwrap(), expected);
-        // Elements of the sets that there are not change nothing.
+        // Elements of sets that do not exist change nothing.
         let counts = (own.refused().unwrap(), own.dropped().unwrap());
         let zero = |part| (!lacks.has(part)).then_some(0);
         assert_eq!(counts, (zero(Part::Refusal), zero(Part::Guard)));

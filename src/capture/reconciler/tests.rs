@@ -16,7 +16,7 @@ use crate::{
     table::Inputs,
 };
 
-/// Containers, by ID and address, that each ask for services on these ports.
+/// The next table, with containers (ID and address) that each ask for services on these ports.
 fn next(before: &Table, consumers: &[(&str, &str, &[u16])]) -> Arc<Table> {
     let binding = |port: &u16| Binding {
         origin: "BACKEND_X".into(),
@@ -61,7 +61,7 @@ fn next(before: &Table, consumers: &[(&str, &str, &[u16])]) -> Arc<Table> {
     Arc::new(before.next(&inputs, query).unwrap())
 }
 
-/// A reconciler, and what its firewall was given.
+/// A reconciler, and a record of what its firewall was given.
 fn reconciler() -> (Reconciler, Arc<Mutex<State>>) {
     let fake = Fake::default();
     let state = fake.state.clone();
@@ -78,7 +78,7 @@ fn keys(state: &State) -> BTreeSet<crate::table::RouteKey> {
     state.declared.iter().map(|one| one.key).collect()
 }
 
-/// How often all was written and how often changes, and whether what is captured is what the table says.
+/// How often all rules and how often changes were written. Checks that the captured keys are those of the table.
 fn written(state: &Mutex<State>, table: &Table) -> (usize, usize) {
     let state = state.lock().unwrap();
     let routes: BTreeSet<_> = table.routes().map(|route| route.key).collect();
@@ -95,11 +95,11 @@ async fn only_what_changes_is_written() {
     let second = next(&first, &[("a", "172.17.0.2", &[80]), ("b", "172.17.0.3", &[80])]);
     reconciler.follow(&second).await.unwrap();
     assert_eq!(written(&state, &second), (1, 1));
-    // Another container has the address and the port: the rule is the same.
+    // Another container has the address and port: the rule stays the same.
     let third = next(&second, &[("c", "172.17.0.2", &[80]), ("b", "172.17.0.3", &[80])]);
     reconciler.follow(&third).await.unwrap();
     assert_eq!(written(&state, &third), (1, 1));
-    // One table is missed.
+    // The reconciler misses one table.
     let missed = next(&third, &[("b", "172.17.0.3", &[81])]);
     let fifth = next(&missed, &[("c", "172.17.0.2", &[80, 82]), ("d", "172.17.0.9", &[1])]);
     reconciler.follow(&fifth).await.unwrap();
@@ -121,7 +121,7 @@ async fn what_cannot_be_changed_is_written_whole_and_what_cannot_be_written_is_t
     assert_eq!(reconciler.counts.failed.load(Relaxed), 0);
 
     let third = next(&second, &[]);
-    // Which part is refused was tried a moment ago.
+    // A test of which part is refused was done a moment ago.
     reconciler.reduced = Some(Instant::now());
     state.lock().unwrap().failures = 3;
     let done = reconciler.follow(&third).await;
@@ -138,7 +138,7 @@ async fn what_cannot_be_changed_is_written_whole_and_what_cannot_be_written_is_t
     assert_eq!((standing.in_place, standing.error), (true, None));
 }
 
-/// The optional parts that fell away, as everybody is told.
+/// The optional parts that were left out, as reported.
 fn fallen(reconciler: &Reconciler) -> Vec<rules::Part> {
     reconciler.counts.standing().lacks.iter().map(|(part, _)| *part).collect()
 }
@@ -153,7 +153,7 @@ async fn an_optional_part_that_is_refused_falls_away_and_comes_back() {
     assert_eq!((written(&state, &first), fallen(&reconciler)), ((1, 0), vec![rules::Part::Ipv6]));
     assert!(reconciler.counts.standing().in_place && reconciler.ready.is_none());
     assert!(reconciler.settings.captures_unknown(), "the others stay");
-    // It is over, but nobody has changed anything; and then somebody has.
+    // The part is accepted again. At first no other program has changed anything, then one has.
     state.lock().unwrap().lacks = Optional::default();
     let second = next(&first, &[("a", "172.17.0.2", &[80, 81])]);
     reconciler.follow(&second).await.unwrap();
@@ -167,7 +167,7 @@ async fn an_optional_part_that_is_refused_falls_away_and_comes_back() {
     reconciler.check(&second).await.unwrap();
     assert_eq!((written(&state, &second), fallen(&reconciler)), ((2, 1), vec![]));
     assert_eq!(reconciler.settings.lacks, Optional::default());
-    // While it is still refused, nothing else changes.
+    // As long as it is refused, nothing else changes.
     state.lock().unwrap().lacks =
         Optional::default().with(rules::Part::Hold).with(rules::Part::Ipv6);
     reconciler.applied = None;
@@ -213,7 +213,7 @@ async fn damage_is_looked_for_only_after_others_changed_something() {
     assert_eq!(reconciler.counts.restored(Change::Vanished), 1);
     let restored = reconciler.counts.standing().restored;
     assert_eq!(restored.map(|(_, missing)| missing).as_deref(), Some("all of them"));
-    // What was put back is not looked at again.
+    // What was restored is not checked again.
     reconciler.check(&table).await.unwrap();
     assert_eq!(written(&state, &table), (2, 0));
 }

@@ -1,4 +1,4 @@
-//! Collects the facts about this host. Changes and judges nothing.
+//! Collects the facts about this host. Neither changes nor judges anything.
 
 #![expect(clippy::disallowed_methods, reason = "a command, which serves nobody")]
 
@@ -45,13 +45,13 @@ use crate::{
     tls::Weakness,
 };
 
-/// All facts that are judged.
+/// All facts for the checks.
 #[derive(Debug)]
 pub(super) struct HostFacts {
     pub(super) capture: CaptureMode,
     /// `None`: no configured source uses it.
     pub(super) engine: Option<Result<EngineFacts, String>>,
-    /// How to fix that the engine does not answer, if that is known.
+    /// The fix if the engine does not answer, if known.
     pub(super) engine_fix: Option<String>,
     /// Each discovery, with its error if it does not answer.
     pub(super) discoveries: Vec<(Arc<str>, Result<(), Unanswered>)>,
@@ -59,16 +59,16 @@ pub(super) struct HostFacts {
     pub(super) servers: Vec<(Arc<str>, SocketAddr)>,
     /// The backend that a start would use.
     pub(super) firewall: Result<Firewall, String>,
-    /// The optional parts of the rules that it cannot do, and why.
+    /// The optional parts of the rules that the backend does not support, and why.
     pub(super) lacks: Vec<(Part, String)>,
-    /// The place of our rules, by backend.
+    /// The position of our rules, by backend.
     pub(super) places: Vec<(Firewall, place::Place)>,
-    /// The same for the host's own connections, with `--redirect`.
+    /// The position for the host's own connections, with `--redirect`.
     pub(super) places_of_output: Vec<(Firewall, place::Place)>,
-    /// Chains of other programs that drop captured connections, as far as they can be read. `None`: an embassy captures here and says
-    /// what it counted.
+    /// Chains of other programs that drop captured connections, as far as they can be read. `None`: an embassy captures
+    /// here and reports what it counted.
     pub(super) barriers: Option<Result<Vec<Barrier>, String>>,
-    /// Rules of other programs that lead connections to a port of this host.
+    /// Rules of other programs that redirect connections to a port of this host.
     pub(super) leads: Result<Vec<Lead>, String>,
     /// The ports of this host on which a program listens.
     pub(super) listening: BTreeSet<u16>,
@@ -89,13 +89,13 @@ pub(super) struct HostFacts {
     pub(super) networks: Vec<Network>,
     /// Connection tracking entries.
     pub(super) conntrack: Option<Use>,
-    /// The descriptor limit of the running proxy, or else of this process. `None`: no limit.
+    /// The descriptor limit of the running proxy, otherwise of this process. `None`: no limit.
     pub(super) descriptors: Option<u64>,
-    /// Memory of the control group of the running proxy, or else of this process. `None`: no limit.
+    /// Memory of the control group of the running proxy, otherwise of this process. `None`: no limit.
     pub(super) memory: Option<Use>,
-    /// The capabilities of the running proxy, or else of this process, as bits (man 7 capabilities).
+    /// The capabilities of the running proxy, otherwise of this process, as bits (man 7 capabilities).
     pub(super) capabilities: u64,
-    /// Whether the kernel path works, for this process. `None`: it is not asked for by `--path`.
+    /// Whether the kernel path works for this process. `None`: `--path` does not ask for it.
     pub(super) kernel_path: Option<Result<(), String>>,
     /// The connections that the settings leave without protection.
     pub(super) weaknesses: Vec<Weakness>,
@@ -111,7 +111,7 @@ pub(super) struct Unanswered {
 }
 
 impl Unanswered {
-    /// `fix`: what the source itself says.
+    /// `fix`: the fix that the source itself gives.
     pub(super) fn of(name: &str, error: &str, fix: Option<&str>) -> Self {
         let fix = fix.unwrap_or_else(|| remedy::of(name, error)).to_owned();
         Self { error: error.to_owned(), fix }
@@ -150,15 +150,15 @@ pub(super) enum ApiAnswer {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Network {
     pub(super) name: String,
-    /// Internal: its containers reach only addresses of their own network.
+    /// Internal: its containers reach only addresses in their own network.
     pub(super) internal: bool,
     pub(super) ranges: Vec<IpNet>,
-    /// The address in it on which embassy can capture, and the interface with this address: its gateway, or with `--redirect`
-    /// embassy's own.
+    /// The address in this network on which embassy can capture, with its interface: the gateway, or with `--redirect`
+    /// embassy's own address.
     pub(super) own: Option<(IpAddr, String)>,
-    /// `rp_filter` of that interface: 1 is strict.
+    /// `rp_filter` of this interface. 1 is strict.
     pub(super) rp_filter: u8,
-    /// Another interface to which answers to some of its containers are routed.
+    /// Another interface to which answers to some of the containers are routed.
     pub(super) way_back: Option<String>,
 }
 
@@ -273,7 +273,7 @@ async fn kernel_path(config: &Config) -> Option<Result<(), String>> {
     Some(tried.await.unwrap_or_else(|error| Err(error.to_string())))
 }
 
-/// The obstacles for captured connections that can be read of others' rules.
+/// The obstacles to captured connections, as far as other programs' rules can be read.
 async fn barriers(
     config: &Config,
     networks: &[Network],
@@ -304,7 +304,7 @@ async fn engine(
     let engine = &config.docker;
     let failed = |error: crate::source::SourceError| error.to_string();
     let (client, _) = docker::client::Client::connect(engine).await.map_err(failed)?;
-    // Not asked for by the proxy, so a proxy of the engine may refuse it.
+    // The proxy does not use this request, so a filtering proxy in front of the engine may refuse it.
     let version = client.version().await.unwrap_or_default();
     let networks = client.networks().await.map_err(failed)?;
     let bridges = networks.into_iter().filter(|net| net.driver.as_deref() == Some("bridge"));
@@ -317,7 +317,7 @@ async fn engine(
             .and_then(|mut options| options.remove("com.docker.network.bridge.name"))
             .or_else(|| Some(format!("br-{}", network.id?.get(..12)?)));
         let captures = |ip: &IpAddr, interface: &str| {
-            // Not every engine reports the gateway. With --redirect every own address captures.
+            // Not every engine reports the gateway. With --redirect all own addresses capture.
             gateways.contains(ip)
                 || bridge.as_deref() == Some(interface)
                 || config.capture == CaptureMode::Redirect
@@ -348,7 +348,7 @@ async fn engine(
     Ok((facts, bridges.map(network).collect()))
 }
 
-/// The stricter of the interface's own setting and that of `all` (Documentation/networking/ip-sysctl).
+/// The stricter of the interface's setting and the one for `all` (Documentation/networking/ip-sysctl).
 fn rp_filter(interface: &str) -> u8 {
     let of = |name: &str| {
         number(&format!("/proc/sys/net/ipv4/conf/{name}/rp_filter")).unwrap_or_default()
@@ -357,7 +357,7 @@ fn rp_filter(interface: &str) -> u8 {
     of("all").max(of(interface)).try_into().unwrap_or(u8::MAX)
 }
 
-/// Another interface than `own` that some of `ranges` are routed to, by the text of `/proc/net/route`.
+/// An interface other than `own` to which some of `ranges` are routed, by the text of `/proc/net/route`.
 fn way_back(routes: &str, ranges: &[IpNet], own: &str) -> Option<String> {
     let address = |hex: &str| {
         // The kernel prints the number in this machine's byte order.
@@ -372,7 +372,7 @@ fn way_back(routes: &str, ranges: &[IpNet], own: &str) -> Option<String> {
     })
 }
 
-/// Queries each for a service that does not exist: an empty result is an answer.
+/// Sends each discovery a query for a service that does not exist: an empty result is an answer.
 async fn discoveries(
     discoveries: &Discoveries,
     patience: Duration,
@@ -398,7 +398,7 @@ async fn discoveries(
     let answer = |name: Arc<str>| {
         let known = known.iter().find(|(query, _)| query.via == name).map(|(_, known)| known);
         let answer = match known {
-            // A login may be allowed to read some services only.
+            // The login may only have the right to read some services.
             Some(known) if known.value.is_some() || known.refused => Ok(()),
             Some(known) => {
                 let error = known.error.as_deref().unwrap_or("no answer");
@@ -497,7 +497,7 @@ mod tests {
         docker::Engine,
     };
 
-    /// A server that answers each connection with this.
+    /// A server that sends this answer on each connection.
     async fn answers(with: &'static str) -> u16 {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -521,7 +521,7 @@ mod tests {
         }
     }
 
-    /// By the errors that clients really give.
+    /// Uses the real errors of the clients.
     #[tokio::test]
     async fn each_way_in_which_a_registry_fails_has_its_own_remedy() {
         fn http(status: &str, body: &str) -> &'static str {
@@ -576,7 +576,7 @@ mod tests {
             (wrong.as_str(), None, "at the line"),
         ];
         let told = cases.map(|(uri, answer, words)| async move {
-            // Bound, and no listener: no other program gets the port meanwhile, and connections are refused.
+            // Bound but not listening: no other program gets the port meanwhile, and connections are refused.
             let taken = TcpSocket::new_v4().unwrap();
             let port = match answer {
                 Some(answer) => answers(answer).await,
@@ -587,7 +587,7 @@ mod tests {
             };
             let uri = uri.replace(":P", &format!(":{port}"));
             let configured = Discoveries::parse(std::slice::from_ref(&uri), &options()).unwrap();
-            // A busy machine may be slow; each case ends with an error, which ends the wait.
+            // A busy machine may be slow. Each case ends with an error, which ends the wait.
             let patience = Duration::from_secs(60);
             let (_, answer) = discoveries(&configured, patience).await.remove(0);
             drop(taken);

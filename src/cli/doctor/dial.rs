@@ -1,5 +1,5 @@
-//! Whether connections from a container arrive: one is begun in the container's own network. On a quiet host nothing else shows
-//! it. Applications see nothing of it: the handshake is not finished.
+//! Tests whether connections from a container arrive, by starting one in the container's own network. On a host without
+//! traffic, only this shows it. Applications do not notice it: the handshake is not completed.
 
 #![expect(clippy::disallowed_methods, reason = "a command, which serves nobody")]
 
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{admin::api, config::Config, docker, model::Endpoint, proxy::probe};
 
-/// A connection that was begun in a container's network.
+/// A connection that was started in a container's network.
 #[derive(Debug)]
 pub(super) struct Dial {
     pub(super) consumer: String,
@@ -29,11 +29,11 @@ pub(super) struct Dial {
     pub(super) result: Result<(), Failed>,
 }
 
-/// Why it was not accepted.
+/// Why the connection was not accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Failed {
     Refused,
-    /// Nothing came back.
+    /// There was no answer.
     Silence,
     Other(String),
 }
@@ -151,10 +151,10 @@ async fn wanted(config: &Config, facts: &HostFacts) -> Result<Vec<Wanted>, NotTr
     Ok(found)
 }
 
-/// Begins a connection in a process's network. `None` if that network may not be entered.
+/// Starts a connection in a process's network. `None` if entering that network is not allowed.
 async fn dial(pid: i32, to: SocketAddr) -> Option<Result<(), Failed>> {
     let (send, answer) = oneshot::channel();
-    // A thread of its own, which ends in the other network.
+    // A separate thread, because it stays in the other network.
     let work = move || drop(send.send(begin_in(pid, to)));
     std::thread::Builder::new().name("dial".to_owned()).spawn(work).ok()?;
     answer.await.ok()?

@@ -141,7 +141,7 @@ fn kernel_path(facts: &HostFacts) -> Option<Finding> {
     })
 }
 
-/// The server of a discovery to which embassy's own connections are captured, and by which rule.
+/// A server of a discovery to which embassy's own connections are captured, and the rule that does it.
 fn led_back<'a>(facts: &'a HostFacts, name: &str) -> Option<(SocketAddr, &'a str)> {
     let servers = facts.servers.iter().filter(|(of, _)| **of == *name).map(|(_, server)| *server);
     let leads = || {
@@ -339,7 +339,8 @@ fn is_here(lead: &Lead, facts: &HostFacts) -> bool {
     lead.address.is_none_or(|address| facts.local.contains(&address))
 }
 
-/// Rules of other programs, such as the original embassy's users added, that are in the way now or lead nowhere.
+/// Rules of other programs, for example added by users of the original embassy, that interfere or lead to a port without a
+/// program.
 fn leftovers(facts: &HostFacts) -> Vec<Finding> {
     let check = "leftover";
     let captures = facts.capture != CaptureMode::None;
@@ -365,7 +366,8 @@ fn leftovers(facts: &HostFacts) -> Vec<Finding> {
     leads.filter_map(finding).collect()
 }
 
-/// Rules of a killed embassy. They lead containers' connections to its port, which may be another program's now.
+/// The rules of a killed embassy. They redirect containers' connections to its port, on which another program may listen
+/// now.
 fn left(firewall: Firewall, facts: &HostFacts) -> Finding {
     let port = facts.port;
     let (consequence, fix) = match &facts.listener {
@@ -393,7 +395,7 @@ fn left(firewall: Firewall, facts: &HostFacts) -> Finding {
     fail("rules", format!("rules of a killed embassy are left in {firewall}: {consequence}"), fix)
 }
 
-/// The rules of a running embassy, and those that a killed one left.
+/// The rules of a running embassy, or those that a killed one left.
 fn rules(facts: &HostFacts) -> Vec<Finding> {
     let check = "rules";
     let there = facts.places.iter().filter(|(_, place)| *place != Place::Absent);
@@ -419,12 +421,12 @@ fn rules(facts: &HostFacts) -> Vec<Finding> {
             ));
         }
     }
-    // An embassy that has no table yet says itself what it waits for.
+    // An embassy without a table reports itself what it waits for.
     let is_not_yet = facts
         .told
         .iter()
         .any(|told| told.about == Subject::Process && told.verdict == Verdict::Broken);
-    // Nor is it the rules' fault if it was started without the flag that writes them.
+    // An embassy without the flag that writes rules has none.
     let writes_none = facts.told.iter().any(|told| OF_OWN_RULES.contains(&&*told.cause));
     if all.is_empty()
         && !facts.running.is_empty()
@@ -441,7 +443,7 @@ fn rules(facts: &HostFacts) -> Vec<Finding> {
     all
 }
 
-/// The causes of an embassy that counts what this host's input drops.
+/// The causes by which an embassy reports what it counts on this host's input.
 const OF_INPUT: [&str; 3] = ["barrier", "drops_some", "drops_all"];
 
 /// Whether another firewall drops captured connections, which arrive on this host.
@@ -468,7 +470,7 @@ fn input(facts: &HostFacts) -> Vec<Finding> {
     }
 }
 
-/// Whether a connection that was begun in a container's network arrived.
+/// Whether a connection that was started in a container's network arrived.
 fn arrival(dial: &Dial, port: u16) -> Finding {
     let (check, Dial { consumer, to, result }) = ("dial", dial);
     match result {
@@ -533,7 +535,7 @@ fn vip(network: &Network, facts: &HostFacts) -> Finding {
             ),
         };
     };
-    // With --redirect, embassy's own address captures like a VIP.
+    // With --redirect, embassy's own address is captured like a VIP.
     let redirects = own.as_ref().filter(|_| facts.capture == CaptureMode::Redirect);
     let own = vips.iter().find(|vip| ranges.iter().any(|range| range.contains(*vip)));
     match (own, vips.first()) {
@@ -562,7 +564,7 @@ fn vip(network: &Network, facts: &HostFacts) -> Finding {
     }
 }
 
-/// VIPs of --proxy-ip that nobody answers for, in networks that have another one.
+/// VIPs of --proxy-ip that no host answers for, in networks that have another VIP.
 fn dead_vips(facts: &HostFacts) -> impl Iterator<Item = Finding> {
     let vips = facts.vips.iter().flatten();
     let dead = vips.filter(|vip| !facts.local.contains(*vip)).filter_map(|vip| {
@@ -584,7 +586,7 @@ fn dead_vips(facts: &HostFacts) -> impl Iterator<Item = Finding> {
     })
 }
 
-/// A strict filter drops packets that arrive on another interface than answers would leave by.
+/// A strict filter drops packets that arrive on another interface than the one to which answers are routed.
 fn rp_filter(network: &Network) -> Option<Finding> {
     let check = "rp_filter";
     let (_, interface) = network.own.as_ref()?;
@@ -653,7 +655,8 @@ fn memory(facts: &HostFacts) -> Option<Finding> {
     })
 }
 
-/// The findings of a running embassy, except those that were checked here: about the host, and about chains before our rules.
+/// The findings of a running embassy, except those that were checked here: about the host, and about chains before our
+/// rules.
 fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
     let is_behind = |text: &str| {
         facts
@@ -664,11 +667,11 @@ fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
     };
     let others = facts.told.iter().filter(move |finding| match &*finding.cause {
         "behind" => !is_behind(&finding.text),
-        // The discovery was asked here too.
+        // The discovery was queried here too.
         "source_down" => !facts.discoveries.iter().any(|(name, answer)| {
             answer.is_err() && finding.text.split(' ').next() == Some(&**name)
         }),
-        // Said of the rules, which were read here too.
+        // Reported from the rules, which were read here too.
         "no_own_rule" | "nothing_captured" => facts.capture != CaptureMode::None,
         _ => finding.about != Subject::Host,
     });
@@ -806,7 +809,7 @@ mod tests {
             facts.admin = admin(ApiAnswer::Fails("refused".to_owned()), Listener::Nobody);
         });
         assert_eq!(none, []);
-        // An embassy whose process is not visible, as in a container of its own.
+        // An embassy whose process is not visible, for example in another container.
         let hidden = found(|facts| {
             facts.running.clear();
             facts.listener = Listener::Hidden;
@@ -878,7 +881,7 @@ mod tests {
         assert!(text.contains("skip  dial") && !text.contains("All is well"), "{text}");
     }
 
-    /// What is said of one check.
+    /// The text of one check's findings.
     fn said(check: &str, change: impl FnOnce(&mut HostFacts)) -> String {
         let mut facts = well();
         change(&mut facts);
@@ -910,7 +913,7 @@ mod tests {
         }
         let nobody = said("rules", killed(Listener::Nobody));
         assert!(nobody.contains("refused") && !nobody.contains("passwords"), "{nobody}");
-        // A rule that embassy did not write does the same.
+        // A rule that embassy did not write has the same effect.
         let port = said("port", |facts| {
             facts.listener = Listener::Process(holder("nginx", 8));
             facts.leads = Ok(vec![lead(9999)]);
@@ -1049,7 +1052,7 @@ mod tests {
         }
     }
 
-    /// It is on a VIP, and a rule of the user's own takes what the host sends there.
+    /// The registry is on a VIP, and one of the user's rules matches the host's own connections to it.
     #[test]
     fn a_registry_to_which_embassys_own_connections_are_captured_is_found_with_the_rule() {
         let output = |rule: &str| Lead {
@@ -1091,7 +1094,7 @@ mod tests {
                 fix: Some("open it".into()),
             }];
         };
-        // Once, and nothing says the opposite.
+        // Reported once, and without a contradiction.
         assert_eq!(found(told), [("capture", Level::Warn)]);
         // A chain before our rules is found here too.
         let behind = |facts: &mut HostFacts| {
@@ -1124,7 +1127,7 @@ mod tests {
 
     #[test]
     fn what_does_no_harm_is_no_finding() {
-        // A loose filter, or none, accepts another way back.
+        // With a loose filter, or none, answers may use another interface.
         for filter in [0, 2] {
             let other = found(|facts| {
                 facts.networks[0].rp_filter = filter;

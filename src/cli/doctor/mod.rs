@@ -57,19 +57,19 @@ struct Finding {
     fix: Option<String>,
 }
 
-/// The flags that doctor goes by.
+/// The flags for which doctor checks.
 pub(super) struct Checked {
     config: Config,
     /// The one running proxy whose flags are known.
     running: Option<Running>,
 }
 
-/// The flags of a running proxy, compared with those that doctor goes by.
+/// The flags of a running proxy, compared with doctor's.
 struct Running {
     pid: u32,
-    /// Its words, without secrets.
+    /// Its arguments, without secrets.
     words: String,
-    /// Whether doctor goes by them. Otherwise, the flags of doctor's own that mean something else.
+    /// Whether doctor uses them. Otherwise: doctor's own flags that have another meaning.
     relation: Relation,
 }
 
@@ -79,7 +79,7 @@ enum Relation {
 }
 
 impl Running {
-    /// What to say of them; nothing if doctor's own mean the same.
+    /// The finding about the flags. None if doctor's own flags mean the same.
     fn finding(self) -> Option<Finding> {
         let Self { pid, words, relation } = self;
         let check = "flags";
@@ -116,7 +116,7 @@ impl Doctor {
     ) -> Result<Checked, UsageError> {
         let own = Config::of(self.flags.clone(), env)?;
         let running = running::proxies();
-        // With several there is no telling which is meant.
+        // With several proxies it is unclear which one is meant.
         let [proxy] = &running[..] else { return Ok(Checked { config: own, running: None }) };
         let theirs = Start::of(proxy).and_then(|start| {
             let config = Config::parse(start.words.clone(), &|name| start.variable(name)).ok()?;

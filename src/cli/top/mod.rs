@@ -54,7 +54,8 @@ impl Top {
         }
         // If embassy does not answer, the error is the same as of other commands.
         let first = look(&client, Some(View::Routes)).await?;
-        // From here on top controls the terminal, until this is dropped. A panic restores it too (ratatui's hook).
+        // From here on top controls the terminal, until `_restore` is dropped. A panic restores the terminal too (ratatui's
+        // hook).
         let terminal = ratatui::try_init().context("the terminal")?;
         let _restore = Restore;
         watch(terminal, client, Screen::new(first), pause).await?;
@@ -82,13 +83,13 @@ async fn watch(
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
     let (seen, mut looks) = mpsc::channel(1);
-    // A task of its own, so that keys work while embassy hangs.
+    // A separate task, so that keys work while embassy hangs.
     let (view, mut wanted) = watched::channel(screen.view());
     let looking = tokio::spawn(async move {
         let mut clock = interval(pause);
         clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            // At once if another list is to be shown.
+            // Immediately if another list is to be shown.
             tokio::select! {
                 _ = clock.tick() => {}
                 changed = wanted.changed() => if changed.is_err() { return },
@@ -110,7 +111,7 @@ async fn watch(
                         std::mem::replace(shown, screen.view()) != screen.view()
                     });
                 }
-                // A new size: the next drawing uses it.
+                // The size changed: the next drawing uses it.
                 Some(_) => {}
                 None => break,
             },

@@ -70,7 +70,7 @@ impl From<&Connections> for Totals {
 }
 
 impl Rates {
-    /// A new entry has no rate yet: its counts may be older than `seconds`.
+    /// A new entry has no rate yet: its counts may come from more than `seconds`.
     fn between(before: Option<Totals>, now: Totals, seconds: f64) -> Self {
         let Some(before) = before.filter(|_| seconds > 0.0) else { return Self::default() };
         // An entry whose counts went down was replaced.
@@ -85,7 +85,7 @@ impl Rates {
 }
 
 impl Look {
-    /// These figures, with the rates since `before`.
+    /// These figures with the rates since `before`.
     pub(super) fn since(&self, before: Option<&Look>) -> Seen {
         let seconds =
             before.map_or(0.0, |before| self.at.saturating_duration_since(before.at).as_secs_f64());

@@ -86,11 +86,11 @@ impl Sort {
 pub(super) struct Screen {
     last: Look,
     seen: Seen,
-    /// The error because of which the figures are old.
+    /// Why the shown figures are old.
     error: Option<String>,
     view: View,
     sort: Sort,
-    /// Only rows with this text.
+    /// Only rows that contain this text are shown.
     filter: String,
     /// Whether keys edit the filter.
     typing: bool,
@@ -183,7 +183,7 @@ impl Screen {
         // Scrolls at most until the last row is the first visible one.
         self.above = self.above.min(rows.len().saturating_sub(1));
         let bold = Style::new().add_modifier(Modifier::BOLD);
-        // On a narrow terminal names matter more than figures.
+        // On a narrow terminal, names are more important than figures.
         let narrow = match self.view {
             View::Routes => &NARROW_ROUTES[..],
             View::Endpoints => &NARROW_ENDPOINTS[..],
@@ -192,7 +192,7 @@ impl Screen {
         let shown: Vec<_> = (0..names.len()).filter(shown).collect();
         let widths: Vec<_> =
             shown.iter().filter_map(|column| widths.get(*column)).copied().collect();
-        // As the table does it.
+        // The same layout as the table uses.
         let columns = Layout::horizontal(widths.clone()).spacing(1).split(body);
         let columns: Vec<_> = columns.iter().map(|column| usize::from(column.width)).collect();
         let head = Row::new(shown.iter().filter_map(|column| names.get(*column)).copied());
@@ -366,7 +366,8 @@ const NARROW_ROUTES: [usize; 6] = [0, 1, 2, 3, 5, 6];
 /// Service, endpoint, state, active, connections/s, errors/s.
 const NARROW_ENDPOINTS: [usize; 6] = [0, 1, 2, 3, 4, 5];
 
-/// A text in at most this many characters. What is too long loses its middle: names of services differ at their ends.
+/// A text shortened to at most `width` characters. The middle is cut out, because names of services often differ at their
+/// ends.
 fn fitted(text: &str, width: usize) -> String {
     let length = text.chars().count();
     if length <= width || width == 0 {
@@ -457,7 +458,7 @@ mod tests {
         Look { at, status: status(), routes, endpoints: vec![] }
     }
 
-    /// One in which `quiet` holds most connections, and `busy` opens 7 a second.
+    /// A screen on which `quiet` has most connections, and `busy` opens 7 per second.
     fn screen() -> Screen {
         let start = Instant::now();
         let mut screen = Screen::new(look(start, vec![route("busy", 1, 10), route("quiet", 9, 9)]));
@@ -537,7 +538,7 @@ mod tests {
         assert!(order(&mut screen)[0] < order(&mut screen)[1]);
         assert_eq!(press(&mut screen, "s"), Next::Stay);
         assert!(order(&mut screen)[0] > order(&mut screen)[1]);
-        // In the filter, keys are letters.
+        // While the filter is edited, keys are letters.
         assert_eq!(press(&mut screen, "/q"), Next::Stay);
         assert_eq!(order(&mut screen)[1], None);
         screen.press(KeyEvent::from(KeyCode::Esc));

@@ -1,4 +1,4 @@
-//! One DNS server, asked with EDNS and, where it does not like that, without.
+//! A client for one DNS server. It uses EDNS, and if the server does not support that, no EDNS.
 
 use std::{
     fmt,
@@ -21,19 +21,19 @@ use super::records::Answer;
 use crate::source::SourceError;
 
 pub(super) struct Client {
-    /// With EDNS, for larger answers by UDP.
+    /// With EDNS, for larger answers via UDP.
     edns: TokioResolver,
     plain: TokioResolver,
-    /// Whether the server has answered without EDNS what it refused with it.
+    /// Whether the server has answered without EDNS what it refused with EDNS.
     plain_only: AtomicBool,
-    /// Questions with EDNS in a row that it did not answer at all, and without EDNS did.
+    /// Number of questions in a row that it answered only without EDNS, and ignored with EDNS.
     silences: AtomicU8,
 }
 
 impl Client {
-    /// One question, asked once.
+    /// Timeout of one question, which is sent once.
     const QUESTION: Duration = Duration::from_secs(2);
-    /// One lost packet says nothing of the server. So many in a row do.
+    /// How many ignored questions in a row show that the server ignores EDNS. A single one may be a lost packet.
     const SILENCES: u8 = 3;
 
     pub(super) fn new(server: SocketAddr) -> Result<Self, SourceError> {
@@ -47,8 +47,8 @@ impl Client {
 
     /// The records of a type, or why there is no answer.
     ///
-    /// Any failure may be the server's way to say that it does not know EDNS (RFC 6891, 7): it is asked again without, which is
-    /// also the second try if a packet was lost.
+    /// Any failure may mean that the server does not know EDNS (RFC 6891, 7). So the question is repeated without EDNS.
+    /// This is also the second attempt if a packet was lost.
     pub(super) async fn ask(&self, name: &Name, kind: RecordType) -> Result<Answer, Unanswered> {
         let plain_only = self.plain_only.load(Relaxed);
         let first = if plain_only { &self.plain } else { &self.edns };
@@ -60,7 +60,7 @@ impl Client {
             Err(failure) => failure,
         };
         let answer = ask(&self.plain, name, kind).await?;
-        // Answers without EDNS are short, or come by TCP: so not for good because of one lost packet.
+        // Answers without EDNS are short or arrive via TCP. So one lost packet does not disable EDNS permanently.
         if !plain_only {
             let silences = self.silences.fetch_add(1, Relaxed).saturating_add(1);
             if failure.responded || silences >= Self::SILENCES {
@@ -75,9 +75,9 @@ impl Client {
 #[derive(Debug, Clone)]
 pub(super) struct Unanswered {
     pub(super) reason: String,
-    /// The server works: it has answered that it does not answer this.
+    /// The server works: it answered that it will not answer this question.
     pub(super) responded: bool,
-    /// It will not answer it the next time either.
+    /// It will not answer the question next time either.
     pub(super) for_good: bool,
 }
 
@@ -105,7 +105,7 @@ fn resolver(server: SocketAddr, edns: bool) -> Result<TokioResolver, SourceError
         .map_err(|error| SourceError::caused("cannot create a DNS client", &error))
 }
 
-/// An answer without records if there are none.
+/// If there are no records, the answer is empty.
 async fn ask(
     resolver: &TokioResolver,
     name: &Name,
@@ -122,7 +122,7 @@ async fn ask(
             }
             code => refused(code.to_string(), is_for_good(&code)),
         },
-        // Without an SOA, name servers in place of an answer say "ask elsewhere".
+        // Name servers instead of an answer, without an SOA, mean "ask elsewhere".
         Err(NetError::Dns(DnsError::NoRecordsFound(none)))
             if none.soa.is_some() || none.ns.is_none() =>
         {

@@ -1,4 +1,5 @@
-//! How long an endpoint stays that answers leave out: many servers show a few of many addresses each time. Pure.
+//! How long an endpoint stays in use after answers do not contain it any more: many servers return a part of many addresses
+//! each time. Pure.
 
 use std::{
     collections::BTreeMap,
@@ -12,18 +13,18 @@ use crate::model::Endpoint;
 pub(super) struct Hold {
     /// The priority of the answer's SRV records; `None` without any.
     priority: Option<u16>,
-    /// Each with the time of the first answer that left it out, if the last one did.
+    /// Each endpoint with the time of the first answer without it. `None`: the last answer had it.
     used: BTreeMap<Endpoint, Option<Instant>>,
 }
 
 impl Hold {
-    /// Endpoints that are held at most: a server may invent others each time.
+    /// Maximum number of held endpoints: a server may invent new ones each time.
     const MOST: usize = 1000;
 
-    /// Takes in an answer. Returns the endpoints to use, and when the next of them would go: to be asked then.
+    /// Takes an answer. Returns the endpoints to use, and when the next of them is due to be removed, which is when to ask
+    /// again.
     ///
-    /// An answer without endpoints is passed on as it is, as is one of another priority: the former's instances are not in
-    /// service any more.
+    /// An answer without endpoints, or with another priority, replaces all: the earlier instances are no longer in service.
     pub(super) fn settle(
         &mut self,
         priority: Option<u16>,
@@ -71,12 +72,12 @@ mod tests {
         let mut settle =
             |hosts: &[u8], n| hold.settle(None, endpoints(hosts.to_vec()), HOLD, second(n));
         assert_eq!(settle(&[1, 2], 0), (endpoints([1, 2]), None));
-        // 1 was there until now, whenever it was seen last.
+        // 1 was in use until now, whenever an answer last had it.
         assert_eq!(settle(&[2, 3], 100), (endpoints([1, 2, 3]), Some(second(130))));
         assert_eq!(settle(&[3], 110), (endpoints([1, 2, 3]), Some(second(130))));
         assert_eq!(settle(&[1, 3], 129), (endpoints([1, 2, 3]), Some(second(140))));
         assert_eq!(settle(&[1, 3], 140), (endpoints([1, 3]), None));
-        // Nothing is nothing at once, and comes back without what there was before.
+        // An empty answer takes effect at once, and the earlier endpoints do not return with the next one.
         assert_eq!(settle(&[], 141), (vec![], None));
         assert_eq!(settle(&[4], 142), (endpoints([4]), None));
     }
@@ -111,7 +112,7 @@ mod tests {
     }
 
     proptest! {
-        /// Three of ten each second: every one is there once it was seen, for as long as it comes back.
+        /// Three of ten in each answer: each endpoint stays in use after its first answer, as long as it reappears in time.
         #[test]
         fn a_server_that_shows_a_part_each_time_loses_none(starts in prop::collection::vec(0..10u8, 10..60)) {
             let (mut hold, start) = (Hold::default(), Instant::now());
@@ -121,7 +122,7 @@ mod tests {
                 let shown = endpoints((0..3).map(|i| (first + i) % 10));
                 seen.extend(shown.iter().map(|endpoint| (*endpoint, n)));
                 let (list, _) = hold.settle(None, shown, HOLD, now);
-                // Missing since the answer after the last that had it.
+                // Counted from the first answer without it.
                 let expected: Vec<_> =
                     seen.iter().filter(|(_, last)| n <= **last || n - **last <= 30).map(|(e, _)| *e).collect();
                 prop_assert_eq!(list, expected);

@@ -1,4 +1,4 @@
-//! What DNS records say. Pure.
+//! The content of DNS records. Pure.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -10,29 +10,29 @@ pub(super) struct Answer {
     answers: Vec<Record>,
     additionals: Vec<Record>,
     pub(super) ttl: Ttl,
-    /// The name does not exist, whatever type of records is asked for.
+    /// The name does not exist, for any type of records.
     pub(super) no_such_name: bool,
 }
 
-/// Seconds for which an answer is known: the shortest that any part of it says.
+/// How long an answer is valid, in seconds: the shortest TTL of its parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Ttl(u32);
 
 impl Default for Ttl {
-    /// Longer than any that is said.
+    /// Longer than any real TTL.
     fn default() -> Self {
         Self(u32::MAX)
     }
 }
 
 impl Ttl {
-    /// Often enough to notice a change that was not announced, and seldom enough for any server.
+    /// The time until the next question: short enough to notice changes, long enough for any server.
     pub(super) fn bounded(self) -> Duration {
         Duration::from_secs(self.0.clamp(1, 60).into())
     }
 }
 
-/// Where an SRV record leads.
+/// The target of an SRV record.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Target {
     pub(super) priority: u16,
@@ -40,11 +40,11 @@ pub(super) struct Target {
     pub(super) port: u16,
 }
 
-/// Seconds until a name without records is queried again, if the server does not say it, and after a failure.
+/// Seconds until the next question after a failure, and for a name without records if the server gives no TTL.
 const UNSAID: u32 = 5;
 
 impl Answer {
-    /// Records of a kind that are kept of an answer, of up to 4,000 that it may have.
+    /// Maximum number of records of one kind that are kept. An answer may have up to 4,000.
     const MOST: usize = 1000;
 
     pub(super) fn new(answers: &[Record], additionals: &[Record]) -> Self {
@@ -53,24 +53,24 @@ impl Answer {
         Self { answers: some(answers), additionals: some(additionals), ttl, no_such_name: false }
     }
 
-    /// The same, to be asked for again soon.
+    /// The same answer, but it is asked for again soon.
     pub(super) fn soon(self) -> Self {
         Self { ttl: self.ttl.min(Ttl(UNSAID)), ..self }
     }
 
-    /// Whether it says where the service is.
+    /// Whether it contains addresses or targets.
     pub(super) fn is_of_use(&self) -> bool {
         !self.targets().is_empty() || !self.addresses().is_empty()
     }
 
-    /// There are none, and for so many seconds there will be none.
+    /// An answer without records. `ttl`: for how many seconds this is valid.
     pub(super) fn none(ttl: Option<u32>) -> Self {
         Self { ttl: Ttl(ttl.unwrap_or(UNSAID)), ..Self::default() }
     }
 
-    /// Both answers in one.
+    /// Combines both answers.
     pub(super) fn and(mut self, other: Self) -> Self {
-        // That there are none of one family does not shorten what is known of the other.
+        // An empty answer of one family does not shorten the TTL of the other one.
         self.ttl = match (self.answers.is_empty(), other.answers.is_empty()) {
             (false, true) => self.ttl,
             (true, false) => other.ttl,
@@ -86,7 +86,7 @@ impl Answer {
         self.answers.iter().filter_map(address).collect()
     }
 
-    /// By priority.
+    /// Sorted by priority.
     pub(super) fn targets(&self) -> Vec<Target> {
         let mut targets: Vec<_> = self
             .answers
@@ -105,7 +105,7 @@ impl Answer {
         targets
     }
 
-    /// The addresses of a target that came with the answer.
+    /// The addresses of a target that came with the same answer.
     pub(super) fn glue(&self, host: &Name) -> Self {
         let of_host = |record: &&Record| record.name == *host && address(record).is_some();
         let answers: Vec<_> = self.additionals.iter().filter(of_host).cloned().collect();

@@ -4,10 +4,10 @@ use std::{collections::HashMap, sync::Arc};
 
 use crate::{docker::container::Container, model::Port, text::bare};
 
-/// How the names of those variables and labels begin.
+/// Prefix of the names of these variables and labels.
 pub const PREFIX: &str = "SERVICE_";
 
-/// The variables and labels of these names, without the prefix, in lower case. Labels win.
+/// The variables and labels with this prefix. The names are without the prefix, in lower case. Labels win.
 #[derive(Debug)]
 pub(super) struct Metadata(HashMap<String, String>);
 
@@ -30,7 +30,7 @@ impl Metadata {
         self.value(&format!("{port}_{key}"))
     }
 
-    /// `SERVICE_<port>_<key>`, else `SERVICE_<key>`; none if it is empty.
+    /// `SERVICE_<port>_<key>`, otherwise `SERVICE_<key>`. `None` if it is empty.
     pub(super) fn get(&self, port: Option<Port>, key: &str) -> Option<&str> {
         port.and_then(|port| self.own(port, key))
             .or_else(|| self.value(key))
@@ -47,7 +47,7 @@ impl Metadata {
         self.own(port, "tags").map(tags)
     }
 
-    /// Those with a `SERVICE_<port>_NAME`.
+    /// The ports with a `SERVICE_<port>_NAME`.
     pub(super) fn named_ports(&self) -> impl Iterator<Item = Port> {
         self.0.keys().filter_map(|key| key.strip_suffix("_name")?.parse().ok())
     }
@@ -57,7 +57,7 @@ impl Metadata {
     }
 }
 
-/// The tags in a list. Commas separate; one behind a backslash belongs to the tag.
+/// The tags in a list. Commas separate tags. A comma after a backslash is part of the tag.
 fn tags(list: &str) -> Arc<[String]> {
     let mut tags = vec![String::new()];
     let mut rest = list.chars().peekable();

@@ -1,4 +1,4 @@
-//! From an engine's containers to the services that they offer. Pure.
+//! Derives the services that an engine's containers offer. Pure.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,36 +18,37 @@ use crate::{
     model::{Endpoint, Port, Stay},
 };
 
-/// Services of one container, each on one port. An image may name a hundred thousand, and expose every port.
+/// Maximum number of services of one container, each on one port. An image may declare a hundred thousand, and expose every
+/// port.
 pub(super) const MOST: usize = 1000;
 
 /// Everything that an engine's containers offer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Offers {
-    /// By the service's name.
+    /// Sorted by the service's name.
     services: BTreeMap<String, Vec<Arc<Offer>>>,
     /// The names of the containers that declare more than [`MOST`].
     beyond: Vec<Arc<str>>,
 }
 
-/// What was offered by each container before.
+/// What each container offered before.
 pub(crate) type Made = PerContainer<EngineHost, Offered>;
 
 /// What one container offers.
 #[derive(Debug, Default)]
 pub(crate) struct Offered {
-    /// The first by port.
+    /// The first ones by port.
     offers: Vec<Arc<Offer>>,
     /// It declares more than [`MOST`].
     beyond: bool,
 }
 
-/// Where the containers are, as seen from here.
+/// The location of the containers, as seen from embassy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum EngineHost {
-    /// On this host: their own addresses can be reached on the networks that lead there.
+    /// On this host: their own addresses can be reached on some of their networks.
     Here(Standpoint),
-    /// On a host with this address: only published ports can be reached.
+    /// On the host with this address: only published ports can be reached.
     There(IpAddr),
 }
 
@@ -55,22 +56,22 @@ pub(crate) enum EngineHost {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Offer {
     service: String,
-    /// Most containers have the same on all ports.
+    /// Shared: most containers have the same tags on all ports.
     tags: Arc<[String]>,
     healthy: bool,
-    /// It is paused or was asked to stop: used only if there is no other. A direct connection to it waits, or is refused.
+    /// It is paused or was asked to stop, and is used only if there is no other. A connection to it waits or is refused.
     last_resort: bool,
     /// For messages.
     container: Arc<str>,
     port: Option<Port>,
-    /// Where it can be reached, or why it cannot.
+    /// The address at which it can be reached, or why it cannot.
     endpoint: Result<Endpoint, String>,
     /// The runs that the address depends on, if it is on this host.
     stay: Stay,
 }
 
 impl fmt::Display for Offer {
-    /// The container, and the port that it is on.
+    /// The container, and the port.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.port {
             Some(port) => write!(f, "container {}:{port}", self.container),
@@ -80,7 +81,7 @@ impl fmt::Display for Offer {
 }
 
 impl Offers {
-    /// What the containers of `inventory` offer. `is_here`: they are reached at their own addresses.
+    /// The services that the containers of `inventory` offer. `is_here`: they are reached at their own addresses.
     pub(crate) fn of(inventory: &Inventory, is_here: bool, made: &mut Made) -> Self {
         let place = match inventory.host.filter(|_| !is_here) {
             None => EngineHost::Here(Standpoint::of(inventory)),
@@ -104,7 +105,7 @@ impl Offers {
         all
     }
 
-    /// How many offers there are, containers with more of them, and lists of tags in memory.
+    /// The numbers of offers, of containers with more than the limit, and of lists of tags in memory.
     #[cfg(test)]
     pub(super) fn counts(&self) -> (usize, usize, usize) {
         let all = || self.services.values().flatten();
@@ -112,7 +113,7 @@ impl Offers {
         (all().count(), self.beyond.len(), lists.len())
     }
 
-    /// The full answer to `query`.
+    /// The complete answer to `query`.
     pub(crate) fn select(&self, query: &Query, healthy_only: bool) -> Endpoints {
         let mut rejected = Rejections::default();
         let named = self.services.get(query.service.as_str()).into_iter().flatten();
@@ -145,7 +146,7 @@ impl Offers {
                 }
             }
         }
-        // What is not read may be of this service.
+        // A declaration that was not read may be for this service.
         let may_lack = |container: &&Arc<str>| {
             named.is_empty() || named.iter().any(|offer| offer.container == **container)
         };
@@ -182,7 +183,7 @@ impl Offers {
     }
 }
 
-/// What a container offers. `owner` is the one whose network it lives in.
+/// The services that a container offers. `owner` is the container that owns its network.
 fn offers(
     container: &Container,
     owner: Result<&Container, &NoNetwork>,
@@ -202,7 +203,7 @@ fn offers(
         (EngineHost::There(_), Ok(owner)) if !on_host => owner.published.keys().copied().collect(),
         _ => container.exposed.clone(),
     };
-    // As registrator does it: with several ports, a name that is not a port's own gets the port behind it.
+    // As with registrator: with several ports, a name that is not for one port gets the port as a suffix.
     let several = visible.len() > 1;
     let plain_name = metadata.get(None, "name");
     visible.retain(|port| port.tcp);
@@ -266,14 +267,13 @@ fn offers(
     offered
 }
 
-/// The names in a list of names: no service's name has a comma. An empty one is none, and one that is too long for a descriptor
-/// can be asked for by nobody.
+/// The names in a comma-separated list. Empty names are skipped, and so are names that are too long for a descriptor.
 fn names(list: &str) -> impl Iterator<Item = &str> {
     let names = list.split(',').map(str::trim);
     names.filter(|name| !name.is_empty() && name.len() <= descriptor::LONGEST)
 }
 
-/// What an endpoint of a container on this host hangs on.
+/// The runs on which an endpoint of a container on this host depends.
 fn stay(container: &Container, owner: &Container) -> Stay {
     let mut stay = Stay {
         runs: vec![(container.id.clone(), container.run.clone())],
@@ -286,7 +286,7 @@ fn stay(container: &Container, owner: &Container) -> Stay {
     stay
 }
 
-/// Where a port in the network of `owner` can be reached.
+/// The address at which a port in the network of `owner` can be reached.
 fn endpoint(owner: &Container, port: Port, place: &EngineHost) -> Result<Endpoint, String> {
     let at = |address| Endpoint(SocketAddr::new(address, port.get()));
     let host = match place {
@@ -303,7 +303,7 @@ fn endpoint(owner: &Container, port: Port, place: &EngineHost) -> Result<Endpoin
     reached.ok_or_else(|| elsewhere.to_owned())
 }
 
-/// How a port that is bound to `bound` on the host is reached from elsewhere.
+/// The address at which other hosts reach a port that is bound to `bound` on the host.
 fn reachable(bound: SocketAddr, host: IpAddr) -> Option<SocketAddr> {
     let address = bound.ip();
     if address.is_unspecified() {

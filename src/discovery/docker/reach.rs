@@ -1,4 +1,4 @@
-//! Which of its addresses a container of this host can be reached at from where embassy stands. Pure.
+//! Finds the address at which embassy can reach a container of this host. Pure.
 
 use std::{
     collections::BTreeMap,
@@ -11,10 +11,10 @@ use crate::docker::container::{
     bridge_of,
 };
 
-/// Where embassy stands, and the networks around it.
+/// The network in which embassy runs, and the networks around it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Standpoint {
-    /// The networks of the container that embassy runs in, with their gateways; `None` on the host.
+    /// The networks of the container in which embassy runs, with their gateways. `None` on the host.
     inside: Option<BTreeMap<NetworkId, Vec<IpAddr>>>,
     bridges: Arc<Bridges>,
     others: Arc<OtherNetworks>,
@@ -23,12 +23,12 @@ pub(crate) struct Standpoint {
 
 const NO_ADDRESS: &str = "no address: it is on no network";
 
-/// How well a network can be reached: first the best.
+/// Whether a network can be reached. The best comes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Reach {
-    /// A bridge of this host, or a network that embassy's own container is on too.
+    /// A bridge of this host, or a network to which embassy's own container is attached too.
     Surely,
-    /// A network of a driver that is not known here.
+    /// A network with an unknown driver.
     Perhaps,
     Never,
 }
@@ -43,7 +43,7 @@ impl Standpoint {
         }
     }
 
-    /// The address of a container that has a network of its own, or the host's. An error is the reason why there is none.
+    /// The address of a container with its own network, or with the host's. The error says why there is none.
     pub(super) fn address_of(&self, container: &Container) -> Result<IpAddr, String> {
         if container.network == Network::Host {
             return self.host();
@@ -64,10 +64,10 @@ impl Standpoint {
         }
     }
 
-    /// Where the services on the host's own network can be reached.
+    /// The address at which services on the host's own network can be reached.
     fn host(&self) -> Result<IpAddr, String> {
         let Some(inside) = &self.inside else { return Ok(Ipv4Addr::LOCALHOST.into()) };
-        // The gateway of a bridge is the host. Another network's is a router.
+        // A bridge's gateway is the host. The gateway of another network is a router.
         let bridges = inside.iter().filter(|(id, gateways)| self.is_bridge(id, gateways));
         let gateways = bridges.flat_map(|(_, gateways)| gateways.iter().copied());
         let first = gateways.min_by_key(|gateway| (gateway.is_ipv6(), *gateway));
@@ -88,7 +88,7 @@ impl Standpoint {
 
     fn reach(&self, id: &NetworkId, end: &Attachment) -> Reach {
         if let Some(inside) = &self.inside {
-            // Engines keep their networks apart.
+            // Engines isolate their networks from each other.
             return if inside.contains_key(id) { Reach::Surely } else { Reach::Never };
         }
         if bridge_of(&self.bridges, id, end).is_some() {
@@ -97,8 +97,8 @@ impl Standpoint {
         let Some(network) = self.others.get(id) else { return Reach::Perhaps };
         match &*network.driver {
             "overlay" | "none" => Reach::Never,
-            // The kernel keeps a parent interface apart from what is made of it. An interface of the host's own in the
-            // network is a way around that.
+            // The kernel isolates a parent interface from its macvlans and ipvlans. If the host has another interface in
+            // the network, it reaches them via that.
             "macvlan" | "ipvlan" => {
                 let mut others = self.here.iter().filter(|(name, _)| **name != network.parent);
                 let is_in = |address: &IpAddr| network.ranges.iter().any(|r| r.contains(address));
@@ -126,7 +126,7 @@ impl Standpoint {
 /// The networks of the container that has our addresses, if there is one.
 fn inside(inventory: &Inventory) -> Option<BTreeMap<NetworkId, Vec<IpAddr>>> {
     let here = &inventory.here;
-    // The usual case, without a look at every container.
+    // The usual case, which needs no search in all containers.
     if inventory.bridges.values().any(|bridge| here.contains_key(&bridge.interface)) {
         return None;
     }

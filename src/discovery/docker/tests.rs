@@ -1,4 +1,4 @@
-//! What containers offer, from inspections as engines answer them.
+//! The services that containers offer, from inspections as engines answer them.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -14,15 +14,15 @@ use crate::{
     model::ContainerId,
 };
 
-/// As for an engine on this host.
+/// An engine on this host.
 const HERE: Option<IpAddr> = None;
 
-/// As for an engine elsewhere.
+/// An engine on another host.
 fn there() -> Option<IpAddr> {
     Some("192.168.13.90".parse().unwrap())
 }
 
-/// An inspection: the parts that matter, as engine 20.10 answers.
+/// The relevant parts of an inspection, as engine 20.10 answers.
 fn inspection(name: &str) -> Value {
     json!({
         "Id": name,
@@ -38,7 +38,7 @@ fn inspection(name: &str) -> Value {
     })
 }
 
-/// An inspection with other parts in place of some.
+/// An inspection with some parts replaced.
 fn changed<const N: usize>(name: &str, changes: [(&str, Value); N]) -> Value {
     let mut value = inspection(name);
     for (pointer, change) in changes {
@@ -47,7 +47,7 @@ fn changed<const N: usize>(name: &str, changes: [(&str, Value); N]) -> Value {
     value
 }
 
-/// Its networks have their names as IDs.
+/// A container from an inspection. The IDs of its networks are their names.
 fn container(mut inspection: Value) -> Option<Container> {
     let networks = inspection.pointer_mut("/NetworkSettings/Networks");
     for (name, end) in networks.and_then(Value::as_object_mut).into_iter().flatten() {
@@ -77,7 +77,7 @@ fn texts(answer: &Endpoints) -> Vec<String> {
     answer.list.iter().map(ToString::to_string).chain(rejected).collect()
 }
 
-/// The answer to a query such as `web[prod]`: endpoints, then what was rejected.
+/// The answer to a query such as `web[prod]`: the endpoints, followed by the rejected entries.
 fn answer(
     containers: &Inventory,
     host: Option<IpAddr>,
@@ -240,7 +240,7 @@ fn elsewhere_the_published_ports_count() {
             "container c1:80: the port is published only at an address that is not reachable from here",
         ),
         (json!({"80/tcp": null}), "container c1: SERVICE_NAME, but no published TCP port"),
-        // Not published, not counted: the name stays plain.
+        // A port that is not published does not count: the name stays without a port.
         (
             json!({"80/tcp": [{"HostIp": "0.0.0.0", "HostPort": "49153"}], "443/tcp": null}),
             "192.168.13.90:49153",
@@ -294,8 +294,8 @@ fn the_network_of_another_container_is_followed() {
     );
 }
 
-/// The parts that matter of an answer with API 1.52, made from its published description: no `IPAddress` beside
-/// `Networks`, and the network mode `bridge` spelt out.
+/// The relevant parts of an answer of API 1.52, written from its published description: no `IPAddress` beside `Networks`,
+/// and the network mode is `bridge`.
 #[test]
 fn an_engine_of_version_29() {
     let inspection = json!({
@@ -361,7 +361,7 @@ fn a_container_that_changes_leaves_the_offers_of_others_as_they_are() {
     assert_eq!((before[1].list.len(), now[1].list.len()), (1, 0));
 }
 
-/// On each of these networks: its ID, which is its name, and the container's address.
+/// A container on these networks. Each is given by its ID, which is its name, and the container's address.
 fn on(networks: &[(&str, &str)]) -> Value {
     let ends = networks.iter().map(|(name, address)| {
         let gateway = format!("{}.1", address.rsplit_once('.').unwrap().0);
@@ -370,7 +370,7 @@ fn on(networks: &[(&str, &str)]) -> Value {
     changed("c1", [("/NetworkSettings/Networks", Value::Object(ends.collect()))])
 }
 
-/// The answer where embassy has these interfaces, and the engine a bridge `br`, a macvlan on eth0 and an overlay.
+/// The answer if embassy has these interfaces, and the engine has a bridge `br`, a macvlan on eth0 and an overlay.
 fn from(interfaces: &[(&str, &str)], inspections: Vec<Value>) -> Vec<String> {
     let bridge = |interface: &str, range: &str| Bridge {
         ranges: vec![range.parse().unwrap()],
@@ -420,7 +420,7 @@ fn a_network_that_leads_there_is_chosen() {
     assert_eq!(from(&host, vec![on(&everywhere[..3])]), ["10.5.0.2:80"], "it may lead there");
     let [lan] = &from(&host, vec![on(&everywhere[..2])])[..] else { panic!("one reason") };
     assert!(lan.contains("not reachable from this host on its networks (a-lan, a-swarm)"), "{lan}");
-    // An interface of the host's own in the same network leads to a macvlan.
+    // If the host has an interface of its own in the same network, it reaches a macvlan.
     let with_shim = [host[0], host[1], ("shim", "10.2.0.200")];
     assert_eq!(from(&with_shim, vec![on(&everywhere[..1])]), ["10.2.0.2:80"]);
 }
@@ -442,7 +442,7 @@ fn from_inside_a_container_its_own_networks_lead_on() {
         panic!("one reason")
     };
     assert!(other.contains("embassy's own container") && other.contains("(br2)"), "{other}");
-    // What listens on the host is not at embassy's own loopback.
+    // Services on the host are not at embassy's own loopback address.
     let on_host = || changed("c1", [("/HostConfig/NetworkMode", json!("host"))]);
     assert_eq!(from(&inside, vec![ours(), on_host()]), ["10.1.0.1:80"]);
     let lan = own(on(&[("a-lan", "10.2.0.7")]));

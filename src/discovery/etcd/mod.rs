@@ -1,10 +1,10 @@
 //! etcd: the instances of a service are the keys at and below a branch, in either of etcd's two stores.
 //!
-//! `etcd2://` and `etcd3://` name the store. `etcd://` looks into both: the branch is followed in the v3 store where
-//! there is anything at or below it, and otherwise in the v2 store, while the v3 store is watched for the branch to
-//! appear there. "There is nothing" is said only once every store that this etcd has said so. Which stores there are is
-//! asked of the server: etcd 2 has no v3 store; from 3.4 on the v2 store is off unless asked for, and from 3.6 on it is gone.
-//! A port that answers only gRPC has the v3 store alone.
+//! `etcd2://` and `etcd3://` select the store. `etcd://` looks into both: if anything is at or below the branch in the v3
+//! store, the branch is followed there. Otherwise it is followed in the v2 store, while the v3 store is watched for the
+//! branch to appear. An empty result is reported only after all stores of this server were empty. The server is asked which
+//! stores it has: etcd 2 has no v3 store; since 3.4 the v2 store is off by default, and since 3.6 it does not exist. A port
+//! that only speaks gRPC has only the v3 store.
 
 use std::{future::pending, pin::pin, sync::Arc, time::Duration};
 
@@ -57,7 +57,7 @@ pub struct EtcdSource {
     tags: Tags,
 }
 
-/// How much longer than it takes to read a branch the next answer is away.
+/// The pause before the next read, as a multiple of the time that reading the branch takes.
 const SHARE: u32 = 10;
 
 impl Source for EtcdSource {
@@ -71,13 +71,13 @@ impl Source for EtcdSource {
         let this = &*self;
         let mut stores = this.stores().boxed().await?;
         let (mut is_new, mut next) = (false, Instant::now());
-        // An answer without entries, while its reason is looked for. One with entries does not wait for that.
+        // An empty answer whose reason is still being looked for. An answer with entries does not wait for that.
         let mut reasonless: Option<(Endpoints, BoxFuture<'_, Option<String>>)> = None;
         loop {
             if is_new && Instant::now() >= next {
                 let (endpoints, took) = this.read(stores.tree()).boxed().await;
                 is_new = false;
-                // A branch in which something changes all the time has a tenth of the time, and the others the rest.
+                // A branch that changes all the time uses a tenth of the time, so that others have the rest.
                 next = Instant::now() + SHARE * took;
                 if stores.tree().is_empty() && matches!(stores, Stores::V3 { .. }) {
                     let looking = reasonless.take().map(|(_, looking)| looking);
@@ -114,7 +114,7 @@ impl Source for EtcdSource {
 }
 
 impl EtcdSource {
-    /// The endpoints of a branch, and how long it took to read them, without the wait for a thread.
+    /// The endpoints of a branch, and the time it took to read them, without waiting for a thread.
     async fn read(&self, tree: &Tree) -> (Endpoints, Duration) {
         let timed = |tree: &Tree, tags: &Tags| {
             let start = Instant::now();
@@ -127,18 +127,18 @@ impl EtcdSource {
         self.etcd.client.places().aside(tree.bytes(), move || timed(&tree, &tags)).await
     }
 
-    /// How long a branch without entries waits for names that may have been meant.
+    /// How long an empty branch waits for similar names.
     const NEAR: Duration = Duration::from_secs(2);
-    /// Levels above the branch that are looked at.
+    /// Number of levels above the branch that are searched for similar names.
     const LEVELS: usize = 4;
 
-    /// That there is no entry, with the names in the v3 store that may have been meant, if there are such.
+    /// The problem that there is no entry, with similar names in the v3 store, if there are any.
     async fn near(&self) -> Option<String> {
         let looking = async {
             for (name, above) in self.branch.levels().into_iter().take(Self::LEVELS) {
                 let names = self.etcd.client.names_below(&above).await?;
                 let near = missing::near(&name, names.iter().map(String::as_str));
-                // A folder of other things was not meant.
+                // Keys without entries of services are not suggested.
                 let mut meant = Vec::new();
                 for name in near {
                     let values = self.etcd.client.some_values(&Branch::new(name)).await?;
@@ -174,10 +174,10 @@ impl EtcdSource {
     }
 }
 
-/// The stores in which the branch is followed now.
+/// The stores in which the branch is currently followed.
 enum Stores {
     V2(v2::Follower),
-    /// With `v2`: there is nothing in v3.
+    /// With `v2`: the branch is empty in v3.
     V3 {
         v3: v3::Follower,
         v2: Option<v2::Follower>,
@@ -186,7 +186,7 @@ enum Stores {
 }
 
 impl Stores {
-    /// What is in the store that counts.
+    /// The keys in the store that is used.
     fn tree(&self) -> &Tree {
         match self {
             Self::V2(v2) | Self::V3 { v2: Some(v2), .. } => v2.tree(),
@@ -194,8 +194,7 @@ impl Stores {
         }
     }
 
-    /// Waits until the branch was read, or is another than before (true), or was confirmed as it is. May be dropped while it
-    /// waits.
+    /// Waits until the branch was read or has changed (true), or was confirmed as unchanged. Cancel-safe.
     async fn next(&mut self, of: &EtcdSource) -> Result<bool, SourceError> {
         let client = &of.etcd.client;
         loop {
@@ -214,7 +213,7 @@ impl Stores {
                 }
                 Self::V3 { v3, v2: slot, looks_into_v2 } => {
                     if let Some(v2) = slot {
-                        // What v2 is asked goes on while v3 says again and again that there is nothing.
+                        // A question to v2 continues while v3 keeps confirming that it is empty.
                         let mut v2_next = pin!(v2.next());
                         loop {
                             tokio::select! {
@@ -241,7 +240,7 @@ impl Stores {
         }
     }
 
-    /// Makes the next step of each a full read.
+    /// Makes the next step a full read.
     fn read_again(&mut self) {
         match self {
             Self::V2(v2) => v2.read_again(),
@@ -255,8 +254,8 @@ impl Stores {
     }
 }
 
-/// A branch as it is asked for: with and without slashes at its end it is the same, and has one watch. One at its start
-/// means something in the v3 store.
+/// The normalised name of a branch: slashes at the end do not matter, so both forms share one watch. A slash at the start
+/// matters in the v3 store.
 pub(super) fn branch(service: &ServiceName) -> ServiceName {
     ServiceName::new(service.as_str().trim_end_matches('/')).unwrap_or_else(|| service.clone())
 }

@@ -1,4 +1,4 @@
-//! What is written below a branch, and the endpoints that it means. Pure; shared by both APIs.
+//! Reads the values below a branch as endpoints. Pure. Shared by both stores.
 
 use std::borrow::Cow;
 
@@ -11,7 +11,7 @@ use crate::{
     registry::etcd::Tree,
 };
 
-/// The endpoints with `tags`, each value judged by itself.
+/// The endpoints with `tags`. Each value is checked independently.
 ///
 /// An empty value is neither an endpoint nor an error if its key is a directory.
 pub(super) fn endpoints(tree: &Tree, tags: &Tags) -> Endpoints {
@@ -59,15 +59,15 @@ struct Instance {
     tags: Vec<String>,
 }
 
-/// Reads a JSON document (the original's, or one of SkyDNS 2, which has `host` and `port`) or `address:port`. A document is never repeated in the error: it may hold a container's
-/// whole environment.
+/// Reads a JSON document (the original's, or one of SkyDNS 2, which has `host` and `port`) or `address:port`. The error
+/// never repeats a document: it may contain a container's whole environment.
 fn parse(value: &[u8]) -> Result<Instance, String> {
     if value.len() > Tree::LONGEST {
         return Err(format!("longer than {} bytes: expected JSON or address:port", Tree::LONGEST));
     }
     let text = str::from_utf8(value).map_err(|_| "not UTF-8: expected JSON or address:port")?;
     let mut text = text.trim();
-    // The address, or the document, may be a string of JSON.
+    // The address, or the document, may be encoded as a JSON string.
     let unquoted = serde_json::from_str::<String>(text);
     if let Ok(unquoted) = &unquoted {
         text = unquoted.trim();
@@ -83,7 +83,7 @@ fn parse(value: &[u8]) -> Result<Instance, String> {
         None => document.host.text("host")?.ok_or("neither \"ipaddress\" nor \"host\"")?,
     };
     let host_port = document.host_port.text("host_port")?;
-    // 0 says that the port is not published.
+    // 0 means that the port is not published.
     let published = host_port.clone().filter(|port| port != "0");
     let port = match published {
         Some(port) => port,
@@ -95,12 +95,12 @@ fn parse(value: &[u8]) -> Result<Instance, String> {
     Ok(Instance { endpoint, tags: document.tags.list()? })
 }
 
-/// The document of a registration; other fields are of no interest.
+/// The document of a registration. Other fields are ignored.
 #[derive(Deserialize)]
 struct Document {
     #[serde(default)]
     ipaddress: Field,
-    /// In SkyDNS 2 the address, in the original the name of the host.
+    /// In SkyDNS 2 the address, in the original the host's name.
     #[serde(default)]
     host: Field,
     #[serde(default)]
@@ -116,7 +116,7 @@ struct Document {
 struct Field(Value);
 
 impl Field {
-    /// The text of a string or number; `None` if it is absent, null or empty.
+    /// The text of a string or number. `None` if it is absent, null or empty.
     fn text(&self, name: &str) -> Result<Option<Cow<'_, str>>, String> {
         match &self.0 {
             Value::Null => Ok(None),
@@ -127,7 +127,7 @@ impl Field {
         }
     }
 
-    /// A list of strings and numbers; a single string is a list with commas.
+    /// A list of strings and numbers. A single string is a comma-separated list.
     fn list(self) -> Result<Vec<String>, String> {
         match self.0 {
             Value::Null => Ok(Vec::new()),
@@ -149,7 +149,7 @@ impl Field {
     }
 }
 
-/// Reads the lines of `input` as keys, each with the next as its value.
+/// Reads the lines of `input` as keys, each followed by its value.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(input: &[u8]) {
     let mut tree = Tree::default();

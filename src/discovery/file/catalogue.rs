@@ -1,4 +1,4 @@
-//! What a file of services says. Pure.
+//! The content of a file of services. Pure.
 
 use std::{collections::BTreeSet, str::FromStr};
 
@@ -9,13 +9,13 @@ use crate::{
     model::{Endpoint, ServiceName},
 };
 
-/// A file's services, and what could not be understood.
+/// A file's services, and its invalid entries.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Catalogue {
     entries: Vec<Entry>,
-    /// All services, also those without endpoints.
+    /// All services, including those without endpoints.
     names: BTreeSet<String>,
-    /// Each with its service, if known.
+    /// Invalid entries, each with its service if known.
     wrong: Vec<(Option<String>, Rejected)>,
 }
 
@@ -27,7 +27,7 @@ struct Entry {
 }
 
 impl FromStr for Catalogue {
-    /// The line, and what is wrong there.
+    /// The line, and what is wrong in it.
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -49,7 +49,7 @@ impl FromStr for Catalogue {
 }
 
 impl Catalogue {
-    /// The full answer to `query`.
+    /// The complete answer to `query`.
     pub(super) fn select(&self, query: &Query) -> Endpoints {
         let service = query.service.as_str();
         let named = || self.entries.iter().filter(|entry| entry.service == service);
@@ -149,7 +149,7 @@ impl Catalogue {
         }
     }
 
-    /// Takes `tags` out of a table.
+    /// Removes `tags` from a table, and returns them.
     fn tags(&mut self, service: &str, what: &str, table: &mut Table) -> Vec<String> {
         let list = match table.remove("tags") {
             None => return vec![],
@@ -187,7 +187,7 @@ fn expected(key: &str, value: &Value, wanted: &str) -> String {
     format!("{key} = {}: expected {wanted}", address::excerpt(&value.to_string()))
 }
 
-/// The parser explains itself over many lines.
+/// The parser's message, which has many lines, on one line.
 fn one_line(text: &str, error: &toml::de::Error) -> String {
     let reason = error.message().replace('\n', " ");
     match error.span().and_then(|span| text.get(..span.start)) {

@@ -1,8 +1,9 @@
-//! The name of a branch, and the keys that it means in each store.
+//! The name of a branch, and its keys in each store.
 
 use crate::source::SourceError;
 
-/// A branch as it was written. Slashes at its end mean nothing, and none at its start means what one does.
+/// A branch as the user wrote it. Slashes at its end have no meaning. Without a slash at its start,
+/// it also means the branch with one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Branch(String);
 
@@ -15,7 +16,7 @@ impl Branch {
         self.0.trim_matches('/')
     }
 
-    /// This branch and those above it, from the lowest on, each with the one that contains it: `/a/b` in `/a`, `/a` in nothing.
+    /// This branch and those above it, the lowest first, each with its parent: `/a/b` in `/a`, `/a` in the empty text.
     pub(crate) fn levels(&self) -> Vec<(String, String)> {
         let whole = format!("/{}", self.trimmed());
         let ends = whole.match_indices('/').map(|(at, _)| at).filter(|at| *at > 0);
@@ -29,7 +30,7 @@ impl Branch {
     /// The parts of the key in the v2 store, where each key begins with a slash.
     pub(super) fn segments(&self) -> Result<Vec<&str>, SourceError> {
         let segments: Vec<_> = self.trimmed().split('/').filter(|part| !part.is_empty()).collect();
-        // They would climb out of the branch.
+        // They would lead out of the branch.
         if segments.iter().any(|&part| part == "." || part == "..") {
             return Err(SourceError::new(format_args!(
                 "branch {:?}: expected no part to be . or ..",
@@ -39,11 +40,11 @@ impl Branch {
         Ok(segments)
     }
 
-    /// The ranges of the v3 store that together are the branch; at least one. There a key need not begin with a slash: a
-    /// branch that was written without one is looked for in both forms.
+    /// The ranges of the v3 store that together are the branch. At least one. In this store a key need not begin with a
+    /// slash: a branch written without one is looked for in both forms.
     ///
-    /// The key of the branch and the keys below it are two ranges: one range over both would contain keys of others, such
-    /// as `/app1-x` of the branch `/app1`, and a role with the prefix `/app1/` could not read it.
+    /// The branch's own key and the keys below it are two ranges. A single range would contain foreign keys, such as
+    /// `/app1-x` for the branch `/app1`, and a role for the prefix `/app1/` could not read it.
     pub(super) fn ranges(&self) -> Vec<KeyRange> {
         let trimmed = self.trimmed();
         if trimmed.is_empty() {
@@ -58,11 +59,11 @@ impl Branch {
     }
 }
 
-/// Keys of the v3 store.
+/// A range of keys of the v3 store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct KeyRange {
     pub(super) start: String,
-    /// The first key after the range; empty if `start` is the only key in it.
+    /// The first key after the range. Empty if the range is only the key `start`.
     pub(super) end: String,
 }
 
@@ -72,11 +73,11 @@ impl KeyRange {
     }
 
     pub(super) fn below(root: &str) -> Self {
-        // The character 0 follows the slash.
+        // The character 0 follows the slash in ASCII.
         Self { start: format!("{root}/"), end: format!("{root}0") }
     }
 
-    /// Whether it contains every key below a root, not only the key of the root.
+    /// Whether it contains all keys below a root, instead of only the root's key.
     pub(super) fn is_below(&self) -> bool {
         !self.end.is_empty()
     }

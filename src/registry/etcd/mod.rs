@@ -1,6 +1,6 @@
-//! etcd: what is written at and below a branch, in either of its two stores, followed by one client for the whole cluster.
+//! etcd: follows the keys at and below a branch, in either of its two stores, with one client for the whole cluster.
 //!
-//! All questions go to one member, until it fails: then all go to the next.
+//! All requests go to one member until it fails. Then all go to the next one.
 
 use std::{
     collections::BTreeSet,
@@ -37,18 +37,18 @@ use branch::KeyRange;
 pub(crate) use branch::Branch;
 pub(crate) use tree::Tree;
 
-/// How a followed branch came on.
+/// The result of a step of a followed branch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// It was read, or is another than before.
+    /// The branch was read, or has changed.
     Read,
-    /// It was confirmed as it is.
+    /// The branch was confirmed as unchanged.
     Confirmed,
     /// This server has no such store.
     NoSuchStore,
 }
 
-/// The stores that a server may have. From etcd 3.4 on the v2 store may be off, which only a question to it shows.
+/// The stores that a server may have. Since etcd 3.4 the v2 store may be off, which only a request to it shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stores {
     V2,
@@ -72,7 +72,7 @@ pub(crate) struct EtcdClient {
 }
 
 impl EtcdClient {
-    /// The cluster of these members: at least one; `https` if TLS is used.
+    /// The cluster with these members, at least one. The scheme `https` means TLS.
     pub(crate) fn new(members: Vec<Url>, settings: &EtcdSettings) -> Result<Self, String> {
         let tls = ClientTls::new(
             settings.ca.clone(),
@@ -93,7 +93,7 @@ impl EtcdClient {
         })
     }
 
-    /// For work on what was answered.
+    /// The places for work on answers.
     pub(crate) fn places(&self) -> &Places {
         self.http.places()
     }
@@ -102,7 +102,7 @@ impl EtcdClient {
         &self.members.urls
     }
 
-    /// What is not protected of the connections to its members.
+    /// How connections to its members are unprotected.
     pub(crate) fn weaknesses(&self) -> Vec<Weakness> {
         let hosts = self.members.urls.iter().filter(|url| url.scheme() != "https");
         let hosts = hosts.filter_map(Url::host_str).filter(|host| !is_loopback(host));
@@ -125,8 +125,8 @@ impl EtcdClient {
         v3::Follower::new(self.clone(), branch)
     }
 
-    /// The names one level below a branch in the v3 store, as whole paths, if they may be read: of a store with very many keys,
-    /// the first ones. `above` is empty or begins with a slash, and has none at its end.
+    /// The names one level below a branch in the v3 store, as complete paths. `None` if they may not be read. If there are
+    /// very many keys, only the first ones. `above` is empty, or begins with a slash and does not end with one.
     pub(crate) async fn names_below(&self, above: &str) -> Option<BTreeSet<String>> {
         let range = KeyRange::below(above);
         let keys = self.connection(&range.start).await.ok()?.keys(&range).await?;
@@ -137,7 +137,7 @@ impl EtcdClient {
         Some(keys.iter().filter_map(name).collect())
     }
 
-    /// Some of the values of a branch in the v3 store, if they may be read.
+    /// Some of the values of a branch in the v3 store. `None` if they may not be read.
     pub(crate) async fn some_values(&self, branch: &Branch) -> Option<Vec<Vec<u8>>> {
         let mut values = Vec::new();
         for range in branch.ranges() {
@@ -146,14 +146,14 @@ impl EtcdClient {
         Some(values)
     }
 
-    /// The connection to a member's v3 store, opened if there is none. It is asked about `key`.
+    /// The connection to a member's v3 store. Opened if there is none; then `key` is read as a test.
     async fn connection(&self, key: &str) -> Result<Arc<v3::Connection>, SourceError> {
         self.connection
             .get(async {
                 let (number, member) = self.members.current();
                 let opened =
                     v3::Connection::open(number, member, &self.tls, self.user.as_ref(), key);
-                // The client's own futures are large.
+                // Boxed, because the client's futures are large.
                 let opened = opened.boxed().await.inspect_err(|_| self.members.failed(number))?;
                 self.report_login(&opened);
                 Ok(opened)
@@ -161,7 +161,7 @@ impl EtcdClient {
             .await
     }
 
-    /// Logs that authentication is off, or on again, once.
+    /// Logs once that authentication is off, or on again.
     fn report_login(&self, opened: &v3::Connection) {
         let (member, is_off) = (&*opened.member, opened.login_is_off);
         match (self.login_is_off.swap(is_off, Relaxed), is_off) {
@@ -174,13 +174,14 @@ impl EtcdClient {
         }
     }
 
-    /// Has the next one who asks open a connection to the next member.
+    /// Makes the next caller open a connection to the next member.
     async fn lost(&self, connection: &Arc<v3::Connection>) {
         self.connection.lost(connection).await;
         self.members.failed(connection.number());
     }
 
-    /// Asks the v2 store. A member that does not answer, or answers that it cannot, is asked no more for now.
+    /// Sends a request to the v2 store. If the member does not answer, or reports a server error, the next one is used from
+    /// now on.
     async fn get(&self, path: &str, query: Option<&str>) -> Result<HttpAnswer, SourceError> {
         let (number, url) = self.url(path, query);
         let answer = self.http.get(&url, HeaderMap::new()).await;
@@ -190,7 +191,7 @@ impl EtcdClient {
         answer
     }
 
-    /// The URL at the member that is asked now, and the member's number.
+    /// The URL at the current member, and the member's number.
     fn url(&self, path: &str, query: Option<&str>) -> (usize, Url) {
         let (number, member) = self.members.current();
         let mut url = member.clone();
@@ -206,21 +207,21 @@ impl fmt::Debug for EtcdClient {
     }
 }
 
-/// The members of a cluster, and which of them is asked.
+/// The members of a cluster, and the current one.
 struct Members {
     urls: Vec<Url>,
-    /// Counted round.
+    /// Counts up. Modulo the number of members it is the index of the current one.
     current: AtomicUsize,
 }
 
 impl Members {
     fn new(urls: Vec<Url>) -> Self {
-        // Many hosts do not all begin with the same member.
+        // Random, so that not all hosts start with the same member.
         let current = AtomicUsize::new(fastrand::usize(..urls.len().max(1)));
         Self { urls, current }
     }
 
-    /// The one that is asked now, and its number.
+    /// The current member, and its number.
     #[expect(
         clippy::indexing_slicing,
         reason = "a URI without members is refused where it is read"
@@ -230,7 +231,7 @@ impl Members {
         (number, &self.urls[number % self.urls.len()])
     }
 
-    /// Goes on to the next, if the one with this number is still asked: many may say so of one failure.
+    /// Switches to the next member if this number is still the current one: many tasks may report the same failure.
     fn failed(&self, number: usize) {
         let next = number.wrapping_add(1);
         let _ = self.current.compare_exchange(number, next, Relaxed, Relaxed);

@@ -2,40 +2,40 @@
 
 use std::{collections::BTreeMap, ops::Bound};
 
-/// The keys at and below a branch, with their values: as many as there is room for. A key that is in it is not displaced by
-/// another.
+/// The keys at and below a branch, with their values, up to a limit. A key in the tree is not displaced by another one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Tree {
     keys: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// Bytes of all keys and values.
+    /// Size of all keys and values, in bytes.
     bytes: usize,
-    /// Whether keys were left out for want of room.
+    /// Whether keys were left out because of the limit.
     is_cut: bool,
 }
 
 impl Tree {
-    /// Keys of one branch.
+    /// Maximum number of keys of one branch.
     pub(crate) const MOST: usize = 20_000;
-    /// Bytes of a value, as of a registration. Of a longer one only the beginning is kept, so that it can be told of.
+    /// Maximum length of a registration's value, in bytes. Only the start of a longer value is kept, so that it can be
+    /// reported.
     pub(crate) const LONGEST: usize = 64 << 10;
-    /// Bytes of all keys and values of one branch.
+    /// Maximum size of all keys and values of one branch, in bytes.
     const LARGEST: usize = 32 << 20;
 
     pub(crate) fn is_empty(&self) -> bool {
         self.keys.is_empty()
     }
 
-    /// Whether it may be only a part of what there is: it has, or had, no room for the rest.
+    /// Whether it may be incomplete, because keys were left out at some time.
     pub(crate) fn is_cut(&self) -> bool {
         self.is_cut
     }
 
-    /// Bytes of all keys and values.
+    /// Size of all keys and values, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Whether there is no room for one key more.
+    /// Whether there is no room for another key.
     pub(super) fn is_full(&self) -> bool {
         self.keys.len() >= Self::MOST || self.bytes >= Self::LARGEST
     }
@@ -45,7 +45,7 @@ impl Tree {
         self.is_cut = true;
     }
 
-    /// Sets a key, and says whether that changed anything. A key for which there is no room is left out.
+    /// Sets a key. Returns whether that changed anything. A key without room is left out.
     pub(crate) fn set(&mut self, key: Vec<u8>, mut value: Vec<u8>) -> bool {
         if value.len() > Self::LONGEST {
             value.truncate(Self::LONGEST + 1);
@@ -68,14 +68,14 @@ impl Tree {
         true
     }
 
-    /// Removes a key, and says whether it was there.
+    /// Removes a key. Returns whether it was there.
     pub(crate) fn remove(&mut self, key: &[u8]) -> bool {
         let removed = self.keys.remove(key);
         self.bytes -= removed.as_ref().map_or(0, |value| key.len() + value.len());
         removed.is_some()
     }
 
-    /// Removes a key and all that is below it, and says whether anything was there.
+    /// Removes a key and all keys below it. Returns whether there were any.
     pub(crate) fn remove_all(&mut self, key: &[u8]) -> bool {
         let before = self.keys.len();
         let bytes = &mut self.bytes;
@@ -87,7 +87,7 @@ impl Tree {
         self.keys.len() < before
     }
 
-    /// Every key with its value, in order.
+    /// Every key with its value, sorted.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         self.keys.iter().map(|(key, value)| (key.as_slice(), value.as_slice()))
     }
@@ -107,7 +107,7 @@ impl Tree {
     }
 }
 
-/// Whether `key` is `branch` (which has no trailing slash) or stands below it: `/app10` is not below `/app1`.
+/// Whether `key` is `branch` (without a trailing slash) or below it. `/app10` is not below `/app1`.
 pub(super) fn is_at_or_below(key: &[u8], branch: &[u8]) -> bool {
     key.strip_prefix(branch).is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
 }
@@ -136,7 +136,7 @@ mod tests {
         assert!(tree.set(key(Tree::MOST), b"x".to_vec()), "that it is cut is news, once");
         assert!(!tree.set(key(Tree::MOST + 1), b"x".to_vec()));
         assert!(tree.is_cut());
-        // What is in it stays, and may change.
+        // Keys in the tree stay, and may change.
         assert!(tree.set(key(7), b"y".to_vec()));
         assert_eq!(tree.iter().count(), Tree::MOST);
         assert!(tree.remove(&key(7)));

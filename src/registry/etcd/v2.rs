@@ -1,7 +1,7 @@
-//! The v2 store: the branch is read once, and followed event by event: each poll waits for the one after the last
-//! (etcd.io/docs/v2.3/api, "Waiting for a change"). The server keeps 1,000 events; if the requested one is gone, the
-//! branch is read again. A branch that has no long poll is read every few seconds, from the member's own
-//! memory: a read that the cluster must agree upon costs as much as a write.
+//! The v2 store. The branch is read once, and then followed event by event: each poll waits for the event after the last
+//! one (etcd.io/docs/v2.3/api, "Waiting for a change"). The server keeps 1,000 events. If the requested one is gone, the
+//! branch is read again. A branch without a long poll is read every few seconds from the member's own memory, because a
+//! quorum read costs as much as a write.
 
 use std::{fmt, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
@@ -29,18 +29,17 @@ pub(crate) mod answers;
 
 use answers::{Fault, Version};
 
-/// How often a branch without changes is confirmed. A poll may wait for days, and a server that hangs would not be
-/// noticed.
+/// Interval for confirming a branch without changes. A poll may wait for days, and a hanging server would not be noticed.
 const CONFIRMED: Duration = Duration::from_secs(10);
-/// How long a poll's headers may take: they come at once, and the event later.
+/// Timeout for a poll's headers. They arrive at once, and the event later.
 const HEAD: Duration = Duration::from_secs(5);
-/// How old an answer about the leader, or about the server's version, may be.
+/// Maximum age of an answer about the leader or the server's version.
 const RECENT: Duration = Duration::from_secs(5);
 
-/// How long a member's greeting may take.
+/// Timeout for a member's greeting.
 const GREETING: Duration = Duration::from_secs(1);
 
-/// The header that says how far the store has come.
+/// The header with the store's current index.
 const INDEX: &str = "X-Etcd-Index";
 
 /// Error codes of the store.
@@ -50,17 +49,17 @@ const EVENT_FORGOTTEN: u64 = 401;
 /// One branch in the v2 store.
 pub(crate) struct Follower {
     etcd: Arc<EtcdClient>,
-    /// Of the key's URL.
+    /// The path of the key's URL.
     path: String,
     tree: Tree,
-    /// The event that comes after the tree. `None` if it is to be read, as the cluster agrees upon it.
+    /// The index of the event to wait for. `None` if the branch must be read with a quorum.
     wait: Option<u64>,
     read_again: bool,
     asking: Asking<Polled>,
     confirm_at: Instant,
 }
 
-/// `None` if the poll cannot tell, and the branch is to be read.
+/// `None` if the poll cannot give the events, and the branch must be read.
 type Polled = Result<Option<HttpAnswer>, SourceError>;
 
 impl Follower {
@@ -125,7 +124,7 @@ impl Follower {
         }
     }
 
-    /// Reads the whole branch: as the cluster agrees upon it, or as the member knows it.
+    /// Reads the whole branch. `agreed`: with a quorum, instead of the member's own state.
     async fn read(&mut self, agreed: bool) -> Result<Step, SourceError> {
         let quorum = if agreed { "&quorum=true" } else { "" };
         let query = format!("recursive=true&sorted=true{quorum}");
@@ -153,7 +152,7 @@ impl Follower {
         let next = index.saturating_add(1);
         let goes_back = self.wait.is_some_and(|wait| next < wait);
         if goes_back && !agreed {
-            // A member that lags, or another store: what the cluster agrees upon decides.
+            // The member lags, or it is another store: a quorum read decides.
             self.wait = None;
             return Ok(Step::Confirmed);
         }
@@ -169,7 +168,7 @@ impl Follower {
         Ok(Step::Read)
     }
 
-    /// Takes in the answer to a poll. `None` if that says nothing.
+    /// Takes the answer to a poll. `None` if it contains no event.
     fn take(&mut self, answer: &HttpAnswer, wait: u64) -> Result<Option<Step>, SourceError> {
         if answer.status != StatusCode::OK {
             let fault = serde_json::from_slice::<Fault>(answer.body());
@@ -180,7 +179,7 @@ impl Follower {
         }
         let mut next = wait;
         let mut step = None;
-        // Where the server waited long enough, the answer is empty: ask again.
+        // If the server has waited long enough, the answer is empty. Then the request is repeated.
         if !answer.body().is_empty() {
             let wrong = |e| answer.fault(format_args!("cannot parse the answer: {e}"));
             let event = answers::event(answer.body()).map_err(wrong)?;
@@ -206,11 +205,11 @@ impl fmt::Debug for Follower {
     }
 }
 
-/// Waits until it is certain that a member's port is for gRPC alone (`--listen-client-http-urls` of etcd 3.5), so that the v2
-/// store is not there; for ever if it is not.
+/// Returns when it is certain that a member's port only speaks gRPC (`--listen-client-http-urls` of etcd 3.5), and so has
+/// no v2 store. Never returns otherwise.
 ///
-/// Such a port speaks HTTP/2 before it was asked anything, where one for both waits for a request. Over TLS it does so with
-/// those that want HTTP/2, and ends the connection of all others.
+/// Such a port sends an HTTP/2 greeting before any request, while a port for both waits for a request. With TLS it does so
+/// for clients that offer HTTP/2, and closes the connection of all others.
 async fn answers_only_grpc(member: &Url, tls: &ClientTls) {
     let plain = greets_in_http2(member, tls, &[]).await;
     let certain = match plain {
@@ -223,8 +222,8 @@ async fn answers_only_grpc(member: &Url, tls: &ClientTls) {
     }
 }
 
-/// Whether a member greets in HTTP/2, or else ends the connection, without having been asked anything. Waits as long as it
-/// waits. `None` if there is no connection. With TLS, `protocols` are offered.
+/// Whether a member sends an HTTP/2 greeting, or closes the connection, without a request. Waits until either happens.
+/// `None` if there is no connection. With TLS, `protocols` are offered.
 async fn greets_in_http2(member: &Url, tls: &ClientTls, protocols: &[&[u8]]) -> Option<bool> {
     let host = member.host_str()?.trim_matches(['[', ']']).to_owned();
     let port = member.port_or_known_default()?;
@@ -249,13 +248,13 @@ async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, turn: LongPoll) ->
     let query = format!("wait=true&recursive=true&waitIndex={wait}");
     let (number, url) = etcd.url(&path, Some(&query));
     let Ok(opened) = timeout(HEAD, etcd.http.open(&url, HeaderMap::new())).await else {
-        // It hangs, or something between us holds the headers back: a read tells.
+        // The server hangs, or something between holds the headers back. A read will show it.
         return Ok(None);
     };
     let mut response = opened.inspect_err(|_| etcd.members.failed(number))?;
     if http::number(response.headers(), INDEX).is_some_and(|i| i.saturating_add(1) < wait) {
-        // Another store than the one that was read: restored, behind an address that stayed. Its next events are not
-        // those that are waited for.
+        // Another store than the one that was read, for example restored behind the same address. Its next events are not
+        // the ones that are awaited.
         return Ok(None);
     }
     let mut body = Body::default();
@@ -272,14 +271,13 @@ async fn poll(etcd: Arc<EtcdClient>, path: String, wait: u64, turn: LongPoll) ->
 }
 
 impl EtcdClient {
-    /// A member that has lost its leader still waits for events with us, which do not come. It is cheaper to ask for
-    /// the leader than to read.
+    /// A member without a leader still accepts polls, but no events arrive. Asking for the leader is cheaper than reading.
     async fn has_leader(&self) -> Result<(), SourceError> {
         let ask = async {
             let answer = self.get("/v2/members/leader", None).await?;
             match answer.status {
                 StatusCode::SERVICE_UNAVAILABLE => Err(answer.refusal()),
-                // Old servers do not have this call, and others may refuse it.
+                // Old servers do not have this request, and others may refuse it.
                 _ => Ok(()),
             }
         };
@@ -298,7 +296,7 @@ impl EtcdClient {
                 },
                 () = &mut only_grpc => return Ok(Stores::V3),
             };
-            // The greeting may come later than the failure that it explains.
+            // The greeting may arrive later than the failure that it explains.
             match timeout(GREETING, only_grpc).await {
                 Ok(()) => Ok(Stores::V3),
                 Err(_) => Err(error),
@@ -309,7 +307,7 @@ impl EtcdClient {
 
     async fn version(&self) -> Result<Stores, SourceError> {
         let answer = match self.get("/version", None).await {
-            // Over TLS, a port for gRPC alone takes no other protocol.
+            // With TLS, a port for gRPC only accepts no other protocol.
             Err(error) if error.to_string().contains("NoApplicationProtocol") => {
                 return Ok(Stores::V3);
             }
@@ -318,14 +316,14 @@ impl EtcdClient {
         if answer.status != StatusCode::OK {
             return Err(answer.refusal());
         }
-        // The first etcds answer with a sentence.
+        // Early versions of etcd answer with a text.
         match serde_json::from_slice::<Version>(answer.body()) {
             Ok(version) if version.has_v3() => Ok(Stores::Both),
             _ => Ok(Stores::V2),
         }
     }
 
-    /// The error that a server without a v2 store is.
+    /// The error for a server without a v2 store.
     pub(crate) fn no_v2(&self) -> SourceError {
         let (_, url) = self.url("/v2/keys", None);
         http::fault(&url, "this etcd has no v2 API: expected one with --enable-v2")

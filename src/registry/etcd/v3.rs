@@ -1,5 +1,5 @@
-//! The v3 store: a branch is read at a revision, and watched from the next one on. However many branches are followed, they
-//! share one connection, one login, and one stream of watches.
+//! The v3 store. A branch is read at a revision, and watched from the next revision. All followed branches share one
+//! connection, one login, and one stream of watches.
 
 use std::{
     error::Error as _,
@@ -35,27 +35,27 @@ use stream::{BranchWatch, News, Stream};
 const PROBE: Duration = Duration::from_secs(5);
 /// Pause before a branch is read again after its watch lost events.
 const AGAIN: Duration = Duration::from_millis(100);
-/// Maximum number of keys that are looked at for names that may have been meant.
+/// Maximum number of keys that are read to find similar names.
 const SOME_KEYS: i64 = 1000;
-/// Maximum size of a message.
+/// Maximum size of a message in bytes.
 const LARGEST: usize = 16 << 20;
-/// Keys that are read at a time.
+/// Number of keys that are read at a time.
 const PAGE: i64 = 1000;
 
 /// A connection to one member.
 pub(crate) struct Connection {
     client: Client,
-    /// Counted round.
+    /// The member's number.
     number: usize,
     pub(super) member: Arc<str>,
-    /// Whether this etcd has its authentication off, so that the user was not logged in.
+    /// Whether authentication is off at this etcd, so that the user was not logged in.
     pub(super) login_is_off: bool,
-    /// The one on which the next watch is made. Those before it live as long as their watches.
+    /// The stream for the next watch. Earlier streams live as long as their watches.
     stream: Mutex<Option<Stream>>,
 }
 
 impl Connection {
-    /// Connects and logs in, and asks about `key` whether the member works.
+    /// Connects, logs in, and tests with `key` whether the member works.
     pub(super) async fn open(
         number: usize,
         member: &Url,
@@ -63,15 +63,15 @@ impl Connection {
         user: Option<&(String, Secret)>,
         key: &str,
     ) -> Result<Self, SourceError> {
-        // Without a leader a member is not to answer from what it remembers, and a watch on it is to end.
+        // Without a leader, a member must not answer from its memory, and its watches must end.
         let options = ConnectOptions::new().with_require_leader(true);
         let member: Arc<str> = member.as_str().trim_end_matches('/').into();
-        // One login for all who find that the token is not valid any more.
+        // One login for all tasks that find the token invalid.
         let login = user.map(|(name, password)| {
             options.clone().with_user(name, password.reveal()).with_auto_token_refresh(true)
         });
         let endpoint = endpoint(&member, tls)?;
-        // The client's own futures are large.
+        // Boxed, because the client's futures are large.
         let connect = |options| {
             let channel =
                 Channel::Tonic(endpoint.connect_with_connector_lazy(resolve::connector()));
@@ -80,7 +80,7 @@ impl Connection {
         let connecting = async {
             let (client, login_is_off) = match login {
                 Some(login) => match connect(login).await {
-                    // The user is given before authentication is enabled, or after it was disabled.
+                    // A user may be set before authentication is enabled, or after it was disabled.
                     Err(error) if says(&error, LOGIN_IS_OFF) => (connect(options).await?, true),
                     client => (client?, false),
                 },
@@ -99,7 +99,7 @@ impl Connection {
         self.number
     }
 
-    /// Reads the ranges at one revision. Those that may not be read are left out, as long as others can say what there is.
+    /// Reads the ranges at one revision. Ranges that may not be read are left out, as long as the others are enough.
     async fn read(&self, ranges: &[KeyRange]) -> Result<Reading, Fault> {
         let mut kv = self.client.kv_client().max_decoding_message_size(LARGEST);
         let mut reading = Reading::default();
@@ -121,7 +121,7 @@ impl Connection {
                         continue 'ranges;
                     }
                     Err(error) => {
-                        // Where only this range takes too long, all others can go on.
+                        // If only this range takes too long, all others can continue.
                         let lost = match error {
                             Error::Internal(_) => probe(&self.client, start).await.is_err(),
                             _ => !is_refusal(&error),
@@ -152,14 +152,14 @@ impl Connection {
                     let error = fault(&self.member, format_args!("range {start:?}"), reason);
                     return Err(Fault { error, lost: true });
                 }
-                // The next key in order.
+                // The next possible key.
                 last.push(0);
                 from = last;
             }
             reading.ranges.push(range.clone());
         }
         match denied {
-            // The key of a branch alone cannot say that there is nothing below it.
+            // The branch's own key cannot show that there is nothing below it.
             Some(error)
                 if reading.tree.is_empty() && !reading.ranges.iter().any(KeyRange::is_below) =>
             {
@@ -169,7 +169,7 @@ impl Connection {
         }
     }
 
-    /// Some of the keys in a range, in order.
+    /// Some of the keys in a range, sorted.
     pub(super) async fn keys(&self, KeyRange { start, end }: &KeyRange) -> Option<Vec<String>> {
         let options =
             GetOptions::new().with_range(end.as_str()).with_keys_only().with_limit(SOME_KEYS);
@@ -199,7 +199,7 @@ impl Connection {
     }
 }
 
-/// A member, and how it is connected to: TLS if its scheme says so.
+/// A member with its connection settings. The scheme decides whether TLS is used.
 fn endpoint(member: &str, tls: &ClientTls) -> Result<Endpoint, SourceError> {
     let wrong = |e| SourceError::caused(format_args!("etcd v3 at {member}"), &e);
     let endpoint = Endpoint::from_shared(member.to_owned()).map_err(wrong)?;
@@ -221,7 +221,7 @@ fn endpoint(member: &str, tls: &ClientTls) -> Result<Endpoint, SourceError> {
     .map_err(wrong)
 }
 
-/// What was read of a branch.
+/// The content of a branch as read.
 #[derive(Default)]
 struct Reading {
     tree: Tree,
@@ -230,7 +230,7 @@ struct Reading {
     ranges: Vec<KeyRange>,
 }
 
-/// What went wrong, and whether the connection is lost with it.
+/// An error, and whether the connection is lost with it.
 struct Fault {
     error: SourceError,
     lost: bool,
@@ -239,13 +239,13 @@ struct Fault {
 /// One branch in the v3 store.
 pub(crate) struct Follower {
     etcd: Arc<EtcdClient>,
-    /// The branch.
+    /// The ranges of the branch.
     ranges: Vec<KeyRange>,
-    /// What was read last; its tree is that of its revision, or of a later one.
+    /// The last read, with later changes applied to its tree.
     reading: Reading,
     state: State,
     read_again: bool,
-    /// When it may be read next: a server that always forces a read must not cause a busy loop.
+    /// The earliest time of the next read: a server that always forces a read must not cause a busy loop.
     read_at: Instant,
 }
 
@@ -300,7 +300,7 @@ impl Follower {
                     let watched = std::mem::take(&mut self.reading.ranges);
                     self.read(&connection).await?;
                     if self.reading.ranges != watched {
-                        // What may be read was changed.
+                        // The permissions have changed.
                         self.state = State::Read(connection);
                     }
                     return Ok(Step::Read);
@@ -342,11 +342,11 @@ impl Follower {
         }
     }
 
-    /// Takes in what the watch said; `None` if that is nothing about the branch.
+    /// Applies a watch's events. `None` if they contain nothing about the branch.
     fn apply(&mut self, pairs: Vec<KeyValue>) -> Option<Step> {
         let (mut changed, mut named) = (false, false);
         for pair in pairs {
-            // What was read since is newer.
+            // The read since then is newer.
             if pair.mod_revision() <= self.reading.revision {
                 continue;
             }
@@ -372,13 +372,13 @@ impl fmt::Debug for Follower {
     }
 }
 
-/// A deletion resets a key's version to 0, and everything else counts it up from there. (The type of the event says the
-/// same, but the client panics on a type that it does not know.)
+/// A deletion sets a key's version to 0, and every write increases it. (The type of the event shows the same, but the
+/// client panics on a type that it does not know.)
 fn is_deleted(pair: &KeyValue) -> bool {
     pair.version() == 0
 }
 
-/// Asks for next to nothing: only a member that works, with a leader, answers.
+/// Sends a minimal request. Only a working member with a leader answers it.
 async fn probe(client: &Client, key: &str) -> Result<(), Error> {
     let options = GetOptions::new().with_count_only();
     match within(PROBE, client.kv_client().get(key, Some(options))).await {
@@ -388,16 +388,16 @@ async fn probe(client: &Client, key: &str) -> Result<(), Error> {
     }
 }
 
-/// What etcd says to a login while its authentication is off.
+/// etcd's message for a login while authentication is off.
 const LOGIN_IS_OFF: &str = "authentication is not enabled";
 
 /// Whether the member works and only refused this request. A refused, missing or outdated login affects the whole
-/// connection.
+/// connection, so it is no such refusal.
 fn is_refusal(error: &Error) -> bool {
     let of_the_login = [
         "authentication failed",
         "revision of auth store is old",
-        // Authentication was enabled, or disabled, after the connection was opened.
+        // Authentication was enabled or disabled after the connection was opened.
         "user name is empty",
         LOGIN_IS_OFF,
     ];
@@ -406,7 +406,7 @@ fn is_refusal(error: &Error) -> bool {
         && !of_the_login.iter().any(|text| says(error, text))
 }
 
-/// Whether the user may not do this.
+/// Whether the user has no permission for this.
 fn is_denied(error: &Error) -> bool {
     matches!(error, Error::GRpcStatus(status) if status.code() as i32 == 7)
 }

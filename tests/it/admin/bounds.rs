@@ -1,7 +1,7 @@
 use super::*;
 use crate::support::{metric, own_rules};
 
-/// Opens connections to the API that say nothing, tells when they are open, and when the first of them is closed.
+/// Opens connections to the API that send nothing. Reports when they are open, and when the first one is closed.
 const IDLE: &str = "
 import socket, sys, time
 held = [socket.socket() for _ in range(int(sys.argv[1]))]
@@ -20,7 +20,7 @@ fn idle_callers_take_no_descriptors_from_connections_and_are_let_go() -> Result<
     let host = Host::light()?;
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
-    // With one descriptor for each caller there would be none left.
+    // A descriptor for each client would leave none.
     let mut limited = host.command("sh");
     limited.args(["-c", "ulimit -n 600; exec \"$0\" \"$@\""]).arg(testbed::embassy_program()?);
     limited.args(["--dnat", ETCD]).env("DOCKER_HOST", host.docker_url());
@@ -42,7 +42,7 @@ fn idle_callers_take_no_descriptors_from_connections_and_are_let_go() -> Result<
     assert_eq!(answers.from("web"), 200, "{answers:?}");
     let open = std::fs::read_dir(format!("/proc/{}/fd", embassy.pid()))?.count();
     assert!(open < 500, "{open} descriptors are open");
-    // Who says nothing is let go, and the next is served.
+    // A client that sends nothing is disconnected, and the next one is served.
     told("closed")?;
     idle.kill()?;
     testbed::eventually(WAIT * 2, "the API to answer", || embassy.admin("/healthz")?.ok())?;
@@ -71,8 +71,8 @@ fn a_listener_for_everybody_is_warned_of_and_scraped_by_any_name() -> Result<()>
     Ok(())
 }
 
-/// Asks on so many connections for a path, so many times each, and never reads an answer. It asks anew on a connection in place
-/// of each that has ended, and tells when as many as it has were let go.
+/// Requests a path on this many connections, this many times each, and never reads an answer. Replaces connections that
+/// have ended, and reports when as many as it has were closed.
 const UNREAD: &str = "
 import select, socket, sys, time
 count = int(sys.argv[1])
@@ -105,7 +105,7 @@ while True:
         ask()
 ";
 
-/// Waits until a program has said a word.
+/// Waits until a program has printed a word.
 fn told(process: &Process, word: &str) -> Result<()> {
     testbed::eventually(WAIT * 3, &format!("the readers to be {word}"), || {
         ensure!(process.log().contains(word), "{}", process.log());
@@ -121,11 +121,11 @@ fn readers_that_do_not_read_keep_no_health_check_out_and_are_let_go() -> Result<
     let embassy = host.embassy(["--dnat", ETCD])?;
     embassy.wait_ready(READY)?;
     let mut python = host.command("/usr/bin/python3");
-    // The dashboard, so often that no buffer takes it.
+    // The dashboard, so often that it fits into no buffer.
     python.args(["-c", UNREAD, "128", "/", "2000"]);
     let unread = host.spawn("unread", python)?;
     told(&unread, "asked")?;
-    // They hold all places. Other calls are told so, and health checks are answered.
+    // They occupy all connections. Other requests are refused, and health checks are answered.
     let all_is_taken = || {
         let answer = embassy.admin("/v1/status")?;
         ensure!(answer.status == 503, "{}", answer.status);
@@ -151,7 +151,7 @@ fn scrapes_that_are_not_read_take_their_own_places_and_free_them() -> Result<()>
     let host = Host::light()?;
     let file = host.dir().join("services.toml");
     std::fs::write(&file, "service = []")?;
-    // So many series that no buffer of the kernel takes them (some 8 MB; tcp_wmem is 4 MiB at most).
+    // So many series that they fit into no buffer of the kernel (some 8 MB; tcp_wmem is 4 MiB at most).
     let services: Vec<_> = (1..=4000).map(|n| format!("service-{n};{n}")).collect();
     let services = format!("-services={}", services.join(","));
     let discovery = format!("-discovery=file://{}", file.display());
@@ -181,7 +181,7 @@ fn scrapes_that_are_not_read_take_their_own_places_and_free_them() -> Result<()>
 #[test]
 fn a_page_of_another_origin_and_a_foreign_host_get_no_more_than_a_probe() -> Result<()> {
     let host = Host::light()?;
-    // A source that does not answer, whose name is told only to who asks for this listener.
+    // A source that does not answer. Its name is revealed only to clients that name this listener.
     let embassy = host.embassy(["--dnat", "-discovery=consul://127.0.0.1:1"])?;
     testbed::eventually(READY, "the API", || embassy.admin("/healthz")?.ok())?;
     let curl = |path: &str, more: &[&str]| {

@@ -1,4 +1,4 @@
-//! A real browser that a test clicks and types in: Chromium, told by WebDriver (w3.org/TR/webdriver2) what to do.
+//! A real browser in which a test clicks and types: Chromium, controlled by WebDriver (w3.org/TR/webdriver2).
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -15,7 +15,7 @@ pub(super) struct Browser<'a> {
     _driver: Process,
 }
 
-/// Keys as WebDriver writes them.
+/// Keys, as WebDriver encodes them.
 pub(super) const TAB: &str = "\u{e004}";
 pub(super) const ENTER: &str = "\u{e007}";
 pub(super) const ESCAPE: &str = "\u{e00c}";
@@ -36,7 +36,7 @@ impl<'a> Browser<'a> {
         let args = [&args[..], &["--window-size=1280,900", &profile]].concat();
         let wanted =
             json!({"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"args": args}}}});
-        // Chromium may take longer to start than any request may.
+        // Chromium may take longer to start than the timeout of a request.
         let session = testbed::eventually(READY, "a session of Chromium", || {
             let answer = host.http("POST", &format!("{DRIVER}/session"), &wanted.to_string())?;
             let session = answer.json()?["value"]["sessionId"].as_str().map(str::to_owned);
@@ -51,7 +51,7 @@ impl<'a> Browser<'a> {
         Ok(answer["value"].take())
     }
 
-    /// Opens the dashboard, at a part such as `#routes?q=web`.
+    /// Opens the dashboard at a fragment such as `#routes?q=web`.
     pub(super) fn open(&self, part: &str) -> Result<()> {
         self.call("url", &json!({"url": format!("http://127.0.0.1:9990/{part}")})).map(drop)
     }
@@ -60,13 +60,13 @@ impl<'a> Browser<'a> {
         self.call("refresh", &json!({})).map(drop)
     }
 
-    /// What a JavaScript expression is on the page.
+    /// The value of a JavaScript expression on the page.
     pub(super) fn value(&self, expression: &str) -> Result<Value> {
         let script = format!("return ({expression});");
         self.call("execute/sync", &json!({"script": script, "args": []}))
     }
 
-    /// Waits until an expression is as it should be.
+    /// Waits until an expression has this value.
     pub(super) fn until(&self, expression: &str, wanted: impl Into<Value>) -> Result<()> {
         let wanted = wanted.into();
         testbed::eventually(WAIT, &format!("{expression} to be {wanted}"), || {
@@ -76,7 +76,7 @@ impl<'a> Browser<'a> {
         })
     }
 
-    /// Waits until the page shows these words, as a reader sees them.
+    /// Waits until the page visibly contains these words.
     pub(super) fn shows(&self, words: &str) -> Result<()> {
         testbed::eventually(WAIT, &format!("{words:?} on the page"), || {
             let text = self.value("document.body.innerText")?;
@@ -86,12 +86,12 @@ impl<'a> Browser<'a> {
         })
     }
 
-    /// A call of Chromium's own (chromedevtools.github.io/devtools-protocol).
+    /// A call of Chromium's own protocol (chromedevtools.github.io/devtools-protocol).
     fn devtools(&self, cmd: &str, params: &Value) -> Result<Value> {
         self.call("goog/cdp/execute", &json!({"cmd": cmd, "params": params}))
     }
 
-    /// A screen of this size, of a reader who prefers this scheme: `light` or `dark`.
+    /// Sets the size of the screen, and the preferred colour scheme: `light` or `dark`.
     pub(super) fn screen(&self, width: u32, height: u32, scheme: &str) -> Result<()> {
         let size = json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600});
         self.devtools("Emulation.setDeviceMetricsOverride", &size)?;
@@ -99,7 +99,7 @@ impl<'a> Browser<'a> {
         self.devtools("Emulation.setEmulatedMedia", &prefers).map(drop)
     }
 
-    /// Writes what is seen to a PNG file in the folder `$SCREENSHOTS`, where that is set.
+    /// Writes a screenshot as a PNG file to the folder `$SCREENSHOTS`, if that is set.
     pub(super) fn picture(&self, name: &str) -> Result<()> {
         let Ok(folder) = std::env::var("SCREENSHOTS") else { return Ok(()) };
         let picture = self.devtools("Page.captureScreenshot", &json!({"format": "png"}))?;
@@ -110,7 +110,7 @@ impl<'a> Browser<'a> {
         Ok(std::fs::remove_file(encoded)?)
     }
 
-    /// A click of the mouse in the middle of what a CSS selector finds.
+    /// Clicks into the middle of the element that a CSS selector finds.
     pub(super) fn click(&self, selector: &str) -> Result<()> {
         let found = json!({"using": "css selector", "value": selector});
         let element = self.call("element", &found)?;
@@ -119,7 +119,7 @@ impl<'a> Browser<'a> {
         self.call(&format!("element/{id}/click"), &json!({})).map(drop)
     }
 
-    /// Presses keys one after the other, wherever the focus is.
+    /// Presses keys one after the other, at the current focus.
     pub(super) fn press(&self, keys: &str) -> Result<()> {
         let press = |key: char| {
             [json!({"type": "keyDown", "value": key}), json!({"type": "keyUp", "value": key})]

@@ -1,7 +1,7 @@
 use super::*;
 use crate::{capture::NFT_SHARED, support::own_rules};
 
-/// A call by the socket: its status and body.
+/// A request via the socket: its status and body.
 fn call(host: &Host, words: &[&str]) -> Result<(String, String)> {
     let curl = ["--silent", "--unix-socket", "/run/embassy.sock", "--write-out", "\n%{http_code}"];
     let said = host.run("curl", [&curl[..], words].concat())?;
@@ -38,7 +38,7 @@ fn the_socket_may_change_what_tcp_may_not_without_the_token() -> Result<()> {
         );
         call(&host, &["-X", "PUT", "--data", &body, "http://embassy/v1/endpoints/drain"])
     };
-    // Until somebody listens, nothing is told.
+    // Events are sent only while a client listens.
     let told = |words: &str| {
         testbed::eventually(WAIT, &format!("an event with {words}"), || {
             let text = std::fs::read_to_string(&events)?;
@@ -103,7 +103,7 @@ fn the_socket_may_change_what_tcp_may_not_without_the_token() -> Result<()> {
     Ok(())
 }
 
-/// What the log says since the level was last changed, as soon as it has this line.
+/// The log since the level was last changed, as soon as it contains this line.
 fn since_the_level(embassy: &Embassy, level: &str, words: &str) -> Result<String> {
     let changed = format!("log level changed via API level=\"{level}\"");
     testbed::eventually(WAIT, &format!("{words:?} after {changed:?}"), || {
@@ -146,7 +146,7 @@ fn the_log_level_changes_while_it_runs_and_back() -> Result<()> {
             ensure!(status == "200", "{body}");
             Ok(())
         })?;
-        // Debug lines come for all that is known of a level, and go with it.
+        // Debug lines appear with the levels that include them, and disappear with others.
         for (level, debug) in [("0", false), ("3", true), ("embassy=info", false)] {
             assert_eq!(set(level)?.0, "200", "{level}");
             assert!(call("GET", "/v1/log-level", "")?.1.contains(level), "{level}");

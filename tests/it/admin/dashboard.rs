@@ -1,4 +1,4 @@
-//! The page at `/`, in a real browser.
+//! The page at `/` in a real browser.
 
 use super::{
     browser::{Browser, DOWN, END, ENTER, ESCAPE, RIGHT, TAB},
@@ -37,7 +37,7 @@ fn a_search_narrows_and_an_address_brings_back_what_was_shown() -> Result<()> {
     browser.until(consumers, "other")?;
     browser.open("#routes?q=nobody")?;
     browser.shows("No entry matches the filter.")?;
-    // A tile leads to the list that tells more.
+    // A tile leads to the list with details.
     browser.click("#tiles [data-key=Routes]")?;
     browser.until(consumers, "app,other")?;
 
@@ -45,7 +45,7 @@ fn a_search_narrows_and_an_address_brings_back_what_was_shown() -> Result<()> {
     browser.until(OPEN, true)?;
     browser.until(TITLE, "app port 80")?;
     browser.shows("The next connection of app")?;
-    // A page that is read anew shows the same.
+    // A reloaded page shows the same.
     browser.reload()?;
     browser.until(TITLE, "app port 80")?;
     browser.click("#explain-close")?;
@@ -62,7 +62,7 @@ fn a_search_narrows_and_an_address_brings_back_what_was_shown() -> Result<()> {
     browser.until(TITLE, "app port 80")
 }
 
-/// Names that would reverse, hide or end what is shown beside them are written out.
+/// Characters that would reverse, hide or end the text beside them are shown escaped.
 #[test]
 fn no_name_turns_or_hides_what_is_shown() -> Result<()> {
     let host = Host::light()?;
@@ -82,7 +82,7 @@ fn no_name_turns_or_hides_what_is_shown() -> Result<()> {
         browser.shows(words)?;
         let text = browser.value("document.body.innerText")?;
         let text = text.as_str().context("a text")?;
-        // Between the cells and the lines of the page.
+        // Except the separators between cells and lines of the page.
         let found = text.chars().find(|c| !"\t\n".contains(*c) && embassy::text::is_deceptive(*c));
         ensure!(found.is_none(), "{part}: {found:?} in {text:?}");
         ensure!(text.contains("\\u{202e}"), "{part}: {text}");
@@ -104,7 +104,7 @@ fn only_the_pages_own_style_and_script_are_used() -> Result<()> {
         "document.styleSheets.length + ' ' + (getComputedStyle(document.body).margin === '8px')",
         "1 false",
     )?;
-    // As if a text of others had become part of the page.
+    // As if a text from outside had become part of the page.
     let put = "(window.violated = [], addEventListener('securitypolicyviolation', e => violated.push(e.effectiveDirective)), \
         [['script', 'window.foreign = true'], ['style', 'body { margin: 77px }']].forEach(([name, text]) => { \
         const node = document.createElement(name); node.textContent = text; document.body.append(node); }), \
@@ -146,7 +146,7 @@ fn it_is_used_by_the_keyboard_alone() -> Result<()> {
     browser.until(TITLE, "other port 81")?;
     browser.press(ESCAPE)?;
     browser.until(OPEN, false)?;
-    // The focus is where it was, and stays with its row when others come before it.
+    // The focus stays with its row, even when other rows appear before it.
     browser.until(FOCUS, "TR")?;
     let _first = host.client("a-first").env("BACKEND_BLUE", "/services/blue;80").start()?;
     let _second = host.client("b-second").env("BACKEND_BLUE", "/services/blue;80").start()?;
@@ -155,7 +155,7 @@ fn it_is_used_by_the_keyboard_alone() -> Result<()> {
     browser.until(TITLE, "other port 81")?;
     browser.press(ESCAPE)?;
     browser.until(OPEN, false)?;
-    // A row that goes leaves its place to nobody.
+    // If the focused row disappears, the focus does not move to another row.
     other.remove()?;
     browser.until(ROWS, 3)?;
     browser.until(FOCUS, "panel")?;
@@ -167,7 +167,7 @@ fn it_is_used_by_the_keyboard_alone() -> Result<()> {
     browser.press(ESCAPE)?;
     browser.until(OPEN, false)?;
 
-    // Lists are tabs: one stop, and arrows from there.
+    // Lists are tabs: one tab stop, and arrow keys from there.
     browser.value("document.getElementById('tab-routes').focus()")?;
     let chosen = "document.querySelector('[role=tab][aria-selected=true]').id + ' ' + \
          document.getElementById('panel').getAttribute('aria-labelledby') + ' ' + document.activeElement.id";

@@ -1,6 +1,6 @@
 use super::*;
 
-/// Compares answers with the schema that the description has for each.
+/// Compares answers with their schemas in the description.
 const CHECK: &str = "
 import json, sys
 from jsonschema import Draft202012Validator
@@ -28,7 +28,8 @@ fn every_answer_is_as_it_is_described() -> Result<()> {
     let embassy = host.embassy(["--dnat", ETCD, &token])?;
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "blue")?;
-    // An endpoint that failed, a live connection, and a source that is down: as many fields as can be are there.
+    // An endpoint that failed, an open connection, and a source that is down, so that as many fields as possible have
+    // values.
     let get = app.get("172.17.0.1:80").times(4).run()?;
     ensure!(get.answered() == 4, "{get:?}");
     let _held = hold(&app, "held", "172.17.0.1:80")?;

@@ -1,4 +1,4 @@
-//! What the admin API says, and to whom.
+//! The answers of the admin API, and who gets them.
 
 use std::{
     io::Write,
@@ -24,12 +24,12 @@ mod scrapes;
 mod told;
 mod views;
 
-/// What a call answers, read as its type.
+/// The answer to a request, parsed as its type.
 fn get<T: DeserializeOwned>(embassy: &Embassy, path: &str) -> Result<T> {
     Ok(serde_json::from_value(embassy.admin(path)?.json()?)?)
 }
 
-/// Waits until what a call answers is as it should be.
+/// Waits until the answer to a request is as wanted.
 fn becomes<T: DeserializeOwned + std::fmt::Debug>(
     embassy: &Embassy,
     path: &str,
@@ -43,7 +43,7 @@ fn becomes<T: DeserializeOwned + std::fmt::Debug>(
     })
 }
 
-/// What a program in Python, with Debian's modules, prints of this input.
+/// The output of a Python program, with Debian's modules, for this input.
 fn python(program: &str, input: &str) -> Result<String> {
     let mut python = Command::new("/usr/bin/python3");
     python.args(["-c", program]).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -55,7 +55,7 @@ fn python(program: &str, input: &str) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Opens a connection that stays.
+/// Opens a connection that stays open.
 fn hold(app: &Container, name: &str, target: &str) -> Result<Process> {
     app.spawn(name, ["testbed", "peer", "hold", target])
 }

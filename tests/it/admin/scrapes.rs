@@ -9,7 +9,7 @@ for family in text_string_to_metric_families(sys.stdin.read() + '\\n'):
     print(family.name, family.type)
 ";
 
-/// What `promtool check metrics` complains of.
+/// The complaints of `promtool check metrics`.
 fn complaints(text: &str) -> Result<String> {
     let mut promtool = std::process::Command::new("promtool");
     promtool.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -56,7 +56,7 @@ fn a_scrape_is_valid_in_both_forms_and_ends_with_what_it_tells_of() -> Result<()
         assert!(families.lines().any(|line| line == family), "no {family} in {families}");
     }
 
-    // What goes takes its series along.
+    // Removed routes and endpoints have no series any more.
     host.etcd()?.v3().delete(&format!("/services/blue/{dead}"))?;
     app.remove()?;
     testbed::eventually(WAIT, "the series to go", || {
@@ -110,7 +110,7 @@ fn a_log_that_nobody_reads_holds_nobody_up_and_its_losses_are_counted() -> Resul
     let host = Host::light()?;
     web(&host, "blue")?;
     let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
-    // The reader of its stderr opens the pipe, and never reads.
+    // The reader of its stderr opens the pipe and never reads.
     let script = "mkfifo /run/stalled; sleep 1000 < /run/stalled & exec \"$@\" 2> /run/stalled";
     let mut stalled = host.command("sh");
     stalled.args(["-c", script, "sh"]).arg(testbed::embassy_program()?);
@@ -138,7 +138,7 @@ fn each_connection_is_a_line_with_true_numbers_and_so_is_each_refusal() -> Resul
     embassy.wait_ready(READY)?;
     reaches(&app, "172.17.0.1:80", "blue")?;
     let _ = app.get("172.17.0.1:81").run()?;
-    // A rule of somebody else leads here.
+    // Another program's rule leads to embassy.
     for rule in [
         "add table ip foreign",
         "add chain ip foreign pre { type nat hook prerouting priority -90; }",

@@ -1,13 +1,13 @@
 use super::*;
 
-/// What the stream of changes says, one object each.
+/// The events in the stream of changes, as JSON objects.
 fn events(path: &std::path::Path) -> Result<Vec<serde_json::Value>> {
     let text = std::fs::read_to_string(path)?;
     let data = text.lines().filter_map(|line| line.strip_prefix("data: "));
     Ok(data.filter_map(|data| serde_json::from_str(data).ok()).collect())
 }
 
-/// Listens forty times over, and says how many may, and what the others are told.
+/// Listens with forty connections. Reports how many are accepted, and what the others receive.
 const LISTENERS: &str = "
 import socket
 held = [socket.create_connection(('127.0.0.1', 9990)) for _ in range(40)]
@@ -22,7 +22,7 @@ print([answer for answer in answers if ' 503 ' in answer])
 fn changes_are_told_as_they_happen_and_to_so_many() -> Result<()> {
     let host = Host::light()?;
     let blue = web(&host, "blue")?;
-    // Nobody listens at its second port yet.
+    // No program listens on its second port yet.
     let late = format!("{}:81", blue.ip()?);
     let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
     let checked = host.client("checked").env("BACKEND_C", "/services/c;82;check=tcp").start()?;
@@ -46,7 +46,7 @@ fn changes_are_told_as_they_happen_and_to_so_many() -> Result<()> {
             found.with_context(|| format!("{all:#?}"))
         })
     };
-    // Until it listens, nothing is told.
+    // Events are sent only while a client listens.
     testbed::eventually(WAIT, "the listener to hear something", || {
         host.client("extra").env("BACKEND_E", "/services/blue;80").start()?.remove()?;
         ensure!(!events(&path)?.is_empty(), "nothing yet");
@@ -77,7 +77,7 @@ fn changes_are_told_as_they_happen_and_to_so_many() -> Result<()> {
     })?;
     told("endpoint_back", &of_late)?;
 
-    // A check that passes takes an ejection back too. Its first comes within two seconds of the endpoint.
+    // A passing check ends an ejection too. The first check runs within two seconds after the endpoint appears.
     let held = host.client("held").start()?;
     let checked_at = format!("{}:83", held.ip()?);
     host.etcd()?.v3().put("/services/c/1", &checked_at)?;
@@ -96,7 +96,7 @@ fn changes_are_told_as_they_happen_and_to_so_many() -> Result<()> {
     host.etcd_daemon().start()?;
     told("source_back", &[("source", "etcd /services/blue")])?;
 
-    // One more than may listen is told so, and nobody who listens loses their place.
+    // One listener above the limit is refused, and the others stay connected.
     let mut many = host.command("/usr/bin/python3");
     many.args(["-c", LISTENERS]);
     let said = String::from_utf8(many.output()?.stdout)?;

@@ -45,7 +45,7 @@ fn it_tells_where_connections_go_and_what_they_moved() -> Result<()> {
     assert!(is_whole(&endpoint.figures), "{endpoint:#?}");
     assert_eq!(endpoint.figures.bytes_down, whole.items[0].figures.bytes_down);
 
-    // Who lives, and what it moved while it lives.
+    // The open connections, and their bytes so far.
     let held = hold(&app, "held", "172.17.0.1:81")?;
     let path = "/v1/connections?service=/services/greeter";
     let page = becomes(&embassy, path, "a connection", |page: &api::Page<api::Connection>| {
@@ -56,7 +56,7 @@ fn it_tells_where_connections_go_and_what_they_moved() -> Result<()> {
     assert_eq!(live.destination, "172.17.0.1:81");
     assert_eq!(live.endpoint, Some(format!("{}:80", greeter.ip()?)));
     assert!(live.connect_seconds < Some(live.age_seconds));
-    // What the server sees of it, and its log says, finds the consumer.
+    // The consumer can be found by the address that the server sees and logs.
     let of_server = ["-H", "-t", "-n", "state", "established", "sport", "=", ":80"];
     let seen = testbed::output(greeter.command("ss")?.args(of_server))?;
     let local = live.local.clone().expect("it is open");
@@ -95,7 +95,7 @@ fn it_tells_where_connections_go_and_what_they_moved() -> Result<()> {
     assert_eq!(status.vips, ["172.17.0.1"]);
     assert!(status.connections.started >= 3 && status.connections.bytes_down > 100_000);
 
-    // The counts of a route live as long as it does, whatever becomes of its endpoints.
+    // The counts of a route live as long as the route, whatever happens to its endpoints.
     let another = host.web("another").start()?;
     host.etcd()?.v3().put("/services/blue/two", &format!("{}:80", another.ip()?))?;
     let path = "/v1/routes?q=blue";
@@ -110,7 +110,7 @@ fn it_tells_where_connections_go_and_what_they_moved() -> Result<()> {
 fn it_explains_from_symptom_to_cause() -> Result<()> {
     let host = Host::light()?;
     let blue = web(&host, "blue")?;
-    // Nobody listens there.
+    // No program listens there.
     offer_at(&host, "half", &format!("{}:80", blue.ip()?))?;
     offer_at(&host, "half", &format!("{}:81", blue.ip()?))?;
     let app = host.client("app").env("BACKEND_BLUE", "/services/blue;80");
@@ -137,7 +137,7 @@ fn it_explains_from_symptom_to_cause() -> Result<()> {
         says_of(&good, &format!("goes to {endpoint}"));
     }
 
-    // Asking picks nothing: the one that nobody listens at is met by a real connection only.
+    // Explaining does not pick an endpoint: only a real connection meets the one without a listener.
     let answers = app.get("172.17.0.1:81").times(4).run()?;
     ensure!(answers.answered() == 4, "{answers:?}");
     says(&embassy, &["endpoint ejected", "refused"])?;
@@ -158,7 +158,7 @@ fn it_explains_from_symptom_to_cause() -> Result<()> {
     assert_eq!(nobody.verdict, Verdict::Broken);
     says_of(&nobody, "\"nobody\"");
 
-    // A source that is down is said, and its last answer used.
+    // A source that is down is reported, and its last answer is used.
     host.etcd_daemon().kill()?;
     let path = "/v1/explain?consumer=app&port=80";
     becomes(&embassy, path, "the source to be down", |explain: &api::Explain| {
@@ -193,7 +193,7 @@ fn it_explains_what_stands_in_the_way_whatever_the_service() -> Result<()> {
     let greeter = host.server("greeter", ["greet"]).start()?;
     offer_at(&host, "greeter", &format!("{}:80", greeter.ip()?))?;
     offer_at(&host, "self", "172.17.0.1:84")?;
-    // Its containers are on the wire beside this host, not behind it.
+    // Its containers are on the same wire as this host, not behind it.
     host.network("far", ["--driver=macvlan", "--opt=parent=eth0", "--subnet=10.83.0.0/24"])?;
     let asking = |name: &str| {
         let app = host.client(name).env("BACKEND_WEB", "/services/web;80");
@@ -237,7 +237,7 @@ fn it_explains_what_stands_in_the_way_whatever_the_service() -> Result<()> {
         "(too_many_of_consumer): holder has 1 connection open",
     )?;
     explains("app", 80, Verdict::Ok, "goes to")?;
-    // Two at a time are all that there may be.
+    // The limit is two connections.
     let _second = hold(&app, "second", "172.17.0.1:81")?;
     explains("app", 80, Verdict::Broken, "(too_many_connections): 2 connections are open")?;
     holder.remove()?;
@@ -251,7 +251,7 @@ fn it_explains_what_stands_in_the_way_whatever_the_service() -> Result<()> {
     explains("app", 80, Verdict::Ok, "goes to")?;
     embassy.kill()?;
 
-    // Under rules of the user's own the endpoint that is dialled itself gets nothing, and its neighbour all.
+    // With the user's own rules, the endpoint whose address is dialled gets nothing, and the other one everything.
     own_rules(&host)?;
     let embassy = host.embassy([ETCD, "--endpoints=172.16.0.0/12,172.17.0.1"])?;
     embassy.wait_ready(READY)?;
@@ -296,14 +296,14 @@ fn wrong_requests_are_told_what_is_wrong() -> Result<()> {
         assert_eq!(answer.status, status, "{path}");
         assert!(error.error.contains(words), "{path}: {error:?}");
     }
-    // A page whose name was made to lead here reads nothing; nobody changes anything without a token.
+    // A page whose name resolves to this host can read nothing. Nothing can be changed without a token.
     let mut curl = vec!["--silent", "--write-out", "%{http_code}", "--output", "/dev/null"];
     curl.extend(["--header", "Host: evil.example:9990"]);
     for (path, status) in
         [("/v1/status", "403"), ("/metrics", "403"), ("/healthz", "200"), ("/readyz", "200")]
     {
         let url = format!("http://127.0.0.1:9990{path}");
-        // Not ready without an answer from Consul, and that is told to everybody.
+        // Not ready without an answer from Consul. Every client may know that.
         let expected = if path == "/readyz" { "503" } else { status };
         assert_eq!(host.run("curl", [&curl[..], &[&url]].concat())?, expected, "{path}");
     }

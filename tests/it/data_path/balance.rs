@@ -1,4 +1,4 @@
-//! Who gets which endpoint, and what happens to those that do not answer.
+//! Which endpoint gets a connection, and what happens to endpoints that do not answer.
 
 use std::{thread, time::Duration};
 
@@ -60,15 +60,15 @@ fn leastconn_counts_the_connections_of_all_consumers() -> Result<()> {
     let held = OpenConnections::open(&one, "held", &vip(80), 10)?;
     assert_eq!(held.greetings()?, serde_json::json!({ "hello from old": 10 }));
     etcd.v3().put("/services/greet/new", &new)?;
-    // What connects here ends at once, and is not counted any more.
+    // A connection made here ends at once, and no longer counts.
     testbed::eventually(WAIT, "an answer of the new endpoint", || {
         let said = other.peer(["send", &vip(80), "--bytes", "0"])?;
         ensure!(said["answer"] == "hello from new\n", "{said}");
         Ok(())
     })?;
-    // Nothing tells of the end of its slow start.
+    // No event reports the end of its slow start.
     thread::sleep(Duration::from_millis(EndpointState::SLOW_START));
-    // This consumer has no connection to either; the other has ten to the old one.
+    // This consumer has no connection to either endpoint. The other consumer has ten to the old one.
     let more = OpenConnections::open(&other, "more", &vip(80), 10)?;
     assert_eq!(more.greetings()?, serde_json::json!({ "hello from new": 10 }));
     let even = OpenConnections::open(&other, "even", &vip(80), 10)?;
@@ -108,7 +108,7 @@ fn no_request_fails_while_one_endpoint_of_three_does() -> Result<()> {
     for (service, port) in services {
         let answers = app.get(vip(port)).times(1_000).at_once(8).run()?;
         assert_eq!((answers.answered(), answers.failed()), (1_000, 0), "{service}: {answers:?}");
-        // The two that serve take the turns of the third between them.
+        // The two working endpoints share the turns of the third.
         for name in ["web-1", "web-2"] {
             assert!(answers.from(name) >= 400, "{service}: {answers:?}");
         }

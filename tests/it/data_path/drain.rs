@@ -1,4 +1,4 @@
-//! The end of embassy while a thousand connections are at work.
+//! embassy ends while a thousand connections are busy.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ fn a_thousand_live_connections_end_whole_within_the_drain() -> Result<()> {
     })?;
     path.embassy.terminate()?;
     says(&path.embassy, &["waiting for connections to end", &format!("live={LIVE}")])?;
-    // All that end in time end whole, and then nothing is waited for.
+    // All that end in time end completely, and then embassy does not wait any more.
     let patience = Duration::from_secs(60);
     ensure!(live.wait(patience)?.success(), "{}", live.log());
     let log = live.log();

@@ -1,4 +1,4 @@
-//! How a connection ends on one side is how it ends on the other.
+//! The end of a connection on one side is passed on to the other side.
 
 use std::{
     fs,
@@ -41,7 +41,8 @@ fn a_reset_of_the_endpoint_is_a_reset_to_the_consumer() -> Result<()> {
     assert_eq!(path.app.probe(vip(1001))?.outcome, "reset");
     let bulk = path.peer("send", 1002, ["--bytes", "100000000"]).unwrap_err().to_string();
     ensure!(bulk.contains("reset by peer") || bulk.contains("Broken pipe"), "{bulk}");
-    // On a busy machine the first one may have come before the connection was seen to be open: a try that failed.
+    // On a busy machine the first reset may have arrived before the connection was seen as open. It counts as a failed
+    // attempt.
     testbed::eventually(WAIT, "two connections to have ended", || {
         let reset = ended(&path.embassy, "endpoint_reset")?;
         let unreachable = ended(&path.embassy, "endpoints_unreachable")?;
@@ -56,14 +57,14 @@ fn a_reset_of_the_consumer_is_a_reset_to_the_endpoint() -> Result<()> {
     path.peer("reset", 1001, ["--bytes", "1000"])?;
     logged(&path, "reset by peer")?;
     wait_ended(&path.embassy, "consumer_reset", 1)?;
-    // Nobody reads there: what was sent fills the buffers on the way, and still the reset is noticed.
+    // The endpoint does not read: the sent bytes fill all buffers on the way, and the reset is noticed nevertheless.
     let sent = path.peer("reset", 1002, ["--bytes", "1000000000"])?;
     ensure!(sent["sent"].as_u64().is_some_and(|sent| sent > 100_000), "{sent}");
     wait_ended(&path.embassy, "consumer_reset", 2)
 }
 
-/// The connection tracking entry of a half-closed connection, and the translation of its addresses with it, is dropped
-/// after 60 s of silence; see `KEEPALIVE` in the proxy's listener. This takes as long.
+/// Connection tracking removes the entry of a half-closed connection, and its address translation, after 60 s of silence
+/// (see `KEEPALIVE` in the proxy's listener). This test takes as long.
 #[test]
 fn a_half_closed_connection_outlives_the_patience_of_connection_tracking() -> Result<()> {
     let path = Path::new(&[(1001, "sink --delay-ms 75000"), (1002, "first-to-close")])?;
@@ -93,7 +94,7 @@ fn keepalive_asks_a_silent_peer_on_either_side() -> Result<()> {
     let held = OpenConnections::open(&path.app, "held", &vip(1001), 1)?;
     held.greetings()?;
     let (app, endpoint) = (path.app.ip()?.to_string(), format!("{}:1001", path.endpoints.ip()?));
-    // The endpoint's side is given it when the connection has lasted.
+    // The endpoint's side gets keepalive after the connection has lasted for some time.
     testbed::eventually(WAIT, "keepalive on both sides", || {
         let sockets = path.host.run("ss", ["-H", "-t", "-n", "-o", "state", "established"])?;
         for peer in [&app, &endpoint] {
@@ -109,8 +110,8 @@ fn keepalive_asks_a_silent_peer_on_either_side() -> Result<()> {
     })
 }
 
-/// Nothing passes between embassy and one peer any more, and nothing is sent to notice it by. The kernel's questions are made to
-/// come sooner than embassy asks for, on its own sockets: what is shown is what becomes of a connection when they fail.
+/// Nothing passes between embassy and one peer any more, and nothing is sent that would show it. The test makes the
+/// keepalive of embassy's own sockets faster: it tests what happens to a connection when keepalive fails.
 #[test]
 fn a_silent_peer_is_found_by_keepalive_and_the_other_side_is_told() -> Result<()> {
     let roles = [1001, 1002, 1004].map(|port| (port, "greet"));
@@ -123,7 +124,7 @@ fn a_silent_peer_is_found_by_keepalive_and_the_other_side_is_told() -> Result<()
     let of_consumer = open("of-consumer", 1001)?;
     let of_endpoint = open("of-endpoint", 1002)?;
     let of_nobody = open("of-nobody", 1004)?;
-    // Half-closed, it keeps its task; the others lose theirs.
+    // A half-closed connection keeps its task. The others do not.
     let send = ["testbed", "peer", "send", &vip(1003), "--bytes", "10"];
     let half_closed = path.app.spawn("half-closed", send)?;
     testbed::eventually(WAIT, "the idle connections to be parked", || {
@@ -154,7 +155,7 @@ fn a_silent_peer_is_found_by_keepalive_and_the_other_side_is_told() -> Result<()
     for socket in sockets(&path)? {
         ensure!(SockRef::from(&socket).keepalive()?, "keepalive is on");
         SockRef::from(&socket).set_tcp_keepalive(&soon)?;
-        // With it the kernel looks at the time that has passed, and not at the number of questions.
+        // With this option the kernel uses the elapsed time, and not the number of probes.
         SockRef::from(&socket).set_tcp_user_timeout(Some(4 * second))?;
     }
     wait_ended(&path.embassy, "consumer_reset", 1)?;
@@ -170,24 +171,24 @@ fn a_silent_peer_is_found_by_keepalive_and_the_other_side_is_told() -> Result<()
         Ok(())
     })?;
     ensure!(!half_closed.wait(WAIT)?.success(), "{}", half_closed.log());
-    // The endpoint was told of the consumer's end: it has nothing left of that connection.
+    // The endpoint learned of the consumer's end: it has no socket of that connection left.
     let mut left = path.endpoints.command("ss")?;
     left.args(["-H", "-t", "-n", "state", "connected", "sport", "=", ":1001"]);
     assert_eq!(testbed::output(&mut left)?, "");
-    // Who answers stays, however often it was asked.
+    // A peer that answers stays, however often it was probed.
     assert_eq!(of_nobody.ended()?, []);
     assert_eq!(metric(&path.embassy, "embassy_connections_active")?, 1);
-    // It was told, and cannot hear it.
+    // It was reset, but cannot receive that.
     assert_eq!(of_consumer.ended()?, []);
     Ok(())
 }
 
-/// The kernel of embassy's host has acknowledged what the consumer sent: nobody but embassy can notice that the endpoint has not.
+/// The kernel of embassy's host has acknowledged what the consumer sent. Only embassy can notice that the endpoint has not.
 #[test]
 fn an_endpoint_that_acknowledges_nothing_is_given_up() -> Result<()> {
     let path = Path::with(&["--user-timeout=5s"], &[(1001, "greet"), (1002, "greet")])?;
     let go = path.host.dir().join("go");
-    // It says something once the endpoint is silent, and waits for the answer.
+    // It sends something once the endpoint is silent, and waits for the answer.
     let script = format!(
         "exec 3<>/dev/tcp/172.17.0.1/1001; head -n1 <&3; while ! [ -e {} ]; do sleep 0.1; done
         echo question >&3; cat <&3; echo \"cat: $?\"",
@@ -225,7 +226,7 @@ fn an_endpoint_that_acknowledges_nothing_is_given_up() -> Result<()> {
         Ok(())
     })?;
     wait_ended(&path.embassy, "endpoint_reset", 1)?;
-    // Who is silent because there is nothing to say stays.
+    // A connection that is silent because nothing is to be sent stays open.
     assert_eq!(idle.ended()?, []);
     Ok(())
 }
@@ -239,7 +240,7 @@ fn sockets(path: &Path) -> Result<Vec<OwnedFd>> {
     let mut sockets = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let number = entry?.file_name().to_string_lossy().parse()?;
-        // It may be gone, or be no socket.
+        // It may be gone, or not be a socket.
         let Ok(socket) = pidfd_getfd(&embassy, number, PidfdGetfdFlags::empty()) else { continue };
         let peer = SockRef::from(&socket).peer_addr().ok().and_then(|peer| peer.as_socket());
         if peer.is_some_and(|peer| peers.contains(&peer.ip().to_canonical())) {
@@ -249,8 +250,8 @@ fn sockets(path: &Path) -> Result<Vec<OwnedFd>> {
     Ok(sockets)
 }
 
-/// How many sockets are in the sets of those that wait without a task: they are watched for EPOLLIN and EPOLLRDHUP (with
-/// the kernel's own EPOLLERR and EPOLLHUP), as a state and not for changes.
+/// Number of sockets that wait without a task in epoll sets: they are watched for EPOLLIN and EPOLLRDHUP (and always
+/// EPOLLERR and EPOLLHUP), level-triggered.
 fn parked(embassy: &Embassy) -> Result<usize> {
     let mut parked = 0;
     for entry in fs::read_dir(format!("/proc/{}/fdinfo", embassy.pid()))? {
@@ -262,7 +263,7 @@ fn parked(embassy: &Embassy) -> Result<usize> {
     Ok(parked)
 }
 
-/// Waits until a server printed this.
+/// Waits until a server has printed this.
 fn logged(path: &Path, text: &str) -> Result<()> {
     testbed::eventually(WAIT, &format!("{text:?} in the servers' log"), || {
         let log = path.endpoints.log()?;

@@ -1,4 +1,4 @@
-//! Connections and descriptors run out.
+//! The limits for connections and descriptors are reached.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ fn without_descriptors_accepting_slows_down_and_recovers() -> Result<()> {
     let live = format!("duplex --bytes {BYTES} --seed 1");
     let path = Path::new(&[(1001, "greet --name joe"), (1002, &live)])?;
     let target = vip(1002);
-    // It lasts from before the shortage until after it.
+    // It starts before the shortage and ends after it.
     let words = ["duplex", &target, "--bytes", BYTES, "--seed", "1", "--rate", "4000000"];
     let live = path.app.spawn("live", ["testbed", "peer"].into_iter().chain(words))?;
     let holder = path.host.client("holder").env("BACKEND_G", "/services/1001;1001").start()?;
@@ -41,7 +41,7 @@ fn without_descriptors_accepting_slows_down_and_recovers() -> Result<()> {
     let held = OpenConnections::open(&holder, "held", &vip(1001), 50)?;
     assert_eq!(held.greetings()?, serde_json::json!({ "hello from joe": 50 }));
 
-    // Two connections more, and no descriptor is left.
+    // Two more connections use up all descriptors.
     let limit = open_descriptors(&path.embassy)? + 5;
     set_limit(&path.embassy, limit)?;
     let waiting = OpenConnections::open(&path.app, "waiting", &vip(1001), 20)?;
@@ -51,7 +51,7 @@ fn without_descriptors_accepting_slows_down_and_recovers() -> Result<()> {
     })?;
     spins_not(&path.embassy)?;
 
-    // Those that end make room for those that wait; no descriptor was given back otherwise.
+    // Connections that end make room for those that wait. No descriptor became free otherwise.
     assert_eq!(held.ended()?, []);
     holder.kill()?;
     let greetings = waiting.greetings()?;
@@ -66,12 +66,12 @@ fn without_descriptors_accepting_slows_down_and_recovers() -> Result<()> {
     wait_ended(&path.embassy, "endpoint_reset", 0)
 }
 
-/// Every consumer's connection to an endpoint has embassy's address, and a port of its own.
+/// Every consumer's connection to an endpoint has embassy's address, and its own source port.
 #[test]
 fn source_ports_that_run_out_are_said_with_what_helps() -> Result<()> {
     let path = Path::new(&[(1001, "greet --name joe")])?;
     path.host.run("sh", ["-c", "echo 40000 40009 >/proc/sys/net/ipv4/ip_local_port_range"])?;
-    // The last one waits for a port, in vain.
+    // The last one gets no port.
     let _held = OpenConnections::open(&path.app, "held", &vip(1001), 11)?.greetings()?;
     says(&path.embassy, &["this host cannot open a connection", "ip_local_port_range"])?;
     ensure!(ended(&path.embassy, "local_error")? > 0);
@@ -91,7 +91,7 @@ fn open_descriptors(embassy: &Embassy) -> Result<usize> {
     Ok(std::fs::read_dir(format!("/proc/{}/fd", embassy.pid()))?.count())
 }
 
-/// Sets the limit that counts, of a process that runs.
+/// Sets the soft limit of a running process.
 fn set_limit(embassy: &Embassy, descriptors: usize) -> Result<()> {
     let mut prlimit = std::process::Command::new("prlimit");
     prlimit.arg(format!("--pid={}", embassy.pid())).arg(format!("--nofile={descriptors}:"));

@@ -1,4 +1,4 @@
-//! More than there is room for: what is asked of embassy, of its endpoints, and of its memory.
+//! Overload of embassy, of its endpoints, and of its memory.
 
 use std::fs;
 
@@ -28,7 +28,7 @@ fn ten_times_more_connections_than_endpoints_take_disturb_nobody_else() -> Resul
     assert!((1..=ROOM as u64).contains(&greeted), "{greeted} greeted");
     assert!(ended(&path.embassy, "endpoints_unreachable")? > 0, "nobody was turned away");
 
-    // Room again, and whoever took no more takes some.
+    // There is room again, and new connections are accepted.
     crowd.kill()?;
     testbed::eventually(WAIT, "a greeting after the crowd", || {
         let outcome = path.app.probe(vip(1001))?.outcome;
@@ -78,7 +78,7 @@ fn what_a_slow_reader_has_not_read_is_not_kept_here() -> Result<()> {
         Ok(value.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
     };
     let before = bytes("VmRSS:")?;
-    // From now on the peak is counted anew (man 5 proc_pid_clear_refs).
+    // Resets the peak (man 5 proc_pid_clear_refs).
     fs::write(format!("{process}/clear_refs"), "5")?;
     let received = path.peer("recv", 1001, ["--rate", "20000000"])?;
     assert_eq!(received["received"]["bytes"].to_string(), BYTES.to_string());

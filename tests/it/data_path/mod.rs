@@ -1,4 +1,4 @@
-//! The data path, from a consumer in a container to an endpoint in another.
+//! The data path, from a consumer in a container to an endpoint in another one.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -20,8 +20,8 @@ mod takeover;
 mod transfer;
 mod workers;
 
-/// A host with one consumer, `app`, and one container of endpoints. Each role is a server on a port of its own, is
-/// registered as a service, and bound to the same port.
+/// A host with one consumer, `app`, and one container of endpoints. Each role is a server on its own port, registered as a
+/// service, and bound to the same port.
 struct Path {
     app: Container,
     endpoints: Container,
@@ -34,7 +34,7 @@ impl Path {
         Self::with(&[], roles)
     }
 
-    /// With further flags of embassy's.
+    /// With further flags of embassy.
     fn with(flags: &[&str], roles: &[(u16, &str)]) -> Result<Self> {
         Self::on(Host::light()?, flags, roles)
     }
@@ -59,7 +59,7 @@ impl Path {
         Ok(Self { app, endpoints, embassy, host })
     }
 
-    /// A command of `app`'s with `HOST:PORT` for its second word.
+    /// Runs a peer in `app`, with `HOST:PORT` as its second word.
     fn peer<const N: usize>(&self, role: &str, port: u16, rest: [&str; N]) -> Result<Value> {
         let target = vip(port);
         let words = ["testbed", "peer", role, &target].into_iter().chain(rest);
@@ -68,17 +68,17 @@ impl Path {
     }
 }
 
-/// The service of a role of [`Path`].
+/// The service name of a role of [`Path`].
 fn service(port: u16) -> String {
     format!("/services/{port}")
 }
 
-/// Where a consumer dials.
+/// The address to which a consumer connects.
 fn vip(port: u16) -> String {
     format!("172.17.0.1:{port}")
 }
 
-/// Waits until there is somebody at an address.
+/// Waits until a program listens at an address.
 fn listens(from: &Container, address: &str) -> Result<()> {
     testbed::eventually(WAIT, &format!("a server at {address}"), || {
         let probe = from.peer(["probe", address, "--wait-ms", "1"])?;
@@ -87,12 +87,12 @@ fn listens(from: &Container, address: &str) -> Result<()> {
     })
 }
 
-/// How many connections ended so.
+/// The number of connections with this outcome.
 fn ended(embassy: &Embassy, outcome: &str) -> Result<u64> {
     metric(embassy, &format!("embassy_connections_total{{outcome=\"{outcome}\"}}"))
 }
 
-/// Waits until so many connections ended so.
+/// Waits until this many connections have this outcome.
 fn wait_ended(embassy: &Embassy, outcome: &str, count: u64) -> Result<()> {
     testbed::eventually(WAIT, &format!("{count} times the outcome {outcome}"), || {
         let now = ended(embassy, outcome)?;
@@ -101,17 +101,17 @@ fn wait_ended(embassy: &Embassy, outcome: &str, count: u64) -> Result<()> {
     })
 }
 
-/// Connections that a consumer holds open.
+/// Open connections of a consumer.
 struct OpenConnections(Process);
 
 impl OpenConnections {
-    /// Opens `count` of them to a server that greets.
+    /// Opens `count` of them to a server that sends a greeting.
     fn open(app: &Container, name: &str, target: &str, count: usize) -> Result<Self> {
         let count = count.to_string();
         Ok(Self(app.spawn(name, ["testbed", "peer", "hold", target, "-n", &count])?))
     }
 
-    /// How many were greeted by whom, once all were tried.
+    /// The number of greetings from each server, once all connections were tried.
     fn greetings(&self) -> Result<Value> {
         testbed::eventually(WAIT, "the greetings", || {
             let all = self.said("greetings")?;
@@ -119,7 +119,7 @@ impl OpenConnections {
         })
     }
 
-    /// How those that ended did, with their greetings.
+    /// How connections ended, with their greetings.
     fn ended(&self) -> Result<Vec<(String, String)>> {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let all = self.said("ended")?;
@@ -128,7 +128,7 @@ impl OpenConnections {
 
     fn said(&self, key: &str) -> Result<Vec<Value>> {
         let log = self.0.log();
-        // The last line may still be in the making.
+        // The last line may be incomplete.
         let whole = log.rfind('\n').map_or("", |end| &log[..end]);
         let lines = whole
             .lines()
@@ -138,7 +138,7 @@ impl OpenConnections {
     }
 }
 
-/// What a peer writes of a transfer.
+/// A peer's line about a transfer.
 fn line(sum: &Value) -> String {
     format!("{} {}\n", sum["bytes"], sum["sha256"].as_str().unwrap_or_default())
 }

@@ -1,4 +1,4 @@
-//! A connection that means no route is reset at once, counted by reason, and leaves nothing behind.
+//! A connection without a route is reset at once, counted by reason, and leaves nothing behind.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use testbed::{Container, Embassy, Host};
 use super::{ETCD, ended, vip, wait_ended};
 use crate::{READY, WAIT};
 
-/// Not a VIP, but a rule that is not ours brings it to our port.
+/// Not a VIP, but another program's rule redirects it to our port.
 const FOREIGN: &str = "10.9.9.9:80";
 
 #[test]
@@ -29,7 +29,7 @@ fn what_means_no_route_is_reset_and_counted_and_leaks_nothing() -> Result<()> {
     ] {
         host.run("nft", [rule])?;
     }
-    // An address that Docker did not give.
+    // An address that Docker did not assign.
     for change in ["address flush dev eth0", "address add 172.17.200.1/16 dev eth0"] {
         testbed::output(stranger.command("ip")?.args(change.split(' ')))?;
     }
@@ -51,12 +51,12 @@ fn what_means_no_route_is_reset_and_counted_and_leaks_nothing() -> Result<()> {
         assert_eq!(ended(&embassy, reason)?, before + 1, "{reason}");
     }
 
-    // What was not captured does not reach embassy at all.
+    // A connection that was not captured does not reach embassy.
     let direct = app.probe(format!("{}:9999", testbed::HOST_ADDRESS))?;
     assert_eq!(direct.outcome, "refused");
     assert_eq!(ended(&embassy, "direct_dial")?, 0);
 
-    // What each worker opens once, at its first such connections, is no leak.
+    // What each worker opens once, at its first such connections, is not a leak.
     for (_, from, target, _) in &refusals {
         from.get(target).times(100).at_once(8).run()?;
     }
@@ -118,7 +118,7 @@ fn an_endpoint_that_leads_back_to_us_is_not_dialled() -> Result<()> {
     let file = host.dir().join("services.toml");
     let services = format!("[[service]]\nname = \"web\"\nendpoints = [\"{VIP}:80\"]\n");
     std::fs::write(&file, services)?;
-    // A rule of the user's own, which captures what embassy sends too.
+    // A user's own rule, which captures embassy's connections too.
     let rule = ["-t", "nat", "-I", "OUTPUT", "-p", "tcp", "-d", VIP, "-j", "REDIRECT"];
     host.run("iptables", [&rule[..], &["--to-ports", "9999"]].concat())?;
     let discovery = format!("-discovery=file://{}", file.display());

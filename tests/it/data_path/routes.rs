@@ -1,4 +1,4 @@
-//! Connections and the routes and endpoints that they belong to.
+//! Connections, and their routes and endpoints.
 
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ fn a_consumer_that_stops_takes_its_connections_and_its_route_along() -> Result<(
     Ok(())
 }
 
-/// As the pause containers of Nomad and Kubernetes are: the engine gave it no address, and another program did.
+/// As pause containers of Nomad and Kubernetes: another program than the engine assigned the address.
 #[test]
 fn a_container_to_which_the_engine_gave_no_address_is_served_at_the_one_that_it_has() -> Result<()>
 {
@@ -41,9 +41,9 @@ fn a_container_to_which_the_engine_gave_no_address_is_served_at_the_one_that_it_
     reaches(&late, vip(80), "red")?;
     let skipped = r#"embassy_skipped_total{what="binding"}"#;
     ensure!(metric(&embassy, skipped)? == 0, "they are served");
-    // What nobody can serve is told of, and counted.
+    // A container that cannot be served is reported and counted.
     late.exec(["ip", "addr", "flush", "dev", "eth0"])?;
-    // An engine inside a container has a docker0 of its own, which is not this host's.
+    // An engine inside a container has its own docker0, which is not this host's.
     late.exec(["ip", "addr", "add", "172.17.0.1/32", "dev", "eth0"])?;
     counts(&embassy, skipped, 1)?;
     let host_is = embassy.admin("/v1/explain?consumer=172.17.0.1&port=80")?.body;
@@ -53,7 +53,7 @@ fn a_container_to_which_the_engine_gave_no_address_is_served_at_the_one_that_it_
     reaches(&early, vip(80), "red")
 }
 
-/// It can send neither an end nor a reset.
+/// The consumer can send neither an end nor a reset.
 #[test]
 fn the_connections_of_a_consumer_that_loses_its_address_are_reset() -> Result<()> {
     let path = Path::on(Host::start()?, &[], &[(1001, "greet --name joe")])?;

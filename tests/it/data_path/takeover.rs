@@ -1,4 +1,5 @@
-//! A new embassy takes over from the running one: nothing ends, and one of the two serves whatever happens to either.
+//! A new embassy takes over from the running one: no connection ends, and one of the two serves whatever happens to the
+//! other one.
 //!
 //! `TAKEOVERS=20 IDLE=9000 cargo test --release --test it every_connection_lives -- --nocapture` prints the figures.
 
@@ -21,7 +22,7 @@ use crate::{
     support::{ETCD, counts, reaches, restored, says, sum},
 };
 
-/// The flags of an embassy whose state the test can reach, and the folder of that.
+/// The folder for the state of an embassy, which the test can access.
 struct State(tempfile::TempDir);
 
 impl State {
@@ -33,7 +34,7 @@ impl State {
         format!("--state-dir={}", self.0.path().display())
     }
 
-    /// Where the running embassy is asked for a takeover.
+    /// The socket at which the running embassy accepts a takeover.
     fn socket(&self) -> Result<PathBuf> {
         let all = fs::read_dir(self.0.path())?.map(|entry| Ok(entry?.path()));
         let all: Vec<_> = all.collect::<Result<_>>()?;
@@ -42,7 +43,7 @@ impl State {
     }
 }
 
-/// Connections that idle, one that speaks on and on, and new ones all the time.
+/// Idle connections, one in constant use, and new ones all the time.
 struct Load {
     idle: OpenConnections,
     idle_count: usize,
@@ -68,7 +69,7 @@ impl Load {
         let (target, count) = (vip(1001), idle_count.to_string());
         let words = ["testbed", "peer", "hold", &target, "-n", &count, "-c", "8"];
         let idle = OpenConnections(path.app.spawn(&format!("idle-{name}"), words)?);
-        // Thousands take longer than one look waits.
+        // Thousands of connections take longer than one wait.
         let greetings = (0..10).find_map(|_| idle.greetings().ok()).context("no greetings")?;
         assert_eq!(greetings, serde_json::json!({ "hello from joe": idle_count }));
         let live = path.app.live(&format!("live-{name}"), vip(80))?;
@@ -101,7 +102,7 @@ fn successor(host: &Host, flags: &[&str]) -> Result<Embassy> {
     host.embassy(["--dnat", ETCD, "--takeover"].iter().chain(flags))
 }
 
-/// The new one serves, and the old one has ended well.
+/// Checks that the new one serves, and that the old one has ended without an error.
 fn replaces(new: &Embassy, old: &Embassy) -> Result<()> {
     new.wait_ready(READY)?;
     let status = old.wait(WAIT)?;
@@ -109,7 +110,7 @@ fn replaces(new: &Embassy, old: &Embassy) -> Result<()> {
     Ok(())
 }
 
-/// How long connections stood still in the last takeover, in milliseconds, as the new process says.
+/// The pause of the connections in the last takeover, in ms, as logged by the new process.
 fn pause(log: &str) -> Option<u64> {
     let line = log.lines().rfind(|line| line.contains("took over from the running embassy"))?;
     let (_, rest) = line.split_once("pause_ms=")?;
@@ -132,7 +133,7 @@ fn every_connection_lives_through_takeovers() -> Result<()> {
     let path = Path::with(&flags, &roles)?;
     let Path { app, host, embassy, .. } = &path;
     let load = Load::start(&path, "load", idle)?;
-    // One request a second on each of many connections.
+    // One request per second on each of many connections.
     let end = host.dir().join("beats.end");
     let target = vip(80);
     let mut beats = app.command(testbed::testbed_program()?)?;
@@ -184,8 +185,8 @@ fn every_connection_lives_through_takeovers() -> Result<()> {
     Ok(())
 }
 
-/// Either process is killed at each step. One that is killed while it stands still takes what it has not handed over yet with it;
-/// after that nothing is lost.
+/// Either process is killed at each step. The connections that a frozen process has not handed over yet are lost with it.
+/// After that nothing is lost.
 #[test]
 fn a_process_that_is_killed_in_the_middle_leaves_one_that_serves() -> Result<()> {
     let state = State::new()?;
@@ -242,7 +243,7 @@ fn a_process_that_is_killed_in_the_middle_leaves_one_that_serves() -> Result<()>
     Ok(())
 }
 
-/// Speaks with the running embassy as a new one would, up to some step. What it was sent.
+/// Speaks with the running embassy like a new one, up to some step. Records what it receives.
 struct Peer {
     channel: Channel,
     received: Vec<Message>,
@@ -256,7 +257,7 @@ impl Peer {
         Ok(Self { channel, received: Vec::new(), descriptors: Vec::new() })
     }
 
-    /// Until so many messages have come, or the end of them.
+    /// Receives this many messages, or all of them.
     async fn receive(&mut self, most: usize) -> Result<()> {
         self.channel.send(&Message::Freeze, &[], &[]).await?;
         while self.received.len() < most {
@@ -297,7 +298,7 @@ fn whoever_asks_and_does_not_commit_changes_nothing() -> Result<()> {
             peer.receive(most).await?;
             drop(peer);
         }
-        // One that says what it must not, and one that says nothing more.
+        // One that sends a forbidden message, and one that stops sending.
         let mut peer = Peer::greet(&state, VERSION).await?;
         peer.receive(usize::MAX).await?;
         peer.channel.send(&Message::End, &[], &[]).await?;
@@ -319,7 +320,7 @@ fn whoever_asks_and_does_not_commit_changes_nothing() -> Result<()> {
     replaces(&new, &path.embassy)
 }
 
-/// It gets what never changes, and the old process drains what it has.
+/// It gets what is the same in all versions, and the old process drains its connections.
 #[test]
 fn a_process_of_another_version_gets_the_listeners_and_the_rest_is_drained() -> Result<()> {
     let state = State::new()?;
@@ -340,7 +341,7 @@ fn a_process_of_another_version_gets_the_listeners_and_the_rest_is_drained() -> 
         anyhow::Ok(peer)
     })?
     .with_context(|| path.embassy.log())?;
-    // It serves no new ones, and the old ones until the drain is over or a signal comes.
+    // The old process serves no new connections. It serves the old ones until the drain is over or a signal arrives.
     assert_eq!(live.stop()?.failed(), 0);
     assert_eq!(idle.ended()?, []);
     path.embassy.terminate()?;
@@ -430,14 +431,14 @@ fn rules_of_iptables_are_taken_over_too() -> Result<()> {
     assert_eq!(metric(&now, "embassy_takeovers_total")?, 2);
     assert_eq!(restored(&now)?, 0, "nobody else has written them");
     load.ends_unharmed("iptables")?;
-    // Another firewall is another start.
+    // Another firewall backend needs a normal start.
     let other = successor(&path.host, &[&flag, "--firewall=nft"])?;
     assert_eq!(other.wait(READY)?.code(), Some(1));
     says(&now, &["the running embassy writes its rules by iptables, and this one by nft"])?;
     reaches(&path.app, vip(80), "web")
 }
 
-/// Two ask at once: one of them serves in the end, and the other has ended or has taken over from that one.
+/// Two take over at the same time: in the end one of them serves, and the other has ended or has taken over from it.
 #[test]
 fn of_two_that_take_over_at_once_one_serves() -> Result<()> {
     let state = State::new()?;

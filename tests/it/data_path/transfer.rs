@@ -1,11 +1,11 @@
-//! Bytes arrive as they were sent.
+//! Bytes arrive unchanged.
 
 use anyhow::Result;
 
 use super::{Path, line, vip};
 
 const BYTES: &str = "200000000";
-/// Slow beside what the relay moves, so that every buffer on the way fills up.
+/// Slower than the relay, so that all buffers on the way fill up.
 const SLOW: &str = "40000000";
 
 #[test]
@@ -37,7 +37,7 @@ fn bulk_both_ways_at_once_is_whole_while_one_side_is_slow() -> Result<()> {
     for (port, rate) in [(1001, SLOW), (1002, "0")] {
         let said = path.peer("duplex", port, ["--bytes", BYTES, "--seed", "1", "--rate", rate])?;
         assert_eq!(said["sent"]["bytes"].to_string(), BYTES);
-        // Both send the same.
+        // Both sides send the same.
         assert_eq!(said["received"], said["sent"]);
         assert_eq!(said["answer"], line(&said["sent"]));
     }

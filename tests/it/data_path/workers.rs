@@ -1,4 +1,5 @@
-//! More workers than this machine may have processors: the data path in process, in a network namespace of its own.
+//! More workers than this machine may have processors: the data path within the test's process, in its own network
+//! namespace.
 
 use std::{
     collections::BTreeSet,
@@ -63,7 +64,7 @@ async fn inside() -> Result<()> {
     );
     testbed::output(Command::new("nft").arg(rule))?;
 
-    // One after the other: the endpoint's queue is short.
+    // One after the other, because the endpoint's queue is short.
     let mut clients = Vec::new();
     for n in 0..CONNECTIONS as u32 {
         let mut client = dial()?;
@@ -82,7 +83,7 @@ async fn inside() -> Result<()> {
     assert_eq!((live.len(), figures.live()), (CONNECTIONS, CONNECTIONS));
     let open = [ConnectionState::Running, ConnectionState::Parked];
     assert!(live.iter().all(|one| open.contains(&one.state)), "{live:?}");
-    // Each by its hash: that a worker has none of so many is out of the question.
+    // Workers are chosen by a hash. With so many connections, no worker has none.
     let workers: BTreeSet<_> = live.iter().map(|one| one.id.0).collect();
     assert_eq!(workers.len(), WORKERS);
     let all = 4 * CONNECTIONS as u64;
@@ -97,7 +98,7 @@ async fn inside() -> Result<()> {
         let error = client.read(&mut [0]).err().context("not reset")?;
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     }
-    // The client may hear of it before it is counted.
+    // The client may see the end before it is counted.
     let deadline = Instant::now() + WAIT;
     while figures.live() > 0 && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -108,7 +109,7 @@ async fn inside() -> Result<()> {
     Ok(())
 }
 
-/// A connection of the app's to the VIP.
+/// Connects from the app to the VIP.
 fn dial() -> Result<TcpStream> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.bind(&SocketAddr::from((APP, 0)).into())?;
@@ -118,7 +119,7 @@ fn dial() -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// A server that sends back what it gets.
+/// A server that sends back what it receives.
 fn echo() -> Result<Endpoint> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let endpoint = Endpoint(listener.local_addr()?);
@@ -133,7 +134,7 @@ fn echo() -> Result<Endpoint> {
     Ok(endpoint)
 }
 
-/// With the app and this endpoint, or without either.
+/// A table with the app and this endpoint, or with neither.
 fn table(before: &Table, endpoint: Option<Endpoint>) -> Result<Table> {
     let binding =
         Binding { origin: "BACKEND_A".into(), descriptor: format!("redis;{PORT}").parse()? };

@@ -22,7 +22,7 @@ impl<'a> Cluster<'a> {
         Ok(cluster)
     }
 
-    /// Starts a member (again), with what it stored.
+    /// Starts a member, with its stored data.
     fn run(&mut self, n: usize) -> Result<()> {
         let client = |n: usize| format!("http://127.0.0.1:2{}79", n + 3);
         let peer = |n: usize| format!("http://127.0.0.1:2{}80", n + 3);
@@ -43,7 +43,7 @@ impl<'a> Cluster<'a> {
         self.members[n].take().map_or(Ok(()), |member| member.kill())
     }
 
-    /// Waits until a majority does.
+    /// Waits until a majority answers.
     fn answers(&self) -> Result<()> {
         testbed::eventually(3 * WAIT, "the cluster to answer", || self.ctl(&["get", "x"]).map(drop))
     }
@@ -58,7 +58,7 @@ impl<'a> Cluster<'a> {
         testbed::eventually(WAIT, "a delete", || self.ctl(&del).map(drop))
     }
 
-    /// The number of the member that leads.
+    /// The number of the leading member.
     fn leader(&self) -> Result<usize> {
         for n in 0..3 {
             let one = format!("127.0.0.1:2{}79", n + 3);

@@ -1,4 +1,4 @@
-//! An engine that does not answer, or keeps things to itself.
+//! An engine that does not answer, or withholds events or lists.
 
 use std::{
     io::{Read, Write},
@@ -82,7 +82,7 @@ fn what_starts_during_a_long_listing_is_known_however_much_happens_meanwhile() -
     host.run("sh", ["-ec", rename])?;
     way.keeps_lists.store(false, SeqCst);
     embassy.wait_ready(READY)?;
-    // Before it has dialled, which would have it looked for.
+    // Before it has connected, which would cause a look for it.
     counts(&embassy, "embassy_routes", 1)
 }
 
@@ -113,7 +113,7 @@ fn an_engine_whose_events_are_silent_hides_no_end_and_no_first_connection() -> R
     Ok(())
 }
 
-/// A way to the engine on which things can be kept back.
+/// A proxy to the engine that can withhold answers.
 struct Way {
     path: PathBuf,
     keeps_events: Arc<AtomicBool>,
@@ -134,7 +134,7 @@ impl Way {
             listed: Arc::default(),
         };
         let flags = [way.keeps_events.clone(), way.keeps_lists.clone(), way.listed.clone()];
-        // It ends with the process of the test.
+        // The thread ends with the test's process.
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let _ = pass(client, &engine, flags.clone());
@@ -148,7 +148,7 @@ impl Way {
     }
 }
 
-/// Passes a connection's bytes both ways, but for what is kept back.
+/// Passes a connection's bytes both ways, except what is withheld.
 fn pass(client: UnixStream, engine: &Path, flags: [Arc<AtomicBool>; 3]) -> std::io::Result<()> {
     let [keeps_events, keeps_lists, listed] = flags;
     let engine = UnixStream::connect(engine)?;

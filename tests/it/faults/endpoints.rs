@@ -1,4 +1,4 @@
-//! Endpoints that fail while others do not.
+//! Some endpoints fail while others work.
 
 use std::time::Instant;
 
@@ -13,7 +13,7 @@ use crate::{
 
 const REQUESTS: usize = 10_000;
 
-/// Two web servers and a third endpoint of `/services/web`, and who asks for it with these options.
+/// Two web servers and a third endpoint of `/services/web`, and a consumer with these options.
 struct Scene {
     webs: [Container; 2],
     third: Container,
@@ -33,7 +33,7 @@ fn scene(options: &str, path: &str) -> Result<Scene> {
     Ok(Scene { webs, third, app, embassy })
 }
 
-/// Takes every packet to a container away without a word, or no more.
+/// Drops all packets to a container silently, or stops doing so.
 fn black_hole(container: &Container, on: bool) -> Result<()> {
     let change: &[&str] = if on {
         &[
@@ -49,7 +49,8 @@ fn black_hole(container: &Container, on: bool) -> Result<()> {
     Ok(())
 }
 
-/// However long it took: those that were under way when it was found out, and a probe at a time since.
+/// Checks that few attempts failed, however long the fault lasted: those that were running when it was noticed, and one
+/// probe at a time since.
 fn few_met_it(embassy: &Embassy) -> Result<()> {
     let failures = sum(embassy, "embassy_endpoint_connect_failures_total")?;
     ensure!((1..50).contains(&failures), "{failures} tries failed");
@@ -135,7 +136,7 @@ on_each_path! {
     }
 }
 
-/// A connect that loses a packet is slow, and no more: with one endpoint, and where the others of several are down.
+/// A connect that loses a packet is slow but works: with one endpoint, and if all other endpoints are down.
 #[test]
 fn a_lost_packet_of_a_connect_is_no_failure() -> Result<()> {
     const CONNECTS: usize = 100;

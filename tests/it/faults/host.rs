@@ -1,4 +1,4 @@
-//! The host fails: connection tracking is full, the clock jumps.
+//! Faults of the host: the connection tracking table is full, the clock jumps.
 
 use std::{
     fs,
@@ -18,10 +18,10 @@ use crate::{
     support::{ETCD, counts, metric, offer, reaches, says, spins_not, web},
 };
 
-/// The first packet of each new connection to these is dropped, as the kernel does while its table is full; what is known already
-/// passes. For a table that has room for some.
+/// Drops the first packet of each new connection to these addresses, as the kernel does while its table is full; known
+/// connections pass. Simulates a table with room for some entries.
 fn tracking_is_nearly_full(host: &Host, to: &[String]) -> Result<()> {
-    // Before address translation, right behind connection tracking.
+    // Before address translation, directly after connection tracking.
     let chain = "{ type filter hook prerouting priority -150; }";
     let own = "{ type filter hook output priority -150; }";
     host.run(
@@ -40,15 +40,15 @@ fn tracking_is_nearly_full(host: &Host, to: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// An address of the range for benchmarks (RFC 2544), whose entries fill the table.
+/// An address of the benchmark range (RFC 2544), whose entries fill the table.
 const FILLER: &str = "198.19.0.1";
 
-/// Fills the table with entries that the kernel keeps when it needs room, to the limit: that is the machine's, and each network
-/// namespace counts for itself.
+/// Fills the table up to its limit with entries that the kernel does not evict. The limit is machine-wide, but each network
+/// namespace counts its own entries.
 fn fill_tracking(host: &Host) -> Result<()> {
-    // These it would give up for a new connection.
+    // The kernel would evict these for a new connection.
     for state in ["TIME_WAIT", "CLOSE", "FIN_WAIT", "CLOSE_WAIT", "LAST_ACK"] {
-        // Fails where there are none.
+        // Fails if there are none.
         let _ = host.run("conntrack", ["-D", "-p", "tcp", "--state", state]);
     }
     let limit: u32 =
@@ -64,7 +64,7 @@ fn fill_tracking(host: &Host) -> Result<()> {
     fs::write(&file, entries)?;
     let filled = host.command("conntrack").arg("-R").arg(&file).output()?;
     let said = String::from_utf8_lossy(&filled.stderr);
-    // Some of the table is others': these do not fit in whole.
+    // Other entries use some of the table, so not all of these fit.
     ensure!(said.contains("not enough memory"), "{said}");
     let entries = host.run("cat", ["/proc/sys/net/netfilter/nf_conntrack_count"])?;
     ensure!(entries.trim().parse() == Ok(limit), "{entries} of {limit}");
@@ -86,7 +86,7 @@ fn while_connection_tracking_is_full_what_is_open_goes_on_and_the_rest_comes_aft
     let embassy = host.embassy(["--dnat", ETCD])?;
     embassy.wait_ready(READY)?;
     meets(&app, "web-1")?;
-    // Half of the bytes before it is full, half after.
+    // Half of the bytes are sent before the table is full, half after.
     let words = ["echoes", "172.17.0.1:81", "-n", "20", "--bytes", "100000", "--delay-ms", "12000"];
     let open = app.spawn("open", ["testbed", "peer"].into_iter().chain(words))?;
     counts(&embassy, "embassy_connections_active", OPEN)?;
@@ -96,17 +96,17 @@ fn while_connection_tracking_is_full_what_is_open_goes_on_and_the_rest_comes_aft
         "{entries}"
     );
 
-    // It has room for some: like one endpoint of two that is silent.
+    // The table has room for some: this is like one silent endpoint of two.
     let (one, two) = (one.ip()?.to_string(), two.ip()?.to_string());
     tracking_is_nearly_full(&host, std::slice::from_ref(&one))?;
     let answers = app.get(VIP).times(100).at_once(4).run()?;
     unharmed("no new connection to one endpoint of two", &answers, None)?;
-    // None to any endpoint.
+    // No connection to any endpoint.
     tracking_is_nearly_full(&host, &[one, two])?;
     ends_reset(&app)?;
     counts(&embassy, "embassy_connections_total{outcome=\"endpoints_unreachable\"}", 1)?;
     host.run("nft", ["delete table ip full"])?;
-    // None at all: the consumer's kernel asks again, until there is room.
+    // No new connection at all: the consumer's kernel retries until there is room.
     fill_tracking(&host)?;
     let probe = app.peer(["probe", VIP, "--timeout-ms", "500"])?;
     ensure!(probe["outcome"] == "timeout", "{probe}");
@@ -139,7 +139,7 @@ fn ends_reset(app: &Container) -> Result<()> {
     Ok(())
 }
 
-/// An embassy whose clock on the wall is set by a file. The machine's own is left alone.
+/// A file that sets the wall clock of an embassy. The machine's own clock is unchanged.
 struct Clock(PathBuf);
 
 impl Clock {
@@ -184,7 +184,7 @@ fn a_clock_that_jumps_by_a_day_moves_the_times_in_the_log_and_nothing_else() -> 
             "date",
             ["--utc", "--date", &format!("{} days", jump.trim_end_matches('d')), "+%F"],
         )?;
-        // What starts is found, and told at the time that the clock shows.
+        // New containers are found, and logged with the time of the changed clock.
         let late = client(&format!("late-{n}")).start()?;
         reaches(&late, VIP, "web")?;
         says(&embassy, &[day.trim(), "new route", &format!("consumer=late-{n}")])?;

@@ -1,4 +1,4 @@
-//! Registries that hang: longer than a held query may take, so that it is noticed, and shown.
+//! Registries that hang for longer than a held query may take, so that this is noticed and reported.
 
 use std::time::{Duration, Instant};
 
@@ -11,9 +11,9 @@ use crate::{
     support::{ETCD, offer, reaches, says},
 };
 
-/// Each of them asked for by one binding of one container, on these ports.
+/// One binding of one container for each, on these ports.
 const SOURCES: [(&str, &str); 2] = [("etcd /services/web", "172.17.0.1:81"), ("consul web", VIP)];
-/// How long a registry that hangs may go unnoticed: a held query has 30 s, and its answer 10 s more.
+/// How long a hanging registry may go unnoticed: a held query takes up to 30 s, and its answer 10 s more.
 const NOTICED: Duration = Duration::from_secs(90);
 
 #[test]
@@ -113,7 +113,7 @@ fn hang(
     Ok(())
 }
 
-/// What the metrics say of a source.
+/// A metric of a source.
 fn sample(embassy: &Embassy, name: &str, source: &str) -> Result<f64> {
     let series = format!("embassy_source_{name}{{source=\"{source}\"}} ");
     let metrics = embassy.admin("/metrics")?.ok()?;

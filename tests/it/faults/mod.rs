@@ -1,5 +1,5 @@
-//! Sources and endpoints fail while requests go on: none of those fails. The figures are printed:
-//! `cargo nextest run -E 'test(faults)' --no-capture`; `FAULT_SECONDS=60` makes each fault of a source last so long.
+//! Sources and endpoints fail during requests, and no request fails. The figures are printed: `cargo nextest run -E
+//! 'test(faults)' --no-capture`. `FAULT_SECONDS=60` sets how long each fault of a source lasts.
 
 use std::{
     thread,
@@ -20,7 +20,7 @@ mod registry;
 
 const VIP: &str = "172.17.0.1:80";
 
-/// Lets a fault last.
+/// Waits for the duration of a fault.
 fn last() -> Result<()> {
     let wanted = std::env::var("FAULT_SECONDS").ok();
     let seconds =
@@ -29,7 +29,7 @@ fn last() -> Result<()> {
     Ok(())
 }
 
-/// Prints what came of the requests during a fault, none of which may have failed.
+/// Prints the results of the requests during a fault. None may have failed.
 fn unharmed(fault: &str, answers: &Answers, recovery: Option<Duration>) -> Result<()> {
     let Answers { slowest, slow, .. } = answers;
     let (sent, failed) = (answers.answered() + answers.failed(), answers.failed());
@@ -41,7 +41,7 @@ fn unharmed(fault: &str, answers: &Answers, recovery: Option<Duration>) -> Resul
     Ok(())
 }
 
-/// Waits until requests are answered by `name`, among others. How long that took.
+/// Waits until `name` answers some of the requests. Returns how long that took.
 fn meets(app: &Container, name: &str) -> Result<Duration> {
     let start = Instant::now();
     testbed::eventually(2 * WAIT, &format!("an answer of {name}"), || {
@@ -52,7 +52,7 @@ fn meets(app: &Container, name: &str) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-/// Waits until no request is answered by `name` any more. How long that took.
+/// Waits until `name` answers no request any more. Returns how long that took.
 fn meets_no_more(app: &Container, name: &str) -> Result<Duration> {
     let start = Instant::now();
     testbed::eventually(2 * WAIT, &format!("no answer of {name}"), || {

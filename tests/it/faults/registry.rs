@@ -1,4 +1,4 @@
-//! A registry that does not answer, or not as it should.
+//! A registry that does not answer, or not correctly.
 
 use std::time::{Duration, Instant};
 
@@ -17,15 +17,15 @@ enum Registry {
     Etcd,
 }
 
-/// What happens to it, for a while.
+/// A temporary fault.
 enum Fault {
-    /// Killed, and started again: Consul with nothing in it and a younger index.
+    /// Killed and started again. Consul is then empty, with a lower index.
     Killed,
-    /// Its process stands still.
+    /// Its process is stopped.
     Frozen,
     /// No packet reaches it.
     CutOff,
-    /// Another server in its place answers so, and so many bytes a second (0: all at once).
+    /// Another server in its place sends this answer, with this many bytes per second (0: all at once).
     Answers(&'static str, &'static str),
 }
 
@@ -69,11 +69,11 @@ fn none_fails(registry: Registry, discovery: &str, binding: &str) -> Result<()> 
     let (webs, extra) = ([one?, two?], host.web("extra").start()?);
     let app = host.client("app").env("BACKEND_WEB", binding).start()?;
     webs.iter().try_for_each(|web| registry.register(&host, web))?;
-    // Consul forgets everything when it is killed, for as long as the fault is to last.
+    // A killed Consul loses everything for the duration of the fault.
     let embassy = host.embassy(["--dnat", discovery, "--empty-hold=1h"])?;
     embassy.wait_ready(READY)?;
     meets(&app, "web-1")?;
-    // One connection through all that follows.
+    // One connection through all faults.
     let live = app.live("live", VIP)?;
 
     let name = registry.name();
@@ -81,11 +81,11 @@ fn none_fails(registry: Registry, discovery: &str, binding: &str) -> Result<()> 
         let traffic = app.traffic(&format!("traffic-{n}"), VIP)?;
         registry.suffer(&host, &embassy, fault)?;
         if matches!(fault, Fault::Killed | Fault::Answers(..)) && registry == Registry::Consul {
-            // It has lost everything, which is a valid answer: nothing is used of that for a while.
+            // It has lost everything, which is a valid answer. This answer takes effect only after a while.
             last()?;
             webs.iter().try_for_each(|web| registry.register(&host, web))?;
         }
-        // It is heard again.
+        // It is back.
         let recovery = if n % 2 == 0 {
             registry.register(&host, &extra)?;
             meets(&app, "extra")?
@@ -108,7 +108,7 @@ fn an_etcd_that_lost_all_its_data_is_believed_after_the_hold() -> Result<()> {
     all_lost(Registry::Etcd, ETCD, "/services/web;80")
 }
 
-/// Its endpoints stay in use for the hold, then go, and come back with its data.
+/// Its endpoints stay in use for the hold, are then removed, and return with its data.
 fn all_lost(registry: Registry, discovery: &str, binding: &str) -> Result<()> {
     const HOLD: Duration = Duration::from_secs(6);
     let host = Host::light()?;
@@ -188,7 +188,7 @@ impl Registry {
         }
     }
 
-    /// Goes through a fault, from its beginning to its end.
+    /// Causes a fault, and ends it.
     fn suffer(self, host: &Host, embassy: &Embassy, fault: &Fault) -> Result<()> {
         let daemon = self.daemon(host);
         match fault {
@@ -216,7 +216,8 @@ impl Registry {
                 daemon.kill()?;
                 let other = self.other(host, text, rate)?;
                 let asked = || other.log().lines().filter(|line| *line == "asked").count();
-                // After so many faults in a row the pause between two tries may be 5 s: that is what takes this test long.
+                // After several faults in a row, the pause between two attempts may be 5 s, which is most of this test's
+                // time.
                 testbed::eventually(WAIT, "a request", || {
                     ensure!(asked() > 0, "{}", other.log());
                     Ok(())
@@ -232,7 +233,7 @@ impl Registry {
         }
     }
 
-    /// Waits until it is shown that it does not answer. What hangs shows later: see `long`.
+    /// Waits until it is reported that the registry does not answer. A hanging one is reported later (see `long`).
     fn is_down(self, embassy: &Embassy) -> Result<()> {
         let source = match self {
             Self::Consul => "consul web",
@@ -250,7 +251,7 @@ impl Registry {
     fn other(self, host: &Host, text: &str, rate: &str) -> Result<Process> {
         let mut command = host.command(testbed_program()?);
         command.args(["peer", "answer", "--port", self.port(), "--text", text, "--rate", rate]);
-        // Each has a log of its own, to count in.
+        // Each has a separate log, to count its lines.
         let digest = text.bytes().fold(0u32, |sum, byte| sum.wrapping_mul(31) + u32::from(byte));
         host.spawn(&format!("other-{digest}-{rate}"), command)
     }

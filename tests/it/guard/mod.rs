@@ -1,4 +1,5 @@
-//! Nobody speaks as another: attacks on the identity of a container, each made for real, and seen to work where nothing stops it.
+//! A container cannot use the identity of another one. Each attack is really made, and is shown to work if nothing stops
+//! it.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -20,13 +21,13 @@ const OFF: &str = "--guard=off";
 const GUARD: &str = "--guard=vip";
 const FULL: &str = "--guard=full";
 
-/// The Ethernet address of an interface, as a program of the machine shows it.
+/// The Ethernet address in the output of `ip link`.
 fn mac(link: &str) -> Result<String> {
     let mut words = link.split_whitespace().skip_while(|word| *word != "link/ether");
     Ok(words.nth(1).context("no Ethernet address")?.to_owned())
 }
 
-/// What a container on a bridge looks like to its neighbours.
+/// The addresses of a container that is attacked.
 struct Victim {
     address: IpAddr,
     mac: String,
@@ -42,7 +43,8 @@ impl Victim {
         Ok(Self { address, mac: mac(&link)?, vip, gateway: mac(&docker0)? })
     }
 
-    /// Frames made by hand in a container's network, as one can with Docker's default rights. Who answered.
+    /// Sends forged frames from a container's network, which is possible with Docker's default rights. Returns which server
+    /// answered.
     fn forged(&self, thief: &Container, tags: &str) -> Result<String> {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/guard/forge.py");
         let mut python = thief.command("/usr/bin/python3")?;
@@ -51,7 +53,7 @@ impl Victim {
         Ok(output(&mut python)?.trim().to_owned())
     }
 
-    /// With the right to change its own network, a thief takes the address itself. Who answered.
+    /// With the right to change its own network, a thief takes the address itself. Returns which server answered.
     fn taken(&self, thief: &Container) -> Result<String> {
         let (address, net) =
             (self.address.to_string(), if self.address.is_ipv6() { 64 } else { 16 });
@@ -84,7 +86,7 @@ const ATTACKS: [Attack; 5] = [
     ("with two VLAN tags of ID 0", |victim, thief| victim.forged(thief, "2")),
 ];
 
-/// Each attack works, or none does.
+/// Checks that each attack works, or that none does.
 fn attacks(victims: &[Victim], thief: &Container, works: bool) -> Result<()> {
     for victim in victims {
         for (name, attack) in ATTACKS {
@@ -103,7 +105,7 @@ fn attacks(victims: &[Victim], thief: &Container, works: bool) -> Result<()> {
     Ok(())
 }
 
-/// The containers, where one can be attacked and another is the thief. The thief has a binding of its own.
+/// Two containers: one is attacked, the other is the thief. The thief has its own binding.
 fn stage(host: &Host) -> Result<(Container, Container)> {
     web(host, "red")?;
     web(host, "blue")?;
@@ -112,7 +114,7 @@ fn stage(host: &Host) -> Result<(Container, Container)> {
     Ok((owner, thief))
 }
 
-/// The owner is not known anew to the host's neighbour table: what a thief put there goes.
+/// Removes what a thief has put into the host's neighbour table.
 fn forget_neighbours(host: &Host) -> Result<()> {
     host.run("ip", ["neigh", "flush", "dev", "docker0"]).map(drop)
 }
@@ -122,7 +124,7 @@ fn a_neighbour_that_takes_an_address_is_served_only_without_the_guard() -> Resul
     let host = Host::light()?;
     let (owner, thief) = stage(&host)?;
     let victims = [Victim::of(&owner, owner.ip()?, VIP)?];
-    // Without the guard each of them works; else these tests prove nothing.
+    // Without the guard each attack works. Otherwise these tests prove nothing.
     let embassy = host.embassy(["--dnat", ETCD, NFT, OFF])?;
     embassy.wait_ready(READY)?;
     reaches(&owner, "172.17.0.1:80", "red")?;
@@ -143,18 +145,18 @@ fn a_neighbour_that_takes_an_address_is_served_only_without_the_guard() -> Resul
     let words = ["container=\"thief\"", &address, "owner=\"owner\""];
     says(&embassy, &[&[told][..], &words].concat())?;
     says(&embassy, &["a bridge port sent frames that the guard drops", "container=\"thief\""])?;
-    // Once for each, however often it tries.
+    // Logged once for each, however often it tries.
     attacks(&victims, &thief, false)?;
     let before = metric(&embassy, "embassy_spoofed_total")?;
     let _ = victims[0].forged(&thief, "0")?;
     counts(&embassy, "embassy_spoofed_total", before + 1)?;
     assert_eq!(embassy.log().matches(told).count(), 1, "{}", embassy.log());
-    // Each of the two is served as itself.
+    // Both containers are served as themselves.
     forget_neighbours(&host)?;
     reaches(&owner, "172.17.0.1:80", "red")?;
     reaches(&thief, "172.17.0.1:81", "blue")?;
     assert_eq!(metric(&embassy, "embassy_unguarded_addresses")?, 0);
-    // With it the table goes.
+    // The table disappears with embassy.
     embassy.kill()?;
     testbed::eventually(WAIT, "the guard's table to be gone", || {
         ensure!(!host.run("nft", ["list", "tables"])?.contains("bridge"), "it is there");
@@ -187,7 +189,7 @@ fn nor_does_the_engines_own_network_let_one_speak_as_another_by_either_family() 
     Ok(())
 }
 
-/// What `full` is for: a neighbour that says by ARP that it has the address gets the owner's answers.
+/// The purpose of `full`: a neighbour that claims the address by ARP would get the owner's answers.
 #[test]
 fn with_the_full_guard_an_owner_is_served_while_it_is_robbed() -> Result<()> {
     let host = Host::light()?;
@@ -228,7 +230,7 @@ fn with_the_full_guard_an_owner_is_served_while_it_is_robbed() -> Result<()> {
     counts(&embassy, "embassy_spoofed_total", 1)
 }
 
-/// Everything that moves an address or a port, with the guard: none of it is an attack.
+/// All changes that move an address or a port, with the guard: none of them is an attack.
 #[test]
 fn a_rightful_owner_is_never_shut_out() -> Result<()> {
     let host = Host::start()?;
@@ -245,14 +247,14 @@ fn a_rightful_owner_is_never_shut_out() -> Result<()> {
             Ok(())
         })
     };
-    // Of it and of the web server.
+    // The addresses of the container and of the web server.
     bound(2)?;
     // Another run has another port.
     app.stop()?;
     app.start()?;
     let answers = app.get("172.17.0.1:80").times(20).run()?;
     assert_eq!(answers.from("red"), 20, "{answers:?}");
-    // It comes to a second network, and leaves the first.
+    // It is connected to a second network, and leaves the first one.
     app.connect(net.name())?;
     bound(3)?;
     reaches(&app, "10.84.0.1:80", "red")?;
@@ -262,14 +264,14 @@ fn a_rightful_owner_is_never_shut_out() -> Result<()> {
     app.connect("bridge")?;
     reaches(&app, "172.17.0.1:80", "red")?;
     bound(3)?;
-    // Who lives in its network.
+    // A container that uses its network.
     let sidecar = host
         .client("sidecar")
         .network("container:app")
         .env("BACKEND_RED", "/services/red;82")
         .start()?;
     reaches(&sidecar, "172.17.0.1:82", "red")?;
-    // A port gets another name, and another bridge, by hand; then it is in doubt, and comes back.
+    // A port is renamed and moved to another bridge by hand. Its address is then in doubt, and works again afterwards.
     let port = "ip -o link show master docker0 | cut -d: -f2 | cut -d@ -f1 | tail -n 1";
     let port = host.run("sh", ["-ec", port])?.trim().to_owned();
     host.run("ip", ["link", "set", &port, "down"])?;
@@ -283,7 +285,7 @@ fn a_rightful_owner_is_never_shut_out() -> Result<()> {
             ip link set $port master other0; done";
     host.run("sh", ["-ec", move_all])?;
     reaches(&app, "172.17.0.1:80", "red")?;
-    // An address that changes hands is the next one's at once.
+    // An address that changes owners works for the new owner at once.
     let address = app.ip_on(net.name())?;
     app.remove()?;
     sidecar.remove()?;
@@ -328,7 +330,7 @@ fn where_processes_cannot_be_seen_addresses_are_not_bound_and_that_is_told() -> 
     })
 }
 
-/// A network beside the host, as its LAN is: `lan0` is the host's end.
+/// A network next to the host, like its LAN. `lan0` is the host's end.
 fn lan(host: &Host) -> Result<()> {
     let make = "ip netns add lan
         ip link add lan0 type veth peer name eth0 netns lan
@@ -342,7 +344,7 @@ fn lan(host: &Host) -> Result<()> {
     host.run("sh", ["-ec", make]).map(drop)
 }
 
-/// A request from the LAN, by one of its addresses; what was answered.
+/// A request from an address on the LAN. Returns the answer.
 fn from_lan(host: &Host, source: &str, url: &str) -> Result<String> {
     let mut curl = host.command("nsenter");
     curl.args(["--net=/run/netns/lan", "curl", "--silent", "--max-time", "2"]);
@@ -362,7 +364,7 @@ fn a_host_of_the_lan_speaks_as_no_container_by_iptables() -> Result<()> {
     lan_speaks(IPTABLES)
 }
 
-/// An address of a macvlan network can be forged on the LAN, where the answers go as well.
+/// A host on the LAN can forge an address of a macvlan network, and receives the answers.
 fn lan_speaks(firewall: &str) -> Result<()> {
     let host = Host::start()?;
     lan(&host)?;
@@ -376,7 +378,7 @@ fn lan_speaks(firewall: &str) -> Result<()> {
         .env("BACKEND_RED", "/services/red;80")
         .start()?;
     let near = host.client("near").env("BACKEND_RED", "/services/red;80").start()?;
-    // It has a way to the host's bridge, by the LAN.
+    // It can reach the host's bridge via the LAN.
     host.run("ip", ["-n", "lan", "addr", "add", "192.168.77.5/24", "dev", "eth0"])?;
     let embassy = host.embassy(["--dnat", ETCD, firewall])?;
     embassy.wait_ready(READY)?;
@@ -387,12 +389,13 @@ fn lan_speaks(firewall: &str) -> Result<()> {
         assert_eq!(from_lan(&host, "192.168.77.5", "http://172.17.0.1/")?, "nothing");
     }
     assert_eq!(metric(&embassy, r#"embassy_connections_total{outcome="closed"}"#)?, 1);
-    // Nor as one on a bridge: its answers go elsewhere, but no connection is to come in at all.
+    // It cannot use an address on a bridge either: answers would go elsewhere, but even the connection must not be
+    // accepted.
     host.run("ip", ["-n", "lan", "addr", "add", &format!("{}/32", near.ip()?), "dev", "lo"])?;
     let _ = from_lan(&host, &near.ip()?.to_string(), "http://172.17.0.1/")?;
     let started = metric(&embassy, "embassy_connections_started_total")?;
     assert_eq!(started, 1, "{}", embassy.log());
-    // On an address that is no bridge's, which is named, such a network is served, and cannot be guarded.
+    // With --proxy-ip on an address that is not a bridge's, such a network is served. It cannot be guarded.
     embassy.terminate()?;
     assert!(embassy.wait(WAIT)?.success());
     let embassy = host.embassy(["--dnat", ETCD, firewall, "--proxy-ip=192.168.77.1"])?;
@@ -416,7 +419,7 @@ fn with_all_ports_captured_the_hosts_own_services_answer_the_lan_by_iptables() -
     lan_is_served(IPTABLES)
 }
 
-/// A VIP that is the host's own address: only what comes from containers is captured. And port 9999 answers neither.
+/// The VIP is the host's own address: only containers' connections are captured. Port 9999 answers nobody else.
 fn lan_is_served(firewall: &str) -> Result<()> {
     let host = Host::light()?;
     lan(&host)?;
@@ -440,7 +443,7 @@ fn lan_is_served(firewall: &str) -> Result<()> {
     let local = |address: &str| -> Result<bool> {
         let url = format!("http://{address}:9999/");
         let error = host.run("curl", ["--silent", "--show-error", "--max-time", "5", &url]);
-        // 7: it could not connect (man curl). What embassy accepts and resets is 56.
+        // 7: curl could not connect (man curl). If embassy accepts and resets, it is 56.
         Ok(format!("{:#}", error.unwrap_err()).contains("exit status: 7"))
     };
     for address in ["127.0.0.1", "192.168.77.1", HOST_ADDRESS] {
@@ -457,7 +460,8 @@ fn lan_is_served(firewall: &str) -> Result<()> {
     Ok(())
 }
 
-/// `cargo test --release --test it figures_of_the_guard -- --ignored --nocapture`, with `ROUNDS` (10) of `CONNECTIONS` (2000) each.
+/// `cargo test --release --test it figures_of_the_guard -- --ignored --nocapture`. `ROUNDS` (10) of `CONNECTIONS` (2000)
+/// each.
 #[test]
 #[ignore = "it measures"]
 fn figures_of_the_guard() -> Result<()> {
@@ -469,7 +473,7 @@ fn figures_of_the_guard() -> Result<()> {
     let (owner, _thief) = stage(&host)?;
     let guards = [OFF, GUARD, FULL];
     let mut figures = [const { Vec::new() }; 3];
-    // Each round has each of them, and begins with another.
+    // Each round measures all of them, starting with a different one.
     for round in 0..rounds {
         for n in (0..guards.len()).map(|n| (n + round) % guards.len()) {
             let embassy = host.embassy(["--dnat", ETCD, NFT, guards[n]])?;
@@ -492,7 +496,7 @@ fn figures_of_the_guard() -> Result<()> {
     Ok(())
 }
 
-/// An address of one bridge does not count on another, whoever guards the ports.
+/// An address of one bridge is not accepted on another, with or without the guard.
 #[test]
 fn an_address_counts_on_its_own_bridge_alone() -> Result<()> {
     for firewall in [NFT, IPTABLES] {

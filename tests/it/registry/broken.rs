@@ -1,4 +1,4 @@
-//! Registries that answer wrongly, slowly, for ever or not at all: each is an error, after a bounded time, and none is
+//! Registries that answer wrongly, slowly, endlessly or never: each is an error, after a limited time, and none counts as
 //! an empty answer.
 
 use std::{
@@ -15,18 +15,18 @@ use tokio::{
 
 use super::{Followed, list, settings};
 
-/// What is answered to a request, before the connection is closed.
+/// The answer to a request. Then the connection is closed.
 #[derive(Clone)]
 enum Answer {
     Bytes(Vec<u8>),
-    /// One byte now and then, for ever.
+    /// These bytes one at a time, with pauses, endlessly.
     Drip(Vec<u8>),
-    /// These bytes, and more for ever.
+    /// These bytes, followed by endless further ones.
     Flood(Vec<u8>),
     Silence,
 }
 
-/// A server that answers the first request it gets rightly, and every other one wrongly.
+/// A server that answers the first request correctly, and all others wrongly.
 struct Fake {
     address: SocketAddr,
     requests: Arc<Mutex<Vec<String>>>,
@@ -89,14 +89,14 @@ async fn serve(
     stream.shutdown().await
 }
 
-/// A whole HTTP answer.
+/// A complete HTTP answer.
 fn http(status: &str, header: &str, body: &str) -> Vec<u8> {
     let length = body.len();
     format!("HTTP/1.1 {status}\r\n{header}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}")
         .into_bytes()
 }
 
-/// Every way to be broken, and a word of the error that it is.
+/// All kinds of wrong answers, each with a word of the resulting error.
 fn breakages() -> Vec<(Answer, &'static str)> {
     let endless = b"HTTP/1.1 200 OK\r\nX-Consul-Index: 7\r\nX-Etcd-Index: 7\r\n\r\n".to_vec();
     let indexes = "X-Consul-Index: 7\r\nX-Etcd-Index: 7";
@@ -121,7 +121,7 @@ fn breakages() -> Vec<(Answer, &'static str)> {
     ]
 }
 
-/// All at the same time, as some take as long as an answer may.
+/// In parallel, because some take as long as the timeout.
 #[tokio::test]
 async fn nothing_broken_is_believed() {
     let version = http("200 OK", "A: b", r#"{"etcdserver":"2.3.8","etcdcluster":"2.3.0"}"#);
@@ -138,18 +138,18 @@ async fn nothing_broken_is_believed() {
     );
 }
 
-/// Each breakage, after `first`, is an error, and `endpoint` stays in use.
+/// Checks that each wrong answer after `first` is an error, and that `endpoint` stays in use.
 async fn is_not_believed(scheme: &str, first: &[u8], endpoint: Option<&str>) {
     let tries = breakages().into_iter().enumerate().map(async |(i, (answer, word))| {
         let held = matches!(answer, Answer::Silence | Answer::Drip(_));
         if held && scheme == "consul" && endpoint.is_some() {
-            // A query that may be held is given more time than this test has.
+            // A query that may be held has a longer timeout than this test.
             return;
         }
         let fake = Fake::start(first.to_vec(), answer).await;
         let address = fake.address.to_string();
         let web = Followed::new(&format!("{scheme}://{address}"), "web;80");
-        // What a client of gRPC makes of it is its own matter.
+        // The error text of a gRPC client is not checked.
         let known = web.fails(if scheme == "etcd3" { &address } else { word }).await;
         let expected = endpoint.map(|endpoint| vec![endpoint.to_owned()]);
         assert_eq!(list(&known), expected, "{scheme}, breakage {i}: {:?}", known.error);
@@ -168,7 +168,7 @@ fn etcd_instance() -> Vec<u8> {
     http("200 OK", "X-Etcd-Index: 7", body)
 }
 
-/// An index that jumps and an answer that comes at once, for ever, must not make us spin.
+/// An increasing index, or answers that always come at once, must not cause a busy loop.
 #[tokio::test]
 async fn consul_is_not_asked_without_end() {
     for index in ["0", "7", "18446744073709551615"] {
@@ -211,7 +211,7 @@ async fn a_server_that_asks_to_be_left_alone_is() {
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
             };
-            // What is not understood is not heeded, and it is tried again as ever.
+            // A value that is not understood is ignored, and the request is repeated as usual.
             let wait = Duration::from_secs(if few { 2 } else { 20 });
             let comes = tokio::time::timeout(wait, again).await.is_ok();
             assert_eq!(comes, !few, "{scheme}: {header}");
@@ -219,7 +219,7 @@ async fn a_server_that_asks_to_be_left_alone_is() {
     }
 }
 
-/// Many services and a registry that is broken: they do not ask more the longer it lasts.
+/// Many services at a broken registry do not send more and more requests.
 #[tokio::test]
 async fn many_queries_make_no_storm() {
     const QUERIES: usize = 200;
@@ -230,13 +230,13 @@ async fn many_queries_make_no_storm() {
         let discoveries = Discoveries::parse(&[uri], &settings()).unwrap();
         let all: Vec<_> =
             (0..QUERIES).map(|n| Followed::of(&discoveries, &format!("s{n};80"))).collect();
-        // Until their pauses are as long as they become.
+        // Until the pauses have reached their maximum.
         tokio::time::sleep(Duration::from_secs(15)).await;
         let (before, watched) = (fake.requests().len(), Duration::from_secs(10));
         tokio::time::sleep(watched).await;
         let rate = (fake.requests().len() - before) as f64 / watched.as_secs_f64();
         println!("{scheme}: {QUERIES} queries at a broken registry: {rate} requests a second, {before} in the first 15 s");
-        // Each waits for 2.5 to 5 s.
+        // Each pause is 2.5 to 5 s.
         assert!(rate > 0.0 && rate < 80.0, "{scheme}: {rate} requests a second");
         assert!(before < 12 * QUERIES, "{scheme}: {before} requests in the first 15 s");
         drop(all);
@@ -244,7 +244,7 @@ async fn many_queries_make_no_storm() {
     futures_util::future::join_all(tries).await;
 }
 
-/// An older store behind an address that stayed: its events are not those that are waited for.
+/// An older store behind the same address: its events are not the awaited ones.
 #[tokio::test]
 async fn a_store_of_etcd_v2_that_was_restored_behind_a_balancer_is_read_anew() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -259,7 +259,7 @@ async fn a_store_of_etcd_v2_that_was_restored_behind_a_balancer_is_read_anew() {
                 }
             }
             if String::from_utf8_lossy(&request).contains("wait=true") {
-                // The answer begins, and its event does not come.
+                // The answer begins, but its event does not arrive.
                 let head =
                     "HTTP/1.1 200 OK\r\nX-Etcd-Index: 5\r\nTransfer-Encoding: chunked\r\n\r\n";
                 let _ = stream.write_all(head.as_bytes()).await;
@@ -332,12 +332,12 @@ async fn what_is_asked_of_consul() {
     let lines: Vec<_> = requests.iter().filter_map(|request| request.lines().next()).collect();
     let path = "/v1/health/service/a%2Fb.c@d*e?dc=dc1&ns=team&partition=part&near=_agent&tag=blue&tag=prod";
     assert_eq!(lines[0], format!("GET {path} HTTP/1.1"));
-    // No instance has the tags, and Consul is asked why.
+    // No instance has the tags, so Consul is asked for the reason.
     assert_eq!(lines[1], "GET /v1/catalog/services?dc=dc1&ns=team&partition=part HTTP/1.1");
     assert_eq!(lines[2], format!("GET {path}&index=7&wait=30000ms HTTP/1.1"));
 }
 
-/// During an election a server answers from what it has.
+/// During an election a server may answer from incomplete data.
 #[tokio::test]
 async fn a_list_of_a_consul_without_a_leader_is_not_believed() {
     let leaderless = "X-Consul-Index: 8\r\nX-Consul-KnownLeader: false";
@@ -352,7 +352,7 @@ async fn a_list_of_a_consul_without_a_leader_is_not_believed() {
     assert_eq!(known.changes, 1);
 }
 
-/// Newer Consuls say when they left out what the token may not read.
+/// Newer versions of Consul report when they left out what the token may not read.
 #[tokio::test]
 async fn what_consul_hides_from_our_token_is_not_taken_for_all_there_is() {
     let header = "X-Consul-Index: 7\r\nX-Consul-Results-Filtered-By-ACLs: true";

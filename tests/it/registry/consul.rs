@@ -17,7 +17,7 @@ async fn registrations_and_checks_are_followed() {
     web.sees(&[]).await;
     consul.register("one", "10.0.0.1", 80, &["prod"]).await;
     web.sees(&["10.0.0.1:80"]).await;
-    // Without an address of its own a service is where its node is.
+    // A service without an address has its node's address.
     consul.register("two", "", 81, &[]).await;
     web.sees(&["10.0.0.1:80", "127.0.0.1:81"]).await;
     consul.put("/v1/agent/check/fail/one", json!(null)).await;
@@ -34,7 +34,7 @@ async fn registrations_and_checks_are_followed() {
     web.sees(&["10.0.0.7:80"]).await;
 }
 
-/// The server lets one address have 200 connections, by default.
+/// By default the server allows 200 connections per address.
 #[tokio::test]
 async fn more_services_than_there_may_be_connections_are_followed() {
     const SERVICES: usize = 250;
@@ -54,7 +54,7 @@ async fn more_services_than_there_may_be_connections_are_followed() {
         register(n, "10.0.0.1").await;
         all[n].sees(&["10.0.0.1:80"]).await;
     }
-    // There is room for others, and there was for all of these.
+    // Connections are left for others, and none of these failed.
     let failures: u64 = all.iter().map(|followed| followed.known().failures).sum();
     assert_eq!(failures, 0);
     let open = fs::read_to_string("/proc/self/net/tcp").unwrap();
@@ -119,7 +119,7 @@ async fn what_was_known_outlives_the_server_and_what_comes_after_is_followed() {
     consul.stop();
     let known = web.fails(&consul.address()).await;
     assert_eq!(list(&known), Some(vec!["10.0.0.1:80".to_owned()]));
-    // It keeps nothing in memory over a restart, and its index begins anew.
+    // It loses everything at a restart, and its index starts again.
     consul.run();
     consul.ready().await;
     web.sees(&[]).await;
@@ -137,7 +137,7 @@ async fn a_datacentre_that_is_not_there_is_an_error_and_no_empty_answer() {
     assert_eq!(list(&known), None);
     let mars = format!("{uri}?dc=mars");
     assert_eq!(list(&Followed::new(&mars, "web;80").fails(error).await), None);
-    // The descriptor's word goes before the URI's.
+    // The descriptor's datacentre wins over the URI's.
     Followed::new(&mars, "web;80;dc=dc1").sees(&["10.0.0.1:80"]).await;
 }
 
@@ -175,7 +175,7 @@ async fn a_token_is_shown_and_a_token_file_is_read_anew() {
     web.sees(&["10.0.0.1:80"]).await;
 }
 
-/// A check of a node that is in warning on every node, such as of a disk that fills, empties no list.
+/// A node check that has a warning on all nodes, for example about disk space, does not empty any list.
 #[tokio::test]
 async fn instances_in_warning_are_used_while_none_passes() {
     let consul = Consul::start().await;
@@ -187,7 +187,7 @@ async fn instances_in_warning_are_used_while_none_passes() {
     };
     assert_eq!(problem(&web.sees(&["10.0.0.1:80", "10.0.0.2:80"]).await), None);
     consul.put("/v1/agent/check/warn/one", json!(null)).await;
-    // One that passes is better.
+    // A passing instance is preferred.
     assert_eq!(problem(&web.sees(&["10.0.0.2:80"]).await), None);
     consul.put("/v1/agent/check/fail/two", json!(null)).await;
     let known = web.sees(&["10.0.0.1:80"]).await;

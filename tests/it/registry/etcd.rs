@@ -35,7 +35,7 @@ async fn v3_follows_what_is_added_changed_and_removed() {
     web.sees(&["10.0.0.1:80", "10.0.0.2:81"]).await;
     v3.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
     web.sees(&["10.0.0.2:81", "10.0.0.3:80"]).await;
-    // What is not below the branch, though its name begins like it.
+    // Keys that are not below the branch, although their names begin like it.
     v3.put("/services/web10/x", "10.0.0.9:80", None).await.unwrap();
     v3.put("/services/web-x", "10.0.0.9:80", None).await.unwrap();
     v3.put("/services/web", "[fd00::4]:80", None).await.unwrap();
@@ -44,14 +44,14 @@ async fn v3_follows_what_is_added_changed_and_removed() {
     web.sees(&[]).await;
 }
 
-/// Sets keys of `/services/web`, each to an address of its own.
+/// Sets keys of `/services/web`, each to another address.
 async fn fill(v3: &mut etcd_client::Client, numbers: std::ops::Range<u32>) {
     let put = |n: u32| {
         let value = format!("{}:80", std::net::Ipv4Addr::from(0x0a00_0000 + n));
         etcd_client::TxnOp::put(format!("/services/web/{n:06}"), value, None)
     };
     let numbers: Vec<_> = numbers.collect();
-    // As many as a server takes at a time.
+    // As many as a server accepts at a time.
     for some in numbers.chunks(128) {
         let puts: Vec<_> = some.iter().map(|n| put(*n)).collect();
         v3.txn(etcd_client::Txn::new().and_then(puts)).await.unwrap();
@@ -77,7 +77,7 @@ async fn v3_reads_a_large_branch_page_by_page_and_as_much_of_it_as_there_is_room
     };
     let known = sees(2500).await;
     assert_eq!(list(&known).unwrap()[2499], "10.0.9.195:80");
-    // The next page is not forgotten, nor is a change of the one before.
+    // The next page is read too, and changes in earlier pages are seen.
     v3.delete("/services/web/001500", None).await.unwrap();
     sees(2499).await;
     v3.put("/services/web/large", "x".repeat(100 << 10), None).await.unwrap();
@@ -124,7 +124,7 @@ async fn v3_keys_may_begin_without_a_slash() {
 async fn v2_follows_what_is_added_changed_and_removed() {
     let etcd = Etcd::both().await;
     let web = Followed::new(&format!("etcd2://{}", etcd.address()), "/services/web;80");
-    // Nothing is there, which is an answer, and the first registration is seen.
+    // An empty branch is a valid answer, and the first registration is seen.
     web.sees(&[]).await;
     etcd.v2_set("/services/web/a", "10.0.0.1:80").await;
     web.sees(&["10.0.0.1:80"]).await;
@@ -143,7 +143,7 @@ async fn v2_follows_what_is_added_changed_and_removed() {
     web.sees(&["10.0.0.2:81", "10.0.0.5:80"]).await;
     etcd.v2("DELETE", "/services/web/b/c", &[]).await;
     web.sees(&["10.0.0.5:80"]).await;
-    // A directory above the branch takes all with it.
+    // Deleting a directory above the branch deletes everything in it.
     etcd.v2("DELETE", "/services", &[("recursive", "true")]).await;
     web.sees(&[]).await;
     etcd.v2_set("/services/web/a", "10.0.0.1:80").await;
@@ -159,7 +159,7 @@ async fn v2_keys_and_directories_that_expire_are_followed() {
     etcd.v2("PUT", "/services/web/dir", &[("dir", "true"), ("ttl", "2")]).await;
     etcd.v2_set("/services/web/dir/c", "10.0.0.3:80").await;
     web.sees(&["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]).await;
-    // A directory that is renewed keeps what is in it.
+    // A directory whose TTL is renewed keeps its content.
     let renew = [("dir", "true"), ("ttl", "2"), ("prevExist", "true")];
     etcd.v2("PUT", "/services/web/dir", &renew).await;
     web.sees(&["10.0.0.1:80", "10.0.0.3:80"]).await;
@@ -223,7 +223,7 @@ async fn either_store_is_found_and_followed() {
     web.sees(&["10.0.0.2:80"]).await;
     etcd.v2_set("/services/web/b", "10.0.0.22:80").await;
     web.sees(&["10.0.0.2:80", "10.0.0.22:80"]).await;
-    // v3 goes before v2.
+    // v3 is preferred to v2.
     v3.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
     web.sees(&["10.0.0.3:80"]).await;
     v3.put("/services/web/a", "10.0.0.33:80", None).await.unwrap();
@@ -275,7 +275,7 @@ async fn another_member_is_asked_where_one_is_down() {
     let etcd = Etcd::both().await;
     etcd.v2_set("/services/web/a", "10.0.0.2:80").await;
     etcd.v3().await.put("/services/web/a", "10.0.0.3:80", None).await.unwrap();
-    // Ports of the loopback network on which nobody listens.
+    // Loopback ports on which no program listens.
     let members = format!("127.0.0.2:1,{},127.0.0.3:1", etcd.address());
     for (scheme, endpoint) in
         [("etcd2", "10.0.0.2:80"), ("etcd3", "10.0.0.3:80"), ("etcd", "10.0.0.3:80")]
@@ -320,7 +320,7 @@ async fn only_endpoints_with_all_tags_are_used() {
     Followed::new(&uri, "/services/web[prod];80").sees(&["10.0.0.2:81"]).await;
 }
 
-/// A frozen server keeps its connections: only its silence tells.
+/// A frozen server keeps its connections: only the missing answers show it.
 #[tokio::test]
 async fn a_server_that_hangs_is_noticed() {
     let etcd = Etcd::both().await;
@@ -340,7 +340,7 @@ async fn a_server_that_hangs_is_noticed() {
     v3.sees(&["10.0.0.3:80"]).await;
 }
 
-/// A member without a leader answers, and says nothing of what happens elsewhere.
+/// A member without a leader answers, but sends no events from other members.
 #[tokio::test]
 async fn a_member_that_has_lost_its_leader_is_noticed() {
     let [mut one, two] = Etcd::pair().await;
@@ -382,7 +382,7 @@ async fn v3_logs_in() {
     web.sees(&["10.0.0.1:80"]).await;
 }
 
-/// `etcdctl role grant-permission web read --prefix /services/web/`, and however the branch is written.
+/// `etcdctl role grant-permission web read --prefix /services/web/`, with different spellings of the branch.
 #[tokio::test]
 async fn v3_a_role_with_the_prefix_of_a_branch_may_follow_it() {
     let etcd = Etcd::with("http", &[]).await;
@@ -419,12 +419,12 @@ async fn v3_a_role_with_the_prefix_of_a_branch_may_follow_it() {
     for web in &all {
         assert_eq!(web.sees(&["10.0.0.1:80", "10.0.0.2:80"]).await.failures, 0);
     }
-    // A branch of which nothing may be read is no branch without endpoints.
+    // A branch of which nothing may be read is an error, and not an empty branch.
     for branch in ["/services/web-x", "services/app", "/services"] {
         let known = follow(branch).fails("permission denied").await;
         assert_eq!(list(&known), None, "{branch}");
     }
-    // The last key goes: that there is nothing is an answer, though the key of the branch may not be read.
+    // The last key is deleted: the empty branch is a valid answer, although the branch's own key may not be read.
     v3.delete("/services/web/", Some(DeleteOptions::new().with_prefix())).await.unwrap();
     for web in &all {
         web.sees(&[]).await;
@@ -435,7 +435,7 @@ async fn v3_a_role_with_the_prefix_of_a_branch_may_follow_it() {
         web.until("a re-read", |known| known.answers > answers).await;
         assert_eq!(web.sees(&[]).await.failures, 0);
     }
-    // What is granted later is read with the next re-read, and followed from then on.
+    // Permissions granted later take effect at the next re-read, and the keys are followed from then on.
     v3.role_grant_permission("web", read("/services/web")).await.unwrap();
     resync.request();
     for web in &all {
@@ -453,7 +453,7 @@ async fn a_branch_without_endpoints_says_why_and_what_may_have_been_meant() {
     let mut v3 = etcd.v3().await;
     let tagged = r#"{"ipaddress":"10.0.0.1","port":80,"tags":["prod"]}"#;
     v3.put("/services/frontend_http/a", tagged, None).await.unwrap();
-    // Folders of other things, though their names are as near.
+    // Folders with other data, although their names are as similar.
     v3.put("/services/frontend_http-settings/timeout", "30s", None).await.unwrap();
     v3.put("/services/redis-backup/last/time", "2015-01-01", None).await.unwrap();
     for (descriptor, expected) in [
@@ -478,7 +478,7 @@ async fn a_branch_without_endpoints_says_why_and_what_may_have_been_meant() {
     }
 }
 
-/// The usual order of a rollout: the clients know their user before authentication is enabled.
+/// The usual order of a rollout: clients have their user before authentication is enabled.
 #[tokio::test]
 async fn a_user_is_of_no_harm_while_authentication_is_off() {
     let etcd = Etcd::both().await;
@@ -499,7 +499,7 @@ async fn a_user_is_of_no_harm_while_authentication_is_off() {
         assert_eq!(one.sees(&["10.0.0.1:80"]).await.failures, 0);
     }
 
-    // It is enabled while the branch is followed: the user logs in, and the list goes on.
+    // Authentication is enabled while the branch is followed: the user logs in, and following continues.
     with_users(&etcd).await;
     resync.request();
     assert_eq!(list(&anonymous.fails("user name is empty").await).unwrap(), ["10.0.0.1:80"]);
@@ -509,21 +509,21 @@ async fn a_user_is_of_no_harm_while_authentication_is_off() {
     either.sees(&["10.0.0.3:80"]).await;
     assert_eq!(list(&anonymous.known()).unwrap(), ["10.0.0.1:80"], "it may read no more");
 
-    // And disabled: the token that is held means nothing any more.
+    // Then it is disabled: the token is no longer valid.
     v3.auth_disable().await.unwrap();
     resync.request();
     etcd.v3().await.put("/services/web/a", "10.0.0.4:80", None).await.unwrap();
     for one in [&web, &either, &anonymous] {
         one.sees(&["10.0.0.4:80"]).await;
     }
-    // Who comes now asks without a login.
+    // A new client connects without a login.
     follow("etcd3", &as_web()).sees(&["10.0.0.4:80"]).await;
 }
 
-/// A port of etcd 3.5 with `--listen-client-http-urls`: it greets in HTTP/2, and takes nothing else.
+/// A port of etcd 3.5 with `--listen-client-http-urls`: it sends an HTTP/2 greeting and accepts nothing else.
 async fn only_grpc(etcd: &Etcd) -> String {
     const GREETING: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
-    // An error of HTTP may be seen before.
+    // The HTTP error may be seen before the greeting.
     const LATE: Duration = Duration::from_millis(100);
     let (listener, server) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), etcd.address());
     let address = listener.local_addr().unwrap().to_string();
@@ -553,7 +553,7 @@ async fn only_grpc(etcd: &Etcd) -> String {
 async fn a_port_that_answers_only_grpc_has_the_v3_store() {
     let etcd = Etcd::both().await;
     let port = only_grpc(&etcd).await;
-    // In the v2 store, which is not at this port.
+    // In the v2 store, which is not available at this port.
     etcd.v2_set("/services/web/a", "10.0.0.2:80").await;
     let web = Followed::new(&format!("etcd://{port}"), "/services/web;80");
     assert_eq!(web.sees(&[]).await.failures, 0);

@@ -1,4 +1,4 @@
-//! What many services cost a registry: `make registry-figures` prints it. Nothing is asserted: a figure is no test.
+//! The load that many services cause at a registry. `make registry-figures` prints it. Nothing is asserted.
 
 use std::{
     env, fs,
@@ -18,7 +18,7 @@ use embassy::{
 };
 
 const SERVICES: usize = 300;
-/// As `-resync` is by default.
+/// The default of `-resync`.
 const RESYNC: Duration = Duration::from_secs(120);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -121,7 +121,7 @@ async fn follow(uri: &str, settings: &Options, prefix: &str) -> Watches {
     watches
 }
 
-/// Seconds of processor time that a process has used.
+/// CPU time of a process, in seconds.
 fn cpu(pid: u32) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();

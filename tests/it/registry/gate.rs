@@ -1,4 +1,4 @@
-//! A way to a server that counts what passes, and can be closed at a chosen moment.
+//! A proxy to a server that counts connections and requests, and can be closed at a chosen moment.
 
 use std::{
     net::SocketAddr,
@@ -14,7 +14,7 @@ use tokio::{
     sync::watch,
 };
 
-/// Passes everything on both ways, until the server has said a certain thing: then what clients send waits.
+/// Passes everything both ways, until the server has sent certain words. Then the clients' data waits.
 pub(super) struct Gate {
     address: SocketAddr,
     state: Arc<watch::Sender<State>>,
@@ -57,17 +57,17 @@ impl Gate {
         Self { address, state, passed }
     }
 
-    /// Connections that clients have opened.
+    /// The number of connections that clients have opened.
     pub(super) fn opened(&self) -> u64 {
         self.passed.opened.load(Relaxed)
     }
 
-    /// Those of them that are open.
+    /// The number of connections that are open now.
     pub(super) fn open_now(&self) -> u64 {
         self.opened() - self.passed.closed.load(Relaxed)
     }
 
-    /// Requests of HTTP/1.1.
+    /// The number of HTTP/1.1 requests.
     pub(super) fn requests(&self) -> u64 {
         self.passed.requests.load(Relaxed)
     }
@@ -76,7 +76,7 @@ impl Gate {
         self.address
     }
 
-    /// Closes as soon as the server says `words`, and before the client hears them.
+    /// Closes as soon as the server sends `words`, before the client receives them.
     pub(super) fn close_after(&self, words: &'static str) {
         self.state.send_replace(State::ClosesAfter(words));
     }
@@ -92,7 +92,7 @@ impl Gate {
     }
 }
 
-/// Passes one connection's bytes, until one side ends it.
+/// Passes the bytes of one connection, until one side ends it.
 async fn pass(
     client: TcpStream,
     server: TcpStream,
@@ -105,7 +105,7 @@ async fn pass(
     let requests = async {
         let mut buffer = vec![0; 1 << 16];
         while let Ok(n @ 1..) = from_client.read(&mut buffer).await {
-            // Each is written at once, and none before the answer to the last.
+            // Each request is written at once, and only after the previous answer.
             if buffer.starts_with(b"GET ") {
                 passed.requests.fetch_add(1, Relaxed);
             }

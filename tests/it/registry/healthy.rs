@@ -1,4 +1,4 @@
-//! A registry that is well: what is read again, and asked anew, costs it no connection and no login.
+//! A healthy registry: re-reads and new queries cost it no connection and no login.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -19,7 +19,7 @@ use super::{
 
 const SERVICES: usize = 20;
 
-/// Two users, of whom `web` may read what is below /services/. Who is asked is `root`.
+/// Creates two users. `web` may read keys below /services/, `root` everything.
 pub(super) async fn with_users(etcd: &Etcd) {
     let mut v3 = etcd.v3().await;
     for user in ["root", "web"] {
@@ -43,7 +43,7 @@ pub(super) fn as_web() -> Options {
     Options { etcd: EtcdSettings { user, ..EtcdSettings::default() }, ..settings() }
 }
 
-/// Reads all services again, many times, which is no failure and no news.
+/// Re-reads all services many times, without failures or changes.
 async fn read_again(uri: &str, prefix: &str, settings: &Options) {
     let discoveries = Discoveries::parse(&[uri.to_owned()], settings).unwrap();
     let resync = ResyncRequests::new(Duration::from_secs(3));
@@ -55,7 +55,7 @@ async fn read_again(uri: &str, prefix: &str, settings: &Options) {
     for followed in &all {
         followed.sees(&["10.0.0.1:80"]).await;
     }
-    // First on its own time.
+    // First at the resync interval.
     for _ in 0..4 {
         let before: Vec<_> = all.iter().map(|followed| followed.known().answers).collect();
         for (followed, before) in all.iter().zip(before) {
@@ -69,7 +69,8 @@ async fn read_again(uri: &str, prefix: &str, settings: &Options) {
     }
 }
 
-/// One for each long poll, and a few for all re-reads: were there one for each re-read, there would be several times as many.
+/// Checks the number of connections: one per long poll, and a few for all re-reads. With one per re-read there would be
+/// several times as many.
 fn few_were_opened(gate: &Gate) {
     let opened = gate.opened();
     assert!((20..40).contains(&opened), "{opened} connections for {SERVICES} services");
@@ -86,7 +87,7 @@ async fn a_re_read_of_etcd_v3_opens_no_connection_and_logs_in_nobody() {
     let gate = Gate::before(&etcd.address()).await;
     let uri = format!("etcd3://{}", gate.address());
     read_again(&uri, "/services/s", &as_web()).await;
-    // All of them are followed on one.
+    // All of them are followed on one connection.
     assert_eq!(gate.opened(), 1);
     assert_eq!(etcd.calls("Authenticate").await, 1.0);
     assert_eq!(etcd.calls("Watch").await, 1.0);
@@ -124,7 +125,7 @@ async fn what_nobody_follows_is_watched_no_more_and_the_rest_is() {
     let discoveries = Discoveries::parse(&[uri], &settings()).unwrap();
     let follow = |n| Followed::of(&discoveries, &format!("/services/s{n};80"));
     let mut all: Vec<_> = (0..3 * SERVICES).map(follow).collect();
-    // A branch has two: its own key, and the keys below it.
+    // A branch has two watches: one for its own key, and one for the keys below it.
     let watches = async |branches: usize| {
         let expected = 2 * branches;
         let are = async || (etcd.watches().await == expected as f64).then_some(());
@@ -138,7 +139,7 @@ async fn what_nobody_follows_is_watched_no_more_and_the_rest_is() {
     assert_eq!(etcd.calls("Watch").await, 1.0);
 }
 
-/// A range that a user may not read is that query's own matter.
+/// A range that a user may not read only affects its own query.
 #[tokio::test]
 async fn what_may_not_be_read_disturbs_nothing_else() {
     let etcd = Etcd::with("http", &[]).await;
@@ -157,7 +158,7 @@ async fn what_may_not_be_read_disturbs_nothing_else() {
     assert_eq!((gate.opened(), etcd.calls("Watch").await), (1, 1.0));
 }
 
-/// A token of this kind ends at its time, however much it is used, and a stream keeps the one that it began with.
+/// Such a token expires at a fixed time, even if it is used, and a stream keeps the token with which it was opened.
 #[tokio::test]
 async fn an_expired_token_is_renewed_once_for_all() {
     let folder = tempfile::tempdir().unwrap();
@@ -192,7 +193,7 @@ async fn an_expired_token_is_renewed_once_for_all() {
         followed.sees(&[]).await;
     }
     assert_eq!(etcd.calls("Authenticate").await - before, 1.0);
-    // What was watched before is watched on, and what came later is watched too.
+    // Earlier watches continue, and later ones work too.
     for (n, followed) in &all {
         write(*n, "10.0.0.1:80").await;
         assert_eq!(followed.sees(&["10.0.0.1:80"]).await.failures, 0, "service {n}");
@@ -200,7 +201,7 @@ async fn an_expired_token_is_renewed_once_for_all() {
     assert_eq!((gate.opened(), etcd.calls("Watch").await), (1, 2.0));
 }
 
-/// So an etcd whose login may read some services only is known to answer before any of those is asked for.
+/// Therefore an etcd is known to answer even if its login may read only some services, before any of those is queried.
 #[tokio::test]
 async fn a_refusal_of_one_query_is_told_from_a_registry_that_does_not_answer() {
     let etcd = Etcd::with("http", &[]).await;

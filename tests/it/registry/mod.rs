@@ -1,4 +1,4 @@
-//! Consul and etcd, as they are: real servers on loopback, and broken ones.
+//! Real Consul and etcd servers on loopback, and broken ones.
 
 mod broken;
 mod consul;

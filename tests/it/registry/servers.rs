@@ -1,4 +1,4 @@
-//! Real registries, each on ports of its own and in a folder of its own; they end with the test, whatever its end.
+//! Real registries, each with its own ports and its own folder. They end with the test, however it ends.
 
 use std::{
     fs,
@@ -29,7 +29,7 @@ pub(super) struct Etcd {
 }
 
 impl Etcd {
-    /// Both stores.
+    /// With both stores.
     pub(super) async fn both() -> Self {
         Self::with("http", &["--enable-v2"]).await
     }
@@ -42,7 +42,7 @@ impl Etcd {
         etcd
     }
 
-    /// Two members with both stores: without one of them the other has no leader.
+    /// Two members with both stores. If one ends, the other has no leader.
     pub(super) async fn pair() -> [Self; 2] {
         let peers = free_ports::<2>();
         let mut pair = [0, 1].map(|i| Self::member(i, &peers, "http", &["--enable-v2"]));
@@ -72,7 +72,7 @@ impl Etcd {
         }
     }
 
-    /// Starts it (again), with what it stored before.
+    /// Starts it, with its stored data.
     pub(super) fn start(&mut self) {
         let client = format!("{}://127.0.0.1:{}", self.scheme, self.port);
         let peer = format!("http://127.0.0.1:{}", self.peer_port);
@@ -85,10 +85,10 @@ impl Etcd {
         self.process = Some(Process::start(&mut command, &self.dir.path().join("log")));
     }
 
-    /// Waits until it leads.
+    /// Waits until it is the leader.
     pub(super) async fn ready(&self) {
         if self.scheme == "https" {
-            // Who may ask is the test's own matter.
+            // With TLS, each test decides which clients may connect.
             return;
         }
         let url = format!("http://{}/health", self.address());
@@ -103,7 +103,7 @@ impl Etcd {
         self.process = None;
     }
 
-    /// It keeps its connections, and does nothing.
+    /// Freezes it: it keeps its connections, but does nothing.
     pub(super) fn freeze(&self) {
         self.process.as_ref().expect("a running server").signal(Signal::STOP);
     }
@@ -124,17 +124,17 @@ impl Etcd {
         etcd_client::Client::connect([self.address()], None).await.expect("a client of etcd")
     }
 
-    /// Calls of gRPC since it started, of a method or (empty) of all.
+    /// The number of gRPC calls since its start, of one method or (with an empty name) of all.
     pub(super) async fn calls(&self, method: &str) -> f64 {
         self.metric("grpc_server_started_total{", &format!("grpc_method=\"{method}")).await
     }
 
-    /// The watches of the v3 store that there are.
+    /// The number of watches in the v3 store.
     pub(super) async fn watches(&self) -> f64 {
         self.metric("etcd_debugging_mvcc_watcher_total ", "").await
     }
 
-    /// The sum of its metrics whose line begins so and has these words.
+    /// The sum of its metrics whose line begins with `start` and contains `words`.
     async fn metric(&self, start: &str, words: &str) -> f64 {
         let url = format!("http://{}/metrics", self.address());
         let answer = self.http.get(url).send().await.expect("an answer of etcd");
@@ -175,7 +175,7 @@ impl Consul {
         Self::with("{}", None).await
     }
 
-    /// With a piece of configuration, and the token that the requests of this test carry.
+    /// With additional configuration, and the token for this test's requests.
     pub(super) async fn with(config: &str, token: Option<&'static str>) -> Self {
         let mut consul = Self {
             process: None,
@@ -261,12 +261,12 @@ fn http_client() -> reqwest::Client {
     builder.timeout(Duration::from_secs(5)).build().expect("an HTTP client")
 }
 
-/// Tries until there is a result.
+/// Repeats until there is a result.
 pub(super) async fn retry<T>(server: &str, attempt: impl AsyncFnMut() -> Option<T>) -> T {
     eventually(server, Path::new("/dev/null"), attempt).await
 }
 
-/// Tries until there is a result, or fails with what `server` wrote into its log.
+/// Repeats until there is a result. On a timeout, fails with the log of `server`.
 async fn eventually<T>(server: &str, log: &Path, mut attempt: impl AsyncFnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + SOON;
     loop {

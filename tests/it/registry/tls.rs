@@ -1,4 +1,4 @@
-//! TLS to the registries, with certificates made here by `openssl`.
+//! TLS to the registries, with certificates created here by `openssl`.
 
 use std::{
     env, fs,
@@ -27,7 +27,7 @@ use super::{
     settings,
 };
 
-/// An authority, and what it has signed for a server on 127.0.0.1 and for a client.
+/// A CA, and its certificates for a server on 127.0.0.1 and for a client.
 struct Authority(tempfile::TempDir);
 
 impl Authority {
@@ -39,7 +39,7 @@ impl Authority {
         authority
     }
 
-    /// A certificate for a server at `address` that is its own authority, as OpenSSL makes it if nothing else is asked for.
+    /// A self-signed certificate for a server at `address`, as OpenSSL creates it by default.
     fn self_signed(address: &str) -> Self {
         let server = Self(tempfile::tempdir().unwrap());
         server.openssl(&format!(
@@ -59,7 +59,7 @@ impl Authority {
         ));
     }
 
-    /// A Consul agent with the certificate of this name, and where it speaks TLS.
+    /// A Consul agent with the certificate of this name, and its TLS address.
     async fn consul(&self, name: &str) -> (Consul, String) {
         let [https] = crate::process::free_ports();
         let config = json!({
@@ -91,7 +91,7 @@ impl Authority {
         fs::read(self.file(name)).unwrap()
     }
 
-    /// An etcd with a certificate, which asks for one too where `mutual`; with the service in both of its stores.
+    /// An etcd with a certificate, which requires a client certificate if `mutual`. Both of its stores contain the service.
     async fn etcd(&self, mutual: bool) -> Etcd {
         let (certificate, key, ca) =
             (self.text("server.pem"), self.text("server.key"), self.text("ca.pem"));
@@ -124,7 +124,7 @@ impl Authority {
 
 const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2";
 
-/// The three flags, given or not.
+/// The settings of the three flags, set or not.
 fn flags(ca: Option<PathBuf>, identity: Option<(PathBuf, PathBuf)>) -> Options {
     let (certificate, key) = identity.unzip();
     Options { etcd: EtcdSettings { certificate, key, ca, user: None }, ..settings() }
@@ -160,7 +160,7 @@ async fn etcd_is_trusted_by_its_authority_alone() {
     let etcd = authority.etcd(false).await;
     both_stores_are_followed(&etcd.address(), &flags(Some(authority.file("ca.pem")), None)).await;
 
-    // Another authority of the same name.
+    // Another CA of the same name.
     let stranger = Authority::new();
     let uri = format!("etcd3://{}", etcd.address());
     let flags = flags(Some(stranger.file("ca.pem")), None);
@@ -168,7 +168,7 @@ async fn etcd_is_trusted_by_its_authority_alone() {
     assert_eq!(list(&refused.fails("certificate").await), None);
 }
 
-/// A connection that fails may fail by certificates that are being renewed.
+/// A connection may fail because certificates are being renewed.
 #[tokio::test]
 async fn certificates_are_read_again_after_a_failure() {
     let (authority, stranger) = (Authority::new(), Authority::new());
@@ -186,8 +186,8 @@ async fn certificates_are_read_again_after_a_failure() {
     v3.sees(&["10.0.0.3:80"]).await;
 }
 
-/// Where only the client's certificate is given, the system's authorities are trusted. They are those of a process,
-/// so a process of its own is told of ours.
+/// If only a client certificate is set, the system's CAs are trusted. They are per process, so another process is started
+/// with ours.
 #[tokio::test]
 async fn etcd_is_trusted_by_the_systems_authorities() {
     let authority = Authority::new();
@@ -252,7 +252,7 @@ async fn consul_is_spoken_to_by_tls() {
     assert_eq!(list(&anonymous.fails(&format!("127.0.0.1:{https}")).await), None);
 }
 
-/// With the settings of a Consul whose server has this CA and name.
+/// The settings for a Consul whose server has this CA and name.
 fn with_consul(consul: ConsulSettings) -> Options {
     Options { consul, ..settings() }
 }
@@ -270,10 +270,10 @@ async fn a_certificate_that_is_its_own_authority_is_accepted_where_it_is_the_con
         })
     };
     Followed::with(&uri, &by(&server), "web;80").sees(&["10.0.0.1:80"]).await;
-    // Another of the same name.
+    // Another certificate of the same name.
     let refused = Followed::with(&uri, &by(&other), "web;80");
     assert_eq!(list(&refused.fails("certificate").await), None);
-    // The configured one, for another address.
+    // The configured certificate, but for another address.
     let (_consul, uri) = elsewhere.consul("server").await;
     let refused = Followed::with(&uri, &by(&elsewhere), "web;80");
     assert_eq!(list(&refused.fails("certificate").await), None);
@@ -311,12 +311,12 @@ async fn a_server_of_consul_is_verified_by_the_name_that_is_configured() {
         let refused = Followed::with(&uri, &named(wrong), "web;80");
         let known = refused.fails("certificate").await;
         assert_eq!(list(&known), None);
-        // The error names what was asked for.
+        // The error names the address of the request.
         assert!(known.error.unwrap().contains(&uri["consuls://".len()..]), "{wrong:?}");
     }
 }
 
-/// The same as `registry::etcd` has without TLS: with those that do not want HTTP/2 it ends the connection.
+/// Like the one in `registry::etcd`, with TLS: it closes connections that do not offer HTTP/2.
 async fn only_grpc(server: &Authority, etcd: &Etcd) -> String {
     let chain = CertificateDer::pem_file_iter(server.file("server.pem")).unwrap();
     let key = PrivateKeyDer::from_pem_file(server.file("server.key")).unwrap();

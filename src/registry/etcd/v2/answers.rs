@@ -1,20 +1,20 @@
-//! What the v2 store answers. Pure.
+//! The answers of the v2 store. Pure.
 
 use serde::{Deserialize, de::Error};
 
 use super::Tree;
 
-/// Objects in an answer: each may become a key in memory, and takes three bytes to write.
+/// Maximum number of objects in an answer. Each may become a key in memory, and takes only three bytes in the answer.
 const MOST_OBJECTS: usize = 200_000;
 
-/// What a read of a branch says.
+/// The keys in the answer to a read of a branch.
 pub(super) fn tree(body: &[u8]) -> Result<Tree, serde_json::Error> {
     let mut tree = Tree::default();
     read::<Listing>(body)?.node.collect(&mut tree);
     Ok(tree)
 }
 
-/// What a poll says.
+/// The event in the answer to a poll.
 pub(super) fn event(body: &[u8]) -> Result<Event, serde_json::Error> {
     read(body)
 }
@@ -27,7 +27,7 @@ fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, serde_json::Error> 
     serde_json::from_slice(body)
 }
 
-/// Objects that begin outside of strings: a value is text, and often JSON itself.
+/// The number of objects that begin outside of strings. A value is a text, often JSON itself.
 fn objects(json: &[u8]) -> usize {
     let (mut count, mut in_string, mut is_escaped) = (0, false, false);
     for byte in json {
@@ -72,7 +72,7 @@ pub(super) struct Event {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", expecting = "a node")]
 pub(super) struct Node {
-    /// Absent from the root.
+    /// Missing for the root.
     #[serde(default)]
     key: String,
     #[serde(default)]
@@ -85,7 +85,7 @@ pub(super) struct Node {
     pub(super) modified_index: u64,
 }
 
-/// The answer if there is none.
+/// An error answer.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Fault {
@@ -106,14 +106,14 @@ impl Node {
 }
 
 impl Event {
-    /// Says whether it changed anything; `None` if it is of a kind that is not known.
+    /// Applies the event. Returns whether it changed anything. `None` if its kind is unknown.
     pub(super) fn apply(self, tree: &mut Tree) -> Option<bool> {
         let Node { key, dir, value, .. } = self.node;
         let key = key.into_bytes();
         match self.action.as_str() {
-            // What goes may be a directory, or one above the branch: all below goes with it.
+            // The removed key may be a directory, or one above the branch: everything below is removed too.
             "delete" | "expire" | "compareAndDelete" => Some(tree.remove_all(&key)),
-            // A directory has no value, and it may stand where a key was.
+            // A directory has no value, and may replace a key.
             "set" | "create" | "update" | "compareAndSwap" if dir => Some(tree.remove(&key)),
             "set" | "create" | "update" | "compareAndSwap" => {
                 Some(tree.set(key, value.into_bytes()))
@@ -123,7 +123,7 @@ impl Event {
     }
 }
 
-/// Reads `input` as an answer of any kind, and each of its lines too.
+/// Reads `input`, and each of its lines, as an answer of any kind.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(input: &[u8]) {
     let mut tree = Tree::default();
@@ -255,7 +255,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the order of events: the tree is what a plain map would hold.
+        /// In whatever order events arrive, the tree equals a plain map.
         #[test]
         fn events_add_up(events in prop::collection::vec((0..3u8, 0..4u8, 0..4u8), 0..40)) {
             let (mut tree, mut model) = (Tree::default(), BTreeMap::new());

@@ -1,5 +1,5 @@
-//! One stream of watches, shared by all branches that are watched on a connection: a stream of its own for each would cost the
-//! server as much as a connection, and over TLS older servers take no more than 250.
+//! One stream of watches, shared by all watched branches of a connection: a stream for each would cost the server as much
+//! as a connection, and with TLS older servers accept at most 250.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -16,20 +16,21 @@ use tokio::{
 use super::{LARGEST, Reason, probe, within};
 use crate::registry::{etcd::branch::KeyRange, http::ANSWER};
 
-/// After this long without a word the member is asked whether it is still there, with a leader: a stream whose server hangs
-/// looks like one on which nothing happens.
+/// After this time without a message, the member is asked whether it is still alive and has a leader: the stream of a
+/// hanging server looks like one without events.
 const QUIET: Duration = Duration::from_secs(10);
-/// How often is looked whether it was quiet.
+/// Interval for checking whether the stream is quiet.
 const LOOK: Duration = Duration::from_secs(5);
-/// Messages that may wait for one branch. One that is slower is read again instead.
+/// Maximum number of messages that wait for one branch. A slower branch is read again instead.
 const BACKLOG: usize = 64;
-/// Watches that are being made at a time.
+/// Maximum number of watches that are being created at the same time.
 const MAKING: usize = 16;
-/// If a watch is refused although its range could be read, the stream uses an outdated login: it keeps the token from its
-/// start. On a stream younger than this it is a real refusal.
+/// If a watch is refused although its range could be read, the stream uses an outdated login, because it keeps the token
+/// from its start. On a stream younger than this, it is a real refusal.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// Where to ask for watches. Clones are the same stream; it ends with its last watch, once it is not used for new ones.
+/// A handle for creating watches. Clones refer to the same stream. The stream ends with its last watch, once no handle is
+/// left.
 #[derive(Debug, Clone)]
 pub(super) struct Stream {
     requests: mpsc::Sender<Request>,
@@ -46,16 +47,16 @@ struct Request {
     listener: Listener,
 }
 
-/// Who follows a branch, for the watches of its ranges.
+/// The receiver of the events of a branch's ranges.
 #[derive(Debug, Clone)]
 struct Listener {
     news: mpsc::Sender<News>,
-    /// Rung when the watch of one range does not go on: those of the others do not tell what happens there.
+    /// Notified when the watch of one range ends: the watches of the others do not show its events.
     lapsed: Arc<Notify>,
 }
 
 impl Listener {
-    /// Tells the news; false where the listener is gone, or too slow to be told.
+    /// Sends the news. False if the receiver is gone or too slow.
     fn tell(&self, news: News) -> bool {
         let told = self.news.try_send(news).is_ok();
         if !told {
@@ -65,7 +66,7 @@ impl Listener {
     }
 }
 
-/// The watch of one branch. Dropped, it ends.
+/// The watch of one branch. Dropping it ends the watch.
 #[derive(Debug)]
 pub(super) struct BranchWatch {
     news: mpsc::Receiver<News>,
@@ -79,11 +80,11 @@ pub(super) struct BranchWatch {
 pub(super) enum News {
     /// These keys were written, or deleted.
     Changed(Vec<KeyValue>),
-    /// No events are missing.
+    /// No events are missing so far.
     Alive,
     /// Events are missing: the branch must be read and watched again.
     Again,
-    /// There can be no such watch.
+    /// Such a watch is not possible.
     Refused(Reason),
     /// The connection is lost.
     Lost(Reason),
@@ -99,7 +100,7 @@ impl BranchWatch {
                 Some(reason) => News::Lost(reason.clone()),
                 None => News::Again,
             }),
-            // The end of the stream shows up as the end of the events.
+            // The end of the stream shows as the end of the events.
             Ok(()) = self.alive.changed() => News::Alive,
         }
     }
@@ -129,7 +130,7 @@ impl Stream {
         Self { requests, alive: told, ended }
     }
 
-    /// Whether watches can be asked for here.
+    /// Whether new watches can be created.
     pub(super) fn is_open(&self) -> bool {
         !self.requests.is_closed()
     }
@@ -145,7 +146,7 @@ impl Stream {
         let listener = Listener { news: sender, lapsed: lapsed.clone() };
         for range in ranges {
             let request = Request { range, revision, listener: listener.clone() };
-            // A stream that has just ended says so by the end of the news; one that takes no more does not.
+            // A stream that has just ended is noticed by the end of the news. One that only accepts no more watches is not.
             if self.requests.send(request).await.is_err() && self.ended.get().is_none() {
                 lapsed.notify_one();
             }
@@ -160,11 +161,11 @@ struct Running {
     client: Client,
     requests: mpsc::Receiver<Request>,
     began: Instant,
-    /// When the member last said anything.
+    /// When the last message of the member arrived.
     heard: Instant,
-    /// One that is watched, to ask about.
+    /// A watched key, for test requests.
     key: String,
-    /// Those that are asked for: the server answers in this order.
+    /// The requested watches. The server answers in this order.
     making: VecDeque<Request>,
     watches: HashMap<i64, Listener>,
 }
@@ -238,10 +239,10 @@ impl Running {
         }
         if message.canceled() {
             let Some(listener) = self.watches.remove(&id) else {
-                // One that was ended here; or, with no number, all.
+                // A watch that was ended here. A negative number means all watches.
                 return if id < 0 { Err(Error::Internal(refusal().0.to_string())) } else { Ok(()) };
             };
-            // Compacted: what happened since the branch was read is forgotten.
+            // Compacted: events since the branch was read are lost.
             if message.compact_revision() == 0 {
                 listener.tell(News::Refused(refusal()));
             } else {
@@ -261,7 +262,7 @@ impl Running {
         Ok(())
     }
 
-    /// Ends the watches of branches that are no longer followed. If there are many, the rest follow later.
+    /// Ends the watches of branches that are no longer followed. If there are many, the rest are ended later.
     async fn end_unwatched(&mut self, stream: &mut WatchStream) -> Result<(), Error> {
         let ids = self
             .watches
@@ -287,7 +288,7 @@ mod tests {
     use super::*;
     use crate::registry::etcd::Branch;
 
-    /// The watch of a branch with two ranges, and who is told of each.
+    /// The watch of a branch with two ranges, and the receiver of each.
     async fn watch_of_two(
         stream: Stream,
         requests: &mut mpsc::Receiver<Request>,
@@ -303,18 +304,18 @@ mod tests {
         let (requests, mut requested) = mpsc::channel(MAKING);
         let (_alive, told) = watch::channel(());
         let stream = Stream { requests, alive: told, ended: Arc::default() };
-        // Compacted, or refused on a stream whose login is out of date.
+        // Compacted, or refused on a stream with an outdated login.
         let (mut watch, [one, other]) = watch_of_two(stream.clone(), &mut requested).await;
         one.lapsed.notify_one();
         drop(one);
         assert!(matches!(watch.next().await, News::Again));
-        // Nobody takes the news: what does not fit is not told.
+        // No task receives the news, so further news does not fit.
         let (mut slow, [one, _other]) = watch_of_two(stream.clone(), &mut requested).await;
         while one.tell(News::Changed(Vec::new())) {}
         drop(one);
         assert!(matches!(slow.next().await, News::Again));
         assert!(other.tell(News::Changed(Vec::new())), "the other one goes on");
-        // The stream takes no more in the midst of it.
+        // The stream stops accepting watches midway.
         requested.close();
         let ranges = Branch::new("/web").ranges();
         assert!(matches!(stream.watch(ranges.into_iter(), 1).await.next().await, News::Again));

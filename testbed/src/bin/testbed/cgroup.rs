@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-/// Removes the group `name`, with all below it, from every hierarchy of the machine. The processes in it must be on
-/// their way out: a group can be removed only when the last is gone.
+/// Removes the group `name`, with everything below it, from every hierarchy of the machine. Its processes must be ending: a
+/// group can only be removed when it is empty.
 pub(crate) fn remove(name: &str) -> Result<()> {
     let start = Instant::now();
     for mount in mounts()? {
@@ -25,7 +25,7 @@ pub(crate) fn remove(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Only folders: the files in them are the kernel's, and go along.
+/// Removes only folders: the files in them belong to the kernel and disappear with them.
 fn remove_tree(group: &Path) -> std::io::Result<()> {
     for entry in fs::read_dir(group)? {
         let entry = entry?;

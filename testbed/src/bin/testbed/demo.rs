@@ -1,4 +1,4 @@
-//! The demo: what embassy does, step by step, on a host of its own.
+//! The demo: what embassy does, step by step, on a separate host.
 
 use std::time::{Duration, Instant};
 
@@ -6,10 +6,10 @@ use anyhow::{Context, Result, bail, ensure};
 use testbed::{Answers, Container, Embassy, Host, embassy_program, eventually};
 
 const DEADLINE: Duration = Duration::from_secs(20);
-/// Where both consumers dial: docker0 of the host.
+/// The address to which both consumers connect: the host's docker0.
 const VIP: &str = "172.17.0.1:80";
 
-/// Where embassy finds the endpoints.
+/// The discovery that embassy uses.
 #[derive(Debug, Clone, Copy)]
 enum Discovery {
     Docker,
@@ -17,7 +17,7 @@ enum Discovery {
     Etcd,
 }
 
-/// Shows it, and stays until it is killed unless `--once` is said. An error if embassy does not do what is shown.
+/// Runs the demo. Then it stays until it is killed, except with `--once`. An error if embassy does not do what is shown.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let (discovery, once) = match words {
         [] => (Discovery::Docker, false),
@@ -110,7 +110,7 @@ impl Demo<'_> {
         let endpoint = self.host.web(name).env("SERVICE_NAME", service).start()?;
         let address = endpoint.ip()?;
         match self.discovery {
-            // The container's own environment says it.
+            // The container's own environment declares it.
             Discovery::Docker => {}
             Discovery::Consul => {
                 self.host.consul()?.service(name, service).address(address).port(80).register()?;
@@ -199,7 +199,7 @@ impl Discovery {
     }
 }
 
-/// Requests from one consumer until all of them are answered, by these endpoints alone, and evenly.
+/// Sends requests from one consumer until all of them are answered, only by these endpoints, and evenly.
 fn spread(from: &Container, expected: &[&str]) -> Result<()> {
     const REQUESTS: usize = 30;
     let start = Instant::now();

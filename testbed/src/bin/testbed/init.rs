@@ -1,4 +1,4 @@
-//! `testbed init`: the first process of a host. Its end is the end of all that runs in there.
+//! `testbed init`: the first process of a host. When it ends, the kernel ends all processes inside.
 
 use std::fs;
 use std::io::Read;
@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use rustix::process::{WaitOptions, wait};
 use testbed::{HOST_ADDRESS, output};
 
-/// Makes the namespaces look like a Docker host, says `ready`, and ends with its stdin.
+/// Makes the namespaces look like a Docker host, prints `ready`, and ends when its stdin ends.
 pub(crate) fn run() -> Result<()> {
     files()?;
     links()?;
@@ -21,11 +21,11 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// Nothing of what runs in here writes to the machine's own disk, except into our folder below /var/lib/testbed.
+/// Prevents writes to the machine's own disk, except into our folder below /var/lib/testbed.
 fn files() -> Result<()> {
     sh("mount -t tmpfs -o mode=755 testbed /run && mkdir -p /run/testbed/base")?;
     sh("mount --bind /var/lib/testbed /run/testbed/base")?;
-    // Keys of dockerd, a folder of containerd, embassy's state.
+    // For dockerd's keys, a folder of containerd, and embassy's state.
     for dir in ["/etc", "/opt", "/var/lib"] {
         let copy = format!("/run/testbed{dir}");
         sh(&format!(
@@ -34,14 +34,15 @@ fn files() -> Result<()> {
         ))?;
     }
     sh("mount --move /run/testbed/base /var/lib/testbed")?;
-    // The machine's own servers cannot be reached from in here: a lookup fails at once instead of after a while.
+    // The machine's own DNS servers cannot be reached from inside. Without this, a lookup would wait for a timeout.
     sh("rm -f /etc/resolv.conf && echo nameserver 127.0.0.1 > /etc/resolv.conf")?;
     fs::write("/run/testbed/daemon.json", "{}\n").context("write daemon.json")
 }
 
-/// A network card whose cable leads nowhere: its address is this host's, and others of its network never answer.
+/// A network interface without a peer: its address is this host's, and other addresses of its network never answer.
 fn links() -> Result<()> {
-    // No doubles here: without this, an IPv6 address is of no use for its first second, and the engine does not wait.
+    // Disables duplicate detection: otherwise an IPv6 address cannot be used for its first second, and the engine does not
+    // wait.
     for interfaces in ["all", "default"] {
         let path = format!("/proc/sys/net/ipv6/conf/{interfaces}/accept_dad");
         if Path::new(&path).exists() {
@@ -57,7 +58,7 @@ fn sh(script: &str) -> Result<()> {
     output(Command::new("sh").args(["-c", script])).map(drop)
 }
 
-/// Whoever loses its parent becomes our child: containers of a killed engine, for one.
+/// Waits for orphaned processes, which become our children, for example containers of a killed engine.
 fn reap() {
     loop {
         // An error means that there is no child now.

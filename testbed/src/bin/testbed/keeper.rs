@@ -1,8 +1,8 @@
-//! `testbed keep`: starts a host's namespaces, and clears up when the one who asked for them is gone.
+//! `testbed keep`: starts a host's namespaces, and cleans up when their owner is gone.
 //!
-//! It is a process of its own so that nothing can prevent it: it waits for the end of its stdin, which comes when the
-//! host is dropped and equally when its owner is killed. Should the keeper itself be killed, the init process sees the
-//! end of *its* stdin and takes the namespaces along; the rest is swept by the next keeper.
+//! It is a separate process so that nothing can prevent this: it waits for the end of its stdin, which comes when the host
+//! is dropped and also when its owner is killed. If the keeper itself is killed, the init process sees the end of *its*
+//! stdin and ends the namespaces. The next keeper removes the rest.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
@@ -13,10 +13,10 @@ use anyhow::{Context, Result, bail};
 
 use crate::cgroup;
 
-/// One folder per living host. Not below /run, which each host replaces, nor /tmp, where others may write.
+/// One folder per running host. Not below /run, which each host replaces, nor /tmp, where others may write.
 const BASE: &str = "/var/lib/testbed";
 
-/// Says `ready <pid of init> <folder>` on stdout once the namespaces stand, or else why they do not.
+/// Prints `ready <pid of init> <folder>` to stdout when the namespaces exist, or why they cannot be created.
 pub(crate) fn keep() -> Result<()> {
     let result = claim().and_then(|claim| {
         let kept = hold(&claim.dir);
@@ -29,7 +29,7 @@ pub(crate) fn keep() -> Result<()> {
     result
 }
 
-/// Removes what hosts left whose keeper was killed.
+/// Removes what is left of hosts whose keeper was killed.
 pub(crate) fn sweep() -> Result<()> {
     let _gate = gate()?;
     for dir in hosts()? {
@@ -57,7 +57,7 @@ fn claim() -> Result<Claim> {
     Ok(Claim { dir, _owner: owner })
 }
 
-/// Starts init, and waits for our end or its.
+/// Starts init. Waits until our stdin ends or init ends.
 fn hold(dir: &Path) -> Result<()> {
     let own = std::env::current_exe().context("find the running program")?;
     let mut unshare = Command::new("unshare");
@@ -83,7 +83,7 @@ fn hold(dir: &Path) -> Result<()> {
     }
     println!("ready {} {}", child_of(&unshare)?, dir.display());
 
-    // Nobody writes: this returns when the other end is closed.
+    // Nothing is written to our stdin: this returns when its other end is closed.
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
     drop(unshare.stdin.take());
     unshare.wait().context("wait for init")?;
@@ -96,7 +96,7 @@ fn child_of(unshare: &Child) -> Result<u32> {
     list.trim_end().parse().with_context(|| format!("{path} holds {list:?} instead of one process"))
 }
 
-/// Held while hosts come and go, so that a host in the making is not taken for a leftover.
+/// Held while hosts are created and removed, so that a host being created is not taken for a leftover.
 fn gate() -> Result<File> {
     fs::create_dir_all(BASE).with_context(|| format!("make {BASE}"))?;
     let path = Path::new(BASE).join("gate");
@@ -120,7 +120,7 @@ fn remove(dir: &Path) -> Result<()> {
     cgroup::remove(&format!("testbed-{number}"))?;
     loop {
         match fs::remove_dir_all(dir) {
-            // Its own keeper may be removing it too: what is gone is gone.
+            // Its own keeper may be removing it too. A missing folder is fine.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 if !dir.exists() {
                     return Ok(());

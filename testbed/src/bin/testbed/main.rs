@@ -1,4 +1,4 @@
-//! The `testbed` program: a host by hand, and what hosts and their containers are made of.
+//! The `testbed` program: hosts for manual use, and the processes of hosts and their containers.
 
 mod cgroup;
 mod demo;
@@ -21,7 +21,7 @@ usage: testbed shell [-- COMMAND]  a shell in a new host, or one command; the ho
 ";
 
 fn main() -> ExitCode {
-    // Words that are not UTF-8 become ones that nothing here knows.
+    // Arguments that are not UTF-8 become unknown words.
     let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
     let words: Vec<String> = words.collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();

@@ -1,4 +1,4 @@
-//! A host by hand.
+//! Hosts for manual use.
 
 use std::io::Write;
 use std::process::{Command, ExitCode};
@@ -10,7 +10,7 @@ use testbed::Host;
 const ETCD: &str = "http://127.0.0.1:2379";
 const CONSUL: &str = "http://127.0.0.1:8500";
 
-/// Starts a host with everything in it, says how to reach it, and keeps it until it is killed.
+/// Starts a host with everything in it, prints how to reach it, and keeps it until it is killed.
 pub(crate) fn up() -> Result<()> {
     let host = everything()?;
     let init = host.init_pid();
@@ -30,7 +30,7 @@ pub(crate) fn up() -> Result<()> {
     }
 }
 
-/// Runs a command in a new host, or an interactive shell if there is none; the host ends with it.
+/// Runs a command in a new host, or an interactive shell if none is given. The host ends with it.
 pub(crate) fn shell(words: &[&str]) -> Result<ExitCode> {
     let host = everything()?;
     let status = match words {
@@ -63,7 +63,7 @@ fn everything() -> Result<Host> {
     Ok(host)
 }
 
-/// Where the user stands, with the programs of this build at hand.
+/// A command in the user's working directory, with the programs of this build on the PATH.
 fn inside(host: &Host) -> Result<Command> {
     let own = env::current_exe().context("find the running program")?;
     let path = env::var_os("PATH").unwrap_or_default();

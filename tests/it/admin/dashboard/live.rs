@@ -1,20 +1,20 @@
-//! One page stays open while things happen: it shows each of them without being read anew.
+//! A page stays open while things change. It shows each change without a reload.
 
 use super::*;
 
-/// What stands in a row of what is shown, as a reader sees it; empty where there is no such row.
+/// The visible text of the row that contains `words`. Empty if there is no such row.
 fn row_of(words: &str) -> String {
     format!(
         "([...document.querySelectorAll('#rows tr')].find(row => row.innerText.includes({words:?})) || {{}}).innerText || ''"
     )
 }
 
-/// Waits until the row with `of` says `words`.
+/// Waits until the row with `of` contains `words`.
 fn says_row(browser: &Browser<'_>, of: &str, words: &str) -> Result<()> {
     browser.until(&format!("({}).includes({words:?})", row_of(of)), true)
 }
 
-/// Waits until a tile says `words`.
+/// Waits until a tile contains `words`.
 fn says_tile(browser: &Browser<'_>, tile: &str, words: &str) -> Result<()> {
     let text = format!("document.querySelector('#tiles [data-key={tile}]').innerText");
     browser.until(&format!("({text}).includes({words:?})"), true)
@@ -34,16 +34,16 @@ fn an_open_page_shows_what_happens() -> Result<()> {
     browser.shows("No running container has a binding yet.")?;
     says_tile(&browser, "Capture", "in place")?;
     says_tile(&browser, "Sources", "all answer")?;
-    // It is gone where the page was read anew.
+    // It would be gone after a reload.
     browser.value("window.opened = true")?;
-    // Nothing was connected: there is no connect time, and none is drawn.
+    // There was no connection, so there is no connect time, and none is drawn.
     let line = |name: &str| {
         format!("document.querySelector('[data-name={name}] .line').getAttribute('d')")
     };
     browser.until(&format!("{}.startsWith('M')", line("started_per_second")), true)?;
     assert_eq!(browser.value(&line("connect_p99_seconds"))?, "");
 
-    // A new container. A name is whatever somebody wrote: it is shown, and does nothing. A value is not shown.
+    // A new container. Its names may contain anything: they are shown, and have no effect. Values are not shown.
     let app = host.client("new-app").env("BACKEND_BLUE", "/services/blue;80");
     let app = app.env("BACKEND_EVIL<img>", "S3CRET").start()?;
     says_row(&browser, "new-app", "/services/blue")?;
@@ -59,7 +59,7 @@ fn an_open_page_shows_what_happens() -> Result<()> {
     says_row(&browser, &dead, "active")?;
     let answers = app.get("172.17.0.1:80").times(4).run()?;
     ensure!(answers.answered() == 4, "{answers:?}");
-    // Each failed probe doubles the time that it is skipped.
+    // Each failed probe doubles the ejection time.
     let get = ["testbed", "peer", "get", "172.17.0.1:80", "--until", "/never", "--pause-ms", "50"];
     let _traffic = app.spawn("traffic", get)?;
     says_row(&browser, &dead, "ejected")?;
@@ -67,7 +67,7 @@ fn an_open_page_shows_what_happens() -> Result<()> {
     says_tile(&browser, "Endpoints", "1 ejected")?;
     browser.until(&format!("{}.startsWith('M')", line("connect_p99_seconds")), true)?;
 
-    // All that is known of a route, and it stays up to date.
+    // The details of a route, which stay up to date.
     browser.click("#tab-routes")?;
     says_row(&browser, "new-app", "degraded")?;
     browser.click("#rows tr[tabindex]")?;
@@ -95,7 +95,7 @@ fn an_open_page_shows_what_happens() -> Result<()> {
     browser.until("document.getElementById('explain-verdict').innerText", "ok")?;
     browser.press(ESCAPE)?;
 
-    // A source that goes away, and comes back.
+    // A source goes down and comes back.
     browser.click("#tab-sources")?;
     says_row(&browser, "etcd /services/blue", "up")?;
     host.etcd_daemon().kill()?;
@@ -120,7 +120,7 @@ fn an_open_page_shows_what_happens() -> Result<()> {
     Ok(())
 }
 
-/// Lets every answer come so much later.
+/// Delays every answer.
 fn delay(browser: &Browser<'_>, millis: u32) -> Result<()> {
     let late = format!(
         "(window.given = window.given || fetch, window.fetch = async (...asked) => {{ \
@@ -141,11 +141,11 @@ fn answers_that_are_late_are_shown_all_the_same() -> Result<()> {
     browser.open("")?;
     browser.shows("No running container has a binding yet.")?;
 
-    // Later than the next question would come, did it not wait for the answers.
+    // Later than the next request would be sent if the page did not wait for answers.
     delay(&browser, 2_600)?;
     let _app = host.client("app").env("BACKEND_BLUE", "/services/blue;80").start()?;
     browser.until(ROWS, 1)?;
-    // So late that it is said.
+    // So late that the page reports it.
     delay(&browser, 4_000)?;
     browser.shows("embassy answers slowly. The data shown is from ")?;
     let _two = host.client("two").env("BACKEND_BLUE", "/services/blue;80").start()?;
@@ -153,7 +153,7 @@ fn answers_that_are_late_are_shown_all_the_same() -> Result<()> {
     delay(&browser, 0)?;
     browser.until(NOTICE, true)?;
 
-    // A source that has not answered yet does not "answer".
+    // A source that has not answered yet does not count as answering.
     let waits = "(window.given = window.given || fetch, window.fetch = async (...asked) => { \
          const answer = await given(...asked); \
          if (asked[0] !== '/v1/status') return answer; \

@@ -1,9 +1,9 @@
-//! Dark and light, on a desk and on a phone: everything fits, and can be read.
+//! Dark and light colours, on large and small screens: everything fits and is readable.
 
 use super::*;
 use crate::support::offer;
 
-/// Texts that can hardly be read: less than 4.5 to 1 against what is behind them (WCAG 2.2, 1.4.3), with that number.
+/// Texts with a contrast of less than 4.5 to 1 against their background (WCAG 2.2, 1.4.3), with their contrast.
 const FAINT: &str = "(() => { \
      const rgb = colour => (colour.match(/[\\d.]+/g) || []).map(Number); \
      const light = ([r, g, b]) => { const [x, y, z] = [r, g, b].map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); \
@@ -18,15 +18,15 @@ const FAINT: &str = "(() => { \
        if (contrast < 4.5) faint.push(contrast.toFixed(1) + ' ' + texts.currentNode.data); } \
      return faint.join('; '); })()";
 
-/// What is wider than its place: cut off, or over others.
+/// Elements that are wider than their place: cut off, or over others.
 const CUT: &str = "[...document.querySelectorAll('h1, h2, h3, .tile, .plot, .value, .more, td, dd, li, #notice, .top')] \
      .filter(node => node.checkVisibility() && node.clientWidth > 0 && node.scrollWidth > node.clientWidth + 1) \
      .map(node => node.tagName + ' ' + node.textContent).join('; ')";
 
-/// Everything that is wrong with what is seen now.
+/// Checks the visible page for such problems.
 fn is_well_made(browser: &Browser<'_>, width: u32, what: &str) -> Result<()> {
     browser.picture(what)?;
-    // A phone makes its screen wider where something does not fit: so the width itself is compared.
+    // A phone widens its screen if something does not fit, so the width itself is compared.
     let fits = format!(
         "innerWidth === {width} && visualViewport.scale === 1 && document.documentElement.scrollWidth <= {width} && \
          document.getElementById('explain').getBoundingClientRect().right <= {width}"
@@ -94,7 +94,7 @@ fn it_fits_and_can_be_read_dark_and_light_on_a_desk_and_on_a_phone() -> Result<(
         assert_eq!(channel < 64, scheme == "dark", "{colour}");
     }
 
-    // When something is wrong, too.
+    // Also when there are problems.
     host.etcd_daemon().kill()?;
     browser.open("#sources")?;
     browser.shows("Connection refused")?;

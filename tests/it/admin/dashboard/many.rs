@@ -3,7 +3,7 @@
 use super::*;
 use crate::support::own_rules;
 
-/// How often and how long the page does not draw, while somebody looks at it.
+/// Measures how often and for how long the page does not draw, while it is visible.
 const WATCH: &str = "(window.seen = {task: 0, gap: 0, frames: 0}, \
      new PerformanceObserver(list => { for (const task of list.getEntries()) seen.task = Math.max(seen.task, task.duration); }) \
      .observe({type: 'longtask'}), \
@@ -50,7 +50,7 @@ fn five_thousand_routes_with_traffic_do_not_freeze_the_page() -> Result<()> {
     let traffic = traffic.collect::<Result<Vec<_>>>()?;
     browser.value(WATCH)?;
     let start = std::time::Instant::now();
-    // Meanwhile it is kept up to date, and used.
+    // Meanwhile it is updated and used.
     let connections = "Number(document.querySelector('#rows tr td:nth-child(8)').textContent.replaceAll(',', ''))";
     let first = browser.value(connections)?.as_f64().context("no count")?;
     browser.until(&format!("{connections} > {first}"), true)?;
@@ -82,9 +82,9 @@ fn five_thousand_routes_with_traffic_do_not_freeze_the_page() -> Result<()> {
         let answers = traffic.stop()?;
         assert!(answers.answered() > 0 && answers.failed() == 0, "{answers:?}");
     }
-    // A page never has more rows than it asks for, whatever there is.
+    // A page never has more rows than it requests, however many there are.
     assert!(browser.value("document.querySelectorAll('#rows tr').length <= 100")? == true);
-    // Some times what a busy machine needs; what this would notice is a page that draws all of them.
+    // Several times what a busy machine needs. A page that draws all rows would exceed this.
     assert!(seen["task"].as_f64().is_some_and(|millis| millis < 1_000.0), "{seen}");
     assert!(seen["gap"].as_f64().is_some_and(|millis| millis < 3_000.0), "{seen}");
     assert!(seen["frames"].as_f64().is_some_and(|frames| frames > 20.0), "{seen}");
@@ -110,7 +110,7 @@ fn ten_thousand_routes_are_a_page_at_a_time() -> Result<()> {
     assert_eq!(status.routes, 10_000);
     let last: api::Page<api::Route> = get(&embassy, "/v1/routes?limit=100&offset=9990")?;
     assert_eq!((last.total, last.items.len()), (10_000, 10));
-    // 77 and 770 to 779, from four addresses each.
+    // 77, and 770 to 779, from four addresses each.
     let found: api::Page<api::Route> = get(&embassy, "/v1/routes?q=service-77&limit=10")?;
     assert_eq!((found.total, found.items.len()), (44, 10));
     Ok(())

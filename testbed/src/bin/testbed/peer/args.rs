@@ -1,4 +1,4 @@
-//! `--name value` pairs and one plain word.
+//! Parses `--name value` pairs and one positional argument.
 
 use std::collections::HashMap;
 use std::str::FromStr;
@@ -56,7 +56,7 @@ impl Args {
         }
     }
 
-    /// Bytes per second; 0 means no limit.
+    /// Bytes per second. 0 means no limit.
     pub(crate) fn rate(&self) -> Result<u64> {
         self.number("--rate", 0)
     }

@@ -1,4 +1,4 @@
-//! SHA-256 of a stream, by the `sha256sum` program: quick even where this one is a debug build.
+//! SHA-256 of a stream, computed by the `sha256sum` program, which is fast even if this is a debug build.
 
 use std::io::{self, Read, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -41,7 +41,7 @@ impl Checksum {
     }
 }
 
-/// How much there was, and its checksum.
+/// The number of bytes, and their checksum.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Sum {
     pub(crate) bytes: u64,

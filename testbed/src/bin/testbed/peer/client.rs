@@ -34,11 +34,11 @@ pub(crate) fn recv(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Many connections to a server that echoes, each opened when the one before has its first half back; after a pause they
-/// send the other half, and compare what came back.
+/// Opens many connections to an echo server, each after the previous one got its first half back. After a pause they send
+/// the other half, and compare what they receive.
 pub(crate) fn echoes(args: &Args) -> Result<()> {
     let (count, bytes): (usize, usize) = (args.number("-n", 1)?, args.number("--bytes", 20_000)?);
-    // No two of them say the same.
+    // All connections send different bytes.
     let half = |n: usize, half: usize| -> Vec<u8> {
         (0..bytes / 2).map(|at| (n * 31 + half * 7 + at * at) as u8).collect()
     };
@@ -122,7 +122,7 @@ pub(crate) fn probe(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// One word where there is one.
+/// The reason of an error, as one word if there is one.
 pub(crate) fn reason(error: &std::io::Error) -> String {
     match error.kind() {
         ErrorKind::ConnectionRefused => "refused".to_owned(),

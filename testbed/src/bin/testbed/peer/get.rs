@@ -1,4 +1,4 @@
-//! The HTTP client, which counts.
+//! An HTTP client that counts results.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -24,7 +24,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let timeout = args.milliseconds("--timeout-ms", 10_000)?;
     let slow = args.milliseconds("--slow-ms", 500)?;
     let pause = args.milliseconds("--pause-ms", 0)?;
-    // Requests go on until there is such a file, however many they are.
+    // Requests continue until this file exists, however many there are.
     let until = args.text("--until", "");
     let more = |taken: usize| match until {
         "" => taken < times,
@@ -93,7 +93,7 @@ impl Target {
     fn parse(url: &str) -> Result<Self> {
         let rest = url.strip_prefix("http://").unwrap_or(url);
         let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
-        // The last colon is followed by a port, unless it is within the brackets of an IPv6 address.
+        // The last colon precedes a port, unless it is within the brackets of an IPv6 address.
         let has_port = host.rsplit_once(':').is_some_and(|(_, port)| !port.contains(']'));
         let address = if has_port { resolve(host)? } else { resolve(&format!("{host}:80"))? };
         Ok(Self { address, host: host.to_owned(), path: format!("/{path}") })
@@ -141,7 +141,7 @@ impl Target {
     }
 }
 
-/// Status and body. A connection that ends early is an `UnexpectedEof`.
+/// Reads status and body. A connection that ends early is an `UnexpectedEof`.
 fn answer(reader: &mut impl BufRead) -> io::Result<(String, Vec<u8>)> {
     let first = line(reader)?;
     let status = first.split_whitespace().nth(1).unwrap_or_default().to_owned();

@@ -1,4 +1,4 @@
-//! The client that holds many connections.
+//! A client that holds many connections.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -13,11 +13,11 @@ use serde_json::json;
 use super::args::Args;
 use super::client::{reason, resolve};
 
-/// One for each connection, and it does next to nothing.
+/// Stack size of a connection's thread, which does very little.
 const STACK: usize = 64 * 1024;
 
-/// Opens connections, a number of them at a time, each when the one before was greeted; says how the greetings were, and
-/// then of each connection when and how it ends.
+/// Opens connections, several in parallel, each after the previous one was greeted. Prints a summary of the greetings, and
+/// then when and how each connection ends.
 pub(crate) fn hold(args: &Args) -> Result<()> {
     let address = resolve(args.target()?)?;
     let count: usize = args.number("-n", 1)?;
@@ -60,7 +60,7 @@ pub(crate) fn hold(args: &Args) -> Result<()> {
     }
     println!("{}", json!({ "greetings": greetings, "failures": failures }));
     if fill > 0 {
-        // What was sent stays on its way only as long as nobody reads what comes back.
+        // Sent bytes stay in flight only as long as the answers are not read.
         loop {
             thread::park();
         }
@@ -81,7 +81,7 @@ pub(crate) fn hold(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Sends so many bytes, or as many as are taken at once.
+/// Sends this many bytes, or as many as are accepted immediately.
 fn send(mut connection: &TcpStream, count: usize) -> std::io::Result<()> {
     connection.set_nonblocking(true)?;
     let bytes = [0; 16 * 1024];
@@ -96,7 +96,7 @@ fn send(mut connection: &TcpStream, count: usize) -> std::io::Result<()> {
     connection.set_nonblocking(false)
 }
 
-/// Reads to the end of a connection, for as long as it takes.
+/// Reads to the end of a connection, without a timeout.
 fn end_of(mut reader: BufReader<TcpStream>) -> std::io::Result<String> {
     reader.get_ref().set_read_timeout(None::<Duration>)?;
     std::io::copy(&mut reader.by_ref(), &mut std::io::sink())?;

@@ -1,4 +1,4 @@
-//! `testbed peer`: the servers and clients that run in containers. Plain threads, one per connection.
+//! `testbed peer`: the servers and clients that run in containers. They use plain threads, one per connection.
 
 mod args;
 mod checksum;
@@ -47,7 +47,7 @@ clients, each prints one JSON object:
 rates are bytes per second; seeds are numbers, and a seed names one endless sequence of bytes
 ";
 
-/// Runs one; a server never returns.
+/// Runs a role. A server never returns.
 pub(crate) fn run(words: &[&str]) -> Result<()> {
     let Some((&role, rest)) = words.split_first() else {
         print!("{USAGE}");

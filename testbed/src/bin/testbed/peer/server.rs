@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use super::args::Args;
 use super::stream::{read_sum, write_noise};
 
-/// What it does with a connection.
+/// What the server does with a connection.
 #[derive(Debug, Clone)]
 pub(crate) enum Server {
     Http { name: String },
@@ -26,7 +26,7 @@ pub(crate) enum Server {
     Answer { text: String, rate: u64 },
 }
 
-/// Thousands of connections may idle at once.
+/// Stack size of a connection's thread. Thousands of connections may idle at the same time.
 const STACK: usize = 256 * 1024;
 
 impl Server {
@@ -54,9 +54,9 @@ impl Server {
         }))
     }
 
-    /// Serves up to `most` connections at a time; the kernel keeps as few waiting as it can.
+    /// Serves up to `most` connections at a time. The kernel queues as few further ones as possible.
     pub(crate) fn run(&self, port: u16, most: usize) -> Result<()> {
-        // An IPv6 listener takes IPv4 too; where a container has no IPv6, this still may be refused.
+        // An IPv6 listener accepts IPv4 too. If a container has no IPv6, this may be refused.
         let listener =
             TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)));
         let listener = listener.with_context(|| format!("listen on port {port}"))?;
@@ -167,10 +167,10 @@ fn http(connection: TcpStream, name: &str) -> Result<()> {
     }
 }
 
-/// The path, and whether the connection is to be kept; none at the end of the connection.
+/// The path, and whether the connection is to be kept. `None` at the end of the connection.
 fn request(reader: &mut impl BufRead) -> Result<Option<(String, bool)>> {
     let mut line = String::new();
-    // A head of more than 64 KiB is cut, and then it does not parse.
+    // A head of more than 64 KiB is cut off, and then does not parse.
     let mut head = reader.by_ref().take(64 * 1024);
     if head.read_line(&mut line)? == 0 {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! What both sides do to a connection.
+//! Transfers in both directions of a connection.
 
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
@@ -9,13 +9,13 @@ use super::checksum::{Checksum, Sum};
 
 const CHUNK: usize = 64 * 1024;
 
-/// An endless sequence of bytes that a seed names: xorshift64.
+/// An endless sequence of bytes, determined by a seed: xorshift64.
 #[derive(Debug)]
 pub(crate) struct Noise(u64);
 
 impl Noise {
     pub(crate) fn new(seed: u64) -> Self {
-        // The state must not be 0, and near seeds must not start alike.
+        // The state must not be 0, and similar seeds must not start with similar bytes.
         Self(seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
@@ -30,7 +30,7 @@ impl Noise {
     }
 }
 
-/// Writes `bytes` bytes of noise, no faster than `rate` bytes per second (0: as fast as it goes).
+/// Writes `bytes` bytes of noise, at most `rate` bytes per second (0: no limit).
 pub(crate) fn write_noise(mut to: impl Write, bytes: u64, seed: u64, rate: u64) -> Result<Sum> {
     let mut noise = Noise::new(seed);
     let mut checksum = Checksum::new()?;
@@ -47,7 +47,7 @@ pub(crate) fn write_noise(mut to: impl Write, bytes: u64, seed: u64, rate: u64) 
     checksum.finish()
 }
 
-/// Reads up to `limit` bytes or to the end, no faster than `rate` bytes per second (0: as fast as it goes).
+/// Reads up to `limit` bytes or to the end, at most `rate` bytes per second (0: no limit).
 pub(crate) fn read_sum(mut from: impl Read, limit: u64, rate: u64) -> Result<Sum> {
     let mut checksum = Checksum::new()?;
     let mut pace = Pace::new(rate);
@@ -69,7 +69,7 @@ pub(crate) fn read_sum(mut from: impl Read, limit: u64, rate: u64) -> Result<Sum
     checksum.finish()
 }
 
-/// Keeps a transfer to a rate.
+/// Limits the rate of a transfer.
 #[derive(Debug)]
 struct Pace {
     rate: u64,
@@ -82,7 +82,7 @@ impl Pace {
         Self { rate, start: Instant::now(), bytes: 0 }
     }
 
-    /// How much to move at a time: a slow transfer goes in twentieths of a second.
+    /// The number of bytes to move at a time: a slow transfer moves 20 pieces per second.
     fn chunk(&self) -> usize {
         if self.rate == 0 {
             CHUNK
